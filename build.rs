@@ -1,0 +1,35 @@
+//! Sets the SONAME of the shared library and generates the C header into OUT_DIR, where `tests/header.rs` compares it with
+//! the committed `include/uccl_engine.h`.
+
+use std::path::PathBuf;
+
+fn main() {
+    println!("cargo:rerun-if-changed=src/ffi");
+    println!("cargo:rerun-if-changed=src/status.rs");
+    println!("cargo:rerun-if-changed=src/engine/fifo.rs");
+    println!("cargo:rerun-if-changed=cbindgen.toml");
+    println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libuccl_p2p.so.0");
+    let root = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR"));
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("uccl_engine.h");
+    let config = cbindgen::Config::from_file(root.join("cbindgen.toml")).expect("cbindgen.toml");
+    let mut builder = cbindgen::Builder::new().with_config(config);
+    for source in ["src/status.rs", "src/engine/fifo.rs", "src/ffi/mod.rs"] {
+        builder = builder.with_src(root.join(source));
+    }
+    let mut header = Vec::new();
+    builder.generate().expect("the C header can be generated").write(&mut header);
+    let mut header = String::from_utf8(header).expect("the header is UTF-8");
+    for function in ["uccl_engine_get_metadata", "uccl_engine_free_metadata"] {
+        header = only_in_c(&header, function);
+    }
+    std::fs::write(out, header).expect("OUT_DIR is writable");
+}
+
+/// Hides a declaration and its comment from C++, where the overlay has a function of the same name and parameters whose
+/// memory is freed with `delete[]`.
+fn only_in_c(header: &str, function: &str) -> String {
+    let name = header.find(&format!("{function}(")).expect("the function is declared");
+    let start = header[..name].rfind("/**").expect("the function is documented");
+    let end = name + header[name..].find(";\n").expect("the declaration ends") + 2;
+    format!("{}#ifndef __cplusplus\n{}#endif\n{}", &header[..start], &header[start..end], &header[end..])
+}

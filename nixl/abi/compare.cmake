@@ -1,0 +1,11 @@
+# Runs two programs and fails when they print different things.
+execute_process(COMMAND ${A} OUTPUT_VARIABLE a COMMAND_ERROR_IS_FATAL ANY)
+execute_process(COMMAND ${B} OUTPUT_VARIABLE b COMMAND_ERROR_IS_FATAL ANY)
+string(LENGTH "${a}" length)
+if(length LESS 1000)
+  message(FATAL_ERROR "${A} printed too little:\n${a}")
+endif()
+if(NOT a STREQUAL b)
+  message(FATAL_ERROR "the declared interface differs from NIXL's:\n--- ${A}\n${a}\n--- ${B}\n${b}")
+endif()
+message(STATUS "identical:\n${a}")

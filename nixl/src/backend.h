@@ -1,0 +1,74 @@
+// The NIXL backend "TCPX": NIXL's calls on one side, the C API of libuccl_p2p on the other. One object per agent.
+//
+// SPDX-License-Identifier: Apache-2.0
+
+#pragma once
+
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "backend/backend_plugin.h"
+#include "connection.h"
+#include "uccl_engine.h"
+
+namespace tcpx {
+
+/// Defaults of the backend's parameters, for NIXL's getPluginParams. An empty value leaves the environment variable in charge.
+nixl_b_params_t default_parameters();
+
+class Backend final : public nixlBackendEngine {
+ public:
+  explicit Backend(const nixlBackendInitParams *init);
+  ~Backend() override;
+
+  bool supportsRemote() const override { return true; }
+  bool supportsLocal() const override { return true; }
+  bool supportsNotif() const override { return true; }
+  nixl_mem_list_t getSupportedMems() const override { return {DRAM_SEG, VRAM_SEG}; }
+
+  nixl_status_t registerMem(const nixlBlobDesc &mem, const nixl_mem_t &kind, nixlBackendMD *&out) override;
+  nixl_status_t deregisterMem(nixlBackendMD *meta) override;
+  nixl_status_t getPublicData(const nixlBackendMD *meta, std::string &out) const override;
+  nixl_status_t loadRemoteMD(const nixlBlobDesc &input, const nixl_mem_t &kind, const std::string &agent, nixlBackendMD *&out) override;
+  nixl_status_t loadLocalMD(nixlBackendMD *input, nixlBackendMD *&out) override;
+  nixl_status_t unloadMD(nixlBackendMD *input) override;
+
+  nixl_status_t getConnInfo(std::string &out) const override;
+  nixl_status_t loadRemoteConnInfo(const std::string &agent, const std::string &info) override;
+  nixl_status_t connect(const std::string &agent) override;
+  nixl_status_t disconnect(const std::string &agent) override;
+
+  nixl_status_t prepXfer(const nixl_xfer_op_t &operation, const nixl_meta_dlist_t &local, const nixl_meta_dlist_t &remote,
+                         const std::string &agent, nixlBackendReqH *&handle, const nixl_opt_b_args_t *args) const override;
+  nixl_status_t postXfer(const nixl_xfer_op_t &operation, const nixl_meta_dlist_t &local, const nixl_meta_dlist_t &remote,
+                         const std::string &agent, nixlBackendReqH *&handle, const nixl_opt_b_args_t *args) const override;
+  nixl_status_t checkXfer(nixlBackendReqH *handle) const override;
+  nixl_status_t releaseReqH(nixlBackendReqH *handle) const override;
+
+  nixl_status_t getNotifs(notif_list_t &notifs) override;
+  nixl_status_t genNotif(const std::string &agent, const std::string &message) const override;
+
+  nixl_status_t estimateXferCost(const nixl_xfer_op_t &operation, const nixl_meta_dlist_t &local, const nixl_meta_dlist_t &remote,
+                                 const std::string &agent, nixlBackendReqH *const &handle, std::chrono::microseconds &duration,
+                                 std::chrono::microseconds &err_margin, nixl_cost_t &method,
+                                 const nixl_opt_args_t *extra) const override;
+
+ private:
+  void accept_loop();
+  nixl_status_t send_notification(Connection &connection, const std::string &message) const;
+
+  uccl_engine_t *engine_ = nullptr;
+  // NIXL declares the functions that start and end transfers const.
+  mutable Peers peers_;
+
+  std::mutex accepted_lock_;
+  std::condition_variable accepted_wake_;
+  bool stopping_ = false;
+  std::vector<uccl_conn_t *> accepted_;
+  std::thread acceptor_;
+};
+
+}  // namespace tcpx

@@ -1,0 +1,546 @@
+//! The C side: every entry of the tables, behind one panic guard and null checks.
+//! Translates to calls on the inner modules and back to result codes; decides nothing about moving bytes.
+
+use std::ffi::{c_int, c_void};
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::ptr;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
+
+use libc::iovec;
+use nccl_net_abi::*;
+use parking_lot::Mutex;
+
+use crate::comm::Comm;
+use crate::device::UnpackQueue;
+use crate::fragment;
+use crate::interfaces::Interface;
+use crate::rendezvous::{self, Handle, Listener};
+use crate::slot::{header, Body, Slot, HEADER};
+use crate::state::{self, Global};
+
+type Opaque = *mut c_void;
+type Outcome = Result<(), ncclResult_t>;
+
+/// Page size that device registrations must respect.
+const DEVICE_PAGE: usize = 4096;
+
+/// A registration: what kind of memory it is, and where.
+struct Mr {
+    device: bool,
+    base: usize,
+    size: usize,
+}
+
+/// Runs an entry: no panic gets out.
+fn guard(entry: impl FnOnce() -> Outcome) -> ncclResult_t {
+    match catch_unwind(AssertUnwindSafe(entry)) {
+        Ok(Ok(())) => NCCL_SUCCESS,
+        Ok(Err(code)) => code,
+        Err(_) => NCCL_INTERNAL_ERROR,
+    }
+}
+
+fn check(holds: bool) -> Outcome {
+    if holds {
+        Ok(())
+    } else {
+        Err(NCCL_INVALID_ARGUMENT)
+    }
+}
+
+/// Logs the cause of a failed system call, once, here.
+fn system(what: &str, error: &std::io::Error) -> ncclResult_t {
+    crate::logger::warn(&format!("{what}: {error}"));
+    if error.kind() == std::io::ErrorKind::InvalidInput {
+        NCCL_INVALID_ARGUMENT
+    } else {
+        NCCL_SYSTEM_ERROR
+    }
+}
+
+fn device(global: &'static Global, dev: c_int) -> Result<&'static Interface, ncclResult_t> {
+    usize::try_from(dev).ok().and_then(|d| global.devices.get(d)).ok_or(NCCL_INVALID_ARGUMENT)
+}
+
+/// The comm behind a handle of the caller, of the given direction.
+///
+/// # Safety
+/// Null, or a comm of this plugin that is not closed.
+unsafe fn comm<'a>(handle: Opaque, receives: bool) -> Result<&'a Comm, ncclResult_t> {
+    check(!handle.is_null())?;
+    // SAFETY: by contract a live comm.
+    let comm = unsafe { &*handle.cast::<Comm>() };
+    check(comm.is(receives))?;
+    Ok(comm)
+}
+
+/// A comm of either direction; safety as for [`comm`].
+unsafe fn any_comm<'a>(handle: Opaque) -> Result<&'a Comm, ncclResult_t> {
+    // SAFETY: passed on.
+    unsafe { comm(handle, false).or_else(|_| comm(handle, true)) }
+}
+
+pub unsafe extern "C" fn init(logger: ncclDebugLogger_t) -> ncclResult_t {
+    guard(|| {
+        crate::logger::set(logger);
+        state::get();
+        Ok(())
+    })
+}
+
+pub unsafe extern "C" fn devices(count: *mut c_int) -> ncclResult_t {
+    guard(|| {
+        check(!count.is_null())?;
+        // SAFETY: not null; the caller's int.
+        unsafe { *count = state::get().devices.len() as c_int };
+        Ok(())
+    })
+}
+
+fn properties(dev: c_int) -> Result<ncclNetProperties_v8, ncclResult_t> {
+    let global = state::get();
+    let interface = device(global, dev)?;
+    let unpack = global.device.is_some();
+    Ok(ncclNetProperties_v8 {
+        name: interface.name.as_ptr().cast_mut(),
+        pciPath: interface.pci_path.as_ref().map_or(ptr::null_mut(), |p| p.as_ptr().cast_mut()),
+        guid: interface.guid,
+        ptrSupport: NCCL_PTR_HOST | if unpack { NCCL_PTR_CUDA } else { 0 },
+        regIsGlobal: 0,
+        speed: interface.speed,
+        port: 1,
+        latency: 0.0,
+        maxComms: 65536,
+        maxRecvs: 1,
+        netDeviceType: if unpack { NCCL_NET_DEVICE_UNPACK } else { NCCL_NET_DEVICE_HOST },
+        netDeviceVersion: NCCL_NET_DEVICE_UNPACK_VERSION,
+    })
+}
+
+pub unsafe extern "C" fn properties_v7(dev: c_int, props: *mut ncclNetProperties_v7) -> ncclResult_t {
+    guard(|| {
+        check(!props.is_null())?;
+        let p = properties(dev)?;
+        // SAFETY: not null; the caller's struct.
+        unsafe {
+            *props = ncclNetProperties_v7 {
+                name: p.name,
+                pciPath: p.pciPath,
+                guid: p.guid,
+                ptrSupport: p.ptrSupport,
+                speed: p.speed,
+                port: p.port,
+                latency: p.latency,
+                maxComms: p.maxComms,
+                maxRecvs: p.maxRecvs,
+                netDeviceType: p.netDeviceType,
+                netDeviceVersion: p.netDeviceVersion,
+            }
+        };
+        Ok(())
+    })
+}
+
+pub unsafe extern "C" fn properties_v8(dev: c_int, props: *mut ncclNetProperties_v8) -> ncclResult_t {
+    guard(|| {
+        check(!props.is_null())?;
+        // SAFETY: not null; the caller's struct.
+        unsafe { *props = properties(dev)? };
+        Ok(())
+    })
+}
+
+pub unsafe extern "C" fn listen(dev: c_int, handle: Opaque, listen_comm: *mut Opaque) -> ncclResult_t {
+    guard(|| {
+        check(!handle.is_null() && !listen_comm.is_null())?;
+        let global = state::get();
+        let interface = device(global, dev)?;
+        // SAFETY: the caller's 128 bytes.
+        let handle = unsafe { &mut *handle.cast::<Handle>() };
+        let listener = Listener::new(interface, &global.config, handle)
+            .map_err(|e| system(&format!("listen on {}", interface.name.to_string_lossy()), &e))?;
+        // SAFETY: not null; the caller's pointer.
+        unsafe { *listen_comm = Box::into_raw(Box::new(Mutex::new(listener))).cast() };
+        Ok(())
+    })
+}
+
+pub unsafe extern "C" fn connect(
+    dev: c_int,
+    handle: Opaque,
+    send_comm: *mut Opaque,
+    _dev_handle: *mut *mut ncclNetDeviceHandle_v7,
+) -> ncclResult_t {
+    guard(|| {
+        check(!handle.is_null() && !send_comm.is_null())?;
+        // SAFETY: not null; the caller's pointer.
+        unsafe { *send_comm = ptr::null_mut() };
+        let global = state::get();
+        let interface = device(global, dev)?;
+        // SAFETY: the caller's 128 bytes.
+        let handle = unsafe { &mut *handle.cast::<Handle>() };
+        let Some(connected) = rendezvous::connect(interface, &global.config, handle).map_err(|e| system("connect", &e))? else {
+            return Ok(());
+        };
+        let comm = Comm::start(global, connected.socket, connected.peer, None, false).map_err(|e| system("send comm", &e))?;
+        // SAFETY: as above.
+        unsafe { *send_comm = Arc::into_raw(comm).cast_mut().cast() };
+        Ok(())
+    })
+}
+
+pub unsafe extern "C" fn accept(
+    listen_comm: Opaque,
+    recv_comm: *mut Opaque,
+    dev_handle: *mut *mut ncclNetDeviceHandle_v7,
+) -> ncclResult_t {
+    guard(|| {
+        check(!listen_comm.is_null() && !recv_comm.is_null())?;
+        // SAFETY: not null; the caller's pointer.
+        unsafe { *recv_comm = ptr::null_mut() };
+        let global = state::get();
+        // SAFETY: null, or the caller's pointer to memory of its own.
+        let target = unsafe { dev_handle.as_ref().and_then(|p| p.as_mut()) };
+        check(target.is_some() || global.device.is_none() || !global.config.strict)?;
+        // SAFETY: by contract a listen comm that is not closed.
+        let mut listener = unsafe { &*listen_comm.cast::<Mutex<Listener>>() }.lock();
+        if listener.used() {
+            return Err(NCCL_INVALID_USAGE);
+        }
+        let Some(connected) = listener.accept().map_err(|e| system("accept", &e))? else { return Ok(()) };
+        let queue = match (&global.device, &target) {
+            (Some(memory), Some(_)) => {
+                let bounce = fragment::region_len(global.config.message_limit) * MAX_REQUESTS;
+                Some(memory.unpack_queue(bounce).map_err(|e| system("unpack queue", &e))?)
+            }
+            _ => None,
+        };
+        if let Some(target) = target {
+            *target = device_handle(queue.as_ref());
+        }
+        let comm = Comm::start(global, connected.socket, connected.peer, queue, true).map_err(|e| system("receive comm", &e))?;
+        // SAFETY: as above.
+        unsafe { *recv_comm = Arc::into_raw(comm).cast_mut().cast() };
+        Ok(())
+    })
+}
+
+fn device_handle(queue: Option<&UnpackQueue>) -> ncclNetDeviceHandle_v7 {
+    ncclNetDeviceHandle_v7 {
+        netDeviceType: if queue.is_some() { NCCL_NET_DEVICE_UNPACK } else { NCCL_NET_DEVICE_HOST },
+        netDeviceVersion: NCCL_NET_DEVICE_UNPACK_VERSION,
+        handle: queue.map_or(ptr::null_mut(), |q| q.handle),
+        size: if queue.is_some() { size_of::<unpackNetDeviceHandle>() } else { 0 },
+        needsProxyProgress: 1,
+    }
+}
+
+pub unsafe extern "C" fn reg_mr_v7(comm: Opaque, data: Opaque, size: c_int, kind: c_int, mhandle: *mut Opaque) -> ncclResult_t {
+    match usize::try_from(size) {
+        // SAFETY: passed on.
+        Ok(size) => unsafe { reg_mr_v8(comm, data, size, kind, mhandle) },
+        Err(_) => NCCL_INVALID_ARGUMENT,
+    }
+}
+
+pub unsafe extern "C" fn reg_mr_v8(comm: Opaque, data: Opaque, size: usize, kind: c_int, mhandle: *mut Opaque) -> ncclResult_t {
+    guard(|| {
+        // SAFETY: the caller's comm.
+        let comm = unsafe { any_comm(comm)? };
+        check(!data.is_null() && size > 0 && !mhandle.is_null())?;
+        let base = data as usize;
+        let device = match kind {
+            NCCL_PTR_HOST => false,
+            NCCL_PTR_CUDA => {
+                check(comm.global.device.is_some())?;
+                check(!comm.global.config.strict || (base % DEVICE_PAGE == 0 && size % DEVICE_PAGE == 0))?;
+                true
+            }
+            _ => return Err(NCCL_INVALID_ARGUMENT),
+        };
+        // SAFETY: not null; the caller's pointer.
+        unsafe { *mhandle = Box::into_raw(Box::new(Mr { device, base, size })).cast() };
+        Ok(())
+    })
+}
+
+pub unsafe extern "C" fn dereg_mr(comm: Opaque, mhandle: Opaque) -> ncclResult_t {
+    guard(|| {
+        // SAFETY: the caller's comm.
+        unsafe { any_comm(comm)? };
+        check(!mhandle.is_null())?;
+        // SAFETY: a registration of regMr, dropped once.
+        drop(unsafe { Box::from_raw(mhandle.cast::<Mr>()) });
+        Ok(())
+    })
+}
+
+/// Posts a request and writes it out; no free slot gives a null request.
+fn post(comm: &Comm, request: *mut Opaque, fill: impl FnOnce(u64, &mut Body) -> Result<(), ncclResult_t>) -> Outcome {
+    let slot = comm.post(fill)?;
+    // SAFETY: every caller has checked that it is not null; the caller's pointer.
+    unsafe { *request = slot.map_or(ptr::null_mut(), Slot::as_request) };
+    Ok(())
+}
+
+fn message_len(comm: &Comm, size: usize) -> Outcome {
+    check(size > 0 && size <= comm.global.config.message_limit)
+}
+
+/// Lays out a send: the header, then the segments.
+fn fill_send(seq: u64, body: &mut Body, size: usize, device: bool, segments: impl Iterator<Item = iovec>) {
+    body.header = header(size, seq);
+    body.total = HEADER + size;
+    body.device = device;
+    body.iov.clear();
+    body.iov.push(iovec { iov_base: body.header.as_mut_ptr().cast(), iov_len: HEADER });
+    body.iov.extend(segments);
+}
+
+fn fill_recv(body: &mut Body, size: usize, device: bool, segments: impl Iterator<Item = iovec>) {
+    body.total = size;
+    body.device = device;
+    body.iov.clear();
+    body.iov.extend(segments);
+}
+
+pub unsafe extern "C" fn isend(
+    send_comm: Opaque,
+    data: Opaque,
+    size: c_int,
+    _tag: c_int,
+    mhandle: Opaque,
+    request: *mut Opaque,
+) -> ncclResult_t {
+    guard(|| {
+        // SAFETY: the caller's comm.
+        let comm = unsafe { comm(send_comm, false)? };
+        check(!data.is_null() && !mhandle.is_null() && !request.is_null())?;
+        let size = usize::try_from(size).map_err(|_| NCCL_INVALID_ARGUMENT)?;
+        message_len(comm, size)?;
+        // SAFETY: a registration of regMr that is not dropped.
+        let mr = unsafe { &*mhandle.cast::<Mr>() };
+        let offset = (data as usize).wrapping_sub(mr.base);
+        check(!mr.device || (offset < mr.size && size <= mr.size - offset))?;
+        post(comm, request, |seq, body| {
+            let source = if mr.device {
+                let slot = (seq % MAX_REQUESTS as u64) as usize;
+                comm.send_source()?.begin(slot, data.cast(), size).map_err(|e| system("device send", &e))?
+            } else {
+                data.cast_const().cast()
+            };
+            let segment = iovec { iov_base: source.cast_mut().cast(), iov_len: size };
+            fill_send(seq, body, size, mr.device, std::iter::once(segment));
+            Ok(())
+        })
+    })
+}
+
+pub unsafe extern "C" fn irecv(
+    recv_comm: Opaque,
+    n: c_int,
+    data: *mut Opaque,
+    sizes: *mut c_int,
+    _tags: *mut c_int,
+    mhandles: *mut Opaque,
+    request: *mut Opaque,
+) -> ncclResult_t {
+    guard(|| {
+        // SAFETY: the caller's comm.
+        let comm = unsafe { comm(recv_comm, true)? };
+        check(n == 1 && !data.is_null() && !sizes.is_null() && !mhandles.is_null() && !request.is_null())?;
+        // SAFETY: arrays of one element, checked not to be null.
+        let (data, size, mhandle) = unsafe { (*data, *sizes, *mhandles) };
+        check(!mhandle.is_null())?;
+        // SAFETY: a registration of regMr that is not dropped.
+        let mr = unsafe { &*mhandle.cast::<Mr>() };
+        let size = usize::try_from(size).map_err(|_| NCCL_INVALID_ARGUMENT)?;
+        message_len(comm, size)?;
+        check(if mr.device { comm.can_unpack() } else { !data.is_null() })?;
+        let segment = (!mr.device).then_some(iovec { iov_base: data, iov_len: size });
+        post(comm, request, |_, body| {
+            fill_recv(body, size, mr.device, segment.into_iter());
+            Ok(())
+        })
+    })
+}
+
+/// The non-empty segments of a vector, and their sum.
+///
+/// # Safety
+/// `iov` points at `n` segments, or is null.
+unsafe fn segments<'a>(n: c_int, iov: *const ucclIoVec) -> Result<(&'a [ucclIoVec], usize), ncclResult_t> {
+    let n = usize::try_from(n).map_err(|_| NCCL_INVALID_ARGUMENT)?;
+    check(n > 0 && !iov.is_null())?;
+    // SAFETY: by contract.
+    let iov = unsafe { std::slice::from_raw_parts(iov, n) };
+    check(iov.iter().all(|s| s.len == 0 || !s.base.is_null()))?;
+    let sum = iov.iter().try_fold(0usize, |sum, s| sum.checked_add(s.len)).ok_or(NCCL_INVALID_ARGUMENT)?;
+    Ok((iov, sum))
+}
+
+fn host_segments(iov: &[ucclIoVec]) -> impl Iterator<Item = iovec> + '_ {
+    iov.iter().filter(|s| s.len > 0).map(|s| iovec { iov_base: s.base, iov_len: s.len })
+}
+
+pub unsafe extern "C" fn isendv(
+    send_comm: Opaque,
+    n: c_int,
+    iov: *const ucclIoVec,
+    _tag: c_int,
+    request: *mut Opaque,
+) -> ncclResult_t {
+    guard(|| {
+        // SAFETY: the caller's comm and vector.
+        let (comm, (iov, size)) = unsafe { (comm(send_comm, false)?, segments(n, iov)?) };
+        check(!request.is_null())?;
+        message_len(comm, size)?;
+        post(comm, request, |seq, body| {
+            fill_send(seq, body, size, false, host_segments(iov));
+            Ok(())
+        })
+    })
+}
+
+pub unsafe extern "C" fn irecvv(
+    recv_comm: Opaque,
+    n: c_int,
+    iov: *const ucclIoVec,
+    _tag: c_int,
+    request: *mut Opaque,
+) -> ncclResult_t {
+    guard(|| {
+        // SAFETY: the caller's comm and vector.
+        let (comm, (iov, size)) = unsafe { (comm(recv_comm, true)?, segments(n, iov)?) };
+        check(!request.is_null())?;
+        message_len(comm, size)?;
+        post(comm, request, |_, body| {
+            fill_recv(body, size, false, host_segments(iov));
+            Ok(())
+        })
+    })
+}
+
+pub unsafe extern "C" fn iflush(
+    recv_comm: Opaque,
+    _n: c_int,
+    _data: *mut Opaque,
+    _sizes: *mut c_int,
+    _mhandles: *mut Opaque,
+    request: *mut Opaque,
+) -> ncclResult_t {
+    guard(|| {
+        // SAFETY: the caller's comm.
+        unsafe { comm(recv_comm, true)? };
+        check(!request.is_null())?;
+        // Done data is visible already: there is nothing to wait for.
+        // SAFETY: not null; the caller's pointer.
+        unsafe { *request = ptr::null_mut() };
+        Ok(())
+    })
+}
+
+/// The slot and comm of a request.
+///
+/// # Safety
+/// Null, or a request of a comm that is not closed.
+unsafe fn slot<'a>(request: Opaque) -> Result<(&'a Slot, &'a Comm), ncclResult_t> {
+    check(!request.is_null())?;
+    // SAFETY: by contract a slot of a live comm, which outlives the call.
+    unsafe {
+        let slot = &*request.cast::<Slot>();
+        Ok((slot, &*slot.comm.load(Ordering::Acquire)))
+    }
+}
+
+pub unsafe extern "C" fn test(request: Opaque, done: *mut c_int, sizes: *mut c_int) -> ncclResult_t {
+    guard(|| {
+        check(!done.is_null())?;
+        // SAFETY: the caller's request; not null, the caller's int.
+        let (slot, comm) = unsafe {
+            *done = 0;
+            slot(request)?
+        };
+        if let Some(bytes) = comm.test(slot)? {
+            // SAFETY: as above; sizes is null or the caller's array of one.
+            unsafe {
+                *done = 1;
+                if !sizes.is_null() {
+                    *sizes = bytes as c_int;
+                }
+            }
+        }
+        Ok(())
+    })
+}
+
+pub unsafe extern "C" fn consumed(recv_comm: Opaque, n: c_int, request: Opaque) -> ncclResult_t {
+    guard(|| {
+        // SAFETY: the caller's comm and request.
+        let (comm, (slot, _)) = unsafe { (comm(recv_comm, true)?, slot(request)?) };
+        check(n == 1)?;
+        comm.consume(slot)
+    })
+}
+
+unsafe fn close(handle: Opaque, receives: bool) -> ncclResult_t {
+    guard(|| {
+        // SAFETY: the caller's comm.
+        unsafe { comm(handle, receives)?.close() };
+        // SAFETY: the reference that `connect` or `accept` gave to the caller, who gives it back once.
+        drop(unsafe { Arc::from_raw(handle.cast_const().cast::<Comm>()) });
+        Ok(())
+    })
+}
+
+pub unsafe extern "C" fn close_send(comm: Opaque) -> ncclResult_t {
+    // SAFETY: passed on.
+    unsafe { close(comm, false) }
+}
+
+pub unsafe extern "C" fn close_recv(comm: Opaque) -> ncclResult_t {
+    // SAFETY: passed on.
+    unsafe { close(comm, true) }
+}
+
+pub unsafe extern "C" fn close_listen(listen_comm: Opaque) -> ncclResult_t {
+    guard(|| {
+        check(!listen_comm.is_null())?;
+        // SAFETY: the box that `listen` gave to the caller, who gives it back once.
+        drop(unsafe { Box::from_raw(listen_comm.cast::<Mutex<Listener>>()) });
+        Ok(())
+    })
+}
+
+pub unsafe extern "C" fn get_device_mr(comm: Opaque, mhandle: Opaque, device_mhandle: *mut Opaque) -> ncclResult_t {
+    guard(|| {
+        // SAFETY: the caller's comm.
+        unsafe { any_comm(comm)? };
+        check(!mhandle.is_null() && !device_mhandle.is_null())?;
+        // Kernels need nothing of a registration.
+        // SAFETY: not null; the caller's pointer.
+        unsafe { *device_mhandle = ptr::null_mut() };
+        Ok(())
+    })
+}
+
+pub unsafe extern "C" fn set_doorbell(handle: Opaque, armed: *mut u32, fd: c_int) -> ncclResult_t {
+    guard(|| {
+        // SAFETY: the caller's comm.
+        let comm = unsafe { any_comm(handle)? };
+        check(fd < 0 || (!armed.is_null() && armed.is_aligned()))?;
+        comm.set_doorbell(armed.cast_const().cast::<AtomicU32>(), fd);
+        Ok(())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_becomes_an_error() {
+        assert_eq!(guard(|| panic!("on purpose")), NCCL_INTERNAL_ERROR);
+    }
+}

@@ -1,0 +1,391 @@
+//! A send or receive comm: sixteen slots, the counters that order caller and I/O thread, failure, doorbell and closing.
+//! Moving bytes is the business of `send` and `recv`; threads are that of `pool`; C is that of `abi`.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{fence, AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use nccl_net_abi::{ncclResult_t, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_INVALID_ARGUMENT, NCCL_SUCCESS, NCCL_SYSTEM_ERROR};
+use parking_lot::Mutex;
+
+use crate::device::{SendSource, UnpackQueue};
+use crate::pool::Worker;
+use crate::recv::RecvIo;
+use crate::send::SendIo;
+use crate::slot::{Body, Slot};
+use crate::state::Global;
+
+/// Bytes a comm moves before another comm of its thread has its turn.
+pub const TURN_BYTES: usize = 1 << 20;
+/// Segments of one system call.
+pub const IOV_MAX: usize = 1024;
+
+const ALIVE: u32 = 0x534F_4654;
+const CLOSED: u32 = 0x4445_4144;
+
+/// How a turn of a comm ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// There is more to move at once.
+    More,
+    /// Nothing is posted, or the kernel has to report first.
+    Wait,
+}
+
+/// The direction of a comm.
+pub enum Side {
+    /// It sends.
+    Send(SendIo),
+    /// It receives.
+    Recv(Box<RecvIo>),
+}
+
+/// What only the holder of the I/O lock touches.
+pub struct Io {
+    /// The data socket; none once the comm is closed.
+    pub socket: Option<OwnedFd>,
+    /// The kernel reported a hang-up or an error: read on until it says which.
+    pub hung_up: bool,
+    side: Side,
+    doorbell: Option<Doorbell>,
+}
+
+impl Io {
+    /// The socket's descriptor, -1 once closed (every system call on it then fails).
+    pub fn fd(&self) -> i32 {
+        self.socket.as_ref().map_or(-1, AsRawFd::as_raw_fd)
+    }
+}
+
+struct Doorbell {
+    armed: *const AtomicU32,
+    fd: i32,
+}
+// SAFETY: the pointer is the caller's promise of setDoorbell: valid until the comm is closed.
+unsafe impl Send for Doorbell {}
+
+/// A counter on a cache line of its own.
+#[repr(align(64))]
+#[derive(Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Its value, with everything that led to it.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// Publishes a value, with everything that led to it.
+    pub fn set(&self, value: u64) {
+        self.0.store(value, Ordering::Release);
+    }
+
+    /// One step from `from`; false when another thread took it.
+    pub fn step(&self, from: u64) -> bool {
+        self.0.compare_exchange(from, from + 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+}
+
+/// A comm. Requests are numbered from 0; request k uses slot k % 16. Always
+/// `freed <= reported <= completed <= posted <= freed + 16`, where a send is freed when it is reported.
+pub struct Comm {
+    alive: AtomicU32,
+    receives: bool,
+    /// Peer address, for logs.
+    pub peer: String,
+    /// Settings and device memory.
+    pub global: &'static Global,
+    /// Requests the caller posted.
+    pub posted: Counter,
+    /// Requests whose bytes have been moved.
+    pub completed: Counter,
+    /// Requests that `test` reported done.
+    reported: Counter,
+    /// Receives that were consumed.
+    consumed: Counter,
+    /// 0, or the result every unfinished request ends in.
+    failed: AtomicI32,
+    /// Nobody looks at this comm until a post or the kernel says so.
+    idle: AtomicBool,
+    /// Its worker has it in the list of comms to serve.
+    pub scheduled: AtomicBool,
+    /// Events the kernel reported and no turn has seen.
+    pub events: AtomicU32,
+    closing: AtomicBool,
+    post: Mutex<()>,
+    slots: [Slot; MAX_REQUESTS],
+    io: Mutex<Io>,
+    source: OnceLock<Arc<dyn SendSource>>,
+    /// Bounce buffer and its length, for poisoning.
+    bounce: Option<(AtomicPtr<u8>, usize)>,
+    worker: Arc<Worker>,
+    /// The worker's name for it.
+    pub id: u64,
+}
+
+impl Comm {
+    /// Builds a comm over a connected non-blocking socket and gives it to an I/O thread.
+    pub fn start(
+        global: &'static Global,
+        socket: OwnedFd,
+        peer: String,
+        queue: Option<UnpackQueue>,
+        receives: bool,
+    ) -> std::io::Result<Arc<Comm>> {
+        let pool = crate::pool::get(&global.config)?;
+        let (worker, id) = pool.assign(receives);
+        let bounce = queue.as_ref().map(|q| (AtomicPtr::new(q.bounce), q.bounce_len));
+        let side =
+            if receives { Side::Recv(Box::new(RecvIo::new(&global.config, queue, id))) } else { Side::Send(SendIo::default()) };
+        let fd = socket.as_raw_fd();
+        let comm = Arc::new(Comm {
+            alive: AtomicU32::new(ALIVE),
+            receives,
+            peer,
+            global,
+            posted: Counter::default(),
+            completed: Counter::default(),
+            reported: Counter::default(),
+            consumed: Counter::default(),
+            failed: AtomicI32::new(NCCL_SUCCESS),
+            idle: AtomicBool::new(true),
+            scheduled: AtomicBool::new(false),
+            events: AtomicU32::new(0),
+            closing: AtomicBool::new(false),
+            post: Mutex::new(()),
+            slots: std::array::from_fn(|_| Slot::new()),
+            io: Mutex::new(Io { socket: Some(socket), hung_up: false, side, doorbell: None }),
+            source: OnceLock::new(),
+            bounce,
+            worker: worker.clone(),
+            id,
+        });
+        for slot in &comm.slots {
+            slot.comm.store(Arc::as_ptr(&comm).cast_mut(), Ordering::Release);
+        }
+        worker.adopt(&comm, fd)?;
+        Ok(comm)
+    }
+
+    /// Whether this is a live comm of that direction; the first check of every entry that receives one from C.
+    pub fn is(&self, receives: bool) -> bool {
+        self.alive.load(Ordering::Acquire) == ALIVE && self.receives == receives
+    }
+
+    /// Whether device receives are possible.
+    pub fn can_unpack(&self) -> bool {
+        self.bounce.is_some()
+    }
+
+    /// The slot of request `seq`.
+    pub fn slot(&self, seq: u64) -> &Slot {
+        &self.slots[(seq % MAX_REQUESTS as u64) as usize]
+    }
+
+    /// Posts a request: `Ok(None)` when all slots are taken and the comm is lenient. `fill` describes the memory; it gets
+    /// the request's number and runs under the posting lock.
+    pub fn post(&self, fill: impl FnOnce(u64, &mut Body) -> Result<(), ncclResult_t>) -> Result<Option<&Slot>, ncclResult_t> {
+        let guard = self.post.lock();
+        let failed = self.failed.load(Ordering::Acquire);
+        if failed != NCCL_SUCCESS {
+            return Err(failed);
+        }
+        let seq = self.posted.get();
+        let freed = if self.receives { self.consumed.get() } else { self.reported.get() };
+        if seq - freed >= MAX_REQUESTS as u64 {
+            return if self.global.config.strict { Err(NCCL_INTERNAL_ERROR) } else { Ok(None) };
+        }
+        let slot = self.slot(seq);
+        // SAFETY: the slot is free (seq - freed < 16) and posts are serialised by the lock.
+        let bytes = unsafe {
+            let body = slot.body();
+            fill(seq, body)?;
+            body.total
+        };
+        slot.seq.store(seq, Ordering::Release);
+        self.posted.set(seq + 1);
+        drop(guard);
+        fence(Ordering::SeqCst);
+        if self.idle.load(Ordering::Relaxed) && self.idle.swap(false, Ordering::AcqRel) {
+            self.start_moving(bytes);
+        }
+        Ok(Some(slot))
+    }
+
+    /// The comm was idle: a small send goes out at once, anything else is the I/O thread's.
+    fn start_moving(self: &Comm, bytes: usize) {
+        if !self.receives && bytes <= self.global.config.inline_bytes {
+            if let Some(mut io) = self.io.try_lock() {
+                if self.turn(&mut io) == Turn::Wait {
+                    return;
+                }
+            }
+        }
+        self.worker.submit(self.id);
+    }
+
+    /// `test` of request `slot`: `Ok(Some(bytes))` when it is done.
+    pub fn test(&self, slot: &Slot) -> Result<Option<usize>, ncclResult_t> {
+        let seq = slot.seq();
+        let reported = self.reported.get();
+        if seq < self.completed.get() {
+            let received = slot.received.load(Ordering::Relaxed);
+            return if seq == reported && self.reported.step(seq) { Ok(Some(received)) } else { Err(NCCL_INTERNAL_ERROR) };
+        }
+        let failed = self.failed.load(Ordering::Acquire);
+        if failed != NCCL_SUCCESS {
+            // The request may have been completed between the two loads.
+            return if seq < self.completed.get() { self.test(slot) } else { Err(failed) };
+        }
+        if seq != reported {
+            return Err(NCCL_INTERNAL_ERROR);
+        }
+        Ok(None)
+    }
+
+    /// `irecvConsumed` of request `slot`.
+    pub fn consume(&self, slot: &Slot) -> Result<(), ncclResult_t> {
+        if !std::ptr::eq(slot.comm.load(Ordering::Acquire), self) {
+            return Err(NCCL_INVALID_ARGUMENT);
+        }
+        let seq = slot.seq();
+        if seq != self.consumed.get() || seq >= self.reported.get() {
+            return Err(NCCL_INTERNAL_ERROR);
+        }
+        let extent = slot.extent.swap(0, Ordering::Relaxed);
+        if self.global.config.strict && extent > 0 {
+            self.poison(seq, extent);
+        }
+        if self.consumed.step(seq) {
+            Ok(())
+        } else {
+            Err(NCCL_INTERNAL_ERROR)
+        }
+    }
+
+    fn poison(&self, seq: u64, extent: usize) {
+        let Some((base, len)) = &self.bounce else { return };
+        let region = len / MAX_REQUESTS;
+        let at = (seq % MAX_REQUESTS as u64) as usize * region;
+        // SAFETY: inside the slot's region; the I/O thread does not write it again before the slot is freed and reposted.
+        unsafe { std::ptr::write_bytes(base.load(Ordering::Relaxed).add(at), 0xDB, extent.min(region)) };
+    }
+
+    /// The send side's device memory, built on first use.
+    pub fn send_source(&self) -> Result<&Arc<dyn SendSource>, ncclResult_t> {
+        if let Some(source) = self.source.get() {
+            return Ok(source);
+        }
+        let device = self.global.device.as_ref().ok_or(NCCL_INVALID_ARGUMENT)?;
+        let source = device.send_source(self.global.config.message_limit).map_err(|e| {
+            crate::logger::warn(&format!("cannot set up device sends to {}: {e}", self.peer));
+            NCCL_SYSTEM_ERROR
+        })?;
+        Ok(self.source.get_or_init(|| source))
+    }
+
+    /// The send side's device memory if a device send was posted.
+    pub fn posted_source(&self) -> Option<&Arc<dyn SendSource>> {
+        self.source.get()
+    }
+
+    /// Serves the comm for a turn; called by its worker.
+    pub fn serve(&self) -> Turn {
+        let mut io = self.io.lock();
+        self.turn(&mut io)
+    }
+
+    fn turn(&self, io: &mut Io) -> Turn {
+        if self.leave() || io.socket.is_none() {
+            return Turn::Wait;
+        }
+        let events = self.events.swap(0, Ordering::AcqRel);
+        if events & (libc::EPOLLRDHUP | libc::EPOLLHUP | libc::EPOLLERR) as u32 != 0 {
+            io.hung_up = true;
+        }
+        self.idle.store(false, Ordering::Release);
+        // The side is lent out so that it can use the rest of `io`.
+        let mut side = std::mem::replace(&mut io.side, Side::Send(SendIo::default()));
+        let turn = match &mut side {
+            Side::Send(send) => send.turn(self, io),
+            Side::Recv(recv) => recv.turn(self, io),
+        };
+        io.side = side;
+        turn
+    }
+
+    /// Whether a turn should end at once: the comm is being closed or has failed.
+    pub fn leave(&self) -> bool {
+        self.closing.load(Ordering::Acquire) || self.failed.load(Ordering::Acquire) != NCCL_SUCCESS
+    }
+
+    /// Nothing is posted beyond `completed`: true when the comm may rest, false when a post came in between.
+    pub fn rest(&self, completed: u64) -> bool {
+        self.idle.store(true, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        // If the poster saw the flag first, it has submitted the comm again.
+        self.posted.get() == completed || !self.idle.swap(false, Ordering::AcqRel)
+    }
+
+    /// Publishes that every request below `completed` is done. The I/O lock is held.
+    pub fn complete(&self, io: &Io, completed: u64) {
+        self.completed.set(completed);
+        ring(io);
+    }
+
+    /// The comm is finished: every request that is not done ends in `result`. The I/O lock is held.
+    pub fn fail(&self, io: &Io, result: ncclResult_t, why: &str) {
+        if self.failed.compare_exchange(NCCL_SUCCESS, result, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+            return;
+        }
+        let direction = if self.receives { "receiving from" } else { "sending to" };
+        let open = self.posted.get() - self.completed.get();
+        let line = format!("{direction} {}: {why}; {open} requests unfinished", self.peer);
+        if open > 0 || result != NCCL_SYSTEM_ERROR {
+            crate::logger::warn(&line);
+        } else {
+            crate::logger::info(&line);
+        }
+        ring(io);
+    }
+
+    /// Fails the comm from outside of a turn.
+    pub fn fail_now(&self, why: &str) {
+        let io = self.io.lock();
+        self.fail(&io, NCCL_INTERNAL_ERROR, why);
+    }
+
+    /// Sets or, with a negative `fd`, removes the doorbell.
+    pub fn set_doorbell(&self, armed: *const AtomicU32, fd: i32) {
+        let mut io = self.io.lock();
+        io.doorbell = (fd >= 0).then_some(Doorbell { armed, fd });
+        ring(&io);
+    }
+
+    /// Closes: on return no thread of ours touches the caller's memory. Bytes already in the kernel are still delivered.
+    pub fn close(&self) {
+        self.alive.store(CLOSED, Ordering::Release);
+        self.closing.store(true, Ordering::Release);
+        let mut io = self.io.lock();
+        io.doorbell = None;
+        if let Some(socket) = io.socket.take() {
+            self.worker.drop_comm(self.id, socket.as_raw_fd(), self.receives);
+        }
+        if let Side::Recv(recv) = &mut io.side {
+            recv.release();
+        }
+    }
+}
+
+/// Rings the doorbell after a change was published.
+fn ring(io: &Io) {
+    let Some(bell) = &io.doorbell else { return };
+    fence(Ordering::SeqCst);
+    // SAFETY: the caller of setDoorbell keeps it valid until the comm is closed; closing takes the I/O lock we hold.
+    let armed = unsafe { &*bell.armed };
+    if armed.load(Ordering::Relaxed) == 1 && armed.swap(0, Ordering::AcqRel) == 1 {
+        let one = 1u64.to_ne_bytes();
+        // SAFETY: eight bytes to an eventfd. A full counter means it is readable, which is all that is wanted.
+        unsafe { libc::write(bell.fd, one.as_ptr().cast(), one.len()) };
+    }
+}

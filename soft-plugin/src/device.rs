@@ -1,0 +1,115 @@
+//! Device memory behind one narrow seam: the unpack queue of a receive comm and the source of a device send.
+//! Knows nothing of sockets, slots' life cycles or devices' names; what it hands out, the I/O threads use as host memory.
+
+use std::ffi::c_void;
+use std::io;
+use std::ptr;
+use std::sync::Arc;
+
+use nccl_net_abi::{netUnpackMeta, unpackNetDeviceHandle};
+
+use crate::config::Config;
+
+/// Memory that device receives and device sends pass through.
+pub trait DeviceMemory: Send + Sync {
+    /// Builds the unpack queue of a receive comm: meta queue, `bounce_len` bytes of bounce buffer, and the device handle.
+    /// Called by `accept` on the caller's thread (whose current GPU counts).
+    fn unpack_queue(&self, bounce_len: usize) -> io::Result<UnpackQueue>;
+
+    /// Builds the send side of a comm with messages of up to `limit` bytes. Called by the first device send of the comm.
+    fn send_source(&self, limit: usize) -> io::Result<Arc<dyn SendSource>>;
+}
+
+/// Turns device memory into bytes that an I/O thread can hand to the kernel.
+pub trait SendSource: Send + Sync {
+    /// Called by `isend` on the caller's thread: where the `len` bytes at device address `data` can be read from once
+    /// [`SendSource::ready`] says so. The place stays valid until the slot is used again.
+    fn begin(&self, slot: usize, data: *const u8, len: usize) -> io::Result<*const u8>;
+
+    /// Called by the I/O thread, repeatedly: whether the bytes of `slot` have arrived.
+    fn ready(&self, slot: usize) -> io::Result<bool>;
+}
+
+/// The receive side of a comm in device memory. Pointers stay valid as long as this value.
+pub struct UnpackQueue {
+    /// The meta queue, as the CPU writes it.
+    pub meta: *mut netUnpackMeta,
+    /// The bounce buffer, as the CPU writes it.
+    pub bounce: *mut u8,
+    /// Bytes of the bounce buffer.
+    pub bounce_len: usize,
+    /// What `ncclNetDeviceHandle_v7::handle` becomes: the address of an [`unpackNetDeviceHandle`] in device memory.
+    pub handle: *mut c_void,
+    /// Frees all of the above when dropped.
+    _owner: Box<dyn Send>,
+}
+// SAFETY: the pointers refer to memory owned by `_owner`, which is Send; who writes when is the comm's protocol.
+unsafe impl Send for UnpackQueue {}
+
+/// The device memory of this process, if it has any.
+pub fn probe(config: &Config) -> Option<Arc<dyn DeviceMemory>> {
+    config.emulate_device.then(|| Arc::new(Emulated) as Arc<dyn DeviceMemory>)
+}
+
+/// Host memory that plays the part of device memory.
+struct Emulated;
+
+impl DeviceMemory for Emulated {
+    fn unpack_queue(&self, bounce_len: usize) -> io::Result<UnpackQueue> {
+        let meta = Mapping::new(size_of::<netUnpackMeta>())?;
+        let bounce = Mapping::new(bounce_len)?;
+        let handle = Mapping::new(size_of::<unpackNetDeviceHandle>())?;
+        let content = unpackNetDeviceHandle { meta: meta.base.cast(), bounce_buf: bounce.base, head: 0 };
+        // SAFETY: a fresh, writable, page-aligned mapping of that size.
+        unsafe { handle.base.cast::<unpackNetDeviceHandle>().write(content) };
+        Ok(UnpackQueue {
+            meta: meta.base.cast(),
+            bounce: bounce.base.cast(),
+            bounce_len,
+            handle: handle.base,
+            _owner: Box::new((meta, bounce, handle)),
+        })
+    }
+
+    fn send_source(&self, _limit: usize) -> io::Result<Arc<dyn SendSource>> {
+        Ok(Arc::new(Emulated))
+    }
+}
+
+impl SendSource for Emulated {
+    fn begin(&self, _slot: usize, data: *const u8, _len: usize) -> io::Result<*const u8> {
+        Ok(data)
+    }
+
+    fn ready(&self, _slot: usize) -> io::Result<bool> {
+        Ok(true)
+    }
+}
+
+/// Zeroed anonymous memory that costs no physical page before it is touched.
+struct Mapping {
+    base: *mut c_void,
+    len: usize,
+}
+// SAFETY: plain memory, owned.
+unsafe impl Send for Mapping {}
+
+impl Mapping {
+    fn new(len: usize) -> io::Result<Mapping> {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a fresh anonymous mapping at an address of the kernel's choice.
+        let base = unsafe { libc::mmap(ptr::null_mut(), len, protection, flags, -1, 0) };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Mapping { base, len })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping made in `new`, unmapped once.
+        unsafe { libc::munmap(self.base, self.len) };
+    }
+}

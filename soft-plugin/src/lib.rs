@@ -1,0 +1,81 @@
+//! The NCCL net plugin ABI over ordinary kernel TCP, with the request semantics of GPUDirect-TCPX: sixteen requests a comm,
+//! FIFO completion, bounce buffers with descriptors for device memory, `irecvConsumed`.
+//!
+//! - `abi`: the entries of the C tables; `state`, `config`, `logger`: what the process has once
+//! - `interfaces`, `rendezvous`: devices, and how two of them come by a connected socket
+//! - `comm`, `slot`: requests and their life; `send`, `recv`, `fragment`: moving their bytes; `pool`: the I/O threads
+//! - `device`: the seam to device memory
+//!
+//! # Thread rules
+//! Any thread may post to, test or consume a comm. Closing a comm must be the last call on it and its requests.
+
+#[allow(missing_docs, reason = "the entries are documented by the tables of nccl-net-abi")]
+mod abi;
+mod comm;
+mod config;
+mod device;
+mod fragment;
+mod interfaces;
+mod logger;
+mod pool;
+mod recv;
+mod rendezvous;
+mod send;
+mod slot;
+mod state;
+
+use nccl_net_abi::{ncclNet_v7, ncclNet_v8, ucclNetExt_v1};
+
+macro_rules! net_table {
+    ($table:ident, $properties:ident, $reg_mr:ident) => {
+        $table {
+            name: c"TCPX-soft".as_ptr(),
+            init: Some(abi::init),
+            devices: Some(abi::devices),
+            getProperties: Some(abi::$properties),
+            listen: Some(abi::listen),
+            connect: Some(abi::connect),
+            accept: Some(abi::accept),
+            regMr: Some(abi::$reg_mr),
+            regMrDmaBuf: None,
+            deregMr: Some(abi::dereg_mr),
+            isend: Some(abi::isend),
+            irecv: Some(abi::irecv),
+            iflush: Some(abi::iflush),
+            test: Some(abi::test),
+            closeSend: Some(abi::close_send),
+            closeRecv: Some(abi::close_recv),
+            closeListen: Some(abi::close_listen),
+            getDeviceMr: Some(abi::get_device_mr),
+            irecvConsumed: Some(abi::consumed),
+        }
+    };
+}
+
+/// The v7 table, as a value for a data symbol.
+pub const TABLE_V7: ncclNet_v7 = net_table!(ncclNet_v7, properties_v7, reg_mr_v7);
+/// The extension table, as a value for a data symbol.
+pub const EXT_V1: ucclNetExt_v1 = ucclNetExt_v1 {
+    size: size_of::<ucclNetExt_v1>(),
+    isendv: Some(abi::isendv),
+    irecvv: Some(abi::irecvv),
+    setDoorbell: Some(abi::set_doorbell),
+};
+
+/// The plugin's v7 table.
+pub fn table() -> &'static ncclNet_v7 {
+    static TABLE: ncclNet_v7 = TABLE_V7;
+    &TABLE
+}
+
+/// The plugin's v8 table.
+pub fn table_v8() -> &'static ncclNet_v8 {
+    static TABLE: ncclNet_v8 = net_table!(ncclNet_v8, properties_v8, reg_mr_v8);
+    &TABLE
+}
+
+/// The plugin's extension table.
+pub fn ext() -> &'static ucclNetExt_v1 {
+    static TABLE: ucclNetExt_v1 = EXT_V1;
+    &TABLE
+}

@@ -1,0 +1,239 @@
+//! Moves arriving bytes straight to their place: posted host memory, or the bounce region of a slot with its descriptors.
+//! Stops at a message that has no posted receive, so that TCP slows the sender down.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use libc::iovec;
+use nccl_net_abi::{loadMeta, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_SYSTEM_ERROR};
+
+use crate::comm::{Comm, Io, Turn, IOV_MAX, TURN_BYTES};
+use crate::config::{Config, Fragmentation};
+use crate::device::UnpackQueue;
+use crate::fragment::{self, Rng};
+use crate::slot::{parse_header, Body, Cursor, HEADER};
+
+/// Bytes read ahead of a header, so that small messages share system calls.
+const AHEAD: usize = 16 << 10;
+/// From this size on a message is read without reading ahead more than the next header.
+const LARGE: usize = 64 << 10;
+
+/// Progress of a receive comm.
+pub struct RecvIo {
+    ahead: Box<[u8; AHEAD]>,
+    start: usize,
+    end: usize,
+    cursor: Cursor,
+    /// Bytes that the current message still lacks; none between messages.
+    missing: Option<usize>,
+    /// Why no more bytes will come.
+    ended: Option<String>,
+    batch: Vec<iovec>,
+    plan: Vec<loadMeta>,
+    rng: Rng,
+    mode: Fragmentation,
+    queue: Option<UnpackQueue>,
+}
+
+enum Read {
+    /// All that was asked for.
+    Full,
+    /// Less: the socket is empty for now.
+    Short,
+    /// The peer sends no more.
+    End,
+}
+
+// SAFETY: `batch` is scratch of one turn; its pointers mean nothing between turns.
+unsafe impl Send for RecvIo {}
+
+impl RecvIo {
+    /// The state of a fresh comm.
+    pub fn new(config: &Config, queue: Option<UnpackQueue>, seed: u64) -> RecvIo {
+        RecvIo {
+            ahead: Box::new([0; AHEAD]),
+            start: 0,
+            end: 0,
+            cursor: Cursor::default(),
+            missing: None,
+            ended: None,
+            batch: Vec::new(),
+            plan: Vec::new(),
+            rng: Rng::new(seed),
+            mode: config.fragmentation,
+            queue,
+        }
+    }
+
+    /// Frees device memory; the comm is closed.
+    pub fn release(&mut self) {
+        self.queue = None;
+    }
+
+    /// One turn.
+    pub fn turn(&mut self, comm: &Comm, io: &mut Io) -> Turn {
+        let mut budget = TURN_BYTES;
+        let mut drained = false;
+        loop {
+            let seq = comm.completed.get();
+            if seq == comm.posted.get() {
+                if !comm.rest(seq) {
+                    continue;
+                }
+                self.watch_for_end(comm, io);
+                return Turn::Wait;
+            }
+            if comm.leave() {
+                return Turn::Wait;
+            }
+            // SAFETY: posted, not completed, and the I/O lock is held.
+            let body = unsafe { comm.slot(seq).body() };
+            if self.missing.is_none() && self.end - self.start >= HEADER {
+                if let Err(why) = self.begin(comm, seq, body) {
+                    comm.fail(io, NCCL_INTERNAL_ERROR, &why);
+                    return Turn::Wait;
+                }
+            }
+            if self.missing.is_some() && self.take_ahead(body) {
+                self.finish(comm, io, seq, body);
+                continue;
+            }
+            if let Some(why) = &self.ended {
+                comm.fail(io, NCCL_SYSTEM_ERROR, why);
+                return Turn::Wait;
+            }
+            if drained && !io.hung_up {
+                return Turn::Wait;
+            }
+            if budget == 0 {
+                return Turn::More;
+            }
+            match self.read(io.fd(), body, &mut budget) {
+                Ok(Read::Full) => {}
+                // The next arrival is a new event of the edge-triggered epoll.
+                Ok(Read::Short) => drained = true,
+                Ok(Read::End) => self.ended = Some("the peer closed the connection".to_owned()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Turn::Wait,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => self.ended = Some(error.to_string()),
+            }
+        }
+    }
+
+    /// Nothing is posted: finds out whether anything can still come, and fails the comm if no whole message is left.
+    fn watch_for_end(&mut self, comm: &Comm, io: &Io) {
+        if io.hung_up && self.ended.is_none() {
+            let mut byte = 0u8;
+            // SAFETY: one byte of room.
+            let got = unsafe { libc::recv(io.fd(), (&raw mut byte).cast(), 1, libc::MSG_PEEK | libc::MSG_DONTWAIT) };
+            let error = io::Error::last_os_error();
+            if got == 0 {
+                self.ended = Some("the peer closed the connection".to_owned());
+            } else if got < 0 && error.kind() != io::ErrorKind::WouldBlock {
+                self.ended = Some(error.to_string());
+            }
+        }
+        let Some(why) = &self.ended else { return };
+        let left = self.end - self.start;
+        let whole = self.peek_header(comm.completed.get()).is_some_and(|len| left - HEADER >= len);
+        if !whole {
+            comm.fail(io, NCCL_SYSTEM_ERROR, why);
+        }
+    }
+
+    fn peek_header(&self, seq: u64) -> Option<usize> {
+        let bytes = self.ahead[self.start..self.end].first_chunk::<HEADER>()?;
+        parse_header(*bytes, seq)
+    }
+
+    /// A header is there: checks it against the posted receive and lays out a device receive.
+    fn begin(&mut self, comm: &Comm, seq: u64, body: &mut Body) -> Result<(), String> {
+        let len = self.peek_header(seq).ok_or_else(|| format!("message {seq} has no valid header"))?;
+        if len == 0 || len > body.total {
+            return Err(format!("message {seq} has {len} bytes, the receive was posted for {}", body.total));
+        }
+        self.start += HEADER;
+        self.missing = Some(len);
+        self.cursor = Cursor::default();
+        if body.device {
+            let queue = self.queue.as_ref().ok_or("a device receive without an unpack queue")?;
+            let region = queue.bounce_len / MAX_REQUESTS;
+            let at = (seq % MAX_REQUESTS as u64) as usize * region;
+            fragment::plan(self.mode, len, at, &mut self.rng, &mut self.plan);
+            body.iov.clear();
+            let place =
+                |e: &loadMeta| iovec { iov_base: queue.bounce.wrapping_add(e.src_off as usize).cast(), iov_len: e.len as usize };
+            body.iov.extend(self.plan.iter().map(place));
+            let extent = self.plan.iter().map(|e| (e.src_off + e.len) as usize - at).max().unwrap_or(0);
+            comm.slot(seq).extent.store(extent, Ordering::Relaxed);
+        }
+        comm.slot(seq).received.store(len, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Moves bytes that were read ahead to their place; true when the message is complete.
+    fn take_ahead(&mut self, body: &Body) -> bool {
+        let missing = self.missing.unwrap_or(0);
+        let len = missing.min(self.end - self.start);
+        // SAFETY: the segments have room for the message, of which `missing` bytes are still to come; the poster keeps them
+        // valid until the request is done or the comm is closed.
+        unsafe { self.cursor.scatter(&body.iov, &self.ahead[self.start..self.start + len]) };
+        self.start += len;
+        self.missing = Some(missing - len);
+        missing == len
+    }
+
+    /// One system call: the rest of the message as far as the budget goes, and what follows it into the read-ahead buffer.
+    fn read(&mut self, fd: i32, body: &Body, budget: &mut usize) -> io::Result<Read> {
+        self.ahead.copy_within(self.start..self.end, 0);
+        (self.start, self.end) = (0, self.end - self.start);
+        self.batch.clear();
+        let missing = self.missing.unwrap_or(0);
+        let payload = self.cursor.collect(&body.iov, missing.min(*budget), IOV_MAX - 1, &mut self.batch);
+        let room = AHEAD - self.end;
+        let ahead = match payload {
+            _ if payload < missing => 0,
+            LARGE.. => HEADER,
+            _ => room,
+        };
+        if ahead > 0 {
+            let base = self.ahead[self.end..].as_mut_ptr();
+            self.batch.push(iovec { iov_base: base.cast(), iov_len: ahead });
+        }
+        // SAFETY: an all-zero msghdr is a valid empty one.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = self.batch.as_mut_ptr();
+        message.msg_iovlen = self.batch.len();
+        // SAFETY: every segment is writable: our own buffer, or memory that the poster keeps valid until the request is done
+        // or the comm is closed.
+        let got = unsafe { libc::recvmsg(fd, &mut message, libc::MSG_DONTWAIT) };
+        let got = usize::try_from(got).map_err(|_| io::Error::last_os_error())?;
+        let direct = got.min(payload);
+        self.cursor.advance(&body.iov, direct);
+        self.missing = self.missing.map(|m| m - direct);
+        self.end += got - direct;
+        *budget = budget.saturating_sub(got);
+        Ok(match got {
+            0 => Read::End,
+            _ if got == payload + ahead => Read::Full,
+            _ => Read::Short,
+        })
+    }
+
+    /// The message is in place: publishes its descriptors, then its completion.
+    fn finish(&mut self, comm: &Comm, io: &Io, seq: u64, body: &Body) {
+        self.missing = None;
+        if let (true, Some(queue)) = (body.device, &self.queue) {
+            let row = (seq % MAX_REQUESTS as u64) as usize;
+            fragment::publish_order(self.mode, &mut self.rng, &mut self.plan);
+            // SAFETY: the queue is ours, the row belongs to a slot that is not done, and a plan has fewer entries than a row.
+            unsafe {
+                let entries = (&raw mut (*queue.meta).mem[row]).cast::<loadMeta>();
+                std::ptr::copy_nonoverlapping(self.plan.as_ptr(), entries, self.plan.len());
+                let count = AtomicU64::from_ptr(&raw mut (*queue.meta).cnt[row]);
+                count.store(self.plan.len() as u64, Ordering::Release);
+            }
+        }
+        comm.complete(io, seq + 1);
+    }
+}

@@ -1,0 +1,139 @@
+//! Moves the bytes of posted sends into the kernel, many messages a system call.
+//! Knows nothing of who posted them; a message is done when its last byte is in the kernel.
+
+use std::io;
+
+use libc::iovec;
+use nccl_net_abi::{MAX_REQUESTS, NCCL_SYSTEM_ERROR};
+
+use crate::comm::{Comm, Io, Turn, IOV_MAX, TURN_BYTES};
+use crate::slot::Cursor;
+
+/// Progress of a send comm.
+#[derive(Default)]
+pub struct SendIo {
+    /// Place in the oldest unfinished message, and its bytes that are in the kernel already.
+    cursor: Cursor,
+    sent: usize,
+    batch: Vec<iovec>,
+}
+
+// SAFETY: `batch` is scratch of one turn; its pointers mean nothing between turns.
+unsafe impl Send for SendIo {}
+
+impl SendIo {
+    /// One turn.
+    pub fn turn(&mut self, comm: &Comm, io: &mut Io) -> Turn {
+        if io.hung_up {
+            comm.fail(io, NCCL_SYSTEM_ERROR, &hang_up_cause(io.fd()));
+            return Turn::Wait;
+        }
+        let mut budget = TURN_BYTES;
+        loop {
+            let completed = comm.completed.get();
+            let posted = comm.posted.get();
+            if completed == posted {
+                if comm.rest(completed) {
+                    return Turn::Wait;
+                }
+                continue;
+            }
+            if budget == 0 {
+                return Turn::More;
+            }
+            if comm.leave() {
+                return Turn::Wait;
+            }
+            let bytes = match self.gather(comm, completed, posted, budget) {
+                Ok(0) => return Turn::More,
+                Ok(bytes) => bytes,
+                Err(error) => {
+                    comm.fail(io, NCCL_SYSTEM_ERROR, &format!("device memory could not be read: {error}"));
+                    return Turn::Wait;
+                }
+            };
+            match send(io.fd(), &mut self.batch) {
+                Ok(sent) => {
+                    self.account(comm, io, completed, sent);
+                    budget = budget.saturating_sub(sent);
+                    // A short write means that the socket buffer is full; the kernel reports when it is not.
+                    if sent < bytes {
+                        return Turn::Wait;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Turn::Wait,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    comm.fail(io, NCCL_SYSTEM_ERROR, &error.to_string());
+                    return Turn::Wait;
+                }
+            }
+        }
+    }
+
+    /// Collects what follows in messages `completed..posted`. 0 bytes: the next message is not in host memory yet.
+    fn gather(&mut self, comm: &Comm, completed: u64, posted: u64, budget: usize) -> io::Result<usize> {
+        self.batch.clear();
+        let mut bytes = 0;
+        for seq in completed..posted {
+            // SAFETY: posted, not completed, and the I/O lock is held.
+            let body = unsafe { comm.slot(seq).body() };
+            if let (true, Some(source)) = (body.device, comm.posted_source()) {
+                if !source.ready((seq % MAX_REQUESTS as u64) as usize)? {
+                    break;
+                }
+            }
+            let cursor = if seq == completed { self.cursor } else { Cursor::default() };
+            bytes += cursor.collect(&body.iov, budget - bytes, IOV_MAX, &mut self.batch);
+            if bytes == budget || self.batch.len() == IOV_MAX {
+                break;
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// Steps over `sent` bytes and completes the messages they finish.
+    fn account(&mut self, comm: &Comm, io: &Io, mut seq: u64, mut sent: usize) {
+        let first = seq;
+        while sent > 0 {
+            let slot = comm.slot(seq);
+            // SAFETY: posted, not completed, and the I/O lock is held.
+            let body = unsafe { slot.body() };
+            let left = body.total - self.sent;
+            if sent < left {
+                self.cursor.advance(&body.iov, sent);
+                self.sent += sent;
+                break;
+            }
+            sent -= left;
+            (self.cursor, self.sent) = (Cursor::default(), 0);
+            seq += 1;
+        }
+        if seq > first {
+            comm.complete(io, seq);
+        }
+    }
+}
+
+fn send(fd: i32, batch: &mut [iovec]) -> io::Result<usize> {
+    // SAFETY: an all-zero msghdr is a valid empty one.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = batch.as_mut_ptr();
+    message.msg_iovlen = batch.len();
+    // SAFETY: every segment is memory that the poster keeps valid until the request is done or the comm is closed.
+    let sent = unsafe { libc::sendmsg(fd, &message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+}
+
+/// Why the kernel reported a hang-up.
+pub fn hang_up_cause(fd: i32) -> String {
+    let mut code: libc::c_int = 0;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: an int of that size.
+    let known = unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_ERROR, (&raw mut code).cast(), &mut len) };
+    if known == 0 && code != 0 {
+        io::Error::from_raw_os_error(code).to_string()
+    } else {
+        "the peer closed the connection".to_owned()
+    }
+}

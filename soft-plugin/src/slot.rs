@@ -1,0 +1,190 @@
+//! One of the sixteen request slots of a comm, and the cursor that walks its segments.
+//! Who may touch a slot when is decided by the comm's counters; nothing here knows sockets or completion.
+
+use std::cell::UnsafeCell;
+use std::ffi::c_void;
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+
+use libc::iovec;
+
+use crate::comm::Comm;
+
+/// Bytes before each message on the wire: length u32, then sequence u32 (the request's number xor [`WIRE_MARK`]).
+pub const HEADER: usize = 8;
+const WIRE_MARK: u32 = 0x7C9A_51E3;
+
+/// The header of the `seq`-th message of a comm.
+pub fn header(len: usize, seq: u64) -> [u8; HEADER] {
+    let mut bytes = [0; HEADER];
+    bytes[..4].copy_from_slice(&(len as u32).to_le_bytes());
+    bytes[4..].copy_from_slice(&(seq as u32 ^ WIRE_MARK).to_le_bytes());
+    bytes
+}
+
+/// The length that a header announces, or `None` when it is not the header of the `seq`-th message.
+pub fn parse_header(bytes: [u8; HEADER], seq: u64) -> Option<usize> {
+    let [a, b, c, d, e, f, g, h] = bytes;
+    (u32::from_le_bytes([e, f, g, h]) == seq as u32 ^ WIRE_MARK).then(|| u32::from_le_bytes([a, b, c, d]) as usize)
+}
+
+/// The memory a request reads from or writes to.
+pub struct Body {
+    /// Header of a send, as it goes out.
+    pub header: [u8; HEADER],
+    /// Segments: of a send, the header first; of a device receive, filled in when the message's length is known.
+    pub iov: Vec<iovec>,
+    /// Send: bytes on the wire with header. Receive: bytes that were posted.
+    pub total: usize,
+    /// The segments are device memory.
+    pub device: bool,
+}
+
+/// A request slot. A request handed to the caller is the address of its slot.
+pub struct Slot {
+    /// The comm it belongs to; set once, when the comm is built.
+    pub comm: AtomicPtr<Comm>,
+    /// Number of the request that uses or last used it.
+    pub seq: AtomicU64,
+    /// Bytes of the message that arrived.
+    pub received: AtomicUsize,
+    /// Bytes of the bounce region that the receive covers.
+    pub extent: AtomicUsize,
+    body: UnsafeCell<Body>,
+}
+// SAFETY: `body` is touched by the posting thread while the slot is free and by the holder of the comm's I/O lock between
+// posting and completion; the comm's `posted` and `completed` counters order the two.
+unsafe impl Sync for Slot {}
+// SAFETY: as above; the pointers inside are only used under that protocol.
+unsafe impl Send for Slot {}
+
+impl Slot {
+    /// A free slot.
+    pub fn new() -> Slot {
+        Slot {
+            comm: AtomicPtr::new(ptr::null_mut()),
+            seq: AtomicU64::new(u64::MAX),
+            received: AtomicUsize::new(0),
+            extent: AtomicUsize::new(0),
+            body: UnsafeCell::new(Body { header: [0; HEADER], iov: Vec::new(), total: 0, device: false }),
+        }
+    }
+
+    /// The request's memory.
+    ///
+    /// # Safety
+    /// The caller posts to a free slot, or holds the I/O lock and the slot is posted and not completed; one reference at a time.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn body(&self) -> &mut Body {
+        // SAFETY: exclusive by this function's contract.
+        unsafe { &mut *self.body.get() }
+    }
+
+    /// Address the caller knows it by.
+    pub fn as_request(&self) -> *mut c_void {
+        ptr::from_ref(self).cast_mut().cast()
+    }
+
+    /// Number of the request.
+    pub fn seq(&self) -> u64 {
+        self.seq.load(Ordering::Acquire)
+    }
+}
+
+/// A place in a list of segments.
+#[derive(Clone, Copy, Default)]
+pub struct Cursor {
+    segment: usize,
+    offset: usize,
+}
+
+impl Cursor {
+    /// Steps over `bytes`, which the list must still have.
+    pub fn advance(&mut self, iov: &[iovec], mut bytes: usize) {
+        while bytes > 0 {
+            let left = iov[self.segment].iov_len - self.offset;
+            if bytes < left {
+                self.offset += bytes;
+                return;
+            }
+            bytes -= left;
+            self.segment += 1;
+            self.offset = 0;
+        }
+    }
+
+    /// Appends what follows to `out`: at most `bytes` bytes and `out` no longer than `max` segments. Returns the bytes added.
+    pub fn collect(&self, iov: &[iovec], bytes: usize, max: usize, out: &mut Vec<iovec>) -> usize {
+        let mut added = 0;
+        let mut skip = self.offset;
+        for segment in &iov[self.segment.min(iov.len())..] {
+            if added == bytes || out.len() >= max {
+                break;
+            }
+            let len = (segment.iov_len - skip).min(bytes - added);
+            // The address arithmetic stays inside the segment: skip < iov_len.
+            out.push(iovec { iov_base: segment.iov_base.cast::<u8>().wrapping_add(skip).cast(), iov_len: len });
+            added += len;
+            skip = 0;
+        }
+        added
+    }
+
+    /// Copies `bytes` into the segments that follow and steps over them.
+    ///
+    /// # Safety
+    /// The segments are writable and have room for `bytes`.
+    pub unsafe fn scatter(&mut self, iov: &[iovec], mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let segment = &iov[self.segment];
+            let len = (segment.iov_len - self.offset).min(bytes.len());
+            // SAFETY: inside the segment, which the caller vouches for; the source is our own buffer.
+            unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), segment.iov_base.cast::<u8>().add(self.offset), len) };
+            self.advance(iov, len);
+            bytes = &bytes[len..];
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn header_round_trip() {
+        for (len, seq) in [(1, 0), (512 << 10, 17), (77, 1 << 33)] {
+            assert_eq!(parse_header(header(len, seq), seq), Some(len));
+            assert_eq!(parse_header(header(len, seq), seq + 1), None);
+        }
+    }
+
+    #[test]
+    fn cursor_walks_every_split() {
+        let mut memory = [[0u8; 5], [0; 5], [0; 5]];
+        let iov: Vec<iovec> = memory.iter_mut().map(|m| iovec { iov_base: m.as_mut_ptr().cast(), iov_len: 5 }).collect();
+        for first in 0..=15 {
+            let source: Vec<u8> = (1..=15).collect();
+            let mut cursor = Cursor::default();
+            // SAFETY: fifteen bytes of room.
+            unsafe {
+                cursor.scatter(&iov, &source[..first]);
+                let mut rest = Vec::new();
+                assert_eq!(cursor.collect(&iov, 100, 100, &mut rest), 15 - first);
+                cursor.scatter(&iov, &source[first..]);
+            }
+            assert_eq!(memory.concat(), source);
+        }
+    }
+
+    #[test]
+    fn collect_respects_its_limits() {
+        let mut memory = [0u8; 30];
+        let base = memory.as_mut_ptr();
+        let iov: Vec<iovec> = (0..3).map(|i| iovec { iov_base: base.wrapping_add(i * 10).cast(), iov_len: 10 }).collect();
+        let mut out = Vec::new();
+        assert_eq!(Cursor::default().collect(&iov, 15, 9, &mut out), 15);
+        assert_eq!(out.iter().map(|s| s.iov_len).collect::<Vec<_>>(), [10, 5]);
+        out.clear();
+        assert_eq!(Cursor::default().collect(&iov, 30, 2, &mut out), 20);
+    }
+}

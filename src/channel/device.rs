@@ -1,0 +1,271 @@
+//! Moving bytes of device memory: unpacking a bounce buffer to its destinations, gathering segments into staging. One trait,
+//! so that the rest of the engine is the same for CUDA and for emulated device memory, where the CPU does both.
+
+use super::plan::Part;
+use crate::status::{bail, Result};
+use nccl_net_abi::{loadMeta, netUnpackMeta, unpackNetDeviceHandle, MAX_SLOT_ENTRIES};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Work handed to a device; asked for with [`DeviceCopier::poll`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ticket {
+    /// Finished when it was submitted.
+    Done,
+    /// Number of the job at its device.
+    Job(u64),
+}
+
+/// Copies on a device. Implementations never block in `unpack`, `pack` and `poll`.
+pub(crate) trait DeviceCopier: Send {
+    /// The plugin's unpack structure, read once per comm.
+    ///
+    /// # Safety
+    /// `handle` is what `accept` of a live comm filled in, for device memory of this copier.
+    unsafe fn view(&self, handle: *const std::ffi::c_void) -> Result<unpackNetDeviceHandle>;
+
+    /// Copies the receive in `slot` to `parts`, in stream order; every entry is checked against `len`.
+    ///
+    /// # Safety
+    /// The receive is done and not consumed; `parts` lie in registered memory of this copier and stay there until the job is done.
+    unsafe fn unpack(&mut self, view: &unpackNetDeviceHandle, slot: usize, len: usize, parts: &[Part]) -> Result<Ticket>;
+
+    /// Gathers `parts` into `staging`.
+    ///
+    /// # Safety
+    /// `parts` lie in registered memory of this copier, `staging` holds their sum, and both stay until the job is done.
+    unsafe fn pack(&mut self, parts: &[Part], staging: *mut u8) -> Result<Ticket>;
+
+    /// Whether a job has finished.
+    fn poll(&mut self, ticket: Ticket) -> Result<bool>;
+
+    /// Puts a few bytes in place and returns when they are there.
+    ///
+    /// # Safety
+    /// `part` lies in registered memory of this copier and is `bytes` long.
+    unsafe fn store(&mut self, bytes: &[u8], part: Part) -> Result<()>;
+
+    /// Page-aligned device memory for gathering.
+    fn staging(&mut self, len: usize) -> Result<Box<dyn StagingMemory>>;
+}
+
+/// Memory of a staging ring.
+pub(crate) trait StagingMemory: Send {
+    /// First byte, page-aligned, in the address space of its kind.
+    fn ptr(&self) -> *mut u8;
+}
+
+impl StagingMemory for super::memory::HostBlock {
+    fn ptr(&self) -> *mut u8 {
+        self.as_ptr()
+    }
+}
+
+/// Device memory that is really host memory: the CPU copies.
+pub(crate) struct EmulatedDevice;
+
+impl DeviceCopier for EmulatedDevice {
+    unsafe fn view(&self, handle: *const std::ffi::c_void) -> Result<unpackNetDeviceHandle> {
+        if handle.is_null() {
+            bail!(Plugin, "the plugin gave no device handle");
+        }
+        // SAFETY: by the caller's contract; emulated device memory is host memory.
+        Ok(unsafe { handle.cast::<unpackNetDeviceHandle>().read_unaligned() })
+    }
+
+    unsafe fn unpack(&mut self, view: &unpackNetDeviceHandle, slot: usize, len: usize, parts: &[Part]) -> Result<Ticket> {
+        // SAFETY: the meta queue lives as long as the comm; slot is below 16 by the comm's type.
+        let entries = unsafe { entries(view.meta, slot) }?;
+        check_entries(entries, len)?;
+        let starts = starts(parts);
+        for entry in entries {
+            // SAFETY: the plugin states that len bytes at src_off belong to this receive.
+            let src = unsafe { view.bounce_buf.cast::<u8>().add(entry.src_off as usize) };
+            // SAFETY: entries were checked to lie inside the message, and the parts' sum is the message.
+            unsafe { scatter(src, entry.dst_off as usize, entry.len as usize, parts, &starts) };
+        }
+        Ok(Ticket::Done)
+    }
+
+    unsafe fn pack(&mut self, parts: &[Part], staging: *mut u8) -> Result<Ticket> {
+        // SAFETY: by the caller's contract.
+        unsafe { gather(parts, staging) };
+        Ok(Ticket::Done)
+    }
+
+    fn poll(&mut self, ticket: Ticket) -> Result<bool> {
+        match ticket {
+            Ticket::Done => Ok(true),
+            Ticket::Job(n) => bail!(Internal, "job {n} of an emulated device"),
+        }
+    }
+
+    unsafe fn store(&mut self, bytes: &[u8], part: Part) -> Result<()> {
+        // SAFETY: by the caller's contract; emulated device memory is host memory.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), part.addr as *mut u8, bytes.len()) };
+        Ok(())
+    }
+
+    fn staging(&mut self, len: usize) -> Result<Box<dyn StagingMemory>> {
+        Ok(Box::new(super::memory::HostBlock::new(len)?))
+    }
+}
+
+/// The descriptors of a slot.
+///
+/// # Safety
+/// `meta` is a live meta queue and the receive in `slot` is done.
+unsafe fn entries<'a>(meta: *const netUnpackMeta, slot: usize) -> Result<&'a [loadMeta]> {
+    // SAFETY: by the caller's contract. The count is written last by the plugin; reading it with acquire orders the entries.
+    let count = unsafe { AtomicU64::from_ptr((&raw const (*meta).cnt[slot]).cast_mut()) }.load(Ordering::Acquire);
+    if count > MAX_SLOT_ENTRIES as u64 {
+        bail!(Plugin, "the plugin describes a receive by {count} fragments");
+    }
+    // SAFETY: count is within the row.
+    Ok(unsafe { std::slice::from_raw_parts((&raw const (*meta).mem[slot]).cast::<loadMeta>(), count as usize) })
+}
+
+/// Every entry inside the message, and all of the message described.
+fn check_entries(entries: &[loadMeta], len: usize) -> Result<()> {
+    let mut sum = 0u64;
+    for e in entries {
+        let inside = e.dst_off.checked_add(u64::from(e.len)).is_some_and(|end| end <= len as u64);
+        if !inside {
+            bail!(Plugin, "fragment of {} bytes at {} in a message of {len}", e.len, e.dst_off);
+        }
+        sum += u64::from(e.len);
+    }
+    if sum != len as u64 {
+        bail!(Plugin, "fragments hold {sum} bytes of a message of {len}");
+    }
+    Ok(())
+}
+
+/// Message offset at which each part begins.
+fn starts(parts: &[Part]) -> Vec<usize> {
+    parts
+        .iter()
+        .scan(0usize, |at, p| {
+            let start = *at;
+            *at += p.len as usize;
+            Some(start)
+        })
+        .collect()
+}
+
+/// Copies `len` bytes that belong at message offset `at` to the parts they fall into.
+///
+/// # Safety
+/// `src` holds `len` bytes, `at + len` is at most the parts' sum, and the parts are writable.
+unsafe fn scatter(mut src: *const u8, mut at: usize, mut len: usize, parts: &[Part], starts: &[usize]) {
+    let mut i = starts.partition_point(|&s| s <= at).saturating_sub(1);
+    while len > 0 {
+        let inside = at - starts[i];
+        let n = (parts[i].len as usize - inside).min(len);
+        // SAFETY: n bytes lie inside part i and inside the source.
+        unsafe {
+            std::ptr::copy_nonoverlapping(src, (parts[i].addr as usize + inside) as *mut u8, n);
+            src = src.add(n);
+        }
+        at += n;
+        len -= n;
+        i += 1;
+    }
+}
+
+/// Copies parts into contiguous memory.
+///
+/// # Safety
+/// Parts are readable and `out` holds their sum.
+pub(crate) unsafe fn gather(parts: &[Part], mut out: *mut u8) {
+    for part in parts {
+        // SAFETY: by the caller's contract.
+        unsafe {
+            std::ptr::copy_nonoverlapping(part.addr as *const u8, out, part.len as usize);
+            out = out.add(part.len as usize);
+        }
+    }
+}
+
+/// Copies contiguous memory to parts.
+///
+/// # Safety
+/// `src` holds the parts' sum and the parts are writable.
+pub(crate) unsafe fn spread(mut src: *const u8, parts: &[Part]) {
+    for part in parts {
+        // SAFETY: by the caller's contract.
+        unsafe {
+            std::ptr::copy_nonoverlapping(src, part.addr as *mut u8, part.len as usize);
+            src = src.add(part.len as usize);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn entry(src_off: usize, len: usize, dst_off: usize) -> loadMeta {
+        loadMeta { src_off: src_off as u32, len: len as u32, dst_off: dst_off as u64 }
+    }
+
+    proptest! {
+        /// Unsorted fragments of any length reach destination parts of any length, byte for byte, and nothing else.
+        #[test]
+        fn fragments_reach_their_parts(
+            cuts in proptest::collection::vec(1usize..500, 1..30), part_lens in proptest::collection::vec(1usize..700, 1..30), seed in any::<u64>(),
+        ) {
+            let len: usize = cuts.iter().sum::<usize>().min(part_lens.iter().sum());
+            let message: Vec<u8> = (0..len).map(|i| (i as u64 ^ seed) as u8).collect();
+            let mut meta: Box<netUnpackMeta> = unsafe { Box::new(std::mem::zeroed()) };
+            let mut bounce = vec![0xEEu8; len * 2 + 64];
+            let (mut at, mut list, mut src) = (0, Vec::new(), 3);
+            for cut in cuts {
+                let n = cut.min(len - at);
+                if n == 0 { break; }
+                bounce[src..src + n].copy_from_slice(&message[at..at + n]);
+                list.push(entry(src, n, at));
+                at += n;
+                src += n + (at % 2);
+            }
+            // Whatever the cuts left over goes last.
+            if at < len {
+                bounce[src..src + len - at].copy_from_slice(&message[at..]);
+                list.push(entry(src, len - at, at));
+            }
+            list.reverse();
+            let slot = (seed % 16) as usize;
+            meta.mem[slot][..list.len()].copy_from_slice(&list);
+            meta.cnt[slot] = list.len() as u64;
+            let mut dest = vec![0xAAu8; part_lens.iter().map(|l| l + 2).sum::<usize>() + 2];
+            let (mut parts, mut place, mut left) = (Vec::new(), 1usize, len);
+            for l in part_lens {
+                let n = l.min(left);
+                if n > 0 { parts.push((place, n)); }
+                place += l + 2;
+                left -= n;
+            }
+            let base = dest.as_mut_ptr() as u64;
+            let targets: Vec<Part> = parts.iter().map(|&(o, n)| Part { addr: base + o as u64, len: n as u64, region: 0 }).collect();
+            let view = unpackNetDeviceHandle { meta: &mut *meta, bounce_buf: bounce.as_mut_ptr().cast(), head: 0 };
+            let done = unsafe { EmulatedDevice.unpack(&view, slot, len, &targets) };
+            prop_assert_eq!(done, Ok(Ticket::Done));
+            let mut expected = vec![0xAAu8; dest.len()];
+            let mut at = 0;
+            for (o, n) in parts {
+                expected[o..o + n].copy_from_slice(&message[at..at + n]);
+                at += n;
+            }
+            prop_assert_eq!(dest, expected);
+        }
+    }
+
+    #[test]
+    fn entries_outside_the_message_are_refused() {
+        assert!(check_entries(&[entry(0, 100, 0)], 100).is_ok());
+        for bad in [vec![entry(0, 101, 0)], vec![entry(0, 1, 100), entry(0, 99, 0)], vec![entry(0, 50, 0)], vec![entry(0, 60, 0), entry(0, 60, 40)], vec![]] {
+            assert!(check_entries(&bad, 100).is_err(), "{bad:?}");
+        }
+        assert!(check_entries(&[loadMeta { src_off: 0, len: 2, dst_off: u64::MAX }], 100).is_err());
+    }
+}

@@ -1,0 +1,39 @@
+//! Page-aligned host memory owned by a channel: staging rings and discard buffers.
+
+use crate::status::{bail, Result};
+use std::alloc::{alloc_zeroed, dealloc, Layout};
+use std::ptr::NonNull;
+
+/// Alignment that plugins ask of registered memory.
+pub(crate) const PAGE: usize = 4096;
+
+/// A zeroed, page-aligned block.
+pub(crate) struct HostBlock {
+    ptr: NonNull<u8>,
+    layout: Layout,
+}
+// SAFETY: plain memory, owned.
+unsafe impl Send for HostBlock {}
+
+impl HostBlock {
+    pub(crate) fn new(len: usize) -> Result<HostBlock> {
+        let Ok(layout) = Layout::from_size_align(len.max(1).next_multiple_of(PAGE), PAGE) else { bail!(Resource, "block of {len} bytes") };
+        // SAFETY: the layout's size is not 0.
+        let Some(ptr) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { bail!(Resource, "{len} bytes of staging memory") };
+        Ok(HostBlock { ptr, layout })
+    }
+    pub(crate) fn as_ptr(&self) -> *mut u8 {
+        self.ptr.as_ptr()
+    }
+    /// Bytes, a multiple of the page.
+    pub(crate) fn len(&self) -> usize {
+        self.layout.size()
+    }
+}
+
+impl Drop for HostBlock {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout, freed once.
+        unsafe { dealloc(self.ptr.as_ptr(), self.layout) };
+    }
+}

@@ -1,0 +1,194 @@
+//! The chunk plan: a transfer is a stream of bytes laid over a list of segments; chunks are cut off its front. Both sides walk
+//! their own list in the same order by the same lengths, so a chunk is described by its length alone. Pure.
+
+/// One segment of local memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Segment {
+    /// First byte.
+    pub addr: u64,
+    /// Bytes, more than 0.
+    pub len: u64,
+    /// Index of its region in the transfer's table.
+    pub region: u16,
+    /// It is device memory.
+    pub device: bool,
+    /// The peer's side of it is device memory.
+    pub peer_device: bool,
+}
+
+/// A piece of a segment inside a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Part {
+    /// First byte.
+    pub addr: u64,
+    /// Bytes, more than 0.
+    pub len: u64,
+    /// Index of its region in the transfer's table.
+    pub region: u16,
+}
+
+/// What one chunk is made of.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Chunk {
+    /// Its pieces, in stream order; neighbours in memory are merged.
+    pub parts: Vec<Part>,
+    /// Bytes of all pieces.
+    pub len: usize,
+    /// The local side is device memory.
+    pub device: bool,
+    /// The peer's side is device memory; meaningless where it was not known (see [`Stream::take_exact`]).
+    pub peer_device: bool,
+}
+
+/// Pieces of one chunk at most: a chunk that scatters further is cut shorter.
+pub(crate) const MAX_PARTS: usize = 512;
+
+/// The part of a transfer's stream that is not yet cut into chunks.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    segments: Vec<Segment>,
+    next: usize,
+    /// Bytes of segment `next` already taken.
+    taken: u64,
+    remaining: u64,
+}
+
+impl Stream {
+    pub(crate) fn new(segments: Vec<Segment>) -> Stream {
+        let remaining = segments.iter().map(|s| s.len).sum();
+        Stream { segments, next: 0, taken: 0, remaining }
+    }
+
+    /// Bytes not yet taken.
+    pub(crate) fn remaining(&self) -> u64 {
+        self.remaining
+    }
+
+    /// Kinds of memory of the next chunk: here, and at the peer.
+    pub(crate) fn next_kinds(&self) -> Option<(bool, bool)> {
+        self.segments.get(self.next).map(|s| (s.device, s.peer_device))
+    }
+
+    /// Cuts the next chunk: at most `max` bytes and [`MAX_PARTS`] pieces, of one kind of memory on both sides.
+    pub(crate) fn take(&mut self, max: usize) -> Option<Chunk> {
+        self.cut(max as u64, MAX_PARTS, true)
+    }
+
+    /// Cuts exactly `len` bytes, as the sender announced; the peer's kind is the sender's business. `None` when fewer remain, or when
+    /// the chunk would mix kinds of local memory, which no sender that follows the plan does.
+    pub(crate) fn take_exact(&mut self, len: usize) -> Option<Chunk> {
+        if len as u64 > self.remaining {
+            return None;
+        }
+        let chunk = self.cut(len as u64, usize::MAX, false)?;
+        (chunk.len == len).then_some(chunk)
+    }
+
+    fn cut(&mut self, max: u64, max_parts: usize, split_on_peer: bool) -> Option<Chunk> {
+        let first = *self.segments.get(self.next)?;
+        let mut chunk = Chunk { device: first.device, peer_device: first.peer_device, ..Chunk::default() };
+        let mut left = max;
+        while left > 0 {
+            let Some(segment) = self.segments.get(self.next) else { break };
+            if segment.device != chunk.device || (split_on_peer && segment.peer_device != chunk.peer_device) {
+                break;
+            }
+            let addr = segment.addr + self.taken;
+            let len = (segment.len - self.taken).min(left);
+            let full = chunk.parts.len() == max_parts;
+            match chunk.parts.last_mut() {
+                Some(last) if last.addr + last.len == addr && last.region == segment.region => last.len += len,
+                _ if full => break,
+                _ => chunk.parts.push(Part { addr, len, region: segment.region }),
+            }
+            left -= len;
+            self.taken += len;
+            if self.taken == segment.len {
+                self.next += 1;
+                self.taken = 0;
+            }
+        }
+        chunk.len = (max - left) as usize;
+        self.remaining -= max - left;
+        (chunk.len > 0).then_some(chunk)
+    }
+}
+
+/// Length of the chunks that a transfer of `total` bytes is cut into: small enough that every channel gets its share twice over, not
+/// so small that per-message cost counts.
+pub(crate) fn chunk_len(total: u64, channels: usize, max: usize) -> usize {
+    const SMALLEST: u64 = 64 << 10;
+    const PAGE: u64 = 4096;
+    let share = total.div_ceil(2 * channels.max(1) as u64).next_multiple_of(PAGE);
+    (share.max(SMALLEST) as usize).min(max)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Segments of both sides of one transfer: the same lengths, different places and kinds.
+    fn sides() -> impl Strategy<Value = (Vec<Segment>, Vec<Segment>)> {
+        proptest::collection::vec((0u64..1 << 40, 0u64..1 << 40, 1u64..70_000, any::<bool>(), any::<bool>(), any::<bool>()), 0..200).prop_map(|items| {
+            let (mut a, mut b): (Vec<Segment>, Vec<Segment>) = (Vec::new(), Vec::new());
+            for (i, (x, y, len, dx, dy, near)) in items.into_iter().enumerate() {
+                // Neighbouring blocks are common and exercise the merging.
+                let x = if near && i > 0 { a[i - 1].addr + a[i - 1].len } else { x };
+                a.push(Segment { addr: x, len, region: 0, device: dx, peer_device: dy });
+                b.push(Segment { addr: y, len, region: 0, device: dy, peer_device: dx });
+            }
+            (a, b)
+        })
+    }
+
+    fn bytes(parts: &[Part]) -> impl Iterator<Item = u64> + '_ {
+        parts.iter().flat_map(|p| p.addr..p.addr + p.len)
+    }
+
+    proptest! {
+        #[test]
+        fn both_sides_cut_the_same_plan((sender, receiver) in sides(), max in 1usize..200_000) {
+            let total: u64 = sender.iter().map(|s| s.len).sum();
+            let (mut out, mut inc) = (Stream::new(sender.clone()), Stream::new(receiver.clone()));
+            let (mut sent, mut got) = (Vec::new(), Vec::new());
+            while let Some(chunk) = out.take(max) {
+                prop_assert!(chunk.len <= max && chunk.parts.len() <= MAX_PARTS);
+                prop_assert_eq!(chunk.parts.iter().map(|p| p.len).sum::<u64>(), chunk.len as u64);
+                let theirs = inc.take_exact(chunk.len);
+                prop_assert!(theirs.is_some());
+                let theirs = theirs.unwrap();
+                prop_assert_eq!((theirs.len, theirs.device), (chunk.len, chunk.peer_device));
+                sent.extend(chunk.parts);
+                got.extend(theirs.parts);
+            }
+            prop_assert_eq!((out.remaining(), inc.remaining()), (0, 0));
+            let whole = |s: &[Segment]| s.iter().map(|s| Part { addr: s.addr, len: s.len, region: 0 }).collect::<Vec<_>>();
+            if total < 300_000 {
+                prop_assert!(bytes(&sent).eq(bytes(&whole(&sender))));
+                prop_assert!(bytes(&got).eq(bytes(&whole(&receiver))));
+            }
+        }
+
+        #[test]
+        fn a_wrong_announcement_is_refused((_, receiver) in sides(), extra in 1u64..1000) {
+            let mut stream = Stream::new(receiver);
+            let too_much = stream.remaining() + extra;
+            prop_assert_eq!(stream.take_exact(too_much as usize), None);
+        }
+
+        #[test]
+        fn chunk_lengths_stay_in_their_limits(total in 1u64..1 << 40, channels in 1usize..64, max in 4096usize..16 << 20) {
+            let len = chunk_len(total, channels, max);
+            prop_assert!(len >= 4096.min(max) && len <= max);
+        }
+    }
+
+    #[test]
+    fn neighbours_in_memory_become_one_part() {
+        let segment = |addr, len| Segment { addr, len, region: 0, device: false, peer_device: false };
+        let mut stream = Stream::new((0..1000).map(|i| segment(4096 * i, 4096)).collect());
+        let chunk = stream.take(512 << 10).unwrap();
+        assert_eq!(chunk.parts, [Part { addr: 0, len: 512 << 10, region: 0 }]);
+    }
+}

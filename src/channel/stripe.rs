@@ -1,0 +1,105 @@
+//! Striping: which channel carries the next chunk. Channels run at their own speed; the one that would finish the chunk first
+//! gets it. Pure.
+
+/// State of a channel as striping sees it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Load {
+    /// Free places of its window.
+    pub free: usize,
+    /// Bytes posted and not yet done.
+    pub queued: u64,
+    /// Measured speed, bytes per second; 0 while unknown.
+    pub rate: f64,
+}
+
+/// The channel for a chunk of `len` bytes, or `None` when the best one has no free place: then waiting beats a slower channel.
+pub(crate) fn pick(loads: impl Iterator<Item = Load> + Clone, len: u64) -> Option<usize> {
+    let known = loads.clone().filter(|l| l.rate > 0.0);
+    let n = known.clone().count();
+    // A channel without a measurement is taken to be as fast as the others.
+    let assumed = if n == 0 { 1.0 } else { known.map(|l| l.rate).sum::<f64>() / n as f64 };
+    let finish = |l: &Load| (l.queued + len) as f64 / if l.rate > 0.0 { l.rate } else { assumed };
+    let (best, load) = loads.enumerate().min_by(|(_, a), (_, b)| finish(a).total_cmp(&finish(b)))?;
+    (load.free > 0).then_some(best)
+}
+
+/// Measures a channel's speed from its completions.
+#[derive(Debug, Default)]
+pub(crate) struct Rate {
+    bytes_per_second: f64,
+    last: Option<std::time::Instant>,
+}
+
+impl Rate {
+    /// Bytes per second; 0 while unknown.
+    pub(crate) fn get(&self) -> f64 {
+        self.bytes_per_second
+    }
+
+    /// The channel got work after having had none.
+    pub(crate) fn start(&mut self, now: std::time::Instant) {
+        self.last = Some(now);
+    }
+
+    /// `bytes` were done by `now`.
+    pub(crate) fn done(&mut self, bytes: u64, now: std::time::Instant) {
+        if let Some(last) = self.last {
+            let seconds = now.saturating_duration_since(last).as_secs_f64().max(1e-6);
+            let sample = bytes as f64 / seconds;
+            const WEIGHT: f64 = 0.2;
+            self.bytes_per_second = if self.bytes_per_second == 0.0 { sample } else { self.bytes_per_second * (1.0 - WEIGHT) + sample * WEIGHT };
+        }
+        self.last = Some(now);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Over a long transfer every channel is used in proportion to its speed, whatever the speeds.
+        #[test]
+        fn shares_follow_speed(rates in proptest::collection::vec(1u32..50, 1..8)) {
+            const CHUNK: u64 = 1;
+            let mut queued = vec![0u64; rates.len()];
+            let mut credit = vec![0f64; rates.len()];
+            let mut sent = vec![0u64; rates.len()];
+            for _ in 0..2000 {
+                while let Some(c) = pick(queued.iter().zip(&rates).map(|(&q, &r)| Load { free: 16 - q as usize, queued: q, rate: f64::from(r) }), CHUNK) {
+                    queued[c] += CHUNK;
+                    sent[c] += CHUNK;
+                }
+                for c in 0..rates.len() {
+                    credit[c] += f64::from(rates[c]) / 50.0;
+                    let done = (credit[c] as u64).min(queued[c]);
+                    credit[c] = (credit[c] - done as f64).min(1.0);
+                    queued[c] -= done;
+                }
+            }
+            let total: u64 = sent.iter().sum();
+            let sum: u32 = rates.iter().sum();
+            let ideal = 2000.0 * f64::from(sum) / 50.0;
+            prop_assert!(total as f64 >= 0.9 * ideal - 16.0 * rates.len() as f64, "{total} of {ideal}");
+        }
+
+        #[test]
+        fn never_a_full_channel(loads in proptest::collection::vec((0usize..3, 0u64..100, 0u32..5), 0..10)) {
+            let loads: Vec<_> = loads.into_iter().map(|(free, queued, rate)| Load { free, queued, rate: f64::from(rate) }).collect();
+            if let Some(c) = pick(loads.iter().copied(), 10) {
+                prop_assert!(loads[c].free > 0);
+            }
+        }
+    }
+
+    #[test]
+    fn idle_channels_share_evenly_before_anything_is_known() {
+        let mut queued = [0u64; 4];
+        for _ in 0..8 {
+            let c = pick(queued.iter().map(|&q| Load { free: 16 - q as usize, queued: q, rate: 0.0 }), 1).unwrap();
+            queued[c] += 1;
+        }
+        assert_eq!(queued, [2; 4]);
+    }
+}

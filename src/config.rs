@@ -1,0 +1,233 @@
+//! Every environment variable of the library, in one place: name, default, meaning. Values are read once, when an engine is
+//! created; a value that cannot be understood fails the creation. docs/configuration.md is checked against this table.
+
+use crate::status::{bail, Result};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Which NCCL net plugin carries the data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PluginChoice {
+    /// TCPX where its library is found, else the software plugin.
+    Auto,
+    /// Google's plugin; failing to load it is an error.
+    Tcpx,
+    /// The software plugin over ordinary TCP.
+    Soft,
+}
+
+/// Settings of an engine. Fields are documented at their variable in [`VARIABLES`].
+#[derive(Clone, Debug)]
+#[allow(missing_docs)]
+pub struct Config {
+    pub plugin: PluginChoice,
+    pub plugin_path: Option<PathBuf>,
+    pub num_channels: Option<usize>,
+    pub chunk_bytes: usize,
+    pub eager_bytes: usize,
+    pub port: u16,
+    pub socket_ifname: Option<String>,
+    pub auth_key_file: Option<PathBuf>,
+    pub emulate_device: bool,
+    pub vectored: bool,
+    pub spin: Option<Duration>,
+    pub connect_timeout: Duration,
+    pub handshake_timeout: Duration,
+    pub transfer_timeout: Duration,
+    pub peer_timeout: Duration,
+    pub match_timeout: Duration,
+    pub close_timeout: Duration,
+}
+
+/// One environment variable.
+#[derive(Clone, Copy, Debug)]
+pub struct Variable {
+    /// Its name.
+    pub name: &'static str,
+    /// Its default, in words or as a value.
+    pub default: &'static str,
+    /// What it means.
+    pub doc: &'static str,
+}
+
+const fn var(name: &'static str, default: &'static str, doc: &'static str) -> Variable {
+    Variable { name, default, doc }
+}
+
+/// Every variable that the library reads. The software plugin's own (UCCL_TCPX_SOFT_*) follow the library's; NCCL_* variables that
+/// only the plugin reads are passed through untouched and not listed.
+pub const VARIABLES: &[Variable] = &[
+    var("UCCL_TCPX_PLUGIN", "auto", "Network plugin: auto (TCPX where its library is found, else soft), tcpx (fail without it), soft."),
+    var("UCCL_P2P_TRANSPORT", "unset", "UCCL's transport variable: tcpx and tcp mean UCCL_TCPX_PLUGIN=tcpx and soft; other values are ignored. UCCL_TCPX_PLUGIN wins."),
+    var("UCCL_TCPX_PLUGIN_PATH", "unset", "Path of the plugin's shared object; loaded instead of the standard places, whatever plugin it is."),
+    var("UCCL_TCPX_NUM_CHANNELS", "by cores and NICs", "Data channels of a connection, 1 to 64. The smaller of the two sides' values counts."),
+    var("UCCL_TCPX_CHUNK_BYTES", "524288", "Largest message on a channel, bytes (suffixes K, M); 4 KiB to 16 MiB, and at most NCCL_DYNAMIC_CHUNK_SIZE. The smaller side counts."),
+    var("UCCL_TCPX_EAGER_BYTES", "8192", "Transfers of host memory up to this many bytes travel inside the control message; 0 to 64 KiB."),
+    var("UCCL_TCPX_OOB_PORT", "0", "Listening port; 0: the system chooses."),
+    var("UCCL_TCP_OOB_PORT", "0", "The same, UCCL's older name; UCCL_TCPX_OOB_PORT wins."),
+    var("UCCL_SOCKET_IFNAME", "unset", "Control interface: names or prefixes separated by commas, '=' for exact, '^' for exclusion. Default: the first that is up and not loopback, docker or a veth."),
+    var("NCCL_SOCKET_IFNAME", "unset", "The same where UCCL_SOCKET_IFNAME is not set."),
+    var("UCCL_TCPX_AUTH_KEY_FILE", "unset", "File with a pre-shared key, 16 to 4096 bytes; both sides must hold the same one."),
+    var("UCCL_TCPX_EMULATE_DEVICE", "0", "1: registered host memory is treated as device memory and unpacked by the CPU. For tests without a GPU; both sides alike."),
+    var("UCCL_TCPX_VECTORED", "1", "0: the vectored extension of the software plugin is not used (host memory is staged, as with a plugin that lacks it)."),
+    var("UCCL_TCPX_SPIN_US", "by cores", "How long the progress thread spins after activity before it sleeps, microseconds."),
+    var("UCCL_TCPX_CONNECT_TIMEOUT_MS", "30000", "Deadline of a connect, and of an incoming connection's set-up after its first message."),
+    var("UCCL_TCPX_HANDSHAKE_TIMEOUT_MS", "5000", "How long an incoming connection may stay silent before it is dropped."),
+    var("UCCL_TCPX_TRANSFER_TIMEOUT_MS", "10000", "A connection with transfers in flight that moves nothing for this long is failed."),
+    var("UCCL_TCPX_PEER_TIMEOUT_MS", "10000", "A peer that is silent (no heartbeat either) for this long is lost."),
+    var("UCCL_TCPX_MATCH_TIMEOUT_MS", "300000", "How long a send waits for a receive, and a receive for a send."),
+    var("UCCL_TCPX_CLOSE_TIMEOUT_MS", "10000", "How long deregistration and destruction wait for transfers in flight before they fail them."),
+    var("UCCL_P2P_LOG_LEVEL", "warn", "error, warn, info, debug, trace or off. Log lines go to standard error."),
+    var("UCCL_TCPX_DEBUG", "0", "1: the same as UCCL_P2P_LOG_LEVEL=debug."),
+    var("UCCL_P2P_DISABLE_IPC", "0", "UCCL's variable; accepted. This library never uses IPC: data takes the channels also inside one host."),
+    var("NCCL_DYNAMIC_CHUNK_SIZE", "524288", "Largest message of the plugin, bytes. Read by the plugin; set by the library when the user did not, since TCPX moves nothing without it."),
+];
+
+fn get(name: &str) -> Result<Option<String>> {
+    debug_assert!(VARIABLES.iter().any(|v| v.name == name), "{name} is not in the table");
+    match std::env::var(name) {
+        Ok(value) if value.trim().is_empty() => Ok(None),
+        Ok(value) => Ok(Some(value.trim().to_owned())),
+        Err(std::env::VarError::NotPresent) => Ok(None),
+        Err(std::env::VarError::NotUnicode(_)) => bail!(InvalidArgument, "{name} is not UTF-8"),
+    }
+}
+
+/// A number with an optional suffix K, M or G (powers of 1024).
+fn parse_number(text: &str) -> Option<u64> {
+    let (digits, shift) = match text.as_bytes().last()? {
+        b'k' | b'K' => (&text[..text.len() - 1], 10),
+        b'm' | b'M' => (&text[..text.len() - 1], 20),
+        b'g' | b'G' => (&text[..text.len() - 1], 30),
+        _ => (text, 0),
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+fn number(name: &str, range: std::ops::RangeInclusive<u64>) -> Result<Option<u64>> {
+    let Some(text) = get(name)? else { return Ok(None) };
+    match parse_number(&text) {
+        Some(n) if range.contains(&n) => Ok(Some(n)),
+        _ => bail!(InvalidArgument, "{name}={text}: expected a number from {} to {}", range.start(), range.end()),
+    }
+}
+
+fn flag(name: &str, default: bool) -> Result<bool> {
+    match get(name)?.map(|v| v.to_ascii_lowercase()).as_deref() {
+        None => Ok(default),
+        Some("1" | "true" | "yes" | "on") => Ok(true),
+        Some("0" | "false" | "no" | "off") => Ok(false),
+        Some(other) => bail!(InvalidArgument, "{name}={other}: expected 0 or 1"),
+    }
+}
+
+fn millis(name: &str, default: u64) -> Result<Duration> {
+    Ok(Duration::from_millis(number(name, 1..=86_400_000)?.unwrap_or(default)))
+}
+
+/// Largest chunk the library accepts, and the default.
+pub const MAX_CHUNK_BYTES: usize = 16 << 20;
+const DEFAULT_CHUNK_BYTES: usize = 512 << 10;
+
+impl Config {
+    /// Reads the environment.
+    ///
+    /// # Errors
+    /// `InvalidArgument` names the variable whose value cannot be understood.
+    pub fn from_env() -> Result<Config> {
+        let transport = match get("UCCL_P2P_TRANSPORT")?.map(|v| v.to_ascii_lowercase()).as_deref() {
+            Some("tcpx") => PluginChoice::Tcpx,
+            Some("tcp") => PluginChoice::Soft,
+            _ => PluginChoice::Auto,
+        };
+        let plugin = match get("UCCL_TCPX_PLUGIN")?.map(|v| v.to_ascii_lowercase()).as_deref() {
+            None => transport,
+            Some("auto") => PluginChoice::Auto,
+            Some("tcpx") => PluginChoice::Tcpx,
+            Some("soft") => PluginChoice::Soft,
+            Some(other) => bail!(InvalidArgument, "UCCL_TCPX_PLUGIN={other}: expected auto, tcpx or soft"),
+        };
+        let port = match number("UCCL_TCPX_OOB_PORT", 0..=65535)? {
+            Some(port) => port,
+            None => number("UCCL_TCP_OOB_PORT", 0..=65535)?.unwrap_or(0),
+        };
+        let socket_ifname = match get("UCCL_SOCKET_IFNAME")? {
+            Some(names) => Some(names),
+            None => get("NCCL_SOCKET_IFNAME")?,
+        };
+        let plugin_limit = number("NCCL_DYNAMIC_CHUNK_SIZE", 0..=i32::MAX as u64)?.filter(|&n| n > 0);
+        let chunk = number("UCCL_TCPX_CHUNK_BYTES", 4096..=MAX_CHUNK_BYTES as u64)?.map_or(DEFAULT_CHUNK_BYTES, |n| n as usize);
+        let chunk_bytes = plugin_limit.map_or(chunk, |limit| chunk.min(limit as usize));
+        Ok(Config {
+            plugin,
+            plugin_path: get("UCCL_TCPX_PLUGIN_PATH")?.map(PathBuf::from),
+            num_channels: number("UCCL_TCPX_NUM_CHANNELS", 1..=64)?.map(|n| n as usize),
+            chunk_bytes,
+            eager_bytes: number("UCCL_TCPX_EAGER_BYTES", 0..=65536)?.unwrap_or(8192) as usize,
+            port: port as u16,
+            socket_ifname,
+            auth_key_file: get("UCCL_TCPX_AUTH_KEY_FILE")?.map(PathBuf::from),
+            emulate_device: flag("UCCL_TCPX_EMULATE_DEVICE", false)?,
+            vectored: flag("UCCL_TCPX_VECTORED", true)?,
+            spin: number("UCCL_TCPX_SPIN_US", 0..=1_000_000)?.map(Duration::from_micros),
+            connect_timeout: millis("UCCL_TCPX_CONNECT_TIMEOUT_MS", 30_000)?,
+            handshake_timeout: millis("UCCL_TCPX_HANDSHAKE_TIMEOUT_MS", 5_000)?,
+            transfer_timeout: millis("UCCL_TCPX_TRANSFER_TIMEOUT_MS", 10_000)?,
+            peer_timeout: millis("UCCL_TCPX_PEER_TIMEOUT_MS", 10_000)?,
+            match_timeout: millis("UCCL_TCPX_MATCH_TIMEOUT_MS", 300_000)?,
+            close_timeout: millis("UCCL_TCPX_CLOSE_TIMEOUT_MS", 10_000)?,
+        })
+    }
+
+    /// Every variable with the value in effect and where it comes from ("default" or "environment").
+    pub fn describe() -> Vec<(&'static str, String, &'static str, &'static str)> {
+        let row = |v: &Variable| match std::env::var(v.name) {
+            Ok(value) if !value.trim().is_empty() => (v.name, value, "environment", v.doc),
+            _ => (v.name, v.default.to_owned(), "default", v.doc),
+        };
+        VARIABLES.iter().map(row).collect()
+    }
+
+    /// The pre-shared key, when one is configured.
+    pub(crate) fn auth_key(&self) -> Result<Option<Vec<u8>>> {
+        let Some(path) = &self.auth_key_file else { return Ok(None) };
+        let key = match std::fs::read(path) {
+            Ok(key) => key,
+            Err(e) => bail!(InvalidArgument, "UCCL_TCPX_AUTH_KEY_FILE={}: {e}", path.display()),
+        };
+        if !(16..=4096).contains(&key.len()) {
+            bail!(InvalidArgument, "UCCL_TCPX_AUTH_KEY_FILE={}: {} bytes, expected 16 to 4096", path.display(), key.len());
+        }
+        Ok(Some(key))
+    }
+}
+
+/// Level of the log, from UCCL_P2P_LOG_LEVEL and UCCL_TCPX_DEBUG.
+pub(crate) fn log_level() -> log::LevelFilter {
+    if matches!(flag("UCCL_TCPX_DEBUG", false), Ok(true)) {
+        return log::LevelFilter::Debug;
+    }
+    match get("UCCL_P2P_LOG_LEVEL") {
+        Ok(Some(level)) => match level.to_ascii_lowercase().as_str() {
+            "warning" => log::LevelFilter::Warn,
+            "fatal" => log::LevelFilter::Error,
+            other => other.parse().unwrap_or(log::LevelFilter::Warn),
+        },
+        _ => log::LevelFilter::Warn,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_take_suffixes_and_refuse_the_rest() {
+        assert_eq!(parse_number("512K"), Some(524288));
+        assert_eq!(parse_number("1m"), Some(1 << 20));
+        assert_eq!(parse_number("7"), Some(7));
+        for bad in ["", "K", "-1", "1.5M", "99999999999999999999G", "18446744073709551615K"] {
+            assert_eq!(parse_number(bad), None, "{bad}");
+        }
+    }
+}

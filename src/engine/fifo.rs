@@ -1,0 +1,103 @@
+//! The FIFO item: what a peer needs to reach a region. 64 bytes in memory order, as upstream's clients exchange it.
+
+use crate::status::{bail, Result};
+
+/// Access to a range of a peer's region. Exchanged between hosts of the same byte order (x86-64, little-endian).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FifoItem {
+    /// First byte, in the address space of the region's owner.
+    pub addr: u64,
+    /// Bytes; informative: transfers take their length from their own argument.
+    pub size: u32,
+    /// Kind of memory behind the region: 1 host, 2 device. Set by uccl_engine_prepare_fifo.
+    pub rkey: u32,
+    /// For users of the structure; not read by this library.
+    pub nmsgs: u32,
+    /// Layout version of the opaque bytes.
+    pub rid: u32,
+    /// Id of the region at its owner.
+    pub idx: u64,
+    /// The region's token and the id of the owning engine.
+    pub opaque: [u8; 32],
+}
+
+const _: () = {
+    assert!(std::mem::size_of::<FifoItem>() == 64);
+    assert!(std::mem::offset_of!(FifoItem, size) == 8);
+    assert!(std::mem::offset_of!(FifoItem, idx) == 24);
+    assert!(std::mem::offset_of!(FifoItem, opaque) == 32);
+};
+
+/// Version of the opaque bytes, in `rid`.
+const LAYOUT: u32 = 0x7C_01;
+/// `rkey` of host memory.
+const KIND_HOST: u32 = 1;
+/// `rkey` of device memory.
+const KIND_DEVICE: u32 = 2;
+
+/// What the opaque bytes say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Access {
+    pub region: u64,
+    pub token: [u8; 16],
+    pub engine: [u8; 16],
+    pub device: bool,
+}
+
+impl FifoItem {
+    pub(crate) fn new(addr: u64, len: u64, access: &Access) -> FifoItem {
+        let mut opaque = [0; 32];
+        opaque[..16].copy_from_slice(&access.token);
+        opaque[16..].copy_from_slice(&access.engine);
+        FifoItem {
+            addr,
+            size: u32::try_from(len).unwrap_or(u32::MAX),
+            rkey: if access.device { KIND_DEVICE } else { KIND_HOST },
+            nmsgs: 0,
+            rid: LAYOUT,
+            idx: access.region,
+            opaque,
+        }
+    }
+
+    pub(crate) fn access(&self) -> Result<Access> {
+        if self.rid != LAYOUT || !matches!(self.rkey, KIND_HOST | KIND_DEVICE) {
+            bail!(InvalidArgument, "not a FIFO item of uccl_engine_prepare_fifo (rid {:#x}, rkey {})", self.rid, self.rkey);
+        }
+        Ok(Access {
+            region: self.idx,
+            token: std::array::from_fn(|i| self.opaque[i]),
+            engine: std::array::from_fn(|i| self.opaque[16 + i]),
+            device: self.rkey == KIND_DEVICE,
+        })
+    }
+
+    /// The 64 bytes to send to a peer.
+    pub fn to_bytes(&self) -> [u8; 64] {
+        // SAFETY: 64 bytes of plain integers without padding.
+        unsafe { std::mem::transmute(*self) }
+    }
+
+    /// An item from a peer's 64 bytes.
+    pub fn from_bytes(bytes: &[u8; 64]) -> FifoItem {
+        // SAFETY: 64 bytes of plain integers without padding; every bit pattern is valid.
+        unsafe { std::mem::transmute(*bytes) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn items_round_trip_and_foreign_bytes_are_refused() {
+        let access = Access { region: 7, token: [1; 16], engine: [2; 16], device: true };
+        let item = FifoItem::new(0x1234, 5 << 30, &access);
+        assert_eq!(item.size, u32::MAX);
+        assert_eq!(FifoItem::from_bytes(&item.to_bytes()), item);
+        assert_eq!(item.access(), Ok(access));
+        assert!(FifoItem::from_bytes(&[0; 64]).access().is_err());
+        assert!(FifoItem::from_bytes(&[0xFF; 64]).access().is_err());
+    }
+}

@@ -1,0 +1,160 @@
+//! Registered memory: regions with unguessable tokens, and the count of transfers that use each. A region that is in use is
+//! never let go; one that is deregistered is found no more.
+
+use crate::channel::lane::Span;
+use crate::status::{bail, Result};
+use parking_lot::RwLock;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::Arc;
+
+/// A registered region.
+#[derive(Debug)]
+pub(crate) struct Region {
+    pub span: Span,
+    pub token: [u8; 16],
+    /// CUDA (or emulated device) memory.
+    pub device: bool,
+    uses: AtomicUsize,
+}
+
+impl Region {
+    /// Whether `[addr, addr + len)` lies inside.
+    fn holds(&self, addr: u64, len: u64) -> bool {
+        addr >= self.span.addr && len <= self.span.len && addr - self.span.addr <= self.span.len - len
+    }
+}
+
+/// A region in use: while one exists, deregistration waits.
+#[derive(Debug)]
+pub(crate) struct RegionUse(Arc<Region>);
+
+impl RegionUse {
+    fn new(region: &Arc<Region>) -> RegionUse {
+        region.uses.fetch_add(1, Ordering::AcqRel);
+        RegionUse(region.clone())
+    }
+
+    /// An error unless `[addr, addr + len)` lies inside the region.
+    pub(crate) fn check(&self, addr: u64, len: u64) -> Result<()> {
+        if !self.0.holds(addr, len) {
+            bail!(InvalidArgument, "[{addr:#x}, +{len}) is not inside region {} [{:#x}, +{})", self.0.span.id, self.0.span.addr, self.0.span.len);
+        }
+        Ok(())
+    }
+}
+
+impl std::ops::Deref for RegionUse {
+    type Target = Region;
+    fn deref(&self) -> &Region {
+        &self.0
+    }
+}
+
+impl Drop for RegionUse {
+    fn drop(&mut self) {
+        self.0.uses.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// A deregistered region whose last uses may still be ending.
+pub(crate) struct Retired(Arc<Region>);
+
+impl Retired {
+    pub(crate) fn id(&self) -> u64 {
+        self.0.span.id
+    }
+    pub(crate) fn in_use(&self) -> bool {
+        self.0.uses.load(Ordering::Acquire) > 0
+    }
+}
+
+/// Regions of an engine.
+pub(crate) struct Registry {
+    regions: RwLock<HashMap<u64, Arc<Region>>>,
+    next: AtomicU64,
+}
+
+impl Registry {
+    pub(crate) fn new() -> Registry {
+        Registry { regions: RwLock::default(), next: AtomicU64::new(1) }
+    }
+
+    pub(crate) fn add(&self, addr: u64, len: u64, device: bool) -> Result<u64> {
+        let mut token = [0; 16];
+        if let Err(e) = getrandom::fill(&mut token) {
+            bail!(System, "random bytes for a region token: {e}");
+        }
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let region = Region { span: Span { id, addr, len }, token, device, uses: AtomicUsize::new(0) };
+        self.regions.write().insert(id, Arc::new(region));
+        Ok(id)
+    }
+
+    /// A region of this engine for a transfer started here.
+    pub(crate) fn local(&self, id: u64) -> Result<RegionUse> {
+        match self.regions.read().get(&id) {
+            Some(region) => Ok(RegionUse::new(region)),
+            None => bail!(NotFound, "region {id} is not registered"),
+        }
+    }
+
+    /// A region for a peer that shows a token. Unknown region and wrong token give the same answer.
+    pub(crate) fn remote(&self, id: u64, token: &[u8; 16]) -> Result<RegionUse> {
+        if let Some(region) = self.regions.read().get(&id) {
+            // Every byte is compared, whatever the first differences.
+            if region.token.iter().zip(token).fold(0, |acc, (a, b)| acc | (a ^ b)) == 0 {
+                return Ok(RegionUse::new(region));
+            }
+        }
+        bail!(RemoteAccess, "region {id} is not registered, or the token is wrong")
+    }
+
+    /// Removes a region: from now on it is found no more.
+    pub(crate) fn retire(&self, id: u64) -> Result<Retired> {
+        match self.regions.write().remove(&id) {
+            Some(region) => Ok(Retired(region)),
+            None => bail!(NotFound, "region {id} is not registered"),
+        }
+    }
+
+    pub(crate) fn holds_address(&self, addr: u64) -> bool {
+        self.regions.read().values().any(|r| r.holds(addr, 1))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::ErrorKind;
+
+    #[test]
+    fn bounds_do_not_wrap() {
+        let registry = Registry::new();
+        let id = registry.add(1000, 100, false).unwrap();
+        let region = registry.local(id).unwrap();
+        for (addr, len) in [(1000, 100), (1000, 1), (1099, 1), (1050, 50)] {
+            assert!(region.check(addr, len).is_ok(), "{addr}+{len}");
+        }
+        for (addr, len) in [(999, 1), (1000, 101), (1100, 1), (1050, u64::MAX), (u64::MAX, 2), (0, u64::MAX)] {
+            assert!(region.check(addr, len).is_err(), "{addr}+{len}");
+        }
+    }
+
+    #[test]
+    fn tokens_guard_and_uses_are_counted() {
+        let registry = Registry::new();
+        let id = registry.add(0x1000, 10, false).unwrap();
+        let token = registry.local(id).unwrap().token;
+        let mut wrong = token;
+        wrong[15] ^= 1;
+        assert_eq!(registry.remote(id, &wrong).unwrap_err().kind(), ErrorKind::RemoteAccess);
+        assert_eq!(registry.remote(id + 1, &token).unwrap_err().kind(), ErrorKind::RemoteAccess);
+        let held = registry.remote(id, &token).unwrap();
+        let retired = registry.retire(id).unwrap();
+        assert!(retired.in_use());
+        drop(held);
+        assert!(!retired.in_use());
+        assert!(registry.remote(id, &token).is_err() && registry.retire(id).is_err());
+    }
+}

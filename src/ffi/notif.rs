@@ -1,0 +1,190 @@
+//! Notifications of the C ABI.
+
+use super::guard::{bytes_arg, guard, out_arg, status, array_arg};
+use super::handles::{CONNECTIONS, ENGINES};
+use super::{uccl_conn_t, uccl_engine_t, MSG_SIZE};
+use crate::engine::Notification;
+use crate::status::UCCL_OK;
+use std::ffi::{c_char, c_int, c_void};
+
+/// A fixed-size notification.
+#[allow(non_camel_case_types)]
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct notify_msg_t {
+    /// Name of the sender as the sender gave it; NUL-terminated.
+    pub name: [c_char; MSG_SIZE],
+    /// Bytes; always 256, filled up with zeros.
+    pub msg: [c_char; MSG_SIZE],
+}
+
+/// Kept for compatibility with code that names it.
+#[allow(non_camel_case_types)]
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct md_t {
+    /// The notification.
+    pub notify_data: notify_msg_t,
+}
+
+/// A received notification of any length.
+#[allow(non_camel_case_types)]
+pub struct uccl_notif_t {
+    inner: Notification,
+}
+
+/// Sends a fixed-size notification. It arrives after the data of every transfer that was complete before this call.
+///
+/// @param conn        [in] The connection.
+/// @param notify_msg  [in] name up to its first NUL, and all 256 bytes of msg. Copied; may be reused at once.
+/// @return UCCL_OK when it is queued for the peer; a negative status when the connection is lost or an argument is bad.
+///
+/// Threads: any; notifications of one thread arrive in order.
+#[no_mangle]
+pub unsafe extern "C" fn uccl_engine_send_notif(conn: *mut uccl_conn_t, notify_msg: *mut notify_msg_t) -> c_int {
+    status(|| {
+        // SAFETY: the caller passes a readable notify_msg_t or null.
+        let msg = unsafe { out_arg(notify_msg, "notify_msg")? };
+        // SAFETY: c_char arrays viewed as bytes.
+        let (name, body) = unsafe { (array_arg(msg.name.as_ptr().cast::<u8>(), MSG_SIZE, "name")?, array_arg(msg.msg.as_ptr().cast::<u8>(), MSG_SIZE, "msg")?) };
+        let end = name.iter().position(|&b| b == 0).unwrap_or(MSG_SIZE);
+        CONNECTIONS.get(conn.cast())?.notify(&name[..end], body)?;
+        Ok(UCCL_OK)
+    })
+}
+
+/// Sends a notification of any length up to 64 MiB (name and message together). Ordering as uccl_engine_send_notif.
+///
+/// @param conn      [in] The connection.
+/// @param name      [in] Bytes of the name; may be NULL when name_len is 0.
+/// @param name_len  [in] Bytes.
+/// @param msg       [in] Bytes of the message; may be NULL when msg_len is 0.
+/// @param msg_len   [in] Bytes.
+/// @return UCCL_OK when it is queued for the peer; -1 (UCCL_ERR_INVALID_ARGUMENT) above 64 MiB; another negative status.
+///
+/// The bytes are copied and may be reused at once. Threads: any. Blocks only while more than 256 MiB wait to leave on this connection.
+#[no_mangle]
+pub unsafe extern "C" fn uccl_engine_send_notif_bytes(
+    conn: *mut uccl_conn_t,
+    name: *const c_void,
+    name_len: usize,
+    msg: *const c_void,
+    msg_len: usize,
+) -> c_int {
+    status(|| {
+        // SAFETY: the caller passes that many readable bytes.
+        let (name, msg) = unsafe { (bytes_arg(name, name_len, "name")?, bytes_arg(msg, msg_len, "msg")?) };
+        CONNECTIONS.get(conn.cast())?.notify(name, msg)?;
+        Ok(UCCL_OK)
+    })
+}
+
+/// Takes up to max notifications that arrived at any engine of this process, oldest first. Longer ones are cut: a name to 255 bytes, a
+/// message to 256; use uccl_engine_notif_next to get them whole.
+///
+/// @param out    [out] Array of max items. May be NULL when max is 0.
+/// @param max    [in]  Items in out.
+/// @param count  [out] Items written, 0 to max.
+/// @return UCCL_OK, or UCCL_ERR_INVALID_ARGUMENT. What did not fit stays for the next call.
+///
+/// Threads: any; each notification is handed out once.
+#[no_mangle]
+pub unsafe extern "C" fn uccl_engine_get_notifs(out: *mut notify_msg_t, max: usize, count: *mut usize) -> c_int {
+    status(|| {
+        // SAFETY: the caller passes a writable count, and max writable items.
+        let count = unsafe { out_arg(count, "count")? };
+        if max > 0 {
+            // SAFETY: as above.
+            unsafe { out_arg(out, "out")? };
+        }
+        let mut n = 0;
+        while n < max {
+            let Some(notif) = crate::engine::next_notification_of_process() else { break };
+            let mut msg = notify_msg_t { name: [0; MSG_SIZE], msg: [0; MSG_SIZE] };
+            copy_prefix(&mut msg.name[..MSG_SIZE - 1], &notif.name);
+            copy_prefix(&mut msg.msg, &notif.msg);
+            // SAFETY: n < max items are writable.
+            unsafe { out.add(n).write(msg) };
+            n += 1;
+        }
+        *count = n;
+        Ok(UCCL_OK)
+    })
+}
+
+fn copy_prefix(to: &mut [c_char], from: &[u8]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = *from as c_char;
+    }
+}
+
+/// Takes the oldest notification, whole.
+///
+/// @param engine  [in]  The engine to take from; NULL: any engine of this process.
+/// @param notif   [out] The notification, owned by the caller, to be freed with uccl_engine_notif_free; NULL when none waits.
+/// @return UCCL_OK (also when none waits), or a negative status; on failure *notif is untouched.
+///
+/// Threads: any; each notification is handed out once, by this call or by uccl_engine_get_notifs.
+#[no_mangle]
+pub unsafe extern "C" fn uccl_engine_notif_next(engine: *mut uccl_engine_t, notif: *mut *mut uccl_notif_t) -> c_int {
+    status(|| {
+        // SAFETY: the caller passes a writable pointer or null.
+        let out = unsafe { out_arg(notif, "notif")? };
+        let next = if engine.is_null() { crate::engine::next_notification_of_process() } else { ENGINES.get(engine.cast())?.next_notification() };
+        *out = match next {
+            Some(inner) => Box::into_raw(Box::new(uccl_notif_t { inner })),
+            None => std::ptr::null_mut(),
+        };
+        Ok(UCCL_OK)
+    })
+}
+
+/// The name of a notification.
+///
+/// @param notif  [in]  The notification.
+/// @param len    [out] Bytes of the name.
+/// @return The bytes, not NUL-terminated, valid until uccl_engine_notif_free; NULL for bad arguments.
+///
+/// Threads: any that holds the notification.
+#[no_mangle]
+pub unsafe extern "C" fn uccl_engine_notif_name(notif: *const uccl_notif_t, len: *mut usize) -> *const c_char {
+    guard(std::ptr::null(), || {
+        // SAFETY: the caller passes a notification of uccl_engine_notif_next and a writable length, or null.
+        let (notif, len) = unsafe { (out_arg(notif.cast_mut(), "notif")?, out_arg(len, "len")?) };
+        *len = notif.inner.name.len();
+        Ok(notif.inner.name.as_ptr().cast())
+    })
+}
+
+/// The bytes of a notification.
+///
+/// @param notif  [in]  The notification.
+/// @param len    [out] Bytes of the message.
+/// @return The bytes, valid until uccl_engine_notif_free; NULL for bad arguments.
+///
+/// Threads: any that holds the notification.
+#[no_mangle]
+pub unsafe extern "C" fn uccl_engine_notif_msg(notif: *const uccl_notif_t, len: *mut usize) -> *const c_void {
+    guard(std::ptr::null(), || {
+        // SAFETY: as in uccl_engine_notif_name.
+        let (notif, len) = unsafe { (out_arg(notif.cast_mut(), "notif")?, out_arg(len, "len")?) };
+        *len = notif.inner.msg.len();
+        Ok(notif.inner.msg.as_ptr().cast())
+    })
+}
+
+/// Frees a notification of uccl_engine_notif_next.
+///
+/// @param notif  The notification; NULL is a no-op.
+///
+/// Threads: any, once per notification.
+#[no_mangle]
+pub unsafe extern "C" fn uccl_engine_notif_free(notif: *mut uccl_notif_t) {
+    guard((), || {
+        if !notif.is_null() {
+            // SAFETY: it came from Box::into_raw in uccl_engine_notif_next and is freed once.
+            drop(unsafe { Box::from_raw(notif) });
+        }
+        Ok(())
+    })
+}

@@ -1,0 +1,23 @@
+//! libuccl_p2p: moves host and GPU memory between nodes without RDMA, over several channels of a NCCL net plugin: GPUDirect-TCPX
+//! with a CUDA unpack kernel, or ordinary TCP. The C ABI is `include/uccl_engine.h`; docs/architecture.md explains the whole.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | `ffi` | the C ABI: null and panic guard, handles, status numbers |
+//! | [`engine`] | engines, connections, transfers, registered memory, notifications, progress |
+//! | `wire` | control frames, the control stream, handshake and authentication |
+//! | `channel` | chunk plan, striping, one channel over a comm pair, unpacking |
+//! | [`net`] | plugins, comms that keep the contract's rules, the host's interfaces |
+//! | [`config`] | every environment variable |
+//! | [`status`] | the error type and the status numbers |
+//!
+//! Calls go one way: ffi -> engine -> {wire, channel} -> net.
+
+mod channel;
+pub mod config;
+pub mod engine;
+mod ffi;
+mod logging;
+pub mod net;
+pub mod status;
+mod wire;

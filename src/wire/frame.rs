@@ -1,0 +1,435 @@
+//! Frames of the control stream and their codec. Pure: bytes in, frames out; every length is checked before it is used or
+//! allocated, and every decode error is a value, never a panic.
+//!
+//! A frame is an 8-byte header (payload length u32, type u8, magic u8, zero u16; little-endian as all numbers) and its payload.
+
+use crate::status::{bail, Result, StatusCode};
+
+/// Bytes of a frame header.
+pub const HEADER_BYTES: usize = 8;
+const MAGIC: u8 = 0xC7;
+/// Segments of one transfer at most.
+pub const MAX_SEGMENTS: usize = 1 << 20;
+/// Distinct regions of one transfer at most.
+pub const MAX_REGIONS: usize = 1 << 16;
+/// Name and message of a notification together, bytes at most.
+pub const MAX_NOTIFICATION: usize = 64 << 20;
+/// Bytes carried inside a control frame at most.
+pub const MAX_INLINE: usize = 64 << 10;
+/// Length of one wire segment at most; longer ones are split.
+pub const MAX_SEGMENT_BYTES: u64 = 1 << 30;
+const MAX_GRANTS: usize = 1 << 12;
+const MAX_TEXT: usize = 1 << 10;
+const REGION_BYTES: usize = 24;
+const SEGMENT_BYTES: usize = 16;
+const GRANT_BYTES: usize = 8;
+
+/// A region of the receiver of the frame, with the token that proves access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WireRegion {
+    /// Id of the region at its owner.
+    pub id: u64,
+    /// Its token.
+    pub token: [u8; 16],
+}
+
+/// One segment of remote memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WireSegment {
+    /// First byte at the owner.
+    pub addr: u64,
+    /// Bytes, 1 to [`MAX_SEGMENT_BYTES`].
+    pub len: u32,
+    /// Index into the frame's regions.
+    pub region: u16,
+    /// The initiator's side of this segment is device memory.
+    pub initiator_device: bool,
+    /// The owner's side is device memory, as the FIFO item says; the owner checks it.
+    pub owner_device: bool,
+}
+
+/// The next chunk of a data stream: the sender announces channel and length, in the order of the stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// Bytes.
+    pub len: u32,
+    /// Channel that carries it.
+    pub channel: u16,
+    /// The sender's side is device memory.
+    pub sender_device: bool,
+}
+
+/// A message of the control stream. Ids are the initiator's transfer ids.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // fields are named after what they are; units are bytes
+pub enum Frame<'a> {
+    /// Initiator announces a write; with `inline`, the data is right here and no chunk follows.
+    Write { id: u64, regions: Vec<WireRegion>, segments: Vec<WireSegment>, inline: Option<&'a [u8]> },
+    /// Initiator asks for a read.
+    Read { id: u64, regions: Vec<WireRegion>, segments: Vec<WireSegment> },
+    /// The owner's whole answer to a small read.
+    ReadInline { id: u64, data: &'a [u8] },
+    /// Sender of data announces its next chunks. `by_initiator`: the sender is the side that chose the id.
+    Chunks { id: u64, by_initiator: bool, grants: Vec<Grant> },
+    /// The other side's verdict on a transfer that the receiver of this frame initiated.
+    Done { id: u64, status: StatusCode, text: &'a str },
+    /// A two-sided message waits for a receive.
+    Message { id: u64, len: u64 },
+    /// A receive was matched with message `id` (status 0: send it), or the match failed.
+    Pull { id: u64, status: StatusCode, receiver_device: bool },
+    /// A notification.
+    Notify { name: &'a [u8], message: &'a [u8] },
+    /// Heartbeat.
+    Ping,
+    /// Orderly close.
+    Bye,
+}
+
+const T_WRITE: u8 = 1;
+const T_WRITE_INLINE: u8 = 2;
+const T_READ: u8 = 3;
+const T_READ_INLINE: u8 = 4;
+const T_CHUNKS: u8 = 5;
+const T_DONE: u8 = 6;
+const T_MESSAGE: u8 = 7;
+const T_PULL: u8 = 8;
+const T_NOTIFY: u8 = 9;
+const T_PING: u8 = 10;
+const T_BYE: u8 = 11;
+
+/// Largest payload of a frame type; `None` for an unknown type.
+fn payload_limit(kind: u8) -> Option<usize> {
+    Some(match kind {
+        T_WRITE | T_READ => 16 + MAX_REGIONS * REGION_BYTES + MAX_SEGMENTS * SEGMENT_BYTES,
+        T_WRITE_INLINE => 16 + (REGION_BYTES + SEGMENT_BYTES) * MAX_INLINE + MAX_INLINE,
+        T_READ_INLINE => 8 + MAX_INLINE,
+        T_CHUNKS => 16 + MAX_GRANTS * GRANT_BYTES,
+        T_DONE => 16 + MAX_TEXT,
+        T_MESSAGE => 16,
+        T_PULL => 16,
+        T_NOTIFY => 8 + MAX_NOTIFICATION,
+        T_PING | T_BYE => 0,
+        _ => return None,
+    })
+}
+
+/// What [`decode`] found at the front of a buffer.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Decoded<'a> {
+    /// A frame and the bytes it took.
+    Frame(Frame<'a>, usize),
+    /// More bytes are needed: the whole frame's size, or at least the header's.
+    Need(usize),
+}
+
+/// Decodes the frame at the front of `buf`.
+///
+/// # Errors
+/// `Protocol` when the bytes can never become a frame.
+pub fn decode(buf: &[u8]) -> Result<Decoded<'_>> {
+    let Some(header) = buf.first_chunk::<HEADER_BYTES>() else { return Ok(Decoded::Need(HEADER_BYTES)) };
+    let len = u32::from_le_bytes([header[0], header[1], header[2], header[3]]) as usize;
+    let kind = header[4];
+    if header[5] != MAGIC || header[6..8] != [0, 0] {
+        bail!(Protocol, "bad frame magic");
+    }
+    match payload_limit(kind) {
+        None => bail!(Protocol, "unknown frame type {kind}"),
+        Some(limit) if len > limit => bail!(Protocol, "frame type {kind} of {len} bytes is over its limit of {limit}"),
+        Some(_) => {}
+    }
+    let total = HEADER_BYTES + len;
+    let Some(payload) = buf.get(HEADER_BYTES..total) else { return Ok(Decoded::Need(total)) };
+    let mut reader = Reader(payload);
+    let frame = decode_payload(kind, &mut reader)?;
+    if !reader.0.is_empty() {
+        bail!(Protocol, "frame type {kind} has {} bytes too many", reader.0.len());
+    }
+    Ok(Decoded::Frame(frame, total))
+}
+
+fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
+    Ok(match kind {
+        T_WRITE | T_WRITE_INLINE | T_READ => {
+            let id = r.u64()?;
+            let n_regions = r.u32()? as usize;
+            let n_segments = r.u32()? as usize;
+            if n_regions > MAX_REGIONS || n_segments > MAX_SEGMENTS {
+                bail!(Protocol, "{n_regions} regions, {n_segments} segments");
+            }
+            let regions = r.array(n_regions, |b: &[u8; REGION_BYTES]| Ok(WireRegion { id: le64(b, 0), token: sub(b, 8) }))?;
+            let segments = r.array(n_segments, |b: &[u8; SEGMENT_BYTES]| decode_segment(b, n_regions))?;
+            match kind {
+                T_READ => Frame::Read { id, regions, segments },
+                T_WRITE => Frame::Write { id, regions, segments, inline: None },
+                _ => {
+                    let total: u64 = segments.iter().map(|s| u64::from(s.len)).sum();
+                    if total != r.0.len() as u64 {
+                        bail!(Protocol, "inline write of {total} bytes carries {}", r.0.len());
+                    }
+                    Frame::Write { id, regions, segments, inline: Some(r.rest()) }
+                }
+            }
+        }
+        T_READ_INLINE => Frame::ReadInline { id: r.u64()?, data: r.rest() },
+        T_CHUNKS => {
+            let id = r.u64()?;
+            let by_initiator = r.u32()? != 0;
+            let n = r.u32()? as usize;
+            if n > MAX_GRANTS {
+                bail!(Protocol, "{n} chunks in one frame");
+            }
+            let grants = r.array(n, |b: &[u8; GRANT_BYTES]| {
+                Ok(Grant { len: le32(b, 0), channel: u16::from_le_bytes(sub(b, 4)), sender_device: b[6] != 0 })
+            })?;
+            Frame::Chunks { id, by_initiator, grants }
+        }
+        T_DONE => {
+            let id = r.u64()?;
+            let status = r.u32()? as StatusCode;
+            let Ok(text) = std::str::from_utf8(r.rest()) else { bail!(Protocol, "text is not UTF-8") };
+            Frame::Done { id, status, text }
+        }
+        T_MESSAGE => Frame::Message { id: r.u64()?, len: r.u64()? },
+        T_PULL => Frame::Pull { id: r.u64()?, status: r.u32()? as StatusCode, receiver_device: r.u32()? != 0 },
+        T_NOTIFY => {
+            let name_len = r.u32()? as usize;
+            let name = r.bytes(name_len)?;
+            Frame::Notify { name, message: r.rest() }
+        }
+        T_PING => Frame::Ping,
+        T_BYE => Frame::Bye,
+        _ => bail!(Protocol, "unknown frame type {kind}"),
+    })
+}
+
+fn decode_segment(b: &[u8; SEGMENT_BYTES], regions: usize) -> Result<WireSegment> {
+    let segment = WireSegment { addr: le64(b, 0), len: le32(b, 8), region: u16::from_le_bytes(sub(b, 12)), initiator_device: b[14] != 0, owner_device: b[15] != 0 };
+    if segment.len == 0 || u64::from(segment.len) > MAX_SEGMENT_BYTES || usize::from(segment.region) >= regions {
+        bail!(Protocol, "segment of {} bytes in region {} of {regions}", segment.len, segment.region);
+    }
+    Ok(segment)
+}
+
+fn sub<const N: usize, const M: usize>(b: &[u8; M], at: usize) -> [u8; N] {
+    std::array::from_fn(|i| b[at + i])
+}
+fn le64<const M: usize>(b: &[u8; M], at: usize) -> u64 {
+    u64::from_le_bytes(sub(b, at))
+}
+fn le32<const M: usize>(b: &[u8; M], at: usize) -> u32 {
+    u32::from_le_bytes(sub(b, at))
+}
+
+/// Appends `frame` to `out`.
+pub fn encode(frame: &Frame<'_>, out: &mut Vec<u8>) {
+    let start = out.len();
+    out.extend_from_slice(&[0; HEADER_BYTES]);
+    let kind = encode_payload(frame, out);
+    let len = (out.len() - start - HEADER_BYTES) as u32;
+    debug_assert!(payload_limit(kind).is_some_and(|limit| len as usize <= limit), "frame type {kind} of {len} bytes");
+    out[start..start + 4].copy_from_slice(&len.to_le_bytes());
+    out[start + 4] = kind;
+    out[start + 5] = MAGIC;
+}
+
+fn encode_payload(frame: &Frame<'_>, out: &mut Vec<u8>) -> u8 {
+    match frame {
+        Frame::Write { id, regions, segments, inline } => {
+            encode_segments(*id, regions, segments, out);
+            match inline {
+                None => T_WRITE,
+                Some(data) => {
+                    out.extend_from_slice(data);
+                    T_WRITE_INLINE
+                }
+            }
+        }
+        Frame::Read { id, regions, segments } => {
+            encode_segments(*id, regions, segments, out);
+            T_READ
+        }
+        Frame::ReadInline { id, data } => {
+            out.extend_from_slice(&id.to_le_bytes());
+            out.extend_from_slice(data);
+            T_READ_INLINE
+        }
+        Frame::Chunks { id, by_initiator, grants } => {
+            out.extend_from_slice(&id.to_le_bytes());
+            out.extend_from_slice(&u32::from(*by_initiator).to_le_bytes());
+            out.extend_from_slice(&(grants.len() as u32).to_le_bytes());
+            for grant in grants {
+                out.extend_from_slice(&grant.len.to_le_bytes());
+                out.extend_from_slice(&grant.channel.to_le_bytes());
+                out.extend_from_slice(&[u8::from(grant.sender_device), 0]);
+            }
+            T_CHUNKS
+        }
+        Frame::Done { id, status, text } => {
+            let mut end = text.len().min(MAX_TEXT);
+            while !text.is_char_boundary(end) {
+                end -= 1;
+            }
+            out.extend_from_slice(&id.to_le_bytes());
+            out.extend_from_slice(&status.to_le_bytes());
+            out.extend_from_slice(&text.as_bytes()[..end]);
+            T_DONE
+        }
+        Frame::Message { id, len } => {
+            out.extend_from_slice(&id.to_le_bytes());
+            out.extend_from_slice(&len.to_le_bytes());
+            T_MESSAGE
+        }
+        Frame::Pull { id, status, receiver_device } => {
+            out.extend_from_slice(&id.to_le_bytes());
+            out.extend_from_slice(&status.to_le_bytes());
+            out.extend_from_slice(&u32::from(*receiver_device).to_le_bytes());
+            T_PULL
+        }
+        Frame::Notify { name, message } => {
+            out.extend_from_slice(&(name.len() as u32).to_le_bytes());
+            out.extend_from_slice(name);
+            out.extend_from_slice(message);
+            T_NOTIFY
+        }
+        Frame::Ping => T_PING,
+        Frame::Bye => T_BYE,
+    }
+}
+
+fn encode_segments(id: u64, regions: &[WireRegion], segments: &[WireSegment], out: &mut Vec<u8>) {
+    out.reserve(16 + regions.len() * REGION_BYTES + segments.len() * SEGMENT_BYTES);
+    out.extend_from_slice(&id.to_le_bytes());
+    out.extend_from_slice(&(regions.len() as u32).to_le_bytes());
+    out.extend_from_slice(&(segments.len() as u32).to_le_bytes());
+    for region in regions {
+        out.extend_from_slice(&region.id.to_le_bytes());
+        out.extend_from_slice(&region.token);
+    }
+    for segment in segments {
+        let mut b = [0; SEGMENT_BYTES];
+        b[..8].copy_from_slice(&segment.addr.to_le_bytes());
+        b[8..12].copy_from_slice(&segment.len.to_le_bytes());
+        b[12..14].copy_from_slice(&segment.region.to_le_bytes());
+        b[14] = u8::from(segment.initiator_device);
+        b[15] = u8::from(segment.owner_device);
+        out.extend_from_slice(&b);
+    }
+}
+
+struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn bytes(&mut self, n: usize) -> Result<&'a [u8]> {
+        match self.0.split_at_checked(n) {
+            Some((head, tail)) => {
+                self.0 = tail;
+                Ok(head)
+            }
+            None => bail!(Protocol, "frame ends {} bytes early", n - self.0.len()),
+        }
+    }
+    fn rest(&mut self) -> &'a [u8] {
+        std::mem::take(&mut self.0)
+    }
+    fn fixed<const N: usize>(&mut self) -> Result<[u8; N]> {
+        let bytes = self.bytes(N)?;
+        Ok(std::array::from_fn(|i| bytes[i]))
+    }
+    fn u32(&mut self) -> Result<u32> {
+        Ok(u32::from_le_bytes(self.fixed()?))
+    }
+    fn u64(&mut self) -> Result<u64> {
+        Ok(u64::from_le_bytes(self.fixed()?))
+    }
+    fn array<const N: usize, T>(&mut self, n: usize, item: impl Fn(&[u8; N]) -> Result<T>) -> Result<Vec<T>> {
+        let Some(bytes) = n.checked_mul(N) else { bail!(Protocol, "{n} items") };
+        let (items, _) = self.bytes(bytes)?.as_chunks::<N>();
+        items.iter().map(item).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn frames() -> impl Strategy<Value = (Vec<u8>, Vec<u8>, u64, i32, Vec<(u64, u32, bool)>)> {
+        (
+            proptest::collection::vec(any::<u8>(), 0..300),
+            proptest::collection::vec(any::<u8>(), 0..3000),
+            any::<u64>(),
+            any::<i32>(),
+            proptest::collection::vec((any::<u64>(), 1u32..=MAX_SEGMENT_BYTES as u32, any::<bool>()), 1..40),
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn every_frame_round_trips((name, message, id, status, segs) in frames()) {
+            let regions = vec![WireRegion { id, token: [7; 16] }, WireRegion { id: !id, token: [9; 16] }];
+            let segments: Vec<_> = segs.iter().enumerate().map(|(i, s)| WireSegment { addr: s.0, len: s.1, region: (i % 2) as u16, initiator_device: s.2, owner_device: i % 3 == 0 }).collect();
+            let small: Vec<_> = segments.iter().map(|s| WireSegment { len: s.len % 5 + 1, ..*s }).collect();
+            let inline = vec![3u8; small.iter().map(|s| s.len as usize).sum()];
+            let grants: Vec<_> = segs.iter().map(|s| Grant { len: s.1, channel: s.0 as u16, sender_device: s.2 }).collect();
+            let all = [
+                Frame::Write { id, regions: regions.clone(), segments: segments.clone(), inline: None },
+                Frame::Write { id, regions: regions.clone(), segments: small, inline: Some(&inline) },
+                Frame::Read { id, regions, segments },
+                Frame::ReadInline { id, data: &message },
+                Frame::Chunks { id, by_initiator: id % 2 == 0, grants },
+                Frame::Done { id, status, text: "why" },
+                Frame::Message { id, len: !id },
+                Frame::Pull { id, status, receiver_device: id % 2 == 1 },
+                Frame::Notify { name: &name, message: &message },
+                Frame::Ping,
+                Frame::Bye,
+            ];
+            let mut buf = Vec::new();
+            for frame in &all {
+                encode(frame, &mut buf);
+            }
+            let mut at = 0;
+            for frame in &all {
+                // Every proper prefix asks for more, never errs.
+                if let Decoded::Frame(_, n) = decode(&buf[at..]).unwrap() {
+                    for cut in [0, 1, HEADER_BYTES - 1, HEADER_BYTES, n / 2, n - 1] {
+                        if cut < n {
+                            prop_assert!(matches!(decode(&buf[at..at + cut]).unwrap(), Decoded::Need(need) if need > cut));
+                        }
+                    }
+                }
+                match decode(&buf[at..]).unwrap() {
+                    Decoded::Frame(got, n) => {
+                        prop_assert_eq!(&got, frame);
+                        at += n;
+                    }
+                    Decoded::Need(_) => prop_assert!(false, "incomplete"),
+                }
+            }
+            prop_assert_eq!(at, buf.len());
+        }
+
+        #[test]
+        fn random_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+            let _ = decode(&bytes);
+        }
+
+        #[test]
+        fn a_damaged_payload_never_panics(kind in 1u8..=11, payload in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let mut buf = (payload.len() as u32).to_le_bytes().to_vec();
+            buf.extend_from_slice(&[kind, MAGIC, 0, 0]);
+            buf.extend_from_slice(&payload);
+            let _ = decode(&buf);
+        }
+    }
+
+    #[test]
+    fn lengths_over_the_limit_are_refused_from_the_header_alone() {
+        for kind in 0..=255u8 {
+            let mut header = u32::MAX.to_le_bytes().to_vec();
+            header.extend_from_slice(&[kind, MAGIC, 0, 0]);
+            assert!(decode(&header).is_err(), "type {kind}");
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! The only module that names the library's types; everything else in the tools goes through it. Adds no behaviour of its own
+//! beyond words for errors.
+
+use crate::error::{Context, Failure, Result};
+use crate::fail;
+use std::sync::Arc;
+use std::time::Duration;
+use uccl_p2p::config::Config;
+use uccl_p2p::engine::{Connection, Engine};
+
+pub use uccl_p2p::engine::{Direction, FifoItem, LocalSegment};
+
+/// Version of the library (all packages of the workspace share one).
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// Variables that name the number of channels of a connection, device emulation, and the listening port.
+pub const CHANNELS_VARIABLE: &str = "UCCL_TCPX_NUM_CHANNELS";
+/// See [`CHANNELS_VARIABLE`].
+pub const EMULATE_VARIABLE: &str = "UCCL_TCPX_EMULATE_DEVICE";
+/// See [`CHANNELS_VARIABLE`].
+pub const PORT_VARIABLES: [&str; 2] = ["UCCL_TCPX_OOB_PORT", "UCCL_TCP_OOB_PORT"];
+
+/// One environment variable of the library, as it is in effect.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Setting {
+    /// Name of the variable.
+    pub name: String,
+    /// Value in effect.
+    pub value: String,
+    /// `default` or `environment`.
+    pub source: String,
+    /// What it does.
+    pub doc: String,
+}
+
+/// A network device of the plugin.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Nic {
+    /// Plugin that offers it.
+    pub plugin: String,
+    /// Name of the interface.
+    pub name: String,
+    /// Path under /sys, when it is a PCI device.
+    pub pci_path: Option<String>,
+    /// Mbit/s.
+    pub speed_mbps: i64,
+    /// NUMA node, when the system tells.
+    pub numa_node: Option<i32>,
+    /// Kinds of memory it carries: `host`, `cuda`, `dmabuf`.
+    pub pointers: Vec<String>,
+}
+
+/// Every variable of the library as it is in effect.
+pub fn settings() -> Vec<Setting> {
+    let setting = |(name, value, source, doc): (&str, String, &str, &str)| Setting {
+        name: name.into(),
+        value,
+        source: source.into(),
+        doc: doc.into(),
+    };
+    Config::describe().into_iter().map(setting).collect()
+}
+
+/// Whether the library understands the environment.
+pub fn check_environment() -> Result<()> {
+    Config::from_env().map(|_| ()).context("the environment cannot be understood")
+}
+
+/// Whether the environment asks the library to treat host memory as device memory.
+pub fn emulation_is_on() -> bool {
+    let value = std::env::var(EMULATE_VARIABLE).unwrap_or_default();
+    matches!(value.trim().to_ascii_lowercase().as_str(), "1" | "true" | "yes" | "on")
+}
+
+fn pointer_kinds(mask: i64) -> Vec<String> {
+    [(1, "host"), (2, "cuda"), (4, "dmabuf")]
+        .into_iter()
+        .filter(|(bit, _)| mask & bit != 0)
+        .map(|(_, name)| name.to_string())
+        .collect()
+}
+
+/// An engine of this process.
+pub struct Node {
+    engine: Arc<Engine>,
+}
+
+impl Node {
+    /// Starts an engine with the configuration of the environment.
+    pub fn start() -> Result<Node> {
+        Ok(Node { engine: Engine::new(Config::from_env().map_err(Failure::new)?).map_err(Failure::new)? })
+    }
+
+    /// "ip:port?gpu".
+    pub fn metadata(&self) -> String {
+        self.engine.metadata()
+    }
+
+    /// Connects to `address`, which is "ip:port" or "ip:port?gpu".
+    pub fn connect(&self, address: &str) -> Result<Link> {
+        let (ip, port, gpu) = split_address(address)?;
+        let conn = self.engine.connect(&ip, &gpu, port).context(format_args!("cannot connect to {address}"))?;
+        Ok(Link { conn })
+    }
+
+    /// Takes the next connection that a peer opened; blocks until there is one or [`Node::stop_accept`] is called.
+    pub fn accept(&self) -> Result<Link> {
+        Ok(Link { conn: self.engine.accept().map_err(Failure::new)? })
+    }
+
+    /// Wakes [`Node::accept`], which then fails.
+    pub fn stop_accept(&self) {
+        self.engine.stop_accept();
+    }
+
+    /// Registers memory.
+    pub fn register(&self, addr: usize, len: usize) -> Result<u64> {
+        self.engine.register(addr, len).context(format_args!("cannot register {len} bytes"))
+    }
+
+    /// Ends a registration; afterwards the library touches the memory no more.
+    pub fn deregister(&self, mr: u64) -> Result<()> {
+        self.engine.deregister(mr).context("cannot end a registration")
+    }
+
+    /// What a peer needs to read or write a registered range.
+    pub fn item(&self, mr: u64, addr: usize, len: usize) -> Result<FifoItem> {
+        self.engine.fifo_item(mr, addr, len).map_err(Failure::new)
+    }
+
+    /// The oldest notification that arrived, as name and message.
+    pub fn next_notification(&self) -> Option<(Vec<u8>, Vec<u8>)> {
+        self.engine.next_notification().map(|n| (n.name, n.msg))
+    }
+
+    /// Name of the network plugin.
+    pub fn plugin(&self) -> String {
+        self.engine.plugin_name().to_string()
+    }
+
+    /// The network devices.
+    pub fn nics(&self) -> Vec<Nic> {
+        self.engine
+            .nics()
+            .into_iter()
+            .map(|nic| Nic {
+                plugin: nic.plugin.to_string(),
+                name: nic.name.to_string(),
+                pci_path: nic.pci_path.map(|p| p.to_string()),
+                speed_mbps: i64::from(nic.speed_mbps),
+                numa_node: nic.numa_node,
+                pointers: pointer_kinds(i64::from(nic.ptr_support)),
+            })
+            .collect()
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.engine.shutdown();
+    }
+}
+
+/// A connection to a peer.
+pub struct Link {
+    conn: Arc<Connection>,
+}
+
+impl Link {
+    /// Starts a one-sided transfer.
+    pub fn transfer(&self, direction: Direction, segments: &[(LocalSegment, FifoItem)]) -> Result<u64> {
+        self.conn.transfer(direction, segments.iter().copied()).map_err(Failure::new)
+    }
+
+    /// Starts a two-sided send of one message gathered from `segments`.
+    pub fn send(&self, segments: impl ExactSizeIterator<Item = LocalSegment>) -> Result<u64> {
+        self.conn.send(segments).map_err(Failure::new)
+    }
+
+    /// Posts a receive.
+    pub fn recv(&self, segment: LocalSegment) -> Result<u64> {
+        self.conn.recv(segment).map_err(Failure::new)
+    }
+
+    /// Whether a transfer is complete; its error if it failed.
+    pub fn poll(&self, id: u64) -> Result<bool> {
+        Ok(self.conn.poll(id).map_err(Failure::new)?.complete)
+    }
+
+    /// Blocks until a transfer has ended, or for `timeout`; tells whether it is complete.
+    pub fn wait(&self, id: u64, timeout: Option<Duration>) -> Result<bool> {
+        Ok(self.conn.wait(id, timeout).map_err(Failure::new)?.complete)
+    }
+
+    /// Sends a notification.
+    pub fn notify(&self, name: &[u8], msg: &[u8]) -> Result<()> {
+        self.conn.notify(name, msg).map_err(Failure::new)
+    }
+
+    /// The peer's address.
+    pub fn peer(&self) -> String {
+        self.conn.peer_ip().to_string()
+    }
+
+    /// Data channels of this connection.
+    pub fn channels(&self) -> usize {
+        self.conn.channels()
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.conn.close();
+    }
+}
+
+/// Splits "ip:port" or "ip:port?gpu" into its parts; the address may be an IPv6 one, in brackets or not.
+fn split_address(address: &str) -> Result<(String, u16, String)> {
+    let (endpoint, gpu) = address.split_once('?').unwrap_or((address, ""));
+    let Some((ip, port)) = endpoint.rsplit_once(':') else {
+        fail!("'{address}' is not an address: it must look like 10.0.0.1:4000")
+    };
+    let Ok(port @ 1..) = port.parse::<u16>() else { fail!("'{address}' is not an address: the port must be 1 to 65535") };
+    let ip = ip.strip_prefix('[').and_then(|ip| ip.strip_suffix(']')).unwrap_or(ip);
+    if ip.is_empty() {
+        fail!("'{address}' is not an address: there is no host before the port");
+    }
+    Ok((ip.to_string(), port, gpu.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_split() {
+        let ok = |a| split_address(a).unwrap();
+        assert_eq!(ok("10.0.0.1:4000"), ("10.0.0.1".into(), 4000, String::new()));
+        assert_eq!(ok("10.0.0.1:4000?-1"), ("10.0.0.1".into(), 4000, "-1".into()));
+        assert_eq!(ok("[fe80::1]:80?0000:4a:00.0"), ("fe80::1".into(), 80, "0000:4a:00.0".into()));
+        for bad in ["", "10.0.0.1", ":80", "host:", "host:0", "host:70000", "host:http"] {
+            assert!(split_address(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn pointer_kinds_have_names() {
+        assert_eq!(pointer_kinds(3), ["host", "cuda"]);
+        assert!(pointer_kinds(0).is_empty());
+    }
+}

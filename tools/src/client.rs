@@ -1,0 +1,169 @@
+//! The active side's half of the conversation with a tcpx-perf server: requests, replies, echoes. It measures nothing.
+
+use crate::api::{FifoItem, Link, Node};
+use crate::error::{Context, Result};
+use crate::fail;
+use crate::memory::Kind;
+use crate::pattern;
+use crate::proto::{item_from_hex, Channel, Reply, Request, PROTOCOL};
+use crate::server::ALIVE_EVERY;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Longest wait for an answer; allocating and checking large buffers takes a while.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A connection to a server.
+pub struct Client {
+    /// The engine of this process.
+    pub node: Arc<Node>,
+    /// The connection under test.
+    pub link: Link,
+    /// Memory on both sides.
+    pub memory: Kind,
+    number: u64,
+    next_buffer: u32,
+}
+
+/// A buffer at the server.
+pub struct RemoteBuffer {
+    /// Its number.
+    pub number: u32,
+    /// Address of its first byte.
+    pub addr: u64,
+    /// Access to it.
+    pub item: FifoItem,
+}
+
+impl Client {
+    /// Connects to the server at `address` ("ip:port"), and makes sure that both sides use the same kind of memory.
+    pub fn connect(node: &Arc<Node>, address: &str, memory: Kind) -> Result<Client> {
+        let link = node.connect(address)?;
+        let mut client = Client { node: node.clone(), link, memory, number: 0, next_buffer: 0 };
+        let (protocol, theirs) = match client.receive().context(format_args!("{address} does not answer as tcpx-perf server"))? {
+            Reply::Welcome { protocol, client: number, memory } => {
+                client.number = number;
+                (protocol, memory)
+            }
+            other => fail!("the server began with {other:?}"),
+        };
+        if protocol != PROTOCOL {
+            fail!("the server speaks version {protocol} of the protocol, this program version {PROTOCOL}: use the same release on both sides");
+        }
+        if theirs != memory {
+            client.bye();
+            fail!("the server was started with --memory {theirs}, this program with --memory {memory}: both sides need the same");
+        }
+        Ok(client)
+    }
+
+    /// Asks for a buffer.
+    pub fn open(&mut self, bytes: u64) -> Result<RemoteBuffer> {
+        let number = self.next_buffer;
+        self.next_buffer += 1;
+        match self.ask(&Request::Open { buffer: number, bytes })? {
+            Reply::Opened { addr, item } => match item_from_hex(&item) {
+                Some(item) => Ok(RemoteBuffer { number, addr, item }),
+                None => fail!("the server sent a FIFO item that is not 64 bytes in hexadecimal"),
+            },
+            other => fail!("the server answered {other:?} to a request for a buffer"),
+        }
+    }
+
+    /// Sends a request whose reply is `Done`.
+    pub fn command(&self, request: &Request) -> Result<()> {
+        match self.ask(request)? {
+            Reply::Done => Ok(()),
+            other => fail!("the server answered {other:?} to {request:?}"),
+        }
+    }
+
+    /// Waits for the second `Done` of an exchange.
+    pub fn finish_exchange(&self) -> Result<()> {
+        match self.receive()? {
+            Reply::Done => Ok(()),
+            other => fail!("the server ended an exchange of messages with {other:?}"),
+        }
+    }
+
+    /// Sends a request and returns its reply, unless that is a failure.
+    pub fn ask(&self, request: &Request) -> Result<Reply> {
+        self.tell(request)?;
+        self.receive()
+    }
+
+    /// Tells the server that this client is done.
+    pub fn bye(&self) {
+        // A server that is gone needs no goodbye.
+        let _ = self.tell(&Request::Bye);
+    }
+
+    fn tell(&self, request: &Request) -> Result<()> {
+        let text = serde_json::to_vec(request).context("cannot write a request")?;
+        self.link.notify(&Channel::Control(self.number).name(), &text).context("the server is gone")
+    }
+
+    fn receive(&self) -> Result<Reply> {
+        loop {
+            let text = self.receive_from(Channel::Control(0))?;
+            match serde_json::from_slice(&text).context("a reply of the server cannot be understood")? {
+                Reply::Alive => {}
+                Reply::Failed { message } => fail!("the server reports: {message}"),
+                reply => return Ok(reply),
+            }
+        }
+    }
+
+    /// The next notification of one channel; replies that say `Alive` may come in between.
+    fn receive_from(&self, wanted: Channel) -> Result<Vec<u8>> {
+        let started = Instant::now();
+        let mut told = started;
+        loop {
+            if let Some((name, msg)) = self.node.next_notification() {
+                match Channel::parse(&name) {
+                    Some(channel) if channel == wanted => return Ok(msg),
+                    Some(Channel::Control(0)) if serde_json::from_slice(&msg).is_ok_and(|reply: Reply| reply == Reply::Alive) => {
+                    }
+                    _ => fail!("an unexpected notification named '{}' arrived", String::from_utf8_lossy(&name)),
+                }
+                continue;
+            }
+            if told.elapsed() > ALIVE_EVERY {
+                told = Instant::now();
+                self.tell(&Request::Alive)?;
+            }
+            if started.elapsed() > PATIENCE {
+                fail!("no answer within {} s", PATIENCE.as_secs());
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+
+    /// Sends notifications of these lengths with random contents and checks that the server's echoes come back unchanged and in order.
+    /// Returns the bytes that went one way.
+    pub fn echo(&self, lengths: &[usize], seed: u64) -> Result<u64> {
+        let contents = |i: usize, len: usize| {
+            let mut bytes = vec![0; len];
+            pattern::fill(seed.wrapping_add(i as u64), 0, &mut bytes);
+            bytes
+        };
+        for (i, &len) in lengths.iter().enumerate() {
+            self.link.notify(&Channel::Echo(self.number).name(), &contents(i, len)).context("cannot send a notification")?;
+        }
+        let mut bytes = 0;
+        for (i, &len) in lengths.iter().enumerate() {
+            let echoed =
+                self.receive_from(Channel::Echo(0)).context(format_args!("notification {} of {}", i + 1, lengths.len()))?;
+            if echoed != contents(i, len) {
+                fail!(
+                    "notification {} of {} ({len} bytes) came back changed or out of order ({} bytes)",
+                    i + 1,
+                    lengths.len(),
+                    echoed.len()
+                );
+            }
+            bytes += len as u64;
+        }
+        Ok(bytes)
+    }
+}

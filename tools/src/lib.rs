@@ -1,0 +1,25 @@
+//! What tcpx-info and tcpx-perf share.
+//!
+//! - `api`: the only module that names the library's types
+//! - `memory`: the buffers that transfers move
+//! - `pattern`, `units`, `stats`: pure logic: contents and block order, sizes, percentiles
+//! - `proto`: what tcpx-perf's client and server tell each other
+//! - `server`, `client`, `measure`, `suite`: the two sides, one measured row, the lists of rows
+//! - `report`, `plot`: table, JSON and SVG
+//! - `inspect`, `probe`: what tcpx-info finds out, and the loop-back transfer that proves it
+
+pub mod api;
+pub mod client;
+pub mod error;
+pub mod inspect;
+pub mod measure;
+pub mod memory;
+pub mod pattern;
+pub mod plot;
+pub mod probe;
+pub mod proto;
+pub mod report;
+pub mod server;
+pub mod stats;
+pub mod suite;
+pub mod units;

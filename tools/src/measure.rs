@@ -1,0 +1,342 @@
+//! One measured row: buffers on both sides, a timed loop, and the check of contents outside of it.
+
+use crate::api::{Direction, FifoItem, LocalSegment};
+use crate::client::{Client, RemoteBuffer};
+use crate::error::{Context, Failure, Result};
+use crate::fail;
+use crate::memory::Region;
+use crate::pattern::{self, Shape, Side};
+use crate::proto::{Reply, Request};
+use crate::report::Row;
+use crate::stats::{gbytes_per_s, iterations_for, percentile};
+use crate::units::show_size;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::time::{Duration, Instant};
+
+/// An operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Op {
+    /// One-sided: client memory into server memory.
+    Write,
+    /// One-sided: server memory into client memory.
+    Read,
+    /// Two-sided: the client sends, the server has posted receives.
+    Send,
+}
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Op::Write => "write",
+            Op::Read => "read",
+            Op::Send => "send",
+        })
+    }
+}
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Case {
+    /// Operation.
+    pub op: Op,
+    /// Bytes of a transfer.
+    pub total: u64,
+    /// Bytes of a block.
+    pub block: u64,
+    /// Transfers in flight.
+    pub inflight: u32,
+    /// The same amount goes the other way at the same time.
+    pub bidirectional: bool,
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.op, show_size(self.total))?;
+        if self.block < self.total {
+            write!(f, " in blocks of {}", show_size(self.block))?;
+        }
+        if self.inflight > 1 {
+            write!(f, ", {} in flight", self.inflight)?;
+        }
+        if self.bidirectional {
+            write!(f, ", both ways")?;
+        }
+        Ok(())
+    }
+}
+
+/// How it is measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Timed iterations; none: as many as fit `budget`.
+    pub iters: Option<u64>,
+    /// Iterations before them; none: a few.
+    pub warmup: Option<u64>,
+    /// Time for the timed iterations of a row, when their number is not given.
+    pub budget: Duration,
+    /// Check contents.
+    pub verify: bool,
+    /// Block in the library instead of polling.
+    pub wait: bool,
+    /// Show progress when standard error is a terminal.
+    pub progress: bool,
+}
+
+/// What a lane does at the client.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Write,
+    Read,
+    Send,
+    Receive,
+}
+
+impl Way {
+    /// The side whose memory changes.
+    fn target(self) -> Side {
+        match self {
+            Way::Write | Way::Send => Side::Remote,
+            Way::Read | Way::Receive => Side::Local,
+        }
+    }
+}
+
+/// One direction: a buffer on each side and the transfers between them.
+struct Lane {
+    way: Way,
+    shape: Shape,
+    local: Region,
+    remote: RemoteBuffer,
+    /// Segments of each transfer in flight.
+    slices: Vec<Vec<(LocalSegment, FifoItem)>>,
+}
+
+impl Lane {
+    fn open(client: &mut Client, way: Way, shape: Shape) -> Result<Lane> {
+        let Some(len) = shape.buffer_len() else {
+            fail!("{} transfers of {} bytes do not fit 64 bits", shape.inflight, shape.total)
+        };
+        let local = Region::new(&client.node, client.memory, len)?;
+        let remote = client.open(len)?;
+        let pieces = match way {
+            Way::Receive => Shape { block: shape.total, ..shape }.pieces(),
+            _ => shape.pieces(),
+        };
+        let slices = (0..u64::from(shape.inflight))
+            .map(|k| {
+                let base = shape.slice(k);
+                let segment = |p: &pattern::Piece| {
+                    let mut item = remote.item;
+                    item.addr = remote.addr + base + p.remote;
+                    item.size = u32::try_from(p.len).unwrap_or(u32::MAX);
+                    (local.segment(base + p.local, p.len), item)
+                };
+                pieces.iter().map(segment).collect()
+            })
+            .collect();
+        Ok(Lane { way, shape, local, remote, slices })
+    }
+
+    fn start(&self, client: &Client, slice: usize) -> Result<u64> {
+        let segments = &self.slices[slice];
+        match self.way {
+            Way::Write => client.link.transfer(Direction::Write, segments),
+            Way::Read => client.link.transfer(Direction::Read, segments),
+            Way::Send => client.link.send(segments.iter().map(|(local, _)| *local)),
+            Way::Receive => client.link.recv(segments[0].0),
+        }
+    }
+
+    /// Puts a fresh pattern into the source and poison into the target.
+    fn arm(&mut self, client: &Client, seed: u64) -> Result<()> {
+        let buffer = self.remote.number;
+        match self.way.target() {
+            Side::Remote => {
+                self.local.buffer_mut().fill(seed);
+                client.command(&Request::Poison { buffer })
+            }
+            Side::Local => {
+                self.local.buffer_mut().poison();
+                client.command(&Request::Fill { buffer, seed })
+            }
+        }
+    }
+
+    /// Compares the whole target on the side that received.
+    fn check(&self, client: &Client, seed: u64) -> Result<u64> {
+        let side = self.way.target();
+        let result = match side {
+            Side::Local => pattern::compare(&self.local.buffer().contents(), &self.shape, side, seed),
+            Side::Remote => match client.ask(&Request::Check { buffer: self.remote.number, seed, shape: self.shape, side })? {
+                Reply::Checked { bytes, mismatch: None } => Ok(bytes),
+                Reply::Checked { mismatch: Some(mismatch), .. } => Err(mismatch),
+                other => fail!("the server answered {other:?} to a request to check a buffer"),
+            },
+        };
+        let receiver = if side == Side::Local { "client" } else { "server" };
+        result.map_err(|mismatch| Failure::new(format_args!("WRONG DATA at the {receiver}: {mismatch}")))
+    }
+}
+
+/// A random number; seeds need no more than being different each time.
+pub fn random_seed() -> Result<u64> {
+    getrandom::u64().context("the system gives no random numbers")
+}
+
+/// A row under way.
+struct Run<'a> {
+    client: &'a Client,
+    lanes: Vec<Lane>,
+    shape: Shape,
+    wait: bool,
+    ids: Vec<u64>,
+}
+
+impl Run<'_> {
+    /// One iteration: starts every transfer, returns when all are complete.
+    fn once(&mut self) -> Result<Duration> {
+        self.ids.clear();
+        let started = Instant::now();
+        for slice in 0..self.shape.inflight as usize {
+            for lane in &self.lanes {
+                self.ids.push(lane.start(self.client, slice)?);
+            }
+        }
+        for &id in &self.ids {
+            if self.wait {
+                if !self.client.link.wait(id, None)? {
+                    fail!("waiting without a time limit returned before the transfer had ended");
+                }
+            } else {
+                while !self.client.link.poll(id)? {
+                    std::hint::spin_loop();
+                }
+            }
+        }
+        Ok(started.elapsed())
+    }
+
+    /// `count` iterations; the server takes part where messages are two-sided.
+    fn repeat(&mut self, count: u64, mut each: impl FnMut(Duration)) -> Result<()> {
+        let with_way = |way| self.lanes.iter().find(|lane| lane.way == way).map(|lane| lane.remote.number);
+        let (receive, send) = (with_way(Way::Send), with_way(Way::Receive));
+        let two_sided = count > 0 && (receive.is_some() || send.is_some());
+        if two_sided {
+            self.client.command(&Request::Exchange {
+                receive,
+                send,
+                shape: self.shape,
+                messages: count * u64::from(self.shape.inflight),
+            })?;
+        }
+        for _ in 0..count {
+            each(self.once()?);
+        }
+        if two_sided {
+            self.client.finish_exchange()?;
+        }
+        Ok(())
+    }
+
+    fn arm(&mut self, seeds: &[u64]) -> Result<()> {
+        let client = self.client;
+        self.lanes.iter_mut().zip(seeds).try_for_each(|(lane, &seed)| lane.arm(client, seed))
+    }
+
+    fn check(&self, seeds: &[u64]) -> Result<u64> {
+        self.lanes.iter().zip(seeds).map(|(lane, &seed)| lane.check(self.client, seed)).sum()
+    }
+}
+
+/// Measures one row.
+pub fn measure(client: &mut Client, case: &Case, options: &Options) -> Result<Row> {
+    measure_case(client, case, options).context(case)
+}
+
+fn measure_case(client: &mut Client, case: &Case, options: &Options) -> Result<Row> {
+    let scattered = case.block < case.total && case.op != Op::Send;
+    let order = if scattered { Some(random_seed()?) } else { None };
+    let shape = Shape { total: case.total, block: case.block.min(case.total), inflight: case.inflight, order };
+    let ways: &[Way] = match (case.op, case.bidirectional) {
+        (Op::Write, false) => &[Way::Write],
+        (Op::Read, false) => &[Way::Read],
+        (Op::Write | Op::Read, true) => &[Way::Write, Way::Read],
+        (Op::Send, false) => &[Way::Send],
+        (Op::Send, true) => &[Way::Receive, Way::Send],
+    };
+    let mut lanes = Vec::new();
+    for &way in ways {
+        lanes.push(Lane::open(client, way, shape)?);
+    }
+    let client = &*client;
+    let mut run = Run { client, lanes, shape, wait: options.wait, ids: Vec::new() };
+    let fresh_seeds = || ways.iter().map(|_| random_seed()).collect::<Result<Vec<u64>>>();
+
+    // First round: the target is poisoned once, and checked after everything that was timed.
+    let seeds = fresh_seeds()?;
+    run.arm(&seeds)?;
+    let mut last = Duration::ZERO;
+    let warmup = options.warmup.unwrap_or(5).max(u64::from(options.iters.is_none()));
+    run.repeat(warmup, |t| last = t)?;
+    if options.warmup.is_none() {
+        // Small transfers need more than a few iterations until caches, windows and frequencies have settled.
+        let more = iterations_for(options.budget.as_secs_f64() * 1e5, last.as_secs_f64() * 1e6).min(1000) - 10;
+        run.repeat(more, |t| last = t)?;
+    }
+    let iters = options.iters.unwrap_or_else(|| iterations_for(options.budget.as_secs_f64() * 1e6, last.as_secs_f64() * 1e6));
+    let bar = progress_bar(case, iters, options.progress);
+    let mut times = Vec::with_capacity(iters as usize);
+    let mut shown = Instant::now();
+    run.repeat(iters, |t| {
+        times.push(t.as_secs_f64() * 1e6);
+        if shown.elapsed() > Duration::from_millis(100) {
+            shown = Instant::now();
+            bar.set_position(times.len() as u64);
+        }
+    })?;
+    bar.finish_and_clear();
+    let mut verified_bytes = 0;
+    if options.verify {
+        verified_bytes += run.check(&seeds)?;
+        // Second round: one iteration alone, so that nothing an earlier one left can pass for its data.
+        let seeds = fresh_seeds()?;
+        run.arm(&seeds)?;
+        run.repeat(1, |_| ())?;
+        verified_bytes += run.check(&seeds)?;
+    }
+    for lane in run.lanes {
+        client.command(&Request::Close { buffer: lane.remote.number })?;
+    }
+    times.sort_by(f64::total_cmp);
+    let p50_us = percentile(&times, 50.0);
+    let moved = shape.total * u64::from(shape.inflight) * ways.len() as u64;
+    Ok(Row {
+        op: case.op,
+        memory: client.memory,
+        total_bytes: shape.total,
+        block_bytes: shape.block,
+        channels: client.link.channels(),
+        plugin: client.node.plugin(),
+        inflight: case.inflight,
+        bidirectional: case.bidirectional,
+        iters,
+        p50_us,
+        p99_us: percentile(&times, 99.0),
+        gbytes_per_s: gbytes_per_s(moved, p50_us),
+        verified: options.verify,
+        verified_bytes,
+    })
+}
+
+fn progress_bar(case: &Case, iters: u64, wanted: bool) -> ProgressBar {
+    // Standard error that is not a terminal shows nothing: indicatif sees to that.
+    let bar = if wanted { ProgressBar::new(iters) } else { ProgressBar::hidden() };
+    if let Ok(style) = ProgressStyle::with_template("{msg} [{bar:30}] {pos}/{len}") {
+        bar.set_style(style);
+    }
+    bar.set_message(case.to_string());
+    bar
+}

@@ -1,0 +1,87 @@
+//! The proof of tcpx-info: a transfer between two engines of this process, over the network stack, with its contents checked.
+
+use crate::api::{Direction, Link, Node};
+use crate::error::{Context, Failure, Result};
+use crate::fail;
+use crate::measure::random_seed;
+use crate::memory::{Kind, Region};
+use crate::pattern::{compare, Shape, Side};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const BYTES: u64 = 1 << 20;
+/// Notifications come quickly or not at all.
+const PATIENCE: Duration = Duration::from_secs(10);
+const NOTE: (&[u8], &[u8]) = (b"tcpx-info", b"all data of the write is here");
+
+/// What the transfer showed.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Proof {
+    /// Bytes compared.
+    pub verified_bytes: u64,
+    /// Data channels of the connection.
+    pub channels: usize,
+    /// From the start of the write to the end of the read, us.
+    pub elapsed_us: f64,
+}
+
+/// Writes 1 MiB from `node` to a second engine, in scattered blocks, reads it back, and compares both.
+/// `memory` is what this process registers: host memory, emulated as device memory or not.
+pub fn loopback(node: &Arc<Node>, memory: Kind) -> Result<Proof> {
+    let peer = Arc::new(Node::start().context("a second engine does not start")?);
+    let link = node.connect(&peer.metadata())?;
+    // Held until the end: closing it would end the connection.
+    let _accepted: Link = peer.accept().context("the connection was not accepted")?;
+
+    let seed = random_seed()?;
+    let shape = Shape { total: BYTES, block: 12_345, inflight: 1, order: Some(seed) };
+    let mut source = Region::new(node, memory, BYTES)?;
+    let target = Region::new(&peer, memory, BYTES)?;
+    let back = Region::new(node, memory, BYTES)?;
+    source.buffer_mut().fill(seed);
+
+    let started = Instant::now();
+    let item = target.item()?;
+    let segments = |region: &Region| {
+        let segment = |p: &crate::pattern::Piece| {
+            let mut item = item;
+            item.addr += p.remote;
+            item.size = p.len as u32;
+            (region.segment(p.local, p.len), item)
+        };
+        shape.pieces().iter().map(segment).collect::<Vec<_>>()
+    };
+    run(&link, Direction::Write, &segments(&source)).context("the write failed")?;
+    link.notify(NOTE.0, NOTE.1).context("the notification failed")?;
+    run(&link, Direction::Read, &segments(&back)).context("the read failed")?;
+    let elapsed_us = started.elapsed().as_secs_f64() * 1e6;
+
+    let mut verified_bytes = compare(&target.buffer().contents(), &shape, Side::Remote, seed)
+        .map_err(|e| Failure::new(format_args!("the write brought WRONG DATA: {e}")))?;
+    // Written with the same order and read back with it, the bytes must be where they were.
+    let in_order = Shape { order: None, ..shape };
+    verified_bytes += compare(&back.buffer().contents(), &in_order, Side::Local, seed)
+        .map_err(|e| Failure::new(format_args!("the read brought WRONG DATA: {e}")))?;
+    let waited = Instant::now();
+    let (name, msg) = loop {
+        if let Some(note) = peer.next_notification() {
+            break note;
+        }
+        if waited.elapsed() > PATIENCE {
+            fail!("the notification did not arrive within {} s", PATIENCE.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    };
+    if (&name[..], &msg[..]) != NOTE {
+        fail!("the notification arrived changed");
+    }
+    Ok(Proof { verified_bytes, channels: link.channels(), elapsed_us })
+}
+
+fn run(link: &Link, direction: Direction, segments: &[(crate::api::LocalSegment, crate::api::FifoItem)]) -> Result<()> {
+    let id = link.transfer(direction, segments)?;
+    if !link.wait(id, None)? {
+        fail!("waiting without a time limit returned before the transfer had ended");
+    }
+    Ok(())
+}
