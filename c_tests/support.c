@@ -131,6 +131,8 @@ struct FifoItem region_item(uccl_engine_t *engine, uccl_mr_t mr, const void *p, 
     CHECK_EQ(sizeof item, FIFO_SIZE);
     CHECK_OK(uccl_engine_prepare_fifo(engine, mr, p, len, (char *)&item));
     CHECK(item.addr == (uint64_t)(uintptr_t)p);
+    /* Host or device memory: an emulated run that does not emulate would prove nothing. */
+    CHECK_EQ(item.rkey, getenv("UCCL_TCPX_EMULATE_DEVICE") ? 2 : 1);
     return item;
 }
 

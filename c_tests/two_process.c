@@ -2,6 +2,8 @@
  * write that is reported too early is caught. */
 #include "support.h"
 
+#include <pthread.h>
+
 /* Sizes around the limits that a transfer can cross: nothing special, a page, the eager limit, the chunk, and far beyond. */
 static const struct shape {
     size_t here, there, len;
@@ -526,3 +528,102 @@ static void receive_too_short(side *s)
 }
 
 CASE(truncated_message) { run_pair(4 * MIB, send_too_long, receive_too_short); }
+
+/* A message that finds no partner times out. */
+
+static void check_times_out(const side *s, int started, uint64_t id)
+{
+    CHECK_OK(started);
+    CHECK_STATUS(outcome(s->conn, id), UCCL_ERR_TIMED_OUT);
+    CHECK(!uccl_engine_xfer_status(s->conn, id));
+}
+
+static void send_in_vain(side *s)
+{
+    uint64_t id = 0;
+    fill(s->mine, s->len, 20);
+    int started = uccl_engine_send(s->conn, s->mr, s->mine, s->len, &id);
+    check_times_out(s, started, id);
+    fill(s->mine, s->len, 21); /* ended, so the memory may change */
+    meet(s);
+    meet(s);
+}
+
+/* The send is over: its message is neither delivered nor waited for. */
+static void receive_too_late(side *s)
+{
+    wipe(s->mine, s->len);
+    meet(s);
+    CHECK_FAILS(uccl_engine_recv(s->conn, s->mr, s->mine, s->len));
+    meet(s);
+}
+
+static void send_after_a_meeting(side *s)
+{
+    fill(s->mine, s->len, 22);
+    meet(s);
+    send_one(s, s->len, UCCL_OK);
+}
+
+/* What follows is matched as if the receive had never been. */
+static void receive_in_vain(side *s)
+{
+    uint64_t id = 0;
+    int started = uccl_engine_recv_async(s->conn, s->mr, s->mine, s->len, &id);
+    check_times_out(s, started, id);
+    meet(s);
+    CHECK_OK(uccl_engine_recv(s->conn, s->mr, s->mine, s->len));
+    check_same("message", s->mine, s->theirs, s->len);
+}
+
+static void match_in_vain(role *initiator, role *target)
+{
+    CHECK(setenv("UCCL_TCPX_MATCH_TIMEOUT_MS", "500", 1) == 0);
+    run_pair(4 * MIB, initiator, target);
+}
+
+CASE(unmatched_send) { match_in_vain(send_in_vain, receive_too_late); }
+CASE(unmatched_receive) { match_in_vain(send_after_a_meeting, receive_in_vain); }
+
+/* Threads that share a connection, each with an area of its own. */
+
+#define THREADS 4
+#define THREAD_ROUNDS 200
+#define THREAD_AREA (256 * KIB)
+
+typedef struct worker {
+    const side *s;
+    int number;
+} worker;
+
+static void *work(void *argument)
+{
+    const worker *w = argument;
+    const side *s = w->s;
+    size_t area = (size_t)w->number * THREAD_AREA, back = area + THREADS * THREAD_AREA;
+    uint64_t state = (uint64_t)w->number, id;
+    for (int i = 0; i < THREAD_ROUNDS; i++) {
+        size_t at = random_next(&state) % KIB, len = 1 + random_next(&state) % (THREAD_AREA - KIB);
+        fill(s->mine + area + at, len, random_next(&state) >> 40);
+        CHECK_OK(start(s, WRITE, area + at, area + at, len, &id));
+        poll_until_true(s, id);
+        CHECK_OK(start(s, READ, back + at, area + at, len, &id));
+        CHECK_OK(outcome(s->conn, id));
+        check_same("written and read back", s->mine + back + at, s->mine + area + at, len);
+    }
+    return NULL;
+}
+
+static void share_connection(side *s)
+{
+    pthread_t threads[THREADS];
+    worker workers[THREADS];
+    for (int i = 0; i < THREADS; i++) {
+        workers[i] = (worker){s, i};
+        CHECK(pthread_create(&threads[i], NULL, work, &workers[i]) == 0);
+    }
+    for (int i = 0; i < THREADS; i++)
+        CHECK(pthread_join(threads[i], NULL) == 0);
+}
+
+CASE(threads_share_a_connection) { run_pair(2 * THREADS * THREAD_AREA, share_connection, NULL); }

@@ -238,8 +238,7 @@ extern "C" {
 /**
  * Creates an engine: loads the network plugin, finds the NICs, opens the listening port and starts the progress thread.
  *
- * @param num_cpus   Hint for the number of I/O threads of the software plugin; 0 or less: the library decides. The plugin is
- *                   shared by all engines of the process, so only the first engine's hint counts.
+ * @param num_cpus   Accepted for compatibility, as upstream; the library decides by the machine (UCCL_TCPX_SOFT_THREADS overrides).
  * @param in_python  The caller is a Python process. Accepted for compatibility; the library installs no signal handlers either way.
  * @return The engine, owned by the caller, to be ended with uccl_engine_destroy; NULL on failure (uccl_engine_last_error tells why:
  *         the plugin cannot be loaded, the port is taken, an environment variable cannot be understood).

@@ -2,6 +2,7 @@
 
 #include "backend.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
@@ -113,6 +114,10 @@ void Backend::accept_loop() {
     uccl_conn_t *conn = uccl_engine_accept(engine_, address, sizeof address, &gpu);
     std::unique_lock<std::mutex> guard(accepted_lock_);
     if (conn) {
+      // Nobody else looks after incoming connections: those whose peer has gone are let go when the next one comes.
+      const auto gone = std::stable_partition(accepted_.begin(), accepted_.end(), alive);
+      for (auto lost = gone; lost != accepted_.end(); ++lost) uccl_engine_conn_destroy(*lost);
+      accepted_.erase(gone, accepted_.end());
       accepted_.push_back(conn);
       continue;
     }
@@ -158,6 +163,7 @@ nixl_status_t Backend::loadRemoteMD(const nixlBlobDesc &input, const nixl_mem_t 
                           std::to_string(FIFO_SIZE));
     return NIXL_ERR_MISMATCH;
   }
+  peers_.refreshed(agent);
   auto memory = std::make_unique<RemoteMemory>();
   std::memcpy(&memory->item, input.metaInfo.data(), FIFO_SIZE);
   out = memory.release();
@@ -216,7 +222,7 @@ nixl_status_t Backend::prepXfer(const nixl_xfer_op_t &operation, const nixl_meta
                                 const std::string &agent, nixlBackendReqH *&handle, const nixl_opt_b_args_t *) const {
   if (operation != NIXL_READ && operation != NIXL_WRITE) return NIXL_ERR_INVALID_PARAM;
   std::shared_ptr<Connection> connection;
-  if (const nixl_status_t status = peers_.connect(agent, connection); status != NIXL_SUCCESS) return status;
+  if (const nixl_status_t status = peers_.open(agent, connection); status != NIXL_SUCCESS) return status;
   auto transfer = std::make_unique<Transfer>(operation, std::move(connection));
   if (const nixl_status_t status = transfer->describe(local, remote); status != NIXL_SUCCESS) return status;
   handle = transfer.release();
@@ -271,10 +277,8 @@ nixl_status_t Backend::getNotifs(notif_list_t &notifs) {
 
 nixl_status_t Backend::genNotif(const std::string &agent, const std::string &message) const {
   std::shared_ptr<Connection> connection;
-  nixl_status_t status = peers_.find(agent, connection);
-  if (status != NIXL_SUCCESS) status = peers_.connect(agent, connection);
-  if (status != NIXL_SUCCESS) return status;
-  return connection->usable() ? send_notification(*connection, message) : NIXL_ERR_REMOTE_DISCONNECT;
+  const nixl_status_t status = peers_.open(agent, connection);
+  return status == NIXL_SUCCESS ? send_notification(*connection, message) : status;
 }
 
 // ---- Cost -----------------------------------------------------------------------------------------------------------------------

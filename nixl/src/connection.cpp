@@ -28,6 +28,16 @@ nixl_status_t to_nixl(int status) {
   }
 }
 
+bool alive(uccl_conn_t *conn) {
+  // A transfer of nothing completes at once on a good connection and is refused on a lost one.
+  const uccl_mr_t region = 0;
+  void *const address = nullptr;
+  const size_t size = 0;
+  const FifoItem item{};
+  uint64_t id = 0;
+  return uccl_engine_write_vector(conn, &region, &address, &size, &item, 0, &id) == UCCL_OK;
+}
+
 void log_line(const char *level, const std::string &text) {
   // One write, so that lines of several threads do not mix.
   const std::string line = std::string("[TCPX backend] ") + level + ": " + text + "\n";
@@ -41,8 +51,22 @@ void Connection::close() {
 nixl_status_t Connection::outcome(int status) {
   // After close() the engine no longer knows the handle. Why it was closed says more than that.
   if (status < 0 && closed_.load()) return lost_.load() ? NIXL_ERR_REMOTE_DISCONNECT : NIXL_ERR_CANCELED;
-  const nixl_status_t result = to_nixl(status);
-  if (result == NIXL_ERR_REMOTE_DISCONNECT || status == UCCL_ERR_PROTOCOL) lost_.store(true);
+  nixl_status_t result = to_nixl(status);
+  switch (status) {
+    case UCCL_ERR_PLUGIN:
+    case UCCL_ERR_SYSTEM:
+      // How a network plugin reports that the peer is gone depends on the plugin. If the connection ended with it, that is what it means.
+      if (!alive(conn_)) result = NIXL_ERR_REMOTE_DISCONNECT;
+      break;
+    case UCCL_ERR_CANCELED:
+    case UCCL_ERR_PROTOCOL:
+    case UCCL_ERR_GPU:
+    case UCCL_ERR_INTERNAL:
+      if (!alive(conn_)) lost_.store(true);
+      break;
+    default: break;
+  }
+  if (result == NIXL_ERR_REMOTE_DISCONNECT) lost_.store(true);
   return result;
 }
 
@@ -105,29 +129,54 @@ nixl_status_t Peers::remember(const std::string &agent, const std::string &info)
   return NIXL_SUCCESS;
 }
 
+nixl_status_t Peers::make(const std::string &agent, Peer &peer, std::shared_ptr<Connection> &out) {
+  if (peer.connection) {
+    peer.connection->close();
+    peer.connection.reset();
+  }
+  std::string host, gpu;
+  int port = 0;
+  if (!parse_info(peer.info, host, port, gpu)) return NIXL_ERR_MISMATCH;
+  uccl_conn_t *conn = uccl_engine_connect(engine_, host.c_str(), gpu.c_str(), port, agent == local_agent_);
+  if (!conn) {
+    log_line("error", "cannot connect to agent '" + agent + "' at " + peer.info + ": " + uccl_engine_last_error());
+    return NIXL_ERR_REMOTE_DISCONNECT;
+  }
+  peer.connection = std::make_shared<Connection>(conn);
+  peer.retry = false;
+  out = peer.connection;
+  return NIXL_SUCCESS;
+}
+
 nixl_status_t Peers::connect(const std::string &agent, std::shared_ptr<Connection> &out) {
   const std::shared_ptr<Peer> peer = lookup(agent);
   if (!peer) return NIXL_ERR_NOT_FOUND;
   const std::lock_guard<std::mutex> guard(peer->lock);
-  if (peer->connection && peer->connection->usable()) {
-    out = peer->connection;
-    return NIXL_SUCCESS;
-  }
-  if (peer->connection) {
-    peer->connection->close();
-    peer->connection.reset();
-  }
-  std::string host, gpu;
-  int port = 0;
-  if (!parse_info(peer->info, host, port, gpu)) return NIXL_ERR_MISMATCH;
-  uccl_conn_t *conn = uccl_engine_connect(engine_, host.c_str(), gpu.c_str(), port, agent == local_agent_);
-  if (!conn) {
-    log_line("error", "cannot connect to agent '" + agent + "' at " + peer->info + ": " + uccl_engine_last_error());
-    return NIXL_ERR_REMOTE_DISCONNECT;
-  }
-  peer->connection = std::make_shared<Connection>(conn);
+  if (!peer->connection || !peer->connection->usable() || !alive(peer->connection->get())) return make(agent, *peer, out);
   out = peer->connection;
   return NIXL_SUCCESS;
+}
+
+nixl_status_t Peers::open(const std::string &agent, std::shared_ptr<Connection> &out) {
+  const std::shared_ptr<Peer> peer = lookup(agent);
+  if (!peer) return NIXL_ERR_NOT_FOUND;
+  const std::lock_guard<std::mutex> guard(peer->lock);
+  if (!peer->connection) return make(agent, *peer, out);
+  if (!peer->connection->usable() || (peer->retry && !alive(peer->connection->get()))) {
+    if (!peer->retry && agent != local_agent_) return NIXL_ERR_REMOTE_DISCONNECT;
+    peer->retry = false;
+    return make(agent, *peer, out);
+  }
+  peer->retry = false;
+  out = peer->connection;
+  return NIXL_SUCCESS;
+}
+
+void Peers::refreshed(const std::string &agent) {
+  const std::shared_ptr<Peer> peer = lookup(agent);
+  if (!peer) return;
+  const std::lock_guard<std::mutex> guard(peer->lock);
+  peer->retry = true;
 }
 
 nixl_status_t Peers::find(const std::string &agent, std::shared_ptr<Connection> &out) const {

@@ -16,9 +16,11 @@
 
 namespace tcpx {
 
-/// NIXL's status for an engine status. Everything that means "this peer cannot be worked with any more" is a lost peer: the agent
-/// then drops what it knows of it, and loading fresh metadata starts anew.
+/// NIXL's status for an engine status. Everything that means "this peer cannot be worked with any more" is a lost peer.
 nixl_status_t to_nixl(int status);
+
+/// Whether the peer is still there, as far as the engine knows. Costs no message.
+bool alive(uccl_conn_t *conn);
 
 /// One line on standard error. The engine logs what it knows itself; this is for what only the plugin knows.
 void log_line(const char *level, const std::string &text);
@@ -59,10 +61,15 @@ class Peers {
 
   /// Remembers where `agent` can be reached. When that changed, what was connected is closed.
   nixl_status_t remember(const std::string &agent, const std::string &info);
-  /// The connection, made now when there is none or when it was lost.
+  /// Makes the connection unless there is a good one.
   nixl_status_t connect(const std::string &agent, std::shared_ptr<Connection> &out);
+  /// The connection for new work. One that was never made, or was closed, is made now; one that was lost is an error, since trying
+  /// a dead host again with every request would block each of them for the connect timeout.
+  nixl_status_t open(const std::string &agent, std::shared_ptr<Connection> &out);
   /// The connection as it is, nothing is made.
   nixl_status_t find(const std::string &agent, std::shared_ptr<Connection> &out) const;
+  /// Fresh metadata of the agent has arrived: a lost connection may be made again.
+  void refreshed(const std::string &agent);
   /// Closes; where the peer can be reached stays known, so that connect works again.
   nixl_status_t disconnect(const std::string &agent);
   void close_all();
@@ -72,8 +79,10 @@ class Peers {
     std::mutex lock;
     std::string info;
     std::shared_ptr<Connection> connection;
+    bool retry = false;
   };
 
+  nixl_status_t make(const std::string &agent, Peer &peer, std::shared_ptr<Connection> &out);
   std::shared_ptr<Peer> lookup(const std::string &agent) const;
 
   const std::string local_agent_;

@@ -108,13 +108,15 @@ fn pass(flows: &mut [Flow], share: usize, chunk: usize, base: *mut u8, receiving
 fn send(channels: usize, total: usize, rounds: usize, chunk: usize, args: &[String]) {
     init();
     let plain = [channels, total, rounds, chunk].map(|n| n.to_string());
-    let mut child = Command::new(&args[0]).args(plain).arg("receive").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut child =
+        Command::new(&args[0]).args(plain).arg("receive").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap());
     let mut senders = Vec::new();
     for _ in 0..channels {
         let mut line = String::new();
         lines.read_line(&mut line).unwrap();
-        let bytes: Vec<u8> = line.trim().as_bytes().chunks(2).map(|h| u8::from_str_radix(std::str::from_utf8(h).unwrap(), 16).unwrap()).collect();
+        let bytes: Vec<u8> =
+            line.trim().as_bytes().chunks(2).map(|h| u8::from_str_radix(std::str::from_utf8(h).unwrap(), 16).unwrap()).collect();
         let mut handle: Handle = bytes.try_into().unwrap();
         senders.push(connect(&mut handle));
     }

@@ -1,13 +1,13 @@
-//! The C side: every entry of the tables, behind one panic guard and null checks.
-//! Translates to calls on the inner modules and back to result codes; decides nothing about moving bytes.
+//! The C side: the entries for devices, comms and registrations, behind one panic guard and null checks; `requests` has the
+//! entries for requests. Translates to calls on the inner modules and back to result codes; decides nothing about moving bytes.
+
+pub mod requests;
 
 use std::ffi::{c_int, c_void};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::ptr;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
 
-use libc::iovec;
 use nccl_net_abi::*;
 use parking_lot::Mutex;
 
@@ -16,7 +16,6 @@ use crate::device::UnpackQueue;
 use crate::fragment;
 use crate::interfaces::Interface;
 use crate::rendezvous::{self, Handle, Listener};
-use crate::slot::{header, Body, Slot, HEADER};
 use crate::state::{self, Global};
 
 type Opaque = *mut c_void;
@@ -276,214 +275,6 @@ pub unsafe extern "C" fn dereg_mr(comm: Opaque, mhandle: Opaque) -> ncclResult_t
     })
 }
 
-/// Posts a request and writes it out; no free slot gives a null request.
-fn post(comm: &Comm, request: *mut Opaque, fill: impl FnOnce(u64, &mut Body) -> Result<(), ncclResult_t>) -> Outcome {
-    let slot = comm.post(fill)?;
-    // SAFETY: every caller has checked that it is not null; the caller's pointer.
-    unsafe { *request = slot.map_or(ptr::null_mut(), Slot::as_request) };
-    Ok(())
-}
-
-fn message_len(comm: &Comm, size: usize) -> Outcome {
-    check(size > 0 && size <= comm.global.config.message_limit)
-}
-
-/// Lays out a send: the header, then the segments.
-fn fill_send(seq: u64, body: &mut Body, size: usize, device: bool, segments: impl Iterator<Item = iovec>) {
-    body.header = header(size, seq);
-    body.total = HEADER + size;
-    body.device = device;
-    body.iov.clear();
-    body.iov.push(iovec { iov_base: body.header.as_mut_ptr().cast(), iov_len: HEADER });
-    body.iov.extend(segments);
-}
-
-fn fill_recv(body: &mut Body, size: usize, device: bool, segments: impl Iterator<Item = iovec>) {
-    body.total = size;
-    body.device = device;
-    body.iov.clear();
-    body.iov.extend(segments);
-}
-
-pub unsafe extern "C" fn isend(
-    send_comm: Opaque,
-    data: Opaque,
-    size: c_int,
-    _tag: c_int,
-    mhandle: Opaque,
-    request: *mut Opaque,
-) -> ncclResult_t {
-    guard(|| {
-        // SAFETY: the caller's comm.
-        let comm = unsafe { comm(send_comm, false)? };
-        check(!data.is_null() && !mhandle.is_null() && !request.is_null())?;
-        let size = usize::try_from(size).map_err(|_| NCCL_INVALID_ARGUMENT)?;
-        message_len(comm, size)?;
-        // SAFETY: a registration of regMr that is not dropped.
-        let mr = unsafe { &*mhandle.cast::<Mr>() };
-        let offset = (data as usize).wrapping_sub(mr.base);
-        check(!mr.device || (offset < mr.size && size <= mr.size - offset))?;
-        post(comm, request, |seq, body| {
-            let source = if mr.device {
-                let slot = (seq % MAX_REQUESTS as u64) as usize;
-                comm.send_source()?.begin(slot, data.cast(), size).map_err(|e| system("device send", &e))?
-            } else {
-                data.cast_const().cast()
-            };
-            let segment = iovec { iov_base: source.cast_mut().cast(), iov_len: size };
-            fill_send(seq, body, size, mr.device, std::iter::once(segment));
-            Ok(())
-        })
-    })
-}
-
-pub unsafe extern "C" fn irecv(
-    recv_comm: Opaque,
-    n: c_int,
-    data: *mut Opaque,
-    sizes: *mut c_int,
-    _tags: *mut c_int,
-    mhandles: *mut Opaque,
-    request: *mut Opaque,
-) -> ncclResult_t {
-    guard(|| {
-        // SAFETY: the caller's comm.
-        let comm = unsafe { comm(recv_comm, true)? };
-        check(n == 1 && !data.is_null() && !sizes.is_null() && !mhandles.is_null() && !request.is_null())?;
-        // SAFETY: arrays of one element, checked not to be null.
-        let (data, size, mhandle) = unsafe { (*data, *sizes, *mhandles) };
-        check(!mhandle.is_null())?;
-        // SAFETY: a registration of regMr that is not dropped.
-        let mr = unsafe { &*mhandle.cast::<Mr>() };
-        let size = usize::try_from(size).map_err(|_| NCCL_INVALID_ARGUMENT)?;
-        message_len(comm, size)?;
-        check(if mr.device { comm.can_unpack() } else { !data.is_null() })?;
-        let segment = (!mr.device).then_some(iovec { iov_base: data, iov_len: size });
-        post(comm, request, |_, body| {
-            fill_recv(body, size, mr.device, segment.into_iter());
-            Ok(())
-        })
-    })
-}
-
-/// The non-empty segments of a vector, and their sum.
-///
-/// # Safety
-/// `iov` points at `n` segments, or is null.
-unsafe fn segments<'a>(n: c_int, iov: *const ucclIoVec) -> Result<(&'a [ucclIoVec], usize), ncclResult_t> {
-    let n = usize::try_from(n).map_err(|_| NCCL_INVALID_ARGUMENT)?;
-    check(n > 0 && !iov.is_null())?;
-    // SAFETY: by contract.
-    let iov = unsafe { std::slice::from_raw_parts(iov, n) };
-    check(iov.iter().all(|s| s.len == 0 || !s.base.is_null()))?;
-    let sum = iov.iter().try_fold(0usize, |sum, s| sum.checked_add(s.len)).ok_or(NCCL_INVALID_ARGUMENT)?;
-    Ok((iov, sum))
-}
-
-fn host_segments(iov: &[ucclIoVec]) -> impl Iterator<Item = iovec> + '_ {
-    iov.iter().filter(|s| s.len > 0).map(|s| iovec { iov_base: s.base, iov_len: s.len })
-}
-
-pub unsafe extern "C" fn isendv(
-    send_comm: Opaque,
-    n: c_int,
-    iov: *const ucclIoVec,
-    _tag: c_int,
-    request: *mut Opaque,
-) -> ncclResult_t {
-    guard(|| {
-        // SAFETY: the caller's comm and vector.
-        let (comm, (iov, size)) = unsafe { (comm(send_comm, false)?, segments(n, iov)?) };
-        check(!request.is_null())?;
-        message_len(comm, size)?;
-        post(comm, request, |seq, body| {
-            fill_send(seq, body, size, false, host_segments(iov));
-            Ok(())
-        })
-    })
-}
-
-pub unsafe extern "C" fn irecvv(
-    recv_comm: Opaque,
-    n: c_int,
-    iov: *const ucclIoVec,
-    _tag: c_int,
-    request: *mut Opaque,
-) -> ncclResult_t {
-    guard(|| {
-        // SAFETY: the caller's comm and vector.
-        let (comm, (iov, size)) = unsafe { (comm(recv_comm, true)?, segments(n, iov)?) };
-        check(!request.is_null())?;
-        message_len(comm, size)?;
-        post(comm, request, |_, body| {
-            fill_recv(body, size, false, host_segments(iov));
-            Ok(())
-        })
-    })
-}
-
-pub unsafe extern "C" fn iflush(
-    recv_comm: Opaque,
-    _n: c_int,
-    _data: *mut Opaque,
-    _sizes: *mut c_int,
-    _mhandles: *mut Opaque,
-    request: *mut Opaque,
-) -> ncclResult_t {
-    guard(|| {
-        // SAFETY: the caller's comm.
-        unsafe { comm(recv_comm, true)? };
-        check(!request.is_null())?;
-        // Done data is visible already: there is nothing to wait for.
-        // SAFETY: not null; the caller's pointer.
-        unsafe { *request = ptr::null_mut() };
-        Ok(())
-    })
-}
-
-/// The slot and comm of a request.
-///
-/// # Safety
-/// Null, or a request of a comm that is not closed.
-unsafe fn slot<'a>(request: Opaque) -> Result<(&'a Slot, &'a Comm), ncclResult_t> {
-    check(!request.is_null())?;
-    // SAFETY: by contract a slot of a live comm, which outlives the call.
-    unsafe {
-        let slot = &*request.cast::<Slot>();
-        Ok((slot, &*slot.comm.load(Ordering::Acquire)))
-    }
-}
-
-pub unsafe extern "C" fn test(request: Opaque, done: *mut c_int, sizes: *mut c_int) -> ncclResult_t {
-    guard(|| {
-        check(!done.is_null())?;
-        // SAFETY: the caller's request; not null, the caller's int.
-        let (slot, comm) = unsafe {
-            *done = 0;
-            slot(request)?
-        };
-        if let Some(bytes) = comm.test(slot)? {
-            // SAFETY: as above; sizes is null or the caller's array of one.
-            unsafe {
-                *done = 1;
-                if !sizes.is_null() {
-                    *sizes = bytes as c_int;
-                }
-            }
-        }
-        Ok(())
-    })
-}
-
-pub unsafe extern "C" fn consumed(recv_comm: Opaque, n: c_int, request: Opaque) -> ncclResult_t {
-    guard(|| {
-        // SAFETY: the caller's comm and request.
-        let (comm, (slot, _)) = unsafe { (comm(recv_comm, true)?, slot(request)?) };
-        check(n == 1)?;
-        comm.consume(slot)
-    })
-}
-
 unsafe fn close(handle: Opaque, receives: bool) -> ncclResult_t {
     guard(|| {
         // SAFETY: the caller's comm.
@@ -521,16 +312,6 @@ pub unsafe extern "C" fn get_device_mr(comm: Opaque, mhandle: Opaque, device_mha
         // Kernels need nothing of a registration.
         // SAFETY: not null; the caller's pointer.
         unsafe { *device_mhandle = ptr::null_mut() };
-        Ok(())
-    })
-}
-
-pub unsafe extern "C" fn set_doorbell(handle: Opaque, armed: *mut u32, fd: c_int) -> ncclResult_t {
-    guard(|| {
-        // SAFETY: the caller's comm.
-        let comm = unsafe { any_comm(handle)? };
-        check(fd < 0 || (!armed.is_null() && armed.is_aligned()))?;
-        comm.set_doorbell(armed.cast_const().cast::<AtomicU32>(), fd);
         Ok(())
     })
 }

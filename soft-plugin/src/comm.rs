@@ -48,6 +48,8 @@ pub struct Io {
     pub hung_up: bool,
     side: Side,
     doorbell: Option<Doorbell>,
+    /// Completions of this turn have not been rung for.
+    ring_due: bool,
 }
 
 impl Io {
@@ -154,7 +156,7 @@ impl Comm {
             closing: AtomicBool::new(false),
             post: Mutex::new(()),
             slots: std::array::from_fn(|_| Slot::new()),
-            io: Mutex::new(Io { socket: Some(socket), hung_up: false, side, doorbell: None }),
+            io: Mutex::new(Io { socket: Some(socket), hung_up: false, side, doorbell: None, ring_due: false }),
             source: OnceLock::new(),
             bounce,
             worker: worker.clone(),
@@ -311,6 +313,9 @@ impl Comm {
             Side::Recv(recv) => recv.turn(self, io),
         };
         io.side = side;
+        if std::mem::take(&mut io.ring_due) {
+            ring(io);
+        }
         turn
     }
 
@@ -327,10 +332,11 @@ impl Comm {
         self.posted.get() == completed || !self.idle.swap(false, Ordering::AcqRel)
     }
 
-    /// Publishes that every request below `completed` is done. The I/O lock is held.
-    pub fn complete(&self, io: &Io, completed: u64) {
+    /// Publishes that every request below `completed` is done. The I/O lock is held. The bell rings once, at the end of the
+    /// turn: waking the caller for every message of a burst costs more than it gains.
+    pub fn complete(&self, io: &mut Io, completed: u64) {
         self.completed.set(completed);
-        ring(io);
+        io.ring_due = true;
     }
 
     /// The comm is finished: every request that is not done ends in `result`. The I/O lock is held.

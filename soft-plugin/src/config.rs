@@ -38,7 +38,8 @@ pub struct Config {
     pub inline_bytes: usize,
     /// `UCCL_TCPX_SOFT_CONGESTION`: congestion control of the data sockets (default: the system's).
     pub congestion: Option<String>,
-    /// `UCCL_TCPX_SOFT_SOCKBUF`: socket buffer size, bytes (default 0: the kernel tunes it).
+    /// `UCCL_TCPX_SOFT_SOCKBUF`: socket buffer size, bytes; the system caps it at net.core.{r,w}mem_max (default 0: the kernel
+    /// tunes it).
     pub socket_buffer: usize,
     /// `UCCL_TCPX_SOFT_FRAGMENT`: `random`, or a fragment size in bytes (default: one fragment a message).
     pub fragmentation: Fragmentation,

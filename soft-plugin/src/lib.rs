@@ -24,6 +24,7 @@ mod send;
 mod slot;
 mod state;
 
+use abi::requests;
 use nccl_net_abi::{ncclNet_v7, ncclNet_v8, ucclNetExt_v1};
 
 macro_rules! net_table {
@@ -39,15 +40,15 @@ macro_rules! net_table {
             regMr: Some(abi::$reg_mr),
             regMrDmaBuf: None,
             deregMr: Some(abi::dereg_mr),
-            isend: Some(abi::isend),
-            irecv: Some(abi::irecv),
-            iflush: Some(abi::iflush),
-            test: Some(abi::test),
+            isend: Some(requests::isend),
+            irecv: Some(requests::irecv),
+            iflush: Some(requests::iflush),
+            test: Some(requests::test),
             closeSend: Some(abi::close_send),
             closeRecv: Some(abi::close_recv),
             closeListen: Some(abi::close_listen),
             getDeviceMr: Some(abi::get_device_mr),
-            irecvConsumed: Some(abi::consumed),
+            irecvConsumed: Some(requests::consumed),
         }
     };
 }
@@ -57,9 +58,9 @@ pub const TABLE_V7: ncclNet_v7 = net_table!(ncclNet_v7, properties_v7, reg_mr_v7
 /// The extension table, as a value for a data symbol.
 pub const EXT_V1: ucclNetExt_v1 = ucclNetExt_v1 {
     size: size_of::<ucclNetExt_v1>(),
-    isendv: Some(abi::isendv),
-    irecvv: Some(abi::irecvv),
-    setDoorbell: Some(abi::set_doorbell),
+    isendv: Some(requests::isendv),
+    irecvv: Some(requests::irecvv),
+    setDoorbell: Some(requests::set_doorbell),
 };
 
 /// The plugin's v7 table.

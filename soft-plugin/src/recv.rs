@@ -221,7 +221,7 @@ impl RecvIo {
     }
 
     /// The message is in place: publishes its descriptors, then its completion.
-    fn finish(&mut self, comm: &Comm, io: &Io, seq: u64, body: &Body) {
+    fn finish(&mut self, comm: &Comm, io: &mut Io, seq: u64, body: &Body) {
         self.missing = None;
         if let (true, Some(queue)) = (body.device, &self.queue) {
             let row = (seq % MAX_REQUESTS as u64) as usize;

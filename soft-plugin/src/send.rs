@@ -93,7 +93,7 @@ impl SendIo {
     }
 
     /// Steps over `sent` bytes and completes the messages they finish.
-    fn account(&mut self, comm: &Comm, io: &Io, mut seq: u64, mut sent: usize) {
+    fn account(&mut self, comm: &Comm, io: &mut Io, mut seq: u64, mut sent: usize) {
         let first = seq;
         while sent > 0 {
             let slot = comm.slot(seq);

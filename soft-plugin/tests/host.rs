@@ -244,7 +244,7 @@ fn a_shorter_message_than_posted_is_fine() {
 fn a_larger_message_than_posted_fails_the_receiver() {
     start();
     let (sender, receiver) = pair();
-    let mut landing = vec![0xEE; 200];
+    let mut landing = [0xEE; 200];
     let (posted, guard) = landing.split_at_mut(100);
     let request = receiver.irecvv(&mut [posted]).unwrap();
     sender.isendv(&[&[1; 101]]).unwrap();
@@ -421,6 +421,29 @@ fn sleep_until_done(bell: &Doorbell, request: Opaque) {
             done = test(request).unwrap().is_some();
             done
         });
+    }
+}
+
+#[test]
+fn a_post_while_the_io_thread_goes_to_rest_is_seen() {
+    start();
+    let (sender, receiver) = pair();
+    let mut byte = [0u8; 16];
+    for _ in 0..300 {
+        // All of it is in the kernel before the first receive, so no arriving data covers up for a lost wake-up.
+        for i in 0..400 {
+            wait(sender.isendv(&[&[i as u8; 16]]).unwrap()).unwrap();
+        }
+        for i in 0..400 {
+            let request = receiver.irecvv(&mut [&mut byte]).unwrap();
+            let start = Instant::now();
+            while test(request).unwrap().is_none() {
+                assert!(start.elapsed() < HANG, "hang: a posted receive is not served");
+                std::hint::spin_loop();
+            }
+            assert_eq!(byte, [i as u8; 16]);
+            receiver.consumed(request).unwrap();
+        }
     }
 }
 

@@ -18,10 +18,11 @@ pub struct notify_msg_t {
     pub msg: [c_char; MSG_SIZE],
 }
 
-/// Kept for compatibility with code that names it.
+/// Kept for compatibility with code that names it; the library itself never makes one.
 #[allow(non_camel_case_types)]
 #[repr(C)]
 #[derive(Clone, Copy)]
+#[allow(dead_code)]
 pub struct md_t {
     /// The notification.
     pub notify_data: notify_msg_t,

@@ -73,11 +73,12 @@ class Node:
             self.agent.create_backend(backend, params)
         self.buffers, self.registrations, self.requests, self.notes = {}, {}, {}, []
 
-    def allocate(self, key, size, seed=None):
-        if self.buffer_kind == "gpu":
+    def allocate(self, key, size, seed=None, kind=None):
+        kind = kind or self.buffer_kind
+        if kind == "gpu":
             buffer = GpuBuffer(size, device=self.device)
         else:
-            buffer = HostBuffer(size, "VRAM" if self.buffer_kind == "emulated" else "DRAM")
+            buffer = HostBuffer(size, "VRAM" if kind == "emulated" else "DRAM")
         if seed is not None:
             buffer.write(0, pattern(seed, size))
         self.buffers[key] = buffer
@@ -115,10 +116,10 @@ class Node:
         buffer = self.buffers[key]
         return [(buffer.address + offset, size, buffer.device) for offset, size in blocks]
 
-    def prepare(self, operation, local, remote, agent, message=b"", kind=None):
-        kind = kind or ("VRAM" if self.buffer_kind != "host" else "DRAM")
+    def prepare(self, operation, local, remote, agent, message=b"", kinds=None):
+        mine, theirs = kinds or ("VRAM" if self.buffer_kind != "host" else "DRAM",) * 2
         return self.agent.initialize_xfer(
-            operation, self.agent.get_xfer_descs(local, kind), self.agent.get_xfer_descs(remote, kind), agent, message
+            operation, self.agent.get_xfer_descs(local, mine), self.agent.get_xfer_descs(remote, theirs), agent, message
         )
 
     def finish(self, handle, timeout=30.0):
@@ -140,8 +141,8 @@ class Node:
         except Exception as error:
             return type(error).__name__
 
-    def run(self, operation, local, remote, agent, message=b"", timeout=30.0):
-        handle = self.prepare(operation, local, remote, agent, message)
+    def run(self, operation, local, remote, agent, message=b"", timeout=30.0, kinds=None):
+        handle = self.prepare(operation, local, remote, agent, message, kinds)
         state = self.post(handle, message)
         if state == "PROC":
             state = self.finish(handle, timeout)
@@ -151,6 +152,37 @@ class Node:
     def move(self, operation, key, blocks, remote, agent, message=b""):
         """run() with local blocks of a buffer."""
         return self.run(operation, self.local(key, blocks), remote, agent, message)
+
+    def benchmark(self, operation, key, blocks, remote, agent, iterations):
+        """Median seconds of a transfer that is posted again and again."""
+        handle = self.prepare(operation, self.local(key, blocks), remote, agent)
+        seconds = []
+        for _ in range(iterations + 2):
+            begin = time.perf_counter()
+            state = self.post(handle)
+            while state == "PROC":
+                state = self.agent.check_xfer_state(handle)
+            seconds.append(time.perf_counter() - begin)
+            check_equal(state, "DONE", operation)
+        handle.release()
+        return sorted(seconds[2:])[iterations // 2]
+
+    def compute(self, key, value):
+        """Fills a GPU buffer by a kernel on a stream of its own and waits for it, as a caller of NIXL must."""
+        torch, tensor = self.buffers[key].torch, self.buffers[key].tensor
+        stream = torch.cuda.Stream(device=tensor.device)
+        with torch.cuda.stream(stream):
+            tensor.zero_()
+            for _ in range(value):
+                tensor.add_(1)
+        stream.synchronize()
+
+    def all_equal(self, key, value):
+        """Whether every byte of a GPU buffer is `value`, judged by a kernel on a fresh stream that waits for nothing."""
+        torch, tensor = self.buffers[key].torch, self.buffers[key].tensor
+        stream = torch.cuda.Stream(device=tensor.device)
+        with torch.cuda.stream(stream):
+            return bool((tensor == value).all().item())
 
     def notify(self, agent, message):
         self.agent.send_notif(agent, message)
@@ -173,7 +205,11 @@ class Node:
 
 
 def _serve(pipe, arguments, environment):
-    os.environ.update(environment)
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     node = None
     try:
         node = Node(**arguments)
@@ -198,7 +234,7 @@ def _serve(pipe, arguments, environment):
 
 
 class RemoteNode:
-    """A Node in a process of its own: every method of Node, called through a pipe."""
+    """A Node in a process of its own: every method of Node, called through a pipe. `environment`: variables to set, or to unset (None)."""
 
     def __init__(self, environment=None, **arguments):
         context = multiprocessing.get_context("spawn")

@@ -462,6 +462,12 @@ def restart(how, **params):
     for life in range(3):
         there = RemoteNode(name="there", params=params)
         remote = there.allocate("data", MIB, 50 + life)
+        if life:
+            # What the agent keeps of a peer that was lost differs between NIXL versions; removing it first works with all.
+            try:
+                here.forget("there")
+            except Exception:
+                pass
         check_equal(here.connect(there.metadata()), "there", "name")
         there.connect(here.metadata())
         check_equal(here.move("WRITE", "data", [(0, MIB // 2)], at(remote, [(0, MIB // 2)]), "there", b"life"), "DONE", f"write, life {life}")
@@ -474,15 +480,13 @@ def restart(how, **params):
         else:
             there.close()
         if how == "killed" and life == 0:
-            # This time the agent finds out by itself, and drops the peer.
+            # This time a transfer finds out.
             handle_state = "PROC"
             try:
                 handle_state = here.move("WRITE", "data", [(0, MIB)], at(remote, [(0, MIB)]), "there")
             except Exception as error:
                 handle_state = type(error).__name__
             check_equal(handle_state, "nixlRemoteDisconnectError", "transfer to the dead peer")
-        else:
-            here.forget("there")
 
 
 @case(**SHORT)

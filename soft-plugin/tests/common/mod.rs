@@ -152,7 +152,9 @@ impl Sender {
     pub fn isend(&self, data: *const u8, size: usize, mhandle: Opaque) -> Outcome<Opaque> {
         let mut request = ptr::null_mut();
         // SAFETY: the test keeps the buffer.
-        let code = unsafe { soft_plugin::table().isend.unwrap()(self.0, data.cast_mut().cast(), size as c_int, 0, mhandle, &mut request) };
+        let code = unsafe {
+            soft_plugin::table().isend.unwrap()(self.0, data.cast_mut().cast(), size as c_int, 0, mhandle, &mut request)
+        };
         outcome(code, request)
     }
 
@@ -188,7 +190,9 @@ impl Receiver {
         let mut request = ptr::null_mut();
         let (mut data, mut size, mut tag, mut mhandle) = (data.cast(), size as c_int, 0, mhandle);
         // SAFETY: the test keeps the buffer.
-        let code = unsafe { soft_plugin::table().irecv.unwrap()(self.comm, n, &mut data, &mut size, &mut tag, &mut mhandle, &mut request) };
+        let code = unsafe {
+            soft_plugin::table().irecv.unwrap()(self.comm, n, &mut data, &mut size, &mut tag, &mut mhandle, &mut request)
+        };
         outcome(code, request)
     }
 

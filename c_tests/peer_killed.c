@@ -1,0 +1,197 @@
+/* A peer that dies or freezes in mid transfer: every transfer ends with an error within the deadline, and so does everything
+ * else. The deadlines of the library are set short; LIMIT_MS is how much later than they a loaded machine may be. */
+#include "support.h"
+
+#include <signal.h>
+#include <sys/wait.h>
+
+#define DEADLINE "2000"
+#define LIMIT_MS 20000
+
+#define BLOCKS 8
+#define BLOCK (64 * MIB)
+#define REGION (BLOCKS * BLOCK)
+
+typedef struct flight {
+    uint64_t ids[BLOCKS + 2];
+    direction d;
+} flight;
+
+/* Must run before the fork: the library reads its environment when an engine is created. */
+static void set_deadlines(void)
+{
+    CHECK(setenv("UCCL_TCPX_PEER_TIMEOUT_MS", DEADLINE, 1) == 0);
+    CHECK(setenv("UCCL_TCPX_TRANSFER_TIMEOUT_MS", DEADLINE, 1) == 0);
+    CHECK(setenv("UCCL_TCPX_CLOSE_TIMEOUT_MS", DEADLINE, 1) == 0);
+}
+
+/* A block each, and a send and a receive that nobody answers. */
+static void take_off(const side *s, direction d, flight *f)
+{
+    f->d = d;
+    for (size_t i = 0; i < BLOCKS; i++)
+        CHECK_OK(start(s, d, i * BLOCK, i * BLOCK, BLOCK, &f->ids[i]));
+    CHECK_OK(uccl_engine_recv_async(s->conn, s->mr, s->mine, PAGE, &f->ids[BLOCKS]));
+    CHECK_OK(uccl_engine_send_async(s->conn, s->mr, s->mine, MIB, &f->ids[BLOCKS + 1]));
+}
+
+static void await_first_bytes(const side *s, const flight *f)
+{
+    uccl_xfer_info_t info = {0};
+    int64_t end = now_ms() + LIMIT_MS;
+    while (info.bytes_done == 0) {
+        CHECK(uccl_engine_poll(s->conn, f->ids[0], &info) >= 0);
+        CHECK_MSG(now_ms() < end, "nothing moves");
+    }
+}
+
+/* A block that is reported complete must be complete; nothing may still be in progress. Returns how many failed. */
+static int check_block(const side *s, const flight *f, size_t i, int64_t end)
+{
+    int64_t left = end - now_ms();
+    int status = uccl_engine_wait(s->conn, f->ids[i], left > 0 ? left : 0);
+    CHECK_MSG(status != UCCL_IN_PROGRESS, "%s %zu did not end within the deadline", direction_name(f->d), i);
+    CHECK(uccl_engine_xfer_status(s->conn, f->ids[i]) == (status == UCCL_OK));
+    if (status == UCCL_OK)
+        check_same(direction_name(f->d), s->mine + i * BLOCK, s->theirs + i * BLOCK, BLOCK);
+    return status < 0;
+}
+
+static void check_crash(const side *s, const flight *f)
+{
+    int64_t end = now_ms() + LIMIT_MS;
+    int failed = 0;
+    for (size_t i = 0; i < BLOCKS; i++)
+        failed += check_block(s, f, i, end);
+    CHECK_MSG(failed > 0, "the peer was stopped too late to prove anything");
+    for (size_t i = BLOCKS; i < BLOCKS + 2; i++) {
+        int64_t left = end - now_ms();
+        CHECK_FAILS(uccl_engine_wait(s->conn, f->ids[i], left > 0 ? left : 0));
+    }
+}
+
+/* On a connection that is lost, what is started anew fails as well, whether at the call or later. */
+static void check_lost(const side *s)
+{
+    uint64_t id;
+    notify_msg_t m = {.name = "n"};
+    int status = start(s, WRITE, 0, 0, PAGE, &id);
+    CHECK_FAILS(status == UCCL_OK ? uccl_engine_wait(s->conn, id, LIMIT_MS) : status);
+    CHECK_FAILS(uccl_engine_send_notif(s->conn, &m));
+    CHECK_FAILS(uccl_engine_recv(s->conn, s->mr, s->mine, PAGE));
+}
+
+/* The engine itself is unharmed: it serves a new connection, here to itself. */
+static void check_engine_lives(const side *s)
+{
+    address self = engine_address(s->engine);
+    uccl_conn_t *out = join(s->engine, &self, true), *in = take_connection(s->engine);
+    struct FifoItem item = region_item(s->engine, s->mr, s->mine + MIB, MIB);
+    uint64_t id;
+    fill(s->mine, MIB, 11);
+    CHECK_OK(uccl_engine_write(out, s->mr, s->mine, MIB, item, &id));
+    CHECK_OK(outcome(out, id));
+    check_same("write", s->mine + MIB, s->mine, MIB);
+    uccl_engine_conn_destroy(out);
+    uccl_engine_conn_destroy(in);
+}
+
+static void check_close(side *s)
+{
+    int64_t begin = now_ms();
+    side_close(s);
+    CHECK_MSG(now_ms() - begin < LIMIT_MS, "closing took %lld ms", (long long)(now_ms() - begin));
+}
+
+static void wait_for_kill(side *s)
+{
+    (void)s;
+    for (;;)
+        sleep_ms(1000);
+}
+
+static void end_child(const side *s)
+{
+    int status = 0;
+    CHECK(kill(s->child, SIGKILL) == 0);
+    CHECK(waitpid(s->child, &status, 0) == s->child);
+    CHECK_MSG(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL, "the target ended by itself, wait status 0x%x", status);
+}
+
+static void start_pair(side *s, direction d)
+{
+    set_deadlines();
+    pair_start(s, REGION, wait_for_kill);
+    fill(s->mine, s->len, 1 + d);
+    fill(s->theirs, s->len, 3 + d);
+}
+
+static void kill_during(direction d)
+{
+    side s;
+    flight f;
+    start_pair(&s, d);
+    take_off(&s, d, &f);
+    await_first_bytes(&s, &f);
+    end_child(&s);
+    check_crash(&s, &f);
+    check_lost(&s);
+    check_engine_lives(&s);
+    check_close(&s);
+}
+
+CASE(killed_during_write) { kill_during(WRITE); }
+CASE(killed_during_read) { kill_during(READ); }
+
+static void freeze_during(direction d)
+{
+    side s;
+    flight f;
+    start_pair(&s, d);
+    take_off(&s, d, &f);
+    await_first_bytes(&s, &f);
+    CHECK(kill(s.child, SIGSTOP) == 0);
+    check_crash(&s, &f);
+    check_lost(&s);
+    check_engine_lives(&s);
+    check_close(&s);
+    end_child(&s);
+}
+
+CASE(frozen_during_write) { freeze_during(WRITE); }
+CASE(frozen_during_read) { freeze_during(READ); }
+
+/* Everything at once may be closed with the peer just dead, before the library could notice. */
+CASE(closed_right_after_the_kill)
+{
+    side s;
+    flight f;
+    start_pair(&s, WRITE);
+    take_off(&s, WRITE, &f);
+    await_first_bytes(&s, &f);
+    end_child(&s);
+    check_close(&s);
+}
+
+/* An idle connection notices too, and a small transfer to a dead peer is never reported as done. */
+CASE(killed_while_idle)
+{
+    side s;
+    start_pair(&s, WRITE);
+    end_child(&s);
+    check_lost(&s);
+    check_close(&s);
+}
+
+/* Destruction with transfers towards a frozen peer returns within the deadline, too. */
+CASE(closed_while_frozen)
+{
+    side s;
+    flight f;
+    start_pair(&s, WRITE);
+    take_off(&s, WRITE, &f);
+    await_first_bytes(&s, &f);
+    CHECK(kill(s.child, SIGSTOP) == 0);
+    check_close(&s);
+    end_child(&s);
+}

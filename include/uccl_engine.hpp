@@ -1,0 +1,290 @@
+/* uccl_engine.hpp - the upstream UCCL engine API for C++ clients, as inline functions over the C ABI of uccl_engine.h.
+ *
+ * Included by uccl_engine.h in C++; a client written for upstream's header includes uccl_engine.h and compiles unchanged.
+ *
+ * Conventions
+ *  - No function here throws: each is noexcept, and memory that runs out becomes a status or a shorter result. Copies of vectors
+ *    that the caller passes by value are made by the caller, outside of these functions.
+ *  - No state: everything lives behind the C ABI, so programs built by different compilers may share one library.
+ *  - Unless a function says otherwise, what uccl_engine.h says about the C function of the same name holds: parameters, statuses,
+ *    threads, and when memory may be reused.
+ *
+ * SPDX-License-Identifier: Apache-2.0
+ */
+#pragma once
+
+#ifndef __cplusplus
+#error "uccl_engine.hpp is for C++; include uccl_engine.h"
+#endif
+
+#include "uccl_engine.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <new>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+static_assert(sizeof(FifoItem) == FIFO_SIZE, "a serialised FIFO item is the structure itself");
+static_assert(std::is_trivially_copyable<FifoItem>::value, "FIFO items are copied as bytes");
+static_assert(sizeof(notify_msg_t) == 2 * MSG_SIZE, "fixed-size notifications have no padding");
+
+/** A notification of any length up to 64 MiB, name and message together. */
+typedef struct notify_msg_v {
+  /** Name of the sender as the sender gave it. */
+  std::string name;
+  /** Bytes of the message; may hold zeros. */
+  std::string msg;
+} notify_msg_v_t;
+
+namespace uccl_engine_detail {
+
+/* An integer given as the older `int remote_gpu_idx`. NULL is an integer to some compilers and means "no GPU given", so its type is
+ * left to the overload that takes text. */
+template <typename T>
+using gpu_index = std::enable_if_t<
+    (std::is_integral<T>::value || std::is_enum<T>::value) && std::is_convertible<T, int>::value &&
+        !std::is_same<std::remove_cv_t<T>, std::remove_cv_t<decltype(NULL)>>::value,
+    int>;
+
+/* Whether every vector has the segments that the caller counts. */
+template <typename... Vectors>
+inline bool holds(int num_iovs, Vectors const&... vectors) noexcept {
+  return num_iovs >= 0 && ((vectors.size() >= static_cast<std::size_t>(num_iovs)) && ...);
+}
+
+}  // namespace uccl_engine_detail
+
+/* The C function again, for its default argument: same_process is false unless given. */
+extern "C" uccl_conn_t* uccl_engine_connect(uccl_engine_t* engine, const char* ip_addr, const char* remote_gpu, int remote_port,
+                                            bool same_process = false);
+
+/**
+ * Connects to a peer engine whose GPU is given as a CUDA index.
+ *
+ * @param engine          [in] The engine.
+ * @param ip_addr         [in] The peer's address.
+ * @param remote_gpu_idx  [in] CUDA index of the peer's GPU, -1 for none. Any integer type but that of NULL.
+ * @param remote_port     [in] The peer's port, 1 to 65535.
+ * @param same_process    [in] The peer is an engine of this process.
+ * @return As the C function.
+ */
+template <typename Index, uccl_engine_detail::gpu_index<Index> = 0>
+inline uccl_conn_t* uccl_engine_connect(uccl_engine_t* engine, char const* ip_addr, Index remote_gpu_idx, int remote_port,
+                                        bool same_process = false) noexcept {
+  char text[16];
+  std::snprintf(text, sizeof(text), "%d", static_cast<int>(remote_gpu_idx));
+  return uccl_engine_connect(engine, ip_addr, static_cast<char const*>(text), remote_port, same_process);
+}
+
+/**
+ * Registers memory.
+ *
+ * @param engine  [in]  The engine.
+ * @param data    [in]  Address of the first byte, host or CUDA device memory.
+ * @param size    [in]  Bytes, at least 1.
+ * @param mr_id   [out] The region; untouched on failure.
+ * @return As the C function.
+ */
+inline int uccl_engine_reg(uccl_engine_t* engine, uintptr_t data, size_t size, uccl_mr_t& mr_id) noexcept {
+  return uccl_engine_reg(engine, static_cast<size_t>(data), size, &mr_id);
+}
+
+/**
+ * Starts a read of several segments as one transfer.
+ *
+ * @param conn         [in]  The connection.
+ * @param mr_ids       [in]  Local regions.
+ * @param dst_v        [in]  Local destinations, each inside its region.
+ * @param size_v       [in]  Lengths in bytes.
+ * @param fifo_items   [in]  Remote sources.
+ * @param num_iovs     [in]  Segments, 0 to 1,048,576; no vector but ipc_bufs may hold fewer elements, more are ignored.
+ * @param transfer_id  [out] Id of the transfer; untouched on failure.
+ * @param ipc_bufs     [in]  IPC descriptors. Not read: data takes the channels also inside one host.
+ * @return As the C function; UCCL_ERR_INVALID_ARGUMENT when a vector is too short, and then nothing moves.
+ */
+inline int uccl_engine_read_vector(uccl_conn_t* conn, std::vector<uccl_mr_t> mr_ids, std::vector<void*> dst_v,
+                                   std::vector<size_t> size_v, std::vector<FifoItem> fifo_items, int num_iovs,
+                                   uint64_t* transfer_id, std::vector<char*> ipc_bufs = {}) noexcept {
+  static_cast<void>(ipc_bufs);
+  if (!uccl_engine_detail::holds(num_iovs, mr_ids, dst_v, size_v, fifo_items)) return UCCL_ERR_INVALID_ARGUMENT;
+  return uccl_engine_read_vector(conn, mr_ids.data(), dst_v.data(), size_v.data(), fifo_items.data(), num_iovs, transfer_id);
+}
+
+/**
+ * Starts a write of several segments as one transfer.
+ *
+ * @param conn         [in]  The connection.
+ * @param mr_ids       [in]  Local regions.
+ * @param src_v        [in]  Local sources, each inside its region; the memory must not change until the transfer has ended.
+ * @param size_v       [in]  Lengths in bytes.
+ * @param fifo_items   [in]  Remote destinations.
+ * @param num_iovs     [in]  Segments, 0 to 1,048,576; no vector but ipc_bufs may hold fewer elements, more are ignored.
+ * @param transfer_id  [out] Id of the transfer; untouched on failure.
+ * @param ipc_bufs     [in]  IPC descriptors. Not read: data takes the channels also inside one host.
+ * @return As the C function; UCCL_ERR_INVALID_ARGUMENT when a vector is too short, and then nothing moves.
+ */
+inline int uccl_engine_write_vector(uccl_conn_t* conn, std::vector<uccl_mr_t> mr_ids, std::vector<void*> src_v,
+                                    std::vector<size_t> size_v, std::vector<FifoItem> fifo_items, int num_iovs,
+                                    uint64_t* transfer_id, std::vector<char*> ipc_bufs = {}) noexcept {
+  static_cast<void>(ipc_bufs);
+  if (!uccl_engine_detail::holds(num_iovs, mr_ids, src_v, size_v, fifo_items)) return UCCL_ERR_INVALID_ARGUMENT;
+  return uccl_engine_write_vector(conn, mr_ids.data(), src_v.data(), size_v.data(), fifo_items.data(), num_iovs, transfer_id);
+}
+
+/**
+ * Starts a two-sided send of one message gathered from several segments.
+ *
+ * @param conn         [in]  The connection.
+ * @param mr_ids       [in]  Local regions.
+ * @param src_v        [in]  Sources, each inside its region; the memory must not change until the transfer has ended.
+ * @param size_v       [in]  Lengths in bytes.
+ * @param num_iovs     [in]  Segments, 0 to 1,048,576; no vector may hold fewer elements, more are ignored.
+ * @param transfer_id  [out] Id of the transfer; untouched on failure.
+ * @return As the C function; UCCL_ERR_INVALID_ARGUMENT when a vector is too short, and then nothing moves.
+ */
+inline int uccl_engine_send_vector(uccl_conn_t* conn, std::vector<uccl_mr_t> mr_ids, std::vector<void const*> src_v,
+                                   std::vector<size_t> size_v, int num_iovs, uint64_t* transfer_id) noexcept {
+  if (!uccl_engine_detail::holds(num_iovs, mr_ids, src_v, size_v)) return UCCL_ERR_INVALID_ARGUMENT;
+  return uccl_engine_send_vector(conn, mr_ids.data(), src_v.data(), size_v.data(), num_iovs, transfer_id);
+}
+
+/**
+ * Describes the engine to peers as "ip:port?gpu".
+ *
+ * @param engine        [in]  The engine.
+ * @param metadata_str  [out] NUL-terminated text, owned by the caller, to be freed with delete[] (or with the
+ *                      uccl_engine_free_metadata of C++, which does that); untouched on failure.
+ * @return UCCL_OK; UCCL_ERR_INVALID_ARGUMENT for NULL; UCCL_ERR_RESOURCE when memory runs out; the status of
+ *         uccl_engine_metadata_into.
+ */
+inline int uccl_engine_get_metadata(uccl_engine_t* engine, char** metadata_str) noexcept {
+  if (metadata_str == nullptr) return UCCL_ERR_INVALID_ARGUMENT;
+  size_t len = 0;
+  int status = uccl_engine_metadata_into(engine, nullptr, 0, &len);
+  if (status != UCCL_OK && (status != UCCL_ERR_RESOURCE || len == 0)) return status;
+  char* text = new (std::nothrow) char[len];
+  if (text == nullptr) return UCCL_ERR_RESOURCE;
+  status = uccl_engine_metadata_into(engine, text, len, nullptr);
+  if (status != UCCL_OK) {
+    delete[] text;
+    return status;
+  }
+  *metadata_str = text;
+  return UCCL_OK;
+}
+
+/**
+ * Frees what uccl_engine_get_metadata of C++ returned.
+ *
+ * @param metadata  The text; NULL is a no-op. Not text that came from a C caller of the library.
+ */
+inline void uccl_engine_free_metadata(char* metadata) noexcept { delete[] metadata; }
+
+/**
+ * Takes all notifications that arrived at any engine of this process, oldest first, cut to the fixed size.
+ *
+ * @return The notifications; empty when none waits. When memory runs out, those that fit: the rest stays for the next call.
+ *
+ * Threads: any; each notification is handed out once.
+ */
+inline std::vector<notify_msg_t> uccl_engine_get_notifs() noexcept {
+  std::vector<notify_msg_t> taken;
+  size_t used = 0;
+  for (;;) {
+    size_t const room = used == 0 ? 8 : used;
+    try {
+      taken.resize(used + room);
+    } catch (std::exception const&) {
+      break;
+    }
+    size_t count = 0;
+    if (uccl_engine_get_notifs(taken.data() + used, room, &count) != UCCL_OK) break;
+    used += count;
+    if (count < room) break;
+  }
+  taken.erase(taken.begin() + static_cast<std::ptrdiff_t>(used), taken.end());
+  return taken;
+}
+
+/**
+ * Takes all notifications that arrived at any engine of this process, oldest first, whole.
+ *
+ * @return The notifications; empty when none waits. When memory runs out, those taken before: the one whose bytes did not fit is
+ *         lost, the rest stays for the next call.
+ *
+ * Threads: any; each notification is handed out once.
+ */
+inline std::vector<notify_msg_v_t> uccl_engine_get_notifs_v() noexcept {
+  std::vector<notify_msg_v_t> taken;
+  for (;;) {
+    uccl_notif_t* notif = nullptr;
+    try {
+      // The slot comes first, so that a notification is never taken without a place for it.
+      taken.emplace_back();
+      if (uccl_engine_notif_next(nullptr, &notif) != UCCL_OK || notif == nullptr) {
+        taken.pop_back();
+        break;
+      }
+      size_t name_len = 0, msg_len = 0;
+      char const* name = uccl_engine_notif_name(notif, &name_len);
+      void const* msg = uccl_engine_notif_msg(notif, &msg_len);
+      if (name != nullptr) taken.back().name.assign(name, name_len);
+      if (msg != nullptr) taken.back().msg.assign(static_cast<char const*>(msg), msg_len);
+      uccl_engine_notif_free(notif);
+    } catch (std::exception const&) {
+      if (notif != nullptr) {
+        uccl_engine_notif_free(notif);
+        taken.pop_back();
+      }
+      break;
+    }
+  }
+  return taken;
+}
+
+/**
+ * Sends a notification of any length up to 64 MiB, name and message together.
+ *
+ * @param conn        [in] The connection.
+ * @param notify_msg  [in] The notification; copied, may be reused at once.
+ * @return As uccl_engine_send_notif_bytes; -1 for NULL and above 64 MiB.
+ */
+inline int uccl_engine_send_notif_v(uccl_conn_t* conn, notify_msg_v_t const* notify_msg) noexcept {
+  if (notify_msg == nullptr) return UCCL_ERR_INVALID_ARGUMENT;
+  return uccl_engine_send_notif_bytes(conn, notify_msg->name.data(), notify_msg->name.size(), notify_msg->msg.data(),
+                                      notify_msg->msg.size());
+}
+
+/**
+ * Points a FIFO item at another range of its region.
+ *
+ * @param fifo_item    [in,out] The item; only addr and size change.
+ * @param remote_addr  [in] New address in the peer's address space; checked by the peer when it is used.
+ * @param size         [in] New size in bytes; informative.
+ * @return As the C function.
+ */
+inline int uccl_engine_update_fifo(FifoItem& fifo_item, uint64_t remote_addr, uint32_t size) noexcept {
+  return uccl_engine_update_fifo(&fifo_item, remote_addr, size);
+}
+
+/**
+ * Writes a FIFO item as bytes.
+ *
+ * @param item  [in]  The item.
+ * @param buf   [out] FIFO_SIZE (64) bytes, any alignment.
+ */
+inline void serialize_fifo_item(FifoItem const& item, char* buf) noexcept { std::memcpy(buf, &item, sizeof(item)); }
+
+/**
+ * Reads a FIFO item from bytes.
+ *
+ * @param buf   [in]  FIFO_SIZE (64) bytes, any alignment.
+ * @param item  [out] The item.
+ */
+inline void deserialize_fifo_item(char const* buf, FifoItem* item) noexcept { std::memcpy(item, buf, sizeof(*item)); }

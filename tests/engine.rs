@@ -1,0 +1,269 @@
+//! The engine through its Rust API, inside one process over loopback: strangers on the port, limits, ends in any order.
+
+use std::io::Write;
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use uccl_p2p::config::{Config, PluginChoice};
+use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, LocalSegment};
+use uccl_p2p::status::ErrorKind;
+
+fn environment() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        for (name, value) in [("UCCL_TCPX_SOFT_STRICT", "1"), ("NCCL_SOCKET_IFNAME", "lo"), ("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "lo")] {
+            // SAFETY: before any engine exists; tests wait for this Once.
+            unsafe { std::env::set_var(name, value) };
+        }
+    });
+}
+
+fn config() -> Config {
+    environment();
+    Config { plugin: PluginChoice::Soft, ..Config::from_env().expect("configuration") }
+}
+
+fn port(engine: &Engine) -> u16 {
+    let text = engine.metadata();
+    text.split([':', '?']).nth(1).and_then(|p| p.parse().ok()).expect("port in the metadata")
+}
+
+fn pair(a: &Engine, b: &Engine) -> (Arc<Connection>, Arc<Connection>) {
+    let out = a.connect("127.0.0.1", "", port(b)).expect("connect");
+    (out, b.accept().expect("accept"))
+}
+
+/// A buffer with its registration and FIFO item.
+struct Buffer {
+    bytes: Vec<u8>,
+    mr: u64,
+    item: FifoItem,
+}
+
+impl Buffer {
+    fn new(engine: &Engine, len: usize, fill: impl Fn(usize) -> u8) -> Buffer {
+        let bytes: Vec<u8> = (0..len).map(fill).collect();
+        let mr = engine.register(bytes.as_ptr() as usize, len).expect("register");
+        let item = engine.fifo_item(mr, bytes.as_ptr() as usize, len).expect("item");
+        Buffer { bytes, mr, item }
+    }
+    fn local(&self, at: usize, len: usize) -> LocalSegment {
+        LocalSegment { mr: self.mr, addr: self.bytes.as_ptr() as usize + at, len }
+    }
+    fn remote(&self, at: usize) -> FifoItem {
+        FifoItem { addr: self.item.addr + at as u64, ..self.item }
+    }
+}
+
+fn write_all(conn: &Connection, from: &Buffer, to: &Buffer) -> Result<(), ErrorKind> {
+    let id = conn.transfer(Direction::Write, std::iter::once((from.local(0, from.bytes.len()), to.item))).map_err(|e| e.kind())?;
+    conn.wait(id, None).map(|s| assert!(s.complete)).map_err(|e| e.kind())
+}
+
+#[test]
+fn strangers_neither_crash_nor_delay() {
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let address = ("127.0.0.1", port(&b));
+    let silent: Vec<TcpStream> = (0..20).map(|_| TcpStream::connect(address).unwrap()).collect();
+    let mut garbage = TcpStream::connect(address).unwrap();
+    let mut seed = 12345u64;
+    let noise: Vec<u8> = (0..1 << 20)
+        .map(|_| {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (seed >> 56) as u8
+        })
+        .collect();
+    // The engine hangs up early; the rest of the noise then has nowhere to go.
+    let _ = garbage.write_all(&noise);
+    // Half a hello, and one whose tail is garbage.
+    let mut half = TcpStream::connect(address).unwrap();
+    half.write_all(b"UCCLTCPX\x01\x00").unwrap();
+    let mut tail = TcpStream::connect(address).unwrap();
+    let _ = tail.write_all(b"UCCLTCPX").and_then(|()| tail.write_all(&noise[..4096]));
+    let started = Instant::now();
+    let (out, _inc) = pair(&a, &b);
+    // Well under the handshake timeout that the silent ones sit out.
+    assert!(started.elapsed() < Duration::from_secs(3), "a real peer waited {:?}", started.elapsed());
+    let (from, to) = (Buffer::new(&a, 1 << 20, |i| i as u8), Buffer::new(&b, 1 << 20, |_| 0));
+    write_all(&out, &from, &to).unwrap();
+    assert_eq!(from.bytes, to.bytes);
+    drop(silent);
+}
+
+#[test]
+fn garbage_on_an_established_control_connection_fails_only_that_connection() {
+    // A peer that completed the handshake and then breaks the protocol is modelled by an engine whose process is gone:
+    // here, two good connections of which one is closed by the peer.
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let (first, inc) = pair(&a, &b);
+    let (second, _keep) = pair(&a, &b);
+    inc.close();
+    let (from, to) = (Buffer::new(&a, 100_000, |i| i as u8), Buffer::new(&b, 100_000, |_| 0));
+    let lost = write_all(&first, &from, &to);
+    assert_eq!(lost, Err(ErrorKind::RemoteDisconnect));
+    write_all(&second, &from, &to).unwrap();
+    assert_eq!(from.bytes, to.bytes);
+}
+
+#[test]
+fn fifo_items_of_another_engine_are_refused() {
+    let (a, b, c) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let (out, _inc) = pair(&a, &b);
+    let from = Buffer::new(&a, 100, |_| 1);
+    let elsewhere = Buffer::new(&c, 100, |_| 2);
+    assert_eq!(write_all(&out, &from, &elsewhere), Err(ErrorKind::RemoteAccess));
+    assert!(elsewhere.bytes.iter().all(|&b| b == 2));
+}
+
+#[test]
+fn a_transfer_may_mix_regions_and_sizes() {
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let (out, _inc) = pair(&a, &b);
+    let sources: Vec<Buffer> = (0..5).map(|k| Buffer::new(&a, 50_000 * (k + 1), move |i| (i * (k + 3)) as u8)).collect();
+    let targets: Vec<Buffer> = (0..5).map(|k| Buffer::new(&b, 50_000 * (k + 1), |_| 0xEE)).collect();
+    // Every third byte range of each region, odd offsets, lengths 0 to 9,999.
+    let mut items = Vec::new();
+    for (s, t) in sources.iter().zip(&targets) {
+        let (mut at, mut len) = (1, 0);
+        while at + len < s.bytes.len() {
+            items.push((s.local(at, len), t.remote(at)));
+            at += len + 17;
+            len = (len * 7 + 13) % 10_000;
+        }
+    }
+    let expected: Vec<Vec<u8>> = sources
+        .iter()
+        .map(|s| {
+            let mut e = vec![0xEE; s.bytes.len()];
+            for (l, _) in items.iter().filter(|(l, _)| l.mr == s.mr) {
+                let at = l.addr - s.bytes.as_ptr() as usize;
+                e[at..at + l.len].copy_from_slice(&s.bytes[at..at + l.len]);
+            }
+            e
+        })
+        .collect();
+    let id = out.transfer(Direction::Write, items.clone().into_iter()).unwrap();
+    let state = out.wait(id, None).unwrap();
+    assert_eq!((state.bytes_done, state.bytes_total), (state.bytes_total, items.iter().map(|(l, _)| l.len as u64).sum()));
+    for (t, e) in targets.iter().zip(&expected) {
+        assert!(t.bytes == *e);
+    }
+    // And back with reads into fresh memory.
+    let back: Vec<Buffer> = sources.iter().map(|s| Buffer::new(&a, s.bytes.len(), |_| 0xEE)).collect();
+    let reads = items.iter().map(|(l, r)| {
+        let k = sources.iter().position(|s| s.mr == l.mr).unwrap();
+        (back[k].local(l.addr - sources[k].bytes.as_ptr() as usize, l.len), *r)
+    });
+    let id = out.transfer(Direction::Read, reads.collect::<Vec<_>>().into_iter()).unwrap();
+    out.wait(id, None).unwrap();
+    for (k, e) in expected.iter().enumerate() {
+        assert!(back[k].bytes == *e);
+    }
+}
+
+#[test]
+fn five_gibibytes_in_one_transfer() {
+    const LEN: usize = 5 << 30;
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let (out, _inc) = pair(&a, &b);
+    // Untouched pages cost nothing: mark a few places, on both sides of every 1 GiB and 4 GiB boundary.
+    let mut from = vec![0u8; LEN];
+    let to = vec![0u8; LEN];
+    let marks: Vec<usize> = (0..5).flat_map(|g| [(g << 30) + 7, ((g + 1) << 30) - 1]).collect();
+    for (i, &m) in marks.iter().enumerate() {
+        from[m] = i as u8 + 1;
+    }
+    let (mr, remote) = (a.register(from.as_ptr() as usize, LEN).unwrap(), b.register(to.as_ptr() as usize, LEN).unwrap());
+    let item = b.fifo_item(remote, to.as_ptr() as usize, LEN).unwrap();
+    assert_eq!(item.size, u32::MAX);
+    let id = out.transfer(Direction::Write, std::iter::once((LocalSegment { mr, addr: from.as_ptr() as usize, len: LEN }, item))).unwrap();
+    assert_eq!(out.wait(id, None).unwrap().bytes_total, LEN as u64);
+    for (i, &m) in marks.iter().enumerate() {
+        assert_eq!(to[m], i as u8 + 1, "at {m}");
+    }
+    assert!(from == to);
+}
+
+#[test]
+fn deregistration_waits_for_the_peers_transfers() {
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let (out, _inc) = pair(&a, &b);
+    let from = Buffer::new(&a, 64 << 20, |i| (i >> 3) as u8);
+    let to = Buffer::new(&b, 64 << 20, |_| 0);
+    let id = out.transfer(Direction::Write, std::iter::once((from.local(0, from.bytes.len()), to.item))).unwrap();
+    let result = std::thread::scope(|s| {
+        let waiting = s.spawn(|| out.wait(id, None));
+        b.deregister(to.mr).unwrap();
+        // From here on nobody may write to it, whether the transfer made it or not.
+        let before = to.bytes.clone();
+        let result = waiting.join().unwrap();
+        assert!(before == to.bytes);
+        result
+    });
+    match result {
+        Ok(state) => assert!(state.complete && from.bytes == to.bytes),
+        Err(e) => assert_eq!(e.kind(), ErrorKind::RemoteAccess),
+    }
+    assert_eq!(write_all(&out, &from, &to), Err(ErrorKind::RemoteAccess));
+}
+
+#[test]
+fn keys_must_match() {
+    let key = |name: &str, text: &str| {
+        let path = std::env::temp_dir().join(format!("uccl-{name}-{}", std::process::id()));
+        std::fs::write(&path, text).unwrap();
+        Config { auth_key_file: Some(path), ..config() }
+    };
+    let (good, bad) = (key("good", "0123456789abcdef0123456789abcdef"), key("bad", "fedcba9876543210fedcba9876543210"));
+    let server = Engine::new(good.clone()).unwrap();
+    let client = Engine::new(good).unwrap();
+    let (out, _inc) = pair(&client, &server);
+    out.notify(b"a", b"b").unwrap();
+    for config in [bad, config()] {
+        let stranger = Engine::new(config).unwrap();
+        assert_eq!(stranger.connect("127.0.0.1", "", port(&server)).unwrap_err().kind(), ErrorKind::Auth);
+    }
+    assert!(Engine::new(key("short", "short")).is_err());
+}
+
+#[test]
+fn sixty_four_connections_to_one_engine() {
+    let server = Engine::new(config()).unwrap();
+    let clients: Vec<_> = (0..8).map(|_| Engine::new(Config { num_channels: Some(2), ..config() }).unwrap()).collect();
+    let to = Buffer::new(&server, 64 << 10, |_| 0);
+    let mut connections = Vec::new();
+    std::thread::scope(|s| {
+        let handles: Vec<_> = clients.iter().map(|c| s.spawn(|| (0..8).map(|_| c.connect("127.0.0.1", "0", port(&server)).unwrap()).collect::<Vec<_>>())).collect();
+        for _ in 0..64 {
+            connections.push(server.accept().unwrap());
+        }
+        for (k, handle) in handles.into_iter().enumerate() {
+            let client = &clients[k];
+            for (i, conn) in handle.join().unwrap().into_iter().enumerate() {
+                let from = Buffer::new(client, 1000, |_| (k * 8 + i) as u8 + 1);
+                let id = conn.transfer(Direction::Write, std::iter::once((from.local(0, 1000), to.remote((k * 8 + i) * 1000)))).unwrap();
+                conn.wait(id, None).unwrap();
+                connections.push(conn);
+            }
+        }
+    });
+    for n in 0..64 {
+        assert!(to.bytes[n * 1000..(n + 1) * 1000].iter().all(|&b| b == n as u8 + 1), "client {n}");
+    }
+}
+
+#[test]
+fn the_tcpx_plugin_is_never_replaced_silently() {
+    let wanted = Config { plugin: PluginChoice::Tcpx, plugin_path: None, ..config() };
+    if uccl_p2p::net::plugin::TCPX_PATHS.iter().any(|p| std::path::Path::new(p).exists()) {
+        println!("SKIPPED: GPUDirect-TCPX is installed here");
+        return;
+    }
+    let error = Engine::new(wanted).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::PluginLoad);
+    for path in uccl_p2p::net::plugin::TCPX_PATHS {
+        assert!(error.to_string().contains(path), "{error}");
+    }
+    let missing = Config { plugin_path: Some("/nonexistent/libnccl-net.so".into()), ..config() };
+    assert_eq!(Engine::new(missing).unwrap_err().kind(), ErrorKind::PluginLoad);
+}
