@@ -48,6 +48,7 @@ class ScopedVariable {
   std::optional<std::string> before_;
 };
 
+/// NULL when the parameters or the environment do not make sense; the reason is logged.
 uccl_engine_t *create_engine(const nixl_b_params_t &parameters) {
   // The engine reads its settings from the environment when it is created, and the environment belongs to the process: agents that
   // are created at the same time must not see each other's.
@@ -64,12 +65,20 @@ uccl_engine_t *create_engine(const nixl_b_params_t &parameters) {
     if (variable) {
       set.push_back(std::make_unique<ScopedVariable>(variable, value));
     } else if (name == kNumCpus) {
-      num_cpus = std::atoi(value.c_str());
+      char *end = nullptr;
+      const long number = std::strtol(value.c_str(), &end, 10);
+      if (*end != '\0' || number < 0 || number > 4096) {
+        log_line("error", "parameter num_cpus=" + value + " is not a number from 0 to 4096");
+        return nullptr;
+      }
+      num_cpus = static_cast<int>(number);
     } else {
       log_line("warning", "parameter '" + name + "' is not known and has no effect");
     }
   }
-  return uccl_engine_create(num_cpus, false);
+  uccl_engine_t *engine = uccl_engine_create(num_cpus, false);
+  if (!engine) log_line("error", std::string("cannot create an engine: ") + uccl_engine_last_error());
+  return engine;
 }
 
 }  // namespace
@@ -85,7 +94,6 @@ nixl_b_params_t default_parameters() {
 Backend::Backend(const nixlBackendInitParams *init) : nixlBackendEngine(init), peers_(init->localAgent) {
   engine_ = create_engine(*init->customParams);
   if (!engine_) {
-    log_line("error", std::string("cannot create an engine: ") + uccl_engine_last_error());
     initErr = true;
     return;
   }

@@ -182,7 +182,7 @@ pub unsafe extern "C" fn connect(
         let Some(connected) = rendezvous::connect(interface, &global.config, handle).map_err(|e| system("connect", &e))? else {
             return Ok(());
         };
-        let comm = Comm::start(global, connected.socket, connected.peer, None, false).map_err(|e| system("send comm", &e))?;
+        let comm = Comm::start(global, connected.socket, connected.peer, None, ptr::null_mut(), false).map_err(|e| system("send comm", &e))?;
         // SAFETY: as above.
         unsafe { *send_comm = Arc::into_raw(comm).cast_mut().cast() };
         Ok(())
@@ -209,28 +209,33 @@ pub unsafe extern "C" fn accept(
         }
         let Some(connected) = listener.accept().map_err(|e| system("accept", &e))? else { return Ok(()) };
         let queue = match (&global.device, &target) {
-            (Some(memory), Some(_)) => {
+            (Some(memory), Some(_)) if memory.in_context() => {
                 let bounce = fragment::region_len(global.config.message_limit) * MAX_REQUESTS;
                 Some(memory.unpack_queue(bounce).map_err(|e| system("unpack queue", &e))?)
             }
             _ => None,
         };
+        let mut late_handle = ptr::null_mut();
         if let Some(target) = target {
-            *target = device_handle(queue.as_ref());
+            *target = device_handle(global.device.is_some(), queue.as_ref());
+            if global.device.is_some() && queue.is_none() {
+                late_handle = target;
+            }
         }
-        let comm = Comm::start(global, connected.socket, connected.peer, queue, true).map_err(|e| system("receive comm", &e))?;
+        let comm = Comm::start(global, connected.socket, connected.peer, queue, late_handle, true).map_err(|e| system("receive comm", &e))?;
         // SAFETY: as above.
         unsafe { *recv_comm = Arc::into_raw(comm).cast_mut().cast() };
         Ok(())
     })
 }
 
-fn device_handle(queue: Option<&UnpackQueue>) -> ncclNetDeviceHandle_v7 {
+/// The device handle of a comm, whose queue may still be to come.
+pub(crate) fn device_handle(unpack: bool, queue: Option<&UnpackQueue>) -> ncclNetDeviceHandle_v7 {
     ncclNetDeviceHandle_v7 {
-        netDeviceType: if queue.is_some() { NCCL_NET_DEVICE_UNPACK } else { NCCL_NET_DEVICE_HOST },
+        netDeviceType: if unpack { NCCL_NET_DEVICE_UNPACK } else { NCCL_NET_DEVICE_HOST },
         netDeviceVersion: NCCL_NET_DEVICE_UNPACK_VERSION,
         handle: queue.map_or(ptr::null_mut(), |q| q.handle),
-        size: if queue.is_some() { size_of::<unpackNetDeviceHandle>() } else { 0 },
+        size: if unpack { size_of::<unpackNetDeviceHandle>() } else { 0 },
         needsProxyProgress: 1,
     }
 }

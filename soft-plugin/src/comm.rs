@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{fence, AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use nccl_net_abi::{ncclResult_t, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_INVALID_ARGUMENT, NCCL_SUCCESS, NCCL_SYSTEM_ERROR};
+use nccl_net_abi::{ncclNetDeviceHandle_v7, ncclResult_t, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_INVALID_ARGUMENT, NCCL_SUCCESS, NCCL_SYSTEM_ERROR};
 use parking_lot::Mutex;
 
 use crate::device::{SendSource, UnpackQueue};
@@ -118,8 +118,10 @@ pub struct Comm {
     slots: [Slot; MAX_REQUESTS],
     io: Mutex<Io>,
     source: OnceLock<Arc<dyn SendSource>>,
-    /// Bounce buffer and its length, for poisoning.
-    bounce: Option<(AtomicPtr<u8>, usize)>,
+    /// Where device receives land.
+    queue: Mutex<Option<Arc<UnpackQueue>>>,
+    /// The caller's device handle, to be filled by the first device receive; null once it is, or when there is none.
+    late_handle: AtomicPtr<ncclNetDeviceHandle_v7>,
     worker: Arc<Worker>,
     /// The worker's name for it.
     pub id: u64,
@@ -132,13 +134,13 @@ impl Comm {
         socket: OwnedFd,
         peer: String,
         queue: Option<UnpackQueue>,
+        late_handle: *mut ncclNetDeviceHandle_v7,
         receives: bool,
     ) -> std::io::Result<Arc<Comm>> {
         let pool = crate::pool::get(&global.config)?;
         let (worker, id) = pool.assign(receives);
-        let bounce = queue.as_ref().map(|q| (AtomicPtr::new(q.bounce), q.bounce_len));
         let side =
-            if receives { Side::Recv(Box::new(RecvIo::new(&global.config, queue, id))) } else { Side::Send(SendIo::default()) };
+            if receives { Side::Recv(Box::new(RecvIo::new(&global.config, id))) } else { Side::Send(SendIo::default()) };
         let fd = socket.as_raw_fd();
         let comm = Arc::new(Comm {
             alive: AtomicU32::new(ALIVE),
@@ -158,7 +160,8 @@ impl Comm {
             slots: std::array::from_fn(|_| Slot::new()),
             io: Mutex::new(Io { socket: Some(socket), hung_up: false, side, doorbell: None, ring_due: false }),
             source: OnceLock::new(),
-            bounce,
+            queue: Mutex::new(queue.map(Arc::new)),
+            late_handle: AtomicPtr::new(late_handle),
             worker: worker.clone(),
             id,
         });
@@ -174,9 +177,29 @@ impl Comm {
         self.alive.load(Ordering::Acquire) == ALIVE && self.receives == receives
     }
 
-    /// Whether device receives are possible.
-    pub fn can_unpack(&self) -> bool {
-        self.bounce.is_some()
+    /// Makes device receives possible, where the caller gave a device handle for them.
+    pub fn prepare_unpack(&self) -> Result<(), ncclResult_t> {
+        let mut queue = self.queue.lock();
+        if queue.is_some() {
+            return Ok(());
+        }
+        let handle = self.late_handle.load(Ordering::Acquire);
+        let (false, Some(memory)) = (handle.is_null(), &self.global.device) else { return Err(NCCL_INVALID_ARGUMENT) };
+        let bounce = crate::fragment::region_len(self.global.config.message_limit) * MAX_REQUESTS;
+        let built = memory.unpack_queue(bounce).map_err(|e| {
+            crate::logger::warn(&format!("cannot set up device receives from {}: {e}", self.peer));
+            NCCL_SYSTEM_ERROR
+        })?;
+        // SAFETY: by contract the caller's device handle stays where it is as long as the comm.
+        unsafe { *handle = crate::abi::device_handle(true, Some(&built)) };
+        self.late_handle.store(std::ptr::null_mut(), Ordering::Release);
+        *queue = Some(Arc::new(built));
+        Ok(())
+    }
+
+    /// Where device receives land, once there was one.
+    pub fn unpack_queue(&self) -> Option<Arc<UnpackQueue>> {
+        self.queue.lock().clone()
     }
 
     /// The slot of request `seq`.
@@ -266,11 +289,12 @@ impl Comm {
     }
 
     fn poison(&self, seq: u64, extent: usize) {
-        let Some((base, len)) = &self.bounce else { return };
+        let Some(queue) = self.unpack_queue() else { return };
+        let (base, len) = (queue.bounce, queue.bounce_len);
         let region = len / MAX_REQUESTS;
         let at = (seq % MAX_REQUESTS as u64) as usize * region;
         // SAFETY: inside the slot's region; the I/O thread does not write it again before the slot is freed and reposted.
-        unsafe { std::ptr::write_bytes(base.load(Ordering::Relaxed).add(at), 0xDB, extent.min(region)) };
+        unsafe { std::ptr::write_bytes(base.add(at), 0xDB, extent.min(region)) };
     }
 
     /// The send side's device memory, built on first use.
@@ -380,6 +404,7 @@ impl Comm {
         if let Side::Recv(recv) = &mut io.side {
             recv.release();
         }
+        *self.queue.lock() = None;
     }
 }
 

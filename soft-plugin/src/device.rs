@@ -12,8 +12,14 @@ use crate::config::Config;
 
 /// Memory that device receives and device sends pass through.
 pub trait DeviceMemory: Send + Sync {
+    /// Whether the calling thread is set up for an unpack queue (a GPU is current). Where it is not at `accept`, the queue is
+    /// built by the first device receive, so that connections of host memory touch no GPU.
+    fn in_context(&self) -> bool {
+        true
+    }
+
     /// Builds the unpack queue of a receive comm: meta queue, `bounce_len` bytes of bounce buffer, and the device handle.
-    /// Called by `accept` on the caller's thread (whose current GPU counts).
+    /// Called on the caller's thread (whose current GPU counts), by `accept` or by the first device receive.
     fn unpack_queue(&self, bounce_len: usize) -> io::Result<UnpackQueue>;
 
     /// Builds the send side of a comm with messages of up to `limit` bytes. Called by the first device send of the comm.
@@ -45,10 +51,22 @@ pub struct UnpackQueue {
 }
 // SAFETY: the pointers refer to memory owned by `_owner`, which is Send; who writes when is the comm's protocol.
 unsafe impl Send for UnpackQueue {}
+// SAFETY: as above; `_owner` is only dropped.
+unsafe impl Sync for UnpackQueue {}
+
+impl UnpackQueue {
+    /// A queue over memory that `owner` frees.
+    pub fn new(meta: *mut netUnpackMeta, bounce: *mut u8, bounce_len: usize, handle: *mut c_void, owner: Box<dyn Send>) -> UnpackQueue {
+        UnpackQueue { meta, bounce, bounce_len, handle, _owner: owner }
+    }
+}
 
 /// The device memory of this process, if it has any.
 pub fn probe(config: &Config) -> Option<Arc<dyn DeviceMemory>> {
-    config.emulate_device.then(|| Arc::new(Emulated) as Arc<dyn DeviceMemory>)
+    if config.emulate_device {
+        return Some(Arc::new(Emulated));
+    }
+    Some(Arc::new(crate::cuda::Cuda::probe()?))
 }
 
 /// Host memory that plays the part of device memory.
@@ -62,13 +80,8 @@ impl DeviceMemory for Emulated {
         let content = unpackNetDeviceHandle { meta: meta.base.cast(), bounce_buf: bounce.base, head: 0 };
         // SAFETY: a fresh, writable, page-aligned mapping of that size.
         unsafe { handle.base.cast::<unpackNetDeviceHandle>().write(content) };
-        Ok(UnpackQueue {
-            meta: meta.base.cast(),
-            bounce: bounce.base.cast(),
-            bounce_len,
-            handle: handle.base,
-            _owner: Box::new((meta, bounce, handle)),
-        })
+        let (meta_at, bounce_at, handle_at) = (meta.base.cast(), bounce.base.cast(), handle.base);
+        Ok(UnpackQueue::new(meta_at, bounce_at, bounce_len, handle_at, Box::new((meta, bounce, handle))))
     }
 
     fn send_source(&self, _limit: usize) -> io::Result<Arc<dyn SendSource>> {

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
 
 use libc::iovec;
 use nccl_net_abi::{loadMeta, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_SYSTEM_ERROR};
@@ -32,7 +33,7 @@ pub struct RecvIo {
     plan: Vec<loadMeta>,
     rng: Rng,
     mode: Fragmentation,
-    queue: Option<UnpackQueue>,
+    queue: Option<Arc<UnpackQueue>>,
 }
 
 enum Read {
@@ -49,7 +50,7 @@ unsafe impl Send for RecvIo {}
 
 impl RecvIo {
     /// The state of a fresh comm.
-    pub fn new(config: &Config, queue: Option<UnpackQueue>, seed: u64) -> RecvIo {
+    pub fn new(config: &Config, seed: u64) -> RecvIo {
         RecvIo {
             ahead: Box::new([0; AHEAD]),
             start: 0,
@@ -61,7 +62,7 @@ impl RecvIo {
             plan: Vec::new(),
             rng: Rng::new(seed),
             mode: config.fragmentation,
-            queue,
+            queue: None,
         }
     }
 
@@ -156,6 +157,9 @@ impl RecvIo {
         self.missing = Some(len);
         self.cursor = Cursor::default();
         if body.device {
+            if self.queue.is_none() {
+                self.queue = comm.unpack_queue();
+            }
             let queue = self.queue.as_ref().ok_or("a device receive without an unpack queue")?;
             let region = queue.bounce_len / MAX_REQUESTS;
             let at = (seq % MAX_REQUESTS as u64) as usize * region;

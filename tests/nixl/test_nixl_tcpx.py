@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -31,6 +32,12 @@ def pair(size, mine_seed=None, theirs_seed=None, **keywords):
     check_equal(here.connect(there.metadata()), "there", "name of the remote agent")
     check_equal(there.connect(here.metadata()), "here", "name of the remote agent, other side")
     return here, there, remote
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
 
 
 def rate(seconds, size):
@@ -264,13 +271,7 @@ def several_transfers_at_once_both_ways():
 
 @case()
 def parameters_reach_the_engine():
-    probe = RemoteNode(name="probe")  # a port that is free, found by an engine that had the choice
-    probe.close()
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     before = dict(os.environ)
     here = Node("here", params={"num_channels": "3", "chunk_bytes": "65536", "plugin": "soft", "port": str(port), "num_cpus": "2"})
     check_equal(dict(os.environ), before, "environment after the creation")
@@ -281,7 +282,7 @@ def parameters_reach_the_engine():
     here.connect(there.metadata())
     check_equal(here.move("WRITE", "data", [(0, MIB)], at(remote, [(0, MIB)]), "there"), "DONE", "write")
     check(there.matches("data", 1), "data differs")
-    for bad in [{"plugin": "carrier-pigeon"}, {"num_channels": "0"}, {"chunk_bytes": "lots"}, {"port": "70000"}, {"port": str(port)}]:
+    for bad in [{"plugin": "carrier-pigeon"}, {"num_channels": "0"}, {"chunk_bytes": "lots"}, {"port": "70000"}, {"port": str(port)}, {"num_cpus": "x"}]:
         try:
             Node("broken", params=bad)
         except Exception:
@@ -501,12 +502,7 @@ def peer_ended_and_started_again():
 
 @case(**SHORT)
 def peer_started_again_on_the_same_port():
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("", 0))
-        port = s.getsockname()[1]
-    restart("killed", port=str(port))
+    restart("killed", port=str(free_port()))
 
 
 @case()

@@ -93,7 +93,11 @@ pub unsafe extern "C" fn irecv(
         let mr = unsafe { &*mhandle.cast::<Mr>() };
         let size = usize::try_from(size).map_err(|_| NCCL_INVALID_ARGUMENT)?;
         message_len(comm, size)?;
-        check(if mr.device { comm.can_unpack() } else { !data.is_null() })?;
+        if mr.device {
+            comm.prepare_unpack()?;
+        } else {
+            check(!data.is_null())?;
+        }
         let segment = (!mr.device).then_some(iovec { iov_base: data, iov_len: size });
         post(comm, request, |_, body| {
             fill_recv(body, size, mr.device, segment.into_iter());

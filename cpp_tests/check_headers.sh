@@ -1,0 +1,35 @@
+#!/bin/sh
+# check_headers.sh gcc|clang INCLUDE_DIR: compiles each header of the folder alone, in every language and standard that it serves.
+# Exit status: 0 all compile, 1 one does not, 77 the compiler is not installed.
+set -u
+compiler=$1
+include=$2
+case $compiler in
+    gcc) cc=gcc cxx=g++ ;;
+    clang) cc=clang cxx=clang++ ;;
+    *) echo "unknown compiler $compiler" >&2; exit 1 ;;
+esac
+if ! command -v $cc >/dev/null || ! command -v $cxx >/dev/null; then
+    echo "SKIPPED: $cc or $cxx is not installed" >&2
+    exit 77
+fi
+flags="-Wall -Wextra -Wpedantic -Werror -fsyntax-only -I$include"
+failed=0 count=0
+check() { # language compiler standard header
+    count=$((count + 1))
+    # Twice: a header must also stand being included again.
+    if ! printf '#include "%s"\n#include "%s"\n' "$4" "$4" | $2 -x $1 -std=$3 $flags -; then
+        echo "FAILED: $2 -std=$3 $4" >&2
+        failed=1
+    fi
+}
+for header in "$include"/*.h "$include"/*.hpp; do
+    [ -e "$header" ] || { echo "no headers in $include" >&2; exit 1; }
+    name=${header##*/}
+    case $name in
+        *.h) for standard in c11 c17; do check c $cc $standard "$name"; done ;;
+    esac
+    for standard in c++17 c++20; do check c++ $cxx $standard "$name"; done
+done
+[ $failed = 0 ] && echo "$compiler: $count compilations"
+exit $failed
