@@ -588,18 +588,28 @@ CASE(deregistration_waits_for_the_transfers_of_peers)
     local_pair_close(&a, &b);
 }
 
-/* A receive that nothing answers would hold its region for ever. */
+/* A receive that nothing answers would hold its region for ever: it is failed with its connection, and no other with it. */
 CASE(deregistration_gives_up_waiting)
 {
     side a, b;
     uint64_t id;
     CHECK(setenv("UCCL_TCPX_CLOSE_TIMEOUT_MS", "500", 1) == 0);
     local_pair(&a, &b, MIB);
-    CHECK_OK(uccl_engine_recv_async(a.conn, a.mr, a.mine, a.len, &id));
+    uint8_t *other = map_shared(MIB);
+    uccl_mr_t other_mr = region_add(a.engine, other, MIB);
+    CHECK_OK(uccl_engine_recv_async(a.conn, other_mr, other, MIB, &id));
+    address peer = engine_address(b.engine);
+    side second = a;
+    second.conn = join(a.engine, &peer, true);
+    uccl_conn_t *second_of_b = take_connection(b.engine);
+
     int64_t begin = now_ms();
-    uccl_engine_mr_destroy(a.engine, a.mr);
+    uccl_engine_mr_destroy(a.engine, other_mr);
     CHECK_MSG(now_ms() - begin < 10000, "it took %lld ms", (long long)(now_ms() - begin));
     CHECK_FAILS(uccl_engine_poll(a.conn, id, NULL));
+    move_once(&second);
+    uccl_engine_conn_destroy(second.conn);
+    uccl_engine_conn_destroy(second_of_b);
     local_pair_close(&a, &b);
 }
 

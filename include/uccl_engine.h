@@ -61,7 +61,7 @@ typedef struct FifoItem {
    */
   uint32_t size;
   /**
-   * Kind of memory behind the region: 1 host, 2 device. Set by uccl_engine_prepare_fifo.
+   * Where the region lies: 1 host memory, 2 + n memory of the owner's GPU n. Set by uccl_engine_prepare_fifo.
    */
   uint32_t rkey;
   /**
@@ -125,7 +125,7 @@ typedef struct uccl_xfer_info_t {
 } uccl_xfer_info_t;
 
 /**
- * Kept for compatibility with code that names it.
+ * Kept for compatibility with code that names it; the library itself never makes one.
  */
 typedef struct md_t {
   /**

@@ -198,7 +198,7 @@ impl Lane {
     /// The chunk's memory stays mapped and unchanged until its [`Event::Sent`] or the lane's end.
     pub(crate) unsafe fn submit(&mut self, key: Key, chunk: Chunk, span: impl Fn(u16) -> Span, ctx: &mut Context<'_>, now: Instant) -> Result<()> {
         let len = chunk.len;
-        let source = if chunk.device {
+        let source = if chunk.place.is_device() {
             // SAFETY: by the caller's contract.
             unsafe { self.device_source(&chunk, span, ctx) }?
         } else if ctx.vectored {

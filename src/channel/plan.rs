@@ -1,6 +1,8 @@
 //! The chunk plan: a transfer is a stream of bytes laid over a list of segments; chunks are cut off its front. Both sides walk
 //! their own list in the same order by the same lengths, so a chunk is described by its length alone. Pure.
 
+use crate::wire::frame::Place;
+
 /// One segment of local memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Segment {
@@ -10,10 +12,10 @@ pub(crate) struct Segment {
     pub len: u64,
     /// Index of its region in the transfer's table.
     pub region: u16,
-    /// It is device memory.
-    pub device: bool,
-    /// The peer's side of it is device memory.
-    pub peer_device: bool,
+    /// Where it lies.
+    pub place: Place,
+    /// Where the peer's side of it lies.
+    pub peer: Place,
 }
 
 /// A piece of a segment inside a chunk.
@@ -28,16 +30,16 @@ pub(crate) struct Part {
 }
 
 /// What one chunk is made of.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Chunk {
     /// Its pieces, in stream order; neighbours in memory are merged.
     pub parts: Vec<Part>,
     /// Bytes of all pieces.
     pub len: usize,
-    /// The local side is device memory.
-    pub device: bool,
-    /// The peer's side is device memory; meaningless where it was not known (see [`Stream::take_exact`]).
-    pub peer_device: bool,
+    /// Where the local side lies.
+    pub place: Place,
+    /// Where the peer's side lies; meaningless where it was not known (see [`Stream::take_exact`]).
+    pub peer: Place,
 }
 
 /// Pieces of one chunk at most: a chunk that scatters further is cut shorter.
@@ -64,18 +66,18 @@ impl Stream {
         self.remaining
     }
 
-    /// Kinds of memory of the next chunk: here, and at the peer.
-    pub(crate) fn next_kinds(&self) -> Option<(bool, bool)> {
-        self.segments.get(self.next).map(|s| (s.device, s.peer_device))
+    /// Where the next chunk lies: here, and at the peer.
+    pub(crate) fn next_places(&self) -> Option<(Place, Place)> {
+        self.segments.get(self.next).map(|s| (s.place, s.peer))
     }
 
-    /// Cuts the next chunk: at most `max` bytes and [`MAX_PARTS`] pieces, of one kind of memory on both sides.
+    /// Cuts the next chunk: at most `max` bytes and [`MAX_PARTS`] pieces, of one place on both sides.
     pub(crate) fn take(&mut self, max: usize) -> Option<Chunk> {
         self.cut(max as u64, MAX_PARTS, true)
     }
 
-    /// Cuts exactly `len` bytes, as the sender announced; the peer's kind is the sender's business. `None` when fewer remain, or when
-    /// the chunk would mix kinds of local memory, which no sender that follows the plan does.
+    /// Cuts exactly `len` bytes, as the sender announced; the peer's place is the sender's business. `None` when fewer remain, or when
+    /// the chunk would mix places of local memory, which no sender that follows the plan does.
     pub(crate) fn take_exact(&mut self, len: usize) -> Option<Chunk> {
         if len as u64 > self.remaining {
             return None;
@@ -86,11 +88,11 @@ impl Stream {
 
     fn cut(&mut self, max: u64, max_parts: usize, split_on_peer: bool) -> Option<Chunk> {
         let first = *self.segments.get(self.next)?;
-        let mut chunk = Chunk { device: first.device, peer_device: first.peer_device, ..Chunk::default() };
+        let mut chunk = Chunk { parts: Vec::new(), len: 0, place: first.place, peer: first.peer };
         let mut left = max;
         while left > 0 {
             let Some(segment) = self.segments.get(self.next) else { break };
-            if segment.device != chunk.device || (split_on_peer && segment.peer_device != chunk.peer_device) {
+            if segment.place != chunk.place || (split_on_peer && segment.peer != chunk.peer) {
                 break;
             }
             let addr = segment.addr + self.taken;
@@ -130,13 +132,13 @@ mod tests {
 
     /// Segments of both sides of one transfer: the same lengths, different places and kinds.
     fn sides() -> impl Strategy<Value = (Vec<Segment>, Vec<Segment>)> {
-        proptest::collection::vec((0u64..1 << 40, 0u64..1 << 40, 1u64..70_000, any::<bool>(), any::<bool>(), any::<bool>()), 0..200).prop_map(|items| {
+        proptest::collection::vec((0u64..1 << 40, 0u64..1 << 40, 1u64..70_000, 0u8..3, 0u8..3, any::<bool>()), 0..200).prop_map(|items| {
             let (mut a, mut b): (Vec<Segment>, Vec<Segment>) = (Vec::new(), Vec::new());
             for (i, (x, y, len, dx, dy, near)) in items.into_iter().enumerate() {
                 // Neighbouring blocks are common and exercise the merging.
                 let x = if near && i > 0 { a[i - 1].addr + a[i - 1].len } else { x };
-                a.push(Segment { addr: x, len, region: 0, device: dx, peer_device: dy });
-                b.push(Segment { addr: y, len, region: 0, device: dy, peer_device: dx });
+                a.push(Segment { addr: x, len, region: 0, place: Place(dx), peer: Place(dy) });
+                b.push(Segment { addr: y, len, region: 0, place: Place(dy), peer: Place(dx) });
             }
             (a, b)
         })
@@ -158,7 +160,7 @@ mod tests {
                 let theirs = inc.take_exact(chunk.len);
                 prop_assert!(theirs.is_some());
                 let theirs = theirs.unwrap();
-                prop_assert_eq!((theirs.len, theirs.device), (chunk.len, chunk.peer_device));
+                prop_assert_eq!((theirs.len, theirs.place), (chunk.len, chunk.peer));
                 sent.extend(chunk.parts);
                 got.extend(theirs.parts);
             }
@@ -186,7 +188,7 @@ mod tests {
 
     #[test]
     fn neighbours_in_memory_become_one_part() {
-        let segment = |addr, len| Segment { addr, len, region: 0, device: false, peer_device: false };
+        let segment = |addr, len| Segment { addr, len, region: 0, place: Place::HOST, peer: Place::HOST };
         let mut stream = Stream::new((0..1000).map(|i| segment(4096 * i, 4096)).collect());
         let chunk = stream.take(512 << 10).unwrap();
         assert_eq!(chunk.parts, [Part { addr: 0, len: 512 << 10, region: 0 }]);

@@ -8,7 +8,7 @@ use super::state::{Request, State};
 use super::transfer::{Direction, LocalSegment, TransferState};
 use crate::channel::plan::Segment;
 use crate::status::{bail, err, Error, ErrorKind, Result};
-use crate::wire::frame::{WireRegion, WireSegment, MAX_NOTIFICATION, MAX_REGIONS, MAX_SEGMENTS, MAX_SEGMENT_BYTES};
+use crate::wire::frame::{Place, WireRegion, WireSegment, MAX_NOTIFICATION, MAX_REGIONS, MAX_SEGMENTS, MAX_SEGMENT_BYTES};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -144,7 +144,7 @@ impl Connection {
             if item.addr.checked_add(len).is_none() {
                 return Ok(Built::Refused(err!(RemoteAccess, "[{:#x}, +{len}) wraps around", item.addr)));
             }
-            let device = request.uses[usize::from(region)].device;
+            let place = request.uses[usize::from(region)].place;
             request.total += len;
             let mut at = 0;
             while at < len {
@@ -152,13 +152,13 @@ impl Connection {
                 if request.segments.len() == MAX_SEGMENTS {
                     bail!(InvalidArgument, "more than {MAX_SEGMENTS} segments of at most 1 GiB");
                 }
-                request.segments.push(Segment { addr: local.addr as u64 + at, len: piece, region, device, peer_device: access.device });
+                request.segments.push(Segment { addr: local.addr as u64 + at, len: piece, region, place, peer: access.place });
                 request.remote.push(WireSegment {
                     addr: item.addr + at,
                     len: piece as u32,
                     region: remote_region,
-                    initiator_device: device,
-                    owner_device: access.device,
+                    initiator: place,
+                    owner: access.place,
                 });
                 at += piece;
             }
@@ -185,7 +185,7 @@ impl Connection {
             let used: &RegionUse = &uses[usize::from(region)];
             used.check(local.addr as u64, local.len as u64)?;
             if local.len > 0 {
-                segments.push(Segment { addr: local.addr as u64, len: local.len as u64, region, device: used.device, peer_device: false });
+                segments.push(Segment { addr: local.addr as u64, len: local.len as u64, region, place: used.place, peer: Place::HOST });
             }
         }
         let mut state = self.state.lock();
@@ -200,7 +200,7 @@ impl Connection {
     pub fn recv(&self, local: LocalSegment) -> Result<u64> {
         let region = self.shared.registry.local(local.mr)?;
         region.check(local.addr as u64, local.len as u64)?;
-        let segment = Segment { addr: local.addr as u64, len: local.len as u64, region: 0, device: region.device, peer_device: false };
+        let segment = Segment { addr: local.addr as u64, len: local.len as u64, region: 0, place: region.place, peer: Place::HOST };
         let mut state = self.state.lock();
         let result = state.start_receive(segment, region, Instant::now());
         self.started(state, result)

@@ -1,6 +1,7 @@
 //! The FIFO item: what a peer needs to reach a region. 64 bytes in memory order, as upstream's clients exchange it.
 
 use crate::status::{bail, Result};
+use crate::wire::frame::Place;
 
 /// Access to a range of a peer's region. Exchanged between hosts of the same byte order (x86-64, little-endian).
 #[repr(C)]
@@ -10,7 +11,7 @@ pub struct FifoItem {
     pub addr: u64,
     /// Bytes; informative: transfers take their length from their own argument.
     pub size: u32,
-    /// Kind of memory behind the region: 1 host, 2 device. Set by uccl_engine_prepare_fifo.
+    /// Where the region lies: 1 host memory, 2 + n memory of the owner's GPU n. Set by uccl_engine_prepare_fifo.
     pub rkey: u32,
     /// For users of the structure; not read by this library.
     pub nmsgs: u32,
@@ -31,10 +32,8 @@ const _: () = {
 
 /// Version of the opaque bytes, in `rid`.
 const LAYOUT: u32 = 0x7C_01;
-/// `rkey` of host memory.
-const KIND_HOST: u32 = 1;
-/// `rkey` of device memory.
-const KIND_DEVICE: u32 = 2;
+/// `rkey` of host memory; GPU n follows at 1 above.
+const RKEY_HOST: u32 = 1;
 
 /// What the opaque bytes say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +41,7 @@ pub(crate) struct Access {
     pub region: u64,
     pub token: [u8; 16],
     pub engine: [u8; 16],
-    pub device: bool,
+    pub place: Place,
 }
 
 impl FifoItem {
@@ -53,7 +52,7 @@ impl FifoItem {
         FifoItem {
             addr,
             size: u32::try_from(len).unwrap_or(u32::MAX),
-            rkey: if access.device { KIND_DEVICE } else { KIND_HOST },
+            rkey: RKEY_HOST + u32::from(access.place.0),
             nmsgs: 0,
             rid: LAYOUT,
             idx: access.region,
@@ -62,14 +61,15 @@ impl FifoItem {
     }
 
     pub(crate) fn access(&self) -> Result<Access> {
-        if self.rid != LAYOUT || !matches!(self.rkey, KIND_HOST | KIND_DEVICE) {
+        let place = self.rkey.checked_sub(RKEY_HOST).and_then(|p| u8::try_from(p).ok());
+        let (LAYOUT, Some(place)) = (self.rid, place) else {
             bail!(InvalidArgument, "not a FIFO item of uccl_engine_prepare_fifo (rid {:#x}, rkey {})", self.rid, self.rkey);
-        }
+        };
         Ok(Access {
             region: self.idx,
             token: std::array::from_fn(|i| self.opaque[i]),
             engine: std::array::from_fn(|i| self.opaque[16 + i]),
-            device: self.rkey == KIND_DEVICE,
+            place: Place(place),
         })
     }
 
@@ -92,7 +92,7 @@ mod tests {
 
     #[test]
     fn items_round_trip_and_foreign_bytes_are_refused() {
-        let access = Access { region: 7, token: [1; 16], engine: [2; 16], device: true };
+        let access = Access { region: 7, token: [1; 16], engine: [2; 16], place: Place::gpu(3) };
         let item = FifoItem::new(0x1234, 5 << 30, &access);
         assert_eq!(item.size, u32::MAX);
         assert_eq!(FifoItem::from_bytes(&item.to_bytes()), item);

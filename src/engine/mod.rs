@@ -21,6 +21,7 @@ use crate::config::Config;
 use crate::net::plugin::Plugin;
 use crate::net::topology;
 use crate::status::{bail, err, Error, Result};
+use crate::wire::frame::Place;
 use parking_lot::Mutex;
 use shared::Shared;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -186,7 +187,8 @@ impl Engine {
             bail!(InvalidArgument, "cannot register {len} bytes at {addr:#x}");
         }
         self.alive()?;
-        self.shared.registry.add(addr as u64, len as u64, self.shared.config.emulate_device)
+        let place = if self.shared.config.emulate_device { Place::gpu(0) } else { Place::HOST };
+        self.shared.registry.add(addr as u64, len as u64, place)
     }
 
     /// Ends a registration. Waits for transfers that use it; what has not ended by the close deadline is failed with its connection.
@@ -221,7 +223,7 @@ impl Engine {
     pub fn fifo_item(&self, mr: u64, addr: usize, len: usize) -> Result<FifoItem> {
         let region = self.shared.registry.local(mr)?;
         region.check(addr as u64, len as u64)?;
-        let access = fifo::Access { region: mr, token: region.token, engine: self.shared.engine_id, device: region.device };
+        let access = fifo::Access { region: mr, token: region.token, engine: self.shared.engine_id, place: region.place };
         Ok(FifoItem::new(addr as u64, len as u64, &access))
     }
 

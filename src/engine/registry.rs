@@ -3,6 +3,7 @@
 
 use crate::channel::lane::Span;
 use crate::status::{bail, Result};
+use crate::wire::frame::Place;
 use parking_lot::RwLock;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -13,8 +14,7 @@ use std::sync::Arc;
 pub(crate) struct Region {
     pub span: Span,
     pub token: [u8; 16],
-    /// CUDA (or emulated device) memory.
-    pub device: bool,
+    pub place: Place,
     uses: AtomicUsize,
 }
 
@@ -80,13 +80,13 @@ impl Registry {
         Registry { regions: RwLock::default(), next: AtomicU64::new(1) }
     }
 
-    pub(crate) fn add(&self, addr: u64, len: u64, device: bool) -> Result<u64> {
+    pub(crate) fn add(&self, addr: u64, len: u64, place: Place) -> Result<u64> {
         let mut token = [0; 16];
         if let Err(e) = getrandom::fill(&mut token) {
             bail!(System, "random bytes for a region token: {e}");
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let region = Region { span: Span { id, addr, len }, token, device, uses: AtomicUsize::new(0) };
+        let region = Region { span: Span { id, addr, len }, token, place, uses: AtomicUsize::new(0) };
         self.regions.write().insert(id, Arc::new(region));
         Ok(id)
     }
@@ -131,7 +131,7 @@ mod tests {
     #[test]
     fn bounds_do_not_wrap() {
         let registry = Registry::new();
-        let id = registry.add(1000, 100, false).unwrap();
+        let id = registry.add(1000, 100, Place::HOST).unwrap();
         let region = registry.local(id).unwrap();
         for (addr, len) in [(1000, 100), (1000, 1), (1099, 1), (1050, 50)] {
             assert!(region.check(addr, len).is_ok(), "{addr}+{len}");
@@ -144,7 +144,7 @@ mod tests {
     #[test]
     fn tokens_guard_and_uses_are_counted() {
         let registry = Registry::new();
-        let id = registry.add(0x1000, 10, false).unwrap();
+        let id = registry.add(0x1000, 10, Place::HOST).unwrap();
         let token = registry.local(id).unwrap().token;
         let mut wrong = token;
         wrong[15] ^= 1;

@@ -10,7 +10,7 @@ use crate::channel::plan::{chunk_len, Part, Segment, Stream};
 use crate::channel::stripe;
 use crate::status::{bail, err, Error, ErrorKind, Result, UCCL_OK};
 use crate::wire::control::{ControlStream, RxBuffer};
-use crate::wire::frame::{Frame, Grant, WireRegion, WireSegment};
+use crate::wire::frame::{Frame, Grant, Place, WireRegion, WireSegment};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -185,7 +185,7 @@ impl State {
             return Ok(id);
         }
         let Request { segments, uses, remote, remote_regions, total } = request;
-        let inline = total <= self.setting.eager_bytes as u64 && segments.iter().all(|s| !s.device);
+        let inline = total <= self.setting.eager_bytes as u64 && segments.iter().all(|s| !s.place.is_device());
         if inline {
             let mut data = Vec::with_capacity(total as usize);
             for s in &segments {
@@ -303,7 +303,7 @@ impl State {
             self.last_rx = now;
             any = true;
             while let Some((frame, len)) = rx.next()? {
-                self.handle(frame, now)?;
+                self.handle(frame)?;
                 rx.consume(len);
             }
             if n < 4096 {
@@ -382,9 +382,9 @@ impl State {
             };
             let mut grants = Vec::new();
             let mut blocked = false;
-            while let Some((device, peer_device)) = out.stream.next_kinds() {
+            while let Some((place, peer)) = out.stream.next_places() {
                 // The first set carries device memory; a second one, where it exists, everything else.
-                let index = if self.sets.len() > 1 && !(device && peer_device) { 1 } else { 0 };
+                let index = if self.sets.len() > 1 && !(place.is_device() && peer.is_device()) { 1 } else { 0 };
                 let base: usize = self.sets[..index].iter().map(|s| s.lanes.len()).sum();
                 let Some(set) = self.sets.get_mut(index) else { bail!(Internal, "a connection without channels") };
                 let expected_len = out.chunk_len as u64;
@@ -406,7 +406,7 @@ impl State {
                 // or the lanes are closed.
                 unsafe { set.lanes[lane].submit(key, chunk, span, &mut ctx, now) }?;
                 out.inflight += len as u64;
-                grants.push(Grant { len: len as u32, channel: (base + lane) as u16, sender_device: device });
+                grants.push(Grant { len: len as u32, channel: (base + lane) as u16 });
                 if grants.len() == 1024 {
                     self.control.push(&Frame::Chunks { id: key.id, by_initiator: key.mine, grants: std::mem::take(&mut grants) });
                 }
@@ -425,7 +425,7 @@ impl State {
 
     // ---- control frames ----
 
-    fn handle(&mut self, frame: Frame<'_>, now: Instant) -> Result<()> {
+    fn handle(&mut self, frame: Frame<'_>) -> Result<()> {
         match frame {
             Frame::Write { id, regions, segments, inline } => self.on_write(id, &regions, &segments, inline),
             Frame::Read { id, regions, segments } => self.on_read(id, &regions, &segments),
@@ -440,7 +440,7 @@ impl State {
                 self.match_receives();
                 Ok(())
             }
-            Frame::Pull { id, status, receiver_device } => self.on_pull(id, status, receiver_device, now),
+            Frame::Pull { id, status, receiver } => self.on_pull(id, status, receiver),
             Frame::Notify { name, message } => {
                 if !self.setting.notifications.push(Notification { name: name.to_vec(), msg: message.to_vec() }) {
                     bail!(Resource, "the application drains no notifications and its queue is full");
@@ -460,10 +460,10 @@ impl State {
             if let Err(e) = region.check(s.addr, u64::from(s.len)) {
                 bail!(RemoteAccess, "{e}");
             }
-            if region.device != s.owner_device {
-                bail!(RemoteAccess, "region {} is not of the kind of memory that the FIFO item says", region.span.id);
+            if region.place != s.owner {
+                bail!(RemoteAccess, "region {} does not lie where the FIFO item says", region.span.id);
             }
-            Ok(Segment { addr: s.addr, len: u64::from(s.len), region: s.region, device: region.device, peer_device: s.initiator_device })
+            Ok(Segment { addr: s.addr, len: u64::from(s.len), region: s.region, place: region.place, peer: s.initiator })
         };
         let segments = segments.iter().map(resolve).collect::<Result<_>>()?;
         Ok((segments, uses))
@@ -504,7 +504,7 @@ impl State {
     /// Puts bytes of the control stream in place.
     fn store(&mut self, to: &Segment, bytes: &[u8]) -> Result<()> {
         debug_assert_eq!(to.len, bytes.len() as u64);
-        if to.device {
+        if to.place.is_device() {
             let Some(copier) = &mut self.copier else { bail!(Gpu, "device memory without a device") };
             let part = Part { addr: to.addr, len: to.len, region: to.region };
             // SAFETY: the segment lies in a region that the caller holds in use.
@@ -528,7 +528,7 @@ impl State {
         if total == 0 || self.outgoing.contains_key(&key) {
             bail!(Protocol, "read {id} asked for twice, or empty");
         }
-        if total <= self.setting.eager_bytes as u64 && segments.iter().all(|s| !s.device) {
+        if total <= self.setting.eager_bytes as u64 && segments.iter().all(|s| !s.place.is_device()) {
             let mut data = Vec::with_capacity(total as usize);
             for s in &segments {
                 // SAFETY: inside a registered region that `uses` holds.
@@ -550,7 +550,7 @@ impl State {
         while let Some(chunk) = inc.stream.take(data.len().max(1)) {
             for part in &chunk.parts {
                 let Some((head, tail)) = data.split_at_checked(part.len as usize) else { bail!(Protocol, "inline read is too short") };
-                let to = Segment { addr: part.addr, len: part.len, region: part.region, device: chunk.device, peer_device: false };
+                let to = Segment { addr: part.addr, len: part.len, region: part.region, place: chunk.place, peer: Place::HOST };
                 self.store(&to, head)?;
                 data = tail;
             }
@@ -569,7 +569,7 @@ impl State {
             let dest = match self.incoming.get_mut(&key) {
                 None => Dest::Discard,
                 Some(inc) => match inc.stream.take_exact(len) {
-                    Some(chunk) if chunk.device => Dest::Device(chunk.parts),
+                    Some(chunk) if chunk.place.is_device() => Dest::Device(chunk.parts),
                     Some(chunk) => Dest::Host(chunk.parts),
                     None => bail!(Protocol, "chunk of {len} bytes of transfer {} is outside the plan", key.id),
                 },
@@ -623,10 +623,10 @@ impl State {
                 let error = err!(Truncated, "a message of {len} bytes met a receive of {}", receive.segment.len);
                 log::error!("{}: {error}", self.setting.peer);
                 self.outcomes.finish(receive.id, Err(error));
-                self.push(&Frame::Pull { id: message, status: ErrorKind::Truncated.code(), receiver_device: false });
+                self.push(&Frame::Pull { id: message, status: ErrorKind::Truncated.code(), receiver: Place::HOST });
                 continue;
             }
-            self.push(&Frame::Pull { id: message, status: UCCL_OK, receiver_device: receive.segment.device });
+            self.push(&Frame::Pull { id: message, status: UCCL_OK, receiver: receive.segment.place });
             if len == 0 {
                 self.outcomes.finish(receive.id, Ok(()));
                 self.push(&Frame::Done { id: message, status: UCCL_OK, text: "" });
@@ -639,7 +639,7 @@ impl State {
         }
     }
 
-    fn on_pull(&mut self, id: u64, status: i32, receiver_device: bool, _now: Instant) -> Result<()> {
+    fn on_pull(&mut self, id: u64, status: i32, receiver: Place) -> Result<()> {
         let Some(send) = self.waiting_sends.remove(&id) else {
             // The send timed out here; the peer's receive must not wait for data that never comes.
             bail!(TimedOut, "message {id} was matched after its send had timed out");
@@ -651,7 +651,7 @@ impl State {
             return Ok(());
         }
         let mut segments = send.segments;
-        segments.iter_mut().for_each(|s| s.peer_device = receiver_device);
+        segments.iter_mut().for_each(|s| s.peer = receiver);
         if !segments.is_empty() {
             self.start_stream(Key { id, mine: true }, segments, send.uses);
         }

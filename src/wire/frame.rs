@@ -24,6 +24,28 @@ const REGION_BYTES: usize = 24;
 const SEGMENT_BYTES: usize = 16;
 const GRANT_BYTES: usize = 8;
 
+/// Where memory lies: host memory, or a GPU of its host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Place(pub u8);
+
+impl Place {
+    /// Host memory.
+    pub const HOST: Place = Place(0);
+
+    /// Memory of the GPU with this CUDA index.
+    pub fn gpu(ordinal: u8) -> Place {
+        Place(ordinal.saturating_add(1))
+    }
+    /// Memory of some GPU.
+    pub fn is_device(self) -> bool {
+        self.0 != 0
+    }
+    /// CUDA index of the GPU.
+    pub fn ordinal(self) -> Option<u8> {
+        self.0.checked_sub(1)
+    }
+}
+
 /// A region of the receiver of the frame, with the token that proves access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WireRegion {
@@ -42,10 +64,10 @@ pub struct WireSegment {
     pub len: u32,
     /// Index into the frame's regions.
     pub region: u16,
-    /// The initiator's side of this segment is device memory.
-    pub initiator_device: bool,
-    /// The owner's side is device memory, as the FIFO item says; the owner checks it.
-    pub owner_device: bool,
+    /// Where the initiator's side of this segment lies.
+    pub initiator: Place,
+    /// Where the owner's side lies, as the FIFO item says; the owner checks it.
+    pub owner: Place,
 }
 
 /// The next chunk of a data stream: the sender announces channel and length, in the order of the stream.
@@ -55,8 +77,6 @@ pub struct Grant {
     pub len: u32,
     /// Channel that carries it.
     pub channel: u16,
-    /// The sender's side is device memory.
-    pub sender_device: bool,
 }
 
 /// A message of the control stream. Ids are the initiator's transfer ids.
@@ -76,7 +96,7 @@ pub enum Frame<'a> {
     /// A two-sided message waits for a receive.
     Message { id: u64, len: u64 },
     /// A receive was matched with message `id` (status 0: send it), or the match failed.
-    Pull { id: u64, status: StatusCode, receiver_device: bool },
+    Pull { id: u64, status: StatusCode, receiver: Place },
     /// A notification.
     Notify { name: &'a [u8], message: &'a [u8] },
     /// Heartbeat.
@@ -180,7 +200,7 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
                 bail!(Protocol, "{n} chunks in one frame");
             }
             let grants = r.array(n, |b: &[u8; GRANT_BYTES]| {
-                Ok(Grant { len: le32(b, 0), channel: u16::from_le_bytes(sub(b, 4)), sender_device: b[6] != 0 })
+                Ok(Grant { len: le32(b, 0), channel: u16::from_le_bytes(sub(b, 4)) })
             })?;
             Frame::Chunks { id, by_initiator, grants }
         }
@@ -191,7 +211,7 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
             Frame::Done { id, status, text }
         }
         T_MESSAGE => Frame::Message { id: r.u64()?, len: r.u64()? },
-        T_PULL => Frame::Pull { id: r.u64()?, status: r.u32()? as StatusCode, receiver_device: r.u32()? != 0 },
+        T_PULL => Frame::Pull { id: r.u64()?, status: r.u32()? as StatusCode, receiver: Place(r.u32()? as u8) },
         T_NOTIFY => {
             let name_len = r.u32()? as usize;
             let name = r.bytes(name_len)?;
@@ -204,7 +224,7 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
 }
 
 fn decode_segment(b: &[u8; SEGMENT_BYTES], regions: usize) -> Result<WireSegment> {
-    let segment = WireSegment { addr: le64(b, 0), len: le32(b, 8), region: u16::from_le_bytes(sub(b, 12)), initiator_device: b[14] != 0, owner_device: b[15] != 0 };
+    let segment = WireSegment { addr: le64(b, 0), len: le32(b, 8), region: u16::from_le_bytes(sub(b, 12)), initiator: Place(b[14]), owner: Place(b[15]) };
     if segment.len == 0 || u64::from(segment.len) > MAX_SEGMENT_BYTES || usize::from(segment.region) >= regions {
         bail!(Protocol, "segment of {} bytes in region {} of {regions}", segment.len, segment.region);
     }
@@ -261,7 +281,7 @@ fn encode_payload(frame: &Frame<'_>, out: &mut Vec<u8>) -> u8 {
             for grant in grants {
                 out.extend_from_slice(&grant.len.to_le_bytes());
                 out.extend_from_slice(&grant.channel.to_le_bytes());
-                out.extend_from_slice(&[u8::from(grant.sender_device), 0]);
+                out.extend_from_slice(&[0, 0]);
             }
             T_CHUNKS
         }
@@ -280,10 +300,10 @@ fn encode_payload(frame: &Frame<'_>, out: &mut Vec<u8>) -> u8 {
             out.extend_from_slice(&len.to_le_bytes());
             T_MESSAGE
         }
-        Frame::Pull { id, status, receiver_device } => {
+        Frame::Pull { id, status, receiver } => {
             out.extend_from_slice(&id.to_le_bytes());
             out.extend_from_slice(&status.to_le_bytes());
-            out.extend_from_slice(&u32::from(*receiver_device).to_le_bytes());
+            out.extend_from_slice(&u32::from(receiver.0).to_le_bytes());
             T_PULL
         }
         Frame::Notify { name, message } => {
@@ -311,8 +331,8 @@ fn encode_segments(id: u64, regions: &[WireRegion], segments: &[WireSegment], ou
         b[..8].copy_from_slice(&segment.addr.to_le_bytes());
         b[8..12].copy_from_slice(&segment.len.to_le_bytes());
         b[12..14].copy_from_slice(&segment.region.to_le_bytes());
-        b[14] = u8::from(segment.initiator_device);
-        b[15] = u8::from(segment.owner_device);
+        b[14] = segment.initiator.0;
+        b[15] = segment.owner.0;
         out.extend_from_slice(&b);
     }
 }
@@ -368,10 +388,10 @@ mod tests {
         #[test]
         fn every_frame_round_trips((name, message, id, status, segs) in frames()) {
             let regions = vec![WireRegion { id, token: [7; 16] }, WireRegion { id: !id, token: [9; 16] }];
-            let segments: Vec<_> = segs.iter().enumerate().map(|(i, s)| WireSegment { addr: s.0, len: s.1, region: (i % 2) as u16, initiator_device: s.2, owner_device: i % 3 == 0 }).collect();
+            let segments: Vec<_> = segs.iter().enumerate().map(|(i, s)| WireSegment { addr: s.0, len: s.1, region: (i % 2) as u16, initiator: Place(u8::from(s.2)), owner: Place(i as u8) }).collect();
             let small: Vec<_> = segments.iter().map(|s| WireSegment { len: s.len % 5 + 1, ..*s }).collect();
             let inline = vec![3u8; small.iter().map(|s| s.len as usize).sum()];
-            let grants: Vec<_> = segs.iter().map(|s| Grant { len: s.1, channel: s.0 as u16, sender_device: s.2 }).collect();
+            let grants: Vec<_> = segs.iter().map(|s| Grant { len: s.1, channel: s.0 as u16 }).collect();
             let all = [
                 Frame::Write { id, regions: regions.clone(), segments: segments.clone(), inline: None },
                 Frame::Write { id, regions: regions.clone(), segments: small, inline: Some(&inline) },
@@ -380,7 +400,7 @@ mod tests {
                 Frame::Chunks { id, by_initiator: id % 2 == 0, grants },
                 Frame::Done { id, status, text: "why" },
                 Frame::Message { id, len: !id },
-                Frame::Pull { id, status, receiver_device: id % 2 == 1 },
+                Frame::Pull { id, status, receiver: Place(id as u8) },
                 Frame::Notify { name: &name, message: &message },
                 Frame::Ping,
                 Frame::Bye,

@@ -169,7 +169,10 @@ static Launch prepare(const std::vector<Spec>& specs) {
     }
     reinterpret_cast<UcclArgs<4096>*>(l.args)->jobs = l.jobs;
     l.large = used > 1024 - 16;
-    if (g.device.used) CK(cuMemcpyHtoD(g.device_dev, g.device.host, g.device.used));
+    if (g.device.used) {
+        CK(cuMemcpyHtoD(g.device_dev, g.device.host, g.device.used));
+        CK(cuCtxSynchronize());  // a copy from pageable memory may return before it is done, and our stream does not wait for it
+    }
     return l;
 }
 

@@ -277,6 +277,7 @@ static __device__ __forceinline__ void uccl_copy_body(const Args& args) {
     uccl_u32 first = strip * job.entries_per_strip;
     const uccl_u32 last = uccl_min(uccl_min(job.entry_count, UCCL_MAX_ENTRIES), first + job.entries_per_strip);
     if (tid == 0) sh.error = job.entry_count > UCCL_MAX_ENTRIES ? UCCL_ERROR_COUNT : 0;
+    __syncthreads();
     bool sane = job.entry_count <= UCCL_MAX_ENTRIES;
     bool counted = job.count == 0;
 #pragma unroll 1

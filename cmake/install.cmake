@@ -1,0 +1,40 @@
+# What is installed, and the package files: all find their files relative to themselves, so a prefix may be moved as a whole.
+include(CMakePackageConfigHelpers)
+
+install(FILES "${lib}/${shared_file}" DESTINATION "${CMAKE_INSTALL_LIBDIR}"
+    PERMISSIONS OWNER_READ OWNER_WRITE OWNER_EXECUTE GROUP_READ GROUP_EXECUTE WORLD_READ WORLD_EXECUTE)
+install(FILES "${lib}/${soname}" "${lib}/libuccl_p2p.so" "${lib}/libuccl_p2p.a" DESTINATION "${CMAKE_INSTALL_LIBDIR}")
+install(FILES "${lib}/uccl/${soft_plugin_file}" DESTINATION "${CMAKE_INSTALL_LIBDIR}/uccl"
+    PERMISSIONS OWNER_READ OWNER_WRITE OWNER_EXECUTE GROUP_READ GROUP_EXECUTE WORLD_READ WORLD_EXECUTE)
+install(DIRECTORY "${PROJECT_SOURCE_DIR}/include/" DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}"
+    FILES_MATCHING PATTERN "*.h" PATTERN "*.hpp")
+foreach(tool IN LISTS tools)
+    install(PROGRAMS "${bin}/${tool}" DESTINATION "${CMAKE_INSTALL_BINDIR}")
+endforeach()
+
+set(package_dir "${CMAKE_INSTALL_LIBDIR}/cmake/uccl_p2p")
+configure_package_config_file("${CMAKE_CURRENT_LIST_DIR}/uccl_p2pConfig.cmake.in" "${CMAKE_CURRENT_BINARY_DIR}/uccl_p2pConfig.cmake"
+    INSTALL_DESTINATION "${package_dir}"
+    PATH_VARS CMAKE_INSTALL_LIBDIR CMAKE_INSTALL_INCLUDEDIR
+    NO_CHECK_REQUIRED_COMPONENTS_MACRO)
+# One SONAME, one compatible series.
+write_basic_package_version_file("${CMAKE_CURRENT_BINARY_DIR}/uccl_p2pConfigVersion.cmake" COMPATIBILITY SameMajorVersion)
+install(FILES "${CMAKE_CURRENT_BINARY_DIR}/uccl_p2pConfig.cmake" "${CMAKE_CURRENT_BINARY_DIR}/uccl_p2pConfigVersion.cmake"
+    DESTINATION "${package_dir}")
+
+# pkg-config finds the prefix from the place of the .pc file, unless a folder is set to a place outside the prefix.
+if(IS_ABSOLUTE "${CMAKE_INSTALL_LIBDIR}" OR IS_ABSOLUTE "${CMAKE_INSTALL_INCLUDEDIR}")
+    set(pc_prefix "${CMAKE_INSTALL_PREFIX}")
+    set(pc_libdir "${CMAKE_INSTALL_FULL_LIBDIR}")
+    set(pc_includedir "${CMAKE_INSTALL_FULL_INCLUDEDIR}")
+else()
+    file(RELATIVE_PATH up "/p/${CMAKE_INSTALL_LIBDIR}/pkgconfig" "/p")
+    string(REGEX REPLACE "/$" "" up "${up}")
+    set(pc_prefix "\${pcfiledir}/${up}")
+    set(pc_libdir "\${prefix}/${CMAKE_INSTALL_LIBDIR}")
+    set(pc_includedir "\${prefix}/${CMAKE_INSTALL_INCLUDEDIR}")
+endif()
+list(TRANSFORM UCCL_P2P_SYSTEM_LIBS PREPEND "-l" OUTPUT_VARIABLE pc_system_libs)
+list(JOIN pc_system_libs " " pc_system_libs)
+configure_file("${CMAKE_CURRENT_LIST_DIR}/uccl_p2p.pc.in" "${CMAKE_CURRENT_BINARY_DIR}/uccl_p2p.pc" @ONLY)
+install(FILES "${CMAKE_CURRENT_BINARY_DIR}/uccl_p2p.pc" DESTINATION "${CMAKE_INSTALL_LIBDIR}/pkgconfig")
