@@ -338,7 +338,6 @@ static void check_conn_is_dead(const side *s)
     CHECK_FAILS(uccl_engine_send(s->conn, s->mr, s->mine, 1, &id));
     CHECK_FAILS(uccl_engine_recv(s->conn, s->mr, s->mine, 1));
     CHECK_FAILS(uccl_engine_send_notif(s->conn, &m));
-    CHECK_FAILS(uccl_engine_start_listener(s->conn));
     CHECK_FAILS(uccl_engine_poll(s->conn, UINT64_MAX, NULL));
     CHECK(id == 77);
 }
@@ -548,6 +547,19 @@ CASE(listener_starts_once)
         CHECK_OK(uccl_engine_stop_listener(b.conn));
         move_once(&b);
     }
+    local_pair_close(&a, &b);
+}
+
+/* Every call on a connection of an engine that ended fails, also those that move nothing. */
+CASE(listener_of_an_ended_engine)
+{
+    side a, b;
+    local_pair(&a, &b, MIB);
+    CHECK(uccl_engine_conn_is_local(a.conn));
+    uccl_engine_destroy(a.engine);
+    CHECK_FAILS(uccl_engine_start_listener(a.conn));
+    CHECK_FAILS(uccl_engine_stop_listener(a.conn));
+    CHECK(!uccl_engine_conn_is_local(a.conn));
     local_pair_close(&a, &b);
 }
 

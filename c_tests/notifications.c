@@ -115,10 +115,10 @@ CASE(fixed_size) { run_pair(PAGE, send_fixed, receive_fixed); }
 static const struct lengths {
     size_t name, msg;
 } LENGTHS[] = {
-    {0, 0}, {0, 1}, {1, 0}, {5, 255}, {255, 256}, {256, 257}, {300, 4096}, {7, 65535}, {0, 65536}, {1, 512 * KIB + 1}, {70000, 3}, {9, 2 * MIB},
+    {0, 0},      {0, 1},     {1, 0},     {5, 255},           {255, 256},  {256, 257},
+    {300, 4096}, {7, 65535}, {0, 65536}, {1, 512 * KIB + 1}, {70000, 3}, {9, 2 * MIB},
 };
 #define LENGTHS_N (sizeof LENGTHS / sizeof *LENGTHS)
-#define VARIABLE_LONGEST (2 * MIB)
 
 static uint8_t *letter(uint64_t seed, size_t len)
 {
@@ -133,8 +133,9 @@ static uint8_t *letter(uint64_t seed, size_t len)
 static void send_variable(side *s)
 {
     for (size_t i = 0; i < LENGTHS_N; i++) {
-        uint8_t *name = letter(2 * i, LENGTHS[i].name), *msg = letter(2 * i + 1, LENGTHS[i].msg);
-        CHECK_OK(uccl_engine_send_notif_bytes(s->conn, LENGTHS[i].name ? name : NULL, LENGTHS[i].name, LENGTHS[i].msg ? msg : NULL, LENGTHS[i].msg));
+        const struct lengths n = LENGTHS[i];
+        uint8_t *name = letter(2 * i, n.name), *msg = letter(2 * i + 1, n.msg);
+        CHECK_OK(uccl_engine_send_notif_bytes(s->conn, n.name ? name : NULL, n.name, n.msg ? msg : NULL, n.msg));
         free(name);
         free(msg);
         send_numbered(s->conn, (int)i);

@@ -22,7 +22,8 @@ typedef struct fixture {
     uccl_conn_t *bad_conns[4];
 } fixture;
 
-#define FOR_EACH(item, list) for (size_t item##_i = 0; item##_i < sizeof(list) / sizeof *(list) && (item = (list)[item##_i], true); item##_i++)
+#define FOR_EACH(item, list) \
+    for (size_t item##_i = 0; item##_i < sizeof(list) / sizeof *(list) && (item = (list)[item##_i], true); item##_i++)
 
 static uccl_engine_t *ended_engine(void)
 {

@@ -195,3 +195,20 @@ CASE(closed_while_frozen)
     check_close(&s);
     end_child(&s);
 }
+
+/* A sender of notifications must not wait for ever for a peer that takes none. */
+CASE(notifications_to_a_frozen_peer)
+{
+    side s;
+    int status = UCCL_OK;
+    start_pair(&s, WRITE);
+    CHECK(kill(s.child, SIGSTOP) == 0);
+    int64_t begin = now_ms();
+    for (int i = 0; i < 16 && status == UCCL_OK; i++)
+        status = uccl_engine_send_notif_bytes(s.conn, NULL, 0, s.mine, BLOCK);
+    CHECK_FAILS(status);
+    CHECK_MSG(now_ms() - begin < LIMIT_MS, "it took %lld ms", (long long)(now_ms() - begin));
+    check_lost(&s);
+    check_close(&s);
+    end_child(&s);
+}

@@ -3,6 +3,8 @@
 #include "support.h"
 
 #include <pthread.h>
+#include <signal.h>
+#include <sys/time.h>
 
 /* Sizes around the limits that a transfer can cross: nothing special, a page, the eager limit, the chunk, and far beyond. */
 static const struct shape {
@@ -627,3 +629,50 @@ static void share_connection(side *s)
 }
 
 CASE(threads_share_a_connection) { run_pair(2 * THREADS * THREAD_AREA, share_connection, NULL); }
+
+/* An application with a timer: signals arrive all the time, in any thread, and interrupt system calls. */
+
+static volatile sig_atomic_t interruptions;
+
+static void interrupt(int number)
+{
+    (void)number;
+    interruptions++;
+}
+
+static void start_timer(void)
+{
+    struct sigaction action = {.sa_handler = interrupt}; /* without SA_RESTART */
+    struct itimerval every_ms = {{0, 1000}, {0, 1000}};
+    CHECK(sigaction(SIGALRM, &action, NULL) == 0);
+    CHECK(setitimer(ITIMER_REAL, &every_ms, NULL) == 0);
+}
+
+static void stop_timer(void)
+{
+    struct itimerval never = {{0, 0}, {0, 0}};
+    CHECK(setitimer(ITIMER_REAL, &never, NULL) == 0);
+    CHECK(interruptions > 0);
+}
+
+static void send_among_signals(side *s)
+{
+    start_timer();
+    for (int d = 0; d < 2; d++) {
+        check_shape(s, DIRECTIONS[d], &(struct shape){1, 2, s->len - 2});
+        move_vector(s, DIRECTIONS[d], 300, mixed_sizes);
+    }
+    sleep_ms(100); /* the receiver is to be found waiting */
+    send_one(s, s->len, UCCL_OK);
+    stop_timer();
+}
+
+static void receive_among_signals(side *s)
+{
+    start_timer();
+    CHECK_OK(uccl_engine_recv(s->conn, s->mr, s->mine, s->len));
+    check_same("message", s->mine, s->theirs, s->len);
+    stop_timer();
+}
+
+CASE(signals_interrupt_nothing) { run_pair(16 * MIB, send_among_signals, receive_among_signals); }

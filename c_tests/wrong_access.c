@@ -8,7 +8,8 @@ static const size_t LENGTHS[] = {64, 128 * KIB};
 
 static int transfer_item(const side *s, direction d, size_t len, struct FifoItem item, uint64_t *id)
 {
-    return d == WRITE ? uccl_engine_write(s->conn, s->mr, s->mine, len, item, id) : uccl_engine_read(s->conn, s->mr, s->mine, len, item, id);
+    return d == WRITE ? uccl_engine_write(s->conn, s->mr, s->mine, len, item, id)
+                      : uccl_engine_read(s->conn, s->mr, s->mine, len, item, id);
 }
 
 /* A legitimate write of the first bytes, taken back, so that the target's memory can be compared as a whole afterwards. */
@@ -28,7 +29,8 @@ static void check_refused_once(const side *s, direction d, const char *what, str
     uint64_t id;
     CHECK_OK(transfer_item(s, d, len, item, &id));
     int status = outcome(s->conn, id);
-    CHECK_MSG(status == UCCL_ERR_REMOTE_ACCESS, "%s of %zu bytes, %s: status %d (%s)", direction_name(d), len, what, status, uccl_engine_strerror(status));
+    CHECK_MSG(status == UCCL_ERR_REMOTE_ACCESS, "%s of %zu bytes, %s: status %d (%s)", direction_name(d), len, what, status,
+              uccl_engine_strerror(status));
     CHECK(!uccl_engine_xfer_status(s->conn, id));
     CHECK_STATUS(uccl_engine_poll(s->conn, id, NULL), UCCL_ERR_REMOTE_ACCESS);
     CHECK_MSG(is_wiped(s->theirs, s->len), "%s, %s: target memory was touched", direction_name(d), what);

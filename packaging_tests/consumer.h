@@ -19,7 +19,7 @@
 static int move_data(const char *expected_version)
 {
     static char source[100000], target[100000];
-    char text[256], ip[128];
+    char text[256];
     char item_bytes[FIFO_SIZE];
     char *question, *colon;
     struct FifoItem item;
@@ -41,8 +41,7 @@ static int move_data(const char *expected_version)
     colon = strrchr(text, ':');
     NEED(colon != NULL);
     *colon = '\0';
-    snprintf(ip, sizeof(ip), "%s", text);
-    conn = uccl_engine_connect(a, ip, question + 1, atoi(colon + 1), true);
+    conn = uccl_engine_connect(a, text, question + 1, atoi(colon + 1), true);
     NEED(conn != NULL);
 
     for (i = 0; i < sizeof(source); ++i)

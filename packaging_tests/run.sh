@@ -6,7 +6,7 @@
 # The installation is moved to another folder before anything uses it. Checks the files, exports, SONAME and headers, then builds and
 # runs consumers: CMake (shared and static, C and C++), pkg-config (shared and static), the bare compiler, add_subdirectory and
 # FetchContent. UCCL_P2P_CARGO_TARGET_DIR names a finished cargo build for the last two, when the argument is a prefix; without
-# one they build the library. ONLY_FILES=1 stops after the checks of the files.
+# one they build the library. ONLY_FILES=1 stops after the checks of the files, SKIP_SUBDIRECTORY=1 leaves out these last two.
 # Exit status: 0 all passed, 1 something failed; every check runs either way.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -73,9 +73,16 @@ archive_symbols() {
 }
 soname() { local name; name=$(readelf -d "$so" | sed -n 's/.*(SONAME).*\[\(.*\)\]/\1/p'); echo "SONAME is '$name'"; [ "$name" = libuccl_p2p.so.0 ]; }
 # CUDA and NCCL are looked for at run time; a link to them would keep the library from loading without them.
-needed() { ! readelf -d "$so" "$plugin" | grep NEEDED | grep -Ev 'lib(c|m|dl|rt|util|pthread|gcc_s)\.so|ld-linux'; }
+needed() {
+    local libraries
+    libraries=$(readelf -d "$so" && readelf -d "$plugin") || return 1
+    ! grep NEEDED <<<"$libraries" | grep -Ev 'lib(c|m|dl|rt|util|pthread|gcc_s)\.so|ld-linux'
+}
 plugin_symbols() { exports "$plugin" | grep -x ncclNetPlugin_v7; }
-no_paths() { ! grep -rIl -e "$original" -e "$root" "$prefix/lib/cmake" "$prefix/lib/pkgconfig" "$prefix/include"; }
+no_paths() {
+    [ -d "$prefix/lib/cmake" ] && [ -d "$prefix/lib/pkgconfig" ] && [ -d "$prefix/include" ] || return 1
+    ! grep -rIl -e "$original" -e "$root" "$prefix/lib/cmake" "$prefix/lib/pkgconfig" "$prefix/include"
+}
 same_header() { diff -r "$root/include" "$prefix/include"; }
 headers() { "$root/cpp_tests/check_headers.sh" "$1" "$prefix/include"; local rc=$?; [ $rc = 0 ] || [ $rc = 77 ]; }
 
@@ -98,11 +105,11 @@ if [ "${ONLY_FILES:-0}" = 1 ]; then exit $failed; fi
 run() { timeout 120 "$@"; }
 # The library that a program loads must be the one of the moved prefix.
 loads() { ldd "$1" | grep "libuccl_p2p.so.0 => $2" || { ldd "$1"; return 1; }; }
-loads_none() { ! ldd "$1" | grep libuccl_p2p; }
+loads_none() { local libraries; libraries=$(ldd "$1") || return 1; ! grep libuccl_p2p <<<"$libraries"; }
 
 cmake_package() {
-    cmake -S "$here/cmake_consumer" -B "$work/cmake" -DCMAKE_PREFIX_PATH="$prefix" -DWANTED_VERSION="$version" \
-        -DCMAKE_FIND_USE_SYSTEM_ENVIRONMENT_PATH=OFF && cmake --build "$work/cmake"
+    cmake -S "$here/cmake_consumer" -B "$work/cmake" -DCMAKE_PREFIX_PATH="$prefix" -DWANTED_VERSION="$version" &&
+        cmake --build "$work/cmake"
 }
 check "CMake package: build" cmake_package
 for language in c cpp; do
@@ -150,6 +157,7 @@ check "the installed plugin, loaded" loaded_plugin
 check "tcpx-info" run "$prefix/bin/tcpx-info"
 check "tcpx-perf --help" run "$prefix/bin/tcpx-perf" --help
 
+if [ "${SKIP_SUBDIRECTORY:-0}" = 1 ]; then exit $failed; fi
 subdirectory() { # FETCH
     local build=$work/subdirectory_$1 target=${cargo_target:-$work/cargo} prebuilt=OFF
     # What the prefix was installed from is finished; cargo is not needed again.

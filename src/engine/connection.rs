@@ -13,12 +13,14 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Bytes of notifications that may wait to leave before `notify` blocks.
 const MAX_PENDING: usize = 256 << 20;
+/// How long after an application thread polled it is taken to go on polling, microseconds.
+const DRIVER_WINDOW_US: u64 = 200;
 
 /// A connection to a peer engine. All methods may be called from any thread.
 pub struct Connection {
@@ -28,6 +30,10 @@ pub struct Connection {
     state: Mutex<State>,
     ended: Condvar,
     waiters: AtomicU32,
+    /// When an application thread last polled, by the engine's clock; 0 once it waits or stopped.
+    driver: AtomicU64,
+    /// Set while the progress thread sleeps and answers for this connection: the channels' doorbell.
+    armed: Arc<AtomicU32>,
     peer_ip: IpAddr,
     peer: String,
     peer_gpu_index: i32,
@@ -53,7 +59,7 @@ pub(crate) struct Peer {
 }
 
 impl Connection {
-    pub(crate) fn new(id: u64, shared: Arc<Shared>, state: State, peer: Peer, channels: usize) -> Connection {
+    pub(crate) fn new(id: u64, shared: Arc<Shared>, state: State, peer: Peer, channels: usize, armed: Arc<AtomicU32>) -> Connection {
         Connection {
             id,
             fd: state.control.fd(),
@@ -62,6 +68,8 @@ impl Connection {
             state: Mutex::new(state),
             ended: Condvar::new(),
             waiters: AtomicU32::new(0),
+            driver: AtomicU64::new(0),
+            armed,
             peer_ip: peer.ip,
             peer: peer.name,
             peer_gpu_index: peer.gpu_index,
@@ -252,7 +260,7 @@ impl Connection {
         if before.complete || state.dead().is_some() {
             return Ok(before);
         }
-        self.shared.note_driver();
+        self.driver.store(self.shared.clock(), Ordering::Relaxed);
         let any = self.drive(&mut state);
         let after = state.lookup(id)?;
         let give_way = !any && !after.complete && state.lanes_busy();
@@ -282,7 +290,8 @@ impl Connection {
                 continue;
             }
             // Sleep; the progress thread drives from here and wakes us when something has ended.
-            self.shared.clear_driver();
+            self.driver.store(0, Ordering::Relaxed);
+            self.shared.ring();
             let mut state = self.state.lock();
             let ended = state.outcomes.ended();
             self.waiters.fetch_add(1, Ordering::AcqRel);
@@ -309,6 +318,17 @@ impl Connection {
             self.ended.notify_all();
         }
         any
+    }
+
+    /// An application thread has polled just now and is taken to go on: the progress thread leaves the connection to it.
+    pub(crate) fn driven_by_application(&self) -> bool {
+        let at = self.driver.load(Ordering::Relaxed);
+        at != 0 && self.shared.clock().saturating_sub(at) < DRIVER_WINDOW_US
+    }
+
+    /// Lets the channels' doorbell ring, or no longer.
+    pub(crate) fn arm(&self, on: bool) {
+        self.armed.store(u32::from(on), Ordering::SeqCst);
     }
 
     /// A round of the progress thread; skipped while an application thread is at it.

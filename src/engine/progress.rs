@@ -1,16 +1,15 @@
 //! The progress thread of an engine: drives every connection while there is work, spins briefly for the next piece of it, then
-//! sleeps in epoll. While an application thread polls, it stays out of the way.
+//! sleeps in epoll. A connection that an application thread polls is left to that thread.
 
 use super::connection::Connection;
 use super::shared::{Shared, WAKE};
-use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Deadlines and heartbeats are looked at this often.
 const TICK: Duration = Duration::from_millis(50);
-/// Sleep while an application thread drives.
+/// Longest sleep while an application thread drives a connection: it may stop at any time.
 const STAND_BY: Duration = Duration::from_micros(200);
 /// Longest sleep without a connection.
 const IDLE: Duration = Duration::from_secs(10);
@@ -32,14 +31,66 @@ pub(crate) fn block_signals() {
     }
 }
 
+/// A connection as this thread sees it.
+struct Watched {
+    connection: Arc<Connection>,
+    /// What wakes this thread for it.
+    interest: i32,
+    /// An application thread drives it at present.
+    driven: bool,
+}
+
+impl Watched {
+    fn watch(&mut self, shared: &Shared, interest: i32) {
+        if self.interest != interest {
+            self.interest = interest;
+            shared.watch(&self.connection, interest);
+        }
+    }
+}
+
+#[derive(Default)]
+struct Round {
+    any: bool,
+    busy: bool,
+    lanes_busy: bool,
+    driven: bool,
+}
+
+/// One round over all connections but those that an application thread drives.
+fn drive(shared: &Shared, watched: &mut [Watched]) -> Round {
+    let mut round = Round::default();
+    for w in watched {
+        w.driven = w.connection.driven_by_application();
+        if w.driven {
+            round.driven = true;
+            w.watch(shared, 0);
+            continue;
+        }
+        let p = w.connection.progress();
+        round.any |= p.any;
+        round.busy |= p.busy;
+        round.lanes_busy |= p.lanes_busy;
+        w.watch(shared, if p.backlog { libc::EPOLLIN | libc::EPOLLOUT } else { libc::EPOLLIN });
+    }
+    round
+}
+
+/// Lets the doorbells ring that this thread answers for, or silences them all.
+fn arm(shared: &Shared, watched: &[Watched], on: bool) {
+    for w in watched {
+        w.connection.arm(on && !w.driven);
+    }
+    shared.arm(on);
+}
+
 /// Runs until the engine closes.
 pub(crate) fn run(shared: &Arc<Shared>) {
     block_signals();
     let spin = shared.config.spin.unwrap_or_else(default_spin);
     let few_cores = std::thread::available_parallelism().map_or(2, usize::from) <= 2;
     let doorbells = shared.plugin.is_soft();
-    let mut connections: Vec<Arc<Connection>> = Vec::new();
-    let mut backlogged: HashMap<u64, bool> = HashMap::new();
+    let mut watched: Vec<Watched> = Vec::new();
     let mut seen = u64::MAX;
     let mut last_activity = Instant::now();
     let mut last_tick = Instant::now();
@@ -48,26 +99,22 @@ pub(crate) fn run(shared: &Arc<Shared>) {
         let generation = shared.generation.load(Ordering::Acquire);
         if generation != seen {
             seen = generation;
-            connections = shared.all();
+            watched = shared.all().into_iter().map(|connection| Watched { connection, interest: -1, driven: false }).collect();
         }
         let now = Instant::now();
         if now - last_tick >= TICK {
             last_tick = now;
-            for connection in &connections {
-                connection.tick(now);
+            for w in &watched {
+                w.connection.tick(now);
             }
         }
-        if shared.driven_by_application() {
-            std::thread::sleep(STAND_BY);
-            continue;
-        }
-        let round = drive(shared, &connections, &mut backlogged);
+        let round = drive(shared, &mut watched);
         if round.any {
             last_activity = Instant::now();
             continue;
         }
         // With doorbells the channels' threads wake us; on few cores spinning would only take theirs.
-        let wait_for_lanes = round.lanes_busy && doorbells && few_cores;
+        let wait_for_lanes = (round.lanes_busy || round.driven) && doorbells && few_cores;
         if !wait_for_lanes && now - last_activity < spin {
             std::hint::spin_loop();
             continue;
@@ -77,39 +124,18 @@ pub(crate) fn run(shared: &Arc<Shared>) {
             std::thread::yield_now();
             continue;
         }
-        shared.arm(true);
+        arm(shared, &watched, true);
         // What happened before the arming rang nobody.
-        if drive(shared, &connections, &mut backlogged).any || shared.generation.load(Ordering::Acquire) != seen {
-            shared.arm(false);
+        if drive(shared, &mut watched).any || shared.generation.load(Ordering::Acquire) != seen {
+            arm(shared, &watched, false);
             last_activity = Instant::now();
             continue;
         }
-        shared.wait_events(if connections.is_empty() { IDLE } else { TICK }, &mut tokens);
-        shared.arm(false);
+        let limit = if round.driven { STAND_BY } else if watched.is_empty() { IDLE } else { TICK };
+        shared.wait_events(limit, &mut tokens);
+        arm(shared, &watched, false);
         if tokens.iter().any(|&t| t != WAKE) {
             last_activity = Instant::now();
         }
     }
-}
-
-struct Round {
-    any: bool,
-    busy: bool,
-    lanes_busy: bool,
-}
-
-fn drive(shared: &Shared, connections: &[Arc<Connection>], backlogged: &mut HashMap<u64, bool>) -> Round {
-    let mut round = Round { any: false, busy: false, lanes_busy: false };
-    for connection in connections {
-        let p = connection.progress();
-        round.any |= p.any;
-        round.busy |= p.busy;
-        round.lanes_busy |= p.lanes_busy;
-        let was = backlogged.entry(connection.id).or_insert(false);
-        if *was != p.backlog {
-            *was = p.backlog;
-            shared.watch_writable(connection, p.backlog);
-        }
-    }
-    round
 }

@@ -146,7 +146,7 @@ fn establish(shared: &Arc<Shared>, sock: TcpStream, deadline: Instant, ours: &He
     let channels = n;
     let state = State::new(ControlStream::new(sock)?, sets, copier, setting);
     let peer = Peer { ip: peer_ip, name, gpu_index: theirs.gpu_index, engine: theirs.engine };
-    let connection = Arc::new(Connection::new(shared.connection_id(), shared.clone(), state, peer, channels));
+    let connection = Arc::new(Connection::new(shared.connection_id(), shared.clone(), state, peer, channels, doorbell.armed));
     shared.adopt(&connection)?;
     log::info!("connected with {address}: {channels} channels over {}, GPU {}", shared.plugin.name, theirs.gpu);
     Ok(connection)

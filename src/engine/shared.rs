@@ -45,16 +45,12 @@ pub(crate) struct Shared {
     next_setup: AtomicU64,
     epoll: OwnedFd,
     wake: OwnedFd,
-    armed: Arc<AtomicU32>,
+    armed: AtomicU32,
     start: Instant,
-    driver: AtomicU64,
 }
 
 /// Token of the wake eventfd in the epoll set; connections use their ids, from 1.
 pub(crate) const WAKE: u64 = 0;
-/// How long after an application thread polled it is taken to go on polling.
-const DRIVER_WINDOW: Duration = Duration::from_micros(200);
-
 fn owned(fd: i32, what: &str) -> Result<OwnedFd> {
     if fd < 0 {
         return Err(Error::system(what, &std::io::Error::last_os_error()));
@@ -94,19 +90,17 @@ impl Shared {
             next_setup: AtomicU64::new(1),
             epoll,
             wake,
-            armed: Arc::new(AtomicU32::new(0)),
+            armed: AtomicU32::new(0),
             start: Instant::now(),
-            driver: AtomicU64::new(0),
         };
-        shared.control(libc::EPOLL_CTL_ADD, shared.wake.as_raw_fd(), WAKE, false)?;
+        shared.control(libc::EPOLL_CTL_ADD, shared.wake.as_raw_fd(), WAKE, libc::EPOLLIN)?;
         Ok(shared)
     }
 
     // ---- the epoll set ----
 
-    fn control(&self, op: i32, fd: RawFd, token: u64, writable: bool) -> Result<()> {
-        let events = libc::EPOLLIN | if writable { libc::EPOLLOUT } else { 0 };
-        let mut event = libc::epoll_event { events: events as u32, u64: token };
+    fn control(&self, op: i32, fd: RawFd, token: u64, interest: i32) -> Result<()> {
+        let mut event = libc::epoll_event { events: interest as u32, u64: token };
         // SAFETY: the epoll descriptor is ours, the event is readable.
         if unsafe { libc::epoll_ctl(self.epoll.as_raw_fd(), op, fd, &mut event) } != 0 {
             return Err(Error::system("epoll_ctl", &std::io::Error::last_os_error()));
@@ -116,21 +110,28 @@ impl Shared {
 
     /// Takes a connection's socket out of the set; it may be out already.
     pub(crate) fn unwatch(&self, fd: RawFd) {
-        let _ = self.control(libc::EPOLL_CTL_DEL, fd, 0, false);
+        let _ = self.control(libc::EPOLL_CTL_DEL, fd, 0, 0);
     }
 
-    /// Asks for a wake-up also when the socket can be written, or no longer.
-    pub(crate) fn watch_writable(&self, connection: &Connection, writable: bool) {
-        let _ = self.control(libc::EPOLL_CTL_MOD, connection.fd, connection.id, writable);
+    /// Changes what wakes the progress thread: `interest` of EPOLLIN and EPOLLOUT, or 0.
+    pub(crate) fn watch(&self, connection: &Connection, interest: i32) {
+        let _ = self.control(libc::EPOLL_CTL_MOD, connection.fd, connection.id, interest);
     }
 
     /// Waits for events; gives the tokens that have some.
     pub(crate) fn wait_events(&self, timeout: Duration, tokens: &mut Vec<u64>) {
         const N: usize = 64;
         let mut events = [libc::epoll_event { events: 0, u64: 0 }; N];
-        let millis = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
-        // SAFETY: the array has N writable events.
-        let n = unsafe { libc::epoll_wait(self.epoll.as_raw_fd(), events.as_mut_ptr(), N as i32, millis) };
+        let limit = libc::timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: i64::from(timeout.subsec_nanos()) };
+        let no_mask = std::ptr::null::<libc::sigset_t>();
+        // SAFETY: the array has N writable events; the time is readable; no signal mask is given.
+        let mut n = unsafe { libc::syscall(libc::SYS_epoll_pwait2, self.epoll.as_raw_fd(), events.as_mut_ptr(), N as i32, &limit, no_mask, 0) };
+        if n < 0 && std::io::Error::last_os_error().raw_os_error() == Some(libc::ENOSYS) {
+            // Kernels before 5.11 wait in whole milliseconds.
+            let millis = timeout.as_micros().div_ceil(1000) as i32;
+            // SAFETY: the array has N writable events.
+            n = i64::from(unsafe { libc::epoll_wait(self.epoll.as_raw_fd(), events.as_mut_ptr(), N as i32, millis) });
+        }
         tokens.clear();
         for event in events.iter().take(usize::try_from(n).unwrap_or(0)) {
             let token = event.u64;
@@ -145,9 +146,9 @@ impl Shared {
 
     // ---- waking the progress thread ----
 
-    /// The doorbell for comms: rings only while the progress thread sleeps.
+    /// A doorbell for the comms of one connection: rings only while the progress thread sleeps and answers for that connection.
     pub(crate) fn doorbell(&self) -> Doorbell {
-        Doorbell { armed: self.armed.clone(), fd: self.wake.as_raw_fd() }
+        Doorbell { armed: Arc::new(AtomicU32::new(0)), fd: self.wake.as_raw_fd() }
     }
 
     pub(crate) fn arm(&self, sleeping: bool) {
@@ -170,17 +171,9 @@ impl Shared {
         }
     }
 
-    /// An application thread polls: for a short while the progress thread leaves the driving to it.
-    pub(crate) fn note_driver(&self) {
-        self.driver.store(self.start.elapsed().as_micros() as u64 + 1, Ordering::Relaxed);
-    }
-    pub(crate) fn clear_driver(&self) {
-        self.driver.store(0, Ordering::Relaxed);
-        self.ring();
-    }
-    pub(crate) fn driven_by_application(&self) -> bool {
-        let at = self.driver.load(Ordering::Relaxed);
-        at != 0 && (self.start.elapsed().as_micros() as u64).saturating_sub(at) < DRIVER_WINDOW.as_micros() as u64
+    /// Microseconds since the engine started, from 1.
+    pub(crate) fn clock(&self) -> u64 {
+        self.start.elapsed().as_micros() as u64 + 1
     }
 
     // ---- connections ----
@@ -195,7 +188,7 @@ impl Shared {
         if self.closing.load(Ordering::Acquire) {
             bail!(Canceled, "the engine is being destroyed");
         }
-        self.control(libc::EPOLL_CTL_ADD, connection.fd, connection.id, false)?;
+        self.control(libc::EPOLL_CTL_ADD, connection.fd, connection.id, libc::EPOLLIN)?;
         connections.insert(connection.id, Arc::downgrade(connection));
         drop(connections);
         self.generation.fetch_add(1, Ordering::Release);

@@ -250,6 +250,61 @@ def handle_is_posted_again():
     there.close()
 
 
+def prepared_lists(buffers):
+    """What vLLM's NixlConnector does: lists of all blocks prepared once, reads of some of them by index, a notification with each."""
+    count, block = 1024, 16384
+    here, there, (base, device) = pair(count * block, 1, 2, buffers=buffers)
+    kind = "VRAM" if buffers != "host" else "DRAM"
+    agent = here.agent
+    mine = agent.prep_xfer_dlist("NIXL_INIT_AGENT", here.local("data", [(i * block, block) for i in range(count)]), kind)
+    theirs = agent.prep_xfer_dlist("there", [(base + i * block, block, device) for i in range(count)], kind)
+    random = np.random.default_rng(4)
+    expected = pattern(1, count * block).reshape(count, block)
+    source = pattern(2, count * block).reshape(count, block)
+    for turn in range(8):
+        local_ids = [int(i) for i in random.permutation(count)[:100]]
+        remote_ids = [int(i) for i in np.sort(random.permutation(count)[:100])]
+        message = b"request-%d:1" % turn
+        handle = agent.make_prepped_xfer("READ", mine, local_ids, theirs, remote_ids, message)
+        state = here.post(handle, message)
+        state = here.finish(handle) if state == "PROC" else state
+        check_equal(state, "DONE", "read")
+        agent.release_xfer_handle(handle)
+        expected[local_ids] = source[remote_ids]
+        check_equal(there.notifications(1), [("here", message)], "notification at the owner of the blocks")
+    check(here.get("data", 0, count * block) == expected.tobytes(), "blocks differ")
+    there.close()
+
+
+@case()
+def prepared_descriptor_lists():
+    prepared_lists("host")
+
+
+@case(UCCL_TCPX_EMULATE_DEVICE=1)
+def prepared_descriptor_lists_emulated_vram():
+    prepared_lists("emulated")
+
+
+@case()
+def metadata_by_listener_threads():
+    ports = [free_port(), free_port()]
+    here = Node("here", config={"enable_listen_thread": True, "listen_port": ports[0]})
+    there = RemoteNode(name="there", config={"enable_listen_thread": True, "listen_port": ports[1]})
+    here.allocate("data", MIB, 1)
+    remote = there.allocate("data", MIB)
+    here.agent.fetch_remote_metadata("there", "127.0.0.1", ports[1])
+    here.agent.send_local_metadata("127.0.0.1", ports[1])
+    deadline = time.monotonic() + 10
+    while not here.agent.check_remote_metadata("there"):
+        check(time.monotonic() < deadline, "the metadata did not arrive")
+        time.sleep(0.01)
+    check_equal(here.move("WRITE", "data", [(0, MIB)], at(remote, [(0, MIB)]), "there", b"hello"), "DONE", "write")
+    check(there.matches("data", 1), "data differs")
+    check_equal(there.notifications(1), [("here", b"hello")], "notification")
+    there.close()
+
+
 @case()
 def several_transfers_at_once_both_ways():
     count, size = 16, 2 * MIB

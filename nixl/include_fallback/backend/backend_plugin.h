@@ -1,4 +1,4 @@
-/* The part of NIXL's backend plugin interface (plugin API version 1, NIXL 1.3 to 1.5) that a backend needs, declared again so
+/* The part of NIXL's backend plugin interface (plugin API version 1, NIXL 1.2 to 1.5) that a backend needs, declared again so
  * that the plugin builds where only NIXL's binary wheels are installed: they ship no headers.
  *
  * Binary contract, not documentation: order, types and sizes of members, and the order of virtual functions, are what libnixl.so
@@ -257,7 +257,7 @@ class nixlBackendPlugin {
   nixl_mem_list_t (*get_backend_mems)();
 };
 
-/* Sizes that libnixl.so of the 1.3 to 1.5 wheels was built with, on x86-64 and aarch64 Linux. */
+/* Sizes that libnixl.so of the 1.2 to 1.5 wheels was built with, on x86-64 and aarch64 Linux. */
 static_assert(sizeof(nixlBasicDesc) == 24 && sizeof(nixlMetaDesc) == 32 && sizeof(nixlBlobDesc) == 56);
 static_assert(sizeof(nixl_meta_dlist_t) == 40 && sizeof(nixlBackendOptionalArgs) == 72);
 static_assert(sizeof(nixlBackendInitParams) == 96 && sizeof(nixlTelemetryEvent) == 16);
