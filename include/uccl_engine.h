@@ -83,12 +83,6 @@ typedef struct FifoItem {
 } FifoItem;
 
 /**
- * Status numbers of the C ABI: 0 success, positive in progress, negative an error, grouped by what broke.
- * The numbers are fixed: a release never renumbers them.
- */
-typedef int32_t int32_t;
-
-/**
  * A fixed-size notification.
  */
 typedef struct notify_msg_t {
@@ -250,7 +244,7 @@ uccl_engine_t *uccl_engine_create(int num_cpus,
 
 /**
  * Ends an engine: wakes blocked accepts, fails transfers in flight with UCCL_ERR_CANCELED, closes its connections, and joins its
- * threads. Connection handles of this engine stay valid (every call on them fails) until uccl_conn_destroy.
+ * threads. Connection handles of this engine stay valid (every call on them fails) until uccl_engine_conn_destroy.
  *
  * @param engine  The engine; NULL is a no-op; a handle already destroyed is an error that is logged, nothing else.
  *
@@ -307,7 +301,7 @@ void uccl_engine_stop_accept(uccl_engine_t *engine);
  * Marks the connection as listened to. Kept for compatibility: notifications and data arrive without it.
  *
  * @param conn  The connection.
- * @return UCCL_OK; -1 when it was started already; another negative status for a bad handle.
+ * @return UCCL_OK; -1 when it was started already; another negative status for a bad handle or a lost connection.
  *
  * Threads: any.
  */
@@ -317,7 +311,7 @@ int uccl_engine_start_listener(uccl_conn_t *conn);
  * Undoes uccl_engine_start_listener. Stopping what was not started is not an error.
  *
  * @param conn  The connection.
- * @return UCCL_OK, or a negative status for a bad handle.
+ * @return UCCL_OK, or a negative status for a bad handle or a lost connection.
  *
  * Threads: any.
  */
@@ -333,10 +327,22 @@ int uccl_engine_stop_listener(uccl_conn_t *conn);
 void uccl_engine_conn_destroy(uccl_conn_t *conn);
 
 /**
+ * Tells whether a connection is up.
+ *
+ * @param conn  [in] The connection.
+ * @return UCCL_OK while it is; why not once it is lost or closed: UCCL_ERR_REMOTE_DISCONNECT, UCCL_ERR_TIMED_OUT, UCCL_ERR_CANCELED,
+ *         UCCL_ERR_PROTOCOL and so on; UCCL_ERR_NOT_FOUND or UCCL_ERR_INVALID_ARGUMENT for a bad handle. A lost connection stays lost:
+ *         destroy it and connect anew.
+ *
+ * Threads: any.
+ */
+int uccl_engine_conn_status(uccl_conn_t *conn);
+
+/**
  * Tells whether the peer runs on this host (its address is one of this host's).
  *
  * @param conn  The connection.
- * @return true when it does; false otherwise or for a bad handle.
+ * @return true when it does; false otherwise, for a bad handle, and once the connection is lost or closed.
  *
  * Threads: any.
  */
@@ -484,6 +490,15 @@ const char *uccl_engine_strerror(int32_t status);
 const char *uccl_engine_last_error(void);
 
 /**
+ * The status of the last failed call of this thread: what a function that returns a handle, a bool or nothing could not say.
+ *
+ * @return UCCL_OK when no call failed yet, else a negative UCCL_ERR_*.
+ *
+ * Threads: each has its own.
+ */
+int uccl_engine_last_status(void);
+
+/**
  * Version of the library.
  *
  * @return "major.minor.patch", static text, never to be freed.
@@ -572,7 +587,7 @@ const void *uccl_engine_notif_msg(const uccl_notif_t *notif, size_t *len);
 /**
  * Frees a notification of uccl_engine_notif_next.
  *
- * @param notif  The notification; NULL is a no-op.
+ * @param notif  The notification; NULL is a no-op; one already freed is an error that is logged, nothing else.
  *
  * Threads: any, once per notification.
  */

@@ -19,6 +19,9 @@
 
 #include "uccl_engine.h"
 
+/* Some programs include every C header inside extern "C", where templates and overloads cannot stand. */
+extern "C++" {
+
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -288,3 +291,5 @@ inline void serialize_fifo_item(FifoItem const& item, char* buf) noexcept { std:
  * @param item  [out] The item.
  */
 inline void deserialize_fifo_item(char const* buf, FifoItem* item) noexcept { std::memcpy(item, buf, sizeof(*item)); }
+
+}  // extern "C++"

@@ -143,11 +143,11 @@ fi
 
 plain_c() {
     gcc -std=c11 -Wall -Wextra -Werror -I"$prefix/include" "$here/consumer.c" -o "$work/plain_c" -L"$prefix/lib" -luccl_p2p &&
-        LD_LIBRARY_PATH=$prefix/lib run "$work/plain_c" "$version"
+        LD_LIBRARY_PATH=$prefix/lib run "$work/plain_c" "$version" && LD_LIBRARY_PATH=$prefix/lib loads "$work/plain_c" "$prefix/lib"
 }
 plain_cpp() {
     g++ -std=c++17 -Wall -Wextra -Werror -I"$prefix/include" "$here/consumer.cpp" -o "$work/plain_cpp" -L"$prefix/lib" -luccl_p2p &&
-        LD_LIBRARY_PATH=$prefix/lib run "$work/plain_cpp" "$version"
+        LD_LIBRARY_PATH=$prefix/lib run "$work/plain_cpp" "$version" && LD_LIBRARY_PATH=$prefix/lib loads "$work/plain_cpp" "$prefix/lib"
 }
 # The software plugin as a loaded object, as the TCPX plugin is.
 loaded_plugin() { LD_LIBRARY_PATH=$prefix/lib UCCL_TCPX_PLUGIN=tcpx UCCL_TCPX_PLUGIN_PATH=$plugin UCCL_TCPX_EMULATE_DEVICE=1 run "$work/plain_c" "$version"; }

@@ -7,16 +7,18 @@
 //! | [`engine`] | engines, connections, transfers, registered memory, notifications, progress |
 //! | `wire` | control frames, the control stream, handshake and authentication |
 //! | `channel` | chunk plan, striping, one channel over a comm pair, unpacking |
+//! | `gpu` | CUDA through the driver API: memory kinds, contexts, the launcher of the copy kernel |
 //! | [`net`] | plugins, comms that keep the contract's rules, the host's interfaces |
 //! | [`config`] | every environment variable |
 //! | [`status`] | the error type and the status numbers |
 //!
-//! Calls go one way: ffi -> engine -> {wire, channel} -> net.
+//! Calls go one way: ffi -> engine -> {wire, channel} -> {net, gpu}.
 
 mod channel;
 pub mod config;
 pub mod engine;
 mod ffi;
+mod gpu;
 mod logging;
 pub mod net;
 pub mod status;

@@ -43,10 +43,13 @@ nixl_status_t Transfer::post(const nixl_opt_b_args_t *args) {
   has_message_ = args && args->hasNotif;
   if (has_message_) message_ = args->notifMsg;
   started_ = last_seen_running_ = Clock::now();
+  uccl_conn_t *const conn = connection_->get();
+  const uccl_mr_t *const regions = regions_.data();
+  void *const *const addresses = addresses_.data();
   const int count = static_cast<int>(sizes_.size());
   const int status = operation_ == NIXL_READ
-                         ? uccl_engine_read_vector(connection_->get(), regions_.data(), addresses_.data(), sizes_.data(), items_.data(), count, &id_)
-                         : uccl_engine_write_vector(connection_->get(), regions_.data(), addresses_.data(), sizes_.data(), items_.data(), count, &id_);
+                         ? uccl_engine_read_vector(conn, regions, addresses, sizes_.data(), items_.data(), count, &id_)
+                         : uccl_engine_write_vector(conn, regions, addresses, sizes_.data(), items_.data(), count, &id_);
   result_ = connection_->outcome(status);
   active_ = result_ == NIXL_SUCCESS;
   return active_ ? NIXL_IN_PROG : result_;

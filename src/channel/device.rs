@@ -3,6 +3,7 @@
 
 use super::plan::Part;
 use crate::status::{bail, Result};
+use crate::wire::frame::Place;
 use nccl_net_abi::{loadMeta, netUnpackMeta, unpackNetDeviceHandle, MAX_SLOT_ENTRIES};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -11,41 +12,80 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub(crate) enum Ticket {
     /// Finished when it was submitted.
     Done,
-    /// Number of the job at its device.
-    Job(u64),
+    /// A job of one of the copier's GPUs.
+    Job {
+        /// Index of the GPU among those of the copier.
+        unit: usize,
+        /// Number of the job there.
+        job: u64,
+    },
 }
 
-/// Copies on a device. Implementations never block in `unpack`, `pack` and `poll`.
+/// The plugin's unpack structure of a comm, as this side reads it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct View {
+    /// The meta queue, for the CPU.
+    pub meta: *const netUnpackMeta,
+    /// The same, for kernels.
+    pub meta_device: u64,
+    /// Base of the bounce buffer, for whoever copies.
+    pub bounce: u64,
+    /// The count must be read before the data (a NIC writes the bounce buffer).
+    pub read_count: bool,
+}
+
+/// Copies on a device. Only `store`, `fetch` and `quiesce` wait.
 pub(crate) trait DeviceCopier: Send {
+    /// Runs `body` with the GPU of `place` current in this thread, as plugin calls for its memory ask, and puts back what was.
+    fn within(&mut self, place: Place, body: &mut dyn FnMut() -> Result<bool>) -> Result<bool>;
+
     /// The plugin's unpack structure, read once per comm.
     ///
     /// # Safety
-    /// `handle` is what `accept` of a live comm filled in, for device memory of this copier.
-    unsafe fn view(&self, handle: *const std::ffi::c_void) -> Result<unpackNetDeviceHandle>;
+    /// `handle` is what `accept` of a live comm filled in.
+    unsafe fn view(&mut self, handle: *const std::ffi::c_void, place: Place) -> Result<View>;
 
-    /// Copies the receive in `slot` to `parts`, in stream order; every entry is checked against `len`.
+    /// Copies the receive in `slot` to `parts`, in stream order; every entry is checked against `len`. Starts at the next `flush`.
     ///
     /// # Safety
-    /// The receive is done and not consumed; `parts` lie in registered memory of this copier and stay there until the job is done.
-    unsafe fn unpack(&mut self, view: &unpackNetDeviceHandle, slot: usize, len: usize, parts: &[Part]) -> Result<Ticket>;
+    /// The receive is done and not consumed; `parts` lie in registered memory of `place` and stay there until the job is done.
+    unsafe fn unpack(&mut self, view: &View, slot: usize, len: usize, parts: &[Part], place: Place) -> Result<Ticket>;
 
-    /// Gathers `parts` into `staging`.
+    /// Gathers `parts` into `staging`. Starts at the next `flush`.
     ///
     /// # Safety
-    /// `parts` lie in registered memory of this copier, `staging` holds their sum, and both stay until the job is done.
-    unsafe fn pack(&mut self, parts: &[Part], staging: *mut u8) -> Result<Ticket>;
+    /// `parts` lie in registered memory of `place`, `staging` holds their sum, and both stay until the job is done.
+    unsafe fn pack(&mut self, parts: &[Part], staging: *mut u8, place: Place) -> Result<Ticket>;
+
+    /// Starts what was handed over since the last flush.
+    fn flush(&mut self) -> Result<()>;
 
     /// Whether a job has finished.
     fn poll(&mut self, ticket: Ticket) -> Result<bool>;
 
+    /// Jobs are under way; nobody is woken when they end.
+    fn busy(&self) -> bool;
+
+    /// Up to this many bytes `store` and `fetch` beat a chunk.
+    fn inline_bytes(&self) -> usize;
+
     /// Puts a few bytes in place and returns when they are there.
     ///
     /// # Safety
-    /// `part` lies in registered memory of this copier and is `bytes` long.
-    unsafe fn store(&mut self, bytes: &[u8], part: Part) -> Result<()>;
+    /// `parts` lie in registered memory of `place` and hold `bytes`.
+    unsafe fn store(&mut self, bytes: &[u8], parts: &[Part], place: Place) -> Result<()>;
+
+    /// Appends a few bytes of device memory to `out`.
+    ///
+    /// # Safety
+    /// `parts` lie in registered memory of `place`.
+    unsafe fn fetch(&mut self, parts: &[Part], place: Place, out: &mut Vec<u8>) -> Result<()>;
 
     /// Page-aligned device memory for gathering.
-    fn staging(&mut self, len: usize) -> Result<Box<dyn StagingMemory>>;
+    fn staging(&mut self, len: usize, place: Place) -> Result<Box<dyn StagingMemory>>;
+
+    /// Waits until no job touches memory any more.
+    fn quiesce(&mut self);
 }
 
 /// Memory of a staging ring.
@@ -64,50 +104,87 @@ impl StagingMemory for super::memory::HostBlock {
 pub(crate) struct EmulatedDevice;
 
 impl DeviceCopier for EmulatedDevice {
-    unsafe fn view(&self, handle: *const std::ffi::c_void) -> Result<unpackNetDeviceHandle> {
+    fn within(&mut self, _place: Place, body: &mut dyn FnMut() -> Result<bool>) -> Result<bool> {
+        body()
+    }
+
+    unsafe fn view(&mut self, handle: *const std::ffi::c_void, _place: Place) -> Result<View> {
         if handle.is_null() {
             bail!(Plugin, "the plugin gave no device handle");
         }
         // SAFETY: by the caller's contract; emulated device memory is host memory.
-        Ok(unsafe { handle.cast::<unpackNetDeviceHandle>().read_unaligned() })
+        let raw = unsafe { handle.cast::<unpackNetDeviceHandle>().read_unaligned() };
+        Ok(View { meta: raw.meta, meta_device: raw.meta as u64, bounce: raw.bounce_buf as u64, read_count: false })
     }
 
-    unsafe fn unpack(&mut self, view: &unpackNetDeviceHandle, slot: usize, len: usize, parts: &[Part]) -> Result<Ticket> {
+    unsafe fn unpack(&mut self, view: &View, slot: usize, len: usize, parts: &[Part], _place: Place) -> Result<Ticket> {
         // SAFETY: the meta queue lives as long as the comm; slot is below 16 by the comm's type.
         let entries = unsafe { entries(view.meta, slot) }?;
         check_entries(entries, len)?;
         let starts = starts(parts);
         for entry in entries {
             // SAFETY: the plugin states that len bytes at src_off belong to this receive.
-            let src = unsafe { view.bounce_buf.cast::<u8>().add(entry.src_off as usize) };
+            let src = unsafe { (view.bounce as *const u8).add(entry.src_off as usize) };
             // SAFETY: entries were checked to lie inside the message, and the parts' sum is the message.
             unsafe { scatter(src, entry.dst_off as usize, entry.len as usize, parts, &starts) };
         }
         Ok(Ticket::Done)
     }
 
-    unsafe fn pack(&mut self, parts: &[Part], staging: *mut u8) -> Result<Ticket> {
+    unsafe fn pack(&mut self, parts: &[Part], staging: *mut u8, _place: Place) -> Result<Ticket> {
         // SAFETY: by the caller's contract.
         unsafe { gather(parts, staging) };
         Ok(Ticket::Done)
     }
 
-    fn poll(&mut self, ticket: Ticket) -> Result<bool> {
-        match ticket {
-            Ticket::Done => Ok(true),
-            Ticket::Job(n) => bail!(Internal, "job {n} of an emulated device"),
-        }
-    }
-
-    unsafe fn store(&mut self, bytes: &[u8], part: Part) -> Result<()> {
-        // SAFETY: by the caller's contract; emulated device memory is host memory.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), part.addr as *mut u8, bytes.len()) };
+    fn flush(&mut self) -> Result<()> {
         Ok(())
     }
 
-    fn staging(&mut self, len: usize) -> Result<Box<dyn StagingMemory>> {
+    fn poll(&mut self, ticket: Ticket) -> Result<bool> {
+        match ticket {
+            Ticket::Done => Ok(true),
+            Ticket::Job { job, .. } => bail!(Internal, "job {job} of an emulated device"),
+        }
+    }
+
+    fn busy(&self) -> bool {
+        false
+    }
+
+    fn inline_bytes(&self) -> usize {
+        // Emulation exists to exercise the bounce buffers, for small transfers too.
+        0
+    }
+
+    unsafe fn store(&mut self, bytes: &[u8], parts: &[Part], _place: Place) -> Result<()> {
+        // SAFETY: by the caller's contract; emulated device memory is host memory.
+        unsafe { spread(bytes.as_ptr(), parts) };
+        Ok(())
+    }
+
+    unsafe fn fetch(&mut self, parts: &[Part], _place: Place, out: &mut Vec<u8>) -> Result<()> {
+        for part in parts {
+            // SAFETY: by the caller's contract; emulated device memory is host memory.
+            out.extend_from_slice(unsafe { std::slice::from_raw_parts(part.addr as *const u8, part.len as usize) });
+        }
+        Ok(())
+    }
+
+    fn staging(&mut self, len: usize, _place: Place) -> Result<Box<dyn StagingMemory>> {
         Ok(Box::new(super::memory::HostBlock::new(len)?))
     }
+
+    fn quiesce(&mut self) {}
+}
+
+/// Number of descriptors of a slot. Read with acquire, it orders the descriptors, which the plugin writes before it.
+///
+/// # Safety
+/// `meta` is a live meta queue and the receive in `slot` is done.
+pub(crate) unsafe fn entry_count(meta: *const netUnpackMeta, slot: usize) -> u64 {
+    // SAFETY: by the caller's contract.
+    unsafe { AtomicU64::from_ptr((&raw const (*meta).cnt[slot]).cast_mut()) }.load(Ordering::Acquire)
 }
 
 /// The descriptors of a slot.
@@ -115,8 +192,8 @@ impl DeviceCopier for EmulatedDevice {
 /// # Safety
 /// `meta` is a live meta queue and the receive in `slot` is done.
 unsafe fn entries<'a>(meta: *const netUnpackMeta, slot: usize) -> Result<&'a [loadMeta]> {
-    // SAFETY: by the caller's contract. The count is written last by the plugin; reading it with acquire orders the entries.
-    let count = unsafe { AtomicU64::from_ptr((&raw const (*meta).cnt[slot]).cast_mut()) }.load(Ordering::Acquire);
+    // SAFETY: by the caller's contract.
+    let count = unsafe { entry_count(meta, slot) };
     if count > MAX_SLOT_ENTRIES as u64 {
         bail!(Plugin, "the plugin describes a receive by {count} fragments");
     }
@@ -217,7 +294,8 @@ mod tests {
         ) {
             let len: usize = cuts.iter().sum::<usize>().min(part_lens.iter().sum());
             let message: Vec<u8> = (0..len).map(|i| (i as u64 ^ seed) as u8).collect();
-            let mut meta: Box<netUnpackMeta> = unsafe { Box::new(std::mem::zeroed()) };
+            let mut meta: Box<netUnpackMeta> = // SAFETY: plain integers.
+                unsafe { Box::new(std::mem::zeroed()) };
             let mut bounce = vec![0xEEu8; len * 2 + 64];
             let (mut at, mut list, mut src) = (0, Vec::new(), 3);
             for cut in cuts {
@@ -247,8 +325,9 @@ mod tests {
             }
             let base = dest.as_mut_ptr() as u64;
             let targets: Vec<Part> = parts.iter().map(|&(o, n)| Part { addr: base + o as u64, len: n as u64, region: 0 }).collect();
-            let view = unpackNetDeviceHandle { meta: &mut *meta, bounce_buf: bounce.as_mut_ptr().cast(), head: 0 };
-            let done = unsafe { EmulatedDevice.unpack(&view, slot, len, &targets) };
+            let view = View { meta: &*meta, meta_device: 0, bounce: bounce.as_ptr() as u64, read_count: false };
+            // SAFETY: all memory is this test's own.
+            let done = unsafe { EmulatedDevice.unpack(&view, slot, len, &targets, Place::gpu(0)) };
             prop_assert_eq!(done, Ok(Ticket::Done));
             let mut expected = vec![0xAAu8; dest.len()];
             let mut at = 0;

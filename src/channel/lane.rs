@@ -1,13 +1,14 @@
 //! One channel: a send comm and a receive comm with their queues. Chunks leave in the order they were announced; receives are
 //! posted in the order of the peer's announcements, unpacked, and consumed in that order.
 
-use super::device::{gather, spread, DeviceCopier, StagingMemory, Ticket};
+use super::device::{gather, spread, DeviceCopier, StagingMemory, Ticket, View};
 use super::memory::{HostBlock, PAGE};
 use super::plan::{Chunk, Part};
 use super::stripe::{Load, Rate};
 use crate::net::comm::{Doorbell, MHandle, RecvComm, SendComm, MAX_PIECE_BYTES};
 use crate::status::{bail, Result};
-use nccl_net_abi::{ucclIoVec, unpackNetDeviceHandle, MAX_REQUESTS, NCCL_PTR_CUDA, NCCL_PTR_HOST};
+use crate::wire::frame::Place;
+use nccl_net_abi::{ucclIoVec, MAX_REQUESTS, NCCL_PTR_CUDA, NCCL_PTR_HOST};
 use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
@@ -45,8 +46,8 @@ pub(crate) enum Event {
 pub(crate) enum Dest {
     /// Host memory.
     Host(Vec<Part>),
-    /// Device memory.
-    Device(Vec<Part>),
+    /// Memory of a GPU.
+    Device(Place, Vec<Part>),
     /// Nowhere: the transfer was refused or is unknown, but its data must be drained.
     Discard,
 }
@@ -69,6 +70,24 @@ impl Context<'_> {
             Some(copier) => Ok(&mut **copier),
             None => bail!(Gpu, "a chunk of device memory on a connection without a device"),
         }
+    }
+
+    /// Runs a plugin call with the GPU of `place` current.
+    fn within(&mut self, place: Place, body: &mut dyn FnMut() -> Result<bool>) -> Result<bool> {
+        if place.is_device() {
+            self.copier()?.within(place, body)
+        } else {
+            body()
+        }
+    }
+
+    fn register(&mut self, place: Place, register: impl Fn() -> Result<MHandle>) -> Result<MHandle> {
+        let mut mhandle = std::ptr::null_mut();
+        self.within(place, &mut || {
+            mhandle = register()?;
+            Ok(true)
+        })?;
+        Ok(mhandle)
     }
 }
 
@@ -106,7 +125,7 @@ struct ToPost {
 }
 
 enum Source {
-    Contiguous { data: *mut u8, mhandle: MHandle, packing: Ticket },
+    Contiguous { data: *mut u8, mhandle: MHandle, packing: Ticket, place: Place },
     Vectored(Vec<ucclIoVec>),
 }
 
@@ -146,11 +165,11 @@ pub(crate) struct Lane {
     expected: VecDeque<Expected>,
     posted: VecDeque<Posted>,
     finishing: VecDeque<Finishing>,
-    view: Option<unpackNetDeviceHandle>,
+    view: Option<View>,
     host_out: Option<Staging>,
-    device_out: Option<Staging>,
+    device_out: HashMap<Place, Staging>,
     host_in: Option<Staging>,
-    device_in: Option<(HostBlock, MHandle)>,
+    device_in: Option<(Box<dyn StagingMemory>, MHandle)>,
     discard: Option<HostBlock>,
 }
 // SAFETY: raw pointers inside point to memory that this lane or a live region owns; a lane is used by one thread at a time.
@@ -171,7 +190,7 @@ impl Lane {
             finishing: VecDeque::new(),
             view: None,
             host_out: None,
-            device_out: None,
+            device_out: HashMap::new(),
             host_in: None,
             device_in: None,
             discard: None,
@@ -208,7 +227,7 @@ impl Lane {
             let (data, mhandle) = (staging.next(), staging.mhandle);
             // SAFETY: the chunk is at most a stride long; its memory is readable by the caller's contract.
             unsafe { gather(&chunk.parts, data) };
-            Source::Contiguous { data, mhandle, packing: Ticket::Done }
+            Source::Contiguous { data, mhandle, packing: Ticket::Done, place: Place::HOST }
         };
         if self.outgoing.is_empty() {
             self.rate.start(now);
@@ -225,21 +244,23 @@ impl Lane {
     unsafe fn device_source(&mut self, chunk: &Chunk, span: impl Fn(u16) -> Span, ctx: &mut Context<'_>) -> Result<Source> {
         if let [part] = chunk.parts[..] {
             // SAFETY: the region stays mapped while transfers use it; registrations go before it does (forget_region).
-            let mhandle = unsafe { self.region_mhandle(span(part.region), part) }?;
-            return Ok(Source::Contiguous { data: part.addr as *mut u8, mhandle, packing: Ticket::Done });
+            let mhandle = unsafe { self.region_mhandle(span(part.region), part, chunk.place, ctx) }?;
+            return Ok(Source::Contiguous { data: part.addr as *mut u8, mhandle, packing: Ticket::Done, place: chunk.place });
         }
-        if self.device_out.is_none() {
+        let place = chunk.place;
+        if !self.device_out.contains_key(&place) {
             let stride = ctx.chunk_bytes.next_multiple_of(PAGE);
-            let memory = ctx.copier()?.staging(stride * MAX_REQUESTS)?;
+            let memory = ctx.copier()?.staging(stride * MAX_REQUESTS, place)?;
             let send = &self.send;
             // SAFETY: the staging memory is dropped after the comm (field order).
-            self.device_out = Some(Staging::new(memory, stride, |p, n| unsafe { send.register(p.cast(), n, NCCL_PTR_CUDA) })?);
+            let staging = Staging::new(memory, stride, |p, n| ctx.register(place, || unsafe { send.register(p.cast(), n, NCCL_PTR_CUDA) }))?;
+            self.device_out.insert(place, staging);
         }
-        let Some(staging) = &mut self.device_out else { bail!(Internal, "no staging") };
+        let Some(staging) = self.device_out.get_mut(&place) else { bail!(Internal, "no staging") };
         let (data, mhandle) = (staging.next(), staging.mhandle);
         // SAFETY: the chunk is at most a stride long; parts are registered device memory by the caller's contract.
-        let packing = unsafe { ctx.copier()?.pack(&chunk.parts, data) }?;
-        Ok(Source::Contiguous { data, mhandle, packing })
+        let packing = unsafe { ctx.copier()?.pack(&chunk.parts, data, place) }?;
+        Ok(Source::Contiguous { data, mhandle, packing, place })
     }
 
     /// The registration that covers `part`: regions are registered in overlapping pieces of the enclosing pages, since plugins address
@@ -247,7 +268,7 @@ impl Lane {
     ///
     /// # Safety
     /// The region is mapped and stays so until `forget_region` or the lane's end.
-    unsafe fn region_mhandle(&mut self, span: Span, part: Part) -> Result<MHandle> {
+    unsafe fn region_mhandle(&mut self, span: Span, part: Part, place: Place, ctx: &mut Context<'_>) -> Result<MHandle> {
         const PIECE: u64 = MAX_PIECE_BYTES as u64;
         const OVERLAP: u64 = crate::config::MAX_CHUNK_BYTES as u64;
         let first_page = span.addr & !(PAGE as u64 - 1);
@@ -258,8 +279,9 @@ impl Lane {
         }
         let start = first_page + piece * PIECE;
         let len = (PIECE + OVERLAP).min(end - start);
+        let send = &self.send;
         // SAFETY: by the caller's contract; whole pages of a mapping are mapped.
-        let mhandle = unsafe { self.send.register(start as *mut _, len as usize, NCCL_PTR_CUDA) }?;
+        let mhandle = ctx.register(place, || unsafe { send.register(start as *mut _, len as usize, NCCL_PTR_CUDA) })?;
         self.registered.insert((span.id, piece), mhandle);
         Ok(mhandle)
     }
@@ -297,12 +319,13 @@ impl Lane {
             // SAFETY: the source's memory is kept by the contract of `submit` or by the staging ring.
             let taken = match &next.source {
                 Source::Vectored(iov) => unsafe { self.send.send_vectored(iov, next.len) }?,
-                Source::Contiguous { data, mhandle, packing } => {
+                Source::Contiguous { data, mhandle, packing, place } => {
                     if *packing != Ticket::Done && !ctx.copier()?.poll(*packing)? {
                         break;
                     }
+                    let send = &mut self.send;
                     // SAFETY: as above.
-                    unsafe { self.send.send(data.cast(), next.len, *mhandle) }?
+                    ctx.within(*place, &mut || unsafe { send.send(data.cast(), next.len, *mhandle) })?
                 }
             };
             if !taken {
@@ -359,10 +382,10 @@ impl Lane {
         while let Some(slot) = self.recv.test_oldest()? {
             let Some(posted) = self.posted.pop_front() else { bail!(Internal, "a receive without a chunk") };
             let ticket = match &posted.dest {
-                Dest::Device(parts) => {
-                    let view = self.view(ctx)?;
+                Dest::Device(place, parts) => {
+                    let view = self.view(ctx, *place)?;
                     // SAFETY: the receive is done and not consumed; the parts' region is in use by the transfer.
-                    unsafe { ctx.copier()?.unpack(&view, slot, posted.len, parts) }?
+                    unsafe { ctx.copier()?.unpack(&view, slot, posted.len, parts, *place) }?
                 }
                 Dest::Host(parts) => {
                     if let Some(staged) = posted.staged {
@@ -439,30 +462,31 @@ impl Lane {
                 Ok((taken, Some(data)))
             }
             Dest::Host(_) => bail!(Internal, "host memory on a channel that carries device memory only"),
-            Dest::Device(_) | Dest::Discard => {
-                let mhandle = self.device_in(ctx)?;
+            Dest::Device(..) | Dest::Discard => {
+                // What is discarded needs some GPU all the same; channels without host memory have one.
+                let place = if let Dest::Device(place, _) = next.dest { place } else { Place::gpu(0) };
+                let (data, mhandle) = self.device_in(place, ctx)?;
+                let recv = &mut self.recv;
                 // SAFETY: for a CUDA mhandle the destination is not touched; it is the small block's own address.
-                let data = self.device_in.as_ref().map_or(std::ptr::null_mut(), |(b, _)| b.as_ptr());
-                // SAFETY: as above.
-                Ok((unsafe { self.recv.recv(data.cast(), next.len, mhandle) }?, None))
+                Ok((ctx.within(place, &mut || unsafe { recv.recv(data.cast(), next.len, mhandle) })?, None))
             }
         }
     }
 
     /// The mhandle that marks a receive as one of device memory; its memory is never written.
-    fn device_in(&mut self, ctx: &mut Context<'_>) -> Result<MHandle> {
-        if let Some((_, mhandle)) = &self.device_in {
-            return Ok(*mhandle);
+    fn device_in(&mut self, place: Place, ctx: &mut Context<'_>) -> Result<(*mut u8, MHandle)> {
+        if let Some((block, mhandle)) = &self.device_in {
+            return Ok((block.ptr(), *mhandle));
         }
-        let _ = ctx;
-        let block = HostBlock::new(PAGE)?;
+        let block = ctx.copier()?.staging(PAGE, place)?;
+        let (data, recv) = (block.ptr(), &self.recv);
         // SAFETY: the block is dropped after the comm (field order).
-        let mhandle = unsafe { self.recv.register(block.as_ptr().cast(), block.len(), NCCL_PTR_CUDA) }?;
+        let mhandle = ctx.register(place, || unsafe { recv.register(data.cast(), PAGE, NCCL_PTR_CUDA) })?;
         self.device_in = Some((block, mhandle));
-        Ok(mhandle)
+        Ok((data, mhandle))
     }
 
-    fn view(&mut self, ctx: &mut Context<'_>) -> Result<unpackNetDeviceHandle> {
+    fn view(&mut self, ctx: &mut Context<'_>, place: Place) -> Result<View> {
         if let Some(view) = self.view {
             return Ok(view);
         }
@@ -471,9 +495,29 @@ impl Lane {
             bail!(Plugin, "device handle of type {} version {}, expected unpack version 7", handle.netDeviceType, handle.netDeviceVersion);
         }
         // SAFETY: the handle of a live comm.
-        let view = unsafe { ctx.copier()?.view(handle.handle) }?;
+        let view = unsafe { ctx.copier()?.view(handle.handle, place) }?;
         self.view = Some(view);
         Ok(view)
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        // Registrations go back while their comm lives. Requests of a failed connection may still use them inside a plugin that is
+        // not ours; there they stay with the comm.
+        if self.busy() && !self.send.plugin_is_soft() {
+            return;
+        }
+        let staged = self.device_out.values().chain(&self.host_out).map(|s| s.mhandle);
+        for mhandle in self.registered.values().copied().chain(staged) {
+            // SAFETY: registered by this comm once; no request of it runs, or the software plugin, whose requests do not use it.
+            unsafe { self.send.deregister(mhandle) };
+        }
+        let received = self.host_in.iter().map(|s| s.mhandle).chain(self.device_in.iter().map(|(_, m)| *m));
+        for mhandle in received {
+            // SAFETY: as above.
+            unsafe { self.recv.deregister(mhandle) };
+        }
     }
 }
 

@@ -25,10 +25,6 @@ impl HostBlock {
     pub(crate) fn as_ptr(&self) -> *mut u8 {
         self.ptr.as_ptr()
     }
-    /// Bytes, a multiple of the page.
-    pub(crate) fn len(&self) -> usize {
-        self.layout.size()
-    }
 }
 
 impl Drop for HostBlock {

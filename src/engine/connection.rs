@@ -219,7 +219,7 @@ impl Connection {
     /// # Errors
     /// `InvalidArgument` above 64 MiB, or why the connection is lost.
     pub fn notify(&self, name: &[u8], message: &[u8]) -> Result<()> {
-        let size = name.len() + message.len();
+        let size = name.len().saturating_add(message.len());
         if size > MAX_NOTIFICATION {
             bail!(InvalidArgument, "a notification of {size} bytes, at most {MAX_NOTIFICATION}");
         }
@@ -248,6 +248,17 @@ impl Connection {
         result
     }
 
+    /// Whether the connection is up.
+    ///
+    /// # Errors
+    /// Why it is not, once it is lost or closed.
+    pub fn status(&self) -> Result<()> {
+        match self.state.lock().dead() {
+            Some(e) => Err(e.clone()),
+            None => Ok(()),
+        }
+    }
+
     // ---- progress ----
 
     /// Asks for a transfer's state, after driving progress once.
@@ -263,7 +274,7 @@ impl Connection {
         self.driver.store(self.shared.clock(), Ordering::Relaxed);
         let any = self.drive(&mut state);
         let after = state.lookup(id)?;
-        let give_way = !any && !after.complete && state.lanes_busy();
+        let give_way = !any && !after.complete && state.lanes_busy() && !state.copies_pending();
         drop(state);
         if give_way {
             // The channels' own threads do the work now; on a small machine they need this core.
@@ -333,9 +344,9 @@ impl Connection {
 
     /// A round of the progress thread; skipped while an application thread is at it.
     pub(crate) fn progress(&self) -> Progress {
-        let Some(mut state) = self.state.try_lock() else { return Progress { any: false, busy: true, lanes_busy: false, backlog: false } };
+        let Some(mut state) = self.state.try_lock() else { return Progress { any: false, busy: true, lanes_busy: false, copying: false, backlog: false } };
         let any = self.drive(&mut state);
-        Progress { any, busy: state.busy(), lanes_busy: state.lanes_busy(), backlog: state.control.pending() > 0 }
+        Progress { any, busy: state.busy(), lanes_busy: state.lanes_busy(), copying: state.copies_pending(), backlog: state.control.pending() > 0 }
     }
 
     /// Deadlines and heartbeats; at most every few tens of milliseconds. `false` once the connection is dead.
@@ -370,18 +381,13 @@ impl Connection {
         let error = Error::new(error.kind(), format_args!("{}: {error}", self.peer));
         match (error.kind(), lost) {
             (ErrorKind::Canceled, 0) => log::debug!("{error}"),
+            (ErrorKind::Canceled, n) => log::info!("{n} transfers canceled: {error}"),
             (ErrorKind::RemoteDisconnect, 0) => log::info!("{error}"),
             (_, n) => log::error!("connection failed with {n} transfers in flight: {error}"),
         }
         self.shared.unwatch(self.fd);
         state.fail(error);
         self.ended.notify_all();
-    }
-
-    /// Fails the connection from outside.
-    pub(crate) fn fail(&self, error: Error) {
-        let mut state = self.state.lock();
-        self.fail_locked(&mut state, error);
     }
 
     /// Closes the connection: what is queued for the peer leaves first (for a second at most), then transfers in flight are canceled.
@@ -403,6 +409,14 @@ impl Connection {
         self.shared.forget(self.id);
     }
 
+    /// Fails the connection if a transfer of it still uses the region.
+    pub(crate) fn fail_if_using(&self, region: u64, error: Error) {
+        let mut state = self.state.lock();
+        if state.uses_region(region) {
+            self.fail_locked(&mut state, error);
+        }
+    }
+
     /// Drops the plugin's registrations of a region.
     pub(crate) fn forget_region(&self, id: u64) {
         self.state.lock().forget_region(id);
@@ -420,6 +434,7 @@ pub(crate) struct Progress {
     pub any: bool,
     pub busy: bool,
     pub lanes_busy: bool,
+    pub copying: bool,
     pub backlog: bool,
 }
 

@@ -21,7 +21,6 @@ use crate::config::Config;
 use crate::net::plugin::Plugin;
 use crate::net::topology;
 use crate::status::{bail, err, Error, Result};
-use crate::wire::frame::Place;
 use parking_lot::Mutex;
 use shared::Shared;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -61,15 +60,6 @@ impl std::fmt::Debug for Engine {
     }
 }
 
-/// PCI address of the engine's GPU for peers, "-1" without one.
-fn gpu_name(_shared: &Shared) -> String {
-    "-1".to_owned()
-}
-
-fn gpu_pci_path(_shared: &Shared) -> Option<String> {
-    None
-}
-
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
     std::thread::Builder::new().name(name.into()).spawn(body).map_err(|e| Error::system("thread", &e))
 }
@@ -93,7 +83,7 @@ impl Engine {
         let listener = listener::open(config.port)?;
         let port = listener.local_addr().map_err(|e| Error::system("listening socket", &e))?.port();
         let shared = Arc::new(Shared::new(config, plugin, host_plugin)?);
-        let metadata = format!("{}:{port}?{}", interface.addr, gpu_name(&shared));
+        let metadata = format!("{}:{port}?{}", interface.addr, shared.gpu_name());
         // SAFETY: a plain system call; the descriptor is checked and owned at once.
         let wake = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
         if wake < 0 {
@@ -104,7 +94,7 @@ impl Engine {
         let clone = listener_wake.try_clone().map_err(|e| Error::system("eventfd", &e))?;
         let nics: Vec<String> = shared.plugin.devices.iter().map(|d| format!("{} ({} Mbit/s)", d.name, d.speed_mbps)).collect();
         let origin = shared.plugin.path.as_ref().map_or("built in".to_owned(), |p| p.display().to_string());
-        log::info!("engine {metadata}: plugin {} ({origin}), NICs {}, GPU {}", shared.plugin.name, nics.join(", "), gpu_name(&shared));
+        log::info!("engine {metadata}: plugin {} ({origin}), NICs {}, GPU {}", shared.plugin.name, nics.join(", "), shared.gpu_name());
         let engine = Engine { shared: shared.clone(), metadata, listener_wake, threads: Mutex::default() };
         let listening = shared.clone();
         engine.threads.lock().push(spawn("uccl-listen", move || {
@@ -187,7 +177,7 @@ impl Engine {
             bail!(InvalidArgument, "cannot register {len} bytes at {addr:#x}");
         }
         self.alive()?;
-        let place = if self.shared.config.emulate_device { Place::gpu(0) } else { Place::HOST };
+        let place = self.shared.place_of(addr as u64)?;
         self.shared.registry.add(addr as u64, len as u64, place)
     }
 
@@ -203,7 +193,7 @@ impl Engine {
             if Instant::now() >= deadline {
                 // Closing the channels is the only way to be sure that nothing touches the memory any more.
                 for connection in self.shared.all() {
-                    connection.fail(err!(Canceled, "region {mr} was deregistered while transfers used it"));
+                    connection.fail_if_using(mr, err!(Canceled, "region {mr} was deregistered while transfers used it"));
                 }
                 break;
             }

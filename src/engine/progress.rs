@@ -54,6 +54,7 @@ struct Round {
     any: bool,
     busy: bool,
     lanes_busy: bool,
+    copying: bool,
     driven: bool,
 }
 
@@ -71,6 +72,7 @@ fn drive(shared: &Shared, watched: &mut [Watched]) -> Round {
         round.any |= p.any;
         round.busy |= p.busy;
         round.lanes_busy |= p.lanes_busy;
+        round.copying |= p.copying;
         w.watch(shared, if p.backlog { libc::EPOLLIN | libc::EPOLLOUT } else { libc::EPOLLIN });
     }
     round
@@ -114,6 +116,10 @@ pub(crate) fn run(shared: &Arc<Shared>) {
             continue;
         }
         // With doorbells the channels' threads wake us; on few cores spinning would only take theirs.
+        if round.copying {
+            std::hint::spin_loop();
+            continue;
+        }
         let wait_for_lanes = (round.lanes_busy || round.driven) && doorbells && few_cores;
         if !wait_for_lanes && now - last_activity < spin {
             std::hint::spin_loop();

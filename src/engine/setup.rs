@@ -3,6 +3,7 @@
 use super::connection::{Connection, Peer};
 use super::shared::Shared;
 use super::state::{LaneSet, Setting, State};
+use crate::channel::cuda::CudaDevice;
 use crate::channel::device::{DeviceCopier, EmulatedDevice};
 use crate::channel::set::Listening;
 use crate::net::topology;
@@ -23,12 +24,12 @@ pub(crate) fn hello(shared: &Shared, wanted_gpu: &str) -> Result<Hello> {
     Ok(Hello {
         channels: channel_count(shared) as u16,
         chunk_bytes: shared.config.chunk_bytes as u32,
-        gpu_index: -1,
+        gpu_index: shared.gpu.as_ref().map_or(-1, |g| g.ordinal),
         authenticated: shared.auth_key.is_some(),
         engine: shared.engine_id,
         nonce,
         plugin: shared.plugin.wire_name().to_owned(),
-        gpu: super::gpu_name(shared),
+        gpu: shared.gpu_name(),
         wanted_gpu: wanted_gpu.to_owned(),
     })
 }
@@ -98,7 +99,7 @@ fn establish(shared: &Arc<Shared>, sock: TcpStream, deadline: Instant, ours: &He
     let n = usize::from(ours.channels.min(theirs.channels));
     let mut listening = Vec::new();
     for plugin in std::iter::once(&shared.plugin).chain(&shared.host_plugin) {
-        let nics = topology::nearest(&plugin.devices, super::gpu_pci_path(shared).as_deref());
+        let nics = topology::nearest(&plugin.devices, shared.gpu_pci_path().as_deref());
         listening.push(Listening::open(plugin, &nics, n)?);
     }
     let handles: Vec<_> = listening.iter().flat_map(Listening::handles).collect();
@@ -128,7 +129,13 @@ fn establish(shared: &Arc<Shared>, sock: TcpStream, deadline: Instant, ours: &He
             Ok(LaneSet { lanes, vectored, host: plugin.is_soft() })
         })
         .collect::<Result<Vec<_>>>()?;
-    let copier: Option<Box<dyn DeviceCopier>> = if shared.config.emulate_device { Some(Box::new(EmulatedDevice)) } else { None };
+    let copier: Option<Box<dyn DeviceCopier>> = if shared.config.emulate_device {
+        Some(Box::new(EmulatedDevice))
+    } else if crate::gpu::available() {
+        Some(Box::new(CudaDevice::default()))
+    } else {
+        None
+    };
     let name = format!("{address}");
     let config = &shared.config;
     let setting = Setting {

@@ -5,9 +5,11 @@ use super::connection::Connection;
 use super::notify::Queue;
 use super::registry::Registry;
 use crate::config::Config;
+use crate::gpu::{Gpu, GpuName, MemoryKind};
 use crate::net::comm::Doorbell;
 use crate::net::plugin::Plugin;
 use crate::status::{bail, Error, Result};
+use crate::wire::frame::Place;
 use parking_lot::{Condvar, Mutex};
 use std::collections::{HashMap, VecDeque};
 use std::net::TcpStream;
@@ -31,6 +33,10 @@ pub(crate) struct Shared {
     /// Carries host memory when `plugin` does not.
     pub host_plugin: Option<Arc<Plugin>>,
     pub auth_key: Option<Vec<u8>>,
+    /// The engine's GPU, where there is one. Named, not touched.
+    pub gpu: Option<GpuName>,
+    /// GPUs of registered memory: their contexts stay until the engine's end.
+    pub gpus: Mutex<HashMap<u8, Arc<Gpu>>>,
     pub registry: Arc<Registry>,
     pub notifications: Arc<Queue>,
     pub accepts: Mutex<Accepts>,
@@ -74,6 +80,8 @@ impl Shared {
         };
         let shared = Shared {
             auth_key: config.auth_key()?,
+            gpu: if config.emulate_device { None } else { crate::gpu::current_name() },
+            gpus: Mutex::default(),
             config,
             engine_id,
             plugin,
@@ -95,6 +103,31 @@ impl Shared {
         };
         shared.control(libc::EPOLL_CTL_ADD, shared.wake.as_raw_fd(), WAKE, libc::EPOLLIN)?;
         Ok(shared)
+    }
+
+    /// PCI address of the engine's GPU for peers, "-1" without one.
+    pub(crate) fn gpu_name(&self) -> String {
+        self.gpu.as_ref().map_or("-1".to_owned(), |g| g.bdf.to_string())
+    }
+
+    /// Directory of the engine's GPU under /sys.
+    pub(crate) fn gpu_pci_path(&self) -> Option<String> {
+        let path = std::fs::canonicalize(format!("/sys/bus/pci/devices/{}", self.gpu.as_ref()?.bdf)).ok()?;
+        Some(path.to_string_lossy().into_owned())
+    }
+
+    /// Where the memory at `addr` lies. Retains the context of the GPU it lies on.
+    pub(crate) fn place_of(&self, addr: u64) -> Result<Place> {
+        if self.config.emulate_device {
+            return Ok(Place::gpu(0));
+        }
+        // The kernel reads and writes pinned and managed memory like any other.
+        let MemoryKind::Device { ordinal } = crate::gpu::memory_kind(addr)? else { return Ok(Place::HOST) };
+        let Ok(index) = u8::try_from(ordinal) else { bail!(Unsupported, "GPU {ordinal}") };
+        if let std::collections::hash_map::Entry::Vacant(entry) = self.gpus.lock().entry(index) {
+            entry.insert(Gpu::open(ordinal)?);
+        }
+        Ok(Place::gpu(index))
     }
 
     // ---- the epoll set ----

@@ -4,13 +4,13 @@
 use super::notify::{Notification, Queue};
 use super::registry::{RegionUse, Registry};
 use super::transfer::{Outcomes, TransferState};
-use crate::channel::device::DeviceCopier;
+use crate::channel::device::{spread, DeviceCopier};
 use crate::channel::lane::{Context, Dest, Event, Key, Lane, Span};
-use crate::channel::plan::{chunk_len, Part, Segment, Stream};
+use crate::channel::plan::{chunk_len, Chunk, Segment, Stream};
 use crate::channel::stripe;
 use crate::status::{bail, err, Error, ErrorKind, Result, UCCL_OK};
 use crate::wire::control::{ControlStream, RxBuffer};
-use crate::wire::frame::{Frame, Grant, Place, WireRegion, WireSegment};
+use crate::wire::frame::{Frame, Grant, Place, WireRegion, WireSegment, MAX_INLINE};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -56,7 +56,7 @@ enum Ending {
 /// Data that arrives.
 struct InStream {
     stream: Stream,
-    _uses: Vec<RegionUse>,
+    uses: Vec<RegionUse>,
     /// Bytes not yet in place.
     missing: u64,
     ending: Ending,
@@ -144,6 +144,10 @@ impl State {
     pub(crate) fn lanes_busy(&self) -> bool {
         self.lanes().any(Lane::busy)
     }
+    /// A GPU copies for this connection; nobody is woken when it ends.
+    pub(crate) fn copies_pending(&self) -> bool {
+        self.copier.as_ref().is_some_and(|c| c.busy())
+    }
     /// Something waits for the network or the peer.
     pub(crate) fn busy(&self) -> bool {
         self.outcomes.in_flight() > 0 || !self.incoming.is_empty() || !self.outgoing.is_empty() || self.lanes_busy()
@@ -185,13 +189,7 @@ impl State {
             return Ok(id);
         }
         let Request { segments, uses, remote, remote_regions, total } = request;
-        let inline = total <= self.setting.eager_bytes as u64 && segments.iter().all(|s| !s.place.is_device());
-        if inline {
-            let mut data = Vec::with_capacity(total as usize);
-            for s in &segments {
-                // SAFETY: inside a registered region (checked when the request was built), which `uses` holds.
-                data.extend_from_slice(unsafe { std::slice::from_raw_parts(s.addr as *const u8, s.len as usize) });
-            }
+        if let Some(data) = self.load_inline(&segments, total)? {
             self.push(&Frame::Write { id, regions: remote_regions, segments: remote, inline: Some(&data) });
             self.outcomes.moved(id, total);
         } else {
@@ -211,7 +209,7 @@ impl State {
         }
         let Request { segments, uses, remote, remote_regions, total } = request;
         self.push(&Frame::Read { id, regions: remote_regions, segments: remote });
-        let stream = InStream { stream: Stream::new(segments), _uses: uses, missing: total, ending: Ending::Read };
+        let stream = InStream { stream: Stream::new(segments), uses, missing: total, ending: Ending::Read };
         self.incoming.insert(Key { id, mine: true }, stream);
         self.pump(now)?;
         Ok(id)
@@ -323,6 +321,9 @@ impl State {
                 any |= lane.progress(&mut ctx, now, &mut events)?;
             }
         }
+        if let Some(copier) = &mut self.copier {
+            copier.flush()?;
+        }
         for event in events.drain(..) {
             match event {
                 Event::Sent(key, len) => self.chunk_sent(key, len),
@@ -420,7 +421,10 @@ impl State {
             }
             self.queue.pop_front();
         }
-        Ok(())
+        match &mut self.copier {
+            Some(copier) => copier.flush(),
+            None => Ok(()),
+        }
     }
 
     // ---- control frames ----
@@ -441,6 +445,10 @@ impl State {
                 Ok(())
             }
             Frame::Pull { id, status, receiver } => self.on_pull(id, status, receiver),
+            Frame::Withdraw { id } => {
+                self.on_withdraw(id);
+                Ok(())
+            }
             Frame::Notify { name, message } => {
                 if !self.setting.notifications.push(Notification { name: name.to_vec(), msg: message.to_vec() }) {
                     bail!(Resource, "the application drains no notifications and its queue is full");
@@ -483,9 +491,10 @@ impl State {
             }
         };
         if let Some(mut data) = inline {
-            for s in &segments {
-                let Some((head, tail)) = data.split_at_checked(s.len as usize) else { bail!(Protocol, "inline write is too short") };
-                self.store(s, head)?;
+            let mut stream = Stream::new(segments);
+            while let Some(chunk) = stream.take(MAX_INLINE) {
+                let Some((head, tail)) = data.split_at_checked(chunk.len) else { bail!(Protocol, "inline write is too short") };
+                self.store(&chunk, head)?;
                 data = tail;
             }
             self.push(&Frame::Done { id, status: UCCL_OK, text: "" });
@@ -494,25 +503,54 @@ impl State {
         let key = Key { id, mine: false };
         let stream = Stream::new(segments);
         let missing = stream.remaining();
-        let stream = InStream { stream, _uses: uses, missing, ending: Ending::Write };
+        let stream = InStream { stream, uses, missing, ending: Ending::Write };
         if missing == 0 || self.incoming.insert(key, stream).is_some() {
             bail!(Protocol, "transfer {id} announced twice, or empty");
         }
         Ok(())
     }
 
-    /// Puts bytes of the control stream in place.
-    fn store(&mut self, to: &Segment, bytes: &[u8]) -> Result<()> {
-        debug_assert_eq!(to.len, bytes.len() as u64);
-        if to.place.is_device() {
-            let Some(copier) = &mut self.copier else { bail!(Gpu, "device memory without a device") };
-            let part = Part { addr: to.addr, len: to.len, region: to.region };
-            // SAFETY: the segment lies in a region that the caller holds in use.
-            return unsafe { copier.store(bytes, part) };
+    /// The bytes of a transfer that is small enough to travel inside a control frame.
+    fn load_inline(&mut self, segments: &[Segment], total: u64) -> Result<Option<Vec<u8>>> {
+        let device = segments.iter().any(|s| s.place.is_device());
+        let limit = match &self.copier {
+            Some(copier) if device => copier.inline_bytes(),
+            _ => usize::MAX,
+        };
+        if total > self.setting.eager_bytes.min(limit) as u64 {
+            return Ok(None);
         }
-        // SAFETY: the segment lies in a region that the caller holds in use.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.addr as *mut u8, bytes.len()) };
-        Ok(())
+        let mut data = Vec::with_capacity(total as usize);
+        let mut stream = Stream::new(segments.to_vec());
+        while let Some(chunk) = stream.take(MAX_INLINE) {
+            match &mut self.copier {
+                // SAFETY: the parts lie in registered regions that the caller holds in use.
+                Some(copier) if chunk.place.is_device() => unsafe { copier.fetch(&chunk.parts, chunk.place, &mut data) }?,
+                None if chunk.place.is_device() => bail!(Gpu, "device memory without a device"),
+                _ => {
+                    for part in &chunk.parts {
+                        // SAFETY: as above.
+                        data.extend_from_slice(unsafe { std::slice::from_raw_parts(part.addr as *const u8, part.len as usize) });
+                    }
+                }
+            }
+        }
+        Ok(Some(data))
+    }
+
+    /// Puts bytes of the control stream in place.
+    fn store(&mut self, to: &Chunk, bytes: &[u8]) -> Result<()> {
+        debug_assert_eq!(to.len, bytes.len());
+        match &mut self.copier {
+            // SAFETY: the parts lie in registered regions that the caller holds in use, and hold `bytes`.
+            Some(copier) if to.place.is_device() => unsafe { copier.store(bytes, &to.parts, to.place) },
+            None if to.place.is_device() => bail!(Gpu, "device memory without a device"),
+            _ => {
+                // SAFETY: as above.
+                unsafe { spread(bytes.as_ptr(), &to.parts) };
+                Ok(())
+            }
+        }
     }
 
     fn on_read(&mut self, id: u64, regions: &[WireRegion], segments: &[WireSegment]) -> Result<()> {
@@ -528,12 +566,7 @@ impl State {
         if total == 0 || self.outgoing.contains_key(&key) {
             bail!(Protocol, "read {id} asked for twice, or empty");
         }
-        if total <= self.setting.eager_bytes as u64 && segments.iter().all(|s| !s.place.is_device()) {
-            let mut data = Vec::with_capacity(total as usize);
-            for s in &segments {
-                // SAFETY: inside a registered region that `uses` holds.
-                data.extend_from_slice(unsafe { std::slice::from_raw_parts(s.addr as *const u8, s.len as usize) });
-            }
+        if let Some(data) = self.load_inline(&segments, total)? {
             self.push(&Frame::ReadInline { id, data: &data });
             return Ok(());
         }
@@ -547,13 +580,10 @@ impl State {
         if !matches!(inc.ending, Ending::Read) || inc.missing != data.len() as u64 || inc.stream.remaining() != inc.missing {
             bail!(Protocol, "data of read {id}: {} bytes, {} are missing", data.len(), inc.missing);
         }
-        while let Some(chunk) = inc.stream.take(data.len().max(1)) {
-            for part in &chunk.parts {
-                let Some((head, tail)) = data.split_at_checked(part.len as usize) else { bail!(Protocol, "inline read is too short") };
-                let to = Segment { addr: part.addr, len: part.len, region: part.region, place: chunk.place, peer: Place::HOST };
-                self.store(&to, head)?;
-                data = tail;
-            }
+        while let Some(chunk) = inc.stream.take(MAX_INLINE) {
+            let Some((head, tail)) = data.split_at_checked(chunk.len) else { bail!(Protocol, "inline read is too short") };
+            self.store(&chunk, head)?;
+            data = tail;
         }
         self.outcomes.moved(id, inc.missing);
         self.outcomes.finish(id, Ok(()));
@@ -569,7 +599,7 @@ impl State {
             let dest = match self.incoming.get_mut(&key) {
                 None => Dest::Discard,
                 Some(inc) => match inc.stream.take_exact(len) {
-                    Some(chunk) if chunk.place.is_device() => Dest::Device(chunk.parts),
+                    Some(chunk) if chunk.place.is_device() => Dest::Device(chunk.place, chunk.parts),
                     Some(chunk) => Dest::Host(chunk.parts),
                     None => bail!(Protocol, "chunk of {len} bytes of transfer {} is outside the plan", key.id),
                 },
@@ -634,15 +664,15 @@ impl State {
             }
             let segment = Segment { len, ..receive.segment };
             let stream =
-                InStream { stream: Stream::new(vec![segment]), _uses: vec![receive.region], missing: len, ending: Ending::Receive(receive.id) };
+                InStream { stream: Stream::new(vec![segment]), uses: vec![receive.region], missing: len, ending: Ending::Receive(receive.id) };
             self.incoming.insert(Key { id: message, mine: false }, stream);
         }
     }
 
     fn on_pull(&mut self, id: u64, status: i32, receiver: Place) -> Result<()> {
         let Some(send) = self.waiting_sends.remove(&id) else {
-            // The send timed out here; the peer's receive must not wait for data that never comes.
-            bail!(TimedOut, "message {id} was matched after its send had timed out");
+            // The send timed out here, and its withdrawal is on the way to the peer.
+            return Ok(());
         };
         if status != UCCL_OK {
             let error = Error::new(ErrorKind::from_code(status), format_args!("{}: the peer's receive is smaller than message {id}", self.setting.peer));
@@ -656,6 +686,17 @@ impl State {
             self.start_stream(Key { id, mine: true }, segments, send.uses);
         }
         Ok(())
+    }
+
+    /// The peer gave up a message: it waits here no more, and a receive that it was matched with fails.
+    fn on_withdraw(&mut self, id: u64) {
+        self.messages.retain(|&(message, _)| message != id);
+        let key = Key { id, mine: false };
+        if let Some(InStream { ending: Ending::Receive(receive), .. }) = self.incoming.get(&key) {
+            let error = err!(TimedOut, "message {id} was withdrawn: its send had waited too long for this receive");
+            self.outcomes.finish(*receive, Err(error));
+            self.incoming.remove(&key);
+        }
     }
 
     // ---- time and end ----
@@ -688,6 +729,7 @@ impl State {
         let late: Vec<u64> = self.waiting_sends.iter().filter(|(_, s)| now.saturating_duration_since(s.since) > timeout).map(|(&id, _)| id).collect();
         for id in late {
             self.waiting_sends.remove(&id);
+            self.push(&Frame::Withdraw { id });
             self.outcomes.finish(id, Err(err!(TimedOut, "no receive was posted for message {id} within {timeout:?}")));
         }
         while self.waiting_receives.front().is_some_and(|r| now.saturating_duration_since(r.since) > timeout) {
@@ -701,6 +743,9 @@ impl State {
     pub(crate) fn fail(&mut self, error: Error) {
         if self.dead.is_some() {
             return;
+        }
+        if let Some(copier) = &mut self.copier {
+            copier.quiesce();
         }
         self.sets.clear();
         self.copier = None;
@@ -721,6 +766,15 @@ impl State {
             self.push(&Frame::Bye);
             let _ = self.control.flush();
         }
+    }
+
+    /// Whether a transfer of this connection uses a region of this side.
+    pub(crate) fn uses_region(&self, id: u64) -> bool {
+        let any = |uses: &[RegionUse]| uses.iter().any(|u| u.span.id == id);
+        self.outgoing.values().any(|s| any(&s.uses))
+            || self.incoming.values().any(|s| any(&s.uses))
+            || self.waiting_sends.values().any(|s| any(&s.uses))
+            || self.waiting_receives.iter().any(|r| r.region.span.id == id)
     }
 
     pub(crate) fn forget_region(&mut self, id: u64) {

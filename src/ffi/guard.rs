@@ -1,12 +1,17 @@
 //! The boundary: catches panics, turns errors into status numbers and the thread's last-error text, checks pointers.
 
 use crate::status::{bail, Error, ErrorKind, Result, StatusCode};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ffi::{c_char, c_void, CStr, CString};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
 thread_local! {
     static LAST_ERROR: RefCell<CString> = RefCell::default();
+    static LAST_STATUS: Cell<StatusCode> = const { Cell::new(crate::status::UCCL_OK) };
+}
+
+pub(super) fn last_status() -> StatusCode {
+    LAST_STATUS.get()
 }
 
 pub(super) fn last_error() -> *const c_char {
@@ -34,6 +39,7 @@ fn run<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
     if let Err(error) = &result {
         let text = CString::new(error.to_string().replace('\0', " ")).unwrap_or_default();
         LAST_ERROR.with(|e| *e.borrow_mut() = text);
+        LAST_STATUS.set(error.code());
     }
     result
 }
@@ -75,6 +81,9 @@ pub(super) unsafe fn array_arg<'a, T>(ptr: *const T, n: usize, name: &str) -> Re
     }
     if ptr.is_null() {
         bail!(InvalidArgument, "{name} is NULL");
+    }
+    if !ptr.is_aligned() || n.checked_mul(size_of::<T>()).is_none_or(|bytes| bytes > isize::MAX as usize) {
+        bail!(InvalidArgument, "{name}: {n} items at {ptr:?}");
     }
     // SAFETY: by the caller's contract.
     Ok(unsafe { std::slice::from_raw_parts(ptr, n) })

@@ -1,7 +1,7 @@
 //! Handles of the C ABI. A handle is a number that looks like a pointer, is never dereferenced and never reused, so a stale
 //! or foreign one is an error and not undefined behaviour, whatever order and thread objects are destroyed in.
 
-use crate::engine::{Connection, Engine};
+use crate::engine::{Connection, Engine, Notification};
 use crate::status::{bail, Result};
 use parking_lot::RwLock;
 use std::collections::HashMap;
@@ -11,6 +11,7 @@ use std::sync::{Arc, LazyLock};
 
 pub(super) static ENGINES: LazyLock<Handles<Engine>> = LazyLock::new(|| Handles::new("engine"));
 pub(super) static CONNECTIONS: LazyLock<Handles<Connection>> = LazyLock::new(|| Handles::new("connection"));
+pub(super) static NOTIFICATIONS: LazyLock<Handles<Notification>> = LazyLock::new(|| Handles::new("notification"));
 
 /// Steps of 16 keep handles of all kinds distinct and plausible to a debugger.
 static NEXT: AtomicUsize = AtomicUsize::new(0x1000);

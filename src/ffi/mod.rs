@@ -48,7 +48,7 @@ pub extern "C" fn uccl_engine_create(num_cpus: c_int, in_python: bool) -> *mut u
 }
 
 /// Ends an engine: wakes blocked accepts, fails transfers in flight with UCCL_ERR_CANCELED, closes its connections, and joins its
-/// threads. Connection handles of this engine stay valid (every call on them fails) until uccl_conn_destroy.
+/// threads. Connection handles of this engine stay valid (every call on them fails) until uccl_engine_conn_destroy.
 ///
 /// @param engine  The engine; NULL is a no-op; a handle already destroyed is an error that is logged, nothing else.
 ///
@@ -149,13 +149,15 @@ pub extern "C" fn uccl_engine_stop_accept(engine: *mut uccl_engine_t) {
 /// Marks the connection as listened to. Kept for compatibility: notifications and data arrive without it.
 ///
 /// @param conn  The connection.
-/// @return UCCL_OK; -1 when it was started already; another negative status for a bad handle.
+/// @return UCCL_OK; -1 when it was started already; another negative status for a bad handle or a lost connection.
 ///
 /// Threads: any.
 #[no_mangle]
 pub extern "C" fn uccl_engine_start_listener(conn: *mut uccl_conn_t) -> c_int {
     status(|| {
-        if CONNECTIONS.get(conn.cast())?.listener_started.swap(true, Ordering::AcqRel) {
+        let conn = CONNECTIONS.get(conn.cast())?;
+        conn.status()?;
+        if conn.listener_started.swap(true, Ordering::AcqRel) {
             bail!(InvalidArgument, "the listener of this connection was started already");
         }
         Ok(UCCL_OK)
@@ -165,13 +167,15 @@ pub extern "C" fn uccl_engine_start_listener(conn: *mut uccl_conn_t) -> c_int {
 /// Undoes uccl_engine_start_listener. Stopping what was not started is not an error.
 ///
 /// @param conn  The connection.
-/// @return UCCL_OK, or a negative status for a bad handle.
+/// @return UCCL_OK, or a negative status for a bad handle or a lost connection.
 ///
 /// Threads: any.
 #[no_mangle]
 pub extern "C" fn uccl_engine_stop_listener(conn: *mut uccl_conn_t) -> c_int {
     status(|| {
-        CONNECTIONS.get(conn.cast())?.listener_started.store(false, Ordering::Release);
+        let conn = CONNECTIONS.get(conn.cast())?;
+        conn.listener_started.store(false, Ordering::Release);
+        conn.status()?;
         Ok(UCCL_OK)
     })
 }
@@ -192,15 +196,35 @@ pub extern "C" fn uccl_engine_conn_destroy(conn: *mut uccl_conn_t) {
     })
 }
 
+/// Tells whether a connection is up.
+///
+/// @param conn  [in] The connection.
+/// @return UCCL_OK while it is; why not once it is lost or closed: UCCL_ERR_REMOTE_DISCONNECT, UCCL_ERR_TIMED_OUT, UCCL_ERR_CANCELED,
+///         UCCL_ERR_PROTOCOL and so on; UCCL_ERR_NOT_FOUND or UCCL_ERR_INVALID_ARGUMENT for a bad handle. A lost connection stays lost:
+///         destroy it and connect anew.
+///
+/// Threads: any.
+#[no_mangle]
+pub extern "C" fn uccl_engine_conn_status(conn: *mut uccl_conn_t) -> c_int {
+    status(|| {
+        CONNECTIONS.get(conn.cast())?.status()?;
+        Ok(UCCL_OK)
+    })
+}
+
 /// Tells whether the peer runs on this host (its address is one of this host's).
 ///
 /// @param conn  The connection.
-/// @return true when it does; false otherwise or for a bad handle.
+/// @return true when it does; false otherwise, for a bad handle, and once the connection is lost or closed.
 ///
 /// Threads: any.
 #[no_mangle]
 pub extern "C" fn uccl_engine_conn_is_local(conn: *mut uccl_conn_t) -> bool {
-    guard(false, || Ok(CONNECTIONS.get(conn.cast())?.is_local()))
+    guard(false, || {
+        let conn = CONNECTIONS.get(conn.cast())?;
+        conn.status()?;
+        Ok(conn.is_local())
+    })
 }
 
 /// Registers memory for transfers, both as local side and as target of the peers that get its FIFO item.
@@ -428,6 +452,16 @@ pub extern "C" fn uccl_engine_strerror(status: StatusCode) -> *const c_char {
 #[no_mangle]
 pub extern "C" fn uccl_engine_last_error() -> *const c_char {
     guard(c"".as_ptr(), || Ok(guard::last_error()))
+}
+
+/// The status of the last failed call of this thread: what a function that returns a handle, a bool or nothing could not say.
+///
+/// @return UCCL_OK when no call failed yet, else a negative UCCL_ERR_*.
+///
+/// Threads: each has its own.
+#[no_mangle]
+pub extern "C" fn uccl_engine_last_status() -> c_int {
+    guard(UCCL_OK, || Ok(guard::last_status()))
 }
 
 /// Version of the library.

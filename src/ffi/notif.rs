@@ -1,11 +1,11 @@
 //! Notifications of the C ABI.
 
 use super::guard::{bytes_arg, guard, out_arg, status, array_arg};
-use super::handles::{CONNECTIONS, ENGINES};
+use super::handles::{CONNECTIONS, ENGINES, NOTIFICATIONS};
 use super::{uccl_conn_t, uccl_engine_t, MSG_SIZE};
-use crate::engine::Notification;
 use crate::status::UCCL_OK;
 use std::ffi::{c_char, c_int, c_void};
+use std::sync::Arc;
 
 /// A fixed-size notification.
 #[allow(non_camel_case_types)]
@@ -31,7 +31,7 @@ pub struct md_t {
 /// A received notification of any length.
 #[allow(non_camel_case_types)]
 pub struct uccl_notif_t {
-    inner: Notification,
+    _opaque: [u8; 0],
 }
 
 /// Sends a fixed-size notification. It arrives after the data of every transfer that was complete before this call.
@@ -133,7 +133,7 @@ pub unsafe extern "C" fn uccl_engine_notif_next(engine: *mut uccl_engine_t, noti
         let out = unsafe { out_arg(notif, "notif")? };
         let next = if engine.is_null() { crate::engine::next_notification_of_process() } else { ENGINES.get(engine.cast())?.next_notification() };
         *out = match next {
-            Some(inner) => Box::into_raw(Box::new(uccl_notif_t { inner })),
+            Some(notification) => NOTIFICATIONS.insert(Arc::new(notification)).cast(),
             None => std::ptr::null_mut(),
         };
         Ok(UCCL_OK)
@@ -150,10 +150,12 @@ pub unsafe extern "C" fn uccl_engine_notif_next(engine: *mut uccl_engine_t, noti
 #[no_mangle]
 pub unsafe extern "C" fn uccl_engine_notif_name(notif: *const uccl_notif_t, len: *mut usize) -> *const c_char {
     guard(std::ptr::null(), || {
-        // SAFETY: the caller passes a notification of uccl_engine_notif_next and a writable length, or null.
-        let (notif, len) = unsafe { (out_arg(notif.cast_mut(), "notif")?, out_arg(len, "len")?) };
-        *len = notif.inner.name.len();
-        Ok(notif.inner.name.as_ptr().cast())
+        // SAFETY: the caller passes a writable length or null.
+        let len = unsafe { out_arg(len, "len")? };
+        // The table keeps the notification, and with it the bytes, until it is freed.
+        let notif = NOTIFICATIONS.get(notif.cast())?;
+        *len = notif.name.len();
+        Ok(notif.name.as_ptr().cast())
     })
 }
 
@@ -167,24 +169,24 @@ pub unsafe extern "C" fn uccl_engine_notif_name(notif: *const uccl_notif_t, len:
 #[no_mangle]
 pub unsafe extern "C" fn uccl_engine_notif_msg(notif: *const uccl_notif_t, len: *mut usize) -> *const c_void {
     guard(std::ptr::null(), || {
-        // SAFETY: as in uccl_engine_notif_name.
-        let (notif, len) = unsafe { (out_arg(notif.cast_mut(), "notif")?, out_arg(len, "len")?) };
-        *len = notif.inner.msg.len();
-        Ok(notif.inner.msg.as_ptr().cast())
+        // SAFETY: the caller passes a writable length or null.
+        let len = unsafe { out_arg(len, "len")? };
+        let notif = NOTIFICATIONS.get(notif.cast())?;
+        *len = notif.msg.len();
+        Ok(notif.msg.as_ptr().cast())
     })
 }
 
 /// Frees a notification of uccl_engine_notif_next.
 ///
-/// @param notif  The notification; NULL is a no-op.
+/// @param notif  The notification; NULL is a no-op; one already freed is an error that is logged, nothing else.
 ///
 /// Threads: any, once per notification.
 #[no_mangle]
-pub unsafe extern "C" fn uccl_engine_notif_free(notif: *mut uccl_notif_t) {
+pub extern "C" fn uccl_engine_notif_free(notif: *mut uccl_notif_t) {
     guard((), || {
         if !notif.is_null() {
-            // SAFETY: it came from Box::into_raw in uccl_engine_notif_next and is freed once.
-            drop(unsafe { Box::from_raw(notif) });
+            NOTIFICATIONS.remove(notif.cast())?;
         }
         Ok(())
     })

@@ -78,7 +78,7 @@ impl Gpu {
     }
 
     /// Runs `f` with this GPU current and puts the caller's context back afterwards.
-    pub(super) fn with<R>(&self, f: impl FnOnce() -> Result<R>) -> Result<R> {
+    pub(crate) fn with<R>(&self, f: impl FnOnce() -> Result<R>) -> Result<R> {
         // SAFETY: the context is retained as long as self lives.
         check("cuCtxPushCurrent", unsafe { sys::cuCtxPushCurrent_v2(self.context) })?;
         let result = f();
@@ -202,4 +202,30 @@ impl Drop for Stream {
         // SAFETY: created in new; the driver finishes queued work first.
         let _ = self.gpu.with(|| check("cuStreamDestroy", unsafe { sys::cuStreamDestroy_v2(self.raw) }));
     }
+}
+
+/// A GPU by name, without touching it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GpuName {
+    /// CUDA ordinal.
+    pub ordinal: i32,
+    /// PCI address.
+    pub bdf: Bdf,
+}
+
+/// The GPU of the calling thread's current context, else the first one; `None` without a GPU. Makes no context.
+pub(crate) fn current_name() -> Option<GpuName> {
+    if device_count() == 0 {
+        return None;
+    }
+    let mut device = 0;
+    // SAFETY: out pointers are locals; without a current context the call fails and the first GPU is taken.
+    let current = unsafe { sys::cuCtxGetDevice(&mut device) } == sys::CUresult::CUDA_SUCCESS;
+    // SAFETY: as above.
+    if !current && unsafe { sys::cuDeviceGet(&mut device, 0) } != sys::CUresult::CUDA_SUCCESS {
+        return None;
+    }
+    let bdf = bdf_of_device(device).ok()?;
+    let ordinal = ordinal_of(bdf).ok()??;
+    Some(GpuName { ordinal, bdf })
 }

@@ -1,7 +1,7 @@
 //! What kind of memory an address is, and memory the library owns on a GPU or pinned and mapped for one.
 
 use super::context::{Gpu, Stream};
-use super::driver::{available, check, require};
+use super::driver::{available, check};
 use crate::status::{bail, err, Result};
 use cudarc::driver::sys::{self, CUpointer_attribute as Attribute, CUresult};
 use std::ffi::c_void;
@@ -60,18 +60,19 @@ pub(crate) fn memory_kind(ptr: u64) -> Result<MemoryKind> {
 fn attribute<T: Copy>(which: Attribute, ptr: u64, out: &mut T) -> Result<bool> {
     // SAFETY: T is the attribute's type (u32, i32 or u64 in every call here); the address itself is not dereferenced.
     match unsafe { sys::cuPointerGetAttribute((out as *mut T).cast(), which, ptr) } {
-        CUresult::CUDA_ERROR_INVALID_VALUE | CUresult::CUDA_ERROR_NOT_INITIALIZED | CUresult::CUDA_ERROR_INVALID_CONTEXT => Ok(false),
+        CUresult::CUDA_ERROR_INVALID_VALUE | CUresult::CUDA_ERROR_NOT_INITIALIZED | CUresult::CUDA_ERROR_INVALID_CONTEXT => {
+            Ok(false)
+        }
         result => check("cuPointerGetAttribute", result).map(|()| true),
     }
 }
 
 /// The page-aligned range of the allocation that holds `ptr`: base and length, both multiples of 4096. A block that does not
 /// start or end on a page gives the enclosing pages.
-pub(crate) fn enclosing_range(ptr: u64) -> Result<(u64, u64)> {
-    require()?;
+pub(crate) fn enclosing_range(gpu: &Gpu, ptr: u64) -> Result<(u64, u64)> {
     let (mut base, mut size) = (0, 0usize);
     // SAFETY: out pointers are locals; the driver answers for addresses it does not know with an error.
-    check("cuMemGetAddressRange", unsafe { sys::cuMemGetAddressRange_v2(&mut base, &mut size, ptr) })?;
+    gpu.with(|| check("cuMemGetAddressRange", unsafe { sys::cuMemGetAddressRange_v2(&mut base, &mut size, ptr) }))?;
     Ok(enclosing_pages(base, size as u64))
 }
 
@@ -101,14 +102,14 @@ unsafe impl Sync for MappedPtr {}
 
 impl MappedPtr {
     /// Both names of mapped host memory, given either. Fails for memory that is not mapped. Once per comm, not per chunk.
-    pub(crate) fn resolve(ptr: u64) -> Result<MappedPtr> {
-        require()?;
+    pub(crate) fn resolve(gpu: &Gpu, ptr: u64) -> Result<MappedPtr> {
         let (mut host, mut device) = (0u64, 0u64);
-        if !attribute(Attribute::CU_POINTER_ATTRIBUTE_HOST_POINTER, ptr, &mut host)?
-            || !attribute(Attribute::CU_POINTER_ATTRIBUTE_DEVICE_POINTER, ptr, &mut device)?
-            || host == 0
-            || device == 0
-        {
+        // The device's name for host memory is asked for in a context.
+        let known = gpu.with(|| {
+            Ok(attribute(Attribute::CU_POINTER_ATTRIBUTE_HOST_POINTER, ptr, &mut host)?
+                && attribute(Attribute::CU_POINTER_ATTRIBUTE_DEVICE_POINTER, ptr, &mut device)?)
+        })?;
+        if !known || host == 0 || device == 0 {
             bail!(Gpu, "memory at {ptr:#x} is not host memory mapped for the GPU");
         }
         Ok(MappedPtr { host: host as *mut u8, device })
@@ -277,7 +278,7 @@ mod tests {
         let value = 7u64;
         assert_eq!(memory_kind((&raw const value) as u64), Ok(MemoryKind::Host));
         if !available() {
-            assert!(enclosing_range(4096).is_err() && MappedPtr::resolve(4096).is_err() && Gpu::open(0).is_err());
+            assert!(Gpu::open(0).is_err());
         }
     }
 }

@@ -10,10 +10,7 @@ mod layout;
 mod memory;
 mod plan;
 
-pub(crate) use context::{ordinal_of, Gpu, Stream};
-pub(crate) use driver::{available, device_count};
-pub(crate) use launcher::{CopyLauncher, Fragments, Job, Segment, Ticket};
-pub(crate) use memory::{
-    device_to_host, enclosing_range, host_to_device, memory_kind, read_device, registration_pieces, DeviceBuffer, MappedPtr, MemoryKind,
-    PinnedBuffer,
-};
+pub(crate) use context::{current_name, Gpu, GpuName};
+pub(crate) use driver::available;
+pub(crate) use launcher::{CopyLauncher, Job, Segment, Ticket};
+pub(crate) use memory::{memory_kind, read_device, DeviceBuffer, MappedPtr, MemoryKind, PinnedBuffer};

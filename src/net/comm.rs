@@ -153,6 +153,11 @@ impl SendComm {
         unsafe { self.raw.plugin.dereg_mr(self.raw.comm, mhandle) }
     }
 
+    /// The software plugin carries this comm.
+    pub(crate) fn plugin_is_soft(&self) -> bool {
+        self.raw.plugin.is_soft()
+    }
+
     /// Posts one message. `false`: the plugin takes none now, try again.
     ///
     /// # Safety
@@ -174,9 +179,7 @@ impl SendComm {
         let mut request = std::ptr::null_mut();
         // SAFETY: by the caller's contract; the window was checked; the array is copied by the call.
         let result = unsafe { call(self.raw.comm, iov.len() as c_int, iov.as_ptr(), self.tag, &mut request) };
-        if result != 0 {
-            bail!(Plugin, "plugin {}: isendv returned {result}", self.raw.plugin.name);
-        }
+        self.raw.plugin.check("isend", result)?;
         Ok(self.posted(request))
     }
 
@@ -245,6 +248,15 @@ impl RecvComm {
         unsafe { self.raw.plugin.reg_mr(self.raw.comm, data, len, kind) }
     }
 
+    /// As [`SendComm::deregister`].
+    ///
+    /// # Safety
+    /// As there.
+    pub(crate) unsafe fn deregister(&self, mhandle: MHandle) {
+        // SAFETY: by the caller's contract.
+        unsafe { self.raw.plugin.dereg_mr(self.raw.comm, mhandle) }
+    }
+
     /// Posts one receive. `false`: try again.
     ///
     /// # Safety
@@ -267,9 +279,7 @@ impl RecvComm {
         let mut request = std::ptr::null_mut();
         // SAFETY: by the caller's contract; the window was checked; the array is copied by the call.
         let result = unsafe { call(self.raw.comm, iov.len() as c_int, iov.as_ptr(), self.tag, &mut request) };
-        if result != 0 {
-            bail!(Plugin, "plugin {}: irecvv returned {result}", self.raw.plugin.name);
-        }
+        self.raw.plugin.check("irecv", result)?;
         Ok(self.accepted(request))
     }
 

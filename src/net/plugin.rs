@@ -71,10 +71,18 @@ fn check(plugin: &Plugin, call: &str, result: ncclResult_t) -> Result<()> {
         abi::NCCL_REMOTE_ERROR => "remote error",
         _ => "unknown error",
     };
+    // Once a comm is up, a system or remote error of a request is how a plugin says that the peer is gone.
+    if matches!((call, result), ("test" | "isend" | "irecv", abi::NCCL_SYSTEM_ERROR | abi::NCCL_REMOTE_ERROR)) {
+        return Err(err!(RemoteDisconnect, "plugin {}: {call} returned {result} ({why})", plugin.name));
+    }
     Err(err!(Plugin, "plugin {}: {call} returned {result} ({why})", plugin.name))
 }
 
 impl Plugin {
+    pub(super) fn check(&self, call: &str, result: ncclResult_t) -> Result<()> {
+        check(self, call, result)
+    }
+
     /// The built-in software plugin.
     pub(crate) fn soft(config: &Config) -> Result<Arc<Plugin>> {
         prepare_environment(config);

@@ -97,6 +97,8 @@ pub enum Frame<'a> {
     Message { id: u64, len: u64 },
     /// A receive was matched with message `id` (status 0: send it), or the match failed.
     Pull { id: u64, status: StatusCode, receiver: Place },
+    /// The sender of message `id` gives it up: no receive came in time.
+    Withdraw { id: u64 },
     /// A notification.
     Notify { name: &'a [u8], message: &'a [u8] },
     /// Heartbeat.
@@ -116,6 +118,7 @@ const T_PULL: u8 = 8;
 const T_NOTIFY: u8 = 9;
 const T_PING: u8 = 10;
 const T_BYE: u8 = 11;
+const T_WITHDRAW: u8 = 12;
 
 /// Largest payload of a frame type; `None` for an unknown type.
 fn payload_limit(kind: u8) -> Option<usize> {
@@ -128,6 +131,7 @@ fn payload_limit(kind: u8) -> Option<usize> {
         T_MESSAGE => 16,
         T_PULL => 16,
         T_NOTIFY => 8 + MAX_NOTIFICATION,
+        T_WITHDRAW => 8,
         T_PING | T_BYE => 0,
         _ => return None,
     })
@@ -217,6 +221,7 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
             let name = r.bytes(name_len)?;
             Frame::Notify { name, message: r.rest() }
         }
+        T_WITHDRAW => Frame::Withdraw { id: r.u64()? },
         T_PING => Frame::Ping,
         T_BYE => Frame::Bye,
         _ => bail!(Protocol, "unknown frame type {kind}"),
@@ -312,6 +317,10 @@ fn encode_payload(frame: &Frame<'_>, out: &mut Vec<u8>) -> u8 {
             out.extend_from_slice(message);
             T_NOTIFY
         }
+        Frame::Withdraw { id } => {
+            out.extend_from_slice(&id.to_le_bytes());
+            T_WITHDRAW
+        }
         Frame::Ping => T_PING,
         Frame::Bye => T_BYE,
     }
@@ -402,6 +411,7 @@ mod tests {
                 Frame::Message { id, len: !id },
                 Frame::Pull { id, status, receiver: Place(id as u8) },
                 Frame::Notify { name: &name, message: &message },
+                Frame::Withdraw { id },
                 Frame::Ping,
                 Frame::Bye,
             ];
@@ -436,7 +446,7 @@ mod tests {
         }
 
         #[test]
-        fn a_damaged_payload_never_panics(kind in 1u8..=11, payload in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn a_damaged_payload_never_panics(kind in 1u8..=12, payload in proptest::collection::vec(any::<u8>(), 0..200)) {
             let mut buf = (payload.len() as u32).to_le_bytes().to_vec();
             buf.extend_from_slice(&[kind, MAGIC, 0, 0]);
             buf.extend_from_slice(&payload);

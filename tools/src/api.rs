@@ -12,12 +12,12 @@ pub use uccl_p2p::engine::{Direction, FifoItem, LocalSegment};
 
 /// Version of the library (all packages of the workspace share one).
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
-/// Variables that name the number of channels of a connection, device emulation, and the listening port.
+/// Variable with the number of channels of a connection.
 pub const CHANNELS_VARIABLE: &str = "UCCL_TCPX_NUM_CHANNELS";
-/// See [`CHANNELS_VARIABLE`].
+/// Variable that turns device emulation on.
 pub const EMULATE_VARIABLE: &str = "UCCL_TCPX_EMULATE_DEVICE";
-/// See [`CHANNELS_VARIABLE`].
-pub const PORT_VARIABLES: [&str; 2] = ["UCCL_TCPX_OOB_PORT", "UCCL_TCP_OOB_PORT"];
+/// Variables with the listening port.
+const PORT_VARIABLES: [&str; 2] = ["UCCL_TCPX_OOB_PORT", "UCCL_TCP_OOB_PORT"];
 
 /// One environment variable of the library, as it is in effect.
 #[derive(Clone, Debug, serde::Serialize)]
@@ -30,6 +30,17 @@ pub struct Setting {
     pub source: String,
     /// What it does.
     pub doc: String,
+}
+
+/// The network plugin that carries device memory (and host memory, where there is no second one for it).
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Plugin {
+    /// Name of its table.
+    pub name: String,
+    /// File it was loaded from; none for the built-in software plugin.
+    pub path: Option<String>,
+    /// Version of the NCCL net ABI that it speaks.
+    pub abi_version: u32,
 }
 
 /// A network device of the plugin.
@@ -58,6 +69,13 @@ pub fn settings() -> Vec<Setting> {
         doc: doc.into(),
     };
     Config::describe().into_iter().map(setting).collect()
+}
+
+/// Lets engines of this process listen on any port: a service with the fixed one may run on this host. Before there are threads.
+pub fn listen_on_any_port() {
+    for name in PORT_VARIABLES {
+        std::env::remove_var(name);
+    }
 }
 
 /// Whether the library understands the environment.
@@ -135,6 +153,16 @@ impl Node {
     /// Name of the network plugin.
     pub fn plugin(&self) -> String {
         self.engine.plugin_name().to_string()
+    }
+
+    /// The network plugin.
+    pub fn plugin_details(&self) -> Plugin {
+        let plugin = self.engine.plugin();
+        Plugin {
+            name: plugin.name.clone(),
+            path: plugin.path.as_ref().map(|path| path.display().to_string()),
+            abi_version: plugin.abi_version,
+        }
     }
 
     /// The network devices.

@@ -5,7 +5,7 @@ use serde::Serialize;
 use std::collections::BTreeSet;
 use std::process::ExitCode;
 use std::sync::Arc;
-use tcpx_tools::api::{self, Nic, Node, Setting, PORT_VARIABLES};
+use tcpx_tools::api::{self, Nic, Node, Plugin, Setting};
 use tcpx_tools::error::{Context, Failure, Result};
 use tcpx_tools::fail;
 use tcpx_tools::inspect::{self, Congestion, Environment, Gpu};
@@ -31,7 +31,7 @@ struct Report {
     version: &'static str,
     works: bool,
     verdict: String,
-    plugin: Option<String>,
+    plugin: Option<Plugin>,
     metadata: Option<String>,
     nics: Vec<Nic>,
     gpus: Vec<Gpu>,
@@ -90,12 +90,9 @@ fn examine(args: &Args) -> Report {
 /// Starts an engine and looks at it; the verdict when all is well.
 fn look(args: &Args, report: &mut Report) -> Result<String> {
     api::check_environment()?;
-    // A service with a fixed port may run on this host; the engines of this program must not want the same one.
-    for name in PORT_VARIABLES {
-        std::env::remove_var(name);
-    }
+    api::listen_on_any_port();
     let node = Arc::new(Node::start().context("no engine starts")?);
-    report.plugin = Some(node.plugin());
+    report.plugin = Some(node.plugin_details());
     report.metadata = Some(node.metadata());
     report.nics = node.nics();
     if report.nics.is_empty() {
@@ -123,7 +120,12 @@ fn text(report: &Report) -> String {
         let _ = writeln!(out, "{name:<20} {value}");
     };
     line("library", &format!("uccl-tcpx {}", report.version));
-    line("plugin", report.plugin.as_deref().unwrap_or("none"));
+    match &report.plugin {
+        Some(p) => {
+            line("plugin", &format!("{}, {}, NCCL net ABI v{}", p.name, p.path.as_deref().unwrap_or("built in"), p.abi_version))
+        }
+        None => line("plugin", "none"),
+    }
     if let Some(metadata) = &report.metadata {
         line("address", metadata);
     }

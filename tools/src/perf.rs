@@ -8,7 +8,7 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tcpx_tools::api::{emulation_is_on, Node, CHANNELS_VARIABLE};
+use tcpx_tools::api::{emulation_is_on, listen_on_any_port, Node, CHANNELS_VARIABLE};
 use tcpx_tools::client::Client;
 use tcpx_tools::error::{Context, Result};
 use tcpx_tools::fail;
@@ -245,6 +245,7 @@ fn address(node: &Node) -> String {
 }
 
 fn run_client(args: &ClientArgs) -> Result<()> {
+    listen_on_any_port();
     let memory = args.common.prepare_process()?;
     let node = Arc::new(Node::start()?);
     let mut client = Client::connect(&node, &args.address, memory)?;
@@ -260,6 +261,7 @@ fn run_client(args: &ClientArgs) -> Result<()> {
 
 fn run_demo(args: &DemoArgs) -> Result<()> {
     let started = Instant::now();
+    listen_on_any_port();
     let mut common = args.common.clone();
     if common.channels.is_none() && std::env::var_os(CHANNELS_VARIABLE).is_none() {
         common.channels = Some(DEMO_CHANNELS);

@@ -76,7 +76,10 @@ fn info_proves_a_transfer_or_says_why_not() {
 }
 
 #[test]
-fn what_cannot_work_fails_with_a_reason() {
+fn fixed_ports_do_not_matter_and_what_cannot_work_fails_with_a_reason() {
+    // The demo's two engines are not in each other's way when a port is fixed for services.
+    let output = run(PERF, "demo --op write --iters 2 --warmup 1", &[("UCCL_TCPX_OOB_PORT", "1")]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
     must_fail(PERF, "client 127.0.0.1:1 --op write", &[], "cannot connect to 127.0.0.1:1");
     must_fail(PERF, "demo --total 0", &[], "moves nothing");
     must_fail(PERF, "demo --total 100000G --block 1G", &[], "too large");

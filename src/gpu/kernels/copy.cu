@@ -26,14 +26,14 @@ struct UcclJob {
     uccl_u64 flat;             // first byte of the contiguous side
     uccl_u64 seg_start;        // u32[segments + 1], message offsets, first 0, last `size`; UCCL_SEGMENTS_INLINE: offset
     uccl_u64 seg_addr;         // u64[segments], addresses; UCCL_SEGMENTS_INLINE: offset
-    uccl_u64 state;            // u64[2] in device memory, zero between launches
+    uccl_u64 state;            // u64[2] in device memory, zero between launches: {counter, error}
     uccl_u64 status;           // u64[2] in mapped host memory, 16-byte aligned: {sequence << 32 | error, bytes}
     uccl_u32 size;             // bytes of the message, as announced
     uccl_u32 entry_count;      // entries the host counted; 1 for a whole fragment
     uccl_u32 segments;         // entries of the table
     uccl_u32 entries_per_strip;
     uccl_u32 parts;            // blocks that share a strip; more than 1 only with at most UCCL_THREADS entries in a strip
-    uccl_u32 blocks;           // strips * parts
+    uccl_u32 blocks;           // strips * parts, at most 8191
     uccl_u32 flags;            // UCCL_* below; bits 8..15: log2 of the bytes in a unit of work
     uccl_u32 sequence;         // not 0; tells this use of the status word from the last
 };
@@ -277,6 +277,14 @@ static __device__ __forceinline__ void uccl_copy_body(const Args& args) {
     uccl_u32 first = strip * job.entries_per_strip;
     const uccl_u32 last = uccl_min(uccl_min(job.entry_count, UCCL_MAX_ENTRIES), first + job.entries_per_strip);
     if (tid == 0) sh.error = job.entry_count > UCCL_MAX_ENTRIES ? UCCL_ERROR_COUNT : 0;
+    // A small table near by is read at once, beside the entries.
+    const bool all = near_table && job.segments <= UCCL_WINDOW;
+    if (all) {
+#pragma unroll 1
+        for (uccl_u32 i = tid; i <= job.segments; i += UCCL_THREADS) sh.start[i] = starts[i];
+#pragma unroll 1
+        for (uccl_u32 i = tid; i < job.segments; i += UCCL_THREADS) sh.addr[i] = addrs[i];
+    }
     __syncthreads();
     bool sane = job.entry_count <= UCCL_MAX_ENTRIES;
     bool counted = job.count == 0;
@@ -351,30 +359,12 @@ static __device__ __forceinline__ void uccl_copy_body(const Args& args) {
             high = uccl_max(high, sh.warp_max[w]);
         }
         if (u0 < u1) {  // the same in every thread, hence so are the barriers inside
-            // Window of the table: all of it when it is near and small, else the place where segments of equal length would be.
+            // Window of the table: all of it, else the place where segments of equal length would be, else where a search finds it.
             uccl_u32 lo = 0, hi = job.segments;
-            const bool all = near_table && job.segments <= UCCL_WINDOW;
+            bool inside = all;
             if (!all) {
                 lo = (uccl_u32)((uccl_u64)low * job.segments / job.size);
                 hi = (uccl_u32)((uccl_u64)(high - 1) * job.segments / job.size) + 1;
-            }
-#pragma unroll 1
-            for (uccl_u32 i = tid; i <= uccl_min(hi - lo, UCCL_WINDOW); i += UCCL_THREADS) sh.start[i] = starts[lo + i];
-#pragma unroll 1
-            for (uccl_u32 i = tid; i < uccl_min(hi - lo, UCCL_WINDOW); i += UCCL_THREADS) sh.addr[i] = addrs[lo + i];
-            __syncthreads();
-            bool inside = hi - lo <= UCCL_WINDOW;
-            if (!inside || (!all && (sh.start[0] > low || sh.start[hi - lo] < high))) {
-                if (warp == 0) {
-                    const uccl_u32 s = uccl_find_warp(starts, job.segments, low);
-                    if (lane == 0) sh.lo = s;
-                } else if (warp == 1) {
-                    const uccl_u32 s = uccl_find_warp(starts, job.segments, high - 1);
-                    if (lane == 0) sh.hi = s + 1;
-                }
-                __syncthreads();
-                lo = sh.lo;
-                hi = sh.hi;
                 inside = hi - lo <= UCCL_WINDOW;
                 if (inside) {
 #pragma unroll 1
@@ -383,6 +373,26 @@ static __device__ __forceinline__ void uccl_copy_body(const Args& args) {
                     for (uccl_u32 i = tid; i < hi - lo; i += UCCL_THREADS) sh.addr[i] = addrs[lo + i];
                 }
                 __syncthreads();
+                if (!inside || sh.start[0] > low || sh.start[hi - lo] < high) {
+                    if (warp == 0) {
+                        const uccl_u32 s = uccl_find_warp(starts, job.segments, low);
+                        if (lane == 0) sh.lo = s;
+                    } else if (warp == 1) {
+                        const uccl_u32 s = uccl_find_warp(starts, job.segments, high - 1);
+                        if (lane == 0) sh.hi = s + 1;
+                    }
+                    __syncthreads();
+                    lo = sh.lo;
+                    hi = sh.hi;
+                    inside = hi - lo <= UCCL_WINDOW;
+                    if (inside) {
+#pragma unroll 1
+                        for (uccl_u32 i = tid; i <= hi - lo; i += UCCL_THREADS) sh.start[i] = starts[lo + i];
+#pragma unroll 1
+                        for (uccl_u32 i = tid; i < hi - lo; i += UCCL_THREADS) sh.addr[i] = addrs[lo + i];
+                    }
+                    __syncthreads();
+                }
             }
             const uccl_u32* start = inside ? sh.start : starts + lo;
             const uccl_u64* addr = inside ? sh.addr : addrs + lo;
@@ -405,18 +415,20 @@ static __device__ __forceinline__ void uccl_copy_body(const Args& args) {
     for (uccl_u32 w = 0; w < UCCL_THREADS / 32; w++) done += sh.warp_bytes[w];
     uccl_u32 error = sh.error;
     if (job.blocks > 1) {
+        // One counter for all: bytes in bits 0..42, blocks in 43..55, and bit 56 from the first block that has an error to tell.
         uccl_u64* state = reinterpret_cast<uccl_u64*>(job.state);
-        if (error) atomicMax(state + 1, (uccl_u64)error);
+        uccl_u64 arrival = (1ull << 43) + done;
+        if (error && atomicMax(state + 1, (uccl_u64)error) == 0) arrival += 1ull << 56;
         __threadfence();
-        const uccl_u64 old = atomicAdd(state, (1ull << 48) + done);
-        if ((uccl_u32)(old >> 48) != job.blocks - 1) return;
-        __threadfence();
-        done += old & ((1ull << 48) - 1);
-        error = (uccl_u32)atomicExch(state + 1, 0ull);
-        atomicExch(state, 0ull);
+        const uccl_u64 sum = atomicAdd(state, arrival) + arrival;
+        if ((uccl_u32)(sum >> 43 & 0x1fff) != job.blocks) return;
+        done = sum & ((1ull << 43) - 1);
+        error = 0;
+        if (sum >> 56) error = (uccl_u32)atomicExch(state + 1, 0ull);
+        *reinterpret_cast<volatile uccl_u64*>(state) = 0;
     }
     if (error == 0 && done != job.size) error = UCCL_ERROR_TOTAL;
-    __threadfence_system();
+    __threadfence_system();  // also what lets the last block speak for the others' stores
     asm volatile("st.volatile.global.v2.u64 [%0], {%1, %2};" ::"l"(job.status), "l"((uccl_u64)job.sequence << 32 | error), "l"(done) : "memory");
 }
 

@@ -1,0 +1,260 @@
+//! Device memory through CUDA: unpack and pack jobs of a round are launched together, completion is read from mapped memory.
+//! Knows jobs and places; connections and plugins it does not.
+
+use super::device::{DeviceCopier, StagingMemory, Ticket};
+use super::plan::Part;
+use crate::gpu::{CopyLauncher, DeviceBuffer, Gpu, Job, MappedPtr, MemoryKind, PinnedBuffer, Segment};
+use crate::status::{bail, Result};
+use crate::wire::frame::{Place, MAX_INLINE};
+use nccl_net_abi::{unpackNetDeviceHandle, MAX_SLOT_ENTRIES};
+use std::collections::VecDeque;
+use std::ffi::c_void;
+use std::time::{Duration, Instant};
+
+/// A copy of a few bytes that takes longer than this will not end.
+const SMALL_COPY_LIMIT: Duration = Duration::from_secs(5);
+
+/// A job waiting for the end of the round.
+struct Queued {
+    kind: Kind,
+    segments: Vec<Segment>,
+    len: u64,
+}
+
+enum Kind {
+    Unpack { meta: MappedPtr, slot: usize, bounce: u64, read_count: bool },
+    Pack { staging: u64 },
+}
+
+impl Queued {
+    fn job(&self) -> Job<'_> {
+        match self.kind {
+            Kind::Unpack { meta, slot, bounce, read_count } => Job::unpack(meta, slot, bounce, self.len, &self.segments, read_count),
+            Kind::Pack { staging } => Job::gather(&self.segments, staging, self.len),
+        }
+    }
+}
+
+/// One GPU of a connection.
+struct Unit {
+    place: Place,
+    // Dropped before the buffers that its jobs use.
+    launcher: CopyLauncher,
+    scratch: PinnedBuffer,
+    queued: Vec<Queued>,
+    /// Submitted batches: number of the first job, how many, and the launcher's ticket.
+    batches: VecDeque<(u64, u64, crate::gpu::Ticket)>,
+    /// Number of the next job, and of the oldest whose end is not known.
+    next: u64,
+    finished: u64,
+}
+
+/// Jobs of a launch.
+const BATCH: usize = 16;
+
+impl Unit {
+    fn new(place: Place) -> Result<Unit> {
+        let Some(ordinal) = place.ordinal() else { bail!(Internal, "host memory is not copied by a GPU") };
+        let gpu = Gpu::open(i32::from(ordinal))?;
+        Ok(Unit {
+            place,
+            launcher: CopyLauncher::new(&gpu)?,
+            scratch: PinnedBuffer::new(&gpu, MAX_INLINE)?,
+            queued: Vec::new(),
+            batches: VecDeque::new(),
+            next: 0,
+            finished: 0,
+        })
+    }
+
+    fn queue(&mut self, job: Queued) -> u64 {
+        self.queued.push(job);
+        self.next += 1;
+        self.next - 1
+    }
+
+    /// Launches what is queued, as far as the launcher has room.
+    fn flush(&mut self) -> Result<()> {
+        while !self.queued.is_empty() {
+            let n = self.queued.len().min(BATCH);
+            let jobs: Vec<Job<'_>> = self.queued[..n].iter().map(Queued::job).collect();
+            // SAFETY: whoever queued the jobs keeps their memory until they are done (contract of `unpack` and `pack`).
+            let Some(ticket) = (unsafe { self.launcher.submit(&jobs) })? else { return Ok(()) };
+            drop(jobs);
+            let first = self.next - self.queued.len() as u64;
+            self.batches.push_back((first, n as u64, ticket));
+            self.queued.drain(..n);
+        }
+        Ok(())
+    }
+
+    fn poll(&mut self, job: u64) -> Result<bool> {
+        if job < self.finished {
+            return Ok(true);
+        }
+        self.flush()?;
+        while let Some(&(first, n, ticket)) = self.batches.front() {
+            if !self.launcher.poll(ticket)? {
+                break;
+            }
+            self.finished = first + n;
+            self.batches.pop_front();
+        }
+        Ok(job < self.finished)
+    }
+
+    /// Runs one small job to its end.
+    ///
+    /// # Safety
+    /// As `CopyLauncher::submit`.
+    unsafe fn run(&mut self, job: Job<'_>) -> Result<()> {
+        let deadline = Instant::now() + SMALL_COPY_LIMIT;
+        let mut ticket = None;
+        loop {
+            match ticket {
+                // SAFETY: by the caller's contract.
+                None => ticket = unsafe { self.launcher.submit(&[job]) }?,
+                Some(submitted) if self.launcher.poll(submitted)? => return Ok(()),
+                Some(_) => std::hint::spin_loop(),
+            }
+            if Instant::now() > deadline {
+                bail!(Gpu, "the GPU has not copied {} bytes in {SMALL_COPY_LIMIT:?}", job.len);
+            }
+        }
+    }
+}
+
+/// Device memory of a connection, on as many GPUs as its transfers touch.
+#[derive(Default)]
+pub(crate) struct CudaDevice {
+    units: Vec<Unit>,
+}
+
+fn segments(parts: &[Part]) -> Vec<Segment> {
+    parts.iter().map(|p| Segment { addr: p.addr, len: p.len }).collect()
+}
+
+impl CudaDevice {
+    fn index(&mut self, place: Place) -> Result<usize> {
+        if let Some(i) = self.units.iter().position(|u| u.place == place) {
+            return Ok(i);
+        }
+        self.units.push(Unit::new(place)?);
+        Ok(self.units.len() - 1)
+    }
+
+    fn unit(&mut self, place: Place) -> Result<&mut Unit> {
+        let i = self.index(place)?;
+        match self.units.get_mut(i) {
+            Some(unit) => Ok(unit),
+            None => bail!(Internal, "no GPU at {place:?}"),
+        }
+    }
+}
+
+impl DeviceCopier for CudaDevice {
+    fn within(&mut self, place: Place, body: &mut dyn FnMut() -> Result<bool>) -> Result<bool> {
+        let gpu = self.unit(place)?.launcher.stream().gpu().clone();
+        gpu.with(body)
+    }
+
+    unsafe fn view(&mut self, handle: *const c_void, place: Place) -> Result<super::device::View> {
+        let gpu = self.unit(place)?.launcher.stream().gpu().clone();
+        // SAFETY: by the caller's contract the handle is device memory that holds this structure.
+        let raw: unpackNetDeviceHandle = unsafe { crate::gpu::read_device(&gpu, handle as u64) }?;
+        let meta = MappedPtr::resolve(&gpu, raw.meta as u64)?;
+        // A NIC writes a bounce buffer in device memory: the count must be read first, so that its data is visible.
+        let read_count = matches!(crate::gpu::memory_kind(raw.bounce_buf as u64)?, MemoryKind::Device { .. });
+        Ok(super::device::View { meta: meta.host.cast(), meta_device: meta.device, bounce: raw.bounce_buf as u64, read_count })
+    }
+
+    unsafe fn unpack(&mut self, view: &super::device::View, slot: usize, len: usize, parts: &[Part], place: Place) -> Result<Ticket> {
+        let meta = MappedPtr { host: view.meta.cast_mut().cast(), device: view.meta_device };
+        // SAFETY: the meta queue is live and the receive is done.
+        let count = unsafe { super::device::entry_count(view.meta, slot) };
+        if count > MAX_SLOT_ENTRIES as u64 {
+            bail!(Plugin, "the plugin describes a receive by {count} fragments");
+        }
+        let kind = Kind::Unpack { meta, slot, bounce: view.bounce, read_count: view.read_count };
+        let unit = self.index(place)?;
+        let job = self.units[unit].queue(Queued { kind, segments: segments(parts), len: len as u64 });
+        Ok(Ticket::Job { unit, job })
+    }
+
+    unsafe fn pack(&mut self, parts: &[Part], staging: *mut u8, place: Place) -> Result<Ticket> {
+        let len = parts.iter().map(|p| p.len).sum();
+        let unit = self.index(place)?;
+        let job = self.units[unit].queue(Queued { kind: Kind::Pack { staging: staging as u64 }, segments: segments(parts), len });
+        Ok(Ticket::Job { unit, job })
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        self.units.iter_mut().try_for_each(Unit::flush)
+    }
+
+    fn poll(&mut self, ticket: Ticket) -> Result<bool> {
+        match ticket {
+            Ticket::Done => Ok(true),
+            Ticket::Job { unit, job } => match self.units.get_mut(unit) {
+                Some(unit) => unit.poll(job),
+                None => bail!(Internal, "a job of no GPU"),
+            },
+        }
+    }
+
+    fn busy(&self) -> bool {
+        self.units.iter().any(|u| !u.queued.is_empty() || !u.batches.is_empty())
+    }
+
+    fn inline_bytes(&self) -> usize {
+        MAX_INLINE
+    }
+
+    unsafe fn store(&mut self, bytes: &[u8], parts: &[Part], place: Place) -> Result<()> {
+        let unit = self.unit(place)?;
+        let scratch = unit.scratch.ptr();
+        if bytes.len() > unit.scratch.len() {
+            bail!(Internal, "{} bytes of a small copy", bytes.len());
+        }
+        // SAFETY: the scratch holds them, and no job uses it: small copies run to their end.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), scratch.host, bytes.len()) };
+        let list = segments(parts);
+        // SAFETY: the parts are registered device memory by the caller's contract; the scratch is ours.
+        unsafe { unit.run(Job::scatter(scratch.device, &list, bytes.len() as u64)) }
+    }
+
+    unsafe fn fetch(&mut self, parts: &[Part], place: Place, out: &mut Vec<u8>) -> Result<()> {
+        let len: u64 = parts.iter().map(|p| p.len).sum();
+        let unit = self.unit(place)?;
+        let scratch = unit.scratch.ptr();
+        if len > unit.scratch.len() as u64 {
+            bail!(Internal, "{len} bytes of a small copy");
+        }
+        let list = segments(parts);
+        // SAFETY: the parts are registered device memory by the caller's contract; the scratch is ours.
+        unsafe { unit.run(Job::gather(&list, scratch.device, len)) }?;
+        // SAFETY: the job has filled len bytes of the scratch.
+        out.extend_from_slice(unsafe { std::slice::from_raw_parts(scratch.host, len as usize) });
+        Ok(())
+    }
+
+    fn staging(&mut self, len: usize, place: Place) -> Result<Box<dyn StagingMemory>> {
+        let gpu = self.unit(place)?.launcher.stream().gpu().clone();
+        Ok(Box::new(DeviceBuffer::new(&gpu, len)?))
+    }
+
+    fn quiesce(&mut self) {
+        for unit in &mut self.units {
+            unit.queued.clear();
+            if let Err(e) = unit.launcher.synchronize() {
+                log::error!("waiting for a GPU's copies to end: {e}");
+            }
+        }
+    }
+}
+
+impl StagingMemory for DeviceBuffer {
+    fn ptr(&self) -> *mut u8 {
+        DeviceBuffer::ptr(self) as *mut u8
+    }
+}
