@@ -238,6 +238,28 @@ CASE(uccl_engine_conn_is_local)
     }
 }
 
+CASE(uccl_engine_conn_status)
+{
+    WITH_FIXTURE(f)
+    {
+        uccl_conn_t *conn;
+        FOR_EACH(conn, f.bad_conns) CHECK_MISUSE(uccl_engine_conn_status(conn));
+        CHECK(uccl_engine_conn_status(f.conn) == UCCL_OK);
+        CHECK(uccl_engine_conn_status(f.accepted) == UCCL_OK);
+    }
+}
+
+CASE(uccl_engine_last_status)
+{
+    forget_last_error();
+    CHECK(uccl_engine_last_status() == UCCL_ERR_INVALID_ARGUMENT);
+    uccl_engine_t *engine = uccl_engine_create(0, false);
+    CHECK(engine);
+    CHECK(!uccl_engine_connect(engine, "127.0.0.1", "", 1, false));
+    CHECK(uccl_engine_last_status() == UCCL_ERR_UNREACHABLE);
+    uccl_engine_destroy(engine);
+}
+
 /* Memory. */
 
 CASE(uccl_engine_reg)

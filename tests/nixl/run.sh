@@ -14,7 +14,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repo=$(cd "$here/../.." && pwd)
 version=${NIXL_VERSION:-1.5.1}
 cuda=${NIXL_CUDA:-12}
-python=${PYTHON:-python3.11}
+python=${PYTHON:-python3}
 
 for file in "$libdir/libuccl_p2p.so" "$plugindir/libplugin_TCPX.so"; do
     [ -e "$file" ] || { echo "run.sh: $file does not exist" >&2; exit 2; }
