@@ -13,6 +13,7 @@ pub mod client;
 pub mod error;
 pub mod inspect;
 pub mod measure;
+pub mod cuda;
 pub mod memory;
 pub mod pattern;
 pub mod plot;

@@ -2,7 +2,8 @@
 //! device memory belongs into [`Buffer`] and nowhere else.
 
 use crate::api::{FifoItem, LocalSegment, Node, EMULATE_VARIABLE};
-use crate::error::{Failure, Result};
+use crate::cuda;
+use crate::error::Result;
 use crate::fail;
 use crate::pattern;
 use serde::{Deserialize, Serialize};
@@ -45,20 +46,19 @@ impl Kind {
         match self {
             Kind::Host => std::env::remove_var(EMULATE_VARIABLE),
             Kind::Emulated => std::env::set_var(EMULATE_VARIABLE, "1"),
-            Kind::Gpu => return Err(no_gpu()),
+            Kind::Gpu if cuda::count() == 0 => fail!("--memory gpu: there is no CUDA driver with a GPU on this machine"),
+            Kind::Gpu => std::env::remove_var(EMULATE_VARIABLE),
         }
         Ok(())
     }
-}
-
-fn no_gpu() -> Failure {
-    Failure::new("--memory gpu is not built into this program yet; use --memory host or --memory emulated")
 }
 
 /// Memory of one kind. Its contents are read and written here only while no transfer uses it.
 pub struct Buffer {
     addr: *mut u8,
     len: usize,
+    /// Device memory: `addr` is no address of this process.
+    gpu: bool,
 }
 
 // SAFETY: the mapping belongs to this value alone; `store` and `poison` need `&mut`.
@@ -72,7 +72,9 @@ impl Buffer {
             fail!("a buffer of 0 bytes was asked for");
         }
         if kind == Kind::Gpu {
-            return Err(no_gpu());
+            let mut buffer = Buffer { addr: cuda::allocate(size)? as *mut u8, len: size, gpu: true };
+            buffer.poison();
+            return Ok(buffer);
         }
         if let Some(free) = available_memory().filter(|free| len > free / 10 * 9) {
             fail!("a buffer of {len} bytes is too large: {free} bytes of memory are available");
@@ -91,7 +93,7 @@ impl Buffer {
         if addr == libc::MAP_FAILED {
             fail!("cannot allocate {len} bytes: {}", std::io::Error::last_os_error());
         }
-        let mut buffer = Buffer { addr: addr.cast(), len: size };
+        let mut buffer = Buffer { addr: addr.cast(), len: size, gpu: false };
         buffer.poison();
         Ok(buffer)
     }
@@ -109,6 +111,9 @@ impl Buffer {
 
     /// Overwrites everything with [`POISON`].
     pub fn poison(&mut self) {
+        if self.gpu {
+            return expect(cuda::fill(self.addr as u64, self.len, POISON));
+        }
         // SAFETY: the mapping has `len` writable bytes, and no transfer uses it now.
         unsafe { std::ptr::write_bytes(self.addr, POISON, self.len) };
     }
@@ -125,12 +130,20 @@ impl Buffer {
 
     fn store(&mut self, offset: usize, bytes: &[u8]) {
         assert!(bytes.len() <= self.len - offset);
+        if self.gpu {
+            return expect(cuda::store(self.addr as u64 + offset as u64, bytes));
+        }
         // SAFETY: the range lies inside the mapping (checked above), and no transfer uses it now.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.addr.add(offset), bytes.len()) };
     }
 
     /// Everything the buffer holds.
     pub fn contents(&self) -> Cow<'_, [u8]> {
+        if self.gpu {
+            let mut copy = vec![!POISON; self.len];
+            expect(cuda::load(self.addr as u64, &mut copy));
+            return Cow::Owned(copy);
+        }
         // SAFETY: the mapping has `len` readable, initialised bytes, and no transfer changes them now.
         Cow::Borrowed(unsafe { std::slice::from_raw_parts(self.addr, self.len) })
     }
@@ -138,8 +151,19 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
+        if self.gpu {
+            return cuda::free(self.addr as u64);
+        }
         // SAFETY: the mapping of `allocate`, unmapped once.
         unsafe { libc::munmap(self.addr.cast(), self.len) };
+    }
+}
+
+/// A CUDA call on memory that this process allocated fails only when the GPU itself has failed: there is nothing left to measure.
+fn expect(result: Result<()>) {
+    if let Err(e) = result {
+        eprintln!("error: {e}");
+        std::process::exit(1);
     }
 }
 
@@ -216,7 +240,7 @@ mod tests {
 
     #[test]
     fn impossible_buffers_are_refused() {
-        for (kind, len) in [(Kind::Host, 0), (Kind::Host, u64::MAX), (Kind::Gpu, 4096)] {
+        for (kind, len) in [(Kind::Host, 0), (Kind::Host, u64::MAX), (Kind::Gpu, 0)] {
             assert!(Buffer::allocate(kind, len).is_err(), "{kind} {len}");
         }
     }

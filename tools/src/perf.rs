@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use tcpx_tools::api::{emulation_is_on, listen_on_any_port, Node, CHANNELS_VARIABLE};
 use tcpx_tools::client::Client;
 use tcpx_tools::error::{Context, Result};
-use tcpx_tools::fail;
+use tcpx_tools::{cuda, fail};
 use tcpx_tools::measure::{measure, random_seed, Case, Op, Options};
 use tcpx_tools::memory::Kind;
 use tcpx_tools::report::{headline, write_json, Row};
@@ -43,6 +43,9 @@ struct Common {
     /// Memory of the buffers; the same on both sides [default: host, or emulated where UCCL_TCPX_EMULATE_DEVICE is set].
     #[arg(long)]
     memory: Option<Kind>,
+    /// GPU of the buffers, by CUDA index; with `demo` that of the client, the server takes the next one where there are several.
+    #[arg(long, default_value_t = 0)]
+    gpu: i32,
     /// Data channels of a connection [default: UCCL_TCPX_NUM_CHANNELS, else 4 for `demo` and the library's choice for the others].
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=64))]
     channels: Option<u16>,
@@ -131,6 +134,7 @@ impl Common {
         if let Some(channels) = self.channels {
             std::env::set_var(CHANNELS_VARIABLE, channels.to_string());
         }
+        cuda::choose(self.gpu);
         self.memory().prepare_process()?;
         Ok(self.memory())
     }
@@ -267,7 +271,7 @@ fn run_demo(args: &DemoArgs) -> Result<()> {
         common.channels = Some(DEMO_CHANNELS);
     }
     let memory = common.prepare_process()?;
-    let (mut server, address) = ServerProcess::start(memory)?;
+    let (mut server, address) = ServerProcess::start(memory, common.gpu)?;
     let node = Arc::new(Node::start()?);
     let mut client = Client::connect(&node, &address, memory)?;
     println!(
@@ -305,10 +309,11 @@ struct ServerProcess {
 
 impl ServerProcess {
     /// Starts this program as server; it inherits the environment, and with it the options. Returns it and its address.
-    fn start(memory: Kind) -> Result<(ServerProcess, String)> {
+    fn start(memory: Kind, client_gpu: i32) -> Result<(ServerProcess, String)> {
         let program = std::env::current_exe().context("cannot find this program's file")?;
         let mut command = Command::new(program);
-        command.args(["server", "--once", "--memory", &memory.to_string()]).stdin(Stdio::null()).stdout(Stdio::piped());
+        let gpu = if memory == Kind::Gpu { (client_gpu + 1) % cuda::count().max(1) } else { 0 };
+        command.args(["server", "--once", "--memory", &memory.to_string(), "--gpu", &gpu.to_string()]).stdin(Stdio::null()).stdout(Stdio::piped());
         // SAFETY: prctl is a plain system call, safe between fork and exec; it makes the server end with this process.
         unsafe {
             command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
