@@ -47,18 +47,18 @@ static void check_refused(const side *s, const char *what, struct FifoItem item)
 static void forge_tokens(side *s)
 {
     wipe(s->theirs, s->len);
-    for (size_t i = 0; i < sizeof s->item.opaque; i++) {
+    for (size_t i = 0; i < sizeof s->item.padding; i++) {
         struct FifoItem item = s->item;
         char what[32];
         snprintf(what, sizeof what, "opaque byte %zu flipped", i);
-        item.opaque[i] ^= 0x10;
+        item.padding[i] ^= 0x10;
         check_refused(s, what, item);
     }
     struct FifoItem item = s->item;
     item.idx += 1000;
     check_refused(s, "unknown region", item);
     item = s->item;
-    memset(item.opaque, 0, sizeof item.opaque);
+    memset(item.padding, 0, sizeof item.padding);
     check_refused(s, "no token", item);
     check_usable(s);
 }

@@ -77,9 +77,9 @@ typedef struct FifoItem {
    */
   uint64_t idx;
   /**
-   * The region's token and the id of the owning engine.
+   * Opaque: the region's token and the id of the owning engine.
    */
-  uint8_t opaque[32];
+  char padding[32];
 } FifoItem;
 
 /**

@@ -1,5 +1,7 @@
 //! The engine through its Rust API, inside one process over loopback: strangers on the port, limits, ends in any order.
 
+mod memory;
+
 use std::io::Write;
 use std::net::TcpStream;
 use std::sync::Arc;
@@ -11,7 +13,9 @@ use uccl_p2p::status::ErrorKind;
 fn environment() {
     static ONCE: std::sync::Once = std::sync::Once::new();
     ONCE.call_once(|| {
-        for (name, value) in [("UCCL_TCPX_SOFT_STRICT", "1"), ("NCCL_SOCKET_IFNAME", "lo"), ("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "lo")] {
+        for (name, value) in
+            [("UCCL_TCPX_SOFT_STRICT", "1"), ("NCCL_SOCKET_IFNAME", "lo"), ("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "lo")]
+        {
             // SAFETY: before any engine exists; tests wait for this Once.
             unsafe { std::env::set_var(name, value) };
         }
@@ -33,30 +37,43 @@ fn pair(a: &Engine, b: &Engine) -> (Arc<Connection>, Arc<Connection>) {
     (out, b.accept().expect("accept"))
 }
 
-/// A buffer with its registration and FIFO item.
+/// A buffer with its registration and FIFO item: host memory, or memory of the first GPU with UCCL_TEST_MEMORY=gpu.
 struct Buffer {
-    bytes: Vec<u8>,
+    memory: memory::Memory,
     mr: u64,
     item: FifoItem,
 }
 
 impl Buffer {
     fn new(engine: &Engine, len: usize, fill: impl Fn(usize) -> u8) -> Buffer {
-        let bytes: Vec<u8> = (0..len).map(fill).collect();
-        let mr = engine.register(bytes.as_ptr() as usize, len).expect("register");
-        let item = engine.fifo_item(mr, bytes.as_ptr() as usize, len).expect("item");
-        Buffer { bytes, mr, item }
+        Buffer::of(engine, (0..len).map(fill).collect())
+    }
+    fn of(engine: &Engine, bytes: Vec<u8>) -> Buffer {
+        let len = bytes.len();
+        let memory = memory::Memory::new(bytes);
+        let mr = engine.register(memory.addr(), len).expect("register");
+        let item = engine.fifo_item(mr, memory.addr(), len).expect("item");
+        Buffer { memory, mr, item }
+    }
+    fn len(&self) -> usize {
+        self.memory.len()
+    }
+    fn bytes(&self) -> std::borrow::Cow<'_, [u8]> {
+        self.memory.bytes()
     }
     fn local(&self, at: usize, len: usize) -> LocalSegment {
-        LocalSegment { mr: self.mr, addr: self.bytes.as_ptr() as usize + at, len }
+        LocalSegment { mr: self.mr, addr: self.memory.addr() + at, len }
     }
     fn remote(&self, at: usize) -> FifoItem {
         FifoItem { addr: self.item.addr + at as u64, ..self.item }
     }
+    fn whole(&self) -> LocalSegment {
+        self.local(0, self.len())
+    }
 }
 
 fn write_all(conn: &Connection, from: &Buffer, to: &Buffer) -> Result<(), ErrorKind> {
-    let id = conn.transfer(Direction::Write, std::iter::once((from.local(0, from.bytes.len()), to.item))).map_err(|e| e.kind())?;
+    let id = conn.transfer(Direction::Write, std::iter::once((from.whole(), to.item))).map_err(|e| e.kind())?;
     conn.wait(id, None).map(|s| assert!(s.complete)).map_err(|e| e.kind())
 }
 
@@ -86,14 +103,12 @@ fn strangers_neither_crash_nor_delay() {
     assert!(started.elapsed() < Duration::from_secs(3), "a real peer waited {:?}", started.elapsed());
     let (from, to) = (Buffer::new(&a, 1 << 20, |i| i as u8), Buffer::new(&b, 1 << 20, |_| 0));
     write_all(&out, &from, &to).unwrap();
-    assert_eq!(from.bytes, to.bytes);
+    assert!(from.bytes() == to.bytes());
     drop(silent);
 }
 
 #[test]
-fn garbage_on_an_established_control_connection_fails_only_that_connection() {
-    // A peer that completed the handshake and then breaks the protocol is modelled by an engine whose process is gone:
-    // here, two good connections of which one is closed by the peer.
+fn a_closed_connection_leaves_the_others_alone() {
     let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
     let (first, inc) = pair(&a, &b);
     let (second, _keep) = pair(&a, &b);
@@ -102,7 +117,7 @@ fn garbage_on_an_established_control_connection_fails_only_that_connection() {
     let lost = write_all(&first, &from, &to);
     assert_eq!(lost, Err(ErrorKind::RemoteDisconnect));
     write_all(&second, &from, &to).unwrap();
-    assert_eq!(from.bytes, to.bytes);
+    assert!(from.bytes() == to.bytes());
 }
 
 #[test]
@@ -112,7 +127,7 @@ fn fifo_items_of_another_engine_are_refused() {
     let from = Buffer::new(&a, 100, |_| 1);
     let elsewhere = Buffer::new(&c, 100, |_| 2);
     assert_eq!(write_all(&out, &from, &elsewhere), Err(ErrorKind::RemoteAccess));
-    assert!(elsewhere.bytes.iter().all(|&b| b == 2));
+    assert!(elsewhere.bytes().iter().all(|&b| b == 2));
 }
 
 #[test]
@@ -125,7 +140,7 @@ fn a_transfer_may_mix_regions_and_sizes() {
     let mut items = Vec::new();
     for (s, t) in sources.iter().zip(&targets) {
         let (mut at, mut len) = (1, 0);
-        while at + len < s.bytes.len() {
+        while at + len < s.len() {
             items.push((s.local(at, len), t.remote(at)));
             at += len + 17;
             len = (len * 7 + 13) % 10_000;
@@ -134,10 +149,10 @@ fn a_transfer_may_mix_regions_and_sizes() {
     let expected: Vec<Vec<u8>> = sources
         .iter()
         .map(|s| {
-            let mut e = vec![0xEE; s.bytes.len()];
+            let (mut e, bytes) = (vec![0xEE; s.len()], s.bytes());
             for (l, _) in items.iter().filter(|(l, _)| l.mr == s.mr) {
-                let at = l.addr - s.bytes.as_ptr() as usize;
-                e[at..at + l.len].copy_from_slice(&s.bytes[at..at + l.len]);
+                let at = l.addr - s.local(0, 0).addr;
+                e[at..at + l.len].copy_from_slice(&bytes[at..at + l.len]);
             }
             e
         })
@@ -146,18 +161,18 @@ fn a_transfer_may_mix_regions_and_sizes() {
     let state = out.wait(id, None).unwrap();
     assert_eq!((state.bytes_done, state.bytes_total), (state.bytes_total, items.iter().map(|(l, _)| l.len as u64).sum()));
     for (t, e) in targets.iter().zip(&expected) {
-        assert!(t.bytes == *e);
+        assert!(*t.bytes() == **e);
     }
     // And back with reads into fresh memory.
-    let back: Vec<Buffer> = sources.iter().map(|s| Buffer::new(&a, s.bytes.len(), |_| 0xEE)).collect();
+    let back: Vec<Buffer> = sources.iter().map(|s| Buffer::new(&a, s.len(), |_| 0xEE)).collect();
     let reads = items.iter().map(|(l, r)| {
         let k = sources.iter().position(|s| s.mr == l.mr).unwrap();
-        (back[k].local(l.addr - sources[k].bytes.as_ptr() as usize, l.len), *r)
+        (back[k].local(l.addr - sources[k].local(0, 0).addr, l.len), *r)
     });
     let id = out.transfer(Direction::Read, reads.collect::<Vec<_>>().into_iter()).unwrap();
     out.wait(id, None).unwrap();
     for (k, e) in expected.iter().enumerate() {
-        assert!(back[k].bytes == *e);
+        assert!(*back[k].bytes() == **e);
     }
 }
 
@@ -166,22 +181,21 @@ fn five_gibibytes_in_one_transfer() {
     const LEN: usize = 5 << 30;
     let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
     let (out, _inc) = pair(&a, &b);
-    // Untouched pages cost nothing: mark a few places, on both sides of every 1 GiB and 4 GiB boundary.
-    let mut from = vec![0u8; LEN];
-    let to = vec![0u8; LEN];
+    // A few places that tell, on both sides of every 1 GiB and 4 GiB boundary; the rest is compared too.
+    let mut bytes = vec![0u8; LEN];
     let marks: Vec<usize> = (0..5).flat_map(|g| [(g << 30) + 7, ((g + 1) << 30) - 1]).collect();
     for (i, &m) in marks.iter().enumerate() {
-        from[m] = i as u8 + 1;
+        bytes[m] = i as u8 + 1;
     }
-    let (mr, remote) = (a.register(from.as_ptr() as usize, LEN).unwrap(), b.register(to.as_ptr() as usize, LEN).unwrap());
-    let item = b.fifo_item(remote, to.as_ptr() as usize, LEN).unwrap();
-    assert_eq!(item.size, u32::MAX);
-    let id = out.transfer(Direction::Write, std::iter::once((LocalSegment { mr, addr: from.as_ptr() as usize, len: LEN }, item))).unwrap();
+    let (from, to) = (Buffer::of(&a, bytes), Buffer::of(&b, vec![0u8; LEN]));
+    assert_eq!(to.item.size, u32::MAX);
+    let id = out.transfer(Direction::Write, std::iter::once((from.whole(), to.item))).unwrap();
     assert_eq!(out.wait(id, None).unwrap().bytes_total, LEN as u64);
+    let got = to.bytes();
     for (i, &m) in marks.iter().enumerate() {
-        assert_eq!(to[m], i as u8 + 1, "at {m}");
+        assert_eq!(got[m], i as u8 + 1, "at {m}");
     }
-    assert!(from == to);
+    assert!(from.bytes() == got);
 }
 
 #[test]
@@ -190,18 +204,18 @@ fn deregistration_waits_for_the_peers_transfers() {
     let (out, _inc) = pair(&a, &b);
     let from = Buffer::new(&a, 64 << 20, |i| (i >> 3) as u8);
     let to = Buffer::new(&b, 64 << 20, |_| 0);
-    let id = out.transfer(Direction::Write, std::iter::once((from.local(0, from.bytes.len()), to.item))).unwrap();
+    let id = out.transfer(Direction::Write, std::iter::once((from.whole(), to.item))).unwrap();
     let result = std::thread::scope(|s| {
         let waiting = s.spawn(|| out.wait(id, None));
         b.deregister(to.mr).unwrap();
         // From here on nobody may write to it, whether the transfer made it or not.
-        let before = to.bytes.clone();
+        let before = to.bytes().into_owned();
         let result = waiting.join().unwrap();
-        assert!(before == to.bytes);
+        assert!(before == *to.bytes());
         result
     });
     match result {
-        Ok(state) => assert!(state.complete && from.bytes == to.bytes),
+        Ok(state) => assert!(state.complete && from.bytes() == to.bytes()),
         Err(e) => assert_eq!(e.kind(), ErrorKind::RemoteAccess),
     }
     assert_eq!(write_all(&out, &from, &to), Err(ErrorKind::RemoteAccess));
@@ -233,7 +247,10 @@ fn sixty_four_connections_to_one_engine() {
     let to = Buffer::new(&server, 64 << 10, |_| 0);
     let mut connections = Vec::new();
     std::thread::scope(|s| {
-        let handles: Vec<_> = clients.iter().map(|c| s.spawn(|| (0..8).map(|_| c.connect("127.0.0.1", "0", port(&server)).unwrap()).collect::<Vec<_>>())).collect();
+        let handles: Vec<_> = clients
+            .iter()
+            .map(|c| s.spawn(|| (0..8).map(|_| c.connect("127.0.0.1", "0", port(&server)).unwrap()).collect::<Vec<_>>()))
+            .collect();
         for _ in 0..64 {
             connections.push(server.accept().unwrap());
         }
@@ -241,14 +258,17 @@ fn sixty_four_connections_to_one_engine() {
             let client = &clients[k];
             for (i, conn) in handle.join().unwrap().into_iter().enumerate() {
                 let from = Buffer::new(client, 1000, |_| (k * 8 + i) as u8 + 1);
-                let id = conn.transfer(Direction::Write, std::iter::once((from.local(0, 1000), to.remote((k * 8 + i) * 1000)))).unwrap();
+                let id = conn
+                    .transfer(Direction::Write, std::iter::once((from.local(0, 1000), to.remote((k * 8 + i) * 1000))))
+                    .unwrap();
                 conn.wait(id, None).unwrap();
                 connections.push(conn);
             }
         }
     });
+    let got = to.bytes();
     for n in 0..64 {
-        assert!(to.bytes[n * 1000..(n + 1) * 1000].iter().all(|&b| b == n as u8 + 1), "client {n}");
+        assert!(got[n * 1000..(n + 1) * 1000].iter().all(|&b| b == n as u8 + 1), "client {n}");
     }
 }
 
@@ -266,4 +286,42 @@ fn the_tcpx_plugin_is_never_replaced_silently() {
     }
     let missing = Config { plugin_path: Some("/nonexistent/libnccl-net.so".into()), ..config() };
     assert_eq!(Engine::new(missing).unwrap_err().kind(), ErrorKind::PluginLoad);
+}
+
+#[test]
+fn host_and_test_memory_mix_in_one_vector() {
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let (out, inc) = pair(&a, &b);
+    let host = |engine: &Engine, len: usize, fill: fn(usize) -> u8| {
+        let bytes: Box<[u8]> = (0..len).map(fill).collect();
+        let mr = engine.register(bytes.as_ptr() as usize, len).unwrap();
+        let item = engine.fifo_item(mr, bytes.as_ptr() as usize, len).unwrap();
+        (bytes, mr, item)
+    };
+    for len in [1000usize, 3 << 20] {
+        let (plain, plain_mr, _) = host(&a, len, |i| (i * 7) as u8);
+        let (landed, _, landed_item) = host(&b, len, |_| 0);
+        let (test, target) = (Buffer::new(&a, len, |i| (i * 5) as u8), Buffer::new(&b, len, |_| 0));
+        let plain_local = LocalSegment { mr: plain_mr, addr: plain.as_ptr() as usize, len };
+        // Crosswise: host memory into test memory and back, in one transfer.
+        let items = [(plain_local, target.item), (test.whole(), landed_item)];
+        let id = out.transfer(Direction::Write, items.into_iter()).unwrap();
+        out.wait(id, None).unwrap();
+        assert!(*target.bytes() == *plain && *landed == *test.bytes());
+        // Straight, as reads.
+        let back = Buffer::new(&a, len, |_| 0);
+        let id = out.transfer(Direction::Read, std::iter::once((back.whole(), target.item))).unwrap();
+        out.wait(id, None).unwrap();
+        assert!(*back.bytes() == *plain);
+        // As messages.
+        let receive = b.register(target.local(0, len).addr, len).unwrap();
+        let got = inc.recv(LocalSegment { mr: receive, ..target.whole() }).unwrap();
+        let sent = out
+            .send([LocalSegment { len: len / 2, ..test.whole() }, LocalSegment { len: len - len / 2, ..plain_local }].into_iter())
+            .unwrap();
+        out.wait(sent, None).unwrap();
+        assert_eq!(inc.wait(got, None).unwrap().bytes_total, len as u64);
+        let want: Vec<u8> = test.bytes()[..len / 2].iter().chain(&plain[..len - len / 2]).copied().collect();
+        assert!(*target.bytes() == *want);
+    }
 }

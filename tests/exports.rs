@@ -13,7 +13,8 @@ fn exports() -> BTreeMap<String, (String, String)> {
             let open = piece.find(" {\n").expect("a body");
             let body = piece[open + 3..].split("\n}\n").next().expect("an end").to_owned();
             let before = text.split(&format!("fn {name}(")).next().expect("text before");
-            let doc: Vec<&str> = before.trim_end().lines().rev().skip(1).take_while(|l| l.starts_with("///") || l.starts_with("#[")).collect();
+            let doc: Vec<&str> =
+                before.trim_end().lines().rev().skip(1).take_while(|l| l.starts_with("///") || l.starts_with("#[")).collect();
             found.insert(name, (doc.into_iter().rev().collect::<Vec<_>>().join("\n"), body));
         }
     }
@@ -45,7 +46,10 @@ fn every_export_documents_result_and_threads() {
 fn every_status_is_in_the_header() {
     let header = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/include/uccl_engine.h")).expect("header");
     for kind in uccl_p2p::status::ErrorKind::ALL {
-        assert!(header.lines().any(|l| l.starts_with("#define UCCL_ERR_") && l.ends_with(&format!(" {}", kind.code()))), "{kind:?}");
+        assert!(
+            header.lines().any(|l| l.starts_with("#define UCCL_ERR_") && l.ends_with(&format!(" {}", kind.code()))),
+            "{kind:?}"
+        );
     }
     for name in exports().keys() {
         assert!(header.contains(&format!("{name}(")), "{name} is not in the header");
@@ -54,7 +58,8 @@ fn every_status_is_in_the_header() {
 
 #[test]
 fn every_variable_is_documented() {
-    let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/configuration.md")).expect("docs/configuration.md");
+    let text =
+        std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/configuration.md")).expect("docs/configuration.md");
     for v in uccl_p2p::config::VARIABLES {
         let row = format!("| `{}` | {} | {} |", v.name, v.default, v.doc);
         assert!(text.contains(&row), "docs/configuration.md lacks:\n{row}");

@@ -168,13 +168,27 @@ type Opaque = *mut c_void;
 type InitFn = unsafe extern "C" fn(ncclDebugLogger_t) -> ncclResult_t;
 type DevicesFn = unsafe extern "C" fn(*mut c_int) -> ncclResult_t;
 type ListenFn = unsafe extern "C" fn(dev: c_int, handle: Opaque, listen_comm: *mut Opaque) -> ncclResult_t;
-type ConnectFn =
-    unsafe extern "C" fn(dev: c_int, handle: Opaque, send_comm: *mut Opaque, dev_handle: *mut *mut ncclNetDeviceHandle_v7) -> ncclResult_t;
-type AcceptFn =
-    unsafe extern "C" fn(listen_comm: Opaque, recv_comm: *mut Opaque, dev_handle: *mut *mut ncclNetDeviceHandle_v7) -> ncclResult_t;
+type ConnectFn = unsafe extern "C" fn(
+    dev: c_int,
+    handle: Opaque,
+    send_comm: *mut Opaque,
+    dev_handle: *mut *mut ncclNetDeviceHandle_v7,
+) -> ncclResult_t;
+type AcceptFn = unsafe extern "C" fn(
+    listen_comm: Opaque,
+    recv_comm: *mut Opaque,
+    dev_handle: *mut *mut ncclNetDeviceHandle_v7,
+) -> ncclResult_t;
 type RegDmaBufFn = unsafe extern "C" fn(Opaque, Opaque, usize, c_int, u64, c_int, *mut Opaque) -> ncclResult_t;
 type DeregFn = unsafe extern "C" fn(comm: Opaque, mhandle: Opaque) -> ncclResult_t;
-type IsendFn = unsafe extern "C" fn(comm: Opaque, data: Opaque, size: c_int, tag: c_int, mhandle: Opaque, request: *mut Opaque) -> ncclResult_t;
+type IsendFn = unsafe extern "C" fn(
+    comm: Opaque,
+    data: Opaque,
+    size: c_int,
+    tag: c_int,
+    mhandle: Opaque,
+    request: *mut Opaque,
+) -> ncclResult_t;
 type IrecvFn = unsafe extern "C" fn(
     comm: Opaque,
     n: c_int,
@@ -184,8 +198,14 @@ type IrecvFn = unsafe extern "C" fn(
     mhandles: *mut Opaque,
     request: *mut Opaque,
 ) -> ncclResult_t;
-type IflushFn =
-    unsafe extern "C" fn(comm: Opaque, n: c_int, data: *mut Opaque, sizes: *mut c_int, mhandles: *mut Opaque, request: *mut Opaque) -> ncclResult_t;
+type IflushFn = unsafe extern "C" fn(
+    comm: Opaque,
+    n: c_int,
+    data: *mut Opaque,
+    sizes: *mut c_int,
+    mhandles: *mut Opaque,
+    request: *mut Opaque,
+) -> ncclResult_t;
 type TestFn = unsafe extern "C" fn(request: Opaque, done: *mut c_int, sizes: *mut c_int) -> ncclResult_t;
 type CloseFn = unsafe extern "C" fn(comm: Opaque) -> ncclResult_t;
 type GetDeviceMrFn = unsafe extern "C" fn(comm: Opaque, mhandle: Opaque, dptr_mhandle: *mut Opaque) -> ncclResult_t;
@@ -273,10 +293,14 @@ pub struct ucclNetExt_v1 {
     pub size: usize,
     /// Vectored send of host memory: one message gathered from `n` segments. Segments stay untouched by the caller until
     /// the request is done; the iovec array itself is copied. One of the 16 requests of the comm; same rules as `isend`.
-    pub isendv: Option<unsafe extern "C" fn(comm: Opaque, n: c_int, iov: *const ucclIoVec, tag: c_int, request: *mut Opaque) -> ncclResult_t>,
+    pub isendv: Option<
+        unsafe extern "C" fn(comm: Opaque, n: c_int, iov: *const ucclIoVec, tag: c_int, request: *mut Opaque) -> ncclResult_t,
+    >,
     /// Vectored receive into host memory: one message scattered to `n` segments; their sum must be at least the message.
     /// One of the 16 requests; same rules as `irecv`, and it is consumed with `irecvConsumed` like any other.
-    pub irecvv: Option<unsafe extern "C" fn(comm: Opaque, n: c_int, iov: *const ucclIoVec, tag: c_int, request: *mut Opaque) -> ncclResult_t>,
+    pub irecvv: Option<
+        unsafe extern "C" fn(comm: Opaque, n: c_int, iov: *const ucclIoVec, tag: c_int, request: *mut Opaque) -> ncclResult_t,
+    >,
     /// Completion doorbell of a comm: whenever a request of the comm becomes done, or the comm fails, the plugin swaps
     /// `*armed` to 0 and, if it was 1, writes 1 to eventfd `fd`. Both stay valid until the comm is closed. `fd` -1 removes it.
     pub setDoorbell: Option<unsafe extern "C" fn(comm: Opaque, armed: *mut u32, fd: c_int) -> ncclResult_t>,

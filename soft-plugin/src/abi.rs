@@ -182,7 +182,8 @@ pub unsafe extern "C" fn connect(
         let Some(connected) = rendezvous::connect(interface, &global.config, handle).map_err(|e| system("connect", &e))? else {
             return Ok(());
         };
-        let comm = Comm::start(global, connected.socket, connected.peer, None, ptr::null_mut(), false).map_err(|e| system("send comm", &e))?;
+        let comm = Comm::start(global, connected.socket, connected.peer, None, ptr::null_mut(), false)
+            .map_err(|e| system("send comm", &e))?;
         // SAFETY: as above.
         unsafe { *send_comm = Arc::into_raw(comm).cast_mut().cast() };
         Ok(())
@@ -222,7 +223,8 @@ pub unsafe extern "C" fn accept(
                 late_handle = target;
             }
         }
-        let comm = Comm::start(global, connected.socket, connected.peer, queue, late_handle, true).map_err(|e| system("receive comm", &e))?;
+        let comm = Comm::start(global, connected.socket, connected.peer, queue, late_handle, true)
+            .map_err(|e| system("receive comm", &e))?;
         // SAFETY: as above.
         unsafe { *recv_comm = Arc::into_raw(comm).cast_mut().cast() };
         Ok(())

@@ -5,7 +5,10 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{fence, AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use nccl_net_abi::{ncclNetDeviceHandle_v7, ncclResult_t, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_INVALID_ARGUMENT, NCCL_SUCCESS, NCCL_SYSTEM_ERROR};
+use nccl_net_abi::{
+    ncclNetDeviceHandle_v7, ncclResult_t, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_INVALID_ARGUMENT, NCCL_SUCCESS,
+    NCCL_SYSTEM_ERROR,
+};
 use parking_lot::Mutex;
 
 use crate::device::{SendSource, UnpackQueue};
@@ -139,8 +142,7 @@ impl Comm {
     ) -> std::io::Result<Arc<Comm>> {
         let pool = crate::pool::get(&global.config)?;
         let (worker, id) = pool.assign(receives);
-        let side =
-            if receives { Side::Recv(Box::new(RecvIo::new(&global.config, id))) } else { Side::Send(SendIo::default()) };
+        let side = if receives { Side::Recv(Box::new(RecvIo::new(&global.config, id))) } else { Side::Send(SendIo::default()) };
         let fd = socket.as_raw_fd();
         let comm = Arc::new(Comm {
             alive: AtomicU32::new(ALIVE),

@@ -43,7 +43,8 @@ impl Cuda {
         }
         let mut count = 0;
         // SAFETY: the library is present; cuInit creates no context.
-        let ready = unsafe { sys::cuInit(0) == CUresult::CUDA_SUCCESS && sys::cuDeviceGetCount(&mut count) == CUresult::CUDA_SUCCESS };
+        let ready =
+            unsafe { sys::cuInit(0) == CUresult::CUDA_SUCCESS && sys::cuDeviceGetCount(&mut count) == CUresult::CUDA_SUCCESS };
         (ready && count > 0).then_some(Cuda)
     }
 }
@@ -67,7 +68,12 @@ impl DeviceMemory for Cuda {
 
     fn send_source(&self, limit: usize) -> io::Result<Arc<dyn SendSource>> {
         let stride = limit.next_multiple_of(4096);
-        Ok(Arc::new(Source { ring: Pinned::new(stride * MAX_REQUESTS)?, flags: Pinned::new(4096)?, stride, streams: Mutex::default() }))
+        Ok(Arc::new(Source {
+            ring: Pinned::new(stride * MAX_REQUESTS)?,
+            flags: Pinned::new(4096)?,
+            stride,
+            streams: Mutex::default(),
+        }))
     }
 }
 

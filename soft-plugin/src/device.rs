@@ -56,7 +56,13 @@ unsafe impl Sync for UnpackQueue {}
 
 impl UnpackQueue {
     /// A queue over memory that `owner` frees.
-    pub fn new(meta: *mut netUnpackMeta, bounce: *mut u8, bounce_len: usize, handle: *mut c_void, owner: Box<dyn Send>) -> UnpackQueue {
+    pub fn new(
+        meta: *mut netUnpackMeta,
+        bounce: *mut u8,
+        bounce_len: usize,
+        handle: *mut c_void,
+        owner: Box<dyn Send>,
+    ) -> UnpackQueue {
         UnpackQueue { meta, bounce, bounce_len, handle, _owner: owner }
     }
 }

@@ -29,7 +29,9 @@ enum Kind {
 impl Queued {
     fn job(&self) -> Job<'_> {
         match self.kind {
-            Kind::Unpack { meta, slot, bounce, read_count } => Job::unpack(meta, slot, bounce, self.len, &self.segments, read_count),
+            Kind::Unpack { meta, slot, bounce, read_count } => {
+                Job::unpack(meta, slot, bounce, self.len, &self.segments, read_count)
+            }
             Kind::Pack { staging } => Job::gather(&self.segments, staging, self.len),
         }
     }
@@ -51,6 +53,8 @@ struct Unit {
 
 /// Jobs of a launch.
 const BATCH: usize = 16;
+/// Pieces of a small copy that the copy engine takes one by one; more are one kernel.
+const FEW: usize = 2;
 
 impl Unit {
     fn new(place: Place) -> Result<Unit> {
@@ -168,7 +172,14 @@ impl DeviceCopier for CudaDevice {
         Ok(super::device::View { meta: meta.host.cast(), meta_device: meta.device, bounce: raw.bounce_buf as u64, read_count })
     }
 
-    unsafe fn unpack(&mut self, view: &super::device::View, slot: usize, len: usize, parts: &[Part], place: Place) -> Result<Ticket> {
+    unsafe fn unpack(
+        &mut self,
+        view: &super::device::View,
+        slot: usize,
+        len: usize,
+        parts: &[Part],
+        place: Place,
+    ) -> Result<Ticket> {
         let meta = MappedPtr { host: view.meta.cast_mut().cast(), device: view.meta_device };
         // SAFETY: the meta queue is live and the receive is done.
         let count = unsafe { super::device::entry_count(view.meta, slot) };
@@ -218,8 +229,17 @@ impl DeviceCopier for CudaDevice {
         }
         // SAFETY: the scratch holds them, and no job uses it: small copies run to their end.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), scratch.host, bytes.len()) };
+        if parts.len() <= FEW {
+            let (stream, mut at) = (unit.launcher.stream(), scratch.host);
+            for part in parts {
+                // SAFETY: the parts are registered device memory by the caller's contract and hold the scratch's bytes.
+                unsafe { crate::gpu::host_to_device(stream, part.addr, at, part.len as usize) }?;
+                at = at.wrapping_add(part.len as usize);
+            }
+            return stream.synchronize();
+        }
         let list = segments(parts);
-        // SAFETY: the parts are registered device memory by the caller's contract; the scratch is ours.
+        // SAFETY: as above.
         unsafe { unit.run(Job::scatter(scratch.device, &list, bytes.len() as u64)) }
     }
 
@@ -230,9 +250,20 @@ impl DeviceCopier for CudaDevice {
         if len > unit.scratch.len() as u64 {
             bail!(Internal, "{len} bytes of a small copy");
         }
-        let list = segments(parts);
-        // SAFETY: the parts are registered device memory by the caller's contract; the scratch is ours.
-        unsafe { unit.run(Job::gather(&list, scratch.device, len)) }?;
+        if parts.len() <= FEW {
+            // The copy engine starts sooner than a kernel, and does not wait for a busy GPU.
+            let (stream, mut at) = (unit.launcher.stream(), scratch.host);
+            for part in parts {
+                // SAFETY: the parts are registered device memory by the caller's contract; the scratch is ours and holds their sum.
+                unsafe { crate::gpu::device_to_host(stream, at, part.addr, part.len as usize) }?;
+                at = at.wrapping_add(part.len as usize);
+            }
+            stream.synchronize()?;
+        } else {
+            let list = segments(parts);
+            // SAFETY: as above.
+            unsafe { unit.run(Job::gather(&list, scratch.device, len)) }?;
+        }
         // SAFETY: the job has filled len bytes of the scratch.
         out.extend_from_slice(unsafe { std::slice::from_raw_parts(scratch.host, len as usize) });
         Ok(())

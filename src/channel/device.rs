@@ -342,7 +342,13 @@ mod tests {
     #[test]
     fn entries_outside_the_message_are_refused() {
         assert!(check_entries(&[entry(0, 100, 0)], 100).is_ok());
-        for bad in [vec![entry(0, 101, 0)], vec![entry(0, 1, 100), entry(0, 99, 0)], vec![entry(0, 50, 0)], vec![entry(0, 60, 0), entry(0, 60, 40)], vec![]] {
+        for bad in [
+            vec![entry(0, 101, 0)],
+            vec![entry(0, 1, 100), entry(0, 99, 0)],
+            vec![entry(0, 50, 0)],
+            vec![entry(0, 60, 0), entry(0, 60, 40)],
+            vec![],
+        ] {
             assert!(check_entries(&bad, 100).is_err(), "{bad:?}");
         }
         assert!(check_entries(&[loadMeta { src_off: 0, len: 2, dst_off: u64::MAX }], 100).is_err());

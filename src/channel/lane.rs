@@ -101,7 +101,11 @@ struct Staging {
 }
 
 impl Staging {
-    fn new(memory: Box<dyn StagingMemory>, stride: usize, register: impl FnOnce(*mut u8, usize) -> Result<MHandle>) -> Result<Staging> {
+    fn new(
+        memory: Box<dyn StagingMemory>,
+        stride: usize,
+        register: impl FnOnce(*mut u8, usize) -> Result<MHandle>,
+    ) -> Result<Staging> {
         let mhandle = register(memory.ptr(), stride * MAX_REQUESTS)?;
         Ok(Staging { memory, mhandle, stride, turn: 0 })
     }
@@ -215,7 +219,14 @@ impl Lane {
     ///
     /// # Safety
     /// The chunk's memory stays mapped and unchanged until its [`Event::Sent`] or the lane's end.
-    pub(crate) unsafe fn submit(&mut self, key: Key, chunk: Chunk, span: impl Fn(u16) -> Span, ctx: &mut Context<'_>, now: Instant) -> Result<()> {
+    pub(crate) unsafe fn submit(
+        &mut self,
+        key: Key,
+        chunk: Chunk,
+        span: impl Fn(u16) -> Span,
+        ctx: &mut Context<'_>,
+        now: Instant,
+    ) -> Result<()> {
         let len = chunk.len;
         let source = if chunk.place.is_device() {
             // SAFETY: by the caller's contract.
@@ -253,7 +264,9 @@ impl Lane {
             let memory = ctx.copier()?.staging(stride * MAX_REQUESTS, place)?;
             let send = &self.send;
             // SAFETY: the staging memory is dropped after the comm (field order).
-            let staging = Staging::new(memory, stride, |p, n| ctx.register(place, || unsafe { send.register(p.cast(), n, NCCL_PTR_CUDA) }))?;
+            let staging = Staging::new(memory, stride, |p, n| {
+                ctx.register(place, || unsafe { send.register(p.cast(), n, NCCL_PTR_CUDA) })
+            })?;
             self.device_out.insert(place, staging);
         }
         let Some(staging) = self.device_out.get_mut(&place) else { bail!(Internal, "no staging") };
@@ -491,8 +504,15 @@ impl Lane {
             return Ok(view);
         }
         let handle = self.recv.device_handle();
-        if handle.netDeviceType != nccl_net_abi::NCCL_NET_DEVICE_UNPACK || handle.netDeviceVersion != nccl_net_abi::NCCL_NET_DEVICE_UNPACK_VERSION {
-            bail!(Plugin, "device handle of type {} version {}, expected unpack version 7", handle.netDeviceType, handle.netDeviceVersion);
+        if handle.netDeviceType != nccl_net_abi::NCCL_NET_DEVICE_UNPACK
+            || handle.netDeviceVersion != nccl_net_abi::NCCL_NET_DEVICE_UNPACK_VERSION
+        {
+            bail!(
+                Plugin,
+                "device handle of type {} version {}, expected unpack version 7",
+                handle.netDeviceType,
+                handle.netDeviceVersion
+            );
         }
         // SAFETY: the handle of a live comm.
         let view = unsafe { ctx.copier()?.view(handle.handle, place) }?;

@@ -17,7 +17,9 @@ unsafe impl Send for HostBlock {}
 
 impl HostBlock {
     pub(crate) fn new(len: usize) -> Result<HostBlock> {
-        let Ok(layout) = Layout::from_size_align(len.max(1).next_multiple_of(PAGE), PAGE) else { bail!(Resource, "block of {len} bytes") };
+        let Ok(layout) = Layout::from_size_align(len.max(1).next_multiple_of(PAGE), PAGE) else {
+            bail!(Resource, "block of {len} bytes")
+        };
         // SAFETY: the layout's size is not 0.
         let Some(ptr) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { bail!(Resource, "{len} bytes of staging memory") };
         Ok(HostBlock { ptr, layout })

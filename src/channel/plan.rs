@@ -132,16 +132,18 @@ mod tests {
 
     /// Segments of both sides of one transfer: the same lengths, different places and kinds.
     fn sides() -> impl Strategy<Value = (Vec<Segment>, Vec<Segment>)> {
-        proptest::collection::vec((0u64..1 << 40, 0u64..1 << 40, 1u64..70_000, 0u8..3, 0u8..3, any::<bool>()), 0..200).prop_map(|items| {
-            let (mut a, mut b): (Vec<Segment>, Vec<Segment>) = (Vec::new(), Vec::new());
-            for (i, (x, y, len, dx, dy, near)) in items.into_iter().enumerate() {
-                // Neighbouring blocks are common and exercise the merging.
-                let x = if near && i > 0 { a[i - 1].addr + a[i - 1].len } else { x };
-                a.push(Segment { addr: x, len, region: 0, place: Place(dx), peer: Place(dy) });
-                b.push(Segment { addr: y, len, region: 0, place: Place(dy), peer: Place(dx) });
-            }
-            (a, b)
-        })
+        proptest::collection::vec((0u64..1 << 40, 0u64..1 << 40, 1u64..70_000, 0u8..3, 0u8..3, any::<bool>()), 0..200).prop_map(
+            |items| {
+                let (mut a, mut b): (Vec<Segment>, Vec<Segment>) = (Vec::new(), Vec::new());
+                for (i, (x, y, len, dx, dy, near)) in items.into_iter().enumerate() {
+                    // Neighbouring blocks are common and exercise the merging.
+                    let x = if near && i > 0 { a[i - 1].addr + a[i - 1].len } else { x };
+                    a.push(Segment { addr: x, len, region: 0, place: Place(dx), peer: Place(dy) });
+                    b.push(Segment { addr: y, len, region: 0, place: Place(dy), peer: Place(dx) });
+                }
+                (a, b)
+            },
+        )
     }
 
     fn bytes(parts: &[Part]) -> impl Iterator<Item = u64> + '_ {

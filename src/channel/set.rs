@@ -33,8 +33,12 @@ impl Listening {
 
     /// Connects to the peer's handles and accepts the peer's connects. `alive` says whether to go on.
     pub(crate) fn establish(self, peers: &[Handle], deadline: Instant, alive: &(dyn Fn() -> bool + Sync)) -> Result<Vec<Lane>> {
-        let connects: Vec<Half> =
-            self.nics.iter().zip(peers).map(|(&nic, &handle)| Half::Connecting(Connecting::new(&self.plugin, nic, handle))).collect();
+        let connects: Vec<Half> = self
+            .nics
+            .iter()
+            .zip(peers)
+            .map(|(&nic, &handle)| Half::Connecting(Connecting::new(&self.plugin, nic, handle)))
+            .collect();
         let accepts: Vec<Half> = self.comms.into_iter().map(|c| Half::Accepting(c.accept())).collect();
         let n = connects.len();
         let halves: Vec<Half> = connects.into_iter().chain(accepts).collect();

@@ -47,7 +47,8 @@ impl Rate {
             let seconds = now.saturating_duration_since(last).as_secs_f64().max(1e-6);
             let sample = bytes as f64 / seconds;
             const WEIGHT: f64 = 0.2;
-            self.bytes_per_second = if self.bytes_per_second == 0.0 { sample } else { self.bytes_per_second * (1.0 - WEIGHT) + sample * WEIGHT };
+            self.bytes_per_second =
+                if self.bytes_per_second == 0.0 { sample } else { self.bytes_per_second * (1.0 - WEIGHT) + sample * WEIGHT };
         }
         self.last = Some(now);
     }

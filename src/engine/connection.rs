@@ -59,7 +59,14 @@ pub(crate) struct Peer {
 }
 
 impl Connection {
-    pub(crate) fn new(id: u64, shared: Arc<Shared>, state: State, peer: Peer, channels: usize, armed: Arc<AtomicU32>) -> Connection {
+    pub(crate) fn new(
+        id: u64,
+        shared: Arc<Shared>,
+        state: State,
+        peer: Peer,
+        channels: usize,
+        armed: Arc<AtomicU32>,
+    ) -> Connection {
         Connection {
             id,
             fd: state.control.fd(),
@@ -143,7 +150,11 @@ impl Connection {
             request.uses[usize::from(region)].check(local.addr as u64, len)?;
             let access = item.access()?;
             if access.engine != self.peer_engine {
-                return Ok(Built::Refused(err!(RemoteAccess, "the FIFO item of region {} belongs to another engine than this peer (has it restarted?)", access.region)));
+                return Ok(Built::Refused(err!(
+                    RemoteAccess,
+                    "the FIFO item of region {} belongs to another engine than this peer (has it restarted?)",
+                    access.region
+                )));
             }
             let remote_region = remotes.index((access.token, access.region), || {
                 request.remote_regions.push(WireRegion { id: access.region, token: access.token });
@@ -193,7 +204,13 @@ impl Connection {
             let used: &RegionUse = &uses[usize::from(region)];
             used.check(local.addr as u64, local.len as u64)?;
             if local.len > 0 {
-                segments.push(Segment { addr: local.addr as u64, len: local.len as u64, region, place: used.place, peer: Place::HOST });
+                segments.push(Segment {
+                    addr: local.addr as u64,
+                    len: local.len as u64,
+                    region,
+                    place: used.place,
+                    peer: Place::HOST,
+                });
             }
         }
         let mut state = self.state.lock();
@@ -208,7 +225,8 @@ impl Connection {
     pub fn recv(&self, local: LocalSegment) -> Result<u64> {
         let region = self.shared.registry.local(local.mr)?;
         region.check(local.addr as u64, local.len as u64)?;
-        let segment = Segment { addr: local.addr as u64, len: local.len as u64, region: 0, place: region.place, peer: Place::HOST };
+        let segment =
+            Segment { addr: local.addr as u64, len: local.len as u64, region: 0, place: region.place, peer: Place::HOST };
         let mut state = self.state.lock();
         let result = state.start_receive(segment, region, Instant::now());
         self.started(state, result)
@@ -304,10 +322,9 @@ impl Connection {
             self.driver.store(0, Ordering::Relaxed);
             self.shared.ring();
             let mut state = self.state.lock();
-            let ended = state.outcomes.ended();
             self.waiters.fetch_add(1, Ordering::AcqRel);
             let until = deadline.unwrap_or(now + Duration::from_millis(100)).min(now + Duration::from_millis(100));
-            while state.outcomes.ended() == ended && !self.ended.wait_until(&mut state, until).timed_out() {}
+            while state.outcomes.is_running(id) && !self.ended.wait_until(&mut state, until).timed_out() {}
             self.waiters.fetch_sub(1, Ordering::AcqRel);
         }
     }
@@ -344,9 +361,17 @@ impl Connection {
 
     /// A round of the progress thread; skipped while an application thread is at it.
     pub(crate) fn progress(&self) -> Progress {
-        let Some(mut state) = self.state.try_lock() else { return Progress { any: false, busy: true, lanes_busy: false, copying: false, backlog: false } };
+        let Some(mut state) = self.state.try_lock() else {
+            return Progress { any: false, busy: true, lanes_busy: false, copying: false, backlog: false };
+        };
         let any = self.drive(&mut state);
-        Progress { any, busy: state.busy(), lanes_busy: state.lanes_busy(), copying: state.copies_pending(), backlog: state.control.pending() > 0 }
+        Progress {
+            any,
+            busy: state.busy(),
+            lanes_busy: state.lanes_busy(),
+            copying: state.copies_pending(),
+            backlog: state.control.pending() > 0,
+        }
     }
 
     /// Deadlines and heartbeats; at most every few tens of milliseconds. `false` once the connection is dead.

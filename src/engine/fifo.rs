@@ -2,6 +2,7 @@
 
 use crate::status::{bail, Result};
 use crate::wire::frame::Place;
+use std::ffi::c_char;
 
 /// Access to a range of a peer's region. Exchanged between hosts of the same byte order (x86-64, little-endian).
 #[repr(C)]
@@ -19,15 +20,15 @@ pub struct FifoItem {
     pub rid: u32,
     /// Id of the region at its owner.
     pub idx: u64,
-    /// The region's token and the id of the owning engine.
-    pub opaque: [u8; 32],
+    /// Opaque: the region's token and the id of the owning engine.
+    pub padding: [c_char; 32],
 }
 
 const _: () = {
     assert!(std::mem::size_of::<FifoItem>() == 64);
     assert!(std::mem::offset_of!(FifoItem, size) == 8);
     assert!(std::mem::offset_of!(FifoItem, idx) == 24);
-    assert!(std::mem::offset_of!(FifoItem, opaque) == 32);
+    assert!(std::mem::offset_of!(FifoItem, padding) == 32);
 };
 
 /// Version of the opaque bytes, in `rid`.
@@ -46,9 +47,7 @@ pub(crate) struct Access {
 
 impl FifoItem {
     pub(crate) fn new(addr: u64, len: u64, access: &Access) -> FifoItem {
-        let mut opaque = [0; 32];
-        opaque[..16].copy_from_slice(&access.token);
-        opaque[16..].copy_from_slice(&access.engine);
+        let bytes: [u8; 32] = std::array::from_fn(|i| if i < 16 { access.token[i] } else { access.engine[i - 16] });
         FifoItem {
             addr,
             size: u32::try_from(len).unwrap_or(u32::MAX),
@@ -56,7 +55,7 @@ impl FifoItem {
             nmsgs: 0,
             rid: LAYOUT,
             idx: access.region,
-            opaque,
+            padding: bytes.map(|b| b as c_char),
         }
     }
 
@@ -67,8 +66,8 @@ impl FifoItem {
         };
         Ok(Access {
             region: self.idx,
-            token: std::array::from_fn(|i| self.opaque[i]),
-            engine: std::array::from_fn(|i| self.opaque[16 + i]),
+            token: std::array::from_fn(|i| self.padding[i] as u8),
+            engine: std::array::from_fn(|i| self.padding[16 + i] as u8),
             place: Place(place),
         })
     }

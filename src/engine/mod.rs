@@ -94,7 +94,12 @@ impl Engine {
         let clone = listener_wake.try_clone().map_err(|e| Error::system("eventfd", &e))?;
         let nics: Vec<String> = shared.plugin.devices.iter().map(|d| format!("{} ({} Mbit/s)", d.name, d.speed_mbps)).collect();
         let origin = shared.plugin.path.as_ref().map_or("built in".to_owned(), |p| p.display().to_string());
-        log::info!("engine {metadata}: plugin {} ({origin}), NICs {}, GPU {}", shared.plugin.name, nics.join(", "), shared.gpu_name());
+        log::info!(
+            "engine {metadata}: plugin {} ({origin}), NICs {}, GPU {}",
+            shared.plugin.name,
+            nics.join(", "),
+            shared.gpu_name()
+        );
         let engine = Engine { shared: shared.clone(), metadata, listener_wake, threads: Mutex::default() };
         let listening = shared.clone();
         engine.threads.lock().push(spawn("uccl-listen", move || {

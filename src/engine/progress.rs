@@ -137,7 +137,13 @@ pub(crate) fn run(shared: &Arc<Shared>) {
             last_activity = Instant::now();
             continue;
         }
-        let limit = if round.driven { STAND_BY } else if watched.is_empty() { IDLE } else { TICK };
+        let limit = if round.driven {
+            STAND_BY
+        } else if watched.is_empty() {
+            IDLE
+        } else {
+            TICK
+        };
         shared.wait_events(limit, &mut tokens);
         arm(shared, &watched, false);
         if tokens.iter().any(|&t| t != WAKE) {

@@ -38,7 +38,13 @@ impl RegionUse {
     /// An error unless `[addr, addr + len)` lies inside the region.
     pub(crate) fn check(&self, addr: u64, len: u64) -> Result<()> {
         if !self.0.holds(addr, len) {
-            bail!(InvalidArgument, "[{addr:#x}, +{len}) is not inside region {} [{:#x}, +{})", self.0.span.id, self.0.span.addr, self.0.span.len);
+            bail!(
+                InvalidArgument,
+                "[{addr:#x}, +{len}) is not inside region {} [{:#x}, +{})",
+                self.0.span.id,
+                self.0.span.addr,
+                self.0.span.len
+            );
         }
         Ok(())
     }

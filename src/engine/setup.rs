@@ -62,11 +62,19 @@ pub(crate) fn connect(shared: &Arc<Shared>, host: &str, gpu: &str, port: u16) ->
                     let _guard = shared.begin_setup(&sock)?;
                     let io = Blocking { sock: &sock, deadline };
                     let theirs = handshake::connect(&io, &ours, shared.auth_key.as_deref())?;
-                    establish(shared, sock.try_clone().map_err(|e| Error::system("control socket", &e))?, deadline, &ours, &theirs)
+                    establish(
+                        shared,
+                        sock.try_clone().map_err(|e| Error::system("control socket", &e))?,
+                        deadline,
+                        &ours,
+                        &theirs,
+                    )
                 });
                 return result.map_err(|e| Error::new(e.kind(), format_args!("connect to {address}: {e}")));
             }
-            Err(e) if e.kind() == std::io::ErrorKind::TimedOut => last = err!(TimedOut, "connect to {address}: no answer in time"),
+            Err(e) if e.kind() == std::io::ErrorKind::TimedOut => {
+                last = err!(TimedOut, "connect to {address}: no answer in time")
+            }
             Err(e) => last = err!(Unreachable, "connect to {address}: {e}"),
         }
     }
@@ -136,7 +144,7 @@ fn establish(shared: &Arc<Shared>, sock: TcpStream, deadline: Instant, ours: &He
     } else {
         None
     };
-    let name = format!("{address}");
+    let name = SocketAddr::new(peer_ip, address.port()).to_string();
     let config = &shared.config;
     let setting = Setting {
         registry: shared.registry.clone(),
@@ -152,10 +160,11 @@ fn establish(shared: &Arc<Shared>, sock: TcpStream, deadline: Instant, ours: &He
     clear.map_err(|e| Error::system("control socket", &e))?;
     let channels = n;
     let state = State::new(ControlStream::new(sock)?, sets, copier, setting);
+    let peer_name = name.clone();
     let peer = Peer { ip: peer_ip, name, gpu_index: theirs.gpu_index, engine: theirs.engine };
     let connection = Arc::new(Connection::new(shared.connection_id(), shared.clone(), state, peer, channels, doorbell.armed));
     shared.adopt(&connection)?;
-    log::info!("connected with {address}: {channels} channels over {}, GPU {}", shared.plugin.name, theirs.gpu);
+    log::info!("connected with {}: {channels} channels over {}, GPU {}", peer_name, shared.plugin.name, theirs.gpu);
     Ok(connection)
 }
 

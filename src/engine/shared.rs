@@ -158,7 +158,9 @@ impl Shared {
         let limit = libc::timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: i64::from(timeout.subsec_nanos()) };
         let no_mask = std::ptr::null::<libc::sigset_t>();
         // SAFETY: the array has N writable events; the time is readable; no signal mask is given.
-        let mut n = unsafe { libc::syscall(libc::SYS_epoll_pwait2, self.epoll.as_raw_fd(), events.as_mut_ptr(), N as i32, &limit, no_mask, 0) };
+        let mut n = unsafe {
+            libc::syscall(libc::SYS_epoll_pwait2, self.epoll.as_raw_fd(), events.as_mut_ptr(), N as i32, &limit, no_mask, 0)
+        };
         if n < 0 && std::io::Error::last_os_error().raw_os_error() == Some(libc::ENOSYS) {
             // Kernels before 5.11 wait in whole milliseconds.
             let millis = timeout.as_micros().div_ceil(1000) as i32;

@@ -111,7 +111,12 @@ pub(crate) struct State {
 }
 
 impl State {
-    pub(crate) fn new(control: ControlStream, sets: Vec<LaneSet>, copier: Option<Box<dyn DeviceCopier>>, setting: Setting) -> State {
+    pub(crate) fn new(
+        control: ControlStream,
+        sets: Vec<LaneSet>,
+        copier: Option<Box<dyn DeviceCopier>>,
+        setting: Setting,
+    ) -> State {
         let now = Instant::now();
         State {
             control,
@@ -621,7 +626,10 @@ impl State {
             self.outcomes.verdict(id, Ok(()), self.outgoing.contains_key(&key));
             return Ok(());
         }
-        let error = Error::new(ErrorKind::from_code(status), format_args!("{}: transfer {id} refused by the peer: {text}", self.setting.peer));
+        let error = Error::new(
+            ErrorKind::from_code(status),
+            format_args!("{}: transfer {id} refused by the peer: {text}", self.setting.peer),
+        );
         log::error!("{error}");
         self.waiting_sends.remove(&id);
         // A refused read has no data under way: the owner answers with data or with the refusal, never both.
@@ -663,8 +671,12 @@ impl State {
                 continue;
             }
             let segment = Segment { len, ..receive.segment };
-            let stream =
-                InStream { stream: Stream::new(vec![segment]), uses: vec![receive.region], missing: len, ending: Ending::Receive(receive.id) };
+            let stream = InStream {
+                stream: Stream::new(vec![segment]),
+                uses: vec![receive.region],
+                missing: len,
+                ending: Ending::Receive(receive.id),
+            };
             self.incoming.insert(Key { id: message, mine: false }, stream);
         }
     }
@@ -675,7 +687,10 @@ impl State {
             return Ok(());
         };
         if status != UCCL_OK {
-            let error = Error::new(ErrorKind::from_code(status), format_args!("{}: the peer's receive is smaller than message {id}", self.setting.peer));
+            let error = Error::new(
+                ErrorKind::from_code(status),
+                format_args!("{}: the peer's receive is smaller than message {id}", self.setting.peer),
+            );
             log::error!("{error}");
             self.outcomes.finish(id, Err(error));
             return Ok(());
@@ -708,7 +723,9 @@ impl State {
         if silent > s.peer_timeout {
             bail!(RemoteDisconnect, "the peer has been silent for {silent:.1?}");
         }
-        let moving = self.outcomes.in_flight() > self.waiting_sends.len() + self.waiting_receives.len() || !self.incoming.is_empty() || !self.outgoing.is_empty();
+        let moving = self.outcomes.in_flight() > self.waiting_sends.len() + self.waiting_receives.len()
+            || !self.incoming.is_empty()
+            || !self.outgoing.is_empty();
         let stalled = now.saturating_duration_since(self.last_progress);
         if moving && stalled > s.transfer_timeout {
             bail!(TimedOut, "no transfer has moved for {stalled:.1?}");
@@ -726,7 +743,12 @@ impl State {
     }
 
     fn expire_matches(&mut self, now: Instant, timeout: Duration) {
-        let late: Vec<u64> = self.waiting_sends.iter().filter(|(_, s)| now.saturating_duration_since(s.since) > timeout).map(|(&id, _)| id).collect();
+        let late: Vec<u64> = self
+            .waiting_sends
+            .iter()
+            .filter(|(_, s)| now.saturating_duration_since(s.since) > timeout)
+            .map(|(&id, _)| id)
+            .collect();
         for id in late {
             self.waiting_sends.remove(&id);
             self.push(&Frame::Withdraw { id });
@@ -734,7 +756,8 @@ impl State {
         }
         while self.waiting_receives.front().is_some_and(|r| now.saturating_duration_since(r.since) > timeout) {
             if let Some(receive) = self.waiting_receives.pop_front() {
-                self.outcomes.finish(receive.id, Err(err!(TimedOut, "no message came for receive {} within {timeout:?}", receive.id)));
+                self.outcomes
+                    .finish(receive.id, Err(err!(TimedOut, "no message came for receive {} within {timeout:?}", receive.id)));
             }
         }
     }

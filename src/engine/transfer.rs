@@ -69,6 +69,10 @@ impl Outcomes {
         self.running.len()
     }
 
+    pub(crate) fn is_running(&self, id: u64) -> bool {
+        self.running.contains_key(&id)
+    }
+
     /// Number of transfers that have ended; changes when a waiter should look again.
     pub(crate) fn ended(&self) -> u64 {
         self.ended

@@ -87,8 +87,11 @@ pub unsafe extern "C" fn uccl_engine_connect(
         let _ = same_process;
         let engine = ENGINES.get(engine.cast())?;
         // SAFETY: the caller passes NUL-terminated strings or null.
-        let (ip, gpu) = unsafe { (str_arg(ip_addr, "ip_addr")?, if remote_gpu.is_null() { "" } else { str_arg(remote_gpu, "remote_gpu")? }) };
-        let Ok(port @ 1..) = u16::try_from(remote_port) else { bail!(InvalidArgument, "remote_port {remote_port} is not in 1..=65535") };
+        let (ip, gpu) =
+            unsafe { (str_arg(ip_addr, "ip_addr")?, if remote_gpu.is_null() { "" } else { str_arg(remote_gpu, "remote_gpu")? }) };
+        let Ok(port @ 1..) = u16::try_from(remote_port) else {
+            bail!(InvalidArgument, "remote_port {remote_port} is not in 1..=65535")
+        };
         Ok(CONNECTIONS.insert(engine.connect(ip, gpu, port)?).cast())
     })
 }
@@ -308,7 +311,12 @@ pub unsafe extern "C" fn uccl_engine_free_metadata(metadata: *mut c_char) {
 ///
 /// Threads: any.
 #[no_mangle]
-pub unsafe extern "C" fn uccl_engine_metadata_into(engine: *mut uccl_engine_t, buf: *mut c_char, len: usize, needed: *mut usize) -> c_int {
+pub unsafe extern "C" fn uccl_engine_metadata_into(
+    engine: *mut uccl_engine_t,
+    buf: *mut c_char,
+    len: usize,
+    needed: *mut usize,
+) -> c_int {
     status(|| {
         let text = ENGINES.get(engine.cast())?.metadata();
         // SAFETY: the caller passes a writable pointer or null.
@@ -388,7 +396,12 @@ pub unsafe extern "C" fn uccl_engine_update_fifo(fifo_item: *mut FifoItem, remot
 ///
 /// Threads: any.
 #[no_mangle]
-pub unsafe extern "C" fn uccl_engine_get_ipc_info(engine: *mut uccl_engine_t, addr: usize, ipc_buf: *mut c_char, has_ipc: *mut bool) -> c_int {
+pub unsafe extern "C" fn uccl_engine_get_ipc_info(
+    engine: *mut uccl_engine_t,
+    addr: usize,
+    ipc_buf: *mut c_char,
+    has_ipc: *mut bool,
+) -> c_int {
     status(|| {
         // SAFETY: the caller passes 128 writable bytes and a writable bool, or null.
         let (buf, flag) = unsafe { (out_arg(ipc_buf, "ipc_buf")? as *mut c_char, out_arg(has_ipc, "has_ipc")?) };
@@ -483,4 +496,3 @@ pub const IPC_INFO_SIZE: usize = 128;
 
 pub use crate::engine::FifoItem;
 const _: () = assert!(std::mem::size_of::<FifoItem>() == FIFO_SIZE);
-

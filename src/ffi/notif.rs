@@ -1,6 +1,6 @@
 //! Notifications of the C ABI.
 
-use super::guard::{bytes_arg, guard, out_arg, status, array_arg};
+use super::guard::{array_arg, bytes_arg, guard, out_arg, status};
 use super::handles::{CONNECTIONS, ENGINES, NOTIFICATIONS};
 use super::{uccl_conn_t, uccl_engine_t, MSG_SIZE};
 use crate::status::UCCL_OK;
@@ -47,7 +47,12 @@ pub unsafe extern "C" fn uccl_engine_send_notif(conn: *mut uccl_conn_t, notify_m
         // SAFETY: the caller passes a readable notify_msg_t or null.
         let msg = unsafe { out_arg(notify_msg, "notify_msg")? };
         // SAFETY: c_char arrays viewed as bytes.
-        let (name, body) = unsafe { (array_arg(msg.name.as_ptr().cast::<u8>(), MSG_SIZE, "name")?, array_arg(msg.msg.as_ptr().cast::<u8>(), MSG_SIZE, "msg")?) };
+        let (name, body) = unsafe {
+            (
+                array_arg(msg.name.as_ptr().cast::<u8>(), MSG_SIZE, "name")?,
+                array_arg(msg.msg.as_ptr().cast::<u8>(), MSG_SIZE, "msg")?,
+            )
+        };
         let end = name.iter().position(|&b| b == 0).unwrap_or(MSG_SIZE);
         CONNECTIONS.get(conn.cast())?.notify(&name[..end], body)?;
         Ok(UCCL_OK)
@@ -131,7 +136,11 @@ pub unsafe extern "C" fn uccl_engine_notif_next(engine: *mut uccl_engine_t, noti
     status(|| {
         // SAFETY: the caller passes a writable pointer or null.
         let out = unsafe { out_arg(notif, "notif")? };
-        let next = if engine.is_null() { crate::engine::next_notification_of_process() } else { ENGINES.get(engine.cast())?.next_notification() };
+        let next = if engine.is_null() {
+            crate::engine::next_notification_of_process()
+        } else {
+            ENGINES.get(engine.cast())?.next_notification()
+        };
         *out = match next {
             Some(notification) => NOTIFICATIONS.insert(Arc::new(notification)).cast(),
             None => std::ptr::null_mut(),

@@ -27,7 +27,15 @@ fn local(mr: uccl_mr_t, data: *const c_void, len: usize) -> LocalSegment {
     LocalSegment { mr, addr: data as usize, len }
 }
 
-fn one_sided(conn: *mut uccl_conn_t, dir: Direction, mr: uccl_mr_t, data: *const c_void, size: usize, item: FifoItem, id: *mut u64) -> StatusCode {
+fn one_sided(
+    conn: *mut uccl_conn_t,
+    dir: Direction,
+    mr: uccl_mr_t,
+    data: *const c_void,
+    size: usize,
+    item: FifoItem,
+    id: *mut u64,
+) -> StatusCode {
     status(|| {
         // SAFETY: the caller passes a writable id or null.
         let id = unsafe { out_arg(id, "transfer_id")? };
@@ -183,7 +191,13 @@ pub unsafe extern "C" fn uccl_engine_write_vector(
 ///
 /// Threads: any; order is that of the calls.
 #[no_mangle]
-pub unsafe extern "C" fn uccl_engine_send(conn: *mut uccl_conn_t, mr: uccl_mr_t, data: *const c_void, size: usize, transfer_id: *mut u64) -> c_int {
+pub unsafe extern "C" fn uccl_engine_send(
+    conn: *mut uccl_conn_t,
+    mr: uccl_mr_t,
+    data: *const c_void,
+    size: usize,
+    transfer_id: *mut u64,
+) -> c_int {
     send(conn, mr, data, size, transfer_id)
 }
 
@@ -198,7 +212,13 @@ pub unsafe extern "C" fn uccl_engine_send(conn: *mut uccl_conn_t, mr: uccl_mr_t,
 ///
 /// Threads: any.
 #[no_mangle]
-pub unsafe extern "C" fn uccl_engine_send_async(conn: *mut uccl_conn_t, mr: uccl_mr_t, data: *const c_void, size: usize, transfer_id: *mut u64) -> c_int {
+pub unsafe extern "C" fn uccl_engine_send_async(
+    conn: *mut uccl_conn_t,
+    mr: uccl_mr_t,
+    data: *const c_void,
+    size: usize,
+    transfer_id: *mut u64,
+) -> c_int {
     send(conn, mr, data, size, transfer_id)
 }
 
@@ -235,7 +255,12 @@ pub unsafe extern "C" fn uccl_engine_send_vector(
         let n = count(num_iovs)?;
         // SAFETY: the caller passes arrays of n values and a writable id, or null.
         let (mrs, data, sizes, id) = unsafe {
-            (array_arg(mr_ids, n, "mr_ids")?, array_arg(src_v, n, "src_v")?, array_arg(size_v, n, "size_v")?, out_arg(transfer_id, "transfer_id")?)
+            (
+                array_arg(mr_ids, n, "mr_ids")?,
+                array_arg(src_v, n, "src_v")?,
+                array_arg(size_v, n, "size_v")?,
+                out_arg(transfer_id, "transfer_id")?,
+            )
         };
         *id = CONNECTIONS.get(conn.cast())?.send((0..n).map(|i| local(mrs[i], data[i], sizes[i])))?;
         Ok(UCCL_OK)
@@ -274,7 +299,13 @@ pub unsafe extern "C" fn uccl_engine_recv(conn: *mut uccl_conn_t, mr: uccl_mr_t,
 ///
 /// Threads: any; order is that of the calls.
 #[no_mangle]
-pub unsafe extern "C" fn uccl_engine_recv_async(conn: *mut uccl_conn_t, mr: uccl_mr_t, data: *mut c_void, max_size: usize, transfer_id: *mut u64) -> c_int {
+pub unsafe extern "C" fn uccl_engine_recv_async(
+    conn: *mut uccl_conn_t,
+    mr: uccl_mr_t,
+    data: *mut c_void,
+    max_size: usize,
+    transfer_id: *mut u64,
+) -> c_int {
     status(|| {
         // SAFETY: the caller passes a writable id or null.
         let id = unsafe { out_arg(transfer_id, "transfer_id")? };

@@ -13,4 +13,6 @@ mod plan;
 pub(crate) use context::{current_name, Gpu, GpuName};
 pub(crate) use driver::available;
 pub(crate) use launcher::{CopyLauncher, Job, Segment, Ticket};
-pub(crate) use memory::{memory_kind, read_device, DeviceBuffer, MappedPtr, MemoryKind, PinnedBuffer};
+pub(crate) use memory::{
+    device_to_host, host_to_device, memory_kind, read_device, DeviceBuffer, MappedPtr, MemoryKind, PinnedBuffer,
+};

@@ -149,7 +149,8 @@ impl Plugin {
             Table::V8(t) => (t.name, 8),
         };
         // SAFETY: the table's name is a C string or null.
-        let name = if name.is_null() { "unnamed".to_owned() } else { unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned() };
+        let name =
+            if name.is_null() { "unnamed".to_owned() } else { unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned() };
         let mut plugin = Plugin { table, ext, name, path, abi_version, devices: Vec::new() };
         let init = member!(plugin, init)?;
         // SAFETY: called once per process (load_once), first; the plugin accepts a null logger and logs by itself.
@@ -164,7 +165,8 @@ impl Plugin {
 
     fn properties(&self, dev: c_int) -> Result<Device> {
         // SAFETY: strings of the properties are C strings owned by the plugin, or null.
-        let text = |p: *const std::ffi::c_char| (!p.is_null()).then(|| unsafe { CStr::from_ptr(p) }.to_string_lossy().into_owned());
+        let text =
+            |p: *const std::ffi::c_char| (!p.is_null()).then(|| unsafe { CStr::from_ptr(p) }.to_string_lossy().into_owned());
         macro_rules! read {
             ($table:expr, $props:ty) => {{
                 let Some(get) = $table.getProperties else { bail!(Plugin, "plugin {} has no getProperties", self.name) };
@@ -279,7 +281,14 @@ impl Plugin {
 
     /// # Safety
     /// As `isend` of the contract: comm live, memory registered under `mhandle` and untouched until done, window open.
-    pub(super) unsafe fn isend(&self, comm: *mut c_void, data: *mut c_void, size: usize, tag: c_int, mhandle: *mut c_void) -> Result<*mut c_void> {
+    pub(super) unsafe fn isend(
+        &self,
+        comm: *mut c_void,
+        data: *mut c_void,
+        size: usize,
+        tag: c_int,
+        mhandle: *mut c_void,
+    ) -> Result<*mut c_void> {
         let mut request = std::ptr::null_mut();
         let call = member!(self, isend)?;
         // SAFETY: by the caller's contract.
@@ -289,7 +298,14 @@ impl Plugin {
 
     /// # Safety
     /// As `irecv` of the contract, n = 1.
-    pub(super) unsafe fn irecv(&self, comm: *mut c_void, data: *mut c_void, size: usize, tag: c_int, mhandle: *mut c_void) -> Result<*mut c_void> {
+    pub(super) unsafe fn irecv(
+        &self,
+        comm: *mut c_void,
+        data: *mut c_void,
+        size: usize,
+        tag: c_int,
+        mhandle: *mut c_void,
+    ) -> Result<*mut c_void> {
         let mut request = std::ptr::null_mut();
         let (mut data, mut size, mut tag, mut mhandle) = (data, size as c_int, tag, mhandle);
         let call = member!(self, irecv)?;

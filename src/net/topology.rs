@@ -78,7 +78,8 @@ pub(crate) fn control_address(filter: Option<&str>) -> Option<Interface> {
         let filter = NameFilter::parse(text);
         return v4.into_iter().find(|i| filter.admits(&i.name));
     }
-    let virtual_name = |name: &str| ["docker", "veth", "br-", "virbr", "cni", "flannel", "cali"].iter().any(|p| name.starts_with(p));
+    let virtual_name =
+        |name: &str| ["docker", "veth", "br-", "virbr", "cni", "flannel", "cali"].iter().any(|p| name.starts_with(p));
     let rank = |i: &Interface| (i.loopback, virtual_name(&i.name));
     v4.into_iter().min_by_key(rank)
 }
@@ -106,7 +107,8 @@ pub(crate) fn nearest(devices: &[Device], gpu_pci_path: Option<&str>) -> Vec<usi
     let Some(gpu) = gpu_pci_path else { return all };
     let depth = |i: usize| devices[i].pci_path.as_deref().map_or(0, |p| shared_depth(p, gpu));
     let node = numa_node(Some(gpu));
-    let mut near: Vec<usize> = all.iter().copied().filter(|&i| node.is_some() && numa_node(devices[i].pci_path.as_deref()) == node).collect();
+    let mut near: Vec<usize> =
+        all.iter().copied().filter(|&i| node.is_some() && numa_node(devices[i].pci_path.as_deref()) == node).collect();
     if near.is_empty() {
         return all;
     }

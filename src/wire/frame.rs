@@ -203,9 +203,8 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
             if n > MAX_GRANTS {
                 bail!(Protocol, "{n} chunks in one frame");
             }
-            let grants = r.array(n, |b: &[u8; GRANT_BYTES]| {
-                Ok(Grant { len: le32(b, 0), channel: u16::from_le_bytes(sub(b, 4)) })
-            })?;
+            let grants =
+                r.array(n, |b: &[u8; GRANT_BYTES]| Ok(Grant { len: le32(b, 0), channel: u16::from_le_bytes(sub(b, 4)) }))?;
             Frame::Chunks { id, by_initiator, grants }
         }
         T_DONE => {
@@ -229,7 +228,13 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
 }
 
 fn decode_segment(b: &[u8; SEGMENT_BYTES], regions: usize) -> Result<WireSegment> {
-    let segment = WireSegment { addr: le64(b, 0), len: le32(b, 8), region: u16::from_le_bytes(sub(b, 12)), initiator: Place(b[14]), owner: Place(b[15]) };
+    let segment = WireSegment {
+        addr: le64(b, 0),
+        len: le32(b, 8),
+        region: u16::from_le_bytes(sub(b, 12)),
+        initiator: Place(b[14]),
+        owner: Place(b[15]),
+    };
     if segment.len == 0 || u64::from(segment.len) > MAX_SEGMENT_BYTES || usize::from(segment.region) >= regions {
         bail!(Protocol, "segment of {} bytes in region {} of {regions}", segment.len, segment.region);
     }

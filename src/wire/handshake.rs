@@ -113,7 +113,9 @@ impl Blocking<'_> {
 
     fn io_error(e: &std::io::Error) -> crate::status::Error {
         match e.kind() {
-            std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut => err!(TimedOut, "the peer did not answer the handshake in time"),
+            std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut => {
+                err!(TimedOut, "the peer did not answer the handshake in time")
+            }
             std::io::ErrorKind::UnexpectedEof => err!(RemoteDisconnect, "the peer closed the connection during the handshake"),
             _ => err!(RemoteDisconnect, "handshake: {e}"),
         }
@@ -157,7 +159,10 @@ fn read_verdict(io: &Blocking<'_>) -> Result<()> {
     let reply: [u8; 256] = io.read()?;
     match i32::from_le_bytes([reply[0], reply[1], reply[2], reply[3]]) {
         0 => Ok(()),
-        code => Err(crate::status::Error::new(ErrorKind::from_code(code), format_args!("refused by the peer: {}", get_text(&reply[4..])))),
+        code => Err(crate::status::Error::new(
+            ErrorKind::from_code(code),
+            format_args!("refused by the peer: {}", get_text(&reply[4..])),
+        )),
     }
 }
 
@@ -269,7 +274,17 @@ mod tests {
 
     fn hello(channels: u16, authenticated: bool) -> Hello {
         let text = |s: &str| s.to_owned();
-        Hello { channels, chunk_bytes: 524288, gpu_index: -1, authenticated, engine: [1; 16], nonce: [2; 32], plugin: text("soft"), gpu: text("-1"), wanted_gpu: text("0000:4a:00.0") }
+        Hello {
+            channels,
+            chunk_bytes: 524288,
+            gpu_index: -1,
+            authenticated,
+            engine: [1; 16],
+            nonce: [2; 32],
+            plugin: text("soft"),
+            gpu: text("-1"),
+            wanted_gpu: text("0000:4a:00.0"),
+        }
     }
 
     fn run(client_key: Option<&'static [u8]>, server_key: Option<&'static [u8]>) -> (Result<Hello>, Result<()>) {

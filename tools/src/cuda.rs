@@ -17,7 +17,9 @@ pub fn count() -> i32 {
     let mut n = 0;
     // SAFETY: the driver is looked for before it is called; the output is writable.
     let ok = unsafe {
-        sys::is_culib_present() && sys::cuInit(0) == CUresult::CUDA_SUCCESS && sys::cuDeviceGetCount(&mut n) == CUresult::CUDA_SUCCESS
+        sys::is_culib_present()
+            && sys::cuInit(0) == CUresult::CUDA_SUCCESS
+            && sys::cuDeviceGetCount(&mut n) == CUresult::CUDA_SUCCESS
     };
     if ok {
         n

@@ -10,10 +10,10 @@
 
 pub mod api;
 pub mod client;
+pub mod cuda;
 pub mod error;
 pub mod inspect;
 pub mod measure;
-pub mod cuda;
 pub mod memory;
 pub mod pattern;
 pub mod plot;

@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 use tcpx_tools::api::{emulation_is_on, listen_on_any_port, Node, CHANNELS_VARIABLE};
 use tcpx_tools::client::Client;
 use tcpx_tools::error::{Context, Result};
-use tcpx_tools::{cuda, fail};
 use tcpx_tools::measure::{measure, random_seed, Case, Op, Options};
 use tcpx_tools::memory::Kind;
 use tcpx_tools::report::{headline, write_json, Row};
 use tcpx_tools::units::{parse_size, show_size};
+use tcpx_tools::{cuda, fail};
 use tcpx_tools::{plot, server, suite};
 
 /// Measures transfers between two engines and checks what they moved.
@@ -313,7 +313,10 @@ impl ServerProcess {
         let program = std::env::current_exe().context("cannot find this program's file")?;
         let mut command = Command::new(program);
         let gpu = if memory == Kind::Gpu { (client_gpu + 1) % cuda::count().max(1) } else { 0 };
-        command.args(["server", "--once", "--memory", &memory.to_string(), "--gpu", &gpu.to_string()]).stdin(Stdio::null()).stdout(Stdio::piped());
+        command
+            .args(["server", "--once", "--memory", &memory.to_string(), "--gpu", &gpu.to_string()])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
         // SAFETY: prctl is a plain system call, safe between fork and exec; it makes the server end with this process.
         unsafe {
             command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
