@@ -59,7 +59,7 @@ impl DeviceMemory for Cuda {
         let meta = Pinned::new(size_of::<netUnpackMeta>())?;
         let bounce = Pinned::new(bounce_len)?;
         let handle = Device::new(size_of::<unpackNetDeviceHandle>())?;
-        let content = unpackNetDeviceHandle { meta: meta.base.cast(), bounce_buf: bounce.base, head: 0 };
+        let content = unpackNetDeviceHandle { meta: meta.base.cast(), bounce_buf: bounce.base, head: u64::MAX };
         // SAFETY: a fresh device allocation of that size; the source is a local value.
         check("cuMemcpyHtoD", unsafe { sys::cuMemcpyHtoD_v2(handle.base, (&raw const content).cast(), size_of_val(&content)) })?;
         let base = handle.base as *mut c_void;

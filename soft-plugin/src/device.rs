@@ -83,7 +83,7 @@ impl DeviceMemory for Emulated {
         let meta = Mapping::new(size_of::<netUnpackMeta>())?;
         let bounce = Mapping::new(bounce_len)?;
         let handle = Mapping::new(size_of::<unpackNetDeviceHandle>())?;
-        let content = unpackNetDeviceHandle { meta: meta.base.cast(), bounce_buf: bounce.base, head: 0 };
+        let content = unpackNetDeviceHandle { meta: meta.base.cast(), bounce_buf: bounce.base, head: u64::MAX };
         // SAFETY: a fresh, writable, page-aligned mapping of that size.
         unsafe { handle.base.cast::<unpackNetDeviceHandle>().write(content) };
         let (meta_at, bounce_at, handle_at) = (meta.base.cast(), bounce.base.cast(), handle.base);

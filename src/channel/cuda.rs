@@ -40,17 +40,27 @@ impl Queued {
 /// One GPU of a connection.
 struct Unit {
     place: Place,
-    // Dropped before the buffers that its jobs use.
-    launcher: CopyLauncher,
+    // Dropped before the buffers that their jobs use.
+    launchers: Vec<CopyLauncher>,
+    turn: usize,
     scratch: PinnedBuffer,
     queued: Vec<Queued>,
-    /// Submitted batches: number of the first job, how many, and the launcher's ticket.
-    batches: VecDeque<(u64, u64, crate::gpu::Ticket)>,
+    batches: VecDeque<Batch>,
     /// Number of the next job, and of the oldest whose end is not known.
     next: u64,
     finished: u64,
 }
 
+/// Jobs that were launched together.
+struct Batch {
+    first: u64,
+    jobs: u64,
+    launcher: usize,
+    ticket: crate::gpu::Ticket,
+}
+
+/// Streams that launches take in turn: one launch of a chunk over PCIe is mostly latency, and several at once hide it.
+const STREAMS: usize = 4;
 /// Jobs of a launch.
 const BATCH: usize = 16;
 /// Pieces of a small copy that the copy engine takes one by one; more are one kernel.
@@ -62,7 +72,8 @@ impl Unit {
         let gpu = Gpu::open(i32::from(ordinal))?;
         Ok(Unit {
             place,
-            launcher: CopyLauncher::new(&gpu)?,
+            launchers: (0..STREAMS).map(|_| CopyLauncher::new(&gpu)).collect::<Result<_>>()?,
+            turn: 0,
             scratch: PinnedBuffer::new(&gpu, MAX_INLINE)?,
             queued: Vec::new(),
             batches: VecDeque::new(),
@@ -82,11 +93,13 @@ impl Unit {
         while !self.queued.is_empty() {
             let n = self.queued.len().min(BATCH);
             let jobs: Vec<Job<'_>> = self.queued[..n].iter().map(Queued::job).collect();
+            let launcher = self.turn % STREAMS;
             // SAFETY: whoever queued the jobs keeps their memory until they are done (contract of `unpack` and `pack`).
-            let Some(ticket) = (unsafe { self.launcher.submit(&jobs) })? else { return Ok(()) };
+            let Some(ticket) = (unsafe { self.launchers[launcher].submit(&jobs) })? else { return Ok(()) };
             drop(jobs);
+            self.turn += 1;
             let first = self.next - self.queued.len() as u64;
-            self.batches.push_back((first, n as u64, ticket));
+            self.batches.push_back(Batch { first, jobs: n as u64, launcher, ticket });
             self.queued.drain(..n);
         }
         Ok(())
@@ -97,11 +110,11 @@ impl Unit {
             return Ok(true);
         }
         self.flush()?;
-        while let Some(&(first, n, ticket)) = self.batches.front() {
-            if !self.launcher.poll(ticket)? {
+        while let Some(batch) = self.batches.front() {
+            if !self.launchers[batch.launcher].poll(batch.ticket)? {
                 break;
             }
-            self.finished = first + n;
+            self.finished = batch.first + batch.jobs;
             self.batches.pop_front();
         }
         Ok(job < self.finished)
@@ -117,8 +130,8 @@ impl Unit {
         loop {
             match ticket {
                 // SAFETY: by the caller's contract.
-                None => ticket = unsafe { self.launcher.submit(&[job]) }?,
-                Some(submitted) if self.launcher.poll(submitted)? => return Ok(()),
+                None => ticket = unsafe { self.launchers[0].submit(&[job]) }?,
+                Some(submitted) if self.launchers[0].poll(submitted)? => return Ok(()),
                 Some(_) => std::hint::spin_loop(),
             }
             if Instant::now() > deadline {
@@ -158,12 +171,12 @@ impl CudaDevice {
 
 impl DeviceCopier for CudaDevice {
     fn within(&mut self, place: Place, body: &mut dyn FnMut() -> Result<bool>) -> Result<bool> {
-        let gpu = self.unit(place)?.launcher.stream().gpu().clone();
+        let gpu = self.unit(place)?.launchers[0].stream().gpu().clone();
         gpu.with(body)
     }
 
     unsafe fn view(&mut self, handle: *const c_void, place: Place) -> Result<super::device::View> {
-        let gpu = self.unit(place)?.launcher.stream().gpu().clone();
+        let gpu = self.unit(place)?.launchers[0].stream().gpu().clone();
         // SAFETY: by the caller's contract the handle is device memory that holds this structure.
         let raw: unpackNetDeviceHandle = unsafe { crate::gpu::read_device(&gpu, handle as u64) }?;
         let meta = MappedPtr::resolve(&gpu, raw.meta as u64)?;
@@ -230,7 +243,7 @@ impl DeviceCopier for CudaDevice {
         // SAFETY: the scratch holds them, and no job uses it: small copies run to their end.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), scratch.host, bytes.len()) };
         if parts.len() <= FEW {
-            let (stream, mut at) = (unit.launcher.stream(), scratch.host);
+            let (stream, mut at) = (unit.launchers[0].stream(), scratch.host);
             for part in parts {
                 // SAFETY: the parts are registered device memory by the caller's contract and hold the scratch's bytes.
                 unsafe { crate::gpu::host_to_device(stream, part.addr, at, part.len as usize) }?;
@@ -252,7 +265,7 @@ impl DeviceCopier for CudaDevice {
         }
         if parts.len() <= FEW {
             // The copy engine starts sooner than a kernel, and does not wait for a busy GPU.
-            let (stream, mut at) = (unit.launcher.stream(), scratch.host);
+            let (stream, mut at) = (unit.launchers[0].stream(), scratch.host);
             for part in parts {
                 // SAFETY: the parts are registered device memory by the caller's contract; the scratch is ours and holds their sum.
                 unsafe { crate::gpu::device_to_host(stream, at, part.addr, part.len as usize) }?;
@@ -270,15 +283,17 @@ impl DeviceCopier for CudaDevice {
     }
 
     fn staging(&mut self, len: usize, place: Place) -> Result<Box<dyn StagingMemory>> {
-        let gpu = self.unit(place)?.launcher.stream().gpu().clone();
+        let gpu = self.unit(place)?.launchers[0].stream().gpu().clone();
         Ok(Box::new(DeviceBuffer::new(&gpu, len)?))
     }
 
     fn quiesce(&mut self) {
         for unit in &mut self.units {
             unit.queued.clear();
-            if let Err(e) = unit.launcher.synchronize() {
-                log::error!("waiting for a GPU's copies to end: {e}");
+            for launcher in &mut unit.launchers {
+                if let Err(e) = launcher.synchronize() {
+                    log::error!("waiting for a GPU's copies to end: {e}");
+                }
             }
         }
     }

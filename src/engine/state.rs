@@ -77,6 +77,8 @@ struct WaitingReceive {
 
 /// Two-sided messages of the peer that wait for a receive; each is a few bytes.
 const MAX_MESSAGES: usize = 1 << 20;
+/// Chunks that are announced together.
+const ANNOUNCE: usize = 8;
 /// Transfers in flight on a connection.
 const MAX_TRANSFERS: usize = 1 << 16;
 
@@ -413,8 +415,10 @@ impl State {
                 unsafe { set.lanes[lane].submit(key, chunk, span, &mut ctx, now) }?;
                 out.inflight += len as u64;
                 grants.push(Grant { len: len as u32, channel: (base + lane) as u16 });
-                if grants.len() == 1024 {
+                // The receiver can post nothing before it knows: announce while the rest is still being posted.
+                if grants.len() == ANNOUNCE {
                     self.control.push(&Frame::Chunks { id: key.id, by_initiator: key.mine, grants: std::mem::take(&mut grants) });
+                    self.control.flush()?;
                 }
             }
             if !grants.is_empty() {
