@@ -14,6 +14,8 @@
 //!
 //! Calls go one way: ffi -> engine -> {wire, channel} -> {net, gpu}.
 
+#[doc(hidden)]
+pub mod bench_api;
 mod channel;
 pub mod config;
 pub mod engine;

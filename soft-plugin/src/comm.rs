@@ -15,7 +15,7 @@ use crate::device::{SendSource, UnpackQueue};
 use crate::pool::Worker;
 use crate::recv::RecvIo;
 use crate::send::SendIo;
-use crate::slot::{Body, Slot};
+use crate::slot::{Body, Slot, NO_REGION};
 use crate::state::Global;
 
 /// Bytes a comm moves before another comm of its thread has its turn.
@@ -280,23 +280,18 @@ impl Comm {
             return Err(NCCL_INTERNAL_ERROR);
         }
         let extent = slot.extent.swap(0, Ordering::Relaxed);
-        if self.global.config.strict && extent > 0 {
-            self.poison(seq, extent);
+        let place = slot.region.swap(NO_REGION, Ordering::Relaxed);
+        if let (true, Some(queue)) = (place != NO_REGION, self.unpack_queue()) {
+            if self.global.config.strict {
+                poison(&queue, place, extent);
+            }
+            queue.free.lock().push(place);
         }
         if self.consumed.step(seq) {
             Ok(())
         } else {
             Err(NCCL_INTERNAL_ERROR)
         }
-    }
-
-    fn poison(&self, seq: u64, extent: usize) {
-        let Some(queue) = self.unpack_queue() else { return };
-        let (base, len) = (queue.bounce, queue.bounce_len);
-        let region = len / MAX_REQUESTS;
-        let at = (seq % MAX_REQUESTS as u64) as usize * region;
-        // SAFETY: inside the slot's region; the I/O thread does not write it again before the slot is freed and reposted.
-        unsafe { std::ptr::write_bytes(base.add(at), 0xDB, extent.min(region)) };
     }
 
     /// The send side's device memory, built on first use.
@@ -408,6 +403,13 @@ impl Comm {
         }
         *self.queue.lock() = None;
     }
+}
+
+/// Overwrites consumed bounce memory, so that a late reader finds out.
+fn poison(queue: &UnpackQueue, place: usize, extent: usize) {
+    let region = queue.bounce_len / MAX_REQUESTS;
+    // SAFETY: inside the place's region, which no message has before it is freed.
+    unsafe { std::ptr::write_bytes(queue.bounce.add(place * region), 0xDB, extent.min(region)) };
 }
 
 /// Rings the doorbell after a change was published.

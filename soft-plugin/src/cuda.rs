@@ -72,6 +72,7 @@ impl DeviceMemory for Cuda {
             ring: Pinned::new(stride * MAX_REQUESTS)?,
             flags: Pinned::new(4096)?,
             stride,
+            places: Mutex::new(Places { free: (0..MAX_REQUESTS).rev().collect(), of_slot: [None; MAX_REQUESTS] }),
             streams: Mutex::default(),
         }))
     }
@@ -83,8 +84,29 @@ struct Source {
     /// One word a slot: 1 once the copy has arrived. Written by the GPU behind the copy.
     flags: Pinned,
     stride: usize,
+    places: Mutex<Places>,
     /// A stream for each context that sends; made at its first send.
     streams: Mutex<HashMap<usize, Stream>>,
+}
+
+/// Which place of the ring a slot uses. The last one freed is taken first: it is still in the CPU's cache.
+struct Places {
+    free: Vec<usize>,
+    of_slot: [Option<usize>; MAX_REQUESTS],
+}
+
+impl Places {
+    /// A place for `slot`, whose request is new: what its last request used is free.
+    fn take(&mut self, slot: usize) -> Option<usize> {
+        self.give_back(slot);
+        let place = self.free.pop()?;
+        self.of_slot[slot] = Some(place);
+        Some(place)
+    }
+
+    fn give_back(&mut self, slot: usize) {
+        self.free.extend(self.of_slot[slot].take());
+    }
 }
 
 impl Source {
@@ -113,8 +135,9 @@ impl SendSource for Source {
             return Err(io::Error::other("a message longer than its staging place"));
         }
         let stream = self.stream()?;
+        let place = self.places.lock().take(slot).ok_or_else(|| io::Error::other("no staging place is free"))?;
         // SAFETY: inside the ring of 16 strides.
-        let place = unsafe { self.ring.base.cast::<u8>().add(slot * self.stride) };
+        let place = unsafe { self.ring.base.cast::<u8>().add(place * self.stride) };
         let flag = self.flag(slot);
         flag.store(0, Ordering::Release);
         // SAFETY: the caller keeps `len` bytes of device memory at `data` until the send is done; the place is free, since its slot is.
@@ -132,6 +155,10 @@ impl SendSource for Source {
 
     fn ready(&self, slot: usize) -> io::Result<bool> {
         Ok(self.flag(slot).load(Ordering::Acquire) == 1)
+    }
+
+    fn release(&self, slot: usize) {
+        self.places.lock().give_back(slot);
     }
 }
 

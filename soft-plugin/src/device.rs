@@ -6,7 +6,8 @@ use std::io;
 use std::ptr;
 use std::sync::Arc;
 
-use nccl_net_abi::{netUnpackMeta, unpackNetDeviceHandle};
+use nccl_net_abi::{netUnpackMeta, unpackNetDeviceHandle, MAX_REQUESTS};
+use parking_lot::Mutex;
 
 use crate::config::Config;
 
@@ -34,6 +35,9 @@ pub trait SendSource: Send + Sync {
 
     /// Called by the I/O thread, repeatedly: whether the bytes of `slot` have arrived.
     fn ready(&self, slot: usize) -> io::Result<bool>;
+
+    /// Called by the I/O thread when the last byte of `slot` is in the kernel: its place is free for another.
+    fn release(&self, slot: usize);
 }
 
 /// The receive side of a comm in device memory. Pointers stay valid as long as this value.
@@ -44,6 +48,8 @@ pub struct UnpackQueue {
     pub bounce: *mut u8,
     /// Bytes of the bounce buffer.
     pub bounce_len: usize,
+    /// Regions of the bounce buffer that hold no message. The last one freed is taken first: it is still in the CPU's cache.
+    pub free: Mutex<Vec<usize>>,
     /// What `ncclNetDeviceHandle_v7::handle` becomes: the address of an [`unpackNetDeviceHandle`] in device memory.
     pub handle: *mut c_void,
     /// Frees all of the above when dropped.
@@ -63,7 +69,8 @@ impl UnpackQueue {
         handle: *mut c_void,
         owner: Box<dyn Send>,
     ) -> UnpackQueue {
-        UnpackQueue { meta, bounce, bounce_len, handle, _owner: owner }
+        let free = Mutex::new((0..MAX_REQUESTS).rev().collect());
+        UnpackQueue { meta, bounce, bounce_len, free, handle, _owner: owner }
     }
 }
 
@@ -103,6 +110,8 @@ impl SendSource for Emulated {
     fn ready(&self, _slot: usize) -> io::Result<bool> {
         Ok(true)
     }
+
+    fn release(&self, _slot: usize) {}
 }
 
 /// Zeroed anonymous memory that costs no physical page before it is touched.

@@ -162,7 +162,9 @@ impl RecvIo {
             }
             let queue = self.queue.as_ref().ok_or("a device receive without an unpack queue")?;
             let region = queue.bounce_len / MAX_REQUESTS;
-            let at = (seq % MAX_REQUESTS as u64) as usize * region;
+            let place = queue.free.lock().pop().ok_or("no region of the bounce buffer is free")?;
+            comm.slot(seq).region.store(place, Ordering::Relaxed);
+            let at = place * region;
             fragment::plan(self.mode, len, at, &mut self.rng, &mut self.plan);
             body.iov.clear();
             let place =

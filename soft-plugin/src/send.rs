@@ -106,6 +106,9 @@ impl SendIo {
                 break;
             }
             sent -= left;
+            if let (true, Some(source)) = (body.device, comm.posted_source()) {
+                source.release((seq % MAX_REQUESTS as u64) as usize);
+            }
             (self.cursor, self.sent) = (Cursor::default(), 0);
             seq += 1;
         }

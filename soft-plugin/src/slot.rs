@@ -40,6 +40,9 @@ pub struct Body {
     pub device: bool,
 }
 
+/// No region of the bounce buffer.
+pub const NO_REGION: usize = usize::MAX;
+
 /// A request slot. A request handed to the caller is the address of its slot.
 pub struct Slot {
     /// The comm it belongs to; set once, when the comm is built.
@@ -48,6 +51,8 @@ pub struct Slot {
     pub seq: AtomicU64,
     /// Bytes of the message that arrived.
     pub received: AtomicUsize,
+    /// Region of the bounce buffer that the receive lies in; [`NO_REGION`] for a host receive.
+    pub region: AtomicUsize,
     /// Bytes of the bounce region that the receive covers.
     pub extent: AtomicUsize,
     body: UnsafeCell<Body>,
@@ -65,6 +70,7 @@ impl Slot {
             comm: AtomicPtr::new(ptr::null_mut()),
             seq: AtomicU64::new(u64::MAX),
             received: AtomicUsize::new(0),
+            region: AtomicUsize::new(NO_REGION),
             extent: AtomicUsize::new(0),
             body: UnsafeCell::new(Body { header: [0; HEADER], iov: Vec::new(), total: 0, device: false }),
         }

@@ -372,6 +372,9 @@ static void leaks(const char *what) {
   if (shim_stats) report(c.tok_given == c.tok_back && !c.tok_bad, "tokens after %s: %lu given, %lu returned, %lu bad", what, c.tok_given, c.tok_back, c.tok_bad);
 }
 
+/* Where the software plugin is deliberately stricter than Google's, the checks say so. */
+static int is_soft(void) { return strstr(P->name, "soft") != NULL; }
+
 static void sc_main(void) {
   open_conn(1);
   char why[600] = "";
@@ -429,12 +432,14 @@ static void sc_main(void) {
   for (int i = 0; i < 3; i++) { ms[i] = m_next++; ask('P', ms[i], 8192); if (post(8192, &qs[i])) die("irecv"); }
   int done = 0;
   int rc1 = P->test(qs[1], &done, NULL);
-  report(rc1 == 0 && !done, "d1 test of the second request before anything of the head arrived: %d, done %d", rc1, done);
+  /* The software plugin refuses it always, TCPX only once the head has been announced. */
+  report((rc1 == 0 || (is_soft() && rc1 == 3)) && !done, "d1 test of the second request before anything of the head arrived: %d, done %d", rc1, done);
   ask('T', 50, 0);                       /* control messages go out, no data */
   usleep(100000);
-  rc = P->test(qs[0], &done, NULL);
   int rc2 = 0, tries = 0, d2 = 0;
-  for (; tries < 100 && !rc2; tries++) { rc2 = P->test(qs[1], &d2, NULL); usleep(1000); }
+  /* Without the means to hold data back the head would be done by now, and its test would say so. */
+  if (have_stall) rc = P->test(qs[0], &done, NULL);
+  for (; have_stall && tries < 100 && !rc2; tries++) { rc2 = P->test(qs[1], &d2, NULL); usleep(1000); }
   if (have_stall)
     report(rc == 0 && !done && rc2 == 3, "d2 head announced but not done (%d, done %d): test of the second fails with %d (%s)", rc, done, rc2, last_warn);
   ask('Z', 0, 0);
@@ -490,12 +495,17 @@ static void sc_main(void) {
   tell('D', 10000, 0, NULL);
   rc = wait_done(q, 10, NULL);
   r = hear();
+  if (is_soft()) {
+    report(rc == 3, "p irecv posted with 100 B for a message of 8192 B: the software plugin enforces the posted size: %d", rc);
+    goto registrations;
+  }
   e = check(k_recv++, m, 8192, why, &odd);
   report(!rc && e > 0 && !P->irecvConsumed(rc_, 1, q), "p irecv posted with 100 B for a message of 8192 B: no error, entries for all 8192 B: the posted size counts for nothing %s", why);
 
+registrations:
   /* g */
   r = ask('G', 512, 65536);
-  report(r.rc == 3, "g1 regMr of a base at +512: %d (%s)", r.rc, r.text);
+  report(r.rc == 3 || (is_soft() && r.rc == 4), "g1 regMr of a base at +512: %d (%s)", r.rc, r.text);
   r = ask('G', 8192, 65536);
   report(r.rc == 0 && r.b == 0, "g2 regMr of a base at +8192 inside the allocation: %d, deregMr %d", r.rc, r.b);
   r = ask('G', 4096, 65536 + 100);

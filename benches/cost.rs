@@ -1,0 +1,382 @@
+//! What the engine costs beside moving bytes: CPU while idle, time to connect, memory of connections and channels, the round trip of a
+//! notification, and the rate over many peers. Two processes; this program starts itself again as the passive side.
+//!
+//! usage: cargo bench --bench cost -- [idle] [connect] [memory] [notify] [peers] [--seconds S]     default: all of them
+//!
+//! Prints one JSON object a row. Exit status 1 when an idle engine uses more than half a percent of a core.
+
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use uccl_p2p::config::{Config, PluginChoice};
+use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, LocalSegment};
+
+const TOTAL: usize = 64 << 20;
+const IDLE_SECONDS: u64 = 5;
+const IDLE_LIMIT_PERCENT: f64 = 0.5;
+const STOP: &[u8] = b"stop";
+
+fn config(channels: Option<usize>) -> Config {
+    let config = Config::from_env().expect("the environment is understood");
+    Config { plugin: PluginChoice::Soft, port: 0, num_channels: channels.or(config.num_channels), ..config }
+}
+
+fn main() -> ExitCode {
+    let mut words: VecDeque<String> = std::env::args().skip(1).filter(|w| w != "--bench").collect();
+    // Both sides live on this host.
+    for name in ["NCCL_SOCKET_IFNAME", "NCCL_GPUDIRECTTCPX_SOCKET_IFNAME"] {
+        if std::env::var_os(name).is_none() {
+            std::env::set_var(name, "lo");
+        }
+    }
+    if words.front().is_some_and(|w| w == "serve") {
+        return serve(words.get(1).and_then(|w| w.parse().ok()));
+    }
+    let mut seconds = 1.0;
+    let mut parts = Vec::new();
+    while let Some(word) = words.pop_front() {
+        if word == "--seconds" {
+            seconds = words.pop_front().and_then(|w| w.parse().ok()).expect("--seconds S");
+        } else {
+            parts.push(word);
+        }
+    }
+    let wanted = |name: &str| parts.is_empty() || parts.iter().any(|p| p == name);
+    let mut good = true;
+    if wanted("connect") {
+        connect();
+    }
+    if wanted("memory") {
+        memory();
+    }
+    if wanted("notify") {
+        notify(seconds);
+    }
+    if wanted("peers") {
+        peers(seconds);
+    }
+    if wanted("idle") {
+        good &= idle();
+    }
+    if good {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+// ---- the passive side ----
+
+/// Accepts connections and lends one buffer to all of them. A line on standard input that says `echo` makes it send notifications
+/// back until one says stop; the end of standard input ends it.
+fn serve(channels: Option<usize>) -> ExitCode {
+    let engine = Engine::new(config(channels)).expect("engine");
+    let buffer = vec![1u8; TOTAL];
+    let mr = engine.register(buffer.as_ptr() as usize, TOTAL).expect("register");
+    let item = engine.fifo_item(mr, buffer.as_ptr() as usize, TOTAL).expect("item");
+    let hex: String = item.to_bytes().iter().map(|b| format!("{b:02x}")).collect();
+    let port = engine.metadata().split([':', '?']).nth(1).and_then(|p| p.parse::<u16>().ok()).expect("port");
+    println!("{port} {hex}");
+    let accepted: Arc<Mutex<Vec<Arc<Connection>>>> = Arc::default();
+    let ending = Arc::new(AtomicBool::new(false));
+    let acceptor = {
+        let (engine, accepted, ending) = (engine.clone(), accepted.clone(), ending.clone());
+        std::thread::spawn(move || {
+            while !ending.load(Ordering::Acquire) {
+                if let Ok(connection) = engine.accept() {
+                    let mut all = accepted.lock().expect("no holder panics");
+                    all.retain(|c: &Arc<Connection>| c.status().is_ok());
+                    all.push(connection);
+                }
+            }
+        })
+    };
+    for line in std::io::stdin().lock().lines() {
+        if !matches!(line.as_deref(), Ok("echo")) {
+            continue;
+        }
+        let peer = loop {
+            if let Some(connection) = accepted.lock().expect("no holder panics").last() {
+                break connection.clone();
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        println!("echoing");
+        loop {
+            match engine.next_notification() {
+                Some(n) if n.msg == STOP => break,
+                Some(n) => peer.notify(&n.name, &n.msg).expect("the peer is there"),
+                None => std::thread::yield_now(),
+            }
+        }
+    }
+    ending.store(true, Ordering::Release);
+    engine.stop_accept();
+    engine.shutdown();
+    let _ = acceptor.join();
+    ExitCode::SUCCESS
+}
+
+struct Server {
+    child: Child,
+    input: Option<ChildStdin>,
+    output: BufReader<ChildStdout>,
+    port: u16,
+    item: FifoItem,
+}
+
+impl Server {
+    fn start(channels: Option<usize>) -> Server {
+        let mut command = Command::new(std::env::current_exe().expect("own path"));
+        command.arg("serve").args(channels.map(|c| c.to_string())).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("server process");
+        let mut output = BufReader::new(child.stdout.take().expect("piped"));
+        let mut line = String::new();
+        output.read_line(&mut line).expect("the server's address");
+        let (port, hex) = line.trim().split_once(' ').expect("port and item");
+        let mut bytes = [0; 64];
+        for (byte, digits) in bytes.iter_mut().zip(hex.as_bytes().chunks(2)) {
+            *byte = u8::from_str_radix(std::str::from_utf8(digits).expect("hex"), 16).expect("hex");
+        }
+        Server { input: child.stdin.take(), output, port: port.parse().expect("port"), item: FifoItem::from_bytes(&bytes), child }
+    }
+    fn pid(&self) -> u32 {
+        self.child.id()
+    }
+    fn connect(&self, engine: &Engine) -> Arc<Connection> {
+        engine.connect("127.0.0.1", "", self.port).expect("connect")
+    }
+    fn tell(&mut self, line: &str) {
+        let input = self.input.as_mut().expect("open until the drop");
+        writeln!(input, "{line}").and_then(|()| input.flush()).expect("the server reads");
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.input.take());
+        let until = Instant::now() + Duration::from_secs(10);
+        while matches!(self.child.try_wait(), Ok(None)) {
+            if Instant::now() > until {
+                // It may end by itself meanwhile; then there is nothing to kill.
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+// ---- figures of the system ----
+
+/// CPU seconds of a process: the kernel's CPU clock of it, in nanoseconds.
+fn cpu_seconds(pid: u32) -> f64 {
+    let clock = (!(pid as libc::clockid_t) << 3) | 2;
+    let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: t is writable.
+    assert_eq!(unsafe { libc::clock_gettime(clock, &mut t) }, 0, "CPU clock of process {pid}");
+    t.tv_sec as f64 + 1e-9 * t.tv_nsec as f64
+}
+
+/// Resident bytes of a process.
+fn resident(pid: u32) -> f64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("smaps_rollup");
+    let line = text.lines().find(|l| l.starts_with("Rss:")).expect("Rss");
+    line.split_whitespace().nth(1).and_then(|n| n.parse::<f64>().ok()).expect("a number") * 1024.0
+}
+
+fn percentile(sorted: &[f64], p: f64) -> f64 {
+    sorted[((sorted.len() as f64 * p / 100.0).ceil() as usize).clamp(1, sorted.len()) - 1]
+}
+
+// ---- the rows ----
+
+fn idle() -> bool {
+    const CONNECTIONS: usize = 8;
+    let server = Server::start(None);
+    let engine = Engine::new(config(None)).expect("engine");
+    let connections: Vec<_> = (0..CONNECTIONS).map(|_| server.connect(&engine)).collect();
+    let mut buffer = vec![2u8; 1 << 20];
+    let mr = engine.register(buffer.as_mut_ptr() as usize, buffer.len()).expect("register");
+    for connection in &connections {
+        move_slice(
+            connection,
+            Direction::Write,
+            LocalSegment { mr, addr: buffer.as_ptr() as usize, len: buffer.len() },
+            server.item,
+        );
+    }
+    // Spinning after activity ends well before.
+    std::thread::sleep(Duration::from_secs(1));
+    let ids = [std::process::id(), server.pid()];
+    let before = ids.map(cpu_seconds);
+    let started = Instant::now();
+    std::thread::sleep(Duration::from_secs(IDLE_SECONDS));
+    let elapsed = started.elapsed().as_secs_f64();
+    let after = ids.map(cpu_seconds);
+    let percent: Vec<f64> = before.iter().zip(after).map(|(b, a)| (a - b) / elapsed * 100.0).collect();
+    let good = percent.iter().all(|&p| p < IDLE_LIMIT_PERCENT);
+    println!(
+        "{{\"row\": \"idle\", \"connections\": {CONNECTIONS}, \"channels\": {}, \"seconds\": {elapsed:.2}, \"initiator_percent\": {:.4}, \
+         \"target_percent\": {:.4}, \"limit_percent\": {IDLE_LIMIT_PERCENT}}}",
+        connections[0].channels(),
+        percent[0],
+        percent[1]
+    );
+    good
+}
+
+fn connect() {
+    const CHANNELS: usize = 8;
+    const REPEATS: usize = 20;
+    let server = Server::start(Some(CHANNELS));
+    let engine = Engine::new(config(Some(CHANNELS))).expect("engine");
+    server.connect(&engine).close();
+    let mut times = Vec::new();
+    for _ in 0..REPEATS {
+        let started = Instant::now();
+        let connection = server.connect(&engine);
+        times.push(started.elapsed().as_secs_f64() * 1e3);
+        assert_eq!(connection.channels(), CHANNELS);
+        connection.close();
+    }
+    times.sort_by(f64::total_cmp);
+    println!(
+        "{{\"row\": \"connect\", \"channels\": {CHANNELS}, \"repeats\": {REPEATS}, \"p50_ms\": {:.3}, \"max_ms\": {:.3}}}",
+        percentile(&times, 50.0),
+        times[REPEATS - 1]
+    );
+}
+
+/// Resident memory per connection, of both sides, with 1 and with 8 channels, after each connection has moved data both ways; what a
+/// channel adds is the difference over seven.
+fn memory() {
+    const CONNECTIONS: usize = 32;
+    let per_connection = |channels: usize| {
+        let server = Server::start(Some(channels));
+        let engine = Engine::new(config(Some(channels))).expect("engine");
+        let mut buffer = vec![3u8; 8 << 20];
+        let mr = engine.register(buffer.as_mut_ptr() as usize, buffer.len()).expect("register");
+        let local = LocalSegment { mr, addr: buffer.as_mut_ptr() as usize, len: buffer.len() };
+        let exercise = |c: &Connection| {
+            move_slice(c, Direction::Write, local, server.item);
+            move_slice(c, Direction::Read, local, server.item);
+        };
+        // The first one pays for what belongs to the process.
+        let first = server.connect(&engine);
+        exercise(&first);
+        let ids = [std::process::id(), server.pid()];
+        let before = ids.map(resident);
+        let all: Vec<_> = (0..CONNECTIONS).map(|_| server.connect(&engine)).collect();
+        let fresh = ids.map(resident);
+        all.iter().for_each(|c| exercise(c));
+        let used = ids.map(resident);
+        let each = |now: [f64; 2]| [0, 1].map(|i| ((now[i] - before[i]) / CONNECTIONS as f64).max(0.0));
+        (each(fresh), each(used))
+    };
+    let (one, eight) = (per_connection(1), per_connection(8));
+    let kib = |bytes: f64| bytes / 1024.0;
+    for (state, one, eight) in [("connected", one.0, eight.0), ("after 8 MiB each way", one.1, eight.1)] {
+        for (side, i) in [("initiator", 0), ("target", 1)] {
+            println!(
+                "{{\"row\": \"memory\", \"state\": \"{state}\", \"side\": \"{side}\", \"kib_per_connection_1_channel\": {:.1}, \
+                 \"kib_per_connection_8_channels\": {:.1}, \"kib_per_channel\": {:.1}}}",
+                kib(one[i]),
+                kib(eight[i]),
+                kib((eight[i] - one[i]) / 7.0)
+            );
+        }
+    }
+}
+
+fn notify(seconds: f64) {
+    let mut server = Server::start(None);
+    let engine = Engine::new(config(None)).expect("engine");
+    let connection = server.connect(&engine);
+    server.tell("echo");
+    let mut line = String::new();
+    server.output.read_line(&mut line).expect("the server answers");
+    let mut times = Vec::new();
+    let began = Instant::now();
+    for i in 0.. {
+        let started = Instant::now();
+        connection.notify(b"bench", b"ping").expect("notify");
+        while engine.next_notification().is_none() {
+            std::thread::yield_now();
+        }
+        if i >= 100 {
+            times.push(started.elapsed().as_secs_f64() * 1e6);
+        }
+        if times.len() >= 100 && began.elapsed().as_secs_f64() > seconds {
+            break;
+        }
+    }
+    connection.notify(b"bench", STOP).expect("notify");
+    times.sort_by(f64::total_cmp);
+    println!(
+        "{{\"row\": \"notify\", \"iters\": {}, \"p50_us\": {:.2}, \"p99_us\": {:.2}}}",
+        times.len(),
+        percentile(&times, 50.0),
+        percentile(&times, 99.0)
+    );
+}
+
+fn move_slice(connection: &Connection, direction: Direction, local: LocalSegment, remote: FifoItem) {
+    let id = connection.transfer(direction, std::iter::once((local, remote))).expect("transfer");
+    assert!(connection.wait(id, None).expect("wait").complete);
+}
+
+/// 64 MiB in each iteration, cut over the connections of one client process to one server process.
+fn peers(seconds: f64) {
+    let server = Server::start(None);
+    let engine = Engine::new(config(None)).expect("engine");
+    let mut buffer = vec![4u8; TOTAL];
+    let mr = engine.register(buffer.as_mut_ptr() as usize, TOTAL).expect("register");
+    let base = buffer.as_mut_ptr() as usize;
+    let mut connections = Vec::new();
+    for count in [1, 8, 64] {
+        while connections.len() < count {
+            connections.push(server.connect(&engine));
+        }
+        for direction in [Direction::Write, Direction::Read] {
+            let len = TOTAL / count;
+            let mut ids = Vec::with_capacity(count);
+            let mut once = || {
+                ids.clear();
+                for (k, connection) in connections.iter().enumerate() {
+                    let local = LocalSegment { mr, addr: base + k * len, len };
+                    let remote = FifoItem { addr: server.item.addr + (k * len) as u64, ..server.item };
+                    ids.push(connection.transfer(direction, std::iter::once((local, remote))).expect("transfer"));
+                }
+                for (connection, &id) in connections.iter().zip(&ids) {
+                    assert!(connection.wait(id, None).expect("wait").complete);
+                }
+            };
+            (0..3).for_each(|_| once());
+            let processes = [std::process::id(), server.pid()];
+            let cpu = || processes.map(cpu_seconds).iter().sum::<f64>();
+            let used = cpu();
+            let mut times = Vec::new();
+            let began = Instant::now();
+            while times.len() < 5 || began.elapsed().as_secs_f64() < seconds {
+                let started = Instant::now();
+                once();
+                times.push(started.elapsed().as_secs_f64());
+            }
+            let used = cpu() - used;
+            times.sort_by(f64::total_cmp);
+            println!(
+                "{{\"row\": \"peers\", \"op\": \"{}\", \"peers\": {count}, \"channels\": {}, \"gbytes_per_s\": {:.3}, \"p99_us\": {:.0}, \
+                 \"cpu_s_per_gib\": {:.4}}}",
+                if direction == Direction::Write { "write" } else { "read" },
+                connections[0].channels(),
+                TOTAL as f64 / percentile(&times, 50.0) / 1e9,
+                percentile(&times, 99.0) * 1e6,
+                used * (1u64 << 30) as f64 / (TOTAL * times.len()) as f64
+            );
+        }
+    }
+}

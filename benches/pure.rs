@@ -1,0 +1,66 @@
+//! The pure parts of a transfer, without a network: the chunk plan of 16,384 segments, frames of the control stream, and region lookup
+//! among 10,000 regions.
+
+use criterion::{criterion_group, criterion_main, BatchSize, Criterion, Throughput};
+use std::hint::black_box;
+use uccl_p2p::bench_api::{decode, OwnFrame, Plan};
+use uccl_p2p::config::{Config, PluginChoice};
+use uccl_p2p::engine::Engine;
+
+const SEGMENTS: u64 = 16_384;
+const REGIONS: usize = 10_000;
+
+fn chunk_plan(c: &mut Criterion) {
+    let plan = Plan::scattered(SEGMENTS, 4096);
+    let mut group = c.benchmark_group("chunk plan");
+    group.throughput(Throughput::Elements(SEGMENTS));
+    group.bench_function("16384 segments of 4 KiB", |b| b.iter(|| black_box(&plan).cut(512 << 10)));
+    group.finish();
+}
+
+fn frames(c: &mut Criterion) {
+    for (name, frame) in [("write of 16384 segments", OwnFrame::write(SEGMENTS)), ("16 chunks", OwnFrame::chunks(16))] {
+        let mut bytes = Vec::new();
+        frame.encode(&mut bytes);
+        let mut group = c.benchmark_group("frame");
+        group.throughput(Throughput::Bytes(bytes.len() as u64));
+        let len = bytes.len();
+        group.bench_function(format!("encode {name}"), |b| {
+            b.iter_batched_ref(|| Vec::with_capacity(len), |out| black_box(&frame).encode(out), BatchSize::SmallInput)
+        });
+        group.bench_function(format!("decode {name}"), |b| b.iter(|| decode(black_box(&bytes))));
+        group.finish();
+    }
+}
+
+fn regions(c: &mut Criterion) {
+    std::env::set_var("NCCL_SOCKET_IFNAME", "lo");
+    let config = Config::from_env().expect("the environment is understood");
+    let engine = Engine::new(Config { plugin: PluginChoice::Soft, port: 0, ..config }).expect("engine");
+    let memory = vec![0u8; REGIONS * 64];
+    let base = memory.as_ptr() as usize;
+    let ids: Vec<u64> = (0..REGIONS).map(|i| engine.register(base + 64 * i, 64).expect("register")).collect();
+    let mut group = c.benchmark_group("among 10000 regions");
+    let mut at = 0;
+    group.bench_function("region of an id, bounds, FIFO item", |b| {
+        b.iter(|| {
+            at = (at + 7919) % REGIONS;
+            engine.fifo_item(ids[at], base + 64 * at, 64).expect("registered")
+        })
+    });
+    group.bench_function("is an address registered", |b| {
+        b.iter(|| {
+            at = (at + 7919) % REGIONS;
+            engine.is_registered(black_box(base + 64 * at))
+        })
+    });
+    group.finish();
+    engine.shutdown();
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default().warm_up_time(std::time::Duration::from_millis(500)).measurement_time(std::time::Duration::from_secs(2));
+    targets = chunk_plan, frames, regions
+}
+criterion_main!(benches);
