@@ -1,8 +1,9 @@
 //! The pure parts of a transfer, without a network: the chunk plan of 16,384 segments, frames of the control stream, and region lookup
 //! among 10,000 regions.
 
-use criterion::{criterion_group, criterion_main, BatchSize, Criterion, Throughput};
+use criterion::{BatchSize, Criterion, Throughput};
 use std::hint::black_box;
+use std::time::Duration;
 use uccl_p2p::bench_api::{decode, OwnFrame, Plan};
 use uccl_p2p::config::{Config, PluginChoice};
 use uccl_p2p::engine::Engine;
@@ -58,9 +59,11 @@ fn regions(c: &mut Criterion) {
     engine.shutdown();
 }
 
-criterion_group! {
-    name = benches;
-    config = Criterion::default().warm_up_time(std::time::Duration::from_millis(500)).measurement_time(std::time::Duration::from_secs(2));
-    targets = chunk_plan, frames, regions
+fn main() {
+    let (warm_up, measurement) = (Duration::from_millis(500), Duration::from_secs(2));
+    let mut c = Criterion::default().warm_up_time(warm_up).measurement_time(measurement).configure_from_args();
+    chunk_plan(&mut c);
+    frames(&mut c);
+    regions(&mut c);
+    c.final_summary();
 }
-criterion_main!(benches);

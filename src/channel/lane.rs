@@ -211,9 +211,8 @@ impl Lane {
         !self.outgoing.is_empty() || !self.expected.is_empty() || !self.posted.is_empty() || !self.finishing.is_empty()
     }
 
-    /// State for striping, with at most `window` chunks in flight.
-    pub(crate) fn load(&self, window: usize) -> Load {
-        Load { free: window.min(MAX_REQUESTS).saturating_sub(self.outgoing.len()), queued: self.queued, rate: self.rate.get() }
+    pub(crate) fn load(&self) -> Load {
+        Load { free: MAX_REQUESTS - self.outgoing.len(), queued: self.queued, rate: self.rate.get() }
     }
 
     /// Takes a chunk for sending. The caller announces it to the peer. There must be a free place ([`Lane::load`]).

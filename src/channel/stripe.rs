@@ -1,6 +1,8 @@
 //! Striping: which channel carries the next chunk. Channels run at their own speed; the one that would finish the chunk first
 //! gets it. Pure.
 
+use std::time::{Duration, Instant};
+
 /// State of a channel as striping sees it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Load {
@@ -12,23 +14,33 @@ pub(crate) struct Load {
     pub rate: f64,
 }
 
-/// The channel for a chunk of `len` bytes, or `None` when the best one has no free place: then waiting beats a slower channel.
+/// A free channel is passed over when it would finish a chunk this many times later than the best one: then waiting is faster.
+const PATIENCE: f64 = 2.0;
+
+/// The channel for a chunk of `len` bytes: of those with a free place the one that would finish it first. `None` when none is free, or
+/// only channels so slow that waiting for a fast one beats them.
 pub(crate) fn pick(loads: impl Iterator<Item = Load> + Clone, len: u64) -> Option<usize> {
     let known = loads.clone().filter(|l| l.rate > 0.0);
     let n = known.clone().count();
     // A channel without a measurement is taken to be as fast as the others.
     let assumed = if n == 0 { 1.0 } else { known.map(|l| l.rate).sum::<f64>() / n as f64 };
     let finish = |l: &Load| (l.queued + len) as f64 / if l.rate > 0.0 { l.rate } else { assumed };
-    let (best, load) = loads.enumerate().min_by(|(_, a), (_, b)| finish(a).total_cmp(&finish(b)))?;
-    (load.free > 0).then_some(best)
+    let soonest = loads.clone().map(|l| finish(&l)).min_by(f64::total_cmp)?;
+    let free = loads.enumerate().filter(|(_, l)| l.free > 0);
+    let (index, load) = free.min_by(|(_, a), (_, b)| finish(a).total_cmp(&finish(b)))?;
+    (finish(&load) <= PATIENCE * soonest).then_some(index)
 }
 
-/// Measures a channel's speed from its completions.
+/// Measures a channel's speed from its completions. These come in bursts, so a sample spans at least [`SAMPLE`].
 #[derive(Debug, Default)]
 pub(crate) struct Rate {
     bytes_per_second: f64,
-    last: Option<std::time::Instant>,
+    since: Option<Instant>,
+    bytes: u64,
 }
+
+/// Shortest time that a sample spans.
+const SAMPLE: Duration = Duration::from_millis(2);
 
 impl Rate {
     /// Bytes per second; 0 while unknown.
@@ -36,21 +48,25 @@ impl Rate {
         self.bytes_per_second
     }
 
-    /// The channel got work after having had none.
-    pub(crate) fn start(&mut self, now: std::time::Instant) {
-        self.last = Some(now);
+    /// The channel got work after having had none: idle time is not slowness.
+    pub(crate) fn start(&mut self, now: Instant) {
+        self.since = Some(now);
+        self.bytes = 0;
     }
 
     /// `bytes` were done by `now`.
-    pub(crate) fn done(&mut self, bytes: u64, now: std::time::Instant) {
-        if let Some(last) = self.last {
-            let seconds = now.saturating_duration_since(last).as_secs_f64().max(1e-6);
-            let sample = bytes as f64 / seconds;
-            const WEIGHT: f64 = 0.2;
-            self.bytes_per_second =
-                if self.bytes_per_second == 0.0 { sample } else { self.bytes_per_second * (1.0 - WEIGHT) + sample * WEIGHT };
+    pub(crate) fn done(&mut self, bytes: u64, now: Instant) {
+        self.bytes += bytes;
+        let Some(since) = self.since else { return };
+        let span = now.saturating_duration_since(since);
+        if span < SAMPLE {
+            return;
         }
-        self.last = Some(now);
+        let sample = self.bytes as f64 / span.as_secs_f64();
+        const WEIGHT: f64 = 0.3;
+        let before = self.bytes_per_second;
+        self.bytes_per_second = if before == 0.0 { sample } else { before * (1.0 - WEIGHT) + sample * WEIGHT };
+        self.start(now);
     }
 }
 

@@ -19,8 +19,12 @@ use std::time::{Duration, Instant};
 
 /// Bytes of notifications that may wait to leave before `notify` blocks.
 const MAX_PENDING: usize = 256 << 20;
+/// On a machine with few cores a poll of a transfer that still lacks this many bytes naps, so that the channels' threads get the core.
+const NAP_BYTES: u64 = 1 << 20;
+/// The nap: short beside the time that many bytes take.
+const NAP: Duration = Duration::from_micros(20);
 /// How long after an application thread polled it is taken to go on polling, microseconds.
-const DRIVER_WINDOW_US: u64 = 200;
+const DRIVER_WINDOW_US: u64 = 400;
 
 /// A connection to a peer engine. All methods may be called from any thread.
 pub struct Connection {
@@ -294,9 +298,13 @@ impl Connection {
         let after = state.lookup(id)?;
         let give_way = !any && !after.complete && state.lanes_busy() && !state.copies_pending();
         drop(state);
-        if give_way {
-            // The channels' own threads do the work now; on a small machine they need this core.
-            std::thread::yield_now();
+        if give_way && self.shared.few_cores {
+            // The channels' own threads do the work now, and on a small machine they need this core.
+            if after.bytes_total - after.bytes_done > NAP_BYTES {
+                std::thread::sleep(NAP);
+            } else {
+                std::thread::yield_now();
+            }
         }
         Ok(after)
     }

@@ -90,7 +90,7 @@ fn arm(shared: &Shared, watched: &[Watched], on: bool) {
 pub(crate) fn run(shared: &Arc<Shared>) {
     block_signals();
     let spin = shared.config.spin.unwrap_or_else(default_spin);
-    let few_cores = std::thread::available_parallelism().map_or(2, usize::from) <= 2;
+    let few_cores = shared.few_cores;
     let doorbells = shared.plugin.is_soft();
     let mut watched: Vec<Watched> = Vec::new();
     let mut seen = u64::MAX;

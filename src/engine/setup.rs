@@ -10,7 +10,6 @@ use crate::net::topology;
 use crate::status::{bail, err, Error, Result};
 use crate::wire::control::ControlStream;
 use crate::wire::handshake::{self, Blocking, Hello};
-use nccl_net_abi::MAX_REQUESTS;
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
@@ -135,13 +134,7 @@ fn establish(shared: &Arc<Shared>, sock: TcpStream, deadline: Instant, ours: &He
                 lane.set_doorbell(&doorbell)?;
             }
             let vectored = plugin.is_soft() && shared.config.vectored;
-            let staged = plugin.is_soft() && !shared.config.emulate_device;
-            Ok(LaneSet {
-                lanes,
-                vectored,
-                host: plugin.is_soft(),
-                device_window: if staged { STAGED_WINDOW } else { MAX_REQUESTS },
-            })
+            Ok(LaneSet { lanes, vectored, host: plugin.is_soft() })
         })
         .collect::<Result<Vec<_>>>()?;
     let copier: Option<Box<dyn DeviceCopier>> = if shared.config.emulate_device {
@@ -174,9 +167,6 @@ fn establish(shared: &Arc<Shared>, sock: TcpStream, deadline: Instant, ours: &He
     log::info!("connected with {}: {channels} channels over {}, GPU {}", peer_name, shared.plugin.name, theirs.gpu);
     Ok(connection)
 }
-
-/// Chunks of device memory in flight on a channel of the software plugin. Enough to overlap the copy, the sending and the wire.
-const STAGED_WINDOW: usize = 6;
 
 /// How often a set-up that is refused for lack of threads is tried again.
 pub(crate) const RETRY: Duration = Duration::from_millis(10);

@@ -42,6 +42,8 @@ pub(crate) struct Shared {
     pub accepts: Mutex<Accepts>,
     pub accept_ready: Condvar,
     pub closing: AtomicBool,
+    /// Threads compete for cores: nobody spins while another could work.
+    pub few_cores: bool,
     connections: Mutex<HashMap<u64, Weak<Connection>>>,
     next_connection: AtomicU64,
     /// Changes whenever the table of connections does.
@@ -91,6 +93,7 @@ impl Shared {
             accepts: Mutex::default(),
             accept_ready: Condvar::new(),
             closing: AtomicBool::new(false),
+            few_cores: std::thread::available_parallelism().map_or(2, usize::from) <= 2,
             connections: Mutex::default(),
             next_connection: AtomicU64::new(1),
             generation: AtomicU64::new(0),

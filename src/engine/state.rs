@@ -11,7 +11,6 @@ use crate::channel::stripe;
 use crate::status::{bail, err, Error, ErrorKind, Result, UCCL_OK};
 use crate::wire::control::{ControlStream, RxBuffer};
 use crate::wire::frame::{Frame, Grant, Place, WireRegion, WireSegment, MAX_INLINE};
-use nccl_net_abi::MAX_REQUESTS;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,9 +20,6 @@ pub(crate) struct LaneSet {
     pub lanes: Vec<Lane>,
     pub vectored: bool,
     pub host: bool,
-    /// Chunks of device memory in flight on a channel: fewer than the window where each passes through staging memory of the
-    /// plugin, which then stays in the CPU's cache.
-    pub device_window: usize,
 }
 
 /// What both sides agreed on, and what the state needs of its engine.
@@ -400,8 +396,7 @@ impl State {
                 let base: usize = self.sets[..index].iter().map(|s| s.lanes.len()).sum();
                 let Some(set) = self.sets.get_mut(index) else { bail!(Internal, "a connection without channels") };
                 let expected_len = out.chunk_len as u64;
-                let window = if place.is_device() { set.device_window } else { MAX_REQUESTS };
-                let Some(lane) = stripe::pick(set.lanes.iter().map(|l| l.load(window)), expected_len) else {
+                let Some(lane) = stripe::pick(set.lanes.iter().map(Lane::load), expected_len) else {
                     blocked = true;
                     break;
                 };

@@ -9,8 +9,6 @@ use std::sync::Arc;
 
 /// Page of plugin registrations.
 const PAGE: u64 = 4096;
-/// A plugin's registration stays under 2 GiB (v7 takes an int, and offsets are 32-bit).
-const MAX_PIECE: u64 = (1 << 31) - PAGE;
 
 /// Where an address lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,25 +63,6 @@ fn attribute<T: Copy>(which: Attribute, ptr: u64, out: &mut T) -> Result<bool> {
         }
         result => check("cuPointerGetAttribute", result).map(|()| true),
     }
-}
-
-/// The page-aligned range of the allocation that holds `ptr`: base and length, both multiples of 4096. A block that does not
-/// start or end on a page gives the enclosing pages.
-pub(crate) fn enclosing_range(gpu: &Gpu, ptr: u64) -> Result<(u64, u64)> {
-    let (mut base, mut size) = (0, 0usize);
-    // SAFETY: out pointers are locals; the driver answers for addresses it does not know with an error.
-    gpu.with(|| check("cuMemGetAddressRange", unsafe { sys::cuMemGetAddressRange_v2(&mut base, &mut size, ptr) }))?;
-    Ok(enclosing_pages(base, size as u64))
-}
-
-fn enclosing_pages(base: u64, size: u64) -> (u64, u64) {
-    let first = base / PAGE * PAGE;
-    (first, (base + size).next_multiple_of(PAGE) - first)
-}
-
-/// Cuts a page-aligned range into pieces that a plugin registers one by one: each starts on a page and is under 2 GiB.
-pub(crate) fn registration_pieces(base: u64, size: u64) -> impl Iterator<Item = (u64, u64)> {
-    (0..size.div_ceil(MAX_PIECE)).map(move |i| (base + i * MAX_PIECE, (size - i * MAX_PIECE).min(MAX_PIECE)))
 }
 
 /// Mapped host memory by its two names. With unified addressing they are equal for what `cuMemHostAlloc` made, not for
@@ -192,10 +171,6 @@ impl DeviceBuffer {
     pub(crate) fn ptr(&self) -> u64 {
         self.base
     }
-    /// Bytes, a multiple of 4096.
-    pub(crate) fn len(&self) -> usize {
-        self.len
-    }
     /// Sets every byte, and waits until it is done.
     pub(crate) fn fill(&self, value: u8) -> Result<()> {
         self.gpu.with(|| {
@@ -252,26 +227,6 @@ pub(super) fn message_len(len: u64) -> Result<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn ranges_cover_whole_pages() {
-        assert_eq!(enclosing_pages(0x7000, 0x1000), (0x7000, 0x1000));
-        assert_eq!(enclosing_pages(0x7200, 0x200), (0x7000, 0x1000));
-        assert_eq!(enclosing_pages(0x7fff, 2), (0x7000, 0x2000));
-    }
-
-    #[test]
-    fn pieces_are_aligned_small_and_complete() {
-        for size in [0u64, 4096, MAX_PIECE, MAX_PIECE + 4096, 10 << 30] {
-            let (mut at, mut sum) = (1 << 40, 0);
-            for (base, len) in registration_pieces(1 << 40, size) {
-                assert!(base == at && base % PAGE == 0 && len % PAGE == 0 && len > 0 && len < 1 << 31);
-                at += len;
-                sum += len;
-            }
-            assert_eq!(sum, size);
-        }
-    }
 
     #[test]
     fn without_a_driver_all_memory_is_host_memory() {

@@ -19,7 +19,7 @@ struct UcclEntry {
     uccl_u64 dst_off;
 };
 
-// A piece that lies in one segment, as the host joins them for small launches.
+// A piece that lies in one segment, where the host has joined entries and segments.
 struct UcclItem {
     uccl_u32 src_off;
     uccl_u32 len;
@@ -55,7 +55,7 @@ static_assert(sizeof(UcclJob) == 88, "job");
 #define UCCL_GATHER 1u                // segments -> flat; else flat -> segments
 #define UCCL_ENTRIES_INLINE 2u
 #define UCCL_SEGMENTS_INLINE 4u
-#define UCCL_ITEMS 8u                 // `entries` are UcclItem in the arguments, in range by the host's word; there is no table
+#define UCCL_ITEMS 8u                 // `entries` are UcclItem, in range by the host's word; there is no table
 #define UCCL_UNIT_SHIFT 8
 
 #define UCCL_ERROR_RANGE 1u           // an entry leaves the message; bits 8..31: its index
@@ -222,9 +222,10 @@ struct UcclShared {
     uccl_u32 error, lo, hi;
 };
 
-// Copies units [u0, u1), a group of W lanes to a unit: those of the entries in shared memory or, where there are items, every
-// (8 * blocks)th eight of theirs. Returns the bytes this thread answers for.
-template <uccl_u32 W>
+// Copies units [u0, u1), a group of W lanes to a unit: those of the entries in shared memory, or of items where there are any. NEAR:
+// the items lie in the arguments and the block takes every (8 * blocks)th eight units of theirs. Returns the bytes this thread
+// answers for.
+template <uccl_u32 W, bool NEAR>
 static __device__ __forceinline__ uccl_u64 uccl_units(UcclShared& sh, const UcclJob& job, const UcclItem* items, uccl_u32 shift, uccl_u32 entries, uccl_u32 u0,
                                                      uccl_u32 u1, const uccl_u32* start, const uccl_u64* addr, uccl_u32 segments) {
     const uccl_u32 tid = threadIdx.x, lane = tid % W;
@@ -232,10 +233,18 @@ static __device__ __forceinline__ uccl_u64 uccl_units(UcclShared& sh, const Uccl
     uccl_u64 bytes = 0;
 #pragma unroll 1
     while (u0 < u1) {
-        const uccl_u32 units = uccl_min(u1 - u0, items ? UCCL_THREADS / W : UCCL_THREADS);
-        if (!items) {
-            // Every thread first looks up the place of one unit, so that the searches of a round are made at once.
-            if (tid < units) {
+        const uccl_u32 units = uccl_min(u1 - u0, NEAR ? UCCL_THREADS / W : UCCL_THREADS);
+        if (!NEAR) {
+            // Every thread first looks up the place of one unit, so that the reads and searches of a round are made at once.
+            if (tid < units && items) {
+                const uint4 item = *reinterpret_cast<const uint4*>(items + ((u0 + tid) >> job.parts));  // laid out as UcclItem
+                const uccl_u32 skip = ((u0 + tid) & ((1u << job.parts) - 1)) << shift;
+                const uccl_u32 n = skip < item.y ? uccl_min(item.y - skip, 1u << shift) : 0;
+                sh.unit_flat[tid] = job.flat + item.x + skip;
+                sh.unit_seg[tid] = ((uccl_u64)item.w << 32 | item.z) + skip;
+                sh.unit_bytes[tid] = n;
+                sh.unit_near[tid] = n;
+            } else if (tid < units) {
                 // Entries of length 0 have no unit: the last one that starts at or before it holds the unit.
                 const uccl_u32 e = uccl_find(sh.first_unit, 0, entries, u0 + tid);
                 const uccl_u32 skip = (u0 + tid - sh.first_unit[e]) << shift;
@@ -249,12 +258,13 @@ static __device__ __forceinline__ uccl_u64 uccl_units(UcclShared& sh, const Uccl
                 sh.unit_segment[tid] = s;
             }
             __syncthreads();
+            if (items && sh.error) return 0;
         }
 #pragma unroll 1
         for (uccl_u32 u = tid / W; u < units; u += UCCL_THREADS / W) {
             uccl_u64 flat, seg;
             uccl_u32 n, left, s = 0;
-            if (items) {
+            if (NEAR) {
                 const UcclItem& item = items[(u0 + u) >> job.parts];
                 const uccl_u32 skip = ((u0 + u) & ((1u << job.parts) - 1)) << shift;
                 if (skip >= item.len) continue;
@@ -267,6 +277,7 @@ static __device__ __forceinline__ uccl_u64 uccl_units(UcclShared& sh, const Uccl
                 n = sh.unit_near[u];
                 left = sh.unit_bytes[u];
                 s = sh.unit_segment[u];
+                if (n == 0) continue;
             }
             if (lane == 0) bytes += left;
 #pragma unroll 1
@@ -280,8 +291,8 @@ static __device__ __forceinline__ uccl_u64 uccl_units(UcclShared& sh, const Uccl
                 n = uccl_min(left, start[s + 1] - start[s]);
             }
         }
-        if (!items) __syncthreads();
-        u0 += items ? job.blocks * (UCCL_THREADS / W) : UCCL_THREADS;
+        if (!NEAR) __syncthreads();
+        u0 += NEAR ? job.blocks * (UCCL_THREADS / W) : UCCL_THREADS;
     }
     return bytes;
 }
@@ -297,9 +308,8 @@ static __device__ __forceinline__ uccl_u64 uccl_count(const UcclJob& job) {
 static __device__ __forceinline__ void uccl_arrive(UcclShared& sh, const UcclJob& job, uccl_u64 bytes) {
     const uccl_u32 tid = threadIdx.x, lane = tid & 31u, warp = tid >> 5;
     // One thread tells the others' work: the barrier and its fence make every store of the block precede the arrival.
-#pragma unroll
-    for (uccl_u32 d = 16; d > 0; d >>= 1) bytes += __shfl_down_sync(0xffffffffu, bytes, d);
-    if (lane == 0) sh.warp_bytes[warp] = bytes;
+    const uccl_u32 fine = __reduce_add_sync(0xffffffffu, (uccl_u32)bytes & 0x7ffffffu), coarse = __reduce_add_sync(0xffffffffu, (uccl_u32)(bytes >> 27));
+    if (lane == 0) sh.warp_bytes[warp] = ((uccl_u64)coarse << 27) + fine;
     __syncthreads();
     if (tid != 0) return;
     uccl_u64 done = 0;
@@ -335,30 +345,34 @@ static __device__ __forceinline__ void uccl_copy_body(const Args& args) {
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
     const UcclJob& job = reinterpret_cast<const UcclJob*>(args.blob)[blockIdx.y];
-    if (blockIdx.x >= job.blocks) return;
+    // Both cache lines of the job are fetched at once, before anything waits for one of them.
+    const uccl_u64 flat = job.flat, entries_at = job.entries;
+    const uccl_u32 blocks = job.blocks, flags = job.flags;
+    asm volatile("" ::"l"(flat), "l"(entries_at), "r"(blocks), "r"(flags));
+    if (blockIdx.x >= blocks) return;
     __shared__ UcclShared sh;
     const uccl_u32 tid = threadIdx.x, lane = tid & 31u, warp = tid >> 5;
-    const uccl_u32 strip = blockIdx.x / job.parts, part = blockIdx.x % job.parts;
-    const uccl_u32 shift = (job.flags >> UCCL_UNIT_SHIFT) & 31u;
-    const bool whole = job.entries == 0;
-    const UcclEntry* entries =
-        (job.flags & UCCL_ENTRIES_INLINE) ? reinterpret_cast<const UcclEntry*>(args.blob + job.entries) : reinterpret_cast<const UcclEntry*>(job.entries);
-    const bool near_table = job.flags & UCCL_SEGMENTS_INLINE;
-    const uccl_u32* starts = near_table ? reinterpret_cast<const uccl_u32*>(args.blob + job.seg_start) : reinterpret_cast<const uccl_u32*>(job.seg_start);
-    const uccl_u64* addrs = near_table ? reinterpret_cast<const uccl_u64*>(args.blob + job.seg_addr) : reinterpret_cast<const uccl_u64*>(job.seg_addr);
-
+    const uccl_u32 shift = (flags >> UCCL_UNIT_SHIFT) & 31u;
     uccl_u64 bytes = 0;
-    if (job.flags & UCCL_ITEMS) {
+    const bool joined = flags & UCCL_ITEMS;
+    if (joined && (flags & UCCL_ENTRIES_INLINE)) {
         if (tid == 0) sh.error = 0;
         if (job.count != 0) {
             if (tid == 0 && uccl_count(job) != job.segments) sh.error = UCCL_ERROR_COUNT;
             __syncthreads();
             if (sh.error) return uccl_arrive(sh, job, 0);
         }
-        const UcclItem* items = reinterpret_cast<const UcclItem*>(args.blob + job.entries);
-        bytes = uccl_units<32>(sh, job, items, shift, 0, blockIdx.x * (UCCL_THREADS / 32), job.entry_count << job.parts, nullptr, nullptr, 0);
+        const UcclItem* items = reinterpret_cast<const UcclItem*>(args.blob + entries_at);
+        bytes = uccl_units<32, true>(sh, job, items, shift, 0, blockIdx.x * (UCCL_THREADS / 32), job.entry_count << job.parts, nullptr, nullptr, 0);
         return uccl_arrive(sh, job, bytes);
     }
+    const uccl_u32 strip = blockIdx.x / job.parts, part = blockIdx.x % job.parts;
+    const bool whole = job.entries == 0;
+    const UcclEntry* entries =
+        (flags & UCCL_ENTRIES_INLINE) ? reinterpret_cast<const UcclEntry*>(args.blob + job.entries) : reinterpret_cast<const UcclEntry*>(job.entries);
+    const bool near_table = flags & UCCL_SEGMENTS_INLINE;
+    const uccl_u32* starts = near_table ? reinterpret_cast<const uccl_u32*>(args.blob + job.seg_start) : reinterpret_cast<const uccl_u32*>(job.seg_start);
+    const uccl_u64* addrs = near_table ? reinterpret_cast<const uccl_u64*>(args.blob + job.seg_addr) : reinterpret_cast<const uccl_u64*>(job.seg_addr);
     uccl_u32 first = strip * job.entries_per_strip;
     const uccl_u32 last = uccl_min(uccl_min(job.entry_count, UCCL_MAX_ENTRIES), first + job.entries_per_strip);
     // All reads that depend on the job alone are made at once: entries, count, and the table or the part of it that would be needed
@@ -486,9 +500,9 @@ static __device__ __forceinline__ void uccl_copy_body(const Args& args) {
             const uccl_u32* start = inside ? sh.start : starts + lo;
             const uccl_u64* addr = inside ? sh.addr : addrs + lo;
             if (shift <= 9)
-                bytes += uccl_units<8>(sh, job, nullptr, shift, batch, u0, u1, start, addr, hi - lo);
+                bytes += uccl_units<8, false>(sh, job, nullptr, shift, batch, u0, u1, start, addr, hi - lo);
             else
-                bytes += uccl_units<32>(sh, job, nullptr, shift, batch, u0, u1, start, addr, hi - lo);
+                bytes += uccl_units<32, false>(sh, job, joined ? reinterpret_cast<const UcclItem*>(entries_at) : nullptr, shift, batch, u0, u1, start, addr, hi - lo);
         }
         __syncthreads();
     }
@@ -496,5 +510,5 @@ static __device__ __forceinline__ void uccl_copy_body(const Args& args) {
 }
 
 // grid: (most blocks of a job, jobs); block: UCCL_THREADS.
-extern "C" __global__ void __launch_bounds__(256, 3) uccl_copy_1k(const __grid_constant__ UcclArgs<1024> args) { uccl_copy_body(args); }
-extern "C" __global__ void __launch_bounds__(256, 3) uccl_copy_4k(const __grid_constant__ UcclArgs<4096> args) { uccl_copy_body(args); }
+extern "C" __global__ void __launch_bounds__(256, 2) uccl_copy_1k(const __grid_constant__ UcclArgs<1024> args) { uccl_copy_body(args); }
+extern "C" __global__ void __launch_bounds__(256, 2) uccl_copy_4k(const __grid_constant__ UcclArgs<4096> args) { uccl_copy_body(args); }
