@@ -395,6 +395,9 @@ impl Comm {
         self.closing.store(true, Ordering::Release);
         let mut io = self.io.lock();
         io.doorbell = None;
+        if let Some(source) = self.source.get() {
+            source.quiesce();
+        }
         if let Some(socket) = io.socket.take() {
             self.worker.drop_comm(self.id, socket.as_raw_fd(), self.receives);
         }
