@@ -115,8 +115,8 @@ impl Source {
         unsafe { &*self.flags.base.cast::<AtomicU32>().add(slot) }
     }
 
-    /// The stream of the current context, which is `context`.
-    fn stream(&self, context: CUcontext) -> io::Result<CUstream> {
+    fn stream(&self) -> io::Result<CUstream> {
+        let context = current()?;
         let mut streams = self.streams.lock();
         if let Some(stream) = streams.get(&(context as usize)) {
             return Ok(stream.raw);
@@ -127,13 +127,20 @@ impl Source {
         streams.insert(context as usize, Stream { raw, context });
         Ok(raw)
     }
+}
 
-    /// Queues the copy of a message and the flag that tells of its end. `context` is current.
-    fn copy(&self, slot: usize, context: CUcontext, place: *mut u8, data: *const u8, len: usize) -> io::Result<()> {
-        let stream = self.stream(context)?;
+impl SendSource for Source {
+    fn begin(&self, slot: usize, data: *const u8, len: usize) -> io::Result<*const u8> {
+        if len > self.stride {
+            return Err(io::Error::other("a message longer than its staging place"));
+        }
+        let stream = self.stream()?;
+        let place = self.places.lock().take(slot).ok_or_else(|| io::Error::other("no staging place is free"))?;
+        // SAFETY: inside the ring of 16 strides.
+        let place = unsafe { self.ring.base.cast::<u8>().add(place * self.stride) };
         let flag = self.flag(slot);
         flag.store(0, Ordering::Release);
-        // SAFETY: the caller keeps `len` bytes of device memory at `data` until the send is done; the place belongs to the slot.
+        // SAFETY: the caller keeps `len` bytes of device memory at `data` until the send is done; the place is free, since its slot is.
         check("cuMemcpyDtoHAsync", unsafe { sys::cuMemcpyDtoHAsync_v2(place.cast(), data as sys::CUdeviceptr, len, stream) })?;
         // SAFETY: the flag is pinned, mapped memory that outlives the stream (field order).
         let queued = unsafe { sys::cuStreamWriteValue32_v2(stream, flag.as_ptr() as sys::CUdeviceptr, 1, 0) };
@@ -143,30 +150,7 @@ impl Source {
             check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(stream) })?;
             flag.store(1, Ordering::Release);
         }
-        Ok(())
-    }
-}
-
-impl SendSource for Source {
-    fn context(&self) -> io::Result<usize> {
-        Ok(current()? as usize)
-    }
-
-    fn start(&self, slot: usize, context: usize, data: *const u8, len: usize) -> io::Result<*const u8> {
-        if len > self.stride {
-            return Err(io::Error::other("a message longer than its staging place"));
-        }
-        let place = self.places.lock().take(slot).ok_or_else(|| io::Error::other("no staging place is free"))?;
-        // SAFETY: inside the ring of 16 strides.
-        let place = unsafe { self.ring.base.cast::<u8>().add(place * self.stride) };
-        let context = context as CUcontext;
-        // SAFETY: the context was current in the poster's thread, who keeps it for its registered memory.
-        check("cuCtxPushCurrent", unsafe { sys::cuCtxPushCurrent_v2(context) })?;
-        let copied = self.copy(slot, context, place, data, len);
-        let mut popped = ptr::null_mut();
-        // SAFETY: pops what was pushed above.
-        check("cuCtxPopCurrent", unsafe { sys::cuCtxPopCurrent_v2(&mut popped) })?;
-        copied.map(|()| place.cast_const())
+        Ok(place)
     }
 
     fn ready(&self, slot: usize) -> io::Result<bool> {

@@ -29,12 +29,9 @@ pub trait DeviceMemory: Send + Sync {
 
 /// Turns device memory into bytes that an I/O thread can hand to the kernel.
 pub trait SendSource: Send + Sync {
-    /// Called by `isend` on the caller's thread: the context that [`SendSource::start`] needs (the caller's current GPU).
-    fn context(&self) -> io::Result<usize>;
-
-    /// Called by the thread that sends, a few messages ahead: where the `len` bytes at device address `data` can be read from once
-    /// [`SendSource::ready`] says so. The place stays valid until [`SendSource::release`].
-    fn start(&self, slot: usize, context: usize, data: *const u8, len: usize) -> io::Result<*const u8>;
+    /// Called by `isend` on the caller's thread: where the `len` bytes at device address `data` can be read from once
+    /// [`SendSource::ready`] says so. The place stays valid until the slot is used again.
+    fn begin(&self, slot: usize, data: *const u8, len: usize) -> io::Result<*const u8>;
 
     /// Called by the I/O thread, repeatedly: whether the bytes of `slot` have arrived.
     fn ready(&self, slot: usize) -> io::Result<bool>;
@@ -109,11 +106,7 @@ impl DeviceMemory for Emulated {
 }
 
 impl SendSource for Emulated {
-    fn context(&self) -> io::Result<usize> {
-        Ok(0)
-    }
-
-    fn start(&self, _slot: usize, _context: usize, data: *const u8, _len: usize) -> io::Result<*const u8> {
+    fn begin(&self, _slot: usize, data: *const u8, _len: usize) -> io::Result<*const u8> {
         Ok(data)
     }
 

@@ -7,7 +7,6 @@ use libc::iovec;
 use nccl_net_abi::{MAX_REQUESTS, NCCL_SYSTEM_ERROR};
 
 use crate::comm::{Comm, Io, Turn, IOV_MAX, TURN_BYTES};
-use crate::device::SendSource;
 use crate::slot::Cursor;
 
 /// Progress of a send comm.
@@ -76,12 +75,10 @@ impl SendIo {
     fn gather(&mut self, comm: &Comm, completed: u64, posted: u64, budget: usize) -> io::Result<usize> {
         self.batch.clear();
         let mut bytes = 0;
-        let source = comm.posted_source();
         for seq in completed..posted {
             // SAFETY: posted, not completed, and the I/O lock is held.
             let body = unsafe { comm.slot(seq).body() };
-            if let (true, Some(source)) = (body.device, source) {
-                start_copies(comm, source.as_ref(), seq, posted)?;
+            if let (true, Some(source)) = (body.device, comm.posted_source()) {
                 if !source.ready((seq % MAX_REQUESTS as u64) as usize)? {
                     break;
                 }
@@ -119,28 +116,6 @@ impl SendIo {
             comm.complete(io, seq);
         }
     }
-}
-
-/// Messages whose copies run ahead of the sending: enough to hide their latency, few enough to stay in the CPU's cache.
-const AHEAD: u64 = 4;
-
-/// Starts the copies of device sends from `seq` on that have not been started.
-fn start_copies(comm: &Comm, source: &dyn SendSource, seq: u64, posted: u64) -> io::Result<()> {
-    for next in seq..posted.min(seq + AHEAD) {
-        // SAFETY: posted, not completed, and the I/O lock is held.
-        let body = unsafe { comm.slot(next).body() };
-        if !body.device || body.started {
-            continue;
-        }
-        // The header comes first, the payload is one segment (isend).
-        if let Some(payload) = body.iov.get_mut(1) {
-            let slot = (next % MAX_REQUESTS as u64) as usize;
-            let place = source.start(slot, body.context, payload.iov_base.cast(), payload.iov_len)?;
-            payload.iov_base = place.cast_mut().cast();
-        }
-        body.started = true;
-    }
-    Ok(())
 }
 
 fn send(fd: i32, batch: &mut [iovec]) -> io::Result<usize> {

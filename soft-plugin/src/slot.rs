@@ -38,9 +38,6 @@ pub struct Body {
     pub total: usize,
     /// The segments are device memory.
     pub device: bool,
-    /// Of a device send: the poster's context, and whether the copy to host memory has been started.
-    pub context: usize,
-    pub started: bool,
 }
 
 /// No region of the bounce buffer.
@@ -75,14 +72,7 @@ impl Slot {
             received: AtomicUsize::new(0),
             region: AtomicUsize::new(NO_REGION),
             extent: AtomicUsize::new(0),
-            body: UnsafeCell::new(Body {
-                header: [0; HEADER],
-                iov: Vec::new(),
-                total: 0,
-                device: false,
-                context: 0,
-                started: false,
-            }),
+            body: UnsafeCell::new(Body { header: [0; HEADER], iov: Vec::new(), total: 0, device: false }),
         }
     }
 

@@ -60,12 +60,13 @@ pub unsafe extern "C" fn isend(
         let offset = (data as usize).wrapping_sub(mr.base);
         check(!mr.device || (offset < mr.size && size <= mr.size - offset))?;
         post(comm, request, |seq, body| {
-            if mr.device {
-                body.context = comm.send_source()?.context().map_err(|e| system("device send", &e))?;
-                body.started = false;
-            }
-            // Of a device send this is the device address, until the copy has a place in host memory.
-            let segment = iovec { iov_base: data, iov_len: size };
+            let source = if mr.device {
+                let slot = (seq % MAX_REQUESTS as u64) as usize;
+                comm.send_source()?.begin(slot, data.cast(), size).map_err(|e| system("device send", &e))?
+            } else {
+                data.cast_const().cast()
+            };
+            let segment = iovec { iov_base: source.cast_mut().cast(), iov_len: size };
             fill_send(seq, body, size, mr.device, std::iter::once(segment));
             Ok(())
         })
