@@ -265,6 +265,7 @@ impl Lane {
             let send = &self.send;
             // SAFETY: the staging memory is dropped after the comm (field order).
             let staging = Staging::new(memory, stride, |p, n| {
+                // SAFETY: the staging memory is dropped after the comm (field order).
                 ctx.register(place, || unsafe { send.register(p.cast(), n, NCCL_PTR_CUDA) })
             })?;
             self.device_out.insert(place, staging);
@@ -329,15 +330,15 @@ impl Lane {
     fn post_sends(&mut self, ctx: &mut Context<'_>) -> Result<bool> {
         let mut any = false;
         while let Some(next) = self.to_post.front() {
-            // SAFETY: the source's memory is kept by the contract of `submit` or by the staging ring.
             let taken = match &next.source {
+                // SAFETY: the source's memory is kept by the contract of `submit`.
                 Source::Vectored(iov) => unsafe { self.send.send_vectored(iov, next.len) }?,
                 Source::Contiguous { data, mhandle, packing, place } => {
                     if *packing != Ticket::Done && !ctx.copier()?.poll(*packing)? {
                         break;
                     }
                     let send = &mut self.send;
-                    // SAFETY: as above.
+                    // SAFETY: as above, or it is a place of the staging ring.
                     ctx.within(*place, &mut || unsafe { send.send(data.cast(), next.len, *mhandle) })?
                 }
             };

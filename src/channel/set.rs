@@ -1,6 +1,7 @@
 //! Setting up the lanes of a connection: listen comms, connects and accepts, all channels at once.
 
 use super::lane::Lane;
+use crate::gpu::Gpu;
 use crate::net::comm::{Accepting, Connecting, ListenComm, RecvComm, SendComm};
 use crate::net::plugin::Plugin;
 use crate::status::{bail, err, Result};
@@ -13,17 +14,27 @@ pub(crate) struct Listening {
     plugin: Arc<Plugin>,
     nics: Vec<usize>,
     comms: Vec<ListenComm>,
+    gpu: Option<Arc<Gpu>>,
+}
+
+fn within<R>(gpu: &Option<Arc<Gpu>>, body: impl FnOnce() -> Result<R>) -> Result<R> {
+    match gpu {
+        Some(gpu) => gpu.with(body),
+        None => body(),
+    }
 }
 
 impl Listening {
     /// Opens `n` listen comms, spread over `nics`.
-    pub(crate) fn open(plugin: &Arc<Plugin>, nics: &[usize], n: usize) -> Result<Listening> {
+    ///
+    /// `gpu`: the GPU that must be current in every thread that sets up comms; for plugins that follow the current GPU.
+    pub(crate) fn open(plugin: &Arc<Plugin>, nics: &[usize], n: usize, gpu: Option<Arc<Gpu>>) -> Result<Listening> {
         if nics.is_empty() {
             bail!(Plugin, "plugin {} has no usable device", plugin.name);
         }
         let nics: Vec<usize> = (0..n).map(|i| nics[i % nics.len()]).collect();
-        let comms = nics.iter().map(|&nic| ListenComm::new(plugin, nic)).collect::<Result<_>>()?;
-        Ok(Listening { plugin: plugin.clone(), nics, comms })
+        let comms = within(&gpu, || nics.iter().map(|&nic| ListenComm::new(plugin, nic)).collect::<Result<_>>())?;
+        Ok(Listening { plugin: plugin.clone(), nics, comms, gpu })
     }
 
     /// The handles to give to the peer, one a channel.
@@ -54,7 +65,8 @@ impl Listening {
             }
             groups.push(group);
         }
-        let drive = |group: Vec<Half>| drive(group, deadline, alive);
+        let gpu = self.gpu;
+        let drive = |group: Vec<Half>| within(&gpu, || drive(group, deadline, alive));
         let done: Vec<Half> = if groups.len() <= 1 {
             groups.into_iter().map(drive).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect()
         } else {

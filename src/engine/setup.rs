@@ -108,7 +108,7 @@ fn establish(shared: &Arc<Shared>, sock: TcpStream, deadline: Instant, ours: &He
     let mut listening = Vec::new();
     for plugin in std::iter::once(&shared.plugin).chain(&shared.host_plugin) {
         let nics = topology::nearest(&plugin.devices, shared.gpu_pci_path().as_deref());
-        listening.push(Listening::open(plugin, &nics, n)?);
+        listening.push(Listening::open(plugin, &nics, n, shared.gpu_of(plugin)?)?);
     }
     let handles: Vec<_> = listening.iter().flat_map(Listening::handles).collect();
     let peers = handshake::exchange_handles(&io, &handles)?;

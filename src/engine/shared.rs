@@ -119,6 +119,14 @@ impl Shared {
         Some(path.to_string_lossy().into_owned())
     }
 
+    /// The GPU that a plugin's calls follow; none for the software plugin, which takes it from each device request.
+    pub(crate) fn gpu_of(&self, plugin: &Plugin) -> Result<Option<Arc<Gpu>>> {
+        match &self.gpu {
+            Some(gpu) if !plugin.is_soft() => Ok(Some(Gpu::open(gpu.ordinal)?)),
+            _ => Ok(None),
+        }
+    }
+
     /// Where the memory at `addr` lies. Retains the context of the GPU it lies on.
     pub(crate) fn place_of(&self, addr: u64) -> Result<Place> {
         if self.config.emulate_device {
@@ -246,7 +254,7 @@ impl Shared {
     // ---- handshakes under way ----
 
     /// Registers a socket whose handshake is under way, until the guard is dropped.
-    pub(crate) fn begin_setup<'a>(self: &'a Arc<Shared>, sock: &TcpStream) -> Result<SetupGuard> {
+    pub(crate) fn begin_setup(self: &Arc<Shared>, sock: &TcpStream) -> Result<SetupGuard> {
         let clone = sock.try_clone().map_err(|e| Error::system("control socket", &e))?;
         let id = self.next_setup.fetch_add(1, Ordering::Relaxed);
         self.setups.lock().insert(id, clone);

@@ -815,7 +815,7 @@ impl State {
     }
 }
 
-fn copier<'a>(copier: &'a mut Option<Box<dyn DeviceCopier>>) -> Option<&'a mut dyn DeviceCopier> {
+fn copier(copier: &mut Option<Box<dyn DeviceCopier>>) -> Option<&mut dyn DeviceCopier> {
     match copier {
         Some(copier) => Some(&mut **copier),
         None => None,

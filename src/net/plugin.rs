@@ -148,13 +148,21 @@ impl Plugin {
             Table::V7(t) => (t.name, 7),
             Table::V8(t) => (t.name, 8),
         };
-        // SAFETY: the table's name is a C string or null.
-        let name =
-            if name.is_null() { "unnamed".to_owned() } else { unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned() };
+        let name = if name.is_null() {
+            "unnamed".to_owned()
+        } else {
+            // SAFETY: the table's name is a C string where it is not null.
+            unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
+        };
         let mut plugin = Plugin { table, ext, name, path, abi_version, devices: Vec::new() };
         let init = member!(plugin, init)?;
         // SAFETY: called once per process (load_once), first; the plugin accepts a null logger and logs by itself.
-        check(&plugin, "init", unsafe { init(None) })?;
+        let call = || check(&plugin, "init", unsafe { init(None) });
+        match crate::gpu::current_name() {
+            // Google's plugin follows the current GPU from its init on.
+            Some(gpu) if ext.is_none() => crate::gpu::Gpu::open(gpu.ordinal)?.with(call)?,
+            _ => call()?,
+        }
         let mut n: c_int = 0;
         let devices = member!(plugin, devices)?;
         // SAFETY: n is writable.

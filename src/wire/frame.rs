@@ -378,8 +378,8 @@ impl<'a> Reader<'a> {
     }
     fn array<const N: usize, T>(&mut self, n: usize, item: impl Fn(&[u8; N]) -> Result<T>) -> Result<Vec<T>> {
         let Some(bytes) = n.checked_mul(N) else { bail!(Protocol, "{n} items") };
-        let (items, _) = self.bytes(bytes)?.as_chunks::<N>();
-        items.iter().map(item).collect()
+        // Every piece of chunks_exact has N bytes.
+        self.bytes(bytes)?.chunks_exact(N).filter_map(|b| b.first_chunk()).map(item).collect()
     }
 }
 
@@ -388,7 +388,10 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn frames() -> impl Strategy<Value = (Vec<u8>, Vec<u8>, u64, i32, Vec<(u64, u32, bool)>)> {
+    /// Name, message, id, status, segments.
+    type Parts = (Vec<u8>, Vec<u8>, u64, i32, Vec<(u64, u32, bool)>);
+
+    fn frames() -> impl Strategy<Value = Parts> {
         (
             proptest::collection::vec(any::<u8>(), 0..300),
             proptest::collection::vec(any::<u8>(), 0..3000),

@@ -1,0 +1,92 @@
+# Sourced by the tests of this directory: two hosts as network namespaces, shaped NICs, measuring with tcpx-perf, cleaning up.
+#
+# Rates are judged as goodput. tc counts Ethernet frames: of a full frame's 1514 bytes, 14 are Ethernet's, 20 IPv4's and 32 TCP's
+# (with timestamps), so 1448 of 1514 bytes are payload and a 1 Gbit/s shaper lets 119.55 MB/s of payload through. A figure of 95 %
+# means 95 % of that. A token bucket of 128 KiB a NIC adds at most 0.2 % to a transfer of 256 MiB over four NICs.
+set -euo pipefail
+
+skip() {
+  echo "SKIPPED: $*"
+  exit 77
+}
+
+perf=${1:?usage: $0 TCPX_PERF}
+name=$(basename "$0" .sh)
+[ "$(id -u)" = 0 ] || skip "$name needs root"
+command -v tc >/dev/null && command -v ip >/dev/null || skip "$name needs ip and tc"
+ip netns add "uccl-p-$$" 2>/dev/null || skip "$name needs network namespaces"
+ip netns del "uccl-p-$$"
+
+a=uccl-sa-$$ b=uccl-sb-$$
+scratch=$(mktemp -d)
+server= relay= failed=0
+cleanup() {
+  [ -z "$server" ] || kill "$server" 2>/dev/null || true
+  [ -z "$relay" ] || kill "$relay" 2>/dev/null || true
+  ip netns del $a 2>/dev/null || true
+  ip netns del $b 2>/dev/null || true
+  rm -rf "$scratch"
+}
+trap cleanup EXIT
+trap 'exit 1' INT TERM
+hosts() {
+  ip netns add $a
+  ip netns add $b
+  ip -n $a link set lo up
+  ip -n $b link set lo up
+}
+
+# nics MBIT...: one NIC pair for each, its own subnet, the egress of both ends shaped to that rate
+nics() {
+  local i=0 rate
+  for rate in "$@"; do
+    i=$((i + 1))
+    ip link add "sa$i-$$" type veth peer name "sb$i-$$"
+    ip link set "sa$i-$$" netns $a name eth$i
+    ip link set "sb$i-$$" netns $b name eth$i
+    ip -n $a addr add 10.78.$i.1/24 dev eth$i
+    ip -n $b addr add 10.78.$i.2/24 dev eth$i
+    for host in $a $b; do
+      ip -n $host link set eth$i mtu 1500 up
+      tc -n $host qdisc add dev eth$i root tbf rate "${rate}mbit" burst 128k latency 20ms 2>"$scratch/tc" ||
+        skip "$name needs the qdisc tbf: $(head -1 "$scratch/tc")"
+    done
+  done
+}
+
+export UCCL_TCPX_PLUGIN=soft UCCL_SOCKET_IFNAME=${CONTROL_NIC:-eth1} NCCL_GPUDIRECTTCPX_SOCKET_IFNAME=${DATA_NICS:-eth}
+export UCCL_P2P_LOG_LEVEL=${UCCL_P2P_LOG_LEVEL:-warn}
+
+serve() { # starts tcpx-perf's server on host b; sets address
+  : >"$scratch/server"
+  ip netns exec $b "$perf" server >"$scratch/server" 2>&1 &
+  server=$!
+  address=
+  for _ in $(seq 100); do
+    address=$(grep -aoE '10\.78\.[0-9]+\.2:[0-9]+' "$scratch/server" | head -1 || true)
+    [ -n "$address" ] && return
+    sleep 0.1
+  done
+  echo "the server did not start:"
+  cat "$scratch/server"
+  exit 1
+}
+
+# judge OP PERCENT MBIT PAYLOAD FRAME [tcpx-perf options]: measures, and compares with MBIT of which PAYLOAD of FRAME bytes are payload
+judge() {
+  local op=$1 percent=$2 mbit=$3 payload=$4 frame=$5 rate
+  shift 5
+  timeout 55 ip netns exec $a "$perf" client "$address" --op "$op" --verify --json "$scratch/row.json" "$@" >"$scratch/client" 2>&1 ||
+    { echo "$name: $op failed:"; cat "$scratch/client" "$scratch/server"; failed=1; return; }
+  rate=$(sed -n 's/.*"gbytes_per_s": \([0-9.]*\).*/\1/p' "$scratch/row.json")
+  awk -v rate="$rate" -v mbit="$mbit" -v payload="$payload" -v frame="$frame" -v percent="$percent" -v what="$name: $op" 'BEGIN {
+    line = mbit / 8000 * payload / frame
+    printf "%s: %.4f GB/s of the %.4f that the lines carry as payload: %.1f %% (to reach: %d %%)\n", what, rate, line, 100 * rate / line, percent
+    exit !(100 * rate / line >= percent)
+  }' || failed=1
+}
+
+finish() {
+  [ $failed = 0 ] || { echo "$name: missed; the NICs:"; for h in $a $b; do tc -n $h -s qdisc 2>/dev/null | grep -E 'tbf|Sent' || true; done; }
+  exit $failed
+}
