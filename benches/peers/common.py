@@ -70,4 +70,5 @@ def run_pair(target, initiator, *args):
     sides[1].join(2)
     if sides[1].is_alive():
         sides[1].kill()
+        sides[1].join()
     return sides[0].exitcode == 0

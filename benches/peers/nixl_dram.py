@@ -13,6 +13,13 @@ import numpy as np  # noqa: E402
 BACKEND = os.environ.get("BACKEND", "UCX")
 # Without the thread both sides poll, which is what NIXL does fastest on two cores: its spinning threads take none from the data.
 PROGRESS_THREAD = os.environ.get("PROGRESS_THREAD", "0") == "1"
+# Each end gets a core of its own: left alone, both sometimes poll on the same one for a whole run, and an operation takes 8 ms.
+CORES = sorted(os.sched_getaffinity(0))
+
+
+def pin(which):
+    if not PROGRESS_THREAD and len(CORES) > 1:
+        os.sched_setaffinity(0, {CORES[which]})
 
 
 def agent(name):
@@ -26,6 +33,7 @@ def buffer(total, fill):
 
 
 def initiator(pipe, seconds, rows):
+    pin(0)
     me = agent("initiator")
     target_pid = pipe.recv()
     for op, total, block in rows:
@@ -72,6 +80,7 @@ def initiator(pipe, seconds, rows):
 
 
 def target(pipe, seconds, rows):
+    pin(1)
     me = agent("target")
     pipe.send(os.getpid())
     while (message := pipe.recv()) is not None:

@@ -356,6 +356,15 @@ impl Connection {
         any
     }
 
+    /// A round of progress by an application thread that waits for something other than a transfer.
+    pub(crate) fn drive_for_application(&self) {
+        let Some(mut state) = self.state.try_lock() else { return };
+        if state.dead().is_none() {
+            self.driver.store(self.shared.clock(), Ordering::Relaxed);
+            self.drive(&mut state);
+        }
+    }
+
     /// An application thread has polled just now and is taken to go on: the progress thread leaves the connection to it.
     pub(crate) fn driven_by_application(&self) -> bool {
         let at = self.driver.load(Ordering::Relaxed);

@@ -229,7 +229,17 @@ impl Engine {
 
     /// Takes this engine's oldest notification.
     pub fn next_notification(&self) -> Option<Notification> {
-        self.shared.notifications.pop()
+        self.shared.notifications.pop().or_else(|| {
+            self.drive();
+            self.shared.notifications.pop()
+        })
+    }
+
+    /// Drives all connections once: whoever asks for notifications and finds none is about to ask again.
+    pub(crate) fn drive(&self) {
+        for connection in self.shared.all() {
+            connection.drive_for_application();
+        }
     }
 
     fn alive(&self) -> Result<()> {

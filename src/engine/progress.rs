@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 /// Deadlines and heartbeats are looked at this often.
 const TICK: Duration = Duration::from_millis(50);
 /// Longest sleep while an application thread drives a connection: it may stop at any time.
-const STAND_BY: Duration = Duration::from_micros(200);
+const STAND_BY: Duration = Duration::from_millis(1);
 /// Longest sleep without a connection.
 const IDLE: Duration = Duration::from_secs(10);
 

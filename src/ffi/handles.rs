@@ -49,6 +49,10 @@ impl<T> Handles<T> {
         }
     }
 
+    pub(super) fn all(&self) -> Vec<Arc<T>> {
+        self.live.read().values().cloned().collect()
+    }
+
     fn unknown<U>(&self, handle: *const c_void) -> Result<U> {
         if handle.is_null() {
             bail!(InvalidArgument, "the {} is NULL", self.what);

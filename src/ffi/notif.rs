@@ -3,6 +3,7 @@
 use super::guard::{array_arg, bytes_arg, guard, out_arg, status};
 use super::handles::{CONNECTIONS, ENGINES, NOTIFICATIONS};
 use super::{uccl_conn_t, uccl_engine_t, MSG_SIZE};
+use crate::engine::Notification;
 use crate::status::UCCL_OK;
 use std::ffi::{c_char, c_int, c_void};
 use std::sync::Arc;
@@ -105,7 +106,7 @@ pub unsafe extern "C" fn uccl_engine_get_notifs(out: *mut notify_msg_t, max: usi
         }
         let mut n = 0;
         while n < max {
-            let Some(notif) = crate::engine::next_notification_of_process() else { break };
+            let Some(notif) = next_of_process() else { break };
             let mut msg = notify_msg_t { name: [0; MSG_SIZE], msg: [0; MSG_SIZE] };
             copy_prefix(&mut msg.name[..MSG_SIZE - 1], &notif.name);
             copy_prefix(&mut msg.msg, &notif.msg);
@@ -115,6 +116,14 @@ pub unsafe extern "C" fn uccl_engine_get_notifs(out: *mut notify_msg_t, max: usi
         }
         *count = n;
         Ok(UCCL_OK)
+    })
+}
+
+/// The oldest notification of any engine; drives them once where none waits.
+fn next_of_process() -> Option<Notification> {
+    crate::engine::next_notification_of_process().or_else(|| {
+        ENGINES.all().iter().for_each(|e| e.drive());
+        crate::engine::next_notification_of_process()
     })
 }
 
@@ -136,11 +145,7 @@ pub unsafe extern "C" fn uccl_engine_notif_next(engine: *mut uccl_engine_t, noti
     status(|| {
         // SAFETY: the caller passes a writable pointer or null.
         let out = unsafe { out_arg(notif, "notif")? };
-        let next = if engine.is_null() {
-            crate::engine::next_notification_of_process()
-        } else {
-            ENGINES.get(engine.cast())?.next_notification()
-        };
+        let next = if engine.is_null() { next_of_process() } else { ENGINES.get(engine.cast())?.next_notification() };
         *out = match next {
             Some(notification) => NOTIFICATIONS.insert(Arc::new(notification)).cast(),
             None => std::ptr::null_mut(),
