@@ -5,7 +5,7 @@ use super::context::{Gpu, Kernels, Stream};
 use super::driver::check;
 use super::layout::*;
 use super::memory::{message_len, DeviceBuffer, MappedPtr, PinnedBuffer};
-use super::plan::{cut, join, plan};
+use super::plan::{cut, far_room, join, plan};
 use crate::status::{bail, err, Error, Result};
 use cudarc::driver::sys;
 use nccl_net_abi::{loadMeta, netUnpackMeta};
@@ -180,8 +180,8 @@ impl CopyLauncher {
         }
         let before = self.tables_head;
         let mut places = Vec::with_capacity(jobs.len());
-        for job in jobs {
-            let bytes = table_bytes(job.segments.len());
+        for (job, &count) in jobs.iter().zip(&counts) {
+            let bytes = table_bytes(count as usize, job.segments.len());
             if bytes > TABLES {
                 bail!(InvalidArgument, "{} segments in one copy job", job.segments.len());
             }
@@ -316,14 +316,22 @@ impl CopyLauncher {
             };
             used = used.next_multiple_of(16);
             let room = (ARGS - HEADER).saturating_sub(used) / (jobs.len() - i) / size_of::<Item>();
+            let far = far_room(entries.len(), job.segments.len());
             let items = &mut self.items;
-            if join(entries, job.segments, args.size, room, items) && cut(&mut args, total, room, items) {
+            let joined = join(entries, job.segments, args.size, room.max(far), items);
+            if joined && cut(&mut args, total, room, items) {
                 args.entries = used as u64;
+                args.flags |= ENTRIES_INLINE;
                 // SAFETY: inside the blob, which has room for so many.
                 unsafe {
                     std::ptr::copy_nonoverlapping(items.as_ptr(), self.args.blob.as_mut_ptr().add(used).cast(), items.len())
                 };
                 used += size_of_val(&items[..]);
+            } else if joined && args.size as usize / items.len() >= 1024 && cut(&mut args, total, far, items) {
+                let place = self.tables.ptr().offset(places[i].0 as usize);
+                // SAFETY: the place was taken with room for so many, and is 16-byte aligned.
+                unsafe { std::ptr::copy_nonoverlapping(items.as_ptr(), place.host.cast(), items.len()) };
+                args.entries = place.device;
             } else {
                 self.put_table(job, places[i].0, &mut args, &mut used);
                 if let Fragments::Row { row, .. } = job.fragments {
@@ -415,9 +423,9 @@ impl Drop for CopyLauncher {
     }
 }
 
-/// Bytes a table takes in the ring, a multiple of 64.
-fn table_bytes(segments: usize) -> u64 {
-    (segments as u64 * 12 + 4).next_multiple_of(64)
+/// Bytes a job's table or items take in the ring, a multiple of 64.
+fn table_bytes(entries: usize, segments: usize) -> u64 {
+    (segments * 12 + 4).max(far_room(entries, segments) * size_of::<Item>()).next_multiple_of(64) as u64
 }
 
 /// Checks what the host can see of a job: its entry count, 1 for a whole message.

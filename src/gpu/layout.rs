@@ -19,7 +19,7 @@ pub(super) const GATHER: u32 = 1;
 pub(super) const ENTRIES_INLINE: u32 = 2;
 /// `UCCL_SEGMENTS_INLINE`: the table lies in the parameters.
 pub(super) const SEGMENTS_INLINE: u32 = 4;
-/// `UCCL_ITEMS`: the host has joined entries and segments to [`Item`]s, which lie in the parameters.
+/// `UCCL_ITEMS`: the host has joined entries and segments to [`Item`]s.
 pub(super) const ITEMS: u32 = 8;
 /// `UCCL_UNIT_SHIFT`: where the size of a unit of work stands in the flags.
 pub(super) const UNIT_SHIFT: u32 = 8;

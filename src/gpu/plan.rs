@@ -6,18 +6,27 @@ use nccl_net_abi::loadMeta;
 
 /// Blocks of one job at most, split strips included.
 const MAX_BLOCKS: u32 = 4096;
-/// Launches from which blocks take two and four times the work; measured on an H200.
+/// Launches from which a block takes four times the least work.
 const LARGE: u64 = 12 << 20;
-const HUGE: u64 = 48 << 20;
-/// Segments the host looks at to join a job.
-const MAX_STEPS: u32 = 2048;
+/// Blocks that run at a time on an H200 (two on each of 132 multiprocessors), and the least work of one.
+const WAVE: u64 = 264;
+const LEAST: u64 = 32 << 10;
+/// Entries and segments of a job that the host joins.
+const MAX_JOINED: usize = 4096;
 
-/// Times a block's least work, by the bytes of a launch: a block's start costs as much as copying 16 KiB.
+/// Times the least work a block gets, by the bytes of a launch: a block's start costs about as much as copying 16 KiB, and a second
+/// wave of blocks as much as the first.
 fn times(launch_bytes: u64) -> u32 {
-    match launch_bytes {
-        0..LARGE => 1,
-        LARGE..HUGE => 2,
-        HUGE.. => 4,
+    let wave = launch_bytes.div_ceil(WAVE * LEAST).min(64) as u32;
+    wave.max(if launch_bytes < LARGE { 1 } else { 4 })
+}
+
+/// Items that a job may come to where they do not travel in the parameters.
+pub(super) fn far_room(entries: usize, segments: usize) -> usize {
+    if entries + segments <= MAX_JOINED {
+        entries + segments
+    } else {
+        0
     }
 }
 
@@ -38,7 +47,7 @@ pub(super) fn join(entries: &[loadMeta], segments: &[Segment], size: u32, room: 
         while left > 0 {
             let Some(segment) = segments.get(i) else { return false };
             steps += 1;
-            if steps > MAX_STEPS {
+            if steps > 4 * room {
                 return false;
             }
             let end = begin + segment.len;
@@ -63,7 +72,8 @@ pub(super) fn join(entries: &[loadMeta], segments: &[Segment], size: u32, room: 
 /// Sets the plan of a job of joined pieces: cuts them to items of at most 2^p units, which the kernel finds without a search. False
 /// when that takes more than `room` items.
 pub(super) fn cut(job: &mut JobArgs, launch_bytes: u64, room: usize, items: &mut Vec<Item>) -> bool {
-    let shift = if launch_bytes <= 1 << 20 { 11 } else { 12 };
+    // Few bytes have to fill the GPU; but every block reads the count over PCIe, one after another.
+    let shift = if launch_bytes > 1 << 20 || job.count != 0 { 12 } else { 10 };
     let longest = items.iter().map(|i| i.len).max().unwrap_or(0).max(1);
     let mut p = (u64::from(longest).next_power_of_two().trailing_zeros()).saturating_sub(shift);
     loop {
@@ -89,7 +99,10 @@ pub(super) fn cut(job: &mut JobArgs, launch_bytes: u64, room: usize, items: &mut
         job.segments = job.entry_count;
         job.entry_count = items.len() as u32;
         job.parts = p;
-        job.blocks = slots.div_ceil(u64::from(THREADS / 32 * times(launch_bytes))).min(u64::from(MAX_BLOCKS)) as u32;
+        // A warp to a unit, but no more than that many full ones: four times as many where units are short and nothing is read first.
+        let per_block = u64::from(THREADS / 32 * times(launch_bytes));
+        let full = u64::from(job.size).div_ceil(per_block << shift) * if job.count != 0 { 1 } else { 4 };
+        job.blocks = slots.div_ceil(per_block).min(full).min(u64::from(MAX_BLOCKS)) as u32;
         job.flags |= ITEMS | shift << UNIT_SHIFT;
         return true;
     }
@@ -109,9 +122,9 @@ pub(super) fn plan(job: &mut JobArgs, launch_bytes: u64, longest: u32) {
     } else {
         12
     };
-    let per_block = if shift == 9 { 32u32 << 9 } else { (8u32 << shift) * times(launch_bytes) };
+    let per_block = if shift == 9 { 32u32 << 9 } else { 8u32 << shift } * times(launch_bytes);
     let want = job.size.div_ceil(per_block).clamp(1, MAX_BLOCKS / 2);
-    let strips = count.min(want.max(count.div_ceil(64)));
+    let strips = count.min(want.max(count.div_ceil(THREADS)));
     job.entries_per_strip = count.div_ceil(strips);
     let strips = count.div_ceil(job.entries_per_strip);
     // One long entry among short ones must not stay with one block.

@@ -102,13 +102,17 @@ struct Launch {
 static u32 sequence = 0;
 
 // The same rules as src/gpu/plan.rs.
+static u32 plan_times(u64 launch_bytes) {
+    const u32 wave = (u32)std::min<u64>((launch_bytes + (264u << 15) - 1) / (264u << 15), 64);
+    return launch_bytes < (12u << 20) ? std::max(wave, 1u) : std::max(wave, 4u);
+}
 static void plan(UcclJob& j, u64 launch_bytes, u32 max_len) {
     const u32 count = std::max(j.entry_count, 1u), pieces = std::max(count, j.segments);
     const u32 shift = j.size / pieces < 1024 ? 9 : launch_bytes <= (4u << 20) ? 11 : 12;
-    const u32 times = launch_bytes >= (48u << 20) ? 4 : launch_bytes >= (12u << 20) ? 2 : 1;
-    const u32 per_block = shift == 9 ? 32u << 9 : (8u << shift) * times;
+    const u32 times = plan_times(launch_bytes);
+    const u32 per_block = (shift == 9 ? 32u << 9 : 8u << shift) * times;
     const u32 want = std::min(std::max((u32)(((u64)j.size + per_block - 1) / per_block), 1u), 2048u);
-    u32 strips = std::min(count, std::max(want, (count + 63) / 64));
+    u32 strips = std::min(count, std::max(want, (count + UCCL_THREADS - 1) / UCCL_THREADS));
     j.entries_per_strip = (count + strips - 1) / strips;
     strips = (count + j.entries_per_strip - 1) / j.entries_per_strip;
     j.parts = (want + strips - 1) / strips;
@@ -118,21 +122,19 @@ static void plan(UcclJob& j, u64 launch_bytes, u32 max_len) {
 }
 
 // The same rules as join() and cut() of src/gpu/plan.rs: false when the job is not for items.
-static const u32 MAX_STEPS = 2048;
 static bool join(const Spec& s, size_t room, std::vector<UcclItem>& out) {
     out.clear();
     std::vector<UcclEntry> whole{{0, s.size, 0}};
     const auto& entries = s.entries.empty() ? whole : s.entries;
     u64 begin = 0, sum = 0;
-    u32 steps = 0;
-    size_t i = 0;
+    size_t i = 0, steps = 0;
     for (auto& e : entries) {
         if (e.dst_off > s.size || e.len > s.size - e.dst_off) return false;
         u64 x = e.dst_off, flat = e.src_off, left = e.len;
         sum += left;
         if (x < begin) begin = 0, i = 0;
         while (left) {
-            if (++steps > MAX_STEPS) return false;
+            if (++steps > 4 * room) return false;
             const u64 end = begin + s.segs[i].len;
             if (x < end) {
                 const u64 n = std::min(left, end - x);
@@ -146,8 +148,8 @@ static bool join(const Spec& s, size_t room, std::vector<UcclItem>& out) {
     }
     return sum == s.size;
 }
-static bool cut(UcclJob& j, std::vector<UcclItem>& items, size_t room, u64 launch_bytes) {
-    const u32 shift = launch_bytes <= (1u << 20) ? 11 : 12, times = launch_bytes >= (48u << 20) ? 4 : launch_bytes >= (12u << 20) ? 2 : 1;
+static bool cut(UcclJob& j, u64 launch_bytes, size_t room, std::vector<UcclItem>& items) {
+    const u32 shift = launch_bytes > (1u << 20) || j.count ? 12 : 10, times = plan_times(launch_bytes);
     u32 longest = 1, p = 0;
     for (auto& it : items) longest = std::max(longest, it.len);
     while (((u64)1 << (shift + p)) < longest) p++;
@@ -165,11 +167,13 @@ static bool cut(UcclJob& j, std::vector<UcclItem>& items, size_t room, u64 launc
         j.segments = j.entry_count;
         j.entry_count = n;
         j.parts = p;
-        j.blocks = (u32)std::min<u64>((slots + 8 * times - 1) / (8 * times), 4096);
+        const u64 per_block = 8 * times, full = (j.size + (per_block << shift) - 1) / (per_block << shift) * (j.count ? 1 : 4);
+        j.blocks = (u32)std::min<u64>({(slots + per_block - 1) / per_block, full, 4096});
         j.flags |= UCCL_ITEMS | shift << UCCL_UNIT_SHIFT;
         return true;
     }
 }
+static size_t far_room(size_t entries, size_t segments) { return entries + segments <= 4096 ? entries + segments : 0; }
 
 // Launches of one test need slots of their own, filled from 0 on.
 static Launch prepare(const std::vector<Spec>& specs, u32 slot = 0) {
@@ -206,12 +210,21 @@ static Launch prepare(const std::vector<Spec>& specs, u32 slot = 0) {
         if (!s.entries.empty() && s.wait) j.count = s.place == DEVICE ? g.device.take(&count, 8) : g.mapped.take(&count, 8);
         used = (used + 15) / 16 * 16;
         const size_t room = used < sizeof l.args - 16 ? (sizeof l.args - 16 - used) / (specs.size() - i) / 16 : 0;
-        if (s.place == JOINED && j.entry_count == std::max<size_t>(s.entries.size(), 1) && join(s, room, items) && cut(j, items, room, total)) {
-            memcpy(l.args + 16 + used, items.data(), items.size() * 16);
-            j.entries = used;
-            used += items.size() * 16;
-            l.grid = std::max(l.grid, j.blocks);
-            continue;
+        const size_t far = far_room(j.entry_count, s.segs.size());
+        if (s.place == JOINED && j.entry_count == std::max<size_t>(s.entries.size(), 1) && join(s, std::max(room, far), items)) {
+            bool near = cut(j, total, room, items);
+            if (near || (s.size / items.size() >= 1024 && cut(j, total, far, items))) {
+                if (near) {
+                    memcpy(l.args + 16 + used, items.data(), items.size() * 16);
+                    j.entries = used;
+                    j.flags |= UCCL_ENTRIES_INLINE;
+                    used += items.size() * 16;
+                } else {
+                    j.entries = g.mapped.take(items.data(), items.size() * 16);
+                }
+                l.grid = std::max(l.grid, j.blocks);
+                continue;
+            }
         }
         std::vector<u32> start(1, 0);
         std::vector<u64> addr;
@@ -625,6 +638,10 @@ static void timing(const Kernel& k) {
         row(k, "4 KiB pages, inline, not joined, no count", workload(size, K512, 4096, 4096, 0, g.bounce, INLINE, false, false), d2d, d2dh);
         row(k, "4 KiB pages, mapped", workload(size, K512, 4096, 4096, 0, g.bounce, MAPPED, true, false), d2d, d2dh);
         row(k, "4 KiB pages, device", workload(size, K512, 4096, 4096, 0, g.bounce, DEVICE, false, false), d2d, d2dh);
+        if (size > K512) row(k, "4 KiB pages, 8 jobs, no count", workload(size, size / 8, 4096, 4096, 0, g.bounce, JOINED, false, false), d2d, d2dh);
+        if (size > K512) row(k, "4 KiB pages, 8 jobs", workload(size, size / 8, 4096, 4096, 0, g.bounce, JOINED, true, false), d2d, d2dh);
+        if (size > K512) row(k, "alignment 1, 8 jobs, no count", workload(size, size / 8, 4096, 4096, 1, g.bounce, JOINED, false, false), d2d, d2dh);
+        if (size > K512) row(k, "one fragment, 8 jobs", workload(size, size / 8, size / 8, size / 8, 0, g.bounce, JOINED, false, false), d2d, d2dh);
         if (size > K512) row(k, "4 KiB pages, mapped, 8 jobs", workload(size, size / 8, 4096, 4096, 0, g.bounce, MAPPED, true, false), d2d, d2dh);
         if (size > K512) row(k, "4 KiB pages, mapped, 8 jobs, no count", workload(size, size / 8, 4096, 4096, 0, g.bounce, MAPPED, false, false), d2d, d2dh);
         if (size > K512) row(k, "alignment 1, device, 8 jobs", workload(size, size / 8, 4096, 4096, 1, g.bounce, DEVICE, false, false), d2d, d2dh);

@@ -4,9 +4,10 @@
 //
 // A job is one message of `size` bytes. Its flat side is contiguous (bounce buffer or staging); its segment side is a
 // table of addresses sorted by message offset. Fragments (loadMeta) say which flat bytes are which message bytes; a job
-// without fragments is one fragment, the whole message. Nothing on the PCIe path is cached by L2 and equal addresses are
-// served one after another, so each block reads only its own strip of the fragments and its own window of the table, and
-// small launches carry both inside the kernel's parameters.
+// without fragments is one fragment, the whole message. Where there are few of both, the host has joined them to items already;
+// otherwise blocks search. Nothing on the PCIe path is cached by L2 and equal addresses are served one after another, so each
+// block reads only its own strip of the fragments and its own window of the table, and what is small travels inside the kernel's
+// parameters. Launches may overlap: nothing is kept between them but the counters of a job, which no other job in flight uses.
 
 typedef unsigned char uccl_u8;
 typedef unsigned int uccl_u32;
@@ -70,10 +71,12 @@ struct __align__(16) UcclArgs {
     uccl_u8 blob[BYTES - 16];
 };
 
-// The offset is an immediate operand: a register pair for each of eight addresses would spill.
+// Reads go past the first-level cache: a launch may start while the one ahead of it runs, on a multiprocessor that holds lines of the
+// same buffers from before they were filled again. The offset is an immediate operand: a register pair for each of eight addresses
+// would spill.
 template <int OFFSET>
 static __device__ __forceinline__ void uccl_load16(uint4& v, uccl_u64 a) {
-    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4 + %5];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(a), "n"(OFFSET));
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4 + %5];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(a), "n"(OFFSET));
 }
 template <int OFFSET>
 static __device__ __forceinline__ void uccl_store16(uccl_u64 a, const uint4& v) {
@@ -81,7 +84,7 @@ static __device__ __forceinline__ void uccl_store16(uccl_u64 a, const uint4& v) 
 }
 static __device__ __forceinline__ uccl_u32 uccl_load1(uccl_u64 a) {
     uccl_u32 v;
-    asm volatile("ld.global.u8 %0, [%1];" : "=r"(v) : "l"(a));
+    asm volatile("ld.global.cg.u8 %0, [%1];" : "=r"(v) : "l"(a));
     return v;
 }
 static __device__ __forceinline__ void uccl_store1(uccl_u64 a, uccl_u32 v) {
@@ -183,8 +186,29 @@ static __device__ __forceinline__ void uccl_copy(uccl_u64 dst, uccl_u64 src, ucc
     }
 }
 
+// A word or address of a table; near: in the arguments. Elsewhere past the first-level cache, as above.
+static __device__ __forceinline__ uccl_u32 uccl_get(const uccl_u32* p, bool near) {
+    if (near) return *p;
+    uccl_u32 v;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+static __device__ __forceinline__ uccl_u64 uccl_get(const uccl_u64* p, bool near) {
+    if (near) return *p;
+    uccl_u64 v;
+    asm volatile("ld.global.cg.u64 %0, [%1];" : "=l"(v) : "l"(p));
+    return v;
+}
+// An entry or item.
+static __device__ __forceinline__ uint4 uccl_get16(const void* p, bool near) {
+    if (near) return *reinterpret_cast<const uint4*>(p);
+    uint4 v;
+    uccl_load16<0>(v, reinterpret_cast<uccl_u64>(p));
+    return v;
+}
+
 // Last segment in [lo, hi) that starts at or before x; the one at lo does.
-static __device__ __forceinline__ uccl_u32 uccl_find(const uccl_u32* start, uccl_u32 lo, uccl_u32 hi, uccl_u32 x) {
+static __device__ __forceinline__ uccl_u32 uccl_find(const volatile uccl_u32* start, uccl_u32 lo, uccl_u32 hi, uccl_u32 x) {
 #pragma unroll 1
     while (hi - lo > 1) {
         const uccl_u32 mid = lo + (hi - lo) / 2;
@@ -201,7 +225,7 @@ static __device__ __forceinline__ uccl_u32 uccl_find_warp(const uccl_u32* start,
     while (hi - lo > 1) {
         const uccl_u32 step = (hi - lo + 31u) / 32u;
         const uccl_u32 probe = lo + lane * step;
-        const bool below = probe < hi && start[probe] <= x;
+        const bool below = probe < hi && uccl_get(start + probe, false) <= x;
         const uccl_u32 k = 31u - (uccl_u32)__clz((int)__ballot_sync(0xffffffffu, below));  // lane 0 is always below
         lo += k * step;
         hi = uccl_min(hi, lo + step);
@@ -222,22 +246,25 @@ struct UcclShared {
     uccl_u32 error, lo, hi;
 };
 
-// Copies units [u0, u1), a group of W lanes to a unit: those of the entries in shared memory, or of items where there are any. NEAR:
-// the items lie in the arguments and the block takes every (8 * blocks)th eight units of theirs. Returns the bytes this thread
-// answers for.
-template <uccl_u32 W, bool NEAR>
+// Where the places of units come from: searched for with the entries in shared memory; items in the arguments, of which a block takes
+// every (8 * blocks)th eight units; items elsewhere.
+enum UcclSource { UCCL_SEARCH, UCCL_NEAR, UCCL_FAR };
+
+// Copies units [u0, u1), a group of W lanes to a unit. Returns the bytes this thread answers for.
+template <uccl_u32 W, UcclSource SOURCE>
 static __device__ __forceinline__ uccl_u64 uccl_units(UcclShared& sh, const UcclJob& job, const UcclItem* items, uccl_u32 shift, uccl_u32 entries, uccl_u32 u0,
-                                                     uccl_u32 u1, const uccl_u32* start, const uccl_u64* addr, uccl_u32 segments) {
+                                                     uccl_u32 u1, const volatile uccl_u32* start, const volatile uccl_u64* addr,
+                                                     uccl_u32 segments) {
     const uccl_u32 tid = threadIdx.x, lane = tid % W;
     const bool gather = job.flags & UCCL_GATHER;
     uccl_u64 bytes = 0;
 #pragma unroll 1
     while (u0 < u1) {
-        const uccl_u32 units = uccl_min(u1 - u0, NEAR ? UCCL_THREADS / W : UCCL_THREADS);
-        if (!NEAR) {
+        const uccl_u32 units = uccl_min(u1 - u0, SOURCE == UCCL_NEAR ? UCCL_THREADS / W : UCCL_THREADS);
+        if constexpr (SOURCE != UCCL_NEAR) {
             // Every thread first looks up the place of one unit, so that the reads and searches of a round are made at once.
-            if (tid < units && items) {
-                const uint4 item = *reinterpret_cast<const uint4*>(items + ((u0 + tid) >> job.parts));  // laid out as UcclItem
+            if (SOURCE == UCCL_FAR && tid < units) {
+                const uint4 item = uccl_get16(items + ((u0 + tid) >> job.parts), false);
                 const uccl_u32 skip = ((u0 + tid) & ((1u << job.parts) - 1)) << shift;
                 const uccl_u32 n = skip < item.y ? uccl_min(item.y - skip, 1u << shift) : 0;
                 sh.unit_flat[tid] = job.flat + item.x + skip;
@@ -258,13 +285,13 @@ static __device__ __forceinline__ uccl_u64 uccl_units(UcclShared& sh, const Uccl
                 sh.unit_segment[tid] = s;
             }
             __syncthreads();
-            if (items && sh.error) return 0;
+            if (SOURCE == UCCL_FAR && sh.error) return 0;
         }
 #pragma unroll 1
         for (uccl_u32 u = tid / W; u < units; u += UCCL_THREADS / W) {
             uccl_u64 flat, seg;
             uccl_u32 n, left, s = 0;
-            if (NEAR) {
+            if constexpr (SOURCE == UCCL_NEAR) {
                 const UcclItem& item = items[(u0 + u) >> job.parts];
                 const uccl_u32 skip = ((u0 + u) & ((1u << job.parts) - 1)) << shift;
                 if (skip >= item.len) continue;
@@ -284,15 +311,15 @@ static __device__ __forceinline__ uccl_u64 uccl_units(UcclShared& sh, const Uccl
             while (true) {
                 uccl_copy<W>(gather ? flat : seg, gather ? seg : flat, n, lane);
                 left -= n;
-                if (left == 0) break;
+                if (SOURCE != UCCL_SEARCH || left == 0) break;
                 flat += n;
                 s++;
                 seg = addr[s];
                 n = uccl_min(left, start[s + 1] - start[s]);
             }
         }
-        if (!NEAR) __syncthreads();
-        u0 += NEAR ? job.blocks * (UCCL_THREADS / W) : UCCL_THREADS;
+        if (SOURCE != UCCL_NEAR) __syncthreads();
+        u0 += SOURCE == UCCL_NEAR ? job.blocks * (UCCL_THREADS / W) : UCCL_THREADS;
     }
     return bytes;
 }
@@ -363,13 +390,22 @@ static __device__ __forceinline__ void uccl_copy_body(const Args& args) {
             if (sh.error) return uccl_arrive(sh, job, 0);
         }
         const UcclItem* items = reinterpret_cast<const UcclItem*>(args.blob + entries_at);
-        bytes = uccl_units<32, true>(sh, job, items, shift, 0, blockIdx.x * (UCCL_THREADS / 32), job.entry_count << job.parts, nullptr, nullptr, 0);
+        bytes = uccl_units<32, UCCL_NEAR>(sh, job, items, shift, 0, blockIdx.x * (UCCL_THREADS / 32), job.entry_count << job.parts, nullptr, nullptr, 0);
+        return uccl_arrive(sh, job, bytes);
+    }
+    if (joined) {
+        // The barrier after the first look at items is also that of the count.
+        if (tid == UCCL_THREADS - 1) sh.error = job.count != 0 && uccl_count(job) != job.segments ? UCCL_ERROR_COUNT : 0;
+        const uccl_u64 slots = (uccl_u64)job.entry_count << job.parts;
+        bytes = uccl_units<32, UCCL_FAR>(sh, job, reinterpret_cast<const UcclItem*>(entries_at), shift, 0, (uccl_u32)(slots * blockIdx.x / blocks),
+                                         (uccl_u32)(slots * (blockIdx.x + 1) / blocks), nullptr, nullptr, 0);
         return uccl_arrive(sh, job, bytes);
     }
     const uccl_u32 strip = blockIdx.x / job.parts, part = blockIdx.x % job.parts;
     const bool whole = job.entries == 0;
+    const bool near_entries = flags & UCCL_ENTRIES_INLINE;
     const UcclEntry* entries =
-        (flags & UCCL_ENTRIES_INLINE) ? reinterpret_cast<const UcclEntry*>(args.blob + job.entries) : reinterpret_cast<const UcclEntry*>(job.entries);
+        near_entries ? reinterpret_cast<const UcclEntry*>(args.blob + job.entries) : reinterpret_cast<const UcclEntry*>(job.entries);
     const bool near_table = flags & UCCL_SEGMENTS_INLINE;
     const uccl_u32* starts = near_table ? reinterpret_cast<const uccl_u32*>(args.blob + job.seg_start) : reinterpret_cast<const uccl_u32*>(job.seg_start);
     const uccl_u64* addrs = near_table ? reinterpret_cast<const uccl_u64*>(args.blob + job.seg_addr) : reinterpret_cast<const uccl_u64*>(job.seg_addr);
@@ -378,7 +414,7 @@ static __device__ __forceinline__ void uccl_copy_body(const Args& args) {
     // All reads that depend on the job alone are made at once: entries, count, and the table or the part of it that would be needed
     // if entries were in order and all alike.
     uint4 next = make_uint4(0, 0, 0, 0);
-    if (!whole && first + tid < uccl_min(last, first + UCCL_THREADS)) next = *reinterpret_cast<const uint4*>(entries + first + tid);
+    if (!whole && first + tid < uccl_min(last, first + UCCL_THREADS)) next = uccl_get16(entries + first + tid, near_entries);
     if (tid == 0) sh.error = job.entry_count > UCCL_MAX_ENTRIES ? UCCL_ERROR_COUNT : 0;
     const bool all = near_table && job.segments <= UCCL_WINDOW;
     uccl_u32 guess_lo = 0, guess_hi = job.segments;
@@ -390,8 +426,8 @@ static __device__ __forceinline__ void uccl_copy_body(const Args& args) {
     if (guessed) {
 #pragma unroll 1
         for (uccl_u32 i = tid; i <= guess_hi - guess_lo; i += UCCL_THREADS) {
-            const uccl_u32 start = starts[guess_lo + i];
-            if (i < guess_hi - guess_lo) sh.addr[i] = addrs[guess_lo + i];
+            const uccl_u32 start = uccl_get(starts + guess_lo + i, near_table);
+            if (i < guess_hi - guess_lo) sh.addr[i] = uccl_get(addrs + guess_lo + i, near_table);
             sh.start[i] = start;
         }
     }
@@ -408,7 +444,7 @@ static __device__ __forceinline__ void uccl_copy_body(const Args& args) {
         uint4 e = next;
         if (whole) e.y = tid == 0 ? job.size : 0;
         next = make_uint4(0, 0, 0, 0);
-        if (!whole && first + UCCL_THREADS + tid < last) next = *reinterpret_cast<const uint4*>(entries + first + UCCL_THREADS + tid);
+        if (!whole && first + UCCL_THREADS + tid < last) next = uccl_get16(entries + first + UCCL_THREADS + tid, near_entries);
         const uccl_u64 at = (uccl_u64)e.w << 32 | e.z;
         uccl_u32 len = e.y;
         if (at > job.size || len > job.size - (uccl_u32)at) {
@@ -468,9 +504,9 @@ static __device__ __forceinline__ void uccl_copy_body(const Args& args) {
                 inside = hi - lo <= UCCL_WINDOW;
                 if (inside) {
 #pragma unroll 1
-                    for (uccl_u32 i = tid; i <= hi - lo; i += UCCL_THREADS) sh.start[i] = starts[lo + i];
+                    for (uccl_u32 i = tid; i <= hi - lo; i += UCCL_THREADS) sh.start[i] = uccl_get(starts + lo + i, false);
 #pragma unroll 1
-                    for (uccl_u32 i = tid; i < hi - lo; i += UCCL_THREADS) sh.addr[i] = addrs[lo + i];
+                    for (uccl_u32 i = tid; i < hi - lo; i += UCCL_THREADS) sh.addr[i] = uccl_get(addrs + lo + i, false);
                 }
                 __syncthreads();
                 if (!inside || sh.start[0] > low || sh.start[hi - lo] < high) {
@@ -487,9 +523,9 @@ static __device__ __forceinline__ void uccl_copy_body(const Args& args) {
                     inside = hi - lo <= UCCL_WINDOW;
                     if (inside) {
 #pragma unroll 1
-                        for (uccl_u32 i = tid; i <= hi - lo; i += UCCL_THREADS) sh.start[i] = starts[lo + i];
+                        for (uccl_u32 i = tid; i <= hi - lo; i += UCCL_THREADS) sh.start[i] = uccl_get(starts + lo + i, false);
 #pragma unroll 1
-                        for (uccl_u32 i = tid; i < hi - lo; i += UCCL_THREADS) sh.addr[i] = addrs[lo + i];
+                        for (uccl_u32 i = tid; i < hi - lo; i += UCCL_THREADS) sh.addr[i] = uccl_get(addrs + lo + i, false);
                     }
                     __syncthreads();
                 }
@@ -500,9 +536,9 @@ static __device__ __forceinline__ void uccl_copy_body(const Args& args) {
             const uccl_u32* start = inside ? sh.start : starts + lo;
             const uccl_u64* addr = inside ? sh.addr : addrs + lo;
             if (shift <= 9)
-                bytes += uccl_units<8, false>(sh, job, nullptr, shift, batch, u0, u1, start, addr, hi - lo);
+                bytes += uccl_units<8, UCCL_SEARCH>(sh, job, nullptr, shift, batch, u0, u1, start, addr, hi - lo);
             else
-                bytes += uccl_units<32, false>(sh, job, joined ? reinterpret_cast<const UcclItem*>(entries_at) : nullptr, shift, batch, u0, u1, start, addr, hi - lo);
+                bytes += uccl_units<32, UCCL_SEARCH>(sh, job, nullptr, shift, batch, u0, u1, start, addr, hi - lo);
         }
         __syncthreads();
     }
