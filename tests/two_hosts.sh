@@ -30,6 +30,9 @@ for i in 1 2 3 4; do
   ip -n $b addr add 10.77.$i.2/24 dev eth$i
   ip -n $a link set eth$i up
   ip -n $b link set eth$i up
+  # A line has a speed, as with real NICs. Without one a veth pair is as fast as the scheduler happens to serve its threads, and on few
+  # cores the spread would show that and not the striping.
+  for ns in $a $b; do ip netns exec $ns tc qdisc add dev eth$i root tbf rate 2gbit burst 512k latency 50ms; done
 done
 ip -n $a link set lo up
 ip -n $b link set lo up

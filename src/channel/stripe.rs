@@ -17,14 +17,20 @@ pub(crate) struct Load {
 /// A free channel is passed over when it would finish a chunk this many times later than the best one: then waiting is faster.
 const PATIENCE: f64 = 2.0;
 
+/// Measured speeds within this factor count as equal.
+const ALIKE: f64 = 2.0;
+
 /// The channel for a chunk of `len` bytes: of those with a free place the one that would finish it first. `None` when none is free, or
 /// only channels so slow that waiting for a fast one beats them.
 pub(crate) fn pick(loads: impl Iterator<Item = Load> + Clone, len: u64) -> Option<usize> {
-    let known = loads.clone().filter(|l| l.rate > 0.0);
-    let n = known.clone().count();
+    let known = loads.clone().map(|l| l.rate).filter(|&r| r > 0.0);
+    let (slowest, fastest, sum, n) =
+        known.fold((f64::MAX, 0.0f64, 0.0, 0), |(lo, hi, sum, n), r| (lo.min(r), hi.max(r), sum + r, n + 1));
+    // Speeds that differ by less are one speed and its noise; acting on it would make the busier channel look ever faster.
+    let alike = n == 0 || fastest <= ALIKE * slowest;
     // A channel without a measurement is taken to be as fast as the others.
-    let assumed = if n == 0 { 1.0 } else { known.map(|l| l.rate).sum::<f64>() / n as f64 };
-    let finish = |l: &Load| (l.queued + len) as f64 / if l.rate > 0.0 { l.rate } else { assumed };
+    let assumed = if alike { 1.0 } else { sum / f64::from(n) };
+    let finish = |l: &Load| (l.queued + len) as f64 / if l.rate > 0.0 && !alike { l.rate } else { assumed };
     let soonest = loads.clone().map(|l| finish(&l)).min_by(f64::total_cmp)?;
     let free = loads.enumerate().filter(|(_, l)| l.free > 0);
     let (index, load) = free.min_by(|(_, a), (_, b)| finish(a).total_cmp(&finish(b)))?;
