@@ -9,6 +9,7 @@ use crate::wire::frame::{Place, MAX_INLINE};
 use nccl_net_abi::{unpackNetDeviceHandle, MAX_SLOT_ENTRIES};
 use std::collections::VecDeque;
 use std::ffi::c_void;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A copy of a few bytes that takes longer than this will not end.
@@ -167,16 +168,20 @@ impl CudaDevice {
             None => bail!(Internal, "no GPU at {place:?}"),
         }
     }
+
+    fn gpu(&mut self, place: Place) -> Result<Arc<Gpu>> {
+        Ok(self.unit(place)?.launchers[0].stream().gpu().clone())
+    }
 }
 
 impl DeviceCopier for CudaDevice {
     fn within(&mut self, place: Place, body: &mut dyn FnMut() -> Result<bool>) -> Result<bool> {
-        let gpu = self.unit(place)?.launchers[0].stream().gpu().clone();
+        let gpu = self.gpu(place)?;
         gpu.with(body)
     }
 
     unsafe fn view(&mut self, handle: *const c_void, place: Place) -> Result<super::device::View> {
-        let gpu = self.unit(place)?.launchers[0].stream().gpu().clone();
+        let gpu = self.gpu(place)?;
         // SAFETY: by the caller's contract the handle is device memory that holds this structure.
         let raw: unpackNetDeviceHandle = unsafe { crate::gpu::read_device(&gpu, handle as u64) }?;
         let meta = MappedPtr::resolve(&gpu, raw.meta as u64)?;
@@ -283,7 +288,7 @@ impl DeviceCopier for CudaDevice {
     }
 
     fn staging(&mut self, len: usize, place: Place) -> Result<Box<dyn StagingMemory>> {
-        let gpu = self.unit(place)?.launchers[0].stream().gpu().clone();
+        let gpu = self.gpu(place)?;
         Ok(Box::new(DeviceBuffer::new(&gpu, len)?))
     }
 

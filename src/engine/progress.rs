@@ -115,11 +115,12 @@ pub(crate) fn run(shared: &Arc<Shared>) {
             last_activity = Instant::now();
             continue;
         }
-        // With doorbells the channels' threads wake us; on few cores spinning would only take theirs.
+        // Nobody rings when a GPU has finished a copy.
         if round.copying {
             std::hint::spin_loop();
             continue;
         }
+        // With doorbells the channels' threads wake us; on few cores spinning would only take theirs.
         let wait_for_lanes = (round.lanes_busy || round.driven) && doorbells && few_cores;
         if !wait_for_lanes && now - last_activity < spin {
             std::hint::spin_loop();
