@@ -31,6 +31,8 @@ pub(super) struct Kernels {
     module: CUmodule,
     pub(super) small: CUfunction,
     pub(super) large: CUfunction,
+    /// Launches may overlap: the machine code for Hopper says when the next one may start, and ends in order.
+    pub(super) overlap: bool,
 }
 // SAFETY: handles, as above.
 unsafe impl Send for Kernels {}
@@ -87,7 +89,8 @@ impl Gpu {
             if major < 8 {
                 bail!(Unsupported, "GPU {} has compute capability {major}.x; the kernels need 8.0", self.bdf);
             }
-            let image = if major == 9 { CUBIN_SM90.as_ptr() } else { PTX_SM80.as_ptr() };
+            let overlap = major == 9;
+            let image = if overlap { CUBIN_SM90.as_ptr() } else { PTX_SM80.as_ptr() };
             let mut module = std::ptr::null_mut();
             // SAFETY: the image is a complete cubin, or PTX that ends in a NUL.
             check("cuModuleLoadData", unsafe { sys::cuModuleLoadData(&mut module, image.cast()) })?;
@@ -96,7 +99,7 @@ impl Gpu {
                 // SAFETY: the module is loaded, the name ends in a NUL.
                 check("cuModuleGetFunction", unsafe { sys::cuModuleGetFunction(&mut f, module, name.as_ptr()) }).map(|()| f)
             };
-            Ok(Kernels { module, small: function(c"uccl_copy_1k")?, large: function(c"uccl_copy_4k")? })
+            Ok(Kernels { module, small: function(c"uccl_copy_1k")?, large: function(c"uccl_copy_4k")?, overlap })
         })?;
         Ok(*self.kernels.get_or_init(|| loaded))
     }

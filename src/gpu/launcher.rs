@@ -5,7 +5,7 @@ use super::context::{Gpu, Kernels, Stream};
 use super::driver::check;
 use super::layout::*;
 use super::memory::{message_len, DeviceBuffer, MappedPtr, PinnedBuffer};
-use super::plan::plan;
+use super::plan::{cut, far_room, join, plan};
 use crate::status::{bail, err, Error, Result};
 use cudarc::driver::sys;
 use nccl_net_abi::{loadMeta, netUnpackMeta};
@@ -116,6 +116,8 @@ pub(crate) struct CopyLauncher {
     tables: PinnedBuffer,
     state: DeviceBuffer,
     args: Box<Args>,
+    /// Pieces of the job at hand.
+    items: Vec<Item>,
     slots: Vec<Slot>,
     /// Number of the next job, and of the oldest that is not known to be finished.
     head: u64,
@@ -141,6 +143,7 @@ impl CopyLauncher {
             tables: PinnedBuffer::new(gpu, TABLES as usize)?,
             state,
             args: Box::new(Args { jobs: 0, reserved: [0; 3], blob: [0; ARGS - HEADER] }),
+            items: Vec::with_capacity(ARGS / size_of::<Item>()),
             slots: vec![Slot::default(); SLOTS],
             head: 0,
             tail: 0,
@@ -160,8 +163,9 @@ impl CopyLauncher {
     /// that nothing of the call was submitted, unless the GPU itself failed.
     ///
     /// # Safety
-    /// Until the ticket is done: flat sides and segments are valid memory of this GPU (or mapped host memory), destinations
-    /// are written by nobody else, and rows and counts are a live meta queue whose receive is done and not consumed.
+    /// Until the ticket is done: flat sides and segments are valid memory of this GPU (or mapped host memory), sources are not
+    /// written and destinations are used by nobody else, other jobs in flight included (they may run at the same time), and rows
+    /// and counts are a live meta queue whose receive is done and not consumed.
     pub(crate) unsafe fn submit(&mut self, jobs: &[Job<'_>]) -> Result<Option<Ticket>> {
         if let Some(error) = &self.broken {
             return Err(error.clone());
@@ -176,8 +180,8 @@ impl CopyLauncher {
         }
         let before = self.tables_head;
         let mut places = Vec::with_capacity(jobs.len());
-        for job in jobs {
-            let bytes = table_bytes(job.segments.len());
+        for (job, &count) in jobs.iter().zip(&counts) {
+            let bytes = table_bytes(count as usize, job.segments.len());
             if bytes > TABLES {
                 bail!(InvalidArgument, "{} segments in one copy job", job.segments.len());
             }
@@ -229,7 +233,7 @@ impl CopyLauncher {
         done.and_then(|()| self.retire())
     }
 
-    /// Takes note of finished jobs, oldest first: one stream finishes launches in order.
+    /// Takes note of finished jobs, oldest first: a launch may overtake the one ahead of it, but not by much.
     fn retire(&mut self) -> Result<()> {
         if let Some(error) = &self.broken {
             return Err(error.clone());
@@ -300,26 +304,51 @@ impl CopyLauncher {
                 flags: if job.gather { GATHER } else { 0 },
                 ..JobArgs::default()
             };
-            self.put_table(job, places[i].0, &mut args, &mut used);
-            let mut longest = args.size;
-            if let Fragments::Row { row, count: counter, read_count } = job.fragments {
-                // SAFETY: the row holds `count` entries, by the caller's contract; count is at most its length. The plugin may be
-                // wrong about them: the kernel checks the ones it uses, these or those in the row.
-                let entries = unsafe { std::slice::from_raw_parts(row.host.cast::<loadMeta>(), count as usize) };
-                longest = entries.iter().map(|e| e.len).max().unwrap_or(0).min(args.size);
-                let (at, bytes) = (used.next_multiple_of(16), size_of_val(entries));
-                if at + bytes <= ARGS - HEADER {
-                    // SAFETY: inside the blob, from a live slice of plain bytes.
-                    unsafe { std::ptr::copy_nonoverlapping(row.host, self.args.blob.as_mut_ptr().add(at), bytes) };
-                    used = at + bytes;
-                    args.entries = at as u64;
-                    args.flags |= ENTRIES_INLINE;
-                } else {
-                    args.entries = row.device;
+            let whole = [loadMeta { src_off: 0, len: args.size, dst_off: 0 }];
+            let entries = match job.fragments {
+                Fragments::Whole => &whole[..],
+                Fragments::Row { row, count: counter, read_count } => {
+                    args.count = if read_count { counter.device } else { 0 };
+                    // SAFETY: the row holds `count` entries, by the caller's contract; count is at most its length. The plugin may be
+                    // wrong about them: whoever uses them checks them, join here or the kernel, which may read them again.
+                    unsafe { std::slice::from_raw_parts(row.host.cast::<loadMeta>(), count as usize) }
                 }
-                args.count = if read_count { counter.device } else { 0 };
+            };
+            used = used.next_multiple_of(16);
+            let room = (ARGS - HEADER).saturating_sub(used) / (jobs.len() - i) / size_of::<Item>();
+            let far = far_room(entries.len(), job.segments.len());
+            let items = &mut self.items;
+            let joined = join(entries, job.segments, args.size, room.max(far), items);
+            if joined && cut(&mut args, total, room, items) {
+                args.entries = used as u64;
+                args.flags |= ENTRIES_INLINE;
+                // SAFETY: inside the blob, which has room for so many.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(items.as_ptr(), self.args.blob.as_mut_ptr().add(used).cast(), items.len())
+                };
+                used += size_of_val(&items[..]);
+            } else if joined && args.size as usize / items.len() >= 1024 && cut(&mut args, total, far, items) {
+                let place = self.tables.ptr().offset(places[i].0 as usize);
+                // SAFETY: the place was taken with room for so many, and is 16-byte aligned.
+                unsafe { std::ptr::copy_nonoverlapping(items.as_ptr(), place.host.cast(), items.len()) };
+                args.entries = place.device;
+            } else {
+                self.put_table(job, places[i].0, &mut args, &mut used);
+                if let Fragments::Row { row, .. } = job.fragments {
+                    let (at, bytes) = (used.next_multiple_of(16), size_of_val(entries));
+                    if at + bytes <= ARGS - HEADER {
+                        // SAFETY: inside the blob, from a live slice of plain bytes.
+                        unsafe { std::ptr::copy_nonoverlapping(row.host, self.args.blob.as_mut_ptr().add(at), bytes) };
+                        used = at + bytes;
+                        args.entries = at as u64;
+                        args.flags |= ENTRIES_INLINE;
+                    } else {
+                        args.entries = row.device;
+                    }
+                }
+                let longest = entries.iter().map(|e| e.len).max().unwrap_or(0).min(args.size);
+                plan(&mut args, total, longest);
             }
-            plan(&mut args, total, longest);
             grid = grid.max(args.blocks);
             let at = i * size_of::<JobArgs>();
             // SAFETY: the first jobs.len() * 88 bytes of the blob are the jobs' own; blob is 16-aligned and 88 is a multiple of 8.
@@ -329,13 +358,28 @@ impl CopyLauncher {
         self.args.jobs = jobs.len() as u32;
         let kernel = if HEADER + used <= ARGS_SMALL { self.kernels.small } else { self.kernels.large };
         let mut params = [(&raw mut *self.args).cast::<std::ffi::c_void>()];
-        let (stream, height) = (self.stream.raw(), jobs.len() as u32);
+        // Jobs in flight do not depend on each other, so a launch may start before the one ahead of it has ended.
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid,
+            gridDimY: jobs.len() as u32,
+            gridDimZ: 1,
+            blockDimX: THREADS,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: 0,
+            hStream: self.stream.raw(),
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(self.kernels.overlap),
+        };
         self.gpu.with(|| {
             // SAFETY: the parameter is the kernel's one struct and is copied by the call; what it points at stays by the caller's
             // contract, and the launcher's own buffers until drop has waited.
-            let result = unsafe {
-                sys::cuLaunchKernel(kernel, grid, height, 1, THREADS, 1, 1, 0, stream, params.as_mut_ptr(), std::ptr::null_mut())
-            };
+            let result = unsafe { sys::cuLaunchKernelEx(&config, kernel, params.as_mut_ptr(), std::ptr::null_mut()) };
             check("launch of the copy kernel", result)
         })?;
         self.head += jobs.len() as u64;
@@ -379,9 +423,9 @@ impl Drop for CopyLauncher {
     }
 }
 
-/// Bytes a table takes in the ring, a multiple of 64.
-fn table_bytes(segments: usize) -> u64 {
-    (segments as u64 * 12 + 4).next_multiple_of(64)
+/// Bytes a job's table or items take in the ring, a multiple of 64.
+fn table_bytes(entries: usize, segments: usize) -> u64 {
+    (segments * 12 + 4).max(far_room(entries, segments) * size_of::<Item>()).next_multiple_of(64) as u64
 }
 
 /// Checks what the host can see of a job: its entry count, 1 for a whole message.
@@ -459,6 +503,8 @@ mod tests {
             return;
         }
         let gpu = Gpu::open(0).expect("GPU 0");
+        let name = super::super::context::current_name().expect("GPU 0");
+        assert_eq!(super::super::context::ordinal_of(name.bdf).expect("bdf"), Some(name.ordinal));
         let mut launcher = CopyLauncher::new(&gpu).expect("launcher");
         const LEN: usize = 200_000;
         let (bounce, dest, meta) = (

@@ -19,6 +19,8 @@ pub(super) const GATHER: u32 = 1;
 pub(super) const ENTRIES_INLINE: u32 = 2;
 /// `UCCL_SEGMENTS_INLINE`: the table lies in the parameters.
 pub(super) const SEGMENTS_INLINE: u32 = 4;
+/// `UCCL_ITEMS`: the host has joined entries and segments to [`Item`]s.
+pub(super) const ITEMS: u32 = 8;
 /// `UCCL_UNIT_SHIFT`: where the size of a unit of work stands in the flags.
 pub(super) const UNIT_SHIFT: u32 = 8;
 
@@ -50,6 +52,15 @@ pub(super) struct JobArgs {
     pub(super) sequence: u32,
 }
 
+/// `UcclItem`: a piece that lies in one segment.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Item {
+    pub(super) src_off: u32,
+    pub(super) len: u32,
+    pub(super) addr: u64,
+}
+
 /// `UcclArgs<4096>`; the smaller kernel reads the first 1024 bytes.
 #[repr(C, align(16))]
 pub(super) struct Args {
@@ -63,5 +74,5 @@ const _: () = {
     assert!(std::mem::offset_of!(JobArgs, size) == 56);
     assert!(std::mem::offset_of!(JobArgs, sequence) == 84);
     assert!(size_of::<Args>() == ARGS && std::mem::offset_of!(Args, blob) == HEADER);
-    assert!(size_of::<nccl_net_abi::loadMeta>() == 16);
+    assert!(size_of::<nccl_net_abi::loadMeta>() == 16 && size_of::<Item>() == 16);
 };

@@ -40,7 +40,9 @@ static const u8 POISON = 0xA5;
 static std::mt19937_64 rng(1);
 static u64 draw(u64 lo, u64 hi) { return lo + rng() % (hi - lo + 1); }
 
-enum Place { INLINE, MAPPED, DEVICE };  // where fragments and tables lie; INLINE falls back to MAPPED when they do not fit
+// Where fragments and tables lie. INLINE falls back to MAPPED when they do not fit; JOINED, what the launcher does, has the host join
+// small jobs to items and falls back to INLINE.
+enum Place { INLINE, MAPPED, DEVICE, JOINED };
 
 struct Seg {
     u64 addr;
@@ -86,25 +88,31 @@ struct Kernel {
     CUmodule module;
     CUfunction small, large;
     std::string name;
+    bool overlaps;
 };
 
 struct Launch {
     alignas(16) u8 args[4096];
     u32 jobs = 0, grid = 1;
     bool large = false;
+    volatile u64* status = nullptr;
     UcclJob* job(u32 i) { return reinterpret_cast<UcclJob*>(args + 16) + i; }
 };
 
 static u32 sequence = 0;
 
 // The same rules as src/gpu/plan.rs.
+static u32 plan_times(u64 launch_bytes) {
+    const u32 wave = (u32)std::min<u64>((launch_bytes + (264u << 15) - 1) / (264u << 15), 64);
+    return launch_bytes < (12u << 20) ? std::max(wave, 1u) : std::max(wave, 4u);
+}
 static void plan(UcclJob& j, u64 launch_bytes, u32 max_len) {
     const u32 count = std::max(j.entry_count, 1u), pieces = std::max(count, j.segments);
     const u32 shift = j.size / pieces < 1024 ? 9 : launch_bytes <= (4u << 20) ? 11 : 12;
-    const u32 times = launch_bytes >= (48u << 20) ? 4 : launch_bytes >= (12u << 20) ? 2 : 1;
-    const u32 per_block = shift == 9 ? 32u << 9 : (8u << shift) * times;
+    const u32 times = plan_times(launch_bytes);
+    const u32 per_block = (shift == 9 ? 32u << 9 : 8u << shift) * times;
     const u32 want = std::min(std::max((u32)(((u64)j.size + per_block - 1) / per_block), 1u), 2048u);
-    u32 strips = std::min(count, std::max(want, (count + 63) / 64));
+    u32 strips = std::min(count, std::max(want, (count + UCCL_THREADS - 1) / UCCL_THREADS));
     j.entries_per_strip = (count + strips - 1) / strips;
     strips = (count + j.entries_per_strip - 1) / j.entries_per_strip;
     j.parts = (want + strips - 1) / strips;
@@ -113,11 +121,67 @@ static void plan(UcclJob& j, u64 launch_bytes, u32 max_len) {
     j.flags |= shift << UCCL_UNIT_SHIFT;
 }
 
-static Launch prepare(const std::vector<Spec>& specs) {
+// The same rules as join() and cut() of src/gpu/plan.rs: false when the job is not for items.
+static bool join(const Spec& s, size_t room, std::vector<UcclItem>& out) {
+    out.clear();
+    std::vector<UcclEntry> whole{{0, s.size, 0}};
+    const auto& entries = s.entries.empty() ? whole : s.entries;
+    u64 begin = 0, sum = 0;
+    size_t i = 0, steps = 0;
+    for (auto& e : entries) {
+        if (e.dst_off > s.size || e.len > s.size - e.dst_off) return false;
+        u64 x = e.dst_off, flat = e.src_off, left = e.len;
+        sum += left;
+        if (x < begin) begin = 0, i = 0;
+        while (left) {
+            if (++steps > 4 * room) return false;
+            const u64 end = begin + s.segs[i].len;
+            if (x < end) {
+                const u64 n = std::min(left, end - x);
+                if (out.size() == room || flat + n > 1ull << 32) return false;
+                out.push_back({(u32)flat, (u32)n, s.segs[i].addr + (x - begin)});
+                x += n, flat += n, left -= n;
+                if (left == 0) break;
+            }
+            begin = end, i++;
+        }
+    }
+    return sum == s.size;
+}
+static bool cut(UcclJob& j, u64 launch_bytes, size_t room, std::vector<UcclItem>& items) {
+    const u32 shift = launch_bytes > (1u << 20) || j.count ? 12 : 10, times = plan_times(launch_bytes);
+    u32 longest = 1, p = 0;
+    for (auto& it : items) longest = std::max(longest, it.len);
+    while (((u64)1 << (shift + p)) < longest) p++;
+    for (;; p--) {
+        const u64 piece = (u64)1 << (shift + p);
+        u64 n = 0;
+        for (auto& it : items) n += (it.len + piece - 1) / piece;
+        if (n > room) return false;
+        const u64 slots = n << p;
+        if (p && slots > 2 * (((u64)j.size >> shift) + 1) + 64) continue;
+        std::vector<UcclItem> cut;
+        for (auto& it : items)
+            for (u64 at = 0; at < it.len; at += piece) cut.push_back({(u32)(it.src_off + at), (u32)std::min<u64>(piece, it.len - at), it.addr + at});
+        items = cut;
+        j.segments = j.entry_count;
+        j.entry_count = n;
+        j.parts = p;
+        const u64 per_block = 8 * times, full = (j.size + (per_block << shift) - 1) / (per_block << shift) * (j.count ? 1 : 4);
+        j.blocks = (u32)std::min<u64>({(slots + per_block - 1) / per_block, full, 4096});
+        j.flags |= UCCL_ITEMS | shift << UCCL_UNIT_SHIFT;
+        return true;
+    }
+}
+static size_t far_room(size_t entries, size_t segments) { return entries + segments <= 4096 ? entries + segments : 0; }
+
+// Launches of one test need slots of their own, filled from 0 on.
+static Launch prepare(const std::vector<Spec>& specs, u32 slot = 0) {
     Launch l;
     memset(l.args, 0, sizeof l.args);
-    g.mapped.used = g.device.used = 0;
+    if (slot == 0) g.mapped.used = g.device.used = 0;
     l.jobs = specs.size();
+    l.status = g.status + slot * 46 * 8;
     size_t used = specs.size() * sizeof(UcclJob);
     u64 total = 0;
     for (auto& s : specs) total += s.size;
@@ -131,9 +195,37 @@ static Launch prepare(const std::vector<Spec>& specs) {
         }
         return place == DEVICE ? g.device.take(data, n) : g.mapped.take(data, n);
     };
+    std::vector<UcclItem> items;
     for (u32 i = 0; i < specs.size(); i++) {
         const Spec& s = specs[i];
         UcclJob& j = *l.job(i);
+        const Place place = s.place == JOINED ? INLINE : s.place;
+        j.flat = s.flat;
+        j.state = g.state + (slot * 46 + i) * 16;
+        j.status = g.status_dev + (slot * 46 + i) * 64;
+        j.size = s.size;
+        if (s.gather) j.flags |= UCCL_GATHER;
+        u64 count = s.count >= 0 ? s.count : s.entries.size();
+        j.entry_count = s.entries.empty() ? 1 : s.hint >= 0 ? s.hint : count;
+        if (!s.entries.empty() && s.wait) j.count = s.place == DEVICE ? g.device.take(&count, 8) : g.mapped.take(&count, 8);
+        used = (used + 15) / 16 * 16;
+        const size_t room = used < sizeof l.args - 16 ? (sizeof l.args - 16 - used) / (specs.size() - i) / 16 : 0;
+        const size_t far = far_room(j.entry_count, s.segs.size());
+        if (s.place == JOINED && j.entry_count == std::max<size_t>(s.entries.size(), 1) && join(s, std::max(room, far), items)) {
+            bool near = cut(j, total, room, items);
+            if (near || (s.size / items.size() >= 1024 && cut(j, total, far, items))) {
+                if (near) {
+                    memcpy(l.args + 16 + used, items.data(), items.size() * 16);
+                    j.entries = used;
+                    j.flags |= UCCL_ENTRIES_INLINE;
+                    used += items.size() * 16;
+                } else {
+                    j.entries = g.mapped.take(items.data(), items.size() * 16);
+                }
+                l.grid = std::max(l.grid, j.blocks);
+                continue;
+            }
+        }
         std::vector<u32> start(1, 0);
         std::vector<u64> addr;
         for (auto& seg : s.segs) {
@@ -143,7 +235,7 @@ static Launch prepare(const std::vector<Spec>& specs) {
         bool near_start, near_addr, near = false;
         // Both or neither inline.
         size_t need = start.size() * 4 + addr.size() * 8 + 16;
-        Place p = s.place == INLINE && used + need > sizeof l.args - 16 ? MAPPED : s.place;
+        Place p = place == INLINE && used + need > sizeof l.args - 16 ? MAPPED : place;
         j.seg_addr = put(addr.data(), addr.size() * 8, 8, p, near_addr);
         j.seg_start = put(start.data(), start.size() * 4, 4, p, near_start);
         if (near_addr) j.flags |= UCCL_SEGMENTS_INLINE;
@@ -151,20 +243,10 @@ static Launch prepare(const std::vector<Spec>& specs) {
         if (!s.entries.empty()) {
             max_len = 0;
             for (auto& e : s.entries) max_len = std::max(max_len, std::min(e.len, s.size));
-            j.entries = put(s.entries.data(), s.entries.size() * 16, 16, s.place, near);
+            j.entries = put(s.entries.data(), s.entries.size() * 16, 16, place, near);
             if (near) j.flags |= UCCL_ENTRIES_INLINE;
-            u64 count = s.count >= 0 ? s.count : s.entries.size();
-            j.entry_count = s.hint >= 0 ? s.hint : count;
-            if (s.wait) j.count = s.place == DEVICE ? g.device.take(&count, 8) : g.mapped.take(&count, 8);
-        } else {
-            j.entry_count = 1;
         }
-        j.flat = s.flat;
-        j.state = g.state + i * 16;
-        j.status = g.status_dev + i * 64;
-        j.size = s.size;
         j.segments = s.segs.size();
-        if (s.gather) j.flags |= UCCL_GATHER;
         plan(j, total, max_len);
         l.grid = std::max(l.grid, j.blocks);
     }
@@ -177,17 +259,27 @@ static Launch prepare(const std::vector<Spec>& specs) {
     return l;
 }
 
-static u32 launch(const Kernel& k, Launch& l) {
+// overlap: may start before the launch ahead of it has ended, as the launcher does.
+static u32 launch(const Kernel& k, Launch& l, bool overlap = false) {
     const u32 seq = ++sequence;
     for (u32 i = 0; i < l.jobs; i++) l.job(i)->sequence = seq;
     void* params[] = {l.args};
-    CK(cuLaunchKernel(l.large ? k.large : k.small, l.grid, l.jobs, 1, UCCL_THREADS, 1, 1, 0, g.stream, params, nullptr));
+    CUlaunchAttribute attribute{};
+    attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
+    CUlaunchConfig config{};
+    config.gridDimX = l.grid, config.gridDimY = l.jobs, config.gridDimZ = 1;
+    config.blockDimX = UCCL_THREADS, config.blockDimY = config.blockDimZ = 1;
+    config.hStream = g.stream;
+    config.attrs = &attribute;
+    config.numAttrs = overlap && k.overlaps;
+    CK(cuLaunchKernelEx(&config, l.large ? k.large : k.small, params, nullptr));
     return seq;
 }
 static void observe(const Launch& l, u32 seq) {
     auto deadline = Clock::now() + std::chrono::seconds(120);
     for (u32 i = 0; i < l.jobs; i++)
-        for (u64 n = 1; (u32)(g.status[i * 8] >> 32) != seq; n++)
+        for (u64 n = 1; (u32)(l.status[i * 8] >> 32) != seq; n++)
             if (n % 1000000 == 0 && Clock::now() > deadline) {
                 fprintf(stderr, "no completion: %s\n", cuStreamQuery(g.stream) == CUDA_SUCCESS ? "kernel ended" : "kernel runs or failed");
                 exit(3);
@@ -230,6 +322,7 @@ struct Check {  // one launch with its expected memory
     bool gather = false;
     size_t flat_used = 64;
     std::vector<u32> error;  // expected code per job
+    size_t per = 46;         // jobs of a launch; launches may overlap
 };
 
 static size_t arena_cursor;
@@ -313,16 +406,25 @@ static void run(const Kernel& k, Check& c) {
     for (size_t i = 0; i < c.specs.size(); i++)
         if (i >= c.error.size() || (c.error[i] & 255) != UCCL_ERROR_COUNT) reference(c, c.specs[i]);
     CK(cuCtxSynchronize());
-    Launch l = prepare(c.specs);
-    u32 seq = launch(k, l);
-    observe(l, seq);
-    for (u32 i = 0; i < l.jobs; i++) {
-        u32 error = (u32)g.status[i * 8], want = i < c.error.size() ? c.error[i] : 0;
-        EXPECT(error == want, "job %u of %u: status %x, expected %x (size %u, %zu entries, %zu segments)", i, l.jobs, error, want, c.specs[i].size,
-               c.specs[i].entries.size(), c.specs[i].segs.size());
-        if (!want) EXPECT(g.status[i * 8 + 1] == c.specs[i].size, "job %u: %llu bytes of %u", i, (u64)g.status[i * 8 + 1], c.specs[i].size);
-        checked_jobs++;
-        checked_bytes += c.specs[i].size;
+    std::vector<Launch> ls;
+    for (size_t i = 0; i < c.specs.size(); i += c.per)
+        ls.push_back(prepare({c.specs.begin() + i, c.specs.begin() + std::min(c.specs.size(), i + c.per)}, ls.size()));
+    u32 seq = 0;
+    for (auto& l : ls) seq = launch(k, l, true);
+    if (ls.size() > 1) CK(cuStreamSynchronize(g.stream));  // the end of the last launch has to be that of all
+    for (size_t n = 0; n < ls.size(); n++) {
+        const Launch& l = ls[n];
+        if (ls.size() == 1) observe(l, seq);
+        for (u32 j = 0; j < l.jobs; j++) {
+            const size_t i = n * c.per + j;
+            EXPECT((u32)(l.status[j * 8] >> 32) == seq - (u32)(ls.size() - 1 - n), "job %zu: no status", i);
+            u32 error = (u32)l.status[j * 8], want = i < c.error.size() ? c.error[i] : 0;
+            EXPECT(error == want, "job %zu of %zu: status %x, expected %x (size %u, %zu entries, %zu segments)", i, c.specs.size(), error, want, c.specs[i].size,
+                   c.specs[i].entries.size(), c.specs[i].segs.size());
+            if (!want) EXPECT(l.status[j * 8 + 1] == c.specs[i].size, "job %zu: %llu bytes of %u", i, (u64)l.status[j * 8 + 1], c.specs[i].size);
+            checked_jobs++;
+            checked_bytes += c.specs[i].size;
+        }
     }
     CK(cuStreamSynchronize(g.stream));
     static std::vector<u8> got;
@@ -335,7 +437,7 @@ static void run(const Kernel& k, Check& c) {
         EXPECT(false, "%zu bytes differ, first at %zu: %02x, expected %02x (%s, job 0: size %u, %zu entries, %zu segments)", wrong, first, got[first], c.expect[first],
                c.gather ? "gather" : "unpack", c.specs[0].size, c.specs[0].entries.size(), c.specs[0].segs.size());
     }
-    u64 state[2 * 46];
+    u64 state[2 * 46 * 8];
     CK(cuMemcpyDtoH(state, g.state, sizeof state));
     for (u64 v : state) EXPECT(v == 0, "a job counter was not re-armed");
 }
@@ -347,7 +449,7 @@ static void alignments(const Kernel& k, bool quick) {
             for (int sa = 0; sa < 16; sa += 1) {
                 Check c;
                 begin(c, gather);
-                for (int da = 0; da < 16; da++) c.specs.push_back(make(c, size, 0, 1, (sa + da) % 5 == 0, Place(da % 3), true, sa, da));
+                for (int da = 0; da < 16; da++) c.specs.push_back(make(c, size, 0, 1, (sa + da) % 5 == 0, Place(da % 4), true, sa, da));
                 run(k, c);
             }
 }
@@ -361,7 +463,7 @@ static void random_cases(const Kernel& k, int n, u32 max_size, u32 max_jobs) {
             size = (u32)draw(1, std::min(size, budget));
             budget -= size;
             u32 frags = draw(0, 4) == 0 ? 0 : (u32)draw(1, draw(0, 1) ? 16 : 2047), segs = (u32)draw(1, draw(0, 2) ? 100 : 3000);
-            c.specs.push_back(make(c, size, frags, segs, draw(0, 2) == 0, Place(draw(0, 2)), draw(0, 1)));
+            c.specs.push_back(make(c, size, frags, segs, draw(0, 2) == 0, Place(draw(0, 3)), draw(0, 1)));
         }
         run(k, c);
     }
@@ -371,7 +473,7 @@ static void shapes(const Kernel& k, bool quick) {
     std::vector<Shape> list{{512 << 10, 128, 20000}, {512 << 10, 2047, 1}, {512 << 10, 1, 128}, {2047, 2047, 2047}, {512 << 10, 2, 3000}, {20000, 1, 20000}};
     if (!quick) list.insert(list.end(), {{64 << 20, 1, 1}, {64 << 20, 2048, 16384}, {64 << 20, 16, 20000}, {8 << 20, 2047, 40000}, {33333333, 3, 7}});
     for (auto& s : list)
-        for (int place = 0; place < 3; place++) {
+        for (int place = 0; place < 4; place++) {
             Check c;
             begin(c, false);
             c.specs.push_back(make(c, s.size, s.frags, s.segs, false, Place(place), true));
@@ -392,14 +494,29 @@ static void shapes(const Kernel& k, bool quick) {
     std::shuffle(s.entries.begin(), s.entries.end(), rng);
     c.specs.push_back(s);
     run(k, c);
+    // What a joined job may look like: few pieces, of any length.
+    for (int i = 0; i < (quick ? 20 : 300); i++) {
+        Check j;
+        begin(j, draw(0, 3) == 0);
+        for (u64 n = draw(1, 8); n; n--) j.specs.push_back(make(j, (u32)draw(1, 1u << draw(1, quick ? 16 : 22)), (u32)draw(0, 12), (u32)draw(1, 12), draw(0, 3) == 0, JOINED, draw(0, 1)));
+        run(k, j);
+    }
+    // Launches that overlap.
+    for (int i = 0; i < (quick ? 2 : 10); i++) {
+        Check o;
+        begin(o, i % 2);
+        o.per = 6;
+        for (int n = 0; n < 48; n++) o.specs.push_back(make(o, (u32)draw(1, quick ? 20000 : 1 << 20), (u32)draw(0, 200), (u32)draw(1, 100), n % 2, Place(n % 4), n % 3));
+        run(k, o);
+    }
     // As many jobs as a launch takes.
     Check m;
     begin(m, false);
-    for (int i = 0; i < 46; i++) m.specs.push_back(make(m, quick ? 3000 : 500000, 100, 30, i % 2, INLINE, i % 3));
+    for (int i = 0; i < 46; i++) m.specs.push_back(make(m, quick ? 3000 : 500000, 100, 30, i % 2, Place(i % 4), i % 3));
     run(k, m);
 }
 static void malformed(const Kernel& k) {
-    for (int place = 0; place < 3; place++)
+    for (int place = 0; place < 4; place++)
         for (int kind = 0; kind < 9; kind++) {
             Check c;
             begin(c, false);
@@ -491,31 +608,18 @@ static std::vector<Spec> workload(u32 size, u32 chunk, u32 frag, u32 seg, u32 mi
     return out;
 }
 static void row(const Kernel& k, const char* what, const std::vector<Spec>& specs, double copy_us, double copy_host_us) {
-    // Several launches when the jobs do not fit one; tables are laid out once.
+    // Several launches when the jobs do not fit one.
     std::vector<Launch> ls;
-    size_t per = std::min<size_t>(specs.size(), 32);
-    u8* mh = g.mapped.host; u64 md = g.mapped.dev; u8* dh = g.device.host; u64 dd = g.device.dev, ddd = g.device_dev;
-    u64 st = g.state, sd = g.status_dev; volatile u64* sh = g.status;
-    size_t slice = TABLES / ((specs.size() + per - 1) / per) / 4096 * 4096, n = 0;
-    for (size_t i = 0; i < specs.size(); i += per, n++) {
-        g.mapped.host = mh + n * slice, g.mapped.dev = md + n * slice;
-        g.device.host = dh + n * slice, g.device.dev = dd + n * slice, g.device_dev = ddd + n * slice;
-        g.state = st + n * 46 * 16, g.status_dev = sd + n * 46 * 64;
-        ls.push_back(prepare(std::vector<Spec>(specs.begin() + i, specs.begin() + std::min(specs.size(), i + per))));
-    }
-    g.mapped.host = mh, g.mapped.dev = md, g.device.host = dh, g.device.dev = dd, g.device_dev = ddd, g.state = st, g.status_dev = sd;
-    double dev = device_us([&](int) { for (auto& l : ls) launch(k, l); });
+    const size_t per = 32;
+    for (size_t i = 0; i < specs.size(); i += per) ls.push_back(prepare({specs.begin() + i, specs.begin() + std::min(specs.size(), i + per)}, ls.size()));
+    double dev = device_us([&](int) { for (auto& l : ls) launch(k, l, &l != &ls[0]); });
     double host = host_us([&](int) {
         u32 seq = 0;
-        for (auto& l : ls) seq = launch(k, l);
-        for (size_t i = 0; i < ls.size(); i++) {
-            g.status = sh + i * 46 * 8;
-            observe(ls[i], seq - (u32)(ls.size() - 1 - i));
-        }
-        g.status = sh;
+        for (auto& l : ls) seq = launch(k, l, &l != &ls[0]);
+        for (size_t i = 0; i < ls.size(); i++) observe(ls[i], seq - (u32)(ls.size() - 1 - i));
     });
-    for (size_t i = 0; i < ls.size(); i++)
-        for (u32 j = 0; j < ls[i].jobs; j++) EXPECT((u32)sh[i * 46 * 8 + j * 8] == 0, "timing job status %x", (u32)sh[i * 46 * 8 + j * 8]);
+    for (auto& l : ls)
+        for (u32 j = 0; j < l.jobs; j++) EXPECT((u32)l.status[j * 8] == 0, "timing job status %x", (u32)l.status[j * 8]);
     u64 bytes = 0;
     for (auto& s : specs) bytes += s.size;
     printf("| %s | %llu KiB | %zu | %u x %u | %.2f | %.2f | %+.2f (%.0f%%) | %.0f | %.2f | %.2f |\n", what, bytes >> 10, ls.size(), ls[0].grid, ls[0].jobs, dev, copy_us,
@@ -529,33 +633,38 @@ static void timing(const Kernel& k) {
     for (u32 size : sizes) {
         double d2d = device_us([&](int i) { CK(cuMemcpyDtoDAsync(g.arena + (size <= K512 ? (u64)(i % 64) * size : 0), g.bounce, size, g.stream)); });
         double d2dh = host_us([&](int) { CK(cuMemcpyDtoDAsync(g.arena, g.bounce, size, g.stream)); CK(cuEventRecord(g.b, g.stream)); while (cuEventQuery(g.b) == CUDA_ERROR_NOT_READY); });
-        row(k, "4 KiB pages, inline, no count read", workload(size, K512, 4096, 4096, 0, g.bounce, INLINE, false, false), d2d, d2dh);
-        row(k, "4 KiB pages, inline", workload(size, K512, 4096, 4096, 0, g.bounce, INLINE, true, false), d2d, d2dh);
+        row(k, "4 KiB pages, inline, no count read", workload(size, K512, 4096, 4096, 0, g.bounce, JOINED, false, false), d2d, d2dh);
+        row(k, "4 KiB pages, inline", workload(size, K512, 4096, 4096, 0, g.bounce, JOINED, true, false), d2d, d2dh);
+        row(k, "4 KiB pages, inline, not joined, no count", workload(size, K512, 4096, 4096, 0, g.bounce, INLINE, false, false), d2d, d2dh);
         row(k, "4 KiB pages, mapped", workload(size, K512, 4096, 4096, 0, g.bounce, MAPPED, true, false), d2d, d2dh);
         row(k, "4 KiB pages, device", workload(size, K512, 4096, 4096, 0, g.bounce, DEVICE, false, false), d2d, d2dh);
+        if (size > K512) row(k, "4 KiB pages, 8 jobs, no count", workload(size, size / 8, 4096, 4096, 0, g.bounce, JOINED, false, false), d2d, d2dh);
+        if (size > K512) row(k, "4 KiB pages, 8 jobs", workload(size, size / 8, 4096, 4096, 0, g.bounce, JOINED, true, false), d2d, d2dh);
+        if (size > K512) row(k, "alignment 1, 8 jobs, no count", workload(size, size / 8, 4096, 4096, 1, g.bounce, JOINED, false, false), d2d, d2dh);
+        if (size > K512) row(k, "one fragment, 8 jobs", workload(size, size / 8, size / 8, size / 8, 0, g.bounce, JOINED, false, false), d2d, d2dh);
         if (size > K512) row(k, "4 KiB pages, mapped, 8 jobs", workload(size, size / 8, 4096, 4096, 0, g.bounce, MAPPED, true, false), d2d, d2dh);
         if (size > K512) row(k, "4 KiB pages, mapped, 8 jobs, no count", workload(size, size / 8, 4096, 4096, 0, g.bounce, MAPPED, false, false), d2d, d2dh);
         if (size > K512) row(k, "alignment 1, device, 8 jobs", workload(size, size / 8, 4096, 4096, 1, g.bounce, DEVICE, false, false), d2d, d2dh);
         if (size > K512) row(k, "4 KiB pages, device, 8 jobs", workload(size, size / 8, 4096, 4096, 0, g.bounce, DEVICE, false, false), d2d, d2dh);
-        row(k, "1 KiB fragments to 32 KiB", workload(size, K512, 1024, 32768, 0, g.bounce, INLINE, true, false), d2d, d2dh);
+        row(k, "1 KiB fragments to 32 KiB", workload(size, K512, 1024, 32768, 0, g.bounce, JOINED, true, false), d2d, d2dh);
         row(k, "256 B fragments to 4 KiB, device", workload(size, K512, 256, 4096, 0, g.bounce, DEVICE, false, false), d2d, d2dh);
-        row(k, "alignment 1, 4 KiB, inline, no count", workload(size, K512, 4096, 4096, 1, g.bounce, INLINE, false, false), d2d, d2dh);
+        row(k, "alignment 1, 4 KiB, inline, no count", workload(size, K512, 4096, 4096, 1, g.bounce, JOINED, false, false), d2d, d2dh);
         row(k, "alignment 1, 4 KiB, device", workload(size, K512, 4096, 4096, 1, g.bounce, DEVICE, false, false), d2d, d2dh);
-        row(k, "one 512 KiB fragment", workload(size, K512, K512, K512, 0, g.bounce, INLINE, false, false), d2d, d2dh);
-        row(k, "gather 4 KiB", workload(size, K512, 4096, 4096, 0, 0, INLINE, false, true), d2d, d2dh);
-        row(k, "gather 4 KiB, alignment 7", workload(size, K512, 4096, 4096, 1, 0, INLINE, false, true), d2d, d2dh);
+        row(k, "one 512 KiB fragment", workload(size, K512, K512, K512, 0, g.bounce, JOINED, false, false), d2d, d2dh);
+        row(k, "gather 4 KiB", workload(size, K512, 4096, 4096, 0, 0, JOINED, false, true), d2d, d2dh);
+        row(k, "gather 4 KiB, alignment 7", workload(size, K512, 4096, 4096, 1, 0, JOINED, false, true), d2d, d2dh);
         double h2d = device_us([&](int) { CK(cuMemcpyHtoDAsync(g.arena, g.pinned_host, size, g.stream)); });
         double h2dh = host_us([&](int) { CK(cuMemcpyHtoDAsync(g.arena, g.pinned_host, size, g.stream)); CK(cuEventRecord(g.b, g.stream)); while (cuEventQuery(g.b) == CUDA_ERROR_NOT_READY); });
-        row(k, "pinned bounce, 4 KiB pages", workload(size, K512, 4096, 4096, 0, g.pinned_bounce, INLINE, false, false), h2d, h2dh);
-        row(k, "pinned bounce, alignment 1", workload(size, K512, 4096, 4096, 1, g.pinned_bounce, INLINE, false, false), h2d, h2dh);
-        row(k, "pinned bounce, one fragment", workload(size, K512, K512, K512, 0, g.pinned_bounce, INLINE, false, false), h2d, h2dh);
+        row(k, "pinned bounce, 4 KiB pages", workload(size, K512, 4096, 4096, 0, g.pinned_bounce, JOINED, false, false), h2d, h2dh);
+        row(k, "pinned bounce, alignment 1", workload(size, K512, 4096, 4096, 1, g.pinned_bounce, JOINED, false, false), h2d, h2dh);
+        row(k, "pinned bounce, one fragment", workload(size, K512, K512, K512, 0, g.pinned_bounce, JOINED, false, false), h2d, h2dh);
     }
     double d4 = device_us([&](int) { CK(cuMemcpyDtoDAsync(g.arena, g.bounce, 4096, g.stream)); });
     double d4h = host_us([&](int) { CK(cuMemcpyDtoDAsync(g.arena, g.bounce, 4096, g.stream)); CK(cuEventRecord(g.b, g.stream)); while (cuEventQuery(g.b) == CUDA_ERROR_NOT_READY); });
-    row(k, "one 4 KiB op", workload(4096, 4096, 4096, 4096, 0, g.bounce, INLINE, false, false), d4, d4h);
-    row(k, "one 4 KiB op from pinned", workload(4096, 4096, 4096, 4096, 0, g.pinned_bounce, INLINE, false, false), d4, d4h);
+    row(k, "one 4 KiB op", workload(4096, 4096, 4096, 4096, 0, g.bounce, JOINED, false, false), d4, d4h);
+    row(k, "one 4 KiB op from pinned", workload(4096, 4096, 4096, 4096, 0, g.pinned_bounce, JOINED, false, false), d4, d4h);
     // Host cost of a launch alone.
-    Launch l = prepare(workload(K512, K512, 4096, 4096, 0, g.bounce, INLINE, false, false));
+    Launch l = prepare(workload(K512, K512, 4096, 4096, 0, g.bounce, JOINED, false, false));
     auto t = Clock::now();
     for (int i = 0; i < 1000; i++) launch(k, l);
     printf("\nhost cost of a launch (512 KiB, 4 KiB parameters): %.2f us", std::chrono::duration<double>(Clock::now() - t).count() * 1e3);
@@ -581,6 +690,7 @@ static Kernel load(const std::string& path, const char* name) {
     if (image.empty()) { fprintf(stderr, "cannot read %s (run from the repository root, or --kernels DIR)\n", path.c_str()); exit(2); }
     Kernel k;
     k.name = name;
+    k.overlaps = path.find("cubin") != std::string::npos;
     CK(cuModuleLoadData(&k.module, image.c_str()));
     CK(cuModuleGetFunction(&k.small, k.module, "uccl_copy_1k"));
     CK(cuModuleGetFunction(&k.large, k.module, "uccl_copy_4k"));
