@@ -211,8 +211,9 @@ impl Lane {
         !self.outgoing.is_empty() || !self.expected.is_empty() || !self.posted.is_empty() || !self.finishing.is_empty()
     }
 
-    pub(crate) fn load(&self) -> Load {
-        Load { free: MAX_REQUESTS - self.outgoing.len(), queued: self.queued, rate: self.rate.get() }
+    pub(crate) fn load(&self, now: Instant) -> Load {
+        let oldest = self.outgoing.front().map_or(0, |o| o.len as u64);
+        Load { free: MAX_REQUESTS - self.outgoing.len(), queued: self.queued, rate: self.rate.get(oldest, now) }
     }
 
     /// Takes a chunk for sending. The caller announces it to the peer. There must be a free place ([`Lane::load`]).
@@ -240,13 +241,10 @@ impl Lane {
             unsafe { gather(&chunk.parts, data) };
             Source::Contiguous { data, mhandle, packing: Ticket::Done, place: Place::HOST }
         };
-        if self.outgoing.is_empty() {
-            self.rate.start(now);
-        }
         self.outgoing.push_back(Outgoing { key, len });
         self.queued += len as u64;
         self.to_post.push_back(ToPost { source, len });
-        self.post_sends(ctx)?;
+        self.post_sends(ctx, now)?;
         Ok(())
     }
 
@@ -327,7 +325,7 @@ impl Lane {
     }
 
     /// Hands announced chunks to the plugin, in order, as far as they are packed and it takes them.
-    fn post_sends(&mut self, ctx: &mut Context<'_>) -> Result<bool> {
+    fn post_sends(&mut self, ctx: &mut Context<'_>, now: Instant) -> Result<bool> {
         let mut any = false;
         while let Some(next) = self.to_post.front() {
             let taken = match &next.source {
@@ -346,6 +344,7 @@ impl Lane {
                 break;
             }
             self.to_post.pop_front();
+            self.rate.posted(now);
             any = true;
         }
         Ok(any)
@@ -382,11 +381,11 @@ impl Lane {
         }
         if done > 0 {
             self.queued -= done;
-            self.rate.done(done, now);
+            self.rate.done(done, now, self.send.inflight() > 0);
             any = true;
         }
         if !self.to_post.is_empty() {
-            any |= self.post_sends(ctx)?;
+            any |= self.post_sends(ctx, now)?;
         }
         Ok(any)
     }

@@ -17,62 +17,95 @@ pub(crate) struct Load {
 /// A free channel is passed over when it would finish a chunk this many times later than the best one: then waiting is faster.
 const PATIENCE: f64 = 2.0;
 
-/// Measured speeds within this factor count as equal.
-const ALIKE: f64 = 2.0;
+/// A channel counts as slow when its speed is less than this part of the reference: smaller differences are noise, and acting on noise
+/// would make the busier channel look ever faster.
+const SLOW: f64 = 0.5;
 
 /// The channel for a chunk of `len` bytes: of those with a free place the one that would finish it first. `None` when none is free, or
 /// only channels so slow that waiting for a fast one beats them.
-pub(crate) fn pick(loads: impl Iterator<Item = Load> + Clone, len: u64) -> Option<usize> {
-    let known = loads.clone().map(|l| l.rate).filter(|&r| r > 0.0);
-    let (slowest, fastest, sum, n) =
-        known.fold((f64::MAX, 0.0f64, 0.0, 0), |(lo, hi, sum, n), r| (lo.min(r), hi.max(r), sum + r, n + 1));
-    // Speeds that differ by less are one speed and its noise; acting on it would make the busier channel look ever faster.
-    let alike = n == 0 || fastest <= ALIKE * slowest;
-    // A channel without a measurement is taken to be as fast as the others.
-    let assumed = if alike { 1.0 } else { sum / f64::from(n) };
-    let finish = |l: &Load| (l.queued + len) as f64 / if l.rate > 0.0 && !alike { l.rate } else { assumed };
-    let soonest = loads.clone().map(|l| finish(&l)).min_by(f64::total_cmp)?;
-    let free = loads.enumerate().filter(|(_, l)| l.free > 0);
+pub(crate) fn pick(loads: &[Load], len: u64) -> Option<usize> {
+    let reference = reference(loads);
+    let finish = |l: &Load| {
+        // A channel without a measurement is taken to be as fast as the others.
+        let slow = l.rate > 0.0 && l.rate < SLOW * reference;
+        (l.queued + len) as f64 / if slow { l.rate / reference } else { 1.0 }
+    };
+    let soonest = loads.iter().map(finish).min_by(f64::total_cmp)?;
+    let free = loads.iter().enumerate().filter(|(_, l)| l.free > 0);
     let (index, load) = free.min_by(|(_, a), (_, b)| finish(a).total_cmp(&finish(b)))?;
-    (finish(&load) <= PATIENCE * soonest).then_some(index)
+    (finish(load) <= PATIENCE * soonest).then_some(index)
 }
 
-/// Measures a channel's speed from its completions. These come in bursts, so a sample spans at least [`SAMPLE`].
+/// The speed that others are compared with: the upper quartile of the measured ones, so that one lucky measurement slows nobody down.
+fn reference(loads: &[Load]) -> f64 {
+    const MOST: usize = 64;
+    let mut known = [0.0f64; MOST];
+    let mut n = 0;
+    for load in loads.iter().filter(|l| l.rate > 0.0).take(MOST) {
+        known[n] = load.rate;
+        n += 1;
+    }
+    let known = &mut known[..n];
+    known.sort_unstable_by(f64::total_cmp);
+    known.get((3 * n).div_ceil(4).saturating_sub(1)).copied().unwrap_or(0.0)
+}
+
+/// Measures a channel's speed while it has requests in flight: idle time is not slowness.
 #[derive(Debug, Default)]
 pub(crate) struct Rate {
     bytes_per_second: f64,
+    /// Since when the oldest request in flight is the channel's only concern; none while nothing is in flight.
     since: Option<Instant>,
+    /// Bytes and time of the sample at hand.
     bytes: u64,
+    busy: Duration,
+    /// The last completion.
+    last: Option<Instant>,
 }
 
-/// Shortest time that a sample spans.
+/// Shortest busy time that a sample spans: completions come in bursts.
 const SAMPLE: Duration = Duration::from_millis(2);
+/// A measurement of a channel that has been idle for so long says nothing about it any more.
+const FORGET: Duration = Duration::from_millis(100);
+/// A request that takes so many times longer than the measured speed lets expect shows a stalled channel.
+const STALL: f64 = 4.0;
 
 impl Rate {
-    /// Bytes per second; 0 while unknown.
-    pub(crate) fn get(&self) -> f64 {
-        self.bytes_per_second
+    /// Bytes per second; 0 while unknown. `oldest`: length of the oldest request in flight.
+    pub(crate) fn get(&self, oldest: u64, now: Instant) -> f64 {
+        match (self.since, self.last) {
+            (Some(since), _) => {
+                let waited = now.saturating_duration_since(since);
+                if waited <= SAMPLE {
+                    return self.bytes_per_second;
+                }
+                self.bytes_per_second.min(STALL * oldest as f64 / waited.as_secs_f64())
+            }
+            (None, Some(last)) if now.saturating_duration_since(last) < FORGET => self.bytes_per_second,
+            _ => 0.0,
+        }
     }
 
-    /// The channel got work after having had none: idle time is not slowness.
-    pub(crate) fn start(&mut self, now: Instant) {
-        self.since = Some(now);
-        self.bytes = 0;
+    /// A request was handed to the channel.
+    pub(crate) fn posted(&mut self, now: Instant) {
+        self.since.get_or_insert(now);
     }
 
-    /// `bytes` were done by `now`.
-    pub(crate) fn done(&mut self, bytes: u64, now: Instant) {
-        self.bytes += bytes;
+    /// `bytes` were done by `now`; `more` requests are in flight.
+    pub(crate) fn done(&mut self, bytes: u64, now: Instant, more: bool) {
         let Some(since) = self.since else { return };
-        let span = now.saturating_duration_since(since);
-        if span < SAMPLE {
+        self.since = more.then_some(now);
+        self.last = Some(now);
+        self.bytes += bytes;
+        self.busy += now.saturating_duration_since(since);
+        if self.busy < SAMPLE {
             return;
         }
-        let sample = self.bytes as f64 / span.as_secs_f64();
+        let sample = self.bytes as f64 / self.busy.as_secs_f64();
         const WEIGHT: f64 = 0.3;
         let before = self.bytes_per_second;
         self.bytes_per_second = if before == 0.0 { sample } else { before * (1.0 - WEIGHT) + sample * WEIGHT };
-        self.start(now);
+        (self.bytes, self.busy) = (0, Duration::ZERO);
     }
 }
 
@@ -90,7 +123,9 @@ mod tests {
             let mut credit = vec![0f64; rates.len()];
             let mut sent = vec![0u64; rates.len()];
             for _ in 0..2000 {
-                while let Some(c) = pick(queued.iter().zip(&rates).map(|(&q, &r)| Load { free: 16 - q as usize, queued: q, rate: f64::from(r) }), CHUNK) {
+                loop {
+                    let loads: Vec<_> = queued.iter().zip(&rates).map(|(&q, &r)| Load { free: 16 - q as usize, queued: q, rate: f64::from(r) }).collect();
+                    let Some(c) = pick(&loads, CHUNK) else { break };
                     queued[c] += CHUNK;
                     sent[c] += CHUNK;
                 }
@@ -110,7 +145,7 @@ mod tests {
         #[test]
         fn never_a_full_channel(loads in proptest::collection::vec((0usize..3, 0u64..100, 0u32..5), 0..10)) {
             let loads: Vec<_> = loads.into_iter().map(|(free, queued, rate)| Load { free, queued, rate: f64::from(rate) }).collect();
-            if let Some(c) = pick(loads.iter().copied(), 10) {
+            if let Some(c) = pick(&loads, 10) {
                 prop_assert!(loads[c].free > 0);
             }
         }
@@ -120,9 +155,44 @@ mod tests {
     fn idle_channels_share_evenly_before_anything_is_known() {
         let mut queued = [0u64; 4];
         for _ in 0..8 {
-            let c = pick(queued.iter().map(|&q| Load { free: 16 - q as usize, queued: q, rate: 0.0 }), 1).unwrap();
+            let loads = queued.map(|q| Load { free: 16 - q as usize, queued: q, rate: 0.0 });
+            let c = pick(&loads, 1).unwrap();
             queued[c] += 1;
         }
         assert_eq!(queued, [2; 4]);
+    }
+
+    #[test]
+    fn a_lucky_or_noisy_measurement_slows_nobody_down() {
+        // One channel looks ten times as fast, the others differ by less than a factor of two: all are used alike.
+        let rates = [1.0, 1.1, 1.4, 0.9, 10.0, 1.0, 1.2, 1.3];
+        let mut queued = [0u64; 8];
+        for _ in 0..32 {
+            let loads: Vec<_> =
+                queued.iter().zip(rates).map(|(&q, rate)| Load { free: 16 - q as usize, queued: q, rate }).collect();
+            queued[pick(&loads, 1).unwrap()] += 1;
+        }
+        assert_eq!(queued, [4; 8]);
+    }
+
+    #[test]
+    fn speed_is_measured_over_busy_time_and_forgotten_when_idle() {
+        let start = Instant::now();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        let mut rate = Rate::default();
+        assert_eq!(rate.get(0, start), 0.0);
+        // Two bursts of 1 ms with a pause of 50 ms between them: 2,000 bytes in 2 ms.
+        for begin in [0, 51] {
+            rate.posted(at(begin));
+            rate.done(1000, at(begin + 1), false);
+        }
+        let measured = rate.get(0, at(53));
+        assert!((measured - 1e6).abs() < 1.0, "{measured}");
+        assert_eq!(rate.get(0, at(53) + FORGET), 0.0, "idle for long");
+        // In flight for 100 ms where 1 ms was to be expected: at most a quarter of what the time says.
+        rate.posted(at(60));
+        assert_eq!(rate.get(1000, at(62)), measured);
+        let stalled = rate.get(1000, at(160));
+        assert!(stalled < 0.05 * measured, "{stalled}");
     }
 }

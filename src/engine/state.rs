@@ -105,6 +105,7 @@ pub(crate) struct State {
     waiting_receives: VecDeque<WaitingReceive>,
     messages: VecDeque<(u64, u64)>,
     events: Vec<Event>,
+    loads: Vec<stripe::Load>,
     last_rx: Instant,
     last_tx: Instant,
     last_progress: Instant,
@@ -133,6 +134,7 @@ impl State {
             waiting_receives: VecDeque::new(),
             messages: VecDeque::new(),
             events: Vec::new(),
+            loads: Vec::new(),
             last_rx: now,
             last_tx: now,
             last_progress: now,
@@ -396,7 +398,9 @@ impl State {
                 let base: usize = self.sets[..index].iter().map(|s| s.lanes.len()).sum();
                 let Some(set) = self.sets.get_mut(index) else { bail!(Internal, "a connection without channels") };
                 let expected_len = out.chunk_len as u64;
-                let Some(lane) = stripe::pick(set.lanes.iter().map(Lane::load), expected_len) else {
+                self.loads.clear();
+                self.loads.extend(set.lanes.iter().map(|lane| lane.load(now)));
+                let Some(lane) = stripe::pick(&self.loads, expected_len) else {
                     blocked = true;
                     break;
                 };
