@@ -41,12 +41,22 @@ impl Queued {
 /// One GPU of a connection.
 struct Unit {
     place: Place,
+    gpu: Arc<Gpu>,
     // Dropped before the buffers that their jobs use.
+    unpacking: Jobs,
+    packing: Jobs,
+    scratch: PinnedBuffer,
+}
+
+/// Jobs of one direction, launched in the order they came. The two directions have streams of their own: an unpack does not wait for
+/// the packs ahead of it.
+struct Jobs {
     launchers: Vec<CopyLauncher>,
     turn: usize,
-    scratch: PinnedBuffer,
+    /// Jobs of a launch at most.
+    batch: usize,
     queued: Vec<Queued>,
-    batches: VecDeque<Batch>,
+    launched: VecDeque<Batch>,
     /// Number of the next job, and of the oldest whose end is not known.
     next: u64,
     finished: u64,
@@ -61,11 +71,78 @@ struct Batch {
 }
 
 /// Streams that launches take in turn: one launch of a chunk over PCIe is mostly latency, and several at once hide it.
-const STREAMS: usize = 4;
-/// Jobs of a launch.
-const BATCH: usize = 16;
+const UNPACK_STREAMS: usize = 4;
+const PACK_STREAMS: usize = 2;
+/// Jobs of a launch. Packs are launched few at a time: chunks of one launch share the bus, and the first should leave soon.
+const UNPACK_BATCH: usize = 16;
+const PACK_BATCH: usize = 2;
 /// Pieces of a small copy that the copy engine takes one by one; more are one kernel.
 const FEW: usize = 2;
+
+impl Jobs {
+    fn new(gpu: &Arc<Gpu>, streams: usize, batch: usize) -> Result<Jobs> {
+        Ok(Jobs {
+            launchers: (0..streams).map(|_| CopyLauncher::new(gpu)).collect::<Result<_>>()?,
+            turn: 0,
+            batch,
+            queued: Vec::new(),
+            launched: VecDeque::new(),
+            next: 0,
+            finished: 0,
+        })
+    }
+
+    fn queue(&mut self, job: Queued) -> Result<u64> {
+        self.queued.push(job);
+        self.next += 1;
+        if self.queued.len() >= self.batch {
+            self.flush()?;
+        }
+        Ok(self.next - 1)
+    }
+
+    /// Launches what is queued, as far as the launchers have room.
+    fn flush(&mut self) -> Result<()> {
+        while !self.queued.is_empty() {
+            let n = self.queued.len().min(self.batch);
+            let jobs: Vec<Job<'_>> = self.queued[..n].iter().map(Queued::job).collect();
+            let launcher = self.turn % self.launchers.len();
+            // SAFETY: whoever queued the jobs keeps their memory until they are done (contract of `unpack` and `pack`).
+            let Some(ticket) = (unsafe { self.launchers[launcher].submit(&jobs) })? else { return Ok(()) };
+            drop(jobs);
+            self.turn += 1;
+            let first = self.next - self.queued.len() as u64;
+            self.launched.push_back(Batch { first, jobs: n as u64, launcher, ticket });
+            self.queued.drain(..n);
+        }
+        Ok(())
+    }
+
+    fn poll(&mut self, job: u64) -> Result<bool> {
+        while job >= self.finished {
+            let Some(batch) = self.launched.front() else { break };
+            if !self.launchers[batch.launcher].poll(batch.ticket)? {
+                break;
+            }
+            self.finished = batch.first + batch.jobs;
+            self.launched.pop_front();
+        }
+        Ok(job < self.finished)
+    }
+
+    fn busy(&self) -> bool {
+        !self.queued.is_empty() || !self.launched.is_empty()
+    }
+
+    fn quiesce(&mut self) {
+        self.queued.clear();
+        for launcher in &mut self.launchers {
+            if let Err(e) = launcher.synchronize() {
+                log::error!("waiting for a GPU's copies to end: {e}");
+            }
+        }
+    }
+}
 
 impl Unit {
     fn new(place: Place) -> Result<Unit> {
@@ -73,52 +150,24 @@ impl Unit {
         let gpu = Gpu::open(i32::from(ordinal))?;
         Ok(Unit {
             place,
-            launchers: (0..STREAMS).map(|_| CopyLauncher::new(&gpu)).collect::<Result<_>>()?,
-            turn: 0,
+            unpacking: Jobs::new(&gpu, UNPACK_STREAMS, UNPACK_BATCH)?,
+            packing: Jobs::new(&gpu, PACK_STREAMS, PACK_BATCH)?,
             scratch: PinnedBuffer::new(&gpu, MAX_INLINE)?,
-            queued: Vec::new(),
-            batches: VecDeque::new(),
-            next: 0,
-            finished: 0,
+            gpu,
         })
     }
 
-    fn queue(&mut self, job: Queued) -> u64 {
-        self.queued.push(job);
-        self.next += 1;
-        self.next - 1
+    fn jobs(&mut self, pack: bool) -> &mut Jobs {
+        if pack {
+            &mut self.packing
+        } else {
+            &mut self.unpacking
+        }
     }
 
-    /// Launches what is queued, as far as the launcher has room.
-    fn flush(&mut self) -> Result<()> {
-        while !self.queued.is_empty() {
-            let n = self.queued.len().min(BATCH);
-            let jobs: Vec<Job<'_>> = self.queued[..n].iter().map(Queued::job).collect();
-            let launcher = self.turn % STREAMS;
-            // SAFETY: whoever queued the jobs keeps their memory until they are done (contract of `unpack` and `pack`).
-            let Some(ticket) = (unsafe { self.launchers[launcher].submit(&jobs) })? else { return Ok(()) };
-            drop(jobs);
-            self.turn += 1;
-            let first = self.next - self.queued.len() as u64;
-            self.batches.push_back(Batch { first, jobs: n as u64, launcher, ticket });
-            self.queued.drain(..n);
-        }
-        Ok(())
-    }
-
-    fn poll(&mut self, job: u64) -> Result<bool> {
-        if job < self.finished {
-            return Ok(true);
-        }
-        self.flush()?;
-        while let Some(batch) = self.batches.front() {
-            if !self.launchers[batch.launcher].poll(batch.ticket)? {
-                break;
-            }
-            self.finished = batch.first + batch.jobs;
-            self.batches.pop_front();
-        }
-        Ok(job < self.finished)
+    /// Where small copies run, which are waited for.
+    fn small(&mut self) -> &mut CopyLauncher {
+        &mut self.unpacking.launchers[0]
     }
 
     /// Runs one small job to its end.
@@ -131,8 +180,8 @@ impl Unit {
         loop {
             match ticket {
                 // SAFETY: by the caller's contract.
-                None => ticket = unsafe { self.launchers[0].submit(&[job]) }?,
-                Some(submitted) if self.launchers[0].poll(submitted)? => return Ok(()),
+                None => ticket = unsafe { self.small().submit(&[job]) }?,
+                Some(submitted) if self.small().poll(submitted)? => return Ok(()),
                 Some(_) => std::hint::spin_loop(),
             }
             if Instant::now() > deadline {
@@ -170,7 +219,7 @@ impl CudaDevice {
     }
 
     fn gpu(&mut self, place: Place) -> Result<Arc<Gpu>> {
-        Ok(self.unit(place)?.launchers[0].stream().gpu().clone())
+        Ok(self.unit(place)?.gpu.clone())
     }
 }
 
@@ -206,33 +255,37 @@ impl DeviceCopier for CudaDevice {
         }
         let kind = Kind::Unpack { meta, slot, bounce: view.bounce, read_count: view.read_count };
         let unit = self.index(place)?;
-        let job = self.units[unit].queue(Queued { kind, segments: segments(parts), len: len as u64 });
-        Ok(Ticket::Job { unit, job })
+        let job = self.units[unit].unpacking.queue(Queued { kind, segments: segments(parts), len: len as u64 })?;
+        Ok(Ticket::Job { unit, pack: false, job })
     }
 
     unsafe fn pack(&mut self, parts: &[Part], staging: *mut u8, place: Place) -> Result<Ticket> {
         let len = parts.iter().map(|p| p.len).sum();
         let unit = self.index(place)?;
-        let job = self.units[unit].queue(Queued { kind: Kind::Pack { staging: staging as u64 }, segments: segments(parts), len });
-        Ok(Ticket::Job { unit, job })
+        let kind = Kind::Pack { staging: staging as u64 };
+        let job = self.units[unit].packing.queue(Queued { kind, segments: segments(parts), len })?;
+        Ok(Ticket::Job { unit, pack: true, job })
     }
 
     fn flush(&mut self) -> Result<()> {
-        self.units.iter_mut().try_for_each(Unit::flush)
+        self.units.iter_mut().try_for_each(|unit| {
+            unit.packing.flush()?;
+            unit.unpacking.flush()
+        })
     }
 
     fn poll(&mut self, ticket: Ticket) -> Result<bool> {
         match ticket {
             Ticket::Done => Ok(true),
-            Ticket::Job { unit, job } => match self.units.get_mut(unit) {
-                Some(unit) => unit.poll(job),
+            Ticket::Job { unit, pack, job } => match self.units.get_mut(unit) {
+                Some(unit) => unit.jobs(pack).poll(job),
                 None => bail!(Internal, "a job of no GPU"),
             },
         }
     }
 
     fn busy(&self) -> bool {
-        self.units.iter().any(|u| !u.queued.is_empty() || !u.batches.is_empty())
+        self.units.iter().any(|u| u.packing.busy() || u.unpacking.busy())
     }
 
     fn inline_bytes(&self) -> usize {
@@ -248,7 +301,7 @@ impl DeviceCopier for CudaDevice {
         // SAFETY: the scratch holds them, and no job uses it: small copies run to their end.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), scratch.host, bytes.len()) };
         if parts.len() <= FEW {
-            let (stream, mut at) = (unit.launchers[0].stream(), scratch.host);
+            let (stream, mut at) = (unit.small().stream(), scratch.host);
             for part in parts {
                 // SAFETY: the parts are registered device memory by the caller's contract and hold the scratch's bytes.
                 unsafe { crate::gpu::host_to_device(stream, part.addr, at, part.len as usize) }?;
@@ -270,7 +323,7 @@ impl DeviceCopier for CudaDevice {
         }
         if parts.len() <= FEW {
             // The copy engine starts sooner than a kernel, and does not wait for a busy GPU.
-            let (stream, mut at) = (unit.launchers[0].stream(), scratch.host);
+            let (stream, mut at) = (unit.small().stream(), scratch.host);
             for part in parts {
                 // SAFETY: the parts are registered device memory by the caller's contract; the scratch is ours and holds their sum.
                 unsafe { crate::gpu::device_to_host(stream, at, part.addr, part.len as usize) }?;
@@ -292,15 +345,26 @@ impl DeviceCopier for CudaDevice {
         Ok(Box::new(DeviceBuffer::new(&gpu, len)?))
     }
 
+    fn host_staging(&mut self, len: usize, place: Place) -> Result<Box<dyn StagingMemory>> {
+        let gpu = self.gpu(place)?;
+        let memory = PinnedBuffer::new(&gpu, len)?;
+        if memory.ptr().host as u64 != memory.ptr().device {
+            bail!(Gpu, "pinned memory has another address on the GPU than on the host");
+        }
+        Ok(Box::new(memory))
+    }
+
     fn quiesce(&mut self) {
         for unit in &mut self.units {
-            unit.queued.clear();
-            for launcher in &mut unit.launchers {
-                if let Err(e) = launcher.synchronize() {
-                    log::error!("waiting for a GPU's copies to end: {e}");
-                }
-            }
+            unit.packing.quiesce();
+            unit.unpacking.quiesce();
         }
+    }
+}
+
+impl StagingMemory for PinnedBuffer {
+    fn ptr(&self) -> *mut u8 {
+        PinnedBuffer::ptr(self).host
     }
 }
 

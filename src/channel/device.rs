@@ -16,6 +16,8 @@ pub(crate) enum Ticket {
     Job {
         /// Index of the GPU among those of the copier.
         unit: usize,
+        /// Packing; otherwise unpacking. Each finishes in its own order.
+        pack: bool,
         /// Number of the job there.
         job: u64,
     },
@@ -51,7 +53,8 @@ pub(crate) trait DeviceCopier: Send {
     /// The receive is done and not consumed; `parts` lie in registered memory of `place` and stay there until the job is done.
     unsafe fn unpack(&mut self, view: &View, slot: usize, len: usize, parts: &[Part], place: Place) -> Result<Ticket>;
 
-    /// Gathers `parts` into `staging`. Starts at the next `flush`.
+    /// Gathers `parts` into `staging`, memory of [`DeviceCopier::staging`] or [`DeviceCopier::host_staging`]. Starts at the next
+    /// `flush`.
     ///
     /// # Safety
     /// `parts` lie in registered memory of `place`, `staging` holds their sum, and both stay until the job is done.
@@ -83,6 +86,9 @@ pub(crate) trait DeviceCopier: Send {
 
     /// Page-aligned device memory for gathering.
     fn staging(&mut self, len: usize, place: Place) -> Result<Box<dyn StagingMemory>>;
+
+    /// Page-aligned host memory that the device writes directly.
+    fn host_staging(&mut self, len: usize, place: Place) -> Result<Box<dyn StagingMemory>>;
 
     /// Waits until no job touches memory any more.
     fn quiesce(&mut self);
@@ -173,6 +179,10 @@ impl DeviceCopier for EmulatedDevice {
 
     fn staging(&mut self, len: usize, _place: Place) -> Result<Box<dyn StagingMemory>> {
         Ok(Box::new(super::memory::HostBlock::new(len)?))
+    }
+
+    fn host_staging(&mut self, len: usize, place: Place) -> Result<Box<dyn StagingMemory>> {
+        self.staging(len, place)
     }
 
     fn quiesce(&mut self) {}

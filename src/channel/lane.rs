@@ -60,6 +60,8 @@ pub(crate) struct Context<'a> {
     pub vectored: bool,
     /// The comms carry host memory (TCPX comms do not).
     pub host: bool,
+    /// Device memory leaves through host memory that the GPU fills, not through the plugin's device sends.
+    pub stage_sends: bool,
     /// Largest chunk, bytes.
     pub chunk_bytes: usize,
 }
@@ -251,7 +253,8 @@ impl Lane {
     /// # Safety
     /// As [`Lane::submit`].
     unsafe fn device_source(&mut self, chunk: &Chunk, span: impl Fn(u16) -> Span, ctx: &mut Context<'_>) -> Result<Source> {
-        if let [part] = chunk.parts[..] {
+        if let ([part], false) = (&chunk.parts[..], ctx.stage_sends) {
+            let part = *part;
             // SAFETY: the region stays mapped while transfers use it; registrations go before it does (forget_region).
             let mhandle = unsafe { self.region_mhandle(span(part.region), part, chunk.place, ctx) }?;
             return Ok(Source::Contiguous { data: part.addr as *mut u8, mhandle, packing: Ticket::Done, place: chunk.place });
@@ -259,12 +262,16 @@ impl Lane {
         let place = chunk.place;
         if !self.device_out.contains_key(&place) {
             let stride = ctx.chunk_bytes.next_multiple_of(PAGE);
-            let memory = ctx.copier()?.staging(stride * MAX_REQUESTS, place)?;
+            let len = stride * MAX_REQUESTS;
+            let (memory, kind) = if ctx.stage_sends {
+                (ctx.copier()?.host_staging(len, place)?, NCCL_PTR_HOST)
+            } else {
+                (ctx.copier()?.staging(len, place)?, NCCL_PTR_CUDA)
+            };
             let send = &self.send;
-            // SAFETY: the staging memory is dropped after the comm (field order).
             let staging = Staging::new(memory, stride, |p, n| {
                 // SAFETY: the staging memory is dropped after the comm (field order).
-                ctx.register(place, || unsafe { send.register(p.cast(), n, NCCL_PTR_CUDA) })
+                ctx.register(place, || unsafe { send.register(p.cast(), n, kind) })
             })?;
             self.device_out.insert(place, staging);
         }
@@ -272,7 +279,7 @@ impl Lane {
         let (data, mhandle) = (staging.next(), staging.mhandle);
         // SAFETY: the chunk is at most a stride long; parts are registered device memory by the caller's contract.
         let packing = unsafe { ctx.copier()?.pack(&chunk.parts, data, place) }?;
-        Ok(Source::Contiguous { data, mhandle, packing, place })
+        Ok(Source::Contiguous { data, mhandle, packing, place: if ctx.stage_sends { Place::HOST } else { place } })
     }
 
     /// The registration that covers `part`: regions are registered in overlapping pieces of the enclosing pages, since plugins address

@@ -134,7 +134,8 @@ fn establish(shared: &Arc<Shared>, sock: TcpStream, deadline: Instant, ours: &He
                 lane.set_doorbell(&doorbell)?;
             }
             let vectored = plugin.is_soft() && shared.config.vectored;
-            Ok(LaneSet { lanes, vectored, host: plugin.is_soft() })
+            let host = plugin.is_soft();
+            Ok(LaneSet { lanes, vectored, host, stage_sends: host && shared.config.stage_sends })
         })
         .collect::<Result<Vec<_>>>()?;
     let copier: Option<Box<dyn DeviceCopier>> = if shared.config.emulate_device {

@@ -20,6 +20,23 @@ pub(crate) struct LaneSet {
     pub lanes: Vec<Lane>,
     pub vectored: bool,
     pub host: bool,
+    pub stage_sends: bool,
+}
+
+impl LaneSet {
+    /// The lanes, and what they need to work.
+    fn split<'a>(
+        &'a mut self,
+        copier: &'a mut Option<Box<dyn DeviceCopier>>,
+        chunk_bytes: usize,
+    ) -> (Context<'a>, &'a mut [Lane]) {
+        let copier = match copier {
+            Some(copier) => Some(&mut **copier as &mut dyn DeviceCopier),
+            None => None,
+        };
+        let LaneSet { lanes, vectored, host, stage_sends } = self;
+        (Context { copier, vectored: *vectored, host: *host, stage_sends: *stage_sends, chunk_bytes }, lanes)
+    }
 }
 
 /// What both sides agreed on, and what the state needs of its engine.
@@ -325,8 +342,8 @@ impl State {
         let mut any = false;
         let chunk_bytes = self.setting.chunk_bytes;
         for set in &mut self.sets {
-            let mut ctx = Context { copier: copier(&mut self.copier), vectored: set.vectored, host: set.host, chunk_bytes };
-            for lane in &mut set.lanes {
+            let (mut ctx, lanes) = set.split(&mut self.copier, chunk_bytes);
+            for lane in lanes {
                 any |= lane.progress(&mut ctx, now, &mut events)?;
             }
         }
@@ -406,17 +423,12 @@ impl State {
                 };
                 let Some(chunk) = out.stream.take(out.chunk_len) else { break };
                 let len = chunk.len;
-                let mut ctx = Context {
-                    copier: copier(&mut self.copier),
-                    vectored: set.vectored,
-                    host: set.host,
-                    chunk_bytes: self.setting.chunk_bytes,
-                };
+                let (mut ctx, lanes) = set.split(&mut self.copier, self.setting.chunk_bytes);
                 let uses = &out.uses;
                 let span = |region: u16| uses.get(usize::from(region)).map_or(Span { id: 0, addr: 0, len: 0 }, |u| u.span);
                 // SAFETY: the parts lie in regions that `uses` holds; the stream, and with it `uses`, stays until its last chunk is sent
                 // or the lanes are closed.
-                unsafe { set.lanes[lane].submit(key, chunk, span, &mut ctx, now) }?;
+                unsafe { lanes[lane].submit(key, chunk, span, &mut ctx, now) }?;
                 out.inflight += len as u64;
                 grants.push(Grant { len: len as u32, channel: (base + lane) as u16 });
                 // The receiver can post nothing before it knows: announce while the rest is still being posted.
@@ -816,12 +828,5 @@ impl State {
 
     pub(crate) fn lookup(&self, id: u64) -> Result<TransferState> {
         self.outcomes.lookup(id)
-    }
-}
-
-fn copier(copier: &mut Option<Box<dyn DeviceCopier>>) -> Option<&mut dyn DeviceCopier> {
-    match copier {
-        Some(copier) => Some(&mut **copier),
-        None => None,
     }
 }
