@@ -1,6 +1,7 @@
 //! A connection as the application holds it: validates requests, guards the state with one lock, drives progress from the
 //! caller's thread, waits.
 
+use super::driver::Driver;
 use super::fifo::FifoItem;
 use super::registry::RegionUse;
 use super::shared::Shared;
@@ -13,7 +14,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -23,8 +24,6 @@ const MAX_PENDING: usize = 256 << 20;
 const NAP_BYTES: u64 = 1 << 20;
 /// The nap: short beside the time that many bytes take.
 const NAP: Duration = Duration::from_micros(20);
-/// How long after an application thread polled it is taken to go on polling, microseconds.
-const DRIVER_WINDOW_US: u64 = 400;
 
 /// A connection to a peer engine. All methods may be called from any thread.
 pub struct Connection {
@@ -34,8 +33,7 @@ pub struct Connection {
     state: Mutex<State>,
     ended: Condvar,
     waiters: AtomicU32,
-    /// When an application thread last polled, by the engine's clock; 0 once it waits or stopped.
-    driver: AtomicU64,
+    driver: Driver,
     /// Set while the progress thread sleeps and answers for this connection: the channels' doorbell.
     armed: Arc<AtomicU32>,
     peer_ip: IpAddr,
@@ -79,7 +77,7 @@ impl Connection {
             state: Mutex::new(state),
             ended: Condvar::new(),
             waiters: AtomicU32::new(0),
-            driver: AtomicU64::new(0),
+            driver: Driver::default(),
             armed,
             peer_ip: peer.ip,
             peer: peer.name,
@@ -293,7 +291,7 @@ impl Connection {
         if before.complete || state.dead().is_some() {
             return Ok(before);
         }
-        self.driver.store(self.shared.clock(), Ordering::Relaxed);
+        self.driver.enter(self.shared.clock());
         let any = self.drive(&mut state);
         let after = state.lookup(id)?;
         let give_way = !any && !after.complete && state.lanes_busy() && !state.copies_pending();
@@ -306,6 +304,7 @@ impl Connection {
                 std::thread::yield_now();
             }
         }
+        self.driver.leave(self.shared.clock());
         Ok(after)
     }
 
@@ -327,7 +326,7 @@ impl Connection {
                 continue;
             }
             // Sleep; the progress thread drives from here and wakes us when something has ended.
-            self.driver.store(0, Ordering::Relaxed);
+            self.driver.stop();
             self.shared.ring();
             let mut state = self.state.lock();
             self.waiters.fetch_add(1, Ordering::AcqRel);
@@ -360,15 +359,15 @@ impl Connection {
     pub(crate) fn drive_for_application(&self) {
         let Some(mut state) = self.state.try_lock() else { return };
         if state.dead().is_none() {
-            self.driver.store(self.shared.clock(), Ordering::Relaxed);
+            self.driver.enter(self.shared.clock());
             self.drive(&mut state);
+            self.driver.leave(self.shared.clock());
         }
     }
 
-    /// An application thread has polled just now and is taken to go on: the progress thread leaves the connection to it.
+    /// An application thread drives it at present.
     pub(crate) fn driven_by_application(&self) -> bool {
-        let at = self.driver.load(Ordering::Relaxed);
-        at != 0 && self.shared.clock().saturating_sub(at) < DRIVER_WINDOW_US
+        self.driver.active(self.shared.clock())
     }
 
     /// Lets the channels' doorbell ring, or no longer.

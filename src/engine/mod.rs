@@ -2,6 +2,7 @@
 //! `listener` bring connections up, `progress` drives them, `registry` and `notify` are the engine-wide tables.
 
 mod connection;
+mod driver;
 mod fifo;
 mod listener;
 mod notify;
