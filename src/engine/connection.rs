@@ -2,14 +2,16 @@
 //! caller's thread, waits.
 
 use super::driver::Driver;
-use super::fifo::FifoItem;
+use super::fifo::{Access, FifoItem};
 use super::registry::RegionUse;
 use super::shared::Shared;
 use super::state::{Request, State};
 use super::transfer::{Direction, LocalSegment, TransferState};
 use crate::channel::plan::Segment;
 use crate::status::{bail, err, Error, ErrorKind, Result};
-use crate::wire::frame::{Place, WireRegion, WireSegment, MAX_NOTIFICATION, MAX_REGIONS, MAX_SEGMENTS, MAX_SEGMENT_BYTES};
+use crate::wire::frame::{
+    Place, WireRegion, WireSegment, WireSegments, MAX_NOTIFICATION, MAX_REGIONS, MAX_SEGMENTS, MAX_SEGMENT_BYTES,
+};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -139,10 +141,12 @@ impl Connection {
         let mut request = Request {
             segments: Vec::with_capacity(items.len()),
             uses: Vec::new(),
-            remote: Vec::with_capacity(items.len()),
+            remote: WireSegments::with_capacity(items.len()),
             remote_regions: Vec::new(),
             total: 0,
         };
+        // Blocks of one region follow each other: what the last item said about the region need not be worked out again.
+        let mut last: Option<(FifoItem, Access, u16)> = None;
         for (local, item) in items {
             let len = local.len as u64;
             let region = locals.index(local.mr, || {
@@ -150,18 +154,25 @@ impl Connection {
                 Ok(())
             })?;
             request.uses[usize::from(region)].check(local.addr as u64, len)?;
-            let access = item.access()?;
-            if access.engine != self.peer_engine {
-                return Ok(Built::Refused(err!(
-                    RemoteAccess,
-                    "the FIFO item of region {} belongs to another engine than this peer (has it restarted?)",
-                    access.region
-                )));
-            }
-            let remote_region = remotes.index((access.token, access.region), || {
-                request.remote_regions.push(WireRegion { id: access.region, token: access.token });
-                Ok(())
-            })?;
+            let (access, remote_region) = match last {
+                Some((known, access, region)) if known.same_region(&item) => (access, region),
+                _ => {
+                    let access = item.access()?;
+                    if access.engine != self.peer_engine {
+                        return Ok(Built::Refused(err!(
+                            RemoteAccess,
+                            "the FIFO item of region {} belongs to another engine than this peer (has it restarted?)",
+                            access.region
+                        )));
+                    }
+                    let region = remotes.index((access.token, access.region), || {
+                        request.remote_regions.push(WireRegion { id: access.region, token: access.token });
+                        Ok(())
+                    })?;
+                    last = Some((item, access, region));
+                    (access, region)
+                }
+            };
             if item.addr.checked_add(len).is_none() {
                 return Ok(Built::Refused(err!(RemoteAccess, "[{:#x}, +{len}) wraps around", item.addr)));
             }

@@ -59,6 +59,12 @@ impl FifoItem {
         }
     }
 
+    /// Whether both say the same about everything but the range.
+    pub(crate) fn same_region(&self, other: &FifoItem) -> bool {
+        let of = |item: &FifoItem| (item.rkey, item.rid, item.idx, item.padding);
+        of(self) == of(other)
+    }
+
     pub(crate) fn access(&self) -> Result<Access> {
         let place = self.rkey.checked_sub(RKEY_HOST).and_then(|p| u8::try_from(p).ok());
         let (LAYOUT, Some(place)) = (self.rid, place) else {

@@ -10,7 +10,7 @@ use crate::channel::plan::{chunk_len, Chunk, Segment, Stream};
 use crate::channel::stripe;
 use crate::status::{bail, err, Error, ErrorKind, Result, UCCL_OK};
 use crate::wire::control::{ControlStream, RxBuffer};
-use crate::wire::frame::{Frame, Grant, Place, WireRegion, WireSegment, MAX_INLINE};
+use crate::wire::frame::{Frame, Grant, Place, WireRegion, WireSegment, WireSegments, MAX_INLINE};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -103,7 +103,7 @@ const MAX_TRANSFERS: usize = 1 << 16;
 pub(crate) struct Request {
     pub segments: Vec<Segment>,
     pub uses: Vec<RegionUse>,
-    pub remote: Vec<WireSegment>,
+    pub remote: WireSegments<'static>,
     pub remote_regions: Vec<WireRegion>,
     pub total: u64,
 }
@@ -486,9 +486,9 @@ impl State {
     }
 
     /// Resolves a peer's segments to memory of this side; every one is checked before anything moves.
-    fn resolve(&self, regions: &[WireRegion], segments: &[WireSegment]) -> Result<(Vec<Segment>, Vec<RegionUse>)> {
+    fn resolve(&self, regions: &[WireRegion], segments: &WireSegments<'_>) -> Result<(Vec<Segment>, Vec<RegionUse>)> {
         let uses = regions.iter().map(|r| self.setting.registry.remote(r.id, &r.token)).collect::<Result<Vec<_>>>()?;
-        let resolve = |s: &WireSegment| {
+        let resolve = |s: WireSegment| {
             let Some(region) = uses.get(usize::from(s.region)) else { bail!(Protocol, "segment of region {}", s.region) };
             if let Err(e) = region.check(s.addr, u64::from(s.len)) {
                 bail!(RemoteAccess, "{e}");
@@ -498,8 +498,11 @@ impl State {
             }
             Ok(Segment { addr: s.addr, len: u64::from(s.len), region: s.region, place: region.place, peer: s.initiator })
         };
-        let segments = segments.iter().map(resolve).collect::<Result<_>>()?;
-        Ok((segments, uses))
+        let mut resolved = Vec::with_capacity(segments.count());
+        for segment in segments.iter() {
+            resolved.push(resolve(segment)?);
+        }
+        Ok((resolved, uses))
     }
 
     fn refuse(&mut self, id: u64, error: &Error) {
@@ -507,7 +510,7 @@ impl State {
         self.push(&Frame::Done { id, status: error.code(), text: &error.to_string() });
     }
 
-    fn on_write(&mut self, id: u64, regions: &[WireRegion], segments: &[WireSegment], inline: Option<&[u8]>) -> Result<()> {
+    fn on_write(&mut self, id: u64, regions: &[WireRegion], segments: &WireSegments<'_>, inline: Option<&[u8]>) -> Result<()> {
         let (segments, uses) = match self.resolve(regions, segments) {
             Ok(resolved) => resolved,
             Err(e) => {
@@ -578,7 +581,7 @@ impl State {
         }
     }
 
-    fn on_read(&mut self, id: u64, regions: &[WireRegion], segments: &[WireSegment]) -> Result<()> {
+    fn on_read(&mut self, id: u64, regions: &[WireRegion], segments: &WireSegments<'_>) -> Result<()> {
         let (segments, uses) = match self.resolve(regions, segments) {
             Ok(resolved) => resolved,
             Err(e) => {

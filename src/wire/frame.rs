@@ -4,6 +4,7 @@
 //! A frame is an 8-byte header (payload length u32, type u8, magic u8, zero u16; little-endian as all numbers) and its payload.
 
 use crate::status::{bail, Result, StatusCode};
+use std::borrow::Cow;
 
 /// Bytes of a frame header.
 pub const HEADER_BYTES: usize = 8;
@@ -70,6 +71,63 @@ pub struct WireSegment {
     pub owner: Place,
 }
 
+/// The segments of a transfer, kept as they stand on the wire: a transfer has many thousands, and each copy of the list would cost as
+/// much as the rest of its handling.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WireSegments<'a>(Cow<'a, [u8]>);
+
+impl<'a> WireSegments<'a> {
+    /// An empty list with room for `n`.
+    pub fn with_capacity(n: usize) -> WireSegments<'a> {
+        WireSegments(Cow::Owned(Vec::with_capacity(n * SEGMENT_BYTES)))
+    }
+
+    /// How many.
+    pub fn count(&self) -> usize {
+        self.0.len() / SEGMENT_BYTES
+    }
+
+    /// Appends one.
+    pub fn push(&mut self, segment: WireSegment) {
+        let mut b = [0; SEGMENT_BYTES];
+        b[..8].copy_from_slice(&segment.addr.to_le_bytes());
+        b[8..12].copy_from_slice(&segment.len.to_le_bytes());
+        b[12..14].copy_from_slice(&segment.region.to_le_bytes());
+        b[14] = segment.initiator.0;
+        b[15] = segment.owner.0;
+        self.0.to_mut().extend_from_slice(&b);
+    }
+
+    /// The segments, in order.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = WireSegment> + '_ {
+        self.0.chunks_exact(SEGMENT_BYTES).map(|b| WireSegment {
+            addr: u64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]),
+            len: u32::from_le_bytes([b[8], b[9], b[10], b[11]]),
+            region: u16::from_le_bytes([b[12], b[13]]),
+            initiator: Place(b[14]),
+            owner: Place(b[15]),
+        })
+    }
+
+    /// The list in `bytes`, checked against the number of regions.
+    fn decode(bytes: &'a [u8], regions: usize) -> Result<WireSegments<'a>> {
+        let segments = WireSegments(Cow::Borrowed(bytes));
+        let wrong = |s: &WireSegment| s.len == 0 || u64::from(s.len) > MAX_SEGMENT_BYTES || usize::from(s.region) >= regions;
+        if let Some(s) = segments.iter().find(wrong) {
+            bail!(Protocol, "segment of {} bytes in region {} of {regions}", s.len, s.region);
+        }
+        Ok(segments)
+    }
+}
+
+impl FromIterator<WireSegment> for WireSegments<'_> {
+    fn from_iter<I: IntoIterator<Item = WireSegment>>(iter: I) -> Self {
+        let mut all = WireSegments::default();
+        iter.into_iter().for_each(|s| all.push(s));
+        all
+    }
+}
+
 /// The next chunk of a data stream: the sender announces channel and length, in the order of the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grant {
@@ -84,9 +142,9 @@ pub struct Grant {
 #[allow(missing_docs)] // fields are named after what they are; units are bytes
 pub enum Frame<'a> {
     /// Initiator announces a write; with `inline`, the data is right here and no chunk follows.
-    Write { id: u64, regions: Vec<WireRegion>, segments: Vec<WireSegment>, inline: Option<&'a [u8]> },
+    Write { id: u64, regions: Vec<WireRegion>, segments: WireSegments<'a>, inline: Option<&'a [u8]> },
     /// Initiator asks for a read.
-    Read { id: u64, regions: Vec<WireRegion>, segments: Vec<WireSegment> },
+    Read { id: u64, regions: Vec<WireRegion>, segments: WireSegments<'a> },
     /// The owner's whole answer to a small read.
     ReadInline { id: u64, data: &'a [u8] },
     /// Sender of data announces its next chunks. `by_initiator`: the sender is the side that chose the id.
@@ -182,7 +240,7 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
                 bail!(Protocol, "{n_regions} regions, {n_segments} segments");
             }
             let regions = r.array(n_regions, |b: &[u8; REGION_BYTES]| Ok(WireRegion { id: le64(b, 0), token: sub(b, 8) }))?;
-            let segments = r.array(n_segments, |b: &[u8; SEGMENT_BYTES]| decode_segment(b, n_regions))?;
+            let segments = WireSegments::decode(r.bytes(n_segments * SEGMENT_BYTES)?, n_regions)?;
             match kind {
                 T_READ => Frame::Read { id, regions, segments },
                 T_WRITE => Frame::Write { id, regions, segments, inline: None },
@@ -225,20 +283,6 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
         T_BYE => Frame::Bye,
         _ => bail!(Protocol, "unknown frame type {kind}"),
     })
-}
-
-fn decode_segment(b: &[u8; SEGMENT_BYTES], regions: usize) -> Result<WireSegment> {
-    let segment = WireSegment {
-        addr: le64(b, 0),
-        len: le32(b, 8),
-        region: u16::from_le_bytes(sub(b, 12)),
-        initiator: Place(b[14]),
-        owner: Place(b[15]),
-    };
-    if segment.len == 0 || u64::from(segment.len) > MAX_SEGMENT_BYTES || usize::from(segment.region) >= regions {
-        bail!(Protocol, "segment of {} bytes in region {} of {regions}", segment.len, segment.region);
-    }
-    Ok(segment)
 }
 
 fn sub<const N: usize, const M: usize>(b: &[u8; M], at: usize) -> [u8; N] {
@@ -331,24 +375,16 @@ fn encode_payload(frame: &Frame<'_>, out: &mut Vec<u8>) -> u8 {
     }
 }
 
-fn encode_segments(id: u64, regions: &[WireRegion], segments: &[WireSegment], out: &mut Vec<u8>) {
-    out.reserve(16 + regions.len() * REGION_BYTES + segments.len() * SEGMENT_BYTES);
+fn encode_segments(id: u64, regions: &[WireRegion], segments: &WireSegments<'_>, out: &mut Vec<u8>) {
+    out.reserve(16 + regions.len() * REGION_BYTES + segments.0.len());
     out.extend_from_slice(&id.to_le_bytes());
     out.extend_from_slice(&(regions.len() as u32).to_le_bytes());
-    out.extend_from_slice(&(segments.len() as u32).to_le_bytes());
+    out.extend_from_slice(&(segments.count() as u32).to_le_bytes());
     for region in regions {
         out.extend_from_slice(&region.id.to_le_bytes());
         out.extend_from_slice(&region.token);
     }
-    for segment in segments {
-        let mut b = [0; SEGMENT_BYTES];
-        b[..8].copy_from_slice(&segment.addr.to_le_bytes());
-        b[8..12].copy_from_slice(&segment.len.to_le_bytes());
-        b[12..14].copy_from_slice(&segment.region.to_le_bytes());
-        b[14] = segment.initiator.0;
-        b[15] = segment.owner.0;
-        out.extend_from_slice(&b);
-    }
+    out.extend_from_slice(&segments.0);
 }
 
 struct Reader<'a>(&'a [u8]);
@@ -405,8 +441,8 @@ mod tests {
         #[test]
         fn every_frame_round_trips((name, message, id, status, segs) in frames()) {
             let regions = vec![WireRegion { id, token: [7; 16] }, WireRegion { id: !id, token: [9; 16] }];
-            let segments: Vec<_> = segs.iter().enumerate().map(|(i, s)| WireSegment { addr: s.0, len: s.1, region: (i % 2) as u16, initiator: Place(u8::from(s.2)), owner: Place(i as u8) }).collect();
-            let small: Vec<_> = segments.iter().map(|s| WireSegment { len: s.len % 5 + 1, ..*s }).collect();
+            let segments: WireSegments<'_> = segs.iter().enumerate().map(|(i, s)| WireSegment { addr: s.0, len: s.1, region: (i % 2) as u16, initiator: Place(u8::from(s.2)), owner: Place(i as u8) }).collect();
+            let small: WireSegments<'_> = segments.iter().map(|s| WireSegment { len: s.len % 5 + 1, ..s }).collect();
             let inline = vec![3u8; small.iter().map(|s| s.len as usize).sum()];
             let grants: Vec<_> = segs.iter().map(|s| Grant { len: s.1, channel: s.0 as u16 }).collect();
             let all = [
