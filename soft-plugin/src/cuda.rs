@@ -63,7 +63,7 @@ impl DeviceMemory for Cuda {
         // SAFETY: a fresh device allocation of that size; the source is a local value.
         check("cuMemcpyHtoD", unsafe { sys::cuMemcpyHtoD_v2(handle.base, (&raw const content).cast(), size_of_val(&content)) })?;
         let base = handle.base as *mut c_void;
-        Ok(UnpackQueue::new(meta.base.cast(), bounce.base.cast(), bounce_len, base, Box::new((meta, bounce, handle))))
+        Ok(UnpackQueue::new(meta.base.cast(), bounce.base.cast(), bounce_len, true, base, Box::new((meta, bounce, handle))))
     }
 
     fn send_source(&self, limit: usize) -> io::Result<Arc<dyn SendSource>> {

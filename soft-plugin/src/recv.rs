@@ -10,7 +10,7 @@ use nccl_net_abi::{loadMeta, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_SYSTEM_ERRO
 
 use crate::comm::{Comm, Io, Turn, IOV_MAX, TURN_BYTES};
 use crate::config::{Config, Fragmentation};
-use crate::device::UnpackQueue;
+use crate::device::{demote, UnpackQueue};
 use crate::fragment::{self, Rng};
 use crate::slot::{parse_header, Body, Cursor, HEADER};
 
@@ -215,6 +215,14 @@ impl RecvIo {
         let got = unsafe { libc::recvmsg(fd, &mut message, libc::MSG_DONTWAIT) };
         let got = usize::try_from(got).map_err(|_| io::Error::last_os_error())?;
         let direct = got.min(payload);
+        if body.device && self.queue.as_ref().is_some_and(|q| q.read_by_bus) {
+            let mut left = direct;
+            for segment in &self.batch {
+                let len = segment.iov_len.min(left);
+                demote(segment.iov_base.cast_const().cast(), len);
+                left -= len;
+            }
+        }
         self.cursor.advance(&body.iov, direct);
         self.missing = self.missing.map(|m| m - direct);
         self.end += got - direct;

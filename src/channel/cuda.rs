@@ -3,7 +3,9 @@
 
 use super::device::{DeviceCopier, StagingMemory, Ticket};
 use super::plan::Part;
-use crate::gpu::{CopyLauncher, DeviceBuffer, Gpu, Job, MappedPtr, MemoryKind, PinnedBuffer, Segment};
+use crate::gpu::{
+    CopyLauncher, DeviceBuffer, Gpu, Job, MappedPtr, MemoryKind, PinnedBuffer, Segment, INLINE_PIECES, PIECES_PER_JOB,
+};
 use crate::status::{bail, Result};
 use crate::wire::frame::{Place, MAX_INLINE};
 use nccl_net_abi::{unpackNetDeviceHandle, MAX_SLOT_ENTRIES};
@@ -101,10 +103,20 @@ impl Jobs {
         Ok(self.next - 1)
     }
 
+    /// Jobs of the next launch: as many as its parameters describe, at least one.
+    fn next_batch(&self) -> usize {
+        let mut pieces = 0;
+        let fits = |job: &&Queued| {
+            pieces += job.segments.len() + PIECES_PER_JOB;
+            pieces <= INLINE_PIECES
+        };
+        self.queued.iter().take(self.batch).take_while(fits).count().max(1)
+    }
+
     /// Launches what is queued, as far as the launchers have room.
     fn flush(&mut self) -> Result<()> {
         while !self.queued.is_empty() {
-            let n = self.queued.len().min(self.batch);
+            let n = self.next_batch();
             let jobs: Vec<Job<'_>> = self.queued[..n].iter().map(Queued::job).collect();
             let launcher = self.turn % self.launchers.len();
             // SAFETY: whoever queued the jobs keeps their memory until they are done (contract of `unpack` and `pack`).

@@ -93,12 +93,17 @@ impl Context<'_> {
     }
 }
 
-/// A ring of 16 staging buffers, registered with the plugin. Messages use the places in turn; since at most 16 are in flight and they
-/// complete in order, a place is free again when its turn comes.
+/// Chunks of device memory in flight on a channel when they leave through host memory: enough to keep copies and socket busy, few enough
+/// for the memory of all channels to stay in the processor's cache.
+const STAGED_WINDOW: usize = 8;
+
+/// A ring of staging buffers, registered with the plugin. Messages use the places in turn; since no more are in flight than there are
+/// places, and they complete in order, a place is free again when its turn comes.
 struct Staging {
     memory: Box<dyn StagingMemory>,
     mhandle: MHandle,
     stride: usize,
+    places: usize,
     turn: usize,
 }
 
@@ -106,15 +111,16 @@ impl Staging {
     fn new(
         memory: Box<dyn StagingMemory>,
         stride: usize,
+        places: usize,
         register: impl FnOnce(*mut u8, usize) -> Result<MHandle>,
     ) -> Result<Staging> {
-        let mhandle = register(memory.ptr(), stride * MAX_REQUESTS)?;
-        Ok(Staging { memory, mhandle, stride, turn: 0 })
+        let mhandle = register(memory.ptr(), stride * places)?;
+        Ok(Staging { memory, mhandle, stride, places, turn: 0 })
     }
     fn next(&mut self) -> *mut u8 {
-        let place = self.turn % MAX_REQUESTS;
+        let place = self.turn % self.places;
         self.turn += 1;
-        // SAFETY: place * stride is inside the block of MAX_REQUESTS strides.
+        // SAFETY: place * stride is inside the block of so many strides.
         unsafe { self.memory.ptr().add(place * self.stride) }
     }
 }
@@ -213,9 +219,11 @@ impl Lane {
         !self.outgoing.is_empty() || !self.expected.is_empty() || !self.posted.is_empty() || !self.finishing.is_empty()
     }
 
-    pub(crate) fn load(&self, now: Instant) -> Load {
+    /// For a chunk from `place`.
+    pub(crate) fn load(&self, place: Place, stage_sends: bool, now: Instant) -> Load {
         let oldest = self.outgoing.front().map_or(0, |o| o.len as u64);
-        Load { free: MAX_REQUESTS - self.outgoing.len(), queued: self.queued, rate: self.rate.get(oldest, now) }
+        let window = if place.is_device() && stage_sends { STAGED_WINDOW } else { MAX_REQUESTS };
+        Load { free: window.saturating_sub(self.outgoing.len()), queued: self.queued, rate: self.rate.get(oldest, now) }
     }
 
     /// Takes a chunk for sending. The caller announces it to the peer. There must be a free place ([`Lane::load`]).
@@ -262,14 +270,13 @@ impl Lane {
         let place = chunk.place;
         if !self.device_out.contains_key(&place) {
             let stride = ctx.chunk_bytes.next_multiple_of(PAGE);
-            let len = stride * MAX_REQUESTS;
-            let (memory, kind) = if ctx.stage_sends {
-                (ctx.copier()?.host_staging(len, place)?, NCCL_PTR_HOST)
+            let (memory, places, kind) = if ctx.stage_sends {
+                (ctx.copier()?.host_staging(stride * STAGED_WINDOW, place)?, STAGED_WINDOW, NCCL_PTR_HOST)
             } else {
-                (ctx.copier()?.staging(len, place)?, NCCL_PTR_CUDA)
+                (ctx.copier()?.staging(stride * MAX_REQUESTS, place)?, MAX_REQUESTS, NCCL_PTR_CUDA)
             };
             let send = &self.send;
-            let staging = Staging::new(memory, stride, |p, n| {
+            let staging = Staging::new(memory, stride, places, |p, n| {
                 // SAFETY: the staging memory is dropped after the comm (field order).
                 ctx.register(place, || unsafe { send.register(p.cast(), n, kind) })
             })?;
@@ -323,7 +330,7 @@ impl Lane {
             let send = &self.send;
             // SAFETY: the staging memory is dropped after the comm (field order).
             let register = |p: *mut u8, n| unsafe { send.register(p.cast(), n, NCCL_PTR_HOST) };
-            self.host_out = Some(Staging::new(Box::new(HostBlock::new(stride * MAX_REQUESTS)?), stride, register)?);
+            self.host_out = Some(Staging::new(Box::new(HostBlock::new(stride * MAX_REQUESTS)?), stride, MAX_REQUESTS, register)?);
         }
         match &mut self.host_out {
             Some(staging) => Ok(staging),
@@ -470,7 +477,8 @@ impl Lane {
                     let recv = &self.recv;
                     // SAFETY: the staging memory is dropped after the comm (field order).
                     let register = |p: *mut u8, n| unsafe { recv.register(p.cast(), n, NCCL_PTR_HOST) };
-                    self.host_in = Some(Staging::new(Box::new(HostBlock::new(stride * MAX_REQUESTS)?), stride, register)?);
+                    self.host_in =
+                        Some(Staging::new(Box::new(HostBlock::new(stride * MAX_REQUESTS)?), stride, MAX_REQUESTS, register)?);
                 }
                 let Some(staging) = &mut self.host_in else { bail!(Internal, "no staging") };
                 let data = staging.next();

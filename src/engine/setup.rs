@@ -35,11 +35,11 @@ pub(crate) fn hello(shared: &Shared, wanted_gpu: &str) -> Result<Hello> {
 }
 
 /// Channels that this side asks for: as configured, else as many as help. A channel has an I/O thread's worth of work, so cores bound
-/// the number; every NIC gets at least one.
+/// the number: all of few, half of many; every NIC gets at least one.
 pub(crate) fn channel_count(shared: &Shared) -> usize {
     let nics = shared.plugin.devices.len().max(1);
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
-    shared.config.num_channels.unwrap_or_else(|| cores.clamp(2, 8).max(nics)).min(64)
+    shared.config.num_channels.unwrap_or_else(|| cores.clamp(2, 8).max((cores / 2).min(16)).max(nics)).min(64)
 }
 
 /// Connects to a peer engine.

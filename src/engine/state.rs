@@ -416,7 +416,7 @@ impl State {
                 let Some(set) = self.sets.get_mut(index) else { bail!(Internal, "a connection without channels") };
                 let expected_len = out.chunk_len as u64;
                 self.loads.clear();
-                self.loads.extend(set.lanes.iter().map(|lane| lane.load(now)));
+                self.loads.extend(set.lanes.iter().map(|lane| lane.load(place, set.stage_sends, now)));
                 let Some(lane) = stripe::pick(&self.loads, expected_len) else {
                     blocked = true;
                     break;

@@ -13,6 +13,12 @@ use std::mem::offset_of;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
+/// Pieces that travel inside the parameters of a launch, jobs counted as [`PIECES_PER_JOB`] of them. More are read from a table over
+/// PCIe, which costs a short job much of its time.
+pub(crate) const INLINE_PIECES: usize = (ARGS - HEADER) / size_of::<Item>();
+/// Room of a job's description in pieces.
+pub(crate) const PIECES_PER_JOB: usize = size_of::<JobArgs>().div_ceil(size_of::<Item>());
+
 /// Jobs in flight, and how long the outcome of a finished one is remembered.
 const SLOTS: usize = 1024;
 /// Bytes of a slot's status: a cache line, so that the GPU's write disturbs no neighbour.

@@ -12,7 +12,7 @@ mod plan;
 
 pub(crate) use context::{current_name, Gpu, GpuName};
 pub(crate) use driver::available;
-pub(crate) use launcher::{CopyLauncher, Job, Segment, Ticket};
+pub(crate) use launcher::{CopyLauncher, Job, Segment, Ticket, INLINE_PIECES, PIECES_PER_JOB};
 pub(crate) use memory::{
     device_to_host, host_to_device, memory_kind, read_device, DeviceBuffer, MappedPtr, MemoryKind, PinnedBuffer,
 };
