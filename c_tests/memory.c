@@ -81,6 +81,8 @@ static const struct gpu *gpu_of(int number)
 {
     if (!gpus[FIRST].context) {
         int count = 0;
+        if (getenv("UCCL_TCPX_EMULATE_DEVICE"))
+            SKIP("emulated device memory is host memory, and UCCL_TEST_MEMORY=gpu");
         void *library = dlopen("libcuda.so.1", RTLD_NOW);
         if (!library)
             SKIP("UCCL_TEST_MEMORY=gpu, but there is no CUDA driver: %s", dlerror());
