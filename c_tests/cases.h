@@ -1,5 +1,5 @@
 /* Named test cases. CASE(name) { ... } defines and registers one; main() runs the cases named on its command line in this
- * process, or without arguments each in a process of its own; --list prints the names. */
+ * process, or without arguments each in a process of its own; --list prints the names. Status 77: something was skipped, nothing failed. */
 #pragma once
 
 #include <stddef.h>

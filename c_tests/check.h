@@ -16,6 +16,17 @@
         }                                                                           \
     } while (0)
 
+/* For a test that needs what the machine lacks. */
+#define SKIPPED 77
+#define SKIP(...)                        \
+    do {                                 \
+        fputs("SKIPPED: ", stderr);      \
+        fprintf(stderr, __VA_ARGS__);    \
+        fputc('\n', stderr);             \
+        fflush(NULL);                    \
+        _exit(SKIPPED);                  \
+    } while (0)
+
 #define CHECK(cond) CHECK_MSG(cond, "pid %ld", (long)getpid())
 
 #define CHECK_EQ(a, b)                                                              \

@@ -4,7 +4,6 @@
 #include <arpa/inet.h>
 #include <dirent.h>
 #include <pthread.h>
-#include <sys/mman.h>
 #include <sys/socket.h>
 
 /* Nothing is left behind. */
@@ -44,7 +43,7 @@ static void move_once(const side *s)
 
 static void side_unmap(side *s)
 {
-    CHECK(munmap(s->mine, s->len) == 0);
+    memory_free(s->mine, s->len);
 }
 
 static void local_pair_close(side *a, side *b)
@@ -91,7 +90,7 @@ static void mesh_open(mesh *m)
 {
     for (int i = 0; i < ENGINES; i++) {
         m->engines[i] = engine_start();
-        m->mem[i] = map_shared((ENGINES + 1) * MIB);
+        m->mem[i] = memory_new(i, (ENGINES + 1) * MIB);
         m->mrs[i] = region_add(m->engines[i], m->mem[i], (ENGINES + 1) * MIB);
         m->items[i] = region_item(m->engines[i], m->mrs[i], m->mem[i], (ENGINES + 1) * MIB);
         fill(m->mem[i], MIB, (uint64_t)i + 1);
@@ -138,11 +137,11 @@ CASE(several_engines_each_to_each)
 CASE(engine_to_itself)
 {
     uccl_engine_t *engine = engine_start();
-    uint8_t *mem = map_shared(2 * MIB);
+    uint8_t *mem = memory_new(0, 2 * MIB);
     uccl_mr_t mr = region_add(engine, mem, 2 * MIB);
     address self = engine_address(engine);
     side out = {.engine = engine, .mine = mem, .theirs = mem + MIB, .len = MIB, .mr = mr}, in = out;
-    out.item = in.item = region_item(engine, mr, mem, 2 * MIB);
+    out.item = in.item = item_at(region_item(engine, mr, mem, 2 * MIB), out.theirs, MIB);
     out.conn = join(engine, &self, true);
     in.conn = take_connection(engine);
     CHECK(uccl_engine_conn_is_local(out.conn) && uccl_engine_conn_is_local(in.conn));
@@ -393,13 +392,13 @@ static void load_pair(side *a, side *b, load how, uint64_t *ids)
         await_first_bytes(a, ids[0]);
 }
 
-/* After the first thing of a side ended, the library must not touch its memory: the page protection tells. */
+/* After the first thing of a side ended, the library must not touch its memory. */
 static void end_in_order(side *s, const int *order)
 {
     for (int i = 0; i < ENDS; i++) {
         end_one(s, order[i]);
         if (i == 0)
-            CHECK(mprotect(s->mine, s->len, PROT_NONE) == 0);
+            memory_forbid(s->mine, s->len);
         check_is_dead(s, order[i]);
     }
 }
@@ -588,12 +587,12 @@ CASE(deregistration_waits_for_the_transfers_of_peers)
     local_pair(&a, &b, 66 * MIB);
     take_off(&a, ids);
     uccl_engine_mr_destroy(b.engine, b.mr);
-    CHECK(mprotect(b.mine, b.len, PROT_NONE) == 0);
+    memory_forbid(b.mine, b.len);
     for (int i = 0; i < IN_FLIGHT; i++) {
         int status = outcome(a.conn, ids[i]);
         CHECK_MSG(status == UCCL_OK || status == UCCL_ERR_REMOTE_ACCESS, "status %d (%s)", status, uccl_engine_strerror(status));
     }
-    CHECK(mprotect(b.mine, b.len, PROT_READ | PROT_WRITE) == 0);
+    memory_allow(b.mine, b.len);
     b.mr = region_add(b.engine, b.mine, b.len);
     a.item = region_item(b.engine, b.mr, b.mine, b.len);
     move_once(&a);
@@ -607,7 +606,7 @@ CASE(deregistration_gives_up_waiting)
     uint64_t id;
     CHECK(setenv("UCCL_TCPX_CLOSE_TIMEOUT_MS", "500", 1) == 0);
     local_pair(&a, &b, MIB);
-    uint8_t *other = map_shared(MIB);
+    uint8_t *other = memory_new(0, MIB);
     uccl_mr_t other_mr = region_add(a.engine, other, MIB);
     CHECK_OK(uccl_engine_recv_async(a.conn, other_mr, other, MIB, &id));
     address peer = engine_address(b.engine);

@@ -201,11 +201,12 @@ CASE(notifications_to_a_frozen_peer)
 {
     side s;
     int status = UCCL_OK;
+    uint8_t *message = map_shared(BLOCK);
     start_pair(&s, WRITE);
     CHECK(kill(s.child, SIGSTOP) == 0);
     int64_t begin = now_ms();
     for (int i = 0; i < 16 && status == UCCL_OK; i++)
-        status = uccl_engine_send_notif_bytes(s.conn, NULL, 0, s.mine, BLOCK);
+        status = uccl_engine_send_notif_bytes(s.conn, NULL, 0, message, BLOCK);
     CHECK_FAILS(status);
     CHECK_MSG(now_ms() - begin < LIMIT_MS, "it took %lld ms", (long long)(now_ms() - begin));
     check_lost(&s);

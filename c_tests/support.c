@@ -2,7 +2,6 @@
 
 #include <errno.h>
 #include <signal.h>
-#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
@@ -19,54 +18,6 @@ void sleep_ms(int ms)
 {
     struct timespec t = {ms / 1000, (long)(ms % 1000) * 1000000};
     nanosleep(&t, NULL);
-}
-
-uint8_t *map_shared(size_t len)
-{
-    void *p = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    CHECK_MSG(p != MAP_FAILED, "no %zu bytes of memory", len);
-    return p;
-}
-
-/* The finaliser of splitmix64: a bijection, so no two words of a pattern are equal. */
-static uint64_t mix(uint64_t x)
-{
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-    return x ^ (x >> 31);
-}
-
-void fill(uint8_t *p, size_t len, uint64_t seed)
-{
-    for (size_t i = 0; i < len; i += 8) {
-        uint64_t word = mix((seed << 40) + i / 8 + 1);
-        memcpy(p + i, &word, len - i < 8 ? len - i : 8);
-    }
-}
-
-void wipe(uint8_t *p, size_t len)
-{
-    memset(p, GUARD, len);
-}
-
-bool is_wiped(const uint8_t *p, size_t len)
-{
-    return len == 0 || (p[0] == GUARD && memcmp(p, p + 1, len - 1) == 0);
-}
-
-void check_same(const char *what, const uint8_t *got, const uint8_t *want, size_t len)
-{
-    if (memcmp(got, want, len) == 0)
-        return;
-    size_t i = 0;
-    while (got[i] == want[i])
-        i++;
-    CHECK_MSG(got[i] == want[i], "%s: byte %zu of %zu is 0x%02x, expected 0x%02x", what, i, len, got[i], want[i]);
-}
-
-uint64_t random_next(uint64_t *state)
-{
-    return mix(*state += 0x9E3779B97F4A7C15u);
 }
 
 uccl_engine_t *engine_start(void)
@@ -131,8 +82,8 @@ struct FifoItem region_item(uccl_engine_t *engine, uccl_mr_t mr, const void *p, 
     CHECK_EQ(sizeof item, FIFO_SIZE);
     CHECK_OK(uccl_engine_prepare_fifo(engine, mr, p, len, (char *)&item));
     CHECK(item.addr == (uint64_t)(uintptr_t)p);
-    /* Host or device memory: an emulated run that does not emulate would prove nothing. */
-    CHECK_EQ(item.rkey, getenv("UCCL_TCPX_EMULATE_DEVICE") ? 2 : 1);
+    /* Host or device memory: a run over another kind than it says would prove nothing. */
+    CHECK_EQ(item.rkey, memory_rkey(p));
     return item;
 }
 
@@ -140,6 +91,11 @@ struct FifoItem item_at(struct FifoItem item, const void *addr, size_t len)
 {
     CHECK_OK(uccl_engine_update_fifo(&item, (uint64_t)(uintptr_t)addr, (uint32_t)len));
     return item;
+}
+
+struct FifoItem their_item(const side *s, size_t there, size_t len)
+{
+    return item_at(s->item, (const uint8_t *)(uintptr_t)s->item.addr + there, len);
 }
 
 void link_send(const side *s, const void *data, size_t len)
@@ -194,10 +150,27 @@ void side_close(side *s)
     uccl_engine_destroy(s->engine);
 }
 
-static void target_process(side *s, role *target)
+/* Memory of a GPU is made by each process for itself, after the fork, and lent to the other for checks. */
+static void side_memory(side *s, uint8_t *const shared[2])
+{
+    int self = s->child ? 0 : 1, other = !self;
+    if (!memory_is_gpu()) {
+        s->mine = shared[self];
+        s->theirs = shared[other];
+        return;
+    }
+    s->mine = memory_new(self, s->len);
+    memory_handle handle = memory_lend(s->mine);
+    link_send(s, &handle, sizeof handle);
+    link_recv(s, &handle, sizeof handle);
+    s->theirs = memory_borrow(&handle, other, s->len);
+}
+
+static void target_process(side *s, uint8_t *const shared[2], role *target)
 {
     /* A child must not outlive a parent that failed a check or ran into its timeout. */
     CHECK(prctl(PR_SET_PDEATHSIG, SIGKILL) == 0);
+    side_memory(s, shared);
     side_open(s, false);
     if (target)
         target(s);
@@ -208,20 +181,21 @@ static void target_process(side *s, role *target)
 
 void pair_start(side *s, size_t len, role *target)
 {
-    uint8_t *initiator_region = map_shared(len), *target_region = map_shared(len);
+    uint8_t *shared[2] = {NULL, NULL};
+    if (!memory_is_gpu()) {
+        shared[0] = map_shared(len);
+        shared[1] = map_shared(len);
+    }
     int sockets[2];
     CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, sockets) == 0);
     fflush(NULL);
     pid_t child = fork();
     CHECK(child >= 0);
-    *s = (side){.mine = child ? initiator_region : target_region,
-                .theirs = child ? target_region : initiator_region,
-                .len = len,
-                .link = sockets[child ? 0 : 1],
-                .child = child};
+    *s = (side){.len = len, .link = sockets[child ? 0 : 1], .child = child};
     CHECK(close(sockets[child ? 1 : 0]) == 0);
     if (child == 0)
-        target_process(s, target);
+        target_process(s, shared, target);
+    side_memory(s, shared);
     side_open(s, true);
 }
 
@@ -250,7 +224,7 @@ void run_pair(size_t len, role *initiator, role *target)
 
 void local_pair(side *initiator, side *target, size_t len)
 {
-    *initiator = (side){.mine = map_shared(len), .theirs = map_shared(len), .len = len, .link = -1};
+    *initiator = (side){.mine = memory_new(0, len), .theirs = memory_new(1, len), .len = len, .link = -1};
     *target = (side){.mine = initiator->theirs, .theirs = initiator->mine, .len = len, .link = -1};
     side_register(initiator);
     side_register(target);
@@ -268,7 +242,7 @@ const char *direction_name(direction d)
 
 int start(const side *s, direction d, size_t here, size_t there, size_t len, uint64_t *id)
 {
-    struct FifoItem item = item_at(s->item, s->theirs + there, len);
+    struct FifoItem item = their_item(s, there, len);
     return d == WRITE ? uccl_engine_write(s->conn, s->mr, s->mine + here, len, item, id)
                       : uccl_engine_read(s->conn, s->mr, s->mine + here, len, item, id);
 }

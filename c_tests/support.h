@@ -1,4 +1,4 @@
-/* What the tests share: memory, links between processes, and pairs of connected engines in one process or in two. */
+/* What the tests share: links between processes, and pairs of connected engines in one process or in two. */
 #pragma once
 
 #ifndef _DEFAULT_SOURCE
@@ -7,6 +7,7 @@
 
 #include "cases.h"
 #include "check.h"
+#include "memory.h"
 #include "uccl_engine.h"
 
 #include <stdbool.h>
@@ -15,12 +16,7 @@
 #include <string.h>
 #include <sys/types.h>
 
-#define KIB ((size_t)1 << 10)
-#define MIB ((size_t)1 << 20)
-#define PAGE ((size_t)4096)
 #define LOOPBACK "127.0.0.1"
-/* The byte of memory that nothing may have written. */
-#define GUARD 0xA5
 /* Far beyond any honest duration, below the timeout of CTest: what is not over by then hangs. */
 #define HANG_MS 40000
 
@@ -41,15 +37,6 @@
 int64_t now_ms(void);
 void sleep_ms(int ms);
 
-/* Memory. Mappings are shared with processes forked later, so that either one sees what arrived at the other. */
-uint8_t *map_shared(size_t len);
-/* A pattern in which every eight bytes differ from all others, of this seed and of others. */
-void fill(uint8_t *p, size_t len, uint64_t seed);
-void wipe(uint8_t *p, size_t len);
-bool is_wiped(const uint8_t *p, size_t len);
-void check_same(const char *what, const uint8_t *got, const uint8_t *want, size_t len);
-uint64_t random_next(uint64_t *state);
-
 /* Engines. */
 typedef struct address {
     char ip[64], gpu[64];
@@ -68,10 +55,10 @@ struct FifoItem item_at(struct FifoItem item, const void *addr, size_t len);
 typedef struct side {
     uccl_engine_t *engine;
     uccl_conn_t *conn;
-    uint8_t *mine, *theirs; /* the regions of this side and of the other, both visible here */
+    uint8_t *mine, *theirs; /* the regions of this side and of the other, as this process sees them */
     size_t len;             /* of each */
     uccl_mr_t mr;           /* of mine */
-    struct FifoItem item;   /* gives access to theirs */
+    struct FifoItem item;   /* gives access to theirs, with its address in the process that registered it */
     int link;               /* two processes: a socket to the other; -1 in one process */
     pid_t child;            /* two processes: the target's, in the initiator */
 } side;
@@ -98,6 +85,7 @@ typedef enum direction { WRITE, READ } direction;
 static const direction DIRECTIONS[] = {WRITE, READ};
 
 const char *direction_name(direction d);
+struct FifoItem their_item(const side *s, size_t there, size_t len);
 /* Starts a transfer between mine + here and theirs + there. */
 int start(const side *s, direction d, size_t here, size_t there, size_t len, uint64_t *id);
 /* The status a transfer ends with; it must end within HANG_MS. */

@@ -147,7 +147,7 @@ static segments segments_make(const side *s, int n, size_rule *rule)
     for (int i = 0; i < n; i++) {
         v.mrs[i] = s->mr;
         v.local[i] = s->mine + v.here[i];
-        v.items[i] = item_at(s->item, s->theirs + v.there[i], v.sizes[i]);
+        v.items[i] = their_item(s, v.there[i], v.sizes[i]);
     }
     return v;
 }
@@ -166,13 +166,14 @@ static int start_vector(const side *s, direction d, const segments *v, uint64_t 
 /* What the whole destination must look like: the segments, and nothing else. */
 static uint8_t *expected_region(const side *s, direction d, const segments *v)
 {
-    uint8_t *want = malloc(s->len);
+    uint8_t *want = malloc(s->len), *sent = copy_of(source(s, d), s->len);
     CHECK(want);
     wipe(want, s->len);
     for (int i = 0; i < v->n; i++) {
         size_t from = d == WRITE ? v->here[i] : v->there[i], to = d == WRITE ? v->there[i] : v->here[i];
-        memcpy(want + to, source(s, d) + from, v->sizes[i]);
+        memcpy(want + to, sent + from, v->sizes[i]);
     }
+    free(sent);
     return want;
 }
 

@@ -67,7 +67,7 @@ CASE(wrong_token) { run_pair(TARGET_LEN, forge_tokens, NULL); }
 
 static void leave_bounds(side *s)
 {
-    uint64_t first = (uint64_t)(uintptr_t)s->theirs, end = first + s->len;
+    uint64_t first = s->item.addr, end = first + s->len;
     const struct {
         const char *what;
         uint64_t addr;
@@ -95,8 +95,8 @@ CASE(out_of_bounds) { run_pair(TARGET_LEN, leave_bounds, NULL); }
 /* One bad segment among good ones refuses the whole transfer. */
 static void mix_good_and_bad(side *s)
 {
-    struct FifoItem bad = item_at(s->item, s->theirs + s->len - 1, 2);
-    struct FifoItem items[] = {s->item, item_at(s->item, s->theirs + 1000, 100), bad};
+    struct FifoItem bad = their_item(s, s->len - 1, 2);
+    struct FifoItem items[] = {s->item, their_item(s, 1000, 100), bad};
     uccl_mr_t mrs[] = {s->mr, s->mr, s->mr};
     void *local[] = {s->mine, s->mine + 1000, s->mine + 2000};
     size_t sizes[] = {100, 100, 2};

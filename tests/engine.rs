@@ -2,6 +2,7 @@
 
 mod memory;
 
+use memory::Place;
 use std::io::Write;
 use std::net::TcpStream;
 use std::sync::Arc;
@@ -37,7 +38,7 @@ fn pair(a: &Engine, b: &Engine) -> (Arc<Connection>, Arc<Connection>) {
     (out, b.accept().expect("accept"))
 }
 
-/// A buffer with its registration and FIFO item: host memory, or memory of the first GPU with UCCL_TEST_MEMORY=gpu.
+/// A buffer with its registration and FIFO item; where nothing else is said, on the first GPU.
 struct Buffer {
     memory: memory::Memory,
     mr: u64,
@@ -49,8 +50,11 @@ impl Buffer {
         Buffer::of(engine, (0..len).map(fill).collect())
     }
     fn of(engine: &Engine, bytes: Vec<u8>) -> Buffer {
+        Buffer::at(engine, Place::FirstGpu, bytes)
+    }
+    fn at(engine: &Engine, place: Place, bytes: Vec<u8>) -> Buffer {
         let len = bytes.len();
-        let memory = memory::Memory::new(bytes);
+        let memory = memory::Memory::new(place, bytes);
         let mr = engine.register(memory.addr(), len).expect("register");
         let item = engine.fifo_item(mr, memory.addr(), len).expect("item");
         Buffer { memory, mr, item }
@@ -292,36 +296,87 @@ fn the_tcpx_plugin_is_never_replaced_silently() {
 fn host_and_test_memory_mix_in_one_vector() {
     let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
     let (out, inc) = pair(&a, &b);
-    let host = |engine: &Engine, len: usize, fill: fn(usize) -> u8| {
-        let bytes: Box<[u8]> = (0..len).map(fill).collect();
-        let mr = engine.register(bytes.as_ptr() as usize, len).unwrap();
-        let item = engine.fifo_item(mr, bytes.as_ptr() as usize, len).unwrap();
-        (bytes, mr, item)
-    };
     for len in [1000usize, 3 << 20] {
-        let (plain, plain_mr, _) = host(&a, len, |i| (i * 7) as u8);
-        let (landed, _, landed_item) = host(&b, len, |_| 0);
+        let plain = Buffer::at(&a, Place::Host, (0..len).map(|i| (i * 7) as u8).collect());
+        let landed = Buffer::at(&b, Place::Host, vec![0; len]);
         let (test, target) = (Buffer::new(&a, len, |i| (i * 5) as u8), Buffer::new(&b, len, |_| 0));
-        let plain_local = LocalSegment { mr: plain_mr, addr: plain.as_ptr() as usize, len };
         // Crosswise: host memory into test memory and back, in one transfer.
-        let items = [(plain_local, target.item), (test.whole(), landed_item)];
+        let items = [(plain.whole(), target.item), (test.whole(), landed.item)];
         let id = out.transfer(Direction::Write, items.into_iter()).unwrap();
         out.wait(id, None).unwrap();
-        assert!(*target.bytes() == *plain && *landed == *test.bytes());
+        assert!(target.bytes() == plain.bytes() && landed.bytes() == test.bytes());
         // Straight, as reads.
         let back = Buffer::new(&a, len, |_| 0);
         let id = out.transfer(Direction::Read, std::iter::once((back.whole(), target.item))).unwrap();
         out.wait(id, None).unwrap();
-        assert!(*back.bytes() == *plain);
+        assert!(back.bytes() == plain.bytes());
         // As messages.
         let receive = b.register(target.local(0, len).addr, len).unwrap();
         let got = inc.recv(LocalSegment { mr: receive, ..target.whole() }).unwrap();
-        let sent = out
-            .send([LocalSegment { len: len / 2, ..test.whole() }, LocalSegment { len: len - len / 2, ..plain_local }].into_iter())
-            .unwrap();
+        let sent = out.send([test.local(0, len / 2), plain.local(0, len - len / 2)].into_iter()).unwrap();
         out.wait(sent, None).unwrap();
         assert_eq!(inc.wait(got, None).unwrap().bytes_total, len as u64);
-        let want: Vec<u8> = test.bytes()[..len / 2].iter().chain(&plain[..len - len / 2]).copied().collect();
+        let want: Vec<u8> = test.bytes()[..len / 2].iter().chain(&plain.bytes()[..len - len / 2]).copied().collect();
         assert!(*target.bytes() == *want);
     }
+}
+
+/// Bytes to move from one place to another; each as an index into Place::ALL and an offset.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    from: (usize, usize),
+    to: (usize, usize),
+    len: usize,
+}
+
+/// Moves the pieces as one transfer between buffers of `len` bytes in every place, by a write to and by a read from the peer, and
+/// checks every byte of all buffers.
+fn move_between_places(a: &Engine, b: &Engine, out: &Connection, len: usize, pieces: &[Piece]) {
+    const GUARD: u8 = 0xA5;
+    let pattern = |place: usize| (0..len).map(|i| (i * (2 * place + 3) + (i >> 8) + place) as u8).collect::<Vec<u8>>();
+    let mut expected = vec![vec![GUARD; len]; Place::ALL.len()];
+    for p in pieces {
+        expected[p.to.0][p.to.1..p.to.1 + p.len].copy_from_slice(&pattern(p.from.0)[p.from.1..p.from.1 + p.len]);
+    }
+    for direction in [Direction::Write, Direction::Read] {
+        let (source, target) = if direction == Direction::Write { (a, b) } else { (b, a) };
+        let from: Vec<Buffer> = Place::ALL.iter().enumerate().map(|(k, &p)| Buffer::at(source, p, pattern(k))).collect();
+        let to: Vec<Buffer> = Place::ALL.iter().map(|&p| Buffer::at(target, p, vec![GUARD; len])).collect();
+        let items = pieces.iter().map(|p| match direction {
+            Direction::Write => (from[p.from.0].local(p.from.1, p.len), to[p.to.0].remote(p.to.1)),
+            Direction::Read => (to[p.to.0].local(p.to.1, p.len), from[p.from.0].remote(p.from.1)),
+        });
+        let id = out.transfer(direction, items.collect::<Vec<_>>().into_iter()).unwrap();
+        assert!(out.wait(id, None).unwrap().complete);
+        for (k, place) in Place::ALL.iter().enumerate() {
+            assert!(*to[k].bytes() == *expected[k], "{direction:?} of {pieces:?}: {place:?} has other bytes");
+            assert!(*from[k].bytes() == *pattern(k), "{direction:?} of {pieces:?}: the source on {place:?} changed");
+            source.deregister(from[k].mr).unwrap();
+            target.deregister(to[k].mr).unwrap();
+        }
+    }
+}
+
+#[test]
+fn one_engine_moves_memory_of_the_host_and_of_two_gpus() {
+    const LEN: usize = 3 << 20;
+    let places = Place::ALL.len();
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let (out, _inc) = pair(&a, &b);
+    // From every place to every place alone: a small piece, and one of several chunks.
+    for (from, to) in (0..places * places).map(|k| (k / places, k % places)) {
+        move_between_places(&a, &b, &out, 5000, &[Piece { from: (from, 3), to: (to, 1), len: 4091 }]);
+        move_between_places(&a, &b, &out, LEN, &[Piece { from: (from, 1), to: (to, 7), len: LEN - 10 }]);
+    }
+    // All pairs twice in one vector, in another order at the target, small pieces among large ones, and gaps everywhere.
+    let count = 2 * places * places;
+    let slot = LEN / (count + 2);
+    let mixed: Vec<Piece> = (0..count)
+        .map(|k| Piece {
+            from: (k % places, k * slot + 5),
+            to: (k / places % places, (count - 1 - k) * slot + 11),
+            len: if k % 4 == 0 { 1 + k } else { slot - 40 - 997 * k },
+        })
+        .collect();
+    move_between_places(&a, &b, &out, LEN, &mixed);
 }

@@ -5,7 +5,7 @@
  *                                             when every receiver has acknowledged
  *   raw_tcp pingpong BYTES SPIN SECONDS       BYTES one way, 16 bytes back; SPIN 1: both sides poll, 0: both sides sleep
  *
- * Congestion control is the system's, so that it is the same as every other system's of the run. */
+ * Congestion control is the system's, so that it is the same as every other system's of the run, unless a fifth word names another. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <netinet/tcp.h>
@@ -23,6 +23,7 @@
 enum { MAX_STREAMS = 64, WARMUP = 5, MAX_SAMPLES = 1 << 20 };
 
 static int fds[MAX_STREAMS];
+static const char *congestion; /* NULL: the system's */
 static size_t slice;
 static char *memory;
 static pthread_barrier_t start, stop;
@@ -71,18 +72,28 @@ static void *receiver(void *arg) {
   return NULL;
 }
 
+/* On the listening socket it holds for the accepted ones. */
+static void set_congestion(int fd) {
+  must(!congestion || !setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, congestion, (socklen_t)strlen(congestion)), "TCP_CONGESTION");
+}
+
 /* Connects `n` sockets between this process and a child; returns the child's id, 0 in the child. */
 static pid_t pair(int n) {
   struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
   socklen_t len = sizeof a;
   int one = 1, l = socket(AF_INET, SOCK_STREAM, 0);
+  set_congestion(l);
   must(!bind(l, (void *)&a, sizeof a) && !listen(l, MAX_STREAMS) && !getsockname(l, (void *)&a, &len), "listen");
   pid_t child = fork();
   must(child >= 0, "fork");
   if (!child) prctl(PR_SET_PDEATHSIG, SIGKILL);
   for (int k = 0; k < n; k++) {
     if (!child) fds[k] = accept(l, NULL, NULL);
-    else must((fds[k] = socket(AF_INET, SOCK_STREAM, 0)) >= 0 && !connect(fds[k], (void *)&a, sizeof a), "connect");
+    else {
+      must((fds[k] = socket(AF_INET, SOCK_STREAM, 0)) >= 0, "socket");
+      set_congestion(fds[k]);
+      must(!connect(fds[k], (void *)&a, sizeof a), "connect");
+    }
     must(fds[k] >= 0 && !setsockopt(fds[k], IPPROTO_TCP, TCP_NODELAY, &one, sizeof one), "accept");
   }
   close(l);
@@ -98,7 +109,9 @@ static void report(const char *kind, int streams, size_t bytes, double *samples,
 }
 
 int main(int argc, char **argv) {
-  if (argc != 5) return fprintf(stderr, "usage: %s streams STREAMS TOTAL SECONDS | pingpong BYTES SPIN SECONDS\n", argv[0]), 2;
+  if (argc != 5 && argc != 6)
+    return fprintf(stderr, "usage: %s streams STREAMS TOTAL SECONDS [CONGESTION] | pingpong BYTES SPIN SECONDS [CONGESTION]\n", argv[0]), 2;
+  congestion = argv[5];
   int streaming = !strcmp(argv[1], "streams"), streams = streaming ? atoi(argv[2]) : 1, spin = streaming ? 0 : atoi(argv[3]);
   size_t total = strtoull(argv[streaming ? 3 : 2], NULL, 10), n = 0;
   double seconds = atof(argv[4]);
