@@ -16,7 +16,9 @@ version=${NIXL_VERSION:-1.5.1}
 cuda=${NIXL_CUDA:-12}
 python=${PYTHON:-python3}
 
-for file in "$libdir/libuccl_p2p.so" "$plugindir/libplugin_TCPX.so"; do
+library=$libdir/libuccl_p2p.so
+[ -e "$library" ] || library=$library.0
+for file in "$library" "$plugindir/libplugin_TCPX.so"; do
     [ -e "$file" ] || { echo "run.sh: $file does not exist" >&2; exit 2; }
 done
 
@@ -38,7 +40,7 @@ fi
 # The plugin asks for the library by its SONAME, which the build directory of cargo does not have as a file.
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-[ -e "$libdir/libuccl_p2p.so.0" ] || ln -s "$libdir/libuccl_p2p.so" "$scratch/libuccl_p2p.so.0"
+[ -e "$libdir/libuccl_p2p.so.0" ] || ln -s "$library" "$scratch/libuccl_p2p.so.0"
 
 # NIXL_PLUGIN_DIR replaces the wheel's own directory, so the wheel's plugins are not to be seen unless a test asks for them.
 export NIXL_PLUGIN_DIR=$plugindir
