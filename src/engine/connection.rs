@@ -23,7 +23,9 @@ const MAX_PENDING: usize = 256 << 20;
 const NAP_BYTES: u64 = 1 << 20;
 /// The nap: short beside the time that many bytes take.
 const NAP: Duration = Duration::from_micros(20);
-/// How long after an application thread polled it is taken to go on polling, microseconds.
+/// An application thread whose polls come this close together drives the connection, microseconds; one that looks now and then does not.
+const DRIVER_GAP_US: u64 = 100;
+/// How long after its last poll such a thread is taken to go on polling, microseconds.
 const DRIVER_WINDOW_US: u64 = 400;
 
 /// A connection to a peer engine. All methods may be called from any thread.
@@ -34,7 +36,9 @@ pub struct Connection {
     state: Mutex<State>,
     ended: Condvar,
     waiters: AtomicU32,
-    /// When an application thread last polled, by the engine's clock; 0 once it waits or stopped.
+    /// When an application thread last polled, by the engine's clock.
+    polled: AtomicU64,
+    /// The same while it polls so often that it drives the connection; 0 once it waits or stopped.
     driver: AtomicU64,
     /// Set while the progress thread sleeps and answers for this connection: the channels' doorbell.
     armed: Arc<AtomicU32>,
@@ -79,6 +83,7 @@ impl Connection {
             state: Mutex::new(state),
             ended: Condvar::new(),
             waiters: AtomicU32::new(0),
+            polled: AtomicU64::new(0),
             driver: AtomicU64::new(0),
             armed,
             peer_ip: peer.ip,
@@ -293,7 +298,7 @@ impl Connection {
         if before.complete || state.dead().is_some() {
             return Ok(before);
         }
-        self.driver.store(self.shared.clock(), Ordering::Relaxed);
+        self.application_polls();
         let any = self.drive(&mut state);
         let after = state.lookup(id)?;
         let give_way = !any && !after.complete && state.lanes_busy() && !state.copies_pending();
@@ -360,8 +365,17 @@ impl Connection {
     pub(crate) fn drive_for_application(&self) {
         let Some(mut state) = self.state.try_lock() else { return };
         if state.dead().is_none() {
-            self.driver.store(self.shared.clock(), Ordering::Relaxed);
+            self.application_polls();
             self.drive(&mut state);
+        }
+    }
+
+    /// Notes a poll of an application thread.
+    fn application_polls(&self) {
+        let now = self.shared.clock();
+        let before = self.polled.swap(now, Ordering::Relaxed);
+        if now.saturating_sub(before) < DRIVER_GAP_US {
+            self.driver.store(now, Ordering::Relaxed);
         }
     }
 
