@@ -54,7 +54,7 @@ impl SendIo {
             };
             match send(io.fd(), &mut self.batch) {
                 Ok(sent) => {
-                    self.account(comm, io, completed, sent);
+                    self.account(comm, completed, sent);
                     budget = budget.saturating_sub(sent);
                     // A short write means that the socket buffer is full; the kernel reports when it is not.
                     if sent < bytes {
@@ -93,7 +93,7 @@ impl SendIo {
     }
 
     /// Steps over `sent` bytes and completes the messages they finish.
-    fn account(&mut self, comm: &Comm, io: &mut Io, mut seq: u64, mut sent: usize) {
+    fn account(&mut self, comm: &Comm, mut seq: u64, mut sent: usize) {
         let first = seq;
         while sent > 0 {
             let slot = comm.slot(seq);
@@ -113,7 +113,7 @@ impl SendIo {
             seq += 1;
         }
         if seq > first {
-            comm.complete(io, seq);
+            comm.complete(seq);
         }
     }
 }
