@@ -43,6 +43,8 @@ pub struct Connection {
     polled: AtomicU64,
     /// The same while it polls so often that it drives the connection; 0 once it waits or stopped.
     driver: AtomicU64,
+    /// When it began to poll so often.
+    driver_since: AtomicU64,
     /// Set while the progress thread sleeps and answers for this connection: the channels' doorbell.
     armed: Arc<AtomicU32>,
     peer_ip: IpAddr,
@@ -88,6 +90,7 @@ impl Connection {
             waiters: AtomicU32::new(0),
             polled: AtomicU64::new(0),
             driver: AtomicU64::new(0),
+            driver_since: AtomicU64::new(0),
             armed,
             peer_ip: peer.ip,
             peer: peer.name,
@@ -390,13 +393,18 @@ impl Connection {
         let before = self.polled.swap(now, Ordering::Relaxed);
         if now.saturating_sub(before) < DRIVER_GAP_US {
             self.driver.store(now, Ordering::Relaxed);
+        } else {
+            self.driver_since.store(now, Ordering::Relaxed);
         }
     }
 
-    /// An application thread has polled just now and is taken to go on: the progress thread leaves the connection to it.
-    pub(crate) fn driven_by_application(&self) -> bool {
+    /// An application thread has polled just now and is taken to go on: the progress thread leaves the connection to it. Gives how
+    /// long it polls so already.
+    pub(crate) fn driven_by_application(&self) -> Option<Duration> {
         let at = self.driver.load(Ordering::Relaxed);
-        at != 0 && self.shared.clock().saturating_sub(at) < DRIVER_WINDOW_US
+        let now = self.shared.clock();
+        let driven = at != 0 && now.saturating_sub(at) < DRIVER_WINDOW_US;
+        driven.then(|| Duration::from_micros(now.saturating_sub(self.driver_since.load(Ordering::Relaxed))))
     }
 
     /// Lets the channels' doorbell ring, or no longer.
