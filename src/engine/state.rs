@@ -301,7 +301,7 @@ impl State {
         let mut any = false;
         // A bounded number of reads, so that a peer that floods the control stream does not starve the channels.
         for _ in 0..16 {
-            let n = self.control.read(rx)?;
+            let (n, more) = self.control.read(rx)?;
             if n == 0 {
                 break;
             }
@@ -311,7 +311,7 @@ impl State {
                 self.handle(frame)?;
                 rx.consume(len);
             }
-            if n < 4096 {
+            if !more {
                 break;
             }
         }
