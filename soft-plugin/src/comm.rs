@@ -144,7 +144,11 @@ impl Comm {
     ) -> std::io::Result<Arc<Comm>> {
         let pool = crate::pool::get(&global.config)?;
         let (worker, id) = pool.assign(receives);
-        let side = if receives { Side::Recv(Box::new(RecvIo::new(&global.config, id))) } else { Side::Send(SendIo::default()) };
+        let side = if receives {
+            Side::Recv(Box::new(RecvIo::new(&global.config, id)))
+        } else {
+            Side::Send(SendIo::new(&global.config))
+        };
         let fd = socket.as_raw_fd();
         let comm = Arc::new(Comm {
             alive: AtomicU32::new(ALIVE),
