@@ -10,6 +10,8 @@ use uccl_p2p::engine::Engine;
 
 const SEGMENTS: u64 = 16_384;
 const REGIONS: usize = 10_000;
+/// From one region of 64 bytes to the next: with a gap, so that each is one of its own.
+const STRIDE: usize = 128;
 
 fn chunk_plan(c: &mut Criterion) {
     let plan = Plan::scattered(SEGMENTS, 4096);
@@ -38,21 +40,21 @@ fn regions(c: &mut Criterion) {
     std::env::set_var("NCCL_SOCKET_IFNAME", "lo");
     let config = Config::from_env().expect("the environment is understood");
     let engine = Engine::new(Config { plugin: PluginChoice::Soft, port: 0, ..config }).expect("engine");
-    let memory = vec![0u8; REGIONS * 64];
+    let memory = vec![0u8; REGIONS * STRIDE];
     let base = memory.as_ptr() as usize;
-    let ids: Vec<u64> = (0..REGIONS).map(|i| engine.register(base + 64 * i, 64).expect("register")).collect();
+    let ids: Vec<u64> = (0..REGIONS).map(|i| engine.register(base + STRIDE * i, 64).expect("register")).collect();
     let mut group = c.benchmark_group("among 10000 regions");
     let mut at = 0;
     group.bench_function("region of an id, bounds, FIFO item", |b| {
         b.iter(|| {
             at = (at + 7919) % REGIONS;
-            engine.fifo_item(ids[at], base + 64 * at, 64).expect("registered")
+            engine.fifo_item(ids[at], base + STRIDE * at, 64).expect("registered")
         })
     });
     group.bench_function("is an address registered", |b| {
         b.iter(|| {
             at = (at + 7919) % REGIONS;
-            engine.is_registered(black_box(base + 64 * at))
+            engine.is_registered(black_box(base + STRIDE * at))
         })
     });
     group.finish();

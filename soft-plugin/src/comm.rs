@@ -20,6 +20,8 @@ use crate::state::Global;
 
 /// Bytes a comm moves before another comm of its thread has its turn.
 pub const TURN_BYTES: usize = 1 << 20;
+/// Completions that share a ring while a comm has more to move at once.
+const RING_EVERY: u64 = MAX_REQUESTS as u64 / 4;
 /// Segments of one system call.
 pub const IOV_MAX: usize = 1024;
 
@@ -51,8 +53,8 @@ pub struct Io {
     pub hung_up: bool,
     side: Side,
     doorbell: Option<Doorbell>,
-    /// Completions of this turn have not been rung for.
-    ring_due: bool,
+    /// Completions that have been rung for.
+    rung: u64,
 }
 
 impl Io {
@@ -142,7 +144,11 @@ impl Comm {
     ) -> std::io::Result<Arc<Comm>> {
         let pool = crate::pool::get(&global.config)?;
         let (worker, id) = pool.assign(receives);
-        let side = if receives { Side::Recv(Box::new(RecvIo::new(&global.config, id))) } else { Side::Send(SendIo::default()) };
+        let side = if receives {
+            Side::Recv(Box::new(RecvIo::new(&global.config, id)))
+        } else {
+            Side::Send(SendIo::new(&global.config))
+        };
         let fd = socket.as_raw_fd();
         let comm = Arc::new(Comm {
             alive: AtomicU32::new(ALIVE),
@@ -160,7 +166,7 @@ impl Comm {
             closing: AtomicBool::new(false),
             post: Mutex::new(()),
             slots: std::array::from_fn(|_| Slot::new()),
-            io: Mutex::new(Io { socket: Some(socket), hung_up: false, side, doorbell: None, ring_due: false }),
+            io: Mutex::new(Io { socket: Some(socket), hung_up: false, side, doorbell: None, rung: 0 }),
             source: OnceLock::new(),
             queue: Mutex::new(queue.map(Arc::new)),
             late_handle: AtomicPtr::new(late_handle),
@@ -334,7 +340,10 @@ impl Comm {
             Side::Recv(recv) => recv.turn(self, io),
         };
         io.side = side;
-        if std::mem::take(&mut io.ring_due) {
+        // Waking the caller costs as much as moving a small message: while more moves at once, several completions share a ring.
+        let completed = self.completed.get();
+        if completed - io.rung >= if turn == Turn::More { RING_EVERY } else { 1 } {
+            io.rung = completed;
             ring(io);
         }
         turn
@@ -353,11 +362,9 @@ impl Comm {
         self.posted.get() == completed || !self.idle.swap(false, Ordering::AcqRel)
     }
 
-    /// Publishes that every request below `completed` is done. The I/O lock is held. The bell rings once, at the end of the
-    /// turn: waking the caller for every message of a burst costs more than it gains.
-    pub fn complete(&self, io: &mut Io, completed: u64) {
+    /// Publishes that every request below `completed` is done. The I/O lock is held. The bell rings at the end of the turn.
+    pub fn complete(&self, completed: u64) {
         self.completed.set(completed);
-        io.ring_due = true;
     }
 
     /// The comm is finished: every request that is not done ends in `result`. The I/O lock is held.

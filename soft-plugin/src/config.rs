@@ -36,7 +36,7 @@ pub struct Config {
     /// `UCCL_TCPX_SOFT_INLINE`: sends of up to this many bytes on an idle comm are handed to the kernel by the caller's
     /// thread, without waking an I/O thread (default 8192; 0 turns it off).
     pub inline_bytes: usize,
-    /// `UCCL_TCPX_SOFT_CONGESTION`: congestion control of the data sockets by name, or `system` (default: the system's, but cubic instead of bbr where the round trip is below 1 ms).
+    /// `UCCL_TCPX_SOFT_CONGESTION`: congestion control of the data sockets by name, or `system` (default: by the path: below 1 ms of round trip the system's, but cubic for bbr; above, the system's, but bbr for cubic and reno where it is available).
     pub congestion: Option<String>,
     /// `UCCL_TCPX_SOFT_SOCKBUF`: socket buffer size, bytes; the system caps it at net.core.{r,w}mem_max (default 0: the kernel
     /// tunes it).

@@ -13,6 +13,7 @@
 mod abi;
 mod comm;
 mod config;
+mod congestion;
 mod cuda;
 mod device;
 mod fragment;

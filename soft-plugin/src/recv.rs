@@ -96,7 +96,7 @@ impl RecvIo {
                 }
             }
             if self.missing.is_some() && self.take_ahead(body) {
-                self.finish(comm, io, seq, body);
+                self.finish(comm, seq, body);
                 continue;
             }
             if let Some(why) = &self.ended {
@@ -235,7 +235,7 @@ impl RecvIo {
     }
 
     /// The message is in place: publishes its descriptors, then its completion.
-    fn finish(&mut self, comm: &Comm, io: &mut Io, seq: u64, body: &Body) {
+    fn finish(&mut self, comm: &Comm, seq: u64, body: &Body) {
         self.missing = None;
         if let (true, Some(queue)) = (body.device, &self.queue) {
             let row = (seq % MAX_REQUESTS as u64) as usize;
@@ -248,6 +248,6 @@ impl RecvIo {
                 count.store(self.plan.len() as u64, Ordering::Release);
             }
         }
-        comm.complete(io, seq + 1);
+        comm.complete(seq + 1);
     }
 }

@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::config::Config;
+use crate::congestion;
 use crate::interfaces::Interface;
 
 const HANDLE_MAGIC: u64 = 0x5446_4F53_4C43_4355;
@@ -117,46 +118,7 @@ fn tune(socket: &Socket, config: &Config) -> io::Result<()> {
         socket.set_send_buffer_size(config.socket_buffer)?;
         socket.set_recv_buffer_size(config.socket_buffer)?;
     }
-    match config.congestion.as_deref() {
-        None | Some("system") => Ok(()),
-        Some(name) => {
-            set_congestion(socket, name).map_err(|e| io::Error::new(e.kind(), format!("congestion control {name}: {e}")))
-        }
-    }
-}
-
-fn set_congestion(socket: &Socket, name: &str) -> io::Result<()> {
-    let (fd, len) = (socket.as_raw_fd(), name.len() as libc::socklen_t);
-    // SAFETY: a buffer and its length.
-    match unsafe { libc::setsockopt(fd, libc::IPPROTO_TCP, libc::TCP_CONGESTION, name.as_ptr().cast(), len) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-/// Paths with a round trip below this are inside a host or a data centre.
-const SHORT_PATH_US: u32 = 1000;
-
-/// The default where nothing is configured: the system's congestion control, but cubic instead of bbr on short paths. There bbr's
-/// pacing (done by TCP itself without an fq queue) costs up to half the rate and protects from nothing; on long and lossy paths it stays.
-fn choose_congestion(socket: &Socket) {
-    let fd = socket.as_raw_fd();
-    let mut name = [0u8; 16];
-    let mut len = name.len() as libc::socklen_t;
-    // SAFETY: a buffer and its length.
-    let known = unsafe { libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_CONGESTION, name.as_mut_ptr().cast(), &mut len) };
-    if known != 0 || !name.starts_with(b"bbr") {
-        return;
-    }
-    // SAFETY: plain integers, for which zeros are valid.
-    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
-    let mut len = size_of::<libc::tcp_info>() as libc::socklen_t;
-    // SAFETY: a buffer and its length; older kernels fill less of it.
-    let known = unsafe { libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, (&raw mut info).cast(), &mut len) };
-    if known == 0 && info.tcpi_rtt > 0 && info.tcpi_rtt < SHORT_PATH_US {
-        // A system without cubic keeps bbr.
-        let _ = set_congestion(socket, "cubic");
-    }
+    congestion::prepare(socket.as_raw_fd(), config)
 }
 
 /// A listen comm.
@@ -268,7 +230,6 @@ struct Connecting {
     socket: Socket,
     ticket: Ticket,
     connected: bool,
-    choose_congestion: bool,
     said: usize,
     asked: Instant,
 }
@@ -320,14 +281,7 @@ fn begin(device: &Interface, config: &Config, ticket: Ticket) -> io::Result<Conn
         Ok(socket)
     };
     let socket = attempt().map_err(|e| io::Error::new(e.kind(), format!("connect to {target}: {e}")))?;
-    Ok(Connecting {
-        socket,
-        ticket,
-        connected: false,
-        choose_congestion: config.congestion.is_none(),
-        said: 0,
-        asked: Instant::now(),
-    })
+    Ok(Connecting { socket, ticket, connected: false, said: 0, asked: Instant::now() })
 }
 
 /// Leaves through the device itself. The port stays open until the connect, so that ports do not run out.
@@ -370,9 +324,6 @@ impl Connecting {
                 return Err(io::Error::from_raw_os_error(libc::ECONNREFUSED));
             }
             self.connected = true;
-            if self.choose_congestion {
-                choose_congestion(&self.socket);
-            }
         }
         let hello = self.ticket.hello();
         while self.said < HELLO {

@@ -7,6 +7,8 @@ use libc::iovec;
 use nccl_net_abi::{MAX_REQUESTS, NCCL_SYSTEM_ERROR};
 
 use crate::comm::{Comm, Io, Turn, IOV_MAX, TURN_BYTES};
+use crate::config::Config;
+use crate::congestion::Rule;
 use crate::slot::Cursor;
 
 /// Progress of a send comm.
@@ -16,12 +18,18 @@ pub struct SendIo {
     cursor: Cursor,
     sent: usize,
     batch: Vec<iovec>,
+    congestion: Rule,
 }
 
 // SAFETY: `batch` is scratch of one turn; its pointers mean nothing between turns.
 unsafe impl Send for SendIo {}
 
 impl SendIo {
+    /// The state of a fresh comm.
+    pub fn new(config: &Config) -> SendIo {
+        SendIo { congestion: Rule::new(config), ..SendIo::default() }
+    }
+
     /// One turn.
     pub fn turn(&mut self, comm: &Comm, io: &mut Io) -> Turn {
         if io.hung_up {
@@ -54,7 +62,8 @@ impl SendIo {
             };
             match send(io.fd(), &mut self.batch) {
                 Ok(sent) => {
-                    self.account(comm, io, completed, sent);
+                    self.account(comm, completed, sent);
+                    self.congestion.sent(io.fd(), sent);
                     budget = budget.saturating_sub(sent);
                     // A short write means that the socket buffer is full; the kernel reports when it is not.
                     if sent < bytes {
@@ -93,7 +102,7 @@ impl SendIo {
     }
 
     /// Steps over `sent` bytes and completes the messages they finish.
-    fn account(&mut self, comm: &Comm, io: &mut Io, mut seq: u64, mut sent: usize) {
+    fn account(&mut self, comm: &Comm, mut seq: u64, mut sent: usize) {
         let first = seq;
         while sent > 0 {
             let slot = comm.slot(seq);
@@ -113,7 +122,7 @@ impl SendIo {
             seq += 1;
         }
         if seq > first {
-            comm.complete(io, seq);
+            comm.complete(seq);
         }
     }
 }

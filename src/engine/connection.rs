@@ -24,8 +24,11 @@ use std::time::{Duration, Instant};
 const MAX_PENDING: usize = 256 << 20;
 /// On a machine with few cores a poll of a transfer that still lacks this many bytes naps, so that the channels' threads get the core.
 const NAP_BYTES: u64 = 1 << 20;
-/// The nap: short beside the time that many bytes take.
-const NAP: Duration = Duration::from_micros(20);
+/// Bytes that no channel moves in a microsecond: a nap as long as they would take ends before the transfer does.
+const NAP_BYTES_PER_US: u64 = 32 << 10;
+/// Longest nap, microseconds; the nap where several transfers are polled in turn.
+const NAP_MAX_US: u64 = 300;
+const NAP_AMONG_US: u64 = 20;
 
 /// A connection to a peer engine. All methods may be called from any thread.
 pub struct Connection {
@@ -302,18 +305,30 @@ impl Connection {
         if before.complete || state.dead().is_some() {
             return Ok(before);
         }
+        // Of several transfers polled in turn none may hold up the others for long.
+        let only_this = self.shared.polled_again(self.id, id);
+        let missing = before.bytes_total - before.bytes_done;
+        let few_cores = self.shared.few_cores && !state.copies_pending();
+        if few_cores && only_this && missing > NAP_BYTES && state.lanes_busy() && self.shared.plugin.is_soft() {
+            drop(state);
+            // Rung by the channels, the progress thread does the same with fewer rounds, and this core is theirs.
+            if self.driver.stop() {
+                self.shared.ring();
+            }
+            std::thread::sleep(Duration::from_micros((missing / NAP_BYTES_PER_US).min(NAP_MAX_US)));
+            self.driver.leave(self.shared.clock());
+            return self.state.lock().lookup(id);
+        }
         self.driver.enter(self.shared.clock());
         let any = self.drive(&mut state);
         let after = state.lookup(id)?;
-        let give_way = !any && !after.complete && state.lanes_busy() && !state.copies_pending();
+        // The channels' threads, or those of a peer on this host, are at work.
+        let give_way = few_cores && !any && !after.complete && (state.lanes_busy() || after.bytes_total > NAP_BYTES);
         drop(state);
-        if give_way && self.shared.few_cores {
-            // The channels' own threads do the work now, and on a small machine they need this core.
-            if after.bytes_total - after.bytes_done > NAP_BYTES {
-                std::thread::sleep(NAP);
-            } else {
-                std::thread::yield_now();
-            }
+        if give_way && after.bytes_total - after.bytes_done > NAP_BYTES {
+            std::thread::sleep(Duration::from_micros(NAP_AMONG_US));
+        } else if give_way {
+            std::thread::yield_now();
         }
         self.driver.leave(self.shared.clock());
         Ok(after)
@@ -376,9 +391,9 @@ impl Connection {
         }
     }
 
-    /// An application thread drives it at present.
-    pub(crate) fn driven_by_application(&self) -> bool {
-        self.driver.active(self.shared.clock())
+    /// For how long an application thread has been driving it, if one does at present.
+    pub(crate) fn driven_by_application(&self) -> Option<Duration> {
+        self.driver.active(self.shared.clock()).map(Duration::from_micros)
     }
 
     /// Lets the channels' doorbell ring, or no longer.

@@ -16,6 +16,8 @@ pub(crate) struct Driver {
     returned: AtomicU64,
     /// When a thread last polled in a loop; 0: none does.
     looping: AtomicU64,
+    /// When that loop began.
+    begun: AtomicU64,
 }
 
 impl Driver {
@@ -23,6 +25,8 @@ impl Driver {
     pub(crate) fn enter(&self, now: u64) {
         if now.saturating_sub(self.returned.load(Ordering::Relaxed)) <= TIGHT_US {
             self.looping.store(now, Ordering::Relaxed);
+        } else {
+            self.begun.store(now, Ordering::Relaxed);
         }
     }
 
@@ -31,15 +35,16 @@ impl Driver {
         self.returned.store(now, Ordering::Relaxed);
     }
 
-    /// The thread that polled waits from now on.
-    pub(crate) fn stop(&self) {
-        self.looping.store(0, Ordering::Relaxed);
+    /// The thread that polled waits from now on. Whether it had been polling in a loop.
+    pub(crate) fn stop(&self) -> bool {
+        self.looping.swap(0, Ordering::Relaxed) != 0
     }
 
-    /// An application thread has polled in a loop just now and is taken to go on: the progress thread leaves the connection to it.
-    pub(crate) fn active(&self, now: u64) -> bool {
+    /// An application thread has polled in a loop just now and is taken to go on: the progress thread leaves the connection to it. Gives
+    /// for how long it has done so.
+    pub(crate) fn active(&self, now: u64) -> Option<u64> {
         let at = self.looping.load(Ordering::Relaxed);
-        at != 0 && now.saturating_sub(at) < WINDOW_US
+        (at != 0 && now.saturating_sub(at) < WINDOW_US).then(|| now.saturating_sub(self.begun.load(Ordering::Relaxed)))
     }
 }
 
@@ -56,14 +61,16 @@ mod tests {
     fn a_loop_drives_until_it_stops() {
         let driver = Driver::default();
         poll(&driver, 1000, 1001);
-        assert!(!driver.active(1001), "one poll is no loop");
+        assert_eq!(driver.active(1001), None, "one poll is no loop");
         // Long polls, short pauses.
         poll(&driver, 1010, 1500);
         poll(&driver, 1501, 2000);
-        assert!(driver.active(1510) && driver.active(1501 + WINDOW_US - 1) && !driver.active(1501 + WINDOW_US));
+        assert_eq!(driver.active(1510), Some(510));
+        assert_eq!(driver.active(1501 + WINDOW_US - 1), Some(501 + WINDOW_US - 1));
+        assert_eq!(driver.active(1501 + WINDOW_US), None);
         poll(&driver, 2001, 2002);
-        driver.stop();
-        assert!(!driver.active(2003));
+        assert!(driver.stop() && !driver.stop());
+        assert_eq!(driver.active(2003), None);
     }
 
     #[test]
@@ -72,7 +79,7 @@ mod tests {
             let driver = Driver::default();
             for i in 1..100 {
                 poll(&driver, i * (pause + 5), i * (pause + 5) + 5);
-                assert!(!driver.active(i * (pause + 5) + 5), "every {pause} us");
+                assert_eq!(driver.active(i * (pause + 5) + 5), None, "every {pause} us");
             }
         }
     }

@@ -5,7 +5,7 @@ use crate::channel::lane::Span;
 use crate::status::{bail, Result};
 use crate::wire::frame::Place;
 use parking_lot::RwLock;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::Arc;
 
@@ -75,9 +75,49 @@ impl Retired {
     }
 }
 
+/// Which addresses are covered, by how many regions: the address where the number changes -> the number from there on. Neighbours
+/// differ, the last is 0, and below the first it is 0. Regions may overlap and repeat.
+#[derive(Debug, Default)]
+struct Cover(BTreeMap<u64, usize>);
+
+impl Cover {
+    fn at(&self, addr: u64) -> usize {
+        self.0.range(..=addr).next_back().map_or(0, |(_, &count)| count)
+    }
+
+    fn add(&mut self, start: u64, end: u64) {
+        self.change(start, end, |count| *count += 1);
+    }
+
+    /// Takes out what was added before.
+    fn remove(&mut self, start: u64, end: u64) {
+        self.change(start, end, |count| *count -= 1);
+    }
+
+    fn change(&mut self, start: u64, end: u64, change: impl Fn(&mut usize)) {
+        for edge in [start, end] {
+            let count = self.at(edge);
+            self.0.entry(edge).or_insert(count);
+        }
+        self.0.range_mut(start..end).for_each(|(_, count)| change(count));
+        for edge in [start, end] {
+            let before = self.0.range(..edge).next_back().map_or(0, |(_, &count)| count);
+            if self.0.get(&edge) == Some(&before) {
+                self.0.remove(&edge);
+            }
+        }
+    }
+}
+
+#[derive(Default)]
+struct Table {
+    by_id: HashMap<u64, Arc<Region>>,
+    cover: Cover,
+}
+
 /// Regions of an engine.
 pub(crate) struct Registry {
-    regions: RwLock<HashMap<u64, Arc<Region>>>,
+    regions: RwLock<Table>,
     next: AtomicU64,
 }
 
@@ -93,13 +133,15 @@ impl Registry {
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let region = Region { span: Span { id, addr, len }, token, place, uses: AtomicUsize::new(0) };
-        self.regions.write().insert(id, Arc::new(region));
+        let mut table = self.regions.write();
+        table.cover.add(addr, addr + len);
+        table.by_id.insert(id, Arc::new(region));
         Ok(id)
     }
 
     /// A region of this engine for a transfer started here.
     pub(crate) fn local(&self, id: u64) -> Result<RegionUse> {
-        match self.regions.read().get(&id) {
+        match self.regions.read().by_id.get(&id) {
             Some(region) => Ok(RegionUse::new(region)),
             None => bail!(NotFound, "region {id} is not registered"),
         }
@@ -107,7 +149,7 @@ impl Registry {
 
     /// A region for a peer that shows a token. Unknown region and wrong token give the same answer.
     pub(crate) fn remote(&self, id: u64, token: &[u8; 16]) -> Result<RegionUse> {
-        if let Some(region) = self.regions.read().get(&id) {
+        if let Some(region) = self.regions.read().by_id.get(&id) {
             // Every byte is compared, whatever the first differences.
             if region.token.iter().zip(token).fold(0, |acc, (a, b)| acc | (a ^ b)) == 0 {
                 return Ok(RegionUse::new(region));
@@ -118,14 +160,15 @@ impl Registry {
 
     /// Removes a region: from now on it is found no more.
     pub(crate) fn retire(&self, id: u64) -> Result<Retired> {
-        match self.regions.write().remove(&id) {
-            Some(region) => Ok(Retired(region)),
-            None => bail!(NotFound, "region {id} is not registered"),
-        }
+        let mut table = self.regions.write();
+        let Some(region) = table.by_id.remove(&id) else { bail!(NotFound, "region {id} is not registered") };
+        table.cover.remove(region.span.addr, region.span.addr + region.span.len);
+        Ok(Retired(region))
     }
 
+    /// Whether some region holds the address.
     pub(crate) fn holds_address(&self, addr: u64) -> bool {
-        self.regions.read().values().any(|r| r.holds(addr, 1))
+        self.regions.read().cover.at(addr) > 0
     }
 }
 
@@ -133,6 +176,33 @@ impl Registry {
 mod tests {
     use super::*;
     use crate::status::ErrorKind;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// The same answer as looking at every region, whatever overlaps, repeats and goes again; and nothing is left in the end.
+        #[test]
+        fn addresses_are_found_as_by_looking_at_every_region(
+            spans in proptest::collection::vec((1u64..60, 1u64..20, any::<prop::sample::Index>(), 0u8..3), 1..40)
+        ) {
+            let registry = Registry::new();
+            let mut live: Vec<(u64, u64, u64)> = Vec::new();
+            for (addr, len, victim, action) in spans {
+                live.push((registry.add(addr, len, Place::HOST).unwrap(), addr, len));
+                if action == 0 {
+                    let (id, ..) = live.swap_remove(victim.index(live.len()));
+                    registry.retire(id).unwrap();
+                }
+                for probe in 0..90 {
+                    let linear = live.iter().any(|&(_, a, l)| (a..a + l).contains(&probe));
+                    prop_assert_eq!(registry.holds_address(probe), linear, "at {} with {:?}", probe, live);
+                }
+            }
+            for (id, ..) in live {
+                registry.retire(id).unwrap();
+            }
+            prop_assert!(registry.regions.read().cover.0.is_empty());
+        }
+    }
 
     #[test]
     fn bounds_do_not_wrap() {

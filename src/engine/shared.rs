@@ -44,6 +44,8 @@ pub(crate) struct Shared {
     pub closing: AtomicBool,
     /// Threads compete for cores: nobody spins while another could work.
     pub few_cores: bool,
+    /// The connection and transfer that was polled last, as one number.
+    last_polled: AtomicU64,
     connections: Mutex<HashMap<u64, Weak<Connection>>>,
     next_connection: AtomicU64,
     /// Changes whenever the table of connections does.
@@ -94,6 +96,7 @@ impl Shared {
             accept_ready: Condvar::new(),
             closing: AtomicBool::new(false),
             few_cores: std::thread::available_parallelism().map_or(2, usize::from) <= 2,
+            last_polled: AtomicU64::new(0),
             connections: Mutex::default(),
             next_connection: AtomicU64::new(1),
             generation: AtomicU64::new(0),
@@ -215,6 +218,12 @@ impl Shared {
         if backlog || !self.plugin.is_soft() {
             self.ring();
         }
+    }
+
+    /// Notes a poll; whether the one before was of the same transfer.
+    pub(crate) fn polled_again(&self, connection: u64, transfer: u64) -> bool {
+        let this = connection.rotate_right(16) ^ transfer;
+        self.last_polled.swap(this, Ordering::Relaxed) == this
     }
 
     /// Microseconds since the engine started, from 1.

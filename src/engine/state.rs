@@ -30,10 +30,7 @@ impl LaneSet {
         copier: &'a mut Option<Box<dyn DeviceCopier>>,
         chunk_bytes: usize,
     ) -> (Context<'a>, &'a mut [Lane]) {
-        let copier = match copier {
-            Some(copier) => Some(&mut **copier as &mut dyn DeviceCopier),
-            None => None,
-        };
+        let copier = copier.as_mut().map(|copier| &mut **copier as &mut dyn DeviceCopier);
         let LaneSet { lanes, vectored, host, stage_sends } = self;
         (Context { copier, vectored: *vectored, host: *host, stage_sends: *stage_sends, chunk_bytes }, lanes)
     }
@@ -320,7 +317,7 @@ impl State {
         let mut any = false;
         // A bounded number of reads, so that a peer that floods the control stream does not starve the channels.
         for _ in 0..16 {
-            let n = self.control.read(rx)?;
+            let (n, more) = self.control.read(rx)?;
             if n == 0 {
                 break;
             }
@@ -330,7 +327,7 @@ impl State {
                 self.handle(frame)?;
                 rx.consume(len);
             }
-            if n < 4096 {
+            if !more {
                 break;
             }
         }

@@ -79,19 +79,20 @@ impl ControlStream {
         self.sock.as_raw_fd()
     }
 
-    /// Reads what is there. Returns the bytes read.
+    /// Reads what is there. Returns the bytes read, and whether there may be more.
     ///
     /// # Errors
     /// `RemoteDisconnect` at the end of the stream and on socket errors.
-    pub(crate) fn read(&mut self, rx: &mut RxBuffer) -> Result<usize> {
+    pub(crate) fn read(&mut self, rx: &mut RxBuffer) -> Result<(usize, bool)> {
         let room = rx.room();
+        let len = room.len();
         match self.sock.read(room) {
             Ok(0) => Err(err!(RemoteDisconnect, "the peer closed the connection")),
             Ok(n) => {
                 rx.filled += n;
-                Ok(n)
+                Ok((n, n == len))
             }
-            Err(e) if matches!(e.kind(), Io::WouldBlock | Io::Interrupted) => Ok(0),
+            Err(e) if matches!(e.kind(), Io::WouldBlock | Io::Interrupted) => Ok((0, false)),
             Err(e) => Err(err!(RemoteDisconnect, "control connection: {e}")),
         }
     }

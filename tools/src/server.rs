@@ -67,11 +67,16 @@ fn accept_clients(node: &Arc<Node>, memory: Kind, once: bool, stopping: &AtomicB
 
 /// Hands notifications of the engine to the sessions they are for.
 fn deliver(node: &Node, inboxes: &Inboxes, finished: &AtomicBool) {
+    // Looking takes a core for a moment, and this host's client measures meanwhile: rarely while nothing comes.
+    const PAUSE: [Duration; 2] = [Duration::from_micros(100), Duration::from_millis(5)];
+    let mut pause = PAUSE[0];
     while !finished.load(Ordering::Acquire) {
         let Some((name, msg)) = node.next_notification() else {
-            std::thread::sleep(Duration::from_micros(500));
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(PAUSE[1]);
             continue;
         };
+        pause = PAUSE[0];
         let (number, incoming) = match Channel::parse(&name) {
             Some(Channel::Control(n)) => (n, Incoming::Request(msg)),
             Some(Channel::Echo(n)) => (n, Incoming::Echo(msg)),

@@ -1,0 +1,119 @@
+//! Which congestion control a data socket uses. By default it depends on the path: on a short one cubic instead of bbr, whose pacing
+//! (done by TCP itself without an fq queue) costs most of the rate there; on a long one bbr instead of cubic and reno, which take every
+//! lost packet for a full queue. What else an administrator has chosen (dctcp, say) stays.
+
+use std::io;
+
+use crate::config::Config;
+
+/// Paths with a round trip below this are inside a host or a data centre.
+const SHORT_PATH_US: u32 = 1000;
+/// The path is judged when this many bytes were sent: the first round trip alone may be long because a core was busy.
+const JUDGED_AFTER: usize = 256 << 10;
+/// Offset of the smallest round trip in the kernel's tcp_info, microseconds; since Linux 4.6.
+const MIN_RTT: usize = 148;
+
+/// The default rule on one socket, until it has judged.
+#[derive(Debug, Default)]
+pub struct Rule {
+    /// Bytes still to be sent before it judges; none when it has, or when the user chose.
+    wait: Option<usize>,
+}
+
+impl Rule {
+    /// The rule of a fresh socket.
+    pub fn new(config: &Config) -> Rule {
+        Rule { wait: config.congestion.is_none().then_some(JUDGED_AFTER) }
+    }
+
+    /// `sent` more bytes were sent: judges once.
+    pub fn sent(&mut self, fd: i32, sent: usize) {
+        let Some(wait) = self.wait else { return };
+        self.wait = wait.checked_sub(sent).filter(|&left| left > 0);
+        if self.wait.is_none() && min_rtt(fd).is_some_and(|us| us >= SHORT_PATH_US) && uses(fd, &["cubic", "reno"]) {
+            // Where bbr is missing, or not allowed to this user, the path keeps what it has.
+            let _ = set(fd, "bbr");
+        }
+    }
+}
+
+/// Sets a socket up before it is connected: bbr that was set once leaves its pacing on, so a path is taken for short at first.
+pub fn prepare(fd: i32, config: &Config) -> io::Result<()> {
+    match config.congestion.as_deref() {
+        Some("system") => Ok(()),
+        Some(name) => set(fd, name).map_err(|e| io::Error::new(e.kind(), format!("congestion control {name}: {e}"))),
+        None => {
+            if uses(fd, &["bbr"]) {
+                // A system without cubic keeps bbr.
+                let _ = set(fd, "cubic");
+            }
+            Ok(())
+        }
+    }
+}
+
+fn set(fd: i32, name: &str) -> io::Result<()> {
+    // SAFETY: a buffer and its length.
+    match unsafe {
+        libc::setsockopt(fd, libc::IPPROTO_TCP, libc::TCP_CONGESTION, name.as_ptr().cast(), name.len() as libc::socklen_t)
+    } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Whether the socket's congestion control is one of these.
+fn uses(fd: i32, names: &[&str]) -> bool {
+    let mut name = [0u8; 16];
+    let mut len = name.len() as libc::socklen_t;
+    // SAFETY: a buffer and its length.
+    let known = unsafe { libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_CONGESTION, name.as_mut_ptr().cast(), &mut len) };
+    let name = name.split(|&b| b == 0).next().unwrap_or_default();
+    known == 0 && names.iter().any(|n| n.as_bytes() == name)
+}
+
+fn min_rtt(fd: i32) -> Option<u32> {
+    let mut info = [0u8; 256];
+    let mut len = info.len() as libc::socklen_t;
+    // SAFETY: a buffer and its length.
+    let known = unsafe { libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, info.as_mut_ptr().cast(), &mut len) };
+    if known != 0 || (len as usize) < MIN_RTT + 4 {
+        return None;
+    }
+    info[MIN_RTT..].first_chunk::<4>().map(|bytes| u32::from_ne_bytes(*bytes)).filter(|&us| us > 0 && us < u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsRawFd;
+
+    #[test]
+    fn a_short_path_is_known_as_one_and_keeps_cubic() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut a = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut b = listener.accept().unwrap().0;
+        let fd = a.as_raw_fd();
+        let config = Config { congestion: None, ..Config::from_env() };
+        prepare(fd, &config).unwrap();
+        assert!(!uses(fd, &["bbr"]));
+        let mut rule = Rule::new(&config);
+        for _ in 0..64 {
+            a.write_all(&[1; 8192]).unwrap();
+            b.read_exact(&mut [0; 8192]).unwrap();
+            rule.sent(fd, 8192);
+        }
+        assert!(rule.wait.is_none() && !uses(fd, &["bbr"]));
+        assert!(min_rtt(fd).is_some_and(|us| us < 100_000), "{:?}", min_rtt(fd));
+    }
+
+    #[test]
+    fn an_unknown_name_is_refused_with_its_name() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let config = Config { congestion: Some("nonsense".to_owned()), ..Config::from_env() };
+        assert!(prepare(listener.as_raw_fd(), &config).unwrap_err().to_string().contains("nonsense"));
+        assert!(Rule::new(&config).wait.is_none());
+    }
+}
