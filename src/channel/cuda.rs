@@ -182,6 +182,44 @@ impl Unit {
         &mut self.unpacking.launchers[0]
     }
 
+    /// The scratch buffer, which holds `len` bytes.
+    fn scratch_for(&self, len: usize) -> Result<*mut u8> {
+        if len > self.scratch.len() {
+            bail!(Internal, "{len} bytes of a small copy");
+        }
+        Ok(self.scratch.ptr().host)
+    }
+
+    /// Copies `len` bytes between `parts` and the scratch buffer, from the parts with `fetch`, and waits.
+    ///
+    /// # Safety
+    /// `parts` are registered memory of this GPU and hold `len` bytes, as the scratch buffer does.
+    unsafe fn copy_small(&mut self, parts: &[Part], len: usize, fetch: bool) -> Result<()> {
+        let scratch = self.scratch.ptr();
+        if parts.len() > FEW {
+            let list = segments(parts);
+            let len = len as u64;
+            let job = if fetch { Job::gather(&list, scratch.device, len) } else { Job::scatter(scratch.device, &list, len) };
+            // SAFETY: by the caller's contract; the job is waited for.
+            return unsafe { self.run(job) };
+        }
+        // The copy engine starts sooner than a kernel, and does not wait for a busy GPU.
+        let (stream, mut at) = (self.small().stream(), scratch.host);
+        for part in parts {
+            let n = part.len as usize;
+            // SAFETY: by the caller's contract.
+            unsafe {
+                if fetch {
+                    crate::gpu::device_to_host(stream, at, part.addr, n)?;
+                } else {
+                    crate::gpu::host_to_device(stream, part.addr, at, n)?;
+                }
+            }
+            at = at.wrapping_add(n);
+        }
+        stream.synchronize()
+    }
+
     /// Runs one small job to its end.
     ///
     /// # Safety
@@ -306,49 +344,21 @@ impl DeviceCopier for CudaDevice {
 
     unsafe fn store(&mut self, bytes: &[u8], parts: &[Part], place: Place) -> Result<()> {
         let unit = self.unit(place)?;
-        let scratch = unit.scratch.ptr();
-        if bytes.len() > unit.scratch.len() {
-            bail!(Internal, "{} bytes of a small copy", bytes.len());
-        }
-        // SAFETY: the scratch holds them, and no job uses it: small copies run to their end.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), scratch.host, bytes.len()) };
-        if parts.len() <= FEW {
-            let (stream, mut at) = (unit.small().stream(), scratch.host);
-            for part in parts {
-                // SAFETY: the parts are registered device memory by the caller's contract and hold the scratch's bytes.
-                unsafe { crate::gpu::host_to_device(stream, part.addr, at, part.len as usize) }?;
-                at = at.wrapping_add(part.len as usize);
-            }
-            return stream.synchronize();
-        }
-        let list = segments(parts);
-        // SAFETY: as above.
-        unsafe { unit.run(Job::scatter(scratch.device, &list, bytes.len() as u64)) }
+        let scratch = unit.scratch_for(bytes.len())?;
+        // SAFETY: the scratch has room for them, and no job uses it: small copies run to their end.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), scratch, bytes.len()) };
+        // SAFETY: by the caller's contract.
+        unsafe { unit.copy_small(parts, bytes.len(), false) }
     }
 
     unsafe fn fetch(&mut self, parts: &[Part], place: Place, out: &mut Vec<u8>) -> Result<()> {
-        let len: u64 = parts.iter().map(|p| p.len).sum();
+        let len = parts.iter().map(|p| p.len as usize).sum();
         let unit = self.unit(place)?;
-        let scratch = unit.scratch.ptr();
-        if len > unit.scratch.len() as u64 {
-            bail!(Internal, "{len} bytes of a small copy");
-        }
-        if parts.len() <= FEW {
-            // The copy engine starts sooner than a kernel, and does not wait for a busy GPU.
-            let (stream, mut at) = (unit.small().stream(), scratch.host);
-            for part in parts {
-                // SAFETY: the parts are registered device memory by the caller's contract; the scratch is ours and holds their sum.
-                unsafe { crate::gpu::device_to_host(stream, at, part.addr, part.len as usize) }?;
-                at = at.wrapping_add(part.len as usize);
-            }
-            stream.synchronize()?;
-        } else {
-            let list = segments(parts);
-            // SAFETY: as above.
-            unsafe { unit.run(Job::gather(&list, scratch.device, len)) }?;
-        }
-        // SAFETY: the job has filled len bytes of the scratch.
-        out.extend_from_slice(unsafe { std::slice::from_raw_parts(scratch.host, len as usize) });
+        let scratch = unit.scratch_for(len)?;
+        // SAFETY: by the caller's contract.
+        unsafe { unit.copy_small(parts, len, true) }?;
+        // SAFETY: the copy has filled len bytes of the scratch.
+        out.extend_from_slice(unsafe { std::slice::from_raw_parts(scratch, len) });
         Ok(())
     }
 
