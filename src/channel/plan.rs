@@ -61,6 +61,11 @@ impl Stream {
         Stream { segments, next: 0, taken: 0, remaining }
     }
 
+    /// The list of segments, for its memory.
+    pub(crate) fn into_list(self) -> Vec<Segment> {
+        self.segments
+    }
+
     /// Bytes not yet taken.
     pub(crate) fn remaining(&self) -> u64 {
         self.remaining
@@ -88,7 +93,9 @@ impl Stream {
 
     fn cut(&mut self, max: u64, max_parts: usize, split_on_peer: bool) -> Option<Chunk> {
         let first = *self.segments.get(self.next)?;
-        let mut chunk = Chunk { parts: Vec::new(), len: 0, place: first.place, peer: first.peer };
+        // Blocks are mostly alike.
+        let alike = (max.div_ceil(first.len) as usize).min(max_parts).min(self.segments.len() - self.next);
+        let mut chunk = Chunk { parts: Vec::with_capacity(alike), len: 0, place: first.place, peer: first.peer };
         let mut left = max;
         while left > 0 {
             let Some(segment) = self.segments.get(self.next) else { break };

@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 
 /// Bytes of notifications that may wait to leave before `notify` blocks.
 const MAX_PENDING: usize = 256 << 20;
+/// From so many segments on, a transfer's lists use memory that an ended one left.
+const MANY_SEGMENTS: usize = 1 << 10;
 /// On a machine with few cores a poll of a transfer that still lacks this many bytes naps, so that the channels' threads get the core.
 const NAP_BYTES: u64 = 1 << 20;
 /// Bytes that no channel moves in a microsecond: a nap as long as they would take ends before the transfer does.
@@ -141,13 +143,14 @@ impl Connection {
     fn build(&self, items: impl ExactSizeIterator<Item = (LocalSegment, FifoItem)>) -> Result<Built> {
         let mut locals = Table::new();
         let mut remotes: Table<([u8; 16], u64)> = Table::new();
-        let mut request = Request {
-            segments: Vec::with_capacity(items.len()),
-            uses: Vec::new(),
-            remote: WireSegments::with_capacity(items.len()),
-            remote_regions: Vec::new(),
-            total: 0,
+        let n = items.len();
+        let (segments, remote) = if n < MANY_SEGMENTS {
+            (Vec::with_capacity(n), WireSegments::default())
+        } else {
+            let spare = &mut self.state.lock().spare;
+            (spare.list(n), spare.wire(n))
         };
+        let mut request = Request { segments, uses: Vec::new(), remote, remote_regions: Vec::new(), total: 0 };
         // Blocks of one region follow each other: what the last item said about the region need not be worked out again.
         let mut last: Option<(FifoItem, Access, u16)> = None;
         for (local, item) in items {

@@ -10,6 +10,7 @@ mod progress;
 mod registry;
 mod setup;
 mod shared;
+mod spare;
 mod state;
 mod transfer;
 

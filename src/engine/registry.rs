@@ -36,6 +36,7 @@ impl RegionUse {
     }
 
     /// An error unless `[addr, addr + len)` lies inside the region.
+    #[inline]
     pub(crate) fn check(&self, addr: u64, len: u64) -> Result<()> {
         if !self.0.holds(addr, len) {
             bail!(

@@ -7,6 +7,7 @@ mod peer;
 
 use super::notify::Queue;
 use super::registry::{RegionUse, Registry};
+use super::spare::Spare;
 use super::transfer::{Outcomes, TransferState};
 use crate::channel::device::DeviceCopier;
 use crate::channel::lane::{Context, Event, Key, Lane, Span};
@@ -124,6 +125,7 @@ pub(crate) struct State {
     messages: VecDeque<(u64, u64)>,
     events: Vec<Event>,
     loads: Vec<stripe::Load>,
+    pub spare: Spare,
     last_rx: Instant,
     last_tx: Instant,
     last_progress: Instant,
@@ -153,6 +155,7 @@ impl State {
             messages: VecDeque::new(),
             events: Vec::new(),
             loads: Vec::new(),
+            spare: Spare::default(),
             last_rx: now,
             last_tx: now,
             last_progress: now,
@@ -195,6 +198,14 @@ impl State {
         self.last_tx = Instant::now();
     }
 
+    /// Queues the announcement of a transfer and keeps the memory of its segments.
+    fn announce(&mut self, frame: Frame<'static>) {
+        self.push(&frame);
+        if let Frame::Write { segments, .. } | Frame::Read { segments, .. } = frame {
+            self.spare.give_wire(segments);
+        }
+    }
+
     // ---- starting transfers ----
 
     fn admit(&mut self, now: Instant) -> Result<()> {
@@ -220,7 +231,7 @@ impl State {
             self.push(&Frame::Write { id, regions: remote_regions, segments: remote, inline: Some(&data) });
             self.outcomes.moved(id, total);
         } else {
-            self.push(&Frame::Write { id, regions: remote_regions, segments: remote, inline: None });
+            self.announce(Frame::Write { id, regions: remote_regions, segments: remote, inline: None });
             self.start_stream(Key { id, mine: true }, segments, uses);
         }
         self.pump(now)?;
@@ -235,7 +246,7 @@ impl State {
             return Ok(id);
         }
         let Request { segments, uses, remote, remote_regions, total } = request;
-        self.push(&Frame::Read { id, regions: remote_regions, segments: remote });
+        self.announce(Frame::Read { id, regions: remote_regions, segments: remote });
         let stream = InStream { stream: Stream::new(segments), uses, missing: total, ending: Ending::Read };
         self.incoming.insert(Key { id, mine: true }, stream);
         self.pump(now)?;
@@ -368,7 +379,9 @@ impl State {
             self.outcomes.moved(key.id, len);
         }
         if out.inflight == 0 && out.stream.remaining() == 0 {
-            self.outgoing.remove(&key);
+            if let Some(out) = self.outgoing.remove(&key) {
+                self.spare.give_list(out.stream.into_list());
+            }
             if key.mine {
                 self.outcomes.source_free(key.id);
             }
@@ -391,6 +404,7 @@ impl State {
 
     fn stream_complete(&mut self, key: Key) {
         let Some(inc) = self.incoming.remove(&key) else { return };
+        self.spare.give_list(inc.stream.into_list());
         match inc.ending {
             Ending::Read => self.outcomes.finish(key.id, Ok(())),
             Ending::Write => self.push(&Frame::Done { id: key.id, status: UCCL_OK, text: "" }),

@@ -77,9 +77,22 @@ pub struct WireSegment {
 pub struct WireSegments<'a>(Cow<'a, [u8]>);
 
 impl<'a> WireSegments<'a> {
-    /// An empty list with room for `n`.
-    pub fn with_capacity(n: usize) -> WireSegments<'a> {
-        WireSegments(Cow::Owned(Vec::with_capacity(n * SEGMENT_BYTES)))
+    /// Makes room for `n` more.
+    pub fn reserve(&mut self, n: usize) {
+        self.0.to_mut().reserve(n * SEGMENT_BYTES);
+    }
+
+    /// Drops the segments and keeps their room.
+    pub fn clear(&mut self) {
+        self.0.to_mut().clear();
+    }
+
+    /// How many there is room for.
+    pub fn room(&self) -> usize {
+        match &self.0 {
+            Cow::Borrowed(_) => 0,
+            Cow::Owned(bytes) => bytes.capacity() / SEGMENT_BYTES,
+        }
     }
 
     /// How many.
@@ -88,6 +101,7 @@ impl<'a> WireSegments<'a> {
     }
 
     /// Appends one.
+    #[inline]
     pub fn push(&mut self, segment: WireSegment) {
         let mut b = [0; SEGMENT_BYTES];
         b[..8].copy_from_slice(&segment.addr.to_le_bytes());

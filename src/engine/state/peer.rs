@@ -42,7 +42,11 @@ impl State {
     }
 
     /// Resolves a peer's segments to memory of this side; every one is checked before anything moves.
-    pub(super) fn resolve(&self, regions: &[WireRegion], segments: &WireSegments<'_>) -> Result<(Vec<Segment>, Vec<RegionUse>)> {
+    pub(super) fn resolve(
+        &mut self,
+        regions: &[WireRegion],
+        segments: &WireSegments<'_>,
+    ) -> Result<(Vec<Segment>, Vec<RegionUse>)> {
         let uses = regions.iter().map(|r| self.setting.registry.remote(r.id, &r.token)).collect::<Result<Vec<_>>>()?;
         let resolve = |s: WireSegment| {
             let Some(region) = uses.get(usize::from(s.region)) else { bail!(Protocol, "segment of region {}", s.region) };
@@ -54,7 +58,7 @@ impl State {
             }
             Ok(Segment { addr: s.addr, len: u64::from(s.len), region: s.region, place: region.place, peer: s.initiator })
         };
-        let mut resolved = Vec::with_capacity(segments.count());
+        let mut resolved = self.spare.list(segments.count());
         for segment in segments.iter() {
             resolved.push(resolve(segment)?);
         }

@@ -1,0 +1,71 @@
+//! Memory of ended transfers, kept for the next ones: the lists of a transfer of many thousand segments are so large that fresh memory
+//! for them costs more in page faults than filling them.
+
+use crate::channel::plan::Segment;
+use crate::wire::frame::WireSegments;
+
+/// Lists kept at most, and the most segments of one that is kept.
+const LISTS: usize = 4;
+const SEGMENTS: usize = 1 << 16;
+
+/// Lists without content.
+#[derive(Default)]
+pub(crate) struct Spare {
+    lists: Vec<Vec<Segment>>,
+    wire: Option<WireSegments<'static>>,
+}
+
+impl Spare {
+    /// An empty list with room for `n` segments.
+    pub(crate) fn list(&mut self, n: usize) -> Vec<Segment> {
+        let mut list = self.lists.pop().unwrap_or_default();
+        list.reserve(n);
+        list
+    }
+
+    /// An empty list of wire segments with room for `n`.
+    pub(crate) fn wire(&mut self, n: usize) -> WireSegments<'static> {
+        let mut wire = self.wire.take().unwrap_or_default();
+        wire.reserve(n);
+        wire
+    }
+
+    /// A list that nobody needs any more.
+    pub(crate) fn give_list(&mut self, mut list: Vec<Segment>) {
+        if self.lists.len() < LISTS && list.capacity() <= SEGMENTS {
+            list.clear();
+            self.lists.push(list);
+        }
+    }
+
+    /// A list of wire segments that nobody needs any more.
+    pub(crate) fn give_wire(&mut self, mut wire: WireSegments<'static>) {
+        wire.clear();
+        if wire.room() <= SEGMENTS {
+            self.wire = Some(wire);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_come_back_empty_and_only_so_many() {
+        let mut spare = Spare::default();
+        let segment =
+            Segment { addr: 1, len: 2, region: 0, place: crate::wire::frame::Place::HOST, peer: crate::wire::frame::Place::HOST };
+        for _ in 0..2 * LISTS {
+            spare.give_list(vec![segment; 1000]);
+        }
+        spare.give_list(Vec::with_capacity(SEGMENTS + 1));
+        assert_eq!(spare.lists.len(), LISTS);
+        let list = spare.list(10);
+        assert!(list.is_empty() && list.capacity() >= 1000);
+        let mut wire = spare.wire(5);
+        wire.push(crate::wire::frame::WireSegment { addr: 1, len: 2, region: 0, initiator: segment.place, owner: segment.peer });
+        spare.give_wire(wire);
+        assert_eq!(spare.wire(1).count(), 0);
+    }
+}
