@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Which congestion control pays on which path: the rate of one connection over paths of two delays and three rates of loss, under cubic,
 # bbr, and the library's own choice where the system's is the one or the other. Prints the table. To reach: the own choice has at least
-# 40 % of the better one's rate on every path that is judged; random losses make single figures differ by half. Losses hit single packets, both ways.
+# 40 % of the better one's rate on every path that is judged, in one of three attempts. Losses hit single packets, both ways.
 # Exit status 77: skipped.
 #
 # usage: lossy.sh TCPX_PERF      LOSSES, RELAY_MBIT, RELAY_DELAY_MS, RELAY_QUEUE_BYTES
@@ -72,19 +72,25 @@ for nic in eth1 wire0; do
     # Time-outs of 200 ms decide, whatever the control: shown only.
     eth1-0.01) judged=0 ;;
     esac
-    rates=
-    for kind in "cubic cubic" "bbr bbr" "bbr own" "cubic own"; do
-      # Single words: the options of one path.
-      # shellcheck disable=SC2086
-      rates="$rates $(rate $nic $kind $options)"
+    # Random losses make single figures differ by half: a row that misses is measured again, twice at most.
+    for attempt in 1 2 3; do
+      rates=
+      for kind in "cubic cubic" "bbr bbr" "bbr own" "cubic own"; do
+        # Single words: the options of one path.
+        # shellcheck disable=SC2086
+        rates="$rates $(rate $nic $kind $options)"
+      done
+      missed=0
+      awk -v path="$path" -v loss="$loss" -v rates="$rates" -v judged=$judged -v attempt=$attempt 'BEGIN {
+        split(rates, r, " ")
+        best = r[1] > r[2] ? r[1] : r[2]
+        good = !judged || (r[3] >= 0.4 * best && r[4] >= 0.4 * best)
+        printf "| %s | %.1f %% | %.4f | %.4f | %.4f | %.4f |%s\n", path, 100 * loss, r[1], r[2], r[3], r[4], good ? "" : " missed, attempt " attempt
+        exit !good
+      }' || missed=1
+      [ $missed = 1 ] || break
     done
-    awk -v path="$path" -v loss="$loss" -v rates="$rates" -v judged=$judged 'BEGIN {
-      split(rates, r, " ")
-      best = r[1] > r[2] ? r[1] : r[2]
-      good = !judged || (r[3] >= 0.4 * best && r[4] >= 0.4 * best)
-      printf "| %s | %.1f %% | %.4f | %.4f | %.4f | %.4f |%s\n", path, 100 * loss, r[1], r[2], r[3], r[4], good ? "" : " missed"
-      exit !good
-    }' || failed=1
+    [ $missed = 0 ] || failed=1
   done
 done
 kill $relay && wait $relay || true
