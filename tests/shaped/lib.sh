@@ -54,6 +54,25 @@ nics() {
   done
 }
 
+# wire MBIT DELAY_MS QUEUE_BYTES: joins the hosts by a relay with such a line each way: a device wire0 on either, yet without addresses
+wire() {
+  [ -c /dev/net/tun ] || skip "$name needs /dev/net/tun"
+  command -v gcc >/dev/null || skip "$name needs gcc"
+  gcc -O2 -o "$scratch/relay" "$(dirname "$0")/relay.c"
+  "$scratch/relay" $a $b wire0 "$@" >"$scratch/ready" 2>"$scratch/relayed" &
+  relay=$!
+  for _ in $(seq 50); do
+    grep -q ready "$scratch/ready" && break
+    kill -0 $relay 2>/dev/null || skip "$name cannot make TUN devices: $(head -1 "$scratch/relayed")"
+    sleep 0.1
+  done
+}
+
+unwire() { # ends the relay, which then says what it did in $scratch/relayed
+  kill $relay && wait $relay || true
+  relay=
+}
+
 export UCCL_TCPX_PLUGIN=soft UCCL_SOCKET_IFNAME=${CONTROL_NIC:-eth1} NCCL_GPUDIRECTTCPX_SOCKET_IFNAME=${DATA_NICS:-eth}
 export UCCL_P2P_LOG_LEVEL=${UCCL_P2P_LOG_LEVEL:-warn}
 
@@ -72,13 +91,16 @@ serve() { # starts tcpx-perf's server on host b; sets address
   exit 1
 }
 
+# GB/s of the row that tcpx-perf wrote last
+gbytes() { sed -n 's/.*"gbytes_per_s": \([0-9.]*\).*/\1/p' "$scratch/row.json"; }
+
 # judge OP PERCENT MBIT PAYLOAD FRAME [tcpx-perf options]: measures, and compares with MBIT of which PAYLOAD of FRAME bytes are payload
 judge() {
   local op=$1 percent=$2 mbit=$3 payload=$4 frame=$5 rate
   shift 5
   timeout 55 ip netns exec $a "$perf" client "$address" --op "$op" --verify --json "$scratch/row.json" "$@" >"$scratch/client" 2>&1 ||
     { echo "$name: $op failed:"; cat "$scratch/client" "$scratch/server"; failed=1; return; }
-  rate=$(sed -n 's/.*"gbytes_per_s": \([0-9.]*\).*/\1/p' "$scratch/row.json")
+  rate=$(gbytes)
   awk -v rate="$rate" -v mbit="$mbit" -v payload="$payload" -v frame="$frame" -v percent="$percent" -v what="$name: $op" 'BEGIN {
     line = mbit / 8000 * payload / frame
     printf "%s: %.4f GB/s of the %.4f that the lines carry as payload: %.1f %% (to reach: %d %%)\n", what, rate, line, 100 * rate / line, percent

@@ -5,18 +5,9 @@
 # usage: long_wire.sh TCPX_PERF      RELAY_MBIT, RELAY_DELAY_MS, RELAY_QUEUE_BYTES
 CONTROL_NIC=wire0 DATA_NICS=wire
 . "$(dirname "$0")/lib.sh"
-[ -c /dev/net/tun ] || skip "$name needs /dev/net/tun"
-command -v gcc >/dev/null || skip "$name needs gcc"
 mbit=${RELAY_MBIT:-1000}
 hosts
-gcc -O2 -o "$scratch/relay" "$(dirname "$0")/relay.c"
-"$scratch/relay" $a $b wire0 "$mbit" "${RELAY_DELAY_MS:-20}" "${RELAY_QUEUE_BYTES:-6000000}" >"$scratch/ready" 2>"$scratch/relayed" &
-relay=$!
-for _ in $(seq 50); do
-  grep -q ready "$scratch/ready" && break
-  kill -0 $relay 2>/dev/null || skip "$name cannot make TUN devices: $(head -1 "$scratch/relayed")"
-  sleep 0.1
-done
+wire "$mbit" "${RELAY_DELAY_MS:-20}" "${RELAY_QUEUE_BYTES:-6000000}"
 ip -n $a addr add 10.78.1.1/24 dev wire0
 ip -n $b addr add 10.78.1.2/24 dev wire0
 for host in $a $b; do ip -n $host link set wire0 mtu 1500 txqueuelen 10000 up; done
@@ -32,7 +23,6 @@ awk -v us="$round_trip" -v ms="${RELAY_DELAY_MS:-20}" -v what="$name" 'BEGIN {
 for op in write read; do
   judge $op 85 "$mbit" 1448 1500 --total 256M --warmup 1 --iters 5
 done
-kill $relay && wait $relay || true
-relay=
+unwire
 cat "$scratch/relayed"
 finish

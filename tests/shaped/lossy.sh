@@ -7,8 +7,6 @@
 # usage: lossy.sh TCPX_PERF      LOSSES, RELAY_MBIT, RELAY_DELAY_MS, RELAY_QUEUE_BYTES
 . "$(dirname "$0")/lib.sh"
 command -v iptables >/dev/null || skip "$name needs iptables"
-command -v gcc >/dev/null || skip "$name needs gcc"
-[ -c /dev/net/tun ] || skip "$name needs /dev/net/tun"
 losses=${LOSSES:-0 0.001 0.01}
 export UCCL_P2P_LOG_LEVEL=error
 hosts
@@ -23,14 +21,7 @@ ip netns exec $a iptables -A INPUT -p tcp -m statistic --mode random --probabili
 ip link add "sa1-$$" type veth peer name "sb1-$$"
 ip link set "sa1-$$" netns $a name eth1
 ip link set "sb1-$$" netns $b name eth1
-gcc -O2 -o "$scratch/relay" "$(dirname "$0")/relay.c"
-"$scratch/relay" $a $b wire0 "${RELAY_MBIT:-1000}" "${RELAY_DELAY_MS:-10}" "${RELAY_QUEUE_BYTES:-3000000}" >"$scratch/ready" 2>"$scratch/relayed" &
-relay=$!
-for _ in $(seq 50); do
-  grep -q ready "$scratch/ready" && break
-  kill -0 $relay 2>/dev/null || skip "$name cannot make TUN devices: $(head -1 "$scratch/relayed")"
-  sleep 0.1
-done
+wire "${RELAY_MBIT:-1000}" "${RELAY_DELAY_MS:-10}" "${RELAY_QUEUE_BYTES:-3000000}"
 subnet=0
 for nic in eth1 wire0; do
   subnet=$((subnet + 1))
@@ -40,7 +31,7 @@ for nic in eth1 wire0; do
   for host in $a $b; do ip -n $host link set $nic mtu 1500 txqueuelen 10000 gso_max_segs 1 up; done
 done
 
-# rate NIC SYSTEM CHOICE [tcpx-perf options]: GB/s of writes; - when they did not end in time
+# rate NIC SYSTEM CHOICE [tcpx-perf options]: GB/s of writes; 0 when they did not end in time
 rate() {
   local nic=$1 system=$2 choice=$3
   shift 3
@@ -52,7 +43,7 @@ rate() {
   timeout 20 ip netns exec $a "$perf" client "$address" --op write --json "$scratch/row.json" "$@" >"$scratch/client" 2>&1 || true
   kill $server && wait $server 2>/dev/null || true
   server=
-  [ -s "$scratch/row.json" ] && sed -n 's/.*"gbytes_per_s": \([0-9.]*\).*/\1/p' "$scratch/row.json" || echo 0
+  [ -s "$scratch/row.json" ] && gbytes || echo 0
 }
 
 echo "| path | loss | cubic, GB/s | bbr, GB/s | own choice, system bbr | own choice, system cubic |"
@@ -93,6 +84,5 @@ for nic in eth1 wire0; do
     [ $missed = 0 ] || failed=1
   done
 done
-kill $relay && wait $relay || true
-relay=
+unwire
 exit $failed
