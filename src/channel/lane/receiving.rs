@@ -47,7 +47,7 @@ impl Lane {
         Ok(any)
     }
 
-    pub(super) fn post_receives(&mut self, ctx: &mut Context<'_>) -> Result<bool> {
+    fn post_receives(&mut self, ctx: &mut Context<'_>) -> Result<bool> {
         let mut any = false;
         while self.recv.window_free() > 0 {
             let Some(next) = self.expected.pop_front() else { break };
@@ -62,7 +62,7 @@ impl Lane {
         Ok(any)
     }
 
-    pub(super) fn post_receive(&mut self, next: &Expected, ctx: &mut Context<'_>) -> Result<(bool, Option<*mut u8>)> {
+    fn post_receive(&mut self, next: &Expected, ctx: &mut Context<'_>) -> Result<(bool, Option<*mut u8>)> {
         match &next.dest {
             Dest::Host(parts) if ctx.vectored => {
                 // SAFETY: the parts' region is in use by the transfer until its last chunk is received or the lane is closed.
@@ -108,7 +108,7 @@ impl Lane {
     }
 
     /// The mhandle that marks a receive as one of device memory; its memory is never written.
-    pub(super) fn device_in(&mut self, place: Place, ctx: &mut Context<'_>) -> Result<(*mut u8, MHandle)> {
+    fn device_in(&mut self, place: Place, ctx: &mut Context<'_>) -> Result<(*mut u8, MHandle)> {
         if let Some((block, mhandle)) = &self.device_in {
             return Ok((block.ptr(), *mhandle));
         }
@@ -120,7 +120,7 @@ impl Lane {
         Ok((data, mhandle))
     }
 
-    pub(super) fn view(&mut self, ctx: &mut Context<'_>, place: Place) -> Result<View> {
+    fn view(&mut self, ctx: &mut Context<'_>, place: Place) -> Result<View> {
         if let Some(view) = self.view {
             return Ok(view);
         }

@@ -110,7 +110,7 @@ impl Lane {
         });
     }
 
-    pub(super) fn host_out(&mut self, ctx: &Context<'_>) -> Result<&mut Staging> {
+    fn host_out(&mut self, ctx: &Context<'_>) -> Result<&mut Staging> {
         if self.host_out.is_none() {
             let stride = ctx.chunk_bytes.next_multiple_of(PAGE);
             let send = &self.send;
@@ -125,7 +125,7 @@ impl Lane {
     }
 
     /// Hands announced chunks to the plugin, in order, as far as they are packed and it takes them.
-    pub(super) fn post_sends(&mut self, ctx: &mut Context<'_>, now: Instant) -> Result<bool> {
+    fn post_sends(&mut self, ctx: &mut Context<'_>, now: Instant) -> Result<bool> {
         let mut any = false;
         while let Some(next) = self.to_post.front() {
             let taken = match &next.source {

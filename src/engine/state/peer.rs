@@ -42,11 +42,7 @@ impl State {
     }
 
     /// Resolves a peer's segments to memory of this side; every one is checked before anything moves.
-    pub(super) fn resolve(
-        &mut self,
-        regions: &[WireRegion],
-        segments: &WireSegments<'_>,
-    ) -> Result<(Vec<Segment>, Vec<RegionUse>)> {
+    fn resolve(&mut self, regions: &[WireRegion], segments: &WireSegments<'_>) -> Result<(Vec<Segment>, Vec<RegionUse>)> {
         let uses = regions.iter().map(|r| self.setting.registry.remote(r.id, &r.token)).collect::<Result<Vec<_>>>()?;
         let resolve = |s: WireSegment| {
             let Some(region) = uses.get(usize::from(s.region)) else { bail!(Protocol, "segment of region {}", s.region) };
@@ -65,18 +61,12 @@ impl State {
         Ok((resolved, uses))
     }
 
-    pub(super) fn refuse(&mut self, id: u64, error: &Error) {
+    fn refuse(&mut self, id: u64, error: &Error) {
         log::warn!("{}: transfer {id} of the peer refused: {error}", self.setting.peer);
         self.push(&Frame::Done { id, status: error.code(), text: &error.to_string() });
     }
 
-    pub(super) fn on_write(
-        &mut self,
-        id: u64,
-        regions: &[WireRegion],
-        segments: &WireSegments<'_>,
-        inline: Option<&[u8]>,
-    ) -> Result<()> {
+    fn on_write(&mut self, id: u64, regions: &[WireRegion], segments: &WireSegments<'_>, inline: Option<&[u8]>) -> Result<()> {
         let (segments, uses) = match self.resolve(regions, segments) {
             Ok(resolved) => resolved,
             Err(e) => {
@@ -133,7 +123,7 @@ impl State {
     }
 
     /// Puts bytes of the control stream in place.
-    pub(super) fn store(&mut self, to: &Chunk, bytes: &[u8]) -> Result<()> {
+    fn store(&mut self, to: &Chunk, bytes: &[u8]) -> Result<()> {
         debug_assert_eq!(to.len, bytes.len());
         match &mut self.copier {
             // SAFETY: the parts lie in registered regions that the caller holds in use, and hold `bytes`.
@@ -147,7 +137,7 @@ impl State {
         }
     }
 
-    pub(super) fn on_read(&mut self, id: u64, regions: &[WireRegion], segments: &WireSegments<'_>) -> Result<()> {
+    fn on_read(&mut self, id: u64, regions: &[WireRegion], segments: &WireSegments<'_>) -> Result<()> {
         let (segments, uses) = match self.resolve(regions, segments) {
             Ok(resolved) => resolved,
             Err(e) => {
@@ -168,7 +158,7 @@ impl State {
         Ok(())
     }
 
-    pub(super) fn on_read_inline(&mut self, id: u64, mut data: &[u8]) -> Result<()> {
+    fn on_read_inline(&mut self, id: u64, mut data: &[u8]) -> Result<()> {
         let key = Key { id, mine: true };
         let Some(mut inc) = self.incoming.remove(&key) else { bail!(Protocol, "data of read {id}, which is not in flight") };
         if !matches!(inc.ending, Ending::Read) || inc.missing != data.len() as u64 || inc.stream.remaining() != inc.missing {
@@ -184,7 +174,7 @@ impl State {
         Ok(())
     }
 
-    pub(super) fn on_chunks(&mut self, key: Key, grants: &[Grant]) -> Result<()> {
+    fn on_chunks(&mut self, key: Key, grants: &[Grant]) -> Result<()> {
         for grant in grants {
             let len = grant.len as usize;
             if len == 0 || len > self.setting.chunk_bytes {
@@ -206,7 +196,7 @@ impl State {
         Ok(())
     }
 
-    pub(super) fn on_done(&mut self, id: u64, status: i32, text: &str) -> Result<()> {
+    fn on_done(&mut self, id: u64, status: i32, text: &str) -> Result<()> {
         let key = Key { id, mine: true };
         if status == UCCL_OK {
             if self.waiting_sends.contains_key(&id) || self.incoming.contains_key(&key) {
