@@ -5,6 +5,7 @@ use super::driver::Driver;
 use super::fifo::{Access, FifoItem};
 use super::registry::RegionUse;
 use super::shared::Shared;
+use super::spare;
 use super::state::{Request, State};
 use super::transfer::{Direction, LocalSegment, TransferState};
 use crate::channel::plan::Segment;
@@ -22,8 +23,6 @@ use std::time::{Duration, Instant};
 
 /// Bytes of notifications that may wait to leave before `notify` blocks.
 const MAX_PENDING: usize = 256 << 20;
-/// From so many segments on, a transfer's lists use memory that an ended one left.
-const MANY_SEGMENTS: usize = 1 << 10;
 /// On a machine with few cores a poll of a transfer that still lacks this many bytes naps, so that the channels' threads get the core.
 const NAP_BYTES: u64 = 1 << 20;
 /// Bytes that no channel moves in a microsecond: a nap as long as they would take ends before the transfer does.
@@ -144,11 +143,11 @@ impl Connection {
         let mut locals = Table::new();
         let mut remotes: Table<([u8; 16], u64)> = Table::new();
         let n = items.len();
-        let (segments, remote) = if n < MANY_SEGMENTS {
+        let (segments, remote) = if n < spare::MANY {
             (Vec::with_capacity(n), WireSegments::default())
         } else {
-            let spare = &mut self.state.lock().spare;
-            (spare.list(n), spare.wire(n))
+            let kept = &mut self.state.lock().spare;
+            (kept.list(n), kept.wire(n))
         };
         let mut request = Request { segments, uses: Vec::new(), remote, remote_regions: Vec::new(), total: 0 };
         // Blocks of one region follow each other: what the last item said about the region need not be worked out again.

@@ -4,6 +4,8 @@
 use crate::channel::plan::Segment;
 use crate::wire::frame::WireSegments;
 
+/// From so many segments on it pays: shorter lists are neither asked for nor kept, where they would take the place of long ones.
+pub(crate) const MANY: usize = 1 << 10;
 /// Lists kept at most, and the most segments of one that is kept.
 const LISTS: usize = 4;
 const SEGMENTS: usize = 1 << 16;
@@ -32,7 +34,7 @@ impl Spare {
 
     /// A list that nobody needs any more.
     pub(crate) fn give_list(&mut self, mut list: Vec<Segment>) {
-        if self.lists.len() < LISTS && list.capacity() <= SEGMENTS {
+        if self.lists.len() < LISTS && (MANY..=SEGMENTS).contains(&list.capacity()) {
             list.clear();
             self.lists.push(list);
         }
@@ -50,21 +52,23 @@ impl Spare {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::frame::{Place, WireSegment};
 
     #[test]
     fn lists_come_back_empty_and_only_so_many() {
         let mut spare = Spare::default();
-        let segment =
-            Segment { addr: 1, len: 2, region: 0, place: crate::wire::frame::Place::HOST, peer: crate::wire::frame::Place::HOST };
+        let segment = Segment { addr: 1, len: 2, region: 0, place: Place::HOST, peer: Place::HOST };
+        spare.give_list(vec![segment; 1]);
+        assert_eq!(spare.lists.len(), 0, "short lists stay out");
         for _ in 0..2 * LISTS {
-            spare.give_list(vec![segment; 1000]);
+            spare.give_list(vec![segment; MANY]);
         }
         spare.give_list(Vec::with_capacity(SEGMENTS + 1));
         assert_eq!(spare.lists.len(), LISTS);
         let list = spare.list(10);
-        assert!(list.is_empty() && list.capacity() >= 1000);
+        assert!(list.is_empty() && list.capacity() >= MANY);
         let mut wire = spare.wire(5);
-        wire.push(crate::wire::frame::WireSegment { addr: 1, len: 2, region: 0, initiator: segment.place, owner: segment.peer });
+        wire.push(WireSegment { addr: 1, len: 2, region: 0, initiator: segment.place, owner: segment.peer });
         spare.give_wire(wire);
         assert_eq!(spare.wire(1).count(), 0);
     }
