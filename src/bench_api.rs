@@ -1,7 +1,9 @@
 //! What benches/pure.rs measures of the private modules. No part of the API: it changes whenever they do.
 
-use crate::channel::plan::{Segment, Stream};
-use crate::wire::frame::{self, Decoded, Frame, Grant, Place, WireRegion, WireSegment};
+use crate::channel::plan::Stream;
+use crate::types::Place;
+use crate::types::Segment;
+use crate::wire::frame::{self, Decoded, Frame, Grant, WireRegion, WireSegment};
 
 /// A transfer of `count` blocks of `block` bytes, no two of them neighbours.
 pub struct Plan(Vec<Segment>);

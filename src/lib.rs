@@ -6,6 +6,7 @@
 //! | `ffi` | the C ABI: null and panic guard, handles, status numbers |
 //! | [`engine`] | engines, connections, transfers, registered memory, notifications, progress |
 //! | `wire` | control frames, the control stream, handshake and authentication |
+//! | [`types`] | words that all layers share: places, spans, segments |
 //! | `channel` | chunk plan, striping, one channel over a comm pair, unpacking |
 //! | `gpu` | CUDA through the driver API: memory kinds, contexts, the launcher of the copy kernel |
 //! | [`net`] | plugins, comms that keep the contract's rules, the host's interfaces |
@@ -24,4 +25,5 @@ mod gpu;
 mod logging;
 pub mod net;
 pub mod status;
+pub mod types;
 mod wire;

@@ -2,12 +2,13 @@
 //! Knows jobs and places; connections and plugins it does not.
 
 use super::device::{DeviceCopier, StagingMemory, Ticket};
-use super::plan::Part;
 use crate::gpu::{
     CopyLauncher, DeviceBuffer, Gpu, Job, MappedPtr, MemoryKind, PinnedBuffer, Segment, INLINE_PIECES, PIECES_PER_JOB,
 };
 use crate::status::{bail, Result};
-use crate::wire::frame::{Place, MAX_INLINE};
+use crate::types::Part;
+use crate::types::Place;
+use crate::wire::frame::MAX_INLINE;
 use nccl_net_abi::{unpackNetDeviceHandle, MAX_SLOT_ENTRIES};
 use std::collections::VecDeque;
 use std::ffi::c_void;

@@ -1,9 +1,9 @@
 //! Moving bytes of device memory: unpacking a bounce buffer to its destinations, gathering segments into staging. One trait,
 //! so that the rest of the engine is the same for CUDA and for emulated device memory, where the CPU does both.
 
-use super::plan::Part;
 use crate::status::{bail, Result};
-use crate::wire::frame::Place;
+use crate::types::Part;
+use crate::types::Place;
 use nccl_net_abi::{loadMeta, netUnpackMeta, unpackNetDeviceHandle, MAX_SLOT_ENTRIES};
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -7,35 +7,14 @@ mod staging;
 
 use super::device::{DeviceCopier, StagingMemory, Ticket, View};
 use super::memory::HostBlock;
-use super::plan::Part;
 use super::stripe::{Load, Rate};
 use crate::net::comm::{Doorbell, MHandle, RecvComm, SendComm};
 use crate::status::{bail, Result};
-use crate::wire::frame::Place;
+use crate::types::{Key, Part, Place};
 use nccl_net_abi::{ucclIoVec, MAX_REQUESTS};
 use staging::{Staging, STAGED_WINDOW};
 use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
-
-/// Names a data stream of a connection: the transfer id and which side chose it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Key {
-    /// The initiator's transfer id.
-    pub id: u64,
-    /// This side is the initiator.
-    pub mine: bool,
-}
-
-/// Extent of a registered region.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Span {
-    /// Id of the region.
-    pub id: u64,
-    /// First byte.
-    pub addr: u64,
-    /// Bytes.
-    pub len: u64,
-}
 
 /// What happened on a channel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,33 +1,7 @@
 //! The chunk plan: a transfer is a stream of bytes laid over a list of segments; chunks are cut off its front. Both sides walk
 //! their own list in the same order by the same lengths, so a chunk is described by its length alone. Pure.
 
-use crate::wire::frame::Place;
-
-/// One segment of local memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Segment {
-    /// First byte.
-    pub addr: u64,
-    /// Bytes, more than 0.
-    pub len: u64,
-    /// Index of its region in the transfer's table.
-    pub region: u16,
-    /// Where it lies.
-    pub place: Place,
-    /// Where the peer's side of it lies.
-    pub peer: Place,
-}
-
-/// A piece of a segment inside a chunk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Part {
-    /// First byte.
-    pub addr: u64,
-    /// Bytes, more than 0.
-    pub len: u64,
-    /// Index of its region in the transfer's table.
-    pub region: u16,
-}
+use crate::types::{Part, Place, Segment};
 
 /// What one chunk is made of.
 #[derive(Clone, Debug, PartialEq, Eq)]

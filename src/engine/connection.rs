@@ -8,11 +8,10 @@ use super::shared::Shared;
 use super::spare;
 use super::state::{Request, State};
 use super::transfer::{Direction, LocalSegment, TransferState};
-use crate::channel::plan::Segment;
 use crate::status::{bail, err, Error, ErrorKind, Result};
-use crate::wire::frame::{
-    Place, WireRegion, WireSegment, WireSegments, MAX_NOTIFICATION, MAX_REGIONS, MAX_SEGMENTS, MAX_SEGMENT_BYTES,
-};
+use crate::types::Place;
+use crate::types::Segment;
+use crate::wire::frame::{WireRegion, WireSegment, WireSegments, MAX_NOTIFICATION, MAX_REGIONS, MAX_SEGMENTS, MAX_SEGMENT_BYTES};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::collections::HashMap;
 use std::net::IpAddr;

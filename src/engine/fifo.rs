@@ -1,7 +1,7 @@
 //! The FIFO item: what a peer needs to reach a region. 64 bytes in memory order, as upstream's clients exchange it.
 
 use crate::status::{bail, Result};
-use crate::wire::frame::Place;
+use crate::types::Place;
 use std::ffi::c_char;
 
 /// Access to a range of a peer's region. Exchanged between hosts of the same byte order (x86-64, little-endian).

@@ -1,9 +1,9 @@
 //! Registered memory: regions with unguessable tokens, and the count of transfers that use each. A region that is in use is
 //! never let go; one that is deregistered is found no more.
 
-use crate::channel::lane::Span;
 use crate::status::{bail, Result};
-use crate::wire::frame::Place;
+use crate::types::Place;
+use crate::types::Span;
 use parking_lot::RwLock;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};

@@ -9,7 +9,7 @@ use crate::gpu::{Gpu, GpuName, MemoryKind};
 use crate::net::comm::Doorbell;
 use crate::net::plugin::Plugin;
 use crate::status::{bail, Error, Result};
-use crate::wire::frame::Place;
+use crate::types::Place;
 use parking_lot::{Condvar, Mutex};
 use std::collections::{HashMap, VecDeque};
 use std::net::TcpStream;

@@ -1,7 +1,7 @@
 //! Memory of ended transfers, kept for the next ones: the lists of a transfer of many thousand segments are so large that fresh memory
 //! for them costs more in page faults than filling them.
 
-use crate::channel::plan::Segment;
+use crate::types::Segment;
 use crate::wire::frame::WireSegments;
 
 /// From so many segments on it pays: shorter lists are neither asked for nor kept, where they would take the place of long ones.
@@ -52,7 +52,8 @@ impl Spare {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::frame::{Place, WireSegment};
+    use crate::types::Place;
+    use crate::wire::frame::WireSegment;
 
     #[test]
     fn lists_come_back_empty_and_only_so_many() {

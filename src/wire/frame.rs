@@ -4,6 +4,7 @@
 //! A frame is an 8-byte header (payload length u32, type u8, magic u8, zero u16; little-endian as all numbers) and its payload.
 
 use crate::status::{bail, Result, StatusCode};
+use crate::types::Place;
 use std::borrow::Cow;
 
 /// Bytes of a frame header.
@@ -24,28 +25,6 @@ const MAX_TEXT: usize = 1 << 10;
 const REGION_BYTES: usize = 24;
 const SEGMENT_BYTES: usize = 16;
 const GRANT_BYTES: usize = 8;
-
-/// Where memory lies: host memory, or a GPU of its host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Place(pub u8);
-
-impl Place {
-    /// Host memory.
-    pub const HOST: Place = Place(0);
-
-    /// Memory of the GPU with this CUDA index.
-    pub fn gpu(ordinal: u8) -> Place {
-        Place(ordinal.saturating_add(1))
-    }
-    /// Memory of some GPU.
-    pub fn is_device(self) -> bool {
-        self.0 != 0
-    }
-    /// CUDA index of the GPU.
-    pub fn ordinal(self) -> Option<u8> {
-        self.0.checked_sub(1)
-    }
-}
 
 /// A region of the receiver of the frame, with the token that proves access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

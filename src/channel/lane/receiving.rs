@@ -6,7 +6,7 @@ use crate::channel::device::{spread, Ticket, View};
 use crate::channel::memory::{HostBlock, PAGE};
 use crate::net::comm::MHandle;
 use crate::status::{bail, Result};
-use crate::wire::frame::Place;
+use crate::types::Place;
 use nccl_net_abi::{ucclIoVec, MAX_REQUESTS, NCCL_PTR_CUDA, NCCL_PTR_HOST};
 
 impl Lane {

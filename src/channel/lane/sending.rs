@@ -1,13 +1,15 @@
 //! The sending half of a channel: where a chunk's bytes are handed to the plugin from, and in which order.
 
 use super::staging::{Staging, STAGED_WINDOW};
-use super::{iov, Context, Event, Key, Lane, Outgoing, Source, Span, ToPost};
+use super::{iov, Context, Event, Lane, Outgoing, Source, ToPost};
 use crate::channel::device::{gather, Ticket};
 use crate::channel::memory::{HostBlock, PAGE};
-use crate::channel::plan::{Chunk, Part};
+use crate::channel::plan::Chunk;
 use crate::net::comm::{MHandle, MAX_PIECE_BYTES};
 use crate::status::{bail, Result};
-use crate::wire::frame::Place;
+use crate::types::Part;
+use crate::types::Place;
+use crate::types::{Key, Span};
 use nccl_net_abi::{MAX_REQUESTS, NCCL_PTR_CUDA, NCCL_PTR_HOST};
 use std::time::Instant;
 

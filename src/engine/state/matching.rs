@@ -1,10 +1,12 @@
 //! Two-sided messages: sends wait for receives and receives for sends, in order; who waits too long ends in time.
 
 use super::{Ending, InStream, State};
-use crate::channel::lane::Key;
-use crate::channel::plan::{Segment, Stream};
+use crate::channel::plan::Stream;
 use crate::status::{err, Error, ErrorKind, Result, UCCL_OK};
-use crate::wire::frame::{Frame, Place};
+use crate::types::Key;
+use crate::types::Place;
+use crate::types::Segment;
+use crate::wire::frame::Frame;
 use std::time::{Duration, Instant};
 
 impl State {

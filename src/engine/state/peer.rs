@@ -2,11 +2,13 @@
 
 use super::{Ending, InStream, State, MAX_MESSAGES};
 use crate::channel::device::spread;
-use crate::channel::lane::{Dest, Key};
-use crate::channel::plan::{Chunk, Segment, Stream};
+use crate::channel::lane::Dest;
+use crate::channel::plan::{Chunk, Stream};
 use crate::engine::notify::Notification;
 use crate::engine::registry::RegionUse;
 use crate::status::{bail, Error, ErrorKind, Result, UCCL_OK};
+use crate::types::Key;
+use crate::types::Segment;
 use crate::wire::frame::{Frame, Grant, WireRegion, WireSegment, WireSegments, MAX_INLINE};
 
 impl State {

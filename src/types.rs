@@ -1,0 +1,70 @@
+//! Words that every layer shares: where memory lies, extents of regions, the segments of a transfer and the pieces of a chunk. Knows
+//! nothing of wires, channels or plugins.
+
+/// Where memory lies: host memory, or a GPU of its host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Place(pub u8);
+
+impl Place {
+    /// Host memory.
+    pub const HOST: Place = Place(0);
+
+    /// Memory of the GPU with this CUDA index.
+    pub fn gpu(ordinal: u8) -> Place {
+        Place(ordinal.saturating_add(1))
+    }
+    /// Memory of some GPU.
+    pub fn is_device(self) -> bool {
+        self.0 != 0
+    }
+    /// CUDA index of the GPU.
+    pub fn ordinal(self) -> Option<u8> {
+        self.0.checked_sub(1)
+    }
+}
+
+/// Names a data stream of a connection: the transfer id and which side chose it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Key {
+    /// The initiator's transfer id.
+    pub id: u64,
+    /// This side is the initiator.
+    pub mine: bool,
+}
+
+/// Extent of a registered region.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Span {
+    /// Id of the region.
+    pub id: u64,
+    /// First byte.
+    pub addr: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// One segment of local memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Segment {
+    /// First byte.
+    pub addr: u64,
+    /// Bytes, more than 0.
+    pub len: u64,
+    /// Index of its region in the transfer's table.
+    pub region: u16,
+    /// Where it lies.
+    pub place: Place,
+    /// Where the peer's side of it lies.
+    pub peer: Place,
+}
+
+/// A piece of a segment inside a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Part {
+    /// First byte.
+    pub addr: u64,
+    /// Bytes, more than 0.
+    pub len: u64,
+    /// Index of its region in the transfer's table.
+    pub region: u16,
+}
