@@ -73,8 +73,8 @@ impl<T: Waiting> Accepts<T> {
     pub(crate) fn sweep(&self) -> bool {
         let mut queue = self.queue.lock();
         let all = std::mem::take(&mut queue.ready);
-        let (up, dead): (VecDeque<_>, Vec<_>) = all.into_iter().partition(|c| c.is_up());
-        queue.ready = up;
+        let (up, dead): (Vec<_>, Vec<_>) = all.into_iter().partition(|c| c.is_up());
+        queue.ready = up.into();
         let any = !queue.ready.is_empty();
         drop(queue);
         // Closing takes its time, outside of the lock.

@@ -3,8 +3,9 @@
 
 use super::driver::Driver;
 use super::fifo::{Access, FifoItem};
+use super::fork::Local;
+use super::home::Home;
 use super::registry::RegionUse;
-use super::shared::Shared;
 use super::spare;
 use super::state::{Request, State};
 use super::transfer::{Direction, LocalSegment, TransferState};
@@ -29,13 +30,17 @@ const NAP_BYTES_PER_US: u64 = 32 << 10;
 /// Longest nap, microseconds; the nap where several transfers are polled in turn.
 const NAP_MAX_US: u64 = 300;
 const NAP_AMONG_US: u64 = 20;
+/// How long a close takes at most, and how much of it waits for the peer to hang up.
+pub(crate) const CLOSING: Duration = Duration::from_secs(1);
+const HANG_UP: Duration = Duration::from_millis(100);
 
 /// A connection to a peer engine. All methods may be called from any thread.
 pub struct Connection {
     pub(crate) id: u64,
     pub(crate) fd: RawFd,
-    shared: Arc<Shared>,
-    state: Mutex<State>,
+    home: Arc<Home>,
+    /// Of the process that made the connection: a forked child neither uses nor ends it.
+    state: Local<Mutex<State>>,
     ended: Condvar,
     waiters: AtomicU32,
     driver: Driver,
@@ -66,20 +71,13 @@ pub(crate) struct Peer {
 }
 
 impl Connection {
-    pub(crate) fn new(
-        id: u64,
-        shared: Arc<Shared>,
-        state: State,
-        peer: Peer,
-        channels: usize,
-        armed: Arc<AtomicU32>,
-    ) -> Connection {
+    pub(crate) fn new(id: u64, home: Arc<Home>, state: State, peer: Peer, channels: usize, armed: Arc<AtomicU32>) -> Connection {
         Connection {
             id,
             fd: state.control.fd(),
             local: crate::net::topology::is_local(peer.ip),
-            shared,
-            state: Mutex::new(state),
+            home,
+            state: Local::new(Mutex::new(state)),
             ended: Condvar::new(),
             waiters: AtomicU32::new(0),
             driver: Driver::default(),
@@ -117,6 +115,7 @@ impl Connection {
     /// # Errors
     /// `InvalidArgument`, `NotFound` (region), `Resource`, or why the connection is lost. Nothing moves then.
     pub fn transfer(&self, direction: Direction, items: impl ExactSizeIterator<Item = (LocalSegment, FifoItem)>) -> Result<u64> {
+        self.state.check("connection")?;
         let n = items.len();
         if n > MAX_SEGMENTS {
             bail!(InvalidArgument, "{n} segments, at most {MAX_SEGMENTS}");
@@ -154,7 +153,7 @@ impl Connection {
         for (local, item) in items {
             let len = local.len as u64;
             let region = locals.index(local.mr, || {
-                request.uses.push(self.shared.registry.local(local.mr)?);
+                request.uses.push(self.home.registry.local(local.mr)?);
                 Ok(())
             })?;
             request.uses[usize::from(region)].check(local.addr as u64, len)?;
@@ -207,6 +206,7 @@ impl Connection {
     /// # Errors
     /// As [`Connection::transfer`].
     pub fn send(&self, items: impl ExactSizeIterator<Item = LocalSegment>) -> Result<u64> {
+        self.state.check("connection")?;
         let n = items.len();
         if n > MAX_SEGMENTS {
             bail!(InvalidArgument, "{n} segments, at most {MAX_SEGMENTS}");
@@ -215,7 +215,7 @@ impl Connection {
         let (mut segments, mut uses) = (Vec::with_capacity(n), Vec::new());
         for local in items {
             let region = locals.index(local.mr, || {
-                uses.push(self.shared.registry.local(local.mr)?);
+                uses.push(self.home.registry.local(local.mr)?);
                 Ok(())
             })?;
             let used: &RegionUse = &uses[usize::from(region)];
@@ -240,7 +240,8 @@ impl Connection {
     /// # Errors
     /// As [`Connection::transfer`].
     pub fn recv(&self, local: LocalSegment) -> Result<u64> {
-        let region = self.shared.registry.local(local.mr)?;
+        self.state.check("connection")?;
+        let region = self.home.registry.local(local.mr)?;
         region.check(local.addr as u64, local.len as u64)?;
         let segment =
             Segment { addr: local.addr as u64, len: local.len as u64, region: 0, place: region.place, peer: Place::HOST };
@@ -254,6 +255,7 @@ impl Connection {
     /// # Errors
     /// `InvalidArgument` above 64 MiB, or why the connection is lost.
     pub fn notify(&self, name: &[u8], message: &[u8]) -> Result<()> {
+        self.state.check("connection")?;
         let size = name.len().saturating_add(message.len());
         if size > MAX_NOTIFICATION {
             bail!(InvalidArgument, "a notification of {size} bytes, at most {MAX_NOTIFICATION}");
@@ -276,7 +278,7 @@ impl Connection {
             Ok(_) => {
                 let backlog = state.control.pending() > 0;
                 drop(state);
-                self.shared.work_added(backlog);
+                self.home.work_added(backlog);
             }
             Err(_) => {}
         }
@@ -288,6 +290,7 @@ impl Connection {
     /// # Errors
     /// Why it is not, once it is lost or closed.
     pub fn status(&self) -> Result<()> {
+        self.state.check("connection")?;
         match self.state.lock().dead() {
             Some(e) => Err(e.clone()),
             None => Ok(()),
@@ -301,26 +304,27 @@ impl Connection {
     /// # Errors
     /// The error the transfer ended with, or `NotFound`.
     pub fn poll(&self, id: u64) -> Result<TransferState> {
+        self.state.check("connection")?;
         let mut state = self.state.lock();
         let before = state.lookup(id)?;
         if before.complete || state.dead().is_some() {
             return Ok(before);
         }
         // Of several transfers polled in turn none may hold up the others for long.
-        let only_this = self.shared.polled_again(self.id, id);
+        let only_this = self.home.polled_again(self.id, id);
         let missing = before.bytes_total - before.bytes_done;
-        let few_cores = self.shared.few_cores && !state.copies_pending();
-        if few_cores && only_this && missing > NAP_BYTES && state.lanes_busy() && self.shared.plugin.is_soft() {
+        let few_cores = self.home.few_cores && !state.copies_pending();
+        if few_cores && only_this && missing > NAP_BYTES && state.lanes_busy() && self.home.doorbells {
             drop(state);
             // Rung by the channels, the progress thread does the same with fewer rounds, and this core is theirs.
             if self.driver.stop() {
-                self.shared.ring();
+                self.home.bell.ring();
             }
             std::thread::sleep(Duration::from_micros((missing / NAP_BYTES_PER_US).min(NAP_MAX_US)));
-            self.driver.leave(self.shared.clock());
+            self.driver.leave(self.home.clock());
             return self.state.lock().lookup(id);
         }
-        self.driver.enter(self.shared.clock());
+        self.driver.enter(self.home.clock());
         let any = self.drive(&mut state);
         let after = state.lookup(id)?;
         // The channels' threads, or those of a peer on this host, are at work.
@@ -331,7 +335,7 @@ impl Connection {
         } else if give_way {
             std::thread::yield_now();
         }
-        self.driver.leave(self.shared.clock());
+        self.driver.leave(self.home.clock());
         Ok(after)
     }
 
@@ -340,6 +344,7 @@ impl Connection {
     /// # Errors
     /// As [`Connection::poll`].
     pub fn wait(&self, id: u64, timeout: Option<Duration>) -> Result<TransferState> {
+        self.state.check("connection")?;
         let started = Instant::now();
         let deadline = timeout.map(|t| started + t);
         let spin = Duration::from_micros(50);
@@ -354,7 +359,7 @@ impl Connection {
             }
             // Sleep; the progress thread drives from here and wakes us when something has ended.
             self.driver.stop();
-            self.shared.ring();
+            self.home.bell.ring();
             let mut state = self.state.lock();
             self.waiters.fetch_add(1, Ordering::AcqRel);
             let until = deadline.unwrap_or(now + Duration::from_millis(100)).min(now + Duration::from_millis(100));
@@ -386,15 +391,15 @@ impl Connection {
     pub(crate) fn drive_for_application(&self) {
         let Some(mut state) = self.state.try_lock() else { return };
         if state.dead().is_none() {
-            self.driver.enter(self.shared.clock());
+            self.driver.enter(self.home.clock());
             self.drive(&mut state);
-            self.driver.leave(self.shared.clock());
+            self.driver.leave(self.home.clock());
         }
     }
 
     /// For how long an application thread has been driving it, if one does at present.
     pub(crate) fn driven_by_application(&self) -> Option<Duration> {
-        self.driver.active(self.shared.clock()).map(Duration::from_micros)
+        self.driver.active(self.home.clock()).map(Duration::from_micros)
     }
 
     /// Lets the channels' doorbell ring, or no longer.
@@ -453,28 +458,47 @@ impl Connection {
             (ErrorKind::RemoteDisconnect, 0) => log::info!("{error}"),
             (_, n) => log::error!("connection failed with {n} transfers in flight: {error}"),
         }
-        self.shared.unwatch(self.fd);
+        self.home.bell.unwatch(self.fd);
         state.fail(error);
         self.ended.notify_all();
     }
 
     /// Closes the connection: what is queued for the peer leaves first (for a second at most), then transfers in flight are canceled.
     pub fn close(&self) {
-        let deadline = Instant::now() + Duration::from_secs(1).min(self.shared.config.close_timeout);
+        self.say_goodbye();
+        self.finish_close(Instant::now() + CLOSING.min(self.home.close_timeout));
+    }
+
+    /// Tells the peer that no more comes; waits for nothing. [`Connection::finish_close`] does the rest.
+    pub(crate) fn say_goodbye(&self) {
+        if !self.state.is_here() {
+            return;
+        }
+        let mut state = self.state.lock();
+        if state.dead().is_none() {
+            state.say_bye();
+            self.drive(&mut state);
+        }
+    }
+
+    /// Ends the connection: once what is queued has left and the peer has hung up, or at the deadline.
+    pub(crate) fn finish_close(&self, deadline: Instant) {
+        if !self.state.is_here() {
+            return;
+        }
         let mut state = self.state.lock();
         while state.control.pending() > 0 && state.dead().is_none() && Instant::now() < deadline {
             self.drive(&mut state);
             MutexGuard::unlocked(&mut state, || std::thread::sleep(Duration::from_micros(50)));
         }
         if state.dead().is_none() {
-            state.say_bye();
             // Closing a socket with unread bytes resets it, and the peer could lose what was sent last: read on until it hangs up.
             state.control.shutdown_write();
-            state.control.drain(Duration::from_millis(100));
+            state.control.drain(HANG_UP.min(deadline.saturating_duration_since(Instant::now())));
             self.fail_locked(&mut state, err!(Canceled, "closed on this side"));
         }
         drop(state);
-        self.shared.forget(self.id);
+        self.home.connections.remove(self.id);
     }
 
     /// Fails the connection if a transfer of it still uses the region.

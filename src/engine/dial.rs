@@ -86,7 +86,9 @@ pub(crate) fn connect(addresses: &[SocketAddr], deadline: Instant, ending: &Endi
         let share = deadline.saturating_duration_since(now) / (addresses.len() - i) as u32;
         match connect_to(*address, now + share, ending) {
             Ok(sock) => return Ok((sock, *address)),
-            Err(e) if matches!(e.kind(), crate::status::ErrorKind::Canceled | crate::status::ErrorKind::Resource) => return Err(e),
+            Err(e) if matches!(e.kind(), crate::status::ErrorKind::Canceled | crate::status::ErrorKind::Resource) => {
+                return Err(e)
+            }
             Err(e) => last = e,
         }
     }
@@ -95,7 +97,8 @@ pub(crate) fn connect(addresses: &[SocketAddr], deadline: Instant, ending: &Endi
 
 fn connect_to(address: SocketAddr, deadline: Instant, ending: &Ending) -> Result<TcpStream> {
     let what = "socket of the control connection";
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP)).map_err(|e| limits::system(what, &e))?;
+    let socket =
+        Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP)).map_err(|e| limits::system(what, &e))?;
     socket.set_nonblocking(true).and_then(|()| socket.set_tcp_nodelay(true)).map_err(|e| limits::system(what, &e))?;
     match socket.connect(&address.into()) {
         Ok(()) => return Ok(socket.into()),
@@ -105,7 +108,7 @@ fn connect_to(address: SocketAddr, deadline: Instant, ending: &Ending) -> Result
     }
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let ready = poll(&[(socket.as_raw_fd(), libc::POLLOUT), (ending.fd().as_raw_fd(), libc::POLLIN)], left)?;
+        let ready = poll(&[(socket.as_raw_fd(), libc::POLLOUT), (ending.fd(), libc::POLLIN)], left)?;
         if ready[1] {
             return Err(canceled());
         }

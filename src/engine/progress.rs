@@ -1,9 +1,10 @@
 //! The progress thread of an engine: drives every connection while there is work, spins briefly for the next piece of it, then
 //! sleeps in epoll. A connection that an application thread polls is left to that thread.
 
+use super::bell::WAKE;
 use super::connection::Connection;
-use super::shared::{Shared, WAKE};
-use std::sync::atomic::Ordering;
+use super::home::Home;
+use reactor::Interest;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -36,16 +37,16 @@ pub(crate) fn block_signals() {
 struct Watched {
     connection: Arc<Connection>,
     /// What wakes this thread for it.
-    interest: i32,
+    interest: Option<Interest>,
     /// An application thread drives it at present.
     driven: bool,
 }
 
 impl Watched {
-    fn watch(&mut self, shared: &Shared, interest: i32) {
-        if self.interest != interest {
-            self.interest = interest;
-            shared.watch(&self.connection, interest);
+    fn watch(&mut self, home: &Home, interest: Interest) {
+        if self.interest != Some(interest) {
+            self.interest = Some(interest);
+            home.bell.change(self.connection.fd, self.connection.id, interest);
         }
     }
 }
@@ -61,14 +62,14 @@ struct Round {
 }
 
 /// One round over all connections but those that an application thread drives.
-fn drive(shared: &Shared, watched: &mut [Watched]) -> Round {
+fn drive(home: &Home, watched: &mut [Watched]) -> Round {
     let mut round = Round::default();
     for w in watched {
         let driven = w.connection.driven_by_application();
         w.driven = driven.is_some();
         if let Some(since) = driven {
             round.driven = Some(round.driven.map_or(since, |other| other.min(since)));
-            w.watch(shared, 0);
+            w.watch(home, Interest::NONE);
             continue;
         }
         let p = w.connection.progress();
@@ -76,35 +77,40 @@ fn drive(shared: &Shared, watched: &mut [Watched]) -> Round {
         round.busy |= p.busy;
         round.lanes_busy |= p.lanes_busy;
         round.copying |= p.copying;
-        w.watch(shared, if p.backlog { libc::EPOLLIN | libc::EPOLLOUT } else { libc::EPOLLIN });
+        w.watch(home, if p.backlog { Interest::READ | Interest::WRITE } else { Interest::READ });
     }
     round
 }
 
 /// Lets the doorbells ring that this thread answers for, or silences them all.
-fn arm(shared: &Shared, watched: &[Watched], on: bool) {
+fn arm(home: &Home, watched: &[Watched], on: bool) {
     for w in watched {
         w.connection.arm(on && !w.driven);
     }
-    shared.arm(on);
+    home.bell.arm(on);
 }
 
 /// Runs until the engine closes.
-pub(crate) fn run(shared: &Arc<Shared>) {
+pub(crate) fn run(home: &Home, spin: Option<Duration>) {
     block_signals();
-    let spin = shared.config.spin.unwrap_or_else(default_spin);
-    let few_cores = shared.few_cores;
-    let doorbells = shared.plugin.is_soft();
+    let spin = spin.unwrap_or_else(default_spin);
+    let few_cores = home.few_cores;
+    let doorbells = home.doorbells;
     let mut watched: Vec<Watched> = Vec::new();
     let mut seen = u64::MAX;
     let mut last_activity = Instant::now();
     let mut last_tick = Instant::now();
     let mut tokens = Vec::new();
-    while !shared.closing.load(Ordering::Acquire) {
-        let generation = shared.generation.load(Ordering::Acquire);
+    while !home.ended() {
+        let generation = home.connections.generation();
         if generation != seen {
             seen = generation;
-            watched = shared.all().into_iter().map(|connection| Watched { connection, interest: -1, driven: false }).collect();
+            watched = home
+                .connections
+                .all()
+                .into_iter()
+                .map(|connection| Watched { connection, interest: None, driven: false })
+                .collect();
         }
         let now = Instant::now();
         if now - last_tick >= TICK {
@@ -113,7 +119,7 @@ pub(crate) fn run(shared: &Arc<Shared>) {
                 w.connection.tick(now);
             }
         }
-        let round = drive(shared, &mut watched);
+        let round = drive(home, &mut watched);
         if round.any {
             last_activity = Instant::now();
             continue;
@@ -134,10 +140,10 @@ pub(crate) fn run(shared: &Arc<Shared>) {
             std::thread::yield_now();
             continue;
         }
-        arm(shared, &watched, true);
+        arm(home, &watched, true);
         // What happened before the arming rang nobody.
-        if drive(shared, &mut watched).any || shared.generation.load(Ordering::Acquire) != seen {
-            arm(shared, &watched, false);
+        if drive(home, &mut watched).any || home.connections.generation() != seen {
+            arm(home, &watched, false);
             last_activity = Instant::now();
             continue;
         }
@@ -148,8 +154,8 @@ pub(crate) fn run(shared: &Arc<Shared>) {
         } else {
             TICK
         };
-        shared.wait_events(limit, &mut tokens);
-        arm(shared, &watched, false);
+        home.bell.wait(limit, &mut tokens);
+        arm(home, &watched, false);
         if tokens.iter().any(|&t| t != WAKE) {
             last_activity = Instant::now();
         }

@@ -1,7 +1,36 @@
-//! Who may connect: a list of networks. Pure.
+//! Words of the configuration about addresses: what the listening port is bound to, and which networks may connect. Pure.
 
 use crate::status::{bail, Result};
 use std::net::IpAddr;
+
+/// What the listening port is bound to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Bind {
+    /// The address of the control interface, and the loopback address of its family.
+    #[default]
+    Interface,
+    /// Every address of the host.
+    Any,
+    /// One address, and nothing else.
+    Address(IpAddr),
+}
+
+impl Bind {
+    /// Reads UCCL_TCPX_BIND.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for what is neither `any` nor an address.
+    pub fn parse(text: &str) -> Result<Bind> {
+        if text.eq_ignore_ascii_case("any") {
+            return Ok(Bind::Any);
+        }
+        match text.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>() {
+            Ok(ip) if ip.is_unspecified() => Ok(Bind::Any),
+            Ok(ip) => Ok(Bind::Address(ip)),
+            Err(_) => bail!(InvalidArgument, "expected any, or an address of this host"),
+        }
+    }
+}
 
 /// A network: an address and how many of its first bits count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +114,15 @@ mod tests {
     }
 
     #[test]
+    fn bind_takes_any_or_an_address() {
+        assert_eq!(Bind::parse("any").unwrap(), Bind::Any);
+        assert_eq!(Bind::parse("::").unwrap(), Bind::Any);
+        assert_eq!(Bind::parse("10.0.0.1").unwrap(), Bind::Address("10.0.0.1".parse().unwrap()));
+        assert_eq!(Bind::parse("[fd00::1]").unwrap(), Bind::Address("fd00::1".parse().unwrap()));
+        assert!(Bind::parse("eth0").is_err());
+    }
+
+    #[test]
     fn networks_hold_their_addresses_and_no_others() {
         assert!(admits("", "192.0.2.1") && admits(" , ", "::1"));
         assert!(admits("10.0.0.0/8", "10.255.255.255") && !admits("10.0.0.0/8", "11.0.0.0"));
@@ -99,7 +137,8 @@ mod tests {
 
     #[test]
     fn what_is_no_network_is_refused() {
-        for bad in ["10.0.0.0/33", "10.0.0/8", "eth0", "10.0.0.0/-1", "10.0.0.0/+8", "::/129", "10.0.0.0/", "10.0.0.1/8/8", "/8"] {
+        for bad in ["10.0.0.0/33", "10.0.0/8", "eth0", "10.0.0.0/-1", "10.0.0.0/+8", "::/129", "10.0.0.0/", "10.0.0.1/8/8", "/8"]
+        {
             assert!(AllowList::parse(bad).is_err(), "{bad}");
         }
     }
