@@ -310,7 +310,7 @@ impl Connection {
         let only_this = self.shared.polled_again(self.id, id);
         let missing = before.bytes_total - before.bytes_done;
         let few_cores = self.shared.few_cores && !state.copies_pending();
-        if few_cores && only_this && missing > NAP_BYTES && state.lanes_busy() && self.shared.plugin.is_soft() {
+        if few_cores && only_this && missing > NAP_BYTES && state.lanes_busy() && self.shared.plugin.traits.doorbell {
             drop(state);
             // Rung by the channels, the progress thread does the same with fewer rounds, and this core is theirs.
             if self.driver.stop() {

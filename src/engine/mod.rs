@@ -20,8 +20,10 @@ pub use notify::{next_notification_of_process, Notification};
 pub use transfer::{Direction, LocalSegment, TransferState};
 
 use crate::config::Config;
+use crate::gpu::Gpu;
 use crate::net::plugin::Plugin;
 use crate::net::topology;
+use crate::net::OnGpu;
 use crate::status::{bail, err, Error, Result};
 use parking_lot::Mutex;
 use shared::Shared;
@@ -73,11 +75,15 @@ impl Engine {
     /// `PluginLoad`, `Plugin`, `System` (port taken), `InvalidArgument` (configuration).
     pub fn new(config: Config) -> Result<Arc<Engine>> {
         crate::logging::init();
-        let plugin = Plugin::choose(&config)?;
+        let gpu = || match crate::gpu::current_name() {
+            Some(gpu) if !config.emulate_device => Ok(Some(Gpu::open(gpu.ordinal)? as Arc<dyn OnGpu>)),
+            _ => Ok(None),
+        };
+        let plugin = Plugin::choose(&config, &gpu)?;
         if plugin.devices.is_empty() {
             bail!(Plugin, "plugin {} found no network device", plugin.name);
         }
-        let host_plugin = if plugin.is_soft() { None } else { Some(Plugin::soft(&config)?) };
+        let host_plugin = if plugin.traits.host_memory { None } else { Some(Plugin::soft(&config)?) };
         let filter = config.socket_ifname.clone();
         let Some(interface) = topology::control_address(filter.as_deref()) else {
             bail!(InvalidArgument, "no interface with an IPv4 address matches {:?}", filter.unwrap_or_default())

@@ -94,7 +94,7 @@ pub(crate) fn run(shared: &Arc<Shared>) {
     block_signals();
     let spin = shared.config.spin.unwrap_or_else(default_spin);
     let few_cores = shared.few_cores;
-    let doorbells = shared.plugin.is_soft();
+    let doorbells = shared.plugin.traits.doorbell;
     let mut watched: Vec<Watched> = Vec::new();
     let mut seen = u64::MAX;
     let mut last_activity = Instant::now();

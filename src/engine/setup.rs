@@ -3,10 +3,11 @@
 use super::connection::{Connection, Peer};
 use super::shared::Shared;
 use super::state::{LaneSet, Setting, State};
+use crate::channel::bring_up;
 use crate::channel::cuda::CudaDevice;
 use crate::channel::device::{DeviceCopier, EmulatedDevice};
-use crate::channel::set::Listening;
-use crate::net::topology;
+use crate::net::setup::Listening;
+use crate::net::{topology, Scope};
 use crate::status::{bail, err, Error, Result};
 use crate::wire::control::ControlStream;
 use crate::wire::handshake::{self, Blocking, Hello};
@@ -107,16 +108,18 @@ fn establish(shared: &Arc<Shared>, sock: TcpStream, deadline: Instant, ours: &He
     let n = usize::from(ours.channels.min(theirs.channels));
     let mut listening = Vec::new();
     for plugin in std::iter::once(&shared.plugin).chain(&shared.host_plugin) {
-        let nics = topology::nearest(&plugin.devices, shared.gpu_pci_path().as_deref());
-        listening.push(Listening::open(plugin, &nics, n, shared.gpu_of(plugin)?)?);
+        let devices = plugin.current_devices()?;
+        let nics = topology::nearest(&devices, shared.gpu_pci_path().as_deref());
+        let gpu: Scope = shared.gpu_of(plugin)?.map(|gpu| gpu as _);
+        listening.push(Listening::open(plugin, &devices, &nics, n, gpu)?);
     }
-    let handles: Vec<_> = listening.iter().flat_map(Listening::handles).collect();
+    let handles: Vec<_> = listening.iter().flat_map(|l| l.offers()).map(|o| o.handle).collect();
     let peers = handshake::exchange_handles(&io, &handles)?;
     let alive = || !shared.closing.load(Ordering::Acquire);
     let mut sets = Vec::new();
     let mut outcome = Ok(());
     for (listening, peers) in listening.into_iter().zip(peers.chunks(n)) {
-        match listening.establish(peers, deadline, &alive) {
+        match bring_up::establish(listening, peers, deadline, &alive) {
             Ok(lanes) => sets.push(lanes),
             Err(e) => {
                 outcome = Err(e);
@@ -133,9 +136,10 @@ fn establish(shared: &Arc<Shared>, sock: TcpStream, deadline: Instant, ours: &He
             for lane in &lanes {
                 lane.set_doorbell(&doorbell)?;
             }
-            let vectored = plugin.is_soft() && shared.config.vectored;
-            let host = plugin.is_soft();
-            Ok(LaneSet { lanes, vectored, host, stage_sends: host && shared.config.stage_sends })
+            let traits = &plugin.traits;
+            let vectored = traits.vectored && shared.config.vectored;
+            let stage_sends = traits.stage_sends && shared.config.stage_sends;
+            Ok(LaneSet { lanes, vectored, host: traits.host_memory, stage_sends })
         })
         .collect::<Result<Vec<_>>>()?;
     let copier: Option<Box<dyn DeviceCopier>> = if shared.config.emulate_device {

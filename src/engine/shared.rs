@@ -125,7 +125,7 @@ impl Shared {
     /// The GPU that a plugin's calls follow; none for the software plugin, which takes it from each device request.
     pub(crate) fn gpu_of(&self, plugin: &Plugin) -> Result<Option<Arc<Gpu>>> {
         match &self.gpu {
-            Some(gpu) if !plugin.is_soft() => Ok(Some(Gpu::open(gpu.ordinal)?)),
+            Some(gpu) if plugin.traits.follows_gpu => Ok(Some(Gpu::open(gpu.ordinal)?)),
             _ => Ok(None),
         }
     }
@@ -215,7 +215,7 @@ impl Shared {
 
     /// An application thread added work. A plugin without doorbells, and a backlog on a control socket, need the progress thread.
     pub(crate) fn work_added(&self, backlog: bool) {
-        if backlog || !self.plugin.is_soft() {
+        if backlog || !self.plugin.traits.doorbell {
             self.ring();
         }
     }
