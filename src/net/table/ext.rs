@@ -1,7 +1,7 @@
 //! The extension table of the software plugin, versionless: a call that the plugin's table lacks is `None`.
 
 use nccl_net_abi as abi;
-use nccl_net_abi::{ncclResult_t, ucclIoVec, ucclNetExt_v1};
+use nccl_net_abi::{ncclResult_t, ucclIoVec, ucclNetExt_v2};
 use std::ffi::{c_char, c_int, c_void};
 
 type VectoredFn = unsafe extern "C" fn(*mut c_void, c_int, *const ucclIoVec, c_int, *mut *mut c_void) -> ncclResult_t;
@@ -20,15 +20,15 @@ pub(in crate::net) struct Ext {
     pub describe: Option<unsafe extern "C" fn(*mut c_void, *mut c_char, usize) -> ncclResult_t>,
 }
 
-impl From<&ucclNetExt_v1> for Ext {
-    fn from(t: &ucclNetExt_v1) -> Ext {
+impl From<&ucclNetExt_v2> for Ext {
+    fn from(t: &ucclNetExt_v2) -> Ext {
         Ext {
             isendv: t.isendv,
             irecvv: t.irecvv,
             set_doorbell: t.setDoorbell,
-            progress: None,
-            abandon_connect: None,
-            describe: None,
+            progress: t.progress,
+            abandon_connect: t.abandonConnect,
+            describe: t.describe,
         }
     }
 }
@@ -45,7 +45,7 @@ impl Ext {
     /// The library is never unloaded.
     pub(in crate::net) unsafe fn find(library: &'static libloading::Library) -> Option<Ext> {
         // SAFETY: the type that this symbol has; `size` says how much of the table exists.
-        let v1 = unsafe { super::symbol::<ucclNetExt_v1>(library, abi::SYMBOL_EXT) }?;
-        (v1.size >= std::mem::size_of::<ucclNetExt_v1>()).then(|| Ext::from(v1))
+        let table = unsafe { super::symbol::<ucclNetExt_v2>(library, abi::SYMBOL_EXT) }?;
+        (table.size >= std::mem::size_of::<ucclNetExt_v2>()).then(|| Ext::from(table))
     }
 }
