@@ -204,7 +204,7 @@ impl Drop for Lane {
     fn drop(&mut self) {
         // Registrations go back while their comm lives. Requests of a failed connection may still use them inside a plugin that is
         // not ours; there they stay with the comm.
-        if self.busy() && !self.send.plugin_is_soft() {
+        if self.busy() && self.send.plugin().traits.lingers {
             return;
         }
         let staged = self.device_out.values().chain(&self.host_out).map(|s| s.mhandle);

@@ -6,5 +6,4 @@ pub(crate) mod device;
 pub(crate) mod lane;
 pub(crate) mod memory;
 pub(crate) mod plan;
-pub(crate) mod set;
 pub(crate) mod stripe;

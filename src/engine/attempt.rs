@@ -3,7 +3,7 @@
 
 use super::build::{self, Up};
 use super::connection::Connection;
-use super::fabric::{Opened, Raising};
+use super::fabric::{self, Opened, Raised, Raising};
 use super::limits;
 use super::link::{ClearLink, Link};
 use super::setup::{Next, Setup};
@@ -16,11 +16,10 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Between two looks at channels that are coming up: they report nothing by themselves.
-const FIRST_PAUSE: Duration = Duration::from_micros(200);
-const LAST_PAUSE: Duration = Duration::from_millis(5);
-/// The pause of channels that have not moved for [`SLOW_AFTER`]: somebody does not answer.
-const SLOW_PAUSE: Duration = Duration::from_millis(50);
+/// The least pause between two looks at channels that are coming up: they report nothing by themselves.
+const LOOK: Duration = Duration::from_micros(200);
+/// The pause where channels have not come up for this long: somebody does not answer, and there may be many such set-ups.
+const SLOW: Duration = Duration::from_millis(50);
 const SLOW_AFTER: Duration = Duration::from_secs(1);
 /// Bytes read at once.
 const READ: usize = 4096;
@@ -29,7 +28,7 @@ enum Channels {
     None,
     Opened(Opened),
     Raising(Raising),
-    Up(Vec<Vec<super::fabric::Pair>>),
+    Up(Raised),
 }
 
 /// What a step came to.
@@ -51,27 +50,16 @@ pub(crate) struct Attempt {
     channels: Channels,
     out: Vec<u8>,
     sent: usize,
-    pause: Duration,
+    /// When to look at the channels again, and when they began.
     look_at: Instant,
-    /// When a channel last moved.
-    moved: Instant,
+    began: Instant,
 }
 
 impl Attempt {
     /// Takes over a connected socket that does not block.
     pub(crate) fn new(sock: TcpStream, address: SocketAddr, setup: Setup<ClearLink>, now: Instant) -> Attempt {
         let address = SocketAddr::new(plain(address.ip()), address.port());
-        Attempt {
-            sock,
-            address,
-            setup,
-            channels: Channels::None,
-            out: Vec::new(),
-            sent: 0,
-            pause: FIRST_PAUSE,
-            look_at: now,
-            moved: now,
-        }
+        Attempt { sock, address, setup, channels: Channels::None, out: Vec::new(), sent: 0, look_at: now, began: now }
     }
 
     pub(crate) fn fd(&self) -> RawFd {
@@ -110,14 +98,23 @@ impl Attempt {
             match self.setup.next(now) {
                 Ok(Next::Wait) => return Ok(Progress::Wait),
                 Ok(Next::Admit) => return Ok(Progress::Proved),
-                Ok(Next::Finish) => {
+                Ok(Next::Finish(theirs)) => {
                     self.flush()?;
+                    if let Channels::Up(raised) = std::mem::replace(&mut self.channels, Channels::None) {
+                        self.channels = Channels::Up(fabric::agree(raised, &theirs)?);
+                    }
                     return Ok(Progress::Up);
+                }
+                Ok(Next::PeerHas(theirs)) => {
+                    if let Channels::Raising(raising) = &mut self.channels {
+                        raising.peer_has(&theirs);
+                        self.look_at = now;
+                    }
                 }
                 Ok(Next::Raise(offers)) => {
                     if let Channels::Opened(opened) = std::mem::replace(&mut self.channels, Channels::None) {
                         self.channels = Channels::Raising(opened.establish(&offers)?);
-                        (self.pause, self.look_at, self.moved) = (FIRST_PAUSE, now, now);
+                        (self.look_at, self.began) = (now, now);
                     }
                 }
                 Err(e) => return Err(self.with_missing(e)),
@@ -128,9 +125,7 @@ impl Attempt {
     /// Names the channels that are missing when time is over.
     fn with_missing(&self, error: Error) -> Error {
         match (&self.channels, error.kind()) {
-            (Channels::Raising(raising), ErrorKind::TimedOut) => {
-                Error::new(ErrorKind::TimedOut, format_args!("{error}: {}", raising.describe()))
-            }
+            (Channels::Raising(raising), ErrorKind::TimedOut) => raising.missing().unwrap_or(error),
             _ => error,
         }
     }
@@ -141,22 +136,16 @@ impl Attempt {
         if now < self.look_at {
             return Ok(false);
         }
-        let (moved, all) = raising.poll().map_err(|e| limits::explain(e, self.sock.as_fd()))?;
-        if all {
+        if raising.poll().map_err(|e| limits::explain(e, self.sock.as_fd()))? {
             if let Channels::Raising(raising) = std::mem::replace(&mut self.channels, Channels::None) {
-                self.channels = Channels::Up(raising.finish()?);
+                let (raised, numbers) = raising.finish()?;
+                self.channels = Channels::Up(raised);
+                self.setup.raised(numbers);
             }
-            self.setup.raised();
             return Ok(true);
         }
-        if moved {
-            self.moved = now;
-            self.pause = FIRST_PAUSE;
-        } else {
-            let longest = if now.saturating_duration_since(self.moved) > SLOW_AFTER { SLOW_PAUSE } else { LAST_PAUSE };
-            self.pause = (self.pause * 3 / 2).min(longest);
-        }
-        self.look_at = now + self.pause;
+        let slow = now.saturating_duration_since(self.began) > SLOW_AFTER;
+        self.look_at = now + raising.retry_in().max(if slow { SLOW } else { LOOK });
         Ok(false)
     }
 

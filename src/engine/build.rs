@@ -1,13 +1,15 @@
 //! From a finished set-up to a connection that the engine drives.
 
 use super::connection::{Connection, Peer};
-use super::fabric::Pair;
+use super::fabric::Raised;
 use super::site::Site;
 use super::state::{LaneSet, Setting, State};
 use crate::channel::cuda::CudaDevice;
 use crate::channel::device::{DeviceCopier, EmulatedDevice};
 use crate::channel::lane::Lane;
 use crate::net::comm::Doorbell;
+use crate::net::plugin::Plugin;
+use crate::net::setup::Pair;
 use crate::status::Result;
 use crate::wire::control::ControlStream;
 use crate::wire::handshake::Hello;
@@ -20,7 +22,7 @@ pub(crate) struct Up {
     pub address: SocketAddr,
     pub theirs: Hello,
     /// Channels of each plugin, in the plugins' order.
-    pub sets: Vec<Vec<Pair>>,
+    pub sets: Raised,
 }
 
 fn copier(emulated: bool) -> Option<Box<dyn DeviceCopier>> {
@@ -33,17 +35,19 @@ fn copier(emulated: bool) -> Option<Box<dyn DeviceCopier>> {
     }
 }
 
-fn lanes(site: &Site, sets: Vec<Vec<Pair>>, doorbell: &Doorbell) -> Result<Vec<LaneSet>> {
+fn lanes(site: &Site, sets: Raised, doorbell: &Doorbell) -> Result<Vec<LaneSet>> {
     let config = &site.config;
-    let set = |(pairs, plugin): (Vec<Pair>, &Arc<crate::net::plugin::Plugin>)| {
+    let set = |(pairs, plugin): (Vec<Pair>, &Arc<Plugin>)| {
         let lanes: Vec<Lane> = pairs.into_iter().map(|pair| Lane::new(pair.send, pair.recv)).collect();
         for lane in &lanes {
             lane.set_doorbell(doorbell)?;
         }
-        let host = plugin.is_soft();
-        Ok(LaneSet { lanes, vectored: host && config.vectored, host, stage_sends: host && config.stage_sends })
+        let traits = &plugin.traits;
+        let (vectored, stage_sends) = (traits.vectored && config.vectored, traits.stage_sends && config.stage_sends);
+        Ok(LaneSet { lanes, vectored, host: traits.host_memory, stage_sends })
     };
-    sets.into_iter().zip(site.plugins.all()).map(set).collect()
+    // A set without channels does not serve; another one carries what it would.
+    sets.into_iter().zip(site.plugins.all()).filter(|(pairs, _)| !pairs.is_empty()).map(set).collect()
 }
 
 /// Builds the connection and puts it under the progress thread's care.
@@ -53,7 +57,8 @@ fn lanes(site: &Site, sets: Vec<Vec<Pair>>, doorbell: &Doorbell) -> Result<Vec<L
 pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
     let config = &site.config;
     let home = &site.home;
-    let (channels, chunk_bytes) = site.agreed(&up.theirs);
+    let (_, chunk_bytes) = site.agreed(&up.theirs);
+    let channels = up.sets.iter().map(Vec::len).find(|&n| n > 0).unwrap_or(0);
     let doorbell = home.bell.doorbell();
     let sets = lanes(site, up.sets, &doorbell)?;
     let name = up.address.to_string();

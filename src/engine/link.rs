@@ -12,22 +12,29 @@ const HEADER: usize = 5;
 const MAX_MESSAGE: usize = 64 << 10;
 const OFFER: u8 = 1;
 const READY: u8 = 2;
+const ABORT: u8 = 3;
+const MAX_SETS: usize = 4;
 const NIC_NAME: usize = 32;
 
-/// A channel's listen comm, as the peer is told.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Offer {
-    pub nic: String,
-    pub handle: Handle,
+pub(crate) use crate::net::setup::Offer;
+
+/// Channels of a set at most.
+pub(crate) const PER_SET: usize = 64;
+
+/// The number of a channel in messages: its set and its number there.
+pub(crate) fn number(set: usize, index: usize) -> u16 {
+    (set * PER_SET + index) as u16
 }
 
 /// What the sides tell each other after the handshake.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) enum Message {
-    /// A side's listen comms; those of one plugin after those of the other.
-    Offer(Vec<Offer>),
-    /// A side's channels are up, or the set-up has failed there.
-    Ready(Result<()>),
+    /// A side's listen comms, by set.
+    Offer(Vec<Vec<Offer>>),
+    /// The numbers of the channels that are up on a side.
+    Ready(Vec<u16>),
+    /// A side gives up.
+    Abort(Error),
 }
 
 /// The part of the wire protocol that a set-up needs.
@@ -206,7 +213,14 @@ impl ClearLink {
             OFFER => Message::Offer(read_offers(body)?),
             READY => {
                 self.expect = Expect::Nothing;
-                Message::Ready(read_verdict(body))
+                Message::Ready(body.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect())
+            }
+            ABORT => {
+                self.expect = Expect::Nothing;
+                match read_verdict(body) {
+                    Err(e) => Message::Abort(e),
+                    Ok(()) => bail!(Protocol, "a set-up was given up without a reason"),
+                }
             }
             other => bail!(Protocol, "message {other} during the set-up"),
         };
@@ -219,16 +233,22 @@ fn short() -> Error {
     crate::status::err!(Protocol, "a message that is too short")
 }
 
-fn read_offers(body: &[u8]) -> Result<Vec<Offer>> {
-    let one = NIC_NAME + size_of::<Handle>();
-    if body.len() % one != 0 {
+fn read_offers(body: &[u8]) -> Result<Vec<Vec<Offer>>> {
+    const ONE: usize = 1 + NIC_NAME + size_of::<Handle>();
+    if body.len() % ONE != 0 {
         bail!(Protocol, "an offer of {} bytes", body.len());
     }
-    let read = |b: &[u8]| -> Result<Offer> {
-        let handle = b[NIC_NAME..].try_into().map_err(|_| short())?;
-        Ok(Offer { nic: printable(&get_text(&b[..NIC_NAME])), handle })
-    };
-    body.chunks_exact(one).map(read).collect()
+    let mut sets: Vec<Vec<Offer>> = Vec::new();
+    for b in body.chunks_exact(ONE) {
+        let set = usize::from(b[0]);
+        if set >= MAX_SETS {
+            bail!(Protocol, "an offer of set {set}");
+        }
+        sets.resize_with(sets.len().max(set + 1), Vec::new);
+        let handle = b[1 + NIC_NAME..].try_into().map_err(|_| short())?;
+        sets[set].push(Offer { nic: printable(&get_text(&b[1..=NIC_NAME])), handle });
+    }
+    Ok(sets)
 }
 
 impl Link for ClearLink {
@@ -264,19 +284,20 @@ impl Link for ClearLink {
     fn send(&mut self, message: &Message) {
         let (kind, body) = match message {
             _ if !self.proved => return,
-            Message::Offer(offers) => {
+            Message::Offer(sets) => {
                 let mut body = Vec::new();
-                for offer in offers {
+                for (set, offer) in sets.iter().enumerate().flat_map(|(set, offers)| offers.iter().map(move |o| (set, o))) {
+                    body.push(set as u8);
                     put_text(&mut body, &offer.nic, NIC_NAME);
                     body.extend_from_slice(&offer.handle);
                 }
                 (OFFER, body)
             }
-            Message::Ready(outcome) => {
-                let (code, text) = outcome.as_ref().map_or_else(|e| (e.code(), e.to_string()), |()| (0, String::new()));
-                let mut body = code.to_le_bytes().to_vec();
-                body.extend(text.bytes().take(TEXT));
-                (READY, body)
+            Message::Ready(numbers) => (READY, numbers.iter().flat_map(|n| n.to_le_bytes()).collect()),
+            Message::Abort(e) => {
+                let mut body = e.code().to_le_bytes().to_vec();
+                body.extend(e.to_string().bytes().take(TEXT));
+                (ABORT, body)
             }
         };
         self.out.push(kind);

@@ -1,27 +1,62 @@
 //! Comms with the contract's rules built in: at most 16 requests, only the oldest unfinished one is tested, receives are
-//! consumed in order, a listen comm accepts once, the connect handle keeps its place. Callers above cannot break them.
+//! consumed in order, a listen comm accepts once, the memory that the plugin keeps pointers to keeps its place. Callers above
+//! cannot break them. Set-up, registration and close run with the comm's GPU current.
 
 use super::plugin::{CommKind, Plugin};
+use super::{reaper, within, Scope};
 use crate::status::{bail, Result};
 use nccl_net_abi::{ncclNetDeviceHandle_v7, ucclIoVec, MAX_REQUESTS, NCCL_NET_HANDLE_MAXSIZE};
 use std::collections::VecDeque;
 use std::ffi::{c_int, c_void};
+use std::ptr::NonNull;
 use std::sync::atomic::AtomicU32;
 use std::sync::Arc;
+
+/// The 128 bytes that name a listen comm to the peer.
+pub(crate) type Handle = [u8; NCCL_NET_HANDLE_MAXSIZE];
+
+/// A value at an address of its own, for plugins that keep a pointer to it: moving the owner does not move it, and no reference to it
+/// exists while the plugin may write.
+struct Pinned<T>(NonNull<T>);
+// SAFETY: owned plain memory; whoever uses the pointer owes the order of accesses.
+unsafe impl<T: Send> Send for Pinned<T> {}
+
+impl<T> Pinned<T> {
+    fn new(value: T) -> Pinned<T> {
+        Pinned(NonNull::from(Box::leak(Box::new(value))))
+    }
+    fn as_ptr(&self) -> *mut T {
+        self.0.as_ptr()
+    }
+}
+
+impl<T> Drop for Pinned<T> {
+    fn drop(&mut self) {
+        // SAFETY: the box that `new` leaked, taken back once.
+        drop(unsafe { Box::from_raw(self.0.as_ptr()) });
+    }
+}
 
 /// A raw comm that closes itself.
 struct RawComm {
     plugin: Arc<Plugin>,
     comm: *mut c_void,
     kind: CommKind,
+    gpu: Scope,
 }
 // SAFETY: NCCL plugins allow a comm to be used from any thread, one at a time; `&mut` of the owners guarantees the latter.
 unsafe impl Send for RawComm {}
 
 impl Drop for RawComm {
     fn drop(&mut self) {
-        // SAFETY: live until here, and dropped once.
-        unsafe { self.plugin.close(self.kind, self.comm) };
+        let closed = within(&self.gpu, || {
+            // SAFETY: live until here, and dropped once.
+            unsafe { self.plugin.close(self.kind, self.comm) };
+            Ok(())
+        });
+        if let Err(e) = closed {
+            log::warn!("a comm of plugin {} was not closed: {e}", self.plugin.name);
+        }
     }
 }
 
@@ -29,68 +64,115 @@ impl Drop for RawComm {
 pub(crate) struct ListenComm {
     raw: RawComm,
     /// The connect handle.
-    pub handle: [u8; NCCL_NET_HANDLE_MAXSIZE],
+    pub handle: Handle,
 }
 
 impl ListenComm {
-    pub(crate) fn new(plugin: &Arc<Plugin>, dev: usize) -> Result<ListenComm> {
+    pub(crate) fn new(plugin: &Arc<Plugin>, dev: usize, gpu: &Scope) -> Result<ListenComm> {
         let mut handle = [0; NCCL_NET_HANDLE_MAXSIZE];
-        let comm = plugin.listen(dev, &mut handle)?;
-        Ok(ListenComm { raw: RawComm { plugin: plugin.clone(), comm, kind: CommKind::Listen }, handle })
-    }
-
-    /// Starts the one accept that a listen comm serves.
-    pub(crate) fn accept(self) -> Accepting {
-        // SAFETY: plain data for which zeros are valid.
-        let dev_handle = Box::new(unsafe { std::mem::zeroed() });
-        Accepting { listen: self.raw, dev_handle: Some(dev_handle) }
+        let comm = within(gpu, || plugin.listen(dev, &mut handle))?;
+        Ok(ListenComm { raw: RawComm { plugin: plugin.clone(), comm, kind: CommKind::Listen, gpu: gpu.clone() }, handle })
     }
 }
 
-/// An accept under way.
-pub(crate) struct Accepting {
+struct PendingAccept {
     listen: RawComm,
-    dev_handle: Option<Box<ncclNetDeviceHandle_v7>>,
+    dev_handle: Pinned<ncclNetDeviceHandle_v7>,
+    /// The plugin has seen the accept.
+    begun: bool,
 }
+
+/// An accept under way. Given up before its end it is polled on in the background, where the plugin asks for that.
+pub(crate) struct Accepting(Option<PendingAccept>);
 
 impl Accepting {
+    /// The one accept that a listen comm serves.
+    pub(crate) fn new(listen: ListenComm) -> Accepting {
+        // SAFETY: plain data for which zeros are valid.
+        let dev_handle = Pinned::new(unsafe { std::mem::zeroed() });
+        Accepting(Some(PendingAccept { listen: listen.raw, dev_handle, begun: false }))
+    }
+
     /// The comm, once the peer has connected. After it or an error, further calls give an error.
     pub(crate) fn poll(&mut self) -> Result<Option<RecvComm>> {
-        let Some(mut dev_handle) = self.dev_handle.take() else { bail!(Internal, "accept polled after its end") };
-        // SAFETY: the listen comm is live and has not accepted yet (dev_handle was there); the box moves into the comm.
-        let comm = unsafe { self.listen.plugin.accept(self.listen.comm, &mut *dev_handle) }?;
-        if comm.is_null() {
-            self.dev_handle = Some(dev_handle);
+        let Some(pending) = &mut self.0 else { bail!(Internal, "accept polled after its end") };
+        let (listen, begun, dev_handle) = (&pending.listen, &mut pending.begun, pending.dev_handle.as_ptr());
+        // Where the GPU cannot be made current the accept stays as it is.
+        let answer = within(&listen.gpu, || {
+            *begun = true;
+            // SAFETY: the listen comm is live and has not accepted yet (it is there); the device handle goes on with the comm.
+            Ok(unsafe { listen.plugin.accept(listen.comm, dev_handle) })
+        })?;
+        if matches!(answer, Ok(comm) if comm.is_null()) {
             return Ok(None);
         }
-        let raw = RawComm { plugin: self.listen.plugin.clone(), comm, kind: CommKind::Recv };
+        let Some(pending) = self.0.take() else { bail!(Internal, "accept polled after its end") };
+        let (comm, listen) = (answer?, &pending.listen);
+        let raw = RawComm { plugin: listen.plugin.clone(), comm, kind: CommKind::Recv, gpu: listen.gpu.clone() };
+        let dev_handle = pending.dev_handle;
         Ok(Some(RecvComm { raw, dev_handle, posted: VecDeque::new(), finished: VecDeque::new(), next_slot: 0, tag: 0 }))
     }
 }
 
-/// A connect under way. The plugin keeps its state inside the handle, which stays where it is.
+impl Drop for Accepting {
+    fn drop(&mut self) {
+        // The plugin's threads may still use the listen comm and the device handle.
+        if let Some(pending) = self.0.take_if(|p| p.begun && p.listen.plugin.traits.lingers) {
+            let mut rest = Accepting(Some(pending));
+            reaper::keep(Box::new(move || !matches!(rest.poll(), Ok(None))));
+        }
+    }
+}
+
+/// A connect under way. The plugin keeps its state inside the handle, which stays where it is. Given up before its end it is ended at
+/// once, or polled on in the background, as the plugin asks.
 pub(crate) struct Connecting {
     plugin: Arc<Plugin>,
     dev: usize,
-    handle: Option<Box<[u8; NCCL_NET_HANDLE_MAXSIZE]>>,
+    gpu: Scope,
+    handle: Option<Pinned<Handle>>,
+    begun: bool,
 }
 
 impl Connecting {
-    pub(crate) fn new(plugin: &Arc<Plugin>, dev: usize, handle: [u8; NCCL_NET_HANDLE_MAXSIZE]) -> Connecting {
-        Connecting { plugin: plugin.clone(), dev, handle: Some(Box::new(handle)) }
+    pub(crate) fn new(plugin: &Arc<Plugin>, dev: usize, gpu: &Scope, handle: Handle) -> Connecting {
+        Connecting { plugin: plugin.clone(), dev, gpu: gpu.clone(), handle: Some(Pinned::new(handle)), begun: false }
     }
 
     /// The comm, once it is up. After it or an error, further calls give an error.
     pub(crate) fn poll(&mut self) -> Result<Option<SendComm>> {
-        let Some(mut handle) = self.handle.take() else { bail!(Internal, "connect polled after its end") };
-        // SAFETY: the box keeps its address while it moves in and out of the option; it is given up after an error.
-        let comm = unsafe { self.plugin.connect(self.dev, handle.as_mut_ptr().cast()) }?;
-        if comm.is_null() {
-            self.handle = Some(handle);
+        let Some(handle) = self.handle.as_ref().map(Pinned::as_ptr) else { bail!(Internal, "connect polled after its end") };
+        let (plugin, dev, begun) = (&self.plugin, self.dev, &mut self.begun);
+        // Where the GPU cannot be made current the connect stays as it is.
+        let answer = within(&self.gpu, || {
+            *begun = true;
+            // SAFETY: the handle keeps its address while its owner moves; it is given up after an error.
+            Ok(unsafe { plugin.connect(dev, handle.cast()) })
+        })?;
+        if matches!(answer, Ok(comm) if comm.is_null()) {
             return Ok(None);
         }
-        let raw = RawComm { plugin: self.plugin.clone(), comm, kind: CommKind::Send };
+        self.handle = None;
+        let comm = answer?;
+        let raw = RawComm { plugin: self.plugin.clone(), comm, kind: CommKind::Send, gpu: self.gpu.clone() };
         Ok(Some(SendComm { raw, inflight: VecDeque::new(), tag: 0 }))
+    }
+}
+
+impl Drop for Connecting {
+    fn drop(&mut self) {
+        if !self.begun {
+            return;
+        }
+        let Some(handle) = self.handle.take() else { return };
+        if self.plugin.traits.lingers {
+            let (plugin, gpu) = (self.plugin.clone(), self.gpu.clone());
+            let mut rest = Connecting { plugin, dev: self.dev, gpu, handle: Some(handle), begun: true };
+            reaper::keep(Box::new(move || !matches!(rest.poll(), Ok(None))));
+        } else {
+            // SAFETY: a connect under way that is not polled again.
+            unsafe { self.plugin.abandon_connect(handle.as_ptr().cast()) };
+        }
     }
 }
 
@@ -103,14 +185,41 @@ pub(crate) struct Doorbell {
     pub fd: c_int,
 }
 
-fn set_doorbell(raw: &RawComm, doorbell: &Doorbell) -> Result<bool> {
-    let Some(set) = raw.plugin.ext().and_then(|e| e.setDoorbell) else { return Ok(false) };
-    // SAFETY: the comm is live; the owner of the comm keeps `armed` and `fd` alive until it is closed.
-    let result = unsafe { set(raw.comm, doorbell.armed.as_ptr(), doorbell.fd) };
-    if result != 0 {
-        bail!(Plugin, "plugin {}: setDoorbell returned {result}", raw.plugin.name);
+impl RawComm {
+    fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
+        // SAFETY: the comm is live; the owner of the comm keeps `armed` and `fd` alive until it is closed.
+        unsafe { self.plugin.set_doorbell(self.comm, doorbell.armed.as_ptr(), doorbell.fd) }
     }
-    Ok(true)
+
+    /// # Safety
+    /// The memory stays mapped until the registration is dropped.
+    unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int) -> Result<MHandle> {
+        // SAFETY: by the caller's contract.
+        within(&self.gpu, || unsafe { self.plugin.reg_mr(self.comm, data, len, kind) })
+    }
+
+    /// # Safety
+    /// `mhandle` came from `register` of a comm of the same NIC, once, and no request uses it.
+    unsafe fn deregister(&self, mhandle: MHandle) {
+        let done = within(&self.gpu, || {
+            // SAFETY: by the caller's contract.
+            unsafe { self.plugin.dereg_mr(self.comm, mhandle) };
+            Ok(())
+        });
+        if let Err(e) = done {
+            log::warn!("a registration with plugin {} stays: {e}", self.plugin.name);
+        }
+    }
+
+    fn progress_bytes(&self) -> Result<Option<u64>> {
+        // SAFETY: the comm is live.
+        unsafe { self.plugin.progress(self.comm) }
+    }
+
+    fn describe(&self) -> Option<String> {
+        // SAFETY: the comm is live.
+        unsafe { self.plugin.describe(self.comm) }
+    }
 }
 
 /// Registered memory of a comm.
@@ -130,7 +239,19 @@ unsafe impl Send for SendComm {}
 
 impl SendComm {
     pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
-        set_doorbell(&self.raw, doorbell)
+        self.raw.set_doorbell(doorbell)
+    }
+    /// Bytes that the peer's kernel has acknowledged; `None` where the plugin cannot say.
+    pub(crate) fn progress_bytes(&self) -> Result<Option<u64>> {
+        self.raw.progress_bytes()
+    }
+    /// Addresses and NIC, for error texts; `None` where the plugin cannot say.
+    pub(crate) fn describe(&self) -> Option<String> {
+        self.raw.describe()
+    }
+    /// The plugin that carries this comm.
+    pub(crate) fn plugin(&self) -> &Arc<Plugin> {
+        &self.raw.plugin
     }
     /// Requests posted and not yet done.
     pub(crate) fn inflight(&self) -> usize {
@@ -143,19 +264,14 @@ impl SendComm {
     /// The memory stays mapped until [`SendComm::deregister`] or the comm's end.
     pub(crate) unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int) -> Result<MHandle> {
         // SAFETY: by the caller's contract.
-        unsafe { self.raw.plugin.reg_mr(self.raw.comm, data, len, kind) }
+        unsafe { self.raw.register(data, len, kind) }
     }
 
     /// # Safety
     /// `mhandle` came from `register` of a comm of the same NIC, once, and no request uses it.
     pub(crate) unsafe fn deregister(&self, mhandle: MHandle) {
         // SAFETY: by the caller's contract.
-        unsafe { self.raw.plugin.dereg_mr(self.raw.comm, mhandle) }
-    }
-
-    /// The software plugin carries this comm.
-    pub(crate) fn plugin_is_soft(&self) -> bool {
-        self.raw.plugin.is_soft()
+        unsafe { self.raw.deregister(mhandle) }
     }
 
     /// Posts one message. `false`: the plugin takes none now, try again.
@@ -175,11 +291,8 @@ impl SendComm {
     /// Every segment stays readable and unchanged until the send is done or the comm closed.
     pub(crate) unsafe fn send_vectored(&mut self, iov: &[ucclIoVec], len: usize) -> Result<bool> {
         self.admit(len)?;
-        let Some(call) = self.raw.plugin.ext().and_then(|e| e.isendv) else { bail!(Internal, "no vectored send") };
-        let mut request = std::ptr::null_mut();
-        // SAFETY: by the caller's contract; the window was checked; the array is copied by the call.
-        let result = unsafe { call(self.raw.comm, iov.len() as c_int, iov.as_ptr(), self.tag, &mut request) };
-        self.raw.plugin.check("isend", result)?;
+        // SAFETY: by the caller's contract; the window was checked.
+        let request = unsafe { self.raw.plugin.isendv(self.raw.comm, iov, self.tag) }?;
         Ok(self.posted(request))
     }
 
@@ -203,7 +316,7 @@ impl SendComm {
     pub(crate) fn test_oldest(&mut self) -> Result<bool> {
         let Some(&request) = self.inflight.front() else { return Ok(false) };
         // SAFETY: the front is the oldest unfinished request.
-        if !unsafe { self.raw.plugin.test(request) }? {
+        if unsafe { self.raw.plugin.test(request) }?.is_none() {
             return Ok(false);
         }
         self.inflight.pop_front();
@@ -211,10 +324,19 @@ impl SendComm {
     }
 }
 
+/// A receive that is done and not consumed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Received {
+    /// Its slot of the meta queue.
+    pub slot: usize,
+    /// Bytes that the plugin reports; 0 where it reports none.
+    pub size: usize,
+}
+
 /// The receiving half of a channel.
 pub(crate) struct RecvComm {
     raw: RawComm,
-    dev_handle: Box<ncclNetDeviceHandle_v7>,
+    dev_handle: Pinned<ncclNetDeviceHandle_v7>,
     posted: VecDeque<(*mut c_void, usize)>,
     finished: VecDeque<*mut c_void>,
     next_slot: usize,
@@ -225,7 +347,15 @@ unsafe impl Send for RecvComm {}
 
 impl RecvComm {
     pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
-        set_doorbell(&self.raw, doorbell)
+        self.raw.set_doorbell(doorbell)
+    }
+    /// Bytes received from the network, of messages under way too; `None` where the plugin cannot say.
+    pub(crate) fn progress_bytes(&self) -> Result<Option<u64>> {
+        self.raw.progress_bytes()
+    }
+    /// Addresses and NIC, for error texts; `None` where the plugin cannot say.
+    pub(crate) fn describe(&self) -> Option<String> {
+        self.raw.describe()
     }
     pub(crate) fn window_free(&self) -> usize {
         MAX_REQUESTS - self.posted.len() - self.finished.len()
@@ -235,8 +365,9 @@ impl RecvComm {
         self.posted.len() + self.finished.len()
     }
     /// The device handle that `accept` filled: type, version, and a device (or emulated) pointer.
-    pub(crate) fn device_handle(&self) -> &ncclNetDeviceHandle_v7 {
-        &self.dev_handle
+    pub(crate) fn device_handle(&self) -> ncclNetDeviceHandle_v7 {
+        // SAFETY: live memory that the plugin fills during `accept` or the posting of a receive, and at no other time.
+        unsafe { self.dev_handle.as_ptr().read() }
     }
 
     /// As [`SendComm::register`].
@@ -245,7 +376,7 @@ impl RecvComm {
     /// As there.
     pub(crate) unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int) -> Result<MHandle> {
         // SAFETY: by the caller's contract.
-        unsafe { self.raw.plugin.reg_mr(self.raw.comm, data, len, kind) }
+        unsafe { self.raw.register(data, len, kind) }
     }
 
     /// As [`SendComm::deregister`].
@@ -254,7 +385,7 @@ impl RecvComm {
     /// As there.
     pub(crate) unsafe fn deregister(&self, mhandle: MHandle) {
         // SAFETY: by the caller's contract.
-        unsafe { self.raw.plugin.dereg_mr(self.raw.comm, mhandle) }
+        unsafe { self.raw.deregister(mhandle) }
     }
 
     /// Posts one receive. `false`: try again.
@@ -275,11 +406,8 @@ impl RecvComm {
     /// Every segment stays writable and unread until the receive is done or the comm closed.
     pub(crate) unsafe fn recv_vectored(&mut self, iov: &[ucclIoVec], len: usize) -> Result<bool> {
         self.admit(len)?;
-        let Some(call) = self.raw.plugin.ext().and_then(|e| e.irecvv) else { bail!(Internal, "no vectored receive") };
-        let mut request = std::ptr::null_mut();
-        // SAFETY: by the caller's contract; the window was checked; the array is copied by the call.
-        let result = unsafe { call(self.raw.comm, iov.len() as c_int, iov.as_ptr(), self.tag, &mut request) };
-        self.raw.plugin.check("irecv", result)?;
+        // SAFETY: by the caller's contract; the window was checked.
+        let request = unsafe { self.raw.plugin.irecvv(self.raw.comm, iov, self.tag) }?;
         Ok(self.accepted(request))
     }
 
@@ -300,17 +428,14 @@ impl RecvComm {
         true
     }
 
-    /// Tests the oldest unfinished receive. When it is done gives its slot of the meta queue; its window place stays taken until
-    /// [`RecvComm::consume_oldest`].
-    pub(crate) fn test_oldest(&mut self) -> Result<Option<usize>> {
+    /// Tests the oldest unfinished receive. Its window place stays taken until [`RecvComm::consume_oldest`].
+    pub(crate) fn test_oldest(&mut self) -> Result<Option<Received>> {
         let Some(&(request, slot)) = self.posted.front() else { return Ok(None) };
         // SAFETY: the front is the oldest unfinished request.
-        if !unsafe { self.raw.plugin.test(request) }? {
-            return Ok(None);
-        }
+        let Some(size) = unsafe { self.raw.plugin.test(request) }? else { return Ok(None) };
         self.posted.pop_front();
         self.finished.push_back(request);
-        Ok(Some(slot))
+        Ok(Some(Received { slot, size }))
     }
 
     /// Gives the oldest finished receive back to the plugin. Its bounce memory must not be read any more.

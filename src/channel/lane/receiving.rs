@@ -12,7 +12,8 @@ use nccl_net_abi::{ucclIoVec, MAX_REQUESTS, NCCL_PTR_CUDA, NCCL_PTR_HOST};
 impl Lane {
     pub(super) fn progress_receives(&mut self, ctx: &mut Context<'_>, events: &mut Vec<Event>) -> Result<bool> {
         let mut any = self.post_receives(ctx)?;
-        while let Some(slot) = self.recv.test_oldest()? {
+        while let Some(received) = self.recv.test_oldest()? {
+            let slot = received.slot;
             let Some(posted) = self.posted.pop_front() else { bail!(Internal, "a receive without a chunk") };
             let ticket = match &posted.dest {
                 Dest::Device(place, parts) => {
