@@ -156,6 +156,11 @@ fn server_process() {
                 println!("= accepting");
             }
             "descriptors" => println!("= {}", descriptors()),
+            "list" => {
+                let target = |fd: std::fs::DirEntry| std::fs::read_link(fd.path()).unwrap_or_default().display().to_string();
+                let all: Vec<String> = std::fs::read_dir("/proc/self/fd").unwrap().map(|fd| target(fd.unwrap())).collect();
+                println!("= {}", all.join(" "));
+            }
             "files" => {
                 let files: Vec<_> = (0..argument).map_while(|_| std::fs::File::open("/dev/null").ok()).collect();
                 println!("= {}", files.len());
@@ -269,7 +274,7 @@ fn strangers_cannot_fill_the_log() {
 #[test]
 fn a_thousand_connects_each_way_come_up() {
     const EACH: usize = 1000;
-    const THREADS: usize = 16;
+    const THREADS: usize = 260;
     if !isolated("a_thousand_connects_each_way_come_up", 1 << 20) {
         return;
     }
@@ -421,6 +426,7 @@ fn forward(near: &TcpStream, far: &TcpStream, most: usize) {
             while let Ok(n @ 1..) = from.read(&mut buffer) {
                 let _ = to.write_all(&buffer[..n]);
             }
+            let _ = far.shutdown(std::net::Shutdown::Both);
         });
         let (mut from, mut to, mut buffer, mut passed) = (far, near, [0; 4096], 0);
         while let Ok(n @ 1..) = from.read(&mut buffer) {

@@ -50,6 +50,8 @@ pub(crate) struct Attempt {
     channels: Channels,
     out: Vec<u8>,
     sent: usize,
+    /// The peer's stream has ended; what it said before still counts.
+    ended: Option<Error>,
     /// When to look at the channels again, and when they began.
     look_at: Instant,
     began: Instant,
@@ -59,7 +61,17 @@ impl Attempt {
     /// Takes over a connected socket that does not block.
     pub(crate) fn new(sock: TcpStream, address: SocketAddr, setup: Setup<ClearLink>, now: Instant) -> Attempt {
         let address = SocketAddr::new(plain(address.ip()), address.port());
-        Attempt { sock, address, setup, channels: Channels::None, out: Vec::new(), sent: 0, look_at: now, began: now }
+        Attempt {
+            sock,
+            address,
+            setup,
+            channels: Channels::None,
+            out: Vec::new(),
+            sent: 0,
+            ended: None,
+            look_at: now,
+            began: now,
+        }
     }
 
     pub(crate) fn fd(&self) -> RawFd {
@@ -96,6 +108,9 @@ impl Attempt {
                 continue;
             }
             match self.setup.next(now) {
+                Ok(Next::Wait | Next::Admit) if self.ended.is_some() => {
+                    return Err(self.ended.take().unwrap_or_else(|| self.setup.hung_up()));
+                }
                 Ok(Next::Wait) => return Ok(Progress::Wait),
                 Ok(Next::Admit) => return Ok(Progress::Proved),
                 Ok(Next::Finish(theirs)) => {
@@ -151,39 +166,38 @@ impl Attempt {
 
     fn read(&mut self, now: Instant) -> Result<()> {
         let mut buffer = [0; READ];
-        loop {
+        while self.ended.is_none() {
             let wanted = self.setup.link.wants().min(READ);
             if wanted == 0 {
-                return self.still_there();
+                self.ended = self.gone();
+                break;
             }
             match self.sock.read(&mut buffer[..wanted]) {
-                Ok(0) => return Err(self.setup.hung_up()),
+                Ok(0) => self.ended = Some(self.setup.hung_up()),
                 Ok(n) => self.setup.received(&buffer[..n], now)?,
-                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => break,
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(err!(RemoteDisconnect, "{} ({e})", self.setup.hung_up())),
+                Err(e) => self.ended = Some(err!(RemoteDisconnect, "{} ({e})", self.setup.hung_up())),
             }
         }
+        Ok(())
     }
 
-    /// While nothing of the peer's is read: whether it is there at all.
-    fn still_there(&self) -> Result<()> {
-        let gone = match (self.sock.take_error(), self.sock.peek(&mut [0])) {
-            (Ok(None), Ok(n)) => n == 0,
-            (Ok(None), Err(e)) => !matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted),
-            _ => true,
+    /// While nothing of the peer's is read: why it is not there any more, if so.
+    fn gone(&self) -> Option<Error> {
+        let there = match (self.sock.take_error(), self.sock.peek(&mut [0])) {
+            (Ok(None), Ok(n)) => n > 0,
+            (Ok(None), Err(e)) => matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted),
+            _ => false,
         };
-        if gone {
-            return Err(self.setup.hung_up());
-        }
-        Ok(())
+        (!there).then(|| self.setup.hung_up())
     }
 
     fn flush(&mut self) -> Result<()> {
         self.setup.link.output(&mut self.out);
         while self.sent < self.out.len() {
             match self.sock.write(&self.out[self.sent..]) {
-                Ok(0) => return Err(self.setup.hung_up()),
+                Ok(0) => break,
                 Ok(n) => self.sent += n,
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Ok(()),
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
