@@ -4,7 +4,7 @@
 use super::setup;
 use super::shared::Shared;
 use crate::status::{Error, Result};
-use crate::wire::handshake::{Hello, HELLO_BYTES};
+use crate::wire::handshake::{HelloV1 as Hello, HELLO_BYTES};
 use std::io::Read;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;

@@ -9,7 +9,7 @@ use crate::channel::set::Listening;
 use crate::net::topology;
 use crate::status::{bail, err, Error, Result};
 use crate::wire::control::ControlStream;
-use crate::wire::handshake::{self, Blocking, Hello};
+use crate::wire::handshake::{self, Blocking, HelloV1 as Hello};
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
