@@ -658,4 +658,4 @@ fn remote(noise: &HandshakeState) -> Result<[u8; 16]> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

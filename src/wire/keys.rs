@@ -241,7 +241,7 @@ fn fill(file: &mut File, buf: &mut [u8]) -> std::io::Result<usize> {
 
 struct Loaded {
     keys: Arc<Keys>,
-    /// State of the file that was looked at last; `None`: look again.
+    /// State of the file that the keys are from; `None`: read it again.
     stamp: Option<Stamp>,
     /// The last failure to read it again, so that it is told once.
     failure: Option<Error>,
@@ -297,13 +297,13 @@ impl KeyStore {
         if let Some(path) = &self.path {
             let now = std::fs::metadata(path).ok().map(|m| Stamp::of(&m));
             if loaded.stamp.is_none() || now != loaded.stamp {
-                KeyStore::reload(path, &mut loaded, now);
+                KeyStore::reload(path, &mut loaded);
             }
         }
         loaded.keys.clone()
     }
 
-    fn reload(path: &Path, loaded: &mut Loaded, now: Option<Stamp>) {
+    fn reload(path: &Path, loaded: &mut Loaded) {
         match read(path) {
             Ok((keys, meta)) => {
                 let names = |k: &Keys| format!("{k:?}");
@@ -317,8 +317,165 @@ impl KeyStore {
                     log::warn!("{}; the keys stay as they were", KeyStore::named(path, &e));
                     loaded.failure = Some(e);
                 }
-                loaded.stamp = now;
+                loaded.stamp = None;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::ErrorKind;
+    use std::os::unix::fs::PermissionsExt;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    const A: &str = "0123456789abcdef";
+    const B: &str = "fedcba9876543210";
+
+    fn proofs(contents: &[u8]) -> Result<Vec<Proof>> {
+        Keys::parse(contents).map(|k| k.proofs)
+    }
+
+    fn psk(contents: &[u8]) -> [u8; 32] {
+        Keys::parse(contents).unwrap().iter().next().unwrap().1.psk
+    }
+
+    #[test]
+    fn one_key_or_a_list_of_names() {
+        let named = |names: &[&str]| Ok(names.iter().map(|&n| Proof::Named(n.into())).collect::<Vec<_>>());
+        assert_eq!(proofs(A.as_bytes()), Ok(vec![Proof::Key]));
+        assert_eq!(proofs(&[0xff; 4096]), Ok(vec![Proof::Key]));
+        assert_eq!(proofs(b"my very secret: 0123456789"), Ok(vec![Proof::Key]), "no name has a blank");
+        assert_eq!(proofs(b"# two\n\n a: 0123456789abcdef \r\nb.c_d-9:fedcba9876543210"), named(&["a", "b.c_d-9"]));
+        // The key of a line is the key of a file that holds nothing else, with or without its newline.
+        for file in ["0123456789abcdef\n", "0123456789abcdef\r\n", "x:0123456789abcdef", "x: 0123456789abcdef\n"] {
+            assert_eq!(psk(file.as_bytes()), psk(A.as_bytes()), "{file:?}");
+        }
+        assert_ne!(psk(A.as_bytes()), psk(B.as_bytes()));
+        let binary = [&[0x80; 20][..], b"\n"].concat();
+        assert_ne!(psk(&binary), psk(&[0x80; 20]), "a binary key counts to its last byte");
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_without_the_key() {
+        let long = "k".repeat(4097);
+        let many: String = (0..17).map(|i| format!("n{i}:{A}{i}\n")).collect();
+        for (contents, part) in [
+            ("", "0 bytes"),
+            ("short", "5 bytes"),
+            (long.as_str(), "4097 bytes"),
+            ("a:0123456789\n", "line 1: a key of 10 bytes"),
+            ("a:0123456789abcdef\nSECRETSECRETSECRET\n", "line 2: expected NAME:KEY"),
+            ("a:0123456789abcdef\na:SECRETSECRETSECRET\n", "line 2: a second key"),
+            ("a:0123456789abcdef\nb:0123456789abcdef\n", "key 2 stands there twice"),
+            ("a:SECRETSECRET\u{1b}SECRET\n", "not printable"),
+            (many.as_str(), "more than 16"),
+        ] {
+            let error = Keys::parse(contents.as_bytes()).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+            assert!(error.to_string().contains(part) && !error.to_string().contains("SECRET"), "{contents:?}: {error}");
+        }
+        let shown = format!("{:?}", Keys::parse(b"alice:0123456789abcdef").unwrap());
+        assert!(shown.contains("alice") && !shown.contains("0123456789"), "{shown}");
+    }
+
+    /// A directory of its own, removed at the end.
+    struct Dir(PathBuf);
+
+    impl Dir {
+        fn new() -> Dir {
+            static NEXT: AtomicU32 = AtomicU32::new(0);
+            let name = format!("uccl-keys-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+            let dir = std::env::temp_dir().join(name);
+            std::fs::create_dir_all(&dir).unwrap();
+            Dir(dir)
+        }
+
+        fn write(&self, name: &str, contents: &str, mode: u32) -> PathBuf {
+            let path = self.0.join(name);
+            std::fs::write(&path, contents).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+            path
+        }
+
+        fn replace(&self, path: &Path, contents: &str) {
+            std::fs::rename(self.write("next", contents, 0o600), path).unwrap();
+        }
+    }
+
+    impl Drop for Dir {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn refusal(path: &Path) -> String {
+        let error = KeyStore::open(Some(path)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        assert!(error.to_string().starts_with(&format!("UCCL_TCPX_AUTH_KEY_FILE={}: ", path.display())), "{error}");
+        error.to_string()
+    }
+
+    #[test]
+    fn only_a_regular_file_of_its_owner_is_read() {
+        let dir = Dir::new();
+        for mode in [0o640, 0o604, 0o620, 0o602, 0o666, 0o610] {
+            let path = dir.write("open", A, mode);
+            let text = refusal(&path);
+            assert!(text.contains(&format!("chmod 600 '{}'", path.display())) && text.contains(&format!("{mode:04o}")), "{text}");
+        }
+        let good = dir.write("good", A, 0o400);
+        let link = dir.0.join("link");
+        std::os::unix::fs::symlink(&good, &link).unwrap();
+        for path in [&good, &link] {
+            assert!(!KeyStore::open(Some(path)).unwrap().current().is_empty());
+        }
+        // None of these may block or be read to an end that never comes.
+        let fifo = dir.0.join("fifo");
+        let c_path = std::ffi::CString::new(fifo.to_str().unwrap()).unwrap();
+        // SAFETY: a NUL-terminated path.
+        assert_eq!(unsafe { libc::mkfifo(c_path.as_ptr(), 0o600) }, 0);
+        assert!(refusal(&fifo).contains("a FIFO"));
+        assert!(refusal(Path::new("/dev/zero")).contains("a device"));
+        assert!(refusal(&dir.0).contains("a directory"));
+        assert!(refusal(&dir.0.join("missing")).contains("No such file"));
+        let large = dir.write("large", "", 0o600);
+        OpenOptions::new().write(true).open(&large).unwrap().set_len(1 << 40).unwrap();
+        assert!(refusal(&large).contains("65536 at most"));
+    }
+
+    #[test]
+    fn a_changed_file_counts_at_once_and_a_broken_one_not() {
+        let dir = Dir::new();
+        let path = dir.write("keys", &format!("old:{A}\n"), 0o600);
+        let store = KeyStore::open(Some(&path)).unwrap();
+        let names = || {
+            store
+                .current()
+                .proofs
+                .iter()
+                .map(|p| if let Proof::Named(n) = p { n.to_string() } else { "-".into() })
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(names(), ["old"]);
+        dir.replace(&path, &format!("new:{B}\nold:{A}\n"));
+        assert_eq!(names(), ["new", "old"]);
+        // In place, of the same length, within one tick of the file system's clock.
+        for name in ["one", "two", "six"] {
+            dir.write("keys", &format!("{name}:{B}\n"), 0o600);
+            assert_eq!(names(), [name]);
+        }
+        for _ in 0..2 {
+            dir.replace(&path, "short");
+            assert_eq!(names(), ["six"]);
+            dir.write("keys", A, 0o644);
+            assert_eq!(names(), ["six"]);
+            std::fs::remove_file(&path).unwrap();
+            assert_eq!(names(), ["six"]);
+        }
+        dir.replace(&path, A);
+        assert_eq!(names(), ["-"]);
+        assert!(KeyStore::open(None).unwrap().current().is_empty());
     }
 }

@@ -105,11 +105,11 @@ impl Sealer {
     pub(crate) fn seal(&mut self, plain: &[u8], out: &mut Vec<u8>) -> Result<()> {
         out.reserve(Sealer::sealed_len(plain.len()));
         for piece in plain.chunks(MAX_PLAIN) {
+            let nonce = self.0.nonce()?;
             let header = (piece.len() as u16).to_le_bytes();
             out.extend_from_slice(&header);
             let start = out.len();
             out.extend_from_slice(piece);
-            let nonce = self.0.nonce()?;
             let sealed = self.0.key.seal_in_place_separate_tag(nonce, Aad::from(header), &mut out[start..]);
             match sealed {
                 Ok(tag) => out.extend_from_slice(tag.as_ref()),
@@ -227,5 +227,141 @@ impl Session {
     /// [`Opener::open`].
     pub(crate) fn open(&mut self, buf: &mut [u8]) -> Result<Opened> {
         self.opener.open(buf)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::ErrorKind;
+    use proptest::prelude::*;
+
+    fn pair() -> (Session, Session) {
+        let new = |ours| Session::new(ours, &[7; 64], b"test").unwrap();
+        (new(Direction::ToListening), new(Direction::ToConnecting))
+    }
+
+    fn sealed(from: &mut Session, plain: &[u8]) -> Vec<u8> {
+        let mut out = Vec::new();
+        from.seal(plain, &mut out).unwrap();
+        assert_eq!(out.len(), Sealer::sealed_len(plain.len()));
+        out
+    }
+
+    /// Opens a stream of records so that their plain bytes become one piece at the front of the buffer.
+    fn open_all(to: &mut Session, buf: &mut [u8]) -> Result<usize> {
+        let (mut end, mut at) = (0, 0);
+        while at < buf.len() {
+            match to.opener.open_within(&mut buf[end..], at - end)? {
+                Opened::Record { plain, consumed } => {
+                    end += plain;
+                    at += consumed;
+                }
+                Opened::Need(_) => break,
+            }
+        }
+        Ok(end)
+    }
+
+    proptest! {
+        #[test]
+        fn any_split_of_the_stream_comes_out_whole(sizes in proptest::collection::vec(0usize..200_000, 0..6)) {
+            let (mut a, mut b) = pair();
+            let all: Vec<u8> = (0..sizes.iter().sum()).map(|i: usize| (i * 7 + i / 251) as u8).collect();
+            let (mut out, mut at) = (Vec::new(), 0);
+            for size in sizes {
+                a.seal(&all[at..at + size], &mut out).unwrap();
+                at += size;
+            }
+            let end = open_all(&mut b, &mut out).unwrap();
+            prop_assert!(out[..end] == all[..]);
+        }
+
+        #[test]
+        fn random_bytes_never_open(mut bytes in proptest::collection::vec(any::<u8>(), 0..3000), at in 0usize..40) {
+            let (mut a, _) = pair();
+            let opened = !matches!(a.opener.open_within(&mut bytes, at), Err(_) | Ok(Opened::Need(_)));
+            prop_assert!(!opened);
+        }
+    }
+
+    #[test]
+    fn every_changed_byte_is_noticed() {
+        let (mut a, _) = pair();
+        let good = sealed(&mut a, b"attack at dawn");
+        for (at, flip) in (0..good.len()).flat_map(|at| [(at, 1), (at, 0x80)]) {
+            let (_, mut b) = pair();
+            let mut bad = good.clone();
+            bad[at] ^= flip;
+            bad.resize(bad.len() + MAX_RECORD, 0);
+            assert_eq!(b.open(&mut bad).unwrap_err().kind(), ErrorKind::Protocol, "byte {at}");
+            // And nothing opens afterwards.
+            assert!(b.open(&mut good.clone()).is_err());
+        }
+    }
+
+    #[test]
+    fn records_cannot_be_repeated_reordered_left_out_or_sent_back() {
+        let (mut a, _) = pair();
+        let records: Vec<_> = (0..3).map(|i| sealed(&mut a, &[i; 10])).collect();
+        for order in [[0, 0, 1], [1, 0, 2], [0, 2, 1], [2, 1, 0]] {
+            let (_, mut b) = pair();
+            let opened: Vec<bool> = order.iter().map(|&i| b.open(&mut records[i].clone()).is_ok()).collect();
+            assert!(!opened.iter().all(|&ok| ok), "{order:?}");
+            assert!(!opened[2], "{order:?}");
+        }
+        assert!(a.open(&mut records[0].clone()).is_err(), "a side took its own record for its peer's");
+        let mut other = Session::new(Direction::ToConnecting, &[7; 64], b"another context").unwrap();
+        assert!(other.open(&mut records[0].clone()).is_err());
+    }
+
+    #[test]
+    fn a_cut_record_waits_for_the_rest() {
+        let (mut a, mut b) = pair();
+        let mut good = sealed(&mut a, b"plain");
+        let len = good.len();
+        for cut in 0..len {
+            let need = if cut < RECORD_HEADER { RECORD_HEADER } else { len };
+            assert_eq!(b.open(&mut good[..cut]), Ok(Opened::Need(need)));
+        }
+        assert_eq!(b.open(&mut good), Ok(Opened::Record { plain: 5, consumed: len }));
+        assert_eq!(&good[..5], b"plain");
+        assert_eq!(b.opener.open_within(&mut [], 3), Ok(Opened::Need(RECORD_HEADER)));
+    }
+
+    #[test]
+    fn lengths_are_refused_from_the_header_alone() {
+        for plain in [0u16, MAX_PLAIN as u16 + 1, u16::MAX] {
+            let (_, mut b) = pair();
+            assert!(b.open(&mut plain.to_le_bytes()).is_err(), "{plain}");
+        }
+    }
+
+    #[test]
+    fn record_numbers_never_start_again() {
+        let (mut a, mut b) = pair();
+        a.sealer.0.next = u64::MAX - 1;
+        b.opener.numbered.next = u64::MAX - 1;
+        let mut last = sealed(&mut a, b"last");
+        assert!(b.open(&mut last).is_ok());
+        let mut out = Vec::new();
+        assert_eq!(a.seal(b"one more", &mut out).unwrap_err().kind(), ErrorKind::Resource);
+        assert!(!out.windows(3).any(|w| w == b"one"), "plain bytes were left in the output");
+    }
+
+    #[test]
+    fn exported_keys_are_shared_by_the_sides_and_by_nothing_else() {
+        let (a, b) = pair();
+        let mut seen = std::collections::HashSet::new();
+        for set in 0..2 {
+            for index in [0, 1, 256] {
+                for direction in [Direction::ToListening, Direction::ToConnecting] {
+                    let key = a.exporter.channel_mac_key(set, index, direction).unwrap();
+                    assert_eq!(key, b.exporter.channel_mac_key(set, index, direction).unwrap());
+                    assert!(seen.insert(*key));
+                    assert!(seen.insert(*a.exporter.channel_data_key(set, index, direction).unwrap()));
+                }
+            }
+        }
     }
 }
