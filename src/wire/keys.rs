@@ -121,9 +121,12 @@ fn is_name(name: &[u8]) -> bool {
     (1..=MAX_NAME).contains(&name.len()) && name.iter().all(fits)
 }
 
+/// A key as it stands in the file, and how its holder will be called.
+type Found<'a> = (Proof, &'a [u8]);
+
 /// The file as a list; `None` when it is not one.
-fn list(contents: &[u8]) -> Result<Option<Vec<(Proof, &[u8])>>> {
-    let mut found: Vec<(Proof, &[u8])> = Vec::new();
+fn list(contents: &[u8]) -> Result<Option<Vec<Found<'_>>>> {
+    let mut found: Vec<Found<'_>> = Vec::new();
     for (i, line) in contents.split(|&b| b == b'\n').enumerate() {
         let line = line.trim_ascii();
         if line.is_empty() || line.starts_with(b"#") {

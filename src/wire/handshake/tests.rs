@@ -219,7 +219,7 @@ fn nobody_is_its_own_peer() {
         opening[12..14].copy_from_slice(&(ANSWER as u16).to_le_bytes());
         assert!(c.input(&opening[..HEADER_BYTES + ANSWER]).is_err());
         let mut s = server(file);
-        s.input(&client(file).output().to_vec()).unwrap();
+        s.input(client(file).output()).unwrap();
         let mut answer = take(&mut s);
         answer[10] = Kind::Proof as u8;
         let body = *Kind::Proof.body().start();
@@ -320,15 +320,17 @@ fn strangers_are_dropped_at_the_first_wrong_byte() {
     }
 }
 
-/// Gives up on hellos out of range only in tests.
-fn unchecked(mut side: Handshake, change: fn(&mut Hello)) -> Handshake {
+type Change = fn(&mut Hello);
+
+/// A side whose hello is not what it may be.
+fn unchecked(mut side: Handshake, change: Change) -> Handshake {
     change(&mut side.hello);
     side
 }
 
 #[test]
 fn hellos_are_checked_by_both_sides_and_both_hear_why() {
-    let cases: [(fn(&mut Hello), ErrorKind, &str); 4] = [
+    let cases: [(Change, ErrorKind, &str); 4] = [
         (|h| h.channels = 0, ErrorKind::Protocol, "0 channels"),
         (|h| h.chunk_bytes = 0, ErrorKind::Protocol, "chunks of 0 bytes"),
         (|h| h.peer_timeout_ms = 1, ErrorKind::Protocol, "peer timeout of 1 ms"),
@@ -367,7 +369,7 @@ fn limits_of_the_caller_reach_the_peer() {
     for openings in [0, 1] {
         let (mut c, mut s) = (client(A), server(A));
         if openings == 1 {
-            s.input(&c.output().to_vec()).unwrap();
+            s.input(c.output()).unwrap();
             take(&mut s);
         }
         s.refuse(&err!(Resource, "too many connections are being set up"));
@@ -386,9 +388,9 @@ fn limits_of_the_caller_reach_the_peer() {
 #[test]
 fn an_answer_tells_a_stranger_nothing() {
     // With another key, other plugins and other numbers, the answers are as long, and their clear bytes are equal.
-    let answer = |file: &str, change: fn(&mut Hello)| {
+    let answer = |file: &str, change: Change| {
         let mut s = unchecked(server(file), change);
-        s.input(&client(A).output().to_vec()).unwrap();
+        s.input(client(A).output()).unwrap();
         take(&mut s)
     };
     let (one, two) = (answer(A, |_| {}), answer(B, |h| h.plugin = "another".into()));
