@@ -16,7 +16,10 @@ fn object() -> CString {
         path.pop();
     }
     let mut build = Command::new(env!("CARGO"));
-    build.args(["build", "--quiet", "--package", "soft-plugin-so"]).arg("--target-dir").arg(path.parent().expect("a target directory"));
+    build
+        .args(["build", "--quiet", "--package", "soft-plugin-so"])
+        .arg("--target-dir")
+        .arg(path.parent().expect("a target directory"));
     if path.ends_with("release") {
         build.arg("--release");
     }

@@ -16,8 +16,8 @@ use crate::fork::PerProcess;
 use crate::interfaces::Interface;
 use crate::pool::Pool;
 
-/// A connect that nobody asked about for this long is given up.
-const IDLE: Duration = Duration::from_secs(30);
+/// A connect that nobody asked about for this long is given up; the listening side does the same.
+const IDLE: Duration = Duration::from_secs(10);
 /// When there are too many, this long is enough.
 const IDLE_WHEN_FULL: Duration = Duration::from_secs(1);
 
