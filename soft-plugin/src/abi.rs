@@ -130,8 +130,10 @@ pub unsafe extern "C" fn init(logger: ncclDebugLogger_t) -> ncclResult_t {
 pub unsafe extern "C" fn devices(count: *mut c_int) -> ncclResult_t {
     guard(|| {
         check(!count.is_null())?;
+        let global = state::get()?;
+        global.refresh();
         // SAFETY: not null; the caller's int.
-        unsafe { *count = state::get()?.devices.len() as c_int };
+        unsafe { *count = global.devices.len() as c_int };
         Ok(())
     })
 }

@@ -6,6 +6,7 @@ mod system;
 use std::ffi::CString;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr};
+use std::os::fd::BorrowedFd;
 
 /// One usable interface, with one address of it.
 #[derive(Clone, Debug)]
@@ -38,6 +39,16 @@ impl Interface {
         };
         let free = width - self.prefix.min(width);
         free >= 128 || own >> free == other >> free
+    }
+}
+
+impl Interface {
+    /// Whether the interface is up and has a carrier at this moment; `socket` is any socket.
+    ///
+    /// # Errors
+    /// `ENETDOWN` when it is not, `ENODEV` when it is gone.
+    pub fn check_link(&self, socket: BorrowedFd<'_>) -> io::Result<()> {
+        system::check_link(&self.name, socket)
     }
 }
 
@@ -182,9 +193,18 @@ fn reserve(found: &Found) -> u32 {
     }
 }
 
+/// What the rules make of the interfaces found.
+#[derive(Clone, Debug)]
+pub struct Selection<'a> {
+    /// Those to use, each with its address.
+    pub taken: Vec<(&'a Found, Address)>,
+    /// Those that were asked for and cannot be used, with the reason.
+    pub refused: Vec<(&'a str, &'static str)>,
+}
+
 /// The interfaces that can be used, each with its address, in the order of the filter where it gives one and else in the kernel's; and
 /// for each that was asked for and cannot be used, its name and why.
-pub fn select<'a>(all: &'a [Found], filter: Option<&NameFilter>) -> (Vec<(&'a Found, Address)>, Vec<(&'a str, &'static str)>) {
+pub fn select<'a>(all: &'a [Found], filter: Option<&NameFilter>) -> Selection<'a> {
     let admitted: Vec<&Found> = all.iter().filter(|f| filter.is_none_or(|filter| filter.admits(&f.name))).collect();
     let asked = |f: &Found| filter.is_some_and(|filter| filter.asks_for(&f.name));
     let refused = admitted.iter().filter(|f| asked(f)).filter_map(|f| Some((f.name.as_str(), defect(f)?))).collect();
@@ -194,7 +214,7 @@ pub fn select<'a>(all: &'a [Found], filter: Option<&NameFilter>) -> (Vec<(&'a Fo
     if let Some(filter) = filter.filter(|f| f.exact && !f.exclude) {
         taken.sort_by_key(|f| filter.place(&f.name));
     }
-    (taken.into_iter().filter_map(|f| Some((f, best_address(f)?))).collect(), refused)
+    Selection { taken: taken.into_iter().filter_map(|f| Some((f, best_address(f)?))).collect(), refused }
 }
 
 /// The interfaces of this machine that can carry data now: those that `filter` (in the form of [`NameFilter`]) lets through, else
@@ -206,7 +226,7 @@ pub fn usable(filter: Option<&str>) -> io::Result<Vec<Interface>> {
     static REFUSED: crate::logger::Limited = crate::logger::Limited::new();
     let filter = filter.map(NameFilter::parse);
     let all = system::list()?;
-    let (taken, refused) = select(&all, filter.as_ref());
+    let Selection { taken, refused } = select(&all, filter.as_ref());
     for (name, why) in refused {
         REFUSED.warn(&format!("network interface {name} is left out: {why}"));
     }

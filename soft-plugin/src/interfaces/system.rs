@@ -5,6 +5,7 @@ use std::ffi::{CStr, CString};
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 
 use super::{Address, Found, Interface};
@@ -88,6 +89,27 @@ fn ip_of(addr: *const libc::sockaddr) -> Option<(IpAddr, u32)> {
             }
             _ => None,
         }
+    }
+}
+
+/// An error unless the interface is up and has a carrier.
+pub fn check_link(name: &CStr, socket: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: plain data for which zeros are valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    let room = request.ifr_name.len() - 1;
+    for (to, from) in request.ifr_name[..room].iter_mut().zip(name.to_bytes()) {
+        *to = *from as libc::c_char;
+    }
+    // SAFETY: a live descriptor and a request with a terminated name, into which the kernel writes the flags.
+    let flags = unsafe {
+        if libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &mut request) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        i32::from(request.ifr_ifru.ifru_flags)
+    };
+    match flags & libc::IFF_UP != 0 && flags & libc::IFF_RUNNING != 0 {
+        true => Ok(()),
+        false => Err(io::Error::from_raw_os_error(libc::ENETDOWN)),
     }
 }
 

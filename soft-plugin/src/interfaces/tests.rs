@@ -22,7 +22,7 @@ fn nic(name: &str, addresses: &[&str]) -> Found {
 
 fn pick(all: &[Found], filter: Option<&str>) -> Vec<String> {
     let filter = filter.map(NameFilter::parse);
-    select(all, filter.as_ref()).0.into_iter().map(|(f, a)| format!("{} {}", f.name, a.ip)).collect()
+    select(all, filter.as_ref()).taken.into_iter().map(|(f, a)| format!("{} {}", f.name, a.ip)).collect()
 }
 
 fn names(all: &[Found], filter: Option<&str>) -> Vec<String> {
@@ -94,7 +94,7 @@ fn a_nic_in_bad_shape_is_left_out_even_when_named() {
     ];
     assert_eq!(names(&all, None), ["eth0"]);
     let filter = NameFilter::parse("eth");
-    let (taken, refused) = select(&all, Some(&filter));
+    let Selection { taken, refused } = select(&all, Some(&filter));
     assert_eq!(taken.iter().map(|(f, _)| f.name.as_str()).collect::<Vec<_>>(), ["eth0", "eth5"]);
     let expected = [
         ("eth1", "it has no carrier"),
@@ -103,7 +103,7 @@ fn a_nic_in_bad_shape_is_left_out_even_when_named() {
         ("eth4", "it has no address"),
     ];
     assert_eq!(refused, expected);
-    assert!(select(&all, None).1.is_empty(), "nobody asked for them");
+    assert!(select(&all, None).refused.is_empty(), "nobody asked for them");
 }
 
 #[test]
@@ -148,4 +148,13 @@ fn this_machine_has_a_usable_interface_and_knows_its_own_network() {
     assert!(lo.loopback && lo.speed == 0 && lo.pci_path.is_none());
     assert!(lo.reaches("127.9.9.9".parse().unwrap()));
     assert!(!lo.reaches("10.0.1.1".parse().unwrap()) && !lo.reaches("::1".parse().unwrap()));
+}
+
+#[test]
+fn the_link_is_looked_at_again() {
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let lo = usable(Some("=lo")).unwrap().remove(0);
+    lo.check_link(std::os::fd::AsFd::as_fd(&socket)).unwrap();
+    let gone = Interface { name: CString::new("nosuch0").unwrap(), ..lo };
+    assert_eq!(gone.check_link(std::os::fd::AsFd::as_fd(&socket)).unwrap_err().raw_os_error(), Some(libc::ENODEV));
 }

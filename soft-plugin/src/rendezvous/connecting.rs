@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::io::{self, ErrorKind};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -117,6 +117,7 @@ fn begin(device: &Interface, config: &Config, invitation: Invitation) -> io::Res
     tune(&socket, config)?;
     socket.set_tcp_nodelay(true)?;
     if device.reaches(target.ip()) {
+        device.check_link(socket.as_fd())?;
         bind_source(&socket, device)?;
     }
     match socket.connect(&target.into()) {

@@ -3,7 +3,7 @@
 
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -132,6 +132,7 @@ impl Listener {
     fn new(device: &Interface, config: &Config, handle: &mut Handle) -> io::Result<Listener> {
         let address = own_address(device);
         let socket = new_socket(&address)?;
+        device.check_link(socket.as_fd())?;
         tune(&socket, config)?;
         socket.bind(&address.into())?;
         socket.listen(1024)?;
