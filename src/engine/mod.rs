@@ -83,7 +83,7 @@ impl Engine {
         if plugin.devices.is_empty() {
             bail!(Plugin, "plugin {} found no network device", plugin.name);
         }
-        let host_plugin = if plugin.traits.host_memory { None } else { Some(Plugin::soft(&config)?) };
+        let host_plugin = if plugin.traits.host_memory { None } else { Some(Plugin::soft()?) };
         let filter = config.socket_ifname.clone();
         let Some(interface) = topology::control_address(filter.as_deref()) else {
             bail!(InvalidArgument, "no interface with an IPv4 address matches {:?}", filter.unwrap_or_default())

@@ -24,7 +24,7 @@ pub(crate) fn hello(shared: &Shared, wanted_gpu: &str) -> Result<Hello> {
     }
     Ok(Hello {
         channels: channel_count(shared) as u16,
-        chunk_bytes: shared.config.chunk_bytes as u32,
+        chunk_bytes: chunk_bytes(shared) as u32,
         gpu_index: shared.gpu.as_ref().map_or(-1, |g| g.ordinal),
         authenticated: shared.auth_key.is_some(),
         engine: shared.engine_id,
@@ -33,6 +33,12 @@ pub(crate) fn hello(shared: &Shared, wanted_gpu: &str) -> Result<Hello> {
         gpu: shared.gpu_name(),
         wanted_gpu: wanted_gpu.to_owned(),
     })
+}
+
+/// Largest chunk of this side: as configured, within what its plugins carry.
+fn chunk_bytes(shared: &Shared) -> usize {
+    let plugins = std::iter::once(&shared.plugin).chain(&shared.host_plugin);
+    plugins.fold(shared.config.chunk_bytes, |chunk, plugin| chunk.min(plugin.max_message(&shared.config)))
 }
 
 /// Channels that this side asks for: as configured, else as many as help. A channel has an I/O thread's worth of work, so cores bound
