@@ -10,6 +10,7 @@ pub(crate) mod pairing;
 pub mod plugin;
 mod plugin_log;
 mod reaper;
+pub(crate) mod registrations;
 mod search;
 pub(crate) mod setup;
 pub(crate) mod signals;

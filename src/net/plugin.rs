@@ -1,6 +1,7 @@
 //! Loading a NCCL net plugin and calling its table. A plugin is initialised once per process and never unloaded. Every call of a
 //! plugin goes through here, with the locks and the signal mask that its traits ask for; rules of order live in `comm`.
 
+use super::registrations::Registrations;
 use super::search;
 use super::signals::Quiet;
 use super::table::{Answer, Ext, NetTable, Properties};
@@ -57,6 +58,7 @@ pub struct Plugin {
     pub devices: Vec<Device>,
     /// What it can do and asks for.
     pub traits: Traits,
+    pub(super) registrations: Registrations,
 }
 
 /// Turns a result into an error that names the call.
@@ -162,7 +164,16 @@ impl Plugin {
     fn start(table: &'static dyn NetTable, ext: Option<Ext>, path: Option<PathBuf>, scope: &Scope) -> Result<Plugin> {
         let name = table.name();
         let traits = Traits::of(&name, ext.as_ref(), false, 0);
-        let mut plugin = Plugin { table, ext, name, path, abi_version: table.version(), devices: Vec::new(), traits };
+        let mut plugin = Plugin {
+            table,
+            ext,
+            name,
+            path,
+            abi_version: table.version(),
+            devices: Vec::new(),
+            traits,
+            registrations: Registrations::default(),
+        };
         within(scope, || {
             // A plugin calls its logger unchecked. The built-in one writes to this library's log by itself.
             let logger = if plugin.path.is_some() { super::plugin_log::logger() } else { None };
@@ -219,7 +230,7 @@ impl Plugin {
             // The software plugin leaves the cause in errno.
             let errno = std::io::Error::last_os_error().raw_os_error();
             let told = self.ext.is_some() && matches!(errno, Some(libc::EMFILE | libc::ENFILE));
-            if told || out_of_descriptors() {
+            if told || !descriptors_left(1) {
                 bail!(Resource, "plugin {}: {name} failed: out of file descriptors (ulimit -n)", self.name);
             }
         }
@@ -289,6 +300,10 @@ impl Plugin {
     /// `comm` is live; `[data, data + size)` stays mapped until the registration is dropped.
     pub(super) unsafe fn reg_mr(&self, comm: *mut c_void, data: *mut c_void, size: usize, kind: c_int) -> Result<*mut c_void> {
         let mut mhandle = std::ptr::null_mut();
+        // Without free descriptors TCPX closes one that is not its own.
+        if self.traits.serial_setup && !descriptors_left(4) {
+            bail!(Resource, "plugin {}: no file descriptors left to register memory (ulimit -n)", self.name);
+        }
         // SAFETY: by the caller's contract.
         self.set_up("regMr", || unsafe { self.table.reg_mr(comm, data, size, kind, &mut mhandle) })?;
         Ok(mhandle)
@@ -507,14 +522,9 @@ fn set_chunk_size(config: &Config) {
     });
 }
 
-/// Whether the process has no descriptor left.
-fn out_of_descriptors() -> bool {
-    // SAFETY: a plain system call; the descriptor is closed at once.
-    let fd = unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
-    if fd >= 0 {
-        // SAFETY: opened above.
-        unsafe { libc::close(fd) };
-        return false;
-    }
-    matches!(std::io::Error::last_os_error().raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+/// Whether the process can open `n` more descriptors now.
+fn descriptors_left(n: usize) -> bool {
+    let open = || std::fs::File::open("/dev/null");
+    let opened: Vec<_> = (0..n).map_while(|_| open().ok()).collect();
+    opened.len() == n
 }
