@@ -9,6 +9,7 @@ use super::device::{DeviceCopier, StagingMemory, Ticket, View};
 use super::memory::HostBlock;
 use super::stripe::{Load, Rate};
 use crate::net::comm::{Doorbell, MHandle, RecvComm, SendComm};
+use crate::net::registrations::Registration;
 use crate::status::{bail, Result};
 use crate::types::{Key, Part, Place};
 use nccl_net_abi::{ucclIoVec, MAX_REQUESTS};
@@ -67,13 +68,13 @@ impl Context<'_> {
         }
     }
 
-    fn register(&mut self, place: Place, register: impl Fn() -> Result<MHandle>) -> Result<MHandle> {
-        let mut mhandle = std::ptr::null_mut();
+    fn register<R>(&mut self, place: Place, mut register: impl FnMut() -> Result<R>) -> Result<R> {
+        let mut registered = None;
         self.within(place, &mut || {
-            mhandle = register()?;
+            registered = Some(register()?);
             Ok(true)
         })?;
-        Ok(mhandle)
+        registered.ok_or_else(|| crate::status::err!(Internal, "nothing was registered"))
     }
 }
 
@@ -121,7 +122,6 @@ pub(crate) struct Lane {
     // Field order is drop order: the comms close first, and with them the last access to everything below.
     send: SendComm,
     recv: RecvComm,
-    registered: HashMap<(u64, u64), MHandle>,
     outgoing: VecDeque<Outgoing>,
     to_post: VecDeque<ToPost>,
     queued: u64,
@@ -133,7 +133,7 @@ pub(crate) struct Lane {
     host_out: Option<Staging>,
     device_out: HashMap<Place, Staging>,
     host_in: Option<Staging>,
-    device_in: Option<(Box<dyn StagingMemory>, MHandle)>,
+    device_in: Option<(Registration, Box<dyn StagingMemory>)>,
     discard: Option<HostBlock>,
 }
 // SAFETY: raw pointers inside point to memory that this lane or a live region owns; a lane is used by one thread at a time.
@@ -144,7 +144,6 @@ impl Lane {
         Lane {
             send,
             recv,
-            registered: HashMap::new(),
             outgoing: VecDeque::new(),
             to_post: VecDeque::new(),
             queued: 0,
@@ -202,20 +201,10 @@ impl Lane {
 
 impl Drop for Lane {
     fn drop(&mut self) {
-        // Registrations go back while their comm lives. Requests of a failed connection may still use them inside a plugin that is
-        // not ours; there they stay with the comm.
-        if self.busy() && self.send.plugin().traits.lingers {
-            return;
-        }
-        let staged = self.device_out.values().chain(&self.host_out).map(|s| s.mhandle);
-        for mhandle in self.registered.values().copied().chain(staged) {
-            // SAFETY: registered by this comm once; no request of it runs, or the software plugin, whose requests do not use it.
-            unsafe { self.send.deregister(mhandle) };
-        }
-        let received = self.host_in.iter().map(|s| s.mhandle).chain(self.device_in.iter().map(|(_, m)| *m));
-        for mhandle in received {
-            // SAFETY: as above.
-            unsafe { self.recv.deregister(mhandle) };
+        // Registrations go while their comm is open, unless its requests may still use them: then they go after it.
+        if !self.busy() {
+            (self.host_out, self.host_in, self.device_in) = (None, None, None);
+            self.device_out.clear();
         }
     }
 }

@@ -100,7 +100,7 @@ impl Engine {
         if device.devices.is_empty() {
             bail!(Plugin, "plugin {} found no network device", device.name);
         }
-        let host = if device.traits.host_memory { None } else { Some(Plugin::soft(&config)?) };
+        let host = if device.traits.host_memory { None } else { Some(Plugin::soft()?) };
         let plugins = Plugins { device, host };
         let ports = listener::open(config.bind, config.socket_ifname.as_deref(), config.port)?;
         let metadata = listener::metadata(ports.address, &gpus.name());

@@ -3,10 +3,12 @@
 //! cannot break them. Set-up, registration and close run with the comm's GPU current.
 
 use super::plugin::{CommKind, Plugin};
+use super::registrations::{piece, Registration};
 use super::{reaper, within, Scope};
 use crate::status::{bail, Result};
-use nccl_net_abi::{ncclNetDeviceHandle_v7, ucclIoVec, MAX_REQUESTS, NCCL_NET_HANDLE_MAXSIZE};
-use std::collections::VecDeque;
+use crate::types::Span;
+use nccl_net_abi::{ncclNetDeviceHandle_v7, ucclIoVec, MAX_REQUESTS, NCCL_NET_HANDLE_MAXSIZE, NCCL_PTR_CUDA};
+use std::collections::{HashMap, VecDeque};
 use std::ffi::{c_int, c_void};
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU32;
@@ -42,13 +44,23 @@ struct RawComm {
     plugin: Arc<Plugin>,
     comm: *mut c_void,
     kind: CommKind,
+    dev: usize,
     gpu: Scope,
 }
 // SAFETY: NCCL plugins allow a comm to be used from any thread, one at a time; `&mut` of the owners guarantees the latter.
 unsafe impl Send for RawComm {}
 
+impl RawComm {
+    /// A comm that moves data.
+    fn open(plugin: &Arc<Plugin>, comm: *mut c_void, kind: CommKind, dev: usize, gpu: &Scope) -> RawComm {
+        plugin.registrations.opened(plugin, dev, comm, gpu);
+        RawComm { plugin: plugin.clone(), comm, kind, dev, gpu: gpu.clone() }
+    }
+}
+
 impl Drop for RawComm {
     fn drop(&mut self) {
+        self.plugin.registrations.closing(&self.plugin, self.dev, self.comm);
         let closed = within(&self.gpu, || {
             // SAFETY: live until here, and dropped once.
             unsafe { self.plugin.close(self.kind, self.comm) };
@@ -71,7 +83,7 @@ impl ListenComm {
     pub(crate) fn new(plugin: &Arc<Plugin>, dev: usize, gpu: &Scope) -> Result<ListenComm> {
         let mut handle = [0; NCCL_NET_HANDLE_MAXSIZE];
         let comm = within(gpu, || plugin.listen(dev, &mut handle))?;
-        Ok(ListenComm { raw: RawComm { plugin: plugin.clone(), comm, kind: CommKind::Listen, gpu: gpu.clone() }, handle })
+        Ok(ListenComm { raw: RawComm { plugin: plugin.clone(), comm, kind: CommKind::Listen, dev, gpu: gpu.clone() }, handle })
     }
 }
 
@@ -108,7 +120,7 @@ impl Accepting {
         }
         let Some(pending) = self.0.take() else { bail!(Internal, "accept polled after its end") };
         let (comm, listen) = (answer?, &pending.listen);
-        let raw = RawComm { plugin: listen.plugin.clone(), comm, kind: CommKind::Recv, gpu: listen.gpu.clone() };
+        let raw = RawComm::open(&listen.plugin, comm, CommKind::Recv, listen.dev, &listen.gpu);
         let dev_handle = pending.dev_handle;
         Ok(Some(RecvComm { raw, dev_handle, posted: VecDeque::new(), finished: VecDeque::new(), next_slot: 0, tag: 0 }))
     }
@@ -154,8 +166,8 @@ impl Connecting {
         }
         self.handle = None;
         let comm = answer?;
-        let raw = RawComm { plugin: self.plugin.clone(), comm, kind: CommKind::Send, gpu: self.gpu.clone() };
-        Ok(Some(SendComm { raw, inflight: VecDeque::new(), tag: 0 }))
+        let raw = RawComm::open(&self.plugin, comm, CommKind::Send, self.dev, &self.gpu);
+        Ok(Some(SendComm { raw, regions: HashMap::new(), inflight: VecDeque::new(), tag: 0 }))
     }
 }
 
@@ -192,23 +204,11 @@ impl RawComm {
     }
 
     /// # Safety
-    /// The memory stays mapped until the registration is dropped.
-    unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int) -> Result<MHandle> {
-        // SAFETY: by the caller's contract.
-        within(&self.gpu, || unsafe { self.plugin.reg_mr(self.comm, data, len, kind) })
-    }
-
-    /// # Safety
-    /// `mhandle` came from `register` of a comm of the same NIC, once, and no request uses it.
-    unsafe fn deregister(&self, mhandle: MHandle) {
-        let done = within(&self.gpu, || {
-            // SAFETY: by the caller's contract.
-            unsafe { self.plugin.dereg_mr(self.comm, mhandle) };
-            Ok(())
-        });
-        if let Err(e) = done {
-            log::warn!("a registration with plugin {} stays: {e}", self.plugin.name);
-        }
+    /// The memory stays mapped until the registration is dropped and the comms that use it are closed.
+    unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int) -> Result<Registration> {
+        let at = (self.dev, self.comm);
+        // SAFETY: by the caller's contract; the comm is open.
+        within(&self.gpu, || unsafe { self.plugin.registrations.acquire(&self.plugin, at, data as usize, len, kind) })
     }
 
     fn progress_bytes(&self) -> Result<Option<u64>> {
@@ -225,12 +225,12 @@ impl RawComm {
 /// Registered memory of a comm.
 pub(crate) type MHandle = *mut c_void;
 
-/// A registration with the plugin is refused above this; callers register in pieces.
-pub(crate) const MAX_PIECE_BYTES: usize = 1 << 30;
-
 /// The sending half of a channel.
 pub(crate) struct SendComm {
+    // Field order is drop order: with requests in flight the registrations go after the comm.
     raw: RawComm,
+    /// Shares in the registrations of regions that this comm has sent from, by region and piece.
+    regions: HashMap<(u64, u64), Registration>,
     inflight: VecDeque<*mut c_void>,
     tag: c_int,
 }
@@ -258,20 +258,35 @@ impl SendComm {
         self.inflight.len()
     }
 
-    /// Registers memory for sends of this comm's NIC.
+    /// Registers memory for requests of this comm. The share is dropped after the requests have ended, or after the comm.
     ///
     /// # Safety
-    /// The memory stays mapped until [`SendComm::deregister`] or the comm's end.
-    pub(crate) unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int) -> Result<MHandle> {
+    /// The memory stays mapped until then.
+    pub(crate) unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int) -> Result<Registration> {
         // SAFETY: by the caller's contract.
         unsafe { self.raw.register(data, len, kind) }
     }
 
+    /// The registration of device memory that a chunk starting at `addr` of a region is sent with. It is shared by all comms of the NIC
+    /// and kept until [`SendComm::forget_region`] or the comm's end.
+    ///
     /// # Safety
-    /// `mhandle` came from `register` of a comm of the same NIC, once, and no request uses it.
-    pub(crate) unsafe fn deregister(&self, mhandle: MHandle) {
-        // SAFETY: by the caller's contract.
-        unsafe { self.raw.deregister(mhandle) }
+    /// The region stays mapped until then.
+    pub(crate) unsafe fn region(&mut self, span: Span, addr: u64) -> Result<MHandle> {
+        let (number, base, len) = piece(span, addr);
+        if let Some(share) = self.regions.get(&(span.id, number)) {
+            return Ok(share.mhandle());
+        }
+        // SAFETY: by the caller's contract; whole pages of a mapping are mapped.
+        let share = unsafe { self.raw.register(base as *mut c_void, len as usize, NCCL_PTR_CUDA) }?;
+        let mhandle = share.mhandle();
+        self.regions.insert((span.id, number), share);
+        Ok(mhandle)
+    }
+
+    /// Gives back the shares in a region's registrations: no request of this comm uses the region any more.
+    pub(crate) fn forget_region(&mut self, id: u64) {
+        self.regions.retain(|&(region, _), _| region != id);
     }
 
     /// Posts one message. `false`: the plugin takes none now, try again.
@@ -321,6 +336,14 @@ impl SendComm {
         }
         self.inflight.pop_front();
         Ok(true)
+    }
+}
+
+impl Drop for SendComm {
+    fn drop(&mut self) {
+        if self.inflight.is_empty() {
+            self.regions.clear();
+        }
     }
 }
 
@@ -374,18 +397,9 @@ impl RecvComm {
     ///
     /// # Safety
     /// As there.
-    pub(crate) unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int) -> Result<MHandle> {
+    pub(crate) unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int) -> Result<Registration> {
         // SAFETY: by the caller's contract.
         unsafe { self.raw.register(data, len, kind) }
-    }
-
-    /// As [`SendComm::deregister`].
-    ///
-    /// # Safety
-    /// As there.
-    pub(crate) unsafe fn deregister(&self, mhandle: MHandle) {
-        // SAFETY: by the caller's contract.
-        unsafe { self.raw.deregister(mhandle) }
     }
 
     /// Posts one receive. `false`: try again.

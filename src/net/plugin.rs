@@ -1,6 +1,8 @@
 //! Loading a NCCL net plugin and calling its table. A plugin is initialised once per process and never unloaded. Every call of a
 //! plugin goes through here, with the locks and the signal mask that its traits ask for; rules of order live in `comm`.
 
+use super::registrations::Registrations;
+use super::search;
 use super::signals::Quiet;
 use super::table::{Answer, Ext, NetTable, Properties};
 use super::traits::{is_tcpx, Traits};
@@ -14,8 +16,18 @@ use std::ffi::{c_int, c_void};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Once};
 
-/// Where Google's installer puts the TCPX plugin, in the order of trying.
-pub const TCPX_PATHS: [&str; 2] = ["/usr/local/tcpx/lib64/libnccl-net-tcpx.so", "/var/lib/tcpx/lib64/libnccl-net.so"];
+/// Folders and file names under which GPUDirect-TCPX is looked for, in the order of trying; LD_LIBRARY_PATH follows.
+pub const TCPX_PLACES: ([&str; 3], [&str; 2]) = (search::TCPX_DIRS, search::TCPX_FILES);
+
+/// Largest message of a plugin that is not ours: more could be described by more fragments than TCPX has room for, and it then ends the
+/// process.
+const FOREIGN_CHUNK: usize = 512 << 10;
+
+/// Message limit of a plugin where NCCL_DYNAMIC_CHUNK_SIZE is not set: the software plugin's own, and what TCPX is given.
+const DEFAULT_LIMIT: usize = 512 << 10;
+
+/// The variable that limits the messages of TCPX.
+const CHUNK_VARIABLE: &str = "NCCL_DYNAMIC_CHUNK_SIZE";
 
 /// A device of a plugin.
 #[derive(Clone, Debug)]
@@ -46,6 +58,7 @@ pub struct Plugin {
     pub devices: Vec<Device>,
     /// What it can do and asks for.
     pub traits: Traits,
+    pub(super) registrations: Registrations,
 }
 
 /// Turns a result into an error that names the call.
@@ -80,61 +93,92 @@ static SETUP: Mutex<()> = Mutex::new(());
 
 impl Plugin {
     /// The built-in software plugin.
-    pub(crate) fn soft(config: &Config) -> Result<Arc<Plugin>> {
-        prepare_environment(config);
+    pub(crate) fn soft() -> Result<Arc<Plugin>> {
         load_once(None, || Plugin::start(soft_plugin::table(), Some(Ext::built_in()), None, &None))
     }
 
     /// The plugin that the configuration chooses for device memory. `gpu` gives the GPU that should be current when it is initialised.
     pub(crate) fn choose(config: &Config, gpu: &dyn Fn() -> Result<Scope>) -> Result<Arc<Plugin>> {
-        prepare_environment(config);
-        let candidates: Vec<PathBuf> = match &config.plugin_path {
-            Some(path) => vec![path.clone()],
-            None => TCPX_PATHS.iter().map(PathBuf::from).collect(),
-        };
-        let found = candidates.iter().find(|p| p.exists());
-        match (config.plugin, found, &config.plugin_path) {
-            // An explicit path is taken at its word, whichever plugin it holds.
-            (_, Some(path), Some(_)) => Plugin::load(path, gpu),
-            (_, None, Some(path)) => bail!(PluginLoad, "UCCL_TCPX_PLUGIN_PATH={} does not exist", path.display()),
-            (PluginChoice::Soft, _, None) => Plugin::soft(config),
-            (PluginChoice::Auto, None, None) => Plugin::soft(config),
-            (PluginChoice::Auto | PluginChoice::Tcpx, Some(path), None) => Plugin::load(path, gpu),
-            (PluginChoice::Tcpx, None, None) => bail!(
+        // An explicit path is taken at its word, whichever plugin it holds.
+        if let Some(path) = &config.plugin_path {
+            if !path.exists() {
+                bail!(PluginLoad, "UCCL_TCPX_PLUGIN_PATH={} does not exist", path.display());
+            }
+            return Plugin::load(path, config, gpu);
+        }
+        if config.plugin == PluginChoice::Soft {
+            return Plugin::soft();
+        }
+        let dirs = search::TCPX_DIRS.map(Path::new);
+        let library_path = std::env::var("LD_LIBRARY_PATH").ok();
+        let must = config.plugin == PluginChoice::Tcpx;
+        let load = |path: &Path| Plugin::load(path, config, gpu);
+        match first_usable(&search::candidates(&dirs, library_path.as_deref()), must, load)? {
+            Some(plugin) => Ok(plugin),
+            None if must => bail!(
                 PluginLoad,
-                "UCCL_TCPX_PLUGIN=tcpx, but the GPUDirect-TCPX plugin is not installed: looked for {} (set UCCL_TCPX_PLUGIN_PATH to name it, or UCCL_TCPX_PLUGIN=soft for ordinary TCP)",
-                candidates.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(" and ")
+                "UCCL_TCPX_PLUGIN=tcpx, but the GPUDirect-TCPX plugin is not installed: looked for {} in {} and LD_LIBRARY_PATH (set UCCL_TCPX_PLUGIN_PATH to name it, or UCCL_TCPX_PLUGIN=soft for ordinary TCP)",
+                search::TCPX_FILES.join(" and "),
+                search::TCPX_DIRS.join(", ")
             ),
+            None => {
+                tell_about_soft(config);
+                Plugin::soft()
+            }
         }
     }
 
-    fn load(path: &Path, gpu: &dyn Fn() -> Result<Scope>) -> Result<Arc<Plugin>> {
+    fn load(path: &Path, config: &Config, gpu: &dyn Fn() -> Result<Scope>) -> Result<Arc<Plugin>> {
         load_once(Some(path), || {
-            // SAFETY: loading runs the library's initialisers; the user chose the library.
+            // SAFETY: loading runs the library's initialisers; the user chose the library, or put it where plugins are.
             let library = match unsafe { libloading::Library::new(path) } {
                 Ok(library) => library,
                 Err(e) => bail!(PluginLoad, "{}: {e}", path.display()),
             };
             // A plugin has threads of its own and cannot be unloaded.
             let library: &'static libloading::Library = Box::leak(Box::new(library));
-            // SAFETY: the user chose a NCCL net plugin; the library is never unloaded.
+            // SAFETY: it is a NCCL net plugin; the library is never unloaded.
             let (table, ext) = unsafe { (super::table::find(library), Ext::find(library)) };
             let Some(table) = table else {
                 bail!(PluginLoad, "{}: exports neither ncclNetPlugin_v8 nor ncclNetPlugin_v7", path.display())
             };
+            if ext.is_some() {
+                return Plugin::start(table, ext, Some(path.to_owned()), &None);
+            }
+            set_chunk_size(config);
             // Google's plugin follows the current GPU from its init on.
-            let scope = if ext.is_none() { gpu()? } else { None };
-            Plugin::start(table, ext, Some(path.to_owned()), &scope)
+            Plugin::start(table, ext, Some(path.to_owned()), &gpu()?)
         })
+    }
+
+    /// Largest message that its comms carry.
+    pub(crate) fn max_message(&self, config: &Config) -> usize {
+        let limit = config.plugin_limit.unwrap_or(DEFAULT_LIMIT);
+        if self.traits.small_messages {
+            limit.min(FOREIGN_CHUNK)
+        } else {
+            limit
+        }
     }
 
     fn start(table: &'static dyn NetTable, ext: Option<Ext>, path: Option<PathBuf>, scope: &Scope) -> Result<Plugin> {
         let name = table.name();
         let traits = Traits::of(&name, ext.as_ref(), false, 0);
-        let mut plugin = Plugin { table, ext, name, path, abi_version: table.version(), devices: Vec::new(), traits };
+        let mut plugin = Plugin {
+            table,
+            ext,
+            name,
+            path,
+            abi_version: table.version(),
+            devices: Vec::new(),
+            traits,
+            registrations: Registrations::default(),
+        };
         within(scope, || {
+            // A plugin calls its logger unchecked. The built-in one writes to this library's log by itself.
+            let logger = if plugin.path.is_some() { super::plugin_log::logger() } else { None };
             // SAFETY: called once per process (load_once), first.
-            plugin.set_up("init", || unsafe { table.init(None) })
+            plugin.set_up("init", || unsafe { table.init(logger) })
         })?;
         let listed = plugin.list()?;
         let ptr_support = listed.iter().fold(0, |all, p| all | p.ptr_support);
@@ -181,7 +225,16 @@ impl Plugin {
     fn set_up(&self, name: &str, call: impl FnOnce() -> Answer) -> Result<()> {
         let _quiet = self.traits.raises_sigpipe.then(Quiet::begin);
         let _one = self.traits.serial_setup.then(|| SETUP.lock());
-        answered(&self.name, name, call())
+        let answer = call();
+        if answer == Some(abi::NCCL_SYSTEM_ERROR) && matches!(name, "listen" | "connect" | "accept" | "regMr") {
+            // The software plugin leaves the cause in errno.
+            let errno = std::io::Error::last_os_error().raw_os_error();
+            let told = self.ext.is_some() && matches!(errno, Some(libc::EMFILE | libc::ENFILE));
+            if told || !descriptors_left(1) {
+                bail!(Resource, "plugin {}: {name} failed: out of file descriptors (ulimit -n)", self.name);
+            }
+        }
+        answered(&self.name, name, answer)
     }
 
     /// A call on the requests of a comm.
@@ -247,6 +300,10 @@ impl Plugin {
     /// `comm` is live; `[data, data + size)` stays mapped until the registration is dropped.
     pub(super) unsafe fn reg_mr(&self, comm: *mut c_void, data: *mut c_void, size: usize, kind: c_int) -> Result<*mut c_void> {
         let mut mhandle = std::ptr::null_mut();
+        // Without free descriptors TCPX closes one that is not its own.
+        if self.traits.serial_setup && !descriptors_left(4) {
+            bail!(Resource, "plugin {}: no file descriptors left to register memory (ulimit -n)", self.name);
+        }
         // SAFETY: by the caller's contract.
         self.set_up("regMr", || unsafe { self.table.reg_mr(comm, data, size, kind, &mut mhandle) })?;
         Ok(mhandle)
@@ -393,29 +450,81 @@ pub(super) enum CommKind {
     Listen,
 }
 
+/// What came of loading each path (`None`: the built-in plugin). An error after the library was loaded is final: init runs once.
+type Loaded = Vec<(Option<PathBuf>, Arc<Plugin>)>;
+
 fn load_once(path: Option<&Path>, load: impl FnOnce() -> Result<Plugin>) -> Result<Arc<Plugin>> {
-    static LOADED: Mutex<Vec<Arc<Plugin>>> = Mutex::new(Vec::new());
+    static LOADED: Mutex<Loaded> = Mutex::new(Vec::new());
     let mut loaded = LOADED.lock();
-    if let Some(plugin) = loaded.iter().find(|p| p.path.as_deref() == path) {
+    let path = path.map(|p| p.canonicalize().unwrap_or_else(|_| p.to_owned()));
+    if let Some((_, plugin)) = loaded.iter().find(|(p, _)| *p == path) {
         return Ok(plugin.clone());
     }
     let plugin = Arc::new(load()?);
-    loaded.push(plugin.clone());
+    loaded.push((path, plugin.clone()));
     Ok(plugin)
 }
 
-/// What must be in the environment before a plugin's `init`.
-fn prepare_environment(config: &Config) {
+/// The first candidate that is GPUDirect-TCPX and starts. One that does not is an error where it `must` be, else left out with a WARN.
+fn first_usable<P: std::ops::Deref<Target = Plugin>>(
+    candidates: &[PathBuf],
+    must: bool,
+    load: impl Fn(&Path) -> Result<P>,
+) -> Result<Option<P>> {
+    for path in candidates {
+        match load(path) {
+            Ok(plugin) if is_tcpx(&plugin.name) && !plugin.devices.is_empty() => return Ok(Some(plugin)),
+            Ok(plugin) if is_tcpx(&plugin.name) => {
+                let what = format!("{}: the plugin found no network device", path.display());
+                if must {
+                    bail!(PluginLoad, "{what} (NCCL_GPUDIRECTTCPX_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)");
+                }
+                log::warn!("{what}; it is left out");
+            }
+            Ok(plugin) => log::info!("{}: holds plugin {}, which is not GPUDirect-TCPX", path.display(), plugin.name),
+            Err(e) if must => {
+                bail!(PluginLoad, "UCCL_TCPX_PLUGIN=tcpx, but {e} (UCCL_TCPX_PLUGIN_PATH names another file)")
+            }
+            Err(e) => log::warn!("the TCPX plugin cannot be used and is left out: {e}"),
+        }
+    }
+    Ok(None)
+}
+
+/// Ordinary TCP serves although TCPX may have been meant: said once.
+fn tell_about_soft(config: &Config) {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        let set_default = |name: &str, value: String| {
-            if std::env::var_os(name).is_none_or(|v| v.is_empty() || v == "0") {
-                // SAFETY: once per process, before any plugin is initialised. Another thread that reads the environment through the
-                // C library at this very moment is the user's to avoid, as with NCCL itself.
-                unsafe { std::env::set_var(name, value) };
-            }
-        };
-        // With its default of 0, TCPX never moves anything.
-        set_default("NCCL_DYNAMIC_CHUNK_SIZE", config.chunk_bytes.max(512 << 10).to_string());
+        let prefix = std::env::var("NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX").unwrap_or_else(|_| "/run/tcpx".to_owned());
+        let signs = search::signs(Path::new("/"), &prefix);
+        let missing =
+            "GPUDirect-TCPX is not installed (no libnccl-net-tcpx.so in the usual places; UCCL_TCPX_PLUGIN_PATH names it)";
+        if !signs.is_empty() {
+            log::warn!(
+                "this host looks made for GPUDirect-TCPX ({}), but data goes over ordinary TCP: {missing}",
+                signs.join(", ")
+            );
+        } else if config.transport_tcpx {
+            log::warn!("UCCL_P2P_TRANSPORT=tcpx: {missing}; data goes over ordinary TCP");
+        }
     });
+}
+
+/// Sets the message limit that TCPX reads in its `init`, unless the user did: with its default of 0 it never moves anything.
+fn set_chunk_size(config: &Config) {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        if config.plugin_limit.is_none() {
+            // SAFETY: once per process, before a foreign plugin is initialised. Another thread that reads the environment through the
+            // C library at this very moment is the user's to avoid, as with NCCL itself.
+            unsafe { std::env::set_var(CHUNK_VARIABLE, DEFAULT_LIMIT.to_string()) };
+        }
+    });
+}
+
+/// Whether the process can open `n` more descriptors now.
+fn descriptors_left(n: usize) -> bool {
+    let open = || std::fs::File::open("/dev/null");
+    let opened: Vec<_> = (0..n).map_while(|_| open().ok()).collect();
+    opened.len() == n
 }

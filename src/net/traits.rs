@@ -40,6 +40,8 @@ pub struct Traits {
     pub stage_sends: bool,
     /// One registration serves all comms of a NIC.
     pub shared_registrations: bool,
+    /// Messages above 512 KiB may end the process, whatever its limit is set to.
+    pub small_messages: bool,
     /// Connects and accepts that are given up must be polled on until they end.
     pub lingers: bool,
     /// Only equal NIC names can reach each other, and a GPU uses the NICs nearest to it.
@@ -68,6 +70,7 @@ impl Traits {
             raises_sigpipe: !soft,
             stage_sends: soft,
             shared_registrations: soft || tcpx || global,
+            small_messages: !soft,
             lingers: !soft,
             paired_nics: !soft && tcpx,
             devices_change: soft,

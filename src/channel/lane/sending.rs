@@ -5,9 +5,7 @@ use super::{iov, Context, Event, Lane, Outgoing, Source, ToPost};
 use crate::channel::device::{gather, Ticket};
 use crate::channel::memory::{HostBlock, PAGE};
 use crate::channel::plan::Chunk;
-use crate::net::comm::{MHandle, MAX_PIECE_BYTES};
 use crate::status::{bail, Result};
-use crate::types::Part;
 use crate::types::Place;
 use crate::types::{Key, Span};
 use nccl_net_abi::{MAX_REQUESTS, NCCL_PTR_CUDA, NCCL_PTR_HOST};
@@ -34,7 +32,7 @@ impl Lane {
             Source::Vectored(iov(&chunk.parts))
         } else {
             let staging = self.host_out(ctx)?;
-            let (data, mhandle) = (staging.next(), staging.mhandle);
+            let (data, mhandle) = (staging.next(), staging.mhandle());
             // SAFETY: the chunk is at most a stride long; its memory is readable by the caller's contract.
             unsafe { gather(&chunk.parts, data) };
             Source::Contiguous { data, mhandle, packing: Ticket::Done, place: Place::HOST }
@@ -52,7 +50,8 @@ impl Lane {
         if let ([part], false) = (&chunk.parts[..], ctx.stage_sends) {
             let part = *part;
             // SAFETY: the region stays mapped while transfers use it; registrations go before it does (forget_region).
-            let mhandle = unsafe { self.region_mhandle(span(part.region), part, chunk.place, ctx) }?;
+            let send = &mut self.send;
+            let mhandle = ctx.register(chunk.place, || unsafe { send.region(span(part.region), part.addr) })?;
             return Ok(Source::Contiguous { data: part.addr as *mut u8, mhandle, packing: Ticket::Done, place: chunk.place });
         }
         let place = chunk.place;
@@ -71,45 +70,15 @@ impl Lane {
             self.device_out.insert(place, staging);
         }
         let Some(staging) = self.device_out.get_mut(&place) else { bail!(Internal, "no staging") };
-        let (data, mhandle) = (staging.next(), staging.mhandle);
+        let (data, mhandle) = (staging.next(), staging.mhandle());
         // SAFETY: the chunk is at most a stride long; parts are registered device memory by the caller's contract.
         let packing = unsafe { ctx.copier()?.pack(&chunk.parts, data, place) }?;
         Ok(Source::Contiguous { data, mhandle, packing, place: if ctx.stage_sends { Place::HOST } else { place } })
     }
 
-    /// The registration that covers `part`: regions are registered in overlapping pieces of the enclosing pages, since plugins address
-    /// by 31-bit offsets and ask for page alignment.
-    ///
-    /// # Safety
-    /// The region is mapped and stays so until `forget_region` or the lane's end.
-    unsafe fn region_mhandle(&mut self, span: Span, part: Part, place: Place, ctx: &mut Context<'_>) -> Result<MHandle> {
-        const PIECE: u64 = MAX_PIECE_BYTES as u64;
-        const OVERLAP: u64 = crate::config::MAX_CHUNK_BYTES as u64;
-        let first_page = span.addr & !(PAGE as u64 - 1);
-        let end = (span.addr + span.len).next_multiple_of(PAGE as u64);
-        let piece = (part.addr - first_page) / PIECE;
-        if let Some(&mhandle) = self.registered.get(&(span.id, piece)) {
-            return Ok(mhandle);
-        }
-        let start = first_page + piece * PIECE;
-        let len = (PIECE + OVERLAP).min(end - start);
-        let send = &self.send;
-        // SAFETY: by the caller's contract; whole pages of a mapping are mapped.
-        let mhandle = ctx.register(place, || unsafe { send.register(start as *mut _, len as usize, NCCL_PTR_CUDA) })?;
-        self.registered.insert((span.id, piece), mhandle);
-        Ok(mhandle)
-    }
-
     /// Drops the plugin's registrations of a region that no transfer uses any more.
     pub(crate) fn forget_region(&mut self, id: u64) {
-        let send = &self.send;
-        self.registered.retain(|&(region, _), &mut mhandle| {
-            if region == id {
-                // SAFETY: registered by this comm, and no request uses it: its transfers have ended.
-                unsafe { send.deregister(mhandle) };
-            }
-            region != id
-        });
+        self.send.forget_region(id);
     }
 
     fn host_out(&mut self, ctx: &Context<'_>) -> Result<&mut Staging> {
