@@ -24,6 +24,7 @@ mod ffi;
 mod gpu;
 mod logging;
 pub mod net;
+mod region;
 pub mod status;
 pub mod types;
 mod wire;

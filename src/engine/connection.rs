@@ -3,11 +3,11 @@
 
 use super::driver::Driver;
 use super::fifo::{Access, FifoItem};
-use super::registry::RegionUse;
 use super::shared::Shared;
 use super::spare;
 use super::state::{Request, State};
 use super::transfer::{Direction, LocalSegment, TransferState};
+use crate::region::RegionUse;
 use crate::status::{bail, err, Error, ErrorKind, Result};
 use crate::types::Place;
 use crate::types::Segment;

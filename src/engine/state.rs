@@ -6,13 +6,14 @@ mod matching;
 mod peer;
 
 use super::notify::Queue;
-use super::registry::{RegionUse, Registry};
+use super::registry::Registry;
 use super::spare::Spare;
 use super::transfer::{Outcomes, TransferState};
 use crate::channel::device::DeviceCopier;
 use crate::channel::lane::{Context, Event, Lane};
 use crate::channel::plan::{chunk_len, Stream};
 use crate::channel::stripe;
+use crate::region::RegionUse;
 use crate::status::{bail, Error, Result, UCCL_OK};
 use crate::types::Segment;
 use crate::types::{Key, Span};

@@ -5,7 +5,7 @@ use crate::channel::device::spread;
 use crate::channel::lane::Dest;
 use crate::channel::plan::{Chunk, Stream};
 use crate::engine::notify::Notification;
-use crate::engine::registry::RegionUse;
+use crate::region::RegionUse;
 use crate::status::{bail, Error, ErrorKind, Result, UCCL_OK};
 use crate::types::Key;
 use crate::types::Segment;
