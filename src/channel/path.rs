@@ -89,7 +89,10 @@ pub(crate) trait Path: Send {
 
     /// Bytes that the network has taken from this side and brought to it so far, parts of chunks included; `None` where the plugin
     /// does not tell.
-    fn network_bytes(&self) -> Option<(u64, u64)>;
+    ///
+    /// # Errors
+    /// When a channel has failed, idle or not.
+    fn network_bytes(&self) -> Result<Option<(u64, u64)>>;
 
     /// The channels with chunks under way that have not moved, for an error text.
     fn describe_busy(&self) -> Vec<String>;

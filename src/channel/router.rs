@@ -113,14 +113,6 @@ impl Channels {
         Ok(any)
     }
 
-    /// Looks at all channels, idle ones too: one that has failed says so.
-    pub(crate) fn check_idle(&mut self, now: Instant, events: &mut Vec<Event>) -> Result<()> {
-        for path in &mut self.paths {
-            path.progress(&mut self.copier, now, events)?;
-        }
-        Ok(())
-    }
-
     /// Starts the copies that were handed over since the last flush.
     pub(crate) fn flush(&mut self) -> Result<()> {
         match &mut self.copier {
@@ -145,10 +137,15 @@ impl Channels {
     }
 
     /// Bytes that the network took and brought, as finely as all plugins tell; else in whole chunks.
-    pub(crate) fn network_bytes(&self) -> (u64, u64) {
-        let each = self.paths.iter().map(|p| p.network_bytes());
-        let sum = each.fold(Some((0, 0)), |sum, bytes| sum.zip(bytes).map(|((a, b), (c, d))| (a + c, b + d)));
-        sum.unwrap_or((self.totals.sent, self.totals.received))
+    ///
+    /// # Errors
+    /// When a channel has failed, idle or not.
+    pub(crate) fn network_bytes(&self) -> Result<(u64, u64)> {
+        let mut sum = Some((0, 0));
+        for path in &self.paths {
+            sum = sum.zip(path.network_bytes()?).map(|((a, b), (c, d))| (a + c, b + d));
+        }
+        Ok(sum.unwrap_or((self.totals.sent, self.totals.received)))
     }
 
     /// What is under way and where, for an error text.

@@ -7,11 +7,11 @@ mod fifo;
 mod listener;
 mod notify;
 mod progress;
+mod proto;
 mod registry;
 mod setup;
 mod shared;
 mod spare;
-mod state;
 mod transfer;
 
 pub use connection::Connection;

@@ -31,6 +31,7 @@ use super::spare::Spare;
 use crate::channel::path::Event;
 use crate::channel::plan::Stream;
 use crate::channel::router::Channels;
+use crate::logging::Limiter;
 use crate::region::{Hold, RegionUse};
 use crate::status::{bail, err, Error, ErrorKind, Result, UCCL_OK};
 use crate::types::{Key, Place, Segment};
@@ -75,8 +76,13 @@ pub(crate) struct Request {
 
 /// Deadlines of transfers are looked at this often while there are any.
 const TICK: Duration = Duration::from_millis(50);
+/// The network's counters are looked at this often while there are any.
+const LOOK: Duration = Duration::from_millis(500);
 /// The peer is told this often how much has arrived, while data arrives.
 const REPORT: Duration = Duration::from_secs(1);
+
+/// Log lines a second that the peer of one connection can cause.
+const PEER_LINES: u32 = 5;
 
 /// The protocol state of a connection.
 pub(crate) struct Machine {
@@ -100,7 +106,7 @@ pub(crate) struct Machine {
     network: (u64, u64),
     /// Bytes of queued frames that answer the peer, at most.
     answers: usize,
-    log: PeerLog,
+    log: Limiter,
     dead: Option<Error>,
 }
 
@@ -109,6 +115,7 @@ struct Clock {
     rx: Instant,
     tx: Instant,
     report: Instant,
+    network: Instant,
     /// When the socket last took queued frames, or had nothing to take.
     drained: Instant,
     next_tick: Instant,
@@ -127,12 +134,12 @@ impl Machine {
             peer: PeerLoad::default(),
             spare: Spare::default(),
             events: Vec::new(),
-            clock: Clock { rx: now, tx: now, report: now, drained: now, next_tick: now },
+            clock: Clock { rx: now, tx: now, report: now, network: now, drained: now, next_tick: now },
             peer_received: 0,
             reported: 0,
             network: (0, 0),
             answers: 0,
-            log: PeerLog::default(),
+            log: Limiter::new(PEER_LINES),
             dead: None,
         }
     }
@@ -417,7 +424,9 @@ impl Machine {
         if self.tx.pending() > 0 && stuck > self.setting.transfer_timeout {
             bail!(TimedOut, "the peer has read nothing of the control stream for {stuck:.1?}; {} bytes wait", self.tx.pending());
         }
-        self.note_network(channels, now);
+        if now.saturating_duration_since(self.clock.network) >= LOOK.min(self.setting.transfer_timeout / 8) {
+            self.note_network(channels, now)?;
+        }
         if let Some(overdue) = self.deadlines.overdue(self.setting.transfer_timeout, now) {
             return Err(self.describe(overdue, channels));
         }
@@ -432,12 +441,14 @@ impl Machine {
         Ok(())
     }
 
-    /// Counts what the network has moved since the last look.
-    fn note_network(&mut self, channels: &Channels, now: Instant) {
-        let (taken, brought) = channels.network_bytes();
+    /// Counts what the network has moved since the last look. An error when a channel has failed.
+    pub(crate) fn note_network(&mut self, channels: &Channels, now: Instant) -> Result<()> {
+        let (taken, brought) = channels.network_bytes()?;
         self.deadlines.flowed(Way::Out, taken.saturating_sub(self.network.0), now);
         self.deadlines.flowed(Way::In, brought.saturating_sub(self.network.1), now);
         self.network = (taken.max(self.network.0), brought.max(self.network.1));
+        self.clock.network = now;
+        Ok(())
     }
 
     /// A heartbeat where nothing else was said, and the progress of incoming data.

@@ -61,7 +61,7 @@ impl Machine {
 
     /// Tells the peer that its transfer is refused. It learns what it did wrong, and nothing else.
     fn refuse(&mut self, id: u64, error: &Error, now: Instant) {
-        self.log.warn(now, || format!("{}: transfer {id} of the peer refused: {error}", self.setting.peer));
+        self.log.log(log::Level::Warn, now, format_args!("{}: transfer {id} of the peer refused: {error}", self.setting.peer));
         self.push(&Frame::Done { id, status: error.code(), text: &error.to_string() }, now);
     }
 
