@@ -9,5 +9,4 @@ pub(crate) mod net;
 pub(crate) mod path;
 pub(crate) mod plan;
 pub(crate) mod router;
-pub(crate) mod set;
 pub(crate) mod stripe;

@@ -41,7 +41,8 @@ pub(crate) enum Dest {
         place: Place,
         /// The pieces, in order.
         parts: Vec<Part>,
-        /// What keeps them registered.
+        /// What keeps them registered; nobody looks at it.
+        #[allow(dead_code)]
         hold: Hold,
     },
     /// Nowhere: the transfer was refused, but its data is on its way and must be drained.

@@ -120,6 +120,8 @@ pub(crate) struct Round {
     pub copying: bool,
     /// An application thread drives some connection; the shortest time for which one does.
     pub driven: Option<Duration>,
+    /// Some connection has something to do, or waits for its peer.
+    pub active: bool,
     /// Connections are in the engine's care.
     pub watched: bool,
 }
@@ -163,7 +165,7 @@ pub(crate) fn step(round: &Round, quiet: Duration, spin: Duration, few_cores: bo
     }
     Step::Sleep(match round.driven {
         Some(since) => since.clamp(STAND_BY[0], STAND_BY[1]),
-        None if round.channels_busy => BUSY_SLEEP,
+        None if round.active => BUSY_SLEEP,
         None => IDLE_SLEEP,
     })
 }
@@ -238,16 +240,18 @@ mod tests {
     fn the_progress_thread_spins_only_while_that_pays() {
         let (now, later, spin) = (Duration::ZERO, Duration::from_millis(1), Duration::from_micros(100));
         let idle = Round { watched: true, ..Round::default() };
+        let busy = Round { active: true, channels_busy: true, ..idle };
         let cases = [
             (Round { any: true, ..idle }, later, true, Step::Again),
             (Round { copying: true, ..idle }, later, true, Step::Spin),
             (idle, now, true, Step::Spin),
             (idle, later, false, Step::Sleep(IDLE_SLEEP)),
             (Round { watched: false, ..idle }, now, false, Step::Sleep(IDLE_SLEEP)),
-            (Round { channels_busy: true, ..idle }, now, false, Step::Spin),
-            (Round { channels_busy: true, ..idle }, now, true, Step::Sleep(BUSY_SLEEP)),
-            (Round { channels_busy: true, polled: true, ..idle }, now, true, Step::Spin),
-            (Round { channels_busy: true, polled: true, ..idle }, later, true, Step::Yield),
+            (Round { active: true, ..idle }, later, false, Step::Sleep(BUSY_SLEEP)),
+            (busy, now, false, Step::Spin),
+            (busy, now, true, Step::Sleep(BUSY_SLEEP)),
+            (Round { polled: true, ..busy }, now, true, Step::Spin),
+            (Round { polled: true, ..busy }, later, true, Step::Yield),
             (Round { driven: Some(now), ..idle }, now, true, Step::Sleep(STAND_BY[0])),
             (Round { driven: Some(later), ..idle }, later, false, Step::Sleep(later)),
             (Round { driven: Some(Duration::from_secs(1)), ..idle }, later, true, Step::Sleep(STAND_BY[1])),

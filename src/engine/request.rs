@@ -41,8 +41,7 @@ impl<'a> RequestBuilder<'a> {
             Some(spare) if n >= MANY => (spare.list(n)?, spare.wire(n)),
             _ => (Vec::with_capacity(n), WireSegments::default()),
         };
-        let request =
-            Request { segments, uses: Vec::new(), remote, remote_regions: Vec::new(), total: 0, pairs: Vec::new() };
+        let request = Request { segments, uses: Vec::new(), remote, remote_regions: Vec::new(), total: 0, pairs: Vec::new() };
         Ok(RequestBuilder { registry, peer_engine, locals: Numbered::new(), remotes: Numbered::new(), request, last: None })
     }
 
@@ -139,7 +138,10 @@ fn check_count(n: usize) -> Result<()> {
 }
 
 /// The segments of a two-sided message, without the peer's places.
-pub(super) fn message(items: impl ExactSizeIterator<Item = LocalSegment>, registry: &Registry) -> Result<(Vec<Segment>, Vec<RegionUse>)> {
+pub(super) fn message(
+    items: impl ExactSizeIterator<Item = LocalSegment>,
+    registry: &Registry,
+) -> Result<(Vec<Segment>, Vec<RegionUse>)> {
     check_count(items.len())?;
     let mut locals = Numbered::new();
     let (mut segments, mut uses) = (Vec::with_capacity(items.len()), Vec::new());

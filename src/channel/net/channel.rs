@@ -6,7 +6,7 @@ use super::staging::{Staging, STAGED_WINDOW};
 use super::Usage;
 use crate::channel::device::{DeviceCopier, StagingMemory, Ticket, View};
 use crate::channel::memory::HostBlock;
-use crate::channel::path::{Arrival, Copier, Dest, Event};
+use crate::channel::path::{Arrival, Copier, Event};
 use crate::channel::stripe::{Load, Rate};
 use crate::net::comm::{Doorbell, MHandle, RecvComm, SendComm};
 use crate::region::Hold;
@@ -147,13 +147,7 @@ impl Channel {
     }
 
     /// Advances everything that can advance. Returns whether something did.
-    pub(super) fn progress(
-        &mut self,
-        copier: &mut Copier,
-        usage: &Usage,
-        now: Instant,
-        events: &mut Vec<Event>,
-    ) -> Result<bool> {
+    pub(super) fn progress(&mut self, copier: &mut Copier, usage: &Usage, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
         let mut any = false;
         if !self.outgoing.is_empty() {
             any |= self.progress_sends(copier, now, events)?;

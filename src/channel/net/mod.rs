@@ -95,7 +95,11 @@ impl Path for NetPath {
     }
 
     fn describe_busy(&self) -> Vec<String> {
-        self.channels.iter().enumerate().filter_map(|(i, c)| c.describe_busy().map(|text| format!("channel {i}: {text}"))).collect()
+        self.channels
+            .iter()
+            .enumerate()
+            .filter_map(|(i, c)| c.describe_busy().map(|text| format!("channel {i}: {text}")))
+            .collect()
     }
 
     fn forget_region(&mut self, id: u64) {

@@ -111,9 +111,7 @@ impl Incoming {
         if self.expected == MAX_EXPECTED {
             bail!(Protocol, "{MAX_EXPECTED} chunks are announced and have not come");
         }
-        let Some(inc) = self.streams.get_mut(&key) else {
-            bail!(Protocol, "a chunk of transfer {}, which expects none", key.id)
-        };
+        let Some(inc) = self.streams.get_mut(&key) else { bail!(Protocol, "a chunk of transfer {}, which expects none", key.id) };
         let (tag, dest) = match &mut inc.target {
             Target::Memory { stream, hold, .. } => {
                 let tag = tag(key, false, stream.offset());
@@ -124,9 +122,7 @@ impl Incoming {
             }
             Target::Nowhere { total, left } => {
                 let tag = tag(key, false, *total - *left);
-                let Some(rest) = left.checked_sub(len as u64) else {
-                    bail!(Protocol, "more data than transfer {} has", key.id)
-                };
+                let Some(rest) = left.checked_sub(len as u64) else { bail!(Protocol, "more data than transfer {} has", key.id) };
                 *left = rest;
                 (tag, Dest::Discard)
             }
@@ -185,7 +181,9 @@ impl Incoming {
             bail!(Protocol, "an answer to transfer {} that does not fit its state", key.id);
         }
         match self.streams.remove(&key) {
-            Some(InStream { target: Target::Memory { stream, hold, ending }, segments, .. }) => Ok((stream, hold, ending, segments)),
+            Some(InStream { target: Target::Memory { stream, hold, ending }, segments, .. }) => {
+                Ok((stream, hold, ending, segments))
+            }
             _ => bail!(Protocol, "an answer to transfer {} that does not fit its state", key.id),
         }
     }

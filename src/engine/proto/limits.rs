@@ -14,18 +14,6 @@ pub(crate) const MAX_BACKLOG: usize = 256 << 20;
 /// Above this backlog the answer to a read takes the channels and not the control stream.
 pub(super) const MAX_INLINE_BACKLOG: usize = 1 << 20;
 
-/// The limits, for whoever shows them.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Limits {
-    pub transfers: usize,
-    pub segments: usize,
-    pub backlog: usize,
-}
-
-impl Limits {
-    pub(crate) const ALL: Limits = Limits { transfers: MAX_TRANSFERS, segments: MAX_SEGMENTS_IN_FLIGHT, backlog: MAX_BACKLOG };
-}
-
 /// Whether this side may start one more transfer.
 pub(super) fn admit(transfers: usize, segments: usize, more: usize) -> Result<()> {
     if transfers >= MAX_TRANSFERS {

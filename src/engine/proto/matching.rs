@@ -84,6 +84,7 @@ impl Matching {
     }
 
     /// Messages of the peer that wait.
+    #[cfg(test)]
     pub(super) fn messages(&self) -> usize {
         self.messages.len()
     }

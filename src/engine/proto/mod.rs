@@ -17,11 +17,9 @@ mod limits;
 mod matching;
 mod outgoing;
 mod peer;
-#[cfg(test)]
-mod simulation;
 mod transfers;
 
-pub(crate) use limits::{Limits, MAX_BACKLOG};
+pub(crate) use limits::MAX_BACKLOG;
 pub(crate) use outgoing::Scheduled;
 pub use transfers::TransferState;
 
@@ -33,7 +31,7 @@ use crate::channel::plan::Stream;
 use crate::channel::router::Channels;
 use crate::logging::Limiter;
 use crate::region::{Hold, RegionUse};
-use crate::status::{bail, err, Error, ErrorKind, Result, UCCL_OK};
+use crate::status::{bail, err, Error, Result, UCCL_OK};
 use crate::types::{Key, Place, Segment};
 use crate::wire::frame::{Frame, WireRegion, WireSegments, MAX_INLINE};
 use crate::wire::queue::TxQueue;
@@ -104,6 +102,8 @@ pub(crate) struct Machine {
     /// Bytes that [`Frame::Ping`] has reported, and that the network had taken and brought at the last look.
     reported: u64,
     network: (u64, u64),
+    /// Bytes of frames that are neither queued any more nor with the socket.
+    leaving: usize,
     /// Bytes of queued frames that answer the peer, at most.
     answers: usize,
     log: Limiter,
@@ -138,6 +138,7 @@ impl Machine {
             peer_received: 0,
             reported: 0,
             network: (0, 0),
+            leaving: 0,
             answers: 0,
             log: Limiter::new(PEER_LINES),
             dead: None,
@@ -172,11 +173,6 @@ impl Machine {
         self.transfers.in_flight() > 0 || !self.incoming.is_empty() || !self.outgoing.is_empty()
     }
 
-    /// A chunk waits for room on a channel.
-    pub(crate) fn waits_for_room(&self) -> bool {
-        self.outgoing.waiting()
-    }
-
     /// Where a transfer of this side stands, or what it failed with.
     pub(crate) fn lookup(&self, id: u64) -> Result<TransferState> {
         self.transfers.lookup(id)
@@ -187,8 +183,13 @@ impl Machine {
         self.outgoing.uses_region(id) || self.incoming.uses_region(id) || self.matching.uses_region(id)
     }
 
+    /// Bytes of the control stream that the socket has not taken.
+    fn backlog(&self) -> usize {
+        self.tx.pending() + self.leaving
+    }
+
     fn push(&mut self, frame: &Frame<'_>, now: Instant) {
-        if self.tx.pending() == 0 {
+        if self.backlog() == 0 {
             self.clock.drained = now;
         }
         self.tx.push(frame);
@@ -322,11 +323,11 @@ impl Machine {
         if !self.outgoing.waiting() {
             return Ok(Scheduled::Blocked);
         }
-        let before = self.tx.pending();
+        let (before, backlog) = (self.tx.pending(), self.backlog());
         let scheduled = self.outgoing.schedule(channels, &mut self.tx, limit, now)?;
         if self.tx.pending() > before {
             self.clock.tx = now;
-            if before == 0 {
+            if backlog == 0 {
                 self.clock.drained = now;
             }
         }
@@ -400,9 +401,12 @@ impl Machine {
         }
     }
 
-    /// The control socket took bytes.
-    pub(crate) fn told(&mut self, bytes: usize, now: Instant) {
-        self.clock.drained = now;
+    /// The control socket took bytes; `leaving`: bytes taken from the queue that it has not.
+    pub(crate) fn told(&mut self, bytes: usize, leaving: usize, now: Instant) {
+        self.leaving = leaving;
+        if bytes > 0 {
+            self.clock.drained = now;
+        }
         if self.tx.pending() > MAX_INLINE {
             self.deadlines.flowed(Way::In, bytes as u64, now);
             self.deadlines.flowed(Way::Out, bytes as u64, now);
@@ -421,8 +425,8 @@ impl Machine {
             bail!(RemoteDisconnect, "the peer has been silent for {silent:.1?}");
         }
         let stuck = now.saturating_duration_since(self.clock.drained);
-        if self.tx.pending() > 0 && stuck > self.setting.transfer_timeout {
-            bail!(TimedOut, "the peer has read nothing of the control stream for {stuck:.1?}; {} bytes wait", self.tx.pending());
+        if self.backlog() > 0 && stuck > self.setting.transfer_timeout {
+            bail!(TimedOut, "the peer has read nothing of the control stream for {stuck:.1?}; {} bytes wait", self.backlog());
         }
         if now.saturating_duration_since(self.clock.network) >= LOOK.min(self.setting.transfer_timeout / 8) {
             self.note_network(channels, now)?;
@@ -432,7 +436,7 @@ impl Machine {
         }
         self.expire_matches(now);
         self.report(channels, now);
-        let active = self.deadlines.any() || self.tx.pending() > 0 || self.matching.waiting() > 0;
+        let active = self.deadlines.any() || self.backlog() > 0 || self.matching.waiting() > 0;
         self.clock.next_tick = if active {
             now + TICK
         } else {
@@ -454,9 +458,10 @@ impl Machine {
     /// A heartbeat where nothing else was said, and the progress of incoming data.
     fn report(&mut self, channels: &Channels, now: Instant) {
         let received = channels.totals().received;
-        let news = received > self.reported && now.saturating_duration_since(self.clock.report) >= REPORT.min(self.setting.transfer_timeout / 4);
+        let news = received > self.reported
+            && now.saturating_duration_since(self.clock.report) >= REPORT.min(self.setting.transfer_timeout / 4);
         let quiet = now.saturating_duration_since(self.clock.tx) >= self.setting.heartbeat;
-        if self.tx.pending() == 0 && (news || quiet) {
+        if self.backlog() == 0 && (news || quiet) {
             self.reported = received;
             self.clock.report = now;
             self.push(&Frame::Ping { received }, now);

@@ -26,7 +26,6 @@ struct OutStream {
     stream: Stream,
     hold: Hold,
     chunk_len: usize,
-    small: bool,
     segments: usize,
     /// Bytes handed to channels and not yet gone.
     inflight: u64,
@@ -63,7 +62,7 @@ impl Turns {
 
     /// Whether a small stream is next; `None` when nobody who waits may go. `blocked`: large ones, small ones.
     fn next(&self, blocked: [bool; 2]) -> Option<bool> {
-        let may = |queue: &VecDeque<Key>, blocked| !queue.is_empty() && !blocked;
+        let may = |queue: &VecDeque<Key>, blocked: bool| !queue.is_empty() && !blocked;
         match (may(&self.small, blocked[1]), may(&self.bulk, blocked[0])) {
             (true, true) => Some(self.small_bytes < SMALL_TURN),
             (true, false) => Some(true),
@@ -128,7 +127,7 @@ impl Outgoing {
         let small = stream.remaining() <= SMALL;
         let chunk_len = chunk_len(stream.remaining(), channels.width(route), chunk_bytes);
         let segments = stream.segments();
-        self.streams.insert(key, OutStream { stream, hold, chunk_len, small, segments, inflight: 0 });
+        self.streams.insert(key, OutStream { stream, hold, chunk_len, segments, inflight: 0 });
         self.routes[route].queue(small).push_back(key);
         Ok(())
     }
@@ -234,10 +233,6 @@ impl Outgoing {
     /// Something waits for room on a channel.
     pub(super) fn waiting(&self) -> bool {
         self.routes.iter().any(|turns| !turns.small.is_empty() || !turns.bulk.is_empty())
-    }
-
-    pub(super) fn contains(&self, key: Key) -> bool {
-        self.streams.contains_key(&key)
     }
 
     /// Segments of a stream's list.

@@ -20,7 +20,9 @@ pub(super) enum Kind {
     Write,
     Read,
     /// A two-sided send; `pulled` once the peer has asked for its data.
-    Send { pulled: bool },
+    Send {
+        pulled: bool,
+    },
     /// A two-sided receive: the peer does not know the id.
     Receive,
 }
