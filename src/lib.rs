@@ -29,6 +29,7 @@ pub mod fuzz_api;
 mod gpu;
 mod logging;
 pub mod net;
+mod region;
 pub mod status;
 pub mod types;
 mod wire;

@@ -5,7 +5,7 @@ use super::build::{self, Up};
 use super::connection::Connection;
 use super::fabric::{self, Opened, Raised, Raising};
 use super::limits;
-use super::link::{ClearLink, Link};
+use super::link::{Link, SealedLink};
 use super::setup::{Next, Setup};
 use super::site::Site;
 use crate::addresses::plain;
@@ -46,7 +46,7 @@ pub(crate) struct Attempt {
     sock: TcpStream,
     /// The peer.
     pub address: SocketAddr,
-    setup: Setup<ClearLink>,
+    setup: Setup<SealedLink>,
     channels: Channels,
     out: Vec<u8>,
     sent: usize,
@@ -59,7 +59,7 @@ pub(crate) struct Attempt {
 
 impl Attempt {
     /// Takes over a connected socket that does not block.
-    pub(crate) fn new(sock: TcpStream, address: SocketAddr, setup: Setup<ClearLink>, now: Instant) -> Attempt {
+    pub(crate) fn new(sock: TcpStream, address: SocketAddr, setup: Setup<SealedLink>, now: Instant) -> Attempt {
         let address = SocketAddr::new(plain(address.ip()), address.port());
         Attempt {
             sock,
@@ -78,7 +78,7 @@ impl Attempt {
         self.sock.as_raw_fd()
     }
 
-    pub(crate) fn setup(&self) -> &Setup<ClearLink> {
+    pub(crate) fn setup(&self) -> &Setup<SealedLink> {
         &self.setup
     }
 
@@ -215,10 +215,9 @@ impl Attempt {
     /// # Errors
     /// `Resource` when the descriptors do not suffice; why a plugin cannot listen.
     pub(crate) fn admit(&mut self, site: &Site) -> Result<()> {
-        let Some(theirs) = self.setup.link.proved() else { return Err(err!(Internal, "admitted before its proof")) };
-        let (channels, _) = site.agreed(theirs);
-        limits::room_for(&site.limits, self.sock.as_fd(), site.cost(channels))?;
-        let opened = Opened::open(site, channels).map_err(|e| limits::explain(e, self.sock.as_fd()))?;
+        let Some(agreed) = self.setup.link.proved() else { return Err(err!(Internal, "admitted before its proof")) };
+        limits::room_for(&site.limits, self.sock.as_fd(), site.cost(&agreed.terms))?;
+        let opened = Opened::open(site, agreed.terms.channels.into()).map_err(|e| limits::explain(e, self.sock.as_fd()))?;
         self.setup.offer(opened.offers());
         self.channels = Channels::Opened(opened);
         Ok(())
@@ -239,9 +238,9 @@ impl Attempt {
     /// # Errors
     /// `Canceled` when the engine ends, `Resource`.
     pub(crate) fn finish(self, site: &Site) -> Result<Arc<Connection>> {
-        let (Channels::Up(sets), Some(theirs)) = (self.channels, self.setup.link.proved()) else {
+        let (Channels::Up(sets), Some((agreed, sealed))) = (self.channels, self.setup.link.finish()) else {
             return Err(err!(Internal, "finished before its end"));
         };
-        build::connection(site, Up { sock: self.sock, address: self.address, theirs: theirs.clone(), sets })
+        build::connection(site, Up { sock: self.sock, address: self.address, agreed, sealed, sets })
     }
 }

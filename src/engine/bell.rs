@@ -22,6 +22,8 @@ pub(crate) struct Bell {
     armed: AtomicU32,
     /// Room for the events of the one thread that waits.
     events: Mutex<Events>,
+    /// The same for others, who only look.
+    ready_events: Mutex<Events>,
 }
 
 impl Bell {
@@ -30,7 +32,13 @@ impl Bell {
             .and_then(|poller| Waker::new().map(|waker| (poller, waker)))
             .map_err(|e| limits::system("epoll and eventfd", &e))?;
         poller.add(waker.fd(), WAKE, Interest::READ).map_err(|e| limits::system("epoll", &e))?;
-        Ok(Bell { poller, waker, armed: AtomicU32::new(0), events: Mutex::new(Events::with_capacity(EVENTS)) })
+        Ok(Bell {
+            poller,
+            waker,
+            armed: AtomicU32::new(0),
+            events: Mutex::new(Events::with_capacity(EVENTS)),
+            ready_events: Mutex::new(Events::with_capacity(EVENTS)),
+        })
     }
 
     /// Watches a connection's socket from now on.
@@ -60,6 +68,15 @@ impl Bell {
         tokens.extend(events.iter().map(|e| e.token()));
         if tokens.contains(&WAKE) {
             self.waker.drain();
+        }
+    }
+
+    /// The tokens that have events now, for a thread other than the one that waits. A ring stays for that one.
+    pub(crate) fn ready(&self, tokens: &mut Vec<u64>) {
+        let mut events = self.ready_events.lock();
+        tokens.clear();
+        if self.poller.wait(&mut events, Some(Duration::ZERO)).is_ok() {
+            tokens.extend(events.iter().map(|e| e.token()));
         }
     }
 

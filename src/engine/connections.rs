@@ -18,7 +18,6 @@ struct Table {
 pub(crate) struct Connections {
     table: Mutex<Table>,
     last: AtomicU64,
-    generation: AtomicU64,
 }
 
 impl Connections {
@@ -34,15 +33,12 @@ impl Connections {
             return false;
         }
         table.live.insert(connection.id, Arc::downgrade(connection));
-        drop(table);
-        self.generation.fetch_add(1, Ordering::Release);
         true
     }
 
     /// Takes a connection out; it may be out already.
     pub(crate) fn remove(&self, id: u64) {
         self.table.lock().live.remove(&id);
-        self.generation.fetch_add(1, Ordering::Release);
     }
 
     /// From now on nothing is taken in.
@@ -50,13 +46,13 @@ impl Connections {
         self.table.lock().closed = true;
     }
 
+    /// A connection by its id.
+    pub(crate) fn get(&self, id: u64) -> Option<Arc<Connection>> {
+        self.table.lock().live.get(&id).and_then(Weak::upgrade)
+    }
+
     /// All that are alive.
     pub(crate) fn all(&self) -> Vec<Arc<Connection>> {
         self.table.lock().live.values().filter_map(Weak::upgrade).collect()
-    }
-
-    /// Changes whenever the table does.
-    pub(crate) fn generation(&self) -> u64 {
-        self.generation.load(Ordering::Acquire)
     }
 }

@@ -1,9 +1,9 @@
 //! The channels of one set-up on their way up, over all plugins of the engine: one set of channels for each. Knows nothing of the
 //! control connection.
 
-use super::link::{number, Offer, PER_SET};
+use super::link::{number, PER_SET};
 use super::site::Site;
-use crate::net::setup::{self, Establishing, Listening, Pair};
+use crate::net::setup::{self, Establishing, Listening, Offer, Pair};
 use crate::net::topology;
 use crate::status::{bail, Error, Result};
 use std::time::Duration;

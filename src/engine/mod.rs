@@ -1,5 +1,5 @@
-//! The engine: the life of a request. `connection` is what an application holds, `state` what happens on the wire, `progress` drives
-//! it, `registry` and `notify` are the engine-wide tables. `listener`, `setups`, `outgoing` and what they use bring connections up.
+//! The engine: the life of a request. `connection` is what an application holds, `proto` the protocol without
+//! sockets and clocks, `progress` drives it, `registry` and `notify` are the engine-wide tables. `listener`, `setups`, `outgoing` and what they use bring connections up.
 
 mod accepts;
 mod attempt;
@@ -21,12 +21,13 @@ mod listener;
 mod notify;
 mod outgoing;
 mod progress;
+mod proto;
 mod registry;
+mod request;
 mod setup;
 mod setups;
 mod site;
 mod spare;
-mod state;
 mod transfer;
 
 pub use connection::Connection;
@@ -234,7 +235,7 @@ impl Engine {
         let region = self.parts.site.home.registry.local(mr)?;
         region.check(addr as u64, len as u64)?;
         let access =
-            fifo::Access { region: mr, token: region.token, engine: self.parts.site.identity.engine, place: region.place };
+            fifo::Access { region: mr, token: region.token, engine: self.parts.site.identity.engine(), place: region.place };
         Ok(FifoItem::new(addr as u64, len as u64, &access))
     }
 
@@ -254,14 +255,12 @@ impl Engine {
         })
     }
 
-    /// Drives all connections once: whoever asks for notifications and finds none is about to ask again.
+    /// Drives what has something to read: whoever asks for notifications and finds none is about to ask again.
     pub(crate) fn drive(&self) {
         if !self.parts.is_here() {
             return;
         }
-        for connection in self.parts.site.home.connections.all() {
-            connection.drive_for_application();
-        }
+        self.parts.site.home.drive_ready();
     }
 
     fn alive(&self) -> Result<()> {

@@ -1,7 +1,8 @@
 //! One set-up of a connection as a machine: what it waits for, what it does next, when it has taken too long. Time comes in, bytes
 //! go through its link; no sockets, no plugins, no threads.
 
-use super::link::{Link, Message, Offer};
+use super::link::{Link, Message};
+use crate::net::setup::Offer;
 use crate::status::{bail, err, Error, Result};
 use std::time::Instant;
 
@@ -214,14 +215,17 @@ impl<L: Link> Setup<L> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::link::Agreed;
     use crate::status::ErrorKind;
-    use crate::wire::handshake::Hello;
+    use crate::wire::handshake::Peer;
+    use crate::wire::hello::tests::sample;
+    use crate::wire::keys::Proof;
     use std::collections::VecDeque;
     use std::time::Duration;
 
     /// Messages without a wire; proved after the given number of input bytes.
     struct SimulatedLink {
-        hello: Hello,
+        agreed: Agreed,
         missing: usize,
         inbox: VecDeque<Message>,
         sent: Vec<Message>,
@@ -236,8 +240,8 @@ mod tests {
             Ok(())
         }
         fn output(&mut self, _: &mut Vec<u8>) {}
-        fn proved(&self) -> Option<&Hello> {
-            (self.missing == 0).then_some(&self.hello)
+        fn proved(&self) -> Option<&Agreed> {
+            (self.missing == 0).then_some(&self.agreed)
         }
         fn send(&mut self, message: &Message) {
             self.sent.push(message.clone());
@@ -247,18 +251,9 @@ mod tests {
         }
     }
 
-    fn hello() -> Hello {
-        Hello {
-            channels: 1,
-            chunk_bytes: 4096,
-            gpu_index: -1,
-            authenticated: false,
-            engine: [1; 16],
-            nonce: [2; 32],
-            plugin: "soft".into(),
-            gpu: "-1".into(),
-            wanted_gpu: String::new(),
-        }
+    fn agreed() -> Agreed {
+        let terms = sample().agree(&sample()).unwrap();
+        Agreed { peer: Peer { hello: sample(), engine: [1; 16], proof: Proof::Nothing }, terms }
     }
 
     fn offer(n: u8) -> Vec<Vec<Offer>> {
@@ -279,7 +274,7 @@ mod tests {
     impl World {
         fn new() -> World {
             let start = Instant::now();
-            let link = SimulatedLink { hello: hello(), missing: 3, inbox: VecDeque::new(), sent: Vec::new() };
+            let link = SimulatedLink { agreed: agreed(), missing: 3, inbox: VecDeque::new(), sent: Vec::new() };
             let setup = Setup::new(link, start, start + Duration::from_secs(5), start + Duration::from_secs(30));
             World { start, setup }
         }

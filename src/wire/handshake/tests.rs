@@ -257,7 +257,7 @@ fn other_versions_are_refused_in_words() {
 
 #[test]
 fn version_1_hears_why_and_is_understood() {
-    use crate::wire::handshake_v1 as v1;
+    use crate::wire::handshake_v1::{self as v1, accept, connect, Blocking};
     assert_eq!(HEADER_BYTES + OPENING, v1::HELLO_BYTES);
     // A listener of version 1 answers an opening with a bare status and text.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
