@@ -23,6 +23,9 @@ mod channel;
 pub mod config;
 pub mod engine;
 mod ffi;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzz_api;
 mod gpu;
 mod logging;
 pub mod net;
