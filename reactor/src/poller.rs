@@ -180,7 +180,7 @@ impl Poller {
 
     fn wait_fine(&self, events: &mut Events, timeout: Duration) -> libc::c_long {
         let limit = libc::timespec {
-            tv_sec: libc::time_t::try_from(timeout.as_secs()).unwrap_or(libc::time_t::MAX),
+            tv_sec: timeout.as_secs().min(1 << 30) as _,
             tv_nsec: timeout.subsec_nanos().into(),
         };
         let (list, room) = (events.list.as_mut_ptr(), events.list.len() as libc::c_int);

@@ -103,7 +103,7 @@ pub fn check_link(name: &CStr, socket: BorrowedFd<'_>) -> io::Result<()> {
     }
     // SAFETY: a live descriptor and a request with a terminated name, into which the kernel writes the flags.
     let flags = unsafe {
-        if libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &mut request) != 0 {
+        if libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS as _, &mut request) != 0 {
             return Err(io::Error::last_os_error());
         }
         i32::from(request.ifr_ifru.ifru_flags)
