@@ -324,12 +324,13 @@ impl Plugin {
 
     /// # Safety
     /// `request` is the oldest unfinished request of its comm.
-    pub(super) unsafe fn test(&self, request: *mut c_void) -> Result<bool> {
-        let (mut done, mut size): (c_int, c_int) = (0, 0);
+    pub(super) unsafe fn test(&self, request: *mut c_void) -> Result<Option<Option<usize>>> {
+        let (mut done, mut size): (c_int, c_int) = (0, -1);
         let call = member!(self, test)?;
         // SAFETY: by the caller's contract; outputs are writable.
         check(self, "test", unsafe { call(request, &mut done, &mut size) })?;
-        Ok(done != 0)
+        // Some plugins write no size.
+        Ok((done != 0).then(|| usize::try_from(size).ok()))
     }
 
     /// # Safety

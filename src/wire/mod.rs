@@ -4,3 +4,4 @@
 pub(crate) mod control;
 pub(crate) mod frame;
 pub(crate) mod handshake;
+pub(crate) mod queue;
