@@ -6,8 +6,8 @@ use super::state::{LaneSet, Setting, State};
 use crate::channel::bring_up;
 use crate::channel::cuda::CudaDevice;
 use crate::channel::device::{DeviceCopier, EmulatedDevice};
-use crate::net::setup::Listening;
-use crate::net::{topology, Scope};
+use crate::net::setup::{channel_count as channels, nics_for, Listening};
+use crate::net::Scope;
 use crate::status::{bail, err, Error, Result};
 use crate::wire::control::ControlStream;
 use crate::wire::handshake::{self, Blocking, Hello};
@@ -41,12 +41,10 @@ fn chunk_bytes(shared: &Shared) -> usize {
     plugins.fold(shared.config.chunk_bytes, |chunk, plugin| chunk.min(plugin.max_message(&shared.config)))
 }
 
-/// Channels that this side asks for: as configured, else as many as help. A channel has an I/O thread's worth of work, so cores bound
-/// the number: all of few, half of many; every NIC gets at least one.
+/// Channels that this side asks for.
 pub(crate) fn channel_count(shared: &Shared) -> usize {
-    let nics = shared.plugin.devices.len().max(1);
-    let cores = std::thread::available_parallelism().map_or(2, usize::from);
-    shared.config.num_channels.unwrap_or_else(|| cores.clamp(2, 8).max((cores / 2).min(16)).max(nics)).min(64)
+    let nics = nics_for(&shared.plugin, &shared.plugin.devices, shared.gpu_pci_path().as_deref());
+    channels(&shared.plugin, shared.config.num_channels, nics.len().max(1))
 }
 
 /// Connects to a peer engine.
@@ -115,7 +113,7 @@ fn establish(shared: &Arc<Shared>, sock: TcpStream, deadline: Instant, ours: &He
     let mut listening = Vec::new();
     for plugin in std::iter::once(&shared.plugin).chain(&shared.host_plugin) {
         let devices = plugin.current_devices()?;
-        let nics = topology::nearest(&devices, shared.gpu_pci_path().as_deref());
+        let nics = nics_for(plugin, &devices, shared.gpu_pci_path().as_deref());
         let gpu: Scope = shared.gpu_of(plugin)?.map(|gpu| gpu as _);
         listening.push(Listening::open(plugin, &devices, &nics, n, gpu)?);
     }
