@@ -27,7 +27,7 @@ mod slot;
 mod state;
 
 use abi::requests;
-use nccl_net_abi::{ncclNet_v7, ncclNet_v8, ucclNetExt_v1};
+use nccl_net_abi::{ncclNet_v7, ncclNet_v8, ucclNetExt_v2};
 
 macro_rules! net_table {
     ($table:ident, $properties:ident, $reg_mr:ident) => {
@@ -58,11 +58,14 @@ macro_rules! net_table {
 /// The v7 table, as a value for a data symbol.
 pub const TABLE_V7: ncclNet_v7 = net_table!(ncclNet_v7, properties_v7, reg_mr_v7);
 /// The extension table, as a value for a data symbol.
-pub const EXT_V1: ucclNetExt_v1 = ucclNetExt_v1 {
-    size: size_of::<ucclNetExt_v1>(),
+pub const EXT_V2: ucclNetExt_v2 = ucclNetExt_v2 {
+    size: size_of::<ucclNetExt_v2>(),
     isendv: Some(requests::isendv),
     irecvv: Some(requests::irecvv),
     setDoorbell: Some(requests::set_doorbell),
+    progress: None,
+    abandonConnect: None,
+    describe: None,
 };
 
 /// The plugin's v7 table.
@@ -78,7 +81,7 @@ pub fn table_v8() -> &'static ncclNet_v8 {
 }
 
 /// The plugin's extension table.
-pub fn ext() -> &'static ucclNetExt_v1 {
-    static TABLE: ucclNetExt_v1 = EXT_V1;
+pub fn ext() -> &'static ucclNetExt_v2 {
+    static TABLE: ucclNetExt_v2 = EXT_V2;
     &TABLE
 }

@@ -64,7 +64,7 @@ impl Accepting {
             return Ok(None);
         }
         let raw = RawComm { plugin: self.listen.plugin.clone(), comm, kind: CommKind::Recv };
-        Ok(Some(RecvComm { raw, dev_handle, posted: VecDeque::new(), finished: VecDeque::new(), next_slot: 0, tag: 0 }))
+        Ok(Some(RecvComm { raw, dev_handle, posted: VecDeque::new(), finished: VecDeque::new(), next_slot: 0 }))
     }
 }
 
@@ -90,7 +90,7 @@ impl Connecting {
             return Ok(None);
         }
         let raw = RawComm { plugin: self.plugin.clone(), comm, kind: CommKind::Send };
-        Ok(Some(SendComm { raw, inflight: VecDeque::new(), tag: 0 }))
+        Ok(Some(SendComm { raw, inflight: VecDeque::new() }))
     }
 }
 
@@ -113,6 +113,30 @@ fn set_doorbell(raw: &RawComm, doorbell: &Doorbell) -> Result<bool> {
     Ok(true)
 }
 
+/// Bytes that the network has moved for a comm; `None` where the plugin does not tell. An error when the comm has failed.
+fn network_bytes(raw: &RawComm) -> Result<Option<u64>> {
+    let Some(progress) = raw.plugin.ext().and_then(|e| e.progress) else { return Ok(None) };
+    let mut bytes = 0;
+    // SAFETY: the comm is live, the number writable.
+    let result = unsafe { progress(raw.comm, &mut bytes) };
+    raw.plugin.check("test", result)?;
+    Ok(Some(bytes))
+}
+
+/// The two ends of a comm and its NIC, in words.
+fn describe(raw: &RawComm) -> String {
+    let mut text = [0u8; 256];
+    let call = raw.plugin.ext().and_then(|e| e.describe);
+    // SAFETY: the comm is live, the buffer writable and of that length.
+    let known = call.is_some_and(|call| unsafe { call(raw.comm, text.as_mut_ptr().cast(), text.len()) } == 0);
+    let end = text.iter().position(|&b| b == 0).unwrap_or(text.len());
+    if known && end > 0 {
+        String::from_utf8_lossy(&text[..end]).into_owned()
+    } else {
+        format!("a comm of plugin {}", raw.plugin.name)
+    }
+}
+
 /// Registered memory of a comm.
 pub(crate) type MHandle = *mut c_void;
 
@@ -123,12 +147,19 @@ pub(crate) const MAX_PIECE_BYTES: usize = 1 << 30;
 pub(crate) struct SendComm {
     raw: RawComm,
     inflight: VecDeque<*mut c_void>,
-    tag: c_int,
 }
 // SAFETY: requests are the plugin's, used only under `&mut self`.
 unsafe impl Send for SendComm {}
 
 impl SendComm {
+    /// As the plugin's `progress`; an error when the comm has failed, idle or not.
+    pub(crate) fn network_bytes(&self) -> Result<Option<u64>> {
+        network_bytes(&self.raw)
+    }
+    /// Its two ends and its NIC, in words.
+    pub(crate) fn describe(&self) -> String {
+        describe(&self.raw)
+    }
     pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
         set_doorbell(&self.raw, doorbell)
     }
@@ -162,10 +193,10 @@ impl SendComm {
     ///
     /// # Safety
     /// `[data, data + len)` is registered under `mhandle`, and neither changes nor goes away until the send is done or the comm closed.
-    pub(crate) unsafe fn send(&mut self, data: *mut c_void, len: usize, mhandle: MHandle) -> Result<bool> {
+    pub(crate) unsafe fn send(&mut self, data: *mut c_void, len: usize, tag: c_int, mhandle: MHandle) -> Result<bool> {
         self.admit(len)?;
         // SAFETY: by the caller's contract; the window was checked.
-        let request = unsafe { self.raw.plugin.isend(self.raw.comm, data, len, self.tag, mhandle) }?;
+        let request = unsafe { self.raw.plugin.isend(self.raw.comm, data, len, tag, mhandle) }?;
         Ok(self.posted(request))
     }
 
@@ -173,12 +204,12 @@ impl SendComm {
     ///
     /// # Safety
     /// Every segment stays readable and unchanged until the send is done or the comm closed.
-    pub(crate) unsafe fn send_vectored(&mut self, iov: &[ucclIoVec], len: usize) -> Result<bool> {
+    pub(crate) unsafe fn send_vectored(&mut self, iov: &[ucclIoVec], len: usize, tag: c_int) -> Result<bool> {
         self.admit(len)?;
         let Some(call) = self.raw.plugin.ext().and_then(|e| e.isendv) else { bail!(Internal, "no vectored send") };
         let mut request = std::ptr::null_mut();
         // SAFETY: by the caller's contract; the window was checked; the array is copied by the call.
-        let result = unsafe { call(self.raw.comm, iov.len() as c_int, iov.as_ptr(), self.tag, &mut request) };
+        let result = unsafe { call(self.raw.comm, iov.len() as c_int, iov.as_ptr(), tag, &mut request) };
         self.raw.plugin.check("isend", result)?;
         Ok(self.posted(request))
     }
@@ -194,7 +225,6 @@ impl SendComm {
         if request.is_null() {
             return false;
         }
-        self.tag = self.tag.wrapping_add(1) & c_int::MAX;
         self.inflight.push_back(request);
         true
     }
@@ -203,12 +233,21 @@ impl SendComm {
     pub(crate) fn test_oldest(&mut self) -> Result<bool> {
         let Some(&request) = self.inflight.front() else { return Ok(false) };
         // SAFETY: the front is the oldest unfinished request.
-        if !unsafe { self.raw.plugin.test(request) }? {
+        if unsafe { self.raw.plugin.test(request) }?.is_none() {
             return Ok(false);
         }
         self.inflight.pop_front();
         Ok(true)
     }
+}
+
+/// A receive that is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Done {
+    /// Its slot of the meta queue.
+    pub slot: usize,
+    /// Bytes that came, where the plugin tells.
+    pub len: Option<usize>,
 }
 
 /// The receiving half of a channel.
@@ -218,12 +257,19 @@ pub(crate) struct RecvComm {
     posted: VecDeque<(*mut c_void, usize)>,
     finished: VecDeque<*mut c_void>,
     next_slot: usize,
-    tag: c_int,
 }
 // SAFETY: requests are the plugin's, used only under `&mut self`.
 unsafe impl Send for RecvComm {}
 
 impl RecvComm {
+    /// As the plugin's `progress`; an error when the comm has failed, idle or not.
+    pub(crate) fn network_bytes(&self) -> Result<Option<u64>> {
+        network_bytes(&self.raw)
+    }
+    /// Its two ends and its NIC, in words.
+    pub(crate) fn describe(&self) -> String {
+        describe(&self.raw)
+    }
     pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
         set_doorbell(&self.raw, doorbell)
     }
@@ -262,10 +308,10 @@ impl RecvComm {
     /// # Safety
     /// For a host mhandle `[data, data + len)` stays writable and unread until the receive is done or the comm closed. For a CUDA
     /// mhandle the destination is not touched by the plugin.
-    pub(crate) unsafe fn recv(&mut self, data: *mut c_void, len: usize, mhandle: MHandle) -> Result<bool> {
+    pub(crate) unsafe fn recv(&mut self, data: *mut c_void, len: usize, tag: c_int, mhandle: MHandle) -> Result<bool> {
         self.admit(len)?;
         // SAFETY: by the caller's contract; the window was checked.
-        let request = unsafe { self.raw.plugin.irecv(self.raw.comm, data, len, self.tag, mhandle) }?;
+        let request = unsafe { self.raw.plugin.irecv(self.raw.comm, data, len, tag, mhandle) }?;
         Ok(self.accepted(request))
     }
 
@@ -273,12 +319,12 @@ impl RecvComm {
     ///
     /// # Safety
     /// Every segment stays writable and unread until the receive is done or the comm closed.
-    pub(crate) unsafe fn recv_vectored(&mut self, iov: &[ucclIoVec], len: usize) -> Result<bool> {
+    pub(crate) unsafe fn recv_vectored(&mut self, iov: &[ucclIoVec], len: usize, tag: c_int) -> Result<bool> {
         self.admit(len)?;
         let Some(call) = self.raw.plugin.ext().and_then(|e| e.irecvv) else { bail!(Internal, "no vectored receive") };
         let mut request = std::ptr::null_mut();
         // SAFETY: by the caller's contract; the window was checked; the array is copied by the call.
-        let result = unsafe { call(self.raw.comm, iov.len() as c_int, iov.as_ptr(), self.tag, &mut request) };
+        let result = unsafe { call(self.raw.comm, iov.len() as c_int, iov.as_ptr(), tag, &mut request) };
         self.raw.plugin.check("irecv", result)?;
         Ok(self.accepted(request))
     }
@@ -294,7 +340,6 @@ impl RecvComm {
         if request.is_null() {
             return false;
         }
-        self.tag = self.tag.wrapping_add(1) & c_int::MAX;
         self.posted.push_back((request, self.next_slot));
         self.next_slot = (self.next_slot + 1) % MAX_REQUESTS;
         true
@@ -302,15 +347,13 @@ impl RecvComm {
 
     /// Tests the oldest unfinished receive. When it is done gives its slot of the meta queue; its window place stays taken until
     /// [`RecvComm::consume_oldest`].
-    pub(crate) fn test_oldest(&mut self) -> Result<Option<usize>> {
+    pub(crate) fn test_oldest(&mut self) -> Result<Option<Done>> {
         let Some(&(request, slot)) = self.posted.front() else { return Ok(None) };
         // SAFETY: the front is the oldest unfinished request.
-        if !unsafe { self.raw.plugin.test(request) }? {
-            return Ok(None);
-        }
+        let Some(len) = (unsafe { self.raw.plugin.test(request) })? else { return Ok(None) };
         self.posted.pop_front();
         self.finished.push_back(request);
-        Ok(Some(slot))
+        Ok(Some(Done { slot, len }))
     }
 
     /// Gives the oldest finished receive back to the plugin. Its bounce memory must not be read any more.

@@ -3,7 +3,7 @@
 use crate::config::{Config, PluginChoice};
 use crate::status::{bail, err, Result};
 use nccl_net_abi as abi;
-use nccl_net_abi::{ncclNetDeviceHandle_v7, ncclNet_v7, ncclNet_v8, ncclResult_t, ucclNetExt_v1};
+use nccl_net_abi::{ncclNetDeviceHandle_v7, ncclNet_v7, ncclNet_v8, ncclResult_t, ucclNetExt_v2};
 use parking_lot::Mutex;
 use std::ffi::{c_int, c_void, CStr};
 use std::path::{Path, PathBuf};
@@ -48,7 +48,7 @@ pub struct Device {
 /// A loaded and initialised plugin.
 pub struct Plugin {
     table: Table,
-    ext: Option<&'static ucclNetExt_v1>,
+    ext: Option<&'static ucclNetExt_v2>,
     /// Name of the plugin's table.
     pub name: String,
     /// Where it was loaded from; `None` for the built-in software plugin.
@@ -126,7 +126,7 @@ impl Plugin {
                 (
                     library.get::<*const ncclNet_v8>(abi::SYMBOL_V8).ok().map(|s| s.into_raw().into_raw()),
                     library.get::<*const ncclNet_v7>(abi::SYMBOL_V7).ok().map(|s| s.into_raw().into_raw()),
-                    library.get::<*const ucclNetExt_v1>(abi::SYMBOL_EXT).ok().map(|s| s.into_raw().into_raw()),
+                    library.get::<*const ucclNetExt_v2>(abi::SYMBOL_EXT).ok().map(|s| s.into_raw().into_raw()),
                 )
             };
             // SAFETY: the symbols' addresses are the tables themselves; the library is never unloaded.
@@ -138,12 +138,12 @@ impl Plugin {
                 }
             };
             // SAFETY: as above; `size` says how much of the table exists.
-            let ext = ext.filter(|p| !p.is_null()).map(|p| unsafe { &*p.cast::<ucclNetExt_v1>() });
-            Plugin::start(table, ext.filter(|e| e.size >= std::mem::size_of::<ucclNetExt_v1>()), Some(path.to_owned()))
+            let ext = ext.filter(|p| !p.is_null()).map(|p| unsafe { &*p.cast::<ucclNetExt_v2>() });
+            Plugin::start(table, ext.filter(|e| e.size >= std::mem::size_of::<ucclNetExt_v2>()), Some(path.to_owned()))
         })
     }
 
-    fn start(table: Table, ext: Option<&'static ucclNetExt_v1>, path: Option<PathBuf>) -> Result<Plugin> {
+    fn start(table: Table, ext: Option<&'static ucclNetExt_v2>, path: Option<PathBuf>) -> Result<Plugin> {
         let (name, abi_version) = match table {
             Table::V7(t) => (t.name, 7),
             Table::V8(t) => (t.name, 8),
@@ -198,7 +198,7 @@ impl Plugin {
     }
 
     /// Whether the plugin offers the vectored extension.
-    pub(crate) fn ext(&self) -> Option<&'static ucclNetExt_v1> {
+    pub(crate) fn ext(&self) -> Option<&'static ucclNetExt_v2> {
         self.ext
     }
 
@@ -324,12 +324,13 @@ impl Plugin {
 
     /// # Safety
     /// `request` is the oldest unfinished request of its comm.
-    pub(super) unsafe fn test(&self, request: *mut c_void) -> Result<bool> {
-        let (mut done, mut size): (c_int, c_int) = (0, 0);
+    pub(super) unsafe fn test(&self, request: *mut c_void) -> Result<Option<Option<usize>>> {
+        let (mut done, mut size): (c_int, c_int) = (0, -1);
         let call = member!(self, test)?;
         // SAFETY: by the caller's contract; outputs are writable.
         check(self, "test", unsafe { call(request, &mut done, &mut size) })?;
-        Ok(done != 0)
+        // Some plugins write no size.
+        Ok((done != 0).then(|| usize::try_from(size).ok()))
     }
 
     /// # Safety

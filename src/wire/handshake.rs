@@ -20,11 +20,6 @@ use std::sync::Arc;
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::{Zeroize, Zeroizing};
 
-// The engine's present, blocking set-up; gone once it drives `Handshake`.
-pub(crate) use super::handshake_v1::{
-    accept, connect, exchange_handles, exchange_ready, Blocking, Handle, Hello as HelloV1, HELLO_BYTES,
-};
-
 /// Version of the control protocol. Peers of different versions refuse each other.
 pub(crate) const VERSION: u16 = 2;
 const MAGIC: [u8; 8] = *b"UCCLTCPX";

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 const MAGIC: &[u8; 8] = b"UCCLTCPX";
 /// Version of the control protocol. Peers of different versions refuse each other.
-pub(crate) const VERSION: u16 = 1;
+pub(crate) const VERSION: u16 = 2;
 /// Bytes of a [`Hello`] on the wire.
 pub(crate) const HELLO_BYTES: usize = 8 + 2 + 2 + 4 + 4 + 4 + 16 + 32 + 16 + 16 + 32;
 const HANDLE_BYTES: usize = nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
@@ -38,13 +38,13 @@ pub(crate) struct Hello {
     pub wanted_gpu: String,
 }
 
-fn put_text(out: &mut Vec<u8>, text: &str, width: usize) {
+pub(crate) fn put_text(out: &mut Vec<u8>, text: &str, width: usize) {
     let mut bytes: Vec<u8> = text.bytes().take(width).collect();
     bytes.resize(width, 0);
     out.extend_from_slice(&bytes);
 }
 
-fn get_text(bytes: &[u8]) -> String {
+pub(crate) fn get_text(bytes: &[u8]) -> String {
     let end = bytes.iter().position(|&b| b == 0).unwrap_or(bytes.len());
     String::from_utf8_lossy(&bytes[..end]).into_owned()
 }
@@ -166,10 +166,10 @@ fn read_verdict(io: &Blocking<'_>) -> Result<()> {
     }
 }
 
-type Proof = [u8; 32];
+pub(crate) type Proof = [u8; 32];
 
 /// Proof of the key over both hellos; the role keeps one side's proof from serving as the other's.
-fn prove(key: &[u8], role: &[u8], connecting: &Hello, listening: &Hello) -> Result<Proof> {
+pub(crate) fn prove(key: &[u8], role: &[u8], connecting: &Hello, listening: &Hello) -> Result<Proof> {
     let Ok(mut mac) = Hmac::<sha2::Sha256>::new_from_slice(key) else { bail!(Internal, "key of {} bytes", key.len()) };
     mac.update(role);
     mac.update(&connecting.encode());
@@ -177,7 +177,7 @@ fn prove(key: &[u8], role: &[u8], connecting: &Hello, listening: &Hello) -> Resu
     Ok(mac.finalize().into_bytes().into())
 }
 
-fn verify(key: &[u8], role: &[u8], connecting: &Hello, listening: &Hello, proof: &Proof) -> Result<()> {
+pub(crate) fn verify(key: &[u8], role: &[u8], connecting: &Hello, listening: &Hello, proof: &Proof) -> Result<()> {
     // A constant-time comparison of two MACs: compare their MACs under the key.
     let tag = |bytes: &[u8]| -> Result<Vec<u8>> {
         let Ok(mut mac) = Hmac::<sha2::Sha256>::new_from_slice(key) else { bail!(Internal, "key of {} bytes", key.len()) };
@@ -190,7 +190,7 @@ fn verify(key: &[u8], role: &[u8], connecting: &Hello, listening: &Hello, proof:
     Ok(())
 }
 
-fn compatible(ours: &Hello, theirs: &Hello) -> Result<()> {
+pub(crate) fn compatible(ours: &Hello, theirs: &Hello) -> Result<()> {
     if ours.authenticated != theirs.authenticated {
         bail!(Auth, "only one side has a pre-shared key (UCCL_TCPX_AUTH_KEY_FILE)");
     }
