@@ -255,41 +255,26 @@ fn other_versions_are_refused_in_words() {
     }
 }
 
+/// Bytes of version 1's hello.
+const HELLO_V1: usize = 136;
+
 #[test]
 fn version_1_hears_why_and_is_understood() {
-    use crate::wire::handshake_v1 as v1;
-    assert_eq!(HEADER_BYTES + OPENING, v1::HELLO_BYTES);
-    // A listener of version 1 answers an opening with a bare status and text.
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let deadline = Instant::now() + Duration::from_secs(20);
-    let mut sock = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let old = listener.accept().unwrap().0;
-    let mut c = client(A);
-    sock.write_all(c.output()).unwrap();
-    let io = Blocking { sock: &old, deadline };
-    let hello = v1::Hello {
-        channels: 1,
-        chunk_bytes: 4096,
-        gpu_index: -1,
-        authenticated: false,
-        engine: [0; 16],
-        nonce: [0; 32],
-        plugin: "soft".into(),
-        gpu: "-1".into(),
-        wanted_gpu: String::new(),
-    };
-    let theirs = io.read().and_then(|b| v1::Hello::decode(&b));
-    accept(&io, &theirs, &hello, None).unwrap_err();
-    let mut verdict = [0; 256];
-    sock.read_exact(&mut verdict).unwrap();
-    let heard = c.input(&verdict).unwrap_err();
-    assert_eq!((heard.kind(), heard.to_string().contains("version 1 ")), (ErrorKind::Protocol, true), "{heard}");
-    // And a client of version 1 hears it in its own form.
+    assert_eq!(HEADER_BYTES + OPENING, HELLO_V1, "a listener of version 1 waits for a whole hello before it answers");
+    // It answers with a bare status and text.
+    let mut verdict = (-14i32).to_le_bytes().to_vec();
+    verdict.extend_from_slice(b"the peer speaks version 2 of the control protocol, this library 1");
+    verdict.resize(256, 0);
+    let heard = client(A).input(&verdict).unwrap_err();
+    assert_eq!(heard.to_string(), "the peer speaks version 1 of the control protocol, this library 2");
+    // A client of version 1 hears it in the same form.
+    let mut hello = b"UCCLTCPX\x01\x00\x04\x00".to_vec();
+    hello.resize(HELLO_V1, 7);
     let mut s = server(A);
-    s.input(&hello.encode()).unwrap_err();
-    sock.write_all(s.output()).unwrap();
-    let heard = connect(&Blocking { sock: &old, deadline }, &hello, None).unwrap_err();
-    assert_eq!(heard.to_string(), "refused by the peer: the peer speaks version 1 of the control protocol, this library 2");
+    s.input(&hello).unwrap_err();
+    let told = take(&mut s);
+    assert_eq!((told.len(), &told[..4]), (256, &(-14i32).to_le_bytes()[..]));
+    assert!(told[4..].starts_with(b"the peer speaks version 1 of the control protocol, this library 2\0"));
 }
 
 #[test]
