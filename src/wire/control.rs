@@ -1,22 +1,13 @@
-//! The non-blocking control stream: a socket, the session that seals what goes through it, and the queue of frames that leave. Knows
-//! nothing of what frames mean.
+//! The non-blocking control stream: a socket, and the queue of frames that leave through it. Knows nothing of what frames mean.
 
 use super::queue::{RxBuffer, TxQueue};
-use super::session::{Session, MAX_PLAIN};
 use crate::status::{err, Error, Result};
 use std::io::{ErrorKind as Io, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
 
-/// Plain bytes sealed at once: what the socket does not take now can wait unsealed.
-const SEAL_STEP: usize = 4 * MAX_PLAIN;
-
 pub(crate) struct ControlStream {
     sock: TcpStream,
-    session: Option<Session>,
-    /// A block of frames that is being sealed, and how much of it is.
-    block: Vec<u8>,
-    done: usize,
     /// Bytes on their way to the socket.
     leaving: Vec<u8>,
     sent: usize,
@@ -26,12 +17,7 @@ impl ControlStream {
     /// Takes over a connected socket after the handshake.
     pub(crate) fn new(sock: TcpStream) -> Result<ControlStream> {
         sock.set_nonblocking(true).map_err(|e| Error::system("control socket", &e))?;
-        Ok(ControlStream { sock, session: None, block: Vec::new(), done: 0, leaving: Vec::new(), sent: 0 })
-    }
-
-    /// Takes over a connected socket and the session of its handshake.
-    pub(crate) fn sealed(sock: TcpStream, session: Session) -> Result<ControlStream> {
-        Ok(ControlStream { session: Some(session), ..ControlStream::new(sock)? })
+        Ok(ControlStream { sock, leaving: Vec::new(), sent: 0 })
     }
 
     pub(crate) fn fd(&self) -> RawFd {
@@ -41,17 +27,14 @@ impl ControlStream {
     /// Reads what is there. Returns the bytes read, and whether there may be more.
     ///
     /// # Errors
-    /// `RemoteDisconnect` at the end of the stream and on socket errors; `Protocol` when the bytes are not what the peer sealed.
+    /// `RemoteDisconnect` at the end of the stream and on socket errors.
     pub(crate) fn read(&mut self, rx: &mut RxBuffer) -> Result<(usize, bool)> {
         let room = rx.room();
         let len = room.len();
         match self.sock.read(room) {
             Ok(0) => Err(err!(RemoteDisconnect, "the peer closed the connection")),
             Ok(n) => {
-                match &mut self.session {
-                    Some(session) => rx.arrived(n, &mut session.opener)?,
-                    None => rx.filled(n),
-                }
+                rx.filled(n);
                 Ok((n, n == len))
             }
             Err(e) if matches!(e.kind(), Io::WouldBlock | Io::Interrupted) => Ok((0, false)),
@@ -59,35 +42,17 @@ impl ControlStream {
         }
     }
 
-    /// Fills `leaving` anew. `false` when nothing is left to send.
-    fn refill(&mut self, tx: &mut TxQueue) -> Result<bool> {
-        self.sent = 0;
-        let Some(session) = &mut self.session else {
-            tx.recycle(std::mem::take(&mut self.leaving));
-            self.leaving = tx.take().unwrap_or_default();
-            return Ok(!self.leaving.is_empty());
-        };
-        self.leaving.clear();
-        if self.done == self.block.len() {
-            self.done = 0;
-            tx.recycle(std::mem::take(&mut self.block));
-            match tx.take() {
-                Some(block) => self.block = block,
-                None => return Ok(false),
-            }
-        }
-        let piece = self.done..self.block.len().min(self.done + SEAL_STEP);
-        self.done = piece.end;
-        session.sealer.seal(&self.block[piece], &mut self.leaving)?;
-        Ok(true)
-    }
-
     /// Sends of `tx` what the socket takes. Returns the bytes that left.
     pub(crate) fn flush(&mut self, tx: &mut TxQueue) -> Result<usize> {
         let mut total = 0;
         loop {
-            if self.sent == self.leaving.len() && !self.refill(tx)? {
-                return Ok(total);
+            if self.sent == self.leaving.len() {
+                tx.recycle(std::mem::take(&mut self.leaving));
+                self.sent = 0;
+                match tx.take() {
+                    Some(block) => self.leaving = block,
+                    None => return Ok(total),
+                }
             }
             match self.sock.write(&self.leaving[self.sent..]) {
                 Ok(0) => return Err(err!(RemoteDisconnect, "control connection: nothing can be written")),
@@ -104,7 +69,7 @@ impl ControlStream {
 
     /// Bytes taken from the queue that the socket has not.
     pub(crate) fn pending(&self) -> usize {
-        self.leaving.len() - self.sent + self.block.len() - self.done
+        self.leaving.len() - self.sent
     }
 
     /// Ends the sending direction: the peer sees the end of the stream after everything that was sent.
@@ -131,48 +96,13 @@ impl ControlStream {
 mod tests {
     use super::*;
     use crate::wire::frame::Frame;
-    use crate::wire::session::{Direction, RECORD_OVERHEAD};
     use std::net::TcpListener;
-
-    fn sockets() -> (TcpStream, TcpStream) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let sock = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        (sock, listener.accept().unwrap().0)
-    }
-
-    fn session(direction: Direction) -> Session {
-        Session::new(direction, &[7; 64], b"test").unwrap()
-    }
 
     #[test]
     fn frames_of_all_sizes_survive_a_slow_reader() {
-        let (a, b) = sockets();
-        all_sizes(ControlStream::new(a).unwrap(), ControlStream::new(b).unwrap(), 0);
-        let (a, b) = sockets();
-        let a = ControlStream::sealed(a, session(Direction::ToListening)).unwrap();
-        all_sizes(a, ControlStream::sealed(b, session(Direction::ToConnecting)).unwrap(), RECORD_OVERHEAD);
-    }
-
-    #[test]
-    fn a_byte_that_nobody_sealed_ends_the_stream() {
-        let (mut a, b) = sockets();
-        let mut b = ControlStream::sealed(b, session(Direction::ToConnecting)).unwrap();
-        let (mut bytes, mut rx) = (Vec::new(), RxBuffer::default());
-        session(Direction::ToListening).seal(&[1; 40], &mut bytes).unwrap();
-        bytes[30] ^= 1;
-        a.write_all(&bytes).unwrap();
-        let error = loop {
-            match b.read(&mut rx) {
-                Ok(_) => std::thread::yield_now(),
-                Err(e) => break e,
-            }
-        };
-        assert_eq!(error.kind(), crate::status::ErrorKind::Protocol);
-        assert!(rx.next().unwrap().is_none());
-    }
-
-    /// `overhead`: what a record adds.
-    fn all_sizes(mut a: ControlStream, mut b: ControlStream, overhead: usize) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut a = ControlStream::new(TcpStream::connect(listener.local_addr().unwrap()).unwrap()).unwrap();
+        let mut b = ControlStream::new(listener.accept().unwrap().0).unwrap();
         let sizes = [0usize, 1, 100, 65536, 3 << 20, 17, 9 << 20, 0];
         let bodies: Vec<Vec<u8>> = sizes.iter().map(|&n| (0..n).map(|i| (i * 31 + n) as u8).collect()).collect();
         let mut tx = TxQueue::default();
@@ -190,8 +120,7 @@ mod tests {
                 rx.consume(len);
             }
         }
-        assert_eq!((a.pending(), tx.pending()), (0, 0));
-        assert!(if overhead == 0 { left == queued } else { left > queued + overhead }, "{left} of {queued}");
+        assert_eq!((a.pending(), tx.pending(), left), (0, 0, queued));
         assert!(!b.hung_up());
         a.shutdown_write();
         while b.read(&mut rx).is_ok() {}

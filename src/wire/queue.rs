@@ -1,11 +1,9 @@
 //! The two ends of a control stream as bytes in memory: frames that wait to leave, and bytes that have arrived and are not yet
-//! decoded. Pure; sockets and keys are `control`'s business.
+//! decoded. Pure; sockets and sealing are `control`'s business.
 
 use super::frame::{self, Frame, HEADER_BYTES};
-use super::session::{Opened, Opener};
 use crate::status::Result;
 use std::collections::VecDeque;
-use std::ops::Range;
 
 /// A block takes more frames until it has this many bytes.
 const BLOCK: usize = 32 << 10;
@@ -61,15 +59,12 @@ impl TxQueue {
     }
 }
 
-/// Bytes received and not yet decoded: plain ones, and after them those of records that are not opened yet.
+/// Bytes received and not yet decoded.
 #[derive(Default)]
 pub(crate) struct RxBuffer {
     bytes: Vec<u8>,
-    /// End of the plain bytes.
     filled: usize,
     consumed: usize,
-    /// The bytes that are not opened; they begin after the plain ones.
-    sealed: Range<usize>,
     need: usize,
 }
 
@@ -92,10 +87,9 @@ impl RxBuffer {
     pub(crate) fn consume(&mut self, len: usize) {
         self.consumed += len;
         self.need = 0;
-        if self.consumed == self.filled && self.sealed.is_empty() {
+        if self.consumed == self.filled {
             self.consumed = 0;
             self.filled = 0;
-            self.sealed = 0..0;
             if self.bytes.len() > KEEP_BYTES {
                 self.bytes = Vec::new();
             }
@@ -109,44 +103,21 @@ impl RxBuffer {
 
     /// Room for the next read: grows by what has arrived, so that an announced length alone costs no memory.
     pub(crate) fn room(&mut self) -> &mut [u8] {
-        if self.sealed.is_empty() {
-            self.sealed = self.filled..self.filled;
-        }
         if self.consumed > 0 {
-            self.bytes.copy_within(self.consumed..self.sealed.end, 0);
-            self.sealed = self.sealed.start - self.consumed..self.sealed.end - self.consumed;
+            self.bytes.copy_within(self.consumed..self.filled, 0);
             self.filled -= self.consumed;
             self.consumed = 0;
         }
-        let end = self.sealed.end;
-        let want = (end * 2).clamp(READ_STEP, self.need.max(READ_STEP)).max(end + READ_STEP);
+        let want = (self.filled * 2).clamp(READ_STEP, self.need.max(READ_STEP)).max(self.filled + READ_STEP);
         if self.bytes.len() < want {
             self.bytes.resize(want, 0);
         }
-        &mut self.bytes[end..]
+        &mut self.bytes[self.filled..]
     }
 
-    /// `n` plain bytes were put into the room.
+    /// `n` bytes were put into the room.
     pub(crate) fn filled(&mut self, n: usize) {
         self.filled += n;
-        self.sealed = self.filled..self.filled;
-    }
-
-    /// `n` bytes of records were put into the room. Whole records are opened in place and join the plain bytes.
-    ///
-    /// # Errors
-    /// `Protocol` when they are not what the peer sealed; the stream is then over.
-    pub(crate) fn arrived(&mut self, n: usize, opener: &mut Opener) -> Result<()> {
-        self.sealed.end += n;
-        loop {
-            match opener.open_within(&mut self.bytes[self.filled..self.sealed.end], self.sealed.start - self.filled)? {
-                Opened::Need(_) => return Ok(()),
-                Opened::Record { plain, consumed } => {
-                    self.filled += plain;
-                    self.sealed.start += consumed;
-                }
-            }
-        }
     }
 
     /// Appends bytes.
@@ -155,7 +126,7 @@ impl RxBuffer {
             let room = self.room();
             let n = room.len().min(bytes.len());
             room[..n].copy_from_slice(&bytes[..n]);
-            self.filled(n);
+            self.filled += n;
             bytes = &bytes[n..];
         }
     }
@@ -164,7 +135,6 @@ impl RxBuffer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::session::{Direction, Session};
     use proptest::prelude::*;
 
     proptest! {
@@ -194,33 +164,6 @@ mod tests {
                 }
             }
             prop_assert_eq!((got, rx.filled, rx.consumed), (bodies.len(), 0, 0));
-        }
-
-        /// The same through records, read as a socket gives them.
-        #[test]
-        fn sealed_frames_survive_any_cut(sizes in proptest::collection::vec(prop_oneof![0usize..200, 60_000usize..70_000, 200_000usize..300_000], 1..20), cut in 1usize..100_000) {
-            let new = |direction| Session::new(direction, &[7; 64], b"test").unwrap();
-            let (mut ours, mut theirs) = (new(Direction::ToListening), new(Direction::ToConnecting));
-            let bodies: Vec<Vec<u8>> = sizes.iter().map(|&n| (0..n).map(|i| (i * 31 + n) as u8).collect()).collect();
-            let (mut tx, mut rx, mut wire) = (TxQueue::default(), RxBuffer::default(), Vec::new());
-            bodies.iter().for_each(|body| tx.push(&Frame::Notify { name: b"n", message: body }));
-            while let Some(block) = tx.take() {
-                ours.seal(&block, &mut wire).unwrap();
-            }
-            let (mut got, mut at) = (0, 0);
-            while at < wire.len() {
-                let room = rx.room();
-                let n = room.len().min(cut).min(wire.len() - at);
-                room[..n].copy_from_slice(&wire[at..at + n]);
-                at += n;
-                rx.arrived(n, &mut theirs.opener).unwrap();
-                while let Some((frame, len)) = rx.next().unwrap() {
-                    prop_assert_eq!(frame, Frame::Notify { name: b"n", message: &bodies[got] });
-                    rx.consume(len);
-                    got += 1;
-                }
-            }
-            prop_assert_eq!((got, rx.filled, rx.consumed, rx.sealed), (bodies.len(), 0, 0, 0..0));
         }
     }
 }
