@@ -1,5 +1,5 @@
 //! The control protocol: the handshake (`handshake`, `hello`, `keys`), the sealed stream after it (`session`), messages that set up the
-//! channels (`setup`), both of these as one stream (`link`), frames (`frame`) and the non-blocking control stream (`control`). Knows sockets and bytes, nothing of regions,
+//! channels (`setup`), frames (`frame`) and the non-blocking control stream (`control`). Knows sockets and bytes, nothing of regions,
 //! channels or transfers.
 
 // Until the engine drives the handshake and seals its control stream.
@@ -12,7 +12,6 @@ pub(crate) mod handshake;
 pub(crate) mod handshake_v1;
 pub(crate) mod hello;
 pub(crate) mod keys;
-pub(crate) mod link;
 pub(crate) mod queue;
 pub(crate) mod session;
 pub(crate) mod setup;

@@ -62,18 +62,13 @@ impl From<&Error> for Verdict {
     }
 }
 
-/// The number of a channel in messages: by its set and its place in the set's offer.
-pub(crate) fn number(set: usize, index: usize) -> u16 {
-    (set * usize::from(MAX_CHANNELS) + index) as u16
-}
-
 /// A message of the set-up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Message {
     /// The listen comms of the sender, by plugin set.
     Offer(Vec<Vec<Offered>>),
-    /// The sender's part is done: with status OK the numbers of the channels that are up on its side, rising. See [`number`]. The
-    /// sender's last message, and the end of its record.
+    /// The sender's part is done: with status OK the numbers of the channels that are up on its side, rising: 64 times the
+    /// number of its set, plus its place in the set's offer. The sender's last message.
     Ready(Verdict, Vec<u16>),
     /// The sender gives the set-up up. Its last message.
     Abort(Verdict),
