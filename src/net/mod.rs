@@ -15,6 +15,8 @@ mod search;
 pub(crate) mod setup;
 pub(crate) mod signals;
 mod table;
+#[cfg(test)]
+mod tests;
 pub(crate) mod topology;
 pub(crate) mod traits;
 

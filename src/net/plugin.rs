@@ -97,6 +97,12 @@ impl Plugin {
         load_once(None, || Plugin::start(soft_plugin::table(), Some(Ext::built_in()), None, &None))
     }
 
+    /// A plugin of others whose table is linked into a test. Called once per process.
+    #[cfg(test)]
+    pub(super) fn for_test(table: &'static dyn NetTable) -> Result<Arc<Plugin>> {
+        Plugin::start(table, None, Some("linked".into()), &None).map(Arc::new)
+    }
+
     /// The plugin that the configuration chooses for device memory. `gpu` gives the GPU that should be current when it is initialised.
     pub(crate) fn choose(config: &Config, gpu: &dyn Fn() -> Result<Scope>) -> Result<Arc<Plugin>> {
         // An explicit path is taken at its word, whichever plugin it holds.

@@ -340,11 +340,7 @@ impl Handshake {
         }
         let mut at = 0;
         while at < bytes.len() && self.step != Step::Done {
-            let want = match self.rx.first_chunk() {
-                Some(header) => HEADER_BYTES + usize::from(Header::decode(header).body),
-                None => HEADER_BYTES,
-            };
-            let n = (want - self.rx.len()).min(bytes.len() - at);
+            let n = self.wants().min(bytes.len() - at);
             self.rx.extend_from_slice(&bytes[at..at + n]);
             at += n;
             if let Err(error) = self.advance() {
@@ -353,6 +349,18 @@ impl Handshake {
             }
         }
         Ok(at)
+    }
+
+    /// Bytes of the peer that are missing to the end of its next message or header; none after the end.
+    pub(crate) fn wants(&self) -> usize {
+        if self.failed.is_some() || self.step == Step::Done {
+            return 0;
+        }
+        let whole = match self.rx.first_chunk() {
+            Some(header) => HEADER_BYTES + usize::from(Header::decode(header).body),
+            None => HEADER_BYTES,
+        };
+        whole - self.rx.len()
     }
 
     /// Bytes to send, before anything of the session.
@@ -389,7 +397,7 @@ impl Handshake {
 
     fn put_refusal(&mut self, error: &Error) {
         let told = match error.kind() {
-            ErrorKind::Auth | ErrorKind::Protocol | ErrorKind::Resource => error.to_string(),
+            ErrorKind::Auth | ErrorKind::Protocol | ErrorKind::Resource | ErrorKind::TimedOut => error.to_string(),
             _ => "internal error".to_owned(),
         };
         let told = text::printable(&told, MAX_REFUSAL_TEXT);
@@ -599,8 +607,7 @@ fn refused(header: &Header, body: &[u8]) -> Error {
         return err!(Protocol, "the peer's refusal is not printable ASCII");
     };
     let kind = match ErrorKind::from_code(StatusCode::from_le_bytes([fixed[0], fixed[1], fixed[2], fixed[3]])) {
-        ErrorKind::Auth => ErrorKind::Auth,
-        ErrorKind::Resource => ErrorKind::Resource,
+        kind @ (ErrorKind::Auth | ErrorKind::Resource | ErrorKind::TimedOut) => kind,
         _ => ErrorKind::Protocol,
     };
     Error::new(kind, format_args!("refused by the peer: {told}"))

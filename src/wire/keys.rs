@@ -44,6 +44,16 @@ pub(crate) enum Proof {
     Named(Arc<str>),
 }
 
+impl Proof {
+    /// The name of the proved key, for reports about the peer.
+    pub(crate) fn name(&self) -> Option<&str> {
+        match self {
+            Proof::Named(name) => Some(name),
+            Proof::Nothing | Proof::Key => None,
+        }
+    }
+}
+
 /// The keys of a file at one moment. Empty where no key is configured.
 pub(crate) struct Keys {
     proofs: Vec<Proof>,
@@ -453,14 +463,7 @@ mod tests {
         let dir = Dir::new();
         let path = dir.write("keys", &format!("old:{A}\n"), 0o600);
         let store = KeyStore::open(Some(&path)).unwrap();
-        let names = || {
-            store
-                .current()
-                .proofs
-                .iter()
-                .map(|p| if let Proof::Named(n) = p { n.to_string() } else { "-".into() })
-                .collect::<Vec<_>>()
-        };
+        let names = || store.current().proofs.iter().map(|p| p.name().unwrap_or("-").to_owned()).collect::<Vec<_>>();
         assert_eq!(names(), ["old"]);
         dir.replace(&path, &format!("new:{B}\nold:{A}\n"));
         assert_eq!(names(), ["new", "old"]);

@@ -67,10 +67,10 @@ impl From<&Error> for Verdict {
 pub(crate) enum Message {
     /// The listen comms of the sender, by plugin set.
     Offer(Vec<Vec<Offered>>),
-    /// The sender's part is done: with status OK the numbers of the channels that are up on its side, rising; a channel's number
-    /// counts through the sets of the offers.
+    /// The sender's part is done: with status OK the numbers of the channels that are up on its side, rising: 64 times the
+    /// number of its set, plus its place in the set's offer. The sender's last message.
     Ready(Verdict, Vec<u16>),
-    /// The sender gives the set-up up.
+    /// The sender gives the set-up up. Its last message.
     Abort(Verdict),
 }
 
