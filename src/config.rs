@@ -249,19 +249,6 @@ impl Config {
         };
         VARIABLES.iter().map(row).collect()
     }
-
-    /// The pre-shared key, when one is configured.
-    pub(crate) fn auth_key(&self) -> Result<Option<Vec<u8>>> {
-        let Some(path) = &self.auth_key_file else { return Ok(None) };
-        let key = match std::fs::read(path) {
-            Ok(key) => key,
-            Err(e) => bail!(InvalidArgument, "UCCL_TCPX_AUTH_KEY_FILE={}: {e}", path.display()),
-        };
-        if !(16..=4096).contains(&key.len()) {
-            bail!(InvalidArgument, "UCCL_TCPX_AUTH_KEY_FILE={}: {} bytes, expected 16 to 4096", path.display(), key.len());
-        }
-        Ok(Some(key))
-    }
 }
 
 /// Level of the log, from UCCL_P2P_LOG_LEVEL and UCCL_TCPX_DEBUG.

@@ -9,8 +9,7 @@ use super::notify::Queue;
 use crate::addresses::AllowList;
 use crate::config::Config;
 use crate::net::plugin::Plugin;
-use crate::net::setup::channel_count;
-use crate::net::topology;
+use crate::net::setup::{channel_count, nics_for};
 use crate::status::{bail, Result};
 use crate::wire::handshake::{self, Handshake};
 use crate::wire::hello::{Hello, Terms};
@@ -67,8 +66,8 @@ impl Site {
     /// Channels of each set that this side asks for.
     fn channels(&self) -> Result<usize> {
         let plugin = &self.plugins.device;
-        let near = topology::nearest(&plugin.devices, self.gpus.pci_path().as_deref());
-        channel_count(plugin, self.config.num_channels, near.len())
+        let near = nics_for(plugin, &plugin.devices, self.gpus.pci_path().as_deref());
+        Ok(channel_count(plugin, self.config.num_channels, near.len().max(1)))
     }
 
     /// This side's part of the wire for a new set-up. `wanted_gpu`: of a connecting side.
