@@ -13,7 +13,6 @@ use parking_lot::Mutex;
 
 use crate::comm::Comm;
 use crate::device::UnpackQueue;
-use crate::fragment;
 use crate::interfaces::Interface;
 use crate::rendezvous::{self, Handle, Listener};
 use crate::state::{self, Global};
@@ -22,7 +21,7 @@ type Opaque = *mut c_void;
 type Outcome = Result<(), ncclResult_t>;
 
 /// Page size that device registrations must respect.
-const DEVICE_PAGE: usize = 4096;
+const DEVICE_PAGE: usize = nccl_net_abi::PAGE;
 
 /// A registration: what kind of memory it is, and where.
 struct Mr {
@@ -209,21 +208,15 @@ pub unsafe extern "C" fn accept(
             return Err(NCCL_INVALID_USAGE);
         }
         let Some(connected) = listener.accept().map_err(|e| system("accept", &e))? else { return Ok(()) };
-        let queue = match (&global.device, &target) {
-            (Some(memory), Some(_)) if memory.in_context() => {
-                let bounce = fragment::region_len(global.config.message_limit) * MAX_REQUESTS;
-                Some(memory.unpack_queue(bounce).map_err(|e| system("unpack queue", &e))?)
-            }
-            _ => None,
-        };
+        // The unpack queue is built when device memory is first used: host memory needs none.
         let mut late_handle = ptr::null_mut();
         if let Some(target) = target {
-            *target = device_handle(global.device.is_some(), queue.as_ref());
-            if global.device.is_some() && queue.is_none() {
+            *target = device_handle(global.device.is_some(), None);
+            if global.device.is_some() {
                 late_handle = target;
             }
         }
-        let comm = Comm::start(global, connected.socket, connected.peer, queue, late_handle, true)
+        let comm = Comm::start(global, connected.socket, connected.peer, None, late_handle, true)
             .map_err(|e| system("receive comm", &e))?;
         // SAFETY: as above.
         unsafe { *recv_comm = Arc::into_raw(comm).cast_mut().cast() };
@@ -261,6 +254,7 @@ pub unsafe extern "C" fn reg_mr_v8(comm: Opaque, data: Opaque, size: usize, kind
             NCCL_PTR_CUDA => {
                 check(comm.global.device.is_some())?;
                 check(!comm.global.config.strict || (base % DEVICE_PAGE == 0 && size % DEVICE_PAGE == 0))?;
+                comm.expect_device_receives()?;
                 true
             }
             _ => return Err(NCCL_INVALID_ARGUMENT),

@@ -13,14 +13,14 @@ use crate::config::Config;
 
 /// Memory that device receives and device sends pass through.
 pub trait DeviceMemory: Send + Sync {
-    /// Whether the calling thread is set up for an unpack queue (a GPU is current). Where it is not at `accept`, the queue is
-    /// built by the first device receive, so that connections of host memory touch no GPU.
+    /// Whether the calling thread is set up for an unpack queue (a GPU is current).
     fn in_context(&self) -> bool {
         true
     }
 
     /// Builds the unpack queue of a receive comm: meta queue, `bounce_len` bytes of bounce buffer, and the device handle.
-    /// Called on the caller's thread (whose current GPU counts), by `accept` or by the first device receive.
+    /// Called on the caller's thread (whose current GPU counts) at the first use of device memory: a registration, or else a receive.
+    /// Connections of host memory touch no GPU.
     fn unpack_queue(&self, bounce_len: usize) -> io::Result<UnpackQueue>;
 
     /// Builds the send side of a comm with messages of up to `limit` bytes. Called by the first device send of the comm.
@@ -81,7 +81,7 @@ impl UnpackQueue {
 }
 
 /// Moves `[at, at + len)`, just written by this core, from its own cache to the shared one. A GPU that reads over PCIe then need not ask
-/// this core for each line: on a Sapphire Rapids host with an H200, 31 GB/s become 43. A hint; processors without CLDEMOTE ignore it.
+/// this core for each line. A hint; processors without CLDEMOTE ignore it.
 pub fn demote(at: *const u8, len: usize) {
     #[cfg(target_arch = "x86_64")]
     {

@@ -141,6 +141,7 @@ fn establish(shared: &Arc<Shared>, sock: TcpStream, deadline: Instant, ours: &He
     let copier: Option<Box<dyn DeviceCopier>> = if shared.config.emulate_device {
         Some(Box::new(EmulatedDevice))
     } else if crate::gpu::available() {
+        shared.warm_gpus()?;
         Some(Box::new(CudaDevice::default()))
     } else {
         None

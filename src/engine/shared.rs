@@ -139,9 +139,17 @@ impl Shared {
         let MemoryKind::Device { ordinal } = crate::gpu::memory_kind(addr)? else { return Ok(Place::HOST) };
         let Ok(index) = u8::try_from(ordinal) else { bail!(Unsupported, "GPU {ordinal}") };
         if let std::collections::hash_map::Entry::Vacant(entry) = self.gpus.lock().entry(index) {
-            entry.insert(Gpu::open(ordinal)?);
+            let gpu = Gpu::open(ordinal)?;
+            crate::channel::cuda::warm(&gpu)?;
+            entry.insert(gpu);
         }
         Ok(Place::gpu(index))
+    }
+
+    /// Has what the next connection needs of the GPUs in use ready.
+    pub(crate) fn warm_gpus(&self) -> Result<()> {
+        let gpus: Vec<Arc<Gpu>> = self.gpus.lock().values().cloned().collect();
+        gpus.iter().try_for_each(crate::channel::cuda::warm)
     }
 
     // ---- the epoll set ----

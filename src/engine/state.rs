@@ -502,8 +502,10 @@ impl State {
         if self.dead.is_some() {
             return;
         }
-        if let Some(copier) = &mut self.copier {
-            copier.quiesce();
+        if let Some(Err(e)) = self.copier.as_mut().map(|copier| copier.quiesce()) {
+            // Its jobs may still read bounce buffers and write to them: both stay until the process ends.
+            log::error!("channels of a connection stay open: {e}");
+            std::mem::forget((std::mem::take(&mut self.sets), self.copier.take()));
         }
         self.sets.clear();
         self.copier = None;

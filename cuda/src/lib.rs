@@ -1,0 +1,21 @@
+//! The CUDA driver API: the driver is opened at run time, and its absence is a normal state. What is called here leaves the
+//! application's GPU alone: no call breaks a capture of a CUDA graph, none waits for the application's streams.
+//! Knows nothing of plugins, connections or kernels.
+
+mod bdf;
+mod context;
+mod driver;
+mod error;
+mod free;
+mod memory;
+mod module;
+mod stream;
+pub mod sys;
+
+pub use bdf::Bdf;
+pub use context::{current_name, gpu_name, ordinal_of, Context, Entered, GpuName};
+pub use driver::{available, device_count, driver, Absence, Driver, Relaxed};
+pub use error::{Error, Result};
+pub use memory::{memory_kind, DeviceBuffer, MappedPtr, MemoryKind, PinnedBuffer};
+pub use module::Module;
+pub use stream::Stream;
