@@ -11,7 +11,8 @@ const APPLICATION: &str = "UCCL_TEST_DRIVER_APPLICATION";
 /// Builds a simulated driver library.
 fn library(dir: &Path, name: &str, source: &str) {
     let file = dir.join(format!("{name}.c"));
-    std::fs::write(&file, source).expect("source");
+    let text = "int cuGetErrorString(int error, const char **text) { *text = \"simulated\"; return 0; }\n";
+    std::fs::write(&file, format!("{text}{source}")).expect("source");
     let built = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(dir.join(name)).arg(&file).status().expect("cc");
     assert!(built.success());
 }
