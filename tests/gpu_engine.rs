@@ -170,8 +170,22 @@ impl Drop for Busy {
     }
 }
 
-/// The first transfers of engines over a GPU whose default stream is busy: if anything of the engine's waited for that stream, the work
-/// there, which lasts until the end of the test, would run out of patience.
+/// The first registration of a GPU's memory by the process, while its default stream is busy. Runs in a process of its own.
+#[test]
+#[ignore = "wants to be the first use of the GPU in its process"]
+fn a_busy_default_stream_does_not_delay_the_first_registration() {
+    if !gpu("a_busy_default_stream_does_not_delay_the_first_registration") {
+        return;
+    }
+    let memory = Memory::new(Place::FirstGpu, pattern(1 << 20, 1));
+    let busy = Busy::new();
+    let engine = engine();
+    let _buffer = Buffer::of(&engine, memory, 1 << 20);
+    busy.still("the first registration");
+}
+
+/// Transfers of new engines over a GPU whose default stream is busy: if anything of the engine's waited for that stream, the work there,
+/// which lasts until the end of the test, would run out of patience.
 #[test]
 fn a_busy_default_stream_delays_nothing() {
     if !gpu("a_busy_default_stream_delays_nothing") {
@@ -180,6 +194,8 @@ fn a_busy_default_stream_delays_nothing() {
     const LEN: usize = 8 << 20;
     // The application's own memory is there before it gets busy: allocating and freeing may wait.
     let memory: Vec<Memory> = (0..6).map(|i| Memory::new(Place::FirstGpu, pattern(if i < 4 { LEN } else { 700 }, i))).collect();
+    // So is what the library has once a process and GPU.
+    drop(Buffer::new(&engine(), Place::FirstGpu, vec![0; 10]));
     let busy = Busy::new();
     let (a, b) = (engine(), engine());
     let buffers: Vec<Buffer> = memory

@@ -3,9 +3,10 @@
 use crate::context::{device_of, Context};
 use crate::driver::{driver, Absence};
 use crate::error::{Error, Result};
-use crate::free::{self, Freed};
+use crate::shelf::{self, Kept, Sort};
 use crate::sys::{self, Functions};
 use std::ffi::c_int;
+use std::mem::ManuallyDrop;
 use std::ptr;
 use std::sync::Arc;
 
@@ -78,7 +79,7 @@ fn kind_of(cuda: &Functions, ptr: u64) -> Result<MemoryKind> {
 }
 
 /// One pointer attribute; false when the driver does not know the address.
-fn attribute<T: Copy>(cuda: &Functions, which: c_int, ptr: u64, out: &mut T) -> Result<bool> {
+pub(crate) fn attribute<T: Copy>(cuda: &Functions, which: c_int, ptr: u64, out: &mut T) -> Result<bool> {
     // SAFETY: T is the attribute's type (u32, i32 or u64 in every call here); the address itself is not dereferenced.
     match unsafe { cuda.cuPointerGetAttribute((out as *mut T).cast(), which, ptr) } {
         Ok(()) => Ok(true),
@@ -121,11 +122,10 @@ impl MappedPtr {
     }
 }
 
-/// Zeroed pinned host memory, mapped for every GPU; page-aligned.
+/// Pinned host memory, mapped for every GPU; page-aligned. Kept for the next user when dropped; by then nobody uses it any more.
 pub struct PinnedBuffer {
-    context: Arc<Context>,
+    kept: Kept,
     ptr: MappedPtr,
-    len: usize,
 }
 // SAFETY: plain memory, owned.
 unsafe impl Send for PinnedBuffer {}
@@ -133,20 +133,32 @@ unsafe impl Send for PinnedBuffer {}
 unsafe impl Sync for PinnedBuffer {}
 
 impl PinnedBuffer {
-    /// `len` bytes, more than 0.
+    /// `len` bytes, more than 0, all zero.
     pub fn new(context: &Arc<Context>, len: usize) -> Result<PinnedBuffer> {
-        let (mut host, mut device) = (ptr::null_mut(), 0);
         let cuda = context.enter()?;
-        // SAFETY: outputs are writable; freed in drop, or here, where nobody has it yet. len bytes were allocated.
-        unsafe {
-            cuda.cuMemHostAlloc(&mut host, len, sys::HOSTALLOC_PORTABLE | sys::HOSTALLOC_DEVICEMAP)?;
-            if let Err(e) = cuda.cuMemHostGetDevicePointer(&mut device, host, 0) {
-                free::later(Freed::Pinned(context.clone(), host));
-                return Err(e);
+        let (mut host, mut device) = (ptr::null_mut(), 0);
+        let kept = match shelf::take(&cuda, context, len, Sort::Pinned) {
+            Some(kept) => kept,
+            None => {
+                // SAFETY: the output is writable.
+                unsafe { cuda.cuMemHostAlloc(&mut host, len, sys::HOSTALLOC_PORTABLE | sys::HOSTALLOC_DEVICEMAP) }?;
+                Kept { context: context.clone(), at: host as u64, len, sort: Sort::Pinned }
             }
-            ptr::write_bytes(host.cast::<u8>(), 0, len);
+        };
+        let host = kept.at as *mut u8;
+        // SAFETY: pinned, mapped memory of len bytes that nobody else has.
+        let named = unsafe {
+            ptr::write_bytes(host, 0, len);
+            cuda.cuMemHostGetDevicePointer(&mut device, host.cast(), 0)
+        };
+        drop(cuda);
+        match named {
+            Ok(()) => Ok(PinnedBuffer { kept, ptr: MappedPtr { host, device } }),
+            Err(e) => {
+                shelf::put(kept);
+                Err(e)
+            }
         }
-        Ok(PinnedBuffer { context: context.clone(), ptr: MappedPtr { host: host.cast(), device }, len })
     }
 
     /// First byte, by both names.
@@ -157,34 +169,45 @@ impl PinnedBuffer {
     /// Bytes.
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
-        self.len
+        self.kept.len
+    }
+
+    /// Whether the driver still knows it: not after the application has reset the GPU.
+    pub fn is_known(&self) -> bool {
+        self.kept.context.enter().is_ok_and(|cuda| self.kept.is_known(&cuda))
     }
 }
 
 impl Drop for PinnedBuffer {
     fn drop(&mut self) {
-        // The owner has waited for work that uses it.
-        free::later(Freed::Pinned(self.context.clone(), self.ptr.host.cast()));
+        shelf::put(self.kept.clone());
     }
 }
 
-/// Device memory.
+/// Device memory. Kept for the next user when dropped; by then nobody uses it any more.
 pub struct DeviceBuffer {
-    context: Arc<Context>,
-    raw: u64,
+    kept: Kept,
     base: u64,
     len: usize,
 }
 
 impl DeviceBuffer {
-    /// `len` bytes, more than 0, not initialised; the first one's address is a multiple of `align`, a power of two.
+    /// `len` bytes, more than 0, of any content; the first one's address is a multiple of `align`, a power of two.
     pub fn new(context: &Arc<Context>, len: usize, align: usize) -> Result<DeviceBuffer> {
-        let mut raw = 0;
         // Small blocks do not start on a page: take that much more.
-        let slack = if align > 256 { align } else { 0 };
-        // SAFETY: the output is writable; freed in drop.
-        unsafe { context.enter()?.cuMemAlloc(&mut raw, len + slack) }?;
-        Ok(DeviceBuffer { context: context.clone(), raw, base: raw.next_multiple_of(align.max(1) as u64), len })
+        let whole = len + if align > 256 { align } else { 0 };
+        let cuda = context.enter()?;
+        let kept = match shelf::take(&cuda, context, whole, Sort::Device) {
+            Some(kept) => kept,
+            None => {
+                let mut at = 0;
+                // SAFETY: the output is writable.
+                unsafe { cuda.cuMemAlloc(&mut at, whole) }?;
+                Kept { context: context.clone(), at, len: whole, sort: Sort::Device }
+            }
+        };
+        let base = kept.at.next_multiple_of(align.max(1) as u64);
+        Ok(DeviceBuffer { kept, base, len })
     }
 
     /// First byte.
@@ -197,12 +220,19 @@ impl DeviceBuffer {
     pub fn len(&self) -> usize {
         self.len
     }
+
+    /// Gives it back to the driver, which waits for all work of the GPU: for programs whose GPU it is.
+    pub fn free(self) -> Result<()> {
+        let kept = ManuallyDrop::new(self).kept.clone();
+        let cuda = kept.context.enter()?;
+        // SAFETY: allocated by cuMemAlloc, freed once: self is not dropped.
+        unsafe { cuda.cuMemFree(kept.at) }
+    }
 }
 
 impl Drop for DeviceBuffer {
     fn drop(&mut self) {
-        // The owner has waited for work that uses it.
-        free::later(Freed::Device(self.context.clone(), self.raw));
+        shelf::put(self.kept.clone());
     }
 }
 

@@ -17,7 +17,11 @@ pub type CUcontext = *mut c_void;
 pub type CUstream = *mut c_void;
 /// A loaded module.
 pub type CUmodule = *mut c_void;
-/// A kernel of a module.
+/// Code that every context can load from.
+pub type CUlibrary = *mut c_void;
+/// A kernel of a library.
+pub type CUkernel = *mut c_void;
+/// A kernel in a context.
 pub type CUfunction = *mut c_void;
 /// A captured graph.
 pub type CUgraph = *mut c_void;
@@ -243,8 +247,11 @@ functions! {
     cuMemsetD8Async = c"cuMemsetD8Async"(at: CUdeviceptr, value: u8, len: usize, stream: CUstream);
     cuPointerGetAttribute = c"cuPointerGetAttribute"(value: *mut c_void, attribute: c_int, at: CUdeviceptr);
     cuModuleLoadData = c"cuModuleLoadData"(module: *mut CUmodule, image: *const c_void);
-    cuModuleUnload = c"cuModuleUnload"(module: CUmodule);
     cuModuleGetFunction = c"cuModuleGetFunction"(function: *mut CUfunction, module: CUmodule, name: *const c_char);
+    cuLibraryLoadData = c"cuLibraryLoadData"(library: *mut CUlibrary, image: *const c_void, jit: *mut c_uint, jit_values: *mut *mut c_void,
+        jit_count: c_uint, options: *mut c_uint, values: *mut *mut c_void, count: c_uint);
+    cuLibraryGetKernel = c"cuLibraryGetKernel"(kernel: *mut CUkernel, library: CUlibrary, name: *const c_char);
+    cuKernelGetFunction = c"cuKernelGetFunction"(function: *mut CUfunction, kernel: CUkernel);
     cuFuncGetAttribute = c"cuFuncGetAttribute"(value: *mut c_int, attribute: c_int, function: CUfunction);
     cuLaunchKernelEx = c"cuLaunchKernelEx"(config: *const CUlaunchConfig, function: CUfunction, parameters: *mut *mut c_void, extra: *mut *mut c_void);
 }

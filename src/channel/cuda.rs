@@ -49,13 +49,13 @@ struct Unit {
     // Dropped before the buffers that their jobs use.
     unpacking: Jobs,
     packing: Jobs,
-    scratch: Lent<PinnedBuffer>,
+    scratch: PinnedBuffer,
 }
 
 /// Jobs of one direction, launched in the order they came. The two directions have streams of their own: an unpack does not wait for
 /// the packs ahead of it.
 struct Jobs {
-    launchers: Vec<Lent<CopyLauncher>>,
+    launchers: Vec<Lent>,
     turn: usize,
     /// Jobs of a launch at most.
     batch: usize,
@@ -151,7 +151,7 @@ impl Jobs {
     /// Drops what was not launched and waits for the rest until `deadline`.
     fn quiesce(&mut self, deadline: Instant) -> Result<()> {
         self.queued.clear();
-        let each = |launcher: &mut Lent<CopyLauncher>| launcher.quiesce(deadline.saturating_duration_since(Instant::now()));
+        let each = |launcher: &mut Lent| launcher.quiesce(deadline.saturating_duration_since(Instant::now()));
         let results: Vec<Result<()>> = self.launchers.iter_mut().map(each).collect();
         results.into_iter().collect()
     }
@@ -413,13 +413,13 @@ impl DeviceCopier for CudaDevice {
     }
 }
 
-impl StagingMemory for Lent<PinnedBuffer> {
+impl StagingMemory for PinnedBuffer {
     fn ptr(&self) -> *mut u8 {
         self.mapped().host
     }
 }
 
-impl StagingMemory for Lent<DeviceBuffer> {
+impl StagingMemory for DeviceBuffer {
     fn ptr(&self) -> *mut u8 {
         DeviceBuffer::ptr(self) as *mut u8
     }

@@ -1,22 +1,26 @@
 //! GPUs in use, one value each: the primary context, the copy kernel, and what connections lend each other.
 
 use super::launcher::CopyLauncher;
-use super::lent::{Idle, Lent};
+use super::lent::Lent;
 use crate::status::{bail, Result};
 use cuda_driver::sys::CUfunction;
 use cuda_driver::{Context, DeviceBuffer, Module, PinnedBuffer};
 use nccl_net_abi::PAGE;
 use parking_lot::Mutex;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 /// The committed kernels: machine code for Hopper, PTX that the driver compiles for anything from Ampere on.
 const CUBIN_SM90: &[u8] = include_bytes!("kernels/copy.sm_90.cubin");
 const PTX_SM80: &str = concat!(include_str!("kernels/copy.sm_80.ptx"), "\0");
 
-/// A GPU in use: holds its primary context. One per ordinal while anyone holds it.
+/// A GPU in use, one value per ordinal. It stays until the process ends, with its primary context: loading kernels and giving memory
+/// back make the driver wait for the application's work.
 pub(crate) struct Gpu {
     ordinal: i32,
-    pub(super) idle: Mutex<Idle>,
+    /// Launchers without a user.
+    pub(super) idle: Mutex<Vec<CopyLauncher>>,
+    /// A page that tells whether the context is still the one that was retained.
+    mark: PinnedBuffer,
     kernels: Arc<Kernels>,
     context: Arc<Context>,
 }
@@ -34,21 +38,25 @@ unsafe impl Send for Kernels {}
 // SAFETY: as above.
 unsafe impl Sync for Kernels {}
 
-static IN_USE: Mutex<Vec<Weak<Gpu>>> = Mutex::new(Vec::new());
+static IN_USE: Mutex<Vec<Arc<Gpu>>> = Mutex::new(Vec::new());
 
 impl Gpu {
-    /// The GPU with this CUDA ordinal. The first holder retains its primary context and loads the kernels. Does not bind it to the
+    /// The GPU with this CUDA ordinal. The first call retains its primary context and loads the kernels. Does not bind it to the
     /// thread.
     pub(crate) fn open(ordinal: i32) -> Result<Arc<Gpu>> {
         let mut in_use = IN_USE.lock();
-        in_use.retain(|w| w.strong_count() > 0);
-        if let Some(gpu) = in_use.iter().filter_map(Weak::upgrade).find(|g| g.ordinal == ordinal) {
-            return Ok(gpu);
+        if let Some(i) = in_use.iter().position(|gpu| gpu.ordinal == ordinal) {
+            if in_use[i].mark.is_known() {
+                return Ok(in_use[i].clone());
+            }
+            // The application has reset the GPU: nothing of the old context can be used or given back.
+            std::mem::forget(in_use.swap_remove(i));
         }
         let context = Context::retain(ordinal)?;
         let kernels = Arc::new(Kernels::load(&context)?);
-        let gpu = Arc::new(Gpu { ordinal, idle: Mutex::default(), kernels, context });
-        in_use.push(Arc::downgrade(&gpu));
+        let mark = PinnedBuffer::new(&context, PAGE)?;
+        let gpu = Arc::new(Gpu { ordinal, idle: Mutex::default(), mark, kernels, context });
+        in_use.push(gpu.clone());
         Ok(gpu)
     }
 
@@ -64,30 +72,31 @@ impl Gpu {
     }
 
     /// A launcher: an idle one, else a new one.
-    pub(crate) fn launcher(self: &Arc<Gpu>) -> Result<Lent<CopyLauncher>> {
-        Lent::take(self, |_| true, || CopyLauncher::new(&self.context, &self.kernels))
+    pub(crate) fn launcher(self: &Arc<Gpu>) -> Result<Lent> {
+        Lent::take(self)
     }
 
-    /// Pinned memory of at least `len` bytes; its contents are of no meaning.
-    pub(crate) fn pinned(self: &Arc<Gpu>, len: usize) -> Result<Lent<PinnedBuffer>> {
-        let len = pages(len);
-        Lent::take(self, |b: &PinnedBuffer| b.len() == len, || Ok(PinnedBuffer::new(&self.context, len)?))
-    }
-
-    /// Device memory of at least `len` bytes that a plugin can register as it is: base and length are whole pages. Its contents are of
-    /// no meaning.
-    pub(crate) fn device_memory(self: &Arc<Gpu>, len: usize) -> Result<Lent<DeviceBuffer>> {
-        let len = pages(len);
-        Lent::take(self, |b: &DeviceBuffer| b.len() == len, || Ok(DeviceBuffer::new(&self.context, len, PAGE)?))
+    pub(super) fn new_launcher(&self) -> Result<CopyLauncher> {
+        CopyLauncher::new(&self.context, &self.kernels)
     }
 
     /// Has at least `n` launchers idle, so that the next connections need not make theirs.
-    pub(crate) fn reserve_launchers(self: &Arc<Gpu>, n: usize) -> Result<()> {
-        while self.idle.lock().launchers() < n {
-            let new = CopyLauncher::new(&self.context, &self.kernels)?;
-            drop(Lent::of(self, new));
+    pub(crate) fn reserve_launchers(&self, n: usize) -> Result<()> {
+        while self.idle.lock().len() < n {
+            let new = self.new_launcher()?;
+            self.idle.lock().push(new);
         }
         Ok(())
+    }
+
+    /// Zeroed pinned memory of at least `len` bytes, whole pages.
+    pub(crate) fn pinned(&self, len: usize) -> Result<PinnedBuffer> {
+        Ok(PinnedBuffer::new(&self.context, pages(len))?)
+    }
+
+    /// Device memory of at least `len` bytes that a plugin can register as it is: base and length are whole pages.
+    pub(crate) fn device_memory(&self, len: usize) -> Result<DeviceBuffer> {
+        Ok(DeviceBuffer::new(&self.context, pages(len), PAGE)?)
     }
 }
 

@@ -1,4 +1,4 @@
-//! GPUs as the engine uses them: one value a GPU in use, with the copy kernel loaded, and the launcher of that kernel.
+//! GPUs as the engine uses them: one value a GPU, with the copy kernel loaded, and the launchers of that kernel.
 //! Knows nothing of connections or plugins: it copies between addresses and reads `loadMeta` rows.
 
 mod device;

@@ -3,6 +3,7 @@
 use crate::error::{Failure, Result};
 use crate::fail;
 use cuda_driver::{Context, DeviceBuffer, Stream};
+use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Duration;
 
@@ -37,7 +38,7 @@ pub fn require() -> Result<()> {
 /// A block of device memory.
 pub struct Block {
     stream: Stream,
-    memory: DeviceBuffer,
+    memory: ManuallyDrop<DeviceBuffer>,
 }
 
 impl Block {
@@ -49,7 +50,10 @@ impl Block {
             fail!("--memory gpu: GPU {ordinal} was asked for, the CUDA driver sees {}", count());
         }
         let context = Context::retain(ordinal)?;
-        Ok(Block { stream: Stream::new(&context)?, memory: DeviceBuffer::new(&context, len, nccl_net_abi::PAGE)? })
+        Ok(Block {
+            stream: Stream::new(&context)?,
+            memory: ManuallyDrop::new(DeviceBuffer::new(&context, len, nccl_net_abi::PAGE)?),
+        })
     }
 
     /// First byte.
@@ -81,5 +85,12 @@ impl Block {
         // SAFETY: the block is owned.
         unsafe { self.stream.fill(self.memory.ptr(), value, self.memory.len()) }?;
         Ok(self.stream.finish(LIMIT)?)
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        // SAFETY: taken once, here. An error at this point changes nothing.
+        let _ = unsafe { ManuallyDrop::take(&mut self.memory) }.free();
     }
 }
