@@ -17,11 +17,7 @@ pub type CUcontext = *mut c_void;
 pub type CUstream = *mut c_void;
 /// A loaded module.
 pub type CUmodule = *mut c_void;
-/// Code that every context can load from.
-pub type CUlibrary = *mut c_void;
-/// A kernel of a library.
-pub type CUkernel = *mut c_void;
-/// A kernel in a context.
+/// A kernel of a module.
 pub type CUfunction = *mut c_void;
 /// A captured graph.
 pub type CUgraph = *mut c_void;
@@ -248,10 +244,6 @@ functions! {
     cuPointerGetAttribute = c"cuPointerGetAttribute"(value: *mut c_void, attribute: c_int, at: CUdeviceptr);
     cuModuleLoadData = c"cuModuleLoadData"(module: *mut CUmodule, image: *const c_void);
     cuModuleGetFunction = c"cuModuleGetFunction"(function: *mut CUfunction, module: CUmodule, name: *const c_char);
-    cuLibraryLoadData = c"cuLibraryLoadData"(library: *mut CUlibrary, image: *const c_void, jit: *mut c_uint, jit_values: *mut *mut c_void,
-        jit_count: c_uint, options: *mut c_uint, values: *mut *mut c_void, count: c_uint);
-    cuLibraryGetKernel = c"cuLibraryGetKernel"(kernel: *mut CUkernel, library: CUlibrary, name: *const c_char);
-    cuKernelGetFunction = c"cuKernelGetFunction"(function: *mut CUfunction, kernel: CUkernel);
     cuFuncGetAttribute = c"cuFuncGetAttribute"(value: *mut c_int, attribute: c_int, function: CUfunction);
     cuLaunchKernelEx = c"cuLaunchKernelEx"(config: *const CUlaunchConfig, function: CUfunction, parameters: *mut *mut c_void, extra: *mut *mut c_void);
 }

@@ -41,8 +41,8 @@ unsafe impl Sync for Kernels {}
 static IN_USE: Mutex<Vec<Arc<Gpu>>> = Mutex::new(Vec::new());
 
 impl Gpu {
-    /// The GPU with this CUDA ordinal. The first call retains its primary context and loads the kernels. Does not bind it to the
-    /// thread.
+    /// The GPU with this CUDA ordinal. The first call retains its primary context and loads the kernels, for which the driver waits until
+    /// the GPU is at rest: it belongs into a registration, never under the lock of a connection. Does not bind it to the thread.
     pub(crate) fn open(ordinal: i32) -> Result<Arc<Gpu>> {
         let mut in_use = IN_USE.lock();
         if let Some(i) = in_use.iter().position(|gpu| gpu.ordinal == ordinal) {
