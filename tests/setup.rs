@@ -592,6 +592,50 @@ fn the_port_is_open_on_the_control_interface_alone() {
 }
 
 #[test]
+fn a_host_with_ipv6_alone_is_served() {
+    if !isolated("a_host_with_ipv6_alone_is_served", 1024) {
+        return;
+    }
+    // SAFETY: a plain system call; this process has no other threads that open sockets yet.
+    if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
+        println!("SKIPPED: no network namespace: {}", std::io::Error::last_os_error());
+        return;
+    }
+    let commands = [
+        "link set lo up",
+        "link add eth0 type veth peer name peer0",
+        "link set peer0 up",
+        "-6 addr add fd00::7/64 dev eth0 nodad",
+        "link set eth0 up",
+    ];
+    for command in commands {
+        let done = Command::new("ip").args(command.split(' ')).status();
+        if !done.is_ok_and(|status| status.success()) {
+            println!("SKIPPED: ip {command} does not work");
+            return;
+        }
+    }
+    let config = || Config { socket_ifname: None, ..Config { plugin: PluginChoice::Soft, ..Config::from_env().unwrap() } };
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let metadata = b.metadata();
+    let (address, rest) = metadata.rsplit_once("]:").expect("brackets");
+    assert_eq!(address, "[fd00::7", "{metadata}");
+    let port: u16 = rest.split('?').next().unwrap().parse().unwrap();
+    for name in ["fd00::7", "[fd00::7]", "::1"] {
+        let out = a.connect(name, "", port).unwrap();
+        let _inc = b.accept().unwrap();
+        assert!(out.is_local());
+        out.notify(b"n", name.as_bytes()).unwrap();
+        assert!(until(Duration::from_secs(10), || b.next_notification().is_some_and(|n| n.msg == name.as_bytes())));
+    }
+    // Without any address but the loopback one it says so.
+    assert!(Command::new("ip").args(["link", "del", "eth0"]).status().unwrap().success());
+    assert!(Engine::new(config()).is_ok_and(|e| e.metadata().starts_with("127.0.0.1:")));
+    let named = Config { socket_ifname: Some("eth0".into()), ..config() };
+    assert_eq!(Engine::new(named).unwrap_err().kind(), ErrorKind::InvalidArgument);
+}
+
+#[test]
 fn only_networks_of_the_list_may_connect() {
     let mut server = Server::start(1024, &[("UCCL_TCPX_BIND", "any"), ("UCCL_TCPX_ALLOW", "10.0.0.0/8, 127.0.0.2")]);
     server.ask("accept");

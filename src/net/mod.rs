@@ -18,7 +18,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 pub(crate) mod topology;
-pub(crate) mod traits;
+pub mod traits;
 
 use crate::status::Result;
 use std::sync::Arc;

@@ -4,27 +4,51 @@
 use super::comm::{ListenComm, RecvComm, SendComm};
 use super::plugin::Plugin;
 use super::setup::{agree, nics_for, Establishing, Listening, Offer, Pair};
+use super::traits::{HandleCheck, Traits};
 use super::{reaper, Scope};
 use crate::status::ErrorKind;
 use crate::types::Span;
 use nccl_net_abi::NCCL_PTR_CUDA;
 use nccl_net_strict_foreign::rules::counters;
+use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::sync::atomic::Ordering::Acquire;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const CASE: &str = "UCCL_NET_TEST_CASE";
+const BREAK: &str = "UCCL_NET_TEST_BREAK";
 const TWO_NICS: &str = "eth1@127.0.0.1,eth2@127.0.0.2";
 const ONE_DEAD: &str = "eth1@127.0.0.1,eth2@127.0.0.2@dead";
 
 fn run(case: &str, devices: &str, more: &[(&str, &str)]) {
+    let out = output(case, devices, more);
+    assert!(out.status.success(), "{case}: {}\n{}", out.status, String::from_utf8_lossy(&out.stderr));
+}
+
+fn output(case: &str, devices: &str, more: &[(&str, &str)]) -> std::process::Output {
     let mut child = Command::new(std::env::current_exe().expect("this program"));
     child.args(["--exact", "net::tests::child", "--nocapture", "--test-threads=1"]).env(CASE, case);
     child.env("STRICT_FOREIGN_DEVICES", devices).env("STRICT_FOREIGN_CONNECT_MS", "20").env("STRICT_FOREIGN_ACCEPT_MS", "30");
     child.env("NCCL_DYNAMIC_CHUNK_SIZE", "524288").envs(more.iter().copied());
-    let out = child.output().expect("child");
-    assert!(out.status.success(), "{case}: {}\n{}", out.status, String::from_utf8_lossy(&out.stderr));
+    child.output().expect("child")
+}
+
+/// Every protection is shown to be what keeps a case alive: without it the process ends.
+#[test]
+fn without_its_protection_each_case_ends_the_process() {
+    for (case, missing, signal, why) in [
+        ("many_set_ups_at_once", "serial_setup", libc::SIGABRT, "inside another set-up call"),
+        ("given_up", "lingers", libc::SIGABRT, "while an accept is pending"),
+        ("wild_handles", "handle_check", libc::SIGABRT, "connect"),
+        ("registrations", "shared_registrations", libc::SIGABRT, "registered twice"),
+        ("sigpipe", "raises_sigpipe", libc::SIGPIPE, ""),
+    ] {
+        let out = output(case, TWO_NICS, &[(BREAK, missing)]);
+        let text = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.signal(), Some(signal), "{case} without {missing}: {} {text}", out.status);
+        assert!(text.contains(why), "{case} without {missing}: {text}");
+    }
 }
 
 #[test]
@@ -89,7 +113,16 @@ fn child() {
 }
 
 fn foreign() -> Arc<Plugin> {
-    let plugin = Plugin::for_test(&nccl_net_strict_foreign::ncclNetPlugin_v7).expect("plugin");
+    let take_away = |t: &mut Traits| match std::env::var(BREAK).as_deref() {
+        Ok("serial_setup") => t.serial_setup = false,
+        Ok("lingers") => t.lingers = false,
+        Ok("handle_check") => t.handle_check = HandleCheck::Own,
+        Ok("shared_registrations") => t.shared_registrations = false,
+        Ok("raises_sigpipe") => t.raises_sigpipe = false,
+        Ok(other) => panic!("no trait {other}"),
+        Err(_) => {}
+    };
+    let plugin = Plugin::for_test(&nccl_net_strict_foreign::ncclNetPlugin_v7, take_away).expect("plugin");
     assert_eq!((plugin.wire_name(), plugin.abi_version), ("tcpx", 7));
     let t = &plugin.traits;
     assert!(t.follows_gpu && t.polled && t.device_memory && !t.host_memory && !t.vectored && !t.doorbell && !t.progress_bytes);
