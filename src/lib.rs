@@ -10,6 +10,7 @@
 //! | `channel` | chunk plan, striping, one channel over a comm pair, unpacking |
 //! | `gpu` | CUDA through the driver API: memory kinds, contexts, the launcher of the copy kernel |
 //! | [`net`] | plugins, comms that keep the contract's rules, the host's interfaces |
+//! | `fork` | values that a child process must not share with its parent |
 //! | [`config`] | every environment variable |
 //! | [`status`] | the error type and the status numbers |
 //!
@@ -21,6 +22,7 @@ mod channel;
 pub mod config;
 pub mod engine;
 mod ffi;
+mod fork;
 mod gpu;
 mod logging;
 pub mod net;

@@ -23,6 +23,7 @@ use crate::config::Config;
 use crate::net::plugin::Plugin;
 use crate::net::topology;
 use crate::status::{bail, err, Error, Result};
+use crate::types::RemoteAccess;
 use parking_lot::Mutex;
 use shared::Shared;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -186,6 +187,17 @@ impl Engine {
         self.alive()?;
         let place = self.shared.place_of(addr as u64)?;
         self.shared.registry.add(addr as u64, len as u64, place)
+    }
+
+    /// Registers memory that peers may use only so far.
+    ///
+    /// # Errors
+    /// As [`Engine::register`]; `Unsupported` for a limit that cannot be kept.
+    pub fn register_with(&self, addr: usize, len: usize, access: RemoteAccess) -> Result<u64> {
+        if access != RemoteAccess::ALL {
+            bail!(Unsupported, "regions that peers may only read, only write or not use at all");
+        }
+        self.register(addr, len)
     }
 
     /// Ends a registration. Waits for transfers that use it; what has not ended by the close deadline is failed with its connection.
