@@ -461,6 +461,12 @@ class TcpxEndpoint {
     return status;
   }
 
+  /** @return Entries that the endpoint holds for requests: those in flight, ended ones never asked for, and failures; for tests. */
+  size_t requests_kept() {
+    std::lock_guard<std::mutex> lock(requests_mutex_);
+    return requests_.size() + failed_.size();
+  }
+
   /** Does nothing: the library sends by itself. */
   void send_routine() {}
 
