@@ -367,6 +367,9 @@ def main(doc):
             sys.exit(SKIPPED)
         except Failure as failure:
             print("failed:", failure)
+            # One that was stopped would not end by itself.
+            for child in multiprocessing.active_children():
+                child.kill()
             sys.exit(1)
         return
     counts = {"ok": 0, "FAIL": 0, "SKIP": 0}
