@@ -490,6 +490,8 @@ pub extern "C" fn uccl_engine_version() -> *const c_char {
 /// Bytes of the name and msg fields of notify_msg_t.
 pub const MSG_SIZE: usize = 256;
 /// Bytes of a serialised FIFO item.
+// Older compilers do not count the assertion below as a use.
+#[allow(dead_code)]
 pub const FIFO_SIZE: usize = 64;
 /// Bytes of an IPC descriptor.
 pub const IPC_INFO_SIZE: usize = 128;
