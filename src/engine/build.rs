@@ -16,6 +16,7 @@ use crate::net::plugin::Plugin;
 use crate::net::setup::Pair;
 use crate::status::Result;
 use crate::wire::control::ControlStream;
+use crate::wire::keys::Proof;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Instant;
@@ -84,7 +85,12 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
         heartbeat: terms.peer_timeout / 4,
         match_timeout: config.match_timeout,
     };
-    log::info!("connected with {name}: {n} channels over {}, GPU {}", site.plugins.device.name, theirs.hello.gpu);
+    let proof = match (&theirs.proof, theirs.proof.name()) {
+        (_, Some(key)) => format!("key {key}"),
+        (Proof::Nothing, _) => "no key".to_owned(),
+        _ => "the key".to_owned(),
+    };
+    log::info!("connected with {name}: {n} channels over {}, GPU {}, {proof}", site.plugins.device.name, theirs.hello.gpu);
     let core = Core::new(
         Machine::new(setting, Instant::now()),
         channels,

@@ -423,7 +423,7 @@ fn registrations_without_descriptors(plugin: &Arc<Plugin>) {
     }
     all.truncate(all.len() - 2);
     // SAFETY: the memory stays.
-    let error = unsafe { a[0].send.region(span, span.addr) }.err().expect("no descriptors");
+    let error = unsafe { a[0].send.region(span, span.addr) }.expect_err("no descriptors");
     assert_eq!(error.kind(), ErrorKind::Resource);
     let error = ListenComm::new(plugin, 0, &Scope::None).err();
     drop(all);
