@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 const MAGIC: &[u8; 8] = b"UCCLTCPX";
 /// Version of the control protocol. Peers of different versions refuse each other.
-pub(crate) const VERSION: u16 = 2;
+pub(crate) const VERSION: u16 = 1;
 /// Bytes of a [`Hello`] on the wire.
 pub(crate) const HELLO_BYTES: usize = 8 + 2 + 2 + 4 + 4 + 4 + 16 + 32 + 16 + 16 + 32;
 const HANDLE_BYTES: usize = nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
