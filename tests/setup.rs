@@ -307,6 +307,56 @@ fn a_thousand_connects_each_way_come_up() {
     assert!(all.iter().all(|c| c.status().is_ok()));
 }
 
+#[test]
+fn a_burst_of_honest_peers_is_not_taken_for_strangers() {
+    const BURST: usize = 600;
+    if !isolated("a_burst_of_honest_peers_is_not_taken_for_strangers", 1 << 20) {
+        return;
+    }
+    let mut server = Server::start(4096, &[("UCCL_TCPX_NUM_CHANNELS", "1")]);
+    server.ask("accept");
+    let engine = Engine::new(Config { num_channels: Some(1), ..config() }).unwrap();
+    let barrier = std::sync::Barrier::new(BURST);
+    let all: Vec<_> = std::thread::scope(|s| {
+        let connect = || {
+            barrier.wait();
+            engine.connect("127.0.0.1", "", server.port)
+        };
+        let threads: Vec<_> = (0..BURST).map(|_| s.spawn(connect)).collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    });
+    let failed: Vec<_> = all.iter().filter_map(|c| c.as_ref().err()).collect();
+    assert!(failed.is_empty(), "{} of {BURST} failed: {}", failed.len(), failed[0]);
+}
+
+#[test]
+fn too_few_threads_are_a_resource_error() {
+    if !isolated("too_few_threads_are_a_resource_error", 1024) {
+        return;
+    }
+    let _ = config();
+    // SAFETY: a plain system call; the limit counts for the user that this process becomes.
+    let lowered = |most: u64| unsafe { libc::setrlimit(libc::RLIMIT_NPROC, &libc::rlimit { rlim_cur: most, rlim_max: 64 }) == 0 };
+    // SAFETY: plain system calls; nobody's rights suffice from here on.
+    if !lowered(64) || unsafe { libc::setresuid(65_533, 65_533, 65_533) } != 0 {
+        println!("SKIPPED: this process cannot become another user");
+        return;
+    }
+    let mut came_up = false;
+    for most in 2..40 {
+        assert!(lowered(most));
+        let connected = Engine::new(config()).and_then(|a| Ok((Engine::new(config())?, a))).and_then(|(b, a)| {
+            let out = a.connect("127.0.0.1", "", port(&b))?;
+            out.status()
+        });
+        match connected {
+            Ok(()) => came_up = true,
+            Err(e) => assert_eq!(e.kind(), ErrorKind::Resource, "with {most} threads: {e}"),
+        }
+    }
+    assert!(came_up);
+}
+
 // ---- connections that nobody accepts ----
 
 #[test]
