@@ -6,9 +6,6 @@ pub(crate) mod control;
 pub(crate) mod frame;
 mod guarded;
 pub(crate) mod handshake;
-#[cfg(test)]
-#[allow(dead_code, reason = "tests meet the old handshake, and need a part of it")]
-mod handshake_v1;
 pub(crate) mod hello;
 pub(crate) mod keys;
 pub(crate) mod queue;

@@ -96,7 +96,7 @@ impl RxBuffer {
         self.need
     }
 
-    /// Room for the next read: grows by what has arrived, so that an announced length alone costs no memory.
+    /// Room for more: grows by what has arrived, so that an announced length alone costs no memory.
     fn room(&mut self) -> &mut [u8] {
         if self.consumed > 0 {
             self.bytes.copy_within(self.consumed..self.filled, 0);
