@@ -7,7 +7,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use uccl_p2p::config::{Config, PluginChoice};
-use uccl_p2p::engine::{Connection, Engine};
+use uccl_p2p::engine::{Connection, Direction, Engine, LocalSegment};
 use uccl_p2p::status::ErrorKind;
 
 /// Names the test that a child process runs, and is not set in the test's own process.
@@ -805,8 +805,18 @@ fn a_forked_child_makes_engines_of_its_own() {
         let inc = d.accept().unwrap();
         out.notify(b"n", b"in the child").unwrap();
         let told = until(Duration::from_secs(10), || d.next_notification().is_some_and(|n| n.msg == b"in the child"));
+        // Data, which needs the I/O threads of this process.
+        const LEN: usize = 3 << 20;
+        let (from, to) = ((0..LEN).map(|i| (i * 7) as u8).collect::<Vec<u8>>(), vec![0u8; LEN]);
+        let (here, there) = (c.register(from.as_ptr() as usize, LEN).unwrap(), d.register(to.as_ptr() as usize, LEN).unwrap());
+        let item = d.fifo_item(there, to.as_ptr() as usize, LEN).unwrap();
+        let local = LocalSegment { mr: here, addr: from.as_ptr() as usize, len: LEN };
+        let id = out.transfer(Direction::Write, std::iter::once((local, item))).unwrap();
+        let done = out.wait(id, Some(Duration::from_secs(10))).is_ok_and(|state| state.complete);
         inc.close();
-        told
+        // SAFETY: the vector's bytes, written by the library behind the compiler's back.
+        let same = (0..LEN).all(|i| unsafe { to.as_ptr().add(i).read_volatile() } == from[i]);
+        told && done && same
     });
     assert!(good, "a child's own engines do not work");
 }
