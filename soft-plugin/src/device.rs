@@ -6,7 +6,10 @@ use std::io;
 use std::ptr;
 use std::sync::Arc;
 
-use nccl_net_abi::{netUnpackMeta, unpackNetDeviceHandle, MAX_REQUESTS};
+use nccl_net_abi::{
+    ncclNetDeviceHandle_v7, netUnpackMeta, unpackNetDeviceHandle, MAX_REQUESTS, NCCL_NET_DEVICE_HOST, NCCL_NET_DEVICE_UNPACK,
+    NCCL_NET_DEVICE_UNPACK_VERSION,
+};
 use parking_lot::Mutex;
 
 use crate::config::Config;
@@ -77,6 +80,17 @@ impl UnpackQueue {
     ) -> UnpackQueue {
         let free = Mutex::new((0..MAX_REQUESTS).rev().collect());
         UnpackQueue { meta, bounce, bounce_len, free, read_by_bus, handle, _owner: owner }
+    }
+}
+
+/// The device handle of a comm, whose queue may still be to come.
+pub fn handle(unpack: bool, queue: Option<&UnpackQueue>) -> ncclNetDeviceHandle_v7 {
+    ncclNetDeviceHandle_v7 {
+        netDeviceType: if unpack { NCCL_NET_DEVICE_UNPACK } else { NCCL_NET_DEVICE_HOST },
+        netDeviceVersion: NCCL_NET_DEVICE_UNPACK_VERSION,
+        handle: queue.map_or(ptr::null_mut(), |q| q.handle),
+        size: if unpack { size_of::<unpackNetDeviceHandle>() } else { 0 },
+        needsProxyProgress: 1,
     }
 }
 
