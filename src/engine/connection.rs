@@ -3,12 +3,12 @@
 
 use super::driver::{pause, Driver, Pause, Situation};
 use super::fifo::FifoItem;
-use super::fork::Local;
 use super::home::Home;
 use super::proto::{Machine, Scheduled, TransferState, MAX_BACKLOG};
 use super::request::{self, Built, RequestBuilder};
 use super::transfer::{Direction, LocalSegment};
 use crate::channel::router::Channels;
+use crate::fork::Local;
 use crate::status::{bail, err, Error, ErrorKind, Result};
 use crate::types::{Place, Segment};
 use crate::wire::control::ControlStream;
@@ -76,12 +76,13 @@ impl Core {
         let mut any = false;
         for _ in 0..READS {
             let (n, more) = self.control.read(&mut self.rx)?;
-            if n == 0 {
-                break;
+            if n > 0 {
+                any = true;
+                self.machine.heard(n, self.rx.arriving(), now);
             }
-            any = true;
-            self.machine.heard(n, self.rx.arriving(), now);
+            // Frames may be there that came with the end of the set-up.
             while let Some((frame, len)) = self.rx.next()? {
+                any = true;
                 self.machine.handle(frame, &mut self.channels, now)?;
                 self.rx.consume(len);
             }

@@ -73,6 +73,7 @@ impl Gpus {
         let MemoryKind::Device { ordinal } = crate::gpu::memory_kind(addr)? else { return Ok(Place::HOST) };
         let Ok(index) = u8::try_from(ordinal) else { bail!(Unsupported, "GPU {ordinal}") };
         if !self.opened.lock().contains_key(&index) {
+            // Without the lock, which set-ups of connections take.
             let gpu = Gpu::open(ordinal)?;
             crate::channel::cuda::warm(&gpu)?;
             self.opened.lock().insert(index, gpu);
@@ -80,7 +81,7 @@ impl Gpus {
         Ok(Place::gpu(index))
     }
 
-    /// Has what the next connection needs of the GPUs in use ready.
+    /// Has what the next connection needs of the GPUs in use ready: nothing is allocated in the middle of a transfer.
     pub(crate) fn warm(&self) -> Result<()> {
         let gpus: Vec<Arc<Gpu>> = self.opened.lock().values().cloned().collect();
         gpus.iter().try_for_each(crate::channel::cuda::warm)
