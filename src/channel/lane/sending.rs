@@ -51,6 +51,7 @@ impl Lane {
             let part = *part;
             // SAFETY: the region stays mapped while transfers use it; registrations go before it does (forget_region).
             let send = &mut self.send;
+            // SAFETY: the region stays mapped while transfers use it; registrations go before it does (forget_region).
             let mhandle = ctx.register(chunk.place, || unsafe { send.region(span(part.region), part.addr) })?;
             return Ok(Source::Contiguous { data: part.addr as *mut u8, mhandle, packing: Ticket::Done, place: chunk.place });
         }
