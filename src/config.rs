@@ -1,7 +1,8 @@
 //! Every environment variable of the library, in one place: name, default, meaning. Values are read once, when an engine is
 //! created; a value that cannot be understood fails the creation. docs/configuration.md is checked against this table.
 
-use crate::status::{bail, Result};
+use crate::addresses::{AllowList, Bind};
+use crate::status::{bail, Error, Result};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -30,6 +31,8 @@ pub struct Config {
     pub transport_tcpx: bool,
     pub eager_bytes: usize,
     pub port: u16,
+    pub bind: Bind,
+    pub allow: AllowList,
     pub socket_ifname: Option<String>,
     pub auth_key_file: Option<PathBuf>,
     pub emulate_device: bool,
@@ -71,6 +74,8 @@ pub const VARIABLES: &[Variable] = &[
     var("UCCL_TCPX_EAGER_BYTES", "8192", "Transfers of host memory up to this many bytes travel inside the control message; 0 to 64 KiB."),
     var("UCCL_TCPX_OOB_PORT", "0", "Listening port; 0: the system chooses."),
     var("UCCL_TCP_OOB_PORT", "0", "The same, UCCL's older name; UCCL_TCPX_OOB_PORT wins."),
+    var("UCCL_TCPX_BIND", "control interface", "Address that the listening port is bound to; any: every address of the host. Default: the address of the control interface, and the loopback address so that processes of this host can use it."),
+    var("UCCL_TCPX_ALLOW", "unset", "Networks that may connect, in CIDR form and separated by commas (10.0.0.0/8,fd00::/8); others are hung up on. Default: all."),
     var("UCCL_SOCKET_IFNAME", "unset", "Control interface: names or prefixes separated by commas, '=' for exact, '^' for exclusion. Default: the first that is up and not loopback, docker or a veth."),
     var("NCCL_SOCKET_IFNAME", "unset", "The same where UCCL_SOCKET_IFNAME is not set."),
     var("UCCL_TCPX_AUTH_KEY_FILE", "unset", "File with a pre-shared key, 16 to 4096 bytes; both sides must hold the same one."),
@@ -169,6 +174,14 @@ fn millis(name: &str, default: u64) -> Result<Duration> {
     Ok(Duration::from_millis(number(name, 1..=86_400_000)?.unwrap_or(default)))
 }
 
+/// A value that another module reads; its default when the variable is not set.
+fn parsed<T: Default>(name: &str, parse: impl FnOnce(&str) -> Result<T>) -> Result<T> {
+    match get(name)? {
+        Some(text) => parse(&text).map_err(|e| Error::new(e.kind(), format_args!("{name}={text}: {e}"))),
+        None => Ok(T::default()),
+    }
+}
+
 /// Largest chunk the library accepts, and the default.
 pub const MAX_CHUNK_BYTES: usize = 16 << 20;
 const DEFAULT_CHUNK_BYTES: usize = 512 << 10;
@@ -211,6 +224,8 @@ impl Config {
             transport_tcpx,
             eager_bytes: number("UCCL_TCPX_EAGER_BYTES", 0..=65536)?.unwrap_or(8192) as usize,
             port: port as u16,
+            bind: parsed("UCCL_TCPX_BIND", Bind::parse)?,
+            allow: parsed("UCCL_TCPX_ALLOW", AllowList::parse)?,
             socket_ifname,
             auth_key_file: get("UCCL_TCPX_AUTH_KEY_FILE")?.map(PathBuf::from),
             emulate_device: flag("UCCL_TCPX_EMULATE_DEVICE", false)?,
@@ -233,19 +248,6 @@ impl Config {
             _ => (v.name, v.default.to_owned(), "default", v.doc),
         };
         VARIABLES.iter().map(row).collect()
-    }
-
-    /// The pre-shared key, when one is configured.
-    pub(crate) fn auth_key(&self) -> Result<Option<Vec<u8>>> {
-        let Some(path) = &self.auth_key_file else { return Ok(None) };
-        let key = match std::fs::read(path) {
-            Ok(key) => key,
-            Err(e) => bail!(InvalidArgument, "UCCL_TCPX_AUTH_KEY_FILE={}: {e}", path.display()),
-        };
-        if !(16..=4096).contains(&key.len()) {
-            bail!(InvalidArgument, "UCCL_TCPX_AUTH_KEY_FILE={}: {} bytes, expected 16 to 4096", path.display(), key.len());
-        }
-        Ok(Some(key))
     }
 }
 

@@ -230,6 +230,7 @@ fn keys_must_match() {
     let key = |name: &str, text: &str| {
         let path = std::env::temp_dir().join(format!("uccl-{name}-{}", std::process::id()));
         std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
         Config { auth_key_file: Some(path), ..config() }
     };
     let (good, bad) = (key("good", "0123456789abcdef0123456789abcdef"), key("bad", "fedcba9876543210fedcba9876543210"));

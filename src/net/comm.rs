@@ -127,7 +127,7 @@ impl Accepting {
         let (comm, listen) = (answer?, &pending.listen);
         let raw = RawComm::open(&listen.plugin, comm, CommKind::Recv, listen.dev, &listen.gpu);
         let dev_handle = pending.dev_handle;
-        Ok(Some(RecvComm { raw, dev_handle, posted: VecDeque::new(), finished: VecDeque::new(), next_slot: 0, tag: 0 }))
+        Ok(Some(RecvComm { raw, dev_handle, posted: VecDeque::new(), finished: VecDeque::new(), next_slot: 0 }))
     }
 }
 
@@ -191,7 +191,7 @@ impl Connecting {
         self.handle = None;
         let comm = answer?;
         let raw = RawComm::open(&self.plugin, comm, CommKind::Send, self.dev, &self.gpu);
-        Ok(Some(SendComm { raw, regions: HashMap::new(), inflight: VecDeque::new(), tag: 0 }))
+        Ok(Some(SendComm { raw, regions: HashMap::new(), inflight: VecDeque::new() }))
     }
 }
 
@@ -256,22 +256,21 @@ pub(crate) struct SendComm {
     /// Shares in the registrations of regions that this comm has sent from, by region and piece.
     regions: HashMap<(u64, u64), Registration>,
     inflight: VecDeque<*mut c_void>,
-    tag: c_int,
 }
 // SAFETY: requests are the plugin's, used only under `&mut self`.
 unsafe impl Send for SendComm {}
 
 impl SendComm {
-    pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
-        self.raw.set_doorbell(doorbell)
-    }
-    /// Bytes that the peer's kernel has acknowledged; `None` where the plugin cannot say.
-    pub(crate) fn progress_bytes(&self) -> Result<Option<u64>> {
+    /// As the plugin's `progress`; an error when the comm has failed, idle or not.
+    pub(crate) fn network_bytes(&self) -> Result<Option<u64>> {
         self.raw.progress_bytes()
     }
-    /// Addresses and NIC, for error texts; `None` where the plugin cannot say.
-    pub(crate) fn describe(&self) -> Option<String> {
-        self.raw.describe()
+    /// Its two ends and its NIC, in words.
+    pub(crate) fn describe(&self) -> String {
+        self.raw.describe().unwrap_or_else(|| format!("a comm of plugin {}", self.raw.plugin.name))
+    }
+    pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
+        self.raw.set_doorbell(doorbell)
     }
     /// The plugin that carries this comm.
     pub(crate) fn plugin(&self) -> &Arc<Plugin> {
@@ -317,10 +316,10 @@ impl SendComm {
     ///
     /// # Safety
     /// `[data, data + len)` is registered under `mhandle`, and neither changes nor goes away until the send is done or the comm closed.
-    pub(crate) unsafe fn send(&mut self, data: *mut c_void, len: usize, mhandle: MHandle) -> Result<bool> {
+    pub(crate) unsafe fn send(&mut self, data: *mut c_void, len: usize, tag: c_int, mhandle: MHandle) -> Result<bool> {
         self.admit(len)?;
         // SAFETY: by the caller's contract; the window was checked.
-        let request = unsafe { self.raw.plugin.isend(self.raw.comm, data, len, self.tag, mhandle) }?;
+        let request = unsafe { self.raw.plugin.isend(self.raw.comm, data, len, tag, mhandle) }?;
         Ok(self.posted(request))
     }
 
@@ -328,10 +327,10 @@ impl SendComm {
     ///
     /// # Safety
     /// Every segment stays readable and unchanged until the send is done or the comm closed.
-    pub(crate) unsafe fn send_vectored(&mut self, iov: &[ucclIoVec], len: usize) -> Result<bool> {
+    pub(crate) unsafe fn send_vectored(&mut self, iov: &[ucclIoVec], len: usize, tag: c_int) -> Result<bool> {
         self.admit(len)?;
         // SAFETY: by the caller's contract; the window was checked.
-        let request = unsafe { self.raw.plugin.isendv(self.raw.comm, iov, self.tag) }?;
+        let request = unsafe { self.raw.plugin.isendv(self.raw.comm, iov, tag) }?;
         Ok(self.posted(request))
     }
 
@@ -346,7 +345,6 @@ impl SendComm {
         if request.is_null() {
             return false;
         }
-        self.tag = self.tag.wrapping_add(1) & c_int::MAX;
         self.inflight.push_back(request);
         true
     }
@@ -371,13 +369,13 @@ impl Drop for SendComm {
     }
 }
 
-/// A receive that is done and not consumed.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Received {
+/// A receive that is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Done {
     /// Its slot of the meta queue.
     pub slot: usize,
-    /// Bytes that the plugin reports; 0 where it reports none.
-    pub size: usize,
+    /// Bytes that came, where the plugin tells.
+    pub len: Option<usize>,
 }
 
 /// The receiving half of a channel.
@@ -387,22 +385,21 @@ pub(crate) struct RecvComm {
     posted: VecDeque<(*mut c_void, usize)>,
     finished: VecDeque<*mut c_void>,
     next_slot: usize,
-    tag: c_int,
 }
 // SAFETY: requests are the plugin's, used only under `&mut self`.
 unsafe impl Send for RecvComm {}
 
 impl RecvComm {
-    pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
-        self.raw.set_doorbell(doorbell)
-    }
-    /// Bytes received from the network, of messages under way too; `None` where the plugin cannot say.
-    pub(crate) fn progress_bytes(&self) -> Result<Option<u64>> {
+    /// As the plugin's `progress`; an error when the comm has failed, idle or not.
+    pub(crate) fn network_bytes(&self) -> Result<Option<u64>> {
         self.raw.progress_bytes()
     }
-    /// Addresses and NIC, for error texts; `None` where the plugin cannot say.
-    pub(crate) fn describe(&self) -> Option<String> {
-        self.raw.describe()
+    /// Its two ends and its NIC, in words.
+    pub(crate) fn describe(&self) -> String {
+        self.raw.describe().unwrap_or_else(|| format!("a comm of plugin {}", self.raw.plugin.name))
+    }
+    pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
+        self.raw.set_doorbell(doorbell)
     }
     pub(crate) fn window_free(&self) -> usize {
         MAX_REQUESTS - self.posted.len() - self.finished.len()
@@ -431,10 +428,10 @@ impl RecvComm {
     /// # Safety
     /// For a host mhandle `[data, data + len)` stays writable and unread until the receive is done or the comm closed. For a CUDA
     /// mhandle the destination is not touched by the plugin.
-    pub(crate) unsafe fn recv(&mut self, data: *mut c_void, len: usize, mhandle: MHandle) -> Result<bool> {
+    pub(crate) unsafe fn recv(&mut self, data: *mut c_void, len: usize, tag: c_int, mhandle: MHandle) -> Result<bool> {
         self.admit(len)?;
         // SAFETY: by the caller's contract; the window was checked.
-        let request = unsafe { self.raw.plugin.irecv(self.raw.comm, data, len, self.tag, mhandle) }?;
+        let request = unsafe { self.raw.plugin.irecv(self.raw.comm, data, len, tag, mhandle) }?;
         Ok(self.accepted(request))
     }
 
@@ -442,10 +439,10 @@ impl RecvComm {
     ///
     /// # Safety
     /// Every segment stays writable and unread until the receive is done or the comm closed.
-    pub(crate) unsafe fn recv_vectored(&mut self, iov: &[ucclIoVec], len: usize) -> Result<bool> {
+    pub(crate) unsafe fn recv_vectored(&mut self, iov: &[ucclIoVec], len: usize, tag: c_int) -> Result<bool> {
         self.admit(len)?;
         // SAFETY: by the caller's contract; the window was checked.
-        let request = unsafe { self.raw.plugin.irecvv(self.raw.comm, iov, self.tag) }?;
+        let request = unsafe { self.raw.plugin.irecvv(self.raw.comm, iov, tag) }?;
         Ok(self.accepted(request))
     }
 
@@ -460,20 +457,20 @@ impl RecvComm {
         if request.is_null() {
             return false;
         }
-        self.tag = self.tag.wrapping_add(1) & c_int::MAX;
         self.posted.push_back((request, self.next_slot));
         self.next_slot = (self.next_slot + 1) % MAX_REQUESTS;
         true
     }
 
-    /// Tests the oldest unfinished receive. Its window place stays taken until [`RecvComm::consume_oldest`].
-    pub(crate) fn test_oldest(&mut self) -> Result<Option<Received>> {
+    /// Tests the oldest unfinished receive. When it is done gives its slot of the meta queue; its window place stays taken until
+    /// [`RecvComm::consume_oldest`].
+    pub(crate) fn test_oldest(&mut self) -> Result<Option<Done>> {
         let Some(&(request, slot)) = self.posted.front() else { return Ok(None) };
         // SAFETY: the front is the oldest unfinished request.
-        let Some(size) = unsafe { self.raw.plugin.test(request) }? else { return Ok(None) };
+        let Some(len) = (unsafe { self.raw.plugin.test(request) })? else { return Ok(None) };
         self.posted.pop_front();
         self.finished.push_back(request);
-        Ok(Some(Received { slot, size }))
+        Ok(Some(Done { slot, len }))
     }
 
     /// Gives the oldest finished receive back to the plugin. Its bounce memory must not be read any more.

@@ -378,15 +378,16 @@ impl Plugin {
         Ok(request)
     }
 
-    /// Whether the request is done, and the size that the plugin reports for it: 0 where it reports none.
+    /// Whether the request is done, and the size that the plugin reports for it, if any.
     ///
     /// # Safety
     /// `request` is the oldest unfinished request of its comm.
-    pub(super) unsafe fn test(&self, request: *mut c_void) -> Result<Option<usize>> {
-        let (mut done, mut size): (c_int, c_int) = (0, 0);
+    pub(super) unsafe fn test(&self, request: *mut c_void) -> Result<Option<Option<usize>>> {
+        let (mut done, mut size): (c_int, c_int) = (0, -1);
         // SAFETY: by the caller's contract.
         self.request("test", || unsafe { self.table.test(request, &mut done, &mut size) })?;
-        Ok((done != 0).then_some(usize::try_from(size).unwrap_or(0)))
+        // Some plugins write no size.
+        Ok((done != 0).then(|| usize::try_from(size).ok()))
     }
 
     /// # Safety

@@ -196,8 +196,8 @@ fn move_some(mut send: SendComm, mut recv: RecvComm) {
     // SAFETY: the memory outlives both comms.
     unsafe {
         let mhandle = send.region(span, span.addr).expect("region");
-        assert!(recv.recv(memory.at.cast(), memory.len, mhandle).expect("recv"));
-        assert!(send.send(memory.at.cast(), memory.len, mhandle).expect("send"));
+        assert!(recv.recv(memory.at.cast(), memory.len, 0, mhandle).expect("recv"));
+        assert!(send.send(memory.at.cast(), memory.len, 0, mhandle).expect("send"));
     }
     let until = Instant::now() + Duration::from_secs(10);
     let mut sent = false;
@@ -413,7 +413,7 @@ fn registrations_in_flight(plugin: &Arc<Plugin>) {
             let mhandle = pair.send.region(span, span.addr).expect("region");
             // More than the peer, which receives nothing, lets through.
             let mut posted = 0;
-            while posted < 16 && pair.send.send(memory.at.cast(), 512 << 10, mhandle).expect("send") {
+            while posted < 16 && pair.send.send(memory.at.cast(), 512 << 10, 0, mhandle).expect("send") {
                 posted += 1;
             }
         }
@@ -465,7 +465,7 @@ fn sigpipe(plugin: &Arc<Plugin>) {
         assert!(Instant::now() < until, "the sender noticed nothing");
         std::thread::sleep(Duration::from_millis(2));
         // SAFETY: as above.
-        let result = unsafe { first.send.send(memory.at.cast(), 4096, mhandle) }.and_then(|_| first.send.test_oldest());
+        let result = unsafe { first.send.send(memory.at.cast(), 4096, 0, mhandle) }.and_then(|_| first.send.test_oldest());
         if let Err(e) = result {
             break e;
         }
@@ -476,7 +476,7 @@ fn sigpipe(plugin: &Arc<Plugin>) {
     // SAFETY: as above; nothing comes.
     unsafe {
         let registration = second.recv.register(memory.at.cast(), 4096, NCCL_PTR_CUDA).expect("register");
-        assert!(second.recv.recv(memory.at.cast(), 4096, registration.mhandle()).expect("recv"));
+        assert!(second.recv.recv(memory.at.cast(), 4096, 0, registration.mhandle()).expect("recv"));
         // It goes after the comm.
         std::mem::forget(registration);
     }

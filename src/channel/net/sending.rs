@@ -1,80 +1,69 @@
 //! The sending half of a channel: where a chunk's bytes are handed to the plugin from, and in which order.
 
+use super::channel::{device, iov, register, within, Channel, Outgoing, Source, ToPost};
 use super::staging::{Staging, STAGED_WINDOW};
-use super::{iov, Context, Event, Lane, Outgoing, Source, ToPost};
+use super::Usage;
 use crate::channel::device::{gather, Ticket};
 use crate::channel::memory::{HostBlock, PAGE};
+use crate::channel::path::{Copier, Departure, Event};
 use crate::channel::plan::Chunk;
+use crate::region::Hold;
 use crate::status::{bail, Result};
 use crate::types::Place;
-use crate::types::{Key, Span};
 use nccl_net_abi::{MAX_REQUESTS, NCCL_PTR_CUDA, NCCL_PTR_HOST};
 use std::time::Instant;
 
-impl Lane {
-    /// Takes a chunk for sending. The caller announces it to the peer. There must be a free place ([`Lane::load`]).
-    ///
-    /// # Safety
-    /// The chunk's memory stays mapped and unchanged until its [`Event::Sent`] or the lane's end.
-    pub(crate) unsafe fn submit(
-        &mut self,
-        key: Key,
-        chunk: Chunk,
-        span: impl Fn(u16) -> Span,
-        ctx: &mut Context<'_>,
-        now: Instant,
-    ) -> Result<()> {
+impl Channel {
+    /// Takes a chunk for sending. The caller announces it to the peer. There must be a free place ([`Channel::load`]). The departure's
+    /// hold keeps the chunk's memory registered, and so mapped, until the chunk is gone or the channel closed.
+    pub(super) fn submit(&mut self, departure: Departure, copier: &mut Copier, usage: &Usage, now: Instant) -> Result<()> {
+        let Departure { key, chunk, hold, tag } = departure;
         let len = chunk.len;
         let source = if chunk.place.is_device() {
-            // SAFETY: by the caller's contract.
-            unsafe { self.device_source(&chunk, span, ctx) }?
-        } else if ctx.vectored {
+            self.device_source(&chunk, &hold, copier, usage)?
+        } else if usage.vectored {
             Source::Vectored(iov(&chunk.parts))
         } else {
-            let staging = self.host_out(ctx)?;
+            let staging = self.host_out(usage)?;
             let (data, mhandle) = (staging.next(), staging.mhandle());
-            // SAFETY: the chunk is at most a stride long; its memory is readable by the caller's contract.
+            // SAFETY: the chunk is at most a stride long; its memory is readable while the hold lives.
             unsafe { gather(&chunk.parts, data) };
             Source::Contiguous { data, mhandle, packing: Ticket::Done, place: Place::HOST }
         };
-        self.outgoing.push_back(Outgoing { key, len });
+        self.outgoing.push_back(Outgoing { key, len, _hold: hold });
         self.queued += len as u64;
-        self.to_post.push_back(ToPost { source, len });
-        self.post_sends(ctx, now)?;
+        self.to_post.push_back(ToPost { source, len, tag });
+        self.post_sends(copier, now)?;
         Ok(())
     }
 
-    /// # Safety
-    /// As [`Lane::submit`].
-    unsafe fn device_source(&mut self, chunk: &Chunk, span: impl Fn(u16) -> Span, ctx: &mut Context<'_>) -> Result<Source> {
-        if let ([part], false) = (&chunk.parts[..], ctx.stage_sends) {
-            let part = *part;
-            // SAFETY: the region stays mapped while transfers use it; registrations go before it does (forget_region).
-            let send = &mut self.send;
-            // SAFETY: the region stays mapped while transfers use it; registrations go before it does (forget_region).
-            let mhandle = ctx.register(chunk.place, || unsafe { send.region(span(part.region), part.addr) })?;
-            return Ok(Source::Contiguous { data: part.addr as *mut u8, mhandle, packing: Ticket::Done, place: chunk.place });
-        }
+    fn device_source(&mut self, chunk: &Chunk, hold: &Hold, copier: &mut Copier, usage: &Usage) -> Result<Source> {
         let place = chunk.place;
+        if let ([part], false) = (&chunk.parts[..], usage.stage_sends) {
+            // SAFETY: the region stays mapped while it is held; registrations go before it does (forget_region).
+            let (span, send) = (hold.span(part.region)?, &mut self.send);
+            let mhandle = register(copier, place, || unsafe { send.region(span, part.addr) })?;
+            return Ok(Source::Contiguous { data: part.addr as *mut u8, mhandle, packing: Ticket::Done, place });
+        }
         if !self.device_out.contains_key(&place) {
-            let stride = ctx.chunk_bytes.next_multiple_of(PAGE);
-            let (memory, places, kind) = if ctx.stage_sends {
-                (ctx.copier()?.host_staging(stride * STAGED_WINDOW, place)?, STAGED_WINDOW, NCCL_PTR_HOST)
+            let stride = usage.chunk_bytes.next_multiple_of(PAGE);
+            let (memory, places, kind) = if usage.stage_sends {
+                (device(copier)?.host_staging(stride * STAGED_WINDOW, place)?, STAGED_WINDOW, NCCL_PTR_HOST)
             } else {
-                (ctx.copier()?.staging(stride * MAX_REQUESTS, place)?, MAX_REQUESTS, NCCL_PTR_CUDA)
+                (device(copier)?.staging(stride * MAX_REQUESTS, place)?, MAX_REQUESTS, NCCL_PTR_CUDA)
             };
             let send = &self.send;
             let staging = Staging::new(memory, stride, places, |p, n| {
                 // SAFETY: the staging memory is dropped after the comm (field order).
-                ctx.register(place, || unsafe { send.register(p.cast(), n, kind) })
+                register(copier, place, || unsafe { send.register(p.cast(), n, kind) })
             })?;
             self.device_out.insert(place, staging);
         }
         let Some(staging) = self.device_out.get_mut(&place) else { bail!(Internal, "no staging") };
         let (data, mhandle) = (staging.next(), staging.mhandle());
         // SAFETY: the chunk is at most a stride long; parts are registered device memory by the caller's contract.
-        let packing = unsafe { ctx.copier()?.pack(&chunk.parts, data, place) }?;
-        Ok(Source::Contiguous { data, mhandle, packing, place: if ctx.stage_sends { Place::HOST } else { place } })
+        let packing = unsafe { device(copier)?.pack(&chunk.parts, data, place) }?;
+        Ok(Source::Contiguous { data, mhandle, packing, place: if usage.stage_sends { Place::HOST } else { place } })
     }
 
     /// Drops the plugin's registrations of a region that no transfer uses any more.
@@ -82,9 +71,9 @@ impl Lane {
         self.send.forget_region(id);
     }
 
-    fn host_out(&mut self, ctx: &Context<'_>) -> Result<&mut Staging> {
+    fn host_out(&mut self, usage: &Usage) -> Result<&mut Staging> {
         if self.host_out.is_none() {
-            let stride = ctx.chunk_bytes.next_multiple_of(PAGE);
+            let stride = usage.chunk_bytes.next_multiple_of(PAGE);
             let send = &self.send;
             // SAFETY: the staging memory is dropped after the comm (field order).
             let register = |p: *mut u8, n| unsafe { send.register(p.cast(), n, NCCL_PTR_HOST) };
@@ -97,19 +86,19 @@ impl Lane {
     }
 
     /// Hands announced chunks to the plugin, in order, as far as they are packed and it takes them.
-    fn post_sends(&mut self, ctx: &mut Context<'_>, now: Instant) -> Result<bool> {
+    fn post_sends(&mut self, copier: &mut Copier, now: Instant) -> Result<bool> {
         let mut any = false;
         while let Some(next) = self.to_post.front() {
             let taken = match &next.source {
-                // SAFETY: the source's memory is kept by the contract of `submit`.
-                Source::Vectored(iov) => unsafe { self.send.send_vectored(iov, next.len) }?,
+                // SAFETY: the source's memory is kept by the chunk's hold, or it is a place of the staging ring.
+                Source::Vectored(iov) => unsafe { self.send.send_vectored(iov, next.len, next.tag) }?,
                 Source::Contiguous { data, mhandle, packing, place } => {
-                    if *packing != Ticket::Done && !ctx.copier()?.poll(*packing)? {
+                    if *packing != Ticket::Done && !device(copier)?.poll(*packing)? {
                         break;
                     }
                     let send = &mut self.send;
-                    // SAFETY: as above, or it is a place of the staging ring.
-                    ctx.within(*place, &mut || unsafe { send.send(data.cast(), next.len, *mhandle) })?
+                    // SAFETY: as above.
+                    within(copier, *place, &mut || unsafe { send.send(data.cast(), next.len, next.tag, *mhandle) })?
                 }
             };
             if !taken {
@@ -122,7 +111,7 @@ impl Lane {
         Ok(any)
     }
 
-    pub(super) fn progress_sends(&mut self, ctx: &mut Context<'_>, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
+    pub(super) fn progress_sends(&mut self, copier: &mut Copier, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
         let mut done = 0;
         let mut any = false;
         while self.send.inflight() > 0 && self.send.test_oldest()? {
@@ -136,7 +125,7 @@ impl Lane {
             any = true;
         }
         if !self.to_post.is_empty() {
-            any |= self.post_sends(ctx, now)?;
+            any |= self.post_sends(copier, now)?;
         }
         Ok(any)
     }
