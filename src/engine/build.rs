@@ -7,9 +7,9 @@ use super::notify::Inbox;
 use super::proto::{Machine, Setting};
 use super::site::Site;
 use crate::channel::cuda::CudaDevice;
-use crate::channel::device::{DeviceCopier, EmulatedDevice};
+use crate::channel::device::EmulatedDevice;
 use crate::channel::net::{Channel, NetPath, Usage};
-use crate::channel::path::Path;
+use crate::channel::path::{Copier, Path};
 use crate::channel::router::Channels;
 use crate::net::comm::Doorbell;
 use crate::net::plugin::Plugin;
@@ -32,14 +32,16 @@ pub(crate) struct Up {
     pub sets: Raised,
 }
 
-fn copier(emulated: bool) -> Option<Box<dyn DeviceCopier>> {
-    if emulated {
-        Some(Box::new(EmulatedDevice))
-    } else if crate::gpu::available() {
-        Some(Box::new(CudaDevice::default()))
-    } else {
-        None
+/// What copies device memory; none on a machine without a GPU.
+fn copier(site: &Site) -> Result<Copier> {
+    if site.config.emulate_device {
+        return Ok(Some(Box::new(EmulatedDevice)));
     }
+    if !crate::gpu::available() {
+        return Ok(None);
+    }
+    site.gpus.warm()?;
+    Ok(Some(Box::new(CudaDevice::default())))
 }
 
 /// The GPUs, here and at the peer, whose memory the comms of a plugin carry; `None` where they take any. A side that does not say which
@@ -60,7 +62,10 @@ fn paths(site: &Site, sets: Raised, chunk_bytes: usize, peer_gpu: i32, doorbell:
         let traits = &plugin.traits;
         let (vectored, stage_sends) = (traits.vectored && config.vectored, traits.stage_sends && config.stage_sends);
         let host = traits.host_memory;
-        Ok(Box::new(NetPath::new(channels, Usage { vectored, host, stage_sends, gpus: gpus(site, plugin, peer_gpu), chunk_bytes })))
+        Ok(Box::new(NetPath::new(
+            channels,
+            Usage { vectored, host, stage_sends, gpus: gpus(site, plugin, peer_gpu), chunk_bytes },
+        )))
     };
     // A set without channels does not serve; another one carries what it would.
     sets.into_iter().zip(site.plugins.all()).filter(|(pairs, _)| !pairs.is_empty()).map(path).collect()
@@ -77,7 +82,7 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
     let chunk_bytes = terms.chunk_bytes as usize;
     let n = up.sets.iter().map(Vec::len).sum::<usize>();
     let doorbell = home.bell.doorbell();
-    let channels = Channels::new(paths(site, up.sets, chunk_bytes, theirs.hello.gpu_index, &doorbell)?, copier(config.emulate_device));
+    let channels = Channels::new(paths(site, up.sets, chunk_bytes, theirs.hello.gpu_index, &doorbell)?, copier(site)?);
     let name = up.address.to_string();
     let setting = Setting {
         registry: home.registry.clone(),
