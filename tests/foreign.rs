@@ -30,7 +30,9 @@ fn run(case: &str, environment: &[(&str, &str)]) -> String {
     let mut child = Command::new(std::env::current_exe().expect("this program"));
     child.args(["--exact", "child", "--nocapture", "--test-threads=1"]);
     child.env_remove("UCCL_TCPX_PLUGIN").env_remove("UCCL_P2P_TRANSPORT").env_remove("NCCL_DYNAMIC_CHUNK_SIZE");
-    let counters = std::env::temp_dir().join(format!("uccl-foreign-{case}-{}", std::process::id()));
+    static RUNS: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+    let number = RUNS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    let counters = std::env::temp_dir().join(format!("uccl-foreign-{}-{number}", std::process::id()));
     child.env("STRICT_FOREIGN_COUNTERS", &counters).env("UCCL_TCPX_PLUGIN_PATH", foreign()).env(CASE, case);
     child.env("STRICT_FOREIGN_CONNECT_MS", "30").env("STRICT_FOREIGN_ACCEPT_MS", "50");
     child.env("UCCL_P2P_LOG_LEVEL", "info").env("UCCL_TCPX_EMULATE_DEVICE", "1").env("NCCL_SOCKET_IFNAME", "lo");
