@@ -81,6 +81,9 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
     let (terms, theirs) = (&up.agreed.terms, &up.agreed.peer);
     let chunk_bytes = terms.chunk_bytes as usize;
     let n = up.sets.iter().map(Vec::len).sum::<usize>();
+    let mut nics: Vec<String> = up.sets.iter().flatten().map(|pair| pair.nic.clone()).collect();
+    nics.sort();
+    nics.dedup();
     let doorbell = home.bell.doorbell();
     let channels = Channels::new(paths(site, up.sets, chunk_bytes, theirs.hello.gpu_index, &doorbell)?, copier(site)?);
     let name = up.address.to_string();
@@ -95,7 +98,8 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
         heartbeat: terms.peer_timeout / 4,
         match_timeout: config.match_timeout,
     };
-    log::info!("connected with {name}: {n} channels over {}, GPU {}", site.plugins.device.name, theirs.hello.gpu);
+    let (plugin, nics) = (&site.plugins.device.name, nics.join(", "));
+    log::info!("connected with {name}: {n} channels over {plugin} on {nics}, GPU {}", theirs.hello.gpu);
     let core = Core::new(
         Machine::new(setting, Instant::now()),
         channels,

@@ -4,6 +4,7 @@
 
 use super::plugin::{CommKind, Plugin};
 use super::registrations::{piece, Registration};
+use super::signals::Quiet;
 use super::{handle, reaper, within, Scope};
 use crate::status::{bail, Result};
 use crate::types::Span;
@@ -272,9 +273,9 @@ impl SendComm {
     pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
         self.raw.set_doorbell(doorbell)
     }
-    /// The plugin that carries this comm.
-    pub(crate) fn plugin(&self) -> &Arc<Plugin> {
-        &self.raw.plugin
+    /// What the plugin's calls need around them, where it needs something: held over many calls it costs once.
+    pub(crate) fn quiet(&self) -> Option<Quiet> {
+        self.raw.plugin.traits.raises_sigpipe.then(Quiet::begin)
     }
     /// Requests posted and not yet done.
     pub(crate) fn inflight(&self) -> usize {
