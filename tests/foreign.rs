@@ -66,6 +66,12 @@ fn a_dead_nic_leaves_fewer_channels() {
 }
 
 #[test]
+fn where_no_nics_meet_the_software_plugin_carries() {
+    let log = run("no_nic_in_common", &[("STRICT_FOREIGN_DEVICES", "eth1@127.0.0.1")]);
+    assert!(log.contains("no NIC in common") && log.contains("[eth1] here, [eth2] at the peer"), "{log}");
+}
+
+#[test]
 fn registrations_are_one_a_region_and_nic() {
     run("registrations", &[("STRICT_FOREIGN_DEVICES", "eth1@127.0.0.1,eth2@127.0.0.2"), ("UCCL_TCPX_NUM_CHANNELS", "16")]);
 }
@@ -86,8 +92,45 @@ fn child() {
     match case.as_str() {
         "moves" => moves(),
         "registrations" => registrations(),
+        "no_nic_in_common" => no_nic_in_common(),
+        "peer_on_eth2" => peer_on_eth2(),
         other => panic!("no case {other}"),
     }
+}
+
+const LEN: usize = 5 << 20;
+
+fn pattern() -> Vec<u8> {
+    (0..LEN).map(|i| (i * 13 + i / 997) as u8).collect()
+}
+
+fn no_nic_in_common() {
+    let b = engine();
+    let mut peer = Command::new(std::env::current_exe().expect("this program"));
+    peer.args(["--exact", "child", "--nocapture", "--test-threads=1"]).env(CASE, "peer_on_eth2");
+    peer.env_remove("STRICT_FOREIGN_COUNTERS").env("STRICT_FOREIGN_DEVICES", "eth2@127.0.0.2").env("PEER", b.metadata());
+    let mut peer = peer.spawn().expect("peer");
+    let connection = b.accept().expect("accept");
+    let mut memory = vec![0u8; LEN];
+    let mr = b.register(memory.as_mut_ptr() as usize, LEN).expect("register");
+    let id = connection.recv(LocalSegment { mr, addr: memory.as_ptr() as usize, len: LEN }).expect("recv");
+    connection.wait(id, Some(Duration::from_secs(30))).expect("received");
+    assert!(memory == pattern());
+    assert_eq!(counter(COMMS), 0, "the foreign plugin carries nothing");
+    drop((connection, b));
+    assert!(peer.wait().expect("peer").success());
+}
+
+fn peer_on_eth2() {
+    let a = engine();
+    let text = std::env::var("PEER").expect("peer");
+    let port = text.rsplit(':').next().and_then(|p| p.split('?').next()).and_then(|p| p.parse().ok()).expect("port");
+    let connection = a.connect("127.0.0.1", "", port).expect("connect");
+    let mut memory = pattern();
+    let mr = a.register(memory.as_mut_ptr() as usize, LEN).expect("register");
+    let local = LocalSegment { mr, addr: memory.as_ptr() as usize, len: LEN };
+    let id = connection.send(std::iter::once(local)).expect("send");
+    connection.wait(id, Some(Duration::from_secs(30))).expect("sent");
 }
 
 fn counter(index: usize) -> u64 {
