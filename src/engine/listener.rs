@@ -49,7 +49,7 @@ fn control_address(filter: Option<&str>, all: &[Interface]) -> Option<IpAddr> {
 /// # Errors
 /// `InvalidArgument` when no interface fits, `System` (port taken, address not of this host), `Resource`.
 pub(crate) fn open(bind: Bind, filter: Option<&str>, port: u16) -> Result<Listeners> {
-    let interfaces = topology::interfaces();
+    let interfaces = topology::usable(filter);
     let told = match (bind, control_address(filter, &interfaces)) {
         (Bind::Address(ip), _) => ip,
         (_, Some(ip)) => ip,

@@ -1,5 +1,7 @@
 //! The host's network interfaces and PCI devices: the control interface, NUMA nodes, distance of NICs to a GPU.
 
+pub(crate) use soft_plugin::interfaces::NameFilter;
+
 use super::pairing::shared_depth;
 use super::plugin::Device;
 use std::ffi::CStr;
@@ -52,38 +54,16 @@ pub(crate) fn interfaces() -> Vec<Interface> {
     found
 }
 
-/// A filter in NCCL's form: names or prefixes separated by commas; a leading '=' makes them exact, '^' excludes.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct NameFilter<'a> {
-    exclude: bool,
-    exact: bool,
-    names: Vec<&'a str>,
-}
-
-impl<'a> NameFilter<'a> {
-    pub(crate) fn parse(text: &'a str) -> NameFilter<'a> {
-        let (exclude, text) = text.strip_prefix('^').map_or((false, text), |t| (true, t));
-        let (exact, text) = text.strip_prefix('=').map_or((false, text), |t| (true, t));
-        NameFilter { exclude, exact, names: text.split(',').map(str::trim).filter(|n| !n.is_empty()).collect() }
-    }
-
-    pub(crate) fn admits(&self, name: &str) -> bool {
-        let listed = self.names.iter().any(|n| if self.exact { name == *n } else { name.starts_with(n) });
-        listed != self.exclude
-    }
-}
-
-/// The address that peers are told: IPv4, since the metadata text separates address and port by the first colon.
-pub(crate) fn control_address(filter: Option<&str>) -> Option<Interface> {
-    let v4: Vec<Interface> = interfaces().into_iter().filter(|i| i.addr.is_ipv4()).collect();
-    if let Some(text) = filter {
-        let filter = NameFilter::parse(text);
-        return v4.into_iter().find(|i| filter.admits(&i.name));
-    }
-    let virtual_name =
-        |name: &str| ["docker", "veth", "br-", "virbr", "cni", "flannel", "cali"].iter().any(|p| name.starts_with(p));
-    let rank = |i: &Interface| (i.loopback, virtual_name(&i.name));
-    v4.into_iter().min_by_key(rank)
+/// Interfaces that can carry data now, one address each, by the rules that the software plugin chooses its devices by: `filter` in
+/// NCCL's form, else real ones before virtual and loopback ones. All that are up where the kernel does not tell more.
+pub(crate) fn usable(filter: Option<&str>) -> Vec<Interface> {
+    let Ok(found) = soft_plugin::interfaces::usable(filter) else { return interfaces() };
+    let interface = |i: soft_plugin::interfaces::Interface| Interface {
+        name: i.name.to_string_lossy().into_owned(),
+        addr: i.address,
+        loopback: i.loopback,
+    };
+    found.into_iter().map(interface).collect()
 }
 
 /// Whether `ip` is an address of this host.
@@ -125,21 +105,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn filters_take_the_forms_of_nccl() {
-        let admits = |f: &str, n: &str| NameFilter::parse(f).admits(n);
-        assert!(admits("eth", "eth0") && admits("eth", "eth10") && !admits("eth", "lo"));
-        assert!(admits("=eth1", "eth1") && !admits("=eth1", "eth10"));
-        assert!(admits("^docker,lo", "eth0") && !admits("^docker,lo", "docker0") && !admits("^docker,lo", "lo"));
-        assert!(admits("^=lo", "lo1") && !admits("^=lo", "lo"));
-        assert!(admits("ens, eth", "eth3"));
+    fn the_rules_of_the_data_devices_choose_the_control_interface_too() {
+        assert!(!usable(None).is_empty());
+        assert!(usable(Some("=lo")).iter().all(|i| i.loopback && i.name == "lo"));
+        assert!(usable(Some("=no-such-interface")).is_empty());
+        assert!(is_local(IpAddr::from([127, 0, 0, 1])) && !is_local(IpAddr::from([192, 0, 2, 1])));
     }
 
     #[test]
-    fn every_host_has_a_control_address() {
-        assert!(control_address(None).is_some());
-        assert!(control_address(Some("=lo")).is_some_and(|i| i.loopback));
-        assert!(control_address(Some("=no-such-interface")).is_none());
-        assert!(is_local(IpAddr::from([127, 0, 0, 1])) && !is_local(IpAddr::from([192, 0, 2, 1])));
+    fn a_carrier_is_asked_for_where_the_host_knows_the_name() {
+        let root = std::env::temp_dir().join(format!("uccl-net-carrier-{}", std::process::id()));
+        for (nic, text) in [("eth1", "1\n"), ("eth2", "0\n")] {
+            std::fs::create_dir_all(root.join("sys/class/net").join(nic)).expect("folder");
+            std::fs::write(root.join("sys/class/net").join(nic).join("carrier"), text).expect("file");
+        }
+        std::fs::create_dir_all(root.join("sys/class/net/down")).expect("folder");
+        let known = ["eth1", "eth2", "down", "mlx5_0"].map(|nic| has_carrier(&root, nic));
+        let _ = std::fs::remove_dir_all(&root);
+        assert_eq!(known, [true, false, false, true]);
     }
 
     #[test]
