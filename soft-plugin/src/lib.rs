@@ -2,9 +2,14 @@
 //! FIFO completion, bounce buffers with descriptors for device memory, `irecvConsumed`.
 //!
 //! - `abi`: the entries of the C tables; `state`, `config`, `logger`: what the process has once
-//! - `interfaces`, `rendezvous`: devices, and how two of them come by a connected socket
-//! - `comm`, `slot`: requests and their life; `send`, `recv`, `fragment`: moving their bytes; `pool`: the I/O threads
-//! - `device`: the seam to device memory
+//! - `interfaces`, `rendezvous`, `tcp`, `congestion`: devices, and how two of them come by a connected socket
+//! - `slot`, `ledger`: requests and their life; `send`, `recv`, `turn`, `fragment`: moving their bytes; `pool`: the I/O threads;
+//!   `comm` puts them together
+//! - `device`, `cuda`: the seam to device memory
+//! - `fork`: what parent and child do not share
+//!
+//! # Fork
+//! A child may make comms of its own. Calls on those of the parent are errors there, and closing them closes the child's copy only.
 //!
 //! # Thread rules
 //! Any thread may post to, test or consume a comm. Closing a comm must be the last call on it and its requests.
@@ -16,8 +21,10 @@ mod config;
 mod congestion;
 mod cuda;
 mod device;
+mod fork;
 mod fragment;
-mod interfaces;
+pub mod interfaces;
+mod ledger;
 mod logger;
 mod pool;
 mod recv;
@@ -25,6 +32,10 @@ mod rendezvous;
 mod send;
 mod slot;
 mod state;
+mod tcp;
+mod turn;
+
+pub use config::{Variable, VARIABLES};
 
 use abi::requests;
 use nccl_net_abi::{ncclNet_v7, ncclNet_v8, ucclNetExt_v2};
@@ -63,9 +74,9 @@ pub const EXT_V2: ucclNetExt_v2 = ucclNetExt_v2 {
     isendv: Some(requests::isendv),
     irecvv: Some(requests::irecvv),
     setDoorbell: Some(requests::set_doorbell),
-    progress: None,
-    abandonConnect: None,
-    describe: None,
+    progress: Some(abi::progress),
+    abandonConnect: Some(abi::abandon_connect),
+    describe: Some(abi::describe),
 };
 
 /// The plugin's v7 table.

@@ -3,9 +3,9 @@
 
 use super::build::{self, Up};
 use super::connection::Connection;
-use super::fabric::{Opened, Raising};
+use super::fabric::{self, Opened, Raised, Raising};
 use super::limits;
-use super::link::{ClearLink, Link};
+use super::link::{Link, SealedLink};
 use super::setup::{Next, Setup};
 use super::site::Site;
 use crate::addresses::plain;
@@ -16,11 +16,10 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Between two looks at channels that are coming up: they report nothing by themselves.
-const FIRST_PAUSE: Duration = Duration::from_micros(200);
-const LAST_PAUSE: Duration = Duration::from_millis(5);
-/// The pause of channels that have not moved for [`SLOW_AFTER`]: somebody does not answer.
-const SLOW_PAUSE: Duration = Duration::from_millis(50);
+/// The least pause between two looks at channels that are coming up: they report nothing by themselves.
+const LOOK: Duration = Duration::from_micros(200);
+/// The pause where channels have not come up for this long: somebody does not answer, and there may be many such set-ups.
+const SLOW: Duration = Duration::from_millis(50);
 const SLOW_AFTER: Duration = Duration::from_secs(1);
 /// Bytes read at once.
 const READ: usize = 4096;
@@ -29,7 +28,7 @@ enum Channels {
     None,
     Opened(Opened),
     Raising(Raising),
-    Up(Vec<Vec<super::fabric::Pair>>),
+    Up(Raised),
 }
 
 /// What a step came to.
@@ -47,19 +46,20 @@ pub(crate) struct Attempt {
     sock: TcpStream,
     /// The peer.
     pub address: SocketAddr,
-    setup: Setup<ClearLink>,
+    setup: Setup<SealedLink>,
     channels: Channels,
     out: Vec<u8>,
     sent: usize,
-    pause: Duration,
+    /// The peer's stream has ended; what it said before still counts.
+    ended: Option<Error>,
+    /// When to look at the channels again, and when they began.
     look_at: Instant,
-    /// When a channel last moved.
-    moved: Instant,
+    began: Instant,
 }
 
 impl Attempt {
     /// Takes over a connected socket that does not block.
-    pub(crate) fn new(sock: TcpStream, address: SocketAddr, setup: Setup<ClearLink>, now: Instant) -> Attempt {
+    pub(crate) fn new(sock: TcpStream, address: SocketAddr, setup: Setup<SealedLink>, now: Instant) -> Attempt {
         let address = SocketAddr::new(plain(address.ip()), address.port());
         Attempt {
             sock,
@@ -68,9 +68,9 @@ impl Attempt {
             channels: Channels::None,
             out: Vec::new(),
             sent: 0,
-            pause: FIRST_PAUSE,
+            ended: None,
             look_at: now,
-            moved: now,
+            began: now,
         }
     }
 
@@ -78,7 +78,7 @@ impl Attempt {
         self.sock.as_raw_fd()
     }
 
-    pub(crate) fn setup(&self) -> &Setup<ClearLink> {
+    pub(crate) fn setup(&self) -> &Setup<SealedLink> {
         &self.setup
     }
 
@@ -108,16 +108,28 @@ impl Attempt {
                 continue;
             }
             match self.setup.next(now) {
+                Ok(Next::Wait | Next::Admit) if self.ended.is_some() => {
+                    return Err(self.ended.take().unwrap_or_else(|| self.setup.hung_up()));
+                }
                 Ok(Next::Wait) => return Ok(Progress::Wait),
                 Ok(Next::Admit) => return Ok(Progress::Proved),
-                Ok(Next::Finish) => {
+                Ok(Next::Finish(theirs)) => {
                     self.flush()?;
+                    if let Channels::Up(raised) = std::mem::replace(&mut self.channels, Channels::None) {
+                        self.channels = Channels::Up(fabric::agree(raised, &theirs)?);
+                    }
                     return Ok(Progress::Up);
+                }
+                Ok(Next::PeerHas(theirs)) => {
+                    if let Channels::Raising(raising) = &mut self.channels {
+                        raising.peer_has(&theirs);
+                        self.look_at = now;
+                    }
                 }
                 Ok(Next::Raise(offers)) => {
                     if let Channels::Opened(opened) = std::mem::replace(&mut self.channels, Channels::None) {
                         self.channels = Channels::Raising(opened.establish(&offers)?);
-                        (self.pause, self.look_at, self.moved) = (FIRST_PAUSE, now, now);
+                        (self.look_at, self.began) = (now, now);
                     }
                 }
                 Err(e) => return Err(self.with_missing(e)),
@@ -128,9 +140,7 @@ impl Attempt {
     /// Names the channels that are missing when time is over.
     fn with_missing(&self, error: Error) -> Error {
         match (&self.channels, error.kind()) {
-            (Channels::Raising(raising), ErrorKind::TimedOut) => {
-                Error::new(ErrorKind::TimedOut, format_args!("{error}: {}", raising.describe()))
-            }
+            (Channels::Raising(raising), ErrorKind::TimedOut) => raising.missing().unwrap_or(error),
             _ => error,
         }
     }
@@ -141,60 +151,53 @@ impl Attempt {
         if now < self.look_at {
             return Ok(false);
         }
-        let (moved, all) = raising.poll().map_err(|e| limits::explain(e, self.sock.as_fd()))?;
-        if all {
+        if raising.poll().map_err(|e| limits::explain(e, self.sock.as_fd()))? {
             if let Channels::Raising(raising) = std::mem::replace(&mut self.channels, Channels::None) {
-                self.channels = Channels::Up(raising.finish()?);
+                let (raised, numbers) = raising.finish()?;
+                self.channels = Channels::Up(raised);
+                self.setup.raised(numbers);
             }
-            self.setup.raised();
             return Ok(true);
         }
-        if moved {
-            self.moved = now;
-            self.pause = FIRST_PAUSE;
-        } else {
-            let longest = if now.saturating_duration_since(self.moved) > SLOW_AFTER { SLOW_PAUSE } else { LAST_PAUSE };
-            self.pause = (self.pause * 3 / 2).min(longest);
-        }
-        self.look_at = now + self.pause;
+        let slow = now.saturating_duration_since(self.began) > SLOW_AFTER;
+        self.look_at = now + raising.retry_in().max(if slow { SLOW } else { LOOK });
         Ok(false)
     }
 
     fn read(&mut self, now: Instant) -> Result<()> {
         let mut buffer = [0; READ];
-        loop {
+        while self.ended.is_none() {
             let wanted = self.setup.link.wants().min(READ);
             if wanted == 0 {
-                return self.still_there();
+                self.ended = self.gone();
+                break;
             }
             match self.sock.read(&mut buffer[..wanted]) {
-                Ok(0) => return Err(self.setup.hung_up()),
+                Ok(0) => self.ended = Some(self.setup.hung_up()),
                 Ok(n) => self.setup.received(&buffer[..n], now)?,
-                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => break,
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(err!(RemoteDisconnect, "{} ({e})", self.setup.hung_up())),
+                Err(e) => self.ended = Some(err!(RemoteDisconnect, "{} ({e})", self.setup.hung_up())),
             }
         }
+        Ok(())
     }
 
-    /// While nothing of the peer's is read: whether it is there at all.
-    fn still_there(&self) -> Result<()> {
-        let gone = match (self.sock.take_error(), self.sock.peek(&mut [0])) {
-            (Ok(None), Ok(n)) => n == 0,
-            (Ok(None), Err(e)) => !matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted),
-            _ => true,
+    /// While nothing of the peer's is read: why it is not there any more, if so.
+    fn gone(&self) -> Option<Error> {
+        let there = match (self.sock.take_error(), self.sock.peek(&mut [0])) {
+            (Ok(None), Ok(n)) => n > 0,
+            (Ok(None), Err(e)) => matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted),
+            _ => false,
         };
-        if gone {
-            return Err(self.setup.hung_up());
-        }
-        Ok(())
+        (!there).then(|| self.setup.hung_up())
     }
 
     fn flush(&mut self) -> Result<()> {
         self.setup.link.output(&mut self.out);
         while self.sent < self.out.len() {
             match self.sock.write(&self.out[self.sent..]) {
-                Ok(0) => return Err(self.setup.hung_up()),
+                Ok(0) => break,
                 Ok(n) => self.sent += n,
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Ok(()),
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
@@ -212,10 +215,9 @@ impl Attempt {
     /// # Errors
     /// `Resource` when the descriptors do not suffice; why a plugin cannot listen.
     pub(crate) fn admit(&mut self, site: &Site) -> Result<()> {
-        let Some(theirs) = self.setup.link.proved() else { return Err(err!(Internal, "admitted before its proof")) };
-        let (channels, _) = site.agreed(theirs);
-        limits::room_for(&site.limits, self.sock.as_fd(), site.cost(channels))?;
-        let opened = Opened::open(site, channels).map_err(|e| limits::explain(e, self.sock.as_fd()))?;
+        let Some(agreed) = self.setup.link.proved() else { return Err(err!(Internal, "admitted before its proof")) };
+        limits::room_for(&site.limits, self.sock.as_fd(), site.cost(&agreed.terms))?;
+        let opened = Opened::open(site, agreed.terms.channels.into()).map_err(|e| limits::explain(e, self.sock.as_fd()))?;
         self.setup.offer(opened.offers());
         self.channels = Channels::Opened(opened);
         Ok(())
@@ -236,9 +238,9 @@ impl Attempt {
     /// # Errors
     /// `Canceled` when the engine ends, `Resource`.
     pub(crate) fn finish(self, site: &Site) -> Result<Arc<Connection>> {
-        let (Channels::Up(sets), Some(theirs)) = (self.channels, self.setup.link.proved()) else {
+        let (Channels::Up(sets), Some((agreed, sealed))) = (self.channels, self.setup.link.finish()) else {
             return Err(err!(Internal, "finished before its end"));
         };
-        build::connection(site, Up { sock: self.sock, address: self.address, theirs: theirs.clone(), sets })
+        build::connection(site, Up { sock: self.sock, address: self.address, agreed, sealed, sets })
     }
 }

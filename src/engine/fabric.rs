@@ -1,170 +1,144 @@
-//! The channels of one set-up on their way up, over all plugins of the engine. Knows nothing of the control connection.
+//! The channels of one set-up on their way up, over all plugins of the engine: one set of channels for each. Knows nothing of the
+//! control connection.
 
-use super::link::Offer;
+use super::link::{number, PER_SET};
 use super::site::Site;
-use crate::gpu::Gpu;
-use crate::net::comm::{Accepting, Connecting, ListenComm, RecvComm, SendComm};
-use crate::net::plugin::Plugin;
+use crate::net::setup::{self, Establishing, Listening, Offer, Pair};
 use crate::net::topology;
-use crate::status::{bail, err, Error, Result};
-use std::sync::Arc;
-
-/// A channel: both directions.
-pub(crate) struct Pair {
-    pub send: SendComm,
-    pub recv: RecvComm,
-}
-
-/// Listen comms of one plugin.
-struct Listening {
-    plugin: Arc<Plugin>,
-    gpu: Option<Arc<Gpu>>,
-    nics: Vec<usize>,
-    comms: Vec<ListenComm>,
-}
+use crate::status::{bail, Error, Result};
+use std::time::Duration;
 
 /// Listen comms of all plugins, offered and not yet connected.
 pub(crate) struct Opened(Vec<Listening>);
-
-fn within<R>(gpu: &Option<Arc<Gpu>>, body: impl FnOnce() -> Result<R>) -> Result<R> {
-    match gpu {
-        Some(gpu) => gpu.with(body),
-        None => body(),
-    }
-}
-
-fn at(error: &Error, direction: &str, nic: &str) -> Error {
-    Error::new(error.kind(), format_args!("{direction} on {nic}: {error}"))
-}
 
 impl Opened {
     /// Opens `n` listen comms of each plugin, spread over the NICs near the engine's GPU.
     pub(crate) fn open(site: &Site, n: usize) -> Result<Opened> {
         let mut sets = Vec::new();
         for plugin in site.plugins.all() {
-            let near = topology::nearest(&plugin.devices, site.gpus.pci_path().as_deref());
-            if near.is_empty() {
-                bail!(Plugin, "plugin {} has no usable device", plugin.name);
-            }
-            let nics: Vec<usize> = (0..n).map(|i| near[i % near.len()]).collect();
-            let gpu = site.gpus.followed_by(plugin)?;
-            let listen = |&nic: &usize| ListenComm::new(plugin, nic).map_err(|e| at(&e, "listening", &plugin.devices[nic].name));
-            let comms = within(&gpu, || nics.iter().map(listen).collect::<Result<_>>())?;
-            sets.push(Listening { plugin: plugin.clone(), gpu, nics, comms });
+            // A NIC may have come or gone since the last set-up.
+            let devices = plugin.current_devices()?;
+            let near = topology::nearest(&devices, site.gpus.pci_path().as_deref());
+            sets.push(Listening::open(plugin, &devices, &near, n, site.gpus.followed_by(plugin)?)?);
         }
         Ok(Opened(sets))
     }
 
-    /// What the peer is told.
-    pub(crate) fn offers(&self) -> Vec<Offer> {
-        let of = |set: &Listening| -> Vec<Offer> {
-            let name = |nic: usize| set.plugin.devices[nic].name.clone();
-            set.nics.iter().zip(&set.comms).map(|(&nic, comm)| Offer { nic: name(nic), handle: comm.handle }).collect()
-        };
-        self.0.iter().flat_map(of).collect()
+    /// What the peer is told, by set.
+    pub(crate) fn offers(&self) -> Vec<Vec<Offer>> {
+        self.0.iter().map(Listening::offers).collect()
     }
 
     /// Connects to the peer's offers and accepts the peer's connects from now on.
     ///
     /// # Errors
-    /// `Protocol` when the peer offers another number of channels.
-    pub(crate) fn establish(self, peers: &[Offer]) -> Result<Raising> {
-        let wanted: usize = self.0.iter().map(|set| set.comms.len()).sum();
-        if peers.len() != wanted {
-            bail!(Protocol, "the peer offers {} channels, {wanted} were agreed", peers.len());
+    /// `Protocol` when the peer has other sets.
+    pub(crate) fn establish(self, peers: &[Vec<Offer>]) -> Result<Raising> {
+        if peers.len() != self.0.len() {
+            bail!(Protocol, "the peer offers {} sets of channels, this side {}", peers.len(), self.0.len());
         }
-        let mut peers = peers.iter();
-        let sets = self.0.into_iter().map(|set| {
-            let channels = set.comms.into_iter().zip(&set.nics).zip(peers.by_ref()).map(|((comm, &nic), peer)| Channel {
-                nic: set.plugin.devices[nic].name.clone(),
-                peer_nic: peer.nic.clone(),
-                send: Half::Coming(Connecting::new(&set.plugin, nic, peer.handle)),
-                recv: Half::Coming(comm.accept()),
-            });
-            (set.gpu, channels.collect())
-        });
-        Ok(Raising(sets.collect()))
+        let start = |(set, peer): (Listening, &Vec<Offer>)| Set { coming: set.establish(peer), up: None };
+        Ok(Raising(self.0.into_iter().zip(peers).map(start).collect()))
     }
 }
 
-/// One direction of a channel.
-enum Half<C, D> {
-    Coming(C),
-    Up(D),
-}
-
-struct Channel {
-    nic: String,
-    peer_nic: String,
-    send: Half<Connecting, SendComm>,
-    recv: Half<Accepting, RecvComm>,
-}
-
-impl Channel {
-    /// Whether a direction came up.
-    fn poll(&mut self) -> Result<bool> {
-        let mut moved = false;
-        if let Half::Coming(connect) = &mut self.send {
-            let up = connect.poll().map_err(|e| at(&e, &format!("connecting to {} of the peer", self.peer_nic), &self.nic))?;
-            if let Some(comm) = up {
-                self.send = Half::Up(comm);
-                moved = true;
-            }
-        }
-        if let Half::Coming(accept) = &mut self.recv {
-            if let Some(comm) = accept.poll().map_err(|e| at(&e, "accepting", &self.nic))? {
-                self.recv = Half::Up(comm);
-                moved = true;
-            }
-        }
-        Ok(moved)
-    }
-
-    fn missing(&self) -> impl Iterator<Item = String> + '_ {
-        let send = matches!(self.send, Half::Coming(_)).then(|| format!("{} to the peer's {}", self.nic, self.peer_nic));
-        let recv = matches!(self.recv, Half::Coming(_)).then(|| format!("the peer's {} to {}", self.peer_nic, self.nic));
-        send.into_iter().chain(recv)
-    }
+struct Set {
+    coming: Establishing,
+    /// What came up, once that is settled.
+    up: Option<Vec<Pair>>,
 }
 
 /// Channels on their way up. Dropping it gives up those that are not there yet.
-pub(crate) struct Raising(Vec<(Option<Arc<Gpu>>, Vec<Channel>)>);
+pub(crate) struct Raising(Vec<Set>);
+
+/// What came up, by set.
+pub(crate) type Raised = Vec<Vec<Pair>>;
 
 impl Raising {
-    /// Goes on; whether anything moved, and whether all are up.
+    /// Goes on; whether it is settled what is up.
     ///
     /// # Errors
-    /// The first failure of a channel, with its NIC and direction.
-    pub(crate) fn poll(&mut self) -> Result<(bool, bool)> {
-        let mut moved = false;
-        for (gpu, channels) in &mut self.0 {
-            within(gpu, || {
-                for channel in channels {
-                    moved |= channel.poll()?;
-                }
-                Ok(())
-            })?;
+    /// Why nothing of a set could come up.
+    pub(crate) fn poll(&mut self) -> Result<bool> {
+        let mut settled = true;
+        for set in &mut self.0 {
+            if set.up.is_none() {
+                set.up = set.coming.poll()?;
+                settled &= set.up.is_some();
+            }
         }
-        Ok((moved, self.missing().next().is_none()))
+        Ok(settled)
     }
 
-    fn missing(&self) -> impl Iterator<Item = String> + '_ {
-        self.0.iter().flat_map(|(_, channels)| channels.iter().flat_map(Channel::missing))
+    /// The peer has said what came up on its side: nothing else is waited for.
+    pub(crate) fn peer_has(&mut self, numbers: &[u16]) {
+        for (set, theirs) in self.0.iter_mut().zip(by_set(numbers)) {
+            set.coming.peer_has(&theirs);
+        }
     }
 
-    /// What is missing, for people.
-    pub(crate) fn describe(&self) -> String {
-        let all: Vec<String> = self.missing().collect();
-        let shown = all.iter().take(4).cloned().collect::<Vec<_>>().join(", ");
-        format!("{} channel directions are missing: {shown}{}", all.len(), if all.len() > 4 { ", ..." } else { "" })
+    /// When to poll again.
+    pub(crate) fn retry_in(&self) -> Duration {
+        self.0.iter().filter(|s| s.up.is_none()).map(|s| s.coming.retry_in()).min().unwrap_or(Duration::ZERO)
     }
 
-    /// The channels of each plugin, once all are up.
-    pub(crate) fn finish(self) -> Result<Vec<Vec<Pair>>> {
-        let pair = |channel: Channel| match (channel.send, channel.recv) {
-            (Half::Up(send), Half::Up(recv)) => Ok(Pair { send, recv }),
-            _ => Err(err!(Internal, "a channel is only half set up")),
-        };
-        self.0.into_iter().map(|(_, channels)| channels.into_iter().map(pair).collect()).collect()
+    /// The error at the deadline: what is missing.
+    pub(crate) fn missing(&self) -> Option<Error> {
+        self.0.iter().find(|s| s.up.is_none()).map(|s| s.coming.missing())
+    }
+
+    /// What came up, and its numbers for the peer.
+    ///
+    /// # Errors
+    /// When nothing could be joined at all.
+    pub(crate) fn finish(self) -> Result<(Raised, Vec<u16>)> {
+        let reason = self.0.iter().find_map(|s| s.coming.reason()).map(str::to_owned);
+        let raised: Raised = self.0.into_iter().map(|s| s.up.unwrap_or_default()).collect();
+        let numbers: Vec<u16> =
+            raised.iter().enumerate().flat_map(|(set, pairs)| pairs.iter().map(move |p| number(set, p.index))).collect();
+        match reason {
+            Some(reason) if numbers.is_empty() => bail!(Unsupported, "{reason}"),
+            Some(reason) => log::warn!("{reason}: what it would carry takes the other channels"),
+            None => {}
+        }
+        Ok((raised, numbers))
+    }
+}
+
+/// Leaves the channels that are up on both sides.
+///
+/// # Errors
+/// `Unreachable` when a set has lost all of its channels.
+pub(crate) fn agree(raised: Raised, theirs: &[u16]) -> Result<Raised> {
+    let mut agreed = Vec::new();
+    for (pairs, theirs) in raised.into_iter().zip(by_set(theirs)) {
+        let before = pairs.len();
+        let pairs = setup::agree(pairs, &theirs);
+        if pairs.is_empty() && before > 0 {
+            bail!(Unreachable, "none of {before} channels is up on both sides");
+        }
+        if pairs.len() < before {
+            log::warn!("{} of {before} channels are up on both sides: the connection uses these", pairs.len());
+        }
+        agreed.push(pairs);
+    }
+    Ok(agreed)
+}
+
+/// Channel numbers, apart by set.
+fn by_set(numbers: &[u16]) -> impl Iterator<Item = Vec<usize>> + '_ {
+    let of = |set: usize| numbers.iter().filter(move |&&n| usize::from(n) / PER_SET == set);
+    (0..).map(move |set| of(set).map(|&n| usize::from(n) % PER_SET).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_name_set_and_channel() {
+        let numbers = [number(0, 0), number(0, 63), number(1, 0), number(3, 7)];
+        let sets: Vec<Vec<usize>> = by_set(&numbers).take(4).collect();
+        assert_eq!(sets, [vec![0, 63], vec![0], vec![], vec![7]]);
     }
 }

@@ -2,12 +2,22 @@
 
 use crate::gpu::{Gpu, GpuName, MemoryKind};
 use crate::net::plugin::Plugin;
+use crate::net::{OnGpu, Scope};
 use crate::status::{bail, Result};
 use crate::types::Place;
 use parking_lot::Mutex;
 use std::collections::hash_map::Entry;
 use std::collections::HashMap;
 use std::sync::Arc;
+
+impl OnGpu for Gpu {
+    fn on(&self, body: &mut dyn FnMut()) -> Result<()> {
+        self.with(|| {
+            body();
+            Ok(())
+        })
+    }
+}
 
 pub(crate) struct Gpus {
     /// The engine's GPU, where there is one. Named, not touched.
@@ -39,10 +49,18 @@ impl Gpus {
         Some(path.to_string_lossy().into_owned())
     }
 
-    /// The GPU that a plugin's calls follow; none for the software plugin, which takes it from each device request.
-    pub(crate) fn followed_by(&self, plugin: &Plugin) -> Result<Option<Arc<Gpu>>> {
+    /// The engine's GPU, opened; for the start of a plugin.
+    pub(crate) fn own(&self) -> Result<Scope> {
         match &self.own {
-            Some(gpu) if !plugin.is_soft() => Ok(Some(Gpu::open(gpu.ordinal)?)),
+            Some(gpu) => Ok(Some(Gpu::open(gpu.ordinal)?)),
+            None => Ok(None),
+        }
+    }
+
+    /// The GPU that a plugin's calls follow; none for the software plugin, which takes it from each device request.
+    pub(crate) fn followed_by(&self, plugin: &Plugin) -> Result<Scope> {
+        match &self.own {
+            Some(gpu) if plugin.traits.follows_gpu => Ok(Some(Gpu::open(gpu.ordinal)?)),
             _ => Ok(None),
         }
     }

@@ -1,290 +1,319 @@
-//! The control connection while it is set up, as bytes in and bytes out: the handshake, then messages. Knows nothing of sockets.
+//! The control connection while it is set up, as bytes in and bytes out: the handshake, then sealed messages. Knows nothing of sockets.
 
-use crate::status::{bail, Error, ErrorKind, Result};
-use crate::wire::handshake_v1::{compatible, get_text, prove, put_text, verify, Handle, Hello, Proof, HELLO_BYTES};
+use crate::net::setup::Offer;
+use crate::status::{bail, Error, Result};
+use crate::wire::handshake::{Handshake, Outcome, Peer};
+use crate::wire::hello::Terms;
+use crate::wire::session::{Opened, Session, MAX_RECORD};
+use crate::wire::setup::{self, Decoded, Offered, Verdict};
 use std::collections::VecDeque;
 
-/// Longest text of a verdict.
-const TEXT: usize = 1024;
-const VERDICT: usize = 256;
-const HEADER: usize = 5;
-/// Longest message: 64 channels of two plugins with names.
-const MAX_MESSAGE: usize = 64 << 10;
-const OFFER: u8 = 1;
-const READY: u8 = 2;
-const NIC_NAME: usize = 32;
+/// Channels of a set at most.
+pub(crate) const PER_SET: usize = crate::wire::hello::MAX_CHANNELS as usize;
+/// Messages that are decoded ahead: an offer, and how it ended.
+const AHEAD: usize = 2;
 
-/// A channel's listen comm, as the peer is told.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Offer {
-    pub nic: String,
-    pub handle: Handle,
+/// The number of a channel in messages: its set and its number there.
+pub(crate) fn number(set: usize, index: usize) -> u16 {
+    (set * PER_SET + index) as u16
 }
 
 /// What the sides tell each other after the handshake.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) enum Message {
-    /// A side's listen comms; those of one plugin after those of the other.
-    Offer(Vec<Offer>),
-    /// A side's channels are up, or the set-up has failed there.
-    Ready(Result<()>),
+    /// A side's listen comms, by set.
+    Offer(Vec<Vec<Offer>>),
+    /// The numbers of the channels that are up on a side.
+    Ready(Vec<u16>),
+    /// A side gives up.
+    Abort(Error),
+}
+
+/// What the handshake has proved and agreed on.
+#[derive(Clone, Debug)]
+pub(crate) struct Agreed {
+    pub peer: Peer,
+    pub terms: Terms,
 }
 
 /// The part of the wire protocol that a set-up needs.
 pub(crate) trait Link {
     /// Most bytes that may be read from the peer now; none once everything was heard.
     fn wants(&self) -> usize;
-    /// Takes bytes of the peer, at most as many as wanted.
+    /// Takes bytes of the peer.
     ///
     /// # Errors
     /// `Protocol`, `Auth`, or the peer's refusal.
     fn input(&mut self, bytes: &[u8]) -> Result<()>;
     /// Appends what is to be sent.
     fn output(&mut self, out: &mut Vec<u8>);
-    /// The peer's hello, once the handshake has proved it.
-    fn proved(&self) -> Option<&Hello>;
-    /// Queues a message. Before the proof only a failure can be told.
+    /// The other side, once the handshake has proved it.
+    fn proved(&self) -> Option<&Agreed>;
+    /// Queues a message. Before the proof only a failure can be told, and of it as much as a stranger may know.
     fn send(&mut self, message: &Message);
     /// The peer's next message.
     fn receive(&mut self) -> Option<Message>;
 }
 
-enum Expect {
-    Hello,
-    Verdict,
-    TheirHello,
-    TheirProof,
-    ProofVerdict,
-    Messages,
-    Nothing,
+/// The sealed stream after the last message of a set-up.
+pub(crate) struct Sealed {
+    pub session: Session,
+    /// Opened bytes that no message took.
+    pub plain: Vec<u8>,
+    /// Received bytes that were not opened.
+    pub raw: Vec<u8>,
 }
 
-/// The handshake in clear with a proof of the key, then messages in clear.
-pub(crate) struct ClearLink {
-    ours: Hello,
-    key: Option<Vec<u8>>,
-    connecting: bool,
-    expect: Expect,
-    theirs: Option<Hello>,
-    proved: bool,
-    input: Vec<u8>,
+/// The handshake of `wire`, and its session.
+pub(crate) struct SealedLink {
+    /// Until it is over and its bytes are sent.
+    handshake: Option<Handshake>,
+    agreed: Option<Agreed>,
+    session: Option<Session>,
+    raw: Vec<u8>,
+    plain: Vec<u8>,
     out: Vec<u8>,
     messages: VecDeque<Message>,
+    /// Nothing but frames follows.
+    heard_all: bool,
 }
 
-fn verdict(outcome: &Result<()>) -> Vec<u8> {
-    let (code, text) = match outcome {
-        Ok(()) => (0, String::new()),
-        Err(e) => (e.code(), e.to_string()),
-    };
-    let mut out = code.to_le_bytes().to_vec();
-    put_text(&mut out, &text, VERDICT - 4);
-    out
-}
-
-fn read_verdict(b: &[u8]) -> Result<()> {
-    let Some((code, text)) = b.split_first_chunk::<4>() else { bail!(Protocol, "a verdict of {} bytes", b.len()) };
-    match i32::from_le_bytes(*code) {
-        0 => Ok(()),
-        code => Err(Error::new(ErrorKind::from_code(code), format_args!("refused by the peer: {}", printable(&get_text(text))))),
-    }
-}
-
-/// What a peer says goes to the log: no control characters.
-fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
-}
-
-impl ClearLink {
-    pub(crate) fn new(ours: Hello, key: Option<Vec<u8>>, connecting: bool) -> ClearLink {
-        let out = if connecting { ours.encode() } else { Vec::new() };
-        let expect = if connecting { Expect::Verdict } else { Expect::Hello };
-        ClearLink {
-            ours,
-            key,
-            connecting,
-            expect,
-            theirs: None,
-            proved: false,
-            input: Vec::new(),
-            out,
+impl SealedLink {
+    pub(crate) fn new(handshake: Handshake) -> SealedLink {
+        SealedLink {
+            handshake: Some(handshake),
+            agreed: None,
+            session: None,
+            raw: Vec::new(),
+            plain: Vec::new(),
+            out: Vec::new(),
             messages: VecDeque::new(),
+            heard_all: false,
         }
     }
 
-    /// Bytes of the next piece that makes sense as a whole.
-    fn piece(&self) -> usize {
-        match self.expect {
-            Expect::Hello | Expect::TheirHello => HELLO_BYTES,
-            Expect::Verdict | Expect::ProofVerdict => VERDICT,
-            Expect::TheirProof => size_of::<Proof>(),
-            Expect::Messages if self.messages.len() >= 2 => 0,
-            Expect::Messages => match self.input.first_chunk::<HEADER>() {
-                Some([_, len @ ..]) => HEADER + u32::from_le_bytes(*len) as usize,
-                None => HEADER,
-            },
-            Expect::Nothing => 0,
+    /// Drops the handshake when nothing of it is left to send.
+    fn shake(&mut self, bytes: &[u8]) -> Result<usize> {
+        let Some(handshake) = &mut self.handshake else { return Ok(0) };
+        let taken = handshake.input(bytes)?;
+        if let Some(Outcome { peer, terms, session }) = handshake.outcome() {
+            self.agreed = Some(Agreed { peer, terms });
+            self.session = Some(session);
         }
+        Ok(taken)
     }
 
-    fn finished(&mut self) {
-        self.proved = true;
-        self.expect = Expect::Messages;
-    }
-
-    fn take(&mut self, piece: &[u8]) -> Result<()> {
-        match self.expect {
-            Expect::Hello => self.listening_hello(piece),
-            Expect::Verdict => {
-                read_verdict(piece)?;
-                self.expect = Expect::TheirHello;
-                Ok(())
-            }
-            Expect::TheirHello => {
-                let theirs = Hello::decode(&piece.try_into().map_err(|_| short())?)?;
-                compatible(&self.ours, &theirs)?;
-                self.theirs = Some(theirs);
-                match self.key {
-                    Some(_) => self.expect = Expect::TheirProof,
-                    None => self.finished(),
+    /// Opens and decodes what is here, a few messages ahead.
+    fn open(&mut self) -> Result<()> {
+        let Some(session) = &mut self.session else { return Ok(()) };
+        while !self.heard_all && self.messages.len() < AHEAD {
+            match setup::decode(&self.plain)? {
+                Decoded::Message(message, n) => {
+                    self.plain.drain(..n);
+                    self.heard_all = !matches!(message, setup::Message::Offer(_));
+                    self.messages.push_back(understood(message)?);
                 }
-                Ok(())
+                Decoded::Need(_) => match session.open(&mut self.raw)? {
+                    Opened::Record { plain, consumed } => {
+                        self.plain.extend_from_slice(&self.raw[..plain]);
+                        self.raw.drain(..consumed);
+                    }
+                    Opened::Need(_) => break,
+                },
             }
-            Expect::TheirProof => self.check_proof(&piece.try_into().map_err(|_| short())?),
-            Expect::ProofVerdict => {
-                read_verdict(piece)?;
-                match self.connecting {
-                    true => self.finished(),
-                    false => self.expect = Expect::TheirProof,
-                }
-                Ok(())
-            }
-            Expect::Messages => self.message(piece),
-            Expect::Nothing => Ok(()),
-        }
-    }
-
-    fn listening_hello(&mut self, piece: &[u8]) -> Result<()> {
-        let theirs = Hello::decode(&piece.try_into().map_err(|_| short())?);
-        let outcome = theirs.as_ref().map_err(Error::clone).and_then(|theirs| compatible(&self.ours, theirs));
-        self.out.extend(verdict(&outcome));
-        outcome?;
-        let theirs = theirs?;
-        self.out.extend(self.ours.encode());
-        if let Some(key) = &self.key {
-            self.out.extend(prove(key, b"listening", &theirs, &self.ours)?);
-            self.expect = Expect::ProofVerdict;
-        }
-        self.theirs = Some(theirs);
-        if self.key.is_none() {
-            self.finished();
         }
         Ok(())
     }
 
-    fn check_proof(&mut self, proof: &Proof) -> Result<()> {
-        let (Some(key), Some(theirs)) = (&self.key, &self.theirs) else { bail!(Internal, "a proof without a key") };
-        let outcome = match self.connecting {
-            true => verify(key, b"listening", &self.ours, theirs, proof),
-            false => verify(key, b"connecting", theirs, &self.ours, proof),
-        };
-        self.out.extend(verdict(&outcome));
-        outcome?;
-        if self.connecting {
-            let own = prove(key, b"connecting", &self.ours, theirs)?;
-            self.out.extend(own);
-            self.expect = Expect::ProofVerdict;
-        } else {
-            self.finished();
-        }
-        Ok(())
-    }
-
-    fn message(&mut self, piece: &[u8]) -> Result<()> {
-        let Some(([kind, ..], body)) = piece.split_first_chunk::<HEADER>() else { return Err(short()) };
-        let message = match *kind {
-            OFFER => Message::Offer(read_offers(body)?),
-            READY => {
-                self.expect = Expect::Nothing;
-                Message::Ready(read_verdict(body))
-            }
-            other => bail!(Protocol, "message {other} during the set-up"),
-        };
-        self.messages.push_back(message);
-        Ok(())
+    /// What is left for the connection.
+    pub(crate) fn finish(self) -> Option<(Agreed, Sealed)> {
+        Some((self.agreed?, Sealed { session: self.session?, plain: self.plain, raw: self.raw }))
     }
 }
 
-fn short() -> Error {
-    crate::status::err!(Protocol, "a message that is too short")
+fn understood(message: setup::Message) -> Result<Message> {
+    let offer = |o: Offered| Offer { nic: o.nic, handle: o.handle };
+    Ok(match message {
+        setup::Message::Offer(sets) => Message::Offer(sets.into_iter().map(|s| s.into_iter().map(offer).collect()).collect()),
+        setup::Message::Ready(verdict, numbers) => match verdict.result() {
+            Ok(()) => Message::Ready(numbers),
+            Err(e) => Message::Abort(e),
+        },
+        setup::Message::Abort(verdict) => match verdict.result() {
+            Err(e) => Message::Abort(e),
+            Ok(()) => bail!(Protocol, "the peer gave up without a reason"),
+        },
+    })
 }
 
-fn read_offers(body: &[u8]) -> Result<Vec<Offer>> {
-    let one = NIC_NAME + size_of::<Handle>();
-    if body.len() % one != 0 {
-        bail!(Protocol, "an offer of {} bytes", body.len());
+fn told(message: &Message) -> setup::Message {
+    let offered = |o: &Offer| Offered { nic: o.nic.clone(), handle: o.handle };
+    match message {
+        Message::Offer(sets) => setup::Message::Offer(sets.iter().map(|s| s.iter().map(offered).collect()).collect()),
+        Message::Ready(numbers) => setup::Message::Ready(Verdict::ok(), numbers.clone()),
+        Message::Abort(e) => setup::Message::Abort(Verdict::from(e)),
     }
-    let read = |b: &[u8]| -> Result<Offer> {
-        let handle = b[NIC_NAME..].try_into().map_err(|_| short())?;
-        Ok(Offer { nic: printable(&get_text(&b[..NIC_NAME])), handle })
-    };
-    body.chunks_exact(one).map(read).collect()
 }
 
-impl Link for ClearLink {
+impl Link for SealedLink {
     fn wants(&self) -> usize {
-        self.piece().saturating_sub(self.input.len())
+        match self.heard_all || self.messages.len() >= AHEAD {
+            true => 0,
+            false => MAX_RECORD.saturating_sub(self.raw.len()),
+        }
     }
 
     fn input(&mut self, bytes: &[u8]) -> Result<()> {
-        self.input.extend_from_slice(bytes);
-        if matches!(self.expect, Expect::Hello) && !Hello::plausible(&self.input[..self.input.len().min(8)]) {
-            bail!(Protocol, "does not speak this protocol");
-        }
-        let piece = self.piece();
-        if piece > MAX_MESSAGE {
-            bail!(Protocol, "a message of {piece} bytes during the set-up");
-        }
-        // The header of a message says how much more belongs to it.
-        if piece == 0 || self.input.len() < piece {
-            return Ok(());
-        }
-        let whole = std::mem::take(&mut self.input);
-        self.take(&whole)
+        let taken = if self.session.is_none() { self.shake(bytes)? } else { 0 };
+        self.raw.extend_from_slice(&bytes[taken..]);
+        self.open()
     }
 
     fn output(&mut self, out: &mut Vec<u8>) {
+        if let Some(handshake) = &mut self.handshake {
+            let bytes = handshake.output();
+            let n = bytes.len();
+            out.extend_from_slice(bytes);
+            handshake.sent(n);
+            if self.session.is_some() {
+                self.handshake = None;
+            }
+        }
         out.append(&mut self.out);
     }
 
-    fn proved(&self) -> Option<&Hello> {
-        self.theirs.as_ref().filter(|_| self.proved)
+    fn proved(&self) -> Option<&Agreed> {
+        self.agreed.as_ref()
     }
 
     fn send(&mut self, message: &Message) {
-        let (kind, body) = match message {
-            _ if !self.proved => return,
-            Message::Offer(offers) => {
-                let mut body = Vec::new();
-                for offer in offers {
-                    put_text(&mut body, &offer.nic, NIC_NAME);
-                    body.extend_from_slice(&offer.handle);
+        match (&mut self.session, &mut self.handshake, message) {
+            (Some(session), _, message) => {
+                let mut plain = Vec::new();
+                setup::encode(&told(message), &mut plain);
+                // Nothing leaves unsealed; the set-up then ends at its deadline.
+                if let Err(e) = session.seal(&plain, &mut self.out) {
+                    log::error!("a message of a set-up was not sent: {e}");
                 }
-                (OFFER, body)
             }
-            Message::Ready(outcome) => {
-                let (code, text) = outcome.as_ref().map_or_else(|e| (e.code(), e.to_string()), |()| (0, String::new()));
-                let mut body = code.to_le_bytes().to_vec();
-                body.extend(text.bytes().take(TEXT));
-                (READY, body)
-            }
-        };
-        self.out.push(kind);
-        self.out.extend((body.len() as u32).to_le_bytes());
-        self.out.extend(body);
+            (None, Some(handshake), Message::Abort(e)) => handshake.refuse(e),
+            _ => {}
+        }
     }
 
     fn receive(&mut self) -> Option<Message> {
-        self.messages.pop_front()
+        let message = self.messages.pop_front();
+        // There is room again for what waits.
+        if let Err(e) = self.open() {
+            self.messages.push_back(Message::Abort(e));
+            self.heard_all = true;
+        }
+        message
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::{err, ErrorKind};
+    use crate::wire::handshake::Identity;
+    use crate::wire::hello::tests::sample;
+    use crate::wire::keys::Keys;
+    use std::sync::Arc;
+
+    fn both(keys: [Keys; 2]) -> [SealedLink; 2] {
+        let identity = || Arc::new(Identity::generate().unwrap());
+        let [a, b] = keys.map(Arc::new);
+        [
+            SealedLink::new(Handshake::connecting(&identity(), sample(), a).unwrap()),
+            SealedLink::new(Handshake::listening(&identity(), sample(), b).unwrap()),
+        ]
+    }
+
+    /// Passes bytes in pieces of `cut` until nothing moves; the error of each side.
+    fn run(links: &mut [SealedLink; 2], cut: usize) -> [Result<()>; 2] {
+        let mut outcome = [Ok(()), Ok(())];
+        loop {
+            let mut moved = false;
+            for from in 0..2 {
+                let mut bytes = Vec::new();
+                links[from].output(&mut bytes);
+                for piece in bytes.chunks(cut) {
+                    moved = true;
+                    if outcome[1 - from].is_ok() {
+                        outcome[1 - from] = links[1 - from].input(piece);
+                    }
+                }
+            }
+            if !moved {
+                return outcome;
+            }
+        }
+    }
+
+    fn offers(n: usize) -> Vec<Vec<Offer>> {
+        let offer = |i| Offer { nic: format!("eth{i}"), handle: [i as u8; 128] };
+        vec![(0..n).map(offer).collect(), Vec::new()]
+    }
+
+    #[test]
+    fn messages_cross_whatever_the_pieces_and_what_follows_is_kept() {
+        for cut in [1, 7, 1000, 1 << 20] {
+            let mut links = both([Keys::none(), Keys::none()]);
+            assert_eq!(run(&mut links, cut), [Ok(()), Ok(())]);
+            assert!(links.iter().all(|l| l.proved().is_some()));
+            links[0].send(&Message::Offer(offers(64)));
+            links[0].send(&Message::Ready(vec![0, 63, 64]));
+            if let Some(session) = &mut links[0].session {
+                session.seal(b"a frame", &mut links[0].out).unwrap();
+            }
+            assert_eq!(run(&mut links, cut), [Ok(()), Ok(())]);
+            let [_, mut link] = links;
+            assert!(matches!(link.receive(), Some(Message::Offer(sets)) if sets[0].len() == 64 && sets[0][63].nic == "eth63"));
+            assert!(matches!(link.receive(), Some(Message::Ready(numbers)) if numbers == [0, 63, 64]));
+            assert_eq!(link.wants(), 0);
+            let mut rest = link.finish().unwrap().1;
+            assert!(matches!(rest.session.open(&mut rest.raw), Ok(Opened::Record { plain: 7, .. })));
+            assert!(rest.plain.is_empty() && rest.raw.starts_with(b"a frame"));
+        }
+    }
+
+    #[test]
+    fn without_the_key_nothing_is_proved_and_nothing_is_heard() {
+        let key = |text: &str| Keys::parse(text.as_bytes()).unwrap();
+        let mut links = both([key("0123456789abcdef"), key("fedcba9876543210")]);
+        let outcome = run(&mut links, 100);
+        assert!(outcome.iter().all(|o| o.as_ref().is_err_and(|e| e.kind() == ErrorKind::Auth)), "{outcome:?}");
+        assert!(links.iter().all(|l| l.proved().is_none()));
+    }
+
+    #[test]
+    fn a_flood_of_messages_is_not_taken_in() {
+        let mut links = both([Keys::none(), Keys::none()]);
+        assert_eq!(run(&mut links, 4096), [Ok(()), Ok(())]);
+        let mut bytes = Vec::new();
+        for _ in 0..100 {
+            links[0].send(&Message::Offer(offers(64)));
+        }
+        links[0].output(&mut bytes);
+        let link = &mut links[1];
+        let mut at = 0;
+        while link.wants() > 0 {
+            let n = link.wants().min(4096);
+            link.input(&bytes[at..at + n]).unwrap();
+            at += n;
+        }
+        assert!(link.messages.len() <= AHEAD && link.raw.len() <= MAX_RECORD && at < bytes.len() / 4, "{at} of {}", bytes.len());
+    }
+
+    #[test]
+    fn a_refusal_before_the_proof_reaches_the_peer() {
+        let mut links = both([Keys::none(), Keys::none()]);
+        let mut bytes = Vec::new();
+        links[0].output(&mut bytes);
+        links[1].input(&bytes).unwrap();
+        links[1].send(&Message::Abort(err!(Resource, "too many")));
+        let outcome = run(&mut links, 4096);
+        assert!(outcome[0].as_ref().is_err_and(|e| e.kind() == ErrorKind::Resource), "{outcome:?}");
     }
 }

@@ -96,18 +96,18 @@ impl Engine {
     /// `PluginLoad`, `Plugin`, `System` (port taken), `InvalidArgument` (configuration), `Resource`.
     pub fn new(config: Config) -> Result<Arc<Engine>> {
         crate::logging::init();
-        let device = Plugin::choose(&config)?;
+        let gpus = gpus::Gpus::new(config.emulate_device);
+        let device = Plugin::choose(&config, &|| gpus.own())?;
         if device.devices.is_empty() {
             bail!(Plugin, "plugin {} found no network device", device.name);
         }
-        let host = if device.is_soft() { None } else { Some(Plugin::soft(&config)?) };
+        let host = if device.traits.host_memory { None } else { Some(Plugin::soft()?) };
         let plugins = Plugins { device, host };
         let ports = listener::open(config.bind, config.socket_ifname.as_deref(), config.port)?;
-        let gpus = gpus::Gpus::new(config.emulate_device);
         let metadata = listener::metadata(ports.address, &gpus.name());
         announce(&metadata, &plugins, &gpus);
         let limits = limits::Limits::of_process();
-        let home = Arc::new(home::Home::new(bell::Bell::new()?, plugins.device.is_soft(), config.close_timeout));
+        let home = Arc::new(home::Home::new(bell::Bell::new()?, plugins.device.traits.doorbell, config.close_timeout));
         let accepts = Arc::new(Accepts::new(limits.waiting));
         let site = Arc::new(Site {
             identity: Identity::new(&config)?,
@@ -235,7 +235,7 @@ impl Engine {
         let region = self.parts.site.home.registry.local(mr)?;
         region.check(addr as u64, len as u64)?;
         let access =
-            fifo::Access { region: mr, token: region.token, engine: self.parts.site.identity.engine, place: region.place };
+            fifo::Access { region: mr, token: region.token, engine: self.parts.site.identity.engine(), place: region.place };
         Ok(FifoItem::new(addr as u64, len as u64, &access))
     }
 

@@ -1,7 +1,8 @@
 //! One set-up of a connection as a machine: what it waits for, what it does next, when it has taken too long. Time comes in, bytes
 //! go through its link; no sockets, no plugins, no threads.
 
-use super::link::{Link, Message, Offer};
+use super::link::{Link, Message};
+use crate::net::setup::Offer;
 use crate::status::{bail, err, Error, Result};
 use std::time::Instant;
 
@@ -21,16 +22,18 @@ enum Stage {
 }
 
 /// What the owner of a set-up has to do.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) enum Next {
     /// Nothing until the peer says more, or time passes.
     Wait,
     /// The peer is proved: open listen comms and call [`Setup::offer`], or [`Setup::fail`].
     Admit,
     /// Bring up the channels to these, and call [`Setup::raised`].
-    Raise(Vec<Offer>),
-    /// Both sides are up: send what is left and build the connection.
-    Finish,
+    Raise(Vec<Vec<Offer>>),
+    /// The peer's channels that are up, while ours come up: nothing else is worth waiting for.
+    PeerHas(Vec<u16>),
+    /// Both sides are done; these of the peer's are up. Send what is left and build the connection.
+    Finish(Vec<u16>),
 }
 
 /// The machine.
@@ -46,8 +49,11 @@ pub(crate) struct Setup<L> {
     /// Something was heard at all.
     spoke: bool,
     /// The peer's offer, when it came before ours was out.
-    early: Option<Vec<Offer>>,
-    peer_ready: bool,
+    early: Option<Vec<Vec<Offer>>>,
+    /// The peer's channels that are up, once it has said so.
+    theirs: Option<Vec<u16>>,
+    /// The owner knows of them.
+    told: bool,
 }
 
 impl<L: Link> Setup<L> {
@@ -60,7 +66,8 @@ impl<L: Link> Setup<L> {
             heard: now,
             spoke: false,
             early: None,
-            peer_ready: false,
+            theirs: None,
+            told: false,
         }
     }
 
@@ -72,11 +79,6 @@ impl<L: Link> Setup<L> {
     /// Whether the peer has said nothing at all.
     pub(crate) fn is_silent(&self) -> bool {
         !self.spoke
-    }
-
-    /// Whether channels are coming up, so that somebody has to look at them.
-    pub(crate) fn is_raising(&self) -> bool {
-        self.stage == Stage::Raising
     }
 
     /// Since when it has waited for the peer alone; `None` while it is our turn too.
@@ -127,15 +129,17 @@ impl<L: Link> Setup<L> {
         }
         while let Some(message) = self.link.receive() {
             match message {
-                Message::Ready(Err(e)) => return Err(Error::new(e.kind(), format_args!("the peer gave up: {e}"))),
-                Message::Ready(Ok(())) => self.peer_ready = true,
+                Message::Abort(e) => return Err(e),
+                Message::Ready(numbers) => self.theirs = Some(numbers),
                 Message::Offer(offers) if self.early.is_none() && matches!(self.stage, Stage::Proved | Stage::Offered) => {
                     self.early = Some(offers);
                 }
-                Message::Offer(_) => bail!(Protocol, "the peer offered channels twice"),
+                Message::Offer(_) => {
+                    bail!(Protocol, "the peer offered channels {}", if self.is_stranger() { "before its proof" } else { "twice" })
+                }
             }
         }
-        if self.peer_ready && !matches!(self.stage, Stage::Raising | Stage::Raised | Stage::Ended) {
+        if self.theirs.is_some() && !matches!(self.stage, Stage::Raising | Stage::Raised | Stage::Ended) {
             // It cannot have connected to what it does not know, or without telling us of its own.
             if self.stage == Stage::Proved || self.early.is_none() {
                 bail!(Protocol, "the peer says that its channels are up before they can be");
@@ -154,11 +158,21 @@ impl<L: Link> Setup<L> {
                 }
                 None => Next::Wait,
             },
-            Stage::Raised if self.peer_ready => {
-                self.stage = Stage::Ended;
-                Next::Finish
-            }
-            Stage::Proving | Stage::Raising | Stage::Raised | Stage::Ended => Next::Wait,
+            Stage::Raising if !self.told => match &self.theirs {
+                Some(theirs) => {
+                    self.told = true;
+                    Next::PeerHas(theirs.clone())
+                }
+                None => Next::Wait,
+            },
+            Stage::Raised => match self.theirs.take() {
+                Some(theirs) => {
+                    self.stage = Stage::Ended;
+                    Next::Finish(theirs)
+                }
+                None => Next::Wait,
+            },
+            Stage::Proving | Stage::Raising | Stage::Ended => Next::Wait,
         })
     }
 
@@ -174,18 +188,18 @@ impl<L: Link> Setup<L> {
     }
 
     /// Our listen comms are open.
-    pub(crate) fn offer(&mut self, offers: Vec<Offer>) {
+    pub(crate) fn offer(&mut self, offers: Vec<Vec<Offer>>) {
         if self.stage == Stage::Proved {
             self.stage = Stage::Offered;
             self.link.send(&Message::Offer(offers));
         }
     }
 
-    /// Our channels are up.
-    pub(crate) fn raised(&mut self) {
+    /// It is settled which of our channels are up: these.
+    pub(crate) fn raised(&mut self, numbers: Vec<u16>) {
         if self.stage == Stage::Raising {
             self.stage = Stage::Raised;
-            self.link.send(&Message::Ready(Ok(())));
+            self.link.send(&Message::Ready(numbers));
         }
     }
 
@@ -193,7 +207,7 @@ impl<L: Link> Setup<L> {
     pub(crate) fn fail(&mut self, error: &Error) {
         if self.stage != Stage::Ended {
             self.stage = Stage::Ended;
-            self.link.send(&Message::Ready(Err(error.clone())));
+            self.link.send(&Message::Abort(error.clone()));
         }
     }
 }
@@ -201,14 +215,17 @@ impl<L: Link> Setup<L> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::link::Agreed;
     use crate::status::ErrorKind;
-    use crate::wire::handshake_v1::Hello;
+    use crate::wire::handshake::Peer;
+    use crate::wire::hello::tests::sample;
+    use crate::wire::keys::Proof;
     use std::collections::VecDeque;
     use std::time::Duration;
 
     /// Messages without a wire; proved after the given number of input bytes.
     struct SimulatedLink {
-        hello: Hello,
+        agreed: Agreed,
         missing: usize,
         inbox: VecDeque<Message>,
         sent: Vec<Message>,
@@ -223,8 +240,8 @@ mod tests {
             Ok(())
         }
         fn output(&mut self, _: &mut Vec<u8>) {}
-        fn proved(&self) -> Option<&Hello> {
-            (self.missing == 0).then_some(&self.hello)
+        fn proved(&self) -> Option<&Agreed> {
+            (self.missing == 0).then_some(&self.agreed)
         }
         fn send(&mut self, message: &Message) {
             self.sent.push(message.clone());
@@ -234,22 +251,19 @@ mod tests {
         }
     }
 
-    fn hello() -> Hello {
-        Hello {
-            channels: 1,
-            chunk_bytes: 4096,
-            gpu_index: -1,
-            authenticated: false,
-            engine: [1; 16],
-            nonce: [2; 32],
-            plugin: "soft".into(),
-            gpu: "-1".into(),
-            wanted_gpu: String::new(),
-        }
+    fn agreed() -> Agreed {
+        let terms = sample().agree(&sample()).unwrap();
+        Agreed { peer: Peer { hello: sample(), engine: [1; 16], proof: Proof::Nothing }, terms }
     }
 
-    fn offer(n: u8) -> Vec<Offer> {
-        vec![Offer { nic: "eth0".into(), handle: [n; 128] }]
+    fn offer(n: u8) -> Vec<Vec<Offer>> {
+        vec![vec![Offer { nic: "eth0".into(), handle: [n; 128] }]]
+    }
+
+    /// What was sent or is to be done, in short.
+    fn short(x: impl std::fmt::Debug) -> String {
+        let text = format!("{x:?}");
+        text.split(['(', ' ']).next().unwrap_or_default().to_owned()
     }
 
     struct World {
@@ -260,7 +274,7 @@ mod tests {
     impl World {
         fn new() -> World {
             let start = Instant::now();
-            let link = SimulatedLink { hello: hello(), missing: 3, inbox: VecDeque::new(), sent: Vec::new() };
+            let link = SimulatedLink { agreed: agreed(), missing: 3, inbox: VecDeque::new(), sent: Vec::new() };
             let setup = Setup::new(link, start, start + Duration::from_secs(5), start + Duration::from_secs(30));
             World { start, setup }
         }
@@ -275,29 +289,28 @@ mod tests {
         }
         fn raise(&mut self) {
             self.prove();
-            assert_eq!(self.next(1).unwrap(), Next::Admit);
+            assert_eq!(short(self.next(1).unwrap()), "Admit");
             self.setup.offer(offer(1));
             self.say(Message::Offer(offer(2)));
-            assert_eq!(self.next(2).unwrap(), Next::Raise(offer(2)));
+            assert!(matches!(self.next(2).unwrap(), Next::Raise(o) if o[0][0].handle == [2; 128]));
         }
     }
 
     #[test]
     fn it_goes_up_step_by_step() {
         let mut w = World::new();
-        assert_eq!(w.next(0).unwrap(), Next::Wait);
+        assert_eq!(short(w.next(0).unwrap()), "Wait");
         assert!(w.setup.is_stranger() && w.setup.is_silent());
         w.setup.received(b"a", w.start).unwrap();
-        assert_eq!(w.next(1).unwrap(), Next::Wait);
+        assert_eq!(short(w.next(1).unwrap()), "Wait");
         assert!(w.setup.is_stranger() && !w.setup.is_silent());
         w.raise();
-        assert!(w.setup.is_raising());
-        assert_eq!(w.next(3).unwrap(), Next::Wait);
-        w.setup.raised();
-        assert_eq!(w.setup.link.sent, [Message::Offer(offer(1)), Message::Ready(Ok(()))]);
-        assert_eq!(w.next(4).unwrap(), Next::Wait);
-        w.say(Message::Ready(Ok(())));
-        assert_eq!(w.next(5).unwrap(), Next::Finish);
+        assert_eq!(short(w.next(3).unwrap()), "Wait");
+        w.setup.raised(vec![0]);
+        assert_eq!(w.setup.link.sent.iter().map(short).collect::<Vec<_>>(), ["Offer", "Ready"]);
+        assert_eq!(short(w.next(4).unwrap()), "Wait");
+        w.say(Message::Ready(vec![0]));
+        assert!(matches!(w.next(5).unwrap(), Next::Finish(theirs) if theirs == [0]));
     }
 
     #[test]
@@ -306,21 +319,22 @@ mod tests {
         w.prove();
         // Its offer comes while ours waits for admission, its verdict while our channels are on their way.
         w.say(Message::Offer(offer(2)));
-        assert_eq!(w.next(1).unwrap(), Next::Admit);
-        assert_eq!(w.next(2).unwrap(), Next::Admit);
+        assert_eq!(short(w.next(1).unwrap()), "Admit");
+        assert_eq!(short(w.next(2).unwrap()), "Admit");
         w.setup.offer(offer(1));
-        assert_eq!(w.next(3).unwrap(), Next::Raise(offer(2)));
-        w.say(Message::Ready(Ok(())));
-        assert_eq!(w.next(4).unwrap(), Next::Wait);
-        w.setup.raised();
-        assert_eq!(w.next(5).unwrap(), Next::Finish);
+        assert!(matches!(w.next(3).unwrap(), Next::Raise(o) if o[0][0].handle == [2; 128]));
+        w.say(Message::Ready(vec![0]));
+        assert!(matches!(w.next(4).unwrap(), Next::PeerHas(theirs) if theirs == [0]));
+        assert_eq!(short(w.next(4).unwrap()), "Wait");
+        w.setup.raised(vec![0]);
+        assert!(matches!(w.next(5).unwrap(), Next::Finish(theirs) if theirs == [0]));
     }
 
     #[test]
     fn a_failure_at_the_peer_ends_it_at_once() {
         let mut w = World::new();
         w.raise();
-        w.say(Message::Ready(Err(err!(Plugin, "eth1 is down"))));
+        w.say(Message::Abort(err!(Plugin, "eth1 is down")));
         let error = w.next(3).unwrap_err();
         assert!(error.kind() == ErrorKind::Plugin && error.to_string().contains("eth1 is down"), "{error}");
     }
@@ -332,18 +346,18 @@ mod tests {
         let error = err!(Plugin, "eth0 is down");
         w.setup.fail(&error);
         w.setup.fail(&error);
-        assert_eq!(w.setup.link.sent, [Message::Offer(offer(1)), Message::Ready(Err(error))]);
+        assert_eq!(w.setup.link.sent.iter().map(short).collect::<Vec<_>>(), ["Offer", "Abort"]);
     }
 
     #[test]
     fn the_handshake_timeout_holds_until_the_proof() {
         let mut w = World::new();
         w.setup.received(b"a", w.start + Duration::from_secs(4)).unwrap();
-        assert_eq!(w.next(4999).unwrap(), Next::Wait);
+        assert_eq!(short(w.next(4999).unwrap()), "Wait");
         assert_eq!(w.next(5000).unwrap_err().kind(), ErrorKind::TimedOut);
         let mut w = World::new();
         w.raise();
-        assert_eq!(w.next(29_999).unwrap(), Next::Wait);
+        assert_eq!(short(w.next(29_999).unwrap()), "Wait");
         assert_eq!(w.next(30_000).unwrap_err().kind(), ErrorKind::TimedOut);
     }
 
@@ -356,8 +370,10 @@ mod tests {
         };
         violates(&|w| {
             w.prove();
-            w.say(Message::Ready(Ok(())));
+            w.say(Message::Ready(vec![0]));
         });
+        // Nothing of a peer without proof is acted on.
+        violates(&|w| w.say(Message::Offer(offer(2))));
         violates(&|w| {
             w.raise();
             w.say(Message::Offer(offer(3)));
@@ -371,7 +387,7 @@ mod tests {
             w.prove();
             w.next(1).unwrap();
             w.setup.offer(offer(1));
-            w.say(Message::Ready(Ok(())));
+            w.say(Message::Ready(vec![0]));
         });
     }
 

@@ -4,30 +4,35 @@ use super::ending::Ending;
 use super::gpus::Gpus;
 use super::home::Home;
 use super::limits::Limits;
-use super::link::ClearLink;
+use super::link::SealedLink;
 use super::notify::Queue;
 use crate::addresses::AllowList;
 use crate::config::Config;
 use crate::net::plugin::Plugin;
+use crate::net::setup::channel_count;
+use crate::net::topology;
 use crate::status::{bail, Result};
-use crate::wire::handshake_v1::Hello;
+use crate::wire::handshake::{self, Handshake};
+use crate::wire::hello::{Hello, Terms};
+use crate::wire::keys::KeyStore;
 use parking_lot::{Condvar, Mutex};
 use std::sync::Arc;
 use std::time::Instant;
 
 /// Who the engine is to its peers.
 pub(crate) struct Identity {
-    pub engine: [u8; 16],
-    key: Option<Vec<u8>>,
+    own: Arc<handshake::Identity>,
+    keys: KeyStore,
 }
 
 impl Identity {
     pub(crate) fn new(config: &Config) -> Result<Identity> {
-        let mut engine = [0; 16];
-        if let Err(e) = getrandom::fill(&mut engine) {
-            bail!(System, "random bytes for the engine id: {e}");
-        }
-        Ok(Identity { engine, key: config.auth_key()? })
+        Ok(Identity { own: Arc::new(handshake::Identity::generate()?), keys: KeyStore::open(config.auth_key_file.as_deref())? })
+    }
+
+    /// The name of the engine instance.
+    pub(crate) fn engine(&self) -> [u8; 16] {
+        self.own.engine()
     }
 }
 
@@ -59,46 +64,38 @@ pub(crate) struct Site {
 }
 
 impl Site {
-    /// Channels that this side asks for: as configured, else as many as help. A channel has an I/O thread's worth of work, so cores
-    /// bound the number: all of few, half of many; every NIC gets at least one.
-    fn channels(&self) -> usize {
-        let nics = self.plugins.device.devices.len().max(1);
-        let cores = std::thread::available_parallelism().map_or(2, usize::from);
-        self.config.num_channels.unwrap_or_else(|| cores.clamp(2, 8).max((cores / 2).min(16)).max(nics)).min(64)
+    /// Channels of each set that this side asks for.
+    fn channels(&self) -> Result<usize> {
+        let plugin = &self.plugins.device;
+        let near = topology::nearest(&plugin.devices, self.gpus.pci_path().as_deref());
+        channel_count(plugin, self.config.num_channels, near.len())
     }
 
     /// This side's part of the wire for a new set-up. `wanted_gpu`: of a connecting side.
-    pub(crate) fn link(&self, wanted_gpu: Option<&str>) -> Result<ClearLink> {
-        Ok(ClearLink::new(self.hello(wanted_gpu.unwrap_or(""))?, self.identity.key.clone(), wanted_gpu.is_some()))
+    pub(crate) fn link(&self, wanted_gpu: Option<&str>) -> Result<SealedLink> {
+        let (own, keys) = (&self.identity.own, self.identity.keys.current());
+        let hello = self.hello(wanted_gpu.unwrap_or(""))?;
+        Ok(SealedLink::new(match wanted_gpu {
+            Some(_) => Handshake::connecting(own, hello, keys)?,
+            None => Handshake::listening(own, hello, keys)?,
+        }))
     }
 
     fn hello(&self, wanted_gpu: &str) -> Result<Hello> {
-        let mut nonce = [0; 32];
-        if let Err(e) = getrandom::fill(&mut nonce) {
-            bail!(System, "random bytes for the handshake: {e}");
-        }
         Ok(Hello {
-            channels: self.channels() as u16,
+            channels: self.channels()? as u16,
             chunk_bytes: self.config.chunk_bytes as u32,
             gpu_index: self.gpus.index(),
-            authenticated: self.identity.key.is_some(),
-            engine: self.identity.engine,
-            nonce,
+            peer_timeout_ms: Hello::peer_timeout_ms(self.config.peer_timeout),
             plugin: self.plugins.device.wire_name().to_owned(),
             gpu: self.gpus.name(),
             wanted_gpu: wanted_gpu.to_owned(),
         })
     }
 
-    /// What both sides agreed on: channels of each plugin, and bytes of a chunk.
-    pub(crate) fn agreed(&self, theirs: &Hello) -> (usize, usize) {
-        let channels = self.channels().min(usize::from(theirs.channels));
-        (channels, self.config.chunk_bytes.min(theirs.chunk_bytes as usize))
-    }
-
-    /// Descriptors that a set-up with so many channels opens: two directions and a listening socket each.
-    pub(crate) fn cost(&self, channels: usize) -> usize {
-        self.plugins.all().count() * channels * 3
+    /// Descriptors that a set-up with these terms opens: two directions and a listening socket each.
+    pub(crate) fn cost(&self, terms: &Terms) -> usize {
+        self.plugins.all().count() * usize::from(terms.channels) * 3
     }
 }
 

@@ -2,14 +2,10 @@
 //! channels (`setup`), frames (`frame`) and the non-blocking control stream (`control`). Knows sockets and bytes, nothing of regions,
 //! channels or transfers.
 
-// Until the engine drives the handshake and seals its control stream.
-#![allow(dead_code)]
-
 pub(crate) mod control;
 pub(crate) mod frame;
 mod guarded;
 pub(crate) mod handshake;
-pub(crate) mod handshake_v1;
 pub(crate) mod hello;
 pub(crate) mod keys;
 pub(crate) mod queue;

@@ -9,6 +9,7 @@ use crate::channel::memory::HostBlock;
 use crate::channel::path::{Arrival, Copier, Event};
 use crate::channel::stripe::{Load, Rate};
 use crate::net::comm::{Doorbell, MHandle, RecvComm, SendComm};
+use crate::net::registrations::Registration;
 use crate::region::Hold;
 use crate::status::{bail, Result};
 use crate::types::{Key, Part, Place};
@@ -34,13 +35,13 @@ pub(super) fn within(copier: &mut Copier, place: Place, body: &mut dyn FnMut() -
 }
 
 /// Registers memory with the GPU of `place` current.
-pub(super) fn register(copier: &mut Copier, place: Place, register: impl Fn() -> Result<MHandle>) -> Result<MHandle> {
-    let mut mhandle = std::ptr::null_mut();
+pub(super) fn register<R>(copier: &mut Copier, place: Place, mut register: impl FnMut() -> Result<R>) -> Result<R> {
+    let mut registered = None;
     within(copier, place, &mut || {
-        mhandle = register()?;
+        registered = Some(register()?);
         Ok(true)
     })?;
-    Ok(mhandle)
+    registered.ok_or_else(|| crate::status::err!(Internal, "nothing was registered"))
 }
 
 /// Places of the window that chunks of large transfers take at most: small ones find one soon.
@@ -83,7 +84,6 @@ pub(crate) struct Channel {
     // Field order is drop order: the comms close first, and with them the last access to everything below.
     pub(super) send: SendComm,
     pub(super) recv: RecvComm,
-    pub(super) registered: HashMap<(u64, u64), MHandle>,
     pub(super) outgoing: VecDeque<Outgoing>,
     pub(super) to_post: VecDeque<ToPost>,
     pub(super) queued: u64,
@@ -95,7 +95,7 @@ pub(crate) struct Channel {
     pub(super) host_out: Option<Staging>,
     pub(super) device_out: HashMap<Place, Staging>,
     pub(super) host_in: Option<Staging>,
-    pub(super) device_in: Option<(Box<dyn StagingMemory>, MHandle)>,
+    pub(super) device_in: Option<(Registration, Box<dyn StagingMemory>)>,
     pub(super) discard: Option<HostBlock>,
 }
 // SAFETY: raw pointers inside point to memory that this channel or a held region owns; a channel is used by one thread at a time.
@@ -106,7 +106,6 @@ impl Channel {
         Channel {
             send,
             recv,
-            registered: HashMap::new(),
             outgoing: VecDeque::new(),
             to_post: VecDeque::new(),
             queued: 0,
@@ -179,20 +178,10 @@ impl Channel {
 
 impl Drop for Channel {
     fn drop(&mut self) {
-        // Registrations go back while their comm lives. Requests of a failed connection may still use them inside a plugin that is
-        // not ours; there they stay with the comm.
-        if self.busy() && !self.send.plugin_is_soft() {
-            return;
-        }
-        let staged = self.device_out.values().chain(&self.host_out).map(|s| s.mhandle);
-        for mhandle in self.registered.values().copied().chain(staged) {
-            // SAFETY: registered by this comm once; no request of it runs, or the software plugin, whose requests do not use it.
-            unsafe { self.send.deregister(mhandle) };
-        }
-        let received = self.host_in.iter().map(|s| s.mhandle).chain(self.device_in.iter().map(|(_, m)| *m));
-        for mhandle in received {
-            // SAFETY: as above.
-            unsafe { self.recv.deregister(mhandle) };
+        // Registrations go while their comm is open, unless its requests may still use them: then they go after it.
+        if !self.busy() {
+            (self.host_out, self.host_in, self.device_in) = (None, None, None);
+            self.device_out.clear();
         }
     }
 }

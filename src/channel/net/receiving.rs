@@ -106,7 +106,7 @@ impl Channel {
         let Some(staging) = &mut self.host_in else { bail!(Internal, "no staging") };
         let data = staging.next();
         // SAFETY: the staging place holds a chunk and outlives the comm.
-        let taken = unsafe { self.recv.recv(data.cast(), next.len, next.tag, staging.mhandle) }?;
+        let taken = unsafe { self.recv.recv(data.cast(), next.len, next.tag, staging.mhandle()) }?;
         if !taken {
             staging.undo();
         }
@@ -122,14 +122,15 @@ impl Channel {
 
     /// The mhandle that marks a receive as one of device memory; its memory is never written.
     fn device_in(&mut self, place: Place, copier: &mut Copier) -> Result<(*mut u8, MHandle)> {
-        if let Some((block, mhandle)) = &self.device_in {
-            return Ok((block.ptr(), *mhandle));
+        if let Some((registration, block)) = &self.device_in {
+            return Ok((block.ptr(), registration.mhandle()));
         }
         let block = device(copier)?.staging(PAGE, place)?;
         let (data, recv) = (block.ptr(), &self.recv);
         // SAFETY: the block is dropped after the comm (field order).
-        let mhandle = register(copier, place, || unsafe { recv.register(data.cast(), PAGE, NCCL_PTR_CUDA) })?;
-        self.device_in = Some((block, mhandle));
+        let registration = register(copier, place, || unsafe { recv.register(data.cast(), PAGE, NCCL_PTR_CUDA) })?;
+        let mhandle = registration.mhandle();
+        self.device_in = Some((registration, block));
         Ok((data, mhandle))
     }
 

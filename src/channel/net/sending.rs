@@ -7,10 +7,9 @@ use crate::channel::device::{gather, Ticket};
 use crate::channel::memory::{HostBlock, PAGE};
 use crate::channel::path::{Copier, Departure, Event};
 use crate::channel::plan::Chunk;
-use crate::net::comm::{MHandle, MAX_PIECE_BYTES};
 use crate::region::Hold;
 use crate::status::{bail, Result};
-use crate::types::{Part, Place, Span};
+use crate::types::Place;
 use nccl_net_abi::{MAX_REQUESTS, NCCL_PTR_CUDA, NCCL_PTR_HOST};
 use std::time::Instant;
 
@@ -26,7 +25,7 @@ impl Channel {
             Source::Vectored(iov(&chunk.parts))
         } else {
             let staging = self.host_out(usage)?;
-            let (data, mhandle) = (staging.next(), staging.mhandle);
+            let (data, mhandle) = (staging.next(), staging.mhandle());
             // SAFETY: the chunk is at most a stride long; its memory is readable while the hold lives.
             unsafe { gather(&chunk.parts, data) };
             Source::Contiguous { data, mhandle, packing: Ticket::Done, place: Place::HOST }
@@ -42,7 +41,8 @@ impl Channel {
         let place = chunk.place;
         if let ([part], false) = (&chunk.parts[..], usage.stage_sends) {
             // SAFETY: the region stays mapped while it is held; registrations go before it does (forget_region).
-            let mhandle = unsafe { self.region_mhandle(hold.span(part.region)?, *part, place, copier) }?;
+            let (span, send) = (hold.span(part.region)?, &mut self.send);
+            let mhandle = register(copier, place, || unsafe { send.region(span, part.addr) })?;
             return Ok(Source::Contiguous { data: part.addr as *mut u8, mhandle, packing: Ticket::Done, place });
         }
         if !self.device_out.contains_key(&place) {
@@ -60,45 +60,15 @@ impl Channel {
             self.device_out.insert(place, staging);
         }
         let Some(staging) = self.device_out.get_mut(&place) else { bail!(Internal, "no staging") };
-        let (data, mhandle) = (staging.next(), staging.mhandle);
+        let (data, mhandle) = (staging.next(), staging.mhandle());
         // SAFETY: the chunk is at most a stride long; parts are registered device memory by the caller's contract.
         let packing = unsafe { device(copier)?.pack(&chunk.parts, data, place) }?;
         Ok(Source::Contiguous { data, mhandle, packing, place: if usage.stage_sends { Place::HOST } else { place } })
     }
 
-    /// The registration that covers `part`: regions are registered in overlapping pieces of the enclosing pages, since plugins address
-    /// by 31-bit offsets and ask for page alignment.
-    ///
-    /// # Safety
-    /// The region is mapped and stays so until `forget_region` or the lane's end.
-    unsafe fn region_mhandle(&mut self, span: Span, part: Part, place: Place, copier: &mut Copier) -> Result<MHandle> {
-        const PIECE: u64 = MAX_PIECE_BYTES as u64;
-        const OVERLAP: u64 = crate::config::MAX_CHUNK_BYTES as u64;
-        let first_page = span.addr & !(PAGE as u64 - 1);
-        let end = (span.addr + span.len).next_multiple_of(PAGE as u64);
-        let piece = (part.addr - first_page) / PIECE;
-        if let Some(&mhandle) = self.registered.get(&(span.id, piece)) {
-            return Ok(mhandle);
-        }
-        let start = first_page + piece * PIECE;
-        let len = (PIECE + OVERLAP).min(end - start);
-        let send = &self.send;
-        // SAFETY: by the caller's contract; whole pages of a mapping are mapped.
-        let mhandle = register(copier, place, || unsafe { send.register(start as *mut _, len as usize, NCCL_PTR_CUDA) })?;
-        self.registered.insert((span.id, piece), mhandle);
-        Ok(mhandle)
-    }
-
     /// Drops the plugin's registrations of a region that no transfer uses any more.
     pub(crate) fn forget_region(&mut self, id: u64) {
-        let send = &self.send;
-        self.registered.retain(|&(region, _), &mut mhandle| {
-            if region == id {
-                // SAFETY: registered by this comm, and no request uses it: its transfers have ended.
-                unsafe { send.deregister(mhandle) };
-            }
-            region != id
-        });
+        self.send.forget_region(id);
     }
 
     fn host_out(&mut self, usage: &Usage) -> Result<&mut Staging> {

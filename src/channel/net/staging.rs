@@ -2,6 +2,7 @@
 
 use crate::channel::device::StagingMemory;
 use crate::net::comm::MHandle;
+use crate::net::registrations::Registration;
 use crate::status::Result;
 
 /// Chunks of device memory in flight on a channel when they leave through host memory: enough to keep copies and socket busy, few enough
@@ -11,8 +12,9 @@ pub(super) const STAGED_WINDOW: usize = 8;
 /// A ring of staging buffers, registered with the plugin. Messages use the places in turn; since no more are in flight than there are
 /// places, and they complete in order, a place is free again when its turn comes.
 pub(super) struct Staging {
+    // Dropped before the memory.
+    registration: Registration,
     memory: Box<dyn StagingMemory>,
-    pub(super) mhandle: MHandle,
     stride: usize,
     places: usize,
     turn: usize,
@@ -23,10 +25,14 @@ impl Staging {
         memory: Box<dyn StagingMemory>,
         stride: usize,
         places: usize,
-        register: impl FnOnce(*mut u8, usize) -> Result<MHandle>,
+        register: impl FnOnce(*mut u8, usize) -> Result<Registration>,
     ) -> Result<Staging> {
-        let mhandle = register(memory.ptr(), stride * places)?;
-        Ok(Staging { memory, mhandle, stride, places, turn: 0 })
+        let registration = register(memory.ptr(), stride * places)?;
+        Ok(Staging { memory, registration, stride, places, turn: 0 })
+    }
+
+    pub(super) fn mhandle(&self) -> MHandle {
+        self.registration.mhandle()
     }
 
     /// The next place.
