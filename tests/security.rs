@@ -145,7 +145,8 @@ fn a_relay_that_changes_a_byte_after_the_set_up_ends_the_connection() {
     let (out, inc) = pair(&client, &server, relay.port);
     {
         let mut state = relay.forward.lock().unwrap();
-        state.1 = Some(state.0 + 10);
+        // Inside the message, behind all that a frame begins with.
+        state.1 = Some(state.0 + 30);
     }
     out.notify(b"name", WORDS).unwrap();
     until("the end of the connection", || inc.status().is_err());
