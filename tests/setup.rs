@@ -389,7 +389,14 @@ fn kills_during_set_up_leave_no_descriptors() {
     std::thread::scope(|s| {
         let accepts = engine.clone();
         s.spawn(move || while accepts.accept().is_ok() {});
-        let before = descriptors();
+        // What the process opens once and keeps.
+        let mut first = Server::start(8192, &[("UCCL_TCPX_NUM_CHANNELS", "64")]);
+        drop(engine.connect("127.0.0.1", "", first.port).unwrap());
+        assert_eq!(first.ask(&format!("connect {}", port(&engine))), "true");
+        drop(first);
+        let mut before = 0;
+        // The connection that was up is gone too.
+        assert!(until(Duration::from_secs(10), || std::mem::replace(&mut before, descriptors()) == descriptors() && before < 100));
         for k in 0..300u64 {
             let mut server = Server::start(8192, &[("UCCL_TCPX_NUM_CHANNELS", "64")]);
             let delay = Duration::from_micros(k * 53 % 12_000);
@@ -465,6 +472,65 @@ fn a_peer_that_is_cut_off_anywhere_in_the_set_up_is_noticed_at_once() {
     }
 }
 
+/// Processor time that a process has used, in clock ticks.
+fn ticks(process: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+/// Passes one message of the handshake, whose header says how long it is.
+fn pass_message(mut from: &TcpStream, mut to: &TcpStream) -> std::io::Result<()> {
+    let mut header = [0; 16];
+    from.read_exact(&mut header)?;
+    let mut body = vec![0; usize::from(u16::from_le_bytes([header[12], header[13]]))];
+    from.read_exact(&mut body)?;
+    to.write_all(&header)?;
+    to.write_all(&body)
+}
+
+#[test]
+fn set_ups_that_hang_cost_little_and_delay_nobody() {
+    const HANGING: usize = 100;
+    let mut server = Server::start(16384, &[("UCCL_TCPX_NUM_CHANNELS", "8")]);
+    server.ask("accept");
+    let config = || Config { num_channels: Some(8), connect_timeout: Duration::from_secs(8), ..config() };
+    let engine = Engine::new(config()).unwrap();
+    let relay = TcpListener::bind("127.0.0.1:0").unwrap();
+    let at = relay.local_addr().unwrap().port();
+    std::thread::scope(|s| {
+        let (target, relay) = (server.port, &relay);
+        s.spawn(move || {
+            for _ in 0..HANGING {
+                let near = relay.accept().unwrap().0;
+                s.spawn(move || {
+                    let far = TcpStream::connect(("127.0.0.1", target)).unwrap();
+                    let (there, back) = (near.try_clone().unwrap(), far.try_clone().unwrap());
+                    let forth = std::thread::spawn(move || std::io::copy(&mut &near, &mut &far));
+                    // The offer never comes back: the server's channels wait for connects that are not made.
+                    let _ = pass_message(&back, &there).and_then(|()| pass_message(&back, &there));
+                    let _ = forth.join();
+                });
+            }
+        });
+        for _ in 0..HANGING {
+            s.spawn(|| assert!(engine.connect("127.0.0.1", "", at).is_err()));
+        }
+        std::thread::sleep(Duration::from_secs(2));
+        let before = ticks(server.child.id());
+        std::thread::sleep(Duration::from_secs(2));
+        let used = ticks(server.child.id()) - before;
+        // SAFETY: a plain system call.
+        let second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as u64;
+        assert!(used < second, "{used} of {} ticks for {HANGING} set-ups that hang", 2 * second);
+        let start = Instant::now();
+        let other = Engine::new(config()).unwrap();
+        other.connect("127.0.0.1", "", server.port).unwrap();
+        assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+        println!("{used} of {} ticks", 2 * second);
+    });
+}
+
 #[test]
 fn frozen_peers_do_not_add_up_at_the_end() {
     let mut server = Server::start(4096, &[("UCCL_TCPX_NUM_CHANNELS", "1")]);
@@ -523,6 +589,105 @@ fn the_port_is_open_on_the_control_interface_alone() {
     let engine = Engine::new(config()).unwrap();
     assert!(TcpStream::connect(("127.0.0.1", port(&engine))).is_ok());
     assert!(TcpStream::connect(("127.0.0.3", port(&engine))).is_err(), "open on an address that is not the control interface's");
+}
+
+fn ip(command: &str) -> bool {
+    Command::new("ip").args(command.split(' ')).status().is_ok_and(|status| status.success())
+}
+
+/// Puts this process into a network of its own, with these interfaces. `false`, said loudly, where that is not possible.
+fn own_network(interfaces: &[&str], commands: &[&str]) -> bool {
+    // SAFETY: a plain system call; this process has no other threads that open sockets yet.
+    if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
+        println!("SKIPPED: no network namespace: {}", std::io::Error::last_os_error());
+        return false;
+    }
+    let mut all = vec!["link set lo up".to_owned()];
+    for name in interfaces {
+        all.push(format!("link add {name} type veth peer name p{name}"));
+        all.push(format!("link set p{name} up"));
+        all.push(format!("link set {name} up"));
+    }
+    all.extend(commands.iter().map(|c| (*c).to_owned()));
+    match all.iter().find(|command| !ip(command)) {
+        Some(command) => println!("SKIPPED: ip {command} does not work"),
+        None => return true,
+    }
+    false
+}
+
+#[test]
+fn a_nic_that_is_gone_costs_its_channels_and_not_the_connection() {
+    if !isolated("a_nic_that_is_gone_costs_its_channels_and_not_the_connection", 1024) {
+        return;
+    }
+    let addresses = ["addr add 10.77.0.1/24 dev eth0", "addr add 10.77.1.1/24 dev eth1"];
+    if !own_network(&["eth0", "eth1"], &addresses) {
+        return;
+    }
+    let config = || Config { num_channels: Some(4), plugin: PluginChoice::Soft, ..Config::from_env().unwrap() };
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    assert_eq!(a.nics().len(), 2);
+    let come_up = || {
+        let out = a.connect("10.77.0.1", "", port(&b)).expect("comes up");
+        let inc = b.accept().unwrap();
+        out.notify(b"n", b"over it").unwrap();
+        assert!(until(Duration::from_secs(10), || b.next_notification().is_some()));
+        drop((out, inc));
+    };
+    come_up();
+    let start = Instant::now();
+    for command in ["link set eth1 down", "link del eth1"] {
+        assert!(ip(command));
+        come_up();
+    }
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_host_with_ipv6_alone_is_served() {
+    if !isolated("a_host_with_ipv6_alone_is_served", 1024) {
+        return;
+    }
+    let addresses = ["-6 addr add fd00::7/64 dev eth0 nodad"];
+    if !own_network(&["eth0"], &addresses) {
+        return;
+    }
+    let config = || Config { socket_ifname: None, ..Config { plugin: PluginChoice::Soft, ..Config::from_env().unwrap() } };
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let metadata = b.metadata();
+    let (address, rest) = metadata.rsplit_once("]:").expect("brackets");
+    assert_eq!(address, "[fd00::7", "{metadata}");
+    let port: u16 = rest.split('?').next().unwrap().parse().unwrap();
+    for name in ["fd00::7", "[fd00::7]", "::1"] {
+        let out = a.connect(name, "", port).unwrap();
+        let _inc = b.accept().unwrap();
+        assert!(out.is_local());
+        out.notify(b"n", name.as_bytes()).unwrap();
+        assert!(until(Duration::from_secs(10), || b.next_notification().is_some_and(|n| n.msg == name.as_bytes())));
+    }
+    // Without any address but the loopback one it says so.
+    assert!(Command::new("ip").args(["link", "del", "eth0"]).status().unwrap().success());
+    assert!(Engine::new(config()).is_ok_and(|e| e.metadata().starts_with("127.0.0.1:")));
+    let named = Config { socket_ifname: Some("eth0".into()), ..config() };
+    assert_eq!(Engine::new(named).unwrap_err().kind(), ErrorKind::InvalidArgument);
+}
+
+#[test]
+fn only_networks_of_the_list_may_connect() {
+    let mut server = Server::start(1024, &[("UCCL_TCPX_BIND", "any"), ("UCCL_TCPX_ALLOW", "10.0.0.0/8, 127.0.0.2")]);
+    server.ask("accept");
+    let engine = Engine::new(config()).unwrap();
+    let error = engine.connect("127.0.0.1", "", server.port).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::RemoteDisconnect, "{error}");
+    assert!(server.log().contains("UCCL_TCPX_ALLOW"), "{}", server.log());
+    // From an address of the list a stranger is listened to: it is not hung up on at once.
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.bind(&"127.0.0.2:0".parse::<std::net::SocketAddr>().unwrap().into()).unwrap();
+    socket.connect(&std::net::SocketAddr::from(([127, 0, 0, 1], server.port)).into()).unwrap();
+    let mut sock = TcpStream::from(socket);
+    sock.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    assert!(sock.read(&mut [0]).is_err_and(|e| e.kind() == std::io::ErrorKind::WouldBlock));
 }
 
 // ---- fork ----

@@ -23,11 +23,10 @@ pub const NCCL_NET_DEVICE_UNPACK: c_int = 1;
 pub const NCCL_NET_DEVICE_UNPACK_VERSION: c_int = 7;
 /// Requests in flight (or awaiting consumption) a comm holds at most.
 pub const MAX_REQUESTS: usize = 16;
+/// Alignment that plugins ask of memory that is registered.
+pub const PAGE: usize = 4096;
 /// `loadMeta` entries a receive slot holds.
 pub const MAX_SLOT_ENTRIES: usize = 2048;
-
-/// Granularity of device registrations, bytes.
-pub const PAGE: usize = 4096;
 
 /// `ncclResult_t`.
 pub type ncclResult_t = c_int;

@@ -179,10 +179,7 @@ impl Poller {
     }
 
     fn wait_fine(&self, events: &mut Events, timeout: Duration) -> libc::c_long {
-        let limit = libc::timespec {
-            tv_sec: libc::time_t::try_from(timeout.as_secs()).unwrap_or(libc::time_t::MAX),
-            tv_nsec: timeout.subsec_nanos().into(),
-        };
+        let limit = libc::timespec { tv_sec: timeout.as_secs().min(1 << 30) as _, tv_nsec: timeout.subsec_nanos().into() };
         let (list, room) = (events.list.as_mut_ptr(), events.list.len() as libc::c_int);
         let no_mask: *const libc::sigset_t = ptr::null();
         // SAFETY: `list` has `room` entries, `limit` lives through the call, and a null mask leaves the signals as they are. Called by

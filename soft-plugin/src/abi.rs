@@ -241,20 +241,15 @@ pub unsafe extern "C" fn accept(
         }
         let pool = pool(global)?;
         let Some(connected) = listening.accept().map_err(failed)? else { return Ok(()) };
-        let queue = match (&global.device, &target) {
-            (Some(memory), Some(_)) if memory.in_context() => {
-                Some(memory.unpack_queue(global.config.bounce_len()).map_err(|e| system("unpack queue", &e))?)
-            }
-            _ => None,
-        };
+        // The unpack queue is built when device memory is first used: host memory needs none.
         let mut late_handle = ptr::null_mut();
         if let Some(target) = target {
-            *target = device::handle(global.device.is_some(), queue.as_ref());
-            if global.device.is_some() && queue.is_none() {
+            *target = device::handle(global.device.is_some(), None);
+            if global.device.is_some() {
                 late_handle = target;
             }
         }
-        let comm = Comm::start(global, pool, connected, queue, late_handle, true).map_err(|e| system("receive comm", &e))?;
+        let comm = Comm::start(global, pool, connected, None, late_handle, true).map_err(|e| system("receive comm", &e))?;
         // SAFETY: as above.
         unsafe { *recv_comm = Arc::into_raw(comm).cast_mut().cast() };
         Ok(())
@@ -280,6 +275,7 @@ pub unsafe extern "C" fn reg_mr_v8(comm: Opaque, data: Opaque, size: usize, kind
             NCCL_PTR_CUDA => {
                 check(comm.global.device.is_some())?;
                 check(!comm.global.config.strict || (base % PAGE == 0 && size % PAGE == 0))?;
+                comm.expect_device_receives()?;
                 true
             }
             _ => return Err(NCCL_INVALID_ARGUMENT),

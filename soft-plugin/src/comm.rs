@@ -74,7 +74,7 @@ pub struct Comm {
     source: Source,
     /// Where device receives land.
     queue: Mutex<Option<Arc<UnpackQueue>>>,
-    /// The caller's device handle, to be filled by the first device receive; null once it is, or when there is none.
+    /// The caller's device handle, to be filled by the first use of device memory; null once it is, or when there is none.
     late_handle: AtomicPtr<ncclNetDeviceHandle_v7>,
     seat: Seat,
 }
@@ -146,6 +146,17 @@ impl Comm {
         self.late_handle.store(std::ptr::null_mut(), Ordering::Release);
         *queue = Some(Arc::new(built));
         Ok(())
+    }
+
+    /// Device memory was registered: makes device receives possible now, so that the device handle can be read before the first.
+    pub fn expect_device_receives(&self) -> Result<(), ncclResult_t> {
+        let wanted = self.ledger.receives() && !self.late_handle.load(Ordering::Acquire).is_null();
+        let can = self.global.device.as_ref().is_some_and(|memory| memory.in_context());
+        if wanted && can {
+            self.prepare_unpack()
+        } else {
+            Ok(())
+        }
     }
 
     /// Posts a request; see [`Ledger::post`].

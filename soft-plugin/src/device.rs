@@ -16,14 +16,14 @@ use crate::config::Config;
 
 /// Memory that device receives and device sends pass through.
 pub trait DeviceMemory: Send + Sync {
-    /// Whether the calling thread is set up for an unpack queue (a GPU is current). Where it is not at `accept`, the queue is
-    /// built by the first device receive, so that connections of host memory touch no GPU.
+    /// Whether the calling thread is set up for an unpack queue (a GPU is current).
     fn in_context(&self) -> bool {
         true
     }
 
     /// Builds the unpack queue of a receive comm: meta queue, `bounce_len` bytes of bounce buffer, and the device handle.
-    /// Called on the caller's thread (whose current GPU counts), by `accept` or by the first device receive.
+    /// Called on the caller's thread (whose current GPU counts) at the first use of device memory: a registration, or else a receive.
+    /// Connections of host memory touch no GPU.
     fn unpack_queue(&self, bounce_len: usize) -> io::Result<UnpackQueue>;
 
     /// Builds the send side of a comm with messages of up to `limit` bytes. Called by the first device send of the comm.

@@ -213,7 +213,7 @@ impl RecvIo {
         // SAFETY: an all-zero msghdr is a valid empty one.
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
         message.msg_iov = self.batch.as_mut_ptr();
-        message.msg_iovlen = self.batch.len();
+        message.msg_iovlen = self.batch.len() as _;
         // SAFETY: every segment is writable: our own buffer, or memory that the poster keeps valid until the request is done
         // or the comm is closed.
         let got = unsafe { libc::recvmsg(fd, &mut message, libc::MSG_DONTWAIT) };

@@ -129,7 +129,7 @@ fn send(fd: i32, batch: &mut [iovec]) -> io::Result<usize> {
     // SAFETY: an all-zero msghdr is a valid empty one.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = batch.as_mut_ptr();
-    message.msg_iovlen = batch.len();
+    message.msg_iovlen = batch.len() as _;
     // SAFETY: every segment is memory that the poster keeps valid until the request is done or the comm is closed.
     let sent = unsafe { libc::sendmsg(fd, &message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())

@@ -2,6 +2,7 @@
 //! Built by the first `init` (or the first call that needs it) and kept for good; a child of `fork` builds its own.
 
 use std::ffi::CStr;
+use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::Arc;
 
 use nccl_net_abi::{ncclResult_t, NCCL_INVALID_ARGUMENT};
@@ -73,16 +74,25 @@ impl Global {
 /// The state, built if need be.
 pub fn get() -> Result<&'static Global, ncclResult_t> {
     static GLOBAL: PerProcess<Mutex<Option<&'static Global>>> = PerProcess::new();
+    /// What was built last, by this process or its parent.
+    static LAST: AtomicPtr<Global> = AtomicPtr::new(std::ptr::null_mut());
     let mut global = GLOBAL.get(Mutex::default).lock();
     if let Some(global) = *global {
         return Ok(global);
     }
-    let built = build().map_err(|why| {
-        static LINE: logger::Limited = logger::Limited::new();
-        LINE.warn(&why);
-        NCCL_INVALID_ARGUMENT
-    })?;
-    Ok(*global.insert(Box::leak(Box::new(built))))
+    // SAFETY: what was built is never freed, in the copy of a child neither.
+    let built = match unsafe { LAST.load(Ordering::Acquire).as_ref() } {
+        Some(parent) => inherit(parent),
+        None => build().map_err(|why| {
+            static LINE: logger::Limited = logger::Limited::new();
+            LINE.warn(&why);
+            NCCL_INVALID_ARGUMENT
+        })?,
+    };
+    let built = Box::into_raw(Box::new(built));
+    LAST.store(built, Ordering::Release);
+    // SAFETY: as above.
+    Ok(global.insert(unsafe { &*built }))
 }
 
 fn build() -> Result<Global, String> {
@@ -105,6 +115,17 @@ fn build() -> Result<Global, String> {
         if device.is_some() { "yes" } else { "no" },
     ));
     Ok(Global { config, devices: Devices::new(devices), device })
+}
+
+/// The state of a child: settings and device numbers are the parent's, whose callers live on in the child. Device memory is looked
+/// for anew, since a GPU does not survive a fork.
+fn inherit(parent: &Global) -> Global {
+    let config = parent.config.clone();
+    // A thread of the parent may have held the lock.
+    let known = parent.devices.list.try_read().map(|list| list.clone()).unwrap_or_default();
+    let child = Global { device: device::probe(&config), devices: Devices { list: RwLock::new(known) }, config };
+    child.refresh();
+    child
 }
 
 #[cfg(test)]

@@ -116,7 +116,7 @@ impl Stream {
 /// so small that per-message cost counts.
 pub(crate) fn chunk_len(total: u64, channels: usize, max: usize) -> usize {
     const SMALLEST: u64 = 64 << 10;
-    const PAGE: u64 = 4096;
+    const PAGE: u64 = nccl_net_abi::PAGE as u64;
     let share = total.div_ceil(2 * channels.max(1) as u64).next_multiple_of(PAGE);
     (share.max(SMALLEST) as usize).min(max)
 }

@@ -7,9 +7,9 @@ use super::notify::Inbox;
 use super::proto::{Machine, Setting};
 use super::site::Site;
 use crate::channel::cuda::CudaDevice;
-use crate::channel::device::{DeviceCopier, EmulatedDevice};
+use crate::channel::device::EmulatedDevice;
 use crate::channel::net::{Channel, NetPath, Usage};
-use crate::channel::path::Path;
+use crate::channel::path::{Copier, Path};
 use crate::channel::router::Channels;
 use crate::net::comm::Doorbell;
 use crate::net::plugin::Plugin;
@@ -31,14 +31,16 @@ pub(crate) struct Up {
     pub sets: Raised,
 }
 
-fn copier(emulated: bool) -> Option<Box<dyn DeviceCopier>> {
-    if emulated {
-        Some(Box::new(EmulatedDevice))
-    } else if crate::gpu::available() {
-        Some(Box::new(CudaDevice::default()))
-    } else {
-        None
+/// What copies device memory; none on a machine without a GPU.
+fn copier(site: &Site) -> Result<Copier> {
+    if site.config.emulate_device {
+        return Ok(Some(Box::new(EmulatedDevice)));
     }
+    if !crate::gpu::available() {
+        return Ok(None);
+    }
+    site.gpus.warm()?;
+    Ok(Some(Box::new(CudaDevice::default())))
 }
 
 /// A path over the channels of each plugin.
@@ -69,7 +71,7 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
     let chunk_bytes = terms.chunk_bytes as usize;
     let n = up.sets.iter().map(Vec::len).sum::<usize>();
     let doorbell = home.bell.doorbell();
-    let channels = Channels::new(paths(site, up.sets, chunk_bytes, &doorbell)?, copier(config.emulate_device));
+    let channels = Channels::new(paths(site, up.sets, chunk_bytes, &doorbell)?, copier(site)?);
     let name = up.address.to_string();
     let setting = Setting {
         registry: home.registry.clone(),

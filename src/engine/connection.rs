@@ -76,12 +76,13 @@ impl Core {
         let mut any = false;
         for _ in 0..READS {
             let (n, more) = self.control.read(&mut self.rx)?;
-            if n == 0 {
-                break;
+            if n > 0 {
+                any = true;
+                self.machine.heard(n, self.rx.arriving(), now);
             }
-            any = true;
-            self.machine.heard(n, self.rx.arriving(), now);
+            // Frames may be there that came with the end of the set-up.
             while let Some((frame, len)) = self.rx.next()? {
+                any = true;
                 self.machine.handle(frame, &mut self.channels, now)?;
                 self.rx.consume(len);
             }

@@ -4,7 +4,6 @@
 use super::link::{number, PER_SET};
 use super::site::Site;
 use crate::net::setup::{self, Establishing, Listening, Offer, Pair};
-use crate::net::topology;
 use crate::status::{bail, Error, Result};
 use std::time::Duration;
 
@@ -18,7 +17,7 @@ impl Opened {
         for plugin in site.plugins.all() {
             // A NIC may have come or gone since the last set-up.
             let devices = plugin.current_devices()?;
-            let near = topology::nearest(&devices, site.gpus.pci_path().as_deref());
+            let near = setup::nics_for(plugin, &devices, site.gpus.pci_path().as_deref());
             sets.push(Listening::open(plugin, &devices, &near, n, site.gpus.followed_by(plugin)?)?);
         }
         Ok(Opened(sets))

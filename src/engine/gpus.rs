@@ -74,8 +74,16 @@ impl Gpus {
         let MemoryKind::Device { ordinal } = crate::gpu::memory_kind(addr)? else { return Ok(Place::HOST) };
         let Ok(index) = u8::try_from(ordinal) else { bail!(Unsupported, "GPU {ordinal}") };
         if let Entry::Vacant(entry) = self.opened.lock().entry(index) {
-            entry.insert(Gpu::open(ordinal)?);
+            let gpu = Gpu::open(ordinal)?;
+            crate::channel::cuda::warm(&gpu)?;
+            entry.insert(gpu);
         }
         Ok(Place::gpu(index))
+    }
+
+    /// Has what the next connection needs of the GPUs in use ready: nothing is allocated in the middle of a transfer.
+    pub(crate) fn warm(&self) -> Result<()> {
+        let gpus: Vec<Arc<Gpu>> = self.opened.lock().values().cloned().collect();
+        gpus.iter().try_for_each(crate::channel::cuda::warm)
     }
 }

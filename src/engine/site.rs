@@ -9,8 +9,7 @@ use super::notify::Queue;
 use crate::addresses::AllowList;
 use crate::config::Config;
 use crate::net::plugin::Plugin;
-use crate::net::setup::channel_count;
-use crate::net::topology;
+use crate::net::setup::{channel_count, nics_for};
 use crate::status::{bail, Result};
 use crate::wire::handshake::{self, Handshake};
 use crate::wire::hello::{Hello, Terms};
@@ -65,10 +64,10 @@ pub(crate) struct Site {
 
 impl Site {
     /// Channels of each set that this side asks for.
-    fn channels(&self) -> Result<usize> {
+    fn channels(&self) -> usize {
         let plugin = &self.plugins.device;
-        let near = topology::nearest(&plugin.devices, self.gpus.pci_path().as_deref());
-        channel_count(plugin, self.config.num_channels, near.len())
+        let nics = nics_for(plugin, &plugin.devices, self.gpus.pci_path().as_deref());
+        channel_count(plugin, self.config.num_channels, nics.len().max(1))
     }
 
     /// This side's part of the wire for a new set-up. `wanted_gpu`: of a connecting side.
@@ -83,7 +82,7 @@ impl Site {
 
     fn hello(&self, wanted_gpu: &str) -> Result<Hello> {
         Ok(Hello {
-            channels: self.channels()? as u16,
+            channels: self.channels() as u16,
             chunk_bytes: self.config.chunk_bytes as u32,
             gpu_index: self.gpus.index(),
             peer_timeout_ms: Hello::peer_timeout_ms(self.config.peer_timeout),

@@ -15,8 +15,10 @@ mod search;
 pub(crate) mod setup;
 pub(crate) mod signals;
 mod table;
+#[cfg(test)]
+mod tests;
 pub(crate) mod topology;
-pub(crate) mod traits;
+pub mod traits;
 
 use crate::status::Result;
 use std::sync::Arc;

@@ -61,6 +61,71 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn device(name: &str, pci_path: &str) -> Device {
+        let pci_path = (!pci_path.is_empty()).then(|| pci_path.to_owned());
+        Device { name: name.into(), pci_path, speed_mbps: 1, ptr_support: 3, unpack: true }
+    }
+
+    /// An A3 machine as /sys shows it: two NUMA nodes, two PCIe switches on each, and on each switch two GPUs and one data NIC.
+    struct A3 {
+        gpus: Vec<String>,
+        nics: Vec<Device>,
+    }
+
+    fn a3() -> A3 {
+        let switch = |i: usize| {
+            let root = ["pci0000:00", "pci0000:80"][i / 2];
+            format!("/sys/devices/{root}/0000:{:02x}:0{}.0/0000:{:02x}:00.0", [0, 0x80][i / 2], 4 + i % 2, 1 + 16 * i)
+        };
+        let port = |i: usize, port: usize| {
+            format!("{}/0000:{:02x}:{port:02x}.0/0000:{:02x}:00.0", switch(i), 2 + 16 * i, 3 + 16 * i + port)
+        };
+        A3 {
+            gpus: (0..8).map(|gpu| port(gpu / 2, gpu % 2)).collect(),
+            nics: (0..4).map(|nic| device(&format!("eth{}", nic + 1), &port(nic, 2))).collect(),
+        }
+    }
+
+    /// The NIC of each channel between a GPU here and one there, `per_nic` channels a NIC.
+    fn channels(here: usize, there: usize, per_nic: usize) -> Vec<(String, String)> {
+        let a3 = a3();
+        let offers = |gpu: usize| -> Vec<&str> {
+            let nics = closest(&a3.nics, Some(&a3.gpus[gpu]));
+            nics.iter().flat_map(|&n| std::iter::repeat_n(a3.nics[n].name.as_str(), per_nic)).collect()
+        };
+        let (ours, theirs) = (offers(here), offers(there));
+        join(&ours, &theirs, true).into_iter().map(|(a, b)| (ours[a].to_owned(), theirs[b].to_owned())).collect()
+    }
+
+    #[test]
+    fn on_a3_every_pair_of_gpus_joins_its_own_nic_or_none() {
+        for here in 0..8 {
+            for there in 0..8 {
+                let nic = format!("eth{}", here / 2 + 1);
+                let expected = if here / 2 == there / 2 { vec![(nic.clone(), nic); 4] } else { Vec::new() };
+                assert_eq!(channels(here, there, 4), expected, "GPU {here} to GPU {there}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_plain_host_uses_all_its_nics() {
+        let path = |slot: usize| format!("/sys/devices/pci0000:00/0000:00:0{slot}.0");
+        let nics = [device("ens3", &path(3)), device("ens4", &path(4))];
+        assert_eq!(closest(&nics, None), [0, 1]);
+        assert_eq!(closest(&nics, Some(&path(5))), [0, 1], "as near as each other");
+        // Where one is nearer, it alone serves.
+        let nics = [device("ens3", &path(3)), device("ens4", &format!("{}/0000:04:00.0", path(5)))];
+        assert_eq!(closest(&nics, Some(&format!("{}/0000:05:00.0", path(5)))), [1]);
+        let unknown = [device("a", ""), device("b", "")];
+        assert_eq!(closest(&unknown, Some(&path(5))), [0, 1]);
+    }
+
+    #[test]
+    fn a_nic_gets_two_to_four_channels() {
+        assert_eq!([1, 16, 48, 64, 208].map(channels_of_a_nic), [2, 2, 3, 4, 4]);
+    }
+
     fn mirrored(joined: &[(usize, usize)]) -> Vec<(usize, usize)> {
         joined.iter().map(|&(a, b)| (b, a)).collect()
     }

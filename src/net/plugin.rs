@@ -97,6 +97,14 @@ impl Plugin {
         load_once(None, || Plugin::start(soft_plugin::table(), Some(Ext::built_in()), None, &None))
     }
 
+    /// A plugin of others whose table is linked into a test, with its traits as the test wants them. Called once per process.
+    #[cfg(test)]
+    pub(super) fn for_test(table: &'static dyn NetTable, change: impl FnOnce(&mut Traits)) -> Result<Arc<Plugin>> {
+        let mut plugin = Plugin::start(table, None, Some("linked".into()), &None)?;
+        change(&mut plugin.traits);
+        Ok(Arc::new(plugin))
+    }
+
     /// The plugin that the configuration chooses for device memory. `gpu` gives the GPU that should be current when it is initialised.
     pub(crate) fn choose(config: &Config, gpu: &dyn Fn() -> Result<Scope>) -> Result<Arc<Plugin>> {
         // An explicit path is taken at its word, whichever plugin it holds.

@@ -5,9 +5,11 @@
 use super::comm::{Accepting, Connecting, Handle, ListenComm, RecvComm, SendComm};
 use super::pairing;
 use super::plugin::{Device, Plugin};
-use super::{handle, Scope};
-use crate::status::{bail, err, Error, ErrorKind, Result};
+use super::{handle, topology, Scope};
+use crate::logging::Limiter;
+use crate::status::{err, Error, ErrorKind, Result};
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -120,8 +122,12 @@ fn printable(name: &str) -> String {
     name.chars().take(32).map(|c| if c.is_ascii_graphic() { c } else { '?' }).collect()
 }
 
+/// Set-ups come as often as peers like.
+static LEFT_OUT: Limiter = Limiter::new(8);
+static NO_CARRIER: Limiter = Limiter::new(2);
+
 fn left_out(nic: &str, cause: &Error) {
-    log::warn!("NIC {nic} is left out of a connection: {cause}");
+    LEFT_OUT.log(log::Level::Warn, Instant::now(), format_args!("NIC {nic} is left out of a connection: {cause}"));
 }
 
 /// One direction of a channel on its way up.
@@ -373,15 +379,35 @@ impl Establishing {
 
 /// Channels to ask for on `nics` NICs: as configured, else as many as help. A channel of a plugin with threads of its own is worth a
 /// thread, so cores bound the number: all of few, half of many. Every NIC gets at least one; where NICs are paired each gets 2 to 4.
-pub(crate) fn channel_count(plugin: &Plugin, configured: Option<usize>, nics: usize) -> Result<usize> {
-    if nics == 0 {
-        bail!(Plugin, "plugin {} has no usable device", plugin.name);
-    }
+pub(crate) fn channel_count(plugin: &Plugin, configured: Option<usize>, nics: usize) -> usize {
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
     let default = if plugin.traits.paired_nics {
         pairing::channels_of_a_nic(cores) * nics
     } else {
         cores.clamp(2, 8).max((cores / 2).min(16)).max(nics)
     };
-    Ok(configured.unwrap_or(default).min(64))
+    configured.unwrap_or(default).min(64)
+}
+
+/// The devices that serve a GPU, or memory of the host where none is given: those whose name can reach the peer and that have a carrier.
+/// Where NICs are paired a GPU uses those of its own PCIe switch; else those of its NUMA node, nearest first.
+pub(crate) fn nics_for(plugin: &Plugin, devices: &[Device], gpu_pci_path: Option<&str>) -> Vec<usize> {
+    let mut chosen = if plugin.traits.paired_nics {
+        pairing::closest(devices, gpu_pci_path)
+    } else {
+        topology::nearest(devices, gpu_pci_path)
+    };
+    // Plugins of others list their devices once; the software plugin leaves such NICs out by itself.
+    if !plugin.traits.devices_change {
+        let all = chosen.len();
+        chosen.retain(|&i| topology::has_carrier(Path::new("/"), &devices[i].name));
+        if chosen.len() < all {
+            NO_CARRIER.log(
+                log::Level::Warn,
+                Instant::now(),
+                format_args!("{} NICs of plugin {} have no carrier and are left out", all - chosen.len(), plugin.name),
+            );
+        }
+    }
+    chosen
 }

@@ -1,8 +1,10 @@
 //! The host's network interfaces and PCI devices: the control interface, NUMA nodes, distance of NICs to a GPU.
 
+use super::pairing::shared_depth;
 use super::plugin::Device;
 use std::ffi::CStr;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
 
 /// An address of an interface that is up.
 #[derive(Clone, Debug)]
@@ -50,38 +52,15 @@ pub(crate) fn interfaces() -> Vec<Interface> {
     found
 }
 
-/// A filter in NCCL's form: names or prefixes separated by commas; a leading '=' makes them exact, '^' excludes.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct NameFilter<'a> {
-    exclude: bool,
-    exact: bool,
-    names: Vec<&'a str>,
-}
-
-impl<'a> NameFilter<'a> {
-    pub(crate) fn parse(text: &'a str) -> NameFilter<'a> {
-        let (exclude, text) = text.strip_prefix('^').map_or((false, text), |t| (true, t));
-        let (exact, text) = text.strip_prefix('=').map_or((false, text), |t| (true, t));
-        NameFilter { exclude, exact, names: text.split(',').map(str::trim).filter(|n| !n.is_empty()).collect() }
-    }
-
-    pub(crate) fn admits(&self, name: &str) -> bool {
-        let listed = self.names.iter().any(|n| if self.exact { name == *n } else { name.starts_with(n) });
-        listed != self.exclude
-    }
-}
-
-/// The address that peers are told: IPv4, since the metadata text separates address and port by the first colon.
-pub(crate) fn control_address(filter: Option<&str>) -> Option<Interface> {
-    let v4: Vec<Interface> = interfaces().into_iter().filter(|i| i.addr.is_ipv4()).collect();
-    if let Some(text) = filter {
-        let filter = NameFilter::parse(text);
-        return v4.into_iter().find(|i| filter.admits(&i.name));
-    }
-    let virtual_name =
-        |name: &str| ["docker", "veth", "br-", "virbr", "cni", "flannel", "cali"].iter().any(|p| name.starts_with(p));
-    let rank = |i: &Interface| (i.loopback, virtual_name(&i.name));
-    v4.into_iter().min_by_key(rank)
+/// The interfaces that `filter` (in NCCL's form) lets through and that can be used, each with one address: by the rules that the
+/// software plugin chooses its devices by.
+///
+/// # Errors
+/// The kernel does not list its interfaces.
+pub(crate) fn usable(filter: Option<&str>) -> std::io::Result<Vec<Interface>> {
+    let name = |i: &soft_plugin::interfaces::Interface| i.name.to_string_lossy().into_owned();
+    let found = soft_plugin::interfaces::usable(filter)?;
+    Ok(found.iter().map(|i| Interface { name: name(i), addr: i.address, loopback: i.loopback }).collect())
 }
 
 /// Whether `ip` is an address of this host.
@@ -95,9 +74,11 @@ pub(crate) fn numa_node(pci_path: Option<&str>) -> Option<i32> {
     text.trim().parse().ok().filter(|&n| n >= 0)
 }
 
-/// Components that two PCI paths share from the root: the more, the closer.
-fn shared_depth(a: &str, b: &str) -> usize {
-    a.split('/').zip(b.split('/')).take_while(|(x, y)| x == y).count()
+/// Whether an interface has a link. `true` where nothing is known of it: names of plugins need not be those of the host.
+pub(crate) fn has_carrier(root: &Path, name: &str) -> bool {
+    let at = root.join("sys/class/net").join(name);
+    // An interface that is down refuses the read.
+    !at.exists() || std::fs::read_to_string(at.join("carrier")).is_ok_and(|text| text.trim() == "1")
 }
 
 /// The devices to use for a GPU whose PCI directory is given, nearest first: those of its NUMA node, sorted by how much of the PCI
@@ -121,20 +102,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn filters_take_the_forms_of_nccl() {
-        let admits = |f: &str, n: &str| NameFilter::parse(f).admits(n);
-        assert!(admits("eth", "eth0") && admits("eth", "eth10") && !admits("eth", "lo"));
-        assert!(admits("=eth1", "eth1") && !admits("=eth1", "eth10"));
-        assert!(admits("^docker,lo", "eth0") && !admits("^docker,lo", "docker0") && !admits("^docker,lo", "lo"));
-        assert!(admits("^=lo", "lo1") && !admits("^=lo", "lo"));
-        assert!(admits("ens, eth", "eth3"));
-    }
-
-    #[test]
-    fn every_host_has_a_control_address() {
-        assert!(control_address(None).is_some());
-        assert!(control_address(Some("=lo")).is_some_and(|i| i.loopback));
-        assert!(control_address(Some("=no-such-interface")).is_none());
+    fn every_host_has_an_interface() {
+        assert!(!usable(None).unwrap().is_empty());
+        assert!(usable(Some("=lo")).unwrap().iter().all(|i| i.loopback));
+        assert!(usable(Some("=no-such-interface")).unwrap().is_empty());
         assert!(is_local(IpAddr::from([127, 0, 0, 1])) && !is_local(IpAddr::from([192, 0, 2, 1])));
     }
 

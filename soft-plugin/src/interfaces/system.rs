@@ -1,4 +1,4 @@
-//! Reads interfaces from the kernel: getifaddrs, /proc/net/if_inet6 and /sys/class/net. Decides nothing.
+//! Reads interfaces from the kernel: getifaddrs, /proc/thread-self/net/if_inet6 and /sys/class/net. Decides nothing.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
@@ -22,7 +22,8 @@ pub fn list() -> io::Result<Vec<Found>> {
     if unsafe { libc::getifaddrs(&mut head) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    let flags_v6 = flags(&fs::read_to_string("/proc/net/if_inet6").unwrap_or_default());
+    // A thread may live in another network namespace than its process.
+    let flags_v6 = flags(&fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap_or_default());
     let mut found: Vec<Found> = Vec::new();
     let mut cursor = head;
     while !cursor.is_null() {
@@ -102,7 +103,7 @@ pub fn check_link(name: &CStr, socket: BorrowedFd<'_>) -> io::Result<()> {
     }
     // SAFETY: a live descriptor and a request with a terminated name, into which the kernel writes the flags.
     let flags = unsafe {
-        if libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &mut request) != 0 {
+        if libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS as _, &mut request) != 0 {
             return Err(io::Error::last_os_error());
         }
         i32::from(request.ifr_ifru.ifru_flags)
@@ -113,7 +114,7 @@ pub fn check_link(name: &CStr, socket: BorrowedFd<'_>) -> io::Result<()> {
     }
 }
 
-/// Address and name to flags, from the text of /proc/net/if_inet6: address, index, prefix, scope, flags, name.
+/// Address and name to flags, from the text of if_inet6: address, index, prefix, scope, flags, name.
 pub fn flags(text: &str) -> HashMap<(Ipv6Addr, String), u32> {
     let line = |line: &str| {
         let fields: Vec<&str> = line.split_whitespace().collect();

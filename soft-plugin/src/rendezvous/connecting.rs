@@ -18,6 +18,8 @@ use crate::pool::Pool;
 
 /// A connect that nobody asked about for this long is given up; the listening side does the same.
 const IDLE: Duration = Duration::from_secs(10);
+/// How often to look for such ones.
+const SWEEP_EVERY: Duration = Duration::from_secs(1);
 /// When there are too many, this long is enough.
 const IDLE_WHEN_FULL: Duration = Duration::from_secs(1);
 
@@ -33,11 +35,28 @@ struct Connecting {
 #[derive(Default)]
 struct Table {
     all: HashMap<u64, Connecting>,
+    /// When to look for forgotten ones; none while nobody has been asked to look.
+    due: Option<Instant>,
 }
 
 impl Table {
     fn drop_idle(&mut self, idle: Duration) {
         self.all.retain(|_, c| c.asked.elapsed() < idle);
+    }
+
+    fn sweep(&mut self, now: Instant) -> Option<Duration> {
+        let due = self.due?;
+        if now >= due {
+            self.drop_idle(IDLE);
+            self.due = (!self.all.is_empty()).then_some(now + SWEEP_EVERY);
+        }
+        Some(self.due?.saturating_duration_since(now))
+    }
+
+    /// True when somebody has to be asked to look, which the caller then does.
+    fn insert(&mut self, key: u64, attempt: Connecting) -> bool {
+        self.all.insert(key, attempt);
+        self.due.is_none() && self.due.replace(Instant::now() + SWEEP_EVERY).is_none()
     }
 
     /// Makes room for one more; connects take at most half of the process's descriptors.
@@ -59,11 +78,7 @@ fn table() -> &'static Mutex<Table> {
 
 /// Gives up what nobody asks about any more; tells when to look again, if there is anything left.
 pub fn sweep() -> Option<Duration> {
-    let mut table = table().lock();
-    table.drop_idle(IDLE);
-    // Nothing is due before the oldest is; a little later will do, so that a few are given up at once.
-    let oldest = table.all.values().map(|c| c.asked).min()?;
-    Some(IDLE.saturating_sub(oldest.elapsed()) + Duration::from_millis(100))
+    table().lock().sweep(Instant::now())
 }
 
 /// Gives up the connect whose handle this is, if one is under way. After it the buffer is of no more use.
@@ -77,8 +92,9 @@ pub fn abandon(handle: &Handle) {
 pub fn connect(device: &Interface, config: &Config, pool: &Pool, handle: &mut Handle) -> Result<Option<Connected>, Failed> {
     let key = word(handle, STATE_AT);
     if key == 0 {
-        start(device, config, handle)?;
-        pool.remind();
+        if start(device, config, handle)? {
+            pool.remind();
+        }
         // Like TCPX, the first call never finishes: what polls is then exercised on the fastest network too.
         return Ok(None);
     }
@@ -90,25 +106,27 @@ pub fn connect(device: &Interface, config: &Config, pool: &Pool, handle: &mut Ha
         return Ok(Some(Connected::new(attempt.socket, peer, &nic)));
     }
     attempt.asked = Instant::now();
-    table().lock().all.insert(key, attempt);
+    if table().lock().insert(key, attempt) {
+        pool.remind();
+    }
     Ok(None)
 }
 
-fn start(device: &Interface, config: &Config, handle: &mut Handle) -> Result<(), Failed> {
+/// Begins; true when the I/O threads have to be told that there is something to sweep.
+fn start(device: &Interface, config: &Config, handle: &mut Handle) -> Result<bool, Failed> {
     let invitation = Invitation::read(handle).map_err(|e| Failed::new("connect", e))?;
     let what = format!("connect to {} on {}", invitation.address, device.name.to_string_lossy());
-    let attempt = || -> io::Result<u64> {
+    let attempt = || -> io::Result<(u64, bool)> {
         let [a, b, c, d, e, f, g, h, ..] = random()?;
         let key = u64::from_le_bytes([a, b, c, d, e, f, g, h]) | 1;
         let most = (descriptors() / 2).max(16);
         table().lock().make_room(most)?;
         let attempt = begin(device, config, invitation)?;
-        table().lock().all.insert(key, attempt);
-        Ok(key)
+        Ok((key, table().lock().insert(key, attempt)))
     };
-    let key = attempt().map_err(|e| Failed::new(what, e))?;
+    let (key, first) = attempt().map_err(|e| Failed::new(what, e))?;
     handle[STATE_AT..STATE_AT + 8].copy_from_slice(&key.to_le_bytes());
-    Ok(())
+    Ok(first)
 }
 
 fn begin(device: &Interface, config: &Config, invitation: Invitation) -> io::Result<Connecting> {
@@ -202,8 +220,21 @@ mod tests {
         table.make_room(2).unwrap();
         assert_eq!(table.all.keys().collect::<Vec<_>>(), [&1]);
         assert_eq!(table.make_room(1).unwrap_err().raw_os_error(), Some(libc::EMFILE), "the one that is asked about stays");
-        table.all.insert(5, attempt(IDLE));
-        table.drop_idle(IDLE);
-        assert_eq!(table.all.keys().collect::<Vec<_>>(), [&1]);
+    }
+
+    #[test]
+    fn sweeping_goes_on_while_there_is_something() {
+        let mut table = Table::default();
+        let start = Instant::now();
+        assert_eq!(table.sweep(start), None);
+        assert!(table.insert(1, attempt(IDLE)), "the first one asks for a look");
+        assert!(!table.insert(3, attempt(Duration::ZERO)));
+        assert!(table.sweep(start).is_some_and(|wait| wait <= SWEEP_EVERY + Duration::from_secs(1)) && table.all.len() == 2);
+        let later = start + 2 * SWEEP_EVERY;
+        assert_eq!(table.sweep(later), Some(SWEEP_EVERY));
+        assert_eq!(table.all.keys().collect::<Vec<_>>(), [&3]);
+        table.all.clear();
+        assert_eq!(table.sweep(later + SWEEP_EVERY), None);
+        assert!(table.insert(5, attempt(Duration::ZERO)), "and so does the first one after a pause");
     }
 }

@@ -85,6 +85,10 @@ pub fn accept_step(listener: Opaque, device: &mut ncclNetDeviceHandle_v7) -> Out
     outcome(code, comm)
 }
 
+/// Memory that a strict plugin registers.
+#[repr(align(4096))]
+struct Page(#[allow(dead_code)] [u8; PAGE]);
+
 pub fn accept(listener: Opaque) -> Receiver {
     let mut device = NO_DEVICE;
     let comm = until("accept", || Some(accept_step(listener, &mut device).expect("accept")).filter(|c| !c.is_null()));
@@ -92,6 +96,10 @@ pub fn accept(listener: Opaque) -> Receiver {
     if device.netDeviceType == NCCL_NET_DEVICE_UNPACK {
         assert_eq!(device.netDeviceVersion, NCCL_NET_DEVICE_UNPACK_VERSION);
         assert_eq!(device.size, size_of::<unpackNetDeviceHandle>());
+        assert!(device.handle.is_null(), "device memory was made before anybody used it");
+        let page = [Page([0; PAGE])];
+        let mhandle = reg(comm, page.as_ptr().cast(), PAGE, NCCL_PTR_CUDA).expect("registration");
+        dereg(comm, mhandle);
         // SAFETY: emulated device memory is host memory.
         unpack = unsafe { *device.handle.cast() };
     }

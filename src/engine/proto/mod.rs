@@ -17,6 +17,8 @@ mod limits;
 mod matching;
 mod outgoing;
 mod peer;
+#[cfg(test)]
+mod simulation;
 mod transfers;
 
 pub(crate) use limits::MAX_BACKLOG;
@@ -194,6 +196,14 @@ impl Machine {
         }
         self.tx.push(frame);
         self.clock.tx = now;
+    }
+
+    /// Nothing is kept of transfers that have ended, on either side's account.
+    #[cfg(test)]
+    fn is_idle(&self) -> bool {
+        let empty = self.incoming.is_empty() && self.outgoing.is_empty() && !self.outgoing.waiting();
+        let matched = self.matching.waiting() == 0 && self.matching.messages() == 0;
+        empty && matched && !self.deadlines.any() && self.peer.is_idle() && self.transfers.segments() == 0
     }
 
     // ---- starting transfers ----

@@ -4,7 +4,7 @@ use std::fmt;
 
 /// A PCI address; prints in lower case with a domain of four digits (more only where the domain needs them).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct Bdf {
+pub struct Bdf {
     domain: u32,
     bus: u8,
     device: u8,
@@ -13,7 +13,7 @@ pub(crate) struct Bdf {
 
 impl Bdf {
     /// Parses `[domain:]bus:device[.function]`, hexadecimal; `None` when it is anything else.
-    pub(crate) fn parse(text: &str) -> Option<Bdf> {
+    pub fn parse(text: &str) -> Option<Bdf> {
         let (place, function) = match text.trim().split_once('.') {
             Some((place, function)) => (place, hex(function, 1)?),
             None => (text.trim(), 0),
