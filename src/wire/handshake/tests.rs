@@ -255,26 +255,29 @@ fn other_versions_are_refused_in_words() {
     }
 }
 
-/// Bytes of version 1's hello.
-const HELLO_V1: usize = 136;
-
+/// Version 1 opened with 136 bytes, of which the first ten are understood by all, and answered with a status and 252 bytes of text.
 #[test]
 fn version_1_hears_why_and_is_understood() {
-    assert_eq!(HEADER_BYTES + OPENING, HELLO_V1, "a listener of version 1 waits for a whole hello before it answers");
-    // It answers with a bare status and text.
-    let mut verdict = (-14i32).to_le_bytes().to_vec();
-    verdict.extend_from_slice(b"the peer speaks version 2 of the control protocol, this library 1");
-    verdict.resize(256, 0);
-    let heard = client(A).input(&verdict).unwrap_err();
-    assert_eq!(heard.to_string(), "the peer speaks version 1 of the control protocol, this library 2");
-    // A client of version 1 hears it in the same form.
-    let mut hello = b"UCCLTCPX\x01\x00\x04\x00".to_vec();
-    hello.resize(HELLO_V1, 7);
+    let mut verdict = [0; 256];
+    let text = b"the peer speaks version 2 of the control protocol, this library 1";
+    verdict[..4].copy_from_slice(&ErrorKind::Protocol.code().to_le_bytes());
+    verdict[4..4 + text.len()].copy_from_slice(text);
+    let mut c = client(A);
+    assert_eq!(take(&mut c).len(), 136);
+    let heard = c.input(&verdict).unwrap_err();
+    assert_eq!((heard.kind(), heard.to_string().contains("version 1 ")), (ErrorKind::Protocol, true), "{heard}");
+    // And a client of version 1 hears it in its own form.
+    let mut opening = [0; 136];
+    opening[..8].copy_from_slice(b"UCCLTCPX");
+    opening[8] = 1;
     let mut s = server(A);
-    s.input(&hello).unwrap_err();
-    let told = take(&mut s);
-    assert_eq!((told.len(), &told[..4]), (256, &(-14i32).to_le_bytes()[..]));
-    assert!(told[4..].starts_with(b"the peer speaks version 1 of the control protocol, this library 2\0"));
+    s.input(&opening).unwrap_err();
+    let answer = take(&mut s);
+    assert_eq!(answer.len(), 256);
+    assert_eq!(answer[..4], ErrorKind::Protocol.code().to_le_bytes());
+    let end = answer[4..].iter().position(|&b| b == 0).unwrap();
+    let said = std::str::from_utf8(&answer[4..4 + end]).unwrap();
+    assert!(said.contains("version 1 of the control protocol, this library 2"), "{said}");
 }
 
 #[test]
