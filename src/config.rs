@@ -78,7 +78,7 @@ pub const VARIABLES: &[Variable] = &[
     var("UCCL_TCPX_ALLOW", "unset", "Networks that may connect, in CIDR form and separated by commas (10.0.0.0/8,fd00::/8); others are hung up on. Default: all."),
     var("UCCL_SOCKET_IFNAME", "unset", "Control interface: names or prefixes separated by commas, '=' for exact, '^' for exclusion. Default: the first that is up and not loopback, docker or a veth."),
     var("NCCL_SOCKET_IFNAME", "unset", "The same where UCCL_SOCKET_IFNAME is not set."),
-    var("UCCL_TCPX_AUTH_KEY_FILE", "unset", "File with a pre-shared key, 16 to 4096 bytes; both sides must hold the same one."),
+    var("UCCL_TCPX_AUTH_KEY_FILE", "unset", "File with a pre-shared key of 16 to 4096 bytes, or lines NAME:KEY; for its owner only (chmod 600). Connects prove the first key, any is accepted, and a changed file counts at once. See docs/security.md."),
     var("UCCL_TCPX_EMULATE_DEVICE", "0", "1: registered host memory is treated as device memory and unpacked by the CPU. For tests without a GPU; both sides alike."),
     var("UCCL_TCPX_STAGE_SENDS", "1", "0: device memory is handed to the software plugin as device memory, as it is to TCPX; by default a kernel copies it to pinned host memory first, which is faster."),
     var("UCCL_TCPX_VECTORED", "1", "0: the vectored extension of the software plugin is not used (host memory is staged, as with a plugin that lacks it)."),

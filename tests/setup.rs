@@ -591,6 +591,88 @@ fn the_port_is_open_on_the_control_interface_alone() {
     assert!(TcpStream::connect(("127.0.0.3", port(&engine))).is_err(), "open on an address that is not the control interface's");
 }
 
+fn ip(command: &str) -> bool {
+    Command::new("ip").args(command.split(' ')).status().is_ok_and(|status| status.success())
+}
+
+/// Puts this process into a network of its own, with these interfaces. `false`, said loudly, where that is not possible.
+fn own_network(interfaces: &[&str], commands: &[&str]) -> bool {
+    // SAFETY: a plain system call; this process has no other threads that open sockets yet.
+    if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
+        println!("SKIPPED: no network namespace: {}", std::io::Error::last_os_error());
+        return false;
+    }
+    let mut all = vec!["link set lo up".to_owned()];
+    for name in interfaces {
+        all.push(format!("link add {name} type veth peer name p{name}"));
+        all.push(format!("link set p{name} up"));
+        all.push(format!("link set {name} up"));
+    }
+    all.extend(commands.iter().map(|c| (*c).to_owned()));
+    match all.iter().find(|command| !ip(command)) {
+        Some(command) => println!("SKIPPED: ip {command} does not work"),
+        None => return true,
+    }
+    false
+}
+
+#[test]
+fn a_nic_that_is_gone_costs_its_channels_and_not_the_connection() {
+    if !isolated("a_nic_that_is_gone_costs_its_channels_and_not_the_connection", 1024) {
+        return;
+    }
+    let addresses = ["addr add 10.77.0.1/24 dev eth0", "addr add 10.77.1.1/24 dev eth1"];
+    if !own_network(&["eth0", "eth1"], &addresses) {
+        return;
+    }
+    let config = || Config { num_channels: Some(4), plugin: PluginChoice::Soft, ..Config::from_env().unwrap() };
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    assert_eq!(a.nics().len(), 2);
+    let come_up = || {
+        let out = a.connect("10.77.0.1", "", port(&b)).expect("comes up");
+        let inc = b.accept().unwrap();
+        out.notify(b"n", b"over it").unwrap();
+        assert!(until(Duration::from_secs(10), || b.next_notification().is_some()));
+        drop((out, inc));
+    };
+    come_up();
+    let start = Instant::now();
+    for command in ["link set eth1 down", "link del eth1"] {
+        assert!(ip(command));
+        come_up();
+    }
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_host_with_ipv6_alone_is_served() {
+    if !isolated("a_host_with_ipv6_alone_is_served", 1024) {
+        return;
+    }
+    let addresses = ["-6 addr add fd00::7/64 dev eth0 nodad"];
+    if !own_network(&["eth0"], &addresses) {
+        return;
+    }
+    let config = || Config { socket_ifname: None, ..Config { plugin: PluginChoice::Soft, ..Config::from_env().unwrap() } };
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let metadata = b.metadata();
+    let (address, rest) = metadata.rsplit_once("]:").expect("brackets");
+    assert_eq!(address, "[fd00::7", "{metadata}");
+    let port: u16 = rest.split('?').next().unwrap().parse().unwrap();
+    for name in ["fd00::7", "[fd00::7]", "::1"] {
+        let out = a.connect(name, "", port).unwrap();
+        let _inc = b.accept().unwrap();
+        assert!(out.is_local());
+        out.notify(b"n", name.as_bytes()).unwrap();
+        assert!(until(Duration::from_secs(10), || b.next_notification().is_some_and(|n| n.msg == name.as_bytes())));
+    }
+    // Without any address but the loopback one it says so.
+    assert!(Command::new("ip").args(["link", "del", "eth0"]).status().unwrap().success());
+    assert!(Engine::new(config()).is_ok_and(|e| e.metadata().starts_with("127.0.0.1:")));
+    let named = Config { socket_ifname: Some("eth0".into()), ..config() };
+    assert_eq!(Engine::new(named).unwrap_err().kind(), ErrorKind::InvalidArgument);
+}
+
 #[test]
 fn only_networks_of_the_list_may_connect() {
     let mut server = Server::start(1024, &[("UCCL_TCPX_BIND", "any"), ("UCCL_TCPX_ALLOW", "10.0.0.0/8, 127.0.0.2")]);

@@ -1,6 +1,5 @@
 //! The host's network interfaces and PCI devices: the control interface, NUMA nodes, distance of NICs to a GPU.
 
-pub(crate) use soft_plugin::interfaces::NameFilter;
 
 use super::pairing::shared_depth;
 use super::plugin::Device;
@@ -54,16 +53,15 @@ pub(crate) fn interfaces() -> Vec<Interface> {
     found
 }
 
-/// Interfaces that can carry data now, one address each, by the rules that the software plugin chooses its devices by: `filter` in
-/// NCCL's form, else real ones before virtual and loopback ones. All that are up where the kernel does not tell more.
-pub(crate) fn usable(filter: Option<&str>) -> Vec<Interface> {
-    let Ok(found) = soft_plugin::interfaces::usable(filter) else { return interfaces() };
-    let interface = |i: soft_plugin::interfaces::Interface| Interface {
-        name: i.name.to_string_lossy().into_owned(),
-        addr: i.address,
-        loopback: i.loopback,
-    };
-    found.into_iter().map(interface).collect()
+/// The interfaces that `filter` (in NCCL's form) lets through and that can be used, each with one address: by the rules that the
+/// software plugin chooses its devices by.
+///
+/// # Errors
+/// The kernel does not list its interfaces.
+pub(crate) fn usable(filter: Option<&str>) -> std::io::Result<Vec<Interface>> {
+    let name = |i: &soft_plugin::interfaces::Interface| i.name.to_string_lossy().into_owned();
+    let found = soft_plugin::interfaces::usable(filter)?;
+    Ok(found.iter().map(|i| Interface { name: name(i), addr: i.address, loopback: i.loopback }).collect())
 }
 
 /// Whether `ip` is an address of this host.
@@ -105,10 +103,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_rules_of_the_data_devices_choose_the_control_interface_too() {
-        assert!(!usable(None).is_empty());
-        assert!(usable(Some("=lo")).iter().all(|i| i.loopback && i.name == "lo"));
-        assert!(usable(Some("=no-such-interface")).is_empty());
+    fn every_host_has_an_interface() {
+        assert!(!usable(None).unwrap().is_empty());
+        assert!(usable(Some("=lo")).unwrap().iter().all(|i| i.loopback));
+        assert!(usable(Some("=no-such-interface")).unwrap().is_empty());
         assert!(is_local(IpAddr::from([127, 0, 0, 1])) && !is_local(IpAddr::from([192, 0, 2, 1])));
     }
 

@@ -48,6 +48,8 @@ pub(crate) struct Exporter {
     prk: Guarded<hkdf::Prk>,
 }
 
+// The data channels do not use their keys yet.
+#[allow(dead_code)]
 impl Exporter {
     fn derive(&self, parts: &[&[u8]]) -> Result<Secret> {
         let mut key = Secret::default();
@@ -199,6 +201,7 @@ pub(crate) struct Session {
     /// The receiving half.
     pub opener: Opener,
     /// Keys for the data channels.
+    #[allow(dead_code)]
     pub exporter: Exporter,
 }
 
