@@ -1,6 +1,9 @@
 //! What a process must not share with the one that forked it: locks that another thread held, handles, tables of threads. Knows
 //! nothing of what is kept.
 
+use crate::status::{bail, Result};
+use std::mem::ManuallyDrop;
+use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::sync::Once;
 
@@ -61,6 +64,59 @@ impl<T: Send + Sync + 'static> PerProcess<T> {
     }
 }
 
+/// A value of the process that made it. A forked child can look at it, and never drops it: what it holds stays as it is, down to
+/// the descriptors, which the child closes when it ends.
+pub(crate) struct Local<T> {
+    generation: u64,
+    pid: u32,
+    value: ManuallyDrop<T>,
+}
+
+impl<T> Local<T> {
+    /// Wraps a value of this process.
+    pub(crate) fn new(value: T) -> Local<T> {
+        Local { generation: generation(), pid: std::process::id(), value: ManuallyDrop::new(value) }
+    }
+
+    /// Whether the calling process made it. Where not, none of its locks may be taken: who held one may not be in this process.
+    pub(crate) fn is_here(&self) -> bool {
+        self.generation == generation()
+    }
+
+    /// An error in a forked child.
+    ///
+    /// # Errors
+    /// `Unsupported`.
+    pub(crate) fn check(&self, what: &str) -> Result<()> {
+        if !self.is_here() {
+            bail!(Unsupported, "this {what} belongs to process {}; a forked child has to make its own", self.pid);
+        }
+        Ok(())
+    }
+}
+
+impl<T> Deref for Local<T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        &self.value
+    }
+}
+
+impl<T> DerefMut for Local<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.value
+    }
+}
+
+impl<T> Drop for Local<T> {
+    fn drop(&mut self) {
+        if self.is_here() {
+            // SAFETY: dropped once, here; nobody uses the value after drop.
+            unsafe { ManuallyDrop::drop(&mut self.value) };
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -89,5 +145,39 @@ mod tests {
         assert_eq!(status, 0);
         assert_eq!(generation(), before);
         assert_eq!(*VALUE.get().lock().unwrap(), [1]);
+    }
+
+    use std::sync::atomic::AtomicUsize;
+
+    static DROPS: AtomicUsize = AtomicUsize::new(0);
+    struct Counted;
+    impl Drop for Counted {
+        fn drop(&mut self) {
+            DROPS.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn a_child_never_drops_what_its_parent_made() {
+        let (one, two) = (Local::new(Counted), Local::new(Counted));
+        assert!(one.is_here() && one.check("thing").is_ok());
+        // SAFETY: the child only runs plain code and _exit.
+        let child = unsafe { libc::fork() };
+        assert!(child >= 0);
+        if child == 0 {
+            let told = !one.is_here() && one.check("thing").is_err();
+            drop(one);
+            let kept = DROPS.load(Ordering::SeqCst) == 0;
+            drop(Local::new(Counted));
+            let own = DROPS.load(Ordering::SeqCst) == 1;
+            // SAFETY: ends the child without running anything of the parent's.
+            unsafe { libc::_exit(if told && kept && own { 0 } else { 1 }) };
+        }
+        let mut status = 0;
+        // SAFETY: a writable status.
+        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        assert_eq!(status, 0);
+        drop((one, two));
+        assert_eq!(DROPS.load(Ordering::SeqCst), 2);
     }
 }

@@ -10,12 +10,14 @@
 //! | `channel` | chunk plan, striping, one channel over a comm pair, unpacking |
 //! | `gpu` | CUDA through the driver API: memory kinds, contexts, the launcher of the copy kernel |
 //! | [`net`] | plugins, comms that keep the contract's rules, the host's interfaces |
+//! | [`addresses`] | what the port is bound to, who may connect |
 //! | `fork` | values that a child process must not share with its parent |
 //! | [`config`] | every environment variable |
 //! | [`status`] | the error type and the status numbers |
 //!
 //! Calls go one way: ffi -> engine -> {wire, channel} -> {net, gpu}.
 
+pub mod addresses;
 #[doc(hidden)]
 pub mod bench_api;
 mod channel;
@@ -23,9 +25,13 @@ pub mod config;
 pub mod engine;
 mod ffi;
 mod fork;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzz_api;
 mod gpu;
 mod logging;
 pub mod net;
+mod region;
 pub mod status;
 pub mod types;
 mod wire;

@@ -3,10 +3,15 @@
 #include "backend.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <optional>
+#include <thread>
+#include <vector>
 
 #include "transfer.h"
 
@@ -26,12 +31,25 @@ constexpr struct {
 };
 constexpr char kNumCpus[] = "num_cpus";
 
+using Settings = std::vector<std::pair<const char *, const char *>>;
+
+#ifdef UCCL_P2P_VERSION_MAJOR
+
+uccl_engine_t *make_engine(const Settings &settings, int) {
+  std::vector<uccl_option_t> options;
+  for (const auto &[name, value] : settings) options.push_back({name, value});
+  uccl_engine_t *engine = nullptr;
+  return uccl_engine_create_with(options.data(), options.size(), &engine) == UCCL_OK ? engine : nullptr;
+}
+
+#else
+
 /// Sets a variable for as long as the object lives.
 class ScopedVariable {
  public:
-  ScopedVariable(const char *name, const std::string &value) : name_(name) {
+  ScopedVariable(const char *name, const char *value) : name_(name) {
     if (const char *old = std::getenv(name)) before_ = old;
-    ::setenv(name, value.c_str(), 1);
+    ::setenv(name, value, 1);
   }
   ~ScopedVariable() {
     if (before_) {
@@ -48,13 +66,21 @@ class ScopedVariable {
   std::optional<std::string> before_;
 };
 
-/// NULL when the parameters or the environment do not make sense; the reason is logged.
-uccl_engine_t *create_engine(const nixl_b_params_t &parameters) {
-  // The engine reads its settings from the environment when it is created, and the environment belongs to the process: agents that
-  // are created at the same time must not see each other's.
+/// For a library that takes settings from the environment alone, which belongs to the process: agents that are created at the same
+/// time must not see each other's.
+uccl_engine_t *make_engine(const Settings &settings, int num_cpus) {
   static std::mutex environment;
   const std::lock_guard<std::mutex> guard(environment);
   std::vector<std::unique_ptr<ScopedVariable>> set;
+  for (const auto &[name, value] : settings) set.push_back(std::make_unique<ScopedVariable>(name, value));
+  return uccl_engine_create(num_cpus, false);
+}
+
+#endif
+
+/// NULL when the parameters or the environment do not make sense; the reason is logged.
+uccl_engine_t *create_engine(const nixl_b_params_t &parameters) {
+  Settings settings;
   int num_cpus = 0;
   for (const auto &[name, value] : parameters) {
     if (value.empty()) continue;
@@ -63,7 +89,7 @@ uccl_engine_t *create_engine(const nixl_b_params_t &parameters) {
       if (name == entry.parameter) variable = entry.variable;
     }
     if (variable) {
-      set.push_back(std::make_unique<ScopedVariable>(variable, value));
+      settings.emplace_back(variable, value.c_str());
     } else if (name == kNumCpus) {
       char *end = nullptr;
       const long number = std::strtol(value.c_str(), &end, 10);
@@ -76,7 +102,7 @@ uccl_engine_t *create_engine(const nixl_b_params_t &parameters) {
       log_line("warning", "parameter '" + name + "' is not known and has no effect");
     }
   }
-  uccl_engine_t *engine = uccl_engine_create(num_cpus, false);
+  uccl_engine_t *engine = make_engine(settings, num_cpus);
   if (!engine) log_line("error", std::string("cannot create an engine: ") + uccl_engine_last_error());
   return engine;
 }
@@ -91,62 +117,139 @@ nixl_b_params_t default_parameters() {
 
 // ---- Life -----------------------------------------------------------------------------------------------------------------------
 
-Backend::Backend(const nixlBackendInitParams *init) : nixlBackendEngine(init), peers_(init->localAgent) {
-  engine_ = create_engine(*init->customParams);
-  if (!engine_) {
-    initErr = true;
-    return;
-  }
-  peers_.set_engine(engine_);
-  acceptor_ = std::thread(&Backend::accept_loop, this);
+/// What one agent has of the engine: the engine, the peers, the connections that others made, and the threads that look after them.
+struct Backend::Core {
+  Core(const std::string &agent, uccl_engine_t *engine) : engine(engine), local_agent(agent) {}
+  ~Core();
+  Core(const Core &) = delete;
+  void operator=(const Core &) = delete;
+
+  /// Registers what tells this engine from others.
+  int identify();
+  void start();
+  void accept_loop();
+  void tend_loop();
+  void reap();
+
+  uccl_engine_t *const engine;
+  const std::string local_agent;
+  std::shared_ptr<Identity> identity = std::make_shared<Identity>();
+  std::shared_ptr<Peers> peers;
+
+  std::mutex lock;
+  std::condition_variable wake;
+  bool stopping = false;
+  std::vector<uccl_conn_t *> accepted;
+  std::thread acceptor, tender;
+};
+
+int Backend::Core::identify() {
+  const auto address = [](const char *bytes) { return reinterpret_cast<size_t>(bytes); };
+  int status = uccl_engine_reg(engine, address(identity->own), sizeof identity->own, &identity->own_region);
+  if (status == UCCL_OK) status = uccl_engine_reg(engine, address(identity->read), sizeof identity->read, &identity->read_region);
+  if (status != UCCL_OK) return status;
+  static_assert(sizeof(FifoItem) == FIFO_SIZE);
+  return uccl_engine_prepare_fifo(engine, identity->own_region, identity->own, 1, reinterpret_cast<char *>(&identity->item));
 }
 
-Backend::~Backend() {
-  if (!engine_) return;
+void Backend::Core::start() {
+  peers = std::make_shared<Peers>(local_agent, engine, identity);
+  acceptor = std::thread(&Core::accept_loop, this);
+  tender = std::thread(&Core::tend_loop, this);
+}
+
+Backend::Core::~Core() {
   {
-    const std::lock_guard<std::mutex> guard(accepted_lock_);
-    stopping_ = true;
+    const std::lock_guard<std::mutex> guard(lock);
+    stopping = true;
   }
-  accepted_wake_.notify_all();
-  uccl_engine_stop_accept(engine_);
-  acceptor_.join();
-  peers_.close_all();
-  for (uccl_conn_t *conn : accepted_) uccl_engine_conn_destroy(conn);
-  uccl_engine_destroy(engine_);
+  wake.notify_all();
+  uccl_engine_stop_accept(engine);
+  if (tender.joinable()) tender.join();
+  if (acceptor.joinable()) acceptor.join();
+  if (peers) peers->stop();
+  for (uccl_conn_t *conn : accepted) uccl_engine_conn_destroy(conn);
+  uccl_engine_destroy(engine);
+  // A connect to a host that is silent may go on for a while; it holds what it needs.
+  if (peers) peers->wait(std::chrono::milliseconds(1000));
 }
 
-void Backend::accept_loop() {
+void Backend::Core::accept_loop() {
   for (;;) {
     char address[64];
     int gpu = -1;
-    uccl_conn_t *conn = uccl_engine_accept(engine_, address, sizeof address, &gpu);
-    std::unique_lock<std::mutex> guard(accepted_lock_);
+    uccl_conn_t *conn = uccl_engine_accept(engine, address, sizeof address, &gpu);
+    std::unique_lock<std::mutex> guard(lock);
     if (conn) {
-      // Nobody else looks after incoming connections: those whose peer has gone are let go when the next one comes.
-      const auto gone = std::stable_partition(accepted_.begin(), accepted_.end(), alive);
-      for (auto lost = gone; lost != accepted_.end(); ++lost) uccl_engine_conn_destroy(*lost);
-      accepted_.erase(gone, accepted_.end());
-      accepted_.push_back(conn);
+      accepted.push_back(conn);
       continue;
     }
-    if (stopping_) return;
+    if (stopping) return;
     // Not asked to stop: the engine has logged why. A pause keeps a lasting cause from turning this into a busy loop.
-    accepted_wake_.wait_for(guard, std::chrono::milliseconds(200), [this] { return stopping_; });
-    if (stopping_) return;
+    wake.wait_for(guard, std::chrono::milliseconds(200), [this] { return stopping; });
+    if (stopping) return;
   }
+}
+
+void Backend::Core::tend_loop() {
+  std::unique_lock<std::mutex> guard(lock);
+  while (!stopping) {
+    guard.unlock();
+    reap();
+    const auto pause = peers->tend();
+    guard.lock();
+    wake.wait_for(guard, pause, [this] { return stopping; });
+  }
+}
+
+/// Nobody else looks after incoming connections: those whose peer has gone are let go here.
+void Backend::Core::reap() {
+  std::vector<uccl_conn_t *> gone;
+  {
+    const std::lock_guard<std::mutex> guard(lock);
+    const auto lost = std::stable_partition(accepted.begin(), accepted.end(), alive);
+    gone.assign(lost, accepted.end());
+    accepted.erase(lost, accepted.end());
+  }
+  for (uccl_conn_t *conn : gone) uccl_engine_conn_destroy(conn);
+}
+
+Backend::Backend(const nixlBackendInitParams *init) : nixlBackendEngine(init) {
+  initErr = true;
+  uccl_engine_t *engine = create_engine(*init->customParams);
+  if (!engine) return;
+  core_ = std::make_unique<Core>(init->localAgent, engine);
+  if (core_->identify() != UCCL_OK) {
+    log_line("error", std::string("cannot register memory: ") + uccl_engine_last_error());
+    core_.reset();
+    return;
+  }
+  core_->start();
+  initErr = false;
+}
+
+Backend::~Backend() {
+  if (birth_.inherited()) (void)core_.release();
+}
+
+bool Backend::unusable() const {
+  if (!birth_.inherited()) return !core_;
+  static std::atomic<bool> said{false};
+  if (!said.exchange(true)) log_line("error", "agent '" + localAgent + "' was made before this process was forked; make a new one here");
+  return true;
 }
 
 // ---- Memory ---------------------------------------------------------------------------------------------------------------------
 
 nixl_status_t Backend::registerMem(const nixlBlobDesc &mem, const nixl_mem_t &kind, nixlBackendMD *&out) {
   if (kind != DRAM_SEG && kind != VRAM_SEG) return NIXL_ERR_NOT_SUPPORTED;
+  if (unusable()) return NIXL_ERR_BACKEND;
   auto memory = std::make_unique<LocalMemory>();
-  if (const int status = uccl_engine_reg(engine_, mem.addr, mem.len, &memory->region); status != UCCL_OK) return to_nixl(status);
-  static_assert(sizeof(FifoItem) == FIFO_SIZE);
-  const int status = uccl_engine_prepare_fifo(engine_, memory->region, reinterpret_cast<const void *>(mem.addr), mem.len,
+  if (const int status = uccl_engine_reg(core_->engine, mem.addr, mem.len, &memory->region); status != UCCL_OK) return to_nixl(status);
+  const int status = uccl_engine_prepare_fifo(core_->engine, memory->region, reinterpret_cast<const void *>(mem.addr), mem.len,
                                               reinterpret_cast<char *>(&memory->item));
   if (status != UCCL_OK) {
-    uccl_engine_mr_destroy(engine_, memory->region);
+    uccl_engine_mr_destroy(core_->engine, memory->region);
     return to_nixl(status);
   }
   out = memory.release();
@@ -156,7 +259,8 @@ nixl_status_t Backend::registerMem(const nixlBlobDesc &mem, const nixl_mem_t &ki
 nixl_status_t Backend::deregisterMem(nixlBackendMD *meta) {
   const std::unique_ptr<LocalMemory> memory(static_cast<LocalMemory *>(meta));
   if (!memory) return NIXL_ERR_INVALID_PARAM;
-  uccl_engine_mr_destroy(engine_, memory->region);
+  if (unusable()) return NIXL_SUCCESS;
+  uccl_engine_mr_destroy(core_->engine, memory->region);
   return NIXL_SUCCESS;
 }
 
@@ -171,7 +275,6 @@ nixl_status_t Backend::loadRemoteMD(const nixlBlobDesc &input, const nixl_mem_t 
                           std::to_string(FIFO_SIZE));
     return NIXL_ERR_MISMATCH;
   }
-  peers_.refreshed(agent);
   auto memory = std::make_unique<RemoteMemory>();
   std::memcpy(&memory->item, input.metaInfo.data(), FIFO_SIZE);
   out = memory.release();
@@ -193,45 +296,55 @@ nixl_status_t Backend::unloadMD(nixlBackendMD *input) {
 // ---- Connections ----------------------------------------------------------------------------------------------------------------
 
 nixl_status_t Backend::getConnInfo(std::string &out) const {
+  if (unusable()) return NIXL_ERR_BACKEND;
   size_t needed = 0;
-  int status = uccl_engine_metadata_into(engine_, nullptr, 0, &needed);
+  int status = uccl_engine_metadata_into(core_->engine, nullptr, 0, &needed);
   if (status != UCCL_OK && status != UCCL_ERR_RESOURCE) return to_nixl(status);
   std::string text(needed, '\0');
-  status = uccl_engine_metadata_into(engine_, text.data(), text.size(), &needed);
+  status = uccl_engine_metadata_into(core_->engine, text.data(), text.size(), &needed);
   if (status != UCCL_OK) return to_nixl(status);
-  text.resize(std::strlen(text.c_str()));
-  out = std::move(text);
+  out = ConnInfo::text(text.c_str(), core_->identity->item);
   return NIXL_SUCCESS;
 }
 
 nixl_status_t Backend::loadRemoteConnInfo(const std::string &agent, const std::string &info) {
-  if (const nixl_status_t status = peers_.remember(agent, info); status != NIXL_SUCCESS) return status;
+  if (unusable()) return NIXL_ERR_BACKEND;
+  const bool known = core_->peers->lookup(agent) != nullptr;
+  if (const nixl_status_t status = core_->peers->remember(agent, info); status != NIXL_SUCCESS) return status;
   // Connecting here and not at the first transfer: the caller expects to learn here that a peer cannot be reached.
-  std::shared_ptr<Connection> connection;
-  return peers_.connect(agent, connection);
+  const nixl_status_t status = core_->peers->connect(agent);
+  if (status != NIXL_SUCCESS && !known) core_->peers->forget(agent);
+  return status;
 }
 
 nixl_status_t Backend::connect(const std::string &agent) {
-  if (agent == localAgent) {
-    // NIXL asks every backend for this at its creation. The channels to oneself are made when the first transfer needs them.
-    std::string info;
-    const nixl_status_t status = getConnInfo(info);
-    return status == NIXL_SUCCESS ? peers_.remember(agent, info) : status;
-  }
-  std::shared_ptr<Connection> connection;
-  return peers_.connect(agent, connection);
+  if (unusable()) return NIXL_ERR_BACKEND;
+  if (agent != localAgent) return core_->peers->connect(agent);
+  // NIXL asks every backend for this at its creation. The channels to oneself are made when the first transfer needs them.
+  std::string info;
+  const nixl_status_t status = getConnInfo(info);
+  return status == NIXL_SUCCESS ? core_->peers->remember(agent, info) : status;
 }
 
-nixl_status_t Backend::disconnect(const std::string &agent) { return peers_.disconnect(agent); }
+nixl_status_t Backend::disconnect(const std::string &agent) {
+  if (unusable()) return NIXL_ERR_BACKEND;
+  return agent == localAgent ? core_->peers->rest(agent) : core_->peers->forget(agent);
+}
+
+nixl_status_t Backend::peer_of(const std::string &agent, std::shared_ptr<Peer> &out) const {
+  if (unusable()) return NIXL_ERR_BACKEND;
+  out = core_->peers->lookup(agent);
+  return out ? NIXL_SUCCESS : NIXL_ERR_NOT_FOUND;
+}
 
 // ---- Transfers ------------------------------------------------------------------------------------------------------------------
 
 nixl_status_t Backend::prepXfer(const nixl_xfer_op_t &operation, const nixl_meta_dlist_t &local, const nixl_meta_dlist_t &remote,
                                 const std::string &agent, nixlBackendReqH *&handle, const nixl_opt_b_args_t *) const {
   if (operation != NIXL_READ && operation != NIXL_WRITE) return NIXL_ERR_INVALID_PARAM;
-  std::shared_ptr<Connection> connection;
-  if (const nixl_status_t status = peers_.open(agent, connection); status != NIXL_SUCCESS) return status;
-  auto transfer = std::make_unique<Transfer>(operation, std::move(connection));
+  std::shared_ptr<Peer> peer;
+  if (const nixl_status_t status = peer_of(agent, peer); status != NIXL_SUCCESS) return status;
+  auto transfer = std::make_unique<Transfer>(operation, std::move(peer));
   if (const nixl_status_t status = transfer->describe(local, remote); status != NIXL_SUCCESS) return status;
   handle = transfer.release();
   return NIXL_SUCCESS;
@@ -239,54 +352,57 @@ nixl_status_t Backend::prepXfer(const nixl_xfer_op_t &operation, const nixl_meta
 
 nixl_status_t Backend::postXfer(const nixl_xfer_op_t &operation, const nixl_meta_dlist_t &local, const nixl_meta_dlist_t &remote,
                                 const std::string &agent, nixlBackendReqH *&handle, const nixl_opt_b_args_t *args) const {
+  if (unusable()) return NIXL_ERR_BACKEND;
   if (!handle) {
     if (const nixl_status_t status = prepXfer(operation, local, remote, agent, handle, args); status != NIXL_SUCCESS) return status;
   }
   auto *transfer = static_cast<Transfer *>(handle);
-  if (!transfer->connection().usable()) {
-    // Posting must not wait for a connect: only a connection that somebody else renewed is taken.
-    std::shared_ptr<Connection> connection;
-    if (peers_.find(agent, connection) != NIXL_SUCCESS || !connection->usable()) return NIXL_ERR_REMOTE_DISCONNECT;
-    transfer->use(std::move(connection));
-  }
-  return transfer->post(args);
+  const nixl_status_t status = transfer->post(*core_->peers, args);
+  if (status != NIXL_ERR_NOT_FOUND) return status;
+  // The agent was removed since, and perhaps added again under this name.
+  std::shared_ptr<Peer> peer;
+  if (const nixl_status_t found = peer_of(agent, peer); found != NIXL_SUCCESS || peer.get() == &transfer->peer()) return status;
+  transfer->use(std::move(peer));
+  return transfer->post(*core_->peers, args);
 }
 
 nixl_status_t Backend::checkXfer(nixlBackendReqH *handle) const {
   if (!handle) return NIXL_ERR_INVALID_PARAM;
-  return static_cast<Transfer *>(handle)->check(
-      [this](Connection &connection, const std::string &message) { return send_notification(connection, message); });
+  if (unusable()) return NIXL_ERR_BACKEND;
+  return static_cast<Transfer *>(handle)->check(*core_->peers);
 }
 
 nixl_status_t Backend::releaseReqH(nixlBackendReqH *handle) const {
-  delete static_cast<Transfer *>(handle);
+  auto *transfer = static_cast<Transfer *>(handle);
+  // In a forked child its locks may be held by threads that are not there.
+  if (!unusable()) delete transfer;
   return NIXL_SUCCESS;
 }
 
 // ---- Notifications --------------------------------------------------------------------------------------------------------------
 
-nixl_status_t Backend::send_notification(Connection &connection, const std::string &message) const {
-  return connection.outcome(
-      uccl_engine_send_notif_bytes(connection.get(), localAgent.data(), localAgent.size(), message.data(), message.size()));
-}
-
 nixl_status_t Backend::getNotifs(notif_list_t &notifs) {
-  for (;;) {
+  if (unusable()) return NIXL_ERR_BACKEND;
+  // What one call takes is bounded: a peer that sends without a pause must not keep the caller here.
+  constexpr size_t most = 4096, most_bytes = 64 << 20;
+  for (size_t taken = 0, bytes = 0; taken < most && bytes < most_bytes; ++taken) {
     uccl_notif_t *notification = nullptr;
-    if (const int status = uccl_engine_notif_next(engine_, &notification); status != UCCL_OK) return to_nixl(status);
+    if (const int status = uccl_engine_notif_next(core_->engine, &notification); status != UCCL_OK) return to_nixl(status);
     if (!notification) return NIXL_SUCCESS;
     size_t name_length = 0, length = 0;
     const char *name = uccl_engine_notif_name(notification, &name_length);
     const auto *message = static_cast<const char *>(uccl_engine_notif_msg(notification, &length));
     notifs.emplace_back(std::string(name ? name : "", name ? name_length : 0), std::string(message ? message : "", message ? length : 0));
+    bytes += length;
     uccl_engine_notif_free(notification);
   }
+  return NIXL_SUCCESS;
 }
 
 nixl_status_t Backend::genNotif(const std::string &agent, const std::string &message) const {
-  std::shared_ptr<Connection> connection;
-  const nixl_status_t status = peers_.open(agent, connection);
-  return status == NIXL_SUCCESS ? send_notification(*connection, message) : status;
+  std::shared_ptr<Peer> peer;
+  const nixl_status_t status = peer_of(agent, peer);
+  return status == NIXL_SUCCESS ? core_->peers->notify(*peer, message) : status;
 }
 
 // ---- Cost -----------------------------------------------------------------------------------------------------------------------
@@ -294,8 +410,14 @@ nixl_status_t Backend::genNotif(const std::string &agent, const std::string &mes
 nixl_status_t Backend::estimateXferCost(const nixl_xfer_op_t &operation, const nixl_meta_dlist_t &local, const nixl_meta_dlist_t &,
                                         const std::string &agent, nixlBackendReqH *const &, std::chrono::microseconds &duration,
                                         std::chrono::microseconds &err_margin, nixl_cost_t &method, const nixl_opt_args_t *) const {
+  std::shared_ptr<Peer> peer;
+  if (const nixl_status_t status = peer_of(agent, peer); status != NIXL_SUCCESS) return status;
   std::shared_ptr<Connection> connection;
-  if (const nixl_status_t status = peers_.find(agent, connection); status != NIXL_SUCCESS) return status;
+  {
+    const std::lock_guard<std::mutex> guard(peer->lock);
+    connection = peer->connection;
+  }
+  if (!connection) return NIXL_ERR_NOT_SUPPORTED;
   size_t bytes = 0;
   for (const nixlMetaDesc &desc : local) bytes += desc.len;
   const auto estimate = connection->estimate(operation, bytes);

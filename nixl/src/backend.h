@@ -4,14 +4,12 @@
 
 #pragma once
 
-#include <condition_variable>
 #include <memory>
-#include <mutex>
-#include <thread>
-#include <vector>
+#include <string>
 
 #include "backend/backend_plugin.h"
-#include "connection.h"
+#include "peers.h"
+#include "process.h"
 #include "uccl_engine.h"
 
 namespace tcpx {
@@ -57,18 +55,15 @@ class Backend final : public nixlBackendEngine {
                                  const nixl_opt_args_t *extra) const override;
 
  private:
-  void accept_loop();
-  nixl_status_t send_notification(Connection &connection, const std::string &message) const;
+  struct Core;
 
-  uccl_engine_t *engine_ = nullptr;
-  // NIXL declares the functions that start and end transfers const.
-  mutable Peers peers_;
+  /// Whether this object came into a forked child, where it has no threads and its locks may be held for ever.
+  bool unusable() const;
+  nixl_status_t peer_of(const std::string &agent, std::shared_ptr<Peer> &out) const;
 
-  std::mutex accepted_lock_;
-  std::condition_variable accepted_wake_;
-  bool stopping_ = false;
-  std::vector<uccl_conn_t *> accepted_;
-  std::thread acceptor_;
+  const Birth birth_;
+  /// Left alone, and so leaked, in a forked child.
+  std::unique_ptr<Core> core_;
 };
 
 }  // namespace tcpx

@@ -3,8 +3,6 @@
 #include "connection.h"
 
 #include <cstdio>
-#include <cstdlib>
-#include <vector>
 
 namespace tcpx {
 
@@ -40,26 +38,30 @@ void Connection::close() {
   if (!closed_.exchange(true)) uccl_engine_conn_destroy(conn_);
 }
 
+bool Connection::check_alive() {
+  if (!usable()) return false;
+  if (alive(conn_)) return true;
+  lost_.store(true);
+  return false;
+}
+
 nixl_status_t Connection::outcome(int status) {
+  if (status >= 0) return to_nixl(status);
   // After close() the engine no longer knows the handle. Why it was closed says more than that.
-  if (status < 0 && closed_.load()) return lost_.load() ? NIXL_ERR_REMOTE_DISCONNECT : NIXL_ERR_CANCELED;
-  nixl_status_t result = to_nixl(status);
+  if (closed_.load()) return lost_.load() ? NIXL_ERR_REMOTE_DISCONNECT : NIXL_ERR_CANCELED;
+  const nixl_status_t result = to_nixl(status);
   switch (status) {
-    case UCCL_ERR_PLUGIN:
-    case UCCL_ERR_SYSTEM:
-      // How a network plugin reports that the peer is gone depends on the plugin. If the connection ended with it, that is what it means.
-      if (!alive(conn_)) result = NIXL_ERR_REMOTE_DISCONNECT;
-      break;
-    case UCCL_ERR_CANCELED:
-    case UCCL_ERR_PROTOCOL:
-    case UCCL_ERR_GPU:
-    case UCCL_ERR_INTERNAL:
-      if (!alive(conn_)) lost_.store(true);
-      break;
+    // Wrong use, or a refusal: these say nothing about the connection.
+    case UCCL_ERR_INVALID_ARGUMENT:
+    case UCCL_ERR_REMOTE_ACCESS:
+    case UCCL_ERR_TRUNCATED:
+    case UCCL_ERR_UNSUPPORTED:
+    case UCCL_ERR_RESOURCE: return result;
     default: break;
   }
-  if (result == NIXL_ERR_REMOTE_DISCONNECT) lost_.store(true);
-  return result;
+  if (check_alive()) return result;
+  // How a network plugin reports that the peer is gone depends on the plugin. If the connection ended with it, that is what it means.
+  return status == UCCL_ERR_PLUGIN || status == UCCL_ERR_SYSTEM ? NIXL_ERR_REMOTE_DISCONNECT : result;
 }
 
 void Connection::measured(nixl_xfer_op_t operation, size_t bytes, double seconds, double uncertainty) {
@@ -70,141 +72,6 @@ void Connection::measured(nixl_xfer_op_t operation, size_t bytes, double seconds
 std::optional<CostModel::Estimate> Connection::estimate(nixl_xfer_op_t operation, size_t bytes) const {
   const std::lock_guard<std::mutex> guard(cost_lock_);
   return (operation == NIXL_READ ? read_cost_ : write_cost_).estimate(static_cast<double>(bytes));
-}
-
-namespace {
-
-/// "host:port?gpu". The host may be an IPv6 address, bare or in brackets, and the GPU's PCI address has colons too.
-bool parse_info(const std::string &info, std::string &host, int &port, std::string &gpu) {
-  const size_t question = info.find('?');
-  const std::string address = info.substr(0, question);
-  gpu = question == std::string::npos ? "" : info.substr(question + 1);
-  const size_t colon = address.rfind(':');
-  if (colon == std::string::npos || colon == 0) return false;
-  host = address.substr(0, colon);
-  if (host.size() > 2 && host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
-  const std::string digits = address.substr(colon + 1);
-  if (digits.empty() || digits.size() > 5 || digits.find_first_not_of("0123456789") != std::string::npos) return false;
-  port = std::atoi(digits.c_str());
-  return port >= 1 && port <= 65535 && host.find('\0') == std::string::npos;
-}
-
-}  // namespace
-
-std::shared_ptr<Peers::Peer> Peers::lookup(const std::string &agent) const {
-  const std::lock_guard<std::mutex> guard(lock_);
-  const auto found = peers_.find(agent);
-  return found == peers_.end() ? nullptr : found->second;
-}
-
-nixl_status_t Peers::remember(const std::string &agent, const std::string &info) {
-  std::string host, gpu;
-  int port = 0;
-  if (!parse_info(info, host, port, gpu)) {
-    log_line("error", "connection info of agent '" + agent + "' is not host:port?gpu: '" + info + "'");
-    return NIXL_ERR_MISMATCH;
-  }
-  std::shared_ptr<Peer> peer;
-  {
-    const std::lock_guard<std::mutex> guard(lock_);
-    auto &entry = peers_[agent];
-    if (!entry) entry = std::make_shared<Peer>();
-    peer = entry;
-  }
-  std::shared_ptr<Connection> stale;
-  {
-    const std::lock_guard<std::mutex> guard(peer->lock);
-    if (peer->info != info) stale.swap(peer->connection);
-    peer->info = info;
-  }
-  if (stale) stale->close();
-  return NIXL_SUCCESS;
-}
-
-nixl_status_t Peers::make(const std::string &agent, Peer &peer, std::shared_ptr<Connection> &out) {
-  if (peer.connection) {
-    peer.connection->close();
-    peer.connection.reset();
-  }
-  std::string host, gpu;
-  int port = 0;
-  if (!parse_info(peer.info, host, port, gpu)) return NIXL_ERR_MISMATCH;
-  uccl_conn_t *conn = uccl_engine_connect(engine_, host.c_str(), gpu.c_str(), port, agent == local_agent_);
-  if (!conn) {
-    log_line("error", "cannot connect to agent '" + agent + "' at " + peer.info + ": " + uccl_engine_last_error());
-    return NIXL_ERR_REMOTE_DISCONNECT;
-  }
-  peer.connection = std::make_shared<Connection>(conn);
-  peer.retry = false;
-  out = peer.connection;
-  return NIXL_SUCCESS;
-}
-
-nixl_status_t Peers::connect(const std::string &agent, std::shared_ptr<Connection> &out) {
-  const std::shared_ptr<Peer> peer = lookup(agent);
-  if (!peer) return NIXL_ERR_NOT_FOUND;
-  const std::lock_guard<std::mutex> guard(peer->lock);
-  if (!peer->connection || !peer->connection->usable() || !alive(peer->connection->get())) return make(agent, *peer, out);
-  out = peer->connection;
-  return NIXL_SUCCESS;
-}
-
-nixl_status_t Peers::open(const std::string &agent, std::shared_ptr<Connection> &out) {
-  const std::shared_ptr<Peer> peer = lookup(agent);
-  if (!peer) return NIXL_ERR_NOT_FOUND;
-  const std::lock_guard<std::mutex> guard(peer->lock);
-  if (!peer->connection) return make(agent, *peer, out);
-  if (!peer->connection->usable() || (peer->retry && !alive(peer->connection->get()))) {
-    if (!peer->retry && agent != local_agent_) return NIXL_ERR_REMOTE_DISCONNECT;
-    peer->retry = false;
-    return make(agent, *peer, out);
-  }
-  peer->retry = false;
-  out = peer->connection;
-  return NIXL_SUCCESS;
-}
-
-void Peers::refreshed(const std::string &agent) {
-  const std::shared_ptr<Peer> peer = lookup(agent);
-  if (!peer) return;
-  const std::lock_guard<std::mutex> guard(peer->lock);
-  peer->retry = true;
-}
-
-nixl_status_t Peers::find(const std::string &agent, std::shared_ptr<Connection> &out) const {
-  const std::shared_ptr<Peer> peer = lookup(agent);
-  if (!peer) return NIXL_ERR_NOT_FOUND;
-  const std::lock_guard<std::mutex> guard(peer->lock);
-  if (!peer->connection) return NIXL_ERR_NOT_FOUND;
-  out = peer->connection;
-  return NIXL_SUCCESS;
-}
-
-nixl_status_t Peers::disconnect(const std::string &agent) {
-  const std::shared_ptr<Peer> peer = lookup(agent);
-  if (!peer) return NIXL_ERR_NOT_FOUND;
-  std::shared_ptr<Connection> closing;
-  {
-    const std::lock_guard<std::mutex> guard(peer->lock);
-    closing.swap(peer->connection);
-  }
-  if (!closing) return NIXL_ERR_NOT_FOUND;
-  closing->close();
-  return NIXL_SUCCESS;
-}
-
-void Peers::close_all() {
-  std::vector<std::shared_ptr<Peer>> all;
-  {
-    const std::lock_guard<std::mutex> guard(lock_);
-    for (auto &entry : peers_) all.push_back(entry.second);
-    peers_.clear();
-  }
-  for (auto &peer : all) {
-    const std::lock_guard<std::mutex> guard(peer->lock);
-    if (peer->connection) peer->connection->close();
-    peer->connection.reset();
-  }
 }
 
 }  // namespace tcpx

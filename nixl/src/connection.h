@@ -1,4 +1,5 @@
-// Connections of one engine to peer agents, by agent name. Knows the engine's C API and nothing of transfers or NIXL's lists.
+// One connection of the engine to a peer, and what its statuses mean to NIXL. Knows the engine's C API and nothing of agents' names,
+// transfers or NIXL's lists.
 //
 // SPDX-License-Identifier: Apache-2.0
 
@@ -8,7 +9,6 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <unordered_map>
 
 #include "backend/backend_plugin.h"
 #include "cost_model.h"
@@ -26,7 +26,7 @@ bool alive(uccl_conn_t *conn);
 void log_line(const char *level, const std::string &text);
 
 /// A connection. Request handles share it; whoever closes it first closes it for all, after which transfers end and memory is left
-/// alone.
+/// alone. Once lost it stays lost: a new one takes its place, and what was in flight here has failed.
 class Connection {
  public:
   explicit Connection(uccl_conn_t *conn) : conn_(conn) {}
@@ -39,7 +39,9 @@ class Connection {
 
   /// Turns an engine status into NIXL's and remembers a loss.
   nixl_status_t outcome(int status);
-  bool usable() const { return !lost_.load() && !closed_.load(); }
+  bool usable() const { return !lost_.load(std::memory_order_relaxed) && !closed_.load(std::memory_order_relaxed); }
+  /// Asks the engine, too.
+  bool check_alive();
 
   void measured(nixl_xfer_op_t operation, size_t bytes, double seconds, double uncertainty);
   std::optional<CostModel::Estimate> estimate(nixl_xfer_op_t operation, size_t bytes) const;
@@ -50,45 +52,6 @@ class Connection {
   std::atomic<bool> closed_{false};
   mutable std::mutex cost_lock_;
   CostModel read_cost_, write_cost_;
-};
-
-/// Peers by name. All functions from any thread; a slow connect to one peer delays only users of that peer.
-class Peers {
- public:
-  explicit Peers(const std::string &local_agent) : local_agent_(local_agent) {}
-
-  void set_engine(uccl_engine_t *engine) { engine_ = engine; }
-
-  /// Remembers where `agent` can be reached. When that changed, what was connected is closed.
-  nixl_status_t remember(const std::string &agent, const std::string &info);
-  /// Makes the connection unless there is a good one.
-  nixl_status_t connect(const std::string &agent, std::shared_ptr<Connection> &out);
-  /// The connection for new work. One that was never made, or was closed, is made now; one that was lost is an error, since trying
-  /// a dead host again with every request would block each of them for the connect timeout.
-  nixl_status_t open(const std::string &agent, std::shared_ptr<Connection> &out);
-  /// The connection as it is, nothing is made.
-  nixl_status_t find(const std::string &agent, std::shared_ptr<Connection> &out) const;
-  /// Fresh metadata of the agent has arrived: a lost connection may be made again.
-  void refreshed(const std::string &agent);
-  /// Closes; where the peer can be reached stays known, so that connect works again.
-  nixl_status_t disconnect(const std::string &agent);
-  void close_all();
-
- private:
-  struct Peer {
-    std::mutex lock;
-    std::string info;
-    std::shared_ptr<Connection> connection;
-    bool retry = false;
-  };
-
-  nixl_status_t make(const std::string &agent, Peer &peer, std::shared_ptr<Connection> &out);
-  std::shared_ptr<Peer> lookup(const std::string &agent) const;
-
-  const std::string local_agent_;
-  uccl_engine_t *engine_ = nullptr;
-  mutable std::mutex lock_;
-  std::unordered_map<std::string, std::shared_ptr<Peer>> peers_;
 };
 
 }  // namespace tcpx

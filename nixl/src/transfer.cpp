@@ -3,7 +3,6 @@
 #include "transfer.h"
 
 #include <climits>
-#include <cstring>
 
 namespace tcpx {
 
@@ -30,37 +29,88 @@ nixl_status_t Transfer::describe(const nixl_meta_dlist_t &local, const nixl_meta
     addresses_.push_back(reinterpret_cast<void *>(from.addr));
     sizes_.push_back(from.len);
     items_.push_back(theirs->item);
-    // The size in an item is 32 bits and informative: the engine takes lengths from its own argument.
-    const auto size = static_cast<uint32_t>(from.len > UINT32_MAX ? UINT32_MAX : from.len);
-    if (const int status = uccl_engine_update_fifo(&items_.back(), to.addr, size); status != UCCL_OK) return to_nixl(status);
+    // The item's size is informative: the engine takes lengths from its own argument.
+    items_.back().addr = to.addr;
     previous = theirs;
   }
   return sizes_.size() > INT_MAX ? NIXL_ERR_INVALID_PARAM : NIXL_SUCCESS;
 }
 
-nixl_status_t Transfer::post(const nixl_opt_b_args_t *args) {
-  if (active_) return NIXL_ERR_REPOST_ACTIVE;
+nixl_status_t Transfer::post(Peers &peers, const nixl_opt_b_args_t *args) {
+  if (phase_ != Phase::kOver) return NIXL_ERR_REPOST_ACTIVE;
   has_message_ = args && args->hasNotif;
   if (has_message_) message_ = args->notifMsg;
   started_ = last_seen_running_ = Clock::now();
-  uccl_conn_t *const conn = connection_->get();
-  const uccl_mr_t *const regions = regions_.data();
-  void *const *const addresses = addresses_.data();
-  const int count = static_cast<int>(sizes_.size());
-  const int status = operation_ == NIXL_READ
-                         ? uccl_engine_read_vector(conn, regions, addresses, sizes_.data(), items_.data(), count, &id_)
-                         : uccl_engine_write_vector(conn, regions, addresses, sizes_.data(), items_.data(), count, &id_);
-  result_ = connection_->outcome(status);
-  active_ = result_ == NIXL_SUCCESS;
-  return active_ ? NIXL_IN_PROG : result_;
+  wait_until_ = started_ + peers.patience();
+  refused_ = {};
+  return begin(peers);
 }
 
-void Transfer::finish() {
-  // The engine ends every transfer by a deadline of its own, so this returns. A read that is merely forgotten would still write
-  // into memory that its owner has given to somebody else.
-  if (active_) uccl_engine_wait(connection_->get(), id_, -1);
-  active_ = false;
-  if (result_ == NIXL_SUCCESS) result_ = NIXL_ERR_CANCELED;
+nixl_status_t Transfer::begin(Peers &peers) {
+  // The second round is for a connection whose loss shows only now: nothing has moved, so this repeats nothing.
+  for (int round = 0; round < 2; ++round) {
+    if (!connection_ || !connection_->usable()) {
+      const nixl_status_t status = peers.acquire(*peer_, connection_);
+      if (status == NIXL_IN_PROG) break;
+      if (status != NIXL_SUCCESS) return over(status);
+    }
+    uccl_conn_t *const conn = connection_->get();
+    const uccl_mr_t *const regions = regions_.data();
+    void *const *const addresses = addresses_.data();
+    const int count = static_cast<int>(sizes_.size());
+    const int status = operation_ == NIXL_READ
+                           ? uccl_engine_read_vector(conn, regions, addresses, sizes_.data(), items_.data(), count, &id_)
+                           : uccl_engine_write_vector(conn, regions, addresses, sizes_.data(), items_.data(), count, &id_);
+    if (status == UCCL_OK) {
+      phase_ = Phase::kRunning;
+      return NIXL_IN_PROG;
+    }
+    const nixl_status_t result = connection_->outcome(status);
+    if (connection_->usable()) return over(result);
+  }
+  phase_ = Phase::kWaiting;
+  return NIXL_IN_PROG;
+}
+
+nixl_status_t Transfer::check(Peers &peers) {
+  if (phase_ == Phase::kOver) return result_;
+  const auto now = Clock::now();
+  if (phase_ == Phase::kWaiting) {
+    if (now >= wait_until_) return over(NIXL_ERR_REMOTE_DISCONNECT);
+    // The time it waited is not the transfer's.
+    started_ = last_seen_running_ = now;
+    return begin(peers);
+  }
+  const int status = uccl_engine_poll(connection_->get(), id_, nullptr);
+  if (status == UCCL_OK) return ended(peers, now);
+  if (status > 0) {
+    last_seen_running_ = now;
+    return NIXL_IN_PROG;
+  }
+  const nixl_status_t result = connection_->outcome(status);
+  if (status != UCCL_ERR_REMOTE_ACCESS) return over(result);
+  if (!connection_->check_alive()) return over(NIXL_ERR_REMOTE_DISCONNECT);
+  return refusal_stands(now) ? over(result) : NIXL_IN_PROG;
+}
+
+/// An agent that ends in good order deregisters its memory before it says goodbye: a refusal is one only if no goodbye follows.
+bool Transfer::refusal_stands(Clock::time_point now) {
+  constexpr std::chrono::milliseconds goodbye{500};
+  if (refused_.time_since_epoch().count() == 0) refused_ = now;
+  return now - refused_ >= goodbye;
+}
+
+nixl_status_t Transfer::ended(Peers &peers, Clock::time_point now) {
+  // It ended somewhere between the last look and this one.
+  const double gap = std::chrono::duration<double>(now - last_seen_running_).count();
+  connection_->measured(operation_, bytes_, std::chrono::duration<double>(now - started_).count() - gap / 2, gap / 2);
+  return over(has_message_ ? peers.notify(*peer_, message_) : NIXL_SUCCESS);
+}
+
+nixl_status_t Transfer::over(nixl_status_t result) {
+  phase_ = Phase::kOver;
+  result_ = result;
+  return result;
 }
 
 }  // namespace tcpx

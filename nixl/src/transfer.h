@@ -1,4 +1,5 @@
-// A transfer request: what moves where, and how far it is. Owned by NIXL between prepXfer and releaseReqH; one thread at a time.
+// A transfer request: what moves where, and how far it is. Owned by NIXL between prepXfer and releaseReqH; one thread at a time. It may
+// go while the transfer is in flight: the engine has copies of all it needs, and the regions are in use until it is over.
 //
 // SPDX-License-Identifier: Apache-2.0
 
@@ -11,6 +12,7 @@
 
 #include "backend/backend_plugin.h"
 #include "connection.h"
+#include "peers.h"
 #include "uccl_engine.h"
 
 namespace tcpx {
@@ -30,27 +32,33 @@ struct RemoteMemory final : nixlBackendMD {
 
 class Transfer final : public nixlBackendReqH {
  public:
-  using Clock = std::chrono::steady_clock;
-
-  Transfer(nixl_xfer_op_t operation, std::shared_ptr<Connection> connection) : operation_(operation), connection_(std::move(connection)) {}
-  ~Transfer() override { finish(); }
+  Transfer(nixl_xfer_op_t operation, std::shared_ptr<Peer> peer) : operation_(operation), peer_(std::move(peer)) {}
 
   /// Takes over the descriptors. Neighbours that continue each other on both sides become one segment.
   nixl_status_t describe(const nixl_meta_dlist_t &local, const nixl_meta_dlist_t &remote);
 
-  Connection &connection() const { return *connection_; }
-  void use(std::shared_ptr<Connection> connection) { connection_ = std::move(connection); }
+  Peer &peer() const { return *peer_; }
+  void use(std::shared_ptr<Peer> peer) {
+    peer_ = std::move(peer);
+    connection_.reset();
+  }
 
-  /// Starts it, or starts it again after it ended.
-  nixl_status_t post(const nixl_opt_b_args_t *args);
-  /// Where it stands. `notify` is called once, when the transfer is complete and carries a notification.
-  template <class Notify>
-  nixl_status_t check(Notify &&notify);
-  /// Blocks until the memory is touched no more.
-  void finish();
+  /// Starts it, or starts it again after it ended. Without a connection it waits for one, for as long as the peers' patience.
+  nixl_status_t post(Peers &peers, const nixl_opt_b_args_t *args);
+  /// Where it stands. Its notification is sent once, when it is complete.
+  nixl_status_t check(Peers &peers);
 
  private:
+  enum class Phase { kOver, kWaiting, kRunning };
+
+  nixl_status_t begin(Peers &peers);
+  nixl_status_t ended(Peers &peers, Clock::time_point now);
+  nixl_status_t over(nixl_status_t result);
+  bool refusal_stands(Clock::time_point now);
+
   const nixl_xfer_op_t operation_;
+  std::shared_ptr<Peer> peer_;
+  /// That of the last start. It stays when it is lost: how the transfer ended is its to say.
   std::shared_ptr<Connection> connection_;
   std::vector<uccl_mr_t> regions_;
   std::vector<void *> addresses_;
@@ -58,31 +66,14 @@ class Transfer final : public nixlBackendReqH {
   std::vector<FifoItem> items_;
   size_t bytes_ = 0;
 
-  bool active_ = false;
+  Phase phase_ = Phase::kOver;
   uint64_t id_ = 0;
   nixl_status_t result_ = NIXL_ERR_NOT_POSTED;
   bool has_message_ = false;
   std::string message_;
-  Clock::time_point started_, last_seen_running_;
+  Clock::time_point started_, last_seen_running_, wait_until_;
+  /// When the peer's refusal was first seen; zero: it was not.
+  Clock::time_point refused_;
 };
-
-template <class Notify>
-nixl_status_t Transfer::check(Notify &&notify) {
-  if (!active_) return result_;
-  const nixl_status_t status = connection_->outcome(uccl_engine_poll(connection_->get(), id_, nullptr));
-  const auto now = Clock::now();
-  if (status == NIXL_IN_PROG) {
-    last_seen_running_ = now;
-    return status;
-  }
-  active_ = false;
-  result_ = status;
-  if (status != NIXL_SUCCESS) return status;
-  // It ended somewhere between the last look and this one.
-  const double gap = std::chrono::duration<double>(now - last_seen_running_).count();
-  connection_->measured(operation_, bytes_, std::chrono::duration<double>(now - started_).count() - gap / 2, gap / 2);
-  if (has_message_) result_ = notify(*connection_, message_);
-  return result_;
-}
 
 }  // namespace tcpx

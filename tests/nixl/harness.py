@@ -1,7 +1,9 @@
 """What the NIXL tests share: an agent with buffers, the same in another process, and a runner that gives every case a process of its own."""
 
 import argparse
+import ctypes
 import importlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -153,6 +156,32 @@ class Node:
         """run() with local blocks of a buffer."""
         return self.run(operation, self.local(key, blocks), remote, agent, message)
 
+    def try_move(self, operation, key, blocks, remote, agent, message=b""):
+        """move() that gives the name of whatever the agent raised on the way."""
+        try:
+            return self.move(operation, key, blocks, remote, agent, message)
+        except Exception as error:
+            return type(error).__name__
+
+    def move_until(self, operation, key, blocks, remote, agent, seconds):
+        """Moves again and again until a transfer fails or the time is over. The last state and how many were well."""
+        good, deadline = 0, time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            state = self.try_move(operation, key, blocks, remote, agent)
+            if state != "DONE":
+                return state, good
+            good += 1
+        return "DONE", good
+
+    def prepare_as(self, name, operation, key, blocks, remote, agent):
+        """prepare() for a caller that cannot hold the handle."""
+        self.requests[name] = self.prepare(operation, self.local(key, blocks), remote, agent)
+
+    def post_as(self, name, timeout=30.0):
+        """Posts a prepared transfer and gives the state it ends with."""
+        state = self.post(self.requests[name])
+        return self.finish(self.requests[name], timeout) if state == "PROC" else state
+
     def benchmark(self, operation, key, blocks, remote, agent, iterations):
         """Median seconds of a transfer that is posted again and again."""
         handle = self.prepare(operation, self.local(key, blocks), remote, agent)
@@ -204,7 +233,17 @@ class Node:
         return len(os.listdir("/proc/self/task"))
 
 
-def _serve(pipe, arguments, environment):
+def enter_namespace(name):
+    """Moves this thread, and those it starts later, into a network namespace of `ip netns`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{name}") as file:
+        if libc.setns(file.fileno(), 0x40000000) != 0:
+            raise OSError(ctypes.get_errno(), f"cannot enter the network namespace {name}")
+
+
+def _serve(pipe, arguments, environment, namespace):
+    if namespace:
+        enter_namespace(namespace)
     for name, value in environment.items():
         if value is None:
             os.environ.pop(name, None)
@@ -234,12 +273,13 @@ def _serve(pipe, arguments, environment):
 
 
 class RemoteNode:
-    """A Node in a process of its own: every method of Node, called through a pipe. `environment`: variables to set, or to unset (None)."""
+    """A Node in a process of its own: every method of Node, called through a pipe. `environment`: variables to set, or to unset (None);
+    `namespace`: the network namespace it lives in."""
 
-    def __init__(self, environment=None, **arguments):
+    def __init__(self, environment=None, namespace=None, **arguments):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, arguments, environment or {}), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, arguments, environment or {}, namespace), daemon=True)
         self.process.start()
         theirs.close()
         self.result()
@@ -327,42 +367,49 @@ def main(doc):
             sys.exit(SKIPPED)
         except Failure as failure:
             print("failed:", failure)
+            # One that was stopped would not end by itself.
+            for child in multiprocessing.active_children():
+                child.kill()
             sys.exit(1)
         return
-    script = os.path.abspath(sys.argv[0])
-    passed = failed = skipped = 0
-    for name in arguments.names or CASES:
-        _, timeout, environment = CASES[name]
-        begin = time.monotonic()
-        process = subprocess.Popen(
-            [sys.executable, script, "--inside", name],
-            env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=timeout)
-            code = process.returncode
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            code = "no end within %d s" % timeout
-        text = output.decode(errors="replace")
-        notes = [line[6:] for line in text.splitlines() if line.startswith("note: ")]
-        seconds = time.monotonic() - begin
-        if code == 0:
-            passed += 1
-            print(f"ok    {name} ({seconds:.1f} s)" + "".join("\n        " + note for note in notes), flush=True)
-        elif code == SKIPPED:
-            skipped += 1
-            print(f"SKIP  {name}: {text.strip().splitlines()[-1]}", flush=True)
-        else:
-            failed += 1
-            print(f"FAIL  {name} ({seconds:.1f} s): exit {code}", flush=True)
-        if arguments.verbose or code not in (0, SKIPPED):
-            print("\n".join("        | " + line for line in text.splitlines()[-60:]), flush=True)
-    if skipped:
-        print(f"{skipped} skipped")
-    print(f"{passed} passed, {failed} failed", flush=True)
-    sys.exit(1 if failed else 0)
+    counts = {"ok": 0, "FAIL": 0, "SKIP": 0}
+    # Cases that mostly wait can run side by side.
+    with ThreadPoolExecutor(max_workers=int(os.environ.get("NIXL_JOBS", "1"))) as pool:
+        for verdict, lines in pool.map(run_case, arguments.names or CASES, itertools.repeat(arguments.verbose)):
+            counts[verdict] += 1
+            print("\n".join(lines), flush=True)
+    if counts["SKIP"]:
+        print(f"{counts['SKIP']} skipped")
+    print(f"{counts['ok']} passed, {counts['FAIL']} failed", flush=True)
+    sys.exit(1 if counts["FAIL"] else SKIPPED if counts["SKIP"] and not counts["ok"] else 0)
+
+
+def run_case(name, verbose):
+    """Runs a case in a process of its own. The verdict and the lines to show."""
+    _, timeout, environment = CASES[name]
+    begin = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, os.path.abspath(sys.argv[0]), "--inside", name],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+        code = process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        code = f"no end within {timeout} s"
+    text = output.decode(errors="replace")
+    seconds = time.monotonic() - begin
+    if code == 0:
+        lines = [f"ok    {name} ({seconds:.1f} s)"] + ["        " + line[6:] for line in text.splitlines() if line.startswith("note: ")]
+    elif code == SKIPPED:
+        lines = [f"SKIPPED {name}: {text.strip().splitlines()[-1]}"]
+    else:
+        lines = [f"FAIL  {name} ({seconds:.1f} s): exit {code}"]
+    if verbose or code not in (0, SKIPPED):
+        lines += ["        | " + line for line in text.splitlines()[-60:]]
+    return {0: "ok", SKIPPED: "SKIP"}.get(code, "FAIL"), lines

@@ -3,10 +3,11 @@
 #   run.sh LIBDIR PLUGINDIR [CASE...]      LIBDIR holds libuccl_p2p.so, PLUGINDIR libplugin_TCPX.so
 #   NIXL_VERSION=1.5.1   version of the wheels        NIXL_CUDA=12   12 or 13: which nixl-cuNN wheel
 #   NIXL_TEST=test_nixl_tcpx.py                       the test program
+#   NIXL_JOBS=1          cases that run side by side
 #   NIXL_PYTHON=python3  an interpreter that has the wheels (and torch) already; nothing is installed then
 set -euo pipefail
 
-[ $# -ge 2 ] || { sed -n '2,6p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,7p' "$0"; exit 2; }
 libdir=$(cd "$1" && pwd)
 plugindir=$(cd "$2" && pwd)
 shift 2
@@ -31,7 +32,10 @@ if [ -z "$interpreter" ]; then
         rm -rf "$venv"
         "$python" -m venv "$venv"
         # --no-deps: the wheels name torch and both CUDA builds, and none of that is needed.
-        "$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps "nixl==$version" "nixl-cu$cuda==$version" numpy
+        if ! "$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps "nixl==$version" "nixl-cu$cuda==$version" numpy; then
+            echo "SKIPPED: NIXL $version could not be downloaded"
+            exit 77
+        fi
         touch "$stamp"
     fi
     interpreter=$venv/bin/python
@@ -46,6 +50,9 @@ trap 'rm -rf "$scratch"' EXIT
 export NIXL_PLUGIN_DIR=$plugindir
 export LD_LIBRARY_PATH=$scratch:$libdir${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 export NIXL_PACKAGE=nixl_cu$cuda
+if ! "$interpreter" -c "import $NIXL_PACKAGE._api" 2>/dev/null && ! "$interpreter" -c 'import torch' 2>/dev/null; then
+    export PYTHONPATH=$here/torch_stub${PYTHONPATH:+:$PYTHONPATH}
+fi
 export NIXL_LOG_LEVEL=${NIXL_LOG_LEVEL:-WARN}
 export UCCL_TCPX_PLUGIN=${UCCL_TCPX_PLUGIN:-soft}
 export UCCL_TCPX_SOFT_STRICT=${UCCL_TCPX_SOFT_STRICT:-1}

@@ -388,25 +388,6 @@ def deregistered_memory_is_refused():
 
 
 @case()
-def released_in_flight_leaves_memory_alone():
-    size = 64 * MIB
-    here, there, remote = pair(size, 1, 2)
-    for turn in range(5):
-        handle = here.prepare("READ", here.local("data", [(0, size)]), at(remote, [(0, size)]), "there")
-        check_equal(here.post(handle), "PROC", "post")
-        try:
-            handle.release()
-        except Exception:
-            handle.release()
-        here.fill("data", 10 + turn)
-        time.sleep(0.1)
-        check(here.matches("data", 10 + turn), "memory changed after the release")
-    check_equal(here.move("READ", "data", [(0, size)], at(remote, [(0, size)]), "there"), "DONE", "read afterwards")
-    check(here.matches("data", 2), "data differs")
-    there.close()
-
-
-@case()
 def disconnect_and_connect_again():
     here, there, remote = pair(MIB, 1)
     for turn in range(5):

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "reach.h"
+
+#include <netdb.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <memory>
+
+namespace tcpx {
+
+namespace {
+
+Reach reach_address(const addrinfo &address, std::chrono::milliseconds limit) {
+  const int fd = ::socket(address.ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+  if (fd < 0) return Reach::kSilent;
+  int error = 0;
+  if (::connect(fd, address.ai_addr, address.ai_addrlen) != 0) {
+    error = errno;
+    if (error == EINPROGRESS) {
+      pollfd waiting{fd, POLLOUT, 0};
+      socklen_t size = sizeof error;
+      if (::poll(&waiting, 1, static_cast<int>(limit.count())) != 1 || ::getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &size) != 0) {
+        error = ETIMEDOUT;
+      }
+    }
+  }
+  ::close(fd);
+  return error == 0 ? Reach::kAnswers : error == ECONNREFUSED ? Reach::kRefused : Reach::kSilent;
+}
+
+}  // namespace
+
+Reach reach(const std::string &host, int port, std::chrono::milliseconds limit) {
+  addrinfo hints{}, *list = nullptr;
+  hints.ai_socktype = SOCK_STREAM;
+  hints.ai_flags = AI_NUMERICSERV;
+  if (::getaddrinfo(host.c_str(), std::to_string(port).c_str(), &hints, &list) != 0) return Reach::kSilent;
+  const std::unique_ptr<addrinfo, decltype(&::freeaddrinfo)> owner(list, ::freeaddrinfo);
+  Reach best = Reach::kRefused;
+  for (const addrinfo *address = list; address; address = address->ai_next) {
+    const Reach answer = reach_address(*address, limit);
+    if (answer == Reach::kAnswers) return answer;
+    if (answer == Reach::kSilent) best = answer;
+  }
+  return best;
+}
+
+}  // namespace tcpx

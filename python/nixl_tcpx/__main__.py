@@ -1,0 +1,32 @@
+"""python -m nixl_tcpx info | perf ... | doctor | plugin-dir
+
+info        versions, paths, and what the library sees on this host (arguments go to tcpx-info)
+perf        measures between two hosts or within one (arguments go to tcpx-perf)
+doctor      moves data between two agents and says what is wrong where that fails
+plugin-dir  prints the directory for NIXL_PLUGIN_DIR
+"""
+
+import sys
+
+from . import _doctor, _find, _tools
+
+
+def main():
+    """The exit status."""
+    word, arguments = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
+    if word == "info":
+        return _doctor.info(arguments)
+    if word == "perf":
+        sys.argv[1:] = arguments
+        return _tools.perf()
+    if word == "doctor" and not arguments:
+        return _doctor.doctor()
+    if word == "plugin-dir" and not arguments:
+        print(_find.plugin_dir())
+        return 0
+    asked = word in ("-h", "--help", "help")
+    print(__doc__.strip(), file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
+sys.exit(main())

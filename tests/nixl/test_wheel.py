@@ -1,0 +1,114 @@
+"""What an installed wheel nixl-tcpx gives. Run by wheel.sh, in an environment that has it and NIXL's wheels."""
+
+import importlib.metadata
+import os
+import pathlib
+import subprocess
+import sys
+
+import harness
+from harness import Node, case, check, check_equal
+
+import nixl_tcpx
+
+PLAIN = {k: v for k, v in os.environ.items() if k != "NIXL_PLUGIN_DIR"}
+
+
+def tool(*words, environment=None):
+    done = subprocess.run(words, capture_output=True, text=True, env=environment or PLAIN, timeout=60)
+    return done.returncode, done.stdout + done.stderr
+
+
+def module(*words, environment=None):
+    return tool(sys.executable, "-m", "nixl_tcpx", *words, environment=environment)
+
+
+@case()
+def directory_has_both():
+    code, text = module("plugin-dir")
+    check_equal(code, 0, text)
+    directory = pathlib.Path(text.strip())
+    for name in ("TCPX", "UCX"):
+        check((directory / f"libplugin_{name}.so").exists(), f"no {name} in {directory}")
+    check_equal(module("plugin-dir")[1].strip(), str(directory), "the directory asked again")
+    check_equal(directory.stat().st_uid, os.getuid(), "owner of the directory")
+
+
+@case()
+def directory_survives_without_a_home():
+    code, text = module("plugin-dir", environment={**PLAIN, "HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere"})
+    check_equal(code, 0, text)
+    check((pathlib.Path(text.strip()) / "libplugin_TCPX.so").exists(), text)
+
+
+@case()
+def both_back_ends_in_one_program():
+    nixl_tcpx.enable()
+    one, two = Node("one"), Node("two", backend="UCX")
+    plugins = one.agent.get_plugin_list()
+    check("UCX" in plugins and "TCPX" in plugins, f"plugins: {plugins}")
+    one.allocate("data", 4096)
+    two.allocate("data", 4096)
+
+
+@case()
+def doctor_is_content():
+    code, text = module("doctor")
+    print(text)
+    check_equal(code, 0, "doctor")
+    check("UCX" in text and "all right" in text, "what the doctor says")
+
+
+@case()
+def doctor_names_the_trouble():
+    code, text = module("doctor", environment={**PLAIN, "NIXL_PLUGIN_DIR": "/tmp"})
+    check(code == 1 and "export NIXL_PLUGIN_DIR=" in text, f"a directory without the plugin: {code} {text}")
+    code, text = tool(sys.executable, "-I", "-S", "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); import runpy; "
+                      "sys.argv[1:] = ['doctor']; runpy.run_module('nixl_tcpx', run_name='__main__')", alone())
+    check(code == 1 and "pip install nixl" in text, f"without NIXL: {code} {text}")
+
+
+def alone():
+    """A directory with nothing but this module."""
+    directory = pathlib.Path(os.environ["WHEEL_SCRATCH"]) / "alone"
+    directory.mkdir(exist_ok=True)
+    link = directory / "nixl_tcpx"
+    if not link.exists():
+        link.symlink_to(pathlib.Path(nixl_tcpx.__file__).parent)
+    return str(directory)
+
+
+@case()
+def versions_are_judged():
+    check_equal(nixl_tcpx.__version__, importlib.metadata.version("nixl-tcpx"), "version")
+    for version in ("1.0.0", "1.5.1", "1.5.9rc1", "", "unknown"):
+        check(nixl_tcpx.supported(version), f"NIXL {version}")
+    for version in ("0.9.0", "1.6.0", "2.0.0"):
+        check(not nixl_tcpx.supported(version), f"NIXL {version}")
+
+
+@case()
+def licences_are_inside():
+    names = {pathlib.Path(f).name: f for f in importlib.metadata.files("nixl-tcpx") if "licenses" in str(f)}
+    for name in ("LICENSE", "THIRD_PARTY"):
+        check(name in names, f"no {name}")
+    text = names["THIRD_PARTY"].read_text()
+    for crate in ("socket2", "parking_lot", "clap"):
+        check(f"\n{crate} " in text, f"{crate} is not among the third parties")
+
+
+@case()
+def tools_run():
+    folder = pathlib.Path(sys.executable).parent
+    for words in ([str(folder / "tcpx-info")], [str(folder / "tcpx-perf"), "--version"], [str(folder / "tcpx-perf"), "demo", "--help"]):
+        code, text = tool(*words)
+        check_equal(code, 0, f"{words}: {text}")
+    code, text = module("info")
+    check(code == 0 and nixl_tcpx.plugin_path() in text, f"info: {code} {text}")
+    check_equal(module("perf", "--version")[0], 0, "perf")
+    check_equal(module("nonsense")[0], 2, "a word that is none")
+
+
+if __name__ == "__main__":
+    harness.main(__doc__)
+    sys.exit(0)
