@@ -17,6 +17,7 @@ use crate::net::setup::Pair;
 use crate::status::Result;
 use crate::types::Place;
 use crate::wire::control::ControlStream;
+use crate::wire::keys::Proof;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Instant;
@@ -98,8 +99,13 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
         heartbeat: terms.peer_timeout / 4,
         match_timeout: config.match_timeout,
     };
+    let proof = match (&theirs.proof, theirs.proof.name()) {
+        (_, Some(key)) => format!("key {key}"),
+        (Proof::Nothing, _) => "no key".to_owned(),
+        _ => "the key".to_owned(),
+    };
     let (plugin, nics) = (&site.plugins.device.name, nics.join(", "));
-    log::info!("connected with {name}: {n} channels over {plugin} on {nics}, GPU {}", theirs.hello.gpu);
+    log::info!("connected with {name}: {n} channels over {plugin} on {nics}, GPU {}, {proof}", theirs.hello.gpu);
     let core = Core::new(
         Machine::new(setting, Instant::now()),
         channels,

@@ -72,7 +72,8 @@ impl Gpus {
         // The kernel reads and writes pinned and managed memory like any other.
         let MemoryKind::Device { ordinal } = crate::gpu::memory_kind(addr)? else { return Ok(Place::HOST) };
         let Ok(index) = u8::try_from(ordinal) else { bail!(Unsupported, "GPU {ordinal}") };
-        if !self.opened.lock().contains_key(&index) {
+        let known = self.opened.lock().contains_key(&index);
+        if !known {
             // Without the lock, which set-ups of connections take.
             let gpu = Gpu::open(ordinal)?;
             crate::channel::cuda::warm(&gpu)?;

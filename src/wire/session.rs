@@ -48,8 +48,7 @@ pub(crate) struct Exporter {
     prk: Guarded<hkdf::Prk>,
 }
 
-// The data channels do not use their keys yet.
-#[allow(dead_code)]
+#[allow(dead_code, reason = "the data channels do not use it yet")]
 impl Exporter {
     fn derive(&self, parts: &[&[u8]]) -> Result<Secret> {
         let mut key = Secret::default();
@@ -201,7 +200,7 @@ pub(crate) struct Session {
     /// The receiving half.
     pub opener: Opener,
     /// Keys for the data channels.
-    #[allow(dead_code)]
+    #[allow(dead_code, reason = "the data channels do not use it yet")]
     pub exporter: Exporter,
 }
 
