@@ -2,7 +2,7 @@
 
 use super::limits;
 use crate::addresses::Bind;
-use crate::net::topology::{self, Interface};
+use crate::net::topology;
 use crate::status::{bail, Error, Result};
 use socket2::{Domain, Protocol, Socket, Type};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
@@ -28,9 +28,9 @@ pub(crate) fn metadata(address: SocketAddr, gpu: &str) -> String {
 
 /// The address of the control interface among those that can be used: IPv4 where there is one, else IPv6. A link-local IPv6 address
 /// does not serve, since metadata has no place for its scope.
-fn control_address(usable: &[Interface]) -> Option<IpAddr> {
+fn control_address(usable: &[IpAddr]) -> Option<IpAddr> {
     let link_local = |ip: IpAddr| matches!(ip, IpAddr::V6(v6) if v6.segments()[0] & 0xFFC0 == 0xFE80);
-    usable.iter().map(|i| i.addr).filter(|&ip| !link_local(ip)).min_by_key(IpAddr::is_ipv6)
+    usable.iter().copied().filter(|&ip| !link_local(ip)).min_by_key(IpAddr::is_ipv6)
 }
 
 /// The address that peers are told.
@@ -110,21 +110,15 @@ mod tests {
     use super::*;
     use std::net::TcpStream;
 
-    fn interface(name: &str, addr: &str) -> Interface {
-        let addr: IpAddr = addr.parse().unwrap();
-        Interface { name: name.into(), addr, loopback: addr.is_loopback() }
-    }
-
     #[test]
     fn the_control_address_can_be_written_into_metadata() {
-        let address = |all: &[(&str, &str)]| {
-            control_address(&all.iter().map(|(n, a)| interface(n, a)).collect::<Vec<_>>()).map(|ip| ip.to_string())
-        };
+        let address =
+            |all: &[&str]| control_address(&all.iter().map(|a| a.parse().unwrap()).collect::<Vec<_>>()).map(|ip| ip.to_string());
         let some = |text: &str| Some(text.to_owned());
-        assert_eq!(address(&[("eth1", "10.0.1.1"), ("eth0", "10.0.0.1")]), some("10.0.1.1"), "the order counts");
-        assert_eq!(address(&[("eth0", "fd00::7"), ("eth1", "10.0.0.1")]), some("10.0.0.1"));
-        assert_eq!(address(&[("eth0", "fe80::1"), ("eth1", "fd00::7")]), some("fd00::7"));
-        assert_eq!(address(&[("eth0", "fe80::1")]), None);
+        assert_eq!(address(&["10.0.1.1", "10.0.0.1"]), some("10.0.1.1"), "the order counts");
+        assert_eq!(address(&["fd00::7", "10.0.0.1"]), some("10.0.0.1"));
+        assert_eq!(address(&["fe80::1", "fd00::7"]), some("fd00::7"));
+        assert_eq!(address(&["fe80::1"]), None);
         assert_eq!(told_address(Some("=no-such-interface")).unwrap_err().kind(), crate::status::ErrorKind::InvalidArgument);
     }
 

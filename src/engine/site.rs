@@ -70,6 +70,11 @@ impl Site {
         channel_count(plugin, self.config.num_channels, nics.len().max(1))
     }
 
+    /// Largest chunk of this side: as configured, within what its plugins carry.
+    fn chunk_bytes(&self) -> usize {
+        self.plugins.all().fold(self.config.chunk_bytes, |chunk, plugin| chunk.min(plugin.max_message(&self.config)))
+    }
+
     /// This side's part of the wire for a new set-up. `wanted_gpu`: of a connecting side.
     pub(crate) fn link(&self, wanted_gpu: Option<&str>) -> Result<SealedLink> {
         let (own, keys) = (&self.identity.own, self.identity.keys.current());
@@ -83,7 +88,7 @@ impl Site {
     fn hello(&self, wanted_gpu: &str) -> Result<Hello> {
         Ok(Hello {
             channels: self.channels() as u16,
-            chunk_bytes: self.config.chunk_bytes as u32,
+            chunk_bytes: self.chunk_bytes() as u32,
             gpu_index: self.gpus.index(),
             peer_timeout_ms: Hello::peer_timeout_ms(self.config.peer_timeout),
             plugin: self.plugins.device.wire_name().to_owned(),

@@ -69,6 +69,7 @@ fn what_cannot_be_used_is_left_out() {
 fn set_ups_that_are_given_up_leave_nothing() {
     run("given_up", TWO_NICS, &[]);
     run("never_begun", TWO_NICS, &[]);
+    run("the_peer_never_comes", TWO_NICS, &[]);
 }
 
 #[test]
@@ -103,6 +104,7 @@ fn child() {
         "nothing_in_common" => nothing_in_common(&plugin),
         "given_up" => given_up(&plugin),
         "never_begun" => never_begun(&plugin),
+        "the_peer_never_comes" => the_peer_never_comes(&plugin),
         "wild_handles" => wild_handles(&plugin),
         "registrations" => registrations(&plugin),
         "registrations_in_flight" => registrations_in_flight(&plugin),
@@ -314,6 +316,21 @@ fn never_begun(plugin: &Arc<Plugin>) {
     drop(a);
     nothing_is_left();
     assert_eq!(counters().accepts_begun.load(Acquire), 0);
+}
+
+fn the_peer_never_comes(plugin: &Arc<Plugin>) {
+    let b = open(plugin, 4);
+    let mut a = open(plugin, 4).establish(&b.offers());
+    drop(b);
+    for _ in 0..50 {
+        if a.poll().is_err() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    drop(a);
+    assert!(reaper::kept() > 0);
+    nothing_is_left();
 }
 
 fn wild_handles(plugin: &Arc<Plugin>) {

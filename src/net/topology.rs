@@ -2,20 +2,11 @@
 
 use super::pairing::shared_depth;
 use super::plugin::Device;
-use std::ffi::CStr;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
-/// An address of an interface that is up.
-#[derive(Clone, Debug)]
-pub(crate) struct Interface {
-    pub name: String,
-    pub addr: IpAddr,
-    pub loopback: bool,
-}
-
 /// Addresses of all interfaces that are up, in the kernel's order.
-pub(crate) fn interfaces() -> Vec<Interface> {
+fn addresses() -> Vec<IpAddr> {
     let mut head: *mut libc::ifaddrs = std::ptr::null_mut();
     // SAFETY: head is writable; the list is freed below.
     if unsafe { libc::getifaddrs(&mut head) } != 0 {
@@ -43,29 +34,25 @@ pub(crate) fn interfaces() -> Vec<Interface> {
             }
             _ => continue,
         };
-        // SAFETY: a C string.
-        let name = unsafe { CStr::from_ptr(entry.ifa_name) }.to_string_lossy().into_owned();
-        found.push(Interface { name, addr, loopback: entry.ifa_flags & (libc::IFF_LOOPBACK as u32) != 0 });
+        found.push(addr);
     }
     // SAFETY: head came from getifaddrs.
     unsafe { libc::freeifaddrs(head) };
     found
 }
 
-/// The interfaces that `filter` (in NCCL's form) lets through and that can be used, each with one address: by the rules that the
+/// The addresses of the interfaces that `filter` (in NCCL's form) lets through and that can be used, one each: by the rules that the
 /// software plugin chooses its devices by.
 ///
 /// # Errors
 /// The kernel does not list its interfaces.
-pub(crate) fn usable(filter: Option<&str>) -> std::io::Result<Vec<Interface>> {
-    let name = |i: &soft_plugin::interfaces::Interface| i.name.to_string_lossy().into_owned();
-    let found = soft_plugin::interfaces::usable(filter)?;
-    Ok(found.iter().map(|i| Interface { name: name(i), addr: i.address, loopback: i.loopback }).collect())
+pub(crate) fn usable(filter: Option<&str>) -> std::io::Result<Vec<IpAddr>> {
+    Ok(soft_plugin::interfaces::usable(filter)?.iter().map(|i| i.address).collect())
 }
 
 /// Whether `ip` is an address of this host.
 pub(crate) fn is_local(ip: IpAddr) -> bool {
-    ip.is_loopback() || interfaces().iter().any(|i| i.addr == ip)
+    ip.is_loopback() || addresses().contains(&ip)
 }
 
 /// NUMA node of a PCI device directory under /sys; `None` when unknown.
@@ -104,9 +91,22 @@ mod tests {
     #[test]
     fn every_host_has_an_interface() {
         assert!(!usable(None).unwrap().is_empty());
-        assert!(usable(Some("=lo")).unwrap().iter().all(|i| i.loopback));
+        assert!(usable(Some("=lo")).unwrap().iter().all(IpAddr::is_loopback));
         assert!(usable(Some("=no-such-interface")).unwrap().is_empty());
         assert!(is_local(IpAddr::from([127, 0, 0, 1])) && !is_local(IpAddr::from([192, 0, 2, 1])));
+    }
+
+    #[test]
+    fn a_carrier_is_asked_for_where_the_host_knows_the_name() {
+        let root = std::env::temp_dir().join(format!("uccl-net-carrier-{}", std::process::id()));
+        for (nic, text) in [("eth1", "1\n"), ("eth2", "0\n")] {
+            std::fs::create_dir_all(root.join("sys/class/net").join(nic)).expect("folder");
+            std::fs::write(root.join("sys/class/net").join(nic).join("carrier"), text).expect("file");
+        }
+        std::fs::create_dir_all(root.join("sys/class/net/down")).expect("folder");
+        let known = ["eth1", "eth2", "down", "mlx5_0"].map(|nic| has_carrier(&root, nic));
+        let _ = std::fs::remove_dir_all(&root);
+        assert_eq!(known, [true, false, false, true]);
     }
 
     #[test]
