@@ -1,4 +1,4 @@
-//! Sets the SONAME of the shared library and generates the C header into OUT_DIR, where `tests/header.rs` compares it with
+//! Sets the SONAME of the shared library, compiles the variadic logger for plugins, and generates the C header into OUT_DIR, where `tests/header.rs` compares it with
 //! the committed `include/uccl_engine.h`.
 
 use std::path::PathBuf;
@@ -8,7 +8,9 @@ fn main() {
     println!("cargo:rerun-if-changed=src/status.rs");
     println!("cargo:rerun-if-changed=src/engine/fifo.rs");
     println!("cargo:rerun-if-changed=cbindgen.toml");
+    println!("cargo:rerun-if-changed=src/net/plugin_log.c");
     println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libuccl_p2p.so.0");
+    cc::Build::new().file("src/net/plugin_log.c").warnings_into_errors(true).extra_warnings(true).compile("uccl_p2p_plugin_log");
     let root = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR"));
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("uccl_engine.h");
     let config = cbindgen::Config::from_file(root.join("cbindgen.toml")).expect("cbindgen.toml");

@@ -1,7 +1,8 @@
 //! Every environment variable of the library, in one place: name, default, meaning. Values are read once, when an engine is
 //! created; a value that cannot be understood fails the creation. docs/configuration.md is checked against this table.
 
-use crate::status::{bail, Result};
+use crate::addresses::{AllowList, Bind};
+use crate::status::{bail, Error, Result};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -24,8 +25,14 @@ pub struct Config {
     pub plugin_path: Option<PathBuf>,
     pub num_channels: Option<usize>,
     pub chunk_bytes: usize,
+    /// NCCL_DYNAMIC_CHUNK_SIZE as the plugin reads it, where it is set and not 0.
+    pub plugin_limit: Option<usize>,
+    /// UCCL_P2P_TRANSPORT asks for TCPX where it is there.
+    pub transport_tcpx: bool,
     pub eager_bytes: usize,
     pub port: u16,
+    pub bind: Bind,
+    pub allow: AllowList,
     pub socket_ifname: Option<String>,
     pub auth_key_file: Option<PathBuf>,
     pub emulate_device: bool,
@@ -59,14 +66,16 @@ const fn var(name: &'static str, default: &'static str, doc: &'static str) -> Va
 /// Every variable that the library reads. The software plugin's own (UCCL_TCPX_SOFT_*) follow the library's; NCCL_* variables that
 /// only the plugin reads are passed through untouched and not listed.
 pub const VARIABLES: &[Variable] = &[
-    var("UCCL_TCPX_PLUGIN", "auto", "Network plugin: auto (TCPX where its library is found, else soft), tcpx (fail without it), soft."),
-    var("UCCL_P2P_TRANSPORT", "unset", "UCCL's transport variable: tcpx and tcp mean UCCL_TCPX_PLUGIN=tcpx and soft; other values are ignored. UCCL_TCPX_PLUGIN wins."),
+    var("UCCL_TCPX_PLUGIN", "auto", "Network plugin: auto (TCPX where its library is found and works, else soft), tcpx (fail without it), soft."),
+    var("UCCL_P2P_TRANSPORT", "unset", "UCCL's transport variable. UCCL's engine chooses its endpoint by it, so tcpx means UCCL_TCPX_PLUGIN=auto here: GPUDirect-TCPX where it is installed, else ordinary TCP with a warning. tcp means soft; other values are ignored. UCCL_TCPX_PLUGIN wins."),
     var("UCCL_TCPX_PLUGIN_PATH", "unset", "Path of the plugin's shared object; loaded instead of the standard places, whatever plugin it is."),
     var("UCCL_TCPX_NUM_CHANNELS", "by cores and NICs", "Data channels of a connection, 1 to 64; default: the number of cores up to 8, from 16 cores half of them up to 16, and at least one for each NIC. The smaller of the two sides' values counts."),
-    var("UCCL_TCPX_CHUNK_BYTES", "524288", "Largest message on a channel, bytes (suffixes K, M); 4 KiB to 16 MiB, and at most NCCL_DYNAMIC_CHUNK_SIZE. The smaller side counts."),
+    var("UCCL_TCPX_CHUNK_BYTES", "524288", "Largest message on a channel, bytes (suffixes K, M); 4 KiB to 16 MiB, and at most NCCL_DYNAMIC_CHUNK_SIZE; 512 KiB at most over a plugin other than the software plugin. The smaller side counts."),
     var("UCCL_TCPX_EAGER_BYTES", "8192", "Transfers of host memory up to this many bytes travel inside the control message; 0 to 64 KiB."),
     var("UCCL_TCPX_OOB_PORT", "0", "Listening port; 0: the system chooses."),
     var("UCCL_TCP_OOB_PORT", "0", "The same, UCCL's older name; UCCL_TCPX_OOB_PORT wins."),
+    var("UCCL_TCPX_BIND", "control interface", "Address that the listening port is bound to; any: every address of the host. Default: the address of the control interface, and the loopback address so that processes of this host can use it."),
+    var("UCCL_TCPX_ALLOW", "unset", "Networks that may connect, in CIDR form and separated by commas (10.0.0.0/8,fd00::/8); others are hung up on. Default: all."),
     var("UCCL_SOCKET_IFNAME", "unset", "Control interface: names or prefixes separated by commas, '=' for exact, '^' for exclusion. Default: the first that is up and not loopback, docker or a veth."),
     var("NCCL_SOCKET_IFNAME", "unset", "The same where UCCL_SOCKET_IFNAME is not set."),
     var("UCCL_TCPX_AUTH_KEY_FILE", "unset", "File with a pre-shared key, 16 to 4096 bytes; both sides must hold the same one."),
@@ -83,7 +92,7 @@ pub const VARIABLES: &[Variable] = &[
     var("UCCL_P2P_LOG_LEVEL", "warn", "error, warn, info, debug, trace or off. Log lines go to standard error."),
     var("UCCL_TCPX_DEBUG", "0", "1: the same as UCCL_P2P_LOG_LEVEL=debug."),
     var("UCCL_P2P_DISABLE_IPC", "0", "UCCL's variable; accepted. This library never uses IPC: data takes the channels also inside one host."),
-    var("NCCL_DYNAMIC_CHUNK_SIZE", "524288", "Largest message of the plugin, bytes. Read by the plugin; set by the library when the user did not, since TCPX moves nothing without it."),
+    var("NCCL_DYNAMIC_CHUNK_SIZE", "unset", "Largest message of the plugin, bytes (decimal, or hexadecimal with 0x; no suffixes); at least 4096. Read by the plugin; the library sets it to 524288 before it loads a plugin of others when the user did not, since TCPX moves nothing without it."),
 ];
 
 fn get(name: &str) -> Result<Option<String>> {
@@ -124,8 +133,53 @@ fn flag(name: &str, default: bool) -> Result<bool> {
     }
 }
 
+/// The leading number of a text, as C's strtoll reads it with base 0, and what follows it.
+fn strtoll(text: &str) -> (i64, &str) {
+    let (negative, rest) = match text.as_bytes().first() {
+        Some(b'-') => (true, &text[1..]),
+        Some(b'+') => (false, &text[1..]),
+        _ => (false, text),
+    };
+    let hex = rest.strip_prefix("0x").or_else(|| rest.strip_prefix("0X"));
+    let (base, digits) = match hex {
+        Some(digits) if digits.starts_with(|c: char| c.is_ascii_hexdigit()) => (16, digits),
+        _ if rest.starts_with('0') => (8, rest),
+        _ => (10, rest),
+    };
+    let end = digits.find(|c: char| !c.is_digit(base)).unwrap_or(digits.len());
+    let number = match i64::from_str_radix(&digits[..end], base) {
+        Ok(n) => n,
+        Err(_) if end == 0 => 0,
+        Err(_) => i64::MAX,
+    };
+    (if negative { -number } else { number }, &digits[end..])
+}
+
+/// NCCL_DYNAMIC_CHUNK_SIZE, read as the plugin reads it: what it would misunderstand is refused. 0 counts as unset.
+fn plugin_limit() -> Result<Option<usize>> {
+    const NAME: &str = "NCCL_DYNAMIC_CHUNK_SIZE";
+    let Some(text) = get(NAME)? else { return Ok(None) };
+    match strtoll(&text) {
+        (0, "") => Ok(None),
+        (n, "") if (4096..=i64::from(i32::MAX)).contains(&n) => Ok(Some(n as usize)),
+        (n, "") => bail!(InvalidArgument, "{NAME}={text}: {n} bytes, expected 4096 to {}", i32::MAX),
+        (n, _) => {
+            let meant = parse_number(&text).map_or(String::new(), |n| format!("; {n} would be what {text} means"));
+            bail!(InvalidArgument, "{NAME}={text}: the plugin takes this for {n} bytes, since it knows no suffixes{meant}")
+        }
+    }
+}
+
 fn millis(name: &str, default: u64) -> Result<Duration> {
     Ok(Duration::from_millis(number(name, 1..=86_400_000)?.unwrap_or(default)))
+}
+
+/// A value that another module reads; its default when the variable is not set.
+fn parsed<T: Default>(name: &str, parse: impl FnOnce(&str) -> Result<T>) -> Result<T> {
+    match get(name)? {
+        Some(text) => parse(&text).map_err(|e| Error::new(e.kind(), format_args!("{name}={text}: {e}"))),
+        None => Ok(T::default()),
+    }
 }
 
 /// Largest chunk the library accepts, and the default.
@@ -138,10 +192,10 @@ impl Config {
     /// # Errors
     /// `InvalidArgument` names the variable whose value cannot be understood.
     pub fn from_env() -> Result<Config> {
-        let transport = match get("UCCL_P2P_TRANSPORT")?.map(|v| v.to_ascii_lowercase()).as_deref() {
-            Some("tcpx") => PluginChoice::Tcpx,
-            Some("tcp") => PluginChoice::Soft,
-            _ => PluginChoice::Auto,
+        let (transport, transport_tcpx) = match get("UCCL_P2P_TRANSPORT")?.map(|v| v.to_ascii_lowercase()).as_deref() {
+            Some("tcpx") => (PluginChoice::Auto, true),
+            Some("tcp") => (PluginChoice::Soft, false),
+            _ => (PluginChoice::Auto, false),
         };
         let plugin = match get("UCCL_TCPX_PLUGIN")?.map(|v| v.to_ascii_lowercase()).as_deref() {
             None => transport,
@@ -158,16 +212,20 @@ impl Config {
             Some(names) => Some(names),
             None => get("NCCL_SOCKET_IFNAME")?,
         };
-        let plugin_limit = number("NCCL_DYNAMIC_CHUNK_SIZE", 0..=i32::MAX as u64)?.filter(|&n| n > 0);
+        let plugin_limit = plugin_limit()?;
         let chunk = number("UCCL_TCPX_CHUNK_BYTES", 4096..=MAX_CHUNK_BYTES as u64)?.map_or(DEFAULT_CHUNK_BYTES, |n| n as usize);
-        let chunk_bytes = plugin_limit.map_or(chunk, |limit| chunk.min(limit as usize));
+        let chunk_bytes = plugin_limit.map_or(chunk, |limit| chunk.min(limit));
         Ok(Config {
             plugin,
             plugin_path: get("UCCL_TCPX_PLUGIN_PATH")?.map(PathBuf::from),
             num_channels: number("UCCL_TCPX_NUM_CHANNELS", 1..=64)?.map(|n| n as usize),
             chunk_bytes,
+            plugin_limit,
+            transport_tcpx,
             eager_bytes: number("UCCL_TCPX_EAGER_BYTES", 0..=65536)?.unwrap_or(8192) as usize,
             port: port as u16,
+            bind: parsed("UCCL_TCPX_BIND", Bind::parse)?,
+            allow: parsed("UCCL_TCPX_ALLOW", AllowList::parse)?,
             socket_ifname,
             auth_key_file: get("UCCL_TCPX_AUTH_KEY_FILE")?.map(PathBuf::from),
             emulate_device: flag("UCCL_TCPX_EMULATE_DEVICE", false)?,
@@ -191,19 +249,6 @@ impl Config {
         };
         VARIABLES.iter().map(row).collect()
     }
-
-    /// The pre-shared key, when one is configured.
-    pub(crate) fn auth_key(&self) -> Result<Option<Vec<u8>>> {
-        let Some(path) = &self.auth_key_file else { return Ok(None) };
-        let key = match std::fs::read(path) {
-            Ok(key) => key,
-            Err(e) => bail!(InvalidArgument, "UCCL_TCPX_AUTH_KEY_FILE={}: {e}", path.display()),
-        };
-        if !(16..=4096).contains(&key.len()) {
-            bail!(InvalidArgument, "UCCL_TCPX_AUTH_KEY_FILE={}: {} bytes, expected 16 to 4096", path.display(), key.len());
-        }
-        Ok(Some(key))
-    }
 }
 
 /// Level of the log, from UCCL_P2P_LOG_LEVEL and UCCL_TCPX_DEBUG.
@@ -224,6 +269,26 @@ pub(crate) fn log_level() -> log::LevelFilter {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_plugins_limit_is_read_as_the_plugin_reads_it() {
+        for (text, value, rest) in [
+            ("524288", 524_288, ""),
+            ("0x80000", 524_288, ""),
+            ("0X1f", 31, ""),
+            ("1M", 1, "M"),
+            ("010", 8, ""),
+            ("09", 0, "9"),
+            ("0x", 0, "x"),
+            ("-5", -5, ""),
+            ("", 0, ""),
+            ("K", 0, "K"),
+            ("512 K", 512, " K"),
+            ("99999999999999999999", i64::MAX, ""),
+        ] {
+            assert_eq!(strtoll(text), (value, rest), "{text}");
+        }
+    }
 
     #[test]
     fn numbers_take_suffixes_and_refuse_the_rest() {

@@ -10,20 +10,26 @@
 //! | `channel` | chunk plan, striping, one channel over a comm pair, unpacking |
 //! | `gpu` | CUDA through the driver API: memory kinds, contexts, the launcher of the copy kernel |
 //! | [`net`] | plugins, comms that keep the contract's rules, the host's interfaces |
+//! | [`addresses`] | what the port is bound to, who may connect |
 //! | [`config`] | every environment variable |
 //! | [`status`] | the error type and the status numbers |
 //!
 //! Calls go one way: ffi -> engine -> {wire, channel} -> {net, gpu}.
 
+pub mod addresses;
 #[doc(hidden)]
 pub mod bench_api;
 mod channel;
 pub mod config;
 pub mod engine;
 mod ffi;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzz_api;
 mod gpu;
 mod logging;
 pub mod net;
+mod region;
 pub mod status;
 pub mod types;
 mod wire;

@@ -1,7 +1,11 @@
-//! The log: env_logger on standard error at the level of UCCL_P2P_LOG_LEVEL, unless the process has a logger of its own.
+//! The log: env_logger on standard error at the level of UCCL_P2P_LOG_LEVEL, unless the process has a logger of its own; and the
+//! limit on lines that a peer can cause. Knows nothing of engines and connections.
 
+use parking_lot::Mutex;
+use std::fmt;
 use std::io::Write;
 use std::sync::Once;
+use std::time::{Duration, Instant};
 
 pub(crate) fn init() {
     static ONCE: Once = Once::new();
@@ -20,4 +24,109 @@ pub(crate) fn init() {
         // An embedding Rust program may have installed its logger first; that one then serves.
         let _ = builder.try_init();
     });
+}
+
+/// The time in which a [`Limiter`] lets its lines through.
+const WINDOW: Duration = Duration::from_secs(1);
+
+/// Lets a few log lines a second through and counts the others: for every line that a peer, a stranger or an exhausted resource can
+/// cause again and again. One object for each kind of line, for as long as the lines can come (a connection, an engine, a static).
+pub(crate) struct Limiter {
+    lines: u32,
+    state: Mutex<Window>,
+}
+
+struct Window {
+    /// When the current window began; none before the first line.
+    since: Option<Instant>,
+    /// Lines let through in it.
+    shown: u32,
+    /// Lines held back since the last one that was let through.
+    held: u64,
+}
+
+impl Limiter {
+    /// At most `lines` lines a second.
+    pub(crate) const fn new(lines: u32) -> Limiter {
+        Limiter { lines, state: Mutex::new(Window { since: None, shown: 0, held: 0 }) }
+    }
+
+    /// Asks for a line at `now`. `Some(n)`: write it, and say that `n` others were held back before it. `None`: it was counted.
+    pub(crate) fn admit(&self, now: Instant) -> Option<u64> {
+        let mut window = self.state.lock();
+        if window.since.is_none_or(|since| now.saturating_duration_since(since) >= WINDOW) {
+            window.since = Some(now);
+            window.shown = 0;
+        }
+        if window.shown >= self.lines {
+            window.held = window.held.saturating_add(1);
+            return None;
+        }
+        window.shown += 1;
+        Some(std::mem::take(&mut window.held))
+    }
+
+    /// What was held back when the lines have stopped coming: for whoever looks in now and then, and at the end.
+    pub(crate) fn rest(&self, now: Instant) -> Option<u64> {
+        let mut window = self.state.lock();
+        let over = window.since.is_some_and(|since| now.saturating_duration_since(since) >= WINDOW);
+        (over && window.held > 0).then(|| std::mem::take(&mut window.held))
+    }
+
+    /// Writes a line, or counts it. A line that the log's level hides is not counted.
+    pub(crate) fn log(&self, level: log::Level, now: Instant, line: fmt::Arguments<'_>) {
+        if !log::log_enabled!(level) {
+            return;
+        }
+        match self.admit(now) {
+            Some(0) => log::log!(level, "{line}"),
+            Some(held) => log::log!(level, "{line} (and {held} more such lines that were not written)"),
+            None => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_few_lines_a_second_and_a_count_of_the_others() {
+        let limiter = Limiter::new(2);
+        let start = Instant::now();
+        let at = |millis: u64| start + Duration::from_millis(millis);
+        assert_eq!([0, 1, 2, 3].map(|t| limiter.admit(at(t))), [Some(0), Some(0), None, None]);
+        assert_eq!(limiter.admit(at(999)), None);
+        assert_eq!(limiter.rest(at(999)), None, "the window still runs");
+        assert_eq!(limiter.admit(at(1000)), Some(3));
+        assert_eq!(limiter.admit(at(1001)), Some(0));
+        assert_eq!(limiter.admit(at(1002)), None);
+        assert_eq!(limiter.rest(at(2000)), Some(1));
+        assert_eq!(limiter.rest(at(2001)), None);
+        assert_eq!(limiter.admit(at(2002)), Some(0));
+    }
+
+    #[test]
+    fn a_flood_writes_the_limit_and_loses_no_count() {
+        let limiter = Limiter::new(3);
+        let start = Instant::now();
+        let (mut shown, mut told) = (0u64, 0u64);
+        for i in 0..100_000u64 {
+            // Ten seconds, 10,000 lines in each.
+            if let Some(held) = limiter.admit(start + Duration::from_micros(i * 100)) {
+                shown += 1;
+                told += held;
+            }
+        }
+        told += limiter.rest(start + Duration::from_secs(20)).unwrap_or(0);
+        assert_eq!((shown, shown + told), (30, 100_000));
+    }
+
+    #[test]
+    fn time_that_runs_back_is_no_new_window() {
+        let limiter = Limiter::new(1);
+        let start = Instant::now() + Duration::from_secs(100);
+        assert_eq!(limiter.admit(start), Some(0));
+        assert_eq!(limiter.admit(start - Duration::from_secs(50)), None);
+    }
 }

@@ -230,6 +230,7 @@ fn keys_must_match() {
     let key = |name: &str, text: &str| {
         let path = std::env::temp_dir().join(format!("uccl-{name}-{}", std::process::id()));
         std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
         Config { auth_key_file: Some(path), ..config() }
     };
     let (good, bad) = (key("good", "0123456789abcdef0123456789abcdef"), key("bad", "fedcba9876543210fedcba9876543210"));
@@ -279,14 +280,15 @@ fn sixty_four_connections_to_one_engine() {
 #[test]
 fn the_tcpx_plugin_is_never_replaced_silently() {
     let wanted = Config { plugin: PluginChoice::Tcpx, plugin_path: None, ..config() };
-    if uccl_p2p::net::plugin::TCPX_PATHS.iter().any(|p| std::path::Path::new(p).exists()) {
+    let (dirs, files) = uccl_p2p::net::plugin::TCPX_PLACES;
+    if dirs.iter().any(|d| files.iter().any(|f| std::path::Path::new(d).join(f).exists())) {
         println!("SKIPPED: GPUDirect-TCPX is installed here");
         return;
     }
     let error = Engine::new(wanted).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::PluginLoad);
-    for path in uccl_p2p::net::plugin::TCPX_PATHS {
-        assert!(error.to_string().contains(path), "{error}");
+    for place in dirs.iter().chain(&files) {
+        assert!(error.to_string().contains(place), "{error}");
     }
     let missing = Config { plugin_path: Some("/nonexistent/libnccl-net.so".into()), ..config() };
     assert_eq!(Engine::new(missing).unwrap_err().kind(), ErrorKind::PluginLoad);

@@ -23,6 +23,8 @@ pub const NCCL_NET_DEVICE_UNPACK: c_int = 1;
 pub const NCCL_NET_DEVICE_UNPACK_VERSION: c_int = 7;
 /// Requests in flight (or awaiting consumption) a comm holds at most.
 pub const MAX_REQUESTS: usize = 16;
+/// Alignment that plugins ask of memory that is registered.
+pub const PAGE: usize = 4096;
 /// `loadMeta` entries a receive slot holds.
 pub const MAX_SLOT_ENTRIES: usize = 2048;
 
@@ -54,62 +56,67 @@ pub const NCCL_LOG_TRACE: c_int = 5;
 pub type ncclDebugLogger_t =
     Option<unsafe extern "C" fn(level: c_int, flags: c_ulong, file: *const c_char, line: c_int, fmt: *const c_char, ...)>;
 
-/// Properties of a device, v7.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct ncclNetProperties_v7 {
-    /// Name for logs; owned by the plugin.
-    pub name: *mut c_char,
-    /// Path of the PCI device under /sys, or null; owned by the plugin.
-    pub pciPath: *mut c_char,
-    /// Unique id of the NIC.
-    pub guid: u64,
-    /// Or of the `NCCL_PTR_*` kinds that can be registered.
-    pub ptrSupport: c_int,
-    /// Mbit/s.
-    pub speed: c_int,
-    /// Port number.
-    pub port: c_int,
-    /// Network latency, us.
-    pub latency: f32,
-    /// Comms the device can hold.
-    pub maxComms: c_int,
-    /// Receives that can be grouped (1 for TCPX).
-    pub maxRecvs: c_int,
-    /// `NCCL_NET_DEVICE_*`.
-    pub netDeviceType: c_int,
-    /// Version of the device handle.
-    pub netDeviceVersion: c_int,
+macro_rules! net_properties {
+    ($(#[$doc:meta])* $name:ident { $($(#[$extra_doc:meta])* $extra:ident)? }) => {
+        $(#[$doc])*
+        #[repr(C)]
+        #[derive(Clone, Copy, Debug)]
+        pub struct $name {
+            /// Name for logs; owned by the plugin.
+            pub name: *mut c_char,
+            /// Path of the PCI device under /sys, or null; owned by the plugin.
+            pub pciPath: *mut c_char,
+            /// Unique id of the NIC.
+            pub guid: u64,
+            /// Or of the `NCCL_PTR_*` kinds that can be registered.
+            pub ptrSupport: c_int,
+            $($(#[$extra_doc])* pub $extra: c_int,)?
+            /// Mbit/s; 0 or less where it is unknown.
+            pub speed: c_int,
+            /// Port number.
+            pub port: c_int,
+            /// Network latency, us.
+            pub latency: f32,
+            /// Comms the device can hold.
+            pub maxComms: c_int,
+            /// Receives that can be grouped (1 for TCPX).
+            pub maxRecvs: c_int,
+            /// `NCCL_NET_DEVICE_*`.
+            pub netDeviceType: c_int,
+            /// Version of the device handle.
+            pub netDeviceVersion: c_int,
+        }
+    };
 }
 
-/// Properties of a device, v8: v7 plus `regIsGlobal` after `ptrSupport`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct ncclNetProperties_v8 {
-    /// Name for logs; owned by the plugin.
-    pub name: *mut c_char,
-    /// Path of the PCI device under /sys, or null; owned by the plugin.
-    pub pciPath: *mut c_char,
-    /// Unique id of the NIC.
-    pub guid: u64,
-    /// Or of the `NCCL_PTR_*` kinds that can be registered.
-    pub ptrSupport: c_int,
-    /// A registration of one comm serves every comm of the device.
-    pub regIsGlobal: c_int,
-    /// Mbit/s.
-    pub speed: c_int,
-    /// Port number.
-    pub port: c_int,
-    /// Network latency, us.
-    pub latency: f32,
-    /// Comms the device can hold.
-    pub maxComms: c_int,
-    /// Receives that can be grouped (1 for TCPX).
-    pub maxRecvs: c_int,
-    /// `NCCL_NET_DEVICE_*`.
-    pub netDeviceType: c_int,
-    /// Version of the device handle.
-    pub netDeviceVersion: c_int,
+net_properties!(
+    /// Properties of a device, v7.
+    ncclNetProperties_v7 {}
+);
+net_properties!(
+    /// Properties of a device, v8: v7 plus `regIsGlobal` after `ptrSupport`.
+    ncclNetProperties_v8 {
+        /// A registration of one comm serves every comm of the device.
+        regIsGlobal
+    }
+);
+
+impl From<ncclNetProperties_v8> for ncclNetProperties_v7 {
+    fn from(p: ncclNetProperties_v8) -> ncclNetProperties_v7 {
+        ncclNetProperties_v7 {
+            name: p.name,
+            pciPath: p.pciPath,
+            guid: p.guid,
+            ptrSupport: p.ptrSupport,
+            speed: p.speed,
+            port: p.port,
+            latency: p.latency,
+            maxComms: p.maxComms,
+            maxRecvs: p.maxRecvs,
+            netDeviceType: p.netDeviceType,
+            netDeviceVersion: p.netDeviceVersion,
+        }
+    }
 }
 
 /// Handle to the device side of a comm (v7 and v8). The caller of `accept` provides the memory, the plugin fills it.
@@ -283,12 +290,16 @@ pub const SYMBOL_V7: &[u8] = b"ncclNetPlugin_v7\0";
 /// Name of the data symbol of the v8 table.
 pub const SYMBOL_V8: &[u8] = b"ncclNetPlugin_v8\0";
 /// Name of the data symbol of the software plugin's extension table.
-pub const SYMBOL_EXT: &[u8] = b"ucclNetExt_v1\0";
+pub const SYMBOL_EXT: &[u8] = b"ucclNetExt_v2\0";
 
-/// The software plugin's extension: what it offers beyond v7. Comms are those of the plugin's own v7 table.
+/// The software plugin's extension: what it offers beyond v7. Comms are those of the plugin's own tables.
+///
+/// Two more promises of its plugin. The `tag` of a send travels with the message, and the receive that the message meets must have
+/// been posted with the same tag; otherwise the receive comm fails. And after `NCCL_SYSTEM_ERROR` of `listen`, `connect`, `accept` or
+/// `regMr`, `errno` tells the cause (`EMFILE` and `ENFILE`: out of descriptors), 0 when it has none.
 #[repr(C)]
 #[derive(Clone, Copy)]
-pub struct ucclNetExt_v1 {
+pub struct ucclNetExt_v2 {
     /// `sizeof` this table; a reader takes only members that lie inside.
     pub size: usize,
     /// Vectored send of host memory: one message gathered from `n` segments. Segments stay untouched by the caller until
@@ -296,19 +307,29 @@ pub struct ucclNetExt_v1 {
     pub isendv: Option<
         unsafe extern "C" fn(comm: Opaque, n: c_int, iov: *const ucclIoVec, tag: c_int, request: *mut Opaque) -> ncclResult_t,
     >,
-    /// Vectored receive into host memory: one message scattered to `n` segments; their sum must be at least the message.
-    /// One of the 16 requests; same rules as `irecv`, and it is consumed with `irecvConsumed` like any other.
+    /// Vectored receive into host memory: one message scattered to `n` segments. The message must have exactly the sum of their
+    /// lengths, otherwise the comm fails. One of the 16 requests; same rules as `irecv`, and it is consumed with `irecvConsumed`
+    /// like any other.
     pub irecvv: Option<
         unsafe extern "C" fn(comm: Opaque, n: c_int, iov: *const ucclIoVec, tag: c_int, request: *mut Opaque) -> ncclResult_t,
     >,
-    /// Completion doorbell of a comm: whenever a request of the comm becomes done, or the comm fails, the plugin swaps
+    /// Doorbell of a comm: whenever a request of the comm becomes done, or the comm fails (with requests or idle), the plugin swaps
     /// `*armed` to 0 and, if it was 1, writes 1 to eventfd `fd`. Both stay valid until the comm is closed. `fd` -1 removes it.
     pub setDoorbell: Option<unsafe extern "C" fn(comm: Opaque, armed: *mut u32, fd: c_int) -> ncclResult_t>,
+    /// How far the network has come with a comm: bytes that the peer's kernel has acknowledged (send comm), or that were taken from
+    /// the socket (receive comm). Grows within messages too, counts a few bytes of framing, and never falls. On a comm that has
+    /// failed it is the result that requests of the comm end in, and `*bytes` is untouched. One system call at most.
+    pub progress: Option<unsafe extern "C" fn(comm: Opaque, bytes: *mut u64) -> ncclResult_t>,
+    /// Gives up the connect under way whose 128-byte handle buffer this is: its socket is closed before the call returns, and the
+    /// buffer is of no more use. Success also when no connect is under way.
+    pub abandonConnect: Option<unsafe extern "C" fn(handle: Opaque) -> ncclResult_t>,
+    /// Writes "local-address -> peer-address on NIC" for texts of errors, terminated, cut to `len` bytes.
+    pub describe: Option<unsafe extern "C" fn(comm: Opaque, text: *mut c_char, len: usize) -> ncclResult_t>,
 }
 // SAFETY: immutable data and function pointers.
-unsafe impl Sync for ucclNetExt_v1 {}
+unsafe impl Sync for ucclNetExt_v2 {}
 // SAFETY: as above.
-unsafe impl Send for ucclNetExt_v1 {}
+unsafe impl Send for ucclNetExt_v2 {}
 
 /// One segment of host memory; layout of `struct iovec`.
 #[repr(C)]
@@ -338,4 +359,7 @@ const _: () = {
     assert!(offset_of!(netUnpackMeta, cnt) == MAX_REQUESTS * MAX_SLOT_ENTRIES * 16);
     assert!(size_of::<unpackNetDeviceHandle>() == 24);
     assert!(size_of::<ucclIoVec>() == 16);
+    assert!(size_of::<ucclNetExt_v2>() == 7 * 8);
+    assert!(offset_of!(ucclNetExt_v2, progress) == 4 * 8);
+    assert!(offset_of!(ucclNetExt_v2, describe) == 6 * 8);
 };

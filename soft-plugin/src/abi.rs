@@ -3,26 +3,24 @@
 
 pub mod requests;
 
-use std::ffi::{c_int, c_void};
+use std::cell::Cell;
+use std::ffi::{c_char, c_int, c_void};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::ptr;
 use std::sync::Arc;
 
 use nccl_net_abi::*;
-use parking_lot::Mutex;
 
 use crate::comm::Comm;
-use crate::device::UnpackQueue;
-use crate::fragment;
+use crate::device;
 use crate::interfaces::Interface;
-use crate::rendezvous::{self, Handle, Listener};
+use crate::logger::Limited;
+use crate::pool::{self, Pool};
+use crate::rendezvous::{self, Failed, Handle, ListenComm};
 use crate::state::{self, Global};
 
 type Opaque = *mut c_void;
 type Outcome = Result<(), ncclResult_t>;
-
-/// Page size that device registrations must respect.
-const DEVICE_PAGE: usize = 4096;
 
 /// A registration: what kind of memory it is, and where.
 struct Mr {
@@ -31,13 +29,24 @@ struct Mr {
     size: usize,
 }
 
-/// Runs an entry: no panic gets out.
+thread_local! {
+    /// `errno` of the system call that failed last in an entry of this thread.
+    static CAUSE: Cell<c_int> = const { Cell::new(0) };
+}
+
+/// Runs an entry: no panic gets out, and after a system error `errno` tells the cause.
 fn guard(entry: impl FnOnce() -> Outcome) -> ncclResult_t {
-    match catch_unwind(AssertUnwindSafe(entry)) {
+    CAUSE.set(0);
+    let code = match catch_unwind(AssertUnwindSafe(entry)) {
         Ok(Ok(())) => NCCL_SUCCESS,
         Ok(Err(code)) => code,
         Err(_) => NCCL_INTERNAL_ERROR,
+    };
+    if code == NCCL_SYSTEM_ERROR {
+        // SAFETY: the C library's errno of this thread. Last of all, since dropping what the entry held may have changed it.
+        unsafe { *libc::__errno_location() = CAUSE.get() };
     }
+    code
 }
 
 fn check(holds: bool) -> Outcome {
@@ -50,23 +59,35 @@ fn check(holds: bool) -> Outcome {
 
 /// Logs the cause of a failed system call, once, here.
 fn system(what: &str, error: &std::io::Error) -> ncclResult_t {
-    crate::logger::warn(&format!("{what}: {error}"));
-    if error.kind() == std::io::ErrorKind::InvalidInput {
+    static LINE: Limited = Limited::new();
+    static DESCRIPTORS: Limited = Limited::new();
+    let code = error.raw_os_error().unwrap_or(0);
+    CAUSE.set(code);
+    match code {
+        libc::EMFILE => DESCRIPTORS.warn(&format!("{what}: the process is out of file descriptors (see ulimit -n)")),
+        libc::ENFILE => DESCRIPTORS.warn(&format!("{what}: the system is out of file descriptors (see fs.file-max)")),
+        _ => LINE.warn(&format!("{what}: {error}")),
+    }
+    if code == 0 && error.kind() == std::io::ErrorKind::InvalidInput {
         NCCL_INVALID_ARGUMENT
     } else {
         NCCL_SYSTEM_ERROR
     }
 }
 
-fn device(global: &'static Global, dev: c_int) -> Result<&'static Interface, ncclResult_t> {
+fn failed(failed: Failed) -> ncclResult_t {
+    system(&failed.what, &failed.error)
+}
+
+fn interface(global: &'static Global, dev: c_int) -> Result<&'static Interface, ncclResult_t> {
     usize::try_from(dev).ok().and_then(|d| global.devices.get(d)).ok_or(NCCL_INVALID_ARGUMENT)
 }
 
-/// The comm behind a handle of the caller, of the given direction.
+/// The comm behind a handle of the caller, of the given direction, whichever process made it.
 ///
 /// # Safety
 /// Null, or a comm of this plugin that is not closed.
-unsafe fn comm<'a>(handle: Opaque, receives: bool) -> Result<&'a Comm, ncclResult_t> {
+unsafe fn comm_or_copy<'a>(handle: Opaque, receives: bool) -> Result<&'a Comm, ncclResult_t> {
     check(!handle.is_null())?;
     // SAFETY: by contract a live comm.
     let comm = unsafe { &*handle.cast::<Comm>() };
@@ -74,32 +95,52 @@ unsafe fn comm<'a>(handle: Opaque, receives: bool) -> Result<&'a Comm, ncclResul
     Ok(comm)
 }
 
-/// A comm of either direction; safety as for [`comm`].
+/// A comm of this process; safety as for [`comm_or_copy`].
+unsafe fn comm<'a>(handle: Opaque, receives: bool) -> Result<&'a Comm, ncclResult_t> {
+    // SAFETY: passed on.
+    let comm = unsafe { comm_or_copy(handle, receives)? };
+    own(!comm.is_inherited())?;
+    Ok(comm)
+}
+
+/// A comm of either direction; safety as for [`comm_or_copy`].
 unsafe fn any_comm<'a>(handle: Opaque) -> Result<&'a Comm, ncclResult_t> {
     // SAFETY: passed on.
-    unsafe { comm(handle, false).or_else(|_| comm(handle, true)) }
+    let comm = unsafe { comm_or_copy(handle, false).or_else(|_| comm_or_copy(handle, true))? };
+    own(!comm.is_inherited())?;
+    Ok(comm)
+}
+
+/// A child of `fork` uses nothing of its parent.
+fn own(holds: bool) -> Outcome {
+    if holds {
+        Ok(())
+    } else {
+        Err(NCCL_INVALID_USAGE)
+    }
 }
 
 pub unsafe extern "C" fn init(logger: ncclDebugLogger_t) -> ncclResult_t {
     guard(|| {
         crate::logger::set(logger);
-        state::get();
-        Ok(())
+        state::get().map(drop)
     })
 }
 
 pub unsafe extern "C" fn devices(count: *mut c_int) -> ncclResult_t {
     guard(|| {
         check(!count.is_null())?;
+        let global = state::get()?;
+        global.refresh();
         // SAFETY: not null; the caller's int.
-        unsafe { *count = state::get().devices.len() as c_int };
+        unsafe { *count = global.devices.len() as c_int };
         Ok(())
     })
 }
 
 fn properties(dev: c_int) -> Result<ncclNetProperties_v8, ncclResult_t> {
-    let global = state::get();
-    let interface = device(global, dev)?;
+    let global = state::get()?;
+    let interface = interface(global, dev)?;
     let unpack = global.device.is_some();
     Ok(ncclNetProperties_v8 {
         name: interface.name.as_ptr().cast_mut(),
@@ -120,23 +161,8 @@ fn properties(dev: c_int) -> Result<ncclNetProperties_v8, ncclResult_t> {
 pub unsafe extern "C" fn properties_v7(dev: c_int, props: *mut ncclNetProperties_v7) -> ncclResult_t {
     guard(|| {
         check(!props.is_null())?;
-        let p = properties(dev)?;
         // SAFETY: not null; the caller's struct.
-        unsafe {
-            *props = ncclNetProperties_v7 {
-                name: p.name,
-                pciPath: p.pciPath,
-                guid: p.guid,
-                ptrSupport: p.ptrSupport,
-                speed: p.speed,
-                port: p.port,
-                latency: p.latency,
-                maxComms: p.maxComms,
-                maxRecvs: p.maxRecvs,
-                netDeviceType: p.netDeviceType,
-                netDeviceVersion: p.netDeviceVersion,
-            }
-        };
+        unsafe { *props = properties(dev)?.into() };
         Ok(())
     })
 }
@@ -153,16 +179,20 @@ pub unsafe extern "C" fn properties_v8(dev: c_int, props: *mut ncclNetProperties
 pub unsafe extern "C" fn listen(dev: c_int, handle: Opaque, listen_comm: *mut Opaque) -> ncclResult_t {
     guard(|| {
         check(!handle.is_null() && !listen_comm.is_null())?;
-        let global = state::get();
-        let interface = device(global, dev)?;
+        let global = state::get()?;
+        let interface = interface(global, dev)?;
         // SAFETY: the caller's 128 bytes.
         let handle = unsafe { &mut *handle.cast::<Handle>() };
-        let listener = Listener::new(interface, &global.config, handle)
-            .map_err(|e| system(&format!("listen on {}", interface.name.to_string_lossy()), &e))?;
+        let listener = ListenComm::open(interface, &global.config, handle).map_err(failed)?;
         // SAFETY: not null; the caller's pointer.
-        unsafe { *listen_comm = Box::into_raw(Box::new(Mutex::new(listener))).cast() };
+        unsafe { *listen_comm = Box::into_raw(Box::new(listener)).cast() };
         Ok(())
     })
+}
+
+/// The I/O threads, with what they do besides.
+fn pool(global: &'static Global) -> Result<&'static Pool, ncclResult_t> {
+    pool::get(&global.config, rendezvous::sweep).map_err(|e| system("I/O threads", &e))
 }
 
 pub unsafe extern "C" fn connect(
@@ -175,15 +205,15 @@ pub unsafe extern "C" fn connect(
         check(!handle.is_null() && !send_comm.is_null())?;
         // SAFETY: not null; the caller's pointer.
         unsafe { *send_comm = ptr::null_mut() };
-        let global = state::get();
-        let interface = device(global, dev)?;
+        let global = state::get()?;
+        let interface = interface(global, dev)?;
         // SAFETY: the caller's 128 bytes.
         let handle = unsafe { &mut *handle.cast::<Handle>() };
-        let Some(connected) = rendezvous::connect(interface, &global.config, handle).map_err(|e| system("connect", &e))? else {
+        let pool = pool(global)?;
+        let Some(connected) = rendezvous::connect(interface, &global.config, pool, handle).map_err(failed)? else {
             return Ok(());
         };
-        let comm = Comm::start(global, connected.socket, connected.peer, None, ptr::null_mut(), false)
-            .map_err(|e| system("send comm", &e))?;
+        let comm = Comm::start(global, pool, connected, None, ptr::null_mut(), false).map_err(|e| system("send comm", &e))?;
         // SAFETY: as above.
         unsafe { *send_comm = Arc::into_raw(comm).cast_mut().cast() };
         Ok(())
@@ -199,47 +229,31 @@ pub unsafe extern "C" fn accept(
         check(!listen_comm.is_null() && !recv_comm.is_null())?;
         // SAFETY: not null; the caller's pointer.
         unsafe { *recv_comm = ptr::null_mut() };
-        let global = state::get();
+        let global = state::get()?;
         // SAFETY: null, or the caller's pointer to memory of its own.
         let target = unsafe { dev_handle.as_ref().and_then(|p| p.as_mut()) };
         check(target.is_some() || global.device.is_none() || !global.config.strict)?;
         // SAFETY: by contract a listen comm that is not closed.
-        let mut listener = unsafe { &*listen_comm.cast::<Mutex<Listener>>() }.lock();
-        if listener.used() {
+        let listening = unsafe { &*listen_comm.cast::<ListenComm>() };
+        own(!listening.is_inherited())?;
+        if listening.is_used() {
             return Err(NCCL_INVALID_USAGE);
         }
-        let Some(connected) = listener.accept().map_err(|e| system("accept", &e))? else { return Ok(()) };
-        let queue = match (&global.device, &target) {
-            (Some(memory), Some(_)) if memory.in_context() => {
-                let bounce = fragment::region_len(global.config.message_limit) * MAX_REQUESTS;
-                Some(memory.unpack_queue(bounce).map_err(|e| system("unpack queue", &e))?)
-            }
-            _ => None,
-        };
+        let pool = pool(global)?;
+        let Some(connected) = listening.accept().map_err(failed)? else { return Ok(()) };
+        // The unpack queue is built when device memory is first used: host memory needs none.
         let mut late_handle = ptr::null_mut();
         if let Some(target) = target {
-            *target = device_handle(global.device.is_some(), queue.as_ref());
-            if global.device.is_some() && queue.is_none() {
+            *target = device::handle(global.device.is_some(), None);
+            if global.device.is_some() {
                 late_handle = target;
             }
         }
-        let comm = Comm::start(global, connected.socket, connected.peer, queue, late_handle, true)
-            .map_err(|e| system("receive comm", &e))?;
+        let comm = Comm::start(global, pool, connected, None, late_handle, true).map_err(|e| system("receive comm", &e))?;
         // SAFETY: as above.
         unsafe { *recv_comm = Arc::into_raw(comm).cast_mut().cast() };
         Ok(())
     })
-}
-
-/// The device handle of a comm, whose queue may still be to come.
-pub(crate) fn device_handle(unpack: bool, queue: Option<&UnpackQueue>) -> ncclNetDeviceHandle_v7 {
-    ncclNetDeviceHandle_v7 {
-        netDeviceType: if unpack { NCCL_NET_DEVICE_UNPACK } else { NCCL_NET_DEVICE_HOST },
-        netDeviceVersion: NCCL_NET_DEVICE_UNPACK_VERSION,
-        handle: queue.map_or(ptr::null_mut(), |q| q.handle),
-        size: if unpack { size_of::<unpackNetDeviceHandle>() } else { 0 },
-        needsProxyProgress: 1,
-    }
 }
 
 pub unsafe extern "C" fn reg_mr_v7(comm: Opaque, data: Opaque, size: c_int, kind: c_int, mhandle: *mut Opaque) -> ncclResult_t {
@@ -260,7 +274,8 @@ pub unsafe extern "C" fn reg_mr_v8(comm: Opaque, data: Opaque, size: usize, kind
             NCCL_PTR_HOST => false,
             NCCL_PTR_CUDA => {
                 check(comm.global.device.is_some())?;
-                check(!comm.global.config.strict || (base % DEVICE_PAGE == 0 && size % DEVICE_PAGE == 0))?;
+                check(!comm.global.config.strict || (base % PAGE == 0 && size % PAGE == 0))?;
+                comm.expect_device_receives()?;
                 true
             }
             _ => return Err(NCCL_INVALID_ARGUMENT),
@@ -273,8 +288,8 @@ pub unsafe extern "C" fn reg_mr_v8(comm: Opaque, data: Opaque, size: usize, kind
 
 pub unsafe extern "C" fn dereg_mr(comm: Opaque, mhandle: Opaque) -> ncclResult_t {
     guard(|| {
-        // SAFETY: the caller's comm.
-        unsafe { any_comm(comm)? };
+        // SAFETY: the caller's comm. A registration is plain memory: a child may drop its copy.
+        unsafe { comm_or_copy(comm, false).or_else(|_| comm_or_copy(comm, true))? };
         check(!mhandle.is_null())?;
         // SAFETY: a registration of regMr, dropped once.
         drop(unsafe { Box::from_raw(mhandle.cast::<Mr>()) });
@@ -285,7 +300,12 @@ pub unsafe extern "C" fn dereg_mr(comm: Opaque, mhandle: Opaque) -> ncclResult_t
 unsafe fn close(handle: Opaque, receives: bool) -> ncclResult_t {
     guard(|| {
         // SAFETY: the caller's comm.
-        unsafe { comm(handle, receives)?.close() };
+        let comm = unsafe { comm_or_copy(handle, receives)? };
+        if comm.is_inherited() {
+            comm.close_copy();
+            return Ok(());
+        }
+        comm.close();
         // SAFETY: the reference that `connect` or `accept` gave to the caller, who gives it back once.
         drop(unsafe { Arc::from_raw(handle.cast_const().cast::<Comm>()) });
         Ok(())
@@ -305,8 +325,14 @@ pub unsafe extern "C" fn close_recv(comm: Opaque) -> ncclResult_t {
 pub unsafe extern "C" fn close_listen(listen_comm: Opaque) -> ncclResult_t {
     guard(|| {
         check(!listen_comm.is_null())?;
-        // SAFETY: the box that `listen` gave to the caller, who gives it back once.
-        drop(unsafe { Box::from_raw(listen_comm.cast::<Mutex<Listener>>()) });
+        // SAFETY: the box that `listen` gave to the caller.
+        let listening = unsafe { &*listen_comm.cast::<ListenComm>() };
+        if listening.is_inherited() {
+            listening.close_copy();
+            return Ok(());
+        }
+        // SAFETY: as above; the caller gives it back once.
+        drop(unsafe { Box::from_raw(listen_comm.cast::<ListenComm>()) });
         Ok(())
     })
 }
@@ -319,6 +345,41 @@ pub unsafe extern "C" fn get_device_mr(comm: Opaque, mhandle: Opaque, device_mha
         // Kernels need nothing of a registration.
         // SAFETY: not null; the caller's pointer.
         unsafe { *device_mhandle = ptr::null_mut() };
+        Ok(())
+    })
+}
+
+pub unsafe extern "C" fn progress(handle: Opaque, bytes: *mut u64) -> ncclResult_t {
+    guard(|| {
+        // SAFETY: the caller's comm.
+        let comm = unsafe { any_comm(handle)? };
+        check(!bytes.is_null())?;
+        // SAFETY: not null; the caller's number.
+        unsafe { *bytes = comm.progress()? };
+        Ok(())
+    })
+}
+
+pub unsafe extern "C" fn abandon_connect(handle: Opaque) -> ncclResult_t {
+    guard(|| {
+        check(!handle.is_null())?;
+        // SAFETY: the caller's 128 bytes.
+        rendezvous::abandon(unsafe { &*handle.cast::<Handle>() });
+        Ok(())
+    })
+}
+
+pub unsafe extern "C" fn describe(handle: Opaque, text: *mut c_char, len: usize) -> ncclResult_t {
+    guard(|| {
+        // SAFETY: the caller's comm.
+        let comm = unsafe { any_comm(handle)? };
+        check(!text.is_null() && len > 0)?;
+        let path = &comm.path.as_bytes()[..comm.path.len().min(len - 1)];
+        // SAFETY: the caller's `len` bytes, of which one is left for the end.
+        unsafe {
+            ptr::copy_nonoverlapping(path.as_ptr(), text.cast::<u8>(), path.len());
+            *text.add(path.len()) = 0;
+        }
         Ok(())
     })
 }

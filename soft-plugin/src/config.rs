@@ -1,8 +1,9 @@
-//! Every environment variable of the software plugin, read once at `init`.
-//! Nothing else in the crate reads the environment.
+//! Every environment variable of the software plugin: name, default and meaning in one table, read once at `init`.
+//! A value that cannot be understood is an error. Nothing else in the crate reads the environment.
 
-use std::env;
-use std::str::FromStr;
+use std::ops::RangeInclusive;
+
+use nccl_net_abi::MAX_REQUESTS;
 
 /// Largest message limit: sixteen slot regions must stay addressable by the u32 `src_off` of a descriptor.
 pub const MAX_MESSAGE: usize = 128 << 20;
@@ -19,81 +20,208 @@ pub enum Fragmentation {
     Random,
 }
 
+/// One environment variable.
+#[derive(Clone, Copy, Debug)]
+pub struct Variable {
+    /// Its name.
+    pub name: &'static str,
+    /// Its default, in words or as a value.
+    pub default: &'static str,
+    /// What it means.
+    pub doc: &'static str,
+}
+
+const fn var(name: &'static str, default: &'static str, doc: &'static str) -> Variable {
+    Variable { name, default, doc }
+}
+
+/// Every variable of the software plugin's own. It also reads `NCCL_GPUDIRECTTCPX_SOCKET_IFNAME`, `NCCL_SOCKET_IFNAME`,
+/// `NCCL_DYNAMIC_CHUNK_SIZE` and `UCCL_TCPX_EMULATE_DEVICE`.
+pub const VARIABLES: &[Variable] = &[
+    var("UCCL_TCPX_SOFT_STRICT", "0", "1: refuse what TCPX would crash or corrupt on, and poison consumed bounce memory."),
+    var("UCCL_TCPX_SOFT_THREADS", "by cores", "I/O threads of the process, 1 to 256; default: cores, at most 16."),
+    var("UCCL_TCPX_SOFT_SPIN_US", "by cores", "How long an I/O thread polls before it sleeps, microseconds; default 20, or 0 with fewer than 4 cores."),
+    var("UCCL_TCPX_SOFT_INLINE", "8192", "Sends of up to this many bytes on an idle comm are handed to the kernel by the caller's thread, without waking an I/O thread; 0 turns it off."),
+    var("UCCL_TCPX_SOFT_CONGESTION", "by the path", "Congestion control of the data sockets by name, or `system`. Default: below 1 ms of round trip the system's, but cubic for bbr; above, the system's, but bbr for cubic and reno where it is available."),
+    var("UCCL_TCPX_SOFT_SOCKBUF", "0", "Socket buffer size, bytes; the system caps it at net.core.{r,w}mem_max; 0: the kernel tunes it."),
+    var("UCCL_TCPX_SOFT_KEEPALIVE_S", "15", "An idle data socket is asked after this many seconds whether its peer is there, and given up after three more questions in as long again; 0 turns it off."),
+    var("UCCL_TCPX_SOFT_USER_TIMEOUT_MS", "0", "TCP_USER_TIMEOUT of the data sockets: how long sent bytes may stay unacknowledged, and how long a receiver may leave its window closed; 0: the system's limit."),
+    var("UCCL_TCPX_SOFT_FRAGMENT", "0", "How receives of device memory are cut up, for tests: `random`, or a fragment size in bytes; 0: one fragment a message."),
+];
+
 /// The settings of a process.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// `NCCL_GPUDIRECTTCPX_SOCKET_IFNAME`, else `NCCL_SOCKET_IFNAME`: which interfaces are devices. `eth,ens` are prefixes,
-    /// `=eth0,eth1` exact names in that order, `^docker,lo` prefixes to leave out.
+    /// `NCCL_GPUDIRECTTCPX_SOCKET_IFNAME`, else `NCCL_SOCKET_IFNAME`: which interfaces are devices; see
+    /// [`NameFilter`](crate::interfaces::NameFilter).
     pub interfaces: Option<String>,
     /// `NCCL_DYNAMIC_CHUNK_SIZE`: message limit, bytes (default 524288; 0 counts as unset).
     pub message_limit: usize,
-    /// `UCCL_TCPX_SOFT_STRICT=1`: refuse what TCPX would crash or corrupt on, and poison consumed bounce memory.
+    /// `UCCL_TCPX_SOFT_STRICT`.
     pub strict: bool,
-    /// `UCCL_TCPX_SOFT_THREADS`: I/O threads of the process (default: cores, at most 16).
+    /// `UCCL_TCPX_SOFT_THREADS`.
     pub threads: usize,
-    /// `UCCL_TCPX_SOFT_SPIN_US`: how long an I/O thread polls before it sleeps (default 20, or 0 with fewer than 4 cores).
+    /// `UCCL_TCPX_SOFT_SPIN_US`.
     pub spin_us: u64,
-    /// `UCCL_TCPX_SOFT_INLINE`: sends of up to this many bytes on an idle comm are handed to the kernel by the caller's
-    /// thread, without waking an I/O thread (default 8192; 0 turns it off).
+    /// `UCCL_TCPX_SOFT_INLINE`.
     pub inline_bytes: usize,
-    /// `UCCL_TCPX_SOFT_CONGESTION`: congestion control of the data sockets by name, or `system` (default: by the path: below 1 ms of round trip the system's, but cubic for bbr; above, the system's, but bbr for cubic and reno where it is available).
+    /// `UCCL_TCPX_SOFT_CONGESTION`.
     pub congestion: Option<String>,
-    /// `UCCL_TCPX_SOFT_SOCKBUF`: socket buffer size, bytes; the system caps it at net.core.{r,w}mem_max (default 0: the kernel
-    /// tunes it).
+    /// `UCCL_TCPX_SOFT_SOCKBUF`.
     pub socket_buffer: usize,
-    /// `UCCL_TCPX_SOFT_FRAGMENT`: `random`, or a fragment size in bytes (default: one fragment a message).
+    /// `UCCL_TCPX_SOFT_KEEPALIVE_S`.
+    pub keepalive_s: u64,
+    /// `UCCL_TCPX_SOFT_USER_TIMEOUT_MS`.
+    pub user_timeout_ms: u64,
+    /// `UCCL_TCPX_SOFT_FRAGMENT`.
     pub fragmentation: Fragmentation,
     /// `UCCL_TCPX_EMULATE_DEVICE=1`: host memory is treated as device memory.
     pub emulate_device: bool,
 }
 
-fn text(name: &str) -> Option<String> {
-    env::var(name).ok().map(|v| v.trim().to_owned()).filter(|v| !v.is_empty())
-}
+/// The environment, or a test's idea of it.
+type Lookup<'a> = &'a dyn Fn(&str) -> Option<String>;
 
-fn number<T: FromStr>(name: &str) -> Option<T> {
-    let value = text(name)?;
-    let parsed = value.parse().ok();
-    if parsed.is_none() {
-        crate::logger::warn(&format!("{name}={value} is not a number; using the default"));
+/// Reads variables and remembers nothing.
+struct Reader<'a>(Lookup<'a>);
+
+impl Reader<'_> {
+    fn text(&self, name: &str) -> Option<String> {
+        self.0(name).map(|v| v.trim().to_owned()).filter(|v| !v.is_empty())
     }
-    parsed
-}
 
-fn flag(name: &str) -> bool {
-    matches!(text(name).as_deref(), Some("1" | "true" | "yes" | "on"))
-}
-
-fn fragmentation() -> Fragmentation {
-    match text("UCCL_TCPX_SOFT_FRAGMENT").as_deref() {
-        None => Fragmentation::Whole,
-        Some("random") => Fragmentation::Random,
-        Some(value) => match value.parse() {
-            Ok(0) => Fragmentation::Whole,
-            Ok(bytes) => Fragmentation::Fixed(bytes),
-            Err(_) => {
-                crate::logger::warn(&format!("UCCL_TCPX_SOFT_FRAGMENT={value} is neither `random` nor a size; ignored"));
-                Fragmentation::Whole
-            }
-        },
+    fn number(&self, name: &str, range: RangeInclusive<u64>) -> Result<Option<u64>, String> {
+        let Some(text) = self.text(name) else { return Ok(None) };
+        match parse_number(&text) {
+            Some(n) if range.contains(&n) => Ok(Some(n)),
+            _ => Err(format!("{name}={text}: expected a number from {} to {}", range.start(), range.end())),
+        }
     }
+
+    fn size(&self, name: &str, range: RangeInclusive<u64>, default: usize) -> Result<usize, String> {
+        Ok(self.number(name, range)?.map_or(default, |n| n as usize))
+    }
+
+    fn flag(&self, name: &str) -> Result<bool, String> {
+        match self.text(name).map(|v| v.to_ascii_lowercase()).as_deref() {
+            None | Some("0" | "false" | "no" | "off") => Ok(false),
+            Some("1" | "true" | "yes" | "on") => Ok(true),
+            Some(other) => Err(format!("{name}={other}: expected 0 or 1")),
+        }
+    }
+
+    fn fragmentation(&self, name: &str) -> Result<Fragmentation, String> {
+        if self.text(name).as_deref() == Some("random") {
+            return Ok(Fragmentation::Random);
+        }
+        let bytes = self.size(name, 0..=MAX_MESSAGE as u64, 0).map_err(|e| format!("{e}, or random"))?;
+        Ok(if bytes == 0 { Fragmentation::Whole } else { Fragmentation::Fixed(bytes) })
+    }
+
+    fn config(&self) -> Result<Config, String> {
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let message = self.size("NCCL_DYNAMIC_CHUNK_SIZE", 0..=i32::MAX as u64, 0)?;
+        let spin = self.number("UCCL_TCPX_SOFT_SPIN_US", 0..=1_000_000)?;
+        Ok(Config {
+            interfaces: self.text("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME").or_else(|| self.text("NCCL_SOCKET_IFNAME")),
+            message_limit: if message == 0 { DEFAULT_MESSAGE } else { message.min(MAX_MESSAGE) },
+            strict: self.flag("UCCL_TCPX_SOFT_STRICT")?,
+            threads: self.size("UCCL_TCPX_SOFT_THREADS", 1..=256, cores.min(16))?,
+            spin_us: spin.unwrap_or(if cores < 4 { 0 } else { 20 }),
+            inline_bytes: self.size("UCCL_TCPX_SOFT_INLINE", 0..=1 << 20, 8192)?,
+            congestion: self.text("UCCL_TCPX_SOFT_CONGESTION"),
+            socket_buffer: self.size("UCCL_TCPX_SOFT_SOCKBUF", 0..=1 << 30, 0)?,
+            keepalive_s: self.number("UCCL_TCPX_SOFT_KEEPALIVE_S", 0..=32_000)?.unwrap_or(15),
+            user_timeout_ms: self.number("UCCL_TCPX_SOFT_USER_TIMEOUT_MS", 0..=i32::MAX as u64)?.unwrap_or(0),
+            fragmentation: self.fragmentation("UCCL_TCPX_SOFT_FRAGMENT")?,
+            emulate_device: self.flag("UCCL_TCPX_EMULATE_DEVICE")?,
+        })
+    }
+}
+
+/// A number in decimal or, with 0x, in hexadecimal form, with an optional suffix K, M or G (powers of 1024).
+fn parse_number(text: &str) -> Option<u64> {
+    if let Some(hex) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        return hex.bytes().all(|b| b.is_ascii_hexdigit()).then(|| u64::from_str_radix(hex, 16).ok())?;
+    }
+    let (digits, factor) = match text.as_bytes().last()? {
+        b'k' | b'K' => (&text[..text.len() - 1], 1 << 10),
+        b'm' | b'M' => (&text[..text.len() - 1], 1 << 20),
+        b'g' | b'G' => (&text[..text.len() - 1], 1 << 30),
+        _ => (text, 1),
+    };
+    digits.bytes().all(|b| b.is_ascii_digit()).then(|| digits.parse::<u64>().ok()?.checked_mul(factor))?
+}
+
+/// The names among these that look like variables of the software plugin and are none.
+fn unknown<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+    names.filter(|n| n.starts_with("UCCL_TCPX_SOFT_") && !VARIABLES.iter().any(|v| v.name == *n)).collect()
 }
 
 impl Config {
-    /// Reads the environment.
-    pub fn from_env() -> Config {
-        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-        Config {
-            interfaces: text("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME").or_else(|| text("NCCL_SOCKET_IFNAME")),
-            message_limit: number("NCCL_DYNAMIC_CHUNK_SIZE").filter(|n| *n > 0).unwrap_or(DEFAULT_MESSAGE).min(MAX_MESSAGE),
-            strict: flag("UCCL_TCPX_SOFT_STRICT"),
-            threads: number("UCCL_TCPX_SOFT_THREADS").filter(|n| *n > 0).unwrap_or(cores.min(16)).min(256),
-            spin_us: number("UCCL_TCPX_SOFT_SPIN_US").unwrap_or(if cores < 4 { 0 } else { 20 }),
-            inline_bytes: number("UCCL_TCPX_SOFT_INLINE").unwrap_or(8192),
-            congestion: text("UCCL_TCPX_SOFT_CONGESTION"),
-            socket_buffer: number("UCCL_TCPX_SOFT_SOCKBUF").unwrap_or(0),
-            fragmentation: fragmentation(),
-            emulate_device: flag("UCCL_TCPX_EMULATE_DEVICE"),
+    /// Reads the environment. The error names the variable and what it should be.
+    pub fn from_env() -> Result<Config, String> {
+        let names: Vec<String> = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()).collect();
+        for name in unknown(names.iter().map(String::as_str)) {
+            crate::logger::warn(&format!("{name} is set, but the software plugin has no such variable"));
+        }
+        let lookup = |name: &str| std::env::var_os(name).map(|v| v.to_string_lossy().into_owned());
+        Reader(&lookup).config()
+    }
+
+    /// Bytes of a comm's bounce buffer.
+    pub fn bounce_len(&self) -> usize {
+        crate::fragment::region_len(self.message_limit) * MAX_REQUESTS
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with(name: &str, value: &str) -> Result<Config, String> {
+        Reader(&|n| (n == name).then(|| value.to_owned())).config()
+    }
+
+    #[test]
+    fn a_value_that_cannot_be_understood_is_an_error_that_names_it() {
+        let numbers = ["THREADS", "SPIN_US", "INLINE", "SOCKBUF", "KEEPALIVE_S", "USER_TIMEOUT_MS", "FRAGMENT", "STRICT"];
+        for name in numbers.map(|n| format!("UCCL_TCPX_SOFT_{n}")) {
+            for value in ["many", "-1", "1.5", "+1", "99999999999999999999", "1 2", "K", "0x"] {
+                let error = with(&name, value).unwrap_err();
+                assert!(error.starts_with(&format!("{name}={}", value.to_lowercase())) || error.contains(value), "{error}");
+            }
+        }
+        assert!(with("UCCL_TCPX_SOFT_THREADS", "0").is_err() && with("UCCL_TCPX_SOFT_THREADS", "257").is_err());
+        assert!(with("NCCL_DYNAMIC_CHUNK_SIZE", "big").is_err() && with("UCCL_TCPX_EMULATE_DEVICE", "maybe").is_err());
+    }
+
+    #[test]
+    fn values_and_defaults() {
+        let default = Reader(&|_| None).config().unwrap();
+        assert_eq!((default.message_limit, default.inline_bytes, default.strict), (DEFAULT_MESSAGE, 8192, false));
+        assert_eq!(with("NCCL_DYNAMIC_CHUNK_SIZE", "0").unwrap().message_limit, DEFAULT_MESSAGE);
+        assert_eq!(with("NCCL_DYNAMIC_CHUNK_SIZE", "0x80000").unwrap().message_limit, 512 << 10);
+        assert_eq!(with("NCCL_DYNAMIC_CHUNK_SIZE", "2000000000").unwrap().message_limit, MAX_MESSAGE);
+        assert_eq!(with("UCCL_TCPX_SOFT_SOCKBUF", " 4M ").unwrap().socket_buffer, 4 << 20);
+        assert_eq!(with("UCCL_TCPX_SOFT_THREADS", "").unwrap().threads, default.threads);
+        assert_eq!(with("UCCL_TCPX_SOFT_FRAGMENT", "random").unwrap().fragmentation, Fragmentation::Random);
+        assert_eq!(with("UCCL_TCPX_SOFT_FRAGMENT", "64").unwrap().fragmentation, Fragmentation::Fixed(64));
+    }
+
+    #[test]
+    fn names_that_are_misspelt_are_found() {
+        let names = ["UCCL_TCPX_SOFT_THREAD", "UCCL_TCPX_SOFT_THREADS", "UCCL_TCPX_PLUGIN", "HOME"];
+        assert_eq!(unknown(names.into_iter()), ["UCCL_TCPX_SOFT_THREAD"]);
+    }
+
+    #[test]
+    fn every_variable_is_documented() {
+        let docs = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/configuration.md");
+        let text = std::fs::read_to_string(docs).expect("docs/configuration.md");
+        for v in VARIABLES {
+            let row = format!("| `{}` | {} | {} |", v.name, v.default, v.doc);
+            assert!(text.contains(&row), "docs/configuration.md lacks:\n{row}");
         }
     }
 }

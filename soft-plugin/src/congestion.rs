@@ -3,15 +3,17 @@
 //! lost packet for a full queue. What else an administrator has chosen (dctcp, say) stays.
 
 use std::io;
+use std::os::fd::AsRawFd;
+
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::config::Config;
+use crate::tcp::min_rtt;
 
 /// Paths with a round trip below this are inside a host or a data centre.
 const SHORT_PATH_US: u32 = 1000;
 /// The path is judged when this many bytes were sent: the first round trip alone may be long because a core was busy.
 const JUDGED_AFTER: usize = 256 << 10;
-/// Offset of the smallest round trip in the kernel's tcp_info, microseconds; since Linux 4.6.
-const MIN_RTT: usize = 148;
 
 /// The default rule on one socket, until it has judged.
 #[derive(Debug, Default)]
@@ -52,6 +54,15 @@ pub fn prepare(fd: i32, config: &Config) -> io::Result<()> {
     }
 }
 
+/// Whether the configured choice can be had here.
+pub fn check(config: &Config) -> io::Result<()> {
+    if config.congestion.is_none() {
+        return Ok(());
+    }
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP));
+    prepare(socket.or_else(|_| Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP)))?.as_raw_fd(), config)
+}
+
 fn set(fd: i32, name: &str) -> io::Result<()> {
     // SAFETY: a buffer and its length.
     match unsafe {
@@ -72,17 +83,6 @@ fn uses(fd: i32, names: &[&str]) -> bool {
     known == 0 && names.iter().any(|n| n.as_bytes() == name)
 }
 
-fn min_rtt(fd: i32) -> Option<u32> {
-    let mut info = [0u8; 256];
-    let mut len = info.len() as libc::socklen_t;
-    // SAFETY: a buffer and its length.
-    let known = unsafe { libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, info.as_mut_ptr().cast(), &mut len) };
-    if known != 0 || (len as usize) < MIN_RTT + 4 {
-        return None;
-    }
-    info[MIN_RTT..].first_chunk::<4>().map(|bytes| u32::from_ne_bytes(*bytes)).filter(|&us| us > 0 && us < u32::MAX)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -96,7 +96,7 @@ mod tests {
         let mut a = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let mut b = listener.accept().unwrap().0;
         let fd = a.as_raw_fd();
-        let config = Config { congestion: None, ..Config::from_env() };
+        let config = Config { congestion: None, ..Config::from_env().unwrap() };
         prepare(fd, &config).unwrap();
         assert!(!uses(fd, &["bbr"]));
         let mut rule = Rule::new(&config);
@@ -112,8 +112,9 @@ mod tests {
     #[test]
     fn an_unknown_name_is_refused_with_its_name() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let config = Config { congestion: Some("nonsense".to_owned()), ..Config::from_env() };
+        let config = Config { congestion: Some("nonsense".to_owned()), ..Config::from_env().unwrap() };
         assert!(prepare(listener.as_raw_fd(), &config).unwrap_err().to_string().contains("nonsense"));
+        assert!(check(&config).unwrap_err().to_string().contains("nonsense"));
         assert!(Rule::new(&config).wait.is_none());
     }
 }

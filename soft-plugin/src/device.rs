@@ -6,21 +6,24 @@ use std::io;
 use std::ptr;
 use std::sync::Arc;
 
-use nccl_net_abi::{netUnpackMeta, unpackNetDeviceHandle, MAX_REQUESTS};
+use nccl_net_abi::{
+    ncclNetDeviceHandle_v7, netUnpackMeta, unpackNetDeviceHandle, MAX_REQUESTS, NCCL_NET_DEVICE_HOST, NCCL_NET_DEVICE_UNPACK,
+    NCCL_NET_DEVICE_UNPACK_VERSION,
+};
 use parking_lot::Mutex;
 
 use crate::config::Config;
 
 /// Memory that device receives and device sends pass through.
 pub trait DeviceMemory: Send + Sync {
-    /// Whether the calling thread is set up for an unpack queue (a GPU is current). Where it is not at `accept`, the queue is
-    /// built by the first device receive, so that connections of host memory touch no GPU.
+    /// Whether the calling thread is set up for an unpack queue (a GPU is current).
     fn in_context(&self) -> bool {
         true
     }
 
     /// Builds the unpack queue of a receive comm: meta queue, `bounce_len` bytes of bounce buffer, and the device handle.
-    /// Called on the caller's thread (whose current GPU counts), by `accept` or by the first device receive.
+    /// Called on the caller's thread (whose current GPU counts) at the first use of device memory: a registration, or else a receive.
+    /// Connections of host memory touch no GPU.
     fn unpack_queue(&self, bounce_len: usize) -> io::Result<UnpackQueue>;
 
     /// Builds the send side of a comm with messages of up to `limit` bytes. Called by the first device send of the comm.
@@ -80,8 +83,19 @@ impl UnpackQueue {
     }
 }
 
+/// The device handle of a comm, whose queue may still be to come.
+pub fn handle(unpack: bool, queue: Option<&UnpackQueue>) -> ncclNetDeviceHandle_v7 {
+    ncclNetDeviceHandle_v7 {
+        netDeviceType: if unpack { NCCL_NET_DEVICE_UNPACK } else { NCCL_NET_DEVICE_HOST },
+        netDeviceVersion: NCCL_NET_DEVICE_UNPACK_VERSION,
+        handle: queue.map_or(ptr::null_mut(), |q| q.handle),
+        size: if unpack { size_of::<unpackNetDeviceHandle>() } else { 0 },
+        needsProxyProgress: 1,
+    }
+}
+
 /// Moves `[at, at + len)`, just written by this core, from its own cache to the shared one. A GPU that reads over PCIe then need not ask
-/// this core for each line: on a Sapphire Rapids host with an H200, 31 GB/s become 43. A hint; processors without CLDEMOTE ignore it.
+/// this core for each line. A hint; processors without CLDEMOTE ignore it.
 pub fn demote(at: *const u8, len: usize) {
     #[cfg(target_arch = "x86_64")]
     {

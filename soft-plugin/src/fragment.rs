@@ -1,7 +1,7 @@
 //! Where the bytes of a device receive go inside its slot's bounce region: pure planning, no memory is touched.
 //! Knows nothing of sockets.
 
-use nccl_net_abi::{loadMeta, MAX_SLOT_ENTRIES};
+use nccl_net_abi::{loadMeta, MAX_SLOT_ENTRIES, PAGE};
 
 use crate::config::Fragmentation;
 
@@ -38,7 +38,7 @@ impl Rng {
 
 /// Bytes of bounce memory a slot needs for messages of up to `limit` bytes.
 pub fn region_len(limit: usize) -> usize {
-    (limit + MAX_FRAGMENTS * MAX_GAP).next_multiple_of(4096)
+    (limit + MAX_FRAGMENTS * MAX_GAP).next_multiple_of(PAGE)
 }
 
 /// Plans a message of `len` bytes. `plan` receives the fragments in the order of the message, with `src_off` counted from

@@ -1,27 +1,31 @@
-//! The machine's network interfaces as devices: enumeration, the name filter, and properties from /sys.
-//! Knows nothing of comms.
+//! The machine's network interfaces: which of them can carry data, and their properties from /sys. The rules are pure functions over
+//! [`Found`], so that the control connection can follow the same list. Knows nothing of comms.
 
-use std::ffi::{CStr, CString};
-use std::fs;
+mod system;
+
+use std::ffi::CString;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv6Addr};
+use std::os::fd::BorrowedFd;
 
-/// One device: an interface that is up, with one address of it.
-#[derive(Debug)]
+/// One usable interface, with one address of it.
+#[derive(Clone, Debug)]
 pub struct Interface {
     /// Name.
     pub name: CString,
     /// Where the PCI device lives under /sys, if it has one.
     pub pci_path: Option<CString>,
-    /// The address comms of this device listen on.
+    /// The address to listen on.
     pub address: IpAddr,
     /// Length of the network prefix, bits.
     pub prefix: u32,
     /// Scope of a link-local IPv6 address.
     pub scope: u32,
+    /// Whether it is the loopback interface.
+    pub loopback: bool,
     /// From the MAC address.
     pub guid: u64,
-    /// Mbit/s.
+    /// Mbit/s; 0 where it is unknown.
     pub speed: i32,
 }
 
@@ -38,158 +42,196 @@ impl Interface {
     }
 }
 
-/// An interface's address as `getifaddrs` reports it.
+impl Interface {
+    /// Whether the interface is up and has a carrier at this moment; `socket` is any socket.
+    ///
+    /// # Errors
+    /// `ENETDOWN` when it is not, `ENODEV` when it is gone.
+    pub fn check_link(&self, socket: BorrowedFd<'_>) -> io::Result<()> {
+        system::check_link(&self.name, socket)
+    }
+}
+
+/// What the kernel says of an interface, before any rule.
+#[derive(Clone, Debug, Default)]
+pub struct Found {
+    /// Name.
+    pub name: String,
+    /// The administrator has switched it on.
+    pub up: bool,
+    /// There is a link.
+    pub carrier: bool,
+    /// It is the loopback interface.
+    pub loopback: bool,
+    /// It is a bridge without a physical port.
+    pub empty_bridge: bool,
+    /// Its addresses.
+    pub addresses: Vec<Address>,
+}
+
+/// An address of an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Address {
+    /// The address.
+    pub ip: IpAddr,
+    /// Length of the network prefix, bits.
+    pub prefix: u32,
+    /// Scope of a link-local IPv6 address.
+    pub scope: u32,
+    /// Duplicate address detection is under way or has failed: it cannot be bound.
+    pub tentative: bool,
+    /// No longer meant for new connections.
+    pub deprecated: bool,
+}
+
+/// A filter in NCCL's form: names or prefixes separated by commas; `=` in front makes them exact, `^` excludes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NameFilter {
+    exclude: bool,
+    exact: bool,
+    names: Vec<String>,
+}
+
+impl NameFilter {
+    /// Reads a filter.
+    pub fn parse(text: &str) -> NameFilter {
+        let text = text.trim();
+        let (exclude, text) = text.strip_prefix('^').map_or((false, text), |t| (true, t));
+        let (exact, text) = text.strip_prefix('=').map_or((false, text), |t| (true, t));
+        let names = text.split(',').map(str::trim).filter(|n| !n.is_empty()).map(str::to_owned).collect();
+        NameFilter { exclude, exact, names }
+    }
+
+    /// Whether it lets a name through.
+    pub fn admits(&self, name: &str) -> bool {
+        self.place(name).is_some() != self.exclude
+    }
+
+    /// Whether it asks for this name, rather than only not excluding it.
+    fn asks_for(&self, name: &str) -> bool {
+        !self.exclude && self.admits(name)
+    }
+
+    fn place(&self, name: &str) -> Option<usize> {
+        self.names.iter().position(|n| if self.exact { name == n } else { name.starts_with(n.as_str()) })
+    }
+}
+
+/// Names that container, pod, tunnel and virtual machine software gives to interfaces of its own.
+const VIRTUAL: [&str; 29] = [
+    "azv",
+    "br-",
+    "cali",
+    "cilium",
+    "cni",
+    "docker",
+    "dummy",
+    "eni",
+    "flannel",
+    "gke",
+    "ifb",
+    "ip6tnl",
+    "kube",
+    "lxc",
+    "lxd",
+    "nerdctl",
+    "nodelocaldns",
+    "podman",
+    "sit",
+    "tailscale",
+    "tap",
+    "tun",
+    "tunl",
+    "veth",
+    "virbr",
+    "vnet",
+    "vxlan",
+    "wg",
+    "zt",
+];
+
+fn is_virtual(found: &Found) -> bool {
+    found.empty_bridge || VIRTUAL.iter().any(|p| found.name.starts_with(p))
+}
+
+/// Why an interface cannot carry data at all.
+fn defect(found: &Found) -> Option<&'static str> {
+    match best_address(found) {
+        _ if !found.up => Some("it is down"),
+        _ if !found.carrier => Some("it has no carrier"),
+        None if found.addresses.is_empty() => Some("it has no address"),
+        None => Some("its address is tentative"),
+        Some(_) => None,
+    }
+}
+
+/// Which address of an interface is taken: IPv4, else IPv6, global ones before link-local ones.
+fn best_address(found: &Found) -> Option<Address> {
+    let rank = |a: &Address| (is_link_local(a.ip), a.deprecated, a.ip.is_ipv6());
+    found.addresses.iter().filter(|a| !a.tentative).copied().min_by_key(rank)
+}
+
+fn is_link_local(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        IpAddr::V6(ip) => is_link_local_v6(ip),
+    }
+}
+
+fn is_link_local_v6(ip: Ipv6Addr) -> bool {
+    ip.segments()[0] & 0xFFC0 == 0xFE80
+}
+
+/// How little an interface recommends itself when nobody asked for it by name: only those of the lowest class found are taken.
+fn reserve(found: &Found) -> u32 {
+    let link_local = best_address(found).is_none_or(|a| is_link_local(a.ip));
+    match () {
+        _ if found.loopback => 3,
+        _ if link_local => 2,
+        _ if is_virtual(found) => 1,
+        _ => 0,
+    }
+}
+
+/// What the rules make of the interfaces found.
 #[derive(Clone, Debug)]
-struct Candidate {
-    name: String,
-    loopback: bool,
-    address: IpAddr,
-    prefix: u32,
-    scope: u32,
+pub struct Selection<'a> {
+    /// Those to use, each with its address.
+    pub taken: Vec<(&'a Found, Address)>,
+    /// Those that were asked for and cannot be used, with the reason.
+    pub refused: Vec<(&'a str, &'static str)>,
 }
 
-/// The devices that `filter` selects, in order.
-pub fn enumerate(filter: Option<&str>) -> io::Result<Vec<Interface>> {
-    Ok(select(candidates()?, filter).into_iter().map(describe).collect())
+/// The interfaces that can be used, each with its address, in the order of the filter where it gives one and else in the kernel's; and
+/// for each that was asked for and cannot be used, its name and why.
+pub fn select<'a>(all: &'a [Found], filter: Option<&NameFilter>) -> Selection<'a> {
+    let admitted: Vec<&Found> = all.iter().filter(|f| filter.is_none_or(|filter| filter.admits(&f.name))).collect();
+    let asked = |f: &Found| filter.is_some_and(|filter| filter.asks_for(&f.name));
+    let refused = admitted.iter().filter(|f| asked(f)).filter_map(|f| Some((f.name.as_str(), defect(f)?))).collect();
+    let usable: Vec<&Found> = admitted.into_iter().filter(|f| defect(f).is_none()).collect();
+    let least = usable.iter().map(|f| reserve(f)).min().unwrap_or(0);
+    let mut taken: Vec<&Found> = usable.into_iter().filter(|f| asked(f) || reserve(f) == least).collect();
+    if let Some(filter) = filter.filter(|f| f.exact && !f.exclude) {
+        taken.sort_by_key(|f| filter.place(&f.name));
+    }
+    Selection { taken: taken.into_iter().filter_map(|f| Some((f, best_address(f)?))).collect(), refused }
 }
 
-fn ip_of(addr: *const libc::sockaddr) -> Option<(IpAddr, u32)> {
-    if addr.is_null() {
-        return None;
+/// The interfaces of this machine that can carry data now: those that `filter` (in the form of [`NameFilter`]) lets through, else
+/// those that the rules recommend. Looks anew at each call; one that was asked for and cannot be used is logged.
+///
+/// # Errors
+/// The kernel does not list its interfaces.
+pub fn usable(filter: Option<&str>) -> io::Result<Vec<Interface>> {
+    static REFUSED: crate::logger::Limited = crate::logger::Limited::new();
+    let filter = filter.map(NameFilter::parse);
+    let all = system::list()?;
+    let Selection { taken, refused } = select(&all, filter.as_ref());
+    for (name, why) in refused {
+        REFUSED.warn(&format!("network interface {name} is left out: {why}"));
     }
-    // SAFETY: a non-null sockaddr has at least its family; the family names the full type, which the kernel filled.
-    unsafe {
-        match i32::from((*addr).sa_family) {
-            libc::AF_INET => {
-                let v4 = &*addr.cast::<libc::sockaddr_in>();
-                Some((Ipv4Addr::from(u32::from_be(v4.sin_addr.s_addr)).into(), 0))
-            }
-            libc::AF_INET6 => {
-                let v6 = &*addr.cast::<libc::sockaddr_in6>();
-                Some((Ipv6Addr::from(v6.sin6_addr.s6_addr).into(), v6.sin6_scope_id))
-            }
-            _ => None,
-        }
-    }
-}
-
-fn candidates() -> io::Result<Vec<Candidate>> {
-    let mut list: *mut libc::ifaddrs = std::ptr::null_mut();
-    // SAFETY: `list` receives a list that is freed below.
-    if unsafe { libc::getifaddrs(&mut list) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let mut found: Vec<Candidate> = Vec::new();
-    let mut cursor = list;
-    while !cursor.is_null() {
-        // SAFETY: a node of the list, valid until freeifaddrs.
-        let node = unsafe { &*cursor };
-        cursor = node.ifa_next;
-        let flags = node.ifa_flags as i32;
-        let Some((address, scope)) = ip_of(node.ifa_addr) else { continue };
-        if flags & libc::IFF_UP == 0 {
-            continue;
-        }
-        let prefix = ip_of(node.ifa_netmask).map_or(0, |(mask, _)| match mask {
-            IpAddr::V4(m) => u32::from(m).count_ones(),
-            IpAddr::V6(m) => u128::from(m).count_ones(),
-        });
-        // SAFETY: the name of a node is a terminated string.
-        let name = unsafe { CStr::from_ptr(node.ifa_name) }.to_string_lossy().into_owned();
-        let candidate = Candidate { name, loopback: flags & libc::IFF_LOOPBACK != 0, address, prefix, scope };
-        match found.iter_mut().find(|c| c.name == candidate.name) {
-            None => found.push(candidate),
-            Some(known) if rank(&candidate) < rank(known) => *known = candidate,
-            Some(_) => {}
-        }
-    }
-    // SAFETY: the list came from getifaddrs, and no node is used any more.
-    unsafe { libc::freeifaddrs(list) };
-    Ok(found)
-}
-
-/// Which address of an interface is taken: IPv4, else global IPv6, else link-local.
-fn rank(c: &Candidate) -> u32 {
-    match c.address {
-        IpAddr::V4(_) => 0,
-        IpAddr::V6(_) if c.scope == 0 => 1,
-        IpAddr::V6(_) => 2,
-    }
-}
-
-fn select(all: Vec<Candidate>, filter: Option<&str>) -> Vec<Candidate> {
-    let names = |list: &str| list.split(',').map(|n| n.trim().to_owned()).filter(|n| !n.is_empty()).collect::<Vec<_>>();
-    let Some(filter) = filter else {
-        let virt = ["docker", "veth", "virbr", "br-"];
-        let named = |c: &&Candidate| !virt.iter().any(|p| c.name.starts_with(p));
-        let real: Vec<_> = all.iter().filter(|c| !c.loopback).filter(named).cloned().collect();
-        if !real.is_empty() {
-            return real;
-        }
-        let any: Vec<_> = all.iter().filter(|c| !c.loopback).cloned().collect();
-        return if any.is_empty() { all } else { any };
-    };
-    if let Some(exact) = filter.strip_prefix('=') {
-        return names(exact).iter().filter_map(|n| all.iter().find(|c| c.name == *n).cloned()).collect();
-    }
-    if let Some(excluded) = filter.strip_prefix('^') {
-        let excluded = names(excluded);
-        let left: Vec<_> = all.into_iter().filter(|c| !excluded.iter().any(|n| c.name.starts_with(n.as_str()))).collect();
-        let real: Vec<_> = left.iter().filter(|c| !c.loopback).cloned().collect();
-        return if real.is_empty() { left } else { real };
-    }
-    let wanted = names(filter);
-    all.into_iter().filter(|c| wanted.iter().any(|n| c.name.starts_with(n.as_str()))).collect()
-}
-
-fn describe(c: Candidate) -> Interface {
-    let sys = format!("/sys/class/net/{}", c.name);
-    let read = |file: &str| fs::read_to_string(format!("{sys}/{file}")).unwrap_or_default().trim().to_owned();
-    let mac = read("address").split(':').filter_map(|b| u64::from_str_radix(b, 16).ok()).fold(0, |acc, b| acc << 8 | b);
-    let speed = read("speed").parse::<i32>().ok().filter(|s| *s > 0).unwrap_or(10_000);
-    let pci_path = fs::canonicalize(format!("{sys}/device")).ok().and_then(|p| CString::new(p.to_string_lossy().as_bytes()).ok());
-    // The name came from a C string, so it holds no NUL.
-    let name = CString::new(c.name).unwrap_or_default();
-    Interface { name, pci_path, address: c.address, prefix: c.prefix, scope: c.scope, guid: mac, speed }
+    Ok(taken.into_iter().map(|(found, address)| system::describe(found, address)).collect())
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn machine(names: &[&str]) -> Vec<Candidate> {
-        let of = |(i, n): (usize, &&str)| Candidate {
-            name: (*n).to_owned(),
-            loopback: *n == "lo",
-            address: Ipv4Addr::new(10, 0, i as u8, 1).into(),
-            prefix: 24,
-            scope: 0,
-        };
-        names.iter().enumerate().map(of).collect()
-    }
-
-    fn pick(names: &[&str], filter: Option<&str>) -> Vec<String> {
-        select(machine(names), filter).into_iter().map(|c| c.name).collect()
-    }
-
-    #[test]
-    fn filters_by_name() {
-        let all = ["lo", "docker0", "eth0", "eth1", "ens3", "veth12", "br-9"];
-        assert_eq!(pick(&all, None), ["eth0", "eth1", "ens3"]);
-        assert_eq!(pick(&all, Some("eth")), ["eth0", "eth1"]);
-        assert_eq!(pick(&all, Some("=eth1,lo,eth0")), ["eth1", "lo", "eth0"]);
-        assert_eq!(pick(&all, Some("^docker,veth,br-,ens")), ["eth0", "eth1"]);
-        assert_eq!(pick(&all, Some("lo")), ["lo"]);
-        assert_eq!(pick(&["lo", "veth1"], None), ["veth1"]);
-        assert_eq!(pick(&["lo"], None), ["lo"]);
-        assert!(pick(&all, Some("ib")).is_empty());
-    }
-
-    #[test]
-    fn knows_its_own_network() {
-        let device = describe(machine(&["nosuch0"]).remove(0));
-        assert!(device.reaches("10.0.0.200".parse().unwrap()));
-        assert!(!device.reaches("10.0.1.1".parse().unwrap()));
-        assert!(!device.reaches("::1".parse().unwrap()));
-    }
-}
+mod tests;

@@ -2,9 +2,14 @@
 //! FIFO completion, bounce buffers with descriptors for device memory, `irecvConsumed`.
 //!
 //! - `abi`: the entries of the C tables; `state`, `config`, `logger`: what the process has once
-//! - `interfaces`, `rendezvous`: devices, and how two of them come by a connected socket
-//! - `comm`, `slot`: requests and their life; `send`, `recv`, `fragment`: moving their bytes; `pool`: the I/O threads
-//! - `device`: the seam to device memory
+//! - `interfaces`, `rendezvous`, `tcp`, `congestion`: devices, and how two of them come by a connected socket
+//! - `slot`, `ledger`: requests and their life; `send`, `recv`, `turn`, `fragment`: moving their bytes; `pool`: the I/O threads;
+//!   `comm` puts them together
+//! - `device`, `cuda`: the seam to device memory
+//! - `fork`: what parent and child do not share
+//!
+//! # Fork
+//! A child may make comms of its own. Calls on those of the parent are errors there, and closing them closes the child's copy only.
 //!
 //! # Thread rules
 //! Any thread may post to, test or consume a comm. Closing a comm must be the last call on it and its requests.
@@ -16,8 +21,10 @@ mod config;
 mod congestion;
 mod cuda;
 mod device;
+mod fork;
 mod fragment;
-mod interfaces;
+pub mod interfaces;
+mod ledger;
 mod logger;
 mod pool;
 mod recv;
@@ -25,9 +32,13 @@ mod rendezvous;
 mod send;
 mod slot;
 mod state;
+mod tcp;
+mod turn;
+
+pub use config::{Variable, VARIABLES};
 
 use abi::requests;
-use nccl_net_abi::{ncclNet_v7, ncclNet_v8, ucclNetExt_v1};
+use nccl_net_abi::{ncclNet_v7, ncclNet_v8, ucclNetExt_v2};
 
 macro_rules! net_table {
     ($table:ident, $properties:ident, $reg_mr:ident) => {
@@ -58,11 +69,14 @@ macro_rules! net_table {
 /// The v7 table, as a value for a data symbol.
 pub const TABLE_V7: ncclNet_v7 = net_table!(ncclNet_v7, properties_v7, reg_mr_v7);
 /// The extension table, as a value for a data symbol.
-pub const EXT_V1: ucclNetExt_v1 = ucclNetExt_v1 {
-    size: size_of::<ucclNetExt_v1>(),
+pub const EXT_V2: ucclNetExt_v2 = ucclNetExt_v2 {
+    size: size_of::<ucclNetExt_v2>(),
     isendv: Some(requests::isendv),
     irecvv: Some(requests::irecvv),
     setDoorbell: Some(requests::set_doorbell),
+    progress: Some(abi::progress),
+    abandonConnect: Some(abi::abandon_connect),
+    describe: Some(abi::describe),
 };
 
 /// The plugin's v7 table.
@@ -78,7 +92,7 @@ pub fn table_v8() -> &'static ncclNet_v8 {
 }
 
 /// The plugin's extension table.
-pub fn ext() -> &'static ucclNetExt_v1 {
-    static TABLE: ucclNetExt_v1 = EXT_V1;
+pub fn ext() -> &'static ucclNetExt_v2 {
+    static TABLE: ucclNetExt_v2 = EXT_V2;
     &TABLE
 }

@@ -1,13 +1,17 @@
-//! Log lines go to the logger that `init` received, else to the `log` crate.
+//! Log lines go to the logger that `init` received, else to the `log` crate. What a peer or a loop can repeat is limited.
 //! Knows nothing of comms; callers say who and why.
 
 use std::ffi::CString;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::OnceLock;
+use std::time::Instant;
 
 use nccl_net_abi::{ncclDebugLogger_t, NCCL_LOG_INFO, NCCL_LOG_WARN};
 
 /// `NCCL_NET` of NCCL's debug subsystems.
 const SUBSYSTEM_NET: std::ffi::c_ulong = 16;
+/// A limited line appears at most once in this time.
+const QUIET_MS: u64 = 1000;
 
 /// The logger's address, 0 when there is none.
 static LOGGER: AtomicUsize = AtomicUsize::new(0);
@@ -33,6 +37,58 @@ pub fn info(message: &str) {
     }
 }
 
+/// Lines of one kind that somebody else can cause again and again: one a second, with the number of those left out.
+pub struct Limited {
+    /// Milliseconds of [`now`] from which the next line may appear.
+    next: AtomicU64,
+    left_out: AtomicU64,
+}
+
+impl Limited {
+    /// No line yet.
+    pub const fn new() -> Limited {
+        Limited { next: AtomicU64::new(0), left_out: AtomicU64::new(0) }
+    }
+
+    /// As [`warn`], if it is time.
+    pub fn warn(&self, message: &str) {
+        if let Some(count) = self.admit(now()) {
+            warn(&with_count(message, count));
+        }
+    }
+
+    /// As [`info`], if it is time.
+    pub fn info(&self, message: &str) {
+        if let Some(count) = self.admit(now()) {
+            info(&with_count(message, count));
+        }
+    }
+
+    /// How many lines were left out before this one, when it may appear.
+    fn admit(&self, now: u64) -> Option<u64> {
+        let next = self.next.load(Ordering::Relaxed);
+        let due = now >= next && self.next.compare_exchange(next, now + QUIET_MS, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+        if !due {
+            self.left_out.fetch_add(1, Ordering::Relaxed);
+            return None;
+        }
+        Some(self.left_out.swap(0, Ordering::Relaxed))
+    }
+}
+
+fn with_count(message: &str, left_out: u64) -> String {
+    match left_out {
+        0 => message.to_owned(),
+        n => format!("{message} ({n} like it were not logged)"),
+    }
+}
+
+/// Milliseconds since the first use.
+fn now() -> u64 {
+    static START: OnceLock<Instant> = OnceLock::new();
+    START.get_or_init(Instant::now).elapsed().as_millis() as u64
+}
+
 fn foreign(level: i32, message: &str) -> bool {
     let address = LOGGER.load(Ordering::Acquire);
     if address == 0 {
@@ -44,4 +100,21 @@ fn foreign(level: i32, message: &str) -> bool {
     // SAFETY: the format takes one C string; all strings are terminated and outlive the call.
     unsafe { logger(level, SUBSYSTEM_NET, c"soft-plugin".as_ptr(), 0, c"%s".as_ptr(), line.as_ptr()) };
     true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_repeated_line_appears_once_a_second_with_a_count() {
+        let limited = Limited::new();
+        assert_eq!(limited.admit(5), Some(0));
+        for at in 6..=1004 {
+            assert_eq!(limited.admit(at), None);
+        }
+        assert_eq!(limited.admit(1005), Some(999));
+        assert_eq!(limited.admit(9000), Some(0));
+        assert_eq!(with_count("x", 2), "x (2 like it were not logged)");
+    }
 }

@@ -1,94 +1,103 @@
-//! The I/O threads: each serves its comms over one edge-triggered epoll, and sleeps when none has anything to move.
-//! Knows comms only as things that take turns.
+//! The I/O threads of this process: each serves its members over one edge-triggered poller, and sleeps when none has anything
+//! to move. The first one also does the chores that need a clock. Knows members only as things that take turns.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use reactor::{Events, Interest, Poller, Waker};
 
-use crate::comm::{Comm, Turn};
 use crate::config::Config;
+use crate::fork::PerProcess;
+use crate::turn::Turn;
 
-/// Epoll data of the wake-up eventfd; comm ids start at 1.
+/// Token of the waker; members' numbers start at 1.
 const WAKE: u64 = 0;
 const EVENTS: usize = 64;
+
+/// Something that takes turns on an I/O thread.
+pub trait Member: Send + Sync {
+    /// Serves it for a turn.
+    fn serve(&self) -> Turn;
+    /// Ends it after a panic of its turn.
+    fn fail_now(&self, why: &str);
+    /// The kernel reported something; `hung_up` when it was an end or an error.
+    fn report(&self, hung_up: bool);
+    /// Set while its thread has it in the list of members to serve.
+    fn scheduled(&self) -> &AtomicBool;
+}
+
+/// Work that is due now and then: does it, and says when it is due again, if ever.
+pub type Chores = fn() -> Option<Duration>;
 
 /// The threads of the process.
 pub struct Pool {
     workers: Vec<Arc<Worker>>,
-    book: Mutex<Book>,
-}
-
-#[derive(Default)]
-struct Book {
-    last_id: u64,
+    /// The number given last.
+    last: Mutex<u64>,
 }
 
 #[derive(Default)]
 struct Registry {
-    comms: HashMap<u64, Arc<Comm>>,
-    /// Comms of each direction (sends, receives), promised ones included.
+    members: HashMap<u64, Arc<dyn Member>>,
+    /// Members of each direction (senders, receivers), promised ones included.
     load: [usize; 2],
 }
 
 /// One I/O thread, as the others see it.
 pub struct Worker {
-    epoll: OwnedFd,
-    wake: OwnedFd,
+    poller: Poller,
+    waker: Waker,
     inbox: Mutex<Vec<u64>>,
     has_mail: AtomicBool,
     asleep: AtomicBool,
     registry: Mutex<Registry>,
     spin: Duration,
+    chores: Option<Chores>,
 }
 
-/// The pool, started on first use.
-pub fn get(config: &Config) -> io::Result<&'static Pool> {
-    static POOL: OnceLock<Pool> = OnceLock::new();
-    static START: Mutex<()> = Mutex::new(());
-    let _once = START.lock();
-    if let Some(pool) = POOL.get() {
+/// A member's place with its I/O thread.
+pub struct Seat {
+    worker: Arc<Worker>,
+    /// Its number.
+    pub number: u64,
+    receives: bool,
+}
+
+/// The pool of this process, started on first use.
+pub fn get(config: &Config, chores: Chores) -> io::Result<&'static Pool> {
+    static POOL: PerProcess<Mutex<Option<&'static Pool>>> = PerProcess::new();
+    let mut pool = POOL.get(Mutex::default).lock();
+    if let Some(pool) = *pool {
         return Ok(pool);
     }
-    let pool = Pool::start(config)?;
-    Ok(POOL.get_or_init(|| pool))
+    Ok(*pool.insert(Box::leak(Box::new(Pool::start(config, chores)?))))
 }
 
 impl Pool {
-    fn start(config: &Config) -> io::Result<Pool> {
+    fn start(config: &Config, chores: Chores) -> io::Result<Pool> {
         let mut workers = Vec::new();
         for number in 0..config.threads {
-            let worker = Arc::new(Worker::new(Duration::from_micros(config.spin_us))?);
-            let own = worker.clone();
-            let started = std::thread::Builder::new().name(format!("uccl-soft-{number}")).spawn(move || {
-                block_signals();
-                own.run();
-            });
-            match started {
-                Ok(_) => workers.push(worker),
+            match Worker::launch(number, Duration::from_micros(config.spin_us), (number == 0).then_some(chores)) {
+                Ok(worker) => workers.push(worker),
                 Err(error) if workers.is_empty() => return Err(error),
                 Err(error) => {
-                    crate::logger::warn(&format!(
-                        "only {} of {} I/O threads could be started: {error}",
-                        workers.len(),
-                        config.threads
-                    ));
+                    crate::logger::warn(&format!("only {number} of {} I/O threads: {error}", config.threads));
                     break;
                 }
             }
         }
-        Ok(Pool { workers, book: Mutex::new(Book::default()) })
+        Ok(Pool { workers, last: Mutex::new(WAKE) })
     }
 
-    /// The thread and the id of a new comm: the one with the fewest comms of that direction, then with the fewest at all.
-    pub fn assign(&self, receives: bool) -> (Arc<Worker>, u64) {
-        let mut book = self.book.lock();
-        book.last_id += 1;
+    /// A seat for a new member: with the thread that has the fewest of that direction, then the fewest at all.
+    pub fn assign(&self, receives: bool) -> Seat {
+        let mut last = self.last.lock();
+        *last += 1;
         let load = |w: &Arc<Worker>| {
             let load = w.registry.lock().load;
             (load[usize::from(receives)], load[0] + load[1])
@@ -96,7 +105,37 @@ impl Pool {
         // `threads` is at least one.
         let best = self.workers.iter().min_by_key(|w| load(w)).unwrap_or(&self.workers[0]);
         best.registry.lock().load[usize::from(receives)] += 1;
-        (best.clone(), book.last_id)
+        Seat { worker: best.clone(), number: *last, receives }
+    }
+
+    /// Something was left that the chores will have to look after.
+    pub fn remind(&self) {
+        self.workers[0].nudge();
+    }
+}
+
+impl Seat {
+    /// Hands the member and its socket over to the thread.
+    pub fn take(&self, member: Arc<dyn Member>, fd: i32) -> io::Result<()> {
+        self.worker.registry.lock().members.insert(self.number, member);
+        let direction = if self.receives { Interest::READ } else { Interest::WRITE };
+        let interest = direction | Interest::HANG_UP | Interest::EDGE;
+        self.worker.poller.add(fd, self.number, interest).inspect_err(|_| self.leave(fd))
+    }
+
+    /// The thread forgets the member, once. A turn that is under way ends before the caller (who holds its I/O lock) gets here.
+    pub fn leave(&self, fd: i32) {
+        // It is not in the set when adding it failed.
+        let _ = self.worker.poller.remove(fd);
+        let mut registry = self.worker.registry.lock();
+        registry.load[usize::from(self.receives)] -= 1;
+        registry.members.remove(&self.number);
+    }
+
+    /// Asks for a turn.
+    pub fn ask(&self) {
+        self.worker.inbox.lock().push(self.number);
+        self.worker.nudge();
     }
 }
 
@@ -109,118 +148,89 @@ fn block_signals() {
     }
 }
 
-fn owned(fd: i32) -> io::Result<OwnedFd> {
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: a descriptor just created, owned by nobody else.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
 impl Worker {
-    fn new(spin: Duration) -> io::Result<Worker> {
-        // SAFETY: plain system calls without pointers.
-        let epoll = owned(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?;
-        // SAFETY: as above.
-        let wake = owned(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })?;
-        let worker = Worker {
-            epoll,
-            wake,
+    fn launch(number: usize, spin: Duration, chores: Option<Chores>) -> io::Result<Arc<Worker>> {
+        let worker = Arc::new(Worker {
+            poller: Poller::new()?,
+            waker: Waker::new()?,
             inbox: Mutex::new(Vec::new()),
             has_mail: AtomicBool::new(false),
             asleep: AtomicBool::new(false),
             registry: Mutex::new(Registry::default()),
             spin,
-        };
-        worker.watch(worker.wake.as_raw_fd(), libc::EPOLLIN, WAKE)?;
+            chores,
+        });
+        worker.poller.add(worker.waker.fd(), WAKE, Interest::READ | Interest::EDGE)?;
+        let own = worker.clone();
+        std::thread::Builder::new().name(format!("uccl-soft-{number}")).spawn(move || {
+            block_signals();
+            own.run();
+        })?;
         Ok(worker)
     }
 
-    fn watch(&self, fd: i32, events: i32, data: u64) -> io::Result<()> {
-        let mut event = libc::epoll_event { events: (events | libc::EPOLLET) as u32, u64: data };
-        // SAFETY: `event` is valid for the call.
-        if unsafe { libc::epoll_ctl(self.epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, fd, &mut event) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(())
-    }
-
-    /// Takes a comm over.
-    pub fn adopt(&self, comm: &Arc<Comm>, fd: i32) -> io::Result<()> {
-        self.registry.lock().comms.insert(comm.id, comm.clone());
-        let direction = if comm.is(true) { libc::EPOLLIN } else { libc::EPOLLOUT };
-        self.watch(fd, direction | libc::EPOLLRDHUP, comm.id).inspect_err(|_| self.drop_comm(comm.id, fd, comm.is(true)))
-    }
-
-    /// Forgets a comm. A turn that is under way ends before the caller (who holds the comm's I/O lock) gets here.
-    pub fn drop_comm(&self, id: u64, fd: i32, receives: bool) {
-        // SAFETY: a plain system call; the event is not used for a deletion.
-        unsafe { libc::epoll_ctl(self.epoll.as_raw_fd(), libc::EPOLL_CTL_DEL, fd, std::ptr::null_mut()) };
-        let mut registry = self.registry.lock();
-        registry.load[usize::from(receives)] -= 1;
-        registry.comms.remove(&id);
-    }
-
-    /// Asks for a turn of a comm.
-    pub fn submit(&self, id: u64) {
-        self.inbox.lock().push(id);
+    /// There is mail; also wakes a thread whose chores have changed.
+    fn nudge(&self) {
         self.has_mail.store(true, Ordering::SeqCst);
         if self.asleep.load(Ordering::SeqCst) && self.asleep.swap(false, Ordering::SeqCst) {
-            let one = 1u64.to_ne_bytes();
-            // SAFETY: eight bytes to our eventfd.
-            unsafe { libc::write(self.wake.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+            self.waker.wake();
         }
     }
 
     fn run(&self) {
-        let mut ready: VecDeque<Arc<Comm>> = VecDeque::new();
-        let mut mail = Vec::new();
+        let mut ready: VecDeque<Arc<dyn Member>> = VecDeque::new();
+        let (mut mail, mut events) = (Vec::new(), Events::with_capacity(EVENTS));
         loop {
             self.collect_mail(&mut mail, &mut ready);
             for _ in 0..ready.len() {
-                let Some(comm) = ready.pop_front() else { break };
-                comm.scheduled.store(false, Ordering::Relaxed);
-                let turn = catch_unwind(AssertUnwindSafe(|| comm.serve())).unwrap_or_else(|_| {
-                    comm.fail_now("a defect in the software plugin");
+                let Some(member) = ready.pop_front() else { break };
+                member.scheduled().store(false, Ordering::Relaxed);
+                let turn = catch_unwind(AssertUnwindSafe(|| member.serve())).unwrap_or_else(|_| {
+                    member.fail_now("a defect in the software plugin");
                     Turn::Wait
                 });
                 if turn == Turn::More {
-                    schedule(&mut ready, &comm);
+                    schedule(&mut ready, &member);
                 }
             }
-            let block = ready.is_empty() && !self.has_mail.load(Ordering::Acquire) && !self.spin_finds_work(&mut ready);
-            if block {
-                self.asleep.store(true, Ordering::SeqCst);
-                // Mail that came before the flag was visible rang no bell.
-                let timeout = if self.has_mail.load(Ordering::SeqCst) { 0 } else { -1 };
-                self.poll(timeout, &mut ready);
-                self.asleep.store(false, Ordering::SeqCst);
+            let idle = ready.is_empty() && !self.has_mail.load(Ordering::Acquire);
+            if idle && !self.spin_finds_work(&mut events, &mut ready) {
+                self.sleep(&mut events, &mut ready);
             } else {
-                self.poll(0, &mut ready);
+                self.poll(Some(Duration::ZERO), &mut events, &mut ready);
             }
         }
     }
 
-    fn collect_mail(&self, mail: &mut Vec<u64>, ready: &mut VecDeque<Arc<Comm>>) {
+    fn sleep(&self, events: &mut Events, ready: &mut VecDeque<Arc<dyn Member>>) {
+        let due = self.chores.and_then(|chores| catch_unwind(chores).unwrap_or(None));
+        self.asleep.store(true, Ordering::SeqCst);
+        // Mail that came before the flag was visible rang no bell.
+        let timeout = if self.has_mail.load(Ordering::SeqCst) { Some(Duration::ZERO) } else { due };
+        self.poll(timeout, events, ready);
+        self.asleep.store(false, Ordering::SeqCst);
+    }
+
+    fn collect_mail(&self, mail: &mut Vec<u64>, ready: &mut VecDeque<Arc<dyn Member>>) {
         if !self.has_mail.swap(false, Ordering::SeqCst) {
             return;
         }
         std::mem::swap(mail, &mut *self.inbox.lock());
         let registry = self.registry.lock();
-        for id in mail.drain(..) {
-            if let Some(comm) = registry.comms.get(&id) {
-                schedule(ready, comm);
+        for number in mail.drain(..) {
+            if let Some(member) = registry.members.get(&number) {
+                schedule(ready, member);
             }
         }
     }
 
-    fn spin_finds_work(&self, ready: &mut VecDeque<Arc<Comm>>) -> bool {
+    fn spin_finds_work(&self, events: &mut Events, ready: &mut VecDeque<Arc<dyn Member>>) -> bool {
         if self.spin.is_zero() {
             return false;
         }
         let end = Instant::now() + self.spin;
         while Instant::now() < end {
-            self.poll(0, ready);
+            self.poll(Some(Duration::ZERO), events, ready);
             if !ready.is_empty() || self.has_mail.load(Ordering::Acquire) {
                 return true;
             }
@@ -229,31 +239,28 @@ impl Worker {
         false
     }
 
-    fn poll(&self, timeout: i32, ready: &mut VecDeque<Arc<Comm>>) {
-        let mut events = [libc::epoll_event { events: 0, u64: 0 }; EVENTS];
-        // SAFETY: room for EVENTS events.
-        let count = unsafe { libc::epoll_wait(self.epoll.as_raw_fd(), events.as_mut_ptr(), EVENTS as i32, timeout) };
-        // An error can only be an interruption; there is nothing to collect then.
-        let count = usize::try_from(count).unwrap_or(0);
-        if count == 0 {
+    fn poll(&self, timeout: Option<Duration>, events: &mut Events, ready: &mut VecDeque<Arc<dyn Member>>) {
+        if let Err(error) = self.poller.wait(events, timeout) {
+            static LINE: crate::logger::Limited = crate::logger::Limited::new();
+            LINE.warn(&format!("an I/O thread cannot wait: {error}"));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if events.is_empty() {
             return;
         }
         let registry = self.registry.lock();
-        for event in &events[..count] {
-            let (data, bits) = (event.u64, event.events);
-            if data == WAKE {
-                continue;
-            }
-            if let Some(comm) = registry.comms.get(&data) {
-                comm.events.fetch_or(bits, Ordering::AcqRel);
-                schedule(ready, comm);
+        for event in events.iter() {
+            // The waker's token is no member's number.
+            if let Some(member) = registry.members.get(&event.token()) {
+                member.report(event.hung_up());
+                schedule(ready, member);
             }
         }
     }
 }
 
-fn schedule(ready: &mut VecDeque<Arc<Comm>>, comm: &Arc<Comm>) {
-    if !comm.scheduled.swap(true, Ordering::Relaxed) {
-        ready.push_back(comm.clone());
+fn schedule(ready: &mut VecDeque<Arc<dyn Member>>, member: &Arc<dyn Member>) {
+    if !member.scheduled().swap(true, Ordering::Relaxed) {
+        ready.push_back(member.clone());
     }
 }

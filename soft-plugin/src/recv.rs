@@ -8,16 +8,19 @@ use std::sync::Arc;
 use libc::iovec;
 use nccl_net_abi::{loadMeta, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_SYSTEM_ERROR};
 
-use crate::comm::{Comm, Io, Turn, IOV_MAX, TURN_BYTES};
 use crate::config::{Config, Fragmentation};
 use crate::device::{demote, UnpackQueue};
 use crate::fragment::{self, Rng};
-use crate::slot::{parse_header, Body, Cursor, HEADER};
+use crate::ledger::{Failure, Ledger};
+use crate::slot::{Body, Cursor, Header, HEADER};
+use crate::turn::{Line, Turn, IOV_MAX, TURN_BYTES};
 
 /// Bytes read ahead of a header, so that small messages share system calls.
 const AHEAD: usize = 16 << 10;
 /// From this size on a message is read without reading ahead more than the next header.
 const LARGE: usize = 64 << 10;
+
+const ORDERLY_END: &str = "the peer closed the connection";
 
 /// Progress of a receive comm.
 pub struct RecvIo {
@@ -71,99 +74,100 @@ impl RecvIo {
         self.queue = None;
     }
 
-    /// One turn.
-    pub fn turn(&mut self, comm: &Comm, io: &mut Io) -> Turn {
+    /// One turn. `queue` tells where device receives land, once there was one.
+    pub fn turn(&mut self, ledger: &Ledger, line: Line, queue: &dyn Fn() -> Option<Arc<UnpackQueue>>) -> Result<Turn, Failure> {
         let mut budget = TURN_BYTES;
         let mut drained = false;
         loop {
-            let seq = comm.completed.get();
-            if seq == comm.posted.get() {
-                if !comm.rest(seq) {
+            let seq = ledger.completed();
+            if seq == ledger.posted() {
+                if !ledger.rest(seq) {
                     continue;
                 }
-                self.watch_for_end(comm, io);
-                return Turn::Wait;
+                self.watch_for_end(seq, line)?;
+                return Ok(Turn::Wait);
             }
-            if comm.leave() {
-                return Turn::Wait;
+            if ledger.leave() {
+                return Ok(Turn::Wait);
             }
             // SAFETY: posted, not completed, and the I/O lock is held.
-            let body = unsafe { comm.slot(seq).body() };
-            if self.missing.is_none() && self.end - self.start >= HEADER {
-                if let Err(why) = self.begin(comm, seq, body) {
-                    comm.fail(io, NCCL_INTERNAL_ERROR, &why);
-                    return Turn::Wait;
-                }
+            let body = unsafe { ledger.slot(seq).body() };
+            if let (None, Some(header)) = (self.missing, self.peek_header()) {
+                self.begin(ledger, seq, header, body, queue).map_err(|why| Failure::new(NCCL_INTERNAL_ERROR, why))?;
             }
             if self.missing.is_some() && self.take_ahead(body) {
-                self.finish(comm, seq, body);
+                self.finish(ledger, seq, body);
                 continue;
             }
             if let Some(why) = &self.ended {
-                comm.fail(io, NCCL_SYSTEM_ERROR, why);
-                return Turn::Wait;
+                return Err(Failure::new(NCCL_SYSTEM_ERROR, why.as_str()));
             }
-            if drained && !io.hung_up {
-                return Turn::Wait;
+            if drained && !line.hung_up {
+                return Ok(Turn::Wait);
             }
             if budget == 0 {
-                return Turn::More;
+                return Ok(Turn::More);
             }
-            match self.read(io.fd(), body, &mut budget) {
+            match self.read(ledger, line.fd, body, &mut budget) {
                 Ok(Read::Full) => {}
                 // The next arrival is a new event of the edge-triggered epoll.
                 Ok(Read::Short) => drained = true,
-                Ok(Read::End) => self.ended = Some("the peer closed the connection".to_owned()),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Turn::Wait,
+                Ok(Read::End) => self.ended = Some(ORDERLY_END.to_owned()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Turn::Wait),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => self.ended = Some(error.to_string()),
             }
         }
     }
 
-    /// Nothing is posted: finds out whether anything can still come, and fails the comm if no whole message is left.
-    fn watch_for_end(&mut self, comm: &Comm, io: &Io) {
-        if io.hung_up && self.ended.is_none() {
+    /// Nothing is posted: finds out whether anything can still come. It is a failure when no whole message `seq` is left.
+    fn watch_for_end(&mut self, seq: u64, line: Line) -> Result<(), Failure> {
+        if line.hung_up && self.ended.is_none() {
             let mut byte = 0u8;
             // SAFETY: one byte of room.
-            let got = unsafe { libc::recv(io.fd(), (&raw mut byte).cast(), 1, libc::MSG_PEEK | libc::MSG_DONTWAIT) };
+            let got = unsafe { libc::recv(line.fd, (&raw mut byte).cast(), 1, libc::MSG_PEEK | libc::MSG_DONTWAIT) };
             let error = io::Error::last_os_error();
             if got == 0 {
-                self.ended = Some("the peer closed the connection".to_owned());
+                self.ended = Some(ORDERLY_END.to_owned());
             } else if got < 0 && error.kind() != io::ErrorKind::WouldBlock {
                 self.ended = Some(error.to_string());
             }
         }
-        let Some(why) = &self.ended else { return };
+        let Some(why) = &self.ended else { return Ok(()) };
         let left = self.end - self.start;
-        let whole = self.peek_header(comm.completed.get()).is_some_and(|len| left - HEADER >= len);
-        if !whole {
-            comm.fail(io, NCCL_SYSTEM_ERROR, why);
+        let whole = self.peek_header().is_some_and(|h| h.seq == seq as u32 && left - HEADER >= h.len);
+        if whole {
+            return Ok(());
         }
+        Err(Failure::new(NCCL_SYSTEM_ERROR, why.as_str()))
     }
 
-    fn peek_header(&self, seq: u64) -> Option<usize> {
-        let bytes = self.ahead[self.start..self.end].first_chunk::<HEADER>()?;
-        parse_header(*bytes, seq)
+    fn peek_header(&self) -> Option<Header> {
+        self.ahead[self.start..self.end].first_chunk::<HEADER>().map(|bytes| Header::parse(*bytes))
     }
 
     /// A header is there: checks it against the posted receive and lays out a device receive.
-    fn begin(&mut self, comm: &Comm, seq: u64, body: &mut Body) -> Result<(), String> {
-        let len = self.peek_header(seq).ok_or_else(|| format!("message {seq} has no valid header"))?;
-        if len == 0 || len > body.total {
-            return Err(format!("message {seq} has {len} bytes, the receive was posted for {}", body.total));
-        }
+    fn begin(
+        &mut self,
+        ledger: &Ledger,
+        seq: u64,
+        header: Header,
+        body: &mut Body,
+        queue: &dyn Fn() -> Option<Arc<UnpackQueue>>,
+    ) -> Result<(), String> {
+        admit(header, seq, body)?;
+        let (len, slot) = (header.len, ledger.slot(seq));
         self.start += HEADER;
         self.missing = Some(len);
         self.cursor = Cursor::default();
         if body.device {
             if self.queue.is_none() {
-                self.queue = comm.unpack_queue();
+                self.queue = queue();
             }
             let queue = self.queue.as_ref().ok_or("a device receive without an unpack queue")?;
             let region = queue.bounce_len / MAX_REQUESTS;
             let place = queue.free.lock().pop().ok_or("no region of the bounce buffer is free")?;
-            comm.slot(seq).region.store(place, Ordering::Relaxed);
+            slot.region.store(place, Ordering::Relaxed);
             let at = place * region;
             fragment::plan(self.mode, len, at, &mut self.rng, &mut self.plan);
             body.iov.clear();
@@ -171,9 +175,9 @@ impl RecvIo {
                 |e: &loadMeta| iovec { iov_base: queue.bounce.wrapping_add(e.src_off as usize).cast(), iov_len: e.len as usize };
             body.iov.extend(self.plan.iter().map(place));
             let extent = self.plan.iter().map(|e| (e.src_off + e.len) as usize - at).max().unwrap_or(0);
-            comm.slot(seq).extent.store(extent, Ordering::Relaxed);
+            slot.extent.store(extent, Ordering::Relaxed);
         }
-        comm.slot(seq).received.store(len, Ordering::Relaxed);
+        slot.received.store(len, Ordering::Relaxed);
         Ok(())
     }
 
@@ -190,7 +194,7 @@ impl RecvIo {
     }
 
     /// One system call: the rest of the message as far as the budget goes, and what follows it into the read-ahead buffer.
-    fn read(&mut self, fd: i32, body: &Body, budget: &mut usize) -> io::Result<Read> {
+    fn read(&mut self, ledger: &Ledger, fd: i32, body: &Body, budget: &mut usize) -> io::Result<Read> {
         self.ahead.copy_within(self.start..self.end, 0);
         (self.start, self.end) = (0, self.end - self.start);
         self.batch.clear();
@@ -209,7 +213,7 @@ impl RecvIo {
         // SAFETY: an all-zero msghdr is a valid empty one.
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
         message.msg_iov = self.batch.as_mut_ptr();
-        message.msg_iovlen = self.batch.len();
+        message.msg_iovlen = self.batch.len() as _;
         // SAFETY: every segment is writable: our own buffer, or memory that the poster keeps valid until the request is done
         // or the comm is closed.
         let got = unsafe { libc::recvmsg(fd, &mut message, libc::MSG_DONTWAIT) };
@@ -227,6 +231,7 @@ impl RecvIo {
         self.missing = self.missing.map(|m| m - direct);
         self.end += got - direct;
         *budget = budget.saturating_sub(got);
+        ledger.received.set(ledger.received.get() + got as u64);
         Ok(match got {
             0 => Read::End,
             _ if got == payload + ahead => Read::Full,
@@ -235,7 +240,7 @@ impl RecvIo {
     }
 
     /// The message is in place: publishes its descriptors, then its completion.
-    fn finish(&mut self, comm: &Comm, seq: u64, body: &Body) {
+    fn finish(&mut self, ledger: &Ledger, seq: u64, body: &Body) {
         self.missing = None;
         if let (true, Some(queue)) = (body.device, &self.queue) {
             let row = (seq % MAX_REQUESTS as u64) as usize;
@@ -248,6 +253,21 @@ impl RecvIo {
                 count.store(self.plan.len() as u64, Ordering::Release);
             }
         }
-        comm.complete(seq + 1);
+        ledger.complete(seq + 1);
     }
+}
+
+/// Whether the message that comes is the one the receive was posted for.
+fn admit(header: Header, seq: u64, body: &Body) -> Result<(), String> {
+    let Header { len, tag, .. } = header;
+    if header.seq != seq as u32 {
+        return Err(format!("message {seq} was expected, a message {} or something else came", header.seq));
+    }
+    if tag != body.tag {
+        return Err(format!("message {seq} has tag {tag}, the receive was posted for tag {}", body.tag));
+    }
+    if len == 0 || len > body.total || (body.exact && len != body.total) {
+        return Err(format!("message {seq} has {len} bytes, the receive was posted for {}", body.total));
+    }
+    Ok(())
 }

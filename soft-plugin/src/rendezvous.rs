@@ -1,33 +1,32 @@
 //! Listening, connecting and accepting: how two processes come by one connected socket, step by step without blocking.
 //! Knows the 128-byte handle and the hello; knows nothing of requests.
 
-use std::collections::HashMap;
+mod connecting;
+mod listener;
+
+pub use connecting::{abandon, connect, sweep};
+pub use listener::ListenComm;
+
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
-use parking_lot::Mutex;
-use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::config::Config;
 use crate::congestion;
 use crate::interfaces::Interface;
+use crate::tcp;
 
 const HANDLE_MAGIC: u64 = 0x5446_4F53_4C43_4355;
 const HELLO_MAGIC: u64 = 0x4F4C_4C45_4854_4653;
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const COOKIE: usize = 16;
 const HELLO: usize = 8 + 4 + COOKIE;
 /// Bytes of a handle that `listen` writes; the word behind them is where `connect` keeps its state.
 const STATE_AT: usize = 64;
-/// A connection that has not said hello is dropped after this.
-const HELLO_TIME: Duration = Duration::from_secs(10);
-/// Silent connections kept at once; the oldest goes first.
-const MAX_SILENT: usize = 128;
-/// A connect that nobody asked about for this long is given up.
-const CONNECT_IDLE: Duration = Duration::from_secs(120);
 
 /// The handle buffer.
 pub type Handle = [u8; NCCL_NET_HANDLE_MAXSIZE];
@@ -36,12 +35,33 @@ pub type Handle = [u8; NCCL_NET_HANDLE_MAXSIZE];
 pub struct Connected {
     /// The socket, non-blocking.
     pub socket: OwnedFd,
-    /// The peer's address.
-    pub peer: String,
+    /// "local-address -> peer-address on NIC".
+    pub path: String,
+}
+
+impl Connected {
+    fn new(socket: Socket, peer: SocketAddr, nic: &str) -> Connected {
+        let local = socket.local_addr().ok().and_then(|a| a.as_socket()).map_or("unknown".to_owned(), |a| a.to_string());
+        Connected { socket: socket.into(), path: format!("{local} -> {peer} on {nic}") }
+    }
 }
 
 fn invalid(what: &str) -> io::Error {
     io::Error::new(ErrorKind::InvalidInput, what.to_owned())
+}
+
+/// Adds to an error what was tried; the error keeps its number, which tells descriptors that ran out from peers that are gone.
+pub struct Failed {
+    /// What was tried.
+    pub what: String,
+    /// How it ended.
+    pub error: io::Error,
+}
+
+impl Failed {
+    fn new(what: impl Into<String>, error: io::Error) -> Failed {
+        Failed { what: what.into(), error }
+    }
 }
 
 fn random() -> io::Result<[u8; COOKIE]> {
@@ -50,14 +70,24 @@ fn random() -> io::Result<[u8; COOKIE]> {
     Ok(bytes)
 }
 
+/// Descriptors this process may have.
+fn descriptors() -> usize {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is writable.
+    match unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } {
+        0 => usize::try_from(limit.rlim_cur).unwrap_or(usize::MAX),
+        _ => 1024,
+    }
+}
+
 /// What a handle says.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Ticket {
+struct Invitation {
     address: SocketAddr,
     cookie: [u8; COOKIE],
 }
 
-impl Ticket {
+impl Invitation {
     fn write(&self, handle: &mut Handle) {
         handle.fill(0);
         let (ip, scope) = match self.address {
@@ -72,7 +102,7 @@ impl Ticket {
         handle[36..52].copy_from_slice(&self.cookie);
     }
 
-    fn read(handle: &Handle) -> io::Result<Ticket> {
+    fn read(handle: &Handle) -> io::Result<Invitation> {
         if word(handle, 0) != HANDLE_MAGIC {
             return Err(invalid("not a handle of the software plugin"));
         }
@@ -90,7 +120,7 @@ impl Ticket {
         };
         let mut cookie = [0; COOKIE];
         cookie.copy_from_slice(&handle[36..52]);
-        Ok(Ticket { address, cookie })
+        Ok(Invitation { address, cookie })
     }
 
     fn hello(&self) -> [u8; HELLO] {
@@ -112,228 +142,21 @@ fn new_socket(address: &SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Options that matter before the connection exists (window scale follows the buffers).
+/// Options that matter before the connection exists (window scale follows the buffers), and those that accepted sockets inherit.
 fn tune(socket: &Socket, config: &Config) -> io::Result<()> {
     if config.socket_buffer > 0 {
         socket.set_send_buffer_size(config.socket_buffer)?;
         socket.set_recv_buffer_size(config.socket_buffer)?;
     }
+    tcp::keep_alive(socket, Duration::from_secs(config.keepalive_s))?;
+    tcp::limit_silence(socket, Duration::from_millis(config.user_timeout_ms))?;
     congestion::prepare(socket.as_raw_fd(), config)
 }
 
-/// A listen comm.
-pub struct Listener {
-    socket: Socket,
-    ticket: Ticket,
-    used: bool,
-    silent: Vec<Silent>,
-}
-
-/// A connection that has not said all of its hello.
-struct Silent {
-    socket: Socket,
-    peer: SocketAddr,
-    got: usize,
-    hello: [u8; HELLO],
-    since: Instant,
-}
-
-impl Silent {
-    /// Reads on: `None` while the hello is incomplete, else whether it is the expected one.
-    fn listen(&mut self, expected: &[u8; HELLO]) -> Option<bool> {
-        while self.got < HELLO {
-            let rest = &mut self.hello[self.got..];
-            // SAFETY: a buffer and its length.
-            let got = unsafe { libc::recv(self.socket.as_raw_fd(), rest.as_mut_ptr().cast(), rest.len(), libc::MSG_DONTWAIT) };
-            match usize::try_from(got) {
-                Ok(0) => return Some(false),
-                Ok(got) => self.got += got,
-                Err(_) => {
-                    let kind = io::Error::last_os_error().kind();
-                    return if matches!(kind, ErrorKind::WouldBlock | ErrorKind::Interrupted) { None } else { Some(false) };
-                }
-            }
-        }
-        Some(self.hello == *expected)
-    }
-}
-
-impl Listener {
-    /// Listens on the device's address and writes the handle.
-    pub fn new(device: &Interface, config: &Config, handle: &mut Handle) -> io::Result<Listener> {
-        let address = match device.address {
-            IpAddr::V4(ip) => SocketAddr::new(ip.into(), 0),
-            IpAddr::V6(ip) => SocketAddr::V6(SocketAddrV6::new(ip, 0, 0, device.scope)),
-        };
-        let socket = new_socket(&address)?;
-        tune(&socket, config)?;
-        socket.bind(&address.into())?;
-        socket.listen(1024)?;
-        let address = socket.local_addr()?.as_socket().ok_or_else(|| invalid("no address"))?;
-        let ticket = Ticket { address, cookie: random()? };
-        ticket.write(handle);
-        Ok(Listener { socket, ticket, used: false, silent: Vec::new() })
-    }
-
-    /// Whether an accept has already succeeded.
-    pub fn used(&self) -> bool {
-        self.used
-    }
-
-    /// The genuine peer's connection, once it has said hello.
-    pub fn accept(&mut self) -> io::Result<Option<Connected>> {
-        loop {
-            match self.socket.accept() {
-                Ok((socket, peer)) => {
-                    socket.set_nonblocking(true)?;
-                    let Some(peer) = peer.as_socket() else { continue };
-                    if self.silent.len() == MAX_SILENT {
-                        self.silent.remove(0);
-                    }
-                    self.silent.push(Silent { socket, peer, got: 0, hello: [0; HELLO], since: Instant::now() });
-                }
-                Err(error) => match error.kind() {
-                    ErrorKind::WouldBlock => break,
-                    ErrorKind::Interrupted | ErrorKind::ConnectionAborted => {}
-                    _ => return Err(error),
-                },
-            }
-        }
-        let expected = self.ticket.hello();
-        let mut at = 0;
-        while at < self.silent.len() {
-            match self.silent[at].listen(&expected) {
-                Some(true) => {
-                    let genuine = self.silent.swap_remove(at);
-                    genuine.socket.set_tcp_nodelay(true)?;
-                    self.used = true;
-                    self.silent.clear();
-                    return Ok(Some(Connected { socket: genuine.socket.into(), peer: genuine.peer.to_string() }));
-                }
-                Some(false) => {
-                    let stranger = self.silent.remove(at);
-                    crate::logger::info(&format!("dropped a stranger's connection from {}", stranger.peer));
-                }
-                None if self.silent[at].since.elapsed() > HELLO_TIME => {
-                    let stranger = self.silent.remove(at);
-                    crate::logger::info(&format!("dropped a silent connection from {}", stranger.peer));
-                }
-                None => at += 1,
-            }
-        }
-        Ok(None)
-    }
-}
-
-/// A connect under way. It lives here and not in the handle, whose bytes came over the network; the handle holds its key.
-struct Connecting {
-    socket: Socket,
-    ticket: Ticket,
-    connected: bool,
-    said: usize,
-    asked: Instant,
-}
-
-static CONNECTING: Mutex<Option<HashMap<u64, Connecting>>> = Mutex::new(None);
-
-/// One step of a connect: `None` means call again with the same buffer. After an error the buffer is of no more use.
-pub fn connect(device: &Interface, config: &Config, handle: &mut Handle) -> io::Result<Option<Connected>> {
-    let key = word(handle, STATE_AT);
-    let (key, mut attempt) = if key == 0 {
-        let [a, b, c, d, e, f, g, h, ..] = random()?;
-        let key = u64::from_le_bytes([a, b, c, d, e, f, g, h]) | 1;
-        (key, begin(device, config, Ticket::read(handle)?)?)
-    } else {
-        let known = CONNECTING.lock().as_mut().and_then(|all| all.remove(&key));
-        let mut attempt =
-            known.ok_or_else(|| invalid("the handle's connect has failed, is finished, or was never started here"))?;
-        let peer = attempt.ticket.address;
-        let step = attempt.step().map_err(|e| io::Error::new(e.kind(), format!("connect to {peer}: {e}")));
-        if step? {
-            return Ok(Some(Connected { socket: attempt.socket.into(), peer: peer.to_string() }));
-        }
-        (key, attempt)
-    };
-    // Like TCPX, the first call never finishes: what polls is then exercised on the fastest network too.
-    attempt.asked = Instant::now();
-    handle[STATE_AT..STATE_AT + 8].copy_from_slice(&key.to_le_bytes());
-    let mut all = CONNECTING.lock();
-    let all = all.get_or_insert_with(HashMap::new);
-    all.retain(|_, c| c.asked.elapsed() < CONNECT_IDLE);
-    all.insert(key, attempt);
-    Ok(None)
-}
-
-fn begin(device: &Interface, config: &Config, ticket: Ticket) -> io::Result<Connecting> {
-    let target = ticket.address;
-    let attempt = || -> io::Result<Socket> {
-        let socket = new_socket(&target)?;
-        tune(&socket, config)?;
-        socket.set_tcp_nodelay(true)?;
-        if device.reaches(target.ip()) {
-            bind_source(&socket, device)?;
-        }
-        match socket.connect(&target.into()) {
-            Ok(()) => {}
-            Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
-            Err(error) => return Err(error),
-        }
-        Ok(socket)
-    };
-    let socket = attempt().map_err(|e| io::Error::new(e.kind(), format!("connect to {target}: {e}")))?;
-    Ok(Connecting { socket, ticket, connected: false, said: 0, asked: Instant::now() })
-}
-
-/// Leaves through the device itself. The port stays open until the connect, so that ports do not run out.
-fn bind_source(socket: &Socket, device: &Interface) -> io::Result<()> {
-    let one: libc::c_int = 1;
-    // SAFETY: an int of that size.
-    let set = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::IPPROTO_IP,
-            libc::IP_BIND_ADDRESS_NO_PORT,
-            (&raw const one).cast(),
-            size_of::<libc::c_int>() as libc::socklen_t,
-        )
-    };
-    if set < 0 {
-        crate::logger::info("IP_BIND_ADDRESS_NO_PORT is not available");
-    }
-    let source: SockAddr = match device.address {
-        IpAddr::V4(ip) => SocketAddr::new(ip.into(), 0).into(),
-        IpAddr::V6(ip) => SocketAddr::V6(SocketAddrV6::new(ip, 0, 0, device.scope)).into(),
-    };
-    socket.bind(&source)
-}
-
-impl Connecting {
-    /// True when the socket is connected and the hello is in the kernel.
-    fn step(&mut self) -> io::Result<bool> {
-        if !self.connected {
-            let mut poll = libc::pollfd { fd: self.socket.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
-            // SAFETY: one entry.
-            if unsafe { libc::poll(&mut poll, 1, 0) } <= 0 {
-                return Ok(false);
-            }
-            if let Some(error) = self.socket.take_error()? {
-                return Err(error);
-            }
-            // TCP can connect an ephemeral port to itself when nobody listens there.
-            if self.socket.local_addr()?.as_socket() == Some(self.ticket.address) {
-                return Err(io::Error::from_raw_os_error(libc::ECONNREFUSED));
-            }
-            self.connected = true;
-        }
-        let hello = self.ticket.hello();
-        while self.said < HELLO {
-            match self.socket.send_with_flags(&hello[self.said..], libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) {
-                Ok(sent) => self.said += sent,
-                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => return Ok(false),
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(true)
+fn own_address(device: &Interface) -> SocketAddr {
+    match device.address {
+        IpAddr::V4(ip) => SocketAddr::new(ip.into(), 0),
+        IpAddr::V6(ip) => SocketAddr::V6(SocketAddrV6::new(ip, 0, 0, device.scope)),
     }
 }
 
@@ -342,14 +165,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tickets_survive_the_handle() {
+    fn invitations_survive_the_handle() {
         for address in ["10.1.2.3:4567", "[fd00::12]:9", "[fe80::1%3]:77"] {
-            let ticket = Ticket { address: address.parse().unwrap(), cookie: *b"0123456789abcdef" };
+            let invitation = Invitation { address: address.parse().unwrap(), cookie: *b"0123456789abcdef" };
             let mut handle = [0xFF; NCCL_NET_HANDLE_MAXSIZE];
-            ticket.write(&mut handle);
+            invitation.write(&mut handle);
             assert_eq!(word(&handle, STATE_AT), 0);
-            assert_eq!(Ticket::read(&handle).unwrap(), ticket);
+            assert_eq!(Invitation::read(&handle).unwrap(), invitation);
         }
-        assert!(Ticket::read(&[0; NCCL_NET_HANDLE_MAXSIZE]).is_err());
+        assert!(Invitation::read(&[0; NCCL_NET_HANDLE_MAXSIZE]).is_err());
+    }
+
+    #[test]
+    fn a_handle_of_another_version_is_refused() {
+        let mut handle = [0; NCCL_NET_HANDLE_MAXSIZE];
+        Invitation { address: "10.1.2.3:4".parse().unwrap(), cookie: [7; COOKIE] }.write(&mut handle);
+        handle[8] = 1;
+        assert!(Invitation::read(&handle).unwrap_err().to_string().contains("version"));
     }
 }

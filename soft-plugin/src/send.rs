@@ -2,14 +2,20 @@
 //! Knows nothing of who posted them; a message is done when its last byte is in the kernel.
 
 use std::io;
+use std::sync::{Arc, OnceLock};
 
 use libc::iovec;
 use nccl_net_abi::{MAX_REQUESTS, NCCL_SYSTEM_ERROR};
 
-use crate::comm::{Comm, Io, Turn, IOV_MAX, TURN_BYTES};
 use crate::config::Config;
 use crate::congestion::Rule;
+use crate::device::SendSource;
+use crate::ledger::{Failure, Ledger};
 use crate::slot::Cursor;
+use crate::turn::{Line, Turn, IOV_MAX, TURN_BYTES};
+
+/// Where device sends come from, once there was one.
+pub type Source = OnceLock<Arc<dyn SendSource>>;
 
 /// Progress of a send comm.
 #[derive(Default)]
@@ -31,63 +37,56 @@ impl SendIo {
     }
 
     /// One turn.
-    pub fn turn(&mut self, comm: &Comm, io: &mut Io) -> Turn {
-        if io.hung_up {
-            comm.fail(io, NCCL_SYSTEM_ERROR, &hang_up_cause(io.fd()));
-            return Turn::Wait;
+    pub fn turn(&mut self, ledger: &Ledger, line: Line, source: &Source) -> Result<Turn, Failure> {
+        if line.hung_up {
+            return Err(Failure::new(NCCL_SYSTEM_ERROR, hang_up_cause(line.fd)));
         }
         let mut budget = TURN_BYTES;
         loop {
-            let completed = comm.completed.get();
-            let posted = comm.posted.get();
+            let (completed, posted) = (ledger.completed(), ledger.posted());
             if completed == posted {
-                if comm.rest(completed) {
-                    return Turn::Wait;
+                if ledger.rest(completed) {
+                    return Ok(Turn::Wait);
                 }
                 continue;
             }
             if budget == 0 {
-                return Turn::More;
+                return Ok(Turn::More);
             }
-            if comm.leave() {
-                return Turn::Wait;
+            if ledger.leave() {
+                return Ok(Turn::Wait);
             }
-            let bytes = match self.gather(comm, completed, posted, budget) {
-                Ok(0) => return Turn::More,
-                Ok(bytes) => bytes,
-                Err(error) => {
-                    comm.fail(io, NCCL_SYSTEM_ERROR, &format!("device memory could not be read: {error}"));
-                    return Turn::Wait;
-                }
-            };
-            match send(io.fd(), &mut self.batch) {
+            let bytes = self
+                .gather(ledger, source, completed, posted, budget)
+                .map_err(|e| Failure::new(NCCL_SYSTEM_ERROR, format!("device memory could not be read: {e}")))?;
+            if bytes == 0 {
+                return Ok(Turn::More);
+            }
+            match send(line.fd, &mut self.batch) {
                 Ok(sent) => {
-                    self.account(comm, completed, sent);
-                    self.congestion.sent(io.fd(), sent);
+                    self.account(ledger, source, completed, sent);
+                    self.congestion.sent(line.fd, sent);
                     budget = budget.saturating_sub(sent);
                     // A short write means that the socket buffer is full; the kernel reports when it is not.
                     if sent < bytes {
-                        return Turn::Wait;
+                        return Ok(Turn::Wait);
                     }
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Turn::Wait,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Turn::Wait),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    comm.fail(io, NCCL_SYSTEM_ERROR, &error.to_string());
-                    return Turn::Wait;
-                }
+                Err(error) => return Err(Failure::new(NCCL_SYSTEM_ERROR, error.to_string())),
             }
         }
     }
 
     /// Collects what follows in messages `completed..posted`. 0 bytes: the next message is not in host memory yet.
-    fn gather(&mut self, comm: &Comm, completed: u64, posted: u64, budget: usize) -> io::Result<usize> {
+    fn gather(&mut self, ledger: &Ledger, source: &Source, completed: u64, posted: u64, budget: usize) -> io::Result<usize> {
         self.batch.clear();
         let mut bytes = 0;
         for seq in completed..posted {
             // SAFETY: posted, not completed, and the I/O lock is held.
-            let body = unsafe { comm.slot(seq).body() };
-            if let (true, Some(source)) = (body.device, comm.posted_source()) {
+            let body = unsafe { ledger.slot(seq).body() };
+            if let (true, Some(source)) = (body.device, source.get()) {
                 if !source.ready((seq % MAX_REQUESTS as u64) as usize)? {
                     break;
                 }
@@ -102,12 +101,11 @@ impl SendIo {
     }
 
     /// Steps over `sent` bytes and completes the messages they finish.
-    fn account(&mut self, comm: &Comm, mut seq: u64, mut sent: usize) {
+    fn account(&mut self, ledger: &Ledger, source: &Source, mut seq: u64, mut sent: usize) {
         let first = seq;
         while sent > 0 {
-            let slot = comm.slot(seq);
             // SAFETY: posted, not completed, and the I/O lock is held.
-            let body = unsafe { slot.body() };
+            let body = unsafe { ledger.slot(seq).body() };
             let left = body.total - self.sent;
             if sent < left {
                 self.cursor.advance(&body.iov, sent);
@@ -115,14 +113,14 @@ impl SendIo {
                 break;
             }
             sent -= left;
-            if let (true, Some(source)) = (body.device, comm.posted_source()) {
+            if let (true, Some(source)) = (body.device, source.get()) {
                 source.release((seq % MAX_REQUESTS as u64) as usize);
             }
             (self.cursor, self.sent) = (Cursor::default(), 0);
             seq += 1;
         }
         if seq > first {
-            comm.complete(seq);
+            ledger.complete(seq);
         }
     }
 }
@@ -131,14 +129,14 @@ fn send(fd: i32, batch: &mut [iovec]) -> io::Result<usize> {
     // SAFETY: an all-zero msghdr is a valid empty one.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = batch.as_mut_ptr();
-    message.msg_iovlen = batch.len();
+    message.msg_iovlen = batch.len() as _;
     // SAFETY: every segment is memory that the poster keeps valid until the request is done or the comm is closed.
     let sent = unsafe { libc::sendmsg(fd, &message, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
 
 /// Why the kernel reported a hang-up.
-pub fn hang_up_cause(fd: i32) -> String {
+fn hang_up_cause(fd: i32) -> String {
     let mut code: libc::c_int = 0;
     let mut len = size_of::<libc::c_int>() as libc::socklen_t;
     // SAFETY: an int of that size.

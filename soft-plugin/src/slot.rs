@@ -1,5 +1,5 @@
-//! One of the sixteen request slots of a comm, and the cursor that walks its segments.
-//! Who may touch a slot when is decided by the comm's counters; nothing here knows sockets or completion.
+//! One of the sixteen request slots of a comm, the header of a message, and the cursor that walks a slot's segments.
+//! Who may touch a slot when is decided by the ledger; nothing here knows sockets, comms or completion.
 
 use std::cell::UnsafeCell;
 use std::ffi::c_void;
@@ -8,24 +8,45 @@ use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
 use libc::iovec;
 
-use crate::comm::Comm;
-
-/// Bytes before each message on the wire: length u32, then sequence u32 (the request's number xor [`WIRE_MARK`]).
-pub const HEADER: usize = 8;
+/// Bytes before each message on the wire: length u32, sequence u32 (the request's number xor [`WIRE_MARK`]), tag i32.
+pub const HEADER: usize = 12;
 const WIRE_MARK: u32 = 0x7C9A_51E3;
 
-/// The header of the `seq`-th message of a comm.
-pub fn header(len: usize, seq: u64) -> [u8; HEADER] {
-    let mut bytes = [0; HEADER];
-    bytes[..4].copy_from_slice(&(len as u32).to_le_bytes());
-    bytes[4..].copy_from_slice(&(seq as u32 ^ WIRE_MARK).to_le_bytes());
-    bytes
+/// What the header of a message says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// Bytes of the message.
+    pub len: usize,
+    /// The low half of the sender's request number.
+    pub seq: u32,
+    /// The tag that the send was posted with.
+    pub tag: i32,
 }
 
-/// The length that a header announces, or `None` when it is not the header of the `seq`-th message.
-pub fn parse_header(bytes: [u8; HEADER], seq: u64) -> Option<usize> {
-    let [a, b, c, d, e, f, g, h] = bytes;
-    (u32::from_le_bytes([e, f, g, h]) == seq as u32 ^ WIRE_MARK).then(|| u32::from_le_bytes([a, b, c, d]) as usize)
+impl Header {
+    /// The header of the `seq`-th message of a comm.
+    pub fn new(len: usize, seq: u64, tag: i32) -> Header {
+        Header { len, seq: seq as u32, tag }
+    }
+
+    /// As it goes over the wire.
+    pub fn bytes(&self) -> [u8; HEADER] {
+        let mut bytes = [0; HEADER];
+        bytes[..4].copy_from_slice(&(self.len as u32).to_le_bytes());
+        bytes[4..8].copy_from_slice(&(self.seq ^ WIRE_MARK).to_le_bytes());
+        bytes[8..].copy_from_slice(&self.tag.to_le_bytes());
+        bytes
+    }
+
+    /// What twelve bytes of the wire say. Nothing is checked.
+    pub fn parse(bytes: [u8; HEADER]) -> Header {
+        let [a, b, c, d, e, f, g, h, i, j, k, l] = bytes;
+        Header {
+            len: u32::from_le_bytes([a, b, c, d]) as usize,
+            seq: u32::from_le_bytes([e, f, g, h]) ^ WIRE_MARK,
+            tag: i32::from_le_bytes([i, j, k, l]),
+        }
+    }
 }
 
 /// The memory a request reads from or writes to.
@@ -38,6 +59,10 @@ pub struct Body {
     pub total: usize,
     /// The segments are device memory.
     pub device: bool,
+    /// Receive: the tag the message must have.
+    pub tag: i32,
+    /// Receive: the message must have exactly the posted size.
+    pub exact: bool,
 }
 
 /// No region of the bounce buffer.
@@ -45,8 +70,8 @@ pub const NO_REGION: usize = usize::MAX;
 
 /// A request slot. A request handed to the caller is the address of its slot.
 pub struct Slot {
-    /// The comm it belongs to; set once, when the comm is built.
-    pub comm: AtomicPtr<Comm>,
+    /// The comm it belongs to, for whoever gets the slot as a request; set once, when the comm is built.
+    pub owner: AtomicPtr<c_void>,
     /// Number of the request that uses or last used it.
     pub seq: AtomicU64,
     /// Bytes of the message that arrived.
@@ -67,12 +92,12 @@ impl Slot {
     /// A free slot.
     pub fn new() -> Slot {
         Slot {
-            comm: AtomicPtr::new(ptr::null_mut()),
+            owner: AtomicPtr::new(ptr::null_mut()),
             seq: AtomicU64::new(u64::MAX),
             received: AtomicUsize::new(0),
             region: AtomicUsize::new(NO_REGION),
             extent: AtomicUsize::new(0),
-            body: UnsafeCell::new(Body { header: [0; HEADER], iov: Vec::new(), total: 0, device: false }),
+            body: UnsafeCell::new(Body { header: [0; HEADER], iov: Vec::new(), total: 0, device: false, tag: 0, exact: false }),
         }
     }
 
@@ -158,9 +183,10 @@ mod tests {
 
     #[test]
     fn header_round_trip() {
-        for (len, seq) in [(1, 0), (512 << 10, 17), (77, 1 << 33)] {
-            assert_eq!(parse_header(header(len, seq), seq), Some(len));
-            assert_eq!(parse_header(header(len, seq), seq + 1), None);
+        for (len, seq, tag) in [(1, 0, 0), (512 << 10, 17, i32::MAX), (77, 1 << 33, -1)] {
+            let header = Header::new(len, seq, tag);
+            assert_eq!(Header::parse(header.bytes()), header);
+            assert_ne!(Header::parse(header.bytes()), Header::new(len, seq + 1, tag));
         }
     }
 

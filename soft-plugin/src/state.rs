@@ -1,47 +1,152 @@
 //! What the process has once: settings, devices, device memory.
-//! Built by the first `init` (or the first call that needs it) and kept for good.
+//! Built by the first `init` (or the first call that needs it) and kept for good; a child of `fork` builds its own.
 
-use std::sync::{Arc, OnceLock};
+use std::ffi::CStr;
+use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::Arc;
+
+use nccl_net_abi::{ncclResult_t, NCCL_INVALID_ARGUMENT};
+use parking_lot::{Mutex, RwLock};
 
 use crate::config::Config;
+use crate::congestion;
 use crate::device::{self, DeviceMemory};
+use crate::fork::PerProcess;
 use crate::interfaces::{self, Interface};
+use crate::logger;
 
 /// The process-wide state.
 pub struct Global {
     /// Settings.
     pub config: Config,
-    /// Devices; a device number is an index.
-    pub devices: Vec<Interface>,
+    /// Devices by their numbers.
+    pub devices: Devices,
     /// Device memory, if the process has any.
     pub device: Option<Arc<dyn DeviceMemory>>,
 }
 
-static GLOBAL: OnceLock<Global> = OnceLock::new();
+/// The devices found so far. A device keeps its number for good: new ones are added behind, and one that has got another address is
+/// replaced. What is handed out stays valid; the old form of a device that has changed is not freed.
+pub struct Devices {
+    list: RwLock<Vec<&'static Interface>>,
+}
+
+impl Devices {
+    fn new(found: Vec<Interface>) -> Devices {
+        let devices = Devices { list: RwLock::default() };
+        devices.merge(found);
+        devices
+    }
+
+    /// Device number `dev`.
+    pub fn get(&self, dev: usize) -> Option<&'static Interface> {
+        self.list.read().get(dev).copied()
+    }
+
+    /// Number of devices.
+    pub fn len(&self) -> usize {
+        self.list.read().len()
+    }
+
+    /// Takes in what the machine has now.
+    fn merge(&self, found: Vec<Interface>) {
+        let mut list = self.list.write();
+        for interface in found {
+            let name: &CStr = &interface.name;
+            match list.iter_mut().find(|known| *known.name == *name) {
+                Some(known) if (known.address, known.scope) == (interface.address, interface.scope) => {}
+                Some(known) => *known = Box::leak(Box::new(interface)),
+                None => list.push(Box::leak(Box::new(interface))),
+            }
+        }
+    }
+}
+
+impl Global {
+    /// Looks at the machine's interfaces again.
+    pub fn refresh(&self) {
+        if let Ok(found) = interfaces::usable(self.config.interfaces.as_deref()) {
+            self.devices.merge(found);
+        }
+    }
+}
 
 /// The state, built if need be.
-pub fn get() -> &'static Global {
-    GLOBAL.get_or_init(|| {
-        let config = Config::from_env();
-        let devices = interfaces::enumerate(config.interfaces.as_deref()).unwrap_or_else(|error| {
-            crate::logger::warn(&format!("cannot list the network interfaces: {error}"));
-            Vec::new()
-        });
-        if devices.is_empty() {
-            crate::logger::warn(&format!(
-                "no network interface matches {:?}",
-                config.interfaces.as_deref().unwrap_or("(default)")
-            ));
-        }
-        let device = device::probe(&config);
-        let names: Vec<_> = devices.iter().map(|d| format!("{}({})", d.name.to_string_lossy(), d.address)).collect();
-        crate::logger::info(&format!(
-            "software plugin: devices {}; {} I/O threads; messages up to {} bytes; device memory {}",
-            names.join(" "),
-            config.threads,
-            config.message_limit,
-            if device.is_some() { "yes" } else { "no" },
-        ));
-        Global { config, devices, device }
-    })
+pub fn get() -> Result<&'static Global, ncclResult_t> {
+    static GLOBAL: PerProcess<Mutex<Option<&'static Global>>> = PerProcess::new();
+    /// What was built last, by this process or its parent.
+    static LAST: AtomicPtr<Global> = AtomicPtr::new(std::ptr::null_mut());
+    let mut global = GLOBAL.get(Mutex::default).lock();
+    if let Some(global) = *global {
+        return Ok(global);
+    }
+    // SAFETY: what was built is never freed, in the copy of a child neither.
+    let built = match unsafe { LAST.load(Ordering::Acquire).as_ref() } {
+        Some(parent) => inherit(parent),
+        None => build().map_err(|why| {
+            static LINE: logger::Limited = logger::Limited::new();
+            LINE.warn(&why);
+            NCCL_INVALID_ARGUMENT
+        })?,
+    };
+    let built = Box::into_raw(Box::new(built));
+    LAST.store(built, Ordering::Release);
+    // SAFETY: as above.
+    Ok(global.insert(unsafe { &*built }))
+}
+
+fn build() -> Result<Global, String> {
+    let config = Config::from_env()?;
+    congestion::check(&config).map_err(|e| format!("UCCL_TCPX_SOFT_CONGESTION: {e}"))?;
+    let devices = interfaces::usable(config.interfaces.as_deref()).unwrap_or_else(|error| {
+        logger::warn(&format!("cannot list the network interfaces: {error}"));
+        Vec::new()
+    });
+    if devices.is_empty() {
+        logger::warn(&format!("no usable network interface matches {:?}", config.interfaces.as_deref().unwrap_or("(default)")));
+    }
+    let device = device::probe(&config);
+    let names: Vec<_> = devices.iter().map(|d| format!("{}({})", d.name.to_string_lossy(), d.address)).collect();
+    logger::info(&format!(
+        "software plugin: devices {}; {} I/O threads; messages up to {} bytes; device memory {}",
+        names.join(" "),
+        config.threads,
+        config.message_limit,
+        if device.is_some() { "yes" } else { "no" },
+    ));
+    Ok(Global { config, devices: Devices::new(devices), device })
+}
+
+/// The state of a child: settings and device numbers are the parent's, whose callers live on in the child. Device memory is looked
+/// for anew, since a GPU does not survive a fork.
+fn inherit(parent: &Global) -> Global {
+    let config = parent.config.clone();
+    // A thread of the parent may have held the lock.
+    let known = parent.devices.list.try_read().map(|list| list.clone()).unwrap_or_default();
+    let child = Global { device: device::probe(&config), devices: Devices { list: RwLock::new(known) }, config };
+    child.refresh();
+    child
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_keep_their_numbers() {
+        let lo = interfaces::usable(Some("=lo")).unwrap().remove(0);
+        let named = |name: &str, address: &str| Interface {
+            name: std::ffi::CString::new(name).unwrap(),
+            address: address.parse().unwrap(),
+            ..lo.clone()
+        };
+        let devices = Devices::new(vec![named("eth0", "10.0.0.1"), named("eth1", "10.0.1.1")]);
+        let first = devices.get(0).unwrap();
+        devices.merge(vec![named("eth2", "10.0.2.1"), named("eth1", "10.0.1.9")]);
+        assert_eq!(devices.len(), 3);
+        assert!(std::ptr::eq(first, devices.get(0).unwrap()));
+        assert_eq!(devices.get(1).unwrap().address.to_string(), "10.0.1.9");
+        assert_eq!(&*devices.get(2).unwrap().name, c"eth2");
+        assert!(devices.get(3).is_none());
+    }
 }

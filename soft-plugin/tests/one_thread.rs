@@ -81,7 +81,8 @@ impl Line {
             let request = if on_device {
                 self.receiver.irecv(std::ptr::null_mut(), LIMIT, self.device).unwrap()
             } else {
-                let (a, b) = target.split_at_mut(777);
+                let target = &mut target[..self.messages[self.posted].len()];
+                let (a, b) = target.split_at_mut(target.len() / 4);
                 self.receiver.irecvv(&mut [a, b]).unwrap()
             };
             self.receives.push_back((request, on_device));

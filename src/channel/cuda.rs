@@ -1,14 +1,13 @@
 //! Device memory through CUDA: unpack and pack jobs of a round are launched together, completion is read from mapped memory.
 //! Knows jobs and places; connections and plugins it does not.
 
-use super::device::{DeviceCopier, StagingMemory, Ticket};
-use crate::gpu::{
-    CopyLauncher, DeviceBuffer, Gpu, Job, MappedPtr, MemoryKind, PinnedBuffer, Segment, INLINE_PIECES, PIECES_PER_JOB,
-};
-use crate::status::{bail, Result};
+use super::device::{DeviceCopier, StagingMemory, Ticket, View};
+use crate::gpu::{CopyLauncher, Gpu, Job, Lent, MappedPtr, MemoryKind, Segment, INLINE_PIECES, PIECES_PER_JOB};
+use crate::status::{bail, err, Result};
 use crate::types::Part;
 use crate::types::Place;
 use crate::wire::frame::MAX_INLINE;
+use cuda_driver::{DeviceBuffer, PinnedBuffer};
 use nccl_net_abi::{unpackNetDeviceHandle, MAX_SLOT_ENTRIES};
 use std::collections::VecDeque;
 use std::ffi::c_void;
@@ -17,6 +16,8 @@ use std::time::{Duration, Instant};
 
 /// A copy of a few bytes that takes longer than this will not end.
 const SMALL_COPY_LIMIT: Duration = Duration::from_secs(5);
+/// Time that a connection's end leaves to jobs under way, which copy a few chunks.
+const QUIESCE_LIMIT: Duration = Duration::from_secs(5);
 
 /// A job waiting for the end of the round.
 struct Queued {
@@ -54,7 +55,7 @@ struct Unit {
 /// Jobs of one direction, launched in the order they came. The two directions have streams of their own: an unpack does not wait for
 /// the packs ahead of it.
 struct Jobs {
-    launchers: Vec<CopyLauncher>,
+    launchers: Vec<Lent>,
     turn: usize,
     /// Jobs of a launch at most.
     batch: usize,
@@ -85,7 +86,7 @@ const FEW: usize = 2;
 impl Jobs {
     fn new(gpu: &Arc<Gpu>, streams: usize, batch: usize) -> Result<Jobs> {
         Ok(Jobs {
-            launchers: (0..streams).map(|_| CopyLauncher::new(gpu)).collect::<Result<_>>()?,
+            launchers: (0..streams).map(|_| gpu.launcher()).collect::<Result<_>>()?,
             turn: 0,
             batch,
             queued: Vec::new(),
@@ -147,13 +148,12 @@ impl Jobs {
         !self.queued.is_empty() || !self.launched.is_empty()
     }
 
-    fn quiesce(&mut self) {
+    /// Drops what was not launched and waits for the rest until `deadline`.
+    fn quiesce(&mut self, deadline: Instant) -> Result<()> {
         self.queued.clear();
-        for launcher in &mut self.launchers {
-            if let Err(e) = launcher.synchronize() {
-                log::error!("waiting for a GPU's copies to end: {e}");
-            }
-        }
+        let each = |launcher: &mut Lent| launcher.quiesce(deadline.saturating_duration_since(Instant::now()));
+        let results: Vec<Result<()>> = self.launchers.iter_mut().map(each).collect();
+        results.into_iter().collect()
     }
 }
 
@@ -165,7 +165,7 @@ impl Unit {
             place,
             unpacking: Jobs::new(&gpu, UNPACK_STREAMS, UNPACK_BATCH)?,
             packing: Jobs::new(&gpu, PACK_STREAMS, PACK_BATCH)?,
-            scratch: PinnedBuffer::new(&gpu, MAX_INLINE)?,
+            scratch: gpu.pinned(MAX_INLINE)?,
             gpu,
         })
     }
@@ -188,7 +188,7 @@ impl Unit {
         if len > self.scratch.len() {
             bail!(Internal, "{len} bytes of a small copy");
         }
-        Ok(self.scratch.ptr().host)
+        Ok(self.scratch.mapped().host)
     }
 
     /// Copies `len` bytes between `parts` and the scratch buffer, from the parts with `fetch`, and waits.
@@ -196,7 +196,7 @@ impl Unit {
     /// # Safety
     /// `parts` are registered memory of this GPU and hold `len` bytes, as the scratch buffer does.
     unsafe fn copy_small(&mut self, parts: &[Part], len: usize, fetch: bool) -> Result<()> {
-        let scratch = self.scratch.ptr();
+        let scratch = self.scratch.mapped();
         if parts.len() > FEW {
             let list = segments(parts);
             let len = len as u64;
@@ -211,14 +211,28 @@ impl Unit {
             // SAFETY: by the caller's contract.
             unsafe {
                 if fetch {
-                    crate::gpu::device_to_host(stream, at, part.addr, n)?;
+                    stream.device_to_host(at, part.addr, n)?;
                 } else {
-                    crate::gpu::host_to_device(stream, part.addr, at, n)?;
+                    stream.host_to_device(part.addr, at, n)?;
                 }
             }
             at = at.wrapping_add(n);
         }
-        stream.synchronize()
+        Ok(stream.finish(SMALL_COPY_LIMIT)?)
+    }
+
+    /// Reads a plain value from memory of this GPU, and waits for it.
+    ///
+    /// # Safety
+    /// `src` holds a `T`, and any bytes there are a valid `T`.
+    unsafe fn read<T: Copy>(&mut self, src: u64) -> Result<T> {
+        let scratch = self.scratch_for(size_of::<T>())?;
+        let stream = self.small().stream();
+        // SAFETY: the scratch holds a T; by the caller's contract the source does.
+        unsafe { stream.device_to_host(scratch, src, size_of::<T>()) }?;
+        stream.finish(SMALL_COPY_LIMIT)?;
+        // SAFETY: filled above; valid by the caller's contract; the scratch is page-aligned.
+        Ok(unsafe { scratch.cast::<T>().read() })
     }
 
     /// Runs one small job to its end.
@@ -246,6 +260,23 @@ impl Unit {
 #[derive(Default)]
 pub(crate) struct CudaDevice {
     units: Vec<Unit>,
+}
+
+/// Has what a connection needs of a GPU made before it needs it. For registrations and for the set-up of connections, with no lock of a
+/// connection held.
+pub(crate) fn warm(gpu: &Arc<Gpu>) -> Result<()> {
+    gpu.reserve_launchers(UNPACK_STREAMS + PACK_STREAMS)
+}
+
+/// Where memory lies that a kernel reads.
+fn place_of(addr: u64) -> Result<Place> {
+    match crate::gpu::memory_kind(addr)? {
+        MemoryKind::Device { ordinal } => match u8::try_from(ordinal) {
+            Ok(ordinal) => Ok(Place::gpu(ordinal)),
+            Err(_) => Err(err!(Unsupported, "GPU {ordinal}")),
+        },
+        _ => Ok(Place::HOST),
+    }
 }
 
 fn segments(parts: &[Part]) -> Vec<Segment> {
@@ -280,24 +311,23 @@ impl DeviceCopier for CudaDevice {
         gpu.with(body)
     }
 
-    unsafe fn view(&mut self, handle: *const c_void, place: Place) -> Result<super::device::View> {
-        let gpu = self.gpu(place)?;
+    unsafe fn view(&mut self, handle: *const c_void, place: Place) -> Result<View> {
+        // The handle lies where the comm belongs, which may be another GPU than the one that receives.
+        let home = place_of(handle as u64)?;
+        let reader = if home.is_device() { home } else { place };
         // SAFETY: by the caller's contract the handle is device memory that holds this structure.
-        let raw: unpackNetDeviceHandle = unsafe { crate::gpu::read_device(&gpu, handle as u64) }?;
-        let meta = MappedPtr::resolve(&gpu, raw.meta as u64)?;
+        let raw: unpackNetDeviceHandle = unsafe { self.unit(reader)?.read(handle as u64) }?;
+        let meta = MappedPtr::resolve(self.gpu(place)?.context(), raw.meta as u64)?;
         // A NIC writes a bounce buffer in device memory: the count must be read first, so that its data is visible.
-        let read_count = matches!(crate::gpu::memory_kind(raw.bounce_buf as u64)?, MemoryKind::Device { .. });
-        Ok(super::device::View { meta: meta.host.cast(), meta_device: meta.device, bounce: raw.bounce_buf as u64, read_count })
+        let home = place_of(raw.bounce_buf as u64)?;
+        let (meta, meta_device) = (meta.host.cast(), meta.device);
+        Ok(View { meta, meta_device, bounce: raw.bounce_buf as u64, home, read_count: home.is_device() })
     }
 
-    unsafe fn unpack(
-        &mut self,
-        view: &super::device::View,
-        slot: usize,
-        len: usize,
-        parts: &[Part],
-        place: Place,
-    ) -> Result<Ticket> {
+    unsafe fn unpack(&mut self, view: &View, slot: usize, len: usize, parts: &[Part], place: Place) -> Result<Ticket> {
+        if !view.reaches(place) {
+            bail!(Unsupported, "a receive of the comms of {:?} into memory of {place:?}", view.home);
+        }
         let meta = MappedPtr { host: view.meta.cast_mut().cast(), device: view.meta_device };
         // SAFETY: the meta queue is live and the receive is done.
         let count = unsafe { super::device::entry_count(view.meta, slot) };
@@ -364,30 +394,28 @@ impl DeviceCopier for CudaDevice {
     }
 
     fn staging(&mut self, len: usize, place: Place) -> Result<Box<dyn StagingMemory>> {
-        let gpu = self.gpu(place)?;
-        Ok(Box::new(DeviceBuffer::new(&gpu, len)?))
+        Ok(Box::new(self.gpu(place)?.device_memory(len)?))
     }
 
     fn host_staging(&mut self, len: usize, place: Place) -> Result<Box<dyn StagingMemory>> {
-        let gpu = self.gpu(place)?;
-        let memory = PinnedBuffer::new(&gpu, len)?;
-        if memory.ptr().host as u64 != memory.ptr().device {
+        let memory = self.gpu(place)?.pinned(len)?;
+        if memory.mapped().host as u64 != memory.mapped().device {
             bail!(Gpu, "pinned memory has another address on the GPU than on the host");
         }
         Ok(Box::new(memory))
     }
 
-    fn quiesce(&mut self) {
-        for unit in &mut self.units {
-            unit.packing.quiesce();
-            unit.unpacking.quiesce();
-        }
+    fn quiesce(&mut self) -> Result<()> {
+        let deadline = Instant::now() + QUIESCE_LIMIT;
+        let each = |unit: &mut Unit| unit.packing.quiesce(deadline).and(unit.unpacking.quiesce(deadline));
+        let results: Vec<Result<()>> = self.units.iter_mut().map(each).collect();
+        results.into_iter().collect()
     }
 }
 
 impl StagingMemory for PinnedBuffer {
     fn ptr(&self) -> *mut u8 {
-        PinnedBuffer::ptr(self).host
+        self.mapped().host
     }
 }
 

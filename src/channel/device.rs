@@ -2,8 +2,7 @@
 //! so that the rest of the engine is the same for CUDA and for emulated device memory, where the CPU does both.
 
 use crate::status::{bail, Result};
-use crate::types::Part;
-use crate::types::Place;
+use crate::types::{Part, Place};
 use nccl_net_abi::{loadMeta, netUnpackMeta, unpackNetDeviceHandle, MAX_SLOT_ENTRIES};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -32,8 +31,17 @@ pub(crate) struct View {
     pub meta_device: u64,
     /// Base of the bounce buffer, for whoever copies.
     pub bounce: u64,
+    /// Where the bounce buffer lies: host memory, which every GPU reads, or the GPU that the comm belongs to.
+    pub home: Place,
     /// The count must be read before the data (a NIC writes the bounce buffer).
     pub read_count: bool,
+}
+
+impl View {
+    /// Whether receives of this comm can be unpacked to memory of `place`.
+    pub(crate) fn reaches(&self, place: Place) -> bool {
+        !self.home.is_device() || self.home == place
+    }
 }
 
 /// Copies on a device. Only `store`, `fetch` and `quiesce` wait.
@@ -90,8 +98,9 @@ pub(crate) trait DeviceCopier: Send {
     /// Page-aligned host memory that the device writes directly.
     fn host_staging(&mut self, len: usize, place: Place) -> Result<Box<dyn StagingMemory>>;
 
-    /// Waits until no job touches memory any more.
-    fn quiesce(&mut self);
+    /// Waits, for a bounded time, until no job touches memory any more; jobs that were not started never will be. After an error some
+    /// may still run: then comms, staging and this copier must stay, and so must the memory of their transfers.
+    fn quiesce(&mut self) -> Result<()>;
 }
 
 /// Memory of a staging ring.
@@ -120,7 +129,13 @@ impl DeviceCopier for EmulatedDevice {
         }
         // SAFETY: by the caller's contract; emulated device memory is host memory.
         let raw = unsafe { handle.cast::<unpackNetDeviceHandle>().read_unaligned() };
-        Ok(View { meta: raw.meta, meta_device: raw.meta as u64, bounce: raw.bounce_buf as u64, read_count: false })
+        Ok(View {
+            meta: raw.meta,
+            meta_device: raw.meta as u64,
+            bounce: raw.bounce_buf as u64,
+            home: Place::HOST,
+            read_count: false,
+        })
     }
 
     unsafe fn unpack(&mut self, view: &View, slot: usize, len: usize, parts: &[Part], _place: Place) -> Result<Ticket> {
@@ -185,7 +200,9 @@ impl DeviceCopier for EmulatedDevice {
         self.staging(len, place)
     }
 
-    fn quiesce(&mut self) {}
+    fn quiesce(&mut self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Number of descriptors of a slot. Read with acquire, it orders the descriptors, which the plugin writes before it.
@@ -335,7 +352,7 @@ mod tests {
             }
             let base = dest.as_mut_ptr() as u64;
             let targets: Vec<Part> = parts.iter().map(|&(o, n)| Part { addr: base + o as u64, len: n as u64, region: 0 }).collect();
-            let view = View { meta: &*meta, meta_device: 0, bounce: bounce.as_ptr() as u64, read_count: false };
+            let view = View { meta: &*meta, meta_device: 0, bounce: bounce.as_ptr() as u64, home: Place::HOST, read_count: false };
             // SAFETY: all memory is this test's own.
             let done = unsafe { EmulatedDevice.unpack(&view, slot, len, &targets, Place::gpu(0)) };
             prop_assert_eq!(done, Ok(Ticket::Done));

@@ -4,8 +4,7 @@ use crate::status::{bail, Result};
 use std::alloc::{alloc_zeroed, dealloc, Layout};
 use std::ptr::NonNull;
 
-/// Alignment that plugins ask of registered memory.
-pub(crate) const PAGE: usize = 4096;
+pub(crate) use nccl_net_abi::PAGE;
 
 /// A zeroed, page-aligned block.
 pub(crate) struct HostBlock {

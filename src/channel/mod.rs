@@ -1,10 +1,12 @@
-//! Channels: how a transfer's segments are cut into chunks (`plan`), which channel carries a chunk (`stripe`), where device
-//! memory is unpacked and packed (`device`), and one channel over a comm pair (`lane`). Knows nothing of the control protocol.
+//! Channels: how a transfer's segments are cut into chunks (`plan`), the way to the peer as the engine sees it (`router` over the seam
+//! `path`), which channel carries a chunk (`stripe`), the path over a network plugin's comms (`net`), and where device memory is unpacked
+//! and packed (`device`). Knows nothing of the control protocol.
 
 pub(crate) mod cuda;
 pub(crate) mod device;
-pub(crate) mod lane;
 pub(crate) mod memory;
+pub(crate) mod net;
+pub(crate) mod path;
 pub(crate) mod plan;
-pub(crate) mod set;
+pub(crate) mod router;
 pub(crate) mod stripe;

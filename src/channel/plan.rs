@@ -16,8 +16,10 @@ pub(crate) struct Chunk {
     pub peer: Place,
 }
 
-/// Pieces of one chunk at most: a chunk that scatters further is cut shorter.
+/// Pieces of one chunk at most on the sending side: a chunk that scatters further is cut shorter.
 pub(crate) const MAX_PARTS: usize = 512;
+/// Segments that one chunk crosses at most, merged or not, and so its pieces at most on the receiving side, where fewer may merge.
+pub(crate) const MAX_CROSSED: usize = 4096;
 
 /// The part of a transfer's stream that is not yet cut into chunks.
 #[derive(Debug)]
@@ -26,13 +28,24 @@ pub(crate) struct Stream {
     next: usize,
     /// Bytes of segment `next` already taken.
     taken: u64,
+    total: u64,
     remaining: u64,
 }
 
 impl Stream {
     pub(crate) fn new(segments: Vec<Segment>) -> Stream {
-        let remaining = segments.iter().map(|s| s.len).sum();
-        Stream { segments, next: 0, taken: 0, remaining }
+        let total = segments.iter().map(|s| s.len).sum();
+        Stream { segments, next: 0, taken: 0, total, remaining: total }
+    }
+
+    /// Bytes taken so far: where the next chunk begins.
+    pub(crate) fn offset(&self) -> u64 {
+        self.total - self.remaining
+    }
+
+    /// How many segments there are.
+    pub(crate) fn segments(&self) -> usize {
+        self.segments.len()
     }
 
     /// The list of segments, for its memory.
@@ -52,26 +65,27 @@ impl Stream {
 
     /// Cuts the next chunk: at most `max` bytes and [`MAX_PARTS`] pieces, of one place on both sides.
     pub(crate) fn take(&mut self, max: usize) -> Option<Chunk> {
-        self.cut(max as u64, MAX_PARTS, true)
+        self.cut(max as u64, MAX_PARTS, MAX_CROSSED, true)
     }
 
     /// Cuts exactly `len` bytes, as the sender announced; the peer's place is the sender's business. `None` when fewer remain, or when
-    /// the chunk would mix places of local memory, which no sender that follows the plan does.
+    /// the chunk would mix places of local memory or cross more than [`MAX_CROSSED`] segments, which no sender that follows the plan does.
     pub(crate) fn take_exact(&mut self, len: usize) -> Option<Chunk> {
         if len as u64 > self.remaining {
             return None;
         }
-        let chunk = self.cut(len as u64, usize::MAX, false)?;
+        let chunk = self.cut(len as u64, usize::MAX, MAX_CROSSED, false)?;
         (chunk.len == len).then_some(chunk)
     }
 
-    fn cut(&mut self, max: u64, max_parts: usize, split_on_peer: bool) -> Option<Chunk> {
+    fn cut(&mut self, max: u64, max_parts: usize, max_crossed: usize, split_on_peer: bool) -> Option<Chunk> {
         let first = *self.segments.get(self.next)?;
         // Blocks are mostly alike.
         let alike = (max.div_ceil(first.len) as usize).min(max_parts).min(self.segments.len() - self.next);
         let mut chunk = Chunk { parts: Vec::with_capacity(alike), len: 0, place: first.place, peer: first.peer };
         let mut left = max;
-        while left > 0 {
+        let mut crossed = 0;
+        while left > 0 && crossed < max_crossed {
             let Some(segment) = self.segments.get(self.next) else { break };
             if segment.place != chunk.place || (split_on_peer && segment.peer != chunk.peer) {
                 break;
@@ -85,6 +99,7 @@ impl Stream {
                 _ => chunk.parts.push(Part { addr, len, region: segment.region }),
             }
             left -= len;
+            crossed += 1;
             self.taken += len;
             if self.taken == segment.len {
                 self.next += 1;
@@ -101,7 +116,7 @@ impl Stream {
 /// so small that per-message cost counts.
 pub(crate) fn chunk_len(total: u64, channels: usize, max: usize) -> usize {
     const SMALLEST: u64 = 64 << 10;
-    const PAGE: u64 = 4096;
+    const PAGE: u64 = nccl_net_abi::PAGE as u64;
     let share = total.div_ceil(2 * channels.max(1) as u64).next_multiple_of(PAGE);
     (share.max(SMALLEST) as usize).min(max)
 }

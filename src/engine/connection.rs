@@ -1,61 +1,37 @@
-//! A connection as the application holds it: validates requests, guards the state with one lock, drives progress from the
-//! caller's thread, waits.
+//! A connection as the application holds it: the machine, its channels and its socket under one lock; progress from the caller's
+//! thread; waiting; the end.
 
-use super::driver::Driver;
-use super::fifo::{Access, FifoItem};
-use super::registry::RegionUse;
-use super::shared::Shared;
-use super::spare;
-use super::state::{Request, State};
-use super::transfer::{Direction, LocalSegment, TransferState};
+use super::driver::{pause, Driver, Pause, Situation};
+use super::fifo::FifoItem;
+use super::fork::Local;
+use super::home::Home;
+use super::proto::{Machine, Scheduled, TransferState, MAX_BACKLOG};
+use super::request::{self, Built, RequestBuilder};
+use super::transfer::{Direction, LocalSegment};
+use crate::channel::router::Channels;
 use crate::status::{bail, err, Error, ErrorKind, Result};
-use crate::types::Place;
-use crate::types::Segment;
-use crate::wire::frame::{WireRegion, WireSegment, WireSegments, MAX_NOTIFICATION, MAX_REGIONS, MAX_SEGMENTS, MAX_SEGMENT_BYTES};
+use crate::types::{Place, Segment};
+use crate::wire::control::ControlStream;
+use crate::wire::frame::MAX_NOTIFICATION;
+use crate::wire::queue::RxBuffer;
 use parking_lot::{Condvar, Mutex, MutexGuard};
-use std::collections::HashMap;
 use std::net::IpAddr;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Bytes of notifications that may wait to leave before `notify` blocks.
-const MAX_PENDING: usize = 256 << 20;
-/// On a machine with few cores a poll of a transfer that still lacks this many bytes naps, so that the channels' threads get the core.
-const NAP_BYTES: u64 = 1 << 20;
-/// Bytes that no channel moves in a microsecond: a nap as long as they would take ends before the transfer does.
-const NAP_BYTES_PER_US: u64 = 32 << 10;
-/// Longest nap, microseconds; the nap where several transfers are polled in turn.
-const NAP_MAX_US: u64 = 300;
-const NAP_AMONG_US: u64 = 20;
-
-/// A connection to a peer engine. All methods may be called from any thread.
-pub struct Connection {
-    pub(crate) id: u64,
-    pub(crate) fd: RawFd,
-    shared: Arc<Shared>,
-    state: Mutex<State>,
-    ended: Condvar,
-    waiters: AtomicU32,
-    driver: Driver,
-    /// Set while the progress thread sleeps and answers for this connection: the channels' doorbell.
-    armed: Arc<AtomicU32>,
-    peer_ip: IpAddr,
-    peer: String,
-    peer_gpu_index: i32,
-    peer_engine: [u8; 16],
-    channels: usize,
-    local: bool,
-    /// Set by uccl_engine_start_listener; nothing depends on it.
-    pub listener_started: AtomicBool,
-}
-
-impl std::fmt::Debug for Connection {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Connection to {}", self.peer)
-    }
-}
+/// How long a close takes at most, and how much of it waits for the peer to hang up.
+pub(crate) const CLOSING: Duration = Duration::from_secs(1);
+const HANG_UP: Duration = Duration::from_millis(100);
+/// Chunks handed out before what they announce is flushed: the receiver can post nothing before it knows.
+const BURST: usize = 8;
+/// Reads of the control stream in one round, so that a peer that floods it does not starve the channels.
+const READS: usize = 16;
+/// A thread that waits for a transfer drives this long before it sleeps.
+const WAIT_SPIN: Duration = Duration::from_micros(50);
+/// A channel that rang for nothing is looked at for a failure this often at most.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// Facts about a peer from the handshake.
 pub(crate) struct Peer {
@@ -65,41 +41,133 @@ pub(crate) struct Peer {
     pub engine: [u8; 16],
 }
 
+/// What the lock guards.
+pub(crate) struct Core {
+    machine: Machine,
+    channels: Channels,
+    control: ControlStream,
+    rx: RxBuffer,
+    /// This side has said goodbye: nothing is read or started any more.
+    closing: bool,
+    looked: Instant,
+}
+
+impl Core {
+    pub(crate) fn new(machine: Machine, channels: Channels, control: ControlStream) -> Core {
+        Core { machine, channels, control, rx: RxBuffer::default(), closing: false, looked: Instant::now() }
+    }
+
+    /// Reads the control stream, advances the channels, hands out chunks, flushes, looks at deadlines. `true` when something moved; an
+    /// error means that the connection must end.
+    fn round(&mut self, now: Instant) -> Result<bool> {
+        let mut any = self.read(now)?;
+        if self.channels.busy() {
+            any |= self.machine.drive_channels(&mut self.channels, now)?;
+        }
+        self.pump(now)?;
+        if now >= self.machine.next_tick() {
+            self.machine.tick(&mut self.channels, now)?;
+            self.flush(now)?;
+        }
+        Ok(any)
+    }
+
+    fn read(&mut self, now: Instant) -> Result<bool> {
+        let mut any = false;
+        for _ in 0..READS {
+            let (n, more) = self.control.read(&mut self.rx)?;
+            if n > 0 {
+                any = true;
+                self.machine.heard(n, self.rx.arriving(), now);
+            }
+            // Frames may be there that came with the end of the set-up.
+            while let Some((frame, len)) = self.rx.next()? {
+                any = true;
+                self.machine.handle(frame, &mut self.channels, now)?;
+                self.rx.consume(len);
+            }
+            if !more {
+                break;
+            }
+        }
+        Ok(any)
+    }
+
+    /// Hands out chunks as far as windows allow, and flushes.
+    fn pump(&mut self, now: Instant) -> Result<()> {
+        loop {
+            let scheduled = self.machine.schedule(&mut self.channels, BURST, now)?;
+            self.flush(now)?;
+            if scheduled == Scheduled::Blocked {
+                return Ok(());
+            }
+        }
+    }
+
+    fn flush(&mut self, now: Instant) -> Result<()> {
+        if self.backlog() > 0 {
+            let sent = self.control.flush(&mut self.machine.tx)?;
+            self.machine.told(sent, self.control.pending(), now);
+        }
+        Ok(())
+    }
+
+    /// Bytes that wait to leave on the control stream.
+    fn backlog(&self) -> usize {
+        self.machine.tx.pending() + self.control.pending()
+    }
+}
+
+/// A connection to a peer engine. All methods may be called from any thread.
+pub struct Connection {
+    pub(crate) id: u64,
+    pub(crate) fd: RawFd,
+    home: Arc<Home>,
+    /// Of the process that made the connection: a forked child neither uses nor ends it.
+    core: Local<Mutex<Core>>,
+    ended: Condvar,
+    waiters: AtomicU32,
+    driver: Driver,
+    /// Set while the channels shall ring.
+    armed: Arc<AtomicU32>,
+    peer: Peer,
+    channels: usize,
+    local: bool,
+    /// Set by uccl_engine_start_listener; nothing depends on it.
+    pub listener_started: AtomicBool,
+}
+
+impl std::fmt::Debug for Connection {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Connection to {}", self.peer.name)
+    }
+}
+
 impl Connection {
-    pub(crate) fn new(
-        id: u64,
-        shared: Arc<Shared>,
-        state: State,
-        peer: Peer,
-        channels: usize,
-        armed: Arc<AtomicU32>,
-    ) -> Connection {
+    pub(crate) fn new(home: Arc<Home>, core: Core, peer: Peer, armed: Arc<AtomicU32>) -> Connection {
         Connection {
-            id,
-            fd: state.control.fd(),
+            id: home.connections.next_id(),
+            fd: core.control.fd(),
             local: crate::net::topology::is_local(peer.ip),
-            shared,
-            state: Mutex::new(state),
+            channels: core.channels.count(),
+            home,
+            core: Local::new(Mutex::new(core)),
             ended: Condvar::new(),
             waiters: AtomicU32::new(0),
             driver: Driver::default(),
             armed,
-            peer_ip: peer.ip,
-            peer: peer.name,
-            peer_gpu_index: peer.gpu_index,
-            peer_engine: peer.engine,
-            channels,
+            peer,
             listener_started: AtomicBool::new(false),
         }
     }
 
     /// The peer's address.
     pub fn peer_ip(&self) -> IpAddr {
-        self.peer_ip
+        self.peer.ip
     }
     /// CUDA index of the peer's GPU as it counts, -1 without one.
     pub fn peer_gpu_index(&self) -> i32 {
-        self.peer_gpu_index
+        self.peer.gpu_index
     }
     /// The peer runs on this host.
     pub fn is_local(&self) -> bool {
@@ -117,89 +185,33 @@ impl Connection {
     /// # Errors
     /// `InvalidArgument`, `NotFound` (region), `Resource`, or why the connection is lost. Nothing moves then.
     pub fn transfer(&self, direction: Direction, items: impl ExactSizeIterator<Item = (LocalSegment, FifoItem)>) -> Result<u64> {
+        self.core.check("connection")?;
         let n = items.len();
-        if n > MAX_SEGMENTS {
-            bail!(InvalidArgument, "{n} segments, at most {MAX_SEGMENTS}");
-        }
-        let built = self.build(items)?;
-        let now = Instant::now();
-        let mut state = self.state.lock();
-        let request = match built {
-            Built::Request(request) => request,
-            Built::Refused(error) => {
-                log::error!("{}: {error}", self.peer);
-                return state.start_failed(error, now);
-            }
-        };
-        let result = match direction {
-            Direction::Write => state.start_write(request, now),
-            Direction::Read => state.start_read(request, now),
-        };
-        self.started(state, result)
-    }
-
-    fn build(&self, items: impl ExactSizeIterator<Item = (LocalSegment, FifoItem)>) -> Result<Built> {
-        let mut locals = Table::new();
-        let mut remotes: Table<([u8; 16], u64)> = Table::new();
-        let n = items.len();
-        let (segments, remote) = if n < spare::MANY {
-            (Vec::with_capacity(n), WireSegments::default())
+        let builder = if n < super::spare::MANY {
+            RequestBuilder::new(n, &self.home.registry, self.peer.engine, None)
         } else {
-            let kept = &mut self.state.lock().spare;
-            (kept.list(n), kept.wire(n))
-        };
-        let mut request = Request { segments, uses: Vec::new(), remote, remote_regions: Vec::new(), total: 0 };
-        // Blocks of one region follow each other: what the last item said about the region need not be worked out again.
-        let mut last: Option<(FifoItem, Access, u16)> = None;
-        for (local, item) in items {
-            let len = local.len as u64;
-            let region = locals.index(local.mr, || {
-                request.uses.push(self.shared.registry.local(local.mr)?);
-                Ok(())
-            })?;
-            request.uses[usize::from(region)].check(local.addr as u64, len)?;
-            let (access, remote_region) = match last {
-                Some((known, access, region)) if known.same_region(&item) => (access, region),
-                _ => {
-                    let access = item.access()?;
-                    if access.engine != self.peer_engine {
-                        return Ok(Built::Refused(err!(
-                            RemoteAccess,
-                            "the FIFO item of region {} belongs to another engine than this peer (has it restarted?)",
-                            access.region
-                        )));
-                    }
-                    let region = remotes.index((access.token, access.region), || {
-                        request.remote_regions.push(WireRegion { id: access.region, token: access.token });
-                        Ok(())
-                    })?;
-                    last = Some((item, access, region));
-                    (access, region)
-                }
-            };
-            if item.addr.checked_add(len).is_none() {
-                return Ok(Built::Refused(err!(RemoteAccess, "[{:#x}, +{len}) wraps around", item.addr)));
+            let spare = &mut self.core.lock().machine.spare;
+            RequestBuilder::new(n, &self.home.registry, self.peer.engine, Some(spare))
+        }?;
+        let built = builder.build(items)?;
+        let now = Instant::now();
+        let mut core = self.core.lock();
+        match built {
+            Built::Refused(error) => {
+                self.admit(&core, 0, &[])?;
+                log::error!("{}: {error}", self.peer.name);
+                Ok(core.machine.start_failed(error))
             }
-            let place = request.uses[usize::from(region)].place;
-            request.total += len;
-            let mut at = 0;
-            while at < len {
-                let piece = (len - at).min(MAX_SEGMENT_BYTES);
-                if request.segments.len() == MAX_SEGMENTS {
-                    bail!(InvalidArgument, "more than {MAX_SEGMENTS} segments of at most 1 GiB");
-                }
-                request.segments.push(Segment { addr: local.addr as u64 + at, len: piece, region, place, peer: access.place });
-                request.remote.push(WireSegment {
-                    addr: item.addr + at,
-                    len: piece as u32,
-                    region: remote_region,
-                    initiator: place,
-                    owner: access.place,
-                });
-                at += piece;
+            Built::Request(request) => {
+                self.admit(&core, request.segments.len(), &request.pairs)?;
+                let Core { machine, channels, .. } = &mut *core;
+                let started = match direction {
+                    Direction::Write => machine.start_write(request, channels, now),
+                    Direction::Read => machine.start_read(request, now),
+                };
+                self.started(core, started, now)
             }
         }
-        Ok(Built::Request(request))
     }
 
     /// Starts a two-sided send of one message gathered from segments; gives its id.
@@ -207,32 +219,13 @@ impl Connection {
     /// # Errors
     /// As [`Connection::transfer`].
     pub fn send(&self, items: impl ExactSizeIterator<Item = LocalSegment>) -> Result<u64> {
-        let n = items.len();
-        if n > MAX_SEGMENTS {
-            bail!(InvalidArgument, "{n} segments, at most {MAX_SEGMENTS}");
-        }
-        let mut locals = Table::new();
-        let (mut segments, mut uses) = (Vec::with_capacity(n), Vec::new());
-        for local in items {
-            let region = locals.index(local.mr, || {
-                uses.push(self.shared.registry.local(local.mr)?);
-                Ok(())
-            })?;
-            let used: &RegionUse = &uses[usize::from(region)];
-            used.check(local.addr as u64, local.len as u64)?;
-            if local.len > 0 {
-                segments.push(Segment {
-                    addr: local.addr as u64,
-                    len: local.len as u64,
-                    region,
-                    place: used.place,
-                    peer: Place::HOST,
-                });
-            }
-        }
-        let mut state = self.state.lock();
-        let result = state.start_send(segments, uses, Instant::now());
-        self.started(state, result)
+        self.core.check("connection")?;
+        let (segments, uses) = request::message(items, &self.home.registry)?;
+        let now = Instant::now();
+        let mut core = self.core.lock();
+        self.admit(&core, segments.len(), &[])?;
+        let id = core.machine.start_send(segments, uses, now);
+        self.started(core, Ok(id), now)
     }
 
     /// Starts a receive of one message of at most `local.len` bytes; gives its id.
@@ -240,45 +233,60 @@ impl Connection {
     /// # Errors
     /// As [`Connection::transfer`].
     pub fn recv(&self, local: LocalSegment) -> Result<u64> {
-        let region = self.shared.registry.local(local.mr)?;
-        region.check(local.addr as u64, local.len as u64)?;
-        let segment =
-            Segment { addr: local.addr as u64, len: local.len as u64, region: 0, place: region.place, peer: Place::HOST };
-        let mut state = self.state.lock();
-        let result = state.start_receive(segment, region, Instant::now());
-        self.started(state, result)
+        self.core.check("connection")?;
+        let region = self.home.registry.local(local.mr)?;
+        let (addr, len) = (local.addr as u64, local.len as u64);
+        region.check(addr, len)?;
+        let segment = Segment { addr, len, region: 0, place: region.place, peer: Place::HOST };
+        let now = Instant::now();
+        let mut core = self.core.lock();
+        self.admit(&core, 1, &[])?;
+        let id = core.machine.start_receive(segment, region, now);
+        self.started(core, Ok(id), now)
     }
 
-    /// Queues a notification for the peer.
+    /// Queues a notification for the peer. Where a large backlog waits it waits too, until there is room or the connection has failed.
     ///
     /// # Errors
     /// `InvalidArgument` above 64 MiB, or why the connection is lost.
     pub fn notify(&self, name: &[u8], message: &[u8]) -> Result<()> {
+        self.core.check("connection")?;
         let size = name.len().saturating_add(message.len());
         if size > MAX_NOTIFICATION {
             bail!(InvalidArgument, "a notification of {size} bytes, at most {MAX_NOTIFICATION}");
         }
-        let mut state = self.state.lock();
-        while state.control.pending() + size > MAX_PENDING && state.dead().is_none() {
-            self.drive(&mut state);
-            MutexGuard::unlocked(&mut state, || std::thread::sleep(Duration::from_micros(100)));
+        let mut core = self.core.lock();
+        while core.backlog() + size > MAX_BACKLOG && core.machine.dead().is_none() && !core.closing {
+            self.drive(&mut core);
+            MutexGuard::unlocked(&mut core, || std::thread::sleep(Duration::from_micros(100)));
         }
-        let result = state.notify(name, message, Instant::now());
-        self.started(state, result)
+        self.admit(&core, 0, &[])?;
+        let now = Instant::now();
+        core.machine.notify(name, message, now);
+        self.started(core, Ok(()), now)
     }
 
-    /// After work was added: a failure of the connection ends it; the progress thread is told when it must poll.
-    fn started<T>(&self, mut state: MutexGuard<'_, State>, result: Result<T>) -> Result<T> {
+    /// Whether a transfer may start. What fails here leaves the connection alive; what fails later ends it.
+    fn admit(&self, core: &Core, segments: usize, pairs: &[(Place, Place)]) -> Result<()> {
+        if core.closing {
+            core.machine.alive()?;
+            bail!(Canceled, "the connection is being closed");
+        }
+        core.machine.admit(segments, pairs, &core.channels)
+    }
+
+    /// After work was added: the first chunks leave from here, and the progress thread is told when it must poll.
+    fn started<T>(&self, mut core: MutexGuard<'_, Core>, started: Result<T>, now: Instant) -> Result<T> {
+        let result = started.and_then(|value| core.pump(now).map(|()| value));
         match &result {
-            Err(e) if state.dead().is_none() && !matches!(e.kind(), ErrorKind::InvalidArgument | ErrorKind::Resource) => {
-                self.fail_locked(&mut state, e.clone());
-            }
+            Err(e) => self.fail_locked(&mut core, e.clone()),
             Ok(_) => {
-                let backlog = state.control.pending() > 0;
-                drop(state);
-                self.shared.work_added(backlog);
+                let needs_help = core.backlog() > 0 || (core.channels.busy() && !self.home.doorbells);
+                drop(core);
+                if needs_help {
+                    self.home.attend(self.id);
+                }
             }
-            Err(_) => {}
         }
         result
     }
@@ -288,10 +296,8 @@ impl Connection {
     /// # Errors
     /// Why it is not, once it is lost or closed.
     pub fn status(&self) -> Result<()> {
-        match self.state.lock().dead() {
-            Some(e) => Err(e.clone()),
-            None => Ok(()),
-        }
+        self.core.check("connection")?;
+        self.core.lock().machine.alive()
     }
 
     // ---- progress ----
@@ -301,38 +307,48 @@ impl Connection {
     /// # Errors
     /// The error the transfer ended with, or `NotFound`.
     pub fn poll(&self, id: u64) -> Result<TransferState> {
-        let mut state = self.state.lock();
-        let before = state.lookup(id)?;
-        if before.complete || state.dead().is_some() {
+        self.core.check("connection")?;
+        let mut core = self.core.lock();
+        let before = core.machine.lookup(id)?;
+        if before.complete || core.machine.dead().is_some() {
             return Ok(before);
         }
-        // Of several transfers polled in turn none may hold up the others for long.
-        let only_this = self.shared.polled_again(self.id, id);
-        let missing = before.bytes_total - before.bytes_done;
-        let few_cores = self.shared.few_cores && !state.copies_pending();
-        if few_cores && only_this && missing > NAP_BYTES && state.lanes_busy() && self.shared.plugin.is_soft() {
-            drop(state);
+        let situation = self.situation(&core, id, &before);
+        let planned = pause(&situation);
+        if let Pause::HandOver(nap) = planned {
+            drop(core);
             // Rung by the channels, the progress thread does the same with fewer rounds, and this core is theirs.
             if self.driver.stop() {
-                self.shared.ring();
+                self.home.attend(self.id);
             }
-            std::thread::sleep(Duration::from_micros((missing / NAP_BYTES_PER_US).min(NAP_MAX_US)));
-            self.driver.leave(self.shared.clock());
-            return self.state.lock().lookup(id);
+            std::thread::sleep(nap);
+            self.driver.leave(self.home.clock());
+            return self.core.lock().machine.lookup(id);
         }
-        self.driver.enter(self.shared.clock());
-        let any = self.drive(&mut state);
-        let after = state.lookup(id)?;
-        // The channels' threads, or those of a peer on this host, are at work.
-        let give_way = few_cores && !any && !after.complete && (state.lanes_busy() || after.bytes_total > NAP_BYTES);
-        drop(state);
-        if give_way && after.bytes_total - after.bytes_done > NAP_BYTES {
-            std::thread::sleep(Duration::from_micros(NAP_AMONG_US));
-        } else if give_way {
-            std::thread::yield_now();
+        self.driver.enter(self.home.clock());
+        let any = self.drive(&mut core);
+        let after = core.machine.lookup(id)?;
+        drop(core);
+        match planned {
+            _ if any || after.complete => {}
+            Pause::Nap(nap) => std::thread::sleep(nap),
+            Pause::Yield => std::thread::yield_now(),
+            Pause::None | Pause::HandOver(_) => {}
         }
-        self.driver.leave(self.shared.clock());
+        self.driver.leave(self.home.clock());
         Ok(after)
+    }
+
+    fn situation(&self, core: &Core, id: u64, state: &TransferState) -> Situation {
+        Situation {
+            few_cores: self.home.few_cores,
+            doorbell: self.home.doorbells,
+            only_this: self.home.polled_again(self.id, id),
+            channels_busy: core.channels.busy(),
+            copying: core.channels.copies_pending(),
+            missing: state.bytes_total - state.bytes_done,
+            total: state.bytes_total,
+        }
     }
 
     /// Waits until a transfer has ended, at most `timeout`; `complete` tells whether it has.
@@ -340,154 +356,204 @@ impl Connection {
     /// # Errors
     /// As [`Connection::poll`].
     pub fn wait(&self, id: u64, timeout: Option<Duration>) -> Result<TransferState> {
+        self.core.check("connection")?;
         let started = Instant::now();
         let deadline = timeout.map(|t| started + t);
-        let spin = Duration::from_micros(50);
         loop {
-            let now_state = self.poll(id)?;
+            let state = self.poll(id)?;
             let now = Instant::now();
-            if now_state.complete || deadline.is_some_and(|d| now >= d) {
-                return Ok(now_state);
+            if state.complete || deadline.is_some_and(|d| now >= d) {
+                return Ok(state);
             }
-            if now - started < spin {
+            if now - started < WAIT_SPIN {
                 continue;
             }
             // Sleep; the progress thread drives from here and wakes us when something has ended.
             self.driver.stop();
-            self.shared.ring();
-            let mut state = self.state.lock();
+            self.home.attend(self.id);
+            let mut core = self.core.lock();
             self.waiters.fetch_add(1, Ordering::AcqRel);
             let until = deadline.unwrap_or(now + Duration::from_millis(100)).min(now + Duration::from_millis(100));
-            while state.outcomes.is_running(id) && !self.ended.wait_until(&mut state, until).timed_out() {}
+            let running = |core: &Core| matches!(core.machine.lookup(id), Ok(TransferState { complete: false, .. }));
+            while running(&core) && !self.ended.wait_until(&mut core, until).timed_out() {}
             self.waiters.fetch_sub(1, Ordering::AcqRel);
         }
     }
 
-    /// One round of progress; a failure ends the connection. Returns whether anything moved.
-    fn drive(&self, state: &mut State) -> bool {
-        if state.dead().is_some() {
+    /// A round of progress; wakes waiters when a transfer has ended. `true` when something moved.
+    fn drive(&self, core: &mut Core) -> bool {
+        if core.machine.dead().is_some() {
             return false;
         }
-        let before = state.outcomes.ended();
-        let any = match state.progress(true, Instant::now()) {
+        let now = Instant::now();
+        if core.closing {
+            let _ = core.flush(now);
+            return false;
+        }
+        let before = core.machine.ended();
+        let any = match core.round(now) {
             Ok(any) => any,
             Err(e) => {
-                self.fail_locked(state, e);
+                self.fail_locked(core, e);
                 true
             }
         };
-        if state.outcomes.ended() != before && self.waiters.load(Ordering::Acquire) > 0 {
+        if core.machine.ended() != before && self.waiters.load(Ordering::Acquire) > 0 {
             self.ended.notify_all();
         }
         any
     }
 
-    /// A round of progress by an application thread that waits for something other than a transfer.
-    pub(crate) fn drive_for_application(&self) {
-        let Some(mut state) = self.state.try_lock() else { return };
-        if state.dead().is_none() {
-            self.driver.enter(self.shared.clock());
-            self.drive(&mut state);
-            self.driver.leave(self.shared.clock());
-        }
+    /// A round of progress by an application thread that waits for something other than a transfer. Whether something moved, or is
+    /// under way.
+    pub(crate) fn drive_for_application(&self) -> bool {
+        let Some(mut core) = self.core.try_lock() else { return true };
+        self.driver.enter(self.home.clock());
+        let any = self.drive(&mut core) || (core.machine.busy() && core.machine.dead().is_none());
+        drop(core);
+        self.driver.leave(self.home.clock());
+        any
     }
 
     /// For how long an application thread has been driving it, if one does at present.
     pub(crate) fn driven_by_application(&self) -> Option<Duration> {
-        self.driver.active(self.shared.clock()).map(Duration::from_micros)
+        self.driver.active(self.home.clock()).map(Duration::from_micros)
     }
 
-    /// Lets the channels' doorbell ring, or no longer.
+    /// Lets the channels ring, or no longer.
     pub(crate) fn arm(&self, on: bool) {
         self.armed.store(u32::from(on), Ordering::SeqCst);
     }
 
-    /// A round of the progress thread; skipped while an application thread is at it.
-    pub(crate) fn progress(&self) -> Progress {
-        let Some(mut state) = self.state.try_lock() else {
-            return Progress { any: false, busy: true, lanes_busy: false, copying: false, backlog: false };
-        };
-        let any = self.drive(&mut state);
+    /// What the channels ring with.
+    pub(crate) fn doorbell(&self) -> Arc<AtomicU32> {
+        self.armed.clone()
+    }
+
+    /// A round of the progress thread. `must`: waits for the lock; otherwise leaves the round to whoever holds it.
+    pub(crate) fn progress(&self, must: bool) -> Progress {
+        let held = if must { Some(self.core.lock()) } else { self.core.try_lock() };
+        let Some(mut core) = held else { return Progress::left_alone() };
+        let any = self.drive(&mut core);
         Progress {
             any,
-            busy: state.busy(),
-            lanes_busy: state.lanes_busy(),
-            copying: state.copies_pending(),
-            backlog: state.control.pending() > 0,
+            channels_busy: core.channels.busy(),
+            copying: core.channels.copies_pending(),
+            backlog: core.backlog() > 0,
+            busy: core.machine.busy() || core.channels.busy(),
+            dead: core.machine.dead().is_some(),
+            next_tick: Some(core.machine.next_tick()),
         }
     }
 
-    /// Deadlines and heartbeats; at most every few tens of milliseconds. `false` once the connection is dead.
-    pub(crate) fn tick(&self, now: Instant) -> bool {
-        let Some(mut state) = self.state.try_lock() else { return true };
-        if state.dead().is_some() {
-            return false;
+    /// A channel rang and nothing moved: it may have failed.
+    pub(crate) fn look_for_failure(&self) {
+        let mut core = self.core.lock();
+        let now = Instant::now();
+        if core.machine.dead().is_some() || core.closing || now - core.looked < LOOK {
+            return;
         }
-        // What has arrived counts before the peer is called silent.
-        self.drive(&mut state);
-        if state.dead().is_none() {
-            let before = state.outcomes.ended();
-            // `now` may lie before what drive() saw; times compare saturating.
-            let now = now.max(state.last_rx());
-            if let Err(e) = state.tick(now) {
-                self.fail_locked(&mut state, e);
-            }
-            if state.outcomes.ended() != before {
-                self.ended.notify_all();
-            }
+        core.looked = now;
+        let Core { machine, channels, .. } = &mut *core;
+        if let Err(e) = machine.note_network(channels, now) {
+            self.fail_locked(&mut core, e);
         }
-        state.dead().is_none()
     }
 
     // ---- the end ----
 
-    fn fail_locked(&self, state: &mut State, error: Error) {
-        if state.dead().is_some() {
+    /// A defect of this library has left the connection in an unknown state.
+    pub(crate) fn abandon(&self) {
+        self.fail_locked(&mut self.core.lock(), err!(Internal, "a defect of the library; the log has its place"));
+    }
+
+    fn fail_locked(&self, core: &mut Core, error: Error) {
+        if core.machine.dead().is_some() {
             return;
         }
-        let lost = state.outcomes.in_flight();
-        let error = Error::new(error.kind(), format_args!("{}: {error}", self.peer));
+        let lost = core.machine.in_flight();
+        let ours = error.kind() != ErrorKind::RemoteDisconnect;
+        let error = Error::new(error.kind(), format_args!("{}: {error}", self.peer.name));
         match (error.kind(), lost) {
             (ErrorKind::Canceled, 0) => log::debug!("{error}"),
             (ErrorKind::Canceled, n) => log::info!("{n} transfers canceled: {error}"),
             (ErrorKind::RemoteDisconnect, 0) => log::info!("{error}"),
             (_, n) => log::error!("connection failed with {n} transfers in flight: {error}"),
         }
-        self.shared.unwatch(self.fd);
-        state.fail(error);
+        self.home.bell.unwatch(self.fd);
+        core.machine.fail(error.clone(), &mut core.channels);
+        // The peer learns what this side knows, as far as the socket takes it.
+        let now = Instant::now();
+        if ours && !core.closing {
+            core.machine.say_bye(Some(&error), now);
+        }
+        let _ = core.flush(now);
+        core.control.shutdown_write();
         self.ended.notify_all();
     }
 
     /// Closes the connection: what is queued for the peer leaves first (for a second at most), then transfers in flight are canceled.
     pub fn close(&self) {
-        let deadline = Instant::now() + Duration::from_secs(1).min(self.shared.config.close_timeout);
-        let mut state = self.state.lock();
-        while state.control.pending() > 0 && state.dead().is_none() && Instant::now() < deadline {
-            self.drive(&mut state);
-            MutexGuard::unlocked(&mut state, || std::thread::sleep(Duration::from_micros(50)));
+        self.say_goodbye();
+        self.finish_close(Instant::now() + CLOSING.min(self.home.close_timeout));
+    }
+
+    /// Tells the peer that no more comes; waits for nothing. [`Connection::finish_close`] does the rest.
+    pub(crate) fn say_goodbye(&self) {
+        if !self.core.is_here() {
+            return;
         }
-        if state.dead().is_none() {
-            state.say_bye();
+        let mut core = self.core.lock();
+        if core.machine.dead().is_none() && !core.closing {
+            // What has arrived still counts.
+            self.drive(&mut core);
+            let now = Instant::now();
+            core.machine.say_bye(None, now);
+            core.closing = true;
+            let _ = core.flush(now);
+        }
+    }
+
+    /// Ends the connection: once what is queued has left and the peer has hung up, or at the deadline.
+    pub(crate) fn finish_close(&self, deadline: Instant) {
+        if !self.core.is_here() {
+            return;
+        }
+        let mut core = self.core.lock();
+        while core.machine.dead().is_none() && core.backlog() > 0 && Instant::now() < deadline {
+            if core.flush(Instant::now()).is_err() || core.control.hung_up() {
+                break;
+            }
+            MutexGuard::unlocked(&mut core, || std::thread::sleep(Duration::from_micros(50)));
+        }
+        if core.machine.dead().is_none() {
+            let left = core.backlog();
+            if left > 0 {
+                log::warn!("{}: closed with {left} bytes of the control stream unsent", self.peer.name);
+            }
+            core.control.shutdown_write();
             // Closing a socket with unread bytes resets it, and the peer could lose what was sent last: read on until it hangs up.
-            state.control.shutdown_write();
-            state.control.drain(Duration::from_millis(100));
-            self.fail_locked(&mut state, err!(Canceled, "closed on this side"));
+            let until = deadline.min(Instant::now() + HANG_UP);
+            while !core.control.hung_up() && Instant::now() < until {
+                MutexGuard::unlocked(&mut core, || std::thread::sleep(Duration::from_micros(50)));
+            }
+            self.fail_locked(&mut core, err!(Canceled, "closed on this side"));
         }
-        drop(state);
-        self.shared.forget(self.id);
+        drop(core);
+        self.home.connections.remove(self.id);
     }
 
     /// Fails the connection if a transfer of it still uses the region.
     pub(crate) fn fail_if_using(&self, region: u64, error: Error) {
-        let mut state = self.state.lock();
-        if state.uses_region(region) {
-            self.fail_locked(&mut state, error);
+        let mut core = self.core.lock();
+        if core.machine.uses_region(region) {
+            self.fail_locked(&mut core, error);
         }
     }
 
     /// Drops the plugin's registrations of a region.
     pub(crate) fn forget_region(&self, id: u64) {
-        self.state.lock().forget_region(id);
+        self.core.lock().channels.forget_region(id);
     }
 }
 
@@ -497,50 +563,21 @@ impl Drop for Connection {
     }
 }
 
-/// What a round of progress found.
+/// What a round of the progress thread found.
 pub(crate) struct Progress {
     pub any: bool,
-    pub busy: bool,
-    pub lanes_busy: bool,
+    pub channels_busy: bool,
     pub copying: bool,
     pub backlog: bool,
+    /// Something waits for the network or the peer.
+    pub busy: bool,
+    pub dead: bool,
+    pub next_tick: Option<Instant>,
 }
 
-enum Built {
-    Request(Request),
-    /// Understood, and known to be refused by the peer: becomes a transfer that has failed.
-    Refused(Error),
-}
-
-/// Numbers distinct keys in the order they appear; made for the common case of the same key again and again.
-struct Table<K> {
-    last: Option<(K, u16)>,
-    all: HashMap<K, u16>,
-}
-
-impl<K: Copy + Eq + std::hash::Hash> Table<K> {
-    fn new() -> Self {
-        Table { last: None, all: HashMap::new() }
-    }
-    fn index(&mut self, key: K, add: impl FnOnce() -> Result<()>) -> Result<u16> {
-        if let Some((last, index)) = self.last {
-            if last == key {
-                return Ok(index);
-            }
-        }
-        let index = match self.all.get(&key) {
-            Some(&index) => index,
-            None => {
-                if self.all.len() == MAX_REGIONS {
-                    bail!(InvalidArgument, "more than {MAX_REGIONS} regions in one transfer");
-                }
-                add()?;
-                let index = self.all.len() as u16;
-                self.all.insert(key, index);
-                index
-            }
-        };
-        self.last = Some((key, index));
-        Ok(index)
+impl Progress {
+    /// Another thread is at it.
+    fn left_alone() -> Progress {
+        Progress { any: false, channels_busy: true, copying: false, backlog: false, busy: true, dead: false, next_tick: None }
     }
 }

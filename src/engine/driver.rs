@@ -1,7 +1,8 @@
-//! Who drives a connection: the progress thread, or an application thread that polls in a loop. Pure; time is the caller's, in
-//! microseconds.
+//! Who drives a connection: the progress thread, or an application thread that polls in a loop; and what either does when there is
+//! nothing to do. Pure; time is the caller's.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// A poll within this time after the last one returned is part of a loop that drives the connection. A thread that looks in less often
 /// must not keep the progress thread away: the connection would move only when it looks in.
@@ -9,7 +10,7 @@ const TIGHT_US: u64 = 50;
 /// How long after such a poll the thread is taken to go on polling.
 const WINDOW_US: u64 = 400;
 
-/// The polls of application threads, as the progress thread sees them.
+/// The polls of application threads, as the progress thread sees them; times in microseconds.
 #[derive(Debug, Default)]
 pub(crate) struct Driver {
     /// When the last poll returned.
@@ -48,6 +49,127 @@ impl Driver {
     }
 }
 
+/// A poll of a transfer, before it returns.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Situation {
+    /// Threads compete for cores: nobody spins while another could work.
+    pub few_cores: bool,
+    /// The channels' threads ring when something is done.
+    pub doorbell: bool,
+    /// The same transfer was polled last.
+    pub only_this: bool,
+    /// Chunks are under way on the channels.
+    pub channels_busy: bool,
+    /// A device copies; nobody rings when it is done.
+    pub copying: bool,
+    /// Bytes that the transfer lacks.
+    pub missing: u64,
+    /// Bytes of the transfer.
+    pub total: u64,
+}
+
+/// What a poll does besides looking.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pause {
+    /// Drives, and returns at once.
+    None,
+    /// Drives, and lets another thread have the core if nothing moved.
+    Yield,
+    /// Drives, and sleeps if nothing moved.
+    Nap(Duration),
+    /// Leaves the driving to the progress thread and sleeps: the channels' threads need the core.
+    HandOver(Duration),
+}
+
+/// A transfer that still lacks this many bytes is large: its poll may sleep.
+const NAP_BYTES: u64 = 1 << 20;
+/// Bytes that no channel moves in a microsecond: a nap as long as they would take ends before the transfer does.
+const NAP_BYTES_PER_US: u64 = 32 << 10;
+/// Longest nap, microseconds; the nap where several transfers are polled in turn.
+const NAP_MAX_US: u64 = 300;
+const NAP_AMONG_US: u64 = 20;
+
+/// What a poll does when the transfer is not done.
+pub(crate) fn pause(s: &Situation) -> Pause {
+    if !s.few_cores || s.copying {
+        return Pause::None;
+    }
+    let large = s.missing > NAP_BYTES;
+    if large && s.only_this && s.channels_busy && s.doorbell {
+        return Pause::HandOver(Duration::from_micros((s.missing / NAP_BYTES_PER_US).min(NAP_MAX_US)));
+    }
+    // The channels' threads, or those of a peer on this host, are at work. Of several transfers polled in turn none may hold up the
+    // others for long.
+    match (s.channels_busy || s.total > NAP_BYTES, large) {
+        (true, true) => Pause::Nap(Duration::from_micros(NAP_AMONG_US)),
+        (true, false) => Pause::Yield,
+        (false, _) => Pause::None,
+    }
+}
+
+/// What the progress thread found in a round.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Round {
+    /// Something moved.
+    pub any: bool,
+    /// Some connection waits for channels that nobody rings for.
+    pub polled: bool,
+    /// Chunks are under way on some channel.
+    pub channels_busy: bool,
+    /// A device copies.
+    pub copying: bool,
+    /// An application thread drives some connection; the shortest time for which one does.
+    pub driven: Option<Duration>,
+    /// Some connection has something to do, or waits for its peer.
+    pub active: bool,
+    /// Connections are in the engine's care.
+    pub watched: bool,
+}
+
+/// What the progress thread does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// Another round at once.
+    Again,
+    /// Another round at once, since spinning is cheaper than waking.
+    Spin,
+    /// Another round after others have had the core.
+    Yield,
+    /// Waits for an event, at most so long.
+    Sleep(Duration),
+}
+
+/// Sleep while an application thread drives a connection: as long as it has driven until now, within these bounds. Each look takes the
+/// application's core for a moment.
+const STAND_BY: [Duration; 2] = [Duration::from_micros(400), Duration::from_millis(2)];
+/// Longest sleep while something is under way, and with nothing to do.
+const BUSY_SLEEP: Duration = Duration::from_millis(50);
+const IDLE_SLEEP: Duration = Duration::from_secs(10);
+
+/// What the progress thread does after a round. `quiet`: time since something last moved; `spin`: how long to spin after that.
+pub(crate) fn step(round: &Round, quiet: Duration, spin: Duration, few_cores: bool) -> Step {
+    if round.any {
+        return Step::Again;
+    }
+    // Nobody rings when a device has finished a copy.
+    if round.copying {
+        return Step::Spin;
+    }
+    // With doorbells the channels' threads wake us; on few cores spinning would only take theirs.
+    let rung = (round.channels_busy || round.driven.is_some()) && !round.polled && few_cores;
+    if !rung && quiet < spin && round.watched {
+        return Step::Spin;
+    }
+    if round.polled {
+        return Step::Yield;
+    }
+    Step::Sleep(match round.driven {
+        Some(since) => since.clamp(STAND_BY[0], STAND_BY[1]),
+        None if round.active => BUSY_SLEEP,
+        None => IDLE_SLEEP,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -81,6 +203,61 @@ mod tests {
                 poll(&driver, i * (pause + 5), i * (pause + 5) + 5);
                 assert_eq!(driver.active(i * (pause + 5) + 5), None, "every {pause} us");
             }
+        }
+    }
+
+    const FEW: Situation = Situation {
+        few_cores: true,
+        doorbell: true,
+        only_this: true,
+        channels_busy: true,
+        copying: false,
+        missing: 64 << 20,
+        total: 64 << 20,
+    };
+
+    #[test]
+    fn a_poll_sleeps_only_where_others_need_the_core() {
+        let us = Duration::from_micros;
+        let cases = [
+            (FEW, Pause::HandOver(us(NAP_MAX_US))),
+            (Situation { missing: 2 << 20, ..FEW }, Pause::HandOver(us(64))),
+            (Situation { few_cores: false, ..FEW }, Pause::None),
+            (Situation { copying: true, ..FEW }, Pause::None),
+            (Situation { only_this: false, ..FEW }, Pause::Nap(us(NAP_AMONG_US))),
+            (Situation { doorbell: false, ..FEW }, Pause::Nap(us(NAP_AMONG_US))),
+            (Situation { channels_busy: false, ..FEW }, Pause::Nap(us(NAP_AMONG_US))),
+            (Situation { missing: NAP_BYTES, ..FEW }, Pause::Yield),
+            (Situation { missing: 4096, total: 4096, ..FEW }, Pause::Yield),
+            (Situation { missing: 4096, total: 4096, channels_busy: false, ..FEW }, Pause::None),
+        ];
+        for (situation, expected) in cases {
+            assert_eq!(pause(&situation), expected, "{situation:?}");
+        }
+    }
+
+    #[test]
+    fn the_progress_thread_spins_only_while_that_pays() {
+        let (now, later, spin) = (Duration::ZERO, Duration::from_millis(1), Duration::from_micros(100));
+        let idle = Round { watched: true, ..Round::default() };
+        let busy = Round { active: true, channels_busy: true, ..idle };
+        let cases = [
+            (Round { any: true, ..idle }, later, true, Step::Again),
+            (Round { copying: true, ..idle }, later, true, Step::Spin),
+            (idle, now, true, Step::Spin),
+            (idle, later, false, Step::Sleep(IDLE_SLEEP)),
+            (Round { watched: false, ..idle }, now, false, Step::Sleep(IDLE_SLEEP)),
+            (Round { active: true, ..idle }, later, false, Step::Sleep(BUSY_SLEEP)),
+            (busy, now, false, Step::Spin),
+            (busy, now, true, Step::Sleep(BUSY_SLEEP)),
+            (Round { polled: true, ..busy }, now, true, Step::Spin),
+            (Round { polled: true, ..busy }, later, true, Step::Yield),
+            (Round { driven: Some(now), ..idle }, now, true, Step::Sleep(STAND_BY[0])),
+            (Round { driven: Some(later), ..idle }, later, false, Step::Sleep(later)),
+            (Round { driven: Some(Duration::from_secs(1)), ..idle }, later, true, Step::Sleep(STAND_BY[1])),
+        ];
+        for (round, quiet, few_cores, expected) in cases {
+            assert_eq!(step(&round, quiet, spin, few_cores), expected, "{round:?} after {quiet:?}, few cores: {few_cores}");
         }
     }
 }

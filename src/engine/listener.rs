@@ -1,152 +1,161 @@
-//! The listening port. Incoming sockets are watched until a whole hello is here; only then do they cost a thread. Strangers are
-//! dropped at the first wrong byte, silent ones at the handshake timeout; neither delays anybody else.
+//! The listening ports of an engine: which addresses they are bound to, and what peers are told. Knows nothing of handshakes.
 
-use super::setup;
-use super::shared::Shared;
-use crate::status::{Error, Result};
-use crate::wire::handshake::{Hello, HELLO_BYTES};
-use std::io::Read;
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
-use std::sync::atomic::Ordering;
-use std::sync::Arc;
-use std::time::Instant;
+use super::limits;
+use crate::addresses::Bind;
+use crate::net::topology::{self, Interface, NameFilter};
+use crate::status::{bail, Error, Result};
+use socket2::{Domain, Protocol, Socket, Type};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 
-/// Sockets without a whole hello; beyond this the oldest is dropped.
-const MAX_PENDING: usize = 1024;
-/// Handshakes under way at once; further peers wait in the pending list.
-const MAX_SETUPS: usize = 256;
+/// How often another port is tried when the system's choice is taken on the loopback address.
+const TRIES: usize = 16;
+/// Connects that the kernel holds ready.
+const BACKLOG: i32 = 1024;
 
-/// Opens the listening port on all addresses.
-pub(crate) fn open(port: u16) -> Result<TcpListener> {
-    let what = || format!("listening on port {port}");
-    let open = |v6: bool| -> std::io::Result<TcpListener> {
-        use socket2::{Domain, Protocol, Socket, Type};
-        let socket = Socket::new(if v6 { Domain::IPV6 } else { Domain::IPV4 }, Type::STREAM, Some(Protocol::TCP))?;
-        socket.set_reuse_address(true)?;
-        let any = if v6 {
-            socket.set_only_v6(false)?;
-            SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, port))
-        } else {
-            SocketAddr::from((std::net::Ipv4Addr::UNSPECIFIED, port))
+/// The ports that an engine listens on.
+#[derive(Debug)]
+pub(crate) struct Listeners {
+    /// Non-blocking; all of the same port.
+    pub sockets: Vec<TcpListener>,
+    /// The address that peers are told.
+    pub address: SocketAddr,
+}
+
+/// "ip:port?gpu", with brackets around an IPv6 address.
+pub(crate) fn metadata(address: SocketAddr, gpu: &str) -> String {
+    format!("{address}?{gpu}")
+}
+
+/// The address of the control interface: IPv4 where there is one, else global IPv6; the loopback address only where the filter names
+/// it, or the host has no other.
+fn control_address(filter: Option<&str>, all: &[Interface]) -> Option<IpAddr> {
+    let names = filter.map(NameFilter::parse);
+    let virtual_name = |name: &str| {
+        ["docker", "podman", "veth", "br-", "virbr", "cni", "flannel", "cali", "vxlan"].iter().any(|p| name.starts_with(p))
+    };
+    let usable = |ip: IpAddr| match ip {
+        IpAddr::V4(v4) => !v4.is_unspecified() && !v4.is_multicast() && (names.is_some() || !v4.is_link_local()),
+        // Metadata has no place for the scope of a link-local address.
+        IpAddr::V6(v6) => !v6.is_unspecified() && !v6.is_multicast() && v6.segments()[0] & 0xFFC0 != 0xFE80,
+    };
+    let chosen = all.iter().filter(|i| usable(i.addr) && names.as_ref().is_none_or(|f| f.admits(&i.name)));
+    // With a filter the order of the host's interfaces counts, else the kind.
+    let rank = |i: &Interface| (names.is_none() && i.loopback, names.is_none() && virtual_name(&i.name), i.addr.is_ipv6());
+    chosen.min_by_key(|i| rank(i)).map(|i| i.addr)
+}
+
+/// Opens the listening port.
+///
+/// # Errors
+/// `InvalidArgument` when no interface fits, `System` (port taken, address not of this host), `Resource`.
+pub(crate) fn open(bind: Bind, filter: Option<&str>, port: u16) -> Result<Listeners> {
+    let interfaces = topology::interfaces();
+    let told = match (bind, control_address(filter, &interfaces)) {
+        (Bind::Address(ip), _) => ip,
+        (_, Some(ip)) => ip,
+        (_, None) => match filter {
+            Some(filter) => bail!(InvalidArgument, "no interface with a usable address matches {filter:?}"),
+            None => bail!(InvalidArgument, "no interface of this host has a usable IPv4 or global IPv6 address"),
+        },
+    };
+    if told.is_loopback() && filter.is_none() && bind == Bind::Interface {
+        log::warn!("this host has no network but its loopback interface: only peers on this host can connect");
+    }
+    let loopback: IpAddr = if told.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
+    for attempt in 0.. {
+        let main = match bind {
+            Bind::Any => listen_any(port)?,
+            _ => listen(SocketAddr::new(told, port), true).map_err(|e| failed(SocketAddr::new(told, port), &e))?,
         };
-        socket.bind(&any.into())?;
-        socket.listen(1024)?;
-        socket.set_nonblocking(true)?;
-        Ok(socket.into())
-    };
+        let local = main.local_addr().map_err(|e| limits::system("listening socket", &e))?;
+        let address = SocketAddr::new(told, local.port());
+        if bind != Bind::Interface || told.is_loopback() {
+            return Ok(Listeners { sockets: vec![main], address });
+        }
+        // Processes of this host may connect by the loopback address.
+        match listen(SocketAddr::new(loopback, local.port()), true) {
+            Ok(local) => return Ok(Listeners { sockets: vec![main, local], address }),
+            Err(_) if port == 0 && attempt < TRIES => {}
+            Err(e) => {
+                log::info!("port {} is not available on {loopback}: {e}; peers of this host connect to {told}", local.port());
+                return Ok(Listeners { sockets: vec![main], address });
+            }
+        }
+    }
+    bail!(Internal, "no port")
+}
+
+fn failed(address: SocketAddr, e: &std::io::Error) -> Error {
+    limits::system(&format!("listening on {address}"), e)
+}
+
+fn listen_any(port: u16) -> Result<TcpListener> {
+    let (v6, v4) = (SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)), SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)));
     // Hosts without IPv6 are common in containers.
-    open(true).or_else(|_| open(false)).map_err(|e| Error::system(what(), &e))
+    listen(v6, false).or_else(|_| listen(v4, false)).map_err(|e| failed(v4, &e))
 }
 
-struct Pending {
-    sock: TcpStream,
-    address: SocketAddr,
-    since: Instant,
-    bytes: [u8; HELLO_BYTES],
-    filled: usize,
-}
-
-enum Next {
-    Wait,
-    Drop(String),
-    Serve,
-}
-
-impl Pending {
-    fn read(&mut self) -> Next {
-        while self.filled < HELLO_BYTES {
-            match self.sock.read(&mut self.bytes[self.filled..]) {
-                Ok(0) => return Next::Drop("closed before its hello".into()),
-                Ok(n) => {
-                    self.filled += n;
-                    if !Hello::plausible(&self.bytes[..self.filled.min(8)]) {
-                        return Next::Drop("does not speak this protocol".into());
-                    }
-                }
-                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Next::Wait,
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(e) => return Next::Drop(e.to_string()),
-            }
-        }
-        Next::Serve
+fn listen(address: SocketAddr, only_v6: bool) -> std::io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(only_v6)?;
     }
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    Ok(socket.into())
 }
 
-/// Runs until the engine closes.
-pub(crate) fn run(shared: &Arc<Shared>, listener: &TcpListener, wake: &impl AsRawFd) {
-    let mut pending: Vec<Pending> = Vec::new();
-    while !shared.closing.load(Ordering::Acquire) {
-        wait(listener, wake, &pending);
-        admit(listener, &mut pending);
-        let mut kept = Vec::with_capacity(pending.len());
-        for mut p in pending {
-            match p.read() {
-                Next::Drop(why) => log::info!("{}: dropped: {why}", p.address),
-                Next::Wait if p.since.elapsed() > shared.config.handshake_timeout => log::info!("{}: dropped: silent", p.address),
-                Next::Wait => kept.push(p),
-                Next::Serve if shared.setups_running() >= MAX_SETUPS => {
-                    std::thread::sleep(setup::RETRY);
-                    kept.push(p);
-                }
-                Next::Serve => serve(shared, p),
-            }
-        }
-        pending = kept;
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpStream;
+
+    fn interface(name: &str, addr: &str) -> Interface {
+        let addr: IpAddr = addr.parse().unwrap();
+        Interface { name: name.into(), addr, loopback: addr.is_loopback() }
     }
-}
 
-fn wait(listener: &TcpListener, wake: &impl AsRawFd, pending: &[Pending]) {
-    let entry = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-    let mut fds: Vec<libc::pollfd> = [listener.as_raw_fd(), wake.as_raw_fd()].into_iter().map(entry).collect();
-    // A whole hello that waits for a thread would make poll return at once.
-    fds.extend(pending.iter().filter(|p| p.filled < HELLO_BYTES).map(|p| entry(p.sock.as_raw_fd())));
-    let timeout = if pending.is_empty() { -1 } else { 20 };
-    // SAFETY: the array is writable and has that many entries.
-    unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout) };
-}
-
-fn admit(listener: &TcpListener, pending: &mut Vec<Pending>) {
-    loop {
-        match listener.accept() {
-            Ok((sock, address)) => {
-                if sock.set_nonblocking(true).is_err() {
-                    continue;
-                }
-                if pending.len() == MAX_PENDING {
-                    let oldest = pending.remove(0);
-                    log::warn!("{}: dropped: {MAX_PENDING} connections wait for their hello", oldest.address);
-                }
-                pending.push(Pending { sock, address, since: Instant::now(), bytes: [0; HELLO_BYTES], filled: 0 });
-            }
-            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return,
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM)) => {
-                log::error!("accepting a connection: {e}");
-                std::thread::sleep(setup::RETRY);
-                return;
-            }
-            // The peer went away between its connect and our accept.
-            Err(_) => {}
-        }
+    #[test]
+    fn the_control_interface_is_a_real_one_where_there_is_one() {
+        let address = |filter, all: &[(&str, &str)]| {
+            control_address(filter, &all.iter().map(|(n, a)| interface(n, a)).collect::<Vec<_>>()).map(|ip| ip.to_string())
+        };
+        let lo = ("lo", "127.0.0.1");
+        let some = |text: &str| Some(text.to_owned());
+        assert_eq!(address(None, &[lo, ("docker0", "172.17.0.1"), ("eth0", "10.0.0.1")]), some("10.0.0.1"));
+        assert_eq!(address(None, &[lo, ("lo", "::1"), ("eth0", "fe80::1"), ("eth0", "fd00::7")]), some("fd00::7"), "IPv6 only");
+        assert_eq!(address(None, &[("eth0", "fd00::7"), ("eth0", "10.0.0.1")]), some("10.0.0.1"));
+        assert_eq!(address(None, &[lo, ("eth0", "fe80::1"), ("eth1", "169.254.3.4")]), some("127.0.0.1"));
+        assert_eq!(address(Some("=lo"), &[("eth0", "10.0.0.1"), lo]), some("127.0.0.1"));
+        assert_eq!(address(Some("eth"), &[lo, ("eth1", "10.0.1.1"), ("eth0", "10.0.0.1")]), some("10.0.1.1"));
+        assert_eq!(address(Some("eth"), &[lo, ("eth0", "fe80::1")]), None);
+        assert_eq!(address(None, &[]), None);
     }
-}
 
-fn serve(shared: &Arc<Shared>, p: Pending) {
-    let shared = shared.clone();
-    let address = p.address;
-    let work = move || {
-        let theirs = Hello::decode(&p.bytes);
-        match setup::accept(&shared, p.sock, theirs) {
-            Ok(connection) => {
-                let mut accepts = shared.accepts.lock();
-                accepts.ready.push_back(connection);
-                drop(accepts);
-                shared.accept_ready.notify_one();
-            }
-            Err(e) => log::warn!("{address}: connection not set up: {e}"),
-        }
-    };
-    if let Err(e) = std::thread::Builder::new().name("uccl-setup".into()).spawn(work) {
-        log::error!("{address}: no thread for its set-up: {e}");
+    #[test]
+    fn only_the_bound_addresses_listen() {
+        let reaches = |ip: &str, port| TcpStream::connect((ip, port)).is_ok();
+        let one = open(Bind::Address("127.0.0.2".parse().unwrap()), None, 0).unwrap();
+        let port = one.address.port();
+        assert_eq!(one.address.to_string(), format!("127.0.0.2:{port}"));
+        assert!(reaches("127.0.0.2", port) && !reaches("127.0.0.1", port) && !reaches("127.0.0.3", port));
+        let any = open(Bind::Any, Some("=lo"), 0).unwrap();
+        let port = any.address.port();
+        assert!(reaches("127.0.0.1", port) && reaches("127.0.0.3", port));
+        let interface = open(Bind::Interface, None, 0).unwrap();
+        let port = interface.address.port();
+        assert!(reaches(&interface.address.ip().to_string(), port) && reaches("127.0.0.1", port) && !reaches("127.0.0.3", port));
+        assert_eq!(
+            open(Bind::Address("192.0.2.1".parse().unwrap()), None, 0).unwrap_err().kind(),
+            crate::status::ErrorKind::System
+        );
+    }
+
+    #[test]
+    fn metadata_brackets_ipv6() {
+        assert_eq!(metadata("10.0.0.1:77".parse().unwrap(), "-1"), "10.0.0.1:77?-1");
+        assert_eq!(metadata("[fd00::1]:77".parse().unwrap(), "0000:4a:00.0"), "[fd00::1]:77?0000:4a:00.0");
     }
 }

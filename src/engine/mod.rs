@@ -1,17 +1,33 @@
-//! The engine: the life of a request. `connection` is what an application holds, `state` what happens on the wire, `setup` and
-//! `listener` bring connections up, `progress` drives them, `registry` and `notify` are the engine-wide tables.
+//! The engine: the life of a request. `connection` is what an application holds, `proto` the protocol without
+//! sockets and clocks, `progress` drives it, `registry` and `notify` are the engine-wide tables. `listener`, `setups`, `outgoing` and what they use bring connections up.
 
+mod accepts;
+mod attempt;
+mod bell;
+mod build;
 mod connection;
+mod connections;
+mod dial;
 mod driver;
+mod ending;
+mod fabric;
 mod fifo;
+mod fork;
+mod gpus;
+mod home;
+mod limits;
+mod link;
 mod listener;
 mod notify;
+mod outgoing;
 mod progress;
+mod proto;
 mod registry;
+mod request;
 mod setup;
-mod shared;
+mod setups;
+mod site;
 mod spare;
-mod state;
 mod transfer;
 
 pub use connection::Connection;
@@ -22,11 +38,10 @@ pub use transfer::{Direction, LocalSegment, TransferState};
 use crate::config::Config;
 use crate::net::plugin::Plugin;
 use crate::net::topology;
-use crate::status::{bail, err, Error, Result};
+use crate::status::{bail, err, Result};
+use accepts::Accepts;
 use parking_lot::Mutex;
-use shared::Shared;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::sync::atomic::Ordering;
+use site::{Gate, Identity, Plugins, Site};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -48,12 +63,24 @@ pub struct NicInfo {
     pub ptr_support: i32,
 }
 
-/// An engine. All methods may be called from any thread. Dropping it shuts it down.
+/// An engine. All methods may be called from any thread. Dropping it shuts it down. In a child of fork an engine of the parent does
+/// nothing: what gives a result gives an error, and dropping it leaves the parent's alone.
 pub struct Engine {
-    shared: Arc<Shared>,
     metadata: String,
-    listener_wake: OwnedFd,
-    threads: Mutex<Vec<JoinHandle<()>>>,
+    parts: fork::Local<Parts>,
+}
+
+/// What an engine is made of.
+struct Parts {
+    site: Arc<Site>,
+    accepts: Arc<Accepts<Connection>>,
+    threads: Mutex<Threads>,
+}
+
+#[derive(Default)]
+struct Threads {
+    setup: Option<JoinHandle<()>>,
+    progress: Option<JoinHandle<()>>,
 }
 
 impl std::fmt::Debug for Engine {
@@ -62,53 +89,45 @@ impl std::fmt::Debug for Engine {
     }
 }
 
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
-    std::thread::Builder::new().name(name.into()).spawn(body).map_err(|e| Error::system("thread", &e))
-}
-
 impl Engine {
     /// Creates an engine: loads the plugins, opens the listening port, starts the threads.
     ///
     /// # Errors
-    /// `PluginLoad`, `Plugin`, `System` (port taken), `InvalidArgument` (configuration).
+    /// `PluginLoad`, `Plugin`, `System` (port taken), `InvalidArgument` (configuration), `Resource`.
     pub fn new(config: Config) -> Result<Arc<Engine>> {
         crate::logging::init();
-        let plugin = Plugin::choose(&config)?;
-        if plugin.devices.is_empty() {
-            bail!(Plugin, "plugin {} found no network device", plugin.name);
+        let gpus = gpus::Gpus::new(config.emulate_device);
+        let device = Plugin::choose(&config, &|| gpus.own())?;
+        if device.devices.is_empty() {
+            bail!(Plugin, "plugin {} found no network device", device.name);
         }
-        let host_plugin = if plugin.is_soft() { None } else { Some(Plugin::soft(&config)?) };
-        let filter = config.socket_ifname.clone();
-        let Some(interface) = topology::control_address(filter.as_deref()) else {
-            bail!(InvalidArgument, "no interface with an IPv4 address matches {:?}", filter.unwrap_or_default())
-        };
-        let listener = listener::open(config.port)?;
-        let port = listener.local_addr().map_err(|e| Error::system("listening socket", &e))?.port();
-        let shared = Arc::new(Shared::new(config, plugin, host_plugin)?);
-        let metadata = format!("{}:{port}?{}", interface.addr, shared.gpu_name());
-        // SAFETY: a plain system call; the descriptor is checked and owned at once.
-        let wake = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
-        if wake < 0 {
-            return Err(Error::system("eventfd", &std::io::Error::last_os_error()));
-        }
-        // SAFETY: a fresh descriptor.
-        let listener_wake = unsafe { OwnedFd::from_raw_fd(wake) };
-        let clone = listener_wake.try_clone().map_err(|e| Error::system("eventfd", &e))?;
-        let nics: Vec<String> = shared.plugin.devices.iter().map(|d| format!("{} ({} Mbit/s)", d.name, d.speed_mbps)).collect();
-        let origin = shared.plugin.path.as_ref().map_or("built in".to_owned(), |p| p.display().to_string());
-        log::info!(
-            "engine {metadata}: plugin {} ({origin}), NICs {}, GPU {}",
-            shared.plugin.name,
-            nics.join(", "),
-            shared.gpu_name()
-        );
-        let engine = Engine { shared: shared.clone(), metadata, listener_wake, threads: Mutex::default() };
-        let listening = shared.clone();
-        engine.threads.lock().push(spawn("uccl-listen", move || {
-            progress::block_signals();
-            listener::run(&listening, &listener, &clone);
-        })?);
-        engine.threads.lock().push(spawn("uccl-progress", move || progress::run(&shared))?);
+        let host = if device.traits.host_memory { None } else { Some(Plugin::soft()?) };
+        let plugins = Plugins { device, host };
+        let ports = listener::open(config.bind, config.socket_ifname.as_deref(), config.port)?;
+        let metadata = listener::metadata(ports.address, &gpus.name());
+        announce(&metadata, &plugins, &gpus);
+        let limits = limits::Limits::of_process();
+        let home = Arc::new(home::Home::new(bell::Bell::new()?, plugins.device.traits.doorbell, config.close_timeout));
+        let accepts = Arc::new(Accepts::new(limits.waiting));
+        let site = Arc::new(Site {
+            identity: Identity::new(&config)?,
+            plugins,
+            gpus,
+            limits,
+            allow: config.allow.clone(),
+            outgoing: Gate::new(limits.outgoing),
+            ending: ending::Ending::new()?,
+            notifications: notify::Queue::new(),
+            home: home.clone(),
+            config,
+        });
+        let spin = site.config.spin;
+        let parts = Parts { site: site.clone(), accepts: accepts.clone(), threads: Mutex::default() };
+        let engine = Engine { metadata, parts: fork::Local::new(parts) };
+        let mut threads = engine.parts.threads.lock();
+        threads.progress = Some(limits::spawn("uccl-progress", move || progress::run(&home, spin))?);
+        threads.setup = Some(setups::start(site, accepts, ports.sockets)?);
+        drop(threads);
         Ok(Arc::new(engine))
     }
 
@@ -119,17 +138,16 @@ impl Engine {
 
     /// Name of the plugin that carries device memory.
     pub fn plugin_name(&self) -> &str {
-        &self.shared.plugin.name
+        &self.parts.site.plugins.device.name
     }
 
     /// The plugin that carries device memory.
     pub fn plugin(&self) -> &Plugin {
-        &self.shared.plugin
+        &self.parts.site.plugins.device
     }
 
     /// Interfaces that the plugins offer.
     pub fn nics(&self) -> Vec<NicInfo> {
-        let plugins = std::iter::once(&self.shared.plugin).chain(&self.shared.host_plugin);
         let describe = |plugin: &Arc<Plugin>| {
             let name = plugin.name.clone();
             plugin.devices.clone().into_iter().map(move |d| NicInfo {
@@ -141,7 +159,7 @@ impl Engine {
                 ptr_support: d.ptr_support,
             })
         };
-        plugins.flat_map(describe).collect()
+        self.parts.site.plugins.all().flat_map(describe).collect()
     }
 
     /// Connects to a peer engine; blocks until all channels are up.
@@ -149,7 +167,8 @@ impl Engine {
     /// # Errors
     /// `Unreachable`, `TimedOut`, `Auth`, `Protocol`, `Unsupported` (other plugin), `Plugin`.
     pub fn connect(&self, ip: &str, remote_gpu: &str, port: u16) -> Result<Arc<Connection>> {
-        setup::connect(&self.shared, ip, remote_gpu, port)
+        self.alive()?;
+        outgoing::connect(&self.parts.site, ip, remote_gpu, port)
     }
 
     /// Takes the next incoming connection; blocks.
@@ -157,22 +176,15 @@ impl Engine {
     /// # Errors
     /// `Canceled` after [`Engine::stop_accept`].
     pub fn accept(&self) -> Result<Arc<Connection>> {
-        let mut accepts = self.shared.accepts.lock();
-        loop {
-            if accepts.stopped {
-                return Err(err!(Canceled, "accept was stopped"));
-            }
-            if let Some(connection) = accepts.ready.pop_front() {
-                return Ok(connection);
-            }
-            self.shared.accept_ready.wait(&mut accepts);
-        }
+        self.parts.check("engine")?;
+        self.parts.accepts.take()
     }
 
     /// Wakes blocked accepts; they and later ones end.
     pub fn stop_accept(&self) {
-        self.shared.accepts.lock().stopped = true;
-        self.shared.accept_ready.notify_all();
+        if self.parts.is_here() {
+            self.parts.accepts.stop();
+        }
     }
 
     /// Registers memory; gives the region's id.
@@ -184,8 +196,8 @@ impl Engine {
             bail!(InvalidArgument, "cannot register {len} bytes at {addr:#x}");
         }
         self.alive()?;
-        let place = self.shared.place_of(addr as u64)?;
-        self.shared.registry.add(addr as u64, len as u64, place)
+        let place = self.parts.site.gpus.place_of(addr as u64)?;
+        self.parts.site.home.registry.add(addr as u64, len as u64, place)
     }
 
     /// Ends a registration. Waits for transfers that use it; what has not ended by the close deadline is failed with its connection.
@@ -193,13 +205,14 @@ impl Engine {
     /// # Errors
     /// `NotFound`.
     pub fn deregister(&self, mr: u64) -> Result<()> {
-        let retired = self.shared.registry.retire(mr)?;
-        let deadline = Instant::now() + self.shared.config.close_timeout;
+        self.parts.check("engine")?;
+        let retired = self.parts.site.home.registry.retire(mr)?;
+        let deadline = Instant::now() + self.parts.site.config.close_timeout;
         let mut pause = Duration::from_micros(20);
         while retired.in_use() {
             if Instant::now() >= deadline {
                 // Closing the channels is the only way to be sure that nothing touches the memory any more.
-                for connection in self.shared.all() {
+                for connection in self.parts.site.home.connections.all() {
                     connection.fail_if_using(mr, err!(Canceled, "region {mr} was deregistered while transfers used it"));
                 }
                 break;
@@ -207,7 +220,7 @@ impl Engine {
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(1));
         }
-        for connection in self.shared.all() {
+        for connection in self.parts.site.home.connections.all() {
             connection.forget_region(retired.id());
         }
         Ok(())
@@ -218,34 +231,41 @@ impl Engine {
     /// # Errors
     /// `NotFound`, `InvalidArgument`.
     pub fn fifo_item(&self, mr: u64, addr: usize, len: usize) -> Result<FifoItem> {
-        let region = self.shared.registry.local(mr)?;
+        self.parts.check("engine")?;
+        let region = self.parts.site.home.registry.local(mr)?;
         region.check(addr as u64, len as u64)?;
-        let access = fifo::Access { region: mr, token: region.token, engine: self.shared.engine_id, place: region.place };
+        let access =
+            fifo::Access { region: mr, token: region.token, engine: self.parts.site.identity.engine(), place: region.place };
         Ok(FifoItem::new(addr as u64, len as u64, &access))
     }
 
     /// Whether some region holds the address.
     pub fn is_registered(&self, addr: usize) -> bool {
-        self.shared.registry.holds_address(addr as u64)
+        self.parts.is_here() && self.parts.site.home.registry.holds_address(addr as u64)
     }
 
     /// Takes this engine's oldest notification.
     pub fn next_notification(&self) -> Option<Notification> {
-        self.shared.notifications.pop().or_else(|| {
+        if !self.parts.is_here() {
+            return None;
+        }
+        self.parts.site.notifications.pop().or_else(|| {
             self.drive();
-            self.shared.notifications.pop()
+            self.parts.site.notifications.pop()
         })
     }
 
-    /// Drives all connections once: whoever asks for notifications and finds none is about to ask again.
+    /// Drives what has something to read: whoever asks for notifications and finds none is about to ask again.
     pub(crate) fn drive(&self) {
-        for connection in self.shared.all() {
-            connection.drive_for_application();
+        if !self.parts.is_here() {
+            return;
         }
+        self.parts.site.home.drive_ready();
     }
 
     fn alive(&self) -> Result<()> {
-        if self.shared.closing.load(Ordering::Acquire) {
+        self.parts.check("engine")?;
+        if self.parts.site.ending.begun() {
             bail!(Canceled, "the engine is shut down");
         }
         Ok(())
@@ -253,39 +273,49 @@ impl Engine {
 
     /// Shuts the engine down: see uccl_engine_destroy. Later calls do nothing.
     pub fn shutdown(&self) {
-        // Connections that are up go first, orderly, while the threads still run.
-        self.stop_accept();
-        let waiting = std::mem::take(&mut self.shared.accepts.lock().ready);
-        for connection in waiting {
-            connection.close();
-        }
-        for connection in self.shared.all() {
-            connection.close();
-        }
-        if self.shared.closing.swap(true, Ordering::AcqRel) {
+        if !self.parts.is_here() {
             return;
         }
-        self.shared.abort_setups();
-        self.shared.arm(true);
-        self.shared.ring();
-        let one = 1u64.to_ne_bytes();
-        // SAFETY: eight readable bytes, a live eventfd.
-        unsafe { libc::write(self.listener_wake.as_raw_fd(), one.as_ptr().cast(), 8) };
-        for thread in self.threads.lock().drain(..) {
-            let _ = thread.join();
+        let Parts { site, accepts, threads } = &*self.parts;
+        accepts.stop();
+        if site.ending.begin() {
+            return;
         }
-        let deadline = Instant::now() + self.shared.config.close_timeout;
-        while self.shared.setups_running() > 0 && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(1));
+        // First nothing new comes: connects and set-ups under way end.
+        site.outgoing.wake();
+        site.home.connections.close();
+        let mut threads = std::mem::take(&mut *threads.lock());
+        join(threads.setup.take());
+        // Then all say goodbye, and share one deadline.
+        let waiting = accepts.drain();
+        let all = site.home.connections.all();
+        for connection in &all {
+            connection.say_goodbye();
         }
-        // A set-up that ended between the two steps above.
-        for connection in self.shared.all() {
-            connection.close();
+        let deadline = Instant::now() + connection::CLOSING.min(site.config.close_timeout);
+        for connection in &all {
+            connection.finish_close(deadline);
         }
-        let lost = self.shared.notifications.len();
+        drop(waiting);
+        site.home.end();
+        join(threads.progress.take());
+        let lost = site.notifications.len();
         if lost > 0 {
             log::warn!("engine {}: {lost} notifications were never taken", self.metadata);
         }
+    }
+}
+
+fn announce(metadata: &str, plugins: &Plugins, gpus: &gpus::Gpus) {
+    let plugin = &plugins.device;
+    let nics: Vec<String> = plugin.devices.iter().map(|d| format!("{} ({} Mbit/s)", d.name, d.speed_mbps)).collect();
+    let origin = plugin.path.as_ref().map_or("built in".to_owned(), |p| p.display().to_string());
+    log::info!("engine {metadata}: plugin {} ({origin}), NICs {}, GPU {}", plugin.name, nics.join(", "), gpus.name());
+}
+
+fn join(thread: Option<JoinHandle<()>>) {
+    if let Some(thread) = thread {
+        let _ = thread.join();
     }
 }
 

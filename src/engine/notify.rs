@@ -1,8 +1,9 @@
 //! Received notifications: a queue per engine, drained per engine or over the whole process in order of arrival.
 
+use crate::status::{bail, Result};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 /// A notification as the peer sent it.
@@ -14,14 +15,35 @@ pub struct Notification {
     pub msg: Vec<u8>,
 }
 
-/// Bytes that may wait in one engine's queue. An application that drains nothing loses the connection that goes beyond, with an
-/// error, and not its notifications.
-pub(crate) const MAX_WAITING_BYTES: usize = 1 << 30;
+/// Bytes that may wait in one engine's queue, and of one connection there. An application that drains nothing loses the connection that
+/// goes beyond, with an error, and not its notifications.
+const MAX_WAITING: usize = 1 << 30;
+const MAX_WAITING_OF_ONE: usize = 256 << 20;
+/// What a notification costs besides its bytes.
+const OVERHEAD: usize = 128;
 
 #[derive(Default)]
 struct Waiting {
-    items: VecDeque<(u64, Notification)>,
+    items: VecDeque<Item>,
     bytes: usize,
+}
+
+struct Item {
+    /// Number of its arrival in the process.
+    number: u64,
+    notification: Notification,
+    /// What its connection has waiting.
+    of_one: Arc<AtomicUsize>,
+}
+
+impl Item {
+    fn cost(&self) -> usize {
+        cost(&self.notification)
+    }
+}
+
+fn cost(notification: &Notification) -> usize {
+    notification.name.len() + notification.msg.len() + OVERHEAD
 }
 
 /// The queue of an engine.
@@ -40,24 +62,27 @@ impl Queue {
         queue
     }
 
-    /// Adds a notification; `false` when the queue is full.
-    pub(crate) fn push(&self, notification: Notification) -> bool {
+    /// Adds a notification.
+    fn push(&self, notification: Notification, of_one: &Arc<AtomicUsize>) -> Result<()> {
+        let cost = cost(&notification);
         let mut waiting = self.0.lock();
-        let bytes = notification.name.len() + notification.msg.len();
-        if waiting.bytes + bytes > MAX_WAITING_BYTES {
-            return false;
+        if of_one.load(Ordering::Relaxed) + cost > MAX_WAITING_OF_ONE || waiting.bytes + cost > MAX_WAITING {
+            bail!(Resource, "the application takes no notifications, and {} bytes of them wait", waiting.bytes);
         }
-        waiting.bytes += bytes;
+        waiting.bytes += cost;
+        of_one.fetch_add(cost, Ordering::Relaxed);
         // The number is drawn under the queue's lock, so the numbers of one queue rise.
-        waiting.items.push_back((ARRIVALS.fetch_add(1, Ordering::Relaxed), notification));
-        true
+        let number = ARRIVALS.fetch_add(1, Ordering::Relaxed);
+        waiting.items.push_back(Item { number, notification, of_one: of_one.clone() });
+        Ok(())
     }
 
     pub(crate) fn pop(&self) -> Option<Notification> {
         let mut waiting = self.0.lock();
-        let (_, notification) = waiting.items.pop_front()?;
-        waiting.bytes -= notification.name.len() + notification.msg.len();
-        Some(notification)
+        let item = waiting.items.pop_front()?;
+        waiting.bytes -= item.cost();
+        item.of_one.fetch_sub(item.cost(), Ordering::Relaxed);
+        Some(item.notification)
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -65,7 +90,27 @@ impl Queue {
     }
 
     fn oldest(&self) -> Option<u64> {
-        self.0.lock().items.front().map(|(n, _)| *n)
+        self.0.lock().items.front().map(|item| item.number)
+    }
+}
+
+/// One connection's way into the queue of its engine.
+pub(crate) struct Inbox {
+    queue: Arc<Queue>,
+    waiting: Arc<AtomicUsize>,
+}
+
+impl Inbox {
+    pub(crate) fn new(queue: &Arc<Queue>) -> Inbox {
+        Inbox { queue: queue.clone(), waiting: Arc::default() }
+    }
+
+    /// Adds a notification of this connection.
+    ///
+    /// # Errors
+    /// `Resource` when too much waits.
+    pub(crate) fn push(&self, name: &[u8], message: &[u8]) -> Result<()> {
+        self.queue.push(Notification { name: name.to_vec(), msg: message.to_vec() }, &self.waiting)
     }
 }
 
@@ -78,5 +123,32 @@ pub fn next_notification_of_process() -> Option<Notification> {
         if let Some(notification) = queue.pop() {
             return Some(notification);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::ErrorKind;
+
+    #[test]
+    fn one_connection_fills_its_own_share_only_and_empty_ones_count() {
+        let queue = Queue::new();
+        let (greedy, other) = (Inbox::new(&queue), Inbox::new(&queue));
+        let mut taken = 0usize;
+        let error = loop {
+            match greedy.push(b"", b"") {
+                Ok(()) => taken += 1,
+                Err(e) => break e,
+            }
+        };
+        assert_eq!((error.kind(), taken), (ErrorKind::Resource, MAX_WAITING_OF_ONE / OVERHEAD));
+        other.push(b"n", b"m").unwrap();
+        for _ in 0..taken {
+            assert_eq!(queue.pop().unwrap().name, b"");
+        }
+        assert_eq!(queue.pop(), Some(Notification { name: b"n".to_vec(), msg: b"m".to_vec() }));
+        assert_eq!((queue.pop(), queue.len()), (None, 0));
+        greedy.push(b"", b"").unwrap();
     }
 }

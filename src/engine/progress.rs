@@ -1,19 +1,18 @@
-//! The progress thread of an engine: drives every connection while there is work, spins briefly for the next piece of it, then
-//! sleeps in epoll. A connection that an application thread polls is left to that thread.
+//! The progress thread of an engine: drives the connections that have something to do, spins briefly for the next piece of it, then
+//! sleeps in epoll. Only what a socket, a bell, a timer or another thread names is driven; a connection that an application thread
+//! polls is left to that thread.
 
+use super::bell::WAKE;
 use super::connection::Connection;
-use super::shared::{Shared, WAKE};
-use std::sync::atomic::Ordering;
+use super::driver::{step, Round, Step};
+use super::home::Home;
+use reactor::Interest;
+use std::cmp::Reverse;
+use std::collections::hash_map::Entry;
+use std::collections::{BinaryHeap, HashMap};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// Deadlines and heartbeats are looked at this often.
-const TICK: Duration = Duration::from_millis(50);
-/// Sleep while an application thread drives a connection: it may stop at any time, so as long as it has driven until now, within these
-/// bounds. Each look takes its core for some 20 microseconds: one in two milliseconds stays outside of the p99 of small operations.
-const STAND_BY: [Duration; 2] = [Duration::from_micros(400), Duration::from_millis(2)];
-/// Longest sleep without a connection.
-const IDLE: Duration = Duration::from_secs(10);
 
 /// Default of UCCL_TCPX_SPIN_US: the time in which a peer's next small request is likely. Sleeping and waking costs tens of
 /// microseconds on virtual machines.
@@ -32,126 +31,223 @@ pub(crate) fn block_signals() {
     }
 }
 
-/// A connection as this thread sees it.
-struct Watched {
+/// A connection that has something to do.
+struct Active {
     connection: Arc<Connection>,
-    /// What wakes this thread for it.
-    interest: i32,
+    /// What of its socket wakes this thread.
+    interest: Interest,
     /// An application thread drives it at present.
     driven: bool,
+    /// A channel rang; if nothing moves, it may have failed.
+    rang: bool,
 }
 
-impl Watched {
-    fn watch(&mut self, shared: &Shared, interest: i32) {
-        if self.interest != interest {
-            self.interest = interest;
-            shared.watch(&self.connection, interest);
-        }
+/// A connection in this thread's care.
+struct Known {
+    /// Its channels' doorbell.
+    armed: Arc<AtomicU32>,
+    /// It has an entry among the timers.
+    timed: bool,
+}
+
+/// What the thread keeps between rounds.
+struct Driving<'a> {
+    home: &'a Home,
+    known: HashMap<u64, Known>,
+    active: HashMap<u64, Active>,
+    /// When connections next want to be looked at, at the earliest; at most one entry a connection.
+    timers: BinaryHeap<Reverse<(Instant, u64)>>,
+}
+
+impl<'a> Driving<'a> {
+    fn new(home: &'a Home) -> Driving<'a> {
+        Driving { home, known: HashMap::new(), active: HashMap::new(), timers: BinaryHeap::new() }
     }
-}
 
-#[derive(Default)]
-struct Round {
-    any: bool,
-    busy: bool,
-    lanes_busy: bool,
-    copying: bool,
-    /// An application thread drives some connection; the shortest time for which one does.
-    driven: Option<Duration>,
-}
-
-/// One round over all connections but those that an application thread drives.
-fn drive(shared: &Shared, watched: &mut [Watched]) -> Round {
-    let mut round = Round::default();
-    for w in watched {
-        let driven = w.connection.driven_by_application();
-        w.driven = driven.is_some();
-        if let Some(since) = driven {
-            round.driven = Some(round.driven.map_or(since, |other| other.min(since)));
-            w.watch(shared, 0);
-            continue;
-        }
-        let p = w.connection.progress();
-        round.any |= p.any;
-        round.busy |= p.busy;
-        round.lanes_busy |= p.lanes_busy;
-        round.copying |= p.copying;
-        w.watch(shared, if p.backlog { libc::EPOLLIN | libc::EPOLLOUT } else { libc::EPOLLIN });
-    }
-    round
-}
-
-/// Lets the doorbells ring that this thread answers for, or silences them all.
-fn arm(shared: &Shared, watched: &[Watched], on: bool) {
-    for w in watched {
-        w.connection.arm(on && !w.driven);
-    }
-    shared.arm(on);
-}
-
-/// Runs until the engine closes.
-pub(crate) fn run(shared: &Arc<Shared>) {
-    block_signals();
-    let spin = shared.config.spin.unwrap_or_else(default_spin);
-    let few_cores = shared.few_cores;
-    let doorbells = shared.plugin.is_soft();
-    let mut watched: Vec<Watched> = Vec::new();
-    let mut seen = u64::MAX;
-    let mut last_activity = Instant::now();
-    let mut last_tick = Instant::now();
-    let mut tokens = Vec::new();
-    while !shared.closing.load(Ordering::Acquire) {
-        let generation = shared.generation.load(Ordering::Acquire);
-        if generation != seen {
-            seen = generation;
-            watched = shared.all().into_iter().map(|connection| Watched { connection, interest: -1, driven: false }).collect();
-        }
-        let now = Instant::now();
-        if now - last_tick >= TICK {
-            last_tick = now;
-            for w in &watched {
-                w.connection.tick(now);
+    /// Something happened to a connection: it is driven from now on until it is idle.
+    fn activate(&mut self, id: u64) -> Option<&mut Active> {
+        match self.active.entry(id) {
+            Entry::Occupied(active) => Some(active.into_mut()),
+            Entry::Vacant(vacant) => {
+                let Some(connection) = self.home.connections.get(id) else {
+                    self.known.remove(&id);
+                    return None;
+                };
+                self.known.entry(id).or_insert_with(|| Known { armed: connection.doorbell(), timed: false });
+                Some(vacant.insert(Active { connection, interest: Interest::READ, driven: false, rang: false }))
             }
         }
-        let round = drive(shared, &mut watched);
-        if round.any {
-            last_activity = Instant::now();
-            continue;
+    }
+
+    /// Activates the connections whose time has come.
+    fn due(&mut self, now: Instant) {
+        while let Some(Reverse((at, id))) = self.timers.peek().copied() {
+            if at > now {
+                return;
+            }
+            self.timers.pop();
+            if let Some(known) = self.known.get_mut(&id) {
+                known.timed = false;
+                self.activate(id);
+            }
         }
-        // Nobody rings when a GPU has finished a copy.
-        if round.copying {
-            std::hint::spin_loop();
-            continue;
+    }
+
+    /// Activates the connections whose channels have rung. `armed`: bells of active ones are armed, too.
+    fn listen(&mut self, armed: bool) {
+        let rang = |known: &Known| known.armed.load(Ordering::SeqCst) == 0;
+        let rung: Vec<u64> = self.known.iter().filter(|(_, known)| rang(known)).map(|(&id, _)| id).collect();
+        for id in rung {
+            let idle = !self.active.contains_key(&id);
+            if let Some(active) = self.activate(id) {
+                active.rang |= idle || (armed && !active.driven);
+            }
         }
-        // With doorbells the channels' threads wake us; on few cores spinning would only take theirs.
-        let wait_for_lanes = (round.lanes_busy || round.driven.is_some()) && doorbells && few_cores;
-        if !wait_for_lanes && now - last_activity < spin {
-            std::hint::spin_loop();
-            continue;
+    }
+
+    /// One round over the active connections but those that an application thread drives. `must`: waits for their locks.
+    fn round(&mut self, must: bool) -> Round {
+        let mut round = Round { watched: !self.known.is_empty(), active: !self.active.is_empty(), ..Round::default() };
+        let home = self.home;
+        let mut resting = Vec::new();
+        for (&id, active) in &mut self.active {
+            let driven = active.connection.driven_by_application();
+            active.driven = driven.is_some();
+            if let Some(since) = driven {
+                round.driven = Some(round.driven.map_or(since, |other| other.min(since)));
+                watch(home, active, Interest::NONE);
+                continue;
+            }
+            let found = active.connection.progress(must);
+            round.any |= found.any;
+            round.channels_busy |= found.channels_busy;
+            round.polled |= found.channels_busy && !home.doorbells;
+            round.copying |= found.copying;
+            if std::mem::take(&mut active.rang) && !found.any {
+                active.connection.look_for_failure();
+            }
+            if found.dead {
+                resting.push((id, None));
+                continue;
+            }
+            watch(home, active, if found.backlog { Interest::READ | Interest::WRITE } else { Interest::READ });
+            if let (false, Some(next)) = (found.busy || found.backlog || found.any, found.next_tick) {
+                resting.push((id, Some(next)));
+            }
         }
-        if round.busy && !doorbells {
-            // A plugin that must be polled to move.
-            std::thread::yield_now();
-            continue;
+        for (id, next) in resting {
+            self.rest(id, next);
         }
-        arm(shared, &watched, true);
-        // What happened before the arming rang nobody.
-        if drive(shared, &mut watched).any || shared.generation.load(Ordering::Acquire) != seen {
-            arm(shared, &watched, false);
-            last_activity = Instant::now();
-            continue;
+        round
+    }
+
+    /// A connection has nothing to do until a socket, a bell or its timer says so; without a time it has ended.
+    fn rest(&mut self, id: u64, next: Option<Instant>) {
+        let Some(active) = self.active.remove(&id) else { return };
+        match (next, self.known.get_mut(&id)) {
+            (Some(at), Some(known)) => {
+                active.connection.arm(true);
+                if !std::mem::replace(&mut known.timed, true) {
+                    self.timers.push(Reverse((at, id)));
+                }
+            }
+            _ => {
+                self.known.remove(&id);
+            }
         }
-        let limit = if let Some(since) = round.driven {
-            since.clamp(STAND_BY[0], STAND_BY[1])
-        } else if watched.is_empty() {
-            IDLE
-        } else {
-            TICK
-        };
-        shared.wait_events(limit, &mut tokens);
-        arm(shared, &watched, false);
-        if tokens.iter().any(|&t| t != WAKE) {
-            last_activity = Instant::now();
+    }
+
+    /// Lets the bells of active connections ring that this thread answers for, or silences them.
+    fn arm(&self, on: bool) {
+        for active in self.active.values() {
+            active.connection.arm(on && !active.driven);
+        }
+        self.home.bell.arm(on);
+    }
+
+    /// Until the next timer.
+    fn until_timer(&self, now: Instant) -> Duration {
+        self.timers.peek().map_or(Duration::MAX, |Reverse((at, _))| at.saturating_duration_since(now))
+    }
+
+    /// Activates whoever has an event; whether a socket had one.
+    fn notice(&mut self, tokens: &[u64], armed: bool) -> bool {
+        let mut sockets = false;
+        for &token in tokens {
+            if token == WAKE {
+                self.listen(armed);
+            } else {
+                sockets = true;
+                self.activate(token);
+            }
+        }
+        sockets
+    }
+}
+
+fn watch(home: &Home, active: &mut Active, interest: Interest) {
+    if active.interest != interest {
+        active.interest = interest;
+        home.bell.change(active.connection.fd, active.connection.id, interest);
+    }
+}
+
+/// Runs until the engine closes. A panic in a round ends the connections that it may have left half done, and not the thread.
+pub(crate) fn run(home: &Home, spin: Option<Duration>) {
+    block_signals();
+    let spin = spin.unwrap_or_else(default_spin);
+    while !home.ended() {
+        let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drive(home, spin)));
+        if caught.is_err() {
+            log::error!("the progress thread panicked: all connections of the engine are closed");
+            for connection in home.connections.all() {
+                connection.abandon();
+            }
+        }
+    }
+}
+
+fn drive(home: &Home, spin: Duration) {
+    let mut driving = Driving::new(home);
+    // What was there before: after a panic, and connections that came up before this thread.
+    for connection in home.connections.all() {
+        driving.activate(connection.id);
+    }
+    let mut last_activity = Instant::now();
+    let mut tokens = Vec::new();
+    while !home.ended() {
+        home.asked(|id| {
+            driving.activate(id);
+        });
+        let now = Instant::now();
+        driving.due(now);
+        let round = driving.round(false);
+        match step(&round, now - last_activity, spin, home.few_cores) {
+            Step::Again => last_activity = Instant::now(),
+            Step::Spin => {
+                std::hint::spin_loop();
+                home.bell.wait(Duration::ZERO, &mut tokens);
+                driving.notice(&tokens, false);
+            }
+            Step::Yield => {
+                std::thread::yield_now();
+                home.bell.wait(Duration::ZERO, &mut tokens);
+                driving.notice(&tokens, false);
+            }
+            Step::Sleep(limit) => {
+                driving.arm(true);
+                // What happened before the arming rang nobody.
+                if driving.round(true).any || home.has_asked() {
+                    driving.arm(false);
+                    last_activity = Instant::now();
+                    continue;
+                }
+                home.bell.wait(limit.min(driving.until_timer(Instant::now())), &mut tokens);
+                if driving.notice(&tokens, true) {
+                    last_activity = Instant::now();
+                }
+                driving.arm(false);
+            }
         }
     }
 }

@@ -1,68 +1,14 @@
 //! Registered memory: regions with unguessable tokens, and the count of transfers that use each. A region that is in use is
 //! never let go; one that is deregistered is found no more.
 
+use crate::region::{Region, RegionUse};
 use crate::status::{bail, Result};
-use crate::types::Place;
-use crate::types::Span;
+use crate::types::{Place, Span};
+use iset::IntervalMap;
 use parking_lot::RwLock;
-use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
-
-/// A registered region.
-#[derive(Debug)]
-pub(crate) struct Region {
-    pub span: Span,
-    pub token: [u8; 16],
-    pub place: Place,
-    uses: AtomicUsize,
-}
-
-impl Region {
-    /// Whether `[addr, addr + len)` lies inside.
-    fn holds(&self, addr: u64, len: u64) -> bool {
-        addr >= self.span.addr && len <= self.span.len && addr - self.span.addr <= self.span.len - len
-    }
-}
-
-/// A region in use: while one exists, deregistration waits.
-#[derive(Debug)]
-pub(crate) struct RegionUse(Arc<Region>);
-
-impl RegionUse {
-    fn new(region: &Arc<Region>) -> RegionUse {
-        region.uses.fetch_add(1, Ordering::AcqRel);
-        RegionUse(region.clone())
-    }
-
-    /// An error unless `[addr, addr + len)` lies inside the region.
-    #[inline]
-    pub(crate) fn check(&self, addr: u64, len: u64) -> Result<()> {
-        if !self.0.holds(addr, len) {
-            bail!(
-                InvalidArgument,
-                "[{addr:#x}, +{len}) is not inside region {} [{:#x}, +{})",
-                self.0.span.id,
-                self.0.span.addr,
-                self.0.span.len
-            );
-        }
-        Ok(())
-    }
-}
-
-impl std::ops::Deref for RegionUse {
-    type Target = Region;
-    fn deref(&self) -> &Region {
-        &self.0
-    }
-}
-
-impl Drop for RegionUse {
-    fn drop(&mut self) {
-        self.0.uses.fetch_sub(1, Ordering::AcqRel);
-    }
-}
 
 /// A deregistered region whose last uses may still be ending.
 pub(crate) struct Retired(Arc<Region>);
@@ -72,41 +18,36 @@ impl Retired {
         self.0.span.id
     }
     pub(crate) fn in_use(&self) -> bool {
-        self.0.uses.load(Ordering::Acquire) > 0
+        self.0.in_use()
     }
 }
 
-/// Which addresses are covered, by how many regions: the address where the number changes -> the number from there on. Neighbours
-/// differ, the last is 0, and below the first it is 0. Regions may overlap and repeat.
+/// Which ranges are registered, and how often each: regions may overlap and repeat. Every operation is logarithmic.
 #[derive(Debug, Default)]
-struct Cover(BTreeMap<u64, usize>);
+struct Cover(IntervalMap<u64, usize>);
 
 impl Cover {
-    fn at(&self, addr: u64) -> usize {
-        self.0.range(..=addr).next_back().map_or(0, |(_, &count)| count)
-    }
-
     fn add(&mut self, start: u64, end: u64) {
-        self.change(start, end, |count| *count += 1);
+        match self.0.get_mut(start..end) {
+            Some(count) => *count += 1,
+            None => {
+                self.0.insert(start..end, 1);
+            }
+        }
     }
 
     /// Takes out what was added before.
     fn remove(&mut self, start: u64, end: u64) {
-        self.change(start, end, |count| *count -= 1);
-    }
-
-    fn change(&mut self, start: u64, end: u64, change: impl Fn(&mut usize)) {
-        for edge in [start, end] {
-            let count = self.at(edge);
-            self.0.entry(edge).or_insert(count);
-        }
-        self.0.range_mut(start..end).for_each(|(_, count)| change(count));
-        for edge in [start, end] {
-            let before = self.0.range(..edge).next_back().map_or(0, |(_, &count)| count);
-            if self.0.get(&edge) == Some(&before) {
-                self.0.remove(&edge);
+        match self.0.get_mut(start..end) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => {
+                self.0.remove(start..end);
             }
         }
+    }
+
+    fn holds(&self, addr: u64) -> bool {
+        self.0.has_overlap(addr..=addr)
     }
 }
 
@@ -133,7 +74,7 @@ impl Registry {
             bail!(System, "random bytes for a region token: {e}");
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let region = Region { span: Span { id, addr, len }, token, place, uses: AtomicUsize::new(0) };
+        let region = Region::new(Span { id, addr, len }, token, place);
         let mut table = self.regions.write();
         table.cover.add(addr, addr + len);
         table.by_id.insert(id, Arc::new(region));
@@ -169,7 +110,7 @@ impl Registry {
 
     /// Whether some region holds the address.
     pub(crate) fn holds_address(&self, addr: u64) -> bool {
-        self.regions.read().cover.at(addr) > 0
+        self.regions.read().cover.holds(addr)
     }
 }
 

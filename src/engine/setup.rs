@@ -1,173 +1,401 @@
-//! Setting up a connection, from either side: handshake, channels, and the connection that comes out.
+//! One set-up of a connection as a machine: what it waits for, what it does next, when it has taken too long. Time comes in, bytes
+//! go through its link; no sockets, no plugins, no threads.
 
-use super::connection::{Connection, Peer};
-use super::shared::Shared;
-use super::state::{LaneSet, Setting, State};
-use crate::channel::cuda::CudaDevice;
-use crate::channel::device::{DeviceCopier, EmulatedDevice};
-use crate::channel::set::Listening;
-use crate::net::topology;
+use super::link::{Link, Message};
+use crate::net::setup::Offer;
 use crate::status::{bail, err, Error, Result};
-use crate::wire::control::ControlStream;
-use crate::wire::handshake::{self, Blocking, Hello};
-use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
-use std::sync::atomic::Ordering;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-/// This side's hello.
-pub(crate) fn hello(shared: &Shared, wanted_gpu: &str) -> Result<Hello> {
-    let mut nonce = [0; 32];
-    if let Err(e) = getrandom::fill(&mut nonce) {
-        bail!(System, "random bytes for the handshake: {e}");
-    }
-    Ok(Hello {
-        channels: channel_count(shared) as u16,
-        chunk_bytes: shared.config.chunk_bytes as u32,
-        gpu_index: shared.gpu.as_ref().map_or(-1, |g| g.ordinal),
-        authenticated: shared.auth_key.is_some(),
-        engine: shared.engine_id,
-        nonce,
-        plugin: shared.plugin.wire_name().to_owned(),
-        gpu: shared.gpu_name(),
-        wanted_gpu: wanted_gpu.to_owned(),
-    })
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// The handshake runs; nothing the peer says is acted on.
+    Proving,
+    /// Proved; waits to be admitted.
+    Proved,
+    /// Our offer is out; waits for the peer's.
+    Offered,
+    /// Channels come up.
+    Raising,
+    /// Our channels are up; waits to hear the same of the peer.
+    Raised,
+    Ended,
 }
 
-/// Channels that this side asks for: as configured, else as many as help. A channel has an I/O thread's worth of work, so cores bound
-/// the number: all of few, half of many; every NIC gets at least one.
-pub(crate) fn channel_count(shared: &Shared) -> usize {
-    let nics = shared.plugin.devices.len().max(1);
-    let cores = std::thread::available_parallelism().map_or(2, usize::from);
-    shared.config.num_channels.unwrap_or_else(|| cores.clamp(2, 8).max((cores / 2).min(16)).max(nics)).min(64)
+/// What the owner of a set-up has to do.
+#[derive(Debug)]
+pub(crate) enum Next {
+    /// Nothing until the peer says more, or time passes.
+    Wait,
+    /// The peer is proved: open listen comms and call [`Setup::offer`], or [`Setup::fail`].
+    Admit,
+    /// Bring up the channels to these, and call [`Setup::raised`].
+    Raise(Vec<Vec<Offer>>),
+    /// The peer's channels that are up, while ours come up: nothing else is worth waiting for.
+    PeerHas(Vec<u16>),
+    /// Both sides are done; these of the peer's are up. Send what is left and build the connection.
+    Finish(Vec<u16>),
 }
 
-/// Connects to a peer engine.
-pub(crate) fn connect(shared: &Arc<Shared>, host: &str, gpu: &str, port: u16) -> Result<Arc<Connection>> {
-    let deadline = Instant::now() + shared.config.connect_timeout;
-    let addresses: Vec<SocketAddr> = match (host, port).to_socket_addrs() {
-        Ok(found) => found.collect(),
-        Err(e) => bail!(InvalidArgument, "{host}: {e}"),
-    };
-    let mut last = err!(Unreachable, "{host} has no address");
-    for address in addresses {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            break;
-        }
-        match TcpStream::connect_timeout(&address, left) {
-            Ok(sock) => {
-                let ours = hello(shared, gpu)?;
-                let result = prepare(&sock).and_then(|()| {
-                    let _guard = shared.begin_setup(&sock)?;
-                    let io = Blocking { sock: &sock, deadline };
-                    let theirs = handshake::connect(&io, &ours, shared.auth_key.as_deref())?;
-                    establish(
-                        shared,
-                        sock.try_clone().map_err(|e| Error::system("control socket", &e))?,
-                        deadline,
-                        &ours,
-                        &theirs,
-                    )
-                });
-                return result.map_err(|e| Error::new(e.kind(), format_args!("connect to {address}: {e}")));
-            }
-            Err(e) if e.kind() == std::io::ErrorKind::TimedOut => {
-                last = err!(TimedOut, "connect to {address}: no answer in time")
-            }
-            Err(e) => last = err!(Unreachable, "connect to {address}: {e}"),
+/// The machine.
+pub(crate) struct Setup<L> {
+    pub link: L,
+    stage: Stage,
+    /// The handshake ends by then.
+    proof_by: Instant,
+    /// All of it ends by then.
+    deadline: Instant,
+    /// When the peer last said something.
+    heard: Instant,
+    /// Something was heard at all.
+    spoke: bool,
+    /// The peer's offer, when it came before ours was out.
+    early: Option<Vec<Vec<Offer>>>,
+    /// The peer's channels that are up, once it has said so.
+    theirs: Option<Vec<u16>>,
+    /// The owner knows of them.
+    told: bool,
+}
+
+impl<L: Link> Setup<L> {
+    pub(crate) fn new(link: L, now: Instant, proof_by: Instant, deadline: Instant) -> Setup<L> {
+        Setup {
+            link,
+            stage: Stage::Proving,
+            proof_by: proof_by.min(deadline),
+            deadline,
+            heard: now,
+            spoke: false,
+            early: None,
+            theirs: None,
+            told: false,
         }
     }
-    Err(last)
-}
 
-/// Serves an incoming connection whose hello has arrived.
-pub(crate) fn accept(shared: &Arc<Shared>, sock: TcpStream, theirs: Result<Hello>) -> Result<Arc<Connection>> {
-    let deadline = Instant::now() + shared.config.connect_timeout;
-    prepare(&sock)?;
-    let _guard = shared.begin_setup(&sock)?;
-    let io = Blocking { sock: &sock, deadline };
-    let ours = hello(shared, "")?;
-    handshake::accept(&io, &theirs, &ours, shared.auth_key.as_deref())?;
-    establish(shared, sock.try_clone().map_err(|e| Error::system("control socket", &e))?, deadline, &ours, &theirs?)
-}
-
-fn prepare(sock: &TcpStream) -> Result<()> {
-    sock.set_nodelay(true).and_then(|()| sock.set_nonblocking(false)).map_err(|e| Error::system("control socket", &e))
-}
-
-/// The part that both sides do alike, after the handshake: exchange handles, bring up the channels, agree that they are up.
-fn establish(shared: &Arc<Shared>, sock: TcpStream, deadline: Instant, ours: &Hello, theirs: &Hello) -> Result<Arc<Connection>> {
-    let address = sock.peer_addr().map_err(|e| Error::system("control socket", &e))?;
-    let peer_ip = match address.ip() {
-        IpAddr::V6(v6) => v6.to_ipv4_mapped().map_or(IpAddr::V6(v6), IpAddr::V4),
-        v4 => v4,
-    };
-    let io = Blocking { sock: &sock, deadline };
-    let n = usize::from(ours.channels.min(theirs.channels));
-    let mut listening = Vec::new();
-    for plugin in std::iter::once(&shared.plugin).chain(&shared.host_plugin) {
-        let nics = topology::nearest(&plugin.devices, shared.gpu_pci_path().as_deref());
-        listening.push(Listening::open(plugin, &nics, n, shared.gpu_of(plugin)?)?);
+    /// Whether the handshake has not been proved yet.
+    pub(crate) fn is_stranger(&self) -> bool {
+        self.stage == Stage::Proving
     }
-    let handles: Vec<_> = listening.iter().flat_map(Listening::handles).collect();
-    let peers = handshake::exchange_handles(&io, &handles)?;
-    let alive = || !shared.closing.load(Ordering::Acquire);
-    let mut sets = Vec::new();
-    let mut outcome = Ok(());
-    for (listening, peers) in listening.into_iter().zip(peers.chunks(n)) {
-        match listening.establish(peers, deadline, &alive) {
-            Ok(lanes) => sets.push(lanes),
-            Err(e) => {
-                outcome = Err(e);
-                break;
-            }
+
+    /// Whether the peer has said nothing at all.
+    pub(crate) fn is_silent(&self) -> bool {
+        !self.spoke
+    }
+
+    /// Since when it has waited for the peer alone; `None` while it is our turn too.
+    pub(crate) fn waits_since(&self) -> Option<Instant> {
+        matches!(self.stage, Stage::Offered | Stage::Raised | Stage::Raising).then_some(self.heard)
+    }
+
+    /// When something has to happen at the latest.
+    pub(crate) fn deadline(&self) -> Instant {
+        if self.is_stranger() {
+            self.proof_by
+        } else {
+            self.deadline
         }
     }
-    handshake::exchange_ready(&io, outcome)?;
-    let doorbell = shared.doorbell();
-    let sets = sets
-        .into_iter()
-        .zip(std::iter::once(&shared.plugin).chain(&shared.host_plugin))
-        .map(|(lanes, plugin)| {
-            for lane in &lanes {
-                lane.set_doorbell(&doorbell)?;
+
+    /// The peer's bytes.
+    ///
+    /// # Errors
+    /// `Protocol`, `Auth`, or the peer's refusal.
+    pub(crate) fn received(&mut self, bytes: &[u8], now: Instant) -> Result<()> {
+        self.heard = now;
+        self.spoke = true;
+        self.link.input(bytes)
+    }
+
+    /// Why the set-up fails when the peer's stream ends.
+    pub(crate) fn hung_up(&self) -> Error {
+        err!(RemoteDisconnect, "the peer closed the connection {}", self.doing())
+    }
+
+    fn doing(&self) -> &'static str {
+        match self.stage {
+            Stage::Proving => "during the handshake",
+            Stage::Proved | Stage::Offered => "before it offered channels",
+            Stage::Raising => "while channels were coming up",
+            Stage::Raised | Stage::Ended => "before its channels were up",
+        }
+    }
+
+    /// What to do next. Call it after every input and whenever time has passed.
+    ///
+    /// # Errors
+    /// `TimedOut`, `Protocol`, or why the peer gave up.
+    pub(crate) fn next(&mut self, now: Instant) -> Result<Next> {
+        if self.stage == Stage::Proving && self.link.proved().is_some() {
+            self.stage = Stage::Proved;
+        }
+        while let Some(message) = self.link.receive() {
+            match message {
+                Message::Abort(e) => return Err(e),
+                Message::Ready(numbers) => self.theirs = Some(numbers),
+                Message::Offer(offers) if self.early.is_none() && matches!(self.stage, Stage::Proved | Stage::Offered) => {
+                    self.early = Some(offers);
+                }
+                Message::Offer(_) => {
+                    bail!(Protocol, "the peer offered channels {}", if self.is_stranger() { "before its proof" } else { "twice" })
+                }
             }
-            let vectored = plugin.is_soft() && shared.config.vectored;
-            let host = plugin.is_soft();
-            Ok(LaneSet { lanes, vectored, host, stage_sends: host && shared.config.stage_sends })
+        }
+        if self.theirs.is_some() && !matches!(self.stage, Stage::Raising | Stage::Raised | Stage::Ended) {
+            // It cannot have connected to what it does not know, or without telling us of its own.
+            if self.stage == Stage::Proved || self.early.is_none() {
+                bail!(Protocol, "the peer says that its channels are up before they can be");
+            }
+        }
+        if now >= self.deadline() {
+            let what = self.waiting_for();
+            bail!(TimedOut, "{what} in time");
+        }
+        Ok(match self.stage {
+            Stage::Proved => Next::Admit,
+            Stage::Offered => match self.early.take() {
+                Some(offers) => {
+                    self.stage = Stage::Raising;
+                    Next::Raise(offers)
+                }
+                None => Next::Wait,
+            },
+            Stage::Raising if !self.told => match &self.theirs {
+                Some(theirs) => {
+                    self.told = true;
+                    Next::PeerHas(theirs.clone())
+                }
+                None => Next::Wait,
+            },
+            Stage::Raised => match self.theirs.take() {
+                Some(theirs) => {
+                    self.stage = Stage::Ended;
+                    Next::Finish(theirs)
+                }
+                None => Next::Wait,
+            },
+            Stage::Proving | Stage::Raising | Stage::Ended => Next::Wait,
         })
-        .collect::<Result<Vec<_>>>()?;
-    let copier: Option<Box<dyn DeviceCopier>> = if shared.config.emulate_device {
-        Some(Box::new(EmulatedDevice))
-    } else if crate::gpu::available() {
-        Some(Box::new(CudaDevice::default()))
-    } else {
-        None
-    };
-    let name = SocketAddr::new(peer_ip, address.port()).to_string();
-    let config = &shared.config;
-    let setting = Setting {
-        registry: shared.registry.clone(),
-        notifications: shared.notifications.clone(),
-        chunk_bytes: ours.chunk_bytes.min(theirs.chunk_bytes) as usize,
-        eager_bytes: config.eager_bytes,
-        peer: name.clone(),
-        transfer_timeout: config.transfer_timeout,
-        peer_timeout: config.peer_timeout,
-        match_timeout: config.match_timeout,
-    };
-    let clear = sock.set_read_timeout(None).and_then(|()| sock.set_write_timeout(None));
-    clear.map_err(|e| Error::system("control socket", &e))?;
-    let channels = n;
-    let state = State::new(ControlStream::new(sock)?, sets, copier, setting);
-    let peer_name = name.clone();
-    let peer = Peer { ip: peer_ip, name, gpu_index: theirs.gpu_index, engine: theirs.engine };
-    let connection = Arc::new(Connection::new(shared.connection_id(), shared.clone(), state, peer, channels, doorbell.armed));
-    shared.adopt(&connection)?;
-    log::info!("connected with {}: {channels} channels over {}, GPU {}", peer_name, shared.plugin.name, theirs.gpu);
-    Ok(connection)
+    }
+
+    fn waiting_for(&self) -> &'static str {
+        match self.stage {
+            Stage::Proving if !self.spoke => "the peer said nothing",
+            Stage::Proving => "the peer did not complete the handshake",
+            Stage::Proved => "too many other set-ups were under way: this one was not begun",
+            Stage::Offered => "the peer did not offer channels",
+            Stage::Raising => "channels did not come up",
+            Stage::Raised | Stage::Ended => "the peer's channels did not come up",
+        }
+    }
+
+    /// Our listen comms are open.
+    pub(crate) fn offer(&mut self, offers: Vec<Vec<Offer>>) {
+        if self.stage == Stage::Proved {
+            self.stage = Stage::Offered;
+            self.link.send(&Message::Offer(offers));
+        }
+    }
+
+    /// It is settled which of our channels are up: these.
+    pub(crate) fn raised(&mut self, numbers: Vec<u16>) {
+        if self.stage == Stage::Raising {
+            self.stage = Stage::Raised;
+            self.link.send(&Message::Ready(numbers));
+        }
+    }
+
+    /// It has failed on this side: the peer is told why.
+    pub(crate) fn fail(&mut self, error: &Error) {
+        if self.stage != Stage::Ended {
+            self.stage = Stage::Ended;
+            self.link.send(&Message::Abort(error.clone()));
+        }
+    }
 }
 
-/// How often a set-up that is refused for lack of threads is tried again.
-pub(crate) const RETRY: Duration = Duration::from_millis(10);
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::link::Agreed;
+    use crate::status::ErrorKind;
+    use crate::wire::handshake::Peer;
+    use crate::wire::hello::tests::sample;
+    use crate::wire::keys::Proof;
+    use std::collections::VecDeque;
+    use std::time::Duration;
+
+    /// Messages without a wire; proved after the given number of input bytes.
+    struct SimulatedLink {
+        agreed: Agreed,
+        missing: usize,
+        inbox: VecDeque<Message>,
+        sent: Vec<Message>,
+    }
+
+    impl Link for SimulatedLink {
+        fn wants(&self) -> usize {
+            1
+        }
+        fn input(&mut self, bytes: &[u8]) -> Result<()> {
+            self.missing = self.missing.saturating_sub(bytes.len());
+            Ok(())
+        }
+        fn output(&mut self, _: &mut Vec<u8>) {}
+        fn proved(&self) -> Option<&Agreed> {
+            (self.missing == 0).then_some(&self.agreed)
+        }
+        fn send(&mut self, message: &Message) {
+            self.sent.push(message.clone());
+        }
+        fn receive(&mut self) -> Option<Message> {
+            self.inbox.pop_front()
+        }
+    }
+
+    fn agreed() -> Agreed {
+        let terms = sample().agree(&sample()).unwrap();
+        Agreed { peer: Peer { hello: sample(), engine: [1; 16], proof: Proof::Nothing }, terms }
+    }
+
+    fn offer(n: u8) -> Vec<Vec<Offer>> {
+        vec![vec![Offer { nic: "eth0".into(), handle: [n; 128] }]]
+    }
+
+    /// What was sent or is to be done, in short.
+    fn short(x: impl std::fmt::Debug) -> String {
+        let text = format!("{x:?}");
+        text.split(['(', ' ']).next().unwrap_or_default().to_owned()
+    }
+
+    struct World {
+        start: Instant,
+        setup: Setup<SimulatedLink>,
+    }
+
+    impl World {
+        fn new() -> World {
+            let start = Instant::now();
+            let link = SimulatedLink { agreed: agreed(), missing: 3, inbox: VecDeque::new(), sent: Vec::new() };
+            let setup = Setup::new(link, start, start + Duration::from_secs(5), start + Duration::from_secs(30));
+            World { start, setup }
+        }
+        fn next(&mut self, millis: u64) -> Result<Next> {
+            self.setup.next(self.start + Duration::from_millis(millis))
+        }
+        fn say(&mut self, message: Message) {
+            self.setup.link.inbox.push_back(message);
+        }
+        fn prove(&mut self) {
+            self.setup.received(b"abc", self.start).unwrap();
+        }
+        fn raise(&mut self) {
+            self.prove();
+            assert_eq!(short(self.next(1).unwrap()), "Admit");
+            self.setup.offer(offer(1));
+            self.say(Message::Offer(offer(2)));
+            assert!(matches!(self.next(2).unwrap(), Next::Raise(o) if o[0][0].handle == [2; 128]));
+        }
+    }
+
+    #[test]
+    fn it_goes_up_step_by_step() {
+        let mut w = World::new();
+        assert_eq!(short(w.next(0).unwrap()), "Wait");
+        assert!(w.setup.is_stranger() && w.setup.is_silent());
+        w.setup.received(b"a", w.start).unwrap();
+        assert_eq!(short(w.next(1).unwrap()), "Wait");
+        assert!(w.setup.is_stranger() && !w.setup.is_silent());
+        w.raise();
+        assert_eq!(short(w.next(3).unwrap()), "Wait");
+        w.setup.raised(vec![0]);
+        assert_eq!(w.setup.link.sent.iter().map(short).collect::<Vec<_>>(), ["Offer", "Ready"]);
+        assert_eq!(short(w.next(4).unwrap()), "Wait");
+        w.say(Message::Ready(vec![0]));
+        assert!(matches!(w.next(5).unwrap(), Next::Finish(theirs) if theirs == [0]));
+    }
+
+    #[test]
+    fn a_faster_peer_is_not_lost() {
+        let mut w = World::new();
+        w.prove();
+        // Its offer comes while ours waits for admission, its verdict while our channels are on their way.
+        w.say(Message::Offer(offer(2)));
+        assert_eq!(short(w.next(1).unwrap()), "Admit");
+        assert_eq!(short(w.next(2).unwrap()), "Admit");
+        w.setup.offer(offer(1));
+        assert!(matches!(w.next(3).unwrap(), Next::Raise(o) if o[0][0].handle == [2; 128]));
+        w.say(Message::Ready(vec![0]));
+        assert!(matches!(w.next(4).unwrap(), Next::PeerHas(theirs) if theirs == [0]));
+        assert_eq!(short(w.next(4).unwrap()), "Wait");
+        w.setup.raised(vec![0]);
+        assert!(matches!(w.next(5).unwrap(), Next::Finish(theirs) if theirs == [0]));
+    }
+
+    #[test]
+    fn a_failure_at_the_peer_ends_it_at_once() {
+        let mut w = World::new();
+        w.raise();
+        w.say(Message::Abort(err!(Plugin, "eth1 is down")));
+        let error = w.next(3).unwrap_err();
+        assert!(error.kind() == ErrorKind::Plugin && error.to_string().contains("eth1 is down"), "{error}");
+    }
+
+    #[test]
+    fn a_failure_here_is_told_once() {
+        let mut w = World::new();
+        w.raise();
+        let error = err!(Plugin, "eth0 is down");
+        w.setup.fail(&error);
+        w.setup.fail(&error);
+        assert_eq!(w.setup.link.sent.iter().map(short).collect::<Vec<_>>(), ["Offer", "Abort"]);
+    }
+
+    #[test]
+    fn the_handshake_timeout_holds_until_the_proof() {
+        let mut w = World::new();
+        w.setup.received(b"a", w.start + Duration::from_secs(4)).unwrap();
+        assert_eq!(short(w.next(4999).unwrap()), "Wait");
+        assert_eq!(w.next(5000).unwrap_err().kind(), ErrorKind::TimedOut);
+        let mut w = World::new();
+        w.raise();
+        assert_eq!(short(w.next(29_999).unwrap()), "Wait");
+        assert_eq!(w.next(30_000).unwrap_err().kind(), ErrorKind::TimedOut);
+    }
+
+    #[test]
+    fn messages_out_of_order_are_violations() {
+        let violates = |prepare: &dyn Fn(&mut World)| {
+            let mut w = World::new();
+            prepare(&mut w);
+            assert_eq!(w.next(9).unwrap_err().kind(), ErrorKind::Protocol);
+        };
+        violates(&|w| {
+            w.prove();
+            w.say(Message::Ready(vec![0]));
+        });
+        // Nothing of a peer without proof is acted on.
+        violates(&|w| w.say(Message::Offer(offer(2))));
+        violates(&|w| {
+            w.raise();
+            w.say(Message::Offer(offer(3)));
+        });
+        violates(&|w| {
+            w.prove();
+            w.say(Message::Offer(offer(2)));
+            w.say(Message::Offer(offer(3)));
+        });
+        violates(&|w| {
+            w.prove();
+            w.next(1).unwrap();
+            w.setup.offer(offer(1));
+            w.say(Message::Ready(vec![0]));
+        });
+    }
+
+    #[test]
+    fn an_end_of_the_stream_says_where_it_came() {
+        let mut w = World::new();
+        assert!(w.setup.hung_up().to_string().contains("handshake"));
+        w.raise();
+        assert!(w.setup.hung_up().to_string().contains("while channels were coming up"));
+    }
+}

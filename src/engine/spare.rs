@@ -1,6 +1,7 @@
 //! Memory of ended transfers, kept for the next ones: the lists of a transfer of many thousand segments are so large that fresh memory
 //! for them costs more in page faults than filling them.
 
+use crate::status::{bail, Result};
 use crate::types::Segment;
 use crate::wire::frame::WireSegments;
 
@@ -19,10 +20,15 @@ pub(crate) struct Spare {
 
 impl Spare {
     /// An empty list with room for `n` segments.
-    pub(crate) fn list(&mut self, n: usize) -> Vec<Segment> {
-        let mut list = self.lists.pop().unwrap_or_default();
-        list.reserve(n);
-        list
+    ///
+    /// # Errors
+    /// `Resource` when there is no memory for it.
+    pub(crate) fn list(&mut self, n: usize) -> Result<Vec<Segment>> {
+        let mut list = if n < MANY { Vec::new() } else { self.lists.pop().unwrap_or_default() };
+        match list.try_reserve(n) {
+            Ok(()) => Ok(list),
+            Err(_) => bail!(Resource, "no memory for a list of {n} segments"),
+        }
     }
 
     /// An empty list of wire segments with room for `n`.
@@ -66,7 +72,7 @@ mod tests {
         }
         spare.give_list(Vec::with_capacity(SEGMENTS + 1));
         assert_eq!(spare.lists.len(), LISTS);
-        let list = spare.list(10);
+        let list = spare.list(MANY).unwrap();
         assert!(list.is_empty() && list.capacity() >= MANY);
         let mut wire = spare.wire(5);
         wire.push(WireSegment { addr: 1, len: 2, region: 0, initiator: segment.place, owner: segment.peer });

@@ -1,17 +1,17 @@
 //! Submits copy jobs to the GPU and observes their completion in mapped host memory: no event, no stream and no allocation
 //! per job. One ring of job slots, one stream, used by one thread. Knows message layouts, not requests.
 
-use super::context::{Gpu, Kernels, Stream};
-use super::driver::check;
+use super::device::Kernels;
+use super::job::{checked_count, entries_of, message_len, Fragments, Job};
 use super::layout::*;
-use super::memory::{message_len, DeviceBuffer, MappedPtr, PinnedBuffer};
 use super::plan::{cut, far_room, join, plan};
 use crate::status::{bail, err, Error, Result};
-use cudarc::driver::sys;
-use nccl_net_abi::{loadMeta, netUnpackMeta};
-use std::mem::offset_of;
+use cuda_driver::{sys, Context, DeviceBuffer, PinnedBuffer, Stream};
+use nccl_net_abi::loadMeta;
+use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Pieces that travel inside the parameters of a launch, jobs counted as [`PIECES_PER_JOB`] of them. More are read from a table over
 /// PCIe, which costs a short job much of its time.
@@ -30,72 +30,6 @@ const TABLES: u64 = 4 << 20;
 /// Unfinished polls between two looks at the stream, where a failed kernel shows.
 const POLLS_PER_CHECK: u32 = 8192;
 
-/// A piece of the scattered side, in message order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Segment {
-    /// First byte: device memory, or mapped host memory by its device name.
-    pub addr: u64,
-    /// Bytes, more than 0.
-    pub len: u64,
-}
-
-/// How the flat side holds the message.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Fragments {
-    /// In one piece, in order.
-    Whole,
-    /// As the plugin's meta queue says.
-    Row {
-        /// The slot's row of `loadMeta`.
-        row: MappedPtr,
-        /// The slot's count.
-        count: MappedPtr,
-        /// The kernel reads the count before it reads any flat byte, as the contract asks where the bounce buffer is device
-        /// memory that a NIC writes. Costs one PCIe round trip (about 1.5 us).
-        read_count: bool,
-    },
-}
-
-/// One message to copy between a flat side and a scattered side.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Job<'a> {
-    /// How the flat side is cut.
-    pub fragments: Fragments,
-    /// First byte of the flat side: device memory, or mapped host memory by its device name.
-    pub flat: u64,
-    /// Bytes of the message, as announced.
-    pub len: u64,
-    /// The scattered side; lengths add up to `len`.
-    pub segments: &'a [Segment],
-    /// From the segments to the flat side; otherwise from the flat side to the segments.
-    pub gather: bool,
-}
-
-impl<'a> Job<'a> {
-    /// Unpacks the receive in `slot` of a meta queue: bounce buffer to segments.
-    pub(crate) fn unpack(
-        meta: MappedPtr,
-        slot: usize,
-        bounce: u64,
-        len: u64,
-        segments: &'a [Segment],
-        read_count: bool,
-    ) -> Job<'a> {
-        let slot = slot % nccl_net_abi::MAX_REQUESTS;
-        let row = meta.offset(offset_of!(netUnpackMeta, mem) + slot * MAX_ENTRIES * size_of::<loadMeta>());
-        let count = meta.offset(offset_of!(netUnpackMeta, cnt) + slot * size_of::<u64>());
-        Job { fragments: Fragments::Row { row, count, read_count }, flat: bounce, len, segments, gather: false }
-    }
-    /// Packs segments into contiguous staging.
-    pub(crate) fn gather(segments: &'a [Segment], staging: u64, len: u64) -> Job<'a> {
-        Job { fragments: Fragments::Whole, flat: staging, len, segments, gather: true }
-    }
-    /// Spreads contiguous staging over segments.
-    pub(crate) fn scatter(staging: u64, segments: &'a [Segment], len: u64) -> Job<'a> {
-        Job { fragments: Fragments::Whole, flat: staging, len, segments, gather: false }
-    }
-}
-
 /// Jobs that were submitted together; asked for with [`CopyLauncher::poll`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Ticket {
@@ -113,14 +47,19 @@ struct Slot {
     failure: Option<Error>,
 }
 
-/// The launcher. One thread at a time.
-pub(crate) struct CopyLauncher {
-    gpu: Arc<Gpu>,
-    stream: Stream,
-    kernels: Kernels,
+/// What the kernel writes and reads besides the messages.
+struct Buffers {
     status: PinnedBuffer,
     tables: PinnedBuffer,
     state: DeviceBuffer,
+}
+
+/// The launcher. One thread at a time.
+pub(crate) struct CopyLauncher {
+    stream: Stream,
+    kernels: Arc<Kernels>,
+    /// Never given back while a kernel may run.
+    buffers: ManuallyDrop<Buffers>,
     args: Box<Args>,
     /// Pieces of the job at hand.
     items: Vec<Item>,
@@ -135,19 +74,31 @@ pub(crate) struct CopyLauncher {
     broken: Option<Error>,
 }
 
+/// Where a job's description goes: what the parameters and the table ring have for it.
+struct Room {
+    /// Its part of the table ring.
+    place: u64,
+    /// Jobs that share what is left of the parameters, this one included.
+    share: usize,
+    /// Bytes of all jobs of the launch.
+    launch_bytes: u64,
+}
+
 impl CopyLauncher {
-    /// A launcher on `gpu` with a stream of its own; loads the kernels if nobody has.
-    pub(crate) fn new(gpu: &Arc<Gpu>) -> Result<CopyLauncher> {
-        let kernels = gpu.kernels()?;
-        let state = DeviceBuffer::new(gpu, SLOTS * STATE)?;
-        state.fill(0)?;
+    /// A launcher with a stream of its own.
+    pub(super) fn new(context: &Arc<Context>, kernels: &Arc<Kernels>) -> Result<CopyLauncher> {
+        let stream = Stream::new(context)?;
+        let buffers = Buffers {
+            status: PinnedBuffer::new(context, SLOTS * STATUS)?,
+            tables: PinnedBuffer::new(context, TABLES as usize)?,
+            state: DeviceBuffer::new(context, SLOTS * STATE, STATE)?,
+        };
+        // SAFETY: the range is owned, and used first by kernels that the stream runs later.
+        unsafe { stream.fill(buffers.state.ptr(), 0, SLOTS * STATE) }?;
         Ok(CopyLauncher {
-            gpu: gpu.clone(),
-            stream: Stream::new(gpu)?,
-            kernels,
-            status: PinnedBuffer::new(gpu, SLOTS * STATUS)?,
-            tables: PinnedBuffer::new(gpu, TABLES as usize)?,
-            state,
+            stream,
+            kernels: kernels.clone(),
+            buffers: ManuallyDrop::new(buffers),
             args: Box::new(Args { jobs: 0, reserved: [0; 3], blob: [0; ARGS - HEADER] }),
             items: Vec::with_capacity(ARGS / size_of::<Item>()),
             slots: vec![Slot::default(); SLOTS],
@@ -230,13 +181,33 @@ impl CopyLauncher {
         Ok(true)
     }
 
-    /// Waits for everything submitted, by the stream instead of the status words.
-    pub(crate) fn synchronize(&mut self) -> Result<()> {
-        let done = self.stream.synchronize();
-        if let Err(error) = &done {
-            self.broken = Some(error.clone());
+    /// Waits until no job touches memory any more, at most `limit`. A context that is broken for good runs nothing: that is as well.
+    /// After an error jobs may still run.
+    pub(crate) fn quiesce(&mut self, limit: Duration) -> Result<()> {
+        match self.stream.wait(limit) {
+            Ok(true) => {
+                // What the jobs came to is of no interest here.
+                let _ = self.retire();
+                Ok(())
+            }
+            Ok(false) => bail!(TimedOut, "the GPU has not ended its copies in {limit:?}"),
+            Err(error) => {
+                let dead = error.context_is_dead();
+                let error = Error::from(error);
+                self.broken = Some(error.clone());
+                if dead {
+                    Ok(())
+                } else {
+                    Err(error)
+                }
+            }
         }
-        done.and_then(|()| self.retire())
+    }
+
+    /// Ready for another user, with nothing left of the last one; `None` when it is not fit for one.
+    pub(super) fn settle(mut self) -> Option<CopyLauncher> {
+        let quiet = self.broken.is_none() && self.quiesce(Duration::ZERO).is_ok() && self.broken.is_none();
+        (quiet && self.tail == self.head).then_some(self)
     }
 
     /// Takes note of finished jobs, oldest first: a launch may overtake the one ahead of it, but not by much.
@@ -246,7 +217,7 @@ impl CopyLauncher {
         }
         while self.tail < self.head {
             let index = self.tail as usize % SLOTS;
-            let word = self.status.ptr().host.wrapping_add(index * STATUS).cast::<u64>();
+            let word = self.buffers.status.mapped().host.wrapping_add(index * STATUS).cast::<u64>();
             // SAFETY: inside the status buffer, 8-byte aligned; only the kernel writes it, and atomics are how both sides use it.
             let status = unsafe { AtomicU64::from_ptr(word) }.load(Ordering::Acquire);
             let slot = &mut self.slots[index];
@@ -270,7 +241,7 @@ impl CopyLauncher {
             return Ok(());
         }
         self.unfinished_polls = 0;
-        if let Err(error) = self.stream.idle() {
+        if let Err(error) = self.stream.idle().map_err(Error::from) {
             self.broken = Some(error.clone());
             return Err(error);
         }
@@ -293,86 +264,107 @@ impl CopyLauncher {
     /// # Safety
     /// As [`CopyLauncher::submit`].
     unsafe fn launch(&mut self, jobs: &[Job<'_>], counts: &[u32], places: &[(u64, u64)]) -> Result<()> {
-        let total = jobs.iter().map(|j| j.len).sum();
-        let mut used = size_of_val(jobs) / size_of::<Job<'_>>() * size_of::<JobArgs>();
+        let launch_bytes = jobs.iter().map(|j| j.len).sum();
+        let mut used = jobs.len() * size_of::<JobArgs>();
         let mut grid = 1;
         for (i, (job, &count)) in jobs.iter().zip(counts).enumerate() {
             let number = self.head + i as u64;
-            let index = number as usize % SLOTS;
-            let mut args = JobArgs {
-                flat: job.flat,
-                size: message_len(job.len)?,
-                entry_count: count,
-                segments: job.segments.len() as u32,
-                state: self.state.ptr() + (index * STATE) as u64,
-                status: self.status.ptr().device + (index * STATUS) as u64,
-                sequence: (number % u64::from(u32::MAX)) as u32 + 1,
-                flags: if job.gather { GATHER } else { 0 },
-                ..JobArgs::default()
-            };
+            let mut args = self.describe(job, count, number)?;
             let whole = [loadMeta { src_off: 0, len: args.size, dst_off: 0 }];
-            let entries = match job.fragments {
-                Fragments::Whole => &whole[..],
-                Fragments::Row { row, count: counter, read_count } => {
-                    args.count = if read_count { counter.device } else { 0 };
-                    // SAFETY: the row holds `count` entries, by the caller's contract; count is at most its length. The plugin may be
-                    // wrong about them: whoever uses them checks them, join here or the kernel, which may read them again.
-                    unsafe { std::slice::from_raw_parts(row.host.cast::<loadMeta>(), count as usize) }
-                }
-            };
-            used = used.next_multiple_of(16);
-            let room = (ARGS - HEADER).saturating_sub(used) / (jobs.len() - i) / size_of::<Item>();
-            let far = far_room(entries.len(), job.segments.len());
-            let items = &mut self.items;
-            let joined = join(entries, job.segments, args.size, room.max(far), items);
-            if joined && cut(&mut args, total, room, items) {
-                args.entries = used as u64;
-                args.flags |= ENTRIES_INLINE;
-                // SAFETY: inside the blob, which has room for so many.
-                unsafe {
-                    std::ptr::copy_nonoverlapping(items.as_ptr(), self.args.blob.as_mut_ptr().add(used).cast(), items.len())
-                };
-                used += size_of_val(&items[..]);
-            } else if joined && args.size as usize / items.len() >= 1024 && cut(&mut args, total, far, items) {
-                let place = self.tables.ptr().offset(places[i].0 as usize);
-                // SAFETY: the place was taken with room for so many, and is 16-byte aligned.
-                unsafe { std::ptr::copy_nonoverlapping(items.as_ptr(), place.host.cast(), items.len()) };
-                args.entries = place.device;
-            } else {
-                self.put_table(job, places[i].0, &mut args, &mut used);
-                if let Fragments::Row { row, .. } = job.fragments {
-                    let (at, bytes) = (used.next_multiple_of(16), size_of_val(entries));
-                    if at + bytes <= ARGS - HEADER {
-                        // SAFETY: inside the blob, from a live slice of plain bytes.
-                        unsafe { std::ptr::copy_nonoverlapping(row.host, self.args.blob.as_mut_ptr().add(at), bytes) };
-                        used = at + bytes;
-                        args.entries = at as u64;
-                        args.flags |= ENTRIES_INLINE;
-                    } else {
-                        args.entries = row.device;
-                    }
-                }
-                let longest = entries.iter().map(|e| e.len).max().unwrap_or(0).min(args.size);
-                plan(&mut args, total, longest);
-            }
+            // SAFETY: by the caller's contract; the count was checked.
+            let entries = unsafe { entries_of(job, count, &whole) };
+            let (place, tables_end) = places[i];
+            self.write(job, entries, &mut args, &mut used, &Room { place, share: jobs.len() - i, launch_bytes });
             grid = grid.max(args.blocks);
             let at = i * size_of::<JobArgs>();
             // SAFETY: the first jobs.len() * 88 bytes of the blob are the jobs' own; blob is 16-aligned and 88 is a multiple of 8.
             unsafe { self.args.blob.as_mut_ptr().add(at).cast::<JobArgs>().write(args) };
-            self.slots[index] = Slot { sequence: args.sequence, len: args.size, tables_end: places[i].1, failure: None };
+            self.slots[number as usize % SLOTS] = Slot { sequence: args.sequence, len: args.size, tables_end, failure: None };
         }
         self.args.jobs = jobs.len() as u32;
-        let kernel = if HEADER + used <= ARGS_SMALL { self.kernels.small } else { self.kernels.large };
+        // SAFETY: by the caller's contract.
+        unsafe { self.start(grid, jobs.len() as u32, HEADER + used) }?;
+        self.head += jobs.len() as u64;
+        Ok(())
+    }
+
+    /// What the kernel is told of a job, less its entries and segments.
+    fn describe(&self, job: &Job<'_>, count: u32, number: u64) -> Result<JobArgs> {
+        let index = number as usize % SLOTS;
+        Ok(JobArgs {
+            count: match job.fragments {
+                Fragments::Row { count, read_count: true, .. } => count.device,
+                _ => 0,
+            },
+            flat: job.flat,
+            size: message_len(job.len)?,
+            entry_count: count,
+            segments: job.segments.len() as u32,
+            state: self.buffers.state.ptr() + (index * STATE) as u64,
+            status: self.buffers.status.mapped().device + (index * STATUS) as u64,
+            sequence: (number % u64::from(u32::MAX)) as u32 + 1,
+            flags: if job.gather { GATHER } else { 0 },
+            ..JobArgs::default()
+        })
+    }
+
+    /// Writes a job's entries and segments, joined where that is possible, and sets its plan. The parameters are `used` so far.
+    fn write(&mut self, job: &Job<'_>, entries: &[loadMeta], args: &mut JobArgs, used: &mut usize, room: &Room) {
+        *used = used.next_multiple_of(16);
+        let inline = (ARGS - HEADER).saturating_sub(*used) / room.share / size_of::<Item>();
+        let far = far_room(entries.len(), job.segments.len());
+        let items = &mut self.items;
+        let joined = join(entries, job.segments, args.size, inline.max(far), items);
+        if joined && cut(args, room.launch_bytes, inline, items) {
+            args.entries = *used as u64;
+            args.flags |= ENTRIES_INLINE;
+            // SAFETY: inside the blob, which has room for so many.
+            unsafe { std::ptr::copy_nonoverlapping(items.as_ptr(), self.args.blob.as_mut_ptr().add(*used).cast(), items.len()) };
+            *used += size_of_val(&items[..]);
+        } else if joined && args.size as usize / items.len() >= 1024 && cut(args, room.launch_bytes, far, items) {
+            let place = self.buffers.tables.mapped().offset(room.place as usize);
+            // SAFETY: the place was taken with room for so many, and is 16-byte aligned.
+            unsafe { std::ptr::copy_nonoverlapping(items.as_ptr(), place.host.cast(), items.len()) };
+            args.entries = place.device;
+        } else {
+            self.put_table(job, room.place, args, used);
+            self.put_entries(job, entries, args, used);
+            let longest = entries.iter().map(|e| e.len).max().unwrap_or(0).min(args.size);
+            plan(args, room.launch_bytes, longest);
+        }
+    }
+
+    /// Copies a row's entries into the parameters where they fit; else the kernel reads the row.
+    fn put_entries(&mut self, job: &Job<'_>, entries: &[loadMeta], args: &mut JobArgs, used: &mut usize) {
+        let Fragments::Row { row, .. } = job.fragments else { return };
+        let (at, bytes) = (used.next_multiple_of(16), size_of_val(entries));
+        if at + bytes > ARGS - HEADER {
+            args.entries = row.device;
+            return;
+        }
+        // SAFETY: inside the blob, from a live slice of plain bytes.
+        unsafe { std::ptr::copy_nonoverlapping(entries.as_ptr().cast(), self.args.blob.as_mut_ptr().add(at), bytes) };
+        *used = at + bytes;
+        args.entries = at as u64;
+        args.flags |= ENTRIES_INLINE;
+    }
+
+    /// Starts the kernel on the jobs in the parameters, of which it reads `bytes`.
+    ///
+    /// # Safety
+    /// As [`CopyLauncher::submit`], for those jobs.
+    unsafe fn start(&mut self, grid: u32, jobs: u32, bytes: usize) -> Result<()> {
+        let kernel = if bytes <= ARGS_SMALL { self.kernels.small } else { self.kernels.large };
         let mut params = [(&raw mut *self.args).cast::<std::ffi::c_void>()];
         // Jobs in flight do not depend on each other, so a launch may start before the one ahead of it has ended.
         let mut overlap = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            id: sys::LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+            value: [1, 0, 0, 0, 0, 0, 0, 0],
         };
         let config = sys::CUlaunchConfig {
             gridDimX: grid,
-            gridDimY: jobs.len() as u32,
+            gridDimY: jobs,
             gridDimZ: 1,
             blockDimX: THREADS,
             blockDimY: 1,
@@ -382,14 +374,10 @@ impl CopyLauncher {
             attrs: &raw mut overlap,
             numAttrs: u32::from(self.kernels.overlap),
         };
-        self.gpu.with(|| {
-            // SAFETY: the parameter is the kernel's one struct and is copied by the call; what it points at stays by the caller's
-            // contract, and the launcher's own buffers until drop has waited.
-            let result = unsafe { sys::cuLaunchKernelEx(&config, kernel, params.as_mut_ptr(), std::ptr::null_mut()) };
-            check("launch of the copy kernel", result)
-        })?;
-        self.head += jobs.len() as u64;
-        Ok(())
+        let cuda = self.stream.context().enter()?;
+        // SAFETY: the parameter is the kernel's one struct and is copied by the call; what it points at stays by the caller's contract,
+        // and the launcher's own buffers until drop knows that no kernel runs.
+        Ok(unsafe { cuda.cuLaunchKernelEx(&config, kernel, params.as_mut_ptr(), std::ptr::null_mut()) }?)
     }
 
     /// Writes a job's segment table, inside the parameters where it fits, else into the table ring at `place`.
@@ -402,7 +390,7 @@ impl CopyLauncher {
             args.flags |= SEGMENTS_INLINE;
             (self.args.blob.as_mut_ptr().wrapping_add(at), at as u64)
         } else {
-            let ring = self.tables.ptr().offset(place as usize);
+            let ring = self.buffers.tables.mapped().offset(place as usize);
             (ring.host, ring.device)
         };
         args.seg_addr = base;
@@ -424,40 +412,17 @@ impl CopyLauncher {
 
 impl Drop for CopyLauncher {
     fn drop(&mut self) {
-        // Kernels in flight write to buffers of self: wait. A failed stream has nothing in flight.
-        let _ = self.stream.synchronize();
+        // Kernels in flight write to the buffers: those of a launcher that is dropped in spite of them stay.
+        if self.quiesce(Duration::ZERO).is_ok() {
+            // SAFETY: dropped once, here; no kernel runs any more.
+            unsafe { ManuallyDrop::drop(&mut self.buffers) };
+        }
     }
 }
 
 /// Bytes a job's table or items take in the ring, a multiple of 64.
 fn table_bytes(entries: usize, segments: usize) -> u64 {
     (segments * 12 + 4).max(far_room(entries, segments) * size_of::<Item>()).next_multiple_of(64) as u64
-}
-
-/// Checks what the host can see of a job: its entry count, 1 for a whole message.
-fn checked_count(job: &Job<'_>) -> Result<u32> {
-    let mut sum = 0u64;
-    for segment in job.segments {
-        if segment.len == 0 {
-            bail!(InvalidArgument, "an empty segment at {:#x}", segment.addr);
-        }
-        sum = sum.saturating_add(segment.len);
-    }
-    if sum != job.len || job.len == 0 {
-        bail!(InvalidArgument, "segments of {sum} bytes for a message of {}", job.len);
-    }
-    message_len(job.len)?;
-    match job.fragments {
-        Fragments::Whole => Ok(1),
-        Fragments::Row { count, .. } => {
-            // SAFETY: the plugin's counter, live by the contract of submit; written last, so acquire orders the entries.
-            let count = unsafe { AtomicU64::from_ptr(count.host.cast()) }.load(Ordering::Acquire);
-            if count == 0 || count > MAX_ENTRIES as u64 {
-                bail!(Plugin, "the plugin describes a receive of {} bytes by {count} fragments", job.len);
-            }
-            Ok(count as u32)
-        }
-    }
 }
 
 /// What a status word says.
@@ -473,24 +438,10 @@ fn failure(code: u32, bytes: u64, len: u32) -> Option<Error> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Gpu, Segment};
     use super::*;
-
-    #[test]
-    fn jobs_are_checked_before_anything_is_launched() {
-        let segments = [Segment { addr: 4096, len: 60 }, Segment { addr: 8192, len: 40 }];
-        assert_eq!(checked_count(&Job::gather(&segments, 0, 100)), Ok(1));
-        assert!(checked_count(&Job::gather(&segments, 0, 101)).is_err());
-        assert!(checked_count(&Job::scatter(0, &[], 0)).is_err());
-        assert!(checked_count(&Job::scatter(0, &[Segment { addr: 0, len: 1 << 32 }], 1 << 32)).is_err());
-        assert!(checked_count(&Job::scatter(0, &[Segment { addr: 0, len: 0 }, Segment { addr: 0, len: 5 }], 5)).is_err());
-        let mut meta = vec![0u64; size_of::<netUnpackMeta>() / 8];
-        let ptr = MappedPtr { host: meta.as_mut_ptr().cast(), device: 0 };
-        for (count, good) in [(0u64, false), (1, true), (2048, true), (2049, false), (u64::MAX, false)] {
-            meta[(offset_of!(netUnpackMeta, cnt)) / 8 + 3] = count;
-            let ptr = MappedPtr { host: meta.as_mut_ptr().cast(), ..ptr };
-            assert_eq!(checked_count(&Job::unpack(ptr, 19, 0, 100, &segments, true)).is_ok(), good, "{count}");
-        }
-    }
+    use cuda_driver::MappedPtr;
+    use nccl_net_abi::netUnpackMeta;
 
     #[test]
     fn status_words_become_errors() {
@@ -504,30 +455,30 @@ mod tests {
     /// ring survives more jobs than it has slots.
     #[test]
     fn copies_on_a_gpu() {
-        if !super::super::driver::available() {
+        if !cuda_driver::available() {
             eprintln!("SKIPPED: no GPU here, the launcher was not run");
             return;
         }
         let gpu = Gpu::open(0).expect("GPU 0");
-        let name = super::super::context::current_name().expect("GPU 0");
-        assert_eq!(super::super::context::ordinal_of(name.bdf).expect("bdf"), Some(name.ordinal));
-        let mut launcher = CopyLauncher::new(&gpu).expect("launcher");
+        let name = cuda_driver::current_name().expect("GPU 0");
+        assert_eq!(cuda_driver::ordinal_of(name.bdf).expect("bdf"), Some(name.ordinal));
+        let mut launcher = gpu.launcher().expect("launcher");
         const LEN: usize = 200_000;
         let (bounce, dest, meta) = (
-            DeviceBuffer::new(&gpu, LEN).unwrap(),
-            DeviceBuffer::new(&gpu, 2 * LEN).unwrap(),
-            PinnedBuffer::new(&gpu, size_of::<netUnpackMeta>()).unwrap(),
+            gpu.device_memory(LEN).unwrap(),
+            gpu.device_memory(2 * LEN).unwrap(),
+            gpu.pinned(size_of::<netUnpackMeta>()).unwrap(),
         );
-        let (staging, host) = (PinnedBuffer::new(&gpu, LEN).unwrap(), PinnedBuffer::new(&gpu, LEN).unwrap());
-        assert_eq!(super::super::memory::memory_kind(dest.ptr()), Ok(super::super::memory::MemoryKind::Device { ordinal: 0 }));
-        assert_eq!(super::super::memory::memory_kind(host.ptr().host as u64), Ok(super::super::memory::MemoryKind::PinnedHost));
-        assert_eq!(MappedPtr::resolve(&gpu, host.ptr().host as u64), Ok(host.ptr()));
+        let (staging, host) = (gpu.pinned(LEN).unwrap(), gpu.pinned(LEN).unwrap());
+        assert_eq!(cuda_driver::memory_kind(dest.ptr()), Ok(cuda_driver::MemoryKind::Device { ordinal: 0 }));
+        assert_eq!(cuda_driver::memory_kind(host.mapped().host as u64), Ok(cuda_driver::MemoryKind::PinnedHost));
+        assert_eq!(MappedPtr::resolve(gpu.context(), host.mapped().host as u64), Ok(host.mapped()));
         // SAFETY: the buffers are owned by this test and large enough; the GPU is idle or waited for at each access.
         unsafe {
-            let data = std::slice::from_raw_parts_mut(host.ptr().host, LEN);
+            let data = std::slice::from_raw_parts_mut(host.mapped().host, LEN);
             data.iter_mut().enumerate().for_each(|(i, b)| *b = (i * 7 + i / 251) as u8);
-            super::super::memory::host_to_device(launcher.stream(), bounce.ptr(), host.ptr().host, LEN).unwrap();
-            let queue = &mut *meta.ptr().host.cast::<netUnpackMeta>();
+            launcher.stream().host_to_device(bounce.ptr(), host.mapped().host, LEN).unwrap();
+            let queue = &mut *meta.mapped().host.cast::<netUnpackMeta>();
             for slot in 0..16 {
                 // 131 fragments, last first, from the mirrored place of the bounce buffer.
                 let n = 131;
@@ -548,9 +499,9 @@ mod tests {
                 })
                 .collect();
             for round in 0..3 * SLOTS {
-                let staged = [Segment { addr: staging.ptr().device, len: LEN as u64 }];
+                let staged = [Segment { addr: staging.mapped().device, len: LEN as u64 }];
                 let jobs = [
-                    Job::unpack(meta.ptr(), round % 16, bounce.ptr(), LEN as u64, &segments, round % 2 == 0),
+                    Job::unpack(meta.mapped(), round % 16, bounce.ptr(), LEN as u64, &segments, round % 2 == 0),
                     Job::scatter(bounce.ptr(), &staged, LEN as u64),
                 ];
                 let ticket = loop {
@@ -561,20 +512,22 @@ mod tests {
                 if round % 700 == 0 {
                     while !launcher.poll(ticket).unwrap() {}
                     let back =
-                        launcher.submit(&[Job::gather(&segments, staging.ptr().device, LEN as u64)]).unwrap().expect("room");
+                        launcher.submit(&[Job::gather(&segments, staging.mapped().device, LEN as u64)]).unwrap().expect("room");
                     while !launcher.poll(back).unwrap() {}
-                    let got = std::slice::from_raw_parts(staging.ptr().host, LEN);
+                    let got = std::slice::from_raw_parts(staging.mapped().host, LEN);
                     for i in 0..131 {
                         let (from, to) = (i * LEN / 131, (i + 1) * LEN / 131);
                         assert_eq!(&got[from..to], &data[LEN - to..LEN - from], "fragment {i} of round {round}");
                     }
                 }
             }
-            launcher.synchronize().unwrap();
+            launcher.quiesce(Duration::from_secs(20)).unwrap();
             assert_eq!(launcher.head, launcher.tail);
             queue.mem[3][9].dst_off = LEN as u64;
-            let ticket =
-                launcher.submit(&[Job::unpack(meta.ptr(), 3, bounce.ptr(), LEN as u64, &segments, true)]).unwrap().expect("room");
+            let ticket = launcher
+                .submit(&[Job::unpack(meta.mapped(), 3, bounce.ptr(), LEN as u64, &segments, true)])
+                .unwrap()
+                .expect("room");
             let failed = loop {
                 match launcher.poll(ticket) {
                     Ok(true) => panic!("a broken row was accepted"),
@@ -587,7 +540,7 @@ mod tests {
             let t = std::time::Instant::now();
             for _ in 0..500 {
                 let ticket = launcher
-                    .submit(&[Job::unpack(meta.ptr(), 5, bounce.ptr(), LEN as u64, &segments[..], false)])
+                    .submit(&[Job::unpack(meta.mapped(), 5, bounce.ptr(), LEN as u64, &segments[..], false)])
                     .unwrap()
                     .expect("room");
                 while !launcher.poll(ticket).unwrap() {}

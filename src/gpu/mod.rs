@@ -1,18 +1,32 @@
-//! GPUs through the CUDA driver API: memory kinds, contexts, pinned and device memory, and the launcher of the copy kernel.
-//! The driver is opened at run time and its absence is a normal state; no context is made before memory on a GPU is used.
+//! GPUs as the engine uses them: one value a GPU, with the copy kernel loaded, and the launchers of that kernel.
 //! Knows nothing of connections or plugins: it copies between addresses and reads `loadMeta` rows.
 
-pub(crate) mod bdf;
-mod context;
-mod driver;
+mod device;
+mod job;
 mod launcher;
 mod layout;
-mod memory;
+mod lent;
 mod plan;
 
-pub(crate) use context::{current_name, Gpu, GpuName};
-pub(crate) use driver::available;
-pub(crate) use launcher::{CopyLauncher, Job, Segment, Ticket, INLINE_PIECES, PIECES_PER_JOB};
-pub(crate) use memory::{
-    device_to_host, host_to_device, memory_kind, read_device, DeviceBuffer, MappedPtr, MemoryKind, PinnedBuffer,
-};
+pub(crate) use cuda_driver::{available, current_name, GpuName, MappedPtr, MemoryKind};
+pub(crate) use device::Gpu;
+pub(crate) use job::{Job, Segment};
+pub(crate) use launcher::{CopyLauncher, Ticket, INLINE_PIECES, PIECES_PER_JOB};
+pub(crate) use lent::Lent;
+
+use crate::status::{err, Error, Result};
+
+impl From<cuda_driver::Error> for Error {
+    fn from(error: cuda_driver::Error) -> Error {
+        if error.out_of_memory() {
+            err!(Resource, "{error}")
+        } else {
+            err!(Gpu, "{error}")
+        }
+    }
+}
+
+/// The kind of memory at `ptr`. Makes no context.
+pub(crate) fn memory_kind(ptr: u64) -> Result<MemoryKind> {
+    Ok(cuda_driver::memory_kind(ptr)?)
+}

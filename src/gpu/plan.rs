@@ -1,6 +1,6 @@
 //! How the work of a job is cut over blocks. Pure arithmetic; the kernel is right for every plan, only its speed depends on it.
 
-use super::launcher::Segment;
+use super::job::Segment;
 use super::layout::{Item, JobArgs, ITEMS, THREADS, UNIT_SHIFT};
 use nccl_net_abi::loadMeta;
 

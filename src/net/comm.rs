@@ -1,27 +1,74 @@
 //! Comms with the contract's rules built in: at most 16 requests, only the oldest unfinished one is tested, receives are
-//! consumed in order, a listen comm accepts once, the connect handle keeps its place. Callers above cannot break them.
+//! consumed in order, a listen comm accepts once, the memory that the plugin keeps pointers to keeps its place. Callers above
+//! cannot break them. Set-up, registration and close run with the comm's GPU current.
 
 use super::plugin::{CommKind, Plugin};
+use super::registrations::{piece, Registration};
+use super::{reaper, within, Scope};
 use crate::status::{bail, Result};
-use nccl_net_abi::{ncclNetDeviceHandle_v7, ucclIoVec, MAX_REQUESTS, NCCL_NET_HANDLE_MAXSIZE};
-use std::collections::VecDeque;
+use crate::types::Span;
+use nccl_net_abi::{ncclNetDeviceHandle_v7, ucclIoVec, MAX_REQUESTS, NCCL_NET_HANDLE_MAXSIZE, NCCL_PTR_CUDA};
+use std::collections::{HashMap, VecDeque};
 use std::ffi::{c_int, c_void};
+use std::ptr::NonNull;
 use std::sync::atomic::AtomicU32;
 use std::sync::Arc;
+
+/// The 128 bytes that name a listen comm to the peer.
+pub(crate) type Handle = [u8; NCCL_NET_HANDLE_MAXSIZE];
+
+/// A value at an address of its own, for plugins that keep a pointer to it: moving the owner does not move it, and no reference to it
+/// exists while the plugin may write.
+struct Pinned<T>(NonNull<T>);
+// SAFETY: owned plain memory; whoever uses the pointer owes the order of accesses.
+unsafe impl<T: Send> Send for Pinned<T> {}
+
+impl<T> Pinned<T> {
+    fn new(value: T) -> Pinned<T> {
+        Pinned(NonNull::from(Box::leak(Box::new(value))))
+    }
+    fn as_ptr(&self) -> *mut T {
+        self.0.as_ptr()
+    }
+}
+
+impl<T> Drop for Pinned<T> {
+    fn drop(&mut self) {
+        // SAFETY: the box that `new` leaked, taken back once.
+        drop(unsafe { Box::from_raw(self.0.as_ptr()) });
+    }
+}
 
 /// A raw comm that closes itself.
 struct RawComm {
     plugin: Arc<Plugin>,
     comm: *mut c_void,
     kind: CommKind,
+    dev: usize,
+    gpu: Scope,
 }
 // SAFETY: NCCL plugins allow a comm to be used from any thread, one at a time; `&mut` of the owners guarantees the latter.
 unsafe impl Send for RawComm {}
 
+impl RawComm {
+    /// A comm that moves data.
+    fn open(plugin: &Arc<Plugin>, comm: *mut c_void, kind: CommKind, dev: usize, gpu: &Scope) -> RawComm {
+        plugin.registrations.opened(plugin, dev, comm, gpu);
+        RawComm { plugin: plugin.clone(), comm, kind, dev, gpu: gpu.clone() }
+    }
+}
+
 impl Drop for RawComm {
     fn drop(&mut self) {
-        // SAFETY: live until here, and dropped once.
-        unsafe { self.plugin.close(self.kind, self.comm) };
+        self.plugin.registrations.closing(&self.plugin, self.dev, self.comm);
+        let closed = within(&self.gpu, || {
+            // SAFETY: live until here, and dropped once.
+            unsafe { self.plugin.close(self.kind, self.comm) };
+            Ok(())
+        });
+        if let Err(e) = closed {
+            log::warn!("a comm of plugin {} was not closed: {e}", self.plugin.name);
+        }
     }
 }
 
@@ -29,68 +76,115 @@ impl Drop for RawComm {
 pub(crate) struct ListenComm {
     raw: RawComm,
     /// The connect handle.
-    pub handle: [u8; NCCL_NET_HANDLE_MAXSIZE],
+    pub handle: Handle,
 }
 
 impl ListenComm {
-    pub(crate) fn new(plugin: &Arc<Plugin>, dev: usize) -> Result<ListenComm> {
+    pub(crate) fn new(plugin: &Arc<Plugin>, dev: usize, gpu: &Scope) -> Result<ListenComm> {
         let mut handle = [0; NCCL_NET_HANDLE_MAXSIZE];
-        let comm = plugin.listen(dev, &mut handle)?;
-        Ok(ListenComm { raw: RawComm { plugin: plugin.clone(), comm, kind: CommKind::Listen }, handle })
-    }
-
-    /// Starts the one accept that a listen comm serves.
-    pub(crate) fn accept(self) -> Accepting {
-        // SAFETY: plain data for which zeros are valid.
-        let dev_handle = Box::new(unsafe { std::mem::zeroed() });
-        Accepting { listen: self.raw, dev_handle: Some(dev_handle) }
+        let comm = within(gpu, || plugin.listen(dev, &mut handle))?;
+        Ok(ListenComm { raw: RawComm { plugin: plugin.clone(), comm, kind: CommKind::Listen, dev, gpu: gpu.clone() }, handle })
     }
 }
 
-/// An accept under way.
-pub(crate) struct Accepting {
+struct PendingAccept {
     listen: RawComm,
-    dev_handle: Option<Box<ncclNetDeviceHandle_v7>>,
+    dev_handle: Pinned<ncclNetDeviceHandle_v7>,
+    /// The plugin has seen the accept.
+    begun: bool,
 }
+
+/// An accept under way. Given up before its end it is polled on in the background, where the plugin asks for that.
+pub(crate) struct Accepting(Option<PendingAccept>);
 
 impl Accepting {
+    /// The one accept that a listen comm serves.
+    pub(crate) fn new(listen: ListenComm) -> Accepting {
+        // SAFETY: plain data for which zeros are valid.
+        let dev_handle = Pinned::new(unsafe { std::mem::zeroed() });
+        Accepting(Some(PendingAccept { listen: listen.raw, dev_handle, begun: false }))
+    }
+
     /// The comm, once the peer has connected. After it or an error, further calls give an error.
     pub(crate) fn poll(&mut self) -> Result<Option<RecvComm>> {
-        let Some(mut dev_handle) = self.dev_handle.take() else { bail!(Internal, "accept polled after its end") };
-        // SAFETY: the listen comm is live and has not accepted yet (dev_handle was there); the box moves into the comm.
-        let comm = unsafe { self.listen.plugin.accept(self.listen.comm, &mut *dev_handle) }?;
-        if comm.is_null() {
-            self.dev_handle = Some(dev_handle);
+        let Some(pending) = &mut self.0 else { bail!(Internal, "accept polled after its end") };
+        let (listen, begun, dev_handle) = (&pending.listen, &mut pending.begun, pending.dev_handle.as_ptr());
+        // Where the GPU cannot be made current the accept stays as it is.
+        let answer = within(&listen.gpu, || {
+            *begun = true;
+            // SAFETY: the listen comm is live and has not accepted yet (it is there); the device handle goes on with the comm.
+            Ok(unsafe { listen.plugin.accept(listen.comm, dev_handle) })
+        })?;
+        if matches!(answer, Ok(comm) if comm.is_null()) {
             return Ok(None);
         }
-        let raw = RawComm { plugin: self.listen.plugin.clone(), comm, kind: CommKind::Recv };
-        Ok(Some(RecvComm { raw, dev_handle, posted: VecDeque::new(), finished: VecDeque::new(), next_slot: 0, tag: 0 }))
+        let Some(pending) = self.0.take() else { bail!(Internal, "accept polled after its end") };
+        let (comm, listen) = (answer?, &pending.listen);
+        let raw = RawComm::open(&listen.plugin, comm, CommKind::Recv, listen.dev, &listen.gpu);
+        let dev_handle = pending.dev_handle;
+        Ok(Some(RecvComm { raw, dev_handle, posted: VecDeque::new(), finished: VecDeque::new(), next_slot: 0 }))
     }
 }
 
-/// A connect under way. The plugin keeps its state inside the handle, which stays where it is.
+impl Drop for Accepting {
+    fn drop(&mut self) {
+        // The plugin's threads may still use the listen comm and the device handle.
+        if let Some(pending) = self.0.take_if(|p| p.begun && p.listen.plugin.traits.lingers) {
+            let mut rest = Accepting(Some(pending));
+            reaper::keep(Box::new(move || !matches!(rest.poll(), Ok(None))));
+        }
+    }
+}
+
+/// A connect under way. The plugin keeps its state inside the handle, which stays where it is. Given up before its end it is ended at
+/// once, or polled on in the background, as the plugin asks.
 pub(crate) struct Connecting {
     plugin: Arc<Plugin>,
     dev: usize,
-    handle: Option<Box<[u8; NCCL_NET_HANDLE_MAXSIZE]>>,
+    gpu: Scope,
+    handle: Option<Pinned<Handle>>,
+    begun: bool,
 }
 
 impl Connecting {
-    pub(crate) fn new(plugin: &Arc<Plugin>, dev: usize, handle: [u8; NCCL_NET_HANDLE_MAXSIZE]) -> Connecting {
-        Connecting { plugin: plugin.clone(), dev, handle: Some(Box::new(handle)) }
+    pub(crate) fn new(plugin: &Arc<Plugin>, dev: usize, gpu: &Scope, handle: Handle) -> Connecting {
+        Connecting { plugin: plugin.clone(), dev, gpu: gpu.clone(), handle: Some(Pinned::new(handle)), begun: false }
     }
 
     /// The comm, once it is up. After it or an error, further calls give an error.
     pub(crate) fn poll(&mut self) -> Result<Option<SendComm>> {
-        let Some(mut handle) = self.handle.take() else { bail!(Internal, "connect polled after its end") };
-        // SAFETY: the box keeps its address while it moves in and out of the option; it is given up after an error.
-        let comm = unsafe { self.plugin.connect(self.dev, handle.as_mut_ptr().cast()) }?;
-        if comm.is_null() {
-            self.handle = Some(handle);
+        let Some(handle) = self.handle.as_ref().map(Pinned::as_ptr) else { bail!(Internal, "connect polled after its end") };
+        let (plugin, dev, begun) = (&self.plugin, self.dev, &mut self.begun);
+        // Where the GPU cannot be made current the connect stays as it is.
+        let answer = within(&self.gpu, || {
+            *begun = true;
+            // SAFETY: the handle keeps its address while its owner moves; it is given up after an error.
+            Ok(unsafe { plugin.connect(dev, handle.cast()) })
+        })?;
+        if matches!(answer, Ok(comm) if comm.is_null()) {
             return Ok(None);
         }
-        let raw = RawComm { plugin: self.plugin.clone(), comm, kind: CommKind::Send };
-        Ok(Some(SendComm { raw, inflight: VecDeque::new(), tag: 0 }))
+        self.handle = None;
+        let comm = answer?;
+        let raw = RawComm::open(&self.plugin, comm, CommKind::Send, self.dev, &self.gpu);
+        Ok(Some(SendComm { raw, regions: HashMap::new(), inflight: VecDeque::new() }))
+    }
+}
+
+impl Drop for Connecting {
+    fn drop(&mut self) {
+        if !self.begun {
+            return;
+        }
+        let Some(handle) = self.handle.take() else { return };
+        if self.plugin.traits.lingers {
+            let (plugin, gpu) = (self.plugin.clone(), self.gpu.clone());
+            let mut rest = Connecting { plugin, dev: self.dev, gpu, handle: Some(handle), begun: true };
+            reaper::keep(Box::new(move || !matches!(rest.poll(), Ok(None))));
+        } else {
+            // SAFETY: a connect under way that is not polled again.
+            unsafe { self.plugin.abandon_connect(handle.as_ptr().cast()) };
+        }
     }
 }
 
@@ -103,69 +197,105 @@ pub(crate) struct Doorbell {
     pub fd: c_int,
 }
 
-fn set_doorbell(raw: &RawComm, doorbell: &Doorbell) -> Result<bool> {
-    let Some(set) = raw.plugin.ext().and_then(|e| e.setDoorbell) else { return Ok(false) };
-    // SAFETY: the comm is live; the owner of the comm keeps `armed` and `fd` alive until it is closed.
-    let result = unsafe { set(raw.comm, doorbell.armed.as_ptr(), doorbell.fd) };
-    if result != 0 {
-        bail!(Plugin, "plugin {}: setDoorbell returned {result}", raw.plugin.name);
+impl RawComm {
+    fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
+        // SAFETY: the comm is live; the owner of the comm keeps `armed` and `fd` alive until it is closed.
+        unsafe { self.plugin.set_doorbell(self.comm, doorbell.armed.as_ptr(), doorbell.fd) }
     }
-    Ok(true)
+
+    /// # Safety
+    /// The memory stays mapped until the registration is dropped and the comms that use it are closed.
+    unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int) -> Result<Registration> {
+        let at = (self.dev, self.comm);
+        // SAFETY: by the caller's contract; the comm is open.
+        within(&self.gpu, || unsafe { self.plugin.registrations.acquire(&self.plugin, at, data as usize, len, kind) })
+    }
+
+    fn progress_bytes(&self) -> Result<Option<u64>> {
+        // SAFETY: the comm is live.
+        unsafe { self.plugin.progress(self.comm) }
+    }
+
+    fn describe(&self) -> Option<String> {
+        // SAFETY: the comm is live.
+        unsafe { self.plugin.describe(self.comm) }
+    }
 }
 
 /// Registered memory of a comm.
 pub(crate) type MHandle = *mut c_void;
 
-/// A registration with the plugin is refused above this; callers register in pieces.
-pub(crate) const MAX_PIECE_BYTES: usize = 1 << 30;
-
 /// The sending half of a channel.
 pub(crate) struct SendComm {
+    // Field order is drop order: with requests in flight the registrations go after the comm.
     raw: RawComm,
+    /// Shares in the registrations of regions that this comm has sent from, by region and piece.
+    regions: HashMap<(u64, u64), Registration>,
     inflight: VecDeque<*mut c_void>,
-    tag: c_int,
 }
 // SAFETY: requests are the plugin's, used only under `&mut self`.
 unsafe impl Send for SendComm {}
 
 impl SendComm {
+    /// As the plugin's `progress`; an error when the comm has failed, idle or not.
+    pub(crate) fn network_bytes(&self) -> Result<Option<u64>> {
+        self.raw.progress_bytes()
+    }
+    /// Its two ends and its NIC, in words.
+    pub(crate) fn describe(&self) -> String {
+        self.raw.describe().unwrap_or_else(|| format!("a comm of plugin {}", self.raw.plugin.name))
+    }
     pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
-        set_doorbell(&self.raw, doorbell)
+        self.raw.set_doorbell(doorbell)
+    }
+    /// The plugin that carries this comm.
+    pub(crate) fn plugin(&self) -> &Arc<Plugin> {
+        &self.raw.plugin
     }
     /// Requests posted and not yet done.
     pub(crate) fn inflight(&self) -> usize {
         self.inflight.len()
     }
 
-    /// Registers memory for sends of this comm's NIC.
+    /// Registers memory for requests of this comm. The share is dropped after the requests have ended, or after the comm.
     ///
     /// # Safety
-    /// The memory stays mapped until [`SendComm::deregister`] or the comm's end.
-    pub(crate) unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int) -> Result<MHandle> {
+    /// The memory stays mapped until then.
+    pub(crate) unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int) -> Result<Registration> {
         // SAFETY: by the caller's contract.
-        unsafe { self.raw.plugin.reg_mr(self.raw.comm, data, len, kind) }
+        unsafe { self.raw.register(data, len, kind) }
     }
 
+    /// The registration of device memory that a chunk starting at `addr` of a region is sent with. It is shared by all comms of the NIC
+    /// and kept until [`SendComm::forget_region`] or the comm's end.
+    ///
     /// # Safety
-    /// `mhandle` came from `register` of a comm of the same NIC, once, and no request uses it.
-    pub(crate) unsafe fn deregister(&self, mhandle: MHandle) {
-        // SAFETY: by the caller's contract.
-        unsafe { self.raw.plugin.dereg_mr(self.raw.comm, mhandle) }
+    /// The region stays mapped until then.
+    pub(crate) unsafe fn region(&mut self, span: Span, addr: u64) -> Result<MHandle> {
+        let (number, base, len) = piece(span, addr);
+        if let Some(share) = self.regions.get(&(span.id, number)) {
+            return Ok(share.mhandle());
+        }
+        // SAFETY: by the caller's contract; whole pages of a mapping are mapped.
+        let share = unsafe { self.raw.register(base as *mut c_void, len as usize, NCCL_PTR_CUDA) }?;
+        let mhandle = share.mhandle();
+        self.regions.insert((span.id, number), share);
+        Ok(mhandle)
     }
 
-    /// The software plugin carries this comm.
-    pub(crate) fn plugin_is_soft(&self) -> bool {
-        self.raw.plugin.is_soft()
+    /// Gives back the shares in a region's registrations: no request of this comm uses the region any more.
+    pub(crate) fn forget_region(&mut self, id: u64) {
+        self.regions.retain(|&(region, _), _| region != id);
     }
 
     /// Posts one message. `false`: the plugin takes none now, try again.
     ///
     /// # Safety
     /// `[data, data + len)` is registered under `mhandle`, and neither changes nor goes away until the send is done or the comm closed.
-    pub(crate) unsafe fn send(&mut self, data: *mut c_void, len: usize, mhandle: MHandle) -> Result<bool> {
+    pub(crate) unsafe fn send(&mut self, data: *mut c_void, len: usize, tag: c_int, mhandle: MHandle) -> Result<bool> {
         self.admit(len)?;
         // SAFETY: by the caller's contract; the window was checked.
-        let request = unsafe { self.raw.plugin.isend(self.raw.comm, data, len, self.tag, mhandle) }?;
+        let request = unsafe { self.raw.plugin.isend(self.raw.comm, data, len, tag, mhandle) }?;
         Ok(self.posted(request))
     }
 
@@ -173,13 +303,10 @@ impl SendComm {
     ///
     /// # Safety
     /// Every segment stays readable and unchanged until the send is done or the comm closed.
-    pub(crate) unsafe fn send_vectored(&mut self, iov: &[ucclIoVec], len: usize) -> Result<bool> {
+    pub(crate) unsafe fn send_vectored(&mut self, iov: &[ucclIoVec], len: usize, tag: c_int) -> Result<bool> {
         self.admit(len)?;
-        let Some(call) = self.raw.plugin.ext().and_then(|e| e.isendv) else { bail!(Internal, "no vectored send") };
-        let mut request = std::ptr::null_mut();
-        // SAFETY: by the caller's contract; the window was checked; the array is copied by the call.
-        let result = unsafe { call(self.raw.comm, iov.len() as c_int, iov.as_ptr(), self.tag, &mut request) };
-        self.raw.plugin.check("isend", result)?;
+        // SAFETY: by the caller's contract; the window was checked.
+        let request = unsafe { self.raw.plugin.isendv(self.raw.comm, iov, tag) }?;
         Ok(self.posted(request))
     }
 
@@ -194,7 +321,6 @@ impl SendComm {
         if request.is_null() {
             return false;
         }
-        self.tag = self.tag.wrapping_add(1) & c_int::MAX;
         self.inflight.push_back(request);
         true
     }
@@ -203,7 +329,7 @@ impl SendComm {
     pub(crate) fn test_oldest(&mut self) -> Result<bool> {
         let Some(&request) = self.inflight.front() else { return Ok(false) };
         // SAFETY: the front is the oldest unfinished request.
-        if !unsafe { self.raw.plugin.test(request) }? {
+        if unsafe { self.raw.plugin.test(request) }?.is_none() {
             return Ok(false);
         }
         self.inflight.pop_front();
@@ -211,21 +337,45 @@ impl SendComm {
     }
 }
 
+impl Drop for SendComm {
+    fn drop(&mut self) {
+        if self.inflight.is_empty() {
+            self.regions.clear();
+        }
+    }
+}
+
+/// A receive that is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Done {
+    /// Its slot of the meta queue.
+    pub slot: usize,
+    /// Bytes that came, where the plugin tells.
+    pub len: Option<usize>,
+}
+
 /// The receiving half of a channel.
 pub(crate) struct RecvComm {
     raw: RawComm,
-    dev_handle: Box<ncclNetDeviceHandle_v7>,
+    dev_handle: Pinned<ncclNetDeviceHandle_v7>,
     posted: VecDeque<(*mut c_void, usize)>,
     finished: VecDeque<*mut c_void>,
     next_slot: usize,
-    tag: c_int,
 }
 // SAFETY: requests are the plugin's, used only under `&mut self`.
 unsafe impl Send for RecvComm {}
 
 impl RecvComm {
+    /// As the plugin's `progress`; an error when the comm has failed, idle or not.
+    pub(crate) fn network_bytes(&self) -> Result<Option<u64>> {
+        self.raw.progress_bytes()
+    }
+    /// Its two ends and its NIC, in words.
+    pub(crate) fn describe(&self) -> String {
+        self.raw.describe().unwrap_or_else(|| format!("a comm of plugin {}", self.raw.plugin.name))
+    }
     pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
-        set_doorbell(&self.raw, doorbell)
+        self.raw.set_doorbell(doorbell)
     }
     pub(crate) fn window_free(&self) -> usize {
         MAX_REQUESTS - self.posted.len() - self.finished.len()
@@ -235,26 +385,18 @@ impl RecvComm {
         self.posted.len() + self.finished.len()
     }
     /// The device handle that `accept` filled: type, version, and a device (or emulated) pointer.
-    pub(crate) fn device_handle(&self) -> &ncclNetDeviceHandle_v7 {
-        &self.dev_handle
+    pub(crate) fn device_handle(&self) -> ncclNetDeviceHandle_v7 {
+        // SAFETY: live memory that the plugin fills during `accept` or the posting of a receive, and at no other time.
+        unsafe { self.dev_handle.as_ptr().read() }
     }
 
     /// As [`SendComm::register`].
     ///
     /// # Safety
     /// As there.
-    pub(crate) unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int) -> Result<MHandle> {
+    pub(crate) unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int) -> Result<Registration> {
         // SAFETY: by the caller's contract.
-        unsafe { self.raw.plugin.reg_mr(self.raw.comm, data, len, kind) }
-    }
-
-    /// As [`SendComm::deregister`].
-    ///
-    /// # Safety
-    /// As there.
-    pub(crate) unsafe fn deregister(&self, mhandle: MHandle) {
-        // SAFETY: by the caller's contract.
-        unsafe { self.raw.plugin.dereg_mr(self.raw.comm, mhandle) }
+        unsafe { self.raw.register(data, len, kind) }
     }
 
     /// Posts one receive. `false`: try again.
@@ -262,10 +404,10 @@ impl RecvComm {
     /// # Safety
     /// For a host mhandle `[data, data + len)` stays writable and unread until the receive is done or the comm closed. For a CUDA
     /// mhandle the destination is not touched by the plugin.
-    pub(crate) unsafe fn recv(&mut self, data: *mut c_void, len: usize, mhandle: MHandle) -> Result<bool> {
+    pub(crate) unsafe fn recv(&mut self, data: *mut c_void, len: usize, tag: c_int, mhandle: MHandle) -> Result<bool> {
         self.admit(len)?;
         // SAFETY: by the caller's contract; the window was checked.
-        let request = unsafe { self.raw.plugin.irecv(self.raw.comm, data, len, self.tag, mhandle) }?;
+        let request = unsafe { self.raw.plugin.irecv(self.raw.comm, data, len, tag, mhandle) }?;
         Ok(self.accepted(request))
     }
 
@@ -273,13 +415,10 @@ impl RecvComm {
     ///
     /// # Safety
     /// Every segment stays writable and unread until the receive is done or the comm closed.
-    pub(crate) unsafe fn recv_vectored(&mut self, iov: &[ucclIoVec], len: usize) -> Result<bool> {
+    pub(crate) unsafe fn recv_vectored(&mut self, iov: &[ucclIoVec], len: usize, tag: c_int) -> Result<bool> {
         self.admit(len)?;
-        let Some(call) = self.raw.plugin.ext().and_then(|e| e.irecvv) else { bail!(Internal, "no vectored receive") };
-        let mut request = std::ptr::null_mut();
-        // SAFETY: by the caller's contract; the window was checked; the array is copied by the call.
-        let result = unsafe { call(self.raw.comm, iov.len() as c_int, iov.as_ptr(), self.tag, &mut request) };
-        self.raw.plugin.check("irecv", result)?;
+        // SAFETY: by the caller's contract; the window was checked.
+        let request = unsafe { self.raw.plugin.irecvv(self.raw.comm, iov, tag) }?;
         Ok(self.accepted(request))
     }
 
@@ -294,7 +433,6 @@ impl RecvComm {
         if request.is_null() {
             return false;
         }
-        self.tag = self.tag.wrapping_add(1) & c_int::MAX;
         self.posted.push_back((request, self.next_slot));
         self.next_slot = (self.next_slot + 1) % MAX_REQUESTS;
         true
@@ -302,15 +440,13 @@ impl RecvComm {
 
     /// Tests the oldest unfinished receive. When it is done gives its slot of the meta queue; its window place stays taken until
     /// [`RecvComm::consume_oldest`].
-    pub(crate) fn test_oldest(&mut self) -> Result<Option<usize>> {
+    pub(crate) fn test_oldest(&mut self) -> Result<Option<Done>> {
         let Some(&(request, slot)) = self.posted.front() else { return Ok(None) };
         // SAFETY: the front is the oldest unfinished request.
-        if !unsafe { self.raw.plugin.test(request) }? {
-            return Ok(None);
-        }
+        let Some(len) = (unsafe { self.raw.plugin.test(request) })? else { return Ok(None) };
         self.posted.pop_front();
         self.finished.push_back(request);
-        Ok(Some(slot))
+        Ok(Some(Done { slot, len }))
     }
 
     /// Gives the oldest finished receive back to the plugin. Its bounce memory must not be read any more.

@@ -1,6 +1,46 @@
-//! The boundary to the network: NCCL net plugins (`plugin`), comms whose types keep the contract's rules (`comm`), and the
-//! host's interfaces (`topology`). The ABI itself is crate `nccl-net-abi`. Knows nothing of transfers.
+//! The boundary to the network: NCCL net plugins (`plugin`, with their `table`s and `traits`), comms whose types keep the
+//! contract's rules (`comm`), the set-up of channels (`setup`), and the host's interfaces (`topology`). The ABI itself is crate
+//! `nccl-net-abi`. Knows nothing of transfers, and of GPUs only that a plugin may want one to be current.
+
+#![allow(dead_code, reason = "parts of the interface wait for their callers")]
 
 pub(crate) mod comm;
+mod handle;
+pub(crate) mod pairing;
 pub mod plugin;
+mod plugin_log;
+mod reaper;
+pub(crate) mod registrations;
+mod search;
+pub(crate) mod setup;
+pub(crate) mod signals;
+mod table;
+#[cfg(test)]
+mod tests;
 pub(crate) mod topology;
+pub mod traits;
+
+use crate::status::Result;
+use std::sync::Arc;
+
+/// A GPU that some plugins want to be current in the calling thread.
+pub(crate) trait OnGpu: Send + Sync {
+    /// Runs `body` with the GPU current and puts back what was. An error means that `body` may not have run.
+    fn on(&self, body: &mut dyn FnMut()) -> Result<()>;
+}
+
+/// The GPU that a plugin's calls follow; none for memory of the host, and for plugins that take the GPU from each request.
+pub(crate) type Scope = Option<Arc<dyn OnGpu>>;
+
+/// Runs `body` with the GPU of `scope` current.
+pub(crate) fn within<R>(scope: &Scope, body: impl FnOnce() -> Result<R>) -> Result<R> {
+    let Some(gpu) = scope else { return body() };
+    let mut body = Some(body);
+    let mut result = None;
+    gpu.on(&mut || {
+        if let Some(body) = body.take() {
+            result = Some(body());
+        }
+    })?;
+    result.unwrap_or_else(|| Err(crate::status::err!(Internal, "a GPU scope did not run its body")))
+}

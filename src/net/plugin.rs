@@ -1,34 +1,33 @@
-//! Loading a NCCL net plugin and calling its table. A plugin is initialised once per process and never unloaded.
+//! Loading a NCCL net plugin and calling its table. A plugin is initialised once per process and never unloaded. Every call of a
+//! plugin goes through here, with the locks and the signal mask that its traits ask for; rules of order live in `comm`.
 
+use super::registrations::Registrations;
+use super::search;
+use super::signals::Quiet;
+use super::table::{Answer, Ext, NetTable, Properties};
+use super::traits::{is_tcpx, Traits};
+use super::{within, Scope};
 use crate::config::{Config, PluginChoice};
 use crate::status::{bail, err, Result};
 use nccl_net_abi as abi;
-use nccl_net_abi::{ncclNetDeviceHandle_v7, ncclNet_v7, ncclNet_v8, ncclResult_t, ucclNetExt_v1};
+use nccl_net_abi::{ncclNetDeviceHandle_v7, ncclResult_t, ucclIoVec};
 use parking_lot::Mutex;
-use std::ffi::{c_int, c_void, CStr};
+use std::ffi::{c_int, c_void};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Once};
 
-/// Where Google's installer puts the TCPX plugin, in the order of trying.
-pub const TCPX_PATHS: [&str; 2] = ["/usr/local/tcpx/lib64/libnccl-net-tcpx.so", "/var/lib/tcpx/lib64/libnccl-net.so"];
+/// Folders and file names under which GPUDirect-TCPX is looked for, in the order of trying; LD_LIBRARY_PATH follows.
+pub const TCPX_PLACES: ([&str; 3], [&str; 2]) = (search::TCPX_DIRS, search::TCPX_FILES);
 
-/// The two versions of the table that are understood.
-#[derive(Clone, Copy)]
-enum Table {
-    V7(&'static ncclNet_v7),
-    V8(&'static ncclNet_v8),
-}
+/// Largest message of a plugin that is not ours: more could be described by more fragments than TCPX has room for, and it then ends the
+/// process.
+const FOREIGN_CHUNK: usize = 512 << 10;
 
-/// A member that both versions have alike.
-macro_rules! member {
-    ($plugin:expr, $name:ident) => {
-        match $plugin.table {
-            Table::V7(t) => t.$name,
-            Table::V8(t) => t.$name,
-        }
-        .ok_or_else(|| err!(Plugin, "plugin {} has no {}", $plugin.name, stringify!($name)))
-    };
-}
+/// Message limit of a plugin where NCCL_DYNAMIC_CHUNK_SIZE is not set: the software plugin's own, and what TCPX is given.
+const DEFAULT_LIMIT: usize = 512 << 10;
+
+/// The variable that limits the messages of TCPX.
+const CHUNK_VARIABLE: &str = "NCCL_DYNAMIC_CHUNK_SIZE";
 
 /// A device of a plugin.
 #[derive(Clone, Debug)]
@@ -47,8 +46,8 @@ pub struct Device {
 
 /// A loaded and initialised plugin.
 pub struct Plugin {
-    table: Table,
-    ext: Option<&'static ucclNetExt_v1>,
+    table: &'static dyn NetTable,
+    ext: Option<Ext>,
     /// Name of the plugin's table.
     pub name: String,
     /// Where it was loaded from; `None` for the built-in software plugin.
@@ -57,10 +56,13 @@ pub struct Plugin {
     pub abi_version: u32,
     /// Its devices.
     pub devices: Vec<Device>,
+    /// What it can do and asks for.
+    pub traits: Traits,
+    pub(super) registrations: Registrations,
 }
 
 /// Turns a result into an error that names the call.
-fn check(plugin: &Plugin, call: &str, result: ncclResult_t) -> Result<()> {
+fn check(plugin: &str, call: &str, result: ncclResult_t) -> Result<()> {
     let why = match result {
         abi::NCCL_SUCCESS => return Ok(()),
         abi::NCCL_UNHANDLED_CUDA_ERROR => "unhandled CUDA error",
@@ -73,159 +75,201 @@ fn check(plugin: &Plugin, call: &str, result: ncclResult_t) -> Result<()> {
     };
     // Once a comm is up, a system or remote error of a request is how a plugin says that the peer is gone.
     if matches!((call, result), ("test" | "isend" | "irecv", abi::NCCL_SYSTEM_ERROR | abi::NCCL_REMOTE_ERROR)) {
-        return Err(err!(RemoteDisconnect, "plugin {}: {call} returned {result} ({why})", plugin.name));
+        return Err(err!(RemoteDisconnect, "plugin {plugin}: {call} returned {result} ({why})"));
     }
-    Err(err!(Plugin, "plugin {}: {call} returned {result} ({why})", plugin.name))
+    Err(err!(Plugin, "plugin {plugin}: {call} returned {result} ({why})"))
 }
 
+/// As [`check`], where the table may lack the call.
+fn answered(plugin: &str, call: &str, answer: Answer) -> Result<()> {
+    match answer {
+        Some(result) => check(plugin, call, result),
+        None => bail!(Plugin, "plugin {plugin} has no {call}"),
+    }
+}
+
+/// Held during set-up calls of plugins that want them one at a time.
+static SETUP: Mutex<()> = Mutex::new(());
+
 impl Plugin {
-    pub(super) fn check(&self, call: &str, result: ncclResult_t) -> Result<()> {
-        check(self, call, result)
-    }
-
     /// The built-in software plugin.
-    pub(crate) fn soft(config: &Config) -> Result<Arc<Plugin>> {
-        prepare_environment(config);
-        load_once(None, || Plugin::start(Table::V7(soft_plugin::table()), Some(soft_plugin::ext()), None))
+    pub(crate) fn soft() -> Result<Arc<Plugin>> {
+        load_once(None, || Plugin::start(soft_plugin::table(), Some(Ext::built_in()), None, &None))
     }
 
-    /// The plugin that the configuration chooses for device memory.
-    pub(crate) fn choose(config: &Config) -> Result<Arc<Plugin>> {
-        prepare_environment(config);
-        let candidates: Vec<PathBuf> = match &config.plugin_path {
-            Some(path) => vec![path.clone()],
-            None => TCPX_PATHS.iter().map(PathBuf::from).collect(),
-        };
-        let found = candidates.iter().find(|p| p.exists());
-        match (config.plugin, found, &config.plugin_path) {
-            // An explicit path is taken at its word, whichever plugin it holds.
-            (_, Some(path), Some(_)) => Plugin::load(path),
-            (_, None, Some(path)) => bail!(PluginLoad, "UCCL_TCPX_PLUGIN_PATH={} does not exist", path.display()),
-            (PluginChoice::Soft, _, None) => Plugin::soft(config),
-            (PluginChoice::Auto, None, None) => Plugin::soft(config),
-            (PluginChoice::Auto | PluginChoice::Tcpx, Some(path), None) => Plugin::load(path),
-            (PluginChoice::Tcpx, None, None) => bail!(
+    /// A plugin of others whose table is linked into a test, with its traits as the test wants them. Called once per process.
+    #[cfg(test)]
+    pub(super) fn for_test(table: &'static dyn NetTable, change: impl FnOnce(&mut Traits)) -> Result<Arc<Plugin>> {
+        let mut plugin = Plugin::start(table, None, Some("linked".into()), &None)?;
+        change(&mut plugin.traits);
+        Ok(Arc::new(plugin))
+    }
+
+    /// The plugin that the configuration chooses for device memory. `gpu` gives the GPU that should be current when it is initialised.
+    pub(crate) fn choose(config: &Config, gpu: &dyn Fn() -> Result<Scope>) -> Result<Arc<Plugin>> {
+        // An explicit path is taken at its word, whichever plugin it holds.
+        if let Some(path) = &config.plugin_path {
+            if !path.exists() {
+                bail!(PluginLoad, "UCCL_TCPX_PLUGIN_PATH={} does not exist", path.display());
+            }
+            return Plugin::load(path, config, gpu);
+        }
+        if config.plugin == PluginChoice::Soft {
+            return Plugin::soft();
+        }
+        let dirs = search::TCPX_DIRS.map(Path::new);
+        let library_path = std::env::var("LD_LIBRARY_PATH").ok();
+        let must = config.plugin == PluginChoice::Tcpx;
+        let load = |path: &Path| Plugin::load(path, config, gpu);
+        match first_usable(&search::candidates(&dirs, library_path.as_deref()), must, load)? {
+            Some(plugin) => Ok(plugin),
+            None if must => bail!(
                 PluginLoad,
-                "UCCL_TCPX_PLUGIN=tcpx, but the GPUDirect-TCPX plugin is not installed: looked for {} (set UCCL_TCPX_PLUGIN_PATH to name it, or UCCL_TCPX_PLUGIN=soft for ordinary TCP)",
-                candidates.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(" and ")
+                "UCCL_TCPX_PLUGIN=tcpx, but the GPUDirect-TCPX plugin is not installed: looked for {} in {} and LD_LIBRARY_PATH (set UCCL_TCPX_PLUGIN_PATH to name it, or UCCL_TCPX_PLUGIN=soft for ordinary TCP)",
+                search::TCPX_FILES.join(" and "),
+                search::TCPX_DIRS.join(", ")
             ),
+            None => {
+                tell_about_soft(config);
+                Plugin::soft()
+            }
         }
     }
 
-    fn load(path: &Path) -> Result<Arc<Plugin>> {
+    fn load(path: &Path, config: &Config, gpu: &dyn Fn() -> Result<Scope>) -> Result<Arc<Plugin>> {
         load_once(Some(path), || {
-            // SAFETY: loading runs the library's initialisers; the user chose the library.
+            // SAFETY: loading runs the library's initialisers; the user chose the library, or put it where plugins are.
             let library = match unsafe { libloading::Library::new(path) } {
                 Ok(library) => library,
                 Err(e) => bail!(PluginLoad, "{}: {e}", path.display()),
             };
             // A plugin has threads of its own and cannot be unloaded.
             let library: &'static libloading::Library = Box::leak(Box::new(library));
-            // SAFETY: data symbols with the types that NCCL's ext-net contract fixes for these names.
-            let (v8, v7, ext) = unsafe {
-                (
-                    library.get::<*const ncclNet_v8>(abi::SYMBOL_V8).ok().map(|s| s.into_raw().into_raw()),
-                    library.get::<*const ncclNet_v7>(abi::SYMBOL_V7).ok().map(|s| s.into_raw().into_raw()),
-                    library.get::<*const ucclNetExt_v1>(abi::SYMBOL_EXT).ok().map(|s| s.into_raw().into_raw()),
-                )
+            // SAFETY: it is a NCCL net plugin; the library is never unloaded.
+            let (table, ext) = unsafe { (super::table::find(library), Ext::find(library)) };
+            let Some(table) = table else {
+                bail!(PluginLoad, "{}: exports neither ncclNetPlugin_v8 nor ncclNetPlugin_v7", path.display())
             };
-            // SAFETY: the symbols' addresses are the tables themselves; the library is never unloaded.
-            let table = unsafe {
-                match (v8, v7) {
-                    (Some(v8), _) if !v8.is_null() => Table::V8(&*v8.cast::<ncclNet_v8>()),
-                    (_, Some(v7)) if !v7.is_null() => Table::V7(&*v7.cast::<ncclNet_v7>()),
-                    _ => bail!(PluginLoad, "{}: exports neither ncclNetPlugin_v8 nor ncclNetPlugin_v7", path.display()),
-                }
-            };
-            // SAFETY: as above; `size` says how much of the table exists.
-            let ext = ext.filter(|p| !p.is_null()).map(|p| unsafe { &*p.cast::<ucclNetExt_v1>() });
-            Plugin::start(table, ext.filter(|e| e.size >= std::mem::size_of::<ucclNetExt_v1>()), Some(path.to_owned()))
+            if ext.is_some() {
+                return Plugin::start(table, ext, Some(path.to_owned()), &None);
+            }
+            set_chunk_size(config);
+            // Google's plugin follows the current GPU from its init on.
+            Plugin::start(table, ext, Some(path.to_owned()), &gpu()?)
         })
     }
 
-    fn start(table: Table, ext: Option<&'static ucclNetExt_v1>, path: Option<PathBuf>) -> Result<Plugin> {
-        let (name, abi_version) = match table {
-            Table::V7(t) => (t.name, 7),
-            Table::V8(t) => (t.name, 8),
-        };
-        let name = if name.is_null() {
-            "unnamed".to_owned()
+    /// Largest message that its comms carry.
+    pub(crate) fn max_message(&self, config: &Config) -> usize {
+        let limit = config.plugin_limit.unwrap_or(DEFAULT_LIMIT);
+        if self.traits.small_messages {
+            limit.min(FOREIGN_CHUNK)
         } else {
-            // SAFETY: the table's name is a C string where it is not null.
-            unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
-        };
-        let mut plugin = Plugin { table, ext, name, path, abi_version, devices: Vec::new() };
-        let init = member!(plugin, init)?;
-        // SAFETY: called once per process (load_once), first; the plugin accepts a null logger and logs by itself.
-        let call = || check(&plugin, "init", unsafe { init(None) });
-        match crate::gpu::current_name() {
-            // Google's plugin follows the current GPU from its init on.
-            Some(gpu) if ext.is_none() => crate::gpu::Gpu::open(gpu.ordinal)?.with(call)?,
-            _ => call()?,
+            limit
         }
-        let mut n: c_int = 0;
-        let devices = member!(plugin, devices)?;
-        // SAFETY: n is writable.
-        check(&plugin, "devices", unsafe { devices(&mut n) })?;
-        plugin.devices = (0..n).map(|dev| plugin.properties(dev)).collect::<Result<_>>()?;
+    }
+
+    fn start(table: &'static dyn NetTable, ext: Option<Ext>, path: Option<PathBuf>, scope: &Scope) -> Result<Plugin> {
+        let name = table.name();
+        let traits = Traits::of(&name, ext.as_ref(), false, 0);
+        let mut plugin = Plugin {
+            table,
+            ext,
+            name,
+            path,
+            abi_version: table.version(),
+            devices: Vec::new(),
+            traits,
+            registrations: Registrations::default(),
+        };
+        within(scope, || {
+            // A plugin calls its logger unchecked. The built-in one writes to this library's log by itself.
+            let logger = if plugin.path.is_some() { super::plugin_log::logger() } else { None };
+            // SAFETY: called once per process (load_once), first.
+            plugin.set_up("init", || unsafe { table.init(logger) })
+        })?;
+        let listed = plugin.list()?;
+        let ptr_support = listed.iter().fold(0, |all, p| all | p.ptr_support);
+        let global = !listed.is_empty() && listed.iter().all(|p| p.reg_is_global);
+        plugin.traits = Traits::of(&plugin.name, plugin.ext.as_ref(), global, ptr_support);
+        plugin.devices = listed.into_iter().enumerate().map(|(dev, p)| Device::new(dev, p)).collect();
         Ok(plugin)
     }
 
-    fn properties(&self, dev: c_int) -> Result<Device> {
-        // SAFETY: strings of the properties are C strings owned by the plugin, or null.
-        let text =
-            |p: *const std::ffi::c_char| (!p.is_null()).then(|| unsafe { CStr::from_ptr(p) }.to_string_lossy().into_owned());
-        macro_rules! read {
-            ($table:expr, $props:ty) => {{
-                let Some(get) = $table.getProperties else { bail!(Plugin, "plugin {} has no getProperties", self.name) };
-                // SAFETY: plain data for which zeros are valid.
-                let mut p: $props = unsafe { std::mem::zeroed() };
-                // SAFETY: p is writable and dev below the number of devices.
-                check(self, "getProperties", unsafe { get(dev, &mut p) })?;
-                Device {
-                    name: text(p.name).unwrap_or_else(|| format!("dev{dev}")),
-                    pci_path: text(p.pciPath),
-                    speed_mbps: p.speed,
-                    ptr_support: p.ptrSupport,
-                    unpack: p.netDeviceType == abi::NCCL_NET_DEVICE_UNPACK,
-                }
-            }};
+    /// The devices as the plugin lists them now.
+    fn list(&self) -> Result<Vec<Properties>> {
+        let mut n: c_int = 0;
+        // SAFETY: the plugin is initialised.
+        self.set_up("devices", || unsafe { self.table.devices(&mut n) })?;
+        let properties = |dev| {
+            let mut found = Properties::default();
+            // SAFETY: as above; dev is below the number of devices.
+            self.set_up("getProperties", || unsafe { self.table.properties(dev, &mut found) })?;
+            Ok(found)
+        };
+        (0..n).map(properties).collect()
+    }
+
+    /// The devices to set up channels on: those of the start, or what the plugin lists now where that may change.
+    pub(crate) fn current_devices(&self) -> Result<Vec<Device>> {
+        if !self.traits.devices_change {
+            return Ok(self.devices.clone());
         }
-        Ok(match self.table {
-            Table::V7(t) => read!(t, abi::ncclNetProperties_v7),
-            Table::V8(t) => read!(t, abi::ncclNetProperties_v8),
-        })
-    }
-
-    /// Whether the plugin offers the vectored extension.
-    pub(crate) fn ext(&self) -> Option<&'static ucclNetExt_v1> {
-        self.ext
-    }
-
-    /// The software plugin (built in or loaded), known by its extension.
-    pub fn is_soft(&self) -> bool {
-        self.ext.is_some()
+        Ok(self.list()?.into_iter().enumerate().map(|(dev, p)| Device::new(dev, p)).collect())
     }
 
     /// "soft", "tcpx" or the table's name: what both sides of a connection must agree on.
     pub fn wire_name(&self) -> &str {
-        if self.is_soft() {
+        if self.ext.is_some() {
             "soft"
-        } else if self.name.to_ascii_lowercase().contains("tcpx") {
+        } else if is_tcpx(&self.name) {
             "tcpx"
         } else {
             &self.name
         }
     }
+
+    /// A call of set-up, registration or close.
+    fn set_up(&self, name: &str, call: impl FnOnce() -> Answer) -> Result<()> {
+        let _quiet = self.traits.raises_sigpipe.then(Quiet::begin);
+        let _one = self.traits.serial_setup.then(|| SETUP.lock());
+        let answer = call();
+        if answer == Some(abi::NCCL_SYSTEM_ERROR) && matches!(name, "listen" | "connect" | "accept" | "regMr") {
+            // The software plugin leaves the cause in errno.
+            let errno = std::io::Error::last_os_error().raw_os_error();
+            let told = self.ext.is_some() && matches!(errno, Some(libc::EMFILE | libc::ENFILE));
+            if told || !descriptors_left(1) {
+                bail!(Resource, "plugin {}: {name} failed: out of file descriptors (ulimit -n)", self.name);
+            }
+        }
+        answered(&self.name, name, answer)
+    }
+
+    /// A call on the requests of a comm.
+    fn request(&self, name: &str, call: impl FnOnce() -> Answer) -> Result<()> {
+        let _quiet = self.traits.raises_sigpipe.then(Quiet::begin);
+        answered(&self.name, name, call())
+    }
 }
 
-/// The raw calls, one per member that the comms need. Rules of order live in `comm`.
+impl Device {
+    fn new(dev: usize, p: Properties) -> Device {
+        Device {
+            name: p.name.unwrap_or_else(|| format!("dev{dev}")),
+            pci_path: p.pci_path,
+            speed_mbps: p.speed_mbps,
+            ptr_support: p.ptr_support,
+            unpack: p.device_type == abi::NCCL_NET_DEVICE_UNPACK,
+        }
+    }
+}
+
+/// The raw calls, one per member that the comms need.
 impl Plugin {
     pub(super) fn listen(&self, dev: usize, handle: &mut [u8; abi::NCCL_NET_HANDLE_MAXSIZE]) -> Result<*mut c_void> {
         let mut comm = std::ptr::null_mut();
-        let call = member!(self, listen)?;
-        // SAFETY: handle is 128 writable bytes, comm is writable.
-        check(self, "listen", unsafe { call(dev as c_int, handle.as_mut_ptr().cast(), &mut comm) })?;
+        // SAFETY: handle is 128 writable bytes.
+        self.set_up("listen", || unsafe { self.table.listen(dev as c_int, handle.as_mut_ptr().cast(), &mut comm) })?;
         if comm.is_null() {
             bail!(Plugin, "plugin {}: listen gave no comm", self.name);
         }
@@ -236,21 +280,27 @@ impl Plugin {
     /// `handle` stays at its address between calls and is not used again after an error.
     pub(super) unsafe fn connect(&self, dev: usize, handle: *mut c_void) -> Result<*mut c_void> {
         let mut comm = std::ptr::null_mut();
-        let mut dev_handle: *mut ncclNetDeviceHandle_v7 = std::ptr::null_mut();
-        let call = member!(self, connect)?;
-        // SAFETY: by the caller's contract; outputs are writable.
-        check(self, "connect", unsafe { call(dev as c_int, handle, &mut comm, &mut dev_handle) })?;
+        // SAFETY: by the caller's contract.
+        self.set_up("connect", || unsafe { self.table.connect(dev as c_int, handle, &mut comm) })?;
         Ok(comm)
+    }
+
+    /// # Safety
+    /// `handle` is the buffer of a connect under way, which is not polled again.
+    pub(super) unsafe fn abandon_connect(&self, handle: *mut c_void) {
+        let Some(call) = self.ext.and_then(|e| e.abandon_connect) else { return };
+        // SAFETY: by the caller's contract.
+        if let Err(e) = self.set_up("abandonConnect", || Some(unsafe { call(handle) })) {
+            log::debug!("{e}");
+        }
     }
 
     /// # Safety
     /// `listen` is a live listen comm that has not accepted yet; `dev_handle` outlives the resulting comm.
     pub(super) unsafe fn accept(&self, listen: *mut c_void, dev_handle: *mut ncclNetDeviceHandle_v7) -> Result<*mut c_void> {
         let mut comm = std::ptr::null_mut();
-        let mut handle = dev_handle;
-        let call = member!(self, accept)?;
-        // SAFETY: by the caller's contract; outputs are writable.
-        check(self, "accept", unsafe { call(listen, &mut comm, &mut handle) })?;
+        // SAFETY: by the caller's contract.
+        self.set_up("accept", || unsafe { self.table.accept(listen, dev_handle, &mut comm) })?;
         Ok(comm)
     }
 
@@ -258,31 +308,20 @@ impl Plugin {
     /// `comm` is live; `[data, data + size)` stays mapped until the registration is dropped.
     pub(super) unsafe fn reg_mr(&self, comm: *mut c_void, data: *mut c_void, size: usize, kind: c_int) -> Result<*mut c_void> {
         let mut mhandle = std::ptr::null_mut();
-        let result = match self.table {
-            Table::V7(t) => {
-                let Ok(size) = c_int::try_from(size) else { bail!(Internal, "piece of {size} bytes registered under v7") };
-                let Some(call) = t.regMr else { bail!(Plugin, "plugin {} has no regMr", self.name) };
-                // SAFETY: by the caller's contract.
-                unsafe { call(comm, data, size, kind, &mut mhandle) }
-            }
-            Table::V8(t) => {
-                let Some(call) = t.regMr else { bail!(Plugin, "plugin {} has no regMr", self.name) };
-                // SAFETY: by the caller's contract.
-                unsafe { call(comm, data, size, kind, &mut mhandle) }
-            }
-        };
-        check(self, "regMr", result)?;
+        // Without free descriptors TCPX closes one that is not its own.
+        if self.traits.serial_setup && !descriptors_left(4) {
+            bail!(Resource, "plugin {}: no file descriptors left to register memory (ulimit -n)", self.name);
+        }
+        // SAFETY: by the caller's contract.
+        self.set_up("regMr", || unsafe { self.table.reg_mr(comm, data, size, kind, &mut mhandle) })?;
         Ok(mhandle)
     }
 
     /// # Safety
     /// `comm` and `mhandle` are live and no request uses the registration.
     pub(super) unsafe fn dereg_mr(&self, comm: *mut c_void, mhandle: *mut c_void) {
-        let result = member!(self, deregMr).and_then(|call| {
-            // SAFETY: by the caller's contract.
-            check(self, "deregMr", unsafe { call(comm, mhandle) })
-        });
-        if let Err(e) = result {
+        // SAFETY: by the caller's contract.
+        if let Err(e) = self.set_up("deregMr", || unsafe { self.table.dereg_mr(comm, mhandle) }) {
             log::warn!("{e}");
         }
     }
@@ -298,9 +337,18 @@ impl Plugin {
         mhandle: *mut c_void,
     ) -> Result<*mut c_void> {
         let mut request = std::ptr::null_mut();
-        let call = member!(self, isend)?;
         // SAFETY: by the caller's contract.
-        check(self, "isend", unsafe { call(comm, data, size as c_int, tag, mhandle, &mut request) })?;
+        self.request("isend", || unsafe { self.table.isend(comm, data, size as c_int, tag, mhandle, &mut request) })?;
+        Ok(request)
+    }
+
+    /// # Safety
+    /// As [`Plugin::isend`], for every segment.
+    pub(super) unsafe fn isendv(&self, comm: *mut c_void, iov: &[ucclIoVec], tag: c_int) -> Result<*mut c_void> {
+        let mut request = std::ptr::null_mut();
+        let call = self.ext.and_then(|e| e.isendv);
+        // SAFETY: by the caller's contract; the array is copied by the call.
+        self.request("isend", || call.map(|call| unsafe { call(comm, iov.len() as c_int, iov.as_ptr(), tag, &mut request) }))?;
         Ok(request)
     }
 
@@ -315,45 +363,89 @@ impl Plugin {
         mhandle: *mut c_void,
     ) -> Result<*mut c_void> {
         let mut request = std::ptr::null_mut();
-        let (mut data, mut size, mut tag, mut mhandle) = (data, size as c_int, tag, mhandle);
-        let call = member!(self, irecv)?;
-        // SAFETY: by the caller's contract; arrays of one.
-        check(self, "irecv", unsafe { call(comm, 1, &mut data, &mut size, &mut tag, &mut mhandle, &mut request) })?;
+        // SAFETY: by the caller's contract.
+        self.request("irecv", || unsafe { self.table.irecv(comm, data, size as c_int, tag, mhandle, &mut request) })?;
         Ok(request)
     }
 
     /// # Safety
+    /// As [`Plugin::irecv`], for every segment.
+    pub(super) unsafe fn irecvv(&self, comm: *mut c_void, iov: &[ucclIoVec], tag: c_int) -> Result<*mut c_void> {
+        let mut request = std::ptr::null_mut();
+        let call = self.ext.and_then(|e| e.irecvv);
+        // SAFETY: by the caller's contract; the array is copied by the call.
+        self.request("irecv", || call.map(|call| unsafe { call(comm, iov.len() as c_int, iov.as_ptr(), tag, &mut request) }))?;
+        Ok(request)
+    }
+
+    /// Whether the request is done, and the size that the plugin reports for it, if any.
+    ///
+    /// # Safety
     /// `request` is the oldest unfinished request of its comm.
-    pub(super) unsafe fn test(&self, request: *mut c_void) -> Result<bool> {
-        let (mut done, mut size): (c_int, c_int) = (0, 0);
-        let call = member!(self, test)?;
-        // SAFETY: by the caller's contract; outputs are writable.
-        check(self, "test", unsafe { call(request, &mut done, &mut size) })?;
-        Ok(done != 0)
+    pub(super) unsafe fn test(&self, request: *mut c_void) -> Result<Option<Option<usize>>> {
+        let (mut done, mut size): (c_int, c_int) = (0, -1);
+        // SAFETY: by the caller's contract.
+        self.request("test", || unsafe { self.table.test(request, &mut done, &mut size) })?;
+        // Some plugins write no size.
+        Ok((done != 0).then(|| usize::try_from(size).ok()))
     }
 
     /// # Safety
     /// `request` is the oldest completed and unconsumed receive of `comm`, and nothing reads its bounce memory any more.
     pub(super) unsafe fn consumed(&self, comm: *mut c_void, request: *mut c_void) -> Result<()> {
         // Plugins without a device side have no such call, and nothing to consume.
-        let Ok(call) = member!(self, irecvConsumed) else { return Ok(()) };
         // SAFETY: by the caller's contract.
-        check(self, "irecvConsumed", unsafe { call(comm, 1, request) })
+        self.request("irecvConsumed", || Some(unsafe { self.table.consumed(comm, request) }.unwrap_or(abi::NCCL_SUCCESS)))
+    }
+
+    /// Asks for a doorbell; `false` when the plugin has none.
+    ///
+    /// # Safety
+    /// `comm` is live; `armed` and `fd` stay valid until it is closed.
+    pub(super) unsafe fn set_doorbell(&self, comm: *mut c_void, armed: *mut u32, fd: c_int) -> Result<bool> {
+        let Some(call) = self.ext.and_then(|e| e.set_doorbell) else { return Ok(false) };
+        // SAFETY: by the caller's contract.
+        self.request("setDoorbell", || Some(unsafe { call(comm, armed, fd) }))?;
+        Ok(true)
+    }
+
+    /// Bytes of the comm that the network has taken over (send) or delivered (receive); `None` where the plugin cannot say.
+    ///
+    /// # Safety
+    /// `comm` is live.
+    pub(super) unsafe fn progress(&self, comm: *mut c_void) -> Result<Option<u64>> {
+        let Some(call) = self.ext.and_then(|e| e.progress) else { return Ok(None) };
+        let mut bytes = 0;
+        // SAFETY: by the caller's contract; bytes is writable.
+        self.request("progress", || Some(unsafe { call(comm, &mut bytes) }))?;
+        Ok(Some(bytes))
+    }
+
+    /// A line about the comm for error texts; `None` where the plugin has none.
+    ///
+    /// # Safety
+    /// `comm` is live.
+    pub(super) unsafe fn describe(&self, comm: *mut c_void) -> Option<String> {
+        let call = self.ext.and_then(|e| e.describe)?;
+        let mut text = [0u8; 256];
+        // SAFETY: by the caller's contract; the buffer's length is passed.
+        let result = unsafe { call(comm, text.as_mut_ptr().cast(), text.len()) };
+        let text = std::ffi::CStr::from_bytes_until_nul(&text).ok()?;
+        (result == abi::NCCL_SUCCESS).then(|| text.to_string_lossy().into_owned())
     }
 
     /// # Safety
     /// `comm` is a live comm of that kind; it is not used afterwards.
     pub(super) unsafe fn close(&self, kind: CommKind, comm: *mut c_void) {
-        let call = match kind {
-            CommKind::Send => member!(self, closeSend),
-            CommKind::Recv => member!(self, closeRecv),
-            CommKind::Listen => member!(self, closeListen),
+        // SAFETY: by the caller's contract.
+        let call = || unsafe {
+            match kind {
+                CommKind::Send => self.table.close_send(comm),
+                CommKind::Recv => self.table.close_recv(comm),
+                CommKind::Listen => self.table.close_listen(comm),
+            }
         };
-        let result = call.and_then(|call| {
-            // SAFETY: by the caller's contract.
-            check(self, "close", unsafe { call(comm) })
-        });
-        if let Err(e) = result {
+        if let Err(e) = self.set_up("close", call) {
             log::debug!("{e}");
         }
     }
@@ -367,29 +459,81 @@ pub(super) enum CommKind {
     Listen,
 }
 
+/// What came of loading each path (`None`: the built-in plugin). An error after the library was loaded is final: init runs once.
+type Loaded = Vec<(Option<PathBuf>, Arc<Plugin>)>;
+
 fn load_once(path: Option<&Path>, load: impl FnOnce() -> Result<Plugin>) -> Result<Arc<Plugin>> {
-    static LOADED: Mutex<Vec<Arc<Plugin>>> = Mutex::new(Vec::new());
+    static LOADED: Mutex<Loaded> = Mutex::new(Vec::new());
     let mut loaded = LOADED.lock();
-    if let Some(plugin) = loaded.iter().find(|p| p.path.as_deref() == path) {
+    let path = path.map(|p| p.canonicalize().unwrap_or_else(|_| p.to_owned()));
+    if let Some((_, plugin)) = loaded.iter().find(|(p, _)| *p == path) {
         return Ok(plugin.clone());
     }
     let plugin = Arc::new(load()?);
-    loaded.push(plugin.clone());
+    loaded.push((path, plugin.clone()));
     Ok(plugin)
 }
 
-/// What must be in the environment before a plugin's `init`.
-fn prepare_environment(config: &Config) {
+/// The first candidate that is GPUDirect-TCPX and starts. One that does not is an error where it `must` be, else left out with a WARN.
+fn first_usable<P: std::ops::Deref<Target = Plugin>>(
+    candidates: &[PathBuf],
+    must: bool,
+    load: impl Fn(&Path) -> Result<P>,
+) -> Result<Option<P>> {
+    for path in candidates {
+        match load(path) {
+            Ok(plugin) if is_tcpx(&plugin.name) && !plugin.devices.is_empty() => return Ok(Some(plugin)),
+            Ok(plugin) if is_tcpx(&plugin.name) => {
+                let what = format!("{}: the plugin found no network device", path.display());
+                if must {
+                    bail!(PluginLoad, "{what} (NCCL_GPUDIRECTTCPX_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)");
+                }
+                log::warn!("{what}; it is left out");
+            }
+            Ok(plugin) => log::info!("{}: holds plugin {}, which is not GPUDirect-TCPX", path.display(), plugin.name),
+            Err(e) if must => {
+                bail!(PluginLoad, "UCCL_TCPX_PLUGIN=tcpx, but {e} (UCCL_TCPX_PLUGIN_PATH names another file)")
+            }
+            Err(e) => log::warn!("the TCPX plugin cannot be used and is left out: {e}"),
+        }
+    }
+    Ok(None)
+}
+
+/// Ordinary TCP serves although TCPX may have been meant: said once.
+fn tell_about_soft(config: &Config) {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        let set_default = |name: &str, value: String| {
-            if std::env::var_os(name).is_none_or(|v| v.is_empty() || v == "0") {
-                // SAFETY: once per process, before any plugin is initialised. Another thread that reads the environment through the
-                // C library at this very moment is the user's to avoid, as with NCCL itself.
-                unsafe { std::env::set_var(name, value) };
-            }
-        };
-        // With its default of 0, TCPX never moves anything.
-        set_default("NCCL_DYNAMIC_CHUNK_SIZE", config.chunk_bytes.max(512 << 10).to_string());
+        let prefix = std::env::var("NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX").unwrap_or_else(|_| "/run/tcpx".to_owned());
+        let signs = search::signs(Path::new("/"), &prefix);
+        let missing =
+            "GPUDirect-TCPX is not installed (no libnccl-net-tcpx.so in the usual places; UCCL_TCPX_PLUGIN_PATH names it)";
+        if !signs.is_empty() {
+            log::warn!(
+                "this host looks made for GPUDirect-TCPX ({}), but data goes over ordinary TCP: {missing}",
+                signs.join(", ")
+            );
+        } else if config.transport_tcpx {
+            log::warn!("UCCL_P2P_TRANSPORT=tcpx: {missing}; data goes over ordinary TCP");
+        }
     });
+}
+
+/// Sets the message limit that TCPX reads in its `init`, unless the user did: with its default of 0 it never moves anything.
+fn set_chunk_size(config: &Config) {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        if config.plugin_limit.is_none() {
+            // SAFETY: once per process, before a foreign plugin is initialised. Another thread that reads the environment through the
+            // C library at this very moment is the user's to avoid, as with NCCL itself.
+            unsafe { std::env::set_var(CHUNK_VARIABLE, DEFAULT_LIMIT.to_string()) };
+        }
+    });
+}
+
+/// Whether the process can open `n` more descriptors now.
+fn descriptors_left(n: usize) -> bool {
+    let open = || std::fs::File::open("/dev/null");
+    let opened: Vec<_> = (0..n).map_while(|_| open().ok()).collect();
+    opened.len() == n
 }

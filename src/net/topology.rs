@@ -1,8 +1,10 @@
 //! The host's network interfaces and PCI devices: the control interface, NUMA nodes, distance of NICs to a GPU.
 
+use super::pairing::shared_depth;
 use super::plugin::Device;
 use std::ffi::CStr;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
 
 /// An address of an interface that is up.
 #[derive(Clone, Debug)]
@@ -95,9 +97,11 @@ pub(crate) fn numa_node(pci_path: Option<&str>) -> Option<i32> {
     text.trim().parse().ok().filter(|&n| n >= 0)
 }
 
-/// Components that two PCI paths share from the root: the more, the closer.
-fn shared_depth(a: &str, b: &str) -> usize {
-    a.split('/').zip(b.split('/')).take_while(|(x, y)| x == y).count()
+/// Whether an interface has a link. `true` where nothing is known of it: names of plugins need not be those of the host.
+pub(crate) fn has_carrier(root: &Path, name: &str) -> bool {
+    let at = root.join("sys/class/net").join(name);
+    // An interface that is down refuses the read.
+    !at.exists() || std::fs::read_to_string(at.join("carrier")).is_ok_and(|text| text.trim() == "1")
 }
 
 /// The devices to use for a GPU whose PCI directory is given, nearest first: those of its NUMA node, sorted by how much of the PCI

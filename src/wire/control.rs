@@ -1,78 +1,36 @@
-//! The non-blocking control stream: a receive buffer that grows with what really arrives, and an ordered send queue.
+//! The non-blocking control stream: a socket, and the session that seals what leaves through it and opens what comes. Knows nothing of
+//! what frames mean.
 
-use super::frame::{self, Frame, HEADER_BYTES};
-use crate::status::{err, Result};
+use super::queue::{RxBuffer, TxQueue};
+use super::session::{Opened, Session, MAX_RECORD};
+use crate::status::{err, Error, Result};
 use std::io::{ErrorKind as Io, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
-use std::time::{Duration, Instant};
-
-const READ_STEP: usize = 64 << 10;
-/// A receive buffer that grew beyond this is given back once it is empty.
-const KEEP_BYTES: usize = 1 << 20;
-
-/// Bytes received and not yet decoded.
-#[derive(Default)]
-pub(crate) struct RxBuffer {
-    bytes: Vec<u8>,
-    filled: usize,
-    consumed: usize,
-    need: usize,
-}
-
-impl RxBuffer {
-    /// The next whole frame's bytes as a decoded frame, if there is one. The caller consumes it with [`RxBuffer::consume`].
-    pub(crate) fn next(&mut self) -> Result<Option<(Frame<'_>, usize)>> {
-        if self.filled - self.consumed < self.need.max(HEADER_BYTES) {
-            return Ok(None);
-        }
-        match frame::decode(&self.bytes[self.consumed..self.filled])? {
-            frame::Decoded::Frame(frame, len) => Ok(Some((frame, len))),
-            frame::Decoded::Need(need) => {
-                self.need = need;
-                Ok(None)
-            }
-        }
-    }
-
-    pub(crate) fn consume(&mut self, len: usize) {
-        self.consumed += len;
-        self.need = 0;
-        if self.consumed == self.filled {
-            self.consumed = 0;
-            self.filled = 0;
-            if self.bytes.len() > KEEP_BYTES {
-                self.bytes = Vec::new();
-            }
-        }
-    }
-
-    /// Room for the next read: grows by what has arrived, so that an announced length alone costs no memory.
-    fn room(&mut self) -> &mut [u8] {
-        if self.consumed > 0 {
-            self.bytes.copy_within(self.consumed..self.filled, 0);
-            self.filled -= self.consumed;
-            self.consumed = 0;
-        }
-        let want = (self.filled * 2).clamp(READ_STEP, self.need.max(READ_STEP)).max(self.filled + READ_STEP);
-        if self.bytes.len() < want {
-            self.bytes.resize(want, 0);
-        }
-        &mut self.bytes[self.filled..]
-    }
-}
 
 pub(crate) struct ControlStream {
     sock: TcpStream,
-    tx: Vec<u8>,
+    session: Session,
+    /// Opened bytes that came before the first read.
+    early: Vec<u8>,
+    /// Records that have arrived; `arrived` bytes of it.
+    sealed: Vec<u8>,
+    arrived: usize,
+    /// Records on their way to the socket.
+    leaving: Vec<u8>,
     sent: usize,
 }
 
 impl ControlStream {
-    /// Takes over a connected socket after the handshake.
-    pub(crate) fn new(sock: TcpStream) -> Result<ControlStream> {
-        sock.set_nonblocking(true).map_err(|e| crate::status::Error::system("control socket", &e))?;
-        Ok(ControlStream { sock, tx: Vec::new(), sent: 0 })
+    /// Takes over a connected socket and its session after the set-up, with the bytes that came behind its last message: opened ones,
+    /// and received ones that were not opened.
+    pub(crate) fn new(sock: TcpStream, session: Session, plain: Vec<u8>, raw: Vec<u8>) -> Result<ControlStream> {
+        sock.set_nonblocking(true).map_err(|e| Error::system("control socket", &e))?;
+        let arrived = raw.len();
+        // Fresh pages cost no memory until something arrives in them.
+        let mut sealed = vec![0; arrived.max(2 * MAX_RECORD)];
+        sealed[..arrived].copy_from_slice(&raw);
+        Ok(ControlStream { sock, session, early: plain, sealed, arrived, leaving: Vec::new(), sent: 0 })
     }
 
     pub(crate) fn fd(&self) -> RawFd {
@@ -82,14 +40,18 @@ impl ControlStream {
     /// Reads what is there. Returns the bytes read, and whether there may be more.
     ///
     /// # Errors
-    /// `RemoteDisconnect` at the end of the stream and on socket errors.
+    /// `RemoteDisconnect` at the end of the stream and on socket errors, `Protocol` when the stream was changed on its way.
     pub(crate) fn read(&mut self, rx: &mut RxBuffer) -> Result<(usize, bool)> {
-        let room = rx.room();
+        rx.extend(&std::mem::take(&mut self.early));
+        // The first records may have come with the set-up's last message.
+        self.open(rx)?;
+        let room = &mut self.sealed[self.arrived..];
         let len = room.len();
         match self.sock.read(room) {
             Ok(0) => Err(err!(RemoteDisconnect, "the peer closed the connection")),
             Ok(n) => {
-                rx.filled += n;
+                self.arrived += n;
+                self.open(rx)?;
                 Ok((n, n == len))
             }
             Err(e) if matches!(e.kind(), Io::WouldBlock | Io::Interrupted) => Ok((0, false)),
@@ -97,48 +59,54 @@ impl ControlStream {
         }
     }
 
-    /// Queues a frame; [`ControlStream::flush`] sends it.
-    pub(crate) fn push(&mut self, frame: &Frame<'_>) {
-        frame::encode(frame, &mut self.tx);
+    /// Opens all whole records.
+    fn open(&mut self, rx: &mut RxBuffer) -> Result<()> {
+        let mut at = 0;
+        while let Opened::Record { plain, consumed } = self.session.open(&mut self.sealed[at..self.arrived])? {
+            rx.extend(&self.sealed[at..at + plain]);
+            at += consumed;
+        }
+        self.sealed.copy_within(at..self.arrived, 0);
+        self.arrived -= at;
+        Ok(())
     }
 
-    /// Sends what the socket takes. Returns whether anything left.
-    pub(crate) fn flush(&mut self) -> Result<bool> {
-        let mut any = false;
-        while self.sent < self.tx.len() {
-            match self.sock.write(&self.tx[self.sent..]) {
+    /// Sends of `tx` what the socket takes. Returns the bytes that left.
+    pub(crate) fn flush(&mut self, tx: &mut TxQueue) -> Result<usize> {
+        let mut total = 0;
+        loop {
+            if self.sent == self.leaving.len() {
+                self.leaving.clear();
+                self.sent = 0;
+                match tx.take() {
+                    Some(block) => {
+                        self.session.seal(&block, &mut self.leaving)?;
+                        tx.recycle(block);
+                    }
+                    None => {
+                        if self.leaving.capacity() > 2 * MAX_RECORD {
+                            self.leaving = Vec::new();
+                        }
+                        return Ok(total);
+                    }
+                }
+            }
+            match self.sock.write(&self.leaving[self.sent..]) {
                 Ok(0) => return Err(err!(RemoteDisconnect, "control connection: nothing can be written")),
                 Ok(n) => {
                     self.sent += n;
-                    any = true;
+                    total += n;
                 }
-                Err(e) if e.kind() == Io::WouldBlock => break,
+                Err(e) if e.kind() == Io::WouldBlock => return Ok(total),
                 Err(e) if e.kind() == Io::Interrupted => {}
                 Err(e) => return Err(err!(RemoteDisconnect, "control connection: {e}")),
             }
         }
-        if self.sent == self.tx.len() {
-            self.sent = 0;
-            if self.tx.capacity() > KEEP_BYTES {
-                self.tx = Vec::new();
-            } else {
-                self.tx.clear();
-            }
-        } else if self.sent > KEEP_BYTES {
-            self.tx.drain(..self.sent);
-            self.sent = 0;
-        }
-        Ok(any)
     }
 
-    /// Bytes queued and not yet handed to the kernel.
+    /// Bytes taken from the queue that the socket has not.
     pub(crate) fn pending(&self) -> usize {
-        self.tx.len() - self.sent
-    }
-
-    /// Ends both directions; queued bytes of the kernel still leave.
-    pub(crate) fn shutdown(&self) {
-        let _ = self.sock.shutdown(Shutdown::Both);
+        self.leaving.len() - self.sent
     }
 
     /// Ends the sending direction: the peer sees the end of the stream after everything that was sent.
@@ -146,47 +114,46 @@ impl ControlStream {
         let _ = self.sock.shutdown(Shutdown::Write);
     }
 
-    /// Reads and drops what the peer still sends, until it hangs up or `limit` has passed.
-    pub(crate) fn drain(&mut self, limit: Duration) {
-        let deadline = Instant::now() + limit;
+    /// Reads and drops what the peer still sends; whether it has hung up.
+    pub(crate) fn hung_up(&mut self) -> bool {
         let mut sink = [0; 4096];
-        loop {
+        for _ in 0..256 {
             match self.sock.read(&mut sink) {
-                Ok(0) => return,
+                Ok(0) => return true,
                 Ok(_) => {}
                 Err(e) if e.kind() == Io::Interrupted => {}
-                Err(e) if e.kind() == Io::WouldBlock => {
-                    let left = deadline.saturating_duration_since(Instant::now()).as_millis() as i32;
-                    let mut fd = libc::pollfd { fd: self.fd(), events: libc::POLLIN, revents: 0 };
-                    // SAFETY: one writable pollfd.
-                    if left == 0 || unsafe { libc::poll(&mut fd, 1, left) } <= 0 {
-                        return;
-                    }
-                }
-                Err(_) => return,
+                Err(e) => return e.kind() != Io::WouldBlock,
             }
         }
+        false
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::frame::Frame;
+    use crate::wire::session::Direction;
     use std::net::TcpListener;
 
     #[test]
     fn frames_of_all_sizes_survive_a_slow_reader() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut a = ControlStream::new(TcpStream::connect(listener.local_addr().unwrap()).unwrap()).unwrap();
-        let mut b = ControlStream::new(listener.accept().unwrap().0).unwrap();
+        let session = |ours| Session::new(ours, &[7; 32], b"test").unwrap();
+        let sock = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut a = ControlStream::new(sock, session(Direction::ToListening), Vec::new(), Vec::new()).unwrap();
+        let sock = listener.accept().unwrap().0;
+        let mut b = ControlStream::new(sock, session(Direction::ToConnecting), Vec::new(), Vec::new()).unwrap();
         let sizes = [0usize, 1, 100, 65536, 3 << 20, 17, 9 << 20, 0];
         let bodies: Vec<Vec<u8>> = sizes.iter().map(|&n| (0..n).map(|i| (i * 31 + n) as u8).collect()).collect();
+        let mut tx = TxQueue::default();
         for body in &bodies {
-            a.push(&Frame::Notify { name: b"n", message: body });
+            tx.push(&Frame::Notify { name: b"n", message: body });
         }
-        let (mut rx, mut got) = (RxBuffer::default(), 0);
+        let queued = tx.pending();
+        let (mut rx, mut got, mut left) = (RxBuffer::default(), 0, 0);
         while got < bodies.len() {
-            a.flush().unwrap();
+            left += a.flush(&mut tx).unwrap();
             b.read(&mut rx).unwrap();
             while let Some((frame, len)) = rx.next().unwrap() {
                 assert_eq!(frame, Frame::Notify { name: b"n", message: &bodies[got] });
@@ -194,8 +161,11 @@ mod tests {
                 rx.consume(len);
             }
         }
-        assert_eq!(a.pending(), 0);
-        drop(a);
+        assert_eq!((a.pending(), tx.pending()), (0, 0));
+        assert!(left > queued, "sealing adds to {queued} bytes");
+        assert!(!b.hung_up());
+        a.shutdown_write();
         while b.read(&mut rx).is_ok() {}
+        assert!(b.hung_up());
     }
 }

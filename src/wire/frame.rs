@@ -21,7 +21,7 @@ pub const MAX_INLINE: usize = 64 << 10;
 /// Length of one wire segment at most; longer ones are split.
 pub const MAX_SEGMENT_BYTES: u64 = 1 << 30;
 const MAX_GRANTS: usize = 1 << 12;
-const MAX_TEXT: usize = 1 << 10;
+const MAX_TEXT: usize = 512;
 const REGION_BYTES: usize = 24;
 const SEGMENT_BYTES: usize = 16;
 const GRANT_BYTES: usize = 8;
@@ -146,46 +146,49 @@ pub enum Frame<'a> {
     Done { id: u64, status: StatusCode, text: &'a str },
     /// A two-sided message waits for a receive.
     Message { id: u64, len: u64 },
-    /// A receive was matched with message `id` (status 0: send it), or the match failed.
+    /// The one answer to message `id`: a receive was matched with it (status 0: send it), or why there is none.
     Pull { id: u64, status: StatusCode, receiver: Place },
     /// The sender of message `id` gives it up: no receive came in time.
     Withdraw { id: u64 },
     /// A notification.
     Notify { name: &'a [u8], message: &'a [u8] },
-    /// Heartbeat.
-    Ping,
-    /// Orderly close.
-    Bye,
+    /// The initiator of refused write `id` announces no more chunks of it.
+    Cancel { id: u64 },
+    /// Heartbeat; `received`: bytes of data that have come in over the channels so far.
+    Ping { received: u64 },
+    /// The end of the connection: orderly with status 0, else why the sender of the frame gave it up.
+    Bye { status: StatusCode, text: &'a str },
 }
 
-const T_WRITE: u8 = 1;
-const T_WRITE_INLINE: u8 = 2;
-const T_READ: u8 = 3;
-const T_READ_INLINE: u8 = 4;
-const T_CHUNKS: u8 = 5;
-const T_DONE: u8 = 6;
-const T_MESSAGE: u8 = 7;
-const T_PULL: u8 = 8;
-const T_NOTIFY: u8 = 9;
-const T_PING: u8 = 10;
-const T_BYE: u8 = 11;
-const T_WITHDRAW: u8 = 12;
+/// Declares the frame types: number and largest payload, in one table.
+macro_rules! kinds {
+    ($($name:ident = $number:literal, $limit:expr;)*) => {
+        $(const $name: u8 = $number;)*
 
-/// Largest payload of a frame type; `None` for an unknown type.
-fn payload_limit(kind: u8) -> Option<usize> {
-    Some(match kind {
-        T_WRITE | T_READ => 16 + MAX_REGIONS * REGION_BYTES + MAX_SEGMENTS * SEGMENT_BYTES,
-        T_WRITE_INLINE => 16 + (REGION_BYTES + SEGMENT_BYTES) * MAX_INLINE + MAX_INLINE,
-        T_READ_INLINE => 8 + MAX_INLINE,
-        T_CHUNKS => 16 + MAX_GRANTS * GRANT_BYTES,
-        T_DONE => 16 + MAX_TEXT,
-        T_MESSAGE => 16,
-        T_PULL => 16,
-        T_NOTIFY => 8 + MAX_NOTIFICATION,
-        T_WITHDRAW => 8,
-        T_PING | T_BYE => 0,
-        _ => return None,
-    })
+        /// Largest payload of a frame type; `None` for an unknown type.
+        fn payload_limit(kind: u8) -> Option<usize> {
+            match kind {
+                $($name => Some($limit),)*
+                _ => None,
+            }
+        }
+    };
+}
+
+kinds! {
+    T_WRITE = 1, 16 + MAX_REGIONS * REGION_BYTES + MAX_SEGMENTS * SEGMENT_BYTES;
+    T_WRITE_INLINE = 2, 16 + (REGION_BYTES + SEGMENT_BYTES) * MAX_INLINE + MAX_INLINE;
+    T_READ = 3, 16 + MAX_REGIONS * REGION_BYTES + MAX_SEGMENTS * SEGMENT_BYTES;
+    T_READ_INLINE = 4, 8 + MAX_INLINE;
+    T_CHUNKS = 5, 16 + MAX_GRANTS * GRANT_BYTES;
+    T_DONE = 6, 12 + MAX_TEXT;
+    T_MESSAGE = 7, 16;
+    T_PULL = 8, 16;
+    T_NOTIFY = 9, 4 + MAX_NOTIFICATION;
+    T_PING = 10, 8;
+    T_BYE = 11, 4 + MAX_TEXT;
+    T_WITHDRAW = 12, 8;
+    T_CANCEL = 13, 8;
 }
 
 /// What [`decode`] found at the front of a buffer.
@@ -261,8 +264,7 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
         T_DONE => {
             let id = r.u64()?;
             let status = r.u32()? as StatusCode;
-            let Ok(text) = std::str::from_utf8(r.rest()) else { bail!(Protocol, "text is not UTF-8") };
-            Frame::Done { id, status, text }
+            Frame::Done { id, status, text: r.text()? }
         }
         T_MESSAGE => Frame::Message { id: r.u64()?, len: r.u64()? },
         T_PULL => Frame::Pull { id: r.u64()?, status: r.u32()? as StatusCode, receiver: Place(r.u32()? as u8) },
@@ -272,8 +274,9 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
             Frame::Notify { name, message: r.rest() }
         }
         T_WITHDRAW => Frame::Withdraw { id: r.u64()? },
-        T_PING => Frame::Ping,
-        T_BYE => Frame::Bye,
+        T_CANCEL => Frame::Cancel { id: r.u64()? },
+        T_PING => Frame::Ping { received: r.u64()? },
+        T_BYE => Frame::Bye { status: r.u32()? as StatusCode, text: r.text()? },
         _ => bail!(Protocol, "unknown frame type {kind}"),
     })
 }
@@ -333,13 +336,9 @@ fn encode_payload(frame: &Frame<'_>, out: &mut Vec<u8>) -> u8 {
             T_CHUNKS
         }
         Frame::Done { id, status, text } => {
-            let mut end = text.len().min(MAX_TEXT);
-            while !text.is_char_boundary(end) {
-                end -= 1;
-            }
             out.extend_from_slice(&id.to_le_bytes());
             out.extend_from_slice(&status.to_le_bytes());
-            out.extend_from_slice(&text.as_bytes()[..end]);
+            out.extend_from_slice(cut_text(text).as_bytes());
             T_DONE
         }
         Frame::Message { id, len } => {
@@ -363,9 +362,29 @@ fn encode_payload(frame: &Frame<'_>, out: &mut Vec<u8>) -> u8 {
             out.extend_from_slice(&id.to_le_bytes());
             T_WITHDRAW
         }
-        Frame::Ping => T_PING,
-        Frame::Bye => T_BYE,
+        Frame::Cancel { id } => {
+            out.extend_from_slice(&id.to_le_bytes());
+            T_CANCEL
+        }
+        Frame::Ping { received } => {
+            out.extend_from_slice(&received.to_le_bytes());
+            T_PING
+        }
+        Frame::Bye { status, text } => {
+            out.extend_from_slice(&status.to_le_bytes());
+            out.extend_from_slice(cut_text(text).as_bytes());
+            T_BYE
+        }
     }
+}
+
+/// As much of a text as a frame carries.
+fn cut_text(text: &str) -> &str {
+    let mut end = text.len().min(MAX_TEXT);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
 }
 
 fn encode_segments(id: u64, regions: &[WireRegion], segments: &WireSegments<'_>, out: &mut Vec<u8>) {
@@ -394,6 +413,12 @@ impl<'a> Reader<'a> {
     }
     fn rest(&mut self) -> &'a [u8] {
         std::mem::take(&mut self.0)
+    }
+    fn text(&mut self) -> Result<&'a str> {
+        match std::str::from_utf8(self.rest()) {
+            Ok(text) => Ok(text),
+            Err(_) => bail!(Protocol, "text is not UTF-8"),
+        }
     }
     fn fixed<const N: usize>(&mut self) -> Result<[u8; N]> {
         let bytes = self.bytes(N)?;
@@ -449,8 +474,9 @@ mod tests {
                 Frame::Pull { id, status, receiver: Place(id as u8) },
                 Frame::Notify { name: &name, message: &message },
                 Frame::Withdraw { id },
-                Frame::Ping,
-                Frame::Bye,
+                Frame::Cancel { id },
+                Frame::Ping { received: !id },
+                Frame::Bye { status, text: "end" },
             ];
             let mut buf = Vec::new();
             for frame in &all {
@@ -483,7 +509,7 @@ mod tests {
         }
 
         #[test]
-        fn a_damaged_payload_never_panics(kind in 1u8..=12, payload in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn a_damaged_payload_never_panics(kind in 1u8..=13, payload in proptest::collection::vec(any::<u8>(), 0..200)) {
             let mut buf = (payload.len() as u32).to_le_bytes().to_vec();
             buf.extend_from_slice(&[kind, MAGIC, 0, 0]);
             buf.extend_from_slice(&payload);

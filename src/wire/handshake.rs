@@ -1,327 +1,663 @@
-//! The handshake of a control connection: who speaks, which protocol, which plugin, how many channels, and, with a pre-shared
-//! key, proof of it from both sides. Blocking, on its own thread, with a deadline on every read; lengths are fixed or limited.
+//! The handshake of a control connection: which protocol, who speaks, proof of the pre-shared key, and the keys of everything after.
+//! Bytes in, bytes out: it knows no sockets and no clocks. docs/protocol.md shows the messages.
+//!
+//! The cryptography is Noise XXpsk3 (`snow`): ephemeral keys first, then the two engines' own keys, and the pre-shared key in the
+//! connecting side's proof. The listening side says nothing that depends on a key before it has checked that proof, and a listener on
+//! the wire sees nothing that a guess at the key could be tried on. Without a key the same messages run with a public constant.
 
-use crate::status::{bail, err, ErrorKind, Result};
-use hmac::{Hmac, Mac};
-use std::io::{Read, Write};
-use std::net::TcpStream;
-use std::time::{Duration, Instant};
+use super::guarded::Guarded;
+use super::hello::{Hello, Terms, MAX_HELLO};
+use super::keys::{KeySecrets, Keys, Proof};
+use super::session::{Direction, Opened, Session, RECORD_OVERHEAD};
+use super::setup::{self, Verdict};
+use super::text;
+use crate::status::{bail, err, Error, ErrorKind, Result, StatusCode, UCCL_OK};
+use ring::hmac;
+use snow::params::{CipherChoice, DHChoice, HashChoice};
+use snow::resolvers::{CryptoResolver, RingResolver};
+use snow::HandshakeState;
+use std::sync::Arc;
+use x25519_dalek::{PublicKey, StaticSecret};
+use zeroize::{Zeroize, Zeroizing};
 
-const MAGIC: &[u8; 8] = b"UCCLTCPX";
 /// Version of the control protocol. Peers of different versions refuse each other.
-pub(crate) const VERSION: u16 = 1;
-/// Bytes of a [`Hello`] on the wire.
-pub(crate) const HELLO_BYTES: usize = 8 + 2 + 2 + 4 + 4 + 4 + 16 + 32 + 16 + 16 + 32;
-const HANDLE_BYTES: usize = nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
-const MAX_HANDLES: usize = 256;
+pub(crate) const VERSION: u16 = 2;
+const MAGIC: [u8; 8] = *b"UCCLTCPX";
+const PATTERN: &str = "Noise_XXpsk3_25519_AESGCM_SHA256";
+/// Position of the pre-shared key in the pattern.
+const PSK: usize = 3;
+const HEADER_BYTES: usize = 16;
+const KEY: usize = 32;
+const TAG: usize = 16;
+const SELECTOR: usize = 32;
+/// Fills the opening up to a hello of version 1, whose listeners answer only after that many bytes.
+const PADDING: usize = 72;
+const OPENING: usize = KEY + PADDING + TAG;
+const ANSWER: usize = KEY + KEY + TAG + TAG;
+const MAX_REFUSAL_TEXT: usize = 240;
+const FLAG_KEY: u8 = 1;
+/// Bytes of one message at most, and so the memory that a peer can take before it has proved itself.
+pub(crate) const MAX_MESSAGE: usize = HEADER_BYTES + 1024;
 
-/// What each side tells first.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Hello {
-    /// Channels of each kind this side wants.
-    pub channels: u16,
-    /// Largest chunk, bytes.
-    pub chunk_bytes: u32,
-    /// CUDA index of this side's GPU, -1 without one.
-    pub gpu_index: i32,
-    /// A key is configured here.
-    pub authenticated: bool,
-    /// Random id of the engine instance.
-    pub engine: [u8; 16],
-    /// Fresh random bytes for the proof.
-    pub nonce: [u8; 32],
-    /// Plugin that carries device memory.
-    pub plugin: String,
-    /// PCI address of this side's GPU, or "-1".
-    pub gpu: String,
-    /// GPU that the connecting side asked for, as it was given; informative.
-    pub wanted_gpu: String,
+/// Messages, in their order. The numbers of an opening and a refusal are the same in all versions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Opening = 1,
+    Answer = 2,
+    Proof = 3,
+    Welcome = 4,
+    Refusal = 255,
 }
 
-fn put_text(out: &mut Vec<u8>, text: &str, width: usize) {
-    let mut bytes: Vec<u8> = text.bytes().take(width).collect();
-    bytes.resize(width, 0);
-    out.extend_from_slice(&bytes);
+impl Kind {
+    /// Bytes of the body.
+    fn body(self) -> std::ops::RangeInclusive<usize> {
+        match self {
+            Kind::Opening => OPENING..=OPENING,
+            Kind::Answer => ANSWER..=ANSWER,
+            Kind::Proof => SELECTOR + KEY + TAG + TAG..=SELECTOR + KEY + TAG + MAX_HELLO + TAG,
+            Kind::Welcome => RECORD_OVERHEAD + 4..=RECORD_OVERHEAD + 4 + setup::MAX_TEXT,
+            Kind::Refusal => 8..=8 + MAX_REFUSAL_TEXT,
+        }
+    }
 }
 
-fn get_text(bytes: &[u8]) -> String {
-    let end = bytes.iter().position(|&b| b == 0).unwrap_or(bytes.len());
-    String::from_utf8_lossy(&bytes[..end]).into_owned()
+/// The clear bytes in front of each message. Magic, version, kind and length stand where they are in all versions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Header {
+    version: u16,
+    kind: u8,
+    flags: u8,
+    body: u16,
+    zero: u16,
 }
 
-impl Hello {
-    pub(crate) fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(HELLO_BYTES);
-        out.extend_from_slice(MAGIC);
-        out.extend_from_slice(&VERSION.to_le_bytes());
-        out.extend_from_slice(&self.channels.to_le_bytes());
-        out.extend_from_slice(&self.chunk_bytes.to_le_bytes());
-        out.extend_from_slice(&self.gpu_index.to_le_bytes());
-        out.extend_from_slice(&u32::from(self.authenticated).to_le_bytes());
-        out.extend_from_slice(&self.engine);
-        out.extend_from_slice(&self.nonce);
-        put_text(&mut out, &self.plugin, 16);
-        put_text(&mut out, &self.gpu, 16);
-        put_text(&mut out, &self.wanted_gpu, 32);
-        debug_assert_eq!(out.len(), HELLO_BYTES);
+impl Header {
+    fn new(kind: Kind, keyed: bool, body: usize) -> Header {
+        Header { version: VERSION, kind: kind as u8, flags: if keyed { FLAG_KEY } else { 0 }, body: body as u16, zero: 0 }
+    }
+
+    fn encode(&self) -> [u8; HEADER_BYTES] {
+        let mut out = [0; HEADER_BYTES];
+        out[..8].copy_from_slice(&MAGIC);
+        out[8..10].copy_from_slice(&self.version.to_le_bytes());
+        out[10] = self.kind;
+        out[11] = self.flags;
+        out[12..14].copy_from_slice(&self.body.to_le_bytes());
+        out[14..].copy_from_slice(&self.zero.to_le_bytes());
         out
     }
 
-    /// Decodes a whole hello.
-    pub(crate) fn decode(b: &[u8; HELLO_BYTES]) -> Result<Hello> {
-        if !Hello::plausible(b) {
-            bail!(Protocol, "not a UCCL engine");
-        }
+    /// The header in these bytes, whose magic was checked.
+    fn decode(b: &[u8; HEADER_BYTES]) -> Header {
         let u16_at = |at: usize| u16::from_le_bytes([b[at], b[at + 1]]);
-        let u32_at = |at: usize| u32::from_le_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]]);
-        let version = u16_at(8);
-        if version != VERSION {
-            bail!(Protocol, "the peer speaks version {version} of the control protocol, this library {VERSION}");
+        Header { version: u16_at(8), kind: b[10], flags: b[11], body: u16_at(12), zero: u16_at(14) }
+    }
+}
+
+/// Whether the first bytes of a stream can be an opening. For a listener that drops strangers early.
+pub(crate) fn plausible(prefix: &[u8]) -> bool {
+    prefix.iter().zip(&MAGIC).all(|(a, b)| a == b)
+}
+
+/// An engine's own key pair. Its public half names the engine instance; nobody else can prove that name.
+#[derive(Debug)]
+pub(crate) struct Identity {
+    private: Guarded<[u8; KEY]>,
+    engine: [u8; 16],
+}
+
+impl Identity {
+    /// A fresh one, for one engine instance.
+    pub(crate) fn generate() -> Result<Identity> {
+        let mut pair = builder()?.generate_keypair().map_err(|e| broken(&e))?;
+        let mut private = Guarded::<[u8; KEY]>::zeroed()?;
+        private.copy_from_slice(&pair.private);
+        pair.private.zeroize();
+        Ok(Identity { private, engine: engine_id(&pair.public) })
+    }
+
+    /// The name of the engine instance.
+    pub(crate) fn engine(&self) -> [u8; 16] {
+        self.engine
+    }
+}
+
+fn engine_id(public: &[u8]) -> [u8; 16] {
+    let mut context = ring::digest::Context::new(&ring::digest::SHA256);
+    context.update(b"uccl engine");
+    context.update(public);
+    let digest = context.finish();
+    std::array::from_fn(|i| digest.as_ref()[i])
+}
+
+fn builder<'a>() -> Result<snow::Builder<'a>> {
+    let params = PATTERN.parse().map_err(|e| broken(&e))?;
+    Ok(snow::Builder::with_resolver(params, Box::new(Primitives(RingResolver))))
+}
+
+/// ring for everything but the key exchange, for which snow's binding to ring has nothing.
+struct Primitives(RingResolver);
+
+impl CryptoResolver for Primitives {
+    fn resolve_rng(&self) -> Option<Box<dyn snow::types::Random>> {
+        self.0.resolve_rng()
+    }
+    fn resolve_dh(&self, choice: &DHChoice) -> Option<Box<dyn snow::types::Dh>> {
+        matches!(choice, DHChoice::Curve25519).then(|| Box::<X25519>::default() as _)
+    }
+    fn resolve_hash(&self, choice: &HashChoice) -> Option<Box<dyn snow::types::Hash>> {
+        self.0.resolve_hash(choice)
+    }
+    fn resolve_cipher(&self, choice: &CipherChoice) -> Option<Box<dyn snow::types::Cipher>> {
+        self.0.resolve_cipher(choice)
+    }
+}
+
+/// X25519 whose private key is wiped when it is dropped.
+#[derive(Default)]
+struct X25519 {
+    private: Zeroizing<[u8; KEY]>,
+    public: [u8; KEY],
+}
+
+impl X25519 {
+    fn derive(&mut self) {
+        self.public = PublicKey::from(&StaticSecret::from(*self.private)).to_bytes();
+    }
+}
+
+impl snow::types::Dh for X25519 {
+    fn name(&self) -> &'static str {
+        "25519"
+    }
+    fn pub_len(&self) -> usize {
+        KEY
+    }
+    fn priv_len(&self) -> usize {
+        KEY
+    }
+    fn set(&mut self, private: &[u8]) {
+        self.private.copy_from_slice(private);
+        self.derive();
+    }
+    fn generate(&mut self, rng: &mut dyn snow::types::Random) -> std::result::Result<(), snow::Error> {
+        rng.try_fill_bytes(&mut *self.private)?;
+        self.derive();
+        Ok(())
+    }
+    fn pubkey(&self) -> &[u8] {
+        &self.public
+    }
+    fn privkey(&self) -> &[u8] {
+        &*self.private
+    }
+    fn dh(&self, public: &[u8], out: &mut [u8]) -> std::result::Result<(), snow::Error> {
+        let public = public.first_chunk::<KEY>().ok_or(snow::Error::Dh)?;
+        let shared = StaticSecret::from(*self.private).diffie_hellman(&PublicKey::from(*public));
+        // A peer's key of low order would make the result known to everybody.
+        if !shared.was_contributory() {
+            return Err(snow::Error::Dh);
         }
-        Ok(Hello {
-            channels: u16_at(10),
-            chunk_bytes: u32_at(12),
-            gpu_index: u32_at(16) as i32,
-            authenticated: u32_at(20) != 0,
-            engine: std::array::from_fn(|i| b[24 + i]),
-            nonce: std::array::from_fn(|i| b[40 + i]),
-            plugin: get_text(&b[72..88]),
-            gpu: get_text(&b[88..104]),
-            wanted_gpu: get_text(&b[104..136]),
+        out[..KEY].copy_from_slice(shared.as_bytes());
+        Ok(())
+    }
+}
+
+/// A failure of the library, not of the peer.
+fn broken(e: &snow::Error) -> Error {
+    err!(Internal, "handshake: {e}")
+}
+
+fn damaged() -> Error {
+    err!(Protocol, "the handshake was changed on its way")
+}
+
+/// The other side, as far as it proved it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Peer {
+    /// What it told.
+    pub hello: Hello,
+    /// Its engine instance; proved.
+    pub engine: [u8; 16],
+    /// The key that it proved.
+    pub proof: Proof,
+}
+
+/// What a completed handshake yields.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    /// The other side.
+    pub peer: Peer,
+    /// What both agreed on.
+    pub terms: Terms,
+    /// The sealed stream that follows.
+    pub session: Session,
+}
+
+/// What this side waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Opening,
+    Answer,
+    Proof,
+    Welcome,
+    Done,
+}
+
+/// One side of a handshake.
+pub(crate) struct Handshake {
+    step: Step,
+    hello: Hello,
+    keys: Arc<Keys>,
+    identity: Arc<Identity>,
+    /// Made when the opening's header is known, which it covers.
+    noise: Option<Guarded<HandshakeState>>,
+    /// The message that is coming in.
+    rx: Vec<u8>,
+    tx: Vec<u8>,
+    sent: usize,
+    /// The clear headers of opening and answer.
+    context: Vec<u8>,
+    /// Between proof and welcome, at the connecting side.
+    session: Option<(Session, Proof, [u8; 16])>,
+    outcome: Option<Outcome>,
+    failed: Option<Error>,
+}
+
+impl std::fmt::Debug for Handshake {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Handshake").field("step", &self.step).field("failed", &self.failed).finish_non_exhaustive()
+    }
+}
+
+impl Handshake {
+    /// The connecting side; its first bytes are ready to be sent.
+    ///
+    /// # Errors
+    /// When the hello is out of range, or without memory or random bytes.
+    pub(crate) fn connecting(identity: &Arc<Identity>, hello: Hello, keys: Arc<Keys>) -> Result<Handshake> {
+        let mut handshake = Handshake::new(Step::Answer, identity, hello, keys)?;
+        let header = Header::new(Kind::Opening, handshake.keyed(), OPENING).encode();
+        let mut noise = handshake.start(&header, true)?;
+        handshake.context.extend_from_slice(&header);
+        handshake.tx.extend_from_slice(&header);
+        write(&mut noise, &[0; PADDING], &mut handshake.tx)?;
+        handshake.noise = Some(noise);
+        Ok(handshake)
+    }
+
+    /// The listening side. It costs next to nothing until a whole opening is here.
+    ///
+    /// # Errors
+    /// When the hello is out of range.
+    pub(crate) fn listening(identity: &Arc<Identity>, hello: Hello, keys: Arc<Keys>) -> Result<Handshake> {
+        Handshake::new(Step::Opening, identity, hello, keys)
+    }
+
+    fn new(step: Step, identity: &Arc<Identity>, hello: Hello, keys: Arc<Keys>) -> Result<Handshake> {
+        hello.check()?;
+        Ok(Handshake {
+            step,
+            hello,
+            keys,
+            identity: identity.clone(),
+            noise: None,
+            rx: Vec::new(),
+            tx: Vec::new(),
+            sent: 0,
+            context: Vec::new(),
+            session: None,
+            outcome: None,
+            failed: None,
         })
     }
 
-    /// Whether the first bytes of a stream can be a hello. For a listener that drops strangers early.
-    pub(crate) fn plausible(prefix: &[u8]) -> bool {
-        prefix.iter().zip(MAGIC).all(|(a, b)| a == b)
-    }
-}
-
-/// A blocking socket with one deadline for everything.
-pub(crate) struct Blocking<'a> {
-    pub sock: &'a TcpStream,
-    pub deadline: Instant,
-}
-
-impl Blocking<'_> {
-    fn remaining(&self) -> Result<Duration> {
-        match self.deadline.checked_duration_since(Instant::now()) {
-            Some(left) if !left.is_zero() => Ok(left),
-            _ => Err(err!(TimedOut, "the handshake's deadline passed")),
-        }
+    fn keyed(&self) -> bool {
+        !self.keys.is_empty()
     }
 
-    fn io_error(e: &std::io::Error) -> crate::status::Error {
-        match e.kind() {
-            std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut => {
-                err!(TimedOut, "the peer did not answer the handshake in time")
+    fn start(&self, opening: &[u8; HEADER_BYTES], initiator: bool) -> Result<Guarded<HandshakeState>> {
+        let ready = builder()?.local_private_key(&*self.identity.private).and_then(|b| b.prologue(opening)).and_then(|b| {
+            if initiator {
+                b.build_initiator()
+            } else {
+                b.build_responder()
             }
-            std::io::ErrorKind::UnexpectedEof => err!(RemoteDisconnect, "the peer closed the connection during the handshake"),
-            _ => err!(RemoteDisconnect, "handshake: {e}"),
-        }
+        });
+        Guarded::new(ready.map_err(|e| broken(&e))?)
     }
 
-    pub(crate) fn read<const N: usize>(&self) -> Result<[u8; N]> {
-        let mut buf = [0; N];
+    /// Takes in what the peer sent. Returns how many of the bytes belonged to the handshake; what is left after its end belongs to
+    /// the session.
+    ///
+    /// # Errors
+    /// When the handshake failed, here or at the peer. What [`Handshake::output`] then holds tells the peer why: send it before the
+    /// connection is closed. Every later call repeats the error.
+    pub(crate) fn input(&mut self, bytes: &[u8]) -> Result<usize> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
         let mut at = 0;
-        while at < N {
-            let timeout = self.remaining()?;
-            self.sock.set_read_timeout(Some(timeout)).map_err(|e| Self::io_error(&e))?;
-            match (&mut &*self.sock).read(&mut buf[at..]) {
-                Ok(0) => return Err(Self::io_error(&std::io::ErrorKind::UnexpectedEof.into())),
-                Ok(n) => at += n,
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(Self::io_error(&e)),
+        while at < bytes.len() && self.step != Step::Done {
+            let n = self.wants().min(bytes.len() - at);
+            self.rx.extend_from_slice(&bytes[at..at + n]);
+            at += n;
+            if let Err(error) = self.advance() {
+                self.fail(&error);
+                return Err(error);
             }
         }
-        Ok(buf)
+        Ok(at)
     }
 
-    pub(crate) fn write(&self, bytes: &[u8]) -> Result<()> {
-        let timeout = self.remaining()?;
-        self.sock.set_write_timeout(Some(timeout)).map_err(|e| Self::io_error(&e))?;
-        (&mut &*self.sock).write_all(bytes).map_err(|e| Self::io_error(&e))
-    }
-}
-
-/// Verdict that the side which checks sends before it gives up, so that the other side can say why.
-fn send_verdict(io: &Blocking<'_>, verdict: &Result<()>) -> Result<()> {
-    let (code, text) = match verdict {
-        Ok(()) => (0, String::new()),
-        Err(e) => (e.code(), e.to_string()),
-    };
-    let mut out = code.to_le_bytes().to_vec();
-    put_text(&mut out, &text, 252);
-    io.write(&out)
-}
-
-fn read_verdict(io: &Blocking<'_>) -> Result<()> {
-    let reply: [u8; 256] = io.read()?;
-    match i32::from_le_bytes([reply[0], reply[1], reply[2], reply[3]]) {
-        0 => Ok(()),
-        code => Err(crate::status::Error::new(
-            ErrorKind::from_code(code),
-            format_args!("refused by the peer: {}", get_text(&reply[4..])),
-        )),
-    }
-}
-
-type Proof = [u8; 32];
-
-/// Proof of the key over both hellos; the role keeps one side's proof from serving as the other's.
-fn prove(key: &[u8], role: &[u8], connecting: &Hello, listening: &Hello) -> Result<Proof> {
-    let Ok(mut mac) = Hmac::<sha2::Sha256>::new_from_slice(key) else { bail!(Internal, "key of {} bytes", key.len()) };
-    mac.update(role);
-    mac.update(&connecting.encode());
-    mac.update(&listening.encode());
-    Ok(mac.finalize().into_bytes().into())
-}
-
-fn verify(key: &[u8], role: &[u8], connecting: &Hello, listening: &Hello, proof: &Proof) -> Result<()> {
-    // A constant-time comparison of two MACs: compare their MACs under the key.
-    let tag = |bytes: &[u8]| -> Result<Vec<u8>> {
-        let Ok(mut mac) = Hmac::<sha2::Sha256>::new_from_slice(key) else { bail!(Internal, "key of {} bytes", key.len()) };
-        mac.update(bytes);
-        Ok(mac.finalize().into_bytes().to_vec())
-    };
-    if tag(&prove(key, role, connecting, listening)?)? != tag(proof)? {
-        bail!(Auth, "the pre-shared keys differ");
-    }
-    Ok(())
-}
-
-fn compatible(ours: &Hello, theirs: &Hello) -> Result<()> {
-    if ours.authenticated != theirs.authenticated {
-        bail!(Auth, "only one side has a pre-shared key (UCCL_TCPX_AUTH_KEY_FILE)");
-    }
-    if ours.plugin != theirs.plugin {
-        bail!(Unsupported, "the sides use different network plugins: {} and {}", ours.plugin, theirs.plugin);
-    }
-    if theirs.channels == 0 || theirs.chunk_bytes < 4096 {
-        bail!(Protocol, "{} channels, chunks of {} bytes", theirs.channels, theirs.chunk_bytes);
-    }
-    Ok(())
-}
-
-/// The connecting side's part. Returns the listening side's hello.
-pub(crate) fn connect(io: &Blocking<'_>, ours: &Hello, key: Option<&[u8]>) -> Result<Hello> {
-    io.write(&ours.encode())?;
-    read_verdict(io)?;
-    let theirs = Hello::decode(&io.read()?)?;
-    if let Some(key) = key {
-        let proof: Proof = io.read()?;
-        let verdict = verify(key, b"listening", ours, &theirs, &proof);
-        send_verdict(io, &verdict)?;
-        verdict?;
-        io.write(&prove(key, b"connecting", ours, &theirs)?)?;
-        read_verdict(io)?;
-    }
-    Ok(theirs)
-}
-
-/// The listening side's part, after the connecting side's hello was read.
-pub(crate) fn accept(io: &Blocking<'_>, theirs: &Result<Hello>, ours: &Hello, key: Option<&[u8]>) -> Result<()> {
-    let theirs = match theirs {
-        Ok(theirs) => theirs,
-        Err(e) => {
-            send_verdict(io, &Err(e.clone()))?;
-            return Err(e.clone());
+    /// Bytes of the peer that are missing to the end of its next message or header; none after the end.
+    pub(crate) fn wants(&self) -> usize {
+        if self.failed.is_some() || self.step == Step::Done {
+            return 0;
         }
-    };
-    let verdict = compatible(ours, theirs);
-    send_verdict(io, &verdict)?;
-    verdict?;
-    io.write(&ours.encode())?;
-    if let Some(key) = key {
-        io.write(&prove(key, b"listening", theirs, ours)?)?;
-        read_verdict(io)?;
-        let proof: Proof = io.read()?;
-        let verdict = verify(key, b"connecting", theirs, ours, &proof);
-        send_verdict(io, &verdict)?;
-        verdict?;
+        let whole = match self.rx.first_chunk() {
+            Some(header) => HEADER_BYTES + usize::from(Header::decode(header).body),
+            None => HEADER_BYTES,
+        };
+        whole - self.rx.len()
     }
+
+    /// Bytes to send, before anything of the session.
+    pub(crate) fn output(&self) -> &[u8] {
+        &self.tx[self.sent..]
+    }
+
+    /// The first `n` bytes of the output were sent.
+    pub(crate) fn sent(&mut self, n: usize) {
+        self.sent = (self.sent + n).min(self.tx.len());
+    }
+
+    /// The result, once: when the peer has proved itself and both hellos fit. There may still be output.
+    pub(crate) fn outcome(&mut self) -> Option<Outcome> {
+        self.outcome.take()
+    }
+
+    /// Gives up, and tells the peer of a listening side why. For limits of the caller; the text must tell a stranger nothing.
+    pub(crate) fn refuse(&mut self, error: &Error) {
+        if self.failed.is_none() && self.step != Step::Done {
+            self.fail(error);
+        }
+    }
+
+    /// Remembers the failure. Before the peer's proof a listening side says it in clear, to peers that speak this protocol.
+    fn fail(&mut self, error: &Error) {
+        if matches!(self.step, Step::Opening | Step::Proof) && plausible(&self.rx) {
+            self.put_refusal(error);
+        }
+        self.noise = None;
+        self.session = None;
+        self.failed = Some(error.clone());
+    }
+
+    fn put_refusal(&mut self, error: &Error) {
+        let told = match error.kind() {
+            ErrorKind::Auth | ErrorKind::Protocol | ErrorKind::Resource | ErrorKind::TimedOut => error.to_string(),
+            _ => "internal error".to_owned(),
+        };
+        let told = text::printable(&told, MAX_REFUSAL_TEXT);
+        if self.rx.first_chunk().map(|b| Header::decode(b).version) == Some(1) {
+            // As version 1 reads it: the status and 252 bytes of text.
+            let start = self.tx.len();
+            self.tx.extend_from_slice(&error.code().to_le_bytes());
+            self.tx.extend_from_slice(told.as_bytes());
+            self.tx.resize(start + 256, 0);
+            return;
+        }
+        let header = Header::new(Kind::Refusal, self.keyed(), 8 + told.len());
+        self.tx.extend_from_slice(&header.encode());
+        self.tx.extend_from_slice(&error.code().to_le_bytes());
+        // The oldest and the newest version that is spoken here.
+        self.tx.extend_from_slice(&VERSION.to_le_bytes());
+        self.tx.extend_from_slice(&VERSION.to_le_bytes());
+        self.tx.extend_from_slice(told.as_bytes());
+    }
+
+    /// Looks at the incoming message as soon as there is something to see.
+    fn advance(&mut self) -> Result<()> {
+        if !plausible(&self.rx) {
+            return self.stranger();
+        }
+        let Some(bytes) = self.rx.first_chunk() else { return Ok(()) };
+        let header = Header::decode(bytes);
+        let kind = self.admit(&header)?;
+        if self.rx.len() < HEADER_BYTES + usize::from(header.body) {
+            return Ok(());
+        }
+        let message = std::mem::take(&mut self.rx);
+        let (head, body) = message.split_at(HEADER_BYTES);
+        // Kept for the refusal, which depends on it.
+        self.rx.extend_from_slice(head);
+        match kind {
+            Kind::Opening => self.on_opening(head, body),
+            Kind::Answer => self.on_answer(head, body),
+            Kind::Proof => self.on_proof(body),
+            Kind::Welcome => self.on_welcome(body),
+            Kind::Refusal => Err(refused(&header, body)),
+        }?;
+        self.rx.clear();
+        Ok(())
+    }
+
+    /// The peer does not begin as this protocol does.
+    fn stranger(&self) -> Result<()> {
+        let verdict = self.rx.first_chunk().map(|b| StatusCode::from_le_bytes(*b));
+        match verdict {
+            // A connecting side may have met version 1, which answers with a bare status.
+            None if self.step == Step::Answer => Ok(()),
+            Some(code) if self.step == Step::Answer && ErrorKind::ALL.iter().any(|k| k.code() == code) => {
+                bail!(Protocol, "the peer speaks version 1 of the control protocol, this library {VERSION}")
+            }
+            _ => bail!(Protocol, "the peer does not speak this protocol"),
+        }
+    }
+
+    /// Whether a message with this header may come now.
+    fn admit(&self, header: &Header) -> Result<Kind> {
+        let expected = match self.step {
+            Step::Opening => Kind::Opening,
+            Step::Answer => Kind::Answer,
+            Step::Proof => Kind::Proof,
+            Step::Welcome | Step::Done => Kind::Welcome,
+        };
+        let connecting = matches!(self.step, Step::Answer | Step::Welcome);
+        if connecting && header.kind == Kind::Refusal as u8 {
+            return match Kind::Refusal.body().contains(&header.body.into()) {
+                true => Ok(Kind::Refusal),
+                false => bail!(Protocol, "a refusal of {} bytes", header.body),
+            };
+        }
+        if header.version != VERSION {
+            bail!(Protocol, "the peer speaks version {} of the control protocol, this library {VERSION}", header.version);
+        }
+        if header.kind != expected as u8 || header.flags & !FLAG_KEY != 0 || header.zero != 0 {
+            bail!(Protocol, "the peer's {expected:?} is malformed");
+        }
+        if (header.flags & FLAG_KEY != 0) != self.keyed() {
+            bail!(Auth, "only one side has a pre-shared key (UCCL_TCPX_AUTH_KEY_FILE)");
+        }
+        if !expected.body().contains(&header.body.into()) {
+            bail!(Protocol, "the peer's {expected:?} is {} bytes long", header.body);
+        }
+        Ok(expected)
+    }
+
+    fn on_opening(&mut self, head: &[u8], body: &[u8]) -> Result<()> {
+        let Some(opening) = head.first_chunk() else { bail!(Internal, "a short header") };
+        let mut noise = self.start(opening, false)?;
+        read(&mut noise, body)?;
+        let header = Header::new(Kind::Answer, self.keyed(), ANSWER).encode();
+        self.context.extend_from_slice(opening);
+        self.context.extend_from_slice(&header);
+        self.tx.extend_from_slice(&header);
+        write(&mut noise, &[], &mut self.tx)?;
+        self.noise = Some(noise);
+        self.step = Step::Proof;
+        Ok(())
+    }
+
+    fn on_answer(&mut self, head: &[u8], body: &[u8]) -> Result<()> {
+        let Some(mut noise) = self.noise.take() else { bail!(Internal, "an answer without an opening") };
+        read(&mut noise, body)?;
+        self.context.extend_from_slice(head);
+        let public = (&Proof::Nothing, &NO_KEY);
+        let (proof, key) = self.keys.iter().next().unwrap_or(public);
+        let selector = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &key.selector), &*selected(&mut noise));
+        noise.set_psk(PSK, &key.psk).map_err(|e| broken(&e))?;
+        let mut hello = Vec::with_capacity(MAX_HELLO);
+        self.hello.encode(&mut hello);
+        let header = Header::new(Kind::Proof, self.keyed(), SELECTOR + KEY + TAG + hello.len() + TAG);
+        self.tx.extend_from_slice(&header.encode());
+        self.tx.extend_from_slice(selector.as_ref());
+        write(&mut noise, &hello, &mut self.tx)?;
+        let session = session(&mut noise, Direction::ToListening, &self.context)?;
+        self.session = Some((session, proof.clone(), remote(&noise)?));
+        self.step = Step::Welcome;
+        Ok(())
+    }
+
+    fn on_proof(&mut self, body: &[u8]) -> Result<()> {
+        let Some(mut noise) = self.noise.take() else { bail!(Internal, "a proof without an opening") };
+        let (selector, body) = body.split_at(SELECTOR);
+        let selected = selected(&mut noise);
+        let fits =
+            |key: &KeySecrets| hmac::verify(&hmac::Key::new(hmac::HMAC_SHA256, &key.selector), &*selected, selector).is_ok();
+        let public = self.keys.is_empty().then_some((&Proof::Nothing, &NO_KEY));
+        let Some((proof, key)) = self.keys.iter().chain(public).find(|(_, key)| fits(key)) else {
+            match self.keyed() {
+                true => bail!(Auth, "the pre-shared keys differ"),
+                false => return Err(damaged()),
+            }
+        };
+        noise.set_psk(PSK, &key.psk).map_err(|e| broken(&e))?;
+        let hello = read(&mut noise, body)?;
+        let mut session = session(&mut noise, Direction::ToConnecting, &self.context)?;
+        let engine = remote(&noise)?;
+        // The peer has proved itself: from here on it hears more than strangers do.
+        self.step = Step::Done;
+        let checked = Hello::decode(&hello).and_then(|theirs| Ok((self.hello.agree(&theirs)?, theirs)));
+        let mut welcome = Vec::new();
+        match &checked {
+            Ok(_) => {
+                welcome.extend_from_slice(&UCCL_OK.to_le_bytes());
+                self.hello.encode(&mut welcome);
+            }
+            Err(e) => {
+                welcome.extend_from_slice(&e.code().to_le_bytes());
+                welcome.extend_from_slice(text::printable(&e.to_string(), setup::MAX_TEXT).as_bytes());
+            }
+        }
+        let header = Header::new(Kind::Welcome, self.keyed(), welcome.len() + RECORD_OVERHEAD);
+        self.tx.extend_from_slice(&header.encode());
+        session.seal(&welcome, &mut self.tx)?;
+        let (terms, hello) = checked?;
+        self.outcome = Some(Outcome { peer: Peer { hello, engine, proof: proof.clone() }, terms, session });
+        Ok(())
+    }
+
+    fn on_welcome(&mut self, body: &[u8]) -> Result<()> {
+        let Some((mut session, proof, engine)) = self.session.take() else { bail!(Internal, "a welcome without a proof") };
+        let mut body = body.to_vec();
+        let len = body.len();
+        let plain = match session.open(&mut body) {
+            Ok(Opened::Record { plain, consumed }) if consumed == len => &body[..plain],
+            _ if self.keyed() => bail!(Auth, "the peer did not prove the pre-shared key"),
+            _ => return Err(damaged()),
+        };
+        let Some((status, rest)) = plain.split_first_chunk() else { bail!(Protocol, "the peer's welcome is empty") };
+        let status = StatusCode::from_le_bytes(*status);
+        if status != UCCL_OK {
+            let text = text::checked(rest, setup::MAX_TEXT, "a refusal's text")?;
+            Verdict { status, text: text.to_owned() }.result()?;
+        }
+        match Hello::decode(rest).and_then(|theirs| Ok((self.hello.agree(&theirs)?, theirs))) {
+            Ok((terms, hello)) => {
+                self.outcome = Some(Outcome { peer: Peer { hello, engine, proof }, terms, session });
+                self.step = Step::Done;
+                Ok(())
+            }
+            Err(e) => {
+                // The listening side takes the connection for good; tell it in the session.
+                let mut abort = Vec::new();
+                setup::encode(&setup::Message::Abort(Verdict::from(&e)), &mut abort);
+                session.seal(&abort, &mut self.tx)?;
+                Err(e)
+            }
+        }
+    }
+}
+
+/// Stands for the key where none is configured. Public, so that it proves nothing.
+const NO_KEY: KeySecrets = KeySecrets { psk: [0; KEY], selector: [0; 32] };
+
+/// What a refusal in clear says. Anybody on the path can have written it.
+fn refused(header: &Header, body: &[u8]) -> Error {
+    let Some((fixed, told)) = body.split_first_chunk::<8>() else { return err!(Protocol, "a short refusal") };
+    if header.version != VERSION {
+        let (oldest, newest) = (u16::from_le_bytes([fixed[4], fixed[5]]), u16::from_le_bytes([fixed[6], fixed[7]]));
+        let versions = if oldest == newest { format!("version {newest}") } else { format!("versions {oldest} to {newest}") };
+        return err!(Protocol, "the peer speaks {versions} of the control protocol, this library {VERSION}");
+    }
+    let Ok(told) = text::checked(told, MAX_REFUSAL_TEXT, "a refusal's text") else {
+        return err!(Protocol, "the peer's refusal is not printable ASCII");
+    };
+    let kind = match ErrorKind::from_code(StatusCode::from_le_bytes([fixed[0], fixed[1], fixed[2], fixed[3]])) {
+        kind @ (ErrorKind::Auth | ErrorKind::Resource | ErrorKind::TimedOut) => kind,
+        _ => ErrorKind::Protocol,
+    };
+    Error::new(kind, format_args!("refused by the peer: {told}"))
+}
+
+/// Appends the next Noise message to `out`.
+fn write(noise: &mut HandshakeState, payload: &[u8], out: &mut Vec<u8>) -> Result<()> {
+    let mut message = [0; MAX_MESSAGE];
+    let len = noise.write_message(payload, &mut message).map_err(|e| broken(&e))?;
+    out.extend_from_slice(&message[..len]);
     Ok(())
 }
 
-/// A plugin's connect handle.
-pub(crate) type Handle = [u8; HANDLE_BYTES];
-
-/// Exchanges the connect handles of this side's listen comms for the peer's; both sides send as many.
-pub(crate) fn exchange_handles(io: &Blocking<'_>, ours: &[Handle]) -> Result<Vec<Handle>> {
-    let mut out = (ours.len() as u32).to_le_bytes().to_vec();
-    ours.iter().for_each(|h| out.extend_from_slice(h));
-    io.write(&out)?;
-    let n = u32::from_le_bytes(io.read()?) as usize;
-    if n != ours.len() || n > MAX_HANDLES {
-        bail!(Protocol, "the peer offers {n} channels, {} were agreed", ours.len());
-    }
-    (0..n).map(|_| io.read()).collect()
+/// Reads the next Noise message; its payload.
+fn read(noise: &mut HandshakeState, message: &[u8]) -> Result<Vec<u8>> {
+    let mut payload = vec![0; message.len()];
+    let len = noise.read_message(message, &mut payload).map_err(|_| damaged())?;
+    payload.truncate(len);
+    Ok(payload)
 }
 
-/// Tells the peer that this side's channels are up (or why not), and hears the same from it.
-pub(crate) fn exchange_ready(io: &Blocking<'_>, outcome: Result<()>) -> Result<()> {
-    let sent = send_verdict(io, &outcome);
-    outcome?;
-    sent?;
-    read_verdict(io)
+/// What a selector is computed over: a secret that only the two sides of this exchange know, whoever they are, and all they said. So
+/// nobody else can try a guess at the key on a selector, and none fits a second time.
+fn selected(noise: &mut HandshakeState) -> Zeroizing<[u8; 96]> {
+    let (mut a, mut b) = noise.dangerously_get_raw_split();
+    let mut out = Zeroizing::new([0; 96]);
+    out[..32].copy_from_slice(&a);
+    out[32..64].copy_from_slice(&b);
+    out[64..].copy_from_slice(&noise.get_handshake_hash()[..32]);
+    a.zeroize();
+    b.zeroize();
+    out
+}
+
+/// The session of a completed exchange. Noise's own transport keys are not used; the session derives its own from them, so that data
+/// channels can have keys too.
+fn session(noise: &mut HandshakeState, ours: Direction, context: &[u8]) -> Result<Session> {
+    if !noise.is_handshake_finished() {
+        bail!(Internal, "a session before the end of the handshake");
+    }
+    Session::new(ours, &*selected(noise), context)
+}
+
+/// The peer's engine instance.
+fn remote(noise: &HandshakeState) -> Result<[u8; 16]> {
+    match noise.get_remote_static() {
+        Some(public) => Ok(engine_id(public)),
+        None => bail!(Internal, "a handshake without the peer's key"),
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-    use std::net::TcpListener;
-
-    fn hello(channels: u16, authenticated: bool) -> Hello {
-        let text = |s: &str| s.to_owned();
-        Hello {
-            channels,
-            chunk_bytes: 524288,
-            gpu_index: -1,
-            authenticated,
-            engine: [1; 16],
-            nonce: [2; 32],
-            plugin: text("soft"),
-            gpu: text("-1"),
-            wanted_gpu: text("0000:4a:00.0"),
-        }
-    }
-
-    fn run(client_key: Option<&'static [u8]>, server_key: Option<&'static [u8]>) -> (Result<Hello>, Result<()>) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let addr = listener.local_addr().unwrap();
-        let deadline = Instant::now() + Duration::from_secs(20);
-        let client = std::thread::spawn(move || {
-            let sock = TcpStream::connect(addr).unwrap();
-            connect(&Blocking { sock: &sock, deadline }, &hello(4, client_key.is_some()), client_key)
-        });
-        let sock = listener.accept().unwrap().0;
-        let io = Blocking { sock: &sock, deadline };
-        let theirs = io.read().and_then(|b| Hello::decode(&b));
-        let server = accept(&io, &theirs, &hello(2, server_key.is_some()), server_key);
-        drop(sock);
-        (client.join().unwrap(), server)
-    }
-
-    #[test]
-    fn keys_must_match_on_both_sides() {
-        let (a, b): (&[u8], &[u8]) = (b"0123456789abcdef", b"0123456789abcdeF");
-        assert_eq!(run(None, None), (Ok(hello(2, false)), Ok(())));
-        assert_eq!(run(Some(a), Some(a)), (Ok(hello(2, true)), Ok(())));
-        for (client, server) in [(Some(a), Some(b)), (Some(a), None), (None, Some(a))] {
-            let (c, s) = run(client, server);
-            assert_eq!(c.unwrap_err().kind(), ErrorKind::Auth);
-            assert_eq!(s.unwrap_err().kind(), ErrorKind::Auth);
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn a_damaged_hello_never_panics(at in 0..HELLO_BYTES, value in any::<u8>()) {
-            let mut bytes: [u8; HELLO_BYTES] = hello(4, true).encode().try_into().unwrap();
-            prop_assert_eq!(Hello::decode(&bytes).unwrap(), hello(4, true));
-            bytes[at] = value;
-            let _ = Hello::decode(&bytes);
-        }
-    }
-}
+pub(crate) mod tests;

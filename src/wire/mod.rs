@@ -1,6 +1,16 @@
-//! The control protocol: framing and messages (`frame`), the non-blocking control stream (`control`), and the handshake with
-//! authentication (`handshake`). Knows sockets and bytes, nothing of regions, channels or transfers.
+//! The control protocol: the handshake (`handshake`, `hello`, `keys`), the sealed stream after it (`session`), messages that set up the
+//! channels (`setup`), frames (`frame`) and the non-blocking control stream (`control`). Knows sockets and bytes, nothing of regions,
+//! channels or transfers.
 
 pub(crate) mod control;
 pub(crate) mod frame;
+mod guarded;
 pub(crate) mod handshake;
+#[cfg(test)]
+mod handshake_v1;
+pub(crate) mod hello;
+pub(crate) mod keys;
+pub(crate) mod queue;
+pub(crate) mod session;
+pub(crate) mod setup;
+pub(crate) mod text;

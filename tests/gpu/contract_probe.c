@@ -181,7 +181,7 @@ static void sender(int s) {
       if (c.op == 'P') cu_must(cuHtoD(buf + off, host + off, c.b), "HtoD");
       cu_must(cuSync(), "sync");
       void *q = NULL;
-      r.rc = P->isend(comm, c.op == 'P' ? (void *)(buf + off) : host + off, c.b, 7, c.op == 'P' ? mh : hostmh, &q);
+      r.rc = P->isend(comm, c.op == 'P' ? (void *)(buf + off) : host + off, c.b, 0, c.op == 'P' ? mh : hostmh, &q);
       if (!r.rc && q) req[nreq++ % 64] = q;
       snprintf(r.text, sizeof r.text, "%s", last_warn);
     } else if (c.op == 'D' || c.op == 'T') {                /* D: test in order until all are done, at most a ms; T: head a times */
@@ -296,6 +296,12 @@ static void open_conn(int check) {
   if (rc || !rc_) die("accept: %d (%s)", rc, last_warn);
   struct rep r = hear();
   if (r.rc) die("connect: %d (%s)", r.rc, r.text);
+  /* The software plugin makes what the handle names when device memory is first registered. */
+  cu_must(cuMemAlloc(&small_buf, 65536 + 4096), "cuMemAlloc");
+  if (check) report(-1, "a small cuMemAlloc lies at +%llu of a page: round up before regMr", small_buf % 4096);
+  small_buf = (small_buf + 4095) & ~4095ull;
+  rc = P->regMr(rc_, (void *)small_buf, 65536, 2, &mh);
+  if (rc) die("regMr: %d (%s)", rc, last_warn);
   dh = box.d;
   uint64_t h3[3] = {0};
   unsigned type = 0;
@@ -303,11 +309,6 @@ static void open_conn(int check) {
   cu_must(cuDtoH(h3, (dptr)(uintptr_t)dh.handle, 24), "DtoH of the device handle");
   d_meta = h3[0];
   d_bounce = h3[1];
-  cu_must(cuMemAlloc(&small_buf, 65536 + 4096), "cuMemAlloc");
-  if (check) report(-1, "a small cuMemAlloc lies at +%llu of a page: round up before regMr", small_buf % 4096);
-  small_buf = (small_buf + 4095) & ~4095ull;
-  rc = P->regMr(rc_, (void *)small_buf, 65536, 2, &mh);
-  if (rc) die("regMr: %d (%s)", rc, last_warn);
   k_recv = 0;
   if (!check) return;
   int guard = 1;
@@ -330,7 +331,7 @@ static void close_conn(void) {
 }
 static int post(int size, void **q) {
   void *d[1] = {(void *)0x1000};  /* no such memory: the destination is never touched by the plugin */
-  int sz[1] = {size}, tag[1] = {3};
+  int sz[1] = {size}, tag[1] = {0};
   void *m[1] = {mh};
   *q = NULL;
   return P->irecv(rc_, 1, d, sz, tag, m, q);

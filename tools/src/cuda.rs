@@ -1,11 +1,21 @@
-//! Device memory for the tools: allocate, fill, read. Through the CUDA driver, found at run time; absent on most machines.
+//! Device memory of a chosen GPU, for the programs here. Copies run on a stream of their own and are waited for.
 
 use crate::error::{Failure, Result};
 use crate::fail;
-use cudarc::driver::sys::{self, CUresult};
+use cuda_driver::{Context, DeviceBuffer, Stream};
+use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::Duration;
 
 static ORDINAL: AtomicI32 = AtomicI32::new(0);
+/// Work that takes longer than this will not end.
+const LIMIT: Duration = Duration::from_secs(60);
+
+impl From<cuda_driver::Error> for Failure {
+    fn from(error: cuda_driver::Error) -> Failure {
+        Failure::new(error.to_string())
+    }
+}
 
 /// Chooses the GPU of this process's buffers by CUDA index.
 pub fn choose(ordinal: i32) {
@@ -14,81 +24,73 @@ pub fn choose(ordinal: i32) {
 
 /// GPUs of this machine; 0 without a driver.
 pub fn count() -> i32 {
-    let mut n = 0;
-    // SAFETY: the driver is looked for before it is called; the output is writable.
-    let ok = unsafe {
-        sys::is_culib_present()
-            && sys::cuInit(0) == CUresult::CUDA_SUCCESS
-            && sys::cuDeviceGetCount(&mut n) == CUresult::CUDA_SUCCESS
-    };
-    if ok {
-        n
-    } else {
-        0
+    cuda_driver::device_count()
+}
+
+/// Fails, saying why, where there is no GPU to use.
+pub fn require() -> Result<()> {
+    match cuda_driver::driver() {
+        Ok(_) => Ok(()),
+        Err(absence) => fail!("--memory gpu: {}", cuda_driver::Error::from(absence)),
     }
 }
 
-fn check(call: &str, result: CUresult) -> Result<()> {
-    match result {
-        CUresult::CUDA_SUCCESS => Ok(()),
-        other => Err(Failure::new(format!("{call}: {other:?}"))),
+/// A block of device memory.
+pub struct Block {
+    stream: Stream,
+    memory: ManuallyDrop<DeviceBuffer>,
+}
+
+impl Block {
+    /// Allocates on the chosen GPU.
+    pub fn new(len: usize) -> Result<Block> {
+        let ordinal = ORDINAL.load(Ordering::Relaxed);
+        require()?;
+        if ordinal >= count() {
+            fail!("--memory gpu: GPU {ordinal} was asked for, the CUDA driver sees {}", count());
+        }
+        let context = Context::retain(ordinal)?;
+        Ok(Block {
+            stream: Stream::new(&context)?,
+            memory: ManuallyDrop::new(DeviceBuffer::new(&context, len, nccl_net_abi::PAGE)?),
+        })
+    }
+
+    /// First byte.
+    pub fn addr(&self) -> u64 {
+        self.memory.ptr()
+    }
+
+    fn at(&self, offset: usize, len: usize) -> u64 {
+        assert!(offset <= self.memory.len() && len <= self.memory.len() - offset);
+        self.memory.ptr() + offset as u64
+    }
+
+    /// Copies to device memory and waits until it is there.
+    pub fn store(&mut self, offset: usize, bytes: &[u8]) -> Result<()> {
+        // SAFETY: the range lies inside the block (at); the copy is waited for.
+        unsafe { self.stream.host_to_device(self.at(offset, bytes.len()), bytes.as_ptr(), bytes.len()) }?;
+        Ok(self.stream.finish(LIMIT)?)
+    }
+
+    /// Copies the block's beginning to the host.
+    pub fn load(&self, out: &mut [u8]) -> Result<()> {
+        // SAFETY: as in store.
+        unsafe { self.stream.device_to_host(out.as_mut_ptr(), self.at(0, out.len()), out.len()) }?;
+        Ok(self.stream.finish(LIMIT)?)
+    }
+
+    /// Sets every byte.
+    pub fn fill(&mut self, value: u8) -> Result<()> {
+        // SAFETY: the block is owned.
+        unsafe { self.stream.fill(self.memory.ptr(), value, self.memory.len()) }?;
+        Ok(self.stream.finish(LIMIT)?)
     }
 }
 
-/// Makes the primary context of the chosen GPU current in the calling thread.
-fn enter() -> Result<()> {
-    let ordinal = ORDINAL.load(Ordering::Relaxed);
-    let n = count();
-    if ordinal >= n {
-        fail!("--memory gpu: GPU {ordinal} was asked for, the CUDA driver sees {n}");
-    }
-    let (mut device, mut context) = (0, std::ptr::null_mut());
-    // SAFETY: the driver is initialised (count); outputs are writable. The context is kept for the life of the process.
-    unsafe {
-        check("cuDeviceGet", sys::cuDeviceGet(&mut device, ordinal))?;
-        check("cuDevicePrimaryCtxRetain", sys::cuDevicePrimaryCtxRetain(&mut context, device))?;
-        check("cuCtxSetCurrent", sys::cuCtxSetCurrent(context))
-    }
-}
-
-/// Allocates device memory.
-pub fn allocate(len: usize) -> Result<u64> {
-    enter()?;
-    let mut at = 0;
-    // SAFETY: a context is current; the output is writable.
-    check("cuMemAlloc", unsafe { sys::cuMemAlloc_v2(&mut at, len) })?;
-    Ok(at)
-}
-
-/// Frees what `allocate` gave.
-pub fn free(at: u64) {
-    // SAFETY: allocated by cuMemAlloc and freed once; an error at this point changes nothing.
-    let _ = enter().map(|()| unsafe { sys::cuMemFree_v2(at) });
-}
-
-/// Copies to device memory and waits until it is visible to everybody.
-pub fn store(at: u64, bytes: &[u8]) -> Result<()> {
-    enter()?;
-    // SAFETY: the caller's range of an allocation.
-    unsafe {
-        check("cuMemcpyHtoD", sys::cuMemcpyHtoD_v2(at, bytes.as_ptr().cast(), bytes.len()))?;
-        check("cuCtxSynchronize", sys::cuCtxSynchronize())
-    }
-}
-
-/// Copies device memory to the host.
-pub fn load(at: u64, out: &mut [u8]) -> Result<()> {
-    enter()?;
-    // SAFETY: the caller's range of an allocation.
-    check("cuMemcpyDtoH", unsafe { sys::cuMemcpyDtoH_v2(out.as_mut_ptr().cast(), at, out.len()) })
-}
-
-/// Sets every byte.
-pub fn fill(at: u64, len: usize, value: u8) -> Result<()> {
-    enter()?;
-    // SAFETY: the caller's range of an allocation.
-    unsafe {
-        check("cuMemsetD8", sys::cuMemsetD8_v2(at, value, len))?;
-        check("cuCtxSynchronize", sys::cuCtxSynchronize())
+impl Drop for Block {
+    fn drop(&mut self) {
+        // SAFETY: taken once, here. An error at this point changes nothing.
+        let _ = unsafe { ManuallyDrop::take(&mut self.memory) }.free();
     }
 }

@@ -46,8 +46,10 @@ impl Kind {
         match self {
             Kind::Host => std::env::remove_var(EMULATE_VARIABLE),
             Kind::Emulated => std::env::set_var(EMULATE_VARIABLE, "1"),
-            Kind::Gpu if cuda::count() == 0 => fail!("--memory gpu: there is no CUDA driver with a GPU on this machine"),
-            Kind::Gpu => std::env::remove_var(EMULATE_VARIABLE),
+            Kind::Gpu => {
+                cuda::require()?;
+                std::env::remove_var(EMULATE_VARIABLE);
+            }
         }
         Ok(())
     }
@@ -58,7 +60,7 @@ pub struct Buffer {
     addr: *mut u8,
     len: usize,
     /// Device memory: `addr` is no address of this process.
-    gpu: bool,
+    gpu: Option<cuda::Block>,
 }
 
 // SAFETY: the mapping belongs to this value alone; `store` and `poison` need `&mut`.
@@ -72,7 +74,8 @@ impl Buffer {
             fail!("a buffer of 0 bytes was asked for");
         }
         if kind == Kind::Gpu {
-            let mut buffer = Buffer { addr: cuda::allocate(size)? as *mut u8, len: size, gpu: true };
+            let block = cuda::Block::new(size)?;
+            let mut buffer = Buffer { addr: block.addr() as *mut u8, len: size, gpu: Some(block) };
             buffer.poison();
             return Ok(buffer);
         }
@@ -93,7 +96,7 @@ impl Buffer {
         if addr == libc::MAP_FAILED {
             fail!("cannot allocate {len} bytes: {}", std::io::Error::last_os_error());
         }
-        let mut buffer = Buffer { addr: addr.cast(), len: size, gpu: false };
+        let mut buffer = Buffer { addr: addr.cast(), len: size, gpu: None };
         buffer.poison();
         Ok(buffer)
     }
@@ -111,8 +114,8 @@ impl Buffer {
 
     /// Overwrites everything with [`POISON`].
     pub fn poison(&mut self) {
-        if self.gpu {
-            return expect(cuda::fill(self.addr as u64, self.len, POISON));
+        if let Some(block) = &mut self.gpu {
+            return expect(block.fill(POISON));
         }
         // SAFETY: the mapping has `len` writable bytes, and no transfer uses it now.
         unsafe { std::ptr::write_bytes(self.addr, POISON, self.len) };
@@ -130,8 +133,8 @@ impl Buffer {
 
     fn store(&mut self, offset: usize, bytes: &[u8]) {
         assert!(bytes.len() <= self.len - offset);
-        if self.gpu {
-            return expect(cuda::store(self.addr as u64 + offset as u64, bytes));
+        if let Some(block) = &mut self.gpu {
+            return expect(block.store(offset, bytes));
         }
         // SAFETY: the range lies inside the mapping (checked above), and no transfer uses it now.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.addr.add(offset), bytes.len()) };
@@ -139,9 +142,9 @@ impl Buffer {
 
     /// Everything the buffer holds.
     pub fn contents(&self) -> Cow<'_, [u8]> {
-        if self.gpu {
+        if let Some(block) = &self.gpu {
             let mut copy = vec![!POISON; self.len];
-            expect(cuda::load(self.addr as u64, &mut copy));
+            expect(block.load(&mut copy));
             return Cow::Owned(copy);
         }
         // SAFETY: the mapping has `len` readable, initialised bytes, and no transfer changes them now.
@@ -151,8 +154,8 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if self.gpu {
-            return cuda::free(self.addr as u64);
+        if self.gpu.is_some() {
+            return;
         }
         // SAFETY: the mapping of `allocate`, unmapped once.
         unsafe { libc::munmap(self.addr.cast(), self.len) };

@@ -2,7 +2,7 @@
 //! nothing else.
 #![allow(non_upper_case_globals)]
 
-use nccl_net_abi::{ncclNet_v7, ucclNetExt_v1};
+use nccl_net_abi::{ncclNet_v7, ucclNetExt_v2};
 
 /// The plugin table, v7.
 #[no_mangle]
@@ -10,4 +10,4 @@ pub static ncclNetPlugin_v7: ncclNet_v7 = soft_plugin::TABLE_V7;
 
 /// The extension table.
 #[no_mangle]
-pub static ucclNetExt_v1: ucclNetExt_v1 = soft_plugin::EXT_V1;
+pub static ucclNetExt_v2: ucclNetExt_v2 = soft_plugin::EXT_V2;

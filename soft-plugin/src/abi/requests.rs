@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use libc::iovec;
 use nccl_net_abi::*;
 
-use super::{any_comm, check, comm, guard, system, Mr, Opaque, Outcome};
+use super::{any_comm, check, comm, guard, own, system, Mr, Opaque, Outcome};
 use crate::comm::Comm;
-use crate::slot::{header, Body, Slot, HEADER};
+use crate::slot::{Body, Header, Slot, HEADER};
 
 /// Posts a request and writes it out; no free slot gives a null request.
 fn post(comm: &Comm, request: *mut Opaque, fill: impl FnOnce(u64, &mut Body) -> Result<(), ncclResult_t>) -> Outcome {
@@ -25,18 +25,20 @@ fn message_len(comm: &Comm, size: usize) -> Outcome {
 }
 
 /// Lays out a send: the header, then the segments.
-fn fill_send(seq: u64, body: &mut Body, size: usize, device: bool, segments: impl Iterator<Item = iovec>) {
-    body.header = header(size, seq);
-    body.total = HEADER + size;
+fn fill_send(header: Header, body: &mut Body, device: bool, segments: impl Iterator<Item = iovec>) {
+    body.header = header.bytes();
+    body.total = HEADER + header.len;
     body.device = device;
     body.iov.clear();
     body.iov.push(iovec { iov_base: body.header.as_mut_ptr().cast(), iov_len: HEADER });
     body.iov.extend(segments);
 }
 
-fn fill_recv(body: &mut Body, size: usize, device: bool, segments: impl Iterator<Item = iovec>) {
+/// Lays out a receive of up to `size` bytes.
+fn fill_recv(body: &mut Body, size: usize, tag: c_int, segments: impl Iterator<Item = iovec>) {
     body.total = size;
-    body.device = device;
+    body.tag = tag;
+    (body.device, body.exact) = (false, false);
     body.iov.clear();
     body.iov.extend(segments);
 }
@@ -45,7 +47,7 @@ pub unsafe extern "C" fn isend(
     send_comm: Opaque,
     data: Opaque,
     size: c_int,
-    _tag: c_int,
+    tag: c_int,
     mhandle: Opaque,
     request: *mut Opaque,
 ) -> ncclResult_t {
@@ -67,7 +69,7 @@ pub unsafe extern "C" fn isend(
                 data.cast_const().cast()
             };
             let segment = iovec { iov_base: source.cast_mut().cast(), iov_len: size };
-            fill_send(seq, body, size, mr.device, std::iter::once(segment));
+            fill_send(Header::new(size, seq, tag), body, mr.device, std::iter::once(segment));
             Ok(())
         })
     })
@@ -78,16 +80,16 @@ pub unsafe extern "C" fn irecv(
     n: c_int,
     data: *mut Opaque,
     sizes: *mut c_int,
-    _tags: *mut c_int,
+    tags: *mut c_int,
     mhandles: *mut Opaque,
     request: *mut Opaque,
 ) -> ncclResult_t {
     guard(|| {
         // SAFETY: the caller's comm.
         let comm = unsafe { comm(recv_comm, true)? };
-        check(n == 1 && !data.is_null() && !sizes.is_null() && !mhandles.is_null() && !request.is_null())?;
+        check(n == 1 && !data.is_null() && !sizes.is_null() && !tags.is_null() && !mhandles.is_null() && !request.is_null())?;
         // SAFETY: arrays of one element, checked not to be null.
-        let (data, size, mhandle) = unsafe { (*data, *sizes, *mhandles) };
+        let (data, size, tag, mhandle) = unsafe { (*data, *sizes, *tags, *mhandles) };
         check(!mhandle.is_null())?;
         // SAFETY: a registration of regMr that is not dropped.
         let mr = unsafe { &*mhandle.cast::<Mr>() };
@@ -100,7 +102,8 @@ pub unsafe extern "C" fn irecv(
         }
         let segment = (!mr.device).then_some(iovec { iov_base: data, iov_len: size });
         post(comm, request, |_, body| {
-            fill_recv(body, size, mr.device, segment.into_iter());
+            fill_recv(body, size, tag, segment.into_iter());
+            body.device = mr.device;
             Ok(())
         })
     })
@@ -128,7 +131,7 @@ pub unsafe extern "C" fn isendv(
     send_comm: Opaque,
     n: c_int,
     iov: *const ucclIoVec,
-    _tag: c_int,
+    tag: c_int,
     request: *mut Opaque,
 ) -> ncclResult_t {
     guard(|| {
@@ -137,7 +140,7 @@ pub unsafe extern "C" fn isendv(
         check(!request.is_null())?;
         message_len(comm, size)?;
         post(comm, request, |seq, body| {
-            fill_send(seq, body, size, false, host_segments(iov));
+            fill_send(Header::new(size, seq, tag), body, false, host_segments(iov));
             Ok(())
         })
     })
@@ -147,7 +150,7 @@ pub unsafe extern "C" fn irecvv(
     recv_comm: Opaque,
     n: c_int,
     iov: *const ucclIoVec,
-    _tag: c_int,
+    tag: c_int,
     request: *mut Opaque,
 ) -> ncclResult_t {
     guard(|| {
@@ -156,7 +159,8 @@ pub unsafe extern "C" fn irecvv(
         check(!request.is_null())?;
         message_len(comm, size)?;
         post(comm, request, |_, body| {
-            fill_recv(body, size, false, host_segments(iov));
+            fill_recv(body, size, tag, host_segments(iov));
+            body.exact = true;
             Ok(())
         })
     })
@@ -187,11 +191,13 @@ pub unsafe extern "C" fn iflush(
 /// Null, or a request of a comm that is not closed.
 unsafe fn slot<'a>(request: Opaque) -> Result<(&'a Slot, &'a Comm), ncclResult_t> {
     check(!request.is_null())?;
-    // SAFETY: by contract a slot of a live comm, which outlives the call.
-    unsafe {
+    // SAFETY: by contract a slot of a live comm, which outlives the call and is the slot's owner.
+    let (slot, comm) = unsafe {
         let slot = &*request.cast::<Slot>();
-        Ok((slot, &*slot.comm.load(Ordering::Acquire)))
-    }
+        (slot, &*slot.owner.load(Ordering::Acquire).cast::<Comm>())
+    };
+    own(!comm.is_inherited())?;
+    Ok((slot, comm))
 }
 
 pub unsafe extern "C" fn test(request: Opaque, done: *mut c_int, sizes: *mut c_int) -> ncclResult_t {
@@ -202,7 +208,7 @@ pub unsafe extern "C" fn test(request: Opaque, done: *mut c_int, sizes: *mut c_i
             *done = 0;
             slot(request)?
         };
-        if let Some(bytes) = comm.test(slot)? {
+        if let Some(bytes) = comm.ledger.test(slot)? {
             // SAFETY: as above; sizes is null or the caller's array of one.
             unsafe {
                 *done = 1;

@@ -85,6 +85,10 @@ pub fn accept_step(listener: Opaque, device: &mut ncclNetDeviceHandle_v7) -> Out
     outcome(code, comm)
 }
 
+/// Memory that a strict plugin registers.
+#[repr(align(4096))]
+struct Page(#[allow(dead_code)] [u8; PAGE]);
+
 pub fn accept(listener: Opaque) -> Receiver {
     let mut device = NO_DEVICE;
     let comm = until("accept", || Some(accept_step(listener, &mut device).expect("accept")).filter(|c| !c.is_null()));
@@ -92,6 +96,10 @@ pub fn accept(listener: Opaque) -> Receiver {
     if device.netDeviceType == NCCL_NET_DEVICE_UNPACK {
         assert_eq!(device.netDeviceVersion, NCCL_NET_DEVICE_UNPACK_VERSION);
         assert_eq!(device.size, size_of::<unpackNetDeviceHandle>());
+        assert!(device.handle.is_null(), "device memory was made before anybody used it");
+        let page = [Page([0; PAGE])];
+        let mhandle = reg(comm, page.as_ptr().cast(), PAGE, NCCL_PTR_CUDA).expect("registration");
+        dereg(comm, mhandle);
         // SAFETY: emulated device memory is host memory.
         unpack = unsafe { *device.handle.cast() };
     }
@@ -143,6 +151,33 @@ fn iov(segments: &[&[u8]]) -> Vec<ucclIoVec> {
     segments.iter().map(|s| ucclIoVec { base: s.as_ptr().cast_mut().cast(), len: s.len() }).collect()
 }
 
+/// The extension's `progress` of a comm.
+pub fn progress(comm: Opaque) -> Outcome<u64> {
+    let mut bytes = u64::MAX;
+    // SAFETY: a live comm.
+    let code = unsafe { soft_plugin::ext().progress.unwrap()(comm, &mut bytes) };
+    outcome(code, bytes)
+}
+
+/// The extension's `describe` of a comm.
+pub fn describe(comm: Opaque) -> String {
+    let mut text = [1u8; 200];
+    // SAFETY: a live comm, and room.
+    assert_eq!(unsafe { soft_plugin::ext().describe.unwrap()(comm, text.as_mut_ptr().cast(), text.len()) }, NCCL_SUCCESS);
+    std::ffi::CStr::from_bytes_until_nul(&text).unwrap().to_str().unwrap().to_owned()
+}
+
+/// Gives up a connect under way.
+pub fn abandon(handle: &mut Handle) {
+    // SAFETY: a live buffer.
+    assert_eq!(unsafe { soft_plugin::ext().abandonConnect.unwrap()(handle.as_mut_ptr().cast()) }, NCCL_SUCCESS);
+}
+
+/// Descriptors that the process has open.
+pub fn descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
 /// A send comm; closed when dropped.
 pub struct Sender(pub Opaque);
 // SAFETY: any thread may use a comm.
@@ -159,9 +194,13 @@ impl Sender {
     }
 
     pub fn isendv(&self, segments: &[&[u8]]) -> Outcome<Opaque> {
+        self.isendv_tagged(segments, 0)
+    }
+
+    pub fn isendv_tagged(&self, segments: &[&[u8]], tag: c_int) -> Outcome<Opaque> {
         let (iov, mut request) = (iov(segments), ptr::null_mut());
         // SAFETY: the test keeps the buffers; the vector is copied.
-        let code = unsafe { soft_plugin::ext().isendv.unwrap()(self.0, iov.len() as c_int, iov.as_ptr(), 0, &mut request) };
+        let code = unsafe { soft_plugin::ext().isendv.unwrap()(self.0, iov.len() as c_int, iov.as_ptr(), tag, &mut request) };
         outcome(code, request)
     }
 
@@ -201,10 +240,14 @@ impl Receiver {
     }
 
     pub fn irecvv(&self, segments: &mut [&mut [u8]]) -> Outcome<Opaque> {
+        self.irecvv_tagged(segments, 0)
+    }
+
+    pub fn irecvv_tagged(&self, segments: &mut [&mut [u8]], tag: c_int) -> Outcome<Opaque> {
         let iov: Vec<_> = segments.iter_mut().map(|s| ucclIoVec { base: s.as_mut_ptr().cast(), len: s.len() }).collect();
         let mut request = ptr::null_mut();
         // SAFETY: the test keeps the buffers; the vector is copied.
-        let code = unsafe { soft_plugin::ext().irecvv.unwrap()(self.comm, iov.len() as c_int, iov.as_ptr(), 0, &mut request) };
+        let code = unsafe { soft_plugin::ext().irecvv.unwrap()(self.comm, iov.len() as c_int, iov.as_ptr(), tag, &mut request) };
         outcome(code, request)
     }
 

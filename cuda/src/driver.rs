@@ -1,0 +1,253 @@
+//! Opens the process's CUDA driver, and tells a machine without one from one whose driver fails. Every call goes through [`Relaxed`].
+
+use crate::error::{Error, Result};
+use crate::sys::{self, Functions};
+use parking_lot::Mutex;
+use std::ffi::{c_int, c_uint, c_void, CStr};
+use std::marker::PhantomData;
+use std::ops::Deref;
+use std::path::Path;
+use std::sync::OnceLock;
+
+/// The driver's name for programs. `libcuda.so` is for linking: where a toolkit is installed, it may be a stub.
+const LIBRARY: &CStr = c"libcuda.so.1";
+/// There as soon as the kernel's part of the driver is loaded.
+const KERNEL_DRIVER: &str = "/dev/nvidiactl";
+
+/// The driver, ready.
+pub struct Driver {
+    functions: Functions,
+    devices: i32,
+}
+
+/// Why there is no driver to use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Absence {
+    /// No driver is installed, or it sees no GPU: no memory of this process is a GPU's.
+    NoGpu(String),
+    /// A driver is there and fails: memory of this process may be a GPU's, which nobody can tell.
+    Failing(String),
+}
+
+impl From<Absence> for Error {
+    fn from(absence: Absence) -> Error {
+        match absence {
+            Absence::NoGpu(why) => Error::Unavailable(why),
+            Absence::Failing(why) => Error::Unavailable(format!("the CUDA driver fails: {why}")),
+        }
+    }
+}
+
+static DRIVER: OnceLock<Driver> = OnceLock::new();
+/// The last answer without a driver, and whether it is final.
+static ABSENT: Mutex<Option<Absence>> = Mutex::new(None);
+
+/// The driver, or why there is none. Makes no context.
+pub fn driver() -> std::result::Result<&'static Driver, Absence> {
+    if let Some(driver) = DRIVER.get() {
+        return Ok(driver);
+    }
+    let mut absent = ABSENT.lock();
+    if let Some(driver) = DRIVER.get() {
+        return Ok(driver);
+    }
+    if let Some(known) = &*absent {
+        // The application may have loaded a driver from a folder of its own since.
+        let later = matches!(known, Absence::NoGpu(why) if why == NOT_INSTALLED) && is_loaded(LIBRARY);
+        if !later {
+            return Err(known.clone());
+        }
+    }
+    match open(LIBRARY, Path::new(KERNEL_DRIVER)) {
+        Ok(driver) => Ok(DRIVER.get_or_init(|| driver)),
+        Err(why) => {
+            if let Absence::Failing(why) = &why {
+                log::warn!("the CUDA driver is there and fails: {why}; memory cannot be registered");
+            }
+            *absent = Some(why.clone());
+            Err(why)
+        }
+    }
+}
+
+/// Whether the driver is there and sees at least one GPU. Makes no context.
+pub fn available() -> bool {
+    driver().is_ok()
+}
+
+/// GPUs the driver sees; 0 without a driver.
+pub fn device_count() -> i32 {
+    driver().map_or(0, |d| d.devices)
+}
+
+const NOT_INSTALLED: &str = "the CUDA driver library (libcuda.so.1) is not installed";
+
+fn is_loaded(library: &CStr) -> bool {
+    // SAFETY: the name is a C string; nothing is loaded.
+    let handle = unsafe { libc::dlopen(library.as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD) };
+    if handle.is_null() {
+        return false;
+    }
+    // SAFETY: gives back the reference just taken.
+    unsafe { libc::dlclose(handle) };
+    true
+}
+
+/// Opens and initialises a driver library: the one of that name that the process has, or else the linker's.
+fn open(library: &CStr, kernel_driver: &Path) -> std::result::Result<Driver, Absence> {
+    let handle = load(library)?;
+    // SAFETY: the handle is open, names are C strings, and the library says that it is a CUDA driver.
+    let functions = unsafe { Functions::load(|name| libc::dlsym(handle, name.as_ptr())) };
+    let mut devices: c_int = 0;
+    // SAFETY: cuInit takes 0 and makes no context; the output is writable.
+    let ready = unsafe { functions.cuInit(0).and_then(|()| functions.cuDeviceGetCount(&mut devices)) };
+    match ready {
+        Ok(()) if devices > 0 => Ok(Driver { functions, devices }),
+        Ok(()) => Err(Absence::NoGpu("the CUDA driver sees no GPU".into())),
+        Err(e) if e.code() == sys::ERROR_NO_DEVICE => Err(Absence::NoGpu(format!("the CUDA driver sees no GPU: {e}"))),
+        Err(e) if e.code() == sys::ERROR_STUB_LIBRARY => {
+            let why =
+                format!("{} is a stub of the CUDA toolkit; take its folder out of LD_LIBRARY_PATH", path_of(handle, library));
+            // Without the kernel's part nobody has a GPU here, whatever libraries lie around.
+            Err(if kernel_driver.exists() { Absence::Failing(why) } else { Absence::NoGpu(why) })
+        }
+        Err(e) => Err(Absence::Failing(format!("{}: {e}", path_of(handle, library)))),
+    }
+}
+
+fn load(library: &CStr) -> std::result::Result<*mut c_void, Absence> {
+    for flags in [libc::RTLD_NOLOAD, 0] {
+        // SAFETY: the name is a C string; a driver's initialisers ask nothing of the caller.
+        let handle = unsafe { libc::dlopen(library.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL | flags) };
+        if !handle.is_null() {
+            return Ok(handle);
+        }
+    }
+    // SAFETY: dlerror gives null or a C string that lives until the next call of this thread.
+    let why = unsafe {
+        let text = libc::dlerror();
+        if text.is_null() {
+            "dlopen failed".to_owned()
+        } else {
+            CStr::from_ptr(text).to_string_lossy().into_owned()
+        }
+    };
+    // Another text names a library that the driver needs, or a file that is none.
+    let missing = why.starts_with(&format!("{}: cannot open shared object file: No such file", library.to_string_lossy()));
+    Err(if missing { Absence::NoGpu(NOT_INSTALLED.into()) } else { Absence::Failing(why) })
+}
+
+/// File that a library was loaded from.
+fn path_of(handle: *mut c_void, library: &CStr) -> String {
+    // SAFETY: plain data, for which zeros are valid.
+    let mut info: libc::Dl_info = unsafe { std::mem::zeroed() };
+    // SAFETY: the handle is open, the name is a C string, the output is writable; the file's name lives as long as the library.
+    unsafe {
+        let symbol = libc::dlsym(handle, c"cuInit".as_ptr());
+        if !symbol.is_null() && libc::dladdr(symbol, &mut info) != 0 && !info.dli_fname.is_null() {
+            return CStr::from_ptr(info.dli_fname).to_string_lossy().into_owned();
+        }
+    }
+    library.to_string_lossy().into_owned()
+}
+
+impl Driver {
+    /// GPUs that it sees, at least one.
+    pub fn devices(&self) -> i32 {
+        self.devices
+    }
+
+    /// The way to the driver's functions.
+    pub fn relaxed(&'static self) -> Relaxed {
+        let mut mode: c_uint = sys::CAPTURE_RELAXED;
+        // SAFETY: the mode is writable; it is this thread's own.
+        let changed = unsafe { self.functions.cuThreadExchangeStreamCaptureMode(&mut mode) }.is_ok();
+        Relaxed { functions: &self.functions, before: changed.then_some(mode), _of_this_thread: PhantomData }
+    }
+}
+
+/// While it lives, this thread's calls neither fail because another thread captures a CUDA graph nor spoil that capture. Puts the
+/// thread's own mode back when dropped.
+pub struct Relaxed {
+    functions: &'static Functions,
+    before: Option<c_uint>,
+    _of_this_thread: PhantomData<*const ()>,
+}
+
+impl Deref for Relaxed {
+    type Target = Functions;
+
+    fn deref(&self) -> &Functions {
+        self.functions
+    }
+}
+
+impl Drop for Relaxed {
+    fn drop(&mut self) {
+        if let Some(mut mode) = self.before {
+            // SAFETY: the mode is writable, and one that the driver gave.
+            let _ = unsafe { self.functions.cuThreadExchangeStreamCaptureMode(&mut mode) };
+        }
+    }
+}
+
+/// The functions, for calls that need no context.
+pub(crate) fn functions() -> Result<Relaxed> {
+    Ok(driver()?.relaxed())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::CString;
+    use std::path::PathBuf;
+    use std::process::Command;
+
+    /// A simulated driver library whose cuInit and cuDeviceGetCount answer as told.
+    fn simulated(name: &str, init: u32, devices: i32) -> CString {
+        let dir = std::env::temp_dir().join(format!("cuda-driver-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).expect("folder");
+        let (source, library) = (dir.join(format!("{name}.c")), dir.join(format!("lib{name}.so")));
+        let text = format!(
+            "int cuInit(unsigned f) {{ return {init}; }}\nint cuDeviceGetCount(int *n) {{ *n = {devices}; return 0; }}\n"
+        );
+        std::fs::write(&source, text).expect("source");
+        let built = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&source).status().expect("cc");
+        assert!(built.success());
+        CString::new(library.to_str().expect("path")).expect("path")
+    }
+
+    fn answer(library: &CStr, kernel_driver: &str) -> std::result::Result<i32, Absence> {
+        open(library, &PathBuf::from(kernel_driver)).map(|d| d.devices)
+    }
+
+    #[test]
+    fn a_simulated_driver_that_fails_is_not_a_machine_without_gpu() {
+        let failing = |r| matches!(r, Err(Absence::Failing(why)) if why.contains("999") && why.contains("libbroken.so"));
+        assert!(failing(answer(&simulated("broken", 999, 1), "/nonexistent")));
+        let stub = simulated("stub", sys::ERROR_STUB_LIBRARY, 1);
+        assert!(matches!(answer(&stub, "/dev/null"), Err(Absence::Failing(why)) if why.contains("stub")));
+        assert!(matches!(answer(&stub, "/nonexistent"), Err(Absence::NoGpu(why)) if why.contains("stub")));
+        assert!(matches!(answer(&simulated("hidden", sys::ERROR_NO_DEVICE, 0), "/dev/null"), Err(Absence::NoGpu(_))));
+        assert!(matches!(answer(&simulated("none", 0, 0), "/dev/null"), Err(Absence::NoGpu(_))));
+        assert_eq!(answer(&simulated("two", 0, 2), "/dev/null"), Ok(2));
+    }
+
+    #[test]
+    fn a_missing_library_is_no_gpu_and_a_broken_file_is_a_failure() {
+        assert_eq!(answer(c"libcuda-of-nobody.so.1", "/dev/null"), Err(Absence::NoGpu(NOT_INSTALLED.into())));
+        let file = std::env::temp_dir().join(format!("libcuda-no-library-{}", std::process::id()));
+        std::fs::write(&file, "no library").expect("file");
+        let name = CString::new(file.to_str().expect("path")).expect("path");
+        assert!(matches!(answer(&name, "/dev/null"), Err(Absence::Failing(_))));
+        std::fs::remove_file(file).expect("removed");
+    }
+
+    #[test]
+    fn functions_that_a_simulated_driver_lacks_fail_when_called() {
+        let driver = open(&simulated("small", 0, 1), Path::new("/dev/null")).expect("driver");
+        // SAFETY: the stand-in reads nothing.
+        let result = unsafe { driver.functions.cuMemFree(0) };
+        assert!(matches!(result, Err(Error::Call { call: "cuMemFree", code: sys::ERROR_NOT_FOUND, .. })), "{result:?}");
+    }
+}

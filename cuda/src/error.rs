@@ -1,0 +1,57 @@
+//! The one error type of the CUDA driver: a call that failed, or a driver that cannot be used.
+
+use crate::sys;
+use std::fmt;
+
+/// What went wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Error {
+    /// No call was made: the driver is missing, sees no GPU, or fails.
+    Unavailable(String),
+    /// A call failed.
+    Call {
+        /// Its name.
+        call: &'static str,
+        /// The driver's number.
+        code: u32,
+        /// The driver's words for it.
+        text: &'static str,
+    },
+    /// A request that no driver can fulfil.
+    Invalid(String),
+}
+
+/// What most functions of this crate give.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// The driver's number, 0 where no call was made.
+    pub fn code(&self) -> u32 {
+        match self {
+            Error::Call { code, .. } => *code,
+            _ => 0,
+        }
+    }
+
+    /// Memory ran out.
+    pub fn out_of_memory(&self) -> bool {
+        self.code() == sys::ERROR_OUT_OF_MEMORY
+    }
+
+    /// The context is gone or broken for good: the driver has ended everything that ran in it, so that nothing touches memory any more.
+    pub fn context_is_dead(&self) -> bool {
+        sys::FATAL.contains(&self.code())
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Unavailable(why) => write!(f, "no GPU can be used: {why}"),
+            Error::Call { call, code, text } => write!(f, "{call}: {text} ({code})"),
+            Error::Invalid(what) => f.write_str(what),
+        }
+    }
+}
+
+impl std::error::Error for Error {}

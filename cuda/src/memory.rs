@@ -1,0 +1,253 @@
+//! What kind of memory an address is, and memory the library owns on a GPU or pinned and mapped for one.
+
+use crate::context::{device_of, Context};
+use crate::driver::{driver, Absence};
+use crate::error::{Error, Result};
+use crate::shelf::{self, Kept, Sort};
+use crate::sys::{self, Functions};
+use std::ffi::c_int;
+use std::mem::ManuallyDrop;
+use std::ptr;
+use std::sync::Arc;
+
+/// Where an address lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryKind {
+    /// Ordinary host memory, unknown to CUDA (or there is no CUDA).
+    Host,
+    /// Pinned host memory.
+    PinnedHost,
+    /// Managed memory: the driver moves it.
+    Managed,
+    /// Memory of the GPU with this CUDA ordinal, however it was allocated.
+    Device {
+        /// CUDA ordinal.
+        ordinal: i32,
+    },
+}
+
+/// The kind of memory at `ptr`. Asks the driver only where there is one; an error where a driver is there and fails, since then nobody
+/// can tell. Makes no context.
+pub fn memory_kind(ptr: u64) -> Result<MemoryKind> {
+    let cuda = match driver() {
+        Ok(driver) => driver.relaxed(),
+        Err(Absence::NoGpu(_)) => return Ok(MemoryKind::Host),
+        Err(failing) => return Err(failing.into()),
+    };
+    match kind_of(&cuda, ptr) {
+        // The driver wants a context to look the address up in: any that the process has will do.
+        Err(e) if e.code() == sys::ERROR_INVALID_CONTEXT => in_any_context(&cuda, ptr),
+        kind => kind,
+    }
+}
+
+fn in_any_context(cuda: &Functions, ptr: u64) -> Result<MemoryKind> {
+    for ordinal in 0..driver()?.devices() {
+        let (mut flags, mut active) = (0, 0);
+        // SAFETY: outputs are writable.
+        unsafe { cuda.cuDevicePrimaryCtxGetState(device_of(cuda, ordinal)?, &mut flags, &mut active) }?;
+        if active != 0 {
+            let context = Context::retain(ordinal)?;
+            let cuda = context.enter()?;
+            return kind_of(&cuda, ptr);
+        }
+    }
+    // Without any context there is no memory of a GPU.
+    Ok(MemoryKind::Host)
+}
+
+fn kind_of(cuda: &Functions, ptr: u64) -> Result<MemoryKind> {
+    let mut kind = 0u32;
+    if !attribute(cuda, sys::POINTER_MEMORY_TYPE, ptr, &mut kind)? {
+        return Ok(MemoryKind::Host);
+    }
+    let mut managed = 0u32;
+    if attribute(cuda, sys::POINTER_IS_MANAGED, ptr, &mut managed)? && managed != 0 {
+        return Ok(MemoryKind::Managed);
+    }
+    match kind {
+        sys::MEMORYTYPE_HOST => Ok(MemoryKind::PinnedHost),
+        sys::MEMORYTYPE_DEVICE => {
+            let mut ordinal = -1i32;
+            if !attribute(cuda, sys::POINTER_DEVICE_ORDINAL, ptr, &mut ordinal)? || ordinal < 0 {
+                return Err(Error::Invalid(format!("the driver names no GPU for device memory at {ptr:#x}")));
+            }
+            Ok(MemoryKind::Device { ordinal })
+        }
+        other => Err(Error::Invalid(format!("memory at {ptr:#x} is of CUDA type {other}"))),
+    }
+}
+
+/// One pointer attribute; false when the driver does not know the address.
+pub(crate) fn attribute<T: Copy>(cuda: &Functions, which: c_int, ptr: u64, out: &mut T) -> Result<bool> {
+    // SAFETY: T is the attribute's type (u32, i32 or u64 in every call here); the address itself is not dereferenced.
+    match unsafe { cuda.cuPointerGetAttribute((out as *mut T).cast(), which, ptr) } {
+        Ok(()) => Ok(true),
+        Err(e) if e.code() == sys::ERROR_INVALID_VALUE => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+/// Mapped host memory by its two names. With unified addressing they are equal for what `cuMemHostAlloc` made, not for
+/// memory that was registered later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MappedPtr {
+    /// For the CPU.
+    pub host: *mut u8,
+    /// For kernels.
+    pub device: u64,
+}
+// SAFETY: two addresses; whoever dereferences one owes the proof.
+unsafe impl Send for MappedPtr {}
+// SAFETY: as above.
+unsafe impl Sync for MappedPtr {}
+
+impl MappedPtr {
+    /// Both names of mapped host memory, given either. Fails for memory that is not mapped. Once per comm, not per chunk.
+    pub fn resolve(context: &Context, ptr: u64) -> Result<MappedPtr> {
+        let (mut host, mut device) = (0u64, 0u64);
+        // The device's name for host memory is asked for in a context.
+        let cuda = context.enter()?;
+        let known = attribute(&cuda, sys::POINTER_HOST_POINTER, ptr, &mut host)?
+            && attribute(&cuda, sys::POINTER_DEVICE_POINTER, ptr, &mut device)?;
+        if !known || host == 0 || device == 0 {
+            return Err(Error::Invalid(format!("memory at {ptr:#x} is not host memory mapped for the GPU")));
+        }
+        Ok(MappedPtr { host: host as *mut u8, device })
+    }
+
+    /// The place `bytes` further on.
+    pub fn offset(self, bytes: usize) -> MappedPtr {
+        MappedPtr { host: self.host.wrapping_add(bytes), device: self.device + bytes as u64 }
+    }
+}
+
+/// Pinned host memory, mapped for every GPU; page-aligned. Kept for the next user when dropped; by then nobody uses it any more.
+pub struct PinnedBuffer {
+    kept: Kept,
+    ptr: MappedPtr,
+}
+// SAFETY: plain memory, owned.
+unsafe impl Send for PinnedBuffer {}
+// SAFETY: shared access hands out addresses only.
+unsafe impl Sync for PinnedBuffer {}
+
+impl PinnedBuffer {
+    /// `len` bytes, more than 0, all zero.
+    pub fn new(context: &Arc<Context>, len: usize) -> Result<PinnedBuffer> {
+        let cuda = context.enter()?;
+        let (mut host, mut device) = (ptr::null_mut(), 0);
+        let kept = match shelf::take(&cuda, context, len, Sort::Pinned) {
+            Some(kept) => kept,
+            None => {
+                // SAFETY: the output is writable.
+                unsafe { cuda.cuMemHostAlloc(&mut host, len, sys::HOSTALLOC_PORTABLE | sys::HOSTALLOC_DEVICEMAP) }?;
+                Kept { context: context.clone(), at: host as u64, len, sort: Sort::Pinned }
+            }
+        };
+        let host = kept.at as *mut u8;
+        // SAFETY: pinned, mapped memory of len bytes that nobody else has.
+        let named = unsafe {
+            ptr::write_bytes(host, 0, len);
+            cuda.cuMemHostGetDevicePointer(&mut device, host.cast(), 0)
+        };
+        drop(cuda);
+        match named {
+            Ok(()) => Ok(PinnedBuffer { kept, ptr: MappedPtr { host, device } }),
+            Err(e) => {
+                shelf::put(kept);
+                Err(e)
+            }
+        }
+    }
+
+    /// First byte, by both names.
+    pub fn mapped(&self) -> MappedPtr {
+        self.ptr
+    }
+
+    /// Bytes.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.kept.len
+    }
+
+    /// Whether the driver still knows it: not after the application has reset the GPU.
+    pub fn is_known(&self) -> bool {
+        self.kept.context.enter().is_ok_and(|cuda| self.kept.is_known(&cuda))
+    }
+}
+
+impl Drop for PinnedBuffer {
+    fn drop(&mut self) {
+        shelf::put(self.kept.clone());
+    }
+}
+
+/// Device memory. Kept for the next user when dropped; by then nobody uses it any more.
+pub struct DeviceBuffer {
+    kept: Kept,
+    base: u64,
+    len: usize,
+}
+
+impl DeviceBuffer {
+    /// `len` bytes, more than 0, of any content; the first one's address is a multiple of `align`, a power of two.
+    pub fn new(context: &Arc<Context>, len: usize, align: usize) -> Result<DeviceBuffer> {
+        // Small blocks do not start on a page: take that much more.
+        let whole = len + if align > 256 { align } else { 0 };
+        let cuda = context.enter()?;
+        let kept = match shelf::take(&cuda, context, whole, Sort::Device) {
+            Some(kept) => kept,
+            None => {
+                let mut at = 0;
+                // SAFETY: the output is writable.
+                unsafe { cuda.cuMemAlloc(&mut at, whole) }?;
+                Kept { context: context.clone(), at, len: whole, sort: Sort::Device }
+            }
+        };
+        let base = kept.at.next_multiple_of(align.max(1) as u64);
+        Ok(DeviceBuffer { kept, base, len })
+    }
+
+    /// First byte.
+    pub fn ptr(&self) -> u64 {
+        self.base
+    }
+
+    /// Bytes.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Gives it back to the driver, which waits for all work of the GPU: for programs whose GPU it is.
+    pub fn free(self) -> Result<()> {
+        let kept = ManuallyDrop::new(self).kept.clone();
+        let cuda = kept.context.enter()?;
+        // SAFETY: allocated by cuMemAlloc, freed once: self is not dropped.
+        unsafe { cuda.cuMemFree(kept.at) }
+    }
+}
+
+impl Drop for DeviceBuffer {
+    fn drop(&mut self) {
+        shelf::put(self.kept.clone());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn host_memory_is_host_memory() {
+        if matches!(driver(), Err(Absence::Failing(_))) {
+            eprintln!("SKIPPED: the CUDA driver of this machine fails");
+            return;
+        }
+        let value = 7u64;
+        assert_eq!(memory_kind((&raw const value) as u64), Ok(MemoryKind::Host));
+        assert!(driver().is_ok() || Context::retain(0).is_err());
+    }
+}

@@ -1,0 +1,483 @@
+//! Comms and their requests: sixteen slots, everything driven by `test`, fragments of any length and order in shared receive memory.
+
+use crate::memory::{self, lock, Pool, PAGE};
+use crate::rules::{counters, down, settings, up, violation};
+use crate::setup::{Sockets, SOCKETS};
+use nccl_net_abi::*;
+use std::collections::{HashSet, VecDeque};
+use std::ffi::c_void;
+use std::net::TcpStream;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Mutex;
+
+/// Fragments of a message at most; more end the process.
+const MAX_FRAGMENTS: usize = MAX_SLOT_ENTRIES - 1;
+const HEADER: usize = 8;
+
+/// What a request handle points at.
+pub(crate) struct Slot {
+    comm: *const Comm,
+    index: usize,
+}
+
+pub(crate) struct Comm {
+    pub dev: usize,
+    pub receives: bool,
+    slots: Vec<Slot>,
+    inner: Mutex<Inner>,
+}
+
+enum Inner {
+    Send(Send),
+    Recv(Box<Recv>),
+}
+
+static LIVE: Mutex<Option<HashSet<usize>>> = Mutex::new(None);
+
+/// The live comm at an address, or the end of the process.
+pub(crate) fn live<'a>(call: &str, comm: *mut c_void) -> &'a Comm {
+    if !lock(&LIVE).get_or_insert_default().contains(&(comm as usize)) {
+        violation!("{call} on {comm:?}, which is no open comm");
+    }
+    // SAFETY: live, as was just looked up; the caller closes it last.
+    unsafe { &*comm.cast::<Comm>() }
+}
+
+/// The comm and number of a request.
+pub(crate) fn request<'a>(call: &str, request: *mut c_void) -> (&'a Comm, usize) {
+    let all: Vec<usize> = lock(&LIVE).get_or_insert_default().iter().copied().collect();
+    for comm in all {
+        // SAFETY: live.
+        let comm = unsafe { &*(comm as *const Comm) };
+        let range = comm.slots.as_ptr_range();
+        if range.contains(&request.cast_const().cast()) {
+            // SAFETY: inside the slots of a live comm.
+            let slot = unsafe { &*request.cast::<Slot>() };
+            // SAFETY: a slot's comm lives as long as the slot.
+            return (unsafe { &*slot.comm }, slot.index);
+        }
+    }
+    violation!("{call} on request {request:?}, which belongs to no open comm");
+}
+
+impl Comm {
+    fn build(dev: usize, inner: Inner) -> *mut Comm {
+        let receives = matches!(inner, Inner::Recv(_));
+        let comm = Box::into_raw(Box::new(Comm { dev, receives, slots: Vec::new(), inner: Mutex::new(inner) }));
+        // SAFETY: just made, known to nobody else.
+        unsafe { (*comm).slots = (0..MAX_REQUESTS).map(|index| Slot { comm, index }).collect() };
+        lock(&LIVE).get_or_insert_default().insert(comm as usize);
+        up(&counters().comms, None, 1);
+        comm
+    }
+
+    pub(crate) fn send(dev: usize, sockets: Sockets) -> *mut Comm {
+        Comm::build(dev, Inner::Send(Send { sockets, requests: VecDeque::new(), posted: 0, dead: false }))
+    }
+
+    /// A receive comm, with the address of its device handle: none where the caller gave no memory for one.
+    pub(crate) fn recv(dev: usize, sockets: Sockets, unpack: bool) -> (*mut Comm, *mut unpackNetDeviceHandle) {
+        let pool = memory::import();
+        let recv = Recv::new(sockets, pool, unpack);
+        let handle = recv.handle;
+        (Comm::build(dev, Inner::Recv(Box::new(recv))), handle)
+    }
+
+    /// # Safety
+    /// A live comm, used by nobody else, and never again.
+    pub(crate) unsafe fn close(comm: *mut c_void) {
+        lock(&LIVE).get_or_insert_default().remove(&(comm as usize));
+        down(&counters().comms, 1);
+        // SAFETY: by the contract.
+        let comm = unsafe { Box::from_raw(comm.cast::<Comm>()) };
+        let dev = comm.dev;
+        match comm.inner.into_inner().unwrap_or_else(|p| p.into_inner()) {
+            Inner::Send(send) => send.requests.iter().for_each(|r| release(dev, r.mr)),
+            Inner::Recv(recv) => recv.close(dev),
+        }
+    }
+
+    /// One call at a time on a comm.
+    fn with<R>(&self, call: &str, body: impl FnOnce(&mut Inner) -> R) -> R {
+        let Ok(mut inner) = self.inner.try_lock() else { violation!("{call} while another thread uses the comm") };
+        body(&mut inner)
+    }
+
+    fn handle(&self, number: u64) -> *mut c_void {
+        std::ptr::from_ref(&self.slots[(number % MAX_REQUESTS as u64) as usize]).cast_mut().cast()
+    }
+
+    pub(crate) fn isend(&self, data: usize, len: usize, mr: usize) -> Result<*mut c_void, ncclResult_t> {
+        memory::with("isend", self.dev, mr, |mr| {
+            if data < mr.base || data + len > mr.base + mr.size {
+                violation!("isend of {len} bytes at {data:#x}: outside of the registration of {} at {:#x}", mr.size, mr.base);
+            }
+        });
+        self.with("isend", |inner| {
+            let Inner::Send(send) = inner else { violation!("isend on a receive comm") };
+            let number = send.post(data, len, mr)?;
+            memory::with("isend", self.dev, mr, |mr| mr.in_flight += 1);
+            Ok(self.handle(number))
+        })
+    }
+
+    pub(crate) fn irecv(&self, len: usize, mr: usize) -> Result<*mut c_void, ncclResult_t> {
+        let device = memory::with("irecv", self.dev, mr, |mr| mr.device);
+        if !device {
+            crate::abi::warn("a host receive on a data socket", 0);
+            return Err(NCCL_INTERNAL_ERROR);
+        }
+        self.with("irecv", |inner| {
+            let Inner::Recv(recv) = inner else { violation!("irecv on a send comm") };
+            let number = recv.post(len, mr)?;
+            memory::with("irecv", self.dev, mr, |mr| mr.in_flight += 1);
+            Ok(self.handle(number))
+        })
+    }
+
+    pub(crate) fn test(&self, index: usize) -> Result<bool, ncclResult_t> {
+        let dev = self.dev;
+        self.with("test", |inner| match inner {
+            Inner::Send(send) => send.test(index, dev),
+            Inner::Recv(recv) => recv.test(index, dev),
+        })
+    }
+
+    pub(crate) fn consumed(&self, index: usize) -> Result<(), ncclResult_t> {
+        self.with("irecvConsumed", |inner| {
+            let Inner::Recv(recv) = inner else { violation!("irecvConsumed on a send comm") };
+            recv.consumed(index)
+        })
+    }
+}
+
+fn release(dev: usize, mr: usize) {
+    memory::with("the end of a request", dev, mr, |mr| mr.in_flight -= 1);
+}
+
+/// What each data socket carries of a message: contiguous shares.
+fn share(len: usize, socket: usize) -> std::ops::Range<usize> {
+    len * socket / SOCKETS..len * (socket + 1) / SOCKETS
+}
+
+fn raise_sigpipe() {
+    // SAFETY: the calling thread's own signal.
+    unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGPIPE) };
+}
+
+// ---- sending ----
+
+struct Send {
+    sockets: Sockets,
+    requests: VecDeque<SendRequest>,
+    posted: u64,
+    dead: bool,
+}
+
+struct SendRequest {
+    number: u64,
+    data: usize,
+    len: usize,
+    mr: usize,
+    header: usize,
+    sent: [usize; SOCKETS],
+}
+
+/// Writes without MSG_NOSIGNAL: a dead peer raises SIGPIPE.
+fn write(stream: &TcpStream, data: usize, len: usize) -> std::io::Result<usize> {
+    // SAFETY: registered memory, or a header on the stack, of that length.
+    let n = unsafe { libc::send(stream.as_raw_fd(), data as *const _, len, libc::MSG_DONTWAIT) };
+    match usize::try_from(n) {
+        Ok(n) => Ok(n),
+        Err(_) => match std::io::Error::last_os_error() {
+            e if e.kind() == std::io::ErrorKind::WouldBlock => Ok(0),
+            e => Err(e),
+        },
+    }
+}
+
+impl Send {
+    fn post(&mut self, data: usize, len: usize, mr: usize) -> Result<u64, ncclResult_t> {
+        if len == 0 {
+            violation!("isend of 0 bytes");
+        }
+        if self.dead {
+            raise_sigpipe();
+            return Err(NCCL_SYSTEM_ERROR);
+        }
+        if self.requests.len() == MAX_REQUESTS {
+            return Err(NCCL_INTERNAL_ERROR);
+        }
+        let number = self.posted;
+        self.requests.push_back(SendRequest { number, data, len, mr, header: 0, sent: [0; SOCKETS] });
+        self.posted += 1;
+        self.progress().inspect_err(|_| {
+            self.requests.pop_back();
+        })?;
+        Ok(number)
+    }
+
+    fn progress(&mut self) -> Result<(), ncclResult_t> {
+        let chunk = settings().chunk;
+        let moved = if chunk == 0 { Ok(()) } else { self.push(chunk) };
+        moved.map_err(|_| {
+            self.dead = true;
+            NCCL_SYSTEM_ERROR
+        })
+    }
+
+    fn push(&mut self, chunk: usize) -> std::io::Result<()> {
+        let (mut control_open, mut open) = (true, [true; SOCKETS]);
+        for request in &mut self.requests {
+            let mut header = [0u8; HEADER];
+            header[..4].copy_from_slice(&(request.len as u32).to_ne_bytes());
+            header[4..].copy_from_slice(&(request.number as u32).to_ne_bytes());
+            if control_open && request.header < HEADER {
+                let rest = &header[request.header..];
+                request.header += write(&self.sockets.control, rest.as_ptr() as usize, rest.len())?;
+                control_open = request.header == HEADER;
+            }
+            // Of a message that is too long only one piece leaves.
+            let reach = request.len.min(chunk);
+            for (socket, open) in open.iter_mut().enumerate() {
+                let part = share(request.len, socket);
+                let whole = part.len();
+                let end = part.end.min(reach).max(part.start);
+                let at = part.start + request.sent[socket];
+                if *open && at < end {
+                    request.sent[socket] += write(&self.sockets.data[socket], request.data + at, end - at)?;
+                }
+                *open &= request.sent[socket] == whole;
+            }
+        }
+        Ok(())
+    }
+
+    fn test(&mut self, index: usize, dev: usize) -> Result<bool, ncclResult_t> {
+        let Some(oldest) = self.requests.front() else { violation!("test of a send that has ended") };
+        if oldest.number as usize % MAX_REQUESTS != index {
+            return Err(NCCL_INTERNAL_ERROR);
+        }
+        if self.dead {
+            raise_sigpipe();
+            return Err(NCCL_SYSTEM_ERROR);
+        }
+        self.progress()?;
+        let done =
+            self.requests.front().is_some_and(|r| r.header == HEADER && (0..SOCKETS).all(|s| r.sent[s] == share(r.len, s).len()));
+        if done {
+            if let Some(request) = self.requests.pop_front() {
+                release(dev, request.mr);
+            }
+        }
+        Ok(done)
+    }
+}
+
+// ---- receiving ----
+
+struct Recv {
+    sockets: Sockets,
+    pool: &'static Pool,
+    unpack: bool,
+    meta: *mut netUnpackMeta,
+    handle: *mut unpackNetDeviceHandle,
+    /// Posted and not consumed, oldest first.
+    requests: VecDeque<RecvRequest>,
+    posted: u64,
+    header: Vec<u8>,
+    dead: bool,
+    seed: u64,
+}
+// SAFETY: its pointers are its own mappings.
+unsafe impl std::marker::Send for Recv {}
+
+struct RecvRequest {
+    number: u64,
+    mr: usize,
+    len: Option<usize>,
+    got: [usize; SOCKETS],
+    entries: Vec<loadMeta>,
+    pages: Vec<u32>,
+    reported: bool,
+}
+
+impl RecvRequest {
+    fn complete(&self) -> bool {
+        self.len.is_some_and(|len| (0..SOCKETS).all(|s| self.got[s] == share(len, s).len()))
+    }
+}
+
+fn map(len: usize) -> *mut c_void {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: a fresh mapping.
+    let at = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+    if at == libc::MAP_FAILED {
+        violation!("no memory for a meta queue");
+    }
+    at
+}
+
+/// Bytes of the mapping that holds a comm's meta queue and device handle. Unmapped at the close: who reads them later dies.
+const META: usize = (size_of::<netUnpackMeta>() + size_of::<unpackNetDeviceHandle>()).next_multiple_of(PAGE);
+
+impl Recv {
+    fn new(sockets: Sockets, pool: &'static Pool, unpack: bool) -> Recv {
+        let meta = map(META).cast::<netUnpackMeta>();
+        // SAFETY: the mapping has room for both.
+        let handle = unsafe { meta.add(1).cast::<unpackNetDeviceHandle>() };
+        // SAFETY: as above.
+        unsafe { handle.write(unpackNetDeviceHandle { meta, bounce_buf: pool.base.cast(), head: 0 }) };
+        let (requests, header) = (VecDeque::new(), Vec::new());
+        Recv { sockets, pool, unpack, meta, handle, requests, posted: 0, header, dead: false, seed: meta as u64 | 1 }
+    }
+
+    fn close(self, dev: usize) {
+        for request in &self.requests {
+            self.pool.give_back(&request.pages);
+            if !request.reported {
+                release(dev, request.mr);
+            }
+        }
+        // SAFETY: the mapping of `new`.
+        unsafe { libc::munmap(self.meta.cast(), META) };
+    }
+
+    fn random(&mut self, below: usize) -> usize {
+        self.seed ^= self.seed << 13;
+        self.seed ^= self.seed >> 7;
+        self.seed ^= self.seed << 17;
+        (self.seed >> 11) as usize % below.max(1)
+    }
+
+    fn post(&mut self, len: usize, mr: usize) -> Result<u64, ncclResult_t> {
+        if len == 0 {
+            violation!("irecv of 0 bytes");
+        }
+        if !self.unpack {
+            violation!("a receive on a comm that was accepted without a device handle crashes");
+        }
+        if self.requests.len() == MAX_REQUESTS {
+            return Err(NCCL_INTERNAL_ERROR);
+        }
+        let number = self.posted;
+        let (entries, pages) = (Vec::new(), Vec::new());
+        self.requests.push_back(RecvRequest { number, mr, len: None, got: [0; SOCKETS], entries, pages, reported: false });
+        self.posted += 1;
+        Ok(number)
+    }
+
+    /// Takes announcements for receives that have none.
+    fn read_control(&mut self) {
+        while !self.dead && self.requests.iter().any(|r| r.len.is_none()) {
+            let mut buffer = [0u8; HEADER];
+            let rest = HEADER - self.header.len();
+            // SAFETY: a buffer of that length.
+            let n = unsafe { libc::recv(self.sockets.control.as_raw_fd(), buffer.as_mut_ptr().cast(), rest, libc::MSG_DONTWAIT) };
+            match n {
+                1.. => self.header.extend_from_slice(&buffer[..n as usize]),
+                0 => self.dead = true,
+                _ if std::io::Error::last_os_error().kind() == std::io::ErrorKind::WouldBlock => return,
+                _ => self.dead = true,
+            }
+            if let Some(bytes) = self.header.first_chunk::<4>().filter(|_| self.header.len() == HEADER) {
+                let len = u32::from_ne_bytes(*bytes) as usize;
+                self.header.clear();
+                if let Some(request) = self.requests.iter_mut().find(|r| r.len.is_none()) {
+                    request.len = Some(len);
+                }
+            }
+        }
+    }
+
+    /// Reads one fragment of a socket's share; `false` when nothing came.
+    fn read_fragment(&mut self, socket: usize) -> bool {
+        let current = self.requests.iter().position(|r| r.len.is_none_or(|len| r.got[socket] != share(len, socket).len()));
+        let Some((at, len)) = current.and_then(|at| self.requests[at].len.map(|len| (at, len))) else { return false };
+        let part = share(len, socket);
+        let left = part.len() - self.requests[at].got[socket];
+        let largest = settings().fragment;
+        let size = (largest / 2 + self.random(largest / 2 + 1)).clamp(1, left);
+        let Some(page) = self.pool.take() else { return false };
+        let offset = self.random(PAGE - size.min(PAGE) + 1);
+        let src = page as usize * PAGE + offset;
+        // SAFETY: size bytes inside a page that is ours.
+        let n = unsafe {
+            libc::recv(self.sockets.data[socket].as_raw_fd(), self.pool.base.add(src).cast(), size, libc::MSG_DONTWAIT)
+        };
+        if n <= 0 {
+            self.pool.give_back(&[page]);
+            return false;
+        }
+        let request = &mut self.requests[at];
+        let dst = part.start + request.got[socket];
+        request.got[socket] += n as usize;
+        request.pages.push(page);
+        request.entries.push(loadMeta { src_off: src as u32, len: n as u32, dst_off: dst as u64 });
+        if request.entries.len() > MAX_FRAGMENTS {
+            eprintln!("strict-foreign: more than {MAX_FRAGMENTS} fragments in one receive");
+            std::process::exit(1);
+        }
+        true
+    }
+
+    fn progress(&mut self) {
+        self.read_control();
+        let mut any = true;
+        while any {
+            // Turn and turn about: fragments of the two shares mix.
+            any = (0..SOCKETS).fold(false, |any, s| self.read_fragment(s) | any);
+        }
+    }
+
+    fn test(&mut self, index: usize, dev: usize) -> Result<bool, ncclResult_t> {
+        let Some(at) = self.requests.iter().position(|r| !r.reported) else { violation!("test of a receive that has ended") };
+        if self.requests[at].number as usize % MAX_REQUESTS != index {
+            return Err(NCCL_INTERNAL_ERROR);
+        }
+        self.progress();
+        let waiting = self.requests.iter().filter(|r| !r.complete()).count();
+        if waiting > 6 * SOCKETS {
+            crate::abi::warn("No free space for recv task, fd", waiting as i32);
+        }
+        if self.dead && self.requests.iter().any(|r| r.len.is_none()) {
+            raise_sigpipe();
+            return Err(NCCL_SYSTEM_ERROR);
+        }
+        if !self.requests[at].complete() {
+            return Ok(false);
+        }
+        self.publish(at);
+        release(dev, self.requests[at].mr);
+        Ok(true)
+    }
+
+    fn publish(&mut self, at: usize) {
+        let mut entries = std::mem::take(&mut self.requests[at].entries);
+        for i in (1..entries.len()).rev() {
+            let j = self.random(i + 1);
+            entries.swap(i, j);
+        }
+        let request = &mut self.requests[at];
+        request.reported = true;
+        let slot = (request.number % MAX_REQUESTS as u64) as usize;
+        // SAFETY: at most MAX_FRAGMENTS entries in a row that nobody reads before the count is there.
+        unsafe {
+            let row = (&raw mut (*self.meta).mem[slot]).cast::<loadMeta>();
+            std::ptr::copy_nonoverlapping(entries.as_ptr(), row, entries.len());
+            AtomicU64::from_ptr(&raw mut (*self.meta).cnt[slot]).store(entries.len() as u64, Ordering::Release);
+        }
+    }
+
+    fn consumed(&mut self, index: usize) -> Result<(), ncclResult_t> {
+        let oldest = self.requests.front().filter(|r| r.reported && r.number as usize % MAX_REQUESTS == index);
+        if oldest.is_none() {
+            return Err(NCCL_INTERNAL_ERROR);
+        }
+        if let Some(request) = self.requests.pop_front() {
+            self.pool.give_back(&request.pages);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,175 @@
+//! What the plugin insists on: the end of the process with a line on standard error, the one-thread rule of set-up calls, its settings
+//! and its counters.
+
+use std::net::Ipv4Addr;
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, Ordering};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+/// Ends the process: the caller broke the contract.
+macro_rules! violation {
+    ($($arg:tt)*) => { $crate::rules::abort_with(format_args!($($arg)*)) };
+}
+pub(crate) use violation;
+
+pub(crate) fn abort_with(what: std::fmt::Arguments<'_>) -> ! {
+    eprintln!("strict-foreign: VIOLATION: {what}");
+    std::process::abort()
+}
+
+/// The thread inside a set-up call, 0 for none.
+static INSIDE: AtomicI32 = AtomicI32::new(0);
+
+/// A set-up call under way.
+pub(crate) struct SetupCall;
+
+impl SetupCall {
+    pub(crate) fn enter(name: &str) -> SetupCall {
+        if settings().unlocked {
+            return SetupCall;
+        }
+        // SAFETY: a plain system call.
+        let me = unsafe { libc::gettid() };
+        if let Err(other) = INSIDE.compare_exchange(0, me, Ordering::AcqRel, Ordering::Acquire) {
+            violation!("thread {me} is inside {name} while thread {other} is inside another set-up call");
+        }
+        // Two calls that are not kept apart meet here.
+        std::thread::sleep(Duration::from_micros(30));
+        SetupCall
+    }
+}
+
+impl Drop for SetupCall {
+    fn drop(&mut self) {
+        if !settings().unlocked {
+            INSIDE.store(0, Ordering::Release);
+        }
+    }
+}
+
+/// A device: a name and a loopback address, or an interface of the host.
+#[derive(Clone, Debug)]
+pub(crate) struct Device {
+    pub name: std::ffi::CString,
+    pub pci_path: Option<std::ffi::CString>,
+    pub address: Ipv4Addr,
+    /// Nothing that is sent through it arrives.
+    pub dead: bool,
+}
+
+/// Settings of the process, read at `init`.
+pub(crate) struct Settings {
+    /// `NCCL_DYNAMIC_CHUNK_SIZE`, as strtoll reads it.
+    pub chunk: usize,
+    /// `STRICT_FOREIGN_CONNECT_MS` (300) and `STRICT_FOREIGN_ACCEPT_MS` (500).
+    pub connect_time: Duration,
+    pub accept_time: Duration,
+    /// `STRICT_FOREIGN_DEVICES`: `name@address[@pci path][@dead],...`; default one device `lo`.
+    pub devices: Vec<Device>,
+    /// `STRICT_FOREIGN_PAGES`: pages of the receive memory.
+    pub pages: usize,
+    /// `STRICT_FOREIGN_FRAGMENT`: largest fragment, bytes.
+    pub fragment: usize,
+    /// `STRICT_FOREIGN_UNLOCKED=1`: set-up calls of several threads run into each other instead of ending the process.
+    pub unlocked: bool,
+}
+
+fn text(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|v| !v.is_empty())
+}
+
+fn number(name: &str, default: u64) -> u64 {
+    text(name).and_then(|v| v.parse().ok()).unwrap_or(default)
+}
+
+fn devices(list: &str) -> Vec<Device> {
+    let c = |s: &str| std::ffi::CString::new(s).unwrap_or_default();
+    let device = |entry: &str| {
+        let mut fields = entry.split('@');
+        let name = fields.next()?;
+        let address = fields.next()?.parse().ok()?;
+        let rest: Vec<&str> = fields.collect();
+        let pci = rest.iter().find(|f| f.starts_with('/'));
+        Some(Device { name: c(name), pci_path: pci.map(|p| c(p)), address, dead: rest.contains(&"dead") })
+    };
+    list.split(',').filter_map(device).collect()
+}
+
+/// The settings; the first call reads them.
+pub(crate) fn settings() -> &'static Settings {
+    static SETTINGS: OnceLock<Settings> = OnceLock::new();
+    SETTINGS.get_or_init(|| {
+        let chunk = text("NCCL_DYNAMIC_CHUNK_SIZE").map_or(0, |v| {
+            let v = std::ffi::CString::new(v).unwrap_or_default();
+            // SAFETY: a C string; no end pointer is asked for.
+            unsafe { libc::strtoll(v.as_ptr(), std::ptr::null_mut(), 0) }
+        });
+        Settings {
+            chunk: usize::try_from(chunk).unwrap_or(0),
+            connect_time: Duration::from_millis(number("STRICT_FOREIGN_CONNECT_MS", 300)),
+            accept_time: Duration::from_millis(number("STRICT_FOREIGN_ACCEPT_MS", 500)),
+            devices: devices(text("STRICT_FOREIGN_DEVICES").as_deref().unwrap_or("lo@127.0.0.1")),
+            pages: number("STRICT_FOREIGN_PAGES", 1 << 17) as usize,
+            fragment: (number("STRICT_FOREIGN_FRAGMENT", 4000) as usize).clamp(1, 4096),
+            unlocked: text("STRICT_FOREIGN_UNLOCKED").is_some(),
+        }
+    })
+}
+
+/// What a test can read while or after the plugin runs, from the file that `STRICT_FOREIGN_COUNTERS` names: these numbers, eight bytes
+/// each, in this order.
+#[repr(C)]
+#[derive(Default)]
+#[allow(missing_docs, reason = "names say it")]
+pub struct Counters {
+    pub registrations: AtomicU64,
+    pub registrations_most: AtomicU64,
+    pub registrations_ever: AtomicU64,
+    pub descriptors: AtomicU64,
+    pub descriptors_most: AtomicU64,
+    pub imports: AtomicU64,
+    pub comms: AtomicU64,
+    pub connects_begun: AtomicU64,
+    pub connects_ended: AtomicU64,
+    pub accepts_begun: AtomicU64,
+    pub accepts_ended: AtomicU64,
+    pub pages_out: AtomicU64,
+    pub warnings: AtomicU64,
+    pub listens: AtomicU64,
+}
+
+/// The counters of this process.
+pub fn counters() -> &'static Counters {
+    static MAPPED: AtomicPtr<Counters> = AtomicPtr::new(std::ptr::null_mut());
+    static ONCE: OnceLock<()> = OnceLock::new();
+    ONCE.get_or_init(|| {
+        let mapped = text("STRICT_FOREIGN_COUNTERS").and_then(|path| map(&path));
+        let counters = mapped.unwrap_or_else(|| Box::into_raw(Box::default()));
+        MAPPED.store(counters, Ordering::Release);
+    });
+    // SAFETY: set above, never freed.
+    unsafe { &*MAPPED.load(Ordering::Acquire) }
+}
+
+fn map(path: &str) -> Option<*mut Counters> {
+    use std::os::fd::AsRawFd;
+    let file = std::fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).ok()?;
+    file.set_len(4096).ok()?;
+    // SAFETY: a shared mapping of a file that is as long.
+    let at = unsafe {
+        libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, file.as_raw_fd(), 0)
+    };
+    (at != libc::MAP_FAILED).then_some(at.cast())
+}
+
+/// Adds to a counter and keeps its maximum in another.
+pub(crate) fn up(counter: &AtomicU64, most: Option<&AtomicU64>, by: u64) {
+    let now = counter.fetch_add(by, Ordering::AcqRel) + by;
+    if let Some(most) = most {
+        most.fetch_max(now, Ordering::AcqRel);
+    }
+}
+
+pub(crate) fn down(counter: &AtomicU64, by: u64) {
+    counter.fetch_sub(by, Ordering::AcqRel);
+}

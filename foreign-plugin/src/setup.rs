@@ -1,0 +1,197 @@
+//! Listening, connecting and accepting. The waiting is done on threads of the plugin's own, which keep using the listen comm and the
+//! handle; connect keeps a pointer in the handle. What TCPX would take on trust is checked here.
+
+use crate::memory::lock;
+use crate::rules::{counters, settings, up, violation};
+use nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
+use std::collections::HashMap;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+/// Data sockets of a comm, and threads that serve them.
+pub(crate) const SOCKETS: usize = 2;
+const THREADS: u32 = 1;
+const SOCKETS_AT: usize = 36;
+const THREADS_AT: usize = 40;
+/// Where connect keeps its pointer.
+const STATE_AT: usize = 80;
+const MAGIC: u32 = 0x5453_5258;
+
+type Handle = [u8; NCCL_NET_HANDLE_MAXSIZE];
+
+/// The sockets of a comm.
+pub(crate) struct Sockets {
+    pub control: TcpStream,
+    pub data: Vec<TcpStream>,
+}
+
+/// What a thread of set-up leaves for the poller.
+type Outcome = Arc<Mutex<Option<Result<Sockets, String>>>>;
+
+pub(crate) struct ListenComm {
+    pub dev: usize,
+    listener: Arc<TcpListener>,
+    outcome: Option<Outcome>,
+    accepted: bool,
+}
+
+/// Connects under way, by the value in the handle.
+struct Connect {
+    outcome: Outcome,
+    buffer: usize,
+}
+static CONNECTS: Mutex<Option<HashMap<u64, Connect>>> = Mutex::new(None);
+
+fn put(handle: &mut Handle, at: usize, bytes: &[u8]) {
+    handle[at..at + bytes.len()].copy_from_slice(bytes);
+}
+
+impl ListenComm {
+    pub(crate) fn new(dev: usize, handle: &mut Handle) -> Option<ListenComm> {
+        let device = settings().devices.get(dev)?;
+        let listener = TcpListener::bind((device.address, 0)).ok()?;
+        let port = listener.local_addr().ok()?.port();
+        handle.fill(0);
+        put(handle, 0, &(libc::AF_INET as u16).to_ne_bytes());
+        put(handle, 2, &port.to_be_bytes());
+        put(handle, 4, &device.address.octets());
+        put(handle, SOCKETS_AT, &(SOCKETS as u32).to_ne_bytes());
+        put(handle, THREADS_AT, &THREADS.to_ne_bytes());
+        up(&counters().listens, None, 1);
+        Some(ListenComm { dev, listener: Arc::new(listener), outcome: None, accepted: false })
+    }
+
+    /// One step of the accept: the sockets, once the peer has connected.
+    pub(crate) fn accept(&mut self) -> Result<Option<Sockets>, String> {
+        if self.accepted {
+            violation!("a listen comm accepts once; this one was asked again");
+        }
+        let Some(outcome) = &self.outcome else {
+            let outcome = Outcome::default();
+            self.outcome = Some(outcome.clone());
+            up(&counters().accepts_begun, None, 1);
+            let (listener, dead) = (self.listener.clone(), settings().devices[self.dev].dead);
+            std::thread::spawn(move || {
+                std::thread::sleep(settings().accept_time);
+                if !dead {
+                    let result = gather(&listener);
+                    *lock(&outcome) = Some(result);
+                }
+            });
+            return Ok(None);
+        };
+        let Some(result) = lock(outcome).take() else { return Ok(None) };
+        self.accepted = true;
+        up(&counters().accepts_ended, None, 1);
+        result.map(Some)
+    }
+
+    /// Checks that it may be closed.
+    pub(crate) fn check_close(&self) {
+        if self.outcome.is_some() && !self.accepted {
+            violation!("closeListen while an accept is pending: its thread uses the listen comm");
+        }
+    }
+}
+
+/// Takes the connections of one peer: the control socket and the data sockets, in any order.
+fn gather(listener: &TcpListener) -> Result<Sockets, String> {
+    let mut all: Vec<Option<TcpStream>> = (0..=SOCKETS).map(|_| None).collect();
+    while all.iter().any(Option::is_none) {
+        let (mut stream, _) = listener.accept().map_err(|e| e.to_string())?;
+        let mut intro = [0u8; 8];
+        if stream.read_exact(&mut intro).is_err() {
+            return Err("the peer went away during the accept".to_owned());
+        }
+        let [a, b, c, d, e, f, g, h] = intro;
+        let (magic, index) = (u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]) as usize);
+        if magic != MAGIC || index > SOCKETS {
+            return Err("not a peer of this plugin".to_owned());
+        }
+        all[index] = Some(stream);
+    }
+    finish(all.into_iter().flatten().collect())
+}
+
+fn finish(mut all: Vec<TcpStream>) -> Result<Sockets, String> {
+    for stream in &all {
+        stream.set_nonblocking(true).and_then(|()| stream.set_nodelay(true)).map_err(|e| e.to_string())?;
+    }
+    let control = all.remove(0);
+    Ok(Sockets { control, data: all })
+}
+
+/// One step of a connect.
+pub(crate) fn connect(dev: usize, handle: &mut Handle) -> Result<Option<Sockets>, String> {
+    let buffer = handle.as_ptr() as usize;
+    let word = |h: &Handle, at: usize| h[at..].first_chunk().map_or(0, |b| u64::from_ne_bytes(*b));
+    let state = word(handle, STATE_AT);
+    let mut connects = lock(&CONNECTS);
+    let connects = connects.get_or_insert_default();
+    if state == 0 {
+        let target = check_fresh(handle);
+        let outcome = Outcome::default();
+        let key = Arc::as_ptr(&outcome) as u64;
+        put(handle, STATE_AT, &key.to_ne_bytes());
+        up(&counters().connects_begun, None, 1);
+        connects.insert(key, Connect { outcome: outcome.clone(), buffer });
+        let (from, dead) = settings().devices.get(dev).map_or((Ipv4Addr::LOCALHOST, true), |d| (d.address, d.dead));
+        std::thread::spawn(move || {
+            std::thread::sleep(settings().connect_time);
+            if !dead {
+                let result = dial(from, target);
+                *lock(&outcome) = Some(result);
+            }
+        });
+        return Ok(None);
+    }
+    let Some(known) = connects.get(&state) else {
+        violation!("connect finds the pointer {state:#x} in the handle, which it never put there (or which has ended)");
+    };
+    if known.buffer != buffer {
+        violation!("the handle of a connect was moved from {:#x} to {buffer:#x}", known.buffer);
+    }
+    let Some(result) = lock(&known.outcome).take() else { return Ok(None) };
+    connects.remove(&state);
+    up(&counters().connects_ended, None, 1);
+    result.map(Some)
+}
+
+/// A fresh handle of this plugin, or the end of the process.
+fn check_fresh(handle: &Handle) -> SocketAddr {
+    let u32_at = |at: usize| handle[at..].first_chunk().map_or(0, |b| u32::from_ne_bytes(*b));
+    let family = u16::from_ne_bytes([handle[0], handle[1]]);
+    let empty = |range: std::ops::Range<usize>| handle[range].iter().all(|&b| b == 0);
+    let fresh = i32::from(family) == libc::AF_INET
+        && empty(8..SOCKETS_AT)
+        && u32_at(SOCKETS_AT) == SOCKETS as u32
+        && u32_at(THREADS_AT) == THREADS
+        && empty(THREADS_AT + 4..NCCL_NET_HANDLE_MAXSIZE);
+    if !fresh {
+        violation!("bytes that are no fresh handle reached connect: {handle:02x?}");
+    }
+    let ip: [u8; 4] = handle[4..].first_chunk().copied().unwrap_or_default();
+    SocketAddrV4::new(ip.into(), u16::from_be_bytes([handle[2], handle[3]])).into()
+}
+
+/// Connects all sockets. The peer may be slow to listen, so a refusal is tried again for a while, as TCPX does.
+fn dial(_from: Ipv4Addr, target: SocketAddr) -> Result<Sockets, String> {
+    let until = Instant::now() + Duration::from_secs(2);
+    let mut all = Vec::new();
+    while all.len() <= SOCKETS {
+        match TcpStream::connect(target) {
+            Ok(mut stream) => {
+                let mut intro = [0; 8];
+                intro[..4].copy_from_slice(&MAGIC.to_ne_bytes());
+                intro[4..].copy_from_slice(&(all.len() as u32).to_ne_bytes());
+                stream.write_all(&intro).map_err(|e| e.to_string())?;
+                all.push(stream);
+            }
+            Err(_) if Instant::now() < until => std::thread::sleep(Duration::from_millis(20)),
+            Err(e) => return Err(e.to_string()),
+        }
+    }
+    finish(all)
+}

@@ -1,0 +1,286 @@
+//! The books of a comm: sixteen slots, the counters that order caller and I/O thread, and how it failed.
+//! Moving bytes is the business of `send` and `recv`, waking that of `comm`; nothing here knows sockets or threads.
+
+use std::sync::atomic::{fence, AtomicBool, AtomicI32, AtomicU64, Ordering};
+
+use nccl_net_abi::{ncclResult_t, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_SUCCESS};
+use parking_lot::Mutex;
+
+use crate::slot::{Body, Slot};
+
+/// A counter on a cache line of its own.
+#[repr(align(64))]
+#[derive(Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Its value, with everything that led to it.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// Publishes a value, with everything that led to it.
+    pub fn set(&self, value: u64) {
+        self.0.store(value, Ordering::Release);
+    }
+
+    /// One step from `from`; false when another thread took it.
+    fn step(&self, from: u64) -> bool {
+        self.0.compare_exchange(from, from + 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+}
+
+/// Why a comm is finished.
+#[derive(Debug)]
+pub struct Failure {
+    /// The result that every unfinished request ends in.
+    pub result: ncclResult_t,
+    /// For the log.
+    pub why: String,
+}
+
+impl Failure {
+    /// A failure with its cause in words.
+    pub fn new(result: ncclResult_t, why: impl Into<String>) -> Failure {
+        Failure { result, why: why.into() }
+    }
+}
+
+/// A request that was posted.
+pub struct Posted<'a> {
+    /// Its slot.
+    pub slot: &'a Slot,
+    /// Bytes to move.
+    pub bytes: usize,
+    /// Nobody looks at the comm: the poster must see to it.
+    pub was_idle: bool,
+}
+
+/// The books of a comm. Requests are numbered from 0; request k uses slot k % 16. Always
+/// `freed <= reported <= completed <= posted <= freed + 16`, where a send is freed when it is reported and a receive when it is
+/// consumed.
+pub struct Ledger {
+    receives: bool,
+    /// A window that is full is an error, not a retry.
+    strict: bool,
+    /// Requests the caller posted.
+    posted: Counter,
+    /// Requests whose bytes have been moved.
+    completed: Counter,
+    /// Requests that `test` reported done.
+    reported: Counter,
+    /// Receives that were consumed.
+    consumed: Counter,
+    /// Bytes that came from the socket.
+    pub received: Counter,
+    /// 0, or the result every unfinished request ends in.
+    failed: AtomicI32,
+    /// Nobody looks at this comm until a post or the kernel says so.
+    idle: AtomicBool,
+    closing: AtomicBool,
+    post: Mutex<()>,
+    slots: [Slot; MAX_REQUESTS],
+}
+
+impl Ledger {
+    /// The books of a fresh comm.
+    pub fn new(receives: bool, strict: bool) -> Ledger {
+        Ledger {
+            receives,
+            strict,
+            posted: Counter::default(),
+            completed: Counter::default(),
+            reported: Counter::default(),
+            consumed: Counter::default(),
+            received: Counter::default(),
+            failed: AtomicI32::new(NCCL_SUCCESS),
+            idle: AtomicBool::new(true),
+            closing: AtomicBool::new(false),
+            post: Mutex::new(()),
+            slots: std::array::from_fn(|_| Slot::new()),
+        }
+    }
+
+    /// All slots.
+    pub fn slots(&self) -> &[Slot; MAX_REQUESTS] {
+        &self.slots
+    }
+
+    /// The slot of request `seq`.
+    pub fn slot(&self, seq: u64) -> &Slot {
+        &self.slots[(seq % MAX_REQUESTS as u64) as usize]
+    }
+
+    /// Number of requests posted so far.
+    pub fn posted(&self) -> u64 {
+        self.posted.get()
+    }
+
+    /// Number of requests completed so far.
+    pub fn completed(&self) -> u64 {
+        self.completed.get()
+    }
+
+    /// Whether the comm receives.
+    pub fn receives(&self) -> bool {
+        self.receives
+    }
+
+    /// Posts a request: `Ok(None)` when all slots are taken and the comm is lenient. `fill` describes the memory; it gets
+    /// the request's number and runs under the posting lock.
+    pub fn post(
+        &self,
+        fill: impl FnOnce(u64, &mut Body) -> Result<(), ncclResult_t>,
+    ) -> Result<Option<Posted<'_>>, ncclResult_t> {
+        let guard = self.post.lock();
+        self.check()?;
+        let seq = self.posted.get();
+        let freed = if self.receives { self.consumed.get() } else { self.reported.get() };
+        if seq - freed >= MAX_REQUESTS as u64 {
+            return if self.strict { Err(NCCL_INTERNAL_ERROR) } else { Ok(None) };
+        }
+        let slot = self.slot(seq);
+        // SAFETY: the slot is free (seq - freed < 16) and posts are serialised by the lock.
+        let bytes = unsafe {
+            let body = slot.body();
+            fill(seq, body)?;
+            body.total
+        };
+        slot.seq.store(seq, Ordering::Release);
+        self.posted.set(seq + 1);
+        drop(guard);
+        fence(Ordering::SeqCst);
+        let was_idle = self.idle.load(Ordering::Relaxed) && self.idle.swap(false, Ordering::AcqRel);
+        Ok(Some(Posted { slot, bytes, was_idle }))
+    }
+
+    /// `test` of request `slot`: `Ok(Some(bytes))` when it is done.
+    pub fn test(&self, slot: &Slot) -> Result<Option<usize>, ncclResult_t> {
+        let seq = slot.seq();
+        let reported = self.reported.get();
+        if seq < self.completed.get() {
+            let received = slot.received.load(Ordering::Relaxed);
+            return if seq == reported && self.reported.step(seq) { Ok(Some(received)) } else { Err(NCCL_INTERNAL_ERROR) };
+        }
+        if let Err(failed) = self.check() {
+            // The request may have been completed between the two loads.
+            return if seq < self.completed.get() { self.test(slot) } else { Err(failed) };
+        }
+        if seq != reported {
+            return Err(NCCL_INTERNAL_ERROR);
+        }
+        Ok(None)
+    }
+
+    /// The number of the receive in `slot`, when its turn to be consumed has come.
+    pub fn consumable(&self, slot: &Slot) -> Result<u64, ncclResult_t> {
+        let seq = slot.seq();
+        if seq != self.consumed.get() || seq >= self.reported.get() {
+            return Err(NCCL_INTERNAL_ERROR);
+        }
+        Ok(seq)
+    }
+
+    /// Frees the slot of receive `seq`.
+    pub fn consume(&self, seq: u64) -> Result<(), ncclResult_t> {
+        if self.consumed.step(seq) {
+            Ok(())
+        } else {
+            Err(NCCL_INTERNAL_ERROR)
+        }
+    }
+
+    /// Publishes that every request below `completed` is done. The I/O lock is held.
+    pub fn complete(&self, completed: u64) {
+        self.completed.set(completed);
+    }
+
+    /// Whether the comm has not failed; else the result its requests end in.
+    pub fn check(&self) -> Result<(), ncclResult_t> {
+        match self.failed.load(Ordering::Acquire) {
+            NCCL_SUCCESS => Ok(()),
+            failed => Err(failed),
+        }
+    }
+
+    /// Marks the comm failed; false when it had failed before.
+    pub fn fail(&self, result: ncclResult_t) -> bool {
+        self.failed.compare_exchange(NCCL_SUCCESS, result, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+
+    /// The comm is being closed: turns end at once.
+    pub fn close(&self) {
+        self.closing.store(true, Ordering::Release);
+    }
+
+    /// Whether a turn should end at once: the comm is being closed or has failed.
+    pub fn leave(&self) -> bool {
+        self.closing.load(Ordering::Acquire) || self.check().is_err()
+    }
+
+    /// A turn begins: posts need not wake anybody.
+    pub fn look(&self) {
+        self.idle.store(false, Ordering::Release);
+    }
+
+    /// Nothing is posted beyond `completed`: true when the comm may rest, false when a post came in between.
+    pub fn rest(&self, completed: u64) -> bool {
+        self.idle.store(true, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        // If the poster saw the flag first, it has submitted the comm again.
+        self.posted.get() == completed || !self.idle.swap(false, Ordering::AcqRel)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fill(_: u64, body: &mut Body) -> Result<(), ncclResult_t> {
+        body.total = 3;
+        Ok(())
+    }
+
+    #[test]
+    fn a_window_fills_completes_and_frees_in_order() {
+        let ledger = Ledger::new(true, false);
+        for k in 0..16 {
+            let posted = ledger.post(fill).unwrap().unwrap();
+            assert_eq!((posted.bytes, posted.was_idle, posted.slot.seq()), (3, k == 0, k));
+        }
+        assert!(ledger.post(fill).unwrap().is_none());
+        assert_eq!(ledger.test(ledger.slot(0)), Ok(None));
+        assert_eq!(ledger.test(ledger.slot(1)), Err(NCCL_INTERNAL_ERROR));
+        ledger.complete(2);
+        assert_eq!(ledger.consumable(ledger.slot(0)), Err(NCCL_INTERNAL_ERROR), "not reported");
+        assert_eq!(ledger.test(ledger.slot(0)), Ok(Some(0)));
+        assert!(ledger.post(fill).unwrap().is_none(), "a receive is free when it is consumed");
+        let seq = ledger.consumable(ledger.slot(0)).unwrap();
+        ledger.consume(seq).unwrap();
+        assert!(ledger.consume(seq).is_err());
+        assert_eq!(ledger.post(fill).unwrap().unwrap().slot.seq(), 16);
+    }
+
+    #[test]
+    fn a_failure_is_final_and_spares_what_was_completed() {
+        let ledger = Ledger::new(false, true);
+        ledger.post(fill).unwrap();
+        ledger.post(fill).unwrap();
+        ledger.complete(1);
+        assert!(ledger.fail(7) && !ledger.fail(8));
+        assert_eq!(ledger.test(ledger.slot(0)), Ok(Some(0)));
+        assert_eq!(ledger.test(ledger.slot(1)), Err(7));
+        assert!(matches!(ledger.post(fill), Err(7)) && ledger.leave());
+    }
+
+    #[test]
+    fn a_post_before_the_rest_is_not_lost() {
+        let ledger = Ledger::new(false, false);
+        ledger.look();
+        assert!(!ledger.post(fill).unwrap().unwrap().was_idle);
+        assert!(!ledger.rest(0), "a request is waiting");
+        ledger.complete(1);
+        assert!(ledger.rest(1));
+        assert!(ledger.post(fill).unwrap().unwrap().was_idle);
+    }
+}

@@ -1,0 +1,240 @@
+//! Connects under way: how many there may be, who polls them, and when they are given up.
+//! They live here and not in the handle, whose bytes came over the network; the handle holds a key.
+
+use std::collections::HashMap;
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use socket2::Socket;
+
+use super::{descriptors, invalid, new_socket, own_address, random, tune, word};
+use super::{Connected, Failed, Handle, Invitation, HELLO, STATE_AT};
+use crate::config::Config;
+use crate::fork::PerProcess;
+use crate::interfaces::Interface;
+use crate::pool::Pool;
+
+/// A connect that nobody asked about for this long is given up; the listening side does the same.
+const IDLE: Duration = Duration::from_secs(10);
+/// How often to look for such ones.
+const SWEEP_EVERY: Duration = Duration::from_secs(1);
+/// When there are too many, this long is enough.
+const IDLE_WHEN_FULL: Duration = Duration::from_secs(1);
+
+/// A connect under way.
+struct Connecting {
+    socket: Socket,
+    invitation: Invitation,
+    connected: bool,
+    said: usize,
+    asked: Instant,
+}
+
+#[derive(Default)]
+struct Table {
+    all: HashMap<u64, Connecting>,
+    /// When to look for forgotten ones; none while nobody has been asked to look.
+    due: Option<Instant>,
+}
+
+impl Table {
+    fn drop_idle(&mut self, idle: Duration) {
+        self.all.retain(|_, c| c.asked.elapsed() < idle);
+    }
+
+    fn sweep(&mut self, now: Instant) -> Option<Duration> {
+        let due = self.due?;
+        if now >= due {
+            self.drop_idle(IDLE);
+            self.due = (!self.all.is_empty()).then_some(now + SWEEP_EVERY);
+        }
+        Some(self.due?.saturating_duration_since(now))
+    }
+
+    /// True when somebody has to be asked to look, which the caller then does.
+    fn insert(&mut self, key: u64, attempt: Connecting) -> bool {
+        self.all.insert(key, attempt);
+        self.due.is_none() && self.due.replace(Instant::now() + SWEEP_EVERY).is_none()
+    }
+
+    /// Makes room for one more; connects take at most half of the process's descriptors.
+    fn make_room(&mut self, most: usize) -> io::Result<()> {
+        if self.all.len() >= most {
+            self.drop_idle(IDLE_WHEN_FULL);
+        }
+        if self.all.len() >= most {
+            return Err(io::Error::from_raw_os_error(libc::EMFILE));
+        }
+        Ok(())
+    }
+}
+
+fn table() -> &'static Mutex<Table> {
+    static TABLE: PerProcess<Mutex<Table>> = PerProcess::new();
+    TABLE.get(Mutex::default)
+}
+
+/// Gives up what nobody asks about any more; tells when to look again, if there is anything left.
+pub fn sweep() -> Option<Duration> {
+    table().lock().sweep(Instant::now())
+}
+
+/// Gives up the connect whose handle this is, if one is under way. After it the buffer is of no more use.
+pub fn abandon(handle: &Handle) {
+    let key = word(handle, STATE_AT);
+    let given_up = table().lock().all.remove(&key);
+    drop(given_up);
+}
+
+/// One step of a connect: `None` means call again with the same buffer. After an error the buffer is of no more use.
+pub fn connect(device: &Interface, config: &Config, pool: &Pool, handle: &mut Handle) -> Result<Option<Connected>, Failed> {
+    let key = word(handle, STATE_AT);
+    if key == 0 {
+        if start(device, config, handle)? {
+            pool.remind();
+        }
+        // Like TCPX, the first call never finishes: what polls is then exercised on the fastest network too.
+        return Ok(None);
+    }
+    let known = table().lock().all.remove(&key);
+    let nothing = || invalid("the handle's connect has failed, is finished, was given up, or was never started here");
+    let mut attempt = known.ok_or_else(|| Failed::new("connect", nothing()))?;
+    let (peer, nic) = (attempt.invitation.address, device.name.to_string_lossy());
+    if attempt.step().map_err(|e| Failed::new(format!("connect to {peer} on {nic}"), e))? {
+        return Ok(Some(Connected::new(attempt.socket, peer, &nic)));
+    }
+    attempt.asked = Instant::now();
+    if table().lock().insert(key, attempt) {
+        pool.remind();
+    }
+    Ok(None)
+}
+
+/// Begins; true when the I/O threads have to be told that there is something to sweep.
+fn start(device: &Interface, config: &Config, handle: &mut Handle) -> Result<bool, Failed> {
+    let invitation = Invitation::read(handle).map_err(|e| Failed::new("connect", e))?;
+    let what = format!("connect to {} on {}", invitation.address, device.name.to_string_lossy());
+    let attempt = || -> io::Result<(u64, bool)> {
+        let [a, b, c, d, e, f, g, h, ..] = random()?;
+        let key = u64::from_le_bytes([a, b, c, d, e, f, g, h]) | 1;
+        let most = (descriptors() / 2).max(16);
+        table().lock().make_room(most)?;
+        let attempt = begin(device, config, invitation)?;
+        Ok((key, table().lock().insert(key, attempt)))
+    };
+    let (key, first) = attempt().map_err(|e| Failed::new(what, e))?;
+    handle[STATE_AT..STATE_AT + 8].copy_from_slice(&key.to_le_bytes());
+    Ok(first)
+}
+
+fn begin(device: &Interface, config: &Config, invitation: Invitation) -> io::Result<Connecting> {
+    let target = invitation.address;
+    let socket = new_socket(&target)?;
+    tune(&socket, config)?;
+    socket.set_tcp_nodelay(true)?;
+    if device.reaches(target.ip()) {
+        device.check_link(socket.as_fd())?;
+        bind_source(&socket, device)?;
+    }
+    match socket.connect(&target.into()) {
+        Ok(()) => {}
+        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
+        Err(error) => return Err(error),
+    }
+    Ok(Connecting { socket, invitation, connected: false, said: 0, asked: Instant::now() })
+}
+
+/// Leaves through the device itself. The port stays open until the connect, so that ports do not run out.
+fn bind_source(socket: &Socket, device: &Interface) -> io::Result<()> {
+    let one: libc::c_int = 1;
+    // SAFETY: an int of that size.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_IP,
+            libc::IP_BIND_ADDRESS_NO_PORT,
+            (&raw const one).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if set < 0 {
+        crate::logger::info("IP_BIND_ADDRESS_NO_PORT is not available");
+    }
+    socket.bind(&own_address(device).into())
+}
+
+impl Connecting {
+    /// True when the socket is connected and the hello is in the kernel.
+    fn step(&mut self) -> io::Result<bool> {
+        if !self.connected {
+            let mut poll = libc::pollfd { fd: self.socket.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+            // SAFETY: one entry.
+            if unsafe { libc::poll(&mut poll, 1, 0) } <= 0 {
+                return Ok(false);
+            }
+            if let Some(error) = self.socket.take_error()? {
+                return Err(error);
+            }
+            // TCP can connect an ephemeral port to itself when nobody listens there.
+            if self.socket.local_addr()?.as_socket() == Some(self.invitation.address) {
+                return Err(io::Error::from_raw_os_error(libc::ECONNREFUSED));
+            }
+            self.connected = true;
+        }
+        let hello = self.invitation.hello();
+        while self.said < HELLO {
+            match self.socket.send_with_flags(&hello[self.said..], libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) {
+                Ok(sent) => self.said += sent,
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attempt(age: Duration) -> Connecting {
+        let address = "127.0.0.1:9".parse().unwrap();
+        Connecting {
+            socket: new_socket(&address).unwrap(),
+            invitation: Invitation { address, cookie: [0; 16] },
+            connected: false,
+            said: 0,
+            asked: Instant::now() - age,
+        }
+    }
+
+    #[test]
+    fn what_nobody_asks_about_makes_room() {
+        let mut table = Table::default();
+        table.all.insert(1, attempt(Duration::ZERO));
+        table.all.insert(3, attempt(Duration::from_secs(2)));
+        table.make_room(3).unwrap();
+        assert_eq!(table.all.len(), 2, "there is room");
+        table.make_room(2).unwrap();
+        assert_eq!(table.all.keys().collect::<Vec<_>>(), [&1]);
+        assert_eq!(table.make_room(1).unwrap_err().raw_os_error(), Some(libc::EMFILE), "the one that is asked about stays");
+    }
+
+    #[test]
+    fn sweeping_goes_on_while_there_is_something() {
+        let mut table = Table::default();
+        let start = Instant::now();
+        assert_eq!(table.sweep(start), None);
+        assert!(table.insert(1, attempt(IDLE)), "the first one asks for a look");
+        assert!(!table.insert(3, attempt(Duration::ZERO)));
+        assert!(table.sweep(start).is_some_and(|wait| wait <= SWEEP_EVERY + Duration::from_secs(1)) && table.all.len() == 2);
+        let later = start + 2 * SWEEP_EVERY;
+        assert_eq!(table.sweep(later), Some(SWEEP_EVERY));
+        assert_eq!(table.all.keys().collect::<Vec<_>>(), [&3]);
+        table.all.clear();
+        assert_eq!(table.sweep(later + SWEEP_EVERY), None);
+        assert!(table.insert(5, attempt(Duration::ZERO)), "and so does the first one after a pause");
+    }
+}

@@ -1,0 +1,60 @@
+//! What the kernel tells of a TCP socket, and the options of data sockets beyond `socket2`.
+//! Knows nothing of who uses the socket.
+
+use std::io;
+use std::time::Duration;
+
+use socket2::{Socket, TcpKeepalive};
+
+/// Offsets in the kernel's tcp_info: bytes acknowledged by the peer (u64, Linux 4.1) and the smallest round trip (u32, microseconds,
+/// Linux 4.6).
+const BYTES_ACKED: usize = 120;
+const MIN_RTT: usize = 148;
+
+/// The kernel's tcp_info, as far as the kernel filled it.
+struct Info {
+    bytes: [u8; 256],
+    len: usize,
+}
+
+impl Info {
+    fn read(fd: i32) -> Option<Info> {
+        let mut info = Info { bytes: [0; 256], len: 0 };
+        let mut len = info.bytes.len() as libc::socklen_t;
+        // SAFETY: a buffer and its length.
+        let known = unsafe { libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, info.bytes.as_mut_ptr().cast(), &mut len) };
+        info.len = len as usize;
+        (known == 0).then_some(info)
+    }
+
+    fn field<const N: usize>(&self, at: usize) -> Option<[u8; N]> {
+        self.bytes[..self.len.min(self.bytes.len())].get(at..)?.first_chunk::<N>().copied()
+    }
+}
+
+/// Bytes of the stream that the peer's kernel has acknowledged.
+pub fn bytes_acked(fd: i32) -> Option<u64> {
+    Info::read(fd)?.field(BYTES_ACKED).map(u64::from_ne_bytes)
+}
+
+/// The smallest round trip seen, microseconds.
+pub fn min_rtt(fd: i32) -> Option<u32> {
+    Info::read(fd)?.field(MIN_RTT).map(u32::from_ne_bytes).filter(|&us| us > 0 && us < u32::MAX)
+}
+
+/// Makes the kernel ask an idle peer whether it is there, after `idle` and then three times. Zero leaves it off.
+pub fn keep_alive(socket: &Socket, idle: Duration) -> io::Result<()> {
+    if idle.is_zero() {
+        return Ok(());
+    }
+    let interval = (idle / 3).max(Duration::from_secs(1));
+    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(3))
+}
+
+/// Bounds how long sent bytes may stay unacknowledged. Zero leaves it to the system.
+pub fn limit_silence(socket: &Socket, limit: Duration) -> io::Result<()> {
+    if limit.is_zero() {
+        return Ok(());
+    }
+    socket.set_tcp_user_timeout(Some(limit))
+}

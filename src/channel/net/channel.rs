@@ -1,0 +1,191 @@
+//! One channel: a send comm and a receive comm with their queues. Chunks leave in the order they were announced; receives are
+//! posted in the order of the peer's announcements, unpacked, and consumed in that order. Every chunk keeps its regions in use until
+//! it is done or the channel is closed.
+
+use super::staging::{Staging, STAGED_WINDOW};
+use super::Usage;
+use crate::channel::device::{DeviceCopier, StagingMemory, Ticket, View};
+use crate::channel::memory::HostBlock;
+use crate::channel::path::{Arrival, Copier, Event};
+use crate::channel::stripe::{Load, Rate};
+use crate::net::comm::{Doorbell, MHandle, RecvComm, SendComm};
+use crate::net::registrations::Registration;
+use crate::region::Hold;
+use crate::status::{bail, Result};
+use crate::types::{Key, Part, Place};
+use nccl_net_abi::{ucclIoVec, MAX_REQUESTS};
+use std::collections::{HashMap, VecDeque};
+use std::time::Instant;
+
+/// The copier, where a chunk of device memory needs it.
+pub(super) fn device(copier: &mut Copier) -> Result<&mut dyn DeviceCopier> {
+    match copier {
+        Some(copier) => Ok(&mut **copier),
+        None => bail!(Gpu, "a chunk of device memory on a connection without a device"),
+    }
+}
+
+/// Runs a plugin call with the GPU of `place` current.
+pub(super) fn within(copier: &mut Copier, place: Place, body: &mut dyn FnMut() -> Result<bool>) -> Result<bool> {
+    if place.is_device() {
+        device(copier)?.within(place, body)
+    } else {
+        body()
+    }
+}
+
+/// Registers memory with the GPU of `place` current.
+pub(super) fn register<R>(copier: &mut Copier, place: Place, mut register: impl FnMut() -> Result<R>) -> Result<R> {
+    let mut registered = None;
+    within(copier, place, &mut || {
+        registered = Some(register()?);
+        Ok(true)
+    })?;
+    registered.ok_or_else(|| crate::status::err!(Internal, "nothing was registered"))
+}
+
+/// Places of the window that chunks of large transfers take at most: small ones find one soon.
+const BULK_WINDOW: usize = MAX_REQUESTS / 2;
+
+/// A chunk on its way out; dropped when its memory may change.
+pub(super) struct Outgoing {
+    pub key: Key,
+    pub len: usize,
+    pub _hold: Hold,
+}
+
+/// A chunk announced and not yet taken by the plugin.
+pub(super) struct ToPost {
+    pub source: Source,
+    pub len: usize,
+    pub tag: i32,
+}
+
+pub(super) enum Source {
+    Contiguous { data: *mut u8, mhandle: MHandle, packing: Ticket, place: Place },
+    Vectored(Vec<ucclIoVec>),
+}
+
+/// A receive that is posted.
+pub(super) struct Posted {
+    pub arrival: Arrival,
+    /// Staging place of a host receive without the extension.
+    pub staged: Option<*mut u8>,
+}
+
+/// A chunk that is here and not yet in place.
+pub(super) struct Finishing {
+    pub arrival: Arrival,
+    pub ticket: Ticket,
+}
+
+/// One channel.
+pub(crate) struct Channel {
+    // Field order is drop order: the comms close first, and with them the last access to everything below.
+    pub(super) send: SendComm,
+    pub(super) recv: RecvComm,
+    pub(super) outgoing: VecDeque<Outgoing>,
+    pub(super) to_post: VecDeque<ToPost>,
+    pub(super) queued: u64,
+    pub(super) rate: Rate,
+    pub(super) expected: VecDeque<Arrival>,
+    pub(super) posted: VecDeque<Posted>,
+    pub(super) finishing: VecDeque<Finishing>,
+    pub(super) view: Option<View>,
+    pub(super) host_out: Option<Staging>,
+    pub(super) device_out: HashMap<Place, Staging>,
+    pub(super) host_in: Option<Staging>,
+    pub(super) device_in: Option<(Registration, Box<dyn StagingMemory>)>,
+    pub(super) discard: Option<HostBlock>,
+}
+// SAFETY: raw pointers inside point to memory that this channel or a held region owns; a channel is used by one thread at a time.
+unsafe impl Send for Channel {}
+
+impl Channel {
+    pub(crate) fn new(send: SendComm, recv: RecvComm) -> Channel {
+        Channel {
+            send,
+            recv,
+            outgoing: VecDeque::new(),
+            to_post: VecDeque::new(),
+            queued: 0,
+            rate: Rate::default(),
+            expected: VecDeque::new(),
+            posted: VecDeque::new(),
+            finishing: VecDeque::new(),
+            view: None,
+            host_out: None,
+            device_out: HashMap::new(),
+            host_in: None,
+            device_in: None,
+            discard: None,
+        }
+    }
+
+    /// Asks for a doorbell; `false` when the plugin has none and must be polled.
+    pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
+        Ok(self.send.set_doorbell(doorbell)? && self.recv.set_doorbell(doorbell)?)
+    }
+
+    /// Anything announced, in flight or expected.
+    pub(super) fn busy(&self) -> bool {
+        !self.outgoing.is_empty() || !self.expected.is_empty() || !self.posted.is_empty() || !self.finishing.is_empty()
+    }
+
+    /// For a chunk from `place`.
+    pub(super) fn load(&self, place: Place, bulk: bool, usage: &Usage, now: Instant) -> Load {
+        let oldest = self.outgoing.front().map_or(0, |o| o.len as u64);
+        let window = if place.is_device() && usage.stage_sends { STAGED_WINDOW } else { MAX_REQUESTS };
+        let window = if bulk { window.min(BULK_WINDOW) } else { window };
+        Load { free: window.saturating_sub(self.outgoing.len()), queued: self.queued, rate: self.rate.get(oldest, now) }
+    }
+
+    /// The peer announced a chunk on this channel.
+    pub(super) fn expect(&mut self, arrival: Arrival) {
+        self.expected.push_back(arrival);
+    }
+
+    /// Advances everything that can advance. Returns whether something did.
+    pub(super) fn progress(&mut self, copier: &mut Copier, usage: &Usage, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
+        let mut any = false;
+        if !self.outgoing.is_empty() {
+            any |= self.progress_sends(copier, now, events)?;
+        }
+        if !self.expected.is_empty() || !self.posted.is_empty() || !self.finishing.is_empty() {
+            any |= self.progress_receives(copier, usage, events)?;
+        }
+        Ok(any)
+    }
+
+    /// Bytes that the network has taken and brought; `None` where the plugin does not tell.
+    pub(super) fn network_bytes(&self) -> Result<Option<(u64, u64)>> {
+        Ok(self.send.network_bytes()?.zip(self.recv.network_bytes()?))
+    }
+
+    /// What is under way, in words; `None` when nothing is.
+    pub(super) fn describe_busy(&self) -> Option<String> {
+        let mut words = Vec::new();
+        if !self.outgoing.is_empty() {
+            words.push(format!("{} chunks out on {}", self.outgoing.len(), self.send.describe()));
+        }
+        let incoming = self.expected.len() + self.posted.len() + self.finishing.len();
+        if incoming > 0 {
+            words.push(format!("{incoming} chunks in on {}", self.recv.describe()));
+        }
+        (!words.is_empty()).then(|| words.join(", "))
+    }
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        // Registrations go while their comm is open, unless its requests may still use them: then they go after it.
+        if !self.busy() {
+            (self.host_out, self.host_in, self.device_in) = (None, None, None);
+            self.device_out.clear();
+        }
+    }
+}
+
+pub(super) fn iov(parts: &[Part]) -> Vec<ucclIoVec> {
+    parts.iter().map(|p| ucclIoVec { base: p.addr as *mut _, len: p.len as usize }).collect()
+}

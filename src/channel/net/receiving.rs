@@ -1,0 +1,157 @@
+//! The receiving half of a channel: posting receives, unpacking what arrived, consuming in order.
+
+use super::channel::{device, iov, register, within, Channel, Finishing, Posted};
+use super::staging::Staging;
+use super::Usage;
+use crate::channel::device::{spread, Ticket, View};
+use crate::channel::memory::{HostBlock, PAGE};
+use crate::channel::path::{Arrival, Copier, Dest, Event};
+use crate::net::comm::MHandle;
+use crate::status::{bail, Result};
+use crate::types::Place;
+use nccl_net_abi::{ucclIoVec, MAX_REQUESTS, NCCL_PTR_CUDA, NCCL_PTR_HOST};
+
+impl Channel {
+    pub(super) fn progress_receives(&mut self, copier: &mut Copier, usage: &Usage, events: &mut Vec<Event>) -> Result<bool> {
+        let mut any = self.post_receives(copier, usage)?;
+        while let Some(done) = self.recv.test_oldest()? {
+            let Some(Posted { arrival, staged }) = self.posted.pop_front() else { bail!(Internal, "a receive without a chunk") };
+            if done.len.is_some_and(|len| len != arrival.len) {
+                bail!(Protocol, "a chunk announced with {} bytes came with {}", arrival.len, done.len.unwrap_or(0));
+            }
+            let ticket = match &arrival.dest {
+                Dest::Memory { place, parts, .. } if place.is_device() => {
+                    let view = self.view(copier, *place)?;
+                    // SAFETY: the receive is done and not consumed; the arrival holds the parts' regions.
+                    unsafe { device(copier)?.unpack(&view, done.slot, arrival.len, parts, *place) }?
+                }
+                Dest::Memory { parts, .. } => {
+                    if let Some(staged) = staged {
+                        // SAFETY: the staging place holds the message; the arrival holds the parts' regions.
+                        unsafe { spread(staged, parts) };
+                    }
+                    Ticket::Done
+                }
+                Dest::Discard => Ticket::Done,
+            };
+            self.finishing.push_back(Finishing { arrival, ticket });
+            any = true;
+        }
+        while let Some(first) = self.finishing.front() {
+            if first.ticket != Ticket::Done && !device(copier)?.poll(first.ticket)? {
+                break;
+            }
+            self.recv.consume_oldest()?;
+            events.push(Event::Received(first.arrival.key, first.arrival.len as u64));
+            self.finishing.pop_front();
+            any = true;
+        }
+        if any {
+            self.post_receives(copier, usage)?;
+        }
+        Ok(any)
+    }
+
+    fn post_receives(&mut self, copier: &mut Copier, usage: &Usage) -> Result<bool> {
+        let mut any = false;
+        while self.recv.window_free() > 0 {
+            let Some(next) = self.expected.pop_front() else { break };
+            let (taken, staged) = self.post_receive(&next, copier, usage)?;
+            if !taken {
+                self.expected.push_front(next);
+                break;
+            }
+            self.posted.push_back(Posted { arrival: next, staged });
+            any = true;
+        }
+        Ok(any)
+    }
+
+    fn post_receive(&mut self, next: &Arrival, copier: &mut Copier, usage: &Usage) -> Result<(bool, Option<*mut u8>)> {
+        match &next.dest {
+            Dest::Memory { place, .. } if place.is_device() => Ok((self.post_device(next, *place, copier)?, None)),
+            Dest::Memory { parts, .. } if usage.vectored => {
+                // SAFETY: the arrival holds the parts' regions until the chunk is in place or the channel is closed.
+                Ok((unsafe { self.recv.recv_vectored(&iov(parts), next.len, next.tag) }?, None))
+            }
+            Dest::Discard if usage.vectored => {
+                let discard = match &self.discard {
+                    Some(discard) => discard,
+                    None => self.discard.insert(HostBlock::new(usage.chunk_bytes)?),
+                };
+                let iov = [ucclIoVec { base: discard.as_ptr().cast(), len: next.len }];
+                // SAFETY: the discard block holds a chunk and outlives the comm; nobody reads it.
+                Ok((unsafe { self.recv.recv_vectored(&iov, next.len, next.tag) }?, None))
+            }
+            _ if usage.host => self.post_staged(next, usage),
+            Dest::Memory { .. } => bail!(Internal, "host memory on a channel that carries device memory only"),
+            // What is discarded arrives for the comms' own GPU.
+            Dest::Discard => {
+                let place = usage.gpus.map_or(Place::gpu(0), |(here, _)| here);
+                Ok((self.post_device(next, place, copier)?, None))
+            }
+        }
+    }
+
+    /// A receive into host memory without the extension: the message lands in staging memory.
+    fn post_staged(&mut self, next: &Arrival, usage: &Usage) -> Result<(bool, Option<*mut u8>)> {
+        if self.host_in.is_none() {
+            let stride = usage.chunk_bytes.next_multiple_of(PAGE);
+            let recv = &self.recv;
+            // SAFETY: the staging memory is dropped after the comm (field order).
+            let register = |p: *mut u8, n| unsafe { recv.register(p.cast(), n, NCCL_PTR_HOST) };
+            let block = Box::new(HostBlock::new(stride * MAX_REQUESTS)?);
+            self.host_in = Some(Staging::new(block, stride, MAX_REQUESTS, register)?);
+        }
+        let Some(staging) = &mut self.host_in else { bail!(Internal, "no staging") };
+        let data = staging.next();
+        // SAFETY: the staging place holds a chunk and outlives the comm.
+        let taken = unsafe { self.recv.recv(data.cast(), next.len, next.tag, staging.mhandle()) }?;
+        if !taken {
+            staging.undo();
+        }
+        Ok((taken, Some(data)))
+    }
+
+    fn post_device(&mut self, next: &Arrival, place: Place, copier: &mut Copier) -> Result<bool> {
+        let (data, mhandle) = self.device_in(place, copier)?;
+        let recv = &mut self.recv;
+        // SAFETY: for a CUDA mhandle the destination is not touched; it is the small block's own address.
+        within(copier, place, &mut || unsafe { recv.recv(data.cast(), next.len, next.tag, mhandle) })
+    }
+
+    /// The mhandle that marks a receive as one of device memory; its memory is never written.
+    fn device_in(&mut self, place: Place, copier: &mut Copier) -> Result<(*mut u8, MHandle)> {
+        if let Some((registration, block)) = &self.device_in {
+            return Ok((block.ptr(), registration.mhandle()));
+        }
+        let block = device(copier)?.staging(PAGE, place)?;
+        let (data, recv) = (block.ptr(), &self.recv);
+        // SAFETY: the block is dropped after the comm (field order).
+        let registration = register(copier, place, || unsafe { recv.register(data.cast(), PAGE, NCCL_PTR_CUDA) })?;
+        let mhandle = registration.mhandle();
+        self.device_in = Some((registration, block));
+        Ok((data, mhandle))
+    }
+
+    fn view(&mut self, copier: &mut Copier, place: Place) -> Result<View> {
+        if let Some(view) = self.view {
+            return Ok(view);
+        }
+        let handle = self.recv.device_handle();
+        if handle.netDeviceType != nccl_net_abi::NCCL_NET_DEVICE_UNPACK
+            || handle.netDeviceVersion != nccl_net_abi::NCCL_NET_DEVICE_UNPACK_VERSION
+        {
+            bail!(
+                Plugin,
+                "device handle of type {} version {}, expected unpack version 7",
+                handle.netDeviceType,
+                handle.netDeviceVersion
+            );
+        }
+        // SAFETY: the handle of a live comm.
+        let view = unsafe { device(copier)?.view(handle.handle, place) }?;
+        self.view = Some(view);
+        Ok(view)
+    }
+}

@@ -1,0 +1,103 @@
+//! The seam below the router: a path is one way from this engine to the peer, made of channels that carry chunks in order. Knows
+//! nothing of transfers beyond the key and tag that a chunk bears.
+
+use super::device::DeviceCopier;
+use super::plan::Chunk;
+use super::stripe::Load;
+use crate::region::Hold;
+use crate::status::Result;
+use crate::types::{Key, Part, Place};
+use std::time::Instant;
+
+/// A chunk to send.
+pub(crate) struct Departure {
+    /// Its stream.
+    pub key: Key,
+    /// Its bytes.
+    pub chunk: Chunk,
+    /// What keeps its memory registered; dropped when the chunk is gone or its channel is closed.
+    pub hold: Hold,
+    /// Names stream and place in the stream; both sides compute the same.
+    pub tag: i32,
+}
+
+/// A chunk to receive.
+pub(crate) struct Arrival {
+    /// Its stream.
+    pub key: Key,
+    /// Bytes, exactly.
+    pub len: usize,
+    /// As the sender's.
+    pub tag: i32,
+    /// Where it goes.
+    pub dest: Dest,
+}
+
+/// Where a chunk goes.
+pub(crate) enum Dest {
+    /// Registered memory of one place; the hold is dropped when the chunk is in place or its channel is closed.
+    Memory {
+        /// Where the parts lie.
+        place: Place,
+        /// The pieces, in order.
+        parts: Vec<Part>,
+        /// What keeps them registered; nobody looks at it.
+        #[allow(dead_code)]
+        hold: Hold,
+    },
+    /// Nowhere: the transfer was refused, but its data is on its way and must be drained.
+    Discard,
+}
+
+/// What happened on a channel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// A chunk left: its source may change.
+    Sent(Key, u64),
+    /// A chunk is in place.
+    Received(Key, u64),
+}
+
+/// The device copier of a connection, absent where no device memory can be registered.
+pub(crate) type Copier = Option<Box<dyn DeviceCopier>>;
+
+/// One way to the peer. Dropping it closes its channels: afterwards nothing of it touches registered memory.
+pub(crate) trait Path: Send {
+    /// How many channels it has.
+    fn channels(&self) -> usize;
+
+    /// Whether it carries memory of this side's `local` to or from the peer's `peer`.
+    fn carries(&self, local: Place, peer: Place) -> bool;
+
+    /// Whether it carries memory of this side's `local` to or from anywhere.
+    fn carries_local(&self, local: Place) -> bool;
+
+    /// The load of each channel for a chunk from `place`, into an empty list. `bulk`: the chunk is part of a large transfer, which
+    /// leaves room in the window for small ones.
+    fn loads(&self, place: Place, bulk: bool, now: Instant, out: &mut Vec<Load>);
+
+    /// Takes a chunk for sending on a channel that has a free place.
+    fn submit(&mut self, channel: usize, departure: Departure, copier: &mut Copier, now: Instant) -> Result<()>;
+
+    /// Takes a chunk that the peer has announced on a channel.
+    fn expect(&mut self, channel: usize, arrival: Arrival) -> Result<()>;
+
+    /// Advances everything that can advance; whether something did.
+    fn progress(&mut self, copier: &mut Copier, now: Instant, events: &mut Vec<Event>) -> Result<bool>;
+
+    /// Chunks are announced, in flight or expected.
+    fn busy(&self) -> bool;
+
+    /// Bytes that the network has taken from this side and brought to it so far, parts of chunks included; `None` where the plugin
+    /// does not tell.
+    ///
+    /// # Errors
+    /// When a channel has failed, idle or not.
+    fn network_bytes(&self) -> Result<Option<(u64, u64)>>;
+
+    /// The channels with chunks under way that have not moved, for an error text.
+    fn describe_busy(&self) -> Vec<String>;
+
+    /// Drops registrations of a region that nothing uses any more.
+    fn forget_region(&mut self, id: u64);
+}

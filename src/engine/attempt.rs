@@ -1,0 +1,246 @@
+//! A set-up with its socket and its channels: moves bytes between the socket and the machine and does what the machine asks for. The
+//! set-up thread drives the incoming ones, a connecting thread its own.
+
+use super::build::{self, Up};
+use super::connection::Connection;
+use super::fabric::{self, Opened, Raised, Raising};
+use super::limits;
+use super::link::{Link, SealedLink};
+use super::setup::{Next, Setup};
+use super::site::Site;
+use crate::addresses::plain;
+use crate::status::{err, Error, ErrorKind, Result};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// The least pause between two looks at channels that are coming up: they report nothing by themselves.
+const LOOK: Duration = Duration::from_micros(200);
+/// The pause where channels have not come up for this long: somebody does not answer, and there may be many such set-ups.
+const SLOW: Duration = Duration::from_millis(50);
+const SLOW_AFTER: Duration = Duration::from_secs(1);
+/// Bytes read at once.
+const READ: usize = 4096;
+
+enum Channels {
+    None,
+    Opened(Opened),
+    Raising(Raising),
+    Up(Raised),
+}
+
+/// What a step came to.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// Call again when the socket has something, or at the time that [`Attempt::wake_at`] names.
+    Wait,
+    /// The peer is proved and waits to be admitted: [`Attempt::admit`].
+    Proved,
+    /// All is there: [`Attempt::finish`].
+    Up,
+}
+
+pub(crate) struct Attempt {
+    sock: TcpStream,
+    /// The peer.
+    pub address: SocketAddr,
+    setup: Setup<SealedLink>,
+    channels: Channels,
+    out: Vec<u8>,
+    sent: usize,
+    /// The peer's stream has ended; what it said before still counts.
+    ended: Option<Error>,
+    /// When to look at the channels again, and when they began.
+    look_at: Instant,
+    began: Instant,
+}
+
+impl Attempt {
+    /// Takes over a connected socket that does not block.
+    pub(crate) fn new(sock: TcpStream, address: SocketAddr, setup: Setup<SealedLink>, now: Instant) -> Attempt {
+        let address = SocketAddr::new(plain(address.ip()), address.port());
+        Attempt {
+            sock,
+            address,
+            setup,
+            channels: Channels::None,
+            out: Vec::new(),
+            sent: 0,
+            ended: None,
+            look_at: now,
+            began: now,
+        }
+    }
+
+    pub(crate) fn fd(&self) -> RawFd {
+        self.sock.as_raw_fd()
+    }
+
+    pub(crate) fn setup(&self) -> &Setup<SealedLink> {
+        &self.setup
+    }
+
+    /// Whether bytes of the peer are of use now, and whether some of ours wait for room.
+    pub(crate) fn interest(&self) -> (bool, bool) {
+        (self.setup.link.wants() > 0, self.sent < self.out.len())
+    }
+
+    /// When to call [`Attempt::step`] next, whatever happens on the socket.
+    pub(crate) fn wake_at(&self) -> Instant {
+        let deadline = self.setup.deadline();
+        match self.channels {
+            Channels::Raising(_) => self.look_at.min(deadline),
+            _ => deadline,
+        }
+    }
+
+    /// Goes as far as it can without waiting.
+    ///
+    /// # Errors
+    /// Why the set-up has failed.
+    pub(crate) fn step(&mut self, now: Instant) -> Result<Progress> {
+        loop {
+            self.read(now)?;
+            self.flush()?;
+            if self.look(now)? {
+                continue;
+            }
+            match self.setup.next(now) {
+                Ok(Next::Wait | Next::Admit) if self.ended.is_some() => {
+                    return Err(self.ended.take().unwrap_or_else(|| self.setup.hung_up()));
+                }
+                Ok(Next::Wait) => return Ok(Progress::Wait),
+                Ok(Next::Admit) => return Ok(Progress::Proved),
+                Ok(Next::Finish(theirs)) => {
+                    self.flush()?;
+                    if let Channels::Up(raised) = std::mem::replace(&mut self.channels, Channels::None) {
+                        self.channels = Channels::Up(fabric::agree(raised, &theirs)?);
+                    }
+                    return Ok(Progress::Up);
+                }
+                Ok(Next::PeerHas(theirs)) => {
+                    if let Channels::Raising(raising) = &mut self.channels {
+                        raising.peer_has(&theirs);
+                        self.look_at = now;
+                    }
+                }
+                Ok(Next::Raise(offers)) => {
+                    if let Channels::Opened(opened) = std::mem::replace(&mut self.channels, Channels::None) {
+                        self.channels = Channels::Raising(opened.establish(&offers)?);
+                        (self.look_at, self.began) = (now, now);
+                    }
+                }
+                Err(e) => return Err(self.with_missing(e)),
+            }
+        }
+    }
+
+    /// Names the channels that are missing when time is over.
+    fn with_missing(&self, error: Error) -> Error {
+        match (&self.channels, error.kind()) {
+            (Channels::Raising(raising), ErrorKind::TimedOut) => raising.missing().unwrap_or(error),
+            _ => error,
+        }
+    }
+
+    /// Looks at channels that are coming up, when it is time to. Whether they are all up now.
+    fn look(&mut self, now: Instant) -> Result<bool> {
+        let Channels::Raising(raising) = &mut self.channels else { return Ok(false) };
+        if now < self.look_at {
+            return Ok(false);
+        }
+        if raising.poll().map_err(|e| limits::explain(e, self.sock.as_fd()))? {
+            if let Channels::Raising(raising) = std::mem::replace(&mut self.channels, Channels::None) {
+                let (raised, numbers) = raising.finish()?;
+                self.channels = Channels::Up(raised);
+                self.setup.raised(numbers);
+            }
+            return Ok(true);
+        }
+        let slow = now.saturating_duration_since(self.began) > SLOW_AFTER;
+        self.look_at = now + raising.retry_in().max(if slow { SLOW } else { LOOK });
+        Ok(false)
+    }
+
+    fn read(&mut self, now: Instant) -> Result<()> {
+        let mut buffer = [0; READ];
+        while self.ended.is_none() {
+            let wanted = self.setup.link.wants().min(READ);
+            if wanted == 0 {
+                self.ended = self.gone();
+                break;
+            }
+            match self.sock.read(&mut buffer[..wanted]) {
+                Ok(0) => self.ended = Some(self.setup.hung_up()),
+                Ok(n) => self.setup.received(&buffer[..n], now)?,
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => break,
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(e) => self.ended = Some(err!(RemoteDisconnect, "{} ({e})", self.setup.hung_up())),
+            }
+        }
+        Ok(())
+    }
+
+    /// While nothing of the peer's is read: why it is not there any more, if so.
+    fn gone(&self) -> Option<Error> {
+        let there = match (self.sock.take_error(), self.sock.peek(&mut [0])) {
+            (Ok(None), Ok(n)) => n > 0,
+            (Ok(None), Err(e)) => matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted),
+            _ => false,
+        };
+        (!there).then(|| self.setup.hung_up())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        self.setup.link.output(&mut self.out);
+        while self.sent < self.out.len() {
+            match self.sock.write(&self.out[self.sent..]) {
+                Ok(0) => break,
+                Ok(n) => self.sent += n,
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                // What the peer said before it closed tells more than our failed write: reading goes on.
+                Err(_) => break,
+            }
+        }
+        self.out.clear();
+        self.sent = 0;
+        Ok(())
+    }
+
+    /// Opens this side's listen comms and offers them to the proved peer.
+    ///
+    /// # Errors
+    /// `Resource` when the descriptors do not suffice; why a plugin cannot listen.
+    pub(crate) fn admit(&mut self, site: &Site) -> Result<()> {
+        let Some(agreed) = self.setup.link.proved() else { return Err(err!(Internal, "admitted before its proof")) };
+        limits::room_for(&site.limits, self.sock.as_fd(), site.cost(&agreed.terms))?;
+        let opened = Opened::open(site, agreed.terms.channels.into()).map_err(|e| limits::explain(e, self.sock.as_fd()))?;
+        self.setup.offer(opened.offers());
+        self.channels = Channels::Opened(opened);
+        Ok(())
+    }
+
+    /// Gives up: the channels at once, and the peer is told why. What is left is a socket that may linger until the peer has read it.
+    pub(crate) fn give_up(mut self, error: &Error) -> TcpStream {
+        self.channels = Channels::None;
+        self.setup.fail(error);
+        let _ = self.flush();
+        // Closing a socket with unread bytes resets it, and the peer could lose what it was told.
+        let _ = self.sock.shutdown(std::net::Shutdown::Write);
+        self.sock
+    }
+
+    /// The connection.
+    ///
+    /// # Errors
+    /// `Canceled` when the engine ends, `Resource`.
+    pub(crate) fn finish(self, site: &Site) -> Result<Arc<Connection>> {
+        let (Channels::Up(sets), Some((agreed, sealed))) = (self.channels, self.setup.link.finish()) else {
+            return Err(err!(Internal, "finished before its end"));
+        };
+        build::connection(site, Up { sock: self.sock, address: self.address, agreed, sealed, sets })
+    }
+}

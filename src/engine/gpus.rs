@@ -1,0 +1,89 @@
+//! Which GPU is the engine's, and on which one memory lies. Knows nothing of connections.
+
+use crate::gpu::{Gpu, GpuName, MemoryKind};
+use crate::net::plugin::Plugin;
+use crate::net::{OnGpu, Scope};
+use crate::status::{bail, Result};
+use crate::types::Place;
+use parking_lot::Mutex;
+use std::collections::hash_map::Entry;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+impl OnGpu for Gpu {
+    fn on(&self, body: &mut dyn FnMut()) -> Result<()> {
+        self.with(|| {
+            body();
+            Ok(())
+        })
+    }
+}
+
+pub(crate) struct Gpus {
+    /// The engine's GPU, where there is one. Named, not touched.
+    own: Option<GpuName>,
+    /// Host memory is treated as memory of a GPU.
+    emulated: bool,
+    /// GPUs of registered memory: their contexts stay until the engine's end.
+    opened: Mutex<HashMap<u8, Arc<Gpu>>>,
+}
+
+impl Gpus {
+    pub(crate) fn new(emulated: bool) -> Gpus {
+        Gpus { own: if emulated { None } else { crate::gpu::current_name() }, emulated, opened: Mutex::default() }
+    }
+
+    /// CUDA index of the engine's GPU, -1 without one.
+    pub(crate) fn index(&self) -> i32 {
+        self.own.as_ref().map_or(-1, |g| g.ordinal)
+    }
+
+    /// PCI address of the engine's GPU for peers, "-1" without one.
+    pub(crate) fn name(&self) -> String {
+        self.own.as_ref().map_or("-1".to_owned(), |g| g.bdf.to_string())
+    }
+
+    /// Directory of the engine's GPU under /sys.
+    pub(crate) fn pci_path(&self) -> Option<String> {
+        let path = std::fs::canonicalize(format!("/sys/bus/pci/devices/{}", self.own.as_ref()?.bdf)).ok()?;
+        Some(path.to_string_lossy().into_owned())
+    }
+
+    /// The engine's GPU, opened; for the start of a plugin.
+    pub(crate) fn own(&self) -> Result<Scope> {
+        match &self.own {
+            Some(gpu) => Ok(Some(Gpu::open(gpu.ordinal)?)),
+            None => Ok(None),
+        }
+    }
+
+    /// The GPU that a plugin's calls follow; none for the software plugin, which takes it from each device request.
+    pub(crate) fn followed_by(&self, plugin: &Plugin) -> Result<Scope> {
+        match &self.own {
+            Some(gpu) if plugin.traits.follows_gpu => Ok(Some(Gpu::open(gpu.ordinal)?)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Where the memory at `addr` lies. Retains the context of the GPU it lies on.
+    pub(crate) fn place_of(&self, addr: u64) -> Result<Place> {
+        if self.emulated {
+            return Ok(Place::gpu(0));
+        }
+        // The kernel reads and writes pinned and managed memory like any other.
+        let MemoryKind::Device { ordinal } = crate::gpu::memory_kind(addr)? else { return Ok(Place::HOST) };
+        let Ok(index) = u8::try_from(ordinal) else { bail!(Unsupported, "GPU {ordinal}") };
+        if let Entry::Vacant(entry) = self.opened.lock().entry(index) {
+            let gpu = Gpu::open(ordinal)?;
+            crate::channel::cuda::warm(&gpu)?;
+            entry.insert(gpu);
+        }
+        Ok(Place::gpu(index))
+    }
+
+    /// Has what the next connection needs of the GPUs in use ready: nothing is allocated in the middle of a transfer.
+    pub(crate) fn warm(&self) -> Result<()> {
+        let gpus: Vec<Arc<Gpu>> = self.opened.lock().values().cloned().collect();
+        gpus.iter().try_for_each(crate::channel::cuda::warm)
+    }
+}

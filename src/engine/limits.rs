@@ -1,0 +1,212 @@
+//! How much of the process's descriptors and memory the engine may take for peers: shares of the limits, with a reserve for the
+//! application. Knows nothing of sockets' contents, set-ups or connections.
+
+use crate::status::{err, Error, ErrorKind, Result};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+/// What the engine may have open and under way. All but `ceiling` count objects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Limits {
+    /// Incoming sockets whose handshake is not proved.
+    pub strangers: usize,
+    /// Incoming set-ups after their proof.
+    pub incoming: usize,
+    /// Of these, how many one peer address may have before it has to give way to others.
+    pub per_peer: usize,
+    /// Outgoing set-ups.
+    pub outgoing: usize,
+    /// Connections that wait for the application's accept.
+    pub waiting: usize,
+    /// The engine opens nothing for a peer when the descriptor numbers in use reach this: the rest is the application's.
+    pub ceiling: usize,
+}
+
+/// Memory that a connection under way or waiting is taken to cost at most, before any data moves.
+const CONNECTION_BYTES: u64 = 1 << 20;
+
+impl Limits {
+    /// Shares of `nofile` descriptors and of `memory` bytes.
+    pub(crate) fn from(nofile: u64, memory: u64) -> Limits {
+        let nofile = usize::try_from(nofile.clamp(64, 1 << 24)).unwrap_or(64);
+        let affordable = usize::try_from(memory / 16 / CONNECTION_BYTES).unwrap_or(usize::MAX).max(8);
+        // Numbers are given out from the lowest free one: staying below a ceiling leaves the rest to the application.
+        let reserve = (nofile / 4).clamp(32, 4096);
+        let ceiling = nofile - reserve;
+        let incoming = (ceiling / 8).clamp(8, 4096).min(affordable);
+        Limits {
+            strangers: (ceiling / 12).clamp(8, 1024),
+            incoming,
+            per_peer: incoming.div_ceil(2),
+            outgoing: (ceiling / 8).clamp(8, 4096).min(affordable),
+            waiting: (ceiling / 8).clamp(16, 2048).min(affordable),
+            ceiling,
+        }
+    }
+
+    /// The shares of this process's limits as they are now.
+    pub(crate) fn of_process() -> Limits {
+        Limits::from(descriptor_limit(), memory_limit())
+    }
+}
+
+/// RLIMIT_NOFILE, the soft limit.
+fn descriptor_limit() -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: a writable rlimit.
+    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } != 0 {
+        return 1024;
+    }
+    limit.rlim_cur
+}
+
+/// Memory of the machine, or of the control group where that has less.
+fn memory_limit() -> u64 {
+    // SAFETY: plain system calls.
+    let (pages, size) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+    let machine = u64::try_from(pages).unwrap_or(0).saturating_mul(u64::try_from(size).unwrap_or(4096));
+    let group = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
+    group.map_or(machine, |group: u64| group.min(machine)).max(64 << 20)
+}
+
+/// The lowest descriptor number that is free, by taking and giving back one; as many are in use at least.
+///
+/// # Errors
+/// `Resource` when none is free.
+pub(crate) fn lowest_free(fd: RawFd) -> Result<usize> {
+    // SAFETY: a plain system call; `fd` is checked by the kernel.
+    let got = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) };
+    if got < 0 {
+        return Err(exhausted("descriptors", &std::io::Error::last_os_error()));
+    }
+    // SAFETY: fresh, and owned by nobody else.
+    let _own = unsafe { OwnedFd::from_raw_fd(got) };
+    Ok(got as usize)
+}
+
+/// Whether `more` descriptors fit below the ceiling. `fd` is any open descriptor.
+///
+/// # Errors
+/// `Resource` with the numbers when they do not.
+pub(crate) fn room_for(limits: &Limits, fd: BorrowedFd<'_>, more: usize) -> Result<()> {
+    let used = lowest_free(fd.as_raw_fd())?;
+    if used + more > limits.ceiling {
+        return Err(err!(
+            Resource,
+            "{more} more file descriptors would take this process above {} (RLIMIT_NOFILE less a reserve for the application; {used} are in use)",
+            limits.ceiling
+        ));
+    }
+    Ok(())
+}
+
+/// Whether a failed system call means that descriptors, memory or threads ran out, here or on the whole machine.
+pub(crate) fn is_exhaustion(e: &std::io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS))
+}
+
+/// An error of a call that ran out of something.
+fn exhausted(what: &str, e: &std::io::Error) -> Error {
+    let hint = match e.raw_os_error() {
+        Some(libc::EMFILE) => "; raise RLIMIT_NOFILE (ulimit -n)",
+        Some(libc::ENFILE) => "; the whole machine has none left (fs.file-max)",
+        Some(libc::EAGAIN) => "; the limit of threads is reached (ulimit -u, pids of the control group)",
+        _ => "",
+    };
+    Error::new(ErrorKind::Resource, format_args!("out of {what}: {e}{hint}"))
+}
+
+/// The error of a failed system call: `Resource` with a hint when something ran out, else `System`.
+pub(crate) fn system(what: &str, e: &std::io::Error) -> Error {
+    if is_exhaustion(e) {
+        let out = exhausted("file descriptors or memory", e);
+        return Error::new(ErrorKind::Resource, format_args!("{what}: {out}"));
+    }
+    Error::system(what, e)
+}
+
+/// A plugin's error says little of its cause. When this process has run out of descriptors, that is the cause.
+pub(crate) fn explain(error: Error, fd: BorrowedFd<'_>) -> Error {
+    if !matches!(error.kind(), ErrorKind::Plugin | ErrorKind::System | ErrorKind::Unreachable | ErrorKind::RemoteDisconnect) {
+        return error;
+    }
+    match lowest_free(fd.as_raw_fd()) {
+        Ok(_) => error,
+        Err(out) => Error::new(ErrorKind::Resource, format_args!("{out} (seen as: {error})")),
+    }
+}
+
+/// Starts a thread of the library.
+///
+/// # Errors
+/// `Resource` when there are too many threads or too little memory.
+pub(crate) fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<std::thread::JoinHandle<()>> {
+    std::thread::Builder::new().name(name.into()).spawn(body).map_err(|e| {
+        if e.raw_os_error() == Some(libc::EAGAIN) || is_exhaustion(&e) {
+            exhausted(&format!("threads (for {name})"), &e)
+        } else {
+            Error::system(format_args!("thread {name}"), &e)
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn every_limit_leaves_a_reserve_and_lets_peers_in() {
+        for nofile in [0, 64, 256, 1024, 4096, 65_536, 1 << 20, u64::MAX] {
+            for memory in [0, 64 << 20, GIB, 64 * GIB, u64::MAX] {
+                let l = Limits::from(nofile, memory);
+                let given = usize::try_from(nofile.clamp(64, 1 << 24)).unwrap();
+                assert!(given - l.ceiling >= 32, "{nofile}: {l:?}");
+                assert!(l.strangers >= 8 && l.incoming >= 8 && l.outgoing >= 8 && l.waiting >= 8 && l.per_peer >= 4, "{l:?}");
+                // One descriptor each: strangers alone take a small part.
+                assert!(l.strangers <= given / 8, "{nofile}: {l:?}");
+                // With three descriptors each, which is one channel, all budgets together stay below the ceiling of usual limits.
+                if nofile >= 256 {
+                    assert!(l.strangers + 3 * l.incoming + 3 * l.outgoing <= l.ceiling, "{nofile}: {l:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn usual_limits() {
+        let l = Limits::from(256, 16 * GIB);
+        assert_eq!((l.strangers, l.incoming, l.outgoing, l.waiting, l.ceiling), (16, 24, 24, 24, 192));
+        let l = Limits::from(1024, 16 * GIB);
+        assert_eq!((l.strangers, l.incoming, l.outgoing, l.waiting, l.ceiling), (64, 96, 96, 96, 768));
+        let l = Limits::from(1 << 20, 64 * GIB);
+        assert_eq!((l.strangers, l.incoming, l.outgoing, l.waiting, l.ceiling), (1024, 4096, 4096, 2048, (1 << 20) - 4096));
+        // Little memory, many descriptors.
+        let l = Limits::from(1 << 20, GIB);
+        assert_eq!((l.incoming, l.waiting), (64, 64));
+    }
+
+    #[test]
+    fn exhaustion_is_told_apart_and_explained() {
+        for (errno, kind) in [
+            (libc::EMFILE, ErrorKind::Resource),
+            (libc::ENFILE, ErrorKind::Resource),
+            (libc::ENOMEM, ErrorKind::Resource),
+            (libc::ECONNREFUSED, ErrorKind::System),
+        ] {
+            let error = system("socket", &std::io::Error::from_raw_os_error(errno));
+            assert_eq!(error.kind(), kind, "{error}");
+        }
+        assert!(system("socket", &std::io::Error::from_raw_os_error(libc::EMFILE)).to_string().contains("RLIMIT_NOFILE"));
+    }
+
+    #[test]
+    fn room_is_measured_by_the_lowest_free_number() {
+        use std::os::fd::AsFd;
+        let any = std::fs::File::open("/dev/null").unwrap();
+        let mut limits = Limits::from(1 << 20, GIB);
+        room_for(&limits, any.as_fd(), 10).unwrap();
+        limits.ceiling = 5;
+        assert_eq!(room_for(&limits, any.as_fd(), 10).unwrap_err().kind(), ErrorKind::Resource);
+    }
+}

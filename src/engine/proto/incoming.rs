@@ -1,0 +1,210 @@
+//! Data that arrives: streams that the peer announced or this side asked for, and the chunks of them that are under way. A chunk that
+//! fits no stream is the peer's fault.
+
+use super::outgoing::tag;
+use crate::channel::path::{Arrival, Dest};
+use crate::channel::plan::Stream;
+use crate::channel::router::Channels;
+use crate::region::Hold;
+use crate::status::{bail, Result};
+use crate::types::{Key, Segment};
+use crate::wire::frame::Grant;
+use std::collections::HashMap;
+
+/// What the end of a stream means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// The peer's write: tell it.
+    Write,
+    /// Our read.
+    Read,
+    /// Our receive `id` of the peer's message: tell the peer too.
+    Receive(u64),
+    /// A refused write of the peer, drained to the end.
+    Refused,
+}
+
+/// Where the bytes of a stream go.
+enum Target {
+    Memory {
+        stream: Stream,
+        hold: Hold,
+        ending: Ending,
+    },
+    /// Nowhere; so many bytes may still be announced.
+    Nowhere {
+        total: u64,
+        left: u64,
+    },
+}
+
+struct InStream {
+    target: Target,
+    /// Bytes announced and not yet in place.
+    arriving: u64,
+    /// Some chunk was announced.
+    begun: bool,
+    segments: usize,
+}
+
+impl InStream {
+    fn unannounced(&self) -> u64 {
+        match &self.target {
+            Target::Memory { stream, .. } => stream.remaining(),
+            Target::Nowhere { left, .. } => *left,
+        }
+    }
+}
+
+/// A stream that has ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Ended {
+    pub ending: Ending,
+    /// Its list, for its memory.
+    pub list: Vec<Segment>,
+    pub segments: usize,
+}
+
+/// Announced chunks that may be under way on a connection.
+const MAX_EXPECTED: usize = 1 << 18;
+
+#[derive(Default)]
+pub(super) struct Incoming {
+    streams: HashMap<Key, InStream>,
+    /// Chunks under way.
+    expected: usize,
+}
+
+impl Incoming {
+    /// A stream into memory. There must be none of this key.
+    pub(super) fn start(&mut self, key: Key, segments: Vec<Segment>, hold: Hold, ending: Ending) {
+        let stream = Stream::new(segments);
+        let segments = stream.segments();
+        let target = Target::Memory { stream, hold, ending };
+        self.streams.insert(key, InStream { target, arriving: 0, begun: false, segments });
+    }
+
+    /// A stream of at most `total` bytes that must be drained.
+    pub(super) fn refuse(&mut self, key: Key, total: u64) {
+        let target = Target::Nowhere { total, left: total };
+        self.streams.insert(key, InStream { target, arriving: 0, begun: false, segments: 0 });
+    }
+
+    pub(super) fn contains(&self, key: Key) -> bool {
+        self.streams.contains_key(&key)
+    }
+
+    /// Whether a chunk of the stream was announced.
+    pub(super) fn begun(&self, key: Key) -> bool {
+        self.streams.get(&key).is_some_and(|s| s.begun)
+    }
+
+    /// The peer announces a chunk.
+    ///
+    /// # Errors
+    /// `Protocol` when it fits no stream, no channel or no limit.
+    pub(super) fn announce(&mut self, key: Key, grant: Grant, max: usize, channels: &mut Channels) -> Result<()> {
+        let len = grant.len as usize;
+        if len == 0 || len > max {
+            bail!(Protocol, "chunk of {len} bytes, at most {max} were agreed");
+        }
+        if self.expected == MAX_EXPECTED {
+            bail!(Protocol, "{MAX_EXPECTED} chunks are announced and have not come");
+        }
+        let Some(inc) = self.streams.get_mut(&key) else { bail!(Protocol, "a chunk of transfer {}, which expects none", key.id) };
+        let (tag, dest) = match &mut inc.target {
+            Target::Memory { stream, hold, .. } => {
+                let tag = tag(key, false, stream.offset());
+                let Some(chunk) = stream.take_exact(len) else {
+                    bail!(Protocol, "chunk of {len} bytes of transfer {} is outside the plan", key.id)
+                };
+                (tag, Dest::Memory { place: chunk.place, parts: chunk.parts, hold: hold.clone() })
+            }
+            Target::Nowhere { total, left } => {
+                let tag = tag(key, false, *total - *left);
+                let Some(rest) = left.checked_sub(len as u64) else { bail!(Protocol, "more data than transfer {} has", key.id) };
+                *left = rest;
+                (tag, Dest::Discard)
+            }
+        };
+        inc.begun = true;
+        inc.arriving += len as u64;
+        self.expected += 1;
+        channels.expect(grant.channel, Arrival { key, len, tag, dest })
+    }
+
+    /// A chunk is in place, or drained; the end of the stream when that was all of it.
+    ///
+    /// # Errors
+    /// `Internal` for a chunk that nobody expected.
+    pub(super) fn arrived(&mut self, key: Key, len: u64) -> Result<Option<Ended>> {
+        let Some(inc) = self.streams.get_mut(&key) else { bail!(Internal, "a chunk of no stream has arrived") };
+        let Some(left) = inc.arriving.checked_sub(len) else { bail!(Internal, "more bytes have arrived than were announced") };
+        inc.arriving = left;
+        self.expected -= 1;
+        Ok(self.ended(key))
+    }
+
+    /// The end of a stream of which nothing is under way or to come.
+    fn ended(&mut self, key: Key) -> Option<Ended> {
+        let inc = self.streams.get(&key)?;
+        (inc.arriving == 0 && inc.unannounced() == 0).then(|| self.remove(key)).flatten()
+    }
+
+    /// Takes a stream out, whatever is missing. Chunks of it must not be under way.
+    fn remove(&mut self, key: Key) -> Option<Ended> {
+        let inc = self.streams.remove(&key)?;
+        Some(match inc.target {
+            Target::Memory { stream, ending, .. } => Ended { ending, list: stream.into_list(), segments: inc.segments },
+            Target::Nowhere { .. } => Ended { ending: Ending::Refused, list: Vec::new(), segments: 0 },
+        })
+    }
+
+    /// The peer announces no more of a refused write; its end when nothing is under way.
+    ///
+    /// # Errors
+    /// `Protocol` when there is no such write, or it was cancelled before.
+    pub(super) fn cancel(&mut self, key: Key) -> Result<Option<Ended>> {
+        match self.streams.get_mut(&key).map(|inc| &mut inc.target) {
+            Some(Target::Nowhere { left, .. }) if *left > 0 => *left = 0,
+            _ => bail!(Protocol, "transfer {} was not refused, and its initiator cancels it", key.id),
+        }
+        Ok(self.ended(key))
+    }
+
+    /// Takes out a stream of which no chunk was ever announced: its end is a verdict, or data inside a frame.
+    ///
+    /// # Errors
+    /// `Protocol` when chunks were announced, or there is no such stream.
+    pub(super) fn take_unbegun(&mut self, key: Key) -> Result<(Stream, Hold, Ending, usize)> {
+        if self.begun(key) || !self.contains(key) {
+            bail!(Protocol, "an answer to transfer {} that does not fit its state", key.id);
+        }
+        match self.streams.remove(&key) {
+            Some(InStream { target: Target::Memory { stream, hold, ending }, segments, .. }) => {
+                Ok((stream, hold, ending, segments))
+            }
+            _ => bail!(Protocol, "an answer to transfer {} that does not fit its state", key.id),
+        }
+    }
+
+    /// Our receive that the peer's message `key` was matched with.
+    pub(super) fn receive_of(&self, key: Key) -> Option<u64> {
+        match self.streams.get(&key)?.target {
+            Target::Memory { ending: Ending::Receive(id), .. } => Some(id),
+            _ => None,
+        }
+    }
+
+    pub(super) fn uses_region(&self, id: u64) -> bool {
+        self.streams.values().any(|s| matches!(&s.target, Target::Memory { hold, .. } if hold.holds(id)))
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.streams.is_empty()
+    }
+
+    pub(super) fn clear(&mut self) {
+        *self = Incoming::default();
+    }
+}

@@ -1,0 +1,128 @@
+//! What may be in flight on a connection. Each side admits no more of its own; the other side tolerates twice that, since it may learn of
+//! an end later, and takes more for an attack. Pure.
+
+use crate::status::{bail, Result};
+
+/// Transfers in flight that one side started.
+const MAX_TRANSFERS: usize = 1 << 16;
+/// Segments of all of them together.
+const MAX_SEGMENTS_IN_FLIGHT: usize = 4 << 20;
+/// Bytes of frames that may wait to leave besides notifications of the application: answers to a peer that does not read.
+const MAX_ANSWERS: usize = 64 << 20;
+/// Bytes of the control stream that may wait to leave.
+pub(crate) const MAX_BACKLOG: usize = 256 << 20;
+/// Above this backlog the answer to a read takes the channels and not the control stream.
+pub(super) const MAX_INLINE_BACKLOG: usize = 1 << 20;
+
+/// Whether this side may start one more transfer.
+pub(super) fn admit(transfers: usize, segments: usize, more: usize) -> Result<()> {
+    if transfers >= MAX_TRANSFERS {
+        bail!(Resource, "{MAX_TRANSFERS} transfers are in flight on this connection");
+    }
+    if segments + more > MAX_SEGMENTS_IN_FLIGHT {
+        bail!(Resource, "transfers in flight on this connection would have more than {MAX_SEGMENTS_IN_FLIGHT} segments");
+    }
+    Ok(())
+}
+
+/// An error when answers to the peer pile up: it does not read them.
+pub(super) fn answers(waiting: usize) -> Result<()> {
+    if waiting > MAX_ANSWERS {
+        bail!(Resource, "{waiting} bytes of answers wait: the peer does not read them");
+    }
+    Ok(())
+}
+
+/// What the peer has in flight.
+#[derive(Debug, Default)]
+pub(super) struct PeerLoad {
+    last_id: u64,
+    transfers: usize,
+    segments: usize,
+}
+
+impl PeerLoad {
+    /// The peer names a new transfer.
+    ///
+    /// # Errors
+    /// `Protocol` when its id does not rise, or it has too much in flight.
+    pub(super) fn begin(&mut self, id: u64, segments: usize) -> Result<()> {
+        if id <= self.last_id {
+            bail!(Protocol, "transfer {id} is announced after transfer {}", self.last_id);
+        }
+        self.last_id = id;
+        self.transfers += 1;
+        self.segments += segments;
+        if self.transfers > 2 * MAX_TRANSFERS || self.segments > 2 * MAX_SEGMENTS_IN_FLIGHT {
+            bail!(Protocol, "the peer has {} transfers of {} segments in flight", self.transfers, self.segments);
+        }
+        Ok(())
+    }
+
+    /// Whether the peer has announced a transfer of this id, or of a later one.
+    pub(super) fn has_named(&self, id: u64) -> bool {
+        id > 0 && id <= self.last_id
+    }
+
+    /// A transfer of the peer has ended here.
+    pub(super) fn ended(&mut self, segments: usize) {
+        self.transfers = self.transfers.saturating_sub(1);
+        self.segments = self.segments.saturating_sub(segments);
+    }
+
+    /// Segments of a transfer are not kept any more, which goes on.
+    pub(super) fn without_list(&mut self, segments: usize) {
+        self.segments = self.segments.saturating_sub(segments);
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_idle(&self) -> bool {
+        self.transfers == 0 && self.segments == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::ErrorKind;
+
+    #[test]
+    fn this_side_stops_at_its_limits() {
+        assert!(admit(MAX_TRANSFERS - 1, MAX_SEGMENTS_IN_FLIGHT - 5, 5).is_ok());
+        for (transfers, segments, more) in [(MAX_TRANSFERS, 0, 0), (0, MAX_SEGMENTS_IN_FLIGHT, 1)] {
+            assert_eq!(admit(transfers, segments, more).unwrap_err().kind(), ErrorKind::Resource);
+        }
+    }
+
+    #[test]
+    fn ids_of_the_peer_rise() {
+        let mut load = PeerLoad::default();
+        assert!(load.begin(0, 1).is_err());
+        assert!(load.begin(1, 1).is_ok() && load.begin(5, 1).is_ok());
+        for id in [5, 4, 1] {
+            assert_eq!(load.begin(id, 1).unwrap_err().kind(), ErrorKind::Protocol);
+        }
+    }
+
+    #[test]
+    fn a_peer_with_too_much_in_flight_is_refused() {
+        let mut load = PeerLoad::default();
+        for id in 1..=2 * MAX_TRANSFERS as u64 {
+            load.begin(id, 1).unwrap();
+        }
+        assert!(load.begin(1 << 40, 1).is_err());
+        let mut load = PeerLoad::default();
+        assert!(load.begin(1, 2 * MAX_SEGMENTS_IN_FLIGHT).is_ok());
+        load.without_list(1);
+        assert!(load.begin(2, 1).is_ok());
+        assert!(load.begin(3, 1).is_err());
+        load.ended(MAX_SEGMENTS_IN_FLIGHT);
+        assert!(load.begin(4, 1).is_ok());
+    }
+
+    #[test]
+    fn answers_have_a_limit() {
+        assert!(answers(MAX_ANSWERS).is_ok());
+        assert_eq!(answers(MAX_ANSWERS + 1).unwrap_err().kind(), ErrorKind::Resource);
+    }
+}

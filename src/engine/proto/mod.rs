@@ -1,0 +1,527 @@
+//! The protocol of one connection as a machine without sockets, threads or clocks. In: requests of the application, the peer's frames,
+//! what happened on channels, the time. Out: frames to send ([`Machine::tx`]), chunks handed to [`Channels`], verdicts
+//! ([`Machine::lookup`]), and an error when the connection must end.
+//!
+//! Invariants, which `simulation` tries to break:
+//! - I1: a transfer is OK only when every byte of it is in place. Chunks bear a tag of transfer and place that both sides compute; what
+//!   fits no announcement is an error, never a shift.
+//! - I2: every posted chunk holds the use of its regions. A verdict, withdrawal or announcement that does not fit the state of its
+//!   transfer fails the connection, channels first.
+//! - I3: every transfer ends within its deadline, whatever the peer, its neighbours or the network do (`deadlines`).
+//! - I4: whatever a peer can feed has a limit (`limits`).
+//! - I5: only [`Machine::admit`] may fail and leave the connection alive. Every later error ends it.
+
+mod deadlines;
+mod incoming;
+mod limits;
+mod matching;
+mod outgoing;
+mod peer;
+#[cfg(test)]
+mod simulation;
+mod transfers;
+
+pub(crate) use limits::MAX_BACKLOG;
+pub(crate) use outgoing::Scheduled;
+pub use transfers::TransferState;
+
+use super::notify::Inbox;
+use super::registry::Registry;
+use super::spare::Spare;
+use crate::channel::path::Event;
+use crate::channel::plan::Stream;
+use crate::channel::router::Channels;
+use crate::logging::Limiter;
+use crate::region::{Hold, RegionUse};
+use crate::status::{bail, err, Error, Result, UCCL_OK};
+use crate::types::{Key, Place, Segment};
+use crate::wire::frame::{Frame, WireRegion, WireSegments, MAX_INLINE};
+use crate::wire::queue::TxQueue;
+use deadlines::{Deadlines, Overdue, Way};
+use incoming::{Ended, Ending, Incoming};
+use limits::PeerLoad;
+use matching::Matching;
+use outgoing::{Gone, Outgoing};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use transfers::{Kind, Transfers};
+
+/// What both sides agreed on, and what the machine needs of its engine.
+pub(crate) struct Setting {
+    pub registry: Arc<Registry>,
+    pub inbox: Inbox,
+    /// Largest chunk, bytes; both sides agree on it.
+    pub chunk_bytes: usize,
+    /// Largest transfer inside a control frame, bytes.
+    pub eager_bytes: usize,
+    /// Names the peer in errors.
+    pub peer: String,
+    pub transfer_timeout: Duration,
+    /// Silence after which the peer is lost; the smaller of both sides' values sets the heartbeat.
+    pub peer_timeout: Duration,
+    pub heartbeat: Duration,
+    pub match_timeout: Duration,
+}
+
+/// A one-sided transfer as the caller describes it: local segments with their regions, and the remote side's.
+pub(crate) struct Request {
+    pub segments: Vec<Segment>,
+    pub uses: Vec<RegionUse>,
+    pub remote: WireSegments<'static>,
+    pub remote_regions: Vec<WireRegion>,
+    pub total: u64,
+    /// The pairs of places (here, at the peer) that occur.
+    pub pairs: Vec<(Place, Place)>,
+}
+
+/// Deadlines of transfers are looked at this often while there are any.
+const TICK: Duration = Duration::from_millis(50);
+/// The network's counters are looked at this often while there are any.
+const LOOK: Duration = Duration::from_millis(500);
+/// The peer is told this often how much has arrived, while data arrives.
+const REPORT: Duration = Duration::from_secs(1);
+
+/// Log lines a second that the peer of one connection can cause.
+const PEER_LINES: u32 = 5;
+
+/// The protocol state of a connection.
+pub(crate) struct Machine {
+    setting: Setting,
+    /// Frames that wait to leave.
+    pub tx: TxQueue,
+    transfers: Transfers,
+    outgoing: Outgoing,
+    incoming: Incoming,
+    matching: Matching,
+    deadlines: Deadlines,
+    peer: PeerLoad,
+    /// Lists of ended transfers for the next ones.
+    pub spare: Spare,
+    events: Vec<Event>,
+    clock: Clock,
+    /// Bytes that the peer says have arrived there.
+    peer_received: u64,
+    /// Bytes that [`Frame::Ping`] has reported, and that the network had taken and brought at the last look.
+    reported: u64,
+    network: (u64, u64),
+    /// Bytes of frames that are neither queued any more nor with the socket.
+    leaving: usize,
+    /// Bytes of queued frames that answer the peer, at most.
+    answers: usize,
+    log: Limiter,
+    dead: Option<Error>,
+}
+
+/// When what last happened.
+struct Clock {
+    rx: Instant,
+    tx: Instant,
+    report: Instant,
+    network: Instant,
+    /// When the socket last took queued frames, or had nothing to take.
+    drained: Instant,
+    next_tick: Instant,
+}
+
+impl Machine {
+    pub(crate) fn new(setting: Setting, now: Instant) -> Machine {
+        Machine {
+            setting,
+            tx: TxQueue::default(),
+            transfers: Transfers::default(),
+            outgoing: Outgoing::default(),
+            incoming: Incoming::default(),
+            matching: Matching::default(),
+            deadlines: Deadlines::new(now),
+            peer: PeerLoad::default(),
+            spare: Spare::default(),
+            events: Vec::new(),
+            clock: Clock { rx: now, tx: now, report: now, network: now, drained: now, next_tick: now },
+            peer_received: 0,
+            reported: 0,
+            network: (0, 0),
+            leaving: 0,
+            answers: 0,
+            log: Limiter::new(PEER_LINES),
+            dead: None,
+        }
+    }
+
+    /// Why the connection ended, once it has.
+    pub(crate) fn dead(&self) -> Option<&Error> {
+        self.dead.as_ref()
+    }
+
+    /// An error once the connection has ended.
+    pub(crate) fn alive(&self) -> Result<()> {
+        match &self.dead {
+            Some(e) => Err(e.clone()),
+            None => Ok(()),
+        }
+    }
+
+    /// Transfers that this side started and that have not ended.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.transfers.in_flight()
+    }
+
+    /// A number that changes whenever a transfer of this side ends.
+    pub(crate) fn ended(&self) -> u64 {
+        self.transfers.ended()
+    }
+
+    /// Something waits for the network or the peer.
+    pub(crate) fn busy(&self) -> bool {
+        self.transfers.in_flight() > 0 || !self.incoming.is_empty() || !self.outgoing.is_empty()
+    }
+
+    /// Where a transfer of this side stands, or what it failed with.
+    pub(crate) fn lookup(&self, id: u64) -> Result<TransferState> {
+        self.transfers.lookup(id)
+    }
+
+    /// Whether a transfer of this connection uses a region of this side.
+    pub(crate) fn uses_region(&self, id: u64) -> bool {
+        self.outgoing.uses_region(id) || self.incoming.uses_region(id) || self.matching.uses_region(id)
+    }
+
+    /// Bytes of the control stream that the socket has not taken.
+    fn backlog(&self) -> usize {
+        self.tx.pending() + self.leaving
+    }
+
+    fn push(&mut self, frame: &Frame<'_>, now: Instant) {
+        if self.backlog() == 0 {
+            self.clock.drained = now;
+        }
+        self.tx.push(frame);
+        self.clock.tx = now;
+    }
+
+    /// Nothing is kept of transfers that have ended, on either side's account.
+    #[cfg(test)]
+    fn is_idle(&self) -> bool {
+        let empty = self.incoming.is_empty() && self.outgoing.is_empty() && !self.outgoing.waiting();
+        let matched = self.matching.waiting() == 0 && self.matching.messages() == 0;
+        empty && matched && !self.deadlines.any() && self.peer.is_idle() && self.transfers.segments() == 0
+    }
+
+    // ---- starting transfers ----
+
+    /// Whether one more transfer of this many segments between these places may start. The only step that can fail and leave the
+    /// connection alive.
+    ///
+    /// # Errors
+    /// Why the connection has ended; `Resource` at a limit; `Unsupported` for places that no channel connects.
+    pub(crate) fn admit(&self, segments: usize, pairs: &[(Place, Place)], channels: &Channels) -> Result<()> {
+        self.alive()?;
+        limits::admit(self.transfers.in_flight(), self.transfers.segments(), segments)?;
+        match pairs.iter().find(|&&(local, peer)| channels.route(local, peer).is_none()) {
+            Some((local, peer)) => Err(err!(Unsupported, "no channel carries memory of {local:?} here and {peer:?} at the peer")),
+            None => Ok(()),
+        }
+    }
+
+    /// Starts a write that was admitted. An error ends the connection, here as below.
+    pub(crate) fn start_write(&mut self, request: Request, channels: &mut Channels, now: Instant) -> Result<u64> {
+        let Request { segments, uses, remote, remote_regions, total, .. } = request;
+        let id = self.transfers.start(Kind::Write, total, segments.len());
+        if total == 0 {
+            self.transfers.finish(id, Ok(()));
+            return Ok(id);
+        }
+        let key = Key { id, mine: true };
+        self.deadlines.start(key, Way::Out, total, now);
+        if let Some(data) = self.load_inline(&segments, total, channels)? {
+            self.push(&Frame::Write { id, regions: remote_regions, segments: remote, inline: Some(&data) }, now);
+            self.transfers.moved(id, total);
+        } else {
+            self.announce(Frame::Write { id, regions: remote_regions, segments: remote, inline: None }, now);
+            self.outgoing.start(key, segments, Hold::new(uses), self.setting.chunk_bytes, channels)?;
+        }
+        Ok(id)
+    }
+
+    /// Starts a read that was admitted.
+    pub(crate) fn start_read(&mut self, request: Request, now: Instant) -> Result<u64> {
+        let Request { segments, uses, remote, remote_regions, total, .. } = request;
+        let id = self.transfers.start(Kind::Read, total, segments.len());
+        if total == 0 {
+            self.transfers.finish(id, Ok(()));
+            return Ok(id);
+        }
+        let key = Key { id, mine: true };
+        self.deadlines.start(key, Way::In, total, now);
+        self.announce(Frame::Read { id, regions: remote_regions, segments: remote }, now);
+        self.incoming.start(key, segments, Hold::new(uses), Ending::Read);
+        Ok(id)
+    }
+
+    /// Records a transfer that fails before anything moves.
+    pub(crate) fn start_failed(&mut self, error: Error) -> u64 {
+        let id = self.transfers.start(Kind::Write, 0, 0);
+        self.transfers.finish(id, Err(error));
+        id
+    }
+
+    /// Starts a two-sided send that was admitted. The peer's places are known when it answers.
+    pub(crate) fn start_send(&mut self, segments: Vec<Segment>, uses: Vec<RegionUse>, now: Instant) -> u64 {
+        let total = segments.iter().map(|s| s.len).sum();
+        let id = self.transfers.start(Kind::Send { pulled: false }, total, segments.len());
+        self.matching.send(id, segments, Hold::new(uses), now);
+        self.push(&Frame::Message { id, len: total }, now);
+        id
+    }
+
+    /// Starts a two-sided receive that was admitted.
+    pub(crate) fn start_receive(&mut self, segment: Segment, region: RegionUse, now: Instant) -> u64 {
+        let id = self.transfers.start(Kind::Receive, 0, 1);
+        self.matching.receive(id, segment, Hold::new(vec![region]), now);
+        self.match_receives(now);
+        id
+    }
+
+    /// Queues a notification.
+    pub(crate) fn notify(&mut self, name: &[u8], message: &[u8], now: Instant) {
+        self.push(&Frame::Notify { name, message }, now);
+    }
+
+    /// Queues the announcement of a transfer and keeps the memory of its list.
+    fn announce(&mut self, frame: Frame<'static>, now: Instant) {
+        self.push(&frame, now);
+        if let Frame::Write { segments, .. } | Frame::Read { segments, .. } = frame {
+            self.spare.give_wire(segments);
+        }
+    }
+
+    /// The bytes of a transfer that is small enough to travel inside a control frame.
+    fn load_inline(&mut self, segments: &[Segment], total: u64, channels: &mut Channels) -> Result<Option<Vec<u8>>> {
+        if total > self.setting.eager_bytes.min(MAX_INLINE) as u64 {
+            return Ok(None);
+        }
+        let device = segments.iter().any(|s| s.place.is_device());
+        if total > channels.inline_bytes(device) as u64 {
+            return Ok(None);
+        }
+        let mut data = Vec::with_capacity(total as usize);
+        let mut stream = Stream::new(segments.to_vec());
+        while let Some(chunk) = stream.take(MAX_INLINE) {
+            // SAFETY: the parts lie in registered regions that the caller's uses hold.
+            unsafe { channels.fetch(&chunk, &mut data) }?;
+        }
+        Ok(Some(data))
+    }
+
+    // ---- progress ----
+
+    /// Takes what happened on the channels. `true` when something did.
+    pub(crate) fn drive_channels(&mut self, channels: &mut Channels, now: Instant) -> Result<bool> {
+        let mut events = std::mem::take(&mut self.events);
+        let any = channels.progress(now, &mut events)?;
+        for event in events.drain(..) {
+            match event {
+                Event::Sent(key, len) => self.chunk_sent(key, len, now)?,
+                Event::Received(key, len) => self.chunk_received(key, len, now)?,
+            }
+        }
+        self.events = events;
+        Ok(any)
+    }
+
+    /// Hands at most `limit` chunks to channels with room.
+    pub(crate) fn schedule(&mut self, channels: &mut Channels, limit: usize, now: Instant) -> Result<Scheduled> {
+        if !self.outgoing.waiting() {
+            return Ok(Scheduled::Blocked);
+        }
+        let (before, backlog) = (self.tx.pending(), self.backlog());
+        let scheduled = self.outgoing.schedule(channels, &mut self.tx, limit, now)?;
+        if self.tx.pending() > before {
+            self.clock.tx = now;
+            if backlog == 0 {
+                self.clock.drained = now;
+            }
+        }
+        channels.flush()?;
+        Ok(scheduled)
+    }
+
+    fn chunk_sent(&mut self, key: Key, len: u64, now: Instant) -> Result<()> {
+        self.deadlines.moved(key, len, now);
+        if key.mine {
+            self.transfers.moved(key.id, len);
+        }
+        let segments = self.outgoing.segments(key);
+        if let Gone::Last(list) = self.outgoing.gone(key, len)? {
+            self.spare.give_list(list);
+            if key.mine {
+                self.transfers.source_free(key.id);
+                if self.transfers.kind(key.id).is_none() {
+                    self.deadlines.end(key);
+                }
+            } else {
+                self.peer.ended(segments);
+                self.deadlines.end(key);
+            }
+        }
+        Ok(())
+    }
+
+    fn chunk_received(&mut self, key: Key, len: u64, now: Instant) -> Result<()> {
+        self.deadlines.moved(key, len, now);
+        if let Some(receive) = self.incoming.receive_of(key) {
+            self.transfers.moved(receive, len);
+        } else if key.mine {
+            self.transfers.moved(key.id, len);
+        }
+        if let Some(ended) = self.incoming.arrived(key, len)? {
+            self.stream_ended(key, ended, now);
+        }
+        Ok(())
+    }
+
+    /// Everything of an incoming stream is in place, or drained.
+    fn stream_ended(&mut self, key: Key, ended: Ended, now: Instant) {
+        let Ended { ending, list, segments } = ended;
+        self.spare.give_list(list);
+        self.deadlines.end(key);
+        match ending {
+            Ending::Read => self.transfers.finish(key.id, Ok(())),
+            Ending::Refused => self.peer.ended(0),
+            Ending::Write => {
+                self.peer.ended(segments);
+                self.push(&Frame::Done { id: key.id, status: UCCL_OK, text: "" }, now);
+            }
+            Ending::Receive(id) => {
+                self.peer.ended(0);
+                self.transfers.finish(id, Ok(()));
+                self.push(&Frame::Done { id: key.id, status: UCCL_OK, text: "" }, now);
+            }
+        }
+    }
+
+    // ---- time ----
+
+    /// Bytes came in on the control stream; `arriving`: size of the frame they belong to.
+    pub(crate) fn heard(&mut self, bytes: usize, arriving: usize, now: Instant) {
+        self.clock.rx = now;
+        // Answers wait behind a large frame that is on its way: it counts as what it holds up.
+        if arriving > MAX_INLINE {
+            self.deadlines.flowed(Way::In, bytes as u64, now);
+            self.deadlines.flowed(Way::Out, bytes as u64, now);
+        }
+    }
+
+    /// The control socket took bytes; `leaving`: bytes taken from the queue that it has not.
+    pub(crate) fn told(&mut self, bytes: usize, leaving: usize, now: Instant) {
+        self.leaving = leaving;
+        if bytes > 0 {
+            self.clock.drained = now;
+        }
+        if self.tx.pending() > MAX_INLINE {
+            self.deadlines.flowed(Way::In, bytes as u64, now);
+            self.deadlines.flowed(Way::Out, bytes as u64, now);
+        }
+    }
+
+    /// When [`Machine::tick`] wants to be called next.
+    pub(crate) fn next_tick(&self) -> Instant {
+        self.clock.next_tick
+    }
+
+    /// Heartbeats and deadlines. An error means that the connection must end.
+    pub(crate) fn tick(&mut self, channels: &mut Channels, now: Instant) -> Result<()> {
+        let silent = now.saturating_duration_since(self.clock.rx);
+        if silent > self.setting.peer_timeout {
+            bail!(RemoteDisconnect, "the peer has been silent for {silent:.1?}");
+        }
+        let stuck = now.saturating_duration_since(self.clock.drained);
+        if self.backlog() > 0 && stuck > self.setting.transfer_timeout {
+            bail!(TimedOut, "the peer has read nothing of the control stream for {stuck:.1?}; {} bytes wait", self.backlog());
+        }
+        if now.saturating_duration_since(self.clock.network) >= LOOK.min(self.setting.transfer_timeout / 8) {
+            self.note_network(channels, now)?;
+        }
+        if let Some(overdue) = self.deadlines.overdue(self.setting.transfer_timeout, now) {
+            return Err(self.describe(overdue, channels));
+        }
+        self.expire_matches(now);
+        self.report(channels, now);
+        let active = self.deadlines.any() || self.backlog() > 0 || self.matching.waiting() > 0;
+        self.clock.next_tick = if active {
+            now + TICK
+        } else {
+            (self.clock.tx + self.setting.heartbeat).min(self.clock.rx + self.setting.peer_timeout).max(now + TICK)
+        };
+        Ok(())
+    }
+
+    /// Counts what the network has moved since the last look. An error when a channel has failed.
+    pub(crate) fn note_network(&mut self, channels: &Channels, now: Instant) -> Result<()> {
+        let (taken, brought) = channels.network_bytes()?;
+        self.deadlines.flowed(Way::Out, taken.saturating_sub(self.network.0), now);
+        self.deadlines.flowed(Way::In, brought.saturating_sub(self.network.1), now);
+        self.network = (taken.max(self.network.0), brought.max(self.network.1));
+        self.clock.network = now;
+        Ok(())
+    }
+
+    /// A heartbeat where nothing else was said, and the progress of incoming data.
+    fn report(&mut self, channels: &Channels, now: Instant) {
+        let received = channels.totals().received;
+        let news = received > self.reported
+            && now.saturating_duration_since(self.clock.report) >= REPORT.min(self.setting.transfer_timeout / 4);
+        let quiet = now.saturating_duration_since(self.clock.tx) >= self.setting.heartbeat;
+        if self.backlog() == 0 && (news || quiet) {
+            self.reported = received;
+            self.clock.report = now;
+            self.push(&Frame::Ping { received }, now);
+        }
+    }
+
+    /// Which transfer stands still, in which direction, and on which channels.
+    fn describe(&self, overdue: Overdue, channels: &Channels) -> Error {
+        let Overdue { key, way, still, others_moved } = overdue;
+        let whose = if key.mine { "transfer" } else { "the peer's transfer" };
+        let direction = match way {
+            Way::Out => "to",
+            Way::In => "from",
+        };
+        let rest = if others_moved { ", while others went on" } else { "" };
+        let on = channels.describe_busy();
+        let on = if on.is_empty() { "nothing is under way on the channels".to_owned() } else { format!("under way: {on}") };
+        err!(TimedOut, "{whose} {} {direction} the peer has not moved for {still:.1?}{rest}; {on}", key.id)
+    }
+
+    fn expire_matches(&mut self, now: Instant) {
+        let timeout = self.setting.match_timeout;
+        for id in self.matching.expire_sends(timeout, now) {
+            self.push(&Frame::Withdraw { id }, now);
+            self.transfers.finish(id, Err(err!(TimedOut, "no receive was posted for message {id} within {timeout:?}")));
+        }
+        for id in self.matching.expire_receives(timeout, now) {
+            self.transfers.finish(id, Err(err!(TimedOut, "no message came for receive {id} within {timeout:?}")));
+        }
+    }
+
+    // ---- the end ----
+
+    /// Says that this side ends the connection, and why.
+    pub(crate) fn say_bye(&mut self, error: Option<&Error>, now: Instant) {
+        let (status, text) = error.map_or((UCCL_OK, String::new()), |e| (e.code(), e.to_string()));
+        self.push(&Frame::Bye { status, text: &text }, now);
+    }
+
+    /// Ends the connection: closes the channels first, so that nothing touches memory any more, then ends every transfer with `error`.
+    pub(crate) fn fail(&mut self, error: Error, channels: &mut Channels) {
+        if self.dead.is_some() {
+            return;
+        }
+        channels.close();
+        self.outgoing.clear();
+        self.incoming.clear();
+        self.matching.clear();
+        self.deadlines.clear();
+        self.transfers.fail_all(&error);
+        self.dead = Some(error);
+    }
+}

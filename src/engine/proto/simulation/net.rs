@@ -1,0 +1,229 @@
+//! The simulated network of the simulation: channels whose messages move when the scheduler says so, stall, fail, and run out of memory on
+//! demand. Copies real bytes at the moment at which a real network would.
+
+use crate::channel::path::{Arrival, Copier, Departure, Dest, Event, Path};
+use crate::channel::stripe::Load;
+use crate::region::Hold;
+use crate::status::{bail, err, Result};
+use crate::types::{Key, Part, Place};
+use parking_lot::Mutex;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Requests of a channel, each way.
+const WINDOW: usize = 16;
+
+/// A message on its way.
+pub(super) struct Message {
+    pub tag: i32,
+    pub bytes: Vec<u8>,
+}
+
+/// A chunk that its sender has posted.
+struct Posted {
+    key: Key,
+    tag: i32,
+    parts: Vec<Part>,
+    _hold: Hold,
+}
+
+/// One direction of a channel.
+#[derive(Default)]
+pub(super) struct Wire {
+    posted: VecDeque<Posted>,
+    sent: VecDeque<(Key, u64)>,
+    pub flying: VecDeque<Message>,
+    expected: VecDeque<Arrival>,
+    arrived: VecDeque<(Key, u64)>,
+    pub stalled: bool,
+    pub failed: bool,
+    taken: u64,
+    brought: u64,
+}
+
+/// What the two sides share.
+pub(super) struct Net {
+    /// By channel, then by sending side.
+    pub wires: Vec<[Wire; 2]>,
+    /// Calls until an allocation of a side fails.
+    pub out_of_memory: [Option<u32>; 2],
+    /// Whether the network tells bytes.
+    pub tells: bool,
+    /// Sides that have closed their channels.
+    pub closed: [bool; 2],
+}
+
+impl Net {
+    pub(super) fn new(channels: usize, tells: bool) -> Net {
+        let wires = (0..channels).map(|_| Default::default()).collect();
+        Net { wires, out_of_memory: [None; 2], tells, closed: [false; 2] }
+    }
+
+    fn allocate(&mut self, side: usize) -> Result<()> {
+        if let Some(left) = &mut self.out_of_memory[side] {
+            if *left == 0 {
+                self.out_of_memory[side] = None;
+                bail!(Resource, "simulated: no memory");
+            }
+            *left -= 1;
+        }
+        Ok(())
+    }
+
+    /// The network takes the oldest posted message of a wire: its source is read now.
+    pub(super) fn transmit(&mut self, channel: usize, side: usize) {
+        let wire = &mut self.wires[channel][side];
+        if wire.stalled || wire.failed {
+            return;
+        }
+        let Some(posted) = wire.posted.pop_front() else { return };
+        let mut bytes = Vec::new();
+        for part in &posted.parts {
+            // SAFETY: memory of the harness, which outlives the simulation.
+            bytes.extend_from_slice(unsafe { std::slice::from_raw_parts(part.addr as *const u8, part.len as usize) });
+        }
+        wire.taken += bytes.len() as u64;
+        wire.sent.push_back((posted.key, bytes.len() as u64));
+        wire.flying.push_back(Message { tag: posted.tag, bytes });
+    }
+
+    /// The oldest message of a wire reaches the receive that waits for it: memory is written now.
+    pub(super) fn deliver(&mut self, channel: usize, side: usize) {
+        let wire = &mut self.wires[channel][side];
+        if wire.stalled || wire.failed || wire.expected.is_empty() || wire.flying.is_empty() {
+            return;
+        }
+        let (Some(message), Some(arrival)) = (wire.flying.pop_front(), wire.expected.pop_front()) else { return };
+        if message.tag != arrival.tag || message.bytes.len() != arrival.len {
+            wire.failed = true;
+            return;
+        }
+        if let Dest::Memory { parts, .. } = &arrival.dest {
+            let mut rest = &message.bytes[..];
+            for part in parts {
+                let (head, tail) = rest.split_at(part.len as usize);
+                // SAFETY: memory of the harness, which outlives the simulation.
+                unsafe { std::ptr::copy_nonoverlapping(head.as_ptr(), part.addr as *mut u8, head.len()) };
+                rest = tail;
+            }
+        }
+        wire.brought += arrival.len as u64;
+        wire.arrived.push_back((arrival.key, arrival.len as u64));
+    }
+}
+
+/// One side's view of some of the channels.
+pub(super) struct SimulatedPath {
+    net: Arc<Mutex<Net>>,
+    side: usize,
+    first: usize,
+    channels: usize,
+    device: bool,
+}
+
+impl SimulatedPath {
+    /// Channels `first..first + channels`; for device memory on both sides, or for everything else.
+    pub(super) fn new(net: &Arc<Mutex<Net>>, side: usize, first: usize, channels: usize, device: bool) -> SimulatedPath {
+        SimulatedPath { net: net.clone(), side, first, channels, device }
+    }
+}
+
+impl Path for SimulatedPath {
+    fn channels(&self) -> usize {
+        self.channels
+    }
+
+    fn carries(&self, local: Place, peer: Place) -> bool {
+        (local.is_device() && peer.is_device()) == self.device
+    }
+
+    fn carries_local(&self, local: Place) -> bool {
+        local.is_device() || !self.device
+    }
+
+    fn loads(&self, _place: Place, bulk: bool, _now: Instant, out: &mut Vec<Load>) {
+        let net = self.net.lock();
+        let window = if bulk { WINDOW / 2 } else { WINDOW };
+        for channel in self.first..self.first + self.channels {
+            let wire = &net.wires[channel][self.side];
+            let taken = wire.posted.len() + wire.sent.len();
+            out.push(Load { free: window.saturating_sub(taken), queued: taken as u64, rate: 0.0 });
+        }
+    }
+
+    fn submit(&mut self, channel: usize, departure: Departure, _copier: &mut Copier, _now: Instant) -> Result<()> {
+        let mut net = self.net.lock();
+        net.allocate(self.side)?;
+        let wire = &mut net.wires[self.first + channel][self.side];
+        assert!(wire.posted.len() + wire.sent.len() < WINDOW, "more requests than the window has places");
+        let Departure { key, chunk, hold, tag } = departure;
+        wire.posted.push_back(Posted { key, tag, parts: chunk.parts, _hold: hold });
+        Ok(())
+    }
+
+    fn expect(&mut self, channel: usize, arrival: Arrival) -> Result<()> {
+        let mut net = self.net.lock();
+        net.allocate(self.side)?;
+        net.wires[self.first + channel][1 - self.side].expected.push_back(arrival);
+        Ok(())
+    }
+
+    fn progress(&mut self, _copier: &mut Copier, _now: Instant, events: &mut Vec<Event>) -> Result<bool> {
+        let mut net = self.net.lock();
+        net.allocate(self.side)?;
+        let before = events.len();
+        for channel in self.first..self.first + self.channels {
+            let [a, b] = &mut net.wires[channel];
+            let (out, incoming) = if self.side == 0 { (a, b) } else { (b, a) };
+            events.extend(out.sent.drain(..).map(|(key, len)| Event::Sent(key, len)));
+            events.extend(incoming.arrived.drain(..).map(|(key, len)| Event::Received(key, len)));
+            let waits = !incoming.expected.is_empty() || !out.posted.is_empty();
+            if waits && (out.failed || incoming.failed) {
+                return Err(err!(RemoteDisconnect, "simulated: channel {channel} has failed"));
+            }
+        }
+        Ok(events.len() > before)
+    }
+
+    fn busy(&self) -> bool {
+        let net = self.net.lock();
+        (self.first..self.first + self.channels).any(|channel| {
+            let (out, incoming) = (&net.wires[channel][self.side], &net.wires[channel][1 - self.side]);
+            !out.posted.is_empty() || !out.sent.is_empty() || !incoming.expected.is_empty() || !incoming.arrived.is_empty()
+        })
+    }
+
+    fn network_bytes(&self) -> Result<Option<(u64, u64)>> {
+        let net = self.net.lock();
+        let wires = &net.wires[self.first..self.first + self.channels];
+        if wires.iter().any(|w| w[0].failed || w[1].failed) {
+            bail!(RemoteDisconnect, "simulated: a channel has failed");
+        }
+        let sum = |side: usize, of: fn(&Wire) -> u64| wires.iter().map(|w| of(&w[side])).sum();
+        Ok(net.tells.then(|| (sum(self.side, |w| w.taken), sum(1 - self.side, |w| w.brought))))
+    }
+
+    fn describe_busy(&self) -> Vec<String> {
+        vec!["simulated channels".to_owned()]
+    }
+
+    fn forget_region(&mut self, _id: u64) {}
+}
+
+impl Drop for SimulatedPath {
+    fn drop(&mut self) {
+        let mut net = self.net.lock();
+        net.closed[self.side] = true;
+        for channel in self.first..self.first + self.channels {
+            let wires = &mut net.wires[channel];
+            let (out, incoming) = (self.side, 1 - self.side);
+            wires[out].posted.clear();
+            wires[out].sent.clear();
+            wires[incoming].expected.clear();
+            wires[incoming].arrived.clear();
+            // The peer finds out when it next sends.
+            wires[incoming].failed = true;
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! From what the application names to what the machine takes: local segments with their regions, and the remote side's as they stand on
+//! the wire. Everything that can be checked on this side is checked here, before anything is admitted.
+
+use super::fifo::{Access, FifoItem};
+use super::proto::Request;
+use super::registry::Registry;
+use super::spare::{Spare, MANY};
+use super::transfer::LocalSegment;
+use crate::region::RegionUse;
+use crate::status::{bail, err, Error, Result};
+use crate::types::{Place, Segment};
+use crate::wire::frame::{WireRegion, WireSegment, WireSegments, MAX_REGIONS, MAX_SEGMENTS, MAX_SEGMENT_BYTES};
+use std::collections::HashMap;
+
+/// What became of a list of segments.
+pub(super) enum Built {
+    Request(Request),
+    /// Understood, and known to be refused by the peer: becomes a transfer that has failed.
+    Refused(Error),
+}
+
+/// Collects the segments of a one-sided transfer.
+pub(super) struct RequestBuilder<'a> {
+    registry: &'a Registry,
+    peer_engine: [u8; 16],
+    locals: Numbered<u64>,
+    remotes: Numbered<([u8; 16], u64)>,
+    request: Request,
+    /// Blocks of one region follow each other: what the last item said about the region need not be worked out again.
+    last: Option<(FifoItem, Access, u16)>,
+}
+
+impl<'a> RequestBuilder<'a> {
+    /// For `n` items to an engine of that id.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for too many, `Resource` without memory for the lists.
+    pub(super) fn new(n: usize, registry: &'a Registry, peer_engine: [u8; 16], spare: Option<&mut Spare>) -> Result<Self> {
+        check_count(n)?;
+        let (segments, remote) = match spare {
+            Some(spare) if n >= MANY => (spare.list(n)?, spare.wire(n)),
+            _ => (Vec::with_capacity(n), WireSegments::default()),
+        };
+        let request = Request { segments, uses: Vec::new(), remote, remote_regions: Vec::new(), total: 0, pairs: Vec::new() };
+        Ok(RequestBuilder { registry, peer_engine, locals: Numbered::new(), remotes: Numbered::new(), request, last: None })
+    }
+
+    /// All items.
+    ///
+    /// # Errors
+    /// `NotFound`, `InvalidArgument`.
+    pub(super) fn build(mut self, items: impl Iterator<Item = (LocalSegment, FifoItem)>) -> Result<Built> {
+        for (local, item) in items {
+            if let Some(refused) = self.add(local, &item)? {
+                return Ok(Built::Refused(refused));
+            }
+        }
+        Ok(Built::Request(self.request))
+    }
+
+    /// One item; an error value when the peer would refuse it.
+    fn add(&mut self, local: LocalSegment, item: &FifoItem) -> Result<Option<Error>> {
+        let len = local.len as u64;
+        let RequestBuilder { request, registry, .. } = self;
+        let region = self.locals.index(local.mr, || {
+            request.uses.push(registry.local(local.mr)?);
+            Ok(())
+        })?;
+        let used = &request.uses[usize::from(region)];
+        used.check(local.addr as u64, len)?;
+        let place = used.place;
+        let (access, remote_region) = match self.last {
+            Some((known, access, region)) if known.same_region(item) => (access, region),
+            _ => match self.remote(item)? {
+                Ok(known) => known,
+                Err(refused) => return Ok(Some(refused)),
+            },
+        };
+        if item.addr.checked_add(len).is_none() {
+            return Ok(Some(err!(RemoteAccess, "[{:#x}, +{len}) wraps around", item.addr)));
+        }
+        self.push(Segment { addr: local.addr as u64, len, region, place, peer: access.place }, item.addr, remote_region)?;
+        Ok(None)
+    }
+
+    /// What an item says about its region.
+    fn remote(&mut self, item: &FifoItem) -> Result<std::result::Result<(Access, u16), Error>> {
+        let access = item.access()?;
+        if access.engine != self.peer_engine {
+            return Ok(Err(err!(
+                RemoteAccess,
+                "the FIFO item of region {} belongs to another engine than this peer (has it restarted?)",
+                access.region
+            )));
+        }
+        let regions = &mut self.request.remote_regions;
+        let region = self.remotes.index((access.token, access.region), || {
+            regions.push(WireRegion { id: access.region, token: access.token });
+            Ok(())
+        })?;
+        self.last = Some((*item, access, region));
+        Ok(Ok((access, region)))
+    }
+
+    /// Appends a segment on both sides, in pieces that fit the wire.
+    fn push(&mut self, segment: Segment, remote_addr: u64, remote_region: u16) -> Result<()> {
+        let request = &mut self.request;
+        let pair = (segment.place, segment.peer);
+        if segment.len > 0 && !request.pairs.contains(&pair) {
+            request.pairs.push(pair);
+        }
+        request.total += segment.len;
+        let mut at = 0;
+        while at < segment.len {
+            let len = (segment.len - at).min(MAX_SEGMENT_BYTES);
+            if request.segments.len() == MAX_SEGMENTS {
+                bail!(InvalidArgument, "more than {MAX_SEGMENTS} segments of at most 1 GiB");
+            }
+            request.segments.push(Segment { addr: segment.addr + at, len, ..segment });
+            request.remote.push(WireSegment {
+                addr: remote_addr + at,
+                len: len as u32,
+                region: remote_region,
+                initiator: segment.place,
+                owner: segment.peer,
+            });
+            at += len;
+        }
+        Ok(())
+    }
+}
+
+fn check_count(n: usize) -> Result<()> {
+    if n > MAX_SEGMENTS {
+        bail!(InvalidArgument, "{n} segments, at most {MAX_SEGMENTS}");
+    }
+    Ok(())
+}
+
+/// The segments of a two-sided message, without the peer's places.
+pub(super) fn message(
+    items: impl ExactSizeIterator<Item = LocalSegment>,
+    registry: &Registry,
+) -> Result<(Vec<Segment>, Vec<RegionUse>)> {
+    check_count(items.len())?;
+    let mut locals = Numbered::new();
+    let (mut segments, mut uses) = (Vec::with_capacity(items.len()), Vec::new());
+    for local in items {
+        let region = locals.index(local.mr, || {
+            uses.push(registry.local(local.mr)?);
+            Ok(())
+        })?;
+        let used: &RegionUse = &uses[usize::from(region)];
+        used.check(local.addr as u64, local.len as u64)?;
+        if local.len > 0 {
+            let (addr, len) = (local.addr as u64, local.len as u64);
+            segments.push(Segment { addr, len, region, place: used.place, peer: Place::HOST });
+        }
+    }
+    Ok((segments, uses))
+}
+
+/// Numbers distinct keys in the order they appear; made for the common case of the same key again and again.
+struct Numbered<K> {
+    last: Option<(K, u16)>,
+    all: HashMap<K, u16>,
+}
+
+impl<K: Copy + Eq + std::hash::Hash> Numbered<K> {
+    fn new() -> Self {
+        Numbered { last: None, all: HashMap::new() }
+    }
+
+    fn index(&mut self, key: K, add: impl FnOnce() -> Result<()>) -> Result<u16> {
+        if let Some((last, index)) = self.last {
+            if last == key {
+                return Ok(index);
+            }
+        }
+        let index = match self.all.get(&key) {
+            Some(&index) => index,
+            None => {
+                if self.all.len() == MAX_REGIONS {
+                    bail!(InvalidArgument, "more than {MAX_REGIONS} regions in one transfer");
+                }
+                add()?;
+                let index = self.all.len() as u16;
+                self.all.insert(key, index);
+                index
+            }
+        };
+        self.last = Some((key, index));
+        Ok(index)
+    }
+}

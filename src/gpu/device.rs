@@ -1,0 +1,120 @@
+//! GPUs in use, one value each: the primary context, the copy kernel, and what connections lend each other.
+
+use super::launcher::CopyLauncher;
+use super::lent::Lent;
+use crate::status::{bail, Result};
+use cuda_driver::sys::CUfunction;
+use cuda_driver::{Context, DeviceBuffer, Module, PinnedBuffer};
+use nccl_net_abi::PAGE;
+use parking_lot::Mutex;
+use std::sync::Arc;
+
+/// The committed kernels: machine code for Hopper, PTX that the driver compiles for anything from Ampere on.
+const CUBIN_SM90: &[u8] = include_bytes!("kernels/copy.sm_90.cubin");
+const PTX_SM80: &str = concat!(include_str!("kernels/copy.sm_80.ptx"), "\0");
+
+/// A GPU in use, one value per ordinal. It stays until the process ends, with its primary context: loading kernels and giving memory
+/// back make the driver wait for the application's work.
+pub(crate) struct Gpu {
+    ordinal: i32,
+    /// Launchers without a user.
+    pub(super) idle: Mutex<Vec<CopyLauncher>>,
+    /// A page that tells whether the context is still the one that was retained.
+    mark: PinnedBuffer,
+    kernels: Arc<Kernels>,
+    context: Arc<Context>,
+}
+
+/// The copy kernel, by size of its parameters.
+pub(super) struct Kernels {
+    pub(super) small: CUfunction,
+    pub(super) large: CUfunction,
+    /// Launches may overlap: the machine code for Hopper says when the next one may start, and ends in order.
+    pub(super) overlap: bool,
+    _module: Module,
+}
+// SAFETY: functions are handles that the driver lets any thread use.
+unsafe impl Send for Kernels {}
+// SAFETY: as above.
+unsafe impl Sync for Kernels {}
+
+static IN_USE: Mutex<Vec<Arc<Gpu>>> = Mutex::new(Vec::new());
+
+impl Gpu {
+    /// The GPU with this CUDA ordinal. The first call retains its primary context and loads the kernels, for which the driver waits until
+    /// the GPU is at rest: it belongs into a registration, never under the lock of a connection. Does not bind it to the thread.
+    pub(crate) fn open(ordinal: i32) -> Result<Arc<Gpu>> {
+        let mut in_use = IN_USE.lock();
+        if let Some(i) = in_use.iter().position(|gpu| gpu.ordinal == ordinal) {
+            if in_use[i].mark.is_known() {
+                return Ok(in_use[i].clone());
+            }
+            // The application has reset the GPU: nothing of the old context can be used or given back.
+            std::mem::forget(in_use.swap_remove(i));
+        }
+        let context = Context::retain(ordinal)?;
+        let kernels = Arc::new(Kernels::load(&context)?);
+        let mark = PinnedBuffer::new(&context, PAGE)?;
+        let gpu = Arc::new(Gpu { ordinal, idle: Mutex::default(), mark, kernels, context });
+        in_use.push(gpu.clone());
+        Ok(gpu)
+    }
+
+    /// Runs `f` with this GPU current and puts the caller's context back afterwards.
+    pub(crate) fn with<R>(&self, f: impl FnOnce() -> Result<R>) -> Result<R> {
+        let _current = self.context.enter()?;
+        f()
+    }
+
+    /// The primary context.
+    pub(crate) fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    /// A launcher: an idle one, else a new one.
+    pub(crate) fn launcher(self: &Arc<Gpu>) -> Result<Lent> {
+        Lent::take(self)
+    }
+
+    pub(super) fn new_launcher(&self) -> Result<CopyLauncher> {
+        CopyLauncher::new(&self.context, &self.kernels)
+    }
+
+    /// Has at least `n` launchers idle, so that the next connections need not make theirs.
+    pub(crate) fn reserve_launchers(&self, n: usize) -> Result<()> {
+        while self.idle.lock().len() < n {
+            let new = self.new_launcher()?;
+            self.idle.lock().push(new);
+        }
+        Ok(())
+    }
+
+    /// Zeroed pinned memory of at least `len` bytes, whole pages.
+    pub(crate) fn pinned(&self, len: usize) -> Result<PinnedBuffer> {
+        Ok(PinnedBuffer::new(&self.context, pages(len))?)
+    }
+
+    /// Device memory of at least `len` bytes that a plugin can register as it is: base and length are whole pages.
+    pub(crate) fn device_memory(&self, len: usize) -> Result<DeviceBuffer> {
+        Ok(DeviceBuffer::new(&self.context, pages(len), PAGE)?)
+    }
+}
+
+fn pages(len: usize) -> usize {
+    len.max(1).next_multiple_of(PAGE)
+}
+
+impl Kernels {
+    fn load(context: &Arc<Context>) -> Result<Kernels> {
+        let major = context.compute_major()?;
+        if major < 8 {
+            bail!(Unsupported, "GPU {} has compute capability {major}.x; the kernels need 8.0", context.bdf()?);
+        }
+        let overlap = major == 9;
+        let image = if overlap { CUBIN_SM90 } else { PTX_SM80.as_bytes() };
+        // SAFETY: a complete cubin, or PTX that ends in a NUL.
+        let module = unsafe { Module::load(context, image) }?;
+        let (small, large) = (module.function(c"uccl_copy_1k")?, module.function(c"uccl_copy_4k")?);
+        Ok(Kernels { small, large, overlap, _module: module })
+    }
+}

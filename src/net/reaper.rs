@@ -1,0 +1,76 @@
+//! Connects and accepts that were given up while the plugin's own threads still use their memory: one background thread polls them
+//! until they end. Knows nothing of what it polls.
+
+use parking_lot::{Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+/// Something to poll: `true` when it has ended.
+pub(super) type Orphan = Box<dyn FnMut() -> bool + Send>;
+
+/// How often a young orphan is polled; older ones are polled more and more rarely, down to once in [`SLOW`].
+const FAST: Duration = Duration::from_millis(5);
+const SLOW: Duration = Duration::from_millis(500);
+
+struct Kept {
+    orphan: Orphan,
+    since: Instant,
+    due: Instant,
+}
+
+struct Nursery {
+    kept: Vec<Kept>,
+    running: bool,
+}
+
+static NURSERY: Mutex<Nursery> = Mutex::new(Nursery { kept: Vec::new(), running: false });
+static ARRIVED: Condvar = Condvar::new();
+
+/// Polls `orphan` in the background until it has ended.
+pub(super) fn keep(orphan: Orphan) {
+    let mut nursery = NURSERY.lock();
+    let now = Instant::now();
+    nursery.kept.push(Kept { orphan, since: now, due: now });
+    if !nursery.running {
+        match std::thread::Builder::new().name("uccl-reaper".into()).spawn(run) {
+            Ok(_) => nursery.running = true,
+            // It is kept in memory, and the next arrival tries again.
+            Err(e) => log::warn!("no thread for connects that were given up: {e}"),
+        }
+    }
+    ARRIVED.notify_one();
+}
+
+/// Number of orphans that have not ended.
+#[cfg(test)]
+pub(super) fn kept() -> usize {
+    NURSERY.lock().kept.len()
+}
+
+fn run() {
+    super::signals::block_all();
+    let mut nursery = NURSERY.lock();
+    loop {
+        let now = Instant::now();
+        let Some(at) = nursery.kept.iter().position(|k| k.due <= now) else {
+            match nursery.kept.iter().map(|k| k.due).min() {
+                Some(due) => drop(ARRIVED.wait_until(&mut nursery, due)),
+                None => ARRIVED.wait(&mut nursery),
+            }
+            continue;
+        };
+        let mut kept = nursery.kept.swap_remove(at);
+        // The plugin's call runs without the lock: givers do not wait for it.
+        parking_lot::MutexGuard::unlocked(&mut nursery, || {
+            if !(kept.orphan)() {
+                let pause = (kept.since.elapsed() / 16).clamp(FAST, SLOW);
+                kept.due = Instant::now() + pause;
+                Some(kept)
+            } else {
+                drop(kept);
+                None
+            }
+        })
+        .into_iter()
+        .for_each(|kept| nursery.kept.push(kept));
+    }
+}

@@ -1,0 +1,192 @@
+//! Registered memory of a plugin: one registration a NIC and range, shared by everyone who asks for it and dropped after the last use. A
+//! plugin drops registrations through some open comm of the NIC; where none is open the next one does it.
+
+use super::comm::MHandle;
+use super::plugin::Plugin;
+use super::{within, Scope};
+use crate::config::MAX_CHUNK_BYTES;
+use crate::status::{bail, Result};
+use crate::types::Span;
+use nccl_net_abi::NCCL_PTR_CUDA;
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::ffi::{c_int, c_void};
+use std::sync::Arc;
+
+/// What plugins ask of the base and the size of device memory.
+const PAGE: u64 = 4096;
+
+/// Regions are registered in pieces that start this far apart, since plugins address by 31-bit offsets. Pieces overlap by a chunk, so that
+/// every chunk lies in one of them.
+const PIECE: u64 = 1 << 30;
+const OVERLAP: u64 = MAX_CHUNK_BYTES as u64;
+
+/// The piece of a region that a chunk starting at `addr` lies in: its number and its range in whole pages.
+pub(super) fn piece(span: Span, addr: u64) -> (u64, u64, u64) {
+    let first = span.addr & !(PAGE - 1);
+    let end = (span.addr + span.len).next_multiple_of(PAGE);
+    let piece = addr.saturating_sub(first) / PIECE;
+    let start = first + piece * PIECE;
+    (piece, start, (PIECE + OVERLAP).min(end.saturating_sub(start)))
+}
+
+/// A range as it is registered. Where a plugin ties registrations to comms, the comm too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    dev: usize,
+    base: usize,
+    len: usize,
+    kind: c_int,
+    comm: usize,
+}
+
+struct Entry {
+    mhandle: usize,
+    users: usize,
+}
+
+/// An open comm through which registrations of its NIC can be dropped.
+struct Open {
+    dev: usize,
+    comm: usize,
+    gpu: Scope,
+}
+
+#[derive(Default)]
+struct Table {
+    entries: HashMap<Key, Entry>,
+    open: Vec<Open>,
+    /// Registrations without users that no open comm could drop: NIC and mhandle.
+    left: Vec<(usize, usize)>,
+}
+
+/// The registrations of a plugin.
+#[derive(Default)]
+pub(super) struct Registrations(Mutex<Table>);
+
+/// A share in a registration, given back when dropped. It may outlive the comm it came from.
+pub(crate) struct Registration {
+    plugin: Arc<Plugin>,
+    key: Key,
+    mhandle: usize,
+}
+
+impl Registration {
+    /// What requests name the memory by.
+    pub(crate) fn mhandle(&self) -> MHandle {
+        self.mhandle as MHandle
+    }
+}
+
+impl Registrations {
+    /// A comm was opened: it drops what waited for one.
+    pub(super) fn opened(&self, plugin: &Plugin, dev: usize, comm: *mut c_void, gpu: &Scope) {
+        let mut table = self.0.lock();
+        table.open.push(Open { dev, comm: comm as usize, gpu: gpu.clone() });
+        table.settle(plugin, dev);
+    }
+
+    /// A comm is about to be closed: nothing is dropped through it any more.
+    pub(super) fn closing(&self, plugin: &Plugin, dev: usize, comm: *mut c_void) {
+        let mut table = self.0.lock();
+        table.settle(plugin, dev);
+        table.open.retain(|o| o.comm != comm as usize);
+    }
+
+    /// A share in the registration of a range, made through `comm` if there is none yet.
+    ///
+    /// # Safety
+    /// `comm` is open. The memory stays mapped until the registration and all comms that use it are gone.
+    pub(super) unsafe fn acquire(
+        &self,
+        plugin: &Arc<Plugin>,
+        at: (usize, *mut c_void),
+        base: usize,
+        len: usize,
+        kind: c_int,
+    ) -> Result<Registration> {
+        let (dev, comm) = at;
+        let tied = if plugin.traits.shared_registrations { 0 } else { comm as usize };
+        let key = Key { dev, base, len, kind, comm: tied };
+        if kind == NCCL_PTR_CUDA && (base as u64 % PAGE != 0 || len as u64 % PAGE != 0) {
+            bail!(Internal, "registration of {len} bytes of device memory at {base:#x}: not whole pages");
+        }
+        let mut table = self.0.lock();
+        if let Some(entry) = table.entries.get_mut(&key) {
+            entry.users += 1;
+            return Ok(Registration { plugin: plugin.clone(), key, mhandle: entry.mhandle });
+        }
+        // SAFETY: by the caller's contract.
+        let mhandle = unsafe { plugin.reg_mr(comm, base as *mut c_void, len, kind) }? as usize;
+        table.entries.insert(key, Entry { mhandle, users: 1 });
+        Ok(Registration { plugin: plugin.clone(), key, mhandle })
+    }
+
+    fn release(&self, plugin: &Plugin, key: &Key) {
+        let mut table = self.0.lock();
+        let Some(entry) = table.entries.get_mut(key) else { return };
+        entry.users -= 1;
+        if entry.users > 0 {
+            return;
+        }
+        let mhandle = entry.mhandle;
+        table.entries.remove(key);
+        // Registrations that are tied to a comm went with it when it was closed.
+        if key.comm == 0 || table.open.iter().any(|o| o.comm == key.comm) {
+            table.left.push((key.dev, mhandle));
+            table.settle(plugin, key.dev);
+        }
+    }
+}
+
+impl Table {
+    /// Drops what nobody uses any more, if the NIC has an open comm.
+    fn settle(&mut self, plugin: &Plugin, dev: usize) {
+        let Some(open) = self.open.iter().find(|o| o.dev == dev) else { return };
+        let drop_one = |mhandle: usize| {
+            within(&open.gpu, || {
+                // SAFETY: the comm is open while it is in the table; the registration has no users, so no request uses it.
+                unsafe { plugin.dereg_mr(open.comm as *mut c_void, mhandle as MHandle) };
+                Ok(())
+            })
+        };
+        self.left.retain(|&(nic, mhandle)| {
+            if nic != dev {
+                return true;
+            }
+            match drop_one(mhandle) {
+                Ok(()) => false,
+                Err(e) => {
+                    log::debug!("a registration with plugin {} waits: {e}", plugin.name);
+                    true
+                }
+            }
+        });
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        self.plugin.registrations.release(&self.plugin, &self.key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Every chunk of a region lies in its piece; pieces are whole pages, below 2 GiB, and reach no further than the region's last page.
+        #[test]
+        fn chunks_lie_in_their_piece(addr in 1u64..1 << 40, len in 1u64..5 << 30, at in any::<prop::sample::Index>(), chunk in 1u64..=OVERLAP) {
+            let span = Span { id: 1, addr, len };
+            let start = addr + at.index(len as usize) as u64;
+            let chunk = chunk.min(addr + len - start);
+            let (_, base, size) = piece(span, start);
+            prop_assert!(base <= start && start + chunk <= base + size);
+            prop_assert!(base % PAGE == 0 && size % PAGE == 0 && size < 1 << 31);
+            prop_assert!(base + PAGE > addr.min(base + PAGE - 1) && base + size <= (addr + len).next_multiple_of(PAGE));
+        }
+    }
+}

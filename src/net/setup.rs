@@ -1,0 +1,413 @@
+//! Setting up channels with a peer, without blocking: listen comms and their offers, then connects and accepts polled until they are up.
+//! A NIC that cannot be used is left out; the two sides agree afterwards on the channels that both have. Knows nothing of what travels
+//! on a channel, and of time only how long to wait for a NIC when others are up.
+
+use super::comm::{Accepting, Connecting, Handle, ListenComm, RecvComm, SendComm};
+use super::pairing;
+use super::plugin::{Device, Plugin};
+use super::{handle, topology, Scope};
+use crate::logging::Limiter;
+use crate::status::{err, Error, ErrorKind, Result};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Where a peer can connect one channel to.
+#[derive(Clone, Debug)]
+pub(crate) struct Offer {
+    /// The NIC's name on the side that offers.
+    pub nic: String,
+    /// Its connect handle.
+    pub handle: Handle,
+}
+
+/// A channel that is up: both directions.
+pub(crate) struct Pair {
+    /// The channel's number, the same on both sides.
+    pub index: usize,
+    /// Towards the peer.
+    pub send: SendComm,
+    /// From the peer.
+    pub recv: RecvComm,
+    /// This side's NIC.
+    pub nic: String,
+}
+
+/// What is left of the channels that came up here when the peer has named those that came up there. Both sides call it; the rest is
+/// closed.
+pub(crate) fn agree(pairs: Vec<Pair>, theirs: &[usize]) -> Vec<Pair> {
+    pairs.into_iter().filter(|p| theirs.contains(&p.index)).collect()
+}
+
+struct Listener {
+    dev: usize,
+    nic: String,
+    comm: ListenComm,
+}
+
+/// Listen comms, before the peer's offers are known.
+pub(crate) struct Listening {
+    plugin: Arc<Plugin>,
+    gpu: Scope,
+    listeners: Vec<Listener>,
+}
+
+impl Listening {
+    /// Opens `n` listen comms, in turn over the NICs of `choice`, which are indexes into `devices`. A NIC that refuses is left out.
+    ///
+    /// `gpu`: the GPU whose memory the channels will carry, for plugins that follow the current GPU.
+    pub(crate) fn open(plugin: &Arc<Plugin>, devices: &[Device], choice: &[usize], n: usize, gpu: Scope) -> Result<Listening> {
+        let mut nics: Vec<usize> = choice.iter().copied().filter(|&i| i < devices.len()).collect();
+        let mut listeners = Vec::with_capacity(n);
+        let mut last = err!(Plugin, "plugin {} has no usable device", plugin.name);
+        while listeners.len() < n && !nics.is_empty() {
+            let at = listeners.len() % nics.len();
+            let (dev, nic) = (nics[at], devices[nics[at]].name.clone());
+            match ListenComm::new(plugin, dev, &gpu) {
+                Ok(comm) => listeners.push(Listener { dev, nic, comm }),
+                Err(e) if e.kind() == ErrorKind::Resource => return Err(e),
+                Err(e) => {
+                    last = Error::new(e.kind(), format_args!("listen on {nic}: {e}"));
+                    left_out(&nic, &last);
+                    nics.remove(at);
+                    listeners.retain(|l: &Listener| l.dev != dev);
+                }
+            }
+        }
+        if listeners.is_empty() {
+            return Err(last);
+        }
+        Ok(Listening { plugin: plugin.clone(), gpu, listeners })
+    }
+
+    /// What to tell the peer.
+    pub(crate) fn offers(&self) -> Vec<Offer> {
+        self.listeners.iter().map(|l| Offer { nic: l.nic.clone(), handle: l.comm.handle }).collect()
+    }
+
+    /// Joins the offers of both sides to channels and starts them. Where nothing can be joined the result is up at once, empty, with a
+    /// reason.
+    pub(crate) fn establish(self, peer: &[Offer]) -> Establishing {
+        let names: Vec<&str> = self.listeners.iter().map(|l| l.nic.as_str()).collect();
+        let theirs: Vec<&str> = peer.iter().map(|o| o.nic.as_str()).collect();
+        let joined = pairing::join(&names, &theirs, self.plugin.traits.paired_nics);
+        let reason = joined.is_empty().then(|| {
+            format!("no NIC in common for plugin {}: [{}] here, [{}] at the peer", self.plugin.name, list(&names), list(&theirs))
+        });
+        let mut listeners: Vec<Option<Listener>> = self.listeners.into_iter().map(Some).collect();
+        let mut channels = Vec::with_capacity(joined.len());
+        for (index, (ours, theirs)) in joined.into_iter().enumerate() {
+            let Some(listener) = listeners[ours].take() else { continue };
+            channels.push(Channel::start(index, &self.plugin, &self.gpu, listener, &peer[theirs]));
+        }
+        Establishing { plugin: self.plugin, channels, began: Instant::now(), first_up: None, reason }
+    }
+}
+
+/// Distinct names in order, for people. What a peer sent is cut and cleaned.
+fn list(names: &[&str]) -> String {
+    let mut seen: Vec<String> = Vec::new();
+    for name in names.iter().take(64) {
+        let clean = printable(name);
+        if !seen.contains(&clean) {
+            seen.push(clean);
+        }
+    }
+    seen.join(", ")
+}
+
+/// A name from a peer as it may stand in a log line.
+fn printable(name: &str) -> String {
+    name.chars().take(32).map(|c| if c.is_ascii_graphic() { c } else { '?' }).collect()
+}
+
+/// Set-ups come as often as peers like.
+static LEFT_OUT: Limiter = Limiter::new(8);
+static NO_CARRIER: Limiter = Limiter::new(2);
+
+fn left_out(nic: &str, cause: &Error) {
+    LEFT_OUT.log(log::Level::Warn, Instant::now(), format_args!("NIC {nic} is left out of a connection: {cause}"));
+}
+
+/// One direction of a channel on its way up.
+enum Half<P, U> {
+    Pending(P),
+    Up(U),
+    Failed(Error),
+    /// Given up, or handed over.
+    Gone,
+}
+
+impl<P, U> Half<P, U> {
+    /// One step of a pending half.
+    fn step(&mut self, poll: impl FnOnce(&mut P) -> Result<Option<U>>) {
+        if let Half::Pending(pending) = self {
+            match poll(pending) {
+                Ok(None) => {}
+                Ok(Some(up)) => *self = Half::Up(up),
+                Err(e) => *self = Half::Failed(e),
+            }
+        }
+    }
+    fn pending(&self) -> bool {
+        matches!(self, Half::Pending(_))
+    }
+}
+
+struct Channel {
+    index: usize,
+    nic: String,
+    peer_nic: String,
+    address: Option<SocketAddr>,
+    send: Half<Connecting, SendComm>,
+    recv: Half<Accepting, RecvComm>,
+    /// Its failure was reported.
+    reported: bool,
+}
+
+impl Channel {
+    fn start(index: usize, plugin: &Arc<Plugin>, gpu: &Scope, listener: Listener, offer: &Offer) -> Channel {
+        let how = plugin.traits.handle_check;
+        let send = match handle::check(how, &listener.comm.handle, &offer.handle) {
+            Ok(()) => Half::Pending(Connecting::new(plugin, listener.dev, gpu, offer.handle)),
+            Err(e) => Half::Failed(e),
+        };
+        Channel {
+            index,
+            nic: listener.nic,
+            peer_nic: printable(&offer.nic),
+            address: handle::address(how, &offer.handle),
+            send,
+            recv: Half::Pending(Accepting::new(listener.comm)),
+            reported: false,
+        }
+    }
+
+    fn poll(&mut self) {
+        self.send.step(Connecting::poll);
+        if !matches!(self.send, Half::Failed(_)) {
+            self.recv.step(Accepting::poll);
+        }
+    }
+
+    fn up(&self) -> bool {
+        matches!((&self.send, &self.recv), (Half::Up(_), Half::Up(_)))
+    }
+
+    fn pending(&self) -> bool {
+        !self.failed() && (self.send.pending() || self.recv.pending())
+    }
+
+    fn failed(&self) -> bool {
+        matches!(self.send, Half::Failed(_) | Half::Gone) || matches!(self.recv, Half::Failed(_) | Half::Gone)
+    }
+
+    /// The peer's side in words.
+    fn target(&self) -> String {
+        match self.address {
+            Some(address) => format!("{address} ({})", self.peer_nic),
+            None => format!("the peer's {}", self.peer_nic),
+        }
+    }
+
+    /// Why the channel is not up, with NIC, address and direction.
+    fn cause(&self) -> Option<Error> {
+        let name = format!("channel {} on {}", self.index, self.nic);
+        match (&self.send, &self.recv) {
+            (Half::Failed(e), _) => Some(Error::new(e.kind(), format_args!("{name}: connect to {}: {e}", self.target()))),
+            (_, Half::Failed(e)) => Some(Error::new(e.kind(), format_args!("{name}: accept: {e}"))),
+            _ => None,
+        }
+    }
+
+    /// The directions that are still pending, in words.
+    fn missing(&self) -> Option<String> {
+        let connect = format!("connect to {}", self.target());
+        let what = match (self.send.pending(), self.recv.pending()) {
+            (true, true) => format!("{connect} and accept"),
+            (true, false) => connect,
+            (false, true) => format!("accept from {}", self.target()),
+            (false, false) => return None,
+        };
+        Some(format!("{}: {what}", self.nic))
+    }
+
+    /// Lets go of both directions. A failure keeps its cause.
+    fn give_up(&mut self) {
+        if !matches!(self.send, Half::Failed(_)) {
+            self.send = Half::Gone;
+        }
+        if !matches!(self.recv, Half::Failed(_)) {
+            self.recv = Half::Gone;
+        }
+    }
+}
+
+/// Channels on their way up. Dropped before its end it gives everything back: at once where the plugin can do that, else from a
+/// background thread when the plugin is done with it.
+pub(crate) struct Establishing {
+    plugin: Arc<Plugin>,
+    channels: Vec<Channel>,
+    began: Instant,
+    first_up: Option<Instant>,
+    reason: Option<String>,
+}
+
+/// How long other NICs are waited for when the first channel is up: so many times as long as that took, within bounds.
+const PATIENCE: u32 = 4;
+const LEAST_PATIENCE: Duration = Duration::from_secs(3);
+
+impl Establishing {
+    /// Takes what has happened so far. `Some` once it is settled which channels are up, by number; it may be fewer than were offered, and
+    /// none where nothing could be joined (then [`Establishing::reason`] says why). An error: all that was tried has failed. After an
+    /// end further calls give no channels.
+    pub(crate) fn poll(&mut self) -> Result<Option<Vec<Pair>>> {
+        self.poll_at(Instant::now())
+    }
+
+    fn poll_at(&mut self, now: Instant) -> Result<Option<Vec<Pair>>> {
+        for channel in &mut self.channels {
+            channel.poll();
+            if channel.failed() {
+                channel.give_up();
+            }
+        }
+        if let Some(e) = self.exhausted() {
+            return Err(e);
+        }
+        let up = self.channels.iter().filter(|c| c.up()).count();
+        if up > 0 && self.first_up.is_none() {
+            self.first_up = Some(now);
+        }
+        let pending = self.channels.iter().any(Channel::pending);
+        if pending && !self.patience_ended(now) {
+            return Ok(None);
+        }
+        if up == 0 && !self.channels.is_empty() {
+            return Err(self.failure());
+        }
+        Ok(Some(self.finish()))
+    }
+
+    /// Running out of descriptors or memory is no NIC's fault.
+    fn exhausted(&self) -> Option<Error> {
+        self.channels.iter().filter_map(Channel::cause).find(|e| e.kind() == ErrorKind::Resource)
+    }
+
+    fn patience_ended(&self, now: Instant) -> bool {
+        let Some(first) = self.first_up else { return false };
+        let patience = (first.saturating_duration_since(self.began) * PATIENCE).max(LEAST_PATIENCE);
+        now.saturating_duration_since(first) >= patience
+    }
+
+    /// Hands out what is up and gives up the rest, with a WARN for each NIC.
+    fn finish(&mut self) -> Vec<Pair> {
+        self.report();
+        let mut pairs = Vec::new();
+        for channel in self.channels.drain(..) {
+            if let (Half::Up(send), Half::Up(recv)) = (channel.send, channel.recv) {
+                pairs.push(Pair { index: channel.index, send, recv, nic: channel.nic });
+            }
+        }
+        pairs
+    }
+
+    fn report(&mut self) {
+        let mut told: Vec<String> = Vec::new();
+        for channel in &mut self.channels {
+            if channel.up() || channel.reported || told.contains(&channel.nic) {
+                continue;
+            }
+            let waited = self.began.elapsed().as_secs_f32();
+            let cause = channel.cause().or_else(|| channel.missing().map(|m| err!(TimedOut, "{m}: nothing after {waited:.1} s")));
+            if let Some(cause) = cause {
+                left_out(&channel.nic, &cause);
+                told.push(channel.nic.clone());
+            }
+            channel.reported = true;
+        }
+    }
+
+    /// The error when nothing came up.
+    fn failure(&self) -> Error {
+        let causes: Vec<Error> = self.channels.iter().filter_map(Channel::cause).collect();
+        match causes.first() {
+            Some(first) if causes.len() > 1 => {
+                Error::new(first.kind(), format_args!("{first} (and {} more channels failed)", causes.len() - 1))
+            }
+            Some(first) => first.clone(),
+            None => err!(Plugin, "plugin {}: no channel came up", self.plugin.name),
+        }
+    }
+
+    /// The peer has said which channels came up on its side: the others are not waited for any more.
+    pub(crate) fn peer_has(&mut self, theirs: &[usize]) {
+        for channel in &mut self.channels {
+            if !theirs.contains(&channel.index) {
+                channel.give_up();
+            }
+        }
+    }
+
+    /// Why there are no channels, where nothing could be joined.
+    pub(crate) fn reason(&self) -> Option<&str> {
+        self.reason.as_deref()
+    }
+
+    /// What is still missing, for the error at the caller's deadline: NIC, address and direction of each channel.
+    pub(crate) fn missing(&self) -> Error {
+        let missing: Vec<String> = self.channels.iter().filter_map(Channel::missing).collect();
+        let more = missing.len().saturating_sub(4);
+        let tail = if more > 0 { format!(", and {more} more") } else { String::new() };
+        let failed = self.channels.iter().find_map(Channel::cause).map_or(String::new(), |e| format!("; {e}"));
+        err!(
+            TimedOut,
+            "{} of {} channels did not come up in time: {}{tail}{failed}",
+            self.channels.iter().filter(|c| !c.up()).count(),
+            self.channels.len(),
+            missing.iter().take(4).cloned().collect::<Vec<_>>().join(", ")
+        )
+    }
+
+    /// When it makes sense to poll again: soon at first, more and more rarely later.
+    pub(crate) fn retry_in(&self) -> Duration {
+        let slowest = if self.plugin.traits.lingers { 5 } else { 10 };
+        (self.began.elapsed() / 8).clamp(Duration::from_micros(100), Duration::from_millis(slowest))
+    }
+}
+
+/// Channels to ask for on `nics` NICs: as configured, else as many as help. A channel of a plugin with threads of its own is worth a
+/// thread, so cores bound the number: all of few, half of many. Every NIC gets at least one; where NICs are paired each gets 2 to 4.
+pub(crate) fn channel_count(plugin: &Plugin, configured: Option<usize>, nics: usize) -> usize {
+    let cores = std::thread::available_parallelism().map_or(2, usize::from);
+    let default = if plugin.traits.paired_nics {
+        pairing::channels_of_a_nic(cores) * nics
+    } else {
+        cores.clamp(2, 8).max((cores / 2).min(16)).max(nics)
+    };
+    configured.unwrap_or(default).min(64)
+}
+
+/// The devices that serve a GPU, or memory of the host where none is given: those whose name can reach the peer and that have a carrier.
+/// Where NICs are paired a GPU uses those of its own PCIe switch; else those of its NUMA node, nearest first.
+pub(crate) fn nics_for(plugin: &Plugin, devices: &[Device], gpu_pci_path: Option<&str>) -> Vec<usize> {
+    let mut chosen = if plugin.traits.paired_nics {
+        pairing::closest(devices, gpu_pci_path)
+    } else {
+        topology::nearest(devices, gpu_pci_path)
+    };
+    // Plugins of others list their devices once; the software plugin leaves such NICs out by itself.
+    if !plugin.traits.devices_change {
+        let all = chosen.len();
+        chosen.retain(|&i| topology::has_carrier(Path::new("/"), &devices[i].name));
+        if chosen.len() < all {
+            NO_CARRIER.log(
+                log::Level::Warn,
+                Instant::now(),
+                format_args!("{} NICs of plugin {} have no carrier and are left out", all - chosen.len(), plugin.name),
+            );
+        }
+    }
+    chosen
+}

@@ -1,0 +1,51 @@
+//! The extension table of the software plugin, versionless: a call that the plugin's table lacks is `None`.
+
+use nccl_net_abi as abi;
+use nccl_net_abi::{ncclResult_t, ucclIoVec, ucclNetExt_v2};
+use std::ffi::{c_char, c_int, c_void};
+
+type VectoredFn = unsafe extern "C" fn(*mut c_void, c_int, *const ucclIoVec, c_int, *mut *mut c_void) -> ncclResult_t;
+
+/// What the software plugin offers beyond the NCCL contract.
+#[derive(Clone, Copy)]
+pub(in crate::net) struct Ext {
+    pub isendv: Option<VectoredFn>,
+    pub irecvv: Option<VectoredFn>,
+    pub set_doorbell: Option<unsafe extern "C" fn(*mut c_void, *mut u32, c_int) -> ncclResult_t>,
+    /// Bytes of a comm that the network has taken over or delivered.
+    pub progress: Option<unsafe extern "C" fn(*mut c_void, *mut u64) -> ncclResult_t>,
+    /// Gives up the connect whose handle buffer this is.
+    pub abandon_connect: Option<unsafe extern "C" fn(*mut c_void) -> ncclResult_t>,
+    /// A line about a comm, for error texts.
+    pub describe: Option<unsafe extern "C" fn(*mut c_void, *mut c_char, usize) -> ncclResult_t>,
+}
+
+impl From<&ucclNetExt_v2> for Ext {
+    fn from(t: &ucclNetExt_v2) -> Ext {
+        Ext {
+            isendv: t.isendv,
+            irecvv: t.irecvv,
+            set_doorbell: t.setDoorbell,
+            progress: t.progress,
+            abandon_connect: t.abandonConnect,
+            describe: t.describe,
+        }
+    }
+}
+
+impl Ext {
+    /// The extension of the built-in software plugin.
+    pub(in crate::net) fn built_in() -> Ext {
+        Ext::from(soft_plugin::ext())
+    }
+
+    /// The extension that a loaded library exports.
+    ///
+    /// # Safety
+    /// The library is never unloaded.
+    pub(in crate::net) unsafe fn find(library: &'static libloading::Library) -> Option<Ext> {
+        // SAFETY: the type that this symbol has; `size` says how much of the table exists.
+        let table = unsafe { super::symbol::<ucclNetExt_v2>(library, abi::SYMBOL_EXT) }?;
+        (table.size >= std::mem::size_of::<ucclNetExt_v2>()).then(|| Ext::from(table))
+    }
+}

@@ -1,0 +1,474 @@
+//! Plugins of others as the rest of this folder uses them, over the strict foreign plugin, which ends the process at the first breach of
+//! the contract; and a table of version 8. Each case has a process of its own, since a plugin is initialised once.
+
+use super::comm::{ListenComm, RecvComm, SendComm};
+use super::plugin::Plugin;
+use super::setup::{agree, nics_for, Establishing, Listening, Offer, Pair};
+use super::traits::{HandleCheck, Traits};
+use super::{reaper, Scope};
+use crate::status::ErrorKind;
+use crate::types::Span;
+use nccl_net_abi::NCCL_PTR_CUDA;
+use nccl_net_strict_foreign::rules::counters;
+use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
+use std::sync::atomic::Ordering::Acquire;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const CASE: &str = "UCCL_NET_TEST_CASE";
+const BREAK: &str = "UCCL_NET_TEST_BREAK";
+const TWO_NICS: &str = "eth1@127.0.0.1,eth2@127.0.0.2";
+const ONE_DEAD: &str = "eth1@127.0.0.1,eth2@127.0.0.2@dead";
+
+fn run(case: &str, devices: &str, more: &[(&str, &str)]) {
+    let out = output(case, devices, more);
+    assert!(out.status.success(), "{case}: {}\n{}", out.status, String::from_utf8_lossy(&out.stderr));
+}
+
+fn output(case: &str, devices: &str, more: &[(&str, &str)]) -> std::process::Output {
+    let mut child = Command::new(std::env::current_exe().expect("this program"));
+    child.args(["--exact", "net::tests::child", "--nocapture", "--test-threads=1"]).env(CASE, case);
+    child.env("STRICT_FOREIGN_DEVICES", devices).env("STRICT_FOREIGN_CONNECT_MS", "20").env("STRICT_FOREIGN_ACCEPT_MS", "30");
+    child.env("NCCL_DYNAMIC_CHUNK_SIZE", "524288").envs(more.iter().copied());
+    child.output().expect("child")
+}
+
+/// Every protection is shown to be what keeps a case alive: without it the process ends.
+#[test]
+fn without_its_protection_each_case_ends_the_process() {
+    for (case, missing, signal, why) in [
+        ("many_set_ups_at_once", "serial_setup", libc::SIGABRT, "inside another set-up call"),
+        ("given_up", "lingers", libc::SIGABRT, "while an accept is pending"),
+        ("wild_handles", "handle_check", libc::SIGABRT, "connect"),
+        ("registrations", "shared_registrations", libc::SIGABRT, "registered twice"),
+        ("sigpipe", "raises_sigpipe", libc::SIGPIPE, ""),
+    ] {
+        let out = output(case, TWO_NICS, &[(BREAK, missing)]);
+        let text = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.signal(), Some(signal), "{case} without {missing}: {} {text}", out.status);
+        assert!(text.contains(why), "{case} without {missing}: {text}");
+    }
+}
+
+#[test]
+fn set_up_of_a_foreign_plugin_is_serial() {
+    run("two_nics", TWO_NICS, &[]);
+    run("many_set_ups_at_once", TWO_NICS, &[]);
+    run("as_slow_as_it_is", TWO_NICS, &[("STRICT_FOREIGN_CONNECT_MS", "300"), ("STRICT_FOREIGN_ACCEPT_MS", "500")]);
+}
+
+#[test]
+fn what_cannot_be_used_is_left_out() {
+    run("dead_nic", ONE_DEAD, &[]);
+    run("peer_says_less", TWO_NICS, &[]);
+    run("nothing_in_common", TWO_NICS, &[]);
+}
+
+#[test]
+fn set_ups_that_are_given_up_leave_nothing() {
+    run("given_up", TWO_NICS, &[]);
+    run("never_begun", TWO_NICS, &[]);
+}
+
+#[test]
+fn a_peers_handle_is_checked() {
+    run("wild_handles", TWO_NICS, &[]);
+}
+
+#[test]
+fn registrations_are_shared_and_go() {
+    run("registrations", TWO_NICS, &[]);
+    run("registrations_in_flight", TWO_NICS, &[]);
+    run("registrations_without_descriptors", TWO_NICS, &[]);
+}
+
+#[test]
+fn sigpipe_stays_inside() {
+    run("sigpipe", TWO_NICS, &[]);
+}
+
+#[test]
+fn child() {
+    let Ok(case) = std::env::var(CASE) else { return };
+    // SAFETY: this process' own disposition: as in a C program.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    let plugin = foreign();
+    match case.as_str() {
+        "two_nics" => two_nics(&plugin),
+        "many_set_ups_at_once" => many_set_ups_at_once(&plugin),
+        "as_slow_as_it_is" => as_slow_as_it_is(&plugin),
+        "dead_nic" => dead_nic(&plugin),
+        "peer_says_less" => peer_says_less(&plugin),
+        "nothing_in_common" => nothing_in_common(&plugin),
+        "given_up" => given_up(&plugin),
+        "never_begun" => never_begun(&plugin),
+        "wild_handles" => wild_handles(&plugin),
+        "registrations" => registrations(&plugin),
+        "registrations_in_flight" => registrations_in_flight(&plugin),
+        "registrations_without_descriptors" => registrations_without_descriptors(&plugin),
+        "sigpipe" => sigpipe(&plugin),
+        other => panic!("no case {other}"),
+    }
+}
+
+fn foreign() -> Arc<Plugin> {
+    let take_away = |t: &mut Traits| match std::env::var(BREAK).as_deref() {
+        Ok("serial_setup") => t.serial_setup = false,
+        Ok("lingers") => t.lingers = false,
+        Ok("handle_check") => t.handle_check = HandleCheck::Own,
+        Ok("shared_registrations") => t.shared_registrations = false,
+        Ok("raises_sigpipe") => t.raises_sigpipe = false,
+        Ok(other) => panic!("no trait {other}"),
+        Err(_) => {}
+    };
+    let plugin = Plugin::for_test(&nccl_net_strict_foreign::ncclNetPlugin_v7, take_away).expect("plugin");
+    assert_eq!((plugin.wire_name(), plugin.abi_version), ("tcpx", 7));
+    let t = &plugin.traits;
+    assert!(t.follows_gpu && t.polled && t.device_memory && !t.host_memory && !t.vectored && !t.doorbell && !t.progress_bytes);
+    plugin
+}
+
+fn open(plugin: &Arc<Plugin>, n: usize) -> Listening {
+    let devices = plugin.current_devices().expect("devices");
+    Listening::open(plugin, &devices, &nics_for(plugin, &devices, None), n, Scope::None).expect("listen")
+}
+
+/// Both sides of a set-up, polled until they are up.
+fn both(a: Listening, b: Listening) -> (Vec<Pair>, Vec<Pair>) {
+    let (ours, theirs) = (a.offers(), b.offers());
+    let (mut a, mut b) = (a.establish(&theirs), b.establish(&ours));
+    let (mut up_a, mut up_b) = (None, None);
+    let until = Instant::now() + Duration::from_secs(20);
+    while up_a.is_none() || up_b.is_none() {
+        assert!(Instant::now() < until, "{} / {}", a.missing(), b.missing());
+        poll(&mut a, &mut up_a);
+        poll(&mut b, &mut up_b);
+        std::thread::sleep(a.retry_in());
+    }
+    (up_a.unwrap_or_default(), up_b.unwrap_or_default())
+}
+
+fn poll(side: &mut Establishing, up: &mut Option<Vec<Pair>>) {
+    if up.is_none() {
+        *up = side.poll().expect("poll");
+    }
+}
+
+fn wait(what: &str, condition: impl Fn() -> bool) {
+    let until = Instant::now() + Duration::from_secs(20);
+    while !condition() {
+        assert!(Instant::now() < until, "{what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn nothing_is_left() {
+    let c = counters();
+    let ended = || {
+        let pairs = [(&c.connects_begun, &c.connects_ended), (&c.accepts_begun, &c.accepts_ended)];
+        pairs.iter().all(|(begun, end)| begun.load(Acquire) == end.load(Acquire))
+    };
+    wait("every connect and accept was polled to its end", ended);
+    wait("comms are closed", || c.comms.load(Acquire) == 0);
+    assert_eq!(reaper::kept(), 0);
+    assert_eq!(c.imports.load(Acquire).min(1), c.imports.load(Acquire), "receive memory was imported twice");
+}
+
+fn two_nics(plugin: &Arc<Plugin>) {
+    let (a, b) = both(open(plugin, 4), open(plugin, 4));
+    let names = |side: &[Pair]| side.iter().map(|p| (p.index, p.nic.clone())).collect::<Vec<_>>();
+    assert_eq!(names(&a), names(&b));
+    assert_eq!(names(&a), [(0, "eth1".into()), (1, "eth2".into()), (2, "eth1".into()), (3, "eth2".into())]);
+    for (from, to) in a.into_iter().zip(b) {
+        move_some(from.send, to.recv);
+        move_some(to.send, from.recv);
+    }
+    nothing_is_left();
+}
+
+/// A message arrives in a bounce buffer, whole.
+fn move_some(mut send: SendComm, mut recv: RecvComm) {
+    let memory = Memory::new(64 << 10);
+    let span = Span { id: 1, addr: memory.addr(), len: memory.len as u64 };
+    // SAFETY: the memory outlives both comms.
+    unsafe {
+        let mhandle = send.region(span, span.addr).expect("region");
+        assert!(recv.recv(memory.at.cast(), memory.len, 0, mhandle).expect("recv"));
+        assert!(send.send(memory.at.cast(), memory.len, 0, mhandle).expect("send"));
+    }
+    let until = Instant::now() + Duration::from_secs(10);
+    let mut sent = false;
+    while recv.test_oldest().expect("test").is_none() {
+        sent = sent || send.test_oldest().expect("test");
+        assert!(Instant::now() < until, "nothing came");
+    }
+    recv.consume_oldest().expect("consumed");
+    while !sent {
+        sent = send.test_oldest().expect("test");
+    }
+}
+
+/// Page-aligned memory.
+struct Memory {
+    at: *mut u8,
+    len: usize,
+}
+
+impl Memory {
+    fn new(len: usize) -> Memory {
+        let layout = std::alloc::Layout::from_size_align(len, 4096).expect("layout");
+        // SAFETY: more than 0 bytes; never freed.
+        Memory { at: unsafe { std::alloc::alloc_zeroed(layout) }, len }
+    }
+    fn addr(&self) -> u64 {
+        self.at as u64
+    }
+}
+
+fn many_set_ups_at_once(plugin: &Arc<Plugin>) {
+    std::thread::scope(|s| {
+        for _ in 0..4 {
+            s.spawn(|| {
+                for _ in 0..3 {
+                    let (a, b) = both(open(plugin, 4), open(plugin, 4));
+                    assert_eq!((a.len(), b.len()), (4, 4));
+                    for (a, b) in a.into_iter().zip(b) {
+                        move_some(a.send, b.recv);
+                    }
+                }
+            });
+        }
+    });
+    nothing_is_left();
+}
+
+fn as_slow_as_it_is(plugin: &Arc<Plugin>) {
+    let begun = Instant::now();
+    let (a, _b) = both(open(plugin, 16), open(plugin, 16));
+    assert_eq!(a.len(), 16);
+    // Sleeps overlap: 32 halves take about as long as the slowest of them.
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+}
+
+fn dead_nic(plugin: &Arc<Plugin>) {
+    let (a, b) = both(open(plugin, 4), open(plugin, 4));
+    for side in [&a, &b] {
+        assert_eq!(side.iter().map(|p| (p.index, p.nic.as_str())).collect::<Vec<_>>(), [(0, "eth1"), (2, "eth1")]);
+    }
+    // What did not come up is still the plugin's: nothing was closed under it (it would have ended the process).
+    assert!(reaper::kept() > 0);
+}
+
+fn peer_says_less(plugin: &Arc<Plugin>) {
+    let (a, b) = both(open(plugin, 4), open(plugin, 4));
+    let a = agree(a, &[1, 2, 77]);
+    assert_eq!(a.iter().map(|p| p.index).collect::<Vec<_>>(), [1, 2]);
+    drop((a, b));
+    nothing_is_left();
+    // The same while channels are still coming up.
+    let (a, b) = (open(plugin, 4), open(plugin, 4));
+    let (ours, theirs) = (a.offers(), b.offers());
+    let (mut a, mut b) = (a.establish(&theirs), b.establish(&ours));
+    a.peer_has(&[3]);
+    let (mut up_a, mut up_b) = (None, None);
+    let until = Instant::now() + Duration::from_secs(10);
+    while up_a.is_none() && Instant::now() < until {
+        poll(&mut a, &mut up_a);
+        poll(&mut b, &mut up_b);
+    }
+    let up = up_a.expect("side a");
+    assert_eq!(up.iter().map(|p| p.index).collect::<Vec<_>>(), [3]);
+}
+
+fn nothing_in_common(plugin: &Arc<Plugin>) {
+    let foreign: Vec<Offer> = open(plugin, 4).offers().into_iter().map(|o| Offer { nic: "eth3\n".into(), ..o }).collect();
+    let mut side = open(plugin, 4).establish(&foreign);
+    assert!(side.poll().expect("no error").expect("settled").is_empty());
+    let reason = side.reason().expect("a reason");
+    assert!(reason.contains("eth1, eth2") && reason.contains("eth3?"), "{reason}");
+    nothing_is_left();
+}
+
+fn given_up(plugin: &Arc<Plugin>) {
+    for millis in [0, 1, 5, 15, 25, 35, 60, 100] {
+        let (a, b) = (open(plugin, 4), open(plugin, 4));
+        let (ours, theirs) = (a.offers(), b.offers());
+        let (mut a, mut b) = (a.establish(&theirs), b.establish(&ours));
+        let until = Instant::now() + Duration::from_millis(millis);
+        loop {
+            let up = (a.poll().expect("a"), b.poll().expect("b"));
+            if Instant::now() >= until || up.0.is_some() || up.1.is_some() {
+                break;
+            }
+        }
+        drop(a);
+        drop(b);
+    }
+    nothing_is_left();
+}
+
+fn never_begun(plugin: &Arc<Plugin>) {
+    let a = open(plugin, 4);
+    drop(open(plugin, 4).establish(&a.offers()));
+    drop(a);
+    nothing_is_left();
+    assert_eq!(counters().accepts_begun.load(Acquire), 0);
+}
+
+fn wild_handles(plugin: &Arc<Plugin>) {
+    let fresh = open(plugin, 2).offers();
+    let wild = |change: &dyn Fn(&mut [u8; 128])| -> Vec<Offer> {
+        fresh
+            .iter()
+            .cloned()
+            .map(|mut o| {
+                change(&mut o.handle);
+                o
+            })
+            .collect()
+    };
+    for offers in [
+        wild(&|h| h.fill(0x41)),
+        wild(&|h| h[80..88].copy_from_slice(&0x7fff_dead_beefu64.to_ne_bytes())),
+        wild(&|h| h[36] = 200),
+        wild(&|h| h[36] = 0),
+        wild(&|h| h[127] = 1),
+        wild(&|h| h[20] = 1),
+    ] {
+        let mut side = open(plugin, 2).establish(&offers);
+        let error = loop {
+            match side.poll() {
+                Ok(None) => {}
+                Ok(Some(pairs)) => panic!("{} channels to a wild handle", pairs.len()),
+                Err(e) => break e,
+            }
+        };
+        assert_eq!(error.kind(), ErrorKind::Protocol);
+        assert!(error.to_string().contains("on eth1: connect to"), "{error}");
+    }
+    assert_eq!(counters().connects_begun.load(Acquire), 0);
+}
+
+fn registrations(plugin: &Arc<Plugin>) {
+    let c = counters();
+    let live = || c.registrations.load(Acquire);
+    let (mut a, _b) = both(open(plugin, 8), open(plugin, 8));
+    let memory = Memory::new(1 << 20);
+    let regions: Vec<Span> = (0..16).map(|i| Span { id: i, addr: memory.addr() + i * 65536, len: 65536 }).collect();
+    for pair in &mut a {
+        for &span in &regions {
+            // SAFETY: the memory stays.
+            unsafe { pair.send.region(span, span.addr + 100) }.expect("region");
+        }
+    }
+    assert_eq!(live(), 16 * 2, "one a region and NIC");
+    let unaligned = Span { id: 99, addr: memory.addr() + 5000, len: 1000 };
+    let nic = a[0].nic.clone();
+    for pair in a.iter_mut().filter(|p| p.nic == nic) {
+        // SAFETY: as above.
+        unsafe { pair.send.region(unaligned, 0) }.expect("the enclosing pages");
+    }
+    assert_eq!(live(), 33);
+    for pair in &mut a {
+        pair.send.forget_region(99);
+        pair.send.forget_region(3);
+    }
+    assert_eq!(live(), 30);
+    // The last user's end is the registration's.
+    a.truncate(2);
+    assert_eq!(live(), 30);
+    a.truncate(1);
+    assert_eq!(live(), 15);
+    drop(a);
+    assert_eq!((live(), c.descriptors.load(Acquire)), (0, 0));
+}
+
+fn registrations_in_flight(plugin: &Arc<Plugin>) {
+    let live = || counters().registrations.load(Acquire);
+    let memory = Memory::new(1 << 20);
+    let span = Span { id: 1, addr: memory.addr(), len: 1 << 20 };
+    let (mut a, b) = both(open(plugin, 1), open(plugin, 1));
+    {
+        let pair = &mut a[0];
+        // SAFETY: the memory stays.
+        unsafe {
+            let mhandle = pair.send.region(span, span.addr).expect("region");
+            // More than the peer, which receives nothing, lets through.
+            let mut posted = 0;
+            while posted < 16 && pair.send.send(memory.at.cast(), 512 << 10, 0, mhandle).expect("send") {
+                posted += 1;
+            }
+        }
+        assert!(pair.send.inflight() > 0);
+    }
+    // The comm goes with requests in flight, and with it the last of its NIC: the registration waits for the next one.
+    drop(b);
+    let Pair { send, recv, .. } = a.remove(0);
+    drop(recv);
+    drop(send);
+    assert_eq!(live(), 1);
+    let (_a, _b) = both(open(plugin, 1), open(plugin, 1));
+    assert_eq!(live(), 0);
+}
+
+fn registrations_without_descriptors(plugin: &Arc<Plugin>) {
+    let (mut a, _b) = both(open(plugin, 1), open(plugin, 1));
+    let memory = Memory::new(4096);
+    let span = Span { id: 1, addr: memory.addr(), len: 4096 };
+    let mut all = Vec::new();
+    while let Ok(file) = std::fs::File::open("/dev/null") {
+        all.push(file);
+        assert!(all.len() < 2_000_000);
+    }
+    all.truncate(all.len() - 2);
+    // SAFETY: the memory stays.
+    let error = unsafe { a[0].send.region(span, span.addr) }.err().expect("no descriptors");
+    assert_eq!(error.kind(), ErrorKind::Resource);
+    let error = ListenComm::new(plugin, 0, &Scope::None).err();
+    drop(all);
+    assert!(error.is_none_or(|e| e.kind() == ErrorKind::Resource));
+    // SAFETY: as above.
+    unsafe { a[0].send.region(span, span.addr) }.expect("descriptors are back");
+    // SAFETY: as above; a registration that is not of whole pages never reaches the plugin.
+    assert!(unsafe { a[0].send.register(memory.at.cast(), 100, NCCL_PTR_CUDA) }.is_err());
+}
+
+fn sigpipe(plugin: &Arc<Plugin>) {
+    let memory = Memory::new(1 << 20);
+    let span = Span { id: 1, addr: memory.addr(), len: 1 << 20 };
+    let (mut a, mut b) = both(open(plugin, 2), open(plugin, 2));
+    // A sender whose peer is gone.
+    drop(b.remove(0));
+    let first = &mut a[0];
+    // SAFETY: the memory stays.
+    let mhandle = unsafe { first.send.region(span, span.addr) }.expect("region");
+    let until = Instant::now() + Duration::from_secs(10);
+    let error = loop {
+        assert!(Instant::now() < until, "the sender noticed nothing");
+        std::thread::sleep(Duration::from_millis(2));
+        // SAFETY: as above.
+        let result = unsafe { first.send.send(memory.at.cast(), 4096, 0, mhandle) }.and_then(|_| first.send.test_oldest());
+        if let Err(e) = result {
+            break e;
+        }
+    };
+    assert_eq!(error.kind(), ErrorKind::RemoteDisconnect);
+    // A receiver with an unannounced receive.
+    let second = &mut a[1];
+    // SAFETY: as above; nothing comes.
+    unsafe {
+        let registration = second.recv.register(memory.at.cast(), 4096, NCCL_PTR_CUDA).expect("register");
+        assert!(second.recv.recv(memory.at.cast(), 4096, 0, registration.mhandle()).expect("recv"));
+        // It goes after the comm.
+        std::mem::forget(registration);
+    }
+    drop(b);
+    let error = loop {
+        assert!(Instant::now() < until, "the receiver noticed nothing");
+        if let Err(e) = second.recv.test_oldest() {
+            break e;
+        }
+    };
+    assert_eq!(error.kind(), ErrorKind::RemoteDisconnect);
+}

@@ -1,0 +1,89 @@
+//! What a plugin can do and what it asks of its caller, decided once when it is loaded. Code above `net` asks these and never
+//! which plugin it has.
+
+use super::table::Ext;
+use nccl_net_abi::NCCL_PTR_CUDA;
+
+/// How far bytes of a peer's handle can be checked before the plugin sees them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HandleCheck {
+    /// The plugin checks by itself and keeps nothing but a key in the handle.
+    Own,
+    /// A socket address, a socket count, and room for the plugin's state that is zero in a fresh handle.
+    Tcpx,
+    /// Unknown layout: what lies behind the last byte of a fresh handle of ours must be zero.
+    Tail,
+}
+
+/// Properties of a plugin that its callers act on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Traits {
+    /// Comms carry host memory.
+    pub host_memory: bool,
+    /// Comms carry device memory.
+    pub device_memory: bool,
+    /// One message can be gathered from and scattered to many pieces of host memory.
+    pub vectored: bool,
+    /// A doorbell rings when a request ends or a comm fails.
+    pub doorbell: bool,
+    /// Nothing moves unless requests are tested.
+    pub polled: bool,
+    /// A comm can say how many bytes the network has taken over or delivered.
+    pub progress_bytes: bool,
+    /// Calls need the GPU of the memory current in the calling thread, from set-up on; comms belong to one GPU.
+    pub follows_gpu: bool,
+    /// Listen, connect, accept, registration and close run one at a time in the process.
+    pub serial_setup: bool,
+    /// Calls may raise SIGPIPE in the calling thread.
+    pub raises_sigpipe: bool,
+    /// Device memory may leave through host memory that the GPU fills, instead of through the plugin's device sends.
+    pub stage_sends: bool,
+    /// One registration serves all comms of a NIC.
+    pub shared_registrations: bool,
+    /// Messages above 512 KiB may end the process, whatever its limit is set to.
+    pub small_messages: bool,
+    /// Connects and accepts that are given up must be polled on until they end.
+    pub lingers: bool,
+    /// Only equal NIC names can reach each other, and a GPU uses the NICs nearest to it.
+    pub paired_nics: bool,
+    /// The devices may change from one set-up to the next.
+    pub devices_change: bool,
+    /// How a peer's handle is checked.
+    pub handle_check: HandleCheck,
+}
+
+impl Traits {
+    /// Traits of a plugin with this table name, with or without the extension of the software plugin. `global`: its devices say that
+    /// registrations are global. `ptr_support`: the kinds of memory that its devices can register.
+    pub(super) fn of(name: &str, ext: Option<&Ext>, global: bool, ptr_support: i32) -> Traits {
+        let soft = ext.is_some();
+        let tcpx = is_tcpx(name);
+        Traits {
+            host_memory: soft,
+            device_memory: ptr_support & NCCL_PTR_CUDA != 0,
+            vectored: ext.is_some_and(|e| e.isendv.is_some() && e.irecvv.is_some()),
+            doorbell: ext.is_some_and(|e| e.set_doorbell.is_some()),
+            polled: ext.is_none_or(|e| e.set_doorbell.is_none()),
+            progress_bytes: ext.is_some_and(|e| e.progress.is_some()),
+            follows_gpu: !soft,
+            serial_setup: !soft,
+            raises_sigpipe: !soft,
+            stage_sends: soft,
+            shared_registrations: soft || tcpx || global,
+            small_messages: !soft,
+            lingers: !soft,
+            paired_nics: !soft && tcpx,
+            devices_change: soft,
+            handle_check: match (soft, tcpx) {
+                (true, _) => HandleCheck::Own,
+                (false, true) => HandleCheck::Tcpx,
+                (false, false) => HandleCheck::Tail,
+            },
+        }
+    }
+}
+
+/// Whether a table's name is one of GPUDirect-TCPX.
+pub(crate) fn is_tcpx(name: &str) -> bool {
+    name.to_ascii_lowercase().contains("tcpx")
+}

@@ -1,0 +1,103 @@
+//! Registered regions and the counting of their uses. A region that something uses is never let go. Knows nothing of who uses it.
+
+use crate::status::{bail, Result};
+use crate::types::{Place, Span};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+
+/// A registered region.
+#[derive(Debug)]
+pub(crate) struct Region {
+    pub span: Span,
+    pub token: [u8; 16],
+    pub place: Place,
+    uses: AtomicUsize,
+}
+
+impl Region {
+    pub(crate) fn new(span: Span, token: [u8; 16], place: Place) -> Region {
+        Region { span, token, place, uses: AtomicUsize::new(0) }
+    }
+
+    /// Whether `[addr, addr + len)` lies inside.
+    fn holds(&self, addr: u64, len: u64) -> bool {
+        addr >= self.span.addr && len <= self.span.len && addr - self.span.addr <= self.span.len - len
+    }
+
+    pub(crate) fn in_use(&self) -> bool {
+        self.uses.load(Ordering::Acquire) > 0
+    }
+}
+
+/// A region in use: while one exists, deregistration waits.
+#[derive(Debug)]
+pub(crate) struct RegionUse(Arc<Region>);
+
+impl RegionUse {
+    pub(crate) fn new(region: &Arc<Region>) -> RegionUse {
+        region.uses.fetch_add(1, Ordering::AcqRel);
+        RegionUse(region.clone())
+    }
+
+    /// An error unless `[addr, addr + len)` lies inside the region.
+    #[inline]
+    pub(crate) fn check(&self, addr: u64, len: u64) -> Result<()> {
+        if !self.0.holds(addr, len) {
+            bail!(
+                InvalidArgument,
+                "[{addr:#x}, +{len}) is not inside region {} [{:#x}, +{})",
+                self.0.span.id,
+                self.0.span.addr,
+                self.0.span.len
+            );
+        }
+        Ok(())
+    }
+
+    /// As [`RegionUse::check`] for a peer, who learns nothing of where the region lies.
+    #[inline]
+    pub(crate) fn check_remote(&self, addr: u64, len: u64) -> Result<()> {
+        if !self.0.holds(addr, len) {
+            bail!(RemoteAccess, "[{addr:#x}, +{len}) is not inside region {}", self.0.span.id);
+        }
+        Ok(())
+    }
+}
+
+impl std::ops::Deref for RegionUse {
+    type Target = Region;
+    fn deref(&self) -> &Region {
+        &self.0
+    }
+}
+
+impl Drop for RegionUse {
+    fn drop(&mut self) {
+        self.0.uses.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// The regions that a transfer uses. Every posted chunk carries a clone, so that they stay in use until the last posted chunk is done
+/// or its channel is closed, whatever becomes of the transfer.
+#[derive(Clone, Debug)]
+pub(crate) struct Hold(Arc<Vec<RegionUse>>);
+
+impl Hold {
+    /// Holds all of `uses`; segments and parts refer to them by index.
+    pub(crate) fn new(uses: Vec<RegionUse>) -> Hold {
+        Hold(Arc::new(uses))
+    }
+
+    /// The extent of a region.
+    pub(crate) fn span(&self, region: u16) -> Result<Span> {
+        match self.0.get(usize::from(region)) {
+            Some(used) => Ok(used.span),
+            None => bail!(Internal, "a part of region {region} of {}", self.0.len()),
+        }
+    }
+
+    /// Whether it holds the region with this id.
+    pub(crate) fn holds(&self, id: u64) -> bool {
+        self.0.iter().any(|u| u.span.id == id)
+    }
+}

@@ -1,0 +1,250 @@
+//! What the two sides of a connection tell each other inside the handshake, and what they agree on. Pure; every value of the peer is
+//! checked against its range here.
+
+use super::text;
+use crate::config::MAX_CHUNK_BYTES;
+use crate::status::{bail, Result};
+use std::time::Duration;
+
+/// Channels of one kind at most.
+pub(crate) const MAX_CHANNELS: u16 = 64;
+const MIN_CHUNK_BYTES: u32 = 4096;
+const MIN_PEER_TIMEOUT_MS: u32 = 100;
+const MAX_PEER_TIMEOUT_MS: u32 = 86_400_000;
+const MAX_GPU_INDEX: i32 = 1023;
+const MAX_PLUGIN: usize = 16;
+const MAX_GPU: usize = 32;
+const MAX_WANTED_GPU: usize = 64;
+/// Bytes of an encoded hello at most.
+pub(crate) const MAX_HELLO: usize = 2 + 4 + 4 + 4 + 1 + MAX_PLUGIN + 1 + MAX_GPU + 1 + MAX_WANTED_GPU;
+
+/// What each side tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Hello {
+    /// Channels of each kind this side wants, 1 to [`MAX_CHANNELS`].
+    pub channels: u16,
+    /// Largest chunk, bytes.
+    pub chunk_bytes: u32,
+    /// CUDA index of this side's GPU, -1 without one.
+    pub gpu_index: i32,
+    /// After this much silence this side takes the other for lost.
+    pub peer_timeout_ms: u32,
+    /// Plugin that carries device memory.
+    pub plugin: String,
+    /// PCI address of this side's GPU, or "-1".
+    pub gpu: String,
+    /// GPU that the connecting side asked for, as it was given; informative.
+    pub wanted_gpu: String,
+}
+
+/// What counts for the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Terms {
+    /// Channels of each kind.
+    pub channels: u16,
+    /// Largest chunk, bytes.
+    pub chunk_bytes: u32,
+    /// Both sides take each other for lost after this much silence, and send heartbeats to suit.
+    pub peer_timeout: Duration,
+}
+
+fn put_text(out: &mut Vec<u8>, value: &str, max: usize) {
+    let value = text::printable(value, max);
+    out.push(value.len() as u8);
+    out.extend_from_slice(value.as_bytes());
+}
+
+fn get_text(rest: &mut &[u8], max: usize, what: &str) -> Result<String> {
+    let Some((&len, tail)) = rest.split_first() else { bail!(Protocol, "a hello ends before the {what}") };
+    let Some((bytes, tail)) = tail.split_at_checked(usize::from(len)) else { bail!(Protocol, "a hello ends inside the {what}") };
+    *rest = tail;
+    Ok(text::checked(bytes, max, what)?.to_owned())
+}
+
+fn get<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N]> {
+    let Some((head, tail)) = rest.split_first_chunk() else { bail!(Protocol, "a hello ends early") };
+    *rest = tail;
+    Ok(*head)
+}
+
+impl Hello {
+    /// Appends the hello. Texts are escaped and cut to their limits; numbers are sent as they are.
+    pub(crate) fn encode(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.channels.to_le_bytes());
+        out.extend_from_slice(&self.chunk_bytes.to_le_bytes());
+        out.extend_from_slice(&self.gpu_index.to_le_bytes());
+        out.extend_from_slice(&self.peer_timeout_ms.to_le_bytes());
+        put_text(out, &self.plugin, MAX_PLUGIN);
+        put_text(out, &self.gpu, MAX_GPU);
+        put_text(out, &self.wanted_gpu, MAX_WANTED_GPU);
+    }
+
+    /// The hello in exactly these bytes, every value in its range.
+    ///
+    /// # Errors
+    /// `Protocol` names the value.
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Hello> {
+        let rest = &mut &*bytes;
+        let hello = Hello {
+            channels: u16::from_le_bytes(get(rest)?),
+            chunk_bytes: u32::from_le_bytes(get(rest)?),
+            gpu_index: i32::from_le_bytes(get(rest)?),
+            peer_timeout_ms: u32::from_le_bytes(get(rest)?),
+            plugin: get_text(rest, MAX_PLUGIN, "plugin's name")?,
+            gpu: get_text(rest, MAX_GPU, "GPU's name")?,
+            wanted_gpu: get_text(rest, MAX_WANTED_GPU, "wanted GPU")?,
+        };
+        if !rest.is_empty() {
+            bail!(Protocol, "a hello has {} bytes too many", rest.len());
+        }
+        hello.check()?;
+        Ok(hello)
+    }
+
+    /// Whether every number is in its range; for this side's hello too, before it is sent.
+    pub(crate) fn check(&self) -> Result<()> {
+        if !(1..=MAX_CHANNELS).contains(&self.channels) {
+            bail!(Protocol, "a hello wants {} channels, 1 to {MAX_CHANNELS} are possible", self.channels);
+        }
+        if !(MIN_CHUNK_BYTES..=MAX_CHUNK_BYTES as u32).contains(&self.chunk_bytes) {
+            bail!(
+                Protocol,
+                "a hello wants chunks of {} bytes, {MIN_CHUNK_BYTES} to {MAX_CHUNK_BYTES} are possible",
+                self.chunk_bytes
+            );
+        }
+        if !(MIN_PEER_TIMEOUT_MS..=MAX_PEER_TIMEOUT_MS).contains(&self.peer_timeout_ms) {
+            bail!(
+                Protocol,
+                "a hello wants a peer timeout of {} ms, {MIN_PEER_TIMEOUT_MS} to {MAX_PEER_TIMEOUT_MS} are possible",
+                self.peer_timeout_ms
+            );
+        }
+        if !(-1..=MAX_GPU_INDEX).contains(&self.gpu_index) {
+            bail!(Protocol, "a hello names GPU {}", self.gpu_index);
+        }
+        if self.plugin.is_empty() {
+            bail!(Protocol, "a hello names no plugin");
+        }
+        Ok(())
+    }
+
+    /// `timeout` as a hello may carry it.
+    pub(crate) fn peer_timeout_ms(timeout: Duration) -> u32 {
+        u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX).clamp(MIN_PEER_TIMEOUT_MS, MAX_PEER_TIMEOUT_MS)
+    }
+
+    /// What the two sides agree on.
+    ///
+    /// # Errors
+    /// `Unsupported` when their plugins differ.
+    pub(crate) fn agree(&self, theirs: &Hello) -> Result<Terms> {
+        if self.plugin != theirs.plugin {
+            bail!(Unsupported, "the sides use different network plugins: {} and {}", self.plugin, theirs.plugin);
+        }
+        Ok(Terms {
+            channels: self.channels.min(theirs.channels),
+            chunk_bytes: self.chunk_bytes.min(theirs.chunk_bytes),
+            peer_timeout: Duration::from_millis(self.peer_timeout_ms.min(theirs.peer_timeout_ms).into()),
+        })
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// A hello as an ordinary engine sends it.
+    pub(crate) fn sample() -> Hello {
+        Hello {
+            channels: 4,
+            chunk_bytes: 512 << 10,
+            gpu_index: -1,
+            peer_timeout_ms: 10_000,
+            plugin: "soft".into(),
+            gpu: "-1".into(),
+            wanted_gpu: "0000:4a:00.0".into(),
+        }
+    }
+
+    fn encoded(hello: &Hello) -> Vec<u8> {
+        let mut out = Vec::new();
+        hello.encode(&mut out);
+        out
+    }
+
+    #[test]
+    fn every_number_out_of_range_is_refused() {
+        let with = |change: fn(&mut Hello)| {
+            let mut hello = sample();
+            change(&mut hello);
+            hello
+        };
+        for bad in [
+            with(|h| h.channels = 0),
+            with(|h| h.channels = 65),
+            with(|h| h.chunk_bytes = 0),
+            with(|h| h.chunk_bytes = 4095),
+            with(|h| h.chunk_bytes = (16 << 20) + 1),
+            with(|h| h.peer_timeout_ms = 0),
+            with(|h| h.peer_timeout_ms = 99),
+            with(|h| h.peer_timeout_ms = u32::MAX),
+            with(|h| h.gpu_index = -2),
+            with(|h| h.gpu_index = i32::MAX),
+            with(|h| h.plugin = String::new()),
+        ] {
+            assert_eq!(Hello::decode(&encoded(&bad)).unwrap_err().kind(), crate::status::ErrorKind::Protocol, "{bad:?}");
+        }
+        for good in [
+            with(|h| h.channels = 1),
+            with(|h| h.channels = 64),
+            with(|h| h.chunk_bytes = 4096),
+            with(|h| h.chunk_bytes = 16 << 20),
+        ] {
+            assert_eq!(Hello::decode(&encoded(&good)).unwrap(), good);
+        }
+    }
+
+    #[test]
+    fn the_smaller_value_counts() {
+        let other = Hello { channels: 9, chunk_bytes: 4096, peer_timeout_ms: 20_000, ..sample() };
+        let terms = Terms { channels: 4, chunk_bytes: 4096, peer_timeout: Duration::from_secs(10) };
+        assert_eq!(sample().agree(&other), Ok(terms));
+        assert_eq!(other.agree(&sample()), Ok(terms));
+        let plugin = Hello { plugin: "tcpx".into(), ..sample() };
+        assert_eq!(plugin.agree(&sample()).unwrap_err().kind(), crate::status::ErrorKind::Unsupported);
+    }
+
+    #[test]
+    fn text_that_is_not_printable_is_refused_and_never_shown() {
+        let mut bytes = encoded(&sample());
+        let at = bytes.windows(4).position(|w| w == b"soft").unwrap();
+        for evil in [b"so\nt", b"\x1b[2J", b"so\0t", b"so\xfft"] {
+            bytes[at..at + 4].copy_from_slice(evil);
+            let error = Hello::decode(&bytes).unwrap_err().to_string();
+            assert!(error.bytes().all(text::is_printable), "{error:?}");
+        }
+        // Ours are escaped and cut instead of failing a connect.
+        let odd = Hello { wanted_gpu: "\n".repeat(500), ..sample() };
+        assert_eq!(Hello::decode(&encoded(&odd)).unwrap().wanted_gpu.len(), 64);
+        assert!(encoded(&odd).len() <= MAX_HELLO);
+    }
+
+    proptest! {
+        #[test]
+        fn damaged_and_cut_hellos_never_panic(at in 0..50usize, value in any::<u8>(), cut in 0..60usize, random in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let good = encoded(&sample());
+            prop_assert_eq!(Hello::decode(&good).unwrap(), sample());
+            let mut bytes = good.clone();
+            let at = at % bytes.len();
+            bytes[at] = value;
+            let _ = Hello::decode(&bytes);
+            prop_assert!(cut >= good.len() || Hello::decode(&good[..cut]).is_err());
+            bytes = good;
+            bytes.push(value);
+            prop_assert!(Hello::decode(&bytes).is_err());
+            let _ = Hello::decode(&random);
+        }
+    }
+}

@@ -1,0 +1,367 @@
+//! The sealed control stream after the handshake: bytes in, records out, and back. Each record is encrypted and authenticated with
+//! AES-256-GCM under a key of its direction and numbered, so that nothing can be changed, repeated, reordered or left out. Knows
+//! nothing of sockets, frames or how the keys were agreed.
+//!
+//! A record is a 2-byte little-endian length of the plain bytes, that many sealed bytes, and a 16-byte tag. The length is covered by
+//! the tag.
+
+use super::guarded::Guarded;
+use crate::status::{bail, err, Error, Result};
+use ring::aead::{Aad, LessSafeKey, Nonce, UnboundKey, AES_256_GCM};
+use ring::hkdf;
+use zeroize::Zeroizing;
+
+/// Bytes of a record in front of the sealed ones.
+pub(crate) const RECORD_HEADER: usize = 2;
+const TAG: usize = 16;
+/// Bytes that a record adds.
+pub(crate) const RECORD_OVERHEAD: usize = RECORD_HEADER + TAG;
+/// Bytes of a record at most.
+pub(crate) const MAX_RECORD: usize = 64 << 10;
+/// Plain bytes of a record at most.
+pub(crate) const MAX_PLAIN: usize = MAX_RECORD - RECORD_OVERHEAD;
+
+/// Who sends, seen from the set-up of the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Direction {
+    /// From the side that connected to the side that listened.
+    ToListening,
+    /// The other way.
+    ToConnecting,
+}
+
+impl Direction {
+    fn label(self) -> &'static [u8] {
+        match self {
+            Direction::ToListening => b"to listening",
+            Direction::ToConnecting => b"to connecting",
+        }
+    }
+}
+
+/// 32 secret bytes, wiped when dropped.
+pub(crate) type Secret = Zeroizing<[u8; 32]>;
+
+/// Keys of the connection's other streams, derived from the handshake's secret.
+#[derive(Debug)]
+pub(crate) struct Exporter {
+    prk: Guarded<hkdf::Prk>,
+}
+
+impl Exporter {
+    fn derive(&self, parts: &[&[u8]]) -> Result<Secret> {
+        let mut key = Secret::default();
+        let filled = self.prk.expand(parts, hkdf::HKDF_SHA256).and_then(|okm| okm.fill(&mut *key));
+        filled.map_err(|_| err!(Internal, "a key could not be derived"))?;
+        Ok(key)
+    }
+
+    /// Key that authenticates the first bytes of a data channel.
+    ///
+    /// `set`: number of the plugin set; `index`: channel in it.
+    pub(crate) fn channel_mac_key(&self, set: u8, index: u16, direction: Direction) -> Result<Secret> {
+        self.derive(&[b"uccl channel mac", direction.label(), &[set], &index.to_le_bytes()])
+    }
+
+    /// Key that protects the data of a data channel (AES-256-GCM). Never use it for two streams.
+    pub(crate) fn channel_data_key(&self, set: u8, index: u16, direction: Direction) -> Result<Secret> {
+        self.derive(&[b"uccl channel data", direction.label(), &[set], &index.to_le_bytes()])
+    }
+}
+
+/// One direction's key and the number of the next record.
+#[derive(Debug)]
+struct Numbered {
+    key: Guarded<LessSafeKey>,
+    next: u64,
+}
+
+impl Numbered {
+    fn new(exporter: &Exporter, direction: Direction) -> Result<Numbered> {
+        let key = exporter.derive(&[b"uccl control", direction.label()])?;
+        let key = UnboundKey::new(&AES_256_GCM, &*key).map_err(|_| err!(Internal, "a key of the wrong length"))?;
+        Ok(Numbered { key: Guarded::new(LessSafeKey::new(key))?, next: 0 })
+    }
+
+    /// The next record's number as a nonce; each is given out once.
+    fn nonce(&mut self) -> Result<Nonce> {
+        let Some(after) = self.next.checked_add(1) else { bail!(Resource, "the control stream has used up its record numbers") };
+        let mut bytes = [0; 12];
+        bytes[4..].copy_from_slice(&self.next.to_be_bytes());
+        self.next = after;
+        Ok(Nonce::assume_unique_for_key(bytes))
+    }
+}
+
+/// The sending half.
+#[derive(Debug)]
+pub(crate) struct Sealer(Numbered);
+
+impl Sealer {
+    /// Appends `plain` to `out` as sealed records, each as long as possible. Nothing for no bytes.
+    ///
+    /// # Errors
+    /// Never below 2^64 records. After an error the stream must not be used.
+    pub(crate) fn seal(&mut self, plain: &[u8], out: &mut Vec<u8>) -> Result<()> {
+        out.reserve(Sealer::sealed_len(plain.len()));
+        for piece in plain.chunks(MAX_PLAIN) {
+            let nonce = self.0.nonce()?;
+            let header = (piece.len() as u16).to_le_bytes();
+            out.extend_from_slice(&header);
+            let start = out.len();
+            out.extend_from_slice(piece);
+            let sealed = self.0.key.seal_in_place_separate_tag(nonce, Aad::from(header), &mut out[start..]);
+            match sealed {
+                Ok(tag) => out.extend_from_slice(tag.as_ref()),
+                Err(_) => {
+                    // No plain byte may leave.
+                    out.truncate(start - RECORD_HEADER);
+                    bail!(Internal, "{} bytes could not be sealed", piece.len());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes that `plain` bytes become.
+    pub(crate) fn sealed_len(plain: usize) -> usize {
+        plain + plain.div_ceil(MAX_PLAIN) * RECORD_OVERHEAD
+    }
+}
+
+/// What [`Opener::open`] found at the front of a buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Opened {
+    /// More bytes are needed: the whole record's size, or the header's.
+    Need(usize),
+    /// A record: its `plain` bytes lie at the front of the buffer; `consumed` bytes of the stream are done with.
+    Record {
+        /// Plain bytes.
+        plain: usize,
+        /// Bytes of the record.
+        consumed: usize,
+    },
+}
+
+/// The receiving half.
+#[derive(Debug)]
+pub(crate) struct Opener {
+    numbered: Numbered,
+    failed: Option<Error>,
+}
+
+impl Opener {
+    /// Opens the record at the front of `buf`; its plain bytes replace it there.
+    ///
+    /// # Errors
+    /// `Protocol` when the bytes are not the stream's next record. Every later call repeats the error.
+    pub(crate) fn open(&mut self, buf: &mut [u8]) -> Result<Opened> {
+        self.open_within(buf, 0)
+    }
+
+    /// Opens the record at `buf[at..]` and puts its plain bytes at the front of `buf`: with the end of what was opened before at the
+    /// front, the plain bytes of several records become one piece without a copy.
+    ///
+    /// # Errors
+    /// As [`Opener::open`]; what `buf` held is then lost.
+    pub(crate) fn open_within(&mut self, buf: &mut [u8], at: usize) -> Result<Opened> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        let found = self.try_open(buf, at);
+        self.failed = found.as_ref().err().cloned();
+        found
+    }
+
+    fn try_open(&mut self, buf: &mut [u8], at: usize) -> Result<Opened> {
+        let Some(&header) = buf.get(at..).and_then(|b| b.first_chunk::<RECORD_HEADER>()) else {
+            return Ok(Opened::Need(RECORD_HEADER));
+        };
+        let plain = usize::from(u16::from_le_bytes(header));
+        if plain == 0 || plain > MAX_PLAIN {
+            bail!(Protocol, "a record of {plain} bytes on the control stream");
+        }
+        let consumed = plain + RECORD_OVERHEAD;
+        let Some(record) = buf.get_mut(..at + consumed) else { return Ok(Opened::Need(consumed)) };
+        let nonce = self.numbered.nonce()?;
+        match self.numbered.key.open_within(nonce, Aad::from(header), record, at + RECORD_HEADER..) {
+            Ok(_) => Ok(Opened::Record { plain, consumed }),
+            Err(_) => bail!(Protocol, "the control stream was changed on its way"),
+        }
+    }
+}
+
+/// Both halves, and the keys of the data channels.
+#[derive(Debug)]
+pub(crate) struct Session {
+    /// The sending half.
+    pub sealer: Sealer,
+    /// The receiving half.
+    pub opener: Opener,
+    /// Keys for the data channels.
+    pub exporter: Exporter,
+}
+
+impl Session {
+    /// The session of the side that sends in direction `ours`.
+    ///
+    /// `secret`: what only the two sides know, at least 32 bytes of full entropy; `context`: what both saw of the handshake.
+    pub(crate) fn new(ours: Direction, secret: &[u8], context: &[u8]) -> Result<Session> {
+        let exporter = Exporter { prk: Guarded::new(hkdf::Salt::new(hkdf::HKDF_SHA256, context).extract(secret))? };
+        let theirs = match ours {
+            Direction::ToListening => Direction::ToConnecting,
+            Direction::ToConnecting => Direction::ToListening,
+        };
+        Ok(Session {
+            sealer: Sealer(Numbered::new(&exporter, ours)?),
+            opener: Opener { numbered: Numbered::new(&exporter, theirs)?, failed: None },
+            exporter,
+        })
+    }
+
+    /// [`Sealer::seal`].
+    pub(crate) fn seal(&mut self, plain: &[u8], out: &mut Vec<u8>) -> Result<()> {
+        self.sealer.seal(plain, out)
+    }
+
+    /// [`Opener::open`].
+    pub(crate) fn open(&mut self, buf: &mut [u8]) -> Result<Opened> {
+        self.opener.open(buf)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::ErrorKind;
+    use proptest::prelude::*;
+
+    fn pair() -> (Session, Session) {
+        let new = |ours| Session::new(ours, &[7; 64], b"test").unwrap();
+        (new(Direction::ToListening), new(Direction::ToConnecting))
+    }
+
+    fn sealed(from: &mut Session, plain: &[u8]) -> Vec<u8> {
+        let mut out = Vec::new();
+        from.seal(plain, &mut out).unwrap();
+        assert_eq!(out.len(), Sealer::sealed_len(plain.len()));
+        out
+    }
+
+    /// Opens a stream of records so that their plain bytes become one piece at the front of the buffer.
+    fn open_all(to: &mut Session, buf: &mut [u8]) -> Result<usize> {
+        let (mut end, mut at) = (0, 0);
+        while at < buf.len() {
+            match to.opener.open_within(&mut buf[end..], at - end)? {
+                Opened::Record { plain, consumed } => {
+                    end += plain;
+                    at += consumed;
+                }
+                Opened::Need(_) => break,
+            }
+        }
+        Ok(end)
+    }
+
+    proptest! {
+        #[test]
+        fn any_split_of_the_stream_comes_out_whole(sizes in proptest::collection::vec(0usize..200_000, 0..6)) {
+            let (mut a, mut b) = pair();
+            let all: Vec<u8> = (0..sizes.iter().sum()).map(|i: usize| (i * 7 + i / 251) as u8).collect();
+            let (mut out, mut at) = (Vec::new(), 0);
+            for size in sizes {
+                a.seal(&all[at..at + size], &mut out).unwrap();
+                at += size;
+            }
+            let end = open_all(&mut b, &mut out).unwrap();
+            prop_assert!(out[..end] == all[..]);
+        }
+
+        #[test]
+        fn random_bytes_never_open(mut bytes in proptest::collection::vec(any::<u8>(), 0..3000), at in 0usize..40) {
+            let (mut a, _) = pair();
+            let opened = !matches!(a.opener.open_within(&mut bytes, at), Err(_) | Ok(Opened::Need(_)));
+            prop_assert!(!opened);
+        }
+    }
+
+    #[test]
+    fn every_changed_byte_is_noticed() {
+        let (mut a, _) = pair();
+        let good = sealed(&mut a, b"attack at dawn");
+        for (at, flip) in (0..good.len()).flat_map(|at| [(at, 1), (at, 0x80)]) {
+            let (_, mut b) = pair();
+            let mut bad = good.clone();
+            bad[at] ^= flip;
+            bad.resize(bad.len() + MAX_RECORD, 0);
+            assert_eq!(b.open(&mut bad).unwrap_err().kind(), ErrorKind::Protocol, "byte {at}");
+            // And nothing opens afterwards.
+            assert!(b.open(&mut good.clone()).is_err());
+        }
+    }
+
+    #[test]
+    fn records_cannot_be_repeated_reordered_left_out_or_sent_back() {
+        let (mut a, _) = pair();
+        let records: Vec<_> = (0..3).map(|i| sealed(&mut a, &[i; 10])).collect();
+        for order in [[0, 0, 1], [1, 0, 2], [0, 2, 1], [2, 1, 0]] {
+            let (_, mut b) = pair();
+            let opened: Vec<bool> = order.iter().map(|&i| b.open(&mut records[i].clone()).is_ok()).collect();
+            assert!(!opened.iter().all(|&ok| ok), "{order:?}");
+            assert!(!opened[2], "{order:?}");
+        }
+        assert!(a.open(&mut records[0].clone()).is_err(), "a side took its own record for its peer's");
+        let mut other = Session::new(Direction::ToConnecting, &[7; 64], b"another context").unwrap();
+        assert!(other.open(&mut records[0].clone()).is_err());
+    }
+
+    #[test]
+    fn a_cut_record_waits_for_the_rest() {
+        let (mut a, mut b) = pair();
+        let mut good = sealed(&mut a, b"plain");
+        let len = good.len();
+        for cut in 0..len {
+            let need = if cut < RECORD_HEADER { RECORD_HEADER } else { len };
+            assert_eq!(b.open(&mut good[..cut]), Ok(Opened::Need(need)));
+        }
+        assert_eq!(b.open(&mut good), Ok(Opened::Record { plain: 5, consumed: len }));
+        assert_eq!(&good[..5], b"plain");
+        assert_eq!(b.opener.open_within(&mut [], 3), Ok(Opened::Need(RECORD_HEADER)));
+    }
+
+    #[test]
+    fn lengths_are_refused_from_the_header_alone() {
+        for plain in [0u16, MAX_PLAIN as u16 + 1, u16::MAX] {
+            let (_, mut b) = pair();
+            assert!(b.open(&mut plain.to_le_bytes()).is_err(), "{plain}");
+        }
+    }
+
+    #[test]
+    fn record_numbers_never_start_again() {
+        let (mut a, mut b) = pair();
+        a.sealer.0.next = u64::MAX - 1;
+        b.opener.numbered.next = u64::MAX - 1;
+        let mut last = sealed(&mut a, b"last");
+        assert!(b.open(&mut last).is_ok());
+        let mut out = Vec::new();
+        assert_eq!(a.seal(b"one more", &mut out).unwrap_err().kind(), ErrorKind::Resource);
+        assert!(!out.windows(3).any(|w| w == b"one"), "plain bytes were left in the output");
+    }
+
+    #[test]
+    fn exported_keys_are_shared_by_the_sides_and_by_nothing_else() {
+        let (a, b) = pair();
+        let mut seen = std::collections::HashSet::new();
+        for set in 0..2 {
+            for index in [0, 1, 256] {
+                for direction in [Direction::ToListening, Direction::ToConnecting] {
+                    let key = a.exporter.channel_mac_key(set, index, direction).unwrap();
+                    assert_eq!(key, b.exporter.channel_mac_key(set, index, direction).unwrap());
+                    assert!(seen.insert(*key));
+                    assert!(seen.insert(*a.exporter.channel_data_key(set, index, direction).unwrap()));
+                }
+            }
+        }
+    }
+}

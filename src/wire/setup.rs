@@ -1,0 +1,358 @@
+//! Messages that set up the channels of a connection: after the handshake, inside the session, before the first frame. Pure: bytes
+//! in, messages out; every length is checked before it is used or allocated.
+//!
+//! A message is an 8-byte header (payload length u32, type u8, magic u8, zero u16; little-endian as all numbers) and its payload.
+
+use super::hello::MAX_CHANNELS;
+use super::text;
+use crate::status::{bail, Error, ErrorKind, Result, StatusCode, UCCL_OK};
+
+/// Bytes of a message header.
+pub(crate) const HEADER_BYTES: usize = 8;
+const MAGIC: u8 = 0xC8;
+/// Bytes of a plugin's connect handle.
+pub(crate) const HANDLE_BYTES: usize = nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
+/// Plugin sets of a connection at most.
+pub(crate) const MAX_SETS: usize = 4;
+/// Channels of all sets at most.
+pub(crate) const MAX_ALL: usize = MAX_SETS * MAX_CHANNELS as usize;
+const MAX_NIC: usize = 31;
+/// Bytes of a text at most.
+pub(crate) const MAX_TEXT: usize = 512;
+
+/// A plugin's connect handle.
+pub(crate) type Handle = [u8; HANDLE_BYTES];
+
+/// One listen comm of the sender.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Offered {
+    /// Name of the NIC that it listens on, 1 to 31 printable characters.
+    pub nic: String,
+    /// Its connect handle.
+    pub handle: Handle,
+}
+
+/// What a side says about its part of the set-up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Verdict {
+    /// `UCCL_OK`, or the negative number of an error.
+    pub status: StatusCode,
+    /// Why, for people; printable.
+    pub text: String,
+}
+
+impl Verdict {
+    /// Everything is well.
+    pub(crate) fn ok() -> Verdict {
+        Verdict { status: UCCL_OK, text: String::new() }
+    }
+
+    /// What the receiver of the verdict reports.
+    pub(crate) fn result(&self) -> Result<()> {
+        match self.status {
+            UCCL_OK => Ok(()),
+            code => Err(Error::new(ErrorKind::from_code(code), format_args!("refused by the peer: {}", self.text))),
+        }
+    }
+}
+
+impl From<&Error> for Verdict {
+    fn from(error: &Error) -> Verdict {
+        Verdict { status: error.code(), text: text::printable(&error.to_string(), MAX_TEXT) }
+    }
+}
+
+/// A message of the set-up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Message {
+    /// The listen comms of the sender, by plugin set.
+    Offer(Vec<Vec<Offered>>),
+    /// The sender's part is done: with status OK the numbers of the channels that are up on its side, rising: 64 times the
+    /// number of its set, plus its place in the set's offer. The sender's last message.
+    Ready(Verdict, Vec<u16>),
+    /// The sender gives the set-up up. Its last message.
+    Abort(Verdict),
+}
+
+const T_OFFER: u8 = 1;
+const T_READY: u8 = 2;
+const T_ABORT: u8 = 3;
+
+/// Largest payload of a message type; `None` for an unknown type.
+fn payload_limit(kind: u8) -> Option<usize> {
+    Some(match kind {
+        T_OFFER => 1 + MAX_SETS * (2 + MAX_CHANNELS as usize * (1 + MAX_NIC + HANDLE_BYTES)),
+        T_READY => 4 + 2 + MAX_TEXT + 2 + 2 * MAX_ALL,
+        T_ABORT => 4 + 2 + MAX_TEXT,
+        _ => return None,
+    })
+}
+
+/// What [`decode`] found at the front of a buffer.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Decoded {
+    /// A message and the bytes it took.
+    Message(Message, usize),
+    /// More bytes are needed: the whole message's size, or at least the header's.
+    Need(usize),
+}
+
+/// Decodes the message at the front of `buf`.
+///
+/// # Errors
+/// `Protocol` when the bytes can never become a message.
+pub(crate) fn decode(buf: &[u8]) -> Result<Decoded> {
+    let Some(header) = buf.first_chunk::<HEADER_BYTES>() else { return Ok(Decoded::Need(HEADER_BYTES)) };
+    let len = u32::from_le_bytes([header[0], header[1], header[2], header[3]]) as usize;
+    let kind = header[4];
+    if header[5] != MAGIC || header[6..8] != [0, 0] {
+        bail!(Protocol, "bad magic of a set-up message");
+    }
+    match payload_limit(kind) {
+        None => bail!(Protocol, "unknown set-up message {kind}"),
+        Some(limit) if len > limit => bail!(Protocol, "set-up message {kind} of {len} bytes is over its limit of {limit}"),
+        Some(_) => {}
+    }
+    let total = HEADER_BYTES + len;
+    let Some(payload) = buf.get(HEADER_BYTES..total) else { return Ok(Decoded::Need(total)) };
+    let mut reader = Reader(payload);
+    let message = match kind {
+        T_OFFER => reader.offer()?,
+        T_READY => {
+            let verdict = reader.verdict()?;
+            Message::Ready(verdict, reader.channels()?)
+        }
+        _ => match reader.verdict()? {
+            Verdict { status: UCCL_OK, .. } => bail!(Protocol, "a set-up was given up without a reason"),
+            verdict => Message::Abort(verdict),
+        },
+    };
+    if !reader.0.is_empty() {
+        bail!(Protocol, "set-up message {kind} has {} bytes too many", reader.0.len());
+    }
+    Ok(Decoded::Message(message, total))
+}
+
+struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn bytes(&mut self, n: usize) -> Result<&'a [u8]> {
+        match self.0.split_at_checked(n) {
+            Some((head, tail)) => {
+                self.0 = tail;
+                Ok(head)
+            }
+            None => bail!(Protocol, "a set-up message ends {} bytes early", n - self.0.len()),
+        }
+    }
+
+    fn fixed<const N: usize>(&mut self) -> Result<[u8; N]> {
+        let bytes = self.bytes(N)?;
+        Ok(std::array::from_fn(|i| bytes[i]))
+    }
+
+    fn u16(&mut self) -> Result<u16> {
+        Ok(u16::from_le_bytes(self.fixed()?))
+    }
+
+    fn offer(&mut self) -> Result<Message> {
+        let [sets] = self.fixed()?;
+        if sets == 0 || usize::from(sets) > MAX_SETS {
+            bail!(Protocol, "an offer of {sets} plugin sets");
+        }
+        let sets = (0..sets).map(|_| {
+            let n = self.u16()?;
+            if n > MAX_CHANNELS {
+                bail!(Protocol, "an offer of {n} channels");
+            }
+            (0..n).map(|_| self.offered()).collect::<Result<Vec<_>>>()
+        });
+        Ok(Message::Offer(sets.collect::<Result<_>>()?))
+    }
+
+    fn offered(&mut self) -> Result<Offered> {
+        let [len] = self.fixed()?;
+        let nic = text::checked(self.bytes(len.into())?, MAX_NIC, "a NIC's name")?;
+        if nic.is_empty() {
+            bail!(Protocol, "an offer of a NIC without a name");
+        }
+        Ok(Offered { nic: nic.to_owned(), handle: self.fixed()? })
+    }
+
+    fn verdict(&mut self) -> Result<Verdict> {
+        let status = StatusCode::from_le_bytes(self.fixed()?);
+        if status > UCCL_OK {
+            bail!(Protocol, "a verdict of status {status}");
+        }
+        let len = self.u16()?;
+        let text = text::checked(self.bytes(len.into())?, MAX_TEXT, "a verdict's text")?;
+        Ok(Verdict { status, text: text.to_owned() })
+    }
+
+    fn channels(&mut self) -> Result<Vec<u16>> {
+        let n = self.u16()?;
+        if usize::from(n) > MAX_ALL {
+            bail!(Protocol, "{n} channels are said to be up");
+        }
+        let up = (0..n).map(|_| self.u16()).collect::<Result<Vec<_>>>()?;
+        if up.last().is_some_and(|&last| usize::from(last) >= MAX_ALL) || up.windows(2).any(|w| w[0] >= w[1]) {
+            bail!(Protocol, "the numbers of the channels that are up do not rise");
+        }
+        Ok(up)
+    }
+}
+
+fn put_verdict(verdict: &Verdict, out: &mut Vec<u8>) {
+    let text = text::printable(&verdict.text, MAX_TEXT);
+    out.extend_from_slice(&verdict.status.to_le_bytes());
+    out.extend_from_slice(&(text.len() as u16).to_le_bytes());
+    out.extend_from_slice(text.as_bytes());
+}
+
+/// Appends `message` to `out`. Texts and names are escaped and cut to their limits; counts over the limits are the caller's mistake.
+pub(crate) fn encode(message: &Message, out: &mut Vec<u8>) {
+    let start = out.len();
+    out.extend_from_slice(&[0; HEADER_BYTES]);
+    let kind = match message {
+        Message::Offer(sets) => {
+            out.push(sets.len() as u8);
+            for set in sets {
+                out.extend_from_slice(&(set.len() as u16).to_le_bytes());
+                for offered in set {
+                    let nic = text::printable(&offered.nic, MAX_NIC);
+                    out.push(nic.len() as u8);
+                    out.extend_from_slice(nic.as_bytes());
+                    out.extend_from_slice(&offered.handle);
+                }
+            }
+            T_OFFER
+        }
+        Message::Ready(verdict, up) => {
+            put_verdict(verdict, out);
+            out.extend_from_slice(&(up.len() as u16).to_le_bytes());
+            up.iter().for_each(|index| out.extend_from_slice(&index.to_le_bytes()));
+            T_READY
+        }
+        Message::Abort(verdict) => {
+            put_verdict(verdict, out);
+            T_ABORT
+        }
+    };
+    let len = out.len() - start - HEADER_BYTES;
+    debug_assert!(payload_limit(kind).is_some_and(|limit| len <= limit), "set-up message {kind} of {len} bytes");
+    out[start..start + 4].copy_from_slice(&(len as u32).to_le_bytes());
+    out[start + 4] = kind;
+    out[start + 5] = MAGIC;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn offers() -> impl Strategy<Value = Vec<Vec<Offered>>> {
+        let offered = ("[ -~]{1,31}", any::<u8>()).prop_map(|(nic, b)| Offered { nic, handle: [b; HANDLE_BYTES] });
+        proptest::collection::vec(proptest::collection::vec(offered, 0..6), 1..=MAX_SETS)
+    }
+
+    proptest! {
+        #[test]
+        fn every_message_round_trips(offer in offers(), status in i32::MIN..0, text in "[ -~]{0,200}", up in proptest::collection::btree_set(0u16..MAX_ALL as u16, 0..64)) {
+            let up: Vec<u16> = up.into_iter().collect();
+            let verdict = Verdict { status, text };
+            let all = [Message::Offer(offer), Message::Ready(Verdict::ok(), up), Message::Ready(verdict.clone(), Vec::new()), Message::Abort(verdict)];
+            let mut buf = Vec::new();
+            all.iter().for_each(|m| encode(m, &mut buf));
+            let mut at = 0;
+            for message in &all {
+                match decode(&buf[at..]).unwrap() {
+                    Decoded::Message(got, n) => {
+                        prop_assert_eq!(&got, message);
+                        // Every proper prefix asks for more, never errs.
+                        for cut in [0, 1, HEADER_BYTES - 1, HEADER_BYTES, n / 2, n - 1] {
+                            if cut < n {
+                                let more = matches!(decode(&buf[at..at + cut]).unwrap(), Decoded::Need(need) if need > cut);
+                                prop_assert!(more);
+                            }
+                        }
+                        at += n;
+                    }
+                    Decoded::Need(_) => prop_assert!(false, "incomplete"),
+                }
+            }
+            prop_assert_eq!(at, buf.len());
+        }
+
+        #[test]
+        fn a_damaged_message_never_panics(kind in 0u8..=4, payload in proptest::collection::vec(any::<u8>(), 0..400), random in proptest::collection::vec(any::<u8>(), 0..400)) {
+            let mut buf = (payload.len() as u32).to_le_bytes().to_vec();
+            buf.extend_from_slice(&[kind, MAGIC, 0, 0]);
+            buf.extend_from_slice(&payload);
+            let _ = decode(&buf);
+            let _ = decode(&random);
+        }
+    }
+
+    #[test]
+    fn the_largest_messages_fit_their_limits() {
+        let offered = Offered { nic: "n".repeat(40), handle: [1; HANDLE_BYTES] };
+        let verdict = Verdict { status: -1, text: "t".repeat(4096) };
+        for message in [
+            Message::Offer(vec![vec![offered; MAX_CHANNELS.into()]; MAX_SETS]),
+            Message::Ready(verdict.clone(), (0..MAX_ALL as u16).collect()),
+            Message::Abort(verdict),
+        ] {
+            let mut buf = Vec::new();
+            encode(&message, &mut buf);
+            assert_eq!(Some(buf.len() - HEADER_BYTES), payload_limit(buf[4]));
+            assert!(matches!(decode(&buf), Ok(Decoded::Message(..))));
+        }
+    }
+
+    #[test]
+    fn lengths_over_the_limit_are_refused_from_the_header_alone() {
+        for kind in 0..=255u8 {
+            let mut header = u32::MAX.to_le_bytes().to_vec();
+            header.extend_from_slice(&[kind, MAGIC, 0, 0]);
+            assert!(decode(&header).is_err(), "type {kind}");
+        }
+    }
+
+    /// A message of `kind` with this payload.
+    fn raw(kind: u8, payload: &[u8]) -> Vec<u8> {
+        let mut buf = (payload.len() as u32).to_le_bytes().to_vec();
+        buf.extend_from_slice(&[kind, MAGIC, 0, 0]);
+        buf.extend_from_slice(payload);
+        buf
+    }
+
+    #[test]
+    fn contents_out_of_range_are_refused() {
+        let bad: [(&str, u8, &[u8]); 10] = [
+            ("no set", T_OFFER, &[0]),
+            ("too many sets", T_OFFER, &[5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+            ("too many channels", T_OFFER, &[1, 65, 0]),
+            ("a NIC without a name", T_OFFER, &[&[1, 1, 0, 0][..], &[0; HANDLE_BYTES]].concat()),
+            ("a NIC's name with an escape", T_OFFER, &[&[1, 1, 0, 1, 27][..], &[0; HANDLE_BYTES]].concat()),
+            ("a positive status", T_ABORT, &[1, 0, 0, 0, 0, 0]),
+            ("given up with OK", T_ABORT, &[0, 0, 0, 0, 0, 0]),
+            ("a newline in a text", T_ABORT, &[255, 255, 255, 255, 1, 0, b'\n']),
+            ("a channel twice", T_READY, &[0, 0, 0, 0, 0, 0, 2, 0, 1, 0, 1, 0]),
+            ("a channel beyond all", T_READY, &[0, 0, 0, 0, 0, 0, 1, 0, 0, 1]),
+        ];
+        for (what, kind, payload) in bad {
+            assert_eq!(decode(&raw(kind, payload)).unwrap_err().kind(), ErrorKind::Protocol, "{what}");
+        }
+    }
+
+    #[test]
+    fn errors_cross_as_verdicts() {
+        let error = crate::status::err!(Plugin, "eth1 \u{1b}[31m refused");
+        let mut buf = Vec::new();
+        encode(&Message::Abort(Verdict::from(&error)), &mut buf);
+        let Decoded::Message(Message::Abort(verdict), _) = decode(&buf).unwrap() else { panic!("not an abort") };
+        let got = verdict.result().unwrap_err();
+        assert_eq!((got.kind(), got.to_string().as_str()), (ErrorKind::Plugin, "refused by the peer: eth1 \\u{1b}[31m refused"));
+        assert_eq!(Verdict::ok().result(), Ok(()));
+    }
+}

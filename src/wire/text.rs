@@ -1,0 +1,64 @@
+//! Text that crosses the wire: printable ASCII and nothing else, so that a peer's words can stand in a log line or an error. Pure.
+
+use crate::status::{bail, Result};
+
+/// Whether `byte` may stand in a text of the wire.
+pub(crate) fn is_printable(byte: u8) -> bool {
+    matches!(byte, b' '..=b'~')
+}
+
+/// `text` as it may be sent or logged: what is not printable ASCII escaped, `max` bytes at most.
+pub(crate) fn printable(text: &str, max: usize) -> String {
+    let mut out = String::with_capacity(text.len().min(max));
+    for c in text.chars() {
+        let start = out.len();
+        match c {
+            ' '..='~' => out.push(c),
+            _ => out.extend(c.escape_default()),
+        }
+        if out.len() > max {
+            out.truncate(start);
+            break;
+        }
+    }
+    out
+}
+
+/// The text that a peer sent.
+///
+/// # Errors
+/// `Protocol` when it is longer than `max` or holds anything but printable ASCII.
+pub(crate) fn checked<'a>(bytes: &'a [u8], max: usize, what: &str) -> Result<&'a str> {
+    if bytes.len() > max {
+        bail!(Protocol, "{what} of {} bytes, {max} at most", bytes.len());
+    }
+    match std::str::from_utf8(bytes) {
+        Ok(text) if bytes.iter().copied().all(is_printable) => Ok(text),
+        _ => bail!(Protocol, "{what} is not printable ASCII"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn escapes_and_newlines_never_pass() {
+        assert_eq!(printable("a\n\x1b[2Jb\u{e9}", 99), "a\\n\\u{1b}[2Jb\\u{e9}");
+        assert_eq!(printable("abc\n", 4), "abc");
+        for bad in [&b"a\nb"[..], b"\x1b[0m", b"\xff", b"\0", "\u{202e}".as_bytes()] {
+            assert!(checked(bad, 99, "text").is_err(), "{bad:?}");
+        }
+        assert!(checked(b"abcd", 3, "text").is_err());
+        assert_eq!(checked(b"a b~", 4, "text").unwrap(), "a b~");
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_printed_is_accepted(text in ".{0,80}", max in 0usize..100) {
+            let out = printable(&text, max);
+            prop_assert_eq!(checked(out.as_bytes(), max, "text").unwrap(), out.as_str());
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! Finding and loading plugins, as an application meets it: places and their order, broken files, tables of both versions, the
+//! environment. Each case has a process of its own. The plugins are simulated: the strict foreign plugin, and one of version 8 in C.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use uccl_p2p::config::Config;
+use uccl_p2p::engine::Engine;
+use uccl_p2p::status::ErrorKind;
+
+const CASE: &str = "UCCL_PLUGINS_TEST_CASE";
+
+// ---- fixtures ----
+
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Scratch {
+        let dir = std::env::temp_dir().join(format!("uccl-plugins-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&dir);
+        std::fs::create_dir_all(&dir).expect("scratch folder");
+        Scratch(dir)
+    }
+    /// A folder with files of these contents; gives its path.
+    fn dir(&self, name: &str, files: &[(&str, &Path)]) -> String {
+        let dir = self.0.join(name);
+        std::fs::create_dir_all(&dir).expect("folder");
+        for (file, source) in files {
+            std::fs::copy(source, dir.join(file)).expect("copy");
+        }
+        dir.display().to_string()
+    }
+    fn broken(&self) -> PathBuf {
+        let path = self.0.join("broken");
+        std::fs::write(&path, b"\x7fELF and then nothing").expect("file");
+        path
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The strict foreign plugin's shared object, built beside this test.
+fn foreign() -> Option<PathBuf> {
+    let this = std::env::current_exe().expect("this program");
+    let deps = this.parent().expect("folder");
+    let found = [deps.join("libnccl_net_strict_foreign.so"), deps.join("../libnccl_net_strict_foreign.so")];
+    found.into_iter().find(|p| p.exists())
+}
+
+fn v8(scratch: &Scratch) -> PathBuf {
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/plugins/net_v8.c");
+    let out = scratch.0.join("net_v8.so");
+    let status = Command::new("cc").args(["-shared", "-fPIC", "-Wall", "-Werror", "-o"]).arg(&out).arg(source).status();
+    assert!(status.expect("a C compiler").success());
+    out
+}
+
+fn run(case: &str, environment: &[(&str, &str)]) -> Output {
+    let mut child = Command::new(std::env::current_exe().expect("this program"));
+    child.args(["--exact", "child", "--nocapture", "--test-threads=1"]);
+    for name in ["UCCL_TCPX_PLUGIN", "UCCL_TCPX_PLUGIN_PATH", "UCCL_P2P_TRANSPORT", "LD_LIBRARY_PATH", "NCCL_DYNAMIC_CHUNK_SIZE"]
+    {
+        child.env_remove(name);
+    }
+    child.env(CASE, case).env("UCCL_P2P_LOG_LEVEL", "info").env("UCCL_TCPX_EMULATE_DEVICE", "1").env("NCCL_SOCKET_IFNAME", "lo");
+    child.envs(environment.iter().copied()).output().expect("child")
+}
+
+fn text(out: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr))
+}
+
+fn passes(case: &str, environment: &[(&str, &str)], said: &[&str]) {
+    let out = run(case, environment);
+    let text = text(&out);
+    assert!(out.status.success(), "{case} {environment:?}: {} {text}", out.status);
+    for said in said {
+        assert!(text.contains(said), "{case} {environment:?}: no {said:?} in {text}");
+    }
+}
+
+// ---- tests ----
+
+#[test]
+fn candidates_are_tried_in_turn() {
+    let Some(foreign) = foreign() else {
+        panic!("libnccl_net_strict_foreign.so is missing: cargo build -p strict-foreign-plugin")
+    };
+    let s = Scratch::new("turn");
+    let (broken, v8) = (s.broken(), v8(&s));
+    let good = s.dir("good", &[("libnccl-net-tcpx.so", &foreign)]);
+    let plain = s.dir("plain", &[("libnccl-net.so", &foreign)]);
+    let bad = s.dir("bad", &[("libnccl-net-tcpx.so", &broken)]);
+    let mixed = s.dir("mixed", &[("libnccl-net-tcpx.so", &broken), ("libnccl-net.so", &foreign)]);
+    let other = s.dir("other", &[("libnccl-net.so", &v8)]);
+    passes("is_tcpx", &[("LD_LIBRARY_PATH", &good)], &[]);
+    passes("is_tcpx", &[("LD_LIBRARY_PATH", &plain), ("UCCL_TCPX_PLUGIN", "tcpx")], &[]);
+    let left_out = "cannot be used and is left out";
+    passes("is_soft", &[("LD_LIBRARY_PATH", &bad)], &[left_out]);
+    passes("is_tcpx", &[("LD_LIBRARY_PATH", &mixed)], &[left_out]);
+    passes("is_tcpx", &[("LD_LIBRARY_PATH", &format!("{bad}:/nonexistent:{good}"))], &[left_out]);
+    passes(
+        "load_error",
+        &[("LD_LIBRARY_PATH", &format!("{bad}:{good}")), ("UCCL_TCPX_PLUGIN", "tcpx")],
+        &["libnccl-net-tcpx.so"],
+    );
+    // A plugin that is not TCPX is taken only where it is named.
+    passes("is_soft", &[("LD_LIBRARY_PATH", &other)], &["not GPUDirect-TCPX"]);
+    passes("load_error", &[("LD_LIBRARY_PATH", &other), ("UCCL_TCPX_PLUGIN", "tcpx")], &["not installed"]);
+    // One without devices serves nobody.
+    passes("is_soft", &[("LD_LIBRARY_PATH", &good), ("STRICT_FOREIGN_DEVICES", "none")], &["found no network device"]);
+}
+
+#[test]
+fn the_transport_variable_of_uccl_never_stops_the_engine() {
+    let s = Scratch::new("transport");
+    let empty = s.dir("empty", &[]);
+    passes(
+        "is_soft",
+        &[("UCCL_P2P_TRANSPORT", "tcpx"), ("LD_LIBRARY_PATH", &empty)],
+        &["UCCL_P2P_TRANSPORT=tcpx", "ordinary TCP"],
+    );
+    passes("load_error", &[("UCCL_P2P_TRANSPORT", "tcpx"), ("UCCL_TCPX_PLUGIN", "tcpx")], &[]);
+    passes("is_soft", &[("UCCL_P2P_TRANSPORT", "tcp")], &[]);
+    let Some(foreign) = foreign() else {
+        panic!("libnccl_net_strict_foreign.so is missing: cargo build -p strict-foreign-plugin")
+    };
+    let good = s.dir("good", &[("libnccl-net-tcpx.so", &foreign)]);
+    passes("is_tcpx", &[("UCCL_P2P_TRANSPORT", "tcpx"), ("LD_LIBRARY_PATH", &good)], &[]);
+}
+
+#[test]
+fn the_environment_is_set_for_foreign_plugins_only() {
+    let Some(foreign) = foreign() else {
+        panic!("libnccl_net_strict_foreign.so is missing: cargo build -p strict-foreign-plugin")
+    };
+    let foreign = foreign.display().to_string();
+    passes("chunk_size_unset", &[("UCCL_TCPX_PLUGIN", "soft")], &[]);
+    passes("chunk_size_default", &[("UCCL_TCPX_PLUGIN_PATH", &foreign)], &[]);
+    passes("chunk_size_default", &[("UCCL_TCPX_PLUGIN_PATH", &foreign), ("NCCL_DYNAMIC_CHUNK_SIZE", "0")], &[]);
+    passes("chunk_size_kept", &[("UCCL_TCPX_PLUGIN_PATH", &foreign), ("NCCL_DYNAMIC_CHUNK_SIZE", "0x20000")], &[]);
+    for refused in ["1M", "512K", "big", "1000", "-5", "08"] {
+        passes("config_error", &[("NCCL_DYNAMIC_CHUNK_SIZE", refused)], &["NCCL_DYNAMIC_CHUNK_SIZE"]);
+    }
+}
+
+#[test]
+fn a_table_of_version_8_is_preferred_and_read_right() {
+    let s = Scratch::new("v8");
+    let path = v8(&s).display().to_string();
+    passes("is_v8", &[("UCCL_TCPX_PLUGIN_PATH", &path)], &["simulated plugin: v8 has 1 devices"]);
+}
+
+// ---- cases ----
+
+fn engine() -> std::sync::Arc<Engine> {
+    Engine::new(Config::from_env().expect("configuration")).expect("engine")
+}
+
+fn chunk_size() -> Option<String> {
+    // What C code sees, not what Rust remembers.
+    // SAFETY: a C string; nobody changes the environment now.
+    let value = unsafe { libc::getenv(c"NCCL_DYNAMIC_CHUNK_SIZE".as_ptr()) };
+    // SAFETY: null or a C string.
+    (!value.is_null()).then(|| unsafe { std::ffi::CStr::from_ptr(value) }.to_string_lossy().into_owned())
+}
+
+#[test]
+fn child() {
+    let Ok(case) = std::env::var(CASE) else { return };
+    match case.as_str() {
+        "is_soft" => assert_eq!(engine().plugin_name(), "TCPX-soft"),
+        "is_tcpx" => assert_eq!(engine().plugin_name(), "GPUDirectTCPX_v7"),
+        "load_error" => {
+            let error = Engine::new(Config::from_env().expect("configuration")).expect_err("no engine");
+            println!("{error}");
+            assert_eq!(error.kind(), ErrorKind::PluginLoad);
+        }
+        "config_error" => {
+            let error = Config::from_env().expect_err("no configuration");
+            println!("{error}");
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        }
+        "chunk_size_unset" => {
+            engine();
+            assert_eq!(chunk_size(), None);
+        }
+        "chunk_size_default" => {
+            engine();
+            assert_eq!(chunk_size().as_deref(), Some("524288"));
+        }
+        "chunk_size_kept" => {
+            engine();
+            assert_eq!(chunk_size().as_deref(), Some("0x20000"));
+        }
+        "is_v8" => {
+            let engine = engine();
+            assert_eq!((engine.plugin_name(), engine.plugin().abi_version), ("simulated-v8", 8));
+            let nics = engine.nics();
+            let nic = nics.iter().find(|n| n.plugin == "simulated-v8").expect("its device");
+            assert_eq!((nic.name.as_str(), nic.speed_mbps, nic.ptr_support), ("ib0", 400_000, 3));
+            assert_eq!(nic.pci_path.as_deref(), Some("/sys/devices/pci0000:00/0000:00:05.0"));
+            assert!(engine.plugin().traits.shared_registrations, "registrations are global");
+        }
+        other => panic!("no case {other}"),
+    }
+}

@@ -1,0 +1,686 @@
+//! Set-ups of connections under attack and in need, over real sockets and between real processes: strangers, peers that die or
+//! freeze, limits of descriptors, many connects at once, fork.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use uccl_p2p::config::{Config, PluginChoice};
+use uccl_p2p::engine::{Connection, Engine};
+use uccl_p2p::status::ErrorKind;
+
+/// Names the test that a child process runs, and is not set in the test's own process.
+const CHILD: &str = "UCCL_TEST_CHILD";
+/// RLIMIT_NOFILE of the child.
+const NOFILE: &str = "UCCL_TEST_NOFILE";
+
+fn set_environment() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        for (name, value) in [("NCCL_SOCKET_IFNAME", "lo"), ("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "lo")] {
+            // SAFETY: before any engine exists; tests wait for this Once.
+            unsafe { std::env::set_var(name, value) };
+        }
+    });
+}
+
+fn config() -> Config {
+    set_environment();
+    Config { plugin: PluginChoice::Soft, ..Config::from_env().expect("configuration") }
+}
+
+fn port(engine: &Engine) -> u16 {
+    engine.metadata().split([':', '?']).nth(1).and_then(|p| p.parse().ok()).expect("port in the metadata")
+}
+
+fn set_nofile(limit: u64) {
+    let mut now = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: a writable rlimit, and a readable one.
+    unsafe {
+        assert_eq!(libc::getrlimit(libc::RLIMIT_NOFILE, &mut now), 0);
+        now.rlim_cur = limit.min(now.rlim_max);
+        assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &now), 0);
+    }
+}
+
+fn descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+fn own_test(name: &str, nofile: u64) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args([name, "--exact", "--nocapture", "--test-threads=1"]).env(CHILD, name).env(NOFILE, nofile.to_string());
+    command
+}
+
+/// Whether this is the child process that runs the test's body. In the test's own process: runs the child, which must succeed.
+fn isolated(name: &str, nofile: u64) -> bool {
+    if std::env::var(CHILD).is_ok_and(|child| child == name) {
+        set_nofile(std::env::var(NOFILE).unwrap().parse().unwrap());
+        return true;
+    }
+    // A child of another test must not run this one.
+    if std::env::var(CHILD).is_err() {
+        assert!(own_test(name, nofile).status().unwrap().success(), "{name} failed in its own process");
+    }
+    false
+}
+
+// ---- an engine in a process of its own ----
+
+/// A process with an engine that does what it is told.
+struct Server {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+    port: u16,
+    log: std::path::PathBuf,
+}
+
+impl Server {
+    fn start(nofile: u64, environment: &[(&str, &str)]) -> Server {
+        static NUMBER: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+        let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let log = std::env::temp_dir().join(format!("uccl-setup-{}-{number}.log", std::process::id()));
+        let mut command = own_test("server_process", nofile);
+        command.envs(environment.iter().copied()).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.stderr(std::fs::File::create(&log).unwrap());
+        let mut child = command.spawn().unwrap();
+        let (input, output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+        let mut server = Server { child, input, output, port: 0, log };
+        server.port = server.answer().parse().unwrap();
+        server
+    }
+
+    /// The next line that begins with "= ".
+    fn answer(&mut self) -> String {
+        loop {
+            let mut line = String::new();
+            assert!(self.output.read_line(&mut line).unwrap() > 0, "the server process ended: {}", self.log());
+            if let Some((_, answer)) = line.split_once("= ") {
+                return answer.trim().to_owned();
+            }
+        }
+    }
+
+    fn ask(&mut self, command: &str) -> String {
+        writeln!(self.input, "{command}").unwrap();
+        self.answer()
+    }
+
+    fn number(&mut self, command: &str) -> usize {
+        self.ask(command).parse().unwrap()
+    }
+
+    fn signal(&self, signal: i32) {
+        // SAFETY: our own child, not waited for yet.
+        unsafe { libc::kill(self.child.id() as i32, signal) };
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_file(&self.log);
+    }
+}
+
+/// The body of a [`Server`]'s process. As a test of its own it does nothing.
+#[test]
+fn server_process() {
+    if std::env::var(CHILD).as_deref() != Ok("server_process") {
+        return;
+    }
+    set_nofile(std::env::var(NOFILE).unwrap().parse().unwrap());
+    let engine = Engine::new(config()).unwrap();
+    println!("= {}", port(&engine));
+    let kept: Arc<std::sync::Mutex<Vec<Arc<Connection>>>> = Arc::default();
+    for line in std::io::stdin().lines() {
+        let line = line.unwrap();
+        let (command, argument) = line.split_once(' ').unwrap_or((&line, "0"));
+        let argument: usize = argument.parse().unwrap();
+        match command {
+            "accept" => {
+                let (engine, kept) = (engine.clone(), kept.clone());
+                std::thread::spawn(move || {
+                    while let Ok(connection) = engine.accept() {
+                        kept.lock().unwrap().push(connection);
+                    }
+                });
+                println!("= accepting");
+            }
+            "descriptors" => println!("= {}", descriptors()),
+            "list" => {
+                let target = |fd: std::fs::DirEntry| std::fs::read_link(fd.path()).unwrap_or_default().display().to_string();
+                let all: Vec<String> = std::fs::read_dir("/proc/self/fd").unwrap().map(|fd| target(fd.unwrap())).collect();
+                println!("= {}", all.join(" "));
+            }
+            "files" => {
+                let files: Vec<_> = (0..argument).map_while(|_| std::fs::File::open("/dev/null").ok()).collect();
+                println!("= {}", files.len());
+            }
+            "connect" => {
+                let connected = engine.connect("127.0.0.1", "", argument as u16);
+                println!("= {}", connected.is_ok());
+                kept.lock().unwrap().extend(connected);
+            }
+            other => panic!("{other}"),
+        }
+    }
+}
+
+/// The first bytes that an engine sends to whom it connects.
+fn opening(config: Config) -> Vec<u8> {
+    let trap = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = trap.local_addr().unwrap().port();
+    let connects = std::thread::spawn(move || {
+        let engine = Engine::new(config).unwrap();
+        assert!(engine.connect("127.0.0.1", "", port).is_err());
+    });
+    let mut sock = trap.accept().unwrap().0;
+    sock.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    let mut bytes = Vec::new();
+    let _ = sock.read_to_end(&mut bytes);
+    drop(sock);
+    connects.join().unwrap();
+    assert!(bytes.starts_with(b"UCCLTCPX"));
+    bytes
+}
+
+fn key_file(text: &str) -> std::path::PathBuf {
+    use std::os::unix::fs::OpenOptionsExt;
+    let path = std::env::temp_dir().join(format!("uccl-setup-key-{}-{text}", std::process::id()));
+    let mut file = std::fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&path).unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    path
+}
+
+fn until(limit: Duration, mut good: impl FnMut() -> bool) -> bool {
+    let end = Instant::now() + limit;
+    while !good() {
+        if Instant::now() > end {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    true
+}
+
+// ---- strangers ----
+
+/// Strangers that hold their sockets and say `words` neither shut out a peer nor take the application's descriptors.
+fn strangers_take_little(nofile: u64, strangers: usize, key: bool) {
+    let path = key_file("0123456789abcdef0123456789abcdef");
+    let environment = [("UCCL_TCPX_AUTH_KEY_FILE", path.to_str().unwrap()), ("UCCL_TCPX_NUM_CHANNELS", "2")];
+    let mut server = Server::start(nofile, &environment[if key { 0 } else { 1 }..]);
+    let mine = Config { num_channels: Some(2), auth_key_file: key.then(|| path.clone()), ..config() };
+    server.ask("accept");
+    let engine = Engine::new(mine.clone()).unwrap();
+    let words = if key { opening(mine) } else { Vec::new() };
+    let attack = |server: &Server| -> Vec<TcpStream> {
+        (0..strangers)
+            .filter_map(|_| {
+                let mut sock = TcpStream::connect(("127.0.0.1", server.port)).ok()?;
+                let _ = sock.write_all(&words);
+                Some(sock)
+            })
+            .collect()
+    };
+    let held = attack(&server);
+    let start = Instant::now();
+    let connection = engine.connect("127.0.0.1", "", server.port).expect("a peer among strangers");
+    assert!(start.elapsed() < Duration::from_secs(3), "a peer among strangers waited {:?}", start.elapsed());
+    assert_eq!(server.number("files 32"), 32, "the application has descriptors left");
+    connection.status().unwrap();
+    drop(held);
+}
+
+#[test]
+fn silent_strangers_at_a_limit_of_256_descriptors() {
+    strangers_take_little(256, 300, false);
+}
+
+#[test]
+fn silent_strangers_at_a_limit_of_1024_descriptors() {
+    strangers_take_little(1024, 1100, false);
+}
+
+#[test]
+fn strangers_that_say_hello_and_do_not_prove_a_key() {
+    strangers_take_little(1024, 300, true);
+}
+
+#[test]
+fn strangers_cannot_fill_the_log() {
+    let mut server = Server::start(1024, &[("UCCL_P2P_LOG_LEVEL", "info")]);
+    for _ in 0..2000 {
+        if let Ok(mut sock) = TcpStream::connect(("127.0.0.1", server.port)) {
+            let _ = sock.write_all(b"GET / HTTP/1.1\r\n\r\n");
+        }
+    }
+    server.number("descriptors");
+    let lines = server.log().lines().count();
+    assert!(lines < 200, "{lines} lines about 2000 strangers");
+}
+
+// ---- many at once ----
+
+#[test]
+fn a_thousand_connects_each_way_come_up() {
+    const EACH: usize = 1000;
+    const THREADS: usize = 260;
+    if !isolated("a_thousand_connects_each_way_come_up", 1 << 20) {
+        return;
+    }
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: a writable rlimit.
+    unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) };
+    if limit.rlim_cur < 20_000 {
+        println!("SKIPPED: {} descriptors do not suffice", limit.rlim_cur);
+        return;
+    }
+    let few = || Config { num_channels: Some(1), connect_timeout: Duration::from_secs(60), ..config() };
+    let engines = [Engine::new(few()).unwrap(), Engine::new(few()).unwrap()];
+    let connect = |from: &Arc<Engine>, to: &Arc<Engine>| -> Vec<Arc<Connection>> {
+        let to = port(to);
+        (0..EACH / THREADS + 1).map(|_| from.connect("127.0.0.1", "", to).expect("connect")).collect()
+    };
+    let accept = |engine: &Arc<Engine>| -> Vec<Arc<Connection>> {
+        (0..(EACH / THREADS + 1) * THREADS).map(|_| engine.accept().expect("accept")).collect()
+    };
+    let all: Vec<Arc<Connection>> = std::thread::scope(|s| {
+        let mut threads = Vec::new();
+        for (k, engine) in engines.iter().enumerate() {
+            threads.push(s.spawn(move || accept(engine)));
+            let other = &engines[1 - k];
+            threads.extend((0..THREADS).map(|_| s.spawn(move || connect(engine, other))));
+        }
+        threads.into_iter().flat_map(|t| t.join().expect("all come up")).collect()
+    });
+    assert!(all.len() >= 4 * EACH);
+    assert!(all.iter().all(|c| c.status().is_ok()));
+}
+
+// ---- connections that nobody accepts ----
+
+#[test]
+fn connections_that_die_before_accept_give_back_their_descriptors() {
+    let mut server = Server::start(4096, &[("UCCL_TCPX_NUM_CHANNELS", "2")]);
+    let engine = Engine::new(Config { num_channels: Some(2), ..config() }).unwrap();
+    drop(engine.connect("127.0.0.1", "", server.port).unwrap());
+    let before = server.number("descriptors");
+    for _ in 0..200 {
+        drop(engine.connect("127.0.0.1", "", server.port).expect("the dead make room"));
+    }
+    let given_back = until(Duration::from_secs(10), || server.number("descriptors") <= before + 8);
+    assert!(given_back, "{} descriptors, {before} before", server.number("descriptors"));
+}
+
+#[test]
+fn too_many_that_wait_for_accept_are_refused_with_a_reason() {
+    let mut server = Server::start(1024, &[("UCCL_TCPX_NUM_CHANNELS", "1")]);
+    let engine = Engine::new(Config { num_channels: Some(1), ..config() }).unwrap();
+    let mut kept = Vec::new();
+    let error = loop {
+        match engine.connect("127.0.0.1", "", server.port) {
+            Ok(connection) => kept.push(connection),
+            Err(e) => break e,
+        }
+        assert!(kept.len() < 1000, "no limit");
+    };
+    assert_eq!(error.kind(), ErrorKind::Resource, "{error}");
+    assert!(error.to_string().contains("wait for the application's accept"), "{error}");
+    assert!(kept.len() >= 16, "{} waited", kept.len());
+    assert_eq!(server.number("files 100"), 100);
+    // Once the application accepts, peers come in again.
+    server.ask("accept");
+    let again = || engine.connect("127.0.0.1", "", server.port).is_ok();
+    assert!(until(Duration::from_secs(10), again));
+}
+
+// ---- peers that die, freeze or refuse ----
+
+#[test]
+fn a_refusal_for_lack_of_descriptors_says_so_at_both_ends() {
+    let mut server = Server::start(128, &[("UCCL_TCPX_NUM_CHANNELS", "64")]);
+    server.ask("accept");
+    let engine = Engine::new(Config { num_channels: Some(64), ..config() }).unwrap();
+    let start = Instant::now();
+    let error = engine.connect("127.0.0.1", "", server.port).unwrap_err();
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    assert_eq!(error.kind(), ErrorKind::Resource, "{error}");
+    assert!(error.to_string().contains("RLIMIT_NOFILE"), "{error}");
+    assert!(server.log().contains("RLIMIT_NOFILE"), "{}", server.log());
+}
+
+#[test]
+fn a_process_out_of_descriptors_reports_a_resource_error() {
+    if !isolated("a_process_out_of_descriptors_reports_a_resource_error", 128) {
+        return;
+    }
+    let server = Server::start(1024, &[]);
+    let engine = Engine::new(Config { num_channels: Some(4), ..config() }).unwrap();
+    let mut files = Vec::new();
+    while let Ok(file) = std::fs::File::open("/dev/null") {
+        files.push(file);
+    }
+    for free in 0..20 {
+        let error = engine.connect("127.0.0.1", "", server.port).expect_err("no descriptors");
+        assert_eq!(error.kind(), ErrorKind::Resource, "with {free} free: {error}");
+        files.pop();
+    }
+    drop(files);
+    engine.connect("127.0.0.1", "", server.port).expect("descriptors are back");
+}
+
+#[test]
+fn kills_during_set_up_leave_no_descriptors() {
+    if !isolated("kills_during_set_up_leave_no_descriptors", 8192) {
+        return;
+    }
+    let many = || Config { num_channels: Some(64), ..config() };
+    let engine = Engine::new(many()).unwrap();
+    std::thread::scope(|s| {
+        let accepts = engine.clone();
+        s.spawn(move || while accepts.accept().is_ok() {});
+        // What the process opens once and keeps.
+        let mut first = Server::start(8192, &[("UCCL_TCPX_NUM_CHANNELS", "64")]);
+        drop(engine.connect("127.0.0.1", "", first.port).unwrap());
+        assert_eq!(first.ask(&format!("connect {}", port(&engine))), "true");
+        drop(first);
+        let mut before = 0;
+        // The connection that was up is gone too.
+        assert!(until(Duration::from_secs(10), || std::mem::replace(&mut before, descriptors()) == descriptors() && before < 100));
+        for k in 0..300u64 {
+            let mut server = Server::start(8192, &[("UCCL_TCPX_NUM_CHANNELS", "64")]);
+            let delay = Duration::from_micros(k * 53 % 12_000);
+            let start = Instant::now();
+            if k % 2 == 0 {
+                // It dies while this side connects.
+                let connects = s.spawn({
+                    let (engine, port) = (&engine, server.port);
+                    move || drop(engine.connect("127.0.0.1", "", port))
+                });
+                std::thread::sleep(delay);
+                drop(server);
+                connects.join().unwrap();
+            } else {
+                // It dies while it connects to this side.
+                writeln!(server.input, "connect {}", port(&engine)).unwrap();
+                std::thread::sleep(delay);
+                drop(server);
+            }
+            assert!(start.elapsed() < Duration::from_secs(10), "round {k} took {:?}", start.elapsed());
+        }
+        let given_back = until(Duration::from_secs(15), || descriptors() <= before + 4);
+        let after = descriptors();
+        engine.shutdown();
+        assert!(given_back, "{after} descriptors, {before} before");
+    });
+}
+
+/// Forwards bytes between two sockets until `stop` says so of the bytes that came back, then closes both.
+fn forward(near: &TcpStream, far: &TcpStream, most: usize) {
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            let (mut from, mut to, mut buffer) = (near, far, [0; 4096]);
+            while let Ok(n @ 1..) = from.read(&mut buffer) {
+                let _ = to.write_all(&buffer[..n]);
+            }
+            let _ = far.shutdown(std::net::Shutdown::Both);
+        });
+        let (mut from, mut to, mut buffer, mut passed) = (far, near, [0; 4096], 0);
+        while let Ok(n @ 1..) = from.read(&mut buffer) {
+            let n = n.min(most - passed);
+            let _ = to.write_all(&buffer[..n]);
+            passed += n;
+            if passed == most {
+                break;
+            }
+        }
+        for sock in [near, far] {
+            let _ = sock.shutdown(std::net::Shutdown::Both);
+        }
+    });
+}
+
+#[test]
+fn a_peer_that_is_cut_off_anywhere_in_the_set_up_is_noticed_at_once() {
+    let config = || Config { num_channels: Some(2), ..config() };
+    let (here, there) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let relay = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (at, target) = (relay.local_addr().unwrap().port(), port(&there));
+    // Closer and closer to the end of what the listening side says.
+    for most in (0..40).map(|k| k * 37) {
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                let near = relay.accept().unwrap().0;
+                let far = TcpStream::connect(("127.0.0.1", target)).unwrap();
+                forward(&near, &far, most);
+            });
+            let start = Instant::now();
+            // It may come up where all was said.
+            drop(here.connect("127.0.0.1", "", at));
+            assert!(start.elapsed() < Duration::from_secs(8), "cut after {most} bytes: {:?}", start.elapsed());
+        });
+    }
+}
+
+/// Processor time that a process has used, in clock ticks.
+fn ticks(process: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+/// Passes one message of the handshake, whose header says how long it is.
+fn pass_message(mut from: &TcpStream, mut to: &TcpStream) -> std::io::Result<()> {
+    let mut header = [0; 16];
+    from.read_exact(&mut header)?;
+    let mut body = vec![0; usize::from(u16::from_le_bytes([header[12], header[13]]))];
+    from.read_exact(&mut body)?;
+    to.write_all(&header)?;
+    to.write_all(&body)
+}
+
+#[test]
+fn set_ups_that_hang_cost_little_and_delay_nobody() {
+    const HANGING: usize = 100;
+    let mut server = Server::start(16384, &[("UCCL_TCPX_NUM_CHANNELS", "8")]);
+    server.ask("accept");
+    let config = || Config { num_channels: Some(8), connect_timeout: Duration::from_secs(8), ..config() };
+    let engine = Engine::new(config()).unwrap();
+    let relay = TcpListener::bind("127.0.0.1:0").unwrap();
+    let at = relay.local_addr().unwrap().port();
+    std::thread::scope(|s| {
+        let (target, relay) = (server.port, &relay);
+        s.spawn(move || {
+            for _ in 0..HANGING {
+                let near = relay.accept().unwrap().0;
+                s.spawn(move || {
+                    let far = TcpStream::connect(("127.0.0.1", target)).unwrap();
+                    let (there, back) = (near.try_clone().unwrap(), far.try_clone().unwrap());
+                    let forth = std::thread::spawn(move || std::io::copy(&mut &near, &mut &far));
+                    // The offer never comes back: the server's channels wait for connects that are not made.
+                    let _ = pass_message(&back, &there).and_then(|()| pass_message(&back, &there));
+                    let _ = forth.join();
+                });
+            }
+        });
+        for _ in 0..HANGING {
+            s.spawn(|| assert!(engine.connect("127.0.0.1", "", at).is_err()));
+        }
+        std::thread::sleep(Duration::from_secs(2));
+        let before = ticks(server.child.id());
+        std::thread::sleep(Duration::from_secs(2));
+        let used = ticks(server.child.id()) - before;
+        // SAFETY: a plain system call.
+        let second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as u64;
+        assert!(used < second, "{used} of {} ticks for {HANGING} set-ups that hang", 2 * second);
+        let start = Instant::now();
+        let other = Engine::new(config()).unwrap();
+        other.connect("127.0.0.1", "", server.port).unwrap();
+        assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+        println!("{used} of {} ticks", 2 * second);
+    });
+}
+
+#[test]
+fn frozen_peers_do_not_add_up_at_the_end() {
+    let mut server = Server::start(4096, &[("UCCL_TCPX_NUM_CHANNELS", "1")]);
+    server.ask("accept");
+    let close_timeout = Duration::from_secs(1);
+    let engine = Engine::new(Config { num_channels: Some(1), close_timeout, ..config() }).unwrap();
+    let kept: Vec<_> = (0..80).map(|_| engine.connect("127.0.0.1", "", server.port).unwrap()).collect();
+    server.signal(libc::SIGSTOP);
+    let start = Instant::now();
+    engine.shutdown();
+    let took = start.elapsed();
+    server.signal(libc::SIGCONT);
+    assert!(took < Duration::from_secs(4), "80 frozen peers took {took:?}");
+    assert!(kept.iter().all(|c| c.status().is_err()));
+}
+
+#[test]
+fn connects_of_a_frozen_peer_do_not_keep_others_out() {
+    let mut server = Server::start(8192, &[("UCCL_TCPX_NUM_CHANNELS", "1")]);
+    server.ask("accept");
+    // A process whose connects are under way when it freezes.
+    let frozen: Vec<Server> = (0..8).map(|_| Server::start(4096, &[("UCCL_TCPX_NUM_CHANNELS", "1")])).collect();
+    for peer in &frozen {
+        let mut input = &peer.input;
+        for _ in 0..4 {
+            writeln!(input, "connect {}", server.port).unwrap();
+        }
+        peer.signal(libc::SIGSTOP);
+    }
+    let engine = Engine::new(Config { num_channels: Some(1), ..config() }).unwrap();
+    let start = Instant::now();
+    engine.connect("127.0.0.1", "", server.port).unwrap();
+    assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
+    frozen.iter().for_each(|peer| peer.signal(libc::SIGCONT));
+}
+
+#[test]
+fn the_end_of_an_engine_ends_its_connects() {
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = silent.local_addr().unwrap().port();
+    let engine = Engine::new(config()).unwrap();
+    std::thread::scope(|s| {
+        let connects = s.spawn(|| engine.connect("127.0.0.1", "", port).map(|_| ()));
+        std::thread::sleep(Duration::from_millis(100));
+        let start = Instant::now();
+        engine.shutdown();
+        assert_eq!(connects.join().unwrap().unwrap_err().kind(), ErrorKind::Canceled);
+        assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
+    });
+}
+
+// ---- addresses ----
+
+#[test]
+fn the_port_is_open_on_the_control_interface_alone() {
+    let engine = Engine::new(config()).unwrap();
+    assert!(TcpStream::connect(("127.0.0.1", port(&engine))).is_ok());
+    assert!(TcpStream::connect(("127.0.0.3", port(&engine))).is_err(), "open on an address that is not the control interface's");
+}
+
+#[test]
+fn only_networks_of_the_list_may_connect() {
+    let mut server = Server::start(1024, &[("UCCL_TCPX_BIND", "any"), ("UCCL_TCPX_ALLOW", "10.0.0.0/8, 127.0.0.2")]);
+    server.ask("accept");
+    let engine = Engine::new(config()).unwrap();
+    let error = engine.connect("127.0.0.1", "", server.port).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::RemoteDisconnect, "{error}");
+    assert!(server.log().contains("UCCL_TCPX_ALLOW"), "{}", server.log());
+    // From an address of the list a stranger is listened to: it is not hung up on at once.
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.bind(&"127.0.0.2:0".parse::<std::net::SocketAddr>().unwrap().into()).unwrap();
+    socket.connect(&std::net::SocketAddr::from(([127, 0, 0, 1], server.port)).into()).unwrap();
+    let mut sock = TcpStream::from(socket);
+    sock.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    assert!(sock.read(&mut [0]).is_err_and(|e| e.kind() == std::io::ErrorKind::WouldBlock));
+}
+
+// ---- fork ----
+
+/// Runs `body` in a forked child; whether it returned true.
+fn in_a_child(body: impl FnOnce() -> bool) -> bool {
+    // SAFETY: the child runs the body, which uses what the library promises to work after a fork, and leaves without cleaning up.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let good = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).unwrap_or(false);
+        // SAFETY: ends the child.
+        unsafe { libc::_exit(if good { 0 } else { 1 }) };
+    }
+    let mut status = 0;
+    let ended = until(Duration::from_secs(20), || {
+        // SAFETY: our child, a writable status.
+        unsafe { libc::waitpid(child, &mut status, libc::WNOHANG) == child }
+    });
+    if !ended {
+        // SAFETY: our child.
+        unsafe {
+            libc::kill(child, libc::SIGKILL);
+            libc::waitpid(child, &mut status, 0);
+        }
+    }
+    ended && status == 0
+}
+
+#[test]
+fn a_forked_child_leaves_the_parents_connections_alone() {
+    if !isolated("a_forked_child_leaves_the_parents_connections_alone", 1024) {
+        return;
+    }
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let out = a.connect("127.0.0.1", "", port(&b)).unwrap();
+    let inc = b.accept().unwrap();
+    let (engine, peer, outgoing, incoming) = (a.clone(), b.clone(), out.clone(), inc.clone());
+    assert!(
+        in_a_child(move || {
+            let inert = outgoing.status().is_err()
+                && outgoing.notify(b"n", b"from the child").is_err()
+                && engine.connect("127.0.0.1", "", 1).is_err_and(|e| e.kind() == ErrorKind::Unsupported)
+                && engine.accept().is_err()
+                && engine.register(0x1000, 1).is_err();
+            incoming.close();
+            outgoing.close();
+            engine.shutdown();
+            drop((engine, peer, outgoing, incoming));
+            inert
+        }),
+        "the child could not end"
+    );
+    // The child had four counted references of its own; here they are still ours.
+    std::thread::sleep(Duration::from_millis(300));
+    out.status().expect("the parent's connection lives on");
+    inc.status().expect("the parent's connection lives on");
+    out.notify(b"n", b"from the parent").unwrap();
+    assert!(until(Duration::from_secs(10), || b.next_notification().is_some_and(|n| n.msg == b"from the parent")));
+}
+
+#[test]
+fn a_forked_child_makes_engines_of_its_own() {
+    if !isolated("a_forked_child_makes_engines_of_its_own", 1024) {
+        return;
+    }
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let _out = a.connect("127.0.0.1", "", port(&b)).unwrap();
+    let good = in_a_child(|| {
+        let (c, d) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+        let out = c.connect("127.0.0.1", "", port(&d)).unwrap();
+        let inc = d.accept().unwrap();
+        out.notify(b"n", b"in the child").unwrap();
+        let told = until(Duration::from_secs(10), || d.next_notification().is_some_and(|n| n.msg == b"in the child"));
+        inc.close();
+        told
+    });
+    assert!(good, "a child's own engines do not work");
+}
