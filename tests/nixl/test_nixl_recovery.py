@@ -41,9 +41,18 @@ class Link:
                 shell("ip", "-n", name, "addr", "add", address + "/24", "dev", "eth0")
                 for device in ("eth0", "lo"):
                     shell("ip", "-n", name, "link", "set", device, "up")
+            self.wait_for_carrier()
         except BaseException:
             self.remove()
             raise
+
+    def wait_for_carrier(self):
+        """The kernel sees a moment later that a pair is up, and the library takes no interface without a carrier."""
+        deadline = time.monotonic() + 10
+        for name in self.names:
+            while "state UP" not in subprocess.run(["ip", "-n", name, "link", "show", "dev", "eth0"], capture_output=True, text=True).stdout:
+                check(time.monotonic() < deadline, "the veth pair did not come up")
+                time.sleep(0.02)
 
     def remove(self):
         for name in self.names:
