@@ -1,16 +1,32 @@
 # What is installed, and the package files: all find their files relative to themselves, so a prefix may be moved as a whole.
 include(CMakePackageConfigHelpers)
 
-install(FILES "${lib}/${shared_file}" DESTINATION "${CMAKE_INSTALL_LIBDIR}"
+# Stripped copies are made when the installation starts; the files of the build tree keep their symbols.
+set(from_lib "${lib}")
+set(from_bin "${bin}")
+if(UCCL_P2P_STRIP AND CMAKE_STRIP)
+    set(from_lib "${CMAKE_CURRENT_BINARY_DIR}/stripped/lib")
+    set(from_bin "${CMAKE_CURRENT_BINARY_DIR}/stripped/bin")
+    set(programs "")
+    foreach(tool IN LISTS tools)
+        string(APPEND programs " \"bin/${tool}\"")
+    endforeach()
+    configure_file("${CMAKE_CURRENT_LIST_DIR}/strip.cmake.in" "${CMAKE_CURRENT_BINARY_DIR}/strip.cmake" @ONLY)
+    install(SCRIPT "${CMAKE_CURRENT_BINARY_DIR}/strip.cmake")
+endif()
+
+install(FILES "${from_lib}/${shared_file}" DESTINATION "${CMAKE_INSTALL_LIBDIR}"
     PERMISSIONS OWNER_READ OWNER_WRITE OWNER_EXECUTE GROUP_READ GROUP_EXECUTE WORLD_READ WORLD_EXECUTE)
-install(FILES "${lib}/${soname}" "${lib}/libuccl_p2p.so" "${lib}/libuccl_p2p.a" DESTINATION "${CMAKE_INSTALL_LIBDIR}")
-install(FILES "${lib}/uccl/${soft_plugin_file}" DESTINATION "${CMAKE_INSTALL_LIBDIR}/uccl"
+install(FILES "${lib}/${soname}" "${lib}/libuccl_p2p.so" "${from_lib}/libuccl_p2p.a" DESTINATION "${CMAKE_INSTALL_LIBDIR}")
+install(FILES "${from_lib}/uccl/${soft_plugin_file}" DESTINATION "${CMAKE_INSTALL_LIBDIR}/uccl"
     PERMISSIONS OWNER_READ OWNER_WRITE OWNER_EXECUTE GROUP_READ GROUP_EXECUTE WORLD_READ WORLD_EXECUTE)
 install(DIRECTORY "${PROJECT_SOURCE_DIR}/include/" DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}"
     FILES_MATCHING PATTERN "*.h" PATTERN "*.hpp")
 foreach(tool IN LISTS tools)
-    install(PROGRAMS "${bin}/${tool}" DESTINATION "${CMAKE_INSTALL_BINDIR}")
+    install(PROGRAMS "${from_bin}/${tool}" DESTINATION "${CMAKE_INSTALL_BINDIR}")
 endforeach()
+
+install(FILES "${PROJECT_SOURCE_DIR}/LICENSE" "${PROJECT_SOURCE_DIR}/THIRD-PARTY-NOTICES.txt" DESTINATION "${CMAKE_INSTALL_DOCDIR}")
 
 set(package_dir "${CMAKE_INSTALL_LIBDIR}/cmake/uccl_p2p")
 configure_package_config_file("${CMAKE_CURRENT_LIST_DIR}/uccl_p2pConfig.cmake.in" "${CMAKE_CURRENT_BINARY_DIR}/uccl_p2pConfig.cmake"

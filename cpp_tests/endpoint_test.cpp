@@ -3,6 +3,7 @@
 #include "check.hpp"
 
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <vector>
@@ -294,13 +295,22 @@ int main() {
   CHECK(client->uccl_write_async(conn, local, here.data(), 10, item, &untouched) == uccl_tcpx::kPostFailed);
   server->uccl_deregmr(remote);
 
-  // A port that the configuration does not give is a mistake that construction reports.
+  // A port that is taken; then a port that is free.
   bool refused = false;
+  uint16_t const port = server->get_p2p_listen_port();
   try {
-    Endpoint other(-1, server->get_p2p_listen_port());
+    Endpoint other(-1, port);
   } catch (std::runtime_error const&) {
     refused = true;
   }
   CHECK(refused);
+  server.reset();
+  Endpoint other(-1, port);
+  CHECK(other.get_p2p_listen_port() == port);
+
+  // What chooses this endpoint in the engine says nothing about the plugin under it.
+  CHECK(setenv("UCCL_P2P_TRANSPORT", "tcpx", 1) == 0 && unsetenv("UCCL_TCPX_PLUGIN") == 0);
+  Endpoint chosen;
+  CHECK(chosen.get_p2p_listen_port() != 0);
   return 0;
 }

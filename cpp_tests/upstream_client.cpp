@@ -11,6 +11,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 static char const* check_last_error() { return uccl_engine_last_error(); }
@@ -50,6 +51,18 @@ using VectorCall = int(uccl_conn_t*, std::vector<uccl_mr_t>, std::vector<void*>,
 [[maybe_unused]] void (*const sig_stop)(uccl_engine_t*) = &uccl_engine_stop_accept;
 [[maybe_unused]] void (*const sig_serialize)(FifoItem const&, char*) = &serialize_fifo_item;
 [[maybe_unused]] void (*const sig_deserialize)(char const*, FifoItem*) = &deserialize_fifo_item;
+
+/* What upstream's header lacks: const where nothing is written. */
+[[maybe_unused]] int (*const sig_send_notif_const)(uccl_conn_t*, notify_msg_t const*) = &uccl_engine_send_notif;
+[[maybe_unused]] int (*const sig_read_mutable)(uccl_conn_t*, uccl_mr_t, void*, size_t, FifoItem, uint64_t*) = &uccl_engine_read;
+
+/* Upstream's tags, and its constants. */
+static_assert(std::is_same<struct notify_msg, notify_msg_t>::value && std::is_same<struct md, md_t>::value, "upstream's tags");
+static_assert(MSG_SIZE == 256 && FIFO_SIZE == 64 && IPC_INFO_SIZE == 128, "upstream's constants");
+static_assert(MSG_SIZE == UCCL_MSG_SIZE && FIFO_SIZE == UCCL_FIFO_SIZE && IPC_INFO_SIZE == UCCL_IPC_INFO_SIZE, "ours");
+#if UCCL_P2P_VERSION_NUMBER < UCCL_P2P_MAKE_VERSION(0, 1, 0) || UCCL_P2P_VERSION_NUMBER >= UCCL_P2P_MAKE_VERSION(1, 0, 0)
+#error "UCCL_P2P_VERSION_NUMBER"
+#endif
 
 constexpr size_t kSize = 3 * 1024 * 1024 + 17;
 
@@ -151,6 +164,8 @@ int main() {
   Address const address = describe(server);
   uccl_conn_t* conn = uccl_engine_connect(client, address.ip.c_str(), address.gpu.c_str(), address.port);
   CHECK(conn != nullptr);
+  CHECK(uccl_engine_version() == std::to_string(UCCL_P2P_VERSION_MAJOR) + "." + std::to_string(UCCL_P2P_VERSION_MINOR) + "." +
+                                     std::to_string(UCCL_P2P_VERSION_PATCH));
   uccl_conn_t* back = accept_of(0);
   CHECK(uccl_engine_start_listener(conn) == 0);
   CHECK(uccl_engine_start_listener(conn) == -1);
@@ -190,6 +205,13 @@ int main() {
   CHECK(uccl_engine_read(conn, mr_here, here.data(), len, item, &id) == 0);
   finish(conn, id);
   CHECK(std::memcmp(there.data() + off, here.data(), len) == 0);
+  // As upstream declares it, and with nothing.
+  fill(there, 7);
+  CHECK(uccl_engine_read(conn, mr_here, static_cast<char const*>(here.data()), len, item, &id) == 0);
+  finish(conn, id);
+  CHECK(std::memcmp(there.data() + off, here.data(), len) == 0);
+  CHECK(uccl_engine_read(conn, mr_here, nullptr, len, item, &id) < 0);
+  CHECK(uccl_engine_send_notif(conn, nullptr) < 0 && uccl_engine_send_notif(conn, NULL) < 0);
 
   // Vectors, with and without the last argument; the caller's stay as they are.
   constexpr int kCount = 65;
@@ -228,8 +250,12 @@ int main() {
   // Temporaries and fewer segments than elements.
   CHECK(uccl_engine_write_vector(conn, {mr_here}, {addr_v[0]}, {kBlock}, {fifo_items[0]}, 1, &id) == 0);
   finish(conn, id);
-  CHECK(uccl_engine_write_vector(conn, mr_ids, addr_v, size_v, fifo_items, 0, &id) == 0);
-  finish(conn, id);
+
+  // No segments at all: -1, as upstream.
+  id = 4711;
+  CHECK(uccl_engine_write_vector(conn, mr_ids, addr_v, size_v, fifo_items, 0, &id) == -1);
+  CHECK(uccl_engine_read_vector(conn, {}, {}, {}, {}, 0, &id) == -1);
+  CHECK(id == 4711);
 
   // A vector that is shorter than the caller says: an error, the id untouched, nothing moved and nothing read beyond its end.
   std::vector<char> const before = there;

@@ -6,8 +6,13 @@
  *  - Every function may be called from any thread at any time; where an object has an owner, its destroy call is made once.
  *  - Functions that return int return UCCL_OK (0), UCCL_IN_PROGRESS (1) or a negative UCCL_ERR_*; uccl_engine_last_error() has the
  *    cause in words, per thread. On failure outputs are untouched.
+ *  - Pointers to numbers and structures must be aligned for them; one that is not is UCCL_ERR_INVALID_ARGUMENT.
  *  - Handles are never dereferenced and never reused: a stale, foreign or NULL handle is an error, not undefined behaviour.
+ *  - After fork the child may create engines of its own. Handles that it inherited belong to the parent: the destroy functions do
+ *    nothing with them, every other use is an error, and the parent's connections are not touched.
+ *  - Functions may be called from destructors of static objects and of thread-specific data; nothing here throws or unwinds.
  *  - Lengths are bytes. Deadlines come from the environment: docs/configuration.md.
+ *  - C11 or newer; C++11 or newer for the C++ API.
  *  - Device memory: kernels that write a source must have finished (synchronise their stream or event) before the transfer is
  *    started; once a status is not UCCL_IN_PROGRESS, kernels launched afterwards on any stream see the data.
  *
@@ -21,6 +26,22 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/** Version of this header. uccl_engine_version() is that of the library. */
+#define UCCL_P2P_VERSION_MAJOR 0
+#define UCCL_P2P_VERSION_MINOR 1
+#define UCCL_P2P_VERSION_PATCH 0
+/** One number for comparisons, such as `#if UCCL_P2P_VERSION_NUMBER >= UCCL_P2P_MAKE_VERSION(0, 2, 0)`. */
+#define UCCL_P2P_MAKE_VERSION(major, minor, patch) ((major) * 1000000 + (minor) * 1000 + (patch))
+#define UCCL_P2P_VERSION_NUMBER UCCL_P2P_MAKE_VERSION(UCCL_P2P_VERSION_MAJOR, UCCL_P2P_VERSION_MINOR, UCCL_P2P_VERSION_PATCH)
+
+/* Upstream's names of UCCL_MSG_SIZE, UCCL_FIFO_SIZE and UCCL_IPC_INFO_SIZE. Define UCCL_P2P_NO_SHORT_NAMES before including this file
+ * where they meet names of the program. */
+#ifndef UCCL_P2P_NO_SHORT_NAMES
+#define MSG_SIZE UCCL_MSG_SIZE
+#define FIFO_SIZE UCCL_FIFO_SIZE
+#define IPC_INFO_SIZE UCCL_IPC_INFO_SIZE
+#endif
+
 /** Opaque. An engine: a listening port, a registry of memory, connections, and the threads that move data. */
 typedef struct uccl_engine uccl_engine_t;
 /** Opaque. A connection to a peer engine: one control connection and several data channels. */
@@ -29,19 +50,68 @@ typedef struct uccl_conn uccl_conn_t;
 typedef struct uccl_notif uccl_notif_t;
 
 /**
- * Bytes of the name and msg fields of notify_msg_t.
- */
-#define MSG_SIZE 256
-
-/**
  * Bytes of a serialised FIFO item.
  */
-#define FIFO_SIZE 64
+#define UCCL_FIFO_SIZE 64
 
 /**
  * Bytes of an IPC descriptor.
  */
-#define IPC_INFO_SIZE 128
+#define UCCL_IPC_INFO_SIZE 128
+
+/**
+ * Peers may read a region.
+ */
+#define UCCL_ACCESS_REMOTE_READ 1
+
+/**
+ * Peers may write a region.
+ */
+#define UCCL_ACCESS_REMOTE_WRITE 2
+
+/**
+ * Bytes of the name and msg fields of notify_msg_t.
+ */
+#define UCCL_MSG_SIZE 256
+
+/**
+ * Level of a log line: something failed.
+ */
+#define UCCL_LOG_ERROR 1
+
+/**
+ * Level of a log line: something is not as it should be, and the library goes on.
+ */
+#define UCCL_LOG_WARN 2
+
+/**
+ * Level of a log line: what happens, in large steps.
+ */
+#define UCCL_LOG_INFO 3
+
+/**
+ * Level of a log line: what happens, in small steps.
+ */
+#define UCCL_LOG_DEBUG 4
+
+/**
+ * Level of a log line: everything.
+ */
+#define UCCL_LOG_TRACE 5
+
+/**
+ * A setting of an engine: an environment variable, by its name, and the text that stands for it.
+ */
+typedef struct uccl_option_t {
+  /**
+   * Name of a variable of docs/configuration.md, NUL-terminated, such as "UCCL_TCPX_NUM_CHANNELS".
+   */
+  const char *name;
+  /**
+   * What the variable would hold, NUL-terminated. NULL or "": as if the variable were not set.
+   */
+  const char *value;
+} uccl_option_t;
 
 /**
  * A registered memory region. 0 is never valid.
@@ -83,20 +153,6 @@ typedef struct FifoItem {
 } FifoItem;
 
 /**
- * A fixed-size notification.
- */
-typedef struct notify_msg_t {
-  /**
-   * Name of the sender as the sender gave it; NUL-terminated.
-   */
-  char name[MSG_SIZE];
-  /**
-   * Bytes; always 256, filled up with zeros.
-   */
-  char msg[MSG_SIZE];
-} notify_msg_t;
-
-/**
  * State of a transfer.
  */
 typedef struct uccl_xfer_info_t {
@@ -119,13 +175,38 @@ typedef struct uccl_xfer_info_t {
 } uccl_xfer_info_t;
 
 /**
+ * A fixed-size notification.
+ */
+typedef struct notify_msg {
+  /**
+   * Name of the sender as the sender gave it; NUL-terminated.
+   */
+  char name[UCCL_MSG_SIZE];
+  /**
+   * Bytes; always 256, filled up with zeros.
+   */
+  char msg[UCCL_MSG_SIZE];
+} notify_msg_t;
+
+/**
+ * Takes a log line: its level (UCCL_LOG_*), its text (NUL-terminated, without a newline, valid during the call only) and the pointer
+ * that was given with the callback.
+ *
+ * It is called from any thread, also from several at once, and may be called inside any function of this library and by the library's
+ * own threads: it must be quick and must not wait for anything that uses this library. It may call the library, but not
+ * uccl_engine_set_log_callback; lines that come of its own calls go to standard error. It must return: an exception or a longjmp out
+ * of it ends the process.
+ */
+typedef void (*uccl_log_callback_t)(int level, const char *text, void *user);
+
+/**
  * Kept for compatibility with code that names it; the library itself never makes one.
  */
-typedef struct md_t {
+typedef struct md {
   /**
    * The notification.
    */
-  struct notify_msg_t notify_data;
+  struct notify_msg notify_data;
 } md_t;
 
 /**
@@ -243,14 +324,90 @@ uccl_engine_t *uccl_engine_create(int num_cpus,
                                   bool in_python);
 
 /**
+ * Creates an engine as uccl_engine_create does, with settings that override the environment. The environment itself is not changed,
+ * so engines of one process may have different settings.
+ *
+ * @param options      [in]  num_options settings; the last one of a name counts. Copied. May be NULL when num_options is 0.
+ * @param num_options  [in]  Number of settings.
+ * @param engine       [out] The engine, owned by the caller, to be ended with uccl_engine_destroy.
+ * @return UCCL_OK; UCCL_ERR_INVALID_ARGUMENT for a name that no variable has, a variable of the process (the log's, and what only the
+ *         network plugin reads: these cannot differ between engines) or a value that cannot be understood; another negative status
+ *         when the engine cannot be created.
+ *
+ * Threads: any.
+ */
+int uccl_engine_create_with(const struct uccl_option_t *options,
+                            size_t num_options,
+                            uccl_engine_t **engine);
+
+/**
  * Ends an engine: wakes blocked accepts, fails transfers in flight with UCCL_ERR_CANCELED, closes its connections, and joins its
  * threads. Connection handles of this engine stay valid (every call on them fails) until uccl_engine_conn_destroy.
  *
- * @param engine  The engine; NULL is a no-op; a handle already destroyed is an error that is logged, nothing else.
+ * @param engine  The engine; NULL is a no-op, and so is an engine of the parent process after a fork; a handle already destroyed is an
+ *                error that is logged, nothing else.
  *
  * Threads: any, once. Returns within the close deadline (UCCL_TCPX_CLOSE_TIMEOUT_MS). On return nothing touches registered memory.
  */
 void uccl_engine_destroy(uccl_engine_t *engine);
+
+#ifndef __cplusplus
+/**
+ * Describes the engine to peers as "ip:port?gpu": gpu is the PCI address of the engine's GPU, or "-1" without one.
+ *
+ * @param engine    [in]  The engine.
+ * @param metadata  [out] NUL-terminated text, owned by the caller, to be freed with uccl_engine_free_metadata.
+ * @return UCCL_OK or a negative status; on failure *metadata is untouched.
+ *
+ * Threads: any. C++: the overload of the same name allocates with new[], to be freed with delete[].
+ */
+int uccl_engine_get_metadata(uccl_engine_t *engine, char **metadata);
+#endif
+
+#ifndef __cplusplus
+/**
+ * Frees what uccl_engine_get_metadata of the C face returned.
+ *
+ * @param metadata  The text; NULL is a no-op.
+ *
+ * Threads: any, once per text.
+ */
+void uccl_engine_free_metadata(char *metadata);
+#endif
+
+/**
+ * The text of uccl_engine_get_metadata, written into the caller's buffer.
+ *
+ * @param engine  [in]  The engine.
+ * @param buf     [out] NUL-terminated text. May be NULL when len is 0.
+ * @param len     [in]  Size of buf in bytes.
+ * @param needed  [out] Bytes needed with the NUL, written on success and when buf is too small. May be NULL.
+ * @return UCCL_OK; UCCL_ERR_RESOURCE when buf is too small (nothing is written to it); another negative status.
+ *
+ * Threads: any.
+ */
+int uccl_engine_metadata_into(uccl_engine_t *engine, char *buf, size_t len, size_t *needed);
+
+/**
+ * Takes metadata apart: what uccl_engine_connect wants.
+ *
+ * @param metadata  [in]  Text of uccl_engine_get_metadata, NUL-terminated: "ip:port?gpu". An IPv6 address stands in brackets.
+ * @param ip_buf    [out] The address, NUL-terminated, without brackets. May be NULL: not wanted.
+ * @param ip_len    [in]  Size of ip_buf in bytes; 64 holds every address.
+ * @param port      [out] The port, 1 to 65535. May be NULL: not wanted.
+ * @param gpu_buf   [out] The GPU, NUL-terminated. May be NULL: not wanted.
+ * @param gpu_len   [in]  Size of gpu_buf in bytes; 64 holds every GPU of this library.
+ * @return UCCL_OK; UCCL_ERR_INVALID_ARGUMENT for text that is not metadata; UCCL_ERR_RESOURCE when a buffer is too small. On failure
+ *         the outputs are untouched.
+ *
+ * Threads: any; needs no engine.
+ */
+int uccl_engine_parse_metadata(const char *metadata,
+                               char *ip_buf,
+                               size_t ip_len,
+                               int *port,
+                               char *gpu_buf,
+                               size_t gpu_len);
 
 /**
  * Connects to a peer engine. Blocks until all channels are up; needs no call of the peer's application.
@@ -291,7 +448,7 @@ uccl_conn_t *uccl_engine_accept(uccl_engine_t *engine,
 /**
  * Wakes every blocked uccl_engine_accept of the engine; these and later ones return NULL. Connections that exist stay.
  *
- * @param engine  The engine; NULL is a no-op.
+ * @param engine  The engine; NULL is a no-op, and so is an engine of the parent process after a fork.
  *
  * Threads: any.
  */
@@ -320,7 +477,8 @@ int uccl_engine_stop_listener(uccl_conn_t *conn);
 /**
  * Closes a connection. Transfers in flight end with UCCL_ERR_CANCELED here and UCCL_ERR_REMOTE_DISCONNECT at the peer.
  *
- * @param conn  The connection; NULL is a no-op; a handle already destroyed is an error that is logged, nothing else.
+ * @param conn  The connection; NULL is a no-op, and so is a connection of the parent process after a fork, which stays as it is; a
+ *              handle already destroyed is an error that is logged, nothing else.
  *
  * Threads: any, once, in any order with engine and regions. On return nothing of this connection touches registered memory.
  */
@@ -362,52 +520,34 @@ bool uccl_engine_conn_is_local(uccl_conn_t *conn);
 int uccl_engine_reg(uccl_engine_t *engine, size_t data, size_t size, uccl_mr_t *mr);
 
 /**
+ * Registers memory that peers may use only so far as the flags say.
+ *
+ * @param engine  [in]  The engine.
+ * @param data    [in]  First byte, host or CUDA device memory, any alignment.
+ * @param size    [in]  Bytes, at least 1.
+ * @param access  [in]  Or of UCCL_ACCESS_REMOTE_READ and UCCL_ACCESS_REMOTE_WRITE; 0: the region is only a local side of transfers.
+ * @param mr      [out] The region, as of uccl_engine_reg, which allows peers both.
+ * @return As uccl_engine_reg; UCCL_ERR_INVALID_ARGUMENT for unknown flags; UCCL_ERR_UNSUPPORTED for a limit that this version cannot
+ *         keep: it never registers memory for more than the caller allows.
+ *
+ * The memory stays the caller's and must stay mapped until uccl_engine_mr_destroy returns. Threads: any.
+ */
+int uccl_engine_reg_with(uccl_engine_t *engine,
+                         size_t data,
+                         size_t size,
+                         uint32_t access,
+                         uccl_mr_t *mr);
+
+/**
  * Ends a registration. Waits for transfers that use the region; what is not finished within UCCL_TCPX_CLOSE_TIMEOUT_MS is failed
  * together with its connection. Peers that use the region afterwards get UCCL_ERR_REMOTE_ACCESS.
  *
- * @param engine  The engine; NULL is a no-op.
+ * @param engine  The engine; NULL is a no-op, and so is an engine of the parent process after a fork.
  * @param mr      The region; an unknown one is an error that is logged, nothing else.
  *
  * Threads: any. On return the library touches this memory no more, and the caller may free it.
  */
 void uccl_engine_mr_destroy(uccl_engine_t *engine, uccl_mr_t mr);
-
-#ifndef __cplusplus
-/**
- * Describes the engine to peers as "ip:port?gpu": gpu is the PCI address of the engine's GPU, or "-1" without one.
- *
- * @param engine    [in]  The engine.
- * @param metadata  [out] NUL-terminated text, owned by the caller, to be freed with uccl_engine_free_metadata.
- * @return UCCL_OK or a negative status; on failure *metadata is untouched.
- *
- * Threads: any. C++: the overload of the same name allocates with new[], to be freed with delete[].
- */
-int uccl_engine_get_metadata(uccl_engine_t *engine, char **metadata);
-#endif
-
-#ifndef __cplusplus
-/**
- * Frees what uccl_engine_get_metadata of the C face returned.
- *
- * @param metadata  The text; NULL is a no-op.
- *
- * Threads: any, once per text.
- */
-void uccl_engine_free_metadata(char *metadata);
-#endif
-
-/**
- * The text of uccl_engine_get_metadata, written into the caller's buffer.
- *
- * @param engine  [in]  The engine.
- * @param buf     [out] NUL-terminated text. May be NULL when len is 0.
- * @param len     [in]  Size of buf in bytes.
- * @param needed  [out] Bytes needed with the NUL, written on success and when buf is too small. May be NULL.
- * @return UCCL_OK; UCCL_ERR_RESOURCE when buf is too small (nothing is written to it); another negative status.
- *
- * Threads: any.
- */
-int uccl_engine_metadata_into(uccl_engine_t *engine, char *buf, size_t len, size_t *needed);
 
 /**
  * Serialises a FIFO item for [data, data + size) of a region: what a peer needs to read or write it.
@@ -417,7 +557,7 @@ int uccl_engine_metadata_into(uccl_engine_t *engine, char *buf, size_t len, size
  * @param data      [in]  First byte, inside the region.
  * @param size      [in]  Bytes; the range must lie inside the region. A size over 4 GiB - 1 is stored as 4 GiB - 1: the field has 32
  *                  bits, and transfers take their length from their own argument.
- * @param fifo_buf  [out] FIFO_SIZE (64) bytes: a FifoItem in memory order. It carries the region's secret token: whoever has it may
+ * @param fifo_buf  [out] UCCL_FIFO_SIZE (64) bytes: a FifoItem in memory order. It carries the region's secret token: whoever has it may
  *                  access the whole region until the region is deregistered.
  * @return UCCL_OK, UCCL_ERR_NOT_FOUND, UCCL_ERR_INVALID_ARGUMENT.
  *
@@ -435,7 +575,7 @@ int uccl_engine_prepare_fifo(uccl_engine_t *engine,
  * @param fifo_item    [in,out] The item.
  * @param remote_addr  [in] New address in the peer's address space; checked by the peer when it is used.
  * @param size         [in] New size in bytes.
- * @return UCCL_OK, or UCCL_ERR_INVALID_ARGUMENT for NULL.
+ * @return UCCL_OK, or UCCL_ERR_INVALID_ARGUMENT for NULL and for an address that is no multiple of 8.
  *
  * Threads: any, one at a time per item.
  */
@@ -446,7 +586,7 @@ int uccl_engine_update_fifo(struct FifoItem *fifo_item, uint64_t remote_addr, ui
  *
  * @param engine   [in]  The engine.
  * @param addr     [in]  Address inside a registered region.
- * @param ipc_buf  [out] IPC_INFO_SIZE (128) bytes, zeroed.
+ * @param ipc_buf  [out] UCCL_IPC_INFO_SIZE (128) bytes, zeroed.
  * @param has_ipc  [out] false.
  * @return UCCL_OK, UCCL_ERR_NOT_FOUND when no region holds addr, UCCL_ERR_INVALID_ARGUMENT.
  *
@@ -457,7 +597,7 @@ int uccl_engine_get_ipc_info(uccl_engine_t *engine, size_t addr, char *ipc_buf, 
 /**
  * Points an IPC descriptor at a sub-range. Descriptors of this library are empty; the range is checked, the buffer stays as it is.
  *
- * @param ipc_buf    [in,out] IPC_INFO_SIZE (128) bytes.
+ * @param ipc_buf    [in,out] UCCL_IPC_INFO_SIZE (128) bytes.
  * @param addr       [in] Address inside the registered buffer.
  * @param base_addr  [in] Base address of the registered buffer, not above addr.
  * @param size       [in] Bytes.
@@ -469,129 +609,6 @@ int uccl_engine_update_ipc_info(char *ipc_buf,
                                 size_t addr,
                                 size_t base_addr,
                                 size_t size);
-
-/**
- * A sentence for a status number.
- *
- * @param status  UCCL_OK, UCCL_IN_PROGRESS or UCCL_ERR_*; any other number gives "unknown status".
- * @return Static text, never NULL, never to be freed.
- *
- * Threads: any.
- */
-const char *uccl_engine_strerror(int32_t status);
-
-/**
- * The cause of the last failed call of this thread, in words, with addresses and names.
- *
- * @return NUL-terminated text, empty when no call failed yet. Valid until this thread's next failing call; never to be freed.
- *
- * Threads: each has its own.
- */
-const char *uccl_engine_last_error(void);
-
-/**
- * The status of the last failed call of this thread: what a function that returns a handle, a bool or nothing could not say.
- *
- * @return UCCL_OK when no call failed yet, else a negative UCCL_ERR_*.
- *
- * Threads: each has its own.
- */
-int uccl_engine_last_status(void);
-
-/**
- * Version of the library.
- *
- * @return "major.minor.patch", static text, never to be freed.
- *
- * Threads: any.
- */
-const char *uccl_engine_version(void);
-
-/**
- * Sends a fixed-size notification. It arrives after the data of every transfer that was complete before this call.
- *
- * @param conn        [in] The connection.
- * @param notify_msg  [in] name up to its first NUL, and all 256 bytes of msg. Copied; may be reused at once.
- * @return UCCL_OK when it is queued for the peer; a negative status when the connection is lost or an argument is bad.
- *
- * Threads: any; notifications of one thread arrive in order.
- */
-int uccl_engine_send_notif(uccl_conn_t *conn, struct notify_msg_t *notify_msg);
-
-/**
- * Sends a notification of any length up to 64 MiB (name and message together). Ordering as uccl_engine_send_notif.
- *
- * @param conn      [in] The connection.
- * @param name      [in] Bytes of the name; may be NULL when name_len is 0.
- * @param name_len  [in] Bytes.
- * @param msg       [in] Bytes of the message; may be NULL when msg_len is 0.
- * @param msg_len   [in] Bytes.
- * @return UCCL_OK when it is queued for the peer; -1 (UCCL_ERR_INVALID_ARGUMENT) above 64 MiB; another negative status.
- *
- * The bytes are copied and may be reused at once. Threads: any. Blocks only while more than 256 MiB wait to leave on this connection.
- */
-int uccl_engine_send_notif_bytes(uccl_conn_t *conn,
-                                 const void *name,
-                                 size_t name_len,
-                                 const void *msg,
-                                 size_t msg_len);
-
-/**
- * Takes up to max notifications that arrived at any engine of this process, oldest first. Longer ones are cut: a name to 255 bytes, a
- * message to 256; use uccl_engine_notif_next to get them whole.
- *
- * @param out    [out] Array of max items. May be NULL when max is 0.
- * @param max    [in]  Items in out.
- * @param count  [out] Items written, 0 to max.
- * @return UCCL_OK, or UCCL_ERR_INVALID_ARGUMENT. What did not fit stays for the next call.
- *
- * Threads: any; each notification is handed out once.
- */
-int uccl_engine_get_notifs(struct notify_msg_t *out,
-                           size_t max,
-                           size_t *count);
-
-/**
- * Takes the oldest notification, whole.
- *
- * @param engine  [in]  The engine to take from; NULL: any engine of this process.
- * @param notif   [out] The notification, owned by the caller, to be freed with uccl_engine_notif_free; NULL when none waits.
- * @return UCCL_OK (also when none waits), or a negative status; on failure *notif is untouched.
- *
- * Threads: any; each notification is handed out once, by this call or by uccl_engine_get_notifs.
- */
-int uccl_engine_notif_next(uccl_engine_t *engine, uccl_notif_t **notif);
-
-/**
- * The name of a notification.
- *
- * @param notif  [in]  The notification.
- * @param len    [out] Bytes of the name.
- * @return The bytes, not NUL-terminated, valid until uccl_engine_notif_free; NULL for bad arguments.
- *
- * Threads: any that holds the notification.
- */
-const char *uccl_engine_notif_name(const uccl_notif_t *notif, size_t *len);
-
-/**
- * The bytes of a notification.
- *
- * @param notif  [in]  The notification.
- * @param len    [out] Bytes of the message.
- * @return The bytes, valid until uccl_engine_notif_free; NULL for bad arguments.
- *
- * Threads: any that holds the notification.
- */
-const void *uccl_engine_notif_msg(const uccl_notif_t *notif, size_t *len);
-
-/**
- * Frees a notification of uccl_engine_notif_next.
- *
- * @param notif  The notification; NULL is a no-op; one already freed is an error that is logged, nothing else.
- *
- * Threads: any, once per notification.
- */
-void uccl_engine_notif_free(uccl_notif_t *notif);
 
 /**
  * Starts a read: remote memory into local memory.
@@ -607,12 +624,7 @@ void uccl_engine_notif_free(uccl_notif_t *notif);
  *
  * Destination bytes are undefined until the transfer is complete, and after a failure. Threads: any.
  */
-int uccl_engine_read(uccl_conn_t *conn,
-                     uccl_mr_t mr,
-                     const void *data,
-                     size_t size,
-                     struct FifoItem fifo_item,
-                     uint64_t *transfer_id);
+int uccl_engine_read(uccl_conn_t *conn, uccl_mr_t mr, void *data, size_t size, struct FifoItem fifo_item, uint64_t *transfer_id);
 
 /**
  * Starts a read of several segments as one transfer.
@@ -622,7 +634,7 @@ int uccl_engine_read(uccl_conn_t *conn,
  * @param dst_v        [in]  num_iovs local destinations, each inside its region.
  * @param size_v       [in]  num_iovs lengths in bytes; zero lengths are skipped.
  * @param fifo_items   [in]  num_iovs remote sources.
- * @param num_iovs     [in]  Segments, 0 to 1,048,576; 0 completes at once.
+ * @param num_iovs     [in]  Segments, 1 to 1,048,576. 0 is UCCL_ERR_INVALID_ARGUMENT; a transfer of nothing has segments of length 0.
  * @param transfer_id  [out] Id of the transfer.
  * @return As uccl_engine_read. The arrays are copied. Overlapping destinations give undefined bytes where they overlap.
  *
@@ -664,7 +676,7 @@ int uccl_engine_write(uccl_conn_t *conn,
  * @param src_v        [in]  num_iovs local sources, each inside its region.
  * @param size_v       [in]  num_iovs lengths in bytes; zero lengths are skipped.
  * @param fifo_items   [in]  num_iovs remote destinations.
- * @param num_iovs     [in]  Segments, 0 to 1,048,576; 0 completes at once.
+ * @param num_iovs     [in]  Segments, 1 to 1,048,576. 0 is UCCL_ERR_INVALID_ARGUMENT; a transfer of nothing has segments of length 0.
  * @param transfer_id  [out] Id of the transfer.
  * @return As uccl_engine_read. The arrays are copied. Overlapping destinations give undefined bytes where they overlap.
  *
@@ -798,6 +810,144 @@ int uccl_engine_wait(uccl_conn_t *conn, uint64_t transfer_id, int64_t timeout_ms
  * Threads: any.
  */
 bool uccl_engine_xfer_status(uccl_conn_t *conn, uint64_t transfer_id);
+
+/**
+ * Sends a fixed-size notification. It arrives after the data of every transfer that was complete before this call.
+ *
+ * @param conn        [in] The connection.
+ * @param notify_msg  [in] name up to its first NUL, and all 256 bytes of msg. Copied; may be reused at once.
+ * @return UCCL_OK when it is queued for the peer; a negative status when the connection is lost or an argument is bad.
+ *
+ * Threads: any; notifications of one thread arrive in order.
+ */
+int uccl_engine_send_notif(uccl_conn_t *conn, const struct notify_msg *notify_msg);
+
+/**
+ * Sends a notification of any length up to 64 MiB (name and message together). Ordering as uccl_engine_send_notif.
+ *
+ * @param conn      [in] The connection.
+ * @param name      [in] Bytes of the name; may be NULL when name_len is 0.
+ * @param name_len  [in] Bytes.
+ * @param msg       [in] Bytes of the message; may be NULL when msg_len is 0.
+ * @param msg_len   [in] Bytes.
+ * @return UCCL_OK when it is queued for the peer; -1 (UCCL_ERR_INVALID_ARGUMENT) above 64 MiB; another negative status.
+ *
+ * The bytes are copied and may be reused at once. Threads: any. Blocks only while more than 256 MiB wait to leave on this connection.
+ */
+int uccl_engine_send_notif_bytes(uccl_conn_t *conn,
+                                 const void *name,
+                                 size_t name_len,
+                                 const void *msg,
+                                 size_t msg_len);
+
+/**
+ * Takes up to max notifications that arrived at any engine of this process, oldest first. Longer ones are cut: a name to 255 bytes, a
+ * message to 256; use uccl_engine_notif_next to get them whole.
+ *
+ * @param out    [out] Array of max items. May be NULL when max is 0.
+ * @param max    [in]  Items in out.
+ * @param count  [out] Items written, 0 to max.
+ * @return UCCL_OK, or UCCL_ERR_INVALID_ARGUMENT. What did not fit stays for the next call.
+ *
+ * Threads: any; each notification is handed out once.
+ */
+int uccl_engine_get_notifs(struct notify_msg *out,
+                           size_t max,
+                           size_t *count);
+
+/**
+ * Takes the oldest notification, whole.
+ *
+ * @param engine  [in]  The engine to take from; NULL: any engine of this process.
+ * @param notif   [out] The notification, owned by the caller, to be freed with uccl_engine_notif_free; NULL when none waits.
+ * @return UCCL_OK (also when none waits), or a negative status; on failure *notif is untouched.
+ *
+ * Threads: any; each notification is handed out once, by this call or by uccl_engine_get_notifs.
+ */
+int uccl_engine_notif_next(uccl_engine_t *engine, uccl_notif_t **notif);
+
+/**
+ * The name of a notification.
+ *
+ * @param notif  [in]  The notification.
+ * @param len    [out] Bytes of the name.
+ * @return The bytes, not NUL-terminated, valid until uccl_engine_notif_free; NULL for bad arguments.
+ *
+ * Threads: any that holds the notification.
+ */
+const char *uccl_engine_notif_name(const uccl_notif_t *notif, size_t *len);
+
+/**
+ * The bytes of a notification.
+ *
+ * @param notif  [in]  The notification.
+ * @param len    [out] Bytes of the message.
+ * @return The bytes, valid until uccl_engine_notif_free; NULL for bad arguments.
+ *
+ * Threads: any that holds the notification.
+ */
+const void *uccl_engine_notif_msg(const uccl_notif_t *notif, size_t *len);
+
+/**
+ * Frees a notification of uccl_engine_notif_next.
+ *
+ * @param notif  The notification; NULL is a no-op, and so is one of the parent process after a fork; one already freed is an error that is logged, nothing else.
+ *
+ * Threads: any, once per notification.
+ */
+void uccl_engine_notif_free(uccl_notif_t *notif);
+
+/**
+ * Hands log lines to the application instead of standard error, for the whole process. Which levels are logged at all is the
+ * matter of UCCL_P2P_LOG_LEVEL, as without a callback.
+ *
+ * @param callback  [in] The function; NULL: back to standard error.
+ * @param user      [in] Given to every call. Must stay valid until another callback, or NULL, was set.
+ * @return UCCL_OK; UCCL_ERR_INVALID_ARGUMENT inside a callback; UCCL_ERR_UNSUPPORTED where the program is written in Rust and has a
+ *         logger of its own, which then gets the lines.
+ *
+ * On return no call of the callback before is running, in any thread, and none will begin. A child of fork keeps the callback.
+ * Threads: any.
+ */
+int uccl_engine_set_log_callback(uccl_log_callback_t callback,
+                                 void *user);
+
+/**
+ * A sentence for a status number.
+ *
+ * @param status  UCCL_OK, UCCL_IN_PROGRESS or UCCL_ERR_*; any other number gives "unknown status".
+ * @return Static text, never NULL, never to be freed.
+ *
+ * Threads: any.
+ */
+const char *uccl_engine_strerror(int32_t status);
+
+/**
+ * The cause of the last failed call of this thread, in words, with addresses and names.
+ *
+ * @return NUL-terminated text, empty when no call failed yet, cut to 2047 bytes. Valid until this thread's next failing call or its end; never to be freed.
+ *
+ * Threads: each has its own.
+ */
+const char *uccl_engine_last_error(void);
+
+/**
+ * The status of the last failed call of this thread: what a function that returns a handle, a bool or nothing could not say.
+ *
+ * @return UCCL_OK when no call failed yet, else a negative UCCL_ERR_*.
+ *
+ * Threads: each has its own.
+ */
+int uccl_engine_last_status(void);
+
+/**
+ * Version of the library.
+ *
+ * @return "major.minor.patch", static text, never to be freed.
+ *
+ * Threads: any.
+ */
+const char *uccl_engine_version(void);
 
 #ifdef __cplusplus
 }  // extern "C"

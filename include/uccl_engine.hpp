@@ -5,6 +5,7 @@
  * Conventions
  *  - No function here throws: each is noexcept, and memory that runs out becomes a status or a shorter result. Copies of vectors
  *    that the caller passes by value are made by the caller, outside of these functions.
+ *  - C++11 or newer.
  *  - No state: everything lives behind the C ABI, so programs built by different compilers may share one library.
  *  - Unless a function says otherwise, what uccl_engine.h says about the C function of the same name holds: parameters, statuses,
  *    threads, and when memory may be reused.
@@ -15,6 +16,9 @@
 
 #ifndef __cplusplus
 #error "uccl_engine.hpp is for C++; include uccl_engine.h"
+#endif
+#if __cplusplus < 201103L && !defined(_MSC_VER)
+#error "uccl_engine.h needs C++11 or newer"
 #endif
 
 #include "uccl_engine.h"
@@ -33,9 +37,9 @@ extern "C++" {
 #include <utility>
 #include <vector>
 
-static_assert(sizeof(FifoItem) == FIFO_SIZE, "a serialised FIFO item is the structure itself");
+static_assert(sizeof(FifoItem) == UCCL_FIFO_SIZE, "a serialised FIFO item is the structure itself");
 static_assert(std::is_trivially_copyable<FifoItem>::value, "FIFO items are copied as bytes");
-static_assert(sizeof(notify_msg_t) == 2 * MSG_SIZE, "fixed-size notifications have no padding");
+static_assert(sizeof(notify_msg_t) == 2 * UCCL_MSG_SIZE, "fixed-size notifications have no padding");
 
 /** A notification of any length up to 64 MiB, name and message together. */
 typedef struct notify_msg_v {
@@ -50,15 +54,16 @@ namespace uccl_engine_detail {
 /* An integer given as the older `int remote_gpu_idx`. NULL is an integer to some compilers and means "no GPU given", so its type is
  * left to the overload that takes text. */
 template <typename T>
-using gpu_index = std::enable_if_t<
+using gpu_index = typename std::enable_if<
     (std::is_integral<T>::value || std::is_enum<T>::value) && std::is_convertible<T, int>::value &&
-        !std::is_same<std::remove_cv_t<T>, std::remove_cv_t<decltype(NULL)>>::value,
-    int>;
+        !std::is_same<typename std::remove_cv<T>::type, typename std::remove_cv<decltype(NULL)>::type>::value,
+    int>::type;
 
 /* Whether every vector has the segments that the caller counts. */
-template <typename... Vectors>
-inline bool holds(int num_iovs, Vectors const&... vectors) noexcept {
-  return num_iovs >= 0 && ((vectors.size() >= static_cast<std::size_t>(num_iovs)) && ...);
+inline bool holds(int num_iovs) noexcept { return num_iovs >= 0; }
+template <typename Vector, typename... Vectors>
+inline bool holds(int num_iovs, Vector const& first, Vectors const&... rest) noexcept {
+  return holds(num_iovs, rest...) && first.size() >= static_cast<std::size_t>(num_iovs);
 }
 
 }  // namespace uccl_engine_detail
@@ -99,6 +104,18 @@ inline int uccl_engine_reg(uccl_engine_t* engine, uintptr_t data, size_t size, u
 }
 
 /**
+ * The C function for a destination that upstream's declaration calls const, although it is written.
+ *
+ * @param data  [in] Local destination.
+ * @return As the C function, whose other parameters these are.
+ */
+template <typename T>
+inline int uccl_engine_read(uccl_conn_t* conn, uccl_mr_t mr, T const* data, size_t size, FifoItem fifo_item,
+                            uint64_t* transfer_id) noexcept {
+  return uccl_engine_read(conn, mr, const_cast<void*>(static_cast<void const*>(data)), size, fifo_item, transfer_id);
+}
+
+/**
  * Starts a read of several segments as one transfer.
  *
  * @param conn         [in]  The connection.
@@ -106,7 +123,7 @@ inline int uccl_engine_reg(uccl_engine_t* engine, uintptr_t data, size_t size, u
  * @param dst_v        [in]  Local destinations, each inside its region.
  * @param size_v       [in]  Lengths in bytes.
  * @param fifo_items   [in]  Remote sources.
- * @param num_iovs     [in]  Segments, 0 to 1,048,576; no vector but ipc_bufs may hold fewer elements, more are ignored.
+ * @param num_iovs     [in]  Segments, 1 to 1,048,576; no vector but ipc_bufs may hold fewer elements, more are ignored.
  * @param transfer_id  [out] Id of the transfer; untouched on failure.
  * @param ipc_bufs     [in]  IPC descriptors. Not read: data takes the channels also inside one host.
  * @return As the C function; UCCL_ERR_INVALID_ARGUMENT when a vector is too short, and then nothing moves.
@@ -127,7 +144,7 @@ inline int uccl_engine_read_vector(uccl_conn_t* conn, std::vector<uccl_mr_t> mr_
  * @param src_v        [in]  Local sources, each inside its region; the memory must not change until the transfer has ended.
  * @param size_v       [in]  Lengths in bytes.
  * @param fifo_items   [in]  Remote destinations.
- * @param num_iovs     [in]  Segments, 0 to 1,048,576; no vector but ipc_bufs may hold fewer elements, more are ignored.
+ * @param num_iovs     [in]  Segments, 1 to 1,048,576; no vector but ipc_bufs may hold fewer elements, more are ignored.
  * @param transfer_id  [out] Id of the transfer; untouched on failure.
  * @param ipc_bufs     [in]  IPC descriptors. Not read: data takes the channels also inside one host.
  * @return As the C function; UCCL_ERR_INVALID_ARGUMENT when a vector is too short, and then nothing moves.
@@ -252,6 +269,18 @@ inline std::vector<notify_msg_v_t> uccl_engine_get_notifs_v() noexcept {
 }
 
 /**
+ * The C function with upstream's parameter, which is not const.
+ *
+ * @param conn        [in] The connection.
+ * @param notify_msg  [in] The notification; not changed.
+ * @return As the C function.
+ */
+template <typename Message, typename std::enable_if<std::is_same<Message, notify_msg_t>::value, int>::type = 0>
+inline int uccl_engine_send_notif(uccl_conn_t* conn, Message* notify_msg) noexcept {
+  return uccl_engine_send_notif(conn, static_cast<notify_msg_t const*>(notify_msg));
+}
+
+/**
  * Sends a notification of any length up to 64 MiB, name and message together.
  *
  * @param conn        [in] The connection.
@@ -280,14 +309,14 @@ inline int uccl_engine_update_fifo(FifoItem& fifo_item, uint64_t remote_addr, ui
  * Writes a FIFO item as bytes.
  *
  * @param item  [in]  The item.
- * @param buf   [out] FIFO_SIZE (64) bytes, any alignment.
+ * @param buf   [out] UCCL_FIFO_SIZE (64) bytes, any alignment.
  */
 inline void serialize_fifo_item(FifoItem const& item, char* buf) noexcept { std::memcpy(buf, &item, sizeof(item)); }
 
 /**
  * Reads a FIFO item from bytes.
  *
- * @param buf   [in]  FIFO_SIZE (64) bytes, any alignment.
+ * @param buf   [in]  UCCL_FIFO_SIZE (64) bytes, any alignment.
  * @param item  [out] The item.
  */
 inline void deserialize_fifo_item(char const* buf, FifoItem* item) noexcept { std::memcpy(item, buf, sizeof(*item)); }

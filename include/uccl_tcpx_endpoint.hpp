@@ -26,15 +26,18 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <type_traits>
 #include <unordered_map>
 #include <utility>
@@ -45,6 +48,7 @@ struct uccl_engine;
 struct uccl_conn;
 struct uccl_notif;
 struct uccl_xfer_info_t;
+struct uccl_option_t;
 struct FifoItem;
 
 namespace uccl_tcpx {
@@ -52,11 +56,11 @@ namespace uccl_tcpx {
 /* The part of uccl_engine.h that the endpoint calls; documented there. */
 namespace abi {
 extern "C" {
-::uccl_engine* uccl_engine_create(int num_cpus, bool in_python);
 void uccl_engine_destroy(::uccl_engine* engine);
 ::uccl_conn* uccl_engine_connect(::uccl_engine* engine, const char* ip_addr, const char* remote_gpu, int remote_port,
                                  bool same_process);
 ::uccl_conn* uccl_engine_accept(::uccl_engine* engine, char* ip_addr_buf, size_t ip_addr_buf_len, int* remote_gpu_idx);
+int uccl_engine_create_with(const ::uccl_option_t* options, size_t num_options, ::uccl_engine** engine);
 void uccl_engine_stop_accept(::uccl_engine* engine);
 void uccl_engine_conn_destroy(::uccl_conn* conn);
 int uccl_engine_reg(::uccl_engine* engine, size_t data, size_t size, uint64_t* mr);
@@ -83,12 +87,22 @@ const char* uccl_engine_last_error(void);
 /* Statuses of the C ABI under names that the macros of uccl_engine.h do not replace. */
 inline constexpr int kStatusOk = 0;
 inline constexpr int kStatusInProgress = 1;
+inline constexpr int kStatusNotFound = -2;
 inline constexpr int kStatusResource = -3;
+inline constexpr int kStatusCanceled = -5;
 
+/** How long a thread that does nothing but look for notifications goes on looking at full speed after it found or did something. */
+inline constexpr std::chrono::milliseconds kStayAwake{1};
+/** How long it sleeps after that, before it looks again. */
+inline constexpr std::chrono::microseconds kIdleNap{50};
+/** Threads that check requests look for notifications every so many calls of recv_routine. */
+inline constexpr uint32_t kLookEvery = 64;
 /** Returned instead of a request id when nothing was started, but the same call may succeed later: too many transfers in flight. */
 inline constexpr int kPostTransient = -2;
 /** Returned instead of a request id when nothing was started and trying again is pointless. */
 inline constexpr int kPostFailed = -1;
+/** Failed requests that an endpoint remembers one by one; see TcpxEndpoint::request_status. */
+inline constexpr size_t kFailuresKept = 4096;
 /** peer_id of a connection that could not be made. */
 inline constexpr uint64_t kNoPeer = UINT64_MAX;
 
@@ -133,21 +147,22 @@ class TcpxEndpoint {
   static_assert(std::is_trivially_copyable<FifoItem>::value, "FIFO items are copied as bytes");
 
   /**
-   * Creates an engine of the C ABI: from here on it listens and peers can connect.
+   * Creates an engine of the C ABI: from here on it listens and peers can connect. UCCL_P2P_TRANSPORT is not read: it chose this
+   * endpoint, and says nothing about the network plugin under it (UCCL_TCPX_PLUGIN does).
    *
    * @param gpu_index  CUDA index of the GPU, or a negative number when it is not known yet. Reported by gpu_index() and in ConnID::dev.
-   * @param port       Port that the engine must listen on; 0: any. The port itself comes from UCCL_TCPX_OOB_PORT, so another
-   *                   number is a mistake in the configuration.
-   * @throws std::runtime_error when the engine cannot be created or listens on another port; the text has the cause.
+   * @param port       Port to listen on; 0: that of UCCL_TCPX_OOB_PORT, or any.
+   * @throws std::runtime_error when the engine cannot be created, for example because the port is taken; the text has the cause.
    */
   explicit TcpxEndpoint(int gpu_index = -1, uint64_t port = 0) : gpu_index_(gpu_index) {
-    engine_.reset(abi::uccl_engine_create(0, false));
-    if (!engine_) throw std::runtime_error(std::string("TCPX engine: ") + abi::uccl_engine_last_error());
-    port_ = listen_port_of(metadata());
-    if (port != 0 && port != port_) {
-      throw std::runtime_error("TCPX engine: port " + std::to_string(port) + " wanted, but the engine listens on " +
-                               std::to_string(port_) + "; set UCCL_TCPX_OOB_PORT");
+    std::string const wanted = std::to_string(port);
+    Option const options[] = {{"UCCL_P2P_TRANSPORT", ""}, {"UCCL_TCPX_OOB_PORT", wanted.c_str()}};
+    ::uccl_engine* engine = nullptr;
+    if (abi::uccl_engine_create_with(reinterpret_cast<::uccl_option_t const*>(options), port == 0 ? 1 : 2, &engine) != kStatusOk) {
+      throw std::runtime_error(std::string("TCPX engine: ") + abi::uccl_engine_last_error());
     }
+    engine_.reset(engine);
+    port_ = listen_port_of(metadata());
   }
 
   /**
@@ -268,6 +283,7 @@ class TcpxEndpoint {
       conn = it->second;
       peers_.erase(it);
     }
+    end_requests(conn);
     abi::uccl_engine_conn_destroy(conn);
   }
 
@@ -423,36 +439,69 @@ class TcpxEndpoint {
    * The status of a request in numbers of the C ABI, and drives progress. Does not block and does not throw for failures.
    *
    * @param request_id  The request's id.
-   * @return 0 complete (also for an id whose completion was seen before), 1 in progress, negative the error it ended with.
+   * @return 0 complete, 1 in progress, negative the error it ended with. The answer for an ended request stays the same; but once
+   *         kFailuresKept later requests have failed, the answer for an earlier id may become -2 (not found), complete or not. A
+   *         failed one never becomes complete.
    */
   int request_status(int64_t request_id) {
+    caller_state().busy = true;
     Request request;
     {
       std::lock_guard<std::mutex> lock(requests_mutex_);
       auto const it = requests_.find(request_id);
-      if (it == requests_.end()) return kStatusOk;
+      if (it == requests_.end()) return status_of_ended(request_id);
       request = it->second;
     }
     int const status = abi::uccl_engine_poll(request.conn, request.transfer, nullptr);
-    if (status == kStatusOk) {
-      // A failed request is kept, so that it never turns into one that is long complete.
+    if (status != kStatusInProgress) {
       std::lock_guard<std::mutex> lock(requests_mutex_);
-      requests_.erase(request_id);
+      // Another thread may have seen the end first; its answer stands.
+      return requests_.erase(request_id) != 0 ? end_request(request_id, status) : status_of_ended(request_id);
     }
     return status;
+  }
+
+  /** @return Entries that the endpoint holds for requests: those in flight, ended ones never asked for, and failures; for tests. */
+  size_t requests_kept() {
+    std::lock_guard<std::mutex> lock(requests_mutex_);
+    return requests_.size() + failed_.size();
   }
 
   /** Does nothing: the library sends by itself. */
   void send_routine() {}
 
-  /** Hands notifications that arrived to Traits::deliver_notification, when Traits has one. Data arrives by itself. */
+  /**
+   * Hands notifications that arrived to Traits::deliver_notification, when Traits has one. Data arrives by itself.
+   *
+   * The engine's receive thread calls this without a pause, and would take a core from the threads that move the data. A thread that
+   * asks for nothing else gives way when it finds nothing, and after kStayAwake sleeps for kIdleNap at a time. Threads that start or
+   * check requests between their calls neither give way nor sleep.
+   */
   void recv_routine() {
+    Caller& caller = caller_state();
+    bool const only_here = !std::exchange(caller.busy, false);
+    bool found = false;
     if constexpr (detail::delivers<Traits>::value) {
-      // One thread at a time keeps them in order; a second one has nothing to do.
-      std::unique_lock<std::mutex> lock(notifications_mutex_, std::try_to_lock);
-      if (!lock.owns_lock()) return;
-      NotifyMsg message;
-      while (next_notification(message)) Traits::deliver_notification(std::exchange(message, NotifyMsg()));
+      // One thread at a time keeps them in order; a second one has nothing to do. Threads that wait for their own requests leave this
+      // to the receive thread, and look only now and then in case there is none.
+      if (only_here || ++skipped_ % kLookEvery == 0) {
+        std::unique_lock<std::mutex> lock(notifications_mutex_, std::try_to_lock);
+        if (lock.owns_lock()) {
+          NotifyMsg message;
+          while (next_notification(message)) {
+            found = true;
+            Traits::deliver_notification(std::exchange(message, NotifyMsg()));
+          }
+        }
+      }
+    }
+    auto const now = std::chrono::steady_clock::now();
+    if (!only_here || found) {
+      caller.active = now;
+    } else if (now - caller.active < kStayAwake) {
+      std::this_thread::yield();
+    } else {
+      std::this_thread::sleep_for(kIdleNap);
     }
   }
 
@@ -501,6 +550,11 @@ class TcpxEndpoint {
   struct FreeNotification {
     void operator()(::uccl_notif* notif) const { abi::uccl_engine_notif_free(notif); }
   };
+  /* As uccl_option_t. */
+  struct Option {
+    char const* name;
+    char const* value;
+  };
   struct Request {
     ::uccl_conn* conn = nullptr;
     uint64_t transfer = 0;
@@ -512,6 +566,55 @@ class TcpxEndpoint {
     size_t const colon = end == std::string::npos ? std::string::npos : metadata.rfind(':', end);
     if (colon == std::string::npos) throw std::runtime_error("TCPX engine: no port in \"" + metadata + "\"");
     return static_cast<uint16_t>(std::strtoul(metadata.c_str() + colon + 1, nullptr, 10));
+  }
+
+  /* What a thread does between its calls of recv_routine. */
+  struct Caller {
+    /* It started or checked a request since the last one. */
+    bool busy = false;
+    std::chrono::steady_clock::time_point active{};
+  };
+  static Caller& caller_state() {
+    static thread_local Caller caller;
+    return caller;
+  }
+
+  /* Under requests_mutex_. Ids are given in order, in a circle of 2^31. */
+  int status_of_ended(int64_t id) const {
+    auto const it = failed_.find(id);
+    if (it != failed_.end()) return it->second;
+    bool const maybe_forgotten = forgotten_ >= 0 && ((forgotten_ - id) & INT32_MAX) <= INT32_MAX / 2;
+    return maybe_forgotten ? kStatusNotFound : kStatusOk;
+  }
+
+  /* Under requests_mutex_: keeps the failure of a request that is in no table any more. */
+  int end_request(int64_t id, int status) {
+    if (status == kStatusOk) return status;
+    if (failed_order_.size() == kFailuresKept) {
+      int64_t const oldest = failed_order_.front();
+      failed_order_.pop_front();
+      failed_.erase(oldest);
+      if (forgotten_ < 0 || ((oldest - forgotten_) & INT32_MAX) <= INT32_MAX / 2) forgotten_ = oldest;
+    }
+    failed_order_.push_back(id);
+    failed_[id] = status;
+    return status;
+  }
+
+  /* Before a connection is closed: what runs on it has failed, what is complete stays so. */
+  void end_requests(::uccl_conn* conn) {
+    std::vector<std::pair<int64_t, uint64_t>> running;
+    {
+      std::lock_guard<std::mutex> lock(requests_mutex_);
+      for (auto const& one : requests_) {
+        if (one.second.conn == conn) running.emplace_back(one.first, one.second.transfer);
+      }
+    }
+    for (auto const& one : running) {
+      int const status = abi::uccl_engine_poll(conn, one.second, nullptr);
+      std::lock_guard<std::mutex> lock(requests_mutex_);
+      if (requests_.erase(one.first) != 0) end_request(one.first, status == kStatusInProgress ? kStatusCanceled : status);
+    }
   }
 
   ConnID adopt(::uccl_conn* conn) {
@@ -557,6 +660,7 @@ class TcpxEndpoint {
     ::uccl_conn* const peer = find(conn.peer_id);
     uint64_t const mr = local_mr ? local_mr->mr.load(std::memory_order_acquire) : 0;
     if (peer == nullptr || mr == 0 || ureq == nullptr) return kPostFailed;
+    caller_state().busy = true;
     // The place in the table comes first: a transfer that is under way must not lose its id to memory that ran out.
     int64_t const id = new_request(peer);
     uint64_t transfer = 0;
@@ -592,8 +696,15 @@ class TcpxEndpoint {
   mutable std::shared_mutex peers_mutex_;
   std::unordered_map<uint64_t, ::uccl_conn*> peers_;
   std::mutex requests_mutex_;
+  /* In flight, and ended ones that nobody asked for yet. */
   std::unordered_map<int64_t, Request> requests_;
+  /* The last failures that were seen. */
+  std::unordered_map<int64_t, int> failed_;
+  std::deque<int64_t> failed_order_;
+  /* The newest id among older failures; negative: none. */
+  int64_t forgotten_ = -1;
   int64_t next_request_ = 0;
+  std::atomic<uint32_t> skipped_{0};
   std::mutex notifications_mutex_;
 };
 

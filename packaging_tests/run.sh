@@ -56,7 +56,8 @@ files_present() {
     local file missing=0
     for file in "lib/libuccl_p2p.so.$version" lib/libuccl_p2p.a lib/uccl/libnccl-net-tcpx-soft.so include/uccl_engine.h \
         include/uccl_engine.hpp include/uccl_tcpx_endpoint.hpp lib/cmake/uccl_p2p/uccl_p2pConfig.cmake \
-        lib/cmake/uccl_p2p/uccl_p2pConfigVersion.cmake lib/pkgconfig/uccl_p2p.pc bin/tcpx-info bin/tcpx-perf; do
+        lib/cmake/uccl_p2p/uccl_p2pConfigVersion.cmake lib/pkgconfig/uccl_p2p.pc bin/tcpx-info bin/tcpx-perf \
+        share/doc/uccl_p2p/LICENSE share/doc/uccl_p2p/THIRD-PARTY-NOTICES.txt; do
         [ -f "$prefix/$file" ] && [ ! -L "$prefix/$file" ] || { echo "no file $file"; missing=1; }
     done
     [ "$(readlink "$prefix/lib/libuccl_p2p.so.0")" = "libuccl_p2p.so.$version" ] || { echo "lib/libuccl_p2p.so.0 is no link to it"; missing=1; }
@@ -86,7 +87,24 @@ no_paths() {
 same_header() { diff -r "$root/include" "$prefix/include"; }
 headers() { "$root/cpp_tests/check_headers.sh" "$1" "$prefix/include"; local rc=$?; [ $rc = 0 ] || [ $rc = 77 ]; }
 
+licences() {
+    local name
+    for name in LICENSE THIRD-PARTY-NOTICES.txt; do cmp "$root/$name" "$prefix/share/doc/uccl_p2p/$name" || return 1; done
+}
+stripped() {
+    local file sections rc=0
+    for file in "$so" "$plugin" "$prefix/bin/tcpx-info" "$prefix/bin/tcpx-perf" "$prefix/lib/libuccl_p2p.a"; do
+        sections=$(readelf -SW "$file") || return 1
+        if grep -E '\.debug_(info|line)' <<<"$sections"; then echo "$file has debug information"; rc=1; fi
+        # The symbols of an archive are what a linker reads.
+        if [[ $file != *.a ]] && grep '\.symtab' <<<"$sections"; then echo "$file has a symbol table"; rc=1; fi
+    done
+    return $rc
+}
+
 check "files" files_present
+check "licences" licences
+check "stripped" stripped
 check "exported symbols" exported_symbols
 check "symbols of the archive" archive_symbols
 check "SONAME" soname

@@ -95,15 +95,46 @@ pub const VARIABLES: &[Variable] = &[
     var("NCCL_DYNAMIC_CHUNK_SIZE", "unset", "Largest message of the plugin, bytes (decimal, or hexadecimal with 0x; no suffixes); at least 4096. Read by the plugin; the library sets it to 524288 before it loads a plugin of others when the user did not, since TCPX moves nothing without it."),
 ];
 
-fn get(name: &str) -> Result<Option<String>> {
-    debug_assert!(VARIABLES.iter().any(|v| v.name == name), "{name} is not in the table");
-    match std::env::var(name) {
-        Ok(value) if value.trim().is_empty() => Ok(None),
-        Ok(value) => Ok(Some(value.trim().to_owned())),
-        Err(std::env::VarError::NotPresent) => Ok(None),
-        Err(std::env::VarError::NotUnicode(_)) => bail!(InvalidArgument, "{name} is not UTF-8"),
+/// Where values come from: settings of one engine, by name, and behind them the environment.
+#[derive(Clone, Copy, Default)]
+struct Source<'a>(&'a [(&'a str, &'a str)]);
+
+impl Source<'_> {
+    fn get(self, name: &str) -> Result<Option<String>> {
+        debug_assert!(VARIABLES.iter().any(|v| v.name == name), "{name} is not in the table");
+        let given = self.0.iter().rev().find(|(n, _)| *n == name).map(|(_, value)| Ok((*value).to_owned()));
+        match given.unwrap_or_else(|| std::env::var(name)) {
+            Ok(value) if value.trim().is_empty() => Ok(None),
+            Ok(value) => Ok(Some(value.trim().to_owned())),
+            Err(std::env::VarError::NotPresent) => Ok(None),
+            Err(std::env::VarError::NotUnicode(_)) => bail!(InvalidArgument, "{name} is not UTF-8"),
+        }
+    }
+
+    fn number(self, name: &str, range: std::ops::RangeInclusive<u64>) -> Result<Option<u64>> {
+        let Some(text) = self.get(name)? else { return Ok(None) };
+        match parse_number(&text) {
+            Some(n) if range.contains(&n) => Ok(Some(n)),
+            _ => bail!(InvalidArgument, "{name}={text}: expected a number from {} to {}", range.start(), range.end()),
+        }
+    }
+
+    fn flag(self, name: &str, default: bool) -> Result<bool> {
+        match self.get(name)?.map(|v| v.to_ascii_lowercase()).as_deref() {
+            None => Ok(default),
+            Some("1" | "true" | "yes" | "on") => Ok(true),
+            Some("0" | "false" | "no" | "off") => Ok(false),
+            Some(other) => bail!(InvalidArgument, "{name}={other}: expected 0 or 1"),
+        }
+    }
+
+    fn millis(self, name: &str, default: u64) -> Result<Duration> {
+        Ok(Duration::from_millis(self.number(name, 1..=86_400_000)?.unwrap_or(default)))
     }
 }
+
+/// Variables that hold for the whole process, so that no engine can have a setting of its own: the log's, and what the plugin reads.
+const OF_THE_PROCESS: &[&str] = &["UCCL_P2P_LOG_LEVEL", "UCCL_TCPX_DEBUG", "NCCL_DYNAMIC_CHUNK_SIZE"];
 
 /// A number with an optional suffix K, M or G (powers of 1024).
 fn parse_number(text: &str) -> Option<u64> {
@@ -114,23 +145,6 @@ fn parse_number(text: &str) -> Option<u64> {
         _ => (text, 0),
     };
     digits.parse::<u64>().ok()?.checked_mul(1 << shift)
-}
-
-fn number(name: &str, range: std::ops::RangeInclusive<u64>) -> Result<Option<u64>> {
-    let Some(text) = get(name)? else { return Ok(None) };
-    match parse_number(&text) {
-        Some(n) if range.contains(&n) => Ok(Some(n)),
-        _ => bail!(InvalidArgument, "{name}={text}: expected a number from {} to {}", range.start(), range.end()),
-    }
-}
-
-fn flag(name: &str, default: bool) -> Result<bool> {
-    match get(name)?.map(|v| v.to_ascii_lowercase()).as_deref() {
-        None => Ok(default),
-        Some("1" | "true" | "yes" | "on") => Ok(true),
-        Some("0" | "false" | "no" | "off") => Ok(false),
-        Some(other) => bail!(InvalidArgument, "{name}={other}: expected 0 or 1"),
-    }
 }
 
 /// The leading number of a text, as C's strtoll reads it with base 0, and what follows it.
@@ -156,9 +170,9 @@ fn strtoll(text: &str) -> (i64, &str) {
 }
 
 /// NCCL_DYNAMIC_CHUNK_SIZE, read as the plugin reads it: what it would misunderstand is refused. 0 counts as unset.
-fn plugin_limit() -> Result<Option<usize>> {
+fn plugin_limit(source: Source<'_>) -> Result<Option<usize>> {
     const NAME: &str = "NCCL_DYNAMIC_CHUNK_SIZE";
-    let Some(text) = get(NAME)? else { return Ok(None) };
+    let Some(text) = source.get(NAME)? else { return Ok(None) };
     match strtoll(&text) {
         (0, "") => Ok(None),
         (n, "") if (4096..=i64::from(i32::MAX)).contains(&n) => Ok(Some(n as usize)),
@@ -170,13 +184,9 @@ fn plugin_limit() -> Result<Option<usize>> {
     }
 }
 
-fn millis(name: &str, default: u64) -> Result<Duration> {
-    Ok(Duration::from_millis(number(name, 1..=86_400_000)?.unwrap_or(default)))
-}
-
 /// A value that another module reads; its default when the variable is not set.
-fn parsed<T: Default>(name: &str, parse: impl FnOnce(&str) -> Result<T>) -> Result<T> {
-    match get(name)? {
+fn parsed<T: Default>(source: Source<'_>, name: &str, parse: impl FnOnce(&str) -> Result<T>) -> Result<T> {
+    match source.get(name)? {
         Some(text) => parse(&text).map_err(|e| Error::new(e.kind(), format_args!("{name}={text}: {e}"))),
         None => Ok(T::default()),
     }
@@ -192,6 +202,27 @@ impl Config {
     /// # Errors
     /// `InvalidArgument` names the variable whose value cannot be understood.
     pub fn from_env() -> Result<Config> {
+        Config::from_env_with(&[])
+    }
+
+    /// Reads the environment, where `settings` (name, value) stand before variables of the same name; an empty value unsets one.
+    ///
+    /// # Errors
+    /// `InvalidArgument` names the variable or setting that is not known, holds for the whole process, or cannot be understood.
+    pub fn from_env_with(settings: &[(&str, &str)]) -> Result<Config> {
+        for (name, _) in settings {
+            if OF_THE_PROCESS.contains(name) {
+                bail!(InvalidArgument, "{name} holds for the whole process and cannot be a setting of one engine");
+            }
+            if !VARIABLES.iter().any(|v| v.name == *name) {
+                bail!(InvalidArgument, "no variable is named {name:?}");
+            }
+        }
+        let source = Source(settings);
+        let get = |name| source.get(name);
+        let number = |name, range| source.number(name, range);
+        let flag = |name, default| source.flag(name, default);
+        let millis = |name, default| source.millis(name, default);
         let (transport, transport_tcpx) = match get("UCCL_P2P_TRANSPORT")?.map(|v| v.to_ascii_lowercase()).as_deref() {
             Some("tcpx") => (PluginChoice::Auto, true),
             Some("tcp") => (PluginChoice::Soft, false),
@@ -212,7 +243,7 @@ impl Config {
             Some(names) => Some(names),
             None => get("NCCL_SOCKET_IFNAME")?,
         };
-        let plugin_limit = plugin_limit()?;
+        let plugin_limit = plugin_limit(source)?;
         let chunk = number("UCCL_TCPX_CHUNK_BYTES", 4096..=MAX_CHUNK_BYTES as u64)?.map_or(DEFAULT_CHUNK_BYTES, |n| n as usize);
         let chunk_bytes = plugin_limit.map_or(chunk, |limit| chunk.min(limit));
         Ok(Config {
@@ -224,8 +255,8 @@ impl Config {
             transport_tcpx,
             eager_bytes: number("UCCL_TCPX_EAGER_BYTES", 0..=65536)?.unwrap_or(8192) as usize,
             port: port as u16,
-            bind: parsed("UCCL_TCPX_BIND", Bind::parse)?,
-            allow: parsed("UCCL_TCPX_ALLOW", AllowList::parse)?,
+            bind: parsed(source, "UCCL_TCPX_BIND", Bind::parse)?,
+            allow: parsed(source, "UCCL_TCPX_ALLOW", AllowList::parse)?,
             socket_ifname,
             auth_key_file: get("UCCL_TCPX_AUTH_KEY_FILE")?.map(PathBuf::from),
             emulate_device: flag("UCCL_TCPX_EMULATE_DEVICE", false)?,
@@ -253,10 +284,10 @@ impl Config {
 
 /// Level of the log, from UCCL_P2P_LOG_LEVEL and UCCL_TCPX_DEBUG.
 pub(crate) fn log_level() -> log::LevelFilter {
-    if matches!(flag("UCCL_TCPX_DEBUG", false), Ok(true)) {
+    if matches!(Source::default().flag("UCCL_TCPX_DEBUG", false), Ok(true)) {
         return log::LevelFilter::Debug;
     }
-    match get("UCCL_P2P_LOG_LEVEL") {
+    match Source::default().get("UCCL_P2P_LOG_LEVEL") {
         Ok(Some(level)) => match level.to_ascii_lowercase().as_str() {
             "warning" => log::LevelFilter::Warn,
             "fatal" => log::LevelFilter::Error,
@@ -287,6 +318,21 @@ mod tests {
             ("99999999999999999999", i64::MAX, ""),
         ] {
             assert_eq!(strtoll(text), (value, rest), "{text}");
+        }
+    }
+
+    #[test]
+    fn settings_stand_before_the_environment() {
+        let read = |settings: &[(&str, &str)]| Config::from_env_with(settings);
+        let plain = read(&[]).expect("the environment of the tests is understood");
+        let set = read(&[("UCCL_TCPX_NUM_CHANNELS", "3"), ("UCCL_TCPX_CHUNK_BYTES", "64K"), ("UCCL_TCPX_NUM_CHANNELS", " 5 ")]);
+        let set = set.expect("good settings");
+        assert_eq!((set.num_channels, set.chunk_bytes, set.port), (Some(5), 65536, plain.port));
+        assert_eq!(read(&[("UCCL_TCPX_PLUGIN", ""), ("UCCL_P2P_TRANSPORT", "")]).expect("unset").plugin, PluginChoice::Auto);
+        for bad in
+            [("UCCL_TCPX_NUM_CHANNELS", "0"), ("UCCL_TCPX_NO_SUCH", "1"), ("", ""), ("PATH", "/"), ("UCCL_TCPX_DEBUG", "1")]
+        {
+            assert!(read(&[bad]).unwrap_err().to_str().contains(bad.0), "{bad:?}");
         }
     }
 

@@ -11,6 +11,7 @@
 //! | `gpu` | CUDA through the driver API: memory kinds, contexts, the launcher of the copy kernel |
 //! | [`net`] | plugins, comms that keep the contract's rules, the host's interfaces |
 //! | [`addresses`] | what the port is bound to, who may connect |
+//! | `fork` | values that a child process must not share with its parent |
 //! | [`config`] | every environment variable |
 //! | [`status`] | the error type and the status numbers |
 //!
@@ -23,6 +24,7 @@ mod channel;
 pub mod config;
 pub mod engine;
 mod ffi;
+mod fork;
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzz_api;

@@ -160,6 +160,10 @@ impl Error {
     pub fn system(what: impl fmt::Display, source: &std::io::Error) -> Error {
         Error::new(ErrorKind::System, format_args!("{what}: {source}"))
     }
+    /// The cause in words.
+    pub fn to_str(&self) -> &str {
+        &self.message
+    }
     /// What kind of error this is.
     pub fn kind(&self) -> ErrorKind {
         self.kind

@@ -23,6 +23,20 @@ impl Place {
     }
 }
 
+/// What peers may do with a registered region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RemoteAccess {
+    /// Read it.
+    pub read: bool,
+    /// Write it.
+    pub write: bool,
+}
+
+impl RemoteAccess {
+    /// Reading and writing.
+    pub const ALL: RemoteAccess = RemoteAccess { read: true, write: true };
+}
+
 /// Names a data stream of a connection: the transfer id and which side chose it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Key {

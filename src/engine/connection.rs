@@ -3,12 +3,12 @@
 
 use super::driver::{pause, Driver, Pause, Situation};
 use super::fifo::FifoItem;
-use super::fork::Local;
 use super::home::Home;
 use super::proto::{Machine, Scheduled, TransferState, MAX_BACKLOG};
 use super::request::{self, Built, RequestBuilder};
 use super::transfer::{Direction, LocalSegment};
 use crate::channel::router::Channels;
+use crate::fork::Local;
 use crate::status::{bail, err, Error, ErrorKind, Result};
 use crate::types::{Place, Segment};
 use crate::wire::control::ControlStream;

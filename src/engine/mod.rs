@@ -12,7 +12,6 @@ mod driver;
 mod ending;
 mod fabric;
 mod fifo;
-mod fork;
 mod gpus;
 mod home;
 mod limits;
@@ -39,6 +38,7 @@ use crate::config::Config;
 use crate::net::plugin::Plugin;
 use crate::net::topology;
 use crate::status::{bail, err, Result};
+use crate::types::RemoteAccess;
 use accepts::Accepts;
 use parking_lot::Mutex;
 use site::{Gate, Identity, Plugins, Site};
@@ -67,7 +67,7 @@ pub struct NicInfo {
 /// nothing: what gives a result gives an error, and dropping it leaves the parent's alone.
 pub struct Engine {
     metadata: String,
-    parts: fork::Local<Parts>,
+    parts: crate::fork::Local<Parts>,
 }
 
 /// What an engine is made of.
@@ -123,7 +123,7 @@ impl Engine {
         });
         let spin = site.config.spin;
         let parts = Parts { site: site.clone(), accepts: accepts.clone(), threads: Mutex::default() };
-        let engine = Engine { metadata, parts: fork::Local::new(parts) };
+        let engine = Engine { metadata, parts: crate::fork::Local::new(parts) };
         let mut threads = engine.parts.threads.lock();
         threads.progress = Some(limits::spawn("uccl-progress", move || progress::run(&home, spin))?);
         threads.setup = Some(setups::start(site, accepts, ports.sockets)?);
@@ -198,6 +198,17 @@ impl Engine {
         self.alive()?;
         let place = self.parts.site.gpus.place_of(addr as u64)?;
         self.parts.site.home.registry.add(addr as u64, len as u64, place)
+    }
+
+    /// Registers memory that peers may use only so far.
+    ///
+    /// # Errors
+    /// As [`Engine::register`]; `Unsupported` for a limit that cannot be kept.
+    pub fn register_with(&self, addr: usize, len: usize, access: RemoteAccess) -> Result<u64> {
+        if access != RemoteAccess::ALL {
+            bail!(Unsupported, "regions that peers may only read, only write or not use at all");
+        }
+        self.register(addr, len)
     }
 
     /// Ends a registration. Waits for transfers that use it; what has not ended by the close deadline is failed with its connection.

@@ -1,5 +1,6 @@
 //! Received notifications: a queue per engine, drained per engine or over the whole process in order of arrival.
 
+use crate::fork::PerProcess;
 use crate::status::{bail, Result};
 use parking_lot::Mutex;
 use std::collections::VecDeque;
@@ -51,12 +52,12 @@ fn cost(notification: &Notification) -> usize {
 pub(crate) struct Queue(Mutex<Waiting>);
 
 static ARRIVALS: AtomicU64 = AtomicU64::new(0);
-static QUEUES: Mutex<Vec<Weak<Queue>>> = Mutex::new(Vec::new());
+static QUEUES: PerProcess<Mutex<Vec<Weak<Queue>>>> = PerProcess::new(Mutex::default);
 
 impl Queue {
     pub(crate) fn new() -> Arc<Queue> {
         let queue = Arc::new(Queue::default());
-        let mut all = QUEUES.lock();
+        let mut all = QUEUES.get().lock();
         all.retain(|q| q.strong_count() > 0);
         all.push(Arc::downgrade(&queue));
         queue
@@ -116,7 +117,7 @@ impl Inbox {
 
 /// The oldest notification of any engine of the process.
 pub fn next_notification_of_process() -> Option<Notification> {
-    let queues: Vec<Arc<Queue>> = QUEUES.lock().iter().filter_map(Weak::upgrade).collect();
+    let queues: Vec<Arc<Queue>> = QUEUES.get().lock().iter().filter_map(Weak::upgrade).collect();
     // Another thread may take the oldest first; then look again.
     loop {
         let (_, queue) = queues.iter().filter_map(|q| Some((q.oldest()?, q))).min_by_key(|(n, _)| *n)?;

@@ -1,21 +1,45 @@
 //! The boundary: catches panics, turns errors into status numbers and the thread's last-error text, checks pointers.
 
-use crate::status::{bail, Error, ErrorKind, Result, StatusCode};
-use std::cell::{Cell, RefCell};
-use std::ffi::{c_char, c_void, CStr, CString};
+use crate::status::{bail, Error, ErrorKind, Result, StatusCode, UCCL_OK};
+use std::cell::{Cell, UnsafeCell};
+use std::ffi::{c_char, c_void, CStr};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
+/// Longest text of a last error, with its NUL; what is longer is cut.
+const TEXT_BYTES: usize = 2048;
+
+// Neither has a destructor, so they are there as long as the thread is: programs call the library from destructors of static objects
+// and of thread-specific data, which run after the destructors of thread locals.
 thread_local! {
-    static LAST_ERROR: RefCell<CString> = RefCell::default();
-    static LAST_STATUS: Cell<StatusCode> = const { Cell::new(crate::status::UCCL_OK) };
+    static LAST_ERROR: UnsafeCell<[u8; TEXT_BYTES]> = const { UnsafeCell::new([0; TEXT_BYTES]) };
+    static LAST_STATUS: Cell<StatusCode> = const { Cell::new(UCCL_OK) };
 }
 
 pub(super) fn last_status() -> StatusCode {
-    LAST_STATUS.get()
+    LAST_STATUS.try_with(Cell::get).unwrap_or(UCCL_OK)
 }
 
 pub(super) fn last_error() -> *const c_char {
-    LAST_ERROR.with(|e| e.borrow().as_ptr())
+    LAST_ERROR.try_with(|text| text.get().cast_const().cast()).unwrap_or(c"".as_ptr())
+}
+
+/// Keeps an error for `last_error`. Nothing here panics or allocates.
+fn remember(error: &Error) {
+    let text = error.to_str();
+    let mut len = text.len().min(TEXT_BYTES - 1);
+    while !text.is_char_boundary(len) {
+        len -= 1;
+    }
+    let _ = LAST_ERROR.try_with(|kept| {
+        // SAFETY: only this thread has the array, and no reference to it lives beyond this closure; what the application holds is a
+        // raw pointer that this call makes stale, as its documentation says.
+        let kept = unsafe { &mut *kept.get() };
+        for (to, from) in kept.iter_mut().zip(&text.as_bytes()[..len]) {
+            *to = if *from == 0 { b' ' } else { *from };
+        }
+        kept[len] = 0;
+    });
+    let _ = LAST_STATUS.try_with(|status| status.set(error.code()));
 }
 
 /// Runs `body`; on an error or a panic records the text and returns `default`.
@@ -33,13 +57,13 @@ fn run<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
     let result = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
         let error = Error::new(ErrorKind::Internal, format_args!("panic: {}", text.unwrap_or("no message")));
-        log::error!("{error}");
+        // A payload may be anything, and its destructor too.
+        let _ = catch_unwind(AssertUnwindSafe(move || drop(panic)));
+        let _ = catch_unwind(AssertUnwindSafe(|| log::error!("{error}")));
         Err(error)
     });
     if let Err(error) = &result {
-        let text = CString::new(error.to_string().replace('\0', " ")).unwrap_or_default();
-        LAST_ERROR.with(|e| *e.borrow_mut() = text);
-        LAST_STATUS.set(error.code());
+        remember(error);
     }
     result
 }
@@ -62,13 +86,40 @@ pub(super) unsafe fn str_arg<'a>(ptr: *const c_char, name: &str) -> Result<&'a s
 /// An output argument.
 ///
 /// # Safety
-/// `ptr` is null or valid for writes of a `T` for the duration of the call.
+/// `ptr` is null, badly aligned, or valid for writes of a `T` for the duration of the call.
 pub(super) unsafe fn out_arg<'a, T>(ptr: *mut T, name: &str) -> Result<&'a mut T> {
     // SAFETY: by the caller's contract.
-    match unsafe { ptr.as_mut() } {
+    match unsafe { optional_out_arg(ptr, name)? } {
         Some(out) => Ok(out),
         None => bail!(InvalidArgument, "{name} is NULL"),
     }
+}
+
+/// An output argument that may be left out by giving NULL.
+///
+/// # Safety
+/// As [`out_arg`].
+pub(super) unsafe fn optional_out_arg<'a, T>(ptr: *mut T, name: &str) -> Result<Option<&'a mut T>> {
+    if !ptr.is_aligned() {
+        bail!(InvalidArgument, "{name} is {ptr:?}, which is not a multiple of {}", align_of::<T>());
+    }
+    // SAFETY: by the caller's contract, and aligned.
+    Ok(unsafe { ptr.as_mut() })
+}
+
+/// An input argument.
+///
+/// # Safety
+/// `ptr` is null, badly aligned, or points to a `T` that outlives the call and does not change during it.
+pub(super) unsafe fn in_arg<'a, T>(ptr: *const T, name: &str) -> Result<&'a T> {
+    if ptr.is_null() {
+        bail!(InvalidArgument, "{name} is NULL");
+    }
+    if !ptr.is_aligned() {
+        bail!(InvalidArgument, "{name} is {ptr:?}, which is not a multiple of {}", align_of::<T>());
+    }
+    // SAFETY: by the caller's contract, non-null and aligned.
+    Ok(unsafe { &*ptr })
 }
 
 /// An input array; null is allowed when `n` is 0.
@@ -110,7 +161,37 @@ mod tests {
         let code = status(|| panic!("boom {}", 7));
         std::panic::set_hook(hook);
         assert_eq!(code, UCCL_ERR_INTERNAL);
-        // SAFETY: last_error returns a valid C string of this thread.
-        assert_eq!(unsafe { CStr::from_ptr(last_error()) }.to_str(), Ok("panic: boom 7"));
+        assert_eq!(text(), "panic: boom 7");
+    }
+
+    fn text() -> &'static str {
+        // SAFETY: last_error returns a valid C string of this thread, which ends after the test.
+        unsafe { CStr::from_ptr(last_error()) }.to_str().expect("UTF-8")
+    }
+
+    #[test]
+    fn a_text_of_any_length_and_content_is_a_c_string() {
+        let long = "ä".repeat(TEXT_BYTES);
+        assert_eq!(status(|| bail!(System, "a{long}")), crate::status::UCCL_ERR_SYSTEM);
+        assert!(text().len() < TEXT_BYTES && text().len() > TEXT_BYTES - 4 && text().starts_with("aä"));
+        assert_eq!(status(|| bail!(System, "x\0y")), crate::status::UCCL_ERR_SYSTEM);
+        assert_eq!(text(), "x y");
+        assert_eq!(last_status(), crate::status::UCCL_ERR_SYSTEM);
+    }
+
+    #[test]
+    fn badly_aligned_pointers_are_refused() {
+        let mut words = [0u64; 2];
+        for shift in 0..8 {
+            let ptr = words.as_mut_ptr().cast::<u8>().wrapping_add(shift).cast::<u64>();
+            // SAFETY: inside the array; those that are not aligned are never followed.
+            let taken = unsafe { (out_arg(ptr, "p").is_ok(), optional_out_arg(ptr, "p").is_ok(), in_arg(ptr, "p").is_ok()) };
+            assert_eq!(taken, (shift == 0, shift == 0, shift == 0), "{shift}");
+        }
+        // SAFETY: null is allowed.
+        unsafe {
+            assert!(optional_out_arg::<u64>(std::ptr::null_mut(), "p").is_ok_and(|p| p.is_none()));
+            assert!(out_arg::<u64>(std::ptr::null_mut(), "p").is_err() && in_arg::<u64>(std::ptr::null(), "p").is_err());
+        }
     }
 }

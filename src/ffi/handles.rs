@@ -1,29 +1,60 @@
 //! Handles of the C ABI. A handle is a number that looks like a pointer, is never dereferenced and never reused, so a stale
 //! or foreign one is an error and not undefined behaviour, whatever order and thread objects are destroyed in.
+//!
+//! A child of fork has tables of its own. Handles that it inherited are numbers from before the fork: what would touch their objects
+//! is an error, what would end them does nothing.
 
 use crate::engine::{Connection, Engine, Notification};
+use crate::fork::PerProcess;
 use crate::status::{bail, Result};
 use parking_lot::RwLock;
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, LazyLock};
-
-pub(super) static ENGINES: LazyLock<Handles<Engine>> = LazyLock::new(|| Handles::new("engine"));
-pub(super) static CONNECTIONS: LazyLock<Handles<Connection>> = LazyLock::new(|| Handles::new("connection"));
-pub(super) static NOTIFICATIONS: LazyLock<Handles<Notification>> = LazyLock::new(|| Handles::new("notification"));
+use std::sync::Arc;
 
 /// Steps of 16 keep handles of all kinds distinct and plausible to a debugger.
-static NEXT: AtomicUsize = AtomicUsize::new(0x1000);
+static NEXT: AtomicUsize = AtomicUsize::new(FIRST);
+const FIRST: usize = 0x1000;
 
+static TABLES: PerProcess<Tables> = PerProcess::new(|| Tables {
+    engines: Handles::new("engine"),
+    connections: Handles::new("connection"),
+    notifications: Handles::new("notification"),
+});
+
+struct Tables {
+    engines: Handles<Engine>,
+    connections: Handles<Connection>,
+    notifications: Handles<Notification>,
+}
+
+/// Engines of this process.
+pub(super) fn engines() -> &'static Handles<Engine> {
+    &TABLES.get().engines
+}
+
+/// Connections of this process.
+pub(super) fn connections() -> &'static Handles<Connection> {
+    &TABLES.get().connections
+}
+
+/// Notifications that this process took and did not free yet.
+pub(super) fn notifications() -> &'static Handles<Notification> {
+    &TABLES.get().notifications
+}
+
+/// Handles of one kind.
 pub(super) struct Handles<T> {
     what: &'static str,
+    /// Smaller numbers belong to the parent process.
+    first: usize,
     live: RwLock<HashMap<usize, Arc<T>>>,
 }
 
 impl<T> Handles<T> {
     fn new(what: &'static str) -> Self {
-        Handles { what, live: RwLock::default() }
+        Handles { what, first: NEXT.load(Ordering::Relaxed), live: RwLock::default() }
     }
 
     pub(super) fn insert(&self, object: Arc<T>) -> *mut c_void {
@@ -39,23 +70,42 @@ impl<T> Handles<T> {
         }
     }
 
-    pub(super) fn remove(&self, handle: *const c_void) -> Result<Arc<T>> {
-        match self.live.write().remove(&(handle as usize)) {
-            Some(object) => Ok(object),
-            None => {
-                log::error!("{} {handle:?} destroyed twice, or never created", self.what);
-                self.unknown(handle)
-            }
+    /// The object of a call that accepts NULL and inherited handles and then does nothing.
+    pub(super) fn get_if_mine(&self, handle: *const c_void) -> Result<Option<Arc<T>>> {
+        if handle.is_null() || self.inherited(handle) {
+            return Ok(None);
         }
+        self.get(handle).map(Some)
+    }
+
+    /// Ends a handle, and gives its object unless the handle is NULL or the parent's.
+    pub(super) fn remove(&self, handle: *const c_void) -> Result<Option<Arc<T>>> {
+        if handle.is_null() || self.inherited(handle) {
+            return Ok(None);
+        }
+        // The guard of the table ends with this statement: the log may call the application.
+        let removed = self.live.write().remove(&(handle as usize));
+        if removed.is_none() {
+            log::error!("{} {handle:?} destroyed twice, or never created", self.what);
+            return self.unknown(handle);
+        }
+        Ok(removed)
     }
 
     pub(super) fn all(&self) -> Vec<Arc<T>> {
         self.live.read().values().cloned().collect()
     }
 
+    fn inherited(&self, handle: *const c_void) -> bool {
+        (FIRST..self.first).contains(&(handle as usize)) && (handle as usize) % 16 == 0
+    }
+
     fn unknown<U>(&self, handle: *const c_void) -> Result<U> {
         if handle.is_null() {
             bail!(InvalidArgument, "the {} is NULL", self.what);
+        }
+        if self.inherited(handle) {
+            bail!(NotFound, "{} {handle:?}: this handle belongs to the parent process, which made it before the fork", self.what);
         }
         bail!(NotFound, "{handle:?} is not a live {}", self.what)
     }

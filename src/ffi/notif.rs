@@ -1,12 +1,16 @@
 //! Notifications of the C ABI.
 
-use super::guard::{array_arg, bytes_arg, guard, out_arg, status};
-use super::handles::{CONNECTIONS, ENGINES, NOTIFICATIONS};
-use super::{uccl_conn_t, uccl_engine_t, MSG_SIZE};
+use super::connection::uccl_conn_t;
+use super::engine::uccl_engine_t;
+use super::guard::{array_arg, bytes_arg, guard, in_arg, out_arg, status};
+use super::handles::{connections, engines, notifications};
 use crate::engine::Notification;
 use crate::status::UCCL_OK;
 use std::ffi::{c_char, c_int, c_void};
 use std::sync::Arc;
+
+/// Bytes of the name and msg fields of notify_msg_t.
+pub const UCCL_MSG_SIZE: usize = 256;
 
 /// A fixed-size notification.
 #[allow(non_camel_case_types)]
@@ -14,9 +18,9 @@ use std::sync::Arc;
 #[derive(Clone, Copy)]
 pub struct notify_msg_t {
     /// Name of the sender as the sender gave it; NUL-terminated.
-    pub name: [c_char; MSG_SIZE],
+    pub name: [c_char; UCCL_MSG_SIZE],
     /// Bytes; always 256, filled up with zeros.
-    pub msg: [c_char; MSG_SIZE],
+    pub msg: [c_char; UCCL_MSG_SIZE],
 }
 
 /// Kept for compatibility with code that names it; the library itself never makes one.
@@ -43,19 +47,19 @@ pub struct uccl_notif_t {
 ///
 /// Threads: any; notifications of one thread arrive in order.
 #[no_mangle]
-pub unsafe extern "C" fn uccl_engine_send_notif(conn: *mut uccl_conn_t, notify_msg: *mut notify_msg_t) -> c_int {
+pub unsafe extern "C" fn uccl_engine_send_notif(conn: *mut uccl_conn_t, notify_msg: *const notify_msg_t) -> c_int {
     status(|| {
         // SAFETY: the caller passes a readable notify_msg_t or null.
-        let msg = unsafe { out_arg(notify_msg, "notify_msg")? };
+        let msg = unsafe { in_arg(notify_msg, "notify_msg")? };
         // SAFETY: c_char arrays viewed as bytes.
         let (name, body) = unsafe {
             (
-                array_arg(msg.name.as_ptr().cast::<u8>(), MSG_SIZE, "name")?,
-                array_arg(msg.msg.as_ptr().cast::<u8>(), MSG_SIZE, "msg")?,
+                array_arg(msg.name.as_ptr().cast::<u8>(), UCCL_MSG_SIZE, "name")?,
+                array_arg(msg.msg.as_ptr().cast::<u8>(), UCCL_MSG_SIZE, "msg")?,
             )
         };
-        let end = name.iter().position(|&b| b == 0).unwrap_or(MSG_SIZE);
-        CONNECTIONS.get(conn.cast())?.notify(&name[..end], body)?;
+        let end = name.iter().position(|&b| b == 0).unwrap_or(UCCL_MSG_SIZE);
+        connections().get(conn.cast())?.notify(&name[..end], body)?;
         Ok(UCCL_OK)
     })
 }
@@ -81,7 +85,7 @@ pub unsafe extern "C" fn uccl_engine_send_notif_bytes(
     status(|| {
         // SAFETY: the caller passes that many readable bytes.
         let (name, msg) = unsafe { (bytes_arg(name, name_len, "name")?, bytes_arg(msg, msg_len, "msg")?) };
-        CONNECTIONS.get(conn.cast())?.notify(name, msg)?;
+        connections().get(conn.cast())?.notify(name, msg)?;
         Ok(UCCL_OK)
     })
 }
@@ -107,8 +111,8 @@ pub unsafe extern "C" fn uccl_engine_get_notifs(out: *mut notify_msg_t, max: usi
         let mut n = 0;
         while n < max {
             let Some(notif) = next_of_process() else { break };
-            let mut msg = notify_msg_t { name: [0; MSG_SIZE], msg: [0; MSG_SIZE] };
-            copy_prefix(&mut msg.name[..MSG_SIZE - 1], &notif.name);
+            let mut msg = notify_msg_t { name: [0; UCCL_MSG_SIZE], msg: [0; UCCL_MSG_SIZE] };
+            copy_prefix(&mut msg.name[..UCCL_MSG_SIZE - 1], &notif.name);
             copy_prefix(&mut msg.msg, &notif.msg);
             // SAFETY: n < max items are writable.
             unsafe { out.add(n).write(msg) };
@@ -122,7 +126,7 @@ pub unsafe extern "C" fn uccl_engine_get_notifs(out: *mut notify_msg_t, max: usi
 /// The oldest notification of any engine; drives them once where none waits.
 fn next_of_process() -> Option<Notification> {
     crate::engine::next_notification_of_process().or_else(|| {
-        ENGINES.all().iter().for_each(|e| e.drive());
+        engines().all().iter().for_each(|e| e.drive());
         crate::engine::next_notification_of_process()
     })
 }
@@ -145,9 +149,9 @@ pub unsafe extern "C" fn uccl_engine_notif_next(engine: *mut uccl_engine_t, noti
     status(|| {
         // SAFETY: the caller passes a writable pointer or null.
         let out = unsafe { out_arg(notif, "notif")? };
-        let next = if engine.is_null() { next_of_process() } else { ENGINES.get(engine.cast())?.next_notification() };
+        let next = if engine.is_null() { next_of_process() } else { engines().get(engine.cast())?.next_notification() };
         *out = match next {
-            Some(notification) => NOTIFICATIONS.insert(Arc::new(notification)).cast(),
+            Some(notification) => notifications().insert(Arc::new(notification)).cast(),
             None => std::ptr::null_mut(),
         };
         Ok(UCCL_OK)
@@ -167,7 +171,7 @@ pub unsafe extern "C" fn uccl_engine_notif_name(notif: *const uccl_notif_t, len:
         // SAFETY: the caller passes a writable length or null.
         let len = unsafe { out_arg(len, "len")? };
         // The table keeps the notification, and with it the bytes, until it is freed.
-        let notif = NOTIFICATIONS.get(notif.cast())?;
+        let notif = notifications().get(notif.cast())?;
         *len = notif.name.len();
         Ok(notif.name.as_ptr().cast())
     })
@@ -185,7 +189,7 @@ pub unsafe extern "C" fn uccl_engine_notif_msg(notif: *const uccl_notif_t, len: 
     guard(std::ptr::null(), || {
         // SAFETY: the caller passes a writable length or null.
         let len = unsafe { out_arg(len, "len")? };
-        let notif = NOTIFICATIONS.get(notif.cast())?;
+        let notif = notifications().get(notif.cast())?;
         *len = notif.msg.len();
         Ok(notif.msg.as_ptr().cast())
     })
@@ -193,15 +197,13 @@ pub unsafe extern "C" fn uccl_engine_notif_msg(notif: *const uccl_notif_t, len: 
 
 /// Frees a notification of uccl_engine_notif_next.
 ///
-/// @param notif  The notification; NULL is a no-op; one already freed is an error that is logged, nothing else.
+/// @param notif  The notification; NULL is a no-op, and so is one of the parent process after a fork; one already freed is an error that is logged, nothing else.
 ///
 /// Threads: any, once per notification.
 #[no_mangle]
 pub extern "C" fn uccl_engine_notif_free(notif: *mut uccl_notif_t) {
     guard((), || {
-        if !notif.is_null() {
-            NOTIFICATIONS.remove(notif.cast())?;
-        }
+        notifications().remove(notif.cast())?;
         Ok(())
     })
 }

@@ -1,8 +1,9 @@
 //! Transfers of the C ABI.
 
-use super::guard::{array_arg, out_arg, status};
-use super::handles::CONNECTIONS;
-use super::{uccl_conn_t, uccl_mr_t, FifoItem};
+use super::connection::uccl_conn_t;
+use super::guard::{array_arg, guard, optional_out_arg, out_arg, status};
+use super::handles::connections;
+use super::memory::{uccl_mr_t, FifoItem};
 use crate::engine::{Direction, LocalSegment, TransferState};
 use crate::status::{bail, Result, StatusCode, UCCL_IN_PROGRESS, UCCL_OK};
 use std::ffi::{c_int, c_void};
@@ -39,7 +40,7 @@ fn one_sided(
     status(|| {
         // SAFETY: the caller passes a writable id or null.
         let id = unsafe { out_arg(id, "transfer_id")? };
-        *id = CONNECTIONS.get(conn.cast())?.transfer(dir, std::iter::once((local(mr, data, size), item)))?;
+        *id = connections().get(conn.cast())?.transfer(dir, std::iter::once((local(mr, data, size), item)))?;
         Ok(UCCL_OK)
     })
 }
@@ -57,6 +58,9 @@ unsafe fn one_sided_vector(
 ) -> StatusCode {
     status(|| {
         let n = count(n)?;
+        if n == 0 {
+            bail!(InvalidArgument, "the number of segments is 0");
+        }
         // SAFETY: the caller passes arrays of n values and a writable id, or null.
         let (mrs, data, sizes, items, id) = unsafe {
             (
@@ -67,7 +71,7 @@ unsafe fn one_sided_vector(
                 out_arg(id, "transfer_id")?,
             )
         };
-        *id = CONNECTIONS.get(conn.cast())?.transfer(dir, (0..n).map(|i| (local(mrs[i], data[i], sizes[i]), items[i])))?;
+        *id = connections().get(conn.cast())?.transfer(dir, (0..n).map(|i| (local(mrs[i], data[i], sizes[i]), items[i])))?;
         Ok(UCCL_OK)
     })
 }
@@ -95,7 +99,7 @@ fn count(n: c_int) -> Result<usize> {
 pub unsafe extern "C" fn uccl_engine_read(
     conn: *mut uccl_conn_t,
     mr: uccl_mr_t,
-    data: *const c_void,
+    data: *mut c_void,
     size: usize,
     fifo_item: FifoItem,
     transfer_id: *mut u64,
@@ -110,7 +114,7 @@ pub unsafe extern "C" fn uccl_engine_read(
 /// @param dst_v        [in]  num_iovs local destinations, each inside its region.
 /// @param size_v       [in]  num_iovs lengths in bytes; zero lengths are skipped.
 /// @param fifo_items   [in]  num_iovs remote sources.
-/// @param num_iovs     [in]  Segments, 0 to 1,048,576; 0 completes at once.
+/// @param num_iovs     [in]  Segments, 1 to 1,048,576. 0 is UCCL_ERR_INVALID_ARGUMENT; a transfer of nothing has segments of length 0.
 /// @param transfer_id  [out] Id of the transfer.
 /// @return As uccl_engine_read. The arrays are copied. Overlapping destinations give undefined bytes where they overlap.
 ///
@@ -159,7 +163,7 @@ pub unsafe extern "C" fn uccl_engine_write(
 /// @param src_v        [in]  num_iovs local sources, each inside its region.
 /// @param size_v       [in]  num_iovs lengths in bytes; zero lengths are skipped.
 /// @param fifo_items   [in]  num_iovs remote destinations.
-/// @param num_iovs     [in]  Segments, 0 to 1,048,576; 0 completes at once.
+/// @param num_iovs     [in]  Segments, 1 to 1,048,576. 0 is UCCL_ERR_INVALID_ARGUMENT; a transfer of nothing has segments of length 0.
 /// @param transfer_id  [out] Id of the transfer.
 /// @return As uccl_engine_read. The arrays are copied. Overlapping destinations give undefined bytes where they overlap.
 ///
@@ -226,7 +230,7 @@ fn send(conn: *mut uccl_conn_t, mr: uccl_mr_t, data: *const c_void, size: usize,
     status(|| {
         // SAFETY: the caller passes a writable id or null.
         let id = unsafe { out_arg(id, "transfer_id")? };
-        *id = CONNECTIONS.get(conn.cast())?.send(std::iter::once(local(mr, data, size)))?;
+        *id = connections().get(conn.cast())?.send(std::iter::once(local(mr, data, size)))?;
         Ok(UCCL_OK)
     })
 }
@@ -262,7 +266,7 @@ pub unsafe extern "C" fn uccl_engine_send_vector(
                 out_arg(transfer_id, "transfer_id")?,
             )
         };
-        *id = CONNECTIONS.get(conn.cast())?.send((0..n).map(|i| local(mrs[i], data[i], sizes[i])))?;
+        *id = connections().get(conn.cast())?.send((0..n).map(|i| local(mrs[i], data[i], sizes[i])))?;
         Ok(UCCL_OK)
     })
 }
@@ -281,7 +285,7 @@ pub unsafe extern "C" fn uccl_engine_send_vector(
 #[no_mangle]
 pub unsafe extern "C" fn uccl_engine_recv(conn: *mut uccl_conn_t, mr: uccl_mr_t, data: *mut c_void, max_size: usize) -> c_int {
     status(|| {
-        let conn = CONNECTIONS.get(conn.cast())?;
+        let conn = connections().get(conn.cast())?;
         let id = conn.recv(local(mr, data, max_size))?;
         conn.wait(id, None)?;
         Ok(UCCL_OK)
@@ -309,7 +313,7 @@ pub unsafe extern "C" fn uccl_engine_recv_async(
     status(|| {
         // SAFETY: the caller passes a writable id or null.
         let id = unsafe { out_arg(transfer_id, "transfer_id")? };
-        *id = CONNECTIONS.get(conn.cast())?.recv(local(mr, data, max_size))?;
+        *id = connections().get(conn.cast())?.recv(local(mr, data, max_size))?;
         Ok(UCCL_OK)
     })
 }
@@ -326,9 +330,10 @@ pub unsafe extern "C" fn uccl_engine_recv_async(
 #[no_mangle]
 pub unsafe extern "C" fn uccl_engine_poll(conn: *mut uccl_conn_t, transfer_id: u64, info: *mut uccl_xfer_info_t) -> c_int {
     status(|| {
-        let result = CONNECTIONS.get(conn.cast())?.poll(transfer_id);
         // SAFETY: the caller passes a writable info or null.
-        if let Some(info) = unsafe { info.as_mut() } {
+        let info = unsafe { optional_out_arg(info, "info")? };
+        let result = connections().get(conn.cast())?.poll(transfer_id);
+        if let Some(info) = info {
             *info = match &result {
                 Ok(state) => describe(*state),
                 Err(e) => uccl_xfer_info_t { status: e.code(), reserved: 0, bytes_total: 0, bytes_done: 0 },
@@ -355,7 +360,7 @@ fn describe(state: TransferState) -> uccl_xfer_info_t {
 pub unsafe extern "C" fn uccl_engine_wait(conn: *mut uccl_conn_t, transfer_id: u64, timeout_ms: i64) -> c_int {
     status(|| {
         let timeout = u64::try_from(timeout_ms).ok().map(Duration::from_millis);
-        Ok(describe(CONNECTIONS.get(conn.cast())?.wait(transfer_id, timeout)?).status)
+        Ok(describe(connections().get(conn.cast())?.wait(transfer_id, timeout)?).status)
     })
 }
 
@@ -369,5 +374,5 @@ pub unsafe extern "C" fn uccl_engine_wait(conn: *mut uccl_conn_t, transfer_id: u
 /// Threads: any.
 #[no_mangle]
 pub unsafe extern "C" fn uccl_engine_xfer_status(conn: *mut uccl_conn_t, transfer_id: u64) -> bool {
-    status(|| Ok(describe(CONNECTIONS.get(conn.cast())?.poll(transfer_id)?).status)) == UCCL_OK
+    guard(false, || Ok(connections().get(conn.cast())?.poll(transfer_id)?.complete))
 }

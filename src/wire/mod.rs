@@ -6,8 +6,6 @@ pub(crate) mod control;
 pub(crate) mod frame;
 mod guarded;
 pub(crate) mod handshake;
-#[cfg(test)]
-mod handshake_v1;
 pub(crate) mod hello;
 pub(crate) mod keys;
 pub(crate) mod queue;

@@ -52,11 +52,6 @@ impl TxQueue {
             self.spare = block;
         }
     }
-
-    /// Drops what waits.
-    pub(crate) fn clear(&mut self) {
-        *self = TxQueue::default();
-    }
 }
 
 /// Bytes received and not yet decoded.
@@ -101,8 +96,8 @@ impl RxBuffer {
         self.need
     }
 
-    /// Room for the next read: grows by what has arrived, so that an announced length alone costs no memory.
-    pub(crate) fn room(&mut self) -> &mut [u8] {
+    /// Room for more: grows by what has arrived, so that an announced length alone costs no memory.
+    fn room(&mut self) -> &mut [u8] {
         if self.consumed > 0 {
             self.bytes.copy_within(self.consumed..self.filled, 0);
             self.filled -= self.consumed;
@@ -113,11 +108,6 @@ impl RxBuffer {
             self.bytes.resize(want, 0);
         }
         &mut self.bytes[self.filled..]
-    }
-
-    /// `n` bytes were put into the room.
-    pub(crate) fn filled(&mut self, n: usize) {
-        self.filled += n;
     }
 
     /// Appends bytes.

@@ -77,12 +77,19 @@ class Pair:
 
     def __init__(self, size=8 * MIB):
         self.size = size
-        self.link = Link()
-        self.here = self.link.node(0, "here")
-        self.there = self.link.node(1, "there")
-        self.here.allocate("data", size, 1)
-        self.remote = self.there.allocate("data", size, 2)
-        self.meet()
+        self.link, self.nodes = Link(), []
+        try:
+            self.here, self.there = self.start("here"), self.start("there")
+            self.here.allocate("data", size, 1)
+            self.remote = self.there.allocate("data", size, 2)
+            self.meet()
+        except BaseException:
+            self.end()
+            raise
+
+    def start(self, name):
+        self.nodes.append(self.link.node(len(self.nodes), name))
+        return self.nodes[-1]
 
     def meet(self):
         self.here.connect(self.there.metadata())
@@ -103,7 +110,7 @@ class Pair:
         return state
 
     def end(self):
-        for node in (self.here, self.there):
+        for node in self.nodes:
             node.kill()
         self.link.remove()
 

@@ -255,41 +255,29 @@ fn other_versions_are_refused_in_words() {
     }
 }
 
+/// Version 1 opened with 136 bytes, of which the first ten are understood by all, and answered with a status and 252 bytes of text.
 #[test]
 fn version_1_hears_why_and_is_understood() {
-    use crate::wire::handshake_v1::{self as v1, accept, connect, Blocking};
-    assert_eq!(HEADER_BYTES + OPENING, v1::HELLO_BYTES);
-    // A listener of version 1 answers an opening with a bare status and text.
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let deadline = Instant::now() + Duration::from_secs(20);
-    let mut sock = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let old = listener.accept().unwrap().0;
-    let mut c = client(A);
-    sock.write_all(c.output()).unwrap();
-    let io = Blocking { sock: &old, deadline };
-    let hello = v1::Hello {
-        channels: 1,
-        chunk_bytes: 4096,
-        gpu_index: -1,
-        authenticated: false,
-        engine: [0; 16],
-        nonce: [0; 32],
-        plugin: "soft".into(),
-        gpu: "-1".into(),
-        wanted_gpu: String::new(),
-    };
-    let theirs = io.read().and_then(|b| v1::Hello::decode(&b));
-    accept(&io, &theirs, &hello, None).unwrap_err();
     let mut verdict = [0; 256];
-    sock.read_exact(&mut verdict).unwrap();
+    let text = b"the peer speaks version 2 of the control protocol, this library 1";
+    verdict[..4].copy_from_slice(&ErrorKind::Protocol.code().to_le_bytes());
+    verdict[4..4 + text.len()].copy_from_slice(text);
+    let mut c = client(A);
+    assert_eq!(take(&mut c).len(), 136);
     let heard = c.input(&verdict).unwrap_err();
     assert_eq!((heard.kind(), heard.to_string().contains("version 1 ")), (ErrorKind::Protocol, true), "{heard}");
     // And a client of version 1 hears it in its own form.
+    let mut opening = [0; 136];
+    opening[..8].copy_from_slice(b"UCCLTCPX");
+    opening[8] = 1;
     let mut s = server(A);
-    s.input(&hello.encode()).unwrap_err();
-    sock.write_all(s.output()).unwrap();
-    let heard = connect(&Blocking { sock: &old, deadline }, &hello, None).unwrap_err();
-    assert_eq!(heard.to_string(), "refused by the peer: the peer speaks version 1 of the control protocol, this library 2");
+    s.input(&opening).unwrap_err();
+    let answer = take(&mut s);
+    assert_eq!(answer.len(), 256);
+    assert_eq!(answer[..4], ErrorKind::Protocol.code().to_le_bytes());
+    let end = answer[4..].iter().position(|&b| b == 0).unwrap();
+    let said = std::str::from_utf8(&answer[4..4 + end]).unwrap();
+    assert!(said.contains("version 1 of the control protocol, this library 2"), "{said}");
 }
 
 #[test]

@@ -405,6 +405,7 @@ impl World {
             }
         }
         self.busy(2);
+        self.check()?;
         let limit = self.now + MATCH_TIMEOUT + PEER_TIMEOUT + 3 * TRANSFER_TIMEOUT;
         while self.transfers.iter().any(|t| !t.ended) {
             if self.now > limit {

@@ -1,0 +1,180 @@
+//! Connections of the C ABI.
+
+use super::engine::uccl_engine_t;
+use super::guard::{guard, out_arg, status, str_arg};
+use super::handles::{connections, engines};
+use crate::status::{bail, UCCL_OK};
+use std::ffi::{c_char, c_int};
+use std::sync::atomic::Ordering;
+
+/// A connection to a peer engine: one control connection and several data channels.
+#[allow(non_camel_case_types)]
+pub struct uccl_conn_t {
+    _opaque: [u8; 0],
+}
+
+/// Connects to a peer engine. Blocks until all channels are up; needs no call of the peer's application.
+///
+/// @param engine        [in] The engine.
+/// @param ip_addr       [in] The peer's IPv4 or IPv6 address or host name, NUL-terminated.
+/// @param remote_gpu    [in] The peer's GPU as its metadata names it: a PCI address ("0000:4a:00.0", any case, 4- or 8-digit domain),
+///                      a CUDA index ("0"), or "-1" for a host without a GPU. NULL or "": not given.
+/// @param remote_port   [in] The peer's port, 1 to 65535.
+/// @param same_process  [in] The peer is an engine of this process; accepted for compatibility, data takes the same path.
+/// @return The connection, owned by the caller, to be ended with uccl_engine_conn_destroy; NULL on failure (uccl_engine_last_error).
+///
+/// Threads: any; several connects may run at once. Deadline: UCCL_TCPX_CONNECT_TIMEOUT_MS.
+#[no_mangle]
+pub unsafe extern "C" fn uccl_engine_connect(
+    engine: *mut uccl_engine_t,
+    ip_addr: *const c_char,
+    remote_gpu: *const c_char,
+    remote_port: c_int,
+    same_process: bool,
+) -> *mut uccl_conn_t {
+    guard(std::ptr::null_mut(), || {
+        let _ = same_process;
+        let engine = engines().get(engine.cast())?;
+        // SAFETY: the caller passes NUL-terminated strings or null.
+        let (ip, gpu) =
+            unsafe { (str_arg(ip_addr, "ip_addr")?, if remote_gpu.is_null() { "" } else { str_arg(remote_gpu, "remote_gpu")? }) };
+        let Ok(port @ 1..) = u16::try_from(remote_port) else {
+            bail!(InvalidArgument, "remote_port {remote_port} is not in 1..=65535")
+        };
+        Ok(connections().insert(engine.connect(ip, gpu, port)?).cast())
+    })
+}
+
+/// Takes the next connection that a peer opened. Blocks until there is one or uccl_engine_stop_accept is called.
+///
+/// @param engine          [in]  The engine.
+/// @param ip_addr_buf     [out] The peer's address as text, always NUL-terminated, cut to fit.
+/// @param ip_addr_buf_len [in]  Size of ip_addr_buf in bytes, at least 1; 46 holds every address.
+/// @param remote_gpu_idx  [out] CUDA index of the peer's GPU as the peer counts, -1 when it has none.
+/// @return The connection, owned by the caller, to be ended with uccl_engine_conn_destroy; NULL after uccl_engine_stop_accept or on
+///         failure, and then the outputs are untouched except that ip_addr_buf holds an empty string.
+///
+/// Threads: any. Data moves over a connection from the moment the peer's connect returned, accepted or not.
+#[no_mangle]
+pub unsafe extern "C" fn uccl_engine_accept(
+    engine: *mut uccl_engine_t,
+    ip_addr_buf: *mut c_char,
+    ip_addr_buf_len: usize,
+    remote_gpu_idx: *mut c_int,
+) -> *mut uccl_conn_t {
+    guard(std::ptr::null_mut(), || {
+        if ip_addr_buf_len == 0 {
+            bail!(InvalidArgument, "ip_addr_buf_len is 0");
+        }
+        // SAFETY: the caller passes writable memory of that size, or null.
+        let (buf, gpu) = unsafe { (out_arg(ip_addr_buf, "ip_addr_buf")?, out_arg(remote_gpu_idx, "remote_gpu_idx")?) };
+        *buf = 0;
+        let engine = engines().get(engine.cast())?;
+        let conn = engine.accept()?;
+        let ip = conn.peer_ip().to_string();
+        let n = ip.len().min(ip_addr_buf_len - 1);
+        // SAFETY: n + 1 <= ip_addr_buf_len bytes are writable.
+        unsafe {
+            std::ptr::copy_nonoverlapping(ip.as_ptr().cast(), ip_addr_buf, n);
+            *ip_addr_buf.add(n) = 0;
+        }
+        *gpu = conn.peer_gpu_index();
+        Ok(connections().insert(conn).cast())
+    })
+}
+
+/// Wakes every blocked uccl_engine_accept of the engine; these and later ones return NULL. Connections that exist stay.
+///
+/// @param engine  The engine; NULL is a no-op, and so is an engine of the parent process after a fork.
+///
+/// Threads: any.
+#[no_mangle]
+pub extern "C" fn uccl_engine_stop_accept(engine: *mut uccl_engine_t) {
+    guard((), || {
+        if let Some(engine) = engines().get_if_mine(engine.cast())? {
+            engine.stop_accept();
+        }
+        Ok(())
+    })
+}
+
+/// Marks the connection as listened to. Kept for compatibility: notifications and data arrive without it.
+///
+/// @param conn  The connection.
+/// @return UCCL_OK; -1 when it was started already; another negative status for a bad handle or a lost connection.
+///
+/// Threads: any.
+#[no_mangle]
+pub extern "C" fn uccl_engine_start_listener(conn: *mut uccl_conn_t) -> c_int {
+    status(|| {
+        let conn = connections().get(conn.cast())?;
+        conn.status()?;
+        if conn.listener_started.swap(true, Ordering::AcqRel) {
+            bail!(InvalidArgument, "the listener of this connection was started already");
+        }
+        Ok(UCCL_OK)
+    })
+}
+
+/// Undoes uccl_engine_start_listener. Stopping what was not started is not an error.
+///
+/// @param conn  The connection.
+/// @return UCCL_OK, or a negative status for a bad handle or a lost connection.
+///
+/// Threads: any.
+#[no_mangle]
+pub extern "C" fn uccl_engine_stop_listener(conn: *mut uccl_conn_t) -> c_int {
+    status(|| {
+        let conn = connections().get(conn.cast())?;
+        conn.listener_started.store(false, Ordering::Release);
+        conn.status()?;
+        Ok(UCCL_OK)
+    })
+}
+
+/// Closes a connection. Transfers in flight end with UCCL_ERR_CANCELED here and UCCL_ERR_REMOTE_DISCONNECT at the peer.
+///
+/// @param conn  The connection; NULL is a no-op, and so is a connection of the parent process after a fork, which stays as it is; a
+///              handle already destroyed is an error that is logged, nothing else.
+///
+/// Threads: any, once, in any order with engine and regions. On return nothing of this connection touches registered memory.
+#[no_mangle]
+pub extern "C" fn uccl_engine_conn_destroy(conn: *mut uccl_conn_t) {
+    guard((), || {
+        if let Some(conn) = connections().remove(conn.cast())? {
+            conn.close();
+        }
+        Ok(())
+    })
+}
+
+/// Tells whether a connection is up.
+///
+/// @param conn  [in] The connection.
+/// @return UCCL_OK while it is; why not once it is lost or closed: UCCL_ERR_REMOTE_DISCONNECT, UCCL_ERR_TIMED_OUT, UCCL_ERR_CANCELED,
+///         UCCL_ERR_PROTOCOL and so on; UCCL_ERR_NOT_FOUND or UCCL_ERR_INVALID_ARGUMENT for a bad handle. A lost connection stays lost:
+///         destroy it and connect anew.
+///
+/// Threads: any.
+#[no_mangle]
+pub extern "C" fn uccl_engine_conn_status(conn: *mut uccl_conn_t) -> c_int {
+    status(|| {
+        connections().get(conn.cast())?.status()?;
+        Ok(UCCL_OK)
+    })
+}
+
+/// Tells whether the peer runs on this host (its address is one of this host's).
+///
+/// @param conn  The connection.
+/// @return true when it does; false otherwise, for a bad handle, and once the connection is lost or closed.
+///
+/// Threads: any.
+#[no_mangle]
+pub extern "C" fn uccl_engine_conn_is_local(conn: *mut uccl_conn_t) -> bool {
+    guard(false, || {
+        let conn = connections().get(conn.cast())?;
+        conn.status()?;
+        Ok(conn.is_local())
+    })
+}

@@ -1,0 +1,183 @@
+//! What a process must not share with the one that forked it: locks that another thread held, handles, tables of threads. Knows
+//! nothing of what is kept.
+
+use crate::status::{bail, Result};
+use std::mem::ManuallyDrop;
+use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::Once;
+
+/// Counts the forks between this process and the one that loaded the library.
+static GENERATION: AtomicU64 = AtomicU64::new(0);
+
+extern "C" fn in_child() {
+    GENERATION.fetch_add(1, Ordering::Relaxed);
+}
+
+/// A number that differs between a process and its parent, from the first call on. Costs no system call.
+pub(crate) fn generation() -> u64 {
+    static WATCH: Once = Once::new();
+    if !WATCH.is_completed() {
+        WATCH.call_once(|| {
+            // SAFETY: the handler does nothing but count, which is allowed in the child of a process with threads. It fails only
+            // where memory runs out, and then a child is not told apart.
+            unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
+        });
+    }
+    GENERATION.load(Ordering::Relaxed)
+}
+
+/// A value of the process: made at the first use, and anew at the first use in a child. What the parent had is left as it is in the
+/// child, never looked at and never dropped: its locks may be held for ever, and its sockets are the parent's.
+pub(crate) struct PerProcess<T> {
+    current: AtomicPtr<(u64, T)>,
+    make: fn() -> T,
+}
+
+impl<T: Send + Sync + 'static> PerProcess<T> {
+    /// A value that `make` makes.
+    pub(crate) const fn new(make: fn() -> T) -> PerProcess<T> {
+        PerProcess { current: AtomicPtr::new(std::ptr::null_mut()), make }
+    }
+
+    /// This process's value.
+    pub(crate) fn get(&self) -> &'static T {
+        let generation = generation();
+        let mut seen = self.current.load(Ordering::Acquire);
+        loop {
+            // SAFETY: null, or a box that was leaked below.
+            match unsafe { seen.as_ref() } {
+                Some((made_in, value)) if *made_in == generation => return value,
+                _ => {}
+            }
+            let fresh = Box::into_raw(Box::new((generation, (self.make)())));
+            match self.current.compare_exchange(seen, fresh, Ordering::AcqRel, Ordering::Acquire) {
+                // SAFETY: just leaked, and never freed from here on.
+                Ok(_) => return unsafe { &(*fresh).1 },
+                Err(other) => {
+                    // SAFETY: nobody else saw it.
+                    drop(unsafe { Box::from_raw(fresh) });
+                    seen = other;
+                }
+            }
+        }
+    }
+}
+
+/// A value of the process that made it. A forked child can look at it, and never drops it: what it holds stays as it is, down to
+/// the descriptors, which the child closes when it ends.
+pub(crate) struct Local<T> {
+    generation: u64,
+    pid: u32,
+    value: ManuallyDrop<T>,
+}
+
+impl<T> Local<T> {
+    /// Wraps a value of this process.
+    pub(crate) fn new(value: T) -> Local<T> {
+        Local { generation: generation(), pid: std::process::id(), value: ManuallyDrop::new(value) }
+    }
+
+    /// Whether the calling process made it. Where not, none of its locks may be taken: who held one may not be in this process.
+    pub(crate) fn is_here(&self) -> bool {
+        self.generation == generation()
+    }
+
+    /// An error in a forked child.
+    ///
+    /// # Errors
+    /// `Unsupported`.
+    pub(crate) fn check(&self, what: &str) -> Result<()> {
+        if !self.is_here() {
+            bail!(Unsupported, "this {what} belongs to process {}; a forked child has to make its own", self.pid);
+        }
+        Ok(())
+    }
+}
+
+impl<T> Deref for Local<T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        &self.value
+    }
+}
+
+impl<T> DerefMut for Local<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.value
+    }
+}
+
+impl<T> Drop for Local<T> {
+    fn drop(&mut self) {
+        if self.is_here() {
+            // SAFETY: dropped once, here; nobody uses the value after drop.
+            unsafe { ManuallyDrop::drop(&mut self.value) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    #[test]
+    fn a_child_has_values_of_its_own() {
+        static VALUE: PerProcess<Mutex<Vec<u32>>> = PerProcess::new(Mutex::default);
+        let before = generation();
+        VALUE.get().lock().unwrap().push(1);
+        assert_eq!(*VALUE.get().lock().unwrap(), [1]);
+        let held = VALUE.get().lock().unwrap();
+        // SAFETY: the child makes system calls, allocates little and ends.
+        let child = unsafe { libc::fork() };
+        assert!(child >= 0);
+        if child == 0 {
+            // The lock that is held here would never be given back.
+            let fresh = generation() != before && VALUE.get().try_lock().is_ok_and(|v| v.is_empty());
+            // SAFETY: ends the child at once.
+            unsafe { libc::_exit(if fresh { 0 } else { 1 }) };
+        }
+        drop(held);
+        let mut status = 0;
+        // SAFETY: a child of this process, a writable status.
+        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        assert_eq!(status, 0);
+        assert_eq!(generation(), before);
+        assert_eq!(*VALUE.get().lock().unwrap(), [1]);
+    }
+
+    use std::sync::atomic::AtomicUsize;
+
+    static DROPS: AtomicUsize = AtomicUsize::new(0);
+    struct Counted;
+    impl Drop for Counted {
+        fn drop(&mut self) {
+            DROPS.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn a_child_never_drops_what_its_parent_made() {
+        let (one, two) = (Local::new(Counted), Local::new(Counted));
+        assert!(one.is_here() && one.check("thing").is_ok());
+        // SAFETY: the child only runs plain code and _exit.
+        let child = unsafe { libc::fork() };
+        assert!(child >= 0);
+        if child == 0 {
+            let told = !one.is_here() && one.check("thing").is_err();
+            drop(one);
+            let kept = DROPS.load(Ordering::SeqCst) == 0;
+            drop(Local::new(Counted));
+            let own = DROPS.load(Ordering::SeqCst) == 1;
+            // SAFETY: ends the child without running anything of the parent's.
+            unsafe { libc::_exit(if told && kept && own { 0 } else { 1 }) };
+        }
+        let mut status = 0;
+        // SAFETY: a writable status.
+        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        assert_eq!(status, 0);
+        drop((one, two));
+        assert_eq!(DROPS.load(Ordering::SeqCst), 2);
+    }
+}
