@@ -8,7 +8,7 @@
 //! | `wire` | control frames, the control stream, handshake and authentication |
 //! | [`types`] | words that all layers share: places, spans, segments |
 //! | `channel` | chunk plan, striping, one channel over a comm pair, unpacking |
-//! | `gpu` | CUDA through the driver API: memory kinds, contexts, the launcher of the copy kernel |
+//! | `gpu` | the launcher of the copy kernel, over the crate `cuda-driver` |
 //! | [`net`] | plugins, comms that keep the contract's rules, the host's interfaces |
 //! | [`addresses`] | what the port is bound to, who may connect |
 //! | `fork` | values that a child process must not share with its parent |

@@ -307,6 +307,56 @@ fn a_thousand_connects_each_way_come_up() {
     assert!(all.iter().all(|c| c.status().is_ok()));
 }
 
+#[test]
+fn a_burst_of_honest_peers_is_not_taken_for_strangers() {
+    const BURST: usize = 600;
+    if !isolated("a_burst_of_honest_peers_is_not_taken_for_strangers", 1 << 20) {
+        return;
+    }
+    let mut server = Server::start(4096, &[("UCCL_TCPX_NUM_CHANNELS", "1")]);
+    server.ask("accept");
+    let engine = Engine::new(Config { num_channels: Some(1), ..config() }).unwrap();
+    let barrier = std::sync::Barrier::new(BURST);
+    let all: Vec<_> = std::thread::scope(|s| {
+        let connect = || {
+            barrier.wait();
+            engine.connect("127.0.0.1", "", server.port)
+        };
+        let threads: Vec<_> = (0..BURST).map(|_| s.spawn(connect)).collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    });
+    let failed: Vec<_> = all.iter().filter_map(|c| c.as_ref().err()).collect();
+    assert!(failed.is_empty(), "{} of {BURST} failed: {}", failed.len(), failed[0]);
+}
+
+#[test]
+fn too_few_threads_are_a_resource_error() {
+    if !isolated("too_few_threads_are_a_resource_error", 1024) {
+        return;
+    }
+    let _ = config();
+    // SAFETY: a plain system call; the limit counts for the user that this process becomes.
+    let lowered = |most: u64| unsafe { libc::setrlimit(libc::RLIMIT_NPROC, &libc::rlimit { rlim_cur: most, rlim_max: 64 }) == 0 };
+    // SAFETY: plain system calls; nobody's rights suffice from here on.
+    if !lowered(64) || unsafe { libc::setresuid(65_533, 65_533, 65_533) } != 0 {
+        println!("SKIPPED: this process cannot become another user");
+        return;
+    }
+    let mut came_up = false;
+    for most in 2..40 {
+        assert!(lowered(most));
+        let connected = Engine::new(config()).and_then(|a| Ok((Engine::new(config())?, a))).and_then(|(b, a)| {
+            let out = a.connect("127.0.0.1", "", port(&b))?;
+            out.status()
+        });
+        match connected {
+            Ok(()) => came_up = true,
+            Err(e) => assert_eq!(e.kind(), ErrorKind::Resource, "with {most} threads: {e}"),
+        }
+    }
+    assert!(came_up);
+}
+
 // ---- connections that nobody accepts ----
 
 #[test]
@@ -425,29 +475,21 @@ fn kills_during_set_up_leave_no_descriptors() {
     });
 }
 
-/// Forwards bytes between two sockets until `stop` says so of the bytes that came back, then closes both.
-fn forward(near: &TcpStream, far: &TcpStream, most: usize) {
-    std::thread::scope(|s| {
-        s.spawn(|| {
-            let (mut from, mut to, mut buffer) = (near, far, [0; 4096]);
-            while let Ok(n @ 1..) = from.read(&mut buffer) {
-                let _ = to.write_all(&buffer[..n]);
-            }
-            let _ = far.shutdown(std::net::Shutdown::Both);
-        });
-        let (mut from, mut to, mut buffer, mut passed) = (far, near, [0; 4096], 0);
-        while let Ok(n @ 1..) = from.read(&mut buffer) {
-            let n = n.min(most - passed);
-            let _ = to.write_all(&buffer[..n]);
-            passed += n;
-            if passed == most {
-                break;
-            }
+/// Forwards at most `most` bytes, and what comes the other way for a little longer; then cuts both.
+fn forward(mut from: &TcpStream, mut to: &TcpStream, most: usize) {
+    let (mut buffer, mut passed) = ([0; 4096], 0);
+    while let Ok(n @ 1..) = from.read(&mut buffer) {
+        let n = n.min(most - passed);
+        let _ = to.write_all(&buffer[..n]);
+        passed += n;
+        if passed == most {
+            std::thread::sleep(Duration::from_millis(100));
+            break;
         }
-        for sock in [near, far] {
-            let _ = sock.shutdown(std::net::Shutdown::Both);
-        }
-    });
+    }
+    for sock in [from, to] {
+        let _ = sock.shutdown(std::net::Shutdown::Both);
+    }
 }
 
 #[test]
@@ -456,18 +498,21 @@ fn a_peer_that_is_cut_off_anywhere_in_the_set_up_is_noticed_at_once() {
     let (here, there) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
     let relay = TcpListener::bind("127.0.0.1:0").unwrap();
     let (at, target) = (relay.local_addr().unwrap().port(), port(&there));
-    // Closer and closer to the end of what the listening side says.
-    for most in (0..40).map(|k| k * 37) {
+    // Closer and closer to the end of what one side says to the other.
+    for (most, forth) in (0..25).flat_map(|k| [(k * 60, true), (k * 60, false)]) {
         std::thread::scope(|s| {
             s.spawn(|| {
                 let near = relay.accept().unwrap().0;
                 let far = TcpStream::connect(("127.0.0.1", target)).unwrap();
-                forward(&near, &far, most);
+                std::thread::scope(|s| {
+                    s.spawn(|| forward(&near, &far, if forth { most } else { usize::MAX }));
+                    forward(&far, &near, if forth { usize::MAX } else { most });
+                });
             });
             let start = Instant::now();
             // It may come up where all was said.
             drop(here.connect("127.0.0.1", "", at));
-            assert!(start.elapsed() < Duration::from_secs(8), "cut after {most} bytes: {:?}", start.elapsed());
+            assert!(start.elapsed() < Duration::from_secs(8), "cut after {most} bytes, {forth}: {:?}", start.elapsed());
         });
     }
 }
@@ -589,6 +634,87 @@ fn the_port_is_open_on_the_control_interface_alone() {
     let engine = Engine::new(config()).unwrap();
     assert!(TcpStream::connect(("127.0.0.1", port(&engine))).is_ok());
     assert!(TcpStream::connect(("127.0.0.3", port(&engine))).is_err(), "open on an address that is not the control interface's");
+}
+
+fn ip(command: &str) -> bool {
+    Command::new("ip").args(command.split(' ')).status().is_ok_and(|status| status.success())
+}
+
+/// Puts this process into a network of its own, with these interfaces. `false`, said loudly, where that is not possible.
+fn own_network(interfaces: &[&str], commands: &[&str]) -> bool {
+    // SAFETY: a plain system call; this process has no other threads that open sockets yet.
+    if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
+        println!("SKIPPED: no network namespace: {}", std::io::Error::last_os_error());
+        return false;
+    }
+    let mut all = vec!["link set lo up".to_owned()];
+    for name in interfaces {
+        all.push(format!("link add {name} type veth peer name p{name}"));
+        all.push(format!("link set p{name} up"));
+        all.push(format!("link set {name} up"));
+    }
+    all.extend(commands.iter().map(|c| (*c).to_owned()));
+    match all.iter().find(|command| !ip(command)) {
+        Some(command) => println!("SKIPPED: ip {command} does not work"),
+        None => return true,
+    }
+    false
+}
+
+#[test]
+fn a_nic_that_is_gone_costs_its_channels_and_not_the_connection() {
+    if !isolated("a_nic_that_is_gone_costs_its_channels_and_not_the_connection", 1024) {
+        return;
+    }
+    let addresses = ["addr add 10.77.0.1/24 dev eth0", "addr add 10.77.1.1/24 dev eth1"];
+    if !own_network(&["eth0", "eth1"], &addresses) {
+        return;
+    }
+    let config = || Config { num_channels: Some(4), plugin: PluginChoice::Soft, ..Config::from_env().unwrap() };
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let come_up = || {
+        let out = a.connect("10.77.0.1", "", port(&b)).expect("comes up");
+        let inc = b.accept().unwrap();
+        out.notify(b"n", b"over it").unwrap();
+        assert!(until(Duration::from_secs(10), || b.next_notification().is_some()));
+        drop((out, inc));
+    };
+    come_up();
+    let start = Instant::now();
+    for command in ["link set eth1 down", "link del eth1"] {
+        assert!(ip(command));
+        come_up();
+    }
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_host_with_ipv6_alone_is_served() {
+    if !isolated("a_host_with_ipv6_alone_is_served", 1024) {
+        return;
+    }
+    let addresses = ["-6 addr add fd00::7/64 dev eth0 nodad"];
+    if !own_network(&["eth0"], &addresses) {
+        return;
+    }
+    let config = || Config { socket_ifname: None, ..Config { plugin: PluginChoice::Soft, ..Config::from_env().unwrap() } };
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let metadata = b.metadata();
+    let (address, rest) = metadata.rsplit_once("]:").expect("brackets");
+    assert_eq!(address, "[fd00::7", "{metadata}");
+    let port: u16 = rest.split('?').next().unwrap().parse().unwrap();
+    for name in ["fd00::7", "[fd00::7]", "::1"] {
+        let out = a.connect(name, "", port).unwrap();
+        let _inc = b.accept().unwrap();
+        assert!(out.is_local());
+        out.notify(b"n", name.as_bytes()).unwrap();
+        assert!(until(Duration::from_secs(10), || b.next_notification().is_some_and(|n| n.msg == name.as_bytes())));
+    }
+    // Without any address but the loopback one it says so.
+    assert!(Command::new("ip").args(["link", "del", "eth0"]).status().unwrap().success());
+    assert!(Engine::new(config()).is_ok_and(|e| e.metadata().starts_with("127.0.0.1:")));
+    let named = Config { socket_ifname: Some("eth0".into()), ..config() };
+    assert_eq!(Engine::new(named).unwrap_err().kind(), ErrorKind::InvalidArgument);
 }
 
 #[test]

@@ -367,6 +367,14 @@ mod tests {
     }
 
     #[test]
+    fn receives_of_a_gpu_reach_its_own_memory_alone() {
+        let view = |home| View { meta: std::ptr::null(), meta_device: 0, bounce: 0, home, read_count: false };
+        let (first, second) = (Place::gpu(0), Place::gpu(1));
+        assert!(view(Place::HOST).reaches(first) && view(Place::HOST).reaches(second));
+        assert!(view(first).reaches(first) && !view(first).reaches(second) && !view(second).reaches(first));
+    }
+
+    #[test]
     fn entries_outside_the_message_are_refused() {
         assert!(check_entries(&[entry(0, 100, 0)], 100).is_ok());
         for bad in [

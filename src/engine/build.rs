@@ -15,7 +15,9 @@ use crate::net::comm::Doorbell;
 use crate::net::plugin::Plugin;
 use crate::net::setup::Pair;
 use crate::status::Result;
+use crate::types::Place;
 use crate::wire::control::ControlStream;
+use crate::wire::keys::Proof;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Instant;
@@ -43,8 +45,15 @@ fn copier(site: &Site) -> Result<Copier> {
     Ok(Some(Box::new(CudaDevice::default())))
 }
 
+/// The GPUs, here and at the peer, whose memory the comms of a plugin carry; `None` where they take any. A side that does not say which
+/// GPU its engine has was set up with the first one.
+fn gpus(site: &Site, plugin: &Plugin, peer: i32) -> Option<(Place, Place)> {
+    let place = |index: i32| Place::gpu(u8::try_from(index).unwrap_or(0));
+    plugin.traits.follows_gpu.then(|| (place(site.gpus.index()), place(peer)))
+}
+
 /// A path over the channels of each plugin.
-fn paths(site: &Site, sets: Raised, chunk_bytes: usize, doorbell: &Doorbell) -> Result<Vec<Box<dyn Path>>> {
+fn paths(site: &Site, sets: Raised, chunk_bytes: usize, peer_gpu: i32, doorbell: &Doorbell) -> Result<Vec<Box<dyn Path>>> {
     let config = &site.config;
     let path = |(pairs, plugin): (Vec<Pair>, &Arc<Plugin>)| -> Result<Box<dyn Path>> {
         let channels: Vec<Channel> = pairs.into_iter().map(|pair| Channel::new(pair.send, pair.recv)).collect();
@@ -54,7 +63,10 @@ fn paths(site: &Site, sets: Raised, chunk_bytes: usize, doorbell: &Doorbell) -> 
         let traits = &plugin.traits;
         let (vectored, stage_sends) = (traits.vectored && config.vectored, traits.stage_sends && config.stage_sends);
         let host = traits.host_memory;
-        Ok(Box::new(NetPath::new(channels, Usage { vectored, host, stage_sends, gpus: None, chunk_bytes })))
+        Ok(Box::new(NetPath::new(
+            channels,
+            Usage { vectored, host, stage_sends, gpus: gpus(site, plugin, peer_gpu), chunk_bytes },
+        )))
     };
     // A set without channels does not serve; another one carries what it would.
     sets.into_iter().zip(site.plugins.all()).filter(|(pairs, _)| !pairs.is_empty()).map(path).collect()
@@ -70,8 +82,11 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
     let (terms, theirs) = (&up.agreed.terms, &up.agreed.peer);
     let chunk_bytes = terms.chunk_bytes as usize;
     let n = up.sets.iter().map(Vec::len).sum::<usize>();
+    let mut nics: Vec<String> = up.sets.iter().flatten().map(|pair| pair.nic.clone()).collect();
+    nics.sort();
+    nics.dedup();
     let doorbell = home.bell.doorbell();
-    let channels = Channels::new(paths(site, up.sets, chunk_bytes, &doorbell)?, copier(site)?);
+    let channels = Channels::new(paths(site, up.sets, chunk_bytes, theirs.hello.gpu_index, &doorbell)?, copier(site)?);
     let name = up.address.to_string();
     let setting = Setting {
         registry: home.registry.clone(),
@@ -84,7 +99,13 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
         heartbeat: terms.peer_timeout / 4,
         match_timeout: config.match_timeout,
     };
-    log::info!("connected with {name}: {n} channels over {}, GPU {}", site.plugins.device.name, theirs.hello.gpu);
+    let proof = match (&theirs.proof, theirs.proof.name()) {
+        (_, Some(key)) => format!("key {key}"),
+        (Proof::Nothing, _) => "no key".to_owned(),
+        _ => "the key".to_owned(),
+    };
+    let (plugin, nics) = (&site.plugins.device.name, nics.join(", "));
+    log::info!("connected with {name}: {n} channels over {plugin} on {nics}, GPU {}, {proof}", theirs.hello.gpu);
     let core = Core::new(
         Machine::new(setting, Instant::now()),
         channels,

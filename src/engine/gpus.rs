@@ -6,7 +6,6 @@ use crate::net::{OnGpu, Scope};
 use crate::status::{bail, Result};
 use crate::types::Place;
 use parking_lot::Mutex;
-use std::collections::hash_map::Entry;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -65,7 +64,7 @@ impl Gpus {
         }
     }
 
-    /// Where the memory at `addr` lies. Retains the context of the GPU it lies on.
+    /// Where the memory at `addr` lies. Makes the GPU it lies on ready, which waits for the application's work there the first time.
     pub(crate) fn place_of(&self, addr: u64) -> Result<Place> {
         if self.emulated {
             return Ok(Place::gpu(0));
@@ -73,10 +72,12 @@ impl Gpus {
         // The kernel reads and writes pinned and managed memory like any other.
         let MemoryKind::Device { ordinal } = crate::gpu::memory_kind(addr)? else { return Ok(Place::HOST) };
         let Ok(index) = u8::try_from(ordinal) else { bail!(Unsupported, "GPU {ordinal}") };
-        if let Entry::Vacant(entry) = self.opened.lock().entry(index) {
+        let known = self.opened.lock().contains_key(&index);
+        if !known {
+            // Without the lock, which set-ups of connections take.
             let gpu = Gpu::open(ordinal)?;
             crate::channel::cuda::warm(&gpu)?;
-            entry.insert(gpu);
+            self.opened.lock().insert(index, gpu);
         }
         Ok(Place::gpu(index))
     }

@@ -28,6 +28,9 @@ const ACCEPT_BURST: usize = 64;
 const STRANGERS_IN_NEED: usize = 8;
 /// How long no sockets are accepted after descriptors ran out.
 const PAUSE: Duration = Duration::from_millis(100);
+/// How long strangers may stay when others wait for their places: silent ones, and such that have said something.
+const SILENCE: Duration = Duration::from_millis(20);
+const HESITATION: Duration = Duration::from_millis(200);
 /// How often connections that wait for the application are looked at.
 const SWEEP: Duration = Duration::from_millis(100);
 /// A proved peer that has said nothing for this long gives way when others wait for their turn.
@@ -58,6 +61,8 @@ struct Entry {
     role: Role,
     interest: Interest,
     timer: Instant,
+    /// When it came.
+    since: Instant,
 }
 
 /// The thread's things.
@@ -206,6 +211,9 @@ impl Desk {
 
     fn arrivals(&mut self, listener: usize, now: Instant) {
         for _ in 0..ACCEPT_BURST {
+            if !self.place_for_stranger(listener, now) {
+                return self.pause(now, SILENCE);
+            }
             let accepted = match self.listeners.get(listener) {
                 Some(listener) => listener.accept(),
                 None => return,
@@ -216,10 +224,8 @@ impl Desk {
                 Err(e) if limits::is_exhaustion(&e) => {
                     let e = limits::system("accepting a connection", &e);
                     self.shortage.log(log::Level::Error, now, format_args!("{e}"));
-                    self.drop_stranger(now, "to make room");
-                    self.paused_until = Some(now + PAUSE);
-                    self.listen(Interest::NONE);
-                    return;
+                    self.drop_stranger(now, Duration::ZERO);
+                    return self.pause(now, PAUSE);
                 }
                 // The peer went away between its connect and our accept.
                 Err(_) => {}
@@ -227,15 +233,30 @@ impl Desk {
         }
     }
 
+    /// Accepts nothing for a while; the kernel keeps those who come.
+    fn pause(&mut self, now: Instant, time: Duration) {
+        self.paused_until = Some(now + time);
+        self.listen(Interest::NONE);
+    }
+
+    /// Whether one more stranger may come; the one that has had the most time goes for it.
+    fn place_for_stranger(&mut self, listener: usize, now: Instant) -> bool {
+        let limits = &self.site.limits;
+        let Some(listener) = self.listeners.get(listener) else { return false };
+        let short = limits::lowest_free(listener.as_raw_fd()).map_or(true, |lowest| lowest >= limits.ceiling);
+        let most = if short { STRANGERS_IN_NEED.min(limits.strangers) } else { limits.strangers };
+        while self.strangers >= most {
+            if !self.drop_stranger(now, SILENCE) {
+                return false;
+            }
+        }
+        true
+    }
+
     fn arrived(&mut self, sock: TcpStream, address: SocketAddr, now: Instant) {
         if !self.site.allow.admits(address.ip()) {
             self.lines.log(log::Level::Warn, now, format_args!("{address}: dropped: not in UCCL_TCPX_ALLOW"));
             return;
-        }
-        let short = sock.as_raw_fd() as usize >= self.site.limits.ceiling;
-        let limit = if short { STRANGERS_IN_NEED.min(self.site.limits.strangers) } else { self.site.limits.strangers };
-        while self.strangers >= limit {
-            self.drop_stranger(now, "too many connections have not said who they are");
         }
         let site = &self.site;
         let prepared = sock.set_nonblocking(true).and_then(|()| sock.set_nodelay(true));
@@ -251,23 +272,25 @@ impl Desk {
         }
         let timer = attempt.wake_at();
         self.timers.insert((timer, self.last));
-        self.entries.insert(self.last, Entry { attempt, role: Role::Stranger, interest: Interest::READ, timer });
+        self.entries.insert(self.last, Entry { attempt, role: Role::Stranger, interest: Interest::READ, timer, since: now });
         self.strangers += 1;
         // Most say hello with their first packet.
         self.advance(self.last, now);
     }
 
-    /// Drops the stranger that has been silent the longest, or else the oldest.
-    fn drop_stranger(&mut self, now: Instant, why: &str) {
+    /// Drops the stranger that has been silent the longest, if for longer than `silence`; or else the oldest that has had its time.
+    /// Whether one went.
+    fn drop_stranger(&mut self, now: Instant, silence: Duration) -> bool {
         let strangers = || self.entries.iter().filter(|(_, e)| e.role == Role::Stranger);
-        let silent = strangers().find(|(_, e)| e.attempt.setup().is_silent());
-        let Some(id) = silent.or_else(|| strangers().next()).map(|(id, _)| *id) else {
-            self.strangers = 0;
-            return;
-        };
+        let age = |e: &Entry| now.saturating_duration_since(e.since);
+        let silent = strangers().find(|(_, e)| e.attempt.setup().is_silent()).filter(|(_, e)| age(e) >= silence);
+        let slow = || strangers().next().filter(|(_, e)| age(e) >= silence.max(HESITATION));
+        let Some(id) = silent.or_else(slow).map(|(id, _)| *id) else { return false };
         if let Some(entry) = self.take(id) {
-            self.lines.log(log::Level::Warn, now, format_args!("{}: dropped: {why}", entry.attempt.address));
+            let address = entry.attempt.address;
+            self.lines.log(log::Level::Warn, now, format_args!("{address}: dropped: others wait, and it has not said who it is"));
         }
+        true
     }
 
     // ---- one set-up ----

@@ -64,10 +64,15 @@ pub(crate) struct Site {
 
 impl Site {
     /// Channels of each set that this side asks for.
-    fn channels(&self) -> Result<usize> {
+    fn channels(&self) -> usize {
         let plugin = &self.plugins.device;
-        let near = nics_for(plugin, &plugin.devices, self.gpus.pci_path().as_deref());
-        Ok(channel_count(plugin, self.config.num_channels, near.len().max(1)))
+        let nics = nics_for(plugin, &plugin.devices, self.gpus.pci_path().as_deref());
+        channel_count(plugin, self.config.num_channels, nics.len().max(1))
+    }
+
+    /// Largest chunk of this side: as configured, within what its plugins carry.
+    fn chunk_bytes(&self) -> usize {
+        self.plugins.all().fold(self.config.chunk_bytes, |chunk, plugin| chunk.min(plugin.max_message(&self.config)))
     }
 
     /// This side's part of the wire for a new set-up. `wanted_gpu`: of a connecting side.
@@ -82,8 +87,8 @@ impl Site {
 
     fn hello(&self, wanted_gpu: &str) -> Result<Hello> {
         Ok(Hello {
-            channels: self.channels()? as u16,
-            chunk_bytes: self.config.chunk_bytes as u32,
+            channels: self.channels() as u16,
+            chunk_bytes: self.chunk_bytes() as u32,
             gpu_index: self.gpus.index(),
             peer_timeout_ms: Hello::peer_timeout_ms(self.config.peer_timeout),
             plugin: self.plugins.device.wire_name().to_owned(),

@@ -4,8 +4,8 @@
 use parking_lot::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-/// Something to poll: `true` when it has ended.
-pub(super) type Orphan = Box<dyn FnMut() -> bool + Send>;
+/// Something to poll, which is told how long it has been kept: `true` when it has ended.
+pub(super) type Orphan = Box<dyn FnMut(Duration) -> bool + Send>;
 
 /// How often a young orphan is polled; older ones are polled more and more rarely, down to once in [`SLOW`].
 const FAST: Duration = Duration::from_millis(5);
@@ -61,7 +61,7 @@ fn run() {
         let mut kept = nursery.kept.swap_remove(at);
         // The plugin's call runs without the lock: givers do not wait for it.
         parking_lot::MutexGuard::unlocked(&mut nursery, || {
-            if !(kept.orphan)() {
+            if !(kept.orphan)(kept.since.elapsed()) {
                 let pause = (kept.since.elapsed() / 16).clamp(FAST, SLOW);
                 kept.due = Instant::now() + pause;
                 Some(kept)

@@ -10,6 +10,7 @@ use crate::channel::path::{Arrival, Copier, Event};
 use crate::channel::stripe::{Load, Rate};
 use crate::net::comm::{Doorbell, MHandle, RecvComm, SendComm};
 use crate::net::registrations::Registration;
+use crate::net::signals::Quiet;
 use crate::region::Hold;
 use crate::status::{bail, Result};
 use crate::types::{Key, Part, Place};
@@ -125,6 +126,11 @@ impl Channel {
     /// Asks for a doorbell; `false` when the plugin has none and must be polled.
     pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
         Ok(self.send.set_doorbell(doorbell)? && self.recv.set_doorbell(doorbell)?)
+    }
+
+    /// See [`SendComm::quiet`].
+    pub(super) fn quiet(&self) -> Option<Quiet> {
+        self.send.quiet()
     }
 
     /// Anything announced, in flight or expected.
