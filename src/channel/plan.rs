@@ -193,6 +193,17 @@ mod tests {
     }
 
     #[test]
+    fn every_channel_gets_its_share_twice_over() {
+        const K: usize = 1 << 10;
+        let cases = [(64 << 20, 4, 512), (2 << 20, 4, 256), (1 << 20, 4, 128), (1 << 20, 1, 512), (100, 4, 64), (1 << 20, 16, 64)];
+        for (total, channels, expected) in cases {
+            assert_eq!(chunk_len(total, channels, 512 * K), expected * K, "{total} bytes over {channels}");
+        }
+        assert_eq!(chunk_len((600 << 10) + 1, 3, 512 * K), 104 * K, "whole pages");
+        assert_eq!(chunk_len(1 << 30, 1, 8 * K), 8 * K);
+    }
+
+    #[test]
     fn only_neighbours_of_one_region_are_merged() {
         let segment = |addr, region| Segment { addr, len: 10, region, place: Place::HOST, peer: Place::HOST };
         let part = |addr, len, region| Part { addr, len, region };
