@@ -1,6 +1,7 @@
-//! The sending half of a channel: where a chunk's bytes are handed to the plugin from, and in which order.
+//! The sending half of a channel: where a chunk's bytes are handed to the plugin from, and in which order. Knows nothing of
+//! streams: a chunk bears all that it needs.
 
-use super::channel::{device, iov, register, within, Channel, Outgoing, Source, ToPost};
+use super::channel::{device, iov, register, within, Channel, Leaving, Source, ToPost};
 use super::staging::{Staging, STAGED_WINDOW};
 use super::Usage;
 use crate::channel::device::{gather, Ticket};
@@ -30,7 +31,7 @@ impl Channel {
             unsafe { gather(&chunk.parts, data) };
             Source::Contiguous { data, mhandle, packing: Ticket::Done, place: Place::HOST }
         };
-        self.outgoing.push_back(Outgoing { key, len, _hold: hold });
+        self.outgoing.push_back(Leaving { key, len, _hold: hold });
         self.queued += len as u64;
         self.to_post.push_back(ToPost { source, len, tag });
         self.post_sends(copier, now)?;
