@@ -98,6 +98,7 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
         peer_timeout: terms.peer_timeout,
         heartbeat: terms.peer_timeout / 4,
         match_timeout: config.match_timeout,
+        doorbells: home.doorbells,
     };
     let proof = match (&theirs.proof, theirs.proof.name()) {
         (_, Some(key)) => format!("key {key}"),

@@ -12,7 +12,7 @@ use crate::fork::Local;
 use crate::status::{bail, err, Error, ErrorKind, Result};
 use crate::types::{Place, Segment};
 use crate::wire::control::ControlStream;
-use crate::wire::frame::MAX_NOTIFICATION;
+use crate::wire::frame::{Frame, MAX_NOTIFICATION};
 use crate::wire::queue::RxBuffer;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::net::IpAddr;
@@ -80,12 +80,14 @@ impl Core {
         for _ in 0..READS {
             let (n, more) = self.control.read(&mut self.rx)?;
             if n > 0 {
-                any = true;
                 self.machine.heard(n, self.rx.arriving(), now);
+                // Part of a large frame.
+                any |= self.rx.arriving() > 0;
             }
             // Frames may be there that came with the end of the set-up.
             while let Some((frame, len)) = self.rx.next()? {
-                any = true;
+                // A heartbeat is nothing that more would follow soon.
+                any |= !matches!(frame, Frame::Ping { .. });
                 self.machine.handle(frame, &mut self.channels, now)?;
                 self.rx.consume(len);
             }

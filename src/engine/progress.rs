@@ -13,6 +13,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// Timers that are far off go off together, this often.
+const GRID: Duration = Duration::from_millis(250);
+
 /// Default of UCCL_TCPX_SPIN_US: the time in which a peer's next small request is likely. Sleeping and waking costs tens of
 /// microseconds on virtual machines.
 fn default_spin() -> Duration {
@@ -56,11 +59,12 @@ struct Driving<'a> {
     active: HashMap<u64, Active>,
     /// When connections next want to be looked at, at the earliest; at most one entry a connection.
     timers: BinaryHeap<Reverse<(Instant, u64)>>,
+    start: Instant,
 }
 
 impl<'a> Driving<'a> {
     fn new(home: &'a Home) -> Driving<'a> {
-        Driving { home, known: HashMap::new(), active: HashMap::new(), timers: BinaryHeap::new() }
+        Driving { home, known: HashMap::new(), active: HashMap::new(), timers: BinaryHeap::new(), start: Instant::now() }
     }
 
     /// Something happened to a connection: it is driven from now on until it is idle.
@@ -147,13 +151,22 @@ impl<'a> Driving<'a> {
             (Some(at), Some(known)) => {
                 active.connection.arm(true);
                 if !std::mem::replace(&mut known.timed, true) {
-                    self.timers.push(Reverse((at, id)));
+                    self.timers.push(Reverse((self.on_grid(at), id)));
                 }
             }
             _ => {
                 self.known.remove(&id);
             }
         }
+    }
+
+    /// A distant time, put off to where others are: a thousand heartbeats then share a few wake-ups.
+    fn on_grid(&self, at: Instant) -> Instant {
+        if at.saturating_duration_since(Instant::now()) < 4 * GRID {
+            return at;
+        }
+        let since = at.saturating_duration_since(self.start).as_millis() as u64;
+        self.start + GRID * (since / GRID.as_millis() as u64 + 1) as u32
     }
 
     /// Lets the bells of active connections ring that this thread answers for, or silences them.
@@ -169,18 +182,15 @@ impl<'a> Driving<'a> {
         self.timers.peek().map_or(Duration::MAX, |Reverse((at, _))| at.saturating_duration_since(now))
     }
 
-    /// Activates whoever has an event; whether a socket had one.
-    fn notice(&mut self, tokens: &[u64], armed: bool) -> bool {
-        let mut sockets = false;
+    /// Activates whoever has an event.
+    fn notice(&mut self, tokens: &[u64], armed: bool) {
         for &token in tokens {
             if token == WAKE {
                 self.listen(armed);
             } else {
-                sockets = true;
                 self.activate(token);
             }
         }
-        sockets
     }
 }
 
@@ -242,9 +252,7 @@ fn drive(home: &Home, spin: Duration) {
                     continue;
                 }
                 home.bell.wait(limit.min(driving.until_timer(Instant::now())), &mut tokens);
-                if driving.notice(&tokens, true) {
-                    last_activity = Instant::now();
-                }
+                driving.notice(&tokens, true);
                 driving.arm(false);
             }
         }

@@ -20,6 +20,10 @@ impl Retired {
     pub(crate) fn in_use(&self) -> bool {
         self.0.in_use()
     }
+    /// Connections may have told their plugins of it.
+    pub(crate) fn is_registered(&self) -> bool {
+        self.0.is_registered()
+    }
 }
 
 /// Which ranges are registered, and how often each: regions may overlap and repeat. Every operation is logarithmic.

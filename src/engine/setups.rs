@@ -413,9 +413,10 @@ impl Desk {
             let limit = self.site.limits.per_peer;
             let address = |id: &u64| self.entries.get(id).map(|e| e.attempt.address.ip());
             let fits = |id: &u64| address(id).is_none_or(|ip| self.per_peer.get(&ip).copied().unwrap_or(0) < limit);
-            let Some(at) = self.queue.iter().position(fits) else { return };
-            if let Some(id) = self.queue.remove(at) {
-                self.begin(id, now);
+            match self.queue.iter().position(fits).and_then(|at| self.queue.remove(at)) {
+                Some(id) => self.begin(id, now),
+                None if self.drop_stale(now) => {}
+                None => return,
             }
         }
     }

@@ -20,6 +20,9 @@ impl Channel {
     pub(super) fn submit(&mut self, departure: Departure, copier: &mut Copier, usage: &Usage, now: Instant) -> Result<()> {
         let Departure { key, chunk, hold, tag } = departure;
         let len = chunk.len;
+        // First of all, so that a failure from here on leaves the chunk's memory in use until the channel is closed.
+        self.outgoing.push_back(Leaving { key, len, _hold: hold.clone() });
+        self.queued += len as u64;
         let source = if chunk.place.is_device() {
             self.device_source(&chunk, &hold, copier, usage)?
         } else if usage.vectored {
@@ -31,8 +34,6 @@ impl Channel {
             unsafe { gather(&chunk.parts, data) };
             Source::Contiguous { data, mhandle, packing: Ticket::Done, place: Place::HOST }
         };
-        self.outgoing.push_back(Leaving { key, len, _hold: hold });
-        self.queued += len as u64;
         self.to_post.push_back(ToPost { source, len, tag });
         self.post_sends(copier, now)?;
         Ok(())
@@ -41,7 +42,7 @@ impl Channel {
     fn device_source(&mut self, chunk: &Chunk, hold: &Hold, copier: &mut Copier, usage: &Usage) -> Result<Source> {
         let place = chunk.place;
         if let ([part], false) = (&chunk.parts[..], usage.stage_sends) {
-            let (span, send) = (hold.span(part.region)?, &mut self.send);
+            let (span, send) = (hold.span_to_register(part.region)?, &mut self.send);
             // SAFETY: the region stays mapped while it is held; registrations go before it does (forget_region).
             let mhandle = register(copier, place, || unsafe { send.region(span, part.addr) })?;
             return Ok(Source::Contiguous { data: part.addr as *mut u8, mhandle, packing: Ticket::Done, place });

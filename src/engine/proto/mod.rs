@@ -61,6 +61,8 @@ pub(crate) struct Setting {
     pub peer_timeout: Duration,
     pub heartbeat: Duration,
     pub match_timeout: Duration,
+    /// Whoever drives is told when a channel fails.
+    pub doorbells: bool,
 }
 
 /// A one-sided transfer as the caller describes it: local segments with their regions, and the remote side's.
@@ -438,7 +440,9 @@ impl Machine {
         if self.backlog() > 0 && stuck > self.setting.transfer_timeout {
             bail!(TimedOut, "the peer has read nothing of the control stream for {stuck:.1?}; {} bytes wait", self.backlog());
         }
-        if now.saturating_duration_since(self.clock.network) >= LOOK.min(self.setting.transfer_timeout / 8) {
+        // While nothing must move, a channel that fails says so by itself where its plugin can.
+        let due = now.saturating_duration_since(self.clock.network) >= LOOK.min(self.setting.transfer_timeout / 8);
+        if due && (self.deadlines.any() || !self.setting.doorbells) {
             self.note_network(channels, now)?;
         }
         if let Some(overdue) = self.deadlines.overdue(self.setting.transfer_timeout, now) {

@@ -80,6 +80,7 @@ impl Side {
             peer_timeout: PEER_TIMEOUT,
             heartbeat: PEER_TIMEOUT / 4,
             match_timeout: MATCH_TIMEOUT,
+            doorbells: false,
         };
         let paths: Vec<Box<dyn crate::channel::path::Path>> = vec![
             Box::new(SimulatedPath::new(net, side, 0, DEVICE_CHANNELS, true)),
