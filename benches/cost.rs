@@ -1,7 +1,8 @@
 //! What the engine costs beside moving bytes: CPU while idle, time to connect, memory of connections and channels, the round trip of a
-//! notification, the rate over many peers, a small operation beside a thousand idle connections, and one behind a large transfer. Two processes; this program starts itself again as the passive side.
+//! notification, the rate over many connections, a small operation beside a thousand idle connections, and one behind a large transfer. Two
+//! processes; this program starts itself again as the passive side.
 //!
-//! usage: cargo bench --bench cost -- [idle] [connect] [memory] [notify] [peers] [crowd] [line] [--seconds S]     default: all of them
+//! usage: cargo bench --bench cost -- [idle] [connect] [memory] [notify] [connections] [crowd] [line] [--seconds S]     default: all of them
 //!
 //! Prints one JSON object a row. Exit status 1 when an idle engine uses more than half a percent of a core.
 
@@ -55,8 +56,8 @@ fn main() -> ExitCode {
     if wanted("notify") {
         notify(seconds);
     }
-    if wanted("peers") {
-        peers(seconds);
+    if wanted("connections") {
+        many_connections(seconds);
     }
     if wanted("line") {
         line(seconds);
@@ -104,7 +105,7 @@ fn serve(channels: Option<usize>) -> ExitCode {
         if !matches!(line.as_deref(), Ok("echo")) {
             continue;
         }
-        let peer = loop {
+        let initiator = loop {
             if let Some(connection) = accepted.lock().expect("no holder panics").last() {
                 break connection.clone();
             }
@@ -114,7 +115,7 @@ fn serve(channels: Option<usize>) -> ExitCode {
         loop {
             match engine.next_notification() {
                 Some(n) if n.msg == STOP => break,
-                Some(n) => peer.notify(&n.name, &n.msg).expect("the peer is there"),
+                Some(n) => initiator.notify(&n.name, &n.msg).expect("the initiator is there"),
                 None => std::thread::yield_now(),
             }
         }
@@ -336,7 +337,7 @@ fn move_slice(connection: &Connection, direction: Direction, local: LocalSegment
 }
 
 /// 64 MiB in each iteration, cut over the connections of one client process to one server process.
-fn peers(seconds: f64) {
+fn many_connections(seconds: f64) {
     let server = Server::start(None);
     let engine = Engine::new(config(None)).expect("engine");
     let mut buffer = vec![4u8; TOTAL];
@@ -375,7 +376,7 @@ fn peers(seconds: f64) {
             let used = cpu() - used;
             times.sort_by(f64::total_cmp);
             println!(
-                "{{\"row\": \"peers\", \"op\": \"{}\", \"peers\": {count}, \"channels\": {}, \"gbytes_per_s\": {:.3}, \"p99_us\": {:.0}, \
+                "{{\"row\": \"connections\", \"op\": \"{}\", \"connections\": {count}, \"channels\": {}, \"gbytes_per_s\": {:.3}, \"p99_us\": {:.0}, \
                  \"cpu_s_per_gib\": {:.4}}}",
                 if direction == Direction::Write { "write" } else { "read" },
                 connections[0].channels(),

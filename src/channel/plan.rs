@@ -12,7 +12,7 @@ pub(crate) struct Chunk {
     pub len: usize,
     /// Where the local side lies.
     pub place: Place,
-    /// Where the peer's side lies; meaningless where it was not known (see [`Stream::take_exact`]).
+    /// Where the peer's side lies; meaningless where it was not known (see [`Walk::take_exact`]).
     pub peer: Place,
 }
 
@@ -21,9 +21,9 @@ pub(crate) const MAX_PARTS: usize = 512;
 /// Segments that one chunk crosses at most, merged or not, and so its pieces at most on the receiving side, where fewer may merge.
 pub(crate) const MAX_CROSSED: usize = 4096;
 
-/// The part of a transfer's stream that is not yet cut into chunks.
+/// The way along a transfer's stream: what is not yet cut into chunks.
 #[derive(Debug)]
-pub(crate) struct Stream {
+pub(crate) struct Walk {
     segments: Vec<Segment>,
     next: usize,
     /// Bytes of segment `next` already taken.
@@ -32,10 +32,10 @@ pub(crate) struct Stream {
     remaining: u64,
 }
 
-impl Stream {
-    pub(crate) fn new(segments: Vec<Segment>) -> Stream {
+impl Walk {
+    pub(crate) fn new(segments: Vec<Segment>) -> Walk {
         let total = segments.iter().map(|s| s.len).sum();
-        Stream { segments, next: 0, taken: 0, total, remaining: total }
+        Walk { segments, next: 0, taken: 0, total, remaining: total }
     }
 
     /// Bytes taken so far: where the next chunk begins.
@@ -150,7 +150,7 @@ mod tests {
         #[test]
         fn both_sides_cut_the_same_plan((sender, receiver) in sides(), max in 1usize..200_000) {
             let total: u64 = sender.iter().map(|s| s.len).sum();
-            let (mut out, mut inc) = (Stream::new(sender.clone()), Stream::new(receiver.clone()));
+            let (mut out, mut inc) = (Walk::new(sender.clone()), Walk::new(receiver.clone()));
             let (mut sent, mut got) = (Vec::new(), Vec::new());
             while let Some(chunk) = out.take(max) {
                 prop_assert!(chunk.len <= max && chunk.parts.len() <= MAX_PARTS);
@@ -172,7 +172,7 @@ mod tests {
 
         #[test]
         fn a_wrong_announcement_is_refused((_, receiver) in sides(), extra in 1u64..1000) {
-            let mut stream = Stream::new(receiver);
+            let mut stream = Walk::new(receiver);
             let too_much = stream.remaining() + extra;
             prop_assert_eq!(stream.take_exact(too_much as usize), None);
         }
@@ -187,7 +187,7 @@ mod tests {
     #[test]
     fn neighbours_in_memory_become_one_part() {
         let segment = |addr, len| Segment { addr, len, region: 0, place: Place::HOST, peer: Place::HOST };
-        let mut stream = Stream::new((0..1000).map(|i| segment(4096 * i, 4096)).collect());
+        let mut stream = Walk::new((0..1000).map(|i| segment(4096 * i, 4096)).collect());
         let chunk = stream.take(512 << 10).unwrap();
         assert_eq!(chunk.parts, [Part { addr: 0, len: 512 << 10, region: 0 }]);
     }

@@ -1,5 +1,6 @@
 //! The channels of a connection over all its paths: which path carries what, which channel takes the next chunk, and the device copier
-//! that all of them share. Channels are numbered over the paths in order; both sides have the same paths in the same order.
+//! that all of them share. Channels are numbered over the paths in order; both sides have the same paths in the same order. Knows
+//! nothing of plugins, and of transfers only the keys of chunks.
 
 use super::device::spread;
 use super::path::{Arrival, Copier, Departure, Dest, Event, Path};

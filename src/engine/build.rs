@@ -1,4 +1,4 @@
-//! From a finished set-up to a connection that the engine drives.
+//! From a finished set-up to a connection that the engine drives. Knows nothing of how set-ups run.
 
 use super::connection::{Connection, Core, Peer};
 use super::fabric::Raised;
@@ -114,7 +114,7 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
     );
     let peer = Peer { ip: up.address.ip(), name, gpu_index: theirs.hello.gpu_index, engine: theirs.engine };
     let connection = Arc::new(Connection::new(home.clone(), core, peer, doorbell.armed));
-    if !home.connections.insert(&connection) {
+    if !home.connections.insert(connection.id, &connection) {
         return Err(super::ending::canceled());
     }
     home.bell.watch(connection.fd, connection.id)?;

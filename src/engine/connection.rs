@@ -1,9 +1,9 @@
 //! A connection as the application holds it: the machine, its channels and its socket under one lock; progress from the caller's
-//! thread; waiting; the end.
+//! thread; waiting; the end. Knows nothing of how it was set up.
 
-use super::driver::{pause, Driver, Pause, Situation};
 use super::fifo::FifoItem;
-use super::home::Home;
+use super::home::{self, Driven};
+use super::pacing::{pause, Pause, Polls, Situation};
 use super::proto::{Machine, Scheduled, TransferState, MAX_BACKLOG};
 use super::request::{self, Built, RequestBuilder};
 use super::transfer::{Direction, LocalSegment};
@@ -20,6 +20,9 @@ use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+/// Where connections live.
+pub(crate) type Home = home::Home<Connection>;
 
 /// How long a close takes at most, and how much of it waits for the peer to hang up.
 pub(crate) const CLOSING: Duration = Duration::from_secs(1);
@@ -129,7 +132,7 @@ pub struct Connection {
     core: Local<Mutex<Core>>,
     ended: Condvar,
     waiters: AtomicU32,
-    driver: Driver,
+    polls: Polls,
     /// Set while the channels shall ring.
     armed: Arc<AtomicU32>,
     peer: Peer,
@@ -156,7 +159,7 @@ impl Connection {
             core: Local::new(Mutex::new(core)),
             ended: Condvar::new(),
             waiters: AtomicU32::new(0),
-            driver: Driver::default(),
+            polls: Polls::default(),
             armed,
             peer,
             listener_started: AtomicBool::new(false),
@@ -320,14 +323,14 @@ impl Connection {
         if let Pause::HandOver(nap) = planned {
             drop(core);
             // Rung by the channels, the progress thread does the same with fewer rounds, and this core is theirs.
-            if self.driver.stop() {
+            if self.polls.stop() {
                 self.home.attend(self.id);
             }
             std::thread::sleep(nap);
-            self.driver.leave(self.home.clock());
+            self.polls.leave(self.home.clock());
             return self.core.lock().machine.lookup(id);
         }
-        self.driver.enter(self.home.clock());
+        self.polls.enter(self.home.clock());
         let any = self.drive(&mut core);
         let after = core.machine.lookup(id)?;
         drop(core);
@@ -337,7 +340,7 @@ impl Connection {
             Pause::Yield => std::thread::yield_now(),
             Pause::None | Pause::HandOver(_) => {}
         }
-        self.driver.leave(self.home.clock());
+        self.polls.leave(self.home.clock());
         Ok(after)
     }
 
@@ -371,7 +374,7 @@ impl Connection {
                 continue;
             }
             // Sleep; the progress thread drives from here and wakes us when something has ended.
-            self.driver.stop();
+            self.polls.stop();
             self.home.attend(self.id);
             let mut core = self.core.lock();
             self.waiters.fetch_add(1, Ordering::AcqRel);
@@ -406,20 +409,9 @@ impl Connection {
         any
     }
 
-    /// A round of progress by an application thread that waits for something other than a transfer. Whether something moved, or is
-    /// under way.
-    pub(crate) fn drive_for_application(&self) -> bool {
-        let Some(mut core) = self.core.try_lock() else { return true };
-        self.driver.enter(self.home.clock());
-        let any = self.drive(&mut core) || (core.machine.busy() && core.machine.dead().is_none());
-        drop(core);
-        self.driver.leave(self.home.clock());
-        any
-    }
-
     /// For how long an application thread has been driving it, if one does at present.
     pub(crate) fn driven_by_application(&self) -> Option<Duration> {
-        self.driver.active(self.home.clock()).map(Duration::from_micros)
+        self.polls.active(self.home.clock()).map(Duration::from_micros)
     }
 
     /// Lets the channels ring, or no longer.
@@ -556,6 +548,17 @@ impl Connection {
     /// Drops the plugin's registrations of a region.
     pub(crate) fn forget_region(&self, id: u64) {
         self.core.lock().channels.forget_region(id);
+    }
+}
+
+impl Driven for Connection {
+    fn drive_for_application(&self) -> bool {
+        let Some(mut core) = self.core.try_lock() else { return true };
+        self.polls.enter(self.home.clock());
+        let any = self.drive(&mut core) || (core.machine.busy() && core.machine.dead().is_none());
+        drop(core);
+        self.polls.leave(self.home.clock());
+        any
     }
 }
 

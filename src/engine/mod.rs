@@ -1,14 +1,21 @@
-//! The engine: the life of a request. `connection` is what an application holds, `proto` the protocol without
-//! sockets and clocks, `progress` drives it, `registry` and `notify` are the engine-wide tables. `listener`, `setups`, `outgoing` and what they use bring connections up.
+//! The engine: connections and what they share. Knows nothing of C.
+//!
+//! - One connection: `connection` is what an application holds, `proto` its protocol without sockets and clocks, `request` checks what an
+//!   application asks for, `fifo` is what gives a peer access.
+//! - Who drives: `progress` is the engine's thread, `pacing` the table of who drives and who sleeps, `bell` wakes.
+//! - Shared by an engine's connections: `home`, `connections`, `registry`, `notify`, `spare`, `gpus`.
+//! - Bringing connections up: `setup` is one set-up as a machine, `link` its bytes, `fabric` its channels, `attempt` joins them with a
+//!   socket, `build` makes the connection. `listener`, `setups` and `accepts` serve incoming ones, `dial` and `connect` outgoing ones.
+//!   `site`, `limits` and `ending` are what all set-ups share.
 
 mod accepts;
 mod attempt;
 mod bell;
 mod build;
+mod connect;
 mod connection;
 mod connections;
 mod dial;
-mod driver;
 mod ending;
 mod fabric;
 mod fifo;
@@ -18,7 +25,7 @@ mod limits;
 mod link;
 mod listener;
 mod notify;
-mod outgoing;
+mod pacing;
 mod progress;
 mod proto;
 mod registry;
@@ -107,7 +114,7 @@ impl Engine {
         let metadata = listener::metadata(ports.address, &gpus.name());
         announce(&metadata, &plugins, &gpus);
         let limits = limits::Limits::of_process();
-        let home = Arc::new(home::Home::new(bell::Bell::new()?, plugins.device.traits.doorbell, config.close_timeout));
+        let home = Arc::new(connection::Home::new(bell::Bell::new()?, plugins.device.traits.doorbell, config.close_timeout));
         let accepts = Arc::new(Accepts::new(limits.waiting));
         let site = Arc::new(Site {
             identity: Identity::new(&config)?,
@@ -168,7 +175,7 @@ impl Engine {
     /// `Unreachable`, `TimedOut`, `Auth`, `Protocol`, `Unsupported` (other plugin), `Plugin`.
     pub fn connect(&self, ip: &str, remote_gpu: &str, port: u16) -> Result<Arc<Connection>> {
         self.alive()?;
-        outgoing::connect(&self.parts.site, ip, remote_gpu, port)
+        connect::connect(&self.parts.site, ip, remote_gpu, port)
     }
 
     /// Takes the next incoming connection; blocks.

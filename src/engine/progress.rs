@@ -3,9 +3,8 @@
 //! polls is left to that thread.
 
 use super::bell::WAKE;
-use super::connection::Connection;
-use super::driver::{step, Round, Step};
-use super::home::Home;
+use super::connection::{Connection, Home};
+use super::pacing::{step, Round, Step};
 use reactor::Interest;
 use std::cmp::Reverse;
 use std::collections::hash_map::Entry;

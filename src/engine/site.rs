@@ -1,8 +1,8 @@
 //! What every set-up of an engine shares: who the engine is, its plugins and GPUs, its limits, and where finished connections go.
 
+use super::connection::Home;
 use super::ending::Ending;
 use super::gpus::Gpus;
-use super::home::Home;
 use super::limits::Limits;
 use super::link::SealedLink;
 use super::notify::Queue;

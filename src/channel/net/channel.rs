@@ -49,7 +49,7 @@ pub(super) fn register<R>(copier: &mut Copier, place: Place, mut register: impl 
 const BULK_WINDOW: usize = MAX_REQUESTS / 2;
 
 /// A chunk on its way out; dropped when its memory may change.
-pub(super) struct Outgoing {
+pub(super) struct Leaving {
     pub key: Key,
     pub len: usize,
     pub _hold: Hold,
@@ -85,7 +85,7 @@ pub(crate) struct Channel {
     // Field order is drop order: the comms close first, and with them the last access to everything below.
     pub(super) send: SendComm,
     pub(super) recv: RecvComm,
-    pub(super) outgoing: VecDeque<Outgoing>,
+    pub(super) outgoing: VecDeque<Leaving>,
     pub(super) to_post: VecDeque<ToPost>,
     pub(super) queued: u64,
     pub(super) rate: Rate,

@@ -1,4 +1,5 @@
-//! The receiving half of a channel: posting receives, unpacking what arrived, consuming in order.
+//! The receiving half of a channel: posting receives, unpacking what arrived, consuming in order. Knows nothing of who
+//! announced the chunks.
 
 use super::channel::{device, iov, register, within, Channel, Finishing, Posted};
 use super::staging::Staging;

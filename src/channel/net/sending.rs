@@ -1,6 +1,7 @@
-//! The sending half of a channel: where a chunk's bytes are handed to the plugin from, and in which order.
+//! The sending half of a channel: where a chunk's bytes are handed to the plugin from, and in which order. Knows nothing of
+//! streams: a chunk bears all that it needs.
 
-use super::channel::{device, iov, register, within, Channel, Outgoing, Source, ToPost};
+use super::channel::{device, iov, register, within, Channel, Leaving, Source, ToPost};
 use super::staging::{Staging, STAGED_WINDOW};
 use super::Usage;
 use crate::channel::device::{gather, Ticket};
@@ -20,7 +21,7 @@ impl Channel {
         let Departure { key, chunk, hold, tag } = departure;
         let len = chunk.len;
         // First of all, so that a failure from here on leaves the chunk's memory in use until the channel is closed.
-        self.outgoing.push_back(Outgoing { key, len, _hold: hold.clone() });
+        self.outgoing.push_back(Leaving { key, len, _hold: hold.clone() });
         self.queued += len as u64;
         let source = if chunk.place.is_device() {
             self.device_source(&chunk, &hold, copier, usage)?

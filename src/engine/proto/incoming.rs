@@ -3,7 +3,7 @@
 
 use super::outgoing::tag;
 use crate::channel::path::{Arrival, Dest};
-use crate::channel::plan::Stream;
+use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
 use crate::region::Hold;
 use crate::status::{bail, Result};
@@ -27,7 +27,7 @@ pub(super) enum Ending {
 /// Where the bytes of a stream go.
 enum Target {
     Memory {
-        stream: Stream,
+        stream: Walk,
         hold: Hold,
         ending: Ending,
     },
@@ -78,7 +78,7 @@ pub(super) struct Incoming {
 impl Incoming {
     /// A stream into memory. There must be none of this key.
     pub(super) fn start(&mut self, key: Key, segments: Vec<Segment>, hold: Hold, ending: Ending) {
-        let stream = Stream::new(segments);
+        let stream = Walk::new(segments);
         let segments = stream.segments();
         let target = Target::Memory { stream, hold, ending };
         self.streams.insert(key, InStream { target, arriving: 0, begun: false, segments });
@@ -176,7 +176,7 @@ impl Incoming {
     ///
     /// # Errors
     /// `Protocol` when chunks were announced, or there is no such stream.
-    pub(super) fn take_unbegun(&mut self, key: Key) -> Result<(Stream, Hold, Ending, usize)> {
+    pub(super) fn take_unbegun(&mut self, key: Key) -> Result<(Walk, Hold, Ending, usize)> {
         if self.begun(key) || !self.contains(key) {
             bail!(Protocol, "an answer to transfer {} that does not fit its state", key.id);
         }

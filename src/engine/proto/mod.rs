@@ -29,7 +29,7 @@ use super::notify::Inbox;
 use super::registry::Registry;
 use super::spare::Spare;
 use crate::channel::path::Event;
-use crate::channel::plan::Stream;
+use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
 use crate::logging::Limiter;
 use crate::region::{Hold, RegionUse};
@@ -306,7 +306,7 @@ impl Machine {
             return Ok(None);
         }
         let mut data = Vec::with_capacity(total as usize);
-        let mut stream = Stream::new(segments.to_vec());
+        let mut stream = Walk::new(segments.to_vec());
         while let Some(chunk) = stream.take(MAX_INLINE) {
             // SAFETY: the parts lie in registered regions that the caller's uses hold.
             unsafe { channels.fetch(&chunk, &mut data) }?;

@@ -2,7 +2,7 @@
 //! is blocked holds up only its own route, and every chunk that is handed to a channel is announced.
 
 use crate::channel::path::Departure;
-use crate::channel::plan::{chunk_len, Stream};
+use crate::channel::plan::{chunk_len, Walk};
 use crate::channel::router::Channels;
 use crate::region::Hold;
 use crate::status::{bail, Result};
@@ -23,7 +23,7 @@ const ANNOUNCE: usize = 8;
 
 /// A stream of data that leaves.
 struct OutStream {
-    stream: Stream,
+    stream: Walk,
     hold: Hold,
     chunk_len: usize,
     segments: usize,
@@ -118,7 +118,7 @@ impl Outgoing {
         chunk_bytes: usize,
         channels: &Channels,
     ) -> Result<()> {
-        let stream = Stream::new(segments);
+        let stream = Walk::new(segments);
         let Some((place, peer)) = stream.next_places() else { bail!(Internal, "an empty stream") };
         let Some(route) = channels.route(place, peer) else {
             bail!(Unsupported, "no channel carries memory of {place:?} to {peer:?} of the peer")
@@ -219,7 +219,7 @@ impl Outgoing {
     pub(super) fn cancel(&mut self, key: Key) -> bool {
         match self.streams.get_mut(&key) {
             Some(out) if out.inflight > 0 => {
-                out.stream = Stream::new(Vec::new());
+                out.stream = Walk::new(Vec::new());
                 true
             }
             Some(_) => {

@@ -5,7 +5,7 @@ use super::incoming::Ending;
 use super::limits::{self, MAX_INLINE_BACKLOG};
 use super::matching::Pulled;
 use super::{Kind, Machine, Way};
-use crate::channel::plan::Stream;
+use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
 use crate::region::{Hold, RegionUse};
 use crate::status::{bail, err, Error, ErrorKind, Result, StatusCode, UCCL_OK};
@@ -109,7 +109,7 @@ impl Machine {
 
     /// Puts the bytes of a control frame in place. The caller holds the segments' regions.
     fn store_inline(&mut self, segments: Vec<Segment>, mut data: &[u8], channels: &mut Channels) -> Result<()> {
-        let mut stream = Stream::new(segments);
+        let mut stream = Walk::new(segments);
         if stream.remaining() != data.len() as u64 {
             bail!(Protocol, "{} bytes inside a frame for {} bytes of memory", data.len(), stream.remaining());
         }

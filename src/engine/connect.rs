@@ -1,4 +1,4 @@
-//! Connecting to a peer engine, in the caller's thread.
+//! Connecting to a peer engine, in the caller's thread. Knows nothing of what travels on the connection.
 
 use super::attempt::{Attempt, Progress};
 use super::connection::Connection;
