@@ -2,6 +2,8 @@
 //! sockets and clocks, `progress` drives it, `registry` and `notify` are the engine-wide tables. `listener`, `setups`, `outgoing` and what they use bring connections up.
 
 mod accepts;
+#[doc(hidden)]
+pub mod attack;
 mod attempt;
 mod bell;
 mod build;

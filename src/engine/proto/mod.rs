@@ -22,7 +22,7 @@ mod simulation;
 mod transfers;
 
 pub(crate) use limits::MAX_BACKLOG;
-pub(crate) use outgoing::Scheduled;
+pub(crate) use outgoing::{tag, Scheduled};
 pub use transfers::TransferState;
 
 use super::notify::Inbox;
