@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use uccl_p2p::config::Config;
 use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, LocalSegment};
-use victim::{config, port, text_of, until, Outcome, Victim};
+use victim::{config, port, set_environment, text_of, until, Outcome, Victim};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -90,8 +90,11 @@ fn memory_that_runs_out_gives_errors_and_never_wrong_bytes() {
         return;
     }
     const LEN: usize = 40 << 20;
-    const CHUNK: usize = 8 << 20;
     // Staging of 128 MiB a channel: it suffices for none, one, two or three of four.
+    const CHUNK: usize = 8 << 20;
+    set_environment();
+    // SAFETY: the only test of this process, before any engine exists.
+    unsafe { std::env::set_var("NCCL_DYNAMIC_CHUNK_SIZE", CHUNK.to_string()) };
     let config = || Config { num_channels: Some(4), chunk_bytes: CHUNK, vectored: false, ..config() };
     let environment = [("UCCL_TCPX_NUM_CHANNELS", "4"), ("UCCL_TCPX_CHUNK_BYTES", "8M"), ("UCCL_TCPX_VECTORED", "0")];
     let mut victim = start(&environment);
@@ -306,9 +309,10 @@ impl Drop for Hosts {
     }
 }
 
-/// The words that tell on which channel a transfer stood still.
+/// The words that tell which channel is the cause.
 fn names_the_path(error: &str) -> bool {
-    error.contains("has not moved") && error.contains("10.79.1.") && error.contains("eth1")
+    let ends = error.matches("10.79.1.").count();
+    error.contains("channel") && ends >= 2 && error.contains("on eth1")
 }
 
 #[test]
@@ -389,12 +393,27 @@ fn a_reset_of_the_data_channels_is_noticed_at_once() {
             }
             None => assert!(until(LIMIT, || a.ask("status 0").starts_with("error")), "nothing noticed after {LIMIT:?}"),
         }
-        println!("{what}: {} after {:?}", a.ask("status 0"), start.elapsed());
+        let error = a.ask("status 0");
+        println!("{what}: {error} after {:?}", start.elapsed());
+        assert!(names_the_path(&error), "{error}");
         assert!(start.elapsed() < Duration::from_secs(5), "{what}: {:?}", start.elapsed());
         b.signal(libc::SIGCONT);
         assert!(until(LIMIT, || b.ask("status 0").starts_with("error")));
         assert!(a.end(LIMIT) && b.end(LIMIT));
     }
+}
+
+/// Chunks larger than the plugin's messages are no configuration that fails at the first transfer.
+#[test]
+fn chunks_are_never_larger_than_the_plugins_messages() {
+    const LEN: usize = 20 << 20;
+    let config = || Config { num_channels: Some(2), chunk_bytes: 8 << 20, vectored: false, ..config() };
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let (out, _inc) = pair(&a, &b);
+    let (source, target) = (Buffer::new(&a, vec![1; LEN]), Buffer::new(&b, vec![0; LEN]));
+    let id = out.transfer(Direction::Write, std::iter::once((source.local(LEN), target.item(&b)))).unwrap();
+    assert!(out.wait(id, Some(LIMIT)).unwrap().complete);
+    assert!(source.bytes == target.bytes);
 }
 
 #[test]

@@ -293,13 +293,13 @@ fn flood(scene: &mut Scene, what: &str, megabytes: usize, mut step: impl FnMut(&
     let mut most = 0;
     let mut ended = false;
     while start.elapsed() < Duration::from_secs(6) && !ended {
-        for _ in 0..50 {
+        for _ in 0..200 {
             n += 1;
             if !step(&mut scene.liar, n) {
-                ended = true;
                 break;
             }
         }
+        ended = scene.victim.ask("status 0").starts_with("error");
         most = most.max(resident(process).saturating_sub(before) / 1024);
         assert!(most < megabytes * slack(), "{what}: the victim has grown by {most} MB after {n} steps");
     }
@@ -310,9 +310,9 @@ fn flood(scene: &mut Scene, what: &str, megabytes: usize, mut step: impl FnMut(&
 }
 
 /// Says a frame where little waits; whether the connection lives.
-fn say_if_room(liar: &mut Liar, frame: &Frame<'_>) -> bool {
+fn say_if_room(liar: &mut Liar, frame: impl FnOnce() -> Frame<'static>) -> bool {
     match liar.flush() {
-        Ok(waiting) if waiting < 1 << 20 => liar.say(frame).is_ok(),
+        Ok(waiting) if waiting < 1 << 20 => liar.say(&frame()).is_ok(),
         Ok(_) => {
             std::thread::sleep(Duration::from_millis(1));
             true
@@ -327,7 +327,7 @@ fn replies_that_are_not_read_end_the_connection() {
         let mut scene = Scene::new();
         let (_, item) = scene.victim.buffer(1 << 20, BEFORE);
         let ended = flood(&mut scene, &format!("reads of {len} bytes, nothing is read"), 400, |liar, n| {
-            say_if_room(liar, &read_of(n, &item, len))
+            say_if_room(liar, || read_of(n, &item, len))
         });
         assert!(ended, "the victim still answers reads of {len} bytes");
         scene.close();
@@ -341,8 +341,10 @@ fn announcements_without_data_end_the_connection() {
     let segments: Vec<WireSegment> = (0..1 << 18).map(|i| segment(item.addr + i % 1000, 1)).collect();
     let ended = flood(&mut scene, "announcements of 262,144 segments", 1200, |liar, n| {
         let _ = liar.hear(|_| {});
-        let segments = segments.iter().copied().collect();
-        say_if_room(liar, &Frame::Write { id: n, regions: vec![region(&item)], segments, inline: None })
+        say_if_room(liar, || {
+            let segments = segments.iter().copied().collect();
+            Frame::Write { id: n, regions: vec![region(&item)], segments, inline: None }
+        })
     });
     assert!(ended);
     scene.close();
@@ -351,7 +353,7 @@ fn announcements_without_data_end_the_connection() {
     let (_, item) = scene.victim.buffer(1 << 20, BEFORE);
     let ended = flood(&mut scene, "announcements of one segment", 400, |liar, n| {
         let _ = liar.hear(|_| {});
-        say_if_room(liar, &write_of(n, &item, 1000))
+        say_if_room(liar, || write_of(n, &item, 1000))
     });
     assert!(ended);
     scene.close();
@@ -364,11 +366,33 @@ fn notifications_that_nobody_takes_end_the_connection_or_stop() {
     let ended = flood(&mut scene, "empty notifications", 700, |liar, _| {
         full += 1;
         let _ = if full % 100 == 0 { liar.hear(|_| {}) } else { Ok(0) };
-        say_if_room(liar, &Frame::Notify { name: b"", message: b"" })
+        say_if_room(liar, || Frame::Notify { name: b"", message: b"" })
     });
     println!("ended: {ended}");
     let taken = scene.victim.number("drain");
     assert!(taken > 0);
+    scene.close();
+}
+
+#[test]
+fn notifications_to_a_peer_that_pings_and_does_not_read_end() {
+    let mut scene = Scene::new();
+    let start = Instant::now();
+    let victim = &mut scene.victim;
+    let liar = &mut scene.liar;
+    let refused = std::thread::scope(|s| {
+        let asks = s.spawn(move || (0..200).map(|_| victim.ask("notify 0 8000000")).find(|answer| answer.starts_with("error")));
+        while !asks.is_finished() {
+            let _ = liar.say(&Frame::Ping { received: 0 });
+            std::thread::sleep(Duration::from_millis(100));
+            assert!(start.elapsed() < LIMIT, "a notification never ends");
+        }
+        asks.join().unwrap()
+    });
+    let grown = resident(scene.victim.id()) / 1024;
+    assert!(refused.is_some(), "1.6 GB of notifications were taken");
+    assert!(grown < 700 * slack(), "{grown} MB");
+    println!("{refused:?} after {:?}; {grown} MB", start.elapsed());
     scene.close();
 }
 
@@ -380,8 +404,8 @@ fn refusals_are_cheap_and_quiet() {
     let mut refused = 0u64;
     flood(&mut scene, "reads with a wrong token", 100, |liar, n| {
         let heard = liar.hear(|frame| refused += u64::from(matches!(frame, Frame::Done { .. })));
-        let segments = std::iter::once(segment(item.addr, 100)).collect();
-        heard.is_ok() && say_if_room(liar, &Frame::Read { id: n, regions: vec![wrong], segments })
+        let segments = || std::iter::once(segment(item.addr, 100)).collect();
+        heard.is_ok() && say_if_room(liar, || Frame::Read { id: n, regions: vec![wrong], segments: segments() })
     });
     assert!(refused > 100, "{refused} refusals");
     let log = scene.victim.log_len();

@@ -80,10 +80,17 @@ impl Site {
         }))
     }
 
+    /// Largest chunk that every plugin carries as one message.
+    fn chunk_bytes(&self) -> usize {
+        let device_memory = self.config.emulate_device || crate::gpu::available();
+        let limits = self.plugins.all().map(|plugin| plugin.max_message(&self.config, device_memory));
+        limits.fold(self.config.chunk_bytes, usize::min)
+    }
+
     fn hello(&self, wanted_gpu: &str) -> Result<Hello> {
         Ok(Hello {
             channels: self.channels()? as u16,
-            chunk_bytes: self.config.chunk_bytes as u32,
+            chunk_bytes: self.chunk_bytes() as u32,
             gpu_index: self.gpus.index(),
             peer_timeout_ms: Hello::peer_timeout_ms(self.config.peer_timeout),
             plugin: self.plugins.device.wire_name().to_owned(),

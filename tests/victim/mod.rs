@@ -18,10 +18,8 @@ pub fn set_environment() {
     ONCE.call_once(|| {
         let nic = std::env::var(NIC).unwrap_or_else(|_| "lo".to_owned());
         for name in ["NCCL_SOCKET_IFNAME", "NCCL_GPUDIRECTTCPX_SOCKET_IFNAME"] {
-            if std::env::var(name).is_err() {
-                // SAFETY: before any engine exists; tests wait for this Once.
-                unsafe { std::env::set_var(name, &nic) };
-            }
+            // SAFETY: before any engine exists; tests wait for this Once.
+            unsafe { std::env::set_var(name, &nic) };
         }
     });
 }
@@ -222,7 +220,8 @@ struct Buffer {
 
 struct Inside {
     engine: Arc<Engine>,
-    connections: Arc<Mutex<Vec<Arc<Connection>>>>,
+    /// None once it was closed.
+    connections: Arc<Mutex<Vec<Option<Arc<Connection>>>>>,
     buffers: Vec<Buffer>,
 }
 
@@ -251,13 +250,13 @@ impl Inside {
         let (engine, connections) = (self.engine.clone(), self.connections.clone());
         std::thread::spawn(move || {
             while let Ok(connection) = engine.accept() {
-                connections.lock().unwrap().push(connection);
+                connections.lock().unwrap().push(Some(connection));
             }
         });
     }
 
     fn connection(&self, n: usize) -> Arc<Connection> {
-        self.connections.lock().unwrap()[n].clone()
+        self.connections.lock().unwrap()[n].clone().expect("a connection that was not closed")
     }
 
     fn whole(&self, n: usize, len: usize) -> LocalSegment {
@@ -275,7 +274,7 @@ impl Inside {
             "connect" => {
                 let connection = self.engine.connect(words[1], "", n(2) as u16)?;
                 let mut all = self.connections.lock().unwrap();
-                all.push(connection);
+                all.push(Some(connection));
                 (all.len() - 1).to_string()
             }
             "connections" => self.connections.lock().unwrap().len().to_string(),
@@ -300,7 +299,7 @@ impl Inside {
             },
             "status" => self.connection(n(1)).status().map_or_else(|e| format!("error {e}"), |()| "up".to_owned()),
             "close" => {
-                self.connection(n(1)).close();
+                drop(self.connections.lock().unwrap()[n(1)].take());
                 "closed".to_owned()
             }
             "notify" => {
