@@ -2,7 +2,8 @@
 #![allow(dead_code)] // each test target uses its part
 
 use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{channel, Receiver};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use uccl_p2p::config::{Config, PluginChoice};
@@ -74,10 +75,13 @@ pub fn descriptors(process: u32) -> usize {
 pub struct Victim {
     child: Child,
     input: ChildStdin,
-    output: BufReader<ChildStdout>,
+    answers: Receiver<String>,
     pub port: u16,
     log: std::path::PathBuf,
 }
+
+/// How long a process may take to answer.
+const ANSWER: Duration = Duration::from_secs(120);
 
 /// What a transfer came to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,7 +110,15 @@ impl Victim {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(std::fs::File::create(&log).unwrap());
         let mut child = command.spawn().unwrap();
         let (input, output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
-        let mut victim = Victim { child, input, output, port: 0, log };
+        let (answer, answers) = channel();
+        std::thread::spawn(move || {
+            for line in output.lines().map_while(Result::ok) {
+                if let Some((_, text)) = line.split_once("= ") {
+                    let _ = answer.send(text.trim().to_owned());
+                }
+            }
+        });
+        let mut victim = Victim { child, input, answers, port: 0, log };
         victim.port = victim.answer().parse().unwrap();
         victim
     }
@@ -117,14 +129,9 @@ impl Victim {
 
     /// The next line that has "= ".
     fn answer(&mut self) -> String {
-        loop {
-            let mut line = String::new();
-            if self.output.read_line(&mut line).unwrap_or(0) == 0 {
-                panic!("the victim ended, {:?}: {}", self.child.wait(), self.log());
-            }
-            if let Some((_, answer)) = line.split_once("= ") {
-                return answer.trim().to_owned();
-            }
+        match self.answers.recv_timeout(ANSWER) {
+            Ok(answer) => answer,
+            Err(e) => panic!("the victim does not answer ({e}), {:?}: {}", self.child.try_wait(), self.log()),
         }
     }
 
@@ -325,6 +332,15 @@ impl Inside {
             // How many buffers have changed since they were given back.
             "changed" => {
                 self.buffers.iter().filter(|b| b.bytes.is_some() && b.last.is_some() && b.bytes != b.last).count().to_string()
+            }
+            // The same, and nothing is kept of them.
+            "forget" => {
+                let given_back = |b: &Buffer| b.bytes.is_some() && b.last.is_some();
+                let changed = self.buffers.iter().filter(|b| given_back(b) && b.bytes != b.last).count();
+                for buffer in self.buffers.iter_mut().filter(|b| given_back(b)) {
+                    (buffer.bytes, buffer.last) = (None, None);
+                }
+                changed.to_string()
             }
             other => panic!("{other}"),
         })
