@@ -105,6 +105,9 @@ fn memory_that_runs_out_gives_errors_and_never_wrong_bytes() {
         let (target, item) = victim.buffer(LEN, 0);
         let mut source = Buffer::new(&engine, vec![0; LEN]);
         let out = engine.connect("127.0.0.1", "", victim.port).unwrap();
+        // All threads are there by then.
+        let id = out.transfer(Direction::Write, std::iter::once((source.local(100), item))).unwrap();
+        assert!(out.wait(id, Some(LIMIT)).unwrap().complete);
         limit_address_space(enough_for * 16 * CHUNK as u64 + (64 << 20));
         for fill in 1..=5u8 {
             source.bytes.fill(fill);
@@ -403,6 +406,9 @@ fn a_reset_of_the_data_channels_is_noticed_at_once() {
         assert!(start.elapsed() < Duration::from_secs(5), "{what}: {:?}", start.elapsed());
         b.signal(libc::SIGCONT);
         assert!(until(LIMIT, || b.ask("status 0").starts_with("error")));
+        // Neither side reads no more than that the other one is gone.
+        let error = b.ask("status 0");
+        assert!(names_the_path(&error), "{error}");
         assert!(a.end(LIMIT) && b.end(LIMIT));
     }
 }
