@@ -31,6 +31,9 @@ mod site;
 mod spare;
 mod transfer;
 
+#[cfg(fuzzing)]
+pub(crate) use proto::attacked;
+
 pub use connection::Connection;
 pub use fifo::FifoItem;
 pub use notify::{next_notification_of_process, Notification};
