@@ -367,7 +367,10 @@ mod tests {
     #[test]
     fn without_a_copier_only_host_memory_travels_inside_frames() {
         let mut channels = Channels::new(Vec::new(), None);
-        assert_eq!((channels.inline_bytes(false), channels.inline_bytes(true), channels.copies_pending()), (usize::MAX, 0, false));
+        assert_eq!(
+            (channels.inline_bytes(false), channels.inline_bytes(true), channels.copies_pending()),
+            (usize::MAX, 0, false)
+        );
         let mut memory = *b"0123456789";
         let part = |at: usize, len| crate::types::Part { addr: memory.as_ptr() as u64 + at as u64, len, region: 0 };
         let parts = vec![part(2, 3), part(7, 1)];

@@ -238,9 +238,17 @@ impl Attempt {
     /// # Errors
     /// `Canceled` when the engine ends, `Resource`.
     pub(crate) fn finish(self, site: &Site) -> Result<Arc<Connection>> {
+        build::connection(site, self.parts()?)
+    }
+
+    /// What a connection is built of.
+    ///
+    /// # Errors
+    /// `Internal` before the end.
+    pub(crate) fn parts(self) -> Result<Up> {
         let (Channels::Up(sets), Some((agreed, sealed))) = (self.channels, self.setup.link.finish()) else {
             return Err(err!(Internal, "finished before its end"));
         };
-        build::connection(site, Up { sock: self.sock, address: self.address, agreed, sealed, sets })
+        Ok(Up { sock: self.sock, address: self.address, agreed, sealed, sets })
     }
 }

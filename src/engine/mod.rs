@@ -9,6 +9,8 @@
 //!   `site`, `limits` and `ending` are what all set-ups share.
 
 mod accepts;
+#[doc(hidden)]
+pub mod attack;
 mod attempt;
 mod bell;
 mod build;
@@ -35,6 +37,9 @@ mod setups;
 mod site;
 mod spare;
 mod transfer;
+
+#[cfg(fuzzing)]
+pub(crate) use proto::attacked;
 
 pub use connection::Connection;
 pub use fifo::FifoItem;

@@ -70,11 +70,6 @@ impl Site {
         channel_count(plugin, self.config.num_channels, nics.len().max(1))
     }
 
-    /// Largest chunk of this side: as configured, within what its plugins carry.
-    fn chunk_bytes(&self) -> usize {
-        self.plugins.all().fold(self.config.chunk_bytes, |chunk, plugin| chunk.min(plugin.max_message(&self.config)))
-    }
-
     /// This side's part of the wire for a new set-up. `wanted_gpu`: of a connecting side.
     pub(crate) fn link(&self, wanted_gpu: Option<&str>) -> Result<SealedLink> {
         let (own, keys) = (&self.identity.own, self.identity.keys.current());
@@ -83,6 +78,13 @@ impl Site {
             Some(_) => Handshake::connecting(own, hello, keys)?,
             None => Handshake::listening(own, hello, keys)?,
         }))
+    }
+
+    /// Largest chunk that every plugin carries as one message.
+    fn chunk_bytes(&self) -> usize {
+        let device_memory = self.config.emulate_device || crate::gpu::available();
+        let limits = self.plugins.all().map(|plugin| plugin.max_message(&self.config, device_memory));
+        limits.fold(self.config.chunk_bytes, usize::min)
     }
 
     fn hello(&self, wanted_gpu: &str) -> Result<Hello> {

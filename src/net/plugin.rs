@@ -159,13 +159,13 @@ impl Plugin {
         })
     }
 
-    /// Largest message that its comms carry.
-    pub(crate) fn max_message(&self, config: &Config) -> usize {
+    /// Largest message that its comms carry. Host memory alone over the vectored extension has no limit of its own.
+    pub(crate) fn max_message(&self, config: &Config, device_memory: bool) -> usize {
         let limit = config.plugin_limit.unwrap_or(DEFAULT_LIMIT);
-        if self.traits.small_messages {
-            limit.min(FOREIGN_CHUNK)
-        } else {
-            limit
+        match (self.traits.small_messages, self.traits.vectored && config.vectored && !device_memory) {
+            (true, _) => limit.min(FOREIGN_CHUNK),
+            (false, true) => usize::MAX,
+            (false, false) => limit,
         }
     }
 
