@@ -74,6 +74,8 @@ impl ListenComm {
             up(&counters().accepts_begun, None, 1);
             let (listener, dead) = (self.listener.clone(), settings().devices[self.dev].dead);
             std::thread::spawn(move || {
+                // These threads write to sockets too, with the signal mask of the caller that made them.
+                crate::comm::raise_sigpipe();
                 std::thread::sleep(settings().accept_time);
                 if !dead {
                     let result = gather(&listener);
@@ -139,6 +141,7 @@ pub(crate) fn connect(dev: usize, handle: &mut Handle) -> Result<Option<Sockets>
         connects.insert(key, Connect { outcome: outcome.clone(), buffer });
         let (from, dead) = settings().devices.get(dev).map_or((Ipv4Addr::LOCALHOST, true), |d| (d.address, d.dead));
         std::thread::spawn(move || {
+            crate::comm::raise_sigpipe();
             std::thread::sleep(settings().connect_time);
             if !dead {
                 let result = dial(from, target);

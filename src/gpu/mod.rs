@@ -8,7 +8,7 @@ mod layout;
 mod lent;
 mod plan;
 
-pub(crate) use cuda_driver::{available, current_name, GpuName, MappedPtr, MemoryKind};
+pub(crate) use cuda_driver::{available, current_name, gpu_name, GpuName, MappedPtr, MemoryKind};
 pub(crate) use device::Gpu;
 pub(crate) use job::{Job, Segment};
 pub(crate) use launcher::{CopyLauncher, Ticket, INLINE_PIECES, PIECES_PER_JOB};

@@ -56,14 +56,14 @@ unsafe impl Send for RawComm {}
 impl RawComm {
     /// A comm that moves data.
     fn open(plugin: &Arc<Plugin>, comm: *mut c_void, kind: CommKind, dev: usize, gpu: &Scope) -> RawComm {
-        plugin.registrations.opened(plugin, dev, comm, gpu);
+        plugin.registrations().opened(plugin, dev, comm, gpu);
         RawComm { plugin: plugin.clone(), comm, kind, dev, gpu: gpu.clone() }
     }
 }
 
 impl Drop for RawComm {
     fn drop(&mut self) {
-        self.plugin.registrations.closing(&self.plugin, self.dev, self.comm);
+        self.plugin.registrations().closing(&self.plugin, self.dev, self.comm);
         let closed = within(&self.gpu, || {
             // SAFETY: live until here, and dropped once.
             unsafe { self.plugin.close(self.kind, self.comm) };
@@ -233,7 +233,7 @@ impl RawComm {
     unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int) -> Result<Registration> {
         let at = (self.dev, self.comm);
         // SAFETY: by the caller's contract; the comm is open.
-        within(&self.gpu, || unsafe { self.plugin.registrations.acquire(&self.plugin, at, data as usize, len, kind) })
+        within(&self.gpu, || unsafe { self.plugin.registrations().acquire(&self.plugin, at, data as usize, len, kind) })
     }
 
     fn progress_bytes(&self) -> Result<Option<u64>> {
