@@ -89,6 +89,16 @@ fn memory_of_two_gpus_of_a_process_takes_comms_of_its_own_gpu() {
 }
 
 #[test]
+fn a_peer_that_dies_in_the_middle_leaves_nothing_behind() {
+    for gpus in ["1", "2"] {
+        run(
+            "peer_dies",
+            &[("UCCL_TCPX_NUM_CHANNELS", "4"), ("UCCL_TCPX_EMULATE_DEVICES", gpus), ("UCCL_TCPX_TRANSFER_TIMEOUT_MS", "3000")],
+        );
+    }
+}
+
+#[test]
 fn gpus_that_came_too_late_take_the_software_plugins_channels() {
     let log = run("late_gpu", &[("UCCL_TCPX_EMULATE_DEVICES", "2"), ("UCCL_TCPX_NUM_CHANNELS", "2")]);
     assert!(!connected(&log).contains("GPU 1"), "{log}");
@@ -136,6 +146,8 @@ fn child() {
         "late_gpu" => two_gpus(1, 1, false),
         "gpu_of_one_side" => two_gpus(2, 1, false),
         "peer_on_eth2" => peer_on_eth2(),
+        "peer_dies" => peer_dies(),
+        "peer_that_dies" => peer_that_dies(),
         other => panic!("no case {other}"),
     }
 }
@@ -163,6 +175,64 @@ fn no_nic_in_common() {
     assert!(peer.wait().expect("peer").success());
 }
 
+/// A peer is killed while it sends and receives. All transfers end with an error; comms, pages, registrations and descriptors go.
+fn peer_dies() {
+    let b = engine();
+    let len = 64 << 20;
+    let mut memory = vec![1u8; len];
+    let mr = b.register(memory.as_mut_ptr() as usize, len).expect("register");
+    for _ in 0..3 {
+        let mut peer = Command::new(std::env::current_exe().expect("this program"));
+        peer.args(["--exact", "child", "--nocapture", "--test-threads=1"]).env(CASE, "peer_that_dies");
+        let mut peer = peer.env_remove("STRICT_FOREIGN_COUNTERS").env("PEER", b.metadata()).spawn().expect("peer");
+        let connection = b.accept().expect("accept");
+        let half = len / 2;
+        let (out, inc) = (memory.as_ptr() as usize, memory.as_ptr() as usize + half);
+        let ids: Vec<u64> = (0..20)
+            .flat_map(|_| {
+                let send = connection.send(std::iter::once(LocalSegment { mr, addr: out, len: half })).expect("send");
+                [send, connection.recv(LocalSegment { mr, addr: inc, len: half }).expect("recv")]
+            })
+            .collect();
+        let before = counter(MESSAGES_IN);
+        let until = Instant::now() + Duration::from_secs(20);
+        while counter(MESSAGES_IN) < before + 40 {
+            assert!(Instant::now() < until, "nothing arrives");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        peer.kill().expect("kill");
+        peer.wait().expect("peer");
+        let failed = ids.iter().filter(|&&id| connection.wait(id, Some(Duration::from_secs(30))).is_err()).count();
+        assert!(failed > 0, "all transfers ended well");
+        drop(connection);
+        settles("comms are closed", COMMS, 0);
+        settles("receive pages are given back", PAGES_OUT, 0);
+    }
+    b.deregister(mr).expect("deregister");
+    // A registration that the last request of a NIC's last comm used waits for the next comm there.
+    assert!(counter(REGISTRATIONS) <= 1, "{} registrations", counter(REGISTRATIONS));
+    let (c, d) = (engine(), engine());
+    drop(pair(&c, &d));
+    settles("registrations are dropped", REGISTRATIONS, 0);
+    settles("descriptors are closed", DESCRIPTORS, 0);
+}
+
+fn peer_that_dies() {
+    let a = engine();
+    let text = std::env::var("PEER").expect("peer");
+    let port = text.rsplit(':').next().and_then(|p| p.split('?').next()).and_then(|p| p.parse().ok()).expect("port");
+    let connection = a.connect("127.0.0.1", "", port).expect("connect");
+    let half = 32 << 20;
+    let mut memory = vec![2u8; 2 * half];
+    let mr = a.register(memory.as_mut_ptr() as usize, 2 * half).expect("register");
+    for _ in 0..20 {
+        let at = memory.as_ptr() as usize;
+        connection.send(std::iter::once(LocalSegment { mr, addr: at, len: half })).expect("send");
+        connection.recv(LocalSegment { mr, addr: at + half, len: half }).expect("recv");
+    }
+    std::thread::sleep(Duration::from_secs(60));
+}
+
 fn peer_on_eth2() {
     let a = engine();
     let text = std::env::var("PEER").expect("peer");
@@ -184,7 +254,7 @@ fn two_gpus(early_here: usize, early_there: usize, all_foreign: bool) {
     let mut far: Vec<Vec<u8>> = (0..2).map(|_| vec![0; len]).collect();
     let mut near_mr: Vec<u64> = Vec::new();
     let mut far_mr: Vec<u64> = Vec::new();
-    let mut register = |engine: &Engine, memory: &mut [Vec<u8>], mrs: &mut Vec<u64>, upto: usize| {
+    let register = |engine: &Engine, memory: &mut [Vec<u8>], mrs: &mut Vec<u64>, upto: usize| {
         while mrs.len() < upto {
             mrs.push(engine.register(memory[mrs.len()].as_mut_ptr() as usize, len).expect("register"));
         }

@@ -515,8 +515,10 @@ fn first_usable<P: std::ops::Deref<Target = Plugin>>(
 fn tell_about_soft(config: &Config) {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        let prefix = std::env::var("NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX").unwrap_or_else(|_| "/run/tcpx".to_owned());
-        let signs = search::signs(Path::new("/"), &prefix);
+        // Where it is by Google's instructions, and by the plugin's default.
+        let prefix = std::env::var("NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX");
+        let managers = prefix.as_deref().map_or(vec!["/run/tcpx", "/tmp"], |prefix| vec![prefix]);
+        let signs = search::signs(Path::new("/"), &managers);
         let missing =
             "GPUDirect-TCPX is not installed (no libnccl-net-tcpx.so in the usual places; UCCL_TCPX_PLUGIN_PATH names it)";
         if !signs.is_empty() {
