@@ -86,6 +86,7 @@ fn start() -> (Handshake, Handshake, bool) {
         plugin: "soft".into(),
         gpu: "-1".into(),
         wanted_gpu: String::new(),
+        further_gpus: Vec::new(),
     };
     let connecting = Handshake::connecting(identity, hello(), keys.clone()).expect("a connecting side");
     (connecting, Handshake::listening(identity, hello(), keys.clone()).expect("a listening side"), true)

@@ -71,7 +71,7 @@ impl Liar {
         let (victim, chunk_bytes) = (up.agreed.peer.engine, up.agreed.terms.chunk_bytes as usize);
         let pair = |pair: crate::net::setup::Pair| Pair { send: pair.send, recv: pair.recv, sink: vec![0; MOST].leak() };
         Ok(Liar {
-            channels: up.sets.into_iter().flatten().map(pair).collect(),
+            channels: up.sets.into_iter().flat_map(|set| set.pairs).map(pair).collect(),
             control: ControlStream::new(up.sock, up.sealed.session, up.sealed.plain, up.sealed.raw)?,
             tx: TxQueue::default(),
             rx: RxBuffer::default(),

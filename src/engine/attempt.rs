@@ -28,7 +28,7 @@ enum Channels {
     None,
     Opened(Opened),
     Raising(Raising),
-    Up(Raised),
+    Up(Vec<Raised>),
 }
 
 /// What a step came to.
@@ -216,8 +216,9 @@ impl Attempt {
     /// `Resource` when the descriptors do not suffice; why a plugin cannot listen.
     pub(crate) fn admit(&mut self, site: &Site) -> Result<()> {
         let Some(agreed) = self.setup.link.proved() else { return Err(err!(Internal, "admitted before its proof")) };
-        limits::room_for(&site.limits, self.sock.as_fd(), site.cost(&agreed.terms))?;
-        let opened = Opened::open(site, agreed.terms.channels.into()).map_err(|e| limits::explain(e, self.sock.as_fd()))?;
+        let plans = fabric::planned(site, agreed);
+        limits::room_for(&site.limits, self.sock.as_fd(), fabric::cost(&plans))?;
+        let opened = Opened::open(site, plans).map_err(|e| limits::explain(e, self.sock.as_fd()))?;
         self.setup.offer(opened.offers());
         self.channels = Channels::Opened(opened);
         Ok(())

@@ -32,6 +32,7 @@ mod progress;
 mod proto;
 mod registry;
 mod request;
+mod sets;
 mod setup;
 mod setups;
 mod site;
@@ -108,7 +109,7 @@ impl Engine {
     /// `PluginLoad`, `Plugin`, `System` (port taken), `InvalidArgument` (configuration), `Resource`.
     pub fn new(config: Config) -> Result<Arc<Engine>> {
         crate::logging::init();
-        let gpus = gpus::Gpus::new(config.emulate_device);
+        let gpus = gpus::Gpus::new(config.emulate_device.then_some(config.emulate_devices));
         let device = Plugin::choose(&config, &|| gpus.own())?;
         if device.devices.is_empty() {
             bail!(Plugin, "plugin {} found no network device", device.name);

@@ -12,7 +12,7 @@ use crate::net::plugin::Plugin;
 use crate::net::setup::{channel_count, nics_for};
 use crate::status::{bail, Result};
 use crate::wire::handshake::{self, Handshake};
-use crate::wire::hello::{Hello, Terms};
+use crate::wire::hello::Hello;
 use crate::wire::keys::KeyStore;
 use parking_lot::{Condvar, Mutex};
 use std::sync::Arc;
@@ -66,7 +66,7 @@ impl Site {
     /// Channels of each set that this side asks for.
     fn channels(&self) -> usize {
         let plugin = &self.plugins.device;
-        let nics = nics_for(plugin, &plugin.devices, self.gpus.pci_path().as_deref());
+        let nics = nics_for(plugin, &plugin.devices, self.gpus.pci_path(None).as_deref());
         channel_count(plugin, self.config.num_channels, nics.len().max(1))
     }
 
@@ -82,9 +82,7 @@ impl Site {
 
     /// Largest chunk that every plugin carries as one message.
     fn chunk_bytes(&self) -> usize {
-        let device_memory = self.config.emulate_device || crate::gpu::available();
-        let limits = self.plugins.all().map(|plugin| plugin.max_message(&self.config, device_memory));
-        limits.fold(self.config.chunk_bytes, usize::min)
+        self.plugins.all().fold(self.config.chunk_bytes, |chunk, plugin| chunk.min(plugin.max_message()))
     }
 
     fn hello(&self, wanted_gpu: &str) -> Result<Hello> {
@@ -96,12 +94,8 @@ impl Site {
             plugin: self.plugins.device.wire_name().to_owned(),
             gpu: self.gpus.name(),
             wanted_gpu: wanted_gpu.to_owned(),
+            further_gpus: self.gpus.further(),
         })
-    }
-
-    /// Descriptors that a set-up with these terms opens: two directions and a listening socket each.
-    pub(crate) fn cost(&self, terms: &Terms) -> usize {
-        self.plugins.all().count() * usize::from(terms.channels) * 3
     }
 }
 

@@ -87,19 +87,20 @@ pub(super) struct Finishing {
 
 /// One channel.
 pub(crate) struct Channel {
-    // Field order is drop order: the comms close first, and with them the last access to everything below.
+    // Field order is drop order: each comm closes before what its requests may use, and the receive comm last, through which the
+    // registrations of sends are dropped.
     pub(super) send: SendComm,
-    pub(super) recv: RecvComm,
+    pub(super) host_out: Option<Staging>,
+    pub(super) device_out: HashMap<Place, Staging>,
     pub(super) outgoing: VecDeque<Leaving>,
     pub(super) to_post: VecDeque<ToPost>,
     pub(super) queued: u64,
     pub(super) rate: Rate,
+    pub(super) recv: RecvComm,
     pub(super) expected: VecDeque<Arrival>,
     pub(super) posted: VecDeque<Posted>,
     pub(super) finishing: VecDeque<Finishing>,
     pub(super) view: Option<View>,
-    pub(super) host_out: Option<Staging>,
-    pub(super) device_out: HashMap<Place, Staging>,
     pub(super) host_in: Option<Staging>,
     pub(super) device_in: Option<(Registration, Box<dyn StagingMemory>)>,
     pub(super) discard: Option<HostBlock>,
