@@ -184,6 +184,17 @@ mod tests {
         }
     }
 
+    /// A peer chooses the lengths: what it announces must not cost more memory than it has parts.
+    #[test]
+    fn a_chunk_takes_memory_for_its_own_parts_only() {
+        let segment = |addr, len| Segment { addr, len, region: 0, place: Place::HOST, peer: Place::HOST };
+        let pair = |i: u64| [segment(i << 21, 1), segment((i << 21) + 4096, (512 << 10) - 1)];
+        let mut stream = Stream::new((0..100_000).flat_map(pair).collect());
+        let chunks: Vec<Chunk> = (0..1000).map(|_| stream.take_exact(512 << 10).unwrap()).collect();
+        let room: usize = chunks.iter().map(|c| c.parts.capacity()).sum();
+        assert!(room <= 8 * chunks.len(), "{room} parts");
+    }
+
     #[test]
     fn neighbours_in_memory_become_one_part() {
         let segment = |addr, len| Segment { addr, len, region: 0, place: Place::HOST, peer: Place::HOST };

@@ -137,6 +137,11 @@ impl Deadlines {
         !self.marks.is_empty()
     }
 
+    #[cfg(test)]
+    pub(super) fn has(&self, key: Key) -> bool {
+        self.marks.contains_key(&key)
+    }
+
     /// Drops all marks.
     pub(super) fn clear(&mut self) {
         self.marks.clear();

@@ -75,6 +75,12 @@ impl PeerLoad {
         self.segments = self.segments.saturating_sub(segments);
     }
 
+    /// Transfers and segments.
+    #[cfg(test)]
+    pub(super) fn load(&self) -> (usize, usize) {
+        (self.transfers, self.segments)
+    }
+
     #[cfg(test)]
     pub(super) fn is_idle(&self) -> bool {
         self.transfers == 0 && self.segments == 0

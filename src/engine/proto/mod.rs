@@ -206,6 +206,30 @@ impl Machine {
         empty && matched && !self.deadlines.any() && self.peer.is_idle() && self.transfers.segments() == 0
     }
 
+    /// Whether every account agrees with what is really there, and every stream has a deadline.
+    #[cfg(test)]
+    fn audit(&self) -> std::result::Result<(), String> {
+        if self.dead.is_some() {
+            return Ok(());
+        }
+        let theirs = |keys: Vec<(Key, usize)>| keys.into_iter().filter(|(key, _)| !key.mine).collect::<Vec<_>>();
+        let (incoming, outgoing) = (self.incoming.keys(), self.outgoing.keys());
+        if let Some((key, _)) = incoming.iter().chain(&outgoing).find(|(key, _)| !self.deadlines.has(*key)) {
+            return Err(format!("{key:?} has no deadline"));
+        }
+        let streams: Vec<_> = theirs(incoming).into_iter().chain(theirs(outgoing)).collect();
+        let (transfers, segments) = (self.matching.messages() + streams.len(), streams.iter().map(|(_, n)| n).sum::<usize>());
+        if self.peer.load() != (transfers, segments) {
+            return Err(format!("the peer's account says {:?}, of {:?}", self.peer.load(), (transfers, segments)));
+        }
+        self.incoming.audit()
+    }
+
+    #[cfg(test)]
+    fn answers(&self) -> usize {
+        self.answers
+    }
+
     // ---- starting transfers ----
 
     /// Whether one more transfer of this many segments between these places may start. The only step that can fail and leave the

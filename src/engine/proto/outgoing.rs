@@ -244,6 +244,12 @@ impl Outgoing {
         self.streams.values().any(|out| out.hold.holds(id))
     }
 
+    /// Streams and their segments.
+    #[cfg(test)]
+    pub(super) fn keys(&self) -> Vec<(Key, usize)> {
+        self.streams.iter().map(|(&key, out)| (key, out.segments)).collect()
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.streams.is_empty()
     }

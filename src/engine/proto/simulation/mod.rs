@@ -7,6 +7,7 @@
 mod liar;
 mod net;
 mod pair;
+mod paced;
 mod world;
 
 use std::panic::{catch_unwind, AssertUnwindSafe};

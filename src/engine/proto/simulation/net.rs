@@ -40,6 +40,8 @@ pub(super) struct Wire {
     pub failed: bool,
     taken: u64,
     brought: u64,
+    /// Bytes of the oldest posted message that a paced network has moved already.
+    moved: u64,
 }
 
 /// What the two sides share.
@@ -83,9 +85,32 @@ impl Net {
             // SAFETY: memory of the harness, which outlives the simulation.
             bytes.extend_from_slice(unsafe { std::slice::from_raw_parts(part.addr as *const u8, part.len as usize) });
         }
-        wire.taken += bytes.len() as u64;
+        wire.taken += bytes.len() as u64 - wire.moved;
         wire.sent.push_back((posted.key, bytes.len() as u64));
         wire.flying.push_back(Message { tag: posted.tag, bytes });
+    }
+
+    /// A paced network moves so many bytes of a side's messages, wire by wire in turns; what is whole is delivered.
+    pub(super) fn flow(&mut self, side: usize, mut bytes: u64) {
+        const TURN: u64 = 16 << 10;
+        loop {
+            let before = bytes;
+            for channel in 0..self.wires.len() {
+                self.deliver(channel, side);
+                let wire = &mut self.wires[channel][side];
+                let Some(posted) = wire.posted.front().filter(|_| !wire.stalled && wire.flying.is_empty()) else { continue };
+                let len: u64 = posted.parts.iter().map(|p| p.len).sum();
+                let n = (len - wire.moved).min(bytes).min(TURN);
+                (wire.moved, wire.taken, wire.brought, bytes) = (wire.moved + n, wire.taken + n, wire.brought + n, bytes - n);
+                if wire.moved == len {
+                    self.transmit(channel, side);
+                    self.deliver(channel, side);
+                }
+            }
+            if bytes == before {
+                return;
+            }
+        }
     }
 
     /// The oldest message of a wire reaches the receive that waits for it: memory is written now.
@@ -108,7 +133,7 @@ impl Net {
                 rest = tail;
             }
         }
-        wire.brought += arrival.len as u64;
+        wire.brought += arrival.len as u64 - std::mem::take(&mut wire.moved);
         wire.arrived.push_back((arrival.key, arrival.len as u64));
     }
 }
