@@ -81,7 +81,7 @@ impl Stream {
     fn cut(&mut self, max: u64, max_parts: usize, max_crossed: usize, split_on_peer: bool) -> Option<Chunk> {
         let first = *self.segments.get(self.next)?;
         // Blocks are mostly alike.
-        let alike = (max.div_ceil(first.len) as usize).min(max_parts).min(self.segments.len() - self.next);
+        let alike = (max.div_ceil(first.len) as usize).min(MAX_PARTS).min(self.segments.len() - self.next);
         let mut chunk = Chunk { parts: Vec::with_capacity(alike), len: 0, place: first.place, peer: first.peer };
         let mut left = max;
         let mut crossed = 0;
@@ -105,6 +105,9 @@ impl Stream {
                 self.next += 1;
                 self.taken = 0;
             }
+        }
+        if chunk.parts.capacity() > 2 * chunk.parts.len() {
+            chunk.parts.shrink_to_fit();
         }
         chunk.len = (max - left) as usize;
         self.remaining -= max - left;
