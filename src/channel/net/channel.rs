@@ -52,6 +52,7 @@ const BULK_WINDOW: usize = MAX_REQUESTS / 2;
 pub(super) struct Outgoing {
     pub key: Key,
     pub len: usize,
+    pub bulk: bool,
     pub _hold: Hold,
 }
 
@@ -88,6 +89,8 @@ pub(crate) struct Channel {
     pub(super) outgoing: VecDeque<Outgoing>,
     pub(super) to_post: VecDeque<ToPost>,
     pub(super) queued: u64,
+    /// Chunks of large transfers among the outgoing ones.
+    pub(super) bulk: usize,
     pub(super) rate: Rate,
     pub(super) expected: VecDeque<Arrival>,
     pub(super) posted: VecDeque<Posted>,
@@ -110,6 +113,7 @@ impl Channel {
             outgoing: VecDeque::new(),
             to_post: VecDeque::new(),
             queued: 0,
+            bulk: 0,
             rate: Rate::default(),
             expected: VecDeque::new(),
             posted: VecDeque::new(),
@@ -142,8 +146,10 @@ impl Channel {
     pub(super) fn load(&self, place: Place, bulk: bool, usage: &Usage, now: Instant) -> Load {
         let oldest = self.outgoing.front().map_or(0, |o| o.len as u64);
         let window = if place.is_device() && usage.stage_sends { STAGED_WINDOW } else { MAX_REQUESTS };
-        let window = if bulk { window.min(BULK_WINDOW) } else { window };
-        Load { free: window.saturating_sub(self.outgoing.len()), queued: self.queued, rate: self.rate.get(oldest, now) }
+        let free = window.saturating_sub(self.outgoing.len());
+        // What small ones take does not count against large ones: they would never have a turn.
+        let free = if bulk { free.min(BULK_WINDOW.saturating_sub(self.bulk)) } else { free };
+        Load { free, queued: self.queued, rate: self.rate.get(oldest, now) }
     }
 
     /// The peer announced a chunk on this channel.

@@ -17,7 +17,7 @@ impl Channel {
     /// Takes a chunk for sending. The caller announces it to the peer. There must be a free place ([`Channel::load`]). The departure's
     /// hold keeps the chunk's memory registered, and so mapped, until the chunk is gone or the channel closed.
     pub(super) fn submit(&mut self, departure: Departure, copier: &mut Copier, usage: &Usage, now: Instant) -> Result<()> {
-        let Departure { key, chunk, hold, tag } = departure;
+        let Departure { key, chunk, hold, bulk, tag } = departure;
         let len = chunk.len;
         let source = if chunk.place.is_device() {
             self.device_source(&chunk, &hold, copier, usage)?
@@ -30,7 +30,8 @@ impl Channel {
             unsafe { gather(&chunk.parts, data) };
             Source::Contiguous { data, mhandle, packing: Ticket::Done, place: Place::HOST }
         };
-        self.outgoing.push_back(Outgoing { key, len, _hold: hold });
+        self.outgoing.push_back(Outgoing { key, len, bulk, _hold: hold });
+        self.bulk += usize::from(bulk);
         self.queued += len as u64;
         self.to_post.push_back(ToPost { source, len, tag });
         self.post_sends(copier, now)?;
@@ -117,6 +118,7 @@ impl Channel {
         while self.send.inflight() > 0 && self.send.test_oldest()? {
             let Some(sent) = self.outgoing.pop_front() else { bail!(Internal, "a send without a chunk") };
             done += sent.len as u64;
+            self.bulk -= usize::from(sent.bulk);
             events.push(Event::Sent(sent.key, sent.len as u64));
         }
         if done > 0 {

@@ -24,6 +24,7 @@ pub(super) struct Message {
 struct Posted {
     key: Key,
     tag: i32,
+    bulk: bool,
     parts: Vec<Part>,
     _hold: Hold,
 }
@@ -169,11 +170,13 @@ impl Path for SimulatedPath {
 
     fn loads(&self, _place: Place, bulk: bool, _now: Instant, out: &mut Vec<Load>) {
         let net = self.net.lock();
-        let window = if bulk { WINDOW / 2 } else { WINDOW };
         for channel in self.first..self.first + self.channels {
             let wire = &net.wires[channel][self.side];
             let taken = wire.posted.len() + wire.sent.len();
-            out.push(Load { free: window.saturating_sub(taken), queued: taken as u64, rate: 0.0 });
+            let free = WINDOW.saturating_sub(taken);
+            let large = wire.posted.iter().filter(|p| p.bulk).count();
+            let free = if bulk { free.min((WINDOW / 2).saturating_sub(large)) } else { free };
+            out.push(Load { free, queued: taken as u64, rate: 0.0 });
         }
     }
 
@@ -182,8 +185,8 @@ impl Path for SimulatedPath {
         net.allocate(self.side)?;
         let wire = &mut net.wires[self.first + channel][self.side];
         assert!(wire.posted.len() + wire.sent.len() < WINDOW, "more requests than the window has places");
-        let Departure { key, chunk, hold, tag } = departure;
-        wire.posted.push_back(Posted { key, tag, parts: chunk.parts, _hold: hold });
+        let Departure { key, chunk, hold, bulk, tag } = departure;
+        wire.posted.push_back(Posted { key, tag, bulk, parts: chunk.parts, _hold: hold });
         Ok(())
     }
 
