@@ -7,16 +7,17 @@ use super::connections::Connections;
 use super::registry::Registry;
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// A connection without anything to read for so long is left to the progress thread again, microseconds.
 const RECENT_US: u64 = 1000;
 
-/// Connections that a thread drives while it looks for notifications, and when each last had something.
+/// Connections that a thread drives while it looks for notifications, and when each last had something. Keeps none alive: nobody may ask
+/// again.
 #[derive(Default)]
 struct Recent {
-    list: Vec<(Arc<Connection>, u64)>,
+    list: Vec<(Weak<Connection>, u64)>,
     tokens: Vec<u64>,
 }
 
@@ -91,12 +92,16 @@ impl Home {
         let mut tokens = std::mem::take(&mut recent.tokens);
         self.bell.ready(&mut tokens);
         for &id in tokens.iter().filter(|&&id| id != WAKE) {
-            if recent.list.iter().all(|(connection, _)| connection.id != id) {
-                recent.list.extend(self.connections.get(id).map(|connection| (connection, now)));
+            if let Some(connection) = self.connections.get(id) {
+                let weak = Arc::downgrade(&connection);
+                if recent.list.iter().all(|(known, _)| !known.ptr_eq(&weak)) {
+                    recent.list.push((weak, now));
+                }
             }
         }
         recent.tokens = tokens;
         recent.list.retain_mut(|(connection, last)| {
+            let Some(connection) = connection.upgrade() else { return false };
             if connection.drive_for_application() {
                 *last = now;
             }
