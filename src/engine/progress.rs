@@ -147,6 +147,11 @@ impl<'a> Driving<'a> {
         match (next, self.known.get_mut(&id)) {
             (Some(at), Some(known)) => {
                 active.connection.arm(true);
+                if active.connection.stirs() {
+                    // Work began after the last look, and what happened to it before the arming rang nobody.
+                    self.active.insert(id, active);
+                    return;
+                }
                 if !std::mem::replace(&mut known.timed, true) {
                     self.timers.push(Reverse((at, id)));
                 }
@@ -237,11 +242,17 @@ fn drive(home: &Home, spin: Duration) {
             Step::Sleep(limit) => {
                 driving.arm(true);
                 // What happened before the arming rang nobody.
-                if driving.round(true).any || home.has_asked() {
+                let again = driving.round(true);
+                if again.any || home.has_asked() {
                     driving.arm(false);
                     last_activity = Instant::now();
                     continue;
                 }
+                // Who drives may have changed since.
+                let limit = match step(&again, Duration::MAX, spin, home.few_cores) {
+                    Step::Sleep(now) => limit.min(now),
+                    _ => Duration::ZERO,
+                };
                 home.bell.wait(limit.min(driving.until_timer(Instant::now())), &mut tokens);
                 if driving.notice(&tokens, true) {
                     last_activity = Instant::now();
