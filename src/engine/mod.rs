@@ -46,6 +46,9 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+/// How long a deregistration waits for what holds a region although its connections are closed.
+const STUBBORN: Duration = Duration::from_secs(1);
+
 /// A network interface that a plugin offers.
 #[derive(Clone, Debug)]
 pub struct NicInfo {
@@ -214,19 +217,26 @@ impl Engine {
     /// Ends a registration. Waits for transfers that use it; what has not ended by the close deadline is failed with its connection.
     ///
     /// # Errors
-    /// `NotFound`.
+    /// `NotFound`; `Resource` where even that does not end its use: the memory must stay as it is.
     pub fn deregister(&self, mr: u64) -> Result<()> {
         self.parts.check("engine")?;
         let retired = self.parts.site.home.registry.retire(mr)?;
         let deadline = Instant::now() + self.parts.site.config.close_timeout;
         let mut pause = Duration::from_micros(20);
         while retired.in_use() {
-            if Instant::now() >= deadline {
-                // Closing the channels is the only way to be sure that nothing touches the memory any more.
+            let now = Instant::now();
+            if now >= deadline + STUBBORN {
+                bail!(
+                    Resource,
+                    "region {mr} is still in use after its connections were closed: a device does not end its copies"
+                );
+            }
+            if now >= deadline {
+                // Closing the channels is the only way to be sure that nothing touches the memory any more. A request that another
+                // thread is about to start may come after the first look.
                 for connection in self.parts.site.home.connections.all() {
                     connection.fail_if_using(mr, err!(Canceled, "region {mr} was deregistered while transfers used it"));
                 }
-                break;
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(1));
