@@ -6,8 +6,8 @@
 
 mod liar;
 mod net;
-mod pair;
 mod paced;
+mod pair;
 mod world;
 
 use std::panic::{catch_unwind, AssertUnwindSafe};

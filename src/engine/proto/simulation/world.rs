@@ -206,6 +206,11 @@ impl Side {
         Ok(())
     }
 
+    /// Bytes of its control stream that are not with the peer.
+    pub(super) fn unheard(&self) -> usize {
+        self.machine.tx.pending() + self.leaving.len() + self.out.len()
+    }
+
     /// The socket takes of what is queued as much as it has room for.
     pub(super) fn flush(&mut self, now: Instant) {
         if self.machine.tx.pending() + self.leaving.len() == 0 {
