@@ -307,7 +307,7 @@ mod tests {
 
     fn departure(len: usize) -> Departure {
         let chunk = Chunk { parts: Vec::new(), len, place: Place::HOST, peer: Place::HOST };
-        Departure { key: KEY, chunk, hold: Hold::new(Vec::new()), tag: 0 }
+        Departure { key: KEY, chunk, hold: Hold::new(Vec::new()), bulk: false, tag: 0 }
     }
 
     fn arrival(place: Place) -> Arrival {

@@ -440,6 +440,12 @@ impl Connection {
         }
     }
 
+    /// Whether something is under way, or waits to leave.
+    pub(crate) fn stirs(&self) -> bool {
+        let core = self.core.lock();
+        core.machine.dead().is_none() && (core.machine.busy() || core.channels.busy() || core.backlog() > 0)
+    }
+
     /// A channel rang and nothing moved: it may have failed.
     pub(crate) fn look_for_failure(&self) {
         let mut core = self.core.lock();

@@ -6,7 +6,7 @@ use super::connections::Connections;
 use super::registry::Registry;
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// A connection without anything to read for so long is left to the progress thread again, microseconds.
@@ -19,10 +19,10 @@ pub(crate) trait Driven {
     fn drive_for_application(&self) -> bool;
 }
 
-/// A connection that a thread drives while it looks for notifications.
+/// A connection that a thread drives while it looks for notifications. Not kept alive: nobody may ask again.
 struct Recent<T> {
     id: u64,
-    connection: Arc<T>,
+    connection: Weak<T>,
     /// When it last had something.
     last: u64,
 }
@@ -105,11 +105,13 @@ impl<T: Driven> Home<T> {
         self.bell.ready(tokens);
         for &id in tokens.iter().filter(|&&id| id != WAKE) {
             if list.iter().all(|recent| recent.id != id) {
-                list.extend(self.connections.get(id).map(|connection| Recent { id, connection, last: now }));
+                let connection = self.connections.get(id).map(|connection| Arc::downgrade(&connection));
+                list.extend(connection.map(|connection| Recent { id, connection, last: now }));
             }
         }
         list.retain_mut(|recent| {
-            if recent.connection.drive_for_application() {
+            let Some(connection) = recent.connection.upgrade() else { return false };
+            if connection.drive_for_application() {
                 recent.last = now;
             }
             now.saturating_sub(recent.last) < RECENT_US

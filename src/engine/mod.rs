@@ -59,6 +59,9 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+/// How long a deregistration waits for what holds a region although its connections are closed.
+const STUBBORN: Duration = Duration::from_secs(1);
+
 /// A network interface that a plugin offers.
 #[derive(Clone, Debug)]
 pub struct NicInfo {
@@ -227,22 +230,30 @@ impl Engine {
     /// Ends a registration. Waits for transfers that use it; what has not ended by the close deadline is failed with its connection.
     ///
     /// # Errors
-    /// `NotFound`; `TimedOut` when a GPU still copies from or to the region although its connections are closed: the memory must not be
-    /// freed.
+    /// `NotFound`; `Resource` where even that does not end its use: the memory must stay as it is.
     pub fn deregister(&self, mr: u64) -> Result<()> {
         self.parts.check("engine")?;
         let home = &self.parts.site.home;
         let retired = home.registry.retire(mr)?;
-        let patience = self.parts.site.config.close_timeout;
-        if !unused(&retired, Instant::now() + patience) {
-            // Closing the channels is the only way to be sure that nothing touches the memory any more.
-            for connection in home.connections.all() {
-                connection.fail_if_using(mr, err!(Canceled, "region {mr} was deregistered while transfers used it"));
+        let deadline = Instant::now() + self.parts.site.config.close_timeout;
+        let mut pause = Duration::from_micros(20);
+        while retired.in_use() {
+            let now = Instant::now();
+            if now >= deadline + STUBBORN {
+                bail!(
+                    Resource,
+                    "region {mr} is still in use after its connections were closed: a device does not end its copies"
+                );
             }
-            // A transfer that was being started found its connection closed by now.
-            if !unused(&retired, Instant::now() + patience) {
-                bail!(TimedOut, "region {mr} is still in use {patience:?} after its connections were closed");
+            if now >= deadline {
+                // Closing the channels is the only way to be sure that nothing touches the memory any more. A request that another
+                // thread is about to start may come after the first look.
+                for connection in home.connections.all() {
+                    connection.fail_if_using(mr, err!(Canceled, "region {mr} was deregistered while transfers used it"));
+                }
             }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(1));
         }
         if retired.is_registered() {
             for connection in home.connections.all() {
@@ -337,19 +348,6 @@ fn announce(metadata: &str, plugins: &Plugins, gpus: &gpus::Gpus) {
     let nics: Vec<String> = plugin.devices.iter().map(|d| format!("{} ({} Mbit/s)", d.name, d.speed_mbps)).collect();
     let origin = plugin.path.as_ref().map_or("built in".to_owned(), |p| p.display().to_string());
     log::info!("engine {metadata}: plugin {} ({origin}), NICs {}, GPU {}", plugin.name, nics.join(", "), gpus.name());
-}
-
-/// Waits until nothing uses a region any more; whether that came in time.
-fn unused(retired: &registry::Retired, deadline: Instant) -> bool {
-    let mut pause = Duration::from_micros(20);
-    while retired.in_use() {
-        if Instant::now() >= deadline {
-            return false;
-        }
-        std::thread::sleep(pause);
-        pause = (pause * 2).min(Duration::from_millis(1));
-    }
-    true
 }
 
 fn join(thread: Option<JoinHandle<()>>) {

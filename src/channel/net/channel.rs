@@ -57,6 +57,7 @@ const BULK_WINDOW: usize = MAX_REQUESTS / 2;
 pub(super) struct Leaving {
     pub key: Key,
     pub len: usize,
+    pub bulk: bool,
     pub _hold: Hold,
 }
 
@@ -95,6 +96,8 @@ pub(crate) struct Channel {
     pub(super) outgoing: VecDeque<Leaving>,
     pub(super) to_post: VecDeque<ToPost>,
     pub(super) queued: u64,
+    /// Chunks of large transfers among the outgoing ones.
+    pub(super) bulk: usize,
     pub(super) rate: Rate,
     pub(super) recv: RecvComm,
     pub(super) expected: VecDeque<Arrival>,
@@ -116,6 +119,7 @@ impl Channel {
             outgoing: VecDeque::new(),
             to_post: VecDeque::new(),
             queued: 0,
+            bulk: 0,
             rate: Rate::default(),
             expected: VecDeque::new(),
             posted: VecDeque::new(),
@@ -148,8 +152,10 @@ impl Channel {
     pub(super) fn load(&self, place: Place, bulk: bool, usage: &Usage, now: Instant) -> Load {
         let oldest = self.outgoing.front().map_or(0, |o| o.len as u64);
         let window = if place.is_device() && usage.stage_sends { STAGED_WINDOW } else { MAX_REQUESTS };
-        let window = if bulk { window.min(BULK_WINDOW) } else { window };
-        Load { free: window.saturating_sub(self.outgoing.len()), queued: self.queued, rate: self.rate.get(oldest, now) }
+        let free = window.saturating_sub(self.outgoing.len());
+        // What small ones take does not count against large ones: they would never have a turn.
+        let free = if bulk { free.min(BULK_WINDOW.saturating_sub(self.bulk)) } else { free };
+        Load { free, queued: self.queued, rate: self.rate.get(oldest, now) }
     }
 
     /// The peer announced a chunk on this channel.

@@ -19,7 +19,15 @@ const MAX_MESSAGE: u64 = 1 << 50;
 impl Machine {
     /// Takes a frame of the peer. An error means that the connection must end.
     pub(crate) fn handle(&mut self, frame: Frame<'_>, channels: &mut Channels, now: Instant) -> Result<()> {
-        let before = self.tx.pending();
+        self.tx.answering(true);
+        let handled = self.take_frame(frame, channels, now);
+        self.tx.answering(false);
+        self.attend(now);
+        handled?;
+        limits::answers(self.tx.answers())
+    }
+
+    fn take_frame(&mut self, frame: Frame<'_>, channels: &mut Channels, now: Instant) -> Result<()> {
         match frame {
             Frame::Write { id, regions, segments, inline } => self.on_write(id, &regions, &segments, inline, channels, now),
             Frame::Read { id, regions, segments } => self.on_read(id, &regions, &segments, channels, now),
@@ -33,12 +41,7 @@ impl Machine {
             Frame::Notify { name, message } => self.setting.inbox.push(name, message),
             Frame::Ping { received } => self.on_ping(received, channels, now),
             Frame::Bye { status, text } => Err(farewell(status, text)),
-        }?;
-        self.answers += self.tx.pending().saturating_sub(before);
-        if self.tx.pending() < self.answers {
-            self.answers = self.tx.pending();
         }
-        limits::answers(self.answers)
     }
 
     /// Resolves a peer's segments to memory of this side; every one is checked before anything moves.
@@ -280,8 +283,8 @@ impl Machine {
 
     /// The peer gave up a message. It is answered like any other; a receive that it was matched with fails.
     fn on_withdraw(&mut self, id: u64, now: Instant) -> Result<()> {
-        self.peer.ended(0);
         if self.matching.withdraw(id) {
+            self.peer.ended(0);
             self.push(&Frame::Pull { id, status: ErrorKind::TimedOut.code(), receiver: Place::HOST }, now);
             return Ok(());
         }
@@ -295,6 +298,7 @@ impl Machine {
             };
         };
         self.incoming.take_unbegun(key)?;
+        self.peer.ended(0);
         self.deadlines.end(key);
         let error = err!(TimedOut, "message {id} was withdrawn: its send had waited too long for this receive");
         self.transfers.finish(receive, Err(error));
@@ -315,7 +319,8 @@ impl Machine {
         if received < self.peer_received || received > sent {
             bail!(Protocol, "the peer has received {received} bytes after {}, of {sent} sent", self.peer_received);
         }
-        self.deadlines.flowed(Way::Out, received - self.peer_received, now);
+        self.deadlines.arrived(received - self.peer_received, now);
+        self.clock.ping = now;
         self.peer_received = received;
         Ok(())
     }
