@@ -36,6 +36,8 @@ pub struct Config {
     pub socket_ifname: Option<String>,
     pub auth_key_file: Option<PathBuf>,
     pub emulate_device: bool,
+    /// `UCCL_TCPX_EMULATE_DEVICES`.
+    pub emulate_devices: u8,
     /// Device memory leaves through host memory that a kernel fills, where the plugin carries host memory.
     pub stage_sends: bool,
     pub vectored: bool,
@@ -80,6 +82,7 @@ pub const VARIABLES: &[Variable] = &[
     var("NCCL_SOCKET_IFNAME", "unset", "The same where UCCL_SOCKET_IFNAME is not set."),
     var("UCCL_TCPX_AUTH_KEY_FILE", "unset", "File with a pre-shared key of 16 to 4096 bytes, or lines NAME:KEY; for its owner only (chmod 600). Connects prove the first key, any is accepted, and a changed file counts at once. See docs/security.md."),
     var("UCCL_TCPX_EMULATE_DEVICE", "0", "1: registered host memory is treated as device memory and unpacked by the CPU. For tests without a GPU; both sides alike."),
+    var("UCCL_TCPX_EMULATE_DEVICES", "1", "With UCCL_TCPX_EMULATE_DEVICE: so many GPUs are simulated, 1 to 8; regions lie on them in turn, in the order of their registration."),
     var("UCCL_TCPX_STAGE_SENDS", "1", "0: device memory is handed to the software plugin as device memory, as it is to TCPX; by default a kernel copies it to pinned host memory first, which is faster."),
     var("UCCL_TCPX_VECTORED", "1", "0: the vectored extension of the software plugin is not used (host memory is staged, as with a plugin that lacks it)."),
     var("UCCL_TCPX_SPIN_US", "by cores", "How long the progress thread spins after activity before it sleeps, microseconds."),
@@ -184,6 +187,14 @@ fn plugin_limit(source: Source<'_>) -> Result<Option<usize>> {
     }
 }
 
+/// Largest message of a plugin that starts now: what the user gave, else 512 KiB, or the chunks that the environment asks for where the
+/// plugin `follows` them.
+pub(crate) fn message_limit(follows: bool) -> Result<usize> {
+    let source = Source::default();
+    let chunk = source.number("UCCL_TCPX_CHUNK_BYTES", 4096..=MAX_CHUNK_BYTES as u64).ok().flatten().filter(|_| follows);
+    Ok(plugin_limit(source)?.unwrap_or(DEFAULT_CHUNK_BYTES.max(chunk.unwrap_or(0) as usize)))
+}
+
 /// A value that another module reads; its default when the variable is not set.
 fn parsed<T: Default>(source: Source<'_>, name: &str, parse: impl FnOnce(&str) -> Result<T>) -> Result<T> {
     match source.get(name)? {
@@ -260,6 +271,7 @@ impl Config {
             socket_ifname,
             auth_key_file: get("UCCL_TCPX_AUTH_KEY_FILE")?.map(PathBuf::from),
             emulate_device: flag("UCCL_TCPX_EMULATE_DEVICE", false)?,
+            emulate_devices: number("UCCL_TCPX_EMULATE_DEVICES", 1..=8)?.unwrap_or(1) as u8,
             stage_sends: flag("UCCL_TCPX_STAGE_SENDS", true)?,
             vectored: flag("UCCL_TCPX_VECTORED", true)?,
             spin: number("UCCL_TCPX_SPIN_US", 0..=1_000_000)?.map(Duration::from_micros),

@@ -3,7 +3,7 @@
 use crate::comm::{live, request, Comm};
 use crate::logger::{self, warn};
 use crate::memory;
-use crate::rules::{settings, violation, SetupCall};
+use crate::rules::{refused, settings, violation, SetupCall};
 use crate::setup::{self, ListenComm};
 use nccl_net_abi::*;
 use std::ffi::{c_int, c_void};
@@ -172,7 +172,7 @@ pub unsafe extern "C" fn irecv(
     out: *mut Opaque,
 ) -> ncclResult_t {
     if n != 1 {
-        return NCCL_INTERNAL_ERROR;
+        return refused!("irecv of {n} messages");
     }
     // SAFETY: arrays of one.
     let (size, mhandle) = unsafe { (*sizes, *mhandles) };
@@ -192,7 +192,7 @@ pub unsafe extern "C" fn test(request_: Opaque, done: *mut c_int, _size: *mut c_
 pub unsafe extern "C" fn consumed(comm: Opaque, n: c_int, request_: Opaque) -> ncclResult_t {
     let (owner, index) = request("irecvConsumed", request_);
     if n != 1 || !ptr::eq(owner, live("irecvConsumed", comm)) {
-        return NCCL_INTERNAL_ERROR;
+        return refused!("irecvConsumed of {n} requests, or of another comm's");
     }
     code(owner.consumed(index))
 }

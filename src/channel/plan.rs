@@ -191,4 +191,41 @@ mod tests {
         let chunk = stream.take(512 << 10).unwrap();
         assert_eq!(chunk.parts, [Part { addr: 0, len: 512 << 10, region: 0 }]);
     }
+
+    #[test]
+    fn every_channel_gets_its_share_twice_over() {
+        const K: usize = 1 << 10;
+        let cases =
+            [(64 << 20, 4, 512), (2 << 20, 4, 256), (1 << 20, 4, 128), (1 << 20, 1, 512), (100, 4, 64), (1 << 20, 16, 64)];
+        for (total, channels, expected) in cases {
+            assert_eq!(chunk_len(total, channels, 512 * K), expected * K, "{total} bytes over {channels}");
+        }
+        assert_eq!(chunk_len((600 << 10) + 1, 3, 512 * K), 104 * K, "whole pages");
+        assert_eq!(chunk_len(1 << 30, 1, 8 * K), 8 * K);
+    }
+
+    #[test]
+    fn only_neighbours_of_one_region_are_merged() {
+        let segment = |addr, region| Segment { addr, len: 10, region, place: Place::HOST, peer: Place::HOST };
+        let part = |addr, len, region| Part { addr, len, region };
+        let mut stream = Walk::new(vec![segment(0, 0), segment(10, 1), segment(30, 1), segment(40, 1)]);
+        let chunk = stream.take(1000).unwrap();
+        assert_eq!(chunk.parts, [part(0, 10, 0), part(10, 10, 1), part(30, 20, 1)]);
+    }
+
+    #[test]
+    fn a_chunk_crosses_only_so_many_segments_on_either_side() {
+        // One byte each: neighbours for the sender, scattered for the receiver.
+        let segment = |addr| Segment { addr, len: 1, region: 0, place: Place::HOST, peer: Place::HOST };
+        let n = MAX_CROSSED as u64 + 7;
+        let mut out = Walk::new((0..n).map(segment).collect());
+        let mut inc = Walk::new((0..n).map(|i| segment(2 * i)).collect());
+        assert_eq!(inc.take_exact(MAX_CROSSED + 1), None, "a sender that ignores the limit");
+        let mut inc = Walk::new((0..n).map(|i| segment(2 * i)).collect());
+        let first = out.take(1 << 20).unwrap();
+        assert_eq!((first.len, first.parts.len(), out.offset()), (MAX_CROSSED, 1, MAX_CROSSED as u64));
+        assert_eq!(inc.take_exact(first.len).unwrap().parts.len(), MAX_CROSSED);
+        assert_eq!((out.take(1 << 20).unwrap().len, inc.take_exact(7).unwrap().len), (7, 7));
+        assert_eq!((out.take(1), inc.take_exact(1), out.segments()), (None, None, n as usize));
+    }
 }

@@ -45,7 +45,8 @@ fn run(site: &Site, sock: TcpStream, address: SocketAddr, gpu: &str, deadline: I
     }
 }
 
-fn drive(site: &Site, attempt: &mut Attempt) -> Result<()> {
+/// Goes on until all is up.
+pub(super) fn drive(site: &Site, attempt: &mut Attempt) -> Result<()> {
     loop {
         let now = Instant::now();
         match attempt.step(now)? {

@@ -466,7 +466,6 @@ impl Connection {
             return;
         }
         let lost = core.machine.in_flight();
-        let ours = error.kind() != ErrorKind::RemoteDisconnect;
         let error = Error::new(error.kind(), format_args!("{}: {error}", self.peer.name));
         match (error.kind(), lost) {
             (ErrorKind::Canceled, 0) => log::debug!("{error}"),
@@ -478,7 +477,7 @@ impl Connection {
         core.machine.fail(error.clone(), &mut core.channels);
         // The peer learns what this side knows, as far as the socket takes it.
         let now = Instant::now();
-        if ours && !core.closing {
+        if !core.closing {
             core.machine.say_bye(Some(&error), now);
         }
         let _ = core.flush(now);

@@ -9,6 +9,8 @@
 //!   `site`, `limits` and `ending` are what all set-ups share.
 
 mod accepts;
+#[doc(hidden)]
+pub mod attack;
 mod attempt;
 mod bell;
 mod build;
@@ -30,11 +32,15 @@ mod progress;
 mod proto;
 mod registry;
 mod request;
+mod sets;
 mod setup;
 mod setups;
 mod site;
 mod spare;
 mod transfer;
+
+#[cfg(fuzzing)]
+pub(crate) use proto::attacked;
 
 pub use connection::Connection;
 pub use fifo::FifoItem;
@@ -103,7 +109,7 @@ impl Engine {
     /// `PluginLoad`, `Plugin`, `System` (port taken), `InvalidArgument` (configuration), `Resource`.
     pub fn new(config: Config) -> Result<Arc<Engine>> {
         crate::logging::init();
-        let gpus = gpus::Gpus::new(config.emulate_device);
+        let gpus = gpus::Gpus::new(config.emulate_device.then_some(config.emulate_devices));
         let device = Plugin::choose(&config, &|| gpus.own())?;
         if device.devices.is_empty() {
             bail!(Plugin, "plugin {} found no network device", device.name);

@@ -126,6 +126,11 @@ fn printable(name: &str) -> String {
 static LEFT_OUT: Limiter = Limiter::new(8);
 static NO_CARRIER: Limiter = Limiter::new(2);
 
+/// Writes a line about channels that are missing, as often as is good.
+pub(crate) fn warn_of_fewer(what: std::fmt::Arguments<'_>) {
+    LEFT_OUT.log(log::Level::Warn, Instant::now(), what);
+}
+
 fn left_out(nic: &str, cause: &Error) {
     LEFT_OUT.log(log::Level::Warn, Instant::now(), format_args!("NIC {nic} is left out of a connection: {cause}"));
 }
@@ -302,7 +307,7 @@ impl Establishing {
     }
 
     /// Hands out what is up and gives up the rest, with a WARN for each NIC.
-    fn finish(&mut self) -> Vec<Pair> {
+    pub(crate) fn finish(&mut self) -> Vec<Pair> {
         self.report();
         let mut pairs = Vec::new();
         for channel in self.channels.drain(..) {

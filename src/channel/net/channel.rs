@@ -12,7 +12,7 @@ use crate::net::comm::{Doorbell, MHandle, RecvComm, SendComm};
 use crate::net::registrations::Registration;
 use crate::net::signals::Quiet;
 use crate::region::Hold;
-use crate::status::{bail, Result};
+use crate::status::{bail, Error, Result};
 use crate::types::{Key, Part, Place};
 use nccl_net_abi::{ucclIoVec, MAX_REQUESTS};
 use std::collections::{HashMap, VecDeque};
@@ -43,6 +43,11 @@ pub(super) fn register<R>(copier: &mut Copier, place: Place, mut register: impl 
         Ok(true)
     })?;
     registered.ok_or_else(|| crate::status::err!(Internal, "nothing was registered"))
+}
+
+/// An error with the comm that it happened on.
+fn at(comm: &str, error: &Error) -> Error {
+    Error::new(error.kind(), format_args!("channel {comm}: {error}"))
 }
 
 /// Places of the window that chunks of large transfers take at most: small ones find one soon.
@@ -82,19 +87,20 @@ pub(super) struct Finishing {
 
 /// One channel.
 pub(crate) struct Channel {
-    // Field order is drop order: the comms close first, and with them the last access to everything below.
+    // Field order is drop order: each comm closes before what its requests may use, and the receive comm last, through which the
+    // registrations of sends are dropped.
     pub(super) send: SendComm,
-    pub(super) recv: RecvComm,
+    pub(super) host_out: Option<Staging>,
+    pub(super) device_out: HashMap<Place, Staging>,
     pub(super) outgoing: VecDeque<Leaving>,
     pub(super) to_post: VecDeque<ToPost>,
     pub(super) queued: u64,
     pub(super) rate: Rate,
+    pub(super) recv: RecvComm,
     pub(super) expected: VecDeque<Arrival>,
     pub(super) posted: VecDeque<Posted>,
     pub(super) finishing: VecDeque<Finishing>,
     pub(super) view: Option<View>,
-    pub(super) host_out: Option<Staging>,
-    pub(super) device_out: HashMap<Place, Staging>,
     pub(super) host_in: Option<Staging>,
     pub(super) device_in: Option<(Registration, Box<dyn StagingMemory>)>,
     pub(super) discard: Option<HostBlock>,
@@ -155,17 +161,19 @@ impl Channel {
     pub(super) fn progress(&mut self, copier: &mut Copier, usage: &Usage, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
         let mut any = false;
         if !self.outgoing.is_empty() {
-            any |= self.progress_sends(copier, now, events)?;
+            any |= self.progress_sends(copier, now, events).map_err(|e| at(&self.send.describe(), &e))?;
         }
         if !self.expected.is_empty() || !self.posted.is_empty() || !self.finishing.is_empty() {
-            any |= self.progress_receives(copier, usage, events)?;
+            any |= self.progress_receives(copier, usage, events).map_err(|e| at(&self.recv.describe(), &e))?;
         }
         Ok(any)
     }
 
     /// Bytes that the network has taken and brought; `None` where the plugin does not tell.
     pub(super) fn network_bytes(&self) -> Result<Option<(u64, u64)>> {
-        Ok(self.send.network_bytes()?.zip(self.recv.network_bytes()?))
+        let sent = self.send.network_bytes().map_err(|e| at(&self.send.describe(), &e))?;
+        let received = self.recv.network_bytes().map_err(|e| at(&self.recv.describe(), &e))?;
+        Ok(sent.zip(received))
     }
 
     /// What is under way, in words; `None` when nothing is.

@@ -75,7 +75,7 @@ impl PeerLoad {
         self.segments = self.segments.saturating_sub(segments);
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn is_idle(&self) -> bool {
         self.transfers == 0 && self.segments == 0
     }

@@ -84,7 +84,7 @@ impl Matching {
     }
 
     /// Messages of the peer that wait.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn messages(&self) -> usize {
         self.messages.len()
     }

@@ -17,12 +17,15 @@ mod limits;
 mod matching;
 mod outgoing;
 mod peer;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
+#[cfg_attr(fuzzing, allow(dead_code, unused_imports))]
 mod simulation;
 mod transfers;
 
 pub(crate) use limits::MAX_BACKLOG;
-pub(crate) use outgoing::Scheduled;
+pub(crate) use outgoing::{tag, Scheduled};
+#[cfg(fuzzing)]
+pub(crate) use simulation::attacked;
 pub use transfers::TransferState;
 
 use super::notify::Inbox;
@@ -201,7 +204,7 @@ impl Machine {
     }
 
     /// Nothing is kept of transfers that have ended, on either side's account.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     fn is_idle(&self) -> bool {
         let empty = self.incoming.is_empty() && self.outgoing.is_empty() && !self.outgoing.waiting();
         let matched = self.matching.waiting() == 0 && self.matching.messages() == 0;

@@ -282,7 +282,7 @@ impl Announcing {
 
 /// Names a chunk on its channel: both sides compute the same number from the stream and the place of the chunk in it, and a plugin
 /// that compares tags finds out when they disagree about what comes next. `sending`: this side sends it.
-pub(super) fn tag(key: Key, sending: bool, offset: u64) -> i32 {
+pub(crate) fn tag(key: Key, sending: bool, offset: u64) -> i32 {
     let by_initiator = key.mine == sending;
     let mut x = key.id.wrapping_mul(2).wrapping_add(u64::from(by_initiator)).wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ offset;
     x = (x ^ (x >> 31)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
