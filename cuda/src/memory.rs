@@ -1,4 +1,5 @@
-//! What kind of memory an address is, and memory the library owns on a GPU or pinned and mapped for one.
+//! What kind of memory an address is, and memory the library owns on a GPU or pinned and mapped for one. Knows nothing of what it is
+//! used for.
 
 use crate::context::{device_of, Context};
 use crate::driver::{driver, Absence};

@@ -125,7 +125,7 @@ impl Comm {
     pub(crate) fn irecv(&self, len: usize, mr: usize) -> Result<*mut c_void, ncclResult_t> {
         let device = memory::with("irecv", self.dev, mr, |mr| mr.device);
         if !device {
-            crate::abi::warn("a host receive on a data socket", 0);
+            crate::logger::warn("a host receive on a data socket", 0);
             return Err(refused!("a host receive on a data socket"));
         }
         self.with("irecv", |inner| {
@@ -444,7 +444,7 @@ impl Recv {
         self.progress();
         let waiting = self.requests.iter().filter(|r| !r.complete()).count();
         if waiting > 6 * SOCKETS {
-            crate::abi::warn("No free space for recv task, fd", waiting as i32);
+            crate::logger::warn("No free space for recv task, fd", waiting as i32);
         }
         if self.dead && self.requests.iter().any(|r| r.len.is_none()) {
             raise_sigpipe();

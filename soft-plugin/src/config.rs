@@ -5,22 +5,13 @@ use std::ops::RangeInclusive;
 
 use nccl_net_abi::MAX_REQUESTS;
 
+use crate::fragment::{region_len, Fragmentation};
+
 /// Largest message limit: sixteen slot regions must stay addressable by the u32 `src_off` of a descriptor.
 pub const MAX_MESSAGE: usize = 128 << 20;
 const DEFAULT_MESSAGE: usize = 512 << 10;
 /// What UCCL_TCPX_CHUNK_BYTES can raise the default to.
 const MAX_CHUNK: usize = 16 << 20;
-
-/// How the payload of a device receive is cut into bounce-buffer fragments.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fragmentation {
-    /// One descriptor a message.
-    Whole,
-    /// Fragments of this many bytes, laid out one behind the other.
-    Fixed(usize),
-    /// Fragments of random size, alignment and place, described in random order.
-    Random,
-}
 
 /// One environment variable.
 #[derive(Clone, Copy, Debug)]
@@ -180,7 +171,7 @@ impl Config {
 
     /// Bytes of a comm's bounce buffer.
     pub fn bounce_len(&self) -> usize {
-        crate::fragment::region_len(self.message_limit) * MAX_REQUESTS
+        region_len(self.message_limit) * MAX_REQUESTS
     }
 }
 

@@ -1,5 +1,5 @@
 //! A set-up with its socket and its channels: moves bytes between the socket and the machine and does what the machine asks for. The
-//! set-up thread drives the incoming ones, a connecting thread its own.
+//! set-up thread drives the incoming ones, a connecting thread its own. Knows nothing of frames.
 
 use super::build::{self, Up};
 use super::connection::Connection;

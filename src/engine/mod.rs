@@ -4,9 +4,9 @@
 //!   application asks for, `fifo` is what gives a peer access.
 //! - Who drives: `progress` is the engine's thread, `pacing` the table of who drives and who sleeps, `bell` wakes.
 //! - Shared by an engine's connections: `home`, `connections`, `registry`, `notify`, `spare`, `gpus`.
-//! - Bringing connections up: `setup` is one set-up as a machine, `link` its bytes, `fabric` its channels, `attempt` joins them with a
-//!   socket, `build` makes the connection. `listener`, `setups` and `accepts` serve incoming ones, `dial` and `connect` outgoing ones.
-//!   `site`, `limits` and `ending` are what all set-ups share.
+//! - Bringing connections up: `setup` is one set-up as a machine, `link` its bytes, `sets` and `fabric` its channels, `attempt` joins
+//!   them with a socket, `build` makes the connection. `listener`, `setups` and `accepts` serve incoming ones, `dial` and `connect`
+//!   outgoing ones. `site`, `limits` and `ending` are what all set-ups share.
 
 mod accepts;
 #[doc(hidden)]

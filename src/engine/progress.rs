@@ -1,6 +1,6 @@
 //! The progress thread of an engine: drives the connections that have something to do, spins briefly for the next piece of it, then
 //! sleeps in epoll. Only what a socket, a bell, a timer or another thread names is driven; a connection that an application thread
-//! polls is left to that thread.
+//! polls is left to that thread. Knows nothing of frames and channels.
 
 use super::bell::WAKE;
 use super::connection::{Connection, Home};

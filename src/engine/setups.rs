@@ -1,5 +1,6 @@
-//! The thread that brings up all incoming connections of an engine, driven by what their sockets report. Strangers, whose handshake
-//! is not proved, have a small budget and little time; proved peers have theirs, shared between their addresses.
+//! The thread that brings up all incoming connections of an engine, driven by what their sockets report. Strangers, whose handshake is
+//! not proved, have a small budget and little time; proved peers have theirs, shared between their addresses. Knows nothing of what the
+//! bytes mean.
 
 use super::accepts::{Accepts, Waiting};
 use super::attempt::{Attempt, Progress};

@@ -1,4 +1,5 @@
-//! What every set-up of an engine shares: who the engine is, its plugins and GPUs, its limits, and where finished connections go.
+//! What every set-up of an engine shares: who the engine is, its plugins and GPUs, its limits, and where finished connections go. Knows
+//! nothing of a single set-up.
 
 use super::connection::Home;
 use super::ending::Ending;

@@ -1,6 +1,6 @@
-//! One channel: a send comm and a receive comm with their queues. Chunks leave in the order they were announced; receives are
-//! posted in the order of the peer's announcements, unpacked, and consumed in that order. Every chunk keeps its regions in use until
-//! it is done or the channel is closed.
+//! One channel: a send comm and a receive comm with their queues. Chunks leave in the order they were announced; receives are posted in
+//! the order of the peer's announcements, unpacked, and consumed in that order. Every chunk keeps its regions in use until it is done
+//! or the channel is closed. Knows nothing of transfers.
 
 use super::staging::{Staging, STAGED_WINDOW};
 use super::Usage;

@@ -1,5 +1,5 @@
 //! Data that arrives: streams that the peer announced or this side asked for, and the chunks of them that are under way. A chunk that
-//! fits no stream is the peer's fault.
+//! fits no stream is the peer's fault. Knows nothing of frames' bytes, sockets or time.
 
 use super::outgoing::tag;
 use crate::channel::path::{Arrival, Dest};

@@ -1,5 +1,6 @@
-//! Data that leaves: streams take turns on the routes to the peer. On each route small transfers and large ones alternate, a stream that
-//! is blocked holds up only its own route, and every chunk that is handed to a channel is announced.
+//! Data that leaves: streams take turns on the routes to the peer. On each route small transfers and large ones alternate, a stream
+//! that is blocked holds up only its own route, and every chunk that is handed to a channel is announced. Knows nothing of frames'
+//! bytes and sockets.
 
 use crate::channel::path::Departure;
 use crate::channel::plan::{chunk_len, Walk};

@@ -1,5 +1,5 @@
-//! What each frame of the peer does: transfers announced, chunks granted, verdicts, small transfers inside frames. Whatever does not fit
-//! the state of the transfer that it names is a protocol violation.
+//! What each frame of the peer does: transfers announced, chunks granted, verdicts, small transfers inside frames. Whatever does not
+//! fit the state of the transfer that it names is a protocol violation. Knows nothing of sockets.
 
 use super::incoming::Ending;
 use super::limits::{self, MAX_INLINE_BACKLOG};
