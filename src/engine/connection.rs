@@ -63,16 +63,31 @@ impl Core {
     /// Reads the control stream, advances the channels, hands out chunks, flushes, looks at deadlines. `true` when something moved; an
     /// error means that the connection must end.
     fn round(&mut self, now: Instant) -> Result<bool> {
-        let mut any = self.read(now)?;
-        if self.channels.busy() {
-            any |= self.machine.drive_channels(&mut self.channels, now)?;
-        }
+        let heard = self.read(now)?;
+        let moved = self.advance(now).map_err(|e| self.last_words(e, now))?;
+        Ok(heard || moved)
+    }
+
+    /// Everything of a round but reading.
+    fn advance(&mut self, now: Instant) -> Result<bool> {
+        let any = self.channels.busy() && self.machine.drive_channels(&mut self.channels, now)?;
         self.pump(now)?;
         if now >= self.machine.next_tick() {
             self.machine.tick(&mut self.channels, now)?;
             self.flush(now)?;
         }
         Ok(any)
+    }
+
+    /// A channel that the peer has closed tells less than the peer's farewell, which may be here.
+    fn last_words(&mut self, error: Error, now: Instant) -> Error {
+        if error.kind() != ErrorKind::RemoteDisconnect {
+            return error;
+        }
+        match self.read(now) {
+            Err(e) if matches!(e.kind(), ErrorKind::RemoteDisconnect | ErrorKind::TimedOut) => e,
+            _ => error,
+        }
     }
 
     fn read(&mut self, now: Instant) -> Result<bool> {
@@ -282,7 +297,7 @@ impl Connection {
 
     /// After work was added: the first chunks leave from here, and the progress thread is told when it must poll.
     fn started<T>(&self, mut core: MutexGuard<'_, Core>, started: Result<T>, now: Instant) -> Result<T> {
-        let result = started.and_then(|value| core.pump(now).map(|()| value));
+        let result = started.and_then(|value| core.pump(now).map(|()| value)).map_err(|e| core.last_words(e, now));
         match &result {
             Err(e) => self.fail_locked(&mut core, e.clone()),
             Ok(_) => {
@@ -456,6 +471,7 @@ impl Connection {
         core.looked = now;
         let Core { machine, channels, .. } = &mut *core;
         if let Err(e) = machine.note_network(channels, now) {
+            let e = core.last_words(e, now);
             self.fail_locked(&mut core, e);
         }
     }
@@ -464,7 +480,10 @@ impl Connection {
 
     /// A defect of this library has left the connection in an unknown state.
     pub(crate) fn abandon(&self) {
-        self.fail_locked(&mut self.core.lock(), err!(Internal, "a defect of the library; the log has its place"));
+        let mut core = self.core.lock();
+        // Whatever else does not work any more: nothing touches memory from here on.
+        core.channels.close();
+        self.fail_locked(&mut core, err!(Internal, "a defect of the library; the log has its place"));
     }
 
     fn fail_locked(&self, core: &mut Core, error: Error) {
@@ -480,13 +499,13 @@ impl Connection {
             (_, n) => log::error!("connection failed with {n} transfers in flight: {error}"),
         }
         self.home.bell.unwatch(self.fd);
-        core.machine.fail(error.clone(), &mut core.channels);
-        // The peer learns what this side knows, as far as the socket takes it.
+        // The peer learns what this side knows, as far as the socket takes it, before it sees its channels end.
         let now = Instant::now();
         if !core.closing {
             core.machine.say_bye(Some(&error), now);
         }
         let _ = core.flush(now);
+        core.machine.fail(error, &mut core.channels);
         core.control.shutdown_write();
         self.ended.notify_all();
     }
