@@ -72,7 +72,7 @@ pub const VARIABLES: &[Variable] = &[
     var("UCCL_P2P_TRANSPORT", "unset", "UCCL's transport variable. UCCL's engine chooses its endpoint by it, so tcpx means UCCL_TCPX_PLUGIN=auto here: GPUDirect-TCPX where it is installed, else ordinary TCP with a warning. tcp means soft; other values are ignored. UCCL_TCPX_PLUGIN wins."),
     var("UCCL_TCPX_PLUGIN_PATH", "unset", "Path of the plugin's shared object; loaded instead of the standard places, whatever plugin it is."),
     var("UCCL_TCPX_NUM_CHANNELS", "by cores and NICs", "Data channels of a connection, 1 to 64; default: the number of cores up to 8, from 16 cores half of them up to 16, and at least one for each NIC; over TCPX 2 to 4 for each NIC that serves the GPU. The smaller of the two sides' values counts."),
-    var("UCCL_TCPX_CHUNK_BYTES", "524288", "Largest message on a channel, bytes (suffixes K, M); 4 KiB to 16 MiB, and at most NCCL_DYNAMIC_CHUNK_SIZE; 512 KiB at most over a plugin other than the software plugin. The smaller side counts."),
+    var("UCCL_TCPX_CHUNK_BYTES", "524288", "Largest message on a channel, bytes (suffixes K, M); 4 KiB to 16 MiB, and at most NCCL_DYNAMIC_CHUNK_SIZE; 512 KiB at most over a plugin other than the software plugin, whose limit follows the value in the environment when it starts. The smaller side counts."),
     var("UCCL_TCPX_EAGER_BYTES", "8192", "Transfers of host memory up to this many bytes travel inside the control message; 0 to 64 KiB."),
     var("UCCL_TCPX_OOB_PORT", "0", "Listening port; 0: the system chooses."),
     var("UCCL_TCP_OOB_PORT", "0", "The same, UCCL's older name; UCCL_TCPX_OOB_PORT wins."),
