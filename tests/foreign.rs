@@ -119,6 +119,12 @@ fn a_connection_lives_without_the_channels_of_further_gpus() {
 }
 
 #[test]
+fn further_gpus_take_no_descriptors_that_a_connection_needs() {
+    let log = run("few_descriptors", &[("UCCL_TCPX_EMULATE_DEVICES", "2"), ("UCCL_TCPX_NUM_CHANNELS", "4")]);
+    assert!(log.contains("too few file descriptors") && log.contains("4 channels over GPUDirectTCPX_v7"), "{log}");
+}
+
+#[test]
 fn every_connection_says_once_what_carries_what() {
     let log = run("moves", &[("UCCL_TCPX_NUM_CHANNELS", "1")]);
     assert_eq!(log.matches("connected with").count(), 2, "one line on each side: {log}");
@@ -153,6 +159,12 @@ fn child() {
         "registrations" => registrations(),
         "no_nic_in_common" => no_nic_in_common(),
         "two_gpus" => two_gpus(2, 2, Carried::Early),
+        "few_descriptors" => {
+            let limit = libc::rlimit { rlim_cur: 200, rlim_max: 200 };
+            // SAFETY: this process' own limit.
+            assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) }, 0);
+            two_gpus(2, 2, Carried::Engines);
+        }
         "few_listens" => two_gpus(2, 2, Carried::Engines),
         "late_gpu" => two_gpus(1, 1, Carried::Early),
         "gpu_of_one_side" => two_gpus(2, 1, Carried::Early),

@@ -216,8 +216,12 @@ impl Attempt {
     /// `Resource` when the descriptors do not suffice; why a plugin cannot listen.
     pub(crate) fn admit(&mut self, site: &Site) -> Result<()> {
         let Some(agreed) = self.setup.link.proved() else { return Err(err!(Internal, "admitted before its proof")) };
-        let plans = fabric::planned(site, agreed);
-        limits::room_for(&site.limits, self.sock.as_fd(), fabric::cost(&plans))?;
+        let mut plans = fabric::planned(site, agreed);
+        if limits::room_for(&site.limits, self.sock.as_fd(), fabric::cost(&plans)).is_err() {
+            // The connection comes up without those of further GPUs.
+            plans.iter_mut().filter(|plan| plan.spare).for_each(|plan| plan.channels = 0);
+            limits::room_for(&site.limits, self.sock.as_fd(), fabric::cost(&plans))?;
+        }
         let opened = Opened::open(site, plans).map_err(|e| limits::explain(e, self.sock.as_fd()))?;
         self.setup.offer(opened.offers());
         self.channels = Channels::Opened(opened);

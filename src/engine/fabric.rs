@@ -62,6 +62,9 @@ impl Opened {
 
 fn listen(site: &Site, plan: &Plan) -> Result<Listening> {
     let plugin = &plan.plugin;
+    if plan.channels == 0 {
+        bail!(Resource, "too few file descriptors (ulimit -n)");
+    }
     // A NIC may have come or gone since the last set-up.
     let devices = plugin.current_devices()?;
     let near = setup::nics_for(plugin, &devices, site.gpus.pci_path(plan.own()).as_deref());
