@@ -242,7 +242,8 @@ impl Plugin {
         let _quiet = self.traits.raises_sigpipe.then(Quiet::begin);
         let _one = self.traits.serial_setup.then(|| SETUP.get().lock());
         let answer = call();
-        if answer == Some(abi::NCCL_SYSTEM_ERROR) && matches!(name, "listen" | "connect" | "accept" | "regMr") {
+        let failed = matches!(answer, Some(abi::NCCL_SYSTEM_ERROR | abi::NCCL_INTERNAL_ERROR));
+        if failed && matches!(name, "listen" | "connect" | "accept" | "regMr") {
             // The software plugin leaves the cause in errno.
             let errno = std::io::Error::last_os_error().raw_os_error();
             let told = self.ext.is_some() && matches!(errno, Some(libc::EMFILE | libc::ENFILE));
