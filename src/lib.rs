@@ -13,6 +13,7 @@
 //! | [`addresses`] | what the port is bound to, who may connect |
 //! | `fork` | values that a child process must not share with its parent |
 //! | [`config`] | every environment variable |
+//! | [`stats`] | what is counted, in words and for Prometheus |
 //! | [`status`] | the error type and the status numbers |
 //!
 //! Calls go one way: ffi -> engine -> {wire, channel} -> {net, gpu}.
@@ -32,6 +33,7 @@ mod gpu;
 mod logging;
 pub mod net;
 mod region;
+pub mod stats;
 pub mod status;
 pub mod types;
 mod wire;

@@ -5,6 +5,7 @@ use super::device::spread;
 use super::path::{Arrival, Copier, Departure, Dest, Event, Path};
 use super::plan::Chunk;
 use super::stripe::{self, Load};
+use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
 use crate::types::Place;
 use std::time::Instant;
@@ -146,6 +147,13 @@ impl Channels {
             sum = sum.zip(path.network_bytes()?).map(|((a, b), (c, d))| (a + c, b + d));
         }
         Ok(sum.unwrap_or((self.totals.sent, self.totals.received)))
+    }
+
+    /// What each channel counts, in the order of their numbers; none after the end. `kernel`: with what the kernel knows.
+    pub(crate) fn stats(&self, kernel: bool, now: Instant) -> Vec<ChannelStats> {
+        let mut out = Vec::new();
+        self.paths.iter().for_each(|path| path.stats(kernel, now, &mut out));
+        out
     }
 
     /// What is under way and where, for an error text.

@@ -4,6 +4,7 @@
 use super::bell::{Bell, WAKE};
 use super::connection::Connection;
 use super::connections::Connections;
+use super::counters::Counters;
 use super::registry::Registry;
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -24,6 +25,7 @@ pub(crate) struct Home {
     pub registry: Arc<Registry>,
     pub connections: Connections,
     pub bell: Bell,
+    pub counters: Counters,
     /// The channels ring the bell; without, the progress thread must poll while work is in flight.
     pub doorbells: bool,
     /// Threads compete for cores: nobody spins while another could work.
@@ -46,6 +48,7 @@ impl Home {
             registry: Arc::new(Registry::new()),
             connections: Connections::default(),
             bell,
+            counters: Counters::default(),
             doorbells,
             few_cores: std::thread::available_parallelism().map_or(2, usize::from) <= 2,
             close_timeout,
@@ -119,6 +122,11 @@ impl Home {
 
     pub(crate) fn ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
+    }
+
+    /// Since the engine started.
+    pub(crate) fn age(&self) -> Duration {
+        self.start.elapsed()
     }
 
     /// Microseconds since the engine started, from 1.

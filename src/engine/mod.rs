@@ -7,6 +7,7 @@ mod bell;
 mod build;
 mod connection;
 mod connections;
+mod counters;
 mod dial;
 mod driver;
 mod ending;
@@ -28,6 +29,7 @@ mod setups;
 mod site;
 mod spare;
 mod transfer;
+mod watch;
 
 pub use connection::Connection;
 pub use fifo::FifoItem;
@@ -37,6 +39,7 @@ pub use transfer::{Direction, LocalSegment, TransferState};
 use crate::config::Config;
 use crate::net::plugin::Plugin;
 use crate::net::topology;
+use crate::stats::{export, EngineStats};
 use crate::status::{bail, err, Result};
 use crate::types::RemoteAccess;
 use accepts::Accepts;
@@ -75,6 +78,8 @@ struct Parts {
     site: Arc<Site>,
     accepts: Arc<Accepts<Connection>>,
     threads: Mutex<Threads>,
+    /// Serves the statistics while the engine lives.
+    _export: Option<Arc<export::Exporter>>,
 }
 
 #[derive(Default)]
@@ -122,7 +127,8 @@ impl Engine {
             config,
         });
         let spin = site.config.spin;
-        let parts = Parts { site: site.clone(), accepts: accepts.clone(), threads: Mutex::default() };
+        let _export = offer(&site, &metadata);
+        let parts = Parts { site: site.clone(), accepts: accepts.clone(), threads: Mutex::default(), _export };
         let engine = Engine { metadata, parts: crate::fork::Local::new(parts) };
         let mut threads = engine.parts.threads.lock();
         threads.progress = Some(limits::spawn("uccl-progress", move || progress::run(&home, spin))?);
@@ -144,6 +150,15 @@ impl Engine {
     /// The plugin that carries device memory.
     pub fn plugin(&self) -> &Plugin {
         &self.parts.site.plugins.device
+    }
+
+    /// What the engine and its connections count.
+    ///
+    /// # Errors
+    /// In a child of fork.
+    pub fn stats(&self) -> Result<EngineStats> {
+        self.parts.check("engine")?;
+        Ok(stats(&self.parts.site, &self.metadata))
     }
 
     /// Interfaces that the plugins offer.
@@ -287,7 +302,7 @@ impl Engine {
         if !self.parts.is_here() {
             return;
         }
-        let Parts { site, accepts, threads } = &*self.parts;
+        let Parts { site, accepts, threads, .. } = &*self.parts;
         accepts.stop();
         if site.ending.begin() {
             return;
@@ -313,6 +328,38 @@ impl Engine {
         let lost = site.notifications.len();
         if lost > 0 {
             log::warn!("engine {}: {lost} notifications were never taken", self.metadata);
+        }
+    }
+}
+
+fn stats(site: &Site, metadata: &str) -> EngineStats {
+    let home = &site.home;
+    let mut stats = EngineStats {
+        metadata: metadata.to_owned(),
+        plugin: site.plugins.device.name.clone(),
+        uptime: home.age(),
+        notifications_waiting: site.notifications.len() as u64,
+        totals: home.counters.past(),
+        ..EngineStats::default()
+    };
+    home.counters.fill(&mut stats);
+    stats.connections = home.connections.all().iter().filter_map(|connection| connection.stats().ok()).collect();
+    stats.connections.sort_by_key(|connection| connection.id);
+    // Ended ones are counted already.
+    stats.connections.iter().filter(|c| c.error.is_none()).for_each(|c| stats.totals += c.totals);
+    stats
+}
+
+/// Offers the statistics where UCCL_TCPX_METRICS says. An engine works without, too.
+fn offer(site: &Arc<Site>, metadata: &str) -> Option<Arc<export::Exporter>> {
+    let target = site.config.metrics.as_ref()?;
+    let (weak, metadata) = (Arc::downgrade(site), metadata.to_owned());
+    let source = Box::new(move || weak.upgrade().map(|site| stats(&site, &metadata)));
+    match export::offer(target, source) {
+        Ok(exporter) => Some(exporter),
+        Err(e) => {
+            log::warn!("no statistics at UCCL_TCPX_METRICS={target}: {e}");
+            None
         }
     }
 }

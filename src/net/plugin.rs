@@ -434,6 +434,18 @@ impl Plugin {
         (result == abi::NCCL_SUCCESS).then(|| text.to_string_lossy().into_owned())
     }
 
+    /// What the kernel knows of the comm's connection; `None` where the plugin cannot say.
+    ///
+    /// # Safety
+    /// `comm` is live.
+    pub(super) unsafe fn info(&self, comm: *mut c_void) -> Option<abi::ucclCommInfo> {
+        let call = self.ext.and_then(|e| e.info)?;
+        let mut info = abi::ucclCommInfo { size: size_of::<abi::ucclCommInfo>(), ..Default::default() };
+        // SAFETY: by the caller's contract; the structure says its size.
+        let result = unsafe { call(comm, &mut info) };
+        (result == abi::NCCL_SUCCESS).then_some(info)
+    }
+
     /// # Safety
     /// `comm` is a live comm of that kind; it is not used afterwards.
     pub(super) unsafe fn close(&self, kind: CommKind, comm: *mut c_void) {

@@ -23,7 +23,9 @@ impl Channel {
                 Dest::Memory { place, parts, .. } if place.is_device() => {
                     let view = self.view(copier, *place)?;
                     // SAFETY: the receive is done and not consumed; the arrival holds the parts' regions.
-                    unsafe { device(copier)?.unpack(&view, done.slot, arrival.len, parts, *place) }?
+                    let ticket = unsafe { device(copier)?.unpack(&view, done.slot, arrival.len, parts, *place) }?;
+                    self.counts.unpacked += 1;
+                    ticket
                 }
                 Dest::Memory { parts, .. } => {
                     if let Some(staged) = staged {
@@ -42,6 +44,8 @@ impl Channel {
                 break;
             }
             self.recv.consume_oldest()?;
+            self.counts.received_chunks += 1;
+            self.counts.received_bytes += first.arrival.len as u64;
             events.push(Event::Received(first.arrival.key, first.arrival.len as u64));
             self.finishing.pop_front();
             any = true;
