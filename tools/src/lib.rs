@@ -7,11 +7,12 @@
 //! - `server`, `client`, `measure`, `suite`: the two sides, one measured row, the lists of rows
 //! - `host`, `out`: what belongs beside a measurement, standard output and Ctrl-C
 //! - `report`, `plot`: table, JSON, CSV and SVG
-//! - `inspect`, `probe`: what tcpx-info finds out, and the loop-back transfer that proves it
+//! - `inspect`, `doctor`, `probe`: what tcpx-info finds out, the preconditions of TCPX, and the loop-back transfer that proves it
 
 pub mod api;
 pub mod client;
 pub mod cuda;
+pub mod doctor;
 pub mod error;
 pub mod host;
 pub mod inspect;
