@@ -20,7 +20,7 @@ use tcpx_tools::{cuda, fail, say};
 ///
 /// Exit status: 0 when transfers work (with --no-probe: when an engine starts), 1 when not.
 #[derive(Parser)]
-#[command(version)]
+#[command(version, name = "tcpx-info")]
 struct Args {
     /// Print one JSON object instead of text.
     #[arg(long)]
@@ -60,7 +60,7 @@ struct Report {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args: Args = tcpx_tools::cli::parse();
     let report = examine(&args);
     let shown =
         if args.json { serde_json::to_string_pretty(&report).map_err(Failure::new) } else { Ok(text(&report, args.settings)) };

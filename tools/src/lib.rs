@@ -10,6 +10,7 @@
 //! - `inspect`, `doctor`, `probe`: what tcpx-info finds out, the preconditions of TCPX, and the loop-back transfer that proves it
 
 pub mod api;
+pub mod cli;
 pub mod client;
 pub mod cuda;
 pub mod doctor;
@@ -24,7 +25,9 @@ pub mod plot;
 pub mod probe;
 pub mod proto;
 pub mod report;
+pub mod scrape;
 pub mod server;
 pub mod stats;
 pub mod suite;
 pub mod units;
+pub mod view;

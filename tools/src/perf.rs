@@ -21,7 +21,7 @@ use tcpx_tools::{plot, server, suite};
 ///
 /// Exit status: 0 when everything worked and every checked byte was right, 1 when not, 2 for a wrong command line.
 #[derive(Parser)]
-#[command(version)]
+#[command(version, name = "tcpx-perf")]
 struct Cli {
     #[command(subcommand)]
     command: Task,
@@ -303,7 +303,7 @@ fn parse_seconds(text: &str) -> std::result::Result<Duration, String> {
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+    let result = match tcpx_tools::cli::parse::<Cli>().command {
         Task::Server(args) => run_server(&args),
         Task::Client(args) => run_client(&args),
         Task::Demo(args) => run_demo(&args),
