@@ -126,8 +126,10 @@ impl Core {
         if !self.watch.due(now) {
             return;
         }
-        let stats = self.channels.stats(self.watch.asks_the_kernel(), now);
-        let mut lines = self.watch.look(&stats, now);
+        let mut lines = match self.watch.worth_a_look(self.channels.totals(), self.channels.busy()) {
+            true => self.watch.look(&self.channels.stats(true, now), now),
+            false => Vec::new(),
+        };
         let (silent, limit) = self.machine.silence(now);
         lines.extend(self.watch.answers(silent, limit, self.machine.standstill(&self.channels, now)));
         self.watch.tell(self.machine.peer(), &lines, now);

@@ -104,7 +104,7 @@ impl Engine {
         let gpus = gpus::Gpus::new(config.emulate_device);
         let device = Plugin::choose(&config, &|| gpus.own())?;
         if device.devices.is_empty() {
-            bail!(Plugin, "plugin {} found no network device", device.name);
+            bail!(Plugin, "plugin {} found no network device{}", device.name, chosen_nics());
         }
         let host = if device.traits.host_memory { None } else { Some(Plugin::soft()?) };
         let plugins = Plugins { device, host };
@@ -329,6 +329,15 @@ impl Engine {
         if lost > 0 {
             log::warn!("engine {}: {lost} notifications were never taken", self.metadata);
         }
+    }
+}
+
+/// Which variable chooses the data NICs, for an error text.
+fn chosen_nics() -> String {
+    let set = |name: &&str| std::env::var(name).is_ok_and(|value| !value.trim().is_empty());
+    match ["NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"].into_iter().find(set) {
+        Some(name) => format!(": {name}={} matches none that can be used", std::env::var(name).unwrap_or_default()),
+        None => String::new(),
     }
 }
 

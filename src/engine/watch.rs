@@ -1,6 +1,7 @@
 //! Looks at a connection once a second: rates for statistics, and lines of the log about a channel that runs far below the others,
 //! segments that are sent again, and a peer that keeps silent. Time and numbers are the caller's.
 
+use crate::channel::router::Totals;
 use crate::logging::Limiter;
 use crate::stats::ChannelStats;
 use std::time::{Duration, Instant};
@@ -11,11 +12,12 @@ const LOOK: Duration = Duration::from_secs(1);
 const FAR_BELOW: f64 = 0.25;
 /// Looks in a row that make a channel slow.
 const LOOKS: u32 = 3;
-/// Looks between looks at retransmits, which ask the kernel.
-const NETWORK_LOOKS: u32 = 5;
+/// A channel that sent less than this since the last look, and has nothing under way, tells nothing about its speed.
+const TELLING: u64 = 256 << 10;
 /// Retransmits are worth a line above this share, of at least so many of them.
 const LOSS: f64 = 0.01;
 const LOST: u64 = 50;
+const LOSS_OVER: Duration = Duration::from_secs(5);
 /// A kind of line is written once in this time.
 const QUIET: Duration = Duration::from_secs(60);
 
@@ -36,13 +38,14 @@ struct Seen {
 /// The state of one connection's looks.
 pub(crate) struct Watch {
     looked: Option<Instant>,
-    looks: u32,
+    totals: Totals,
     channels: Vec<Seen>,
     /// The silence, and the transfer, that were told are not over.
     silence_told: bool,
     standstill_told: bool,
     slow_answers: u64,
     loss_told: Option<Instant>,
+    loss_looked: Option<Instant>,
     lines: Limiter,
 }
 
@@ -50,12 +53,13 @@ impl Watch {
     pub(crate) fn new() -> Watch {
         Watch {
             looked: None,
-            looks: 0,
+            totals: Totals::default(),
             channels: Vec::new(),
             silence_told: false,
             standstill_told: false,
             slow_answers: 0,
             loss_told: None,
+            loss_looked: None,
             lines: Limiter::new(5),
         }
     }
@@ -65,43 +69,43 @@ impl Watch {
         self.looked.is_none_or(|looked| now.saturating_duration_since(looked) >= LOOK)
     }
 
-    /// Whether this look should know what the kernel knows.
-    pub(crate) fn asks_the_kernel(&self) -> bool {
-        self.looks % NETWORK_LOOKS == 0
+    /// Whether anything has happened on the channels since the last look, or is under way. An idle connection costs no system call.
+    pub(crate) fn worth_a_look(&mut self, totals: Totals, busy: bool) -> bool {
+        let before = std::mem::replace(&mut self.totals, totals);
+        busy || before != totals
     }
 
     /// Looks at the channels; gives what is worth a line.
     pub(crate) fn look(&mut self, channels: &[ChannelStats], now: Instant) -> Vec<String> {
         self.channels.resize(channels.len(), Seen::default());
         let elapsed = self.looked.map_or(0.0, |looked| now.saturating_duration_since(looked).as_secs_f64());
-        let mut moved = vec![false; channels.len()];
-        for ((seen, channel), moved) in self.channels.iter_mut().zip(channels).zip(&mut moved) {
+        let mut telling = vec![false; channels.len()];
+        for ((seen, channel), telling) in self.channels.iter_mut().zip(channels).zip(&mut telling) {
             let (sent, received) = (channel.sent_bytes - seen.sent, channel.received_bytes - seen.received);
             if elapsed > 0.0 {
                 seen.rates = (sent as f64 / elapsed, received as f64 / elapsed);
-                *moved = sent + received > 0;
             }
             let busy = channel.window_out + channel.window_in > 0;
-            if seen.busy && busy && !*moved {
+            if seen.busy && busy && sent + received == 0 && elapsed > 0.0 {
                 seen.stalls += 1;
             }
+            *telling = sent >= TELLING || channel.window_out > 0;
             (seen.sent, seen.received, seen.busy) = (channel.sent_bytes, channel.received_bytes, busy);
         }
-        let mut lines: Vec<String> = self.compare(channels, &moved).into_iter().collect();
+        let mut lines: Vec<String> = self.compare(channels, &telling).into_iter().collect();
         lines.extend(self.retransmits(channels, now));
-        (self.looked, self.looks) = (Some(now), self.looks.wrapping_add(1));
+        self.looked = Some(now);
         lines
     }
 
     /// Which channels have become slow.
-    fn compare(&mut self, channels: &[ChannelStats], moved: &[bool]) -> Option<String> {
+    fn compare(&mut self, channels: &[ChannelStats], telling: &[bool]) -> Option<String> {
         let mut speeds: Vec<f64> = channels.iter().map(|c| c.speed).filter(|&speed| speed > 0.0).collect();
         speeds.sort_unstable_by(f64::total_cmp);
         let reference = *speeds.get((3 * speeds.len()).div_ceil(4).checked_sub(1)?)?;
         let mut fresh = Vec::new();
         for (i, (seen, channel)) in self.channels.iter_mut().zip(channels).enumerate() {
-            // What did nothing since the last look says nothing.
-            if channel.speed <= 0.0 || !(moved[i] || seen.busy) {
+            if channel.speed <= 0.0 || !telling[i] {
                 continue;
             }
             if channel.speed < FAR_BELOW * reference {
@@ -128,6 +132,10 @@ impl Watch {
 
     /// Whether many segments were sent again since the kernel was last asked.
     fn retransmits(&mut self, channels: &[ChannelStats], now: Instant) -> Option<String> {
+        if self.loss_looked.is_some_and(|looked| now.saturating_duration_since(looked) < LOSS_OVER) {
+            return None;
+        }
+        self.loss_looked = Some(now);
         let (mut again, mut of, mut worst) = (0, 0, (0, None));
         for (seen, channel) in self.channels.iter_mut().zip(channels) {
             let Some(network) = &channel.network else { continue };
@@ -269,7 +277,7 @@ mod tests {
         let mut watch = Watch::new();
         let lines: Vec<String> = (1..100).flat_map(|s| watch.look(&lossy(s, 2), at(start, s))).collect();
         assert_eq!(lines.len(), 2, "{lines:?}");
-        assert!(lines[0].contains("200 of 10000 segments (2.0 %)") && lines[0].contains("eth1"), "{}", lines[0]);
+        assert!(lines[0].contains("1000 of 50000 segments (2.0 %)") && lines[0].contains("eth1"), "{}", lines[0]);
     }
 
     #[test]

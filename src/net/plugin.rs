@@ -241,6 +241,9 @@ impl Plugin {
             if told || !descriptors_left(1) {
                 bail!(Resource, "plugin {}: {name} failed: out of file descriptors (ulimit -n)", self.name);
             }
+            if let (true, Some(errno @ 1..)) = (self.ext.is_some(), errno) {
+                bail!(Plugin, "plugin {}: {name}: {}", self.name, std::io::Error::from_raw_os_error(errno));
+            }
         }
         answered(&self.name, name, answer)
     }

@@ -21,5 +21,6 @@ ip -n $a addr add 10.99.2.1/24 dev eth2
 client 5
 end_client
 [ $status != 0 ] || { echo "$name: the client did not fail over networks that do not meet"; failed=1; }
-reads 1 '^error: .*eth2.*10\.' log
+reads 1 '^error: .*eth2.*Network is unreachable' log
+reads 1 'WARN connect to 10\.78\.2\.2:[0-9]+ on eth2' log
 finish

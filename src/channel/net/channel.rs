@@ -183,6 +183,9 @@ impl Channel {
     pub(super) fn stats(&self, kernel: bool, now: Instant) -> ChannelStats {
         let Counts { sent_bytes, sent_chunks, received_bytes, received_chunks, packed, unpacked } = self.counts;
         let oldest = self.outgoing.front().map_or(0, |o| o.len as u64);
+        let network = if kernel { self.send.info().map(network) } else { None };
+        // Sends end when the kernel has them: what the peer acknowledges says how fast the line is.
+        let delivered = network.as_ref().map(|n| n.delivery_rate as f64).filter(|&rate| rate > 0.0 && sent_bytes > 0);
         ChannelStats {
             nic: self.nic.clone(),
             route: if kernel { self.send.describe() } else { String::new() },
@@ -190,14 +193,14 @@ impl Channel {
             sent_chunks,
             received_bytes,
             received_chunks,
-            speed: self.rate.last(oldest, now),
+            speed: delivered.unwrap_or_else(|| self.rate.last(oldest, now)),
             queued_bytes: self.queued,
             window_out: self.outgoing.len() as u32,
             window_in: (self.expected.len() + self.posted.len() + self.finishing.len()) as u32,
             window: MAX_REQUESTS as u32,
             packed_chunks: packed,
             unpacked_chunks: unpacked,
-            network: if kernel { self.send.info().map(network) } else { None },
+            network,
             ..ChannelStats::default()
         }
     }
