@@ -3,6 +3,7 @@
 
 use crate::addresses::{AllowList, Bind};
 use crate::status::{bail, Error, Result};
+use crate::types::Protect;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -35,6 +36,7 @@ pub struct Config {
     pub allow: AllowList,
     pub socket_ifname: Option<String>,
     pub auth_key_file: Option<PathBuf>,
+    pub protect: Protect,
     pub emulate_device: bool,
     /// Device memory leaves through host memory that a kernel fills, where the plugin carries host memory.
     pub stage_sends: bool,
@@ -79,6 +81,7 @@ pub const VARIABLES: &[Variable] = &[
     var("UCCL_SOCKET_IFNAME", "unset", "Control interface: names or prefixes separated by commas, '=' for exact, '^' for exclusion. Default: the first that is up and not loopback, docker or a veth."),
     var("NCCL_SOCKET_IFNAME", "unset", "The same where UCCL_SOCKET_IFNAME is not set."),
     var("UCCL_TCPX_AUTH_KEY_FILE", "unset", "File with a pre-shared key of 16 to 4096 bytes, or lines NAME:KEY; for its owner only (chmod 600). Connects prove the first key, any is accepted, and a changed file counts at once. See docs/security.md."),
+    var("UCCL_TCPX_PROTECT", "off", "How data of the software plugin is protected on its way: off (TCP's checksum), integrity (CRC-32C against damage; AES-256-GCM where a key is set), encrypt (AES-256-GCM; refused with other plugins). The stricter of the two sides counts. See docs/security.md."),
     var("UCCL_TCPX_EMULATE_DEVICE", "0", "1: registered host memory is treated as device memory and unpacked by the CPU. For tests without a GPU; both sides alike."),
     var("UCCL_TCPX_STAGE_SENDS", "1", "0: device memory is handed to the software plugin as device memory, as it is to TCPX; by default a kernel copies it to pinned host memory first, which is faster."),
     var("UCCL_TCPX_VECTORED", "1", "0: the vectored extension of the software plugin is not used (host memory is staged, as with a plugin that lacks it)."),
@@ -184,6 +187,17 @@ fn plugin_limit(source: Source<'_>) -> Result<Option<usize>> {
     }
 }
 
+fn protect(source: Source<'_>) -> Result<Protect> {
+    const NAME: &str = "UCCL_TCPX_PROTECT";
+    match source.get(NAME)?.map(|v| v.to_ascii_lowercase()).as_deref() {
+        None => Ok(Protect::default()),
+        Some("off") => Ok(Protect::Off),
+        Some("integrity") => Ok(Protect::Integrity),
+        Some("encrypt") => Ok(Protect::Encrypt),
+        Some(other) => bail!(InvalidArgument, "{NAME}={other}: expected off, integrity or encrypt"),
+    }
+}
+
 /// A value that another module reads; its default when the variable is not set.
 fn parsed<T: Default>(source: Source<'_>, name: &str, parse: impl FnOnce(&str) -> Result<T>) -> Result<T> {
     match source.get(name)? {
@@ -259,6 +273,7 @@ impl Config {
             allow: parsed(source, "UCCL_TCPX_ALLOW", AllowList::parse)?,
             socket_ifname,
             auth_key_file: get("UCCL_TCPX_AUTH_KEY_FILE")?.map(PathBuf::from),
+            protect: protect(source)?,
             emulate_device: flag("UCCL_TCPX_EMULATE_DEVICE", false)?,
             stage_sends: flag("UCCL_TCPX_STAGE_SENDS", true)?,
             vectored: flag("UCCL_TCPX_VECTORED", true)?,

@@ -325,7 +325,22 @@ pub struct ucclNetExt_v2 {
     pub abandonConnect: Option<unsafe extern "C" fn(handle: Opaque) -> ncclResult_t>,
     /// Writes "local-address -> peer-address on NIC" for texts of errors, terminated, cut to `len` bytes.
     pub describe: Option<unsafe extern "C" fn(comm: Opaque, text: *mut c_char, len: usize) -> ncclResult_t>,
+    /// Before the first `accept`: the listen comm accepts only a peer that proves the 32 bytes at `key`.
+    pub keyListen: Option<unsafe extern "C" fn(listen_comm: Opaque, key: *const u8) -> ncclResult_t>,
+    /// Before the first `connect` with this 128-byte handle buffer: the connect proves the 32 bytes at `key`. They are kept inside the
+    /// buffer until then, whatever the buffer held there.
+    pub keyConnect: Option<unsafe extern "C" fn(handle: Opaque, key: *const u8) -> ncclResult_t>,
+    /// Before the first request of a comm, on both ends alike: its messages are guarded by [`UCCL_PROTECT_CHECKSUM`], or by
+    /// [`UCCL_PROTECT_SEAL`] under the 32 bytes at `key` (ignored otherwise), which no other comm or direction may have. A message that
+    /// was changed, repeated, left out or cut fails the receiving comm, before the receive is done and its descriptors are published.
+    pub protect: Option<unsafe extern "C" fn(comm: Opaque, level: c_int, key: *const u8) -> ncclResult_t>,
 }
+
+/// Level of `protect`: CRC-32C of each message, against damage.
+pub const UCCL_PROTECT_CHECKSUM: c_int = 1;
+/// Level of `protect`: AES-256-GCM.
+pub const UCCL_PROTECT_SEAL: c_int = 2;
+
 // SAFETY: immutable data and function pointers.
 unsafe impl Sync for ucclNetExt_v2 {}
 // SAFETY: as above.
@@ -359,7 +374,8 @@ const _: () = {
     assert!(offset_of!(netUnpackMeta, cnt) == MAX_REQUESTS * MAX_SLOT_ENTRIES * 16);
     assert!(size_of::<unpackNetDeviceHandle>() == 24);
     assert!(size_of::<ucclIoVec>() == 16);
-    assert!(size_of::<ucclNetExt_v2>() == 7 * 8);
+    assert!(size_of::<ucclNetExt_v2>() == 10 * 8);
     assert!(offset_of!(ucclNetExt_v2, progress) == 4 * 8);
     assert!(offset_of!(ucclNetExt_v2, describe) == 6 * 8);
+    assert!(offset_of!(ucclNetExt_v2, protect) == 9 * 8);
 };

@@ -3,6 +3,7 @@
 
 use super::link::{number, PER_SET};
 use super::site::Site;
+use crate::net::secure::ChannelKeys;
 use crate::net::setup::{self, Establishing, Listening, Offer, Pair};
 use crate::status::{bail, Error, Result};
 use std::time::Duration;
@@ -28,16 +29,23 @@ impl Opened {
         self.0.iter().map(Listening::offers).collect()
     }
 
-    /// Connects to the peer's offers and accepts the peer's connects from now on.
+    /// Connects to the peer's offers and accepts the peer's connects from now on. `keys` gives those of a channel by set and number.
     ///
     /// # Errors
     /// `Protocol` when the peer has other sets.
-    pub(crate) fn establish(self, peers: &[Vec<Offer>]) -> Result<Raising> {
+    pub(crate) fn establish(
+        self,
+        peers: &[Vec<Offer>],
+        keys: impl Fn(usize, usize) -> Result<ChannelKeys>,
+    ) -> Result<Raising> {
         if peers.len() != self.0.len() {
             bail!(Protocol, "the peer offers {} sets of channels, this side {}", peers.len(), self.0.len());
         }
-        let start = |(set, peer): (Listening, &Vec<Offer>)| Set { coming: set.establish(peer), up: None };
-        Ok(Raising(self.0.into_iter().zip(peers).map(start).collect()))
+        let start = |(number, (set, peer)): (usize, (Listening, &Vec<Offer>))| {
+            let coming = set.establish(peer, Some(&|index| keys(number, index)));
+            Set { coming, up: None }
+        };
+        Ok(Raising(self.0.into_iter().zip(peers).enumerate().map(start).collect()))
     }
 }
 

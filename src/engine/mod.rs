@@ -103,6 +103,7 @@ impl Engine {
         }
         let host = if device.traits.host_memory { None } else { Some(Plugin::soft()?) };
         let plugins = Plugins { device, host };
+        plugins.can_protect(config.protect)?;
         let ports = listener::open(config.bind, config.socket_ifname.as_deref(), config.port)?;
         let metadata = listener::metadata(ports.address, &gpus.name());
         announce(&metadata, &plugins, &gpus);
