@@ -35,6 +35,10 @@ pub struct RemoteAccess {
 impl RemoteAccess {
     /// Reading and writing.
     pub const ALL: RemoteAccess = RemoteAccess { read: true, write: true };
+    /// Reading.
+    pub const READ: RemoteAccess = RemoteAccess { read: true, write: false };
+    /// Writing.
+    pub const WRITE: RemoteAccess = RemoteAccess { read: false, write: true };
 }
 
 /// How much the data of the software plugin is protected on its way. The stricter level of the two sides counts.

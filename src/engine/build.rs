@@ -105,13 +105,15 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
         _ => "the key".to_owned(),
     };
     let (plugin, nics) = (&site.plugins.device.name, nics.join(", "));
-    log::info!("connected with {name}: {n} channels over {plugin} on {nics}, GPU {}, {proof}", theirs.hello.gpu);
+    let gpu = &theirs.hello.gpu;
+    log::info!("connected with {name}: {n} channels over {plugin} on {nics}, GPU {gpu}, {proof}, protection {:?}", terms.protect);
     let core = Core::new(
         Machine::new(setting, Instant::now()),
         channels,
         ControlStream::new(up.sock, up.sealed.session, up.sealed.plain, up.sealed.raw)?,
     );
-    let peer = Peer { ip: up.address.ip(), name, gpu_index: theirs.hello.gpu_index, engine: theirs.engine };
+    let key = theirs.proof.name().map(str::to_owned);
+    let peer = Peer { ip: up.address.ip(), name, gpu_index: theirs.hello.gpu_index, key, engine: theirs.engine };
     let connection = Arc::new(Connection::new(home.clone(), core, peer, doorbell.armed));
     if !home.connections.insert(&connection) {
         return Err(super::ending::canceled());
