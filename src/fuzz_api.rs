@@ -1,6 +1,7 @@
 //! What the targets in fuzz/ call of the private modules. Each takes any bytes and panics when a property does not hold. Built with
 //! `--cfg fuzzing` only, as cargo-fuzz does; no part of the API.
 
+use crate::wire::frame;
 use crate::wire::handshake::{Handshake, Identity, MAX_MESSAGE};
 use crate::wire::hello::Hello;
 use crate::wire::keys::Keys;
@@ -31,6 +32,21 @@ pub fn setup(data: &[u8]) {
             assert!(matches!(setup::decode(&data[..taken / 2]), Ok(Decoded::Need(n)) if n > taken / 2));
         }
         Ok(Decoded::Need(n)) => assert!(n > data.len() && n < 1 << 20),
+        Err(e) => assert!(e.to_string().bytes().all(text::is_printable)),
+    }
+}
+
+/// Whatever is taken for a frame means the same when it is sent on; a prefix asks for more.
+pub fn frame(data: &[u8]) {
+    match frame::decode(data) {
+        Ok(frame::Decoded::Frame(decoded, taken)) => {
+            let mut out = Vec::new();
+            frame::encode(&decoded, &mut out);
+            assert_eq!(out.len(), taken);
+            assert!(matches!(frame::decode(&out), Ok(frame::Decoded::Frame(again, _)) if again == decoded));
+            assert!(matches!(frame::decode(&data[..taken / 2]), Ok(frame::Decoded::Need(n)) if n > taken / 2));
+        }
+        Ok(frame::Decoded::Need(n)) => assert!(n > data.len()),
         Err(e) => assert!(e.to_string().bytes().all(text::is_printable)),
     }
 }

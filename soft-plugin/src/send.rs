@@ -100,9 +100,7 @@ impl SendIo {
             let iov = match &mut self.guard {
                 None => &body.iov[..],
                 // SAFETY: the message's own memory, which the poster leaves alone until the request is done or the comm is closed.
-                Some(guard) => {
-                    unsafe { guard.message(seq, body) }.map_err(|why| Failure::new(NCCL_INTERNAL_ERROR, why))?
-                }
+                Some(guard) => unsafe { guard.message(seq, body) }.map_err(|why| Failure::new(NCCL_INTERNAL_ERROR, why))?,
             };
             let cursor = if seq == completed { self.cursor } else { Cursor::default() };
             bytes += cursor.collect(iov, budget - bytes, IOV_MAX, &mut self.batch);

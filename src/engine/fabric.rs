@@ -33,11 +33,7 @@ impl Opened {
     ///
     /// # Errors
     /// `Protocol` when the peer has other sets.
-    pub(crate) fn establish(
-        self,
-        peers: &[Vec<Offer>],
-        keys: impl Fn(usize, usize) -> Result<ChannelKeys>,
-    ) -> Result<Raising> {
+    pub(crate) fn establish(self, peers: &[Vec<Offer>], keys: impl Fn(usize, usize) -> Result<ChannelKeys>) -> Result<Raising> {
         if peers.len() != self.0.len() {
             bail!(Protocol, "the peer offers {} sets of channels, this side {}", peers.len(), self.0.len());
         }

@@ -133,7 +133,9 @@ impl SealedLink {
     /// # Errors
     /// Before the proof.
     pub(crate) fn channel_keys(&self, set: usize, index: usize) -> Result<ChannelKeys> {
-        let (Some(session), Some(agreed)) = (&self.session, &self.agreed) else { bail!(Internal, "channel keys before the proof") };
+        let (Some(session), Some(agreed)) = (&self.session, &self.agreed) else {
+            bail!(Internal, "channel keys before the proof")
+        };
         let number = |n: usize| u8::try_from(n).map_err(|_| err!(Internal, "channel {index} of set {set}"));
         let (set, index) = (number(set)?, number(index)?);
         let half = |direction| -> Result<HalfKeys> {

@@ -57,7 +57,9 @@ impl Plugins {
         if level == Protect::Encrypt {
             bail!(Unsupported, "UCCL_TCPX_PROTECT=encrypt: plugin {name} cannot encrypt; UCCL_TCPX_PLUGIN=soft can");
         }
-        log::warn!("UCCL_TCPX_PROTECT=integrity: data of GPU memory goes over plugin {name}, which cannot be checked; the rest is");
+        log::warn!(
+            "UCCL_TCPX_PROTECT=integrity: data of GPU memory goes over plugin {name}, which cannot be checked; the rest is"
+        );
         Ok(())
     }
 
