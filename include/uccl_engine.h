@@ -849,6 +849,20 @@ void uccl_engine_conn_destroy(uccl_conn_t *conn);
 int uccl_engine_conn_status(uccl_conn_t *conn);
 
 /**
+ * Names the key that the peer has proved: the word of this side's key file for it (docs/security.md), never the peer's own.
+ *
+ * @param conn  [in]  The connection.
+ * @param buf   [out] The name, NUL-terminated, cut to fit; an empty string for a peer without a key, or with a key that has no name.
+ * @param len   [in]  Bytes of buf, at least 1; 33 hold every name.
+ * @return UCCL_OK, also for a connection that is lost; UCCL_ERR_NOT_FOUND or UCCL_ERR_INVALID_ARGUMENT, and then buf is untouched.
+ *
+ * Threads: any.
+ */
+int uccl_engine_conn_peer_name(uccl_conn_t *conn,
+                               char *buf,
+                               size_t len);
+
+/**
  * Tells whether the peer runs on this host (its address is one of this host's).
  *
  * @param conn  The connection.
@@ -879,8 +893,10 @@ int uccl_engine_reg(uccl_engine_t *engine, size_t data, size_t size, uccl_mr_t *
  * @param size    [in]  Bytes, at least 1.
  * @param access  [in]  Or of UCCL_ACCESS_REMOTE_READ and UCCL_ACCESS_REMOTE_WRITE; 0: the region is only a local side of transfers.
  * @param mr      [out] The region, as of uccl_engine_reg, which allows peers both.
- * @return As uccl_engine_reg; UCCL_ERR_INVALID_ARGUMENT for unknown flags; UCCL_ERR_UNSUPPORTED for a limit that this version cannot
- *         keep: it never registers memory for more than the caller allows.
+ * @return As uccl_engine_reg; UCCL_ERR_INVALID_ARGUMENT for unknown flags.
+ *
+ * A peer that does more gets UCCL_ERR_REMOTE_ACCESS, whatever FIFO item it has, and nothing moves. What this side does itself, receives
+ * into the region among it, is not limited.
  *
  * The memory stays the caller's and must stay mapped until uccl_engine_mr_destroy returns. Threads: any.
  */

@@ -11,6 +11,7 @@ pub use table::{Kind, Variable, VARIABLES};
 use crate::addresses::{AllowList, Bind};
 use crate::stats::export::Target;
 use crate::status::{bail, Result};
+use crate::types::Protect;
 use source::{parse_number, strtoll, Source};
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -45,6 +46,7 @@ pub struct Config {
     pub allow: AllowList,
     pub socket_ifname: Option<String>,
     pub auth_key_file: Option<PathBuf>,
+    pub protect: Protect,
     pub emulate_device: bool,
     /// GPUs that are simulated.
     pub emulate_devices: u8,
@@ -103,6 +105,15 @@ fn plugin_choice(source: Source<'_>) -> Result<(PluginChoice, bool)> {
         None => transport,
     };
     Ok((choice, tcpx))
+}
+
+/// How data is protected on its way.
+fn protect(source: Source<'_>) -> Result<Protect> {
+    Ok(match source.word(&table::PROTECT)? {
+        Some("integrity") => Protect::Integrity,
+        Some("encrypt") => Protect::Encrypt,
+        _ => Protect::Off,
+    })
 }
 
 /// Says once a process which variables of the environment nobody reads.
@@ -166,6 +177,7 @@ impl Config {
             allow: source.parsed(&table::ALLOW, AllowList::parse)?.unwrap_or_default(),
             socket_ifname,
             auth_key_file: source.get(&table::AUTH_KEY_FILE)?.map(PathBuf::from),
+            protect: protect(source)?,
             emulate_device: source.flag(&table::EMULATE_DEVICE)?,
             emulate_devices: source.number_or_default(&table::EMULATE_DEVICES)? as u8,
             stage_sends: source.flag(&table::STAGE_SENDS)?,

@@ -35,6 +35,22 @@ pub struct RemoteAccess {
 impl RemoteAccess {
     /// Reading and writing.
     pub const ALL: RemoteAccess = RemoteAccess { read: true, write: true };
+    /// Reading.
+    pub const READ: RemoteAccess = RemoteAccess { read: true, write: false };
+    /// Writing.
+    pub const WRITE: RemoteAccess = RemoteAccess { read: false, write: true };
+}
+
+/// How much the data of the software plugin is protected on its way. The stricter level of the two sides counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Protect {
+    /// By TCP's checksum.
+    #[default]
+    Off,
+    /// What was changed on its way is never taken for right: a checksum, or AES-256-GCM between sides with a key.
+    Integrity,
+    /// Nobody else can read it either: AES-256-GCM.
+    Encrypt,
 }
 
 /// Names a data stream of a connection: the transfer id and which side chose it.

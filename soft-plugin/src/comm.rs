@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use nccl_net_abi::{
     ncclNetDeviceHandle_v7, ncclResult_t, ucclCommInfo, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_INVALID_ARGUMENT,
-    NCCL_SYSTEM_ERROR,
+    NCCL_INVALID_USAGE, NCCL_SYSTEM_ERROR,
 };
 use parking_lot::Mutex;
 
@@ -16,6 +16,7 @@ use crate::fork;
 use crate::ledger::{Failure, Ledger};
 use crate::logger::Limited;
 use crate::pool::{Member, Pool, Seat};
+use crate::protect::Guard;
 use crate::recv::RecvIo;
 use crate::rendezvous::Connected;
 use crate::send::{SendIo, Source};
@@ -274,6 +275,19 @@ impl Comm {
         let mut io = self.io.lock();
         io.doorbell = (fd >= 0).then_some(Doorbell { armed, fd });
         ring(&io);
+    }
+
+    /// Guards the messages from the first one on.
+    pub fn protect(&self, guard: Guard) -> Result<(), ncclResult_t> {
+        let mut io = self.io.lock();
+        if self.ledger.posted() > 0 {
+            return Err(NCCL_INVALID_USAGE);
+        }
+        match &mut io.side {
+            Side::Send(send) => send.protect(guard),
+            Side::Recv(recv) => recv.protect(guard),
+        }
+        Ok(())
     }
 
     /// Closes: on return no thread of ours touches the caller's memory. Bytes already in the kernel are still delivered.

@@ -5,6 +5,7 @@
 //! - `interfaces`, `rendezvous`, `tcp`, `congestion`: devices, and how two of them come by a connected socket
 //! - `slot`, `ledger`: requests and their life; `send`, `recv`, `turn`, `fragment`: moving their bytes; `pool`: the I/O threads;
 //!   `comm` puts them together
+//! - `protect`: checksums and encryption of messages on their way
 //! - `device`, `cuda`: the seam to device memory
 //! - `fork`: what parent and child do not share
 //!
@@ -27,6 +28,7 @@ pub mod interfaces;
 mod ledger;
 mod logger;
 mod pool;
+mod protect;
 mod recv;
 mod rendezvous;
 mod send;
@@ -87,6 +89,9 @@ pub const EXT_V2: ucclNetExt_v2 = ucclNetExt_v2 {
     abandonConnect: Some(abi::abandon_connect),
     describe: Some(abi::describe),
     info: Some(abi::info),
+    keyListen: Some(abi::key_listen),
+    keyConnect: Some(abi::key_connect),
+    protect: Some(abi::protect),
 };
 
 /// The plugin's v7 table.

@@ -43,6 +43,8 @@ pub(crate) struct Peer {
     pub ip: IpAddr,
     pub name: String,
     pub gpu_index: i32,
+    /// Name of the key that it has proved.
+    pub key: Option<String>,
     pub engine: [u8; 16],
 }
 
@@ -226,6 +228,10 @@ impl Connection {
     /// CUDA index of the peer's GPU as it counts, -1 without one.
     pub fn peer_gpu_index(&self) -> i32 {
         self.peer.gpu_index
+    }
+    /// This side's name of the key that the peer has proved; none for a peer without a key, and for keys without names.
+    pub fn peer_key(&self) -> Option<&str> {
+        self.peer.key.as_deref()
     }
     /// The peer runs on this host.
     pub fn is_local(&self) -> bool {

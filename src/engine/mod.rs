@@ -124,6 +124,7 @@ impl Engine {
         }
         let host = if device.traits.host_memory { None } else { Some(Plugin::soft()?) };
         let plugins = Plugins { device, host };
+        plugins.can_protect(config.protect)?;
         let ports = listener::open(config.bind, config.socket_ifname.as_deref(), config.port)?;
         let metadata = listener::metadata(ports.address, &gpus.name());
         announce(&metadata, &plugins, &gpus);
@@ -223,23 +224,20 @@ impl Engine {
     /// # Errors
     /// `InvalidArgument` for an empty or wrapping range, `Gpu`, `System`.
     pub fn register(&self, addr: usize, len: usize) -> Result<u64> {
+        self.register_with(addr, len, RemoteAccess::ALL)
+    }
+
+    /// Registers memory that peers may use only so far. Its owner may use all of it, also as the target of a receive.
+    ///
+    /// # Errors
+    /// As [`Engine::register`].
+    pub fn register_with(&self, addr: usize, len: usize, access: RemoteAccess) -> Result<u64> {
         if addr == 0 || len == 0 || addr.checked_add(len).is_none() {
             bail!(InvalidArgument, "cannot register {len} bytes at {addr:#x}");
         }
         self.alive()?;
         let place = self.parts.site.gpus.place_of(addr as u64)?;
-        self.parts.site.home.registry.add(addr as u64, len as u64, place)
-    }
-
-    /// Registers memory that peers may use only so far.
-    ///
-    /// # Errors
-    /// As [`Engine::register`]; `Unsupported` for a limit that cannot be kept.
-    pub fn register_with(&self, addr: usize, len: usize, access: RemoteAccess) -> Result<u64> {
-        if access != RemoteAccess::ALL {
-            bail!(Unsupported, "regions that peers may only read, only write or not use at all");
-        }
-        self.register(addr, len)
+        self.parts.site.home.registry.add(addr as u64, len as u64, place, access)
     }
 
     /// Ends a registration. Waits for transfers that use it; what has not ended by the close deadline is failed with its connection.

@@ -3,6 +3,7 @@
 
 use super::registrations::Registrations;
 use super::search;
+use super::secure::{Guard, Secret};
 use super::signals::Quiet;
 use super::table::{Answer, Ext, NetTable, Properties};
 use super::traits::{is_tcpx, Traits};
@@ -458,6 +459,37 @@ impl Plugin {
         // SAFETY: by the caller's contract; the structure says its size.
         let result = unsafe { call(comm, &mut info) };
         (result == abi::NCCL_SUCCESS).then_some(info)
+    }
+
+    /// # Safety
+    /// `listen` is a live listen comm that was not asked to accept yet.
+    pub(super) unsafe fn key_listen(&self, listen: *mut c_void, key: &Secret) -> Result<()> {
+        let call = self.ext.and_then(|e| e.key_listen);
+        // SAFETY: by the caller's contract; 32 readable bytes.
+        self.request("keyListen", || call.map(|call| unsafe { call(listen, key.as_ptr()) }))
+    }
+
+    /// # Safety
+    /// `handle` is a writable handle buffer with which no connect has begun.
+    pub(super) unsafe fn key_connect(&self, handle: *mut c_void, key: &Secret) -> Result<()> {
+        let call = self.ext.and_then(|e| e.key_connect);
+        // SAFETY: by the caller's contract; 32 readable bytes.
+        self.request("keyConnect", || call.map(|call| unsafe { call(handle, key.as_ptr()) }))
+    }
+
+    /// Guards the messages of a comm.
+    ///
+    /// # Safety
+    /// `comm` is live and has had no request.
+    pub(super) unsafe fn protect(&self, comm: *mut c_void, guard: &Guard) -> Result<()> {
+        let (level, key) = match guard {
+            Guard::None => return Ok(()),
+            Guard::Checksum => (abi::UCCL_PROTECT_CHECKSUM, std::ptr::null()),
+            Guard::Seal(key) => (abi::UCCL_PROTECT_SEAL, key.as_ptr()),
+        };
+        let call = self.ext.and_then(|e| e.protect);
+        // SAFETY: by the caller's contract; null or 32 readable bytes.
+        self.request("protect", || call.map(|call| unsafe { call(comm, level, key) }))
     }
 
     /// # Safety

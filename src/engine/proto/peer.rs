@@ -9,7 +9,7 @@ use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
 use crate::region::{Hold, RegionUse};
 use crate::status::{bail, err, Error, ErrorKind, Result, StatusCode, UCCL_OK};
-use crate::types::{Key, Place, Segment};
+use crate::types::{Key, Place, RemoteAccess, Segment};
 use crate::wire::frame::{Frame, Grant, WireRegion, WireSegment, WireSegments, MAX_INLINE};
 use std::time::Instant;
 
@@ -50,8 +50,14 @@ impl Machine {
     }
 
     /// Resolves a peer's segments to memory of this side; every one is checked before anything moves.
-    fn resolve(&mut self, regions: &[WireRegion], segments: &WireSegments<'_>) -> Result<(Vec<Segment>, Vec<RegionUse>)> {
+    fn resolve(
+        &mut self,
+        regions: &[WireRegion],
+        segments: &WireSegments<'_>,
+        access: RemoteAccess,
+    ) -> Result<(Vec<Segment>, Vec<RegionUse>)> {
         let uses = regions.iter().map(|r| self.setting.registry.remote(r.id, &r.token)).collect::<Result<Vec<_>>>()?;
+        uses.iter().try_for_each(|region| region.check_access(access))?;
         let resolve = |s: WireSegment| {
             let Some(region) = uses.get(usize::from(s.region)) else { bail!(Protocol, "segment of region {}", s.region) };
             region.check_remote(s.addr, u64::from(s.len))?;
@@ -90,7 +96,7 @@ impl Machine {
             bail!(Protocol, "write {id} is empty");
         }
         let key = Key { id, mine: false };
-        let resolved = self.resolve(regions, segments);
+        let resolved = self.resolve(regions, segments, RemoteAccess::WRITE);
         match (resolved, inline) {
             (Ok((segments, uses)), Some(data)) => {
                 self.counts.inline_received_bytes += total;
@@ -142,7 +148,7 @@ impl Machine {
     ) -> Result<()> {
         let count = segments.count();
         self.peer.begin(id, count)?;
-        let answered = self.resolve(regions, segments).and_then(|(segments, uses)| {
+        let answered = self.resolve(regions, segments, RemoteAccess::READ).and_then(|(segments, uses)| {
             let unreachable = segments.iter().find(|s| channels.route(s.place, s.peer).is_none());
             match unreachable {
                 Some(s) => Err(err!(Unsupported, "no channel carries memory of {:?} to {:?}", s.place, s.peer)),
