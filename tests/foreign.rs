@@ -104,8 +104,18 @@ fn gpus_that_came_too_late_take_the_software_plugins_channels() {
     assert!(!connected(&log).contains("GPU 1"), "{log}");
     // Where a side has nothing on that GPU, only the pairs that exist get channels.
     let log = run("gpu_of_one_side", &[("UCCL_TCPX_EMULATE_DEVICES", "2"), ("UCCL_TCPX_NUM_CHANNELS", "2")]);
-    let line = connected(&log);
-    assert!(line.contains("GPU 1 here and GPU 0 there") && !line.contains("GPU 1 there"), "{line}");
+    let pair = |here, there| log.contains(&format!("GPU {here} here and GPU {there} there"));
+    assert!(pair(1, 0) && pair(0, 1) && !pair(1, 1), "{log}");
+}
+
+#[test]
+fn a_connection_lives_without_the_channels_of_further_gpus() {
+    // One side opens all of its eight, the other its own two, and some of the rest.
+    for listens in ["10", "11", "13"] {
+        let more = [("UCCL_TCPX_EMULATE_DEVICES", "2"), ("UCCL_TCPX_NUM_CHANNELS", "2"), ("STRICT_FOREIGN_LISTENS", listens)];
+        let log = run("few_listens", &more);
+        assert!(connected(&log).contains("(not over GPUDirectTCPX_v7: "), "{log}");
+    }
 }
 
 #[test]
@@ -142,9 +152,10 @@ fn child() {
         "moves" => moves(),
         "registrations" => registrations(),
         "no_nic_in_common" => no_nic_in_common(),
-        "two_gpus" => two_gpus(2, 2, true),
-        "late_gpu" => two_gpus(1, 1, false),
-        "gpu_of_one_side" => two_gpus(2, 1, false),
+        "two_gpus" => two_gpus(2, 2, Carried::Early),
+        "few_listens" => two_gpus(2, 2, Carried::Engines),
+        "late_gpu" => two_gpus(1, 1, Carried::Early),
+        "gpu_of_one_side" => two_gpus(2, 1, Carried::Early),
         "peer_on_eth2" => peer_on_eth2(),
         "peer_dies" => peer_dies(),
         "peer_that_dies" => peer_that_dies(),
@@ -245,9 +256,18 @@ fn peer_on_eth2() {
     connection.wait(id, Some(Duration::from_secs(30))).expect("sent");
 }
 
+/// What the foreign plugin carries.
+#[derive(Clone, Copy)]
+enum Carried {
+    /// Pairs of GPUs with memory that was registered before, and no others.
+    Early,
+    /// At least the engines' own.
+    Engines,
+}
+
 /// Regions on two GPUs of each side, of which so many are registered before the sides connect: every pair, both ways, and whether the
 /// foreign plugin carries it.
-fn two_gpus(early_here: usize, early_there: usize, all_foreign: bool) {
+fn two_gpus(early_here: usize, early_there: usize, carried: Carried) {
     let (a, b) = (engine(), engine());
     let len = 3 << 20;
     let mut near: Vec<Vec<u8>> = (0..2).map(|gpu| (0..len).map(|i| (i * 7 + i / 509 + gpu) as u8).collect()).collect();
@@ -278,8 +298,11 @@ fn two_gpus(early_here: usize, early_there: usize, all_foreign: bool) {
         let id = inc.transfer(Direction::Write, std::iter::once((local, item))).expect("write back");
         inc.wait(id, Some(Duration::from_secs(60))).expect("written back");
         assert!(near[i] == far[j], "GPU {j} back to GPU {i}");
-        let foreign = all_foreign || (i < early_here && j < early_there);
-        assert_eq!(counter(MESSAGES_IN) > before, foreign, "GPU {i} and GPU {j}");
+        let foreign = counter(MESSAGES_IN) > before;
+        match carried {
+            Carried::Early => assert_eq!(foreign, i < early_here && j < early_there, "GPU {i} and GPU {j}"),
+            Carried::Engines => assert!(foreign || (i, j) != (0, 0), "GPU 0 and GPU 0"),
+        }
     }
     drop((out, inc));
     drop((a, b));

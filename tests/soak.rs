@@ -162,8 +162,8 @@ impl Arena {
         if self.rng.below(3) > 0 {
             std::thread::sleep(Duration::from_micros(self.rng.below(20_000) as u64));
         }
-        // Whether the peer can be asked about its memory, and about its transfers.
-        let (mut alive, mut connected) = (false, false);
+        // Whether the peer can be asked about its memory, and about its transfers; whether nothing went wrong.
+        let (mut alive, mut connected, mut undisturbed) = (false, false, false);
         match self.rng.below(10) {
             0..=5 => {
                 peer.signal(libc::SIGKILL);
@@ -188,11 +188,14 @@ impl Arena {
             }
             _ => {
                 count("undisturbed", 1);
-                (alive, connected) = (true, true);
+                (alive, connected, undisturbed) = (true, true, true);
             }
         }
         let start = Instant::now();
-        self.settle(&mut running, alive.then_some(&mut peer), start);
+        let failed = self.settle(&mut running, alive.then_some(&mut peer), start);
+        if undisturbed {
+            count("undisturbed transfers that failed", failed);
+        }
         if connected {
             self.theirs(theirs, &mut peer);
         }
@@ -200,13 +203,17 @@ impl Arena {
         self.end_of_round(start);
     }
 
-    /// All of the survivor's transfers end, with their bytes where they say so.
-    fn settle(&mut self, running: &mut Vec<Running>, mut peer: Option<&mut Victim>, start: Instant) {
+    /// All of the survivor's transfers end, with their bytes where they say so. How many failed that had a partner.
+    fn settle(&mut self, running: &mut Vec<Running>, mut peer: Option<&mut Victim>, start: Instant) -> u64 {
+        let mut failed = 0;
         let connection = self.connections - 1;
         for one in running.drain(..) {
             match self.survivor.wait(connection, one.id, LIMIT) {
                 Outcome::Pending => bad("hangs", &format!("{} after {:?}", one.what, start.elapsed())),
-                Outcome::Failed(_) => count("transfers that failed", 1),
+                Outcome::Failed(_) => {
+                    count("transfers that failed", 1);
+                    failed += u64::from(one.target.is_some());
+                }
                 Outcome::Done(_) => {
                     count("transfers that were OK", 1);
                     let Some((buffer, fill, at_survivor)) = one.target else { continue };
@@ -216,6 +223,7 @@ impl Arena {
                 }
             }
         }
+        failed
     }
 
     /// The peer's transfers, where it lives.
@@ -235,19 +243,24 @@ impl Arena {
     }
 
     fn end_of_round(&mut self, start: Instant) {
+        // What was given back in the round before has had the time to be written to.
+        self.late_writes();
         for buffer in self.exposed.drain(..) {
             self.survivor.ask(&format!("destroy {buffer}"));
         }
         let connection = self.connections - 1;
         self.survivor.ask(&format!("close {connection}"));
-        let late = self.survivor.number("forget");
-        if late > 0 {
-            bad("late writes", &format!("{late} buffers"));
-        }
         if start.elapsed() > 3 * LIMIT {
             bad("hangs", &format!("the end of a round took {:?}", start.elapsed()));
         }
         count("rounds", 1);
+    }
+
+    fn late_writes(&mut self) {
+        let late = self.survivor.number("forget");
+        if late > 0 {
+            bad("late writes", &format!("{late} buffers"));
+        }
     }
 
     /// What the survivor holds: descriptors, threads, MB.
@@ -304,6 +317,7 @@ fn life(seed: u64, end: Instant) {
             bad("leaked memory", &format!("{first:?} -> {last:?}, {configuration:?}"));
         }
     }
+    arena.late_writes();
     if !arena.survivor.end(LIMIT) {
         bad("hangs", "the survivor did not end well");
     }

@@ -80,6 +80,8 @@ pub(crate) struct Settings {
     pub accept_time: Duration,
     /// `STRICT_FOREIGN_DEVICES`: `name@address[@pci path][@dead],...`; default one device `lo`.
     pub devices: Vec<Device>,
+    /// `STRICT_FOREIGN_LISTENS`: so many listens succeed.
+    pub listens: u64,
     /// `STRICT_FOREIGN_PAGES`: pages of the receive memory.
     pub pages: usize,
     /// `STRICT_FOREIGN_FRAGMENT`: largest fragment, bytes.
@@ -125,6 +127,7 @@ pub(crate) fn settings() -> &'static Settings {
             connect_time: Duration::from_millis(number("STRICT_FOREIGN_CONNECT_MS", 300)),
             accept_time: Duration::from_millis(number("STRICT_FOREIGN_ACCEPT_MS", 500)),
             devices: devices(text("STRICT_FOREIGN_DEVICES").as_deref().unwrap_or("lo@127.0.0.1")),
+            listens: number("STRICT_FOREIGN_LISTENS", u64::MAX),
             pages: number("STRICT_FOREIGN_PAGES", 1 << 17) as usize,
             fragment: (number("STRICT_FOREIGN_FRAGMENT", 4000) as usize).clamp(1, 4096),
             lenient: text("STRICT_FOREIGN_LENIENT").is_some(),

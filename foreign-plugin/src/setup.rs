@@ -7,6 +7,7 @@ use nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -68,6 +69,9 @@ fn put_address(handle: &mut Handle, at: usize, address: Ipv4Addr, port: u16) {
 impl ListenComm {
     pub(crate) fn new(dev: usize, handle: &mut Handle) -> Option<ListenComm> {
         let device = settings().devices.get(dev)?;
+        if counters().listens.load(Ordering::Acquire) >= settings().listens {
+            return None;
+        }
         let listener = || TcpListener::bind((device.address, 0)).ok();
         let listeners = Listeners { control: listener()?, data: listener()? };
         handle.fill(0);

@@ -81,7 +81,7 @@ impl Walk {
     fn cut(&mut self, max: u64, max_parts: usize, max_crossed: usize, split_on_peer: bool) -> Option<Chunk> {
         let first = *self.segments.get(self.next)?;
         // Blocks are mostly alike.
-        let alike = (max.div_ceil(first.len) as usize).min(max_parts).min(self.segments.len() - self.next);
+        let alike = (max.div_ceil(first.len) as usize).min(MAX_PARTS).min(self.segments.len() - self.next);
         let mut chunk = Chunk { parts: Vec::with_capacity(alike), len: 0, place: first.place, peer: first.peer };
         let mut left = max;
         let mut crossed = 0;
@@ -105,6 +105,9 @@ impl Walk {
                 self.next += 1;
                 self.taken = 0;
             }
+        }
+        if chunk.parts.capacity() > 2 * chunk.parts.len() {
+            chunk.parts.shrink_to_fit();
         }
         chunk.len = (max - left) as usize;
         self.remaining -= max - left;
@@ -182,6 +185,17 @@ mod tests {
             let len = chunk_len(total, channels, max);
             prop_assert!(len >= 4096.min(max) && len <= max);
         }
+    }
+
+    /// A peer chooses the lengths: what it announces must not cost more memory than it has parts.
+    #[test]
+    fn a_chunk_takes_memory_for_its_own_parts_only() {
+        let segment = |addr, len| Segment { addr, len, region: 0, place: Place::HOST, peer: Place::HOST };
+        let pair = |i: u64| [segment(i << 21, 1), segment((i << 21) + 4096, (512 << 10) - 1)];
+        let mut stream = Walk::new((0..100_000).flat_map(pair).collect());
+        let chunks: Vec<Chunk> = (0..1000).map(|_| stream.take_exact(512 << 10).unwrap()).collect();
+        let room: usize = chunks.iter().map(|c| c.parts.capacity()).sum();
+        assert!(room <= 8 * chunks.len(), "{room} parts");
     }
 
     #[test]

@@ -3,10 +3,11 @@
 
 use super::bell::{Bell, WAKE};
 use super::connections::Connections;
+use super::counters::Counters;
 use super::registry::Registry;
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// A connection without anything to read for so long is left to the progress thread again, microseconds.
@@ -19,10 +20,10 @@ pub(crate) trait Driven {
     fn drive_for_application(&self) -> bool;
 }
 
-/// A connection that a thread drives while it looks for notifications.
+/// A connection that a thread drives while it looks for notifications. Not kept alive: nobody may ask again.
 struct Recent<T> {
     id: u64,
-    connection: Arc<T>,
+    connection: Weak<T>,
     /// When it last had something.
     last: u64,
 }
@@ -37,6 +38,7 @@ pub(crate) struct Home<T> {
     pub registry: Arc<Registry>,
     pub connections: Connections<T>,
     pub bell: Bell,
+    pub counters: Counters,
     /// The channels ring the bell; without, the progress thread must poll while work is in flight.
     pub doorbells: bool,
     /// Threads compete for cores: nobody spins while another could work.
@@ -59,6 +61,7 @@ impl<T: Driven> Home<T> {
             registry: Arc::new(Registry::new()),
             connections: Connections::new(),
             bell,
+            counters: Counters::default(),
             doorbells,
             few_cores: std::thread::available_parallelism().map_or(2, usize::from) <= 2,
             close_timeout,
@@ -105,11 +108,13 @@ impl<T: Driven> Home<T> {
         self.bell.ready(tokens);
         for &id in tokens.iter().filter(|&&id| id != WAKE) {
             if list.iter().all(|recent| recent.id != id) {
-                list.extend(self.connections.get(id).map(|connection| Recent { id, connection, last: now }));
+                let connection = self.connections.get(id).map(|connection| Arc::downgrade(&connection));
+                list.extend(connection.map(|connection| Recent { id, connection, last: now }));
             }
         }
         list.retain_mut(|recent| {
-            if recent.connection.drive_for_application() {
+            let Some(connection) = recent.connection.upgrade() else { return false };
+            if connection.drive_for_application() {
                 recent.last = now;
             }
             now.saturating_sub(recent.last) < RECENT_US
@@ -131,6 +136,11 @@ impl<T: Driven> Home<T> {
 
     pub(crate) fn ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
+    }
+
+    /// Since the engine started.
+    pub(crate) fn age(&self) -> Duration {
+        self.start.elapsed()
     }
 
     /// Microseconds since the engine started, from 1.

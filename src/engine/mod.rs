@@ -17,6 +17,7 @@ mod build;
 mod connect;
 mod connection;
 mod connections;
+mod counters;
 mod dial;
 mod ending;
 mod fabric;
@@ -38,6 +39,7 @@ mod setups;
 mod site;
 mod spare;
 mod transfer;
+mod watch;
 
 #[cfg(fuzzing)]
 pub(crate) use proto::attacked;
@@ -50,6 +52,7 @@ pub use transfer::{Direction, LocalSegment, TransferState};
 use crate::config::Config;
 use crate::net::plugin::Plugin;
 use crate::net::topology;
+use crate::stats::{export, EngineStats};
 use crate::status::{bail, err, Result};
 use crate::types::RemoteAccess;
 use accepts::Accepts;
@@ -58,6 +61,9 @@ use site::{Gate, Identity, Plugins, Site};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+/// How long a deregistration waits for what holds a region although its connections are closed.
+const STUBBORN: Duration = Duration::from_secs(1);
 
 /// A network interface that a plugin offers.
 #[derive(Clone, Debug)]
@@ -88,6 +94,8 @@ struct Parts {
     site: Arc<Site>,
     accepts: Arc<Accepts<Connection>>,
     threads: Mutex<Threads>,
+    /// Serves the statistics while the engine lives.
+    _export: Option<Arc<export::Exporter>>,
 }
 
 #[derive(Default)]
@@ -112,7 +120,7 @@ impl Engine {
         let gpus = gpus::Gpus::new(config.emulate_device.then_some(config.emulate_devices));
         let device = Plugin::choose(&config, &|| gpus.own())?;
         if device.devices.is_empty() {
-            bail!(Plugin, "plugin {} found no network device", device.name);
+            bail!(Plugin, "plugin {} found no network device{}", device.name, chosen_nics());
         }
         let host = if device.traits.host_memory { None } else { Some(Plugin::soft()?) };
         let plugins = Plugins { device, host };
@@ -135,7 +143,8 @@ impl Engine {
             config,
         });
         let spin = site.config.spin;
-        let parts = Parts { site: site.clone(), accepts: accepts.clone(), threads: Mutex::default() };
+        let _export = offer(&site, &metadata);
+        let parts = Parts { site: site.clone(), accepts: accepts.clone(), threads: Mutex::default(), _export };
         let engine = Engine { metadata, parts: crate::fork::Local::new(parts) };
         let mut threads = engine.parts.threads.lock();
         threads.progress = Some(limits::spawn("uccl-progress", move || progress::run(&home, spin))?);
@@ -157,6 +166,15 @@ impl Engine {
     /// The plugin that carries device memory.
     pub fn plugin(&self) -> &Plugin {
         &self.parts.site.plugins.device
+    }
+
+    /// What the engine and its connections count.
+    ///
+    /// # Errors
+    /// In a child of fork.
+    pub fn stats(&self) -> Result<EngineStats> {
+        self.parts.check("engine")?;
+        Ok(stats(&self.parts.site, &self.metadata))
     }
 
     /// Interfaces that the plugins offer.
@@ -227,22 +245,30 @@ impl Engine {
     /// Ends a registration. Waits for transfers that use it; what has not ended by the close deadline is failed with its connection.
     ///
     /// # Errors
-    /// `NotFound`; `TimedOut` when a GPU still copies from or to the region although its connections are closed: the memory must not be
-    /// freed.
+    /// `NotFound`; `Resource` where even that does not end its use: the memory must stay as it is.
     pub fn deregister(&self, mr: u64) -> Result<()> {
         self.parts.check("engine")?;
         let home = &self.parts.site.home;
         let retired = home.registry.retire(mr)?;
-        let patience = self.parts.site.config.close_timeout;
-        if !unused(&retired, Instant::now() + patience) {
-            // Closing the channels is the only way to be sure that nothing touches the memory any more.
-            for connection in home.connections.all() {
-                connection.fail_if_using(mr, err!(Canceled, "region {mr} was deregistered while transfers used it"));
+        let deadline = Instant::now() + self.parts.site.config.close_timeout;
+        let mut pause = Duration::from_micros(20);
+        while retired.in_use() {
+            let now = Instant::now();
+            if now >= deadline + STUBBORN {
+                bail!(
+                    Resource,
+                    "region {mr} is still in use after its connections were closed: a device does not end its copies"
+                );
             }
-            // A transfer that was being started found its connection closed by now.
-            if !unused(&retired, Instant::now() + patience) {
-                bail!(TimedOut, "region {mr} is still in use {patience:?} after its connections were closed");
+            if now >= deadline {
+                // Closing the channels is the only way to be sure that nothing touches the memory any more. A request that another
+                // thread is about to start may come after the first look.
+                for connection in home.connections.all() {
+                    connection.fail_if_using(mr, err!(Canceled, "region {mr} was deregistered while transfers used it"));
+                }
             }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(1));
         }
         if retired.is_registered() {
             for connection in home.connections.all() {
@@ -302,7 +328,7 @@ impl Engine {
         if !self.parts.is_here() {
             return;
         }
-        let Parts { site, accepts, threads } = &*self.parts;
+        let Parts { site, accepts, threads, .. } = &*self.parts;
         accepts.stop();
         if site.ending.begin() {
             return;
@@ -332,24 +358,52 @@ impl Engine {
     }
 }
 
+/// Which variable chooses the data NICs, for an error text.
+fn chosen_nics() -> String {
+    let set = |name: &&str| std::env::var(name).is_ok_and(|value| !value.trim().is_empty());
+    match ["NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"].into_iter().find(set) {
+        Some(name) => format!(": {name}={} matches none that can be used", std::env::var(name).unwrap_or_default()),
+        None => String::new(),
+    }
+}
+
+fn stats(site: &Site, metadata: &str) -> EngineStats {
+    let home = &site.home;
+    let mut stats = EngineStats {
+        metadata: metadata.to_owned(),
+        plugin: site.plugins.device.name.clone(),
+        uptime: home.age(),
+        notifications_waiting: site.notifications.len() as u64,
+        totals: home.counters.past(),
+        ..EngineStats::default()
+    };
+    home.counters.fill(&mut stats);
+    stats.connections = home.connections.all().iter().filter_map(|connection| connection.stats().ok()).collect();
+    stats.connections.sort_by_key(|connection| connection.id);
+    // Ended ones are counted already.
+    stats.connections.iter().filter(|c| c.error.is_none()).for_each(|c| stats.totals += c.totals);
+    stats
+}
+
+/// Offers the statistics where UCCL_TCPX_METRICS says. An engine works without, too.
+fn offer(site: &Arc<Site>, metadata: &str) -> Option<Arc<export::Exporter>> {
+    let target = site.config.metrics.as_ref()?;
+    let (weak, metadata) = (Arc::downgrade(site), metadata.to_owned());
+    let source = Box::new(move || weak.upgrade().map(|site| stats(&site, &metadata)));
+    match export::offer(target, source) {
+        Ok(exporter) => Some(exporter),
+        Err(e) => {
+            log::warn!("no statistics at UCCL_TCPX_METRICS={target}: {e}");
+            None
+        }
+    }
+}
+
 fn announce(metadata: &str, plugins: &Plugins, gpus: &gpus::Gpus) {
     let plugin = &plugins.device;
     let nics: Vec<String> = plugin.devices.iter().map(|d| format!("{} ({} Mbit/s)", d.name, d.speed_mbps)).collect();
     let origin = plugin.path.as_ref().map_or("built in".to_owned(), |p| p.display().to_string());
     log::info!("engine {metadata}: plugin {} ({origin}), NICs {}, GPU {}", plugin.name, nics.join(", "), gpus.name());
-}
-
-/// Waits until nothing uses a region any more; whether that came in time.
-fn unused(retired: &registry::Retired, deadline: Instant) -> bool {
-    let mut pause = Duration::from_micros(20);
-    while retired.in_use() {
-        if Instant::now() >= deadline {
-            return false;
-        }
-        std::thread::sleep(pause);
-        pause = (pause * 2).min(Duration::from_millis(1));
-    }
-    true
 }
 
 fn join(thread: Option<JoinHandle<()>>) {

@@ -150,6 +150,11 @@ impl<'a> Driving<'a> {
         match (next, self.known.get_mut(&id)) {
             (Some(at), Some(known)) => {
                 active.connection.arm(true);
+                if active.connection.stirs() {
+                    // Work began after the last look, and what happened to it before the arming rang nobody.
+                    self.active.insert(id, active);
+                    return;
+                }
                 if !std::mem::replace(&mut known.timed, true) {
                     self.timers.push(Reverse((self.on_grid(at), id)));
                 }
@@ -246,11 +251,17 @@ fn drive(home: &Home, spin: Duration) {
             Step::Sleep(limit) => {
                 driving.arm(true);
                 // What happened before the arming rang nobody.
-                if driving.round(true).any || home.has_asked() {
+                let again = driving.round(true);
+                if again.any || home.has_asked() {
                     driving.arm(false);
                     last_activity = Instant::now();
                     continue;
                 }
+                // Who drives may have changed since.
+                let limit = match step(&again, Duration::MAX, spin, home.few_cores) {
+                    Step::Sleep(now) => limit.min(now),
+                    _ => Duration::ZERO,
+                };
                 home.bell.wait(limit.min(driving.until_timer(Instant::now())), &mut tokens);
                 driving.notice(&tokens, true);
                 driving.arm(false);

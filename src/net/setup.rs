@@ -92,8 +92,14 @@ impl Listening {
         let names: Vec<&str> = self.listeners.iter().map(|l| l.nic.as_str()).collect();
         let theirs: Vec<&str> = peer.iter().map(|o| o.nic.as_str()).collect();
         let joined = pairing::join(&names, &theirs, self.plugin.traits.paired_nics);
-        let reason = joined.is_empty().then(|| {
-            format!("no NIC in common for plugin {}: [{}] here, [{}] at the peer", self.plugin.name, list(&names), list(&theirs))
+        let reason = joined.is_empty().then(|| match theirs.is_empty() {
+            true => format!("the peer offers no channels of plugin {}", self.plugin.name),
+            false => format!(
+                "no NIC in common for plugin {}: [{}] here, [{}] at the peer",
+                self.plugin.name,
+                list(&names),
+                list(&theirs)
+            ),
         });
         let mut listeners: Vec<Option<Listener>> = self.listeners.into_iter().map(Some).collect();
         let mut channels = Vec::with_capacity(joined.len());

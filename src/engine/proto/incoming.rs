@@ -200,6 +200,26 @@ impl Incoming {
         self.streams.values().any(|s| matches!(&s.target, Target::Memory { hold, .. } if hold.holds(id)))
     }
 
+    /// Streams and the segments that each keeps of what the peer announced.
+    #[cfg(test)]
+    pub(super) fn keys(&self) -> Vec<(Key, usize)> {
+        let announced = |inc: &InStream| match inc.target {
+            Target::Memory { ending: Ending::Receive(_), .. } => 0,
+            _ => inc.segments,
+        };
+        self.streams.iter().map(|(&key, inc)| (key, announced(inc))).collect()
+    }
+
+    /// Chunks are counted as long as bytes are under way.
+    #[cfg(test)]
+    pub(super) fn audit(&self) -> std::result::Result<(), String> {
+        let arriving: u64 = self.streams.values().map(|inc| inc.arriving).sum();
+        if (self.expected == 0) != (arriving == 0) {
+            return Err(format!("{} chunks are under way with {arriving} bytes", self.expected));
+        }
+        Ok(())
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.streams.is_empty()
     }

@@ -94,6 +94,11 @@ impl Matching {
         self.sends.len() + self.receives.len()
     }
 
+    /// Sends of this side that were given up and that the peer has not answered.
+    pub(super) fn withdrawn(&self) -> usize {
+        self.withdrawn.len()
+    }
+
     /// Gives up the sends that have waited too long: their ids.
     pub(super) fn expire_sends(&mut self, timeout: Duration, now: Instant) -> Vec<u64> {
         let mut late = Vec::new();

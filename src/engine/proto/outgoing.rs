@@ -15,7 +15,7 @@ use std::time::Instant;
 
 /// A transfer of at most this many bytes goes before large ones.
 const SMALL: u64 = 256 << 10;
-/// Bytes of small transfers that go while a large one waits for its turn.
+/// Bytes that small transfers are ahead of the large ones that wait at most: both then have half of the route.
 const SMALL_TURN: u64 = 1 << 20;
 /// Chunks of a large stream before the next large one has its turn.
 const BULK_TURN: usize = 4;
@@ -46,7 +46,7 @@ pub(super) enum Gone {
 struct Turns {
     small: VecDeque<Key>,
     bulk: VecDeque<Key>,
-    /// Bytes of small ones since the last large one.
+    /// Bytes by which small ones are ahead.
     small_bytes: u64,
     /// Chunks that the large stream at the front has sent in this turn.
     chunks: usize,
@@ -77,7 +77,7 @@ impl Turns {
         if small {
             self.small_bytes += len;
         } else {
-            self.small_bytes = 0;
+            self.small_bytes = self.small_bytes.saturating_sub(len);
             self.chunks += 1;
         }
         let turn_over = small || self.chunks >= BULK_TURN;
@@ -180,7 +180,7 @@ impl Outgoing {
         let Some(chunk) = out.stream.take(out.chunk_len) else { bail!(Internal, "a stream that ended early") };
         debug_assert_eq!((chunk.place, chunk.peer), (place, peer));
         let len = chunk.len as u64;
-        channels.submit(channel, Departure { key, chunk, hold: out.hold.clone(), tag }, now)?;
+        channels.submit(channel, Departure { key, chunk, hold: out.hold.clone(), bulk: !small, tag }, now)?;
         out.inflight += len;
         announcing.push(key, Grant { len: len as u32, channel }, tx);
         let next_route = match out.stream.next_places() {
@@ -243,6 +243,12 @@ impl Outgoing {
 
     pub(super) fn uses_region(&self, id: u64) -> bool {
         self.streams.values().any(|out| out.hold.holds(id))
+    }
+
+    /// Streams and their segments.
+    #[cfg(test)]
+    pub(super) fn keys(&self) -> Vec<(Key, usize)> {
+        self.streams.iter().map(|(&key, out)| (key, out.segments)).collect()
     }
 
     pub(super) fn is_empty(&self) -> bool {

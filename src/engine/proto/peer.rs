@@ -19,7 +19,20 @@ const MAX_MESSAGE: u64 = 1 << 50;
 impl Machine {
     /// Takes a frame of the peer. An error means that the connection must end.
     pub(crate) fn handle(&mut self, frame: Frame<'_>, channels: &mut Channels, now: Instant) -> Result<()> {
-        let before = self.tx.pending();
+        self.tx.answering(true);
+        let handled = self.take_frame(frame, channels, now);
+        self.tx.answering(false);
+        self.attend(now);
+        handled?;
+        limits::answers(self.tx.answers())
+    }
+
+    fn take_frame(&mut self, frame: Frame<'_>, channels: &mut Channels, now: Instant) -> Result<()> {
+        match &frame {
+            Frame::Write { .. } | Frame::Read { .. } | Frame::Message { .. } => self.counts.peer_transfers += 1,
+            Frame::Notify { .. } => self.counts.notifications_received += 1,
+            _ => {}
+        }
         match frame {
             Frame::Write { id, regions, segments, inline } => self.on_write(id, &regions, &segments, inline, channels, now),
             Frame::Read { id, regions, segments } => self.on_read(id, &regions, &segments, channels, now),
@@ -33,12 +46,7 @@ impl Machine {
             Frame::Notify { name, message } => self.setting.inbox.push(name, message),
             Frame::Ping { received } => self.on_ping(received, channels, now),
             Frame::Bye { status, text } => Err(farewell(status, text)),
-        }?;
-        self.answers += self.tx.pending().saturating_sub(before);
-        if self.tx.pending() < self.answers {
-            self.answers = self.tx.pending();
         }
-        limits::answers(self.answers)
     }
 
     /// Resolves a peer's segments to memory of this side; every one is checked before anything moves.
@@ -61,6 +69,7 @@ impl Machine {
 
     /// Tells the peer that its transfer is refused. It learns what it did wrong, and nothing else.
     fn refuse(&mut self, id: u64, error: &Error, now: Instant) {
+        self.counts.refused += 1;
         self.log.log(log::Level::Warn, now, format_args!("{}: transfer {id} of the peer refused: {error}", self.setting.peer));
         self.push(&Frame::Done { id, status: error.code(), text: &error.to_string() }, now);
     }
@@ -84,6 +93,7 @@ impl Machine {
         let resolved = self.resolve(regions, segments);
         match (resolved, inline) {
             (Ok((segments, uses)), Some(data)) => {
+                self.counts.inline_received_bytes += total;
                 self.store_inline(segments, data, channels)?;
                 drop(uses);
                 self.peer.ended(count);
@@ -153,6 +163,7 @@ impl Machine {
         }
         if self.tx.pending() < MAX_INLINE_BACKLOG {
             if let Some(data) = self.load_inline(&segments, total, channels)? {
+                self.counts.inline_sent_bytes += total;
                 self.push(&Frame::ReadInline { id, data: &data }, now);
                 self.peer.ended(count);
                 return Ok(());
@@ -169,6 +180,7 @@ impl Machine {
         }
         let key = Key { id, mine: true };
         let (stream, hold, ..) = self.incoming.take_unbegun(key)?;
+        self.counts.inline_received_bytes += data.len() as u64;
         self.store_inline(stream.into_list(), data, channels)?;
         drop(hold);
         self.deadlines.end(key);
@@ -215,6 +227,7 @@ impl Machine {
     }
 
     fn refused(&mut self, id: u64, status: StatusCode, text: &str) -> Error {
+        self.counts.refused_by_peer += 1;
         let peer = &self.setting.peer;
         Error::new(ErrorKind::from_code(status), format_args!("{peer}: transfer {id} refused by the peer: {}", printable(text)))
     }
@@ -280,8 +293,8 @@ impl Machine {
 
     /// The peer gave up a message. It is answered like any other; a receive that it was matched with fails.
     fn on_withdraw(&mut self, id: u64, now: Instant) -> Result<()> {
-        self.peer.ended(0);
         if self.matching.withdraw(id) {
+            self.peer.ended(0);
             self.push(&Frame::Pull { id, status: ErrorKind::TimedOut.code(), receiver: Place::HOST }, now);
             return Ok(());
         }
@@ -295,6 +308,7 @@ impl Machine {
             };
         };
         self.incoming.take_unbegun(key)?;
+        self.peer.ended(0);
         self.deadlines.end(key);
         let error = err!(TimedOut, "message {id} was withdrawn: its send had waited too long for this receive");
         self.transfers.finish(receive, Err(error));
@@ -315,7 +329,8 @@ impl Machine {
         if received < self.peer_received || received > sent {
             bail!(Protocol, "the peer has received {received} bytes after {}, of {sent} sent", self.peer_received);
         }
-        self.deadlines.flowed(Way::Out, received - self.peer_received, now);
+        self.deadlines.arrived(received - self.peer_received, now);
+        self.clock.ping = now;
         self.peer_received = received;
         Ok(())
     }

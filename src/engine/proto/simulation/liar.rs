@@ -246,6 +246,7 @@ impl World {
     }
 
     fn check(&mut self) -> Result<(), String> {
+        self.victim.machine.audit()?;
         if let Some(memory) = self.victim.written_after_free() {
             return Err(format!("memory {memory} was written after it had been given back"));
         }

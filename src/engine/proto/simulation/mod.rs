@@ -6,6 +6,7 @@
 
 mod liar;
 mod net;
+mod paced;
 mod pair;
 mod world;
 
