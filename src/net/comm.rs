@@ -8,7 +8,7 @@ use super::signals::Quiet;
 use super::{handle, reaper, within, Scope};
 use crate::status::{bail, Result};
 use crate::types::Span;
-use nccl_net_abi::{ncclNetDeviceHandle_v7, ucclIoVec, MAX_REQUESTS, NCCL_NET_HANDLE_MAXSIZE, NCCL_PTR_CUDA};
+use nccl_net_abi::{ncclNetDeviceHandle_v7, ucclCommInfo, ucclIoVec, MAX_REQUESTS, NCCL_NET_HANDLE_MAXSIZE, NCCL_PTR_CUDA};
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{c_int, c_void};
 use std::net::{SocketAddr, TcpStream};
@@ -246,6 +246,11 @@ impl RawComm {
         // SAFETY: the comm is live.
         unsafe { self.plugin.describe(self.comm) }
     }
+
+    fn info(&self) -> Option<ucclCommInfo> {
+        // SAFETY: the comm is live.
+        unsafe { self.plugin.info(self.comm) }
+    }
 }
 
 /// Registered memory of a comm.
@@ -266,6 +271,10 @@ impl SendComm {
     /// As the plugin's `progress`; an error when the comm has failed, idle or not.
     pub(crate) fn network_bytes(&self) -> Result<Option<u64>> {
         self.raw.progress_bytes()
+    }
+    /// What the kernel knows of its connection, where the plugin tells.
+    pub(crate) fn info(&self) -> Option<ucclCommInfo> {
+        self.raw.info()
     }
     /// Its two ends and its NIC, in words.
     pub(crate) fn describe(&self) -> String {

@@ -249,6 +249,9 @@ impl Plugin {
             if told || !descriptors_left(1) {
                 bail!(Resource, "plugin {}: {name} failed: out of file descriptors (ulimit -n)", self.name);
             }
+            if let (true, Some(errno @ 1..)) = (self.ext.is_some(), errno) {
+                bail!(Plugin, "plugin {}: {name}: {}", self.name, std::io::Error::from_raw_os_error(errno));
+            }
         }
         answered(&self.name, name, answer).map_err(|e| match super::plugin_log::last_warning().filter(|_| self.ext.is_none()) {
             Some(text) => crate::status::Error::new(e.kind(), format_args!("{e}; the plugin's last warning: {text}")),
@@ -443,6 +446,18 @@ impl Plugin {
         let result = unsafe { call(comm, text.as_mut_ptr().cast(), text.len()) };
         let text = std::ffi::CStr::from_bytes_until_nul(&text).ok()?;
         (result == abi::NCCL_SUCCESS).then(|| text.to_string_lossy().into_owned())
+    }
+
+    /// What the kernel knows of the comm's connection; `None` where the plugin cannot say.
+    ///
+    /// # Safety
+    /// `comm` is live.
+    pub(super) unsafe fn info(&self, comm: *mut c_void) -> Option<abi::ucclCommInfo> {
+        let call = self.ext.and_then(|e| e.info)?;
+        let mut info = abi::ucclCommInfo { size: size_of::<abi::ucclCommInfo>(), ..Default::default() };
+        // SAFETY: by the caller's contract; the structure says its size.
+        let result = unsafe { call(comm, &mut info) };
+        (result == abi::NCCL_SUCCESS).then_some(info)
     }
 
     /// # Safety

@@ -28,6 +28,11 @@ impl Machine {
     }
 
     fn take_frame(&mut self, frame: Frame<'_>, channels: &mut Channels, now: Instant) -> Result<()> {
+        match &frame {
+            Frame::Write { .. } | Frame::Read { .. } | Frame::Message { .. } => self.counts.peer_transfers += 1,
+            Frame::Notify { .. } => self.counts.notifications_received += 1,
+            _ => {}
+        }
         match frame {
             Frame::Write { id, regions, segments, inline } => self.on_write(id, &regions, &segments, inline, channels, now),
             Frame::Read { id, regions, segments } => self.on_read(id, &regions, &segments, channels, now),
@@ -64,6 +69,7 @@ impl Machine {
 
     /// Tells the peer that its transfer is refused. It learns what it did wrong, and nothing else.
     fn refuse(&mut self, id: u64, error: &Error, now: Instant) {
+        self.counts.refused += 1;
         self.log.log(log::Level::Warn, now, format_args!("{}: transfer {id} of the peer refused: {error}", self.setting.peer));
         self.push(&Frame::Done { id, status: error.code(), text: &error.to_string() }, now);
     }
@@ -87,6 +93,7 @@ impl Machine {
         let resolved = self.resolve(regions, segments);
         match (resolved, inline) {
             (Ok((segments, uses)), Some(data)) => {
+                self.counts.inline_received_bytes += total;
                 self.store_inline(segments, data, channels)?;
                 drop(uses);
                 self.peer.ended(count);
@@ -156,6 +163,7 @@ impl Machine {
         }
         if self.tx.pending() < MAX_INLINE_BACKLOG {
             if let Some(data) = self.load_inline(&segments, total, channels)? {
+                self.counts.inline_sent_bytes += total;
                 self.push(&Frame::ReadInline { id, data: &data }, now);
                 self.peer.ended(count);
                 return Ok(());
@@ -172,6 +180,7 @@ impl Machine {
         }
         let key = Key { id, mine: true };
         let (stream, hold, ..) = self.incoming.take_unbegun(key)?;
+        self.counts.inline_received_bytes += data.len() as u64;
         self.store_inline(stream.into_list(), data, channels)?;
         drop(hold);
         self.deadlines.end(key);
@@ -218,6 +227,7 @@ impl Machine {
     }
 
     fn refused(&mut self, id: u64, status: StatusCode, text: &str) -> Error {
+        self.counts.refused_by_peer += 1;
         let peer = &self.setting.peer;
         Error::new(ErrorKind::from_code(status), format_args!("{peer}: transfer {id} refused by the peer: {}", printable(text)))
     }

@@ -160,6 +160,8 @@ impl Path for SimulatedPath {
         self.channels
     }
 
+    fn stats(&self, _kernel: bool, _now: Instant, _out: &mut Vec<crate::stats::ChannelStats>) {}
+
     fn carries(&self, local: Place, peer: Place) -> bool {
         (local.is_device() && peer.is_device()) == self.device
     }
