@@ -218,7 +218,7 @@ impl Machine {
     }
 
     /// Whether every account agrees with what is really there, and every stream has a deadline.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     fn audit(&self) -> std::result::Result<(), String> {
         if self.dead.is_some() {
             return Ok(());

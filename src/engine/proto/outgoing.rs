@@ -246,7 +246,7 @@ impl Outgoing {
     }
 
     /// Streams and their segments.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn keys(&self) -> Vec<(Key, usize)> {
         self.streams.iter().map(|(&key, out)| (key, out.segments)).collect()
     }
