@@ -258,7 +258,7 @@ fn answers_that_have_left_are_not_held_against_the_peer() {
 
 #[test]
 fn a_peer_that_pings_and_reads_nothing_is_given_up() {
-    let mut world = Paced::new(MIB as u64, MIB, DEFAULT);
+    let mut world = Paced::new(MIB as u64, MIB, [TRANSFER_TIMEOUT, Duration::from_secs(1000)]);
     (0..20).for_each(|_| world.step());
     world.sides[0].room = 0;
     let now = world.now;
