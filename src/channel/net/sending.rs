@@ -40,8 +40,8 @@ impl Channel {
     fn device_source(&mut self, chunk: &Chunk, hold: &Hold, copier: &mut Copier, usage: &Usage) -> Result<Source> {
         let place = chunk.place;
         if let ([part], false) = (&chunk.parts[..], usage.stage_sends) {
-            // SAFETY: the region stays mapped while it is held; registrations go before it does (forget_region).
             let (span, send) = (hold.span(part.region)?, &mut self.send);
+            // SAFETY: the region stays mapped while it is held; registrations go before it does (forget_region).
             let mhandle = register(copier, place, || unsafe { send.region(span, part.addr) })?;
             return Ok(Source::Contiguous { data: part.addr as *mut u8, mhandle, packing: Ticket::Done, place });
         }
