@@ -651,3 +651,39 @@ CASE(strangers_are_ignored)
     close(silent);
     close(web);
 }
+
+/* Settings given at creation are the engine's own: they stand before the environment, leave it as it is, and do not reach others. */
+CASE(settings_of_one_engine)
+{
+    /* A port that was free a moment ago; another process may take it first, so a few are tried. */
+    uccl_engine_t *engine = NULL;
+    char port[16] = "";
+    for (int i = 0; i < 20 && !engine; i++) {
+        uccl_engine_t *probe = engine_start();
+        snprintf(port, sizeof port, "%d", engine_address(probe).port);
+        uccl_engine_destroy(probe);
+        CHECK(setenv("UCCL_TCPX_OOB_PORT", "no port", 1) == 0);
+        const uccl_option_t options[] = {{"UCCL_TCPX_OOB_PORT", "1"}, {"UCCL_TCPX_NUM_CHANNELS", "2"}, {"UCCL_TCPX_OOB_PORT", port}};
+        int status = uccl_engine_create_with(options, 3, &engine);
+        CHECK_MSG(status == UCCL_OK || status == UCCL_ERR_SYSTEM, "%d: %s", status, uccl_engine_last_error());
+        CHECK(strcmp(getenv("UCCL_TCPX_OOB_PORT"), "no port") == 0 && !getenv("UCCL_TCPX_NUM_CHANNELS"));
+        CHECK(unsetenv("UCCL_TCPX_OOB_PORT") == 0);
+    }
+    CHECK_MSG(engine, "%s", uccl_engine_last_error());
+    CHECK_EQ(engine_address(engine).port, atoi(port));
+    uccl_engine_t *other = engine_start();
+    CHECK(engine_address(other).port != atoi(port));
+
+    /* An empty value and NULL unset what the environment says. */
+    CHECK(setenv("UCCL_TCPX_OOB_PORT", port, 1) == 0);
+    const char *const unset[] = {"", NULL};
+    for (int i = 0; i < 2; i++) {
+        uccl_engine_t *anywhere = NULL;
+        CHECK_OK(uccl_engine_create_with(&(uccl_option_t){"UCCL_TCPX_OOB_PORT", unset[i]}, 1, &anywhere));
+        CHECK(engine_address(anywhere).port != atoi(port));
+        uccl_engine_destroy(anywhere);
+    }
+    CHECK(unsetenv("UCCL_TCPX_OOB_PORT") == 0);
+    uccl_engine_destroy(engine);
+    uccl_engine_destroy(other);
+}

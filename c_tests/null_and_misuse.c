@@ -185,8 +185,9 @@ CASE(uccl_engine_connect)
         {
             uccl_conn_t *conn = uccl_engine_connect(f.engine, self.ip, gpu, self.port, true);
             CHECK_MSG(conn, "%s", uccl_engine_last_error());
-            uccl_engine_conn_destroy(conn);
+            /* Taken while it is up: one that its peer closed is not handed out. */
             uccl_engine_conn_destroy(take_connection(f.engine));
+            uccl_engine_conn_destroy(conn);
         }
     }
 }

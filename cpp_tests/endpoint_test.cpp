@@ -137,6 +137,8 @@ int main() {
   CHECK(conn.peer_id != UINT64_MAX && conn.context != nullptr && conn.sock_fd >= 0 && conn.dev == 3);
   ConnID const back = accepting.get();
   CHECK(back.peer_id != UINT64_MAX && back.sock_fd >= 0);
+  // The engine closes what it finds there: it must be nobody's descriptor.
+  CHECK(close(back.sock_fd) == -1 && close(conn.sock_fd) == -1);
   CHECK(accepted_ip == ip && accepted_gpu != 99);
   ConnID const second = client->uccl_connect(-1, ip, server->get_p2p_listen_port());
   CHECK(second.peer_id != UINT64_MAX && second.peer_id != conn.peer_id);

@@ -234,7 +234,7 @@ class TcpxEndpoint {
    * @param remote_gpuidx  CUDA index of the peer's GPU; negative: not given.
    * @param remote_ip      The peer's address or host name.
    * @param remote_port    The peer's port.
-   * @return The connection, held by the endpoint until disconnect or its end; on failure peer_id is UINT64_MAX, context NULL and
+   * @return The connection, held by the endpoint until disconnect or its end, with a sock_fd that is no descriptor; on failure peer_id is UINT64_MAX, context NULL and
    *         sock_fd -1, and last_error() of this thread has the cause.
    */
   ConnID uccl_connect(int remote_gpuidx, std::string remote_ip, uint16_t remote_port) {
@@ -632,7 +632,8 @@ class TcpxEndpoint {
       abi::uccl_engine_conn_destroy(conn);
       throw;
     }
-    id.sock_fd = 0;
+    // The engine takes a negative number for no connection, and closes what it finds here: no process has a descriptor of this number.
+    id.sock_fd = INT32_MAX;
     id.dev = gpu_index();
     id.peer_id = peer_id;
     return id;

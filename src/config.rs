@@ -46,6 +46,8 @@ pub struct Config {
     pub socket_ifname: Option<String>,
     pub auth_key_file: Option<PathBuf>,
     pub emulate_device: bool,
+    /// GPUs that are simulated.
+    pub emulate_devices: u8,
     /// Device memory leaves through host memory that a kernel fills, where the plugin carries host memory.
     pub stage_sends: bool,
     pub vectored: bool,
@@ -73,6 +75,15 @@ fn plugin_limit(source: Source<'_>) -> Result<Option<usize>> {
             bail!(InvalidArgument, "{name}={text}: the plugin takes this for {n} bytes, since it knows no suffixes{meant}")
         }
     }
+}
+
+/// Largest message of a plugin that starts now: what the user gave, else 512 KiB, or the chunks that the environment asks for where the
+/// plugin `follows` them.
+pub(crate) fn message_limit(follows: bool) -> Result<usize> {
+    let source = Source::default();
+    let usual = table::CHUNK_BYTES.number.unwrap_or(0) as usize;
+    let chunk = source.number(&table::CHUNK_BYTES).ok().flatten().filter(|_| follows);
+    Ok(plugin_limit(source)?.unwrap_or(usual.max(chunk.unwrap_or(0) as usize)))
 }
 
 /// Largest chunk the library accepts.
@@ -156,6 +167,7 @@ impl Config {
             socket_ifname,
             auth_key_file: source.get(&table::AUTH_KEY_FILE)?.map(PathBuf::from),
             emulate_device: source.flag(&table::EMULATE_DEVICE)?,
+            emulate_devices: source.number_or_default(&table::EMULATE_DEVICES)? as u8,
             stage_sends: source.flag(&table::STAGE_SENDS)?,
             vectored: source.flag(&table::VECTORED)?,
             spin: source.number(&table::SPIN_US)?.map(Duration::from_micros),

@@ -1,6 +1,7 @@
 //! What the targets in fuzz/ call of the private modules. Each takes any bytes and panics when a property does not hold. Built with
 //! `--cfg fuzzing` only, as cargo-fuzz does; no part of the API.
 
+use crate::wire::frame;
 use crate::wire::handshake::{Handshake, Identity, MAX_MESSAGE};
 use crate::wire::hello::Hello;
 use crate::wire::keys::Keys;
@@ -35,6 +36,34 @@ pub fn setup(data: &[u8]) {
     }
 }
 
+/// Whatever is taken for a frame means the same when it is sent on; a prefix asks for more.
+pub fn frames(data: &[u8]) {
+    let mut rest = data;
+    loop {
+        match frame::decode(rest) {
+            Ok(frame::Decoded::Frame(found, taken)) => {
+                let mut out = Vec::new();
+                frame::encode(&found, &mut out);
+                match frame::decode(&out) {
+                    Ok(frame::Decoded::Frame(again, n)) => assert!(n == out.len() && again == found),
+                    other => panic!("{found:?} became {other:?}"),
+                }
+                assert!(matches!(frame::decode(&rest[..taken - 1]), Ok(frame::Decoded::Need(n)) if n >= taken.min(n)));
+                rest = &rest[taken..];
+            }
+            Ok(frame::Decoded::Need(n)) => return assert!(n > rest.len()),
+            Err(e) => return assert!(e.to_string().bytes().all(text::is_printable)),
+        }
+    }
+}
+
+/// A whole machine against a peer that the bytes direct keeps its invariants.
+pub fn stream(data: &[u8]) {
+    if let Err(e) = crate::engine::attacked(data) {
+        panic!("{e}");
+    }
+}
+
 /// A key file's contents never reach an error or what is shown.
 pub fn keys(data: &[u8]) {
     match Keys::parse(data) {
@@ -57,6 +86,7 @@ fn start() -> (Handshake, Handshake, bool) {
         plugin: "soft".into(),
         gpu: "-1".into(),
         wanted_gpu: String::new(),
+        further_gpus: Vec::new(),
     };
     let connecting = Handshake::connecting(identity, hello(), keys.clone()).expect("a connecting side");
     (connecting, Handshake::listening(identity, hello(), keys.clone()).expect("a listening side"), true)

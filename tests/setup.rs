@@ -7,7 +7,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use uccl_p2p::config::{Config, PluginChoice};
-use uccl_p2p::engine::{Connection, Engine};
+use uccl_p2p::engine::{Connection, Direction, Engine, LocalSegment};
 use uccl_p2p::status::ErrorKind;
 
 /// Names the test that a child process runs, and is not set in the test's own process.
@@ -278,6 +278,7 @@ fn a_thousand_connects_each_way_come_up() {
     if !isolated("a_thousand_connects_each_way_come_up", 1 << 20) {
         return;
     }
+    own_ports();
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: a writable rlimit.
     unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) };
@@ -305,6 +306,57 @@ fn a_thousand_connects_each_way_come_up() {
     });
     assert!(all.len() >= 4 * EACH);
     assert!(all.iter().all(|c| c.status().is_ok()));
+}
+
+#[test]
+fn a_burst_of_honest_peers_is_not_taken_for_strangers() {
+    const BURST: usize = 600;
+    if !isolated("a_burst_of_honest_peers_is_not_taken_for_strangers", 1 << 20) {
+        return;
+    }
+    own_ports();
+    let mut server = Server::start(4096, &[("UCCL_TCPX_NUM_CHANNELS", "1")]);
+    server.ask("accept");
+    let engine = Engine::new(Config { num_channels: Some(1), ..config() }).unwrap();
+    let barrier = std::sync::Barrier::new(BURST);
+    let all: Vec<_> = std::thread::scope(|s| {
+        let connect = || {
+            barrier.wait();
+            engine.connect("127.0.0.1", "", server.port)
+        };
+        let threads: Vec<_> = (0..BURST).map(|_| s.spawn(connect)).collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    });
+    let failed: Vec<_> = all.iter().filter_map(|c| c.as_ref().err()).collect();
+    assert!(failed.is_empty(), "{} of {BURST} failed: {}", failed.len(), failed[0]);
+}
+
+#[test]
+fn too_few_threads_are_a_resource_error() {
+    if !isolated("too_few_threads_are_a_resource_error", 1024) {
+        return;
+    }
+    let _ = config();
+    // SAFETY: a plain system call; the limit counts for the user that this process becomes.
+    let lowered = |most: u64| unsafe { libc::setrlimit(libc::RLIMIT_NPROC, &libc::rlimit { rlim_cur: most, rlim_max: 64 }) == 0 };
+    // SAFETY: plain system calls; nobody's rights suffice from here on.
+    if !lowered(64) || unsafe { libc::setresuid(65_533, 65_533, 65_533) } != 0 {
+        println!("SKIPPED: this process cannot become another user");
+        return;
+    }
+    let mut came_up = false;
+    for most in 2..40 {
+        assert!(lowered(most));
+        let connected = Engine::new(config()).and_then(|a| Ok((Engine::new(config())?, a))).and_then(|(b, a)| {
+            let out = a.connect("127.0.0.1", "", port(&b))?;
+            out.status()
+        });
+        match connected {
+            Ok(()) => came_up = true,
+            Err(e) => assert_eq!(e.kind(), ErrorKind::Resource, "with {most} threads: {e}"),
+        }
+    }
+    assert!(came_up);
 }
 
 // ---- connections that nobody accepts ----
@@ -384,6 +436,7 @@ fn kills_during_set_up_leave_no_descriptors() {
     if !isolated("kills_during_set_up_leave_no_descriptors", 8192) {
         return;
     }
+    own_ports();
     let many = || Config { num_channels: Some(64), ..config() };
     let engine = Engine::new(many()).unwrap();
     std::thread::scope(|s| {
@@ -425,29 +478,21 @@ fn kills_during_set_up_leave_no_descriptors() {
     });
 }
 
-/// Forwards bytes between two sockets until `stop` says so of the bytes that came back, then closes both.
-fn forward(near: &TcpStream, far: &TcpStream, most: usize) {
-    std::thread::scope(|s| {
-        s.spawn(|| {
-            let (mut from, mut to, mut buffer) = (near, far, [0; 4096]);
-            while let Ok(n @ 1..) = from.read(&mut buffer) {
-                let _ = to.write_all(&buffer[..n]);
-            }
-            let _ = far.shutdown(std::net::Shutdown::Both);
-        });
-        let (mut from, mut to, mut buffer, mut passed) = (far, near, [0; 4096], 0);
-        while let Ok(n @ 1..) = from.read(&mut buffer) {
-            let n = n.min(most - passed);
-            let _ = to.write_all(&buffer[..n]);
-            passed += n;
-            if passed == most {
-                break;
-            }
+/// Forwards at most `most` bytes, and what comes the other way for a little longer; then cuts both.
+fn forward(mut from: &TcpStream, mut to: &TcpStream, most: usize) {
+    let (mut buffer, mut passed) = ([0; 4096], 0);
+    while let Ok(n @ 1..) = from.read(&mut buffer) {
+        let n = n.min(most - passed);
+        let _ = to.write_all(&buffer[..n]);
+        passed += n;
+        if passed == most {
+            std::thread::sleep(Duration::from_millis(100));
+            break;
         }
-        for sock in [near, far] {
-            let _ = sock.shutdown(std::net::Shutdown::Both);
-        }
-    });
+    }
+    for sock in [from, to] {
+        let _ = sock.shutdown(std::net::Shutdown::Both);
+    }
 }
 
 #[test]
@@ -456,18 +501,21 @@ fn a_peer_that_is_cut_off_anywhere_in_the_set_up_is_noticed_at_once() {
     let (here, there) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
     let relay = TcpListener::bind("127.0.0.1:0").unwrap();
     let (at, target) = (relay.local_addr().unwrap().port(), port(&there));
-    // Closer and closer to the end of what the listening side says.
-    for most in (0..40).map(|k| k * 37) {
+    // Closer and closer to the end of what one side says to the other.
+    for (most, forth) in (0..25).flat_map(|k| [(k * 60, true), (k * 60, false)]) {
         std::thread::scope(|s| {
             s.spawn(|| {
                 let near = relay.accept().unwrap().0;
                 let far = TcpStream::connect(("127.0.0.1", target)).unwrap();
-                forward(&near, &far, most);
+                std::thread::scope(|s| {
+                    s.spawn(|| forward(&near, &far, if forth { most } else { usize::MAX }));
+                    forward(&far, &near, if forth { usize::MAX } else { most });
+                });
             });
             let start = Instant::now();
             // It may come up where all was said.
             drop(here.connect("127.0.0.1", "", at));
-            assert!(start.elapsed() < Duration::from_secs(8), "cut after {most} bytes: {:?}", start.elapsed());
+            assert!(start.elapsed() < Duration::from_secs(8), "cut after {most} bytes, {forth}: {:?}", start.elapsed());
         });
     }
 }
@@ -489,45 +537,60 @@ fn pass_message(mut from: &TcpStream, mut to: &TcpStream) -> std::io::Result<()>
     to.write_all(&body)
 }
 
-#[test]
-fn set_ups_that_hang_cost_little_and_delay_nobody() {
-    const HANGING: usize = 100;
-    let mut server = Server::start(16384, &[("UCCL_TCPX_NUM_CHANNELS", "8")]);
-    server.ask("accept");
-    let config = || Config { num_channels: Some(8), connect_timeout: Duration::from_secs(8), ..config() };
-    let engine = Engine::new(config()).unwrap();
+/// Runs `body` while `count` set-ups with the server hang: they are proved, and the server's channels wait for connects that are not
+/// made, because its offers never come back.
+fn while_set_ups_hang(target: u16, count: usize, channels: usize, body: impl FnOnce()) {
+    let engine = Engine::new(Config { num_channels: Some(channels), ..config() }).unwrap();
     let relay = TcpListener::bind("127.0.0.1:0").unwrap();
     let at = relay.local_addr().unwrap().port();
     std::thread::scope(|s| {
-        let (target, relay) = (server.port, &relay);
-        s.spawn(move || {
-            for _ in 0..HANGING {
+        s.spawn(|| {
+            for _ in 0..count {
                 let near = relay.accept().unwrap().0;
                 s.spawn(move || {
                     let far = TcpStream::connect(("127.0.0.1", target)).unwrap();
                     let (there, back) = (near.try_clone().unwrap(), far.try_clone().unwrap());
                     let forth = std::thread::spawn(move || std::io::copy(&mut &near, &mut &far));
-                    // The offer never comes back: the server's channels wait for connects that are not made.
                     let _ = pass_message(&back, &there).and_then(|()| pass_message(&back, &there));
                     let _ = forth.join();
                 });
             }
         });
-        for _ in 0..HANGING {
+        for _ in 0..count {
             s.spawn(|| assert!(engine.connect("127.0.0.1", "", at).is_err()));
         }
-        std::thread::sleep(Duration::from_secs(2));
+        std::thread::sleep(Duration::from_secs(1));
+        body();
+        engine.shutdown();
+    });
+}
+
+#[test]
+fn set_ups_that_hang_cost_little() {
+    let mut server = Server::start(16384, &[("UCCL_TCPX_NUM_CHANNELS", "8")]);
+    server.ask("accept");
+    while_set_ups_hang(server.port, 100, 8, || {
+        std::thread::sleep(Duration::from_secs(1));
         let before = ticks(server.child.id());
         std::thread::sleep(Duration::from_secs(2));
         let used = ticks(server.child.id()) - before;
         // SAFETY: a plain system call.
         let second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as u64;
-        assert!(used < second, "{used} of {} ticks for {HANGING} set-ups that hang", 2 * second);
+        assert!(used < second, "{used} of {} ticks for 100 set-ups that hang", 2 * second);
+    });
+}
+
+#[test]
+fn set_ups_that_hang_give_way_to_others() {
+    // More than the budget of proved set-ups.
+    let mut server = Server::start(1024, &[("UCCL_TCPX_NUM_CHANNELS", "1")]);
+    server.ask("accept");
+    while_set_ups_hang(server.port, 100, 1, || {
         let start = Instant::now();
-        let other = Engine::new(config()).unwrap();
+        let other = Engine::new(Config { num_channels: Some(1), ..config() }).unwrap();
         other.connect("127.0.0.1", "", server.port).unwrap();
-        assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
-        println!("{used} of {} ticks", 2 * second);
+        assert!(start.elapsed() < Duration::from_secs(12), "{:?}", start.elapsed());
+        assert_eq!(server.number("files 100"), 100);
     });
 }
 
@@ -589,6 +652,101 @@ fn the_port_is_open_on_the_control_interface_alone() {
     let engine = Engine::new(config()).unwrap();
     assert!(TcpStream::connect(("127.0.0.1", port(&engine))).is_ok());
     assert!(TcpStream::connect(("127.0.0.3", port(&engine))).is_err(), "open on an address that is not the control interface's");
+}
+
+fn ip(command: &str) -> bool {
+    Command::new("ip").args(command.split(' ')).status().is_ok_and(|status| status.success())
+}
+
+/// Puts this process into a network of its own, with these interfaces. `false`, said loudly, where that is not possible.
+fn own_network(interfaces: &[&str], commands: &[&str]) -> bool {
+    // SAFETY: a plain system call; this process has no other threads that open sockets yet.
+    if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
+        println!("SKIPPED: no network namespace: {}", std::io::Error::last_os_error());
+        return false;
+    }
+    let mut all = vec!["link set lo up".to_owned()];
+    for name in interfaces {
+        all.push(format!("link add {name} type veth peer name p{name}"));
+        all.push(format!("link set p{name} up"));
+        all.push(format!("link set {name} up"));
+    }
+    all.extend(commands.iter().map(|c| (*c).to_owned()));
+    match all.iter().find(|command| !ip(command)) {
+        Some(command) => println!("SKIPPED: ip {command} does not work"),
+        None => return true,
+    }
+    false
+}
+
+/// Gives this process ports of its own where that is possible: closed connections keep theirs for a minute.
+fn own_ports() {
+    // SAFETY: a plain system call; this process has no sockets yet.
+    if unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0 {
+        assert!(ip("link set lo up"), "a network namespace without its loopback interface");
+    }
+}
+
+#[test]
+fn a_nic_that_is_gone_costs_its_channels_and_not_the_connection() {
+    if !isolated("a_nic_that_is_gone_costs_its_channels_and_not_the_connection", 1024) {
+        return;
+    }
+    let addresses = ["addr add 10.77.0.1/24 dev eth0", "addr add 10.77.1.1/24 dev eth1"];
+    if !own_network(&["eth0", "eth1"], &addresses) {
+        return;
+    }
+    let config = || Config { num_channels: Some(4), plugin: PluginChoice::Soft, ..Config::from_env().unwrap() };
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let come_up = || {
+        let out = a.connect("10.77.0.1", "", port(&b)).expect("comes up");
+        let inc = b.accept().unwrap();
+        out.notify(b"n", b"over it").unwrap();
+        assert!(until(Duration::from_secs(10), || b.next_notification().is_some()));
+        drop((out, inc));
+    };
+    come_up();
+    let start = Instant::now();
+    for command in ["link set eth1 down", "link del eth1"] {
+        assert!(ip(command));
+        come_up();
+    }
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_host_with_ipv6_alone_is_served() {
+    if !isolated("a_host_with_ipv6_alone_is_served", 1024) {
+        return;
+    }
+    let addresses = ["-6 addr add fd00::7/64 dev eth0 nodad"];
+    if !own_network(&["eth0"], &addresses) {
+        return;
+    }
+    // The kernel takes its time with the route to a new address.
+    let routed = || {
+        let listener = TcpListener::bind("[fd00::7]:0").ok()?;
+        TcpStream::connect(listener.local_addr().ok()?).ok()
+    };
+    assert!(until(Duration::from_secs(20), || routed().is_some()), "no route to an address of this host");
+    let config = || Config { socket_ifname: None, ..Config { plugin: PluginChoice::Soft, ..Config::from_env().unwrap() } };
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let metadata = b.metadata();
+    let (address, rest) = metadata.rsplit_once("]:").expect("brackets");
+    assert_eq!(address, "[fd00::7", "{metadata}");
+    let port: u16 = rest.split('?').next().unwrap().parse().unwrap();
+    for name in ["fd00::7", "[fd00::7]", "::1"] {
+        let out = a.connect(name, "", port).unwrap();
+        let _inc = b.accept().unwrap();
+        assert!(out.is_local());
+        out.notify(b"n", name.as_bytes()).unwrap();
+        assert!(until(Duration::from_secs(10), || b.next_notification().is_some_and(|n| n.msg == name.as_bytes())));
+    }
+    // Without any address but the loopback one it says so.
+    assert!(Command::new("ip").args(["link", "del", "eth0"]).status().unwrap().success());
+    assert!(Engine::new(config()).is_ok_and(|e| e.metadata().starts_with("127.0.0.1:")));
+    let named = Config { socket_ifname: Some("eth0".into()), ..config() };
+    assert_eq!(Engine::new(named).unwrap_err().kind(), ErrorKind::InvalidArgument);
 }
 
 #[test]
@@ -679,8 +837,18 @@ fn a_forked_child_makes_engines_of_its_own() {
         let inc = d.accept().unwrap();
         out.notify(b"n", b"in the child").unwrap();
         let told = until(Duration::from_secs(10), || d.next_notification().is_some_and(|n| n.msg == b"in the child"));
+        // Data, which needs the I/O threads of this process.
+        const LEN: usize = 3 << 20;
+        let (from, to) = ((0..LEN).map(|i| (i * 7) as u8).collect::<Vec<u8>>(), vec![0u8; LEN]);
+        let (here, there) = (c.register(from.as_ptr() as usize, LEN).unwrap(), d.register(to.as_ptr() as usize, LEN).unwrap());
+        let item = d.fifo_item(there, to.as_ptr() as usize, LEN).unwrap();
+        let local = LocalSegment { mr: here, addr: from.as_ptr() as usize, len: LEN };
+        let id = out.transfer(Direction::Write, std::iter::once((local, item))).unwrap();
+        let done = out.wait(id, Some(Duration::from_secs(10))).is_ok_and(|state| state.complete);
         inc.close();
-        told
+        // SAFETY: the vector's bytes, written by the library behind the compiler's back.
+        let same = (0..LEN).all(|i| unsafe { to.as_ptr().add(i).read_volatile() } == from[i]);
+        told && done && same
     });
     assert!(good, "a child's own engines do not work");
 }

@@ -1,5 +1,6 @@
-//! Moving bytes of device memory: unpacking a bounce buffer to its destinations, gathering segments into staging. One trait,
-//! so that the rest of the engine is the same for CUDA and for emulated device memory, where the CPU does both.
+//! Moving bytes of device memory: unpacking a bounce buffer to its destinations, gathering segments into staging. One trait, so that
+//! the rest of the engine is the same for CUDA and for emulated device memory, where the CPU does both. Knows nothing of comms and
+//! transfers.
 
 use crate::status::{bail, Result};
 use crate::types::{Part, Place};
@@ -364,6 +365,14 @@ mod tests {
             }
             prop_assert_eq!(dest, expected);
         }
+    }
+
+    #[test]
+    fn receives_of_a_gpu_reach_its_own_memory_alone() {
+        let view = |home| View { meta: std::ptr::null(), meta_device: 0, bounce: 0, home, read_count: false };
+        let (first, second) = (Place::gpu(0), Place::gpu(1));
+        assert!(view(Place::HOST).reaches(first) && view(Place::HOST).reaches(second));
+        assert!(view(first).reaches(first) && !view(first).reaches(second) && !view(second).reaches(first));
     }
 
     #[test]

@@ -87,8 +87,8 @@ table! {
     PLUGIN = var("UCCL_TCPX_PLUGIN", Kind::Word(&["auto", "tcpx", "soft"]), "auto", "Network plugin: auto (TCPX where its library is found and works, else soft), tcpx (fail without it), soft.");
     TRANSPORT = var("UCCL_P2P_TRANSPORT", Kind::Text, "unset", "UCCL's transport variable. UCCL's engine chooses its endpoint by it, so tcpx means UCCL_TCPX_PLUGIN=auto here: GPUDirect-TCPX where it is installed, else ordinary TCP with a warning. tcp means soft; other values are ignored. UCCL_TCPX_PLUGIN wins.");
     PLUGIN_PATH = var("UCCL_TCPX_PLUGIN_PATH", Kind::Text, "unset", "Path of the plugin's shared object; loaded instead of the standard places, whatever plugin it is.");
-    NUM_CHANNELS = var("UCCL_TCPX_NUM_CHANNELS", Kind::Number(1, 64), "by cores and NICs", "Data channels of a connection; default: the number of cores up to 8, from 16 cores half of them up to 16, and at least one for each NIC. The smaller of the two sides' values counts.");
-    CHUNK_BYTES = var("UCCL_TCPX_CHUNK_BYTES", Kind::Number(4096, super::MAX_CHUNK_BYTES as u64), "524288", "Largest message on a channel, bytes (suffixes K, M); at most NCCL_DYNAMIC_CHUNK_SIZE; 512 KiB at most over a plugin other than the software plugin. The smaller side counts.");
+    NUM_CHANNELS = var("UCCL_TCPX_NUM_CHANNELS", Kind::Number(1, 64), "by cores and NICs", "Data channels of a connection; default: the number of cores up to 8, from 16 cores half of them up to 16, and at least one for each NIC; over TCPX 2 to 4 for each NIC that serves the GPU. The smaller of the two sides' values counts.");
+    CHUNK_BYTES = var("UCCL_TCPX_CHUNK_BYTES", Kind::Number(4096, super::MAX_CHUNK_BYTES as u64), "524288", "Largest message on a channel, bytes (suffixes K, M); at most NCCL_DYNAMIC_CHUNK_SIZE; 512 KiB at most over a plugin other than the software plugin, whose limit follows the value in the environment when it starts. The smaller side counts.");
     EAGER_BYTES = var("UCCL_TCPX_EAGER_BYTES", Kind::Number(0, 65536), "8192", "Transfers of host memory up to this many bytes travel inside the control message.");
     OOB_PORT = var("UCCL_TCPX_OOB_PORT", Kind::Number(0, 65535), "0", "Listening port; 0: the system chooses.");
     OLD_OOB_PORT = var("UCCL_TCP_OOB_PORT", Kind::Number(0, 65535), "0", "The same, UCCL's older name; UCCL_TCPX_OOB_PORT wins.");
@@ -96,8 +96,9 @@ table! {
     ALLOW = var("UCCL_TCPX_ALLOW", Kind::Text, "unset", "Networks that may connect, in CIDR form and separated by commas (10.0.0.0/8,fd00::/8); others are hung up on. Default: all.");
     SOCKET_IFNAME = var("UCCL_SOCKET_IFNAME", Kind::Text, "unset", "Control interface: names or prefixes separated by commas, '=' for exact, '^' for exclusion. Default: the first that is up and not loopback, docker or a veth.");
     NCCL_SOCKET_IFNAME = var("NCCL_SOCKET_IFNAME", Kind::Text, "unset", "The same where UCCL_SOCKET_IFNAME is not set.");
-    AUTH_KEY_FILE = var("UCCL_TCPX_AUTH_KEY_FILE", Kind::Text, "unset", "File with a pre-shared key, 16 to 4096 bytes; both sides must hold the same one.");
+    AUTH_KEY_FILE = var("UCCL_TCPX_AUTH_KEY_FILE", Kind::Text, "unset", "File with a pre-shared key of 16 to 4096 bytes, or lines NAME:KEY; for its owner only (chmod 600). Connects prove the first key, any is accepted, and a changed file counts at once. See docs/security.md.");
     EMULATE_DEVICE = var("UCCL_TCPX_EMULATE_DEVICE", Kind::Flag, "0", "1: registered host memory is treated as device memory and unpacked by the CPU. For tests without a GPU; both sides alike.");
+    EMULATE_DEVICES = var("UCCL_TCPX_EMULATE_DEVICES", Kind::Number(1, 8), "1", "With UCCL_TCPX_EMULATE_DEVICE: so many GPUs are simulated; regions lie on them in turn, in the order of their registration.");
     STAGE_SENDS = var("UCCL_TCPX_STAGE_SENDS", Kind::Flag, "1", "0: device memory is handed to the software plugin as device memory, as it is to TCPX; by default a kernel copies it to pinned host memory first, which is faster.");
     VECTORED = var("UCCL_TCPX_VECTORED", Kind::Flag, "1", "0: the vectored extension of the software plugin is not used (host memory is staged, as with a plugin that lacks it).");
     SPIN_US = var("UCCL_TCPX_SPIN_US", Kind::Number(0, 1_000_000), "by cores", "How long the progress thread spins after activity before it sleeps, microseconds.");

@@ -1,9 +1,9 @@
 //! A connection as the application holds it: the machine, its channels and its socket under one lock; progress from the caller's
-//! thread; waiting; the end.
+//! thread; waiting; the end. Knows nothing of how it was set up.
 
-use super::driver::{pause, Driver, Pause, Situation};
 use super::fifo::FifoItem;
-use super::home::Home;
+use super::home::{self, Driven};
+use super::pacing::{pause, Pause, Polls, Situation};
 use super::proto::{Machine, Scheduled, TransferState, MAX_BACKLOG};
 use super::request::{self, Built, RequestBuilder};
 use super::transfer::{Direction, LocalSegment};
@@ -14,7 +14,7 @@ use crate::stats::{ChannelStats, ConnectionStats, Totals};
 use crate::status::{bail, err, Error, ErrorKind, Result};
 use crate::types::{Place, Segment};
 use crate::wire::control::ControlStream;
-use crate::wire::frame::MAX_NOTIFICATION;
+use crate::wire::frame::{Frame, MAX_NOTIFICATION};
 use crate::wire::queue::RxBuffer;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::net::IpAddr;
@@ -22,6 +22,9 @@ use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+/// Where connections live.
+pub(crate) type Home = home::Home<Connection>;
 
 /// How long a close takes at most, and how much of it waits for the peer to hang up.
 pub(crate) const CLOSING: Duration = Duration::from_secs(1);
@@ -68,10 +71,14 @@ impl Core {
     /// Reads the control stream, advances the channels, hands out chunks, flushes, looks at deadlines. `true` when something moved; an
     /// error means that the connection must end.
     fn round(&mut self, now: Instant) -> Result<bool> {
-        let mut any = self.read(now)?;
-        if self.channels.busy() {
-            any |= self.machine.drive_channels(&mut self.channels, now)?;
-        }
+        let heard = self.read(now)?;
+        let moved = self.advance(now).map_err(|e| self.last_words(e, now))?;
+        Ok(heard || moved)
+    }
+
+    /// Everything of a round but reading.
+    fn advance(&mut self, now: Instant) -> Result<bool> {
+        let any = self.channels.busy() && self.machine.drive_channels(&mut self.channels, now)?;
         self.pump(now)?;
         if now >= self.machine.next_tick() {
             self.machine.tick(&mut self.channels, now)?;
@@ -81,17 +88,30 @@ impl Core {
         Ok(any)
     }
 
+    /// A channel that the peer has closed tells less than the peer's farewell, which may be here.
+    fn last_words(&mut self, error: Error, now: Instant) -> Error {
+        if error.kind() != ErrorKind::RemoteDisconnect {
+            return error;
+        }
+        match self.read(now) {
+            Err(e) if matches!(e.kind(), ErrorKind::RemoteDisconnect | ErrorKind::TimedOut) => e,
+            _ => error,
+        }
+    }
+
     fn read(&mut self, now: Instant) -> Result<bool> {
         let mut any = false;
         for _ in 0..READS {
             let (n, more) = self.control.read(&mut self.rx)?;
             if n > 0 {
-                any = true;
                 self.machine.heard(n, self.rx.arriving(), now);
+                // Part of a large frame.
+                any |= self.rx.arriving() > 0;
             }
             // Frames may be there that came with the end of the set-up.
             while let Some((frame, len)) = self.rx.next()? {
-                any = true;
+                // A heartbeat is nothing that more would follow soon.
+                any |= !matches!(frame, Frame::Ping { .. });
                 self.machine.handle(frame, &mut self.channels, now)?;
                 self.rx.consume(len);
             }
@@ -165,7 +185,7 @@ pub struct Connection {
     core: Local<Mutex<Core>>,
     ended: Condvar,
     waiters: AtomicU32,
-    driver: Driver,
+    polls: Polls,
     /// Set while the channels shall ring.
     armed: Arc<AtomicU32>,
     peer: Peer,
@@ -192,7 +212,7 @@ impl Connection {
             core: Local::new(Mutex::new(core)),
             ended: Condvar::new(),
             waiters: AtomicU32::new(0),
-            driver: Driver::default(),
+            polls: Polls::default(),
             armed,
             peer,
             listener_started: AtomicBool::new(false),
@@ -315,7 +335,7 @@ impl Connection {
 
     /// After work was added: the first chunks leave from here, and the progress thread is told when it must poll.
     fn started<T>(&self, mut core: MutexGuard<'_, Core>, started: Result<T>, now: Instant) -> Result<T> {
-        let result = started.and_then(|value| core.pump(now).map(|()| value));
+        let result = started.and_then(|value| core.pump(now).map(|()| value)).map_err(|e| core.last_words(e, now));
         match &result {
             Err(e) => self.fail_locked(&mut core, e.clone()),
             Ok(_) => {
@@ -379,14 +399,14 @@ impl Connection {
         if let Pause::HandOver(nap) = planned {
             drop(core);
             // Rung by the channels, the progress thread does the same with fewer rounds, and this core is theirs.
-            if self.driver.stop() {
+            if self.polls.stop() {
                 self.home.attend(self.id);
             }
             std::thread::sleep(nap);
-            self.driver.leave(self.home.clock());
+            self.polls.leave(self.home.clock());
             return self.core.lock().machine.lookup(id);
         }
-        self.driver.enter(self.home.clock());
+        self.polls.enter(self.home.clock());
         let any = self.drive(&mut core);
         let after = core.machine.lookup(id)?;
         drop(core);
@@ -396,7 +416,7 @@ impl Connection {
             Pause::Yield => std::thread::yield_now(),
             Pause::None | Pause::HandOver(_) => {}
         }
-        self.driver.leave(self.home.clock());
+        self.polls.leave(self.home.clock());
         Ok(after)
     }
 
@@ -430,7 +450,7 @@ impl Connection {
                 continue;
             }
             // Sleep; the progress thread drives from here and wakes us when something has ended.
-            self.driver.stop();
+            self.polls.stop();
             self.home.attend(self.id);
             let mut core = self.core.lock();
             self.waiters.fetch_add(1, Ordering::AcqRel);
@@ -465,20 +485,9 @@ impl Connection {
         any
     }
 
-    /// A round of progress by an application thread that waits for something other than a transfer. Whether something moved, or is
-    /// under way.
-    pub(crate) fn drive_for_application(&self) -> bool {
-        let Some(mut core) = self.core.try_lock() else { return true };
-        self.driver.enter(self.home.clock());
-        let any = self.drive(&mut core) || (core.machine.busy() && core.machine.dead().is_none());
-        drop(core);
-        self.driver.leave(self.home.clock());
-        any
-    }
-
     /// For how long an application thread has been driving it, if one does at present.
     pub(crate) fn driven_by_application(&self) -> Option<Duration> {
-        self.driver.active(self.home.clock()).map(Duration::from_micros)
+        self.polls.active(self.home.clock()).map(Duration::from_micros)
     }
 
     /// Lets the channels ring, or no longer.
@@ -507,6 +516,12 @@ impl Connection {
         }
     }
 
+    /// Whether something is under way, or waits to leave.
+    pub(crate) fn stirs(&self) -> bool {
+        let core = self.core.lock();
+        core.machine.dead().is_none() && (core.machine.busy() || core.channels.busy() || core.backlog() > 0)
+    }
+
     /// A channel rang and nothing moved: it may have failed.
     pub(crate) fn look_for_failure(&self) {
         let mut core = self.core.lock();
@@ -517,6 +532,7 @@ impl Connection {
         core.looked = now;
         let Core { machine, channels, .. } = &mut *core;
         if let Err(e) = machine.note_network(channels, now) {
+            let e = core.last_words(e, now);
             self.fail_locked(&mut core, e);
         }
     }
@@ -525,7 +541,10 @@ impl Connection {
 
     /// A defect of this library has left the connection in an unknown state.
     pub(crate) fn abandon(&self) {
-        self.fail_locked(&mut self.core.lock(), err!(Internal, "a defect of the library; the log has its place"));
+        let mut core = self.core.lock();
+        // Whatever else does not work any more: nothing touches memory from here on.
+        core.channels.close();
+        self.fail_locked(&mut core, err!(Internal, "a defect of the library; the log has its place"));
     }
 
     fn fail_locked(&self, core: &mut Core, error: Error) {
@@ -533,7 +552,6 @@ impl Connection {
             return;
         }
         let lost = core.machine.in_flight();
-        let ours = error.kind() != ErrorKind::RemoteDisconnect;
         let error = Error::new(error.kind(), format_args!("{}: {error}", self.peer.name));
         let totals = core.totals(&core.channels.stats(false, Instant::now()));
         core.past = Some(totals);
@@ -551,13 +569,13 @@ impl Connection {
             (_, n) => log::error!("connection failed with {n} transfers in flight: {error}"),
         }
         self.home.bell.unwatch(self.fd);
-        core.machine.fail(error.clone(), &mut core.channels);
-        // The peer learns what this side knows, as far as the socket takes it.
+        // The peer learns what this side knows, as far as the socket takes it, before it sees its channels end.
         let now = Instant::now();
-        if ours && !core.closing {
+        if !core.closing {
             core.machine.say_bye(Some(&error), now);
         }
         let _ = core.flush(now);
+        core.machine.fail(error, &mut core.channels);
         core.control.shutdown_write();
         self.ended.notify_all();
     }
@@ -624,6 +642,17 @@ impl Connection {
     /// Drops the plugin's registrations of a region.
     pub(crate) fn forget_region(&self, id: u64) {
         self.core.lock().channels.forget_region(id);
+    }
+}
+
+impl Driven for Connection {
+    fn drive_for_application(&self) -> bool {
+        let Some(mut core) = self.core.try_lock() else { return true };
+        self.polls.enter(self.home.clock());
+        let any = self.drive(&mut core) || (core.machine.busy() && core.machine.dead().is_none());
+        drop(core);
+        self.polls.leave(self.home.clock());
+        any
     }
 }
 

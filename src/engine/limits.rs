@@ -124,13 +124,15 @@ pub(crate) fn system(what: &str, e: &std::io::Error) -> Error {
     Error::system(what, e)
 }
 
-/// A plugin's error says little of its cause. When this process has run out of descriptors, that is the cause.
+/// A plugin's error says little of its cause. When this process has run out of descriptors or threads, that is the cause.
 pub(crate) fn explain(error: Error, fd: BorrowedFd<'_>) -> Error {
     if !matches!(error.kind(), ErrorKind::Plugin | ErrorKind::System | ErrorKind::Unreachable | ErrorKind::RemoteDisconnect) {
         return error;
     }
-    match lowest_free(fd.as_raw_fd()) {
-        Ok(_) => error,
+    // A plugin may need threads of its own as well.
+    let probe = || spawn("uccl-probe", || {}).map(|thread| drop(thread.join()));
+    match lowest_free(fd.as_raw_fd()).and_then(|_| probe()) {
+        Ok(()) => error,
         Err(out) => Error::new(ErrorKind::Resource, format_args!("{out} (seen as: {error})")),
     }
 }

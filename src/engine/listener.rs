@@ -2,7 +2,7 @@
 
 use super::limits;
 use crate::addresses::Bind;
-use crate::net::topology::{self, Interface, NameFilter};
+use crate::net::topology;
 use crate::status::{bail, Error, Result};
 use socket2::{Domain, Protocol, Socket, Type};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
@@ -26,22 +26,28 @@ pub(crate) fn metadata(address: SocketAddr, gpu: &str) -> String {
     format!("{address}?{gpu}")
 }
 
-/// The address of the control interface: IPv4 where there is one, else global IPv6; the loopback address only where the filter names
-/// it, or the host has no other.
-fn control_address(filter: Option<&str>, all: &[Interface]) -> Option<IpAddr> {
-    let names = filter.map(NameFilter::parse);
-    let virtual_name = |name: &str| {
-        ["docker", "podman", "veth", "br-", "virbr", "cni", "flannel", "cali", "vxlan"].iter().any(|p| name.starts_with(p))
-    };
-    let usable = |ip: IpAddr| match ip {
-        IpAddr::V4(v4) => !v4.is_unspecified() && !v4.is_multicast() && (names.is_some() || !v4.is_link_local()),
-        // Metadata has no place for the scope of a link-local address.
-        IpAddr::V6(v6) => !v6.is_unspecified() && !v6.is_multicast() && v6.segments()[0] & 0xFFC0 != 0xFE80,
-    };
-    let chosen = all.iter().filter(|i| usable(i.addr) && names.as_ref().is_none_or(|f| f.admits(&i.name)));
-    // With a filter the order of the host's interfaces counts, else the kind.
-    let rank = |i: &Interface| (names.is_none() && i.loopback, names.is_none() && virtual_name(&i.name), i.addr.is_ipv6());
-    chosen.min_by_key(|i| rank(i)).map(|i| i.addr)
+/// The address of the control interface among those that can be used: IPv4 where there is one, else IPv6. A link-local IPv6 address
+/// does not serve, since metadata has no place for its scope.
+fn control_address(usable: &[IpAddr]) -> Option<IpAddr> {
+    let link_local = |ip: IpAddr| matches!(ip, IpAddr::V6(v6) if v6.segments()[0] & 0xFFC0 == 0xFE80);
+    usable.iter().copied().filter(|&ip| !link_local(ip)).min_by_key(IpAddr::is_ipv6)
+}
+
+/// The address that peers are told.
+///
+/// # Errors
+/// `InvalidArgument` when the interfaces that were asked for have none.
+fn told_address(filter: Option<&str>) -> Result<IpAddr> {
+    let usable = topology::usable(filter).map_err(|e| limits::system("network interfaces", &e))?;
+    match (control_address(&usable), filter) {
+        (Some(ip), Some(_)) => Ok(ip),
+        (Some(ip), None) if !ip.is_loopback() => Ok(ip),
+        (None, Some(filter)) => bail!(InvalidArgument, "no interface with a usable address matches {filter:?}"),
+        (found, None) => {
+            log::warn!("this host has no IPv4 or global IPv6 address but the loopback one: only peers on this host can connect");
+            Ok(found.unwrap_or(Ipv4Addr::LOCALHOST.into()))
+        }
+    }
 }
 
 /// Opens the listening port.
@@ -49,18 +55,10 @@ fn control_address(filter: Option<&str>, all: &[Interface]) -> Option<IpAddr> {
 /// # Errors
 /// `InvalidArgument` when no interface fits, `System` (port taken, address not of this host), `Resource`.
 pub(crate) fn open(bind: Bind, filter: Option<&str>, port: u16) -> Result<Listeners> {
-    let interfaces = topology::interfaces();
-    let told = match (bind, control_address(filter, &interfaces)) {
-        (Bind::Address(ip), _) => ip,
-        (_, Some(ip)) => ip,
-        (_, None) => match filter {
-            Some(filter) => bail!(InvalidArgument, "no interface with a usable address matches {filter:?}"),
-            None => bail!(InvalidArgument, "no interface of this host has a usable IPv4 or global IPv6 address"),
-        },
+    let told = match bind {
+        Bind::Address(ip) => ip,
+        Bind::Interface | Bind::Any => told_address(filter)?,
     };
-    if told.is_loopback() && filter.is_none() && bind == Bind::Interface {
-        log::warn!("this host has no network but its loopback interface: only peers on this host can connect");
-    }
     let loopback: IpAddr = if told.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
     for attempt in 0.. {
         let main = match bind {
@@ -112,26 +110,16 @@ mod tests {
     use super::*;
     use std::net::TcpStream;
 
-    fn interface(name: &str, addr: &str) -> Interface {
-        let addr: IpAddr = addr.parse().unwrap();
-        Interface { name: name.into(), addr, loopback: addr.is_loopback() }
-    }
-
     #[test]
-    fn the_control_interface_is_a_real_one_where_there_is_one() {
-        let address = |filter, all: &[(&str, &str)]| {
-            control_address(filter, &all.iter().map(|(n, a)| interface(n, a)).collect::<Vec<_>>()).map(|ip| ip.to_string())
-        };
-        let lo = ("lo", "127.0.0.1");
+    fn the_control_address_can_be_written_into_metadata() {
+        let address =
+            |all: &[&str]| control_address(&all.iter().map(|a| a.parse().unwrap()).collect::<Vec<_>>()).map(|ip| ip.to_string());
         let some = |text: &str| Some(text.to_owned());
-        assert_eq!(address(None, &[lo, ("docker0", "172.17.0.1"), ("eth0", "10.0.0.1")]), some("10.0.0.1"));
-        assert_eq!(address(None, &[lo, ("lo", "::1"), ("eth0", "fe80::1"), ("eth0", "fd00::7")]), some("fd00::7"), "IPv6 only");
-        assert_eq!(address(None, &[("eth0", "fd00::7"), ("eth0", "10.0.0.1")]), some("10.0.0.1"));
-        assert_eq!(address(None, &[lo, ("eth0", "fe80::1"), ("eth1", "169.254.3.4")]), some("127.0.0.1"));
-        assert_eq!(address(Some("=lo"), &[("eth0", "10.0.0.1"), lo]), some("127.0.0.1"));
-        assert_eq!(address(Some("eth"), &[lo, ("eth1", "10.0.1.1"), ("eth0", "10.0.0.1")]), some("10.0.1.1"));
-        assert_eq!(address(Some("eth"), &[lo, ("eth0", "fe80::1")]), None);
-        assert_eq!(address(None, &[]), None);
+        assert_eq!(address(&["10.0.1.1", "10.0.0.1"]), some("10.0.1.1"), "the order counts");
+        assert_eq!(address(&["fd00::7", "10.0.0.1"]), some("10.0.0.1"));
+        assert_eq!(address(&["fe80::1", "fd00::7"]), some("fd00::7"));
+        assert_eq!(address(&["fe80::1"]), None);
+        assert_eq!(told_address(Some("=no-such-interface")).unwrap_err().kind(), crate::status::ErrorKind::InvalidArgument);
     }
 
     #[test]

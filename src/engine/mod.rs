@@ -1,15 +1,24 @@
-//! The engine: the life of a request. `connection` is what an application holds, `proto` the protocol without
-//! sockets and clocks, `progress` drives it, `registry` and `notify` are the engine-wide tables. `listener`, `setups`, `outgoing` and what they use bring connections up.
+//! The engine: connections and what they share. Knows nothing of C.
+//!
+//! - One connection: `connection` is what an application holds, `proto` its protocol without sockets and clocks, `request` checks what an
+//!   application asks for, `fifo` is what gives a peer access.
+//! - Who drives: `progress` is the engine's thread, `pacing` the table of who drives and who sleeps, `bell` wakes.
+//! - Shared by an engine's connections: `home`, `connections`, `registry`, `notify`, `spare`, `gpus`.
+//! - Bringing connections up: `setup` is one set-up as a machine, `link` its bytes, `sets` and `fabric` its channels, `attempt` joins
+//!   them with a socket, `build` makes the connection. `listener`, `setups` and `accepts` serve incoming ones, `dial` and `connect`
+//!   outgoing ones. `site`, `limits` and `ending` are what all set-ups share.
 
 mod accepts;
+#[doc(hidden)]
+pub mod attack;
 mod attempt;
 mod bell;
 mod build;
+mod connect;
 mod connection;
 mod connections;
 mod counters;
 mod dial;
-mod driver;
 mod ending;
 mod fabric;
 mod fifo;
@@ -19,17 +28,21 @@ mod limits;
 mod link;
 mod listener;
 mod notify;
-mod outgoing;
+mod pacing;
 mod progress;
 mod proto;
 mod registry;
 mod request;
+mod sets;
 mod setup;
 mod setups;
 mod site;
 mod spare;
 mod transfer;
 mod watch;
+
+#[cfg(fuzzing)]
+pub(crate) use proto::attacked;
 
 pub use connection::Connection;
 pub use fifo::FifoItem;
@@ -48,6 +61,9 @@ use site::{Gate, Identity, Plugins, Site};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+/// How long a deregistration waits for what holds a region although its connections are closed.
+const STUBBORN: Duration = Duration::from_secs(1);
 
 /// A network interface that a plugin offers.
 #[derive(Clone, Debug)]
@@ -101,7 +117,7 @@ impl Engine {
     /// `PluginLoad`, `Plugin`, `System` (port taken), `InvalidArgument` (configuration), `Resource`.
     pub fn new(config: Config) -> Result<Arc<Engine>> {
         crate::logging::init();
-        let gpus = gpus::Gpus::new(config.emulate_device);
+        let gpus = gpus::Gpus::new(config.emulate_device.then_some(config.emulate_devices));
         let device = Plugin::choose(&config, &|| gpus.own())?;
         if device.devices.is_empty() {
             bail!(Plugin, "plugin {} found no network device{}", device.name, chosen_nics());
@@ -112,7 +128,7 @@ impl Engine {
         let metadata = listener::metadata(ports.address, &gpus.name());
         announce(&metadata, &plugins, &gpus);
         let limits = limits::Limits::of_process();
-        let home = Arc::new(home::Home::new(bell::Bell::new()?, plugins.device.traits.doorbell, config.close_timeout));
+        let home = Arc::new(connection::Home::new(bell::Bell::new()?, plugins.device.traits.doorbell, config.close_timeout));
         let accepts = Arc::new(Accepts::new(limits.waiting));
         let site = Arc::new(Site {
             identity: Identity::new(&config)?,
@@ -183,7 +199,7 @@ impl Engine {
     /// `Unreachable`, `TimedOut`, `Auth`, `Protocol`, `Unsupported` (other plugin), `Plugin`.
     pub fn connect(&self, ip: &str, remote_gpu: &str, port: u16) -> Result<Arc<Connection>> {
         self.alive()?;
-        outgoing::connect(&self.parts.site, ip, remote_gpu, port)
+        connect::connect(&self.parts.site, ip, remote_gpu, port)
     }
 
     /// Takes the next incoming connection; blocks.
@@ -229,25 +245,35 @@ impl Engine {
     /// Ends a registration. Waits for transfers that use it; what has not ended by the close deadline is failed with its connection.
     ///
     /// # Errors
-    /// `NotFound`.
+    /// `NotFound`; `Resource` where even that does not end its use: the memory must stay as it is.
     pub fn deregister(&self, mr: u64) -> Result<()> {
         self.parts.check("engine")?;
-        let retired = self.parts.site.home.registry.retire(mr)?;
+        let home = &self.parts.site.home;
+        let retired = home.registry.retire(mr)?;
         let deadline = Instant::now() + self.parts.site.config.close_timeout;
         let mut pause = Duration::from_micros(20);
         while retired.in_use() {
-            if Instant::now() >= deadline {
-                // Closing the channels is the only way to be sure that nothing touches the memory any more.
-                for connection in self.parts.site.home.connections.all() {
+            let now = Instant::now();
+            if now >= deadline + STUBBORN {
+                bail!(
+                    Resource,
+                    "region {mr} is still in use after its connections were closed: a device does not end its copies"
+                );
+            }
+            if now >= deadline {
+                // Closing the channels is the only way to be sure that nothing touches the memory any more. A request that another
+                // thread is about to start may come after the first look.
+                for connection in home.connections.all() {
                     connection.fail_if_using(mr, err!(Canceled, "region {mr} was deregistered while transfers used it"));
                 }
-                break;
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(1));
         }
-        for connection in self.parts.site.home.connections.all() {
-            connection.forget_region(retired.id());
+        if retired.is_registered() {
+            for connection in home.connections.all() {
+                connection.forget_region(retired.id());
+            }
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
-//! The thread that brings up all incoming connections of an engine, driven by what their sockets report. Strangers, whose handshake
-//! is not proved, have a small budget and little time; proved peers have theirs, shared between their addresses.
+//! The thread that brings up all incoming connections of an engine, driven by what their sockets report. Strangers, whose handshake is
+//! not proved, have a small budget and little time; proved peers have theirs, shared between their addresses. Knows nothing of what the
+//! bytes mean.
 
 use super::accepts::{Accepts, Waiting};
 use super::attempt::{Attempt, Progress};
@@ -28,6 +29,9 @@ const ACCEPT_BURST: usize = 64;
 const STRANGERS_IN_NEED: usize = 8;
 /// How long no sockets are accepted after descriptors ran out.
 const PAUSE: Duration = Duration::from_millis(100);
+/// How long strangers may stay when others wait for their places: silent ones, and such that have said something.
+const SILENCE: Duration = Duration::from_millis(20);
+const HESITATION: Duration = Duration::from_millis(200);
 /// How often connections that wait for the application are looked at.
 const SWEEP: Duration = Duration::from_millis(100);
 /// A proved peer that has said nothing for this long gives way when others wait for their turn.
@@ -58,6 +62,8 @@ struct Entry {
     role: Role,
     interest: Interest,
     timer: Instant,
+    /// When it came.
+    since: Instant,
 }
 
 /// The thread's things.
@@ -206,6 +212,9 @@ impl Desk {
 
     fn arrivals(&mut self, listener: usize, now: Instant) {
         for _ in 0..ACCEPT_BURST {
+            if !self.place_for_stranger(listener, now) {
+                return self.pause(now, SILENCE);
+            }
             let accepted = match self.listeners.get(listener) {
                 Some(listener) => listener.accept(),
                 None => return,
@@ -217,10 +226,8 @@ impl Desk {
                     let e = limits::system("accepting a connection", &e);
                     self.site.home.counters.limits_hit.add();
                     self.shortage.log(log::Level::Error, now, format_args!("{e}"));
-                    self.drop_stranger(now, "to make room");
-                    self.paused_until = Some(now + PAUSE);
-                    self.listen(Interest::NONE);
-                    return;
+                    self.drop_stranger(now, Duration::ZERO);
+                    return self.pause(now, PAUSE);
                 }
                 // The peer went away between its connect and our accept.
                 Err(_) => {}
@@ -228,16 +235,31 @@ impl Desk {
         }
     }
 
+    /// Accepts nothing for a while; the kernel keeps those who come.
+    fn pause(&mut self, now: Instant, time: Duration) {
+        self.paused_until = Some(now + time);
+        self.listen(Interest::NONE);
+    }
+
+    /// Whether one more stranger may come; the one that has had the most time goes for it.
+    fn place_for_stranger(&mut self, listener: usize, now: Instant) -> bool {
+        let limits = &self.site.limits;
+        let Some(listener) = self.listeners.get(listener) else { return false };
+        let short = limits::lowest_free(listener.as_raw_fd()).map_or(true, |lowest| lowest >= limits.ceiling);
+        let most = if short { STRANGERS_IN_NEED.min(limits.strangers) } else { limits.strangers };
+        while self.strangers >= most {
+            if !self.drop_stranger(now, SILENCE) {
+                return false;
+            }
+        }
+        true
+    }
+
     fn arrived(&mut self, sock: TcpStream, address: SocketAddr, now: Instant) {
         if !self.site.allow.admits(address.ip()) {
             self.site.home.counters.setups_in_refused.add();
             self.lines.log(log::Level::Warn, now, format_args!("{address}: dropped: not in UCCL_TCPX_ALLOW"));
             return;
-        }
-        let short = sock.as_raw_fd() as usize >= self.site.limits.ceiling;
-        let limit = if short { STRANGERS_IN_NEED.min(self.site.limits.strangers) } else { self.site.limits.strangers };
-        while self.strangers >= limit {
-            self.drop_stranger(now, "too many connections have not said who they are");
         }
         let site = &self.site;
         let prepared = sock.set_nonblocking(true).and_then(|()| sock.set_nodelay(true));
@@ -253,24 +275,26 @@ impl Desk {
         }
         let timer = attempt.wake_at();
         self.timers.insert((timer, self.last));
-        self.entries.insert(self.last, Entry { attempt, role: Role::Stranger, interest: Interest::READ, timer });
+        self.entries.insert(self.last, Entry { attempt, role: Role::Stranger, interest: Interest::READ, timer, since: now });
         self.strangers += 1;
         // Most say hello with their first packet.
         self.advance(self.last, now);
     }
 
-    /// Drops the stranger that has been silent the longest, or else the oldest.
-    fn drop_stranger(&mut self, now: Instant, why: &str) {
+    /// Drops the stranger that has been silent the longest, if for longer than `silence`; or else the oldest that has had its time.
+    /// Whether one went.
+    fn drop_stranger(&mut self, now: Instant, silence: Duration) -> bool {
         let strangers = || self.entries.iter().filter(|(_, e)| e.role == Role::Stranger);
-        let silent = strangers().find(|(_, e)| e.attempt.setup().is_silent());
-        let Some(id) = silent.or_else(|| strangers().next()).map(|(id, _)| *id) else {
-            self.strangers = 0;
-            return;
-        };
+        let age = |e: &Entry| now.saturating_duration_since(e.since);
+        let silent = strangers().find(|(_, e)| e.attempt.setup().is_silent()).filter(|(_, e)| age(e) >= silence);
+        let slow = || strangers().next().filter(|(_, e)| age(e) >= silence.max(HESITATION));
+        let Some(id) = silent.or_else(slow).map(|(id, _)| *id) else { return false };
         if let Some(entry) = self.take(id) {
             self.site.home.counters.setup_failed(ErrorKind::Resource);
-            self.lines.log(log::Level::Warn, now, format_args!("{}: dropped: {why}", entry.attempt.address));
+            let address = entry.attempt.address;
+            self.lines.log(log::Level::Warn, now, format_args!("{address}: dropped: others wait, and it has not said who it is"));
         }
+        true
     }
 
     // ---- one set-up ----
@@ -398,9 +422,10 @@ impl Desk {
             let limit = self.site.limits.per_peer;
             let address = |id: &u64| self.entries.get(id).map(|e| e.attempt.address.ip());
             let fits = |id: &u64| address(id).is_none_or(|ip| self.per_peer.get(&ip).copied().unwrap_or(0) < limit);
-            let Some(at) = self.queue.iter().position(fits) else { return };
-            if let Some(id) = self.queue.remove(at) {
-                self.begin(id, now);
+            match self.queue.iter().position(fits).and_then(|at| self.queue.remove(at)) {
+                Some(id) => self.begin(id, now),
+                None if self.drop_stale(now) => {}
+                None => return,
             }
         }
     }

@@ -1,8 +1,9 @@
-//! What every set-up of an engine shares: who the engine is, its plugins and GPUs, its limits, and where finished connections go.
+//! What every set-up of an engine shares: who the engine is, its plugins and GPUs, its limits, and where finished connections go. Knows
+//! nothing of a single set-up.
 
+use super::connection::Home;
 use super::ending::Ending;
 use super::gpus::Gpus;
-use super::home::Home;
 use super::limits::Limits;
 use super::link::SealedLink;
 use super::notify::Queue;
@@ -12,7 +13,7 @@ use crate::net::plugin::Plugin;
 use crate::net::setup::{channel_count, nics_for};
 use crate::status::{bail, Result};
 use crate::wire::handshake::{self, Handshake};
-use crate::wire::hello::{Hello, Terms};
+use crate::wire::hello::Hello;
 use crate::wire::keys::KeyStore;
 use parking_lot::{Condvar, Mutex};
 use std::sync::Arc;
@@ -64,10 +65,10 @@ pub(crate) struct Site {
 
 impl Site {
     /// Channels of each set that this side asks for.
-    fn channels(&self) -> Result<usize> {
+    fn channels(&self) -> usize {
         let plugin = &self.plugins.device;
-        let near = nics_for(plugin, &plugin.devices, self.gpus.pci_path().as_deref());
-        Ok(channel_count(plugin, self.config.num_channels, near.len().max(1)))
+        let nics = nics_for(plugin, &plugin.devices, self.gpus.pci_path(None).as_deref());
+        channel_count(plugin, self.config.num_channels, nics.len().max(1))
     }
 
     /// This side's part of the wire for a new set-up. `wanted_gpu`: of a connecting side.
@@ -80,21 +81,22 @@ impl Site {
         }))
     }
 
+    /// Largest chunk that every plugin carries as one message.
+    fn chunk_bytes(&self) -> usize {
+        self.plugins.all().fold(self.config.chunk_bytes, |chunk, plugin| chunk.min(plugin.max_message()))
+    }
+
     fn hello(&self, wanted_gpu: &str) -> Result<Hello> {
         Ok(Hello {
-            channels: self.channels()? as u16,
-            chunk_bytes: self.config.chunk_bytes as u32,
+            channels: self.channels() as u16,
+            chunk_bytes: self.chunk_bytes() as u32,
             gpu_index: self.gpus.index(),
             peer_timeout_ms: Hello::peer_timeout_ms(self.config.peer_timeout),
             plugin: self.plugins.device.wire_name().to_owned(),
             gpu: self.gpus.name(),
             wanted_gpu: wanted_gpu.to_owned(),
+            further_gpus: self.gpus.further(),
         })
-    }
-
-    /// Descriptors that a set-up with these terms opens: two directions and a listening socket each.
-    pub(crate) fn cost(&self, terms: &Terms) -> usize {
-        self.plugins.all().count() * usize::from(terms.channels) * 3
     }
 }
 

@@ -1,4 +1,4 @@
-//! The text by which peers find an engine, "ip:port?gpu": made for an engine, and taken apart.
+//! The text by which peers find an engine, "ip:port?gpu": made for an engine, and taken apart. Knows nothing of addresses' meaning.
 
 use super::engine::uccl_engine_t;
 use super::guard::{guard, optional_out_arg, out_arg, status, str_arg};

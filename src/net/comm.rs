@@ -4,15 +4,18 @@
 
 use super::plugin::{CommKind, Plugin};
 use super::registrations::{piece, Registration};
-use super::{reaper, within, Scope};
+use super::signals::Quiet;
+use super::{handle, reaper, within, Scope};
 use crate::status::{bail, Result};
 use crate::types::Span;
 use nccl_net_abi::{ncclNetDeviceHandle_v7, ucclCommInfo, ucclIoVec, MAX_REQUESTS, NCCL_NET_HANDLE_MAXSIZE, NCCL_PTR_CUDA};
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{c_int, c_void};
+use std::net::{SocketAddr, TcpStream};
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU32;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// The 128 bytes that name a listen comm to the peer.
 pub(crate) type Handle = [u8; NCCL_NET_HANDLE_MAXSIZE];
@@ -53,14 +56,14 @@ unsafe impl Send for RawComm {}
 impl RawComm {
     /// A comm that moves data.
     fn open(plugin: &Arc<Plugin>, comm: *mut c_void, kind: CommKind, dev: usize, gpu: &Scope) -> RawComm {
-        plugin.registrations.opened(plugin, dev, comm, gpu);
+        plugin.registrations().opened(plugin, dev, comm, gpu);
         RawComm { plugin: plugin.clone(), comm, kind, dev, gpu: gpu.clone() }
     }
 }
 
 impl Drop for RawComm {
     fn drop(&mut self) {
-        self.plugin.registrations.closing(&self.plugin, self.dev, self.comm);
+        self.plugin.registrations().closing(&self.plugin, self.dev, self.comm);
         let closed = within(&self.gpu, || {
             // SAFETY: live until here, and dropped once.
             unsafe { self.plugin.close(self.kind, self.comm) };
@@ -89,6 +92,8 @@ impl ListenComm {
 
 struct PendingAccept {
     listen: RawComm,
+    /// Where it listens, as far as the handle tells.
+    addresses: Vec<SocketAddr>,
     dev_handle: Pinned<ncclNetDeviceHandle_v7>,
     /// The plugin has seen the accept.
     begun: bool,
@@ -102,7 +107,8 @@ impl Accepting {
     pub(crate) fn new(listen: ListenComm) -> Accepting {
         // SAFETY: plain data for which zeros are valid.
         let dev_handle = Pinned::new(unsafe { std::mem::zeroed() });
-        Accepting(Some(PendingAccept { listen: listen.raw, dev_handle, begun: false }))
+        let addresses = handle::addresses(listen.raw.plugin.traits.handle_check, &listen.handle).collect();
+        Accepting(Some(PendingAccept { listen: listen.raw, addresses, dev_handle, begun: false }))
     }
 
     /// The comm, once the peer has connected. After it or an error, further calls give an error.
@@ -126,12 +132,32 @@ impl Accepting {
     }
 }
 
+/// How long an accept that was given up waits for its peer before it is ended, and between further tries.
+const POKE_AFTER: Duration = if cfg!(test) { Duration::from_millis(300) } else { Duration::from_secs(30) };
+
+/// Ends an accept that waits for a peer that does not come: somebody connects, says nothing and goes. For control and for data, since it
+/// may wait for either.
+fn poke(addresses: &[SocketAddr]) {
+    for address in addresses {
+        // Whether it could connect does not matter: the accept is polled on.
+        let _ = TcpStream::connect_timeout(address, Duration::from_millis(200));
+    }
+}
+
 impl Drop for Accepting {
     fn drop(&mut self) {
         // The plugin's threads may still use the listen comm and the device handle.
         if let Some(pending) = self.0.take_if(|p| p.begun && p.listen.plugin.traits.lingers) {
+            let addresses = pending.addresses.clone();
             let mut rest = Accepting(Some(pending));
-            reaper::keep(Box::new(move || !matches!(rest.poll(), Ok(None))));
+            let mut poked = 0;
+            reaper::keep(Box::new(move |age| {
+                if age > POKE_AFTER * (poked + 1) {
+                    poked += 1;
+                    poke(&addresses);
+                }
+                !matches!(rest.poll(), Ok(None))
+            }));
         }
     }
 }
@@ -180,7 +206,7 @@ impl Drop for Connecting {
         if self.plugin.traits.lingers {
             let (plugin, gpu) = (self.plugin.clone(), self.gpu.clone());
             let mut rest = Connecting { plugin, dev: self.dev, gpu, handle: Some(handle), begun: true };
-            reaper::keep(Box::new(move || !matches!(rest.poll(), Ok(None))));
+            reaper::keep(Box::new(move |_| !matches!(rest.poll(), Ok(None))));
         } else {
             // SAFETY: a connect under way that is not polled again.
             unsafe { self.plugin.abandon_connect(handle.as_ptr().cast()) };
@@ -208,7 +234,7 @@ impl RawComm {
     unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int) -> Result<Registration> {
         let at = (self.dev, self.comm);
         // SAFETY: by the caller's contract; the comm is open.
-        within(&self.gpu, || unsafe { self.plugin.registrations.acquire(&self.plugin, at, data as usize, len, kind) })
+        within(&self.gpu, || unsafe { self.plugin.registrations().acquire(&self.plugin, at, data as usize, len, kind) })
     }
 
     fn progress_bytes(&self) -> Result<Option<u64>> {
@@ -257,9 +283,9 @@ impl SendComm {
     pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
         self.raw.set_doorbell(doorbell)
     }
-    /// The plugin that carries this comm.
-    pub(crate) fn plugin(&self) -> &Arc<Plugin> {
-        &self.raw.plugin
+    /// What the plugin's calls need around them, where it needs something: held over many calls it costs once.
+    pub(crate) fn quiet(&self) -> Option<Quiet> {
+        self.raw.plugin.traits.raises_sigpipe.then(Quiet::begin)
     }
     /// Requests posted and not yet done.
     pub(crate) fn inflight(&self) -> usize {

@@ -2,8 +2,6 @@
 //! contract's rules (`comm`), the set-up of channels (`setup`), and the host's interfaces (`topology`). The ABI itself is crate
 //! `nccl-net-abi`. Knows nothing of transfers, and of GPUs only that a plugin may want one to be current.
 
-#![allow(dead_code, reason = "parts of the interface wait for their callers")]
-
 pub(crate) mod comm;
 mod handle;
 pub(crate) mod pairing;

@@ -69,6 +69,7 @@ fn what_cannot_be_used_is_left_out() {
 fn set_ups_that_are_given_up_leave_nothing() {
     run("given_up", TWO_NICS, &[]);
     run("never_begun", TWO_NICS, &[]);
+    run("the_peer_never_comes", TWO_NICS, &[]);
 }
 
 #[test]
@@ -103,6 +104,7 @@ fn child() {
         "nothing_in_common" => nothing_in_common(&plugin),
         "given_up" => given_up(&plugin),
         "never_begun" => never_begun(&plugin),
+        "the_peer_never_comes" => the_peer_never_comes(&plugin),
         "wild_handles" => wild_handles(&plugin),
         "registrations" => registrations(&plugin),
         "registrations_in_flight" => registrations_in_flight(&plugin),
@@ -316,6 +318,21 @@ fn never_begun(plugin: &Arc<Plugin>) {
     assert_eq!(counters().accepts_begun.load(Acquire), 0);
 }
 
+fn the_peer_never_comes(plugin: &Arc<Plugin>) {
+    let b = open(plugin, 4);
+    let mut a = open(plugin, 4).establish(&b.offers());
+    drop(b);
+    for _ in 0..50 {
+        if a.poll().is_err() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    drop(a);
+    assert!(reaper::kept() > 0);
+    nothing_is_left();
+}
+
 fn wild_handles(plugin: &Arc<Plugin>) {
     let fresh = open(plugin, 2).offers();
     let wild = |change: &dyn Fn(&mut [u8; 128])| -> Vec<Offer> {
@@ -333,6 +350,10 @@ fn wild_handles(plugin: &Arc<Plugin>) {
         wild(&|h| h[80..88].copy_from_slice(&0x7fff_dead_beefu64.to_ne_bytes())),
         wild(&|h| h[36] = 200),
         wild(&|h| h[36] = 0),
+        wild(&|h| h[40] = 17),
+        wild(&|h| h[44] = 1),
+        wild(&|h| h[48] = 10),
+        wild(&|h| h[60] = 1),
         wild(&|h| h[127] = 1),
         wild(&|h| h[20] = 1),
     ] {
@@ -423,7 +444,7 @@ fn registrations_without_descriptors(plugin: &Arc<Plugin>) {
     }
     all.truncate(all.len() - 2);
     // SAFETY: the memory stays.
-    let error = unsafe { a[0].send.region(span, span.addr) }.err().expect("no descriptors");
+    let error = unsafe { a[0].send.region(span, span.addr) }.expect_err("no descriptors");
     assert_eq!(error.kind(), ErrorKind::Resource);
     let error = ListenComm::new(plugin, 0, &Scope::None).err();
     drop(all);

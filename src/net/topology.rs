@@ -2,20 +2,11 @@
 
 use super::pairing::shared_depth;
 use super::plugin::Device;
-use std::ffi::CStr;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
-/// An address of an interface that is up.
-#[derive(Clone, Debug)]
-pub(crate) struct Interface {
-    pub name: String,
-    pub addr: IpAddr,
-    pub loopback: bool,
-}
-
 /// Addresses of all interfaces that are up, in the kernel's order.
-pub(crate) fn interfaces() -> Vec<Interface> {
+fn addresses() -> Vec<IpAddr> {
     let mut head: *mut libc::ifaddrs = std::ptr::null_mut();
     // SAFETY: head is writable; the list is freed below.
     if unsafe { libc::getifaddrs(&mut head) } != 0 {
@@ -43,52 +34,25 @@ pub(crate) fn interfaces() -> Vec<Interface> {
             }
             _ => continue,
         };
-        // SAFETY: a C string.
-        let name = unsafe { CStr::from_ptr(entry.ifa_name) }.to_string_lossy().into_owned();
-        found.push(Interface { name, addr, loopback: entry.ifa_flags & (libc::IFF_LOOPBACK as u32) != 0 });
+        found.push(addr);
     }
     // SAFETY: head came from getifaddrs.
     unsafe { libc::freeifaddrs(head) };
     found
 }
 
-/// A filter in NCCL's form: names or prefixes separated by commas; a leading '=' makes them exact, '^' excludes.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct NameFilter<'a> {
-    exclude: bool,
-    exact: bool,
-    names: Vec<&'a str>,
-}
-
-impl<'a> NameFilter<'a> {
-    pub(crate) fn parse(text: &'a str) -> NameFilter<'a> {
-        let (exclude, text) = text.strip_prefix('^').map_or((false, text), |t| (true, t));
-        let (exact, text) = text.strip_prefix('=').map_or((false, text), |t| (true, t));
-        NameFilter { exclude, exact, names: text.split(',').map(str::trim).filter(|n| !n.is_empty()).collect() }
-    }
-
-    pub(crate) fn admits(&self, name: &str) -> bool {
-        let listed = self.names.iter().any(|n| if self.exact { name == *n } else { name.starts_with(n) });
-        listed != self.exclude
-    }
-}
-
-/// The address that peers are told: IPv4, since the metadata text separates address and port by the first colon.
-pub(crate) fn control_address(filter: Option<&str>) -> Option<Interface> {
-    let v4: Vec<Interface> = interfaces().into_iter().filter(|i| i.addr.is_ipv4()).collect();
-    if let Some(text) = filter {
-        let filter = NameFilter::parse(text);
-        return v4.into_iter().find(|i| filter.admits(&i.name));
-    }
-    let virtual_name =
-        |name: &str| ["docker", "veth", "br-", "virbr", "cni", "flannel", "cali"].iter().any(|p| name.starts_with(p));
-    let rank = |i: &Interface| (i.loopback, virtual_name(&i.name));
-    v4.into_iter().min_by_key(rank)
+/// The addresses of the interfaces that `filter` (in NCCL's form) lets through and that can be used, one each: by the rules that the
+/// software plugin chooses its devices by.
+///
+/// # Errors
+/// The kernel does not list its interfaces.
+pub(crate) fn usable(filter: Option<&str>) -> std::io::Result<Vec<IpAddr>> {
+    Ok(soft_plugin::interfaces::usable(filter)?.iter().map(|i| i.address).collect())
 }
 
 /// Whether `ip` is an address of this host.
 pub(crate) fn is_local(ip: IpAddr) -> bool {
-    ip.is_loopback() || interfaces().iter().any(|i| i.addr == ip)
+    ip.is_loopback() || addresses().contains(&ip)
 }
 
 /// NUMA node of a PCI device directory under /sys; `None` when unknown.
@@ -125,21 +89,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn filters_take_the_forms_of_nccl() {
-        let admits = |f: &str, n: &str| NameFilter::parse(f).admits(n);
-        assert!(admits("eth", "eth0") && admits("eth", "eth10") && !admits("eth", "lo"));
-        assert!(admits("=eth1", "eth1") && !admits("=eth1", "eth10"));
-        assert!(admits("^docker,lo", "eth0") && !admits("^docker,lo", "docker0") && !admits("^docker,lo", "lo"));
-        assert!(admits("^=lo", "lo1") && !admits("^=lo", "lo"));
-        assert!(admits("ens, eth", "eth3"));
+    fn every_host_has_an_interface() {
+        assert!(!usable(None).unwrap().is_empty());
+        assert!(usable(Some("=lo")).unwrap().iter().all(IpAddr::is_loopback));
+        assert!(usable(Some("=no-such-interface")).unwrap().is_empty());
+        assert!(is_local(IpAddr::from([127, 0, 0, 1])) && !is_local(IpAddr::from([192, 0, 2, 1])));
     }
 
     #[test]
-    fn every_host_has_a_control_address() {
-        assert!(control_address(None).is_some());
-        assert!(control_address(Some("=lo")).is_some_and(|i| i.loopback));
-        assert!(control_address(Some("=no-such-interface")).is_none());
-        assert!(is_local(IpAddr::from([127, 0, 0, 1])) && !is_local(IpAddr::from([192, 0, 2, 1])));
+    fn a_carrier_is_asked_for_where_the_host_knows_the_name() {
+        let root = std::env::temp_dir().join(format!("uccl-net-carrier-{}", std::process::id()));
+        for (nic, text) in [("eth1", "1\n"), ("eth2", "0\n")] {
+            std::fs::create_dir_all(root.join("sys/class/net").join(nic)).expect("folder");
+            std::fs::write(root.join("sys/class/net").join(nic).join("carrier"), text).expect("file");
+        }
+        std::fs::create_dir_all(root.join("sys/class/net/down")).expect("folder");
+        let known = ["eth1", "eth2", "down", "mlx5_0"].map(|nic| has_carrier(&root, nic));
+        let _ = std::fs::remove_dir_all(&root);
+        assert_eq!(known, [true, false, false, true]);
     }
 
     #[test]

@@ -48,6 +48,7 @@ pub(crate) struct Exporter {
     prk: Guarded<hkdf::Prk>,
 }
 
+#[allow(dead_code, reason = "the data channels do not use it yet")]
 impl Exporter {
     fn derive(&self, parts: &[&[u8]]) -> Result<Secret> {
         let mut key = Secret::default();
@@ -199,6 +200,7 @@ pub(crate) struct Session {
     /// The receiving half.
     pub opener: Opener,
     /// Keys for the data channels.
+    #[allow(dead_code, reason = "the data channels do not use it yet")]
     pub exporter: Exporter,
 }
 

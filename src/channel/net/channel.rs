@@ -1,6 +1,6 @@
-//! One channel: a send comm and a receive comm with their queues. Chunks leave in the order they were announced; receives are
-//! posted in the order of the peer's announcements, unpacked, and consumed in that order. Every chunk keeps its regions in use until
-//! it is done or the channel is closed.
+//! One channel: a send comm and a receive comm with their queues. Chunks leave in the order they were announced; receives are posted in
+//! the order of the peer's announcements, unpacked, and consumed in that order. Every chunk keeps its regions in use until it is done
+//! or the channel is closed. Knows nothing of transfers.
 
 use super::staging::{Staging, STAGED_WINDOW};
 use super::Usage;
@@ -10,9 +10,10 @@ use crate::channel::path::{Arrival, Copier, Event};
 use crate::channel::stripe::{Load, Rate};
 use crate::net::comm::{Doorbell, MHandle, RecvComm, SendComm};
 use crate::net::registrations::Registration;
+use crate::net::signals::Quiet;
 use crate::region::Hold;
 use crate::stats::{ChannelStats, Network};
-use crate::status::{bail, Result};
+use crate::status::{bail, Error, Result};
 use crate::types::{Key, Part, Place};
 use nccl_net_abi::{ucclCommInfo, ucclIoVec, MAX_REQUESTS};
 use std::collections::{HashMap, VecDeque};
@@ -45,13 +46,19 @@ pub(super) fn register<R>(copier: &mut Copier, place: Place, mut register: impl 
     registered.ok_or_else(|| crate::status::err!(Internal, "nothing was registered"))
 }
 
+/// An error with the comm that it happened on.
+fn at(comm: &str, error: &Error) -> Error {
+    Error::new(error.kind(), format_args!("channel {comm}: {error}"))
+}
+
 /// Places of the window that chunks of large transfers take at most: small ones find one soon.
 const BULK_WINDOW: usize = MAX_REQUESTS / 2;
 
 /// A chunk on its way out; dropped when its memory may change.
-pub(super) struct Outgoing {
+pub(super) struct Leaving {
     pub key: Key,
     pub len: usize,
+    pub bulk: bool,
     pub _hold: Hold,
 }
 
@@ -82,19 +89,22 @@ pub(super) struct Finishing {
 
 /// One channel.
 pub(crate) struct Channel {
-    // Field order is drop order: the comms close first, and with them the last access to everything below.
+    // Field order is drop order: each comm closes before what its requests may use, and the receive comm last, through which the
+    // registrations of sends are dropped.
     pub(super) send: SendComm,
-    pub(super) recv: RecvComm,
-    pub(super) outgoing: VecDeque<Outgoing>,
+    pub(super) host_out: Option<Staging>,
+    pub(super) device_out: HashMap<Place, Staging>,
+    pub(super) outgoing: VecDeque<Leaving>,
     pub(super) to_post: VecDeque<ToPost>,
     pub(super) queued: u64,
+    /// Chunks of large transfers among the outgoing ones.
+    pub(super) bulk: usize,
     pub(super) rate: Rate,
+    pub(super) recv: RecvComm,
     pub(super) expected: VecDeque<Arrival>,
     pub(super) posted: VecDeque<Posted>,
     pub(super) finishing: VecDeque<Finishing>,
     pub(super) view: Option<View>,
-    pub(super) host_out: Option<Staging>,
-    pub(super) device_out: HashMap<Place, Staging>,
     pub(super) host_in: Option<Staging>,
     pub(super) device_in: Option<(Registration, Box<dyn StagingMemory>)>,
     pub(super) discard: Option<HostBlock>,
@@ -124,6 +134,7 @@ impl Channel {
             outgoing: VecDeque::new(),
             to_post: VecDeque::new(),
             queued: 0,
+            bulk: 0,
             rate: Rate::default(),
             expected: VecDeque::new(),
             posted: VecDeque::new(),
@@ -144,6 +155,11 @@ impl Channel {
         Ok(self.send.set_doorbell(doorbell)? && self.recv.set_doorbell(doorbell)?)
     }
 
+    /// See [`SendComm::quiet`].
+    pub(super) fn quiet(&self) -> Option<Quiet> {
+        self.send.quiet()
+    }
+
     /// Anything announced, in flight or expected.
     pub(super) fn busy(&self) -> bool {
         !self.outgoing.is_empty() || !self.expected.is_empty() || !self.posted.is_empty() || !self.finishing.is_empty()
@@ -153,8 +169,10 @@ impl Channel {
     pub(super) fn load(&self, place: Place, bulk: bool, usage: &Usage, now: Instant) -> Load {
         let oldest = self.outgoing.front().map_or(0, |o| o.len as u64);
         let window = if place.is_device() && usage.stage_sends { STAGED_WINDOW } else { MAX_REQUESTS };
-        let window = if bulk { window.min(BULK_WINDOW) } else { window };
-        Load { free: window.saturating_sub(self.outgoing.len()), queued: self.queued, rate: self.rate.get(oldest, now) }
+        let free = window.saturating_sub(self.outgoing.len());
+        // What small ones take does not count against large ones: they would never have a turn.
+        let free = if bulk { free.min(BULK_WINDOW.saturating_sub(self.bulk)) } else { free };
+        Load { free, queued: self.queued, rate: self.rate.get(oldest, now) }
     }
 
     /// The peer announced a chunk on this channel.
@@ -166,17 +184,19 @@ impl Channel {
     pub(super) fn progress(&mut self, copier: &mut Copier, usage: &Usage, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
         let mut any = false;
         if !self.outgoing.is_empty() {
-            any |= self.progress_sends(copier, now, events)?;
+            any |= self.progress_sends(copier, now, events).map_err(|e| at(&self.send.describe(), &e))?;
         }
         if !self.expected.is_empty() || !self.posted.is_empty() || !self.finishing.is_empty() {
-            any |= self.progress_receives(copier, usage, events)?;
+            any |= self.progress_receives(copier, usage, events).map_err(|e| at(&self.recv.describe(), &e))?;
         }
         Ok(any)
     }
 
     /// Bytes that the network has taken and brought; `None` where the plugin does not tell.
     pub(super) fn network_bytes(&self) -> Result<Option<(u64, u64)>> {
-        Ok(self.send.network_bytes()?.zip(self.recv.network_bytes()?))
+        let sent = self.send.network_bytes().map_err(|e| at(&self.send.describe(), &e))?;
+        let received = self.recv.network_bytes().map_err(|e| at(&self.recv.describe(), &e))?;
+        Ok(sent.zip(received))
     }
 
     /// What it counts; `kernel`: with what the kernel knows, which takes a system call.

@@ -76,6 +76,7 @@ impl Path for NetPath {
     }
 
     fn progress(&mut self, copier: &mut Copier, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
+        let _quiet = self.channels.first().and_then(Channel::quiet);
         let mut any = false;
         for channel in &mut self.channels {
             any |= channel.progress(copier, &self.usage, now, events)?;

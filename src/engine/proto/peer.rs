@@ -1,11 +1,11 @@
-//! What each frame of the peer does: transfers announced, chunks granted, verdicts, small transfers inside frames. Whatever does not fit
-//! the state of the transfer that it names is a protocol violation.
+//! What each frame of the peer does: transfers announced, chunks granted, verdicts, small transfers inside frames. Whatever does not
+//! fit the state of the transfer that it names is a protocol violation. Knows nothing of sockets.
 
 use super::incoming::Ending;
 use super::limits::{self, MAX_INLINE_BACKLOG};
 use super::matching::Pulled;
 use super::{Kind, Machine, Way};
-use crate::channel::plan::Stream;
+use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
 use crate::region::{Hold, RegionUse};
 use crate::status::{bail, err, Error, ErrorKind, Result, StatusCode, UCCL_OK};
@@ -19,7 +19,15 @@ const MAX_MESSAGE: u64 = 1 << 50;
 impl Machine {
     /// Takes a frame of the peer. An error means that the connection must end.
     pub(crate) fn handle(&mut self, frame: Frame<'_>, channels: &mut Channels, now: Instant) -> Result<()> {
-        let before = self.tx.pending();
+        self.tx.answering(true);
+        let handled = self.take_frame(frame, channels, now);
+        self.tx.answering(false);
+        self.attend(now);
+        handled?;
+        limits::answers(self.tx.answers())
+    }
+
+    fn take_frame(&mut self, frame: Frame<'_>, channels: &mut Channels, now: Instant) -> Result<()> {
         match &frame {
             Frame::Write { .. } | Frame::Read { .. } | Frame::Message { .. } => self.counts.peer_transfers += 1,
             Frame::Notify { .. } => self.counts.notifications_received += 1,
@@ -38,12 +46,7 @@ impl Machine {
             Frame::Notify { name, message } => self.setting.inbox.push(name, message),
             Frame::Ping { received } => self.on_ping(received, channels, now),
             Frame::Bye { status, text } => Err(farewell(status, text)),
-        }?;
-        self.answers += self.tx.pending().saturating_sub(before);
-        if self.tx.pending() < self.answers {
-            self.answers = self.tx.pending();
         }
-        limits::answers(self.answers)
     }
 
     /// Resolves a peer's segments to memory of this side; every one is checked before anything moves.
@@ -116,7 +119,7 @@ impl Machine {
 
     /// Puts the bytes of a control frame in place. The caller holds the segments' regions.
     fn store_inline(&mut self, segments: Vec<Segment>, mut data: &[u8], channels: &mut Channels) -> Result<()> {
-        let mut stream = Stream::new(segments);
+        let mut stream = Walk::new(segments);
         if stream.remaining() != data.len() as u64 {
             bail!(Protocol, "{} bytes inside a frame for {} bytes of memory", data.len(), stream.remaining());
         }
@@ -290,8 +293,8 @@ impl Machine {
 
     /// The peer gave up a message. It is answered like any other; a receive that it was matched with fails.
     fn on_withdraw(&mut self, id: u64, now: Instant) -> Result<()> {
-        self.peer.ended(0);
         if self.matching.withdraw(id) {
+            self.peer.ended(0);
             self.push(&Frame::Pull { id, status: ErrorKind::TimedOut.code(), receiver: Place::HOST }, now);
             return Ok(());
         }
@@ -305,6 +308,7 @@ impl Machine {
             };
         };
         self.incoming.take_unbegun(key)?;
+        self.peer.ended(0);
         self.deadlines.end(key);
         let error = err!(TimedOut, "message {id} was withdrawn: its send had waited too long for this receive");
         self.transfers.finish(receive, Err(error));
@@ -325,7 +329,8 @@ impl Machine {
         if received < self.peer_received || received > sent {
             bail!(Protocol, "the peer has received {received} bytes after {}, of {sent} sent", self.peer_received);
         }
-        self.deadlines.flowed(Way::Out, received - self.peer_received, now);
+        self.deadlines.arrived(received - self.peer_received, now);
+        self.clock.ping = now;
         self.peer_received = received;
         Ok(())
     }

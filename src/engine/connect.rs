@@ -1,4 +1,4 @@
-//! Connecting to a peer engine, in the caller's thread.
+//! Connecting to a peer engine, in the caller's thread. Knows nothing of what travels on the connection.
 
 use super::attempt::{Attempt, Progress};
 use super::connection::Connection;
@@ -58,7 +58,8 @@ fn run(site: &Site, sock: TcpStream, address: SocketAddr, gpu: &str, deadline: I
     }
 }
 
-fn drive(site: &Site, attempt: &mut Attempt) -> Result<()> {
+/// Goes on until all is up.
+pub(super) fn drive(site: &Site, attempt: &mut Attempt) -> Result<()> {
     loop {
         let now = Instant::now();
         match attempt.step(now)? {

@@ -1,0 +1,405 @@
+//! The engine over a plugin of others, whole: the strict foreign plugin, which simulates GPUDirect-TCPX and ends the process at the first
+//! breach of its contract, with emulated device memory. Each case has a process of its own.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use uccl_p2p::config::Config;
+use uccl_p2p::engine::{Connection, Direction, Engine, LocalSegment};
+
+const CASE: &str = "UCCL_FOREIGN_TEST_CASE";
+/// Places of the plugin's counters, as its `rules::Counters` lists them.
+const REGISTRATIONS: usize = 0;
+const REGISTRATIONS_MOST: usize = 1;
+const DESCRIPTORS: usize = 3;
+const IMPORTS: usize = 5;
+const COMMS: usize = 6;
+const PAGES_OUT: usize = 11;
+const WARNINGS: usize = 12;
+const MESSAGES_IN: usize = 14;
+
+fn foreign() -> PathBuf {
+    let this = std::env::current_exe().expect("this program");
+    let deps = this.parent().expect("folder");
+    let found = [deps.join("libnccl_net_strict_foreign.so"), deps.join("../libnccl_net_strict_foreign.so")];
+    found.into_iter().find(|p| p.exists()).expect("libnccl_net_strict_foreign.so: cargo build -p strict-foreign-plugin")
+}
+
+/// Runs a case; gives its log.
+fn run(case: &str, environment: &[(&str, &str)]) -> String {
+    let mut child = Command::new(std::env::current_exe().expect("this program"));
+    child.args(["--exact", "child", "--nocapture", "--test-threads=1"]);
+    child.env_remove("UCCL_TCPX_PLUGIN").env_remove("UCCL_P2P_TRANSPORT").env_remove("NCCL_DYNAMIC_CHUNK_SIZE");
+    static RUNS: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+    let number = RUNS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    let counters = std::env::temp_dir().join(format!("uccl-foreign-{}-{number}", std::process::id()));
+    child.env("STRICT_FOREIGN_COUNTERS", &counters).env("UCCL_TCPX_PLUGIN_PATH", foreign()).env(CASE, case);
+    child.env("STRICT_FOREIGN_CONNECT_MS", "30").env("STRICT_FOREIGN_ACCEPT_MS", "50");
+    child.env("UCCL_P2P_LOG_LEVEL", "info").env("UCCL_TCPX_EMULATE_DEVICE", "1").env("NCCL_SOCKET_IFNAME", "lo");
+    let out = child.envs(environment.iter().copied()).output().expect("child");
+    let _ = std::fs::remove_file(counters);
+    let text = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    assert!(out.status.success(), "{case} {environment:?}: {} {text}", out.status);
+    text
+}
+
+#[test]
+fn bytes_arrive_over_any_number_of_channels() {
+    for channels in ["1", "3", "16"] {
+        run("moves", &[("UCCL_TCPX_NUM_CHANNELS", channels)]);
+    }
+    // As slow as TCPX sets up.
+    run("moves", &[("STRICT_FOREIGN_CONNECT_MS", "300"), ("STRICT_FOREIGN_ACCEPT_MS", "500"), ("UCCL_TCPX_NUM_CHANNELS", "8")]);
+}
+
+#[test]
+fn chunks_stay_within_what_the_plugin_carries() {
+    run("moves", &[("UCCL_TCPX_CHUNK_BYTES", "4M")]);
+    run("moves", &[("UCCL_TCPX_CHUNK_BYTES", "4M"), ("NCCL_DYNAMIC_CHUNK_SIZE", "4194304")]);
+    run("moves", &[("NCCL_DYNAMIC_CHUNK_SIZE", "0x4000")]);
+}
+
+#[test]
+fn a_dead_nic_leaves_fewer_channels() {
+    let log = run("moves", &[("STRICT_FOREIGN_DEVICES", "eth1@127.0.0.1,eth2@127.0.0.2@dead"), ("UCCL_TCPX_NUM_CHANNELS", "4")]);
+    assert!(log.contains("NIC eth2 is left out"), "{log}");
+}
+
+#[test]
+fn where_no_nics_meet_the_software_plugin_carries() {
+    let log = run("no_nic_in_common", &[("STRICT_FOREIGN_DEVICES", "eth1@127.0.0.1")]);
+    assert!(log.contains("no NIC in common") && log.contains("[eth1] here, [eth2] at the peer"), "{log}");
+}
+
+#[test]
+fn registrations_are_one_a_region_and_nic() {
+    run("registrations", &[("STRICT_FOREIGN_DEVICES", "eth1@127.0.0.1,eth2@127.0.0.2"), ("UCCL_TCPX_NUM_CHANNELS", "16")]);
+}
+
+#[test]
+fn memory_of_two_gpus_of_a_process_takes_comms_of_its_own_gpu() {
+    let log = run("two_gpus", &[("UCCL_TCPX_EMULATE_DEVICES", "2"), ("UCCL_TCPX_NUM_CHANNELS", "3")]);
+    let line = connected(&log);
+    for (here, there) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+        let carried = format!("3 channels over GPUDirectTCPX_v7 on lo for GPU {here} here and GPU {there} there;");
+        assert!(line.contains(&carried), "{carried} {line}");
+    }
+    assert!(line.contains("all else: host memory, GPUs without registered memory at this time"), "{line}");
+}
+
+#[test]
+fn a_peer_that_dies_in_the_middle_leaves_nothing_behind() {
+    for gpus in ["1", "2"] {
+        run(
+            "peer_dies",
+            &[("UCCL_TCPX_NUM_CHANNELS", "4"), ("UCCL_TCPX_EMULATE_DEVICES", gpus), ("UCCL_TCPX_TRANSFER_TIMEOUT_MS", "3000")],
+        );
+    }
+}
+
+#[test]
+fn gpus_that_came_too_late_take_the_software_plugins_channels() {
+    let log = run("late_gpu", &[("UCCL_TCPX_EMULATE_DEVICES", "2"), ("UCCL_TCPX_NUM_CHANNELS", "2")]);
+    assert!(!connected(&log).contains("GPU 1"), "{log}");
+    // Where a side has nothing on that GPU, only the pairs that exist get channels.
+    let log = run("gpu_of_one_side", &[("UCCL_TCPX_EMULATE_DEVICES", "2"), ("UCCL_TCPX_NUM_CHANNELS", "2")]);
+    let pair = |here, there| log.contains(&format!("GPU {here} here and GPU {there} there"));
+    assert!(pair(1, 0) && pair(0, 1) && !pair(1, 1), "{log}");
+}
+
+#[test]
+fn a_connection_lives_without_the_channels_of_further_gpus() {
+    // One side opens all of its eight, the other its own two, and some of the rest.
+    for listens in ["10", "11", "13"] {
+        let more = [("UCCL_TCPX_EMULATE_DEVICES", "2"), ("UCCL_TCPX_NUM_CHANNELS", "2"), ("STRICT_FOREIGN_LISTENS", listens)];
+        let log = run("few_listens", &more);
+        assert!(connected(&log).contains("(not over GPUDirectTCPX_v7: "), "{log}");
+    }
+}
+
+#[test]
+fn every_connection_says_once_what_carries_what() {
+    let log = run("moves", &[("UCCL_TCPX_NUM_CHANNELS", "1")]);
+    assert_eq!(log.matches("connected with").count(), 2, "one line on each side: {log}");
+    let line = connected(&log);
+    assert!(line.contains("1 channels over GPUDirectTCPX_v7 on lo for GPU 0 here and GPU 0 there; 1 channels over"), "{line}");
+    assert!(line.contains("chunks of up to 524288 bytes"), "{line}");
+    let log = run("no_nic_in_common", &[("STRICT_FOREIGN_DEVICES", "eth1@127.0.0.1")]);
+    assert!(connected(&log).contains("GPU 0 here and GPU 0 there (not over GPUDirectTCPX_v7: no NIC in common"), "{log}");
+    assert!(!log.lines().any(|l| l.contains("WARN") && l.contains("no NIC in common")), "{log}");
+}
+
+/// The line of the first connection.
+fn connected(log: &str) -> &str {
+    log.lines().find(|l| l.contains("connected with")).unwrap_or_else(|| panic!("no line: {log}"))
+}
+
+#[test]
+fn the_plugins_lines_are_written_once_a_second() {
+    let log = run("moves", &[("UCCL_TCPX_NUM_CHANNELS", "8")]);
+    assert!(log.contains("plugin [strict_foreign.cc:1003] NET/TCPX : initialised, devices 1 (7, 0.5)"), "{log}");
+    let lines = log.lines().filter(|l| l.contains("No free space")).count();
+    assert!(lines < 100, "{lines} lines");
+}
+
+#[test]
+fn child() {
+    let Ok(case) = std::env::var(CASE) else { return };
+    // SAFETY: this process' own disposition: as in a C program.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    match case.as_str() {
+        "moves" => moves(),
+        "registrations" => registrations(),
+        "no_nic_in_common" => no_nic_in_common(),
+        "two_gpus" => two_gpus(2, 2, Carried::Early),
+        "few_listens" => two_gpus(2, 2, Carried::Engines),
+        "late_gpu" => two_gpus(1, 1, Carried::Early),
+        "gpu_of_one_side" => two_gpus(2, 1, Carried::Early),
+        "peer_on_eth2" => peer_on_eth2(),
+        "peer_dies" => peer_dies(),
+        "peer_that_dies" => peer_that_dies(),
+        other => panic!("no case {other}"),
+    }
+}
+
+const LEN: usize = 5 << 20;
+
+fn pattern() -> Vec<u8> {
+    (0..LEN).map(|i| (i * 13 + i / 997) as u8).collect()
+}
+
+fn no_nic_in_common() {
+    let b = engine();
+    let mut peer = Command::new(std::env::current_exe().expect("this program"));
+    peer.args(["--exact", "child", "--nocapture", "--test-threads=1"]).env(CASE, "peer_on_eth2");
+    peer.env_remove("STRICT_FOREIGN_COUNTERS").env("STRICT_FOREIGN_DEVICES", "eth2@127.0.0.2").env("PEER", b.metadata());
+    let mut peer = peer.spawn().expect("peer");
+    let connection = b.accept().expect("accept");
+    let mut memory = vec![0u8; LEN];
+    let mr = b.register(memory.as_mut_ptr() as usize, LEN).expect("register");
+    let id = connection.recv(LocalSegment { mr, addr: memory.as_ptr() as usize, len: LEN }).expect("recv");
+    connection.wait(id, Some(Duration::from_secs(30))).expect("received");
+    assert!(memory == pattern());
+    assert_eq!(counter(COMMS), 0, "the foreign plugin carries nothing");
+    drop((connection, b));
+    assert!(peer.wait().expect("peer").success());
+}
+
+/// A peer is killed while it sends and receives. All transfers end with an error; comms, pages, registrations and descriptors go.
+fn peer_dies() {
+    let b = engine();
+    let len = 64 << 20;
+    let mut memory = vec![1u8; len];
+    let mr = b.register(memory.as_mut_ptr() as usize, len).expect("register");
+    for _ in 0..3 {
+        let mut peer = Command::new(std::env::current_exe().expect("this program"));
+        peer.args(["--exact", "child", "--nocapture", "--test-threads=1"]).env(CASE, "peer_that_dies");
+        let mut peer = peer.env_remove("STRICT_FOREIGN_COUNTERS").env("PEER", b.metadata()).spawn().expect("peer");
+        let connection = b.accept().expect("accept");
+        let half = len / 2;
+        let (out, inc) = (memory.as_ptr() as usize, memory.as_ptr() as usize + half);
+        let ids: Vec<u64> = (0..20)
+            .flat_map(|_| {
+                let send = connection.send(std::iter::once(LocalSegment { mr, addr: out, len: half })).expect("send");
+                [send, connection.recv(LocalSegment { mr, addr: inc, len: half }).expect("recv")]
+            })
+            .collect();
+        let before = counter(MESSAGES_IN);
+        let until = Instant::now() + Duration::from_secs(20);
+        while counter(MESSAGES_IN) < before + 40 {
+            assert!(Instant::now() < until, "nothing arrives");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        peer.kill().expect("kill");
+        peer.wait().expect("peer");
+        let failed = ids.iter().filter(|&&id| connection.wait(id, Some(Duration::from_secs(30))).is_err()).count();
+        assert!(failed > 0, "all transfers ended well");
+        drop(connection);
+        settles("comms are closed", COMMS, 0);
+        settles("receive pages are given back", PAGES_OUT, 0);
+    }
+    b.deregister(mr).expect("deregister");
+    // A registration that the last request of a NIC's last comm used waits for the next comm there.
+    assert!(counter(REGISTRATIONS) <= 1, "{} registrations", counter(REGISTRATIONS));
+    let (c, d) = (engine(), engine());
+    drop(pair(&c, &d));
+    settles("registrations are dropped", REGISTRATIONS, 0);
+    settles("descriptors are closed", DESCRIPTORS, 0);
+}
+
+fn peer_that_dies() {
+    let a = engine();
+    let text = std::env::var("PEER").expect("peer");
+    let port = text.rsplit(':').next().and_then(|p| p.split('?').next()).and_then(|p| p.parse().ok()).expect("port");
+    let connection = a.connect("127.0.0.1", "", port).expect("connect");
+    let half = 32 << 20;
+    let mut memory = vec![2u8; 2 * half];
+    let mr = a.register(memory.as_mut_ptr() as usize, 2 * half).expect("register");
+    for _ in 0..20 {
+        let at = memory.as_ptr() as usize;
+        connection.send(std::iter::once(LocalSegment { mr, addr: at, len: half })).expect("send");
+        connection.recv(LocalSegment { mr, addr: at + half, len: half }).expect("recv");
+    }
+    std::thread::sleep(Duration::from_secs(60));
+}
+
+fn peer_on_eth2() {
+    let a = engine();
+    let text = std::env::var("PEER").expect("peer");
+    let port = text.rsplit(':').next().and_then(|p| p.split('?').next()).and_then(|p| p.parse().ok()).expect("port");
+    let connection = a.connect("127.0.0.1", "", port).expect("connect");
+    let mut memory = pattern();
+    let mr = a.register(memory.as_mut_ptr() as usize, LEN).expect("register");
+    let local = LocalSegment { mr, addr: memory.as_ptr() as usize, len: LEN };
+    let id = connection.send(std::iter::once(local)).expect("send");
+    connection.wait(id, Some(Duration::from_secs(30))).expect("sent");
+}
+
+/// What the foreign plugin carries.
+#[derive(Clone, Copy)]
+enum Carried {
+    /// Pairs of GPUs with memory that was registered before, and no others.
+    Early,
+    /// At least the engines' own.
+    Engines,
+}
+
+/// Regions on two GPUs of each side, of which so many are registered before the sides connect: every pair, both ways, and whether the
+/// foreign plugin carries it.
+fn two_gpus(early_here: usize, early_there: usize, carried: Carried) {
+    let (a, b) = (engine(), engine());
+    let len = 3 << 20;
+    let mut near: Vec<Vec<u8>> = (0..2).map(|gpu| (0..len).map(|i| (i * 7 + i / 509 + gpu) as u8).collect()).collect();
+    let mut far: Vec<Vec<u8>> = (0..2).map(|_| vec![0; len]).collect();
+    let mut near_mr: Vec<u64> = Vec::new();
+    let mut far_mr: Vec<u64> = Vec::new();
+    let register = |engine: &Engine, memory: &mut [Vec<u8>], mrs: &mut Vec<u64>, upto: usize| {
+        while mrs.len() < upto {
+            mrs.push(engine.register(memory[mrs.len()].as_mut_ptr() as usize, len).expect("register"));
+        }
+    };
+    register(&a, &mut near, &mut near_mr, early_here);
+    register(&b, &mut far, &mut far_mr, early_there);
+    let (out, inc) = pair(&a, &b);
+    register(&a, &mut near, &mut near_mr, 2);
+    register(&b, &mut far, &mut far_mr, 2);
+    for (i, j) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+        near[i].iter_mut().for_each(|byte| *byte = byte.wrapping_add(1 + j as u8));
+        let before = counter(MESSAGES_IN);
+        let item = b.fifo_item(far_mr[j], far[j].as_ptr() as usize, len).expect("item");
+        let local = LocalSegment { mr: near_mr[i], addr: near[i].as_ptr() as usize, len };
+        let id = out.transfer(Direction::Write, std::iter::once((local, item))).expect("write");
+        out.wait(id, Some(Duration::from_secs(60))).expect("written");
+        assert!(near[i] == far[j], "GPU {i} to GPU {j}");
+        near[i].fill(0);
+        let item = a.fifo_item(near_mr[i], near[i].as_ptr() as usize, len).expect("item");
+        let local = LocalSegment { mr: far_mr[j], addr: far[j].as_ptr() as usize, len };
+        let id = inc.transfer(Direction::Write, std::iter::once((local, item))).expect("write back");
+        inc.wait(id, Some(Duration::from_secs(60))).expect("written back");
+        assert!(near[i] == far[j], "GPU {j} back to GPU {i}");
+        let foreign = counter(MESSAGES_IN) > before;
+        match carried {
+            Carried::Early => assert_eq!(foreign, i < early_here && j < early_there, "GPU {i} and GPU {j}"),
+            Carried::Engines => assert!(foreign || (i, j) != (0, 0), "GPU 0 and GPU 0"),
+        }
+    }
+    drop((out, inc));
+    drop((a, b));
+    settles("comms are closed", COMMS, 0);
+    settles("receive pages are given back", PAGES_OUT, 0);
+}
+
+fn counter(index: usize) -> u64 {
+    let path = std::env::var("STRICT_FOREIGN_COUNTERS").expect("counters");
+    let bytes = std::fs::read(path).expect("counters");
+    bytes[index * 8..].first_chunk().map_or(0, |b| u64::from_ne_bytes(*b))
+}
+
+fn settles(what: &str, index: usize, value: u64) {
+    let until = Instant::now() + Duration::from_secs(20);
+    while counter(index) != value {
+        assert!(Instant::now() < until, "{what}: {}", counter(index));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn engine() -> Arc<Engine> {
+    Engine::new(Config::from_env().expect("configuration")).expect("engine")
+}
+
+fn pair(a: &Engine, b: &Engine) -> (Arc<Connection>, Arc<Connection>) {
+    let text = b.metadata();
+    let port = text.rsplit(':').next().and_then(|p| p.split('?').next()).and_then(|p| p.parse().ok()).expect("port");
+    let out = a.connect("127.0.0.1", "", port).expect("connect");
+    (out, b.accept().expect("accept"))
+}
+
+/// Writes and reads of many sizes, both ways, every byte compared.
+fn moves() {
+    let (a, b) = (engine(), engine());
+    let (out, inc) = pair(&a, &b);
+    let len = 24 << 20;
+    let bytes = |seed: usize| -> Vec<u8> { (0..len).map(|i| (i * 31 + i / 1021 + seed) as u8).collect() };
+    let (mut here, mut there) = (bytes(1), bytes(2));
+    let (near, far) =
+        (a.register(here.as_mut_ptr() as usize, len).expect("near"), b.register(there.as_mut_ptr() as usize, len).expect("far"));
+    both_ways(&out, (&mut here, near), &b, (&mut there, far));
+    both_ways(&inc, (&mut there, far), &a, (&mut here, near));
+    assert_eq!(counter(IMPORTS), 1);
+    settles("receive pages are given back", PAGES_OUT, 0);
+    println!("{} warnings of the plugin", counter(WARNINGS));
+    drop((out, inc));
+    drop((a, b));
+    settles("comms are closed", COMMS, 0);
+}
+
+fn both_ways(connection: &Connection, (own, own_mr): (&mut [u8], u64), peer: &Engine, (other, other_mr): (&mut [u8], u64)) {
+    let len = own.len();
+    for (round, size) in [1, 100, 4096, 65_537, 3 << 20, len].into_iter().enumerate() {
+        own[..size].iter_mut().for_each(|byte| *byte = byte.wrapping_add(round as u8 + 1));
+        let item = peer.fifo_item(other_mr, other.as_ptr() as usize, len).expect("item");
+        let local = LocalSegment { mr: own_mr, addr: own.as_ptr() as usize, len: size };
+        for direction in [Direction::Write, Direction::Read] {
+            let id = connection.transfer(direction, std::iter::once((local, item))).expect("transfer");
+            connection.wait(id, None).expect("done");
+            assert!(own[..size] == other[..size], "{size} bytes differ");
+            if direction == Direction::Write {
+                other[..size].iter_mut().for_each(|byte| *byte ^= 0x5A);
+            }
+        }
+    }
+}
+
+fn registrations() {
+    let (a, b) = (engine(), engine());
+    let connections: Vec<_> = (0..3).map(|_| pair(&a, &b)).collect();
+    let (regions, size) = (40, 1 << 20);
+    let mut memory = vec![7u8; regions * size];
+    let mut target = vec![0u8; size];
+    let into = b.register(target.as_mut_ptr() as usize, size).expect("target");
+    let item = b.fifo_item(into, target.as_ptr() as usize, size).expect("item");
+    let before = counter(REGISTRATIONS_MOST);
+    let sources: Vec<u64> =
+        (0..regions).map(|i| a.register(memory.as_mut_ptr() as usize + i * size, size).expect("region")).collect();
+    for (out, _) in &connections {
+        for (i, &mr) in sources.iter().enumerate() {
+            let local = LocalSegment { mr, addr: memory.as_ptr() as usize + i * size, len: size };
+            let id = out.transfer(Direction::Write, std::iter::once((local, item))).expect("transfer");
+            out.wait(id, None).expect("done");
+        }
+    }
+    // Beside those of the regions each receiving comm has one small block of its own.
+    let comms = counter(COMMS);
+    let most = counter(REGISTRATIONS_MOST) - before;
+    assert!(most >= regions as u64 && most <= 2 * regions as u64 + comms, "{most} registrations, {comms} comms");
+    for mr in sources {
+        a.deregister(mr).expect("deregister");
+    }
+    let left = counter(REGISTRATIONS);
+    assert!(left <= comms, "{left} registrations after the regions are gone");
+    drop(connections);
+    drop((a, b));
+    settles("registrations are dropped", REGISTRATIONS, 0);
+    settles("descriptors are closed", DESCRIPTORS, 0);
+}
