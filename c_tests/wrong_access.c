@@ -165,3 +165,49 @@ static void use_wrong_connection(side *s)
 }
 
 CASE(region_of_another_engine) { run_pair(TARGET_LEN, use_wrong_connection, lend_from_other_engine); }
+
+static const char *access_name(uint32_t access)
+{
+    const char *const names[] = {"no access", "read-only", "write-only", "read and write"};
+    return names[access];
+}
+
+/* The target registers its memory again for each kind of access and sends the FIFO item of that. */
+static void lend_with_access(side *s)
+{
+    for (uint32_t access = 0; access <= (UCCL_ACCESS_REMOTE_READ | UCCL_ACCESS_REMOTE_WRITE); access++) {
+        uccl_mr_t mr = 0;
+        CHECK_OK(uccl_engine_reg_with(s->engine, (size_t)s->mine, s->len, access, &mr));
+        struct FifoItem item = region_item(s->engine, mr, s->mine, s->len);
+        link_send(s, &item, sizeof item);
+        meet(s);
+        uccl_engine_mr_destroy(s->engine, mr);
+    }
+}
+
+/* Reads and writes both ways of travelling: what the region allows happens, the rest is refused and touches nothing. */
+static void respect_access(side *s)
+{
+    for (uint32_t access = 0; access <= (UCCL_ACCESS_REMOTE_READ | UCCL_ACCESS_REMOTE_WRITE); access++) {
+        const bool allowed[] = {[READ] = access & UCCL_ACCESS_REMOTE_READ, [WRITE] = access & UCCL_ACCESS_REMOTE_WRITE};
+        struct FifoItem lent;
+        link_recv(s, &lent, sizeof lent);
+        for (int i = 0; i < 2; i++)
+            for (int d = 0; d < 2; d++) {
+                uint64_t id;
+                wipe(s->theirs, s->len);
+                fill(s->mine, s->len, 4 + access);
+                if (!allowed[DIRECTIONS[d]]) {
+                    check_refused_once(s, DIRECTIONS[d], access_name(access), lent, LENGTHS[i]);
+                    continue;
+                }
+                CHECK_OK(transfer_item(s, DIRECTIONS[d], LENGTHS[i], lent, &id));
+                CHECK_MSG(outcome(s->conn, id) == UCCL_OK, "%s of %zu bytes, %s", direction_name(DIRECTIONS[d]), LENGTHS[i], access_name(access));
+                check_same(direction_name(DIRECTIONS[d]), s->theirs, s->mine, LENGTHS[i]);
+            }
+        meet(s);
+    }
+    check_usable(s);
+}
+
+CASE(access_of_peers) { run_pair(TARGET_LEN, respect_access, lend_with_access); }

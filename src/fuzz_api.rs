@@ -83,6 +83,7 @@ fn start() -> (Handshake, Handshake, bool) {
         chunk_bytes: 4096,
         gpu_index: -1,
         peer_timeout_ms: 10_000,
+        protect: crate::types::Protect::Off,
         plugin: "soft".into(),
         gpu: "-1".into(),
         wanted_gpu: String::new(),

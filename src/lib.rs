@@ -13,6 +13,7 @@
 //! | [`config`], [`addresses`] | every environment variable; what the port is bound to and who may connect |
 //! | `logging`, [`status`] | the log and its limits; the error type and the status numbers |
 //! | `fork` | values that a child process must not share with its parent |
+//! | [`stats`] | what is counted, in words and for Prometheus |
 //!
 //! Calls go one way: ffi -> engine -> channel -> {net, wire, gpu} -> the words below. Crates: `nccl-net-abi` has the layouts of the plugin
 //! interface, `soft-plugin` the plugin over ordinary TCP, `reactor` waits for descriptors, `cuda-driver` opens the CUDA driver.
@@ -32,6 +33,7 @@ mod gpu;
 mod logging;
 pub mod net;
 mod region;
+pub mod stats;
 pub mod status;
 pub mod types;
 mod wire;

@@ -1,7 +1,7 @@
 //! Registered regions and the counting of their uses. A region that something uses is never let go. Knows nothing of who uses it.
 
 use crate::status::{bail, Result};
-use crate::types::{Place, Span};
+use crate::types::{Place, RemoteAccess, Span};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 
@@ -11,14 +11,15 @@ pub(crate) struct Region {
     pub span: Span,
     pub token: [u8; 16],
     pub place: Place,
+    access: RemoteAccess,
     uses: AtomicUsize,
     /// Some network plugin knows it.
     registered: AtomicBool,
 }
 
 impl Region {
-    pub(crate) fn new(span: Span, token: [u8; 16], place: Place) -> Region {
-        Region { span, token, place, uses: AtomicUsize::new(0), registered: AtomicBool::new(false) }
+    pub(crate) fn new(span: Span, token: [u8; 16], place: Place, access: RemoteAccess) -> Region {
+        Region { span, token, place, access, uses: AtomicUsize::new(0), registered: AtomicBool::new(false) }
     }
 
     /// Whether `[addr, addr + len)` lies inside.
@@ -57,6 +58,17 @@ impl RegionUse {
                 self.0.span.addr,
                 self.0.span.len
             );
+        }
+        Ok(())
+    }
+
+    /// An error unless peers may do all of `wanted` with the region.
+    #[inline]
+    pub(crate) fn check_access(&self, wanted: RemoteAccess) -> Result<()> {
+        let RemoteAccess { read, write } = self.0.access;
+        if (wanted.read && !read) || (wanted.write && !write) {
+            let verb = if wanted.write { "write" } else { "read" };
+            bail!(RemoteAccess, "peers may not {verb} region {}", self.0.span.id);
         }
         Ok(())
     }

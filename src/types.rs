@@ -23,6 +23,9 @@ impl Place {
     }
 }
 
+/// Bytes of a transfer that travels inside a control frame at most.
+pub(crate) const MAX_INLINE: usize = 64 << 10;
+
 /// What peers may do with a registered region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RemoteAccess {
@@ -35,6 +38,22 @@ pub struct RemoteAccess {
 impl RemoteAccess {
     /// Reading and writing.
     pub const ALL: RemoteAccess = RemoteAccess { read: true, write: true };
+    /// Reading.
+    pub const READ: RemoteAccess = RemoteAccess { read: true, write: false };
+    /// Writing.
+    pub const WRITE: RemoteAccess = RemoteAccess { read: false, write: true };
+}
+
+/// How much the data of the software plugin is protected on its way. The stricter level of the two sides counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Protect {
+    /// By TCP's checksum.
+    #[default]
+    Off,
+    /// What was changed on its way is never taken for right: a checksum, or AES-256-GCM between sides with a key.
+    Integrity,
+    /// Nobody else can read it either: AES-256-GCM.
+    Encrypt,
 }
 
 /// Names a data stream of a connection: the transfer id and which side chose it.

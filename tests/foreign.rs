@@ -61,6 +61,13 @@ fn chunks_stay_within_what_the_plugin_carries() {
 }
 
 #[test]
+fn encryption_is_refused_and_integrity_says_what_it_leaves_out() {
+    run("refuses_encryption", &[("UCCL_TCPX_PROTECT", "encrypt")]);
+    let log = run("moves", &[("UCCL_TCPX_PROTECT", "integrity")]);
+    assert!(log.contains("which cannot be checked"), "{log}");
+}
+
+#[test]
 fn a_dead_nic_leaves_fewer_channels() {
     let log = run("moves", &[("STRICT_FOREIGN_DEVICES", "eth1@127.0.0.1,eth2@127.0.0.2@dead"), ("UCCL_TCPX_NUM_CHANNELS", "4")]);
     assert!(log.contains("NIC eth2 is left out"), "{log}");
@@ -156,6 +163,7 @@ fn child() {
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
     match case.as_str() {
         "moves" => moves(),
+        "refuses_encryption" => refuses_encryption(),
         "registrations" => registrations(),
         "no_nic_in_common" => no_nic_in_common(),
         "two_gpus" => two_gpus(2, 2, Carried::Early),
@@ -348,6 +356,12 @@ fn pair(a: &Engine, b: &Engine) -> (Arc<Connection>, Arc<Connection>) {
 }
 
 /// Writes and reads of many sizes, both ways, every byte compared.
+fn refuses_encryption() {
+    let error = Engine::new(Config::from_env().expect("configuration")).unwrap_err();
+    assert_eq!(error.kind(), uccl_p2p::status::ErrorKind::Unsupported, "{error}");
+    assert!(error.to_string().contains("cannot encrypt"), "{error}");
+}
+
 fn moves() {
     let (a, b) = (engine(), engine());
     let (out, inc) = pair(&a, &b);

@@ -16,6 +16,7 @@ use crate::device;
 use crate::interfaces::Interface;
 use crate::logger::Limited;
 use crate::pool::{self, Pool};
+use crate::protect::{self, Guard};
 use crate::rendezvous::{self, Failed, Handle, ListenComm};
 use crate::state::{self, Global};
 
@@ -381,6 +382,57 @@ pub unsafe extern "C" fn describe(handle: Opaque, text: *mut c_char, len: usize)
             *text.add(path.len()) = 0;
         }
         Ok(())
+    })
+}
+
+pub unsafe extern "C" fn info(handle: Opaque, info: *mut ucclCommInfo) -> ncclResult_t {
+    guard(|| {
+        // SAFETY: the caller's comm.
+        let comm = unsafe { any_comm(handle)? };
+        check(!info.is_null())?;
+        // SAFETY: not null; the caller's structure begins with its size.
+        check(unsafe { (*info).size } >= size_of::<ucclCommInfo>())?;
+        // SAFETY: as above, and large enough.
+        unsafe { *info = comm.info()? };
+        Ok(())
+    })
+}
+
+/// The 32 bytes at `key`, if there are any.
+///
+/// # Safety
+/// `key` is null or readable.
+unsafe fn key_at(key: *const u8) -> Option<protect::Key> {
+    // SAFETY: by contract; bytes have no alignment.
+    (!key.is_null()).then(|| unsafe { key.cast::<protect::Key>().read() })
+}
+
+pub unsafe extern "C" fn key_listen(listen_comm: Opaque, key: *const u8) -> ncclResult_t {
+    guard(|| {
+        check(!listen_comm.is_null())?;
+        // SAFETY: the caller's listen comm and key.
+        let (listening, key) = unsafe { (&*listen_comm.cast::<ListenComm>(), key_at(key)) };
+        own(!listening.is_inherited())?;
+        listening.expect_key(key.ok_or(NCCL_INVALID_ARGUMENT)?);
+        Ok(())
+    })
+}
+
+pub unsafe extern "C" fn key_connect(handle: Opaque, key: *const u8) -> ncclResult_t {
+    guard(|| {
+        check(!handle.is_null())?;
+        // SAFETY: the caller's 128 bytes, and its key.
+        let (handle, key) = unsafe { (&mut *handle.cast::<Handle>(), key_at(key)) };
+        rendezvous::set_key(handle, &key.ok_or(NCCL_INVALID_ARGUMENT)?);
+        Ok(())
+    })
+}
+
+pub unsafe extern "C" fn protect(handle: Opaque, level: c_int, key: *const u8) -> ncclResult_t {
+    guard(|| {
+        // SAFETY: the caller's comm and key.
+        let (comm, key) = unsafe { (any_comm(handle)?, key_at(key)) };
+        comm.protect(Guard::new(level, key.as_ref()).ok_or(NCCL_INVALID_ARGUMENT)?)
     })
 }
 

@@ -6,7 +6,8 @@ use std::sync::atomic::{fence, AtomicBool, AtomicI32, AtomicPtr, AtomicU32, Orde
 use std::sync::Arc;
 
 use nccl_net_abi::{
-    ncclNetDeviceHandle_v7, ncclResult_t, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_INVALID_ARGUMENT, NCCL_SYSTEM_ERROR,
+    ncclNetDeviceHandle_v7, ncclResult_t, ucclCommInfo, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_INVALID_ARGUMENT,
+    NCCL_INVALID_USAGE, NCCL_SYSTEM_ERROR,
 };
 use parking_lot::Mutex;
 
@@ -15,6 +16,7 @@ use crate::fork;
 use crate::ledger::{Failure, Ledger};
 use crate::logger::Limited;
 use crate::pool::{Member, Pool, Seat};
+use crate::protect::Guard;
 use crate::recv::RecvIo;
 use crate::rendezvous::Connected;
 use crate::send::{SendIo, Source};
@@ -223,6 +225,12 @@ impl Comm {
         tcp::bytes_acked(socket.as_raw_fd()).ok_or(NCCL_INTERNAL_ERROR)
     }
 
+    pub fn info(&self) -> Result<ucclCommInfo, ncclResult_t> {
+        let io = self.io.lock();
+        let socket = io.socket.as_ref().ok_or(NCCL_INVALID_ARGUMENT)?;
+        tcp::describe(socket.as_raw_fd()).ok_or(NCCL_INTERNAL_ERROR)
+    }
+
     fn turn(&self, io: &mut Io) -> Turn {
         let Some(fd) = io.socket.as_ref().map(AsRawFd::as_raw_fd).filter(|_| !self.ledger.leave()) else { return Turn::Wait };
         io.hung_up |= self.hung_up.swap(false, Ordering::AcqRel);
@@ -267,6 +275,19 @@ impl Comm {
         let mut io = self.io.lock();
         io.doorbell = (fd >= 0).then_some(Doorbell { armed, fd });
         ring(&io);
+    }
+
+    /// Guards the messages from the first one on.
+    pub fn protect(&self, guard: Guard) -> Result<(), ncclResult_t> {
+        let mut io = self.io.lock();
+        if self.ledger.posted() > 0 {
+            return Err(NCCL_INVALID_USAGE);
+        }
+        match &mut io.side {
+            Side::Send(send) => send.protect(guard),
+            Side::Recv(recv) => recv.protect(guard),
+        }
+        Ok(())
     }
 
     /// Closes: on return no thread of ours touches the caller's memory. Bytes already in the kernel are still delivered.

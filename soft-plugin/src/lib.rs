@@ -5,6 +5,7 @@
 //! - `interfaces`, `rendezvous`, `tcp`, `congestion`: devices, and how two of them come by a connected socket
 //! - `slot`, `ledger`: requests and their life; `send`, `recv`, `turn`, `fragment`: moving their bytes; `pool`: the I/O threads;
 //!   `comm` puts them together
+//! - `protect`: checksums and encryption of messages on their way
 //! - `device`, `cuda`: the seam to device memory
 //! - `fork`: what parent and child do not share
 //!
@@ -27,6 +28,7 @@ pub mod interfaces;
 mod ledger;
 mod logger;
 mod pool;
+mod protect;
 mod recv;
 mod rendezvous;
 mod send;
@@ -36,6 +38,15 @@ mod tcp;
 mod turn;
 
 pub use config::{Variable, VARIABLES};
+
+/// Whether every variable of the software plugin can be understood, and had here. The error names the variable.
+///
+/// # Errors
+/// What `init` would refuse.
+pub fn check_environment() -> Result<(), String> {
+    let config = config::Config::from_env()?;
+    congestion::check(&config).map_err(|e| format!("UCCL_TCPX_SOFT_CONGESTION: {e}"))
+}
 
 use abi::requests;
 use nccl_net_abi::{ncclNet_v7, ncclNet_v8, ucclNetExt_v2};
@@ -77,6 +88,10 @@ pub const EXT_V2: ucclNetExt_v2 = ucclNetExt_v2 {
     progress: Some(abi::progress),
     abandonConnect: Some(abi::abandon_connect),
     describe: Some(abi::describe),
+    info: Some(abi::info),
+    keyListen: Some(abi::key_listen),
+    keyConnect: Some(abi::key_connect),
+    protect: Some(abi::protect),
 };
 
 /// The plugin's v7 table.

@@ -12,6 +12,7 @@ use crate::config::Config;
 use crate::device::{demote, UnpackQueue};
 use crate::fragment::{self, Fragmentation, Rng};
 use crate::ledger::{Failure, Ledger};
+use crate::protect::{Guard, Proof, MAX_HEAD};
 use crate::slot::{Body, Cursor, Header, HEADER};
 use crate::turn::{Line, Turn, IOV_MAX, TURN_BYTES};
 
@@ -37,6 +38,53 @@ pub struct RecvIo {
     rng: Rng,
     mode: Fragmentation,
     queue: Option<Arc<UnpackQueue>>,
+    guarded: Option<Box<Guarded>>,
+    /// Bytes of a message's head.
+    head: usize,
+}
+
+/// What a guarded comm needs for the current message.
+struct Guarded {
+    guard: Guard,
+    proof: Proof,
+    /// Where a sealed message arrives that is for several segments; empty when it arrives in place.
+    through: Vec<iovec>,
+    scratch: Vec<u8>,
+}
+
+impl Guarded {
+    /// Where the bytes of the message for these segments arrive.
+    fn landing<'a>(&'a self, iov: &'a [iovec]) -> &'a [iovec] {
+        if self.through.is_empty() {
+            iov
+        } else {
+            &self.through
+        }
+    }
+
+    /// The message of `len` bytes for these segments begins. One segment is opened in place, several are put together first.
+    fn begin(&mut self, proof: Proof, iov: &[iovec], len: usize) {
+        self.proof = proof;
+        self.through.clear();
+        if iov.len() > 1 && matches!(self.guard, Guard::Sealed(_)) {
+            self.scratch.resize(len.max(self.scratch.len()), 0);
+            self.through.push(iovec { iov_base: self.scratch.as_mut_ptr().cast(), iov_len: len });
+        }
+    }
+
+    /// Checks message `seq` of `len` bytes and puts it in place.
+    ///
+    /// # Safety
+    /// The segments are the request's, writable, with room for `len` bytes.
+    unsafe fn finish(&mut self, seq: u64, iov: &[iovec], len: usize) -> Result<(), String> {
+        // SAFETY: the segments by contract; `through` is our own memory of `len` bytes.
+        unsafe { self.guard.finish(seq, self.proof, self.landing(iov), len)? };
+        if !self.through.is_empty() {
+            // SAFETY: as above.
+            unsafe { Cursor::default().scatter(iov, &self.scratch[..len]) };
+        }
+        Ok(())
+    }
 }
 
 enum Read {
@@ -66,7 +114,16 @@ impl RecvIo {
             rng: Rng::new(seed),
             mode: config.fragmentation,
             queue: None,
+            guarded: None,
+            head: HEADER,
         }
+    }
+
+    /// Guards all messages; no receive has been posted, so that nothing was read ahead.
+    pub fn protect(&mut self, guard: Guard) {
+        self.head = guard.head();
+        let (through, scratch) = (Vec::with_capacity(1), Vec::new());
+        self.guarded = Some(Box::new(Guarded { guard, proof: Proof::Checksum(0), through, scratch }));
     }
 
     /// Frees device memory; the comm is closed.
@@ -92,11 +149,17 @@ impl RecvIo {
             }
             // SAFETY: posted, not completed, and the I/O lock is held.
             let body = unsafe { ledger.slot(seq).body() };
-            if let (None, Some(header)) = (self.missing, self.peek_header()) {
-                self.begin(ledger, seq, header, body, queue).map_err(|why| Failure::new(NCCL_INTERNAL_ERROR, why))?;
+            if self.missing.is_none() {
+                let broken = |why: String| Failure::new(NCCL_INTERNAL_ERROR, why);
+                if let Some((header, proof)) = self.peek_header(seq).map_err(broken)? {
+                    self.begin(ledger, seq, header, body, queue).map_err(broken)?;
+                    if let Some(guarded) = &mut self.guarded {
+                        guarded.begin(proof, &body.iov, header.len);
+                    }
+                }
             }
             if self.missing.is_some() && self.take_ahead(body) {
-                self.finish(ledger, seq, body);
+                self.finish(ledger, seq, body).map_err(|why| Failure::new(NCCL_INTERNAL_ERROR, why))?;
                 continue;
             }
             if let Some(why) = &self.ended {
@@ -135,15 +198,24 @@ impl RecvIo {
         }
         let Some(why) = &self.ended else { return Ok(()) };
         let left = self.end - self.start;
-        let whole = self.peek_header().is_some_and(|h| h.seq == seq as u32 && left - HEADER >= h.len);
+        // A head that does not open is no message.
+        let whole = match self.peek_header(seq) {
+            Ok(Some((header, _))) => header.seq == seq as u32 && left - self.head >= header.len,
+            Ok(None) | Err(_) => false,
+        };
         if whole {
             return Ok(());
         }
         Err(Failure::new(NCCL_SYSTEM_ERROR, why.as_str()))
     }
 
-    fn peek_header(&self) -> Option<Header> {
-        self.ahead[self.start..self.end].first_chunk::<HEADER>().map(|bytes| Header::parse(*bytes))
+    /// The header of message `seq`, once all of its head is here, and what its payload must match.
+    fn peek_header(&self, seq: u64) -> Result<Option<(Header, Proof)>, String> {
+        let bytes = &self.ahead[self.start..self.end];
+        match &self.guarded {
+            None => Ok(bytes.first_chunk::<HEADER>().map(|bytes| (Header::parse(*bytes), Proof::Checksum(0)))),
+            Some(guarded) => bytes.get(..self.head).map(|head| guarded.guard.open(seq, head)).transpose(),
+        }
     }
 
     /// A header is there: checks it against the posted receive and lays out a device receive.
@@ -157,7 +229,7 @@ impl RecvIo {
     ) -> Result<(), String> {
         admit(header, seq, body)?;
         let (len, slot) = (header.len, ledger.slot(seq));
-        self.start += HEADER;
+        self.start += self.head;
         self.missing = Some(len);
         self.cursor = Cursor::default();
         if body.device {
@@ -185,9 +257,10 @@ impl RecvIo {
     fn take_ahead(&mut self, body: &Body) -> bool {
         let missing = self.missing.unwrap_or(0);
         let len = missing.min(self.end - self.start);
+        let iov = self.guarded.as_ref().map_or(&body.iov[..], |g| g.landing(&body.iov));
         // SAFETY: the segments have room for the message, of which `missing` bytes are still to come; the poster keeps them
         // valid until the request is done or the comm is closed.
-        unsafe { self.cursor.scatter(&body.iov, &self.ahead[self.start..self.start + len]) };
+        unsafe { self.cursor.scatter(iov, &self.ahead[self.start..self.start + len]) };
         self.start += len;
         self.missing = Some(missing - len);
         missing == len
@@ -195,15 +268,17 @@ impl RecvIo {
 
     /// One system call: the rest of the message as far as the budget goes, and what follows it into the read-ahead buffer.
     fn read(&mut self, ledger: &Ledger, fd: i32, body: &Body, budget: &mut usize) -> io::Result<Read> {
+        debug_assert!(self.head <= MAX_HEAD && MAX_HEAD < AHEAD);
         self.ahead.copy_within(self.start..self.end, 0);
         (self.start, self.end) = (0, self.end - self.start);
         self.batch.clear();
         let missing = self.missing.unwrap_or(0);
-        let payload = self.cursor.collect(&body.iov, missing.min(*budget), IOV_MAX - 1, &mut self.batch);
+        let iov = self.guarded.as_ref().map_or(&body.iov[..], |g| g.landing(&body.iov));
+        let payload = self.cursor.collect(iov, missing.min(*budget), IOV_MAX - 1, &mut self.batch);
         let room = AHEAD - self.end;
         let ahead = match payload {
             _ if payload < missing => 0,
-            LARGE.. => HEADER,
+            LARGE.. => self.head,
             _ => room,
         };
         if ahead > 0 {
@@ -227,7 +302,7 @@ impl RecvIo {
                 left -= len;
             }
         }
-        self.cursor.advance(&body.iov, direct);
+        self.cursor.advance(iov, direct);
         self.missing = self.missing.map(|m| m - direct);
         self.end += got - direct;
         *budget = budget.saturating_sub(got);
@@ -239,9 +314,14 @@ impl RecvIo {
         })
     }
 
-    /// The message is in place: publishes its descriptors, then its completion.
-    fn finish(&mut self, ledger: &Ledger, seq: u64, body: &Body) {
+    /// The message is here: checks it where it is guarded, publishes its descriptors, then its completion.
+    fn finish(&mut self, ledger: &Ledger, seq: u64, body: &Body) -> Result<(), String> {
         self.missing = None;
+        if let Some(guarded) = &mut self.guarded {
+            let len = ledger.slot(seq).received.load(Ordering::Relaxed);
+            // SAFETY: the request's own memory, which has room for the message; the poster leaves it alone until the request is done.
+            unsafe { guarded.finish(seq, &body.iov, len)? };
+        }
         if let (true, Some(queue)) = (body.device, &self.queue) {
             let row = (seq % MAX_REQUESTS as u64) as usize;
             fragment::publish_order(self.mode, &mut self.rng, &mut self.plan);
@@ -254,6 +334,7 @@ impl RecvIo {
             }
         }
         ledger.complete(seq + 1);
+        Ok(())
     }
 }
 

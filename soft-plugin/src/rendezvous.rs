@@ -13,20 +13,28 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
 use nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
+use ring::hmac;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::config::Config;
 use crate::congestion;
 use crate::interfaces::Interface;
+use crate::protect::Key;
 use crate::tcp;
 
 const HANDLE_MAGIC: u64 = 0x5446_4F53_4C43_4355;
 const HELLO_MAGIC: u64 = 0x4F4C_4C45_4854_4653;
 const VERSION: u32 = 2;
 const COOKIE: usize = 16;
+/// A hello with the cookie: magic, version, cookie. With a key: magic, version, HMAC-SHA256 over these and the cookie, which stays secret.
 const HELLO: usize = 8 + 4 + COOKIE;
+const KEYED_MAGIC: u64 = u64::from_le_bytes(*b"SFTKEYED");
+const KEYED_HELLO: usize = 8 + 4 + 32;
 /// Bytes of a handle that `listen` writes; the word behind them is where `connect` keeps its state.
 const STATE_AT: usize = 64;
+/// Where a key waits for the connect that proves it: a mark, then the key.
+const KEY_AT: usize = 72;
+const KEY_MARK: u8 = 0x6B;
 
 /// The handle buffer.
 pub type Handle = [u8; NCCL_NET_HANDLE_MAXSIZE];
@@ -123,13 +131,51 @@ impl Invitation {
         Ok(Invitation { address, cookie })
     }
 
-    fn hello(&self) -> [u8; HELLO] {
-        let mut bytes = [0; HELLO];
-        bytes[..8].copy_from_slice(&HELLO_MAGIC.to_le_bytes());
+    fn hello(&self, key: Option<&Key>) -> Hello {
+        let mut hello = Hello { bytes: [0; KEYED_HELLO], len: HELLO };
+        let bytes = &mut hello.bytes;
+        let magic = if key.is_some() { KEYED_MAGIC } else { HELLO_MAGIC };
+        bytes[..8].copy_from_slice(&magic.to_le_bytes());
         bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
-        bytes[12..].copy_from_slice(&self.cookie);
-        bytes
+        bytes[12..HELLO].copy_from_slice(&self.cookie);
+        if let Some(key) = key {
+            let proof = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, key), &bytes[..HELLO]);
+            bytes[12..].copy_from_slice(proof.as_ref());
+            hello.len = KEYED_HELLO;
+        }
+        hello
     }
+}
+
+/// What the connecting side says first.
+struct Hello {
+    bytes: [u8; KEYED_HELLO],
+    len: usize,
+}
+
+impl Hello {
+    fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+
+    /// Whether these are its bytes. Every byte is compared, whatever the first differences.
+    fn is(&self, bytes: &[u8]) -> bool {
+        bytes.len() == self.len && self.bytes().iter().zip(bytes).fold(0, |acc, (a, b)| acc | (a ^ b)) == 0
+    }
+}
+
+/// Puts the key into the handle that the connect with it proves.
+pub fn set_key(handle: &mut Handle, key: &Key) {
+    handle[KEY_AT] = KEY_MARK;
+    handle[KEY_AT + 1..KEY_AT + 1 + key.len()].copy_from_slice(key);
+}
+
+/// Takes the key out of the handle, if there is one.
+fn take_key(handle: &mut Handle) -> Option<Key> {
+    let (mark, rest) = handle[KEY_AT..].split_first_mut()?;
+    let place = rest.first_chunk_mut::<{ size_of::<Key>() }>()?;
+    let key = std::mem::replace(place, [0; size_of::<Key>()]);
+    (std::mem::take(mark) == KEY_MARK).then_some(key)
 }
 
 fn word(handle: &Handle, at: usize) -> u64 {
@@ -174,6 +220,23 @@ mod tests {
             assert_eq!(Invitation::read(&handle).unwrap(), invitation);
         }
         assert!(Invitation::read(&[0; NCCL_NET_HANDLE_MAXSIZE]).is_err());
+    }
+
+    #[test]
+    fn a_hello_with_a_key_shows_neither_key_nor_cookie() {
+        let invitation = Invitation { address: "10.1.2.3:4567".parse().unwrap(), cookie: *b"0123456789abcdef" };
+        let mut handle = [0; NCCL_NET_HANDLE_MAXSIZE];
+        invitation.write(&mut handle);
+        assert_eq!(take_key(&mut handle), None);
+        set_key(&mut handle, &[9; 32]);
+        assert_eq!(Invitation::read(&handle).unwrap(), invitation);
+        assert_eq!((take_key(&mut handle), take_key(&mut handle)), (Some([9; 32]), None));
+        assert!(!handle.contains(&9));
+        let (plain, keyed, other) = (invitation.hello(None), invitation.hello(Some(&[9; 32])), invitation.hello(Some(&[8; 32])));
+        assert!(plain.is(plain.bytes()) && keyed.is(keyed.bytes()) && !keyed.is(other.bytes()) && !keyed.is(plain.bytes()));
+        assert!(plain.bytes().ends_with(b"abcdef") && !keyed.bytes().windows(4).any(|w| w == b"0123"));
+        let stranger = Invitation { cookie: [0; COOKIE], ..invitation.clone() };
+        assert!(!keyed.is(stranger.hello(Some(&[9; 32])).bytes()));
     }
 
     #[test]

@@ -5,12 +5,13 @@ use std::io;
 use std::sync::{Arc, OnceLock};
 
 use libc::iovec;
-use nccl_net_abi::{MAX_REQUESTS, NCCL_SYSTEM_ERROR};
+use nccl_net_abi::{MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_SYSTEM_ERROR};
 
 use crate::config::Config;
 use crate::congestion::Rule;
 use crate::device::SendSource;
 use crate::ledger::{Failure, Ledger};
+use crate::protect::{Guard, Outgoing};
 use crate::slot::Cursor;
 use crate::turn::{Line, Turn, IOV_MAX, TURN_BYTES};
 
@@ -25,6 +26,7 @@ pub struct SendIo {
     sent: usize,
     batch: Vec<iovec>,
     congestion: Rule,
+    guard: Option<Box<Outgoing>>,
 }
 
 // SAFETY: `batch` is scratch of one turn; its pointers mean nothing between turns.
@@ -34,6 +36,11 @@ impl SendIo {
     /// The state of a fresh comm.
     pub fn new(config: &Config) -> SendIo {
         SendIo { congestion: Rule::new(config), ..SendIo::default() }
+    }
+
+    /// Guards all messages; none has been posted.
+    pub fn protect(&mut self, guard: Guard) {
+        self.guard = Some(Box::new(Outgoing::new(guard)));
     }
 
     /// One turn.
@@ -56,9 +63,7 @@ impl SendIo {
             if ledger.leave() {
                 return Ok(Turn::Wait);
             }
-            let bytes = self
-                .gather(ledger, source, completed, posted, budget)
-                .map_err(|e| Failure::new(NCCL_SYSTEM_ERROR, format!("device memory could not be read: {e}")))?;
+            let bytes = self.gather(ledger, source, completed, posted, budget)?;
             if bytes == 0 {
                 return Ok(Turn::More);
             }
@@ -80,19 +85,25 @@ impl SendIo {
     }
 
     /// Collects what follows in messages `completed..posted`. 0 bytes: the next message is not in host memory yet.
-    fn gather(&mut self, ledger: &Ledger, source: &Source, completed: u64, posted: u64, budget: usize) -> io::Result<usize> {
+    fn gather(&mut self, ledger: &Ledger, source: &Source, completed: u64, posted: u64, budget: usize) -> Result<usize, Failure> {
         self.batch.clear();
         let mut bytes = 0;
         for seq in completed..posted {
             // SAFETY: posted, not completed, and the I/O lock is held.
             let body = unsafe { ledger.slot(seq).body() };
             if let (true, Some(source)) = (body.device, source.get()) {
-                if !source.ready((seq % MAX_REQUESTS as u64) as usize)? {
+                let unreadable = |e| Failure::new(NCCL_SYSTEM_ERROR, format!("device memory could not be read: {e}"));
+                if !source.ready((seq % MAX_REQUESTS as u64) as usize).map_err(unreadable)? {
                     break;
                 }
             }
+            let iov = match &mut self.guard {
+                None => &body.iov[..],
+                // SAFETY: the message's own memory, which the poster leaves alone until the request is done or the comm is closed.
+                Some(guard) => unsafe { guard.message(seq, body) }.map_err(|why| Failure::new(NCCL_INTERNAL_ERROR, why))?,
+            };
             let cursor = if seq == completed { self.cursor } else { Cursor::default() };
-            bytes += cursor.collect(&body.iov, budget - bytes, IOV_MAX, &mut self.batch);
+            bytes += cursor.collect(iov, budget - bytes, IOV_MAX, &mut self.batch);
             if bytes == budget || self.batch.len() == IOV_MAX {
                 break;
             }
@@ -106,15 +117,22 @@ impl SendIo {
         while sent > 0 {
             // SAFETY: posted, not completed, and the I/O lock is held.
             let body = unsafe { ledger.slot(seq).body() };
-            let left = body.total - self.sent;
+            let (iov, total) = match &self.guard {
+                None => (&body.iov[..], body.total),
+                Some(guard) => guard.oldest(),
+            };
+            let left = total - self.sent;
             if sent < left {
-                self.cursor.advance(&body.iov, sent);
+                self.cursor.advance(iov, sent);
                 self.sent += sent;
                 break;
             }
             sent -= left;
             if let (true, Some(source)) = (body.device, source.get()) {
                 source.release((seq % MAX_REQUESTS as u64) as usize);
+            }
+            if let Some(guard) = &mut self.guard {
+                guard.left();
             }
             (self.cursor, self.sent) = (Cursor::default(), 0);
             seq += 1;

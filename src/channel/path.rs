@@ -5,6 +5,7 @@ use super::device::DeviceCopier;
 use super::plan::Chunk;
 use super::stripe::Load;
 use crate::region::Hold;
+use crate::stats::ChannelStats;
 use crate::status::Result;
 use crate::types::{Key, Part, Place};
 use std::time::Instant;
@@ -99,6 +100,9 @@ pub(crate) trait Path: Send {
 
     /// The channels with chunks under way that have not moved, for an error text.
     fn describe_busy(&self) -> Vec<String>;
+
+    /// What each channel counts. `kernel`: with what the kernel knows of it.
+    fn stats(&self, kernel: bool, now: Instant, out: &mut Vec<ChannelStats>);
 
     /// Drops registrations of a region that nothing uses any more.
     fn forget_region(&mut self, id: u64);

@@ -6,6 +6,7 @@ use super::device::spread;
 use super::path::{Arrival, Copier, Departure, Dest, Event, Path};
 use super::plan::Chunk;
 use super::stripe::{self, Load};
+use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
 use crate::types::Place;
 use std::time::Instant;
@@ -149,6 +150,13 @@ impl Channels {
         Ok(sum.unwrap_or((self.totals.sent, self.totals.received)))
     }
 
+    /// What each channel counts, in the order of their numbers; none after the end. `kernel`: with what the kernel knows.
+    pub(crate) fn stats(&self, kernel: bool, now: Instant) -> Vec<ChannelStats> {
+        let mut out = Vec::new();
+        self.paths.iter().for_each(|path| path.stats(kernel, now, &mut out));
+        out
+    }
+
     /// What is under way and where, for an error text.
     pub(crate) fn describe_busy(&self) -> String {
         const MOST: usize = 4;
@@ -282,6 +290,9 @@ mod tests {
         }
         fn network_bytes(&self) -> Result<Option<(u64, u64)>> {
             Ok(self.bytes)
+        }
+        fn stats(&self, _kernel: bool, _now: Instant, out: &mut Vec<ChannelStats>) {
+            out.extend((0..self.channels).map(|_| ChannelStats::default()));
         }
         fn describe_busy(&self) -> Vec<String> {
             (0..self.channels).map(|i| format!("{}{i}", if self.device { "d" } else { "h" })).collect()

@@ -86,6 +86,14 @@ impl Rate {
         }
     }
 
+    /// The speed as it was last measured, or less for a channel that has stalled since.
+    pub(crate) fn last(&self, oldest: u64, now: Instant) -> f64 {
+        match self.since {
+            Some(_) => self.get(oldest, now),
+            None => self.bytes_per_second,
+        }
+    }
+
     /// A request was handed to the channel.
     pub(crate) fn posted(&mut self, now: Instant) {
         self.since.get_or_insert(now);

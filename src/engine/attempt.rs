@@ -128,7 +128,9 @@ impl Attempt {
                 }
                 Ok(Next::Raise(offers)) => {
                     if let Channels::Opened(opened) = std::mem::replace(&mut self.channels, Channels::None) {
-                        self.channels = Channels::Raising(opened.establish(&offers)?);
+                        let link = &self.setup.link;
+                        let raising = opened.establish(&offers, |set, index| link.channel_keys(set, index))?;
+                        self.channels = Channels::Raising(raising);
                         (self.look_at, self.began) = (now, now);
                     }
                 }

@@ -46,7 +46,7 @@ fn copier(site: &Site) -> Result<Copier> {
 fn paths(site: &Site, sets: Vec<Raised>, chunk_bytes: usize, doorbell: &Doorbell) -> Result<Vec<Box<dyn Path>>> {
     let config = &site.config;
     let path = |set: Raised| -> Result<Box<dyn Path>> {
-        let channels: Vec<Channel> = set.pairs.into_iter().map(|pair| Channel::new(pair.send, pair.recv)).collect();
+        let channels: Vec<Channel> = set.pairs.into_iter().map(|pair| Channel::new(pair.send, pair.recv, pair.nic)).collect();
         for channel in &channels {
             channel.set_doorbell(doorbell)?;
         }
@@ -119,13 +119,18 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
         _ => "the key".to_owned(),
     };
     let gpu = &theirs.hello.gpu;
-    log::info!("connected with {name}, GPU {gpu}, {proof}: {carried}; chunks of up to {chunk_bytes} bytes");
+    log::info!(
+        "connected with {name}, GPU {gpu}, {proof}: {carried}; protection {:?}, chunks of up to {chunk_bytes} bytes",
+        terms.protect
+    );
     let core = Core::new(
         Machine::new(setting, Instant::now()),
         channels,
         ControlStream::new(up.sock, up.sealed.session, up.sealed.plain, up.sealed.raw)?,
     );
-    let peer = Peer { ip: up.address.ip(), name, gpu_index: theirs.hello.gpu_index, engine: theirs.engine };
+    let key = theirs.proof.name().map(str::to_owned);
+    let peer = Peer { ip: up.address.ip(), name, gpu_index: theirs.hello.gpu_index, key, engine: theirs.engine };
+    home.counters.opened.add();
     let connection = Arc::new(Connection::new(home.clone(), core, peer, doorbell.armed));
     if !home.connections.insert(connection.id, &connection) {
         return Err(super::ending::canceled());

@@ -21,6 +21,19 @@ const LINGER: Duration = Duration::from_millis(200);
 /// # Errors
 /// See [`super::Engine::connect`].
 pub(crate) fn connect(site: &Site, host: &str, gpu: &str, port: u16) -> Result<Arc<Connection>> {
+    let counters = &site.home.counters;
+    let connected = connect_within(site, host, gpu, port);
+    match &connected {
+        Ok(_) => counters.setups_out.add(),
+        Err(e) => {
+            counters.setups_out_failed.add();
+            counters.limit(e.kind());
+        }
+    }
+    connected
+}
+
+fn connect_within(site: &Site, host: &str, gpu: &str, port: u16) -> Result<Arc<Connection>> {
     let deadline = Instant::now() + site.config.connect_timeout;
     site.ending.check()?;
     let addresses = dial::resolve(host, port, deadline, &site.ending, dial::system_lookup)?;

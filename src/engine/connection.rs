@@ -7,8 +7,10 @@ use super::pacing::{pause, Pause, Polls, Situation};
 use super::proto::{Machine, Scheduled, TransferState, MAX_BACKLOG};
 use super::request::{self, Built, RequestBuilder};
 use super::transfer::{Direction, LocalSegment};
+use super::watch::Watch;
 use crate::channel::router::Channels;
 use crate::fork::Local;
+use crate::stats::{ChannelStats, ConnectionStats, Totals};
 use crate::status::{bail, err, Error, ErrorKind, Result};
 use crate::types::{Place, Segment};
 use crate::wire::control::ControlStream;
@@ -41,6 +43,8 @@ pub(crate) struct Peer {
     pub ip: IpAddr,
     pub name: String,
     pub gpu_index: i32,
+    /// Name of the key that it has proved.
+    pub key: Option<String>,
     pub engine: [u8; 16],
 }
 
@@ -53,11 +57,17 @@ pub(crate) struct Core {
     /// This side has said goodbye: nothing is read or started any more.
     closing: bool,
     looked: Instant,
+    watch: Watch,
+    born: Instant,
+    /// What was counted, once the connection has ended.
+    past: Option<Totals>,
 }
 
 impl Core {
     pub(crate) fn new(machine: Machine, channels: Channels, control: ControlStream) -> Core {
-        Core { machine, channels, control, rx: RxBuffer::default(), closing: false, looked: Instant::now() }
+        let now = Instant::now();
+        let (rx, watch) = (RxBuffer::default(), Watch::new());
+        Core { machine, channels, control, rx, closing: false, looked: now, watch, born: now, past: None }
     }
 
     /// Reads the control stream, advances the channels, hands out chunks, flushes, looks at deadlines. `true` when something moved; an
@@ -75,6 +85,7 @@ impl Core {
         if now >= self.machine.next_tick() {
             self.machine.tick(&mut self.channels, now)?;
             self.flush(now)?;
+            self.watch(now);
         }
         Ok(any)
     }
@@ -130,6 +141,35 @@ impl Core {
             self.machine.told(sent, self.control.pending(), now);
         }
         Ok(())
+    }
+
+    /// Looks at how the connection fares, once a second at most; what is worth it becomes a line of the log.
+    fn watch(&mut self, now: Instant) {
+        if !self.watch.due(now) {
+            return;
+        }
+        let mut lines = match self.watch.worth_a_look(self.channels.totals(), self.channels.busy()) {
+            true => self.watch.look(&self.channels.stats(true, now), now),
+            false => Vec::new(),
+        };
+        let (silent, limit) = self.machine.silence(now);
+        lines.extend(self.watch.answers(silent, limit, self.machine.standstill(&self.channels, now)));
+        self.watch.tell(self.machine.peer(), &lines, now);
+    }
+
+    /// What is counted up to now.
+    fn totals(&self, channels: &[ChannelStats]) -> Totals {
+        let mut totals = self.machine.counts();
+        for c in channels {
+            totals.sent_bytes += c.sent_bytes;
+            totals.sent_chunks += c.sent_chunks;
+            totals.received_bytes += c.received_bytes;
+            totals.received_chunks += c.received_chunks;
+            totals.packed_chunks += c.packed_chunks;
+            totals.unpacked_chunks += c.unpacked_chunks;
+        }
+        (totals.stalls, totals.slow_answers) = self.watch.counts();
+        totals
     }
 
     /// Bytes that wait to leave on the control stream.
@@ -188,6 +228,10 @@ impl Connection {
     /// CUDA index of the peer's GPU as it counts, -1 without one.
     pub fn peer_gpu_index(&self) -> i32 {
         self.peer.gpu_index
+    }
+    /// This side's name of the key that the peer has proved; none for a peer without a key, and for keys without names.
+    pub fn peer_key(&self) -> Option<&str> {
+        self.peer.key.as_deref()
     }
     /// The peer runs on this host.
     pub fn is_local(&self) -> bool {
@@ -292,7 +336,7 @@ impl Connection {
             core.machine.alive()?;
             bail!(Canceled, "the connection is being closed");
         }
-        core.machine.admit(segments, pairs, &core.channels)
+        core.machine.admit(segments, pairs, &core.channels).inspect_err(|e| self.home.counters.limit(e.kind()))
     }
 
     /// After work was added: the first chunks leave from here, and the progress thread is told when it must poll.
@@ -309,6 +353,29 @@ impl Connection {
             }
         }
         result
+    }
+
+    /// What the connection counts, and what the kernel knows of its channels. An ended one still tells its totals.
+    ///
+    /// # Errors
+    /// In a child of fork.
+    pub fn stats(&self) -> Result<ConnectionStats> {
+        self.core.check("connection")?;
+        let core = self.core.lock();
+        let now = Instant::now();
+        let mut channels = core.channels.stats(true, now);
+        core.watch.fill(&mut channels, now);
+        Ok(ConnectionStats {
+            id: self.id,
+            peer: self.peer.name.clone(),
+            error: core.machine.dead().map(|e| e.to_str().to_owned()),
+            age: now.saturating_duration_since(core.born),
+            silent: core.machine.silence(now).0,
+            in_flight: core.machine.in_flight() as u64,
+            backlog_bytes: core.backlog() as u64,
+            totals: core.past.unwrap_or_else(|| core.totals(&channels)),
+            channels,
+        })
     }
 
     /// Whether the connection is up.
@@ -492,6 +559,15 @@ impl Connection {
         }
         let lost = core.machine.in_flight();
         let error = Error::new(error.kind(), format_args!("{}: {error}", self.peer.name));
+        let totals = core.totals(&core.channels.stats(false, Instant::now()));
+        core.past = Some(totals);
+        let (silent, limit) = core.machine.silence(Instant::now());
+        let in_order = match error.kind() {
+            ErrorKind::Canceled => true,
+            ErrorKind::RemoteDisconnect => lost == 0 && silent <= limit,
+            _ => false,
+        };
+        self.home.counters.ended(totals, error.kind(), in_order || core.closing);
         match (error.kind(), lost) {
             (ErrorKind::Canceled, 0) => log::debug!("{error}"),
             (ErrorKind::Canceled, n) => log::info!("{n} transfers canceled: {error}"),

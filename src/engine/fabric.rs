@@ -4,6 +4,7 @@
 use super::link::{number, Agreed, PER_SET};
 use super::sets::{plans, Plan};
 use super::site::Site;
+use crate::net::secure::ChannelKeys;
 use crate::net::setup::{self, Establishing, Listening, Offer, Pair};
 use crate::status::{bail, Error, Result};
 use std::time::{Duration, Instant};
@@ -44,19 +45,22 @@ impl Opened {
         self.0.iter().map(|(_, set)| set.as_ref().map_or_else(|_| Vec::new(), Listening::offers)).collect()
     }
 
-    /// Connects to the peer's offers and accepts the peer's connects from now on.
+    /// Connects to the peer's offers and accepts the peer's connects from now on. `keys` gives those of a channel by set and number.
     ///
     /// # Errors
     /// `Protocol` when the peer has other sets.
-    pub(crate) fn establish(self, peers: &[Vec<Offer>]) -> Result<Raising> {
+    pub(crate) fn establish(self, peers: &[Vec<Offer>], keys: impl Fn(usize, usize) -> Result<ChannelKeys>) -> Result<Raising> {
         if peers.len() != self.0.len() {
             bail!(Protocol, "the peer offers {} sets of channels, this side {}", peers.len(), self.0.len());
         }
-        let start = |((plan, set), peer): ((Plan, Result<Listening>), &Vec<Offer>)| match set {
-            Ok(listening) => Set { plan, coming: Some(listening.establish(peer)), up: None, why: None },
+        let start = |(number, ((plan, set), peer)): (usize, ((Plan, Result<Listening>), &Vec<Offer>))| match set {
+            Ok(listening) => {
+                let coming = listening.establish(peer, Some(&|index| keys(number, index)));
+                Set { plan, coming: Some(coming), up: None, why: None }
+            }
             Err(e) => Set { plan, coming: None, up: Some(Vec::new()), why: Some(e.to_string()) },
         };
-        Ok(Raising { sets: self.0.into_iter().zip(peers).map(start).collect(), needed_up: None })
+        Ok(Raising { sets: self.0.into_iter().zip(peers).enumerate().map(start).collect(), needed_up: None })
     }
 }
 

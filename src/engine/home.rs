@@ -3,6 +3,7 @@
 
 use super::bell::{Bell, WAKE};
 use super::connections::Connections;
+use super::counters::Counters;
 use super::registry::Registry;
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -37,6 +38,7 @@ pub(crate) struct Home<T> {
     pub registry: Arc<Registry>,
     pub connections: Connections<T>,
     pub bell: Bell,
+    pub counters: Counters,
     /// The channels ring the bell; without, the progress thread must poll while work is in flight.
     pub doorbells: bool,
     /// Threads compete for cores: nobody spins while another could work.
@@ -59,6 +61,7 @@ impl<T: Driven> Home<T> {
             registry: Arc::new(Registry::new()),
             connections: Connections::new(),
             bell,
+            counters: Counters::default(),
             doorbells,
             few_cores: std::thread::available_parallelism().map_or(2, usize::from) <= 2,
             close_timeout,
@@ -133,6 +136,11 @@ impl<T: Driven> Home<T> {
 
     pub(crate) fn ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
+    }
+
+    /// Since the engine started.
+    pub(crate) fn age(&self) -> Duration {
+        self.start.elapsed()
     }
 
     /// Microseconds since the engine started, from 1.

@@ -1,9 +1,12 @@
 //! The control connection while it is set up, as bytes in and bytes out: the handshake, then sealed messages. Knows nothing of sockets.
 
+use crate::net::secure::{ChannelKeys, Guard, HalfKeys};
 use crate::net::setup::Offer;
-use crate::status::{bail, Error, Result};
+use crate::status::{bail, err, Error, Result};
+use crate::types::Protect;
 use crate::wire::handshake::{Handshake, Outcome, Peer};
 use crate::wire::hello::{Hello, Terms};
+use crate::wire::keys::Proof;
 use crate::wire::session::{Opened, Session, MAX_RECORD};
 use crate::wire::setup::{self, Decoded, Offered, Verdict};
 use std::collections::VecDeque;
@@ -128,6 +131,29 @@ impl SealedLink {
             }
         }
         Ok(())
+    }
+
+    /// The keys of a channel, by its set and its number there: one for each direction and purpose.
+    ///
+    /// # Errors
+    /// Before the proof.
+    pub(crate) fn channel_keys(&self, set: usize, index: usize) -> Result<ChannelKeys> {
+        let (Some(session), Some(agreed)) = (&self.session, &self.agreed) else {
+            bail!(Internal, "channel keys before the proof")
+        };
+        let number = |n: usize| u8::try_from(n).map_err(|_| err!(Internal, "channel {index} of set {set}"));
+        let (set, index) = (number(set)?, number(index)?);
+        let half = |direction| -> Result<HalfKeys> {
+            let hello = session.exporter.channel_mac_key(set, index.into(), direction)?;
+            let guard = match (agreed.terms.protect, &agreed.peer.proof) {
+                (Protect::Off, _) => Guard::None,
+                (Protect::Integrity, Proof::Nothing) => Guard::Checksum,
+                // A tag alone would cost as much.
+                _ => Guard::Seal(session.exporter.channel_data_key(set, index.into(), direction)?),
+            };
+            Ok(HalfKeys { hello, guard })
+        };
+        Ok(ChannelKeys { send: half(session.ours)?, recv: half(session.ours.other())? })
     }
 
     /// What is left for the connection.

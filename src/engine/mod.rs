@@ -17,6 +17,7 @@ mod build;
 mod connect;
 mod connection;
 mod connections;
+mod counters;
 mod dial;
 mod ending;
 mod fabric;
@@ -38,6 +39,7 @@ mod setups;
 mod site;
 mod spare;
 mod transfer;
+mod watch;
 
 #[cfg(fuzzing)]
 pub(crate) use proto::attacked;
@@ -50,6 +52,7 @@ pub use transfer::{Direction, LocalSegment, TransferState};
 use crate::config::Config;
 use crate::net::plugin::Plugin;
 use crate::net::topology;
+use crate::stats::{export, EngineStats};
 use crate::status::{bail, err, Result};
 use crate::types::RemoteAccess;
 use accepts::Accepts;
@@ -91,6 +94,8 @@ struct Parts {
     site: Arc<Site>,
     accepts: Arc<Accepts<Connection>>,
     threads: Mutex<Threads>,
+    /// Serves the statistics while the engine lives.
+    _export: Option<Arc<export::Exporter>>,
 }
 
 #[derive(Default)]
@@ -115,10 +120,11 @@ impl Engine {
         let gpus = gpus::Gpus::new(config.emulate_device.then_some(config.emulate_devices));
         let device = Plugin::choose(&config, &|| gpus.own())?;
         if device.devices.is_empty() {
-            bail!(Plugin, "plugin {} found no network device", device.name);
+            bail!(Plugin, "plugin {} found no network device{}", device.name, chosen_nics());
         }
         let host = if device.traits.host_memory { None } else { Some(Plugin::soft()?) };
         let plugins = Plugins { device, host };
+        plugins.can_protect(config.protect)?;
         let ports = listener::open(config.bind, config.socket_ifname.as_deref(), config.port)?;
         let metadata = listener::metadata(ports.address, &gpus.name());
         announce(&metadata, &plugins, &gpus);
@@ -138,7 +144,8 @@ impl Engine {
             config,
         });
         let spin = site.config.spin;
-        let parts = Parts { site: site.clone(), accepts: accepts.clone(), threads: Mutex::default() };
+        let _export = offer(&site, &metadata);
+        let parts = Parts { site: site.clone(), accepts: accepts.clone(), threads: Mutex::default(), _export };
         let engine = Engine { metadata, parts: crate::fork::Local::new(parts) };
         let mut threads = engine.parts.threads.lock();
         threads.progress = Some(limits::spawn("uccl-progress", move || progress::run(&home, spin))?);
@@ -160,6 +167,15 @@ impl Engine {
     /// The plugin that carries device memory.
     pub fn plugin(&self) -> &Plugin {
         &self.parts.site.plugins.device
+    }
+
+    /// What the engine and its connections count.
+    ///
+    /// # Errors
+    /// In a child of fork.
+    pub fn stats(&self) -> Result<EngineStats> {
+        self.parts.check("engine")?;
+        Ok(stats(&self.parts.site, &self.metadata))
     }
 
     /// Interfaces that the plugins offer.
@@ -208,23 +224,20 @@ impl Engine {
     /// # Errors
     /// `InvalidArgument` for an empty or wrapping range, `Gpu`, `System`.
     pub fn register(&self, addr: usize, len: usize) -> Result<u64> {
+        self.register_with(addr, len, RemoteAccess::ALL)
+    }
+
+    /// Registers memory that peers may use only so far. Its owner may use all of it, also as the target of a receive.
+    ///
+    /// # Errors
+    /// As [`Engine::register`].
+    pub fn register_with(&self, addr: usize, len: usize, access: RemoteAccess) -> Result<u64> {
         if addr == 0 || len == 0 || addr.checked_add(len).is_none() {
             bail!(InvalidArgument, "cannot register {len} bytes at {addr:#x}");
         }
         self.alive()?;
         let place = self.parts.site.gpus.place_of(addr as u64)?;
-        self.parts.site.home.registry.add(addr as u64, len as u64, place)
-    }
-
-    /// Registers memory that peers may use only so far.
-    ///
-    /// # Errors
-    /// As [`Engine::register`]; `Unsupported` for a limit that cannot be kept.
-    pub fn register_with(&self, addr: usize, len: usize, access: RemoteAccess) -> Result<u64> {
-        if access != RemoteAccess::ALL {
-            bail!(Unsupported, "regions that peers may only read, only write or not use at all");
-        }
-        self.register(addr, len)
+        self.parts.site.home.registry.add(addr as u64, len as u64, place, access)
     }
 
     /// Ends a registration. Waits for transfers that use it; what has not ended by the close deadline is failed with its connection.
@@ -313,7 +326,7 @@ impl Engine {
         if !self.parts.is_here() {
             return;
         }
-        let Parts { site, accepts, threads } = &*self.parts;
+        let Parts { site, accepts, threads, .. } = &*self.parts;
         accepts.stop();
         if site.ending.begin() {
             return;
@@ -339,6 +352,47 @@ impl Engine {
         let lost = site.notifications.len();
         if lost > 0 {
             log::warn!("engine {}: {lost} notifications were never taken", self.metadata);
+        }
+    }
+}
+
+/// Which variable chooses the data NICs, for an error text.
+fn chosen_nics() -> String {
+    let set = |name: &&str| std::env::var(name).is_ok_and(|value| !value.trim().is_empty());
+    match ["NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"].into_iter().find(set) {
+        Some(name) => format!(": {name}={} matches none that can be used", std::env::var(name).unwrap_or_default()),
+        None => String::new(),
+    }
+}
+
+fn stats(site: &Site, metadata: &str) -> EngineStats {
+    let home = &site.home;
+    let mut stats = EngineStats {
+        metadata: metadata.to_owned(),
+        plugin: site.plugins.device.name.clone(),
+        uptime: home.age(),
+        notifications_waiting: site.notifications.len() as u64,
+        totals: home.counters.past(),
+        ..EngineStats::default()
+    };
+    home.counters.fill(&mut stats);
+    stats.connections = home.connections.all().iter().filter_map(|connection| connection.stats().ok()).collect();
+    stats.connections.sort_by_key(|connection| connection.id);
+    // Ended ones are counted already.
+    stats.connections.iter().filter(|c| c.error.is_none()).for_each(|c| stats.totals += c.totals);
+    stats
+}
+
+/// Offers the statistics where UCCL_TCPX_METRICS says. An engine works without, too.
+fn offer(site: &Arc<Site>, metadata: &str) -> Option<Arc<export::Exporter>> {
+    let target = site.config.metrics.as_ref()?;
+    let (weak, metadata) = (Arc::downgrade(site), metadata.to_owned());
+    let source = Box::new(move || weak.upgrade().map(|site| stats(&site, &metadata)));
+    match export::offer(target, source) {
+        Ok(exporter) => Some(exporter),
+        Err(e) => {
+            log::warn!("no statistics at UCCL_TCPX_METRICS={target}: {e}");
+            None
         }
     }
 }

@@ -3,7 +3,7 @@
 
 use crate::region::{Region, RegionUse};
 use crate::status::{bail, Result};
-use crate::types::{Place, Span};
+use crate::types::{Place, RemoteAccess, Span};
 use iset::IntervalMap;
 use parking_lot::RwLock;
 use std::collections::HashMap;
@@ -72,13 +72,14 @@ impl Registry {
         Registry { regions: RwLock::default(), next: AtomicU64::new(1) }
     }
 
-    pub(crate) fn add(&self, addr: u64, len: u64, place: Place) -> Result<u64> {
+    /// Adds a region with which peers may do as much as `access` says.
+    pub(crate) fn add(&self, addr: u64, len: u64, place: Place, access: RemoteAccess) -> Result<u64> {
         let mut token = [0; 16];
         if let Err(e) = getrandom::fill(&mut token) {
             bail!(System, "random bytes for a region token: {e}");
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let region = Region::new(Span { id, addr, len }, token, place);
+        let region = Region::new(Span { id, addr, len }, token, place, access);
         let mut regions = self.regions.write();
         regions.cover.add(addr, addr + len);
         regions.by_id.insert(id, Arc::new(region));
@@ -133,7 +134,7 @@ mod tests {
             let registry = Registry::new();
             let mut live: Vec<(u64, u64, u64)> = Vec::new();
             for (addr, len, victim, action) in spans {
-                live.push((registry.add(addr, len, Place::HOST).unwrap(), addr, len));
+                live.push((registry.add(addr, len, Place::HOST, RemoteAccess::ALL).unwrap(), addr, len));
                 if action == 0 {
                     let (id, ..) = live.swap_remove(victim.index(live.len()));
                     registry.retire(id).unwrap();
@@ -153,7 +154,7 @@ mod tests {
     #[test]
     fn bounds_do_not_wrap() {
         let registry = Registry::new();
-        let id = registry.add(1000, 100, Place::HOST).unwrap();
+        let id = registry.add(1000, 100, Place::HOST, RemoteAccess::ALL).unwrap();
         let region = registry.local(id).unwrap();
         for (addr, len) in [(1000, 100), (1000, 1), (1099, 1), (1050, 50)] {
             assert!(region.check(addr, len).is_ok(), "{addr}+{len}");
@@ -164,9 +165,23 @@ mod tests {
     }
 
     #[test]
+    fn peers_may_do_what_the_region_allows() {
+        let registry = Registry::new();
+        let none = RemoteAccess { read: false, write: false };
+        for access in [RemoteAccess::ALL, RemoteAccess::READ, RemoteAccess::WRITE, none] {
+            let id = registry.add(0x1000, 10, Place::HOST, access).unwrap();
+            let region = registry.local(id).unwrap();
+            assert_eq!(region.check_access(RemoteAccess::READ).is_ok(), access.read);
+            assert_eq!(region.check_access(RemoteAccess::WRITE).is_ok(), access.write);
+            assert_eq!(region.check_access(RemoteAccess::ALL).is_ok(), access == RemoteAccess::ALL);
+            assert!(region.check(0x1000, 10).is_ok(), "its owner may do all");
+        }
+    }
+
+    #[test]
     fn tokens_guard_and_uses_are_counted() {
         let registry = Registry::new();
-        let id = registry.add(0x1000, 10, Place::HOST).unwrap();
+        let id = registry.add(0x1000, 10, Place::HOST, RemoteAccess::ALL).unwrap();
         let token = registry.local(id).unwrap().token;
         let mut wrong = token;
         wrong[15] ^= 1;

@@ -12,6 +12,7 @@ use crate::config::Config;
 use crate::net::plugin::Plugin;
 use crate::net::setup::{channel_count, nics_for};
 use crate::status::{bail, Result};
+use crate::types::Protect;
 use crate::wire::handshake::{self, Handshake};
 use crate::wire::hello::Hello;
 use crate::wire::keys::KeyStore;
@@ -45,6 +46,24 @@ pub(crate) struct Plugins {
 }
 
 impl Plugins {
+    /// Whether this much protection can be kept.
+    ///
+    /// # Errors
+    /// `Unsupported`: the NIC writes into GPU memory, so that nothing can be decrypted on the way.
+    pub(crate) fn can_protect(&self, level: Protect) -> Result<()> {
+        if self.device.traits.secured || level == Protect::Off {
+            return Ok(());
+        }
+        let name = &self.device.name;
+        if level == Protect::Encrypt {
+            bail!(Unsupported, "UCCL_TCPX_PROTECT=encrypt: plugin {name} cannot encrypt; UCCL_TCPX_PLUGIN=soft can");
+        }
+        log::warn!(
+            "UCCL_TCPX_PROTECT=integrity: data of GPU memory goes over plugin {name}, which cannot be checked; the rest is"
+        );
+        Ok(())
+    }
+
     pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<Plugin>> {
         std::iter::once(&self.device).chain(&self.host)
     }
@@ -92,6 +111,7 @@ impl Site {
             chunk_bytes: self.chunk_bytes() as u32,
             gpu_index: self.gpus.index(),
             peer_timeout_ms: Hello::peer_timeout_ms(self.config.peer_timeout),
+            protect: self.config.protect,
             plugin: self.plugins.device.wire_name().to_owned(),
             gpu: self.gpus.name(),
             wanted_gpu: wanted_gpu.to_owned(),

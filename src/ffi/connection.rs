@@ -164,6 +164,34 @@ pub extern "C" fn uccl_engine_conn_status(conn: *mut uccl_conn_t) -> c_int {
     })
 }
 
+/// Names the key that the peer has proved: the word of this side's key file for it (docs/security.md), never the peer's own.
+///
+/// @param conn  [in]  The connection.
+/// @param buf   [out] The name, NUL-terminated, cut to fit; an empty string for a peer without a key, or with a key that has no name.
+/// @param len   [in]  Bytes of buf, at least 1; 33 hold every name.
+/// @return UCCL_OK, also for a connection that is lost; UCCL_ERR_NOT_FOUND or UCCL_ERR_INVALID_ARGUMENT, and then buf is untouched.
+///
+/// Threads: any.
+#[no_mangle]
+pub unsafe extern "C" fn uccl_engine_conn_peer_name(conn: *mut uccl_conn_t, buf: *mut c_char, len: usize) -> c_int {
+    status(|| {
+        if len == 0 {
+            bail!(InvalidArgument, "len is 0");
+        }
+        // SAFETY: the caller passes writable memory of that size, or null.
+        let buf = unsafe { out_arg(buf, "buf")? };
+        let conn = connections().get(conn.cast())?;
+        let name = conn.peer_key().unwrap_or_default();
+        let n = name.len().min(len - 1);
+        // SAFETY: n + 1 <= len bytes are writable.
+        unsafe {
+            std::ptr::copy_nonoverlapping(name.as_ptr().cast(), buf, n);
+            *std::ptr::from_mut(buf).add(n) = 0;
+        }
+        Ok(UCCL_OK)
+    })
+}
+
 /// Tells whether the peer runs on this host (its address is one of this host's).
 ///
 /// @param conn  The connection.

@@ -50,8 +50,10 @@ pub unsafe extern "C" fn uccl_engine_reg(engine: *mut uccl_engine_t, data: usize
 /// @param size    [in]  Bytes, at least 1.
 /// @param access  [in]  Or of UCCL_ACCESS_REMOTE_READ and UCCL_ACCESS_REMOTE_WRITE; 0: the region is only a local side of transfers.
 /// @param mr      [out] The region, as of uccl_engine_reg, which allows peers both.
-/// @return As uccl_engine_reg; UCCL_ERR_INVALID_ARGUMENT for unknown flags; UCCL_ERR_UNSUPPORTED for a limit that this version cannot
-///         keep: it never registers memory for more than the caller allows.
+/// @return As uccl_engine_reg; UCCL_ERR_INVALID_ARGUMENT for unknown flags.
+///
+/// A peer that does more gets UCCL_ERR_REMOTE_ACCESS, whatever FIFO item it has, and nothing moves. What this side does itself, receives
+/// into the region among it, is not limited.
 ///
 /// The memory stays the caller's and must stay mapped until uccl_engine_mr_destroy returns. Threads: any.
 #[no_mangle]

@@ -4,11 +4,12 @@
 
 use super::plugin::{CommKind, Plugin};
 use super::registrations::{piece, Registration};
+use super::secure::{Guard, HalfKeys};
 use super::signals::Quiet;
 use super::{handle, reaper, within, Scope};
 use crate::status::{bail, Result};
 use crate::types::Span;
-use nccl_net_abi::{ncclNetDeviceHandle_v7, ucclIoVec, MAX_REQUESTS, NCCL_NET_HANDLE_MAXSIZE, NCCL_PTR_CUDA};
+use nccl_net_abi::{ncclNetDeviceHandle_v7, ucclCommInfo, ucclIoVec, MAX_REQUESTS, NCCL_NET_HANDLE_MAXSIZE, NCCL_PTR_CUDA};
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{c_int, c_void};
 use std::net::{SocketAddr, TcpStream};
@@ -95,6 +96,8 @@ struct PendingAccept {
     /// Where it listens, as far as the handle tells.
     addresses: Vec<SocketAddr>,
     dev_handle: Pinned<ncclNetDeviceHandle_v7>,
+    /// For the comm.
+    guard: Guard,
     /// The plugin has seen the accept.
     begun: bool,
 }
@@ -103,12 +106,23 @@ struct PendingAccept {
 pub(crate) struct Accepting(Option<PendingAccept>);
 
 impl Accepting {
-    /// The one accept that a listen comm serves.
-    pub(crate) fn new(listen: ListenComm) -> Accepting {
+    /// The one accept that a listen comm serves: of a peer that proves the key, where there is one.
+    ///
+    /// # Errors
+    /// When the plugin cannot check keys.
+    pub(crate) fn new(listen: ListenComm, keys: Option<HalfKeys>) -> Result<Accepting> {
+        let guard = match keys {
+            None => Guard::None,
+            Some(HalfKeys { hello, guard }) => {
+                // SAFETY: a live listen comm that has not accepted.
+                unsafe { listen.raw.plugin.key_listen(listen.raw.comm, &hello)? };
+                guard
+            }
+        };
         // SAFETY: plain data for which zeros are valid.
         let dev_handle = Pinned::new(unsafe { std::mem::zeroed() });
         let addresses = handle::addresses(listen.raw.plugin.traits.handle_check, &listen.handle).collect();
-        Accepting(Some(PendingAccept { listen: listen.raw, addresses, dev_handle, begun: false }))
+        Ok(Accepting(Some(PendingAccept { listen: listen.raw, addresses, dev_handle, guard, begun: false })))
     }
 
     /// The comm, once the peer has connected. After it or an error, further calls give an error.
@@ -127,6 +141,8 @@ impl Accepting {
         let Some(pending) = self.0.take() else { bail!(Internal, "accept polled after its end") };
         let (comm, listen) = (answer?, &pending.listen);
         let raw = RawComm::open(&listen.plugin, comm, CommKind::Recv, listen.dev, &listen.gpu);
+        // SAFETY: a live comm without requests.
+        unsafe { listen.plugin.protect(comm, &pending.guard)? };
         let dev_handle = pending.dev_handle;
         Ok(Some(RecvComm { raw, dev_handle, posted: VecDeque::new(), finished: VecDeque::new(), next_slot: 0 }))
     }
@@ -169,12 +185,33 @@ pub(crate) struct Connecting {
     dev: usize,
     gpu: Scope,
     handle: Option<Pinned<Handle>>,
+    /// For the comm.
+    guard: Guard,
     begun: bool,
 }
 
 impl Connecting {
-    pub(crate) fn new(plugin: &Arc<Plugin>, dev: usize, gpu: &Scope, handle: Handle) -> Connecting {
-        Connecting { plugin: plugin.clone(), dev, gpu: gpu.clone(), handle: Some(Pinned::new(handle)), begun: false }
+    /// A connect to this handle, which proves the key where there is one.
+    ///
+    /// # Errors
+    /// When the plugin cannot prove keys.
+    pub(crate) fn new(
+        plugin: &Arc<Plugin>,
+        dev: usize,
+        gpu: &Scope,
+        handle: Handle,
+        keys: Option<HalfKeys>,
+    ) -> Result<Connecting> {
+        let handle = Pinned::new(handle);
+        let guard = match keys {
+            None => Guard::None,
+            Some(HalfKeys { hello, guard }) => {
+                // SAFETY: a writable handle buffer with which nothing has begun.
+                unsafe { plugin.key_connect(handle.as_ptr().cast(), &hello)? };
+                guard
+            }
+        };
+        Ok(Connecting { plugin: plugin.clone(), dev, gpu: gpu.clone(), handle: Some(handle), guard, begun: false })
     }
 
     /// The comm, once it is up. After it or an error, further calls give an error.
@@ -193,6 +230,8 @@ impl Connecting {
         self.handle = None;
         let comm = answer?;
         let raw = RawComm::open(&self.plugin, comm, CommKind::Send, self.dev, &self.gpu);
+        // SAFETY: a live comm without requests.
+        unsafe { self.plugin.protect(comm, &self.guard)? };
         Ok(Some(SendComm { raw, regions: HashMap::new(), inflight: VecDeque::new() }))
     }
 }
@@ -205,7 +244,7 @@ impl Drop for Connecting {
         let Some(handle) = self.handle.take() else { return };
         if self.plugin.traits.lingers {
             let (plugin, gpu) = (self.plugin.clone(), self.gpu.clone());
-            let mut rest = Connecting { plugin, dev: self.dev, gpu, handle: Some(handle), begun: true };
+            let mut rest = Connecting { plugin, dev: self.dev, gpu, handle: Some(handle), guard: Guard::None, begun: true };
             reaper::keep(Box::new(move |_| !matches!(rest.poll(), Ok(None))));
         } else {
             // SAFETY: a connect under way that is not polled again.
@@ -246,6 +285,11 @@ impl RawComm {
         // SAFETY: the comm is live.
         unsafe { self.plugin.describe(self.comm) }
     }
+
+    fn info(&self) -> Option<ucclCommInfo> {
+        // SAFETY: the comm is live.
+        unsafe { self.plugin.info(self.comm) }
+    }
 }
 
 /// Registered memory of a comm.
@@ -266,6 +310,10 @@ impl SendComm {
     /// As the plugin's `progress`; an error when the comm has failed, idle or not.
     pub(crate) fn network_bytes(&self) -> Result<Option<u64>> {
         self.raw.progress_bytes()
+    }
+    /// What the kernel knows of its connection, where the plugin tells.
+    pub(crate) fn info(&self) -> Option<ucclCommInfo> {
+        self.raw.info()
     }
     /// Its two ends and its NIC, in words.
     pub(crate) fn describe(&self) -> String {

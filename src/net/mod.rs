@@ -10,6 +10,7 @@ mod plugin_log;
 mod reaper;
 pub(crate) mod registrations;
 mod search;
+pub(crate) mod secure;
 pub(crate) mod setup;
 pub(crate) mod signals;
 mod table;

@@ -3,6 +3,7 @@
 
 use super::registrations::Registrations;
 use super::search;
+use super::secure::{Guard, Secret};
 use super::signals::Quiet;
 use super::table::{Answer, Ext, NetTable, Properties};
 use super::traits::{is_tcpx, Traits};
@@ -250,6 +251,9 @@ impl Plugin {
             if told || !descriptors_left(1) {
                 bail!(Resource, "plugin {}: {name} failed: out of file descriptors (ulimit -n)", self.name);
             }
+            if let (true, Some(errno @ 1..)) = (self.ext.is_some(), errno) {
+                bail!(Plugin, "plugin {}: {name}: {}", self.name, std::io::Error::from_raw_os_error(errno));
+            }
         }
         answered(&self.name, name, answer).map_err(|e| match super::plugin_log::last_warning().filter(|_| self.ext.is_none()) {
             Some(text) => crate::status::Error::new(e.kind(), format_args!("{e}; the plugin's last warning: {text}")),
@@ -444,6 +448,49 @@ impl Plugin {
         let result = unsafe { call(comm, text.as_mut_ptr().cast(), text.len()) };
         let text = std::ffi::CStr::from_bytes_until_nul(&text).ok()?;
         (result == abi::NCCL_SUCCESS).then(|| text.to_string_lossy().into_owned())
+    }
+
+    /// What the kernel knows of the comm's connection; `None` where the plugin cannot say.
+    ///
+    /// # Safety
+    /// `comm` is live.
+    pub(super) unsafe fn info(&self, comm: *mut c_void) -> Option<abi::ucclCommInfo> {
+        let call = self.ext.and_then(|e| e.info)?;
+        let mut info = abi::ucclCommInfo { size: size_of::<abi::ucclCommInfo>(), ..Default::default() };
+        // SAFETY: by the caller's contract; the structure says its size.
+        let result = unsafe { call(comm, &mut info) };
+        (result == abi::NCCL_SUCCESS).then_some(info)
+    }
+
+    /// # Safety
+    /// `listen` is a live listen comm that was not asked to accept yet.
+    pub(super) unsafe fn key_listen(&self, listen: *mut c_void, key: &Secret) -> Result<()> {
+        let call = self.ext.and_then(|e| e.key_listen);
+        // SAFETY: by the caller's contract; 32 readable bytes.
+        self.request("keyListen", || call.map(|call| unsafe { call(listen, key.as_ptr()) }))
+    }
+
+    /// # Safety
+    /// `handle` is a writable handle buffer with which no connect has begun.
+    pub(super) unsafe fn key_connect(&self, handle: *mut c_void, key: &Secret) -> Result<()> {
+        let call = self.ext.and_then(|e| e.key_connect);
+        // SAFETY: by the caller's contract; 32 readable bytes.
+        self.request("keyConnect", || call.map(|call| unsafe { call(handle, key.as_ptr()) }))
+    }
+
+    /// Guards the messages of a comm.
+    ///
+    /// # Safety
+    /// `comm` is live and has had no request.
+    pub(super) unsafe fn protect(&self, comm: *mut c_void, guard: &Guard) -> Result<()> {
+        let (level, key) = match guard {
+            Guard::None => return Ok(()),
+            Guard::Checksum => (abi::UCCL_PROTECT_CHECKSUM, std::ptr::null()),
+            Guard::Seal(key) => (abi::UCCL_PROTECT_SEAL, key.as_ptr()),
+        };
+        let call = self.ext.and_then(|e| e.protect);
+        // SAFETY: by the caller's contract; null or 32 readable bytes.
+        self.request("protect", || call.map(|call| unsafe { call(comm, level, key) }))
     }
 
     /// # Safety

@@ -5,6 +5,7 @@
 use super::comm::{Accepting, Connecting, Handle, ListenComm, RecvComm, SendComm};
 use super::pairing;
 use super::plugin::{Device, Plugin};
+use super::secure::{ChannelKeys, KeysOf};
 use super::{handle, topology, Scope};
 use crate::logging::Limiter;
 use crate::status::{err, Error, ErrorKind, Result};
@@ -87,8 +88,9 @@ impl Listening {
     }
 
     /// Joins the offers of both sides to channels and starts them. Where nothing can be joined the result is up at once, empty, with a
-    /// reason.
-    pub(crate) fn establish(self, peer: &[Offer]) -> Establishing {
+    /// reason. With `keys` they are tied to a session, where the plugin can do that.
+    pub(crate) fn establish(self, peer: &[Offer], keys: Option<KeysOf<'_>>) -> Establishing {
+        let keys = keys.filter(|_| self.plugin.traits.secured);
         let names: Vec<&str> = self.listeners.iter().map(|l| l.nic.as_str()).collect();
         let theirs: Vec<&str> = peer.iter().map(|o| o.nic.as_str()).collect();
         let joined = pairing::join(&names, &theirs, self.plugin.traits.paired_nics);
@@ -105,7 +107,8 @@ impl Listening {
         let mut channels = Vec::with_capacity(joined.len());
         for (index, (ours, theirs)) in joined.into_iter().enumerate() {
             let Some(listener) = listeners[ours].take() else { continue };
-            channels.push(Channel::start(index, &self.plugin, &self.gpu, listener, &peer[theirs]));
+            let keys = keys.map(|keys| keys(index)).transpose();
+            channels.push(Channel::start(index, &self.plugin, &self.gpu, listener, &peer[theirs], keys));
         }
         Establishing { plugin: self.plugin, channels, began: Instant::now(), first_up: None, reason }
     }
@@ -151,6 +154,10 @@ enum Half<P, U> {
 }
 
 impl<P, U> Half<P, U> {
+    fn begun(pending: Result<P>) -> Self {
+        pending.map_or_else(Half::Failed, Half::Pending)
+    }
+
     /// One step of a pending half.
     fn step(&mut self, poll: impl FnOnce(&mut P) -> Result<Option<U>>) {
         if let Half::Pending(pending) = self {
@@ -178,11 +185,23 @@ struct Channel {
 }
 
 impl Channel {
-    fn start(index: usize, plugin: &Arc<Plugin>, gpu: &Scope, listener: Listener, offer: &Offer) -> Channel {
+    fn start(
+        index: usize,
+        plugin: &Arc<Plugin>,
+        gpu: &Scope,
+        listener: Listener,
+        offer: &Offer,
+        keys: Result<Option<ChannelKeys>>,
+    ) -> Channel {
         let how = plugin.traits.handle_check;
-        let send = match handle::check(how, &listener.comm.handle, &offer.handle) {
-            Ok(()) => Half::Pending(Connecting::new(plugin, listener.dev, gpu, offer.handle)),
-            Err(e) => Half::Failed(e),
+        let keys = keys.map(|keys| keys.map_or((None, None), |k| (Some(k.send), Some(k.recv))));
+        let (send, recv) = match keys {
+            Err(e) => (Half::Failed(e), Half::Gone),
+            Ok((for_send, for_recv)) => {
+                let connecting = handle::check(how, &listener.comm.handle, &offer.handle)
+                    .and_then(|()| Connecting::new(plugin, listener.dev, gpu, offer.handle, for_send));
+                (Half::begun(connecting), Half::begun(Accepting::new(listener.comm, for_recv)))
+            }
         };
         Channel {
             index,
@@ -190,7 +209,7 @@ impl Channel {
             peer_nic: printable(&offer.nic),
             address: handle::address(how, &offer.handle),
             send,
-            recv: Half::Pending(Accepting::new(listener.comm)),
+            recv,
             reported: false,
         }
     }

@@ -139,7 +139,7 @@ fn open(plugin: &Arc<Plugin>, n: usize) -> Listening {
 /// Both sides of a set-up, polled until they are up.
 fn both(a: Listening, b: Listening) -> (Vec<Pair>, Vec<Pair>) {
     let (ours, theirs) = (a.offers(), b.offers());
-    let (mut a, mut b) = (a.establish(&theirs), b.establish(&ours));
+    let (mut a, mut b) = (a.establish(&theirs, None), b.establish(&ours, None));
     let (mut up_a, mut up_b) = (None, None);
     let until = Instant::now() + Duration::from_secs(20);
     while up_a.is_none() || up_b.is_none() {
@@ -271,7 +271,7 @@ fn peer_says_less(plugin: &Arc<Plugin>) {
     // The same while channels are still coming up.
     let (a, b) = (open(plugin, 4), open(plugin, 4));
     let (ours, theirs) = (a.offers(), b.offers());
-    let (mut a, mut b) = (a.establish(&theirs), b.establish(&ours));
+    let (mut a, mut b) = (a.establish(&theirs, None), b.establish(&ours, None));
     a.peer_has(&[3]);
     let (mut up_a, mut up_b) = (None, None);
     let until = Instant::now() + Duration::from_secs(10);
@@ -285,7 +285,7 @@ fn peer_says_less(plugin: &Arc<Plugin>) {
 
 fn nothing_in_common(plugin: &Arc<Plugin>) {
     let foreign: Vec<Offer> = open(plugin, 4).offers().into_iter().map(|o| Offer { nic: "eth3\n".into(), ..o }).collect();
-    let mut side = open(plugin, 4).establish(&foreign);
+    let mut side = open(plugin, 4).establish(&foreign, None);
     assert!(side.poll().expect("no error").expect("settled").is_empty());
     let reason = side.reason().expect("a reason");
     assert!(reason.contains("eth1, eth2") && reason.contains("eth3?"), "{reason}");
@@ -296,7 +296,7 @@ fn given_up(plugin: &Arc<Plugin>) {
     for millis in [0, 1, 5, 15, 25, 35, 60, 100] {
         let (a, b) = (open(plugin, 4), open(plugin, 4));
         let (ours, theirs) = (a.offers(), b.offers());
-        let (mut a, mut b) = (a.establish(&theirs), b.establish(&ours));
+        let (mut a, mut b) = (a.establish(&theirs, None), b.establish(&ours, None));
         let until = Instant::now() + Duration::from_millis(millis);
         loop {
             let up = (a.poll().expect("a"), b.poll().expect("b"));
@@ -312,7 +312,7 @@ fn given_up(plugin: &Arc<Plugin>) {
 
 fn never_begun(plugin: &Arc<Plugin>) {
     let a = open(plugin, 4);
-    drop(open(plugin, 4).establish(&a.offers()));
+    drop(open(plugin, 4).establish(&a.offers(), None));
     drop(a);
     nothing_is_left();
     assert_eq!(counters().accepts_begun.load(Acquire), 0);
@@ -320,7 +320,7 @@ fn never_begun(plugin: &Arc<Plugin>) {
 
 fn the_peer_never_comes(plugin: &Arc<Plugin>) {
     let b = open(plugin, 4);
-    let mut a = open(plugin, 4).establish(&b.offers());
+    let mut a = open(plugin, 4).establish(&b.offers(), None);
     drop(b);
     for _ in 0..50 {
         if a.poll().is_err() {
@@ -357,7 +357,7 @@ fn wild_handles(plugin: &Arc<Plugin>) {
         wild(&|h| h[127] = 1),
         wild(&|h| h[20] = 1),
     ] {
-        let mut side = open(plugin, 2).establish(&offers);
+        let mut side = open(plugin, 2).establish(&offers, None);
         let error = loop {
             match side.poll() {
                 Ok(None) => {}

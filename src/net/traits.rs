@@ -48,6 +48,8 @@ pub struct Traits {
     pub paired_nics: bool,
     /// The devices may change from one set-up to the next.
     pub devices_change: bool,
+    /// Channels prove a key of the session that set them up, and their messages can be guarded.
+    pub secured: bool,
     /// How a peer's handle is checked.
     pub handle_check: HandleCheck,
 }
@@ -74,6 +76,7 @@ impl Traits {
             lingers: !soft,
             paired_nics: !soft && tcpx,
             devices_change: soft,
+            secured: ext.is_some_and(|e| e.key_listen.is_some() && e.key_connect.is_some() && e.protect.is_some()),
             handle_check: match (soft, tcpx) {
                 (true, _) => HandleCheck::Own,
                 (false, true) => HandleCheck::Tcpx,

@@ -4,7 +4,11 @@
 use super::text;
 use crate::config::MAX_CHUNK_BYTES;
 use crate::status::{bail, Result};
+use crate::types::Protect;
 use std::time::Duration;
+
+/// The plugin that can protect data.
+pub(crate) const SOFT: &str = "soft";
 
 /// Channels of one kind at most.
 pub(crate) const MAX_CHANNELS: u16 = 64;
@@ -18,7 +22,7 @@ const MAX_WANTED_GPU: usize = 64;
 /// Further GPUs that a hello names at most.
 pub(crate) const MAX_FURTHER: usize = 7;
 /// Bytes of an encoded hello at most.
-pub(crate) const MAX_HELLO: usize = 2 + 4 + 4 + 4 + 1 + MAX_PLUGIN + 1 + MAX_GPU + 1 + MAX_WANTED_GPU + 1 + MAX_FURTHER;
+pub(crate) const MAX_HELLO: usize = 2 + 4 + 4 + 4 + 1 + 1 + MAX_PLUGIN + 1 + MAX_GPU + 1 + MAX_WANTED_GPU + 1 + MAX_FURTHER;
 
 /// What each side tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +35,8 @@ pub(crate) struct Hello {
     pub gpu_index: i32,
     /// After this much silence this side takes the other for lost.
     pub peer_timeout_ms: u32,
+    /// How much this side wants the data protected.
+    pub protect: Protect,
     /// Plugin that carries device memory.
     pub plugin: String,
     /// PCI address of this side's GPU, or "-1".
@@ -50,6 +56,8 @@ pub(crate) struct Terms {
     pub chunk_bytes: u32,
     /// Both sides take each other for lost after this much silence, and send heartbeats to suit.
     pub peer_timeout: Duration,
+    /// How much the data is protected.
+    pub protect: Protect,
 }
 
 fn put_text(out: &mut Vec<u8>, value: &str, max: usize) {
@@ -81,6 +89,14 @@ fn get_further(rest: &mut &[u8]) -> Result<Vec<u8>> {
     Ok(further.to_vec())
 }
 
+fn protect([level]: [u8; 1]) -> Result<Protect> {
+    let known = [Protect::Off, Protect::Integrity, Protect::Encrypt];
+    match known.into_iter().find(|&p| p as u8 == level) {
+        Some(protect) => Ok(protect),
+        None => bail!(Protocol, "a hello asks for protection {level}, which is not known"),
+    }
+}
+
 impl Hello {
     /// Appends the hello. Texts are escaped and cut to their limits; numbers are sent as they are.
     pub(crate) fn encode(&self, out: &mut Vec<u8>) {
@@ -88,6 +104,7 @@ impl Hello {
         out.extend_from_slice(&self.chunk_bytes.to_le_bytes());
         out.extend_from_slice(&self.gpu_index.to_le_bytes());
         out.extend_from_slice(&self.peer_timeout_ms.to_le_bytes());
+        out.push(self.protect as u8);
         put_text(out, &self.plugin, MAX_PLUGIN);
         put_text(out, &self.gpu, MAX_GPU);
         put_text(out, &self.wanted_gpu, MAX_WANTED_GPU);
@@ -107,6 +124,7 @@ impl Hello {
             chunk_bytes: u32::from_le_bytes(get(rest)?),
             gpu_index: i32::from_le_bytes(get(rest)?),
             peer_timeout_ms: u32::from_le_bytes(get(rest)?),
+            protect: protect(get(rest)?)?,
             plugin: get_text(rest, MAX_PLUGIN, "plugin's name")?,
             gpu: get_text(rest, MAX_GPU, "GPU's name")?,
             wanted_gpu: get_text(rest, MAX_WANTED_GPU, "wanted GPU")?,
@@ -164,7 +182,13 @@ impl Hello {
         if self.plugin != theirs.plugin {
             bail!(Unsupported, "the sides use different network plugins: {} and {}", self.plugin, theirs.plugin);
         }
+        // The stricter side decides; NICs that write into GPU memory cannot decrypt.
+        let protect = self.protect.max(theirs.protect);
+        if protect == Protect::Encrypt && self.plugin != SOFT {
+            bail!(Unsupported, "a side asks for encryption of the data, which network plugin {} cannot do", self.plugin);
+        }
         Ok(Terms {
+            protect,
             channels: self.channels.min(theirs.channels),
             chunk_bytes: self.chunk_bytes.min(theirs.chunk_bytes),
             peer_timeout: Duration::from_millis(self.peer_timeout_ms.min(theirs.peer_timeout_ms).into()),
@@ -184,6 +208,7 @@ pub(crate) mod tests {
             chunk_bytes: 512 << 10,
             gpu_index: -1,
             peer_timeout_ms: 10_000,
+            protect: Protect::Off,
             plugin: "soft".into(),
             gpu: "-1".into(),
             wanted_gpu: "0000:4a:00.0".into(),
@@ -237,11 +262,26 @@ pub(crate) mod tests {
     #[test]
     fn the_smaller_value_counts() {
         let other = Hello { channels: 9, chunk_bytes: 4096, peer_timeout_ms: 20_000, ..sample() };
-        let terms = Terms { channels: 4, chunk_bytes: 4096, peer_timeout: Duration::from_secs(10) };
+        let terms = Terms { channels: 4, chunk_bytes: 4096, peer_timeout: Duration::from_secs(10), protect: Protect::Off };
         assert_eq!(sample().agree(&other), Ok(terms));
         assert_eq!(other.agree(&sample()), Ok(terms));
         let plugin = Hello { plugin: "tcpx".into(), ..sample() };
         assert_eq!(plugin.agree(&sample()).unwrap_err().kind(), crate::status::ErrorKind::Unsupported);
+    }
+
+    #[test]
+    fn the_stricter_protection_counts_where_the_plugin_can_do_it() {
+        let with = |protect, plugin: &str| Hello { protect, plugin: plugin.into(), ..sample() };
+        let levels = [Protect::Off, Protect::Integrity, Protect::Encrypt];
+        for (a, b) in levels.into_iter().flat_map(|a| levels.map(|b| (a, b))) {
+            let agreed = with(a, "soft").agree(&with(b, "soft")).map(|t| t.protect);
+            assert_eq!(agreed, Ok(if a as u8 > b as u8 { a } else { b }));
+            let foreign = with(a, "tcpx").agree(&with(b, "tcpx"));
+            assert_eq!(foreign.is_err(), a == Protect::Encrypt || b == Protect::Encrypt, "{foreign:?}");
+        }
+        let mut bytes = encoded(&sample());
+        bytes[14] = 3;
+        assert!(Hello::decode(&bytes).unwrap_err().to_string().contains("protection 3"));
     }
 
     #[test]

@@ -46,7 +46,6 @@ pub(crate) enum Proof {
 
 impl Proof {
     /// The name of the proved key, for reports about the peer.
-    #[allow(dead_code)]
     pub(crate) fn name(&self) -> Option<&str> {
         match self {
             Proof::Named(name) => Some(name),

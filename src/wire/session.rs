@@ -31,6 +31,14 @@ pub(crate) enum Direction {
 }
 
 impl Direction {
+    /// The other way.
+    pub(crate) fn other(self) -> Direction {
+        match self {
+            Direction::ToListening => Direction::ToConnecting,
+            Direction::ToConnecting => Direction::ToListening,
+        }
+    }
+
     fn label(self) -> &'static [u8] {
         match self {
             Direction::ToListening => b"to listening",
@@ -48,7 +56,6 @@ pub(crate) struct Exporter {
     prk: Guarded<hkdf::Prk>,
 }
 
-#[allow(dead_code, reason = "the data channels do not use it yet")]
 impl Exporter {
     fn derive(&self, parts: &[&[u8]]) -> Result<Secret> {
         let mut key = Secret::default();
@@ -200,8 +207,9 @@ pub(crate) struct Session {
     /// The receiving half.
     pub opener: Opener,
     /// Keys for the data channels.
-    #[allow(dead_code, reason = "the data channels do not use it yet")]
     pub exporter: Exporter,
+    /// The direction that this side sends in.
+    pub ours: Direction,
 }
 
 impl Session {
@@ -210,14 +218,11 @@ impl Session {
     /// `secret`: what only the two sides know, at least 32 bytes of full entropy; `context`: what both saw of the handshake.
     pub(crate) fn new(ours: Direction, secret: &[u8], context: &[u8]) -> Result<Session> {
         let exporter = Exporter { prk: Guarded::new(hkdf::Salt::new(hkdf::HKDF_SHA256, context).extract(secret))? };
-        let theirs = match ours {
-            Direction::ToListening => Direction::ToConnecting,
-            Direction::ToConnecting => Direction::ToListening,
-        };
         Ok(Session {
             sealer: Sealer(Numbered::new(&exporter, ours)?),
-            opener: Opener { numbered: Numbered::new(&exporter, theirs)?, failed: None },
+            opener: Opener { numbered: Numbered::new(&exporter, ours.other())?, failed: None },
             exporter,
+            ours,
         })
     }
 

@@ -3,14 +3,15 @@
 
 use std::collections::HashMap;
 use std::io::{self, ErrorKind};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use socket2::Socket;
 
-use super::{descriptors, invalid, new_socket, own_address, random, tune, word};
-use super::{Connected, Failed, Handle, Invitation, HELLO, STATE_AT};
+use super::{descriptors, invalid, new_socket, own_address, random, take_key, tune, word};
+use super::{Connected, Failed, Handle, Hello, Invitation, STATE_AT};
 use crate::config::Config;
 use crate::fork::PerProcess;
 use crate::interfaces::Interface;
@@ -26,7 +27,8 @@ const IDLE_WHEN_FULL: Duration = Duration::from_secs(1);
 /// A connect under way.
 struct Connecting {
     socket: Socket,
-    invitation: Invitation,
+    target: SocketAddr,
+    hello: Hello,
     connected: bool,
     said: usize,
     asked: Instant,
@@ -101,7 +103,7 @@ pub fn connect(device: &Interface, config: &Config, pool: &Pool, handle: &mut Ha
     let known = table().lock().all.remove(&key);
     let nothing = || invalid("the handle's connect has failed, is finished, was given up, or was never started here");
     let mut attempt = known.ok_or_else(|| Failed::new("connect", nothing()))?;
-    let (peer, nic) = (attempt.invitation.address, device.name.to_string_lossy());
+    let (peer, nic) = (attempt.target, device.name.to_string_lossy());
     if attempt.step().map_err(|e| Failed::new(format!("connect to {peer} on {nic}"), e))? {
         return Ok(Some(Connected::new(attempt.socket, peer, &nic)));
     }
@@ -115,13 +117,15 @@ pub fn connect(device: &Interface, config: &Config, pool: &Pool, handle: &mut Ha
 /// Begins; true when the I/O threads have to be told that there is something to sweep.
 fn start(device: &Interface, config: &Config, handle: &mut Handle) -> Result<bool, Failed> {
     let invitation = Invitation::read(handle).map_err(|e| Failed::new("connect", e))?;
+    let secret = take_key(handle);
+    let hello = invitation.hello(secret.as_ref());
     let what = format!("connect to {} on {}", invitation.address, device.name.to_string_lossy());
     let attempt = || -> io::Result<(u64, bool)> {
         let [a, b, c, d, e, f, g, h, ..] = random()?;
         let key = u64::from_le_bytes([a, b, c, d, e, f, g, h]) | 1;
         let most = (descriptors() / 2).max(16);
         table().lock().make_room(most)?;
-        let attempt = begin(device, config, invitation)?;
+        let attempt = begin(device, config, invitation.address, hello)?;
         Ok((key, table().lock().insert(key, attempt)))
     };
     let (key, first) = attempt().map_err(|e| Failed::new(what, e))?;
@@ -129,8 +133,7 @@ fn start(device: &Interface, config: &Config, handle: &mut Handle) -> Result<boo
     Ok(first)
 }
 
-fn begin(device: &Interface, config: &Config, invitation: Invitation) -> io::Result<Connecting> {
-    let target = invitation.address;
+fn begin(device: &Interface, config: &Config, target: SocketAddr, hello: Hello) -> io::Result<Connecting> {
     let socket = new_socket(&target)?;
     tune(&socket, config)?;
     socket.set_tcp_nodelay(true)?;
@@ -143,7 +146,7 @@ fn begin(device: &Interface, config: &Config, invitation: Invitation) -> io::Res
         Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
         Err(error) => return Err(error),
     }
-    Ok(Connecting { socket, invitation, connected: false, said: 0, asked: Instant::now() })
+    Ok(Connecting { socket, target, hello, connected: false, said: 0, asked: Instant::now() })
 }
 
 /// Leaves through the device itself. The port stays open until the connect, so that ports do not run out.
@@ -178,13 +181,13 @@ impl Connecting {
                 return Err(error);
             }
             // TCP can connect an ephemeral port to itself when nobody listens there.
-            if self.socket.local_addr()?.as_socket() == Some(self.invitation.address) {
+            if self.socket.local_addr()?.as_socket() == Some(self.target) {
                 return Err(io::Error::from_raw_os_error(libc::ECONNREFUSED));
             }
             self.connected = true;
         }
-        let hello = self.invitation.hello();
-        while self.said < HELLO {
+        let hello = self.hello.bytes();
+        while self.said < hello.len() {
             match self.socket.send_with_flags(&hello[self.said..], libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) {
                 Ok(sent) => self.said += sent,
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => return Ok(false),
@@ -203,7 +206,8 @@ mod tests {
         let address = "127.0.0.1:9".parse().unwrap();
         Connecting {
             socket: new_socket(&address).unwrap(),
-            invitation: Invitation { address, cookie: [0; 16] },
+            target: address,
+            hello: Invitation { address, cookie: [0; 16] }.hello(None),
             connected: false,
             said: 0,
             asked: Instant::now() - age,

@@ -11,11 +11,12 @@ use parking_lot::Mutex;
 use socket2::Socket;
 
 use super::{descriptors, invalid, new_socket, own_address, random, tune};
-use super::{Connected, Failed, Handle, Invitation, HELLO};
+use super::{Connected, Failed, Handle, Hello, Invitation, KEYED_HELLO};
 use crate::config::Config;
 use crate::fork::{self, PerProcess};
 use crate::interfaces::Interface;
 use crate::logger::Limited;
+use crate::protect::Key;
 
 /// A connection that has not said hello is dropped after this.
 const HELLO_TIME: Duration = Duration::from_secs(10);
@@ -57,6 +58,11 @@ impl ListenComm {
         self.listener.lock().socket.is_none()
     }
 
+    /// The peer has to prove this key.
+    pub fn expect_key(&self, key: Key) {
+        self.listener.lock().key = Some(key);
+    }
+
     /// One look for the peer.
     pub fn accept(&self) -> Result<Option<Connected>, Failed> {
         let mut listener = self.listener.lock();
@@ -75,6 +81,8 @@ struct Listener {
     socket: Option<Socket>,
     nic: String,
     invitation: Invitation,
+    /// What the peer has to prove besides.
+    key: Option<Key>,
     silent: Vec<Silent>,
 }
 
@@ -83,7 +91,7 @@ struct Silent {
     socket: Socket,
     peer: SocketAddr,
     got: usize,
-    hello: [u8; HELLO],
+    hello: [u8; KEYED_HELLO],
     since: Instant,
     _place: Place,
 }
@@ -110,9 +118,9 @@ impl Drop for Place {
 
 impl Silent {
     /// Reads on: `None` while the hello is incomplete, else whether it is the expected one.
-    fn listen(&mut self, expected: &[u8; HELLO]) -> Option<bool> {
-        while self.got < HELLO {
-            let rest = &mut self.hello[self.got..];
+    fn listen(&mut self, expected: &Hello) -> Option<bool> {
+        while self.got < expected.len {
+            let rest = &mut self.hello[self.got..expected.len];
             // SAFETY: a buffer and its length.
             let got = unsafe { libc::recv(self.socket.as_raw_fd(), rest.as_mut_ptr().cast(), rest.len(), libc::MSG_DONTWAIT) };
             match usize::try_from(got) {
@@ -124,7 +132,7 @@ impl Silent {
                 }
             }
         }
-        Some(self.hello == *expected)
+        Some(expected.is(&self.hello[..expected.len]))
     }
 }
 
@@ -140,12 +148,12 @@ impl Listener {
         let invitation = Invitation { address, cookie: random()? };
         invitation.write(handle);
         let nic = device.name.to_string_lossy().into_owned();
-        Ok(Listener { socket: Some(socket), nic, invitation, silent: Vec::new() })
+        Ok(Listener { socket: Some(socket), nic, invitation, key: None, silent: Vec::new() })
     }
 
     /// The genuine peer's connection, once it has said hello. With it everything else of the listener is given back.
     fn accept(&mut self) -> io::Result<Option<Connected>> {
-        let expected = self.invitation.hello();
+        let expected = self.invitation.hello(self.key.as_ref());
         let found = self.hear_silent(&expected);
         let Some((socket, peer)) = (match found {
             Some(genuine) => Some(genuine),
@@ -159,7 +167,7 @@ impl Listener {
     }
 
     /// Listens to those that were silent, and drops strangers and those that were silent for too long.
-    fn hear_silent(&mut self, expected: &[u8; HELLO]) -> Option<(Socket, SocketAddr)> {
+    fn hear_silent(&mut self, expected: &Hello) -> Option<(Socket, SocketAddr)> {
         static LINE: Limited = Limited::new();
         let mut at = 0;
         while at < self.silent.len() {
@@ -184,7 +192,7 @@ impl Listener {
     }
 
     /// Takes new connections; one that does not say hello at once goes to the silent ones.
-    fn accept_new(&mut self, expected: &[u8; HELLO]) -> io::Result<Option<(Socket, SocketAddr)>> {
+    fn accept_new(&mut self, expected: &Hello) -> io::Result<Option<(Socket, SocketAddr)>> {
         for _ in 0..ACCEPTS_A_CALL {
             let Some(listening) = &self.socket else { return Ok(None) };
             let (socket, peer) = match listening.accept() {
@@ -210,7 +218,7 @@ impl Listener {
         Ok(None)
     }
 
-    fn receive(&mut self, socket: Socket, peer: SocketAddr, expected: &[u8; HELLO]) -> Option<(Socket, SocketAddr)> {
+    fn receive(&mut self, socket: Socket, peer: SocketAddr, expected: &Hello) -> Option<(Socket, SocketAddr)> {
         if self.silent.len() == MAX_SILENT {
             self.silent.remove(0);
         }
@@ -220,7 +228,7 @@ impl Listener {
             self.silent.remove(0);
             place = Place::take(self.silent.is_empty());
         }
-        let mut fresh = Silent { socket, peer, got: 0, hello: [0; HELLO], since: Instant::now(), _place: place? };
+        let mut fresh = Silent { socket, peer, got: 0, hello: [0; KEYED_HELLO], since: Instant::now(), _place: place? };
         match fresh.listen(expected) {
             Some(true) => Some((fresh.socket, fresh.peer)),
             Some(false) => None,

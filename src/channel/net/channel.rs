@@ -12,9 +12,10 @@ use crate::net::comm::{Doorbell, MHandle, RecvComm, SendComm};
 use crate::net::registrations::Registration;
 use crate::net::signals::Quiet;
 use crate::region::Hold;
+use crate::stats::{ChannelStats, Network};
 use crate::status::{bail, Error, Result};
 use crate::types::{Key, Part, Place};
-use nccl_net_abi::{ucclIoVec, MAX_REQUESTS};
+use nccl_net_abi::{ucclCommInfo, ucclIoVec, MAX_REQUESTS};
 use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
@@ -107,12 +108,26 @@ pub(crate) struct Channel {
     pub(super) host_in: Option<Staging>,
     pub(super) device_in: Option<(Registration, Box<dyn StagingMemory>)>,
     pub(super) discard: Option<HostBlock>,
+    /// The name of its NIC, and what it has done, for statistics.
+    nic: String,
+    pub(super) counts: Counts,
+}
+
+/// What a channel has done.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Counts {
+    pub sent_bytes: u64,
+    pub sent_chunks: u64,
+    pub received_bytes: u64,
+    pub received_chunks: u64,
+    pub packed: u64,
+    pub unpacked: u64,
 }
 // SAFETY: raw pointers inside point to memory that this channel or a held region owns; a channel is used by one thread at a time.
 unsafe impl Send for Channel {}
 
 impl Channel {
-    pub(crate) fn new(send: SendComm, recv: RecvComm) -> Channel {
+    pub(crate) fn new(send: SendComm, recv: RecvComm, nic: String) -> Channel {
         Channel {
             send,
             recv,
@@ -130,6 +145,8 @@ impl Channel {
             host_in: None,
             device_in: None,
             discard: None,
+            nic,
+            counts: Counts::default(),
         }
     }
 
@@ -182,6 +199,32 @@ impl Channel {
         Ok(sent.zip(received))
     }
 
+    /// What it counts; `kernel`: with what the kernel knows, which takes a system call.
+    pub(super) fn stats(&self, kernel: bool, now: Instant) -> ChannelStats {
+        let Counts { sent_bytes, sent_chunks, received_bytes, received_chunks, packed, unpacked } = self.counts;
+        let oldest = self.outgoing.front().map_or(0, |o| o.len as u64);
+        let network = if kernel { self.send.info().map(network) } else { None };
+        // Sends end when the kernel has them: what the peer acknowledges says how fast the line is.
+        let delivered = network.as_ref().map(|n| n.delivery_rate as f64).filter(|&rate| rate > 0.0 && sent_bytes > 0);
+        ChannelStats {
+            nic: self.nic.clone(),
+            route: if kernel { self.send.describe() } else { String::new() },
+            sent_bytes,
+            sent_chunks,
+            received_bytes,
+            received_chunks,
+            speed: delivered.unwrap_or_else(|| self.rate.last(oldest, now)),
+            queued_bytes: self.queued,
+            window_out: self.outgoing.len() as u32,
+            window_in: (self.expected.len() + self.posted.len() + self.finishing.len()) as u32,
+            window: MAX_REQUESTS as u32,
+            packed_chunks: packed,
+            unpacked_chunks: unpacked,
+            network,
+            ..ChannelStats::default()
+        }
+    }
+
     /// What is under way, in words; `None` when nothing is.
     pub(super) fn describe_busy(&self) -> Option<String> {
         let mut words = Vec::new();
@@ -203,6 +246,18 @@ impl Drop for Channel {
             (self.host_out, self.host_in, self.device_in) = (None, None, None);
             self.device_out.clear();
         }
+    }
+}
+
+fn network(info: ucclCommInfo) -> Network {
+    let name: Vec<u8> = info.congestion.iter().map(|&c| c as u8).take_while(|&c| c != 0).collect();
+    Network {
+        segments: info.segments,
+        retransmits: info.retransmits,
+        rtt_us: info.rtt_us,
+        min_rtt_us: info.min_rtt_us,
+        delivery_rate: info.delivery_rate,
+        congestion: String::from_utf8_lossy(&name).into_owned(),
     }
 }
 

@@ -28,6 +28,8 @@ impl Channel {
                 break;
             }
             self.recv.consume_oldest()?;
+            self.counts.received_chunks += 1;
+            self.counts.received_bytes += first.arrival.len as u64;
             events.push(Event::Received(first.arrival.key, first.arrival.len as u64));
             self.finishing.pop_front();
             any = true;
@@ -53,7 +55,9 @@ impl Channel {
         match (&arrival.dest, view, staged) {
             (Dest::Memory { place, parts, .. }, Some(view), _) => {
                 // SAFETY: the receive is done and not consumed; the arrival holds the parts' regions.
-                unsafe { device(copier)?.unpack(&view, done.slot, arrival.len, parts, *place) }
+                let ticket = unsafe { device(copier)?.unpack(&view, done.slot, arrival.len, parts, *place) }?;
+                self.counts.unpacked += 1;
+                Ok(ticket)
             }
             (Dest::Memory { parts, .. }, None, Some(staged)) => {
                 // SAFETY: the staging place holds the message; the arrival holds the parts' regions.

@@ -66,6 +66,7 @@ impl Channel {
         let (data, mhandle) = (staging.next(), staging.mhandle());
         // SAFETY: the chunk is at most a stride long; parts are registered device memory by the caller's contract.
         let packing = unsafe { device(copier)?.pack(&chunk.parts, data, place) }?;
+        self.counts.packed += 1;
         Ok(Source::Contiguous { data, mhandle, packing, place: if usage.stage_sends { Place::HOST } else { place } })
     }
 
@@ -121,10 +122,12 @@ impl Channel {
             let Some(sent) = self.outgoing.pop_front() else { bail!(Internal, "a send without a chunk") };
             done += sent.len as u64;
             self.bulk -= usize::from(sent.bulk);
+            self.counts.sent_chunks += 1;
             events.push(Event::Sent(sent.key, sent.len as u64));
         }
         if done > 0 {
             self.queued -= done;
+            self.counts.sent_bytes += done;
             self.rate.done(done, now, self.send.inflight() > 0);
             any = true;
         }

@@ -36,9 +36,10 @@ use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
 use crate::logging::Limiter;
 use crate::region::{Hold, RegionUse};
+use crate::stats::Totals;
 use crate::status::{bail, err, Error, Result, UCCL_OK};
-use crate::types::{Key, Place, Segment};
-use crate::wire::frame::{Frame, WireRegion, WireSegments, MAX_INLINE};
+use crate::types::{Key, Place, Segment, MAX_INLINE};
+use crate::wire::frame::{Frame, WireRegion, WireSegments};
 use crate::wire::queue::TxQueue;
 use deadlines::{Deadlines, Overdue, Way};
 use incoming::{Ended, Ending, Incoming};
@@ -112,6 +113,7 @@ pub(crate) struct Machine {
     /// Bytes of frames that are neither queued any more nor with the socket.
     leaving: usize,
     log: Limiter,
+    counts: Totals,
     dead: Option<Error>,
 }
 
@@ -146,6 +148,7 @@ impl Machine {
             network: (0, 0),
             leaving: 0,
             log: Limiter::new(PEER_LINES),
+            counts: Totals::default(),
             dead: None,
         }
     }
@@ -215,7 +218,7 @@ impl Machine {
     }
 
     /// Whether every account agrees with what is really there, and every stream has a deadline.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     fn audit(&self) -> std::result::Result<(), String> {
         if self.dead.is_some() {
             return Ok(());
@@ -260,6 +263,7 @@ impl Machine {
         let key = Key { id, mine: true };
         self.deadlines.start(key, Way::Out, total, now);
         if let Some(data) = self.load_inline(&segments, total, channels)? {
+            self.counts.inline_sent_bytes += total;
             self.push(&Frame::Write { id, regions: remote_regions, segments: remote, inline: Some(&data) }, now);
             self.transfers.moved(id, total);
         } else {
@@ -311,6 +315,7 @@ impl Machine {
 
     /// Queues a notification.
     pub(crate) fn notify(&mut self, name: &[u8], message: &[u8], now: Instant) {
+        self.counts.notifications_sent += 1;
         self.push(&Frame::Notify { name, message }, now);
     }
 
@@ -429,6 +434,7 @@ impl Machine {
     /// Bytes came in on the control stream; `arriving`: size of the frame they belong to.
     pub(crate) fn heard(&mut self, bytes: usize, arriving: usize, now: Instant) {
         self.clock.rx = now;
+        self.counts.control_received_bytes += bytes as u64;
         // Answers wait behind a large frame that is on its way, and behind all that comes while the peer has a backlog: then its
         // heartbeats stay away.
         if arriving > MAX_INLINE || now.saturating_duration_since(self.clock.ping) > 2 * self.setting.heartbeat {
@@ -439,6 +445,7 @@ impl Machine {
     /// The control socket took bytes; `leaving`: bytes taken from the queue that it has not.
     pub(crate) fn told(&mut self, bytes: usize, leaving: usize, now: Instant) {
         self.leaving = leaving;
+        self.counts.control_sent_bytes += bytes as u64;
         if bytes > 0 {
             self.clock.drained = now;
         }
@@ -531,6 +538,31 @@ impl Machine {
         for id in self.matching.expire_receives(timeout, now) {
             self.transfers.finish(id, Err(err!(TimedOut, "no message came for receive {id} within {timeout:?}")));
         }
+    }
+
+    // ---- statistics ----
+
+    /// What the machine counts.
+    pub(crate) fn counts(&self) -> Totals {
+        let (transfers_started, transfers_completed, transfers_failed) = self.transfers.outcomes();
+        Totals { transfers_started, transfers_completed, transfers_failed, ..self.counts }
+    }
+
+    /// Names the peer.
+    pub(crate) fn peer(&self) -> &str {
+        &self.setting.peer
+    }
+
+    /// Since when nothing was heard of the peer, and how long that may last.
+    pub(crate) fn silence(&self, now: Instant) -> (Duration, Duration) {
+        (now.saturating_duration_since(self.clock.rx), self.setting.peer_timeout)
+    }
+
+    /// A transfer that has not moved for half of its timeout, in words.
+    pub(crate) fn standstill(&mut self, channels: &Channels, now: Instant) -> Option<String> {
+        let overdue = self.deadlines.overdue(self.setting.transfer_timeout / 2, now)?;
+        let limit = self.setting.transfer_timeout;
+        Some(format!("{}; the connection ends after {limit:.1?}", self.describe(overdue, channels).to_str()))
     }
 
     // ---- the end ----

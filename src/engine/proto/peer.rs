@@ -9,8 +9,8 @@ use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
 use crate::region::{Hold, RegionUse};
 use crate::status::{bail, err, Error, ErrorKind, Result, StatusCode, UCCL_OK};
-use crate::types::{Key, Place, Segment};
-use crate::wire::frame::{Frame, Grant, WireRegion, WireSegment, WireSegments, MAX_INLINE};
+use crate::types::{Key, Place, RemoteAccess, Segment, MAX_INLINE};
+use crate::wire::frame::{Frame, Grant, WireRegion, WireSegment, WireSegments};
 use std::time::Instant;
 
 /// A message of the peer may announce this many bytes; its receive is what really bounds it.
@@ -28,6 +28,11 @@ impl Machine {
     }
 
     fn take_frame(&mut self, frame: Frame<'_>, channels: &mut Channels, now: Instant) -> Result<()> {
+        match &frame {
+            Frame::Write { .. } | Frame::Read { .. } | Frame::Message { .. } => self.counts.peer_transfers += 1,
+            Frame::Notify { .. } => self.counts.notifications_received += 1,
+            _ => {}
+        }
         match frame {
             Frame::Write { id, regions, segments, inline } => self.on_write(id, &regions, &segments, inline, channels, now),
             Frame::Read { id, regions, segments } => self.on_read(id, &regions, &segments, channels, now),
@@ -45,8 +50,14 @@ impl Machine {
     }
 
     /// Resolves a peer's segments to memory of this side; every one is checked before anything moves.
-    fn resolve(&mut self, regions: &[WireRegion], segments: &WireSegments<'_>) -> Result<(Vec<Segment>, Vec<RegionUse>)> {
+    fn resolve(
+        &mut self,
+        regions: &[WireRegion],
+        segments: &WireSegments<'_>,
+        access: RemoteAccess,
+    ) -> Result<(Vec<Segment>, Vec<RegionUse>)> {
         let uses = regions.iter().map(|r| self.setting.registry.remote(r.id, &r.token)).collect::<Result<Vec<_>>>()?;
+        uses.iter().try_for_each(|region| region.check_access(access))?;
         let resolve = |s: WireSegment| {
             let Some(region) = uses.get(usize::from(s.region)) else { bail!(Protocol, "segment of region {}", s.region) };
             region.check_remote(s.addr, u64::from(s.len))?;
@@ -64,6 +75,7 @@ impl Machine {
 
     /// Tells the peer that its transfer is refused. It learns what it did wrong, and nothing else.
     fn refuse(&mut self, id: u64, error: &Error, now: Instant) {
+        self.counts.refused += 1;
         self.log.log(log::Level::Warn, now, format_args!("{}: transfer {id} of the peer refused: {error}", self.setting.peer));
         self.push(&Frame::Done { id, status: error.code(), text: &error.to_string() }, now);
     }
@@ -84,9 +96,10 @@ impl Machine {
             bail!(Protocol, "write {id} is empty");
         }
         let key = Key { id, mine: false };
-        let resolved = self.resolve(regions, segments);
+        let resolved = self.resolve(regions, segments, RemoteAccess::WRITE);
         match (resolved, inline) {
             (Ok((segments, uses)), Some(data)) => {
+                self.counts.inline_received_bytes += total;
                 self.store_inline(segments, data, channels)?;
                 drop(uses);
                 self.peer.ended(count);
@@ -135,7 +148,7 @@ impl Machine {
     ) -> Result<()> {
         let count = segments.count();
         self.peer.begin(id, count)?;
-        let answered = self.resolve(regions, segments).and_then(|(segments, uses)| {
+        let answered = self.resolve(regions, segments, RemoteAccess::READ).and_then(|(segments, uses)| {
             let unreachable = segments.iter().find(|s| channels.route(s.place, s.peer).is_none());
             match unreachable {
                 Some(s) => Err(err!(Unsupported, "no channel carries memory of {:?} to {:?}", s.place, s.peer)),
@@ -156,6 +169,7 @@ impl Machine {
         }
         if self.tx.pending() < MAX_INLINE_BACKLOG {
             if let Some(data) = self.load_inline(&segments, total, channels)? {
+                self.counts.inline_sent_bytes += total;
                 self.push(&Frame::ReadInline { id, data: &data }, now);
                 self.peer.ended(count);
                 return Ok(());
@@ -172,6 +186,7 @@ impl Machine {
         }
         let key = Key { id, mine: true };
         let (stream, hold, ..) = self.incoming.take_unbegun(key)?;
+        self.counts.inline_received_bytes += data.len() as u64;
         self.store_inline(stream.into_list(), data, channels)?;
         drop(hold);
         self.deadlines.end(key);
@@ -218,6 +233,7 @@ impl Machine {
     }
 
     fn refused(&mut self, id: u64, status: StatusCode, text: &str) -> Error {
+        self.counts.refused_by_peer += 1;
         let peer = &self.setting.peer;
         Error::new(ErrorKind::from_code(status), format_args!("{peer}: transfer {id} refused by the peer: {}", printable(text)))
     }

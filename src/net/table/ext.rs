@@ -16,8 +16,16 @@ pub(in crate::net) struct Ext {
     pub progress: Option<unsafe extern "C" fn(*mut c_void, *mut u64) -> ncclResult_t>,
     /// Gives up the connect whose handle buffer this is.
     pub abandon_connect: Option<unsafe extern "C" fn(*mut c_void) -> ncclResult_t>,
+    /// What the kernel knows of a comm's connection.
+    pub info: Option<unsafe extern "C" fn(*mut c_void, *mut abi::ucclCommInfo) -> ncclResult_t>,
     /// A line about a comm, for error texts.
     pub describe: Option<unsafe extern "C" fn(*mut c_void, *mut c_char, usize) -> ncclResult_t>,
+    /// A listen comm accepts only who proves a key.
+    pub key_listen: Option<unsafe extern "C" fn(*mut c_void, *const u8) -> ncclResult_t>,
+    /// The connect with a handle buffer proves a key.
+    pub key_connect: Option<unsafe extern "C" fn(*mut c_void, *const u8) -> ncclResult_t>,
+    /// Guards the messages of a comm.
+    pub protect: Option<unsafe extern "C" fn(*mut c_void, c_int, *const u8) -> ncclResult_t>,
 }
 
 impl From<&ucclNetExt_v2> for Ext {
@@ -29,6 +37,10 @@ impl From<&ucclNetExt_v2> for Ext {
             progress: t.progress,
             abandon_connect: t.abandonConnect,
             describe: t.describe,
+            info: t.info,
+            key_listen: t.keyListen,
+            key_connect: t.keyConnect,
+            protect: t.protect,
         }
     }
 }

@@ -119,7 +119,10 @@ impl Side {
     /// Registers fresh memory; its index.
     pub(super) fn allocate(&mut self, bytes: Vec<u8>, place: Place) -> usize {
         let bytes = bytes.into_boxed_slice();
-        let mr = self.registry.add(bytes.as_ptr() as u64, bytes.len() as u64, place).expect("register");
+        let mr = self
+            .registry
+            .add(bytes.as_ptr() as u64, bytes.len() as u64, place, crate::types::RemoteAccess::ALL)
+            .expect("register");
         self.memory.push(Memory { bytes, mr, place, retired: None, freed: false });
         self.memory.len() - 1
     }

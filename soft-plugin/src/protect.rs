@@ -1,0 +1,381 @@
+//! What guards the messages of a comm on their way: a checksum against damage, or AES-256-GCM against anybody without the key.
+//! Knows memory and message numbers, no sockets, and not where keys come from.
+//!
+//! A guarded message has a longer head in place of the plain header; the payload keeps its length:
+//! - checksum: header (12), CRC-32C of the payload (4), CRC-32C of these 16 bytes (4);
+//! - sealed: header and the payload's tag (12 + 16) encrypted, their own tag (16), then the encrypted payload.
+//!
+//! Head and payload of message k have the nonces (0, k) and (1, k). A key belongs to one comm in one direction, and numbers only rise: no
+//! nonce comes twice, and a message that is repeated, left out or out of order does not open.
+
+use std::collections::VecDeque;
+use std::ffi::c_int;
+
+use libc::iovec;
+use nccl_net_abi::{UCCL_PROTECT_CHECKSUM, UCCL_PROTECT_SEAL};
+use ring::aead::{Aad, LessSafeKey, Nonce, Tag, UnboundKey, AES_256_GCM};
+
+use crate::slot::{Body, Header, HEADER};
+
+const CRC: usize = 4;
+const TAG: usize = 16;
+const CHECKED_HEAD: usize = HEADER + 2 * CRC;
+const SEALED_HEAD: usize = HEADER + 2 * TAG;
+/// Bytes of the longest head.
+pub const MAX_HEAD: usize = SEALED_HEAD;
+
+/// The key of a comm.
+pub type Key = [u8; 32];
+
+/// How the messages of a comm are guarded.
+pub enum Guard {
+    /// Against damage.
+    Checksum,
+    /// Against whoever lacks the key.
+    Sealed(Box<LessSafeKey>),
+}
+
+/// What the payload of a message must match.
+#[derive(Clone, Copy)]
+pub enum Proof {
+    /// Its checksum.
+    Checksum(u32),
+    /// Its tag.
+    Sealed([u8; TAG]),
+}
+
+/// Which half of a message a nonce is for.
+#[derive(Clone, Copy)]
+enum Part {
+    Head = 0,
+    Payload = 1,
+}
+
+fn nonce(part: Part, seq: u64) -> Nonce {
+    let mut bytes = [0; 12];
+    bytes[..4].copy_from_slice(&(part as u32).to_be_bytes());
+    bytes[4..].copy_from_slice(&seq.to_be_bytes());
+    Nonce::assume_unique_for_key(bytes)
+}
+
+/// A segment as bytes.
+///
+/// # Safety
+/// It is readable memory that nobody writes while the result is used.
+unsafe fn bytes<'a>(segment: &iovec, len: usize) -> &'a [u8] {
+    // SAFETY: by contract; `len` is at most the segment's length.
+    unsafe { std::slice::from_raw_parts(segment.iov_base.cast_const().cast(), len.min(segment.iov_len)) }
+}
+
+/// CRC-32C of the first `len` bytes of the segments.
+///
+/// # Safety
+/// The segments have that many bytes, readable and not written meanwhile.
+unsafe fn checksum(segments: &[iovec], mut len: usize) -> u32 {
+    let mut sum = 0;
+    for segment in segments {
+        if len == 0 {
+            break;
+        }
+        // SAFETY: by contract.
+        let piece = unsafe { bytes(segment, len) };
+        sum = crc32c::crc32c_append(sum, piece);
+        len -= piece.len();
+    }
+    sum
+}
+
+impl Guard {
+    /// The guard of this level; `None` when there is no such level, or no key for it.
+    pub fn new(level: c_int, key: Option<&Key>) -> Option<Guard> {
+        match level {
+            UCCL_PROTECT_CHECKSUM => Some(Guard::Checksum),
+            UCCL_PROTECT_SEAL => {
+                let key = UnboundKey::new(&AES_256_GCM, key?).ok()?;
+                Some(Guard::Sealed(Box::new(LessSafeKey::new(key))))
+            }
+            _ => None,
+        }
+    }
+
+    /// Bytes of a message's head.
+    pub fn head(&self) -> usize {
+        match self {
+            Guard::Checksum => CHECKED_HEAD,
+            Guard::Sealed(_) => SEALED_HEAD,
+        }
+    }
+
+    /// Writes the head of message `seq` into `out`, and behind it the payload where that does not leave as it is (then true).
+    ///
+    /// # Safety
+    /// The segments are readable and not written meanwhile.
+    unsafe fn wrap(&self, seq: u64, header: &[u8; HEADER], payload: &[iovec], out: &mut Vec<u8>) -> Result<bool, String> {
+        out.clear();
+        match self {
+            Guard::Checksum => {
+                // SAFETY: by contract.
+                let sum = unsafe { checksum(payload, usize::MAX) };
+                out.extend_from_slice(header);
+                out.extend_from_slice(&sum.to_le_bytes());
+                let head = crc32c::crc32c(out);
+                out.extend_from_slice(&head.to_le_bytes());
+                Ok(false)
+            }
+            Guard::Sealed(key) => {
+                out.resize(SEALED_HEAD, 0);
+                for segment in payload {
+                    // SAFETY: by contract.
+                    out.extend_from_slice(unsafe { bytes(segment, usize::MAX) });
+                }
+                let failed = |_| format!("message {seq} could not be sealed");
+                let (head, payload) = out.split_at_mut(SEALED_HEAD);
+                let tag = key.seal_in_place_separate_tag(nonce(Part::Payload, seq), Aad::empty(), payload).map_err(failed)?;
+                head[..HEADER].copy_from_slice(header);
+                head[HEADER..HEADER + TAG].copy_from_slice(tag.as_ref());
+                let (plain, end) = head.split_at_mut(HEADER + TAG);
+                let tag = key.seal_in_place_separate_tag(nonce(Part::Head, seq), Aad::empty(), plain).map_err(failed)?;
+                end.copy_from_slice(tag.as_ref());
+                Ok(true)
+            }
+        }
+    }
+
+    /// Opens the head of message `seq`, which is [`Guard::head`] bytes. Nothing of it is used before it is known to be good.
+    pub fn open(&self, seq: u64, head: &[u8]) -> Result<(Header, Proof), String> {
+        let damaged = || format!("message {seq} was expected; what came was changed on its way, or is another message");
+        let mut plain = [0; SEALED_HEAD];
+        let plain = plain.get_mut(..head.len()).ok_or_else(damaged)?;
+        plain.copy_from_slice(head);
+        let proof = match self {
+            Guard::Checksum => {
+                let (checked, sum) = plain.split_at(CHECKED_HEAD - CRC);
+                if crc32c::crc32c(checked).to_le_bytes() != sum {
+                    return Err(damaged());
+                }
+                let sum = checked.last_chunk::<CRC>().ok_or_else(damaged)?;
+                Proof::Checksum(u32::from_le_bytes(*sum))
+            }
+            Guard::Sealed(key) => {
+                key.open_in_place(nonce(Part::Head, seq), Aad::empty(), plain).map_err(|_| damaged())?;
+                let tag = plain.get(HEADER..).and_then(|rest| rest.first_chunk::<TAG>()).ok_or_else(damaged)?;
+                Proof::Sealed(*tag)
+            }
+        };
+        let header = plain.first_chunk::<HEADER>().ok_or_else(damaged)?;
+        Ok((Header::parse(*header), proof))
+    }
+
+    /// Checks the payload of message `seq`, which fills the first `len` bytes of the segments, and turns it into plain bytes where it is
+    /// not. A sealed payload has one segment.
+    ///
+    /// # Safety
+    /// The segments have that many bytes, which nobody else uses meanwhile.
+    pub unsafe fn finish(&self, seq: u64, proof: Proof, segments: &[iovec], len: usize) -> Result<(), String> {
+        let good = match (self, proof) {
+            // SAFETY: by contract.
+            (Guard::Checksum, Proof::Checksum(sum)) => unsafe { checksum(segments, len) == sum },
+            (Guard::Sealed(key), Proof::Sealed(tag)) => match segments {
+                [segment, ..] if segment.iov_len >= len => {
+                    // SAFETY: by contract.
+                    let payload = unsafe { std::slice::from_raw_parts_mut(segment.iov_base.cast::<u8>(), len) };
+                    let (nonce, tag) = (nonce(Part::Payload, seq), Tag::from(tag));
+                    key.open_in_place_separate_tag(nonce, Aad::empty(), tag, payload, 0..).is_ok()
+                }
+                _ => false,
+            },
+            _ => false,
+        };
+        if good {
+            Ok(())
+        } else {
+            Err(format!("message {seq} was changed on its way"))
+        }
+    }
+}
+
+/// A message as it leaves.
+struct Wrapped {
+    seq: u64,
+    /// The head, and the payload when that is sealed.
+    bytes: Vec<u8>,
+    /// All of it; the first segment is `bytes`.
+    iov: Vec<iovec>,
+    total: usize,
+}
+
+/// The guard of a send comm, with the messages that are on their way out. Each is wrapped once, however often the socket is full.
+pub struct Outgoing {
+    guard: Guard,
+    wrapped: VecDeque<Wrapped>,
+    spare: Vec<Wrapped>,
+}
+
+// SAFETY: the segments point into `bytes` next to them, or at memory that the poster keeps until its message is done.
+unsafe impl Send for Outgoing {}
+
+impl Outgoing {
+    /// Nothing is on its way.
+    pub fn new(guard: Guard) -> Outgoing {
+        Outgoing { guard, wrapped: VecDeque::new(), spare: Vec::new() }
+    }
+
+    /// The segments of message `seq`, which is wrapped if it is not yet; messages come in order.
+    ///
+    /// # Safety
+    /// `body` is that message's, whose memory is readable and not written until it is done.
+    pub unsafe fn message(&mut self, seq: u64, body: &Body) -> Result<&[iovec], String> {
+        let first = self.wrapped.front().map_or(seq, |w| w.seq);
+        let at = usize::try_from(seq.wrapping_sub(first)).unwrap_or(usize::MAX);
+        if at == self.wrapped.len() {
+            let fresh = || Wrapped { seq, bytes: Vec::new(), iov: Vec::new(), total: 0 };
+            let mut next = self.spare.pop().unwrap_or_else(fresh);
+            next.seq = seq;
+            let payload = body.iov.get(1..).unwrap_or_default();
+            // SAFETY: by contract.
+            let inside = unsafe { self.guard.wrap(seq, &body.header, payload, &mut next.bytes) }?;
+            next.iov.clear();
+            next.iov.push(iovec { iov_base: next.bytes.as_mut_ptr().cast(), iov_len: next.bytes.len() });
+            if !inside {
+                next.iov.extend_from_slice(payload);
+            }
+            next.total = body.total - HEADER + self.guard.head();
+            self.wrapped.push_back(next);
+        }
+        match self.wrapped.get(at) {
+            Some(wrapped) => Ok(&wrapped.iov),
+            None => Err(format!("message {seq} after message {first}")),
+        }
+    }
+
+    /// Segments and bytes of the oldest message on its way.
+    pub fn oldest(&self) -> (&[iovec], usize) {
+        self.wrapped.front().map_or((&[], 0), |w| (&w.iov, w.total))
+    }
+
+    /// The oldest message has left.
+    pub fn left(&mut self) {
+        self.spare.extend(self.wrapped.pop_front());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEY: Key = [7; 32];
+
+    fn guards() -> [Guard; 2] {
+        [UCCL_PROTECT_CHECKSUM, UCCL_PROTECT_SEAL].map(|level| Guard::new(level, Some(&KEY)).unwrap())
+    }
+
+    fn segment(bytes: &mut [u8]) -> iovec {
+        iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }
+    }
+
+    /// A message of these bytes on the wire, from pieces of three bytes.
+    fn sent(guard: &Guard, seq: u64, payload: &[u8]) -> Vec<u8> {
+        let mut copy = payload.to_vec();
+        let pieces: Vec<iovec> = copy.chunks_mut(3).map(segment).collect();
+        let header = Header::new(payload.len(), seq, -5).bytes();
+        let mut out = Vec::new();
+        // SAFETY: live memory.
+        if !unsafe { guard.wrap(seq, &header, &pieces, &mut out) }.unwrap() {
+            out.extend_from_slice(payload);
+        }
+        out
+    }
+
+    fn received(guard: &Guard, seq: u64, wire: &[u8]) -> Result<Vec<u8>, String> {
+        let (head, payload) = wire.split_at(guard.head());
+        let (header, proof) = guard.open(seq, head)?;
+        assert_eq!(header, Header::new(payload.len(), seq, -5));
+        let mut payload = payload.to_vec();
+        let len = payload.len();
+        // SAFETY: live memory.
+        unsafe { guard.finish(seq, proof, &[segment(&mut payload)], len) }?;
+        Ok(payload)
+    }
+
+    #[test]
+    fn what_was_sent_comes_out() {
+        for guard in guards() {
+            for len in [1, 3, 10, 4096, 100_003] {
+                let payload: Vec<u8> = (0..len).map(|i| (i * 7) as u8).collect();
+                let wire = sent(&guard, 9, &payload);
+                assert_eq!(wire.len(), len + guard.head());
+                assert_eq!(received(&guard, 9, &wire).unwrap(), payload);
+            }
+        }
+        let sealed = sent(&guards()[1], 0, &[0x41; 64]);
+        assert!(!sealed.windows(4).any(|w| w == [0x41; 4]), "plain bytes on the wire");
+    }
+
+    #[test]
+    fn every_changed_bit_is_noticed() {
+        for guard in guards() {
+            let good = sent(&guard, 3, b"attack at dawn");
+            for bit in 0..good.len() * 8 {
+                let mut bad = good.clone();
+                bad[bit / 8] ^= 1 << (bit % 8);
+                assert!(received(&guard, 3, &bad).is_err(), "bit {bit}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_sealed_message_opens_at_its_place_only() {
+        let [_, guard] = guards();
+        let wire = sent(&guard, 3, b"attack at dawn");
+        for other in [0, 2, 4, 3 + (1 << 32), u64::MAX] {
+            assert!(received(&guard, other, &wire).is_err(), "{other}");
+        }
+        let stranger = Guard::new(UCCL_PROTECT_SEAL, Some(&[8; 32])).unwrap();
+        assert!(received(&stranger, 3, &wire).is_err());
+        // The head of one message does not vouch for the payload of another.
+        let other = sent(&guard, 4, b"attack at noon");
+        let mixed = [&wire[..SEALED_HEAD], &other[SEALED_HEAD..]].concat();
+        assert!(received(&guard, 3, &mixed).is_err());
+    }
+
+    #[test]
+    fn nonces_never_meet() {
+        let [_, guard] = guards();
+        let mut seen = std::collections::HashSet::new();
+        for seq in [0, 1, 2, 1 << 32, u64::MAX] {
+            // Of equal plain bytes, equal sealed ones would show a nonce used twice.
+            let Guard::Sealed(key) = &guard else { panic!() };
+            for part in [Part::Head, Part::Payload] {
+                let mut zeros = [0; 16];
+                let _tag = key.seal_in_place_separate_tag(nonce(part, seq), Aad::empty(), &mut zeros).unwrap();
+                assert!(seen.insert(zeros), "{seq}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_message_is_wrapped_once_and_in_order() {
+        let mut outgoing = Outgoing::new(Guard::new(UCCL_PROTECT_SEAL, Some(&KEY)).unwrap());
+        let mut payload = *b"0123456789";
+        let mut header = [0; HEADER];
+        let mut body = Body { header, iov: Vec::new(), total: HEADER + 10, device: false, tag: 0, exact: false };
+        body.iov = vec![segment(&mut header), segment(&mut payload)];
+        // SAFETY: live memory.
+        unsafe {
+            let first = outgoing.message(5, &body).unwrap()[0].iov_base;
+            assert_eq!(outgoing.message(5, &body).unwrap()[0].iov_base, first);
+            assert!(outgoing.message(7, &body).is_err());
+            assert_ne!(outgoing.message(6, &body).unwrap()[0].iov_base, first);
+            assert_eq!(outgoing.oldest().1, SEALED_HEAD + 10);
+            outgoing.left();
+            assert!(outgoing.message(5, &body).is_err());
+            assert_eq!(outgoing.message(7, &body).unwrap()[0].iov_base, first, "memory is used again");
+        }
+    }
+
+    #[test]
+    fn levels_that_do_not_exist_and_missing_keys_are_refused() {
+        assert!(Guard::new(0, Some(&KEY)).is_none() && Guard::new(3, Some(&KEY)).is_none());
+        assert!(Guard::new(UCCL_PROTECT_SEAL, None).is_none());
+    }
+}

@@ -1,0 +1,271 @@
+//! What attacks on an engine cost a legitimate peer, between real engines over real sockets: how long its connect takes meanwhile, and
+//! how its small operations compare with those before the attack. Times are compared inside one run; a noisy machine gets several tries.
+
+use std::io::Write;
+use std::net::TcpStream;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+use uccl_p2p::config::{Config, PluginChoice};
+use uccl_p2p::engine::{Connection, Direction, Engine, LocalSegment};
+
+/// The most that an attack may slow a legitimate peer's operation down.
+const RATIO: f64 = 2.0;
+/// The most that its connect may take meanwhile.
+const CONNECT: Duration = Duration::from_secs(1);
+const TRIES: usize = 6;
+const OPERATION: usize = 4096;
+
+/// The tests measure: one at a time.
+static ONE: Mutex<()> = Mutex::new(());
+
+fn config() -> Config {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        for (name, value) in [("NCCL_SOCKET_IFNAME", "lo"), ("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "lo")] {
+            // SAFETY: before any engine exists; tests wait for this Once.
+            unsafe { std::env::set_var(name, value) };
+        }
+        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: a writable rlimit, and a readable one.
+        unsafe {
+            assert_eq!(libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit), 0);
+            limit.rlim_cur = limit.rlim_max.min(16_384);
+            assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &limit), 0);
+        }
+    });
+    Config { plugin: PluginChoice::Soft, num_channels: Some(2), ..Config::from_env().expect("configuration") }
+}
+
+fn port(engine: &Engine) -> u16 {
+    engine.metadata().split([':', '?']).nth(1).and_then(|p| p.parse().ok()).expect("port in the metadata")
+}
+
+/// A connection with memory at both ends.
+struct Legitimate<'a> {
+    from: &'a Engine,
+    to: &'a Engine,
+    connection: std::sync::Arc<Connection>,
+    memory: [Vec<u8>; 2],
+    regions: [u64; 2],
+}
+
+impl<'a> Legitimate<'a> {
+    fn connect(from: &'a Engine, to: &'a Engine) -> Legitimate<'a> {
+        let connection = from.connect("127.0.0.1", "", port(to)).expect("a legitimate peer");
+        let memory = [vec![7u8; OPERATION], vec![0u8; OPERATION]];
+        let regions = [(from, &memory[0]), (to, &memory[1])].map(|(e, m)| e.register(m.as_ptr() as usize, OPERATION).unwrap());
+        Legitimate { from, to, connection, memory, regions }
+    }
+
+    /// The median of some operations.
+    fn operation(&self) -> Duration {
+        let [here, there] = [0, 1].map(|i| self.memory[i].as_ptr() as usize);
+        let item = self.to.fifo_item(self.regions[1], there, OPERATION).unwrap();
+        let local = LocalSegment { mr: self.regions[0], addr: here, len: OPERATION };
+        let mut times: Vec<Duration> = (0..400)
+            .map(|_| {
+                let start = Instant::now();
+                let id = self.connection.transfer(Direction::Write, std::iter::once((local, item))).unwrap();
+                assert!(self.connection.wait(id, None).unwrap().complete);
+                start.elapsed()
+            })
+            .collect();
+        times.sort();
+        times[times.len() / 2]
+    }
+}
+
+impl Drop for Legitimate<'_> {
+    fn drop(&mut self) {
+        let _ = (self.from.deregister(self.regions[0]), self.to.deregister(self.regions[1]));
+    }
+}
+
+/// Runs `attack` (repeated until it is told to stop; it counts what it has done) beside a legitimate peer.
+fn endured(name: &str, target: &Engine, attack: &(dyn Fn(&AtomicBool, &AtomicUsize) + Sync)) {
+    let engine = Engine::new(config()).unwrap();
+    let peer = Legitimate::connect(&engine, target);
+    let mut seen = Vec::new();
+    for _ in 0..TRIES {
+        let (stop, done) = (AtomicBool::new(false), AtomicUsize::new(0));
+        let before = peer.operation();
+        let (during, connect) = std::thread::scope(|s| {
+            s.spawn(|| attack(&stop, &done));
+            let under_way = Instant::now();
+            while done.load(Ordering::Relaxed) < 20 && under_way.elapsed() < Duration::from_secs(10) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let during = peer.operation();
+            let start = Instant::now();
+            let fresh = engine.connect("127.0.0.1", "", port(target));
+            let connect = start.elapsed();
+            stop.store(true, Ordering::Relaxed);
+            fresh.expect("a legitimate peer under attack");
+            (during, connect)
+        });
+        let (ratio, times) = (during.as_secs_f64() / before.as_secs_f64(), done.load(Ordering::Relaxed));
+        println!("{name}: {times} times, operation {before:?} before, {during:?} meanwhile ({ratio:.2} x), connect {connect:?}");
+        assert!(times >= 20, "{name}: there was no attack");
+        if ratio <= RATIO && connect <= CONNECT {
+            return;
+        }
+        seen.push((ratio, connect));
+    }
+    panic!("{name}: at most {RATIO} x and {CONNECT:?} are allowed, {seen:?} in {TRIES} tries");
+}
+
+/// An engine that takes all connections, as an application would, and notifications where some will come: asking for them makes the
+/// application one that drives the engine now and then, with other latencies.
+fn with_target(notified: bool, test: impl FnOnce(&Engine)) {
+    let _one = ONE.lock().unwrap_or_else(|e| e.into_inner());
+    let target = Engine::new(config()).unwrap();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            let mut kept = std::collections::VecDeque::new();
+            while let Ok(connection) = target.accept() {
+                kept.push_back(connection);
+                if kept.len() > 64 {
+                    kept.pop_front();
+                }
+            }
+        });
+        s.spawn(|| {
+            while notified && !over.load(Ordering::Relaxed) {
+                while target.next_notification().is_some() {}
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+        // A test that fails ends its threads too.
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| test(&target)));
+        over.store(true, Ordering::Relaxed);
+        target.stop_accept();
+        if let Err(panic) = outcome {
+            std::panic::resume_unwind(panic);
+        }
+    });
+}
+
+/// The first bytes of a set-up, as an engine sends them.
+fn opening() -> Vec<u8> {
+    use std::io::Read;
+    let trap = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = trap.local_addr().unwrap().port();
+    let connects = std::thread::spawn(move || {
+        let impatient = Config { connect_timeout: Duration::from_millis(500), ..config() };
+        assert!(Engine::new(impatient).unwrap().connect("127.0.0.1", "", port).is_err());
+    });
+    let mut sock = trap.accept().unwrap().0;
+    let mut bytes = vec![0; 120];
+    sock.read_exact(&mut bytes).unwrap();
+    drop(sock);
+    connects.join().unwrap();
+    bytes
+}
+
+/// A stranger's socket; a machine that has run out of ports gives none for a moment.
+fn stranger(target: &Engine) -> Option<TcpStream> {
+    let sock = TcpStream::connect(("127.0.0.1", port(target))).ok();
+    if sock.is_none() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    sock
+}
+
+/// Closing it sends a reset, and leaves no port behind.
+fn abrupt(sock: &TcpStream) {
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    // SAFETY: a linger struct of that size.
+    let set = unsafe {
+        let len = size_of::<libc::linger>() as libc::socklen_t;
+        libc::setsockopt(sock.as_raw_fd(), libc::SOL_SOCKET, libc::SO_LINGER, (&raw const linger).cast(), len)
+    };
+    assert_eq!(set, 0);
+}
+
+#[test]
+fn a_thousand_held_hellos() {
+    let opening = opening();
+    with_target(false, |target| {
+        endured("1,000 held hellos", target, &|stop, done| {
+            let hold = |_| {
+                let mut sock = stranger(target)?;
+                abrupt(&sock);
+                let _ = sock.write_all(&opening);
+                Some(sock)
+            };
+            let held: Vec<TcpStream> = (0..1000).filter_map(hold).collect();
+            done.store(held.len(), Ordering::Relaxed);
+            while !stop.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+    });
+}
+
+#[test]
+fn a_flood_of_resets() {
+    let opening = opening();
+    with_target(false, |target| {
+        endured("resets", target, &|stop, done| {
+            while !stop.load(Ordering::Relaxed) {
+                let Some(mut sock) = stranger(target) else { continue };
+                abrupt(&sock);
+                let n = done.fetch_add(1, Ordering::Relaxed);
+                // With nothing said, a part, and a whole opening.
+                let _ = sock.write_all(&opening[..[0, 60, 120][n % 3]]);
+            }
+        });
+    });
+}
+
+#[test]
+fn slow_loris() {
+    let opening = opening();
+    with_target(false, |target| {
+        endured("slow loris", target, &|stop, done| {
+            let mut all: Vec<(TcpStream, usize)> = Vec::new();
+            while !stop.load(Ordering::Relaxed) {
+                all.retain_mut(|(sock, said)| {
+                    *said += 1;
+                    opening.get(*said - 1..*said).is_some_and(|byte| sock.write_all(byte).is_ok())
+                });
+                while all.len() < 200 {
+                    let Some(sock) = stranger(target) else { break };
+                    abrupt(&sock);
+                    all.push((sock, 0));
+                    done.fetch_add(1, Ordering::Relaxed);
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        });
+    });
+}
+
+#[test]
+fn a_proved_peer_that_floods_notifications() {
+    with_target(true, |target| {
+        let flooder = Engine::new(config()).unwrap();
+        endured("notifications of a proved peer", target, &|stop, done| {
+            let connection = flooder.connect("127.0.0.1", "", port(target)).expect("a peer");
+            while !stop.load(Ordering::Relaxed) && connection.notify(b"name", &[7; 200]).is_ok() {
+                done.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+    });
+}
+
+#[test]
+fn a_proved_peer_that_connects_over_and_over() {
+    with_target(false, |target| {
+        let flooder = Engine::new(config()).unwrap();
+        endured("connects of a proved peer", target, &|stop, done| {
+            while !stop.load(Ordering::Relaxed) {
+                drop(flooder.connect("127.0.0.1", "", port(target)));
+                done.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+    });
+}
