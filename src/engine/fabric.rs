@@ -53,14 +53,17 @@ impl Opened {
         if peers.len() != self.0.len() {
             bail!(Protocol, "the peer offers {} sets of channels, this side {}", peers.len(), self.0.len());
         }
-        let start = |(number, ((plan, set), peer)): (usize, ((Plan, Result<Listening>), &Vec<Offer>))| match set {
-            Ok(listening) => {
-                let coming = listening.establish(peer, Some(&|index| keys(number, index)));
-                Set { plan, coming: Some(coming), up: None, why: None }
-            }
-            Err(e) => Set { plan, coming: None, up: Some(Vec::new()), why: Some(e.to_string()) },
-        };
-        Ok(Raising { sets: self.0.into_iter().zip(peers).enumerate().map(start).collect(), needed_up: None })
+        let mut sets = Vec::new();
+        for (number, ((plan, set), peer)) in self.0.into_iter().zip(peers).enumerate() {
+            sets.push(match set {
+                Ok(listening) => {
+                    let coming = listening.establish(peer, Some(&|index| keys(number, index)));
+                    Set { plan, coming: Some(coming), up: None, why: None }
+                }
+                Err(e) => Set { plan, coming: None, up: Some(Vec::new()), why: Some(e.to_string()) },
+            });
+        }
+        Ok(Raising { sets, needed_up: None })
     }
 }
 

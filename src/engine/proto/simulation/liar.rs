@@ -40,15 +40,6 @@ struct World {
     offsets: Vec<(Key, u64)>,
 }
 
-impl World {
-    fn new(seed: u64) -> World {
-        let net = Arc::new(Mutex::new(Net::new(DEVICE_CHANNELS + HOST_CHANNELS, seed % 8 < 4)));
-        let now = Instant::now();
-        let victim = Side::new(&net, 0, CHUNK, if seed % 3 == 0 { 0 } else { 2000 }, now);
-        World { rng: Rng::new(seed), net, victim, now, mine: Vec::new(), next: 1, offsets: Vec::new() }
-    }
-}
-
 pub(super) fn play(seed: u64, script: &[Action]) -> Result<(), String> {
     let mut world = World::new(seed);
     for &action in script {

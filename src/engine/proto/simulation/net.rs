@@ -142,7 +142,7 @@ impl Net {
 /// The parts of a chunk lie in regions that it holds itself.
 fn assert_held(parts: &[Part], hold: &Hold) {
     for part in parts {
-        let span = hold.span(part.region).expect("a part of a region that its chunk does not hold");
+        let span = hold.span_to_register(part.region).expect("a part of a region that its chunk does not hold");
         assert!(part.addr >= span.addr && part.addr + part.len <= span.addr + span.len, "a part outside of its region");
     }
 }
