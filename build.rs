@@ -10,6 +10,8 @@ fn main() {
     println!("cargo:rerun-if-changed=cbindgen.toml");
     println!("cargo:rerun-if-changed=src/net/plugin_log.c");
     println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libuccl_p2p.so.0");
+    // Threads and a handler of forks outlive a dlclose: their code stays.
+    println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
     cc::Build::new().file("src/net/plugin_log.c").warnings_into_errors(true).extra_warnings(true).compile("uccl_p2p_plugin_log");
     let root = PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR"));
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("uccl_engine.h");
@@ -19,7 +21,7 @@ fn main() {
     for source in ["src/status.rs", "src/engine/fifo.rs"] {
         builder = builder.with_src(root.join(source));
     }
-    for part in ["engine", "metadata", "connection", "memory", "transfer", "notif", "logging", "info"] {
+    for part in ["engine", "metadata", "connection", "memory", "transfer", "notif", "logging", "stats", "info"] {
         builder = builder.with_src(root.join(format!("src/ffi/{part}.rs")));
     }
     let mut header = Vec::new();

@@ -1,7 +1,8 @@
 //! What the engine costs beside moving bytes: CPU while idle, time to connect, memory of connections and channels, the round trip of a
-//! notification, and the rate over many peers. Two processes; this program starts itself again as the passive side.
+//! notification, the rate over many connections, a small operation beside a thousand idle connections, and one behind a large transfer. Two
+//! processes; this program starts itself again as the passive side.
 //!
-//! usage: cargo bench --bench cost -- [idle] [connect] [memory] [notify] [peers] [--seconds S]     default: all of them
+//! usage: cargo bench --bench cost -- [idle] [connect] [memory] [notify] [connections] [crowd] [line] [--seconds S]     default: all of them
 //!
 //! Prints one JSON object a row. Exit status 1 when an idle engine uses more than half a percent of a core.
 
@@ -55,8 +56,14 @@ fn main() -> ExitCode {
     if wanted("notify") {
         notify(seconds);
     }
-    if wanted("peers") {
-        peers(seconds);
+    if wanted("connections") {
+        many_connections(seconds);
+    }
+    if wanted("line") {
+        line(seconds);
+    }
+    if wanted("crowd") {
+        crowd(seconds);
     }
     if wanted("idle") {
         good &= idle();
@@ -98,7 +105,7 @@ fn serve(channels: Option<usize>) -> ExitCode {
         if !matches!(line.as_deref(), Ok("echo")) {
             continue;
         }
-        let peer = loop {
+        let initiator = loop {
             if let Some(connection) = accepted.lock().expect("no holder panics").last() {
                 break connection.clone();
             }
@@ -108,7 +115,7 @@ fn serve(channels: Option<usize>) -> ExitCode {
         loop {
             match engine.next_notification() {
                 Some(n) if n.msg == STOP => break,
-                Some(n) => peer.notify(&n.name, &n.msg).expect("the peer is there"),
+                Some(n) => initiator.notify(&n.name, &n.msg).expect("the initiator is there"),
                 None => std::thread::yield_now(),
             }
         }
@@ -330,7 +337,7 @@ fn move_slice(connection: &Connection, direction: Direction, local: LocalSegment
 }
 
 /// 64 MiB in each iteration, cut over the connections of one client process to one server process.
-fn peers(seconds: f64) {
+fn many_connections(seconds: f64) {
     let server = Server::start(None);
     let engine = Engine::new(config(None)).expect("engine");
     let mut buffer = vec![4u8; TOTAL];
@@ -369,7 +376,7 @@ fn peers(seconds: f64) {
             let used = cpu() - used;
             times.sort_by(f64::total_cmp);
             println!(
-                "{{\"row\": \"peers\", \"op\": \"{}\", \"peers\": {count}, \"channels\": {}, \"gbytes_per_s\": {:.3}, \"p99_us\": {:.0}, \
+                "{{\"row\": \"connections\", \"op\": \"{}\", \"connections\": {count}, \"channels\": {}, \"gbytes_per_s\": {:.3}, \"p99_us\": {:.0}, \
                  \"cpu_s_per_gib\": {:.4}}}",
                 if direction == Direction::Write { "write" } else { "read" },
                 connections[0].channels(),
@@ -378,5 +385,102 @@ fn peers(seconds: f64) {
                 used * (1u64 << 30) as f64 / (TOTAL * times.len()) as f64
             );
         }
+    }
+}
+
+/// Sorted durations of an operation in microseconds, for `seconds` at least.
+fn time_all(seconds: f64, mut once: impl FnMut()) -> Vec<f64> {
+    (0..50).for_each(|_| once());
+    let mut times = Vec::new();
+    let began = Instant::now();
+    while times.len() < 200 || began.elapsed().as_secs_f64() < seconds {
+        let started = Instant::now();
+        once();
+        times.push(started.elapsed().as_secs_f64() * 1e6);
+    }
+    times.sort_by(f64::total_cmp);
+    times
+}
+
+/// A 4 KiB write that is polled, and a look for notifications that finds none, on one connection: alone, and beside 1,000 idle ones of
+/// the same engines. And what those cost while nothing happens.
+fn crowd(seconds: f64) {
+    const IDLE: usize = 1000;
+    let server = Server::start(Some(1));
+    let engine = Engine::new(config(Some(1))).expect("engine");
+    let buffer = vec![5u8; 4096];
+    let mr = engine.register(buffer.as_ptr() as usize, buffer.len()).expect("register");
+    let local = LocalSegment { mr, addr: buffer.as_ptr() as usize, len: buffer.len() };
+    let connection = server.connect(&engine);
+    let mut idle = Vec::new();
+    for count in [0, IDLE] {
+        while idle.len() < count {
+            idle.push(server.connect(&engine));
+        }
+        std::thread::sleep(Duration::from_secs(1));
+        let ids = [std::process::id(), server.pid()];
+        let used = ids.map(cpu_seconds);
+        let began = Instant::now();
+        std::thread::sleep(Duration::from_secs(IDLE_SECONDS));
+        let percent = [0, 1].map(|i| (cpu_seconds(ids[i]) - used[i]) / began.elapsed().as_secs_f64() * 100.0);
+        let used = cpu_seconds(ids[1]);
+        let ops = time_all(seconds, || {
+            let id = connection.transfer(Direction::Write, std::iter::once((local, server.item))).expect("transfer");
+            while !connection.poll(id).expect("poll").complete {}
+        });
+        let server_us = (cpu_seconds(ids[1]) - used) * 1e6 / (ops.len() + 50) as f64;
+        let looks = time_all(seconds, || assert!(engine.next_notification().is_none()));
+        println!(
+            "{{\"row\": \"crowd\", \"idle_connections\": {count}, \"write_4k_p50_us\": {:.2}, \"write_4k_p99_us\": {:.2}, \
+             \"target_cpu_us_per_write\": {server_us:.2}, \"no_notification_us\": {:.3}, \"idle_percent\": [{:.3}, {:.3}]}}",
+            percentile(&ops, 50.0),
+            percentile(&ops, 99.0),
+            percentile(&looks, 50.0),
+            percent[0],
+            percent[1]
+        );
+    }
+}
+
+/// A small write behind one of 1 GiB on the same connection: how long it takes, beside what the large one takes and what it takes alone.
+fn line(seconds: f64) {
+    const TIMES: usize = 16;
+    let server = Server::start(None);
+    let engine = Engine::new(config(None)).expect("engine");
+    let buffer = vec![6u8; TOTAL];
+    let mr = engine.register(buffer.as_ptr() as usize, TOTAL).expect("register");
+    let local = |len| LocalSegment { mr, addr: buffer.as_ptr() as usize, len };
+    let connection = server.connect(&engine);
+    let start =
+        |items: Vec<(LocalSegment, FifoItem)>| connection.transfer(Direction::Write, items.into_iter()).expect("transfer");
+    let finish = |id| while !connection.poll(id).expect("poll").complete {};
+    for len in [4096usize, 64 << 10] {
+        let alone = time_all(seconds / 4.0, || finish(start(vec![(local(len), server.item)])));
+        let (mut behind, mut large) = (Vec::new(), Vec::new());
+        let began = Instant::now();
+        while large.len() < 3 || began.elapsed().as_secs_f64() < seconds {
+            let started = Instant::now();
+            let big = start(vec![(local(TOTAL), server.item); TIMES]);
+            // Small ones as long as the large one runs.
+            while !connection.poll(big).expect("poll").complete {
+                let posted = Instant::now();
+                finish(start(vec![(local(len), server.item)]));
+                behind.push(posted.elapsed().as_secs_f64() * 1e6);
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            large.push(started.elapsed().as_secs_f64() * 1e3);
+        }
+        behind.sort_by(f64::total_cmp);
+        large.sort_by(f64::total_cmp);
+        println!(
+            "{{\"row\": \"line\", \"bytes\": {len}, \"alone_p50_us\": {:.1}, \"behind_p50_us\": {:.1}, \"behind_p99_us\": {:.1}, \
+             \"behind_max_us\": {:.1}, \"large_p50_ms\": {:.1}, \"samples\": {}}}",
+            percentile(&alone, 50.0),
+            percentile(&behind, 50.0),
+            percentile(&behind, 99.0),
+            behind[behind.len() - 1],
+            percentile(&large, 50.0),
+            behind.len()
+        );
     }
 }

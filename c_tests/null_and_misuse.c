@@ -311,6 +311,95 @@ CASE(uccl_engine_last_status)
     uccl_engine_destroy(engine);
 }
 
+/* Statistics. */
+
+CASE(uccl_engine_stats)
+{
+    WITH_FIXTURE(f)
+    {
+        uccl_stats_t stats = {.size = sizeof stats};
+        uccl_engine_t *engine;
+        FOR_EACH(engine, f.bad_engines) CHECK_MISUSE(uccl_engine_stats(engine, &stats));
+        CHECK_MISUSE(uccl_engine_stats(f.engine, NULL));
+        CHECK_MISUSE(uccl_engine_stats(f.engine, (uccl_stats_t *)((char *)&stats + 1)));
+        uccl_stats_t small = {.size = 0, .connections = UNTOUCHED};
+        CHECK_MISUSE(uccl_engine_stats(f.engine, &small));
+        CHECK_EQ(stats.uptime_ms, 0);
+        /* A caller of an older version has a smaller structure: what lies behind it is not its own. */
+        small.size = offsetof(uccl_stats_t, connections);
+        CHECK_OK(uccl_engine_stats(f.engine, &small));
+        CHECK_EQ(small.size, offsetof(uccl_stats_t, connections));
+        CHECK_EQ(small.connections, UNTOUCHED);
+        /* One of a later version has a larger one. */
+        struct {
+            uccl_stats_t known;
+            uint64_t later;
+        } large = {.known.size = sizeof large, .later = UNTOUCHED};
+        CHECK_OK(uccl_engine_stats(f.engine, &large.known));
+        CHECK_EQ(large.known.size, sizeof(uccl_stats_t));
+        CHECK_EQ(large.later, UNTOUCHED);
+        CHECK_OK(uccl_engine_stats(f.engine, &stats));
+        CHECK(stats.connections == 2 && stats.setups_in >= 1 && stats.setups_out >= 1);
+    }
+}
+
+CASE(uccl_engine_conn_stats)
+{
+    WITH_FIXTURE(f)
+    {
+        uccl_conn_stats_t stats = {.size = sizeof stats};
+        uccl_conn_t *conn;
+        FOR_EACH(conn, f.bad_conns) CHECK_MISUSE(uccl_engine_conn_stats(conn, &stats));
+        CHECK_MISUSE(uccl_engine_conn_stats(f.conn, NULL));
+        stats.size = 8;
+        CHECK_MISUSE(uccl_engine_conn_stats(f.conn, &stats));
+        stats.size = sizeof stats;
+        uint64_t id;
+        CHECK_OK(uccl_engine_write(f.conn, f.mr, f.mem, LEN / 2, item_at(f.item, f.mem + LEN / 2, LEN / 2), &id));
+        CHECK_OK(outcome(f.conn, id));
+        CHECK_OK(uccl_engine_conn_stats(f.conn, &stats));
+        CHECK(stats.up == 1 && stats.channels > 0 && stats.transfers_completed == 1 && stats.sent_bytes == LEN / 2);
+        CHECK(stats.control_sent_bytes > 0 && stats.refused_by_peer == 0);
+    }
+}
+
+CASE(uccl_engine_channel_stats)
+{
+    WITH_FIXTURE(f)
+    {
+        uccl_channel_stats_t stats = {.size = sizeof stats};
+        uccl_conn_stats_t all = {.size = sizeof all};
+        uccl_conn_t *conn;
+        FOR_EACH(conn, f.bad_conns) CHECK_MISUSE(uccl_engine_channel_stats(conn, 0, &stats));
+        CHECK_MISUSE(uccl_engine_channel_stats(f.conn, 0, NULL));
+        CHECK_OK(uccl_engine_conn_stats(f.conn, &all));
+        CHECK_STATUS(uccl_engine_channel_stats(f.conn, all.channels, &stats), UCCL_ERR_NOT_FOUND);
+        CHECK_STATUS(uccl_engine_channel_stats(f.conn, SIZE_MAX, &stats), UCCL_ERR_NOT_FOUND);
+        for (size_t i = 0; i < all.channels; i++) {
+            CHECK_OK(uccl_engine_channel_stats(f.conn, i, &stats));
+            CHECK(stats.nic[0] && stats.window > 0 && stats.segments > 0);
+        }
+    }
+}
+
+CASE(uccl_engine_stats_text)
+{
+    WITH_FIXTURE(f)
+    {
+        static char buf[64 * KIB];
+        size_t needed = UNTOUCHED;
+        uccl_engine_t *engine;
+        FOR_EACH(engine, f.bad_engines) CHECK_MISUSE(uccl_engine_stats_text(engine, buf, sizeof buf, &needed));
+        CHECK(needed == UNTOUCHED);
+        CHECK_MISUSE(uccl_engine_stats_text(f.engine, NULL, sizeof buf, NULL));
+        CHECK_STATUS(uccl_engine_stats_text(f.engine, NULL, 0, &needed), UCCL_ERR_RESOURCE);
+        CHECK(needed > 100 && needed < sizeof buf);
+        CHECK_OK(uccl_engine_stats_text(f.engine, buf, sizeof buf, &needed));
+        CHECK_EQ(strlen(buf) + 1, needed);
+        CHECK(strstr(buf, "channel 0") && strstr(buf, "connection 1 to "));
+    }
+}
+
 /* Memory. */
 
 CASE(uccl_engine_reg)

@@ -200,6 +200,358 @@ typedef struct notify_msg {
 typedef void (*uccl_log_callback_t)(int level, const char *text, void *user);
 
 /**
+ * What an engine counts. Set `size` to sizeof(uccl_stats_t) before the call: that is how the library knows what the caller has room for.
+ * Later versions only append members. Counters begin at 0 with the engine and never fall; those of connections include the
+ * connections that have ended.
+ */
+typedef struct uccl_stats_t {
+  /**
+   * In: bytes of the caller's structure. Out: bytes that were filled.
+   */
+  size_t size;
+  /**
+   * Milliseconds since the engine was created.
+   */
+  uint64_t uptime_ms;
+  /**
+   * Connections that are there.
+   */
+  uint64_t connections;
+  /**
+   * Connections that came up.
+   */
+  uint64_t connections_opened;
+  /**
+   * Connections that one of the sides closed.
+   */
+  uint64_t connections_closed;
+  /**
+   * Connections that failed.
+   */
+  uint64_t connections_lost;
+  /**
+   * Incoming set-ups that succeeded.
+   */
+  uint64_t setups_in;
+  /**
+   * Incoming set-ups that failed.
+   */
+  uint64_t setups_in_failed;
+  /**
+   * Incoming set-ups refused for lack of a permission or of room.
+   */
+  uint64_t setups_in_refused;
+  /**
+   * Outgoing set-ups that succeeded.
+   */
+  uint64_t setups_out;
+  /**
+   * Outgoing set-ups that failed.
+   */
+  uint64_t setups_out_failed;
+  /**
+   * Times that a limit was hit: of set-ups, descriptors, transfers, notifications.
+   */
+  uint64_t limits_hit;
+  /**
+   * Connections that ended at a deadline.
+   */
+  uint64_t timeouts;
+  /**
+   * Notifications that the application has not taken.
+   */
+  uint64_t notifications_waiting;
+  /**
+   * Bytes that channels have sent.
+   */
+  uint64_t sent_bytes;
+  /**
+   * Chunks that channels have sent.
+   */
+  uint64_t sent_chunks;
+  /**
+   * Bytes that channels have received.
+   */
+  uint64_t received_bytes;
+  /**
+   * Chunks that channels have received.
+   */
+  uint64_t received_chunks;
+  /**
+   * Bytes of small transfers sent inside control frames.
+   */
+  uint64_t inline_sent_bytes;
+  /**
+   * Bytes of small transfers received inside control frames.
+   */
+  uint64_t inline_received_bytes;
+  /**
+   * Transfers that this side started.
+   */
+  uint64_t transfers_started;
+  /**
+   * Transfers of this side that succeeded.
+   */
+  uint64_t transfers_completed;
+  /**
+   * Transfers of this side that failed.
+   */
+  uint64_t transfers_failed;
+  /**
+   * Transfers that the peer announced.
+   */
+  uint64_t peer_transfers;
+  /**
+   * Transfers of the peer that this side refused.
+   */
+  uint64_t refused;
+  /**
+   * Transfers of this side that the peer refused.
+   */
+  uint64_t refused_by_peer;
+  /**
+   * Bytes sent on the control stream.
+   */
+  uint64_t control_sent_bytes;
+  /**
+   * Bytes received on the control stream.
+   */
+  uint64_t control_received_bytes;
+  /**
+   * Notifications sent.
+   */
+  uint64_t notifications_sent;
+  /**
+   * Notifications received.
+   */
+  uint64_t notifications_received;
+  /**
+   * Seconds in which a channel with chunks under way moved none.
+   */
+  uint64_t stalls;
+  /**
+   * Times that the peer, or a transfer, kept silent for half of its timeout.
+   */
+  uint64_t slow_answers;
+  /**
+   * Chunks gathered from device memory.
+   */
+  uint64_t packed_chunks;
+  /**
+   * Chunks scattered to device memory.
+   */
+  uint64_t unpacked_chunks;
+} uccl_stats_t;
+
+/**
+ * What a connection counts. `size`: as in uccl_stats_t.
+ */
+typedef struct uccl_conn_stats_t {
+  /**
+   * In: bytes of the caller's structure. Out: bytes that were filled.
+   */
+  size_t size;
+  /**
+   * Number of the connection within the engine, from 1.
+   */
+  uint64_t id;
+  /**
+   * 1 while the connection is up, 0 once it has ended.
+   */
+  uint64_t up;
+  /**
+   * Milliseconds since it came up.
+   */
+  uint64_t age_ms;
+  /**
+   * Milliseconds since anything was heard of the peer; heartbeats count.
+   */
+  uint64_t silent_ms;
+  /**
+   * Data channels; 0 once it has ended.
+   */
+  uint64_t channels;
+  /**
+   * Transfers of this side that are under way.
+   */
+  uint64_t transfers_in_flight;
+  /**
+   * Bytes of the control stream that wait to leave.
+   */
+  uint64_t backlog_bytes;
+  /**
+   * Bytes that channels have sent.
+   */
+  uint64_t sent_bytes;
+  /**
+   * Chunks that channels have sent.
+   */
+  uint64_t sent_chunks;
+  /**
+   * Bytes that channels have received.
+   */
+  uint64_t received_bytes;
+  /**
+   * Chunks that channels have received.
+   */
+  uint64_t received_chunks;
+  /**
+   * Bytes of small transfers sent inside control frames.
+   */
+  uint64_t inline_sent_bytes;
+  /**
+   * Bytes of small transfers received inside control frames.
+   */
+  uint64_t inline_received_bytes;
+  /**
+   * Transfers that this side started.
+   */
+  uint64_t transfers_started;
+  /**
+   * Transfers of this side that succeeded.
+   */
+  uint64_t transfers_completed;
+  /**
+   * Transfers of this side that failed.
+   */
+  uint64_t transfers_failed;
+  /**
+   * Transfers that the peer announced.
+   */
+  uint64_t peer_transfers;
+  /**
+   * Transfers of the peer that this side refused.
+   */
+  uint64_t refused;
+  /**
+   * Transfers of this side that the peer refused.
+   */
+  uint64_t refused_by_peer;
+  /**
+   * Bytes sent on the control stream.
+   */
+  uint64_t control_sent_bytes;
+  /**
+   * Bytes received on the control stream.
+   */
+  uint64_t control_received_bytes;
+  /**
+   * Notifications sent.
+   */
+  uint64_t notifications_sent;
+  /**
+   * Notifications received.
+   */
+  uint64_t notifications_received;
+  /**
+   * Seconds in which a channel with chunks under way moved none.
+   */
+  uint64_t stalls;
+  /**
+   * Times that the peer, or a transfer, kept silent for half of its timeout.
+   */
+  uint64_t slow_answers;
+  /**
+   * Chunks gathered from device memory.
+   */
+  uint64_t packed_chunks;
+  /**
+   * Chunks scattered to device memory.
+   */
+  uint64_t unpacked_chunks;
+} uccl_conn_stats_t;
+
+/**
+ * What a data channel counts. `size`: as in uccl_stats_t.
+ */
+typedef struct uccl_channel_stats_t {
+  /**
+   * In: bytes of the caller's structure. Out: bytes that were filled.
+   */
+  size_t size;
+  /**
+   * Bytes sent.
+   */
+  uint64_t sent_bytes;
+  /**
+   * Chunks sent.
+   */
+  uint64_t sent_chunks;
+  /**
+   * Bytes received.
+   */
+  uint64_t received_bytes;
+  /**
+   * Chunks received.
+   */
+  uint64_t received_chunks;
+  /**
+   * Bytes sent per second, over the last second or so.
+   */
+  uint64_t sent_bytes_per_second;
+  /**
+   * Bytes received per second, over the last second or so.
+   */
+  uint64_t received_bytes_per_second;
+  /**
+   * Bytes per second while the channel was busy sending; 0 while unknown.
+   */
+  uint64_t speed_bytes_per_second;
+  /**
+   * Bytes handed to the channel and not sent.
+   */
+  uint64_t queued_bytes;
+  /**
+   * Places of the window in use for sending.
+   */
+  uint64_t window_out;
+  /**
+   * Places of the window in use for receiving.
+   */
+  uint64_t window_in;
+  /**
+   * Places of the window.
+   */
+  uint64_t window;
+  /**
+   * Seconds in which the channel had chunks under way and moved none.
+   */
+  uint64_t stalls;
+  /**
+   * Chunks gathered from device memory.
+   */
+  uint64_t packed_chunks;
+  /**
+   * Chunks scattered to device memory.
+   */
+  uint64_t unpacked_chunks;
+  /**
+   * 1 while the channel runs far below the others.
+   */
+  uint64_t slow;
+  /**
+   * TCP segments sent; 0 where the plugin does not tell, as the following.
+   */
+  uint64_t segments;
+  /**
+   * TCP segments sent again.
+   */
+  uint64_t retransmits;
+  /**
+   * Smoothed round trip, microseconds.
+   */
+  uint64_t rtt_us;
+  /**
+   * Smallest round trip, microseconds.
+   */
+  uint64_t min_rtt_us;
+  /**
+   * Name of the channel's NIC, NUL-terminated, cut to 31 bytes.
+   */
+  char nic[32];
+} uccl_channel_stats_t;
+
+/**
  * Kept for compatibility with code that names it; the library itself never makes one.
  */
 typedef struct md {
@@ -927,6 +1279,55 @@ void uccl_engine_notif_free(uccl_notif_t *notif);
  */
 int uccl_engine_set_log_callback(uccl_log_callback_t callback,
                                  void *user);
+
+/**
+ * What an engine and its connections count.
+ *
+ * @param engine  [in]     The engine.
+ * @param stats   [in,out] The numbers; its member size is set by the caller.
+ * @return UCCL_OK; UCCL_ERR_INVALID_ARGUMENT for a size without room for one number; another negative status.
+ *
+ * Threads: any. Looks at every connection; the kernel is asked about each channel.
+ */
+int uccl_engine_stats(uccl_engine_t *engine, struct uccl_stats_t *stats);
+
+/**
+ * What a connection counts. One that has ended still tells its totals.
+ *
+ * @param conn   [in]     The connection.
+ * @param stats  [in,out] The numbers; its member size is set by the caller.
+ * @return UCCL_OK; UCCL_ERR_INVALID_ARGUMENT for a size without room for one number; another negative status.
+ *
+ * Threads: any.
+ */
+int uccl_engine_conn_stats(uccl_conn_t *conn, struct uccl_conn_stats_t *stats);
+
+/**
+ * What a data channel counts, and what the kernel knows of it.
+ *
+ * @param conn     [in]     The connection.
+ * @param channel  [in]     Number of the channel, from 0; uccl_conn_stats_t has how many there are.
+ * @param stats    [in,out] The numbers; its member size is set by the caller.
+ * @return UCCL_OK; UCCL_ERR_NOT_FOUND for a channel that does not exist, or no longer;
+ *         UCCL_ERR_INVALID_ARGUMENT for a size without room for one number; another negative status.
+ *
+ * Threads: any.
+ */
+int uccl_engine_channel_stats(uccl_conn_t *conn, size_t channel, struct uccl_channel_stats_t *stats);
+
+/**
+ * What an engine, its connections and their channels count, in words for people: a line for each channel.
+ *
+ * @param engine  [in]  The engine.
+ * @param buf     [out] NUL-terminated text. May be NULL when len is 0.
+ * @param len     [in]  Size of buf in bytes.
+ * @param needed  [out] Bytes needed with the NUL, written on success and when buf is too small. May be NULL.
+ * @return UCCL_OK; UCCL_ERR_RESOURCE when buf is too small (nothing is written to it; the text may be longer the next time);
+ *         another negative status.
+ *
+ * Threads: any.
+ */
+int uccl_engine_stats_text(uccl_engine_t *engine, char *buf, size_t len, size_t *needed);
 
 /**
  * A sentence for a status number.

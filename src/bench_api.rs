@@ -1,6 +1,6 @@
 //! What benches/pure.rs measures of the private modules. No part of the API: it changes whenever they do.
 
-use crate::channel::plan::Stream;
+use crate::channel::plan::Walk;
 use crate::types::Place;
 use crate::types::Segment;
 use crate::wire::frame::{self, Decoded, Frame, Grant, WireRegion, WireSegment};
@@ -17,7 +17,7 @@ impl Plan {
 
     /// Cuts all chunks; how many there are.
     pub fn cut(&self, chunk_bytes: usize) -> usize {
-        let mut stream = Stream::new(self.0.clone());
+        let mut stream = Walk::new(self.0.clone());
         std::iter::from_fn(|| stream.take(chunk_bytes)).count()
     }
 }

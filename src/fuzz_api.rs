@@ -37,17 +37,30 @@ pub fn setup(data: &[u8]) {
 }
 
 /// Whatever is taken for a frame means the same when it is sent on; a prefix asks for more.
-pub fn frame(data: &[u8]) {
-    match frame::decode(data) {
-        Ok(frame::Decoded::Frame(decoded, taken)) => {
-            let mut out = Vec::new();
-            frame::encode(&decoded, &mut out);
-            assert_eq!(out.len(), taken);
-            assert!(matches!(frame::decode(&out), Ok(frame::Decoded::Frame(again, _)) if again == decoded));
-            assert!(matches!(frame::decode(&data[..taken / 2]), Ok(frame::Decoded::Need(n)) if n > taken / 2));
+pub fn frames(data: &[u8]) {
+    let mut rest = data;
+    loop {
+        match frame::decode(rest) {
+            Ok(frame::Decoded::Frame(found, taken)) => {
+                let mut out = Vec::new();
+                frame::encode(&found, &mut out);
+                match frame::decode(&out) {
+                    Ok(frame::Decoded::Frame(again, n)) => assert!(n == out.len() && again == found),
+                    other => panic!("{found:?} became {other:?}"),
+                }
+                assert!(matches!(frame::decode(&rest[..taken - 1]), Ok(frame::Decoded::Need(n)) if n >= taken.min(n)));
+                rest = &rest[taken..];
+            }
+            Ok(frame::Decoded::Need(n)) => return assert!(n > rest.len()),
+            Err(e) => return assert!(e.to_string().bytes().all(text::is_printable)),
         }
-        Ok(frame::Decoded::Need(n)) => assert!(n > data.len()),
-        Err(e) => assert!(e.to_string().bytes().all(text::is_printable)),
+    }
+}
+
+/// A whole machine against a peer that the bytes direct keeps its invariants.
+pub fn stream(data: &[u8]) {
+    if let Err(e) = crate::engine::attacked(data) {
+        panic!("{e}");
     }
 }
 
@@ -74,6 +87,7 @@ fn start() -> (Handshake, Handshake, bool) {
         plugin: "soft".into(),
         gpu: "-1".into(),
         wanted_gpu: String::new(),
+        further_gpus: Vec::new(),
     };
     let connecting = Handshake::connecting(identity, hello(), keys.clone()).expect("a connecting side");
     (connecting, Handshake::listening(identity, hello(), keys.clone()).expect("a listening side"), true)

@@ -4,18 +4,19 @@
 //! | module | what it is |
 //! |---|---|
 //! | `ffi` | the C ABI: null and panic guard, handles, status numbers |
-//! | [`engine`] | engines, connections, transfers, registered memory, notifications, progress |
-//! | `wire` | control frames, the control stream, handshake and authentication |
-//! | [`types`] | words that all layers share: places, spans, segments |
-//! | `channel` | chunk plan, striping, one channel over a comm pair, unpacking |
-//! | `gpu` | the launcher of the copy kernel, over the crate `cuda-driver` |
-//! | [`net`] | plugins, comms that keep the contract's rules, the host's interfaces |
-//! | [`addresses`] | what the port is bound to, who may connect |
+//! | [`engine`] | engines, connections, set-up, progress, registered memory, notifications; `engine::proto` is the protocol of a connection as a machine without sockets, threads or clocks |
+//! | `channel` | chunk plan, striping, and the channels of a connection over the seam `channel::path`; `channel::net` is the path over a plugin's comms; device memory is packed and unpacked here |
+//! | [`net`] | network plugins: their tables and traits, comms that keep the contract's rules, the set-up of channels, the host's interfaces |
+//! | `wire` | the control connection as bytes: handshake, keys, sealed records, set-up messages, frames |
+//! | `gpu` | the copy kernel and its launchers, over the crate `cuda-driver` |
+//! | `region`, [`types`] | registered memory and its uses; words that all layers share: places, spans, segments, keys |
+//! | [`config`], [`addresses`] | every environment variable; what the port is bound to and who may connect |
+//! | `logging`, [`status`] | the log and its limits; the error type and the status numbers |
 //! | `fork` | values that a child process must not share with its parent |
-//! | [`config`] | every environment variable |
-//! | [`status`] | the error type and the status numbers |
+//! | [`stats`] | what is counted, in words and for Prometheus |
 //!
-//! Calls go one way: ffi -> engine -> {wire, channel} -> {net, gpu}.
+//! Calls go one way: ffi -> engine -> channel -> {net, wire, gpu} -> the words below. Crates: `nccl-net-abi` has the layouts of the plugin
+//! interface, `soft-plugin` the plugin over ordinary TCP, `reactor` waits for descriptors, `cuda-driver` opens the CUDA driver.
 
 pub mod addresses;
 #[doc(hidden)]
@@ -32,6 +33,7 @@ mod gpu;
 mod logging;
 pub mod net;
 mod region;
+pub mod stats;
 pub mod status;
 pub mod types;
 mod wire;

@@ -2,7 +2,7 @@
 
 use crate::status::{bail, Result};
 use crate::types::{Place, RemoteAccess, Span};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 
 /// A registered region.
@@ -13,11 +13,13 @@ pub(crate) struct Region {
     pub place: Place,
     access: RemoteAccess,
     uses: AtomicUsize,
+    /// Some network plugin knows it.
+    registered: AtomicBool,
 }
 
 impl Region {
     pub(crate) fn new(span: Span, token: [u8; 16], place: Place, access: RemoteAccess) -> Region {
-        Region { span, token, place, access, uses: AtomicUsize::new(0) }
+        Region { span, token, place, access, uses: AtomicUsize::new(0), registered: AtomicBool::new(false) }
     }
 
     /// Whether `[addr, addr + len)` lies inside.
@@ -27,6 +29,11 @@ impl Region {
 
     pub(crate) fn in_use(&self) -> bool {
         self.uses.load(Ordering::Acquire) > 0
+    }
+
+    /// Whether a network plugin was told of it and must forget it at its end.
+    pub(crate) fn is_registered(&self) -> bool {
+        self.registered.load(Ordering::Acquire)
     }
 }
 
@@ -100,10 +107,13 @@ impl Hold {
         Hold(Arc::new(uses))
     }
 
-    /// The extent of a region.
-    pub(crate) fn span(&self, region: u16) -> Result<Span> {
+    /// The extent of a region, for its registration with a network plugin.
+    pub(crate) fn span_to_register(&self, region: u16) -> Result<Span> {
         match self.0.get(usize::from(region)) {
-            Some(used) => Ok(used.span),
+            Some(used) => {
+                used.registered.store(true, Ordering::Release);
+                Ok(used.span)
+            }
             None => bail!(Internal, "a part of region {region} of {}", self.0.len()),
         }
     }

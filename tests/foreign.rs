@@ -17,6 +17,7 @@ const IMPORTS: usize = 5;
 const COMMS: usize = 6;
 const PAGES_OUT: usize = 11;
 const WARNINGS: usize = 12;
+const MESSAGES_IN: usize = 14;
 
 fn foreign() -> PathBuf {
     let this = std::env::current_exe().expect("this program");
@@ -84,6 +85,64 @@ fn registrations_are_one_a_region_and_nic() {
 }
 
 #[test]
+fn memory_of_two_gpus_of_a_process_takes_comms_of_its_own_gpu() {
+    let log = run("two_gpus", &[("UCCL_TCPX_EMULATE_DEVICES", "2"), ("UCCL_TCPX_NUM_CHANNELS", "3")]);
+    let line = connected(&log);
+    for (here, there) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+        let carried = format!("3 channels over GPUDirectTCPX_v7 on lo for GPU {here} here and GPU {there} there;");
+        assert!(line.contains(&carried), "{carried} {line}");
+    }
+    assert!(line.contains("all else: host memory, GPUs without registered memory at this time"), "{line}");
+}
+
+#[test]
+fn a_peer_that_dies_in_the_middle_leaves_nothing_behind() {
+    for gpus in ["1", "2"] {
+        run(
+            "peer_dies",
+            &[("UCCL_TCPX_NUM_CHANNELS", "4"), ("UCCL_TCPX_EMULATE_DEVICES", gpus), ("UCCL_TCPX_TRANSFER_TIMEOUT_MS", "3000")],
+        );
+    }
+}
+
+#[test]
+fn gpus_that_came_too_late_take_the_software_plugins_channels() {
+    let log = run("late_gpu", &[("UCCL_TCPX_EMULATE_DEVICES", "2"), ("UCCL_TCPX_NUM_CHANNELS", "2")]);
+    assert!(!connected(&log).contains("GPU 1"), "{log}");
+    // Where a side has nothing on that GPU, only the pairs that exist get channels.
+    let log = run("gpu_of_one_side", &[("UCCL_TCPX_EMULATE_DEVICES", "2"), ("UCCL_TCPX_NUM_CHANNELS", "2")]);
+    let pair = |here, there| log.contains(&format!("GPU {here} here and GPU {there} there"));
+    assert!(pair(1, 0) && pair(0, 1) && !pair(1, 1), "{log}");
+}
+
+#[test]
+fn a_connection_lives_without_the_channels_of_further_gpus() {
+    // One side opens all of its eight, the other its own two, and some of the rest.
+    for listens in ["10", "11", "13"] {
+        let more = [("UCCL_TCPX_EMULATE_DEVICES", "2"), ("UCCL_TCPX_NUM_CHANNELS", "2"), ("STRICT_FOREIGN_LISTENS", listens)];
+        let log = run("few_listens", &more);
+        assert!(connected(&log).contains("(not over GPUDirectTCPX_v7: "), "{log}");
+    }
+}
+
+#[test]
+fn every_connection_says_once_what_carries_what() {
+    let log = run("moves", &[("UCCL_TCPX_NUM_CHANNELS", "1")]);
+    assert_eq!(log.matches("connected with").count(), 2, "one line on each side: {log}");
+    let line = connected(&log);
+    assert!(line.contains("1 channels over GPUDirectTCPX_v7 on lo for GPU 0 here and GPU 0 there; 1 channels over"), "{line}");
+    assert!(line.contains("chunks of up to 524288 bytes"), "{line}");
+    let log = run("no_nic_in_common", &[("STRICT_FOREIGN_DEVICES", "eth1@127.0.0.1")]);
+    assert!(connected(&log).contains("GPU 0 here and GPU 0 there (not over GPUDirectTCPX_v7: no NIC in common"), "{log}");
+    assert!(!log.lines().any(|l| l.contains("WARN") && l.contains("no NIC in common")), "{log}");
+}
+
+/// The line of the first connection.
+fn connected(log: &str) -> &str {
+    log.lines().find(|l| l.contains("connected with")).unwrap_or_else(|| panic!("no line: {log}"))
+}
+
+#[test]
 fn the_plugins_lines_are_written_once_a_second() {
     let log = run("moves", &[("UCCL_TCPX_NUM_CHANNELS", "8")]);
     assert!(log.contains("plugin [strict_foreign.cc:1003] NET/TCPX : initialised, devices 1 (7, 0.5)"), "{log}");
@@ -101,7 +160,13 @@ fn child() {
         "refuses_encryption" => refuses_encryption(),
         "registrations" => registrations(),
         "no_nic_in_common" => no_nic_in_common(),
+        "two_gpus" => two_gpus(2, 2, Carried::Early),
+        "few_listens" => two_gpus(2, 2, Carried::Engines),
+        "late_gpu" => two_gpus(1, 1, Carried::Early),
+        "gpu_of_one_side" => two_gpus(2, 1, Carried::Early),
         "peer_on_eth2" => peer_on_eth2(),
+        "peer_dies" => peer_dies(),
+        "peer_that_dies" => peer_that_dies(),
         other => panic!("no case {other}"),
     }
 }
@@ -129,6 +194,64 @@ fn no_nic_in_common() {
     assert!(peer.wait().expect("peer").success());
 }
 
+/// A peer is killed while it sends and receives. All transfers end with an error; comms, pages, registrations and descriptors go.
+fn peer_dies() {
+    let b = engine();
+    let len = 64 << 20;
+    let mut memory = vec![1u8; len];
+    let mr = b.register(memory.as_mut_ptr() as usize, len).expect("register");
+    for _ in 0..3 {
+        let mut peer = Command::new(std::env::current_exe().expect("this program"));
+        peer.args(["--exact", "child", "--nocapture", "--test-threads=1"]).env(CASE, "peer_that_dies");
+        let mut peer = peer.env_remove("STRICT_FOREIGN_COUNTERS").env("PEER", b.metadata()).spawn().expect("peer");
+        let connection = b.accept().expect("accept");
+        let half = len / 2;
+        let (out, inc) = (memory.as_ptr() as usize, memory.as_ptr() as usize + half);
+        let ids: Vec<u64> = (0..20)
+            .flat_map(|_| {
+                let send = connection.send(std::iter::once(LocalSegment { mr, addr: out, len: half })).expect("send");
+                [send, connection.recv(LocalSegment { mr, addr: inc, len: half }).expect("recv")]
+            })
+            .collect();
+        let before = counter(MESSAGES_IN);
+        let until = Instant::now() + Duration::from_secs(20);
+        while counter(MESSAGES_IN) < before + 40 {
+            assert!(Instant::now() < until, "nothing arrives");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        peer.kill().expect("kill");
+        peer.wait().expect("peer");
+        let failed = ids.iter().filter(|&&id| connection.wait(id, Some(Duration::from_secs(30))).is_err()).count();
+        assert!(failed > 0, "all transfers ended well");
+        drop(connection);
+        settles("comms are closed", COMMS, 0);
+        settles("receive pages are given back", PAGES_OUT, 0);
+    }
+    b.deregister(mr).expect("deregister");
+    // A registration that the last request of a NIC's last comm used waits for the next comm there.
+    assert!(counter(REGISTRATIONS) <= 1, "{} registrations", counter(REGISTRATIONS));
+    let (c, d) = (engine(), engine());
+    drop(pair(&c, &d));
+    settles("registrations are dropped", REGISTRATIONS, 0);
+    settles("descriptors are closed", DESCRIPTORS, 0);
+}
+
+fn peer_that_dies() {
+    let a = engine();
+    let text = std::env::var("PEER").expect("peer");
+    let port = text.rsplit(':').next().and_then(|p| p.split('?').next()).and_then(|p| p.parse().ok()).expect("port");
+    let connection = a.connect("127.0.0.1", "", port).expect("connect");
+    let half = 32 << 20;
+    let mut memory = vec![2u8; 2 * half];
+    let mr = a.register(memory.as_mut_ptr() as usize, 2 * half).expect("register");
+    for _ in 0..20 {
+        let at = memory.as_ptr() as usize;
+        connection.send(std::iter::once(LocalSegment { mr, addr: at, len: half })).expect("send");
+        connection.recv(LocalSegment { mr, addr: at + half, len: half }).expect("recv");
+    }
+    std::thread::sleep(Duration::from_secs(60));
+}
+
 fn peer_on_eth2() {
     let a = engine();
     let text = std::env::var("PEER").expect("peer");
@@ -139,6 +262,60 @@ fn peer_on_eth2() {
     let local = LocalSegment { mr, addr: memory.as_ptr() as usize, len: LEN };
     let id = connection.send(std::iter::once(local)).expect("send");
     connection.wait(id, Some(Duration::from_secs(30))).expect("sent");
+}
+
+/// What the foreign plugin carries.
+#[derive(Clone, Copy)]
+enum Carried {
+    /// Pairs of GPUs with memory that was registered before, and no others.
+    Early,
+    /// At least the engines' own.
+    Engines,
+}
+
+/// Regions on two GPUs of each side, of which so many are registered before the sides connect: every pair, both ways, and whether the
+/// foreign plugin carries it.
+fn two_gpus(early_here: usize, early_there: usize, carried: Carried) {
+    let (a, b) = (engine(), engine());
+    let len = 3 << 20;
+    let mut near: Vec<Vec<u8>> = (0..2).map(|gpu| (0..len).map(|i| (i * 7 + i / 509 + gpu) as u8).collect()).collect();
+    let mut far: Vec<Vec<u8>> = (0..2).map(|_| vec![0; len]).collect();
+    let mut near_mr: Vec<u64> = Vec::new();
+    let mut far_mr: Vec<u64> = Vec::new();
+    let register = |engine: &Engine, memory: &mut [Vec<u8>], mrs: &mut Vec<u64>, upto: usize| {
+        while mrs.len() < upto {
+            mrs.push(engine.register(memory[mrs.len()].as_mut_ptr() as usize, len).expect("register"));
+        }
+    };
+    register(&a, &mut near, &mut near_mr, early_here);
+    register(&b, &mut far, &mut far_mr, early_there);
+    let (out, inc) = pair(&a, &b);
+    register(&a, &mut near, &mut near_mr, 2);
+    register(&b, &mut far, &mut far_mr, 2);
+    for (i, j) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+        near[i].iter_mut().for_each(|byte| *byte = byte.wrapping_add(1 + j as u8));
+        let before = counter(MESSAGES_IN);
+        let item = b.fifo_item(far_mr[j], far[j].as_ptr() as usize, len).expect("item");
+        let local = LocalSegment { mr: near_mr[i], addr: near[i].as_ptr() as usize, len };
+        let id = out.transfer(Direction::Write, std::iter::once((local, item))).expect("write");
+        out.wait(id, Some(Duration::from_secs(60))).expect("written");
+        assert!(near[i] == far[j], "GPU {i} to GPU {j}");
+        near[i].fill(0);
+        let item = a.fifo_item(near_mr[i], near[i].as_ptr() as usize, len).expect("item");
+        let local = LocalSegment { mr: far_mr[j], addr: far[j].as_ptr() as usize, len };
+        let id = inc.transfer(Direction::Write, std::iter::once((local, item))).expect("write back");
+        inc.wait(id, Some(Duration::from_secs(60))).expect("written back");
+        assert!(near[i] == far[j], "GPU {j} back to GPU {i}");
+        let foreign = counter(MESSAGES_IN) > before;
+        match carried {
+            Carried::Early => assert_eq!(foreign, i < early_here && j < early_there, "GPU {i} and GPU {j}"),
+            Carried::Engines => assert!(foreign || (i, j) != (0, 0), "GPU 0 and GPU 0"),
+        }
+    }
+    drop((out, inc));
+    drop((a, b));
+    settles("comms are closed", COMMS, 0);
+    settles("receive pages are given back", PAGES_OUT, 0);
 }
 
 fn counter(index: usize) -> u64 {

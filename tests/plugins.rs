@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use uccl_p2p::config::Config;
-use uccl_p2p::engine::Engine;
+use uccl_p2p::engine::{Direction, Engine, LocalSegment};
 use uccl_p2p::status::ErrorKind;
 
 const CASE: &str = "UCCL_PLUGINS_TEST_CASE";
@@ -133,6 +133,42 @@ fn the_transport_variable_of_uccl_never_stops_the_engine() {
 }
 
 #[test]
+fn the_software_plugin_carries_chunks_as_large_as_the_environment_asks_for() {
+    let (soft, few) = (("UCCL_TCPX_PLUGIN", "soft"), ("UCCL_TCPX_NUM_CHANNELS", "2"));
+    for (chunk, bytes) in [("64K", 65536), ("1M", 1 << 20), ("4M", 4 << 20), ("16M", 16 << 20)] {
+        let line = format!("chunks of up to {bytes} bytes");
+        for device in [("UCCL_TCPX_EMULATE_DEVICE", "0"), ("UCCL_TCPX_EMULATE_DEVICE", "1"), ("UCCL_TCPX_STAGE_SENDS", "0")] {
+            passes("chunks", &[soft, few, ("UCCL_TCPX_CHUNK_BYTES", chunk), device], &[&line]);
+        }
+    }
+    // What the plugin was told when it started counts, whatever an engine asks for later.
+    passes("chunk_setting", &[soft, few], &["chunks of up to 524288 bytes"]);
+    let limit = ("NCCL_DYNAMIC_CHUNK_SIZE", "1048576");
+    passes("chunks", &[soft, few, ("UCCL_TCPX_CHUNK_BYTES", "4M"), limit], &["chunks of up to 1048576 bytes"]);
+}
+
+/// 20 MiB from one engine to another, every byte compared.
+fn moves(config: &dyn Fn() -> Config) {
+    let (a, b) = (Engine::new(config()).expect("engine"), Engine::new(config()).expect("engine"));
+    let metadata = b.metadata();
+    let port = metadata.rsplit(':').next().and_then(|p| p.split('?').next()).and_then(|p| p.parse().ok()).expect("port");
+    let connection = a.connect("127.0.0.1", "", port).expect("connect");
+    let _other = b.accept().expect("accept");
+    let len = 20 << 20;
+    let from: Vec<u8> = (0..len).map(|i| (i * 31 + i / 4099) as u8).collect();
+    let mut to = vec![0u8; len];
+    let (near, far) = (
+        a.register(from.as_ptr() as usize, len).expect("register"),
+        b.register(to.as_mut_ptr() as usize, len).expect("register"),
+    );
+    let item = b.fifo_item(far, to.as_ptr() as usize, len).expect("item");
+    let local = LocalSegment { mr: near, addr: from.as_ptr() as usize, len };
+    let id = connection.transfer(Direction::Write, std::iter::once((local, item))).expect("transfer");
+    connection.wait(id, Some(std::time::Duration::from_secs(60))).expect("written");
+    assert!(from == to);
+}
+
+#[test]
 fn the_environment_is_set_for_foreign_plugins_only() {
     let Some(foreign) = foreign() else {
         panic!("libnccl_net_strict_foreign.so is missing: cargo build -p strict-foreign-plugin")
@@ -205,6 +241,8 @@ fn child() {
             assert_eq!(nic.pci_path.as_deref(), Some("/sys/devices/pci0000:00/0000:00:05.0"));
             assert!(engine.plugin().traits.shared_registrations, "registrations are global");
         }
+        "chunks" => moves(&|| Config::from_env().expect("configuration")),
+        "chunk_setting" => moves(&|| Config::from_env_with(&[("UCCL_TCPX_CHUNK_BYTES", "4M")]).expect("configuration")),
         other => panic!("no case {other}"),
     }
 }

@@ -1,4 +1,5 @@
-//! Contexts: a GPU's primary one, retained while it is in use, or the one that a thread has current. Names of GPUs.
+//! Contexts: a GPU's primary one, retained while it is in use, or the one that a thread has current. Names of GPUs. Knows nothing of
+//! memory and kernels.
 
 use crate::bdf::Bdf;
 use crate::driver::{driver, functions, Relaxed};

@@ -1,4 +1,5 @@
 //! Opens the process's CUDA driver, and tells a machine without one from one whose driver fails. Every call goes through [`Relaxed`].
+//! Knows nothing of contexts.
 
 use crate::error::{Error, Result};
 use crate::sys::{self, Functions};

@@ -1,6 +1,6 @@
 //! The one error type of the CUDA driver: a call that failed, or a driver that cannot be used.
 
-use crate::sys;
+use crate::codes;
 use std::fmt;
 
 /// What went wrong.
@@ -35,12 +35,12 @@ impl Error {
 
     /// Memory ran out.
     pub fn out_of_memory(&self) -> bool {
-        self.code() == sys::ERROR_OUT_OF_MEMORY
+        self.code() == codes::ERROR_OUT_OF_MEMORY
     }
 
     /// The context is gone or broken for good: the driver has ended everything that ran in it, so that nothing touches memory any more.
     pub fn context_is_dead(&self) -> bool {
-        sys::FATAL.contains(&self.code())
+        codes::FATAL.contains(&self.code())
     }
 }
 

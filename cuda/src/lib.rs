@@ -5,11 +5,13 @@
 //! Knows nothing of plugins, connections or kernels.
 
 mod bdf;
+mod codes;
 mod context;
 mod driver;
 mod error;
 mod memory;
 mod module;
+mod pointer;
 mod shelf;
 mod stream;
 pub mod sys;

@@ -1,11 +1,12 @@
-//! What kind of memory an address is, and memory the library owns on a GPU or pinned and mapped for one.
+//! What kind of memory an address is, and memory the library owns on a GPU or pinned and mapped for one. Knows nothing of what it is
+//! used for.
 
 use crate::context::{device_of, Context};
 use crate::driver::{driver, Absence};
 use crate::error::{Error, Result};
+use crate::pointer::attribute;
 use crate::shelf::{self, Kept, Sort};
 use crate::sys::{self, Functions};
-use std::ffi::c_int;
 use std::mem::ManuallyDrop;
 use std::ptr;
 use std::sync::Arc;
@@ -75,16 +76,6 @@ fn kind_of(cuda: &Functions, ptr: u64) -> Result<MemoryKind> {
             Ok(MemoryKind::Device { ordinal })
         }
         other => Err(Error::Invalid(format!("memory at {ptr:#x} is of CUDA type {other}"))),
-    }
-}
-
-/// One pointer attribute; false when the driver does not know the address.
-pub(crate) fn attribute<T: Copy>(cuda: &Functions, which: c_int, ptr: u64, out: &mut T) -> Result<bool> {
-    // SAFETY: T is the attribute's type (u32, i32 or u64 in every call here); the address itself is not dereferenced.
-    match unsafe { cuda.cuPointerGetAttribute((out as *mut T).cast(), which, ptr) } {
-        Ok(()) => Ok(true),
-        Err(e) if e.code() == sys::ERROR_INVALID_VALUE => Ok(false),
-        Err(e) => Err(e),
     }
 }
 

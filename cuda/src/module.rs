@@ -1,4 +1,4 @@
-//! Kernels loaded into a context, for the life of the process.
+//! Kernels loaded into a context, for the life of the process. Knows nothing of what they do.
 
 use crate::context::Context;
 use crate::error::Result;

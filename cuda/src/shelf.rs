@@ -1,8 +1,9 @@
 //! Memory that waits for its next user. Freeing it would wait for all work of the GPU, the application's included, and hold up every
-//! other call to the driver meanwhile; so what was once taken is kept until the process ends, and taken again.
+//! other call to the driver meanwhile; so what was once taken is kept until the process ends, and taken again. Knows nothing of what
+//! the memory is for.
 
 use crate::context::Context;
-use crate::memory::attribute;
+use crate::pointer::attribute;
 use crate::sys::{self, Functions};
 use parking_lot::Mutex;
 use std::sync::Arc;

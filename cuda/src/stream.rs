@@ -1,4 +1,5 @@
-//! Streams of our own, which neither wait for the application's streams nor make them wait, and what runs on them.
+//! Streams of our own, which neither wait for the application's streams nor make them wait, and what runs on them. Knows nothing of
+//! what the memory holds.
 
 use crate::context::{Context, Entered};
 use crate::error::{Error, Result};

@@ -2,11 +2,10 @@
 //! fails when it is called, not when the driver is opened.
 #![allow(non_snake_case)]
 
+pub use crate::codes::*;
 use crate::error::{Error, Result};
 use std::ffi::{c_char, c_int, c_uint, c_void, CStr};
 
-/// Number of a result; 0 is success.
-pub type CUresult = c_uint;
 /// A GPU.
 pub type CUdevice = c_int;
 /// An address in device memory, or the device's name of mapped host memory.
@@ -23,24 +22,6 @@ pub type CUfunction = *mut c_void;
 pub type CUgraph = *mut c_void;
 /// Physical memory of `cuMemCreate`.
 pub type CUmemGenericAllocationHandle = u64;
-
-/// `CUDA_ERROR_INVALID_VALUE`; also the answer about addresses that CUDA does not know.
-pub const ERROR_INVALID_VALUE: CUresult = 1;
-/// `CUDA_ERROR_OUT_OF_MEMORY`.
-pub const ERROR_OUT_OF_MEMORY: CUresult = 2;
-/// `CUDA_ERROR_STUB_LIBRARY`: the toolkit's library for linking, not a driver.
-pub const ERROR_STUB_LIBRARY: CUresult = 34;
-/// `CUDA_ERROR_NO_DEVICE`.
-pub const ERROR_NO_DEVICE: CUresult = 100;
-/// `CUDA_ERROR_INVALID_CONTEXT`.
-pub const ERROR_INVALID_CONTEXT: CUresult = 201;
-/// `CUDA_ERROR_NOT_FOUND`; also the answer of functions that the driver does not have.
-pub const ERROR_NOT_FOUND: CUresult = 500;
-/// `CUDA_ERROR_NOT_READY`.
-pub const ERROR_NOT_READY: CUresult = 600;
-/// Errors after which a context runs nothing any more: deinitialised, invalid, ECC, NVLink, illegal address, time-out, destroyed,
-/// assert and the faults of kernels.
-pub const FATAL: [CUresult; 14] = [4, 201, 214, 220, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719];
 
 /// `CU_STREAM_CAPTURE_MODE_GLOBAL`.
 pub const CAPTURE_GLOBAL: c_uint = 0;

@@ -1,44 +1,15 @@
-//! The C entries.
+//! The C entries: what they are given goes to the other modules, which say what is wrong with it.
 
 use crate::comm::{live, request, Comm};
-use crate::memory::{self, lock};
-use crate::rules::{counters, settings, up, violation, SetupCall};
+use crate::logger::{self, warn};
+use crate::memory;
+use crate::rules::{refused, settings, violation, SetupCall};
 use crate::setup::{self, ListenComm};
 use nccl_net_abi::*;
-use std::ffi::{c_int, c_void, CString};
+use std::ffi::{c_int, c_void};
 use std::ptr;
-use std::sync::Mutex;
 
 type Opaque = *mut c_void;
-
-static LOGGER: Mutex<ncclDebugLogger_t> = Mutex::new(None);
-
-/// Calls the logger as TCPX does: unchecked, with arguments.
-fn log(level: c_int, what: &str, number: i32) {
-    let Some(logger) = *lock(&LOGGER) else {
-        violation!("the logger is NULL: calling it crashes");
-    };
-    let what = CString::new(what).unwrap_or_default();
-    // SAFETY: a format with matching arguments; strings end in a NUL.
-    unsafe {
-        logger(
-            level,
-            16,
-            c"src/strict_foreign.cc".as_ptr(),
-            1000 + level,
-            c"NET/TCPX : %s %d (%lu, %.1f)".as_ptr(),
-            what.as_ptr(),
-            number,
-            7u64,
-            0.5f64,
-        )
-    };
-}
-
-pub(crate) fn warn(what: &str, number: i32) {
-    up(&counters().warnings, None, 1);
-    log(NCCL_LOG_WARN, what, number);
-}
 
 fn code(result: Result<(), ncclResult_t>) -> ncclResult_t {
     result.err().unwrap_or(NCCL_SUCCESS)
@@ -53,8 +24,8 @@ unsafe fn give(out: *mut Opaque, result: Result<Opaque, ncclResult_t>) -> ncclRe
 }
 
 pub unsafe extern "C" fn init(logger: ncclDebugLogger_t) -> ncclResult_t {
-    *lock(&LOGGER) = logger;
-    log(NCCL_LOG_INFO, "initialised, devices", settings().devices.len() as i32);
+    logger::set(logger);
+    logger::log(NCCL_LOG_INFO, "initialised, devices", settings().devices.len() as i32);
     NCCL_SUCCESS
 }
 
@@ -201,7 +172,7 @@ pub unsafe extern "C" fn irecv(
     out: *mut Opaque,
 ) -> ncclResult_t {
     if n != 1 {
-        return NCCL_INTERNAL_ERROR;
+        return refused!("irecv of {n} messages");
     }
     // SAFETY: arrays of one.
     let (size, mhandle) = unsafe { (*sizes, *mhandles) };
@@ -221,7 +192,7 @@ pub unsafe extern "C" fn test(request_: Opaque, done: *mut c_int, _size: *mut c_
 pub unsafe extern "C" fn consumed(comm: Opaque, n: c_int, request_: Opaque) -> ncclResult_t {
     let (owner, index) = request("irecvConsumed", request_);
     if n != 1 || !ptr::eq(owner, live("irecvConsumed", comm)) {
-        return NCCL_INTERNAL_ERROR;
+        return refused!("irecvConsumed of {n} requests, or of another comm's");
     }
     code(owner.consumed(index))
 }

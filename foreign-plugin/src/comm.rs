@@ -1,7 +1,7 @@
 //! Comms and their requests: sixteen slots, everything driven by `test`, fragments of any length and order in shared receive memory.
 
 use crate::memory::{self, lock, Pool, PAGE};
-use crate::rules::{counters, down, settings, up, violation};
+use crate::rules::{counters, down, refused, settings, up, violation};
 use crate::setup::{Sockets, SOCKETS};
 use nccl_net_abi::*;
 use std::collections::{HashSet, VecDeque};
@@ -125,8 +125,8 @@ impl Comm {
     pub(crate) fn irecv(&self, len: usize, mr: usize) -> Result<*mut c_void, ncclResult_t> {
         let device = memory::with("irecv", self.dev, mr, |mr| mr.device);
         if !device {
-            crate::abi::warn("a host receive on a data socket", 0);
-            return Err(NCCL_INTERNAL_ERROR);
+            crate::logger::warn("a host receive on a data socket", 0);
+            return Err(refused!("a host receive on a data socket"));
         }
         self.with("irecv", |inner| {
             let Inner::Recv(recv) = inner else { violation!("irecv on a send comm") };
@@ -161,7 +161,8 @@ fn share(len: usize, socket: usize) -> std::ops::Range<usize> {
     len * socket / SOCKETS..len * (socket + 1) / SOCKETS
 }
 
-fn raise_sigpipe() {
+/// What a write to a peer that is gone does.
+pub(crate) fn raise_sigpipe() {
     // SAFETY: the calling thread's own signal.
     unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGPIPE) };
 }
@@ -202,12 +203,16 @@ impl Send {
         if len == 0 {
             violation!("isend of 0 bytes");
         }
+        let limit = settings().chunk;
+        if len > limit && !settings().lenient {
+            violation!("isend of {len} bytes with NCCL_DYNAMIC_CHUNK_SIZE {limit}: it would never be whole");
+        }
         if self.dead {
             raise_sigpipe();
             return Err(NCCL_SYSTEM_ERROR);
         }
         if self.requests.len() == MAX_REQUESTS {
-            return Err(NCCL_INTERNAL_ERROR);
+            return Err(refused!("a 17th send"));
         }
         let number = self.posted;
         self.requests.push_back(SendRequest { number, data, len, mr, header: 0, sent: [0; SOCKETS] });
@@ -257,7 +262,7 @@ impl Send {
     fn test(&mut self, index: usize, dev: usize) -> Result<bool, ncclResult_t> {
         let Some(oldest) = self.requests.front() else { violation!("test of a send that has ended") };
         if oldest.number as usize % MAX_REQUESTS != index {
-            return Err(NCCL_INTERNAL_ERROR);
+            return Err(refused!("test of a send that is not the oldest"));
         }
         if self.dead {
             raise_sigpipe();
@@ -359,7 +364,7 @@ impl Recv {
             violation!("a receive on a comm that was accepted without a device handle crashes");
         }
         if self.requests.len() == MAX_REQUESTS {
-            return Err(NCCL_INTERNAL_ERROR);
+            return Err(refused!("a 17th receive: those that are done hold their slots until they are consumed"));
         }
         let number = self.posted;
         let (entries, pages) = (Vec::new(), Vec::new());
@@ -434,12 +439,12 @@ impl Recv {
     fn test(&mut self, index: usize, dev: usize) -> Result<bool, ncclResult_t> {
         let Some(at) = self.requests.iter().position(|r| !r.reported) else { violation!("test of a receive that has ended") };
         if self.requests[at].number as usize % MAX_REQUESTS != index {
-            return Err(NCCL_INTERNAL_ERROR);
+            return Err(refused!("test of a receive that is not the oldest"));
         }
         self.progress();
         let waiting = self.requests.iter().filter(|r| !r.complete()).count();
         if waiting > 6 * SOCKETS {
-            crate::abi::warn("No free space for recv task, fd", waiting as i32);
+            crate::logger::warn("No free space for recv task, fd", waiting as i32);
         }
         if self.dead && self.requests.iter().any(|r| r.len.is_none()) {
             raise_sigpipe();
@@ -459,6 +464,7 @@ impl Recv {
             let j = self.random(i + 1);
             entries.swap(i, j);
         }
+        up(&counters().messages_in, None, 1);
         let request = &mut self.requests[at];
         request.reported = true;
         let slot = (request.number % MAX_REQUESTS as u64) as usize;
@@ -473,7 +479,7 @@ impl Recv {
     fn consumed(&mut self, index: usize) -> Result<(), ncclResult_t> {
         let oldest = self.requests.front().filter(|r| r.reported && r.number as usize % MAX_REQUESTS == index);
         if oldest.is_none() {
-            return Err(NCCL_INTERNAL_ERROR);
+            return Err(refused!("irecvConsumed of a receive that is not done, or not the oldest"));
         }
         if let Some(request) = self.requests.pop_front() {
             self.pool.give_back(&request.pages);

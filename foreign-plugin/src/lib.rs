@@ -6,11 +6,13 @@
 //! - `setup`: listen, connect and accept, with threads of their own
 //! - `memory`: registrations, and the receive memory that comms share
 //! - `comm`: requests and their bytes
+//! - `logger`: the logger that it was given
 //! - `abi`: the C entries
 
 #[allow(missing_docs, clippy::missing_safety_doc, reason = "the entries are documented by the tables of nccl-net-abi")]
 mod abi;
 mod comm;
+mod logger;
 mod memory;
 pub mod rules;
 mod setup;

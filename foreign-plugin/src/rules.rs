@@ -1,6 +1,7 @@
 //! What the plugin insists on: the end of the process with a line on standard error, the one-thread rule of set-up calls, its settings
 //! and its counters.
 
+use nccl_net_abi::{ncclResult_t, NCCL_INTERNAL_ERROR};
 use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, Ordering};
 use std::sync::OnceLock;
@@ -15,6 +16,19 @@ pub(crate) use violation;
 pub(crate) fn abort_with(what: std::fmt::Arguments<'_>) -> ! {
     eprintln!("strict-foreign: VIOLATION: {what}");
     std::process::abort()
+}
+
+/// A call that TCPX answers with an error: its error where the plugin is lenient, else the end of the process.
+macro_rules! refused {
+    ($($arg:tt)*) => { $crate::rules::refuse(format_args!($($arg)*)) };
+}
+pub(crate) use refused;
+
+pub(crate) fn refuse(what: std::fmt::Arguments<'_>) -> ncclResult_t {
+    if !settings().lenient {
+        abort_with(what);
+    }
+    NCCL_INTERNAL_ERROR
 }
 
 /// The thread inside a set-up call, 0 for none.
@@ -66,10 +80,14 @@ pub(crate) struct Settings {
     pub accept_time: Duration,
     /// `STRICT_FOREIGN_DEVICES`: `name@address[@pci path][@dead],...`; default one device `lo`.
     pub devices: Vec<Device>,
+    /// `STRICT_FOREIGN_LISTENS`: so many listens succeed.
+    pub listens: u64,
     /// `STRICT_FOREIGN_PAGES`: pages of the receive memory.
     pub pages: usize,
     /// `STRICT_FOREIGN_FRAGMENT`: largest fragment, bytes.
     pub fragment: usize,
+    /// `STRICT_FOREIGN_LENIENT=1`: what TCPX answers with an error, or by never moving anything, does not end the process.
+    pub lenient: bool,
     /// `STRICT_FOREIGN_UNLOCKED=1`: set-up calls of several threads run into each other instead of ending the process.
     pub unlocked: bool,
 }
@@ -109,8 +127,10 @@ pub(crate) fn settings() -> &'static Settings {
             connect_time: Duration::from_millis(number("STRICT_FOREIGN_CONNECT_MS", 300)),
             accept_time: Duration::from_millis(number("STRICT_FOREIGN_ACCEPT_MS", 500)),
             devices: devices(text("STRICT_FOREIGN_DEVICES").as_deref().unwrap_or("lo@127.0.0.1")),
+            listens: number("STRICT_FOREIGN_LISTENS", u64::MAX),
             pages: number("STRICT_FOREIGN_PAGES", 1 << 17) as usize,
             fragment: (number("STRICT_FOREIGN_FRAGMENT", 4000) as usize).clamp(1, 4096),
+            lenient: text("STRICT_FOREIGN_LENIENT").is_some(),
             unlocked: text("STRICT_FOREIGN_UNLOCKED").is_some(),
         }
     })
@@ -136,6 +156,7 @@ pub struct Counters {
     pub pages_out: AtomicU64,
     pub warnings: AtomicU64,
     pub listens: AtomicU64,
+    pub messages_in: AtomicU64,
 }
 
 /// The counters of this process.

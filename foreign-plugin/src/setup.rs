@@ -7,14 +7,20 @@ use nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// Data sockets of a comm, and threads that serve them.
 pub(crate) const SOCKETS: usize = 2;
 const THREADS: u32 = 1;
+/// Where TCPX has numbers that it does not use, -1 each.
+const UNUSED_AT: usize = 28;
 const SOCKETS_AT: usize = 36;
 const THREADS_AT: usize = 40;
+/// Whether control sockets use an interface of their own, and the address that they connect to.
+const REDIRECT_AT: usize = 44;
+const CONTROL_AT: usize = 48;
 /// Where connect keeps its pointer.
 const STATE_AT: usize = 80;
 const MAGIC: u32 = 0x5453_5258;
@@ -32,9 +38,15 @@ type Outcome = Arc<Mutex<Option<Result<Sockets, String>>>>;
 
 pub(crate) struct ListenComm {
     pub dev: usize,
-    listener: Arc<TcpListener>,
+    listeners: Arc<Listeners>,
     outcome: Option<Outcome>,
     accepted: bool,
+}
+
+/// Where a peer connects to: with its control socket first, then with the data sockets.
+struct Listeners {
+    control: TcpListener,
+    data: TcpListener,
 }
 
 /// Connects under way, by the value in the handle.
@@ -48,19 +60,28 @@ fn put(handle: &mut Handle, at: usize, bytes: &[u8]) {
     handle[at..at + bytes.len()].copy_from_slice(bytes);
 }
 
+fn put_address(handle: &mut Handle, at: usize, address: Ipv4Addr, port: u16) {
+    put(handle, at, &(libc::AF_INET as u16).to_ne_bytes());
+    put(handle, at + 2, &port.to_be_bytes());
+    put(handle, at + 4, &address.octets());
+}
+
 impl ListenComm {
     pub(crate) fn new(dev: usize, handle: &mut Handle) -> Option<ListenComm> {
         let device = settings().devices.get(dev)?;
-        let listener = TcpListener::bind((device.address, 0)).ok()?;
-        let port = listener.local_addr().ok()?.port();
+        if counters().listens.load(Ordering::Acquire) >= settings().listens {
+            return None;
+        }
+        let listener = || TcpListener::bind((device.address, 0)).ok();
+        let listeners = Listeners { control: listener()?, data: listener()? };
         handle.fill(0);
-        put(handle, 0, &(libc::AF_INET as u16).to_ne_bytes());
-        put(handle, 2, &port.to_be_bytes());
-        put(handle, 4, &device.address.octets());
+        put_address(handle, 0, device.address, listeners.data.local_addr().ok()?.port());
+        put(handle, UNUSED_AT, &[0xFF; 8]);
+        put_address(handle, CONTROL_AT, device.address, listeners.control.local_addr().ok()?.port());
         put(handle, SOCKETS_AT, &(SOCKETS as u32).to_ne_bytes());
         put(handle, THREADS_AT, &THREADS.to_ne_bytes());
         up(&counters().listens, None, 1);
-        Some(ListenComm { dev, listener: Arc::new(listener), outcome: None, accepted: false })
+        Some(ListenComm { dev, listeners: Arc::new(listeners), outcome: None, accepted: false })
     }
 
     /// One step of the accept: the sockets, once the peer has connected.
@@ -72,11 +93,13 @@ impl ListenComm {
             let outcome = Outcome::default();
             self.outcome = Some(outcome.clone());
             up(&counters().accepts_begun, None, 1);
-            let (listener, dead) = (self.listener.clone(), settings().devices[self.dev].dead);
+            let (listeners, dead) = (self.listeners.clone(), settings().devices[self.dev].dead);
             std::thread::spawn(move || {
+                // These threads write to sockets too, with the signal mask of the caller that made them.
+                crate::comm::raise_sigpipe();
                 std::thread::sleep(settings().accept_time);
                 if !dead {
-                    let result = gather(&listener);
+                    let result = gather(&listeners);
                     *lock(&outcome) = Some(result);
                 }
             });
@@ -96,10 +119,11 @@ impl ListenComm {
     }
 }
 
-/// Takes the connections of one peer: the control socket and the data sockets, in any order.
-fn gather(listener: &TcpListener) -> Result<Sockets, String> {
+/// Takes the connections of one peer: the control socket, then the data sockets.
+fn gather(listeners: &Listeners) -> Result<Sockets, String> {
     let mut all: Vec<Option<TcpStream>> = (0..=SOCKETS).map(|_| None).collect();
     while all.iter().any(Option::is_none) {
+        let listener = if all[0].is_none() { &listeners.control } else { &listeners.data };
         let (mut stream, _) = listener.accept().map_err(|e| e.to_string())?;
         let mut intro = [0u8; 8];
         if stream.read_exact(&mut intro).is_err() {
@@ -139,6 +163,7 @@ pub(crate) fn connect(dev: usize, handle: &mut Handle) -> Result<Option<Sockets>
         connects.insert(key, Connect { outcome: outcome.clone(), buffer });
         let (from, dead) = settings().devices.get(dev).map_or((Ipv4Addr::LOCALHOST, true), |d| (d.address, d.dead));
         std::thread::spawn(move || {
+            crate::comm::raise_sigpipe();
             std::thread::sleep(settings().connect_time);
             if !dead {
                 let result = dial(from, target);
@@ -160,28 +185,32 @@ pub(crate) fn connect(dev: usize, handle: &mut Handle) -> Result<Option<Sockets>
 }
 
 /// A fresh handle of this plugin, or the end of the process.
-fn check_fresh(handle: &Handle) -> SocketAddr {
+fn check_fresh(handle: &Handle) -> [SocketAddr; 2] {
     let u32_at = |at: usize| handle[at..].first_chunk().map_or(0, |b| u32::from_ne_bytes(*b));
-    let family = u16::from_ne_bytes([handle[0], handle[1]]);
+    let inet = |at: usize| i32::from(u16::from_ne_bytes([handle[at], handle[at + 1]])) == libc::AF_INET;
     let empty = |range: std::ops::Range<usize>| handle[range].iter().all(|&b| b == 0);
-    let fresh = i32::from(family) == libc::AF_INET
-        && empty(8..SOCKETS_AT)
+    let fresh = inet(0)
+        && empty(8..UNUSED_AT)
         && u32_at(SOCKETS_AT) == SOCKETS as u32
         && u32_at(THREADS_AT) == THREADS
-        && empty(THREADS_AT + 4..NCCL_NET_HANDLE_MAXSIZE);
+        && empty(REDIRECT_AT..CONTROL_AT)
+        && inet(CONTROL_AT)
+        && empty(CONTROL_AT + 8..NCCL_NET_HANDLE_MAXSIZE);
     if !fresh {
         violation!("bytes that are no fresh handle reached connect: {handle:02x?}");
     }
-    let ip: [u8; 4] = handle[4..].first_chunk().copied().unwrap_or_default();
-    SocketAddrV4::new(ip.into(), u16::from_be_bytes([handle[2], handle[3]])).into()
+    [0, CONTROL_AT].map(|at| {
+        let ip: [u8; 4] = handle[at + 4..].first_chunk().copied().unwrap_or_default();
+        SocketAddrV4::new(ip.into(), u16::from_be_bytes([handle[at + 2], handle[at + 3]])).into()
+    })
 }
 
 /// Connects all sockets. The peer may be slow to listen, so a refusal is tried again for a while, as TCPX does.
-fn dial(_from: Ipv4Addr, target: SocketAddr) -> Result<Sockets, String> {
+fn dial(_from: Ipv4Addr, [data, control]: [SocketAddr; 2]) -> Result<Sockets, String> {
     let until = Instant::now() + Duration::from_secs(2);
     let mut all = Vec::new();
     while all.len() <= SOCKETS {
-        match TcpStream::connect(target) {
+        match TcpStream::connect(if all.is_empty() { control } else { data }) {
             Ok(mut stream) => {
                 let mut intro = [0; 8];
                 intro[..4].copy_from_slice(&MAGIC.to_ne_bytes());

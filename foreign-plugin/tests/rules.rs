@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 const LEN: usize = 64 << 10;
 const CASE: &str = "STRICT_FOREIGN_TEST_CASE";
 
+const LENIENT: (&str, &str) = ("STRICT_FOREIGN_LENIENT", "1");
+
 // ---- running cases ----
 
 fn run(case: &str, environment: &[(&str, &str)]) -> Output {
@@ -23,7 +25,8 @@ fn run(case: &str, environment: &[(&str, &str)]) -> Output {
 }
 
 fn aborts(case: &str, why: &str) {
-    let out = run(case, &[]);
+    let small = [("NCCL_DYNAMIC_CHUNK_SIZE", "4096")];
+    let out = run(case, if case == "too_long" { &small } else { &[] });
     let text = String::from_utf8_lossy(&out.stderr);
     assert_eq!(out.status.signal(), Some(libc::SIGABRT), "{case}: {} {text}", out.status);
     assert!(text.contains("strict-foreign: VIOLATION") && text.contains(why), "{case}: {text}");
@@ -45,6 +48,7 @@ fn what_breaks_the_contract_ends_the_process() {
         ("stale_handle", "no fresh handle reached connect"),
         ("forged_pointer", "never put there"),
         ("wrong_socket_count", "no fresh handle reached connect"),
+        ("wrong_thread_count", "no fresh handle reached connect"),
         ("moved_handle", "was moved"),
         ("misaligned_base", "not whole pages"),
         ("misaligned_size", "not whole pages"),
@@ -56,6 +60,16 @@ fn what_breaks_the_contract_ends_the_process() {
         ("no_device_handle", "without a device handle"),
         ("used_after_close", "no open comm"),
         ("empty_message", "isend of 0 bytes"),
+        ("empty_receive", "irecv of 0 bytes"),
+        ("seventeenth_send", "a 17th send"),
+        ("seventeenth_receive", "a 17th receive"),
+        ("done_is_not_consumed", "a 17th receive"),
+        ("send_tested_out_of_order", "not the oldest"),
+        ("receive_tested_out_of_order", "not the oldest"),
+        ("consumed_out_of_order", "not done, or not the oldest"),
+        ("too_long", "it would never be whole"),
+        ("two_at_once", "irecv of 2 messages"),
+        ("host_receive", "a host receive on a data socket"),
     ] {
         aborts(case, why);
     }
@@ -86,19 +100,21 @@ fn sigpipe_reaches_the_caller() {
     assert_eq!(out.status.signal(), Some(libc::SIGPIPE), "{}", String::from_utf8_lossy(&out.stderr));
     let out = run("sigpipe_of_the_receiver", &[]);
     assert_eq!(out.status.signal(), Some(libc::SIGPIPE), "{}", String::from_utf8_lossy(&out.stderr));
+    let out = run("sigpipe_of_set_up", &[]);
+    assert_eq!(out.status.signal(), Some(libc::SIGPIPE), "{}", String::from_utf8_lossy(&out.stderr));
 }
 
 #[test]
 fn the_rest_behaves_as_tcpx() {
     passes("one_message", &[]);
-    passes("windows_and_order", &[]);
+    passes("windows_and_order", &[LENIENT]);
     passes("sizes_are_not_enforced", &[]);
-    passes("host_receives_are_refused", &[]);
-    passes("silence_after_death", &[("NCCL_DYNAMIC_CHUNK_SIZE", "4096")]);
+    passes("host_receives_are_refused", &[LENIENT]);
+    passes("silence_after_death", &[LENIENT, ("NCCL_DYNAMIC_CHUNK_SIZE", "4096")]);
     passes("a_warning_every_test", &[]);
-    passes("nothing_moves", &[("NCCL_DYNAMIC_CHUNK_SIZE", "0")]);
-    passes("nothing_moves", &[("NCCL_DYNAMIC_CHUNK_SIZE", "")]);
-    passes("too_long_hangs", &[("NCCL_DYNAMIC_CHUNK_SIZE", "4096")]);
+    passes("nothing_moves", &[LENIENT, ("NCCL_DYNAMIC_CHUNK_SIZE", "0")]);
+    passes("nothing_moves", &[LENIENT, ("NCCL_DYNAMIC_CHUNK_SIZE", "")]);
+    passes("too_long_hangs", &[LENIENT, ("NCCL_DYNAMIC_CHUNK_SIZE", "4096")]);
     passes("set_up_takes_its_time", &[("STRICT_FOREIGN_CONNECT_MS", ""), ("STRICT_FOREIGN_ACCEPT_MS", "")]);
     passes("counts", &[]);
 }
@@ -119,6 +135,7 @@ fn child() {
         "stale_handle" => connect_to(&mut altered(60, 1)),
         "forged_pointer" => connect_to(&mut altered(80, 8)),
         "wrong_socket_count" => connect_to(&mut altered(36, 7)),
+        "wrong_thread_count" => connect_to(&mut altered(40, 17)),
         "moved_handle" => moved_handle(),
         "misaligned_base" => register_at(52, LEN),
         "misaligned_size" => register_at(0, 1000),
@@ -163,6 +180,38 @@ fn child() {
             let mr = pair.register(&memory);
             let _ = pair.send(&memory, 0, mr);
         }
+        "empty_receive" => {
+            let pair = Pair::new();
+            let mr = pair.register(&Memory::new());
+            let _ = pair.recv(0, mr);
+        }
+        "seventeenth_send" => sends(17).clear(),
+        "seventeenth_receive" => receives(17).1.clear(),
+        "done_is_not_consumed" => {
+            let (pair, memory, mr) = registered();
+            let recvs: Vec<_> = (0..16).map(|_| pair.recv(100, mr).expect("irecv")).collect();
+            let send = pair.send(&memory, 100, mr).expect("isend");
+            assert!(finish(recvs[0], Some(send)));
+            let _ = pair.recv(100, mr);
+        }
+        "send_tested_out_of_order" => drop(test(sends(2)[1])),
+        "receive_tested_out_of_order" => drop(test(receives(2).1[1])),
+        "consumed_out_of_order" => {
+            let (pair, recvs) = receives(1);
+            pair.consumed(recvs[0]);
+        }
+        "too_long" => {
+            let (pair, memory, mr) = registered();
+            let _ = pair.send(&memory, LEN, mr);
+        }
+        "two_at_once" => {
+            let (pair, _, mut mr) = registered();
+            let (mut data, mut size, mut tag, mut request) = (null_mut(), 10, 0, null_mut());
+            // SAFETY: arrays of one, of which no more is read.
+            unsafe { NET.irecv.expect("irecv")(pair.recv, 2, &mut data, &mut size, &mut tag, &mut mr, &mut request) };
+        }
+        "host_receive" => host_receives_are_refused(),
+        "sigpipe_of_set_up" => drop(Pair::new()),
         "one_message" => one_message(),
         "double_import" => double_import(),
         "meta_after_close" => meta_after_close(),
@@ -184,6 +233,23 @@ fn child() {
         "counts" => counts(),
         other => panic!("no case {other}"),
     }
+}
+
+fn registered() -> (Pair, Memory, *mut c_void) {
+    let (pair, memory) = (Pair::new(), Memory::new());
+    let mr = pair.register(&memory);
+    (pair, memory, mr)
+}
+
+fn sends(n: usize) -> Vec<*mut c_void> {
+    let (pair, memory, mr) = registered();
+    (0..n).map(|_| pair.send(&memory, 100, mr).expect("isend")).collect()
+}
+
+fn receives(n: usize) -> (Pair, Vec<*mut c_void>) {
+    let (pair, _, mr) = registered();
+    let requests = (0..n).map(|_| pair.recv(100, mr).expect("irecv")).collect();
+    (pair, requests)
 }
 
 /// A logger that is no variadic: on the systems this runs on a caller may pass more arguments than are taken.
@@ -231,17 +297,36 @@ fn listen(handle: &mut [u8; 128]) -> *mut c_void {
     comm
 }
 
+/// Calls with SIGPIPE blocked, as threads that the plugin makes have it then.
+fn quietly<R>(call: impl FnOnce() -> R) -> R {
+    if std::env::var(CASE).as_deref() == Ok("sigpipe_of_set_up") {
+        return call();
+    }
+    // SAFETY: this thread's own mask.
+    unsafe {
+        let (mut set, mut before): (libc::sigset_t, libc::sigset_t) = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, libc::SIGPIPE);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &set, &mut before);
+        let result = call();
+        libc::pthread_sigmask(libc::SIG_SETMASK, &before, null_mut());
+        result
+    }
+}
+
 fn connect(handle: &mut [u8; 128]) -> *mut c_void {
     let mut comm = null_mut();
     // SAFETY: as the contract says, or as a case breaks it.
-    assert_eq!(unsafe { NET.connect.expect("connect")(0, handle.as_mut_ptr().cast(), &mut comm, &mut null_mut()) }, 0);
+    let code = quietly(|| unsafe { NET.connect.expect("connect")(0, handle.as_mut_ptr().cast(), &mut comm, &mut null_mut()) });
+    assert_eq!(code, 0);
     comm
 }
 
 fn accept(listen: *mut c_void, device: *mut ncclNetDeviceHandle_v7) -> *mut c_void {
     let (mut comm, mut device) = (null_mut(), device);
     // SAFETY: as above.
-    assert_eq!(unsafe { NET.accept.expect("accept")(listen, &mut comm, &mut device) }, 0);
+    let code = quietly(|| unsafe { NET.accept.expect("accept")(listen, &mut comm, &mut device) });
+    assert_eq!(code, 0);
     comm
 }
 

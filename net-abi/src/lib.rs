@@ -325,6 +325,8 @@ pub struct ucclNetExt_v2 {
     pub abandonConnect: Option<unsafe extern "C" fn(handle: Opaque) -> ncclResult_t>,
     /// Writes "local-address -> peer-address on NIC" for texts of errors, terminated, cut to `len` bytes.
     pub describe: Option<unsafe extern "C" fn(comm: Opaque, text: *mut c_char, len: usize) -> ncclResult_t>,
+    /// What the kernel knows of the comm's connection, for statistics. `size` of the structure is set by the caller.
+    pub info: Option<unsafe extern "C" fn(comm: Opaque, info: *mut ucclCommInfo) -> ncclResult_t>,
     /// Before the first `accept`: the listen comm accepts only a peer that proves the 32 bytes at `key`.
     pub keyListen: Option<unsafe extern "C" fn(listen_comm: Opaque, key: *const u8) -> ncclResult_t>,
     /// Before the first `connect` with this 128-byte handle buffer: the connect proves the 32 bytes at `key`. They are kept inside the
@@ -334,6 +336,26 @@ pub struct ucclNetExt_v2 {
     /// [`UCCL_PROTECT_SEAL`] under the 32 bytes at `key` (ignored otherwise), which no other comm or direction may have. A message that
     /// was changed, repeated, left out or cut fails the receiving comm, before the receive is done and its descriptors are published.
     pub protect: Option<unsafe extern "C" fn(comm: Opaque, level: c_int, key: *const u8) -> ncclResult_t>,
+}
+
+/// What the kernel knows of a comm's connection. What it does not tell is 0.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ucclCommInfo {
+    /// `sizeof` this structure; a writer fills only members that lie inside.
+    pub size: usize,
+    /// Segments sent, and how many of them were sent again.
+    pub segments: u64,
+    /// See `segments`.
+    pub retransmits: u64,
+    /// Smoothed round trip, microseconds.
+    pub rtt_us: u32,
+    /// Smallest round trip seen, microseconds.
+    pub min_rtt_us: u32,
+    /// Bytes per second that the peer acknowledged lately.
+    pub delivery_rate: u64,
+    /// Name of the congestion control, terminated.
+    pub congestion: [c_char; 16],
 }
 
 /// Level of `protect`: CRC-32C of each message, against damage.
@@ -374,8 +396,10 @@ const _: () = {
     assert!(offset_of!(netUnpackMeta, cnt) == MAX_REQUESTS * MAX_SLOT_ENTRIES * 16);
     assert!(size_of::<unpackNetDeviceHandle>() == 24);
     assert!(size_of::<ucclIoVec>() == 16);
-    assert!(size_of::<ucclNetExt_v2>() == 10 * 8);
+    assert!(size_of::<ucclNetExt_v2>() == 11 * 8);
     assert!(offset_of!(ucclNetExt_v2, progress) == 4 * 8);
     assert!(offset_of!(ucclNetExt_v2, describe) == 6 * 8);
-    assert!(offset_of!(ucclNetExt_v2, protect) == 9 * 8);
+    assert!(offset_of!(ucclNetExt_v2, info) == 7 * 8);
+    assert!(offset_of!(ucclNetExt_v2, protect) == 10 * 8);
+    assert!(size_of::<ucclCommInfo>() == 56);
 };

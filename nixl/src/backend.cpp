@@ -9,7 +9,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
-#include <optional>
 #include <thread>
 #include <vector>
 
@@ -19,7 +18,7 @@ namespace tcpx {
 
 namespace {
 
-/// Parameters that are environment variables of the engine.
+/// Parameters that stand for environment variables of the engine.
 constexpr struct {
   const char *parameter;
   const char *variable;
@@ -31,57 +30,9 @@ constexpr struct {
 };
 constexpr char kNumCpus[] = "num_cpus";
 
-using Settings = std::vector<std::pair<const char *, const char *>>;
-
-#ifdef UCCL_P2P_VERSION_MAJOR
-
-uccl_engine_t *make_engine(const Settings &settings, int) {
-  std::vector<uccl_option_t> options;
-  for (const auto &[name, value] : settings) options.push_back({name, value});
-  uccl_engine_t *engine = nullptr;
-  return uccl_engine_create_with(options.data(), options.size(), &engine) == UCCL_OK ? engine : nullptr;
-}
-
-#else
-
-/// Sets a variable for as long as the object lives.
-class ScopedVariable {
- public:
-  ScopedVariable(const char *name, const char *value) : name_(name) {
-    if (const char *old = std::getenv(name)) before_ = old;
-    ::setenv(name, value, 1);
-  }
-  ~ScopedVariable() {
-    if (before_) {
-      ::setenv(name_, before_->c_str(), 1);
-    } else {
-      ::unsetenv(name_);
-    }
-  }
-  ScopedVariable(const ScopedVariable &) = delete;
-  void operator=(const ScopedVariable &) = delete;
-
- private:
-  const char *name_;
-  std::optional<std::string> before_;
-};
-
-/// For a library that takes settings from the environment alone, which belongs to the process: agents that are created at the same
-/// time must not see each other's.
-uccl_engine_t *make_engine(const Settings &settings, int num_cpus) {
-  static std::mutex environment;
-  const std::lock_guard<std::mutex> guard(environment);
-  std::vector<std::unique_ptr<ScopedVariable>> set;
-  for (const auto &[name, value] : settings) set.push_back(std::make_unique<ScopedVariable>(name, value));
-  return uccl_engine_create(num_cpus, false);
-}
-
-#endif
-
 /// NULL when the parameters or the environment do not make sense; the reason is logged.
 uccl_engine_t *create_engine(const nixl_b_params_t &parameters) {
-  Settings settings;
-  int num_cpus = 0;
+  std::vector<uccl_option_t> settings;
   for (const auto &[name, value] : parameters) {
     if (value.empty()) continue;
     const char *variable = nullptr;
@@ -89,7 +40,7 @@ uccl_engine_t *create_engine(const nixl_b_params_t &parameters) {
       if (name == entry.parameter) variable = entry.variable;
     }
     if (variable) {
-      settings.emplace_back(variable, value.c_str());
+      settings.push_back({variable, value.c_str()});
     } else if (name == kNumCpus) {
       char *end = nullptr;
       const long number = std::strtol(value.c_str(), &end, 10);
@@ -97,14 +48,14 @@ uccl_engine_t *create_engine(const nixl_b_params_t &parameters) {
         log_line("error", "parameter num_cpus=" + value + " is not a number from 0 to 4096");
         return nullptr;
       }
-      num_cpus = static_cast<int>(number);
     } else {
       log_line("warning", "parameter '" + name + "' is not known and has no effect");
     }
   }
-  uccl_engine_t *engine = make_engine(settings, num_cpus);
-  if (!engine) log_line("error", std::string("cannot create an engine: ") + uccl_engine_last_error());
-  return engine;
+  uccl_engine_t *engine = nullptr;
+  if (uccl_engine_create_with(settings.data(), settings.size(), &engine) == UCCL_OK) return engine;
+  log_line("error", std::string("cannot create an engine: ") + uccl_engine_last_error());
+  return nullptr;
 }
 
 }  // namespace

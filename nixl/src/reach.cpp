@@ -8,11 +8,21 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstring>
 #include <memory>
 
 namespace tcpx {
 
 namespace {
+
+/// On its own host a connect to a port where nothing listens may meet itself, when the system picks that port for this end.
+bool met_itself(int fd) {
+  sockaddr_storage mine{}, theirs{};
+  socklen_t mine_size = sizeof mine, theirs_size = sizeof theirs;
+  if (::getsockname(fd, reinterpret_cast<sockaddr *>(&mine), &mine_size) != 0) return false;
+  if (::getpeername(fd, reinterpret_cast<sockaddr *>(&theirs), &theirs_size) != 0) return false;
+  return mine_size == theirs_size && std::memcmp(&mine, &theirs, mine_size) == 0;
+}
 
 Reach reach_address(const addrinfo &address, std::chrono::milliseconds limit) {
   const int fd = ::socket(address.ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
@@ -28,6 +38,7 @@ Reach reach_address(const addrinfo &address, std::chrono::milliseconds limit) {
       }
     }
   }
+  if (error == 0 && met_itself(fd)) error = ECONNREFUSED;
   ::close(fd);
   return error == 0 ? Reach::kAnswers : error == ECONNREFUSED ? Reach::kRefused : Reach::kSilent;
 }

@@ -385,6 +385,19 @@ pub unsafe extern "C" fn describe(handle: Opaque, text: *mut c_char, len: usize)
     })
 }
 
+pub unsafe extern "C" fn info(handle: Opaque, info: *mut ucclCommInfo) -> ncclResult_t {
+    guard(|| {
+        // SAFETY: the caller's comm.
+        let comm = unsafe { any_comm(handle)? };
+        check(!info.is_null())?;
+        // SAFETY: not null; the caller's structure begins with its size.
+        check(unsafe { (*info).size } >= size_of::<ucclCommInfo>())?;
+        // SAFETY: as above, and large enough.
+        unsafe { *info = comm.info()? };
+        Ok(())
+    })
+}
+
 /// The 32 bytes at `key`, if there are any.
 ///
 /// # Safety

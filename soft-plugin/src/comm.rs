@@ -6,8 +6,8 @@ use std::sync::atomic::{fence, AtomicBool, AtomicI32, AtomicPtr, AtomicU32, Orde
 use std::sync::Arc;
 
 use nccl_net_abi::{
-    ncclNetDeviceHandle_v7, ncclResult_t, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_INVALID_ARGUMENT, NCCL_INVALID_USAGE,
-    NCCL_SYSTEM_ERROR,
+    ncclNetDeviceHandle_v7, ncclResult_t, ucclCommInfo, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_INVALID_ARGUMENT,
+    NCCL_INVALID_USAGE, NCCL_SYSTEM_ERROR,
 };
 use parking_lot::Mutex;
 
@@ -223,6 +223,12 @@ impl Comm {
         let io = self.io.lock();
         let socket = io.socket.as_ref().ok_or(NCCL_INVALID_ARGUMENT)?;
         tcp::bytes_acked(socket.as_raw_fd()).ok_or(NCCL_INTERNAL_ERROR)
+    }
+
+    pub fn info(&self) -> Result<ucclCommInfo, ncclResult_t> {
+        let io = self.io.lock();
+        let socket = io.socket.as_ref().ok_or(NCCL_INVALID_ARGUMENT)?;
+        tcp::describe(socket.as_raw_fd()).ok_or(NCCL_INTERNAL_ERROR)
     }
 
     fn turn(&self, io: &mut Io) -> Turn {

@@ -5,20 +5,13 @@ use std::ops::RangeInclusive;
 
 use nccl_net_abi::MAX_REQUESTS;
 
+use crate::fragment::{region_len, Fragmentation};
+
 /// Largest message limit: sixteen slot regions must stay addressable by the u32 `src_off` of a descriptor.
 pub const MAX_MESSAGE: usize = 128 << 20;
 const DEFAULT_MESSAGE: usize = 512 << 10;
-
-/// How the payload of a device receive is cut into bounce-buffer fragments.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fragmentation {
-    /// One descriptor a message.
-    Whole,
-    /// Fragments of this many bytes, laid out one behind the other.
-    Fixed(usize),
-    /// Fragments of random size, alignment and place, described in random order.
-    Random,
-}
+/// What UCCL_TCPX_CHUNK_BYTES can raise the default to.
+const MAX_CHUNK: usize = 16 << 20;
 
 /// One environment variable.
 #[derive(Clone, Copy, Debug)]
@@ -36,7 +29,7 @@ const fn var(name: &'static str, default: &'static str, doc: &'static str) -> Va
 }
 
 /// Every variable of the software plugin's own. It also reads `NCCL_GPUDIRECTTCPX_SOCKET_IFNAME`, `NCCL_SOCKET_IFNAME`,
-/// `NCCL_DYNAMIC_CHUNK_SIZE` and `UCCL_TCPX_EMULATE_DEVICE`.
+/// `NCCL_DYNAMIC_CHUNK_SIZE`, `UCCL_TCPX_CHUNK_BYTES` and `UCCL_TCPX_EMULATE_DEVICE`.
 pub const VARIABLES: &[Variable] = &[
     var("UCCL_TCPX_SOFT_STRICT", "0", "1: refuse what TCPX would crash or corrupt on, and poison consumed bounce memory."),
     var("UCCL_TCPX_SOFT_THREADS", "by cores", "I/O threads of the process, 1 to 256; default: cores, at most 16."),
@@ -55,7 +48,7 @@ pub struct Config {
     /// `NCCL_GPUDIRECTTCPX_SOCKET_IFNAME`, else `NCCL_SOCKET_IFNAME`: which interfaces are devices; see
     /// [`NameFilter`](crate::interfaces::NameFilter).
     pub interfaces: Option<String>,
-    /// `NCCL_DYNAMIC_CHUNK_SIZE`: message limit, bytes (default 524288; 0 counts as unset).
+    /// `NCCL_DYNAMIC_CHUNK_SIZE`: message limit, bytes (0 counts as unset; default 524288, or `UCCL_TCPX_CHUNK_BYTES` where that is more).
     pub message_limit: usize,
     /// `UCCL_TCPX_SOFT_STRICT`.
     pub strict: bool,
@@ -118,13 +111,20 @@ impl Reader<'_> {
         Ok(if bytes == 0 { Fragmentation::Whole } else { Fragmentation::Fixed(bytes) })
     }
 
+    /// The limit where NCCL_DYNAMIC_CHUNK_SIZE does not set one: enough for the chunks that the library above is told to send. Whether
+    /// its variable makes sense is for the library to say.
+    fn default_limit(&self) -> usize {
+        let chunk = self.text("UCCL_TCPX_CHUNK_BYTES").and_then(|text| parse_number(&text)).unwrap_or(0);
+        DEFAULT_MESSAGE.max(usize::try_from(chunk).unwrap_or(0).min(MAX_CHUNK))
+    }
+
     fn config(&self) -> Result<Config, String> {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let message = self.size("NCCL_DYNAMIC_CHUNK_SIZE", 0..=i32::MAX as u64, 0)?;
         let spin = self.number("UCCL_TCPX_SOFT_SPIN_US", 0..=1_000_000)?;
         Ok(Config {
             interfaces: self.text("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME").or_else(|| self.text("NCCL_SOCKET_IFNAME")),
-            message_limit: if message == 0 { DEFAULT_MESSAGE } else { message.min(MAX_MESSAGE) },
+            message_limit: if message == 0 { self.default_limit() } else { message.min(MAX_MESSAGE) },
             strict: self.flag("UCCL_TCPX_SOFT_STRICT")?,
             threads: self.size("UCCL_TCPX_SOFT_THREADS", 1..=256, cores.min(16))?,
             spin_us: spin.unwrap_or(if cores < 4 { 0 } else { 20 }),
@@ -171,7 +171,7 @@ impl Config {
 
     /// Bytes of a comm's bounce buffer.
     pub fn bounce_len(&self) -> usize {
-        crate::fragment::region_len(self.message_limit) * MAX_REQUESTS
+        region_len(self.message_limit) * MAX_REQUESTS
     }
 }
 
@@ -201,6 +201,11 @@ mod tests {
         let default = Reader(&|_| None).config().unwrap();
         assert_eq!((default.message_limit, default.inline_bytes, default.strict), (DEFAULT_MESSAGE, 8192, false));
         assert_eq!(with("NCCL_DYNAMIC_CHUNK_SIZE", "0").unwrap().message_limit, DEFAULT_MESSAGE);
+        for (chunk, limit) in
+            [("4M", 4 << 20), ("1048576", 1 << 20), ("64K", DEFAULT_MESSAGE), ("1T", DEFAULT_MESSAGE), ("9G", MAX_CHUNK)]
+        {
+            assert_eq!(with("UCCL_TCPX_CHUNK_BYTES", chunk).unwrap().message_limit, limit, "{chunk}");
+        }
         assert_eq!(with("NCCL_DYNAMIC_CHUNK_SIZE", "0x80000").unwrap().message_limit, 512 << 10);
         assert_eq!(with("NCCL_DYNAMIC_CHUNK_SIZE", "2000000000").unwrap().message_limit, MAX_MESSAGE);
         assert_eq!(with("UCCL_TCPX_SOFT_SOCKBUF", " 4M ").unwrap().socket_buffer, 4 << 20);

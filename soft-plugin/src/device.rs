@@ -12,8 +12,6 @@ use nccl_net_abi::{
 };
 use parking_lot::Mutex;
 
-use crate::config::Config;
-
 /// Memory that device receives and device sends pass through.
 pub trait DeviceMemory: Send + Sync {
     /// Whether the calling thread is set up for an unpack queue (a GPU is current).
@@ -112,16 +110,8 @@ pub fn demote(at: *const u8, len: usize) {
     let _ = (at, len);
 }
 
-/// The device memory of this process, if it has any.
-pub fn probe(config: &Config) -> Option<Arc<dyn DeviceMemory>> {
-    if config.emulate_device {
-        return Some(Arc::new(Emulated));
-    }
-    Some(Arc::new(crate::cuda::Cuda::probe()?))
-}
-
 /// Host memory that plays the part of device memory.
-struct Emulated;
+pub struct Emulated;
 
 impl DeviceMemory for Emulated {
     fn unpack_queue(&self, bounce_len: usize) -> io::Result<UnpackQueue> {

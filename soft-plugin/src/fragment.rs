@@ -3,7 +3,16 @@
 
 use nccl_net_abi::{loadMeta, MAX_SLOT_ENTRIES, PAGE};
 
-use crate::config::Fragmentation;
+/// How the payload of a device receive is cut into bounce-buffer fragments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fragmentation {
+    /// One descriptor a message.
+    Whole,
+    /// Fragments of this many bytes, laid out one behind the other.
+    Fixed(usize),
+    /// Fragments of random size, alignment and place, described in random order.
+    Random,
+}
 
 /// Most fragments a message may have; the contract calls 2,048 too many.
 pub const MAX_FRAGMENTS: usize = MAX_SLOT_ENTRIES - 1;

@@ -39,6 +39,15 @@ mod turn;
 
 pub use config::{Variable, VARIABLES};
 
+/// Whether every variable of the software plugin can be understood, and had here. The error names the variable.
+///
+/// # Errors
+/// What `init` would refuse.
+pub fn check_environment() -> Result<(), String> {
+    let config = config::Config::from_env()?;
+    congestion::check(&config).map_err(|e| format!("UCCL_TCPX_SOFT_CONGESTION: {e}"))
+}
+
 use abi::requests;
 use nccl_net_abi::{ncclNet_v7, ncclNet_v8, ucclNetExt_v2};
 
@@ -79,6 +88,7 @@ pub const EXT_V2: ucclNetExt_v2 = ucclNetExt_v2 {
     progress: Some(abi::progress),
     abandonConnect: Some(abi::abandon_connect),
     describe: Some(abi::describe),
+    info: Some(abi::info),
     keyListen: Some(abi::key_listen),
     keyConnect: Some(abi::key_connect),
     protect: Some(abi::protect),

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use libc::iovec;
 use nccl_net_abi::{loadMeta, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_SYSTEM_ERROR};
 
-use crate::config::{Config, Fragmentation};
+use crate::config::Config;
 use crate::device::{demote, UnpackQueue};
-use crate::fragment::{self, Rng};
+use crate::fragment::{self, Fragmentation, Rng};
 use crate::ledger::{Failure, Ledger};
 use crate::protect::{Guard, Proof, MAX_HEAD};
 use crate::slot::{Body, Cursor, Header, HEADER};

@@ -10,7 +10,8 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::config::Config;
 use crate::congestion;
-use crate::device::{self, DeviceMemory};
+use crate::cuda::Cuda;
+use crate::device::{DeviceMemory, Emulated};
 use crate::fork::PerProcess;
 use crate::interfaces::{self, Interface};
 use crate::logger;
@@ -105,7 +106,7 @@ fn build() -> Result<Global, String> {
     if devices.is_empty() {
         logger::warn(&format!("no usable network interface matches {:?}", config.interfaces.as_deref().unwrap_or("(default)")));
     }
-    let device = device::probe(&config);
+    let device = device_memory(&config);
     let names: Vec<_> = devices.iter().map(|d| format!("{}({})", d.name.to_string_lossy(), d.address)).collect();
     logger::info(&format!(
         "software plugin: devices {}; {} I/O threads; messages up to {} bytes; device memory {}",
@@ -123,9 +124,17 @@ fn inherit(parent: &Global) -> Global {
     let config = parent.config.clone();
     // A thread of the parent may have held the lock.
     let known = parent.devices.list.try_read().map(|list| list.clone()).unwrap_or_default();
-    let child = Global { device: device::probe(&config), devices: Devices { list: RwLock::new(known) }, config };
+    let child = Global { device: device_memory(&config), devices: Devices { list: RwLock::new(known) }, config };
     child.refresh();
     child
+}
+
+/// The device memory of this process, if it has any.
+fn device_memory(config: &Config) -> Option<Arc<dyn DeviceMemory>> {
+    if config.emulate_device {
+        return Some(Arc::new(Emulated));
+    }
+    Some(Arc::new(Cuda::probe()?))
 }
 
 #[cfg(test)]

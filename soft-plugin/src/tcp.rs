@@ -1,15 +1,23 @@
 //! What the kernel tells of a TCP socket, and the options of data sockets beyond `socket2`.
 //! Knows nothing of who uses the socket.
 
+use std::ffi::c_char;
 use std::io;
 use std::time::Duration;
 
+use nccl_net_abi::ucclCommInfo;
 use socket2::{Socket, TcpKeepalive};
 
 /// Offsets in the kernel's tcp_info: bytes acknowledged by the peer (u64, Linux 4.1) and the smallest round trip (u32, microseconds,
 /// Linux 4.6).
 const BYTES_ACKED: usize = 120;
 const MIN_RTT: usize = 148;
+/// The smoothed round trip, all retransmitted segments (both u32, Linux 2.6), segments sent (u32, Linux 4.2), and the rate at which
+/// the peer acknowledged lately (u64, Linux 4.9).
+const RTT: usize = 68;
+const RETRANSMITS: usize = 100;
+const SEGMENTS: usize = 136;
+const DELIVERY_RATE: usize = 160;
 
 /// The kernel's tcp_info, as far as the kernel filled it.
 struct Info {
@@ -40,6 +48,25 @@ pub fn bytes_acked(fd: i32) -> Option<u64> {
 /// The smallest round trip seen, microseconds.
 pub fn min_rtt(fd: i32) -> Option<u32> {
     Info::read(fd)?.field(MIN_RTT).map(u32::from_ne_bytes).filter(|&us| us > 0 && us < u32::MAX)
+}
+
+/// What statistics tell of a socket; what the kernel is too old for is 0.
+pub fn describe(fd: i32) -> Option<ucclCommInfo> {
+    let info = Info::read(fd)?;
+    let number = |at| info.field(at).map_or(0, u32::from_ne_bytes);
+    let mut congestion: [c_char; 16] = [0; 16];
+    let mut len = (congestion.len() - 1) as libc::socklen_t;
+    // SAFETY: a buffer and its length; its last byte stays 0. On failure the name stays empty.
+    unsafe { libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_CONGESTION, congestion.as_mut_ptr().cast(), &mut len) };
+    Some(ucclCommInfo {
+        size: size_of::<ucclCommInfo>(),
+        segments: number(SEGMENTS).into(),
+        retransmits: number(RETRANSMITS).into(),
+        rtt_us: number(RTT),
+        min_rtt_us: Some(number(MIN_RTT)).filter(|&us| us < u32::MAX).unwrap_or(0),
+        delivery_rate: info.field(DELIVERY_RATE).map_or(0, u64::from_ne_bytes),
+        congestion,
+    })
 }
 
 /// Makes the kernel ask an idle peer whether it is there, after `idle` and then three times. Zero leaves it off.

@@ -1,8 +1,8 @@
 //! Device memory through CUDA: unpack and pack jobs of a round are launched together, completion is read from mapped memory.
-//! Knows jobs and places; connections and plugins it does not.
+//! Knows jobs and places, nothing of connections and plugins.
 
 use super::device::{DeviceCopier, StagingMemory, Ticket, View};
-use crate::gpu::{CopyLauncher, Gpu, Job, Lent, MappedPtr, MemoryKind, Segment, INLINE_PIECES, PIECES_PER_JOB};
+use crate::gpu::{CopyLauncher, Extent, Gpu, Job, Launched, Lent, MappedPtr, MemoryKind, INLINE_PIECES, PIECES_PER_JOB};
 use crate::status::{bail, err, Result};
 use crate::types::Part;
 use crate::types::Place;
@@ -22,7 +22,7 @@ const QUIESCE_LIMIT: Duration = Duration::from_secs(5);
 /// A job waiting for the end of the round.
 struct Queued {
     kind: Kind,
-    segments: Vec<Segment>,
+    segments: Vec<Extent>,
     len: u64,
 }
 
@@ -71,7 +71,7 @@ struct Batch {
     first: u64,
     jobs: u64,
     launcher: usize,
-    ticket: crate::gpu::Ticket,
+    launched: Launched,
 }
 
 /// Streams that launches take in turn: one launch of a chunk over PCIe is mostly latency, and several at once hide it.
@@ -122,11 +122,11 @@ impl Jobs {
             let jobs: Vec<Job<'_>> = self.queued[..n].iter().map(Queued::job).collect();
             let launcher = self.turn % self.launchers.len();
             // SAFETY: whoever queued the jobs keeps their memory until they are done (contract of `unpack` and `pack`).
-            let Some(ticket) = (unsafe { self.launchers[launcher].submit(&jobs) })? else { return Ok(()) };
+            let Some(launched) = (unsafe { self.launchers[launcher].submit(&jobs) })? else { return Ok(()) };
             drop(jobs);
             self.turn += 1;
             let first = self.next - self.queued.len() as u64;
-            self.launched.push_back(Batch { first, jobs: n as u64, launcher, ticket });
+            self.launched.push_back(Batch { first, jobs: n as u64, launcher, launched });
             self.queued.drain(..n);
         }
         Ok(())
@@ -135,7 +135,7 @@ impl Jobs {
     fn poll(&mut self, job: u64) -> Result<bool> {
         while job >= self.finished {
             let Some(batch) = self.launched.front() else { break };
-            if !self.launchers[batch.launcher].poll(batch.ticket)? {
+            if !self.launchers[batch.launcher].poll(batch.launched)? {
                 break;
             }
             self.finished = batch.first + batch.jobs;
@@ -241,11 +241,11 @@ impl Unit {
     /// As `CopyLauncher::submit`.
     unsafe fn run(&mut self, job: Job<'_>) -> Result<()> {
         let deadline = Instant::now() + SMALL_COPY_LIMIT;
-        let mut ticket = None;
+        let mut launched = None;
         loop {
-            match ticket {
+            match launched {
                 // SAFETY: by the caller's contract.
-                None => ticket = unsafe { self.small().submit(&[job]) }?,
+                None => launched = unsafe { self.small().submit(&[job]) }?,
                 Some(submitted) if self.small().poll(submitted)? => return Ok(()),
                 Some(_) => std::hint::spin_loop(),
             }
@@ -279,8 +279,8 @@ fn place_of(addr: u64) -> Result<Place> {
     }
 }
 
-fn segments(parts: &[Part]) -> Vec<Segment> {
-    parts.iter().map(|p| Segment { addr: p.addr, len: p.len }).collect()
+fn segments(parts: &[Part]) -> Vec<Extent> {
+    parts.iter().map(|p| Extent { addr: p.addr, len: p.len }).collect()
 }
 
 impl CudaDevice {

@@ -1,5 +1,6 @@
-//! Moving bytes of device memory: unpacking a bounce buffer to its destinations, gathering segments into staging. One trait,
-//! so that the rest of the engine is the same for CUDA and for emulated device memory, where the CPU does both.
+//! Moving bytes of device memory: unpacking a bounce buffer to its destinations, gathering segments into staging. One trait, so that
+//! the rest of the engine is the same for CUDA and for emulated device memory, where the CPU does both. Knows nothing of comms and
+//! transfers.
 
 use crate::status::{bail, Result};
 use crate::types::{Part, Place};

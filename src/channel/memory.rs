@@ -1,4 +1,4 @@
-//! Page-aligned host memory owned by a channel: staging rings and discard buffers.
+//! Page-aligned host memory owned by a channel: staging rings and discard buffers. Knows nothing of what lies in it.
 
 use crate::status::{bail, Result};
 use std::alloc::{alloc_zeroed, dealloc, Layout};

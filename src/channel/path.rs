@@ -5,6 +5,7 @@ use super::device::DeviceCopier;
 use super::plan::Chunk;
 use super::stripe::Load;
 use crate::region::Hold;
+use crate::stats::ChannelStats;
 use crate::status::Result;
 use crate::types::{Key, Part, Place};
 use std::time::Instant;
@@ -17,6 +18,8 @@ pub(crate) struct Departure {
     pub chunk: Chunk,
     /// What keeps its memory registered; dropped when the chunk is gone or its channel is closed.
     pub hold: Hold,
+    /// Part of a large transfer.
+    pub bulk: bool,
     /// Names stream and place in the stream; both sides compute the same.
     pub tag: i32,
 }
@@ -72,8 +75,8 @@ pub(crate) trait Path: Send {
     /// Whether it carries memory of this side's `local` to or from anywhere.
     fn carries_local(&self, local: Place) -> bool;
 
-    /// The load of each channel for a chunk from `place`, into an empty list. `bulk`: the chunk is part of a large transfer, which
-    /// leaves room in the window for small ones.
+    /// The load of each channel for a chunk from `place`, into an empty list. `bulk`: the chunk is part of a large transfer, and
+    /// all of those together leave room in the window for small ones, which do not count against them.
     fn loads(&self, place: Place, bulk: bool, now: Instant, out: &mut Vec<Load>);
 
     /// Takes a chunk for sending on a channel that has a free place.
@@ -97,6 +100,9 @@ pub(crate) trait Path: Send {
 
     /// The channels with chunks under way that have not moved, for an error text.
     fn describe_busy(&self) -> Vec<String>;
+
+    /// What each channel counts. `kernel`: with what the kernel knows of it.
+    fn stats(&self, kernel: bool, now: Instant, out: &mut Vec<ChannelStats>);
 
     /// Drops registrations of a region that nothing uses any more.
     fn forget_region(&mut self, id: u64);

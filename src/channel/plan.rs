@@ -12,7 +12,7 @@ pub(crate) struct Chunk {
     pub len: usize,
     /// Where the local side lies.
     pub place: Place,
-    /// Where the peer's side lies; meaningless where it was not known (see [`Stream::take_exact`]).
+    /// Where the peer's side lies; meaningless where it was not known (see [`Walk::take_exact`]).
     pub peer: Place,
 }
 
@@ -21,9 +21,9 @@ pub(crate) const MAX_PARTS: usize = 512;
 /// Segments that one chunk crosses at most, merged or not, and so its pieces at most on the receiving side, where fewer may merge.
 pub(crate) const MAX_CROSSED: usize = 4096;
 
-/// The part of a transfer's stream that is not yet cut into chunks.
+/// The way along a transfer's stream: what is not yet cut into chunks.
 #[derive(Debug)]
-pub(crate) struct Stream {
+pub(crate) struct Walk {
     segments: Vec<Segment>,
     next: usize,
     /// Bytes of segment `next` already taken.
@@ -32,10 +32,10 @@ pub(crate) struct Stream {
     remaining: u64,
 }
 
-impl Stream {
-    pub(crate) fn new(segments: Vec<Segment>) -> Stream {
+impl Walk {
+    pub(crate) fn new(segments: Vec<Segment>) -> Walk {
         let total = segments.iter().map(|s| s.len).sum();
-        Stream { segments, next: 0, taken: 0, total, remaining: total }
+        Walk { segments, next: 0, taken: 0, total, remaining: total }
     }
 
     /// Bytes taken so far: where the next chunk begins.
@@ -81,7 +81,7 @@ impl Stream {
     fn cut(&mut self, max: u64, max_parts: usize, max_crossed: usize, split_on_peer: bool) -> Option<Chunk> {
         let first = *self.segments.get(self.next)?;
         // Blocks are mostly alike.
-        let alike = (max.div_ceil(first.len) as usize).min(max_parts).min(self.segments.len() - self.next);
+        let alike = (max.div_ceil(first.len) as usize).min(MAX_PARTS).min(self.segments.len() - self.next);
         let mut chunk = Chunk { parts: Vec::with_capacity(alike), len: 0, place: first.place, peer: first.peer };
         let mut left = max;
         let mut crossed = 0;
@@ -105,6 +105,9 @@ impl Stream {
                 self.next += 1;
                 self.taken = 0;
             }
+        }
+        if chunk.parts.capacity() > 2 * chunk.parts.len() {
+            chunk.parts.shrink_to_fit();
         }
         chunk.len = (max - left) as usize;
         self.remaining -= max - left;
@@ -150,7 +153,7 @@ mod tests {
         #[test]
         fn both_sides_cut_the_same_plan((sender, receiver) in sides(), max in 1usize..200_000) {
             let total: u64 = sender.iter().map(|s| s.len).sum();
-            let (mut out, mut inc) = (Stream::new(sender.clone()), Stream::new(receiver.clone()));
+            let (mut out, mut inc) = (Walk::new(sender.clone()), Walk::new(receiver.clone()));
             let (mut sent, mut got) = (Vec::new(), Vec::new());
             while let Some(chunk) = out.take(max) {
                 prop_assert!(chunk.len <= max && chunk.parts.len() <= MAX_PARTS);
@@ -172,7 +175,7 @@ mod tests {
 
         #[test]
         fn a_wrong_announcement_is_refused((_, receiver) in sides(), extra in 1u64..1000) {
-            let mut stream = Stream::new(receiver);
+            let mut stream = Walk::new(receiver);
             let too_much = stream.remaining() + extra;
             prop_assert_eq!(stream.take_exact(too_much as usize), None);
         }
@@ -184,11 +187,59 @@ mod tests {
         }
     }
 
+    /// A peer chooses the lengths: what it announces must not cost more memory than it has parts.
+    #[test]
+    fn a_chunk_takes_memory_for_its_own_parts_only() {
+        let segment = |addr, len| Segment { addr, len, region: 0, place: Place::HOST, peer: Place::HOST };
+        let pair = |i: u64| [segment(i << 21, 1), segment((i << 21) + 4096, (512 << 10) - 1)];
+        let mut stream = Walk::new((0..100_000).flat_map(pair).collect());
+        let chunks: Vec<Chunk> = (0..1000).map(|_| stream.take_exact(512 << 10).unwrap()).collect();
+        let room: usize = chunks.iter().map(|c| c.parts.capacity()).sum();
+        assert!(room <= 8 * chunks.len(), "{room} parts");
+    }
+
     #[test]
     fn neighbours_in_memory_become_one_part() {
         let segment = |addr, len| Segment { addr, len, region: 0, place: Place::HOST, peer: Place::HOST };
-        let mut stream = Stream::new((0..1000).map(|i| segment(4096 * i, 4096)).collect());
+        let mut stream = Walk::new((0..1000).map(|i| segment(4096 * i, 4096)).collect());
         let chunk = stream.take(512 << 10).unwrap();
         assert_eq!(chunk.parts, [Part { addr: 0, len: 512 << 10, region: 0 }]);
+    }
+
+    #[test]
+    fn every_channel_gets_its_share_twice_over() {
+        const K: usize = 1 << 10;
+        let cases =
+            [(64 << 20, 4, 512), (2 << 20, 4, 256), (1 << 20, 4, 128), (1 << 20, 1, 512), (100, 4, 64), (1 << 20, 16, 64)];
+        for (total, channels, expected) in cases {
+            assert_eq!(chunk_len(total, channels, 512 * K), expected * K, "{total} bytes over {channels}");
+        }
+        assert_eq!(chunk_len((600 << 10) + 1, 3, 512 * K), 104 * K, "whole pages");
+        assert_eq!(chunk_len(1 << 30, 1, 8 * K), 8 * K);
+    }
+
+    #[test]
+    fn only_neighbours_of_one_region_are_merged() {
+        let segment = |addr, region| Segment { addr, len: 10, region, place: Place::HOST, peer: Place::HOST };
+        let part = |addr, len, region| Part { addr, len, region };
+        let mut stream = Walk::new(vec![segment(0, 0), segment(10, 1), segment(30, 1), segment(40, 1)]);
+        let chunk = stream.take(1000).unwrap();
+        assert_eq!(chunk.parts, [part(0, 10, 0), part(10, 10, 1), part(30, 20, 1)]);
+    }
+
+    #[test]
+    fn a_chunk_crosses_only_so_many_segments_on_either_side() {
+        // One byte each: neighbours for the sender, scattered for the receiver.
+        let segment = |addr| Segment { addr, len: 1, region: 0, place: Place::HOST, peer: Place::HOST };
+        let n = MAX_CROSSED as u64 + 7;
+        let mut out = Walk::new((0..n).map(segment).collect());
+        let mut inc = Walk::new((0..n).map(|i| segment(2 * i)).collect());
+        assert_eq!(inc.take_exact(MAX_CROSSED + 1), None, "a sender that ignores the limit");
+        let mut inc = Walk::new((0..n).map(|i| segment(2 * i)).collect());
+        let first = out.take(1 << 20).unwrap();
+        assert_eq!((first.len, first.parts.len(), out.offset()), (MAX_CROSSED, 1, MAX_CROSSED as u64));
+        assert_eq!(inc.take_exact(first.len).unwrap().parts.len(), MAX_CROSSED);
+        assert_eq!((out.take(1 << 20).unwrap().len, inc.take_exact(7).unwrap().len), (7, 7));
+        assert_eq!((out.take(1), inc.take_exact(1), out.segments()), (None, None, n as usize));
     }
 }

@@ -1,10 +1,12 @@
 //! The channels of a connection over all its paths: which path carries what, which channel takes the next chunk, and the device copier
-//! that all of them share. Channels are numbered over the paths in order; both sides have the same paths in the same order.
+//! that all of them share. Channels are numbered over the paths in order; both sides have the same paths in the same order. Knows
+//! nothing of plugins, and of transfers only the keys of chunks.
 
 use super::device::spread;
 use super::path::{Arrival, Copier, Departure, Dest, Event, Path};
 use super::plan::Chunk;
 use super::stripe::{self, Load};
+use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
 use crate::types::Place;
 use std::time::Instant;
@@ -148,6 +150,13 @@ impl Channels {
         Ok(sum.unwrap_or((self.totals.sent, self.totals.received)))
     }
 
+    /// What each channel counts, in the order of their numbers; none after the end. `kernel`: with what the kernel knows.
+    pub(crate) fn stats(&self, kernel: bool, now: Instant) -> Vec<ChannelStats> {
+        let mut out = Vec::new();
+        self.paths.iter().for_each(|path| path.stats(kernel, now, &mut out));
+        out
+    }
+
     /// What is under way and where, for an error text.
     pub(crate) fn describe_busy(&self) -> String {
         const MOST: usize = 4;
@@ -218,5 +227,176 @@ impl Channels {
         }
         self.paths.clear();
         self.copier = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::region::Hold;
+    use crate::status::ErrorKind;
+    use crate::types::Key;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::Arc;
+
+    /// What a stub path was asked, shared with the test.
+    #[derive(Default)]
+    struct Asked {
+        submitted: AtomicU64,
+        expected: AtomicU64,
+        forgotten: AtomicU64,
+        dropped: AtomicU64,
+    }
+
+    /// A path that moves nothing.
+    struct StubPath {
+        channels: usize,
+        device: bool,
+        full: bool,
+        bytes: Option<(u64, u64)>,
+        happens: Vec<Event>,
+        asked: Arc<Asked>,
+    }
+
+    impl Path for StubPath {
+        fn channels(&self) -> usize {
+            self.channels
+        }
+        fn carries(&self, local: Place, peer: Place) -> bool {
+            !self.device || (local.is_device() && peer.is_device())
+        }
+        fn carries_local(&self, local: Place) -> bool {
+            !self.device || local.is_device()
+        }
+        fn loads(&self, _place: Place, bulk: bool, _now: Instant, out: &mut Vec<Load>) {
+            // The last channel is the free one; large transfers leave it alone.
+            let free = |i| usize::from(i + 1 == self.channels && !self.full && !bulk);
+            out.extend((0..self.channels).map(|i| Load { free: free(i), queued: 0, rate: 0.0 }));
+        }
+        fn submit(&mut self, channel: usize, _departure: Departure, _copier: &mut Copier, _now: Instant) -> Result<()> {
+            self.asked.submitted.store(channel as u64 + 1, Ordering::Relaxed);
+            Ok(())
+        }
+        fn expect(&mut self, channel: usize, _arrival: Arrival) -> Result<()> {
+            self.asked.expected.store(channel as u64 + 1, Ordering::Relaxed);
+            Ok(())
+        }
+        fn progress(&mut self, _copier: &mut Copier, _now: Instant, events: &mut Vec<Event>) -> Result<bool> {
+            events.append(&mut self.happens);
+            Ok(true)
+        }
+        fn busy(&self) -> bool {
+            !self.happens.is_empty()
+        }
+        fn network_bytes(&self) -> Result<Option<(u64, u64)>> {
+            Ok(self.bytes)
+        }
+        fn stats(&self, _kernel: bool, _now: Instant, out: &mut Vec<ChannelStats>) {
+            out.extend((0..self.channels).map(|_| ChannelStats::default()));
+        }
+        fn describe_busy(&self) -> Vec<String> {
+            (0..self.channels).map(|i| format!("{}{i}", if self.device { "d" } else { "h" })).collect()
+        }
+        fn forget_region(&mut self, id: u64) {
+            self.asked.forgotten.store(id, Ordering::Relaxed);
+        }
+    }
+
+    impl Drop for StubPath {
+        fn drop(&mut self) {
+            self.asked.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    const KEY: Key = Key { id: 1, mine: true };
+
+    fn stub(device: bool, channels: usize) -> (Box<StubPath>, Arc<Asked>) {
+        let asked = Arc::new(Asked::default());
+        let path = StubPath { channels, device, full: false, bytes: Some((1, 2)), happens: Vec::new(), asked: asked.clone() };
+        (Box::new(path), asked)
+    }
+
+    fn departure(len: usize) -> Departure {
+        let chunk = Chunk { parts: Vec::new(), len, place: Place::HOST, peer: Place::HOST };
+        Departure { key: KEY, chunk, hold: Hold::new(Vec::new()), bulk: false, tag: 0 }
+    }
+
+    fn arrival(place: Place) -> Arrival {
+        Arrival { key: KEY, len: 1, tag: 0, dest: Dest::Memory { place, parts: Vec::new(), hold: Hold::new(Vec::new()) } }
+    }
+
+    #[test]
+    fn the_first_path_that_carries_a_pair_takes_it_and_channels_are_numbered_over_all() {
+        let ((device, d), (host, h)) = (stub(true, 3), stub(false, 2));
+        let mut channels = Channels::new(vec![device, host], None);
+        let (gpu, now) = (Place::gpu(0), Instant::now());
+        assert_eq!((channels.route(gpu, gpu), channels.route(gpu, Place::HOST)), (Some(0), Some(1)));
+        assert_eq!((channels.routes(), channels.count()), (2, 5));
+        assert_eq!([0, 1, 2].map(|route| channels.width(route)), [3, 2, 0]);
+        assert_eq!([0, 1, 2].map(|route| channels.pick(route, gpu, 1, false, now)), [Some(2), Some(4), None]);
+        assert_eq!(channels.pick(0, gpu, 1, true, now), None, "no room for large ones");
+        channels.submit(4, departure(10), now).unwrap();
+        channels.submit(2, departure(5), now).unwrap();
+        assert_eq!((d.submitted.load(Ordering::Relaxed), h.submitted.load(Ordering::Relaxed)), (3, 2));
+        assert_eq!(channels.totals(), Totals { submitted: 15, sent: 0, received: 0 });
+        assert!(channels.submit(5, departure(1), now).is_err());
+        channels.expect(0, arrival(gpu)).unwrap();
+        channels.expect(3, arrival(Place::HOST)).unwrap();
+        assert_eq!((d.expected.load(Ordering::Relaxed), h.expected.load(Ordering::Relaxed)), (1, 1));
+        for (channel, place) in [(0, Place::HOST), (5, gpu)] {
+            assert_eq!(channels.expect(channel, arrival(place)).unwrap_err().kind(), ErrorKind::Protocol);
+        }
+        channels.forget_region(77);
+        assert_eq!((d.forgotten.load(Ordering::Relaxed), h.forgotten.load(Ordering::Relaxed)), (77, 77));
+        assert_eq!(channels.describe_busy(), "d0; d1; d2; h0 and 1 more");
+        channels.close();
+        assert_eq!((d.dropped.load(Ordering::Relaxed), h.dropped.load(Ordering::Relaxed), channels.routes()), (1, 1, 0));
+    }
+
+    #[test]
+    fn what_happens_is_counted() {
+        let ((mut device, _), (mut host, _)) = (stub(true, 1), stub(false, 1));
+        device.happens = vec![Event::Sent(KEY, 7), Event::Received(KEY, 11)];
+        host.happens = vec![Event::Received(KEY, 100)];
+        let (device_bytes, host_bytes) = (Some((10, 20)), Some((1, 2)));
+        (device.bytes, host.bytes) = (device_bytes, host_bytes);
+        let mut channels = Channels::new(vec![device, host], None);
+        assert!(channels.busy());
+        let mut events = Vec::new();
+        assert!(channels.progress(Instant::now(), &mut events).unwrap());
+        assert_eq!((events.len(), channels.busy()), (3, false));
+        assert_eq!(channels.totals(), Totals { submitted: 0, sent: 7, received: 111 });
+        assert_eq!(channels.network_bytes().unwrap(), (11, 22));
+        // One plugin that does not tell, and whole chunks are all there is.
+        let (mut silent, _) = stub(false, 1);
+        (silent.bytes, silent.happens) = (None, vec![Event::Sent(KEY, 3)]);
+        let mut channels = Channels::new(vec![stub(true, 1).0, silent], None);
+        channels.progress(Instant::now(), &mut Vec::new()).unwrap();
+        assert_eq!(channels.network_bytes().unwrap(), (3, 0));
+    }
+
+    #[test]
+    fn without_a_copier_only_host_memory_travels_inside_frames() {
+        let mut channels = Channels::new(Vec::new(), None);
+        assert_eq!(
+            (channels.inline_bytes(false), channels.inline_bytes(true), channels.copies_pending()),
+            (usize::MAX, 0, false)
+        );
+        let mut memory = *b"0123456789";
+        let part = |at: usize, len| crate::types::Part { addr: memory.as_ptr() as u64 + at as u64, len, region: 0 };
+        let parts = vec![part(2, 3), part(7, 1)];
+        let chunk = |place| Chunk { parts: parts.clone(), len: 4, place, peer: Place::HOST };
+        let mut out = Vec::new();
+        // SAFETY: memory of this test.
+        unsafe {
+            channels.fetch(&chunk(Place::HOST), &mut out).unwrap();
+            channels.store(&chunk(Place::HOST), b"abcd").unwrap();
+            assert!(channels.store(&chunk(Place::HOST), b"abc").is_err());
+            assert!(channels.fetch(&chunk(Place::gpu(0)), &mut out).is_err());
+            assert!(channels.store(&chunk(Place::gpu(0)), b"abcd").is_err());
+        }
+        assert_eq!(out, b"2347");
+        assert_eq!(std::hint::black_box(&mut memory), b"01abc56d89");
+        channels.flush().unwrap();
     }
 }

@@ -54,7 +54,7 @@ fn reference(loads: &[Load]) -> f64 {
 #[derive(Debug, Default)]
 pub(crate) struct Rate {
     bytes_per_second: f64,
-    /// Since when the oldest request in flight is the channel's only concern; none while nothing is in flight.
+    /// When the current busy interval began; `None` while idle.
     since: Option<Instant>,
     /// Bytes and time of the sample at hand.
     bytes: u64,
@@ -65,9 +65,9 @@ pub(crate) struct Rate {
 
 /// Shortest busy time that a sample spans: completions come in bursts.
 const SAMPLE: Duration = Duration::from_millis(2);
-/// A measurement of a channel that has been idle for so long says nothing about it any more.
+/// After this much idle time a measurement is forgotten.
 const FORGET: Duration = Duration::from_millis(100);
-/// A request that takes so many times longer than the measured speed lets expect shows a stalled channel.
+/// A request this many times slower than predicted marks the channel stalled.
 const STALL: f64 = 4.0;
 
 impl Rate {
@@ -83,6 +83,14 @@ impl Rate {
             }
             (None, Some(last)) if now.saturating_duration_since(last) < FORGET => self.bytes_per_second,
             _ => 0.0,
+        }
+    }
+
+    /// The speed as it was last measured, or less for a channel that has stalled since.
+    pub(crate) fn last(&self, oldest: u64, now: Instant) -> f64 {
+        match self.since {
+            Some(_) => self.get(oldest, now),
+            None => self.bytes_per_second,
         }
     }
 

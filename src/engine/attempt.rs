@@ -1,5 +1,5 @@
 //! A set-up with its socket and its channels: moves bytes between the socket and the machine and does what the machine asks for. The
-//! set-up thread drives the incoming ones, a connecting thread its own.
+//! set-up thread drives the incoming ones, a connecting thread its own. Knows nothing of frames.
 
 use super::build::{self, Up};
 use super::connection::Connection;
@@ -28,7 +28,7 @@ enum Channels {
     None,
     Opened(Opened),
     Raising(Raising),
-    Up(Raised),
+    Up(Vec<Raised>),
 }
 
 /// What a step came to.
@@ -218,8 +218,9 @@ impl Attempt {
     /// `Resource` when the descriptors do not suffice; why a plugin cannot listen.
     pub(crate) fn admit(&mut self, site: &Site) -> Result<()> {
         let Some(agreed) = self.setup.link.proved() else { return Err(err!(Internal, "admitted before its proof")) };
-        limits::room_for(&site.limits, self.sock.as_fd(), site.cost(&agreed.terms))?;
-        let opened = Opened::open(site, agreed.terms.channels.into()).map_err(|e| limits::explain(e, self.sock.as_fd()))?;
+        let plans = fabric::planned(site, agreed);
+        limits::room_for(&site.limits, self.sock.as_fd(), fabric::cost(&plans))?;
+        let opened = Opened::open(site, plans).map_err(|e| limits::explain(e, self.sock.as_fd()))?;
         self.setup.offer(opened.offers());
         self.channels = Channels::Opened(opened);
         Ok(())
@@ -240,9 +241,17 @@ impl Attempt {
     /// # Errors
     /// `Canceled` when the engine ends, `Resource`.
     pub(crate) fn finish(self, site: &Site) -> Result<Arc<Connection>> {
+        build::connection(site, self.parts()?)
+    }
+
+    /// What a connection is built of.
+    ///
+    /// # Errors
+    /// `Internal` before the end.
+    pub(crate) fn parts(self) -> Result<Up> {
         let (Channels::Up(sets), Some((agreed, sealed))) = (self.channels, self.setup.link.finish()) else {
             return Err(err!(Internal, "finished before its end"));
         };
-        build::connection(site, Up { sock: self.sock, address: self.address, agreed, sealed, sets })
+        Ok(Up { sock: self.sock, address: self.address, agreed, sealed, sets })
     }
 }

@@ -1,4 +1,4 @@
-//! From a finished set-up to a connection that the engine drives.
+//! From a finished set-up to a connection that the engine drives. Knows nothing of how set-ups run.
 
 use super::connection::{Connection, Core, Peer};
 use super::fabric::Raised;
@@ -12,10 +12,7 @@ use crate::channel::net::{Channel, NetPath, Usage};
 use crate::channel::path::{Copier, Path};
 use crate::channel::router::Channels;
 use crate::net::comm::Doorbell;
-use crate::net::plugin::Plugin;
-use crate::net::setup::Pair;
 use crate::status::Result;
-use crate::types::Place;
 use crate::wire::control::ControlStream;
 use crate::wire::keys::Proof;
 use std::net::{SocketAddr, TcpStream};
@@ -29,8 +26,8 @@ pub(crate) struct Up {
     pub agreed: Agreed,
     /// The control stream from here on.
     pub sealed: Sealed,
-    /// Channels of each plugin, in the plugins' order.
-    pub sets: Raised,
+    /// Channels by set, in the order of their numbers.
+    pub sets: Vec<Raised>,
 }
 
 /// What copies device memory; none on a machine without a GPU.
@@ -45,31 +42,50 @@ fn copier(site: &Site) -> Result<Copier> {
     Ok(Some(Box::new(CudaDevice::default())))
 }
 
-/// The GPUs, here and at the peer, whose memory the comms of a plugin carry; `None` where they take any. A side that does not say which
-/// GPU its engine has was set up with the first one.
-fn gpus(site: &Site, plugin: &Plugin, peer: i32) -> Option<(Place, Place)> {
-    let place = |index: i32| Place::gpu(u8::try_from(index).unwrap_or(0));
-    plugin.traits.follows_gpu.then(|| (place(site.gpus.index()), place(peer)))
-}
-
-/// A path over the channels of each plugin.
-fn paths(site: &Site, sets: Raised, chunk_bytes: usize, peer_gpu: i32, doorbell: &Doorbell) -> Result<Vec<Box<dyn Path>>> {
+/// A path over the channels of each set that has some.
+fn paths(site: &Site, sets: Vec<Raised>, chunk_bytes: usize, doorbell: &Doorbell) -> Result<Vec<Box<dyn Path>>> {
     let config = &site.config;
-    let path = |(pairs, plugin): (Vec<Pair>, &Arc<Plugin>)| -> Result<Box<dyn Path>> {
-        let channels: Vec<Channel> = pairs.into_iter().map(|pair| Channel::new(pair.send, pair.recv)).collect();
+    let path = |set: Raised| -> Result<Box<dyn Path>> {
+        let channels: Vec<Channel> = set.pairs.into_iter().map(|pair| Channel::new(pair.send, pair.recv, pair.nic)).collect();
         for channel in &channels {
             channel.set_doorbell(doorbell)?;
         }
-        let traits = &plugin.traits;
+        let traits = &set.plan.plugin.traits;
         let (vectored, stage_sends) = (traits.vectored && config.vectored, traits.stage_sends && config.stage_sends);
-        let host = traits.host_memory;
-        Ok(Box::new(NetPath::new(
-            channels,
-            Usage { vectored, host, stage_sends, gpus: gpus(site, plugin, peer_gpu), chunk_bytes },
-        )))
+        let usage = Usage { vectored, host: traits.host_memory, stage_sends, gpus: set.plan.gpus, chunk_bytes };
+        Ok(Box::new(NetPath::new(channels, usage)))
     };
     // A set without channels does not serve; another one carries what it would.
-    sets.into_iter().zip(site.plugins.all()).filter(|(pairs, _)| !pairs.is_empty()).map(path).collect()
+    sets.into_iter().filter(|set| !set.pairs.is_empty()).map(path).collect()
+}
+
+/// Which channels carry what, and why others do not, in one line.
+fn describe(sets: &[Raised]) -> String {
+    let mut carried: Vec<String> = Vec::new();
+    let mut missed: Vec<String> = Vec::new();
+    for set in sets {
+        let (plan, n) = (&set.plan, set.pairs.len());
+        if n == 0 {
+            let why = set.why.as_deref().unwrap_or("no channels came up");
+            missed.push(format!("{} (not over {}: {why})", plan.purpose(), plan.plugin.name));
+            continue;
+        }
+        let mut nics: Vec<&str> = set.pairs.iter().map(|pair| pair.nic.as_str()).collect();
+        nics.sort_unstable();
+        nics.dedup();
+        let purpose = match plan.gpus {
+            Some(_) => plan.purpose(),
+            None if sets.len() == 1 => "all memory".to_owned(),
+            None => {
+                missed.insert(0, "host memory".to_owned());
+                missed.push("GPUs without registered memory at this time".to_owned());
+                format!("all else: {}", std::mem::take(&mut missed).join(", "))
+            }
+        };
+        carried.push(format!("{n} channels over {} on {} for {purpose}", plan.plugin.name, nics.join(", ")));
+    }
+    carried.append(&mut missed);
+    carried.join("; ")
 }
 
 /// Builds the connection and puts it under the progress thread's care.
@@ -81,12 +97,9 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
     let home = &site.home;
     let (terms, theirs) = (&up.agreed.terms, &up.agreed.peer);
     let chunk_bytes = terms.chunk_bytes as usize;
-    let n = up.sets.iter().map(Vec::len).sum::<usize>();
-    let mut nics: Vec<String> = up.sets.iter().flatten().map(|pair| pair.nic.clone()).collect();
-    nics.sort();
-    nics.dedup();
+    let carried = describe(&up.sets);
     let doorbell = home.bell.doorbell();
-    let channels = Channels::new(paths(site, up.sets, chunk_bytes, theirs.hello.gpu_index, &doorbell)?, copier(site)?);
+    let channels = Channels::new(paths(site, up.sets, chunk_bytes, &doorbell)?, copier(site)?);
     let name = up.address.to_string();
     let setting = Setting {
         registry: home.registry.clone(),
@@ -98,24 +111,28 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
         peer_timeout: terms.peer_timeout,
         heartbeat: terms.peer_timeout / 4,
         match_timeout: config.match_timeout,
+        doorbells: home.doorbells,
     };
     let proof = match (&theirs.proof, theirs.proof.name()) {
         (_, Some(key)) => format!("key {key}"),
         (Proof::Nothing, _) => "no key".to_owned(),
         _ => "the key".to_owned(),
     };
-    let (plugin, nics) = (&site.plugins.device.name, nics.join(", "));
     let gpu = &theirs.hello.gpu;
-    log::info!("connected with {name}: {n} channels over {plugin} on {nics}, GPU {gpu}, {proof}, protection {:?}", terms.protect);
+    let protection = terms.protect;
+    log::info!(
+        "connected with {name}, GPU {gpu}, {proof}: {carried}; chunks of up to {chunk_bytes} bytes, protection {protection:?}"
+    );
     let core = Core::new(
         Machine::new(setting, Instant::now()),
         channels,
         ControlStream::new(up.sock, up.sealed.session, up.sealed.plain, up.sealed.raw)?,
     );
+    home.counters.opened.add();
     let key = theirs.proof.name().map(str::to_owned);
     let peer = Peer { ip: up.address.ip(), name, gpu_index: theirs.hello.gpu_index, key, engine: theirs.engine };
     let connection = Arc::new(Connection::new(home.clone(), core, peer, doorbell.armed));
-    if !home.connections.insert(&connection) {
+    if !home.connections.insert(connection.id, &connection) {
         return Err(super::ending::canceled());
     }
     home.bell.watch(connection.fd, connection.id)?;

@@ -1,18 +1,20 @@
 //! A connection as the application holds it: the machine, its channels and its socket under one lock; progress from the caller's
-//! thread; waiting; the end.
+//! thread; waiting; the end. Knows nothing of how it was set up.
 
-use super::driver::{pause, Driver, Pause, Situation};
 use super::fifo::FifoItem;
-use super::home::Home;
+use super::home::{self, Driven};
+use super::pacing::{pause, Pause, Polls, Situation};
 use super::proto::{Machine, Scheduled, TransferState, MAX_BACKLOG};
 use super::request::{self, Built, RequestBuilder};
 use super::transfer::{Direction, LocalSegment};
+use super::watch::Watch;
 use crate::channel::router::Channels;
 use crate::fork::Local;
+use crate::stats::{ChannelStats, ConnectionStats, Totals};
 use crate::status::{bail, err, Error, ErrorKind, Result};
 use crate::types::{Place, Segment};
 use crate::wire::control::ControlStream;
-use crate::wire::frame::MAX_NOTIFICATION;
+use crate::wire::frame::{Frame, MAX_NOTIFICATION};
 use crate::wire::queue::RxBuffer;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::net::IpAddr;
@@ -20,6 +22,9 @@ use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+/// Where connections live.
+pub(crate) type Home = home::Home<Connection>;
 
 /// How long a close takes at most, and how much of it waits for the peer to hang up.
 pub(crate) const CLOSING: Duration = Duration::from_secs(1);
@@ -52,26 +57,48 @@ pub(crate) struct Core {
     /// This side has said goodbye: nothing is read or started any more.
     closing: bool,
     looked: Instant,
+    watch: Watch,
+    born: Instant,
+    /// What was counted, once the connection has ended.
+    past: Option<Totals>,
 }
 
 impl Core {
     pub(crate) fn new(machine: Machine, channels: Channels, control: ControlStream) -> Core {
-        Core { machine, channels, control, rx: RxBuffer::default(), closing: false, looked: Instant::now() }
+        let now = Instant::now();
+        let (rx, watch) = (RxBuffer::default(), Watch::new());
+        Core { machine, channels, control, rx, closing: false, looked: now, watch, born: now, past: None }
     }
 
     /// Reads the control stream, advances the channels, hands out chunks, flushes, looks at deadlines. `true` when something moved; an
     /// error means that the connection must end.
     fn round(&mut self, now: Instant) -> Result<bool> {
-        let mut any = self.read(now)?;
-        if self.channels.busy() {
-            any |= self.machine.drive_channels(&mut self.channels, now)?;
-        }
+        let heard = self.read(now)?;
+        let moved = self.advance(now).map_err(|e| self.last_words(e, now))?;
+        Ok(heard || moved)
+    }
+
+    /// Everything of a round but reading.
+    fn advance(&mut self, now: Instant) -> Result<bool> {
+        let any = self.channels.busy() && self.machine.drive_channels(&mut self.channels, now)?;
         self.pump(now)?;
         if now >= self.machine.next_tick() {
             self.machine.tick(&mut self.channels, now)?;
             self.flush(now)?;
+            self.watch(now);
         }
         Ok(any)
+    }
+
+    /// A channel that the peer has closed tells less than the peer's farewell, which may be here.
+    fn last_words(&mut self, error: Error, now: Instant) -> Error {
+        if error.kind() != ErrorKind::RemoteDisconnect {
+            return error;
+        }
+        match self.read(now) {
+            Err(e) if matches!(e.kind(), ErrorKind::RemoteDisconnect | ErrorKind::TimedOut) => e,
+            _ => error,
+        }
     }
 
     fn read(&mut self, now: Instant) -> Result<bool> {
@@ -79,12 +106,14 @@ impl Core {
         for _ in 0..READS {
             let (n, more) = self.control.read(&mut self.rx)?;
             if n > 0 {
-                any = true;
                 self.machine.heard(n, self.rx.arriving(), now);
+                // Part of a large frame.
+                any |= self.rx.arriving() > 0;
             }
             // Frames may be there that came with the end of the set-up.
             while let Some((frame, len)) = self.rx.next()? {
-                any = true;
+                // A heartbeat is nothing that more would follow soon.
+                any |= !matches!(frame, Frame::Ping { .. });
                 self.machine.handle(frame, &mut self.channels, now)?;
                 self.rx.consume(len);
             }
@@ -114,6 +143,35 @@ impl Core {
         Ok(())
     }
 
+    /// Looks at how the connection fares, once a second at most; what is worth it becomes a line of the log.
+    fn watch(&mut self, now: Instant) {
+        if !self.watch.due(now) {
+            return;
+        }
+        let mut lines = match self.watch.worth_a_look(self.channels.totals(), self.channels.busy()) {
+            true => self.watch.look(&self.channels.stats(true, now), now),
+            false => Vec::new(),
+        };
+        let (silent, limit) = self.machine.silence(now);
+        lines.extend(self.watch.answers(silent, limit, self.machine.standstill(&self.channels, now)));
+        self.watch.tell(self.machine.peer(), &lines, now);
+    }
+
+    /// What is counted up to now.
+    fn totals(&self, channels: &[ChannelStats]) -> Totals {
+        let mut totals = self.machine.counts();
+        for c in channels {
+            totals.sent_bytes += c.sent_bytes;
+            totals.sent_chunks += c.sent_chunks;
+            totals.received_bytes += c.received_bytes;
+            totals.received_chunks += c.received_chunks;
+            totals.packed_chunks += c.packed_chunks;
+            totals.unpacked_chunks += c.unpacked_chunks;
+        }
+        (totals.stalls, totals.slow_answers) = self.watch.counts();
+        totals
+    }
+
     /// Bytes that wait to leave on the control stream.
     fn backlog(&self) -> usize {
         self.machine.tx.pending() + self.control.pending()
@@ -129,7 +187,7 @@ pub struct Connection {
     core: Local<Mutex<Core>>,
     ended: Condvar,
     waiters: AtomicU32,
-    driver: Driver,
+    polls: Polls,
     /// Set while the channels shall ring.
     armed: Arc<AtomicU32>,
     peer: Peer,
@@ -156,7 +214,7 @@ impl Connection {
             core: Local::new(Mutex::new(core)),
             ended: Condvar::new(),
             waiters: AtomicU32::new(0),
-            driver: Driver::default(),
+            polls: Polls::default(),
             armed,
             peer,
             listener_started: AtomicBool::new(false),
@@ -278,12 +336,12 @@ impl Connection {
             core.machine.alive()?;
             bail!(Canceled, "the connection is being closed");
         }
-        core.machine.admit(segments, pairs, &core.channels)
+        core.machine.admit(segments, pairs, &core.channels).inspect_err(|e| self.home.counters.limit(e.kind()))
     }
 
     /// After work was added: the first chunks leave from here, and the progress thread is told when it must poll.
     fn started<T>(&self, mut core: MutexGuard<'_, Core>, started: Result<T>, now: Instant) -> Result<T> {
-        let result = started.and_then(|value| core.pump(now).map(|()| value));
+        let result = started.and_then(|value| core.pump(now).map(|()| value)).map_err(|e| core.last_words(e, now));
         match &result {
             Err(e) => self.fail_locked(&mut core, e.clone()),
             Ok(_) => {
@@ -295,6 +353,29 @@ impl Connection {
             }
         }
         result
+    }
+
+    /// What the connection counts, and what the kernel knows of its channels. An ended one still tells its totals.
+    ///
+    /// # Errors
+    /// In a child of fork.
+    pub fn stats(&self) -> Result<ConnectionStats> {
+        self.core.check("connection")?;
+        let core = self.core.lock();
+        let now = Instant::now();
+        let mut channels = core.channels.stats(true, now);
+        core.watch.fill(&mut channels, now);
+        Ok(ConnectionStats {
+            id: self.id,
+            peer: self.peer.name.clone(),
+            error: core.machine.dead().map(|e| e.to_str().to_owned()),
+            age: now.saturating_duration_since(core.born),
+            silent: core.machine.silence(now).0,
+            in_flight: core.machine.in_flight() as u64,
+            backlog_bytes: core.backlog() as u64,
+            totals: core.past.unwrap_or_else(|| core.totals(&channels)),
+            channels,
+        })
     }
 
     /// Whether the connection is up.
@@ -324,14 +405,14 @@ impl Connection {
         if let Pause::HandOver(nap) = planned {
             drop(core);
             // Rung by the channels, the progress thread does the same with fewer rounds, and this core is theirs.
-            if self.driver.stop() {
+            if self.polls.stop() {
                 self.home.attend(self.id);
             }
             std::thread::sleep(nap);
-            self.driver.leave(self.home.clock());
+            self.polls.leave(self.home.clock());
             return self.core.lock().machine.lookup(id);
         }
-        self.driver.enter(self.home.clock());
+        self.polls.enter(self.home.clock());
         let any = self.drive(&mut core);
         let after = core.machine.lookup(id)?;
         drop(core);
@@ -341,7 +422,7 @@ impl Connection {
             Pause::Yield => std::thread::yield_now(),
             Pause::None | Pause::HandOver(_) => {}
         }
-        self.driver.leave(self.home.clock());
+        self.polls.leave(self.home.clock());
         Ok(after)
     }
 
@@ -375,7 +456,7 @@ impl Connection {
                 continue;
             }
             // Sleep; the progress thread drives from here and wakes us when something has ended.
-            self.driver.stop();
+            self.polls.stop();
             self.home.attend(self.id);
             let mut core = self.core.lock();
             self.waiters.fetch_add(1, Ordering::AcqRel);
@@ -410,20 +491,9 @@ impl Connection {
         any
     }
 
-    /// A round of progress by an application thread that waits for something other than a transfer. Whether something moved, or is
-    /// under way.
-    pub(crate) fn drive_for_application(&self) -> bool {
-        let Some(mut core) = self.core.try_lock() else { return true };
-        self.driver.enter(self.home.clock());
-        let any = self.drive(&mut core) || (core.machine.busy() && core.machine.dead().is_none());
-        drop(core);
-        self.driver.leave(self.home.clock());
-        any
-    }
-
     /// For how long an application thread has been driving it, if one does at present.
     pub(crate) fn driven_by_application(&self) -> Option<Duration> {
-        self.driver.active(self.home.clock()).map(Duration::from_micros)
+        self.polls.active(self.home.clock()).map(Duration::from_micros)
     }
 
     /// Lets the channels ring, or no longer.
@@ -452,6 +522,12 @@ impl Connection {
         }
     }
 
+    /// Whether something is under way, or waits to leave.
+    pub(crate) fn stirs(&self) -> bool {
+        let core = self.core.lock();
+        core.machine.dead().is_none() && (core.machine.busy() || core.channels.busy() || core.backlog() > 0)
+    }
+
     /// A channel rang and nothing moved: it may have failed.
     pub(crate) fn look_for_failure(&self) {
         let mut core = self.core.lock();
@@ -462,6 +538,7 @@ impl Connection {
         core.looked = now;
         let Core { machine, channels, .. } = &mut *core;
         if let Err(e) = machine.note_network(channels, now) {
+            let e = core.last_words(e, now);
             self.fail_locked(&mut core, e);
         }
     }
@@ -470,7 +547,10 @@ impl Connection {
 
     /// A defect of this library has left the connection in an unknown state.
     pub(crate) fn abandon(&self) {
-        self.fail_locked(&mut self.core.lock(), err!(Internal, "a defect of the library; the log has its place"));
+        let mut core = self.core.lock();
+        // Whatever else does not work any more: nothing touches memory from here on.
+        core.channels.close();
+        self.fail_locked(&mut core, err!(Internal, "a defect of the library; the log has its place"));
     }
 
     fn fail_locked(&self, core: &mut Core, error: Error) {
@@ -478,8 +558,16 @@ impl Connection {
             return;
         }
         let lost = core.machine.in_flight();
-        let ours = error.kind() != ErrorKind::RemoteDisconnect;
         let error = Error::new(error.kind(), format_args!("{}: {error}", self.peer.name));
+        let totals = core.totals(&core.channels.stats(false, Instant::now()));
+        core.past = Some(totals);
+        let (silent, limit) = core.machine.silence(Instant::now());
+        let in_order = match error.kind() {
+            ErrorKind::Canceled => true,
+            ErrorKind::RemoteDisconnect => lost == 0 && silent <= limit,
+            _ => false,
+        };
+        self.home.counters.ended(totals, error.kind(), in_order || core.closing);
         match (error.kind(), lost) {
             (ErrorKind::Canceled, 0) => log::debug!("{error}"),
             (ErrorKind::Canceled, n) => log::info!("{n} transfers canceled: {error}"),
@@ -487,13 +575,13 @@ impl Connection {
             (_, n) => log::error!("connection failed with {n} transfers in flight: {error}"),
         }
         self.home.bell.unwatch(self.fd);
-        core.machine.fail(error.clone(), &mut core.channels);
-        // The peer learns what this side knows, as far as the socket takes it.
+        // The peer learns what this side knows, as far as the socket takes it, before it sees its channels end.
         let now = Instant::now();
-        if ours && !core.closing {
+        if !core.closing {
             core.machine.say_bye(Some(&error), now);
         }
         let _ = core.flush(now);
+        core.machine.fail(error, &mut core.channels);
         core.control.shutdown_write();
         self.ended.notify_all();
     }
@@ -560,6 +648,17 @@ impl Connection {
     /// Drops the plugin's registrations of a region.
     pub(crate) fn forget_region(&self, id: u64) {
         self.core.lock().channels.forget_region(id);
+    }
+}
+
+impl Driven for Connection {
+    fn drive_for_application(&self) -> bool {
+        let Some(mut core) = self.core.try_lock() else { return true };
+        self.polls.enter(self.home.clock());
+        let any = self.drive(&mut core) || (core.machine.busy() && core.machine.dead().is_none());
+        drop(core);
+        self.polls.leave(self.home.clock());
+        any
     }
 }
 

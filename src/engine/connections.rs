@@ -1,58 +1,59 @@
-//! The table of an engine's connections, by id. Does not keep them alive.
+//! The connections of an engine, by id. Does not keep them alive, and knows nothing of what they do.
 
-use super::connection::Connection;
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
-#[derive(Default)]
-struct Table {
-    live: HashMap<u64, Weak<Connection>>,
+struct Live<T> {
+    by_id: HashMap<u64, Weak<T>>,
     /// No more are taken in: the engine ends.
     closed: bool,
 }
 
-/// The table.
-#[derive(Default)]
-pub(crate) struct Connections {
-    table: Mutex<Table>,
+/// The connections, `T` each.
+pub(crate) struct Connections<T> {
+    live: Mutex<Live<T>>,
     last: AtomicU64,
 }
 
-impl Connections {
+impl<T> Connections<T> {
+    pub(crate) fn new() -> Connections<T> {
+        Connections { live: Mutex::new(Live { by_id: HashMap::new(), closed: false }), last: AtomicU64::new(0) }
+    }
+
     /// A new connection's id, from 1.
     pub(crate) fn next_id(&self) -> u64 {
         self.last.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     /// Takes a connection in; `false` when the engine ends.
-    pub(crate) fn insert(&self, connection: &Arc<Connection>) -> bool {
-        let mut table = self.table.lock();
-        if table.closed {
+    pub(crate) fn insert(&self, id: u64, connection: &Arc<T>) -> bool {
+        let mut live = self.live.lock();
+        if live.closed {
             return false;
         }
-        table.live.insert(connection.id, Arc::downgrade(connection));
+        live.by_id.insert(id, Arc::downgrade(connection));
         true
     }
 
     /// Takes a connection out; it may be out already.
     pub(crate) fn remove(&self, id: u64) {
-        self.table.lock().live.remove(&id);
+        self.live.lock().by_id.remove(&id);
     }
 
     /// From now on nothing is taken in.
     pub(crate) fn close(&self) {
-        self.table.lock().closed = true;
+        self.live.lock().closed = true;
     }
 
     /// A connection by its id.
-    pub(crate) fn get(&self, id: u64) -> Option<Arc<Connection>> {
-        self.table.lock().live.get(&id).and_then(Weak::upgrade)
+    pub(crate) fn get(&self, id: u64) -> Option<Arc<T>> {
+        self.live.lock().by_id.get(&id).and_then(Weak::upgrade)
     }
 
     /// All that are alive.
-    pub(crate) fn all(&self) -> Vec<Arc<Connection>> {
-        self.table.lock().live.values().filter_map(Weak::upgrade).collect()
+    pub(crate) fn all(&self) -> Vec<Arc<T>> {
+        self.live.lock().by_id.values().filter_map(Weak::upgrade).collect()
     }
 }

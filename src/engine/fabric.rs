@@ -1,32 +1,48 @@
 //! The channels of one set-up on their way up, over all plugins of the engine: one set of channels for each. Knows nothing of the
 //! control connection.
 
-use super::link::{number, PER_SET};
+use super::link::{number, Agreed, PER_SET};
+use super::sets::{plans, Plan};
 use super::site::Site;
 use crate::net::secure::ChannelKeys;
 use crate::net::setup::{self, Establishing, Listening, Offer, Pair};
 use crate::status::{bail, Error, Result};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// Listen comms of all plugins, offered and not yet connected.
-pub(crate) struct Opened(Vec<Listening>);
+/// How long sets that are not needed are waited for when the others are up.
+const SPARE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// The sets of a connection, here.
+pub(crate) fn planned(site: &Site, agreed: &Agreed) -> Vec<Plan> {
+    let channels = agreed.terms.channels.into();
+    plans(&site.plugins, &agreed.own, &agreed.peer.hello, agreed.connecting, channels)
+}
+
+/// Descriptors that a set-up of these sets opens: two directions and a listening socket for each channel; a comm of a plugin of others
+/// has a control socket and two of data.
+pub(crate) fn cost(plans: &[Plan]) -> usize {
+    plans.iter().map(|p| p.channels * if p.plugin.traits.lingers { 8 } else { 3 }).sum()
+}
+
+/// Listen comms of all sets, offered and not yet connected.
+pub(crate) struct Opened(Vec<(Plan, Result<Listening>)>);
 
 impl Opened {
-    /// Opens `n` listen comms of each plugin, spread over the NICs near the engine's GPU.
-    pub(crate) fn open(site: &Site, n: usize) -> Result<Opened> {
+    /// Opens the listen comms of each set, spread over the NICs near its GPU.
+    pub(crate) fn open(site: &Site, plans: Vec<Plan>) -> Result<Opened> {
         let mut sets = Vec::new();
-        for plugin in site.plugins.all() {
-            // A NIC may have come or gone since the last set-up.
-            let devices = plugin.current_devices()?;
-            let near = setup::nics_for(plugin, &devices, site.gpus.pci_path().as_deref());
-            sets.push(Listening::open(plugin, &devices, &near, n, site.gpus.followed_by(plugin)?)?);
+        for plan in plans {
+            match listen(site, &plan) {
+                Err(e) if !plan.spare => return Err(e),
+                outcome => sets.push((plan, outcome)),
+            }
         }
         Ok(Opened(sets))
     }
 
     /// What the peer is told, by set.
     pub(crate) fn offers(&self) -> Vec<Vec<Offer>> {
-        self.0.iter().map(Listening::offers).collect()
+        self.0.iter().map(|(_, set)| set.as_ref().map_or_else(|_| Vec::new(), Listening::offers)).collect()
     }
 
     /// Connects to the peer's offers and accepts the peer's connects from now on. `keys` gives those of a channel by set and number.
@@ -37,95 +53,155 @@ impl Opened {
         if peers.len() != self.0.len() {
             bail!(Protocol, "the peer offers {} sets of channels, this side {}", peers.len(), self.0.len());
         }
-        let start = |(number, (set, peer)): (usize, (Listening, &Vec<Offer>))| {
-            let coming = set.establish(peer, Some(&|index| keys(number, index)));
-            Set { coming, up: None }
+        let start = |(number, ((plan, set), peer)): (usize, ((Plan, Result<Listening>), &Vec<Offer>))| match set {
+            Ok(listening) => {
+                let coming = listening.establish(peer, Some(&|index| keys(number, index)));
+                Set { plan, coming: Some(coming), up: None, why: None }
+            }
+            Err(e) => Set { plan, coming: None, up: Some(Vec::new()), why: Some(e.to_string()) },
         };
-        Ok(Raising(self.0.into_iter().zip(peers).enumerate().map(start).collect()))
+        Ok(Raising { sets: self.0.into_iter().zip(peers).enumerate().map(start).collect(), needed_up: None })
     }
 }
 
+fn listen(site: &Site, plan: &Plan) -> Result<Listening> {
+    let plugin = &plan.plugin;
+    // A NIC may have come or gone since the last set-up.
+    let devices = plugin.current_devices()?;
+    let near = setup::nics_for(plugin, &devices, site.gpus.pci_path(plan.own()).as_deref());
+    Listening::open(plugin, &devices, &near, plan.channels, site.gpus.followed_by(plugin, plan.own())?)
+}
+
 struct Set {
-    coming: Establishing,
+    plan: Plan,
+    /// `None` where this side could not listen.
+    coming: Option<Establishing>,
     /// What came up, once that is settled.
     up: Option<Vec<Pair>>,
+    /// Why nothing did.
+    why: Option<String>,
+}
+
+impl Set {
+    fn poll(&mut self) -> Result<()> {
+        let (None, Some(coming)) = (&self.up, &mut self.coming) else { return Ok(()) };
+        match coming.poll() {
+            Ok(up) => {
+                self.why = coming.reason().map(str::to_owned);
+                self.up = up;
+            }
+            Err(e) if self.plan.spare => {
+                self.why = Some(e.to_string());
+                self.up = Some(Vec::new());
+            }
+            Err(e) => return Err(e),
+        }
+        Ok(())
+    }
+
+    /// Leaves what has not come up.
+    fn settle(&mut self) {
+        if let (None, Some(coming)) = (&self.up, &mut self.coming) {
+            self.why = Some(coming.missing().to_string());
+            self.up = Some(coming.finish());
+        }
+    }
 }
 
 /// Channels on their way up. Dropping it gives up those that are not there yet.
-pub(crate) struct Raising(Vec<Set>);
+pub(crate) struct Raising {
+    sets: Vec<Set>,
+    /// Since when only spare sets are missing.
+    needed_up: Option<Instant>,
+}
 
-/// What came up, by set.
-pub(crate) type Raised = Vec<Vec<Pair>>;
+/// A set that came up.
+pub(crate) struct Raised {
+    pub plan: Plan,
+    /// Its channels; none where other sets carry what it would.
+    pub pairs: Vec<Pair>,
+    /// Why there are none.
+    pub why: Option<String>,
+}
 
 impl Raising {
     /// Goes on; whether it is settled what is up.
     ///
     /// # Errors
-    /// Why nothing of a set could come up.
+    /// Why nothing of a set could come up that the connection needs.
     pub(crate) fn poll(&mut self) -> Result<bool> {
-        let mut settled = true;
-        for set in &mut self.0 {
-            if set.up.is_none() {
-                set.up = set.coming.poll()?;
-                settled &= set.up.is_some();
+        self.sets.iter_mut().try_for_each(Set::poll)?;
+        if self.sets.iter().all(|s| s.up.is_some() || s.plan.spare) {
+            let since = *self.needed_up.get_or_insert_with(Instant::now);
+            if since.elapsed() > SPARE_PATIENCE {
+                self.sets.iter_mut().for_each(Set::settle);
             }
         }
-        Ok(settled)
+        Ok(self.sets.iter().all(|s| s.up.is_some()))
     }
 
     /// The peer has said what came up on its side: nothing else is waited for.
     pub(crate) fn peer_has(&mut self, numbers: &[u16]) {
-        for (set, theirs) in self.0.iter_mut().zip(by_set(numbers)) {
-            set.coming.peer_has(&theirs);
+        for (set, theirs) in self.sets.iter_mut().zip(by_set(numbers)) {
+            if let Some(coming) = &mut set.coming {
+                coming.peer_has(&theirs);
+            }
         }
+    }
+
+    fn pending(&self) -> impl Iterator<Item = &Establishing> {
+        self.sets.iter().filter(|s| s.up.is_none()).filter_map(|s| s.coming.as_ref())
     }
 
     /// When to poll again.
     pub(crate) fn retry_in(&self) -> Duration {
-        self.0.iter().filter(|s| s.up.is_none()).map(|s| s.coming.retry_in()).min().unwrap_or(Duration::ZERO)
+        self.pending().map(Establishing::retry_in).min().unwrap_or(Duration::ZERO)
     }
 
     /// The error at the deadline: what is missing.
     pub(crate) fn missing(&self) -> Option<Error> {
-        self.0.iter().find(|s| s.up.is_none()).map(|s| s.coming.missing())
+        self.pending().next().map(Establishing::missing)
     }
 
     /// What came up, and its numbers for the peer.
     ///
     /// # Errors
     /// When nothing could be joined at all.
-    pub(crate) fn finish(self) -> Result<(Raised, Vec<u16>)> {
-        let reason = self.0.iter().find_map(|s| s.coming.reason()).map(str::to_owned);
-        let raised: Raised = self.0.into_iter().map(|s| s.up.unwrap_or_default()).collect();
+    pub(crate) fn finish(self) -> Result<(Vec<Raised>, Vec<u16>)> {
+        let raise = |s: Set| Raised { plan: s.plan, pairs: s.up.unwrap_or_default(), why: s.why };
+        let raised: Vec<Raised> = self.sets.into_iter().map(raise).collect();
         let numbers: Vec<u16> =
-            raised.iter().enumerate().flat_map(|(set, pairs)| pairs.iter().map(move |p| number(set, p.index))).collect();
-        match reason {
-            Some(reason) if numbers.is_empty() => bail!(Unsupported, "{reason}"),
-            Some(reason) => log::warn!("{reason}: what it would carry takes the other channels"),
-            None => {}
+            raised.iter().enumerate().flat_map(|(set, r)| r.pairs.iter().map(move |p| number(set, p.index))).collect();
+        match raised.iter().find_map(|r| r.why.as_ref()) {
+            Some(why) if numbers.is_empty() => bail!(Unsupported, "{why}"),
+            _ => Ok((raised, numbers)),
         }
-        Ok((raised, numbers))
     }
 }
 
 /// Leaves the channels that are up on both sides.
 ///
 /// # Errors
-/// `Unreachable` when a set has lost all of its channels.
-pub(crate) fn agree(raised: Raised, theirs: &[u16]) -> Result<Raised> {
-    let mut agreed = Vec::new();
-    for (pairs, theirs) in raised.into_iter().zip(by_set(theirs)) {
-        let before = pairs.len();
-        let pairs = setup::agree(pairs, &theirs);
-        if pairs.is_empty() && before > 0 {
-            bail!(Unreachable, "none of {before} channels is up on both sides");
+/// `Unreachable` when a set that the connection needs has lost all of its channels.
+pub(crate) fn agree(mut raised: Vec<Raised>, theirs: &[u16]) -> Result<Vec<Raised>> {
+    for (set, theirs) in raised.iter_mut().zip(by_set(theirs)) {
+        let before = set.pairs.len();
+        set.pairs = setup::agree(std::mem::take(&mut set.pairs), &theirs);
+        match set.pairs.len() {
+            0 if before > 0 => {
+                let why = format!("none of {before} channels is up on both sides");
+                if !set.plan.spare {
+                    bail!(Unreachable, "{why}");
+                }
+                set.why = Some(why);
+            }
+            up if up < before => {
+                setup::warn_of_fewer(format_args!("{up} of {before} channels are up on both sides: the connection uses these"));
+            }
+            _ => {}
         }
-        if pairs.len() < before {
-            log::warn!("{} of {before} channels are up on both sides: the connection uses these", pairs.len());
-        }
-        agreed.push(pairs);
     }
-    Ok(agreed)
+    Ok(raised)
 }
 
 /// Channel numbers, apart by set.

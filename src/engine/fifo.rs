@@ -1,4 +1,5 @@
 //! The FIFO item: what a peer needs to reach a region. 64 bytes in memory order, as upstream's clients exchange it.
+//! Knows nothing of regions but what it says about one.
 
 use crate::status::{bail, Result};
 use crate::types::Place;

@@ -5,8 +5,10 @@ use crate::net::plugin::Plugin;
 use crate::net::{OnGpu, Scope};
 use crate::status::{bail, Result};
 use crate::types::Place;
+use crate::wire::hello::MAX_FURTHER;
 use parking_lot::Mutex;
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 impl OnGpu for Gpu {
@@ -21,15 +23,18 @@ impl OnGpu for Gpu {
 pub(crate) struct Gpus {
     /// The engine's GPU, where there is one. Named, not touched.
     own: Option<GpuName>,
-    /// Host memory is treated as memory of a GPU.
-    emulated: bool,
+    /// Host memory is treated as memory of so many GPUs, region by region in turn.
+    emulated: Option<u8>,
+    /// Regions registered so far, where GPUs are emulated.
+    emulated_regions: AtomicU64,
     /// GPUs of registered memory: their contexts stay until the engine's end.
     opened: Mutex<HashMap<u8, Arc<Gpu>>>,
 }
 
 impl Gpus {
-    pub(crate) fn new(emulated: bool) -> Gpus {
-        Gpus { own: if emulated { None } else { crate::gpu::current_name() }, emulated, opened: Mutex::default() }
+    pub(crate) fn new(emulated: Option<u8>) -> Gpus {
+        let own = if emulated.is_some() { None } else { crate::gpu::current_name() };
+        Gpus { own, emulated, emulated_regions: AtomicU64::new(0), opened: Mutex::default() }
     }
 
     /// CUDA index of the engine's GPU, -1 without one.
@@ -42,10 +47,28 @@ impl Gpus {
         self.own.as_ref().map_or("-1".to_owned(), |g| g.bdf.to_string())
     }
 
-    /// Directory of the engine's GPU under /sys.
-    pub(crate) fn pci_path(&self) -> Option<String> {
-        let path = std::fs::canonicalize(format!("/sys/bus/pci/devices/{}", self.own.as_ref()?.bdf)).ok()?;
+    /// Directory of a GPU under /sys, of the engine's where none is given.
+    pub(crate) fn pci_path(&self, gpu: Option<Place>) -> Option<String> {
+        let own = self.own.as_ref()?;
+        let bdf = match gpu.and_then(Place::ordinal).map(i32::from).filter(|&ordinal| ordinal != own.ordinal) {
+            Some(other) => crate::gpu::gpu_name(other).ok()?.bdf,
+            None => own.bdf,
+        };
+        let path = std::fs::canonicalize(format!("/sys/bus/pci/devices/{bdf}")).ok()?;
         Some(path.to_string_lossy().into_owned())
+    }
+
+    /// CUDA indexes of GPUs beside the engine's on which memory has been registered, rising.
+    pub(crate) fn further(&self) -> Vec<u8> {
+        let own = u8::try_from(self.index()).unwrap_or(0);
+        let mut used: Vec<u8> = match self.emulated {
+            Some(n) => (0..u64::from(n).min(self.emulated_regions.load(Ordering::Relaxed))).map(|i| i as u8).collect(),
+            None => self.opened.lock().keys().copied().collect(),
+        };
+        used.retain(|&gpu| gpu != own);
+        used.sort_unstable();
+        used.truncate(MAX_FURTHER);
+        used
     }
 
     /// The engine's GPU, opened; for the start of a plugin.
@@ -56,18 +79,19 @@ impl Gpus {
         }
     }
 
-    /// The GPU that a plugin's calls follow; none for the software plugin, which takes it from each device request.
-    pub(crate) fn followed_by(&self, plugin: &Plugin) -> Result<Scope> {
-        match &self.own {
-            Some(gpu) if plugin.traits.follows_gpu => Ok(Some(Gpu::open(gpu.ordinal)?)),
+    /// The GPU that a plugin's calls for memory of `gpu` follow; none for the software plugin, which takes it from each device request.
+    pub(crate) fn followed_by(&self, plugin: &Plugin, gpu: Option<Place>) -> Result<Scope> {
+        match (gpu.and_then(Place::ordinal), &self.own) {
+            (Some(ordinal), Some(_)) if plugin.traits.follows_gpu => Ok(Some(Gpu::open(ordinal.into())?)),
             _ => Ok(None),
         }
     }
 
     /// Where the memory at `addr` lies. Makes the GPU it lies on ready, which waits for the application's work there the first time.
     pub(crate) fn place_of(&self, addr: u64) -> Result<Place> {
-        if self.emulated {
-            return Ok(Place::gpu(0));
+        if let Some(n) = self.emulated {
+            let region = self.emulated_regions.fetch_add(1, Ordering::Relaxed);
+            return Ok(Place::gpu((region % u64::from(n.max(1))) as u8));
         }
         // The kernel reads and writes pinned and managed memory like any other.
         let MemoryKind::Device { ordinal } = crate::gpu::memory_kind(addr)? else { return Ok(Place::HOST) };

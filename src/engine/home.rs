@@ -1,29 +1,44 @@
-//! What a connection needs of its engine while it lives: the registry, the bell of the progress thread, the table that it leaves at
-//! its end, and a clock.
+//! What a connection needs of its engine while it lives: the registry, the bell of the progress thread, the list that it leaves at its
+//! end, and a clock. Knows of connections only that they can be driven.
 
 use super::bell::{Bell, WAKE};
-use super::connection::Connection;
 use super::connections::Connections;
+use super::counters::Counters;
 use super::registry::Registry;
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// A connection without anything to read for so long is left to the progress thread again, microseconds.
 const RECENT_US: u64 = 1000;
 
-/// Connections that a thread drives while it looks for notifications, and when each last had something.
-#[derive(Default)]
-struct Recent {
-    list: Vec<(Arc<Connection>, u64)>,
+/// What lives here.
+pub(crate) trait Driven {
+    /// A round of progress by an application thread that waits for something other than a transfer. Whether something moved, or is
+    /// under way.
+    fn drive_for_application(&self) -> bool;
+}
+
+/// A connection that a thread drives while it looks for notifications. Not kept alive: nobody may ask again.
+struct Recent<T> {
+    id: u64,
+    connection: Weak<T>,
+    /// When it last had something.
+    last: u64,
+}
+
+/// All of them.
+struct Looking<T> {
+    list: Vec<Recent<T>>,
     tokens: Vec<u64>,
 }
 
-pub(crate) struct Home {
+pub(crate) struct Home<T> {
     pub registry: Arc<Registry>,
-    pub connections: Connections,
+    pub connections: Connections<T>,
     pub bell: Bell,
+    pub counters: Counters,
     /// The channels ring the bell; without, the progress thread must poll while work is in flight.
     pub doorbells: bool,
     /// Threads compete for cores: nobody spins while another could work.
@@ -34,25 +49,26 @@ pub(crate) struct Home {
     /// Connections that the progress thread is asked to drive.
     asked: Mutex<Vec<u64>>,
     any_asked: AtomicBool,
-    recent: Mutex<Recent>,
+    looking: Mutex<Looking<T>>,
     /// The progress thread is to end.
     ended: AtomicBool,
     start: Instant,
 }
 
-impl Home {
-    pub(crate) fn new(bell: Bell, doorbells: bool, close_timeout: Duration) -> Home {
+impl<T: Driven> Home<T> {
+    pub(crate) fn new(bell: Bell, doorbells: bool, close_timeout: Duration) -> Home<T> {
         Home {
             registry: Arc::new(Registry::new()),
-            connections: Connections::default(),
+            connections: Connections::new(),
             bell,
+            counters: Counters::default(),
             doorbells,
             few_cores: std::thread::available_parallelism().map_or(2, usize::from) <= 2,
             close_timeout,
             last_polled: AtomicU64::new(0),
             asked: Mutex::default(),
             any_asked: AtomicBool::new(false),
-            recent: Mutex::default(),
+            looking: Mutex::new(Looking { list: Vec::new(), tokens: Vec::new() }),
             ended: AtomicBool::new(false),
             start: Instant::now(),
         }
@@ -85,22 +101,23 @@ impl Home {
     /// A round by an application thread that looks for notifications: drives the connections with something to read, and for a while
     /// those that had something before.
     pub(crate) fn drive_ready(&self) {
-        let Some(mut recent) = self.recent.try_lock() else { return };
+        let Some(mut looking) = self.looking.try_lock() else { return };
         let now = self.clock();
-        recent.tokens.clear();
-        let mut tokens = std::mem::take(&mut recent.tokens);
-        self.bell.ready(&mut tokens);
+        let Looking { list, tokens } = &mut *looking;
+        tokens.clear();
+        self.bell.ready(tokens);
         for &id in tokens.iter().filter(|&&id| id != WAKE) {
-            if recent.list.iter().all(|(connection, _)| connection.id != id) {
-                recent.list.extend(self.connections.get(id).map(|connection| (connection, now)));
+            if list.iter().all(|recent| recent.id != id) {
+                let connection = self.connections.get(id).map(|connection| Arc::downgrade(&connection));
+                list.extend(connection.map(|connection| Recent { id, connection, last: now }));
             }
         }
-        recent.tokens = tokens;
-        recent.list.retain_mut(|(connection, last)| {
+        list.retain_mut(|recent| {
+            let Some(connection) = recent.connection.upgrade() else { return false };
             if connection.drive_for_application() {
-                *last = now;
+                recent.last = now;
             }
-            now.saturating_sub(*last) < RECENT_US
+            now.saturating_sub(recent.last) < RECENT_US
         });
     }
 
@@ -119,6 +136,11 @@ impl Home {
 
     pub(crate) fn ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
+    }
+
+    /// Since the engine started.
+    pub(crate) fn age(&self) -> Duration {
+        self.start.elapsed()
     }
 
     /// Microseconds since the engine started, from 1.

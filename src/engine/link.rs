@@ -5,7 +5,7 @@ use crate::net::setup::Offer;
 use crate::status::{bail, err, Error, Result};
 use crate::types::Protect;
 use crate::wire::handshake::{Handshake, Outcome, Peer};
-use crate::wire::hello::Terms;
+use crate::wire::hello::{Hello, Terms};
 use crate::wire::keys::Proof;
 use crate::wire::session::{Opened, Session, MAX_RECORD};
 use crate::wire::setup::{self, Decoded, Offered, Verdict};
@@ -36,6 +36,10 @@ pub(crate) enum Message {
 #[derive(Clone, Debug)]
 pub(crate) struct Agreed {
     pub peer: Peer,
+    /// What this side told.
+    pub own: Hello,
+    /// This is the connecting side.
+    pub connecting: bool,
     pub terms: Terms,
 }
 
@@ -100,7 +104,8 @@ impl SealedLink {
         let Some(handshake) = &mut self.handshake else { return Ok(0) };
         let taken = handshake.input(bytes)?;
         if let Some(Outcome { peer, terms, session }) = handshake.outcome() {
-            self.agreed = Some(Agreed { peer, terms });
+            let (own, connecting) = (handshake.hello().clone(), handshake.connects());
+            self.agreed = Some(Agreed { peer, own, connecting, terms });
             self.session = Some(session);
         }
         Ok(taken)

@@ -1,14 +1,24 @@
-//! The engine: the life of a request. `connection` is what an application holds, `proto` the protocol without
-//! sockets and clocks, `progress` drives it, `registry` and `notify` are the engine-wide tables. `listener`, `setups`, `outgoing` and what they use bring connections up.
+//! The engine: connections and what they share. Knows nothing of C.
+//!
+//! - One connection: `connection` is what an application holds, `proto` its protocol without sockets and clocks, `request` checks what an
+//!   application asks for, `fifo` is what gives a peer access.
+//! - Who drives: `progress` is the engine's thread, `pacing` the table of who drives and who sleeps, `bell` wakes.
+//! - Shared by an engine's connections: `home`, `connections`, `registry`, `notify`, `spare`, `gpus`.
+//! - Bringing connections up: `setup` is one set-up as a machine, `link` its bytes, `sets` and `fabric` its channels, `attempt` joins
+//!   them with a socket, `build` makes the connection. `listener`, `setups` and `accepts` serve incoming ones, `dial` and `connect`
+//!   outgoing ones. `site`, `limits` and `ending` are what all set-ups share.
 
 mod accepts;
+#[doc(hidden)]
+pub mod attack;
 mod attempt;
 mod bell;
 mod build;
+mod connect;
 mod connection;
 mod connections;
+mod counters;
 mod dial;
-mod driver;
 mod ending;
 mod fabric;
 mod fifo;
@@ -18,16 +28,21 @@ mod limits;
 mod link;
 mod listener;
 mod notify;
-mod outgoing;
+mod pacing;
 mod progress;
 mod proto;
 mod registry;
 mod request;
+mod sets;
 mod setup;
 mod setups;
 mod site;
 mod spare;
 mod transfer;
+mod watch;
+
+#[cfg(fuzzing)]
+pub(crate) use proto::attacked;
 
 pub use connection::Connection;
 pub use fifo::FifoItem;
@@ -37,6 +52,7 @@ pub use transfer::{Direction, LocalSegment, TransferState};
 use crate::config::Config;
 use crate::net::plugin::Plugin;
 use crate::net::topology;
+use crate::stats::{export, EngineStats};
 use crate::status::{bail, err, Result};
 use crate::types::RemoteAccess;
 use accepts::Accepts;
@@ -45,6 +61,9 @@ use site::{Gate, Identity, Plugins, Site};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+/// How long a deregistration waits for what holds a region although its connections are closed.
+const STUBBORN: Duration = Duration::from_secs(1);
 
 /// A network interface that a plugin offers.
 #[derive(Clone, Debug)]
@@ -75,6 +94,8 @@ struct Parts {
     site: Arc<Site>,
     accepts: Arc<Accepts<Connection>>,
     threads: Mutex<Threads>,
+    /// Serves the statistics while the engine lives.
+    _export: Option<Arc<export::Exporter>>,
 }
 
 #[derive(Default)]
@@ -96,10 +117,10 @@ impl Engine {
     /// `PluginLoad`, `Plugin`, `System` (port taken), `InvalidArgument` (configuration), `Resource`.
     pub fn new(config: Config) -> Result<Arc<Engine>> {
         crate::logging::init();
-        let gpus = gpus::Gpus::new(config.emulate_device);
+        let gpus = gpus::Gpus::new(config.emulate_device.then_some(config.emulate_devices));
         let device = Plugin::choose(&config, &|| gpus.own())?;
         if device.devices.is_empty() {
-            bail!(Plugin, "plugin {} found no network device", device.name);
+            bail!(Plugin, "plugin {} found no network device{}", device.name, chosen_nics());
         }
         let host = if device.traits.host_memory { None } else { Some(Plugin::soft()?) };
         let plugins = Plugins { device, host };
@@ -108,7 +129,7 @@ impl Engine {
         let metadata = listener::metadata(ports.address, &gpus.name());
         announce(&metadata, &plugins, &gpus);
         let limits = limits::Limits::of_process();
-        let home = Arc::new(home::Home::new(bell::Bell::new()?, plugins.device.traits.doorbell, config.close_timeout));
+        let home = Arc::new(connection::Home::new(bell::Bell::new()?, plugins.device.traits.doorbell, config.close_timeout));
         let accepts = Arc::new(Accepts::new(limits.waiting));
         let site = Arc::new(Site {
             identity: Identity::new(&config)?,
@@ -123,7 +144,8 @@ impl Engine {
             config,
         });
         let spin = site.config.spin;
-        let parts = Parts { site: site.clone(), accepts: accepts.clone(), threads: Mutex::default() };
+        let _export = offer(&site, &metadata);
+        let parts = Parts { site: site.clone(), accepts: accepts.clone(), threads: Mutex::default(), _export };
         let engine = Engine { metadata, parts: crate::fork::Local::new(parts) };
         let mut threads = engine.parts.threads.lock();
         threads.progress = Some(limits::spawn("uccl-progress", move || progress::run(&home, spin))?);
@@ -145,6 +167,15 @@ impl Engine {
     /// The plugin that carries device memory.
     pub fn plugin(&self) -> &Plugin {
         &self.parts.site.plugins.device
+    }
+
+    /// What the engine and its connections count.
+    ///
+    /// # Errors
+    /// In a child of fork.
+    pub fn stats(&self) -> Result<EngineStats> {
+        self.parts.check("engine")?;
+        Ok(stats(&self.parts.site, &self.metadata))
     }
 
     /// Interfaces that the plugins offer.
@@ -169,7 +200,7 @@ impl Engine {
     /// `Unreachable`, `TimedOut`, `Auth`, `Protocol`, `Unsupported` (other plugin), `Plugin`.
     pub fn connect(&self, ip: &str, remote_gpu: &str, port: u16) -> Result<Arc<Connection>> {
         self.alive()?;
-        outgoing::connect(&self.parts.site, ip, remote_gpu, port)
+        connect::connect(&self.parts.site, ip, remote_gpu, port)
     }
 
     /// Takes the next incoming connection; blocks.
@@ -212,25 +243,35 @@ impl Engine {
     /// Ends a registration. Waits for transfers that use it; what has not ended by the close deadline is failed with its connection.
     ///
     /// # Errors
-    /// `NotFound`.
+    /// `NotFound`; `Resource` where even that does not end its use: the memory must stay as it is.
     pub fn deregister(&self, mr: u64) -> Result<()> {
         self.parts.check("engine")?;
-        let retired = self.parts.site.home.registry.retire(mr)?;
+        let home = &self.parts.site.home;
+        let retired = home.registry.retire(mr)?;
         let deadline = Instant::now() + self.parts.site.config.close_timeout;
         let mut pause = Duration::from_micros(20);
         while retired.in_use() {
-            if Instant::now() >= deadline {
-                // Closing the channels is the only way to be sure that nothing touches the memory any more.
-                for connection in self.parts.site.home.connections.all() {
+            let now = Instant::now();
+            if now >= deadline + STUBBORN {
+                bail!(
+                    Resource,
+                    "region {mr} is still in use after its connections were closed: a device does not end its copies"
+                );
+            }
+            if now >= deadline {
+                // Closing the channels is the only way to be sure that nothing touches the memory any more. A request that another
+                // thread is about to start may come after the first look.
+                for connection in home.connections.all() {
                     connection.fail_if_using(mr, err!(Canceled, "region {mr} was deregistered while transfers used it"));
                 }
-                break;
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(1));
         }
-        for connection in self.parts.site.home.connections.all() {
-            connection.forget_region(retired.id());
+        if retired.is_registered() {
+            for connection in home.connections.all() {
+                connection.forget_region(retired.id());
+            }
         }
         Ok(())
     }
@@ -285,7 +326,7 @@ impl Engine {
         if !self.parts.is_here() {
             return;
         }
-        let Parts { site, accepts, threads } = &*self.parts;
+        let Parts { site, accepts, threads, .. } = &*self.parts;
         accepts.stop();
         if site.ending.begin() {
             return;
@@ -311,6 +352,47 @@ impl Engine {
         let lost = site.notifications.len();
         if lost > 0 {
             log::warn!("engine {}: {lost} notifications were never taken", self.metadata);
+        }
+    }
+}
+
+/// Which variable chooses the data NICs, for an error text.
+fn chosen_nics() -> String {
+    let set = |name: &&str| std::env::var(name).is_ok_and(|value| !value.trim().is_empty());
+    match ["NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"].into_iter().find(set) {
+        Some(name) => format!(": {name}={} matches none that can be used", std::env::var(name).unwrap_or_default()),
+        None => String::new(),
+    }
+}
+
+fn stats(site: &Site, metadata: &str) -> EngineStats {
+    let home = &site.home;
+    let mut stats = EngineStats {
+        metadata: metadata.to_owned(),
+        plugin: site.plugins.device.name.clone(),
+        uptime: home.age(),
+        notifications_waiting: site.notifications.len() as u64,
+        totals: home.counters.past(),
+        ..EngineStats::default()
+    };
+    home.counters.fill(&mut stats);
+    stats.connections = home.connections.all().iter().filter_map(|connection| connection.stats().ok()).collect();
+    stats.connections.sort_by_key(|connection| connection.id);
+    // Ended ones are counted already.
+    stats.connections.iter().filter(|c| c.error.is_none()).for_each(|c| stats.totals += c.totals);
+    stats
+}
+
+/// Offers the statistics where UCCL_TCPX_METRICS says. An engine works without, too.
+fn offer(site: &Arc<Site>, metadata: &str) -> Option<Arc<export::Exporter>> {
+    let target = site.config.metrics.as_ref()?;
+    let (weak, metadata) = (Arc::downgrade(site), metadata.to_owned());
+    let source = Box::new(move || weak.upgrade().map(|site| stats(&site, &metadata)));
+    match export::offer(target, source) {
+        Ok(exporter) => Some(exporter),
+        Err(e) => {
+            log::warn!("no statistics at UCCL_TCPX_METRICS={target}: {e}");
+            None
         }
     }
 }

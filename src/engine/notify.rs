@@ -1,4 +1,5 @@
-//! Received notifications: a queue per engine, drained per engine or over the whole process in order of arrival.
+//! Received notifications: a queue per engine, drained per engine or over the whole process in order of arrival. Knows nothing of
+//! sockets.
 
 use crate::fork::PerProcess;
 use crate::status::{bail, Result};

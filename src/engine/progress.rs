@@ -1,11 +1,10 @@
 //! The progress thread of an engine: drives the connections that have something to do, spins briefly for the next piece of it, then
 //! sleeps in epoll. Only what a socket, a bell, a timer or another thread names is driven; a connection that an application thread
-//! polls is left to that thread.
+//! polls is left to that thread. Knows nothing of frames and channels.
 
 use super::bell::WAKE;
-use super::connection::Connection;
-use super::driver::{step, Round, Step};
-use super::home::Home;
+use super::connection::{Connection, Home};
+use super::pacing::{step, Round, Step};
 use reactor::Interest;
 use std::cmp::Reverse;
 use std::collections::hash_map::Entry;
@@ -13,6 +12,9 @@ use std::collections::{BinaryHeap, HashMap};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+/// Timers that are far off go off together, this often.
+const GRID: Duration = Duration::from_millis(250);
 
 /// Default of UCCL_TCPX_SPIN_US: the time in which a peer's next small request is likely. Sleeping and waking costs tens of
 /// microseconds on virtual machines.
@@ -57,11 +59,12 @@ struct Driving<'a> {
     active: HashMap<u64, Active>,
     /// When connections next want to be looked at, at the earliest; at most one entry a connection.
     timers: BinaryHeap<Reverse<(Instant, u64)>>,
+    start: Instant,
 }
 
 impl<'a> Driving<'a> {
     fn new(home: &'a Home) -> Driving<'a> {
-        Driving { home, known: HashMap::new(), active: HashMap::new(), timers: BinaryHeap::new() }
+        Driving { home, known: HashMap::new(), active: HashMap::new(), timers: BinaryHeap::new(), start: Instant::now() }
     }
 
     /// Something happened to a connection: it is driven from now on until it is idle.
@@ -147,14 +150,28 @@ impl<'a> Driving<'a> {
         match (next, self.known.get_mut(&id)) {
             (Some(at), Some(known)) => {
                 active.connection.arm(true);
+                if active.connection.stirs() {
+                    // Work began after the last look, and what happened to it before the arming rang nobody.
+                    self.active.insert(id, active);
+                    return;
+                }
                 if !std::mem::replace(&mut known.timed, true) {
-                    self.timers.push(Reverse((at, id)));
+                    self.timers.push(Reverse((self.on_grid(at), id)));
                 }
             }
             _ => {
                 self.known.remove(&id);
             }
         }
+    }
+
+    /// A distant time, put off to where others are: a thousand heartbeats then share a few wake-ups.
+    fn on_grid(&self, at: Instant) -> Instant {
+        if at.saturating_duration_since(Instant::now()) < 4 * GRID {
+            return at;
+        }
+        let since = at.saturating_duration_since(self.start).as_millis() as u64;
+        self.start + GRID * (since / GRID.as_millis() as u64 + 1) as u32
     }
 
     /// Lets the bells of active connections ring that this thread answers for, or silences them.
@@ -170,18 +187,15 @@ impl<'a> Driving<'a> {
         self.timers.peek().map_or(Duration::MAX, |Reverse((at, _))| at.saturating_duration_since(now))
     }
 
-    /// Activates whoever has an event; whether a socket had one.
-    fn notice(&mut self, tokens: &[u64], armed: bool) -> bool {
-        let mut sockets = false;
+    /// Activates whoever has an event.
+    fn notice(&mut self, tokens: &[u64], armed: bool) {
         for &token in tokens {
             if token == WAKE {
                 self.listen(armed);
             } else {
-                sockets = true;
                 self.activate(token);
             }
         }
-        sockets
     }
 }
 
@@ -237,15 +251,19 @@ fn drive(home: &Home, spin: Duration) {
             Step::Sleep(limit) => {
                 driving.arm(true);
                 // What happened before the arming rang nobody.
-                if driving.round(true).any || home.has_asked() {
+                let again = driving.round(true);
+                if again.any || home.has_asked() {
                     driving.arm(false);
                     last_activity = Instant::now();
                     continue;
                 }
+                // Who drives may have changed since.
+                let limit = match step(&again, Duration::MAX, spin, home.few_cores) {
+                    Step::Sleep(now) => limit.min(now),
+                    _ => Duration::ZERO,
+                };
                 home.bell.wait(limit.min(driving.until_timer(Instant::now())), &mut tokens);
-                if driving.notice(&tokens, true) {
-                    last_activity = Instant::now();
-                }
+                driving.notice(&tokens, true);
                 driving.arm(false);
             }
         }

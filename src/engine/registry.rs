@@ -1,5 +1,5 @@
 //! Registered memory: regions with unguessable tokens, and the count of transfers that use each. A region that is in use is
-//! never let go; one that is deregistered is found no more.
+//! never let go; one that is deregistered is found no more. Knows nothing of transfers.
 
 use crate::region::{Region, RegionUse};
 use crate::status::{bail, Result};
@@ -19,6 +19,10 @@ impl Retired {
     }
     pub(crate) fn in_use(&self) -> bool {
         self.0.in_use()
+    }
+    /// Connections may have told their plugins of it.
+    pub(crate) fn is_registered(&self) -> bool {
+        self.0.is_registered()
     }
 }
 
@@ -52,14 +56,14 @@ impl Cover {
 }
 
 #[derive(Default)]
-struct Table {
+struct Regions {
     by_id: HashMap<u64, Arc<Region>>,
     cover: Cover,
 }
 
 /// Regions of an engine.
 pub(crate) struct Registry {
-    regions: RwLock<Table>,
+    regions: RwLock<Regions>,
     next: AtomicU64,
 }
 
@@ -76,9 +80,9 @@ impl Registry {
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let region = Region::new(Span { id, addr, len }, token, place, access);
-        let mut table = self.regions.write();
-        table.cover.add(addr, addr + len);
-        table.by_id.insert(id, Arc::new(region));
+        let mut regions = self.regions.write();
+        regions.cover.add(addr, addr + len);
+        regions.by_id.insert(id, Arc::new(region));
         Ok(id)
     }
 
@@ -103,9 +107,9 @@ impl Registry {
 
     /// Removes a region: from now on it is found no more.
     pub(crate) fn retire(&self, id: u64) -> Result<Retired> {
-        let mut table = self.regions.write();
-        let Some(region) = table.by_id.remove(&id) else { bail!(NotFound, "region {id} is not registered") };
-        table.cover.remove(region.span.addr, region.span.addr + region.span.len);
+        let mut regions = self.regions.write();
+        let Some(region) = regions.by_id.remove(&id) else { bail!(NotFound, "region {id} is not registered") };
+        regions.cover.remove(region.span.addr, region.span.addr + region.span.len);
         Ok(Retired(region))
     }
 

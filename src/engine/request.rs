@@ -1,5 +1,6 @@
 //! From what the application names to what the machine takes: local segments with their regions, and the remote side's as they stand on
-//! the wire. Everything that can be checked on this side is checked here, before anything is admitted.
+//! the wire. Everything that can be checked on this side is checked here, before anything is admitted. Knows
+//! nothing of sockets, channels or the machine's state.
 
 use super::fifo::{Access, FifoItem};
 use super::proto::Request;

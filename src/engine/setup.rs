@@ -253,7 +253,8 @@ mod tests {
 
     fn agreed() -> Agreed {
         let terms = sample().agree(&sample()).unwrap();
-        Agreed { peer: Peer { hello: sample(), engine: [1; 16], proof: Proof::Nothing }, terms }
+        let peer = Peer { hello: sample(), engine: [1; 16], proof: Proof::Nothing };
+        Agreed { peer, own: sample(), connecting: true, terms }
     }
 
     fn offer(n: u8) -> Vec<Vec<Offer>> {

@@ -1,5 +1,6 @@
-//! The thread that brings up all incoming connections of an engine, driven by what their sockets report. Strangers, whose handshake
-//! is not proved, have a small budget and little time; proved peers have theirs, shared between their addresses.
+//! The thread that brings up all incoming connections of an engine, driven by what their sockets report. Strangers, whose handshake is
+//! not proved, have a small budget and little time; proved peers have theirs, shared between their addresses. Knows nothing of what the
+//! bytes mean.
 
 use super::accepts::{Accepts, Waiting};
 use super::attempt::{Attempt, Progress};
@@ -223,6 +224,7 @@ impl Desk {
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return,
                 Err(e) if limits::is_exhaustion(&e) => {
                     let e = limits::system("accepting a connection", &e);
+                    self.site.home.counters.limits_hit.add();
                     self.shortage.log(log::Level::Error, now, format_args!("{e}"));
                     self.drop_stranger(now, Duration::ZERO);
                     return self.pause(now, PAUSE);
@@ -255,6 +257,7 @@ impl Desk {
 
     fn arrived(&mut self, sock: TcpStream, address: SocketAddr, now: Instant) {
         if !self.site.allow.admits(address.ip()) {
+            self.site.home.counters.setups_in_refused.add();
             self.lines.log(log::Level::Warn, now, format_args!("{address}: dropped: not in UCCL_TCPX_ALLOW"));
             return;
         }
@@ -287,6 +290,7 @@ impl Desk {
         let slow = || strangers().next().filter(|(_, e)| age(e) >= silence.max(HESITATION));
         let Some(id) = silent.or_else(slow).map(|(id, _)| *id) else { return false };
         if let Some(entry) = self.take(id) {
+            self.site.home.counters.setup_failed(ErrorKind::Resource);
             let address = entry.attempt.address;
             self.lines.log(log::Level::Warn, now, format_args!("{address}: dropped: others wait, and it has not said who it is"));
         }
@@ -355,16 +359,21 @@ impl Desk {
         let address = entry.attempt.address;
         match entry.attempt.finish(&self.site) {
             Ok(connection) => {
+                self.site.home.counters.setups_in.add();
                 self.accepts.push(connection);
                 self.sweep_at.get_or_insert(now + SWEEP);
             }
-            Err(e) => self.complain(address, &e, now),
+            Err(e) => {
+                self.site.home.counters.setup_failed(e.kind());
+                self.complain(address, &e, now);
+            }
         }
     }
 
     fn fail(&mut self, id: u64, error: &Error, now: Instant) {
         let Some(entry) = self.take(id) else { return };
         let (address, role) = (entry.attempt.address, entry.role);
+        self.site.home.counters.setup_failed(error.kind());
         if role == Role::Stranger && error.kind() != ErrorKind::Auth {
             self.lines.log(log::Level::Info, now, format_args!("{address}: dropped: {error}"));
         } else {
@@ -413,9 +422,10 @@ impl Desk {
             let limit = self.site.limits.per_peer;
             let address = |id: &u64| self.entries.get(id).map(|e| e.attempt.address.ip());
             let fits = |id: &u64| address(id).is_none_or(|ip| self.per_peer.get(&ip).copied().unwrap_or(0) < limit);
-            let Some(at) = self.queue.iter().position(fits) else { return };
-            if let Some(id) = self.queue.remove(at) {
-                self.begin(id, now);
+            match self.queue.iter().position(fits).and_then(|at| self.queue.remove(at)) {
+                Some(id) => self.begin(id, now),
+                None if self.drop_stale(now) => {}
+                None => return,
             }
         }
     }

@@ -1,8 +1,9 @@
-//! What every set-up of an engine shares: who the engine is, its plugins and GPUs, its limits, and where finished connections go.
+//! What every set-up of an engine shares: who the engine is, its plugins and GPUs, its limits, and where finished connections go. Knows
+//! nothing of a single set-up.
 
+use super::connection::Home;
 use super::ending::Ending;
 use super::gpus::Gpus;
-use super::home::Home;
 use super::limits::Limits;
 use super::link::SealedLink;
 use super::notify::Queue;
@@ -13,7 +14,7 @@ use crate::net::setup::{channel_count, nics_for};
 use crate::status::{bail, Result};
 use crate::types::Protect;
 use crate::wire::handshake::{self, Handshake};
-use crate::wire::hello::{Hello, Terms};
+use crate::wire::hello::Hello;
 use crate::wire::keys::KeyStore;
 use parking_lot::{Condvar, Mutex};
 use std::sync::Arc;
@@ -85,13 +86,8 @@ impl Site {
     /// Channels of each set that this side asks for.
     fn channels(&self) -> usize {
         let plugin = &self.plugins.device;
-        let nics = nics_for(plugin, &plugin.devices, self.gpus.pci_path().as_deref());
+        let nics = nics_for(plugin, &plugin.devices, self.gpus.pci_path(None).as_deref());
         channel_count(plugin, self.config.num_channels, nics.len().max(1))
-    }
-
-    /// Largest chunk of this side: as configured, within what its plugins carry.
-    fn chunk_bytes(&self) -> usize {
-        self.plugins.all().fold(self.config.chunk_bytes, |chunk, plugin| chunk.min(plugin.max_message(&self.config)))
     }
 
     /// This side's part of the wire for a new set-up. `wanted_gpu`: of a connecting side.
@@ -104,6 +100,11 @@ impl Site {
         }))
     }
 
+    /// Largest chunk that every plugin carries as one message.
+    fn chunk_bytes(&self) -> usize {
+        self.plugins.all().fold(self.config.chunk_bytes, |chunk, plugin| chunk.min(plugin.max_message()))
+    }
+
     fn hello(&self, wanted_gpu: &str) -> Result<Hello> {
         Ok(Hello {
             channels: self.channels() as u16,
@@ -114,12 +115,8 @@ impl Site {
             plugin: self.plugins.device.wire_name().to_owned(),
             gpu: self.gpus.name(),
             wanted_gpu: wanted_gpu.to_owned(),
+            further_gpus: self.gpus.further(),
         })
-    }
-
-    /// Descriptors that a set-up with these terms opens: two directions and a listening socket each.
-    pub(crate) fn cost(&self, terms: &Terms) -> usize {
-        self.plugins.all().count() * usize::from(terms.channels) * 3
     }
 }
 

@@ -1,5 +1,5 @@
 //! Memory of ended transfers, kept for the next ones: the lists of a transfer of many thousand segments are so large that fresh memory
-//! for them costs more in page faults than filling them.
+//! for them costs more in page faults than filling them. Knows nothing of what is in them.
 
 use crate::status::{bail, Result};
 use crate::types::Segment;

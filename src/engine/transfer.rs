@@ -1,4 +1,4 @@
-//! What an application names when it asks for a transfer.
+//! What an application names when it asks for a transfer. Types only.
 
 pub use super::proto::TransferState;
 

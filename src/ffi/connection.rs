@@ -1,4 +1,4 @@
-//! Connections of the C ABI.
+//! Connections of the C ABI. Translates only.
 
 use super::engine::uccl_engine_t;
 use super::guard::{guard, out_arg, status, str_arg};

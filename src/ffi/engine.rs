@@ -1,4 +1,4 @@
-//! Engines of the C ABI: creation with the environment's settings or with the caller's, and the end.
+//! Engines of the C ABI: creation with the environment's settings or with the caller's, and the end. Translates only.
 
 use super::guard::{array_arg, guard, out_arg, status, str_arg};
 use super::handles::engines;

@@ -1,4 +1,5 @@
-//! The boundary: catches panics, turns errors into status numbers and the thread's last-error text, checks pointers.
+//! The boundary: catches panics, turns errors into status numbers and the thread's last-error text, checks pointers. Knows nothing of
+//! engines.
 
 use crate::status::{bail, Error, ErrorKind, Result, StatusCode, UCCL_OK};
 use std::cell::{Cell, UnsafeCell};

@@ -1,4 +1,4 @@
-//! What the library says about itself: statuses in words, the last error of a thread, the version.
+//! What the library says about itself: statuses in words, the last error of a thread, the version. Translates only.
 
 use super::guard::{self, guard};
 use crate::status::{ErrorKind, StatusCode, UCCL_IN_PROGRESS, UCCL_OK};

@@ -1,4 +1,4 @@
-//! The log of the C ABI: where its lines go.
+//! The log of the C ABI: where its lines go. Translates only.
 
 use super::guard::status;
 use crate::status::UCCL_OK;

@@ -1,4 +1,4 @@
-//! Registered memory of the C ABI, and what peers need to reach it: FIFO items and (empty) IPC descriptors.
+//! Registered memory of the C ABI, and what peers need to reach it: FIFO items and (empty) IPC descriptors. Translates only.
 
 use super::engine::uccl_engine_t;
 use super::guard::{guard, out_arg, status};

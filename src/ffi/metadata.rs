@@ -1,4 +1,4 @@
-//! The text by which peers find an engine, "ip:port?gpu": made for an engine, and taken apart.
+//! The text by which peers find an engine, "ip:port?gpu": made for an engine, and taken apart. Knows nothing of addresses' meaning.
 
 use super::engine::uccl_engine_t;
 use super::guard::{guard, optional_out_arg, out_arg, status, str_arg};
@@ -60,22 +60,31 @@ pub unsafe extern "C" fn uccl_engine_metadata_into(
 ) -> c_int {
     status(|| {
         let text = engines().get(engine.cast())?.metadata();
-        // SAFETY: the caller passes a writable pointer or null.
-        if let Some(needed) = unsafe { optional_out_arg(needed, "needed")? } {
-            *needed = text.len() + 1;
-        }
-        if len < text.len() + 1 {
-            bail!(Resource, "metadata needs {} bytes, the buffer has {len}", text.len() + 1);
-        }
-        // SAFETY: the caller passes len writable bytes.
-        let out = unsafe { out_arg(buf, "buf")? } as *mut c_char;
-        // SAFETY: text.len() + 1 <= len bytes are writable.
-        unsafe {
-            std::ptr::copy_nonoverlapping(text.as_ptr().cast(), out, text.len());
-            *out.add(text.len()) = 0;
-        }
-        Ok(UCCL_OK)
+        // SAFETY: the caller passes writable pointers or null.
+        unsafe { copy_text(&text, buf, len, needed) }
     })
+}
+
+/// Writes a text into the caller's buffer, with a NUL.
+///
+/// # Safety
+/// `buf` is null or has `len` writable bytes; `needed` is null, badly aligned or writable.
+pub(super) unsafe fn copy_text(text: &str, buf: *mut c_char, len: usize, needed: *mut usize) -> Result<c_int> {
+    // SAFETY: by the caller's contract.
+    if let Some(needed) = unsafe { optional_out_arg(needed, "needed")? } {
+        *needed = text.len() + 1;
+    }
+    if len < text.len() + 1 {
+        bail!(Resource, "the text needs {} bytes, the buffer has {len}", text.len() + 1);
+    }
+    // SAFETY: by the caller's contract.
+    let out = unsafe { out_arg(buf, "buf")? } as *mut c_char;
+    // SAFETY: text.len() + 1 <= len bytes are writable.
+    unsafe {
+        std::ptr::copy_nonoverlapping(text.as_ptr().cast(), out, text.len());
+        *out.add(text.len()) = 0;
+    }
+    Ok(UCCL_OK)
 }
 
 /// Takes metadata apart: what uccl_engine_connect wants.

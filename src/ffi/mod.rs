@@ -13,4 +13,5 @@ mod logging;
 mod memory;
 mod metadata;
 mod notif;
+mod stats;
 mod transfer;

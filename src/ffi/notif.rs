@@ -1,4 +1,4 @@
-//! Notifications of the C ABI.
+//! Notifications of the C ABI. Translates only.
 
 use super::connection::uccl_conn_t;
 use super::engine::uccl_engine_t;

@@ -1,4 +1,4 @@
-//! Transfers of the C ABI.
+//! Transfers of the C ABI. Translates only.
 
 use super::connection::uccl_conn_t;
 use super::guard::{array_arg, guard, optional_out_arg, out_arg, status};

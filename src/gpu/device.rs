@@ -1,42 +1,25 @@
-//! GPUs in use, one value each: the primary context, the copy kernel, and what connections lend each other.
+//! GPUs in use, one value each: the primary context, the copy kernel, and what connections lend each other. Knows nothing of jobs.
 
+use super::kernels::Kernels;
 use super::launcher::CopyLauncher;
-use super::lent::Lent;
-use crate::status::{bail, Result};
-use cuda_driver::sys::CUfunction;
-use cuda_driver::{Context, DeviceBuffer, Module, PinnedBuffer};
+use super::lent::{Idle, Lent};
+use crate::status::Result;
+use cuda_driver::{Context, DeviceBuffer, PinnedBuffer};
 use nccl_net_abi::PAGE;
 use parking_lot::Mutex;
 use std::sync::Arc;
-
-/// The committed kernels: machine code for Hopper, PTX that the driver compiles for anything from Ampere on.
-const CUBIN_SM90: &[u8] = include_bytes!("kernels/copy.sm_90.cubin");
-const PTX_SM80: &str = concat!(include_str!("kernels/copy.sm_80.ptx"), "\0");
 
 /// A GPU in use, one value per ordinal. It stays until the process ends, with its primary context: loading kernels and giving memory
 /// back make the driver wait for the application's work.
 pub(crate) struct Gpu {
     ordinal: i32,
     /// Launchers without a user.
-    pub(super) idle: Mutex<Vec<CopyLauncher>>,
+    idle: Arc<Idle>,
     /// A page that tells whether the context is still the one that was retained.
     mark: PinnedBuffer,
     kernels: Arc<Kernels>,
     context: Arc<Context>,
 }
-
-/// The copy kernel, by size of its parameters.
-pub(super) struct Kernels {
-    pub(super) small: CUfunction,
-    pub(super) large: CUfunction,
-    /// Launches may overlap: the machine code for Hopper says when the next one may start, and ends in order.
-    pub(super) overlap: bool,
-    _module: Module,
-}
-// SAFETY: functions are handles that the driver lets any thread use.
-unsafe impl Send for Kernels {}
-// SAFETY: as above.
-unsafe impl Sync for Kernels {}
 
 static IN_USE: Mutex<Vec<Arc<Gpu>>> = Mutex::new(Vec::new());
 
@@ -55,7 +38,7 @@ impl Gpu {
         let context = Context::retain(ordinal)?;
         let kernels = Arc::new(Kernels::load(&context)?);
         let mark = PinnedBuffer::new(&context, PAGE)?;
-        let gpu = Arc::new(Gpu { ordinal, idle: Mutex::default(), mark, kernels, context });
+        let gpu = Arc::new(Gpu { ordinal, idle: Arc::default(), mark, kernels, context });
         in_use.push(gpu.clone());
         Ok(gpu)
     }
@@ -72,19 +55,22 @@ impl Gpu {
     }
 
     /// A launcher: an idle one, else a new one.
-    pub(crate) fn launcher(self: &Arc<Gpu>) -> Result<Lent> {
-        Lent::take(self)
+    pub(crate) fn launcher(&self) -> Result<Lent> {
+        let launcher = match self.idle.take() {
+            Some(launcher) => launcher,
+            None => self.new_launcher()?,
+        };
+        Ok(Lent::new(launcher, &self.idle))
     }
 
-    pub(super) fn new_launcher(&self) -> Result<CopyLauncher> {
+    fn new_launcher(&self) -> Result<CopyLauncher> {
         CopyLauncher::new(&self.context, &self.kernels)
     }
 
     /// Has at least `n` launchers idle, so that the next connections need not make theirs.
     pub(crate) fn reserve_launchers(&self, n: usize) -> Result<()> {
-        while self.idle.lock().len() < n {
-            let new = self.new_launcher()?;
-            self.idle.lock().push(new);
+        while self.idle.count() < n {
+            self.idle.put(self.new_launcher()?);
         }
         Ok(())
     }
@@ -102,19 +88,4 @@ impl Gpu {
 
 fn pages(len: usize) -> usize {
     len.max(1).next_multiple_of(PAGE)
-}
-
-impl Kernels {
-    fn load(context: &Arc<Context>) -> Result<Kernels> {
-        let major = context.compute_major()?;
-        if major < 8 {
-            bail!(Unsupported, "GPU {} has compute capability {major}.x; the kernels need 8.0", context.bdf()?);
-        }
-        let overlap = major == 9;
-        let image = if overlap { CUBIN_SM90 } else { PTX_SM80.as_bytes() };
-        // SAFETY: a complete cubin, or PTX that ends in a NUL.
-        let module = unsafe { Module::load(context, image) }?;
-        let (small, large) = (module.function(c"uccl_copy_1k")?, module.function(c"uccl_copy_4k")?);
-        Ok(Kernels { small, large, overlap, _module: module })
-    }
 }

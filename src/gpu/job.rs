@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A piece of the scattered side, in message order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Segment {
+pub(crate) struct Extent {
     /// First byte: device memory, or mapped host memory by its device name.
     pub addr: u64,
     /// Bytes, more than 0.
@@ -29,7 +29,7 @@ pub(crate) enum Fragments {
         /// The slot's count.
         count: MappedPtr,
         /// The kernel reads the count before it reads any flat byte, as the contract asks where the bounce buffer is device
-        /// memory that a NIC writes. Costs one PCIe round trip (about 1.5 us).
+        /// memory that a NIC writes. Costs a round trip over PCIe.
         read_count: bool,
     },
 }
@@ -44,7 +44,7 @@ pub(crate) struct Job<'a> {
     /// Bytes of the message, as announced.
     pub len: u64,
     /// The scattered side; lengths add up to `len`.
-    pub segments: &'a [Segment],
+    pub segments: &'a [Extent],
     /// From the segments to the flat side; otherwise from the flat side to the segments.
     pub gather: bool,
 }
@@ -56,7 +56,7 @@ impl<'a> Job<'a> {
         slot: usize,
         bounce: u64,
         len: u64,
-        segments: &'a [Segment],
+        segments: &'a [Extent],
         read_count: bool,
     ) -> Job<'a> {
         let slot = slot % nccl_net_abi::MAX_REQUESTS;
@@ -65,11 +65,11 @@ impl<'a> Job<'a> {
         Job { fragments: Fragments::Row { row, count, read_count }, flat: bounce, len, segments, gather: false }
     }
     /// Packs segments into contiguous staging.
-    pub(crate) fn gather(segments: &'a [Segment], staging: u64, len: u64) -> Job<'a> {
+    pub(crate) fn gather(segments: &'a [Extent], staging: u64, len: u64) -> Job<'a> {
         Job { fragments: Fragments::Whole, flat: staging, len, segments, gather: true }
     }
     /// Spreads contiguous staging over segments.
-    pub(crate) fn scatter(staging: u64, segments: &'a [Segment], len: u64) -> Job<'a> {
+    pub(crate) fn scatter(staging: u64, segments: &'a [Extent], len: u64) -> Job<'a> {
         Job { fragments: Fragments::Whole, flat: staging, len, segments, gather: false }
     }
 }
@@ -124,12 +124,12 @@ mod tests {
 
     #[test]
     fn jobs_are_checked_before_anything_is_launched() {
-        let segments = [Segment { addr: 4096, len: 60 }, Segment { addr: 8192, len: 40 }];
+        let segments = [Extent { addr: 4096, len: 60 }, Extent { addr: 8192, len: 40 }];
         assert_eq!(checked_count(&Job::gather(&segments, 0, 100)), Ok(1));
         assert!(checked_count(&Job::gather(&segments, 0, 101)).is_err());
         assert!(checked_count(&Job::scatter(0, &[], 0)).is_err());
-        assert!(checked_count(&Job::scatter(0, &[Segment { addr: 0, len: 1 << 32 }], 1 << 32)).is_err());
-        assert!(checked_count(&Job::scatter(0, &[Segment { addr: 0, len: 0 }, Segment { addr: 0, len: 5 }], 5)).is_err());
+        assert!(checked_count(&Job::scatter(0, &[Extent { addr: 0, len: 1 << 32 }], 1 << 32)).is_err());
+        assert!(checked_count(&Job::scatter(0, &[Extent { addr: 0, len: 0 }, Extent { addr: 0, len: 5 }], 5)).is_err());
         let mut meta = vec![0u64; size_of::<netUnpackMeta>() / 8];
         let ptr = MappedPtr { host: meta.as_mut_ptr().cast(), device: 0 };
         for (count, good) in [(0u64, false), (1, true), (2048, true), (2049, false), (u64::MAX, false)] {

@@ -1,10 +1,10 @@
 //! Submits copy jobs to the GPU and observes their completion in mapped host memory: no event, no stream and no allocation
 //! per job. One ring of job slots, one stream, used by one thread. Knows message layouts, not requests.
 
-use super::device::Kernels;
+use super::grid::{cut, far_room, join, spread};
 use super::job::{checked_count, entries_of, message_len, Fragments, Job};
+use super::kernels::Kernels;
 use super::layout::*;
-use super::plan::{cut, far_room, join, plan};
 use crate::status::{bail, err, Error, Result};
 use cuda_driver::{sys, Context, DeviceBuffer, PinnedBuffer, Stream};
 use nccl_net_abi::loadMeta;
@@ -32,7 +32,7 @@ const POLLS_PER_CHECK: u32 = 8192;
 
 /// Jobs that were submitted together; asked for with [`CopyLauncher::poll`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Ticket {
+pub(crate) struct Launched {
     first: u64,
     jobs: u32,
 }
@@ -120,10 +120,10 @@ impl CopyLauncher {
     /// that nothing of the call was submitted, unless the GPU itself failed.
     ///
     /// # Safety
-    /// Until the ticket is done: flat sides and segments are valid memory of this GPU (or mapped host memory), sources are not
+    /// Until they are done: flat sides and segments are valid memory of this GPU (or mapped host memory), sources are not
     /// written and destinations are used by nobody else, other jobs in flight included (they may run at the same time), and rows
     /// and counts are a live meta queue whose receive is done and not consumed.
-    pub(crate) unsafe fn submit(&mut self, jobs: &[Job<'_>]) -> Result<Option<Ticket>> {
+    pub(crate) unsafe fn submit(&mut self, jobs: &[Job<'_>]) -> Result<Option<Launched>> {
         if let Some(error) = &self.broken {
             return Err(error.clone());
         }
@@ -155,25 +155,25 @@ impl CopyLauncher {
             let at = i * MAX_JOBS..i * MAX_JOBS + batch.len();
             // SAFETY: by the caller's contract.
             if let Err(error) = unsafe { self.launch(batch, &counts[at.clone()], &places[at]) } {
-                // Earlier batches of this call may run; without a ticket nobody waits for them, so the launcher stops here.
+                // Earlier batches of this call may run; without a launched nobody waits for them, so the launcher stops here.
                 self.broken = Some(error.clone());
                 return Err(error);
             }
         }
-        Ok(Some(Ticket { first, jobs: jobs.len() as u32 }))
+        Ok(Some(Launched { first, jobs: jobs.len() as u32 }))
     }
 
-    /// Whether every job of the ticket has finished. An error is that of the first failed job: an entry outside the message,
+    /// Whether every job of the launched has finished. An error is that of the first failed job: an entry outside the message,
     /// a wrong total, or the GPU itself.
-    pub(crate) fn poll(&mut self, ticket: Ticket) -> Result<bool> {
-        if ticket.first + SLOTS as u64 <= self.head.saturating_sub(1) {
-            bail!(Internal, "copy ticket {} was asked for {} jobs later", ticket.first, self.head - ticket.first);
+    pub(crate) fn poll(&mut self, launched: Launched) -> Result<bool> {
+        if launched.first + SLOTS as u64 <= self.head.saturating_sub(1) {
+            bail!(Internal, "copy jobs from {} on were asked for {} jobs later", launched.first, self.head - launched.first);
         }
         self.retire()?;
-        if ticket.first + u64::from(ticket.jobs) > self.tail {
+        if launched.first + u64::from(launched.jobs) > self.tail {
             return Ok(false);
         }
-        for number in ticket.first..ticket.first + u64::from(ticket.jobs) {
+        for number in launched.first..launched.first + u64::from(launched.jobs) {
             if let Some(failure) = &self.slots[number as usize % SLOTS].failure {
                 return Err(failure.clone());
             }
@@ -308,7 +308,7 @@ impl CopyLauncher {
         })
     }
 
-    /// Writes a job's entries and segments, joined where that is possible, and sets its plan. The parameters are `used` so far.
+    /// Writes a job's entries and segments, joined where that is possible, and lays it out. The parameters are `used` so far.
     fn write(&mut self, job: &Job<'_>, entries: &[loadMeta], args: &mut JobArgs, used: &mut usize, room: &Room) {
         *used = used.next_multiple_of(16);
         let inline = (ARGS - HEADER).saturating_sub(*used) / room.share / size_of::<Item>();
@@ -330,7 +330,7 @@ impl CopyLauncher {
             self.put_table(job, room.place, args, used);
             self.put_entries(job, entries, args, used);
             let longest = entries.iter().map(|e| e.len).max().unwrap_or(0).min(args.size);
-            plan(args, room.launch_bytes, longest);
+            spread(args, room.launch_bytes, longest);
         }
     }
 
@@ -438,7 +438,7 @@ fn failure(code: u32, bytes: u64, len: u32) -> Option<Error> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Gpu, Segment};
+    use super::super::{Extent, Gpu};
     use super::*;
     use cuda_driver::MappedPtr;
     use nccl_net_abi::netUnpackMeta;
@@ -490,27 +490,27 @@ mod tests {
                 queue.cnt[slot] = n as u64;
             }
             let lens: Vec<u64> = (0..400).map(|i| if i % 2 == 0 { 900 } else { 100 }).collect();
-            let segments: Vec<Segment> = lens
+            let segments: Vec<Extent> = lens
                 .iter()
                 .scan(dest.ptr() + 3, |at, &len| {
-                    let s = Segment { addr: *at, len };
+                    let s = Extent { addr: *at, len };
                     *at += len + 5;
                     Some(s)
                 })
                 .collect();
             for round in 0..3 * SLOTS {
-                let staged = [Segment { addr: staging.mapped().device, len: LEN as u64 }];
+                let staged = [Extent { addr: staging.mapped().device, len: LEN as u64 }];
                 let jobs = [
                     Job::unpack(meta.mapped(), round % 16, bounce.ptr(), LEN as u64, &segments, round % 2 == 0),
                     Job::scatter(bounce.ptr(), &staged, LEN as u64),
                 ];
-                let ticket = loop {
+                let launched = loop {
                     if let Some(t) = launcher.submit(&jobs[..1 + round % 2]).unwrap() {
                         break t;
                     }
                 };
                 if round % 700 == 0 {
-                    while !launcher.poll(ticket).unwrap() {}
+                    while !launcher.poll(launched).unwrap() {}
                     let back =
                         launcher.submit(&[Job::gather(&segments, staging.mapped().device, LEN as u64)]).unwrap().expect("room");
                     while !launcher.poll(back).unwrap() {}
@@ -524,12 +524,12 @@ mod tests {
             launcher.quiesce(Duration::from_secs(20)).unwrap();
             assert_eq!(launcher.head, launcher.tail);
             queue.mem[3][9].dst_off = LEN as u64;
-            let ticket = launcher
+            let launched = launcher
                 .submit(&[Job::unpack(meta.mapped(), 3, bounce.ptr(), LEN as u64, &segments, true)])
                 .unwrap()
                 .expect("room");
             let failed = loop {
-                match launcher.poll(ticket) {
+                match launcher.poll(launched) {
                     Ok(true) => panic!("a broken row was accepted"),
                     Ok(false) => continue,
                     Err(e) => break e,
@@ -539,11 +539,11 @@ mod tests {
             // Cost of a 512 KiB chunk as the engine sees it.
             let t = std::time::Instant::now();
             for _ in 0..500 {
-                let ticket = launcher
+                let launched = launcher
                     .submit(&[Job::unpack(meta.mapped(), 5, bounce.ptr(), LEN as u64, &segments[..], false)])
                     .unwrap()
                     .expect("room");
-                while !launcher.poll(ticket).unwrap() {}
+                while !launcher.poll(launched).unwrap() {}
             }
             eprintln!("submit to observed, 200 KB, 131 fragments to 400 segments: {:.2} us", t.elapsed().as_secs_f64() * 2e3);
         }

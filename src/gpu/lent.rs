@@ -1,28 +1,39 @@
 //! Launchers that connections of a GPU hand on to each other: making one takes memory and a stream, which should not happen while data
-//! moves.
+//! moves. Knows nothing of which GPU it is.
 
-use super::device::Gpu;
 use super::launcher::CopyLauncher;
-use crate::status::Result;
+use parking_lot::Mutex;
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
-/// A launcher that goes back to its GPU when dropped. By then its user has waited for its jobs.
+/// Launchers of a GPU without a user.
+#[derive(Default)]
+pub(super) struct Idle(Mutex<Vec<CopyLauncher>>);
+
+impl Idle {
+    pub(super) fn take(&self) -> Option<CopyLauncher> {
+        self.0.lock().pop()
+    }
+
+    pub(super) fn put(&self, launcher: CopyLauncher) {
+        self.0.lock().push(launcher);
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.0.lock().len()
+    }
+}
+
+/// A launcher that goes back to the idle ones when dropped. By then its user has waited for its jobs.
 pub(crate) struct Lent {
     launcher: ManuallyDrop<CopyLauncher>,
-    gpu: Arc<Gpu>,
+    idle: Arc<Idle>,
 }
 
 impl Lent {
-    /// An idle one, else a new one.
-    pub(super) fn take(gpu: &Arc<Gpu>) -> Result<Lent> {
-        let idle = gpu.idle.lock().pop();
-        let launcher = match idle {
-            Some(launcher) => launcher,
-            None => gpu.new_launcher()?,
-        };
-        Ok(Lent { launcher: ManuallyDrop::new(launcher), gpu: gpu.clone() })
+    pub(super) fn new(launcher: CopyLauncher, idle: &Arc<Idle>) -> Lent {
+        Lent { launcher: ManuallyDrop::new(launcher), idle: idle.clone() }
     }
 }
 
@@ -45,7 +56,7 @@ impl Drop for Lent {
         // SAFETY: taken once, here; nobody sees self afterwards.
         let launcher = unsafe { ManuallyDrop::take(&mut self.launcher) };
         if let Some(launcher) = launcher.settle() {
-            self.gpu.idle.lock().push(launcher);
+            self.idle.put(launcher);
         }
     }
 }

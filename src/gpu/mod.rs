@@ -2,16 +2,17 @@
 //! Knows nothing of connections or plugins: it copies between addresses and reads `loadMeta` rows.
 
 mod device;
+mod grid;
 mod job;
+mod kernels;
 mod launcher;
 mod layout;
 mod lent;
-mod plan;
 
-pub(crate) use cuda_driver::{available, current_name, GpuName, MappedPtr, MemoryKind};
+pub(crate) use cuda_driver::{available, current_name, gpu_name, GpuName, MappedPtr, MemoryKind};
 pub(crate) use device::Gpu;
-pub(crate) use job::{Job, Segment};
-pub(crate) use launcher::{CopyLauncher, Ticket, INLINE_PIECES, PIECES_PER_JOB};
+pub(crate) use job::{Extent, Job};
+pub(crate) use launcher::{CopyLauncher, Launched, INLINE_PIECES, PIECES_PER_JOB};
 pub(crate) use lent::Lent;
 
 use crate::status::{err, Error, Result};

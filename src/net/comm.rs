@@ -9,7 +9,7 @@ use super::signals::Quiet;
 use super::{handle, reaper, within, Scope};
 use crate::status::{bail, Result};
 use crate::types::Span;
-use nccl_net_abi::{ncclNetDeviceHandle_v7, ucclIoVec, MAX_REQUESTS, NCCL_NET_HANDLE_MAXSIZE, NCCL_PTR_CUDA};
+use nccl_net_abi::{ncclNetDeviceHandle_v7, ucclCommInfo, ucclIoVec, MAX_REQUESTS, NCCL_NET_HANDLE_MAXSIZE, NCCL_PTR_CUDA};
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{c_int, c_void};
 use std::net::{SocketAddr, TcpStream};
@@ -57,14 +57,14 @@ unsafe impl Send for RawComm {}
 impl RawComm {
     /// A comm that moves data.
     fn open(plugin: &Arc<Plugin>, comm: *mut c_void, kind: CommKind, dev: usize, gpu: &Scope) -> RawComm {
-        plugin.registrations.opened(plugin, dev, comm, gpu);
+        plugin.registrations().opened(plugin, dev, comm, gpu);
         RawComm { plugin: plugin.clone(), comm, kind, dev, gpu: gpu.clone() }
     }
 }
 
 impl Drop for RawComm {
     fn drop(&mut self) {
-        self.plugin.registrations.closing(&self.plugin, self.dev, self.comm);
+        self.plugin.registrations().closing(&self.plugin, self.dev, self.comm);
         let closed = within(&self.gpu, || {
             // SAFETY: live until here, and dropped once.
             unsafe { self.plugin.close(self.kind, self.comm) };
@@ -94,7 +94,7 @@ impl ListenComm {
 struct PendingAccept {
     listen: RawComm,
     /// Where it listens, as far as the handle tells.
-    address: Option<SocketAddr>,
+    addresses: Vec<SocketAddr>,
     dev_handle: Pinned<ncclNetDeviceHandle_v7>,
     /// For the comm.
     guard: Guard,
@@ -121,8 +121,8 @@ impl Accepting {
         };
         // SAFETY: plain data for which zeros are valid.
         let dev_handle = Pinned::new(unsafe { std::mem::zeroed() });
-        let address = handle::address(listen.raw.plugin.traits.handle_check, &listen.handle);
-        Ok(Accepting(Some(PendingAccept { listen: listen.raw, address, dev_handle, guard, begun: false })))
+        let addresses = handle::addresses(listen.raw.plugin.traits.handle_check, &listen.handle).collect();
+        Ok(Accepting(Some(PendingAccept { listen: listen.raw, addresses, dev_handle, guard, begun: false })))
     }
 
     /// The comm, once the peer has connected. After it or an error, further calls give an error.
@@ -151,11 +151,12 @@ impl Accepting {
 /// How long an accept that was given up waits for its peer before it is ended, and between further tries.
 const POKE_AFTER: Duration = if cfg!(test) { Duration::from_millis(300) } else { Duration::from_secs(30) };
 
-/// Ends an accept that waits for a peer that does not come: somebody connects, says nothing and goes.
-fn poke(address: Option<SocketAddr>) {
-    if let Some(address) = address {
+/// Ends an accept that waits for a peer that does not come: somebody connects, says nothing and goes. For control and for data, since it
+/// may wait for either.
+fn poke(addresses: &[SocketAddr]) {
+    for address in addresses {
         // Whether it could connect does not matter: the accept is polled on.
-        let _ = TcpStream::connect_timeout(&address, Duration::from_millis(200));
+        let _ = TcpStream::connect_timeout(address, Duration::from_millis(200));
     }
 }
 
@@ -163,13 +164,13 @@ impl Drop for Accepting {
     fn drop(&mut self) {
         // The plugin's threads may still use the listen comm and the device handle.
         if let Some(pending) = self.0.take_if(|p| p.begun && p.listen.plugin.traits.lingers) {
-            let address = pending.address;
+            let addresses = pending.addresses.clone();
             let mut rest = Accepting(Some(pending));
             let mut poked = 0;
             reaper::keep(Box::new(move |age| {
                 if age > POKE_AFTER * (poked + 1) {
                     poked += 1;
-                    poke(address);
+                    poke(&addresses);
                 }
                 !matches!(rest.poll(), Ok(None))
             }));
@@ -272,7 +273,7 @@ impl RawComm {
     unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int) -> Result<Registration> {
         let at = (self.dev, self.comm);
         // SAFETY: by the caller's contract; the comm is open.
-        within(&self.gpu, || unsafe { self.plugin.registrations.acquire(&self.plugin, at, data as usize, len, kind) })
+        within(&self.gpu, || unsafe { self.plugin.registrations().acquire(&self.plugin, at, data as usize, len, kind) })
     }
 
     fn progress_bytes(&self) -> Result<Option<u64>> {
@@ -283,6 +284,11 @@ impl RawComm {
     fn describe(&self) -> Option<String> {
         // SAFETY: the comm is live.
         unsafe { self.plugin.describe(self.comm) }
+    }
+
+    fn info(&self) -> Option<ucclCommInfo> {
+        // SAFETY: the comm is live.
+        unsafe { self.plugin.info(self.comm) }
     }
 }
 
@@ -304,6 +310,10 @@ impl SendComm {
     /// As the plugin's `progress`; an error when the comm has failed, idle or not.
     pub(crate) fn network_bytes(&self) -> Result<Option<u64>> {
         self.raw.progress_bytes()
+    }
+    /// What the kernel knows of its connection, where the plugin tells.
+    pub(crate) fn info(&self) -> Option<ucclCommInfo> {
+        self.raw.info()
     }
     /// Its two ends and its NIC, in words.
     pub(crate) fn describe(&self) -> String {

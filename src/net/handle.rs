@@ -7,16 +7,20 @@ use crate::status::{bail, Result};
 use nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-/// Bytes of a TCPX handle that hold the socket address, and where the number of sockets is.
+/// Bytes of a socket address in a TCPX handle: one for data at its beginning, one for control behind the numbers of sockets and threads
+/// and a flag.
 const ADDRESS: usize = 28;
 const SOCKETS_AT: usize = 36;
+const THREADS_AT: usize = 40;
+const REDIRECT_AT: usize = 44;
+const CONTROL_AT: usize = 48;
 
 fn word(handle: &Handle, at: usize) -> [u8; 4] {
     handle[at..].first_chunk().copied().unwrap_or_default()
 }
 
-fn family(handle: &Handle) -> i32 {
-    i32::from(u16::from_ne_bytes([handle[0], handle[1]]))
+fn family(handle: &Handle, at: usize) -> i32 {
+    i32::from(u16::from_ne_bytes([handle[at], handle[at + 1]]))
 }
 
 /// Refuses a peer's handle that is not made like `own`, a fresh one of ours.
@@ -35,31 +39,52 @@ pub(super) fn check(how: HandleCheck, own: &Handle, peer: &Handle) -> Result<()>
 }
 
 fn check_tcpx(own: &Handle, peer: &Handle) -> Result<()> {
-    if family(own) != family(peer) {
-        bail!(Protocol, "the peer's handle has an address of family {}, ours has {}", family(peer), family(own));
+    for at in [0, CONTROL_AT] {
+        let (ours, theirs) = (family(own, at), family(peer, at));
+        if ours != theirs {
+            bail!(Protocol, "the peer's handle has an address of family {theirs}, ours has {ours}");
+        }
     }
-    // An IPv4 address ends at byte 8; what follows, up to the longest address, is as empty as ours.
-    let address_end = if family(own) == libc::AF_INET { 8 } else { ADDRESS };
-    for at in (address_end..NCCL_NET_HANDLE_MAXSIZE).step_by(4) {
+    for at in (0..NCCL_NET_HANDLE_MAXSIZE).step_by(4) {
         let (ours, theirs) = (word(own, at), word(peer, at));
-        if ours == [0; 4] && theirs != [0; 4] {
-            bail!(Protocol, "the peer's handle is not a fresh one: bytes {at} to {} are set", at + 3);
+        // An IPv4 address ends after 8 bytes; what follows is as empty as ours.
+        let address = [0, CONTROL_AT].into_iter().any(|start| {
+            let len = if family(own, start) == libc::AF_INET6 { ADDRESS } else { 8 };
+            family(own, start) != 0 && (start..start + len).contains(&at)
+        });
+        if address || ours == theirs {
+            continue;
         }
-        if at == SOCKETS_AT && ours != theirs {
+        if at == SOCKETS_AT || at == THREADS_AT {
             let [a, b] = [ours, theirs].map(u32::from_ne_bytes);
-            bail!(Protocol, "the peer uses {b} sockets a channel (NCCL_NSOCKS_PERTHREAD, NCCL_SOCKET_NTHREADS), this side {a}");
+            let what = if at == SOCKETS_AT { "sockets" } else { "threads" };
+            bail!(Protocol, "the peer uses {b} {what} a channel (NCCL_NSOCKS_PERTHREAD, NCCL_SOCKET_NTHREADS), this side {a}");
         }
+        if at == REDIRECT_AT && [ours[0], theirs[0]] != [1, 1] && theirs[0] <= 1 && theirs[1..] == ours[1..] {
+            bail!(Protocol, "NCCL_GPUDIRECTTCPX_CTRL_DEV is set on one side only");
+        }
+        bail!(Protocol, "the peer's handle is not like a fresh one of ours: bytes {at} to {} differ", at + 3);
     }
     Ok(())
 }
 
-/// The address that a handle names, as far as its layout is known.
+/// The address for data that a handle names, as far as its layout is known.
 pub(super) fn address(how: HandleCheck, handle: &Handle) -> Option<SocketAddr> {
-    let port = u16::from_be_bytes([handle[2], handle[3]]);
-    match (how, family(handle)) {
-        (HandleCheck::Tcpx, libc::AF_INET) => Some(SocketAddr::new(IpAddr::V4(Ipv4Addr::from(word(handle, 4))), port)),
-        (HandleCheck::Tcpx, libc::AF_INET6) => {
-            let octets: [u8; 16] = handle[8..].first_chunk().copied()?;
+    addresses(how, handle).next()
+}
+
+/// All addresses that a handle names: for data, and for control.
+pub(super) fn addresses(how: HandleCheck, handle: &Handle) -> impl Iterator<Item = SocketAddr> {
+    let both = [0, CONTROL_AT].map(|at| if how == HandleCheck::Tcpx { address_at(handle, at) } else { None });
+    both.into_iter().flatten()
+}
+
+fn address_at(handle: &Handle, at: usize) -> Option<SocketAddr> {
+    let port = u16::from_be_bytes([handle[at + 2], handle[at + 3]]);
+    match family(handle, at) {
+        libc::AF_INET => Some(SocketAddr::new(IpAddr::V4(Ipv4Addr::from(word(handle, at + 4))), port)),
+        libc::AF_INET6 => {
+            let octets: [u8; 16] = handle[at + 8..].first_chunk().copied()?;
             Some(SocketAddr::new(IpAddr::V6(Ipv6Addr::from(octets)), port))
         }
         _ => None,
@@ -77,6 +102,10 @@ mod tests {
         handle[4..8].copy_from_slice(&ip);
         handle[36..40].copy_from_slice(&sockets.to_ne_bytes());
         handle[40..44].copy_from_slice(&1u32.to_ne_bytes());
+        handle[28..36].fill(0xFF);
+        let control: [u8; 8] = std::array::from_fn(|i| handle[i]);
+        handle[48..56].copy_from_slice(&control);
+        handle[51] ^= 1;
         handle
     }
 
@@ -88,7 +117,9 @@ mod tests {
         assert_eq!(address(HandleCheck::Tcpx, &peer), Some("10.128.3.0:512".parse().unwrap()));
         assert!(check(HandleCheck::Tcpx, &own, &fresh([10, 0, 0, 6], 1, 3)).is_err(), "another number of sockets");
         assert!(check(HandleCheck::Tcpx, &own, &[0xFF; 128]).is_err());
-        for at in (0..2).chain(8..36).chain(44..128) {
+        let both: Vec<_> = addresses(HandleCheck::Tcpx, &peer).collect();
+        assert_eq!(both, ["10.128.3.0:512", "10.128.3.0:513"].map(|a| a.parse().unwrap()));
+        for at in (0..2).chain(8..50).chain(56..128) {
             let mut bad = peer;
             bad[at] ^= 0x80;
             assert!(check(HandleCheck::Tcpx, &own, &bad).is_err(), "byte {at}");

@@ -9,6 +9,7 @@ use super::table::{Answer, Ext, NetTable, Properties};
 use super::traits::{is_tcpx, Traits};
 use super::{within, Scope};
 use crate::config::{Config, PluginChoice};
+use crate::fork::PerProcess;
 use crate::status::{bail, err, Result};
 use nccl_net_abi as abi;
 use nccl_net_abi::{ncclNetDeviceHandle_v7, ncclResult_t, ucclIoVec};
@@ -24,7 +25,7 @@ pub const TCPX_PLACES: ([&str; 3], [&str; 2]) = (search::TCPX_DIRS, search::TCPX
 /// process.
 const FOREIGN_CHUNK: usize = 512 << 10;
 
-/// Message limit of a plugin where NCCL_DYNAMIC_CHUNK_SIZE is not set: the software plugin's own, and what TCPX is given.
+/// What TCPX is given as NCCL_DYNAMIC_CHUNK_SIZE where it is not set.
 const DEFAULT_LIMIT: usize = 512 << 10;
 
 /// The variable that limits the messages of TCPX.
@@ -59,7 +60,9 @@ pub struct Plugin {
     pub devices: Vec<Device>,
     /// What it can do and asks for.
     pub traits: Traits,
-    pub(super) registrations: Registrations,
+    /// Largest message, as it was set when the plugin started.
+    limit: usize,
+    registrations: PerProcess<Registrations>,
 }
 
 /// Turns a result into an error that names the call.
@@ -90,7 +93,7 @@ fn answered(plugin: &str, call: &str, answer: Answer) -> Result<()> {
 }
 
 /// Held during set-up calls of plugins that want them one at a time.
-static SETUP: Mutex<()> = Mutex::new(());
+static SETUP: PerProcess<Mutex<()>> = PerProcess::new(Mutex::default);
 
 impl Plugin {
     /// The built-in software plugin.
@@ -161,13 +164,17 @@ impl Plugin {
     }
 
     /// Largest message that its comms carry.
-    pub(crate) fn max_message(&self, config: &Config) -> usize {
-        let limit = config.plugin_limit.unwrap_or(DEFAULT_LIMIT);
+    pub(crate) fn max_message(&self) -> usize {
         if self.traits.small_messages {
-            limit.min(FOREIGN_CHUNK)
+            self.limit.min(FOREIGN_CHUNK)
         } else {
-            limit
+            self.limit
         }
+    }
+
+    /// The registrations of this process: those of a parent are its own.
+    pub(super) fn registrations(&self) -> &'static Registrations {
+        self.registrations.get()
     }
 
     fn start(table: &'static dyn NetTable, ext: Option<Ext>, path: Option<PathBuf>, scope: &Scope) -> Result<Plugin> {
@@ -181,7 +188,8 @@ impl Plugin {
             abi_version: table.version(),
             devices: Vec::new(),
             traits,
-            registrations: Registrations::default(),
+            limit: crate::config::message_limit(ext.is_some())?,
+            registrations: PerProcess::new(Registrations::default),
         };
         within(scope, || {
             // A plugin calls its logger unchecked. The built-in one writes to this library's log by itself.
@@ -233,7 +241,7 @@ impl Plugin {
     /// A call of set-up, registration or close.
     fn set_up(&self, name: &str, call: impl FnOnce() -> Answer) -> Result<()> {
         let _quiet = self.traits.raises_sigpipe.then(Quiet::begin);
-        let _one = self.traits.serial_setup.then(|| SETUP.lock());
+        let _one = self.traits.serial_setup.then(|| SETUP.get().lock());
         let answer = call();
         if answer == Some(abi::NCCL_SYSTEM_ERROR) && matches!(name, "listen" | "connect" | "accept" | "regMr") {
             // The software plugin leaves the cause in errno.
@@ -242,8 +250,14 @@ impl Plugin {
             if told || !descriptors_left(1) {
                 bail!(Resource, "plugin {}: {name} failed: out of file descriptors (ulimit -n)", self.name);
             }
+            if let (true, Some(errno @ 1..)) = (self.ext.is_some(), errno) {
+                bail!(Plugin, "plugin {}: {name}: {}", self.name, std::io::Error::from_raw_os_error(errno));
+            }
         }
-        answered(&self.name, name, answer)
+        answered(&self.name, name, answer).map_err(|e| match super::plugin_log::last_warning().filter(|_| self.ext.is_none()) {
+            Some(text) => crate::status::Error::new(e.kind(), format_args!("{e}; the plugin's last warning: {text}")),
+            None => e,
+        })
     }
 
     /// A call on the requests of a comm.
@@ -435,6 +449,18 @@ impl Plugin {
         (result == abi::NCCL_SUCCESS).then(|| text.to_string_lossy().into_owned())
     }
 
+    /// What the kernel knows of the comm's connection; `None` where the plugin cannot say.
+    ///
+    /// # Safety
+    /// `comm` is live.
+    pub(super) unsafe fn info(&self, comm: *mut c_void) -> Option<abi::ucclCommInfo> {
+        let call = self.ext.and_then(|e| e.info)?;
+        let mut info = abi::ucclCommInfo { size: size_of::<abi::ucclCommInfo>(), ..Default::default() };
+        // SAFETY: by the caller's contract; the structure says its size.
+        let result = unsafe { call(comm, &mut info) };
+        (result == abi::NCCL_SUCCESS).then_some(info)
+    }
+
     /// # Safety
     /// `listen` is a live listen comm that was not asked to accept yet.
     pub(super) unsafe fn key_listen(&self, listen: *mut c_void, key: &Secret) -> Result<()> {
@@ -536,8 +562,10 @@ fn first_usable<P: std::ops::Deref<Target = Plugin>>(
 fn tell_about_soft(config: &Config) {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        let prefix = std::env::var("NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX").unwrap_or_else(|_| "/run/tcpx".to_owned());
-        let signs = search::signs(Path::new("/"), &prefix);
+        // Where it is by Google's instructions, and by the plugin's default.
+        let prefix = std::env::var("NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX");
+        let managers = prefix.as_deref().map_or(vec!["/run/tcpx", "/tmp"], |prefix| vec![prefix]);
+        let signs = search::signs(Path::new("/"), &managers);
         let missing =
             "GPUDirect-TCPX is not installed (no libnccl-net-tcpx.so in the usual places; UCCL_TCPX_PLUGIN_PATH names it)";
         if !signs.is_empty() {

@@ -1,6 +1,7 @@
 //! Log lines of foreign plugins: the C logger that they are given, levels, and lines that repeat. A plugin writes some lines thousands
 //! of times a second; one text gets through at most once a second, with a count of those held back.
 
+use crate::fork::PerProcess;
 use nccl_net_abi::ncclDebugLogger_t;
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -36,8 +37,8 @@ fn level(nccl: c_int) -> log::Level {
 }
 
 extern "C" fn wanted(nccl: c_int) -> c_int {
-    // What no logger would take is not even formatted.
-    c_int::from(level(nccl) <= log::max_level())
+    // What no logger would take is not even formatted; warnings explain failures.
+    c_int::from(level(nccl) <= log::max_level().max(log::LevelFilter::Warn))
 }
 
 /// # Safety
@@ -55,17 +56,31 @@ unsafe extern "C" fn take(nccl: c_int, file: *const c_char, line: c_int, text: *
     let _ = catch_unwind(|| report(level(nccl), &file, line, &text));
 }
 
+/// What a plugin warned of last, if that was a short while ago: it says more than the result code of the call that then fails.
+pub(super) fn last_warning() -> Option<String> {
+    let seen = SEEN.get().lock();
+    seen.warned.as_ref().filter(|(at, _)| at.elapsed() < RECENT).map(|(_, text)| text.chars().take(200).collect())
+}
+
 fn report(level: log::Level, file: &str, line: c_int, text: &str) {
     let site = format!("{}:{line}", file.rsplit('/').next().unwrap_or(file));
     let clean: String = text.trim_end().chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-    let written = SEEN.lock().get_or_insert_default().admit(Instant::now(), level, &site, &clean);
+    let now = Instant::now();
+    let mut seen = SEEN.get().lock();
+    if level <= log::Level::Warn {
+        seen.warned = Some((now, clean.clone()));
+    }
+    let written = seen.admit(now, level, &site, &clean);
+    drop(seen);
     for line in written {
         log::log!(target: "nccl_net_plugin", line.level, "plugin [{}] {}", line.site, line.text);
     }
 }
 
-static SEEN: Mutex<Option<Repeats>> = Mutex::new(None);
+static SEEN: PerProcess<Mutex<Repeats>> = PerProcess::new(Mutex::default);
 
+/// How old a warning may be that explains a failure: the plugin's own threads write some of them.
+const RECENT: Duration = Duration::from_secs(5);
 /// How long one text stays quiet after it was written.
 const QUIET: Duration = Duration::from_secs(1);
 /// Texts of one place in the plugin's source that may be written in that time.
@@ -85,6 +100,8 @@ struct Line {
 struct Repeats {
     texts: HashMap<(String, String), Written>,
     sites: HashMap<String, Site>,
+    /// The last warning or error.
+    warned: Option<(Instant, String)>,
 }
 
 struct Written {
@@ -190,8 +207,7 @@ mod tests {
             call(2, 16, std::ptr::null(), 0, c"no file".as_ptr());
             call(2, 16, c"net.cc".as_ptr(), 1, std::ptr::null::<c_char>());
         }
-        let seen = SEEN.lock();
-        let seen = seen.as_ref().expect("lines came");
+        let seen = SEEN.get().lock();
         assert!(seen.texts.contains_key(&("net.cc:31".to_owned(), "eth1: 3 of 4, 1.5".to_owned())));
         assert!(seen.texts.contains_key(&("?:0".to_owned(), "no file".to_owned())));
     }

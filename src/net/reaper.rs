@@ -1,6 +1,7 @@
 //! Connects and accepts that were given up while the plugin's own threads still use their memory: one background thread polls them
 //! until they end. Knows nothing of what it polls.
 
+use crate::fork::PerProcess;
 use parking_lot::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -17,17 +18,19 @@ struct Kept {
     due: Instant,
 }
 
+#[derive(Default)]
 struct Nursery {
     kept: Vec<Kept>,
     running: bool,
 }
 
-static NURSERY: Mutex<Nursery> = Mutex::new(Nursery { kept: Vec::new(), running: false });
-static ARRIVED: Condvar = Condvar::new();
+/// Those of this process, and the bell for new ones. A forked child has a thread of its own for its own.
+static NURSERY: PerProcess<(Mutex<Nursery>, Condvar)> = PerProcess::new(Default::default);
 
 /// Polls `orphan` in the background until it has ended.
 pub(super) fn keep(orphan: Orphan) {
-    let mut nursery = NURSERY.lock();
+    let (nursery, arrived) = NURSERY.get();
+    let mut nursery = nursery.lock();
     let now = Instant::now();
     nursery.kept.push(Kept { orphan, since: now, due: now });
     if !nursery.running {
@@ -37,24 +40,25 @@ pub(super) fn keep(orphan: Orphan) {
             Err(e) => log::warn!("no thread for connects that were given up: {e}"),
         }
     }
-    ARRIVED.notify_one();
+    arrived.notify_one();
 }
 
 /// Number of orphans that have not ended.
 #[cfg(test)]
 pub(super) fn kept() -> usize {
-    NURSERY.lock().kept.len()
+    NURSERY.get().0.lock().kept.len()
 }
 
 fn run() {
     super::signals::block_all();
-    let mut nursery = NURSERY.lock();
+    let (nursery, arrived) = NURSERY.get();
+    let mut nursery = nursery.lock();
     loop {
         let now = Instant::now();
         let Some(at) = nursery.kept.iter().position(|k| k.due <= now) else {
             match nursery.kept.iter().map(|k| k.due).min() {
-                Some(due) => drop(ARRIVED.wait_until(&mut nursery, due)),
-                None => ARRIVED.wait(&mut nursery),
+                Some(due) => drop(arrived.wait_until(&mut nursery, due)),
+                None => arrived.wait(&mut nursery),
             }
             continue;
         };

@@ -167,7 +167,7 @@ impl Table {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        self.plugin.registrations.release(&self.plugin, &self.key);
+        self.plugin.registrations().release(&self.plugin, &self.key);
     }
 }
 

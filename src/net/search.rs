@@ -25,8 +25,8 @@ pub(super) fn candidates(dirs: &[&Path], library_path: Option<&str>) -> Vec<Path
 }
 
 /// Signs that a host is made for TCPX: data NICs of Google's gVNIC driver besides the first NIC, sockets of the receive manager.
-/// `root` is the root of the file system; `manager` the folder and prefix of the manager's sockets.
-pub(super) fn signs(root: &Path, manager: &str) -> Vec<String> {
+/// `root` is the root of the file system; `managers` the folders in which the manager's sockets may be.
+pub(super) fn signs(root: &Path, managers: &[&str]) -> Vec<String> {
     let mut signs = Vec::new();
     let mut gvnics = names(&root.join("sys/class/net"));
     gvnics.retain(|nic| {
@@ -37,8 +37,8 @@ pub(super) fn signs(root: &Path, manager: &str) -> Vec<String> {
     if gvnics.len() > 1 {
         signs.push(format!("gVNIC data NICs ({})", gvnics.join(", ")));
     }
-    let folder = root.join(manager.trim_start_matches('/'));
-    if names(&folder).iter().any(|n| n.starts_with("get_gpu_fd_")) {
+    let there = |manager: &str| names(&root.join(manager.trim_start_matches('/'))).iter().any(|n| n.starts_with("get_gpu_fd_"));
+    if let Some(manager) = managers.iter().find(|manager| there(manager)) {
         signs.push(format!("the receive manager's sockets in {manager}"));
     }
     signs
@@ -100,10 +100,11 @@ mod tests {
         };
         nic("eth0", "gve");
         nic("eno1", "igb");
-        assert!(signs(&s.0, "/run/tcpx").is_empty(), "one gVNIC is any VM of Google's");
+        assert!(signs(&s.0, &["/run/tcpx"]).is_empty(), "one gVNIC is any VM of Google's");
         nic("eth1", "gve");
-        assert_eq!(signs(&s.0, "/run/tcpx"), ["gVNIC data NICs (eth0, eth1)"]);
+        assert_eq!(signs(&s.0, &["/run/tcpx"]), ["gVNIC data NICs (eth0, eth1)"]);
         s.file("run/tcpx/get_gpu_fd_0000:04:00.0");
-        assert_eq!(signs(&s.0, "/run/tcpx").len(), 2);
+        assert_eq!(signs(&s.0, &["/tmp"]).len(), 1);
+        assert_eq!(signs(&s.0, &["/tmp", "/run/tcpx"])[1], "the receive manager's sockets in /run/tcpx");
     }
 }

@@ -94,8 +94,14 @@ impl Listening {
         let names: Vec<&str> = self.listeners.iter().map(|l| l.nic.as_str()).collect();
         let theirs: Vec<&str> = peer.iter().map(|o| o.nic.as_str()).collect();
         let joined = pairing::join(&names, &theirs, self.plugin.traits.paired_nics);
-        let reason = joined.is_empty().then(|| {
-            format!("no NIC in common for plugin {}: [{}] here, [{}] at the peer", self.plugin.name, list(&names), list(&theirs))
+        let reason = joined.is_empty().then(|| match theirs.is_empty() {
+            true => format!("the peer offers no channels of plugin {}", self.plugin.name),
+            false => format!(
+                "no NIC in common for plugin {}: [{}] here, [{}] at the peer",
+                self.plugin.name,
+                list(&names),
+                list(&theirs)
+            ),
         });
         let mut listeners: Vec<Option<Listener>> = self.listeners.into_iter().map(Some).collect();
         let mut channels = Vec::with_capacity(joined.len());
@@ -128,6 +134,11 @@ fn printable(name: &str) -> String {
 /// Set-ups come as often as peers like.
 static LEFT_OUT: Limiter = Limiter::new(8);
 static NO_CARRIER: Limiter = Limiter::new(2);
+
+/// Writes a line about channels that are missing, as often as is good.
+pub(crate) fn warn_of_fewer(what: std::fmt::Arguments<'_>) {
+    LEFT_OUT.log(log::Level::Warn, Instant::now(), what);
+}
 
 fn left_out(nic: &str, cause: &Error) {
     LEFT_OUT.log(log::Level::Warn, Instant::now(), format_args!("NIC {nic} is left out of a connection: {cause}"));
@@ -321,7 +332,7 @@ impl Establishing {
     }
 
     /// Hands out what is up and gives up the rest, with a WARN for each NIC.
-    fn finish(&mut self) -> Vec<Pair> {
+    pub(crate) fn finish(&mut self) -> Vec<Pair> {
         self.report();
         let mut pairs = Vec::new();
         for channel in self.channels.drain(..) {

@@ -68,7 +68,7 @@ impl Drop for Quiet {
 }
 
 /// Blocks every signal in a thread of the library's own: handlers of the application run in its own threads.
-pub(super) fn block_all() {
+pub(crate) fn block_all() {
     // SAFETY: plain data, initialised by sigfillset.
     unsafe {
         let mut set = std::mem::zeroed();

@@ -350,6 +350,10 @@ fn wild_handles(plugin: &Arc<Plugin>) {
         wild(&|h| h[80..88].copy_from_slice(&0x7fff_dead_beefu64.to_ne_bytes())),
         wild(&|h| h[36] = 200),
         wild(&|h| h[36] = 0),
+        wild(&|h| h[40] = 17),
+        wild(&|h| h[44] = 1),
+        wild(&|h| h[48] = 10),
+        wild(&|h| h[60] = 1),
         wild(&|h| h[127] = 1),
         wild(&|h| h[20] = 1),
     ] {

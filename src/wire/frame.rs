@@ -303,78 +303,56 @@ pub fn encode(frame: &Frame<'_>, out: &mut Vec<u8>) {
     out[start + 5] = MAGIC;
 }
 
+/// Appends fields one behind the other.
+fn put(out: &mut Vec<u8>, fields: &[&[u8]]) {
+    fields.iter().for_each(|field| out.extend_from_slice(field));
+}
+
+/// Appends the payload; gives the type.
 fn encode_payload(frame: &Frame<'_>, out: &mut Vec<u8>) -> u8 {
     match frame {
         Frame::Write { id, regions, segments, inline } => {
             encode_segments(*id, regions, segments, out);
-            match inline {
-                None => T_WRITE,
-                Some(data) => {
-                    out.extend_from_slice(data);
-                    T_WRITE_INLINE
-                }
-            }
+            put(out, &[inline.unwrap_or_default()]);
+            return if inline.is_some() { T_WRITE_INLINE } else { T_WRITE };
         }
-        Frame::Read { id, regions, segments } => {
-            encode_segments(*id, regions, segments, out);
-            T_READ
-        }
-        Frame::ReadInline { id, data } => {
-            out.extend_from_slice(&id.to_le_bytes());
-            out.extend_from_slice(data);
-            T_READ_INLINE
-        }
+        Frame::Read { id, regions, segments } => encode_segments(*id, regions, segments, out),
+        Frame::ReadInline { id, data } => put(out, &[&id.to_le_bytes(), data]),
         Frame::Chunks { id, by_initiator, grants } => {
-            out.extend_from_slice(&id.to_le_bytes());
-            out.extend_from_slice(&u32::from(*by_initiator).to_le_bytes());
-            out.extend_from_slice(&(grants.len() as u32).to_le_bytes());
+            let (flags, count) = (u32::from(*by_initiator), grants.len() as u32);
+            put(out, &[&id.to_le_bytes(), &flags.to_le_bytes(), &count.to_le_bytes()]);
             for grant in grants {
-                out.extend_from_slice(&grant.len.to_le_bytes());
-                out.extend_from_slice(&grant.channel.to_le_bytes());
-                out.extend_from_slice(&[0, 0]);
+                put(out, &[&grant.len.to_le_bytes(), &grant.channel.to_le_bytes(), &[0, 0]]);
             }
-            T_CHUNKS
         }
-        Frame::Done { id, status, text } => {
-            out.extend_from_slice(&id.to_le_bytes());
-            out.extend_from_slice(&status.to_le_bytes());
-            out.extend_from_slice(cut_text(text).as_bytes());
-            T_DONE
-        }
-        Frame::Message { id, len } => {
-            out.extend_from_slice(&id.to_le_bytes());
-            out.extend_from_slice(&len.to_le_bytes());
-            T_MESSAGE
-        }
+        Frame::Done { id, status, text } => put(out, &[&id.to_le_bytes(), &status.to_le_bytes(), cut_text(text).as_bytes()]),
+        Frame::Message { id, len } => put(out, &[&id.to_le_bytes(), &len.to_le_bytes()]),
         Frame::Pull { id, status, receiver } => {
-            out.extend_from_slice(&id.to_le_bytes());
-            out.extend_from_slice(&status.to_le_bytes());
-            out.extend_from_slice(&u32::from(receiver.0).to_le_bytes());
-            T_PULL
+            put(out, &[&id.to_le_bytes(), &status.to_le_bytes(), &u32::from(receiver.0).to_le_bytes()]);
         }
-        Frame::Notify { name, message } => {
-            out.extend_from_slice(&(name.len() as u32).to_le_bytes());
-            out.extend_from_slice(name);
-            out.extend_from_slice(message);
-            T_NOTIFY
-        }
-        Frame::Withdraw { id } => {
-            out.extend_from_slice(&id.to_le_bytes());
-            T_WITHDRAW
-        }
-        Frame::Cancel { id } => {
-            out.extend_from_slice(&id.to_le_bytes());
-            T_CANCEL
-        }
-        Frame::Ping { received } => {
-            out.extend_from_slice(&received.to_le_bytes());
-            T_PING
-        }
-        Frame::Bye { status, text } => {
-            out.extend_from_slice(&status.to_le_bytes());
-            out.extend_from_slice(cut_text(text).as_bytes());
-            T_BYE
-        }
+        Frame::Notify { name, message } => put(out, &[&(name.len() as u32).to_le_bytes(), name, message]),
+        Frame::Withdraw { id } | Frame::Cancel { id } => put(out, &[&id.to_le_bytes()]),
+        Frame::Ping { received } => put(out, &[&received.to_le_bytes()]),
+        Frame::Bye { status, text } => put(out, &[&status.to_le_bytes(), cut_text(text).as_bytes()]),
+    }
+    type_of(frame)
+}
+
+/// The type of a frame; of a write the one without data.
+fn type_of(frame: &Frame<'_>) -> u8 {
+    match frame {
+        Frame::Write { .. } => T_WRITE,
+        Frame::Read { .. } => T_READ,
+        Frame::ReadInline { .. } => T_READ_INLINE,
+        Frame::Chunks { .. } => T_CHUNKS,
+        Frame::Done { .. } => T_DONE,
+        Frame::Message { .. } => T_MESSAGE,
+        Frame::Pull { .. } => T_PULL,
+        Frame::Notify { .. } => T_NOTIFY,
+        Frame::Withdraw { .. } => T_WITHDRAW,
+        Frame::Cancel { .. } => T_CANCEL,
+        Frame::Ping { .. } => T_PING,
+        Frame::Bye { .. } => T_BYE,
     }
 }
 

@@ -248,6 +248,7 @@ enum Step {
 /// One side of a handshake.
 pub(crate) struct Handshake {
     step: Step,
+    connecting: bool,
     hello: Hello,
     keys: Arc<Keys>,
     identity: Arc<Identity>,
@@ -298,6 +299,7 @@ impl Handshake {
     fn new(step: Step, identity: &Arc<Identity>, hello: Hello, keys: Arc<Keys>) -> Result<Handshake> {
         hello.check()?;
         Ok(Handshake {
+            connecting: matches!(step, Step::Answer),
             step,
             hello,
             keys,
@@ -311,6 +313,16 @@ impl Handshake {
             outcome: None,
             failed: None,
         })
+    }
+
+    /// Whether this is the connecting side.
+    pub(crate) fn connects(&self) -> bool {
+        self.connecting
+    }
+
+    /// What this side tells.
+    pub(crate) fn hello(&self) -> &Hello {
+        &self.hello
     }
 
     fn keyed(&self) -> bool {

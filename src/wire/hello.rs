@@ -19,8 +19,10 @@ const MAX_GPU_INDEX: i32 = 1023;
 const MAX_PLUGIN: usize = 16;
 const MAX_GPU: usize = 32;
 const MAX_WANTED_GPU: usize = 64;
+/// Further GPUs that a hello names at most.
+pub(crate) const MAX_FURTHER: usize = 7;
 /// Bytes of an encoded hello at most.
-pub(crate) const MAX_HELLO: usize = 2 + 4 + 4 + 4 + 1 + 1 + MAX_PLUGIN + 1 + MAX_GPU + 1 + MAX_WANTED_GPU;
+pub(crate) const MAX_HELLO: usize = 2 + 4 + 4 + 4 + 1 + 1 + MAX_PLUGIN + 1 + MAX_GPU + 1 + MAX_WANTED_GPU + 1 + MAX_FURTHER;
 
 /// What each side tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,6 +43,8 @@ pub(crate) struct Hello {
     pub gpu: String,
     /// GPU that the connecting side asked for, as it was given; informative.
     pub wanted_gpu: String,
+    /// CUDA indexes of further GPUs whose memory this side has registered, rising.
+    pub further_gpus: Vec<u8>,
 }
 
 /// What counts for the connection.
@@ -83,6 +87,16 @@ fn protect([level]: [u8; 1]) -> Result<Protect> {
     }
 }
 
+fn get_further(rest: &mut &[u8]) -> Result<Vec<u8>> {
+    let [n] = get(rest)?;
+    if usize::from(n) > MAX_FURTHER {
+        bail!(Protocol, "a hello names {n} further GPUs");
+    }
+    let Some((further, tail)) = rest.split_at_checked(usize::from(n)) else { bail!(Protocol, "a hello ends inside the GPUs") };
+    *rest = tail;
+    Ok(further.to_vec())
+}
+
 impl Hello {
     /// Appends the hello. Texts are escaped and cut to their limits; numbers are sent as they are.
     pub(crate) fn encode(&self, out: &mut Vec<u8>) {
@@ -94,6 +108,9 @@ impl Hello {
         put_text(out, &self.plugin, MAX_PLUGIN);
         put_text(out, &self.gpu, MAX_GPU);
         put_text(out, &self.wanted_gpu, MAX_WANTED_GPU);
+        let further = &self.further_gpus[..self.further_gpus.len().min(MAX_FURTHER)];
+        out.push(further.len() as u8);
+        out.extend_from_slice(further);
     }
 
     /// The hello in exactly these bytes, every value in its range.
@@ -111,6 +128,7 @@ impl Hello {
             plugin: get_text(rest, MAX_PLUGIN, "plugin's name")?,
             gpu: get_text(rest, MAX_GPU, "GPU's name")?,
             wanted_gpu: get_text(rest, MAX_WANTED_GPU, "wanted GPU")?,
+            further_gpus: get_further(rest)?,
         };
         if !rest.is_empty() {
             bail!(Protocol, "a hello has {} bytes too many", rest.len());
@@ -140,6 +158,10 @@ impl Hello {
         }
         if !(-1..=MAX_GPU_INDEX).contains(&self.gpu_index) {
             bail!(Protocol, "a hello names GPU {}", self.gpu_index);
+        }
+        let further = &self.further_gpus;
+        if further.len() > MAX_FURTHER || further.windows(2).any(|w| w[0] >= w[1]) || further.contains(&u8::MAX) {
+            bail!(Protocol, "the further GPUs of a hello do not rise");
         }
         if self.plugin.is_empty() {
             bail!(Protocol, "a hello names no plugin");
@@ -190,6 +212,7 @@ pub(crate) mod tests {
             plugin: "soft".into(),
             gpu: "-1".into(),
             wanted_gpu: "0000:4a:00.0".into(),
+            further_gpus: vec![1, 3],
         }
     }
 
@@ -218,6 +241,9 @@ pub(crate) mod tests {
             with(|h| h.gpu_index = -2),
             with(|h| h.gpu_index = i32::MAX),
             with(|h| h.plugin = String::new()),
+            with(|h| h.further_gpus = vec![2, 1]),
+            with(|h| h.further_gpus = vec![2, 2]),
+            with(|h| h.further_gpus = vec![255]),
         ] {
             assert_eq!(Hello::decode(&encoded(&bad)).unwrap_err().kind(), crate::status::ErrorKind::Protocol, "{bad:?}");
         }
@@ -226,6 +252,8 @@ pub(crate) mod tests {
             with(|h| h.channels = 64),
             with(|h| h.chunk_bytes = 4096),
             with(|h| h.chunk_bytes = 16 << 20),
+            with(|h| h.further_gpus.clear()),
+            with(|h| h.further_gpus = (1..8).collect()),
         ] {
             assert_eq!(Hello::decode(&encoded(&good)).unwrap(), good);
         }

@@ -14,22 +14,46 @@ const READ_STEP: usize = 64 << 10;
 /// Frames that wait to leave, in order, in blocks: no byte is moved twice however long the queue is.
 #[derive(Default)]
 pub(crate) struct TxQueue {
-    blocks: VecDeque<Vec<u8>>,
+    blocks: VecDeque<Block>,
     bytes: usize,
+    /// Bytes of frames that were pushed as answers to the peer, and whether the next ones are.
+    answers: usize,
+    answering: bool,
     /// Memory of a block that has left.
     spare: Vec<u8>,
 }
 
+#[derive(Default)]
+struct Block {
+    frames: Vec<u8>,
+    answers: usize,
+}
+
 impl TxQueue {
+    /// The frames pushed from now on are answers to the peer, or not.
+    pub(crate) fn answering(&mut self, on: bool) {
+        self.answering = on;
+    }
+
+    /// Bytes of answers that wait.
+    pub(crate) fn answers(&self) -> usize {
+        self.answers
+    }
+
     /// Appends a frame.
     pub(crate) fn push(&mut self, frame: &Frame<'_>) {
-        if self.blocks.back().is_none_or(|block| block.len() >= BLOCK) {
-            self.blocks.push_back(std::mem::take(&mut self.spare));
+        if self.blocks.back().is_none_or(|block| block.frames.len() >= BLOCK) {
+            self.blocks.push_back(Block { frames: std::mem::take(&mut self.spare), answers: 0 });
         }
         if let Some(block) = self.blocks.back_mut() {
-            let before = block.len();
-            frame::encode(frame, block);
-            self.bytes += block.len() - before;
+            let before = block.frames.len();
+            frame::encode(frame, &mut block.frames);
+            let len = block.frames.len() - before;
+            self.bytes += len;
+            if self.answering {
+                block.answers += len;
+                self.answers += len;
+            }
         }
     }
 
@@ -40,9 +64,10 @@ impl TxQueue {
 
     /// Takes the oldest block of whole frames.
     pub(crate) fn take(&mut self) -> Option<Vec<u8>> {
-        let block = self.blocks.pop_front()?;
-        self.bytes -= block.len();
-        Some(block)
+        let Block { frames, answers } = self.blocks.pop_front()?;
+        self.bytes -= frames.len();
+        self.answers -= answers;
+        Some(frames)
     }
 
     /// Gives a block's memory back.

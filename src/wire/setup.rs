@@ -12,10 +12,12 @@ pub(crate) const HEADER_BYTES: usize = 8;
 const MAGIC: u8 = 0xC8;
 /// Bytes of a plugin's connect handle.
 pub(crate) const HANDLE_BYTES: usize = nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
-/// Plugin sets of a connection at most.
-pub(crate) const MAX_SETS: usize = 4;
-/// Channels of all sets at most.
-pub(crate) const MAX_ALL: usize = MAX_SETS * MAX_CHANNELS as usize;
+/// Sets of channels of a connection at most.
+pub(crate) const MAX_SETS: usize = 16;
+/// Channels of all sets at most: two sets may be full.
+pub(crate) const MAX_ALL: usize = 3 * MAX_CHANNELS as usize;
+/// Numbers of channels are below this.
+const NUMBERS: usize = MAX_SETS * MAX_CHANNELS as usize;
 const MAX_NIC: usize = 31;
 /// Bytes of a text at most.
 pub(crate) const MAX_TEXT: usize = 512;
@@ -81,7 +83,7 @@ const T_ABORT: u8 = 3;
 /// Largest payload of a message type; `None` for an unknown type.
 fn payload_limit(kind: u8) -> Option<usize> {
     Some(match kind {
-        T_OFFER => 1 + MAX_SETS * (2 + MAX_CHANNELS as usize * (1 + MAX_NIC + HANDLE_BYTES)),
+        T_OFFER => 1 + MAX_SETS * 2 + MAX_ALL * (1 + MAX_NIC + HANDLE_BYTES),
         T_READY => 4 + 2 + MAX_TEXT + 2 + 2 * MAX_ALL,
         T_ABORT => 4 + 2 + MAX_TEXT,
         _ => return None,
@@ -160,9 +162,11 @@ impl<'a> Reader<'a> {
         if sets == 0 || usize::from(sets) > MAX_SETS {
             bail!(Protocol, "an offer of {sets} plugin sets");
         }
+        let mut all = 0;
         let sets = (0..sets).map(|_| {
             let n = self.u16()?;
-            if n > MAX_CHANNELS {
+            all += usize::from(n);
+            if n > MAX_CHANNELS || all > MAX_ALL {
                 bail!(Protocol, "an offer of {n} channels");
             }
             (0..n).map(|_| self.offered()).collect::<Result<Vec<_>>>()
@@ -195,7 +199,7 @@ impl<'a> Reader<'a> {
             bail!(Protocol, "{n} channels are said to be up");
         }
         let up = (0..n).map(|_| self.u16()).collect::<Result<Vec<_>>>()?;
-        if up.last().is_some_and(|&last| usize::from(last) >= MAX_ALL) || up.windows(2).any(|w| w[0] >= w[1]) {
+        if up.last().is_some_and(|&last| usize::from(last) >= NUMBERS) || up.windows(2).any(|w| w[0] >= w[1]) {
             bail!(Protocol, "the numbers of the channels that are up do not rise");
         }
         Ok(up)
@@ -257,7 +261,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_message_round_trips(offer in offers(), status in i32::MIN..0, text in "[ -~]{0,200}", up in proptest::collection::btree_set(0u16..MAX_ALL as u16, 0..64)) {
+        fn every_message_round_trips(offer in offers(), status in i32::MIN..0, text in "[ -~]{0,200}", up in proptest::collection::btree_set(0u16..NUMBERS as u16, 0..64)) {
             let up: Vec<u16> = up.into_iter().collect();
             let verdict = Verdict { status, text };
             let all = [Message::Offer(offer), Message::Ready(Verdict::ok(), up), Message::Ready(verdict.clone(), Vec::new()), Message::Abort(verdict)];
@@ -298,8 +302,10 @@ mod tests {
         let offered = Offered { nic: "n".repeat(40), handle: [1; HANDLE_BYTES] };
         let verdict = Verdict { status: -1, text: "t".repeat(4096) };
         for message in [
-            Message::Offer(vec![vec![offered; MAX_CHANNELS.into()]; MAX_SETS]),
-            Message::Ready(verdict.clone(), (0..MAX_ALL as u16).collect()),
+            Message::Offer(
+                (0..MAX_SETS).map(|set| vec![offered.clone(); if set < 3 { MAX_CHANNELS.into() } else { 0 }]).collect(),
+            ),
+            Message::Ready(verdict.clone(), (0..MAX_ALL as u16).map(|i| i + 7).collect()),
             Message::Abort(verdict),
         ] {
             let mut buf = Vec::new();
@@ -307,6 +313,14 @@ mod tests {
             assert_eq!(Some(buf.len() - HEADER_BYTES), payload_limit(buf[4]));
             assert!(matches!(decode(&buf), Ok(Decoded::Message(..))));
         }
+    }
+
+    #[test]
+    fn more_channels_than_all_sets_may_have_are_refused() {
+        let offered = Offered { nic: "n".into(), handle: [1; HANDLE_BYTES] };
+        let mut buf = Vec::new();
+        encode(&Message::Offer(vec![vec![offered; 50]; 4]), &mut buf);
+        assert!(decode(&buf).is_err());
     }
 
     #[test]
@@ -330,7 +344,7 @@ mod tests {
     fn contents_out_of_range_are_refused() {
         let bad: [(&str, u8, &[u8]); 10] = [
             ("no set", T_OFFER, &[0]),
-            ("too many sets", T_OFFER, &[5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+            ("too many sets", T_OFFER, &[&[17][..], &[0; 34]].concat()),
             ("too many channels", T_OFFER, &[1, 65, 0]),
             ("a NIC without a name", T_OFFER, &[&[1, 1, 0, 0][..], &[0; HANDLE_BYTES]].concat()),
             ("a NIC's name with an escape", T_OFFER, &[&[1, 1, 0, 1, 27][..], &[0; HANDLE_BYTES]].concat()),
@@ -338,7 +352,7 @@ mod tests {
             ("given up with OK", T_ABORT, &[0, 0, 0, 0, 0, 0]),
             ("a newline in a text", T_ABORT, &[255, 255, 255, 255, 1, 0, b'\n']),
             ("a channel twice", T_READY, &[0, 0, 0, 0, 0, 0, 2, 0, 1, 0, 1, 0]),
-            ("a channel beyond all", T_READY, &[0, 0, 0, 0, 0, 0, 1, 0, 0, 1]),
+            ("a channel beyond all", T_READY, &[0, 0, 0, 0, 0, 0, 1, 0, 0, 4]),
         ];
         for (what, kind, payload) in bad {
             assert_eq!(decode(&raw(kind, payload)).unwrap_err().kind(), ErrorKind::Protocol, "{what}");

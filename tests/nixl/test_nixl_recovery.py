@@ -41,9 +41,18 @@ class Link:
                 shell("ip", "-n", name, "addr", "add", address + "/24", "dev", "eth0")
                 for device in ("eth0", "lo"):
                     shell("ip", "-n", name, "link", "set", device, "up")
+            self.wait_for_carrier()
         except BaseException:
             self.remove()
             raise
+
+    def wait_for_carrier(self):
+        """The kernel sees a moment later that a pair is up, and the library takes no interface without a carrier."""
+        deadline = time.monotonic() + 10
+        for name in self.names:
+            while "state UP" not in subprocess.run(["ip", "-n", name, "link", "show", "dev", "eth0"], capture_output=True, text=True).stdout:
+                check(time.monotonic() < deadline, "the veth pair did not come up")
+                time.sleep(0.02)
 
     def remove(self):
         for name in self.names:
@@ -68,12 +77,19 @@ class Pair:
 
     def __init__(self, size=8 * MIB):
         self.size = size
-        self.link = Link()
-        self.here = self.link.node(0, "here")
-        self.there = self.link.node(1, "there")
-        self.here.allocate("data", size, 1)
-        self.remote = self.there.allocate("data", size, 2)
-        self.meet()
+        self.link, self.nodes = Link(), []
+        try:
+            self.here, self.there = self.start("here"), self.start("there")
+            self.here.allocate("data", size, 1)
+            self.remote = self.there.allocate("data", size, 2)
+            self.meet()
+        except BaseException:
+            self.end()
+            raise
+
+    def start(self, name):
+        self.nodes.append(self.link.node(len(self.nodes), name))
+        return self.nodes[-1]
 
     def meet(self):
         self.here.connect(self.there.metadata())
@@ -94,7 +110,7 @@ class Pair:
         return state
 
     def end(self):
-        for node in (self.here, self.there):
+        for node in self.nodes:
             node.kill()
         self.link.remove()
 

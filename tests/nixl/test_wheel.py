@@ -90,9 +90,9 @@ def versions_are_judged():
 @case()
 def licences_are_inside():
     names = {pathlib.Path(f).name: f for f in importlib.metadata.files("nixl-tcpx") if "licenses" in str(f)}
-    for name in ("LICENSE", "THIRD_PARTY"):
+    for name in ("LICENSE", "THIRD-PARTY-NOTICES.txt"):
         check(name in names, f"no {name}")
-    text = names["THIRD_PARTY"].read_text()
+    text = names["THIRD-PARTY-NOTICES.txt"].read_text()
     for crate in ("socket2", "parking_lot", "clap"):
         check(f"\n{crate} " in text, f"{crate} is not among the third parties")
 

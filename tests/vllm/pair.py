@@ -105,19 +105,20 @@ class Instance:
         self.page = page
         self.cache_config = KVCacheConfig(
             num_blocks=blocks,
-            kv_cache_tensors=[KVCacheTensor(size=page * blocks, layers=[name], layer_stride=page * blocks, block_stride=page) for name in names],
+            kv_cache_tensors=[KVCacheTensor(size=page * blocks, layers=[n], layer_stride=page * blocks, block_stride=page) for n in names],
             kv_cache_groups=[KVCacheGroupSpec(names, spec)],
         )
         shape = (blocks, HEADS, BLOCK, 2 * HEAD_SIZE)
         caches = {name: self.torch.zeros(shape, dtype=self.torch.bfloat16) for name in names}
+        self.places = (self.torch.arange(page) % 241).to(self.torch.uint8)
         self.bytes = [cache.view(self.torch.uint8).view(blocks, page) for cache in caches.values()]
         return caches
 
     def content(self, mark, layer, blocks):
         """What the model would have written: bytes that tell request, layer, block and place."""
         torch = self.torch
-        first = (torch.arange(blocks) * 7 + layer * 31 + mark * 131) % 251
-        return ((first[:, None] + torch.arange(self.page)[None, :] % 241) % 256).to(torch.uint8)
+        first = ((torch.arange(blocks) * 7 + layer * 31 + mark * 131) % 251).to(torch.uint8)
+        return first[:, None] + self.places[None, :]
 
     def submit(self, name, mark, tokens, parameters):
         from vllm import SamplingParams

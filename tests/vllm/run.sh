@@ -17,6 +17,8 @@ if [ -z "$python" ]; then
       echo "SKIPPED: vLLM $vllm could not be installed"
       exit 77
     fi
+    # Only GPUs use it, and it does not load without one.
+    "$venv/bin/pip" uninstall --quiet --yes flashinfer-python
     touch "$venv/complete"
   fi
   "$venv/bin/pip" install --quiet --disable-pip-version-check --force-reinstall --no-deps "$("$repo/scripts/build-wheel")"

@@ -17,6 +17,10 @@ pub const CHANNELS_VARIABLE: &str = "UCCL_TCPX_NUM_CHANNELS";
 /// Variable that turns device emulation on.
 pub const EMULATE_VARIABLE: &str = "UCCL_TCPX_EMULATE_DEVICE";
 /// Variables with the listening port.
+/// Variable with the address that the listening port is bound to.
+pub const BIND_VARIABLE: &str = "UCCL_TCPX_BIND";
+/// Variable with the listening port.
+pub const PORT_VARIABLE: &str = "UCCL_TCPX_OOB_PORT";
 const PORT_VARIABLES: [&str; 2] = ["UCCL_TCPX_OOB_PORT", "UCCL_TCP_OOB_PORT"];
 
 /// One environment variable of the library, as it is in effect.
@@ -188,6 +192,15 @@ impl Drop for Node {
     }
 }
 
+/// What the kernel counts of a connection's channels.
+#[derive(Clone, Debug, Default)]
+pub struct Network {
+    /// TCP segments sent again.
+    pub retransmits: u64,
+    /// Congestion control of the last channel; empty where the plugin does not tell.
+    pub congestion: String,
+}
+
 /// A connection to a peer.
 pub struct Link {
     conn: Arc<Connection>,
@@ -222,6 +235,17 @@ impl Link {
     /// Sends a notification.
     pub fn notify(&self, name: &[u8], msg: &[u8]) -> Result<()> {
         self.conn.notify(name, msg).map_err(Failure::new)
+    }
+
+    /// What the kernel counts of the channels that this side sends on.
+    pub fn network(&self) -> Network {
+        let mut sum = Network::default();
+        for network in self.conn.stats().map_or_else(|_| Vec::new(), |stats| stats.channels).into_iter().filter_map(|c| c.network)
+        {
+            sum.retransmits += network.retransmits;
+            sum.congestion = network.congestion;
+        }
+        sum
     }
 
     /// The peer's address.

@@ -2,21 +2,25 @@
 
 use clap::Parser;
 use serde::Serialize;
-use std::collections::BTreeSet;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 use tcpx_tools::api::{self, Nic, Node, Plugin, Setting};
+use tcpx_tools::client::Client;
+use tcpx_tools::doctor::{self, Check, Host};
 use tcpx_tools::error::{Context, Failure, Result};
-use tcpx_tools::fail;
 use tcpx_tools::inspect::{self, Congestion, Environment, Gpu};
+use tcpx_tools::measure::{measure, Case, Op, Options};
 use tcpx_tools::memory::Kind;
 use tcpx_tools::probe::{self, Proof};
+use tcpx_tools::report::Row;
+use tcpx_tools::{cuda, fail, say};
 
 /// Shows plugin, network devices, GPUs and settings in effect, and proves by a loop-back transfer of 1 MiB that data moves.
 ///
 /// Exit status: 0 when transfers work (with --no-probe: when an engine starts), 1 when not.
 #[derive(Parser)]
-#[command(version)]
+#[command(version, name = "tcpx-info")]
 struct Args {
     /// Print one JSON object instead of text.
     #[arg(long)]
@@ -24,6 +28,18 @@ struct Args {
     /// Do not move data; only show what is there.
     #[arg(long)]
     no_probe: bool,
+    /// Show every setting, and variables that go to the plugin.
+    #[arg(long)]
+    settings: bool,
+    /// Check every precondition of GPUDirect-TCPX, in order, and say what to do about those that are missing; then move data as without.
+    #[arg(long)]
+    doctor: bool,
+    /// Move data to and from this host too, contents checked: the address that `tcpx-perf server` printed there.
+    #[arg(long, value_name = "ADDRESS")]
+    peer: Option<String>,
+    /// Move memory of this kind [default: GPU memory where --doctor finds TCPX and a GPU, else host memory].
+    #[arg(long)]
+    memory: Option<Kind>,
 }
 
 #[derive(Serialize)]
@@ -37,16 +53,19 @@ struct Report {
     gpus: Vec<Gpu>,
     congestion_control: Option<Congestion>,
     proof: Option<Proof>,
+    peer: Option<Vec<Row>>,
+    doctor: Option<Vec<Check>>,
     settings: Vec<Setting>,
     environment: Environment,
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args: Args = tcpx_tools::cli::parse();
     let report = examine(&args);
-    let shown = if args.json { serde_json::to_string_pretty(&report).map_err(Failure::new) } else { Ok(text(&report)) };
+    let shown =
+        if args.json { serde_json::to_string_pretty(&report).map_err(Failure::new) } else { Ok(text(&report, args.settings)) };
     match shown {
-        Ok(shown) => println!("{}", shown.trim_end()),
+        Ok(shown) => say!("{}", shown.trim_end()),
         Err(e) => {
             eprintln!("error: cannot write the report: {e}");
             return ExitCode::FAILURE;
@@ -74,6 +93,8 @@ fn examine(args: &Args) -> Report {
         gpus: inspect::gpus(),
         congestion_control: inspect::congestion(),
         proof: None,
+        peer: None,
+        doctor: None,
         environment: inspect::environment(variables, &known),
         settings,
     };
@@ -89,9 +110,20 @@ fn examine(args: &Args) -> Report {
 
 /// Starts an engine and looks at it; the verdict when all is well.
 fn look(args: &Args, report: &mut Report) -> Result<String> {
-    api::check_environment()?;
-    api::listen_on_any_port();
-    let node = Arc::new(Node::start().context("no engine starts")?);
+    let started = api::check_environment().and_then(|()| {
+        api::listen_on_any_port();
+        Node::start().context("no engine starts")
+    });
+    if args.doctor {
+        let plugin = started.as_ref().map(Node::plugin_details);
+        report.doctor = Some(doctor::examine(&Host {
+            root: "/".into(),
+            variables: std::env::vars_os().filter_map(|(n, v)| Some((n.into_string().ok()?, v.into_string().ok()?))).collect(),
+            plugin: plugin.map(|p| (p.name, p.path)).map_err(|e| e.to_string()),
+            gpus: report.gpus.iter().filter_map(|gpu| gpu.pci.clone()).collect(),
+        }));
+    }
+    let node = Arc::new(started?);
     report.plugin = Some(node.plugin_details());
     report.metadata = Some(node.metadata());
     report.nics = node.nics();
@@ -101,7 +133,8 @@ fn look(args: &Args, report: &mut Report) -> Result<String> {
     if args.no_probe {
         return Ok("an engine starts; that data moves was not tried (--no-probe)".to_string());
     }
-    let memory = if api::emulation_is_on() { Kind::Emulated } else { Kind::Host };
+    let memory = memory(args, &node);
+    memory.prepare_process()?;
     let proof = probe::loopback(&node, memory).context("the loop-back transfer failed")?;
     let verdict = format!(
         "WORKING: 1 MiB of {memory} memory written and read back over {} channels of plugin {}, every byte right",
@@ -109,16 +142,51 @@ fn look(args: &Args, report: &mut Report) -> Result<String> {
         node.plugin()
     );
     report.proof = Some(proof);
-    Ok(verdict)
+    let Some(address) = &args.peer else { return Ok(verdict) };
+    let rows = with_peer(&node, address, memory).context(format_args!("with {address}"))?;
+    let rates: Vec<String> = rows.iter().map(|row| format!("{} {:.3} GB/s", row.op, row.gbytes_per_s)).collect();
+    report.peer = Some(rows);
+    Ok(format!("{verdict}; with {address} over {memory} memory: {}, every byte right", rates.join(", ")))
 }
 
-fn text(report: &Report) -> String {
+/// Which memory shows what was asked.
+fn memory(args: &Args, node: &Node) -> Kind {
+    let tcpx = node.plugin_details().path.is_some();
+    match args.memory {
+        Some(memory) => memory,
+        None if api::emulation_is_on() => Kind::Emulated,
+        None if args.doctor && tcpx && cuda::count() > 0 => Kind::Gpu,
+        None => Kind::Host,
+    }
+}
+
+/// Writes to another host and reads back, contents checked.
+fn with_peer(node: &Arc<Node>, address: &str, memory: Kind) -> Result<Vec<Row>> {
+    let mut client = Client::connect(node, address, memory)?;
+    let options = Options {
+        iters: Some(20),
+        warmup: Some(5),
+        budget: Duration::from_secs(1),
+        verify: true,
+        wait: true,
+        time: None,
+        interval: None,
+        progress: false,
+    };
+    let case = |op| Case { op, total: 16 << 20, block: 1 << 20, inflight: 1, bidirectional: false };
+    let rows = [Op::Write, Op::Read].map(|op| measure(&mut client, &case(op), &options, &|| ()).map(|measured| measured.row));
+    client.bye();
+    rows.into_iter().collect()
+}
+
+fn text(report: &Report, settings: bool) -> String {
     use std::fmt::Write;
     let mut out = String::new();
     let mut line = |name: &str, value: &str| {
         // Writing to a String cannot fail.
         let _ = writeln!(out, "{name:<20} {value}");
     };
+    line("verdict", &report.verdict);
     line("library", &format!("uccl-tcpx {}", report.version));
     match &report.plugin {
         Some(p) => {
@@ -161,27 +229,35 @@ fn text(report: &Report) -> String {
     if let Some(proof) = &report.proof {
         line("proof", &format!("{} bytes verified, {:.0} us for write and read", proof.verified_bytes, proof.elapsed_us));
     }
-    let width = report.settings.iter().map(|s| s.name.len()).max().unwrap_or(0);
-    line("settings", &format!("{} (* set in the environment)", report.settings.len()));
-    for s in &report.settings {
-        let mark = if s.source == "default" { ' ' } else { '*' };
-        let value = if s.value.is_empty() { "(unset)" } else { &s.value };
-        line("", &format!("{mark} {:<width$} = {value:<12}  {}", s.name, s.doc));
+    if let Some(rows) = &report.peer {
+        rows.iter().for_each(|row| line("peer", row.line().trim()));
     }
-    let groups = [
-        ("left to the plugin", &report.environment.passed_through),
-        ("software plugin", &report.environment.soft_plugin),
-        ("UNKNOWN", &report.environment.unknown),
-    ];
-    for (title, variables) in groups {
+    if settings {
+        let width = report.settings.iter().map(|s| s.name.len()).max().unwrap_or(0);
+        line("settings", &format!("{} (* set in the environment)", report.settings.len()));
+        for s in &report.settings {
+            let mark = if s.source == "default" { ' ' } else { '*' };
+            let value = if s.value.is_empty() { "(unset)" } else { &s.value };
+            line("", &format!("{mark} {:<width$} = {value:<12}  {}", s.name, s.doc));
+        }
+    } else {
+        let set: Vec<String> =
+            report.settings.iter().filter(|s| s.source != "default").map(|s| format!("{}={}", s.name, s.value)).collect();
+        let set = if set.is_empty() { "defaults".to_owned() } else { set.join(" ") };
+        line("settings", &format!("{set} (--settings shows all)"));
+    }
+    let shown = if settings { &report.environment.passed_through[..] } else { &[] };
+    for (title, variables) in [("left to the plugin", shown), ("UNKNOWN", &report.environment.unknown[..])] {
         for v in variables {
             line(title, &format!("{}={}", v.name, v.value));
         }
     }
-    let unknown: BTreeSet<&str> = report.environment.unknown.iter().map(|v| v.name.as_str()).collect();
-    if !unknown.is_empty() {
+    if !report.environment.unknown.is_empty() {
         line("warning", "nothing reads the UNKNOWN variables: a misspelt name, or one of another program");
     }
-    line("verdict", &report.verdict);
+    if let Some(checks) = &report.doctor {
+        out += "\n";
+        out += &doctor::text(checks);
+    }
     out
 }

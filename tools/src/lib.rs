@@ -5,22 +5,29 @@
 //! - `pattern`, `units`, `stats`: pure logic: contents and block order, sizes, percentiles
 //! - `proto`: what tcpx-perf's client and server tell each other
 //! - `server`, `client`, `measure`, `suite`: the two sides, one measured row, the lists of rows
-//! - `report`, `plot`: table, JSON and SVG
-//! - `inspect`, `probe`: what tcpx-info finds out, and the loop-back transfer that proves it
+//! - `host`, `out`: what belongs beside a measurement, standard output and Ctrl-C
+//! - `report`, `plot`: table, JSON, CSV and SVG
+//! - `inspect`, `doctor`, `probe`: what tcpx-info finds out, the preconditions of TCPX, and the loop-back transfer that proves it
 
 pub mod api;
+pub mod cli;
 pub mod client;
 pub mod cuda;
+pub mod doctor;
 pub mod error;
+pub mod host;
 pub mod inspect;
 pub mod measure;
 pub mod memory;
+pub mod out;
 pub mod pattern;
 pub mod plot;
 pub mod probe;
 pub mod proto;
 pub mod report;
+pub mod scrape;
 pub mod server;
 pub mod stats;
 pub mod suite;
 pub mod units;
+pub mod view;

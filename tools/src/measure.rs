@@ -8,18 +8,20 @@ use crate::memory::Region;
 use crate::pattern::{self, Shape, Side};
 use crate::proto::{Reply, Request};
 use crate::report::Row;
-use crate::stats::{gbytes_per_s, iterations_for, percentile};
-use crate::units::show_size;
+use crate::stats::{gbytes_per_s, iterations_for, Times};
+use crate::units::{show_size, show_us};
+use crate::{host, out};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::{Duration, Instant};
 
 /// An operation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Op {
     /// One-sided: client memory into server memory.
+    #[default]
     Write,
     /// One-sided: server memory into client memory.
     Read,
@@ -81,11 +83,47 @@ pub struct Options {
     pub verify: bool,
     /// Block in the library instead of polling.
     pub wait: bool,
+    /// Measure for this long, however many iterations that are.
+    pub time: Option<Duration>,
+    /// Print a line this often meanwhile.
+    pub interval: Option<Duration>,
     /// Show progress when standard error is a terminal.
     pub progress: bool,
 }
 
-/// What a lane does at the client.
+/// A row, and the times that it is made of.
+pub struct Measured {
+    /// The row.
+    pub row: Row,
+    /// Of its iterations.
+    pub times: Times,
+}
+
+/// One row of the same case measured by several clients at once.
+pub fn together(all: Vec<Measured>) -> Option<Measured> {
+    let clients = all.len() as u32;
+    all.into_iter()
+        .reduce(|mut sum, one| {
+            sum.times.add(&one.times);
+            sum.row.iters += one.row.iters;
+            sum.row.gbytes_per_s += one.row.gbytes_per_s;
+            sum.row.gbytes_per_s_avg += one.row.gbytes_per_s_avg;
+            sum.row.verified_bytes += one.row.verified_bytes;
+            sum.row.retransmits += one.row.retransmits;
+            // Of the whole process, for each of them.
+            sum.row.cpu_s = sum.row.cpu_s.max(one.row.cpu_s);
+            sum.row.seconds = sum.row.seconds.max(one.row.seconds);
+            sum.row.interrupted |= one.row.interrupted;
+            sum
+        })
+        .map(|mut sum| {
+            sum.row.clients = clients;
+            sum.times.fill(&mut sum.row);
+            sum
+        })
+}
+
+/// What a direction does at the client.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Way {
     Write,
@@ -105,7 +143,7 @@ impl Way {
 }
 
 /// One direction: a buffer on each side and the transfers between them.
-struct Lane {
+struct Flow {
     way: Way,
     shape: Shape,
     local: Region,
@@ -114,8 +152,8 @@ struct Lane {
     slices: Vec<Vec<(LocalSegment, FifoItem)>>,
 }
 
-impl Lane {
-    fn open(client: &mut Client, way: Way, shape: Shape) -> Result<Lane> {
+impl Flow {
+    fn open(client: &mut Client, way: Way, shape: Shape) -> Result<Flow> {
         let Some(len) = shape.buffer_len() else {
             fail!("{} transfers of {} bytes do not fit 64 bits", shape.inflight, shape.total)
         };
@@ -137,7 +175,7 @@ impl Lane {
                 pieces.iter().map(segment).collect()
             })
             .collect();
-        Ok(Lane { way, shape, local, remote, slices })
+        Ok(Flow { way, shape, local, remote, slices })
     }
 
     fn start(&self, client: &Client, slice: usize) -> Result<u64> {
@@ -189,7 +227,7 @@ pub fn random_seed() -> Result<u64> {
 /// A row under way.
 struct Run<'a> {
     client: &'a Client,
-    lanes: Vec<Lane>,
+    flows: Vec<Flow>,
     shape: Shape,
     wait: bool,
     ids: Vec<u64>,
@@ -201,8 +239,8 @@ impl Run<'_> {
         self.ids.clear();
         let started = Instant::now();
         for slice in 0..self.shape.inflight as usize {
-            for lane in &self.lanes {
-                self.ids.push(lane.start(self.client, slice)?);
+            for flow in &self.flows {
+                self.ids.push(flow.start(self.client, slice)?);
             }
         }
         for &id in &self.ids {
@@ -221,7 +259,7 @@ impl Run<'_> {
 
     /// `count` iterations; the server takes part where messages are two-sided.
     fn repeat(&mut self, count: u64, mut each: impl FnMut(Duration)) -> Result<()> {
-        let with_way = |way| self.lanes.iter().find(|lane| lane.way == way).map(|lane| lane.remote.number);
+        let with_way = |way| self.flows.iter().find(|flow| flow.way == way).map(|flow| flow.remote.number);
         let (receive, send) = (with_way(Way::Send), with_way(Way::Receive));
         let two_sided = count > 0 && (receive.is_some() || send.is_some());
         if two_sided {
@@ -243,20 +281,20 @@ impl Run<'_> {
 
     fn arm(&mut self, seeds: &[u64]) -> Result<()> {
         let client = self.client;
-        self.lanes.iter_mut().zip(seeds).try_for_each(|(lane, &seed)| lane.arm(client, seed))
+        self.flows.iter_mut().zip(seeds).try_for_each(|(flow, &seed)| flow.arm(client, seed))
     }
 
     fn check(&self, seeds: &[u64]) -> Result<u64> {
-        self.lanes.iter().zip(seeds).map(|(lane, &seed)| lane.check(self.client, seed)).sum()
+        self.flows.iter().zip(seeds).map(|(flow, &seed)| flow.check(self.client, seed)).sum()
     }
 }
 
-/// Measures one row.
-pub fn measure(client: &mut Client, case: &Case, options: &Options) -> Result<Row> {
-    measure_case(client, case, options).context(case)
+/// Measures one row. `ready` is called before the timed part: several clients may wait for each other there.
+pub fn measure(client: &mut Client, case: &Case, options: &Options, ready: &dyn Fn()) -> Result<Measured> {
+    measure_case(client, case, options, ready).context(case)
 }
 
-fn measure_case(client: &mut Client, case: &Case, options: &Options) -> Result<Row> {
+fn measure_case(client: &mut Client, case: &Case, options: &Options, ready: &dyn Fn()) -> Result<Measured> {
     let scattered = case.block < case.total && case.op != Op::Send;
     let order = if scattered { Some(random_seed()?) } else { None };
     let shape = Shape { total: case.total, block: case.block.min(case.total), inflight: case.inflight, order };
@@ -267,12 +305,12 @@ fn measure_case(client: &mut Client, case: &Case, options: &Options) -> Result<R
         (Op::Send, false) => &[Way::Send],
         (Op::Send, true) => &[Way::Receive, Way::Send],
     };
-    let mut lanes = Vec::new();
+    let mut flows = Vec::new();
     for &way in ways {
-        lanes.push(Lane::open(client, way, shape)?);
+        flows.push(Flow::open(client, way, shape)?);
     }
     let client = &*client;
-    let mut run = Run { client, lanes, shape, wait: options.wait, ids: Vec::new() };
+    let mut run = Run { client, flows, shape, wait: options.wait, ids: Vec::new() };
     let fresh_seeds = || ways.iter().map(|_| random_seed()).collect::<Result<Vec<u64>>>();
 
     // First round: the target is poisoned once, and checked after everything that was timed.
@@ -286,18 +324,12 @@ fn measure_case(client: &mut Client, case: &Case, options: &Options) -> Result<R
         let more = iterations_for(options.budget.as_secs_f64() * 1e5, last.as_secs_f64() * 1e6).min(1000) - 10;
         run.repeat(more, |t| last = t)?;
     }
+    let moved = shape.total * u64::from(shape.inflight) * ways.len() as u64;
     let iters = options.iters.unwrap_or_else(|| iterations_for(options.budget.as_secs_f64() * 1e6, last.as_secs_f64() * 1e6));
-    let bar = progress_bar(case, iters, options.progress);
-    let mut times = Vec::with_capacity(iters as usize);
-    let mut shown = Instant::now();
-    run.repeat(iters, |t| {
-        times.push(t.as_secs_f64() * 1e6);
-        if shown.elapsed() > Duration::from_millis(100) {
-            shown = Instant::now();
-            bar.set_position(times.len() as u64);
-        }
-    })?;
-    bar.finish_and_clear();
+    ready();
+    let (cpu, network) = (host::cpu_seconds(), client.link.network());
+    let timed = Timed { case, options, iters, moved, one: last }.measure(&mut run)?;
+    let (cpu_s, after) = (host::cpu_seconds() - cpu, client.link.network());
     let mut verified_bytes = 0;
     if options.verify {
         verified_bytes += run.check(&seeds)?;
@@ -307,13 +339,10 @@ fn measure_case(client: &mut Client, case: &Case, options: &Options) -> Result<R
         run.repeat(1, |_| ())?;
         verified_bytes += run.check(&seeds)?;
     }
-    for lane in run.lanes {
-        client.command(&Request::Close { buffer: lane.remote.number })?;
+    for flow in run.flows {
+        client.command(&Request::Close { buffer: flow.remote.number })?;
     }
-    times.sort_by(f64::total_cmp);
-    let p50_us = percentile(&times, 50.0);
-    let moved = shape.total * u64::from(shape.inflight) * ways.len() as u64;
-    Ok(Row {
+    let mut row = Row {
         op: case.op,
         memory: client.memory,
         total_bytes: shape.total,
@@ -322,13 +351,89 @@ fn measure_case(client: &mut Client, case: &Case, options: &Options) -> Result<R
         plugin: client.node.plugin(),
         inflight: case.inflight,
         bidirectional: case.bidirectional,
-        iters,
-        p50_us,
-        p99_us: percentile(&times, 99.0),
-        gbytes_per_s: gbytes_per_s(moved, p50_us),
+        clients: 1,
+        iters: timed.times.count(),
+        seconds: timed.seconds,
+        gbytes_per_s_avg: gbytes_per_s(moved * timed.times.count(), timed.seconds * 1e6),
+        cpu_s,
+        retransmits: after.retransmits.saturating_sub(network.retransmits),
         verified: options.verify,
         verified_bytes,
-    })
+        interrupted: timed.interrupted,
+        host: host::name(),
+        peer: client.link.peer(),
+        date: host::date(),
+        version: crate::api::VERSION.to_owned(),
+        congestion_control: after.congestion,
+        ..Row::default()
+    };
+    timed.times.fill(&mut row);
+    row.gbytes_per_s = gbytes_per_s(moved, row.p50_us);
+    Ok(Measured { row, times: timed.times })
+}
+
+/// The timed part of a row.
+struct Timed<'a> {
+    case: &'a Case,
+    options: &'a Options,
+    iters: u64,
+    /// Bytes of an iteration, and about how long one takes.
+    moved: u64,
+    one: Duration,
+}
+
+/// What it brought.
+struct Outcome {
+    times: Times,
+    seconds: f64,
+    interrupted: bool,
+}
+
+impl Timed<'_> {
+    /// Iterations between looks at the clock and at Ctrl-C.
+    fn batch(&self, left: u64) -> u64 {
+        let pause = self.options.interval.unwrap_or(Duration::from_millis(400)).as_secs_f64() / 4.0;
+        ((pause / self.one.as_secs_f64().max(1e-7)) as u64).clamp(1, left.max(1))
+    }
+
+    fn measure(&self, run: &mut Run<'_>) -> Result<Outcome> {
+        let started = Instant::now();
+        let limit = if self.options.time.is_some() { u64::MAX } else { self.iters };
+        let bar = progress_bar(self.case, limit, self.options.progress && self.options.interval.is_none() && limit < u64::MAX);
+        let mut times = Times::new();
+        let mut interval = (Instant::now(), Times::new());
+        let over = |done: u64| done >= limit || self.options.time.is_some_and(|time| started.elapsed() >= time);
+        while !over(times.count()) && !out::is_stopping() {
+            run.repeat(self.batch(limit - times.count()), |t| {
+                times.record(t);
+                interval.1.record(t);
+            })?;
+            bar.set_position(times.count());
+            if self.options.interval.is_some_and(|every| interval.0.elapsed() >= every) {
+                self.tell(started, &interval.1, interval.0.elapsed());
+                interval = (Instant::now(), Times::new());
+            }
+        }
+        bar.finish_and_clear();
+        if times.count() == 0 {
+            fail!("interrupted before the first iteration");
+        }
+        let interrupted = !over(times.count());
+        Ok(Outcome { seconds: times.seconds(), times, interrupted })
+    }
+
+    /// A line about the last interval, beside the table.
+    fn tell(&self, started: Instant, times: &Times, elapsed: Duration) {
+        let mut row = Row::default();
+        times.fill(&mut row);
+        let rate = gbytes_per_s(self.moved * times.count(), elapsed.as_secs_f64() * 1e6);
+        let (p50, p99) = (show_us(row.p50_us), show_us(row.p99_us));
+        eprintln!(
+            "{:8.1} s  {rate:9.3} GB/s  p50 {p50:>10} us  p99 {p99:>10} us  {}",
+            started.elapsed().as_secs_f64(),
+            self.case
+        );
+    }
 }
 
 fn progress_bar(case: &Case, iters: u64, wanted: bool) -> ProgressBar {

@@ -18,10 +18,11 @@ pub const POISON: u8 = 0xa5;
 const STEP: usize = 1 << 20;
 
 /// A kind of memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
     /// Ordinary memory.
+    #[default]
     Host,
     /// Ordinary memory that the library treats as device memory: bounce buffers, descriptors, unpacking on the CPU.
     Emulated,

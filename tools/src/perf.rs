@@ -5,24 +5,23 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
-use tcpx_tools::api::{emulation_is_on, listen_on_any_port, Node, CHANNELS_VARIABLE};
+use tcpx_tools::api::{emulation_is_on, listen_on_any_port, Node, BIND_VARIABLE, CHANNELS_VARIABLE, PORT_VARIABLE};
 use tcpx_tools::client::Client;
 use tcpx_tools::error::{Context, Result};
-use tcpx_tools::measure::{measure, random_seed, Case, Op, Options};
+use tcpx_tools::measure::{measure, random_seed, together, Case, Measured, Op, Options};
 use tcpx_tools::memory::Kind;
-use tcpx_tools::report::{headline, write_json, Row};
+use tcpx_tools::report::{headline, write_csv, write_json, Row};
 use tcpx_tools::units::{parse_size, show_size};
-use tcpx_tools::{cuda, fail};
+use tcpx_tools::{cuda, fail, out, say};
 use tcpx_tools::{plot, server, suite};
 
 /// Measures transfers between two engines and checks what they moved.
 ///
 /// Exit status: 0 when everything worked and every checked byte was right, 1 when not, 2 for a wrong command line.
 #[derive(Parser)]
-#[command(version)]
+#[command(version, name = "tcpx-perf")]
 struct Cli {
     #[command(subcommand)]
     command: Task,
@@ -49,6 +48,9 @@ struct Common {
     /// Data channels of a connection [default: UCCL_TCPX_NUM_CHANNELS, else 4 for `demo` and the library's choice for the others].
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=64))]
     channels: Option<u16>,
+    /// Address that this side's port is bound to, or "any" [default: UCCL_TCPX_BIND].
+    #[arg(long, value_name = "ADDRESS")]
+    bind: Option<String>,
 }
 
 /// Channels of a demo, where neither option nor environment tells.
@@ -58,6 +60,9 @@ const DEMO_CHANNELS: u16 = 4;
 struct ServerArgs {
     #[command(flatten)]
     common: Common,
+    /// Port to listen on [default: UCCL_TCPX_OOB_PORT, else one that the system chooses].
+    #[arg(long)]
+    port: Option<u16>,
     /// End when the first client has left.
     #[arg(long)]
     once: bool,
@@ -71,6 +76,9 @@ struct ClientArgs {
     common: Common,
     #[command(flatten)]
     measuring: Measuring,
+    /// Clients that measure at once, each with an engine and a connection of its own; a row is their sum.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    clients: u32,
     /// Check contents, outside the timed region: fresh random pattern, poisoned target, the whole buffer compared where it arrived.
     #[arg(long)]
     verify: bool,
@@ -114,12 +122,27 @@ struct Measuring {
     #[arg(long)]
     wait: bool,
     /// Measure the standard list of rows.
-    #[arg(long, conflicts_with_all = ["op", "total", "block"])]
+    #[arg(long, conflicts_with_all = ["op", "total", "block", "sweep"])]
     suite: bool,
-    /// Write the rows to this file as JSON.
+    /// Measure each power of 2 in a range of sizes.
+    #[arg(long, value_name = "FROM..TO", num_args = 0..=1, default_missing_value = "4K..64M", value_parser = parse_range, conflicts_with = "total")]
+    sweep: Option<(u64, u64)>,
+    /// Measure each row for this many seconds.
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, conflicts_with = "iters")]
+    time: Option<Duration>,
+    /// Print rate and latency this often while a row is measured, seconds; to standard error.
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    interval: Option<Duration>,
+    /// Fail (exit status 1) when a row is slower than this, GB/s.
+    #[arg(long, value_name = "GBPS")]
+    expect_gbps: Option<f64>,
+    /// Write the rows to this file as CSV; - is standard output.
+    #[arg(long, value_name = "FILE")]
+    csv: Option<PathBuf>,
+    /// Write the rows to this file as JSON; - is standard output.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Draw the rows into this file as SVG: GB/s over block size.
+    /// Draw the rows into this file as SVG: GB/s and latency over size.
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
 }
@@ -131,6 +154,9 @@ impl Common {
 
     /// Puts the options where the engine reads them. To be called before there are threads.
     fn prepare_process(&self) -> Result<Kind> {
+        if let Some(bind) = &self.bind {
+            std::env::set_var(BIND_VARIABLE, bind);
+        }
         if let Some(channels) = self.channels {
             std::env::set_var(CHANNELS_VARIABLE, channels.to_string());
         }
@@ -144,18 +170,20 @@ impl Measuring {
     /// The rows asked for; `default_rows` when none are named.
     fn cases(&self, default_rows: fn() -> Vec<Case>) -> Vec<Case> {
         let named = self.op.is_some() || self.total.is_some() || self.block.is_some();
+        let sized = |total| Case {
+            op: self.op.unwrap_or(Op::Write),
+            total,
+            block: self.block.unwrap_or(total).min(total),
+            inflight: 1,
+            bidirectional: false,
+        };
         let mut cases = match (self.suite, named) {
-            (true, _) => suite::suite(),
-            (false, true) => {
-                let total = self.total.unwrap_or(64 << 20);
-                vec![Case {
-                    op: self.op.unwrap_or(Op::Write),
-                    total,
-                    block: self.block.unwrap_or(total).min(total),
-                    inflight: 1,
-                    bidirectional: false,
-                }]
+            _ if self.sweep.is_some() => {
+                let (from, to) = self.sweep.unwrap_or_default();
+                (0..63).map(|power| 1 << power).filter(|size| (from..=to).contains(size)).map(sized).collect()
             }
+            (true, _) => suite::suite(),
+            (false, true) => vec![sized(self.total.unwrap_or(64 << 20))],
             (false, false) => default_rows(),
         };
         for case in &mut cases {
@@ -166,38 +194,116 @@ impl Measuring {
     }
 
     fn options(&self, verify: bool, budget: Duration) -> Options {
-        Options { iters: self.iters, warmup: self.warmup, budget, verify, wait: self.wait, progress: true }
+        let (time, interval) = (self.time, self.interval);
+        Options { iters: self.iters, warmup: self.warmup, budget, verify, wait: self.wait, time, interval, progress: true }
     }
 
-    /// Measures all cases, printing each row as it is there; files get what was measured even when a later row fails.
-    fn run(&self, client: &mut Client, cases: &[Case], options: &Options) -> Result<Vec<Row>> {
-        println!("{}", headline());
-        let mut rows = Vec::new();
+    /// Standard output has the rows in a form for programs: the table goes to standard error.
+    fn for_programs(&self) -> bool {
+        [&self.json, &self.csv].into_iter().flatten().any(|path| path.as_os_str() == "-")
+    }
+
+    /// A line of the table, or beside it.
+    fn print(&self, line: &str) {
+        if self.for_programs() {
+            eprintln!("{line}");
+        } else {
+            say!("{line}");
+        }
+    }
+
+    /// Measures all cases, printing each row as it is there; files get what was measured even when a later row fails, or the user ends
+    /// it.
+    fn run(&self, clients: &mut [Client], cases: &[Case], options: &Options) -> Result<Vec<Row>> {
+        out::stop_on_interrupt();
+        self.print(&headline());
+        let mut rows: Vec<Row> = Vec::new();
         let mut result = Ok(());
         for case in cases {
-            match measure(client, case, options) {
-                Ok(row) => {
-                    println!("{}", row.line());
-                    rows.push(row);
+            match measure_all(clients, case, options) {
+                Ok(measured) => {
+                    self.print(&measured.row.line());
+                    rows.push(measured.row);
                 }
-                Err(e) => {
-                    result = Err(e);
-                    break;
-                }
+                // What was measured until then is told below.
+                Err(_) if out::is_stopping() => {}
+                Err(e) => result = Err(e),
+            }
+            if out::is_stopping() || result.is_err() {
+                break;
             }
         }
         if let Some(path) = &self.json {
             write_json(path, &rows)?;
         }
+        if let Some(path) = &self.csv {
+            write_csv(path, &rows)?;
+        }
         if let Some(path) = self.plot.as_ref().filter(|_| !rows.is_empty()) {
             plot::write_svg(path, &rows)?;
         }
-        result.map(|()| rows)
+        result?;
+        if let Some(expected) = self.expect_gbps {
+            if let Some(slow) = rows.iter().find(|row| row.gbytes_per_s < expected) {
+                fail!("{:.3} GB/s where {expected} were expected: {}", slow.gbytes_per_s, slow.line().trim());
+            }
+        }
+        Ok(rows)
+    }
+}
+
+/// One row, measured by all clients at once.
+fn measure_all(clients: &mut [Client], case: &Case, options: &Options) -> Result<Measured> {
+    if let [client] = clients {
+        return measure(client, case, options, &|| ());
+    }
+    // A client that fails before the timed part must not leave the others waiting: they wait for a number of arrivals, whoever arrives.
+    let (barrier, options) = (Barrier::new(clients.len()), Options { progress: false, interval: None, ..*options });
+    let results: Vec<Result<Measured>> = std::thread::scope(|scope| {
+        let one = |client| {
+            scope.spawn(|| {
+                let arrived = std::cell::Cell::new(false);
+                let measured = measure(client, case, &options, &|| {
+                    arrived.set(true);
+                    barrier.wait();
+                });
+                if !arrived.get() {
+                    barrier.wait();
+                }
+                measured
+            })
+        };
+        let threads: Vec<_> = clients.iter_mut().map(one).collect();
+        threads
+            .into_iter()
+            .map(|t| t.join().unwrap_or_else(|_| Err(tcpx_tools::error::Failure::new("a client panicked"))))
+            .collect()
+    });
+    match together(results.into_iter().collect::<Result<Vec<_>>>()?) {
+        Some(sum) => Ok(sum),
+        None => fail!("no client measured"),
+    }
+}
+
+/// "FROM..TO", sizes.
+fn parse_range(text: &str) -> std::result::Result<(u64, u64), String> {
+    let (from, to) = text.split_once("..").ok_or_else(|| format!("'{text}' is not a range: write FROM..TO, such as 4K..64M"))?;
+    match (parse_size(from)?, parse_size(to)?) {
+        (from, to) if from.next_power_of_two() <= to => Ok((from, to)),
+        _ => Err(format!("no power of 2 lies in '{text}'")),
+    }
+}
+
+/// Seconds, with fractions.
+fn parse_seconds(text: &str) -> std::result::Result<Duration, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.01..=86_400.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
+        _ => Err(format!("'{text}' is not a number of seconds from 0.01 to 86400")),
     }
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+    let result = match tcpx_tools::cli::parse::<Cli>().command {
         Task::Server(args) => run_server(&args),
         Task::Client(args) => run_client(&args),
         Task::Demo(args) => run_demo(&args),
@@ -211,31 +317,25 @@ fn main() -> ExitCode {
     }
 }
 
-static STOPPING: AtomicBool = AtomicBool::new(false);
-
-extern "C" fn on_interrupt(_signal: libc::c_int) {
-    STOPPING.store(true, Ordering::Release);
-}
-
 fn run_server(args: &ServerArgs) -> Result<()> {
+    if let Some(port) = args.port {
+        std::env::set_var(PORT_VARIABLE, port.to_string());
+    }
     let memory = args.common.prepare_process()?;
     let node = Arc::new(Node::start()?);
-    for signal in [libc::SIGINT, libc::SIGTERM] {
-        // SAFETY: the handler only stores to an atomic, which is safe in a signal handler.
-        unsafe { libc::signal(signal, on_interrupt as extern "C" fn(libc::c_int) as libc::sighandler_t) };
-    }
+    out::stop_on_interrupt();
     let watched = node.clone();
     std::thread::spawn(move || {
-        while !STOPPING.load(Ordering::Acquire) {
+        while !out::is_stopping() {
             std::thread::sleep(Duration::from_millis(50));
         }
         watched.stop_accept();
     });
-    println!("{}", address(&node));
+    say!("{}", address(&node));
     if !args.once {
         eprintln!("serving {memory} memory through plugin {}; Ctrl-C ends", node.plugin());
     }
-    let clients = server::serve(&node, memory, args.once, &STOPPING)?;
+    let clients = server::serve(&node, memory, args.once, out::stopping())?;
     if !args.once {
         eprintln!("served {clients} client{}", if clients == 1 { "" } else { "s" });
     }
@@ -251,15 +351,15 @@ fn address(node: &Node) -> String {
 fn run_client(args: &ClientArgs) -> Result<()> {
     listen_on_any_port();
     let memory = args.common.prepare_process()?;
-    let node = Arc::new(Node::start()?);
-    let mut client = Client::connect(&node, &args.address, memory)?;
+    let client = |_| Client::connect(&Arc::new(Node::start()?), &args.address, memory);
+    let mut clients = (0..args.clients).map(client).collect::<Result<Vec<_>>>()?;
     let default_rows = || vec![Case { op: Op::Write, total: 64 << 20, block: 64 << 20, inflight: 1, bidirectional: false }];
     let rows = args.measuring.run(
-        &mut client,
+        &mut clients,
         &args.measuring.cases(default_rows),
         &args.measuring.options(args.verify, Duration::from_secs(1)),
     );
-    client.bye();
+    clients.iter().for_each(Client::bye);
     rows.map(|_| ())
 }
 
@@ -274,24 +374,28 @@ fn run_demo(args: &DemoArgs) -> Result<()> {
     let (mut server, address) = ServerProcess::start(memory, common.gpu)?;
     let node = Arc::new(Node::start()?);
     let mut client = Client::connect(&node, &address, memory)?;
-    println!(
+    let line = format!(
         "server process {} at {address}, {memory} memory, plugin {}, {} channels",
         server.child.id(),
         node.plugin(),
         client.link.channels()
     );
+    args.measuring.print(&line);
     let rows = args.measuring.run(
-        &mut client,
+        std::slice::from_mut(&mut client),
         &args.measuring.cases(suite::demo),
         &args.measuring.options(true, Duration::from_millis(700)),
     )?;
+    if out::is_stopping() {
+        return Ok(());
+    }
     let lengths = suite::demo_notifications();
     let notified = client.echo(&lengths, random_seed()?).context("notifications")?;
     client.bye();
     let (channels, plugin) = (client.link.channels(), node.plugin());
     server.finish()?;
     let verified: u64 = rows.iter().map(|row| row.verified_bytes).sum();
-    println!(
+    let line = format!(
         "proved: {verified} bytes compared in {} rows and {} notifications ({}) echoed in order, no difference; {memory} memory, {channels} channels, \
          plugin {plugin}, two processes, {:.1} s",
         rows.len(),
@@ -299,6 +403,7 @@ fn run_demo(args: &DemoArgs) -> Result<()> {
         show_size(notified),
         started.elapsed().as_secs_f64()
     );
+    args.measuring.print(&line);
     Ok(())
 }
 

@@ -1,9 +1,10 @@
-//! Measured rows as a chart: GB/s over block size, one line per operation and total.
+//! Measured rows as a chart: GB/s and latency over size, one line per operation.
 
 use crate::error::{Context, Result};
 use crate::fail;
 use crate::report::Row;
-use crate::units::show_size;
+use crate::units::{show_size, show_us};
+use plotters::coord::Shift;
 use plotters::prelude::*;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -19,24 +20,37 @@ const COLOURS: [RGBColor; 8] = [
     RGBColor(90, 90, 90),
 ];
 
-/// Points of one line: (block bytes, GB/s), ascending.
-type Points = Vec<(f64, f64)>;
+/// A point: the size as a power of 2, GB/s, median and 99th percentile in us.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Point {
+    power: f64,
+    rate: f64,
+    p50: f64,
+    p99: f64,
+}
 
-/// Sorts rows into lines by operation, total and mode.
-fn lines(rows: &[Row]) -> BTreeMap<String, Points> {
-    let mut lines: BTreeMap<String, Points> = BTreeMap::new();
+/// Sorts rows into lines by operation and mode, ascending. Where transfers come in blocks the size is the block's, and each total has a
+/// line.
+fn lines(rows: &[Row]) -> BTreeMap<String, Vec<Point>> {
+    let in_blocks = rows.iter().any(|row| row.block_bytes < row.total_bytes);
+    let mut lines: BTreeMap<String, Vec<Point>> = BTreeMap::new();
     for row in rows {
-        let mut name = format!("{} {}", row.op, show_size(row.total_bytes));
+        let mut name = row.op.to_string();
+        if in_blocks {
+            name += &format!(" {}", show_size(row.total_bytes));
+        }
         if row.inflight > 1 {
             name += &format!(" x{}", row.inflight);
         }
         if row.bidirectional {
             name += " both ways";
         }
-        lines.entry(name).or_default().push((row.block_bytes as f64, row.gbytes_per_s));
+        let size = if in_blocks { row.block_bytes } else { row.total_bytes };
+        let point = Point { power: (size as f64).log2(), rate: row.gbytes_per_s, p50: row.p50_us, p99: row.p99_us };
+        lines.entry(name).or_default().push(point);
     }
     for points in lines.values_mut() {
-        points.sort_by(|a, b| a.0.total_cmp(&b.0));
+        points.sort_by(|a, b| a.power.total_cmp(&b.power));
     }
     lines
 }
@@ -50,70 +64,155 @@ pub fn write_svg(path: &Path, rows: &[Row]) -> Result<()> {
     std::fs::write(path, svg).context(format_args!("cannot write {}", path.display()))
 }
 
-fn draw(svg: &mut String, title: &str, lines: &BTreeMap<String, Points>) -> std::result::Result<(), Box<dyn std::error::Error>> {
-    let points = || lines.values().flatten();
-    let least = points().map(|p| p.0).fold(f64::INFINITY, f64::min) / 1.5;
-    let most = points().map(|p| p.0).fold(0.0, f64::max) * 1.5;
-    let top = points().map(|p| p.1).fold(0.0, f64::max) * 1.1 + 1e-6;
+type Drawn = std::result::Result<(), Box<dyn std::error::Error>>;
+type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-    let root = SVGBackend::with_string(svg, (960, 540)).into_drawing_area();
+/// Size of one chart, and of a letter of the legend.
+const CHART: (u32, u32) = (860, 400);
+const LETTER: u32 = 9;
+const ROW: i32 = 22;
+
+fn draw(svg: &mut String, title: &str, lines: &BTreeMap<String, Vec<Point>>) -> Drawn {
+    // The legend has as much room as its longest name needs.
+    let longest = lines.keys().map(|name| name.chars().count()).max().unwrap_or(0) as u32;
+    let (legend, head) = (longest * LETTER + 60, 40);
+    let height = head + 2 * CHART.1.max(lines.len() as u32 * ROW as u32 / 2 + 20);
+    let root = SVGBackend::with_string(svg, (CHART.0 + legend, height)).into_drawing_area();
     root.fill(&WHITE)?;
-    let mut chart = ChartBuilder::on(&root)
-        .caption(title, ("sans-serif", 22))
-        .margin(16)
-        .x_label_area_size(48)
-        .y_label_area_size(64)
-        .build_cartesian_2d((least..most).log_scale().base(2.0), 0.0..top)?;
+    let (top, rest) = root.split_vertically(head);
+    top.draw(&Text::new(title.to_owned(), (16, 12), ("sans-serif", 22)))?;
+    let (charts, names) = rest.split_horizontally(CHART.0);
+    let halves = charts.split_evenly((2, 1));
+    rates(&halves[0], lines)?;
+    latencies(&halves[1], lines)?;
+    for (i, name) in lines.keys().enumerate() {
+        let (y, colour) = (24 + i as i32 * ROW, COLOURS[i % COLOURS.len()]);
+        names.draw(&PathElement::new([(8, y), (32, y)], colour.stroke_width(3)))?;
+        names.draw(&Text::new(name.clone(), (40, y - 8), ("sans-serif", 16)))?;
+    }
+    root.present()?;
+    Ok(())
+}
+
+/// The range of sizes, as whole powers of 2.
+fn span(lines: &BTreeMap<String, Vec<Point>>) -> std::ops::Range<f64> {
+    let powers = || lines.values().flatten().map(|p| p.power);
+    let (least, most) = (powers().fold(f64::INFINITY, f64::min).floor(), powers().fold(0.0, f64::max).ceil());
+    least - 0.5..most + 0.5
+}
+
+/// A tick of the axis of sizes: whole powers of 2, and nothing between them.
+fn tick(power: &f64) -> String {
+    let whole = power.round();
+    if (power - whole).abs() > 1e-6 || !(0.0..63.0).contains(&whole) {
+        return String::new();
+    }
+    show_size(1 << whole as u32)
+}
+
+/// Ticks that the axis of sizes has room for.
+fn ticks(span: &std::ops::Range<f64>) -> usize {
+    let powers = (span.end - span.start) as usize + 1;
+    if powers <= 12 {
+        powers
+    } else {
+        powers / 2
+    }
+}
+
+fn rates(area: &Area<'_>, lines: &BTreeMap<String, Vec<Point>>) -> Drawn {
+    let most = lines.values().flatten().map(|p| p.rate).fold(0.0, f64::max) * 1.1 + 1e-6;
+    let (span, digits) = (span(lines), if most < 0.5 { 3 } else { 1 + usize::from(most < 5.0) });
+    let mut chart = ChartBuilder::on(area)
+        .margin(14)
+        .x_label_area_size(44)
+        .y_label_area_size(76)
+        .build_cartesian_2d(span.clone(), 0.0..most)?;
     chart
         .configure_mesh()
-        .x_desc("block size")
+        .x_desc("size")
         .y_desc("GB/s (1e9 bytes, median)")
-        .axis_desc_style(("sans-serif", 18))
-        .label_style(("sans-serif", 15))
-        .x_labels(12)
+        .axis_desc_style(("sans-serif", 17))
+        .label_style(("sans-serif", 14))
+        .x_labels(ticks(&span))
         .max_light_lines(1)
-        .x_label_formatter(&|bytes| show_size(bytes.round() as u64))
-        .y_label_formatter(&|rate| format!("{rate:.1}"))
-        .light_line_style(RGBColor(240, 240, 240))
+        .x_label_formatter(&tick)
+        .y_label_formatter(&|rate| format!("{rate:.digits$}"))
+        .light_line_style(RGBColor(245, 245, 245))
         .bold_line_style(RGBColor(220, 220, 220))
         .draw()?;
-    for (i, (name, points)) in lines.iter().enumerate() {
+    for (i, points) in lines.values().enumerate() {
         let colour = COLOURS[i % COLOURS.len()];
-        chart
-            .draw_series(LineSeries::new(points.iter().copied(), colour.stroke_width(2)).point_size(4))?
-            .label(name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(3)));
+        chart.draw_series(LineSeries::new(points.iter().map(|p| (p.power, p.rate)), colour.stroke_width(2)).point_size(4))?;
     }
+    Ok(())
+}
+
+fn latencies(area: &Area<'_>, lines: &BTreeMap<String, Vec<Point>>) -> Drawn {
+    let times = || lines.values().flatten().flat_map(|p| [p.p50, p.p99]).filter(|us| *us > 0.0);
+    let (least, most) = (times().fold(f64::INFINITY, f64::min), times().fold(1.0, f64::max));
+    let range = least.min(most) / 1.5..most * 1.5;
+    let span = span(lines);
+    let mut chart = ChartBuilder::on(area)
+        .margin(14)
+        .x_label_area_size(44)
+        .y_label_area_size(76)
+        .build_cartesian_2d(span.clone(), range.log_scale())?;
     chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
-        .label_font(("sans-serif", 15))
-        .background_style(WHITE.mix(0.85))
-        .border_style(RGBColor(200, 200, 200))
+        .configure_mesh()
+        .x_desc("size")
+        .y_desc("us (line: median, ring: p99)")
+        .axis_desc_style(("sans-serif", 17))
+        .label_style(("sans-serif", 14))
+        .x_labels(ticks(&span))
+        .y_labels(8)
+        .max_light_lines(1)
+        .x_label_formatter(&tick)
+        .y_label_formatter(&|us| show_us(*us))
+        .light_line_style(RGBColor(245, 245, 245))
+        .bold_line_style(RGBColor(220, 220, 220))
         .draw()?;
-    root.present()?;
+    for (i, points) in lines.values().enumerate() {
+        let colour = COLOURS[i % COLOURS.len()];
+        chart.draw_series(LineSeries::new(points.iter().map(|p| (p.power, p.p50)), colour.stroke_width(2)).point_size(4))?;
+        chart.draw_series(points.iter().map(|p| Circle::new((p.power, p.p99), 4, colour.stroke_width(1))))?;
+    }
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::measure::Op;
     use crate::report::tests::row;
 
     #[test]
     fn one_line_per_operation_and_total() {
         let mut rows = vec![row(), Row { block_bytes: 1024, gbytes_per_s: 1.0, ..row() }, Row { total_bytes: 4096, ..row() }];
-        rows.push(Row { op: crate::measure::Op::Read, ..row() });
+        rows.push(Row { op: Op::Read, ..row() });
         let lines = lines(&rows);
         assert_eq!(lines.keys().collect::<Vec<_>>(), ["read 64 MiB", "write 4 KiB", "write 64 MiB"]);
-        assert_eq!(lines["write 64 MiB"], [(1024.0, 1.0), (4096.0, 6.7108864)]);
+        assert_eq!(lines["write 64 MiB"].iter().map(|p| (p.power, p.rate)).collect::<Vec<_>>(), [(10.0, 1.0), (12.0, 6.7108864)]);
     }
 
     #[test]
-    fn a_chart_names_its_lines() {
+    fn a_sweep_is_one_line_over_size() {
+        let sizes = (12..27).map(|p| Row { total_bytes: 1 << p, block_bytes: 1 << p, ..row() });
+        let lines = lines(&sizes.collect::<Vec<_>>());
+        assert_eq!(lines.keys().collect::<Vec<_>>(), ["write"]);
+        assert_eq!(lines["write"].len(), 15);
+    }
+
+    #[test]
+    fn a_chart_has_whole_names_and_whole_ticks() {
         let mut svg = String::new();
-        draw(&mut svg, "title", &lines(&[row(), Row { block_bytes: 64 << 20, ..row() }])).unwrap();
+        let long = Row { inflight: 1000, bidirectional: true, block_bytes: 64 << 20, op: Op::Send, ..row() };
+        draw(&mut svg, "title", &lines(&[row(), long, Row { block_bytes: 64 << 20, ..row() }])).unwrap();
         assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
-        assert!(svg.contains("write 64 MiB") && svg.contains("block size"));
+        assert!(svg.contains("send 64 MiB x1000 both ways") && svg.contains("GB/s") && svg.contains("median"));
+        for size in ["4 KiB", "1 MiB", "64 MiB"] {
+            assert!(svg.contains(&format!("\n{size}\n")), "no tick {size}");
+        }
+        assert_eq!(tick(&12.5), "");
     }
 }

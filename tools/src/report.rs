@@ -1,14 +1,16 @@
-//! Measured rows as a table for people and as JSON for programs. Pure, but for writing the file.
+//! Measured rows as a table for people, as JSON and as CSV for programs. Pure, but for writing.
 
 use crate::error::{Context, Result};
+use crate::fail;
 use crate::measure::Op;
 use crate::memory::Kind;
 use crate::units::{show_size, show_us};
 use serde::{Deserialize, Serialize};
+use std::io::Write;
 use std::path::Path;
 
-/// One measured row.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// One measured row. Times are of an iteration, in us.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Row {
     /// Operation.
     pub op: Op,
@@ -26,25 +28,68 @@ pub struct Row {
     pub inflight: u32,
     /// Both directions at once; rates and bytes count both.
     pub bidirectional: bool,
+    /// Connections that measured at once; rates are their sum.
+    pub clients: u32,
     /// Timed iterations.
     pub iters: u64,
-    /// Median of an iteration, us.
+    /// From the first to the last timed iteration, seconds.
+    pub seconds: f64,
+    /// Shortest.
+    pub min_us: f64,
+    /// Mean.
+    pub avg_us: f64,
+    /// Median.
     pub p50_us: f64,
-    /// 99th percentile of an iteration (nearest rank), us.
+    /// 99th percentile.
     pub p99_us: f64,
+    /// 99.9th percentile.
+    pub p999_us: f64,
+    /// Longest.
+    pub max_us: f64,
     /// 1e9 bytes a second, of the median iteration.
     pub gbytes_per_s: f64,
+    /// 1e9 bytes a second, of all iterations together.
+    pub gbytes_per_s_avg: f64,
+    /// Processor time of this process meanwhile, seconds.
+    pub cpu_s: f64,
+    /// TCP segments that this side sent again meanwhile.
+    pub retransmits: u64,
     /// Contents were checked, and right.
     pub verified: bool,
     /// Bytes checked.
     pub verified_bytes: u64,
+    /// The user ended it early.
+    pub interrupted: bool,
+    /// This host.
+    pub host: String,
+    /// The server's address.
+    pub peer: String,
+    /// When it was measured, UTC.
+    pub date: String,
+    /// Version of this program and the library.
+    pub version: String,
+    /// Congestion control of the data sockets.
+    pub congestion_control: String,
 }
 
 /// Headline of the table.
 pub fn headline() -> String {
     format!(
-        "{:<26} {:>10} {:>10} {:>8} {:>8} {:>9} {:>10} {:>10}  {}",
-        "op", "total", "block", "channels", "iters", "GB/s", "p50 us", "p99 us", "data"
+        "{:<26} {:>10} {:>10} {:>8} {:>8} {:>9} {:>10} {:>10} {:>10} {:>10} {:>10} {:>8} {:>6}  {}",
+        "op",
+        "total",
+        "block",
+        "channels",
+        "iters",
+        "GB/s",
+        "min us",
+        "avg us",
+        "p50 us",
+        "p99 us",
+        "p99.9 us",
+        "cpu s",
+        "resent",
+        "data"
     )
 }
 
@@ -58,25 +103,54 @@ impl Row {
         if self.bidirectional {
             op += " both ways";
         }
+        if self.clients > 1 {
+            op += &format!(", {} clients", self.clients);
+        }
         format!(
-            "{op:<26} {:>10} {:>10} {:>8} {:>8} {:>9.3} {:>10} {:>10}  {}",
+            "{op:<26} {:>10} {:>10} {:>8} {:>8} {:>9.3} {:>10} {:>10} {:>10} {:>10} {:>10} {:>8.2} {:>6}  {}{}",
             show_size(self.total_bytes),
             show_size(self.block_bytes),
             self.channels,
             self.iters,
             self.gbytes_per_s,
+            show_us(self.min_us),
+            show_us(self.avg_us),
             show_us(self.p50_us),
             show_us(self.p99_us),
+            show_us(self.p999_us),
+            self.cpu_s,
+            self.retransmits,
             if self.verified { "verified" } else { "not checked" },
+            if self.interrupted { ", interrupted" } else { "" },
         )
     }
 }
 
-/// Writes rows as a JSON array.
+fn write(path: &Path, text: &str) -> Result<()> {
+    if path == Path::new("-") {
+        crate::say!("{}", text.trim_end());
+        return Ok(());
+    }
+    let mut file = std::fs::File::create(path).context(format_args!("cannot write {}", path.display()))?;
+    file.write_all(text.as_bytes()).context(format_args!("cannot write {}", path.display()))
+}
+
+/// Writes rows as a JSON array; `-` is standard output.
 pub fn write_json(path: &Path, rows: &[Row]) -> Result<()> {
-    let mut text = serde_json::to_string_pretty(rows).context("cannot write rows as JSON")?;
-    text.push('\n');
-    std::fs::write(path, text).context(format_args!("cannot write {}", path.display()))
+    let text = serde_json::to_string_pretty(rows).context("cannot write rows as JSON")?;
+    write(path, &(text + "\n"))
+}
+
+/// Writes rows as CSV with a headline; `-` is standard output.
+pub fn write_csv(path: &Path, rows: &[Row]) -> Result<()> {
+    let mut writer = csv::Writer::from_writer(Vec::new());
+    for row in rows {
+        writer.serialize(row).context("cannot write rows as CSV")?;
+    }
+    match writer.into_inner().map(String::from_utf8) {
+        Ok(Ok(text)) => write(path, &text),
+        _ => fail!("cannot write rows as CSV"),
+    }
 }
 
 #[cfg(test)]
@@ -92,13 +166,18 @@ pub(crate) mod tests {
             channels: 4,
             plugin: "soft".into(),
             inflight: 1,
-            bidirectional: false,
+            clients: 1,
             iters: 100,
+            min_us: 9000.0,
+            avg_us: 10_100.0,
             p50_us: 10_000.0,
             p99_us: 12_345.6,
+            p999_us: 13_000.0,
+            max_us: 14_000.0,
             gbytes_per_s: 6.7108864,
             verified: true,
             verified_bytes: 128 << 20,
+            ..Row::default()
         }
     }
 
@@ -111,13 +190,30 @@ pub(crate) mod tests {
         for key in ["block_bytes", "channels", "plugin", "iters", "p50_us", "p99_us", "gbytes_per_s", "verified"] {
             assert!(!value[key].is_null(), "{key}");
         }
+        for key in ["host", "date", "version", "congestion_control", "min_us", "avg_us", "p999_us", "cpu_s", "retransmits"] {
+            assert!(!value[key].is_null(), "{key}");
+        }
         assert_eq!(serde_json::from_value::<Row>(value).unwrap(), row());
+    }
+
+    #[test]
+    fn csv_rows_have_a_headline_and_quotes() {
+        let path = std::env::temp_dir().join(format!("tcpx-perf-rows-{}.csv", std::process::id()));
+        write_csv(&path, &[Row { host: "a,\"b\"".into(), ..row() }]).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let mut lines = text.lines();
+        let names: Vec<&str> = lines.next().unwrap().split(',').collect();
+        assert!(names.starts_with(&["op", "memory"]) && names.contains(&"p999_us"), "{names:?}");
+        assert!(lines.next().unwrap().contains("\"a,\"\"b\"\"\""), "{text}");
+        std::fs::remove_file(&path).unwrap();
     }
 
     #[test]
     fn lines_stand_under_the_headline() {
         let (headline, line) = (headline(), row().line());
-        for (title, text) in [("GB/s", "6.711"), ("p50 us", "10000"), ("p99 us", "12346"), ("block", "4 KiB")] {
+        for (title, text) in
+            [("GB/s", "6.711"), ("p50 us", "10000"), ("p99 us", "12346"), ("block", "4 KiB"), ("min us", "9000.0")]
+        {
             let end = |s: &str, part: &str| s.find(part).unwrap() + part.len();
             assert_eq!(end(&headline, title), end(&line, text), "{title}");
         }

@@ -1,18 +1,73 @@
-//! Percentiles and rates. Pure.
+//! Times of iterations, and rates. Pure.
 
-/// The `p`-th percentile (0 to 100) by nearest rank: the smallest sample that at least `p` percent of the samples do not exceed.
-/// `sorted` is ascending; an empty one gives NaN.
-pub fn percentile(sorted: &[f64], p: f64) -> f64 {
-    if sorted.is_empty() {
-        return f64::NAN;
+use crate::report::Row;
+use hdrhistogram::Histogram;
+use std::time::Duration;
+
+/// Longest time that is told from a longer one.
+const MOST_NS: u64 = 3_600_000_000_000;
+
+/// Times of iterations, to three digits, in a memory that does not grow with their number.
+#[derive(Clone, Debug)]
+pub struct Times {
+    histogram: Histogram<u64>,
+    sum: Duration,
+}
+
+impl Default for Times {
+    fn default() -> Times {
+        Times::new()
     }
-    let rank = (p / 100.0 * sorted.len() as f64).ceil() as usize;
-    sorted[rank.clamp(1, sorted.len()) - 1]
+}
+
+impl Times {
+    /// None yet.
+    pub fn new() -> Times {
+        // The bounds are constants that the crate accepts.
+        Times { histogram: Histogram::new_with_bounds(1, MOST_NS, 3).expect("good bounds"), sum: Duration::ZERO }
+    }
+
+    /// One more.
+    pub fn record(&mut self, time: Duration) {
+        self.histogram.saturating_record((time.as_nanos() as u64).clamp(1, MOST_NS));
+        self.sum += time;
+    }
+
+    /// Those of others.
+    pub fn add(&mut self, other: &Times) {
+        // Equal bounds always fit.
+        let _ = self.histogram.add(&other.histogram);
+        self.sum += other.sum;
+    }
+
+    /// How many.
+    pub fn count(&self) -> u64 {
+        self.histogram.len()
+    }
+
+    /// All together, seconds.
+    pub fn seconds(&self) -> f64 {
+        self.sum.as_secs_f64()
+    }
+
+    /// Puts them into a row; NaN-free: without times everything is 0.
+    pub fn fill(&self, row: &mut Row) {
+        let us = |ns: u64| ns as f64 / 1e3;
+        let at = |quantile: f64| us(self.histogram.value_at_quantile(quantile));
+        row.min_us = if self.count() == 0 { 0.0 } else { us(self.histogram.min()) };
+        row.avg_us = self.sum.as_secs_f64() * 1e6 / self.count().max(1) as f64;
+        (row.p50_us, row.p99_us, row.p999_us) = (at(0.5), at(0.99), at(0.999));
+        row.max_us = us(self.histogram.max());
+    }
 }
 
 /// Bytes in microseconds as GB/s (1e9).
 pub fn gbytes_per_s(bytes: u64, us: f64) -> f64 {
-    bytes as f64 / us / 1e3
+    if us > 0.0 {
+        bytes as f64 / us / 1e3
+    } else {
+        0.0
+    }
 }
 
 /// How many timed iterations fill `budget_us`, within bounds that give a median and a p99 a meaning without taking for ever.
@@ -25,21 +80,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nearest_rank() {
-        let samples: Vec<f64> = (1..=100).map(f64::from).collect();
-        assert_eq!(percentile(&samples, 50.0), 50.0);
-        assert_eq!(percentile(&samples, 99.0), 99.0);
-        assert_eq!(percentile(&samples, 100.0), 100.0);
-        assert_eq!(percentile(&samples, 0.0), 1.0);
-        assert_eq!(percentile(&[5.0], 99.0), 5.0);
-        assert_eq!(percentile(&[1.0, 2.0, 3.0], 50.0), 2.0);
-        assert!(percentile(&[], 50.0).is_nan());
+    fn percentiles_are_right_to_three_digits() {
+        let mut times = Times::new();
+        (1..=10_000).for_each(|us| times.record(Duration::from_micros(us)));
+        let mut row = Row::default();
+        times.fill(&mut row);
+        let near = |a: f64, b: f64| (a / b - 1.0).abs() < 2e-3;
+        assert!(near(row.min_us, 1.0) && near(row.avg_us, 5000.5) && near(row.p50_us, 5000.0), "{row:?}");
+        assert!(near(row.p99_us, 9900.0) && near(row.p999_us, 9990.0) && near(row.max_us, 10_000.0), "{row:?}");
+        let mut more = times.clone();
+        more.add(&times);
+        assert_eq!((more.count(), more.seconds()), (20_000, 2.0 * times.seconds()));
+        Times::new().fill(&mut row);
+        assert_eq!((row.min_us, row.avg_us, row.p50_us, row.max_us), (0.0, 0.0, 0.0, 0.0));
     }
 
     #[test]
     fn rates() {
         assert_eq!(gbytes_per_s(1_000_000_000, 1e6), 1.0);
         assert_eq!(gbytes_per_s(4096, 4.096), 1.0);
+        assert_eq!(gbytes_per_s(4096, 0.0), 0.0);
     }
 
     #[test]

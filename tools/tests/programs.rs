@@ -5,6 +5,7 @@ use std::process::{Child, Command, Output, Stdio};
 
 const PERF: &str = env!("CARGO_BIN_EXE_tcpx-perf");
 const INFO: &str = env!("CARGO_BIN_EXE_tcpx-info");
+const TOP: &str = env!("CARGO_BIN_EXE_tcpx-top");
 
 fn run(program: &str, line: &str, variables: &[(&str, &str)]) -> Output {
     Command::new(program).args(line.split_whitespace()).envs(variables.iter().copied()).output().expect("the program starts")
@@ -68,7 +69,9 @@ fn odd_shapes_and_modes_bring_the_right_bytes() {
 #[test]
 fn info_proves_a_transfer_or_says_why_not() {
     must_work(INFO, "", "WORKING: 1 MiB of host memory");
-    must_work(INFO, "--no-probe", "was not tried");
+    assert!(must_work(INFO, "--no-probe", "was not tried").starts_with("verdict"));
+    assert!(!must_work(INFO, "--no-probe", "--settings shows all").contains("Network plugin:"));
+    must_work(INFO, "--no-probe --settings", "Network plugin:");
     let report: serde_json::Value = serde_json::from_str(&must_work(INFO, "--json", "WORKING")).unwrap();
     assert_eq!(report["works"], true);
     assert!(!report["nics"].as_array().unwrap().is_empty());
@@ -112,4 +115,138 @@ fn a_server_serves_several_clients_and_refuses_other_memory() {
         }
     });
     must_fail(PERF, &format!("client {address} --memory emulated"), &[], "both sides need the same");
+}
+
+#[test]
+fn rows_go_where_they_are_asked_to() {
+    let line = |options: &str| format!("demo --iters 5 --warmup 1 --channels 2 {options}");
+    let json = must_work(PERF, &line("--sweep 4K..32K --json -"), "\"congestion_control\"");
+    let rows: Vec<tcpx_tools::report::Row> = serde_json::from_str(&json).expect("nothing but JSON");
+    assert_eq!(rows.iter().map(|r| r.total_bytes >> 10).collect::<Vec<_>>(), [4, 8, 16, 32]);
+    assert!(rows.iter().all(|r| !r.host.is_empty() && r.date.starts_with("20") && !r.version.is_empty() && r.min_us <= r.p50_us));
+    let csv = must_work(PERF, &line("--op write --total 4K --csv -"), "op,memory,total_bytes");
+    assert_eq!(csv.trim_end().lines().count(), 2, "{csv}");
+    must_fail(PERF, &line("--op write --expect-gbps 100000"), &[], "where 100000 were expected");
+    must_work(PERF, &line("--op write --expect-gbps 0.0000001"), "verified");
+}
+
+#[test]
+fn time_and_intervals_bound_a_row() {
+    for op in ["write", "send"] {
+        let line = format!("demo --op {op} --total 64K --time 1 --interval 0.2 --json -");
+        let output = run(PERF, &line, &[]);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let rows: Vec<tcpx_tools::report::Row> = serde_json::from_slice(&output.stdout).unwrap();
+        assert!(rows[0].seconds > 0.3 && rows[0].iters > 1, "{:?}", rows[0]);
+        assert!(text(&output.stderr).lines().filter(|l| l.contains(" GB/s  p50")).count() >= 2, "{}", text(&output.stderr));
+    }
+}
+
+#[test]
+fn whoever_reads_no_more_ends_the_program_quietly() {
+    for (program, line) in [(INFO, "--no-probe --settings"), (PERF, "demo --op write --iters 2")] {
+        let mut child = Command::new(program)
+            .args(line.split_whitespace())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the program starts");
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        assert!(!text(&output.stderr).contains("panicked"), "{}", text(&output.stderr));
+        assert_eq!(
+            std::os::unix::process::ExitStatusExt::signal(&output.status),
+            Some(libc::SIGPIPE),
+            "{line}: {}",
+            output.status
+        );
+    }
+}
+
+#[test]
+fn an_interrupt_tells_what_was_measured() {
+    let mut child = Command::new(PERF)
+        .args("demo --op write --total 1M --time 600 --interval 0.1 --json -".split(' '))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut told = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("GB/s  p50") {
+        line.clear();
+        assert!(told.read_line(&mut line).unwrap() > 0, "it ended before it was interrupted");
+    }
+    // SAFETY: a signal to our own child.
+    unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGINT) };
+    let drain = std::thread::spawn(move || std::io::copy(&mut told, &mut std::io::sink()));
+    let output = child.wait_with_output().unwrap();
+    drain.join().unwrap().unwrap();
+    assert!(output.status.success(), "{}", output.status);
+    let rows: Vec<tcpx_tools::report::Row> = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(rows.len() == 1 && rows[0].interrupted && rows[0].iters > 0, "{rows:?}");
+}
+
+/// A server on a chosen address and port, its statistics, several clients at once, tcpx-info's peer and tcpx-top.
+#[test]
+fn a_server_is_seen_from_everywhere() {
+    let folder = std::env::temp_dir().join(format!("tcpx-top-test-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let metrics = format!("unix:{}", folder.join("metrics.sock").display());
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut child = Command::new(PERF)
+        .args(["server", "--memory", "host", "--bind", "127.0.0.1", "--port", &port.to_string()])
+        .env("UCCL_TCPX_METRICS", &metrics)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let stdout = child.stdout.take().unwrap();
+    let _server = Server(child);
+    let mut address = String::new();
+    BufReader::new(stdout).read_line(&mut address).unwrap();
+    assert_eq!(address.trim(), format!("127.0.0.1:{port}"));
+    let address = address.trim();
+    std::thread::scope(|scope| {
+        let client = format!("client {address} --clients 3 --op write --total 1M --time 2 --verify --json -");
+        let measured = scope.spawn(move || must_work(PERF, &client, "\"clients\": 3"));
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(30);
+        loop {
+            let seen = text(&run(TOP, &metrics, &[]).stdout);
+            if seen.contains(" 3 connections") && seen.contains("MB/s") {
+                break;
+            }
+            assert!(std::time::Instant::now() < until, "{seen}");
+        }
+        let rows: Vec<tcpx_tools::report::Row> = serde_json::from_str(&measured.join().unwrap()).unwrap();
+        assert!(rows.len() == 1 && rows[0].verified, "{rows:?}");
+    });
+    must_work(INFO, &format!("--memory host --peer {address}"), "every byte right");
+    must_fail(INFO, "--memory host --peer 127.0.0.1:1", &[], "with 127.0.0.1:1");
+    must_fail(TOP, "unix:/nonexistent.sock", &[], "cannot connect");
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+#[test]
+fn the_doctor_says_what_is_missing() {
+    let out = must_work(INFO, "--doctor --memory host", "MISSING  plugin");
+    assert!(out.starts_with("verdict"), "{out}");
+    assert!(out.contains("receive manager") && out.contains("GPUDirect-TCPX cannot work here, missing: plugin"), "{out}");
+}
+
+/// The committed manual pages are what the command lines say.
+#[test]
+fn manual_pages_are_current() {
+    let folder = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/man"));
+    for (program, name) in [(PERF, "tcpx-perf"), (INFO, "tcpx-info"), (TOP, "tcpx-top")] {
+        let output = run(program, "--manual-page", &[]);
+        assert!(output.status.success(), "{name}: {}", text(&output.stderr));
+        let path = folder.join(format!("{name}.1"));
+        if std::env::var_os("UPDATE_DOCS").is_some() {
+            std::fs::create_dir_all(folder).unwrap();
+            std::fs::write(&path, &output.stdout).unwrap();
+        }
+        let committed = std::fs::read(&path).unwrap_or_default();
+        assert!(committed == output.stdout, "{} is stale: run UPDATE_DOCS=1 cargo test -p tcpx-tools", path.display());
+    }
 }

@@ -1,6 +1,6 @@
-//! One channel: a send comm and a receive comm with their queues. Chunks leave in the order they were announced; receives are
-//! posted in the order of the peer's announcements, unpacked, and consumed in that order. Every chunk keeps its regions in use until
-//! it is done or the channel is closed.
+//! One channel: a send comm and a receive comm with their queues. Chunks leave in the order they were announced; receives are posted in
+//! the order of the peer's announcements, unpacked, and consumed in that order. Every chunk keeps its regions in use until it is done
+//! or the channel is closed. Knows nothing of transfers.
 
 use super::staging::{Staging, STAGED_WINDOW};
 use super::Usage;
@@ -12,9 +12,10 @@ use crate::net::comm::{Doorbell, MHandle, RecvComm, SendComm};
 use crate::net::registrations::Registration;
 use crate::net::signals::Quiet;
 use crate::region::Hold;
-use crate::status::{bail, Result};
+use crate::stats::{ChannelStats, Network};
+use crate::status::{bail, Error, Result};
 use crate::types::{Key, Part, Place};
-use nccl_net_abi::{ucclIoVec, MAX_REQUESTS};
+use nccl_net_abi::{ucclCommInfo, ucclIoVec, MAX_REQUESTS};
 use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
@@ -45,13 +46,19 @@ pub(super) fn register<R>(copier: &mut Copier, place: Place, mut register: impl 
     registered.ok_or_else(|| crate::status::err!(Internal, "nothing was registered"))
 }
 
+/// An error with the comm that it happened on.
+fn at(comm: &str, error: &Error) -> Error {
+    Error::new(error.kind(), format_args!("channel {comm}: {error}"))
+}
+
 /// Places of the window that chunks of large transfers take at most: small ones find one soon.
 const BULK_WINDOW: usize = MAX_REQUESTS / 2;
 
 /// A chunk on its way out; dropped when its memory may change.
-pub(super) struct Outgoing {
+pub(super) struct Leaving {
     pub key: Key,
     pub len: usize,
+    pub bulk: bool,
     pub _hold: Hold,
 }
 
@@ -82,34 +89,52 @@ pub(super) struct Finishing {
 
 /// One channel.
 pub(crate) struct Channel {
-    // Field order is drop order: the comms close first, and with them the last access to everything below.
+    // Field order is drop order: each comm closes before what its requests may use, and the receive comm last, through which the
+    // registrations of sends are dropped.
     pub(super) send: SendComm,
-    pub(super) recv: RecvComm,
-    pub(super) outgoing: VecDeque<Outgoing>,
+    pub(super) host_out: Option<Staging>,
+    pub(super) device_out: HashMap<Place, Staging>,
+    pub(super) outgoing: VecDeque<Leaving>,
     pub(super) to_post: VecDeque<ToPost>,
     pub(super) queued: u64,
+    /// Chunks of large transfers among the outgoing ones.
+    pub(super) bulk: usize,
     pub(super) rate: Rate,
+    pub(super) recv: RecvComm,
     pub(super) expected: VecDeque<Arrival>,
     pub(super) posted: VecDeque<Posted>,
     pub(super) finishing: VecDeque<Finishing>,
     pub(super) view: Option<View>,
-    pub(super) host_out: Option<Staging>,
-    pub(super) device_out: HashMap<Place, Staging>,
     pub(super) host_in: Option<Staging>,
     pub(super) device_in: Option<(Registration, Box<dyn StagingMemory>)>,
     pub(super) discard: Option<HostBlock>,
+    /// The name of its NIC, and what it has done, for statistics.
+    nic: String,
+    pub(super) counts: Counts,
+}
+
+/// What a channel has done.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Counts {
+    pub sent_bytes: u64,
+    pub sent_chunks: u64,
+    pub received_bytes: u64,
+    pub received_chunks: u64,
+    pub packed: u64,
+    pub unpacked: u64,
 }
 // SAFETY: raw pointers inside point to memory that this channel or a held region owns; a channel is used by one thread at a time.
 unsafe impl Send for Channel {}
 
 impl Channel {
-    pub(crate) fn new(send: SendComm, recv: RecvComm) -> Channel {
+    pub(crate) fn new(send: SendComm, recv: RecvComm, nic: String) -> Channel {
         Channel {
             send,
             recv,
             outgoing: VecDeque::new(),
             to_post: VecDeque::new(),
             queued: 0,
+            bulk: 0,
             rate: Rate::default(),
             expected: VecDeque::new(),
             posted: VecDeque::new(),
@@ -120,6 +145,8 @@ impl Channel {
             host_in: None,
             device_in: None,
             discard: None,
+            nic,
+            counts: Counts::default(),
         }
     }
 
@@ -142,8 +169,10 @@ impl Channel {
     pub(super) fn load(&self, place: Place, bulk: bool, usage: &Usage, now: Instant) -> Load {
         let oldest = self.outgoing.front().map_or(0, |o| o.len as u64);
         let window = if place.is_device() && usage.stage_sends { STAGED_WINDOW } else { MAX_REQUESTS };
-        let window = if bulk { window.min(BULK_WINDOW) } else { window };
-        Load { free: window.saturating_sub(self.outgoing.len()), queued: self.queued, rate: self.rate.get(oldest, now) }
+        let free = window.saturating_sub(self.outgoing.len());
+        // What small ones take does not count against large ones: they would never have a turn.
+        let free = if bulk { free.min(BULK_WINDOW.saturating_sub(self.bulk)) } else { free };
+        Load { free, queued: self.queued, rate: self.rate.get(oldest, now) }
     }
 
     /// The peer announced a chunk on this channel.
@@ -155,17 +184,45 @@ impl Channel {
     pub(super) fn progress(&mut self, copier: &mut Copier, usage: &Usage, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
         let mut any = false;
         if !self.outgoing.is_empty() {
-            any |= self.progress_sends(copier, now, events)?;
+            any |= self.progress_sends(copier, now, events).map_err(|e| at(&self.send.describe(), &e))?;
         }
         if !self.expected.is_empty() || !self.posted.is_empty() || !self.finishing.is_empty() {
-            any |= self.progress_receives(copier, usage, events)?;
+            any |= self.progress_receives(copier, usage, events).map_err(|e| at(&self.recv.describe(), &e))?;
         }
         Ok(any)
     }
 
     /// Bytes that the network has taken and brought; `None` where the plugin does not tell.
     pub(super) fn network_bytes(&self) -> Result<Option<(u64, u64)>> {
-        Ok(self.send.network_bytes()?.zip(self.recv.network_bytes()?))
+        let sent = self.send.network_bytes().map_err(|e| at(&self.send.describe(), &e))?;
+        let received = self.recv.network_bytes().map_err(|e| at(&self.recv.describe(), &e))?;
+        Ok(sent.zip(received))
+    }
+
+    /// What it counts; `kernel`: with what the kernel knows, which takes a system call.
+    pub(super) fn stats(&self, kernel: bool, now: Instant) -> ChannelStats {
+        let Counts { sent_bytes, sent_chunks, received_bytes, received_chunks, packed, unpacked } = self.counts;
+        let oldest = self.outgoing.front().map_or(0, |o| o.len as u64);
+        let network = if kernel { self.send.info().map(network) } else { None };
+        // Sends end when the kernel has them: what the peer acknowledges says how fast the line is.
+        let delivered = network.as_ref().map(|n| n.delivery_rate as f64).filter(|&rate| rate > 0.0 && sent_bytes > 0);
+        ChannelStats {
+            nic: self.nic.clone(),
+            route: if kernel { self.send.describe() } else { String::new() },
+            sent_bytes,
+            sent_chunks,
+            received_bytes,
+            received_chunks,
+            speed: delivered.unwrap_or_else(|| self.rate.last(oldest, now)),
+            queued_bytes: self.queued,
+            window_out: self.outgoing.len() as u32,
+            window_in: (self.expected.len() + self.posted.len() + self.finishing.len()) as u32,
+            window: MAX_REQUESTS as u32,
+            packed_chunks: packed,
+            unpacked_chunks: unpacked,
+            network,
+            ..ChannelStats::default()
+        }
     }
 
     /// What is under way, in words; `None` when nothing is.
@@ -189,6 +246,18 @@ impl Drop for Channel {
             (self.host_out, self.host_in, self.device_in) = (None, None, None);
             self.device_out.clear();
         }
+    }
+}
+
+fn network(info: ucclCommInfo) -> Network {
+    let name: Vec<u8> = info.congestion.iter().map(|&c| c as u8).take_while(|&c| c != 0).collect();
+    Network {
+        segments: info.segments,
+        retransmits: info.retransmits,
+        rtt_us: info.rtt_us,
+        min_rtt_us: info.min_rtt_us,
+        delivery_rate: info.delivery_rate,
+        congestion: String::from_utf8_lossy(&name).into_owned(),
     }
 }
 

@@ -9,6 +9,7 @@ pub(crate) use channel::Channel;
 
 use super::path::{Arrival, Copier, Departure, Event, Path};
 use super::stripe::Load;
+use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
 use crate::types::Place;
 use std::time::Instant;
@@ -101,6 +102,10 @@ impl Path for NetPath {
             .enumerate()
             .filter_map(|(i, c)| c.describe_busy().map(|text| format!("channel {i}: {text}")))
             .collect()
+    }
+
+    fn stats(&self, kernel: bool, now: Instant, out: &mut Vec<ChannelStats>) {
+        out.extend(self.channels.iter().map(|c| c.stats(kernel, now)));
     }
 
     fn forget_region(&mut self, id: u64) {

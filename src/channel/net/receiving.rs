@@ -1,4 +1,5 @@
-//! The receiving half of a channel: posting receives, unpacking what arrived, consuming in order.
+//! The receiving half of a channel: posting receives, unpacking what arrived, consuming in order. Knows nothing of who
+//! announced the chunks.
 
 use super::channel::{device, iov, register, within, Channel, Finishing, Posted};
 use super::staging::Staging;
@@ -6,7 +7,7 @@ use super::Usage;
 use crate::channel::device::{spread, Ticket, View};
 use crate::channel::memory::{HostBlock, PAGE};
 use crate::channel::path::{Arrival, Copier, Dest, Event};
-use crate::net::comm::MHandle;
+use crate::net::comm::{Done, MHandle};
 use crate::status::{bail, Result};
 use crate::types::Place;
 use nccl_net_abi::{ucclIoVec, MAX_REQUESTS, NCCL_PTR_CUDA, NCCL_PTR_HOST};
@@ -15,25 +16,10 @@ impl Channel {
     pub(super) fn progress_receives(&mut self, copier: &mut Copier, usage: &Usage, events: &mut Vec<Event>) -> Result<bool> {
         let mut any = self.post_receives(copier, usage)?;
         while let Some(done) = self.recv.test_oldest()? {
-            let Some(Posted { arrival, staged }) = self.posted.pop_front() else { bail!(Internal, "a receive without a chunk") };
-            if done.len.is_some_and(|len| len != arrival.len) {
-                bail!(Protocol, "a chunk announced with {} bytes came with {}", arrival.len, done.len.unwrap_or(0));
-            }
-            let ticket = match &arrival.dest {
-                Dest::Memory { place, parts, .. } if place.is_device() => {
-                    let view = self.view(copier, *place)?;
-                    // SAFETY: the receive is done and not consumed; the arrival holds the parts' regions.
-                    unsafe { device(copier)?.unpack(&view, done.slot, arrival.len, parts, *place) }?
-                }
-                Dest::Memory { parts, .. } => {
-                    if let Some(staged) = staged {
-                        // SAFETY: the staging place holds the message; the arrival holds the parts' regions.
-                        unsafe { spread(staged, parts) };
-                    }
-                    Ticket::Done
-                }
-                Dest::Discard => Ticket::Done,
-            };
+            // The chunk leaves the queue only when its copy has been handed over: whatever fails before leaves its memory in use until the
+            // channel is closed.
+            let ticket = self.put_in_place(done, copier)?;
+            let Some(Posted { arrival, .. }) = self.posted.pop_front() else { bail!(Internal, "a receive without a chunk") };
             self.finishing.push_back(Finishing { arrival, ticket });
             any = true;
         }
@@ -42,6 +28,8 @@ impl Channel {
                 break;
             }
             self.recv.consume_oldest()?;
+            self.counts.received_chunks += 1;
+            self.counts.received_bytes += first.arrival.len as u64;
             events.push(Event::Received(first.arrival.key, first.arrival.len as u64));
             self.finishing.pop_front();
             any = true;
@@ -50,6 +38,34 @@ impl Channel {
             self.post_receives(copier, usage)?;
         }
         Ok(any)
+    }
+
+    /// Hands the oldest receive, which is done, to whoever copies it to where it belongs.
+    fn put_in_place(&mut self, done: Done, copier: &mut Copier) -> Result<Ticket> {
+        let view = match self.posted.front() {
+            Some(Posted { arrival: Arrival { dest: Dest::Memory { place, .. }, .. }, .. }) if place.is_device() => {
+                Some(self.view(copier, *place)?)
+            }
+            _ => None,
+        };
+        let Some(Posted { arrival, staged }) = self.posted.front() else { bail!(Internal, "a receive without a chunk") };
+        if done.len.is_some_and(|len| len != arrival.len) {
+            bail!(Protocol, "a chunk announced with {} bytes came with {}", arrival.len, done.len.unwrap_or(0));
+        }
+        match (&arrival.dest, view, staged) {
+            (Dest::Memory { place, parts, .. }, Some(view), _) => {
+                // SAFETY: the receive is done and not consumed; the arrival holds the parts' regions.
+                let ticket = unsafe { device(copier)?.unpack(&view, done.slot, arrival.len, parts, *place) }?;
+                self.counts.unpacked += 1;
+                Ok(ticket)
+            }
+            (Dest::Memory { parts, .. }, None, Some(staged)) => {
+                // SAFETY: the staging place holds the message; the arrival holds the parts' regions.
+                unsafe { spread(*staged, parts) };
+                Ok(Ticket::Done)
+            }
+            _ => Ok(Ticket::Done),
+        }
     }
 
     fn post_receives(&mut self, copier: &mut Copier, usage: &Usage) -> Result<bool> {

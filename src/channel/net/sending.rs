@@ -1,6 +1,7 @@
-//! The sending half of a channel: where a chunk's bytes are handed to the plugin from, and in which order.
+//! The sending half of a channel: where a chunk's bytes are handed to the plugin from, and in which order. Knows nothing of
+//! streams: a chunk bears all that it needs.
 
-use super::channel::{device, iov, register, within, Channel, Outgoing, Source, ToPost};
+use super::channel::{device, iov, register, within, Channel, Leaving, Source, ToPost};
 use super::staging::{Staging, STAGED_WINDOW};
 use super::Usage;
 use crate::channel::device::{gather, Ticket};
@@ -17,8 +18,12 @@ impl Channel {
     /// Takes a chunk for sending. The caller announces it to the peer. There must be a free place ([`Channel::load`]). The departure's
     /// hold keeps the chunk's memory registered, and so mapped, until the chunk is gone or the channel closed.
     pub(super) fn submit(&mut self, departure: Departure, copier: &mut Copier, usage: &Usage, now: Instant) -> Result<()> {
-        let Departure { key, chunk, hold, tag } = departure;
+        let Departure { key, chunk, hold, bulk, tag } = departure;
         let len = chunk.len;
+        // First of all, so that a failure from here on leaves the chunk's memory in use until the channel is closed.
+        self.outgoing.push_back(Leaving { key, len, bulk, _hold: hold.clone() });
+        self.bulk += usize::from(bulk);
+        self.queued += len as u64;
         let source = if chunk.place.is_device() {
             self.device_source(&chunk, &hold, copier, usage)?
         } else if usage.vectored {
@@ -30,8 +35,6 @@ impl Channel {
             unsafe { gather(&chunk.parts, data) };
             Source::Contiguous { data, mhandle, packing: Ticket::Done, place: Place::HOST }
         };
-        self.outgoing.push_back(Outgoing { key, len, _hold: hold });
-        self.queued += len as u64;
         self.to_post.push_back(ToPost { source, len, tag });
         self.post_sends(copier, now)?;
         Ok(())
@@ -40,7 +43,7 @@ impl Channel {
     fn device_source(&mut self, chunk: &Chunk, hold: &Hold, copier: &mut Copier, usage: &Usage) -> Result<Source> {
         let place = chunk.place;
         if let ([part], false) = (&chunk.parts[..], usage.stage_sends) {
-            let (span, send) = (hold.span(part.region)?, &mut self.send);
+            let (span, send) = (hold.span_to_register(part.region)?, &mut self.send);
             // SAFETY: the region stays mapped while it is held; registrations go before it does (forget_region).
             let mhandle = register(copier, place, || unsafe { send.region(span, part.addr) })?;
             return Ok(Source::Contiguous { data: part.addr as *mut u8, mhandle, packing: Ticket::Done, place });
@@ -63,6 +66,7 @@ impl Channel {
         let (data, mhandle) = (staging.next(), staging.mhandle());
         // SAFETY: the chunk is at most a stride long; parts are registered device memory by the caller's contract.
         let packing = unsafe { device(copier)?.pack(&chunk.parts, data, place) }?;
+        self.counts.packed += 1;
         Ok(Source::Contiguous { data, mhandle, packing, place: if usage.stage_sends { Place::HOST } else { place } })
     }
 
@@ -117,10 +121,13 @@ impl Channel {
         while self.send.inflight() > 0 && self.send.test_oldest()? {
             let Some(sent) = self.outgoing.pop_front() else { bail!(Internal, "a send without a chunk") };
             done += sent.len as u64;
+            self.bulk -= usize::from(sent.bulk);
+            self.counts.sent_chunks += 1;
             events.push(Event::Sent(sent.key, sent.len as u64));
         }
         if done > 0 {
             self.queued -= done;
+            self.counts.sent_bytes += done;
             self.rate.done(done, now, self.send.inflight() > 0);
             any = true;
         }

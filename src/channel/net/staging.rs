@@ -1,4 +1,4 @@
-//! Staging buffers of a channel.
+//! Staging buffers of a channel: a ring of places in registered memory. Knows nothing of who sends or receives from them.
 
 use crate::channel::device::StagingMemory;
 use crate::net::comm::MHandle;

@@ -2,6 +2,7 @@
 //! overdue when it has not moved for the timeout, and meanwhile either nothing else moved in its direction, or more than could
 //! have gone before it if turns were kept. Pure; time is the caller's.
 
+use super::limits::MAX_BACKLOG;
 use crate::types::Key;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -12,6 +13,8 @@ const FLOOR: u64 = 64 << 10;
 const TURN: u64 = 64 << 20;
 /// Slack of the bound on what may go before a transfer.
 const SLACK: u64 = 1 << 20;
+/// Bytes of the control streams that an announcement and the answer to it may wait for: a backlog at either side.
+const CONTROL: u64 = 2 * MAX_BACKLOG as u64;
 
 /// Direction of data, from this side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,11 +27,15 @@ pub(super) enum Way {
 #[derive(Debug)]
 struct Flow {
     bytes: u64,
-    /// Bytes when it last counted as moving, and when that was.
+    /// Bytes that show that it lives: what moved, what arrived at the peer, and what it waits for. How many there were when it last
+    /// counted as moving, and when that was.
+    signs: u64,
     counted: u64,
     last: Instant,
     /// Bytes that all of its transfers together may send before another one of it moves.
     ahead: u64,
+    /// The same of all transfers that ever began.
+    begun: u64,
 }
 
 /// What a transfer with so many bytes to go may send before another one moves: twice what it may have under way, since turns
@@ -38,10 +45,10 @@ fn turn(left: u64) -> u64 {
 }
 
 impl Flow {
-    fn moved(&mut self, bytes: u64, now: Instant) {
-        self.bytes += bytes;
-        if self.bytes - self.counted >= FLOOR {
-            self.counted = self.bytes;
+    fn lives(&mut self, signs: u64, now: Instant) {
+        self.signs += signs;
+        if self.signs - self.counted >= FLOOR {
+            self.counted = self.signs;
             self.last = now;
         }
     }
@@ -54,8 +61,14 @@ struct Mark {
     /// When it last moved enough, and what its direction had moved until then.
     since: Instant,
     flow: u64,
+    /// Bytes of the control streams, then.
+    control: u64,
     /// What all transfers of its direction might send first, then.
     ahead: u64,
+    /// What had begun in its direction then, and what has since, soon enough to go first: the peer may have queued it before it knew of
+    /// this one.
+    begun: u64,
+    late: u64,
     /// Bytes moved since, and bytes to go.
     moved: u64,
     left: u64,
@@ -76,13 +89,15 @@ pub(super) struct Overdue {
 pub(super) struct Deadlines {
     out: Flow,
     incoming: Flow,
+    /// Bytes of the control streams that transfers may have waited for.
+    control: u64,
     marks: HashMap<Key, Mark>,
 }
 
 impl Deadlines {
     pub(super) fn new(now: Instant) -> Deadlines {
-        let flow = || Flow { bytes: 0, counted: 0, last: now, ahead: 0 };
-        Deadlines { out: flow(), incoming: flow(), marks: HashMap::new() }
+        let flow = || Flow { bytes: 0, signs: 0, counted: 0, last: now, ahead: 0, begun: 0 };
+        Deadlines { out: flow(), incoming: flow(), control: 0, marks: HashMap::new() }
     }
 
     fn flow(&mut self, way: Way) -> &mut Flow {
@@ -95,15 +110,18 @@ impl Deadlines {
     /// A transfer of `len` bytes must move from now on.
     pub(super) fn start(&mut self, key: Key, way: Way, len: u64, now: Instant) {
         self.end(key);
+        let control = self.control;
         let flow = self.flow(way);
-        let mark = Mark { way, since: now, flow: flow.bytes, ahead: flow.ahead, moved: 0, left: len };
+        flow.begun += turn(len);
+        let (begun, ahead) = (flow.begun, flow.ahead);
+        let mark = Mark { way, since: now, flow: flow.bytes, control, ahead, begun, late: 0, moved: 0, left: len };
         flow.ahead += turn(len);
         self.marks.insert(key, mark);
     }
 
     /// Bytes of a transfer moved.
     pub(super) fn moved(&mut self, key: Key, bytes: u64, now: Instant) {
-        let Deadlines { out, incoming, marks } = self;
+        let Deadlines { out, incoming, control, marks } = self;
         let Some(mark) = marks.get_mut(&key) else { return };
         let flow = match mark.way {
             Way::Out => out,
@@ -113,7 +131,8 @@ impl Deadlines {
         mark.moved += bytes;
         mark.left = mark.left.saturating_sub(bytes);
         if mark.moved >= FLOOR || mark.left == 0 {
-            (mark.moved, mark.since, mark.flow, mark.ahead) = (0, now, flow.bytes, flow.ahead);
+            (mark.moved, mark.since, mark.flow, mark.control) = (0, now, flow.bytes, *control);
+            (mark.ahead, mark.begun, mark.late) = (flow.ahead, flow.begun, 0);
         }
         flow.ahead += turn(mark.left);
     }
@@ -128,7 +147,25 @@ impl Deadlines {
     /// Bytes moved in one direction of the connection, whosever they were.
     pub(super) fn flowed(&mut self, way: Way, bytes: u64, now: Instant) {
         if bytes > 0 {
-            self.flow(way).moved(bytes, now);
+            let flow = self.flow(way);
+            flow.bytes += bytes;
+            flow.lives(bytes, now);
+        }
+    }
+
+    /// Bytes that left have arrived at the peer. They have moved before, and are not counted again.
+    pub(super) fn arrived(&mut self, bytes: u64, now: Instant) {
+        if bytes > 0 {
+            self.out.lives(bytes, now);
+        }
+    }
+
+    /// Bytes of a control stream on which announcements or answers wait.
+    pub(super) fn waited(&mut self, bytes: u64, now: Instant) {
+        if bytes > 0 {
+            self.control += bytes;
+            self.out.lives(bytes, now);
+            self.incoming.lives(bytes, now);
         }
     }
 
@@ -137,24 +174,37 @@ impl Deadlines {
         !self.marks.is_empty()
     }
 
+    #[cfg(test)]
+    pub(super) fn has(&self, key: Key) -> bool {
+        self.marks.contains_key(&key)
+    }
+
     /// Drops all marks.
     pub(super) fn clear(&mut self) {
         self.marks.clear();
         (self.out.ahead, self.incoming.ahead) = (0, 0);
     }
 
-    /// A transfer that has not moved for `timeout` although it should have.
-    pub(super) fn overdue(&self, timeout: Duration, now: Instant) -> Option<Overdue> {
-        let still = |mark: &Mark| now.saturating_duration_since(mark.since);
-        self.marks.iter().filter(|(_, mark)| still(mark) > timeout).find_map(|(&key, mark)| {
+    /// A transfer that has not moved for `timeout` although it should have. To be asked several times in each timeout.
+    pub(super) fn overdue(&mut self, timeout: Duration, now: Instant) -> Option<Overdue> {
+        let Deadlines { out, incoming, control, marks } = self;
+        marks.iter_mut().find_map(|(&key, mark)| {
             let flow = match mark.way {
-                Way::Out => &self.out,
-                Way::In => &self.incoming,
+                Way::Out => &*out,
+                Way::In => &*incoming,
             };
+            let still = now.saturating_duration_since(mark.since);
+            if still <= timeout / 4 {
+                mark.late = flow.begun - mark.begun;
+            }
+            if still <= timeout {
+                return None;
+            }
             let idle = now.saturating_duration_since(flow.last) > timeout;
-            // What was there before it, and what is there now.
-            let passed_by = flow.bytes - mark.flow > SLACK + mark.ahead + flow.ahead;
-            (idle || passed_by).then(|| Overdue { key, way: mark.way, still: still(mark), others_moved: !idle })
+            // What was there before it, what came soon after it, and what is there now.
+            let passed_by = flow.bytes - mark.flow > SLACK + mark.ahead + mark.late + flow.ahead;
+            let talked = *control - mark.control > CONTROL;
+            (idle || passed_by || talked).then(|| Overdue { key, way: mark.way, still, others_moved: !idle })
         })
     }
 }
@@ -251,6 +301,34 @@ mod tests {
         assert!(d.overdue(T, at(start, 43.0)).is_some());
         d.end(A);
         assert_eq!((d.out.ahead, d.incoming.ahead), (0, 0));
+    }
+
+    #[test]
+    fn the_control_streams_hide_nothing_for_ever() {
+        let start = Instant::now();
+        let mut d = Deadlines::new(start);
+        d.start(A, Way::In, 100, start);
+        let mut ended = None;
+        for second in 1..10_000u32 {
+            d.waited(1 << 20, at(start, f64::from(second)));
+            if d.overdue(T, at(start, f64::from(second))).is_some() {
+                ended = Some(u64::from(second));
+                break;
+            }
+        }
+        assert_eq!(ended, Some((CONTROL >> 20) + 1));
+    }
+
+    #[test]
+    fn what_arrives_at_the_peer_shows_life_and_passes_nobody_by() {
+        let start = Instant::now();
+        let mut d = Deadlines::new(start);
+        d.start(A, Way::Out, 100, start);
+        for second in 1..100u32 {
+            d.arrived(100 << 20, at(start, f64::from(second)));
+            assert_eq!(d.overdue(T, at(start, f64::from(second))), None);
+        }
+        assert!(d.overdue(T, at(start, 120.0)).is_some());
     }
 
     #[test]

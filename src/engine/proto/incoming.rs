@@ -1,9 +1,9 @@
 //! Data that arrives: streams that the peer announced or this side asked for, and the chunks of them that are under way. A chunk that
-//! fits no stream is the peer's fault.
+//! fits no stream is the peer's fault. Knows nothing of frames' bytes, sockets or time.
 
 use super::outgoing::tag;
 use crate::channel::path::{Arrival, Dest};
-use crate::channel::plan::Stream;
+use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
 use crate::region::Hold;
 use crate::status::{bail, Result};
@@ -27,7 +27,7 @@ pub(super) enum Ending {
 /// Where the bytes of a stream go.
 enum Target {
     Memory {
-        stream: Stream,
+        stream: Walk,
         hold: Hold,
         ending: Ending,
     },
@@ -78,7 +78,7 @@ pub(super) struct Incoming {
 impl Incoming {
     /// A stream into memory. There must be none of this key.
     pub(super) fn start(&mut self, key: Key, segments: Vec<Segment>, hold: Hold, ending: Ending) {
-        let stream = Stream::new(segments);
+        let stream = Walk::new(segments);
         let segments = stream.segments();
         let target = Target::Memory { stream, hold, ending };
         self.streams.insert(key, InStream { target, arriving: 0, begun: false, segments });
@@ -176,7 +176,7 @@ impl Incoming {
     ///
     /// # Errors
     /// `Protocol` when chunks were announced, or there is no such stream.
-    pub(super) fn take_unbegun(&mut self, key: Key) -> Result<(Stream, Hold, Ending, usize)> {
+    pub(super) fn take_unbegun(&mut self, key: Key) -> Result<(Walk, Hold, Ending, usize)> {
         if self.begun(key) || !self.contains(key) {
             bail!(Protocol, "an answer to transfer {} that does not fit its state", key.id);
         }
@@ -198,6 +198,26 @@ impl Incoming {
 
     pub(super) fn uses_region(&self, id: u64) -> bool {
         self.streams.values().any(|s| matches!(&s.target, Target::Memory { hold, .. } if hold.holds(id)))
+    }
+
+    /// Streams and the segments that each keeps of what the peer announced.
+    #[cfg(test)]
+    pub(super) fn keys(&self) -> Vec<(Key, usize)> {
+        let announced = |inc: &InStream| match inc.target {
+            Target::Memory { ending: Ending::Receive(_), .. } => 0,
+            _ => inc.segments,
+        };
+        self.streams.iter().map(|(&key, inc)| (key, announced(inc))).collect()
+    }
+
+    /// Chunks are counted as long as bytes are under way.
+    #[cfg(test)]
+    pub(super) fn audit(&self) -> std::result::Result<(), String> {
+        let arriving: u64 = self.streams.values().map(|inc| inc.arriving).sum();
+        if (self.expected == 0) != (arriving == 0) {
+            return Err(format!("{} chunks are under way with {arriving} bytes", self.expected));
+        }
+        Ok(())
     }
 
     pub(super) fn is_empty(&self) -> bool {

@@ -25,6 +25,14 @@ pub(super) fn admit(transfers: usize, segments: usize, more: usize) -> Result<()
     Ok(())
 }
 
+/// An error when messages that this side gave up pile up: the peer does not answer them.
+pub(super) fn withdrawn(waiting: usize) -> Result<()> {
+    if waiting > 2 * MAX_TRANSFERS {
+        bail!(Protocol, "the peer has not answered {waiting} messages");
+    }
+    Ok(())
+}
+
 /// An error when answers to the peer pile up: it does not read them.
 pub(super) fn answers(waiting: usize) -> Result<()> {
     if waiting > MAX_ANSWERS {
@@ -75,7 +83,13 @@ impl PeerLoad {
         self.segments = self.segments.saturating_sub(segments);
     }
 
+    /// Transfers and segments.
     #[cfg(test)]
+    pub(super) fn load(&self) -> (usize, usize) {
+        (self.transfers, self.segments)
+    }
+
+    #[cfg(any(test, fuzzing))]
     pub(super) fn is_idle(&self) -> bool {
         self.transfers == 0 && self.segments == 0
     }
@@ -122,6 +136,8 @@ mod tests {
 
     #[test]
     fn answers_have_a_limit() {
+        assert!(withdrawn(2 * MAX_TRANSFERS).is_ok());
+        assert_eq!(withdrawn(2 * MAX_TRANSFERS + 1).unwrap_err().kind(), ErrorKind::Protocol);
         assert!(answers(MAX_ANSWERS).is_ok());
         assert_eq!(answers(MAX_ANSWERS + 1).unwrap_err().kind(), ErrorKind::Resource);
     }

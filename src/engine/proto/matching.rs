@@ -84,7 +84,7 @@ impl Matching {
     }
 
     /// Messages of the peer that wait.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn messages(&self) -> usize {
         self.messages.len()
     }
@@ -92,6 +92,11 @@ impl Matching {
     /// Sends and receives of this side that wait.
     pub(super) fn waiting(&self) -> usize {
         self.sends.len() + self.receives.len()
+    }
+
+    /// Sends of this side that were given up and that the peer has not answered.
+    pub(super) fn withdrawn(&self) -> usize {
+        self.withdrawn.len()
     }
 
     /// Gives up the sends that have waited too long: their ids.

@@ -17,22 +17,26 @@ mod limits;
 mod matching;
 mod outgoing;
 mod peer;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
+#[cfg_attr(fuzzing, allow(dead_code, unused_imports))]
 mod simulation;
 mod transfers;
 
 pub(crate) use limits::MAX_BACKLOG;
-pub(crate) use outgoing::Scheduled;
+pub(crate) use outgoing::{tag, Scheduled};
+#[cfg(fuzzing)]
+pub(crate) use simulation::attacked;
 pub use transfers::TransferState;
 
 use super::notify::Inbox;
 use super::registry::Registry;
 use super::spare::Spare;
 use crate::channel::path::Event;
-use crate::channel::plan::Stream;
+use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
 use crate::logging::Limiter;
 use crate::region::{Hold, RegionUse};
+use crate::stats::Totals;
 use crate::status::{bail, err, Error, Result, UCCL_OK};
 use crate::types::{Key, Place, Segment};
 use crate::wire::frame::{Frame, WireRegion, WireSegments, MAX_INLINE};
@@ -61,6 +65,8 @@ pub(crate) struct Setting {
     pub peer_timeout: Duration,
     pub heartbeat: Duration,
     pub match_timeout: Duration,
+    /// Whoever drives is told when a channel fails.
+    pub doorbells: bool,
 }
 
 /// A one-sided transfer as the caller describes it: local segments with their regions, and the remote side's.
@@ -106,16 +112,16 @@ pub(crate) struct Machine {
     network: (u64, u64),
     /// Bytes of frames that are neither queued any more nor with the socket.
     leaving: usize,
-    /// Bytes of queued frames that answer the peer, at most.
-    answers: usize,
     log: Limiter,
+    counts: Totals,
     dead: Option<Error>,
 }
 
 /// When what last happened.
 struct Clock {
     rx: Instant,
-    tx: Instant,
+    /// The last heartbeat of the peer, and of this side.
+    ping: Instant,
     report: Instant,
     network: Instant,
     /// When the socket last took queued frames, or had nothing to take.
@@ -136,13 +142,13 @@ impl Machine {
             peer: PeerLoad::default(),
             spare: Spare::default(),
             events: Vec::new(),
-            clock: Clock { rx: now, tx: now, report: now, network: now, drained: now, next_tick: now },
+            clock: Clock { rx: now, ping: now, report: now, network: now, drained: now, next_tick: now },
             peer_received: 0,
             reported: 0,
             network: (0, 0),
             leaving: 0,
-            answers: 0,
             log: Limiter::new(PEER_LINES),
+            counts: Totals::default(),
             dead: None,
         }
     }
@@ -195,15 +201,39 @@ impl Machine {
             self.clock.drained = now;
         }
         self.tx.push(frame);
-        self.clock.tx = now;
+        self.attend(now);
+    }
+
+    /// Something began: its deadlines are looked at soon.
+    fn attend(&mut self, now: Instant) {
+        self.clock.next_tick = self.clock.next_tick.min(now + TICK);
     }
 
     /// Nothing is kept of transfers that have ended, on either side's account.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     fn is_idle(&self) -> bool {
         let empty = self.incoming.is_empty() && self.outgoing.is_empty() && !self.outgoing.waiting();
         let matched = self.matching.waiting() == 0 && self.matching.messages() == 0;
         empty && matched && !self.deadlines.any() && self.peer.is_idle() && self.transfers.segments() == 0
+    }
+
+    /// Whether every account agrees with what is really there, and every stream has a deadline.
+    #[cfg(test)]
+    fn audit(&self) -> std::result::Result<(), String> {
+        if self.dead.is_some() {
+            return Ok(());
+        }
+        let theirs = |keys: Vec<(Key, usize)>| keys.into_iter().filter(|(key, _)| !key.mine).collect::<Vec<_>>();
+        let (incoming, outgoing) = (self.incoming.keys(), self.outgoing.keys());
+        if let Some((key, _)) = incoming.iter().chain(&outgoing).find(|(key, _)| !self.deadlines.has(*key)) {
+            return Err(format!("{key:?} has no deadline"));
+        }
+        let streams: Vec<_> = theirs(incoming).into_iter().chain(theirs(outgoing)).collect();
+        let (transfers, segments) = (self.matching.messages() + streams.len(), streams.iter().map(|(_, n)| n).sum::<usize>());
+        if self.peer.load() != (transfers, segments) {
+            return Err(format!("the peer's account says {:?}, of {:?}", self.peer.load(), (transfers, segments)));
+        }
+        self.incoming.audit()
     }
 
     // ---- starting transfers ----
@@ -233,6 +263,7 @@ impl Machine {
         let key = Key { id, mine: true };
         self.deadlines.start(key, Way::Out, total, now);
         if let Some(data) = self.load_inline(&segments, total, channels)? {
+            self.counts.inline_sent_bytes += total;
             self.push(&Frame::Write { id, regions: remote_regions, segments: remote, inline: Some(&data) }, now);
             self.transfers.moved(id, total);
         } else {
@@ -277,12 +308,14 @@ impl Machine {
     pub(crate) fn start_receive(&mut self, segment: Segment, region: RegionUse, now: Instant) -> u64 {
         let id = self.transfers.start(Kind::Receive, 0, 1);
         self.matching.receive(id, segment, Hold::new(vec![region]), now);
+        self.attend(now);
         self.match_receives(now);
         id
     }
 
     /// Queues a notification.
     pub(crate) fn notify(&mut self, name: &[u8], message: &[u8], now: Instant) {
+        self.counts.notifications_sent += 1;
         self.push(&Frame::Notify { name, message }, now);
     }
 
@@ -304,7 +337,7 @@ impl Machine {
             return Ok(None);
         }
         let mut data = Vec::with_capacity(total as usize);
-        let mut stream = Stream::new(segments.to_vec());
+        let mut stream = Walk::new(segments.to_vec());
         while let Some(chunk) = stream.take(MAX_INLINE) {
             // SAFETY: the parts lie in registered regions that the caller's uses hold.
             unsafe { channels.fetch(&chunk, &mut data) }?;
@@ -335,11 +368,8 @@ impl Machine {
         }
         let (before, backlog) = (self.tx.pending(), self.backlog());
         let scheduled = self.outgoing.schedule(channels, &mut self.tx, limit, now)?;
-        if self.tx.pending() > before {
-            self.clock.tx = now;
-            if backlog == 0 {
-                self.clock.drained = now;
-            }
+        if self.tx.pending() > before && backlog == 0 {
+            self.clock.drained = now;
         }
         channels.flush()?;
         Ok(scheduled)
@@ -404,22 +434,23 @@ impl Machine {
     /// Bytes came in on the control stream; `arriving`: size of the frame they belong to.
     pub(crate) fn heard(&mut self, bytes: usize, arriving: usize, now: Instant) {
         self.clock.rx = now;
-        // Answers wait behind a large frame that is on its way: it counts as what it holds up.
-        if arriving > MAX_INLINE {
-            self.deadlines.flowed(Way::In, bytes as u64, now);
-            self.deadlines.flowed(Way::Out, bytes as u64, now);
+        self.counts.control_received_bytes += bytes as u64;
+        // Answers wait behind a large frame that is on its way, and behind all that comes while the peer has a backlog: then its
+        // heartbeats stay away.
+        if arriving > MAX_INLINE || now.saturating_duration_since(self.clock.ping) > 2 * self.setting.heartbeat {
+            self.deadlines.waited(bytes as u64, now);
         }
     }
 
     /// The control socket took bytes; `leaving`: bytes taken from the queue that it has not.
     pub(crate) fn told(&mut self, bytes: usize, leaving: usize, now: Instant) {
         self.leaving = leaving;
+        self.counts.control_sent_bytes += bytes as u64;
         if bytes > 0 {
             self.clock.drained = now;
         }
-        if self.tx.pending() > MAX_INLINE {
-            self.deadlines.flowed(Way::In, bytes as u64, now);
-            self.deadlines.flowed(Way::Out, bytes as u64, now);
+        if self.backlog() > 0 {
+            self.deadlines.waited(bytes as u64, now);
         }
     }
 
@@ -438,19 +469,25 @@ impl Machine {
         if self.backlog() > 0 && stuck > self.setting.transfer_timeout {
             bail!(TimedOut, "the peer has read nothing of the control stream for {stuck:.1?}; {} bytes wait", self.backlog());
         }
-        if now.saturating_duration_since(self.clock.network) >= LOOK.min(self.setting.transfer_timeout / 8) {
+        // While nothing must move, a channel that fails says so by itself where its plugin can.
+        let due = now.saturating_duration_since(self.clock.network) >= LOOK.min(self.setting.transfer_timeout / 8);
+        if due && (self.deadlines.any() || !self.setting.doorbells) {
             self.note_network(channels, now)?;
         }
         if let Some(overdue) = self.deadlines.overdue(self.setting.transfer_timeout, now) {
             return Err(self.describe(overdue, channels));
         }
         self.expire_matches(now);
+        limits::withdrawn(self.matching.withdrawn())?;
         self.report(channels, now);
         let active = self.deadlines.any() || self.backlog() > 0 || self.matching.waiting() > 0;
         self.clock.next_tick = if active {
             now + TICK
         } else {
-            (self.clock.tx + self.setting.heartbeat).min(self.clock.rx + self.setting.peer_timeout).max(now + TICK)
+            // Whoever drives learns of what begins meanwhile at this time at the latest.
+            let look = now + self.setting.transfer_timeout.min(self.setting.match_timeout) / 4;
+            let heartbeat = self.clock.report + self.setting.heartbeat;
+            heartbeat.min(self.clock.rx + self.setting.peer_timeout).min(look).max(now + TICK)
         };
         Ok(())
     }
@@ -465,12 +502,12 @@ impl Machine {
         Ok(())
     }
 
-    /// A heartbeat where nothing else was said, and the progress of incoming data.
+    /// A heartbeat, whatever else is said, and the progress of incoming data. None where a backlog waits.
     fn report(&mut self, channels: &Channels, now: Instant) {
         let received = channels.totals().received;
         let news = received > self.reported
             && now.saturating_duration_since(self.clock.report) >= REPORT.min(self.setting.transfer_timeout / 4);
-        let quiet = now.saturating_duration_since(self.clock.tx) >= self.setting.heartbeat;
+        let quiet = now.saturating_duration_since(self.clock.report) >= self.setting.heartbeat;
         if self.backlog() == 0 && (news || quiet) {
             self.reported = received;
             self.clock.report = now;
@@ -501,6 +538,31 @@ impl Machine {
         for id in self.matching.expire_receives(timeout, now) {
             self.transfers.finish(id, Err(err!(TimedOut, "no message came for receive {id} within {timeout:?}")));
         }
+    }
+
+    // ---- statistics ----
+
+    /// What the machine counts.
+    pub(crate) fn counts(&self) -> Totals {
+        let (transfers_started, transfers_completed, transfers_failed) = self.transfers.outcomes();
+        Totals { transfers_started, transfers_completed, transfers_failed, ..self.counts }
+    }
+
+    /// Names the peer.
+    pub(crate) fn peer(&self) -> &str {
+        &self.setting.peer
+    }
+
+    /// Since when nothing was heard of the peer, and how long that may last.
+    pub(crate) fn silence(&self, now: Instant) -> (Duration, Duration) {
+        (now.saturating_duration_since(self.clock.rx), self.setting.peer_timeout)
+    }
+
+    /// A transfer that has not moved for half of its timeout, in words.
+    pub(crate) fn standstill(&mut self, channels: &Channels, now: Instant) -> Option<String> {
+        let overdue = self.deadlines.overdue(self.setting.transfer_timeout / 2, now)?;
+        let limit = self.setting.transfer_timeout;
+        Some(format!("{}; the connection ends after {limit:.1?}", self.describe(overdue, channels).to_str()))
     }
 
     // ---- the end ----

@@ -1,8 +1,9 @@
-//! Data that leaves: streams take turns on the routes to the peer. On each route small transfers and large ones alternate, a stream that
-//! is blocked holds up only its own route, and every chunk that is handed to a channel is announced.
+//! Data that leaves: streams take turns on the routes to the peer. On each route small transfers and large ones alternate, a stream
+//! that is blocked holds up only its own route, and every chunk that is handed to a channel is announced. Knows nothing of frames'
+//! bytes and sockets.
 
 use crate::channel::path::Departure;
-use crate::channel::plan::{chunk_len, Stream};
+use crate::channel::plan::{chunk_len, Walk};
 use crate::channel::router::Channels;
 use crate::region::Hold;
 use crate::status::{bail, Result};
@@ -14,7 +15,7 @@ use std::time::Instant;
 
 /// A transfer of at most this many bytes goes before large ones.
 const SMALL: u64 = 256 << 10;
-/// Bytes of small transfers that go while a large one waits for its turn.
+/// Bytes that small transfers are ahead of the large ones that wait at most: both then have half of the route.
 const SMALL_TURN: u64 = 1 << 20;
 /// Chunks of a large stream before the next large one has its turn.
 const BULK_TURN: usize = 4;
@@ -23,7 +24,7 @@ const ANNOUNCE: usize = 8;
 
 /// A stream of data that leaves.
 struct OutStream {
-    stream: Stream,
+    stream: Walk,
     hold: Hold,
     chunk_len: usize,
     segments: usize,
@@ -45,7 +46,7 @@ pub(super) enum Gone {
 struct Turns {
     small: VecDeque<Key>,
     bulk: VecDeque<Key>,
-    /// Bytes of small ones since the last large one.
+    /// Bytes by which small ones are ahead.
     small_bytes: u64,
     /// Chunks that the large stream at the front has sent in this turn.
     chunks: usize,
@@ -76,7 +77,7 @@ impl Turns {
         if small {
             self.small_bytes += len;
         } else {
-            self.small_bytes = 0;
+            self.small_bytes = self.small_bytes.saturating_sub(len);
             self.chunks += 1;
         }
         let turn_over = small || self.chunks >= BULK_TURN;
@@ -118,7 +119,7 @@ impl Outgoing {
         chunk_bytes: usize,
         channels: &Channels,
     ) -> Result<()> {
-        let stream = Stream::new(segments);
+        let stream = Walk::new(segments);
         let Some((place, peer)) = stream.next_places() else { bail!(Internal, "an empty stream") };
         let Some(route) = channels.route(place, peer) else {
             bail!(Unsupported, "no channel carries memory of {place:?} to {peer:?} of the peer")
@@ -179,7 +180,7 @@ impl Outgoing {
         let Some(chunk) = out.stream.take(out.chunk_len) else { bail!(Internal, "a stream that ended early") };
         debug_assert_eq!((chunk.place, chunk.peer), (place, peer));
         let len = chunk.len as u64;
-        channels.submit(channel, Departure { key, chunk, hold: out.hold.clone(), tag }, now)?;
+        channels.submit(channel, Departure { key, chunk, hold: out.hold.clone(), bulk: !small, tag }, now)?;
         out.inflight += len;
         announcing.push(key, Grant { len: len as u32, channel }, tx);
         let next_route = match out.stream.next_places() {
@@ -219,7 +220,7 @@ impl Outgoing {
     pub(super) fn cancel(&mut self, key: Key) -> bool {
         match self.streams.get_mut(&key) {
             Some(out) if out.inflight > 0 => {
-                out.stream = Stream::new(Vec::new());
+                out.stream = Walk::new(Vec::new());
                 true
             }
             Some(_) => {
@@ -242,6 +243,12 @@ impl Outgoing {
 
     pub(super) fn uses_region(&self, id: u64) -> bool {
         self.streams.values().any(|out| out.hold.holds(id))
+    }
+
+    /// Streams and their segments.
+    #[cfg(test)]
+    pub(super) fn keys(&self) -> Vec<(Key, usize)> {
+        self.streams.iter().map(|(&key, out)| (key, out.segments)).collect()
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -281,7 +288,7 @@ impl Announcing {
 
 /// Names a chunk on its channel: both sides compute the same number from the stream and the place of the chunk in it, and a plugin
 /// that compares tags finds out when they disagree about what comes next. `sending`: this side sends it.
-pub(super) fn tag(key: Key, sending: bool, offset: u64) -> i32 {
+pub(crate) fn tag(key: Key, sending: bool, offset: u64) -> i32 {
     let by_initiator = key.mine == sending;
     let mut x = key.id.wrapping_mul(2).wrapping_add(u64::from(by_initiator)).wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ offset;
     x = (x ^ (x >> 31)).wrapping_mul(0xBF58_476D_1CE4_E5B9);

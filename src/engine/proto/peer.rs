@@ -1,11 +1,11 @@
-//! What each frame of the peer does: transfers announced, chunks granted, verdicts, small transfers inside frames. Whatever does not fit
-//! the state of the transfer that it names is a protocol violation.
+//! What each frame of the peer does: transfers announced, chunks granted, verdicts, small transfers inside frames. Whatever does not
+//! fit the state of the transfer that it names is a protocol violation. Knows nothing of sockets.
 
 use super::incoming::Ending;
 use super::limits::{self, MAX_INLINE_BACKLOG};
 use super::matching::Pulled;
 use super::{Kind, Machine, Way};
-use crate::channel::plan::Stream;
+use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
 use crate::region::{Hold, RegionUse};
 use crate::status::{bail, err, Error, ErrorKind, Result, StatusCode, UCCL_OK};
@@ -19,7 +19,20 @@ const MAX_MESSAGE: u64 = 1 << 50;
 impl Machine {
     /// Takes a frame of the peer. An error means that the connection must end.
     pub(crate) fn handle(&mut self, frame: Frame<'_>, channels: &mut Channels, now: Instant) -> Result<()> {
-        let before = self.tx.pending();
+        self.tx.answering(true);
+        let handled = self.take_frame(frame, channels, now);
+        self.tx.answering(false);
+        self.attend(now);
+        handled?;
+        limits::answers(self.tx.answers())
+    }
+
+    fn take_frame(&mut self, frame: Frame<'_>, channels: &mut Channels, now: Instant) -> Result<()> {
+        match &frame {
+            Frame::Write { .. } | Frame::Read { .. } | Frame::Message { .. } => self.counts.peer_transfers += 1,
+            Frame::Notify { .. } => self.counts.notifications_received += 1,
+            _ => {}
+        }
         match frame {
             Frame::Write { id, regions, segments, inline } => self.on_write(id, &regions, &segments, inline, channels, now),
             Frame::Read { id, regions, segments } => self.on_read(id, &regions, &segments, channels, now),
@@ -33,12 +46,7 @@ impl Machine {
             Frame::Notify { name, message } => self.setting.inbox.push(name, message),
             Frame::Ping { received } => self.on_ping(received, channels, now),
             Frame::Bye { status, text } => Err(farewell(status, text)),
-        }?;
-        self.answers += self.tx.pending().saturating_sub(before);
-        if self.tx.pending() < self.answers {
-            self.answers = self.tx.pending();
         }
-        limits::answers(self.answers)
     }
 
     /// Resolves a peer's segments to memory of this side; every one is checked before anything moves.
@@ -67,6 +75,7 @@ impl Machine {
 
     /// Tells the peer that its transfer is refused. It learns what it did wrong, and nothing else.
     fn refuse(&mut self, id: u64, error: &Error, now: Instant) {
+        self.counts.refused += 1;
         self.log.log(log::Level::Warn, now, format_args!("{}: transfer {id} of the peer refused: {error}", self.setting.peer));
         self.push(&Frame::Done { id, status: error.code(), text: &error.to_string() }, now);
     }
@@ -90,6 +99,7 @@ impl Machine {
         let resolved = self.resolve(regions, segments, RemoteAccess::WRITE);
         match (resolved, inline) {
             (Ok((segments, uses)), Some(data)) => {
+                self.counts.inline_received_bytes += total;
                 self.store_inline(segments, data, channels)?;
                 drop(uses);
                 self.peer.ended(count);
@@ -115,7 +125,7 @@ impl Machine {
 
     /// Puts the bytes of a control frame in place. The caller holds the segments' regions.
     fn store_inline(&mut self, segments: Vec<Segment>, mut data: &[u8], channels: &mut Channels) -> Result<()> {
-        let mut stream = Stream::new(segments);
+        let mut stream = Walk::new(segments);
         if stream.remaining() != data.len() as u64 {
             bail!(Protocol, "{} bytes inside a frame for {} bytes of memory", data.len(), stream.remaining());
         }
@@ -159,6 +169,7 @@ impl Machine {
         }
         if self.tx.pending() < MAX_INLINE_BACKLOG {
             if let Some(data) = self.load_inline(&segments, total, channels)? {
+                self.counts.inline_sent_bytes += total;
                 self.push(&Frame::ReadInline { id, data: &data }, now);
                 self.peer.ended(count);
                 return Ok(());
@@ -175,6 +186,7 @@ impl Machine {
         }
         let key = Key { id, mine: true };
         let (stream, hold, ..) = self.incoming.take_unbegun(key)?;
+        self.counts.inline_received_bytes += data.len() as u64;
         self.store_inline(stream.into_list(), data, channels)?;
         drop(hold);
         self.deadlines.end(key);
@@ -221,6 +233,7 @@ impl Machine {
     }
 
     fn refused(&mut self, id: u64, status: StatusCode, text: &str) -> Error {
+        self.counts.refused_by_peer += 1;
         let peer = &self.setting.peer;
         Error::new(ErrorKind::from_code(status), format_args!("{peer}: transfer {id} refused by the peer: {}", printable(text)))
     }
@@ -286,8 +299,8 @@ impl Machine {
 
     /// The peer gave up a message. It is answered like any other; a receive that it was matched with fails.
     fn on_withdraw(&mut self, id: u64, now: Instant) -> Result<()> {
-        self.peer.ended(0);
         if self.matching.withdraw(id) {
+            self.peer.ended(0);
             self.push(&Frame::Pull { id, status: ErrorKind::TimedOut.code(), receiver: Place::HOST }, now);
             return Ok(());
         }
@@ -301,6 +314,7 @@ impl Machine {
             };
         };
         self.incoming.take_unbegun(key)?;
+        self.peer.ended(0);
         self.deadlines.end(key);
         let error = err!(TimedOut, "message {id} was withdrawn: its send had waited too long for this receive");
         self.transfers.finish(receive, Err(error));
@@ -321,7 +335,8 @@ impl Machine {
         if received < self.peer_received || received > sent {
             bail!(Protocol, "the peer has received {received} bytes after {}, of {sent} sent", self.peer_received);
         }
-        self.deadlines.flowed(Way::Out, received - self.peer_received, now);
+        self.deadlines.arrived(received - self.peer_received, now);
+        self.clock.ping = now;
         self.peer_received = received;
         Ok(())
     }

@@ -77,12 +77,14 @@ pub(super) struct Transfers {
     totals: HashMap<u64, u64>,
     totals_order: VecDeque<u64>,
     ended: u64,
+    failures: u64,
 }
 
 impl Transfers {
     pub(super) fn start(&mut self, kind: Kind, total: u64, segments: usize) -> u64 {
         self.given += 1;
         self.segments += segments;
+        log::trace!("transfer {} starts: {kind:?}, {total} bytes in {segments} segments", self.given);
         self.running.insert(self.given, Running { kind, total, moved: 0, segments, verdict: None });
         self.given
     }
@@ -100,6 +102,11 @@ impl Transfers {
     /// Number of transfers that have ended; changes when a waiter should look again.
     pub(super) fn ended(&self) -> u64 {
         self.ended
+    }
+
+    /// Transfers that were started, that succeeded, and that failed.
+    pub(super) fn outcomes(&self) -> (u64, u64, u64) {
+        (self.given, self.ended - self.failures, self.failures)
     }
 
     pub(super) fn kind(&self, id: u64) -> Option<Kind> {
@@ -129,7 +136,17 @@ impl Transfers {
         let Some(running) = self.running.remove(&id) else { return };
         self.ended += 1;
         self.segments -= running.segments;
+        log::trace!(
+            "transfer {id} ({:?}, {} bytes) has ended: {}",
+            running.kind,
+            running.total,
+            match &result {
+                Ok(()) => "ok",
+                Err(e) => e.to_str(),
+            }
+        );
         if let Err(e) = result {
+            self.failures += 1;
             if self.failed_order.len() == REMEMBERED {
                 if let Some((old, error)) = self.failed_order.pop_front().and_then(|id| self.failed.remove_entry(&id)) {
                     self.failed_before.add(old, error.kind());

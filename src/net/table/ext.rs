@@ -16,6 +16,8 @@ pub(in crate::net) struct Ext {
     pub progress: Option<unsafe extern "C" fn(*mut c_void, *mut u64) -> ncclResult_t>,
     /// Gives up the connect whose handle buffer this is.
     pub abandon_connect: Option<unsafe extern "C" fn(*mut c_void) -> ncclResult_t>,
+    /// What the kernel knows of a comm's connection.
+    pub info: Option<unsafe extern "C" fn(*mut c_void, *mut abi::ucclCommInfo) -> ncclResult_t>,
     /// A line about a comm, for error texts.
     pub describe: Option<unsafe extern "C" fn(*mut c_void, *mut c_char, usize) -> ncclResult_t>,
     /// A listen comm accepts only who proves a key.
@@ -35,6 +37,7 @@ impl From<&ucclNetExt_v2> for Ext {
             progress: t.progress,
             abandon_connect: t.abandonConnect,
             describe: t.describe,
+            info: t.info,
             key_listen: t.keyListen,
             key_connect: t.keyConnect,
             protect: t.protect,

@@ -40,13 +40,35 @@ struct World {
     offsets: Vec<(Key, u64)>,
 }
 
+impl World {
+    fn new(seed: u64) -> World {
+        let net = Arc::new(Mutex::new(Net::new(DEVICE_CHANNELS + HOST_CHANNELS, seed % 8 < 4)));
+        let now = Instant::now();
+        let victim = Side::new(&net, 0, CHUNK, if seed % 3 == 0 { 0 } else { 2000 }, now);
+        World { rng: Rng::new(seed), net, victim, now, mine: Vec::new(), next: 1, offsets: Vec::new() }
+    }
+}
+
 pub(super) fn play(seed: u64, script: &[Action]) -> Result<(), String> {
-    let net = Arc::new(Mutex::new(Net::new(DEVICE_CHANNELS + HOST_CHANNELS, seed % 8 < 4)));
-    let now = Instant::now();
-    let victim = Side::new(&net, 0, CHUNK, if seed % 3 == 0 { 0 } else { 2000 }, now);
-    let mut world = World { rng: Rng::new(seed), net, victim, now, mine: Vec::new(), next: 1, offsets: Vec::new() };
+    let mut world = World::new(seed);
     for &action in script {
         world.step(action);
+        world.check()?;
+    }
+    world.finish()
+}
+
+/// Transfers of the victim's own of every kind, and then these bytes on its control stream.
+#[cfg(fuzzing)]
+pub(super) fn recite(seed: u64, bytes: &[u8]) -> Result<(), String> {
+    let mut world = World::new(seed);
+    for kind in 0..8u32 {
+        world.own(kind | 10_000 << 8, 1);
+    }
+    for piece in bytes.chunks(1 + seed as usize * 16) {
+        let now = world.now;
+        world.victim.hear(piece, now);
+        world.victim.poll(now);
         world.check()?;
     }
     world.finish()
@@ -224,6 +246,7 @@ impl World {
     }
 
     fn check(&mut self) -> Result<(), String> {
+        self.victim.machine.audit()?;
         if let Some(memory) = self.victim.written_after_free() {
             return Err(format!("memory {memory} was written after it had been given back"));
         }

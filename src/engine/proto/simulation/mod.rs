@@ -6,6 +6,7 @@
 
 mod liar;
 mod net;
+mod paced;
 mod pair;
 mod world;
 
@@ -77,6 +78,21 @@ fn play(seed: u64, script: &[Action]) -> Result<(), String> {
         let text = panic.downcast_ref::<String>().cloned();
         Err(format!("panic: {}", text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap_or_default()))
     })
+}
+
+/// A machine with transfers of its own against a peer that `data` directs: as a script of steps for the liar, or as its raw control stream.
+/// What went wrong, if something did.
+///
+/// `data`: which of the two, seed, and 9 bytes a step or the stream.
+#[cfg(fuzzing)]
+pub(crate) fn attacked(data: &[u8]) -> Result<(), String> {
+    let Some((&[raw, seed], rest)) = data.split_first_chunk::<2>() else { return Ok(()) };
+    if raw % 2 == 1 {
+        return liar::recite(seed.into(), rest);
+    }
+    let word = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+    let script: Vec<Action> = rest.chunks_exact(9).map(|b| Action { kind: b[0], a: word(&b[1..]), b: word(&b[5..]) }).collect();
+    liar::play(seed.into(), &script)
 }
 
 /// Leaves out whatever is not needed for the script to fail.

@@ -24,6 +24,7 @@ pub(super) struct Message {
 struct Posted {
     key: Key,
     tag: i32,
+    bulk: bool,
     parts: Vec<Part>,
     _hold: Hold,
 }
@@ -40,6 +41,8 @@ pub(super) struct Wire {
     pub failed: bool,
     taken: u64,
     brought: u64,
+    /// Bytes of the oldest posted message that a paced network has moved already.
+    moved: u64,
 }
 
 /// What the two sides share.
@@ -83,9 +86,32 @@ impl Net {
             // SAFETY: memory of the harness, which outlives the simulation.
             bytes.extend_from_slice(unsafe { std::slice::from_raw_parts(part.addr as *const u8, part.len as usize) });
         }
-        wire.taken += bytes.len() as u64;
+        wire.taken += bytes.len() as u64 - wire.moved;
         wire.sent.push_back((posted.key, bytes.len() as u64));
         wire.flying.push_back(Message { tag: posted.tag, bytes });
+    }
+
+    /// A paced network moves so many bytes of a side's messages, wire by wire in turns; what is whole is delivered.
+    pub(super) fn flow(&mut self, side: usize, mut bytes: u64) {
+        const TURN: u64 = 16 << 10;
+        loop {
+            let before = bytes;
+            for channel in 0..self.wires.len() {
+                self.deliver(channel, side);
+                let wire = &mut self.wires[channel][side];
+                let Some(posted) = wire.posted.front().filter(|_| !wire.stalled && wire.flying.is_empty()) else { continue };
+                let len: u64 = posted.parts.iter().map(|p| p.len).sum();
+                let n = (len - wire.moved).min(bytes).min(TURN);
+                (wire.moved, wire.taken, wire.brought, bytes) = (wire.moved + n, wire.taken + n, wire.brought + n, bytes - n);
+                if wire.moved == len {
+                    self.transmit(channel, side);
+                    self.deliver(channel, side);
+                }
+            }
+            if bytes == before {
+                return;
+            }
+        }
     }
 
     /// The oldest message of a wire reaches the receive that waits for it: memory is written now.
@@ -108,7 +134,7 @@ impl Net {
                 rest = tail;
             }
         }
-        wire.brought += arrival.len as u64;
+        wire.brought += arrival.len as u64 - std::mem::take(&mut wire.moved);
         wire.arrived.push_back((arrival.key, arrival.len as u64));
     }
 }
@@ -134,6 +160,8 @@ impl Path for SimulatedPath {
         self.channels
     }
 
+    fn stats(&self, _kernel: bool, _now: Instant, _out: &mut Vec<crate::stats::ChannelStats>) {}
+
     fn carries(&self, local: Place, peer: Place) -> bool {
         (local.is_device() && peer.is_device()) == self.device
     }
@@ -144,11 +172,13 @@ impl Path for SimulatedPath {
 
     fn loads(&self, _place: Place, bulk: bool, _now: Instant, out: &mut Vec<Load>) {
         let net = self.net.lock();
-        let window = if bulk { WINDOW / 2 } else { WINDOW };
         for channel in self.first..self.first + self.channels {
             let wire = &net.wires[channel][self.side];
             let taken = wire.posted.len() + wire.sent.len();
-            out.push(Load { free: window.saturating_sub(taken), queued: taken as u64, rate: 0.0 });
+            let free = WINDOW.saturating_sub(taken);
+            let large = wire.posted.iter().filter(|p| p.bulk).count();
+            let free = if bulk { free.min((WINDOW / 2).saturating_sub(large)) } else { free };
+            out.push(Load { free, queued: taken as u64, rate: 0.0 });
         }
     }
 
@@ -157,8 +187,8 @@ impl Path for SimulatedPath {
         net.allocate(self.side)?;
         let wire = &mut net.wires[self.first + channel][self.side];
         assert!(wire.posted.len() + wire.sent.len() < WINDOW, "more requests than the window has places");
-        let Departure { key, chunk, hold, tag } = departure;
-        wire.posted.push_back(Posted { key, tag, parts: chunk.parts, _hold: hold });
+        let Departure { key, chunk, hold, bulk, tag } = departure;
+        wire.posted.push_back(Posted { key, tag, bulk, parts: chunk.parts, _hold: hold });
         Ok(())
     }
 

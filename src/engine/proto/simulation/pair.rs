@@ -64,8 +64,13 @@ impl World {
         let net = Arc::new(Mutex::new(Net::new(DEVICE_CHANNELS + HOST_CHANNELS, rng.below(2) == 0)));
         let start = Instant::now();
         let chunk = 4096 << rng.below(3);
-        let eager = if rng.below(2) == 0 { 0 } else { 3000 };
-        let side = |side| Side::new(&net, side, chunk as usize, eager, start);
+        let mut side = |side| {
+            let eager = if rng.below(2) == 0 { 0 } else { 3000 };
+            let mut made = Side::new(&net, side, chunk as usize, eager, start);
+            // A socket with little room leaves a backlog behind.
+            made.room = 1000 << rng.below(8);
+            made
+        };
         World {
             sides: [side(0), side(1)],
             rng,
@@ -306,6 +311,7 @@ impl World {
 
     fn check(&mut self) -> Result<(), String> {
         for (side, world) in self.sides.iter().enumerate() {
+            world.machine.audit().map_err(|e| format!("side {side}: {e}"))?;
             if let Some(memory) = world.written_after_free() {
                 return Err(format!("memory {memory} of side {side} was written after it had been given back"));
             }
@@ -403,6 +409,13 @@ impl World {
                 self.busy(5);
                 self.check()?;
             }
+        }
+        // What is queued arrives, however little the sockets take at once.
+        for _ in 0..1000 {
+            if self.sides.iter().all(|side| side.unheard() == 0 || side.mute) {
+                break;
+            }
+            self.busy(1);
         }
         self.busy(2);
         self.check()?;

@@ -12,6 +12,7 @@ use crate::status::{Error, Result};
 use crate::types::Place;
 use crate::wire::queue::RxBuffer;
 use parking_lot::Mutex;
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -56,8 +57,11 @@ pub(super) struct Side {
     pub engine: [u8; 16],
     pub memory: Vec<Memory>,
     rx: RxBuffer,
-    /// Bytes of its control stream that have not reached the peer.
-    pub out: Vec<u8>,
+    /// Frames that the queue has given up and the socket has not taken.
+    leaving: VecDeque<u8>,
+    /// Bytes of its control stream that the socket has taken and that have not reached the peer, and how many the socket takes.
+    pub out: VecDeque<u8>,
+    pub room: usize,
     /// Nothing of it reaches the peer any more.
     pub mute: bool,
 }
@@ -68,6 +72,17 @@ pub(super) const HOST_CHANNELS: usize = 3;
 
 impl Side {
     pub(super) fn new(net: &Arc<Mutex<Net>>, side: usize, chunk_bytes: usize, eager_bytes: usize, now: Instant) -> Side {
+        Side::with_timeouts(net, side, [chunk_bytes, eager_bytes], [TRANSFER_TIMEOUT, PEER_TIMEOUT], now)
+    }
+
+    /// `sizes`: of chunks, and of what travels inside frames; `timeouts`: of transfers, and of the peer.
+    pub(super) fn with_timeouts(
+        net: &Arc<Mutex<Net>>,
+        side: usize,
+        [chunk_bytes, eager_bytes]: [usize; 2],
+        [transfer_timeout, peer_timeout]: [Duration; 2],
+        now: Instant,
+    ) -> Side {
         let registry = Arc::new(Registry::new());
         let queue = Queue::new();
         let setting = Setting {
@@ -76,10 +91,11 @@ impl Side {
             chunk_bytes,
             eager_bytes,
             peer: format!("side {}", 1 - side),
-            transfer_timeout: TRANSFER_TIMEOUT,
-            peer_timeout: PEER_TIMEOUT,
-            heartbeat: PEER_TIMEOUT / 4,
+            transfer_timeout,
+            peer_timeout,
+            heartbeat: peer_timeout / 4,
             match_timeout: MATCH_TIMEOUT,
+            doorbells: false,
         };
         let paths: Vec<Box<dyn crate::channel::path::Path>> = vec![
             Box::new(SimulatedPath::new(net, side, 0, DEVICE_CHANNELS, true)),
@@ -93,7 +109,9 @@ impl Side {
             engine: [side as u8 + 1; 16],
             memory: Vec::new(),
             rx: RxBuffer::default(),
-            out: Vec::new(),
+            leaving: VecDeque::new(),
+            out: VecDeque::new(),
+            room: 64 << 10,
             mute: false,
         }
     }
@@ -192,14 +210,35 @@ impl Side {
         Ok(())
     }
 
-    /// The socket takes what is queued.
+    /// Bytes of its control stream that are not with the peer.
+    pub(super) fn unheard(&self) -> usize {
+        self.machine.tx.pending() + self.leaving.len() + self.out.len()
+    }
+
+    /// The socket takes of what is queued as much as it has room for.
     pub(super) fn flush(&mut self, now: Instant) {
-        while let Some(block) = self.machine.tx.take() {
-            if !self.mute {
-                self.out.extend_from_slice(&block);
-            }
-            self.machine.told(block.len(), 0, now);
-            self.machine.tx.recycle(block);
+        if self.machine.tx.pending() + self.leaving.len() == 0 {
+            return;
         }
+        let mut took = 0;
+        loop {
+            if self.leaving.is_empty() {
+                let Some(block) = self.machine.tx.take() else { break };
+                self.leaving.extend(&block);
+                self.machine.tx.recycle(block);
+            }
+            let n = self.leaving.len().min(self.room.saturating_sub(self.out.len()));
+            if n == 0 {
+                break;
+            }
+            let taken = self.leaving.drain(..n);
+            if self.mute {
+                drop(taken);
+            } else {
+                self.out.extend(taken);
+            }
+            took += n;
+        }
+        self.machine.told(took, self.leaving.len(), now);
     }
 }

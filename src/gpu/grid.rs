@@ -1,6 +1,7 @@
-//! How the work of a job is cut over blocks. Pure arithmetic; the kernel is right for every plan, only its speed depends on it.
+//! How the work of a job is cut over the blocks of a launch. Pure arithmetic; the kernel is right for every cut, only its speed depends
+//! on it.
 
-use super::job::Segment;
+use super::job::Extent;
 use super::layout::{Item, JobArgs, ITEMS, THREADS, UNIT_SHIFT};
 use nccl_net_abi::loadMeta;
 
@@ -8,7 +9,7 @@ use nccl_net_abi::loadMeta;
 const MAX_BLOCKS: u32 = 4096;
 /// Launches from which a block takes four times the least work.
 const LARGE: u64 = 12 << 20;
-/// Blocks that run at a time on an H200 (two on each of 132 multiprocessors), and the least work of one.
+/// Blocks that a large GPU runs at a time (two on each multiprocessor), and the least work of one.
 const WAVE: u64 = 264;
 const LEAST: u64 = 32 << 10;
 /// Entries and segments of a job that the host joins.
@@ -32,7 +33,7 @@ pub(super) fn far_room(entries: usize, segments: usize) -> usize {
 
 /// Joins a job's entries and segments to pieces that lie in one segment each. False when there would be more than `room`, when it
 /// takes too long, or when the entries are wrong: then the kernel is to say so.
-pub(super) fn join(entries: &[loadMeta], segments: &[Segment], size: u32, room: usize, items: &mut Vec<Item>) -> bool {
+pub(super) fn join(entries: &[loadMeta], segments: &[Extent], size: u32, room: usize, items: &mut Vec<Item>) -> bool {
     items.clear();
     let (mut begin, mut i, mut sum, mut steps) = (0u64, 0, 0u64, 0);
     for e in entries {
@@ -69,7 +70,7 @@ pub(super) fn join(entries: &[loadMeta], segments: &[Segment], size: u32, room: 
     sum == u64::from(size)
 }
 
-/// Sets the plan of a job of joined pieces: cuts them to items of at most 2^p units, which the kernel finds without a search. False
+/// Lays out a job of joined pieces: cuts them to items of at most 2^p units, which the kernel finds without a search. False
 /// when that takes more than `room` items.
 pub(super) fn cut(job: &mut JobArgs, launch_bytes: u64, room: usize, items: &mut Vec<Item>) -> bool {
     // Few bytes have to fill the GPU; but every block reads the count over PCIe, one after another.
@@ -108,9 +109,9 @@ pub(super) fn cut(job: &mut JobArgs, launch_bytes: u64, room: usize, items: &mut
     }
 }
 
-/// Sets the plan of a job whose size, entry count and segment count stand. `launch_bytes`: of all jobs of the launch;
+/// Lays out a job whose size, entry count and segment count stand. `launch_bytes`: of all jobs of the launch;
 /// `longest`: bytes of the longest entry, as far as known.
-pub(super) fn plan(job: &mut JobArgs, launch_bytes: u64, longest: u32) {
+pub(super) fn spread(job: &mut JobArgs, launch_bytes: u64, longest: u32) {
     let count = job.entry_count.max(1);
     let pieces = count.max(job.segments);
     // Small pieces are copied by groups of 8 lanes, 512 bytes a unit; otherwise a warp takes a unit, finer when few bytes
@@ -141,7 +142,7 @@ mod tests {
     use proptest::prelude::*;
 
     /// Entries of these lengths in this order of places, and the segments.
-    fn job(lens: &[u32], rotate: usize, segment_lens: &[u32]) -> (Vec<loadMeta>, Vec<Segment>, u32) {
+    fn job(lens: &[u32], rotate: usize, segment_lens: &[u32]) -> (Vec<loadMeta>, Vec<Extent>, u32) {
         let mut size = 0;
         let mut entries: Vec<_> = lens
             .iter()
@@ -154,7 +155,7 @@ mod tests {
         let (mut segments, mut left, mut i) = (Vec::new(), size, 0);
         while left > 0 {
             let len = segment_lens[i % segment_lens.len()].min(left);
-            segments.push(Segment { addr: (1 << 40) + i as u64 * (1 << 20), len: len.into() });
+            segments.push(Extent { addr: (1 << 40) + i as u64 * (1 << 20), len: len.into() });
             (left, i) = (left - len, i + 1);
         }
         (entries, segments, size)
@@ -211,16 +212,17 @@ mod tests {
 
         /// Every entry is in exactly one strip, the kernel's limits hold, and large jobs are spread.
         #[test]
-        fn plans_cover_the_job(size in 1u32.., count in 1u32..=MAX_ENTRIES as u32, segments in 1u32..50_000, total in any::<u64>(), longest in any::<u32>()) {
+        fn layouts_cover_the_job(size in 1u32.., count in 1u32..=MAX_ENTRIES as u32, segments in 1u32..50_000, total in any::<u64>(), longest in any::<u32>()) {
             let mut job = JobArgs { size, entry_count: count, segments, ..JobArgs::default() };
-            plan(&mut job, total.max(u64::from(size)), longest.min(size));
+            spread(&mut job, total.max(u64::from(size)), longest.min(size));
             let strips = job.blocks / job.parts;
             prop_assert_eq!(strips * job.parts, job.blocks);
             prop_assert!(strips * job.entries_per_strip >= count && (strips - 1) * job.entries_per_strip < count);
             prop_assert!(job.parts == 1 || job.entries_per_strip <= THREADS);
             prop_assert!((1..8192).contains(&job.blocks)); // the kernel counts them in 13 bits
             prop_assert!((9..32).contains(&((job.flags >> UNIT_SHIFT) & 31)));
-            prop_assert!(longest < 4 << 20 || size < 4 << 20 || job.blocks >= 16);
+            // A launch with much else fills the GPU all the same.
+            prop_assert!(longest < 4 << 20 || size < 4 << 20 || total > 32 << 20 || job.blocks >= 16);
         }
     }
 }

@@ -1,5 +1,5 @@
 //! Who drives a connection: the progress thread, or an application thread that polls in a loop; and what either does when there is
-//! nothing to do. Pure; time is the caller's.
+//! nothing to do. Pure; time is the caller's. Knows nothing of sockets, channels or transfers but what it is told of them.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -12,7 +12,7 @@ const WINDOW_US: u64 = 400;
 
 /// The polls of application threads, as the progress thread sees them; times in microseconds.
 #[derive(Debug, Default)]
-pub(crate) struct Driver {
+pub(crate) struct Polls {
     /// When the last poll returned.
     returned: AtomicU64,
     /// When a thread last polled in a loop; 0: none does.
@@ -21,7 +21,7 @@ pub(crate) struct Driver {
     begun: AtomicU64,
 }
 
-impl Driver {
+impl Polls {
     /// A poll begins.
     pub(crate) fn enter(&self, now: u64) {
         if now.saturating_sub(self.returned.load(Ordering::Relaxed)) <= TIGHT_US {
@@ -139,8 +139,8 @@ pub(crate) enum Step {
     Sleep(Duration),
 }
 
-/// Sleep while an application thread drives a connection: as long as it has driven until now, within these bounds. Each look takes the
-/// application's core for a moment.
+/// Bounds of the sleep while an application thread drives a connection. Each look takes the application's core for a moment, so the
+/// sleep is as long as the application has already been driving, clamped to these.
 const STAND_BY: [Duration; 2] = [Duration::from_micros(400), Duration::from_millis(2)];
 /// Longest sleep while something is under way, and with nothing to do.
 const BUSY_SLEEP: Duration = Duration::from_millis(50);
@@ -174,34 +174,34 @@ pub(crate) fn step(round: &Round, quiet: Duration, spin: Duration, few_cores: bo
 mod tests {
     use super::*;
 
-    fn poll(driver: &Driver, from: u64, to: u64) {
-        driver.enter(from);
-        driver.leave(to);
+    fn poll(polls: &Polls, from: u64, to: u64) {
+        polls.enter(from);
+        polls.leave(to);
     }
 
     #[test]
     fn a_loop_drives_until_it_stops() {
-        let driver = Driver::default();
-        poll(&driver, 1000, 1001);
-        assert_eq!(driver.active(1001), None, "one poll is no loop");
+        let polls = Polls::default();
+        poll(&polls, 1000, 1001);
+        assert_eq!(polls.active(1001), None, "one poll is no loop");
         // Long polls, short pauses.
-        poll(&driver, 1010, 1500);
-        poll(&driver, 1501, 2000);
-        assert_eq!(driver.active(1510), Some(510));
-        assert_eq!(driver.active(1501 + WINDOW_US - 1), Some(501 + WINDOW_US - 1));
-        assert_eq!(driver.active(1501 + WINDOW_US), None);
-        poll(&driver, 2001, 2002);
-        assert!(driver.stop() && !driver.stop());
-        assert_eq!(driver.active(2003), None);
+        poll(&polls, 1010, 1500);
+        poll(&polls, 1501, 2000);
+        assert_eq!(polls.active(1510), Some(510));
+        assert_eq!(polls.active(1501 + WINDOW_US - 1), Some(501 + WINDOW_US - 1));
+        assert_eq!(polls.active(1501 + WINDOW_US), None);
+        poll(&polls, 2001, 2002);
+        assert!(polls.stop() && !polls.stop());
+        assert_eq!(polls.active(2003), None);
     }
 
     #[test]
     fn looking_in_now_and_then_never_drives() {
         for pause in [TIGHT_US + 1, 100, 500, 1000, 1_000_000] {
-            let driver = Driver::default();
+            let polls = Polls::default();
             for i in 1..100 {
-                poll(&driver, i * (pause + 5), i * (pause + 5) + 5);
-                assert_eq!(driver.active(i * (pause + 5) + 5), None, "every {pause} us");
+                poll(&polls, i * (pause + 5), i * (pause + 5) + 5);
+                assert_eq!(polls.active(i * (pause + 5) + 5), None, "every {pause} us");
             }
         }
     }

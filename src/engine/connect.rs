@@ -1,4 +1,4 @@
-//! Connecting to a peer engine, in the caller's thread.
+//! Connecting to a peer engine, in the caller's thread. Knows nothing of what travels on the connection.
 
 use super::attempt::{Attempt, Progress};
 use super::connection::Connection;
@@ -21,6 +21,19 @@ const LINGER: Duration = Duration::from_millis(200);
 /// # Errors
 /// See [`super::Engine::connect`].
 pub(crate) fn connect(site: &Site, host: &str, gpu: &str, port: u16) -> Result<Arc<Connection>> {
+    let counters = &site.home.counters;
+    let connected = connect_within(site, host, gpu, port);
+    match &connected {
+        Ok(_) => counters.setups_out.add(),
+        Err(e) => {
+            counters.setups_out_failed.add();
+            counters.limit(e.kind());
+        }
+    }
+    connected
+}
+
+fn connect_within(site: &Site, host: &str, gpu: &str, port: u16) -> Result<Arc<Connection>> {
     let deadline = Instant::now() + site.config.connect_timeout;
     site.ending.check()?;
     let addresses = dial::resolve(host, port, deadline, &site.ending, dial::system_lookup)?;
@@ -45,7 +58,8 @@ fn run(site: &Site, sock: TcpStream, address: SocketAddr, gpu: &str, deadline: I
     }
 }
 
-fn drive(site: &Site, attempt: &mut Attempt) -> Result<()> {
+/// Goes on until all is up.
+pub(super) fn drive(site: &Site, attempt: &mut Attempt) -> Result<()> {
     loop {
         let now = Instant::now();
         match attempt.step(now)? {

@@ -1,0 +1,58 @@
+# Steps of a test script: run, counted, with a log each. Sourced by scripts/test and scripts/gpu-test, which set `logs`, the folder of
+# the logs, and `only`, the words of the command line. Knows nothing of what the steps do.
+passed=0 failed=0 skipped=0 failures=()
+STEP_SECONDS=${STEP_SECONDS:-900}
+
+# wanted NAME: whether the words of the command line, if any, choose it
+wanted() {
+  local word
+  [ ${#only[@]} -gt 0 ] || return 0
+  for word in "${only[@]}"; do [[ $1 == *$word* ]] && return 0; done
+  return 1
+}
+
+# Tests that a log counts, where it does.
+counted() { grep -aE '^test result|tests passed|passed, [0-9]+ failed' "$1" | awk '{for(i=1;i<NF;i++) if ($(i+1) ~ /^passed/) n+=$i} END {if (n) printf ", %d tests", n}'; }
+
+# step NAME [-t SECONDS] COMMAND...: runs it, keeps its output, counts it. Exit status 77 means skipped. Exported functions are commands.
+step() {
+  local name=$1 limit=$STEP_SECONDS log rc start=$SECONDS
+  shift
+  if [ "$1" = -t ]; then
+    limit=$2
+    shift 2
+  fi
+  wanted "$name" || return 0
+  log=$logs/${name//[^A-Za-z0-9]/_}.log
+  timeout "$limit" bash -c '"$@"' _ "$@" >"$log" 2>&1
+  rc=$?
+  case $rc in
+    0) passed=$((passed + 1)); echo "ok       $name ($((SECONDS - start)) s)$(counted "$log")" ;;
+    77) skip "$name" "$(grep -a SKIPPED "$log" | head -1 | sed 's/^SKIPPED[: ]*//')" ;;
+    *) fail "$name" "status $rc, end of $log:" "$log" ;;
+  esac
+  # A test inside a step that was skipped shows here too.
+  [ $rc = 77 ] || grep -a '^SKIPPED' "$log" | sed "s/^/         $name: /"
+}
+
+# skip NAME WHY
+skip() {
+  skipped=$((skipped + 1))
+  echo "SKIPPED  $1: $2"
+}
+
+# fail NAME WHY LOG
+fail() {
+  failed=$((failed + 1))
+  failures+=("$1")
+  echo "FAILED   $1 ($2)"
+  tail -n 60 "$3"
+}
+
+# The counts, and the exit status of the script.
+conclude() {
+  echo
+  [ $failed = 0 ] || printf 'failed: %s\n' "${failures[@]}"
+  echo "$passed passed, $failed failed, $skipped skipped"
+  [ $failed = 0 ] && [ $passed -gt 0 ]
+}

@@ -1,0 +1,186 @@
+//! A peer that keeps no rule, for tests/lying_peer.rs: the real handshake and set-up with real channels, and then any frame and any
+//! data in any order. Knows nothing of what is right. No part of the API: it changes whenever the protocol does.
+
+use super::attempt::Attempt;
+use super::setup::Setup;
+use super::{connect, dial, proto, Engine};
+use crate::net::comm::{RecvComm, SendComm};
+use crate::status::{bail, err, Error, Result};
+use crate::types::Key;
+use crate::wire::control::ControlStream;
+use crate::wire::queue::{RxBuffer, TxQueue};
+use nccl_net_abi::{ucclIoVec, MAX_REQUESTS};
+use std::time::{Duration, Instant};
+
+pub use super::fifo::FifoItem;
+pub use crate::wire::frame::{Frame, Grant, WireRegion, WireSegment, WireSegments};
+
+/// Bytes that a liar sends at once at most.
+pub const MOST: usize = 16 << 20;
+const SET_UP: Duration = Duration::from_secs(30);
+
+/// The tag of a chunk at `offset` of a stream, as honest sides compute it. `by_initiator`: the sender chose the id.
+pub fn tag(id: u64, by_initiator: bool, offset: u64) -> i32 {
+    proto::tag(Key { id, mine: by_initiator }, true, offset)
+}
+
+/// The id and the token of the region that an item names.
+///
+/// # Errors
+/// `InvalidArgument` for an item that no engine made.
+pub fn access(item: &FifoItem) -> Result<WireRegion> {
+    let access = item.access()?;
+    Ok(WireRegion { id: access.region, token: access.token })
+}
+
+struct Pair {
+    send: SendComm,
+    recv: RecvComm,
+    /// Takes whatever arrives; nobody reads it.
+    sink: &'static mut [u8],
+}
+
+/// One connection to a victim.
+pub struct Liar {
+    // The comms close before anything that they write to goes; what they read and write is never freed.
+    channels: Vec<Pair>,
+    control: ControlStream,
+    tx: TxQueue,
+    rx: RxBuffer,
+    data: &'static [u8],
+    /// The id of the victim's engine and what both sides agreed on.
+    pub victim: [u8; 16],
+    /// Largest chunk.
+    pub chunk_bytes: usize,
+}
+
+impl Liar {
+    /// Connects to a victim on this host with the identity, the keys and the NICs of `engine`. All data that it will ever send is `lie`.
+    ///
+    /// # Errors
+    /// As [`Engine::connect`].
+    pub fn connect(engine: &Engine, port: u16, lie: u8) -> Result<Liar> {
+        let site = &engine.parts.site;
+        let now = Instant::now();
+        let deadline = now + SET_UP;
+        let addresses = [std::net::SocketAddr::from(([127, 0, 0, 1], port))];
+        let (sock, address) = dial::connect(&addresses, deadline, &site.ending)?;
+        let mut attempt = Attempt::new(sock, address, Setup::new(site.link(Some(""))?, now, deadline, deadline), now);
+        connect::drive(site, &mut attempt)?;
+        let up = attempt.parts()?;
+        let (victim, chunk_bytes) = (up.agreed.peer.engine, up.agreed.terms.chunk_bytes as usize);
+        let pair = |pair: crate::net::setup::Pair| Pair { send: pair.send, recv: pair.recv, sink: vec![0; MOST].leak() };
+        Ok(Liar {
+            channels: up.sets.into_iter().flat_map(|set| set.pairs).map(pair).collect(),
+            control: ControlStream::new(up.sock, up.sealed.session, up.sealed.plain, up.sealed.raw)?,
+            tx: TxQueue::default(),
+            rx: RxBuffer::default(),
+            data: vec![lie; MOST].leak(),
+            victim,
+            chunk_bytes,
+        })
+    }
+
+    /// How many channels came up.
+    pub fn channels(&self) -> usize {
+        self.channels.len()
+    }
+
+    /// Queues a frame and sends what the socket takes; the bytes that wait.
+    ///
+    /// # Errors
+    /// When the victim has ended the connection.
+    pub fn say(&mut self, frame: &Frame<'_>) -> Result<usize> {
+        self.tx.push(frame);
+        self.flush()
+    }
+
+    /// Sends what the socket takes; the bytes that wait.
+    ///
+    /// # Errors
+    /// As [`Liar::say`].
+    pub fn flush(&mut self) -> Result<usize> {
+        self.control.flush(&mut self.tx)?;
+        Ok(self.tx.pending() + self.control.pending())
+    }
+
+    /// Reads what is there and hands out the frames.
+    ///
+    /// # Errors
+    /// As [`Liar::say`].
+    pub fn hear(&mut self, mut each: impl FnMut(&Frame<'_>)) -> Result<usize> {
+        let (n, _) = self.control.read(&mut self.rx)?;
+        while let Some((frame, len)) = self.rx.next()? {
+            each(&frame);
+            self.rx.consume(len);
+        }
+        Ok(n)
+    }
+
+    fn channel(&mut self, channel: usize) -> Result<&mut Pair> {
+        let n = self.channels.len();
+        self.channels.get_mut(channel).ok_or_else(|| err!(InvalidArgument, "channel {channel} of {n}"))
+    }
+
+    /// Sends a message of `len` bytes on a channel. `false`: its window is full.
+    ///
+    /// # Errors
+    /// When the victim has closed the channel.
+    pub fn fly(&mut self, channel: usize, tag: i32, len: usize) -> Result<bool> {
+        if len == 0 || len > MOST {
+            bail!(InvalidArgument, "a message of {len} bytes");
+        }
+        let data = self.data.as_ptr();
+        let pair = self.channel(channel)?;
+        while pair.send.test_oldest()? {}
+        if pair.send.inflight() >= MAX_REQUESTS {
+            return Ok(false);
+        }
+        let iov = [ucclIoVec { base: data.cast_mut().cast(), len }];
+        // SAFETY: the data is never freed and never changes.
+        unsafe { pair.send.send_vectored(&iov, len, tag) }
+    }
+
+    /// Takes a message of `len` bytes from a channel, at some time. `false`: its window is full.
+    ///
+    /// # Errors
+    /// When the victim has closed the channel, or sent something else.
+    pub fn catch(&mut self, channel: usize, tag: i32, len: usize) -> Result<bool> {
+        let pair = self.channel(channel)?;
+        while pair.recv.test_oldest()?.is_some() {
+            pair.recv.consume_oldest()?;
+        }
+        if pair.recv.window_free() == 0 || len == 0 || len > MOST {
+            return Ok(false);
+        }
+        let iov = [ucclIoVec { base: pair.sink.as_mut_ptr().cast(), len }];
+        // SAFETY: the sink is never freed, and nobody reads it.
+        unsafe { pair.recv.recv_vectored(&iov, len, tag) }
+    }
+
+    /// What became of the data: an error once a channel has ended.
+    ///
+    /// # Errors
+    /// Why it has.
+    pub fn look(&mut self) -> Result<()> {
+        for pair in &mut self.channels {
+            while pair.send.test_oldest()? {}
+            pair.send.network_bytes()?;
+        }
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for Liar {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Liar with {} channels", self.channels.len())
+    }
+}
+
+/// Why a connection of the victim's has ended, as it says in its last frame.
+pub fn reason(frame: &Frame<'_>) -> Option<Error> {
+    match frame {
+        Frame::Bye { text, .. } => Some(err!(RemoteDisconnect, "{text}")),
+        _ => None,
+    }
+}

@@ -1,0 +1,85 @@
+//! What an engine counts besides its connections, and the totals of connections that have ended.
+
+use crate::stats::{EngineStats, Totals};
+use crate::status::ErrorKind;
+use parking_lot::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A number that only rises.
+#[derive(Debug, Default)]
+pub(crate) struct Counter(AtomicU64);
+
+impl Counter {
+    pub(crate) fn add(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// The counters of an engine.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub opened: Counter,
+    closed: Counter,
+    lost: Counter,
+    pub setups_in: Counter,
+    pub setups_in_failed: Counter,
+    pub setups_in_refused: Counter,
+    pub setups_out: Counter,
+    pub setups_out_failed: Counter,
+    pub limits_hit: Counter,
+    timeouts: Counter,
+    past: Mutex<Totals>,
+}
+
+impl Counters {
+    /// A connection has ended with this kind of error, in order if `closed`; what it counted is kept.
+    pub(crate) fn ended(&self, totals: Totals, kind: ErrorKind, closed: bool) {
+        *self.past.lock() += totals;
+        if closed { &self.closed } else { &self.lost }.add();
+        match kind {
+            ErrorKind::TimedOut => self.timeouts.add(),
+            ErrorKind::Resource => self.limits_hit.add(),
+            _ => {}
+        }
+    }
+
+    /// An incoming set-up did not come up.
+    pub(crate) fn setup_failed(&self, kind: ErrorKind) {
+        match kind {
+            ErrorKind::Auth | ErrorKind::Resource => self.setups_in_refused.add(),
+            _ => self.setups_in_failed.add(),
+        }
+        self.limit(kind);
+    }
+
+    /// Counts an error that tells of a limit.
+    pub(crate) fn limit(&self, kind: ErrorKind) {
+        if kind == ErrorKind::Resource {
+            self.limits_hit.add();
+        }
+    }
+
+    /// The totals of connections that have ended. Read before those of connections that are there, a connection that ends meanwhile
+    /// is missing for a moment and never counted twice.
+    pub(crate) fn past(&self) -> Totals {
+        *self.past.lock()
+    }
+
+    /// Fills in what is counted here.
+    pub(crate) fn fill(&self, stats: &mut EngineStats) {
+        stats.opened = self.opened.get();
+        stats.closed = self.closed.get();
+        stats.lost = self.lost.get();
+        stats.setups_in = self.setups_in.get();
+        stats.setups_in_failed = self.setups_in_failed.get();
+        stats.setups_in_refused = self.setups_in_refused.get();
+        stats.setups_out = self.setups_out.get();
+        stats.setups_out_failed = self.setups_out_failed.get();
+        stats.limits_hit = self.limits_hit.get();
+        stats.timeouts = self.timeouts.get();
+    }
+}

@@ -1,0 +1,397 @@
+//! Offers the statistics of a process's engines to whoever asks: over HTTP on a socket, or in a file that is rewritten each second.
+//! Knows nothing of engines beyond a function that gives their statistics.
+
+use super::{prometheus, EngineStats};
+use crate::fork::PerProcess;
+use crate::status::{bail, Result};
+use parking_lot::Mutex;
+use reactor::Waker;
+use std::collections::HashMap;
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How often a file is rewritten.
+const REWRITE: Duration = Duration::from_secs(1);
+/// How long a client may take for its request, and for the answer.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Largest request that is read.
+const MAX_REQUEST: usize = 8 << 10;
+
+/// Where statistics are offered.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Target {
+    /// A Unix socket.
+    Unix(PathBuf),
+    /// A TCP address.
+    Tcp(SocketAddr),
+    /// A file.
+    File(PathBuf),
+}
+
+impl Target {
+    /// Reads unix:PATH, HOST:PORT, PORT or FILE. %p in a path stands for the number of the process.
+    ///
+    /// # Errors
+    /// `InvalidArgument`.
+    pub(crate) fn parse(text: &str) -> Result<Target> {
+        let path = |text: &str| PathBuf::from(text.replace("%p", &std::process::id().to_string()));
+        if let Some(rest) = text.strip_prefix("unix:") {
+            // The kernel's limit, less the terminator.
+            if rest.is_empty() || path(rest).as_os_str().len() > 107 {
+                bail!(InvalidArgument, "a Unix socket needs a path of 1 to 107 bytes");
+            }
+            return Ok(Target::Unix(path(rest)));
+        }
+        if text.contains('/') {
+            return Ok(Target::File(path(text)));
+        }
+        let port = text.strip_prefix(':').or_else(|| text.strip_prefix("localhost:")).unwrap_or(text);
+        if let Ok(port @ 1..) = port.parse::<u16>() {
+            return Ok(Target::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, port))));
+        }
+        match text.parse::<SocketAddr>() {
+            Ok(address) if address.port() != 0 => Ok(Target::Tcp(address)),
+            _ => bail!(
+                InvalidArgument,
+                "expected unix:PATH, ADDRESS:PORT, PORT (of the loopback address), or the path of a file with a /"
+            ),
+        }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Target::Unix(path) => write!(f, "unix:{}", path.display()),
+            Target::Tcp(address) => write!(f, "{address}"),
+            Target::File(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+/// Gives the statistics of an engine while it lives.
+pub(crate) type Source = Box<dyn Fn() -> Option<EngineStats> + Send + Sync>;
+
+type Sources = Arc<Mutex<Vec<Source>>>;
+
+/// Offers statistics until it is dropped.
+pub(crate) struct Exporter {
+    sources: Sources,
+    ending: Arc<Waker>,
+    thread: Option<JoinHandle<()>>,
+}
+
+static EXPORTERS: PerProcess<Mutex<HashMap<Target, Weak<Exporter>>>> = PerProcess::new(Mutex::default);
+
+/// Offers the statistics of one more engine.
+///
+/// # Errors
+/// When the socket cannot be opened, or the file cannot be written.
+pub(crate) fn offer(target: &Target, source: Source) -> io::Result<Arc<Exporter>> {
+    let mut exporters = EXPORTERS.get().lock();
+    if let Some(exporter) = exporters.get(target).and_then(Weak::upgrade) {
+        exporter.sources.lock().push(source);
+        return Ok(exporter);
+    }
+    let exporter = Arc::new(Exporter::start(target, source)?);
+    exporters.retain(|_, known| known.strong_count() > 0);
+    exporters.insert(target.clone(), Arc::downgrade(&exporter));
+    Ok(exporter)
+}
+
+impl Exporter {
+    fn start(target: &Target, source: Source) -> io::Result<Exporter> {
+        let sources: Sources = Arc::new(Mutex::new(vec![source]));
+        let ending = Arc::new(Waker::new()?);
+        let (gives, ends) = (sources.clone(), ending.clone());
+        let work: Box<dyn FnOnce() + Send> = match target.clone() {
+            Target::File(path) => {
+                rewrite(&path, "# EOF\n")?;
+                Box::new(move || write_each_second(&path, &gives, &ends))
+            }
+            Target::Unix(path) => {
+                let listener = listen_unix(&path)?;
+                Box::new(move || {
+                    serve(&Listener::Unix(listener), &gives, &ends);
+                    let _ = std::fs::remove_file(&path);
+                })
+            }
+            Target::Tcp(address) => {
+                let listener = Listener::Tcp(TcpListener::bind(address)?);
+                Box::new(move || serve(&listener, &gives, &ends))
+            }
+        };
+        let thread = std::thread::Builder::new().name("uccl-metrics".into()).spawn(move || {
+            crate::net::signals::block_all();
+            // A defect in statistics must not end the process.
+            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
+                log::error!("the thread that offers statistics panicked; it has ended");
+            }
+        })?;
+        Ok(Exporter { sources, ending, thread: Some(thread) })
+    }
+}
+
+impl Drop for Exporter {
+    fn drop(&mut self) {
+        self.ending.wake();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The statistics of all engines that are there.
+fn gather(sources: &Sources) -> String {
+    let mut engines = Vec::new();
+    sources.lock().retain(|source| match source() {
+        Some(stats) => {
+            engines.push(stats);
+            true
+        }
+        None => false,
+    });
+    prometheus::exposition(engines)
+}
+
+/// Waits for the end, or until `fd` is readable; whether it is the end.
+fn wait(ending: &Waker, fd: RawFd, timeout: Duration) -> bool {
+    let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    let mut fds = [poll(ending.fd()), poll(fd)];
+    // SAFETY: an array and its length; a negative descriptor is passed over.
+    unsafe { libc::poll(fds.as_mut_ptr(), 2, timeout.as_millis() as libc::c_int) };
+    fds[0].revents != 0
+}
+
+// ---- the file ----
+
+fn write_each_second(path: &Path, sources: &Sources, ending: &Waker) {
+    let mut told = false;
+    loop {
+        match rewrite(path, &gather(sources)) {
+            Ok(()) => told = false,
+            Err(e) if !told => {
+                told = true;
+                log::warn!("cannot write statistics to {}: {e}", path.display());
+            }
+            Err(_) => {}
+        }
+        if wait(ending, -1, REWRITE) {
+            return;
+        }
+    }
+}
+
+/// Replaces the file at once: a reader sees the old contents or the new ones.
+fn rewrite(path: &Path, text: &str) -> io::Result<()> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}.tmp", std::process::id()));
+    let fresh = path.with_file_name(name);
+    std::fs::write(&fresh, text)?;
+    std::fs::rename(&fresh, path).inspect_err(|_| drop(std::fs::remove_file(&fresh)))
+}
+
+// ---- sockets ----
+
+enum Listener {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+/// A client with deadlines set.
+trait Client: Read + Write {}
+impl<T: Read + Write> Client for T {}
+
+impl Listener {
+    fn fd(&self) -> RawFd {
+        match self {
+            Listener::Unix(listener) => listener.as_raw_fd(),
+            Listener::Tcp(listener) => listener.as_raw_fd(),
+        }
+    }
+
+    fn nonblocking(&self) -> io::Result<()> {
+        match self {
+            Listener::Unix(listener) => listener.set_nonblocking(true),
+            Listener::Tcp(listener) => listener.set_nonblocking(true),
+        }
+    }
+
+    fn accept(&self) -> io::Result<Box<dyn Client>> {
+        let patience = Some(PATIENCE / 2);
+        match self {
+            Listener::Unix(listener) => {
+                let (client, _) = listener.accept()?;
+                client.set_nonblocking(false)?;
+                client.set_read_timeout(patience)?;
+                client.set_write_timeout(patience)?;
+                Ok(Box::new(client))
+            }
+            Listener::Tcp(listener) => {
+                let (client, _) = listener.accept()?;
+                client.set_nonblocking(false)?;
+                client.set_read_timeout(patience)?;
+                client.set_write_timeout(patience)?;
+                Ok(Box::new(client))
+            }
+        }
+    }
+}
+
+/// Opens a Unix socket, in place of one that nobody serves any more.
+fn listen_unix(path: &Path) -> io::Result<UnixListener> {
+    let left_over =
+        std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket()) && UnixStream::connect(path).is_err();
+    if left_over {
+        std::fs::remove_file(path)?;
+    }
+    UnixListener::bind(path)
+}
+
+/// Answers one client after another; each has a moment.
+fn serve(listener: &Listener, sources: &Sources, ending: &Waker) {
+    if let Err(e) = listener.nonblocking() {
+        return log::warn!("statistics are not offered: {e}");
+    }
+    while !wait(ending, listener.fd(), Duration::from_secs(3600)) {
+        match listener.accept() {
+            // A client that goes away, or is too slow, has no answer.
+            Ok(mut client) => drop(answer(&mut *client, sources)),
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            // Out of descriptors, perhaps.
+            Err(_) => {
+                if wait(ending, -1, Duration::from_millis(100)) {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+fn answer(client: &mut dyn Client, sources: &Sources) -> io::Result<()> {
+    let until = Instant::now() + PATIENCE;
+    let (mut request, mut piece) = (Vec::new(), [0; 1024]);
+    while !request.windows(4).any(|end| end == b"\r\n\r\n") {
+        let n = client.read(&mut piece)?;
+        request.extend_from_slice(&piece[..n]);
+        if n == 0 || request.len() > MAX_REQUEST || Instant::now() > until {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+    }
+    let (status, body) =
+        if request.starts_with(b"GET ") { ("200 OK", gather(sources)) } else { ("405 Method Not Allowed", String::new()) };
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    let head =
+        format!("HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+    for part in (head + &body).as_bytes().chunks(16 << 10) {
+        if Instant::now() > until {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        client.write_all(part)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn engine(name: &'static str) -> Source {
+        Box::new(move || Some(EngineStats { metadata: name.into(), ..EngineStats::default() }))
+    }
+
+    fn folder(name: &str) -> PathBuf {
+        let folder = std::env::temp_dir().join(format!("uccl-metrics-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        folder
+    }
+
+    fn get(client: &mut dyn Client) -> String {
+        client.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+        let mut text = String::new();
+        client.read_to_string(&mut text).unwrap();
+        text
+    }
+
+    #[test]
+    fn targets_are_read() {
+        let ok = |text: &str| Target::parse(text).unwrap();
+        assert_eq!(ok("9400").to_string(), "127.0.0.1:9400");
+        assert_eq!(ok(":9400"), ok("localhost:9400"));
+        assert_eq!(ok("[::1]:9400").to_string(), "[::1]:9400");
+        assert_eq!(ok("0.0.0.0:9400").to_string(), "0.0.0.0:9400");
+        assert_eq!(ok("unix:/run/x.sock"), Target::Unix("/run/x.sock".into()));
+        assert_eq!(ok("/run/x-%p.prom"), Target::File(format!("/run/x-{}.prom", std::process::id()).into()));
+        for bad in ["", "0", "host:9400", "1.2.3.4", "1.2.3.4:0", "70000", "unix:", "file", &format!("unix:/{}", "x".repeat(120))]
+        {
+            assert!(Target::parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_socket_serves_all_engines_of_the_process_and_goes_with_the_last() {
+        let folder = folder("unix");
+        let path = folder.join("metrics.sock");
+        let target = Target::Unix(path.clone());
+        let first = offer(&target, engine("first")).unwrap();
+        let second = offer(&target, engine("second")).unwrap();
+        assert!(Arc::ptr_eq(&first, &second));
+        let text = get(&mut UnixStream::connect(&path).unwrap());
+        assert!(text.starts_with("HTTP/1.1 200 OK\r\n") && text.ends_with("# EOF\n"), "{text}");
+        assert!(text.contains("engine=\"first\"") && text.contains("engine=\"second\""), "{text}");
+        // Whoever says nothing, or leaves, does not keep others from their answer for long.
+        let _silent = UnixStream::connect(&path).unwrap();
+        drop(UnixStream::connect(&path).unwrap());
+        assert!(get(&mut UnixStream::connect(&path).unwrap()).contains("first"));
+        let mut other = UnixStream::connect(&path).unwrap();
+        other.write_all(b"POST / HTTP/1.1\r\n\r\n").unwrap();
+        let mut text = String::new();
+        other.read_to_string(&mut text).unwrap();
+        assert!(text.starts_with("HTTP/1.1 405"), "{text}");
+        drop((first, second));
+        assert!(!path.exists());
+        // What a killed process left is taken over; what is served is not.
+        drop(UnixListener::bind(&path).unwrap());
+        let third = offer(&target, engine("third")).unwrap();
+        assert_eq!(listen_unix(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        drop(third);
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn a_file_is_whole_at_any_time() {
+        let folder = folder("file");
+        let path = folder.join("metrics.prom");
+        let exporter = offer(&Target::File(path.clone()), engine("mine")).unwrap();
+        let until = Instant::now() + Duration::from_secs(30);
+        loop {
+            let text = std::fs::read_to_string(&path).unwrap();
+            assert!(text.ends_with("# EOF\n"), "{text}");
+            if text.contains("engine=\"mine\"") {
+                break;
+            }
+            assert!(Instant::now() < until);
+        }
+        drop(exporter);
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "nothing but the file is left");
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert!(offer(&Target::File("/nonexistent/x".into()), engine("none")).is_err());
+    }
+
+    #[test]
+    fn a_port_is_served() {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let target = Target::parse(&port.to_string()).unwrap();
+        let _exporter = offer(&target, engine("mine")).unwrap();
+        let text = get(&mut std::net::TcpStream::connect(("127.0.0.1", port)).unwrap());
+        assert!(text.contains("engine=\"mine\""), "{text}");
+    }
+}

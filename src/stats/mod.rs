@@ -1,0 +1,247 @@
+//! What the library counts: of a channel, a connection, an engine; in words, and for Prometheus. Knows nothing of how it is counted.
+
+pub(crate) mod export;
+mod prometheus;
+mod text;
+
+pub(crate) use text::speed;
+
+use std::ops::AddAssign;
+use std::time::Duration;
+
+/// What is counted from the beginning and never falls.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)] // The names are those of uccl_engine.h, which says what they mean.
+pub struct Totals {
+    pub sent_bytes: u64,
+    pub sent_chunks: u64,
+    pub received_bytes: u64,
+    pub received_chunks: u64,
+    pub inline_sent_bytes: u64,
+    pub inline_received_bytes: u64,
+    pub transfers_started: u64,
+    pub transfers_completed: u64,
+    pub transfers_failed: u64,
+    pub peer_transfers: u64,
+    pub refused: u64,
+    pub refused_by_peer: u64,
+    pub control_sent_bytes: u64,
+    pub control_received_bytes: u64,
+    pub notifications_sent: u64,
+    pub notifications_received: u64,
+    pub stalls: u64,
+    pub slow_answers: u64,
+    pub packed_chunks: u64,
+    pub unpacked_chunks: u64,
+}
+
+impl Totals {
+    /// Every number with its name and what it means, in one order.
+    pub fn each(&self) -> [(&'static str, u64, &'static str); 20] {
+        [
+            ("sent_bytes", self.sent_bytes, "Bytes that channels have sent"),
+            ("sent_chunks", self.sent_chunks, "Chunks that channels have sent"),
+            ("received_bytes", self.received_bytes, "Bytes that channels have received"),
+            ("received_chunks", self.received_chunks, "Chunks that channels have received"),
+            ("inline_sent_bytes", self.inline_sent_bytes, "Bytes of small transfers sent inside control frames"),
+            ("inline_received_bytes", self.inline_received_bytes, "Bytes of small transfers received inside control frames"),
+            ("transfers_started", self.transfers_started, "Transfers that this side started"),
+            ("transfers_completed", self.transfers_completed, "Transfers of this side that succeeded"),
+            ("transfers_failed", self.transfers_failed, "Transfers of this side that failed"),
+            ("peer_transfers", self.peer_transfers, "Transfers that the peer announced"),
+            ("refused", self.refused, "Transfers of the peer that this side refused"),
+            ("refused_by_peer", self.refused_by_peer, "Transfers of this side that the peer refused"),
+            ("control_sent_bytes", self.control_sent_bytes, "Bytes sent on the control stream"),
+            ("control_received_bytes", self.control_received_bytes, "Bytes received on the control stream"),
+            ("notifications_sent", self.notifications_sent, "Notifications sent"),
+            ("notifications_received", self.notifications_received, "Notifications received"),
+            ("stalls", self.stalls, "Seconds in which a channel with chunks under way moved none"),
+            ("slow_answers", self.slow_answers, "Times that the peer, or a transfer, kept silent for half of its timeout"),
+            ("packed_chunks", self.packed_chunks, "Chunks gathered from device memory"),
+            ("unpacked_chunks", self.unpacked_chunks, "Chunks scattered to device memory"),
+        ]
+    }
+}
+
+impl AddAssign for Totals {
+    fn add_assign(&mut self, other: Totals) {
+        let Totals {
+            sent_bytes,
+            sent_chunks,
+            received_bytes,
+            received_chunks,
+            inline_sent_bytes,
+            inline_received_bytes,
+            transfers_started,
+            transfers_completed,
+            transfers_failed,
+            peer_transfers,
+            refused,
+            refused_by_peer,
+            control_sent_bytes,
+            control_received_bytes,
+            notifications_sent,
+            notifications_received,
+            stalls,
+            slow_answers,
+            packed_chunks,
+            unpacked_chunks,
+        } = other;
+        self.sent_bytes += sent_bytes;
+        self.sent_chunks += sent_chunks;
+        self.received_bytes += received_bytes;
+        self.received_chunks += received_chunks;
+        self.inline_sent_bytes += inline_sent_bytes;
+        self.inline_received_bytes += inline_received_bytes;
+        self.transfers_started += transfers_started;
+        self.transfers_completed += transfers_completed;
+        self.transfers_failed += transfers_failed;
+        self.peer_transfers += peer_transfers;
+        self.refused += refused;
+        self.refused_by_peer += refused_by_peer;
+        self.control_sent_bytes += control_sent_bytes;
+        self.control_received_bytes += control_received_bytes;
+        self.notifications_sent += notifications_sent;
+        self.notifications_received += notifications_received;
+        self.stalls += stalls;
+        self.slow_answers += slow_answers;
+        self.packed_chunks += packed_chunks;
+        self.unpacked_chunks += unpacked_chunks;
+    }
+}
+
+/// What the kernel tells of the TCP connection that a channel sends on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Network {
+    /// Segments sent.
+    pub segments: u64,
+    /// Segments sent again.
+    pub retransmits: u64,
+    /// Smoothed round trip, microseconds.
+    pub rtt_us: u32,
+    /// Smallest round trip, microseconds.
+    pub min_rtt_us: u32,
+    /// Bytes per second that the peer acknowledged lately.
+    pub delivery_rate: u64,
+    /// Congestion control.
+    pub congestion: String,
+}
+
+/// A channel.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ChannelStats {
+    /// Its NIC.
+    pub nic: String,
+    /// Its two ends, where the plugin tells. Filled only when statistics are read.
+    pub route: String,
+    /// Chunks and bytes sent.
+    pub sent_bytes: u64,
+    /// See `sent_bytes`.
+    pub sent_chunks: u64,
+    /// Chunks and bytes received.
+    pub received_bytes: u64,
+    /// See `received_bytes`.
+    pub received_chunks: u64,
+    /// Bytes per second over the last second or so.
+    pub sent_per_second: f64,
+    /// As `sent_per_second`.
+    pub received_per_second: f64,
+    /// Bytes per second while it was busy sending; 0 while unknown.
+    pub speed: f64,
+    /// Bytes handed to the channel and not sent yet.
+    pub queued_bytes: u64,
+    /// Places of the window in use for sending, and for receiving.
+    pub window_out: u32,
+    /// See `window_out`.
+    pub window_in: u32,
+    /// Places of the window.
+    pub window: u32,
+    /// Seconds in which it had chunks under way and moved none.
+    pub stalls: u64,
+    /// Chunks gathered from device memory, and scattered to it.
+    pub packed_chunks: u64,
+    /// See `packed_chunks`.
+    pub unpacked_chunks: u64,
+    /// It runs far below the others.
+    pub slow: bool,
+    /// What the kernel knows. Filled only when statistics are read.
+    pub network: Option<Network>,
+}
+
+/// A connection.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ConnectionStats {
+    /// Number within the engine, from 1.
+    pub id: u64,
+    /// The peer's address.
+    pub peer: String,
+    /// Why it has ended, once it has.
+    pub error: Option<String>,
+    /// Since it came up.
+    pub age: Duration,
+    /// Since anything was heard of the peer.
+    pub silent: Duration,
+    /// Transfers of this side that are under way.
+    pub in_flight: u64,
+    /// Bytes of the control stream that wait to leave.
+    pub backlog_bytes: u64,
+    /// Counters.
+    pub totals: Totals,
+    /// Data channels; none once it has ended.
+    pub channels: Vec<ChannelStats>,
+}
+
+/// An engine.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct EngineStats {
+    /// "ip:port?gpu".
+    pub metadata: String,
+    /// The plugin that carries device memory.
+    pub plugin: String,
+    /// Since it was created.
+    pub uptime: Duration,
+    /// Connections that came up, ended in order, and were lost.
+    pub opened: u64,
+    /// See `opened`.
+    pub closed: u64,
+    /// See `opened`.
+    pub lost: u64,
+    /// Incoming set-ups that succeeded, failed, and were refused for lack of a permission or of room.
+    pub setups_in: u64,
+    /// See `setups_in`.
+    pub setups_in_failed: u64,
+    /// See `setups_in`.
+    pub setups_in_refused: u64,
+    /// Outgoing set-ups that succeeded, and that failed.
+    pub setups_out: u64,
+    /// See `setups_out`.
+    pub setups_out_failed: u64,
+    /// Times that a limit was hit: of set-ups, descriptors, transfers, notifications.
+    pub limits_hit: u64,
+    /// Connections that ended at a deadline.
+    pub timeouts: u64,
+    /// Notifications that the application has not taken.
+    pub notifications_waiting: u64,
+    /// Counters of all connections, those that have ended included.
+    pub totals: Totals,
+    /// Connections that are there.
+    pub connections: Vec<ConnectionStats>,
+}
+
+impl EngineStats {
+    /// Every counter besides the totals, with its name and what it means.
+    pub fn counters(&self) -> [(&'static str, u64, &'static str); 10] {
+        [
+            ("connections_opened", self.opened, "Connections that came up"),
+            ("connections_closed", self.closed, "Connections that one of the sides closed"),
+            ("connections_lost", self.lost, "Connections that failed"),
+            ("setups_in", self.setups_in, "Incoming set-ups that succeeded"),
+            ("setups_in_failed", self.setups_in_failed, "Incoming set-ups that failed"),
+            ("setups_in_refused", self.setups_in_refused, "Incoming set-ups refused for lack of a permission or of room"),
+            ("setups_out", self.setups_out, "Outgoing set-ups that succeeded"),
+            ("setups_out_failed", self.setups_out_failed, "Outgoing set-ups that failed"),
+            ("limits_hit", self.limits_hit, "Times that a limit was hit"),
+            ("timeouts", self.timeouts, "Connections that ended at a deadline"),
+        ]
+    }
+}

@@ -1,0 +1,466 @@
+//! Two honest engines under faults: memory that runs out, data paths that are lost or reset while the control path lives, many polling
+//! threads, frozen peers with a backlog, small transfers behind large ones. Every transfer ends by its deadline with OK and its bytes, or
+//! with an error that says where it stood still.
+
+mod victim;
+
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use uccl_p2p::config::Config;
+use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, LocalSegment};
+use victim::{config, port, set_environment, text_of, until, Outcome, Victim};
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// Every process of this file's tests but the tests' own.
+#[test]
+fn engine_process() {
+    victim::serve("engine_process", |config| config);
+}
+
+fn start(environment: &[(&str, &str)]) -> Victim {
+    Victim::start("engine_process", environment)
+}
+
+/// Processor time that a process has used, in clock ticks.
+fn ticks(process: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+/// Memory of an engine of this process.
+struct Buffer {
+    bytes: Vec<u8>,
+    mr: u64,
+}
+
+impl Buffer {
+    fn new(engine: &Engine, bytes: Vec<u8>) -> Buffer {
+        let mr = engine.register(bytes.as_ptr() as usize, bytes.len()).unwrap();
+        Buffer { bytes, mr }
+    }
+    fn local(&self, len: usize) -> LocalSegment {
+        LocalSegment { mr: self.mr, addr: self.bytes.as_ptr() as usize, len }
+    }
+    fn item(&self, engine: &Engine) -> FifoItem {
+        engine.fifo_item(self.mr, self.bytes.as_ptr() as usize, self.bytes.len()).unwrap()
+    }
+}
+
+fn pair(a: &Engine, b: &Engine) -> (Arc<Connection>, Arc<Connection>) {
+    (a.connect("127.0.0.1", "", port(b)).unwrap(), b.accept().unwrap())
+}
+
+// ---- memory ----
+
+/// Whether this is the child process that runs the test's body. In the test's own process: runs the child, which must succeed.
+fn isolated(name: &str) -> bool {
+    match std::env::var(victim::CHILD) {
+        Ok(child) => child == name,
+        Err(_) => {
+            let mut command = Command::new(std::env::current_exe().unwrap());
+            command.args([name, "--exact", "--nocapture", "--test-threads=1"]).env(victim::CHILD, name);
+            assert!(command.status().unwrap().success(), "{name} failed in its own process");
+            false
+        }
+    }
+}
+
+/// The address space of this process may grow by so much and no more.
+fn limit_address_space(more: u64) {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: u64 = statm.split_whitespace().next().unwrap().parse().unwrap();
+    let limit = pages * 4096 + more;
+    let limit = libc::rlimit { rlim_cur: limit, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: a readable limit.
+    unsafe { libc::setrlimit(libc::RLIMIT_AS, &limit) };
+}
+
+#[test]
+fn memory_that_runs_out_gives_errors_and_never_wrong_bytes() {
+    const NAME: &str = "memory_that_runs_out_gives_errors_and_never_wrong_bytes";
+    if std::env::var_os("UCCL_TEST_SANITIZED").is_some() {
+        println!("SKIPPED: AddressSanitizer needs the address space");
+        return;
+    }
+    if !isolated(NAME) {
+        return;
+    }
+    const LEN: usize = 40 << 20;
+    // Staging of 128 MiB a channel: it suffices for none, one, two or three of four.
+    const CHUNK: usize = 8 << 20;
+    set_environment();
+    // SAFETY: the only test of this process, before any engine exists.
+    unsafe { std::env::set_var("NCCL_DYNAMIC_CHUNK_SIZE", CHUNK.to_string()) };
+    let config = || Config { num_channels: Some(4), chunk_bytes: CHUNK, vectored: false, ..config() };
+    let environment = [("UCCL_TCPX_NUM_CHANNELS", "4"), ("UCCL_TCPX_CHUNK_BYTES", "8M"), ("UCCL_TCPX_VECTORED", "0")];
+    let mut victim = start(&environment);
+    victim.ask("accept");
+    let engine = Engine::new(config()).unwrap();
+    let mut failed = 0;
+    for enough_for in 0..4u64 {
+        let (target, item) = victim.buffer(LEN, 0);
+        let mut source = Buffer::new(&engine, vec![0; LEN]);
+        let out = engine.connect("127.0.0.1", "", victim.port).unwrap();
+        // All threads are there by then.
+        let id = out.transfer(Direction::Write, std::iter::once((source.local(100), item))).unwrap();
+        assert!(out.wait(id, Some(LIMIT)).unwrap().complete);
+        limit_address_space(enough_for * 16 * CHUNK as u64 + (64 << 20));
+        for fill in 1..=5u8 {
+            source.bytes.fill(fill);
+            if fill == 2 {
+                // There is memory again: what went wrong before must not show in later transfers.
+                limit_address_space(1 << 40);
+            }
+            let result = out
+                .transfer(Direction::Write, std::iter::once((source.local(LEN), item)))
+                .and_then(|id| out.wait(id, Some(LIMIT)));
+            match result {
+                Ok(state) => {
+                    assert!(state.complete, "a write never ends");
+                    let right = victim.ask(&format!("holds {target} {LEN} {fill}"));
+                    assert_eq!(
+                        right, "true",
+                        "write {fill} with memory for {enough_for} channels is OK, and its bytes are not there"
+                    );
+                }
+                Err(e) => {
+                    println!("write {fill}, memory for {enough_for} channels: {e}");
+                    failed += 1;
+                }
+            }
+        }
+        limit_address_space(1 << 40);
+        out.close();
+        engine.deregister(source.mr).unwrap();
+    }
+    println!("{failed} of 20 writes failed");
+    assert!(failed > 0, "memory did not run out: the test shows nothing");
+}
+
+// ---- threads ----
+
+#[test]
+fn threads_that_poll_one_connection_do_not_starve_its_heartbeat() {
+    let config = || Config { num_channels: Some(1), peer_timeout: Duration::from_secs(2), ..config() };
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let (out, inc) = pair(&a, &b);
+    let stop = AtomicBool::new(false);
+    let buffers: Vec<Buffer> = (0..4).map(|_| Buffer::new(&a, vec![0; 100])).collect();
+    std::thread::scope(|s| {
+        for buffer in &buffers {
+            let (out, stop) = (&out, &stop);
+            s.spawn(move || {
+                let id = out.recv(buffer.local(100)).unwrap();
+                while !stop.load(Ordering::Relaxed) && out.poll(id).is_ok_and(|state| !state.complete) {}
+            });
+        }
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(10) && inc.status().is_ok() && out.status().is_ok() {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let lived = start.elapsed();
+        stop.store(true, Ordering::Relaxed);
+        for connection in [&out, &inc] {
+            assert!(connection.status().is_ok(), "after {lived:?}: {:?}", connection.status());
+        }
+    });
+}
+
+// ---- turns ----
+
+#[test]
+fn a_small_write_does_not_wait_for_a_large_one() {
+    const BULK: usize = 64 << 20;
+    const SMALL: usize = 64 << 10;
+    let config = || Config { num_channels: Some(4), ..config() };
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let (out, _inc) = pair(&a, &b);
+    let (source, target) = (Buffer::new(&a, vec![1; BULK]), Buffer::new(&b, vec![0; BULK]));
+    let (small, small_target) = (Buffer::new(&a, vec![2; SMALL]), Buffer::new(&b, vec![0; SMALL]));
+    let (item, small_item) = (target.item(&b), small_target.item(&b));
+    let run = |id: u64| out.wait(id, Some(LIMIT)).map(|state| assert!(state.complete)).unwrap();
+    let mut ratios = Vec::new();
+    for _ in 0..4 {
+        let begun = Instant::now();
+        let large =
+            out.transfer(Direction::Write, (0..16).map(|_| (source.local(BULK), item)).collect::<Vec<_>>().into_iter()).unwrap();
+        let small_begun = Instant::now();
+        run(out.transfer(Direction::Write, std::iter::once((small.local(SMALL), small_item))).unwrap());
+        let behind = small_begun.elapsed();
+        run(large);
+        ratios.push(behind.as_secs_f64() / begun.elapsed().as_secs_f64());
+    }
+    ratios.sort_by(f64::total_cmp);
+    println!("64 KiB took {ratios:.3?} of the time of the 1 GiB that it was behind");
+    // The better half: the machine has other work too.
+    assert!(ratios[1] < 0.25, "{ratios:?}");
+}
+
+#[test]
+fn sends_that_time_out_cost_the_receiver_no_more_each_when_they_are_many() {
+    let mut receiver = start(&[]);
+    receiver.ask("accept");
+    let engine = Engine::new(Config { num_channels: Some(1), match_timeout: Duration::from_millis(700), ..config() }).unwrap();
+    let buffer = Buffer::new(&engine, vec![1; 16]);
+    let mut cost = |n: usize| {
+        let out = engine.connect("127.0.0.1", "", receiver.port).unwrap();
+        let before = ticks(receiver.id());
+        let ids: Vec<u64> = (0..n).map(|_| out.send(std::iter::once(buffer.local(16))).unwrap()).collect();
+        let start = Instant::now();
+        for id in ids {
+            assert!(out.wait(id, Some(LIMIT)).is_err());
+        }
+        assert!(start.elapsed() < 2 * LIMIT, "{n} sends took {:?} to time out", start.elapsed());
+        // The receiver is done with the withdrawals when it answers.
+        let (_, item) = receiver.buffer(16, 0);
+        let id = out.transfer(Direction::Write, std::iter::once((buffer.local(16), item))).unwrap();
+        assert!(out.wait(id, Some(3 * LIMIT)).unwrap().complete);
+        ticks(receiver.id()) - before
+    };
+    let (few, many) = (cost(4000).max(5), cost(60_000));
+    println!("4,000 sends: {few} ticks at the receiver; 60,000: {many}");
+    assert!(many <= 15 * few + 60, "4,000 sends cost {few} ticks, 60,000 {many}");
+}
+
+// ---- the end ----
+
+#[test]
+fn frozen_peers_with_a_backlog_share_one_deadline() {
+    const PEERS: usize = 40;
+    let mut peer = start(&[("UCCL_TCPX_NUM_CHANNELS", "1")]);
+    peer.ask("accept");
+    let engine = Engine::new(Config { num_channels: Some(1), close_timeout: Duration::from_secs(2), ..config() }).unwrap();
+    let kept: Vec<_> = (0..PEERS).map(|_| engine.connect("127.0.0.1", "", peer.port).unwrap()).collect();
+    assert!(until(LIMIT, || peer.number("connections") == PEERS));
+    peer.signal(libc::SIGSTOP);
+    for connection in &kept {
+        connection.notify(b"n", &vec![1; 8 << 20]).unwrap();
+    }
+    let start = Instant::now();
+    engine.shutdown();
+    let took = start.elapsed();
+    peer.signal(libc::SIGCONT);
+    assert!(took < Duration::from_secs(8), "{PEERS} frozen peers took {took:?}");
+    assert!(kept.iter().all(|c| c.status().is_err()));
+}
+
+// ---- lost paths ----
+
+/// Two hosts as network namespaces with one NIC pair; none where that is not possible.
+struct Hosts {
+    names: [String; 2],
+}
+
+fn run(command: &str) -> bool {
+    let words: Vec<&str> = command.split_whitespace().collect();
+    Command::new(words[0]).args(&words[1..]).output().is_ok_and(|out| out.status.success())
+}
+
+impl Hosts {
+    fn new() -> Option<Hosts> {
+        static NUMBER: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let tag = format!("{}-{number}", std::process::id());
+        let hosts = Hosts { names: [format!("uccl-fa-{tag}"), format!("uccl-fb-{tag}")] };
+        let [a, b] = &hosts.names;
+        let made = [a, b].iter().all(|host| run(&format!("ip netns add {host}")) && run(&format!("ip -n {host} link set lo up")))
+            && run(&format!("ip link add fa{tag} type veth peer name fb{tag}"))
+            && run(&format!("ip link set fa{tag} netns {a} name eth1"))
+            && run(&format!("ip link set fb{tag} netns {b} name eth1"))
+            && run(&format!("ip -n {a} addr add 10.79.1.1/24 dev eth1"))
+            && run(&format!("ip -n {b} addr add 10.79.1.2/24 dev eth1"))
+            && [a, b].iter().all(|host| run(&format!("ip -n {host} link set eth1 up")));
+        if !made {
+            println!("SKIPPED: network namespaces and veth pairs cannot be made here");
+        }
+        made.then_some(hosts)
+    }
+
+    /// A process on a host.
+    fn start(&self, host: usize, environment: &[(&str, &str)]) -> Victim {
+        let mut all = vec![(victim::NIC, "eth1")];
+        all.extend(environment);
+        Victim::under(&["ip", "netns", "exec", &self.names[host]], "engine_process", &all)
+    }
+
+    fn on(&self, host: usize, command: &str) -> bool {
+        run(&format!("ip netns exec {} {command}", self.names[host]))
+    }
+
+    /// Makes the line slow.
+    fn slow(&self, mbit: usize) -> bool {
+        self.names
+            .iter()
+            .all(|host| run(&format!("tc -n {host} qdisc add dev eth1 root tbf rate {mbit}mbit burst 64k latency 50ms")))
+    }
+
+    /// Two processes, connected from the first to the second.
+    fn pair(&self, environment: &[(&str, &str)]) -> (Victim, Victim) {
+        let (mut a, mut b) = (self.start(0, environment), self.start(1, environment));
+        b.ask("accept");
+        assert_eq!(a.ask(&format!("connect 10.79.1.2 {}", b.port)), "0");
+        assert!(until(LIMIT, || b.number("connections") == 1));
+        (a, b)
+    }
+}
+
+impl Drop for Hosts {
+    fn drop(&mut self) {
+        for name in &self.names {
+            run(&format!("ip netns del {name}"));
+        }
+    }
+}
+
+/// The words that tell which channel is the cause.
+fn names_the_path(error: &str) -> bool {
+    let ends = error.matches("10.79.1.").count();
+    error.contains("channel") && ends >= 2 && error.contains("on eth1")
+}
+
+#[test]
+fn a_transfer_whose_data_path_is_lost_ends_although_the_control_path_lives() {
+    let Some(hosts) = Hosts::new() else { return };
+    if !hosts.slow(200) || !hosts.on(1, "iptables -L -n") {
+        println!("SKIPPED: tc and iptables are needed");
+        return;
+    }
+    const LEN: usize = 64 << 20;
+    let environment = [("UCCL_TCPX_TRANSFER_TIMEOUT_MS", "2000"), ("UCCL_TCPX_NUM_CHANNELS", "2")];
+    for operation in ["write", "read"] {
+        let (mut a, mut b) = hosts.pair(&environment);
+        let (target, item) = b.buffer(LEN, 1);
+        let (source, _) = a.buffer(LEN, 2);
+        let id = a.start_transfer(&format!("{operation} 0 {source} {LEN} {}", text_of(&item))).unwrap();
+        assert_eq!(a.wait(0, id, Duration::from_millis(300)), Outcome::Pending);
+        for rule in [format!("--dport {} -j ACCEPT", b.port), format!("--sport {} -j ACCEPT", b.port), "-j DROP".to_owned()] {
+            assert!(hosts.on(1, &format!("iptables -A INPUT -p tcp {rule}")));
+            assert!(hosts.on(1, &format!("iptables -A OUTPUT -p tcp {rule}")));
+        }
+        let start = Instant::now();
+        let outcome = a.wait(0, id, LIMIT);
+        println!("{operation}: {outcome:?} after {:?}", start.elapsed());
+        let Outcome::Failed(error) = outcome else { panic!("{operation}: {outcome:?}") };
+        assert!(names_the_path(&error), "{operation}: {error}");
+        // The other side has heard of it, too.
+        assert!(until(LIMIT, || b.ask("status 0").starts_with("error")));
+        let _ = target;
+        assert!(hosts.on(1, "iptables -F"));
+        assert!(a.end(LIMIT) && b.end(LIMIT));
+    }
+}
+
+/// Resets all data sockets of a host, as a middlebox would; false where the kernel cannot.
+fn reset_data(hosts: &Hosts, host: usize, control: u16) -> bool {
+    let filter = format!("ss -K -t state established sport != :{control} and dport != :{control}");
+    let before = format!("ss -Htn state established sport != :{control} and dport != :{control}");
+    let listed = || {
+        let out = Command::new("ip").args(["netns", "exec", &hosts.names[host]]).args(before.split(' ')).output();
+        out.map_or(0, |out| String::from_utf8_lossy(&out.stdout).lines().count())
+    };
+    let n = listed();
+    hosts.on(host, &filter) && n > 0 && listed() == 0
+}
+
+#[test]
+fn a_reset_of_the_data_channels_is_noticed_at_once() {
+    let Some(hosts) = Hosts::new() else { return };
+    const LEN: usize = 600 << 10;
+    // Long deadlines: what is noticed is the reset.
+    let environment =
+        [("UCCL_TCPX_TRANSFER_TIMEOUT_MS", "60000"), ("UCCL_TCPX_PEER_TIMEOUT_MS", "60000"), ("UCCL_TCPX_NUM_CHANNELS", "2")];
+    for what in ["idle", "in flight"] {
+        let (mut a, mut b) = hosts.pair(&environment);
+        let (_, item) = b.buffer(LEN, 1);
+        let (source, _) = a.buffer(LEN, 2);
+        let write = format!("write 0 {source} {LEN} {}", text_of(&item));
+        let id = a.start_transfer(&write).unwrap();
+        assert_eq!(a.wait(0, id, LIMIT), Outcome::Done(LEN as u64));
+        let control = b.port;
+        let mut open = None;
+        if what == "in flight" {
+            // Frozen, the peer takes nothing, and its kernel takes all of it.
+            b.signal(libc::SIGSTOP);
+            open = Some(a.start_transfer(&write).unwrap());
+            std::thread::sleep(Duration::from_millis(300));
+        }
+        if !reset_data(&hosts, 1, control) {
+            b.signal(libc::SIGCONT);
+            println!("SKIPPED: this kernel cannot reset sockets (ss -K)");
+            return;
+        }
+        let start = Instant::now();
+        match open {
+            Some(id) => {
+                assert!(matches!(a.wait(0, id, LIMIT), Outcome::Failed(_)), "the write goes on after {:?}", start.elapsed())
+            }
+            None => assert!(until(LIMIT, || a.ask("status 0").starts_with("error")), "nothing noticed after {LIMIT:?}"),
+        }
+        let error = a.ask("status 0");
+        println!("{what}: {error} after {:?}", start.elapsed());
+        assert!(names_the_path(&error), "{error}");
+        assert!(start.elapsed() < Duration::from_secs(5), "{what}: {:?}", start.elapsed());
+        b.signal(libc::SIGCONT);
+        assert!(until(LIMIT, || b.ask("status 0").starts_with("error")));
+        // Neither side reads no more than that the other one is gone.
+        let error = b.ask("status 0");
+        assert!(names_the_path(&error), "{error}");
+        assert!(a.end(LIMIT) && b.end(LIMIT));
+    }
+}
+
+/// Chunks larger than the plugin's messages are no configuration that fails at the first transfer.
+#[test]
+fn chunks_are_never_larger_than_the_plugins_messages() {
+    const LEN: usize = 20 << 20;
+    let config = || Config { num_channels: Some(2), chunk_bytes: 8 << 20, vectored: false, ..config() };
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let (out, _inc) = pair(&a, &b);
+    let (source, target) = (Buffer::new(&a, vec![1; LEN]), Buffer::new(&b, vec![0; LEN]));
+    let id = out.transfer(Direction::Write, std::iter::once((source.local(LEN), target.item(&b)))).unwrap();
+    assert!(out.wait(id, Some(LIMIT)).unwrap().complete);
+    assert!(source.bytes == target.bytes);
+}
+
+#[test]
+fn one_lost_channel_of_several_ends_the_transfer_and_says_which() {
+    let Some(hosts) = Hosts::new() else { return };
+    if !hosts.slow(200) || !hosts.on(1, "iptables -L -n") {
+        println!("SKIPPED: tc and iptables are needed");
+        return;
+    }
+    const LEN: usize = 32 << 20;
+    let (mut a, mut b) = hosts.pair(&[("UCCL_TCPX_TRANSFER_TIMEOUT_MS", "3000"), ("UCCL_TCPX_NUM_CHANNELS", "4")]);
+    let (_, item) = b.buffer(LEN, 1);
+    let (source, _) = a.buffer(LEN, 2);
+    let id = a.start_transfer(&format!("write 0 {source} {LEN} {}", text_of(&item))).unwrap();
+    assert_eq!(a.wait(0, id, Duration::from_millis(200)), Outcome::Pending);
+    // One data port of the receiving host.
+    let out = Command::new("ip").args(["netns", "exec", &hosts.names[1], "ss", "-Htn", "state", "established"]).output().unwrap();
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let ends = text.lines().map(|l| l.split_whitespace().collect::<Vec<_>>()).filter(|w| !l_has_port(w, b.port));
+    // The channel with the most unread or sent bytes is one of this transfer's.
+    let lost: Vec<String> = ends.map(|w| w[2].rsplit(':').next().unwrap().to_owned()).take(1).collect();
+    for port in &lost {
+        for side in ["--dport", "--sport"] {
+            assert!(hosts.on(1, &format!("iptables -A INPUT -p tcp {side} {port} -j DROP")));
+        }
+    }
+    let start = Instant::now();
+    match a.wait(0, id, LIMIT) {
+        // The lost one carried nothing of it.
+        Outcome::Done(_) => assert_eq!(b.ask(&format!("holds 0 {LEN} 2")), "true"),
+        Outcome::Failed(error) => assert!(names_the_path(&error) && error.contains(&lost[0]), "{error}; lost: {lost:?}"),
+        Outcome::Pending => panic!("the write goes on after {:?}", start.elapsed()),
+    }
+    assert!(a.end(LIMIT) && b.end(LIMIT));
+}
+
+fn l_has_port(words: &[&str], port: u16) -> bool {
+    let port = format!(":{port}");
+    words.iter().any(|w| w.ends_with(&port))
+}

@@ -1,0 +1,105 @@
+//! What engines count, over loopback: transfers, refusals, set-ups, ends; and that it is offered while they live.
+
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use uccl_p2p::config::{Config, PluginChoice};
+use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, LocalSegment};
+
+fn config() -> Config {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        for (name, value) in [("NCCL_SOCKET_IFNAME", "lo"), ("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "lo")] {
+            // SAFETY: before any engine exists; tests wait for this Once.
+            unsafe { std::env::set_var(name, value) };
+        }
+    });
+    Config { plugin: PluginChoice::Soft, num_channels: Some(2), ..Config::from_env().expect("configuration") }
+}
+
+fn port(engine: &Engine) -> u16 {
+    engine.metadata().split([':', '?']).nth(1).and_then(|p| p.parse().ok()).expect("port in the metadata")
+}
+
+fn pair(a: &Engine, b: &Engine) -> (Arc<Connection>, Arc<Connection>) {
+    let out = a.connect("127.0.0.1", "", port(b)).expect("connect");
+    (out, b.accept().expect("accept"))
+}
+
+fn write(connection: &Connection, local: (u64, &[u8]), mut item: FifoItem, spoil: bool) -> bool {
+    if spoil {
+        item.addr += 1 << 40;
+    }
+    item.size = local.1.len() as u32;
+    let segment = LocalSegment { mr: local.0, addr: local.1.as_ptr() as usize, len: local.1.len() };
+    let id = connection.transfer(Direction::Write, [(segment, item)].into_iter()).expect("started");
+    connection.wait(id, Some(Duration::from_secs(30))).is_ok_and(|state| state.complete)
+}
+
+/// Waits until it holds; counters follow what they count by a moment.
+fn soon(what: &str, mut holds: impl FnMut() -> bool) {
+    let until = Instant::now() + Duration::from_secs(30);
+    while !holds() {
+        assert!(Instant::now() < until, "{what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn transfers_refusals_and_set_ups_are_counted_and_outlive_their_connection() {
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let (out, incoming) = pair(&a, &b);
+    let source = vec![7u8; 4 << 20];
+    let target = vec![0u8; 4 << 20];
+    let mr = a.register(source.as_ptr() as usize, source.len()).unwrap();
+    let remote = b.register(target.as_ptr() as usize, target.len()).unwrap();
+    let item = b.fifo_item(remote, target.as_ptr() as usize, target.len()).unwrap();
+    assert!(write(&out, (mr, &source), item, false));
+    assert!(write(&out, (mr, &source[..100]), item, false));
+    assert!(!write(&out, (mr, &source[..100]), item, true));
+    out.notify(b"name", b"text").unwrap();
+    soon("the notification is counted", || incoming.stats().unwrap().totals.notifications_received == 1);
+
+    let (mine, theirs) = (out.stats().unwrap(), incoming.stats().unwrap());
+    let t = mine.totals;
+    assert_eq!((t.transfers_started, t.transfers_completed, t.transfers_failed, t.refused_by_peer), (3, 2, 1, 1));
+    assert_eq!((t.sent_bytes, t.inline_sent_bytes, t.notifications_sent), (4 << 20, 200, 1));
+    assert_eq!((theirs.totals.received_bytes, theirs.totals.inline_received_bytes), (4 << 20, 100));
+    assert_eq!((theirs.totals.peer_transfers, theirs.totals.refused), (3, 1));
+    assert!(t.control_sent_bytes > 0 && t.control_received_bytes > 0 && mine.error.is_none());
+    assert_eq!(mine.channels.len(), 2);
+    assert_eq!(mine.channels.iter().map(|c| c.sent_bytes).sum::<u64>(), 4 << 20);
+    assert!(mine.channels.iter().all(|c| c.nic == "lo" && c.network.as_ref().is_some_and(|n| n.segments > 0)));
+
+    // A stranger who says nothing that can be understood.
+    use std::io::{Read, Write};
+    let mut stranger = TcpStream::connect(("127.0.0.1", port(&b))).unwrap();
+    stranger.write_all(&[0; 4096]).unwrap();
+    let _ = stranger.read(&mut [0; 64]);
+    soon("the failed set-up is counted", || b.stats().unwrap().setups_in_failed == 1);
+    assert!(a.connect("127.0.0.1", "", 1).is_err());
+    let (at_a, at_b) = (a.stats().unwrap(), b.stats().unwrap());
+    assert_eq!((at_a.setups_out, at_a.setups_out_failed, at_b.setups_in), (1, 1, 1));
+    assert_eq!((at_a.totals, at_b.connections.len()), (t, 1));
+
+    out.close();
+    soon("the end is counted", || b.stats().unwrap().closed == 1);
+    let ended = a.stats().unwrap();
+    assert_eq!((ended.closed, ended.lost, ended.connections.len()), (1, 0, 0));
+    assert_eq!(ended.totals.sent_bytes, 4 << 20);
+    assert_eq!(out.stats().unwrap().totals.sent_bytes, 4 << 20);
+    assert!(out.stats().unwrap().error.is_some() && ended.to_string().contains("1 opened, 1 closed, 0 lost"), "{ended}");
+}
+
+#[test]
+fn statistics_are_offered_while_the_engine_lives() {
+    let path = std::env::temp_dir().join(format!("uccl-stats-{}.prom", std::process::id()));
+    let setting = [("UCCL_TCPX_METRICS", path.to_str().unwrap())];
+    let _ = config();
+    let config = Config { plugin: PluginChoice::Soft, ..Config::from_env_with(&setting).unwrap() };
+    let engine = Engine::new(config).unwrap();
+    let line = format!("uccl_tcpx_connections{{engine=\"{}\"}} 0", engine.metadata());
+    soon("the file tells of the engine", || std::fs::read_to_string(&path).unwrap().contains(&line));
+    drop(engine);
+    std::fs::remove_file(&path).unwrap();
+}

@@ -1,0 +1,348 @@
+//! An engine in a process of its own that does what it is told, line by line; and what /proc tells of a process.
+#![allow(dead_code)] // each test target uses its part
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{channel, Receiver};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use uccl_p2p::config::{Config, PluginChoice};
+use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, LocalSegment};
+
+/// Names the test that a child process runs, and is not set in the test's own process.
+pub const CHILD: &str = "UCCL_TEST_CHILD";
+/// Control and data take this interface.
+pub const NIC: &str = "UCCL_TEST_NIC";
+
+pub fn set_environment() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        let nic = std::env::var(NIC).unwrap_or_else(|_| "lo".to_owned());
+        for name in ["NCCL_SOCKET_IFNAME", "NCCL_GPUDIRECTTCPX_SOCKET_IFNAME"] {
+            // SAFETY: before any engine exists; tests wait for this Once.
+            unsafe { std::env::set_var(name, &nic) };
+        }
+    });
+}
+
+pub fn config() -> Config {
+    set_environment();
+    Config { plugin: PluginChoice::Soft, ..Config::from_env().expect("configuration") }
+}
+
+pub fn port(engine: &Engine) -> u16 {
+    engine.metadata().rsplit_once(':').and_then(|(_, rest)| rest.split('?').next()?.parse().ok()).expect("port in the metadata")
+}
+
+/// Looks until it is true, or time is over.
+pub fn until(limit: Duration, mut is: impl FnMut() -> bool) -> bool {
+    let start = Instant::now();
+    while !is() {
+        if start.elapsed() > limit {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    true
+}
+
+// ---- what /proc tells ----
+
+/// Resident memory of a process in KiB.
+pub fn resident(process: u32) -> usize {
+    field(process, "VmRSS:")
+}
+
+/// Its threads.
+pub fn threads(process: u32) -> usize {
+    field(process, "Threads:")
+}
+
+fn field(process: u32, name: &str) -> usize {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+    let line = status.lines().find(|l| l.starts_with(name)).unwrap_or_default();
+    line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).unwrap_or(0)
+}
+
+/// Its open descriptors.
+pub fn descriptors(process: u32) -> usize {
+    std::fs::read_dir(format!("/proc/{process}/fd")).map_or(0, Iterator::count)
+}
+
+// ---- the outside of it ----
+
+/// A process with an engine.
+pub struct Victim {
+    child: Child,
+    input: ChildStdin,
+    answers: Receiver<String>,
+    pub port: u16,
+    log: std::path::PathBuf,
+}
+
+/// How long a process may take to answer.
+const ANSWER: Duration = Duration::from_secs(120);
+
+/// What a transfer came to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    Done(u64),
+    Pending,
+    Failed(String),
+}
+
+impl Victim {
+    /// `test`: a test of the calling program that does nothing but [`serve`] where [`CHILD`] names it.
+    pub fn start(test: &str, environment: &[(&str, &str)]) -> Victim {
+        Victim::under(&[], test, environment)
+    }
+
+    /// The same behind other commands, as `ip netns exec`.
+    pub fn under(prefix: &[&str], test: &str, environment: &[(&str, &str)]) -> Victim {
+        static NUMBER: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+        let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let log = std::env::temp_dir().join(format!("uccl-victim-{}-{number}.log", std::process::id()));
+        let own = std::env::current_exe().unwrap().display().to_string();
+        let words: Vec<&str> =
+            prefix.iter().copied().chain([&*own, test, "--exact", "--nocapture", "--test-threads=1"]).collect();
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]).env(CHILD, test).envs(environment.iter().copied());
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(std::fs::File::create(&log).unwrap());
+        let mut child = command.spawn().unwrap();
+        let (input, output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+        let (answer, answers) = channel();
+        std::thread::spawn(move || {
+            for line in output.lines().map_while(Result::ok) {
+                if let Some((_, text)) = line.split_once("= ") {
+                    let _ = answer.send(text.trim().to_owned());
+                }
+            }
+        });
+        let mut victim = Victim { child, input, answers, port: 0, log };
+        victim.port = victim.answer().parse().unwrap();
+        victim
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The next line that has "= ".
+    fn answer(&mut self) -> String {
+        match self.answers.recv_timeout(ANSWER) {
+            Ok(answer) => answer,
+            Err(e) => panic!("the victim does not answer ({e}), {:?}: {}", self.child.try_wait(), self.log()),
+        }
+    }
+
+    pub fn tell(&mut self, command: &str) {
+        let _ = writeln!(self.input, "{command}");
+    }
+
+    pub fn ask(&mut self, command: &str) -> String {
+        self.tell(command);
+        self.answer()
+    }
+
+    pub fn number(&mut self, command: &str) -> usize {
+        let answer = self.ask(command);
+        answer.parse().unwrap_or_else(|_| panic!("{command}: {answer}"))
+    }
+
+    /// A buffer of the victim's, full of a byte: its number and item.
+    pub fn buffer(&mut self, len: usize, fill: u8) -> (usize, FifoItem) {
+        let answer = self.ask(&format!("buffer {len} {fill}"));
+        let (number, item) = answer.split_once(' ').unwrap();
+        (number.parse().unwrap(), item_of(item))
+    }
+
+    /// Starts a transfer; its number, or why not.
+    pub fn start_transfer(&mut self, command: &str) -> Result<u64, String> {
+        let answer = self.ask(command);
+        match answer.strip_prefix("error ") {
+            Some(error) => Err(error.to_owned()),
+            None => Ok(answer.parse().unwrap()),
+        }
+    }
+
+    pub fn wait(&mut self, connection: usize, id: u64, limit: Duration) -> Outcome {
+        let answer = self.ask(&format!("wait {connection} {id} {}", limit.as_millis()));
+        match answer.split_once(' ').unwrap_or((&answer, "")) {
+            ("done", total) => Outcome::Done(total.parse().unwrap()),
+            ("error", why) => Outcome::Failed(why.to_owned()),
+            _ => Outcome::Pending,
+        }
+    }
+
+    pub fn signal(&self, signal: i32) {
+        // SAFETY: our own child, not waited for yet.
+        unsafe { libc::kill(self.child.id() as i32, signal) };
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    pub fn log_len(&self) -> u64 {
+        std::fs::metadata(&self.log).map_or(0, |m| m.len())
+    }
+
+    /// Whether it still runs.
+    pub fn lives(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Asks it to end; whether it ended well within the limit.
+    pub fn end(mut self, limit: Duration) -> bool {
+        self.tell("end");
+        until(limit, || !self.lives()) && self.child.wait().is_ok_and(|status| status.success())
+    }
+}
+
+impl Drop for Victim {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_file(&self.log);
+    }
+}
+
+pub fn text_of(item: &FifoItem) -> String {
+    item.to_bytes().iter().map(|b| format!("{b:02x}")).collect()
+}
+
+pub fn item_of(text: &str) -> FifoItem {
+    FifoItem::from_bytes(&std::array::from_fn(|i| u8::from_str_radix(&text[2 * i..2 * i + 2], 16).unwrap()))
+}
+
+// ---- the inside of it ----
+
+struct Buffer {
+    mr: u64,
+    /// None once it was freed.
+    bytes: Option<Vec<u8>>,
+    /// What it held when it was given back.
+    last: Option<Vec<u8>>,
+}
+
+struct Inside {
+    engine: Arc<Engine>,
+    /// None once it was closed.
+    connections: Arc<Mutex<Vec<Option<Arc<Connection>>>>>,
+    buffers: Vec<Buffer>,
+}
+
+/// The body of a victim's process; returns at once in the test's own process.
+pub fn serve(test: &str, change: impl FnOnce(Config) -> Config) {
+    if std::env::var(CHILD).as_deref() != Ok(test) {
+        return;
+    }
+    let engine = Engine::new(change(config())).unwrap();
+    println!("= {}", port(&engine));
+    let mut inside = Inside { engine, connections: Arc::default(), buffers: Vec::new() };
+    for line in std::io::stdin().lines() {
+        let line = line.unwrap();
+        if line == "end" {
+            break;
+        }
+        let words: Vec<&str> = line.split(' ').collect();
+        println!("= {}", inside.obey(&words).unwrap_or_else(|e| format!("error {e}")));
+    }
+    inside.connections.lock().unwrap().clear();
+    inside.engine.shutdown();
+}
+
+impl Inside {
+    fn accept(&self) {
+        let (engine, connections) = (self.engine.clone(), self.connections.clone());
+        std::thread::spawn(move || {
+            while let Ok(connection) = engine.accept() {
+                connections.lock().unwrap().push(Some(connection));
+            }
+        });
+    }
+
+    fn connection(&self, n: usize) -> Arc<Connection> {
+        self.connections.lock().unwrap()[n].clone().expect("a connection that was not closed")
+    }
+
+    fn whole(&self, n: usize, len: usize) -> LocalSegment {
+        let buffer = &self.buffers[n];
+        LocalSegment { mr: buffer.mr, addr: buffer.bytes.as_ref().map_or(0, |b| b.as_ptr() as usize), len }
+    }
+
+    fn obey(&mut self, words: &[&str]) -> Result<String, Box<dyn std::error::Error>> {
+        let n = |i: usize| words.get(i).and_then(|w| w.parse::<usize>().ok()).unwrap_or(0);
+        Ok(match words[0] {
+            "accept" => {
+                self.accept();
+                "accepting".to_owned()
+            }
+            "connect" => {
+                let connection = self.engine.connect(words[1], "", n(2) as u16)?;
+                let mut all = self.connections.lock().unwrap();
+                all.push(Some(connection));
+                (all.len() - 1).to_string()
+            }
+            "connections" => self.connections.lock().unwrap().len().to_string(),
+            "buffer" => {
+                let bytes = vec![n(2) as u8; n(1)];
+                let mr = self.engine.register(bytes.as_ptr() as usize, bytes.len())?;
+                let item = self.engine.fifo_item(mr, bytes.as_ptr() as usize, bytes.len())?;
+                self.buffers.push(Buffer { mr, bytes: Some(bytes), last: None });
+                format!("{} {}", self.buffers.len() - 1, text_of(&item))
+            }
+            direction @ ("write" | "read") => {
+                let direction = if direction == "write" { Direction::Write } else { Direction::Read };
+                let pair = (self.whole(n(2), n(3)), item_of(words[4]));
+                self.connection(n(1)).transfer(direction, std::iter::once(pair))?.to_string()
+            }
+            "send" => self.connection(n(1)).send(std::iter::once(self.whole(n(2), n(3))))?.to_string(),
+            "recv" => self.connection(n(1)).recv(self.whole(n(2), n(3)))?.to_string(),
+            "wait" => match self.connection(n(1)).wait(n(2) as u64, Some(Duration::from_millis(n(3) as u64))) {
+                Ok(state) if state.complete => format!("done {}", state.bytes_total),
+                Ok(_) => "pending".to_owned(),
+                Err(e) => format!("error {e}"),
+            },
+            "status" => self.connection(n(1)).status().map_or_else(|e| format!("error {e}"), |()| "up".to_owned()),
+            "close" => {
+                drop(self.connections.lock().unwrap()[n(1)].take());
+                "closed".to_owned()
+            }
+            "notify" => {
+                self.connection(n(1)).notify(b"victim", &vec![7; n(2)])?;
+                "queued".to_owned()
+            }
+            "drain" => std::iter::from_fn(|| self.engine.next_notification()).count().to_string(),
+            // Whether the first bytes of a buffer are all of this value.
+            "holds" => {
+                let buffer = &self.buffers[n(1)];
+                let bytes = buffer.bytes.as_ref().or(buffer.last.as_ref()).map_or(&[][..], |b| b);
+                bytes[..n(2).min(bytes.len())].iter().all(|&b| b == n(3) as u8).to_string()
+            }
+            give_back @ ("destroy" | "free") => {
+                let buffer = &mut self.buffers[n(1)];
+                self.engine.deregister(buffer.mr)?;
+                buffer.last = buffer.bytes.clone();
+                if give_back == "free" {
+                    buffer.bytes = None;
+                }
+                "given back".to_owned()
+            }
+            // How many buffers have changed since they were given back.
+            "changed" => {
+                self.buffers.iter().filter(|b| b.bytes.is_some() && b.last.is_some() && b.bytes != b.last).count().to_string()
+            }
+            // The same, and nothing is kept of them.
+            "forget" => {
+                let given_back = |b: &Buffer| b.bytes.is_some() && b.last.is_some();
+                let changed = self.buffers.iter().filter(|b| given_back(b) && b.bytes != b.last).count();
+                for buffer in self.buffers.iter_mut().filter(|b| given_back(b)) {
+                    (buffer.bytes, buffer.last) = (None, None);
+                }
+                changed.to_string()
+            }
+            other => panic!("{other}"),
+        })
+    }
+}

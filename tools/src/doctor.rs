@@ -1,0 +1,470 @@
+//! tcpx-info --doctor: every precondition of GPUDirect-TCPX in order, and for each that is missing what to do. Reads files and
+//! variables, and knocks at the receive manager's sockets; moves no data.
+
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+/// How a precondition stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// It is met.
+    Ok,
+    /// Transfers work without, but slower.
+    Advice,
+    /// It is not met.
+    Missing,
+}
+
+/// A precondition.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Check {
+    /// What it is about.
+    pub name: &'static str,
+    /// How it stands.
+    pub status: Status,
+    /// What was found.
+    pub found: String,
+    /// What to do; empty where nothing is.
+    pub todo: String,
+}
+
+fn check(name: &'static str, status: Status, found: impl Into<String>, todo: impl Into<String>) -> Check {
+    Check { name, status, found: found.into(), todo: todo.into() }
+}
+
+fn ok(name: &'static str, found: impl Into<String>) -> Check {
+    check(name, Status::Ok, found, "")
+}
+
+fn missing(name: &'static str, found: impl Into<String>, todo: impl Into<String>) -> Check {
+    check(name, Status::Missing, found, todo)
+}
+
+fn advice(name: &'static str, found: impl Into<String>, todo: impl Into<String>) -> Check {
+    check(name, Status::Advice, found, todo)
+}
+
+/// A host to look at: its file system and the variables of the process.
+pub struct Host {
+    /// Root of the file system; / but in tests.
+    pub root: PathBuf,
+    /// The environment.
+    pub variables: BTreeMap<String, String>,
+    /// Name and file of the plugin that an engine takes here, or why it takes none.
+    pub plugin: Result<(String, Option<String>), String>,
+    /// PCI addresses of the GPUs, such as 0000:4a:00.0.
+    pub gpus: Vec<String>,
+}
+
+/// Official values.
+const CHUNK: &str = "524288";
+const MANAGER: &str = "/run/tcpx";
+const STEERING_US: u64 = 50_000;
+/// Smallest MTU and socket buffers that keep up with a data NIC.
+const MTU: u64 = 8000;
+const BUFFER: u64 = 16 << 20;
+
+impl Host {
+    fn var(&self, name: &str) -> Option<&str> {
+        self.variables.get(name).map(|v| v.trim()).filter(|v| !v.is_empty())
+    }
+
+    fn path(&self, path: &str) -> PathBuf {
+        self.root.join(path.trim_start_matches('/'))
+    }
+
+    fn read(&self, path: &str) -> Option<String> {
+        fs::read_to_string(self.path(path)).ok().map(|text| text.trim().to_owned())
+    }
+
+    fn names(&self, path: &str) -> Vec<String> {
+        let Ok(entries) = fs::read_dir(self.path(path)) else { return Vec::new() };
+        let mut names: Vec<String> = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        names
+    }
+
+    /// NICs that a list of names or prefixes chooses ('=' exact, '^' all but).
+    fn nics(&self, list: &str) -> Vec<String> {
+        let (exact, but) = (list.starts_with('='), list.starts_with('^'));
+        let words: Vec<&str> = list.trim_start_matches(['=', '^']).split(',').map(str::trim).filter(|w| !w.is_empty()).collect();
+        let chosen = |nic: &String| words.iter().any(|w| if exact { nic == w } else { nic.starts_with(w) });
+        self.names("/sys/class/net").into_iter().filter(|nic| chosen(nic) != but && nic != "lo").collect()
+    }
+
+    fn data_nics(&self) -> Vec<String> {
+        self.var("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME").map_or_else(Vec::new, |list| self.nics(list))
+    }
+
+    /// The PCI path of a device, its bridges from the root complex down.
+    fn pci_path(&self, device: &Path) -> Vec<String> {
+        let Ok(path) = fs::canonicalize(device) else { return Vec::new() };
+        path.components().map(|c| c.as_os_str().to_string_lossy().into_owned()).filter(|c| c.contains(':')).collect()
+    }
+}
+
+/// Every precondition, in the order in which they build on each other.
+pub fn examine(host: &Host) -> Vec<Check> {
+    let mut all = vec![plugin(host), chunk_size(host)];
+    all.extend(settings(host));
+    all.push(manager(host));
+    all.push(pairing(host));
+    all.extend(flow_steering(host));
+    all.push(dma_buf(host));
+    all.extend(network(host));
+    all
+}
+
+fn plugin(host: &Host) -> Check {
+    const NAME: &str = "plugin";
+    match &host.plugin {
+        Ok((name, Some(file))) if name.to_ascii_lowercase().contains("tcpx") => ok(NAME, format!("{name} from {file}")),
+        Ok((name, file)) => missing(
+            NAME,
+            format!("an engine takes {name} ({})", file.as_deref().unwrap_or("built in")),
+            "install libnccl-net-tcpx.so in /usr/local/nvidia/lib64 or /usr/local/tcpx/lib64 (the container image of tcpgpudmarxd has \
+             it), or name its file in UCCL_TCPX_PLUGIN_PATH; UCCL_TCPX_PLUGIN=tcpx says why it cannot be loaded",
+        ),
+        Err(e) => missing(NAME, format!("no engine starts: {e}"), "mend this first; the message names the variable or the file"),
+    }
+}
+
+fn chunk_size(host: &Host) -> Check {
+    const NAME: &str = "NCCL_DYNAMIC_CHUNK_SIZE";
+    match host.var(NAME) {
+        None => ok(NAME, format!("unset; the library sets {CHUNK} before it loads the plugin")),
+        Some(value) if value.parse::<u64>() == Ok(524_288) => ok(NAME, value),
+        Some(value) if value.parse::<u64>().is_ok_and(|n| (4096..=524_288).contains(&n)) => {
+            advice(NAME, value, format!("the official value is {CHUNK}; smaller messages cost more"))
+        }
+        Some(value) => missing(
+            NAME,
+            value,
+            format!("set {CHUNK}, in digits: the plugin knows no suffixes, and larger messages may end the process"),
+        ),
+    }
+}
+
+fn settings(host: &Host) -> Vec<Check> {
+    let mut all = Vec::new();
+    const DATA: &str = "NCCL_GPUDIRECTTCPX_SOCKET_IFNAME";
+    let nics = host.data_nics();
+    all.push(match host.var(DATA) {
+        None => missing(DATA, "unset", "name the data NICs, such as eth1,eth2,eth3,eth4"),
+        Some(list) if nics.is_empty() => {
+            missing(DATA, format!("{list}: no NIC of this host"), format!("NICs here: {}", host.nics("^").join(", ")))
+        }
+        Some(list) => ok(DATA, format!("{list}: {}", nics.join(", "))),
+    });
+    const CONTROL: &str = "NCCL_GPUDIRECTTCPX_CTRL_DEV";
+    all.push(match host.var(CONTROL) {
+        None => missing(CONTROL, "unset", "name the control NIC, eth0 on A3"),
+        Some(nic) if host.nics(&format!("={nic}")).is_empty() => {
+            missing(CONTROL, format!("{nic}: no NIC of this host"), "name the control NIC, eth0 on A3")
+        }
+        Some(nic) if nics.iter().any(|data| data == nic) => {
+            missing(CONTROL, format!("{nic} is a data NIC"), "the control NIC carries no data: take the first one, eth0 on A3")
+        }
+        Some(nic) => ok(CONTROL, nic),
+    });
+    for name in ["NCCL_GPUDIRECTTCPX_TX_BINDINGS", "NCCL_GPUDIRECTTCPX_RX_BINDINGS"] {
+        all.push(match host.var(name) {
+            None => advice(name, "unset", "bind each data NIC to processors of its NUMA node: eth1:8-21;eth2:22-35;..."),
+            Some(value) => match bad_binding(value, &nics) {
+                Some(part) => missing(
+                    name,
+                    format!("{value}: cannot understand '{part}'"),
+                    "write NIC:FIRST-LAST for each data NIC, separated by semicolons",
+                ),
+                None => ok(name, value),
+            },
+        });
+    }
+    all
+}
+
+/// The first part of NIC:CORES;NIC:CORES that is none.
+fn bad_binding(value: &str, nics: &[String]) -> Option<String> {
+    let cores = |text: &str| text.split(',').all(|range| range.split('-').all(|n| n.trim().parse::<u32>().is_ok()));
+    let fine = |part: &&str| {
+        part.split_once(':').is_some_and(|(nic, list)| (nics.is_empty() || nics.iter().any(|n| n == nic)) && cores(list))
+    };
+    value.split(';').map(str::trim).filter(|part| !part.is_empty()).find(|part| !fine(part)).map(str::to_owned)
+}
+
+/// The receive manager's sockets: get_gpu_fd_* for each GPU, and each must take a connection.
+fn manager(host: &Host) -> Check {
+    const NAME: &str = "receive manager";
+    let folder = host.var("NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX").unwrap_or(MANAGER);
+    let start = "start Google's receive-datapath-manager (tcpgpudmarxd) on this host, and let this process see its folder (a volume in Kubernetes)";
+    let sockets: Vec<String> = host.names(folder).into_iter().filter(|n| n.starts_with("get_gpu_fd_")).collect();
+    if sockets.is_empty() {
+        return missing(
+            NAME,
+            format!("no sockets get_gpu_fd_* in {folder}"),
+            format!("{start}; NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX names the folder"),
+        );
+    }
+    let silent: Vec<&String> = sockets.iter().filter(|s| UnixStream::connect(host.path(folder).join(s)).is_err()).collect();
+    if !silent.is_empty() {
+        let names: Vec<&str> = silent.iter().map(|s| s.as_str()).collect();
+        return missing(
+            NAME,
+            format!("nobody answers at {} in {folder}", names.join(", ")),
+            format!("{start}; these sockets are left over, or belong to another user"),
+        );
+    }
+    if sockets.len() < host.gpus.len() {
+        return missing(
+            NAME,
+            format!("{} sockets in {folder} for {} GPUs", sockets.len(), host.gpus.len()),
+            "the manager must serve every GPU: look at its --gpu_nic_preset and its log",
+        );
+    }
+    ok(NAME, format!("{} sockets in {folder} answer", sockets.len()))
+}
+
+/// Which data NICs share a PCIe switch with each GPU.
+fn pairing(host: &Host) -> Check {
+    const NAME: &str = "NICs beside GPUs";
+    if host.gpus.is_empty() {
+        return missing(NAME, "no GPU", "load the NVIDIA driver, and give the container its GPUs");
+    }
+    let nics: Vec<(String, Vec<String>)> = host
+        .data_nics()
+        .into_iter()
+        .map(|nic| {
+            let path = host.pci_path(&host.path("/sys/class/net").join(&nic).join("device"));
+            (nic, path)
+        })
+        .collect();
+    let shared = |a: &[String], b: &[String]| a.iter().zip(b).take_while(|(x, y)| x == y).count();
+    let (mut pairs, mut alone) = (Vec::new(), Vec::new());
+    for gpu in &host.gpus {
+        let path = host.pci_path(&host.path("/sys/bus/pci/devices").join(gpu.to_lowercase()));
+        // The root complex alone is no switch.
+        let near = nics.iter().map(|(nic, p)| (shared(&path, p), nic)).filter(|(depth, _)| *depth > 1).max();
+        match near {
+            Some((_, nic)) => pairs.push(format!("{gpu}: {nic}")),
+            None => alone.push(gpu.clone()),
+        }
+    }
+    if alone.is_empty() {
+        return ok(NAME, pairs.join(", "));
+    }
+    missing(
+        NAME,
+        format!("no data NIC on the PCIe switch of {}", alone.join(", ")),
+        "such a GPU takes ordinary TCP: check NCCL_GPUDIRECTTCPX_SOCKET_IFNAME, and that the machine is an A3 with all its data NICs",
+    )
+}
+
+fn flow_steering(host: &Host) -> Vec<Check> {
+    const WAIT: &str = "NCCL_GPUDIRECTTCPX_PROGRAM_FLOW_STEERING_WAIT_MICROS";
+    let wait = match host.var(WAIT).map(str::parse::<u64>) {
+        None => advice(WAIT, "unset: each socket waits for 5 s", format!("set {STEERING_US}")),
+        Some(Ok(us)) if us <= 1_000_000 => ok(WAIT, us.to_string()),
+        Some(Ok(us)) => {
+            advice(WAIT, us.to_string(), format!("set {STEERING_US}: the set-up of a connection waits for it with each socket"))
+        }
+        Some(Err(_)) => missing(WAIT, host.var(WAIT).unwrap_or_default(), format!("set {STEERING_US}")),
+    };
+    const ACK: &str = "NCCL_GPUDIRECTTCPX_FORCE_ACK";
+    let ack = match host.var(ACK) {
+        None | Some("0") => ok(ACK, host.var(ACK).unwrap_or("unset")),
+        Some(value) => advice(ACK, value, "set 0, the official value"),
+    };
+    vec![wait, ack]
+}
+
+fn dma_buf(host: &Host) -> Check {
+    const NAME: &str = "DMA-BUF of the driver";
+    let Some(version) = host.read("/proc/driver/nvidia/version") else {
+        return missing(NAME, "no NVIDIA driver", "install driver 535 or newer with the open kernel modules");
+    };
+    let number = version.split_whitespace().find_map(|w| w.split('.').next().filter(|_| w.contains('.'))?.parse::<u32>().ok());
+    let open = version.contains("Open Kernel Module");
+    match (number, open) {
+        (Some(n), true) if n >= 515 => ok(NAME, format!("driver {n}, open kernel modules")),
+        (Some(n), false) => missing(
+            NAME,
+            format!("driver {n}, proprietary kernel modules"),
+            "DMA-BUF needs the open kernel modules (nvidia-open)",
+        ),
+        (n, _) => missing(
+            NAME,
+            format!("driver {}", n.map_or("of unknown version".to_owned(), |n| n.to_string())),
+            "install driver 535 or newer with the open kernel modules",
+        ),
+    }
+}
+
+fn network(host: &Host) -> Vec<Check> {
+    let number = |path: &str| host.read(path).and_then(|text| text.split_whitespace().last()?.parse::<u64>().ok());
+    let small: Vec<String> = host
+        .data_nics()
+        .into_iter()
+        .filter_map(|nic| Some((number(&format!("/sys/class/net/{nic}/mtu"))?, nic)))
+        .filter(|(mtu, _)| *mtu < MTU)
+        .map(|(mtu, nic)| format!("{nic}: {mtu}"))
+        .collect();
+    let mtu = match small.is_empty() {
+        true => ok("MTU of the data NICs", "large enough"),
+        false => advice(
+            "MTU of the data NICs",
+            small.join(", "),
+            "set 8244 on both hosts (ip link set ethN mtu 8244) and on the VPC network",
+        ),
+    };
+    let mut all = vec![mtu];
+    for (name, path) in
+        [("net.ipv4.tcp_rmem", "/proc/sys/net/ipv4/tcp_rmem"), ("net.ipv4.tcp_wmem", "/proc/sys/net/ipv4/tcp_wmem")]
+    {
+        all.push(match number(path) {
+            Some(n) if n >= BUFFER => ok(name, format!("up to {n} bytes")),
+            Some(n) => advice(name, format!("up to {n} bytes"), format!("sysctl -w {name}='4096 1048576 {}'", 4 * BUFFER)),
+            None => advice(name, "unreadable", "look at it outside of this container"),
+        });
+    }
+    all
+}
+
+/// The checks as lines of text: the first thing that is missing is the first thing to mend.
+pub fn text(checks: &[Check]) -> String {
+    let mut out = String::new();
+    for c in checks {
+        let mark = match c.status {
+            Status::Ok => "OK",
+            Status::Advice => "better",
+            Status::Missing => "MISSING",
+        };
+        out += &format!("{mark:<8} {}: {}\n", c.name, c.found);
+        if !c.todo.is_empty() {
+            out += &format!("{:<8} -> {}\n", "", c.todo);
+        }
+    }
+    let missing: Vec<&str> = checks.iter().filter(|c| c.status == Status::Missing).map(|c| c.name).collect();
+    out += &match missing.is_empty() {
+        true => "every precondition of GPUDirect-TCPX is met\n".to_owned(),
+        false => format!("GPUDirect-TCPX cannot work here, missing: {}\n", missing.join(", ")),
+    };
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+    use std::os::unix::net::UnixListener;
+
+    /// A simulated A3 host with 2 GPUs and 1 data NIC beside them, and what keeps its sockets open.
+    struct Simulated {
+        host: Host,
+        sockets: Vec<UnixListener>,
+    }
+
+    fn simulated(name: &str) -> Simulated {
+        let root = std::env::temp_dir().join(format!("tcpx-doctor-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&root);
+        let folder = |path: &str| fs::create_dir_all(root.join(path)).unwrap();
+        let file = |path: &str, text: &str| {
+            fs::create_dir_all(root.join(path).parent().unwrap()).unwrap();
+            fs::write(root.join(path), text).unwrap();
+        };
+        let switch = "sys/devices/pci0000:00/0000:00:01.0";
+        for device in ["0000:04:00.0", "0000:05:00.0", "0000:06:00.0"] {
+            folder(&format!("{switch}/{device}"));
+        }
+        folder("sys/bus/pci/devices");
+        for gpu in ["0000:04:00.0", "0000:05:00.0"] {
+            symlink(root.join(switch).join(gpu), root.join("sys/bus/pci/devices").join(gpu)).unwrap();
+        }
+        file("sys/class/net/eth0/mtu", "1460");
+        file("sys/class/net/eth1/mtu", "8244");
+        symlink(root.join(switch).join("0000:06:00.0"), root.join("sys/class/net/eth1/device")).unwrap();
+        file("proc/driver/nvidia/version", "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.183.01  Release Build");
+        for name in ["tcp_rmem", "tcp_wmem"] {
+            file(&format!("proc/sys/net/ipv4/{name}"), "4096\t1048576\t67108864");
+        }
+        folder("run/tcpx");
+        let sockets = (0..2).map(|i| UnixListener::bind(root.join(format!("run/tcpx/get_gpu_fd_{i}"))).unwrap()).collect();
+        let variables = [
+            ("NCCL_DYNAMIC_CHUNK_SIZE", "524288"),
+            ("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "eth1"),
+            ("NCCL_GPUDIRECTTCPX_CTRL_DEV", "eth0"),
+            ("NCCL_GPUDIRECTTCPX_TX_BINDINGS", "eth1:8-21,112-125"),
+            ("NCCL_GPUDIRECTTCPX_RX_BINDINGS", "eth1:8-21,112-125"),
+            ("NCCL_GPUDIRECTTCPX_PROGRAM_FLOW_STEERING_WAIT_MICROS", "50000"),
+        ];
+        let variables = variables.map(|(n, v)| (n.to_owned(), v.to_owned())).into_iter().collect();
+        let plugin = Ok(("TCPX".to_owned(), Some("/usr/local/nvidia/lib64/libnccl-net-tcpx.so".to_owned())));
+        let gpus = ["0000:04:00.0", "0000:05:00.0"].map(str::to_owned).to_vec();
+        Simulated { host: Host { root, variables, plugin, gpus }, sockets }
+    }
+
+    fn failing(host: &Host) -> Vec<&'static str> {
+        examine(host).into_iter().filter(|c| c.status != Status::Ok).map(|c| c.name).collect()
+    }
+
+    #[test]
+    fn a_host_that_has_everything_passes() {
+        let it = simulated("whole");
+        assert_eq!(failing(&it.host), [""; 0], "{}", text(&examine(&it.host)));
+        assert!(text(&examine(&it.host)).ends_with("every precondition of GPUDirect-TCPX is met\n"));
+        fs::remove_dir_all(&it.host.root).unwrap();
+    }
+
+    /// Each precondition, broken alone, is named alone, with what to do.
+    #[test]
+    fn each_missing_piece_is_named() {
+        type Break = fn(&mut Simulated);
+        fn set(it: &mut Simulated, name: &str, value: &str) {
+            it.host.variables.insert(name.to_owned(), value.to_owned());
+        }
+        let cases: [(&str, Break); 14] = [
+            ("plugin", |it| it.host.plugin = Ok(("TCPX-soft".into(), None))),
+            ("plugin", |it| it.host.plugin = Err("cannot load".into())),
+            ("NCCL_DYNAMIC_CHUNK_SIZE", |it| set(it, "NCCL_DYNAMIC_CHUNK_SIZE", "1M")),
+            ("NCCL_DYNAMIC_CHUNK_SIZE", |it| set(it, "NCCL_DYNAMIC_CHUNK_SIZE", "131072")),
+            ("NCCL_GPUDIRECTTCPX_CTRL_DEV", |it| set(it, "NCCL_GPUDIRECTTCPX_CTRL_DEV", "eth9")),
+            ("NCCL_GPUDIRECTTCPX_CTRL_DEV", |it| set(it, "NCCL_GPUDIRECTTCPX_CTRL_DEV", "eth1")),
+            ("NCCL_GPUDIRECTTCPX_TX_BINDINGS", |it| set(it, "NCCL_GPUDIRECTTCPX_TX_BINDINGS", "eth2:1-2")),
+            ("receive manager", |it| drop(it.sockets.pop())),
+            ("receive manager", |it| fs::remove_file(it.host.root.join("run/tcpx/get_gpu_fd_1")).unwrap()),
+            ("receive manager", |it| set(it, "NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX", "/run/elsewhere")),
+            ("NCCL_GPUDIRECTTCPX_PROGRAM_FLOW_STEERING_WAIT_MICROS", |it| {
+                it.host.variables.remove("NCCL_GPUDIRECTTCPX_PROGRAM_FLOW_STEERING_WAIT_MICROS");
+            }),
+            ("DMA-BUF of the driver", |it| {
+                let file = it.host.root.join("proc/driver/nvidia/version");
+                fs::write(file, "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01").unwrap();
+            }),
+            ("MTU of the data NICs", |it| fs::write(it.host.root.join("sys/class/net/eth1/mtu"), "1500").unwrap()),
+            ("net.ipv4.tcp_rmem", |it| {
+                fs::write(it.host.root.join("proc/sys/net/ipv4/tcp_rmem"), "4096 131072 6291456").unwrap()
+            }),
+        ];
+        for (i, (name, break_it)) in cases.into_iter().enumerate() {
+            let mut it = simulated(&i.to_string());
+            break_it(&mut it);
+            let checks = examine(&it.host);
+            let wrong: Vec<&Check> = checks.iter().filter(|c| c.status != Status::Ok).collect();
+            assert!(wrong.len() == 1 && wrong[0].name == name && !wrong[0].todo.is_empty(), "{name}: {}", text(&checks));
+            fs::remove_dir_all(&it.host.root).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_gpu_without_a_nic_on_its_switch_is_named() {
+        let mut it = simulated("far");
+        it.host.gpus.push("0000:84:00.0".into());
+        let checks = examine(&it.host);
+        let pairing = checks.iter().find(|c| c.name == "NICs beside GPUs").unwrap();
+        assert!(pairing.status == Status::Missing && pairing.found.contains("0000:84:00.0"), "{pairing:?}");
+        fs::remove_dir_all(&it.host.root).unwrap();
+    }
+}

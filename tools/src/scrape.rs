@@ -1,0 +1,105 @@
+//! Reads the statistics that a process offers (UCCL_TCPX_METRICS): from a Unix socket, an HTTP address or a file; and takes the text
+//! apart.
+
+use crate::error::{Context, Result};
+use crate::fail;
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+const PATIENCE: Duration = Duration::from_secs(2);
+/// No process has more to say.
+const MOST: u64 = 64 << 20;
+
+/// One number with its name and labels.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sample {
+    /// Name, without the prefix of the library.
+    pub name: String,
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// The number.
+    pub value: f64,
+}
+
+/// Fetches the text from unix:PATH, ADDRESS:PORT, PORT or a file.
+pub fn fetch(source: &str) -> Result<String> {
+    let mut text = String::new();
+    if let Some(path) = source.strip_prefix("unix:") {
+        let stream = UnixStream::connect(path).context(format_args!("cannot connect to {path}"))?;
+        stream.set_read_timeout(Some(PATIENCE)).context("cannot set a deadline")?;
+        ask(stream, &mut text).context(format_args!("{path} does not answer"))?;
+    } else if source.contains('/') {
+        return std::fs::read_to_string(source).context(format_args!("cannot read {source}"));
+    } else {
+        let address = if source.contains(':') { source.to_owned() } else { format!("127.0.0.1:{source}") };
+        let stream = TcpStream::connect(&address).context(format_args!("cannot connect to {address}"))?;
+        stream.set_read_timeout(Some(PATIENCE)).context("cannot set a deadline")?;
+        ask(stream, &mut text).context(format_args!("{address} does not answer"))?;
+    }
+    match text.split_once("\r\n\r\n") {
+        Some((head, body)) if head.starts_with("HTTP/1.1 200") => Ok(body.to_owned()),
+        _ => fail!("{source} gives no statistics"),
+    }
+}
+
+fn ask(mut stream: impl Read + Write, text: &mut String) -> std::io::Result<()> {
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+    stream.take(MOST).read_to_string(text).map(|_| ())
+}
+
+/// Takes the text apart; lines that are no samples of the library are passed over.
+pub fn parse(text: &str) -> Vec<Sample> {
+    text.lines().filter_map(sample).collect()
+}
+
+fn sample(line: &str) -> Option<Sample> {
+    let line = line.strip_prefix("uccl_tcpx_")?;
+    let (name, mut rest) = line.split_at(line.find(['{', ' '])?);
+    let mut labels = BTreeMap::new();
+    if let Some(inside) = rest.strip_prefix('{') {
+        rest = inside;
+        while !rest.starts_with('}') {
+            let (label, after) = rest.split_once("=\"")?;
+            let (value, after) = quoted(after)?;
+            labels.insert(label.to_owned(), value);
+            rest = after.strip_prefix(',').unwrap_or(after);
+        }
+        rest = &rest[1..];
+    }
+    let value = rest.split_whitespace().next()?.parse().ok()?;
+    Some(Sample { name: name.to_owned(), labels, value })
+}
+
+/// A text up to its closing quote, and what follows.
+fn quoted(text: &str) -> Option<(String, &str)> {
+    let (mut out, mut chars) = (String::new(), text.char_indices());
+    while let Some((at, c)) = chars.next() {
+        match c {
+            '"' => return Some((out, &text[at + 1..])),
+            '\\' => match chars.next()?.1 {
+                'n' => out.push('\n'),
+                other => out.push(other),
+            },
+            other => out.push(other),
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_are_taken_apart() {
+        let text = "# TYPE uccl_tcpx_channel_slow gauge\nuccl_tcpx_channel_slow{engine=\"a:1?-1\",peer=\"x\\\"y\\\\\\n,}\",channel=\"0\"} 1.0\n\
+                    uccl_tcpx_up_seconds 2.5\nother 3\nuccl_tcpx_bad{x 1\nuccl_tcpx_none{} 4\n# EOF\n";
+        let samples = parse(text);
+        assert_eq!(samples.len(), 3, "{samples:?}");
+        assert_eq!((samples[0].labels["peer"].as_str(), samples[0].value), ("x\"y\\\n,}", 1.0));
+        assert_eq!((samples[1].name.as_str(), samples[1].value), ("up_seconds", 2.5));
+    }
+}

@@ -1,0 +1,75 @@
+//! tcpx-top: what the connections of a running process do, from the statistics that it offers.
+
+use ratatui::crossterm::event::{self, Event, KeyCode, KeyModifiers};
+use std::io::IsTerminal;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+use tcpx_tools::cli::Top;
+use tcpx_tools::error::{Context, Result};
+use tcpx_tools::say;
+use tcpx_tools::scrape::{fetch, parse};
+use tcpx_tools::view::{self, View};
+
+fn main() -> ExitCode {
+    let args: Top = tcpx_tools::cli::parse();
+    let result = if args.once || !std::io::stdout().is_terminal() { once(&args) } else { watch(&args) };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Reads all sources.
+fn read(sources: &[String]) -> Result<View> {
+    let mut samples = Vec::new();
+    for source in sources {
+        samples.extend(parse(&fetch(source)?));
+    }
+    Ok(View::of(&samples))
+}
+
+fn once(args: &Top) -> Result<()> {
+    say!("{}", view::text(&read(&args.sources)?));
+    Ok(())
+}
+
+/// Draws until the user has seen enough.
+fn watch(args: &Top) -> Result<()> {
+    let first = read(&args.sources)?;
+    let mut terminal = ratatui::try_init().context("this is no terminal to draw on; try --once")?;
+    let result = run(&mut terminal, args, first);
+    ratatui::restore();
+    result
+}
+
+fn run(terminal: &mut ratatui::DefaultTerminal, args: &Top, mut shown: View) -> Result<()> {
+    let every = Duration::from_secs_f64(args.interval.clamp(0.1, 3600.0));
+    let (mut offset, mut note, mut next) = (0usize, String::new(), Instant::now() + every);
+    loop {
+        terminal.draw(|frame| view::draw(frame, &shown, offset, &note)).context("cannot draw")?;
+        if event::poll(next.saturating_duration_since(Instant::now())).context("cannot read the keyboard")? {
+            if let Event::Key(key) = event::read().context("cannot read the keyboard")? {
+                match key.code {
+                    KeyCode::Char('q') | KeyCode::Esc => return Ok(()),
+                    KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => return Ok(()),
+                    KeyCode::Down | KeyCode::Char('j') => offset = offset.saturating_add(1),
+                    KeyCode::Up | KeyCode::Char('k') => offset = offset.saturating_sub(1),
+                    _ => {}
+                }
+            }
+            continue;
+        }
+        next = Instant::now() + every;
+        note = match read(&args.sources) {
+            Ok(view) => {
+                shown = view;
+                "q: quit, arrows: scroll; red: slower than the others, stalled, silent or ended".to_owned()
+            }
+            // What was seen last stays: the process may have ended.
+            Err(e) => e.to_string(),
+        };
+    }
+}
