@@ -204,7 +204,7 @@ impl Deadlines {
             // What was there before it, what came soon after it, and what is there now.
             let passed_by = flow.bytes - mark.flow > SLACK + mark.ahead + mark.late + flow.ahead;
             let talked = *control - mark.control > CONTROL;
-            (idle || passed_by || talked).then(|| Overdue { key, way: mark.way, still, others_moved: !idle })
+            (idle || passed_by || talked).then_some(Overdue { key, way: mark.way, still, others_moved: !idle })
         })
     }
 }
