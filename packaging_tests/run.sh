@@ -57,6 +57,7 @@ files_present() {
     for file in "lib/libuccl_p2p.so.$version" lib/libuccl_p2p.a lib/uccl/libnccl-net-tcpx-soft.so include/uccl_engine.h \
         include/uccl_engine.hpp include/uccl_tcpx_endpoint.hpp lib/cmake/uccl_p2p/uccl_p2pConfig.cmake \
         lib/cmake/uccl_p2p/uccl_p2pConfigVersion.cmake lib/pkgconfig/uccl_p2p.pc bin/tcpx-info bin/tcpx-perf \
+        bin/tcpx-top share/man/man1/tcpx-perf.1 \
         share/doc/uccl_p2p/LICENSE share/doc/uccl_p2p/THIRD-PARTY-NOTICES.txt; do
         [ -f "$prefix/$file" ] && [ ! -L "$prefix/$file" ] || { echo "no file $file"; missing=1; }
     done
@@ -93,7 +94,7 @@ licences() {
 }
 stripped() {
     local file sections rc=0
-    for file in "$so" "$plugin" "$prefix/bin/tcpx-info" "$prefix/bin/tcpx-perf" "$prefix/lib/libuccl_p2p.a"; do
+    for file in "$so" "$plugin" "$prefix/bin/tcpx-info" "$prefix/bin/tcpx-perf" "$prefix/bin/tcpx-top" "$prefix/lib/libuccl_p2p.a"; do
         sections=$(readelf -SW "$file") || return 1
         if grep -E '\.debug_(info|line)' <<<"$sections"; then echo "$file has debug information"; rc=1; fi
         # The symbols of an archive are what a linker reads.

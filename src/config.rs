@@ -107,6 +107,15 @@ fn plugin_choice(source: Source<'_>) -> Result<(PluginChoice, bool)> {
     Ok((choice, tcpx))
 }
 
+/// How data is protected on its way.
+fn protect(source: Source<'_>) -> Result<Protect> {
+    Ok(match source.word(&table::PROTECT)? {
+        Some("integrity") => Protect::Integrity,
+        Some("encrypt") => Protect::Encrypt,
+        _ => Protect::Off,
+    })
+}
+
 /// Says once a process which variables of the environment nobody reads.
 fn tell_unknown() {
     static TOLD: crate::fork::PerProcess<parking_lot::Mutex<HashSet<String>>> = crate::fork::PerProcess::new(Default::default);

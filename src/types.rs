@@ -23,6 +23,9 @@ impl Place {
     }
 }
 
+/// Bytes of a transfer that travels inside a control frame at most.
+pub(crate) const MAX_INLINE: usize = 64 << 10;
+
 /// What peers may do with a registered region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RemoteAccess {

@@ -382,3 +382,22 @@ fn one_engine_moves_memory_of_the_host_and_of_two_gpus() {
         .collect();
     move_between_places(&a, &b, &out, LEN, &mixed);
 }
+
+/// Whoever looks for notifications drives connections for a moment; nobody may look again.
+#[test]
+fn a_connection_ends_although_it_was_looked_at_just_before() {
+    let (a, b) = (Engine::new(config()).expect("engine"), Engine::new(config()).expect("engine"));
+    let (out, inc) = pair(&a, &b);
+    for _ in 0..300 {
+        out.notify(b"name", b"message").expect("notify");
+        while b.next_notification().is_none() {}
+    }
+    let left = Arc::downgrade(&inc);
+    inc.close();
+    drop(inc);
+    let limit = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while left.upgrade().is_some() {
+        assert!(std::time::Instant::now() < limit, "somebody keeps the connection");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+}

@@ -105,9 +105,13 @@ fn memory_that_runs_out_gives_errors_and_never_wrong_bytes() {
         let (target, item) = victim.buffer(LEN, 0);
         let mut source = Buffer::new(&engine, vec![0; LEN]);
         let out = engine.connect("127.0.0.1", "", victim.port).unwrap();
-        // All threads are there by then.
+        // All threads are there when it is over, and their number stays.
         let id = out.transfer(Direction::Write, std::iter::once((source.local(100), item))).unwrap();
         assert!(out.wait(id, Some(LIMIT)).unwrap().complete);
+        let mut running = 0;
+        while std::mem::replace(&mut running, victim::threads(std::process::id())) != victim::threads(std::process::id()) {
+            std::thread::sleep(Duration::from_millis(300));
+        }
         limit_address_space(enough_for * 16 * CHUNK as u64 + (64 << 20));
         for fill in 1..=5u8 {
             source.bytes.fill(fill);

@@ -4,9 +4,7 @@
 use super::device::{DeviceCopier, StagingMemory, Ticket, View};
 use crate::gpu::{CopyLauncher, Extent, Gpu, Job, Launched, Lent, MappedPtr, MemoryKind, INLINE_PIECES, PIECES_PER_JOB};
 use crate::status::{bail, err, Result};
-use crate::types::Part;
-use crate::types::Place;
-use crate::wire::frame::MAX_INLINE;
+use crate::types::{Part, Place, MAX_INLINE};
 use cuda_driver::{DeviceBuffer, PinnedBuffer};
 use nccl_net_abi::{unpackNetDeviceHandle, MAX_SLOT_ENTRIES};
 use std::collections::VecDeque;

@@ -199,6 +199,15 @@ mod tests {
     }
 
     #[test]
+    fn a_chunk_crosses_only_so_many_segments_on_both_sides() {
+        let segment = |i: u64| Segment { addr: 10 * i, len: 10, region: 0, place: Place::HOST, peer: Place::HOST };
+        let list: Vec<Segment> = (0..2 * MAX_CROSSED as u64).map(segment).collect();
+        assert_eq!(Walk::new(list.clone()).take(1 << 20).unwrap().len, 10 * MAX_CROSSED);
+        assert!(Walk::new(list.clone()).take_exact(10 * MAX_CROSSED).is_some());
+        assert_eq!(Walk::new(list).take_exact(10 * MAX_CROSSED + 1), None);
+    }
+
+    #[test]
     fn neighbours_in_memory_become_one_part() {
         let segment = |addr, len| Segment { addr, len, region: 0, place: Place::HOST, peer: Place::HOST };
         let mut stream = Walk::new((0..1000).map(|i| segment(4096 * i, 4096)).collect());

@@ -119,18 +119,18 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
         _ => "the key".to_owned(),
     };
     let gpu = &theirs.hello.gpu;
-    let protection = terms.protect;
     log::info!(
-        "connected with {name}, GPU {gpu}, {proof}: {carried}; chunks of up to {chunk_bytes} bytes, protection {protection:?}"
+        "connected with {name}, GPU {gpu}, {proof}: {carried}; protection {:?}, chunks of up to {chunk_bytes} bytes",
+        terms.protect
     );
     let core = Core::new(
         Machine::new(setting, Instant::now()),
         channels,
         ControlStream::new(up.sock, up.sealed.session, up.sealed.plain, up.sealed.raw)?,
     );
-    home.counters.opened.add();
     let key = theirs.proof.name().map(str::to_owned);
     let peer = Peer { ip: up.address.ip(), name, gpu_index: theirs.hello.gpu_index, key, engine: theirs.engine };
+    home.counters.opened.add();
     let connection = Arc::new(Connection::new(home.clone(), core, peer, doorbell.armed));
     if !home.connections.insert(connection.id, &connection) {
         return Err(super::ending::canceled());

@@ -604,6 +604,8 @@ impl Connection {
             let now = Instant::now();
             core.machine.say_bye(None, now);
             core.closing = true;
+            // Nothing is read any more; what still comes must not wake anybody.
+            self.home.bell.unwatch(self.fd);
             let _ = core.flush(now);
         }
     }

@@ -53,15 +53,16 @@ impl Opened {
         if peers.len() != self.0.len() {
             bail!(Protocol, "the peer offers {} sets of channels, this side {}", peers.len(), self.0.len());
         }
-        let start = |number: usize, plan: Plan, set: Result<Listening>, peer: &[Offer]| match set {
-            Ok(listening) => {
-                let coming = listening.establish(peer, Some(&|index| keys(number, index)));
-                Set { plan, coming: Some(coming), up: None, why: None }
-            }
-            Err(e) => Set { plan, coming: None, up: Some(Vec::new()), why: Some(e.to_string()) },
-        };
-        let sets = self.0.into_iter().zip(peers).enumerate();
-        let sets = sets.map(|(number, ((plan, set), peer))| start(number, plan, set, peer)).collect();
+        let mut sets = Vec::new();
+        for (number, ((plan, set), peer)) in self.0.into_iter().zip(peers).enumerate() {
+            sets.push(match set {
+                Ok(listening) => {
+                    let coming = listening.establish(peer, Some(&|index| keys(number, index)));
+                    Set { plan, coming: Some(coming), up: None, why: None }
+                }
+                Err(e) => Set { plan, coming: None, up: Some(Vec::new()), why: Some(e.to_string()) },
+            });
+        }
         Ok(Raising { sets, needed_up: None })
     }
 }

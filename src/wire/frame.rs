@@ -4,7 +4,7 @@
 //! A frame is an 8-byte header (payload length u32, type u8, magic u8, zero u16; little-endian as all numbers) and its payload.
 
 use crate::status::{bail, Result, StatusCode};
-use crate::types::Place;
+use crate::types::{Place, MAX_INLINE};
 use std::borrow::Cow;
 
 /// Bytes of a frame header.
@@ -16,8 +16,6 @@ pub const MAX_SEGMENTS: usize = 1 << 20;
 pub const MAX_REGIONS: usize = 1 << 16;
 /// Name and message of a notification together, bytes at most.
 pub const MAX_NOTIFICATION: usize = 64 << 20;
-/// Bytes carried inside a control frame at most.
-pub const MAX_INLINE: usize = 64 << 10;
 /// Length of one wire segment at most; longer ones are split.
 pub const MAX_SEGMENT_BYTES: u64 = 1 << 30;
 const MAX_GRANTS: usize = 1 << 12;

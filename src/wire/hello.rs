@@ -79,14 +79,6 @@ fn get<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N]> {
     Ok(*head)
 }
 
-fn protect([level]: [u8; 1]) -> Result<Protect> {
-    let known = [Protect::Off, Protect::Integrity, Protect::Encrypt];
-    match known.into_iter().find(|&p| p as u8 == level) {
-        Some(protect) => Ok(protect),
-        None => bail!(Protocol, "a hello asks for protection {level}, which is not known"),
-    }
-}
-
 fn get_further(rest: &mut &[u8]) -> Result<Vec<u8>> {
     let [n] = get(rest)?;
     if usize::from(n) > MAX_FURTHER {
@@ -95,6 +87,14 @@ fn get_further(rest: &mut &[u8]) -> Result<Vec<u8>> {
     let Some((further, tail)) = rest.split_at_checked(usize::from(n)) else { bail!(Protocol, "a hello ends inside the GPUs") };
     *rest = tail;
     Ok(further.to_vec())
+}
+
+fn protect([level]: [u8; 1]) -> Result<Protect> {
+    let known = [Protect::Off, Protect::Integrity, Protect::Encrypt];
+    match known.into_iter().find(|&p| p as u8 == level) {
+        Some(protect) => Ok(protect),
+        None => bail!(Protocol, "a hello asks for protection {level}, which is not known"),
+    }
 }
 
 impl Hello {

@@ -174,7 +174,7 @@ impl Deadlines {
         !self.marks.is_empty()
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn has(&self, key: Key) -> bool {
         self.marks.contains_key(&key)
     }

@@ -201,7 +201,7 @@ impl Incoming {
     }
 
     /// Streams and the segments that each keeps of what the peer announced.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn keys(&self) -> Vec<(Key, usize)> {
         let announced = |inc: &InStream| match inc.target {
             Target::Memory { ending: Ending::Receive(_), .. } => 0,
@@ -211,7 +211,7 @@ impl Incoming {
     }
 
     /// Chunks are counted as long as bytes are under way.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn audit(&self) -> std::result::Result<(), String> {
         let arriving: u64 = self.streams.values().map(|inc| inc.arriving).sum();
         if (self.expected == 0) != (arriving == 0) {

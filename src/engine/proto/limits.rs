@@ -84,7 +84,7 @@ impl PeerLoad {
     }
 
     /// Transfers and segments.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn load(&self) -> (usize, usize) {
         (self.transfers, self.segments)
     }

@@ -38,8 +38,8 @@ use crate::logging::Limiter;
 use crate::region::{Hold, RegionUse};
 use crate::stats::Totals;
 use crate::status::{bail, err, Error, Result, UCCL_OK};
-use crate::types::{Key, Place, Segment};
-use crate::wire::frame::{Frame, WireRegion, WireSegments, MAX_INLINE};
+use crate::types::{Key, Place, Segment, MAX_INLINE};
+use crate::wire::frame::{Frame, WireRegion, WireSegments};
 use crate::wire::queue::TxQueue;
 use deadlines::{Deadlines, Overdue, Way};
 use incoming::{Ended, Ending, Incoming};
@@ -218,7 +218,7 @@ impl Machine {
     }
 
     /// Whether every account agrees with what is really there, and every stream has a deadline.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     fn audit(&self) -> std::result::Result<(), String> {
         if self.dead.is_some() {
             return Ok(());

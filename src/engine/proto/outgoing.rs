@@ -246,7 +246,7 @@ impl Outgoing {
     }
 
     /// Streams and their segments.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn keys(&self) -> Vec<(Key, usize)> {
         self.streams.iter().map(|(&key, out)| (key, out.segments)).collect()
     }
@@ -293,4 +293,39 @@ pub(crate) fn tag(key: Key, sending: bool, offset: u64) -> i32 {
     let mut x = key.id.wrapping_mul(2).wrapping_add(u64::from(by_initiator)).wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ offset;
     x = (x ^ (x >> 31)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     ((x >> 33) as u32 & 0x7FFF_FFFF) as i32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_sides_give_a_chunk_the_same_tag_and_other_chunks_another() {
+        let mut seen = std::collections::HashSet::new();
+        for id in 1..50 {
+            for mine in [false, true] {
+                for offset in (0..20).map(|i| i << 16) {
+                    let sent = tag(Key { id, mine }, true, offset);
+                    assert_eq!(sent, tag(Key { id, mine: !mine }, false, offset));
+                    assert!(sent >= 0 && seen.insert(sent), "transfer {id} at {offset}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn small_and_large_ones_have_the_same_share() {
+        let (small, large) = (Key { id: 1, mine: true }, Key { id: 2, mine: true });
+        let mut turns = Turns::default();
+        turns.small.push_back(small);
+        turns.bulk.push_back(large);
+        let mut bytes = [0u64; 2];
+        for _ in 0..1000 {
+            let next = turns.next([false; 2]).unwrap();
+            let len = if next { 4 << 10 } else { 64 << 10 };
+            bytes[usize::from(next)] += len;
+            turns.took(next, len, true);
+        }
+        assert!(bytes[0].abs_diff(bytes[1]) <= SMALL_TURN + (64 << 10), "{bytes:?}");
+    }
 }

@@ -9,8 +9,8 @@ use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
 use crate::region::{Hold, RegionUse};
 use crate::status::{bail, err, Error, ErrorKind, Result, StatusCode, UCCL_OK};
-use crate::types::{Key, Place, RemoteAccess, Segment};
-use crate::wire::frame::{Frame, Grant, WireRegion, WireSegment, WireSegments, MAX_INLINE};
+use crate::types::{Key, Place, RemoteAccess, Segment, MAX_INLINE};
+use crate::wire::frame::{Frame, Grant, WireRegion, WireSegment, WireSegments};
 use std::time::Instant;
 
 /// A message of the peer may announce this many bytes; its receive is what really bounds it.

@@ -40,15 +40,6 @@ struct World {
     offsets: Vec<(Key, u64)>,
 }
 
-impl World {
-    fn new(seed: u64) -> World {
-        let net = Arc::new(Mutex::new(Net::new(DEVICE_CHANNELS + HOST_CHANNELS, seed % 8 < 4)));
-        let now = Instant::now();
-        let victim = Side::new(&net, 0, CHUNK, if seed % 3 == 0 { 0 } else { 2000 }, now);
-        World { rng: Rng::new(seed), net, victim, now, mine: Vec::new(), next: 1, offsets: Vec::new() }
-    }
-}
-
 pub(super) fn play(seed: u64, script: &[Action]) -> Result<(), String> {
     let mut world = World::new(seed);
     for &action in script {
@@ -75,6 +66,13 @@ pub(super) fn recite(seed: u64, bytes: &[u8]) -> Result<(), String> {
 }
 
 impl World {
+    fn new(seed: u64) -> World {
+        let net = Arc::new(Mutex::new(Net::new(DEVICE_CHANNELS + HOST_CHANNELS, seed % 8 < 4)));
+        let now = Instant::now();
+        let victim = Side::new(&net, 0, CHUNK, if seed % 3 == 0 { 0 } else { 2000 }, now);
+        World { rng: Rng::new(seed), net, victim, now, mine: Vec::new(), next: 1, offsets: Vec::new() }
+    }
+
     fn step(&mut self, Action { kind, a, b }: Action) {
         let channel = (b as usize) % (DEVICE_CHANNELS + HOST_CHANNELS);
         match kind % 32 {
@@ -308,4 +306,79 @@ impl World {
         }
         self.check()
     }
+}
+
+/// A transfer of the victim's own: 0 a write, 1 a read, 2 a send, 3 a receive, of 30,000 bytes.
+fn own(world: &mut World, kind: u32) {
+    world.own((29_999 << 8) + kind, 1);
+}
+
+/// Says frames of which the last one must end the connection as a violation, and no other.
+fn violates(what: &str, world: &mut World, frames: &[Frame<'_>]) {
+    for frame in frames {
+        assert!(world.victim.machine.alive().is_ok(), "{what}: too early: {:?}", world.victim.machine.dead());
+        world.say(frame);
+    }
+    let kind = world.victim.machine.dead().map(|e| e.kind());
+    assert_eq!(kind, Some(crate::status::ErrorKind::Protocol), "{what}");
+}
+
+#[test]
+fn frames_that_fit_in_another_state_only_are_violations() {
+    let chunk = |id| Frame::Chunks { id, by_initiator: true, grants: vec![Grant { len: 1000, channel: 2 }] };
+    let done = |id| Frame::Done { id, status: 0, text: "" };
+    let cancel = || Frame::Cancel { id: 1 };
+
+    let mut world = World::new(1);
+    (0..40).for_each(|_| own(&mut world, 0));
+    violates("a verdict on what has not left", &mut world, &[done(40)]);
+
+    let mut world = World::new(1);
+    own(&mut world, 1);
+    violates("a verdict of success on a read", &mut world, &[done(1)]);
+
+    let mut world = World::new(1);
+    own(&mut world, 3);
+    violates("a verdict on a receive", &mut world, &[Frame::Message { id: 1, len: 5000 }, done(1)]);
+
+    let mut world = World::new(1);
+    own(&mut world, 3);
+    violates(
+        "a message withdrawn half way",
+        &mut world,
+        &[Frame::Message { id: 1, len: 5000 }, chunk(1), Frame::Withdraw { id: 1 }],
+    );
+
+    let mut world = World::new(1);
+    violates("more than was sent has arrived", &mut world, &[Frame::Ping { received: 0 }, Frame::Ping { received: 1 }]);
+
+    let mut world = World::new(1);
+    let segment = WireSegment { addr: 4096, len: 9000, region: 0, initiator: Place::HOST, owner: Place::HOST };
+    let segments = || std::iter::once(segment).collect();
+    let regions = || vec![WireRegion { id: 77, token: [7; 16] }];
+    let refused = || Frame::Write { id: 1, regions: regions(), segments: segments(), inline: None };
+    violates("a write cancelled twice", &mut world, &[refused(), chunk(1), cancel(), cancel()]);
+
+    let mut world = World::new(1);
+    violates("more of a refused write than it has", &mut world, &[refused(), cancel(), chunk(1)]);
+
+    let mut world = World::new(1);
+    violates("an id that does not rise", &mut world, &[Frame::Message { id: 5, len: 1 }, Frame::Message { id: 5, len: 1 }]);
+}
+
+#[test]
+fn what_lies_beside_a_region_is_not_written() {
+    let mut world = World::new(1);
+    own(&mut world, 3);
+    let access = world.victim.item(0).and_then(|item| item.access().ok()).expect("registered");
+    let end = world.victim.memory[0].addr() + 30_000;
+    let regions = || vec![WireRegion { id: access.region, token: access.token }];
+    let data = [LIE; 64];
+    for (id, addr) in [(1, end - 63), (2, end), (3, end - 30_001), (4, u64::MAX - 10)] {
+        let segment = WireSegment { addr, len: 64, region: 0, initiator: Place::HOST, owner: Place::HOST };
+        let segments = std::iter::once(segment).collect();
+        world.say(&Frame::Write { id, regions: regions(), segments, inline: Some(&data) });
+    }
+    assert!(world.victim.machine.alive().is_ok(), "a refusal ends no connection");
+    assert!(world.victim.memory[0].now().iter().all(|&b| b == BEFORE));
 }

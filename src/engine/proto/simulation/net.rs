@@ -139,6 +139,14 @@ impl Net {
     }
 }
 
+/// The parts of a chunk lie in regions that it holds itself.
+fn assert_held(parts: &[Part], hold: &Hold) {
+    for part in parts {
+        let span = hold.span_to_register(part.region).expect("a part of a region that its chunk does not hold");
+        assert!(part.addr >= span.addr && part.addr + part.len <= span.addr + span.len, "a part outside of its region");
+    }
+}
+
 /// One side's view of some of the channels.
 pub(super) struct SimulatedPath {
     net: Arc<Mutex<Net>>,
@@ -188,6 +196,7 @@ impl Path for SimulatedPath {
         let wire = &mut net.wires[self.first + channel][self.side];
         assert!(wire.posted.len() + wire.sent.len() < WINDOW, "more requests than the window has places");
         let Departure { key, chunk, hold, bulk, tag } = departure;
+        assert_held(&chunk.parts, &hold);
         wire.posted.push_back(Posted { key, tag, bulk, parts: chunk.parts, _hold: hold });
         Ok(())
     }
@@ -195,6 +204,9 @@ impl Path for SimulatedPath {
     fn expect(&mut self, channel: usize, arrival: Arrival) -> Result<()> {
         let mut net = self.net.lock();
         net.allocate(self.side)?;
+        if let Dest::Memory { parts, hold, .. } = &arrival.dest {
+            assert_held(parts, hold);
+        }
         net.wires[self.first + channel][1 - self.side].expected.push_back(arrival);
         Ok(())
     }

@@ -255,3 +255,17 @@ fn answers_that_have_left_are_not_held_against_the_peer() {
     }
     assert!(world.sides[0].machine.tx.answers() < 20 * KIB, "{} bytes", world.sides[0].machine.tx.answers());
 }
+
+#[test]
+fn a_peer_that_pings_and_reads_nothing_is_given_up() {
+    let mut world = Paced::new(MIB as u64, MIB, [TRANSFER_TIMEOUT, Duration::from_secs(1000)]);
+    (0..20).for_each(|_| world.step());
+    world.sides[0].room = 0;
+    let now = world.now;
+    world.sides[0].machine.notify(b"name", b"unread", now);
+    let took = world.until_dead(0, |world| {
+        let now = world.now;
+        world.sides[1].machine.notify(b"still", b"here", now);
+    });
+    assert!(took <= TRANSFER_TIMEOUT.mul_f64(1.5), "took {took:?}");
+}
