@@ -128,15 +128,6 @@ fn tell_unknown() {
     }
 }
 
-/// The level of protection; unset is off.
-fn protect(source: Source<'_>) -> Result<Protect> {
-    Ok(match source.word(&table::PROTECT)? {
-        Some("integrity") => Protect::Integrity,
-        Some("encrypt") => Protect::Encrypt,
-        _ => Protect::Off,
-    })
-}
-
 impl Config {
     /// Reads the environment.
     ///
