@@ -84,7 +84,9 @@ impl Server {
         let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let log = std::env::temp_dir().join(format!("uccl-setup-{}-{number}.log", std::process::id()));
         let mut command = own_test("server_process", nofile);
-        command.envs(environment.iter().copied()).stdin(Stdio::piped()).stdout(Stdio::piped());
+        // Tests read this log, whatever level the caller of the tests chose.
+        command.env("UCCL_P2P_LOG_LEVEL", "warn").envs(environment.iter().copied());
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
         command.stderr(std::fs::File::create(&log).unwrap());
         let mut child = command.spawn().unwrap();
         let (input, output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
