@@ -71,7 +71,7 @@ exported_symbols() { diff <(LC_ALL=C sort "$root/cmake/exported-symbols.txt") <(
 # What the archive offers to a linker beside the list would clash with a program's own names only under these prefixes.
 archive_symbols() {
     diff <(LC_ALL=C sort "$root/cmake/exported-symbols.txt") \
-        <(nm --defined-only --extern-only "$prefix/lib/libuccl_p2p.a" 2>/dev/null | awk '$3 ~ /^uccl_/ {print $3}' | LC_ALL=C sort -u)
+        <(readelf -sW "$prefix/lib/libuccl_p2p.a" 2>/dev/null | awk '$5 != "LOCAL" && $6 != "HIDDEN" && $7 != "UND" && $8 ~ /^uccl_/ {print $8}' | LC_ALL=C sort -u)
 }
 soname() { local name; name=$(readelf -d "$so" | sed -n 's/.*(SONAME).*\[\(.*\)\]/\1/p'); echo "SONAME is '$name'"; [ "$name" = libuccl_p2p.so.0 ]; }
 # CUDA and NCCL are looked for at run time; a link to them would keep the library from loading without them.

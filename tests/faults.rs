@@ -400,7 +400,8 @@ fn a_reset_of_the_data_channels_is_noticed_at_once() {
         let start = Instant::now();
         match open {
             Some(id) => {
-                assert!(matches!(a.wait(0, id, LIMIT), Outcome::Failed(_)), "the write goes on after {:?}", start.elapsed())
+                let outcome = a.wait(0, id, LIMIT);
+                assert!(matches!(outcome, Outcome::Failed(_)), "{outcome:?} after {:?}", start.elapsed());
             }
             None => assert!(until(LIMIT, || a.ask("status 0").starts_with("error")), "nothing noticed after {LIMIT:?}"),
         }

@@ -115,9 +115,15 @@ impl Server {
         self.ask(command).parse().unwrap()
     }
 
+    /// Sends a signal. After SIGSTOP all of its threads stand when this returns.
     fn signal(&self, signal: i32) {
-        // SAFETY: our own child, not waited for yet.
-        unsafe { libc::kill(self.child.id() as i32, signal) };
+        // SAFETY: our own child, not waited for yet; no status is asked for.
+        unsafe {
+            libc::kill(self.child.id() as i32, signal);
+            if signal == libc::SIGSTOP {
+                libc::waitid(libc::P_PID, self.child.id(), std::ptr::null_mut(), libc::WSTOPPED);
+            }
+        }
     }
 
     fn log(&self) -> String {
