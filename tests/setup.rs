@@ -318,7 +318,8 @@ fn a_thousand_connects_each_way_come_up() {
 
 #[test]
 fn a_burst_of_honest_peers_is_not_taken_for_strangers() {
-    const BURST: usize = 600;
+    // More than the places for strangers, 256 here; few enough that a busy machine of two cores answers each in time.
+    const BURST: usize = 320;
     if !isolated("a_burst_of_honest_peers_is_not_taken_for_strangers", 1 << 20) {
         return;
     }
