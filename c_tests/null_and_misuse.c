@@ -378,9 +378,9 @@ CASE(uccl_engine_channel_stats)
         for (size_t i = 0; i < all.channels; i++) {
             CHECK_OK(uccl_engine_channel_stats(f.conn, i, &stats));
             CHECK(stats.nic[0] && stats.window > 0);
-            /* Only the software plugin tells what TCP counts. */
-            const char *plugin = getenv("UCCL_TCPX_PLUGIN");
-            CHECK((stats.segments > 0) == (!plugin || strcmp(plugin, "soft") == 0));
+            /* The software plugin always tells what TCP counts. */
+            const char *plugin = getenv("UCCL_TCPX_PLUGIN_PATH");
+            CHECK(stats.segments > 0 || (plugin && !strstr(plugin, "tcpx_soft")));
         }
     }
 }
