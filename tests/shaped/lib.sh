@@ -74,7 +74,7 @@ unwire() { # ends the relay, which then says what it did in $scratch/relayed
 }
 
 export UCCL_TCPX_PLUGIN=soft UCCL_SOCKET_IFNAME=${CONTROL_NIC:-eth1} NCCL_GPUDIRECTTCPX_SOCKET_IFNAME=${DATA_NICS:-eth}
-export UCCL_P2P_LOG_LEVEL=${UCCL_P2P_LOG_LEVEL:-warn}
+export UCCL_P2P_LOG_LEVEL=warn # read here, whatever level the caller of the tests chose
 
 serve() { # starts tcpx-perf's server on host b; sets address
   : >"$scratch/server"
