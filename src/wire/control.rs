@@ -66,8 +66,10 @@ impl ControlStream {
             rx.extend(&self.sealed[at..at + plain]);
             at += consumed;
         }
-        self.sealed.copy_within(at..self.arrived, 0);
-        self.arrived -= at;
+        if at > 0 {
+            self.sealed.copy_within(at..self.arrived, 0);
+            self.arrived -= at;
+        }
         Ok(())
     }
 

@@ -1,15 +1,14 @@
 //! Frames of the control stream and their codec. Pure: bytes in, frames out; every length is checked before it is used or
 //! allocated, and every decode error is a value, never a panic.
 //!
-//! A frame is an 8-byte header (payload length u32, type u8, magic u8, zero u16; little-endian as all numbers) and its payload.
+//! A frame is a header (`envelope`) and its payload; numbers are little-endian.
 
+use super::envelope::{Envelope, Opened, Reader};
 use crate::status::{bail, Result, StatusCode};
 use crate::types::{Place, MAX_INLINE};
 use std::borrow::Cow;
 
-/// Bytes of a frame header.
-pub const HEADER_BYTES: usize = 8;
-const MAGIC: u8 = 0xC7;
+const ENVELOPE: Envelope = Envelope { name: "frame", magic: 0xC7, limit: payload_limit };
 /// Segments of one transfer at most.
 pub const MAX_SEGMENTS: usize = 1 << 20;
 /// Distinct regions of one transfer at most.
@@ -203,24 +202,12 @@ pub enum Decoded<'a> {
 /// # Errors
 /// `Protocol` when the bytes can never become a frame.
 pub fn decode(buf: &[u8]) -> Result<Decoded<'_>> {
-    let Some(header) = buf.first_chunk::<HEADER_BYTES>() else { return Ok(Decoded::Need(HEADER_BYTES)) };
-    let len = u32::from_le_bytes([header[0], header[1], header[2], header[3]]) as usize;
-    let kind = header[4];
-    if header[5] != MAGIC || header[6..8] != [0, 0] {
-        bail!(Protocol, "bad frame magic");
-    }
-    match payload_limit(kind) {
-        None => bail!(Protocol, "unknown frame type {kind}"),
-        Some(limit) if len > limit => bail!(Protocol, "frame type {kind} of {len} bytes is over its limit of {limit}"),
-        Some(_) => {}
-    }
-    let total = HEADER_BYTES + len;
-    let Some(payload) = buf.get(HEADER_BYTES..total) else { return Ok(Decoded::Need(total)) };
-    let mut reader = Reader(payload);
+    let (kind, mut reader, total) = match ENVELOPE.open(buf)? {
+        Opened::Payload(kind, reader, total) => (kind, reader, total),
+        Opened::Need(n) => return Ok(Decoded::Need(n)),
+    };
     let frame = decode_payload(kind, &mut reader)?;
-    if !reader.0.is_empty() {
-        bail!(Protocol, "frame type {kind} has {} bytes too many", reader.0.len());
-    }
+    ENVELOPE.end(kind, &reader)?;
     Ok(Decoded::Frame(frame, total))
 }
 
@@ -233,15 +220,15 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
             if n_regions > MAX_REGIONS || n_segments > MAX_SEGMENTS {
                 bail!(Protocol, "{n_regions} regions, {n_segments} segments");
             }
-            let regions = r.array(n_regions, |b: &[u8; REGION_BYTES]| Ok(WireRegion { id: le64(b, 0), token: sub(b, 8) }))?;
+            let regions = r.array(n_regions, |b: &[u8; REGION_BYTES]| WireRegion { id: le64(b, 0), token: sub(b, 8) })?;
             let segments = WireSegments::decode(r.bytes(n_segments * SEGMENT_BYTES)?, n_regions)?;
             match kind {
                 T_READ => Frame::Read { id, regions, segments },
                 T_WRITE => Frame::Write { id, regions, segments, inline: None },
                 _ => {
                     let total: u64 = segments.iter().map(|s| u64::from(s.len)).sum();
-                    if total != r.0.len() as u64 {
-                        bail!(Protocol, "inline write of {total} bytes carries {}", r.0.len());
+                    if total != r.len() as u64 {
+                        bail!(Protocol, "inline write of {total} bytes carries {}", r.len());
                     }
                     Frame::Write { id, regions, segments, inline: Some(r.rest()) }
                 }
@@ -255,14 +242,13 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
             if n > MAX_GRANTS {
                 bail!(Protocol, "{n} chunks in one frame");
             }
-            let grants =
-                r.array(n, |b: &[u8; GRANT_BYTES]| Ok(Grant { len: le32(b, 0), channel: u16::from_le_bytes(sub(b, 4)) }))?;
+            let grants = r.array(n, |b: &[u8; GRANT_BYTES]| Grant { len: le32(b, 0), channel: u16::from_le_bytes(sub(b, 4)) })?;
             Frame::Chunks { id, by_initiator, grants }
         }
         T_DONE => {
             let id = r.u64()?;
             let status = r.u32()? as StatusCode;
-            Frame::Done { id, status, text: r.text()? }
+            Frame::Done { id, status, text: text(r)? }
         }
         T_MESSAGE => Frame::Message { id: r.u64()?, len: r.u64()? },
         T_PULL => Frame::Pull { id: r.u64()?, status: r.u32()? as StatusCode, receiver: Place(r.u32()? as u8) },
@@ -274,7 +260,7 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
         T_WITHDRAW => Frame::Withdraw { id: r.u64()? },
         T_CANCEL => Frame::Cancel { id: r.u64()? },
         T_PING => Frame::Ping { received: r.u64()? },
-        T_BYE => Frame::Bye { status: r.u32()? as StatusCode, text: r.text()? },
+        T_BYE => Frame::Bye { status: r.u32()? as StatusCode, text: text(r)? },
         _ => bail!(Protocol, "unknown frame type {kind}"),
     })
 }
@@ -291,14 +277,7 @@ fn le32<const M: usize>(b: &[u8; M], at: usize) -> u32 {
 
 /// Appends `frame` to `out`.
 pub fn encode(frame: &Frame<'_>, out: &mut Vec<u8>) {
-    let start = out.len();
-    out.extend_from_slice(&[0; HEADER_BYTES]);
-    let kind = encode_payload(frame, out);
-    let len = (out.len() - start - HEADER_BYTES) as u32;
-    debug_assert!(payload_limit(kind).is_some_and(|limit| len as usize <= limit), "frame type {kind} of {len} bytes");
-    out[start..start + 4].copy_from_slice(&len.to_le_bytes());
-    out[start + 4] = kind;
-    out[start + 5] = MAGIC;
+    ENVELOPE.seal(out, |out| encode_payload(frame, out));
 }
 
 /// Appends fields one behind the other.
@@ -375,46 +354,16 @@ fn encode_segments(id: u64, regions: &[WireRegion], segments: &WireSegments<'_>,
     out.extend_from_slice(&segments.0);
 }
 
-struct Reader<'a>(&'a [u8]);
-
-impl<'a> Reader<'a> {
-    fn bytes(&mut self, n: usize) -> Result<&'a [u8]> {
-        match self.0.split_at_checked(n) {
-            Some((head, tail)) => {
-                self.0 = tail;
-                Ok(head)
-            }
-            None => bail!(Protocol, "frame ends {} bytes early", n - self.0.len()),
-        }
-    }
-    fn rest(&mut self) -> &'a [u8] {
-        std::mem::take(&mut self.0)
-    }
-    fn text(&mut self) -> Result<&'a str> {
-        match std::str::from_utf8(self.rest()) {
-            Ok(text) => Ok(text),
-            Err(_) => bail!(Protocol, "text is not UTF-8"),
-        }
-    }
-    fn fixed<const N: usize>(&mut self) -> Result<[u8; N]> {
-        let bytes = self.bytes(N)?;
-        Ok(std::array::from_fn(|i| bytes[i]))
-    }
-    fn u32(&mut self) -> Result<u32> {
-        Ok(u32::from_le_bytes(self.fixed()?))
-    }
-    fn u64(&mut self) -> Result<u64> {
-        Ok(u64::from_le_bytes(self.fixed()?))
-    }
-    fn array<const N: usize, T>(&mut self, n: usize, item: impl Fn(&[u8; N]) -> Result<T>) -> Result<Vec<T>> {
-        let Some(bytes) = n.checked_mul(N) else { bail!(Protocol, "{n} items") };
-        // Every piece of chunks_exact has N bytes.
-        self.bytes(bytes)?.chunks_exact(N).filter_map(|b| b.first_chunk()).map(item).collect()
+fn text<'a>(r: &mut Reader<'a>) -> Result<&'a str> {
+    match std::str::from_utf8(r.rest()) {
+        Ok(text) => Ok(text),
+        Err(_) => bail!(Protocol, "text is not UTF-8"),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::envelope::HEADER_BYTES;
     use super::*;
     use proptest::prelude::*;
 
@@ -487,7 +436,7 @@ mod tests {
         #[test]
         fn a_damaged_payload_never_panics(kind in 1u8..=13, payload in proptest::collection::vec(any::<u8>(), 0..200)) {
             let mut buf = (payload.len() as u32).to_le_bytes().to_vec();
-            buf.extend_from_slice(&[kind, MAGIC, 0, 0]);
+            buf.extend_from_slice(&[kind, ENVELOPE.magic, 0, 0]);
             buf.extend_from_slice(&payload);
             let _ = decode(&buf);
         }
@@ -497,7 +446,7 @@ mod tests {
     fn lengths_over_the_limit_are_refused_from_the_header_alone() {
         for kind in 0..=255u8 {
             let mut header = u32::MAX.to_le_bytes().to_vec();
-            header.extend_from_slice(&[kind, MAGIC, 0, 0]);
+            header.extend_from_slice(&[kind, ENVELOPE.magic, 0, 0]);
             assert!(decode(&header).is_err(), "type {kind}");
         }
     }

@@ -1,8 +1,9 @@
 //! The control protocol: the handshake (`handshake`, `hello`, `keys`), the sealed stream after it (`session`), messages that set up the
-//! channels (`setup`), frames (`frame`) and the non-blocking control stream (`control`). Knows sockets and bytes, nothing of regions,
-//! channels or transfers.
+//! channels (`setup`), frames (`frame`), what these two have alike (`envelope`) and the non-blocking control stream (`control`). Knows
+//! sockets and bytes, nothing of regions, channels or transfers.
 
 pub(crate) mod control;
+mod envelope;
 pub(crate) mod frame;
 mod guarded;
 pub(crate) mod handshake;

@@ -1,7 +1,8 @@
 //! The two ends of a control stream as bytes in memory: frames that wait to leave, and bytes that have arrived and are not yet
 //! decoded. Pure; sockets and sealing are `control`'s business.
 
-use super::frame::{self, Frame, HEADER_BYTES};
+use super::envelope::HEADER_BYTES;
+use super::frame::{self, Frame};
 use crate::status::Result;
 use std::collections::VecDeque;
 

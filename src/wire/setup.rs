@@ -1,15 +1,14 @@
 //! Messages that set up the channels of a connection: after the handshake, inside the session, before the first frame. Pure: bytes
 //! in, messages out; every length is checked before it is used or allocated.
 //!
-//! A message is an 8-byte header (payload length u32, type u8, magic u8, zero u16; little-endian as all numbers) and its payload.
+//! A message is a header (`envelope`) and its payload; numbers are little-endian.
 
+use super::envelope::{Envelope, Opened, Reader};
 use super::hello::MAX_CHANNELS;
 use super::text;
 use crate::status::{bail, Error, ErrorKind, Result, StatusCode, UCCL_OK};
 
-/// Bytes of a message header.
-pub(crate) const HEADER_BYTES: usize = 8;
-const MAGIC: u8 = 0xC8;
+const ENVELOPE: Envelope = Envelope { name: "set-up message", magic: 0xC8, limit: payload_limit };
 /// Bytes of a plugin's connect handle.
 pub(crate) const HANDLE_BYTES: usize = nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
 /// Sets of channels of a connection at most.
@@ -104,106 +103,71 @@ pub(crate) enum Decoded {
 /// # Errors
 /// `Protocol` when the bytes can never become a message.
 pub(crate) fn decode(buf: &[u8]) -> Result<Decoded> {
-    let Some(header) = buf.first_chunk::<HEADER_BYTES>() else { return Ok(Decoded::Need(HEADER_BYTES)) };
-    let len = u32::from_le_bytes([header[0], header[1], header[2], header[3]]) as usize;
-    let kind = header[4];
-    if header[5] != MAGIC || header[6..8] != [0, 0] {
-        bail!(Protocol, "bad magic of a set-up message");
-    }
-    match payload_limit(kind) {
-        None => bail!(Protocol, "unknown set-up message {kind}"),
-        Some(limit) if len > limit => bail!(Protocol, "set-up message {kind} of {len} bytes is over its limit of {limit}"),
-        Some(_) => {}
-    }
-    let total = HEADER_BYTES + len;
-    let Some(payload) = buf.get(HEADER_BYTES..total) else { return Ok(Decoded::Need(total)) };
-    let mut reader = Reader(payload);
+    let (kind, mut reader, total) = match ENVELOPE.open(buf)? {
+        Opened::Payload(kind, reader, total) => (kind, reader, total),
+        Opened::Need(n) => return Ok(Decoded::Need(n)),
+    };
     let message = match kind {
-        T_OFFER => reader.offer()?,
+        T_OFFER => offer(&mut reader)?,
         T_READY => {
-            let verdict = reader.verdict()?;
-            Message::Ready(verdict, reader.channels()?)
+            let verdict = verdict(&mut reader)?;
+            Message::Ready(verdict, channels(&mut reader)?)
         }
-        _ => match reader.verdict()? {
+        _ => match verdict(&mut reader)? {
             Verdict { status: UCCL_OK, .. } => bail!(Protocol, "a set-up was given up without a reason"),
             verdict => Message::Abort(verdict),
         },
     };
-    if !reader.0.is_empty() {
-        bail!(Protocol, "set-up message {kind} has {} bytes too many", reader.0.len());
-    }
+    ENVELOPE.end(kind, &reader)?;
     Ok(Decoded::Message(message, total))
 }
 
-struct Reader<'a>(&'a [u8]);
-
-impl<'a> Reader<'a> {
-    fn bytes(&mut self, n: usize) -> Result<&'a [u8]> {
-        match self.0.split_at_checked(n) {
-            Some((head, tail)) => {
-                self.0 = tail;
-                Ok(head)
-            }
-            None => bail!(Protocol, "a set-up message ends {} bytes early", n - self.0.len()),
+fn offer(reader: &mut Reader<'_>) -> Result<Message> {
+    let [sets] = reader.fixed()?;
+    if sets == 0 || usize::from(sets) > MAX_SETS {
+        bail!(Protocol, "an offer of {sets} plugin sets");
+    }
+    let mut all = 0;
+    let sets = (0..sets).map(|_| {
+        let n = reader.u16()?;
+        all += usize::from(n);
+        if n > MAX_CHANNELS || all > MAX_ALL {
+            bail!(Protocol, "an offer of {n} channels");
         }
-    }
+        (0..n).map(|_| offered(reader)).collect::<Result<Vec<_>>>()
+    });
+    Ok(Message::Offer(sets.collect::<Result<_>>()?))
+}
 
-    fn fixed<const N: usize>(&mut self) -> Result<[u8; N]> {
-        let bytes = self.bytes(N)?;
-        Ok(std::array::from_fn(|i| bytes[i]))
+fn offered(reader: &mut Reader<'_>) -> Result<Offered> {
+    let [len] = reader.fixed()?;
+    let nic = text::checked(reader.bytes(len.into())?, MAX_NIC, "a NIC's name")?;
+    if nic.is_empty() {
+        bail!(Protocol, "an offer of a NIC without a name");
     }
+    Ok(Offered { nic: nic.to_owned(), handle: reader.fixed()? })
+}
 
-    fn u16(&mut self) -> Result<u16> {
-        Ok(u16::from_le_bytes(self.fixed()?))
+fn verdict(reader: &mut Reader<'_>) -> Result<Verdict> {
+    let status = StatusCode::from_le_bytes(reader.fixed()?);
+    if status > UCCL_OK {
+        bail!(Protocol, "a verdict of status {status}");
     }
+    let len = reader.u16()?;
+    let text = text::checked(reader.bytes(len.into())?, MAX_TEXT, "a verdict's text")?;
+    Ok(Verdict { status, text: text.to_owned() })
+}
 
-    fn offer(&mut self) -> Result<Message> {
-        let [sets] = self.fixed()?;
-        if sets == 0 || usize::from(sets) > MAX_SETS {
-            bail!(Protocol, "an offer of {sets} plugin sets");
-        }
-        let mut all = 0;
-        let sets = (0..sets).map(|_| {
-            let n = self.u16()?;
-            all += usize::from(n);
-            if n > MAX_CHANNELS || all > MAX_ALL {
-                bail!(Protocol, "an offer of {n} channels");
-            }
-            (0..n).map(|_| self.offered()).collect::<Result<Vec<_>>>()
-        });
-        Ok(Message::Offer(sets.collect::<Result<_>>()?))
+fn channels(reader: &mut Reader<'_>) -> Result<Vec<u16>> {
+    let n = reader.u16()?;
+    if usize::from(n) > MAX_ALL {
+        bail!(Protocol, "{n} channels are said to be up");
     }
-
-    fn offered(&mut self) -> Result<Offered> {
-        let [len] = self.fixed()?;
-        let nic = text::checked(self.bytes(len.into())?, MAX_NIC, "a NIC's name")?;
-        if nic.is_empty() {
-            bail!(Protocol, "an offer of a NIC without a name");
-        }
-        Ok(Offered { nic: nic.to_owned(), handle: self.fixed()? })
+    let up = (0..n).map(|_| reader.u16()).collect::<Result<Vec<_>>>()?;
+    if up.last().is_some_and(|&last| usize::from(last) >= NUMBERS) || up.windows(2).any(|w| w[0] >= w[1]) {
+        bail!(Protocol, "the numbers of the channels that are up do not rise");
     }
-
-    fn verdict(&mut self) -> Result<Verdict> {
-        let status = StatusCode::from_le_bytes(self.fixed()?);
-        if status > UCCL_OK {
-            bail!(Protocol, "a verdict of status {status}");
-        }
-        let len = self.u16()?;
-        let text = text::checked(self.bytes(len.into())?, MAX_TEXT, "a verdict's text")?;
-        Ok(Verdict { status, text: text.to_owned() })
-    }
-
-    fn channels(&mut self) -> Result<Vec<u16>> {
-        let n = self.u16()?;
-        if usize::from(n) > MAX_ALL {
-            bail!(Protocol, "{n} channels are said to be up");
-        }
-        let up = (0..n).map(|_| self.u16()).collect::<Result<Vec<_>>>()?;
-        if up.last().is_some_and(|&last| usize::from(last) >= NUMBERS) || up.windows(2).any(|w| w[0] >= w[1]) {
-            bail!(Protocol, "the numbers of the channels that are up do not rise");
-        }
-        Ok(up)
-    }
+    Ok(up)
 }
 
 fn put_verdict(verdict: &Verdict, out: &mut Vec<u8>) {
@@ -215,9 +179,7 @@ fn put_verdict(verdict: &Verdict, out: &mut Vec<u8>) {
 
 /// Appends `message` to `out`. Texts and names are escaped and cut to their limits; counts over the limits are the caller's mistake.
 pub(crate) fn encode(message: &Message, out: &mut Vec<u8>) {
-    let start = out.len();
-    out.extend_from_slice(&[0; HEADER_BYTES]);
-    let kind = match message {
+    ENVELOPE.seal(out, |out| match message {
         Message::Offer(sets) => {
             out.push(sets.len() as u8);
             for set in sets {
@@ -241,16 +203,12 @@ pub(crate) fn encode(message: &Message, out: &mut Vec<u8>) {
             put_verdict(verdict, out);
             T_ABORT
         }
-    };
-    let len = out.len() - start - HEADER_BYTES;
-    debug_assert!(payload_limit(kind).is_some_and(|limit| len <= limit), "set-up message {kind} of {len} bytes");
-    out[start..start + 4].copy_from_slice(&(len as u32).to_le_bytes());
-    out[start + 4] = kind;
-    out[start + 5] = MAGIC;
+    });
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::envelope::HEADER_BYTES;
     use super::*;
     use proptest::prelude::*;
 
@@ -290,7 +248,7 @@ mod tests {
         #[test]
         fn a_damaged_message_never_panics(kind in 0u8..=4, payload in proptest::collection::vec(any::<u8>(), 0..400), random in proptest::collection::vec(any::<u8>(), 0..400)) {
             let mut buf = (payload.len() as u32).to_le_bytes().to_vec();
-            buf.extend_from_slice(&[kind, MAGIC, 0, 0]);
+            buf.extend_from_slice(&[kind, ENVELOPE.magic, 0, 0]);
             buf.extend_from_slice(&payload);
             let _ = decode(&buf);
             let _ = decode(&random);
@@ -327,7 +285,7 @@ mod tests {
     fn lengths_over_the_limit_are_refused_from_the_header_alone() {
         for kind in 0..=255u8 {
             let mut header = u32::MAX.to_le_bytes().to_vec();
-            header.extend_from_slice(&[kind, MAGIC, 0, 0]);
+            header.extend_from_slice(&[kind, ENVELOPE.magic, 0, 0]);
             assert!(decode(&header).is_err(), "type {kind}");
         }
     }
@@ -335,7 +293,7 @@ mod tests {
     /// A message of `kind` with this payload.
     fn raw(kind: u8, payload: &[u8]) -> Vec<u8> {
         let mut buf = (payload.len() as u32).to_le_bytes().to_vec();
-        buf.extend_from_slice(&[kind, MAGIC, 0, 0]);
+        buf.extend_from_slice(&[kind, ENVELOPE.magic, 0, 0]);
         buf.extend_from_slice(payload);
         buf
     }
