@@ -1,7 +1,9 @@
 //! The engine through its Rust API, inside one process over loopback: strangers on the port, limits, ends in any order.
 
+mod local;
 mod memory;
 
+use local::{pair, port};
 use memory::Place;
 use std::io::Write;
 use std::net::TcpStream;
@@ -26,16 +28,6 @@ fn environment() {
 fn config() -> Config {
     environment();
     Config { plugin: PluginChoice::Soft, ..Config::from_env().expect("configuration") }
-}
-
-fn port(engine: &Engine) -> u16 {
-    let text = engine.metadata();
-    text.split([':', '?']).nth(1).and_then(|p| p.parse().ok()).expect("port in the metadata")
-}
-
-fn pair(a: &Engine, b: &Engine) -> (Arc<Connection>, Arc<Connection>) {
-    let out = a.connect("127.0.0.1", "", port(b)).expect("connect");
-    (out, b.accept().expect("accept"))
 }
 
 /// A buffer with its registration and FIFO item; where nothing else is said, on the first GPU.

@@ -6,11 +6,10 @@ mod victim;
 
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 use uccl_p2p::config::Config;
-use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, LocalSegment};
-use victim::{config, port, set_environment, text_of, until, Outcome, Victim};
+use uccl_p2p::engine::{Direction, Engine, FifoItem, LocalSegment};
+use victim::{config, pair, set_environment, text_of, until, Outcome, Victim};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -48,10 +47,6 @@ impl Buffer {
     fn item(&self, engine: &Engine) -> FifoItem {
         engine.fifo_item(self.mr, self.bytes.as_ptr() as usize, self.bytes.len()).unwrap()
     }
-}
-
-fn pair(a: &Engine, b: &Engine) -> (Arc<Connection>, Arc<Connection>) {
-    (a.connect("127.0.0.1", "", port(b)).unwrap(), b.accept().unwrap())
 }
 
 // ---- memory ----

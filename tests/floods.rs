@@ -1,13 +1,16 @@
 //! What attacks on an engine cost a legitimate peer, between real engines over real sockets: how long its connect takes meanwhile, and
 //! how its small operations compare with those before the attack. Times are compared inside one run; a noisy machine gets several tries.
 
+mod local;
+
+use local::port;
 use std::io::Write;
 use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
-use uccl_p2p::config::{Config, PluginChoice};
+use uccl_p2p::config::Config;
 use uccl_p2p::engine::{Connection, Direction, Engine, LocalSegment};
 
 /// The most that an attack may slow a legitimate peer's operation down.
@@ -23,10 +26,6 @@ static ONE: Mutex<()> = Mutex::new(());
 fn config() -> Config {
     static ONCE: std::sync::Once = std::sync::Once::new();
     ONCE.call_once(|| {
-        for (name, value) in [("NCCL_SOCKET_IFNAME", "lo"), ("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "lo")] {
-            // SAFETY: before any engine exists; tests wait for this Once.
-            unsafe { std::env::set_var(name, value) };
-        }
         let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
         // SAFETY: a writable rlimit, and a readable one.
         unsafe {
@@ -35,11 +34,7 @@ fn config() -> Config {
             assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &limit), 0);
         }
     });
-    Config { plugin: PluginChoice::Soft, num_channels: Some(2), ..Config::from_env().expect("configuration") }
-}
-
-fn port(engine: &Engine) -> u16 {
-    engine.metadata().split([':', '?']).nth(1).and_then(|p| p.parse().ok()).expect("port in the metadata")
+    Config { num_channels: Some(2), ..local::config() }
 }
 
 /// A connection with memory at both ends.

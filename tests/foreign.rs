@@ -1,6 +1,9 @@
 //! The engine over a plugin of others, whole: the strict foreign plugin, which simulates GPUDirect-TCPX and ends the process at the first
 //! breach of its contract, with emulated device memory. Each case has a process of its own.
 
+mod local;
+
+use local::pair;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
@@ -346,13 +349,6 @@ fn settles(what: &str, index: usize, value: u64) {
 
 fn engine() -> Arc<Engine> {
     Engine::new(Config::from_env().expect("configuration")).expect("engine")
-}
-
-fn pair(a: &Engine, b: &Engine) -> (Arc<Connection>, Arc<Connection>) {
-    let text = b.metadata();
-    let port = text.rsplit(':').next().and_then(|p| p.split('?').next()).and_then(|p| p.parse().ok()).expect("port");
-    let out = a.connect("127.0.0.1", "", port).expect("connect");
-    (out, b.accept().expect("accept"))
 }
 
 /// Writes and reads of many sizes, both ways, every byte compared.

@@ -1,9 +1,11 @@
 //! The engine as a guest on the application's GPU: every kind of memory, while graphs are captured, while the default stream is busy.
 //! Needs a GPU: UCCL_TEST_MEMORY=gpu.
 
+mod local;
 mod memory;
 
 use cuda_driver::sys;
+use local::pair;
 use memory::{Memory, Place};
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -32,13 +34,6 @@ fn engine() -> Arc<Engine> {
     });
     let config = Config { plugin: PluginChoice::Soft, ..Config::from_env().expect("configuration") };
     Engine::new(config).expect("engine")
-}
-
-fn pair(a: &Engine, b: &Engine) -> (Arc<Connection>, Arc<Connection>) {
-    let text = b.metadata();
-    let port = text.split([':', '?']).nth(1).and_then(|p| p.parse().ok()).expect("port in the metadata");
-    let out = a.connect("127.0.0.1", "", port).expect("connect");
-    (out, b.accept().expect("accept"))
 }
 
 struct Buffer {
@@ -170,6 +165,15 @@ impl Drop for Busy {
     }
 }
 
+/// Registers memory by turns with two engines.
+fn by_turns(memory: Vec<Memory>, a: &Engine, b: &Engine) -> Vec<Buffer> {
+    let with = |(i, m): (usize, Memory)| {
+        let len = m.len();
+        Buffer::of(if i % 2 == 0 { a } else { b }, m, len)
+    };
+    memory.into_iter().enumerate().map(with).collect()
+}
+
 /// Transfers of new engines over a GPU whose default stream is busy: if anything of the engine's waited for that stream, the work there,
 /// which lasts until the end of the test, would run out of patience.
 #[test]
@@ -184,14 +188,7 @@ fn a_busy_default_stream_delays_nothing() {
     drop(Buffer::new(&engine(), Place::FirstGpu, vec![0; 10]));
     let busy = Busy::new();
     let (a, b) = (engine(), engine());
-    let buffers: Vec<Buffer> = memory
-        .into_iter()
-        .enumerate()
-        .map(|(i, m)| {
-            let len = m.len();
-            Buffer::of(if i % 2 == 0 { &a } else { &b }, m, len)
-        })
-        .collect();
+    let buffers = by_turns(memory, &a, &b);
     busy.still("registration");
     let (out, inc) = pair(&a, &b);
     busy.still("connecting");
@@ -255,14 +252,7 @@ fn captures_in_global_mode_neither_fail_nor_break_transfers() {
         std::thread::yield_now();
     }
     let (a, b) = (engine(), engine());
-    let buffers: Vec<Buffer> = memory
-        .into_iter()
-        .enumerate()
-        .map(|(i, m)| {
-            let len = m.len();
-            Buffer::of(if i % 2 == 0 { &a } else { &b }, m, len)
-        })
-        .collect();
+    let buffers = by_turns(memory, &a, &b);
     for _ in 0..5 {
         let (out, inc) = pair(&a, &b);
         for _ in 0..10 {

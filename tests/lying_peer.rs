@@ -9,7 +9,7 @@ use uccl_p2p::config::Config;
 use uccl_p2p::engine::attack::{self, FifoItem, Frame, Grant, Liar, WireRegion, WireSegment};
 use uccl_p2p::engine::Engine;
 use uccl_p2p::types::Place;
-use victim::{descriptors, resident, text_of, threads, until, Outcome, Victim};
+use victim::{descriptors, resident, text_of, threads, until, Outcome, Rng, Victim};
 
 /// What the liar sends, and what the victim's memory holds before.
 const LIE: u8 = 0x11;
@@ -436,20 +436,6 @@ fn connections_that_nobody_accepts_are_bounded() {
 }
 
 // ---- at random ----
-
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n.max(1) as u64) as usize
-    }
-}
 
 struct Own {
     id: u64,

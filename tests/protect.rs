@@ -1,13 +1,16 @@
 //! Data channels under attack on the network path, between real engines over real sockets. This binary's own `connect` leads each data
 //! connection over a relay that damages some of its bytes; the control connection stays as it is.
 
+mod local;
+
+use local::port;
 use std::cell::Cell;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
-use uccl_p2p::config::{Config, PluginChoice};
+use uccl_p2p::config::Config;
 use uccl_p2p::engine::{Connection, Direction, Engine, LocalSegment};
 use uccl_p2p::status::ErrorKind;
 use uccl_p2p::types::{Protect, RemoteAccess};
@@ -90,17 +93,8 @@ fn relay(port: u16) -> u16 {
     own
 }
 
-/// The environment, once, before any engine exists.
 fn config(protect: Protect) -> Config {
-    static ONCE: std::sync::Once = std::sync::Once::new();
-    ONCE.call_once(|| {
-        for (name, value) in [("NCCL_SOCKET_IFNAME", "lo"), ("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "lo")] {
-            // SAFETY: before any engine exists; tests wait for this Once.
-            unsafe { std::env::set_var(name, value) };
-        }
-    });
-    let base = Config::from_env().expect("configuration");
-    Config { plugin: PluginChoice::Soft, num_channels: Some(2), eager_bytes: 0, protect, ..base }
+    Config { num_channels: Some(2), eager_bytes: 0, protect, ..local::config() }
 }
 
 /// A key file that stays for the life of the test.
@@ -119,10 +113,6 @@ fn engine(config: Config) -> Arc<Engine> {
     let engine = Engine::new(config).unwrap();
     CONTROL.lock().unwrap().push(port(&engine));
     engine
-}
-
-fn port(engine: &Engine) -> u16 {
-    engine.metadata().split([':', '?']).nth(1).and_then(|p| p.parse().ok()).expect("port in the metadata")
 }
 
 fn pair(a: &Engine, b: &Engine) -> Result<(Arc<Connection>, Arc<Connection>), ErrorKind> {

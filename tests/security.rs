@@ -1,29 +1,21 @@
 //! The control connection under attack on the network path, between real engines over real sockets: a relay that listens, changes and
 //! repeats; keys that differ, change and leak by their file modes.
 
+mod local;
+
+use local::port;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use uccl_p2p::config::{Config, PluginChoice};
+use uccl_p2p::config::Config;
 use uccl_p2p::engine::{Connection, Engine};
 use uccl_p2p::status::ErrorKind;
 
 fn config() -> Config {
-    static ONCE: std::sync::Once = std::sync::Once::new();
-    ONCE.call_once(|| {
-        for (name, value) in [("NCCL_SOCKET_IFNAME", "lo"), ("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "lo")] {
-            // SAFETY: before any engine exists; tests wait for this Once.
-            unsafe { std::env::set_var(name, value) };
-        }
-    });
-    Config { plugin: PluginChoice::Soft, num_channels: Some(1), ..Config::from_env().expect("configuration") }
-}
-
-fn port(engine: &Engine) -> u16 {
-    engine.metadata().split([':', '?']).nth(1).and_then(|p| p.parse().ok()).expect("port in the metadata")
+    Config { num_channels: Some(1), ..local::config() }
 }
 
 /// A key file of its owner's, removed at the end.

@@ -1,6 +1,9 @@
 //! Set-ups of connections under attack and in need, over real sockets and between real processes: strangers, peers that die or
 //! freeze, limits of descriptors, many connects at once, fork.
 
+mod local;
+
+use local::{config, descriptors, port, until};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -15,25 +18,6 @@ const CHILD: &str = "UCCL_TEST_CHILD";
 /// RLIMIT_NOFILE of the child.
 const NOFILE: &str = "UCCL_TEST_NOFILE";
 
-fn set_environment() {
-    static ONCE: std::sync::Once = std::sync::Once::new();
-    ONCE.call_once(|| {
-        for (name, value) in [("NCCL_SOCKET_IFNAME", "lo"), ("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "lo")] {
-            // SAFETY: before any engine exists; tests wait for this Once.
-            unsafe { std::env::set_var(name, value) };
-        }
-    });
-}
-
-fn config() -> Config {
-    set_environment();
-    Config { plugin: PluginChoice::Soft, ..Config::from_env().expect("configuration") }
-}
-
-fn port(engine: &Engine) -> u16 {
-    engine.metadata().split([':', '?']).nth(1).and_then(|p| p.parse().ok()).expect("port in the metadata")
-}
-
 fn set_nofile(limit: u64) {
     let mut now = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: a writable rlimit, and a readable one.
@@ -42,10 +26,6 @@ fn set_nofile(limit: u64) {
         now.rlim_cur = limit.min(now.rlim_max);
         assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &now), 0);
     }
-}
-
-fn descriptors() -> usize {
-    std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
 fn own_test(name: &str, nofile: u64) -> Command {
@@ -115,15 +95,8 @@ impl Server {
         self.ask(command).parse().unwrap()
     }
 
-    /// Sends a signal. After SIGSTOP all of its threads stand when this returns.
     fn signal(&self, signal: i32) {
-        // SAFETY: our own child, not waited for yet; no status is asked for.
-        unsafe {
-            libc::kill(self.child.id() as i32, signal);
-            if signal == libc::SIGSTOP {
-                libc::waitid(libc::P_PID, self.child.id(), std::ptr::null_mut(), libc::WSTOPPED);
-            }
-        }
+        local::signal(&self.child, signal);
     }
 
     fn log(&self) -> String {
@@ -163,7 +136,7 @@ fn server_process() {
                 });
                 println!("= accepting");
             }
-            "descriptors" => println!("= {}", descriptors()),
+            "descriptors" => println!("= {}", descriptors(std::process::id())),
             "list" => {
                 let target = |fd: std::fs::DirEntry| std::fs::read_link(fd.path()).unwrap_or_default().display().to_string();
                 let all: Vec<String> = std::fs::read_dir("/proc/self/fd").unwrap().map(|fd| target(fd.unwrap())).collect();
@@ -207,17 +180,6 @@ fn key_file(text: &str) -> std::path::PathBuf {
     let mut file = std::fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&path).unwrap();
     file.write_all(text.as_bytes()).unwrap();
     path
-}
-
-fn until(limit: Duration, mut good: impl FnMut() -> bool) -> bool {
-    let end = Instant::now() + limit;
-    while !good() {
-        if Instant::now() > end {
-            return false;
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    true
 }
 
 // ---- strangers ----
@@ -458,7 +420,9 @@ fn kills_during_set_up_leave_no_descriptors() {
         drop(first);
         let mut before = 0;
         // The connection that was up is gone too.
-        assert!(until(Duration::from_secs(10), || std::mem::replace(&mut before, descriptors()) == descriptors() && before < 100));
+        assert!(until(Duration::from_secs(10), || std::mem::replace(&mut before, descriptors(std::process::id()))
+            == descriptors(std::process::id())
+            && before < 100));
         for k in 0..300u64 {
             let mut server = Server::start(8192, &[("UCCL_TCPX_NUM_CHANNELS", "64")]);
             let delay = Duration::from_micros(k * 53 % 12_000);
@@ -480,8 +444,8 @@ fn kills_during_set_up_leave_no_descriptors() {
             }
             assert!(start.elapsed() < Duration::from_secs(10), "round {k} took {:?}", start.elapsed());
         }
-        let given_back = until(Duration::from_secs(15), || descriptors() <= before + 4);
-        let after = descriptors();
+        let given_back = until(Duration::from_secs(15), || descriptors(std::process::id()) <= before + 4);
+        let after = descriptors(std::process::id());
         engine.shutdown();
         assert!(given_back, "{after} descriptors, {before} before");
     });

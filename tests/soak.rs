@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
-use victim::{descriptors, resident, text_of, threads, until, Outcome, Victim};
+use victim::{descriptors, resident, text_of, threads, until, Outcome, Rng, Victim};
 
 /// All deadlines of the processes, and how much longer a loaded machine may take.
 const TIMEOUT_MS: &str = "1500";
@@ -24,26 +24,10 @@ fn soak_process() {
     victim::serve("soak_process", |config| config);
 }
 
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
-    }
-    fn below(&mut self, n: usize) -> usize {
-        ((self.next() >> 16) % n.max(1) as u64) as usize
-    }
-    fn pick<'a, T>(&mut self, of: &'a [T]) -> &'a T {
-        &of[self.below(of.len())]
-    }
-    /// 1 byte to 8 MiB, each size class as often.
-    fn len(&mut self) -> usize {
-        let most = 1usize << self.below(24);
-        1 + self.below(most)
-    }
+/// 1 byte to 8 MiB, each size class as often.
+fn size(rng: &mut Rng) -> usize {
+    let most = 1usize << rng.below(24);
+    1 + rng.below(most)
 }
 
 #[derive(Default)]
@@ -117,7 +101,7 @@ impl Arena {
     fn start(&mut self, peer: &mut Victim, mine: bool) -> Vec<Running> {
         let mut all = Vec::new();
         for _ in 0..1 + self.rng.below(6) {
-            let (len, fill) = (self.rng.len(), 1 + self.rng.below(250) as u8);
+            let (len, fill) = (size(&mut self.rng), 1 + self.rng.below(250) as u8);
             let connection = if mine { self.connections - 1 } else { 0 };
             let (here, there) = if mine { (&mut self.survivor, &mut *peer) } else { (&mut *peer, &mut self.survivor) };
             let write = self.rng.below(2) == 0;
@@ -132,7 +116,7 @@ impl Arena {
             }
         }
         if mine && self.rng.below(3) == 0 {
-            let len = self.rng.len();
+            let len = size(&mut self.rng);
             let (local, _) = self.survivor.buffer(len, 0);
             self.exposed.push(local);
             if let Ok(id) = self.survivor.start_transfer(&format!("recv {} {local} {len}", self.connections - 1)) {

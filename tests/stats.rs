@@ -1,29 +1,15 @@
 //! What engines count, over loopback: transfers, refusals, set-ups, ends; and that it is offered while they live.
 
+mod local;
+
+use local::{pair, port};
 use std::net::TcpStream;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 use uccl_p2p::config::{Config, PluginChoice};
 use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, LocalSegment};
 
 fn config() -> Config {
-    static ONCE: std::sync::Once = std::sync::Once::new();
-    ONCE.call_once(|| {
-        for (name, value) in [("NCCL_SOCKET_IFNAME", "lo"), ("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "lo")] {
-            // SAFETY: before any engine exists; tests wait for this Once.
-            unsafe { std::env::set_var(name, value) };
-        }
-    });
-    Config { plugin: PluginChoice::Soft, num_channels: Some(2), ..Config::from_env().expect("configuration") }
-}
-
-fn port(engine: &Engine) -> u16 {
-    engine.metadata().split([':', '?']).nth(1).and_then(|p| p.parse().ok()).expect("port in the metadata")
-}
-
-fn pair(a: &Engine, b: &Engine) -> (Arc<Connection>, Arc<Connection>) {
-    let out = a.connect("127.0.0.1", "", port(b)).expect("connect");
-    (out, b.accept().expect("accept"))
+    Config { num_channels: Some(2), ..local::config() }
 }
 
 fn write(connection: &Connection, local: (u64, &[u8]), mut item: FifoItem, spoil: bool) -> bool {

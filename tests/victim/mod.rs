@@ -1,74 +1,20 @@
-//! An engine in a process of its own that does what it is told, line by line; and what /proc tells of a process.
+//! An engine in a process of its own that does what it is told, line by line.
 #![allow(dead_code)] // each test target uses its part
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{channel, Receiver};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
-use uccl_p2p::config::{Config, PluginChoice};
+use std::time::Duration;
+use uccl_p2p::config::Config;
 use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, LocalSegment};
+
+#[path = "../local/mod.rs"]
+mod local;
+pub use local::*;
 
 /// Names the test that a child process runs, and is not set in the test's own process.
 pub const CHILD: &str = "UCCL_TEST_CHILD";
-/// Control and data take this interface.
-pub const NIC: &str = "UCCL_TEST_NIC";
-
-pub fn set_environment() {
-    static ONCE: std::sync::Once = std::sync::Once::new();
-    ONCE.call_once(|| {
-        let nic = std::env::var(NIC).unwrap_or_else(|_| "lo".to_owned());
-        for name in ["NCCL_SOCKET_IFNAME", "NCCL_GPUDIRECTTCPX_SOCKET_IFNAME"] {
-            // SAFETY: before any engine exists; tests wait for this Once.
-            unsafe { std::env::set_var(name, &nic) };
-        }
-    });
-}
-
-pub fn config() -> Config {
-    set_environment();
-    Config { plugin: PluginChoice::Soft, ..Config::from_env().expect("configuration") }
-}
-
-pub fn port(engine: &Engine) -> u16 {
-    engine.metadata().rsplit_once(':').and_then(|(_, rest)| rest.split('?').next()?.parse().ok()).expect("port in the metadata")
-}
-
-/// Looks until it is true, or time is over.
-pub fn until(limit: Duration, mut is: impl FnMut() -> bool) -> bool {
-    let start = Instant::now();
-    while !is() {
-        if start.elapsed() > limit {
-            return false;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    true
-}
-
-// ---- what /proc tells ----
-
-/// Resident memory of a process in KiB.
-pub fn resident(process: u32) -> usize {
-    field(process, "VmRSS:")
-}
-
-/// Its threads.
-pub fn threads(process: u32) -> usize {
-    field(process, "Threads:")
-}
-
-fn field(process: u32, name: &str) -> usize {
-    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
-    let line = status.lines().find(|l| l.starts_with(name)).unwrap_or_default();
-    line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).unwrap_or(0)
-}
-
-/// Its open descriptors.
-pub fn descriptors(process: u32) -> usize {
-    std::fs::read_dir(format!("/proc/{process}/fd")).map_or(0, Iterator::count)
-}
-
 // ---- the outside of it ----
 
 /// A process with an engine.
@@ -174,15 +120,9 @@ impl Victim {
         }
     }
 
-    /// Sends a signal. After SIGSTOP all of its threads stand when this returns.
+    /// [`local::signal`] to it.
     pub fn signal(&self, signal: i32) {
-        // SAFETY: our own child, not waited for yet; no status is asked for.
-        unsafe {
-            libc::kill(self.child.id() as i32, signal);
-            if signal == libc::SIGSTOP {
-                libc::waitid(libc::P_PID, self.child.id(), std::ptr::null_mut(), libc::WSTOPPED);
-            }
-        }
+        local::signal(&self.child, signal);
     }
 
     pub fn log(&self) -> String {
