@@ -104,7 +104,6 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
     let setting = Setting {
         registry: home.registry.clone(),
         inbox: Inbox::new(&site.notifications),
-        chunk_bytes,
         eager_bytes: config.eager_bytes,
         peer: name.clone(),
         transfer_timeout: config.transfer_timeout,

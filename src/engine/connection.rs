@@ -80,7 +80,7 @@ impl Core {
 
     /// Everything of a round but reading.
     fn advance(&mut self, now: Instant) -> Result<bool> {
-        let any = self.channels.busy() && self.machine.drive_channels(&mut self.channels, now)?;
+        let any = self.channels.stirs() && self.machine.drive_channels(&mut self.channels, now)?;
         self.pump(now)?;
         if now >= self.machine.next_tick() {
             self.machine.tick(&mut self.channels, now)?;
