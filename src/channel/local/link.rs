@@ -12,6 +12,7 @@ use super::socket::{Listener, Name, Place as Where, Received, Socket, Who, MAX_M
 use crate::status::{bail, Result};
 use crate::types::Place;
 use crate::wire::session::Secret;
+use crate::wire::setup::Invitation;
 use ring::hmac;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -26,15 +27,6 @@ pub(crate) const MAX_GPUS: usize = 32;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Processes that may be at a listening socket and have not proved themselves.
 const MAX_STRANGERS: usize = 8;
-
-/// What the sealed control connection tells of a host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Invitation {
-    /// Names the host as it runs now; nobody learns anything else from it.
-    pub host: [u8; 16],
-    /// Where the listening side waits.
-    pub name: Name,
-}
 
 /// Keys that prove the session, for what this side sends and what it receives.
 pub(crate) struct ProofKeys {

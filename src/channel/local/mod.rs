@@ -19,7 +19,7 @@ mod shelf;
 mod socket;
 
 pub(crate) use emulated::{gpu as emulated_gpu, EmulatedMemory};
-pub(crate) use link::{Have, Invitation, Linked, Meeting, Opening, ProofKeys};
+pub(crate) use link::{Have, Linked, Meeting, Opening, ProofKeys};
 pub(crate) use path::{LocalPath, Watched};
 pub(crate) use pool::Bell;
 
