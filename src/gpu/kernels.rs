@@ -16,8 +16,9 @@ pub(super) struct Kernels {
     /// The copy kernel, by size of its parameters.
     pub(super) small: CUfunction,
     pub(super) large: CUfunction,
-    /// The pull kernel.
+    /// The pull kernel, and the one for a few short pieces.
     pub(super) pull: CUfunction,
+    pub(super) few: CUfunction,
     /// Launches may overlap: the machine code for Hopper says when the next one may start, and ends in order.
     pub(super) overlap: bool,
     _modules: [Module; 2],
@@ -38,6 +39,7 @@ impl Kernels {
         // SAFETY: complete cubins, or PTX that ends in a NUL.
         let (copy, pull) = unsafe { (Module::load(context, copy)?, Module::load(context, pull)?) };
         let (small, large) = (copy.function(c"uccl_copy_1k")?, copy.function(c"uccl_copy_4k")?);
-        Ok(Kernels { small, large, pull: pull.function(c"uccl_pull")?, overlap, _modules: [copy, pull] })
+        let (many, few) = (pull.function(c"uccl_pull")?, pull.function(c"uccl_pull_few")?);
+        Ok(Kernels { small, large, pull: many, few, overlap, _modules: [copy, pull] })
     }
 }

@@ -17,7 +17,7 @@ pub(crate) use device::Gpu;
 pub(crate) use job::{Extent, Job};
 pub(crate) use launcher::{CopyLauncher, Launched, INLINE_PIECES, PIECES_PER_JOB};
 pub(crate) use lent::Lent;
-pub(crate) use pulls::Pulls;
+pub(crate) use pulls::{PullOptions, Pulls};
 
 use crate::status::{err, Error, Result};
 

@@ -4,7 +4,9 @@
 use crate::types::Piece;
 
 /// Runs from this length on take the copy engine, which is as fast there and leaves the multiprocessors to the application.
-pub(super) const ENGINE: u64 = 4 << 20;
+pub(crate) const ENGINE: u64 = 4 << 20;
+/// Pieces below this length on average are short.
+const SHORT: u64 = 512;
 /// Where pieces are split, the next one's destination is a multiple of this.
 const LINE: u64 = 128;
 
@@ -17,82 +19,86 @@ fn unit_of(total: u64) -> u64 {
     }
 }
 
-/// What [`Cutter::next`] gives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Cut {
-    /// For the kernel.
-    Unit(Piece),
-    /// For the copy engine.
-    Long(Piece),
-}
-
 /// Cuts a list, in its order.
 pub(super) struct Cutter<'a> {
-    rest: std::slice::Iter<'a, Piece>,
+    rest: &'a [Piece],
     /// The joined run at hand, as far as it is not given yet.
     run: Piece,
     unit: u64,
+    engine: u64,
+    short: bool,
 }
 
 const NOTHING: Piece = Piece { src: 0, dst: 0, len: 0 };
 
+/// Whether `next` begins where `run` ends, on both sides.
+#[inline]
+fn joins(run: &Piece, next: &Piece) -> bool {
+    next.src == run.src.wrapping_add(run.len) && next.dst == run.dst.wrapping_add(run.len)
+}
+
 impl<'a> Cutter<'a> {
-    /// Of a list of `total` bytes.
-    pub(super) fn new(pieces: &'a [Piece], total: u64) -> Cutter<'a> {
-        Cutter { rest: pieces.iter(), run: NOTHING, unit: unit_of(total) }
+    /// Of a list of `total` bytes; runs of at least `engine` bytes are for the copy engine.
+    pub(super) fn new(pieces: &'a [Piece], total: u64, engine: u64) -> Cutter<'a> {
+        let short = total < SHORT * pieces.len() as u64;
+        Cutter { rest: pieces, run: NOTHING, unit: unit_of(total), engine, short }
     }
 
-    /// The next run that is as long as its neighbours allow.
-    fn join(&mut self) -> Option<()> {
-        self.run = *self.rest.find(|p| p.len != 0)?;
-        while let Some(next) = self.rest.as_slice().first() {
-            let run = &mut self.run;
-            let joins = next.src == run.src.wrapping_add(run.len) && next.dst == run.dst.wrapping_add(run.len);
-            if !joins {
+    /// Whether most pieces are of a few bytes.
+    pub(super) fn is_short(&self) -> bool {
+        self.short
+    }
+
+    /// Takes the next run, as long as its neighbours allow. False at the end.
+    #[inline]
+    fn join(&mut self) -> bool {
+        while self.run.len == 0 {
+            let Some((first, rest)) = self.rest.split_first() else { return false };
+            (self.run, self.rest) = (*first, rest);
+        }
+        while let Some((next, rest)) = self.rest.split_first().filter(|(next, _)| joins(&self.run, next)) {
+            self.run.len += next.len;
+            self.rest = rest;
+        }
+        true
+    }
+
+    /// Writes what comes next for the kernel, as far as there is room and up to the next run for the copy engine. Returns the pieces
+    /// written.
+    pub(super) fn fill(&mut self, out: &mut [Piece]) -> usize {
+        let mut n = 0;
+        while n < out.len() {
+            if self.run.len == 0 && !self.join() || self.run.len >= self.engine {
                 break;
             }
-            run.len += next.len;
-            self.rest.next();
+            let run = &mut self.run;
+            if run.len <= self.unit {
+                out[n] = std::mem::replace(run, NOTHING);
+            } else {
+                let len = self.unit - (run.dst & (LINE - 1));
+                out[n] = Piece { len, ..*run };
+                *run = Piece { src: run.src + len, dst: run.dst + len, len: run.len - len };
+            }
+            n += 1;
         }
-        Some(())
+        n
+    }
+
+    /// What comes next, if it is for the copy engine.
+    pub(super) fn long(&mut self) -> Option<Piece> {
+        let long = (self.run.len > 0 || self.join()) && self.run.len >= self.engine;
+        long.then(|| std::mem::replace(&mut self.run, NOTHING))
     }
 
     /// Whether everything has been given.
     pub(super) fn is_done(&self) -> bool {
-        self.run.len == 0 && self.rest.as_slice().iter().all(|p| p.len == 0)
+        self.run.len == 0 && self.rest.iter().all(|p| p.len == 0)
     }
 
     /// What has not been given, as a list of its own.
     pub(super) fn remainder(&self) -> Vec<Piece> {
         let run = (self.run.len > 0).then_some(self.run);
-        run.into_iter().chain(self.rest.as_slice().iter().copied().filter(|p| p.len > 0)).collect()
-    }
-
-    /// Gives the last answer back, which was [`Cut::Long`].
-    pub(super) fn put_back(&mut self, long: Piece) {
-        self.run = long;
-    }
-}
-
-impl Iterator for Cutter<'_> {
-    type Item = Cut;
-
-    #[inline]
-    fn next(&mut self) -> Option<Cut> {
-        if self.run.len == 0 {
-            self.join()?;
-        }
-        let run = &mut self.run;
-        if run.len >= ENGINE {
-            return Some(Cut::Long(std::mem::replace(run, NOTHING)));
-        }
-        if run.len <= self.unit {
-            return Some(Cut::Unit(std::mem::replace(run, NOTHING)));
-        }
-        let len = self.unit - (run.dst & (LINE - 1));
-        let unit = Piece { len, ..*run };
-        *run = Piece { src: run.src + len, dst: run.dst + len, len: run.len - len };
-        Some(Cut::Unit(unit))
+        run.into_iter().chain(self.rest.iter().copied().filter(|p| p.len > 0)).collect()
     }
 }
 
@@ -101,8 +107,31 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum Cut {
+        Unit(Piece),
+        Long(Piece),
+    }
+
+    fn cut_some(cutter: &mut Cutter<'_>, most: usize) -> Vec<Cut> {
+        let mut out = Vec::new();
+        while out.len() < most {
+            let mut units = vec![NOTHING; (most - out.len()).min(7)];
+            let n = cutter.fill(&mut units);
+            out.extend(units[..n].iter().map(|&p| Cut::Unit(p)));
+            if n == units.len() {
+                continue;
+            }
+            match cutter.long() {
+                Some(long) => out.push(Cut::Long(long)),
+                None => break,
+            }
+        }
+        out
+    }
+
     fn cut(pieces: &[Piece]) -> Vec<Cut> {
-        Cutter::new(pieces, pieces.iter().map(|p| p.len).sum()).collect()
+        cut_some(&mut Cutter::new(pieces, pieces.iter().map(|p| p.len).sum(), ENGINE), usize::MAX)
     }
 
     /// Source of every destination byte, in 64-byte steps plus both edges.
@@ -151,8 +180,8 @@ mod tests {
             }
             let total = pieces.iter().map(|p| p.len).sum();
             let flat = |c: Cut| match c { Cut::Unit(p) | Cut::Long(p) => p };
-            let mut cutter = Cutter::new(&pieces, total);
-            let first: Vec<Cut> = cutter.by_ref().take(stop).collect();
+            let mut cutter = Cutter::new(&pieces, total, ENGINE);
+            let first = cut_some(&mut cutter, stop);
             for c in &first {
                 match c {
                     Cut::Unit(p) => prop_assert!(p.len > 0 && p.len <= 16 << 10),

@@ -3,11 +3,12 @@
 
 use super::kernels::Kernels;
 use super::lent::Settle;
-use super::pieces::{Cut, Cutter};
+use super::pieces::Cutter;
 use crate::status::{bail, err, Error, Result};
 use crate::types::Piece;
 use cuda_driver::{sys, Context, DeviceBuffer, PinnedBuffer, Stream};
 use std::collections::VecDeque;
+use std::ffi::c_void;
 use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
@@ -17,9 +18,12 @@ use std::time::Duration;
 const THREADS: u32 = 512;
 const NEAR: usize = 40;
 const WARPS: u32 = THREADS / 32;
-/// Pieces in the ring of lists; one launch takes half of it at most.
+/// Pieces that the smaller kernel takes, and bytes of one.
+const FEW: usize = 8;
+const FEW_UNIT: u64 = 2048;
+/// Pieces in the ring of lists, and those of a launch at most.
 const RING: usize = 64 << 10;
-const LAUNCH: usize = RING / 2;
+pub(super) const LAUNCH: usize = RING / 2;
 /// Launches and copies under way.
 const DEPTH: usize = 256;
 /// Unfinished polls between two looks at the stream, where a failed kernel shows.
@@ -39,11 +43,21 @@ struct Args {
     near: [Piece; NEAR],
 }
 
+/// `UcclFewArgs`.
+#[repr(C, align(16))]
+struct FewArgs {
+    status: u64,
+    count: u32,
+    sequence: u32,
+    near: [Piece; FEW],
+}
+
 const NONE: Piece = Piece { src: 0, dst: 0, len: 0 };
 /// `UcclPullState`.
 const STATE: usize = 16;
 const _: () = {
     assert!(size_of::<Piece>() == 24 && size_of::<Args>() == 48 + 24 * NEAR);
+    assert!(size_of::<FewArgs>() == 16 + 24 * FEW && std::mem::offset_of!(FewArgs, near) == 16);
     assert!(std::mem::offset_of!(Args, near) == 48 && std::mem::offset_of!(Args, count) == 24);
 };
 
@@ -72,10 +86,12 @@ pub(crate) struct PullLauncher {
     broken: Option<Error>,
 }
 
-/// Blocks of a launch and the pieces a warp takes at a time.
-fn grid(count: u32, blocks: u32) -> (u32, u32) {
-    let grid = count.div_ceil(WARPS).clamp(1, blocks.max(1));
-    (grid, (count / (grid * WARPS * 4)).clamp(1, 32))
+/// Blocks of a launch and the pieces a warp takes at a time. Short pieces are copied several at once by a warp, and more blocks cost more
+/// than they bring.
+fn grid(count: u32, blocks: u32, short: bool) -> (u32, u32) {
+    let least = if short { 8 } else { 1 };
+    let grid = count.div_ceil(WARPS * least).clamp(1, blocks.max(1));
+    (grid, (count / (grid * WARPS * 4)).clamp(least, 32))
 }
 
 impl PullLauncher {
@@ -115,39 +131,32 @@ impl PullLauncher {
         })
     }
 
-    /// Starts what comes next in the list: one launch or one copy. Its number, to be given to [`PullLauncher::is_over`]; `None` when there
-    /// is no room now: poll, then try again. An error ends the launcher.
+    /// Starts what comes next in the list: one launch of at most `most` pieces or one copy. Its number, to be given to
+    /// [`PullLauncher::is_over`]; `None` when there is no room now: poll, then try again. An error ends the launcher.
     ///
     /// # Safety
     /// Until it is over: sources are readable by this GPU, destinations are its memory and used by nobody else, and they do not overlap.
-    pub(super) unsafe fn submit(&mut self, cutter: &mut Cutter<'_>, blocks: u32) -> Result<Option<u64>> {
+    pub(super) unsafe fn submit(&mut self, cutter: &mut Cutter<'_>, blocks: u32, most: usize) -> Result<Option<u64>> {
         self.retire()?;
         let Some(first) = self.place().filter(|_| self.ends.len() < DEPTH) else { return Ok(None) };
         let begin = (first % RING as u64) as usize;
-        let room = LAUNCH.min(RING - begin).min((RING as u64 - (first - self.freed)) as usize);
+        let room = most.min(LAUNCH).min(RING - begin).min((RING as u64 - (first - self.freed)) as usize);
         // SAFETY: the ring's pieces from `begin` on, which no launch under way reads.
         let list = unsafe {
             let at = self.buffers.lists.mapped().host.cast::<Piece>().add(begin);
             std::slice::from_raw_parts_mut(at, room)
         };
-        let mut count = 0;
-        while count < room {
-            match cutter.next() {
-                Some(Cut::Unit(piece)) => list[count] = piece,
-                Some(Cut::Long(piece)) if count == 0 => {
-                    // SAFETY: by the caller's contract.
-                    return unsafe { self.copy(piece) }.map(Some);
-                }
-                Some(Cut::Long(piece)) => {
-                    cutter.put_back(piece);
-                    break;
-                }
-                None => break,
-            }
-            count += 1;
-        }
+        let short = cutter.is_short();
+        let count = cutter.fill(list);
         if count == 0 {
-            return Ok(None);
+            let Some(long) = cutter.long() else { return Ok(None) };
+            // SAFETY: by the caller's contract.
+            return unsafe { self.copy(long) }.map(Some);
+        }
+        let aligned = |p: &Piece| (p.src | p.dst | p.len) % 16 == 0 && p.len <= FEW_UNIT;
+        if count <= FEW && list[..count].iter().all(aligned) {
+            // SAFETY: by the caller's contract.
+            return unsafe { self.launch_few(&list[..count]) }.map(Some);
         }
         let near = count <= NEAR;
         if near {
@@ -157,7 +166,7 @@ impl PullLauncher {
         }
         let place = if near { 0 } else { self.buffers.lists.mapped().device + (begin * size_of::<Piece>()) as u64 };
         // SAFETY: by the caller's contract.
-        unsafe { self.launch(place, count as u32, blocks) }.map(Some)
+        unsafe { self.launch(place, count as u32, grid(count as u32, blocks, short)) }.map(Some)
     }
 
     /// Where the next list may begin: at least a sixteenth of the ring is free in one piece there.
@@ -170,16 +179,34 @@ impl PullLauncher {
 
     /// # Safety
     /// As [`PullLauncher::submit`], for `count` pieces at `place` or in the parameters.
-    unsafe fn launch(&mut self, place: u64, count: u32, blocks: u32) -> Result<u64> {
-        let (grid, batch) = grid(count, blocks);
+    unsafe fn launch(&mut self, place: u64, count: u32, (grid, batch): (u32, u32)) -> Result<u64> {
         let args = &mut *self.args;
         (args.pieces, args.count, args.batch, args.sequence) = (place, count, batch, (self.head + 1) as u32);
-        let mut params = [(&raw mut *args).cast::<std::ffi::c_void>()];
+        let (kernel, params) = (self.kernels.pull, (&raw mut *args).cast());
+        // SAFETY: by the caller's contract; the parameter is the kernel's.
+        unsafe { self.start(kernel, params, grid, THREADS) }
+    }
+
+    /// # Safety
+    /// As [`PullLauncher::submit`], for these pieces, all aligned and short.
+    unsafe fn launch_few(&mut self, pieces: &[Piece]) -> Result<u64> {
+        let (status, count) = (self.buffers.status.mapped().device, pieces.len() as u32);
+        let mut args = FewArgs { status, count, sequence: (self.head + 1) as u32, near: [NONE; FEW] };
+        args.near[..pieces.len()].copy_from_slice(pieces);
+        // SAFETY: by the caller's contract; the parameter is the kernel's.
+        unsafe { self.start(self.kernels.few, (&raw mut args).cast(), 1, 32 * count) }
+    }
+
+    /// Starts a kernel.
+    ///
+    /// # Safety
+    /// `params` is the kernel's one parameter; what it points at stays until the kernel has ended.
+    unsafe fn start(&mut self, kernel: sys::CUfunction, params: *mut c_void, grid: u32, threads: u32) -> Result<u64> {
         let config = sys::CUlaunchConfig {
             gridDimX: grid,
             gridDimY: 1,
             gridDimZ: 1,
-            blockDimX: THREADS,
+            blockDimX: threads,
             blockDimY: 1,
             blockDimZ: 1,
             sharedMemBytes: 0,
@@ -187,10 +214,11 @@ impl PullLauncher {
             attrs: std::ptr::null_mut(),
             numAttrs: 0,
         };
+        let mut params = [params];
         let launched = self.stream.context().enter().and_then(|cuda| {
-            // SAFETY: the parameter is the kernel's one struct and is copied by the call; what it points at stays by the caller's contract,
-            // and the launcher's own buffers until drop knows that no kernel runs.
-            unsafe { cuda.cuLaunchKernelEx(&config, self.kernels.pull, params.as_mut_ptr(), std::ptr::null_mut()) }
+            // SAFETY: the parameter is copied by the call; what it points at stays by the caller's contract, and the launcher's own
+            // buffers until drop knows that no kernel runs.
+            unsafe { cuda.cuLaunchKernelEx(&config, kernel, params.as_mut_ptr(), std::ptr::null_mut()) }
         });
         self.note(launched)
     }
@@ -316,11 +344,12 @@ mod tests {
 
     #[test]
     fn launches_are_as_wide_as_their_lists() {
-        assert_eq!(grid(1, 64), (1, 1));
-        assert_eq!(grid(16, 64), (1, 1));
-        assert_eq!(grid(656, 64), (41, 1));
-        assert_eq!(grid(16_384, 64), (64, 4));
-        assert_eq!(grid(LAUNCH as u32, 64), (64, 8));
-        assert_eq!(grid(LAUNCH as u32, 0), (1, 32));
+        assert_eq!(grid(1, 64, false), (1, 1));
+        assert_eq!(grid(16, 64, false), (1, 1));
+        assert_eq!(grid(656, 64, false), (41, 1));
+        assert_eq!(grid(656, 64, true), (6, 8));
+        assert_eq!(grid(16_384, 64, false), (64, 4));
+        assert_eq!(grid(LAUNCH as u32, 64, true), (64, 8));
+        assert_eq!(grid(LAUNCH as u32, 0, false), (1, 32));
     }
 }

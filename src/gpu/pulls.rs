@@ -2,8 +2,8 @@
 //! are.
 
 use super::lent::Lent;
-use super::pieces::Cutter;
-use super::pull::PullLauncher;
+use super::pieces::{Cutter, ENGINE};
+use super::pull::{PullLauncher, LAUNCH};
 use super::Gpu;
 use crate::status::{bail, Result};
 use crate::types::Piece;
@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 /// Streams that launches take in turn.
 const STREAMS: usize = 2;
+/// Pieces of a long list's first launch; each further one takes twice as many. The GPU is at work while the rest is prepared.
+const FIRST: usize = 1024;
 
 struct Lane {
     launcher: Lent<PullLauncher>,
@@ -34,11 +36,26 @@ struct Waiting {
     total: u64,
 }
 
+/// How pulls are spread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PullOptions {
+    /// Blocks of a launch at most, which is the share of the GPU that pulls take.
+    pub blocks: u32,
+    /// Contiguous bytes from which on the copy engine is used.
+    pub engine: u64,
+}
+
+impl Default for PullOptions {
+    fn default() -> PullOptions {
+        PullOptions { blocks: 66, engine: ENGINE }
+    }
+}
+
 /// The pulls. One thread at a time.
 pub(crate) struct Pulls {
     lanes: Vec<Lane>,
     turn: usize,
-    blocks: u32,
+    grid: PullOptions,
     waiting: VecDeque<Waiting>,
     jobs: VecDeque<Job>,
     /// Number of the first of `jobs`.
@@ -47,13 +64,13 @@ pub(crate) struct Pulls {
 }
 
 impl Pulls {
-    /// Pulls into memory of this GPU, by at most `blocks` blocks a launch.
-    pub(crate) fn new(gpu: &Arc<Gpu>, blocks: u32) -> Result<Pulls> {
+    /// Pulls into memory of this GPU.
+    pub(crate) fn new(gpu: &Arc<Gpu>, grid: PullOptions) -> Result<Pulls> {
         let lane = |_| Ok(Lane { launcher: gpu.pull_launcher()?, launches: VecDeque::new() });
         Ok(Pulls {
             lanes: (0..STREAMS).map(lane).collect::<Result<_>>()?,
             turn: 0,
-            blocks,
+            grid,
             waiting: VecDeque::new(),
             jobs: VecDeque::new(),
             first: 0,
@@ -70,7 +87,7 @@ impl Pulls {
         let job = self.first + self.jobs.len() as u64;
         self.jobs.push_back(Job { left: 0, told: false });
         self.under_way += 1;
-        let mut cutter = Cutter::new(pieces, total);
+        let mut cutter = Cutter::new(pieces, total, self.grid.engine);
         if self.waiting.is_empty() {
             // SAFETY: by the caller's contract.
             unsafe { self.hand_out(&mut cutter, job) }?;
@@ -88,15 +105,15 @@ impl Pulls {
     /// # Safety
     /// As [`Pulls::start`].
     unsafe fn hand_out(&mut self, cutter: &mut Cutter<'_>, job: u64) -> Result<()> {
-        let mut full = 0;
+        let (mut full, mut most) = (0, FIRST);
         while full < self.lanes.len() && !cutter.is_done() {
             let lane = &mut self.lanes[self.turn % STREAMS];
             // SAFETY: by the caller's contract.
-            match unsafe { lane.launcher.submit(cutter, self.blocks) }? {
+            match unsafe { lane.launcher.submit(cutter, self.grid.blocks, most) }? {
                 Some(launch) => {
                     lane.launches.push_back((launch, job));
                     self.job(job).left += 1;
-                    full = 0;
+                    (full, most) = (0, (2 * most).min(LAUNCH));
                 }
                 None => full += 1,
             }
@@ -134,7 +151,7 @@ impl Pulls {
             }
         }
         while let Some(Waiting { job, pieces, total }) = self.waiting.pop_front() {
-            let mut cutter = Cutter::new(&pieces, total);
+            let mut cutter = Cutter::new(&pieces, total, self.grid.engine);
             // SAFETY: whoever started the pull keeps its memory until it has ended.
             unsafe { self.hand_out(&mut cutter, job) }?;
             if !cutter.is_done() {

@@ -1,14 +1,13 @@
 //! Memory of GPUs that peers of one host share: CUDA IPC handles for memory of `cudaMalloc`, descriptors for memory that is mapped piece by
 //! piece, and pulls by kernel or copy engine. Whatever else there is, is refused. Knows nothing of sockets, rings and transfers.
 
+use super::closer;
 use super::puller::{Export, ExportKind, GpuId, LocalMemory, Mapping, Piece, Pull};
-use crate::fork::PerProcess;
-use crate::gpu::{Gpu, Pulls};
+use crate::gpu::{Gpu, PullOptions, Pulls};
 use crate::status::{bail, Result};
 use crate::types::Place;
-use cuda_driver::{allocation, ipc_handle, posix_handle, Allocation, IpcHandle, Link, Mapped, Sharing};
-use parking_lot::Mutex;
-use std::collections::{HashMap, VecDeque};
+use cuda_driver::{allocation, ipc_handle, posix_handle, Allocation, Link, Mapped, MemoryKind, Sharing};
+use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
@@ -18,47 +17,18 @@ use std::time::Duration;
 const MAX_ALLOCATIONS: usize = 8192;
 /// Mappings of other processes' memory that a process holds at most.
 const MAX_MAPPINGS: usize = 32 << 10;
-/// Handles of this process's own that it still knows when they come back.
-const MAX_OWN: usize = 4096;
 /// Time that a connection's end leaves to pulls under way.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(5);
 
 /// How this process pulls.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct CudaOptions {
-    /// Blocks of a launch at most, which is the share of the GPU that pulls take.
-    pub blocks: u32,
+    /// How pulls are spread over the GPU.
+    pub pulls: PullOptions,
     /// Pull over PCIe too, where reads are slow.
     pub bus: bool,
 }
 
-impl Default for CudaOptions {
-    fn default() -> CudaOptions {
-        CudaOptions { blocks: 66, bus: false }
-    }
-}
-
-/// Handles that this process gave out. The driver opens no handle of its own process, and there is nothing to map either.
-#[derive(Default)]
-struct Own {
-    of: HashMap<IpcHandle, (i32, Allocation)>,
-    order: VecDeque<IpcHandle>,
-}
-
-impl Own {
-    fn note(&mut self, handle: IpcHandle, ordinal: i32, allocation: Allocation) {
-        if self.of.insert(handle, (ordinal, allocation)).is_none() {
-            self.order.push_back(handle);
-        }
-        if self.order.len() > MAX_OWN {
-            if let Some(oldest) = self.order.pop_front() {
-                self.of.remove(&oldest);
-            }
-        }
-    }
-}
-
-static OWN: PerProcess<Mutex<Own>> = PerProcess::new(Mutex::default);
 /// Mappings of this process.
 static MAPPINGS: AtomicUsize = AtomicUsize::new(0);
 
@@ -82,14 +52,10 @@ impl Drop for Counted {
     }
 }
 
-/// What a mapping's id stands for.
-enum Open {
-    /// Memory of this process, which needs no mapping.
-    Own,
-    Mapped {
-        _mapped: Mapped,
-        _counted: Counted,
-    },
+/// What a mapping's id stands for; memory of this process may need none.
+struct Open {
+    _mapped: Option<Mapped>,
+    _counted: Counted,
 }
 
 /// Pulls into memory of one GPU.
@@ -118,14 +84,8 @@ impl CudaMemory {
         if let Some(i) = self.units.iter().position(|u| u.place == place) {
             return Ok(i);
         }
-        self.units.push(Unit { place, pulls: Pulls::new(&gpu(place)?, self.options.blocks)? });
+        self.units.push(Unit { place, pulls: Pulls::new(&gpu(place)?, self.options.pulls)? });
         Ok(self.units.len() - 1)
-    }
-
-    fn keep(&mut self, open: Open, addr: u64) -> Mapping {
-        self.next += 1;
-        self.open.insert(self.next, open);
-        Mapping { id: self.next, addr }
     }
 
     fn link_allows(&self, from: i32, to: i32) -> Result<bool> {
@@ -149,14 +109,10 @@ fn gpu(place: Place) -> Result<Arc<Gpu>> {
 }
 
 /// An allocation that can be told to a peer.
-fn export_of(gpu: &Gpu, ordinal: i32, uuid: GpuId, found: Allocation) -> Result<Export> {
+fn export_of(gpu: &Gpu, uuid: GpuId, found: Allocation) -> Result<Export> {
     let Allocation { base, len, id, sharing } = found;
     let (kind, handle, fd) = match sharing {
-        Sharing::Ipc => {
-            let handle = ipc_handle(gpu.context(), base)?;
-            OWN.get().lock().note(handle, ordinal, found);
-            (ExportKind::CudaIpc, handle, None)
-        }
+        Sharing::Ipc => (ExportKind::CudaIpc, ipc_handle(gpu.context(), base)?, None),
         Sharing::Posix => {
             let mut handle = [0; 64];
             handle[..8].copy_from_slice(&id.to_le_bytes());
@@ -167,20 +123,29 @@ fn export_of(gpu: &Gpu, ordinal: i32, uuid: GpuId, found: Allocation) -> Result<
     Ok(Export { kind, handle, fd, base, len, gpu: uuid })
 }
 
-/// Memory of this process under a handle of its own.
-fn open_own(memory: &CudaMemory, export: &Export, to: i32, owner: i32, noted: Allocation) -> Result<()> {
+/// Memory of this process: valid as it is, if need be after the GPUs were told so. A mapping where that is not enough.
+fn open_own(export: &Export, to: i32, allowed: impl Fn(i32) -> Result<bool>) -> Result<Option<Mapped>> {
+    let MemoryKind::Device { ordinal: owner } = cuda_driver::memory_kind(export.base)? else {
+        bail!(Gpu, "no memory of a GPU is at {:#x}", export.base)
+    };
     let (home, here) = (Gpu::open(owner)?, Gpu::open(to)?);
-    let same = allocation(home.context(), noted.base).is_ok_and(|now| now == noted);
-    if !same || export.base != noted.base || export.len > noted.len {
-        bail!(Gpu, "an IPC handle of memory that is gone");
+    let found = allocation(home.context(), export.base)?;
+    if (found.base, found.len) != (export.base, export.len) {
+        bail!(Gpu, "an allocation of {} bytes at {:#x} is gone", export.len, export.base);
     }
-    if !memory.link_allows(to, owner)? {
+    if !allowed(owner)? {
         bail!(Unsupported, "GPU {to} does not reach GPU {owner}");
     }
-    if to != owner {
-        cuda_driver::enable_peer_access(here.context(), home.context())?;
+    match found.sharing {
+        _ if owner == to => Ok(None),
+        Sharing::Ipc => Ok(cuda_driver::enable_peer_access(here.context(), home.context()).map(|()| None)?),
+        // What is mapped piece by piece is reached by GPUs that it was mapped for.
+        Sharing::Posix => {
+            let fd = posix_handle(home.context(), found.base)?;
+            Ok(Some(Mapped::posix(here.context(), fd.as_fd(), found.len as usize)?))
+        }
+        Sharing::No(why) => bail!(Unsupported, "GPU memory at {:#x} cannot be shared: {why}", export.base),
     }
-    Ok(())
 }
 
 /// A peer's allocation, opened, of the length that the peer says.
@@ -209,7 +174,7 @@ impl LocalMemory for CudaMemory {
             }
             let found = allocation(gpu.context(), at)?;
             let next = found.base.saturating_add(found.len);
-            exports.push(export_of(&gpu, ordinal, uuid, found)?);
+            exports.push(export_of(&gpu, uuid, found)?);
             at = next;
         }
         Ok(exports)
@@ -219,19 +184,20 @@ impl LocalMemory for CudaMemory {
         let to = ordinal(place)?;
         // What a pull needs is made now, not when data is to move.
         self.unit(place)?;
-        let own = OWN.get().lock().of.get(&export.handle).copied();
-        if let (ExportKind::CudaIpc, Some((owner, noted))) = (export.kind, own) {
-            open_own(self, export, to, owner, noted)?;
-            return Ok(self.keep(Open::Own, export.base));
-        }
-        let counted = Counted::new()?;
-        let mapped = open_foreign(export, &*Gpu::open(to)?)?;
-        let addr = mapped.ptr();
-        Ok(self.keep(Open::Mapped { _mapped: mapped, _counted: counted }, addr))
+        let mapped = match export.kind {
+            ExportKind::Own => open_own(export, to, |owner| self.link_allows(to, owner))?,
+            _ => Some(open_foreign(export, &*Gpu::open(to)?)?),
+        };
+        let addr = mapped.as_ref().map_or(export.base, Mapped::ptr);
+        self.next += 1;
+        self.open.insert(self.next, Open { _mapped: mapped, _counted: Counted::new()? });
+        Ok(Mapping { id: self.next, addr })
     }
 
     fn close(&mut self, mapping: Mapping) {
-        self.open.remove(&mapping.id);
+        if let Some(open) = self.open.remove(&mapping.id) {
+            closer::close(open);
+        }
     }
 
     unsafe fn pull(&mut self, place: Place, pieces: &[Piece]) -> Result<Pull> {
@@ -272,8 +238,11 @@ impl Drop for CudaMemory {
     fn drop(&mut self) {
         // A kernel that reads a mapping while it ends would end the application's context: then mappings stay.
         let quiet = self.units.iter_mut().all(|u| u.pulls.quiesce(Duration::ZERO).is_ok());
-        if !quiet {
-            std::mem::forget(std::mem::take(&mut self.open));
+        let open = std::mem::take(&mut self.open);
+        match quiet {
+            true if open.is_empty() => {}
+            true => closer::close(open),
+            false => std::mem::forget(open),
         }
     }
 }

@@ -17,16 +17,14 @@ pub(crate) enum ExportKind {
     Posix = 2,
     /// A memory file: emulated device memory.
     SharedMemory = 3,
-    /// Host memory, read by the kernel on behalf of the puller; no handle.
-    Process = 4,
+    /// Memory of the puller's own process: `base` is valid as it is, and nothing is mapped. Never on the wire.
+    Own = 4,
 }
 
 impl ExportKind {
     /// The kind with this number on the wire.
     pub(crate) fn from_number(number: u8) -> Option<ExportKind> {
-        [ExportKind::CudaIpc, ExportKind::Posix, ExportKind::SharedMemory, ExportKind::Process]
-            .into_iter()
-            .find(|&kind| kind as u8 == number)
+        [ExportKind::CudaIpc, ExportKind::Posix, ExportKind::SharedMemory].into_iter().find(|&kind| kind as u8 == number)
     }
 
     /// Whether a descriptor travels with it.

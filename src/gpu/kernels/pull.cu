@@ -40,6 +40,33 @@ struct __align__(16) UcclPullArgs {
 };
 static_assert(sizeof(UcclPiece) == 24 && sizeof(UcclPullState) == 16 && sizeof(UcclPullArgs) == 48 + 24 * UCCL_PULL_NEAR, "pull");
 
+// A few short aligned pieces, for the time from a launch to its end: little code, little to read, one block.
+#define UCCL_FEW 8u
+#define UCCL_FEW_UNIT 2048u
+
+struct __align__(16) UcclFewArgs {
+    uccl_u64 status;
+    uccl_u32 count;                   // warps of the launch, at most UCCL_FEW
+    uccl_u32 sequence;
+    UcclPiece near[UCCL_FEW];         // all a multiple of 16, at most UCCL_FEW_UNIT bytes each
+};
+static_assert(sizeof(UcclFewArgs) == 16 + 24 * UCCL_FEW, "few");
+
+// grid: 1; block: 32 * count.
+extern "C" __global__ void __launch_bounds__(256) uccl_pull_few(const __grid_constant__ UcclFewArgs args) {
+    const uccl_u32 lane = threadIdx.x & 31u;
+    const UcclPiece& piece = args.near[threadIdx.x >> 5];
+    const uccl_u64 src = piece.src + lane * 16u, dst = piece.dst + lane * 16u;
+    const int left = (int)((uccl_u32)piece.len >> 4) - (int)lane;
+    uint4 v[4];
+    uccl_load_batch<32, false, 0, 4>(v, src, left);
+    uccl_store_batch<32, false, 0, 4>(v, dst, left);
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    __threadfence_system();
+    asm volatile("st.volatile.global.u32 [%0], %1;" ::"l"(args.status), "r"(args.sequence) : "memory");
+}
+
 struct UcclHand {  // a lane's piece of a batch
     uccl_u64 src, dst;
     uccl_u32 len;

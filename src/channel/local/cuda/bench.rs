@@ -3,6 +3,7 @@
 use super::owner::{Block, Kind, Owner};
 use super::*;
 use cuda_driver::Stream;
+use std::collections::VecDeque;
 use std::time::Instant;
 
 const MIB: u64 = 1 << 20;
@@ -62,11 +63,34 @@ fn measure(memory: &mut CudaMemory, name: &str, src: u64, dst: u64) {
             }
         }
     }
-    for len in [16, 4 << 10, 64 << 10, 512 << 10, MIB, 2 * MIB, 3 * MIB, 4 * MIB, 8 * MIB, 64 * MIB, 256 * MIB] {
+    // Where the time of a small pull goes: one byte off the alignment takes the larger kernel.
+    for (what, offset) in [("start of 4096", 0), ("start of 4096, off by 1", 1)] {
+        let list = [Piece { src: src + offset, dst, len: 4096 }];
+        let (mut starts, mut ends) = (Vec::new(), Vec::new());
+        for _ in 0..1000 {
+            let begin = Instant::now();
+            // SAFETY: as above.
+            let pull = unsafe { memory.pull(Place::gpu(0), &list) }.expect("a pull");
+            starts.push(begin.elapsed().as_nanos());
+            while !memory.poll(pull).expect("a pull") {}
+            ends.push(begin.elapsed().as_nanos());
+        }
+        starts.sort_unstable();
+        ends.sort_unstable();
+        println!("{name}, {what}: started after {} ns, over after {} ns", starts[500], ends[500]);
+    }
+    for len in [16, 4 << 10, 16 << 10, 64 << 10, 512 << 10, MIB, 2 * MIB, 4 * MIB, 8 * MIB, 16 * MIB, 64 * MIB, 256 * MIB] {
         let list = [Piece { src, dst, len }];
         line(&format!("{name}, one piece"), len, timed(if len > 8 * MIB { 40 } else { 400 }, || pull_lists(memory, &[&list], 1)));
     }
-    for (total, chunk) in [(64 * MIB, 2 * MIB), (64 * MIB, 4 * MIB), (64 * MIB, 8 * MIB), (256 * MIB, 8 * MIB)] {
+    for (total, chunk) in [
+        (64 * MIB, 2 * MIB),
+        (64 * MIB, 8 * MIB),
+        (64 * MIB, 16 * MIB),
+        (64 * MIB, 32 * MIB),
+        (256 * MIB, 8 * MIB),
+        (256 * MIB, 64 * MIB),
+    ] {
         let list: Vec<[Piece; 1]> =
             (0..total / chunk).map(|i| [Piece { src: src + i * chunk, dst: dst + i * chunk, len: chunk }]).collect();
         let lists: Vec<&[Piece]> = list.iter().map(|l| &l[..]).collect();
@@ -96,11 +120,14 @@ fn gpu_benchmark() {
     println!("{:<46} {:>12} {:>12} {:>12} {:>13}", "what", "bytes", "median", "least", "of median");
     for gpu in if last > 0 { vec![last, 0] } else { vec![0] } {
         let exported = owner.allocate(Kind::Malloc, gpu, 256 << 20, 1);
-        for blocks in if gpu == 0 { vec![66] } else { vec![32, 66, 132] } {
-            let mut memory = CudaMemory::new(CudaOptions { blocks, bus: true });
+        for (blocks, engine_from) in
+            if gpu == 0 { vec![(66, 4 * MIB)] } else { vec![(66, 4 * MIB), (66, 1 << 30), (44, 4 * MIB)] }
+        {
+            let mut memory = CudaMemory::new(CudaOptions { pulls: PullOptions { blocks, engine: engine_from }, bus: true });
             let mapping = memory.open(&exported.exports[0], Place::gpu(0)).expect("a mapping");
-            measure(&mut memory, &format!("GPU {gpu} to 0, {blocks} blocks"), mapping.addr, block.at);
-            if blocks == 66 {
+            let name = format!("GPU {gpu} to 0, {blocks} blocks, engine {} MiB", engine_from / MIB);
+            measure(&mut memory, &name, mapping.addr, block.at);
+            if (blocks, engine_from) == (66, 4 * MIB) {
                 engine(&format!("GPU {gpu} to 0, copy engine"), mapping.addr, block.at, &block.stream);
             }
             memory.close(mapping);

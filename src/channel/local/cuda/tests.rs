@@ -218,7 +218,7 @@ fn gpu_lies_about_an_allocation_are_errors_and_harm_nothing() {
     }
     for i in 0..64 {
         // A handle with one byte changed opens or does not; either way this process goes on.
-        let mut exported = owner.export_again(gpus[0]);
+        let mut exported = owner.export_again(gpus[gpus.len() - 1]);
         exported.exports[0].handle[i] ^= 0x41;
         if let Ok(mapping) = memory.open(&exported.exports[0], Place::gpu(0)) {
             eprintln!("byte {i} of a handle says nothing");
@@ -354,15 +354,13 @@ fn gpu_memory_of_this_process_needs_no_mapping() {
             let (mut near, mut far) = (memory(), memory());
             let source = Block::filled(kind, from, &pattern(3 << 20, 8));
             let place = Place::gpu(from as u8);
-            let exports = far.export(place, source.at, source.len as u64).expect("an export");
+            let mut exports = far.export(place, source.at, source.len as u64).expect("an export");
+            exports.iter_mut().for_each(|e| (e.kind, e.fd) = (ExportKind::Own, None));
             let view = View::open(&mut near, Exported { at: source.at, number: 0, exports }, Place::gpu(0));
             all_comes(&mut near, &view, 3 << 20, 8);
-            if kind == Kind::Malloc {
-                let exports = far.export(place, source.at, source.len as u64).expect("an export");
-                drop(source);
-                let error = near.open(&exports[0], Place::gpu(0)).expect_err("freed memory");
-                eprintln!("{error}");
-            }
+            drop(source);
+            let error = near.open(&view.exported.exports[0], Place::gpu(0)).expect_err("freed memory");
+            eprintln!("{error}");
         }
     }
 }
@@ -446,7 +444,12 @@ unsafe extern "C" fn hold(argument: *mut std::ffi::c_void) {
 }
 
 impl Busy {
+    /// The legacy default stream.
     fn new(ordinal: i32) -> Busy {
+        Busy::on(std::ptr::null_mut(), ordinal)
+    }
+
+    fn on(stream: sys::CUstream, ordinal: i32) -> Busy {
         let context = Context::retain(ordinal).expect("context");
         let state = Arc::new([AtomicBool::new(false), AtomicBool::new(false)]);
         let argument = Arc::into_raw(state.clone()).cast_mut().cast();
@@ -509,6 +512,41 @@ fn gpu_a_busy_default_stream_delays_nothing() {
                 good &=
                     step("export", &mut || drop(memory.export(Place::gpu(0), block.at, block.len as u64).expect("an export")));
             }
+        }
+    }
+    assert!(good);
+}
+
+/// While a mapping is being closed, which waits for the application, everything else goes on.
+#[test]
+fn gpu_closing_holds_up_nobody() {
+    let Some(gpus) = gpus("gpu_closing_holds_up_nobody") else { return };
+    const LEN: usize = 6 << 20;
+    let (owner, block, mut good) = (Owner::new(), Block::new(Kind::Malloc, 0, LEN), true);
+    for gpu in gpus {
+        for legacy in [true, false] {
+            let (mut closing, mut memory) = (memory(), memory());
+            let view = View::open(&mut closing, owner.allocate(Kind::Malloc, gpu, LEN, 1), Place::gpu(0));
+            let used = View::open(&mut memory, owner.allocate(Kind::Malloc, gpu, LEN, 2), Place::gpu(0));
+            let other = owner.allocate(Kind::Malloc, gpu, LEN, 3);
+            let mut pieces = Vec::new();
+            used.pieces(0, block.at, LEN as u64, &mut pieces);
+            pull(&mut memory, Place::gpu(0), &pieces);
+            let busy = if legacy { Busy::new(0) } else { Busy::on(block.stream.raw(), 0) };
+            view.close(&mut closing);
+            std::thread::sleep(Duration::from_millis(100));
+            let mut step = |what: &str, body: &mut dyn FnMut()| {
+                let start = Instant::now();
+                body();
+                good &= busy.passed(&format!("GPU {gpu}, default stream {legacy}: {what} while another is closed"), start);
+            };
+            step("pull", &mut || pull(&mut memory, Place::gpu(0), &pieces));
+            step("export", &mut || drop(memory.export(Place::gpu(0), block.at, LEN as u64).expect("an export")));
+            step("open", &mut || {
+                drop(other.exports.iter().map(|e| memory.open(e, Place::gpu(0)).expect("a mapping")).collect::<Vec<_>>())
+            });
+            step("a stream", &mut || drop(cuda_driver::Stream::new(block.stream.context()).expect("a stream")));
+            step("pull", &mut || pull(&mut memory, Place::gpu(0), &pieces));
         }
     }
     assert!(good);
