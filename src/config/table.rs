@@ -114,5 +114,7 @@ table! {
     DEBUG = process(var("UCCL_TCPX_DEBUG", Kind::Flag, "0", "1: the same as UCCL_P2P_LOG_LEVEL=debug."));
     DISABLE_IPC = var("UCCL_P2P_DISABLE_IPC", Kind::Flag, "0", "1: data takes the channels also between processes of one host. By default the side where the data goes copies it straight out of the other's memory, once both have proved that they share the host and the user: host memory with process_vm_readv, memory of GPUs that reach each other over NVLink or PCIe with CUDA IPC.");
     LOCAL_DIR = var("UCCL_TCPX_LOCAL_DIR", Kind::Text, "unset", "A directory that processes of one host share which have no network namespace in common (containers with a volume in common): they find each other there by the names of sockets. Only its user may be able to write to it.");
+    LOCAL_PCIE = var("UCCL_TCPX_LOCAL_PCIE", Kind::Flag, "0", "1: GPUs of one host that reach each other over PCIe, without NVLink, copy from each other, too. Reads across PCIe are slow: measure whether the channels are faster.");
+    LOCAL_BLOCKS = var("UCCL_TCPX_LOCAL_BLOCKS", Kind::Number(1, 1024), "66", "Blocks of threads that copies within a host take of a GPU at most: its share of the GPU's multiprocessors.");
     PLUGIN_LIMIT = process(var("NCCL_DYNAMIC_CHUNK_SIZE", Kind::Text, "unset", "Largest message of the plugin, bytes (decimal, or hexadecimal with 0x; no suffixes); at least 4096. Read by the plugin; the library sets it to 524288 before it loads a plugin of others when the user did not, since TCPX moves nothing without it."));
 }

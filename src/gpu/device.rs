@@ -3,6 +3,7 @@
 use super::kernels::Kernels;
 use super::launcher::CopyLauncher;
 use super::lent::{Idle, Lent};
+use super::pull::PullLauncher;
 use crate::status::Result;
 use cuda_driver::{Context, DeviceBuffer, PinnedBuffer};
 use nccl_net_abi::PAGE;
@@ -14,7 +15,8 @@ use std::sync::Arc;
 pub(crate) struct Gpu {
     ordinal: i32,
     /// Launchers without a user.
-    idle: Arc<Idle>,
+    idle: Arc<Idle<CopyLauncher>>,
+    idle_pulls: Arc<Idle<PullLauncher>>,
     /// A page that tells whether the context is still the one that was retained.
     mark: PinnedBuffer,
     kernels: Arc<Kernels>,
@@ -38,7 +40,7 @@ impl Gpu {
         let context = Context::retain(ordinal)?;
         let kernels = Arc::new(Kernels::load(&context)?);
         let mark = PinnedBuffer::new(&context, PAGE)?;
-        let gpu = Arc::new(Gpu { ordinal, idle: Arc::default(), mark, kernels, context });
+        let gpu = Arc::new(Gpu { ordinal, idle: Arc::default(), idle_pulls: Arc::default(), mark, kernels, context });
         in_use.push(gpu.clone());
         Ok(gpu)
     }
@@ -55,12 +57,21 @@ impl Gpu {
     }
 
     /// A launcher: an idle one, else a new one.
-    pub(crate) fn launcher(&self) -> Result<Lent> {
+    pub(crate) fn launcher(&self) -> Result<Lent<CopyLauncher>> {
         let launcher = match self.idle.take() {
             Some(launcher) => launcher,
             None => self.new_launcher()?,
         };
         Ok(Lent::new(launcher, &self.idle))
+    }
+
+    /// A launcher of pulls: an idle one, else a new one.
+    pub(crate) fn pull_launcher(&self) -> Result<Lent<PullLauncher>> {
+        let launcher = match self.idle_pulls.take() {
+            Some(launcher) => launcher,
+            None => PullLauncher::new(&self.context, &self.kernels)?,
+        };
+        Ok(Lent::new(launcher, &self.idle_pulls))
     }
 
     fn new_launcher(&self) -> Result<CopyLauncher> {

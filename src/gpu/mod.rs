@@ -8,12 +8,16 @@ mod kernels;
 mod launcher;
 mod layout;
 mod lent;
+mod pieces;
+mod pull;
+mod pulls;
 
 pub(crate) use cuda_driver::{available, current_name, gpu_name, GpuName, MappedPtr, MemoryKind};
 pub(crate) use device::Gpu;
 pub(crate) use job::{Extent, Job};
 pub(crate) use launcher::{CopyLauncher, Launched, INLINE_PIECES, PIECES_PER_JOB};
 pub(crate) use lent::Lent;
+pub(crate) use pulls::{PullOptions, Pulls};
 
 use crate::status::{err, Error, Result};
 

@@ -3,6 +3,7 @@
 //! memory. Knows nothing of sockets, rings, chunks or transfers.
 
 use crate::status::Result;
+pub(crate) use crate::types::Piece;
 use crate::types::Place;
 use std::os::fd::OwnedFd;
 
@@ -23,9 +24,7 @@ pub(crate) enum ExportKind {
 impl ExportKind {
     /// The kind with this number on the wire.
     pub(crate) fn from_number(number: u8) -> Option<ExportKind> {
-        [ExportKind::CudaIpc, ExportKind::Posix, ExportKind::SharedMemory]
-            .into_iter()
-            .find(|&kind| kind as u8 == number)
+        [ExportKind::CudaIpc, ExportKind::Posix, ExportKind::SharedMemory].into_iter().find(|&kind| kind as u8 == number)
     }
 
     /// Whether a descriptor travels with it.
@@ -61,18 +60,6 @@ pub(crate) struct Mapping {
     pub id: u64,
     /// Where the export's `base` is visible here: a source address of a pull is `addr + (owner's address - base)`.
     pub addr: u64,
-}
-
-/// One piece of a pull.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(C)]
-pub(crate) struct Piece {
-    /// First byte of the source, in an open mapping.
-    pub src: u64,
-    /// First byte of the destination, in memory of this process.
-    pub dst: u64,
-    /// Bytes, more than 0.
-    pub len: u64,
 }
 
 /// A pull that was started; ask for its end with [`LocalMemory::poll`] until it says yes.
