@@ -122,7 +122,7 @@ fn tell_unknown() {
     let names: Vec<String> = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()).collect();
     for line in source::unknown(names.iter().map(String::as_str)) {
         if TOLD.get().lock().insert(line.clone()) {
-            crate::logging::init();
+            crate::logging::init(log_level());
             log::warn!("{line}");
         }
     }

@@ -1,11 +1,13 @@
 //! The 128 bytes that name a listen comm: what can be checked of a peer's before the plugin sees them, and the address inside. TCPX keeps
 //! pointers and an index in them, so bytes of a peer must look like a fresh handle of our own.
 
-use super::comm::Handle;
 use super::traits::HandleCheck;
 use crate::status::{bail, Result};
 use nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+/// The 128 bytes that name a listen comm to the peer.
+pub(crate) type Handle = [u8; NCCL_NET_HANDLE_MAXSIZE];
 
 /// Bytes of a socket address in a TCPX handle: one for data at its beginning, one for control behind the numbers of sockets and threads
 /// and a flag.

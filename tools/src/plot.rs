@@ -183,7 +183,7 @@ fn latencies(area: &Area<'_>, lines: &BTreeMap<String, Vec<Point>>) -> Drawn {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::measure::Op;
+    use crate::case::Op;
     use crate::report::tests::row;
 
     #[test]
