@@ -8,8 +8,7 @@ mod table;
 pub use docs::document;
 pub use table::{Kind, Variable, VARIABLES};
 
-use crate::addresses::{AllowList, Bind};
-use crate::stats::export::Target;
+use crate::addresses::{AllowList, Bind, Target};
 use crate::status::{bail, Result};
 use crate::types::Protect;
 use source::{parse_number, strtoll, Source};
