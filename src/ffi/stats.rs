@@ -84,6 +84,10 @@ pub struct uccl_stats_t {
     pub packed_chunks: u64,
     /// Chunks scattered to device memory.
     pub unpacked_chunks: u64,
+    /// Microseconds from handing a chunk over for gathering until it was gathered, of all chunks together.
+    pub pack_us: u64,
+    /// Microseconds from handing a chunk over for scattering until it was in place, of all chunks together.
+    pub unpack_us: u64,
 }
 
 /// What a connection counts. `size`: as in uccl_stats_t.
@@ -147,6 +151,10 @@ pub struct uccl_conn_stats_t {
     pub packed_chunks: u64,
     /// Chunks scattered to device memory.
     pub unpacked_chunks: u64,
+    /// Microseconds from handing a chunk over for gathering until it was gathered, of all chunks together.
+    pub pack_us: u64,
+    /// Microseconds from handing a chunk over for scattering until it was in place, of all chunks together.
+    pub unpack_us: u64,
 }
 
 /// What a data channel counts. `size`: as in uccl_stats_t.
@@ -196,6 +204,10 @@ pub struct uccl_channel_stats_t {
     pub min_rtt_us: u64,
     /// Name of the channel's NIC, NUL-terminated, cut to 31 bytes.
     pub nic: [c_char; 32],
+    /// Microseconds from handing a chunk over for gathering until it was gathered, of all chunks together.
+    pub pack_us: u64,
+    /// Microseconds from handing a chunk over for scattering until it was in place, of all chunks together.
+    pub unpack_us: u64,
 }
 
 /// What an engine and its connections count.
@@ -311,7 +323,7 @@ macro_rules! with_totals {
             sent_bytes sent_chunks received_bytes received_chunks inline_sent_bytes inline_received_bytes
             transfers_started transfers_completed transfers_failed peer_transfers refused refused_by_peer
             control_sent_bytes control_received_bytes notifications_sent notifications_received stalls slow_answers
-            packed_chunks unpacked_chunks)
+            packed_chunks unpacked_chunks pack_us unpack_us)
     };
     (@ $type:ident, $totals:expr, { $($own:ident: $value:expr,)* }, $($name:ident)*) => {
         $type { size: size_of::<$type>(), $($own: $value,)* $($name: $totals.$name,)* }
@@ -382,6 +394,8 @@ impl From<&ChannelStats> for uccl_channel_stats_t {
             rtt_us: network.rtt_us.into(),
             min_rtt_us: network.min_rtt_us.into(),
             nic,
+            pack_us: stats.pack_us,
+            unpack_us: stats.unpack_us,
         }
     }
 }

@@ -58,6 +58,8 @@ totals! {
     slow_answers: "Times that the peer, or a transfer, kept silent for half of its timeout",
     packed_chunks: "Chunks gathered from device memory",
     unpacked_chunks: "Chunks scattered to device memory",
+    pack_us: "Microseconds from handing a chunk over for gathering until it was gathered, of all chunks together",
+    unpack_us: "Microseconds from handing a chunk over for scattering until it was in place, of all chunks together",
 }
 
 /// What the kernel tells of the TCP connection that a channel sends on.
@@ -112,6 +114,10 @@ pub struct ChannelStats {
     pub packed_chunks: u64,
     /// See `packed_chunks`.
     pub unpacked_chunks: u64,
+    /// Microseconds that gathering took, from handing a chunk over until it was seen done, of all chunks together.
+    pub pack_us: u64,
+    /// As `pack_us`, for scattering.
+    pub unpack_us: u64,
     /// It runs far below the others.
     pub slow: bool,
     /// What the kernel knows. Filled only when statistics are read.
