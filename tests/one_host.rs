@@ -71,7 +71,16 @@ fn moves(a: &mut Victim, b: &mut Victim, direction: &str, len: usize, fill: u8) 
 }
 
 #[allow(clippy::too_many_arguments)]
-fn again(a: &mut Victim, b: &mut Victim, direction: &str, len: usize, fill: u8, local: usize, remote: usize, item: &FifoItem) -> Outcome {
+fn again(
+    a: &mut Victim,
+    b: &mut Victim,
+    direction: &str,
+    len: usize,
+    fill: u8,
+    local: usize,
+    remote: usize,
+    item: &FifoItem,
+) -> Outcome {
     let id = match a.start_transfer(&format!("{direction} 0 {local} {len} {}", text_of(item))) {
         Ok(id) => id,
         Err(e) => return Outcome::Failed(e),
@@ -221,8 +230,9 @@ fn a_killed_process_leaves_errors_right_bytes_and_no_mappings() {
             let write = direction == "write";
             let (local, _) = a.buffer(LEN, if write { 9 } else { 0 });
             let (_, item) = b.buffer(LEN, if write { 0 } else { 9 });
-            let ids: Vec<u64> =
-                (0..6).filter_map(|_| a.start_transfer(&format!("{direction} 0 {local} {LEN} {}", text_of(&item))).ok()).collect();
+            let ids: Vec<u64> = (0..6)
+                .filter_map(|_| a.start_transfer(&format!("{direction} 0 {local} {LEN} {}", text_of(&item))).ok())
+                .collect();
             std::thread::sleep(Duration::from_millis(3 * round as u64));
             b.signal(libc::SIGKILL);
             for id in ids {
@@ -241,7 +251,11 @@ fn a_killed_process_leaves_errors_right_bytes_and_no_mappings() {
 #[test]
 fn a_stopped_process_is_given_up_in_time_and_does_nothing_late() {
     for environment in [&[ON][..], &EMULATED[..]] {
-        let timeouts = [("UCCL_TCPX_TRANSFER_TIMEOUT_MS", "1500"), ("UCCL_TCPX_PEER_TIMEOUT_MS", "1500"), ("UCCL_TCPX_CLOSE_TIMEOUT_MS", "1500")];
+        let timeouts = [
+            ("UCCL_TCPX_TRANSFER_TIMEOUT_MS", "1500"),
+            ("UCCL_TCPX_PEER_TIMEOUT_MS", "1500"),
+            ("UCCL_TCPX_CLOSE_TIMEOUT_MS", "1500"),
+        ];
         let environment = [environment, &timeouts].concat();
         let (mut a, mut b) = two(&environment, &environment);
         if environment.len() > 4 {

@@ -6,9 +6,9 @@ use super::device::spread;
 use super::path::{Arrival, ChunkLimits, Copier, Departure, Dest, Event, Path};
 use super::plan::Chunk;
 use super::stripe::{self, Load};
+use crate::region::Hold;
 use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
-use crate::region::Hold;
 use crate::types::{Place, Segment};
 use std::time::Instant;
 
@@ -383,7 +383,10 @@ mod tests {
         assert_eq!((channels.route(gpu, gpu, true), channels.route(gpu, Place::HOST, true)), (Some(0), Some(1)));
         assert_eq!((channels.routes(), channels.count()), (2, 5));
         assert_eq!([0, 1, 2].map(|route| channels.cut(route, 1 << 20).bytes), [300, 200, 0]);
-        assert_eq!([2, 3, 4, 5].map(|channel| channels.limits(channel).map(|l| l.bytes)), [Some(300), Some(200), Some(200), None]);
+        assert_eq!(
+            [2, 3, 4, 5].map(|channel| channels.limits(channel).map(|l| l.bytes)),
+            [Some(300), Some(200), Some(200), None]
+        );
         assert_eq!([0, 1, 2].map(|route| channels.pick(route, gpu, 1, false, now)), [Some(2), Some(4), None]);
         assert_eq!(channels.pick(0, gpu, 1, true, now), None, "no room for large ones");
         channels.submit(4, departure(10), now).unwrap();

@@ -38,7 +38,8 @@ impl Bell {
             .map_err(|e| limits::system("epoll and eventfd", &e))?;
         poller.add(waker.fd(), WAKE, Interest::READ).map_err(|e| limits::system("epoll", &e))?;
         // SAFETY: the waker is alive.
-        let rings = unsafe { BorrowedFd::borrow_raw(waker.fd()) }.try_clone_to_owned().map_err(|e| limits::system("eventfd", &e))?;
+        let rings =
+            unsafe { BorrowedFd::borrow_raw(waker.fd()) }.try_clone_to_owned().map_err(|e| limits::system("eventfd", &e))?;
         Ok(Bell {
             poller,
             waker,

@@ -2,8 +2,8 @@
 
 use super::connection::{Connection, Core, Peer};
 use super::fabric::Raised;
-use super::local::Local;
 use super::link::{Agreed, Sealed};
+use super::local::Local;
 use super::notify::Inbox;
 use super::proto::{Machine, Setting};
 use super::site::Site;

@@ -330,7 +330,9 @@ mod tests {
             }
             assert_eq!(run(&mut links, cut), [Ok(()), Ok(())]);
             let [_, mut link] = links;
-            assert!(matches!(link.receive(), Some(Message::Offer(o)) if o.sets[0].len() == 64 && o.sets[0][63].nic == "eth63" && o.local.is_some()));
+            assert!(
+                matches!(link.receive(), Some(Message::Offer(o)) if o.sets[0].len() == 64 && o.sets[0][63].nic == "eth63" && o.local.is_some())
+            );
             assert!(matches!(link.receive(), Some(Message::Ready(up)) if up == Ready { numbers: vec![0, 63, 64], local: true }));
             assert_eq!(link.wants(), 0);
             let mut rest = link.finish().unwrap().1;

@@ -3,8 +3,8 @@
 //! polls is left to that thread. Knows nothing of frames and channels.
 
 use super::bell::{LOCAL, WAKE};
-use super::home::Driven;
 use super::connection::{Connection, Home};
+use super::home::Driven;
 use super::pacing::{step, Round, Step};
 use reactor::Interest;
 use std::cmp::Reverse;

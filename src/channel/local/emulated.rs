@@ -47,7 +47,13 @@ fn mapped(addr: u64) -> Option<Mapped> {
         let (device, inode, name) = (words.next()?, words.next()?, words.next()?);
         let (start, end) = range.split_once('-')?;
         let hex = |text| u64::from_str_radix(text, 16).ok();
-        let found = Mapped { start: hex(start)?, end: hex(end)?, offset: hex(offset)?, device: device.into(), inode: inode.parse().ok()? };
+        let found = Mapped {
+            start: hex(start)?,
+            end: hex(end)?,
+            offset: hex(offset)?,
+            device: device.into(),
+            inode: inode.parse().ok()?,
+        };
         let fits = (found.start..found.end).contains(&addr) && access.ends_with('s') && name.starts_with("/memfd:");
         fits.then_some(found)
     })

@@ -329,7 +329,8 @@ mod tests {
         for len in [64, 1 << 20] {
             for (src, dst) in [(8, buffer.as_mut_ptr() as u64), (buffer.as_ptr() as u64, 8)] {
                 // SAFETY: address 8 is nobody's; the kernel finds out.
-                let result = unsafe { memory.pull(Place::HOST, &[Piece { src, dst, len }]) }.and_then(|pull| finish(&mut memory, pull));
+                let result =
+                    unsafe { memory.pull(Place::HOST, &[Piece { src, dst, len }]) }.and_then(|pull| finish(&mut memory, pull));
                 assert!(result.is_err(), "{len} bytes from {src:#x} to {dst:#x}");
             }
         }

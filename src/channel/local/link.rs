@@ -335,7 +335,8 @@ fn nothing(host: bool, ours: &[(Place, Place)], theirs: &[(Place, Place)]) -> St
         (false, true) => "this side",
         _ => "the peer",
     };
-    let gpus = if ours.iter().chain(theirs).any(|(place, _)| place.is_device()) { ", and not all GPUs reach each other" } else { "" };
+    let gpus =
+        if ours.iter().chain(theirs).any(|(place, _)| place.is_device()) { ", and not all GPUs reach each other" } else { "" };
     format!(
         "{who} may not read the other's memory (ptrace_scope of Yama, seccomp, or a PID namespace of its own: {}){gpus}",
         host::hint()
@@ -381,7 +382,9 @@ struct Rest<'a>(&'a [u8]);
 
 impl Rest<'_> {
     fn take<const N: usize>(&mut self) -> Result<[u8; N]> {
-        let Some((head, tail)) = self.0.split_first_chunk() else { bail!(Protocol, "a message of the peer's process ends early") };
+        let Some((head, tail)) = self.0.split_first_chunk() else {
+            bail!(Protocol, "a message of the peer's process ends early")
+        };
         self.0 = tail;
         Ok(*head)
     }
@@ -526,7 +529,9 @@ pub(crate) mod tests {
         let mut garbled = introduction(&[(Place::gpu(0), [7; 16])], &keys(true).send).unwrap();
         garbled[9] ^= 1;
         let reflected = introduction(&[], &keys(false).send).unwrap();
-        for (message, fds) in [(&b"x"[..], 0), (&[0; 4000], 1), (&wrong, 1), (&garbled, 1), (&reflected, 1), (&wrong[..40], 0), (&[], 0)] {
+        for (message, fds) in
+            [(&b"x"[..], 0), (&[0; 4000], 1), (&wrong, 1), (&garbled, 1), (&reflected, 1), (&wrong[..40], 0), (&[], 0)]
+        {
             with_stranger(message, fds);
         }
     }
@@ -534,7 +539,8 @@ pub(crate) mod tests {
     #[test]
     fn a_crowd_of_silent_strangers_ends_in_time() {
         let (mut a, _b) = both([0, 0]);
-        let crowd: Vec<_> = (0..2 * MAX_STRANGERS).map_while(|_| Socket::connect(&a.id, Where::Abstract).ok().flatten()).collect();
+        let crowd: Vec<_> =
+            (0..2 * MAX_STRANGERS).map_while(|_| Socket::connect(&a.id, Where::Abstract).ok().flatten()).collect();
         for _ in 0..5 {
             assert!(a.poll(Instant::now()).unwrap().is_none());
         }

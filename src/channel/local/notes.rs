@@ -131,7 +131,10 @@ mod tests {
             }
         }
         assert!(matches!(Note::decode(&Note::Ring.encode(), Vec::new()), Ok(Note::Ring)));
-        assert!(matches!(Note::decode(&Note::Answer { id: 5, open: true }.encode(), Vec::new()), Ok(Note::Answer { id: 5, open: true })));
+        assert!(matches!(
+            Note::decode(&Note::Answer { id: 5, open: true }.encode(), Vec::new()),
+            Ok(Note::Answer { id: 5, open: true })
+        ));
         assert!(matches!(Note::decode(&Note::End { id: 6 }.encode(), Vec::new()), Ok(Note::End { id: 6 })));
     }
 

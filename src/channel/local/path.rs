@@ -771,6 +771,8 @@ mod tests {
         join(&[extent(100, 10), extent(110, 5), extent(500, 5)], &[part(1000, 12), part(2000, 8)], &mut out).unwrap();
         let piece = |src, dst, len| Piece { src, dst, len };
         assert_eq!(out, [piece(100, 1000, 12), piece(112, 2000, 3), piece(500, 2003, 5)]);
-        assert!(join(&[extent(0, 1)], &[part(0, 2)], &mut out).is_err() && join(&[extent(0, 2)], &[part(0, 1)], &mut out).is_err());
+        assert!(
+            join(&[extent(0, 1)], &[part(0, 2)], &mut out).is_err() && join(&[extent(0, 2)], &[part(0, 1)], &mut out).is_err()
+        );
     }
 }

@@ -115,7 +115,9 @@ impl Shares {
         for key in keys {
             let (base, len, ..) = *key;
             if addr < end && addr >= base && addr - base < len {
-                let Some(allocation) = self.allocations.get(key) else { bail!(Internal, "an allocation of region {region} is gone") };
+                let Some(allocation) = self.allocations.get(key) else {
+                    bail!(Internal, "an allocation of region {region} is gone")
+                };
                 let n = (base + len - addr).min(end - addr);
                 out.push(Extent { addr, len: n as u32, export: allocation.id });
                 addr += n;
@@ -220,8 +222,13 @@ impl Imports {
         let Some(import) = self.open.get_mut(&piece.export).filter(|import| import.here == here && !import.ended) else {
             bail!(Protocol, "a piece of export {}, which is not open for memory of {here:?}", piece.export)
         };
-        let inside = piece.addr.checked_sub(import.base).filter(|at| at.checked_add(piece.len.into()).is_some_and(|end| end <= import.len));
-        let Some(at) = inside else { bail!(Protocol, "{} bytes at {:#x} are not inside export {}", piece.len, piece.addr, piece.export) };
+        let inside = piece
+            .addr
+            .checked_sub(import.base)
+            .filter(|at| at.checked_add(piece.len.into()).is_some_and(|end| end <= import.len));
+        let Some(at) = inside else {
+            bail!(Protocol, "{} bytes at {:#x} are not inside export {}", piece.len, piece.addr, piece.export)
+        };
         import.pulls += 1;
         Ok(import.mapping.addr + at)
     }

@@ -156,9 +156,8 @@ impl Socket {
         let mut found = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
         let mut len = size_of::<libc::ucred>() as libc::socklen_t;
         // SAFETY: a writable structure of this length.
-        let failed = unsafe {
-            libc::getsockopt(self.fd(), libc::SOL_SOCKET, libc::SO_PEERCRED, (&raw mut found).cast(), &mut len) != 0
-        };
+        let failed =
+            unsafe { libc::getsockopt(self.fd(), libc::SOL_SOCKET, libc::SO_PEERCRED, (&raw mut found).cast(), &mut len) != 0 };
         if failed {
             return Err(Error::system("who is at the other end of a Unix socket", &Io::last_os_error()));
         }
@@ -343,6 +342,9 @@ mod tests {
         assert!(b.receive(&mut [0; MAX_MESSAGE]).is_err());
         // Other tests of this process open descriptors, too.
         let gone = || open_descriptors() <= before + 4;
-        assert!((0..100).any(|_| gone() || { std::thread::sleep(std::time::Duration::from_millis(20)); false }));
+        assert!((0..100).any(|_| gone() || {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            false
+        }));
     }
 }

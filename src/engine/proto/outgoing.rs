@@ -114,13 +114,7 @@ pub(crate) enum Scheduled {
 
 impl Outgoing {
     /// Starts a stream; its places must have routes.
-    pub(super) fn start(
-        &mut self,
-        key: Key,
-        segments: Vec<Segment>,
-        hold: Hold,
-        channels: &mut Channels,
-    ) -> Result<()> {
+    pub(super) fn start(&mut self, key: Key, segments: Vec<Segment>, hold: Hold, channels: &mut Channels) -> Result<()> {
         let shared = channels.share(&segments, &hold);
         let stream = Walk::new(segments);
         let Some((place, peer)) = stream.next_places() else { bail!(Internal, "an empty stream") };

@@ -160,7 +160,14 @@ pub(super) struct SimulatedPath {
 
 impl SimulatedPath {
     /// Channels `first..first + channels`; for device memory on both sides, or for everything else.
-    pub(super) fn new(net: &Arc<Mutex<Net>>, side: usize, first: usize, channels: usize, device: bool, chunk_bytes: usize) -> SimulatedPath {
+    pub(super) fn new(
+        net: &Arc<Mutex<Net>>,
+        side: usize,
+        first: usize,
+        channels: usize,
+        device: bool,
+        chunk_bytes: usize,
+    ) -> SimulatedPath {
         SimulatedPath { net: net.clone(), side, first, channels, device, chunk_bytes }
     }
 }
