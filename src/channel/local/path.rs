@@ -62,6 +62,8 @@ pub(crate) struct LocalPath {
     socket: Socket,
     pid: i32,
     pairs: Vec<(Place, Place)>,
+    /// GPUs of the peer whose memory is in use: what they may want to reach is told in advance.
+    likely: Vec<Place>,
     outbox: Outbox,
     inbox: Inbox,
     host: Option<HostMemory>,
@@ -110,8 +112,8 @@ pub(crate) struct Watched {
 }
 
 impl LocalPath {
-    /// `bell`: rung when a thread has ended a pull.
-    pub(crate) fn new(linked: Linked, bell: Bell) -> LocalPath {
+    /// `bell`: rung when a thread has ended a pull; `likely`: GPUs of the peer whose memory is in use.
+    pub(crate) fn new(linked: Linked, bell: Bell, likely: Vec<Place>) -> LocalPath {
         let same = linked.same_process;
         let shelves = same.then(|| (Shelf::own(linked.id, linked.connecting), Shelf::of(linked.id, !linked.connecting)));
         let Linked { socket, who, mut host, device, inbox, outbox, pairs, .. } = linked;
@@ -122,6 +124,7 @@ impl LocalPath {
             socket,
             pid: who.pid,
             pairs,
+            likely,
             outbox,
             inbox,
             host,
@@ -395,6 +398,12 @@ impl Path for LocalPath {
         }
     }
 
+    fn offer(&mut self, region: &Region) {
+        for i in 0..self.likely.len() {
+            self.share(region, self.likely[i]);
+        }
+    }
+
     fn loads(&self, _place: Place, bulk: bool, now: Instant, out: &mut Vec<Load>) {
         let free = WINDOW.saturating_sub(self.leaving.len()).min(self.outbox.room());
         let free = if bulk { free.min(BULK_WINDOW.saturating_sub(self.bulk)) } else { free };
@@ -532,7 +541,7 @@ mod tests {
             let fd = unsafe { OwnedFd::from_raw_fd(libc::eventfd(0, libc::EFD_CLOEXEC)) };
             Bell { armed: Arc::new(AtomicU32::new(0)), fd: Arc::new(fd) }
         };
-        (LocalPath::new(a, bell()), LocalPath::new(b, bell()))
+        (LocalPath::new(a, bell(), Vec::new()), LocalPath::new(b, bell(), Vec::new()))
     }
 
     /// Registered memory.
