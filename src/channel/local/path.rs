@@ -7,7 +7,7 @@ use super::notes::Note;
 use super::pool::Bell;
 use super::puller::{LocalMemory, Piece, Pull};
 use super::ring::{Descriptor, Extent, Inbox, Listening, Outbox, MAX_PIECES};
-use super::sharing::{Imports, Shares};
+use super::sharing::{Imports, Shares, Stretch};
 use super::shelf::Shelf;
 use super::socket::{Received, Socket, MAX_MESSAGE};
 use crate::channel::path::{Arrival, ChunkLimits, Copier, Departure, Dest, Event, Path};
@@ -51,7 +51,7 @@ struct Coming {
     arrival: Arrival,
     /// `None` where nothing is copied.
     pull: Option<Pull>,
-    /// Exports that its pieces lie in, one entry a piece.
+    /// Exports that its pieces lie in, one entry for each use that was counted.
     exports: Vec<u32>,
     /// What keeps the source, where that is memory of this process.
     _source: Option<Hold>,
@@ -179,10 +179,22 @@ impl LocalPath {
             extents.extend(parts.iter().map(|p| Extent { addr: p.addr, len: p.len as u32, export: 0 }));
             return Ok(());
         }
-        parts.iter().try_for_each(|part| {
-            let region = departure.hold.span_to_register(part.region)?.id;
-            self.shares.extents(region, there, part, extents)
-        })
+        // Blocks of a transfer mostly lie in one allocation.
+        let mut last: Option<(u16, Stretch)> = None;
+        for part in parts {
+            let (mut addr, end) = (part.addr, part.addr + part.len);
+            while addr < end {
+                let stretch = match last {
+                    Some((region, stretch)) if region == part.region && stretch.locate(addr, 1).is_some() => stretch,
+                    _ => self.shares.find(departure.hold.span_to_register(part.region)?.id, there, addr)?,
+                };
+                last = Some((part.region, stretch));
+                let n = (stretch.base + stretch.len - addr).min(end - addr);
+                extents.push(Extent { addr, len: n as u32, export: stretch.id });
+                addr += n;
+            }
+        }
+        Ok(())
     }
 
     // ---- the destination's side ----
@@ -214,17 +226,8 @@ impl LocalPath {
         let Dest::Memory { place, parts, .. } = &arrival.dest else {
             return Ok(Coming { arrival, pull: None, exports: Vec::new(), _source: source });
         };
-        let (place, mut exports) = (*place, Vec::new());
-        for piece in &mut self.scratch.descriptor.pieces {
-            match (piece.export, place.is_device()) {
-                (0, false) => {}
-                (0, true) | (_, false) => bail!(Protocol, "a piece of export {} for memory of {place:?}", piece.export),
-                (export, true) => {
-                    exports.push(export);
-                    piece.addr = self.imports.translate(piece, place)?;
-                }
-            }
-        }
+        let place = *place;
+        let exports = locate(&mut self.scratch.descriptor.pieces, place, &mut self.imports)?;
         join(&self.scratch.descriptor.pieces, parts, &mut self.scratch.pieces)?;
         let Some(memory) = memory(&mut self.host, &mut self.device, place) else {
             bail!(Protocol, "a chunk for memory of {place:?}, which is not shared")
@@ -331,6 +334,36 @@ fn memory<'a>(
         true => device.as_mut().map(|device| &mut **device as &mut dyn LocalMemory),
         false => host.as_mut().map(|host| host as &mut dyn LocalMemory),
     }
+}
+
+/// Turns the addresses of a peer's pieces into those where they are visible here; gives the exports that they lie in.
+///
+/// # Errors
+/// `Protocol` for a piece that lies in no export that is open for memory of `place`.
+fn locate(pieces: &mut [Extent], place: Place, imports: &mut Imports) -> Result<Vec<u32>> {
+    let mut exports = Vec::new();
+    let mut last: Option<Stretch> = None;
+    for piece in pieces {
+        match (piece.export, place.is_device()) {
+            (0, false) => continue,
+            (0, true) | (_, false) => bail!(Protocol, "a piece of export {} for memory of {place:?}", piece.export),
+            (_, true) => {}
+        }
+        let stretch = match last {
+            Some(stretch) if stretch.id == piece.export => stretch,
+            _ => {
+                let stretch = imports.enter(piece.export, place)?;
+                exports.push(piece.export);
+                stretch
+            }
+        };
+        last = Some(stretch);
+        let Some(addr) = stretch.locate(piece.addr, piece.len.into()) else {
+            bail!(Protocol, "{} bytes at {:#x} are not inside export {}", piece.len, piece.addr, piece.export)
+        };
+        piece.addr = addr;
+    }
+    Ok(exports)
 }
 
 /// Lays the source's pieces beside the destination's: one piece for each stretch that is whole on both sides.
