@@ -1,6 +1,7 @@
 //! Data that arrives: streams that the peer announced or this side asked for, and the chunks of them that are under way. A chunk that
 //! fits no stream is the peer's fault. Knows nothing of frames' bytes, sockets or time.
 
+use super::limits;
 use super::outgoing::tag;
 use crate::channel::path::{Arrival, Dest};
 use crate::channel::plan::Walk;
@@ -65,14 +66,12 @@ pub(super) struct Ended {
     pub segments: usize,
 }
 
-/// Announced chunks that may be under way on a connection.
-const MAX_EXPECTED: usize = 1 << 18;
-
 #[derive(Default)]
 pub(super) struct Incoming {
     streams: HashMap<Key, InStream>,
-    /// Chunks under way.
+    /// Chunks under way, and chunks that have arrived.
     expected: usize,
+    arrived: u64,
 }
 
 impl Incoming {
@@ -108,9 +107,7 @@ impl Incoming {
         if len == 0 || len > max {
             bail!(Protocol, "chunk of {len} bytes, at most {max} were agreed");
         }
-        if self.expected == MAX_EXPECTED {
-            bail!(Protocol, "{MAX_EXPECTED} chunks are announced and have not come");
-        }
+        limits::expected(self.expected)?;
         let Some(inc) = self.streams.get_mut(&key) else { bail!(Protocol, "a chunk of transfer {}, which expects none", key.id) };
         let (tag, dest) = match &mut inc.target {
             Target::Memory { stream, hold, .. } => {
@@ -142,7 +139,13 @@ impl Incoming {
         let Some(left) = inc.arriving.checked_sub(len) else { bail!(Internal, "more bytes have arrived than were announced") };
         inc.arriving = left;
         self.expected -= 1;
+        self.arrived += 1;
         Ok(self.ended(key))
+    }
+
+    /// Chunks that have arrived so far.
+    pub(super) fn chunks(&self) -> u64 {
+        self.arrived
     }
 
     /// The end of a stream of which nothing is under way or to come.

@@ -7,6 +7,10 @@ use crate::status::{bail, Result};
 const MAX_TRANSFERS: usize = 1 << 16;
 /// Segments of all of them together.
 const MAX_SEGMENTS_IN_FLIGHT: usize = 4 << 20;
+/// Chunks that one side announces before the other says that they have arrived.
+const MAX_ANNOUNCED: u64 = 1 << 17;
+/// So many chunks after its last report a side reports again: a sender at its limit hears in time.
+const REPORTED_AFTER: u64 = MAX_ANNOUNCED / 8;
 /// Bytes of frames that may wait to leave besides notifications of the application: answers to a peer that does not read.
 const MAX_ANSWERS: usize = 64 << 20;
 /// Bytes of the control stream that may wait to leave.
@@ -21,6 +25,24 @@ pub(super) fn admit(transfers: usize, segments: usize, more: usize) -> Result<()
     }
     if segments + more > MAX_SEGMENTS_IN_FLIGHT {
         bail!(Resource, "transfers in flight on this connection would have more than {MAX_SEGMENTS_IN_FLIGHT} segments");
+    }
+    Ok(())
+}
+
+/// How many more chunks this side may announce when `announced` of its chunks have not been reported.
+pub(super) fn may_announce(announced: u64) -> usize {
+    MAX_ANNOUNCED.saturating_sub(announced) as usize
+}
+
+/// Whether the peer has to hear of `fresh` chunks that have arrived since the last report.
+pub(super) fn must_report(fresh: u64) -> bool {
+    fresh >= REPORTED_AFTER
+}
+
+/// An error when the peer announces more chunks than an honest one does.
+pub(super) fn expected(chunks: usize) -> Result<()> {
+    if chunks as u64 >= 2 * MAX_ANNOUNCED {
+        bail!(Protocol, "{chunks} chunks are announced and have not come");
     }
     Ok(())
 }
@@ -132,6 +154,16 @@ mod tests {
         assert!(load.begin(3, 1).is_err());
         load.ended(MAX_SEGMENTS_IN_FLIGHT);
         assert!(load.begin(4, 1).is_ok());
+    }
+
+    #[test]
+    fn an_honest_sender_of_chunks_never_reaches_what_its_peer_tolerates() {
+        assert_eq!((may_announce(0), may_announce(MAX_ANNOUNCED - 1), may_announce(MAX_ANNOUNCED)), (1 << 17, 1, 0));
+        assert_eq!(may_announce(u64::MAX), 0);
+        // A side that waits at its limit is told: what is not reported there is less than that.
+        assert!(must_report(REPORTED_AFTER) && !must_report(REPORTED_AFTER - 1) && 2 * REPORTED_AFTER < MAX_ANNOUNCED);
+        assert!(expected(MAX_ANNOUNCED as usize + 1).is_ok());
+        assert_eq!(expected(2 * MAX_ANNOUNCED as usize).unwrap_err().kind(), ErrorKind::Protocol);
     }
 
     #[test]

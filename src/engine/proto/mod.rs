@@ -37,7 +37,7 @@ use crate::channel::router::Channels;
 use crate::logging::Limiter;
 use crate::region::{Hold, RegionUse};
 use crate::stats::Totals;
-use crate::status::{bail, err, Error, Result, UCCL_OK};
+use crate::status::{bail, err, Error, ErrorKind, Result, UCCL_OK};
 use crate::types::{Key, Place, Segment, MAX_INLINE};
 use crate::wire::frame::{Frame, WireRegion, WireSegments};
 use crate::wire::queue::TxQueue;
@@ -109,6 +109,8 @@ pub(crate) struct Machine {
     peer_received: u64,
     /// Bytes that [`Frame::Ping`] has reported, and that the network had taken and brought at the last look.
     reported: u64,
+    /// Chunks that it has reported.
+    reported_chunks: u64,
     network: (u64, u64),
     /// Bytes of frames that are neither queued any more nor with the socket.
     leaving: usize,
@@ -145,6 +147,7 @@ impl Machine {
             clock: Clock { rx: now, ping: now, report: now, network: now, drained: now, next_tick: now },
             peer_received: 0,
             reported: 0,
+            reported_chunks: 0,
             network: (0, 0),
             leaving: 0,
             log: Limiter::new(PEER_LINES),
@@ -183,7 +186,11 @@ impl Machine {
 
     /// Where a transfer of this side stands, or what it failed with.
     pub(crate) fn lookup(&self, id: u64) -> Result<TransferState> {
-        self.transfers.lookup(id)
+        let state = self.transfers.lookup(id)?;
+        match &self.dead {
+            Some(e) if !state.complete => Err(e.clone()),
+            _ => Ok(state),
+        }
     }
 
     /// Whether a transfer of this connection uses a region of this side.
@@ -358,6 +365,9 @@ impl Machine {
             }
         }
         self.events = events;
+        if limits::must_report(self.incoming.chunks() - self.reported_chunks) {
+            self.ping(channels.totals().received, now);
+        }
         Ok(any)
     }
 
@@ -407,6 +417,13 @@ impl Machine {
             self.stream_ended(key, ended, now);
         }
         Ok(())
+    }
+
+    /// Tells the peer how much has arrived.
+    fn ping(&mut self, received: u64, now: Instant) {
+        (self.reported, self.reported_chunks) = (received, self.incoming.chunks());
+        self.clock.report = now;
+        self.push(&Frame::Ping { received, chunks: self.reported_chunks }, now);
     }
 
     /// Everything of an incoming stream is in place, or drained.
@@ -509,9 +526,7 @@ impl Machine {
             && now.saturating_duration_since(self.clock.report) >= REPORT.min(self.setting.transfer_timeout / 4);
         let quiet = now.saturating_duration_since(self.clock.report) >= self.setting.heartbeat;
         if self.backlog() == 0 && (news || quiet) {
-            self.reported = received;
-            self.clock.report = now;
-            self.push(&Frame::Ping { received }, now);
+            self.ping(received, now);
         }
     }
 
@@ -532,7 +547,7 @@ impl Machine {
     fn expire_matches(&mut self, now: Instant) {
         let timeout = self.setting.match_timeout;
         for id in self.matching.expire_sends(timeout, now) {
-            self.push(&Frame::Withdraw { id }, now);
+            self.push(&Frame::Withdraw { id, status: ErrorKind::TimedOut.code() }, now);
             self.transfers.finish(id, Err(err!(TimedOut, "no receive was posted for message {id} within {timeout:?}")));
         }
         for id in self.matching.expire_receives(timeout, now) {
@@ -585,5 +600,10 @@ impl Machine {
         self.deadlines.clear();
         self.transfers.fail_all(&error);
         self.dead = Some(error);
+    }
+
+    /// It has ended, whatever of it is in order: only for a defect that even [`Machine::fail`] met.
+    pub(crate) fn give_up(&mut self, error: Error) {
+        self.dead.get_or_insert(error);
     }
 }

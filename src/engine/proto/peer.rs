@@ -41,10 +41,10 @@ impl Machine {
             Frame::Done { id, status, text } => self.on_done(id, status, text, now),
             Frame::Message { id, len } => self.on_message(id, len, now),
             Frame::Pull { id, status, receiver } => self.on_pull(id, status, receiver, channels, now),
-            Frame::Withdraw { id } => self.on_withdraw(id, now),
+            Frame::Withdraw { id, status } => self.on_withdraw(id, status, now),
             Frame::Cancel { id } => self.on_cancel(id, now),
             Frame::Notify { name, message } => self.setting.inbox.push(name, message),
-            Frame::Ping { received } => self.on_ping(received, channels, now),
+            Frame::Ping { received, chunks } => self.on_ping(received, chunks, channels, now),
             Frame::Bye { status, text } => Err(farewell(status, text)),
         }
     }
@@ -288,8 +288,12 @@ impl Machine {
             self.transfers.finish(id, Ok(()));
             return Ok(());
         }
-        if segments.iter().any(|s| channels.route(s.place, receiver).is_none()) {
-            bail!(Unsupported, "no channel carries message {id} to {receiver:?} of the peer");
+        if let Some(s) = segments.iter().find(|s| channels.route(s.place, receiver).is_none()) {
+            // Where its receive lies was not known before. Nothing was announced: the peer gives up the receive as it would late.
+            let error = err!(Unsupported, "no channel carries memory of {:?} here to {receiver:?}, where the receive lies", s.place);
+            self.push(&Frame::Withdraw { id, status: error.code() }, now);
+            self.transfers.finish(id, Err(error));
+            return Ok(());
         }
         self.transfers.pulled(id);
         let key = Key { id, mine: true };
@@ -298,7 +302,10 @@ impl Machine {
     }
 
     /// The peer gave up a message. It is answered like any other; a receive that it was matched with fails.
-    fn on_withdraw(&mut self, id: u64, now: Instant) -> Result<()> {
+    fn on_withdraw(&mut self, id: u64, status: StatusCode, now: Instant) -> Result<()> {
+        if status == UCCL_OK {
+            bail!(Protocol, "message {id} is withdrawn without a reason");
+        }
         if self.matching.withdraw(id) {
             self.peer.ended(0);
             self.push(&Frame::Pull { id, status: ErrorKind::TimedOut.code(), receiver: Place::HOST }, now);
@@ -316,7 +323,12 @@ impl Machine {
         self.incoming.take_unbegun(key)?;
         self.peer.ended(0);
         self.deadlines.end(key);
-        let error = err!(TimedOut, "message {id} was withdrawn: its send had waited too long for this receive");
+        let why = match ErrorKind::from_code(status) {
+            ErrorKind::TimedOut => "its send had waited too long for this receive",
+            ErrorKind::Unsupported => "no channel connects the memory of its send with that of this receive",
+            _ => "its sender could not send it",
+        };
+        let error = Error::new(ErrorKind::from_code(status), format_args!("message {id} was withdrawn: {why}"));
         self.transfers.finish(receive, Err(error));
         Ok(())
     }
@@ -330,11 +342,12 @@ impl Machine {
     }
 
     /// The peer tells how much has arrived there.
-    fn on_ping(&mut self, received: u64, channels: &Channels, now: Instant) -> Result<()> {
+    fn on_ping(&mut self, received: u64, chunks: u64, channels: &Channels, now: Instant) -> Result<()> {
         let sent = channels.totals().submitted;
         if received < self.peer_received || received > sent {
             bail!(Protocol, "the peer has received {received} bytes after {}, of {sent} sent", self.peer_received);
         }
+        self.outgoing.confirm(chunks)?;
         self.deadlines.arrived(received - self.peer_received, now);
         self.clock.ping = now;
         self.peer_received = received;

@@ -75,12 +75,13 @@ impl Net {
     }
 
     /// The network takes the oldest posted message of a wire: its source is read now.
-    pub(super) fn transmit(&mut self, channel: usize, side: usize) {
+    /// Whether there was one.
+    pub(super) fn transmit(&mut self, channel: usize, side: usize) -> bool {
         let wire = &mut self.wires[channel][side];
         if wire.stalled || wire.failed {
-            return;
+            return false;
         }
-        let Some(posted) = wire.posted.pop_front() else { return };
+        let Some(posted) = wire.posted.pop_front() else { return false };
         let mut bytes = Vec::new();
         for part in &posted.parts {
             // SAFETY: memory of the harness, which outlives the simulation.
@@ -89,6 +90,7 @@ impl Net {
         wire.taken += bytes.len() as u64 - wire.moved;
         wire.sent.push_back((posted.key, bytes.len() as u64));
         wire.flying.push_back(Message { tag: posted.tag, bytes });
+        true
     }
 
     /// A paced network moves so many bytes of a side's messages, wire by wire in turns; what is whole is delivered.
@@ -115,15 +117,16 @@ impl Net {
     }
 
     /// The oldest message of a wire reaches the receive that waits for it: memory is written now.
-    pub(super) fn deliver(&mut self, channel: usize, side: usize) {
+    /// Whether there was one.
+    pub(super) fn deliver(&mut self, channel: usize, side: usize) -> bool {
         let wire = &mut self.wires[channel][side];
         if wire.stalled || wire.failed || wire.expected.is_empty() || wire.flying.is_empty() {
-            return;
+            return false;
         }
-        let (Some(message), Some(arrival)) = (wire.flying.pop_front(), wire.expected.pop_front()) else { return };
+        let (Some(message), Some(arrival)) = (wire.flying.pop_front(), wire.expected.pop_front()) else { return false };
         if message.tag != arrival.tag || message.bytes.len() != arrival.len {
             wire.failed = true;
-            return;
+            return true;
         }
         if let Dest::Memory { parts, .. } = &arrival.dest {
             let mut rest = &message.bytes[..];
@@ -136,6 +139,13 @@ impl Net {
         }
         wire.brought += arrival.len as u64 - std::mem::take(&mut wire.moved);
         wire.arrived.push_back((arrival.key, arrival.len as u64));
+        true
+    }
+
+    /// As if no path had been closed yet.
+    pub(super) fn open(&mut self) {
+        self.closed = [false; 2];
+        self.wires.iter_mut().flatten().for_each(|wire| wire.failed = false);
     }
 }
 
