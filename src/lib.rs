@@ -35,5 +35,6 @@ pub mod net;
 mod region;
 pub mod stats;
 pub mod status;
+mod threads;
 pub mod types;
 mod wire;

@@ -1,37 +1,20 @@
-//! The log, at the level of UCCL_P2P_LOG_LEVEL: lines go to standard error through env_logger, or to a function of the application; where
-//! the process has a logger of its own, that one gets them. And the limit on lines that a peer can cause. Knows nothing of engines
-//! and connections.
+//! The log, at the level of UCCL_P2P_LOG_LEVEL: lines go to standard error through env_logger, or to a function of the application
+//! (`delivery`); where the process has a logger of its own, that one gets them. And the limit on lines that a peer can cause. Knows
+//! nothing of engines and connections.
 
-use crate::fork::PerProcess;
+mod delivery;
+
+pub(crate) use delivery::{flush, Callback};
+
 use crate::status::{bail, Result};
-use parking_lot::{Mutex, RwLock};
-use std::cell::Cell;
-use std::ffi::{c_char, c_int, c_void, CString};
+use parking_lot::Mutex;
 use std::fmt;
 use std::io::Write;
-use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Once;
 use std::time::{Duration, Instant};
 
-/// The application's function for log lines, and its argument.
-#[derive(Clone, Copy)]
-pub(crate) struct Callback {
-    pub call: unsafe extern "C" fn(level: c_int, text: *const c_char, user: *mut c_void),
-    pub user: *mut c_void,
-}
-
-/// The callback in force, or null. Read and freed under `CALLING`; a child of fork begins with its parent's.
-static CALLBACK: AtomicPtr<Callback> = AtomicPtr::new(std::ptr::null_mut());
-/// Held for reading while the callback runs.
-static CALLING: PerProcess<RwLock<()>> = PerProcess::new(RwLock::default);
-/// Whether this library's logger is the one of the process.
-static OURS: AtomicBool = AtomicBool::new(false);
-
-thread_local! {
-    /// This thread is inside the callback. Has no destructor, so it is there to the thread's end.
-    static INSIDE: Cell<bool> = const { Cell::new(false) };
-}
-
+/// The logger of the process, where it is this library's.
 struct Log {
     stderr: env_logger::Logger,
 }
@@ -42,7 +25,7 @@ impl log::Log for Log {
     }
 
     fn log(&self, record: &log::Record<'_>) {
-        if !self.stderr.matches(record) || to_callback(record) {
+        if !self.stderr.matches(record) || delivery::queue(record.level(), record.args()) {
             return;
         }
         self.stderr.log(record);
@@ -51,41 +34,24 @@ impl log::Log for Log {
     fn flush(&self) {}
 }
 
-/// Hands a line to the callback; `false` where there is none, or this thread is inside of it.
-fn to_callback(record: &log::Record<'_>) -> bool {
-    if CALLBACK.load(Ordering::Acquire).is_null() || INSIDE.get() {
-        return false;
-    }
-    // Recursive: a line must not wait for another thread that waits for the end of all calls.
-    let _calling = CALLING.get().read_recursive();
-    // SAFETY: null, or a box that set_callback frees only while nobody holds the lock.
-    let Some(callback) = (unsafe { CALLBACK.load(Ordering::Acquire).as_ref() }) else { return false };
-    let text = CString::new(record.args().to_string().replace('\0', " ")).unwrap_or_default();
-    INSIDE.set(true);
-    // SAFETY: the application gave both, for calls from any thread with a NUL-terminated text.
-    unsafe { (callback.call)(record.level() as c_int, text.as_ptr(), callback.user) };
-    INSIDE.set(false);
-    true
-}
-
-/// Puts another callback in force, or none. On return no call of the one before runs.
+/// Puts another callback in force, or none. What was logged before reaches the one before, if that takes it soon; on return no call of
+/// it runs.
+///
+/// # Errors
+/// `InvalidArgument` inside a callback, `Unsupported` where the process has a logger of its own, `Resource` without a thread.
 pub(crate) fn set_callback(callback: Option<Callback>) -> Result<()> {
     init();
-    if INSIDE.get() {
+    if delivery::inside() {
         bail!(InvalidArgument, "the log callback cannot be changed inside a log callback");
     }
     if !OURS.load(Ordering::Acquire) {
         bail!(Unsupported, "the process has a logger of its own, which gets the lines");
     }
-    let fresh = callback.map_or(std::ptr::null_mut(), |callback| Box::into_raw(Box::new(callback)));
-    let old = CALLBACK.swap(fresh, Ordering::AcqRel);
-    let _nobody_calls = CALLING.get().write();
-    if !old.is_null() {
-        // SAFETY: a box made above, replaced by now, and no call uses it while this thread holds the lock.
-        drop(unsafe { Box::from_raw(old) });
-    }
-    Ok(())
+    delivery::set(callback)
 }
+
+/// Whether this library's logger is the one of the process.
+static OURS: AtomicBool = AtomicBool::new(false);
 
 /// Installs the logger, once. Done by the first engine.
 pub(crate) fn init() {

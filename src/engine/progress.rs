@@ -23,16 +23,6 @@ fn default_spin() -> Duration {
     Duration::from_micros(if cores > 2 { 100 } else { 50 })
 }
 
-/// Blocks every signal in the calling thread: plugins raise SIGPIPE, and handlers are the application's.
-pub(crate) fn block_signals() {
-    // SAFETY: a local, fully initialised set.
-    unsafe {
-        let mut set: libc::sigset_t = std::mem::zeroed();
-        libc::sigfillset(&mut set);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &set, std::ptr::null_mut());
-    }
-}
-
 /// A connection that has something to do.
 struct Active {
     connection: Arc<Connection>,
@@ -208,7 +198,7 @@ fn watch(home: &Home, active: &mut Active, interest: Interest) {
 
 /// Runs until the engine closes. A panic in a round ends the connections that it may have left half done, and not the thread.
 pub(crate) fn run(home: &Home, spin: Option<Duration>) {
-    block_signals();
+    crate::threads::block_signals();
     let spin = spin.unwrap_or_else(default_spin);
     while !home.ended() {
         let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drive(home, spin)));
