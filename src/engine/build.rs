@@ -98,8 +98,8 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
     let (terms, theirs) = (&up.agreed.terms, &up.agreed.peer);
     let chunk_bytes = terms.chunk_bytes as usize;
     let carried = describe(&up.sets);
-    let doorbell = home.bell.doorbell();
-    let channels = Channels::new(paths(site, up.sets, chunk_bytes, &doorbell)?, copier(site)?);
+    let seat = home.bell.seat()?;
+    let channels = Channels::new(paths(site, up.sets, chunk_bytes, &seat.doorbell())?, copier(site)?);
     let name = up.address.to_string();
     let setting = Setting {
         registry: home.registry.clone(),
@@ -131,7 +131,7 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
     let key = theirs.proof.name().map(str::to_owned);
     let peer = Peer { ip: up.address.ip(), name, gpu_index: theirs.hello.gpu_index, key, engine: theirs.engine };
     home.counters.opened.add();
-    let connection = Arc::new(Connection::new(home.clone(), core, peer, doorbell.armed));
+    let connection = Arc::new(Connection::new(home.clone(), core, peer, seat));
     if !home.connections.insert(connection.id, &connection) {
         return Err(super::ending::canceled());
     }

@@ -1,6 +1,7 @@
 //! A connection as the application holds it: the machine, its channels and its socket under one lock; progress from the caller's
 //! thread; waiting; the end. Knows nothing of how it was set up.
 
+use super::bell::Seat;
 use super::fifo::FifoItem;
 use super::home::{self, Driven};
 use super::pacing::{pause, Pause, Polls, Situation};
@@ -226,11 +227,13 @@ pub struct Connection {
     ended: Condvar,
     waiters: AtomicU32,
     polls: Polls,
-    /// Set while the channels shall ring.
-    armed: Arc<AtomicU32>,
+    /// What the channels ring.
+    seat: Local<Arc<Seat>>,
     peer: Peer,
     channels: usize,
     local: bool,
+    /// It waits for the application's accept.
+    pub(crate) waits: AtomicBool,
     /// Set by uccl_engine_start_listener; nothing depends on it.
     pub listener_started: AtomicBool,
 }
@@ -242,7 +245,7 @@ impl std::fmt::Debug for Connection {
 }
 
 impl Connection {
-    pub(crate) fn new(home: Arc<Home>, core: Core, peer: Peer, armed: Arc<AtomicU32>) -> Connection {
+    pub(crate) fn new(home: Arc<Home>, core: Core, peer: Peer, seat: Arc<Seat>) -> Connection {
         Connection {
             id: home.connections.next_id(),
             fd: core.control.fd(),
@@ -253,8 +256,9 @@ impl Connection {
             ended: Condvar::new(),
             waiters: AtomicU32::new(0),
             polls: Polls::default(),
-            armed,
+            seat: Local::new(seat),
             peer,
+            waits: AtomicBool::new(false),
             listener_started: AtomicBool::new(false),
         }
     }
@@ -544,12 +548,12 @@ impl Connection {
 
     /// Lets the channels ring, or no longer.
     pub(crate) fn arm(&self, on: bool) {
-        self.armed.store(u32::from(on), Ordering::SeqCst);
+        self.seat.arm(on);
     }
 
     /// What the channels ring with.
-    pub(crate) fn doorbell(&self) -> Arc<AtomicU32> {
-        self.armed.clone()
+    pub(crate) fn seat(&self) -> &Arc<Seat> {
+        &self.seat
     }
 
     /// A round of the progress thread. `must`: waits for the lock; otherwise leaves the round to whoever holds it.
@@ -635,6 +639,9 @@ impl Connection {
             (_, n) => log::error!("connection failed with {n} transfers in flight: {error}"),
         }
         self.home.bell.unwatch(self.fd);
+        if self.waits.load(Ordering::SeqCst) {
+            self.home.dead.tell(self.id);
+        }
         // The peer learns what this side knows, as far as the socket takes it, before it sees its channels end.
         let now = Instant::now();
         if !core.closing {

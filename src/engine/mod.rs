@@ -39,6 +39,7 @@ mod setups;
 mod site;
 mod spare;
 mod transfer;
+mod turns;
 mod watch;
 
 #[cfg(fuzzing)]
@@ -130,7 +131,7 @@ impl Engine {
         announce(&metadata, &plugins, &gpus);
         let limits = limits::Limits::of_process();
         let home = Arc::new(connection::Home::new(bell::Bell::new()?, plugins.device.traits.doorbell, config.close_timeout));
-        let accepts = Arc::new(Accepts::new(limits.waiting));
+        let accepts = Arc::new(Accepts::new(limits.waiting, home.dead.clone()));
         let site = Arc::new(Site {
             identity: Identity::new(&config)?,
             plugins,

@@ -71,7 +71,9 @@ impl Waiting {
         }
         match std::mem::take(&mut self.missed) {
             0 => None,
-            missed => Some((log::Level::Warn, format!("{missed} lines were not handed to the log callback: it is too slow for them"))),
+            missed => {
+                Some((log::Level::Warn, format!("{missed} lines were not handed to the log callback: it is too slow for them")))
+            }
         }
     }
 

@@ -82,7 +82,7 @@ fn connection(home: &Arc<Home>, driven: bool, closed: bool) -> (Arc<Connection>,
     let channels = Channels::new(vec![Box::new(SimulatedDefect { driven, closed })], None);
     let core = Core::new(Machine::new(setting, Instant::now()), channels, control);
     let peer = Peer { ip: [127, 0, 0, 1].into(), name: "a peer".to_owned(), gpu_index: -1, key: None, engine: [1; 16] };
-    let connection = Arc::new(Connection::new(home.clone(), core, peer, home.bell.doorbell().armed));
+    let connection = Arc::new(Connection::new(home.clone(), core, peer, home.bell.seat().unwrap()));
     assert!(home.connections.insert(connection.id, &connection));
     (connection, theirs)
 }

@@ -290,7 +290,8 @@ impl Machine {
         }
         if let Some(s) = segments.iter().find(|s| channels.route(s.place, receiver).is_none()) {
             // Where its receive lies was not known before. Nothing was announced: the peer gives up the receive as it would late.
-            let error = err!(Unsupported, "no channel carries memory of {:?} here to {receiver:?}, where the receive lies", s.place);
+            let error =
+                err!(Unsupported, "no channel carries memory of {:?} here to {receiver:?}, where the receive lies", s.place);
             self.push(&Frame::Withdraw { id, status: error.code() }, now);
             self.transfers.finish(id, Err(error));
             return Ok(());
