@@ -5,7 +5,7 @@ use super::super::notify::{Inbox, Queue};
 use super::super::progress;
 use super::super::proto::Setting;
 use super::*;
-use crate::channel::path::{Arrival, Copier, Departure, Event, Path};
+use crate::channel::path::{Arrival, Copier, Departure, Event, Line, Path, Way};
 use crate::channel::stripe::Load;
 use crate::wire::session::{Direction, Session};
 use std::net::{TcpListener, TcpStream};
@@ -40,11 +40,11 @@ impl Path for SimulatedDefect {
     fn busy(&self) -> bool {
         self.driven
     }
-    fn network_bytes(&self) -> Result<Option<(u64, u64)>> {
-        Ok(None)
+    fn network(&self, _each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
+        Ok(())
     }
-    fn describe_busy(&self) -> Vec<String> {
-        Vec::new()
+    fn describe(&self, _channel: usize, _way: Way) -> String {
+        String::new()
     }
     fn stats(&self, _kernel: bool, _now: Instant, _out: &mut Vec<ChannelStats>) {}
     fn forget_region(&mut self, _id: u64) {}

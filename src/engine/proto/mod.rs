@@ -31,7 +31,7 @@ pub use transfers::TransferState;
 use super::notify::Inbox;
 use super::registry::Registry;
 use super::spare::Spare;
-use crate::channel::path::Event;
+use crate::channel::path::{Event, Way};
 use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
 use crate::logging::Limiter;
@@ -41,7 +41,7 @@ use crate::status::{bail, err, Error, ErrorKind, Result, UCCL_OK};
 use crate::types::{Key, Place, Segment, MAX_INLINE};
 use crate::wire::frame::{Frame, WireRegion, WireSegments};
 use crate::wire::queue::TxQueue;
-use deadlines::{Deadlines, Overdue, Way};
+use deadlines::{Deadlines, Overdue};
 use incoming::{Ended, Ending, Incoming};
 use limits::PeerLoad;
 use matching::Matching;
@@ -490,9 +490,12 @@ impl Machine {
         let due = now.saturating_duration_since(self.clock.network) >= LOOK.min(self.setting.transfer_timeout / 8);
         if due && (self.deadlines.any() || !self.setting.doorbells) {
             self.note_network(channels, now)?;
+            if let Some(why) = channels.dead_nic(self.setting.transfer_timeout, now) {
+                bail!(TimedOut, "{why}");
+            }
         }
         if let Some(overdue) = self.deadlines.overdue(self.setting.transfer_timeout, now) {
-            return Err(self.describe(overdue, channels));
+            return Err(self.describe(overdue, channels, now));
         }
         self.expire_matches(now);
         limits::withdrawn(self.matching.withdrawn())?;
@@ -510,8 +513,8 @@ impl Machine {
     }
 
     /// Counts what the network has moved since the last look. An error when a channel has failed.
-    pub(crate) fn note_network(&mut self, channels: &Channels, now: Instant) -> Result<()> {
-        let (taken, brought) = channels.network_bytes()?;
+    pub(crate) fn note_network(&mut self, channels: &mut Channels, now: Instant) -> Result<()> {
+        let (taken, brought) = channels.look(now)?;
         self.deadlines.flowed(Way::Out, taken.saturating_sub(self.network.0), now);
         self.deadlines.flowed(Way::In, brought.saturating_sub(self.network.1), now);
         self.network = (taken.max(self.network.0), brought.max(self.network.1));
@@ -531,7 +534,7 @@ impl Machine {
     }
 
     /// Which transfer stands still, in which direction, and on which channels.
-    fn describe(&self, overdue: Overdue, channels: &Channels) -> Error {
+    fn describe(&self, overdue: Overdue, channels: &Channels, now: Instant) -> Error {
         let Overdue { key, way, still, others_moved } = overdue;
         let whose = if key.mine { "transfer" } else { "the peer's transfer" };
         let direction = match way {
@@ -539,7 +542,7 @@ impl Machine {
             Way::In => "from",
         };
         let rest = if others_moved { ", while others went on" } else { "" };
-        let on = channels.describe_busy();
+        let on = channels.describe_busy(way, now);
         let on = if on.is_empty() { "nothing is under way on the channels".to_owned() } else { format!("under way: {on}") };
         err!(TimedOut, "{whose} {} {direction} the peer has not moved for {still:.1?}{rest}; {on}", key.id)
     }
@@ -577,7 +580,7 @@ impl Machine {
     pub(crate) fn standstill(&mut self, channels: &Channels, now: Instant) -> Option<String> {
         let overdue = self.deadlines.overdue(self.setting.transfer_timeout / 2, now)?;
         let limit = self.setting.transfer_timeout;
-        Some(format!("{}; the connection ends after {limit:.1?}", self.describe(overdue, channels).to_str()))
+        Some(format!("{}; the connection ends after {limit:.1?}", self.describe(overdue, channels, now).to_str()))
     }
 
     // ---- the end ----
