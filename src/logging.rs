@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use std::fmt;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Once;
+use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 /// The logger of the process, where it is this library's.
@@ -86,6 +86,8 @@ const WINDOW: Duration = Duration::from_secs(1);
 pub(crate) struct Limiter {
     lines: u32,
     state: Mutex<Window>,
+    /// Another limit, which many share.
+    within: Option<Arc<Limiter>>,
 }
 
 struct Window {
@@ -100,7 +102,12 @@ struct Window {
 impl Limiter {
     /// At most `lines` lines a second.
     pub(crate) const fn new(lines: u32) -> Limiter {
-        Limiter { lines, state: Mutex::new(Window { since: None, shown: 0, held: 0 }) }
+        Limiter { lines, state: Mutex::new(Window { since: None, shown: 0, held: 0 }), within: None }
+    }
+
+    /// The same inside of a limit that many share.
+    pub(crate) fn within(all: &Arc<Limiter>, lines: u32) -> Limiter {
+        Limiter { within: Some(all.clone()), ..Limiter::new(lines) }
     }
 
     /// Asks for a line at `now`. `Some(n)`: write it, and say that `n` others were held back before it. `None`: it was counted.
@@ -110,12 +117,18 @@ impl Limiter {
             window.since = Some(now);
             window.shown = 0;
         }
-        if window.shown >= self.lines {
-            window.held = window.held.saturating_add(1);
+        // What the others have held back is told once, by whoever writes next.
+        let others = match &self.within {
+            _ if window.shown >= self.lines => None,
+            Some(all) => all.admit(now),
+            None => Some(0),
+        };
+        let Some(others) = others else {
+            window.held = window.held.saturating_add(u64::from(self.within.is_none() || window.shown >= self.lines));
             return None;
-        }
+        };
         window.shown += 1;
-        Some(std::mem::take(&mut window.held))
+        Some(std::mem::take(&mut window.held).saturating_add(others))
     }
 
     /// What was held back when the lines have stopped coming: for whoever looks in now and then, and at the end.
@@ -172,6 +185,25 @@ mod tests {
         }
         told += limiter.rest(start + Duration::from_secs(20)).unwrap_or(0);
         assert_eq!((shown, shown + told), (30, 100_000));
+    }
+
+    #[test]
+    fn a_hundred_within_one_limit_write_its_lines_and_lose_no_count() {
+        let all = Arc::new(Limiter::new(20));
+        let limiters: Vec<Limiter> = (0..100).map(|_| Limiter::within(&all, 5)).collect();
+        let start = Instant::now();
+        let (mut shown, mut told) = (0u64, 0u64);
+        for millis in 0..5000u64 {
+            for limiter in &limiters {
+                if let Some(held) = limiter.admit(start + Duration::from_millis(millis)) {
+                    shown += 1;
+                    told += held;
+                }
+            }
+        }
+        let late = start + Duration::from_secs(60);
+        told += limiters.iter().filter_map(|l| l.rest(late)).sum::<u64>() + all.rest(late).unwrap_or(0);
+        assert_eq!((shown, shown + told), (5 * 20, 500_000));
     }
 
     #[test]

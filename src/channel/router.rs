@@ -388,7 +388,10 @@ mod tests {
         assert_eq!((d.forgotten.load(Ordering::Relaxed), h.forgotten.load(Ordering::Relaxed)), (77, 77));
         channels.look(now).unwrap();
         let text = channels.describe_busy(Way::Out, now + Duration::from_secs(2));
-        assert!(text.starts_with("channel 0: 1 chunks out on d0, still for 2.0s; channel 1: ") && text.ends_with(" and 1 more"), "{text}");
+        assert!(
+            text.starts_with("channel 0: 1 chunks out on d0, still for 2.0s; channel 1: ") && text.ends_with(" and 1 more"),
+            "{text}"
+        );
         let later = now + Duration::from_secs(11);
         assert_eq!(channels.dead_nic(Duration::from_secs(11), later), None);
         let dead = channels.dead_nic(Duration::from_secs(10), later).expect("nothing moves");

@@ -142,7 +142,10 @@ mod tests {
     fn the_stillest_come_first_and_those_that_move_are_not_named() {
         let (stillness, now) = looks(5, 20, true);
         assert_eq!(stillness.stillest(Way::In, now), [2, 1]);
-        assert_eq!((stillness.of(2, Way::In, now), stillness.of(0, Way::In, now).1), ((2, Duration::from_secs(20)), Duration::ZERO));
+        assert_eq!(
+            (stillness.of(2, Way::In, now), stillness.of(0, Way::In, now).1),
+            ((2, Duration::from_secs(20)), Duration::ZERO)
+        );
         assert_eq!(stillness.stillest(Way::Out, now).len(), 4);
     }
 

@@ -2,6 +2,7 @@
 //! thread; waiting; the end. Knows nothing of how it was set up.
 
 use super::bell::Seat;
+use super::budget::Counted;
 use super::fifo::FifoItem;
 use super::home::{self, Driven};
 use super::pacing::{pause, Pause, Polls, Situation};
@@ -49,6 +50,8 @@ pub(crate) struct Peer {
     /// Name of the key that it has proved.
     pub key: Option<String>,
     pub engine: [u8; 16],
+    /// Of an incoming connection: its place among those.
+    pub _counted: Option<Local<Counted>>,
 }
 
 /// What the lock guards.
@@ -109,7 +112,7 @@ impl Core {
         for _ in 0..READS {
             let (n, more) = self.control.read(&mut self.rx)?;
             if n > 0 {
-                self.machine.heard(n, self.rx.arriving(), now);
+                self.machine.heard(n, self.rx.arriving(), now)?;
                 // Part of a large frame.
                 any |= self.rx.arriving() > 0;
             }
@@ -632,11 +635,15 @@ impl Connection {
             _ => false,
         };
         self.home.counters.ended(totals, error.kind(), in_order || core.closing);
+        let (lines, now) = (&self.home.lines, Instant::now());
         match (error.kind(), lost) {
             (ErrorKind::Canceled, 0) => log::debug!("{error}"),
             (ErrorKind::Canceled, n) => log::info!("{n} transfers canceled: {error}"),
-            (ErrorKind::RemoteDisconnect, 0) => log::info!("{error}"),
-            (_, n) => log::error!("connection failed with {n} transfers in flight: {error}"),
+            // A peer may come and go as often as it likes.
+            (ErrorKind::RemoteDisconnect, 0) => lines.log(log::Level::Info, now, format_args!("{error}")),
+            (_, n) => {
+                lines.log(log::Level::Error, now, format_args!("connection failed with {n} transfers in flight: {error}"));
+            }
         }
         self.home.bell.unwatch(self.fd);
         if self.waits.load(Ordering::SeqCst) {

@@ -6,6 +6,7 @@ use super::bell::{named, Bell, Named};
 use super::connections::Connections;
 use super::counters::Counters;
 use super::registry::Registry;
+use crate::logging::Limiter;
 use parking_lot::Mutex;
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -48,6 +49,8 @@ pub(crate) struct Home<T> {
     /// Threads compete for cores: nobody spins while another could work.
     pub few_cores: bool,
     pub close_timeout: Duration,
+    /// Lines of the log that peers cause.
+    pub lines: Arc<Limiter>,
     /// The connection and transfer that was polled last, as one number.
     last_polled: AtomicU64,
     /// Connections that the progress thread is asked to drive.
@@ -60,7 +63,7 @@ pub(crate) struct Home<T> {
 }
 
 impl<T: Driven> Home<T> {
-    pub(crate) fn new(bell: Bell, doorbells: bool, close_timeout: Duration) -> Home<T> {
+    pub(crate) fn new(bell: Bell, doorbells: bool, close_timeout: Duration, log_lines: usize) -> Home<T> {
         Home {
             registry: Arc::new(Registry::new()),
             connections: Connections::new(),
@@ -70,6 +73,7 @@ impl<T: Driven> Home<T> {
             doorbells,
             few_cores: std::thread::available_parallelism().map_or(2, usize::from) <= 2,
             close_timeout,
+            lines: Arc::new(Limiter::new(u32::try_from(log_lines).unwrap_or(u32::MAX))),
             last_polled: AtomicU64::new(0),
             asked: Mutex::default(),
             any_asked: AtomicBool::new(false),

@@ -4,6 +4,7 @@
 
 use super::accepts::{Accepts, Waiting};
 use super::attempt::{Attempt, Progress};
+use super::budget::Counted;
 use super::connection::Connection;
 use super::ending::canceled;
 use super::limits;
@@ -74,6 +75,8 @@ struct Entry {
     since: Instant,
     /// Its place among the stale ones.
     waits_since: Option<Instant>,
+    /// Its place among connections.
+    counted: Option<Counted>,
 }
 
 /// The thread's things.
@@ -239,7 +242,7 @@ impl Desk {
                     let e = limits::system("accepting a connection", &e);
                     self.site.home.counters.limits_hit.add();
                     self.shortage.log(log::Level::Error, now, format_args!("{e}"));
-                    self.drop_stranger(now, Duration::ZERO);
+                    self.drop_stranger(now, Duration::ZERO, true);
                     return self.pause(now, PAUSE);
                 }
                 // The peer went away between its connect and our accept.
@@ -261,7 +264,7 @@ impl Desk {
         let short = limits::lowest_free(listener.as_raw_fd()).map_or(true, |lowest| lowest >= limits.ceiling);
         let most = if short { STRANGERS_IN_NEED.min(limits.strangers) } else { limits.strangers };
         while self.strangers() >= most {
-            if !self.drop_stranger(now, SILENCE) {
+            if !self.drop_stranger(now, SILENCE, short) {
                 return false;
             }
         }
@@ -288,7 +291,15 @@ impl Desk {
         }
         let timer = attempt.wake_at();
         self.timers.insert((timer, self.last));
-        let entry = Entry { attempt, role: Role::Stranger, interest: Interest::READ, timer, since: now, waits_since: None };
+        let entry = Entry {
+            attempt,
+            role: Role::Stranger,
+            interest: Interest::READ,
+            timer,
+            since: now,
+            waits_since: None,
+            counted: None,
+        };
         self.entries.insert(self.last, entry);
         self.silent.insert(self.last);
         // Most say hello with their first packet.
@@ -306,8 +317,8 @@ impl Desk {
     }
 
     /// Drops the stranger that has been silent the longest, if for longer than `silence`; or else the oldest that has had its time.
-    /// Whether one went.
-    fn drop_stranger(&mut self, now: Instant, silence: Duration) -> bool {
+    /// Whether one went. One that speaks this protocol is told that it may try again, unless descriptors are `short`.
+    fn drop_stranger(&mut self, now: Instant, silence: Duration, short: bool) -> bool {
         // Ids are in the order of arrival.
         let old = |id: &u64, least| self.entries.get(id).is_some_and(|e| now.saturating_duration_since(e.since) >= least);
         let silent = self.silent.first().copied().filter(|id| old(id, silence));
@@ -318,6 +329,12 @@ impl Desk {
             self.site.home.counters.setup_failed(ErrorKind::Resource);
             let address = entry.attempt.address;
             self.lines.log(log::Level::Warn, now, format_args!("{address}: dropped: others wait, and it has not said who it is"));
+            if !entry.attempt.setup().is_silent() {
+                let sock = entry.attempt.give_up(&err!(Resource, "too many others are being set up: try again"));
+                if !short {
+                    self.part(sock, now);
+                }
+            }
         }
         true
     }
@@ -386,7 +403,7 @@ impl Desk {
     fn up(&mut self, id: u64, now: Instant) {
         let Some(entry) = self.take(id) else { return };
         let address = entry.attempt.address;
-        match entry.attempt.finish(&self.site) {
+        match entry.attempt.finish(&self.site, entry.counted) {
             Ok(connection) => {
                 self.site.home.counters.setups_in.add();
                 self.accepts.push(connection);
@@ -409,9 +426,13 @@ impl Desk {
             self.complain(address, error, now);
         }
         let sock = entry.attempt.give_up(error);
-        if error.kind() == ErrorKind::RemoteDisconnect {
-            return;
+        if error.kind() != ErrorKind::RemoteDisconnect {
+            self.part(sock, now);
         }
+    }
+
+    /// Keeps a socket until the peer has read its last bytes.
+    fn part(&mut self, sock: TcpStream, now: Instant) {
         while self.farewells.len() >= self.site.limits.strangers {
             self.farewells.pop_first();
         }
@@ -458,7 +479,8 @@ impl Desk {
     fn begin(&mut self, id: u64, coming: usize, now: Instant) {
         let Some(entry) = self.entries.get_mut(&id) else { return };
         entry.role = Role::Admitted;
-        let begun = self.accepts.room(coming).and_then(|()| entry.attempt.admit(&self.site));
+        let counted = self.site.census.count(entry.attempt.address.ip()).map(|counted| entry.counted = Some(counted));
+        let begun = counted.and_then(|()| self.accepts.room(coming)).and_then(|()| entry.attempt.admit(&self.site));
         match begun {
             Ok(()) => self.advance(id, now),
             Err(e) => self.fail(id, &e, now),

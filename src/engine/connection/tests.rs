@@ -1,12 +1,14 @@
 //! A connection when the code below it panics: it ends, whoever drove it, and whatever else does not work any more.
 
 use super::super::bell::Bell;
+use super::super::budget::Pool;
 use super::super::notify::{Inbox, Queue};
 use super::super::progress;
 use super::super::proto::Setting;
 use super::*;
 use crate::channel::path::{Arrival, Copier, Departure, Event, Line, Path, Way};
 use crate::channel::stripe::Load;
+use crate::logging::Limiter;
 use crate::wire::session::{Direction, Session};
 use std::net::{TcpListener, TcpStream};
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -57,7 +59,7 @@ impl Drop for SimulatedDefect {
 }
 
 fn home() -> Arc<Home> {
-    Arc::new(Home::new(Bell::new().unwrap(), true, Duration::from_secs(1)))
+    Arc::new(Home::new(Bell::new().unwrap(), true, Duration::from_secs(1), 1000))
 }
 
 /// A connection over such a path, and its peer's socket.
@@ -69,7 +71,9 @@ fn connection(home: &Arc<Home>, driven: bool, closed: bool) -> (Arc<Connection>,
     let timeout = Duration::from_secs(60);
     let setting = Setting {
         registry: home.registry.clone(),
-        inbox: Inbox::new(&Queue::new()),
+        inbox: Inbox::new(&Queue::new(1 << 30, 256 << 20)),
+        pool: Pool::endless(),
+        lines: Arc::new(Limiter::new(1000)),
         chunk_bytes: 4096,
         eager_bytes: 0,
         peer: "a peer".to_owned(),
@@ -81,7 +85,8 @@ fn connection(home: &Arc<Home>, driven: bool, closed: bool) -> (Arc<Connection>,
     };
     let channels = Channels::new(vec![Box::new(SimulatedDefect { driven, closed })], None);
     let core = Core::new(Machine::new(setting, Instant::now()), channels, control);
-    let peer = Peer { ip: [127, 0, 0, 1].into(), name: "a peer".to_owned(), gpu_index: -1, key: None, engine: [1; 16] };
+    let peer =
+        Peer { ip: [127, 0, 0, 1].into(), name: "a peer".to_owned(), gpu_index: -1, key: None, engine: [1; 16], _counted: None };
     let connection = Arc::new(Connection::new(home.clone(), core, peer, home.bell.seat().unwrap()));
     assert!(home.connections.insert(connection.id, &connection));
     (connection, theirs)

@@ -21,8 +21,8 @@ pub(super) enum Ending {
     Read,
     /// Our receive `id` of the peer's message: tell the peer too.
     Receive(u64),
-    /// A refused write of the peer, drained to the end.
-    Refused,
+    /// A refused write of the peer, drained to the end; whether there had been room for it.
+    Refused(bool),
 }
 
 /// Where the bytes of a stream go.
@@ -36,6 +36,7 @@ enum Target {
     Nowhere {
         total: u64,
         left: u64,
+        had_room: bool,
     },
 }
 
@@ -83,9 +84,9 @@ impl Incoming {
         self.streams.insert(key, InStream { target, arriving: 0, begun: false, segments });
     }
 
-    /// A stream of at most `total` bytes that must be drained.
-    pub(super) fn refuse(&mut self, key: Key, total: u64) {
-        let target = Target::Nowhere { total, left: total };
+    /// A stream of at most `total` bytes that must be drained. `had_room`: the budgets count it.
+    pub(super) fn refuse(&mut self, key: Key, total: u64, had_room: bool) {
+        let target = Target::Nowhere { total, left: total, had_room };
         self.streams.insert(key, InStream { target, arriving: 0, begun: false, segments: 0 });
     }
 
@@ -117,7 +118,7 @@ impl Incoming {
                 };
                 (tag, Dest::Memory { place: chunk.place, parts: chunk.parts, hold: hold.clone() })
             }
-            Target::Nowhere { total, left } => {
+            Target::Nowhere { total, left, .. } => {
                 let tag = tag(key, false, *total - *left);
                 let Some(rest) = left.checked_sub(len as u64) else { bail!(Protocol, "more data than transfer {} has", key.id) };
                 *left = rest;
@@ -159,7 +160,7 @@ impl Incoming {
         let inc = self.streams.remove(&key)?;
         Some(match inc.target {
             Target::Memory { stream, ending, .. } => Ended { ending, list: stream.into_list(), segments: inc.segments },
-            Target::Nowhere { .. } => Ended { ending: Ending::Refused, list: Vec::new(), segments: 0 },
+            Target::Nowhere { had_room, .. } => Ended { ending: Ending::Refused(had_room), list: Vec::new(), segments: 0 },
         })
     }
 

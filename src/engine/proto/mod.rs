@@ -23,11 +23,14 @@ mod simulation;
 mod transfers;
 
 pub(crate) use limits::MAX_BACKLOG;
-pub(crate) use outgoing::{tag, Scheduled};
+#[cfg(feature = "test-api")]
+pub(crate) use outgoing::tag;
+pub(crate) use outgoing::Scheduled;
 #[cfg(fuzzing)]
 pub(crate) use simulation::attacked;
 pub use transfers::TransferState;
 
+use super::budget::{Pool, Share};
 use super::notify::Inbox;
 use super::registry::Registry;
 use super::spare::Spare;
@@ -54,6 +57,9 @@ use transfers::{Kind, Transfers};
 pub(crate) struct Setting {
     pub registry: Arc<Registry>,
     pub inbox: Inbox,
+    /// What all peers of the engine together may take, and how many lines of the log they may cause.
+    pub pool: Arc<Pool>,
+    pub lines: Arc<Limiter>,
     /// Largest chunk, bytes; both sides agree on it.
     pub chunk_bytes: usize,
     /// Largest transfer inside a control frame, bytes.
@@ -133,6 +139,7 @@ struct Clock {
 
 impl Machine {
     pub(crate) fn new(setting: Setting, now: Instant) -> Machine {
+        let (share, log) = (Share::new(&setting.pool), Limiter::within(&setting.lines, PEER_LINES));
         Machine {
             setting,
             tx: TxQueue::default(),
@@ -141,7 +148,7 @@ impl Machine {
             incoming: Incoming::default(),
             matching: Matching::default(),
             deadlines: Deadlines::new(now),
-            peer: PeerLoad::default(),
+            peer: PeerLoad::new(share),
             spare: Spare::default(),
             events: Vec::new(),
             clock: Clock { rx: now, ping: now, report: now, network: now, drained: now, next_tick: now },
@@ -150,7 +157,7 @@ impl Machine {
             reported_chunks: 0,
             network: (0, 0),
             leaving: 0,
-            log: Limiter::new(PEER_LINES),
+            log,
             counts: Totals::default(),
             dead: None,
         }
@@ -433,7 +440,8 @@ impl Machine {
         self.deadlines.end(key);
         match ending {
             Ending::Read => self.transfers.finish(key.id, Ok(())),
-            Ending::Refused => self.peer.ended(0),
+            Ending::Refused(true) => self.peer.ended(0),
+            Ending::Refused(false) => self.peer.ended_without_room(),
             Ending::Write => {
                 self.peer.ended(segments);
                 self.push(&Frame::Done { id: key.id, status: UCCL_OK, text: "" }, now);
@@ -449,7 +457,11 @@ impl Machine {
     // ---- time ----
 
     /// Bytes came in on the control stream; `arriving`: size of the frame they belong to.
-    pub(crate) fn heard(&mut self, bytes: usize, arriving: usize, now: Instant) {
+    ///
+    /// # Errors
+    /// `Resource` when the frame would take more memory than peers may.
+    pub(crate) fn heard(&mut self, bytes: usize, arriving: usize, now: Instant) -> Result<()> {
+        self.peer.arriving(arriving)?;
         self.clock.rx = now;
         self.counts.control_received_bytes += bytes as u64;
         // Answers wait behind a large frame that is on its way, and behind all that comes while the peer has a backlog: then its
@@ -457,6 +469,7 @@ impl Machine {
         if arriving > MAX_INLINE || now.saturating_duration_since(self.clock.ping) > 2 * self.setting.heartbeat {
             self.deadlines.waited(bytes as u64, now);
         }
+        Ok(())
     }
 
     /// The control socket took bytes; `leaving`: bytes taken from the queue that it has not.
@@ -601,6 +614,8 @@ impl Machine {
         self.incoming.clear();
         self.matching.clear();
         self.deadlines.clear();
+        // What the peer took is free for others, whenever the application closes its handle.
+        self.peer = PeerLoad::new(Share::new(&self.setting.pool));
         self.transfers.fail_all(&error);
         self.dead = Some(error);
     }

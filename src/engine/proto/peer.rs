@@ -2,7 +2,7 @@
 //! fit the state of the transfer that it names is a protocol violation. Knows nothing of sockets.
 
 use super::incoming::Ending;
-use super::limits::{self, MAX_INLINE_BACKLOG};
+use super::limits::MAX_INLINE_BACKLOG;
 use super::matching::Pulled;
 use super::{Kind, Machine, Way};
 use crate::channel::plan::Walk;
@@ -24,7 +24,7 @@ impl Machine {
         self.tx.answering(false);
         self.attend(now);
         handled?;
-        limits::answers(self.tx.answers())
+        self.peer.answers(self.tx.answers())
     }
 
     fn take_frame(&mut self, frame: Frame<'_>, channels: &mut Channels, now: Instant) -> Result<()> {
@@ -91,11 +91,21 @@ impl Machine {
     ) -> Result<()> {
         let count = segments.count();
         let total: u64 = segments.iter().map(|s| u64::from(s.len)).sum();
-        self.peer.begin(id, count)?;
+        let room = self.peer.begin(id, count)?;
         if total == 0 {
             bail!(Protocol, "write {id} is empty");
         }
         let key = Key { id, mine: false };
+        if let Err(e) = room {
+            if inline.is_none() {
+                self.deadlines.start(key, Way::In, total, now);
+                self.incoming.refuse(key, total, false);
+            } else {
+                self.peer.ended_without_room();
+            }
+            self.refuse(id, &e, now);
+            return Ok(());
+        }
         let resolved = self.resolve(regions, segments, RemoteAccess::WRITE);
         match (resolved, inline) {
             (Ok((segments, uses)), Some(data)) => {
@@ -116,7 +126,7 @@ impl Machine {
             (Err(e), None) => {
                 self.peer.without_list(count);
                 self.deadlines.start(key, Way::In, total, now);
-                self.incoming.refuse(key, total);
+                self.incoming.refuse(key, total, true);
                 self.refuse(id, &e, now);
             }
         }
@@ -147,7 +157,11 @@ impl Machine {
         now: Instant,
     ) -> Result<()> {
         let count = segments.count();
-        self.peer.begin(id, count)?;
+        if let Err(e) = self.peer.begin(id, count)? {
+            self.peer.ended_without_room();
+            self.refuse(id, &e, now);
+            return Ok(());
+        }
         let answered = self.resolve(regions, segments, RemoteAccess::READ).and_then(|(segments, uses)| {
             let unreachable = segments.iter().find(|s| channels.route(s.place, s.peer).is_none());
             match unreachable {
@@ -241,9 +255,16 @@ impl Machine {
     // ---- two-sided messages ----
 
     fn on_message(&mut self, id: u64, len: u64, now: Instant) -> Result<()> {
-        self.peer.begin(id, 0)?;
+        let room = self.peer.begin(id, 0)?;
         if len > MAX_MESSAGE {
             bail!(Protocol, "message {id} of {len} bytes");
+        }
+        if let Err(e) = room {
+            self.peer.ended_without_room();
+            self.counts.refused += 1;
+            self.log.log(log::Level::Warn, now, format_args!("{}: message {id} of the peer refused: {e}", self.setting.peer));
+            self.push(&Frame::Pull { id, status: e.code(), receiver: Place::HOST }, now);
+            return Ok(());
         }
         self.matching.message(id, len);
         self.match_receives(now);

@@ -215,7 +215,11 @@ fn a_dead_nic_ends_the_connection_in_time_although_another_goes_on() {
         }
         // The wires of one NIC; those of the other carry on for a minute.
         let mut net = world.net.lock();
-        net.wires.iter_mut().enumerate().filter(|(i, _)| i % 2 == 1).for_each(|(_, w)| (w[0].stalled, w[1].stalled) = (true, true));
+        net.wires
+            .iter_mut()
+            .enumerate()
+            .filter(|(i, _)| i % 2 == 1)
+            .for_each(|(_, w)| (w[0].stalled, w[1].stalled) = (true, true));
         drop(net);
         let took = world.until_dead(deaf, chatter);
         assert!(took <= TRANSFER_TIMEOUT + LATE, "{direction:?}: took {took:?}");
