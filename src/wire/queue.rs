@@ -1,8 +1,9 @@
 //! The two ends of a control stream as bytes in memory: frames that wait to leave, and bytes that have arrived and are not yet
-//! decoded. Pure; sockets and sealing are `control`'s business.
+//! decoded. Pure; sockets and sealing are `control`'s business, but for the room that a record needs in front of what it seals.
 
 use super::envelope::HEADER_BYTES;
 use super::frame::{self, Frame};
+use super::session::RECORD_HEADER;
 use crate::status::Result;
 use std::collections::VecDeque;
 
@@ -24,10 +25,30 @@ pub(crate) struct TxQueue {
     spare: Vec<u8>,
 }
 
+/// Whole frames, behind the room for a record's header: a block that fits into one record is sealed where it lies.
 #[derive(Default)]
-struct Block {
-    frames: Vec<u8>,
+pub(crate) struct Block {
+    bytes: Vec<u8>,
     answers: usize,
+}
+
+impl Block {
+    /// Over the memory of `bytes`.
+    fn new(mut bytes: Vec<u8>) -> Block {
+        bytes.clear();
+        bytes.resize(RECORD_HEADER, 0);
+        Block { bytes, answers: 0 }
+    }
+
+    /// The frames.
+    pub(crate) fn frames(&self) -> &[u8] {
+        self.bytes.get(RECORD_HEADER..).unwrap_or_default()
+    }
+
+    /// Room of [`RECORD_HEADER`] bytes, and the frames.
+    pub(crate) fn into_bytes(self) -> Vec<u8> {
+        self.bytes
+    }
 }
 
 impl TxQueue {
@@ -43,13 +64,13 @@ impl TxQueue {
 
     /// Appends a frame.
     pub(crate) fn push(&mut self, frame: &Frame<'_>) {
-        if self.blocks.back().is_none_or(|block| block.frames.len() >= BLOCK) {
-            self.blocks.push_back(Block { frames: std::mem::take(&mut self.spare), answers: 0 });
+        if self.blocks.back().is_none_or(|block| block.bytes.len() >= BLOCK) {
+            self.blocks.push_back(Block::new(std::mem::take(&mut self.spare)));
         }
         if let Some(block) = self.blocks.back_mut() {
-            let before = block.frames.len();
-            frame::encode(frame, &mut block.frames);
-            let len = block.frames.len() - before;
+            let before = block.bytes.len();
+            frame::encode(frame, &mut block.bytes);
+            let len = block.bytes.len() - before;
             self.bytes += len;
             if self.answering {
                 block.answers += len;
@@ -64,18 +85,17 @@ impl TxQueue {
     }
 
     /// Takes the oldest block of whole frames.
-    pub(crate) fn take(&mut self) -> Option<Vec<u8>> {
-        let Block { frames, answers } = self.blocks.pop_front()?;
-        self.bytes -= frames.len();
-        self.answers -= answers;
-        Some(frames)
+    pub(crate) fn take(&mut self) -> Option<Block> {
+        let block = self.blocks.pop_front()?;
+        self.bytes -= block.frames().len();
+        self.answers -= block.answers;
+        Some(block)
     }
 
     /// Gives a block's memory back.
-    pub(crate) fn recycle(&mut self, mut block: Vec<u8>) {
-        if block.capacity() <= KEEP_BYTES {
-            block.clear();
-            self.spare = block;
+    pub(crate) fn recycle(&mut self, bytes: Vec<u8>) {
+        if (self.spare.capacity() + 1..=KEEP_BYTES).contains(&bytes.capacity()) {
+            self.spare = bytes;
         }
     }
 }
@@ -166,8 +186,8 @@ mod tests {
                 queued = tx.pending();
             }
             while let Some(block) = tx.take() {
-                wire.extend_from_slice(&block);
-                tx.recycle(block);
+                wire.extend_from_slice(block.frames());
+                tx.recycle(block.into_bytes());
             }
             prop_assert_eq!((tx.pending(), wire.len()), (0, queued));
             let mut got = 0;

@@ -5,11 +5,11 @@ use super::outgoing::tag;
 use crate::channel::path::{Arrival, Dest};
 use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
+use crate::hash::Map;
 use crate::region::Hold;
 use crate::status::{bail, Result};
 use crate::types::{Key, Segment};
 use crate::wire::frame::Grant;
-use std::collections::HashMap;
 
 /// What the end of a stream means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +70,7 @@ const MAX_EXPECTED: usize = 1 << 18;
 
 #[derive(Default)]
 pub(super) struct Incoming {
-    streams: HashMap<Key, InStream>,
+    streams: Map<Key, InStream>,
     /// Chunks under way.
     expected: usize,
 }

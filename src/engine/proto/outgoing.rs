@@ -5,12 +5,13 @@
 use crate::channel::path::Departure;
 use crate::channel::plan::{chunk_len, Walk};
 use crate::channel::router::Channels;
+use crate::hash::Map;
 use crate::region::Hold;
 use crate::status::{bail, Result};
 use crate::types::{Key, Segment};
 use crate::wire::frame::{Frame, Grant};
 use crate::wire::queue::TxQueue;
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::time::Instant;
 
 /// A transfer of at most this many bytes goes before large ones.
@@ -96,7 +97,7 @@ impl Turns {
 
 #[derive(Default)]
 pub(super) struct Outgoing {
-    streams: HashMap<Key, OutStream>,
+    streams: Map<Key, OutStream>,
     routes: Vec<Turns>,
 }
 
