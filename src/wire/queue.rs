@@ -11,7 +11,6 @@ use std::collections::VecDeque;
 const BLOCK: usize = 32 << 10;
 /// A buffer that grew beyond this is given back once it is empty.
 const KEEP_BYTES: usize = 1 << 20;
-const READ_STEP: usize = 64 << 10;
 
 /// Frames that wait to leave, in order, in blocks: no byte is moved twice however long the queue is.
 #[derive(Default)]
@@ -104,7 +103,7 @@ impl TxQueue {
 #[derive(Default)]
 pub(crate) struct RxBuffer {
     bytes: Vec<u8>,
-    filled: usize,
+    /// Bytes at the front that have been handled.
     consumed: usize,
     need: usize,
 }
@@ -112,10 +111,10 @@ pub(crate) struct RxBuffer {
 impl RxBuffer {
     /// The next whole frame's bytes as a decoded frame, if there is one. The caller consumes it with [`RxBuffer::consume`].
     pub(crate) fn next(&mut self) -> Result<Option<(Frame<'_>, usize)>> {
-        if self.filled - self.consumed < self.need.max(HEADER_BYTES) {
+        if self.bytes.len() - self.consumed < self.need.max(HEADER_BYTES) {
             return Ok(None);
         }
-        match frame::decode(&self.bytes[self.consumed..self.filled])? {
+        match frame::decode(&self.bytes[self.consumed..])? {
             frame::Decoded::Frame(frame, len) => Ok(Some((frame, len))),
             frame::Decoded::Need(need) => {
                 self.need = need;
@@ -128,10 +127,10 @@ impl RxBuffer {
     pub(crate) fn consume(&mut self, len: usize) {
         self.consumed += len;
         self.need = 0;
-        if self.consumed == self.filled {
+        if self.consumed == self.bytes.len() {
             self.consumed = 0;
-            self.filled = 0;
-            if self.bytes.len() > KEEP_BYTES {
+            self.bytes.clear();
+            if self.bytes.capacity() > KEEP_BYTES {
                 self.bytes = Vec::new();
             }
         }
@@ -142,29 +141,14 @@ impl RxBuffer {
         self.need
     }
 
-    /// Room for more: grows by what has arrived, so that an announced length alone costs no memory.
-    fn room(&mut self) -> &mut [u8] {
+    /// Appends bytes. The memory grows by what has arrived, so that neither an announced length nor a connection that says little
+    /// costs any.
+    pub(crate) fn extend(&mut self, bytes: &[u8]) {
         if self.consumed > 0 {
-            self.bytes.copy_within(self.consumed..self.filled, 0);
-            self.filled -= self.consumed;
+            self.bytes.drain(..self.consumed);
             self.consumed = 0;
         }
-        let want = (self.filled * 2).clamp(READ_STEP, self.need.max(READ_STEP)).max(self.filled + READ_STEP);
-        if self.bytes.len() < want {
-            self.bytes.resize(want, 0);
-        }
-        &mut self.bytes[self.filled..]
-    }
-
-    /// Appends bytes.
-    pub(crate) fn extend(&mut self, mut bytes: &[u8]) {
-        while !bytes.is_empty() {
-            let room = self.room();
-            let n = room.len().min(bytes.len());
-            room[..n].copy_from_slice(&bytes[..n]);
-            self.filled += n;
-            bytes = &bytes[n..];
-        }
+        self.bytes.extend_from_slice(bytes);
     }
 }
 
@@ -172,6 +156,20 @@ impl RxBuffer {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_heartbeat_costs_no_more_memory_than_it_has_bytes() {
+        let (mut tx, mut rx) = (TxQueue::default(), RxBuffer::default());
+        for received in 0..100 {
+            tx.push(&Frame::Ping { received });
+            let block = tx.take().unwrap();
+            rx.extend(block.frames());
+            tx.recycle(block.into_bytes());
+            let len = rx.next().unwrap().map(|(frame, len)| (assert_eq!(frame, Frame::Ping { received }), len)).unwrap().1;
+            rx.consume(len);
+        }
+        assert!(rx.bytes.capacity() + tx.spare.capacity() < 256, "{} and {}", rx.bytes.capacity(), tx.spare.capacity());
+    }
 
     proptest! {
         /// Whatever the sizes and however the bytes are cut on their way, the same frames come out in order, and nothing is left.
@@ -199,7 +197,7 @@ mod tests {
                     got += 1;
                 }
             }
-            prop_assert_eq!((got, rx.filled, rx.consumed), (bodies.len(), 0, 0));
+            prop_assert_eq!((got, rx.bytes.len(), rx.consumed), (bodies.len(), 0, 0));
         }
     }
 }
