@@ -9,7 +9,7 @@ use super::stillness::Stillness;
 use super::stripe::{self, Load};
 use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
-use crate::types::Place;
+use crate::types::{Part, Place};
 use std::time::{Duration, Instant};
 
 /// Bytes that have passed the channels so far, counted in whole chunks.
@@ -226,21 +226,22 @@ impl Channels {
         }
     }
 
-    /// Puts the bytes of a small chunk in place.
+    /// Puts the bytes of a few pieces of one place there.
     ///
     /// # Safety
-    /// Its parts lie in registered regions that the caller holds.
-    pub(crate) unsafe fn store(&mut self, chunk: &Chunk, bytes: &[u8]) -> Result<()> {
-        if bytes.len() != chunk.len {
-            bail!(Internal, "{} bytes for a chunk of {}", bytes.len(), chunk.len);
+    /// The parts lie in registered regions that the caller holds.
+    pub(crate) unsafe fn store(&mut self, parts: &[Part], place: Place, bytes: &[u8]) -> Result<()> {
+        let len: u64 = parts.iter().map(|part| part.len).sum();
+        if bytes.len() as u64 != len {
+            bail!(Internal, "{} bytes for pieces of {len}", bytes.len());
         }
         match &mut self.copier {
             // SAFETY: by the caller's contract.
-            Some(copier) if chunk.place.is_device() => unsafe { copier.store(bytes, &chunk.parts, chunk.place) },
-            _ if chunk.place.is_device() => bail!(Gpu, "device memory on a connection without a device"),
+            Some(copier) if place.is_device() => unsafe { copier.store(bytes, parts, place) },
+            _ if place.is_device() => bail!(Gpu, "device memory on a connection without a device"),
             _ => {
-                // SAFETY: by the caller's contract; the parts hold chunk.len bytes.
-                unsafe { spread(bytes.as_ptr(), &chunk.parts) };
+                // SAFETY: by the caller's contract; the parts hold as many bytes as there are.
+                unsafe { spread(bytes.as_ptr(), parts) };
                 Ok(())
             }
         }
@@ -437,10 +438,10 @@ mod tests {
         // SAFETY: memory of this test.
         unsafe {
             channels.fetch(&chunk(Place::HOST), &mut out).unwrap();
-            channels.store(&chunk(Place::HOST), b"abcd").unwrap();
-            assert!(channels.store(&chunk(Place::HOST), b"abc").is_err());
+            channels.store(&chunk(Place::HOST).parts, Place::HOST, b"abcd").unwrap();
+            assert!(channels.store(&chunk(Place::HOST).parts, Place::HOST, b"abc").is_err());
             assert!(channels.fetch(&chunk(Place::gpu(0)), &mut out).is_err());
-            assert!(channels.store(&chunk(Place::gpu(0)), b"abcd").is_err());
+            assert!(channels.store(&chunk(Place::gpu(0)).parts, Place::gpu(0), b"abcd").is_err());
         }
         assert_eq!(out, b"2347");
         assert_eq!(std::hint::black_box(&mut memory), b"01abc56d89");

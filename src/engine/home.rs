@@ -151,6 +151,11 @@ impl<T: Driven> Home<T> {
 
     /// Microseconds since the engine started, from 1.
     pub(crate) fn clock(&self) -> u64 {
-        self.start.elapsed().as_micros() as u64 + 1
+        self.at(Instant::now())
+    }
+
+    /// A time on [`Home::clock`].
+    pub(crate) fn at(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.start).as_micros() as u64 + 1
     }
 }

@@ -6,12 +6,13 @@ use super::limits;
 use crate::channel::path::Departure;
 use crate::channel::plan::{chunk_len, Walk};
 use crate::channel::router::Channels;
+use crate::hash::Map;
 use crate::region::Hold;
 use crate::status::{bail, Result};
 use crate::types::{Key, Segment};
 use crate::wire::frame::{Frame, Grant};
 use crate::wire::queue::TxQueue;
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::time::Instant;
 
 /// A transfer of at most this many bytes goes before large ones.
@@ -97,7 +98,7 @@ impl Turns {
 
 #[derive(Default)]
 pub(super) struct Outgoing {
-    streams: HashMap<Key, OutStream>,
+    streams: Map<Key, OutStream>,
     routes: Vec<Turns>,
     /// Chunks announced, and those of them that the peer says have arrived.
     announced: u64,
