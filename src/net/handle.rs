@@ -3,6 +3,7 @@
 
 use super::traits::HandleCheck;
 use crate::status::{bail, Result};
+use nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// The 128 bytes that name a listen comm to the peer.
@@ -99,7 +100,6 @@ fn address_at(handle: &Handle, at: usize) -> Option<SocketAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
 
     fn fresh(ip: [u8; 4], port: u16, sockets: u32) -> Handle {
         let mut handle = [0; NCCL_NET_HANDLE_MAXSIZE];

@@ -82,8 +82,8 @@ impl fmt::Display for ChannelStats {
         write!(f, "{place}: out {out}, in {into}, window {}/{window} out {}/{window} in", self.window_out, self.window_in)?;
         write!(f, ", queue {}, stalls {}", bytes(self.queued_bytes as f64), self.stalls)?;
         for (what, us, chunks) in [("pack", self.pack_us, self.packed_chunks), ("unpack", self.unpack_us, self.unpacked_chunks)] {
-            if chunks > 0 {
-                write!(f, ", {what} {chunks} chunks at {} us", us / chunks)?;
+            if let Some(each) = us.checked_div(chunks) {
+                write!(f, ", {what} {chunks} chunks at {each} us")?;
             }
         }
         if self.speed > 0.0 {
