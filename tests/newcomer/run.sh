@@ -46,8 +46,11 @@ if [ ! -e "$root/etc/os-release" ]; then
   debootstrap "${options[@]}" "$suite" "$root" "$mirror" >"$folder/$distribution.debootstrap" 2>&1 ||
     skip "$distribution: debootstrap failed: $(tail -1 "$folder/$distribution.debootstrap")"
 fi
-# Debian's newer Rust for 12 is in the security suite, which every installation has.
-[ $suite != bookworm ] || echo "deb http://deb.debian.org/debian-security bookworm-security main" >"$root/etc/apt/sources.list.d/security.list"
+# The suites of corrections, which every installation has: the newer Rust of Debian 12 and of Ubuntu is there.
+case $suite in
+  bookworm) echo "deb http://deb.debian.org/debian-security bookworm-security main" ;;
+  noble) printf 'deb %s noble-%s main universe\n' "$mirror" updates "$mirror" security ;;
+esac >"$root/etc/apt/sources.list.d/corrections.list"
 rm -rf "$root/src"
 mkdir "$root/src"
 git -C "$here/../.." archive HEAD | tar -x -C "$root/src"
