@@ -91,13 +91,14 @@ fn messages_that_are_explained_are_still_said() {
     let cells = page.lines().filter_map(|line| line.strip_prefix("| ")).filter_map(|line| line.split('|').next());
     let (mut judged, mut gone) = (0, Vec::new());
     for message in cells.flat_map(|cell| cell.split('`').skip(1).step_by(2)) {
-        for threes in threes(message).iter().filter(|threes| !threes.is_empty()) {
+        // Of fewer than four words nothing can be said.
+        for threes in threes(message).iter().filter(|threes| threes.len() > 1) {
             judged += 1;
             if !threes.iter().any(|three| said.contains(three)) {
                 gone.push(format!("{threes:?} of {message}"));
             }
         }
     }
-    assert!(judged > 30, "{judged}");
+    assert!(judged > 20, "{judged}");
     assert!(gone.is_empty(), "{gone:#?}");
 }
