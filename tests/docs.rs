@@ -69,7 +69,8 @@ fn links_lead_somewhere() {
 
 /// What of a message is the same each time, cut into threes of words: without what bears a number or a name.
 fn threes(message: &str) -> Vec<Vec<String>> {
-    let varies = |word: &&str| word.contains(|c: char| c.is_ascii_digit() || matches!(c, '"' | '=' | '.' | '\''));
+    let name = |word: &str| word.chars().filter(char::is_ascii_uppercase).count() > 1;
+    let varies = |word: &&str| name(word) || word.contains(|c: char| c.is_ascii_digit() || matches!(c, '"' | '=' | '.' | '\''));
     let words: Vec<&str> = message.split_whitespace().collect();
     let pieces = words.split(|word| varies(word)).flat_map(|piece| piece.split_inclusive(|word| word.ends_with([':', ';', ','])));
     pieces
@@ -91,10 +92,11 @@ fn messages_that_are_explained_are_still_said() {
     let cells = page.lines().filter_map(|line| line.strip_prefix("| ")).filter_map(|line| line.split('|').next());
     let (mut judged, mut gone) = (0, Vec::new());
     for message in cells.flat_map(|cell| cell.split('`').skip(1).step_by(2)) {
-        // Of fewer than four words nothing can be said.
+        // Fewer than four words say too little.
         for threes in threes(message).iter().filter(|threes| threes.len() > 1) {
             judged += 1;
-            if !threes.iter().any(|three| said.contains(three)) {
+            // What is filled in breaks some of them.
+            if threes.iter().filter(|three| said.contains(*three)).count() * 3 < threes.len() * 2 {
                 gone.push(format!("{threes:?} of {message}"));
             }
         }
