@@ -19,7 +19,7 @@ case $distribution in
   debian-13) suite=trixie mirror=http://deb.debian.org/debian ;;
   ubuntu-24.04)
     suite=noble mirror=http://archive.ubuntu.com/ubuntu
-    options+=(--components=main,universe)
+    options+=("--components=main,universe")
     # Without the keyring debootstrap says so and goes on.
     keyring=${UBUNTU_KEYRING:-/usr/share/keyrings/ubuntu-archive-keyring.gpg}
     [ ! -e "$keyring" ] || options+=("--keyring=$keyring")

@@ -144,7 +144,7 @@ fn time_and_intervals_bound_a_row() {
 
 #[test]
 fn whoever_reads_no_more_ends_the_program_quietly() {
-    for (program, line) in [(INFO, "--no-probe --settings"), (PERF, "demo --op write --iters 2")] {
+    for (program, line) in [(INFO, "--no-probe --settings"), (PERF, "demo --op write --iters 2"), (TOP, "--manual-page")] {
         let mut child = Command::new(program)
             .args(line.split_whitespace())
             .stdout(Stdio::piped())
