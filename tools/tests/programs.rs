@@ -71,7 +71,8 @@ fn info_proves_a_transfer_or_says_why_not() {
     must_work(INFO, "", "WORKING: 1 MiB of host memory");
     assert!(must_work(INFO, "--no-probe", "was not tried").starts_with("verdict"));
     assert!(!must_work(INFO, "--no-probe", "--settings shows all").contains("Network plugin:"));
-    must_work(INFO, "--no-probe --settings", "Network plugin:");
+    let settings = must_work(INFO, "--no-probe --settings", "Network plugin:");
+    assert!(settings.contains("budgets") && settings.contains("bytes of notifications that wait"), "{settings}");
     let report: serde_json::Value = serde_json::from_str(&must_work(INFO, "--json", "WORKING")).unwrap();
     assert_eq!(report["works"], true);
     assert!(!report["nics"].as_array().unwrap().is_empty());
