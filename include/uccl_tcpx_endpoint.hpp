@@ -74,6 +74,7 @@ int uccl_engine_write_vector(::uccl_conn* conn, const uint64_t* mr_ids, void* co
 int uccl_engine_send_async(::uccl_conn* conn, uint64_t mr, const void* data, size_t size, uint64_t* transfer_id);
 int uccl_engine_recv_async(::uccl_conn* conn, uint64_t mr, void* data, size_t max_size, uint64_t* transfer_id);
 int uccl_engine_poll(::uccl_conn* conn, uint64_t transfer_id, ::uccl_xfer_info_t* info);
+int uccl_engine_wait(::uccl_conn* conn, uint64_t transfer_id, int64_t timeout_ms);
 int uccl_engine_send_notif_bytes(::uccl_conn* conn, const void* name, size_t name_len, const void* msg, size_t msg_len);
 int uccl_engine_notif_next(::uccl_engine* engine, ::uccl_notif** notif);
 const char* uccl_engine_notif_name(const ::uccl_notif* notif, size_t* len);
@@ -91,10 +92,14 @@ inline constexpr int kStatusNotFound = -2;
 inline constexpr int kStatusResource = -3;
 inline constexpr int kStatusCanceled = -5;
 
-/** How long a thread that does nothing but look for notifications goes on looking at full speed after it found or did something. */
+/** How long a thread that finds nothing to do goes on looking at full speed after it found or did something. */
 inline constexpr std::chrono::milliseconds kStayAwake{1};
 /** How long it sleeps after that, before it looks again. */
 inline constexpr std::chrono::microseconds kIdleNap{50};
+/** How long a thread that waits for a request looks at full speed, before it sleeps until the request has ended. */
+inline constexpr std::chrono::microseconds kLookHard{100};
+/** How long it sleeps at a time. */
+inline constexpr int64_t kWaitMs = 1;
 /** Threads that check requests look for notifications every so many calls of recv_routine. */
 inline constexpr uint32_t kLookEvery = 64;
 /** Returned instead of a request id when nothing was started, but the same call may succeed later: too many transfers in flight. */
@@ -453,7 +458,10 @@ class TcpxEndpoint {
       request = it->second;
     }
     int const status = abi::uccl_engine_poll(request.conn, request.transfer, nullptr);
-    if (status != kStatusInProgress) {
+    if (status == kStatusInProgress) {
+      caller_state().found_running(request);
+    } else {
+      caller_state().runs_since = {};
       std::lock_guard<std::mutex> lock(requests_mutex_);
       // Another thread may have seen the end first; its answer stands.
       return requests_.erase(request_id) != 0 ? end_request(request_id, status) : status_of_ended(request_id);
@@ -473,35 +481,37 @@ class TcpxEndpoint {
   /**
    * Hands notifications that arrived to Traits::deliver_notification, when Traits has one. Data arrives by itself.
    *
-   * The engine's receive thread calls this without a pause, and would take a core from the threads that move the data. A thread that
-   * asks for nothing else gives way when it finds nothing, and after kStayAwake sleeps for kIdleNap at a time. Threads that start or
-   * check requests between their calls neither give way nor sleep.
+   * The engine calls this without a pause, and would take a core from the threads that move the data. A thread that asks for nothing
+   * else gives way as in idle_routine. One that has found nothing but running requests for kLookHard sleeps until the first of them has
+   * ended, kWaitMs at most. Threads that start requests between their calls, or find them ended, do neither.
    */
   void recv_routine() {
     Caller& caller = caller_state();
-    bool const only_here = !std::exchange(caller.busy, false);
-    bool found = false;
-    if constexpr (detail::delivers<Traits>::value) {
-      // One thread at a time keeps them in order; a second one has nothing to do. Threads that wait for their own requests leave this
-      // to the receive thread, and look only now and then in case there is none.
-      if (only_here || ++skipped_ % kLookEvery == 0) {
-        std::unique_lock<std::mutex> lock(notifications_mutex_, std::try_to_lock);
-        if (lock.owns_lock()) {
-          NotifyMsg message;
-          while (next_notification(message)) {
-            found = true;
-            Traits::deliver_notification(std::exchange(message, NotifyMsg()));
-          }
-        }
-      }
-    }
     auto const now = std::chrono::steady_clock::now();
-    if (!only_here || found) {
+    bool const only_here = !std::exchange(caller.busy, false);
+    Request const running = std::exchange(caller.running, Request());
+    bool const waits = running.conn != nullptr && now - caller.runs_since > kLookHard;
+    // Threads that look at their own requests leave this to the receive thread, and look only now and then in case there is none.
+    bool const looks = only_here || waits || ++skipped_ % kLookEvery == 0;
+    if ((looks && deliver_notifications()) || !only_here) {
       caller.active = now;
-    } else if (now - caller.active < kStayAwake) {
-      std::this_thread::yield();
     } else {
-      std::this_thread::sleep_for(kIdleNap);
+      give_way(caller, now);
+    }
+    if (waits) abi::uccl_engine_wait(running.conn, running.transfer, kWaitMs);
+  }
+
+  /**
+   * For threads of the engine that found nothing to do, in each of their rounds: gives way, and after kStayAwake without a request started
+   * or checked by this thread sleeps for kIdleNap.
+   */
+  void idle_routine() {
+    Caller& caller = caller_state();
+    auto const now = std::chrono::steady_clock::now();
+    if (std::exchange(caller.busy, false)) {
+      caller.active = now;
+    } else {
+      give_way(caller, now);
     }
   }
 
@@ -572,11 +582,44 @@ class TcpxEndpoint {
   struct Caller {
     /* It started or checked a request since the last one. */
     bool busy = false;
+    /* The first request that it found running since the last one. */
+    Request running;
+    /* Since when it finds nothing but running ones; zero: it does not. */
+    std::chrono::steady_clock::time_point runs_since{};
     std::chrono::steady_clock::time_point active{};
+
+    void found_running(Request const& request) {
+      if (running.conn == nullptr) running = request;
+      if (runs_since == std::chrono::steady_clock::time_point{}) runs_since = std::chrono::steady_clock::now();
+    }
   };
   static Caller& caller_state() {
     static thread_local Caller caller;
     return caller;
+  }
+
+  static void give_way(Caller const& caller, std::chrono::steady_clock::time_point now) {
+    if (now - caller.active < kStayAwake) {
+      std::this_thread::yield();
+    } else {
+      std::this_thread::sleep_for(kIdleNap);
+    }
+  }
+
+  /* Whether there were any. */
+  bool deliver_notifications() {
+    bool found = false;
+    if constexpr (detail::delivers<Traits>::value) {
+      // One thread at a time keeps them in order; a second one has nothing to do.
+      std::unique_lock<std::mutex> lock(notifications_mutex_, std::try_to_lock);
+      if (!lock.owns_lock()) return false;
+      NotifyMsg message;
+      while (next_notification(message)) {
+        found = true;
+        Traits::deliver_notification(std::exchange(message, NotifyMsg()));
+      }
+    }
+    return found;
   }
 
   /* Under requests_mutex_. Ids are given in order, in a circle of 2^31. */
