@@ -97,7 +97,7 @@ inline constexpr std::chrono::milliseconds kStayAwake{1};
 /** How long it sleeps after that, before it looks again. */
 inline constexpr std::chrono::microseconds kIdleNap{50};
 /** How long a thread that waits for a request looks at full speed, before it sleeps until the request has ended. */
-inline constexpr std::chrono::microseconds kLookHard{100};
+inline constexpr std::chrono::microseconds kLookHard{500};
 /** How long it sleeps at a time. */
 inline constexpr int64_t kWaitMs = 1;
 /** Threads that check requests look for notifications every so many calls of recv_routine. */
@@ -408,7 +408,8 @@ class TcpxEndpoint {
   }
 
   /**
-   * Asks whether a request is complete, and drives progress. Does not block.
+   * Asks whether a request is complete, and drives progress. Does not block, but for threads of the engine, which call recv_routine or
+   * idle_routine: one that has asked for this request alone for kLookHard sleeps until it has ended, kWaitMs at most.
    *
    * @param peer_id     The request's peer_id; named in the report of a failure.
    * @param request_id  The request's id.
@@ -417,7 +418,7 @@ class TcpxEndpoint {
    * @throws std::runtime_error for a failed request, when Traits has no transfer_failed. The text has the cause.
    */
   bool check_send_complete_once(uint64_t peer_id, int64_t request_id) {
-    int const status = request_status(request_id);
+    int const status = look(request_id, caller_state().waits_for(request_id));
     if (status == kStatusOk) return true;
     if (status == kStatusInProgress) return false;
     char const* const cause = abi::uccl_engine_strerror(status);
@@ -448,26 +449,7 @@ class TcpxEndpoint {
    *         kFailuresKept later requests have failed, the answer for an earlier id may become -2 (not found), complete or not. A
    *         failed one never becomes complete.
    */
-  int request_status(int64_t request_id) {
-    caller_state().busy = true;
-    Request request;
-    {
-      std::lock_guard<std::mutex> lock(requests_mutex_);
-      auto const it = requests_.find(request_id);
-      if (it == requests_.end()) return status_of_ended(request_id);
-      request = it->second;
-    }
-    int const status = abi::uccl_engine_poll(request.conn, request.transfer, nullptr);
-    if (status == kStatusInProgress) {
-      caller_state().found_running(request);
-    } else {
-      caller_state().runs_since = {};
-      std::lock_guard<std::mutex> lock(requests_mutex_);
-      // Another thread may have seen the end first; its answer stands.
-      return requests_.erase(request_id) != 0 ? end_request(request_id, status) : status_of_ended(request_id);
-    }
-    return status;
-  }
+  int request_status(int64_t request_id) { return look(request_id, false); }
 
   /** @return Entries that the endpoint holds for requests: those in flight, ended ones never asked for, and failures; for tests. */
   size_t requests_kept() {
@@ -481,24 +463,22 @@ class TcpxEndpoint {
   /**
    * Hands notifications that arrived to Traits::deliver_notification, when Traits has one. Data arrives by itself.
    *
-   * The engine calls this without a pause, and would take a core from the threads that move the data. A thread that asks for nothing
-   * else gives way as in idle_routine. One that has found nothing but running requests for kLookHard sleeps until the first of them has
-   * ended, kWaitMs at most. Threads that start requests between their calls, or find them ended, do neither.
+   * The engine calls this without a pause, and would take a core from the threads that move the data: a thread that asks for nothing
+   * else gives way as in idle_routine.
    */
   void recv_routine() {
     Caller& caller = caller_state();
-    auto const now = std::chrono::steady_clock::now();
+    caller.of_engine = true;
     bool const only_here = !std::exchange(caller.busy, false);
-    Request const running = std::exchange(caller.running, Request());
-    bool const waits = running.conn != nullptr && now - caller.runs_since > kLookHard;
-    // Threads that look at their own requests leave this to the receive thread, and look only now and then in case there is none.
-    bool const looks = only_here || waits || ++skipped_ % kLookEvery == 0;
+    // Threads that look at their own requests leave this to the receive thread, and look only now and then in case there is none; those
+    // that sleep in between look each time.
+    bool const looks = only_here || caller.waits_for(caller.running) || ++skipped_ % kLookEvery == 0;
+    auto const now = std::chrono::steady_clock::now();
     if ((looks && deliver_notifications()) || !only_here) {
       caller.active = now;
     } else {
       give_way(caller, now);
     }
-    if (waits) abi::uccl_engine_wait(running.conn, running.transfer, kWaitMs);
   }
 
   /**
@@ -507,6 +487,7 @@ class TcpxEndpoint {
    */
   void idle_routine() {
     Caller& caller = caller_state();
+    caller.of_engine = true;
     auto const now = std::chrono::steady_clock::now();
     if (std::exchange(caller.busy, false)) {
       caller.active = now;
@@ -580,17 +561,22 @@ class TcpxEndpoint {
 
   /* What a thread does between its calls of recv_routine. */
   struct Caller {
+    /* It calls recv_routine or idle_routine. */
+    bool of_engine = false;
     /* It started or checked a request since the last one. */
     bool busy = false;
-    /* The first request that it found running since the last one. */
-    Request running;
-    /* Since when it finds nothing but running ones; zero: it does not. */
-    std::chrono::steady_clock::time_point runs_since{};
+    /* The request that it found running last, -1: none; and since when it has asked for no other. */
+    int64_t running = -1;
+    std::chrono::steady_clock::time_point since{};
     std::chrono::steady_clock::time_point active{};
 
-    void found_running(Request const& request) {
-      if (running.conn == nullptr) running = request;
-      if (runs_since == std::chrono::steady_clock::time_point{}) runs_since = std::chrono::steady_clock::now();
+    bool waits_for(int64_t request_id) const {
+      return of_engine && request_id >= 0 && request_id == running && std::chrono::steady_clock::now() - since > kLookHard;
+    }
+    void found_running(int64_t request_id) {
+      if (request_id == running) return;
+      running = request_id;
+      since = std::chrono::steady_clock::now();
     }
   };
   static Caller& caller_state() {
@@ -604,6 +590,28 @@ class TcpxEndpoint {
     } else {
       std::this_thread::sleep_for(kIdleNap);
     }
+  }
+
+  int look(int64_t request_id, bool wait) {
+    Caller& caller = caller_state();
+    caller.busy = true;
+    Request request;
+    {
+      std::lock_guard<std::mutex> lock(requests_mutex_);
+      auto const it = requests_.find(request_id);
+      if (it == requests_.end()) return status_of_ended(request_id);
+      request = it->second;
+    }
+    int const status = wait ? abi::uccl_engine_wait(request.conn, request.transfer, kWaitMs)
+                            : abi::uccl_engine_poll(request.conn, request.transfer, nullptr);
+    if (status == kStatusInProgress) {
+      caller.found_running(request_id);
+      return status;
+    }
+    caller.running = -1;
+    std::lock_guard<std::mutex> lock(requests_mutex_);
+    // Another thread may have seen the end first; its answer stands.
+    return requests_.erase(request_id) != 0 ? end_request(request_id, status) : status_of_ended(request_id);
   }
 
   /* Whether there were any. */
