@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# SGLang's disaggregated prefill over TCPX between two processes on CPUs, the model left out. Outside scripts/test: SGLang brings torch and more. Exit status 77: skipped.
+# SGLang's disaggregated prefill over TCPX between two processes on CPUs, the model left out. Outside scripts/test: SGLang brings torch and
+# more. Exit status 77: skipped.
 #   run.sh [PAIR-OPTIONS]       see pair.py
 #   SGLANG_VERSION=0.5.23  NIXL_VERSION=1.5.1
 #   SGLANG_PYTHON=python3  an interpreter that has sglang, nixl and nixl-tcpx already; nothing is installed then
