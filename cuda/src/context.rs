@@ -163,6 +163,20 @@ pub fn gpu_name(ordinal: i32) -> Result<GpuName> {
     Ok(GpuName { ordinal, bdf })
 }
 
+/// Ordinals of the GPUs whose primary context somebody in this process uses. Makes no context.
+pub fn in_use() -> Vec<i32> {
+    let Ok(driver) = driver() else { return Vec::new() };
+    let cuda = driver.relaxed();
+    let active = |&ordinal: &i32| {
+        let (mut flags, mut active) = (0, 0);
+        let state = device_of(&cuda, ordinal)
+            // SAFETY: the device is valid, outputs are writable.
+            .and_then(|device| unsafe { cuda.cuDevicePrimaryCtxGetState(device, &mut flags, &mut active) });
+        state.is_ok() && active != 0
+    };
+    (0..driver.devices()).filter(active).collect()
+}
+
 /// CUDA ordinal of the GPU at a PCI address; `None` when no visible GPU is there. Makes no context.
 pub fn ordinal_of(bdf: Bdf) -> Result<Option<i32>> {
     for ordinal in 0..driver()?.devices() {

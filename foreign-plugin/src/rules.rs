@@ -88,6 +88,8 @@ pub(crate) struct Settings {
     pub fragment: usize,
     /// `STRICT_FOREIGN_LENIENT=1`: what TCPX answers with an error, or by never moving anything, does not end the process.
     pub lenient: bool,
+    /// `STRICT_FOREIGN_CUDA=1`: device memory is that of real GPUs.
+    pub cuda: bool,
     /// `STRICT_FOREIGN_UNLOCKED=1`: set-up calls of several threads run into each other instead of ending the process.
     pub unlocked: bool,
 }
@@ -131,6 +133,7 @@ pub(crate) fn settings() -> &'static Settings {
             pages: number("STRICT_FOREIGN_PAGES", 1 << 17) as usize,
             fragment: (number("STRICT_FOREIGN_FRAGMENT", 4000) as usize).clamp(1, 4096),
             lenient: text("STRICT_FOREIGN_LENIENT").is_some(),
+            cuda: text("STRICT_FOREIGN_CUDA").is_some(),
             unlocked: text("STRICT_FOREIGN_UNLOCKED").is_some(),
         }
     })

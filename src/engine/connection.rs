@@ -647,6 +647,11 @@ impl Connection {
         }
     }
 
+    /// Has what chunks of `place` need allocated.
+    pub(crate) fn ready(&self, place: Place) -> Result<()> {
+        self.core.lock().channels.ready(place)
+    }
+
     /// Drops the plugin's registrations of a region.
     pub(crate) fn forget_region(&self, id: u64) {
         self.core.lock().channels.forget_region(id);
