@@ -58,6 +58,19 @@ fn bytes_arrive_over_any_number_of_channels() {
 }
 
 #[test]
+fn a_nic_that_is_no_pci_device_is_left_out() {
+    let devices = "eth1@127.0.0.1,eth2@127.0.0.1@nopci";
+    let log = run("moves", &[("STRICT_FOREIGN_DEVICES", devices), ("UCCL_TCPX_NUM_CHANNELS", "4")]);
+    assert!(log.contains("NIC eth2 is no PCI device and is left out"), "{log}");
+}
+
+#[test]
+fn settings_that_would_end_the_process_are_refused() {
+    run("inline_threshold", &[("NCCL_INLINE_THRESHOLD", "2048")]);
+    run("moves", &[("NCCL_INLINE_THRESHOLD", "0")]);
+}
+
+#[test]
 fn what_chunks_of_a_gpu_need_is_there_before_the_first_of_them() {
     run("ready", &[("UCCL_TCPX_NUM_CHANNELS", "4")]);
 }
@@ -175,6 +188,7 @@ fn child() {
         "refuses_encryption" => refuses_encryption(),
         "registrations" => registrations(),
         "ready" => ready(),
+        "inline_threshold" => inline_threshold(),
         "no_nic_in_common" => no_nic_in_common(),
         "two_gpus" => two_gpus(2, 2, Carried::Early),
         "few_descriptors" => {
@@ -423,6 +437,11 @@ fn ready() {
         out.wait(id, None).expect("done");
         assert_eq!(counter(REGISTRATIONS_EVER), registered, "registered before the connection: {early}");
     }
+}
+
+fn inline_threshold() {
+    let error = Engine::new(Config::from_env().expect("configuration")).unwrap_err();
+    assert!(error.to_string().contains("NCCL_INLINE_THRESHOLD=2048"), "{error}");
 }
 
 fn registrations() {

@@ -17,7 +17,7 @@ mod stream;
 pub mod sys;
 
 pub use bdf::Bdf;
-pub use context::{current_name, gpu_name, in_use, ordinal_of, Context, Entered, GpuName};
+pub use context::{current_name, gpu_name, in_use, ordinal_of, restoring, Context, Entered, GpuName};
 pub use driver::{available, device_count, driver, Absence, Driver, Relaxed};
 pub use error::{Error, Result};
 pub use memory::{memory_kind, DeviceBuffer, MappedPtr, MemoryKind, PinnedBuffer};

@@ -39,6 +39,9 @@ fn mapped(base: usize, size: usize) -> bool {
 pub(crate) fn register(dev: usize, base: usize, size: usize, device: bool) -> Option<usize> {
     let mut descriptors = Vec::new();
     if device {
+        if settings().devices.get(dev).is_none_or(|d| d.pci_path.is_none()) {
+            violation!("regMr for device {dev}, which has no PCI path (the plugin would read a null pointer)");
+        }
         if base % PAGE != 0 || size % PAGE != 0 || size == 0 {
             violation!("regMr of {size} bytes at {base:#x}: not whole pages (the plugin would close descriptor 0)");
         }

@@ -78,7 +78,8 @@ pub(crate) struct Settings {
     /// `STRICT_FOREIGN_CONNECT_MS` (300) and `STRICT_FOREIGN_ACCEPT_MS` (500).
     pub connect_time: Duration,
     pub accept_time: Duration,
-    /// `STRICT_FOREIGN_DEVICES`: `name@address[@pci path][@dead],...`; default one device `lo`.
+    /// `STRICT_FOREIGN_DEVICES`: `name@address[@pci path][@nopci][@dead],...`; default one device `lo`. TCPX registers memory for the
+    /// PCI device of a NIC, and crashes where there is none.
     pub devices: Vec<Device>,
     /// `STRICT_FOREIGN_LISTENS`: so many listens succeed.
     pub listens: u64,
@@ -109,8 +110,9 @@ fn devices(list: &str) -> Vec<Device> {
         let name = fields.next()?;
         let address = fields.next()?.parse().ok()?;
         let rest: Vec<&str> = fields.collect();
-        let pci = rest.iter().find(|f| f.starts_with('/'));
-        Some(Device { name: c(name), pci_path: pci.map(|p| c(p)), address, dead: rest.contains(&"dead") })
+        let pci = rest.iter().find(|f| f.starts_with('/')).copied().unwrap_or("/sys/devices/pci0000:00/0000:00:04.0");
+        let pci_path = (!rest.contains(&"nopci")).then(|| c(pci));
+        Some(Device { name: c(name), pci_path, address, dead: rest.contains(&"dead") })
     };
     list.split(',').filter_map(device).collect()
 }

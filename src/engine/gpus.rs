@@ -13,9 +13,12 @@ use std::sync::Arc;
 
 impl OnGpu for Gpu {
     fn on(&self, body: &mut dyn FnMut()) -> Result<()> {
-        self.with(|| {
-            body();
-            Ok(())
+        // A registration that TCPX refuses leaves a context pushed.
+        cuda_driver::restoring(|| {
+            self.with(|| {
+                body();
+                Ok(())
+            })
         })
     }
 }
