@@ -277,6 +277,7 @@ pub unsafe extern "C" fn reg_mr_v8(comm: Opaque, data: Opaque, size: usize, kind
                 check(comm.global.device.is_some())?;
                 check(!comm.global.config.strict || (base % PAGE == 0 && size % PAGE == 0))?;
                 comm.expect_device_receives()?;
+                comm.expect_device_sends()?;
                 true
             }
             _ => return Err(NCCL_INVALID_ARGUMENT),

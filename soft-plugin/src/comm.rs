@@ -161,6 +161,19 @@ impl Comm {
         }
     }
 
+    /// Device memory was registered: makes device sends from the current GPU possible now, so that the first need not.
+    pub fn expect_device_sends(&self) -> Result<(), ncclResult_t> {
+        let can = self.global.device.as_ref().is_some_and(|memory| memory.in_context());
+        if self.ledger.receives() || !can {
+            return Ok(());
+        }
+        self.send_source()?.prepare().map_err(|e| {
+            static LINE: Limited = Limited::new();
+            LINE.warn(&format!("cannot set up device sends of {}: {e}", self.path));
+            NCCL_SYSTEM_ERROR
+        })
+    }
+
     /// Posts a request; see [`Ledger::post`].
     pub fn post(&self, fill: impl FnOnce(u64, &mut Body) -> Result<(), ncclResult_t>) -> Result<Option<&Slot>, ncclResult_t> {
         let Some(posted) = self.ledger.post(fill)? else { return Ok(None) };
@@ -200,7 +213,7 @@ impl Comm {
         self.ledger.consume(seq)
     }
 
-    /// The send side's device memory, built on first use.
+    /// The send side's device memory, built by the first registration of device memory, or else by the first send of it.
     pub fn send_source(&self) -> Result<&Arc<dyn SendSource>, ncclResult_t> {
         if let Some(source) = self.source.get() {
             return Ok(source);

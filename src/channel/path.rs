@@ -123,6 +123,12 @@ pub(crate) trait Path: Send {
     /// What each channel counts. `kernel`: with what the kernel knows of it.
     fn stats(&self, kernel: bool, now: Instant, out: &mut Vec<ChannelStats>);
 
+    /// Has what chunks of `place` need here allocated and registered: from then on no chunk of it makes a GPU's driver allocate. For
+    /// memory that the path does not carry it does nothing.
+    fn ready(&mut self, _place: Place, _copier: &mut Copier) -> Result<()> {
+        Ok(())
+    }
+
     /// Drops registrations of a region that nothing uses any more.
     fn forget_region(&mut self, id: u64);
 }

@@ -252,6 +252,11 @@ impl Channels {
         self.paths.iter_mut().for_each(|p| p.forget_region(id));
     }
 
+    /// Has what chunks of `place` need allocated and registered on every path that carries them.
+    pub(crate) fn ready(&mut self, place: Place) -> Result<()> {
+        self.paths.iter_mut().try_for_each(|p| p.ready(place, &mut self.copier))
+    }
+
     /// Ends all copies and closes all channels: afterwards nothing touches registered memory on this connection's behalf. Where a GPU
     /// does not end its copies, channels and regions stay as they are until the process ends.
     pub(crate) fn close(&mut self) {

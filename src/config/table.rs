@@ -122,4 +122,5 @@ table! {
     DEBUG = process(var("UCCL_TCPX_DEBUG", Kind::Flag, "0", "1: the same as UCCL_P2P_LOG_LEVEL=debug."));
     DISABLE_IPC = var("UCCL_P2P_DISABLE_IPC", Kind::Text, "0", "UCCL's variable; accepted. This library never uses IPC: data takes the channels also inside one host.");
     PLUGIN_LIMIT = process(var("NCCL_DYNAMIC_CHUNK_SIZE", Kind::Text, "unset", "Largest message of the plugin, bytes (decimal, or hexadecimal with 0x; no suffixes); at least 4096. Read by the plugin; the library sets it to 524288 before it loads a plugin of others when the user did not, since TCPX moves nothing without it."));
+    INLINE_THRESHOLD = process(var("NCCL_INLINE_THRESHOLD", Kind::Text, "unset", "Read by GPUDirect-TCPX, which sends messages of at most so many bytes from the CPU. Memory of a GPU cannot be read that way: anything but 0 keeps the plugin from being loaded."));
 }

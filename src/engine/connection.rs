@@ -736,6 +736,11 @@ impl Connection {
         }
     }
 
+    /// Has what chunks of `place` need allocated.
+    pub(crate) fn ready(&self, place: Place) -> Result<()> {
+        self.core.lock().channels.ready(place)
+    }
+
     /// Drops the plugin's registrations of a region.
     pub(crate) fn forget_region(&self, id: u64) {
         self.lock().channels.forget_region(id);

@@ -252,7 +252,11 @@ impl Engine {
             bail!(InvalidArgument, "cannot register {len} bytes at {addr:#x}");
         }
         self.alive()?;
-        let place = self.parts.site.gpus.place_of(addr as u64)?;
+        let (place, first) = self.parts.site.gpus.place_of(addr as u64)?;
+        if first {
+            // Connections that are there already could not prepare for this GPU.
+            build::ready(&self.parts.site, place);
+        }
         self.parts.site.home.registry.add(addr as u64, len as u64, place, access)
     }
 

@@ -157,6 +157,9 @@ impl Plugin {
             if ext.is_some() {
                 return Plugin::start(table, ext, Some(path.to_owned()), &None);
             }
+            if is_tcpx(&table.name()) {
+                crate::config::check_tcpx()?;
+            }
             set_chunk_size(config);
             // Google's plugin follows the current GPU from its init on.
             Plugin::start(table, ext, Some(path.to_owned()), &gpu()?)

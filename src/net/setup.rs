@@ -427,6 +427,18 @@ pub(crate) fn nics_for(plugin: &Plugin, devices: &[Device], gpu_pci_path: Option
     } else {
         topology::nearest(devices, gpu_pci_path)
     };
+    if plugin.traits.pci_nics {
+        let named = |i: &usize| devices[*i].pci_path.is_some();
+        if let Some(&without) = chosen.iter().find(|i| !named(i)) {
+            let nic = &devices[without].name;
+            NO_CARRIER.log(
+                log::Level::Warn,
+                Instant::now(),
+                format_args!("NIC {nic} is no PCI device and is left out: plugin {} cannot register memory for it", plugin.name),
+            );
+        }
+        chosen.retain(named);
+    }
     // Plugins of others list their devices once; the software plugin leaves such NICs out by itself.
     if !plugin.traits.devices_change {
         let all = chosen.len();

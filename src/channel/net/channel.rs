@@ -207,6 +207,14 @@ impl Channel {
         Load { free, queued: self.queued, rate: self.rate.get(oldest, now) }
     }
 
+    /// See `Path::ready`.
+    pub(super) fn ready(&mut self, place: Place, copier: &mut Copier, usage: &Usage) -> Result<()> {
+        self.device_out(place, copier, usage)?;
+        self.device_in(place, copier)?;
+        self.view(copier, place)?;
+        Ok(())
+    }
+
     /// The peer announced a chunk on this channel.
     pub(super) fn expect(&mut self, arrival: Arrival) {
         self.expected.push_back(arrival);

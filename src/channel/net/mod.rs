@@ -100,6 +100,13 @@ impl Path for NetPath {
         out.extend(self.channels.iter().map(|c| c.stats(kernel, now)));
     }
 
+    fn ready(&mut self, place: Place, copier: &mut Copier) -> Result<()> {
+        if !place.is_device() || !self.carries_local(place) {
+            return Ok(());
+        }
+        self.channels.iter_mut().try_for_each(|c| c.ready(place, copier, &self.usage))
+    }
+
     fn forget_region(&mut self, id: u64) {
         self.channels.iter_mut().for_each(|c| c.forget_region(id));
     }
