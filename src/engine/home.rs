@@ -4,6 +4,7 @@
 use super::bell::{Bell, WAKE};
 use super::connections::Connections;
 use super::counters::Counters;
+use super::pacing::Cores;
 use super::registry::Registry;
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -41,8 +42,7 @@ pub(crate) struct Home<T> {
     pub counters: Counters,
     /// The channels ring the bell; without, the progress thread must poll while work is in flight.
     pub doorbells: bool,
-    /// Threads compete for cores: nobody spins while another could work.
-    pub few_cores: bool,
+    pub cores: Cores,
     pub close_timeout: Duration,
     /// The connection and transfer that was polled last, as one number.
     last_polled: AtomicU64,
@@ -63,7 +63,7 @@ impl<T: Driven> Home<T> {
             bell,
             counters: Counters::default(),
             doorbells,
-            few_cores: std::thread::available_parallelism().map_or(2, usize::from) <= 2,
+            cores: Cores::here(),
             close_timeout,
             last_polled: AtomicU64::new(0),
             asked: Mutex::default(),
