@@ -19,6 +19,8 @@ pub(crate) struct Totals {
     pub submitted: u64,
     /// Gone.
     pub sent: u64,
+    /// Announced by the peer.
+    pub expected: u64,
     /// In place, or drained.
     pub received: u64,
 }
@@ -96,7 +98,15 @@ impl Channels {
                 bail!(Protocol, "channel {channel} does not carry memory of {place:?}");
             }
         }
-        path.expect(index, arrival)
+        let len = arrival.len as u64;
+        path.expect(index, arrival)?;
+        self.totals.expected += len;
+        Ok(())
+    }
+
+    /// Bytes of chunks that are under way in either direction.
+    pub(crate) fn under_way(&self) -> u64 {
+        self.totals.submitted.saturating_sub(self.totals.sent) + self.totals.expected.saturating_sub(self.totals.received)
     }
 
     /// Advances all channels; gives what happened.
@@ -382,7 +392,7 @@ mod tests {
         channels.submit(4, departure(10), now).unwrap();
         channels.submit(2, departure(5), now).unwrap();
         assert_eq!((d.submitted.load(Ordering::Relaxed), h.submitted.load(Ordering::Relaxed)), (3, 2));
-        assert_eq!(channels.totals(), Totals { submitted: 15, sent: 0, received: 0 });
+        assert_eq!(channels.totals(), Totals { submitted: 15, sent: 0, received: 0, expected: 0 });
         assert!(channels.submit(5, departure(1), now).is_err());
         channels.expect(0, arrival(gpu)).unwrap();
         channels.expect(3, arrival(Place::HOST)).unwrap();
@@ -418,7 +428,7 @@ mod tests {
         let mut events = Vec::new();
         assert!(channels.progress(Instant::now(), &mut events).unwrap());
         assert_eq!((events.len(), channels.busy()), (3, false));
-        assert_eq!(channels.totals(), Totals { submitted: 0, sent: 7, received: 111 });
+        assert_eq!(channels.totals(), Totals { submitted: 0, sent: 7, received: 111, expected: 0 });
         assert_eq!(channels.look(Instant::now()).unwrap(), (11, 22));
         // One plugin that does not tell, and whole chunks are all there is.
         let (mut silent, _) = stub(false, 1);

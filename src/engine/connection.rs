@@ -5,7 +5,7 @@ use super::bell::Seat;
 use super::budget::Counted;
 use super::fifo::FifoItem;
 use super::home::{self, Driven};
-use super::pacing::{pause, Pause, Polls, Situation};
+use super::pacing::{pause, Pause, Polls, Situation, NAP_BYTES};
 use super::proto::{Machine, Scheduled, TransferState, MAX_BACKLOG};
 use super::request::{self, Built, RequestBuilder};
 use super::transfer::{Direction, LocalSegment};
@@ -497,7 +497,7 @@ impl Connection {
 
     fn situation(&self, core: &Core, id: u64, state: &TransferState) -> Situation {
         Situation {
-            few_cores: self.home.few_cores,
+            cores: self.home.cores,
             doorbell: self.home.doorbells,
             only_this: self.home.polled_again(self.id, id),
             channels_busy: core.channels.busy(),
@@ -582,6 +582,7 @@ impl Connection {
         Progress {
             any,
             channels_busy: core.channels.busy(),
+            large: core.channels.under_way() > NAP_BYTES,
             copying: core.channels.copies_pending(),
             backlog: core.backlog() > 0,
             busy: core.machine.busy() || core.channels.busy(),
@@ -769,6 +770,8 @@ impl Drop for Connection {
 pub(crate) struct Progress {
     pub any: bool,
     pub channels_busy: bool,
+    /// So much is under way that the channels' threads are busy.
+    pub large: bool,
     pub copying: bool,
     pub backlog: bool,
     /// Something waits for the network or the peer.
@@ -780,7 +783,16 @@ pub(crate) struct Progress {
 impl Progress {
     /// Another thread is at it.
     fn left_alone() -> Progress {
-        Progress { any: false, channels_busy: true, copying: false, backlog: false, busy: true, dead: false, next_tick: None }
+        Progress {
+            any: false,
+            channels_busy: true,
+            large: false,
+            copying: false,
+            backlog: false,
+            busy: true,
+            dead: false,
+            next_tick: None,
+        }
     }
 }
 

@@ -150,6 +150,7 @@ impl<'a> Driving<'a> {
             round.any |= found.any;
             round.channels_busy |= found.channels_busy;
             round.polled |= found.channels_busy && !home.doorbells;
+            round.large |= found.large;
             round.copying |= found.copying;
             if std::mem::take(&mut active.rang) && !found.any {
                 active.connection.look_for_failure();
@@ -274,7 +275,7 @@ fn drive(home: &Home, spin: Duration) {
         let now = Instant::now();
         driving.due(now);
         let round = driving.round(false, now);
-        match step(&round, now - last_activity, spin, home.few_cores) {
+        match step(&round, now - last_activity, spin, home.cores) {
             Step::Again => last_activity = Instant::now(),
             Step::Spin => {
                 std::hint::spin_loop();
@@ -300,7 +301,7 @@ fn drive(home: &Home, spin: Duration) {
                     continue;
                 }
                 // Who drives may have changed since.
-                let limit = match step(&again, Duration::MAX, spin, home.few_cores) {
+                let limit = match step(&again, Duration::MAX, spin, home.cores) {
                     Step::Sleep(now) => limit.min(now),
                     _ => Duration::ZERO,
                 };

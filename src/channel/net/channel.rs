@@ -53,6 +53,8 @@ fn at(comm: &str, error: &Error) -> Error {
 
 /// Places of the window that chunks of large transfers take at most: small ones find one soon.
 const BULK_WINDOW: usize = MAX_REQUESTS / 2;
+/// Bytes of large transfers on a channel from which on no more of them are taken: a small one on the same channel waits for all of them.
+const BULK_BYTES: u64 = 2 << 20;
 
 /// A chunk on its way out; dropped when its memory may change.
 pub(super) struct Leaving {
@@ -129,6 +131,7 @@ pub(crate) struct Channel {
     pub(super) queued: u64,
     /// Chunks of large transfers among the outgoing ones.
     pub(super) bulk: usize,
+    pub(super) bulk_bytes: u64,
     pub(super) rate: Rate,
     pub(super) recv: RecvComm,
     pub(super) expected: VecDeque<Arrival>,
@@ -167,6 +170,7 @@ impl Channel {
             to_post: VecDeque::new(),
             queued: 0,
             bulk: 0,
+            bulk_bytes: 0,
             rate: Rate::default(),
             expected: VecDeque::new(),
             posted: VecDeque::new(),
@@ -203,7 +207,11 @@ impl Channel {
         let window = if place.is_device() && usage.stage_sends { STAGED_WINDOW } else { MAX_REQUESTS };
         let free = window.saturating_sub(self.outgoing.len());
         // What small ones take does not count against large ones: they would never have a turn.
-        let free = if bulk { free.min(BULK_WINDOW.saturating_sub(self.bulk)) } else { free };
+        let free = match bulk {
+            true if self.bulk_bytes >= BULK_BYTES => 0,
+            true => free.min(BULK_WINDOW.saturating_sub(self.bulk)),
+            false => free,
+        };
         Load { free, queued: self.queued, rate: self.rate.get(oldest, now) }
     }
 

@@ -23,6 +23,7 @@ impl Channel {
         // First of all, so that a failure from here on leaves the chunk's memory in use until the channel is closed.
         self.outgoing.push_back(Leaving { key, len, bulk, _hold: hold.clone() });
         self.bulk += usize::from(bulk);
+        self.bulk_bytes += if bulk { len as u64 } else { 0 };
         self.queued += len as u64;
         let source = if chunk.place.is_device() {
             self.device_source(&chunk, &hold, copier, usage)?
@@ -130,6 +131,7 @@ impl Channel {
             let Some(sent) = self.outgoing.pop_front() else { bail!(Internal, "a send without a chunk") };
             done += sent.len as u64;
             self.bulk -= usize::from(sent.bulk);
+            self.bulk_bytes -= if sent.bulk { sent.len as u64 } else { 0 };
             self.counts.sent_chunks += 1;
             events.push(Event::Sent(sent.key, sent.len as u64));
         }
