@@ -2,7 +2,7 @@
 
 use crate::gpu::Gpu;
 use crate::memory::{self, lock, Pool, PAGE};
-use crate::rules::{counters, down, refused, settings, up, violation};
+use crate::rules::{counters, down, raise_sigpipe, refused, settings, up, violation};
 use crate::setup::{Sockets, SOCKETS};
 use cuda_driver::{DeviceBuffer, PinnedBuffer};
 use nccl_net_abi::*;
@@ -162,12 +162,6 @@ fn release(dev: usize, mr: usize) {
 /// What each data socket carries of a message: contiguous shares.
 fn share(len: usize, socket: usize) -> std::ops::Range<usize> {
     len * socket / SOCKETS..len * (socket + 1) / SOCKETS
-}
-
-/// What a write to a peer that is gone does.
-pub(crate) fn raise_sigpipe() {
-    // SAFETY: the calling thread's own signal.
-    unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGPIPE) };
 }
 
 // ---- sending ----

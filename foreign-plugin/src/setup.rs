@@ -113,7 +113,7 @@ impl ListenComm {
             let (listeners, dead) = (self.listeners.clone(), settings().devices[self.dev].dead);
             std::thread::spawn(move || {
                 // These threads write to sockets too, with the signal mask of the caller that made them.
-                crate::comm::raise_sigpipe();
+                crate::rules::raise_sigpipe();
                 std::thread::sleep(settings().accept_time);
                 if !dead {
                     let result = gather(&listeners);
@@ -180,7 +180,7 @@ pub(crate) fn connect(dev: usize, handle: &mut Handle) -> Result<Option<Sockets>
         connects.insert(key, Connect { outcome: outcome.clone(), buffer });
         let (from, dead) = settings().devices.get(dev).map_or((Ipv4Addr::LOCALHOST, true), |d| (d.address, d.dead));
         std::thread::spawn(move || {
-            crate::comm::raise_sigpipe();
+            crate::rules::raise_sigpipe();
             std::thread::sleep(settings().connect_time);
             if !dead {
                 let result = dial(from, target);

@@ -1,10 +1,13 @@
 //! The 128 bytes that name a listen comm: what of a peer's the plugin gets to see, and the address inside. TCPX keeps pointers and an
 //! index in them, so a peer's bytes go no further than they must.
 
-use super::comm::Handle;
 use super::traits::HandleCheck;
 use crate::status::{bail, Result};
+use nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+/// The 128 bytes that name a listen comm to the peer.
+pub(crate) type Handle = [u8; NCCL_NET_HANDLE_MAXSIZE];
 
 /// Bytes of a socket address in a TCPX handle: one for data at its beginning, one for control behind the numbers of sockets and threads
 /// and a flag.
@@ -97,7 +100,6 @@ fn address_at(handle: &Handle, at: usize) -> Option<SocketAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
 
     fn fresh(ip: [u8; 4], port: u16, sockets: u32) -> Handle {
         let mut handle = [0; NCCL_NET_HANDLE_MAXSIZE];
