@@ -262,7 +262,7 @@ impl Machine {
         }
         let key = Key { id, mine: true };
         self.deadlines.start(key, Way::Out, total, now);
-        if let Some(data) = self.load_inline(&segments, total, channels)? {
+        if let Some(data) = self.load_inline(&segments, total, self.write_inline(), channels)? {
             self.counts.inline_sent_bytes += total;
             self.push(&Frame::Write { id, regions: remote_regions, segments: remote, inline: Some(&data) }, now);
             self.transfers.moved(id, total);
@@ -327,9 +327,24 @@ impl Machine {
         }
     }
 
-    /// The bytes of a transfer that is small enough to travel inside a control frame.
-    fn load_inline(&mut self, segments: &[Segment], total: u64, channels: &mut Channels) -> Result<Option<Vec<u8>>> {
-        if total > self.setting.eager_bytes.min(MAX_INLINE) as u64 {
+    /// Largest write that travels inside a control frame, once it is among those in flight. One without company is done soonest that way:
+    /// no grant, and no thread but the callers'. Several are moved faster side by side.
+    fn write_inline(&self) -> usize {
+        match self.setting.eager_bytes {
+            0 => 0,
+            eager => eager.max(MAX_INLINE / self.transfers.in_flight().max(1)),
+        }
+    }
+
+    /// The bytes of a transfer that is small enough, `limit` at most, to travel inside a control frame.
+    fn load_inline(
+        &mut self,
+        segments: &[Segment],
+        total: u64,
+        limit: usize,
+        channels: &mut Channels,
+    ) -> Result<Option<Vec<u8>>> {
+        if total > limit.min(MAX_INLINE) as u64 {
             return Ok(None);
         }
         let device = segments.iter().any(|s| s.place.is_device());

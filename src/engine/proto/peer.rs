@@ -168,7 +168,7 @@ impl Machine {
             bail!(Protocol, "read {id} is empty");
         }
         if self.tx.pending() < MAX_INLINE_BACKLOG {
-            if let Some(data) = self.load_inline(&segments, total, channels)? {
+            if let Some(data) = self.load_inline(&segments, total, self.setting.eager_bytes, channels)? {
                 self.counts.inline_sent_bytes += total;
                 self.push(&Frame::ReadInline { id, data: &data }, now);
                 self.peer.ended(count);
