@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-pub(crate) const PAGE: usize = 4096;
+pub(crate) use nccl_net_abi::PAGE;
 
 /// A registration.
 #[derive(Debug)]

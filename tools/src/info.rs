@@ -5,7 +5,7 @@ use serde::Serialize;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
-use tcpx_tools::api::{self, Nic, Node, Plugin, Setting};
+use tcpx_tools::api::{self, Budget, Nic, Node, Plugin, Setting};
 use tcpx_tools::case::{Case, Op};
 use tcpx_tools::client::Client;
 use tcpx_tools::doctor::{self, Check, Host};
@@ -57,6 +57,7 @@ struct Report {
     peer: Option<Vec<Row>>,
     doctor: Option<Vec<Check>>,
     settings: Vec<Setting>,
+    budgets: Vec<Budget>,
     environment: Environment,
 }
 
@@ -98,6 +99,7 @@ fn examine(args: &Args) -> Report {
         doctor: None,
         environment: inspect::environment(variables, &known),
         settings,
+        budgets: api::budgets(),
     };
     match look(args, &mut report) {
         Ok(verdict) => {
@@ -241,6 +243,8 @@ fn text(report: &Report, settings: bool) -> String {
             let value = if s.value.is_empty() { "(unset)" } else { &s.value };
             line("", &format!("{mark} {:<width$} = {value:<12}  {}", s.name, s.doc));
         }
+        line("budgets", "what peers may take in a process with these limits");
+        report.budgets.iter().for_each(|b| line("", &format!("  {:<width$} = {:<12}  {}", b.name, b.number, b.counts)));
     } else {
         let set: Vec<String> =
             report.settings.iter().filter(|s| s.source != "default").map(|s| format!("{}={}", s.name, s.value)).collect();

@@ -6,7 +6,7 @@ use super::staging::{Staging, STAGED_WINDOW};
 use super::Usage;
 use crate::channel::device::{DeviceCopier, StagingMemory, Ticket, View};
 use crate::channel::memory::HostBlock;
-use crate::channel::path::{Arrival, Copier, Event};
+use crate::channel::path::{Arrival, Copier, Event, Line, Way};
 use crate::channel::stripe::{Load, Rate};
 use crate::net::comm::{Doorbell, MHandle, RecvComm, SendComm};
 use crate::net::registrations::Registration;
@@ -224,11 +224,13 @@ impl Channel {
         Ok(any)
     }
 
-    /// Bytes that the network has taken and brought; `None` where the plugin does not tell.
-    pub(super) fn network_bytes(&self) -> Result<Option<(u64, u64)>> {
+    /// What the network has done.
+    pub(super) fn network(&self) -> Result<Line<'_>> {
         let sent = self.send.network_bytes().map_err(|e| at(&self.send.describe(), &e))?;
         let received = self.recv.network_bytes().map_err(|e| at(&self.recv.describe(), &e))?;
-        Ok(sent.zip(received))
+        let incoming = self.expected.len() + self.posted.len() + self.finishing.len();
+        let under_way = (self.outgoing.len(), incoming);
+        Ok(Line { nic: &self.nic, moved: sent.zip(received), under_way, posted: self.posted.len() })
     }
 
     /// What it counts; `kernel`: with what the kernel knows, which takes a system call.
@@ -260,17 +262,12 @@ impl Channel {
         }
     }
 
-    /// What is under way, in words; `None` when nothing is.
-    pub(super) fn describe_busy(&self) -> Option<String> {
-        let mut words = Vec::new();
-        if !self.outgoing.is_empty() {
-            words.push(format!("{} chunks out on {}", self.outgoing.len(), self.send.describe()));
+    /// Its ends in a direction, in words.
+    pub(super) fn describe(&self, way: Way) -> String {
+        match way {
+            Way::Out => self.send.describe(),
+            Way::In => self.recv.describe(),
         }
-        let incoming = self.expected.len() + self.posted.len() + self.finishing.len();
-        if incoming > 0 {
-            words.push(format!("{incoming} chunks in on {}", self.recv.describe()));
-        }
-        (!words.is_empty()).then(|| words.join(", "))
     }
 }
 
