@@ -192,7 +192,7 @@ impl Machine {
         }
         if self.tx.pending() < MAX_INLINE_BACKLOG {
             let mut gathered = std::mem::take(&mut self.gathered);
-            if let Some(data) = self.load_inline(&segments, total, channels, &mut gathered)? {
+            if let Some(data) = self.load_inline(&segments, total, self.setting.eager_bytes, channels, &mut gathered)? {
                 self.counts.inline_sent_bytes += total;
                 self.push(&Frame::ReadInline { id, data }, now);
                 self.gathered = gathered;
