@@ -8,7 +8,7 @@ use super::limits;
 use super::link::{Link, SealedLink};
 use super::setup::{Next, Setup};
 use super::site::Site;
-use crate::addresses::plain;
+use crate::addresses::{plain, AllowList};
 use crate::status::{err, Error, ErrorKind, Result};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -48,6 +48,8 @@ pub(crate) struct Attempt {
     pub address: SocketAddr,
     setup: Setup<SealedLink>,
     channels: Channels,
+    /// What may be dialled.
+    allowed: AllowList,
     out: Vec<u8>,
     sent: usize,
     /// The peer's stream has ended; what it said before still counts.
@@ -66,6 +68,7 @@ impl Attempt {
             address,
             setup,
             channels: Channels::None,
+            allowed: AllowList::default(),
             out: Vec::new(),
             sent: 0,
             ended: None,
@@ -129,7 +132,7 @@ impl Attempt {
                 Ok(Next::Raise(offers)) => {
                     if let Channels::Opened(opened) = std::mem::replace(&mut self.channels, Channels::None) {
                         let link = &self.setup.link;
-                        let raising = opened.establish(&offers, |set, index| link.channel_keys(set, index))?;
+                        let raising = opened.establish(&offers, |set, index| link.channel_keys(set, index), &self.allowed)?;
                         self.channels = Channels::Raising(raising);
                         (self.look_at, self.began) = (now, now);
                     }
@@ -218,15 +221,17 @@ impl Attempt {
     /// `Resource` when the descriptors do not suffice; why a plugin cannot listen.
     pub(crate) fn admit(&mut self, site: &Site) -> Result<()> {
         let Some(agreed) = self.setup.link.proved() else { return Err(err!(Internal, "admitted before its proof")) };
+        let connecting = agreed.connecting;
         let mut plans = fabric::planned(site, agreed);
         if limits::room_for(&site.limits, self.sock.as_fd(), fabric::cost(&plans)).is_err() {
             // The connection comes up without those of further GPUs.
             plans.iter_mut().filter(|plan| plan.spare).for_each(|plan| plan.channels = 0);
             limits::room_for(&site.limits, self.sock.as_fd(), fabric::cost(&plans))?;
         }
-        let opened = Opened::open(site, plans).map_err(|e| limits::explain(e, self.sock.as_fd()))?;
+        let opened = Opened::open(site, plans, connecting).map_err(|e| limits::explain(e, self.sock.as_fd()))?;
         self.setup.offer(opened.offers());
         self.channels = Channels::Opened(opened);
+        self.allowed = site.config.allow.clone();
         Ok(())
     }
 
