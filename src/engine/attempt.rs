@@ -42,6 +42,11 @@ pub(crate) enum Progress {
     Up,
 }
 
+/// Channels of all sets.
+fn count(raised: &[Raised]) -> usize {
+    raised.iter().map(|set| set.pairs.len()).sum()
+}
+
 pub(crate) struct Attempt {
     sock: TcpStream,
     /// The peer.
@@ -57,6 +62,7 @@ pub(crate) struct Attempt {
     /// When to look at the channels again, and when they began.
     look_at: Instant,
     began: Instant,
+    started: Instant,
 }
 
 impl Attempt {
@@ -74,7 +80,13 @@ impl Attempt {
             ended: None,
             look_at: now,
             began: now,
+            started: now,
         }
+    }
+
+    /// One line of the trace level for a step that was made.
+    fn trace(&self, step: std::fmt::Arguments<'_>) {
+        log::trace!("set-up with {}: {step}, {:.1?} after its start", self.address, self.started.elapsed());
     }
 
     pub(crate) fn fd(&self) -> RawFd {
@@ -119,7 +131,9 @@ impl Attempt {
                 Ok(Next::Finish(theirs)) => {
                     self.flush()?;
                     if let Channels::Up(raised) = std::mem::replace(&mut self.channels, Channels::None) {
-                        self.channels = Channels::Up(fabric::agree(raised, &theirs)?);
+                        let raised = fabric::agree(raised, &theirs)?;
+                        self.trace(format_args!("{} channels are up on both sides", count(&raised)));
+                        self.channels = Channels::Up(raised);
                     }
                     return Ok(Progress::Up);
                 }
@@ -130,6 +144,7 @@ impl Attempt {
                     }
                 }
                 Ok(Next::Raise(offers)) => {
+                    self.trace(format_args!("the peer offers {} channels", offers.iter().map(Vec::len).sum::<usize>()));
                     if let Channels::Opened(opened) = std::mem::replace(&mut self.channels, Channels::None) {
                         let link = &self.setup.link;
                         let raising = opened.establish(&offers, |set, index| link.channel_keys(set, index), &self.allowed)?;
@@ -159,6 +174,7 @@ impl Attempt {
         if raising.poll().map_err(|e| limits::explain(e, self.sock.as_fd()))? {
             if let Channels::Raising(raising) = std::mem::replace(&mut self.channels, Channels::None) {
                 let (raised, numbers) = raising.finish()?;
+                self.trace(format_args!("{} channels are up here", numbers.len()));
                 self.channels = Channels::Up(raised);
                 self.setup.raised(numbers);
             }
@@ -229,7 +245,10 @@ impl Attempt {
             limits::room_for(&site.limits, self.sock.as_fd(), fabric::cost(&plans))?;
         }
         let opened = Opened::open(site, plans, connecting).map_err(|e| limits::explain(e, self.sock.as_fd()))?;
-        self.setup.offer(opened.offers());
+        let offers = opened.offers();
+        self.trace(format_args!("the peer is proved"));
+        self.trace(format_args!("this side offers {} channels", offers.iter().map(Vec::len).sum::<usize>()));
+        self.setup.offer(offers);
         self.channels = Channels::Opened(opened);
         self.allowed = site.config.allow.clone();
         Ok(())

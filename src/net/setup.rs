@@ -55,8 +55,9 @@ pub(crate) struct Pair {
     pub send: SendComm,
     /// From the peer.
     pub recv: RecvComm,
-    /// This side's NIC.
+    /// This side's NIC, and the peer's.
     pub nic: String,
+    pub peer_nic: String,
 }
 
 /// What is left of the channels that came up here when the peer has named those that came up there. Both sides call it; the rest is
@@ -481,7 +482,7 @@ impl Establishing {
         let mut pairs = Vec::new();
         for channel in self.channels.drain(..) {
             if let (Half::Up(send), Half::Up(recv)) = (channel.send, channel.recv) {
-                pairs.push(Pair { index: channel.index, send, recv, nic: channel.nic });
+                pairs.push(Pair { index: channel.index, send, recv, nic: channel.nic, peer_nic: channel.peer_nic });
             }
         }
         pairs

@@ -164,6 +164,8 @@ pub struct ChannelStats {
     pub unpacked_chunks: u64,
     /// It runs far below the others.
     pub slow: bool,
+    /// Its NIC is so slow that it is hardly used.
+    pub avoided: bool,
     /// What the kernel knows. Filled only when statistics are read.
     pub network: Option<Network>,
 }

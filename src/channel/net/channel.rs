@@ -17,7 +17,7 @@ use crate::status::{bail, Error, Result};
 use crate::types::{Key, Part, Place};
 use nccl_net_abi::{ucclCommInfo, ucclIoVec, MAX_REQUESTS};
 use std::collections::{HashMap, VecDeque};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The copier, where a chunk of device memory needs it.
 pub(super) fn device(copier: &mut Copier) -> Result<&mut dyn DeviceCopier> {
@@ -108,8 +108,9 @@ pub(crate) struct Channel {
     pub(super) host_in: Option<Staging>,
     pub(super) device_in: Option<(Registration, Box<dyn StagingMemory>)>,
     pub(super) discard: Option<HostBlock>,
-    /// The name of its NIC, and what it has done, for statistics.
+    /// The names of its NICs, here and there, and what it has done, for statistics.
     nic: String,
+    peer_nic: String,
     pub(super) counts: Counts,
 }
 
@@ -127,7 +128,7 @@ pub(super) struct Counts {
 unsafe impl Send for Channel {}
 
 impl Channel {
-    pub(crate) fn new(send: SendComm, recv: RecvComm, nic: String) -> Channel {
+    pub(crate) fn new(send: SendComm, recv: RecvComm, nic: String, peer_nic: String) -> Channel {
         Channel {
             send,
             recv,
@@ -146,6 +147,7 @@ impl Channel {
             device_in: None,
             discard: None,
             nic,
+            peer_nic,
             counts: Counts::default(),
         }
     }
@@ -165,14 +167,27 @@ impl Channel {
         !self.outgoing.is_empty() || !self.expected.is_empty() || !self.posted.is_empty() || !self.finishing.is_empty()
     }
 
-    /// For a chunk from `place`.
-    pub(super) fn load(&self, place: Place, bulk: bool, usage: &Usage, now: Instant) -> Load {
+    /// Its NIC here and the peer's: what these carry is measured together.
+    pub(super) fn nics(&self) -> (&str, &str) {
+        (&self.nic, &self.peer_nic)
+    }
+
+    /// Bytes that have come to the peer, those that were handed over and have not, and the round trip, as far as the plugin tells.
+    pub(super) fn flow(&self) -> (u64, u64, Duration) {
+        match self.send.flow() {
+            Some(flow) => (flow.acknowledged, self.queued + flow.waiting, Duration::from_micros(flow.min_rtt_us.into())),
+            None => (self.counts.sent_bytes, self.queued, Duration::ZERO),
+        }
+    }
+
+    /// For a chunk from `place`; `nic`: the number of its NIC.
+    pub(super) fn load(&self, place: Place, bulk: bool, usage: &Usage, nic: usize, now: Instant) -> Load {
         let oldest = self.outgoing.front().map_or(0, |o| o.len as u64);
         let window = if place.is_device() && usage.stage_sends { STAGED_WINDOW } else { MAX_REQUESTS };
         let free = window.saturating_sub(self.outgoing.len());
         // What small ones take does not count against large ones: they would never have a turn.
         let free = if bulk { free.min(BULK_WINDOW.saturating_sub(self.bulk)) } else { free };
-        Load { free, queued: self.queued, rate: self.rate.get(oldest, now) }
+        Load { free, queued: self.queued, rate: self.rate.get(oldest, now), nic }
     }
 
     /// The peer announced a chunk on this channel.
