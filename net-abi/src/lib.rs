@@ -369,6 +369,8 @@ pub struct ucclFlow {
     pub waiting: u64,
     /// Smallest round trip seen, microseconds; 0 while unknown.
     pub min_rtt_us: u32,
+    /// 1: the comm is at work, and this is what was known before.
+    pub stale: u32,
 }
 
 /// What the kernel knows of a comm's connection. What it does not tell is 0.

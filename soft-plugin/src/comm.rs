@@ -232,9 +232,11 @@ impl Comm {
     pub fn flow(&self) -> Result<ucclFlow, ncclResult_t> {
         if let Some(io) = self.io.try_lock() {
             let socket = io.socket.as_ref().ok_or(NCCL_INVALID_ARGUMENT)?;
-            *self.flow.lock() = tcp::flow(socket.as_raw_fd()).ok_or(NCCL_INTERNAL_ERROR)?;
+            let flow = tcp::flow(socket.as_raw_fd()).ok_or(NCCL_INTERNAL_ERROR)?;
+            *self.flow.lock() = flow;
+            return Ok(flow);
         }
-        Ok(*self.flow.lock())
+        Ok(ucclFlow { stale: 1, ..*self.flow.lock() })
     }
 
     pub fn info(&self) -> Result<ucclCommInfo, ncclResult_t> {

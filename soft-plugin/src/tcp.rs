@@ -61,6 +61,7 @@ pub fn flow(fd: i32) -> Option<ucclFlow> {
         acknowledged: info.field(BYTES_ACKED).map_or(0, u64::from_ne_bytes),
         waiting: if known == 0 { waiting.max(0) as u64 } else { 0 },
         min_rtt_us: info.field(MIN_RTT).map(u32::from_ne_bytes).filter(|&us| us < u32::MAX).unwrap_or(0),
+        stale: 0,
     })
 }
 

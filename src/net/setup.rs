@@ -314,6 +314,8 @@ struct Channel {
     own: Option<SocketAddr>,
     send: Half<Outward, SendComm>,
     recv: Half<Inward, RecvComm>,
+    /// What was missing when the peer gave it up.
+    lost: Option<String>,
     /// Its failure was reported.
     reported: bool,
 }
@@ -339,6 +341,7 @@ impl Channel {
             own,
             send,
             recv,
+            lost: None,
             reported: false,
         }
     }
@@ -495,7 +498,8 @@ impl Establishing {
                 continue;
             }
             let waited = self.began.elapsed().as_secs_f32();
-            let cause = channel.cause().or_else(|| channel.missing().map(|m| err!(TimedOut, "{m}: nothing after {waited:.1} s")));
+            let missing = channel.missing().or_else(|| channel.lost.take());
+            let cause = channel.cause().or_else(|| missing.map(|m| err!(TimedOut, "{m}: nothing after {waited:.1} s")));
             if let Some(cause) = cause {
                 left_out(&channel.nic, &cause);
                 told.push(channel.nic.clone());
@@ -520,6 +524,7 @@ impl Establishing {
     pub(crate) fn peer_has(&mut self, theirs: &[usize]) {
         for channel in &mut self.channels {
             if !theirs.contains(&channel.index) {
+                channel.lost = channel.missing();
                 channel.give_up();
             }
         }

@@ -59,10 +59,12 @@ clear
 
 ip -n $a addr flush dev eth2
 ip -n $a addr add 10.99.2.1/24 dev eth2
-NCCL_GPUDIRECTTCPX_SOCKET_IFNAME==eth2 try "the connecting host has its data NIC in another network"
-fails
-reads 1 "^error: .*on eth2: connect to 10\.78\.1\.2:$port \(eth1\).*" log
-reads 5 "WARN .*refused by the peer: .*on eth2: connect to" server_log
+ip -n $a route add unreachable 10.78.2.0/24
+NCCL_GPUDIRECTTCPX_SOCKET_IFNAME==eth2 try "the connecting host has its data NIC in another network, and reaches one NIC of the other by routing"
+works
+reads 1 "WARN NIC eth2 is left out .*channel [01] on eth2: connect to 10\.78\.2\.2:$port \(eth2\), for data to the peer: .*No route to host" log
+reads 5 "WARN NIC eth2 is left out .*eth2: wait at 10\.78\.2\.2:$port for a connection from the peer's eth2" server_log
+ip -n $a route del unreachable 10.78.2.0/24
 ip -n $a addr flush dev eth2
 ip -n $a addr add 10.78.2.1/24 dev eth2
 

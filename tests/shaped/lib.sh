@@ -78,7 +78,7 @@ export UCCL_P2P_LOG_LEVEL=warn # read here, whatever level the caller of the tes
 
 serve() { # starts tcpx-perf's server on host b; sets address
   : >"$scratch/server"
-  ip netns exec $b "$perf" server >"$scratch/server" 2>&1 &
+  ip netns exec $b "$perf" server >>"$scratch/server" 2>&1 &
   server=$!
   address=
   for _ in $(seq 100); do

@@ -172,11 +172,13 @@ impl Channel {
         (&self.nic, &self.peer_nic)
     }
 
-    /// Bytes that have come to the peer, those that were handed over and have not, and the round trip, as far as the plugin tells.
-    pub(super) fn flow(&self) -> (u64, u64, Duration) {
+    /// Bytes that have come to the peer, those that were handed over and have not, and the round trip, as far as the plugin tells; `None`
+    /// when it cannot tell now.
+    pub(super) fn flow(&self) -> Option<(u64, u64, Duration)> {
         match self.send.flow() {
-            Some(flow) => (flow.acknowledged, self.queued + flow.waiting, Duration::from_micros(flow.min_rtt_us.into())),
-            None => (self.counts.sent_bytes, self.queued, Duration::ZERO),
+            Some(flow) if flow.stale != 0 => None,
+            Some(flow) => Some((flow.acknowledged, self.queued + flow.waiting, Duration::from_micros(flow.min_rtt_us.into()))),
+            None => Some((self.counts.sent_bytes, self.queued, Duration::ZERO)),
         }
     }
 

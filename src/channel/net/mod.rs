@@ -62,11 +62,14 @@ impl NetPath {
     fn look(&mut self, now: Instant) {
         for (number, nic) in self.nics.iter_mut().enumerate().filter(|(_, nic)| nic.due(now)) {
             let mine = self.channels.iter().zip(&self.nic_of).filter(|(_, &nic)| nic == number);
-            let (acknowledged, backlog, round_trip) = mine.fold((0, 0, Duration::ZERO), |(a, b, r), (channel, _)| {
-                let (acknowledged, backlog, round_trip) = channel.flow();
-                (a + acknowledged, b + backlog, r.max(round_trip))
+            let sum = mine.map(|(channel, _)| channel.flow()).try_fold((0, 0, Duration::ZERO), |(a, b, r), flow| {
+                let (acknowledged, backlog, round_trip) = flow?;
+                Some((a + acknowledged, b + backlog, r.max(round_trip)))
             });
-            nic.look(acknowledged, backlog, round_trip, now);
+            match sum {
+                Some((acknowledged, backlog, round_trip)) => nic.look(acknowledged, backlog, round_trip, now),
+                None => nic.postpone(now),
+            }
         }
     }
 }

@@ -37,6 +37,7 @@ pub(crate) struct Nic {
     /// How often it was trusted with twice as much.
     trusted: u32,
     looked: Option<Instant>,
+    postponed: Option<Instant>,
     acknowledged: u64,
     /// What it had to do then, and what it was given since.
     backlog: u64,
@@ -58,12 +59,18 @@ impl Nic {
     /// Whether [`Nic::look`] wants to be called.
     pub(crate) fn due(&self, now: Instant) -> bool {
         let pause = if self.speed == 0.0 { FIRST_LOOKS } else { LOOKS };
-        self.looked.is_none_or(|looked| now.saturating_duration_since(looked) >= pause)
+        let again = self.postponed.is_none_or(|at| now.saturating_duration_since(at) >= FIRST_LOOKS);
+        again && self.looked.is_none_or(|looked| now.saturating_duration_since(looked) >= pause)
     }
 
     /// Bytes per second; 0 while unknown.
     pub(crate) fn speed(&self) -> f64 {
         self.speed
+    }
+
+    /// Nothing can be known at this moment.
+    pub(crate) fn postpone(&mut self, now: Instant) {
+        self.postponed = Some(now);
     }
 
     /// A chunk was handed to one of its channels.

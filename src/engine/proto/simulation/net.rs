@@ -2,7 +2,7 @@
 //! demand. Copies real bytes at the moment at which a real network would.
 
 use crate::channel::path::{Arrival, Copier, Departure, Dest, Event, Path};
-use crate::channel::stripe::{Load, Loads, NicLoad};
+use crate::channel::stripe::{Load, Loads};
 use crate::region::Hold;
 use crate::status::{bail, err, Result};
 use crate::types::{Key, Part, Place};
@@ -180,18 +180,13 @@ impl Path for SimulatedPath {
 
     fn loads(&mut self, _place: Place, bulk: bool, _now: Instant, out: &mut Loads) {
         let net = self.net.lock();
-        // Two NICs, one of which is slow and the other of unknown speed; every channel is of one of them.
-        let nic = |speed| NicLoad { speed, trust: 8, ..NicLoad::default() };
-        out.nics.extend([nic(1e6), nic(0.0), nic(1e8)]);
         for channel in self.first..self.first + self.channels {
             let wire = &net.wires[channel][self.side];
             let taken = wire.posted.len() + wire.sent.len();
             let free = WINDOW.saturating_sub(taken);
             let large = wire.posted.iter().filter(|p| p.bulk).count();
             let free = if bulk { free.min((WINDOW / 2).saturating_sub(large)) } else { free };
-            let nic = channel % out.nics.len();
-            out.nics[nic].backlog += taken as u64;
-            out.channels.push(Load { free, queued: taken as u64, rate: 0.0, nic });
+            out.channels.push(Load { free, queued: taken as u64, rate: 0.0, nic: 0 });
         }
     }
 
