@@ -44,7 +44,7 @@ if [[ $cases == *" recovers "* ]]; then
   for op in write read; do
     speed eth2 20
     restart
-    timeout 60 ip netns exec $a "$perf" client "$address" --op $op --verify --total 64M --warmup 1 --time 38 --interval 1 >"$scratch/client" 2>"$scratch/intervals" &
+    timeout 60 ip netns exec $a "$perf" client "$address" --op $op --verify --total 64M --warmup 1 --time 42 --interval 1 >"$scratch/client" 2>"$scratch/intervals" &
     client=$!
     sleep 8
     speed eth2 1000
@@ -53,7 +53,7 @@ if [[ $cases == *" recovers "* ]]; then
     wait $client || { echo "$name: $op failed:"; cat "$scratch/client" "$scratch/intervals"; failed=1; }
     # GB/s around the ends of the three times; connecting and the warm-up take the first second or two.
     at() { awk -v from="$1" -v to="$2" '/GB\/s/ && $1 >= from && $1 <= to { sum += $3; n++ } END { printf "%.4f", n ? sum / n : 0 }' "$scratch/intervals"; }
-    slow=$(at 3 6) fast=$(at 22 26) again=$(at 32 36)
+    slow=$(at 3 6) fast=$(at 22 26) again=$(at 36 40)
     awk -v slow="$slow" -v fast="$fast" -v again="$again" -v what="$name: $op" 'BEGIN {
       line = 0.125 * 1448 / 1514
       printf "%s: %.4f GB/s beside 20 Mbit/s, %.4f beside 1000, %.4f beside 20 again (to reach: %.4f, %.4f, %.4f)\n", what, slow, fast, again, 0.9 * 1.02 * line, 0.9 * 2 * line, 0.9 * 1.02 * line
