@@ -8,8 +8,7 @@ mod table;
 pub use docs::document;
 pub use table::{Kind, Variable, VARIABLES};
 
-use crate::addresses::{AllowList, Bind};
-use crate::stats::export::Target;
+use crate::addresses::{AllowList, Bind, Target};
 use crate::status::{bail, Result};
 use crate::types::Protect;
 use source::{parse_number, strtoll, Source};
@@ -26,6 +25,36 @@ pub enum PluginChoice {
     Tcpx,
     /// The software plugin over ordinary TCP.
     Soft,
+}
+
+/// What peers may take; where nothing is set, the limits of the process decide. Fields are documented at their variable in [`VARIABLES`].
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(missing_docs)]
+pub struct Budgets {
+    pub connections: Option<usize>,
+    pub connections_of_peer: Option<usize>,
+    pub transfers: Option<usize>,
+    pub peer_bytes: Option<usize>,
+    pub peer_bytes_of_one: Option<usize>,
+    pub notif_bytes: Option<usize>,
+    pub notif_bytes_of_one: Option<usize>,
+    pub log_lines: Option<usize>,
+}
+
+impl Budgets {
+    fn read(source: Source<'_>) -> Result<Budgets> {
+        let number = |variable| source.number(variable).map(|n: Option<u64>| n.map(|n| usize::try_from(n).unwrap_or(usize::MAX)));
+        Ok(Budgets {
+            connections: number(&table::MAX_CONNECTIONS)?,
+            connections_of_peer: number(&table::MAX_CONNECTIONS_OF_PEER)?,
+            transfers: number(&table::MAX_PEER_TRANSFERS)?,
+            peer_bytes: number(&table::PEER_BYTES)?,
+            peer_bytes_of_one: number(&table::PEER_BYTES_OF_ONE)?,
+            notif_bytes: number(&table::NOTIF_BYTES)?,
+            notif_bytes_of_one: number(&table::NOTIF_BYTES_OF_ONE)?,
+            log_lines: number(&table::PEER_LOG_LINES)?,
+        })
+    }
 }
 
 /// Settings of an engine. Fields are documented at their variable in [`VARIABLES`].
@@ -60,6 +89,8 @@ pub struct Config {
     pub peer_timeout: Duration,
     pub match_timeout: Duration,
     pub close_timeout: Duration,
+    /// What peers may take.
+    pub budgets: Budgets,
     /// Where statistics are offered.
     pub metrics: Option<Target>,
 }
@@ -122,7 +153,7 @@ fn tell_unknown() {
     let names: Vec<String> = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()).collect();
     for line in source::unknown(names.iter().map(String::as_str)) {
         if TOLD.get().lock().insert(line.clone()) {
-            crate::logging::init();
+            crate::logging::init(log_level());
             log::warn!("{line}");
         }
     }
@@ -189,6 +220,7 @@ impl Config {
             peer_timeout: source.millis(&table::PEER_TIMEOUT)?,
             match_timeout: source.millis(&table::MATCH_TIMEOUT)?,
             close_timeout: source.millis(&table::CLOSE_TIMEOUT)?,
+            budgets: Budgets::read(source)?,
             metrics: source.parsed(&table::METRICS, Target::parse)?,
         })
     }

@@ -19,6 +19,7 @@
 //! interface, `soft-plugin` the plugin over ordinary TCP, `reactor` waits for descriptors, `cuda-driver` opens the CUDA driver.
 
 pub mod addresses;
+#[cfg(feature = "test-api")]
 #[doc(hidden)]
 pub mod bench_api;
 mod channel;
@@ -35,5 +36,6 @@ pub mod net;
 mod region;
 pub mod stats;
 pub mod status;
+mod threads;
 pub mod types;
 mod wire;

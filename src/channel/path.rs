@@ -61,6 +61,26 @@ pub(crate) enum Event {
     Received(Key, u64),
 }
 
+/// Direction of data, from this side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    Out,
+    In,
+}
+
+/// What the network has done on a channel.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Line<'a> {
+    /// This side's NIC.
+    pub nic: &'a str,
+    /// Bytes that it took from this side and brought to it, parts of chunks included; `None` where the plugin does not tell.
+    pub moved: Option<(u64, u64)>,
+    /// Chunks under way, out and in.
+    pub under_way: (usize, usize),
+    /// Of those that come, how many the plugin could put in place at once.
+    pub posted: usize,
+}
+
 /// The device copier of a connection, absent where no device memory can be registered.
 pub(crate) type Copier = Option<Box<dyn DeviceCopier>>;
 
@@ -91,15 +111,14 @@ pub(crate) trait Path: Send {
     /// Chunks are announced, in flight or expected.
     fn busy(&self) -> bool;
 
-    /// Bytes that the network has taken from this side and brought to it so far, parts of chunks included; `None` where the plugin
-    /// does not tell.
+    /// What the network has done on each channel so far, in the order of their numbers.
     ///
     /// # Errors
     /// When a channel has failed, idle or not.
-    fn network_bytes(&self) -> Result<Option<(u64, u64)>>;
+    fn network(&self, each: &mut dyn FnMut(Line<'_>)) -> Result<()>;
 
-    /// The channels with chunks under way that have not moved, for an error text.
-    fn describe_busy(&self) -> Vec<String>;
+    /// The two ends of a channel in a direction, for an error text.
+    fn describe(&self, channel: usize, way: Way) -> String;
 
     /// What each channel counts. `kernel`: with what the kernel knows of it.
     fn stats(&self, kernel: bool, now: Instant, out: &mut Vec<ChannelStats>);

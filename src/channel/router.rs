@@ -3,13 +3,14 @@
 //! nothing of plugins, and of transfers only the keys of chunks.
 
 use super::device::spread;
-use super::path::{Arrival, Copier, Departure, Dest, Event, Path};
+use super::path::{Arrival, Copier, Departure, Dest, Event, Path, Way};
 use super::plan::Chunk;
+use super::stillness::Stillness;
 use super::stripe::{self, Loads, Want};
 use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
 use crate::types::Place;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Bytes that have passed the channels so far, counted in whole chunks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,12 +30,13 @@ pub(crate) struct Channels {
     copier: Copier,
     loads: Loads,
     totals: Totals,
+    stillness: Stillness,
 }
 
 impl Channels {
     /// Channels over `paths`; of several that carry a pair of places the first is taken.
     pub(crate) fn new(paths: Vec<Box<dyn Path>>, copier: Copier) -> Channels {
-        Channels { paths, copier, loads: Loads::default(), totals: Totals::default() }
+        Channels { paths, copier, loads: Loads::default(), totals: Totals::default(), stillness: Stillness::default() }
     }
 
     /// Number of paths: each route is blocked on its own.
@@ -140,16 +142,28 @@ impl Channels {
         self.totals
     }
 
-    /// Bytes that the network took and brought, as finely as all plugins tell; else in whole chunks.
+    /// Looks at what the network has done: the bytes that it took and brought, as finely as all plugins tell; else in whole chunks. To be
+    /// called several times in a timeout while something must move.
     ///
     /// # Errors
     /// When a channel has failed, idle or not.
-    pub(crate) fn network_bytes(&self) -> Result<(u64, u64)> {
-        let mut sum = Some((0, 0));
+    pub(crate) fn look(&mut self, now: Instant) -> Result<(u64, u64)> {
+        let (mut sum, mut number) = (Some((0, 0)), 0);
+        let stillness = &mut self.stillness;
         for path in &self.paths {
-            sum = sum.zip(path.network_bytes()?).map(|((a, b), (c, d))| (a + c, b + d));
+            path.network(&mut |line| {
+                sum = sum.zip(line.moved).map(|((a, b), (c, d))| (a + c, b + d));
+                stillness.note(number, &line, now);
+                number += 1;
+            })?;
         }
         Ok(sum.unwrap_or((self.totals.sent, self.totals.received)))
+    }
+
+    /// A NIC that has brought nothing for `timeout` although chunks are announced on it, whatever others do; in words.
+    pub(crate) fn dead_nic(&self, timeout: Duration, now: Instant) -> Option<String> {
+        let (nic, still, channels) = self.stillness.dead_nic(timeout, now)?;
+        Some(format!("nothing has come over {nic} for {still:.1?}; under way: {}", self.describe(&channels, Way::In, now)))
     }
 
     /// What each channel counts, in the order of their numbers; none after the end. `kernel`: with what the kernel knows.
@@ -159,12 +173,31 @@ impl Channels {
         out
     }
 
-    /// What is under way and where, for an error text.
-    pub(crate) fn describe_busy(&self) -> String {
+    /// What is under way in a direction and where, for an error text: the channels that have stood still the longest.
+    pub(crate) fn describe_busy(&self, way: Way, now: Instant) -> String {
+        self.describe(&self.stillness.stillest(way, now), way, now)
+    }
+
+    fn describe(&self, channels: &[usize], way: Way, now: Instant) -> String {
         const MOST: usize = 4;
-        let all: Vec<String> = self.paths.iter().flat_map(|p| p.describe_busy()).collect();
-        let more = if all.len() > MOST { format!(" and {} more", all.len() - MOST) } else { String::new() };
-        format!("{}{more}", all[..all.len().min(MOST)].join("; "))
+        let words = |&number: &usize| {
+            let (chunks, still) = self.stillness.of(number, way, now);
+            let direction = if way == Way::Out { "out" } else { "in" };
+            format!("channel {number}: {chunks} chunks {direction} on {}, still for {still:.1?}", self.ends(number, way))
+        };
+        let named: Vec<String> = channels.iter().take(MOST).map(words).collect();
+        let more = if channels.len() > MOST { format!(" and {} more", channels.len() - MOST) } else { String::new() };
+        format!("{}{more}", named.join("; "))
+    }
+
+    fn ends(&self, mut channel: usize, way: Way) -> String {
+        for path in &self.paths {
+            if channel < path.channels() {
+                return path.describe(channel, way);
+            }
+            channel -= path.channels();
+        }
+        String::new()
     }
 
     /// Up to how many bytes a transfer should travel inside a control frame.
@@ -235,6 +268,7 @@ impl Channels {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::channel::path::Line;
     use crate::channel::stripe::Load;
     use crate::region::Hold;
     use crate::status::ErrorKind;
@@ -291,14 +325,18 @@ mod tests {
         fn busy(&self) -> bool {
             !self.happens.is_empty()
         }
-        fn network_bytes(&self) -> Result<Option<(u64, u64)>> {
-            Ok(self.bytes)
+        fn network(&self, each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
+            for channel in 0..self.channels {
+                let moved = self.bytes.map(|bytes| if channel == 0 { bytes } else { (0, 0) });
+                each(Line { nic: "stub", moved, under_way: (1, 1), posted: 1 });
+            }
+            Ok(())
         }
         fn stats(&self, _kernel: bool, _now: Instant, out: &mut Vec<ChannelStats>) {
             out.extend((0..self.channels).map(|_| ChannelStats::default()));
         }
-        fn describe_busy(&self) -> Vec<String> {
-            (0..self.channels).map(|i| format!("{}{i}", if self.device { "d" } else { "h" })).collect()
+        fn describe(&self, channel: usize, _way: Way) -> String {
+            format!("{}{channel}", if self.device { "d" } else { "h" })
         }
         fn forget_region(&mut self, id: u64) {
             self.asked.forgotten.store(id, Ordering::Relaxed);
@@ -351,7 +389,16 @@ mod tests {
         }
         channels.forget_region(77);
         assert_eq!((d.forgotten.load(Ordering::Relaxed), h.forgotten.load(Ordering::Relaxed)), (77, 77));
-        assert_eq!(channels.describe_busy(), "d0; d1; d2; h0 and 1 more");
+        channels.look(now).unwrap();
+        let text = channels.describe_busy(Way::Out, now + Duration::from_secs(2));
+        assert!(
+            text.starts_with("channel 0: 1 chunks out on d0, still for 2.0s; channel 1: ") && text.ends_with(" and 1 more"),
+            "{text}"
+        );
+        let later = now + Duration::from_secs(11);
+        assert_eq!(channels.dead_nic(Duration::from_secs(11), later), None);
+        let dead = channels.dead_nic(Duration::from_secs(10), later).expect("nothing moves");
+        assert!(dead.starts_with("nothing has come over stub for 11.0s; under way: channel 0: 1 chunks in on d0"), "{dead}");
         channels.close();
         assert_eq!((d.dropped.load(Ordering::Relaxed), h.dropped.load(Ordering::Relaxed), channels.routes()), (1, 1, 0));
     }
@@ -369,13 +416,13 @@ mod tests {
         assert!(channels.progress(Instant::now(), &mut events).unwrap());
         assert_eq!((events.len(), channels.busy()), (3, false));
         assert_eq!(channels.totals(), Totals { submitted: 0, sent: 7, received: 111 });
-        assert_eq!(channels.network_bytes().unwrap(), (11, 22));
+        assert_eq!(channels.look(Instant::now()).unwrap(), (11, 22));
         // One plugin that does not tell, and whole chunks are all there is.
         let (mut silent, _) = stub(false, 1);
         (silent.bytes, silent.happens) = (None, vec![Event::Sent(KEY, 3)]);
         let mut channels = Channels::new(vec![stub(true, 1).0, silent], None);
         channels.progress(Instant::now(), &mut Vec::new()).unwrap();
-        assert_eq!(channels.network_bytes().unwrap(), (3, 0));
+        assert_eq!(channels.look(Instant::now()).unwrap(), (3, 0));
     }
 
     #[test]

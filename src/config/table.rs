@@ -110,6 +110,14 @@ table! {
     PEER_TIMEOUT = var("UCCL_TCPX_PEER_TIMEOUT_MS", Kind::Number(1, DAY_MS), "10000", "A peer that is silent (no heartbeat either) for this long is lost.");
     MATCH_TIMEOUT = var("UCCL_TCPX_MATCH_TIMEOUT_MS", Kind::Number(1, DAY_MS), "300000", "How long a send waits for a receive, and a receive for a send.");
     CLOSE_TIMEOUT = var("UCCL_TCPX_CLOSE_TIMEOUT_MS", Kind::Number(1, DAY_MS), "10000", "How long deregistration and destruction wait for transfers in flight before they fail them.");
+    MAX_CONNECTIONS = var("UCCL_TCPX_MAX_CONNECTIONS", Kind::Number(1, 1 << 24), "by the limits of the process", "Incoming connections that are up at once; default: what RLIMIT_NOFILE and memory allow. tcpx-info --settings shows the numbers in effect.");
+    MAX_CONNECTIONS_OF_PEER = var("UCCL_TCPX_MAX_CONNECTIONS_OF_PEER", Kind::Number(1, 1 << 24), "three quarters of all", "The same of one address.");
+    MAX_PEER_TRANSFERS = var("UCCL_TCPX_MAX_PEER_TRANSFERS", Kind::Number(1, 1 << 32), "by memory", "Transfers in flight that all peers together have begun; what comes beyond is refused with UCCL_ERR_RESOURCE.");
+    PEER_BYTES = var("UCCL_TCPX_PEER_BYTES", Kind::Number(65536, 1 << 44), "an eighth of memory", "Memory that all peers together may take, bytes: lists of their transfers, answers that they do not read, parts of frames. Memory is the machine's, the control group's or RLIMIT_AS, whichever is least.");
+    PEER_BYTES_OF_ONE = var("UCCL_TCPX_PEER_BYTES_OF_ONE", Kind::Number(65536, 1 << 44), "half of all", "The same of one connection.");
+    NOTIF_BYTES = var("UCCL_TCPX_NOTIF_BYTES", Kind::Number(65536, 1 << 44), "an eighth of memory, at most 1G", "Notifications that wait for the application, bytes; a connection that brings more is failed.");
+    NOTIF_BYTES_OF_ONE = var("UCCL_TCPX_NOTIF_BYTES_OF_ONE", Kind::Number(65536, 1 << 44), "a quarter of all", "The same of one connection.");
+    PEER_LOG_LINES = var("UCCL_TCPX_PEER_LOG_LINES", Kind::Number(1, 1_000_000), "50", "Log lines a second that all peers together can cause; one connection causes 5. Others are counted.");
     METRICS = var("UCCL_TCPX_METRICS", Kind::Text, "unset", "Where the statistics of the process are offered to Prometheus and tcpx-top: unix:PATH (a Unix socket), ADDRESS:PORT or PORT (HTTP; a port alone is one of the loopback address), or the path of a file, which is replaced each second. %p in a path stands for the number of the process.");
     LOG_LEVEL = process(var("UCCL_P2P_LOG_LEVEL", Kind::Word(LEVELS), "warn", "Which lines of the log are written: to standard error, or to the application's function (uccl_engine_set_log_callback). RUST_LOG, where it is set, narrows further by module, such as RUST_LOG=warn,uccl_p2p::engine=trace."));
     DEBUG = process(var("UCCL_TCPX_DEBUG", Kind::Flag, "0", "1: the same as UCCL_P2P_LOG_LEVEL=debug."));

@@ -1,6 +1,7 @@
 //! A set-up with its socket and its channels: moves bytes between the socket and the machine and does what the machine asks for. The
 //! set-up thread drives the incoming ones, a connecting thread its own. Knows nothing of frames.
 
+use super::budget::Counted;
 use super::build::{self, Up};
 use super::connection::Connection;
 use super::fabric::{self, Opened, Raised, Raising};
@@ -264,12 +265,12 @@ impl Attempt {
         self.sock
     }
 
-    /// The connection.
+    /// The connection. `counted`: an incoming one's place among those.
     ///
     /// # Errors
     /// `Canceled` when the engine ends, `Resource`.
-    pub(crate) fn finish(self, site: &Site) -> Result<Arc<Connection>> {
-        build::connection(site, self.parts()?)
+    pub(crate) fn finish(self, site: &Site, counted: Option<Counted>) -> Result<Arc<Connection>> {
+        build::connection(site, self.parts()?, counted)
     }
 
     /// What a connection is built of.

@@ -1,5 +1,6 @@
 //! From a finished set-up to a connection that the engine drives. Knows nothing of how set-ups run.
 
+use super::budget::Counted;
 use super::connection::{Connection, Core, Peer};
 use super::fabric::Raised;
 use super::link::{Agreed, Sealed};
@@ -11,6 +12,7 @@ use crate::channel::device::EmulatedDevice;
 use crate::channel::net::{Channel, NetPath, Usage};
 use crate::channel::path::{Copier, Path};
 use crate::channel::router::Channels;
+use crate::fork::Local;
 use crate::net::comm::Doorbell;
 use crate::status::Result;
 use crate::wire::control::ControlStream;
@@ -89,22 +91,24 @@ fn describe(sets: &[Raised]) -> String {
     carried.join("; ")
 }
 
-/// Builds the connection and puts it under the progress thread's care.
+/// Builds the connection and puts it under the progress thread's care. `counted`: an incoming one's place among those.
 ///
 /// # Errors
 /// `Canceled` when the engine ends, `Resource`.
-pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
+pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Result<Arc<Connection>> {
     let config = &site.config;
     let home = &site.home;
     let (terms, theirs) = (&up.agreed.terms, &up.agreed.peer);
     let chunk_bytes = terms.chunk_bytes as usize;
     let carried = describe(&up.sets);
-    let doorbell = home.bell.doorbell();
-    let channels = Channels::new(paths(site, up.sets, chunk_bytes, &doorbell)?, copier(site)?);
+    let seat = home.bell.seat()?;
+    let channels = Channels::new(paths(site, up.sets, chunk_bytes, &seat.doorbell())?, copier(site)?);
     let name = up.address.to_string();
     let setting = Setting {
         registry: home.registry.clone(),
         inbox: Inbox::new(&site.notifications),
+        pool: site.pool.clone(),
+        lines: home.lines.clone(),
         chunk_bytes,
         eager_bytes: config.eager_bytes,
         peer: name.clone(),
@@ -120,19 +124,27 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
         _ => "the key".to_owned(),
     };
     let gpu = &theirs.hello.gpu;
-    log::info!(
+    let line = format!(
         "connected with {name}, GPU {gpu}, {proof}: {carried}; protection {:?}, chunks of up to {chunk_bytes} bytes",
         terms.protect
     );
+    home.lines.log(log::Level::Info, Instant::now(), format_args!("{line}"));
     let core = Core::new(
         Machine::new(setting, Instant::now()),
         channels,
         ControlStream::new(up.sock, up.sealed.session, up.sealed.plain, up.sealed.raw)?,
     );
     let key = theirs.proof.name().map(str::to_owned);
-    let peer = Peer { ip: up.address.ip(), name, gpu_index: theirs.hello.gpu_index, key, engine: theirs.engine };
+    let peer = Peer {
+        ip: up.address.ip(),
+        name,
+        gpu_index: theirs.hello.gpu_index,
+        key,
+        engine: theirs.engine,
+        _counted: counted.map(Local::new),
+    };
     home.counters.opened.add();
-    let connection = Arc::new(Connection::new(home.clone(), core, peer, doorbell.armed));
+    let connection = Arc::new(Connection::new(home.clone(), core, peer, seat));
     if !home.connections.insert(connection.id, &connection) {
         return Err(super::ending::canceled());
     }

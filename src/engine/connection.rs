@@ -1,6 +1,8 @@
 //! A connection as the application holds it: the machine, its channels and its socket under one lock; progress from the caller's
 //! thread; waiting; the end. Knows nothing of how it was set up.
 
+use super::bell::Seat;
+use super::budget::Counted;
 use super::fifo::FifoItem;
 use super::home::{self, Driven};
 use super::pacing::{pause, Pause, Polls, Situation};
@@ -18,7 +20,9 @@ use crate::wire::frame::{Frame, MAX_NOTIFICATION};
 use crate::wire::queue::RxBuffer;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::net::IpAddr;
+use std::ops::{Deref, DerefMut};
 use std::os::fd::RawFd;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -46,6 +50,8 @@ pub(crate) struct Peer {
     /// Name of the key that it has proved.
     pub key: Option<String>,
     pub engine: [u8; 16],
+    /// Of an incoming connection: its place among those.
+    pub _counted: Option<Local<Counted>>,
 }
 
 /// What the lock guards.
@@ -106,7 +112,7 @@ impl Core {
         for _ in 0..READS {
             let (n, more) = self.control.read(&mut self.rx)?;
             if n > 0 {
-                self.machine.heard(n, self.rx.arriving(), now);
+                self.machine.heard(n, self.rx.arriving(), now)?;
                 // Part of a large frame.
                 any |= self.rx.arriving() > 0;
             }
@@ -167,6 +173,8 @@ impl Core {
             totals.received_chunks += c.received_chunks;
             totals.packed_chunks += c.packed_chunks;
             totals.unpacked_chunks += c.unpacked_chunks;
+            totals.pack_us += c.pack_us;
+            totals.unpack_us += c.unpack_us;
         }
         (totals.stalls, totals.slow_answers) = self.watch.counts();
         totals
@@ -175,6 +183,42 @@ impl Core {
     /// Bytes that wait to leave on the control stream.
     fn backlog(&self) -> usize {
         self.machine.tx.pending() + self.control.pending()
+    }
+}
+
+/// The core, locked. A panic while it is held has left it half done: then the connection ends before anybody else gets it.
+struct Held<'a> {
+    connection: &'a Connection,
+    core: MutexGuard<'a, Core>,
+    /// The thread was unwinding already.
+    unwinding: bool,
+}
+
+impl Held<'_> {
+    /// Gives the lock to others for a while.
+    fn pause(&mut self, time: Duration) {
+        MutexGuard::unlocked(&mut self.core, || std::thread::sleep(time));
+    }
+}
+
+impl Deref for Held<'_> {
+    type Target = Core;
+    fn deref(&self) -> &Core {
+        &self.core
+    }
+}
+
+impl DerefMut for Held<'_> {
+    fn deref_mut(&mut self) -> &mut Core {
+        &mut self.core
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        if !self.unwinding && std::thread::panicking() {
+            self.connection.abandon_locked(&mut self.core);
+        }
     }
 }
 
@@ -188,11 +232,13 @@ pub struct Connection {
     ended: Condvar,
     waiters: AtomicU32,
     polls: Polls,
-    /// Set while the channels shall ring.
-    armed: Arc<AtomicU32>,
+    /// What the channels ring.
+    seat: Local<Arc<Seat>>,
     peer: Peer,
     channels: usize,
     local: bool,
+    /// It waits for the application's accept.
+    pub(crate) waits: AtomicBool,
     /// Set by uccl_engine_start_listener; nothing depends on it.
     pub listener_started: AtomicBool,
 }
@@ -204,7 +250,7 @@ impl std::fmt::Debug for Connection {
 }
 
 impl Connection {
-    pub(crate) fn new(home: Arc<Home>, core: Core, peer: Peer, armed: Arc<AtomicU32>) -> Connection {
+    pub(crate) fn new(home: Arc<Home>, core: Core, peer: Peer, seat: Arc<Seat>) -> Connection {
         Connection {
             id: home.connections.next_id(),
             fd: core.control.fd(),
@@ -215,8 +261,9 @@ impl Connection {
             ended: Condvar::new(),
             waiters: AtomicU32::new(0),
             polls: Polls::default(),
-            armed,
+            seat: Local::new(seat),
             peer,
+            waits: AtomicBool::new(false),
             listener_started: AtomicBool::new(false),
         }
     }
@@ -242,6 +289,14 @@ impl Connection {
         self.channels
     }
 
+    fn lock(&self) -> Held<'_> {
+        self.hold(self.core.lock())
+    }
+
+    fn hold<'a>(&'a self, core: MutexGuard<'a, Core>) -> Held<'a> {
+        Held { connection: self, core, unwinding: std::thread::panicking() }
+    }
+
     // ---- requests ----
 
     /// Starts a read or write of several segments as one transfer; gives its id.
@@ -254,12 +309,12 @@ impl Connection {
         let builder = if n < super::spare::MANY {
             RequestBuilder::new(n, &self.home.registry, self.peer.engine, None)
         } else {
-            let spare = &mut self.core.lock().machine.spare;
+            let spare = &mut self.lock().machine.spare;
             RequestBuilder::new(n, &self.home.registry, self.peer.engine, Some(spare))
         }?;
         let built = builder.build(items)?;
         let now = Instant::now();
-        let mut core = self.core.lock();
+        let mut core = self.lock();
         match built {
             Built::Refused(error) => {
                 self.admit(&core, 0, &[])?;
@@ -286,7 +341,7 @@ impl Connection {
         self.core.check("connection")?;
         let (segments, uses) = request::message(items, &self.home.registry)?;
         let now = Instant::now();
-        let mut core = self.core.lock();
+        let mut core = self.lock();
         self.admit(&core, segments.len(), &[])?;
         let id = core.machine.start_send(segments, uses, now);
         self.started(core, Ok(id), now)
@@ -303,7 +358,7 @@ impl Connection {
         region.check(addr, len)?;
         let segment = Segment { addr, len, region: 0, place: region.place, peer: Place::HOST };
         let now = Instant::now();
-        let mut core = self.core.lock();
+        let mut core = self.lock();
         self.admit(&core, 1, &[])?;
         let id = core.machine.start_receive(segment, region, now);
         self.started(core, Ok(id), now)
@@ -319,10 +374,10 @@ impl Connection {
         if size > MAX_NOTIFICATION {
             bail!(InvalidArgument, "a notification of {size} bytes, at most {MAX_NOTIFICATION}");
         }
-        let mut core = self.core.lock();
+        let mut core = self.lock();
         while core.backlog() + size > MAX_BACKLOG && core.machine.dead().is_none() && !core.closing {
             self.drive(&mut core);
-            MutexGuard::unlocked(&mut core, || std::thread::sleep(Duration::from_micros(100)));
+            core.pause(Duration::from_micros(100));
         }
         self.admit(&core, 0, &[])?;
         let now = Instant::now();
@@ -340,7 +395,7 @@ impl Connection {
     }
 
     /// After work was added: the first chunks leave from here, and the progress thread is told when it must poll.
-    fn started<T>(&self, mut core: MutexGuard<'_, Core>, started: Result<T>, now: Instant) -> Result<T> {
+    fn started<T>(&self, mut core: Held<'_>, started: Result<T>, now: Instant) -> Result<T> {
         let result = started.and_then(|value| core.pump(now).map(|()| value)).map_err(|e| core.last_words(e, now));
         match &result {
             Err(e) => self.fail_locked(&mut core, e.clone()),
@@ -361,7 +416,7 @@ impl Connection {
     /// In a child of fork.
     pub fn stats(&self) -> Result<ConnectionStats> {
         self.core.check("connection")?;
-        let core = self.core.lock();
+        let core = self.lock();
         let now = Instant::now();
         let mut channels = core.channels.stats(true, now);
         core.watch.fill(&mut channels, now);
@@ -384,7 +439,7 @@ impl Connection {
     /// Why it is not, once it is lost or closed.
     pub fn status(&self) -> Result<()> {
         self.core.check("connection")?;
-        self.core.lock().machine.alive()
+        self.lock().machine.alive()
     }
 
     // ---- progress ----
@@ -395,7 +450,7 @@ impl Connection {
     /// The error the transfer ended with, or `NotFound`.
     pub fn poll(&self, id: u64) -> Result<TransferState> {
         self.core.check("connection")?;
-        let mut core = self.core.lock();
+        let mut core = self.lock();
         let before = core.machine.lookup(id)?;
         if before.complete || core.machine.dead().is_some() {
             return Ok(before);
@@ -410,7 +465,7 @@ impl Connection {
             }
             std::thread::sleep(nap);
             self.polls.leave(self.home.clock());
-            return self.core.lock().machine.lookup(id);
+            return self.lock().machine.lookup(id);
         }
         self.polls.enter(self.home.clock());
         let any = self.drive(&mut core);
@@ -458,11 +513,11 @@ impl Connection {
             // Sleep; the progress thread drives from here and wakes us when something has ended.
             self.polls.stop();
             self.home.attend(self.id);
-            let mut core = self.core.lock();
+            let mut core = self.lock();
             self.waiters.fetch_add(1, Ordering::AcqRel);
             let until = deadline.unwrap_or(now + Duration::from_millis(100)).min(now + Duration::from_millis(100));
             let running = |core: &Core| matches!(core.machine.lookup(id), Ok(TransferState { complete: false, .. }));
-            while running(&core) && !self.ended.wait_until(&mut core, until).timed_out() {}
+            while running(&core) && !self.ended.wait_until(&mut core.core, until).timed_out() {}
             self.waiters.fetch_sub(1, Ordering::AcqRel);
         }
     }
@@ -498,18 +553,18 @@ impl Connection {
 
     /// Lets the channels ring, or no longer.
     pub(crate) fn arm(&self, on: bool) {
-        self.armed.store(u32::from(on), Ordering::SeqCst);
+        self.seat.arm(on);
     }
 
     /// What the channels ring with.
-    pub(crate) fn doorbell(&self) -> Arc<AtomicU32> {
-        self.armed.clone()
+    pub(crate) fn seat(&self) -> &Arc<Seat> {
+        &self.seat
     }
 
     /// A round of the progress thread. `must`: waits for the lock; otherwise leaves the round to whoever holds it.
     pub(crate) fn progress(&self, must: bool) -> Progress {
         let held = if must { Some(self.core.lock()) } else { self.core.try_lock() };
-        let Some(mut core) = held else { return Progress::left_alone() };
+        let Some(mut core) = held.map(|core| self.hold(core)) else { return Progress::left_alone() };
         let any = self.drive(&mut core);
         Progress {
             any,
@@ -524,13 +579,13 @@ impl Connection {
 
     /// Whether something is under way, or waits to leave.
     pub(crate) fn stirs(&self) -> bool {
-        let core = self.core.lock();
+        let core = self.lock();
         core.machine.dead().is_none() && (core.machine.busy() || core.channels.busy() || core.backlog() > 0)
     }
 
     /// A channel rang and nothing moved: it may have failed.
     pub(crate) fn look_for_failure(&self) {
-        let mut core = self.core.lock();
+        let mut core = self.lock();
         let now = Instant::now();
         if core.machine.dead().is_some() || core.closing || now - core.looked < LOOK {
             return;
@@ -547,10 +602,24 @@ impl Connection {
 
     /// A defect of this library has left the connection in an unknown state.
     pub(crate) fn abandon(&self) {
-        let mut core = self.core.lock();
-        // Whatever else does not work any more: nothing touches memory from here on.
-        core.channels.close();
-        self.fail_locked(&mut core, err!(Internal, "a defect of the library; the log has its place"));
+        self.abandon_locked(&mut self.core.lock());
+    }
+
+    /// What is done first is done, whatever of it panics once more: nothing touches memory from here on, and nobody waits for ever.
+    fn abandon_locked(&self, core: &mut Core) {
+        let error = || err!(Internal, "{}: a defect of the library; the log has its place", self.peer.name);
+        let steps: [&mut dyn FnMut(&mut Core); 4] = [
+            &mut |core| core.channels.close(),
+            &mut |core| self.fail_locked(core, error()),
+            &mut |core| core.machine.fail(error(), &mut core.channels),
+            &mut |core| core.machine.give_up(error()),
+        ];
+        for step in steps {
+            let _ = catch_unwind(AssertUnwindSafe(|| step(core)));
+        }
+        self.home.bell.unwatch(self.fd);
+        core.control.shutdown_write();
+        self.ended.notify_all();
     }
 
     fn fail_locked(&self, core: &mut Core, error: Error) {
@@ -568,13 +637,20 @@ impl Connection {
             _ => false,
         };
         self.home.counters.ended(totals, error.kind(), in_order || core.closing);
+        let (lines, now) = (&self.home.lines, Instant::now());
         match (error.kind(), lost) {
             (ErrorKind::Canceled, 0) => log::debug!("{error}"),
             (ErrorKind::Canceled, n) => log::info!("{n} transfers canceled: {error}"),
-            (ErrorKind::RemoteDisconnect, 0) => log::info!("{error}"),
-            (_, n) => log::error!("connection failed with {n} transfers in flight: {error}"),
+            // A peer may come and go as often as it likes.
+            (ErrorKind::RemoteDisconnect, 0) => lines.log(log::Level::Info, now, format_args!("{error}")),
+            (_, n) => {
+                lines.log(log::Level::Error, now, format_args!("connection failed with {n} transfers in flight: {error}"));
+            }
         }
         self.home.bell.unwatch(self.fd);
+        if self.waits.load(Ordering::SeqCst) {
+            self.home.dead.tell(self.id);
+        }
         // The peer learns what this side knows, as far as the socket takes it, before it sees its channels end.
         let now = Instant::now();
         if !core.closing {
@@ -597,7 +673,7 @@ impl Connection {
         if !self.core.is_here() {
             return;
         }
-        let mut core = self.core.lock();
+        let mut core = self.lock();
         if core.machine.dead().is_none() && !core.closing {
             // What has arrived still counts.
             self.drive(&mut core);
@@ -615,12 +691,12 @@ impl Connection {
         if !self.core.is_here() {
             return;
         }
-        let mut core = self.core.lock();
+        let mut core = self.lock();
         while core.machine.dead().is_none() && core.backlog() > 0 && Instant::now() < deadline {
             if core.flush(Instant::now()).is_err() || core.control.hung_up() {
                 break;
             }
-            MutexGuard::unlocked(&mut core, || std::thread::sleep(Duration::from_micros(50)));
+            core.pause(Duration::from_micros(50));
         }
         if core.machine.dead().is_none() {
             let left = core.backlog();
@@ -631,7 +707,7 @@ impl Connection {
             // Closing a socket with unread bytes resets it, and the peer could lose what was sent last: read on until it hangs up.
             let until = deadline.min(Instant::now() + HANG_UP);
             while !core.control.hung_up() && Instant::now() < until {
-                MutexGuard::unlocked(&mut core, || std::thread::sleep(Duration::from_micros(50)));
+                core.pause(Duration::from_micros(50));
             }
             self.fail_locked(&mut core, err!(Canceled, "closed on this side"));
         }
@@ -641,7 +717,7 @@ impl Connection {
 
     /// Fails the connection if a transfer of it still uses the region.
     pub(crate) fn fail_if_using(&self, region: u64, error: Error) {
-        let mut core = self.core.lock();
+        let mut core = self.lock();
         if core.machine.uses_region(region) {
             self.fail_locked(&mut core, error);
         }
@@ -649,13 +725,13 @@ impl Connection {
 
     /// Drops the plugin's registrations of a region.
     pub(crate) fn forget_region(&self, id: u64) {
-        self.core.lock().channels.forget_region(id);
+        self.lock().channels.forget_region(id);
     }
 }
 
 impl Driven for Connection {
     fn drive_for_application(&self) -> bool {
-        let Some(mut core) = self.core.try_lock() else { return true };
+        let Some(mut core) = self.core.try_lock().map(|core| self.hold(core)) else { return true };
         self.polls.enter(self.home.clock());
         let any = self.drive(&mut core) || (core.machine.busy() && core.machine.dead().is_none());
         drop(core);
@@ -688,3 +764,6 @@ impl Progress {
         Progress { any: false, channels_busy: true, copying: false, backlog: false, busy: true, dead: false, next_tick: None }
     }
 }
+
+#[cfg(test)]
+mod tests;

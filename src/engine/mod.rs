@@ -9,10 +9,12 @@
 //!   outgoing ones. `site`, `limits` and `ending` are what all set-ups share.
 
 mod accepts;
+#[cfg(feature = "test-api")]
 #[doc(hidden)]
 pub mod attack;
 mod attempt;
 mod bell;
+mod budget;
 mod build;
 mod connect;
 mod connection;
@@ -39,6 +41,7 @@ mod setups;
 mod site;
 mod spare;
 mod transfer;
+mod turns;
 mod watch;
 
 #[cfg(fuzzing)]
@@ -61,6 +64,11 @@ use site::{Gate, Identity, Plugins, Site};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+/// What peers of an engine with these settings may take in this process: name, number, and what it counts.
+pub fn budgets(config: &Config) -> Vec<(&'static str, usize, &'static str)> {
+    limits::Limits::of_process(&config.budgets).list()
+}
 
 /// How long a deregistration waits for what holds a region although its connections are closed.
 const STUBBORN: Duration = Duration::from_secs(1);
@@ -116,7 +124,7 @@ impl Engine {
     /// # Errors
     /// `PluginLoad`, `Plugin`, `System` (port taken), `InvalidArgument` (configuration), `Resource`.
     pub fn new(config: Config) -> Result<Arc<Engine>> {
-        crate::logging::init();
+        crate::logging::init(crate::config::log_level());
         let gpus = gpus::Gpus::new(config.emulate_device.then_some(config.emulate_devices));
         let device = Plugin::choose(&config, &|| gpus.own())?;
         if device.devices.is_empty() {
@@ -128,9 +136,10 @@ impl Engine {
         let ports = listener::open(config.bind, config.socket_ifname.as_deref(), config.port)?;
         let metadata = listener::metadata(ports.address, &gpus.name());
         announce(&metadata, &plugins, &gpus);
-        let limits = limits::Limits::of_process();
-        let home = Arc::new(connection::Home::new(bell::Bell::new()?, plugins.device.traits.doorbell, config.close_timeout));
-        let accepts = Arc::new(Accepts::new(limits.waiting));
+        let limits = limits::Limits::of_process(&config.budgets);
+        let (bell, doorbells) = (bell::Bell::new()?, plugins.device.traits.doorbell);
+        let home = Arc::new(connection::Home::new(bell, doorbells, config.close_timeout, limits.log_lines));
+        let accepts = Arc::new(Accepts::new(limits.waiting, home.dead.clone()));
         let site = Arc::new(Site {
             identity: Identity::new(&config)?,
             plugins,
@@ -139,7 +148,9 @@ impl Engine {
             allow: config.allow.clone(),
             outgoing: Gate::new(limits.outgoing),
             ending: ending::Ending::new()?,
-            notifications: notify::Queue::new(),
+            notifications: notify::Queue::new(limits.notif_bytes, limits.notif_bytes_of_one),
+            pool: budget::Pool::new(limits.peer_bytes, limits.peer_bytes_of_one, limits.transfers),
+            census: budget::Census::new(limits.connections, limits.of_address),
             home: home.clone(),
             config,
         });
@@ -167,6 +178,11 @@ impl Engine {
     /// The plugin that carries device memory.
     pub fn plugin(&self) -> &Plugin {
         &self.parts.site.plugins.device
+    }
+
+    /// What peers may take: name, number, and what it counts.
+    pub fn budgets(&self) -> Vec<(&'static str, usize, &'static str)> {
+        self.parts.site.limits.list()
     }
 
     /// What the engine and its connections count.

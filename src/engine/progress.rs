@@ -2,14 +2,13 @@
 //! sleeps in epoll. Only what a socket, a bell, a timer or another thread names is driven; a connection that an application thread
 //! polls is left to that thread. Knows nothing of frames and channels.
 
-use super::bell::WAKE;
+use super::bell::{named, Named, Seat};
 use super::connection::{Connection, Home};
 use super::pacing::{step, Round, Step};
 use reactor::Interest;
 use std::cmp::Reverse;
 use std::collections::hash_map::Entry;
 use std::collections::{BinaryHeap, HashMap};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,16 +20,6 @@ const GRID: Duration = Duration::from_millis(250);
 fn default_spin() -> Duration {
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
     Duration::from_micros(if cores > 2 { 100 } else { 50 })
-}
-
-/// Blocks every signal in the calling thread: plugins raise SIGPIPE, and handlers are the application's.
-pub(crate) fn block_signals() {
-    // SAFETY: a local, fully initialised set.
-    unsafe {
-        let mut set: libc::sigset_t = std::mem::zeroed();
-        libc::sigfillset(&mut set);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &set, std::ptr::null_mut());
-    }
 }
 
 /// A connection that has something to do.
@@ -46,8 +35,8 @@ struct Active {
 
 /// A connection in this thread's care.
 struct Known {
-    /// Its channels' doorbell.
-    armed: Arc<AtomicU32>,
+    /// What its channels ring.
+    seat: Arc<Seat>,
     /// It has an entry among the timers.
     timed: bool,
 }
@@ -56,6 +45,8 @@ struct Known {
 struct Driving<'a> {
     home: &'a Home,
     known: HashMap<u64, Known>,
+    /// Those that share a descriptor for their rings.
+    groups: HashMap<usize, Vec<u64>>,
     active: HashMap<u64, Active>,
     /// When connections next want to be looked at, at the earliest; at most one entry a connection.
     timers: BinaryHeap<Reverse<(Instant, u64)>>,
@@ -64,21 +55,40 @@ struct Driving<'a> {
 
 impl<'a> Driving<'a> {
     fn new(home: &'a Home) -> Driving<'a> {
-        Driving { home, known: HashMap::new(), active: HashMap::new(), timers: BinaryHeap::new(), start: Instant::now() }
+        Driving {
+            home,
+            known: HashMap::new(),
+            groups: HashMap::new(),
+            active: HashMap::new(),
+            timers: BinaryHeap::new(),
+            start: Instant::now(),
+        }
     }
 
     /// Something happened to a connection: it is driven from now on until it is idle.
     fn activate(&mut self, id: u64) -> Option<&mut Active> {
+        let fresh = if self.active.contains_key(&id) { None } else { self.home.connections.get(id) };
+        if fresh.is_none() && !self.active.contains_key(&id) {
+            self.forget(id);
+        }
         match self.active.entry(id) {
             Entry::Occupied(active) => Some(active.into_mut()),
             Entry::Vacant(vacant) => {
-                let Some(connection) = self.home.connections.get(id) else {
-                    self.known.remove(&id);
-                    return None;
-                };
-                self.known.entry(id).or_insert_with(|| Known { armed: connection.doorbell(), timed: false });
+                let connection = fresh?;
+                if let Entry::Vacant(unknown) = self.known.entry(id) {
+                    let seat = connection.seat().clone();
+                    self.groups.entry(seat.group).or_default().push(id);
+                    unknown.insert(Known { seat, timed: false });
+                }
                 Some(vacant.insert(Active { connection, interest: Interest::READ, driven: false, rang: false }))
             }
+        }
+    }
+
+    /// A connection has ended.
+    fn forget(&mut self, id: u64) {
+        if let Some(members) = self.known.remove(&id).and_then(|known| self.groups.get_mut(&known.seat.group)) {
+            members.retain(|&other| other != id);
         }
     }
 
@@ -96,10 +106,10 @@ impl<'a> Driving<'a> {
         }
     }
 
-    /// Activates the connections whose channels have rung. `armed`: bells of active ones are armed, too.
-    fn listen(&mut self, armed: bool) {
-        let rang = |known: &Known| known.armed.load(Ordering::SeqCst) == 0;
-        let rung: Vec<u64> = self.known.iter().filter(|(_, known)| rang(known)).map(|(&id, _)| id).collect();
+    /// Activates the connections of a group whose channels have rung. `armed`: bells of active ones are armed, too.
+    fn listen(&mut self, group: usize, armed: bool) {
+        let rang = |id: &u64| self.known.get(id).is_some_and(|known| known.seat.rang());
+        let rung: Vec<u64> = self.groups.get(&group).into_iter().flatten().copied().filter(rang).collect();
         for id in rung {
             let idle = !self.active.contains_key(&id);
             if let Some(active) = self.activate(id) {
@@ -159,9 +169,7 @@ impl<'a> Driving<'a> {
                     self.timers.push(Reverse((self.on_grid(at), id)));
                 }
             }
-            _ => {
-                self.known.remove(&id);
-            }
+            _ => self.forget(id),
         }
     }
 
@@ -190,10 +198,13 @@ impl<'a> Driving<'a> {
     /// Activates whoever has an event.
     fn notice(&mut self, tokens: &[u64], armed: bool) {
         for &token in tokens {
-            if token == WAKE {
-                self.listen(armed);
-            } else {
-                self.activate(token);
+            match named(token) {
+                // Whoever rang has left word: see `Home::asked`.
+                Named::Bell => {}
+                Named::Group(group) => self.listen(group, armed),
+                Named::Connection(id) => {
+                    self.activate(id);
+                }
             }
         }
     }
@@ -208,7 +219,7 @@ fn watch(home: &Home, active: &mut Active, interest: Interest) {
 
 /// Runs until the engine closes. A panic in a round ends the connections that it may have left half done, and not the thread.
 pub(crate) fn run(home: &Home, spin: Option<Duration>) {
-    block_signals();
+    crate::threads::block_signals();
     let spin = spin.unwrap_or_else(default_spin);
     while !home.ended() {
         let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drive(home, spin)));

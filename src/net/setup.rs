@@ -269,24 +269,22 @@ struct On<'a> {
 }
 
 impl On<'_> {
-    /// Whether the address of a peer's handle may be dialled.
-    fn check(&self, own: &Handle, peer: &Handle) -> Result<()> {
+    /// The handle to connect with, where the peer's may be dialled.
+    fn admit(&self, own: &Handle, peer: &Handle) -> Result<Handle> {
         let how = self.plugin.traits.handle_check;
-        handle::check(how, own, peer)?;
-        match handle::addresses(how, peer).find(|address| !self.allowed.admits(address.ip())) {
+        let admitted = handle::admit(how, own, peer)?;
+        match handle::addresses(how, &admitted).find(|address| !self.allowed.admits(address.ip())) {
             Some(_) => bail!(Unreachable, "the address is not in UCCL_TCPX_ALLOW of this side"),
-            None => Ok(()),
+            None => Ok(admitted),
         }
     }
 
     fn dial(&self, dev: usize, own: &Handle, peer: &Handle, keys: Option<HalfKeys>) -> Result<Outward> {
-        self.check(own, peer)?;
-        Connecting::new(self.plugin, dev, self.gpu, *peer, keys).map(Outward::Dial)
+        Connecting::new(self.plugin, dev, self.gpu, self.admit(own, peer)?, keys).map(Outward::Dial)
     }
 
     fn call(&self, dev: usize, own: &Handle, peer: &Handle, keys: Option<HalfKeys>) -> Result<Inward> {
-        self.check(own, peer)?;
-        Calling::new(self.plugin, dev, self.gpu, *peer, keys).map(Inward::Call)
+        Calling::new(self.plugin, dev, self.gpu, self.admit(own, peer)?, keys).map(Inward::Call)
     }
 
     /// Both directions of a channel.

@@ -5,12 +5,13 @@ use serde::Serialize;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
-use tcpx_tools::api::{self, Nic, Node, Plugin, Setting};
+use tcpx_tools::api::{self, Budget, Nic, Node, Plugin, Setting};
+use tcpx_tools::case::{Case, Op};
 use tcpx_tools::client::Client;
 use tcpx_tools::doctor::{self, Check, Host};
 use tcpx_tools::error::{Context, Failure, Result};
 use tcpx_tools::inspect::{self, Congestion, Environment, Gpu};
-use tcpx_tools::measure::{measure, Case, Op, Options};
+use tcpx_tools::measure::{measure, Options};
 use tcpx_tools::memory::Kind;
 use tcpx_tools::probe::{self, Proof};
 use tcpx_tools::report::Row;
@@ -56,6 +57,7 @@ struct Report {
     peer: Option<Vec<Row>>,
     doctor: Option<Vec<Check>>,
     settings: Vec<Setting>,
+    budgets: Vec<Budget>,
     environment: Environment,
 }
 
@@ -97,6 +99,7 @@ fn examine(args: &Args) -> Report {
         doctor: None,
         environment: inspect::environment(variables, &known),
         settings,
+        budgets: api::budgets(),
     };
     match look(args, &mut report) {
         Ok(verdict) => {
@@ -235,6 +238,8 @@ fn text(report: &Report, settings: bool) -> String {
             let value = if s.value.is_empty() { "(unset)" } else { &s.value };
             line("", &format!("{mark} {:<width$} = {value:<12}  {}", s.name, s.doc));
         }
+        line("budgets", "what peers may take in a process with these limits");
+        report.budgets.iter().for_each(|b| line("", &format!("  {:<width$} = {:<12}  {}", b.name, b.number, b.counts)));
     } else {
         let set: Vec<String> =
             report.settings.iter().filter(|s| s.source != "default").map(|s| format!("{}={}", s.name, s.value)).collect();

@@ -6,7 +6,7 @@ use super::staging::{Staging, STAGED_WINDOW};
 use super::Usage;
 use crate::channel::device::{DeviceCopier, StagingMemory, Ticket, View};
 use crate::channel::memory::HostBlock;
-use crate::channel::path::{Arrival, Copier, Event};
+use crate::channel::path::{Arrival, Copier, Event, Line, Way};
 use crate::channel::stripe::{Load, Rate};
 use crate::net::comm::{Doorbell, MHandle, RecvComm, SendComm};
 use crate::net::registrations::Registration;
@@ -70,7 +70,7 @@ pub(super) struct ToPost {
 }
 
 pub(super) enum Source {
-    Contiguous { data: *mut u8, mhandle: MHandle, packing: Ticket, place: Place },
+    Contiguous { data: *mut u8, mhandle: MHandle, packing: Copying, place: Place },
     Vectored(Vec<ucclIoVec>),
 }
 
@@ -84,7 +84,37 @@ pub(super) struct Posted {
 /// A chunk that is here and not yet in place.
 pub(super) struct Finishing {
     pub arrival: Arrival,
-    pub ticket: Ticket,
+    pub copying: Copying,
+}
+
+/// A copy by the device, if one is needed.
+pub(super) struct Copying {
+    ticket: Ticket,
+    /// When it was handed over; none once its time was counted.
+    since: Option<Instant>,
+}
+
+impl Copying {
+    /// None is needed.
+    pub(super) fn none() -> Copying {
+        Copying { ticket: Ticket::Done, since: None }
+    }
+
+    /// What `hand_over` gives to the device.
+    pub(super) fn begin(hand_over: impl FnOnce() -> Result<Ticket>) -> Result<Copying> {
+        let since = Some(Instant::now());
+        Ok(Copying { ticket: hand_over()?, since })
+    }
+
+    /// Whether it is over; its time then goes to `spent`.
+    pub(super) fn over(&mut self, copier: &mut Copier, spent: &mut Duration) -> Result<bool> {
+        if self.ticket != Ticket::Done && !device(copier)?.poll(self.ticket)? {
+            return Ok(false);
+        }
+        self.ticket = Ticket::Done;
+        *spent += self.since.take().map_or(Duration::ZERO, |since| since.elapsed());
+        Ok(true)
+    }
 }
 
 /// One channel.
@@ -123,6 +153,8 @@ pub(super) struct Counts {
     pub received_chunks: u64,
     pub packed: u64,
     pub unpacked: u64,
+    pub packing: Duration,
+    pub unpacking: Duration,
 }
 // SAFETY: raw pointers inside point to memory that this channel or a held region owns; a channel is used by one thread at a time.
 unsafe impl Send for Channel {}
@@ -209,16 +241,19 @@ impl Channel {
         Ok(any)
     }
 
-    /// Bytes that the network has taken and brought; `None` where the plugin does not tell.
-    pub(super) fn network_bytes(&self) -> Result<Option<(u64, u64)>> {
+    /// What the network has done.
+    pub(super) fn network(&self) -> Result<Line<'_>> {
         let sent = self.send.network_bytes().map_err(|e| at(&self.send.describe(), &e))?;
         let received = self.recv.network_bytes().map_err(|e| at(&self.recv.describe(), &e))?;
-        Ok(sent.zip(received))
+        let incoming = self.expected.len() + self.posted.len() + self.finishing.len();
+        let under_way = (self.outgoing.len(), incoming);
+        Ok(Line { nic: &self.nic, moved: sent.zip(received), under_way, posted: self.posted.len() })
     }
 
     /// What it counts; `kernel`: with what the kernel knows, which takes a system call.
     pub(super) fn stats(&self, kernel: bool, now: Instant) -> ChannelStats {
-        let Counts { sent_bytes, sent_chunks, received_bytes, received_chunks, packed, unpacked } = self.counts;
+        let Counts { sent_bytes, sent_chunks, received_bytes, received_chunks, packed, unpacked, packing, unpacking } =
+            self.counts;
         let oldest = self.outgoing.front().map_or(0, |o| o.len as u64);
         let network = if kernel { self.send.info().map(network) } else { None };
         // Sends end when the kernel has them: what the peer acknowledges says how fast the line is.
@@ -237,22 +272,19 @@ impl Channel {
             window: MAX_REQUESTS as u32,
             packed_chunks: packed,
             unpacked_chunks: unpacked,
+            pack_us: packing.as_micros() as u64,
+            unpack_us: unpacking.as_micros() as u64,
             network,
             ..ChannelStats::default()
         }
     }
 
-    /// What is under way, in words; `None` when nothing is.
-    pub(super) fn describe_busy(&self) -> Option<String> {
-        let mut words = Vec::new();
-        if !self.outgoing.is_empty() {
-            words.push(format!("{} chunks out on {}", self.outgoing.len(), self.send.describe()));
+    /// Its ends in a direction, in words.
+    pub(super) fn describe(&self, way: Way) -> String {
+        match way {
+            Way::Out => self.send.describe(),
+            Way::In => self.recv.describe(),
         }
-        let incoming = self.expected.len() + self.posted.len() + self.finishing.len();
-        if incoming > 0 {
-            words.push(format!("{incoming} chunks in on {}", self.recv.describe()));
-        }
-        (!words.is_empty()).then(|| words.join(", "))
     }
 }
 

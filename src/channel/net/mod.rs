@@ -7,7 +7,7 @@ mod staging;
 
 pub(crate) use channel::Channel;
 
-use super::path::{Arrival, Copier, Departure, Event, Path};
+use super::path::{Arrival, Copier, Departure, Event, Line, Path, Way};
 use super::stripe::{Loads, Nic, LEFT_ALONE};
 use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
@@ -132,20 +132,12 @@ impl Path for NetPath {
         self.channels.iter().any(Channel::busy)
     }
 
-    fn network_bytes(&self) -> Result<Option<(u64, u64)>> {
-        let mut sum = Some((0, 0));
-        for channel in &self.channels {
-            sum = sum.zip(channel.network_bytes()?).map(|((a, b), (c, d))| (a + c, b + d));
-        }
-        Ok(sum)
+    fn network(&self, each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
+        self.channels.iter().try_for_each(|channel| channel.network().map(&mut *each))
     }
 
-    fn describe_busy(&self) -> Vec<String> {
-        self.channels
-            .iter()
-            .enumerate()
-            .filter_map(|(i, c)| c.describe_busy().map(|text| format!("channel {i}: {text}")))
-            .collect()
+    fn describe(&self, channel: usize, way: Way) -> String {
+        self.channels.get(channel).map_or_else(String::new, |c| c.describe(way))
     }
 
     fn stats(&self, kernel: bool, now: Instant, out: &mut Vec<ChannelStats>) {

@@ -3,6 +3,7 @@
 //! have gone before it if turns were kept. Pure; time is the caller's.
 
 use super::limits::MAX_BACKLOG;
+use crate::channel::path::Way;
 use crate::types::Key;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -15,13 +16,6 @@ const TURN: u64 = 64 << 20;
 const SLACK: u64 = 1 << 20;
 /// Bytes of the control streams that an announcement and the answer to it may wait for: a backlog at either side.
 const CONTROL: u64 = 2 * MAX_BACKLOG as u64;
-
-/// Direction of data, from this side.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Way {
-    Out,
-    In,
-}
 
 /// Bytes that moved in one direction of the connection.
 #[derive(Debug)]

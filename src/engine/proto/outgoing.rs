@@ -2,6 +2,7 @@
 //! that is blocked holds up only its own route, and every chunk that is handed to a channel is announced. Knows nothing of frames'
 //! bytes and sockets.
 
+use super::limits;
 use crate::channel::path::Departure;
 use crate::channel::plan::{chunk_len, Walk};
 use crate::channel::router::Channels;
@@ -102,6 +103,9 @@ pub(super) struct Outgoing {
     routes: Vec<Turns>,
     /// Bytes of large streams that no channel has.
     bulk_left: u64,
+    /// Chunks announced, and those of them that the peer says have arrived.
+    announced: u64,
+    confirmed: u64,
 }
 
 /// How far a round of scheduling came.
@@ -147,12 +151,16 @@ impl Outgoing {
         now: Instant,
     ) -> Result<Scheduled> {
         let mut announcing = Announcing::default();
+        let may = limits::may_announce(self.announced - self.confirmed);
         for route in 0..self.routes.len() {
             let mut blocked = [false; 2];
             while let Some(small) = self.routes[route].next(blocked) {
                 if announcing.chunks == limit {
                     announcing.flush(tx);
                     return Ok(Scheduled::Limit);
+                }
+                if announcing.chunks >= may {
+                    break;
                 }
                 if !self.chunk(route, small, channels, &mut announcing, tx, now)? {
                     blocked[usize::from(small)] = true;
@@ -190,6 +198,7 @@ impl Outgoing {
         channels.submit(channel, Departure { key, chunk, hold: out.hold.clone(), bulk: !small, tag }, now)?;
         out.inflight += len;
         self.bulk_left -= if small { 0 } else { len };
+        self.announced += 1;
         announcing.push(key, Grant { len: len as u32, channel }, tx);
         let next_route = match out.stream.next_places() {
             Some((place, peer)) => match channels.route(place, peer) {
@@ -217,6 +226,18 @@ impl Outgoing {
             return Ok(Gone::More);
         }
         Ok(Gone::Last(self.streams.remove(&key).map(|out| out.stream.into_list()).unwrap_or_default()))
+    }
+
+    /// The peer says that so many chunks have arrived in all.
+    ///
+    /// # Errors
+    /// `Protocol` when these are fewer than before, or more than were announced.
+    pub(super) fn confirm(&mut self, chunks: u64) -> Result<()> {
+        if chunks < self.confirmed || chunks > self.announced {
+            bail!(Protocol, "the peer has received {chunks} chunks after {}, of {} sent", self.confirmed, self.announced);
+        }
+        self.confirmed = chunks;
+        Ok(())
     }
 
     /// Bytes of a stream that no channel has; `None` when all has gone or there is no such stream.
