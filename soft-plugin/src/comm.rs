@@ -6,7 +6,7 @@ use std::sync::atomic::{fence, AtomicBool, AtomicI32, AtomicPtr, AtomicU32, Orde
 use std::sync::Arc;
 
 use nccl_net_abi::{
-    ncclNetDeviceHandle_v7, ncclResult_t, ucclCommInfo, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_INVALID_ARGUMENT,
+    ncclNetDeviceHandle_v7, ncclResult_t, ucclCommInfo, ucclFlow, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_INVALID_ARGUMENT,
     NCCL_INVALID_USAGE, NCCL_SYSTEM_ERROR,
 };
 use parking_lot::Mutex;
@@ -74,6 +74,8 @@ pub struct Comm {
     hung_up: AtomicBool,
     io: Mutex<Io>,
     source: Source,
+    /// What was known last of the sent bytes.
+    flow: Mutex<ucclFlow>,
     /// Where device receives land.
     queue: Mutex<Option<Arc<UnpackQueue>>>,
     /// The caller's device handle, to be filled by the first use of device memory; null once it is, or when there is none.
@@ -109,6 +111,7 @@ impl Comm {
             hung_up: AtomicBool::new(false),
             io: Mutex::new(Io { socket: Some(connected.socket), hung_up: false, side, doorbell: None, rung: 0 }),
             source: Source::new(),
+            flow: Mutex::default(),
             queue: Mutex::new(queue.map(Arc::new)),
             late_handle: AtomicPtr::new(late_handle),
             seat,
@@ -236,6 +239,17 @@ impl Comm {
         let io = self.io.lock();
         let socket = io.socket.as_ref().ok_or(NCCL_INVALID_ARGUMENT)?;
         tcp::bytes_acked(socket.as_raw_fd()).ok_or(NCCL_INTERNAL_ERROR)
+    }
+
+    /// How far the sent bytes have come; as it was known last while a turn is under way.
+    pub fn flow(&self) -> Result<ucclFlow, ncclResult_t> {
+        if let Some(io) = self.io.try_lock() {
+            let socket = io.socket.as_ref().ok_or(NCCL_INVALID_ARGUMENT)?;
+            let flow = tcp::flow(socket.as_raw_fd()).ok_or(NCCL_INTERNAL_ERROR)?;
+            *self.flow.lock() = flow;
+            return Ok(flow);
+        }
+        Ok(ucclFlow { stale: 1, ..*self.flow.lock() })
     }
 
     pub fn info(&self) -> Result<ucclCommInfo, ncclResult_t> {

@@ -6,7 +6,7 @@ use super::device::spread;
 use super::path::{Arrival, Copier, Departure, Dest, Event, Path, Way};
 use super::plan::Chunk;
 use super::stillness::Stillness;
-use super::stripe::{self, Load};
+use super::stripe::{self, Loads, Want};
 use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
 use crate::types::{Part, Place};
@@ -30,7 +30,7 @@ pub(crate) struct Channels {
     // The paths close before the copier goes (field order).
     paths: Vec<Box<dyn Path>>,
     copier: Copier,
-    loads: Vec<Load>,
+    loads: Loads,
     totals: Totals,
     stillness: Stillness,
 }
@@ -38,7 +38,7 @@ pub(crate) struct Channels {
 impl Channels {
     /// Channels over `paths`; of several that carry a pair of places the first is taken.
     pub(crate) fn new(paths: Vec<Box<dyn Path>>, copier: Copier) -> Channels {
-        Channels { paths, copier, loads: Vec::new(), totals: Totals::default(), stillness: Stillness::default() }
+        Channels { paths, copier, loads: Loads::default(), totals: Totals::default(), stillness: Stillness::default() }
     }
 
     /// Number of paths: each route is blocked on its own.
@@ -61,12 +61,14 @@ impl Channels {
         self.paths.iter().map(|p| p.channels()).sum()
     }
 
-    /// The channel for the next chunk from `place` on a route; `None` when none should take one now.
-    pub(crate) fn pick(&mut self, route: usize, place: Place, len: u64, bulk: bool, now: Instant) -> Option<u16> {
+    /// The channel for the next chunk from `place` on a route, and the chunk's bytes at most; `None` when none should take one now.
+    pub(crate) fn pick(&mut self, route: usize, place: Place, want: Want, bulk: bool, now: Instant) -> Option<(u16, usize)> {
         let base: usize = self.paths.iter().take(route).map(|p| p.channels()).sum();
-        self.loads.clear();
-        self.paths.get(route)?.loads(place, bulk, now, &mut self.loads);
-        stripe::pick(&self.loads, len).and_then(|channel| u16::try_from(base + channel).ok())
+        self.loads.channels.clear();
+        self.loads.nics.clear();
+        self.paths.get_mut(route)?.loads(place, bulk, now, &mut self.loads);
+        let pick = stripe::pick(&self.loads, want)?;
+        Some((u16::try_from(base + pick.channel).ok()?, pick.len as usize))
     }
 
     fn path(&mut self, channel: u16) -> Option<(&mut Box<dyn Path>, usize, &mut Copier)> {
@@ -283,6 +285,7 @@ impl Channels {
 mod tests {
     use super::*;
     use crate::channel::path::Line;
+    use crate::channel::stripe::Load;
     use crate::region::Hold;
     use crate::status::ErrorKind;
     use crate::types::Key;
@@ -318,10 +321,10 @@ mod tests {
         fn carries_local(&self, local: Place) -> bool {
             !self.device || local.is_device()
         }
-        fn loads(&self, _place: Place, bulk: bool, _now: Instant, out: &mut Vec<Load>) {
+        fn loads(&mut self, _place: Place, bulk: bool, _now: Instant, out: &mut Loads) {
             // The last channel is the free one; large transfers leave it alone.
             let free = |i| usize::from(i + 1 == self.channels && !self.full && !bulk);
-            out.extend((0..self.channels).map(|i| Load { free: free(i), queued: 0, rate: 0.0 }));
+            out.channels.extend((0..self.channels).map(|i| Load { free: free(i), queued: 0, rate: 0.0, nic: 0 }));
         }
         fn submit(&mut self, channel: usize, _departure: Departure, _copier: &mut Copier, _now: Instant) -> Result<()> {
             self.asked.submitted.store(channel as u64 + 1, Ordering::Relaxed);
@@ -383,12 +386,12 @@ mod tests {
     fn the_first_path_that_carries_a_pair_takes_it_and_channels_are_numbered_over_all() {
         let ((device, d), (host, h)) = (stub(true, 3), stub(false, 2));
         let mut channels = Channels::new(vec![device, host], None);
-        let (gpu, now) = (Place::gpu(0), Instant::now());
+        let (gpu, now, want) = (Place::gpu(0), Instant::now(), Want { len: 1, rest: 1 });
         assert_eq!((channels.route(gpu, gpu), channels.route(gpu, Place::HOST)), (Some(0), Some(1)));
         assert_eq!((channels.routes(), channels.count()), (2, 5));
         assert_eq!([0, 1, 2].map(|route| channels.width(route)), [3, 2, 0]);
-        assert_eq!([0, 1, 2].map(|route| channels.pick(route, gpu, 1, false, now)), [Some(2), Some(4), None]);
-        assert_eq!(channels.pick(0, gpu, 1, true, now), None, "no room for large ones");
+        assert_eq!([0, 1, 2].map(|route| channels.pick(route, gpu, want, false, now)), [Some((2, 1)), Some((4, 1)), None]);
+        assert_eq!(channels.pick(0, gpu, want, true, now), None, "no room for large ones");
         channels.submit(4, departure(10), now).unwrap();
         channels.submit(2, departure(5), now).unwrap();
         assert_eq!((d.submitted.load(Ordering::Relaxed), h.submitted.load(Ordering::Relaxed)), (3, 2));

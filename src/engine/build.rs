@@ -49,7 +49,8 @@ fn copier(site: &Site) -> Result<Copier> {
 fn paths(site: &Site, sets: Vec<Raised>, chunk_bytes: usize, doorbell: &Doorbell) -> Result<Vec<Box<dyn Path>>> {
     let config = &site.config;
     let path = |set: Raised| -> Result<Box<dyn Path>> {
-        let channels: Vec<Channel> = set.pairs.into_iter().map(|pair| Channel::new(pair.send, pair.recv, pair.nic)).collect();
+        let channels: Vec<Channel> =
+            set.pairs.into_iter().map(|pair| Channel::new(pair.send, pair.recv, pair.nic, pair.peer_nic)).collect();
         for channel in &channels {
             channel.set_doorbell(doorbell)?;
         }

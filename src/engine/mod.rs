@@ -419,7 +419,7 @@ fn offer(site: &Arc<Site>, metadata: &str) -> Option<Arc<export::Exporter>> {
 
 fn announce(metadata: &str, plugins: &Plugins, gpus: &gpus::Gpus) {
     let plugin = &plugins.device;
-    let nics: Vec<String> = plugin.devices.iter().map(|d| format!("{} ({} Mbit/s)", d.name, d.speed_mbps)).collect();
+    let nics: Vec<String> = plugin.devices.iter().map(|d| format!("{} ({})", d.name, d.speed())).collect();
     let origin = plugin.path.as_ref().map_or("built in".to_owned(), |p| p.display().to_string());
     log::info!("engine {metadata}: plugin {} ({origin}), NICs {}, GPU {}", plugin.name, nics.join(", "), gpus.name());
 }

@@ -141,8 +141,9 @@ pub(crate) struct Channel {
     pub(super) host_in: Option<Staging>,
     pub(super) device_in: Option<(Registration, Box<dyn StagingMemory>)>,
     pub(super) discard: Option<HostBlock>,
-    /// The name of its NIC, and what it has done, for statistics.
+    /// The names of its NICs, here and there, and what it has done, for statistics.
     nic: String,
+    peer_nic: String,
     pub(super) counts: Counts,
 }
 
@@ -162,7 +163,7 @@ pub(super) struct Counts {
 unsafe impl Send for Channel {}
 
 impl Channel {
-    pub(crate) fn new(send: SendComm, recv: RecvComm, nic: String) -> Channel {
+    pub(crate) fn new(send: SendComm, recv: RecvComm, nic: String, peer_nic: String) -> Channel {
         Channel {
             send,
             recv,
@@ -182,6 +183,7 @@ impl Channel {
             device_in: None,
             discard: None,
             nic,
+            peer_nic,
             counts: Counts::default(),
         }
     }
@@ -201,8 +203,23 @@ impl Channel {
         !self.outgoing.is_empty() || !self.expected.is_empty() || !self.posted.is_empty() || !self.finishing.is_empty()
     }
 
-    /// For a chunk from `place`.
-    pub(super) fn load(&self, place: Place, bulk: bool, usage: &Usage, now: Instant) -> Load {
+    /// Its NIC here and the peer's: what these carry is measured together.
+    pub(super) fn nics(&self) -> (&str, &str) {
+        (&self.nic, &self.peer_nic)
+    }
+
+    /// Bytes that have come to the peer, those that were handed over and have not, and the round trip, as far as the plugin tells; `None`
+    /// when it cannot tell now.
+    pub(super) fn flow(&self) -> Option<(u64, u64, Duration)> {
+        match self.send.flow() {
+            Some(flow) if flow.stale != 0 => None,
+            Some(flow) => Some((flow.acknowledged, self.queued + flow.waiting, Duration::from_micros(flow.min_rtt_us.into()))),
+            None => Some((self.counts.sent_bytes, self.queued, Duration::ZERO)),
+        }
+    }
+
+    /// For a chunk from `place`; `nic`: the number of its NIC.
+    pub(super) fn load(&self, place: Place, bulk: bool, usage: &Usage, nic: usize, now: Instant) -> Load {
         let oldest = self.outgoing.front().map_or(0, |o| o.len as u64);
         let window = if place.is_device() && usage.stage_sends { STAGED_WINDOW } else { MAX_REQUESTS };
         let free = window.saturating_sub(self.outgoing.len());
@@ -212,7 +229,7 @@ impl Channel {
             true => free.min(BULK_WINDOW.saturating_sub(self.bulk)),
             false => free,
         };
-        Load { free, queued: self.queued, rate: self.rate.get(oldest, now) }
+        Load { free, queued: self.queued, rate: self.rate.get(oldest, now), nic }
     }
 
     /// See `Path::ready`.
