@@ -118,6 +118,13 @@ impl Hold {
         }
     }
 
+    /// A region that is to be shared with a process of this host, which has to be told of its end.
+    pub(crate) fn region_to_share(&self, region: u16) -> Option<&Region> {
+        let used = self.0.get(usize::from(region))?;
+        used.registered.store(true, Ordering::Release);
+        Some(used)
+    }
+
     /// Whether it holds the region with this id.
     pub(crate) fn holds(&self, id: u64) -> bool {
         self.0.iter().any(|u| u.span.id == id)

@@ -3,12 +3,13 @@
 //! nothing of plugins, and of transfers only the keys of chunks.
 
 use super::device::spread;
-use super::path::{Arrival, Copier, Departure, Dest, Event, Path};
+use super::path::{Arrival, ChunkLimits, Copier, Departure, Dest, Event, Path};
 use super::plan::Chunk;
 use super::stripe::{self, Load};
+use crate::region::Hold;
 use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
-use crate::types::Place;
+use crate::types::{Place, Segment};
 use std::time::Instant;
 
 /// Bytes that have passed the channels so far, counted in whole chunks.
@@ -42,14 +43,52 @@ impl Channels {
         self.paths.len()
     }
 
-    /// The path for memory of these places.
-    pub(crate) fn route(&self, local: Place, peer: Place) -> Option<usize> {
-        self.paths.iter().position(|p| p.carries(local, peer))
+    /// The path for memory of these places. `shared`: [`Channels::share`] has said yes to the regions that are sent.
+    pub(crate) fn route(&self, local: Place, peer: Place, shared: bool) -> Option<usize> {
+        self.paths.iter().position(|p| p.carries(local, peer) && (shared || !p.needs_sharing(local)))
     }
 
-    /// Channels of a route.
-    pub(crate) fn width(&self, route: usize) -> usize {
-        self.paths.get(route).map_or(0, |p| p.channels())
+    /// Whether the paths that want regions to be shared first can send these segments, whose regions `hold` has.
+    pub(crate) fn share(&mut self, segments: &[Segment], hold: &Hold) -> bool {
+        let mut shared = true;
+        let wants = |path: &&mut Box<dyn Path>| path.needs_sharing(Place::gpu(0));
+        for path in self.paths.iter_mut().filter(wants) {
+            let mut last = None;
+            for segment in segments {
+                let this = (segment.region, segment.peer);
+                if last.replace(this) == Some(this) || !path.needs_sharing(segment.place) {
+                    continue;
+                }
+                if path.carries(segment.place, segment.peer) {
+                    // All are asked: each is told to the peer at its first use.
+                    shared &= hold.region_to_share(segment.region).is_some_and(|region| path.share(region, segment.peer));
+                }
+            }
+        }
+        shared
+    }
+
+    /// What chunks of a channel are at most; `None` where it does not exist.
+    pub(crate) fn limits(&self, channel: u16) -> Option<ChunkLimits> {
+        let mut index = usize::from(channel);
+        self.paths.iter().find_map(|path| match index.checked_sub(path.channels()) {
+            None => Some(path.limits()),
+            Some(rest) => {
+                index = rest;
+                None
+            }
+        })
+    }
+
+    /// What the next chunk of a transfer of `total` bytes should be at most on a route.
+    pub(crate) fn cut(&self, route: usize, total: u64) -> ChunkLimits {
+        match self.paths.get(route) {
+            Some(path) => {
+                let limits = path.limits();
+                ChunkLimits { bytes: path.chunk_len(total).min(limits.bytes), ..limits }
+            }
+            None => ChunkLimits { bytes: 0, pieces: 0, crossed: 0 },
+        }
     }
 
     /// Number of channels.
@@ -101,7 +140,7 @@ impl Channels {
     pub(crate) fn progress(&mut self, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
         let mut any = false;
         for path in &mut self.paths {
-            if path.busy() {
+            if path.busy() || path.attention() {
                 any |= path.progress(&mut self.copier, now, events)?;
             }
         }
@@ -128,9 +167,14 @@ impl Channels {
         self.paths.iter().any(|p| p.busy())
     }
 
+    /// [`Channels::progress`] has something to do, chunks or not.
+    pub(crate) fn stirs(&self) -> bool {
+        self.paths.iter().any(|p| p.busy() || p.attention())
+    }
+
     /// A device copies for this connection; nobody is woken when it ends.
     pub(crate) fn copies_pending(&self) -> bool {
-        self.copier.as_ref().is_some_and(|c| c.busy())
+        self.copier.as_ref().is_some_and(|c| c.busy()) || self.paths.iter().any(|p| p.copying())
     }
 
     /// Bytes in whole chunks.
@@ -262,6 +306,12 @@ mod tests {
         fn channels(&self) -> usize {
             self.channels
         }
+        fn limits(&self) -> ChunkLimits {
+            ChunkLimits { bytes: 100 * self.channels, pieces: 1, crossed: 1 }
+        }
+        fn chunk_len(&self, total: u64) -> usize {
+            total as usize
+        }
         fn carries(&self, local: Place, peer: Place) -> bool {
             !self.device || (local.is_device() && peer.is_device())
         }
@@ -330,9 +380,13 @@ mod tests {
         let ((device, d), (host, h)) = (stub(true, 3), stub(false, 2));
         let mut channels = Channels::new(vec![device, host], None);
         let (gpu, now) = (Place::gpu(0), Instant::now());
-        assert_eq!((channels.route(gpu, gpu), channels.route(gpu, Place::HOST)), (Some(0), Some(1)));
+        assert_eq!((channels.route(gpu, gpu, true), channels.route(gpu, Place::HOST, true)), (Some(0), Some(1)));
         assert_eq!((channels.routes(), channels.count()), (2, 5));
-        assert_eq!([0, 1, 2].map(|route| channels.width(route)), [3, 2, 0]);
+        assert_eq!([0, 1, 2].map(|route| channels.cut(route, 1 << 20).bytes), [300, 200, 0]);
+        assert_eq!(
+            [2, 3, 4, 5].map(|channel| channels.limits(channel).map(|l| l.bytes)),
+            [Some(300), Some(200), Some(200), None]
+        );
         assert_eq!([0, 1, 2].map(|route| channels.pick(route, gpu, 1, false, now)), [Some(2), Some(4), None]);
         assert_eq!(channels.pick(0, gpu, 1, true, now), None, "no room for large ones");
         channels.submit(4, departure(10), now).unwrap();

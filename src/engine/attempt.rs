@@ -3,7 +3,7 @@
 
 use super::build::{self, Up};
 use super::connection::Connection;
-use super::fabric::{self, Opened, Raised, Raising};
+use super::fabric::{self, Opened, Raising};
 use super::limits;
 use super::link::{Link, SealedLink};
 use super::setup::{Next, Setup};
@@ -28,7 +28,7 @@ enum Channels {
     None,
     Opened(Opened),
     Raising(Raising),
-    Up(Vec<Raised>),
+    Up(fabric::Up),
 }
 
 /// What a step came to.
@@ -100,7 +100,7 @@ impl Attempt {
     ///
     /// # Errors
     /// Why the set-up has failed.
-    pub(crate) fn step(&mut self, now: Instant) -> Result<Progress> {
+    pub(crate) fn step(&mut self, site: &Site, now: Instant) -> Result<Progress> {
         loop {
             self.read(now)?;
             self.flush()?;
@@ -129,7 +129,8 @@ impl Attempt {
                 Ok(Next::Raise(offers)) => {
                     if let Channels::Opened(opened) = std::mem::replace(&mut self.channels, Channels::None) {
                         let link = &self.setup.link;
-                        let raising = opened.establish(&offers, |set, index| link.channel_keys(set, index))?;
+                        let proof = link.local_keys()?;
+                        let raising = opened.establish(site, &offers, |set, index| link.channel_keys(set, index), proof)?;
                         self.channels = Channels::Raising(raising);
                         (self.look_at, self.began) = (now, now);
                     }
@@ -155,9 +156,9 @@ impl Attempt {
         }
         if raising.poll().map_err(|e| limits::explain(e, self.sock.as_fd()))? {
             if let Channels::Raising(raising) = std::mem::replace(&mut self.channels, Channels::None) {
-                let (raised, numbers) = raising.finish()?;
-                self.channels = Channels::Up(raised);
-                self.setup.raised(numbers);
+                let (up, ready) = raising.finish()?;
+                self.channels = Channels::Up(up);
+                self.setup.raised(ready);
             }
             return Ok(true);
         }
@@ -224,7 +225,8 @@ impl Attempt {
             plans.iter_mut().filter(|plan| plan.spare).for_each(|plan| plan.channels = 0);
             limits::room_for(&site.limits, self.sock.as_fd(), fabric::cost(&plans))?;
         }
-        let opened = Opened::open(site, plans).map_err(|e| limits::explain(e, self.sock.as_fd()))?;
+        let connecting = agreed.connecting;
+        let opened = Opened::open(site, plans, connecting).map_err(|e| limits::explain(e, self.sock.as_fd()))?;
         self.setup.offer(opened.offers());
         self.channels = Channels::Opened(opened);
         Ok(())
@@ -253,9 +255,9 @@ impl Attempt {
     /// # Errors
     /// `Internal` before the end.
     pub(crate) fn parts(self) -> Result<Up> {
-        let (Channels::Up(sets), Some((agreed, sealed))) = (self.channels, self.setup.link.finish()) else {
+        let (Channels::Up(fabric::Up { sets, local }), Some((agreed, sealed))) = (self.channels, self.setup.link.finish()) else {
             return Err(err!(Internal, "finished before its end"));
         };
-        Ok(Up { sock: self.sock, address: self.address, agreed, sealed, sets })
+        Ok(Up { sock: self.sock, address: self.address, agreed, sealed, sets, local })
     }
 }

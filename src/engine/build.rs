@@ -3,6 +3,7 @@
 use super::connection::{Connection, Core, Peer};
 use super::fabric::Raised;
 use super::link::{Agreed, Sealed};
+use super::local::Local;
 use super::notify::Inbox;
 use super::proto::{Machine, Setting};
 use super::site::Site;
@@ -28,6 +29,8 @@ pub(crate) struct Up {
     pub sealed: Sealed,
     /// Channels by set, in the order of their numbers.
     pub sets: Vec<Raised>,
+    /// What was found on this host.
+    pub local: Local,
 }
 
 /// What copies device memory; none on a machine without a GPU.
@@ -99,12 +102,20 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
     let chunk_bytes = terms.chunk_bytes as usize;
     let carried = describe(&up.sets);
     let doorbell = home.bell.doorbell();
-    let channels = Channels::new(paths(site, up.sets, chunk_bytes, &doorbell)?, copier(site)?);
+    let mut paths = paths(site, up.sets, chunk_bytes, &doorbell)?;
+    let found = up.local.describe();
+    let local = up.local.path(home.bell.local_bell(&doorbell));
+    // Of several paths that carry something the first does.
+    let watched = local.map(|path| {
+        let watched = path.watched();
+        paths.insert(0, Box::new(path));
+        watched
+    });
+    let channels = Channels::new(paths, copier(site)?);
     let name = up.address.to_string();
     let setting = Setting {
         registry: home.registry.clone(),
         inbox: Inbox::new(&site.notifications),
-        chunk_bytes,
         eager_bytes: config.eager_bytes,
         peer: name.clone(),
         transfer_timeout: config.transfer_timeout,
@@ -120,7 +131,7 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
     };
     let gpu = &theirs.hello.gpu;
     log::info!(
-        "connected with {name}, GPU {gpu}, {proof}: {carried}; protection {:?}, chunks of up to {chunk_bytes} bytes",
+        "connected with {name}, GPU {gpu}, {proof}: {carried}{found}; protection {:?}, chunks of up to {chunk_bytes} bytes",
         terms.protect
     );
     let core = Core::new(
@@ -131,11 +142,12 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
     let key = theirs.proof.name().map(str::to_owned);
     let peer = Peer { ip: up.address.ip(), name, gpu_index: theirs.hello.gpu_index, key, engine: theirs.engine };
     home.counters.opened.add();
-    let connection = Arc::new(Connection::new(home.clone(), core, peer, doorbell.armed));
+    let connection = Arc::new(Connection::new(home.clone(), core, peer, doorbell.armed, watched));
     if !home.connections.insert(connection.id, &connection) {
         return Err(super::ending::canceled());
     }
     home.bell.watch(connection.fd, connection.id)?;
+    connection.watch_local()?;
     home.attend(connection.id);
     Ok(connection)
 }

@@ -62,7 +62,7 @@ fn run(site: &Site, sock: TcpStream, address: SocketAddr, gpu: &str, deadline: I
 pub(super) fn drive(site: &Site, attempt: &mut Attempt) -> Result<()> {
     loop {
         let now = Instant::now();
-        match attempt.step(now)? {
+        match attempt.step(site, now)? {
             Progress::Up => return Ok(()),
             Progress::Proved => attempt.admit(site)?,
             Progress::Wait => {

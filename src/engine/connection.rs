@@ -8,6 +8,7 @@ use super::proto::{Machine, Scheduled, TransferState, MAX_BACKLOG};
 use super::request::{self, Built, RequestBuilder};
 use super::transfer::{Direction, LocalSegment};
 use super::watch::Watch;
+use crate::channel::local::Watched;
 use crate::channel::router::Channels;
 use crate::fork::Local;
 use crate::stats::{ChannelStats, ConnectionStats, Totals};
@@ -80,7 +81,7 @@ impl Core {
 
     /// Everything of a round but reading.
     fn advance(&mut self, now: Instant) -> Result<bool> {
-        let any = self.channels.busy() && self.machine.drive_channels(&mut self.channels, now)?;
+        let any = self.channels.stirs() && self.machine.drive_channels(&mut self.channels, now)?;
         self.pump(now)?;
         if now >= self.machine.next_tick() {
             self.machine.tick(&mut self.channels, now)?;
@@ -190,6 +191,10 @@ pub struct Connection {
     polls: Polls,
     /// Set while the channels shall ring.
     armed: Arc<AtomicU32>,
+    /// The path to a process of this host, where there is one.
+    one_host: Option<Watched>,
+    /// Its socket is watched.
+    watching: AtomicBool,
     peer: Peer,
     channels: usize,
     local: bool,
@@ -204,7 +209,7 @@ impl std::fmt::Debug for Connection {
 }
 
 impl Connection {
-    pub(crate) fn new(home: Arc<Home>, core: Core, peer: Peer, armed: Arc<AtomicU32>) -> Connection {
+    pub(crate) fn new(home: Arc<Home>, core: Core, peer: Peer, armed: Arc<AtomicU32>, one_host: Option<Watched>) -> Connection {
         Connection {
             id: home.connections.next_id(),
             fd: core.control.fd(),
@@ -216,6 +221,8 @@ impl Connection {
             waiters: AtomicU32::new(0),
             polls: Polls::default(),
             armed,
+            one_host,
+            watching: AtomicBool::new(false),
             peer,
             listener_started: AtomicBool::new(false),
         }
@@ -499,6 +506,28 @@ impl Connection {
     /// Lets the channels ring, or no longer.
     pub(crate) fn arm(&self, on: bool) {
         self.armed.store(u32::from(on), Ordering::SeqCst);
+        if let Some(one_host) = &self.one_host {
+            one_host.listening.set(on);
+        }
+    }
+
+    /// Has the progress thread watch the socket to a process of this host.
+    pub(crate) fn watch_local(&self) -> Result<()> {
+        match &self.one_host {
+            Some(one_host) => {
+                self.home.bell.watch_local(one_host.fd, self.id)?;
+                self.watching.store(true, Ordering::SeqCst);
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Before the socket to a process of this host is closed.
+    fn unwatch_local(&self) {
+        if let (Some(one_host), true) = (&self.one_host, self.watching.swap(false, Ordering::SeqCst)) {
+            self.home.bell.unwatch(one_host.fd);
+        }
     }
 
     /// What the channels ring with.
@@ -525,7 +554,7 @@ impl Connection {
     /// Whether something is under way, or waits to leave.
     pub(crate) fn stirs(&self) -> bool {
         let core = self.core.lock();
-        core.machine.dead().is_none() && (core.machine.busy() || core.channels.busy() || core.backlog() > 0)
+        core.machine.dead().is_none() && (core.machine.busy() || core.channels.stirs() || core.backlog() > 0)
     }
 
     /// A channel rang and nothing moved: it may have failed.
@@ -548,6 +577,7 @@ impl Connection {
     /// A defect of this library has left the connection in an unknown state.
     pub(crate) fn abandon(&self) {
         let mut core = self.core.lock();
+        self.unwatch_local();
         // Whatever else does not work any more: nothing touches memory from here on.
         core.channels.close();
         self.fail_locked(&mut core, err!(Internal, "a defect of the library; the log has its place"));
@@ -575,6 +605,7 @@ impl Connection {
             (_, n) => log::error!("connection failed with {n} transfers in flight: {error}"),
         }
         self.home.bell.unwatch(self.fd);
+        self.unwatch_local();
         // The peer learns what this side knows, as far as the socket takes it, before it sees its channels end.
         let now = Instant::now();
         if !core.closing {
@@ -654,6 +685,12 @@ impl Connection {
 }
 
 impl Driven for Connection {
+    fn heard_on_this_host(&self) {
+        if let Some(one_host) = &self.one_host {
+            one_host.news.store(true, Ordering::Release);
+        }
+    }
+
     fn drive_for_application(&self) -> bool {
         let Some(mut core) = self.core.try_lock() else { return true };
         self.polls.enter(self.home.clock());

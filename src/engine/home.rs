@@ -1,7 +1,7 @@
 //! What a connection needs of its engine while it lives: the registry, the bell of the progress thread, the list that it leaves at its
 //! end, and a clock. Knows of connections only that they can be driven.
 
-use super::bell::{Bell, WAKE};
+use super::bell::{Bell, LOCAL, WAKE};
 use super::connections::Connections;
 use super::counters::Counters;
 use super::registry::Registry;
@@ -18,6 +18,9 @@ pub(crate) trait Driven {
     /// A round of progress by an application thread that waits for something other than a transfer. Whether something moved, or is
     /// under way.
     fn drive_for_application(&self) -> bool;
+
+    /// A process of this host has said something.
+    fn heard_on_this_host(&self) {}
 }
 
 /// A connection that a thread drives while it looks for notifications. Not kept alive: nobody may ask again.
@@ -106,7 +109,15 @@ impl<T: Driven> Home<T> {
         let Looking { list, tokens } = &mut *looking;
         tokens.clear();
         self.bell.ready(tokens);
-        for &id in tokens.iter().filter(|&&id| id != WAKE) {
+        for &token in tokens.iter().filter(|&&id| id != WAKE) {
+            let id = token & !LOCAL;
+            if token & LOCAL != 0 {
+                // The event came once, and here: the progress thread looks, too.
+                if let Some(connection) = self.connections.get(id) {
+                    connection.heard_on_this_host();
+                    self.attend(id);
+                }
+            }
             if list.iter().all(|recent| recent.id != id) {
                 let connection = self.connections.get(id).map(|connection| Arc::downgrade(&connection));
                 list.extend(connection.map(|connection| Recent { id, connection, last: now }));

@@ -27,6 +27,7 @@ mod home;
 mod limits;
 mod link;
 mod listener;
+mod local;
 mod notify;
 mod pacing;
 mod progress;

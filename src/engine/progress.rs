@@ -2,8 +2,9 @@
 //! sleeps in epoll. Only what a socket, a bell, a timer or another thread names is driven; a connection that an application thread
 //! polls is left to that thread. Knows nothing of frames and channels.
 
-use super::bell::WAKE;
+use super::bell::{LOCAL, WAKE};
 use super::connection::{Connection, Home};
+use super::home::Driven;
 use super::pacing::{step, Round, Step};
 use reactor::Interest;
 use std::cmp::Reverse;
@@ -192,8 +193,10 @@ impl<'a> Driving<'a> {
         for &token in tokens {
             if token == WAKE {
                 self.listen(armed);
-            } else {
-                self.activate(token);
+            } else if let Some(active) = self.activate(token & !LOCAL) {
+                if token & LOCAL != 0 {
+                    active.connection.heard_on_this_host();
+                }
             }
         }
     }

@@ -252,11 +252,6 @@ impl PullLauncher {
         Ok(launch < self.tail)
     }
 
-    /// Whether launches are under way.
-    pub(super) fn busy(&self) -> bool {
-        self.tail < self.head
-    }
-
     /// Waits until nothing touches memory any more, at most `limit`. A context that is broken for good runs nothing: that is as well.
     /// After an error launches may still run.
     pub(super) fn quiesce(&mut self, limit: Duration) -> Result<()> {

@@ -21,7 +21,7 @@ use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::{Zeroize, Zeroizing};
 
 /// Version of the control protocol. Peers of different versions refuse each other.
-pub(crate) const VERSION: u16 = 2;
+pub(crate) const VERSION: u16 = 3;
 const MAGIC: [u8; 8] = *b"UCCLTCPX";
 const PATTERN: &str = "Noise_XXpsk3_25519_AESGCM_SHA256";
 /// Position of the pre-shared key in the pattern.

@@ -54,8 +54,6 @@ use transfers::{Kind, Transfers};
 pub(crate) struct Setting {
     pub registry: Arc<Registry>,
     pub inbox: Inbox,
-    /// Largest chunk, bytes; both sides agree on it.
-    pub chunk_bytes: usize,
     /// Largest transfer inside a control frame, bytes.
     pub eager_bytes: usize,
     /// Names the peer in errors.
@@ -246,7 +244,7 @@ impl Machine {
     pub(crate) fn admit(&self, segments: usize, pairs: &[(Place, Place)], channels: &Channels) -> Result<()> {
         self.alive()?;
         limits::admit(self.transfers.in_flight(), self.transfers.segments(), segments)?;
-        match pairs.iter().find(|&&(local, peer)| channels.route(local, peer).is_none()) {
+        match pairs.iter().find(|&&(local, peer)| channels.route(local, peer, false).is_none()) {
             Some((local, peer)) => Err(err!(Unsupported, "no channel carries memory of {local:?} here and {peer:?} at the peer")),
             None => Ok(()),
         }
@@ -268,7 +266,7 @@ impl Machine {
             self.transfers.moved(id, total);
         } else {
             self.announce(Frame::Write { id, regions: remote_regions, segments: remote, inline: None }, now);
-            self.outgoing.start(key, segments, Hold::new(uses), self.setting.chunk_bytes, channels)?;
+            self.outgoing.start(key, segments, Hold::new(uses), channels)?;
         }
         Ok(id)
     }

@@ -149,7 +149,7 @@ impl Machine {
         let count = segments.count();
         self.peer.begin(id, count)?;
         let answered = self.resolve(regions, segments, RemoteAccess::READ).and_then(|(segments, uses)| {
-            let unreachable = segments.iter().find(|s| channels.route(s.place, s.peer).is_none());
+            let unreachable = segments.iter().find(|s| channels.route(s.place, s.peer, false).is_none());
             match unreachable {
                 Some(s) => Err(err!(Unsupported, "no channel carries memory of {:?} to {:?}", s.place, s.peer)),
                 None => Ok((segments, uses)),
@@ -177,7 +177,7 @@ impl Machine {
         }
         let key = Key { id, mine: false };
         self.deadlines.start(key, Way::Out, total, now);
-        self.outgoing.start(key, segments, Hold::new(uses), self.setting.chunk_bytes, channels)
+        self.outgoing.start(key, segments, Hold::new(uses), channels)
     }
 
     fn on_read_inline(&mut self, id: u64, data: &[u8], channels: &mut Channels) -> Result<()> {
@@ -196,7 +196,7 @@ impl Machine {
     }
 
     fn on_chunks(&mut self, key: Key, grants: &[Grant], channels: &mut Channels) -> Result<()> {
-        grants.iter().try_for_each(|&grant| self.incoming.announce(key, grant, self.setting.chunk_bytes, channels))
+        grants.iter().try_for_each(|&grant| self.incoming.announce(key, grant, channels))
     }
 
     /// The peer's verdict on a transfer of this side. Which ones fit depends on its kind and on how far it is.
@@ -288,13 +288,13 @@ impl Machine {
             self.transfers.finish(id, Ok(()));
             return Ok(());
         }
-        if segments.iter().any(|s| channels.route(s.place, receiver).is_none()) {
+        if segments.iter().any(|s| channels.route(s.place, receiver, false).is_none()) {
             bail!(Unsupported, "no channel carries message {id} to {receiver:?} of the peer");
         }
         self.transfers.pulled(id);
         let key = Key { id, mine: true };
         self.deadlines.start(key, Way::Out, segments.iter().map(|s| s.len).sum(), now);
-        self.outgoing.start(key, segments, send.hold, self.setting.chunk_bytes, channels)
+        self.outgoing.start(key, segments, send.hold, channels)
     }
 
     /// The peer gave up a message. It is answered like any other; a receive that it was matched with fails.

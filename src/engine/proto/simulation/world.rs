@@ -88,7 +88,6 @@ impl Side {
         let setting = Setting {
             registry: registry.clone(),
             inbox: Inbox::new(&queue),
-            chunk_bytes,
             eager_bytes,
             peer: format!("side {}", 1 - side),
             transfer_timeout,
@@ -98,8 +97,8 @@ impl Side {
             doorbells: false,
         };
         let paths: Vec<Box<dyn crate::channel::path::Path>> = vec![
-            Box::new(SimulatedPath::new(net, side, 0, DEVICE_CHANNELS, true)),
-            Box::new(SimulatedPath::new(net, side, DEVICE_CHANNELS, HOST_CHANNELS, false)),
+            Box::new(SimulatedPath::new(net, side, 0, DEVICE_CHANNELS, true, chunk_bytes)),
+            Box::new(SimulatedPath::new(net, side, DEVICE_CHANNELS, HOST_CHANNELS, false, chunk_bytes)),
         ];
         Side {
             machine: Machine::new(setting, now),
