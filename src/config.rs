@@ -57,10 +57,10 @@ pub struct Config {
     pub disable_ipc: bool,
     /// Where processes of one host find each other that share no network namespace.
     pub local_dir: Option<PathBuf>,
-    /// Blocks of a kernel that copies within a host.
-    pub local_blocks: u32,
-    /// Copies within a host cross PCIe too.
+    /// GPUs that reach each other only over PCIe pull from each other, too.
     pub local_pcie: bool,
+    /// Blocks of threads that a pull takes of a GPU.
+    pub local_blocks: u32,
     pub spin: Option<Duration>,
     pub connect_timeout: Duration,
     pub handshake_timeout: Duration,
@@ -192,8 +192,8 @@ impl Config {
             vectored: source.flag(&table::VECTORED)?,
             disable_ipc: source.flag(&table::DISABLE_IPC)?,
             local_dir: source.get(&table::LOCAL_DIR)?.map(PathBuf::from),
-            local_blocks: source.number_or_default(&table::LOCAL_BLOCKS)? as u32,
             local_pcie: source.flag(&table::LOCAL_PCIE)?,
+            local_blocks: source.number_or_default(&table::LOCAL_BLOCKS)? as u32,
             spin: source.number(&table::SPIN_US)?.map(Duration::from_micros),
             connect_timeout: source.millis(&table::CONNECT_TIMEOUT)?,
             handshake_timeout: source.millis(&table::HANDSHAKE_TIMEOUT)?,

@@ -2,9 +2,8 @@
 //! Nothing here fails a set-up: what is not shared goes over the channels.
 
 use super::site::Site;
-use crate::channel::local::{
-    emulated_gpu, Bell, CudaMemory, CudaOptions, EmulatedMemory, Have, Linked, LocalPath, Meeting, Opening, ProofKeys,
-};
+use crate::channel::local::cuda::{CudaMemory, CudaOptions};
+use crate::channel::local::{emulated_gpu, Bell, EmulatedMemory, Have, Linked, LocalPath, Meeting, Opening, ProofKeys};
 use crate::gpu::PullOptions;
 use crate::status::{bail, Error, Result};
 use crate::types::Place;
@@ -28,12 +27,13 @@ fn have(site: &Site) -> Have {
         let gpus = (0..site.config.emulate_devices).map(|i| (Place::gpu(i), emulated_gpu(i))).collect();
         return Have { gpus, device: Some(Box::<EmulatedMemory>::default()) };
     }
-    let CudaOptions { pulls, .. } = CudaOptions::default();
-    let options = CudaOptions { pulls: PullOptions { blocks: site.config.local_blocks, ..pulls }, bus: site.config.local_pcie };
-    match CudaMemory::gpus() {
-        gpus if gpus.is_empty() => Have { gpus, device: None },
-        gpus => Have { gpus, device: Some(Box::new(CudaMemory::new(options))) },
+    if !crate::gpu::available() {
+        return Have { gpus: Vec::new(), device: None };
     }
+    let named = |ordinal: i32| Some((Place::gpu(u8::try_from(ordinal).ok()?), cuda_driver::uuid_of(ordinal).ok()?));
+    let gpus = (0..cuda_driver::device_count()).filter_map(named).collect();
+    let pulls = PullOptions { blocks: site.config.local_blocks, ..PullOptions::default() };
+    Have { gpus, device: Some(Box::new(CudaMemory::new(CudaOptions { pulls, bus: site.config.local_pcie }))) }
 }
 
 /// How far it is.

@@ -79,12 +79,6 @@ impl CudaMemory {
         CudaMemory { options, units: Vec::new(), open: HashMap::new(), next: 0 }
     }
 
-    /// GPUs that this process sees; a driver that fails has none. Makes no context.
-    pub(crate) fn gpus() -> Vec<(Place, GpuId)> {
-        let named = |ordinal: u8| Some((Place::gpu(ordinal), cuda_driver::uuid_of(ordinal.into()).ok()?));
-        (0..cuda_driver::device_count().clamp(0, 255) as u8).filter_map(named).collect()
-    }
-
     /// The unit that pulls into memory of `place`.
     fn unit(&mut self, place: Place) -> Result<usize> {
         if let Some(i) = self.units.iter().position(|u| u.place == place) {

@@ -2,11 +2,12 @@
 //! of transfers.
 //!
 //! `link` finds out whether both sides share a host and prove it, over a `socket`; `path` carries chunks, told in a `ring` of a
-//! `memfile`; `puller` is what a kind of memory must do, `host` and `emulated` do it, `pool` has the threads. `sharing` keeps which
+//! `memfile`; `puller` is what a kind of memory must do, `host`, `cuda` and `emulated` do it, `pool` has the
+//! threads of `host`, `closer` those of `cuda`. `sharing` keeps which
 //! allocations either side may pull from, told in `notes`.
 
 mod closer;
-mod cuda;
+pub(crate) mod cuda;
 mod emulated;
 mod host;
 mod link;
@@ -20,7 +21,6 @@ mod sharing;
 mod shelf;
 mod socket;
 
-pub(crate) use cuda::{CudaMemory, CudaOptions};
 pub(crate) use emulated::{gpu as emulated_gpu, EmulatedMemory};
 pub(crate) use link::{Have, Linked, Meeting, Opening, ProofKeys};
 pub(crate) use path::{LocalPath, Watched};
