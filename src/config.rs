@@ -8,8 +8,7 @@ mod table;
 pub use docs::document;
 pub use table::{Kind, Variable, VARIABLES};
 
-use crate::addresses::{AllowList, Bind};
-use crate::stats::export::Target;
+use crate::addresses::{AllowList, Bind, Target};
 use crate::status::{bail, Result};
 use crate::types::Protect;
 use source::{parse_number, strtoll, Source};
@@ -130,7 +129,7 @@ fn tell_unknown() {
     let names: Vec<String> = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()).collect();
     for line in source::unknown(names.iter().map(String::as_str)) {
         if TOLD.get().lock().insert(line.clone()) {
-            crate::logging::init();
+            crate::logging::init(log_level());
             log::warn!("{line}");
         }
     }

@@ -1,6 +1,6 @@
-//! The log, at the level of UCCL_P2P_LOG_LEVEL: lines go to standard error through env_logger, or to a function of the application; where
-//! the process has a logger of its own, that one gets them. And the limit on lines that a peer can cause. Knows nothing of engines
-//! and connections.
+//! The log: lines go to standard error through env_logger, or to a function of the application; where
+//! the process has a logger of its own, that one gets them. And the limit on lines that a peer can cause. Knows nothing of settings,
+//! engines and connections.
 
 use crate::fork::PerProcess;
 use crate::status::{bail, Result};
@@ -68,9 +68,9 @@ fn to_callback(record: &log::Record<'_>) -> bool {
     true
 }
 
-/// Puts another callback in force, or none. On return no call of the one before runs.
-pub(crate) fn set_callback(callback: Option<Callback>) -> Result<()> {
-    init();
+/// Puts another callback in force, or none; `level` as for [`init`]. On return no call of the one before runs.
+pub(crate) fn set_callback(callback: Option<Callback>, level: log::LevelFilter) -> Result<()> {
+    init(level);
     if INSIDE.get() {
         bail!(InvalidArgument, "the log callback cannot be changed inside a log callback");
     }
@@ -87,11 +87,10 @@ pub(crate) fn set_callback(callback: Option<Callback>) -> Result<()> {
     Ok(())
 }
 
-/// Installs the logger, once. Done by the first engine.
-pub(crate) fn init() {
+/// Installs the logger at this level, once. Done by the first engine.
+pub(crate) fn init(level: log::LevelFilter) {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        let level = crate::config::log_level();
         // RUST_LOG, where it is set, narrows modules further.
         let env = env_logger::Env::default();
         let mut builder = env_logger::Builder::new();

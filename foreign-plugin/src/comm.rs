@@ -1,7 +1,7 @@
 //! Comms and their requests: sixteen slots, everything driven by `test`, fragments of any length and order in shared receive memory.
 
 use crate::memory::{self, lock, Pool, PAGE};
-use crate::rules::{counters, down, refused, settings, up, violation};
+use crate::rules::{counters, down, raise_sigpipe, refused, settings, up, violation};
 use crate::setup::{Sockets, SOCKETS};
 use nccl_net_abi::*;
 use std::collections::{HashSet, VecDeque};
@@ -159,12 +159,6 @@ fn release(dev: usize, mr: usize) {
 /// What each data socket carries of a message: contiguous shares.
 fn share(len: usize, socket: usize) -> std::ops::Range<usize> {
     len * socket / SOCKETS..len * (socket + 1) / SOCKETS
-}
-
-/// What a write to a peer that is gone does.
-pub(crate) fn raise_sigpipe() {
-    // SAFETY: the calling thread's own signal.
-    unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGPIPE) };
 }
 
 // ---- sending ----

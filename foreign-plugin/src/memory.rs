@@ -3,8 +3,9 @@
 use crate::rules::{counters, down, settings, up, violation};
 use std::collections::HashMap;
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 pub(crate) const PAGE: usize = 4096;
 
@@ -101,21 +102,31 @@ unsafe impl Send for Pool {}
 
 static POOL: AtomicPtr<Pool> = AtomicPtr::new(std::ptr::null_mut());
 
+/// Threads inside an import.
+static IMPORTING: AtomicUsize = AtomicUsize::new(0);
+
 /// The pool, imported if it is not there yet: looked up and stored in two steps, as TCPX does.
 pub(crate) fn import() -> &'static Pool {
-    if POOL.load(Ordering::Acquire).is_null() {
-        let pool = Box::into_raw(Box::new(Pool::new(settings().pages)));
-        // Whoever else comes now imports as well.
-        std::thread::sleep(std::time::Duration::from_millis(5));
-        up(&counters().imports, None, 1);
-        let before = POOL.swap(pool, Ordering::AcqRel);
-        if !before.is_null() {
-            // SAFETY: never freed; comms that point at it are to notice that it was unmapped.
-            unsafe { (*before).unmap() };
-        }
+    let there = POOL.load(Ordering::Acquire);
+    if !there.is_null() {
+        // SAFETY: set, and never freed.
+        return unsafe { &*there };
     }
-    // SAFETY: set, and never freed.
-    unsafe { &*POOL.load(Ordering::Acquire) }
+    let pool = Box::into_raw(Box::new(Pool::new(settings().pages)));
+    IMPORTING.fetch_add(1, Ordering::AcqRel);
+    // Whoever else comes now imports as well; where calls are not kept apart, somebody must.
+    let end = Instant::now() + if settings().unlocked { Duration::from_secs(10) } else { Duration::from_millis(5) };
+    while Instant::now() < end && IMPORTING.load(Ordering::Acquire) < 2 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    up(&counters().imports, None, 1);
+    let before = POOL.swap(pool, Ordering::AcqRel);
+    if !before.is_null() {
+        // SAFETY: never freed; comms that point at it are to notice that it was unmapped.
+        unsafe { (*before).unmap() };
+    }
+    // SAFETY: made above, and never freed.
+    unsafe { &*pool }
 }
 
 impl Pool {

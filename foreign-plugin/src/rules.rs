@@ -31,6 +31,12 @@ pub(crate) fn refuse(what: std::fmt::Arguments<'_>) -> ncclResult_t {
     NCCL_INTERNAL_ERROR
 }
 
+/// What a write to a peer that is gone does to the thread that writes.
+pub(crate) fn raise_sigpipe() {
+    // SAFETY: the calling thread's own signal.
+    unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGPIPE) };
+}
+
 /// The thread inside a set-up call, 0 for none.
 static INSIDE: AtomicI32 = AtomicI32::new(0);
 

@@ -132,7 +132,7 @@ fn child() {
         "close_listen_early" => close_listen_early(),
         "accept_twice" => accept_twice(),
         "wild_handle" => connect_to(&mut [0x41; 128]),
-        "stale_handle" => connect_to(&mut altered(60, 1)),
+        "stale_handle" => connect_to(&mut altered(77, 1)),
         "forged_pointer" => connect_to(&mut altered(80, 8)),
         "wrong_socket_count" => connect_to(&mut altered(36, 7)),
         "wrong_thread_count" => connect_to(&mut altered(40, 17)),

@@ -168,6 +168,8 @@ impl Core {
             totals.received_chunks += c.received_chunks;
             totals.packed_chunks += c.packed_chunks;
             totals.unpacked_chunks += c.unpacked_chunks;
+            totals.pack_us += c.pack_us;
+            totals.unpack_us += c.unpack_us;
         }
         (totals.stalls, totals.slow_answers) = self.watch.counts();
         totals

@@ -117,7 +117,7 @@ impl Engine {
     /// # Errors
     /// `PluginLoad`, `Plugin`, `System` (port taken), `InvalidArgument` (configuration), `Resource`.
     pub fn new(config: Config) -> Result<Arc<Engine>> {
-        crate::logging::init();
+        crate::logging::init(crate::config::log_level());
         let gpus = gpus::Gpus::new(config.emulate_device.then_some(config.emulate_devices));
         let device = Plugin::choose(&config, &|| gpus.own())?;
         if device.devices.is_empty() {

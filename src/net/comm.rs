@@ -3,10 +3,11 @@
 //! cannot break them. Set-up, registration and close run with the comm's GPU current.
 
 use super::plugin::{CommKind, Plugin};
-use super::registrations::{piece, Registration};
+use super::registrations::{piece, Registrar, Registration};
 use super::secure::{Guard, HalfKeys};
 use super::signals::Quiet;
 use super::{handle, reaper, within, Scope};
+pub(crate) use super::{handle::Handle, registrations::MHandle};
 use crate::status::{bail, Result};
 use crate::types::Span;
 use nccl_net_abi::{ncclNetDeviceHandle_v7, ucclCommInfo, ucclIoVec, MAX_REQUESTS, NCCL_NET_HANDLE_MAXSIZE, NCCL_PTR_CUDA};
@@ -17,9 +18,6 @@ use std::ptr::NonNull;
 use std::sync::atomic::AtomicU32;
 use std::sync::Arc;
 use std::time::Duration;
-
-/// The 128 bytes that name a listen comm to the peer.
-pub(crate) type Handle = [u8; NCCL_NET_HANDLE_MAXSIZE];
 
 /// A value at an address of its own, for plugins that keep a pointer to it: moving the owner does not move it, and no reference to it
 /// exists while the plugin may write.
@@ -57,14 +55,14 @@ unsafe impl Send for RawComm {}
 impl RawComm {
     /// A comm that moves data.
     fn open(plugin: &Arc<Plugin>, comm: *mut c_void, kind: CommKind, dev: usize, gpu: &Scope) -> RawComm {
-        plugin.registrations().opened(plugin, dev, comm, gpu);
+        plugin.registrations().opened(&**plugin, dev, comm, gpu);
         RawComm { plugin: plugin.clone(), comm, kind, dev, gpu: gpu.clone() }
     }
 }
 
 impl Drop for RawComm {
     fn drop(&mut self) {
-        self.plugin.registrations().closing(&self.plugin, self.dev, self.comm);
+        self.plugin.registrations().closing(&*self.plugin, self.dev, self.comm);
         let closed = within(&self.gpu, || {
             // SAFETY: live until here, and dropped once.
             unsafe { self.plugin.close(self.kind, self.comm) };
@@ -291,9 +289,6 @@ impl RawComm {
         unsafe { self.plugin.info(self.comm) }
     }
 }
-
-/// Registered memory of a comm.
-pub(crate) type MHandle = *mut c_void;
 
 /// The sending half of a channel.
 pub(crate) struct SendComm {

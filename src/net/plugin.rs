@@ -1,7 +1,7 @@
 //! Loading a NCCL net plugin and calling its table. A plugin is initialised once per process and never unloaded. Every call of a
 //! plugin goes through here, with the locks and the signal mask that its traits ask for; rules of order live in `comm`.
 
-use super::registrations::Registrations;
+use super::registrations::{MHandle, Registrar, Registrations};
 use super::search;
 use super::secure::{Guard, Secret};
 use super::signals::Quiet;
@@ -172,11 +172,6 @@ impl Plugin {
         }
     }
 
-    /// The registrations of this process: those of a parent are its own.
-    pub(super) fn registrations(&self) -> &'static Registrations {
-        self.registrations.get()
-    }
-
     fn start(table: &'static dyn NetTable, ext: Option<Ext>, path: Option<PathBuf>, scope: &Scope) -> Result<Plugin> {
         let name = table.name();
         let traits = Traits::of(&name, ext.as_ref(), false, 0);
@@ -280,6 +275,38 @@ impl Device {
     }
 }
 
+impl Registrar for Plugin {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn shared(&self) -> bool {
+        self.traits.shared_registrations
+    }
+
+    fn registrations(&self) -> &Registrations {
+        self.registrations.get()
+    }
+
+    unsafe fn reg_mr(&self, comm: *mut c_void, data: *mut c_void, size: usize, kind: c_int) -> Result<MHandle> {
+        let mut mhandle = std::ptr::null_mut();
+        // Without free descriptors TCPX closes one that is not its own.
+        if self.traits.serial_setup && !descriptors_left(4) {
+            bail!(Resource, "plugin {}: no file descriptors left to register memory (ulimit -n)", self.name);
+        }
+        // SAFETY: by the caller's contract.
+        self.set_up("regMr", || unsafe { self.table.reg_mr(comm, data, size, kind, &mut mhandle) })?;
+        Ok(mhandle)
+    }
+
+    unsafe fn dereg_mr(&self, comm: *mut c_void, mhandle: MHandle) {
+        // SAFETY: by the caller's contract.
+        if let Err(e) = self.set_up("deregMr", || unsafe { self.table.dereg_mr(comm, mhandle) }) {
+            log::warn!("{e}");
+        }
+    }
+}
+
 /// The raw calls, one per member that the comms need.
 impl Plugin {
     pub(super) fn listen(&self, dev: usize, handle: &mut [u8; abi::NCCL_NET_HANDLE_MAXSIZE]) -> Result<*mut c_void> {
@@ -318,28 +345,6 @@ impl Plugin {
         // SAFETY: by the caller's contract.
         self.set_up("accept", || unsafe { self.table.accept(listen, dev_handle, &mut comm) })?;
         Ok(comm)
-    }
-
-    /// # Safety
-    /// `comm` is live; `[data, data + size)` stays mapped until the registration is dropped.
-    pub(super) unsafe fn reg_mr(&self, comm: *mut c_void, data: *mut c_void, size: usize, kind: c_int) -> Result<*mut c_void> {
-        let mut mhandle = std::ptr::null_mut();
-        // Without free descriptors TCPX closes one that is not its own.
-        if self.traits.serial_setup && !descriptors_left(4) {
-            bail!(Resource, "plugin {}: no file descriptors left to register memory (ulimit -n)", self.name);
-        }
-        // SAFETY: by the caller's contract.
-        self.set_up("regMr", || unsafe { self.table.reg_mr(comm, data, size, kind, &mut mhandle) })?;
-        Ok(mhandle)
-    }
-
-    /// # Safety
-    /// `comm` and `mhandle` are live and no request uses the registration.
-    pub(super) unsafe fn dereg_mr(&self, comm: *mut c_void, mhandle: *mut c_void) {
-        // SAFETY: by the caller's contract.
-        if let Err(e) = self.set_up("deregMr", || unsafe { self.table.dereg_mr(comm, mhandle) }) {
-            log::warn!("{e}");
-        }
     }
 
     /// # Safety

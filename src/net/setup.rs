@@ -198,8 +198,8 @@ impl Channel {
         let (send, recv) = match keys {
             Err(e) => (Half::Failed(e), Half::Gone),
             Ok((for_send, for_recv)) => {
-                let connecting = handle::check(how, &listener.comm.handle, &offer.handle)
-                    .and_then(|()| Connecting::new(plugin, listener.dev, gpu, offer.handle, for_send));
+                let connecting = handle::admit(how, &listener.comm.handle, &offer.handle)
+                    .and_then(|handle| Connecting::new(plugin, listener.dev, gpu, handle, for_send));
                 (Half::begun(connecting), Half::begun(Accepting::new(listener.comm, for_recv)))
             }
         };

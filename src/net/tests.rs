@@ -353,9 +353,8 @@ fn wild_handles(plugin: &Arc<Plugin>) {
         wild(&|h| h[40] = 17),
         wild(&|h| h[44] = 1),
         wild(&|h| h[48] = 10),
-        wild(&|h| h[60] = 1),
+        wild(&|h| h[76] = 1),
         wild(&|h| h[127] = 1),
-        wild(&|h| h[20] = 1),
     ] {
         let mut side = open(plugin, 2).establish(&offers, None);
         let error = loop {

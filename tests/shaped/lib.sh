@@ -1,4 +1,4 @@
-# Sourced by the tests of this directory and by two_hosts.sh: two hosts as network namespaces, shaped NICs, measuring with tcpx-perf, cleaning up.
+# Sourced by the tests of this directory: two hosts as network namespaces, shaped NICs, measuring with tcpx-perf, cleaning up.
 #
 # Rates are judged as goodput. tc counts Ethernet frames: of a full frame's 1514 bytes, 14 are Ethernet's, 20 IPv4's and 32 TCP's
 # (with timestamps), so 1448 of 1514 bytes are payload and a 1 Gbit/s shaper lets 119.55 MB/s of payload through. A figure of 95 %

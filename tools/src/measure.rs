@@ -1,6 +1,7 @@
 //! One measured row: buffers on both sides, a timed loop, and the check of contents outside of it.
 
 use crate::api::{Direction, FifoItem, LocalSegment};
+use crate::case::{Case, Op};
 use crate::client::{Client, RemoteBuffer};
 use crate::error::{Context, Failure, Result};
 use crate::fail;
@@ -9,66 +10,10 @@ use crate::pattern::{self, Shape, Side};
 use crate::proto::{Reply, Request};
 use crate::report::Row;
 use crate::stats::{gbytes_per_s, iterations_for, Times};
-use crate::units::{show_size, show_us};
+use crate::units::show_us;
 use crate::{host, out};
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::{Deserialize, Serialize};
-use std::fmt;
 use std::time::{Duration, Instant};
-
-/// An operation.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Op {
-    /// One-sided: client memory into server memory.
-    #[default]
-    Write,
-    /// One-sided: server memory into client memory.
-    Read,
-    /// Two-sided: the client sends, the server has posted receives.
-    Send,
-}
-
-impl fmt::Display for Op {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Op::Write => "write",
-            Op::Read => "read",
-            Op::Send => "send",
-        })
-    }
-}
-
-/// What is measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Case {
-    /// Operation.
-    pub op: Op,
-    /// Bytes of a transfer.
-    pub total: u64,
-    /// Bytes of a block.
-    pub block: u64,
-    /// Transfers in flight.
-    pub inflight: u32,
-    /// The same amount goes the other way at the same time.
-    pub bidirectional: bool,
-}
-
-impl fmt::Display for Case {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.op, show_size(self.total))?;
-        if self.block < self.total {
-            write!(f, " in blocks of {}", show_size(self.block))?;
-        }
-        if self.inflight > 1 {
-            write!(f, ", {} in flight", self.inflight)?;
-        }
-        if self.bidirectional {
-            write!(f, ", both ways")?;
-        }
-        Ok(())
-    }
-}
 
 /// How it is measured.
 #[derive(Clone, Copy, Debug)]
@@ -118,7 +63,7 @@ pub fn together(all: Vec<Measured>) -> Option<Measured> {
         })
         .map(|mut sum| {
             sum.row.clients = clients;
-            sum.times.fill(&mut sum.row);
+            sum.row.set_times(&sum.times);
             sum
         })
 }
@@ -367,7 +312,7 @@ fn measure_case(client: &mut Client, case: &Case, options: &Options, ready: &dyn
         congestion_control: after.congestion,
         ..Row::default()
     };
-    timed.times.fill(&mut row);
+    row.set_times(&timed.times);
     row.gbytes_per_s = gbytes_per_s(moved, row.p50_us);
     Ok(Measured { row, times: timed.times })
 }
@@ -425,7 +370,7 @@ impl Timed<'_> {
     /// A line about the last interval, beside the table.
     fn tell(&self, started: Instant, times: &Times, elapsed: Duration) {
         let mut row = Row::default();
-        times.fill(&mut row);
+        row.set_times(times);
         let rate = gbytes_per_s(self.moved * times.count(), elapsed.as_secs_f64() * 1e6);
         let (p50, p99) = (show_us(row.p50_us), show_us(row.p99_us));
         eprintln!(

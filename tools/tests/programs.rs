@@ -193,6 +193,7 @@ fn a_server_is_seen_from_everywhere() {
     let folder = std::env::temp_dir().join(format!("tcpx-top-test-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let metrics = format!("unix:{}", folder.join("metrics.sock").display());
+    let svg = folder.join("top.svg");
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let mut child = Command::new(PERF)
         .args(["server", "--memory", "host", "--bind", "127.0.0.1", "--port", &port.to_string()])
@@ -214,6 +215,7 @@ fn a_server_is_seen_from_everywhere() {
         loop {
             let seen = text(&run(TOP, &metrics, &[]).stdout);
             if seen.contains(" 3 connections") && seen.contains("MB/s") {
+                must_work(TOP, &format!("--svg {} {metrics}", svg.display()), "");
                 break;
             }
             assert!(std::time::Instant::now() < until, "{seen}");
@@ -221,6 +223,8 @@ fn a_server_is_seen_from_everywhere() {
         let rows: Vec<tcpx_tools::report::Row> = serde_json::from_str(&measured.join().unwrap()).unwrap();
         assert!(rows.len() == 1 && rows[0].verified, "{rows:?}");
     });
+    let picture = std::fs::read_to_string(svg).unwrap();
+    assert!(picture.starts_with("<svg") && picture.contains(">resent<"), "{picture}");
     must_work(INFO, &format!("--memory host --peer {address}"), "every byte right");
     must_fail(INFO, "--memory host --peer 127.0.0.1:1", &[], "with 127.0.0.1:1");
     must_fail(TOP, "unix:/nonexistent.sock", &[], "cannot connect");

@@ -167,6 +167,8 @@ pub(crate) struct HostMemory {
     bell: Option<Bell>,
     jobs: HashMap<u64, Arc<Job>>,
     last: u64,
+    /// This thread has copied something since it was last asked.
+    worked: bool,
 }
 
 /// A pull that had ended when it was started.
@@ -184,7 +186,12 @@ impl HostMemory {
         let peer = Peer { pid, witness };
         // SAFETY: nothing but the witness is read.
         unsafe { peer.read(&[]) }?;
-        Ok(HostMemory { peer, pool: Pool::of_process()?, bell: None, jobs: HashMap::new(), last: ENDED })
+        Ok(HostMemory { peer, pool: Pool::of_process()?, bell: None, jobs: HashMap::new(), last: ENDED, worked: false })
+    }
+
+    /// Whether a poll has copied something since the last call.
+    pub(crate) fn worked(&mut self) -> bool {
+        std::mem::take(&mut self.worked)
     }
 
     /// Rung when a large pull has ended.
@@ -224,7 +231,7 @@ impl LocalMemory for HostMemory {
         }
         let Some(job) = self.jobs.get(&pull.job) else { bail!(Internal, "pull {} was never started", pull.job) };
         // Whoever waits may as well work.
-        job.help();
+        self.worked |= job.help();
         let ended = job.ended()?;
         if ended {
             self.jobs.remove(&pull.job);

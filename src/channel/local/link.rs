@@ -372,7 +372,7 @@ fn introduction(gpus: &[(Place, GpuId)], key: &Secret) -> Result<Vec<u8>> {
     }
     out.extend_from_slice(&witness.addr.to_le_bytes());
     out.extend_from_slice(&witness.bytes);
-    let mac = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &**key), &out);
+    let mac = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &key[..]), &out);
     out.extend_from_slice(mac.as_ref());
     Ok(out)
 }
@@ -408,7 +408,7 @@ impl Rest<'_> {
 /// The introduction in these bytes, if its sender has the session's key.
 fn proved(bytes: &[u8], key: &Secret) -> Result<Introduction> {
     let Some((body, mac)) = bytes.split_last_chunk::<MAC>() else { bail!(Auth, "a process of this host sent no proof") };
-    if hmac::verify(&hmac::Key::new(hmac::HMAC_SHA256, &**key), body, mac).is_err() {
+    if hmac::verify(&hmac::Key::new(hmac::HMAC_SHA256, &key[..]), body, mac).is_err() {
         bail!(Auth, "a process of this host sent a wrong proof");
     }
     let mut rest = Rest(body);
@@ -448,4 +448,176 @@ fn found(bytes: &[u8]) -> Result<Vec<(Place, Place)>> {
         bail!(Protocol, "a process finds a pair of host and GPU memory");
     }
     Ok(pairs)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::super::emulated::{gpu, EmulatedMemory};
+    use super::super::{memfile, socket};
+    use super::*;
+    use crate::status::ErrorKind;
+
+    fn keys(swap: bool) -> ProofKeys {
+        let (a, b) = (Secret::new([1; 32]), Secret::new([2; 32]));
+        match swap {
+            false => ProofKeys { send: a, recv: b },
+            true => ProofKeys { send: b, recv: a },
+        }
+    }
+
+    fn have(gpus: u8) -> Have {
+        let device: Option<Box<dyn LocalMemory>> = if gpus > 0 { Some(Box::<EmulatedMemory>::default()) } else { None };
+        Have { gpus: (0..gpus).map(|i| (Place::gpu(i), gpu(i))).collect(), device }
+    }
+
+    /// The listening side and the connecting side.
+    fn both(gpus: [u8; 2]) -> (Meeting, Meeting) {
+        let (a, b) = (Opening::new(false, None).unwrap(), Opening::new(true, None).unwrap());
+        let (ours, theirs) = (a.invitation(), b.invitation());
+        let now = Instant::now();
+        (a.meet(&theirs, keys(false), have(gpus[0]), now).unwrap(), b.meet(&ours, keys(true), have(gpus[1]), now).unwrap())
+    }
+
+    fn meet(a: &mut Meeting, b: &mut Meeting) -> Result<(Linked, Linked)> {
+        let (mut ours, mut theirs) = (None, None);
+        while ours.is_none() || theirs.is_none() {
+            if ours.is_none() {
+                ours = a.poll(Instant::now())?;
+            }
+            if theirs.is_none() {
+                theirs = b.poll(Instant::now())?;
+            }
+        }
+        ours.zip(theirs).ok_or_else(|| crate::status::err!(Internal, "unreachable"))
+    }
+
+    /// Both ends of a link inside this process.
+    pub(crate) fn linked(gpus: [u8; 2]) -> (Linked, Linked) {
+        let (mut a, mut b) = both(gpus);
+        meet(&mut a, &mut b).unwrap()
+    }
+
+    #[test]
+    fn two_sides_meet_and_agree() {
+        for gpus in [[0, 0], [1, 1], [2, 3], [0, 2]] {
+            let (a, b) = linked(gpus);
+            assert!(a.same_process && b.same_process && a.id == b.id && !a.connecting && b.connecting);
+            assert_eq!(a.pairs.len(), 1 + usize::from(gpus[0] * gpus[1]));
+            let mirrored: Vec<_> = b.pairs.iter().map(|&(x, y)| (y, x)).collect();
+            assert!(a.pairs.iter().all(|pair| mirrored.contains(pair)));
+        }
+    }
+
+    /// Somebody at the listening side's socket who says this. Afterwards the peer still gets in.
+    fn with_stranger(message: &[u8], fds: usize) {
+        let (mut a, mut b) = both([1, 1]);
+        let stranger = Socket::connect(&a.id, Where::Abstract).unwrap().unwrap();
+        let file = memfile::create(c"test", super::super::ring::BYTES).unwrap();
+        if !message.is_empty() {
+            assert!(stranger.send(message, (fds > 0).then(|| file.as_fd())).unwrap());
+        }
+        assert!(a.poll(Instant::now()).unwrap().is_none());
+        let (ours, _theirs) = meet(&mut a, &mut b).unwrap();
+        assert_eq!(ours.pairs.len(), 2);
+        // It was told nothing.
+        assert!(matches!(stranger.receive(&mut [0; MAX_MESSAGE]), Ok(Received::End)));
+    }
+
+    #[test]
+    fn strangers_are_told_nothing_and_do_not_keep_the_peer_out() {
+        let wrong = introduction(&[(Place::gpu(0), [7; 16])], &Secret::new([9; 32])).unwrap();
+        let mut garbled = introduction(&[(Place::gpu(0), [7; 16])], &keys(true).send).unwrap();
+        garbled[9] ^= 1;
+        let reflected = introduction(&[], &keys(false).send).unwrap();
+        for (message, fds) in
+            [(&b"x"[..], 0), (&[0; 4000], 1), (&wrong, 1), (&garbled, 1), (&reflected, 1), (&wrong[..40], 0), (&[], 0)]
+        {
+            with_stranger(message, fds);
+        }
+    }
+
+    #[test]
+    fn a_crowd_of_silent_strangers_ends_in_time() {
+        let (mut a, _b) = both([0, 0]);
+        let crowd: Vec<_> =
+            (0..2 * MAX_STRANGERS).map_while(|_| Socket::connect(&a.id, Where::Abstract).ok().flatten()).collect();
+        for _ in 0..5 {
+            assert!(a.poll(Instant::now()).unwrap().is_none());
+        }
+        assert!(a.strangers.len() <= MAX_STRANGERS && crowd.len() > MAX_STRANGERS);
+        let error = a.poll(Instant::now() + PATIENCE + Duration::from_secs(1)).err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::TimedOut);
+    }
+
+    /// A peer that proves itself, and then says this.
+    fn proved_and_then(change: impl Fn(&mut Vec<u8>), fd: Option<OwnedFd>, second: Option<&[u8]>) -> Result<()> {
+        let (mut a, b) = both([1, 1]);
+        let peer = Socket::connect(&a.id, Where::Abstract)?.unwrap();
+        let mut body = introduction(&[(Place::gpu(0), gpu(0))], &keys(true).send)?;
+        body.truncate(body.len() - MAC);
+        change(&mut body);
+        let mac = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &keys(true).send[..]), &body);
+        body.extend_from_slice(mac.as_ref());
+        assert!(peer.send(&body, fd.as_ref().map(AsFd::as_fd))?);
+        a.poll(Instant::now())?;
+        if let Some(second) = second {
+            assert!(peer.send(second, None)?);
+        }
+        a.poll(Instant::now())?;
+        a.poll(Instant::now() + PATIENCE)?;
+        drop(b);
+        Ok(())
+    }
+
+    #[test]
+    fn a_proved_peer_that_lies_is_left_to_its_channels() {
+        let ring = || Some(Outbox::new().unwrap().fd().try_clone_to_owned().unwrap());
+        let same = |_: &mut Vec<u8>| {};
+        let fails = |result: Result<()>, words: &str| assert!(result.is_err_and(|e| e.to_str().contains(words)), "{words}");
+        fails(proved_and_then(same, None, None), "no ring");
+        fails(proved_and_then(same, Some(std::fs::File::open("/dev/zero").unwrap().into()), None), "memory file");
+        fails(proved_and_then(same, Some(memfile::create(c"short", 4096).unwrap()), None), "bytes of");
+        fails(proved_and_then(same, ring(), Some(b"nonsense")), "none of this protocol");
+        fails(proved_and_then(same, ring(), Some(&findings(&[(Place::HOST, Place::gpu(0))]))), "host and GPU");
+        fails(proved_and_then(same, ring(), Some(&findings(&[]))), "may not read");
+        fails(proved_and_then(same, ring(), None), "in time");
+    }
+
+    #[test]
+    fn another_host_and_another_namespace_are_told_apart() {
+        let (a, b) = (Opening::new(false, None).unwrap(), Opening::new(true, None).unwrap());
+        let elsewhere = Invitation { host: [0; 16], ..a.invitation() };
+        assert!(b.meet(&elsewhere, keys(true), have(0), Instant::now()).is_err_and(|e| e.to_str().contains("another host")));
+        // Nobody of this network namespace has the name.
+        let b = Opening::new(true, None).unwrap();
+        let hidden = Invitation { name: [0xEE; 16], ..a.invitation() };
+        let mut b = b.meet(&hidden, keys(true), have(0), Instant::now()).unwrap();
+        assert!(b.poll(Instant::now()).is_err_and(|e| e.to_str().contains("network namespace")));
+    }
+
+    #[test]
+    fn a_shared_directory_takes_the_place_of_a_namespace() {
+        let directory = std::env::temp_dir().join(format!("uccl-link-test-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let (mut a, b) =
+            (Opening::new(false, Some(directory.clone())).unwrap(), Opening::new(true, Some(directory.clone())).unwrap());
+        // As in another namespace: only the directory is left.
+        a.listeners.remove(0);
+        let (ours, theirs) = (a.invitation(), b.invitation());
+        let mut a = a.meet(&theirs, keys(false), have(0), Instant::now()).unwrap();
+        let mut b = b.meet(&ours, keys(true), have(0), Instant::now()).unwrap();
+        let (ours, _) = meet(&mut a, &mut b).unwrap();
+        assert_eq!(ours.pairs, [(Place::HOST, Place::HOST)]);
+        assert_eq!(std::fs::read_dir(&directory).unwrap().count(), 0, "the name is gone");
+        std::fs::remove_dir(&directory).unwrap();
+    }
+
+    #[test]
+    fn processes_of_other_users_are_refused() {
+        // SAFETY: a plain system call.
+        let own = unsafe { libc::geteuid() };
+        assert!(allowed(Who { pid: 1, uid: own }).is_ok() && allowed(Who { pid: 1, uid: own + 1 }).is_err());
+        let (a, _b) = socket::pair();
+        assert_eq!(a.who().unwrap().uid, own);
+    }
 }

@@ -73,7 +73,7 @@ impl Job {
         })
     }
 
-    /// Does a slice, if one is left that nobody has. Whether there may be more.
+    /// Does a slice, if one is left that nobody has. Whether it did.
     pub(crate) fn help(&self) -> bool {
         self.running.fetch_add(1, Ordering::SeqCst);
         let index = match self.cancelled.load(Ordering::SeqCst) {
@@ -98,7 +98,7 @@ impl Job {
         if let (true, Some(bell)) = (last, &self.bell) {
             bell.ring();
         }
-        mine && index + 1 < self.work.len()
+        mine
     }
 
     /// Whether all of it is done.
@@ -171,7 +171,7 @@ impl Pool {
             inner: Arc::default(),
             threads: Mutex::default(),
             // Whoever waits for the end works, too.
-            most: (cores / 2).clamp(1, MOST),
+            most: (cores * 3 / 4).clamp(1, MOST),
             generation: generation(),
         });
         *pool = Arc::downgrade(&fresh);
@@ -235,9 +235,9 @@ fn work(inner: &Inner) {
         // Others may work at it, too; those that wait have their turn after each slice.
         queue.jobs.push_back(job.clone());
         drop(queue);
-        let more = job.help();
+        job.help();
         queue = inner.queue.lock();
-        if !more {
+        if job.next.load(Ordering::SeqCst) >= job.work.len() || job.cancelled.load(Ordering::SeqCst) {
             queue.jobs.retain(|other| !Arc::ptr_eq(other, &job));
         }
     }

@@ -17,7 +17,7 @@ use crate::status::{bail, Error, Result};
 use crate::types::{Key, Part, Place};
 use nccl_net_abi::{ucclCommInfo, ucclIoVec, MAX_REQUESTS};
 use std::collections::{HashMap, VecDeque};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The copier, where a chunk of device memory needs it.
 pub(super) fn device(copier: &mut Copier) -> Result<&mut dyn DeviceCopier> {
@@ -70,7 +70,7 @@ pub(super) struct ToPost {
 }
 
 pub(super) enum Source {
-    Contiguous { data: *mut u8, mhandle: MHandle, packing: Ticket, place: Place },
+    Contiguous { data: *mut u8, mhandle: MHandle, packing: Copying, place: Place },
     Vectored(Vec<ucclIoVec>),
 }
 
@@ -84,7 +84,37 @@ pub(super) struct Posted {
 /// A chunk that is here and not yet in place.
 pub(super) struct Finishing {
     pub arrival: Arrival,
-    pub ticket: Ticket,
+    pub copying: Copying,
+}
+
+/// A copy by the device, if one is needed.
+pub(super) struct Copying {
+    ticket: Ticket,
+    /// When it was handed over; none once its time was counted.
+    since: Option<Instant>,
+}
+
+impl Copying {
+    /// None is needed.
+    pub(super) fn none() -> Copying {
+        Copying { ticket: Ticket::Done, since: None }
+    }
+
+    /// What `hand_over` gives to the device.
+    pub(super) fn begin(hand_over: impl FnOnce() -> Result<Ticket>) -> Result<Copying> {
+        let since = Some(Instant::now());
+        Ok(Copying { ticket: hand_over()?, since })
+    }
+
+    /// Whether it is over; its time then goes to `spent`.
+    pub(super) fn over(&mut self, copier: &mut Copier, spent: &mut Duration) -> Result<bool> {
+        if self.ticket != Ticket::Done && !device(copier)?.poll(self.ticket)? {
+            return Ok(false);
+        }
+        self.ticket = Ticket::Done;
+        *spent += self.since.take().map_or(Duration::ZERO, |since| since.elapsed());
+        Ok(true)
+    }
 }
 
 /// One channel.
@@ -122,6 +152,8 @@ pub(super) struct Counts {
     pub received_chunks: u64,
     pub packed: u64,
     pub unpacked: u64,
+    pub packing: Duration,
+    pub unpacking: Duration,
 }
 // SAFETY: raw pointers inside point to memory that this channel or a held region owns; a channel is used by one thread at a time.
 unsafe impl Send for Channel {}
@@ -201,7 +233,8 @@ impl Channel {
 
     /// What it counts; `kernel`: with what the kernel knows, which takes a system call.
     pub(super) fn stats(&self, kernel: bool, now: Instant) -> ChannelStats {
-        let Counts { sent_bytes, sent_chunks, received_bytes, received_chunks, packed, unpacked } = self.counts;
+        let Counts { sent_bytes, sent_chunks, received_bytes, received_chunks, packed, unpacked, packing, unpacking } =
+            self.counts;
         let oldest = self.outgoing.front().map_or(0, |o| o.len as u64);
         let network = if kernel { self.send.info().map(network) } else { None };
         // Sends end when the kernel has them: what the peer acknowledges says how fast the line is.
@@ -220,6 +253,8 @@ impl Channel {
             window: MAX_REQUESTS as u32,
             packed_chunks: packed,
             unpacked_chunks: unpacked,
+            pack_us: packing.as_micros() as u64,
+            unpack_us: unpacking.as_micros() as u64,
             network,
             ..ChannelStats::default()
         }

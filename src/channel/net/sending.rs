@@ -1,10 +1,10 @@
 //! The sending half of a channel: where a chunk's bytes are handed to the plugin from, and in which order. Knows nothing of
 //! streams: a chunk bears all that it needs.
 
-use super::channel::{device, iov, register, within, Channel, Leaving, Source, ToPost};
+use super::channel::{device, iov, register, within, Channel, Copying, Leaving, Source, ToPost};
 use super::staging::{Staging, STAGED_WINDOW};
 use super::Usage;
-use crate::channel::device::{gather, Ticket};
+use crate::channel::device::gather;
 use crate::channel::memory::{HostBlock, PAGE};
 use crate::channel::path::{Copier, Departure, Event};
 use crate::channel::plan::Chunk;
@@ -33,7 +33,7 @@ impl Channel {
             let (data, mhandle) = (staging.next(), staging.mhandle());
             // SAFETY: the chunk is at most a stride long; its memory is readable while the hold lives.
             unsafe { gather(&chunk.parts, data) };
-            Source::Contiguous { data, mhandle, packing: Ticket::Done, place: Place::HOST }
+            Source::Contiguous { data, mhandle, packing: Copying::none(), place: Place::HOST }
         };
         self.to_post.push_back(ToPost { source, len, tag });
         self.post_sends(copier, now)?;
@@ -46,7 +46,7 @@ impl Channel {
             let (span, send) = (hold.span_to_register(part.region)?, &mut self.send);
             // SAFETY: the region stays mapped while it is held; registrations go before it does (forget_region).
             let mhandle = register(copier, place, || unsafe { send.region(span, part.addr) })?;
-            return Ok(Source::Contiguous { data: part.addr as *mut u8, mhandle, packing: Ticket::Done, place });
+            return Ok(Source::Contiguous { data: part.addr as *mut u8, mhandle, packing: Copying::none(), place });
         }
         if !self.device_out.contains_key(&place) {
             let stride = usage.chunk_bytes.next_multiple_of(PAGE);
@@ -65,7 +65,7 @@ impl Channel {
         let Some(staging) = self.device_out.get_mut(&place) else { bail!(Internal, "no staging") };
         let (data, mhandle) = (staging.next(), staging.mhandle());
         // SAFETY: the chunk is at most a stride long; parts are registered device memory by the caller's contract.
-        let packing = unsafe { device(copier)?.pack(&chunk.parts, data, place) }?;
+        let packing = Copying::begin(|| unsafe { device(copier)?.pack(&chunk.parts, data, place) })?;
         self.counts.packed += 1;
         Ok(Source::Contiguous { data, mhandle, packing, place: if usage.stage_sends { Place::HOST } else { place } })
     }
@@ -92,12 +92,12 @@ impl Channel {
     /// Hands announced chunks to the plugin, in order, as far as they are packed and it takes them.
     fn post_sends(&mut self, copier: &mut Copier, now: Instant) -> Result<bool> {
         let mut any = false;
-        while let Some(next) = self.to_post.front() {
-            let taken = match &next.source {
+        while let Some(next) = self.to_post.front_mut() {
+            let taken = match &mut next.source {
                 // SAFETY: the source's memory is kept by the chunk's hold, or it is a place of the staging ring.
                 Source::Vectored(iov) => unsafe { self.send.send_vectored(iov, next.len, next.tag) }?,
                 Source::Contiguous { data, mhandle, packing, place } => {
-                    if *packing != Ticket::Done && !device(copier)?.poll(*packing)? {
+                    if !packing.over(copier, &mut self.counts.packing)? {
                         break;
                     }
                     let send = &mut self.send;

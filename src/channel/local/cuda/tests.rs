@@ -453,8 +453,8 @@ impl Busy {
         let context = Context::retain(ordinal).expect("context");
         let state = Arc::new([AtomicBool::new(false), AtomicBool::new(false)]);
         let argument = Arc::into_raw(state.clone()).cast_mut().cast();
-        // SAFETY: the function takes the Arc back; null is the legacy default stream of the current context.
-        unsafe { context.enter().expect("context").cuLaunchHostFunc(std::ptr::null_mut(), hold, argument) }
+        // SAFETY: the function takes the Arc back; the stream is of this context, null its default one.
+        unsafe { context.enter().expect("context").cuLaunchHostFunc(stream, hold, argument) }
             .expect("host function");
         Busy(state)
     }

@@ -4,7 +4,7 @@
 # Exit status: 0 all passed, 77 no dpkg here, else something failed.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-root=$(dirname "$here")
+root=$(cd "$here/../.." && pwd)
 command -v dpkg-deb >/dev/null || { echo "SKIPPED: no dpkg-deb here"; exit 77; }
 work=$(mktemp -d "${TMPDIR:-/tmp}/uccl-deb-test.XXXXXX")
 trap 'rm -rf "$work"' EXIT

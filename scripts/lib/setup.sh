@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+# shellcheck shell=bash
 # Installs what building and testing need, where it is missing, and puts a Rust toolchain that is new enough first in PATH.
 # Sourced by demo and test; `MODE` is demo or test. Packages come from apt; elsewhere it names what is missing.
 set -euo pipefail

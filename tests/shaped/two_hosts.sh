@@ -3,7 +3,7 @@
 # listening side must see the peer's real address. Exit status 77: skipped.
 #
 # usage: two_hosts.sh TCPX_PERF
-. "$(dirname "$0")/shaped/lib.sh"
+. "$(dirname "$0")/lib.sh"
 hosts
 # A line has a speed, as with real NICs. Without one a veth pair is as fast as the scheduler happens to serve its threads, and on few
 # cores the spread would show that and not the striping.

@@ -10,8 +10,8 @@
 #include <string>
 #include <thread>
 
-#include "../src/conn_info.h"
-#include "../src/jobs.h"
+#include "../../nixl/src/conn_info.h"
+#include "../../nixl/src/jobs.h"
 
 using namespace std::chrono_literals;
 

@@ -1,6 +1,7 @@
 /* Drives TcpxEndpoint the way UCCL's engine drives its endpoints, with stand-ins for the engine's types. Like the engine's own source,
  * this file declares functions and structures of the names that uccl_engine.h uses, and so shows that they do not meet. */
 #include "check.hpp"
+#include "engine_types.hpp"
 
 #include <cstdint>
 #include <cstdlib>
@@ -8,15 +9,6 @@
 #include <string>
 #include <vector>
 
-struct FifoItem {
-  uint64_t addr;
-  uint32_t size;
-  uint32_t rkey;
-  uint32_t nmsgs;
-  uint32_t rid;
-  uint64_t idx;
-  char padding[32];
-};
 struct uccl_engine {
   int of_the_engine;
 };
@@ -39,36 +31,10 @@ int uccl_engine_reg(uccl_engine_t*, uintptr_t, size_t, uccl_mr_t&) { return 77; 
 
 namespace {
 
-struct ConnID {
-  void* context;
-  int sock_fd;
-  int dev;
-  uint64_t peer_id;
-};
-enum ReqType { ReqRead, ReqWrite };
-struct UcclRequest {
-  enum ReqType type;
-  uint32_t peer_id;
-  uint32_t engine_idx;
-};
-struct NotifyMsg {
-  uint32_t msg_type = 0;
-  std::string name;
-  std::string msg;
-};
-class EpollClient;
-
 std::mutex notify_mutex;
 std::vector<NotifyMsg> notify_list;
 
-struct Traits {
-  using ConnID = ::ConnID;
-  using FifoItem = ::FifoItem;
-  using UcclRequest = ::UcclRequest;
-  using NotifyMsg = ::NotifyMsg;
-  using EpollClient = ::EpollClient;
-  static constexpr auto kReqRead = ReqType::ReqRead;
-  static constexpr auto kReqWrite = ReqType::ReqWrite;
+struct Traits : EngineTypes {
   static void deliver_notification(NotifyMsg&& message) {
     std::lock_guard<std::mutex> lock(notify_mutex);
     notify_list.push_back(std::move(message));

@@ -10,7 +10,7 @@
 # Exit status: 0 all passed, 1 something failed; every check runs either way.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-root=$(dirname "$here")
+root=$(cd "$here/../.." && pwd)
 [ $# = 1 ] && [ -d "$1" ] || { sed -n '2,4p' "$0" >&2; exit 1; }
 given=$(cd "$1" && pwd)
 work=$(mktemp -d "${TMPDIR:-/tmp}/uccl-packaging.XXXXXX")
@@ -86,7 +86,7 @@ no_paths() {
     ! grep -rIl -e "$original" -e "$root" "$prefix/lib/cmake" "$prefix/lib/pkgconfig" "$prefix/include"
 }
 same_header() { diff -r "$root/include" "$prefix/include"; }
-headers() { "$root/cpp_tests/check_headers.sh" "$1" "$prefix/include"; local rc=$?; [ $rc = 0 ] || [ $rc = 77 ]; }
+headers() { "$root/tests/cpp/check_headers.sh" "$1" "$prefix/include"; local rc=$?; [ $rc = 0 ] || [ $rc = 77 ]; }
 
 licences() {
     local name

@@ -4,6 +4,7 @@
  *
  * The proxies follow docs/uccl-engine.md: they catch, they mark a failed transfer, and polling says so. */
 #include "check.hpp"
+#include "engine_types.hpp"
 
 #include <cstdint>
 #include <memory>
@@ -23,44 +24,10 @@
 #include <mutex>
 #include <thread>
 
-struct FifoItem {
-  uint64_t addr;
-  uint32_t size;
-  uint32_t rkey;
-  uint32_t nmsgs;
-  uint32_t rid;
-  uint64_t idx;
-  char padding[32];
-};
-
 namespace {
 
-struct ConnID {
-  void* context;
-  int sock_fd;
-  int dev;
-  uint64_t peer_id;
-};
-enum ReqType { ReqRead, ReqWrite };
-struct UcclRequest {
-  enum ReqType type;
-  uint32_t peer_id;
-  uint32_t engine_idx;
-};
-struct NotifyMsg {
-  std::string name;
-  std::string msg;
-};
-class EpollClient;
 std::atomic<int> delivered{0};
-struct Traits {
-  using ConnID = ::ConnID;
-  using FifoItem = ::FifoItem;
-  using UcclRequest = ::UcclRequest;
-  using NotifyMsg = ::NotifyMsg;
-  using EpollClient = ::EpollClient;
-  static constexpr auto kReqRead = ReqType::ReqRead;
-  static constexpr auto kReqWrite = ReqType::ReqWrite;
+struct Traits : EngineTypes {
   static void deliver_notification(NotifyMsg&&) { ++delivered; }
 };
 using Endpoint = uccl_tcpx::TcpxEndpoint<Traits>;
