@@ -37,8 +37,8 @@ struct Allocation {
 pub(crate) struct Shares {
     allocations: HashMap<Key, Allocation>,
     ids: HashMap<u32, Key>,
-    /// By region and the peer's place, rising, each with its number; `None` where it cannot be shared.
-    regions: HashMap<(u64, Place), Option<Vec<(Key, u32)>>>,
+    /// By region and the peer's place, rising; `None` where it cannot be shared.
+    regions: HashMap<(u64, Place), Option<Vec<Key>>>,
     last: u32,
     /// What the peer has to be told.
     pub notes: VecDeque<Note>,
@@ -56,12 +56,12 @@ impl Shares {
             self.regions.insert(name, keys.ok());
         }
         match self.regions.get(&name) {
-            Some(Some(keys)) => keys.iter().all(|(key, _)| self.allocations.get(key).is_some_and(|a| a.state == State::Open)),
+            Some(Some(keys)) => keys.iter().all(|key| self.allocations.get(key).is_some_and(|a| a.state == State::Open)),
             _ => false,
         }
     }
 
-    fn tell(&mut self, region: &Region, there: Place, memory: &mut dyn LocalMemory) -> Result<Vec<(Key, u32)>> {
+    fn tell(&mut self, region: &Region, there: Place, memory: &mut dyn LocalMemory) -> Result<Vec<Key>> {
         let exports = memory.export(region.place, region.span.addr, region.span.len)?;
         let inner = exports.len().saturating_sub(1);
         if exports.is_empty() || exports[..inner].iter().any(|e| e.len < SHORTEST) {
@@ -73,14 +73,13 @@ impl Shares {
         let mut keys = Vec::with_capacity(exports.len());
         for export in exports {
             let key = (export.base, export.len, region.place, there);
+            keys.push(key);
             if let Some(known) = self.allocations.get_mut(&key) {
                 known.regions += 1;
-                keys.push((key, known.id));
                 continue;
             }
             self.last += 1;
             let id = self.last;
-            keys.push((key, id));
             self.allocations.insert(key, Allocation { id, state: State::Told, regions: 1 });
             self.ids.insert(id, key);
             self.notes.push_back(Note::Share { id, there: region.place, here: there, export });
@@ -106,35 +105,35 @@ impl Shares {
         Ok(())
     }
 
-    /// Appends where the bytes of parts of one region lie, as the peer knows them.
+    /// Appends where the bytes of a part lie, as the peer knows them.
     ///
     /// # Errors
     /// `Internal` when the region is not shared.
-    pub(crate) fn extents(&self, region: u64, there: Place, parts: &[Part], out: &mut Vec<Extent>) -> Result<()> {
+    pub(crate) fn extents(&self, region: u64, there: Place, part: &Part, out: &mut Vec<Extent>) -> Result<()> {
         let Some(Some(keys)) = self.regions.get(&(region, there)) else { bail!(Internal, "region {region} is not shared") };
-        for part in parts {
-            let (mut addr, end) = (part.addr, part.addr + part.len);
-            let first = keys.partition_point(|&((base, len, ..), _)| base + len <= addr);
-            for &((base, len, ..), export) in &keys[first..] {
-                if addr == end || addr < base {
-                    break;
-                }
+        let (mut addr, end) = (part.addr, part.addr + part.len);
+        for key in keys {
+            let (base, len, ..) = *key;
+            if addr < end && addr >= base && addr - base < len {
+                let Some(allocation) = self.allocations.get(key) else {
+                    bail!(Internal, "an allocation of region {region} is gone")
+                };
                 let n = (base + len - addr).min(end - addr);
-                out.push(Extent { addr, len: n as u32, export });
+                out.push(Extent { addr, len: n as u32, export: allocation.id });
                 addr += n;
             }
-            if addr != end {
-                bail!(Internal, "region {region} is shared in part");
-            }
         }
-        Ok(())
+        match addr == end {
+            true => Ok(()),
+            false => bail!(Internal, "region {region} is shared in part"),
+        }
     }
 
     /// A region has ended: nothing uses it any more.
     pub(crate) fn forget(&mut self, region: u64) {
         let names: Vec<(u64, Place)> = self.regions.keys().copied().filter(|&(id, _)| id == region).collect();
         for name in names {
-            for (key, _) in self.regions.remove(&name).flatten().unwrap_or_default() {
+            for key in self.regions.remove(&name).flatten().unwrap_or_default() {
                 let Some(allocation) = self.allocations.get_mut(&key) else { continue };
                 allocation.regions -= 1;
                 if allocation.regions == 0 {
@@ -215,29 +214,23 @@ impl Imports {
         Some(Note::Answer { id, open })
     }
 
-    /// Where pieces of the peer's lie here. Counts a use of the exports that they lie in, which are appended to `used`.
+    /// Where a piece of the peer's lies here. Counts a use.
     ///
     /// # Errors
-    /// `Protocol` when one lies in no open export for `here`.
-    pub(crate) fn translate(&mut self, mut pieces: &mut [Extent], here: Place, used: &mut Vec<u32>) -> Result<()> {
-        while let Some(&Extent { export, .. }) = pieces.first() {
-            let same = pieces.iter().take_while(|piece| piece.export == export).count();
-            let (run, rest) = pieces.split_at_mut(same);
-            pieces = rest;
-            let Some(import) = self.open.get_mut(&export).filter(|import| import.here == here && !import.ended) else {
-                bail!(Protocol, "a piece of export {export}, which is not open for memory of {here:?}")
-            };
-            for piece in run {
-                let at = piece.addr.wrapping_sub(import.base);
-                if piece.addr < import.base || at > import.len || u64::from(piece.len) > import.len - at {
-                    bail!(Protocol, "{} bytes at {:#x} are not inside export {export}", piece.len, piece.addr);
-                }
-                piece.addr = import.mapping.addr + at;
-            }
-            import.pulls += 1;
-            used.push(export);
-        }
-        Ok(())
+    /// `Protocol` when it lies in no open export for `here`.
+    pub(crate) fn translate(&mut self, piece: &Extent, here: Place) -> Result<u64> {
+        let Some(import) = self.open.get_mut(&piece.export).filter(|import| import.here == here && !import.ended) else {
+            bail!(Protocol, "a piece of export {}, which is not open for memory of {here:?}", piece.export)
+        };
+        let inside = piece
+            .addr
+            .checked_sub(import.base)
+            .filter(|at| at.checked_add(piece.len.into()).is_some_and(|end| end <= import.len));
+        let Some(at) = inside else {
+            bail!(Protocol, "{} bytes at {:#x} are not inside export {}", piece.len, piece.addr, piece.export)
+        };
+        import.pulls += 1;
+        Ok(import.mapping.addr + at)
     }
 
     /// A pull that used a piece of this export has ended.

@@ -454,8 +454,7 @@ impl Busy {
         let state = Arc::new([AtomicBool::new(false), AtomicBool::new(false)]);
         let argument = Arc::into_raw(state.clone()).cast_mut().cast();
         // SAFETY: the function takes the Arc back; the stream is of this context, null its default one.
-        unsafe { context.enter().expect("context").cuLaunchHostFunc(stream, hold, argument) }
-            .expect("host function");
+        unsafe { context.enter().expect("context").cuLaunchHostFunc(stream, hold, argument) }.expect("host function");
         Busy(state)
     }
 
