@@ -163,30 +163,28 @@ fn another_users_process_is_not_let_near() {
 }
 
 /// The first transfers of memory go over channels, until the peer has said that it can reach it.
-fn shared_in_the_end(a: &mut Victim, b: &mut Victim) -> ((usize, usize, FifoItem), u64) {
+fn shared_in_the_end(a: &mut Victim, b: &mut Victim) -> (usize, usize, FifoItem) {
     const LEN: usize = 3 * MIB;
     let (local, _) = a.buffer(LEN, 5);
     let (remote, item) = b.buffer(LEN, 0);
-    let mut total = 0;
     let shared = until(LIMIT, || {
         assert_eq!(again(a, b, "write", LEN, 5, local, remote, &item), Outcome::Done(LEN as u64));
-        total += LEN as u64;
         carried(a)[0] > 0
     });
     assert!(shared, "{}", a.log());
-    ((local, remote, item), total)
+    (local, remote, item)
 }
 
 #[test]
 fn simulated_gpu_memory_is_mapped_once_and_let_go_with_its_region() {
     let (mut a, mut b) = two(&EMULATED, &EMULATED);
-    let ((local, remote, item), _) = shared_in_the_end(&mut a, &mut b);
+    let (local, remote, item) = shared_in_the_end(&mut a, &mut b);
     let before = carried(&mut a);
     for _ in 0..5 {
         assert_eq!(again(&mut a, &mut b, "write", 3 * MIB, 5, local, remote, &item), Outcome::Done(3 * MIB as u64));
     }
     assert_eq!(carried(&mut a)[2..], before[2..], "nothing more goes over the channels");
-    assert_eq!(b.number("mappings"), 1);
+    assert!(until(LIMIT, || b.number("mappings") == 1));
     // The other way, with the memory of the other side.
     assert!(until(LIMIT, || {
         assert_eq!(again(&mut a, &mut b, "read", 3 * MIB, 5, local, remote, &item), Outcome::Done(3 * MIB as u64));
@@ -199,11 +197,35 @@ fn simulated_gpu_memory_is_mapped_once_and_let_go_with_its_region() {
     assert!(until(LIMIT, || a.number("mappings") == 0));
     // And the memory of an ended process goes with the connection.
     shared_in_the_end(&mut a, &mut b);
-    assert_eq!(b.number("mappings"), 1);
+    assert!(until(LIMIT, || b.number("mappings") == 1));
     drop(a);
     assert!(until(LIMIT, || b.ask("status 0").starts_with("error")));
     assert!(until(LIMIT, || b.number("mappings") == 0));
     assert!(b.end(LIMIT));
+}
+
+#[test]
+fn memory_is_told_in_advance_whenever_it_is_registered() {
+    const LEN: usize = 2 * MIB;
+    let (mut a, mut b) = (start(&EMULATED), start(&EMULATED));
+    let (local, _) = a.buffer(LEN, 5);
+    let (remote, item) = b.buffer(LEN, 0);
+    b.ask("accept");
+    assert_eq!(a.ask(&format!("connect 127.0.0.1 {}", b.port)), "0");
+    assert!(until(LIMIT, || a.number("mappings") == 1 && b.number("mappings") == 1));
+    // The answers are on their way.
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(again(&mut a, &mut b, "write", LEN, 5, local, remote, &item), Outcome::Done(LEN as u64));
+    assert_eq!(carried(&mut a), [LEN as u64, 0, 0, 0]);
+    let (later, _) = a.buffer(LEN, 6);
+    assert!(until(LIMIT, || b.number("mappings") == 2));
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(again(&mut a, &mut b, "write", LEN, 6, later, remote, &item), Outcome::Done(LEN as u64));
+    assert_eq!(carried(&mut a), [2 * LEN as u64, 0, 0, 0]);
+    for buffer in [local, later] {
+        a.ask(&format!("destroy {buffer}"));
+    }
+    assert!(until(LIMIT, || b.number("mappings") == 0));
 }
 
 #[test]

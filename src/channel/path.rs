@@ -103,6 +103,9 @@ pub(crate) trait Path: Send {
         true
     }
 
+    /// Tells the peer of a region that it may want to reach soon; see [`Path::share`].
+    fn offer(&mut self, _region: &Region) {}
+
     /// The load of each channel for a chunk from `place`, into an empty list. `bulk`: the chunk is part of a large transfer, and
     /// all of those together leave room in the window for small ones, which do not count against them.
     fn loads(&self, place: Place, bulk: bool, now: Instant, out: &mut Vec<Load>);

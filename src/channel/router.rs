@@ -6,7 +6,7 @@ use super::device::spread;
 use super::path::{Arrival, ChunkLimits, Copier, Departure, Dest, Event, Path};
 use super::plan::Chunk;
 use super::stripe::{self, Load};
-use crate::region::Hold;
+use crate::region::{Hold, Region};
 use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
 use crate::types::{Place, Segment};
@@ -66,6 +66,17 @@ impl Channels {
             }
         }
         shared
+    }
+
+    /// Whether the peer reaches all of these segments within the host: then a chunk is faster than a frame that a GPU has to fill.
+    fn within_host(&mut self, segments: &[Segment], hold: &Hold) -> bool {
+        let wanted = |path: &dyn Path, s: &Segment| path.needs_sharing(s.place) && path.carries(s.place, s.peer);
+        segments.iter().all(|s| self.paths.iter().any(|path| wanted(&**path, s))) && self.share(segments, hold)
+    }
+
+    /// Tells the peer of a region of this side that it may want to reach soon.
+    pub(crate) fn offer(&mut self, region: &Region) {
+        self.paths.iter_mut().for_each(|path| path.offer(region));
     }
 
     /// What chunks of a channel are at most; `None` where it does not exist.
@@ -209,8 +220,12 @@ impl Channels {
         format!("{}{more}", all[..all.len().min(MOST)].join("; "))
     }
 
-    /// Up to how many bytes a transfer should travel inside a control frame.
-    pub(crate) fn inline_bytes(&self, device: bool) -> usize {
+    /// Up to how many bytes a transfer of these segments should travel inside a control frame.
+    pub(crate) fn inline_bytes(&mut self, segments: &[Segment], hold: &Hold) -> usize {
+        let device = segments.iter().any(|s| s.place.is_device());
+        if device && self.within_host(segments, hold) {
+            return 0;
+        }
         match &self.copier {
             Some(copier) if device => copier.inline_bytes(),
             _ if device => 0,
@@ -432,10 +447,12 @@ mod tests {
     #[test]
     fn without_a_copier_only_host_memory_travels_inside_frames() {
         let mut channels = Channels::new(Vec::new(), None);
-        assert_eq!(
-            (channels.inline_bytes(false), channels.inline_bytes(true), channels.copies_pending()),
-            (usize::MAX, 0, false)
-        );
+        let mut inline = |place| {
+            let segment = Segment { addr: 1, len: 1, region: 0, place, peer: Place::HOST };
+            channels.inline_bytes(&[segment], &Hold::new(Vec::new()))
+        };
+        assert_eq!((inline(Place::HOST), inline(Place::gpu(0))), (usize::MAX, 0));
+        assert!(!channels.copies_pending());
         let mut memory = *b"0123456789";
         let part = |at: usize, len| crate::types::Part { addr: memory.as_ptr() as u64 + at as u64, len, region: 0 };
         let parts = vec![part(2, 3), part(7, 1)];

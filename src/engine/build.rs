@@ -104,14 +104,15 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
     let doorbell = home.bell.doorbell();
     let mut paths = paths(site, up.sets, chunk_bytes, &doorbell)?;
     let found = up.local.describe();
-    let local = up.local.path(home.bell.local_bell(&doorbell));
+    let local = up.local.path(home.bell.local_bell(&doorbell), &theirs.hello);
     // Of several paths that carry something the first does.
     let watched = local.map(|path| {
         let watched = path.watched();
         paths.insert(0, Box::new(path));
         watched
     });
-    let channels = Channels::new(paths, copier(site)?);
+    let mut channels = Channels::new(paths, copier(site)?);
+    home.registry.on_devices().iter().for_each(|region| channels.offer(region.to_share()));
     let name = up.address.to_string();
     let setting = Setting {
         registry: home.registry.clone(),

@@ -11,6 +11,7 @@ use super::watch::Watch;
 use crate::channel::local::Watched;
 use crate::channel::router::Channels;
 use crate::fork::Local;
+use crate::region::RegionUse;
 use crate::stats::{ChannelStats, ConnectionStats, Totals};
 use crate::status::{bail, err, Error, ErrorKind, Result};
 use crate::types::{Place, Segment};
@@ -677,6 +678,14 @@ impl Connection {
         let mut core = self.core.lock();
         if core.machine.uses_region(region) {
             self.fail_locked(&mut core, error);
+        }
+    }
+
+    /// Tells a peer on this host of a region that it may want to reach soon.
+    pub(crate) fn offer_region(&self, region: &RegionUse) {
+        if self.one_host.is_some() && self.core.is_here() {
+            self.core.lock().channels.offer(region.to_share());
+            self.home.attend(self.id);
         }
     }
 

@@ -1,12 +1,14 @@
 //! Meeting the peer on this host while a connection is set up: whether this side takes part, what it brings along, and what came of it.
 //! Nothing here fails a set-up: what is not shared goes over the channels.
 
+use super::sets::own_gpu;
 use super::site::Site;
 use crate::channel::local::cuda::{CudaMemory, CudaOptions};
 use crate::channel::local::{emulated_gpu, Bell, EmulatedMemory, Have, Linked, LocalPath, Meeting, Opening, ProofKeys};
 use crate::gpu::PullOptions;
 use crate::status::{bail, Error, Result};
 use crate::types::Place;
+use crate::wire::hello::Hello;
 use crate::wire::setup::Invitation;
 use std::time::Instant;
 
@@ -103,9 +105,10 @@ impl Local {
     }
 
     /// The path, where there is one.
-    pub(super) fn path(self, bell: Bell) -> Option<LocalPath> {
+    pub(super) fn path(self, bell: Bell, peer: &Hello) -> Option<LocalPath> {
+        let gpus = std::iter::once(own_gpu(peer)).chain(peer.further_gpus.iter().copied());
         match self {
-            Local::Linked(linked) => Some(LocalPath::new(*linked, bell)),
+            Local::Linked(linked) => Some(LocalPath::new(*linked, bell, gpus.map(Place::gpu).collect())),
             _ => None,
         }
     }

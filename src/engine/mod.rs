@@ -238,7 +238,13 @@ impl Engine {
         }
         self.alive()?;
         let place = self.parts.site.gpus.place_of(addr as u64)?;
-        self.parts.site.home.registry.add(addr as u64, len as u64, place, access)
+        let home = &self.parts.site.home;
+        let id = home.registry.add(addr as u64, len as u64, place, access)?;
+        if place.is_device() {
+            let region = home.registry.local(id)?;
+            home.connections.all().iter().for_each(|connection| connection.offer_region(&region));
+        }
+        Ok(id)
     }
 
     /// Ends a registration. Waits for transfers that use it; what has not ended by the close deadline is failed with its connection.

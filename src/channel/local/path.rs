@@ -7,7 +7,7 @@ use super::notes::Note;
 use super::pool::Bell;
 use super::puller::{LocalMemory, Piece, Pull};
 use super::ring::{Descriptor, Extent, Inbox, Listening, Outbox, MAX_PIECES};
-use super::sharing::{Imports, Shares};
+use super::sharing::{Imports, Shares, Stretch};
 use super::shelf::Shelf;
 use super::socket::{Received, Socket, MAX_MESSAGE};
 use crate::channel::path::{Arrival, ChunkLimits, Copier, Departure, Dest, Event, Path};
@@ -51,7 +51,7 @@ struct Coming {
     arrival: Arrival,
     /// `None` where nothing is copied.
     pull: Option<Pull>,
-    /// Exports that its pieces lie in, one entry a piece.
+    /// Exports that its pieces lie in, one entry for each use that was counted.
     exports: Vec<u32>,
     /// What keeps the source, where that is memory of this process.
     _source: Option<Hold>,
@@ -62,6 +62,8 @@ pub(crate) struct LocalPath {
     socket: Socket,
     pid: i32,
     pairs: Vec<(Place, Place)>,
+    /// GPUs of the peer whose memory is in use: what they may want to reach is told in advance.
+    likely: Vec<Place>,
     outbox: Outbox,
     inbox: Inbox,
     host: Option<HostMemory>,
@@ -110,8 +112,8 @@ pub(crate) struct Watched {
 }
 
 impl LocalPath {
-    /// `bell`: rung when a thread has ended a pull.
-    pub(crate) fn new(linked: Linked, bell: Bell) -> LocalPath {
+    /// `bell`: rung when a thread has ended a pull; `likely`: GPUs of the peer whose memory is in use.
+    pub(crate) fn new(linked: Linked, bell: Bell, likely: Vec<Place>) -> LocalPath {
         let same = linked.same_process;
         let shelves = same.then(|| (Shelf::own(linked.id, linked.connecting), Shelf::of(linked.id, !linked.connecting)));
         let Linked { socket, who, mut host, device, inbox, outbox, pairs, .. } = linked;
@@ -122,6 +124,7 @@ impl LocalPath {
             socket,
             pid: who.pid,
             pairs,
+            likely,
             outbox,
             inbox,
             host,
@@ -176,10 +179,22 @@ impl LocalPath {
             extents.extend(parts.iter().map(|p| Extent { addr: p.addr, len: p.len as u32, export: 0 }));
             return Ok(());
         }
-        parts.iter().try_for_each(|part| {
-            let region = departure.hold.span_to_register(part.region)?.id;
-            self.shares.extents(region, there, part, extents)
-        })
+        // Blocks of a transfer mostly lie in one allocation.
+        let mut last: Option<(u16, Stretch)> = None;
+        for part in parts {
+            let (mut addr, end) = (part.addr, part.addr + part.len);
+            while addr < end {
+                let stretch = match last {
+                    Some((region, stretch)) if region == part.region && stretch.locate(addr, 1).is_some() => stretch,
+                    _ => self.shares.find(departure.hold.span_to_register(part.region)?.id, there, addr)?,
+                };
+                last = Some((part.region, stretch));
+                let n = (stretch.base + stretch.len - addr).min(end - addr);
+                extents.push(Extent { addr, len: n as u32, export: stretch.id });
+                addr += n;
+            }
+        }
+        Ok(())
     }
 
     // ---- the destination's side ----
@@ -211,17 +226,8 @@ impl LocalPath {
         let Dest::Memory { place, parts, .. } = &arrival.dest else {
             return Ok(Coming { arrival, pull: None, exports: Vec::new(), _source: source });
         };
-        let (place, mut exports) = (*place, Vec::new());
-        for piece in &mut self.scratch.descriptor.pieces {
-            match (piece.export, place.is_device()) {
-                (0, false) => {}
-                (0, true) | (_, false) => bail!(Protocol, "a piece of export {} for memory of {place:?}", piece.export),
-                (export, true) => {
-                    exports.push(export);
-                    piece.addr = self.imports.translate(piece, place)?;
-                }
-            }
-        }
+        let place = *place;
+        let exports = locate(&mut self.scratch.descriptor.pieces, place, &mut self.imports)?;
         join(&self.scratch.descriptor.pieces, parts, &mut self.scratch.pieces)?;
         let Some(memory) = memory(&mut self.host, &mut self.device, place) else {
             bail!(Protocol, "a chunk for memory of {place:?}, which is not shared")
@@ -330,6 +336,36 @@ fn memory<'a>(
     }
 }
 
+/// Turns the addresses of a peer's pieces into those where they are visible here; gives the exports that they lie in.
+///
+/// # Errors
+/// `Protocol` for a piece that lies in no export that is open for memory of `place`.
+fn locate(pieces: &mut [Extent], place: Place, imports: &mut Imports) -> Result<Vec<u32>> {
+    let mut exports = Vec::new();
+    let mut last: Option<Stretch> = None;
+    for piece in pieces {
+        match (piece.export, place.is_device()) {
+            (0, false) => continue,
+            (0, true) | (_, false) => bail!(Protocol, "a piece of export {} for memory of {place:?}", piece.export),
+            (_, true) => {}
+        }
+        let stretch = match last {
+            Some(stretch) if stretch.id == piece.export => stretch,
+            _ => {
+                let stretch = imports.enter(piece.export, place)?;
+                exports.push(piece.export);
+                stretch
+            }
+        };
+        last = Some(stretch);
+        let Some(addr) = stretch.locate(piece.addr, piece.len.into()) else {
+            bail!(Protocol, "{} bytes at {:#x} are not inside export {}", piece.len, piece.addr, piece.export)
+        };
+        piece.addr = addr;
+    }
+    Ok(exports)
+}
+
 /// Lays the source's pieces beside the destination's: one piece for each stretch that is whole on both sides.
 fn join(sources: &[Extent], parts: &[Part], out: &mut Vec<Piece>) -> Result<()> {
     out.clear();
@@ -392,6 +428,12 @@ impl Path for LocalPath {
                 shared
             }
             _ => false,
+        }
+    }
+
+    fn offer(&mut self, region: &Region) {
+        for i in 0..self.likely.len() {
+            self.share(region, self.likely[i]);
         }
     }
 
@@ -508,5 +550,270 @@ impl Drop for LocalPath {
             (Ok(()), Some(device)) => self.imports.close_all(&mut **device),
             (Ok(()), None) => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::emulated;
+    use super::super::link::tests::linked;
+    use super::super::puller::{Export, ExportKind};
+    use super::*;
+    use crate::channel::plan::Chunk;
+    use crate::region::RegionUse;
+    use crate::status::ErrorKind;
+    use crate::types::{RemoteAccess, Span};
+    use std::os::fd::{FromRawFd, OwnedFd};
+    use std::sync::atomic::AtomicU32;
+
+    fn ends(gpus: [u8; 2]) -> (LocalPath, LocalPath) {
+        let (a, b) = linked(gpus);
+        let bell = || {
+            // SAFETY: a plain system call, whose result is fresh.
+            let fd = unsafe { OwnedFd::from_raw_fd(libc::eventfd(0, libc::EFD_CLOEXEC)) };
+            Bell { armed: Arc::new(AtomicU32::new(0)), fd: Arc::new(fd) }
+        };
+        (LocalPath::new(a, bell(), Vec::new()), LocalPath::new(b, bell(), Vec::new()))
+    }
+
+    /// Registered memory.
+    struct Memory {
+        bytes: Vec<u8>,
+        region: Arc<Region>,
+    }
+
+    impl Memory {
+        fn new(id: u64, place: Place, len: usize, fill: u8) -> Memory {
+            let bytes = vec![fill; len];
+            let span = Span { id, addr: bytes.as_ptr() as u64, len: len as u64 };
+            Memory { region: Arc::new(Region::new(span, [0; 16], place, RemoteAccess::ALL)), bytes }
+        }
+        fn hold(&self) -> Hold {
+            Hold::new(vec![RegionUse::new(&self.region)])
+        }
+        fn parts(&self) -> Vec<Part> {
+            vec![Part { addr: self.bytes.as_ptr() as u64, len: self.bytes.len() as u64, region: 0 }]
+        }
+        fn departure(&self, tag: i32, peer: Place) -> Departure {
+            let chunk = Chunk { parts: self.parts(), len: self.bytes.len(), place: self.region.place, peer };
+            Departure { key: Key { id: 1, mine: true }, chunk, hold: self.hold(), bulk: true, tag }
+        }
+        fn arrival(&self, tag: i32) -> Arrival {
+            let dest = Dest::Memory { place: self.region.place, parts: self.parts(), hold: self.hold() };
+            Arrival { key: Key { id: 1, mine: false }, len: self.bytes.len(), tag, dest }
+        }
+        fn holds(&self, value: u8) -> bool {
+            std::hint::black_box(&self.bytes).iter().all(|&b| b == value)
+        }
+    }
+
+    /// Both ends go on until a number of chunks has arrived and left.
+    fn run(a: &mut LocalPath, b: &mut LocalPath, chunks: usize) -> Result<()> {
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        let start = Instant::now();
+        while ours.len() < chunks || theirs.len() < chunks {
+            a.progress(&mut None, Instant::now(), &mut ours)?;
+            b.progress(&mut None, Instant::now(), &mut theirs)?;
+            assert!(start.elapsed().as_secs() < 60, "{ours:?} {theirs:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn chunks_of_host_memory_arrive() {
+        let (mut a, mut b) = ends([0, 0]);
+        for (i, len) in [1, 100, 70_000, 3 << 20].into_iter().enumerate() {
+            let (from, to) = (Memory::new(1, Place::HOST, len, 5), Memory::new(2, Place::HOST, len, 0));
+            b.expect(0, to.arrival(i as i32)).unwrap();
+            a.submit(0, from.departure(i as i32, Place::HOST), &mut None, Instant::now()).unwrap();
+            run(&mut a, &mut b, 1).unwrap();
+            assert!(to.holds(5) && !from.region.in_use() && !to.region.in_use());
+        }
+        assert!(!a.busy() && !b.busy() && a.counts.sent_chunks == 4 && b.counts.received_bytes == a.counts.sent_bytes);
+    }
+
+    #[test]
+    fn a_refused_chunk_is_drained() {
+        let (mut a, mut b) = ends([0, 0]);
+        let from = Memory::new(1, Place::HOST, 100, 5);
+        a.submit(0, from.departure(3, Place::HOST), &mut None, Instant::now()).unwrap();
+        b.expect(0, Arrival { key: Key { id: 1, mine: false }, len: 100, tag: 3, dest: Dest::Discard }).unwrap();
+        run(&mut a, &mut b, 1).unwrap();
+        assert!(!from.region.in_use());
+    }
+
+    #[test]
+    fn the_window_holds() {
+        let (mut a, _b) = ends([0, 0]);
+        let from = Memory::new(1, Place::HOST, 100, 5);
+        let free = |a: &LocalPath, bulk| {
+            let mut loads = Vec::new();
+            a.loads(Place::HOST, bulk, Instant::now(), &mut loads);
+            loads[0].free
+        };
+        let mut n = 0;
+        while free(&a, true) > 0 {
+            a.submit(0, from.departure(n, Place::HOST), &mut None, Instant::now()).unwrap();
+            n += 1;
+        }
+        assert_eq!(n as usize, BULK_WINDOW);
+        assert!(free(&a, false) > 0);
+    }
+
+    #[test]
+    fn what_does_not_fit_its_announcement_is_a_violation() {
+        for (tag, len) in [(8, 100), (7, 99)] {
+            let (mut a, mut b) = ends([0, 0]);
+            let (from, to) = (Memory::new(1, Place::HOST, 100, 5), Memory::new(2, Place::HOST, len, 0));
+            a.submit(0, from.departure(7, Place::HOST), &mut None, Instant::now()).unwrap();
+            b.expect(0, to.arrival(tag)).unwrap();
+            assert_eq!(run(&mut a, &mut b, 1).unwrap_err().kind(), ErrorKind::Protocol);
+            assert!(to.holds(0));
+        }
+    }
+
+    /// A path whose peer has shared an allocation of simulated GPU memory, which is `from`.
+    fn sharing(from: &Memory) -> (LocalPath, LocalPath) {
+        let (mut a, mut b) = ends([1, 1]);
+        let export = Export {
+            kind: ExportKind::SharedMemory,
+            handle: [0; 64],
+            fd: None,
+            base: from.bytes.as_ptr() as u64,
+            len: from.bytes.len() as u64,
+            gpu: emulated::gpu(0),
+        };
+        b.imports.told(1, Place::gpu(0), export).unwrap();
+        for _ in 0..3 {
+            a.progress(&mut None, Instant::now(), &mut Vec::new()).ok();
+            b.answer().unwrap();
+        }
+        assert_eq!(b.imports.count(), 1);
+        (a, b)
+    }
+
+    /// What the peer makes of a chunk whose pieces are these.
+    fn told(from: &Memory, to: &Memory, pieces: &[Extent]) -> Result<()> {
+        let (mut a, mut b) = sharing(from);
+        if let Some((own, _)) = &a.shelves {
+            own.put(from.hold());
+        }
+        a.outbox.tell(7, pieces.iter().map(|p| u64::from(p.len)).sum(), pieces)?;
+        b.expect(0, to.arrival(7))?;
+        let start = Instant::now();
+        while b.counts.received_chunks == 0 {
+            b.progress(&mut None, Instant::now(), &mut Vec::new())?;
+            assert!(start.elapsed().as_secs() < 60);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn only_what_is_shared_is_pulled() {
+        let from = Memory::new(1, Place::gpu(0), 1000, 5);
+        let (gpu, host) = (Memory::new(2, Place::gpu(0), 100, 0), Memory::new(3, Place::HOST, 100, 0));
+        let at = from.bytes.as_ptr() as u64;
+        let piece = |addr, export| [Extent { addr, len: 100, export }];
+        told(&from, &gpu, &piece(at + 900, 1)).unwrap();
+        assert!(gpu.holds(5));
+        for (to, piece) in [
+            (&gpu, piece(at + 901, 1)),
+            (&gpu, piece(at - 1, 1)),
+            (&gpu, piece(0, 1)),
+            (&gpu, piece(u64::MAX - 100, 1)),
+            (&gpu, piece(at, 2)),
+            (&gpu, piece(at, 0)),
+            (&host, piece(at, 1)),
+        ] {
+            assert_eq!(told(&from, to, &piece).unwrap_err().kind(), ErrorKind::Protocol, "{piece:?}");
+        }
+        assert!(host.holds(0));
+    }
+
+    #[test]
+    fn what_was_copied_after_its_owner_took_it_back_does_not_count() {
+        let from = Memory::new(1, Place::gpu(0), 1000, 5);
+        let to = Memory::new(2, Place::gpu(0), 1000, 0);
+        let (a, mut b) = sharing(&from);
+        if let Some((own, _)) = &a.shelves {
+            own.put(from.hold());
+        }
+        let mut a = a;
+        a.outbox.tell(7, 1000, &[Extent { addr: from.bytes.as_ptr() as u64, len: 1000, export: 1 }]).unwrap();
+        b.expect(0, to.arrival(7)).unwrap();
+        b.progress(&mut None, Instant::now(), &mut Vec::new()).unwrap();
+        assert!(b.copying() && from.region.in_use());
+        drop(a);
+        // The puller, which is in this process, keeps what it reads.
+        assert!(from.region.in_use() && to.region.in_use());
+        let error = (0..10).find_map(|_| b.progress(&mut None, Instant::now(), &mut Vec::new()).err());
+        assert!(error.is_some_and(|e| e.kind() == ErrorKind::RemoteDisconnect));
+        drop(b);
+        assert!(!from.region.in_use() && !to.region.in_use());
+    }
+
+    #[test]
+    fn a_path_that_ends_during_a_pull_touches_nothing_afterwards() {
+        let from = Memory::new(1, Place::gpu(0), 1000, 5);
+        let to = Memory::new(2, Place::gpu(0), 1000, 0);
+        let (mut a, mut b) = sharing(&from);
+        if let Some((own, _)) = &a.shelves {
+            own.put(from.hold());
+        }
+        a.outbox.tell(7, 1000, &[Extent { addr: from.bytes.as_ptr() as u64, len: 1000, export: 1 }]).unwrap();
+        b.expect(0, to.arrival(7)).unwrap();
+        b.progress(&mut None, Instant::now(), &mut Vec::new()).unwrap();
+        drop(b);
+        assert!(!to.region.in_use() && to.holds(0));
+    }
+
+    #[test]
+    fn notes_out_of_place_are_violations() {
+        let export = || Export { kind: ExportKind::CudaIpc, handle: [0; 64], fd: None, base: 4096, len: 4096, gpu: [0; 16] };
+        let share = |id, there, here| Note::Share { id, there, here, export: export() };
+        let gpu = Place::gpu(0);
+        for (gpus, notes) in [
+            ([1, 1], vec![Note::Answer { id: 1, open: true }]),
+            ([1, 1], vec![Note::End { id: 1 }]),
+            ([1, 1], vec![share(0, gpu, gpu)]),
+            ([1, 1], vec![share(5, gpu, gpu), share(5, gpu, gpu)]),
+            ([1, 1], vec![share(1, Place::gpu(1), gpu)]),
+            ([0, 0], vec![share(1, gpu, gpu)]),
+            ([0, 0], vec![Note::End { id: 1 }]),
+        ] {
+            let (a, mut b) = ends(gpus);
+            notes.iter().for_each(|note| assert!(a.socket.send(&note.encode(), None).unwrap()));
+            let error = (0..5).find_map(|_| {
+                b.news.store(true, Ordering::Release);
+                b.progress(&mut None, Instant::now(), &mut Vec::new()).err()
+            });
+            assert!(error.is_some_and(|e| e.kind() == ErrorKind::Protocol), "{notes:?}");
+        }
+    }
+
+    #[test]
+    fn a_peer_that_is_gone_is_no_error_here() {
+        // Its control connection says why.
+        let (a, mut b) = ends([1, 1]);
+        drop(a);
+        b.notes.push_back(Note::Ring);
+        for _ in 0..5 {
+            b.news.store(true, Ordering::Release);
+            b.progress(&mut None, Instant::now(), &mut Vec::new()).unwrap();
+        }
+        assert!(!b.attention());
+    }
+
+    #[test]
+    fn pieces_are_laid_side_by_side() {
+        let extent = |addr, len| Extent { addr, len, export: 0 };
+        let part = |addr, len| Part { addr, len, region: 0 };
+        let mut out = Vec::new();
+        join(&[extent(100, 10), extent(110, 5), extent(500, 5)], &[part(1000, 12), part(2000, 8)], &mut out).unwrap();
+        let piece = |src, dst, len| Piece { src, dst, len };
+        assert_eq!(out, [piece(100, 1000, 12), piece(112, 2000, 3), piece(500, 2003, 5)]);
+        assert!(
+            join(&[extent(0, 1)], &[part(0, 2)], &mut out).is_err() && join(&[extent(0, 2)], &[part(0, 1)], &mut out).is_err()
+        );
     }
 }

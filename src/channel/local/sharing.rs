@@ -4,10 +4,9 @@
 
 use super::notes::Note;
 use super::puller::{Export, ExportKind, LocalMemory, Mapping};
-use super::ring::Extent;
 use crate::region::Region;
 use crate::status::{bail, Result};
-use crate::types::{Part, Place};
+use crate::types::Place;
 use std::collections::{HashMap, VecDeque};
 
 /// Allocations that are shared on a connection at once, each way.
@@ -30,6 +29,24 @@ struct Allocation {
     state: State,
     /// Regions that lie in it.
     regions: usize,
+}
+
+/// A shared allocation: `len` bytes from `base` in its owner's address space, which are visible at `addr` here.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Stretch {
+    pub id: u32,
+    pub base: u64,
+    pub len: u64,
+    pub addr: u64,
+}
+
+impl Stretch {
+    /// Where a piece of it lies here; `None` when the piece does not lie in it.
+    #[inline]
+    pub(crate) fn locate(&self, addr: u64, len: u64) -> Option<u64> {
+        let at = addr.checked_sub(self.base)?;
+        (at < self.len && len <= self.len - at).then(|| self.addr + at)
+    }
 }
 
 /// Allocations of this side.
@@ -105,27 +122,16 @@ impl Shares {
         Ok(())
     }
 
-    /// Appends where the bytes of a part lie, as the peer knows them.
+    /// The shared allocation in which a byte of a region lies.
     ///
     /// # Errors
-    /// `Internal` when the region is not shared.
-    pub(crate) fn extents(&self, region: u64, there: Place, part: &Part, out: &mut Vec<Extent>) -> Result<()> {
-        let Some(Some(keys)) = self.regions.get(&(region, there)) else { bail!(Internal, "region {region} is not shared") };
-        let (mut addr, end) = (part.addr, part.addr + part.len);
-        for key in keys {
-            let (base, len, ..) = *key;
-            if addr < end && addr >= base && addr - base < len {
-                let Some(allocation) = self.allocations.get(key) else {
-                    bail!(Internal, "an allocation of region {region} is gone")
-                };
-                let n = (base + len - addr).min(end - addr);
-                out.push(Extent { addr, len: n as u32, export: allocation.id });
-                addr += n;
-            }
-        }
-        match addr == end {
-            true => Ok(()),
-            false => bail!(Internal, "region {region} is shared in part"),
+    /// `Internal` when it is not shared.
+    pub(crate) fn find(&self, region: u64, there: Place, addr: u64) -> Result<Stretch> {
+        let keys = self.regions.get(&(region, there)).and_then(Option::as_ref);
+        let key = keys.and_then(|keys| keys.iter().find(|(base, len, ..)| addr.checked_sub(*base).is_some_and(|at| at < *len)));
+        match key.and_then(|key| self.allocations.get(key).map(|allocation| (key, allocation.id))) {
+            Some((&(base, len, ..), id)) => Ok(Stretch { id, base, len, addr: base }),
+            None => bail!(Internal, "region {region} is not shared at {addr:#x}"),
         }
     }
 
@@ -214,26 +220,19 @@ impl Imports {
         Some(Note::Answer { id, open })
     }
 
-    /// Where a piece of the peer's lies here. Counts a use.
+    /// An open export, for a pull into memory of `here`. Counts a use.
     ///
     /// # Errors
-    /// `Protocol` when it lies in no open export for `here`.
-    pub(crate) fn translate(&mut self, piece: &Extent, here: Place) -> Result<u64> {
-        let Some(import) = self.open.get_mut(&piece.export).filter(|import| import.here == here && !import.ended) else {
-            bail!(Protocol, "a piece of export {}, which is not open for memory of {here:?}", piece.export)
-        };
-        let inside = piece
-            .addr
-            .checked_sub(import.base)
-            .filter(|at| at.checked_add(piece.len.into()).is_some_and(|end| end <= import.len));
-        let Some(at) = inside else {
-            bail!(Protocol, "{} bytes at {:#x} are not inside export {}", piece.len, piece.addr, piece.export)
+    /// `Protocol` when it is not open for that.
+    pub(crate) fn enter(&mut self, id: u32, here: Place) -> Result<Stretch> {
+        let Some(import) = self.open.get_mut(&id).filter(|import| import.here == here && !import.ended) else {
+            bail!(Protocol, "a piece of export {id}, which is not open for memory of {here:?}")
         };
         import.pulls += 1;
-        Ok(import.mapping.addr + at)
+        Ok(Stretch { id, base: import.base, len: import.len, addr: import.mapping.addr })
     }
 
-    /// A pull that used a piece of this export has ended.
+    /// A pull that used this export has ended.
     pub(crate) fn release(&mut self, id: u32, memory: &mut dyn LocalMemory) {
         if let Some(import) = self.open.get_mut(&id) {
             import.pulls = import.pulls.saturating_sub(1);

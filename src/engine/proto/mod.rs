@@ -260,13 +260,14 @@ impl Machine {
         }
         let key = Key { id, mine: true };
         self.deadlines.start(key, Way::Out, total, now);
-        if let Some(data) = self.load_inline(&segments, total, channels)? {
+        let hold = Hold::new(uses);
+        if let Some(data) = self.load_inline(&segments, &hold, total, channels)? {
             self.counts.inline_sent_bytes += total;
             self.push(&Frame::Write { id, regions: remote_regions, segments: remote, inline: Some(&data) }, now);
             self.transfers.moved(id, total);
         } else {
             self.announce(Frame::Write { id, regions: remote_regions, segments: remote, inline: None }, now);
-            self.outgoing.start(key, segments, Hold::new(uses), channels)?;
+            self.outgoing.start(key, segments, hold, channels)?;
         }
         Ok(id)
     }
@@ -326,12 +327,11 @@ impl Machine {
     }
 
     /// The bytes of a transfer that is small enough to travel inside a control frame.
-    fn load_inline(&mut self, segments: &[Segment], total: u64, channels: &mut Channels) -> Result<Option<Vec<u8>>> {
+    fn load_inline(&mut self, segments: &[Segment], hold: &Hold, total: u64, channels: &mut Channels) -> Result<Option<Vec<u8>>> {
         if total > self.setting.eager_bytes.min(MAX_INLINE) as u64 {
             return Ok(None);
         }
-        let device = segments.iter().any(|s| s.place.is_device());
-        if total > channels.inline_bytes(device) as u64 {
+        if total > channels.inline_bytes(segments, hold) as u64 {
             return Ok(None);
         }
         let mut data = Vec::with_capacity(total as usize);

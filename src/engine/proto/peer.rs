@@ -167,8 +167,9 @@ impl Machine {
         if total == 0 {
             bail!(Protocol, "read {id} is empty");
         }
+        let hold = Hold::new(uses);
         if self.tx.pending() < MAX_INLINE_BACKLOG {
-            if let Some(data) = self.load_inline(&segments, total, channels)? {
+            if let Some(data) = self.load_inline(&segments, &hold, total, channels)? {
                 self.counts.inline_sent_bytes += total;
                 self.push(&Frame::ReadInline { id, data: &data }, now);
                 self.peer.ended(count);
@@ -177,7 +178,7 @@ impl Machine {
         }
         let key = Key { id, mine: false };
         self.deadlines.start(key, Way::Out, total, now);
-        self.outgoing.start(key, segments, Hold::new(uses), channels)
+        self.outgoing.start(key, segments, hold, channels)
     }
 
     fn on_read_inline(&mut self, id: u64, data: &[u8], channels: &mut Channels) -> Result<()> {
