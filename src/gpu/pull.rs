@@ -1,6 +1,7 @@
 //! Pulls lists of pieces into memory of a GPU: the kernel reads the list from mapped memory, long runs take the copy engine, and the end is
 //! a word in mapped memory. One stream and one ring of lists, used by one thread. Knows addresses, not whose they are.
 
+use super::closer;
 use super::kernels::Kernels;
 use super::lent::Settle;
 use super::pieces::Cutter;
@@ -305,6 +306,10 @@ impl PullLauncher {
     fn watch(&mut self) -> Result<()> {
         self.unfinished_polls += 1;
         if self.unfinished_polls < POLLS_PER_CHECK {
+            return Ok(());
+        }
+        // The driver would let this thread wait.
+        if closer::is_closing() {
             return Ok(());
         }
         self.unfinished_polls = 0;

@@ -29,10 +29,11 @@ const BULK_WINDOW: usize = 6;
 /// Pulls under way at most.
 const PULLS: usize = 16;
 /// Largest chunk, bytes, and the smallest that a large transfer is cut into.
-const CHUNK: usize = 8 << 20;
+const CHUNK: usize = 64 << 20;
 const SMALLEST: usize = 1 << 20;
-/// Pieces that the sender makes at most; a few more may come of allocations that end inside a piece.
-const PIECES: usize = MAX_PIECES - 128;
+/// Pieces that the sender makes at most, so that the first are copied while the next are told; more may come of allocations that end
+/// inside a piece.
+const PIECES: usize = MAX_PIECES / 2;
 /// Notes of the peer that are read in one round.
 const NOTES: usize = 64;
 /// Notes that may wait for a peer that does not read.
@@ -402,8 +403,8 @@ impl Path for LocalPath {
     }
 
     fn chunk_len(&self, total: u64) -> usize {
-        // A few chunks overlap what is done before and after the copy.
-        usize::try_from(total.div_ceil(4)).unwrap_or(CHUNK).next_multiple_of(4096).clamp(SMALLEST, CHUNK)
+        // Few bytes in one piece are copied faster than many chunks; what is in many pieces is cut by their number.
+        usize::try_from(total.div_ceil(2)).unwrap_or(CHUNK).next_multiple_of(4096).clamp(SMALLEST, CHUNK)
     }
 
     fn carries(&self, local: Place, peer: Place) -> bool {
