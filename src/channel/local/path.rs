@@ -477,6 +477,7 @@ impl Path for LocalPath {
         let mut any = self.release(now, events)?;
         any |= self.start()?;
         any |= self.finish(events)?;
+        any |= self.host.as_mut().is_some_and(HostMemory::worked);
         any |= self.answer()?;
         Ok(any)
     }
