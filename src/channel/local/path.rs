@@ -650,18 +650,18 @@ mod tests {
     fn the_window_holds() {
         let (mut a, _b) = ends([0, 0]);
         let from = Memory::new(1, Place::HOST, 100, 5);
-        let free = |a: &LocalPath, bulk| {
-            let mut loads = Vec::new();
+        let free = |a: &mut LocalPath, bulk| {
+            let mut loads = Loads::default();
             a.loads(Place::HOST, bulk, Instant::now(), &mut loads);
-            loads[0].free
+            loads.channels[0].free
         };
         let mut n = 0;
-        while free(&a, true) > 0 {
+        while free(&mut a, true) > 0 {
             a.submit(0, from.departure(n, Place::HOST), &mut None, Instant::now()).unwrap();
             n += 1;
         }
         assert_eq!(n as usize, BULK_WINDOW);
-        assert!(free(&a, false) > 0);
+        assert!(free(&mut a, false) > 0);
     }
 
     #[test]
