@@ -192,10 +192,10 @@ typedef struct notify_msg {
  * Takes a log line: its level (UCCL_LOG_*), its text (NUL-terminated, without a newline, valid during the call only) and the pointer
  * that was given with the callback.
  *
- * It is called from any thread, also from several at once, and may be called inside any function of this library and by the library's
- * own threads: it must be quick and must not wait for anything that uses this library. It may call the library, but not
- * uccl_engine_set_log_callback; lines that come of its own calls go to standard error. It must return: an exception or a longjmp out
- * of it ends the process.
+ * It is called by one thread of the library's, a line after the other, and outside of all locks: it may take its time, and call any
+ * function of this library but uccl_engine_set_log_callback; lines that come of its own calls go to standard error. Up to 4,096
+ * lines, or 1 MiB of them, wait for it; what comes beyond is left out, and a line says how many these were. It must return: an
+ * exception or a longjmp out of it ends the process.
  */
 typedef void (*uccl_log_callback_t)(int level, const char *text, void *user);
 
@@ -1299,8 +1299,8 @@ void uccl_engine_notif_free(uccl_notif_t *notif);
  * @return UCCL_OK; UCCL_ERR_INVALID_ARGUMENT inside a callback; UCCL_ERR_UNSUPPORTED where the program is written in Rust and has a
  *         logger of its own, which then gets the lines.
  *
- * On return no call of the callback before is running, in any thread, and none will begin. A child of fork keeps the callback.
- * Threads: any.
+ * What was logged before is handed to the callback before, as far as that takes it within a second; uccl_engine_destroy waits for as
+ * much. On return no call of the callback before is running and none will begin. A child of fork keeps the callback. Threads: any.
  */
 int uccl_engine_set_log_callback(uccl_log_callback_t callback,
                                  void *user);

@@ -27,6 +27,36 @@ pub enum PluginChoice {
     Soft,
 }
 
+/// What peers may take; where nothing is set, the limits of the process decide. Fields are documented at their variable in [`VARIABLES`].
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(missing_docs)]
+pub struct Budgets {
+    pub connections: Option<usize>,
+    pub connections_of_peer: Option<usize>,
+    pub transfers: Option<usize>,
+    pub peer_bytes: Option<usize>,
+    pub peer_bytes_of_one: Option<usize>,
+    pub notif_bytes: Option<usize>,
+    pub notif_bytes_of_one: Option<usize>,
+    pub log_lines: Option<usize>,
+}
+
+impl Budgets {
+    fn read(source: Source<'_>) -> Result<Budgets> {
+        let number = |variable| source.number(variable).map(|n: Option<u64>| n.map(|n| usize::try_from(n).unwrap_or(usize::MAX)));
+        Ok(Budgets {
+            connections: number(&table::MAX_CONNECTIONS)?,
+            connections_of_peer: number(&table::MAX_CONNECTIONS_OF_PEER)?,
+            transfers: number(&table::MAX_PEER_TRANSFERS)?,
+            peer_bytes: number(&table::PEER_BYTES)?,
+            peer_bytes_of_one: number(&table::PEER_BYTES_OF_ONE)?,
+            notif_bytes: number(&table::NOTIF_BYTES)?,
+            notif_bytes_of_one: number(&table::NOTIF_BYTES_OF_ONE)?,
+            log_lines: number(&table::PEER_LOG_LINES)?,
+        })
+    }
+}
+
 /// Settings of an engine. Fields are documented at their variable in [`VARIABLES`].
 #[derive(Clone, Debug)]
 #[allow(missing_docs)]
@@ -67,6 +97,8 @@ pub struct Config {
     pub peer_timeout: Duration,
     pub match_timeout: Duration,
     pub close_timeout: Duration,
+    /// What peers may take.
+    pub budgets: Budgets,
     /// Where statistics are offered.
     pub metrics: Option<Target>,
 }
@@ -83,6 +115,17 @@ fn plugin_limit(source: Source<'_>) -> Result<Option<usize>> {
             let meant = parse_number(&text).map_or(String::new(), |n| format!("; {n} would be what {text} means"));
             bail!(InvalidArgument, "{name}={text}: the plugin takes this for {n} bytes, since it knows no suffixes{meant}")
         }
+    }
+}
+
+/// Refuses settings of GPUDirect-TCPX with which it would end the process.
+pub(crate) fn check_tcpx() -> Result<()> {
+    let name = table::INLINE_THRESHOLD.name;
+    match Source::default().get(&table::INLINE_THRESHOLD)? {
+        Some(text) if strtoll(&text).0 != 0 => {
+            bail!(InvalidArgument, "{name}={text}: GPUDirect-TCPX would read memory of a GPU on the CPU; unset it")
+        }
+        _ => Ok(()),
     }
 }
 
@@ -200,6 +243,7 @@ impl Config {
             peer_timeout: source.millis(&table::PEER_TIMEOUT)?,
             match_timeout: source.millis(&table::MATCH_TIMEOUT)?,
             close_timeout: source.millis(&table::CLOSE_TIMEOUT)?,
+            budgets: Budgets::read(source)?,
             metrics: source.parsed(&table::METRICS, Target::parse)?,
         })
     }

@@ -1,37 +1,20 @@
-//! The log: lines go to standard error through env_logger, or to a function of the application; where
-//! the process has a logger of its own, that one gets them. And the limit on lines that a peer can cause. Knows nothing of settings,
-//! engines and connections.
+//! The log: lines go to standard error through env_logger, or to a function of the application
+//! (`delivery`); where the process has a logger of its own, that one gets them. And the limit on lines that a peer can cause. Knows
+//! nothing of settings, engines and connections.
 
-use crate::fork::PerProcess;
+mod delivery;
+
+pub(crate) use delivery::{flush, Callback};
+
 use crate::status::{bail, Result};
-use parking_lot::{Mutex, RwLock};
-use std::cell::Cell;
-use std::ffi::{c_char, c_int, c_void, CString};
+use parking_lot::Mutex;
 use std::fmt;
 use std::io::Write;
-use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
-use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
-/// The application's function for log lines, and its argument.
-#[derive(Clone, Copy)]
-pub(crate) struct Callback {
-    pub call: unsafe extern "C" fn(level: c_int, text: *const c_char, user: *mut c_void),
-    pub user: *mut c_void,
-}
-
-/// The callback in force, or null. Read and freed under `CALLING`; a child of fork begins with its parent's.
-static CALLBACK: AtomicPtr<Callback> = AtomicPtr::new(std::ptr::null_mut());
-/// Held for reading while the callback runs.
-static CALLING: PerProcess<RwLock<()>> = PerProcess::new(RwLock::default);
-/// Whether this library's logger is the one of the process.
-static OURS: AtomicBool = AtomicBool::new(false);
-
-thread_local! {
-    /// This thread is inside the callback. Has no destructor, so it is there to the thread's end.
-    static INSIDE: Cell<bool> = const { Cell::new(false) };
-}
-
+/// The logger of the process, where it is this library's.
 struct Log {
     stderr: env_logger::Logger,
 }
@@ -42,7 +25,7 @@ impl log::Log for Log {
     }
 
     fn log(&self, record: &log::Record<'_>) {
-        if !self.stderr.matches(record) || to_callback(record) {
+        if !self.stderr.matches(record) || delivery::queue(record.level(), record.args()) {
             return;
         }
         self.stderr.log(record);
@@ -51,41 +34,24 @@ impl log::Log for Log {
     fn flush(&self) {}
 }
 
-/// Hands a line to the callback; `false` where there is none, or this thread is inside of it.
-fn to_callback(record: &log::Record<'_>) -> bool {
-    if CALLBACK.load(Ordering::Acquire).is_null() || INSIDE.get() {
-        return false;
-    }
-    // Recursive: a line must not wait for another thread that waits for the end of all calls.
-    let _calling = CALLING.get().read_recursive();
-    // SAFETY: null, or a box that set_callback frees only while nobody holds the lock.
-    let Some(callback) = (unsafe { CALLBACK.load(Ordering::Acquire).as_ref() }) else { return false };
-    let text = CString::new(record.args().to_string().replace('\0', " ")).unwrap_or_default();
-    INSIDE.set(true);
-    // SAFETY: the application gave both, for calls from any thread with a NUL-terminated text.
-    unsafe { (callback.call)(record.level() as c_int, text.as_ptr(), callback.user) };
-    INSIDE.set(false);
-    true
-}
-
-/// Puts another callback in force, or none; `level` as for [`init`]. On return no call of the one before runs.
+/// Puts another callback in force, or none; `level` as for [`init`]. What was logged before reaches the one before, if that takes it soon; on return no call of
+/// it runs.
+///
+/// # Errors
+/// `InvalidArgument` inside a callback, `Unsupported` where the process has a logger of its own, `Resource` without a thread.
 pub(crate) fn set_callback(callback: Option<Callback>, level: log::LevelFilter) -> Result<()> {
     init(level);
-    if INSIDE.get() {
+    if delivery::inside() {
         bail!(InvalidArgument, "the log callback cannot be changed inside a log callback");
     }
     if !OURS.load(Ordering::Acquire) {
         bail!(Unsupported, "the process has a logger of its own, which gets the lines");
     }
-    let fresh = callback.map_or(std::ptr::null_mut(), |callback| Box::into_raw(Box::new(callback)));
-    let old = CALLBACK.swap(fresh, Ordering::AcqRel);
-    let _nobody_calls = CALLING.get().write();
-    if !old.is_null() {
-        // SAFETY: a box made above, replaced by now, and no call uses it while this thread holds the lock.
-        drop(unsafe { Box::from_raw(old) });
-    }
-    Ok(())
+    delivery::set(callback)
 }
+
+/// Whether this library's logger is the one of the process.
+static OURS: AtomicBool = AtomicBool::new(false);
 
 /// Installs the logger at this level, once. Done by the first engine.
 pub(crate) fn init(level: log::LevelFilter) {
@@ -119,6 +85,8 @@ const WINDOW: Duration = Duration::from_secs(1);
 pub(crate) struct Limiter {
     lines: u32,
     state: Mutex<Window>,
+    /// Another limit, which many share.
+    within: Option<Arc<Limiter>>,
 }
 
 struct Window {
@@ -133,7 +101,12 @@ struct Window {
 impl Limiter {
     /// At most `lines` lines a second.
     pub(crate) const fn new(lines: u32) -> Limiter {
-        Limiter { lines, state: Mutex::new(Window { since: None, shown: 0, held: 0 }) }
+        Limiter { lines, state: Mutex::new(Window { since: None, shown: 0, held: 0 }), within: None }
+    }
+
+    /// The same inside of a limit that many share.
+    pub(crate) fn within(all: &Arc<Limiter>, lines: u32) -> Limiter {
+        Limiter { within: Some(all.clone()), ..Limiter::new(lines) }
     }
 
     /// Asks for a line at `now`. `Some(n)`: write it, and say that `n` others were held back before it. `None`: it was counted.
@@ -143,12 +116,18 @@ impl Limiter {
             window.since = Some(now);
             window.shown = 0;
         }
-        if window.shown >= self.lines {
-            window.held = window.held.saturating_add(1);
+        // What the others have held back is told once, by whoever writes next.
+        let others = match &self.within {
+            _ if window.shown >= self.lines => None,
+            Some(all) => all.admit(now),
+            None => Some(0),
+        };
+        let Some(others) = others else {
+            window.held = window.held.saturating_add(u64::from(self.within.is_none() || window.shown >= self.lines));
             return None;
-        }
+        };
         window.shown += 1;
-        Some(std::mem::take(&mut window.held))
+        Some(std::mem::take(&mut window.held).saturating_add(others))
     }
 
     /// What was held back when the lines have stopped coming: for whoever looks in now and then, and at the end.
@@ -205,6 +184,25 @@ mod tests {
         }
         told += limiter.rest(start + Duration::from_secs(20)).unwrap_or(0);
         assert_eq!((shown, shown + told), (30, 100_000));
+    }
+
+    #[test]
+    fn a_hundred_within_one_limit_write_its_lines_and_lose_no_count() {
+        let all = Arc::new(Limiter::new(20));
+        let limiters: Vec<Limiter> = (0..100).map(|_| Limiter::within(&all, 5)).collect();
+        let start = Instant::now();
+        let (mut shown, mut told) = (0u64, 0u64);
+        for millis in 0..5000u64 {
+            for limiter in &limiters {
+                if let Some(held) = limiter.admit(start + Duration::from_millis(millis)) {
+                    shown += 1;
+                    told += held;
+                }
+            }
+        }
+        let late = start + Duration::from_secs(60);
+        told += limiters.iter().filter_map(|l| l.rest(late)).sum::<u64>() + all.rest(late).unwrap_or(0);
+        assert_eq!((shown, shown + told), (5 * 20, 500_000));
     }
 
     #[test]

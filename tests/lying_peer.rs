@@ -137,7 +137,7 @@ fn ends_early(what: &str, after: impl Fn(&FifoItem) -> Vec<Frame<'static>>) {
 #[test]
 fn no_frame_ends_a_posted_chunks_use_of_memory() {
     ends_early("nothing more", |_| vec![]);
-    ends_early("withdrawn", |_| vec![Frame::Withdraw { id: 5 }]);
+    ends_early("withdrawn", |_| vec![Frame::Withdraw { id: 5, status: -31 }]);
     ends_early("announced again", |item| vec![write_of(5, item, 100)]);
     ends_early("a message of the same id", |_| vec![Frame::Message { id: 5, len: 10 }]);
     ends_early("cancelled", |_| vec![Frame::Cancel { id: 5 }]);
@@ -260,7 +260,7 @@ fn every_transfer_ends_while_the_liar_only_chatters() {
     let mut open = ids;
     while !open.is_empty() {
         let _ = scene.liar.say(&Frame::Notify { name: b"", message: b"still here" });
-        let _ = scene.liar.say(&Frame::Ping { received: 0 });
+        let _ = scene.liar.say(&Frame::Ping { received: 0, chunks: 0 });
         let _ = scene.liar.hear(|_| {});
         let victim = &mut scene.victim;
         open.retain(|(what, id)| match victim.wait(0, *id, Duration::from_millis(10)) {
@@ -383,7 +383,7 @@ fn notifications_to_a_peer_that_pings_and_does_not_read_end() {
     let refused = std::thread::scope(|s| {
         let asks = s.spawn(move || (0..200).map(|_| victim.ask("notify 0 8000000")).find(|answer| answer.starts_with("error")));
         while !asks.is_finished() {
-            let _ = liar.say(&Frame::Ping { received: 0 });
+            let _ = liar.say(&Frame::Ping { received: 0, chunks: 0 });
             std::thread::sleep(Duration::from_millis(100));
             assert!(start.elapsed() < LIMIT, "a notification never ends");
         }
@@ -499,7 +499,7 @@ fn storm(victim: &mut Victim, engine: &std::sync::Arc<Engine>, bait: &str, numbe
                 4 => Frame::Done { id, status, text: "so I say" },
                 5 => Frame::Message { id: new, len: rng.below(50_000) as u64 },
                 6 => Frame::Pull { id, status, receiver: Place::HOST },
-                7 => Frame::Withdraw { id },
+                7 => Frame::Withdraw { id, status: -31 },
                 8 => Frame::Cancel { id },
                 _ => Frame::ReadInline { id, data: &[LIE; 100] },
             };

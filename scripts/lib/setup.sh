@@ -63,7 +63,7 @@ fi
 rust_bin=$(find_rust) || rust_bin=""
 # A toolchain of the distribution, installed for the demo alone.
 if [ "${MODE:-test}" = test ] && [ -n "$rust_bin" ] && [ ! -x "$rust_bin/cargo-fmt" ] && owner=$(dpkg-query -S "$rust_bin/rustc" 2>/dev/null); then
-  need+=($(lint_packages "$(sed -n 's/^rustc\(-[^:]*\|\):.*/\1/p' <<<"$owner")"))
+  mapfile -t -O ${#need[@]} need < <(lint_packages "$(sed -n 's/^rustc\(-[^:]*\|\):.*/\1/p' <<<"$owner")")
 fi
 if [ ${#need[@]} -gt 0 ] || [ -z "$rust_bin" ]; then
   if ! command -v apt-get >/dev/null 2>&1; then
@@ -80,7 +80,7 @@ if [ ${#need[@]} -gt 0 ] || [ -z "$rust_bin" ]; then
       exit 1
     }
     need+=("rustc$suffix" "cargo$suffix")
-    [ "${MODE:-test}" = demo ] || need+=($(lint_packages "$suffix"))
+    [ "${MODE:-test}" = demo ] || mapfile -t -O ${#need[@]} need < <(lint_packages "$suffix")
   fi
   echo "== installing: ${need[*]}"
   $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${need[@]}" >/dev/null

@@ -10,4 +10,5 @@ pub(crate) mod net;
 pub(crate) mod path;
 pub(crate) mod plan;
 pub(crate) mod router;
+pub(crate) mod stillness;
 pub(crate) mod stripe;

@@ -3,7 +3,7 @@
 
 use super::device::DeviceCopier;
 use super::plan::Chunk;
-use super::stripe::Load;
+use super::stripe::Loads;
 use crate::region::{Hold, Region};
 use crate::stats::ChannelStats;
 use crate::status::Result;
@@ -61,6 +61,26 @@ pub(crate) enum Event {
     Received(Key, u64),
 }
 
+/// Direction of data, from this side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    Out,
+    In,
+}
+
+/// What the network has done on a channel.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Line<'a> {
+    /// This side's NIC.
+    pub nic: &'a str,
+    /// Bytes that it took from this side and brought to it, parts of chunks included; `None` where the plugin does not tell.
+    pub moved: Option<(u64, u64)>,
+    /// Chunks under way, out and in.
+    pub under_way: (usize, usize),
+    /// Of those that come, how many the plugin could put in place at once.
+    pub posted: usize,
+}
+
 /// The device copier of a connection, absent where no device memory can be registered.
 pub(crate) type Copier = Option<Box<dyn DeviceCopier>>;
 
@@ -106,9 +126,9 @@ pub(crate) trait Path: Send {
     /// Tells the peer of a region that it may want to reach soon; see [`Path::share`].
     fn offer(&mut self, _region: &Region) {}
 
-    /// The load of each channel for a chunk from `place`, into an empty list. `bulk`: the chunk is part of a large transfer, and
-    /// all of those together leave room in the window for small ones, which do not count against them.
-    fn loads(&self, place: Place, bulk: bool, now: Instant, out: &mut Vec<Load>);
+    /// The load of each channel for a chunk from `place`, and of the NICs, into empty lists. `bulk`: the chunk is part of a large
+    /// transfer, and all of those together leave room in the window for small ones, which do not count against them.
+    fn loads(&mut self, place: Place, bulk: bool, now: Instant, out: &mut Loads);
 
     /// Takes a chunk for sending on a channel that has a free place.
     fn submit(&mut self, channel: usize, departure: Departure, copier: &mut Copier, now: Instant) -> Result<()>;
@@ -132,18 +152,23 @@ pub(crate) trait Path: Send {
         false
     }
 
-    /// Bytes that the network has taken from this side and brought to it so far, parts of chunks included; `None` where the plugin
-    /// does not tell.
+    /// What the network has done on each channel so far, in the order of their numbers.
     ///
     /// # Errors
     /// When a channel has failed, idle or not.
-    fn network_bytes(&self) -> Result<Option<(u64, u64)>>;
+    fn network(&self, each: &mut dyn FnMut(Line<'_>)) -> Result<()>;
 
-    /// The channels with chunks under way that have not moved, for an error text.
-    fn describe_busy(&self) -> Vec<String>;
+    /// The two ends of a channel in a direction, for an error text.
+    fn describe(&self, channel: usize, way: Way) -> String;
 
     /// What each channel counts. `kernel`: with what the kernel knows of it.
     fn stats(&self, kernel: bool, now: Instant, out: &mut Vec<ChannelStats>);
+
+    /// Has what chunks of `place` need here allocated and registered: from then on no chunk of it makes a GPU's driver allocate. For
+    /// memory that the path does not carry it does nothing.
+    fn ready(&mut self, _place: Place, _copier: &mut Copier) -> Result<()> {
+        Ok(())
+    }
 
     /// Drops registrations of a region that nothing uses any more.
     fn forget_region(&mut self, id: u64);

@@ -3,14 +3,15 @@
 //! nothing of plugins, and of transfers only the keys of chunks.
 
 use super::device::spread;
-use super::path::{Arrival, ChunkLimits, Copier, Departure, Dest, Event, Path};
+use super::path::{Arrival, ChunkLimits, Copier, Departure, Dest, Event, Path, Way};
 use super::plan::Chunk;
-use super::stripe::{self, Load};
+use super::stillness::Stillness;
+use super::stripe::{self, Loads, Want};
 use crate::region::{Hold, Region};
 use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
-use crate::types::{Place, Segment};
-use std::time::Instant;
+use crate::types::{Part, Place, Segment};
+use std::time::{Duration, Instant};
 
 /// Bytes that have passed the channels so far, counted in whole chunks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -19,6 +20,8 @@ pub(crate) struct Totals {
     pub submitted: u64,
     /// Gone.
     pub sent: u64,
+    /// Announced by the peer.
+    pub expected: u64,
     /// In place, or drained.
     pub received: u64,
 }
@@ -28,14 +31,15 @@ pub(crate) struct Channels {
     // The paths close before the copier goes (field order).
     paths: Vec<Box<dyn Path>>,
     copier: Copier,
-    loads: Vec<Load>,
+    loads: Loads,
     totals: Totals,
+    stillness: Stillness,
 }
 
 impl Channels {
     /// Channels over `paths`; of several that carry a pair of places the first is taken.
     pub(crate) fn new(paths: Vec<Box<dyn Path>>, copier: Copier) -> Channels {
-        Channels { paths, copier, loads: Vec::new(), totals: Totals::default() }
+        Channels { paths, copier, loads: Loads::default(), totals: Totals::default(), stillness: Stillness::default() }
     }
 
     /// Number of paths: each route is blocked on its own.
@@ -107,12 +111,14 @@ impl Channels {
         self.paths.iter().map(|p| p.channels()).sum()
     }
 
-    /// The channel for the next chunk from `place` on a route; `None` when none should take one now.
-    pub(crate) fn pick(&mut self, route: usize, place: Place, len: u64, bulk: bool, now: Instant) -> Option<u16> {
+    /// The channel for the next chunk from `place` on a route, and the chunk's bytes at most; `None` when none should take one now.
+    pub(crate) fn pick(&mut self, route: usize, place: Place, want: Want, bulk: bool, now: Instant) -> Option<(u16, usize)> {
         let base: usize = self.paths.iter().take(route).map(|p| p.channels()).sum();
-        self.loads.clear();
-        self.paths.get(route)?.loads(place, bulk, now, &mut self.loads);
-        stripe::pick(&self.loads, len).and_then(|channel| u16::try_from(base + channel).ok())
+        self.loads.channels.clear();
+        self.loads.nics.clear();
+        self.paths.get_mut(route)?.loads(place, bulk, now, &mut self.loads);
+        let pick = stripe::pick(&self.loads, want)?;
+        Some((u16::try_from(base + pick.channel).ok()?, pick.len as usize))
     }
 
     fn path(&mut self, channel: u16) -> Option<(&mut Box<dyn Path>, usize, &mut Copier)> {
@@ -144,7 +150,15 @@ impl Channels {
                 bail!(Protocol, "channel {channel} does not carry memory of {place:?}");
             }
         }
-        path.expect(index, arrival)
+        let len = arrival.len as u64;
+        path.expect(index, arrival)?;
+        self.totals.expected += len;
+        Ok(())
+    }
+
+    /// Bytes of chunks that are under way in either direction.
+    pub(crate) fn under_way(&self) -> u64 {
+        self.totals.submitted.saturating_sub(self.totals.sent) + self.totals.expected.saturating_sub(self.totals.received)
     }
 
     /// Advances all channels; gives what happened.
@@ -193,16 +207,28 @@ impl Channels {
         self.totals
     }
 
-    /// Bytes that the network took and brought, as finely as all plugins tell; else in whole chunks.
+    /// Looks at what the network has done: the bytes that it took and brought, as finely as all plugins tell; else in whole chunks. To be
+    /// called several times in a timeout while something must move.
     ///
     /// # Errors
     /// When a channel has failed, idle or not.
-    pub(crate) fn network_bytes(&self) -> Result<(u64, u64)> {
-        let mut sum = Some((0, 0));
+    pub(crate) fn look(&mut self, now: Instant) -> Result<(u64, u64)> {
+        let (mut sum, mut number) = (Some((0, 0)), 0);
+        let stillness = &mut self.stillness;
         for path in &self.paths {
-            sum = sum.zip(path.network_bytes()?).map(|((a, b), (c, d))| (a + c, b + d));
+            path.network(&mut |line| {
+                sum = sum.zip(line.moved).map(|((a, b), (c, d))| (a + c, b + d));
+                stillness.note(number, &line, now);
+                number += 1;
+            })?;
         }
         Ok(sum.unwrap_or((self.totals.sent, self.totals.received)))
+    }
+
+    /// A NIC that has brought nothing for `timeout` although chunks are announced on it, whatever others do; in words.
+    pub(crate) fn dead_nic(&self, timeout: Duration, now: Instant) -> Option<String> {
+        let (nic, still, channels) = self.stillness.dead_nic(timeout, now)?;
+        Some(format!("nothing has come over {nic} for {still:.1?}; under way: {}", self.describe(&channels, Way::In, now)))
     }
 
     /// What each channel counts, in the order of their numbers; none after the end. `kernel`: with what the kernel knows.
@@ -212,12 +238,31 @@ impl Channels {
         out
     }
 
-    /// What is under way and where, for an error text.
-    pub(crate) fn describe_busy(&self) -> String {
+    /// What is under way in a direction and where, for an error text: the channels that have stood still the longest.
+    pub(crate) fn describe_busy(&self, way: Way, now: Instant) -> String {
+        self.describe(&self.stillness.stillest(way, now), way, now)
+    }
+
+    fn describe(&self, channels: &[usize], way: Way, now: Instant) -> String {
         const MOST: usize = 4;
-        let all: Vec<String> = self.paths.iter().flat_map(|p| p.describe_busy()).collect();
-        let more = if all.len() > MOST { format!(" and {} more", all.len() - MOST) } else { String::new() };
-        format!("{}{more}", all[..all.len().min(MOST)].join("; "))
+        let words = |&number: &usize| {
+            let (chunks, still) = self.stillness.of(number, way, now);
+            let direction = if way == Way::Out { "out" } else { "in" };
+            format!("channel {number}: {chunks} chunks {direction} on {}, still for {still:.1?}", self.ends(number, way))
+        };
+        let named: Vec<String> = channels.iter().take(MOST).map(words).collect();
+        let more = if channels.len() > MOST { format!(" and {} more", channels.len() - MOST) } else { String::new() };
+        format!("{}{more}", named.join("; "))
+    }
+
+    fn ends(&self, mut channel: usize, way: Way) -> String {
+        for path in &self.paths {
+            if channel < path.channels() {
+                return path.describe(channel, way);
+            }
+            channel -= path.channels();
+        }
+        String::new()
     }
 
     /// Up to how many bytes a transfer of these segments should travel inside a control frame.
@@ -252,21 +297,22 @@ impl Channels {
         }
     }
 
-    /// Puts the bytes of a small chunk in place.
+    /// Puts the bytes of a few pieces of one place there.
     ///
     /// # Safety
-    /// Its parts lie in registered regions that the caller holds.
-    pub(crate) unsafe fn store(&mut self, chunk: &Chunk, bytes: &[u8]) -> Result<()> {
-        if bytes.len() != chunk.len {
-            bail!(Internal, "{} bytes for a chunk of {}", bytes.len(), chunk.len);
+    /// The parts lie in registered regions that the caller holds.
+    pub(crate) unsafe fn store(&mut self, parts: &[Part], place: Place, bytes: &[u8]) -> Result<()> {
+        let len: u64 = parts.iter().map(|part| part.len).sum();
+        if bytes.len() as u64 != len {
+            bail!(Internal, "{} bytes for pieces of {len}", bytes.len());
         }
         match &mut self.copier {
             // SAFETY: by the caller's contract.
-            Some(copier) if chunk.place.is_device() => unsafe { copier.store(bytes, &chunk.parts, chunk.place) },
-            _ if chunk.place.is_device() => bail!(Gpu, "device memory on a connection without a device"),
+            Some(copier) if place.is_device() => unsafe { copier.store(bytes, parts, place) },
+            _ if place.is_device() => bail!(Gpu, "device memory on a connection without a device"),
             _ => {
-                // SAFETY: by the caller's contract; the parts hold chunk.len bytes.
-                unsafe { spread(bytes.as_ptr(), &chunk.parts) };
+                // SAFETY: by the caller's contract; the parts hold as many bytes as there are.
+                unsafe { spread(bytes.as_ptr(), parts) };
                 Ok(())
             }
         }
@@ -275,6 +321,11 @@ impl Channels {
     /// Drops registrations of a region that nothing uses any more.
     pub(crate) fn forget_region(&mut self, id: u64) {
         self.paths.iter_mut().for_each(|p| p.forget_region(id));
+    }
+
+    /// Has what chunks of `place` need allocated and registered on every path that carries them.
+    pub(crate) fn ready(&mut self, place: Place) -> Result<()> {
+        self.paths.iter_mut().try_for_each(|p| p.ready(place, &mut self.copier))
     }
 
     /// Ends all copies and closes all channels: afterwards nothing touches registered memory on this connection's behalf. Where a GPU
@@ -292,6 +343,8 @@ impl Channels {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::channel::path::Line;
+    use crate::channel::stripe::Load;
     use crate::region::Hold;
     use crate::status::ErrorKind;
     use crate::types::Key;
@@ -333,10 +386,10 @@ mod tests {
         fn carries_local(&self, local: Place) -> bool {
             !self.device || local.is_device()
         }
-        fn loads(&self, _place: Place, bulk: bool, _now: Instant, out: &mut Vec<Load>) {
+        fn loads(&mut self, _place: Place, bulk: bool, _now: Instant, out: &mut Loads) {
             // The last channel is the free one; large transfers leave it alone.
             let free = |i| usize::from(i + 1 == self.channels && !self.full && !bulk);
-            out.extend((0..self.channels).map(|i| Load { free: free(i), queued: 0, rate: 0.0 }));
+            out.channels.extend((0..self.channels).map(|i| Load { free: free(i), queued: 0, rate: 0.0, nic: 0 }));
         }
         fn submit(&mut self, channel: usize, _departure: Departure, _copier: &mut Copier, _now: Instant) -> Result<()> {
             self.asked.submitted.store(channel as u64 + 1, Ordering::Relaxed);
@@ -353,14 +406,18 @@ mod tests {
         fn busy(&self) -> bool {
             !self.happens.is_empty()
         }
-        fn network_bytes(&self) -> Result<Option<(u64, u64)>> {
-            Ok(self.bytes)
+        fn network(&self, each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
+            for channel in 0..self.channels {
+                let moved = self.bytes.map(|bytes| if channel == 0 { bytes } else { (0, 0) });
+                each(Line { nic: "stub", moved, under_way: (1, 1), posted: 1 });
+            }
+            Ok(())
         }
         fn stats(&self, _kernel: bool, _now: Instant, out: &mut Vec<ChannelStats>) {
             out.extend((0..self.channels).map(|_| ChannelStats::default()));
         }
-        fn describe_busy(&self) -> Vec<String> {
-            (0..self.channels).map(|i| format!("{}{i}", if self.device { "d" } else { "h" })).collect()
+        fn describe(&self, channel: usize, _way: Way) -> String {
+            format!("{}{channel}", if self.device { "d" } else { "h" })
         }
         fn forget_region(&mut self, id: u64) {
             self.asked.forgotten.store(id, Ordering::Relaxed);
@@ -394,7 +451,7 @@ mod tests {
     fn the_first_path_that_carries_a_pair_takes_it_and_channels_are_numbered_over_all() {
         let ((device, d), (host, h)) = (stub(true, 3), stub(false, 2));
         let mut channels = Channels::new(vec![device, host], None);
-        let (gpu, now) = (Place::gpu(0), Instant::now());
+        let (gpu, now, want) = (Place::gpu(0), Instant::now(), Want { len: 1, rest: 1 });
         assert_eq!((channels.route(gpu, gpu, true), channels.route(gpu, Place::HOST, true)), (Some(0), Some(1)));
         assert_eq!((channels.routes(), channels.count()), (2, 5));
         assert_eq!([0, 1, 2].map(|route| channels.cut(route, 1 << 20).bytes), [300, 200, 0]);
@@ -402,12 +459,12 @@ mod tests {
             [2, 3, 4, 5].map(|channel| channels.limits(channel).map(|l| l.bytes)),
             [Some(300), Some(200), Some(200), None]
         );
-        assert_eq!([0, 1, 2].map(|route| channels.pick(route, gpu, 1, false, now)), [Some(2), Some(4), None]);
-        assert_eq!(channels.pick(0, gpu, 1, true, now), None, "no room for large ones");
+        assert_eq!([0, 1, 2].map(|route| channels.pick(route, gpu, want, false, now)), [Some((2, 1)), Some((4, 1)), None]);
+        assert_eq!(channels.pick(0, gpu, want, true, now), None, "no room for large ones");
         channels.submit(4, departure(10), now).unwrap();
         channels.submit(2, departure(5), now).unwrap();
         assert_eq!((d.submitted.load(Ordering::Relaxed), h.submitted.load(Ordering::Relaxed)), (3, 2));
-        assert_eq!(channels.totals(), Totals { submitted: 15, sent: 0, received: 0 });
+        assert_eq!(channels.totals(), Totals { submitted: 15, sent: 0, received: 0, expected: 0 });
         assert!(channels.submit(5, departure(1), now).is_err());
         channels.expect(0, arrival(gpu)).unwrap();
         channels.expect(3, arrival(Place::HOST)).unwrap();
@@ -417,7 +474,16 @@ mod tests {
         }
         channels.forget_region(77);
         assert_eq!((d.forgotten.load(Ordering::Relaxed), h.forgotten.load(Ordering::Relaxed)), (77, 77));
-        assert_eq!(channels.describe_busy(), "d0; d1; d2; h0 and 1 more");
+        channels.look(now).unwrap();
+        let text = channels.describe_busy(Way::Out, now + Duration::from_secs(2));
+        assert!(
+            text.starts_with("channel 0: 1 chunks out on d0, still for 2.0s; channel 1: ") && text.ends_with(" and 1 more"),
+            "{text}"
+        );
+        let later = now + Duration::from_secs(11);
+        assert_eq!(channels.dead_nic(Duration::from_secs(11), later), None);
+        let dead = channels.dead_nic(Duration::from_secs(10), later).expect("nothing moves");
+        assert!(dead.starts_with("nothing has come over stub for 11.0s; under way: channel 0: 1 chunks in on d0"), "{dead}");
         channels.close();
         assert_eq!((d.dropped.load(Ordering::Relaxed), h.dropped.load(Ordering::Relaxed), channels.routes()), (1, 1, 0));
     }
@@ -434,14 +500,14 @@ mod tests {
         let mut events = Vec::new();
         assert!(channels.progress(Instant::now(), &mut events).unwrap());
         assert_eq!((events.len(), channels.busy()), (3, false));
-        assert_eq!(channels.totals(), Totals { submitted: 0, sent: 7, received: 111 });
-        assert_eq!(channels.network_bytes().unwrap(), (11, 22));
+        assert_eq!(channels.totals(), Totals { submitted: 0, sent: 7, received: 111, expected: 0 });
+        assert_eq!(channels.look(Instant::now()).unwrap(), (11, 22));
         // One plugin that does not tell, and whole chunks are all there is.
         let (mut silent, _) = stub(false, 1);
         (silent.bytes, silent.happens) = (None, vec![Event::Sent(KEY, 3)]);
         let mut channels = Channels::new(vec![stub(true, 1).0, silent], None);
         channels.progress(Instant::now(), &mut Vec::new()).unwrap();
-        assert_eq!(channels.network_bytes().unwrap(), (3, 0));
+        assert_eq!(channels.look(Instant::now()).unwrap(), (3, 0));
     }
 
     #[test]
@@ -461,10 +527,10 @@ mod tests {
         // SAFETY: memory of this test.
         unsafe {
             channels.fetch(&chunk(Place::HOST), &mut out).unwrap();
-            channels.store(&chunk(Place::HOST), b"abcd").unwrap();
-            assert!(channels.store(&chunk(Place::HOST), b"abc").is_err());
+            channels.store(&chunk(Place::HOST).parts, Place::HOST, b"abcd").unwrap();
+            assert!(channels.store(&chunk(Place::HOST).parts, Place::HOST, b"abc").is_err());
             assert!(channels.fetch(&chunk(Place::gpu(0)), &mut out).is_err());
-            assert!(channels.store(&chunk(Place::gpu(0)), b"abcd").is_err());
+            assert!(channels.store(&chunk(Place::gpu(0)).parts, Place::gpu(0), b"abcd").is_err());
         }
         assert_eq!(out, b"2347");
         assert_eq!(std::hint::black_box(&mut memory), b"01abc56d89");

@@ -89,11 +89,12 @@ table! {
     PLUGIN_PATH = var("UCCL_TCPX_PLUGIN_PATH", Kind::Text, "unset", "Path of the plugin's shared object; loaded instead of the standard places, whatever plugin it is.");
     NUM_CHANNELS = var("UCCL_TCPX_NUM_CHANNELS", Kind::Number(1, 64), "by cores and NICs", "Data channels of a connection; default: the number of cores up to 8, from 16 cores half of them up to 16, and at least one for each NIC; over TCPX 2 to 4 for each NIC that serves the GPU. The smaller of the two sides' values counts.");
     CHUNK_BYTES = var("UCCL_TCPX_CHUNK_BYTES", Kind::Number(4096, super::MAX_CHUNK_BYTES as u64), "524288", "Largest message on a channel, bytes (suffixes K, M); at most NCCL_DYNAMIC_CHUNK_SIZE; 512 KiB at most over a plugin other than the software plugin, whose limit follows the value in the environment when it starts. The smaller side counts.");
-    EAGER_BYTES = var("UCCL_TCPX_EAGER_BYTES", Kind::Number(0, 65536), "8192", "Transfers of host memory up to this many bytes travel inside the control message.");
+    EAGER_BYTES = var("UCCL_TCPX_EAGER_BYTES", Kind::Number(0, 65536), "8192", "Transfers of host memory up to this many bytes travel inside the control message; so does a write of up to 64 KiB that is alone on its connection. 0: none does.");
     OOB_PORT = var("UCCL_TCPX_OOB_PORT", Kind::Number(0, 65535), "0", "Listening port; 0: the system chooses.");
+    PORT_RANGE = process(var("UCCL_TCPX_PORT_RANGE", Kind::Text, "unset", "Ports of this host that data connections of the software plugin come to, LOW-HIGH (40000-40999); default: the system chooses. A connection of n channels needs n of them on the listening host while it comes up, and none afterwards. Read when the software plugin starts."));
     OLD_OOB_PORT = var("UCCL_TCP_OOB_PORT", Kind::Number(0, 65535), "0", "The same, UCCL's older name; UCCL_TCPX_OOB_PORT wins.");
     BIND = var("UCCL_TCPX_BIND", Kind::Text, "control interface", "Address that the listening port is bound to; any: every address of the host. Default: the address of the control interface, and the loopback address so that processes of this host can use it.");
-    ALLOW = var("UCCL_TCPX_ALLOW", Kind::Text, "unset", "Networks that may connect, in CIDR form and separated by commas (10.0.0.0/8,fd00::/8); others are hung up on. Default: all.");
+    ALLOW = var("UCCL_TCPX_ALLOW", Kind::Text, "unset", "Networks that may connect, in CIDR form and separated by commas (10.0.0.0/8,fd00::/8); others are hung up on, and no data connection is made to them. Default: all.");
     SOCKET_IFNAME = var("UCCL_SOCKET_IFNAME", Kind::Text, "unset", "Control interface: names or prefixes separated by commas, '=' for exact, '^' for exclusion. Default: the first that is up and not loopback, docker or a veth.");
     NCCL_SOCKET_IFNAME = var("NCCL_SOCKET_IFNAME", Kind::Text, "unset", "The same where UCCL_SOCKET_IFNAME is not set.");
     AUTH_KEY_FILE = var("UCCL_TCPX_AUTH_KEY_FILE", Kind::Text, "unset", "File with a pre-shared key of 16 to 4096 bytes, or lines NAME:KEY; for its owner only (chmod 600). Connects prove the first key, any is accepted, and a changed file counts at once. See docs/security.md.");
@@ -109,6 +110,14 @@ table! {
     PEER_TIMEOUT = var("UCCL_TCPX_PEER_TIMEOUT_MS", Kind::Number(1, DAY_MS), "10000", "A peer that is silent (no heartbeat either) for this long is lost.");
     MATCH_TIMEOUT = var("UCCL_TCPX_MATCH_TIMEOUT_MS", Kind::Number(1, DAY_MS), "300000", "How long a send waits for a receive, and a receive for a send.");
     CLOSE_TIMEOUT = var("UCCL_TCPX_CLOSE_TIMEOUT_MS", Kind::Number(1, DAY_MS), "10000", "How long deregistration and destruction wait for transfers in flight before they fail them.");
+    MAX_CONNECTIONS = var("UCCL_TCPX_MAX_CONNECTIONS", Kind::Number(1, 1 << 24), "by the limits of the process", "Incoming connections that are up at once; default: what RLIMIT_NOFILE and memory allow. tcpx-info --settings shows the numbers in effect.");
+    MAX_CONNECTIONS_OF_PEER = var("UCCL_TCPX_MAX_CONNECTIONS_OF_PEER", Kind::Number(1, 1 << 24), "three quarters of all", "The same of one address.");
+    MAX_PEER_TRANSFERS = var("UCCL_TCPX_MAX_PEER_TRANSFERS", Kind::Number(1, 1 << 32), "by memory", "Transfers in flight that all peers together have begun; what comes beyond is refused with UCCL_ERR_RESOURCE.");
+    PEER_BYTES = var("UCCL_TCPX_PEER_BYTES", Kind::Number(65536, 1 << 44), "an eighth of memory", "Memory that all peers together may take, bytes: lists of their transfers, answers that they do not read, parts of frames. Memory is the machine's, the control group's or RLIMIT_AS, whichever is least.");
+    PEER_BYTES_OF_ONE = var("UCCL_TCPX_PEER_BYTES_OF_ONE", Kind::Number(65536, 1 << 44), "half of all", "The same of one connection.");
+    NOTIF_BYTES = var("UCCL_TCPX_NOTIF_BYTES", Kind::Number(65536, 1 << 44), "an eighth of memory, at most 1G", "Notifications that wait for the application, bytes; a connection that brings more is failed.");
+    NOTIF_BYTES_OF_ONE = var("UCCL_TCPX_NOTIF_BYTES_OF_ONE", Kind::Number(65536, 1 << 44), "a quarter of all", "The same of one connection.");
+    PEER_LOG_LINES = var("UCCL_TCPX_PEER_LOG_LINES", Kind::Number(1, 1_000_000), "50", "Log lines a second that all peers together can cause; one connection causes 5. Others are counted.");
     METRICS = var("UCCL_TCPX_METRICS", Kind::Text, "unset", "Where the statistics of the process are offered to Prometheus and tcpx-top: unix:PATH (a Unix socket), ADDRESS:PORT or PORT (HTTP; a port alone is one of the loopback address), or the path of a file, which is replaced each second. %p in a path stands for the number of the process.");
     LOG_LEVEL = process(var("UCCL_P2P_LOG_LEVEL", Kind::Word(LEVELS), "warn", "Which lines of the log are written: to standard error, or to the application's function (uccl_engine_set_log_callback). RUST_LOG, where it is set, narrows further by module, such as RUST_LOG=warn,uccl_p2p::engine=trace."));
     DEBUG = process(var("UCCL_TCPX_DEBUG", Kind::Flag, "0", "1: the same as UCCL_P2P_LOG_LEVEL=debug."));
@@ -117,4 +126,5 @@ table! {
     LOCAL_PCIE = var("UCCL_TCPX_LOCAL_PCIE", Kind::Flag, "0", "1: GPUs of one host that reach each other over PCIe, without NVLink, copy from each other, too. Reads across PCIe are slow: measure whether the channels are faster.");
     LOCAL_BLOCKS = var("UCCL_TCPX_LOCAL_BLOCKS", Kind::Number(1, 1024), "66", "Blocks of threads that copies within a host take of a GPU at most: its share of the GPU's multiprocessors.");
     PLUGIN_LIMIT = process(var("NCCL_DYNAMIC_CHUNK_SIZE", Kind::Text, "unset", "Largest message of the plugin, bytes (decimal, or hexadecimal with 0x; no suffixes); at least 4096. Read by the plugin; the library sets it to 524288 before it loads a plugin of others when the user did not, since TCPX moves nothing without it."));
+    INLINE_THRESHOLD = process(var("NCCL_INLINE_THRESHOLD", Kind::Text, "unset", "Read by GPUDirect-TCPX, which sends messages of at most so many bytes from the CPU. Memory of a GPU cannot be read that way: anything but 0 keeps the plugin from being loaded."));
 }

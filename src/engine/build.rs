@@ -1,5 +1,6 @@
 //! From a finished set-up to a connection that the engine drives. Knows nothing of how set-ups run.
 
+use super::budget::Counted;
 use super::connection::{Connection, Core, Peer};
 use super::fabric::Raised;
 use super::link::{Agreed, Sealed};
@@ -14,6 +15,7 @@ use crate::channel::path::{Copier, Path};
 use crate::channel::router::Channels;
 use crate::net::comm::Doorbell;
 use crate::status::Result;
+use crate::types::Place;
 use crate::wire::control::ControlStream;
 use crate::wire::keys::Proof;
 use std::net::{SocketAddr, TcpStream};
@@ -49,7 +51,8 @@ fn copier(site: &Site) -> Result<Copier> {
 fn paths(site: &Site, sets: Vec<Raised>, chunk_bytes: usize, doorbell: &Doorbell) -> Result<Vec<Box<dyn Path>>> {
     let config = &site.config;
     let path = |set: Raised| -> Result<Box<dyn Path>> {
-        let channels: Vec<Channel> = set.pairs.into_iter().map(|pair| Channel::new(pair.send, pair.recv, pair.nic)).collect();
+        let channels: Vec<Channel> =
+            set.pairs.into_iter().map(|pair| Channel::new(pair.send, pair.recv, pair.nic, pair.peer_nic)).collect();
         for channel in &channels {
             channel.set_doorbell(doorbell)?;
         }
@@ -91,20 +94,38 @@ fn describe(sets: &[Raised]) -> String {
     carried.join("; ")
 }
 
-/// Builds the connection and puts it under the progress thread's care.
+/// So many connections of an engine have all memory that chunks of a GPU need from the start. A process with more peers than that
+/// mostly talks to few of them: further connections take theirs with the first chunk.
+const READY: usize = 8;
+
+/// An error here comes again, and is told, with the first chunk.
+fn told(place: Place, result: Result<()>) {
+    if let Err(e) = result {
+        log::debug!("memory for chunks of {place:?} is left to the first of them: {e}");
+    }
+}
+
+/// Makes the first connections ready for memory of a GPU that was not used before.
+pub(crate) fn ready(site: &Site, place: Place) {
+    let mut all = site.home.connections.all();
+    all.sort_by_key(|connection| connection.id);
+    all.iter().take(READY).for_each(|connection| told(place, connection.ready(place)));
+}
+
+/// Builds the connection and puts it under the progress thread's care. `counted`: an incoming one's place among those.
 ///
 /// # Errors
 /// `Canceled` when the engine ends, `Resource`.
-pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
+pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Result<Arc<Connection>> {
     let config = &site.config;
     let home = &site.home;
     let (terms, theirs) = (&up.agreed.terms, &up.agreed.peer);
     let chunk_bytes = terms.chunk_bytes as usize;
     let carried = describe(&up.sets);
-    let doorbell = home.bell.doorbell();
-    let mut paths = paths(site, up.sets, chunk_bytes, &doorbell)?;
+    let seat = home.bell.seat()?;
+    let mut paths = paths(site, up.sets, chunk_bytes, &seat.doorbell())?;
     let found = up.local.describe();
-    let local = up.local.path(home.bell.local_bell(&doorbell), &theirs.hello);
+    let local = up.local.path(seat.local_bell(), &theirs.hello);
     // Of several paths that carry something the first does.
     let watched = local.map(|path| {
         let watched = path.watched();
@@ -112,11 +133,16 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
         watched
     });
     let mut channels = Channels::new(paths, copier(site)?);
+    if home.connections.count() < READY {
+        site.gpus.used().into_iter().for_each(|place| told(place, channels.ready(place)));
+    }
     home.registry.on_devices().iter().for_each(|region| channels.offer(region.to_share()));
     let name = up.address.to_string();
     let setting = Setting {
         registry: home.registry.clone(),
         inbox: Inbox::new(&site.notifications),
+        pool: site.pool.clone(),
+        lines: home.lines.clone(),
         eager_bytes: config.eager_bytes,
         peer: name.clone(),
         transfer_timeout: config.transfer_timeout,
@@ -131,19 +157,27 @@ pub(crate) fn connection(site: &Site, up: Up) -> Result<Arc<Connection>> {
         _ => "the key".to_owned(),
     };
     let gpu = &theirs.hello.gpu;
-    log::info!(
+    let line = format!(
         "connected with {name}, GPU {gpu}, {proof}: {carried}{found}; protection {:?}, chunks of up to {chunk_bytes} bytes",
         terms.protect
     );
+    home.lines.log(log::Level::Info, Instant::now(), format_args!("{line}"));
     let core = Core::new(
         Machine::new(setting, Instant::now()),
         channels,
         ControlStream::new(up.sock, up.sealed.session, up.sealed.plain, up.sealed.raw)?,
     );
     let key = theirs.proof.name().map(str::to_owned);
-    let peer = Peer { ip: up.address.ip(), name, gpu_index: theirs.hello.gpu_index, key, engine: theirs.engine };
+    let peer = Peer {
+        ip: up.address.ip(),
+        name,
+        gpu_index: theirs.hello.gpu_index,
+        key,
+        engine: theirs.engine,
+        _counted: counted.map(crate::fork::Local::new),
+    };
     home.counters.opened.add();
-    let connection = Arc::new(Connection::new(home.clone(), core, peer, doorbell.armed, watched));
+    let connection = Arc::new(Connection::new(home.clone(), core, peer, seat, watched));
     if !home.connections.insert(connection.id, &connection) {
         return Err(super::ending::canceled());
     }

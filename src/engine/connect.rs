@@ -15,6 +15,11 @@ use std::time::{Duration, Instant};
 
 /// How long a peer may take to read why a set-up was given up.
 const LINGER: Duration = Duration::from_millis(200);
+/// Pauses before another try: the first, and the longest.
+const PAUSE: Duration = Duration::from_millis(20);
+const MAX_PAUSE: Duration = Duration::from_millis(500);
+/// How long others are tried where the listening side hangs up without a word.
+const CUT: Duration = Duration::from_secs(2);
 
 /// Connects; blocks until all channels are up, at most for the connect timeout.
 ///
@@ -37,23 +42,77 @@ fn connect_within(site: &Site, host: &str, gpu: &str, port: u16) -> Result<Arc<C
     let deadline = Instant::now() + site.config.connect_timeout;
     site.ending.check()?;
     let addresses = dial::resolve(host, port, deadline, &site.ending, dial::system_lookup)?;
-    let _turn = site.outgoing.enter(deadline, &site.ending)?;
-    let (sock, address) = dial::connect(&addresses, deadline, &site.ending)?;
-    run(site, sock, address, gpu, deadline).map_err(|e| Error::new(e.kind(), format_args!("connect to {address}: {e}")))
+    let began = Instant::now();
+    let mut pause = PAUSE;
+    loop {
+        let turn = site.outgoing.enter(deadline, &site.ending)?;
+        let (sock, address) = dial::connect(&addresses, deadline, &site.ending)?;
+        let (error, again) = match run(site, sock, address, gpu, deadline) {
+            Ok(connection) => return Ok(connection),
+            Err(failed) => failed,
+        };
+        // Others may go on meanwhile.
+        drop(turn);
+        let until = if again == Again::Cut { deadline.min(began + CUT) } else { deadline };
+        if again == Again::Never || Instant::now() + pause >= until {
+            return Err(Error::new(error.kind(), format_args!("connect to {address}: {error}")));
+        }
+        log::debug!("connect to {address}: {error}; it is tried again");
+        rest(site, pause)?;
+        pause = (2 * pause).min(MAX_PAUSE);
+    }
 }
 
-fn run(site: &Site, sock: TcpStream, address: SocketAddr, gpu: &str, deadline: Instant) -> Result<Arc<Connection>> {
+/// Whether a set-up that has failed may come up when it is tried again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Again {
+    /// The listening side says that it has no place at present.
+    Soon,
+    /// It hung up before any proof: its places may be short, or it has ended.
+    Cut,
+    Never,
+}
+
+/// What to make of a set-up that has failed.
+fn again(attempt: &Attempt, error: &Error) -> Again {
+    match error.kind() {
+        _ if !attempt.setup().is_stranger() => Again::Never,
+        ErrorKind::Resource => Again::Soon,
+        ErrorKind::RemoteDisconnect => Again::Cut,
+        _ => Again::Never,
+    }
+}
+
+/// Waits for about `time`: many that were sent away together do not come back together.
+fn rest(site: &Site, time: Duration) -> Result<()> {
+    let mut random = [0; 4];
+    let _ = getrandom::fill(&mut random);
+    let part = f64::from(u32::from_le_bytes(random)) / f64::from(u32::MAX);
+    dial::poll(&[(site.ending.fd(), libc::POLLIN)], time.mul_f64(0.5 + part))?;
+    site.ending.check()
+}
+
+/// One set-up; why it failed, and whether to try another.
+fn run(
+    site: &Site,
+    sock: TcpStream,
+    address: SocketAddr,
+    gpu: &str,
+    deadline: Instant,
+) -> std::result::Result<Arc<Connection>, (Error, Again)> {
     let now = Instant::now();
-    let setup = Setup::new(site.link(Some(gpu))?, now, deadline, deadline);
+    let never = |e| (e, Again::Never);
+    let setup = Setup::new(site.link(Some(gpu)).map_err(never)?, now, deadline, deadline);
     let mut attempt = Attempt::new(sock, address, setup, now);
     match drive(site, &mut attempt) {
-        Ok(()) => attempt.finish(site),
+        Ok(()) => attempt.finish(site, None).map_err(never),
         Err(e) => {
+            let again = again(&attempt, &e);
             let sock = attempt.give_up(&e);
-            if e.kind() != ErrorKind::RemoteDisconnect {
+            if e.kind() != ErrorKind::RemoteDisconnect && again == Again::Never {
                 linger(sock);
             }
-            Err(e)
+            Err((e, again))
         }
     }
 }

@@ -1,9 +1,11 @@
 //! A connection as the application holds it: the machine, its channels and its socket under one lock; progress from the caller's
 //! thread; waiting; the end. Knows nothing of how it was set up.
 
+use super::bell::Seat;
+use super::budget::Counted;
 use super::fifo::FifoItem;
 use super::home::{self, Driven};
-use super::pacing::{pause, Pause, Polls, Situation};
+use super::pacing::{pause, Pause, Polls, Situation, NAP_BYTES};
 use super::proto::{Machine, Scheduled, TransferState, MAX_BACKLOG};
 use super::request::{self, Built, RequestBuilder};
 use super::transfer::{Direction, LocalSegment};
@@ -20,7 +22,9 @@ use crate::wire::frame::{Frame, MAX_NOTIFICATION};
 use crate::wire::queue::RxBuffer;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::net::IpAddr;
+use std::ops::{Deref, DerefMut};
 use std::os::fd::RawFd;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -35,6 +39,11 @@ const HANG_UP: Duration = Duration::from_millis(100);
 const BURST: usize = 8;
 /// Reads of the control stream in one round, so that a peer that floods it does not starve the channels.
 const READS: usize = 16;
+/// Bytes of the control stream that leave in one hold of the lock: a large notification is sealed piece by piece, and others have their
+/// turn at the lock meanwhile.
+const FLUSH: usize = 1 << 20;
+/// The same at the end of a connection: what waits before the reason, as far as the socket takes it.
+const FAREWELL: usize = 16 << 20;
 /// A thread that waits for a transfer drives this long before it sleeps.
 const WAIT_SPIN: Duration = Duration::from_micros(50);
 /// A channel that rang for nothing is looked at for a failure this often at most.
@@ -48,6 +57,8 @@ pub(crate) struct Peer {
     /// Name of the key that it has proved.
     pub key: Option<String>,
     pub engine: [u8; 16],
+    /// Of an incoming connection: its place among those.
+    pub _counted: Option<Local<Counted>>,
 }
 
 /// What the lock guards.
@@ -83,13 +94,13 @@ impl Core {
     /// Everything of a round but reading.
     fn advance(&mut self, now: Instant) -> Result<bool> {
         let any = self.channels.stirs() && self.machine.drive_channels(&mut self.channels, now)?;
-        self.pump(now)?;
+        let more = self.pump(now)?;
         if now >= self.machine.next_tick() {
             self.machine.tick(&mut self.channels, now)?;
-            self.flush(now)?;
+            self.flush(now, FLUSH)?;
             self.watch(now);
         }
-        Ok(any)
+        Ok(any || more)
     }
 
     /// A channel that the peer has closed tells less than the peer's farewell, which may be here.
@@ -108,7 +119,7 @@ impl Core {
         for _ in 0..READS {
             let (n, more) = self.control.read(&mut self.rx)?;
             if n > 0 {
-                self.machine.heard(n, self.rx.arriving(), now);
+                self.machine.heard(n, self.rx.arriving(), now)?;
                 // Part of a large frame.
                 any |= self.rx.arriving() > 0;
             }
@@ -126,23 +137,26 @@ impl Core {
         Ok(any)
     }
 
-    /// Hands out chunks as far as windows allow, and flushes.
-    fn pump(&mut self, now: Instant) -> Result<()> {
+    /// Hands out chunks as far as windows allow, and flushes. `true` when the socket would take more of a backlog.
+    fn pump(&mut self, now: Instant) -> Result<bool> {
+        let mut room = FLUSH;
         loop {
             let scheduled = self.machine.schedule(&mut self.channels, BURST, now)?;
-            self.flush(now)?;
+            room = room.saturating_sub(self.flush(now, room)?);
             if scheduled == Scheduled::Blocked {
-                return Ok(());
+                return Ok(room == 0 && self.backlog() > 0);
             }
         }
     }
 
-    fn flush(&mut self, now: Instant) -> Result<()> {
-        if self.backlog() > 0 {
-            let sent = self.control.flush(&mut self.machine.tx)?;
-            self.machine.told(sent, self.control.pending(), now);
+    /// Sends of the control stream what the socket takes, about `most` bytes of it. Returns the bytes that left.
+    fn flush(&mut self, now: Instant, most: usize) -> Result<usize> {
+        if self.backlog() == 0 || most == 0 {
+            return Ok(0);
         }
-        Ok(())
+        let sent = self.control.flush(&mut self.machine.tx, most)?;
+        self.machine.told(sent, self.control.pending(), now);
+        Ok(sent)
     }
 
     /// Looks at how the connection fares, once a second at most; what is worth it becomes a line of the log.
@@ -182,6 +196,42 @@ impl Core {
     }
 }
 
+/// The core, locked. A panic while it is held has left it half done: then the connection ends before anybody else gets it.
+struct Held<'a> {
+    connection: &'a Connection,
+    core: MutexGuard<'a, Core>,
+    /// The thread was unwinding already.
+    unwinding: bool,
+}
+
+impl Held<'_> {
+    /// Gives the lock to others for a while.
+    fn pause(&mut self, time: Duration) {
+        MutexGuard::unlocked(&mut self.core, || std::thread::sleep(time));
+    }
+}
+
+impl Deref for Held<'_> {
+    type Target = Core;
+    fn deref(&self) -> &Core {
+        &self.core
+    }
+}
+
+impl DerefMut for Held<'_> {
+    fn deref_mut(&mut self) -> &mut Core {
+        &mut self.core
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        if !self.unwinding && std::thread::panicking() {
+            self.connection.abandon_locked(&mut self.core);
+        }
+    }
+}
+
 /// A connection to a peer engine. All methods may be called from any thread.
 pub struct Connection {
     pub(crate) id: u64,
@@ -192,8 +242,8 @@ pub struct Connection {
     ended: Condvar,
     waiters: AtomicU32,
     polls: Polls,
-    /// Set while the channels shall ring.
-    armed: Arc<AtomicU32>,
+    /// What the channels ring.
+    seat: Local<Arc<Seat>>,
     /// The path to a process of this host, where there is one.
     one_host: Option<Watched>,
     /// Its socket is watched.
@@ -201,6 +251,8 @@ pub struct Connection {
     peer: Peer,
     channels: usize,
     local: bool,
+    /// It waits for the application's accept.
+    pub(crate) waits: AtomicBool,
     /// Set by uccl_engine_start_listener; nothing depends on it.
     pub listener_started: AtomicBool,
 }
@@ -212,7 +264,7 @@ impl std::fmt::Debug for Connection {
 }
 
 impl Connection {
-    pub(crate) fn new(home: Arc<Home>, core: Core, peer: Peer, armed: Arc<AtomicU32>, one_host: Option<Watched>) -> Connection {
+    pub(crate) fn new(home: Arc<Home>, core: Core, peer: Peer, seat: Arc<Seat>, one_host: Option<Watched>) -> Connection {
         Connection {
             id: home.connections.next_id(),
             fd: core.control.fd(),
@@ -223,10 +275,11 @@ impl Connection {
             ended: Condvar::new(),
             waiters: AtomicU32::new(0),
             polls: Polls::default(),
-            armed,
+            seat: Local::new(seat),
             one_host,
             watching: AtomicBool::new(false),
             peer,
+            waits: AtomicBool::new(false),
             listener_started: AtomicBool::new(false),
         }
     }
@@ -252,6 +305,14 @@ impl Connection {
         self.channels
     }
 
+    fn lock(&self) -> Held<'_> {
+        self.hold(self.core.lock())
+    }
+
+    fn hold<'a>(&'a self, core: MutexGuard<'a, Core>) -> Held<'a> {
+        Held { connection: self, core, unwinding: std::thread::panicking() }
+    }
+
     // ---- requests ----
 
     /// Starts a read or write of several segments as one transfer; gives its id.
@@ -264,12 +325,12 @@ impl Connection {
         let builder = if n < super::spare::MANY {
             RequestBuilder::new(n, &self.home.registry, self.peer.engine, None)
         } else {
-            let spare = &mut self.core.lock().machine.spare;
+            let spare = &mut self.lock().machine.spare;
             RequestBuilder::new(n, &self.home.registry, self.peer.engine, Some(spare))
         }?;
         let built = builder.build(items)?;
         let now = Instant::now();
-        let mut core = self.core.lock();
+        let mut core = self.lock();
         match built {
             Built::Refused(error) => {
                 self.admit(&core, 0, &[])?;
@@ -296,7 +357,7 @@ impl Connection {
         self.core.check("connection")?;
         let (segments, uses) = request::message(items, &self.home.registry)?;
         let now = Instant::now();
-        let mut core = self.core.lock();
+        let mut core = self.lock();
         self.admit(&core, segments.len(), &[])?;
         let id = core.machine.start_send(segments, uses, now);
         self.started(core, Ok(id), now)
@@ -313,7 +374,7 @@ impl Connection {
         region.check(addr, len)?;
         let segment = Segment { addr, len, region: 0, place: region.place, peer: Place::HOST };
         let now = Instant::now();
-        let mut core = self.core.lock();
+        let mut core = self.lock();
         self.admit(&core, 1, &[])?;
         let id = core.machine.start_receive(segment, region, now);
         self.started(core, Ok(id), now)
@@ -329,10 +390,10 @@ impl Connection {
         if size > MAX_NOTIFICATION {
             bail!(InvalidArgument, "a notification of {size} bytes, at most {MAX_NOTIFICATION}");
         }
-        let mut core = self.core.lock();
+        let mut core = self.lock();
         while core.backlog() + size > MAX_BACKLOG && core.machine.dead().is_none() && !core.closing {
-            self.drive(&mut core);
-            MutexGuard::unlocked(&mut core, || std::thread::sleep(Duration::from_micros(100)));
+            self.drive(&mut core, Instant::now());
+            core.pause(Duration::from_micros(100));
         }
         self.admit(&core, 0, &[])?;
         let now = Instant::now();
@@ -350,8 +411,8 @@ impl Connection {
     }
 
     /// After work was added: the first chunks leave from here, and the progress thread is told when it must poll.
-    fn started<T>(&self, mut core: MutexGuard<'_, Core>, started: Result<T>, now: Instant) -> Result<T> {
-        let result = started.and_then(|value| core.pump(now).map(|()| value)).map_err(|e| core.last_words(e, now));
+    fn started<T>(&self, mut core: Held<'_>, started: Result<T>, now: Instant) -> Result<T> {
+        let result = started.and_then(|value| core.pump(now).map(|_| value)).map_err(|e| core.last_words(e, now));
         match &result {
             Err(e) => self.fail_locked(&mut core, e.clone()),
             Ok(_) => {
@@ -371,7 +432,7 @@ impl Connection {
     /// In a child of fork.
     pub fn stats(&self) -> Result<ConnectionStats> {
         self.core.check("connection")?;
-        let core = self.core.lock();
+        let core = self.lock();
         let now = Instant::now();
         let mut channels = core.channels.stats(true, now);
         core.watch.fill(&mut channels, now);
@@ -394,7 +455,7 @@ impl Connection {
     /// Why it is not, once it is lost or closed.
     pub fn status(&self) -> Result<()> {
         self.core.check("connection")?;
-        self.core.lock().machine.alive()
+        self.lock().machine.alive()
     }
 
     // ---- progress ----
@@ -405,7 +466,7 @@ impl Connection {
     /// The error the transfer ended with, or `NotFound`.
     pub fn poll(&self, id: u64) -> Result<TransferState> {
         self.core.check("connection")?;
-        let mut core = self.core.lock();
+        let mut core = self.lock();
         let before = core.machine.lookup(id)?;
         if before.complete || core.machine.dead().is_some() {
             return Ok(before);
@@ -420,13 +481,19 @@ impl Connection {
             }
             std::thread::sleep(nap);
             self.polls.leave(self.home.clock());
-            return self.core.lock().machine.lookup(id);
+            return self.lock().machine.lookup(id);
         }
-        self.polls.enter(self.home.clock());
-        let any = self.drive(&mut core);
+        let now = Instant::now();
+        self.polls.enter(self.home.at(now));
+        let any = self.drive(&mut core, now);
         let after = core.machine.lookup(id)?;
         drop(core);
         match planned {
+            // A poll that found nothing took no time.
+            Pause::None if !any => {
+                self.polls.leave(self.home.at(now));
+                return Ok(after);
+            }
             _ if any || after.complete => {}
             Pause::Nap(nap) => std::thread::sleep(nap),
             Pause::Yield => std::thread::yield_now(),
@@ -438,7 +505,7 @@ impl Connection {
 
     fn situation(&self, core: &Core, id: u64, state: &TransferState) -> Situation {
         Situation {
-            few_cores: self.home.few_cores,
+            cores: self.home.cores,
             doorbell: self.home.doorbells,
             only_this: self.home.polled_again(self.id, id),
             channels_busy: core.channels.busy(),
@@ -468,23 +535,22 @@ impl Connection {
             // Sleep; the progress thread drives from here and wakes us when something has ended.
             self.polls.stop();
             self.home.attend(self.id);
-            let mut core = self.core.lock();
+            let mut core = self.lock();
             self.waiters.fetch_add(1, Ordering::AcqRel);
             let until = deadline.unwrap_or(now + Duration::from_millis(100)).min(now + Duration::from_millis(100));
             let running = |core: &Core| matches!(core.machine.lookup(id), Ok(TransferState { complete: false, .. }));
-            while running(&core) && !self.ended.wait_until(&mut core, until).timed_out() {}
+            while running(&core) && !self.ended.wait_until(&mut core.core, until).timed_out() {}
             self.waiters.fetch_sub(1, Ordering::AcqRel);
         }
     }
 
     /// A round of progress; wakes waiters when a transfer has ended. `true` when something moved.
-    fn drive(&self, core: &mut Core) -> bool {
+    fn drive(&self, core: &mut Core, now: Instant) -> bool {
         if core.machine.dead().is_some() {
             return false;
         }
-        let now = Instant::now();
         if core.closing {
-            let _ = core.flush(now);
+            let _ = core.flush(now, FLUSH);
             return false;
         }
         let before = core.machine.ended();
@@ -508,7 +574,7 @@ impl Connection {
 
     /// Lets the channels ring, or no longer.
     pub(crate) fn arm(&self, on: bool) {
-        self.armed.store(u32::from(on), Ordering::SeqCst);
+        self.seat.arm(on);
         if let Some(one_host) = &self.one_host {
             one_host.listening.set(on);
         }
@@ -534,18 +600,19 @@ impl Connection {
     }
 
     /// What the channels ring with.
-    pub(crate) fn doorbell(&self) -> Arc<AtomicU32> {
-        self.armed.clone()
+    pub(crate) fn seat(&self) -> &Arc<Seat> {
+        &self.seat
     }
 
     /// A round of the progress thread. `must`: waits for the lock; otherwise leaves the round to whoever holds it.
     pub(crate) fn progress(&self, must: bool) -> Progress {
         let held = if must { Some(self.core.lock()) } else { self.core.try_lock() };
-        let Some(mut core) = held else { return Progress::left_alone() };
-        let any = self.drive(&mut core);
+        let Some(mut core) = held.map(|core| self.hold(core)) else { return Progress::left_alone() };
+        let any = self.drive(&mut core, Instant::now());
         Progress {
             any,
             channels_busy: core.channels.busy(),
+            large: core.channels.under_way() > NAP_BYTES,
             copying: core.channels.copies_pending(),
             backlog: core.backlog() > 0,
             busy: core.machine.busy() || core.channels.busy(),
@@ -556,13 +623,13 @@ impl Connection {
 
     /// Whether something is under way, or waits to leave.
     pub(crate) fn stirs(&self) -> bool {
-        let core = self.core.lock();
+        let core = self.lock();
         core.machine.dead().is_none() && (core.machine.busy() || core.channels.stirs() || core.backlog() > 0)
     }
 
     /// A channel rang and nothing moved: it may have failed.
     pub(crate) fn look_for_failure(&self) {
-        let mut core = self.core.lock();
+        let mut core = self.lock();
         let now = Instant::now();
         if core.machine.dead().is_some() || core.closing || now - core.looked < LOOK {
             return;
@@ -581,9 +648,24 @@ impl Connection {
     pub(crate) fn abandon(&self) {
         let mut core = self.core.lock();
         self.unwatch_local();
-        // Whatever else does not work any more: nothing touches memory from here on.
-        core.channels.close();
-        self.fail_locked(&mut core, err!(Internal, "a defect of the library; the log has its place"));
+        self.abandon_locked(&mut core);
+    }
+
+    /// What is done first is done, whatever of it panics once more: nothing touches memory from here on, and nobody waits for ever.
+    fn abandon_locked(&self, core: &mut Core) {
+        let error = || err!(Internal, "{}: a defect of the library; the log has its place", self.peer.name);
+        let steps: [&mut dyn FnMut(&mut Core); 4] = [
+            &mut |core| core.channels.close(),
+            &mut |core| self.fail_locked(core, error()),
+            &mut |core| core.machine.fail(error(), &mut core.channels),
+            &mut |core| core.machine.give_up(error()),
+        ];
+        for step in steps {
+            let _ = catch_unwind(AssertUnwindSafe(|| step(core)));
+        }
+        self.home.bell.unwatch(self.fd);
+        core.control.shutdown_write();
+        self.ended.notify_all();
     }
 
     fn fail_locked(&self, core: &mut Core, error: Error) {
@@ -601,20 +683,27 @@ impl Connection {
             _ => false,
         };
         self.home.counters.ended(totals, error.kind(), in_order || core.closing);
+        let (lines, now) = (&self.home.lines, Instant::now());
         match (error.kind(), lost) {
             (ErrorKind::Canceled, 0) => log::debug!("{error}"),
             (ErrorKind::Canceled, n) => log::info!("{n} transfers canceled: {error}"),
-            (ErrorKind::RemoteDisconnect, 0) => log::info!("{error}"),
-            (_, n) => log::error!("connection failed with {n} transfers in flight: {error}"),
+            // A peer may come and go as often as it likes.
+            (ErrorKind::RemoteDisconnect, 0) => lines.log(log::Level::Info, now, format_args!("{error}")),
+            (_, n) => {
+                lines.log(log::Level::Error, now, format_args!("connection failed with {n} transfers in flight: {error}"));
+            }
         }
         self.home.bell.unwatch(self.fd);
         self.unwatch_local();
+        if self.waits.load(Ordering::SeqCst) {
+            self.home.dead.tell(self.id);
+        }
         // The peer learns what this side knows, as far as the socket takes it, before it sees its channels end.
         let now = Instant::now();
         if !core.closing {
             core.machine.say_bye(Some(&error), now);
         }
-        let _ = core.flush(now);
+        let _ = core.flush(now, FAREWELL);
         core.machine.fail(error, &mut core.channels);
         core.control.shutdown_write();
         self.ended.notify_all();
@@ -631,16 +720,16 @@ impl Connection {
         if !self.core.is_here() {
             return;
         }
-        let mut core = self.core.lock();
+        let mut core = self.lock();
         if core.machine.dead().is_none() && !core.closing {
             // What has arrived still counts.
-            self.drive(&mut core);
             let now = Instant::now();
+            self.drive(&mut core, now);
             core.machine.say_bye(None, now);
             core.closing = true;
             // Nothing is read any more; what still comes must not wake anybody.
             self.home.bell.unwatch(self.fd);
-            let _ = core.flush(now);
+            let _ = core.flush(now, FLUSH);
         }
     }
 
@@ -649,12 +738,12 @@ impl Connection {
         if !self.core.is_here() {
             return;
         }
-        let mut core = self.core.lock();
+        let mut core = self.lock();
         while core.machine.dead().is_none() && core.backlog() > 0 && Instant::now() < deadline {
-            if core.flush(Instant::now()).is_err() || core.control.hung_up() {
+            if core.flush(Instant::now(), FLUSH).is_err() || core.control.hung_up() {
                 break;
             }
-            MutexGuard::unlocked(&mut core, || std::thread::sleep(Duration::from_micros(50)));
+            core.pause(Duration::from_micros(50));
         }
         if core.machine.dead().is_none() {
             let left = core.backlog();
@@ -665,7 +754,7 @@ impl Connection {
             // Closing a socket with unread bytes resets it, and the peer could lose what was sent last: read on until it hangs up.
             let until = deadline.min(Instant::now() + HANG_UP);
             while !core.control.hung_up() && Instant::now() < until {
-                MutexGuard::unlocked(&mut core, || std::thread::sleep(Duration::from_micros(50)));
+                core.pause(Duration::from_micros(50));
             }
             self.fail_locked(&mut core, err!(Canceled, "closed on this side"));
         }
@@ -675,10 +764,15 @@ impl Connection {
 
     /// Fails the connection if a transfer of it still uses the region.
     pub(crate) fn fail_if_using(&self, region: u64, error: Error) {
-        let mut core = self.core.lock();
+        let mut core = self.lock();
         if core.machine.uses_region(region) {
             self.fail_locked(&mut core, error);
         }
+    }
+
+    /// Has what chunks of `place` need allocated.
+    pub(crate) fn ready(&self, place: Place) -> Result<()> {
+        self.core.lock().channels.ready(place)
     }
 
     /// Tells a peer on this host of a region that it may want to reach soon.
@@ -691,7 +785,7 @@ impl Connection {
 
     /// Drops the plugin's registrations of a region.
     pub(crate) fn forget_region(&self, id: u64) {
-        self.core.lock().channels.forget_region(id);
+        self.lock().channels.forget_region(id);
     }
 }
 
@@ -703,9 +797,10 @@ impl Driven for Connection {
     }
 
     fn drive_for_application(&self) -> bool {
-        let Some(mut core) = self.core.try_lock() else { return true };
-        self.polls.enter(self.home.clock());
-        let any = self.drive(&mut core) || (core.machine.busy() && core.machine.dead().is_none());
+        let Some(mut core) = self.core.try_lock().map(|core| self.hold(core)) else { return true };
+        let now = Instant::now();
+        self.polls.enter(self.home.at(now));
+        let any = self.drive(&mut core, now) || (core.machine.busy() && core.machine.dead().is_none());
         drop(core);
         self.polls.leave(self.home.clock());
         any
@@ -722,6 +817,8 @@ impl Drop for Connection {
 pub(crate) struct Progress {
     pub any: bool,
     pub channels_busy: bool,
+    /// So much is under way that the channels' threads are busy.
+    pub large: bool,
     pub copying: bool,
     pub backlog: bool,
     /// Something waits for the network or the peer.
@@ -733,6 +830,18 @@ pub(crate) struct Progress {
 impl Progress {
     /// Another thread is at it.
     fn left_alone() -> Progress {
-        Progress { any: false, channels_busy: true, copying: false, backlog: false, busy: true, dead: false, next_tick: None }
+        Progress {
+            any: false,
+            channels_busy: true,
+            large: false,
+            copying: false,
+            backlog: false,
+            busy: true,
+            dead: false,
+            next_tick: None,
+        }
     }
 }
+
+#[cfg(test)]
+mod tests;

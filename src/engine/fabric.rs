@@ -5,9 +5,10 @@ use super::link::{number, Agreed, Offers, Ready, PER_SET};
 use super::local::{self, Local};
 use super::sets::{plans, Plan};
 use super::site::Site;
+use crate::addresses::AllowList;
 use crate::channel::local::{Opening, ProofKeys};
 use crate::net::secure::ChannelKeys;
-use crate::net::setup::{self, Establishing, Listening, Pair};
+use crate::net::setup::{self, Establishing, Listening, Pair, Role};
 use crate::status::{bail, Error, Result};
 use std::time::{Duration, Instant};
 
@@ -36,11 +37,11 @@ pub(crate) struct Opened {
 }
 
 impl Opened {
-    /// Opens the listen comms of each set, spread over the NICs near its GPU.
+    /// Opens the listen comms of each set, spread over the NICs near its GPU. `connecting`: this side made the control connection.
     pub(crate) fn open(site: &Site, plans: Vec<Plan>, connecting: bool) -> Result<Opened> {
         let mut sets = Vec::new();
         for plan in plans {
-            match listen(site, &plan) {
+            match listen(site, &plan, connecting) {
                 Err(e) if !plan.spare => return Err(e),
                 outcome => sets.push((plan, outcome)),
             }
@@ -55,7 +56,7 @@ impl Opened {
     }
 
     /// Connects to the peer's offers and accepts the peer's connects from now on. `keys` gives those of a channel by set and number,
-    /// `proof` those of a process of this host.
+    /// `proof` those of a process of this host; nothing outside `allowed` is dialled.
     ///
     /// # Errors
     /// `Protocol` when the peer has other sets.
@@ -65,6 +66,7 @@ impl Opened {
         offers: &Offers,
         keys: impl Fn(usize, usize) -> Result<ChannelKeys>,
         proof: ProofKeys,
+        allowed: &AllowList,
     ) -> Result<Raising> {
         let peers = &offers.sets;
         if peers.len() != self.sets.len() {
@@ -74,7 +76,7 @@ impl Opened {
         for (number, ((plan, set), peer)) in self.sets.into_iter().zip(peers).enumerate() {
             sets.push(match set {
                 Ok(listening) => {
-                    let coming = listening.establish(peer, Some(&|index| keys(number, index)));
+                    let coming = listening.establish(peer, Some(&|index| keys(number, index)), allowed);
                     Set { plan, coming: Some(coming), up: None, why: None }
                 }
                 Err(e) => Set { plan, coming: None, up: Some(Vec::new()), why: Some(e.to_string()) },
@@ -85,7 +87,7 @@ impl Opened {
     }
 }
 
-fn listen(site: &Site, plan: &Plan) -> Result<Listening> {
+fn listen(site: &Site, plan: &Plan, connecting: bool) -> Result<Listening> {
     let plugin = &plan.plugin;
     if plan.channels == 0 {
         bail!(Resource, "too few file descriptors (ulimit -n)");
@@ -93,7 +95,8 @@ fn listen(site: &Site, plan: &Plan) -> Result<Listening> {
     // A NIC may have come or gone since the last set-up.
     let devices = plugin.current_devices()?;
     let near = setup::nics_for(plugin, &devices, site.gpus.pci_path(plan.own()).as_deref());
-    Listening::open(plugin, &devices, &near, plan.channels, site.gpus.followed_by(plugin, plan.own())?)
+    let gpu = site.gpus.followed_by(plugin, plan.own())?;
+    Listening::open(plugin, &devices, &near, plan.channels, gpu, Role::of(plugin, connecting))
 }
 
 struct Set {

@@ -1,11 +1,15 @@
 //! What a connection needs of its engine while it lives: the registry, the bell of the progress thread, the list that it leaves at its
 //! end, and a clock. Knows of connections only that they can be driven.
 
-use super::bell::{Bell, LOCAL, WAKE};
+use super::accepts::Dead;
+use super::bell::{named, Bell, Named};
 use super::connections::Connections;
 use super::counters::Counters;
+use super::pacing::Cores;
 use super::registry::Registry;
+use crate::logging::Limiter;
 use parking_lot::Mutex;
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -42,15 +46,18 @@ pub(crate) struct Home<T> {
     pub connections: Connections<T>,
     pub bell: Bell,
     pub counters: Counters,
+    /// Those that died while they waited for accept.
+    pub dead: Arc<Dead>,
     /// The channels ring the bell; without, the progress thread must poll while work is in flight.
     pub doorbells: bool,
-    /// Threads compete for cores: nobody spins while another could work.
-    pub few_cores: bool,
+    pub cores: Cores,
     pub close_timeout: Duration,
+    /// Lines of the log that peers cause.
+    pub lines: Arc<Limiter>,
     /// The connection and transfer that was polled last, as one number.
     last_polled: AtomicU64,
     /// Connections that the progress thread is asked to drive.
-    asked: Mutex<Vec<u64>>,
+    asked: Mutex<HashSet<u64>>,
     any_asked: AtomicBool,
     looking: Mutex<Looking<T>>,
     /// The progress thread is to end.
@@ -59,15 +66,17 @@ pub(crate) struct Home<T> {
 }
 
 impl<T: Driven> Home<T> {
-    pub(crate) fn new(bell: Bell, doorbells: bool, close_timeout: Duration) -> Home<T> {
+    pub(crate) fn new(bell: Bell, doorbells: bool, close_timeout: Duration, log_lines: usize) -> Home<T> {
         Home {
             registry: Arc::new(Registry::new()),
             connections: Connections::new(),
             bell,
             counters: Counters::default(),
+            dead: Arc::default(),
             doorbells,
-            few_cores: std::thread::available_parallelism().map_or(2, usize::from) <= 2,
+            cores: Cores::here(),
             close_timeout,
+            lines: Arc::new(Limiter::new(u32::try_from(log_lines).unwrap_or(u32::MAX))),
             last_polled: AtomicU64::new(0),
             asked: Mutex::default(),
             any_asked: AtomicBool::new(false),
@@ -79,11 +88,7 @@ impl<T: Driven> Home<T> {
 
     /// Asks the progress thread to drive a connection.
     pub(crate) fn attend(&self, id: u64) {
-        let mut asked = self.asked.lock();
-        if !asked.contains(&id) {
-            asked.push(id);
-        }
-        drop(asked);
+        self.asked.lock().insert(id);
         self.any_asked.store(true, Ordering::SeqCst);
         self.bell.ring();
     }
@@ -109,15 +114,19 @@ impl<T: Driven> Home<T> {
         let Looking { list, tokens } = &mut *looking;
         tokens.clear();
         self.bell.ready(tokens);
-        for &token in tokens.iter().filter(|&&id| id != WAKE) {
-            let id = token & !LOCAL;
-            if token & LOCAL != 0 {
-                // The event came once, and here: the progress thread looks, too.
-                if let Some(connection) = self.connections.get(id) {
-                    connection.heard_on_this_host();
-                    self.attend(id);
+        for &token in tokens.iter() {
+            let id = match named(token) {
+                Named::Connection(id) => id,
+                Named::Local(id) => {
+                    // The event came once, and here: the progress thread looks, too.
+                    if let Some(connection) = self.connections.get(id) {
+                        connection.heard_on_this_host();
+                        self.attend(id);
+                    }
+                    id
                 }
-            }
+                Named::Bell | Named::Group(_) => continue,
+            };
             if list.iter().all(|recent| recent.id != id) {
                 let connection = self.connections.get(id).map(|connection| Arc::downgrade(&connection));
                 list.extend(connection.map(|connection| Recent { id, connection, last: now }));
@@ -156,6 +165,11 @@ impl<T: Driven> Home<T> {
 
     /// Microseconds since the engine started, from 1.
     pub(crate) fn clock(&self) -> u64 {
-        self.start.elapsed().as_micros() as u64 + 1
+        self.at(Instant::now())
+    }
+
+    /// A time on [`Home::clock`].
+    pub(crate) fn at(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.start).as_micros() as u64 + 1
     }
 }

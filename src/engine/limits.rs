@@ -1,6 +1,7 @@
 //! How much of the process's descriptors and memory the engine may take for peers: shares of the limits, with a reserve for the
 //! application. Knows nothing of sockets' contents, set-ups or connections.
 
+use crate::config::Budgets;
 use crate::status::{err, Error, ErrorKind, Result};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
@@ -17,12 +18,32 @@ pub(crate) struct Limits {
     pub outgoing: usize,
     /// Connections that wait for the application's accept.
     pub waiting: usize,
+    /// Incoming connections that are up, and those of one address.
+    pub connections: usize,
+    pub of_address: usize,
+    /// Transfers that all peers together have in flight.
+    pub transfers: usize,
+    /// Memory that all peers together may take, and one connection: lists, unread answers, parts of frames.
+    pub peer_bytes: usize,
+    pub peer_bytes_of_one: usize,
+    /// Notifications that wait for the application, and those of one connection.
+    pub notif_bytes: usize,
+    pub notif_bytes_of_one: usize,
+    /// Log lines a second that all peers together can cause.
+    pub log_lines: usize,
     /// The engine opens nothing for a peer when the descriptor numbers in use reach this: the rest is the application's.
     pub ceiling: usize,
 }
 
 /// Memory that a connection under way or waiting is taken to cost at most, before any data moves.
 const CONNECTION_BYTES: u64 = 1 << 20;
+/// Memory that a connection costs while it is idle, and a transfer of a peer without its list, at most.
+const IDLE_BYTES: u64 = 256 << 10;
+const TRANSFER_BYTES: u64 = 1 << 10;
+/// Notifications that wait at most, however much memory there is.
+const MAX_NOTIF_BYTES: u64 = 1 << 30;
+/// Log lines a second that peers can cause.
+const LOG_LINES: usize = 50;
 
 impl Limits {
     /// Shares of `nofile` descriptors and of `memory` bytes.
@@ -33,7 +54,19 @@ impl Limits {
         let reserve = (nofile / 4).clamp(32, 4096);
         let ceiling = nofile - reserve;
         let incoming = (ceiling / 8).clamp(8, 4096).min(affordable);
+        let bytes = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
+        let (peer_bytes, notif_bytes) = (bytes((memory / 8).max(32 << 20)), bytes((memory / 8).clamp(16 << 20, MAX_NOTIF_BYTES)));
+        // A connection has three descriptors at least.
+        let connections = (ceiling / 3).min(bytes(memory / 4 / IDLE_BYTES)).max(16);
         Limits {
+            connections,
+            of_address: (connections - connections / 4).max(8),
+            transfers: bytes(memory / 16 / TRANSFER_BYTES).clamp(1 << 12, 1 << 22),
+            peer_bytes,
+            peer_bytes_of_one: peer_bytes / 2,
+            notif_bytes,
+            notif_bytes_of_one: notif_bytes / 4,
+            log_lines: LOG_LINES,
             strangers: (ceiling / 12).clamp(8, 1024),
             incoming,
             per_peer: incoming.div_ceil(2),
@@ -43,9 +76,43 @@ impl Limits {
         }
     }
 
-    /// The shares of this process's limits as they are now.
-    pub(crate) fn of_process() -> Limits {
-        Limits::from(descriptor_limit(), memory_limit())
+    /// The shares of this process's limits as they are now, and what the settings say instead.
+    pub(crate) fn of_process(budgets: &Budgets) -> Limits {
+        let usual = Limits::from(descriptor_limit(), memory_limit());
+        let or = |setting: Option<usize>, usual: usize| setting.unwrap_or(usual);
+        // Where only the total is set, one peer's part follows it.
+        let part = |own: Option<usize>, total: Option<usize>, usual: usize, part: fn(usize) -> usize| {
+            own.or(total.map(part)).unwrap_or(usual)
+        };
+        Limits {
+            connections: or(budgets.connections, usual.connections),
+            of_address: part(budgets.connections_of_peer, budgets.connections, usual.of_address, |n| (n - n / 4).max(1)),
+            transfers: or(budgets.transfers, usual.transfers),
+            peer_bytes: or(budgets.peer_bytes, usual.peer_bytes),
+            peer_bytes_of_one: part(budgets.peer_bytes_of_one, budgets.peer_bytes, usual.peer_bytes_of_one, |n| n / 2),
+            notif_bytes: or(budgets.notif_bytes, usual.notif_bytes),
+            notif_bytes_of_one: part(budgets.notif_bytes_of_one, budgets.notif_bytes, usual.notif_bytes_of_one, |n| n / 4),
+            log_lines: or(budgets.log_lines, usual.log_lines),
+            ..usual
+        }
+    }
+
+    /// Each budget with its name and what it counts.
+    pub(crate) fn list(&self) -> Vec<(&'static str, usize, &'static str)> {
+        vec![
+            ("UCCL_TCPX_MAX_CONNECTIONS", self.connections, "incoming connections"),
+            ("UCCL_TCPX_MAX_CONNECTIONS_OF_PEER", self.of_address, "of them of one address"),
+            ("UCCL_TCPX_MAX_PEER_TRANSFERS", self.transfers, "transfers that peers have begun"),
+            ("UCCL_TCPX_PEER_BYTES", self.peer_bytes, "bytes of memory that peers take"),
+            ("UCCL_TCPX_PEER_BYTES_OF_ONE", self.peer_bytes_of_one, "of them of one connection"),
+            ("UCCL_TCPX_NOTIF_BYTES", self.notif_bytes, "bytes of notifications that wait"),
+            ("UCCL_TCPX_NOTIF_BYTES_OF_ONE", self.notif_bytes_of_one, "of them of one connection"),
+            ("UCCL_TCPX_PEER_LOG_LINES", self.log_lines, "log lines a second that peers cause"),
+            ("strangers", self.strangers, "incoming sockets without a proof"),
+            ("set-ups", self.incoming, "incoming set-ups, and as many outgoing ones"),
+            ("accept", self.waiting, "connections that wait for accept"),
+            ("descriptors", self.ceiling, "descriptors; the rest is the application's"),
+        ]
     }
 }
 
@@ -59,13 +126,19 @@ fn descriptor_limit() -> u64 {
     limit.rlim_cur
 }
 
-/// Memory of the machine, or of the control group where that has less.
+/// Memory of the machine, of the control group, or of the address space (RLIMIT_AS), whichever is least.
 fn memory_limit() -> u64 {
     // SAFETY: plain system calls.
     let (pages, size) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
     let machine = u64::try_from(pages).unwrap_or(0).saturating_mul(u64::try_from(size).unwrap_or(4096));
     let group = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
-    group.map_or(machine, |group: u64| group.min(machine)).max(64 << 20)
+    let mut space = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: 0 };
+    // SAFETY: a writable rlimit.
+    let space = match unsafe { libc::getrlimit(libc::RLIMIT_AS, &mut space) } {
+        0 => space.rlim_cur,
+        _ => libc::RLIM_INFINITY,
+    };
+    group.map_or(machine, |group: u64| group.min(machine)).min(space).max(64 << 20)
 }
 
 /// The lowest descriptor number that is free, by taking and giving back one; as many are in use at least.
@@ -186,6 +259,25 @@ mod tests {
         // Little memory, many descriptors.
         let l = Limits::from(1 << 20, GIB);
         assert_eq!((l.incoming, l.waiting), (64, 64));
+    }
+
+    #[test]
+    fn budgets_follow_the_limits_and_settings_stand_before_them() {
+        for memory in [0, 64 << 20, GIB, 64 * GIB, u64::MAX] {
+            let l = Limits::from(1024, memory);
+            assert!(
+                l.of_address <= l.connections && l.peer_bytes_of_one <= l.peer_bytes && l.notif_bytes_of_one <= l.notif_bytes
+            );
+            assert!(l.connections >= 16 && l.transfers >= 4096 && l.log_lines > 0, "{l:?}");
+        }
+        let l = Limits::from(1024, 16 * GIB);
+        assert_eq!((l.connections, l.of_address, l.transfers, l.peer_bytes), (256, 192, 1 << 20, 2 << 30));
+        assert_eq!((l.notif_bytes, l.notif_bytes_of_one), (1 << 30, 256 << 20));
+        let set = Budgets { connections: Some(8), peer_bytes: Some(1000), peer_bytes_of_one: Some(7), ..Budgets::default() };
+        let l = Limits::of_process(&set);
+        assert_eq!((l.connections, l.of_address, l.peer_bytes, l.peer_bytes_of_one), (8, 6, 1000, 7));
+        let told: Vec<usize> = l.list().iter().map(|(_, value, _)| *value).collect();
+        assert_eq!(told[..2], [8, 6]);
     }
 
     #[test]

@@ -9,10 +9,12 @@
 //!   outgoing ones. `site`, `limits` and `ending` are what all set-ups share.
 
 mod accepts;
+#[cfg(feature = "test-api")]
 #[doc(hidden)]
 pub mod attack;
 mod attempt;
 mod bell;
+mod budget;
 mod build;
 mod connect;
 mod connection;
@@ -40,6 +42,7 @@ mod setups;
 mod site;
 mod spare;
 mod transfer;
+mod turns;
 mod watch;
 
 #[cfg(fuzzing)]
@@ -62,6 +65,11 @@ use site::{Gate, Identity, Plugins, Site};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+/// What peers of an engine with these settings may take in this process: name, number, and what it counts.
+pub fn budgets(config: &Config) -> Vec<(&'static str, usize, &'static str)> {
+    limits::Limits::of_process(&config.budgets).list()
+}
 
 /// How long a deregistration waits for what holds a region although its connections are closed.
 const STUBBORN: Duration = Duration::from_secs(1);
@@ -129,9 +137,10 @@ impl Engine {
         let ports = listener::open(config.bind, config.socket_ifname.as_deref(), config.port)?;
         let metadata = listener::metadata(ports.address, &gpus.name());
         announce(&metadata, &plugins, &gpus);
-        let limits = limits::Limits::of_process();
-        let home = Arc::new(connection::Home::new(bell::Bell::new()?, plugins.device.traits.doorbell, config.close_timeout));
-        let accepts = Arc::new(Accepts::new(limits.waiting));
+        let limits = limits::Limits::of_process(&config.budgets);
+        let (bell, doorbells) = (bell::Bell::new()?, plugins.device.traits.doorbell);
+        let home = Arc::new(connection::Home::new(bell, doorbells, config.close_timeout, limits.log_lines));
+        let accepts = Arc::new(Accepts::new(limits.waiting, home.dead.clone()));
         let site = Arc::new(Site {
             identity: Identity::new(&config)?,
             plugins,
@@ -140,7 +149,9 @@ impl Engine {
             allow: config.allow.clone(),
             outgoing: Gate::new(limits.outgoing),
             ending: ending::Ending::new()?,
-            notifications: notify::Queue::new(),
+            notifications: notify::Queue::new(limits.notif_bytes, limits.notif_bytes_of_one),
+            pool: budget::Pool::new(limits.peer_bytes, limits.peer_bytes_of_one, limits.transfers),
+            census: budget::Census::new(limits.connections, limits.of_address),
             home: home.clone(),
             config,
         });
@@ -168,6 +179,11 @@ impl Engine {
     /// The plugin that carries device memory.
     pub fn plugin(&self) -> &Plugin {
         &self.parts.site.plugins.device
+    }
+
+    /// What peers may take: name, number, and what it counts.
+    pub fn budgets(&self) -> Vec<(&'static str, usize, &'static str)> {
+        self.parts.site.limits.list()
     }
 
     /// What the engine and its connections count.
@@ -237,7 +253,11 @@ impl Engine {
             bail!(InvalidArgument, "cannot register {len} bytes at {addr:#x}");
         }
         self.alive()?;
-        let place = self.parts.site.gpus.place_of(addr as u64)?;
+        let (place, first) = self.parts.site.gpus.place_of(addr as u64)?;
+        if first {
+            // Connections that are there already could not prepare for this GPU.
+            build::ready(&self.parts.site, place);
+        }
         let home = &self.parts.site.home;
         let id = home.registry.add(addr as u64, len as u64, place, access)?;
         if place.is_device() {
@@ -406,7 +426,7 @@ fn offer(site: &Arc<Site>, metadata: &str) -> Option<Arc<export::Exporter>> {
 
 fn announce(metadata: &str, plugins: &Plugins, gpus: &gpus::Gpus) {
     let plugin = &plugins.device;
-    let nics: Vec<String> = plugin.devices.iter().map(|d| format!("{} ({} Mbit/s)", d.name, d.speed_mbps)).collect();
+    let nics: Vec<String> = plugin.devices.iter().map(|d| format!("{} ({})", d.name, d.speed())).collect();
     let origin = plugin.path.as_ref().map_or("built in".to_owned(), |p| p.display().to_string());
     log::info!("engine {metadata}: plugin {} ({origin}), NICs {}, GPU {}", plugin.name, nics.join(", "), gpus.name());
 }

@@ -17,10 +17,6 @@ pub struct Notification {
     pub msg: Vec<u8>,
 }
 
-/// Bytes that may wait in one engine's queue, and of one connection there. An application that drains nothing loses the connection that
-/// goes beyond, with an error, and not its notifications.
-const MAX_WAITING: usize = 1 << 30;
-const MAX_WAITING_OF_ONE: usize = 256 << 20;
 /// What a notification costs besides its bytes.
 const OVERHEAD: usize = 128;
 
@@ -49,15 +45,20 @@ fn cost(notification: &Notification) -> usize {
 }
 
 /// The queue of an engine.
-#[derive(Default)]
-pub(crate) struct Queue(Mutex<Waiting>);
+pub(crate) struct Queue {
+    waiting: Mutex<Waiting>,
+    /// Bytes that may wait, and of one connection. An application that drains nothing loses the connection that goes beyond, with an
+    /// error, and not its notifications.
+    most: usize,
+    of_one: usize,
+}
 
 static ARRIVALS: AtomicU64 = AtomicU64::new(0);
 static QUEUES: PerProcess<Mutex<Vec<Weak<Queue>>>> = PerProcess::new(Mutex::default);
 
 impl Queue {
-    pub(crate) fn new() -> Arc<Queue> {
-        let queue = Arc::new(Queue::default());
+    pub(crate) fn new(most: usize, of_one: usize) -> Arc<Queue> {
+        let queue = Arc::new(Queue { waiting: Mutex::default(), most, of_one });
         let mut all = QUEUES.get().lock();
         all.retain(|q| q.strong_count() > 0);
         all.push(Arc::downgrade(&queue));
@@ -67,8 +68,8 @@ impl Queue {
     /// Adds a notification.
     fn push(&self, notification: Notification, of_one: &Arc<AtomicUsize>) -> Result<()> {
         let cost = cost(&notification);
-        let mut waiting = self.0.lock();
-        if of_one.load(Ordering::Relaxed) + cost > MAX_WAITING_OF_ONE || waiting.bytes + cost > MAX_WAITING {
+        let mut waiting = self.waiting.lock();
+        if of_one.load(Ordering::Relaxed) + cost > self.of_one || waiting.bytes + cost > self.most {
             bail!(Resource, "the application takes no notifications, and {} bytes of them wait", waiting.bytes);
         }
         waiting.bytes += cost;
@@ -80,7 +81,7 @@ impl Queue {
     }
 
     pub(crate) fn pop(&self) -> Option<Notification> {
-        let mut waiting = self.0.lock();
+        let mut waiting = self.waiting.lock();
         let item = waiting.items.pop_front()?;
         waiting.bytes -= item.cost();
         item.of_one.fetch_sub(item.cost(), Ordering::Relaxed);
@@ -88,11 +89,11 @@ impl Queue {
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.0.lock().items.len()
+        self.waiting.lock().items.len()
     }
 
     fn oldest(&self) -> Option<u64> {
-        self.0.lock().items.front().map(|item| item.number)
+        self.waiting.lock().items.front().map(|item| item.number)
     }
 }
 
@@ -135,7 +136,7 @@ mod tests {
 
     #[test]
     fn one_connection_fills_its_own_share_only_and_empty_ones_count() {
-        let queue = Queue::new();
+        let queue = Queue::new(8 << 20, 2 << 20);
         let (greedy, other) = (Inbox::new(&queue), Inbox::new(&queue));
         let mut taken = 0usize;
         let error = loop {
@@ -144,7 +145,7 @@ mod tests {
                 Err(e) => break e,
             }
         };
-        assert_eq!((error.kind(), taken), (ErrorKind::Resource, MAX_WAITING_OF_ONE / OVERHEAD));
+        assert_eq!((error.kind(), taken), (ErrorKind::Resource, (2 << 20) / OVERHEAD));
         other.push(b"n", b"m").unwrap();
         for _ in 0..taken {
             assert_eq!(queue.pop().unwrap().name, b"");
@@ -152,5 +153,15 @@ mod tests {
         assert_eq!(queue.pop(), Some(Notification { name: b"n".to_vec(), msg: b"m".to_vec() }));
         assert_eq!((queue.pop(), queue.len()), (None, 0));
         greedy.push(b"", b"").unwrap();
+    }
+
+    #[test]
+    fn a_hundred_connections_together_stay_below_the_total() {
+        let queue = Queue::new(1 << 20, 1 << 18);
+        let all: Vec<Inbox> = (0..100).map(|_| Inbox::new(&queue)).collect();
+        let taken = (0..100).flat_map(|_| &all).filter(|inbox| inbox.push(b"", &[0; 1000]).is_ok()).count();
+        assert_eq!(taken, (1 << 20) / (1000 + OVERHEAD));
+        queue.pop().unwrap();
+        assert!(all[99].push(b"", &[0; 1000]).is_ok() && all[0].push(b"", &[0; 1000]).is_err());
     }
 }

@@ -2,36 +2,31 @@
 //! sleeps in epoll. Only what a socket, a bell, a timer or another thread names is driven; a connection that an application thread
 //! polls is left to that thread. Knows nothing of frames and channels.
 
-use super::bell::{LOCAL, WAKE};
+use super::bell::{named, Named, Seat};
 use super::connection::{Connection, Home};
 use super::home::Driven;
 use super::pacing::{step, Round, Step};
+use crate::hash::Map;
 use reactor::Interest;
 use std::cmp::Reverse;
 use std::collections::hash_map::Entry;
-use std::collections::{BinaryHeap, HashMap};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::collections::BinaryHeap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Timers that are far off go off together, this often.
 const GRID: Duration = Duration::from_millis(250);
 
+/// Connections that are looked at while this thread spins, because something just moved on them; the others are left to epoll.
+const WARM: usize = 4;
+/// Looks at warm connections between two at everything else.
+const LOOKS: u32 = 4;
+
 /// Default of UCCL_TCPX_SPIN_US: the time in which a peer's next small request is likely. Sleeping and waking costs tens of
 /// microseconds on virtual machines.
 fn default_spin() -> Duration {
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
     Duration::from_micros(if cores > 2 { 100 } else { 50 })
-}
-
-/// Blocks every signal in the calling thread: plugins raise SIGPIPE, and handlers are the application's.
-pub(crate) fn block_signals() {
-    // SAFETY: a local, fully initialised set.
-    unsafe {
-        let mut set: libc::sigset_t = std::mem::zeroed();
-        libc::sigfillset(&mut set);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &set, std::ptr::null_mut());
-    }
 }
 
 /// A connection that has something to do.
@@ -43,12 +38,15 @@ struct Active {
     driven: bool,
     /// A channel rang; if nothing moves, it may have failed.
     rang: bool,
+    /// When something last moved. While this thread spins it goes on looking at such a connection by itself, since that is quicker than
+    /// asking epoll: whoever sends small requests sends one after the other.
+    moved: Option<Instant>,
 }
 
 /// A connection in this thread's care.
 struct Known {
-    /// Its channels' doorbell.
-    armed: Arc<AtomicU32>,
+    /// What its channels ring.
+    seat: Arc<Seat>,
     /// It has an entry among the timers.
     timed: bool,
 }
@@ -56,30 +54,54 @@ struct Known {
 /// What the thread keeps between rounds.
 struct Driving<'a> {
     home: &'a Home,
-    known: HashMap<u64, Known>,
-    active: HashMap<u64, Active>,
+    known: Map<u64, Known>,
+    /// Those that share a descriptor for their rings.
+    groups: Map<usize, Vec<u64>>,
+    active: Map<u64, Active>,
     /// When connections next want to be looked at, at the earliest; at most one entry a connection.
     timers: BinaryHeap<Reverse<(Instant, u64)>>,
     start: Instant,
+    /// How long the thread spins.
+    spin: Duration,
 }
 
 impl<'a> Driving<'a> {
-    fn new(home: &'a Home) -> Driving<'a> {
-        Driving { home, known: HashMap::new(), active: HashMap::new(), timers: BinaryHeap::new(), start: Instant::now() }
+    fn new(home: &'a Home, spin: Duration) -> Driving<'a> {
+        Driving {
+            home,
+            known: Map::default(),
+            groups: Map::default(),
+            active: Map::default(),
+            timers: BinaryHeap::new(),
+            start: Instant::now(),
+            spin,
+        }
     }
 
     /// Something happened to a connection: it is driven from now on until it is idle.
     fn activate(&mut self, id: u64) -> Option<&mut Active> {
+        let fresh = if self.active.contains_key(&id) { None } else { self.home.connections.get(id) };
+        if fresh.is_none() && !self.active.contains_key(&id) {
+            self.forget(id);
+        }
         match self.active.entry(id) {
             Entry::Occupied(active) => Some(active.into_mut()),
             Entry::Vacant(vacant) => {
-                let Some(connection) = self.home.connections.get(id) else {
-                    self.known.remove(&id);
-                    return None;
-                };
-                self.known.entry(id).or_insert_with(|| Known { armed: connection.doorbell(), timed: false });
-                Some(vacant.insert(Active { connection, interest: Interest::READ, driven: false, rang: false }))
+                let connection = fresh?;
+                if let Entry::Vacant(unknown) = self.known.entry(id) {
+                    let seat = connection.seat().clone();
+                    self.groups.entry(seat.group).or_default().push(id);
+                    unknown.insert(Known { seat, timed: false });
+                }
+                Some(vacant.insert(Active { connection, interest: Interest::READ, driven: false, rang: false, moved: None }))
             }
+        }
+    }
+
+    /// A connection has ended.
+    fn forget(&mut self, id: u64) {
+        if let Some(members) = self.known.remove(&id).and_then(|known| self.groups.get_mut(&known.seat.group)) {
+            members.retain(|&other| other != id);
         }
     }
 
@@ -97,10 +119,10 @@ impl<'a> Driving<'a> {
         }
     }
 
-    /// Activates the connections whose channels have rung. `armed`: bells of active ones are armed, too.
-    fn listen(&mut self, armed: bool) {
-        let rang = |known: &Known| known.armed.load(Ordering::SeqCst) == 0;
-        let rung: Vec<u64> = self.known.iter().filter(|(_, known)| rang(known)).map(|(&id, _)| id).collect();
+    /// Activates the connections of a group whose channels have rung. `armed`: bells of active ones are armed, too.
+    fn listen(&mut self, group: usize, armed: bool) {
+        let rang = |id: &u64| self.known.get(id).is_some_and(|known| known.seat.rang());
+        let rung: Vec<u64> = self.groups.get(&group).into_iter().flatten().copied().filter(rang).collect();
         for id in rung {
             let idle = !self.active.contains_key(&id);
             if let Some(active) = self.activate(id) {
@@ -109,16 +131,19 @@ impl<'a> Driving<'a> {
         }
     }
 
-    /// One round over the active connections but those that an application thread drives. `must`: waits for their locks.
-    fn round(&mut self, must: bool) -> Round {
-        let mut round = Round { watched: !self.known.is_empty(), active: !self.active.is_empty(), ..Round::default() };
+    /// One round over the active connections but those that an application thread drives. `must`: waits for their locks, and lets
+    /// those rest that have nothing to do.
+    fn round(&mut self, must: bool, now: Instant) -> Round {
+        let mut round = Round { watched: !self.known.is_empty(), ..Round::default() };
         let home = self.home;
+        let mut warm = if must { 0 } else { WARM };
         let mut resting = Vec::new();
         for (&id, active) in &mut self.active {
             let driven = active.connection.driven_by_application();
             active.driven = driven.is_some();
             if let Some(since) = driven {
                 round.driven = Some(round.driven.map_or(since, |other| other.min(since)));
+                round.active = true;
                 watch(home, active, Interest::NONE);
                 continue;
             }
@@ -126,6 +151,7 @@ impl<'a> Driving<'a> {
             round.any |= found.any;
             round.channels_busy |= found.channels_busy;
             round.polled |= found.channels_busy && !home.doorbells;
+            round.large |= found.large;
             round.copying |= found.copying;
             if std::mem::take(&mut active.rang) && !found.any {
                 active.connection.look_for_failure();
@@ -135,7 +161,14 @@ impl<'a> Driving<'a> {
                 continue;
             }
             watch(home, active, if found.backlog { Interest::READ | Interest::WRITE } else { Interest::READ });
-            if let (false, Some(next)) = (found.busy || found.backlog || found.any, found.next_tick) {
+            if found.any {
+                active.moved = Some(now);
+            }
+            let idle = !(found.busy || found.backlog || found.any);
+            let stays = warm > 0 && active.moved.is_some_and(|at| now - at < self.spin);
+            round.active |= !idle;
+            warm -= usize::from(stays);
+            if let (true, false, Some(next)) = (idle, stays, found.next_tick) {
                 resting.push((id, Some(next)));
             }
         }
@@ -143,6 +176,11 @@ impl<'a> Driving<'a> {
             self.rest(id, next);
         }
         round
+    }
+
+    /// Something may come soon on a connection that is looked at in each round.
+    fn warm(&self) -> bool {
+        self.active.values().any(|active| active.moved.is_some() && !active.driven)
     }
 
     /// A connection has nothing to do until a socket, a bell or its timer says so; without a time it has ended.
@@ -160,9 +198,7 @@ impl<'a> Driving<'a> {
                     self.timers.push(Reverse((self.on_grid(at), id)));
                 }
             }
-            _ => {
-                self.known.remove(&id);
-            }
+            _ => self.forget(id),
         }
     }
 
@@ -191,11 +227,17 @@ impl<'a> Driving<'a> {
     /// Activates whoever has an event.
     fn notice(&mut self, tokens: &[u64], armed: bool) {
         for &token in tokens {
-            if token == WAKE {
-                self.listen(armed);
-            } else if let Some(active) = self.activate(token & !LOCAL) {
-                if token & LOCAL != 0 {
-                    active.connection.heard_on_this_host();
+            match named(token) {
+                // Whoever rang has left word: see `Home::asked`.
+                Named::Bell => {}
+                Named::Group(group) => self.listen(group, armed),
+                Named::Connection(id) => {
+                    self.activate(id);
+                }
+                Named::Local(id) => {
+                    if let Some(active) = self.activate(id) {
+                        active.connection.heard_on_this_host();
+                    }
                 }
             }
         }
@@ -211,7 +253,7 @@ fn watch(home: &Home, active: &mut Active, interest: Interest) {
 
 /// Runs until the engine closes. A panic in a round ends the connections that it may have left half done, and not the thread.
 pub(crate) fn run(home: &Home, spin: Option<Duration>) {
-    block_signals();
+    crate::threads::block_signals();
     let spin = spin.unwrap_or_else(default_spin);
     while !home.ended() {
         let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drive(home, spin)));
@@ -225,24 +267,28 @@ pub(crate) fn run(home: &Home, spin: Option<Duration>) {
 }
 
 fn drive(home: &Home, spin: Duration) {
-    let mut driving = Driving::new(home);
+    let mut driving = Driving::new(home, spin);
     // What was there before: after a panic, and connections that came up before this thread.
     for connection in home.connections.all() {
         driving.activate(connection.id);
     }
     let mut last_activity = Instant::now();
-    let mut tokens = Vec::new();
+    let (mut tokens, mut looks) = (Vec::new(), 0u32);
     while !home.ended() {
         home.asked(|id| {
             driving.activate(id);
         });
         let now = Instant::now();
         driving.due(now);
-        let round = driving.round(false);
-        match step(&round, now - last_activity, spin, home.few_cores) {
+        let round = driving.round(false, now);
+        match step(&round, now - last_activity, spin, home.cores) {
             Step::Again => last_activity = Instant::now(),
             Step::Spin => {
                 std::hint::spin_loop();
+                looks = looks.wrapping_add(1);
+                if looks % LOOKS != 0 && driving.warm() {
+                    continue;
+                }
                 home.bell.wait(Duration::ZERO, &mut tokens);
                 driving.notice(&tokens, false);
             }
@@ -254,14 +300,14 @@ fn drive(home: &Home, spin: Duration) {
             Step::Sleep(limit) => {
                 driving.arm(true);
                 // What happened before the arming rang nobody.
-                let again = driving.round(true);
+                let again = driving.round(true, now);
                 if again.any || home.has_asked() {
                     driving.arm(false);
                     last_activity = Instant::now();
                     continue;
                 }
                 // Who drives may have changed since.
-                let limit = match step(&again, Duration::MAX, spin, home.few_cores) {
+                let limit = match step(&again, Duration::MAX, spin, home.cores) {
                     Step::Sleep(now) => limit.min(now),
                     _ => Duration::ZERO,
                 };

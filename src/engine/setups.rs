@@ -4,18 +4,21 @@
 
 use super::accepts::{Accepts, Waiting};
 use super::attempt::{Attempt, Progress};
+use super::budget::Counted;
 use super::connection::Connection;
 use super::ending::canceled;
 use super::limits;
 use super::setup::Setup;
 use super::site::Site;
+use super::turns::Turns;
 use crate::logging::Limiter;
 use crate::status::{err, Error, ErrorKind, Result};
 use reactor::{Events, Interest, Poller};
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -42,8 +45,14 @@ const FAREWELL: Duration = Duration::from_secs(1);
 const LINES: u32 = 5;
 
 impl Waiting for Connection {
+    fn id(&self) -> u64 {
+        self.id
+    }
     fn is_up(&self) -> bool {
         self.status().is_ok()
+    }
+    fn waits(&self, on: bool) {
+        self.waits.store(on, Ordering::SeqCst);
     }
 }
 
@@ -64,6 +73,10 @@ struct Entry {
     timer: Instant,
     /// When it came.
     since: Instant,
+    /// Its place among the stale ones.
+    waits_since: Option<Instant>,
+    /// Its place among connections.
+    counted: Option<Counted>,
 }
 
 /// The thread's things.
@@ -76,10 +89,12 @@ struct Desk {
     /// By id, which is the order of arrival.
     entries: BTreeMap<u64, Entry>,
     timers: BTreeSet<(Instant, u64)>,
-    queue: VecDeque<u64>,
-    strangers: usize,
-    admitted: usize,
-    per_peer: HashMap<IpAddr, usize>,
+    /// Strangers, by ids: those that have said nothing, and the others.
+    silent: BTreeSet<u64>,
+    hesitant: BTreeSet<u64>,
+    turns: Turns,
+    /// Admitted ones, by when their peers last said something while that is all that is missing.
+    stale: BTreeSet<(Instant, u64)>,
     /// Refused peers that may still read why.
     farewells: BTreeMap<u64, (TcpStream, Instant)>,
     paused_until: Option<Instant>,
@@ -99,7 +114,7 @@ pub(crate) fn start(
 ) -> Result<std::thread::JoinHandle<()>> {
     let mut desk = Desk::new(site, accepts, listeners).map_err(|e| limits::system("epoll", &e))?;
     limits::spawn("uccl-setup", move || {
-        super::progress::block_signals();
+        crate::threads::block_signals();
         while !desk.site.ending.begun() {
             // A defect in one set-up must not close the port for good.
             let round = std::panic::AssertUnwindSafe(|| desk.run());
@@ -129,6 +144,7 @@ impl Desk {
         for (listener, token) in listeners.iter().zip(FIRST_LISTENER..FIRST_SETUP) {
             poller.add(listener.as_raw_fd(), token, Interest::READ)?;
         }
+        let limits = site.limits;
         Ok(Desk {
             site,
             accepts,
@@ -137,10 +153,10 @@ impl Desk {
             last: FIRST_SETUP,
             entries: BTreeMap::new(),
             timers: BTreeSet::new(),
-            queue: VecDeque::new(),
-            strangers: 0,
-            admitted: 0,
-            per_peer: HashMap::new(),
+            silent: BTreeSet::new(),
+            hesitant: BTreeSet::new(),
+            turns: Turns::new(limits.incoming, limits.per_peer),
+            stale: BTreeSet::new(),
             farewells: BTreeMap::new(),
             paused_until: None,
             sweep_at: None,
@@ -178,7 +194,7 @@ impl Desk {
         let first = [timer, farewell, self.paused_until, self.sweep_at].into_iter().flatten().min()?;
         let left = first.saturating_duration_since(Instant::now());
         // Whoever waits for a turn gets it when another set-up has become stale.
-        Some(if self.queue.is_empty() { left } else { left.min(STALE / 4) })
+        Some(if self.turns.waiting() == 0 { left } else { left.min(STALE / 4) })
     }
 
     fn on_time(&mut self, now: Instant) {
@@ -226,7 +242,7 @@ impl Desk {
                     let e = limits::system("accepting a connection", &e);
                     self.site.home.counters.limits_hit.add();
                     self.shortage.log(log::Level::Error, now, format_args!("{e}"));
-                    self.drop_stranger(now, Duration::ZERO);
+                    self.drop_stranger(now, Duration::ZERO, true);
                     return self.pause(now, PAUSE);
                 }
                 // The peer went away between its connect and our accept.
@@ -247,8 +263,8 @@ impl Desk {
         let Some(listener) = self.listeners.get(listener) else { return false };
         let short = limits::lowest_free(listener.as_raw_fd()).map_or(true, |lowest| lowest >= limits.ceiling);
         let most = if short { STRANGERS_IN_NEED.min(limits.strangers) } else { limits.strangers };
-        while self.strangers >= most {
-            if !self.drop_stranger(now, SILENCE) {
+        while self.strangers() >= most {
+            if !self.drop_stranger(now, SILENCE, short) {
                 return false;
             }
         }
@@ -275,24 +291,50 @@ impl Desk {
         }
         let timer = attempt.wake_at();
         self.timers.insert((timer, self.last));
-        self.entries.insert(self.last, Entry { attempt, role: Role::Stranger, interest: Interest::READ, timer, since: now });
-        self.strangers += 1;
+        let entry = Entry {
+            attempt,
+            role: Role::Stranger,
+            interest: Interest::READ,
+            timer,
+            since: now,
+            waits_since: None,
+            counted: None,
+        };
+        self.entries.insert(self.last, entry);
+        self.silent.insert(self.last);
         // Most say hello with their first packet.
         self.advance(self.last, now);
     }
 
+    fn strangers(&self) -> usize {
+        self.silent.len() + self.hesitant.len()
+    }
+
+    fn no_stranger(&mut self, id: u64) {
+        if !self.silent.remove(&id) {
+            self.hesitant.remove(&id);
+        }
+    }
+
     /// Drops the stranger that has been silent the longest, if for longer than `silence`; or else the oldest that has had its time.
-    /// Whether one went.
-    fn drop_stranger(&mut self, now: Instant, silence: Duration) -> bool {
-        let strangers = || self.entries.iter().filter(|(_, e)| e.role == Role::Stranger);
-        let age = |e: &Entry| now.saturating_duration_since(e.since);
-        let silent = strangers().find(|(_, e)| e.attempt.setup().is_silent()).filter(|(_, e)| age(e) >= silence);
-        let slow = || strangers().next().filter(|(_, e)| age(e) >= silence.max(HESITATION));
-        let Some(id) = silent.or_else(slow).map(|(id, _)| *id) else { return false };
+    /// Whether one went. One that speaks this protocol is told that it may try again, unless descriptors are `short`.
+    fn drop_stranger(&mut self, now: Instant, silence: Duration, short: bool) -> bool {
+        // Ids are in the order of arrival.
+        let old = |id: &u64, least| self.entries.get(id).is_some_and(|e| now.saturating_duration_since(e.since) >= least);
+        let silent = self.silent.first().copied().filter(|id| old(id, silence));
+        let oldest = self.silent.first().into_iter().chain(self.hesitant.first()).min().copied();
+        let slow = || oldest.filter(|id| old(id, silence.max(HESITATION)));
+        let Some(id) = silent.or_else(slow) else { return false };
         if let Some(entry) = self.take(id) {
             self.site.home.counters.setup_failed(ErrorKind::Resource);
             let address = entry.attempt.address;
             self.lines.log(log::Level::Warn, now, format_args!("{address}: dropped: others wait, and it has not said who it is"));
+            if !entry.attempt.setup().is_silent() {
+                let sock = entry.attempt.give_up(&err!(Resource, "too many others are being set up: try again"));
+                if !short {
+                    self.part(sock, now);
+                }
+            }
         }
         true
     }
@@ -305,17 +347,11 @@ impl Desk {
         self.timers.remove(&(entry.timer, id));
         let _ = self.poller.remove(entry.attempt.fd());
         match entry.role {
-            Role::Stranger => self.strangers -= 1,
-            Role::Queued => self.queue.retain(|&queued| queued != id),
+            Role::Stranger => self.no_stranger(id),
+            Role::Queued => self.turns.leave(id, entry.attempt.address.ip()),
             Role::Admitted => {
-                self.admitted -= 1;
-                let ip = entry.attempt.address.ip();
-                if let Some(count) = self.per_peer.get_mut(&ip) {
-                    *count -= 1;
-                    if *count == 0 {
-                        self.per_peer.remove(&ip);
-                    }
-                }
+                self.turns.done(entry.attempt.address.ip());
+                entry.waits_since.map(|since| self.stale.remove(&(since, id)));
             }
         }
         Some(entry)
@@ -327,10 +363,11 @@ impl Desk {
             Ok(Progress::Wait) => {}
             Ok(Progress::Proved) if entry.role == Role::Stranger => {
                 entry.role = Role::Queued;
-                self.strangers -= 1;
-                self.queue.push_back(id);
+                let ip = entry.attempt.address.ip();
+                self.no_stranger(id);
+                self.turns.wait(id, ip);
                 let most = self.site.limits.incoming;
-                if self.queue.len() > most {
+                if self.turns.waiting() > most {
                     return self.fail(id, &err!(Resource, "{most} set-ups of connections wait for their turn already"), now);
                 }
             }
@@ -352,12 +389,21 @@ impl Desk {
         self.timers.remove(&(entry.timer, id));
         entry.timer = entry.attempt.wake_at();
         self.timers.insert((entry.timer, id));
+        if entry.role == Role::Stranger && !entry.attempt.setup().is_silent() && self.silent.remove(&id) {
+            self.hesitant.insert(id);
+        }
+        let waits_since = if entry.role == Role::Admitted { entry.attempt.setup().waits_since() } else { None };
+        if waits_since != entry.waits_since {
+            entry.waits_since.map(|since| self.stale.remove(&(since, id)));
+            self.stale.extend(waits_since.map(|since| (since, id)));
+            entry.waits_since = waits_since;
+        }
     }
 
     fn up(&mut self, id: u64, now: Instant) {
         let Some(entry) = self.take(id) else { return };
         let address = entry.attempt.address;
-        match entry.attempt.finish(&self.site) {
+        match entry.attempt.finish(&self.site, entry.counted) {
             Ok(connection) => {
                 self.site.home.counters.setups_in.add();
                 self.accepts.push(connection);
@@ -380,9 +426,13 @@ impl Desk {
             self.complain(address, error, now);
         }
         let sock = entry.attempt.give_up(error);
-        if error.kind() == ErrorKind::RemoteDisconnect {
-            return;
+        if error.kind() != ErrorKind::RemoteDisconnect {
+            self.part(sock, now);
         }
+    }
+
+    /// Keeps a socket until the peer has read its last bytes.
+    fn part(&mut self, sock: TcpStream, now: Instant) {
         while self.farewells.len() >= self.site.limits.strangers {
             self.farewells.pop_first();
         }
@@ -415,28 +465,22 @@ impl Desk {
 
     /// Lets proved peers begin, in their order, as far as the budgets reach.
     fn admit(&mut self, now: Instant) {
-        while !self.queue.is_empty() {
-            if self.admitted >= self.site.limits.incoming && !self.drop_stale(now) {
-                return;
-            }
-            let limit = self.site.limits.per_peer;
-            let address = |id: &u64| self.entries.get(id).map(|e| e.attempt.address.ip());
-            let fits = |id: &u64| address(id).is_none_or(|ip| self.per_peer.get(&ip).copied().unwrap_or(0) < limit);
-            match self.queue.iter().position(fits).and_then(|at| self.queue.remove(at)) {
-                Some(id) => self.begin(id, now),
+        while self.turns.waiting() > 0 {
+            let coming = self.turns.admitted();
+            match self.turns.admit() {
+                Some(id) => self.begin(id, coming, now),
                 None if self.drop_stale(now) => {}
                 None => return,
             }
         }
     }
 
-    fn begin(&mut self, id: u64, now: Instant) {
-        let coming = self.admitted;
+    /// It is the turn of one; `coming` others are under way.
+    fn begin(&mut self, id: u64, coming: usize, now: Instant) {
         let Some(entry) = self.entries.get_mut(&id) else { return };
         entry.role = Role::Admitted;
-        self.admitted += 1;
-        *self.per_peer.entry(entry.attempt.address.ip()).or_default() += 1;
-        let begun = self.accepts.room(coming).and_then(|()| entry.attempt.admit(&self.site));
+        let counted = self.site.census.count(entry.attempt.address.ip()).map(|counted| entry.counted = Some(counted));
+        let begun = counted.and_then(|()| self.accepts.room(coming)).and_then(|()| entry.attempt.admit(&self.site));
         match begun {
             Ok(()) => self.advance(id, now),
             Err(e) => self.fail(id, &e, now),
@@ -445,9 +489,7 @@ impl Desk {
 
     /// Drops the admitted set-up whose peer has been silent the longest, if that is too long while others wait.
     fn drop_stale(&mut self, now: Instant) -> bool {
-        let since = |e: &Entry| (e.role == Role::Admitted).then(|| e.attempt.setup().waits_since()).flatten();
-        let stalest = self.entries.iter().filter_map(|(id, e)| Some((since(e)?, *id))).min();
-        match stalest {
+        match self.stale.first().copied() {
             Some((heard, id)) if now.saturating_duration_since(heard) > STALE => {
                 let error = err!(TimedOut, "the peer said nothing for {} s while others waited for their turn", STALE.as_secs());
                 self.fail(id, &error, now);
@@ -461,7 +503,8 @@ impl Desk {
 
     fn forget_all(&mut self) {
         for id in self.entries.keys().copied().collect::<Vec<_>>() {
-            self.take(id);
+            // What has panicked once may do so again.
+            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(self.take(id))));
         }
     }
 

@@ -1,6 +1,7 @@
 //! What every set-up of an engine shares: who the engine is, its plugins and GPUs, its limits, and where finished connections go. Knows
 //! nothing of a single set-up.
 
+use super::budget::{Census, Pool};
 use super::connection::Home;
 use super::ending::Ending;
 use super::gpus::Gpus;
@@ -79,6 +80,8 @@ pub(crate) struct Site {
     pub outgoing: Gate,
     pub ending: Ending,
     pub notifications: Arc<Queue>,
+    pub pool: Arc<Pool>,
+    pub census: Arc<Census>,
     pub home: Arc<Home>,
 }
 

@@ -87,6 +87,7 @@ pub extern "C" fn uccl_engine_destroy(engine: *mut uccl_engine_t) {
     guard((), || {
         if let Some(engine) = engines().remove(engine.cast())? {
             engine.shutdown();
+            crate::logging::flush();
         }
         Ok(())
     })

@@ -68,7 +68,8 @@ impl<'a> Cutter<'a> {
     pub(super) fn fill(&mut self, out: &mut [Piece]) -> usize {
         let mut n = 0;
         while n < out.len() {
-            if self.run.len == 0 && !self.join() || self.run.len >= self.engine {
+            n += self.fill_short(&mut out[n..]);
+            if n == out.len() || self.run.len == 0 && !self.join() || self.run.len >= self.engine {
                 break;
             }
             let run = &mut self.run;
@@ -81,6 +82,18 @@ impl<'a> Cutter<'a> {
             }
             n += 1;
         }
+        n
+    }
+
+    /// The same for pieces that stay as they are, which most are.
+    fn fill_short(&mut self, out: &mut [Piece]) -> usize {
+        if self.run.len != 0 {
+            return 0;
+        }
+        let unit = self.unit;
+        let plain = |(_, pair): &(&mut Piece, &[Piece])| pair[0].len.wrapping_sub(1) < unit && !joins(&pair[0], &pair[1]);
+        let n = out.iter_mut().zip(self.rest.windows(2)).take_while(plain).map(|(to, pair)| *to = pair[0]).count();
+        self.rest = &self.rest[n..];
         n
     }
 

@@ -1,6 +1,7 @@
 //! Pulls lists of pieces into memory of a GPU: the kernel reads the list from mapped memory, long runs take the copy engine, and the end is
 //! a word in mapped memory. One stream and one ring of lists, used by one thread. Knows addresses, not whose they are.
 
+use super::closer;
 use super::kernels::Kernels;
 use super::lent::Settle;
 use super::pieces::Cutter;
@@ -252,11 +253,6 @@ impl PullLauncher {
         Ok(launch < self.tail)
     }
 
-    /// Whether launches are under way.
-    pub(super) fn busy(&self) -> bool {
-        self.tail < self.head
-    }
-
     /// Waits until nothing touches memory any more, at most `limit`. A context that is broken for good runs nothing: that is as well.
     /// After an error launches may still run.
     pub(super) fn quiesce(&mut self, limit: Duration) -> Result<()> {
@@ -310,6 +306,10 @@ impl PullLauncher {
     fn watch(&mut self) -> Result<()> {
         self.unfinished_polls += 1;
         if self.unfinished_polls < POLLS_PER_CHECK {
+            return Ok(());
+        }
+        // The driver would let this thread wait.
+        if closer::is_closing() {
             return Ok(());
         }
         self.unfinished_polls = 0;

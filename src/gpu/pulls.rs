@@ -1,6 +1,7 @@
 //! Pulls under way on one GPU, over a few streams, so that one list's start hides behind another's end. Knows addresses, not whose they
 //! are.
 
+use super::closer;
 use super::lent::Lent;
 use super::pieces::{Cutter, ENGINE};
 use super::pull::{PullLauncher, LAUNCH};
@@ -15,6 +16,10 @@ use std::time::{Duration, Instant};
 const STREAMS: usize = 2;
 /// Pieces of a long list's first launch; each further one takes twice as many. The GPU is at work while the rest is prepared.
 const FIRST: usize = 1024;
+
+/// Lists of so few pieces take the copy engine for runs from this length on.
+const FEW_RUNS: usize = 2;
+const FEW_ENGINE: u64 = 32 << 10;
 
 struct Lane {
     launcher: Lent<PullLauncher>,
@@ -83,11 +88,12 @@ impl Pulls {
     /// # Safety
     /// Until it has ended: sources are readable by this GPU, destinations are its memory and used by nobody else, and they do not overlap.
     pub(crate) unsafe fn start(&mut self, pieces: &[Piece]) -> Result<u64> {
+        closer::stir();
         let total = pieces.iter().map(|p| p.len).fold(0, u64::saturating_add);
         let job = self.first + self.jobs.len() as u64;
         self.jobs.push_back(Job { left: 0, told: false });
         self.under_way += 1;
-        let mut cutter = Cutter::new(pieces, total, self.grid.engine);
+        let mut cutter = Cutter::new(pieces, total, self.engine_from(pieces.len()));
         if self.waiting.is_empty() {
             // SAFETY: by the caller's contract.
             unsafe { self.hand_out(&mut cutter, job) }?;
@@ -120,6 +126,15 @@ impl Pulls {
             self.turn += 1;
         }
         Ok(())
+    }
+
+    /// Contiguous bytes from which on a list's run takes the copy engine. What is all in a few runs ends sooner that way.
+    fn engine_from(&self, pieces: usize) -> u64 {
+        if pieces <= FEW_RUNS {
+            self.grid.engine.min(FEW_ENGINE)
+        } else {
+            self.grid.engine
+        }
     }
 
     fn job(&mut self, job: u64) -> &mut Job {
@@ -171,6 +186,7 @@ impl Pulls {
         if !known {
             bail!(Internal, "pull {job} is not under way");
         }
+        closer::stir();
         self.advance()?;
         if self.job(job).left > 0 {
             return Ok(false);

@@ -32,7 +32,7 @@ pub(super) trait Registrar: Send + Sync {
 }
 
 /// What plugins ask of the base and the size of device memory.
-const PAGE: u64 = 4096;
+const PAGE: u64 = nccl_net_abi::PAGE as u64;
 
 /// Regions are registered in pieces that start this far apart, since plugins address by 31-bit offsets. Pieces overlap by a chunk, so that
 /// every chunk lies in one of them.

@@ -145,14 +145,14 @@ pub enum Frame<'a> {
     Message { id: u64, len: u64 },
     /// The one answer to message `id`: a receive was matched with it (status 0: send it), or why there is none.
     Pull { id: u64, status: StatusCode, receiver: Place },
-    /// The sender of message `id` gives it up: no receive came in time.
-    Withdraw { id: u64 },
+    /// The sender of message `id` gives it up, and why.
+    Withdraw { id: u64, status: StatusCode },
     /// A notification.
     Notify { name: &'a [u8], message: &'a [u8] },
     /// The initiator of refused write `id` announces no more chunks of it.
     Cancel { id: u64 },
-    /// Heartbeat; `received`: bytes of data that have come in over the channels so far.
-    Ping { received: u64 },
+    /// Heartbeat; `received`: bytes of data that have come in over the channels so far, in `chunks` chunks.
+    Ping { received: u64, chunks: u64 },
     /// The end of the connection: orderly with status 0, else why the sender of the frame gave it up.
     Bye { status: StatusCode, text: &'a str },
 }
@@ -182,9 +182,9 @@ kinds! {
     T_MESSAGE = 7, 16;
     T_PULL = 8, 16;
     T_NOTIFY = 9, 4 + MAX_NOTIFICATION;
-    T_PING = 10, 8;
+    T_PING = 10, 16;
     T_BYE = 11, 4 + MAX_TEXT;
-    T_WITHDRAW = 12, 8;
+    T_WITHDRAW = 12, 12;
     T_CANCEL = 13, 8;
 }
 
@@ -257,9 +257,9 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
             let name = r.bytes(name_len)?;
             Frame::Notify { name, message: r.rest() }
         }
-        T_WITHDRAW => Frame::Withdraw { id: r.u64()? },
+        T_WITHDRAW => Frame::Withdraw { id: r.u64()?, status: r.u32()? as StatusCode },
         T_CANCEL => Frame::Cancel { id: r.u64()? },
-        T_PING => Frame::Ping { received: r.u64()? },
+        T_PING => Frame::Ping { received: r.u64()?, chunks: r.u64()? },
         T_BYE => Frame::Bye { status: r.u32()? as StatusCode, text: text(r)? },
         _ => bail!(Protocol, "unknown frame type {kind}"),
     })
@@ -308,8 +308,9 @@ fn encode_payload(frame: &Frame<'_>, out: &mut Vec<u8>) -> u8 {
             put(out, &[&id.to_le_bytes(), &status.to_le_bytes(), &u32::from(receiver.0).to_le_bytes()]);
         }
         Frame::Notify { name, message } => put(out, &[&(name.len() as u32).to_le_bytes(), name, message]),
-        Frame::Withdraw { id } | Frame::Cancel { id } => put(out, &[&id.to_le_bytes()]),
-        Frame::Ping { received } => put(out, &[&received.to_le_bytes()]),
+        Frame::Withdraw { id, status } => put(out, &[&id.to_le_bytes(), &status.to_le_bytes()]),
+        Frame::Cancel { id } => put(out, &[&id.to_le_bytes()]),
+        Frame::Ping { received, chunks } => put(out, &[&received.to_le_bytes(), &chunks.to_le_bytes()]),
         Frame::Bye { status, text } => put(out, &[&status.to_le_bytes(), cut_text(text).as_bytes()]),
     }
     type_of(frame)
@@ -398,9 +399,9 @@ mod tests {
                 Frame::Message { id, len: !id },
                 Frame::Pull { id, status, receiver: Place(id as u8) },
                 Frame::Notify { name: &name, message: &message },
-                Frame::Withdraw { id },
+                Frame::Withdraw { id, status },
                 Frame::Cancel { id },
-                Frame::Ping { received: !id },
+                Frame::Ping { received: !id, chunks: id },
                 Frame::Bye { status, text: "end" },
             ];
             let mut buf = Vec::new();

@@ -3,6 +3,7 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
+#include <unistd.h>
 
 typedef struct lines {
     pthread_mutex_t mutex;
@@ -34,6 +35,12 @@ static void log_a_line(void)
     uccl_engine_conn_destroy((uccl_conn_t *)&here);
 }
 
+/* Lines come from a thread of the library's: what was logged before reaches the callback before another one is set. */
+static void settle(uccl_log_callback_t callback, lines *l)
+{
+    CHECK_OK(uccl_engine_set_log_callback(callback, l));
+}
+
 CASE(lines_come_to_the_callback)
 {
     CHECK(setenv("UCCL_P2P_LOG_LEVEL", "info", 1) == 0);
@@ -41,17 +48,19 @@ CASE(lines_come_to_the_callback)
     /* Before there is an engine. */
     CHECK_OK(uccl_engine_set_log_callback(keep, &l));
     uccl_engine_t *engine = engine_start();
+    settle(keep, &l);
     CHECK_MSG(l.count > 0 && l.level == UCCL_LOG_INFO, "%d lines, the last of level %d: %s", l.count, l.level, l.last);
     int before = l.count;
     log_a_line();
+    settle(keep, &l);
     CHECK_EQ(l.count, before + 1);
     CHECK_EQ(l.level, UCCL_LOG_ERROR);
     CHECK_MSG(strstr(l.last, "destroyed twice, or never created"), "%s", l.last);
     lines other = LINES;
     CHECK_OK(uccl_engine_set_log_callback(keep, &other));
     log_a_line();
-    CHECK(l.count == before + 1 && other.count == 1);
     CHECK_OK(uccl_engine_set_log_callback(NULL, NULL));
+    CHECK(l.count == before + 1 && other.count == 1);
     log_a_line();
     CHECK(l.count == before + 1 && other.count == 1);
     uccl_engine_destroy(engine);
@@ -66,8 +75,8 @@ CASE(null_restores_standard_error)
     CHECK(saved >= 0 && pipe(ends) == 0 && dup2(ends[1], 2) == 2);
     CHECK_OK(uccl_engine_set_log_callback(keep, &l));
     log_a_line();
-    int taken = l.count;
     CHECK_OK(uccl_engine_set_log_callback(NULL, NULL));
+    int taken = l.count;
     log_a_line();
     CHECK(dup2(saved, 2) == 2);
     char text[8192];
@@ -99,7 +108,142 @@ CASE(a_callback_may_call_the_library)
     CHECK_OK(uccl_engine_set_log_callback(call_back, &l));
     log_a_line();
     log_a_line();
+    CHECK_OK(uccl_engine_set_log_callback(NULL, NULL));
     CHECK_EQ(l.count, 2);
+}
+
+/* Two engines whose connection logs lines: a peer's requests with a wrong token are refused with one. */
+typedef struct noisy {
+    side from, to;
+    atomic_int lines, calls;
+    atomic_bool up;
+} noisy;
+
+static noisy noise;
+
+static void refused_read(void)
+{
+    struct FifoItem forged = noise.from.item;
+    uint64_t id;
+    forged.padding[0] ^= 0x10;
+    CHECK_OK(uccl_engine_read(noise.from.conn, noise.from.mr, noise.from.mine, 64, forged, &id));
+    CHECK_STATUS(outcome(noise.from.conn, id), UCCL_ERR_REMOTE_ACCESS);
+}
+
+static void good_write(void)
+{
+    uint64_t id;
+    CHECK_OK(start(&noise.from, WRITE, 0, 0, 4096, &id));
+    CHECK_OK(outcome(noise.from.conn, id));
+}
+
+/* Calls what takes the lock of the connection, of the engine, and of both handles. */
+static void use_the_engine(int level, const char *text, void *user)
+{
+    uccl_conn_stats_t stats = {.size = sizeof stats};
+    (void)level, (void)text, (void)user;
+    if (atomic_load(&noise.up)) {
+        CHECK_OK(uccl_engine_conn_status(noise.to.conn));
+        CHECK_OK(uccl_engine_conn_stats(noise.to.conn, &stats));
+        notify_msg_t note = {.name = "from the callback"};
+        CHECK(uccl_engine_send_notif(noise.to.conn, &note) >= 0);
+        uint64_t id;
+        CHECK_OK(start(&noise.to, WRITE, 0, 0, 64, &id));
+        CHECK_OK(outcome(noise.to.conn, id));
+        atomic_fetch_add(&noise.calls, 1);
+    }
+    atomic_fetch_add(&noise.lines, 1);
+}
+
+CASE(a_callback_may_use_the_connection_that_logs)
+{
+    local_pair(&noise.from, &noise.to, 64 * KIB);
+    atomic_store(&noise.up, true);
+    CHECK_OK(uccl_engine_set_log_callback(use_the_engine, NULL));
+    for (int i = 0; i < 3; i++)
+        refused_read();
+    good_write();
+    for (int64_t deadline = now_ms() + HANG_MS; atomic_load(&noise.calls) < 3; sleep_ms(1))
+        CHECK(now_ms() < deadline);
+    atomic_store(&noise.up, false);
+    side_close(&noise.from);
+    side_close(&noise.to);
+    CHECK_OK(uccl_engine_set_log_callback(NULL, NULL));
+}
+
+static void sleep_long(int level, const char *text, void *user)
+{
+    (void)level, (void)text, (void)user;
+    atomic_fetch_add(&noise.lines, 1);
+    sleep_ms(2000);
+}
+
+/* Lines that a peer causes are handed to a callback that sleeps: neither the peer nor this side's own transfers wait for it. */
+CASE(a_callback_that_sleeps_holds_nobody_up)
+{
+    local_pair(&noise.from, &noise.to, 64 * KIB);
+    CHECK_OK(uccl_engine_set_log_callback(sleep_long, NULL));
+    int64_t began = now_ms();
+    for (int i = 0; i < 20; i++) {
+        refused_read();
+        good_write();
+    }
+    int64_t took = now_ms() - began;
+    CHECK_MSG(took < 1500, "%lld ms", (long long)took);
+    CHECK(atomic_load(&noise.lines) > 0);
+    /* The lines that wait are given up after a second, and the call that runs is waited for. */
+    began = now_ms();
+    CHECK_OK(uccl_engine_set_log_callback(NULL, NULL));
+    took = now_ms() - began;
+    CHECK_MSG(took < 8000, "%lld ms", (long long)took);
+    int lines = atomic_load(&noise.lines);
+    refused_read();
+    sleep_ms(100);
+    CHECK_EQ(atomic_load(&noise.lines), lines);
+    side_close(&noise.from);
+    side_close(&noise.to);
+}
+
+static atomic_int flood_lines;
+
+static void count_slowly(int level, const char *text, void *user)
+{
+    (void)level, (void)user;
+    if (atomic_fetch_add(&flood_lines, 1) == 0)
+        sleep_ms(500);
+    if (strstr(text, "were not handed to the log callback"))
+        atomic_store((atomic_bool *)user, true);
+}
+
+/* A callback that is too slow for its lines is told how many it has missed; they take no memory. */
+CASE(a_flood_of_lines_is_bounded_and_counted)
+{
+    atomic_bool told = false;
+    CHECK_OK(uccl_engine_set_log_callback(count_slowly, &told));
+    for (int i = 0; i < 20000; i++)
+        log_a_line();
+    for (int64_t deadline = now_ms() + HANG_MS; !atomic_load(&told); sleep_ms(1))
+        CHECK(now_ms() < deadline);
+    CHECK_OK(uccl_engine_set_log_callback(NULL, NULL));
+    CHECK_MSG(atomic_load(&flood_lines) < 10000, "%d lines were kept", atomic_load(&flood_lines));
+}
+
+static void nothing(int level, const char *text, void *user)
+{
+    (void)level, (void)text;
+    atomic_fetch_add((atomic_int *)user, 1);
+}
+
+/* What an engine logged has been handed over when its destroy returns. */
+CASE(destroy_hands_over_what_was_logged)
+{
+    CHECK(setenv("UCCL_P2P_LOG_LEVEL", "info", 1) == 0);
+    atomic_int count = 0;
+    CHECK_OK(uccl_engine_set_log_callback(nothing, &count));
+    uccl_engine_t *engine = engine_start();
+    log_a_line();
+    uccl_engine_destroy(engine);
+    CHECK(atomic_load(&count) >= 2);
     CHECK_OK(uccl_engine_set_log_callback(NULL, NULL));
 }
 

@@ -57,13 +57,13 @@ files_present() {
     for file in "lib/libuccl_p2p.so.$version" lib/libuccl_p2p.a lib/uccl/libnccl-net-tcpx-soft.so include/uccl_engine.h \
         include/uccl_engine.hpp include/uccl_tcpx_endpoint.hpp lib/cmake/uccl_p2p/uccl_p2pConfig.cmake \
         lib/cmake/uccl_p2p/uccl_p2pConfigVersion.cmake lib/pkgconfig/uccl_p2p.pc bin/tcpx-info bin/tcpx-perf \
-        bin/tcpx-top share/man/man1/tcpx-perf.1 \
+        bin/tcpx-top share/man/man1/tcpx-info.1 share/man/man1/tcpx-perf.1 share/man/man1/tcpx-top.1 \
         share/doc/uccl_p2p/LICENSE share/doc/uccl_p2p/THIRD-PARTY-NOTICES.txt; do
         [ -f "$prefix/$file" ] && [ ! -L "$prefix/$file" ] || { echo "no file $file"; missing=1; }
     done
     [ "$(readlink "$prefix/lib/libuccl_p2p.so.0")" = "libuccl_p2p.so.$version" ] || { echo "lib/libuccl_p2p.so.0 is no link to it"; missing=1; }
     [ "$(readlink "$prefix/lib/libuccl_p2p.so")" = libuccl_p2p.so.0 ] || { echo "lib/libuccl_p2p.so is no link to .so.0"; missing=1; }
-    [ -x "$prefix/bin/tcpx-info" ] && [ -x "$prefix/bin/tcpx-perf" ] || { echo "tools cannot be executed"; missing=1; }
+    [ -x "$prefix/bin/tcpx-info" ] && [ -x "$prefix/bin/tcpx-perf" ] && [ -x "$prefix/bin/tcpx-top" ] || { echo "tools cannot be executed"; missing=1; }
     return $missing
 }
 exports() { nm -D --defined-only "$1" | awk '{print $3}' | LC_ALL=C sort; }
@@ -175,6 +175,7 @@ check "plain C++" plain_cpp
 check "the installed plugin, loaded" loaded_plugin
 check "tcpx-info" run "$prefix/bin/tcpx-info"
 check "tcpx-perf --help" run "$prefix/bin/tcpx-perf" --help
+check "tcpx-top --help" run "$prefix/bin/tcpx-top" --help
 
 if [ "${SKIP_SUBDIRECTORY:-0}" = 1 ]; then exit $failed; fi
 subdirectory() { # FETCH

@@ -36,6 +36,25 @@ pub struct Setting {
     pub doc: String,
 }
 
+/// What peers may take of something.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Budget {
+    /// Name of its variable, or a word for what follows from the limits of the process.
+    pub name: String,
+    /// The number in effect.
+    pub number: u64,
+    /// What it counts.
+    pub counts: String,
+}
+
+/// The budgets in effect; none where a setting cannot be understood.
+pub fn budgets() -> Vec<Budget> {
+    let all = Config::from_env().map(|config| uccl_p2p::engine::budgets(&config)).unwrap_or_default();
+    all.into_iter()
+        .map(|(name, number, counts)| Budget { name: name.into(), number: number as u64, counts: counts.into() })
+        .collect()
+}
+
 /// The network plugin that carries device memory (and host memory, where there is no second one for it).
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct Plugin {

@@ -5,7 +5,7 @@ use serde::Serialize;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
-use tcpx_tools::api::{self, Nic, Node, Plugin, Setting};
+use tcpx_tools::api::{self, Budget, Nic, Node, Plugin, Setting};
 use tcpx_tools::case::{Case, Op};
 use tcpx_tools::client::Client;
 use tcpx_tools::doctor::{self, Check, Host};
@@ -58,6 +58,7 @@ struct Report {
     peer: Option<Vec<Row>>,
     doctor: Option<Vec<Check>>,
     settings: Vec<Setting>,
+    budgets: Vec<Budget>,
     environment: Environment,
 }
 
@@ -100,6 +101,7 @@ fn examine(args: &Args) -> Report {
         doctor: None,
         environment: inspect::environment(variables, &known),
         settings,
+        budgets: api::budgets(),
     };
     match look(args, &mut report) {
         Ok(verdict) => {
@@ -220,17 +222,12 @@ fn text(report: &Report, settings: bool) -> String {
     }
     for nic in &report.nics {
         let numa = nic.numa_node.map_or("NUMA node unknown".to_string(), |n| format!("NUMA node {n}"));
+        let speed = if nic.speed_mbps > 0 { format!("{} Mbit/s", nic.speed_mbps) } else { "speed unknown".to_owned() };
         let pci = nic.pci_path.as_deref().filter(|p| !p.is_empty()).unwrap_or("no PCI device");
-        line(
-            "",
-            &format!(
-                "{}: {} Mbit/s, {numa}, {pci}, memory: {} (plugin {})",
-                nic.name,
-                nic.speed_mbps,
-                nic.pointers.join("+"),
-                nic.plugin
-            ),
-        );
+        line("", &format!("{}: {speed}, {numa}, {pci}, memory: {} (plugin {})", nic.name, nic.pointers.join("+"), nic.plugin));
+    }
+    if let Some(range) = report.settings.iter().find(|s| s.name == "UCCL_TCPX_PORT_RANGE" && s.source != "default") {
+        line("data ports", &format!("{} (UCCL_TCPX_PORT_RANGE)", range.value));
     }
     match report.gpus.len() {
         0 => line("GPUs", "none (host memory works without)"),
@@ -260,6 +257,8 @@ fn text(report: &Report, settings: bool) -> String {
             let value = if s.value.is_empty() { "(unset)" } else { &s.value };
             line("", &format!("{mark} {:<width$} = {value:<12}  {}", s.name, s.doc));
         }
+        line("budgets", "what peers may take in a process with these limits");
+        report.budgets.iter().for_each(|b| line("", &format!("  {:<width$} = {:<12}  {}", b.name, b.number, b.counts)));
     } else {
         let set: Vec<String> =
             report.settings.iter().filter(|s| s.source != "default").map(|s| format!("{}={}", s.name, s.value)).collect();

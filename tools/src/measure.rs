@@ -78,6 +78,17 @@ enum Way {
 }
 
 impl Way {
+    /// The directions of a case.
+    fn of(case: &Case) -> &'static [Way] {
+        match (case.op, case.bidirectional) {
+            (Op::Write, false) => &[Way::Write],
+            (Op::Read, false) => &[Way::Read],
+            (Op::Write | Op::Read, true) => &[Way::Write, Way::Read],
+            (Op::Send, false) => &[Way::Send],
+            (Op::Send, true) => &[Way::Receive, Way::Send],
+        }
+    }
+
     /// The side whose memory changes.
     fn target(self) -> Side {
         match self {
@@ -224,6 +235,23 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// Iterations that are not timed; how long the last one took.
+    fn warm_up(&mut self, options: &Options) -> Result<Duration> {
+        let mut last = Duration::ZERO;
+        self.repeat(options.warmup.unwrap_or(5).max(u64::from(options.iters.is_none())), |t| last = t)?;
+        if options.warmup.is_none() {
+            // Small transfers need more than a few iterations until caches, windows and frequencies have settled.
+            let more = iterations_for(options.budget.as_secs_f64() * 1e5, last.as_secs_f64() * 1e6).min(1000) - 10;
+            self.repeat(more, |t| last = t)?;
+        }
+        Ok(last)
+    }
+
+    /// One for each direction.
+    fn fresh_seeds(&self) -> Result<Vec<u64>> {
+        self.flows.iter().map(|_| random_seed()).collect()
+    }
+
     fn arm(&mut self, seeds: &[u64]) -> Result<()> {
         let client = self.client;
         self.flows.iter_mut().zip(seeds).try_for_each(|(flow, &seed)| flow.arm(client, seed))
@@ -243,32 +271,17 @@ fn measure_case(client: &mut Client, case: &Case, options: &Options, ready: &dyn
     let scattered = case.block < case.total && case.op != Op::Send;
     let order = if scattered { Some(random_seed()?) } else { None };
     let shape = Shape { total: case.total, block: case.block.min(case.total), inflight: case.inflight, order };
-    let ways: &[Way] = match (case.op, case.bidirectional) {
-        (Op::Write, false) => &[Way::Write],
-        (Op::Read, false) => &[Way::Read],
-        (Op::Write | Op::Read, true) => &[Way::Write, Way::Read],
-        (Op::Send, false) => &[Way::Send],
-        (Op::Send, true) => &[Way::Receive, Way::Send],
-    };
+    let ways = Way::of(case);
     let mut flows = Vec::new();
     for &way in ways {
         flows.push(Flow::open(client, way, shape)?);
     }
     let client = &*client;
     let mut run = Run { client, flows, shape, wait: options.wait, ids: Vec::new() };
-    let fresh_seeds = || ways.iter().map(|_| random_seed()).collect::<Result<Vec<u64>>>();
-
     // First round: the target is poisoned once, and checked after everything that was timed.
-    let seeds = fresh_seeds()?;
+    let seeds = run.fresh_seeds()?;
     run.arm(&seeds)?;
-    let mut last = Duration::ZERO;
-    let warmup = options.warmup.unwrap_or(5).max(u64::from(options.iters.is_none()));
-    run.repeat(warmup, |t| last = t)?;
-    if options.warmup.is_none() {
-        // Small transfers need more than a few iterations until caches, windows and frequencies have settled.
-        let more = iterations_for(options.budget.as_secs_f64() * 1e5, last.as_secs_f64() * 1e6).min(1000) - 10;
-        run.repeat(more, |t| last = t)?;
-    }
+    let last = run.warm_up(options)?;
     let moved = shape.total * u64::from(shape.inflight) * ways.len() as u64;
     let iters = options.iters.unwrap_or_else(|| iterations_for(options.budget.as_secs_f64() * 1e6, last.as_secs_f64() * 1e6));
     ready();
@@ -279,7 +292,7 @@ fn measure_case(client: &mut Client, case: &Case, options: &Options, ready: &dyn
     if options.verify {
         verified_bytes += run.check(&seeds)?;
         // Second round: one iteration alone, so that nothing an earlier one left can pass for its data.
-        let seeds = fresh_seeds()?;
+        let seeds = run.fresh_seeds()?;
         run.arm(&seeds)?;
         run.repeat(1, |_| ())?;
         verified_bytes += run.check(&seeds)?;

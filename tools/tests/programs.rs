@@ -71,7 +71,8 @@ fn info_proves_a_transfer_or_says_why_not() {
     must_work(INFO, "", "WORKING: 1 MiB of host memory");
     assert!(must_work(INFO, "--no-probe", "was not tried").starts_with("verdict"));
     assert!(!must_work(INFO, "--no-probe", "--settings shows all").contains("Network plugin:"));
-    must_work(INFO, "--no-probe --settings", "Network plugin:");
+    let settings = must_work(INFO, "--no-probe --settings", "Network plugin:");
+    assert!(settings.contains("budgets") && settings.contains("bytes of notifications that wait"), "{settings}");
     let report: serde_json::Value = serde_json::from_str(&must_work(INFO, "--json", "WORKING")).unwrap();
     assert_eq!(report["works"], true);
     assert!(!report["nics"].as_array().unwrap().is_empty());
@@ -137,14 +138,14 @@ fn time_and_intervals_bound_a_row() {
         let output = run(PERF, &line, &[]);
         assert!(output.status.success(), "{}", text(&output.stderr));
         let rows: Vec<tcpx_tools::report::Row> = serde_json::from_slice(&output.stdout).unwrap();
-        assert!(rows[0].seconds > 0.3 && rows[0].iters > 1, "{:?}", rows[0]);
+        assert!(rows[0].seconds > 0.3 && rows[0].iters > 1 && rows[0].cpu_s > 0.0, "{:?}", rows[0]);
         assert!(text(&output.stderr).lines().filter(|l| l.contains(" GB/s  p50")).count() >= 2, "{}", text(&output.stderr));
     }
 }
 
 #[test]
 fn whoever_reads_no_more_ends_the_program_quietly() {
-    for (program, line) in [(INFO, "--no-probe --settings"), (PERF, "demo --op write --iters 2")] {
+    for (program, line) in [(INFO, "--no-probe --settings"), (PERF, "demo --op write --iters 2"), (TOP, "--manual-page")] {
         let mut child = Command::new(program)
             .args(line.split_whitespace())
             .stdout(Stdio::piped())

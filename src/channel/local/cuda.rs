@@ -1,9 +1,8 @@
 //! Memory of GPUs that peers of one host share: CUDA IPC handles for memory of `cudaMalloc`, descriptors for memory that is mapped piece by
 //! piece, and pulls by kernel or copy engine. Whatever else there is, is refused. Knows nothing of sockets, rings and transfers.
 
-use super::closer;
 use super::puller::{Export, ExportKind, GpuId, LocalMemory, Mapping, Piece, Pull};
-use crate::gpu::{Gpu, PullOptions, Pulls};
+use crate::gpu::{close_later, Gpu, PullOptions, Pulls};
 use crate::status::{bail, Result};
 use crate::types::Place;
 use cuda_driver::{allocation, ipc_handle, posix_handle, Allocation, Link, Mapped, MemoryKind, Sharing};
@@ -196,7 +195,7 @@ impl LocalMemory for CudaMemory {
 
     fn close(&mut self, mapping: Mapping) {
         if let Some(open) = self.open.remove(&mapping.id) {
-            closer::close(open);
+            close_later(open);
         }
     }
 
@@ -241,7 +240,7 @@ impl Drop for CudaMemory {
         let open = std::mem::take(&mut self.open);
         match quiet {
             true if open.is_empty() => {}
-            true => closer::close(open),
+            true => close_later(open),
             false => std::mem::forget(open),
         }
     }

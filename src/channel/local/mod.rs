@@ -6,7 +6,6 @@
 //! threads of `host`, `closer` those of `cuda`. `sharing` keeps which
 //! allocations either side may pull from, told in `notes`.
 
-mod closer;
 pub(crate) mod cuda;
 mod emulated;
 mod host;

@@ -10,9 +10,9 @@ use super::ring::{Descriptor, Extent, Inbox, Listening, Outbox, MAX_PIECES};
 use super::sharing::{Imports, Shares, Stretch};
 use super::shelf::Shelf;
 use super::socket::{Received, Socket, MAX_MESSAGE};
-use crate::channel::path::{Arrival, ChunkLimits, Copier, Departure, Dest, Event, Path};
+use crate::channel::path::{Arrival, ChunkLimits, Copier, Departure, Dest, Event, Line, Path, Way};
 use crate::channel::plan::MAX_CROSSED;
-use crate::channel::stripe::{Load, Rate};
+use crate::channel::stripe::{Load, Loads, Rate};
 use crate::region::{Hold, Region};
 use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
@@ -29,10 +29,11 @@ const BULK_WINDOW: usize = 6;
 /// Pulls under way at most.
 const PULLS: usize = 16;
 /// Largest chunk, bytes, and the smallest that a large transfer is cut into.
-const CHUNK: usize = 8 << 20;
+const CHUNK: usize = 64 << 20;
 const SMALLEST: usize = 1 << 20;
-/// Pieces that the sender makes at most; a few more may come of allocations that end inside a piece.
-const PIECES: usize = MAX_PIECES - 128;
+/// Pieces that the sender makes at most, so that the first are copied while the next are told; more may come of allocations that end
+/// inside a piece.
+const PIECES: usize = MAX_PIECES / 2;
 /// Notes of the peer that are read in one round.
 const NOTES: usize = 64;
 /// Notes that may wait for a peer that does not read.
@@ -402,8 +403,8 @@ impl Path for LocalPath {
     }
 
     fn chunk_len(&self, total: u64) -> usize {
-        // A few chunks overlap what is done before and after the copy.
-        usize::try_from(total.div_ceil(4)).unwrap_or(CHUNK).next_multiple_of(4096).clamp(SMALLEST, CHUNK)
+        // Few bytes in one piece are copied faster than many chunks; what is in many pieces is cut by their number.
+        usize::try_from(total.div_ceil(2)).unwrap_or(CHUNK).next_multiple_of(4096).clamp(SMALLEST, CHUNK)
     }
 
     fn carries(&self, local: Place, peer: Place) -> bool {
@@ -437,11 +438,11 @@ impl Path for LocalPath {
         }
     }
 
-    fn loads(&self, _place: Place, bulk: bool, now: Instant, out: &mut Vec<Load>) {
+    fn loads(&mut self, _place: Place, bulk: bool, now: Instant, out: &mut Loads) {
         let free = WINDOW.saturating_sub(self.leaving.len()).min(self.outbox.room());
         let free = if bulk { free.min(BULK_WINDOW.saturating_sub(self.bulk)) } else { free };
         let oldest = self.leaving.front().map_or(0, |l| l.len as u64);
-        out.push(Load { free, queued: self.queued, rate: self.rate.get(oldest, now) });
+        out.channels.push(Load { free, queued: self.queued, rate: self.rate.get(oldest, now), nic: 0 });
     }
 
     fn submit(&mut self, channel: usize, departure: Departure, _copier: &mut Copier, now: Instant) -> Result<()> {
@@ -493,20 +494,22 @@ impl Path for LocalPath {
         self.device.as_ref().is_some_and(|d| d.busy()) || self.host.as_ref().is_some_and(|h| h.busy())
     }
 
-    fn network_bytes(&self) -> Result<Option<(u64, u64)>> {
-        Ok(Some((self.counts.sent_bytes, self.counts.received_bytes)))
+    fn network(&self, each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
+        let coming = self.expected.len() + self.coming.len();
+        each(Line {
+            nic: super::NAME,
+            moved: Some((self.counts.sent_bytes, self.counts.received_bytes)),
+            under_way: (self.leaving.len(), coming),
+            posted: coming,
+        });
+        Ok(())
     }
 
-    fn describe_busy(&self) -> Vec<String> {
-        let mut words = Vec::new();
-        if !self.leaving.is_empty() {
-            words.push(format!("{} chunks wait for process {} of this host to take them", self.leaving.len(), self.pid));
+    fn describe(&self, _channel: usize, way: Way) -> String {
+        match way {
+            Way::Out => format!("memory of this host that process {} is to copy", self.pid),
+            Way::In => format!("memory of process {} of this host", self.pid),
         }
-        let coming = self.expected.len() + self.coming.len();
-        if coming > 0 {
-            words.push(format!("{coming} chunks are to be copied from process {} of this host", self.pid));
-        }
-        words
     }
 
     fn stats(&self, kernel: bool, now: Instant, out: &mut Vec<ChannelStats>) {
@@ -647,18 +650,18 @@ mod tests {
     fn the_window_holds() {
         let (mut a, _b) = ends([0, 0]);
         let from = Memory::new(1, Place::HOST, 100, 5);
-        let free = |a: &LocalPath, bulk| {
-            let mut loads = Vec::new();
+        let free = |a: &mut LocalPath, bulk| {
+            let mut loads = Loads::default();
             a.loads(Place::HOST, bulk, Instant::now(), &mut loads);
-            loads[0].free
+            loads.channels[0].free
         };
         let mut n = 0;
-        while free(&a, true) > 0 {
+        while free(&mut a, true) > 0 {
             a.submit(0, from.departure(n, Place::HOST), &mut None, Instant::now()).unwrap();
             n += 1;
         }
         assert_eq!(n as usize, BULK_WINDOW);
-        assert!(free(&a, false) > 0);
+        assert!(free(&mut a, false) > 0);
     }
 
     #[test]

@@ -1,15 +1,16 @@
 //! Data that arrives: streams that the peer announced or this side asked for, and the chunks of them that are under way. A chunk that
 //! fits no stream is the peer's fault. Knows nothing of frames' bytes, sockets or time.
 
+use super::limits;
 use super::outgoing::tag;
 use crate::channel::path::{Arrival, Dest};
 use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
+use crate::hash::Map;
 use crate::region::Hold;
 use crate::status::{bail, Result};
 use crate::types::{Key, Segment};
 use crate::wire::frame::Grant;
-use std::collections::HashMap;
 
 /// What the end of a stream means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,8 +21,8 @@ pub(super) enum Ending {
     Read,
     /// Our receive `id` of the peer's message: tell the peer too.
     Receive(u64),
-    /// A refused write of the peer, drained to the end.
-    Refused,
+    /// A refused write of the peer, drained to the end; whether there had been room for it.
+    Refused(bool),
 }
 
 /// Where the bytes of a stream go.
@@ -35,6 +36,7 @@ enum Target {
     Nowhere {
         total: u64,
         left: u64,
+        had_room: bool,
     },
 }
 
@@ -65,14 +67,12 @@ pub(super) struct Ended {
     pub segments: usize,
 }
 
-/// Announced chunks that may be under way on a connection.
-const MAX_EXPECTED: usize = 1 << 18;
-
 #[derive(Default)]
 pub(super) struct Incoming {
-    streams: HashMap<Key, InStream>,
-    /// Chunks under way.
+    streams: Map<Key, InStream>,
+    /// Chunks under way, and chunks that have arrived.
     expected: usize,
+    arrived: u64,
 }
 
 impl Incoming {
@@ -84,9 +84,9 @@ impl Incoming {
         self.streams.insert(key, InStream { target, arriving: 0, begun: false, segments });
     }
 
-    /// A stream of at most `total` bytes that must be drained.
-    pub(super) fn refuse(&mut self, key: Key, total: u64) {
-        let target = Target::Nowhere { total, left: total };
+    /// A stream of at most `total` bytes that must be drained. `had_room`: the budgets count it.
+    pub(super) fn refuse(&mut self, key: Key, total: u64, had_room: bool) {
+        let target = Target::Nowhere { total, left: total, had_room };
         self.streams.insert(key, InStream { target, arriving: 0, begun: false, segments: 0 });
     }
 
@@ -109,9 +109,7 @@ impl Incoming {
         if len == 0 || len > limits.bytes {
             bail!(Protocol, "chunk of {len} bytes, at most {} were agreed", limits.bytes);
         }
-        if self.expected == MAX_EXPECTED {
-            bail!(Protocol, "{MAX_EXPECTED} chunks are announced and have not come");
-        }
+        limits::expected(self.expected)?;
         let Some(inc) = self.streams.get_mut(&key) else { bail!(Protocol, "a chunk of transfer {}, which expects none", key.id) };
         let (tag, dest) = match &mut inc.target {
             Target::Memory { stream, hold, .. } => {
@@ -121,7 +119,7 @@ impl Incoming {
                 };
                 (tag, Dest::Memory { place: chunk.place, parts: chunk.parts, hold: hold.clone() })
             }
-            Target::Nowhere { total, left } => {
+            Target::Nowhere { total, left, .. } => {
                 let tag = tag(key, false, *total - *left);
                 let Some(rest) = left.checked_sub(len as u64) else { bail!(Protocol, "more data than transfer {} has", key.id) };
                 *left = rest;
@@ -143,7 +141,13 @@ impl Incoming {
         let Some(left) = inc.arriving.checked_sub(len) else { bail!(Internal, "more bytes have arrived than were announced") };
         inc.arriving = left;
         self.expected -= 1;
+        self.arrived += 1;
         Ok(self.ended(key))
+    }
+
+    /// Chunks that have arrived so far.
+    pub(super) fn chunks(&self) -> u64 {
+        self.arrived
     }
 
     /// The end of a stream of which nothing is under way or to come.
@@ -157,7 +161,7 @@ impl Incoming {
         let inc = self.streams.remove(&key)?;
         Some(match inc.target {
             Target::Memory { stream, ending, .. } => Ended { ending, list: stream.into_list(), segments: inc.segments },
-            Target::Nowhere { .. } => Ended { ending: Ending::Refused, list: Vec::new(), segments: 0 },
+            Target::Nowhere { had_room, .. } => Ended { ending: Ending::Refused(had_room), list: Vec::new(), segments: 0 },
         })
     }
 

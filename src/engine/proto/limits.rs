@@ -1,12 +1,18 @@
 //! What may be in flight on a connection. Each side admits no more of its own; the other side tolerates twice that, since it may learn of
 //! an end later, and takes more for an attack. Pure.
 
+use crate::engine::budget::{Part, Share};
 use crate::status::{bail, Result};
+use crate::types::{Segment, MAX_INLINE};
 
 /// Transfers in flight that one side started.
 const MAX_TRANSFERS: usize = 1 << 16;
 /// Segments of all of them together.
 const MAX_SEGMENTS_IN_FLIGHT: usize = 4 << 20;
+/// Chunks that one side announces before the other says that they have arrived.
+const MAX_ANNOUNCED: u64 = 1 << 17;
+/// So many chunks after its last report a side reports again: a sender at its limit hears in time.
+const REPORTED_AFTER: u64 = MAX_ANNOUNCED / 8;
 /// Bytes of frames that may wait to leave besides notifications of the application: answers to a peer that does not read.
 const MAX_ANSWERS: usize = 64 << 20;
 /// Bytes of the control stream that may wait to leave.
@@ -21,6 +27,24 @@ pub(super) fn admit(transfers: usize, segments: usize, more: usize) -> Result<()
     }
     if segments + more > MAX_SEGMENTS_IN_FLIGHT {
         bail!(Resource, "transfers in flight on this connection would have more than {MAX_SEGMENTS_IN_FLIGHT} segments");
+    }
+    Ok(())
+}
+
+/// How many more chunks this side may announce when `announced` of its chunks have not been reported.
+pub(super) fn may_announce(announced: u64) -> usize {
+    MAX_ANNOUNCED.saturating_sub(announced) as usize
+}
+
+/// Whether the peer has to hear of `fresh` chunks that have arrived since the last report.
+pub(super) fn must_report(fresh: u64) -> bool {
+    fresh >= REPORTED_AFTER
+}
+
+/// An error when the peer announces more chunks than an honest one does.
+pub(super) fn expected(chunks: usize) -> Result<()> {
+    if chunks as u64 >= 2 * MAX_ANNOUNCED {
+        bail!(Protocol, "{chunks} chunks are announced and have not come");
     }
     Ok(())
 }
@@ -41,20 +65,52 @@ pub(super) fn answers(waiting: usize) -> Result<()> {
     Ok(())
 }
 
+/// Memory of a transfer of the peer besides its list, at most.
+const TRANSFER_BYTES: usize = 512;
+
 /// What the peer has in flight.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct PeerLoad {
     last_id: u64,
     transfers: usize,
     segments: usize,
+    /// Its part of what all peers may take.
+    share: Share,
+}
+
+fn cost(segments: usize) -> usize {
+    segments * size_of::<Segment>()
 }
 
 impl PeerLoad {
-    /// The peer names a new transfer.
+    pub(super) fn new(share: Share) -> PeerLoad {
+        PeerLoad { last_id: 0, transfers: 0, segments: 0, share }
+    }
+
+    /// Answers that wait for the peer to read them.
+    ///
+    /// # Errors
+    /// `Resource` when they are too many.
+    pub(super) fn answers(&mut self, bytes: usize) -> Result<()> {
+        answers(bytes)?;
+        // Few are not worth counting.
+        self.share.set(Part::Answers, if bytes < MAX_INLINE { 0 } else { bytes })
+    }
+
+    /// The frame that is coming in has so many bytes.
+    ///
+    /// # Errors
+    /// `Resource` when peers take too much memory already.
+    pub(super) fn arriving(&mut self, bytes: usize) -> Result<()> {
+        self.share.set(Part::Frame, if bytes <= 2 * MAX_INLINE { 0 } else { bytes })
+    }
+
+    /// The peer names a new transfer. Whether there is room for it; where not, it has to be refused, and still counts as one of this
+    /// connection until it has ended.
     ///
     /// # Errors
     /// `Protocol` when its id does not rise, or it has too much in flight.
-    pub(super) fn begin(&mut self, id: u64, segments: usize) -> Result<()> {
+    pub(super) fn begin(&mut self, id: u64, segments: usize) -> Result<Result<()>> {
         if id <= self.last_id {
             bail!(Protocol, "transfer {id} is announced after transfer {}", self.last_id);
         }
@@ -64,7 +120,12 @@ impl PeerLoad {
         if self.transfers > 2 * MAX_TRANSFERS || self.segments > 2 * MAX_SEGMENTS_IN_FLIGHT {
             bail!(Protocol, "the peer has {} transfers of {} segments in flight", self.transfers, self.segments);
         }
-        Ok(())
+        Ok(self.share.begin(TRANSFER_BYTES + cost(segments)).inspect_err(|_| self.segments -= segments))
+    }
+
+    /// A transfer has ended here for which there was no room.
+    pub(super) fn ended_without_room(&mut self) {
+        self.transfers = self.transfers.saturating_sub(1);
     }
 
     /// Whether the peer has announced a transfer of this id, or of a later one.
@@ -76,11 +137,13 @@ impl PeerLoad {
     pub(super) fn ended(&mut self, segments: usize) {
         self.transfers = self.transfers.saturating_sub(1);
         self.segments = self.segments.saturating_sub(segments);
+        self.share.end(TRANSFER_BYTES + cost(segments));
     }
 
     /// Segments of a transfer are not kept any more, which goes on.
     pub(super) fn without_list(&mut self, segments: usize) {
         self.segments = self.segments.saturating_sub(segments);
+        self.share.shrink(cost(segments));
     }
 
     /// Transfers and segments.
@@ -98,7 +161,12 @@ impl PeerLoad {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::budget::Pool;
     use crate::status::ErrorKind;
+
+    fn unloaded() -> PeerLoad {
+        PeerLoad::new(Share::new(&Pool::endless()))
+    }
 
     #[test]
     fn this_side_stops_at_its_limits() {
@@ -110,7 +178,7 @@ mod tests {
 
     #[test]
     fn ids_of_the_peer_rise() {
-        let mut load = PeerLoad::default();
+        let mut load = unloaded();
         assert!(load.begin(0, 1).is_err());
         assert!(load.begin(1, 1).is_ok() && load.begin(5, 1).is_ok());
         for id in [5, 4, 1] {
@@ -120,18 +188,28 @@ mod tests {
 
     #[test]
     fn a_peer_with_too_much_in_flight_is_refused() {
-        let mut load = PeerLoad::default();
+        let mut load = unloaded();
         for id in 1..=2 * MAX_TRANSFERS as u64 {
-            load.begin(id, 1).unwrap();
+            load.begin(id, 1).unwrap().unwrap();
         }
         assert!(load.begin(1 << 40, 1).is_err());
-        let mut load = PeerLoad::default();
+        let mut load = unloaded();
         assert!(load.begin(1, 2 * MAX_SEGMENTS_IN_FLIGHT).is_ok());
         load.without_list(1);
         assert!(load.begin(2, 1).is_ok());
         assert!(load.begin(3, 1).is_err());
         load.ended(MAX_SEGMENTS_IN_FLIGHT);
         assert!(load.begin(4, 1).is_ok());
+    }
+
+    #[test]
+    fn an_honest_sender_of_chunks_never_reaches_what_its_peer_tolerates() {
+        assert_eq!((may_announce(0), may_announce(MAX_ANNOUNCED - 1), may_announce(MAX_ANNOUNCED)), (1 << 17, 1, 0));
+        assert_eq!(may_announce(u64::MAX), 0);
+        // A side that waits at its limit is told: what is not reported there is less than that.
+        assert!(must_report(REPORTED_AFTER) && !must_report(REPORTED_AFTER - 1) && 2 * REPORTED_AFTER < MAX_ANNOUNCED);
+        assert!(expected(MAX_ANNOUNCED as usize + 1).is_ok());
+        assert_eq!(expected(2 * MAX_ANNOUNCED as usize).unwrap_err().kind(), ErrorKind::Protocol);
     }
 
     #[test]

@@ -23,25 +23,28 @@ mod simulation;
 mod transfers;
 
 pub(crate) use limits::MAX_BACKLOG;
-pub(crate) use outgoing::{tag, Scheduled};
+#[cfg(feature = "test-api")]
+pub(crate) use outgoing::tag;
+pub(crate) use outgoing::Scheduled;
 #[cfg(fuzzing)]
 pub(crate) use simulation::attacked;
 pub use transfers::TransferState;
 
+use super::budget::{Pool, Share};
 use super::notify::Inbox;
 use super::registry::Registry;
 use super::spare::Spare;
-use crate::channel::path::Event;
+use crate::channel::path::{Event, Way};
 use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
 use crate::logging::Limiter;
 use crate::region::{Hold, RegionUse};
 use crate::stats::Totals;
-use crate::status::{bail, err, Error, Result, UCCL_OK};
+use crate::status::{bail, err, Error, ErrorKind, Result, UCCL_OK};
 use crate::types::{Key, Place, Segment, MAX_INLINE};
 use crate::wire::frame::{Frame, WireRegion, WireSegments};
 use crate::wire::queue::TxQueue;
-use deadlines::{Deadlines, Overdue, Way};
+use deadlines::{Deadlines, Overdue};
 use incoming::{Ended, Ending, Incoming};
 use limits::PeerLoad;
 use matching::Matching;
@@ -54,6 +57,9 @@ use transfers::{Kind, Transfers};
 pub(crate) struct Setting {
     pub registry: Arc<Registry>,
     pub inbox: Inbox,
+    /// What all peers of the engine together may take, and how many lines of the log they may cause.
+    pub pool: Arc<Pool>,
+    pub lines: Arc<Limiter>,
     /// Largest transfer inside a control frame, bytes.
     pub eager_bytes: usize,
     /// Names the peer in errors.
@@ -102,11 +108,15 @@ pub(crate) struct Machine {
     /// Lists of ended transfers for the next ones.
     pub spare: Spare,
     events: Vec<Event>,
+    /// Room for the bytes of a small transfer.
+    gathered: Vec<u8>,
     clock: Clock,
     /// Bytes that the peer says have arrived there.
     peer_received: u64,
     /// Bytes that [`Frame::Ping`] has reported, and that the network had taken and brought at the last look.
     reported: u64,
+    /// Chunks that it has reported.
+    reported_chunks: u64,
     network: (u64, u64),
     /// Bytes of frames that are neither queued any more nor with the socket.
     leaving: usize,
@@ -129,6 +139,7 @@ struct Clock {
 
 impl Machine {
     pub(crate) fn new(setting: Setting, now: Instant) -> Machine {
+        let (share, log) = (Share::new(&setting.pool), Limiter::within(&setting.lines, PEER_LINES));
         Machine {
             setting,
             tx: TxQueue::default(),
@@ -137,15 +148,17 @@ impl Machine {
             incoming: Incoming::default(),
             matching: Matching::default(),
             deadlines: Deadlines::new(now),
-            peer: PeerLoad::default(),
+            peer: PeerLoad::new(share),
             spare: Spare::default(),
             events: Vec::new(),
+            gathered: Vec::new(),
             clock: Clock { rx: now, ping: now, report: now, network: now, drained: now, next_tick: now },
             peer_received: 0,
             reported: 0,
+            reported_chunks: 0,
             network: (0, 0),
             leaving: 0,
-            log: Limiter::new(PEER_LINES),
+            log,
             counts: Totals::default(),
             dead: None,
         }
@@ -181,7 +194,11 @@ impl Machine {
 
     /// Where a transfer of this side stands, or what it failed with.
     pub(crate) fn lookup(&self, id: u64) -> Result<TransferState> {
-        self.transfers.lookup(id)
+        let state = self.transfers.lookup(id)?;
+        match &self.dead {
+            Some(e) if !state.complete => Err(e.clone()),
+            _ => Ok(state),
+        }
     }
 
     /// Whether a transfer of this connection uses a region of this side.
@@ -261,11 +278,14 @@ impl Machine {
         let key = Key { id, mine: true };
         self.deadlines.start(key, Way::Out, total, now);
         let hold = Hold::new(uses);
-        if let Some(data) = self.load_inline(&segments, &hold, total, channels)? {
+        let mut gathered = std::mem::take(&mut self.gathered);
+        if let Some(data) = self.load_inline(&segments, &hold, total, self.write_inline(), channels, &mut gathered)? {
             self.counts.inline_sent_bytes += total;
-            self.push(&Frame::Write { id, regions: remote_regions, segments: remote, inline: Some(&data) }, now);
+            self.push(&Frame::Write { id, regions: remote_regions, segments: remote, inline: Some(data) }, now);
             self.transfers.moved(id, total);
+            self.gathered = gathered;
         } else {
+            self.gathered = gathered;
             self.announce(Frame::Write { id, regions: remote_regions, segments: remote, inline: None }, now);
             self.outgoing.start(key, segments, hold, channels)?;
         }
@@ -326,21 +346,45 @@ impl Machine {
         }
     }
 
-    /// The bytes of a transfer that is small enough to travel inside a control frame.
-    fn load_inline(&mut self, segments: &[Segment], hold: &Hold, total: u64, channels: &mut Channels) -> Result<Option<Vec<u8>>> {
-        if total > self.setting.eager_bytes.min(MAX_INLINE) as u64 {
+    /// Largest write that travels inside a control frame, once it is among those in flight. One without company is done soonest that way:
+    /// no grant, and no thread but the callers'. Several are moved faster side by side.
+    fn write_inline(&self) -> usize {
+        match self.setting.eager_bytes {
+            0 => 0,
+            eager => eager.max(MAX_INLINE / self.transfers.in_flight().max(1)),
+        }
+    }
+
+    /// The bytes of a transfer that is small enough, `limit` at most, to travel inside a control frame: where they lie, if that is one
+    /// piece of host memory, else in `gathered`.
+    fn load_inline<'a>(
+        &self,
+        segments: &'a [Segment],
+        hold: &Hold,
+        total: u64,
+        limit: usize,
+        channels: &mut Channels,
+        gathered: &'a mut Vec<u8>,
+    ) -> Result<Option<&'a [u8]>> {
+        if total > limit.min(MAX_INLINE) as u64 {
             return Ok(None);
         }
         if total > channels.inline_bytes(segments, hold) as u64 {
             return Ok(None);
         }
-        let mut data = Vec::with_capacity(total as usize);
+        let device = segments.iter().any(|s| s.place.is_device());
+        if let ([only], false) = (segments, device) {
+            // SAFETY: the segment lies in a registered region that the caller's uses hold.
+            return Ok(Some(unsafe { std::slice::from_raw_parts(only.addr as *const u8, only.len as usize) }));
+        }
+        gathered.clear();
+        gathered.reserve(total as usize);
         let mut stream = Walk::new(segments.to_vec());
         while let Some(chunk) = stream.take(MAX_INLINE) {
             // SAFETY: the parts lie in registered regions that the caller's uses hold.
-            unsafe { channels.fetch(&chunk, &mut data) }?;
+            unsafe { channels.fetch(&chunk, gathered) }?;
         }
-        Ok(Some(data))
+        Ok(Some(gathered))
     }
 
     // ---- progress ----
@@ -356,6 +400,9 @@ impl Machine {
             }
         }
         self.events = events;
+        if limits::must_report(self.incoming.chunks() - self.reported_chunks) {
+            self.ping(channels.totals().received, now);
+        }
         Ok(any)
     }
 
@@ -407,6 +454,13 @@ impl Machine {
         Ok(())
     }
 
+    /// Tells the peer how much has arrived.
+    fn ping(&mut self, received: u64, now: Instant) {
+        (self.reported, self.reported_chunks) = (received, self.incoming.chunks());
+        self.clock.report = now;
+        self.push(&Frame::Ping { received, chunks: self.reported_chunks }, now);
+    }
+
     /// Everything of an incoming stream is in place, or drained.
     fn stream_ended(&mut self, key: Key, ended: Ended, now: Instant) {
         let Ended { ending, list, segments } = ended;
@@ -414,7 +468,8 @@ impl Machine {
         self.deadlines.end(key);
         match ending {
             Ending::Read => self.transfers.finish(key.id, Ok(())),
-            Ending::Refused => self.peer.ended(0),
+            Ending::Refused(true) => self.peer.ended(0),
+            Ending::Refused(false) => self.peer.ended_without_room(),
             Ending::Write => {
                 self.peer.ended(segments);
                 self.push(&Frame::Done { id: key.id, status: UCCL_OK, text: "" }, now);
@@ -430,7 +485,11 @@ impl Machine {
     // ---- time ----
 
     /// Bytes came in on the control stream; `arriving`: size of the frame they belong to.
-    pub(crate) fn heard(&mut self, bytes: usize, arriving: usize, now: Instant) {
+    ///
+    /// # Errors
+    /// `Resource` when the frame would take more memory than peers may.
+    pub(crate) fn heard(&mut self, bytes: usize, arriving: usize, now: Instant) -> Result<()> {
+        self.peer.arriving(arriving)?;
         self.clock.rx = now;
         self.counts.control_received_bytes += bytes as u64;
         // Answers wait behind a large frame that is on its way, and behind all that comes while the peer has a backlog: then its
@@ -438,6 +497,7 @@ impl Machine {
         if arriving > MAX_INLINE || now.saturating_duration_since(self.clock.ping) > 2 * self.setting.heartbeat {
             self.deadlines.waited(bytes as u64, now);
         }
+        Ok(())
     }
 
     /// The control socket took bytes; `leaving`: bytes taken from the queue that it has not.
@@ -449,6 +509,7 @@ impl Machine {
         }
         if self.backlog() > 0 {
             self.deadlines.waited(bytes as u64, now);
+            self.attend(now);
         }
     }
 
@@ -471,14 +532,18 @@ impl Machine {
         let due = now.saturating_duration_since(self.clock.network) >= LOOK.min(self.setting.transfer_timeout / 8);
         if due && (self.deadlines.any() || !self.setting.doorbells) {
             self.note_network(channels, now)?;
+            if let Some(why) = channels.dead_nic(self.setting.transfer_timeout, now) {
+                bail!(TimedOut, "{why}");
+            }
         }
         if let Some(overdue) = self.deadlines.overdue(self.setting.transfer_timeout, now) {
-            return Err(self.describe(overdue, channels));
+            return Err(self.describe(overdue, channels, now));
         }
         self.expire_matches(now);
         limits::withdrawn(self.matching.withdrawn())?;
-        self.report(channels, now);
         let active = self.deadlines.any() || self.backlog() > 0 || self.matching.waiting() > 0;
+        // A heartbeat needs another look only if it stays in the queue, see `told`.
+        self.report(channels, now);
         self.clock.next_tick = if active {
             now + TICK
         } else {
@@ -491,8 +556,8 @@ impl Machine {
     }
 
     /// Counts what the network has moved since the last look. An error when a channel has failed.
-    pub(crate) fn note_network(&mut self, channels: &Channels, now: Instant) -> Result<()> {
-        let (taken, brought) = channels.network_bytes()?;
+    pub(crate) fn note_network(&mut self, channels: &mut Channels, now: Instant) -> Result<()> {
+        let (taken, brought) = channels.look(now)?;
         self.deadlines.flowed(Way::Out, taken.saturating_sub(self.network.0), now);
         self.deadlines.flowed(Way::In, brought.saturating_sub(self.network.1), now);
         self.network = (taken.max(self.network.0), brought.max(self.network.1));
@@ -507,14 +572,12 @@ impl Machine {
             && now.saturating_duration_since(self.clock.report) >= REPORT.min(self.setting.transfer_timeout / 4);
         let quiet = now.saturating_duration_since(self.clock.report) >= self.setting.heartbeat;
         if self.backlog() == 0 && (news || quiet) {
-            self.reported = received;
-            self.clock.report = now;
-            self.push(&Frame::Ping { received }, now);
+            self.ping(received, now);
         }
     }
 
     /// Which transfer stands still, in which direction, and on which channels.
-    fn describe(&self, overdue: Overdue, channels: &Channels) -> Error {
+    fn describe(&self, overdue: Overdue, channels: &Channels, now: Instant) -> Error {
         let Overdue { key, way, still, others_moved } = overdue;
         let whose = if key.mine { "transfer" } else { "the peer's transfer" };
         let direction = match way {
@@ -522,7 +585,7 @@ impl Machine {
             Way::In => "from",
         };
         let rest = if others_moved { ", while others went on" } else { "" };
-        let on = channels.describe_busy();
+        let on = channels.describe_busy(way, now);
         let on = if on.is_empty() { "nothing is under way on the channels".to_owned() } else { format!("under way: {on}") };
         err!(TimedOut, "{whose} {} {direction} the peer has not moved for {still:.1?}{rest}; {on}", key.id)
     }
@@ -530,7 +593,7 @@ impl Machine {
     fn expire_matches(&mut self, now: Instant) {
         let timeout = self.setting.match_timeout;
         for id in self.matching.expire_sends(timeout, now) {
-            self.push(&Frame::Withdraw { id }, now);
+            self.push(&Frame::Withdraw { id, status: ErrorKind::TimedOut.code() }, now);
             self.transfers.finish(id, Err(err!(TimedOut, "no receive was posted for message {id} within {timeout:?}")));
         }
         for id in self.matching.expire_receives(timeout, now) {
@@ -560,7 +623,7 @@ impl Machine {
     pub(crate) fn standstill(&mut self, channels: &Channels, now: Instant) -> Option<String> {
         let overdue = self.deadlines.overdue(self.setting.transfer_timeout / 2, now)?;
         let limit = self.setting.transfer_timeout;
-        Some(format!("{}; the connection ends after {limit:.1?}", self.describe(overdue, channels).to_str()))
+        Some(format!("{}; the connection ends after {limit:.1?}", self.describe(overdue, channels, now).to_str()))
     }
 
     // ---- the end ----
@@ -581,7 +644,14 @@ impl Machine {
         self.incoming.clear();
         self.matching.clear();
         self.deadlines.clear();
+        // What the peer took is free for others, whenever the application closes its handle.
+        self.peer = PeerLoad::new(Share::new(&self.setting.pool));
         self.transfers.fail_all(&error);
         self.dead = Some(error);
+    }
+
+    /// It has ended, whatever of it is in order: only for a defect that even [`Machine::fail`] met.
+    pub(crate) fn give_up(&mut self, error: Error) {
+        self.dead.get_or_insert(error);
     }
 }

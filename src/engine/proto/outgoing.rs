@@ -2,15 +2,18 @@
 //! that is blocked holds up only its own route, and every chunk that is handed to a channel is announced. Knows nothing of frames'
 //! bytes and sockets.
 
-use crate::channel::path::Departure;
+use super::limits;
+use crate::channel::path::{ChunkLimits, Departure};
 use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
+use crate::channel::stripe::Want;
+use crate::hash::Map;
 use crate::region::Hold;
 use crate::status::{bail, Result};
 use crate::types::{Key, Segment};
 use crate::wire::frame::{Frame, Grant};
 use crate::wire::queue::TxQueue;
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::time::Instant;
 
 /// A transfer of at most this many bytes goes before large ones.
@@ -28,6 +31,7 @@ struct OutStream {
     hold: Hold,
     /// Bytes of the whole transfer.
     total: u64,
+    small: bool,
     /// Paths that want regions to be shared first may carry it.
     shared: bool,
     segments: usize,
@@ -99,8 +103,13 @@ impl Turns {
 
 #[derive(Default)]
 pub(super) struct Outgoing {
-    streams: HashMap<Key, OutStream>,
+    streams: Map<Key, OutStream>,
     routes: Vec<Turns>,
+    /// Bytes of large streams that no channel has.
+    bulk_left: u64,
+    /// Chunks announced, and those of them that the peer says have arrived.
+    announced: u64,
+    confirmed: u64,
 }
 
 /// How far a round of scheduling came.
@@ -124,7 +133,8 @@ impl Outgoing {
         self.routes.resize_with(channels.routes(), Turns::default);
         let (total, segments) = (stream.remaining(), stream.segments());
         let small = total <= SMALL;
-        self.streams.insert(key, OutStream { stream, hold, total, shared, segments, inflight: 0 });
+        self.bulk_left += if small { 0 } else { total };
+        self.streams.insert(key, OutStream { stream, hold, total, small, shared, segments, inflight: 0 });
         self.routes[route].queue(small).push_back(key);
         Ok(())
     }
@@ -138,12 +148,16 @@ impl Outgoing {
         now: Instant,
     ) -> Result<Scheduled> {
         let mut announcing = Announcing::default();
+        let may = limits::may_announce(self.announced - self.confirmed);
         for route in 0..self.routes.len() {
             let mut blocked = [false; 2];
             while let Some(small) = self.routes[route].next(blocked) {
                 if announcing.chunks == limit {
                     announcing.flush(tx);
                     return Ok(Scheduled::Limit);
+                }
+                if announcing.chunks >= may {
+                    break;
                 }
                 if !self.chunk(route, small, channels, &mut announcing, tx, now)? {
                     blocked[usize::from(small)] = true;
@@ -172,13 +186,18 @@ impl Outgoing {
             return Ok(true);
         };
         let limits = channels.cut(route, out.total);
-        let Some(channel) = channels.pick(route, place, limits.bytes as u64, !small, now) else { return Ok(false) };
+        let rest = if small { out.stream.remaining() } else { self.bulk_left };
+        let want = Want { len: limits.bytes as u64, rest };
+        let Some((channel, most)) = channels.pick(route, place, want, !small, now) else { return Ok(false) };
         let tag = tag(key, true, out.stream.offset());
+        let limits = ChunkLimits { bytes: most.min(limits.bytes), ..limits };
         let Some(chunk) = out.stream.take_within(limits) else { bail!(Internal, "a stream that ended early") };
         debug_assert_eq!((chunk.place, chunk.peer), (place, peer));
         let len = chunk.len as u64;
         channels.submit(channel, Departure { key, chunk, hold: out.hold.clone(), bulk: !small, tag }, now)?;
         out.inflight += len;
+        self.bulk_left -= if small { 0 } else { len };
+        self.announced += 1;
         announcing.push(key, Grant { len: len as u32, channel }, tx);
         let next_route = match out.stream.next_places() {
             Some((place, peer)) => match channels.route(place, peer, out.shared) {
@@ -208,6 +227,18 @@ impl Outgoing {
         Ok(Gone::Last(self.streams.remove(&key).map(|out| out.stream.into_list()).unwrap_or_default()))
     }
 
+    /// The peer says that so many chunks have arrived in all.
+    ///
+    /// # Errors
+    /// `Protocol` when these are fewer than before, or more than were announced.
+    pub(super) fn confirm(&mut self, chunks: u64) -> Result<()> {
+        if chunks < self.confirmed || chunks > self.announced {
+            bail!(Protocol, "the peer has received {chunks} chunks after {}, of {} sent", self.confirmed, self.announced);
+        }
+        self.confirmed = chunks;
+        Ok(())
+    }
+
     /// Bytes of a stream that no channel has; `None` when all has gone or there is no such stream.
     pub(super) fn unsent(&self, key: Key) -> Option<u64> {
         self.streams.get(&key).map(|out| out.stream.remaining())
@@ -215,6 +246,9 @@ impl Outgoing {
 
     /// Sends no more of a stream; whether chunks of it are still under way.
     pub(super) fn cancel(&mut self, key: Key) -> bool {
+        if let Some(out) = self.streams.get(&key).filter(|out| !out.small) {
+            self.bulk_left -= out.stream.remaining();
+        }
         match self.streams.get_mut(&key) {
             Some(out) if out.inflight > 0 => {
                 out.stream = Walk::new(Vec::new());

@@ -2,14 +2,14 @@
 //! fit the state of the transfer that it names is a protocol violation. Knows nothing of sockets.
 
 use super::incoming::Ending;
-use super::limits::{self, MAX_INLINE_BACKLOG};
+use super::limits::MAX_INLINE_BACKLOG;
 use super::matching::Pulled;
 use super::{Kind, Machine, Way};
 use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
 use crate::region::{Hold, RegionUse};
 use crate::status::{bail, err, Error, ErrorKind, Result, StatusCode, UCCL_OK};
-use crate::types::{Key, Place, RemoteAccess, Segment, MAX_INLINE};
+use crate::types::{Key, Part, Place, RemoteAccess, Segment, MAX_INLINE};
 use crate::wire::frame::{Frame, Grant, WireRegion, WireSegment, WireSegments};
 use std::time::Instant;
 
@@ -19,12 +19,16 @@ const MAX_MESSAGE: u64 = 1 << 50;
 impl Machine {
     /// Takes a frame of the peer. An error means that the connection must end.
     pub(crate) fn handle(&mut self, frame: Frame<'_>, channels: &mut Channels, now: Instant) -> Result<()> {
+        // Nothing begins with these, and a heartbeat alone must not wake anybody again.
+        let begins = !matches!(frame, Frame::Ping { .. } | Frame::Notify { .. });
         self.tx.answering(true);
         let handled = self.take_frame(frame, channels, now);
         self.tx.answering(false);
-        self.attend(now);
+        if begins {
+            self.attend(now);
+        }
         handled?;
-        limits::answers(self.tx.answers())
+        self.peer.answers(self.tx.answers())
     }
 
     fn take_frame(&mut self, frame: Frame<'_>, channels: &mut Channels, now: Instant) -> Result<()> {
@@ -41,10 +45,10 @@ impl Machine {
             Frame::Done { id, status, text } => self.on_done(id, status, text, now),
             Frame::Message { id, len } => self.on_message(id, len, now),
             Frame::Pull { id, status, receiver } => self.on_pull(id, status, receiver, channels, now),
-            Frame::Withdraw { id } => self.on_withdraw(id, now),
+            Frame::Withdraw { id, status } => self.on_withdraw(id, status, now),
             Frame::Cancel { id } => self.on_cancel(id, now),
             Frame::Notify { name, message } => self.setting.inbox.push(name, message),
-            Frame::Ping { received } => self.on_ping(received, channels, now),
+            Frame::Ping { received, chunks } => self.on_ping(received, chunks, channels, now),
             Frame::Bye { status, text } => Err(farewell(status, text)),
         }
     }
@@ -91,11 +95,21 @@ impl Machine {
     ) -> Result<()> {
         let count = segments.count();
         let total: u64 = segments.iter().map(|s| u64::from(s.len)).sum();
-        self.peer.begin(id, count)?;
+        let room = self.peer.begin(id, count)?;
         if total == 0 {
             bail!(Protocol, "write {id} is empty");
         }
         let key = Key { id, mine: false };
+        if let Err(e) = room {
+            if inline.is_none() {
+                self.deadlines.start(key, Way::In, total, now);
+                self.incoming.refuse(key, total, false);
+            } else {
+                self.peer.ended_without_room();
+            }
+            self.refuse(id, &e, now);
+            return Ok(());
+        }
         let resolved = self.resolve(regions, segments, RemoteAccess::WRITE);
         match (resolved, inline) {
             (Ok((segments, uses)), Some(data)) => {
@@ -116,7 +130,7 @@ impl Machine {
             (Err(e), None) => {
                 self.peer.without_list(count);
                 self.deadlines.start(key, Way::In, total, now);
-                self.incoming.refuse(key, total);
+                self.incoming.refuse(key, total, true);
                 self.refuse(id, &e, now);
             }
         }
@@ -125,14 +139,19 @@ impl Machine {
 
     /// Puts the bytes of a control frame in place. The caller holds the segments' regions.
     fn store_inline(&mut self, segments: Vec<Segment>, mut data: &[u8], channels: &mut Channels) -> Result<()> {
-        let mut stream = Walk::new(segments);
-        if stream.remaining() != data.len() as u64 {
-            bail!(Protocol, "{} bytes inside a frame for {} bytes of memory", data.len(), stream.remaining());
+        let total: u64 = segments.iter().map(|s| s.len).sum();
+        if total != data.len() as u64 {
+            bail!(Protocol, "{} bytes inside a frame for {total} bytes of memory", data.len());
         }
+        if let [Segment { addr, len, region, place, .. }] = segments[..] {
+            // SAFETY: the part lies in a registered region that the caller holds.
+            return unsafe { channels.store(&[Part { addr, len, region }], place, data) };
+        }
+        let mut stream = Walk::new(segments);
         while let Some(chunk) = stream.take(MAX_INLINE) {
             let Some((head, tail)) = data.split_at_checked(chunk.len) else { bail!(Protocol, "inline data is too short") };
             // SAFETY: the parts lie in registered regions that the caller holds.
-            unsafe { channels.store(&chunk, head) }?;
+            unsafe { channels.store(&chunk.parts, chunk.place, head) }?;
             data = tail;
         }
         Ok(())
@@ -147,7 +166,11 @@ impl Machine {
         now: Instant,
     ) -> Result<()> {
         let count = segments.count();
-        self.peer.begin(id, count)?;
+        if let Err(e) = self.peer.begin(id, count)? {
+            self.peer.ended_without_room();
+            self.refuse(id, &e, now);
+            return Ok(());
+        }
         let answered = self.resolve(regions, segments, RemoteAccess::READ).and_then(|(segments, uses)| {
             let unreachable = segments.iter().find(|s| channels.route(s.place, s.peer, false).is_none());
             match unreachable {
@@ -169,9 +192,11 @@ impl Machine {
         }
         let hold = Hold::new(uses);
         if self.tx.pending() < MAX_INLINE_BACKLOG {
-            if let Some(data) = self.load_inline(&segments, &hold, total, channels)? {
+            let (mut gathered, eager) = (std::mem::take(&mut self.gathered), self.setting.eager_bytes);
+            if let Some(data) = self.load_inline(&segments, &hold, total, eager, channels, &mut gathered)? {
                 self.counts.inline_sent_bytes += total;
-                self.push(&Frame::ReadInline { id, data: &data }, now);
+                self.push(&Frame::ReadInline { id, data }, now);
+                self.gathered = gathered;
                 self.peer.ended(count);
                 return Ok(());
             }
@@ -242,9 +267,16 @@ impl Machine {
     // ---- two-sided messages ----
 
     fn on_message(&mut self, id: u64, len: u64, now: Instant) -> Result<()> {
-        self.peer.begin(id, 0)?;
+        let room = self.peer.begin(id, 0)?;
         if len > MAX_MESSAGE {
             bail!(Protocol, "message {id} of {len} bytes");
+        }
+        if let Err(e) = room {
+            self.peer.ended_without_room();
+            self.counts.refused += 1;
+            self.log.log(log::Level::Warn, now, format_args!("{}: message {id} of the peer refused: {e}", self.setting.peer));
+            self.push(&Frame::Pull { id, status: e.code(), receiver: Place::HOST }, now);
+            return Ok(());
         }
         self.matching.message(id, len);
         self.match_receives(now);
@@ -289,8 +321,13 @@ impl Machine {
             self.transfers.finish(id, Ok(()));
             return Ok(());
         }
-        if segments.iter().any(|s| channels.route(s.place, receiver, false).is_none()) {
-            bail!(Unsupported, "no channel carries message {id} to {receiver:?} of the peer");
+        if let Some(s) = segments.iter().find(|s| channels.route(s.place, receiver, false).is_none()) {
+            // Where its receive lies was not known before. Nothing was announced: the peer gives up the receive as it would late.
+            let error =
+                err!(Unsupported, "no channel carries memory of {:?} here to {receiver:?}, where the receive lies", s.place);
+            self.push(&Frame::Withdraw { id, status: error.code() }, now);
+            self.transfers.finish(id, Err(error));
+            return Ok(());
         }
         self.transfers.pulled(id);
         let key = Key { id, mine: true };
@@ -299,7 +336,10 @@ impl Machine {
     }
 
     /// The peer gave up a message. It is answered like any other; a receive that it was matched with fails.
-    fn on_withdraw(&mut self, id: u64, now: Instant) -> Result<()> {
+    fn on_withdraw(&mut self, id: u64, status: StatusCode, now: Instant) -> Result<()> {
+        if status == UCCL_OK {
+            bail!(Protocol, "message {id} is withdrawn without a reason");
+        }
         if self.matching.withdraw(id) {
             self.peer.ended(0);
             self.push(&Frame::Pull { id, status: ErrorKind::TimedOut.code(), receiver: Place::HOST }, now);
@@ -317,7 +357,12 @@ impl Machine {
         self.incoming.take_unbegun(key)?;
         self.peer.ended(0);
         self.deadlines.end(key);
-        let error = err!(TimedOut, "message {id} was withdrawn: its send had waited too long for this receive");
+        let why = match ErrorKind::from_code(status) {
+            ErrorKind::TimedOut => "its send had waited too long for this receive",
+            ErrorKind::Unsupported => "no channel connects the memory of its send with that of this receive",
+            _ => "its sender could not send it",
+        };
+        let error = Error::new(ErrorKind::from_code(status), format_args!("message {id} was withdrawn: {why}"));
         self.transfers.finish(receive, Err(error));
         Ok(())
     }
@@ -331,11 +376,12 @@ impl Machine {
     }
 
     /// The peer tells how much has arrived there.
-    fn on_ping(&mut self, received: u64, channels: &Channels, now: Instant) -> Result<()> {
+    fn on_ping(&mut self, received: u64, chunks: u64, channels: &Channels, now: Instant) -> Result<()> {
         let sent = channels.totals().submitted;
         if received < self.peer_received || received > sent {
             bail!(Protocol, "the peer has received {received} bytes after {}, of {sent} sent", self.peer_received);
         }
+        self.outgoing.confirm(chunks)?;
         self.deadlines.arrived(received - self.peer_received, now);
         self.clock.ping = now;
         self.peer_received = received;

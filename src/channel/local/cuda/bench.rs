@@ -56,7 +56,7 @@ fn measure(memory: &mut CudaMemory, name: &str, src: u64, dst: u64) {
     {
         let list = scattered(src, dst, total, block);
         line(&format!("{name}, blocks of {block}"), total, timed(40, || pull_lists(memory, &[&list], 1)));
-        for chunk in [1024usize, 2048, 4096] {
+        for chunk in [1024usize, 4096] {
             if list.len() > 4 * chunk {
                 let lists: Vec<&[Piece]> = list.chunks(chunk).collect();
                 line(&format!("{name}, blocks of {block}, {chunk} a pull"), total, timed(40, || pull_lists(memory, &lists, 8)));
@@ -77,7 +77,7 @@ fn measure(memory: &mut CudaMemory, name: &str, src: u64, dst: u64) {
         }
         starts.sort_unstable();
         ends.sort_unstable();
-        println!("{name}, {what}: started after {} ns, over after {} ns", starts[500], ends[500]);
+        println!("{name}, {what}: 4096 B started after {} ns, over after {} ns", starts[500], ends[500]);
     }
     for len in [16, 4 << 10, 16 << 10, 64 << 10, 512 << 10, MIB, 2 * MIB, 4 * MIB, 8 * MIB, 16 * MIB, 64 * MIB, 256 * MIB] {
         let list = [Piece { src, dst, len }];

@@ -86,8 +86,12 @@ impl World {
                 self.say_chunk(a, b, channel);
             }
             21 => self.fly(a, b, channel),
-            22..=24 => self.net.lock().deliver(channel, 1),
-            25 => self.net.lock().transmit(channel, 0),
+            22..=24 => {
+                self.net.lock().deliver(channel, 1);
+            }
+            25 => {
+                self.net.lock().transmit(channel, 0);
+            }
             26 => {
                 let count = self.victim.memory.len();
                 if count > 0 {
@@ -164,9 +168,9 @@ impl World {
                 Frame::Message { id: if a % 5 == 0 { id } else { self.next }, len: u64::from(a >> 12) % 20_000 }
             }
             9 | 10 => Frame::Pull { id, status, receiver: Place((a % 3) as u8) },
-            11 => Frame::Withdraw { id },
+            11 => Frame::Withdraw { id, status },
             12 => Frame::Cancel { id },
-            13 => Frame::Ping { received: if a % 2 == 0 { 0 } else { u64::from(b) } },
+            13 => Frame::Ping { received: if a % 2 == 0 { 0 } else { u64::from(b) }, chunks: u64::from(a % 3) },
             14 => Frame::Notify { name: b"liar", message: &DATA[..(b as usize) % 3000] },
             _ if a % 64 == 0 => Frame::Bye { status, text: "enough\u{1b}[2J\nforged line" },
             _ => {
@@ -179,7 +183,7 @@ impl World {
     /// A write or read of the victim's memory, mostly with its true token.
     fn announce(&mut self, a: u32, b: u32) -> Frame<'static> {
         if self.victim.memory.is_empty() {
-            return Frame::Ping { received: 0 };
+            return Frame::Ping { received: 0, chunks: 0 };
         }
         let index = b as usize % self.victim.memory.len();
         let memory = &self.victim.memory[index];
@@ -302,7 +306,9 @@ impl World {
             return Err("memory is in use although the connection has ended".to_owned());
         }
         for channel in 0..DEVICE_CHANNELS + HOST_CHANNELS {
-            (0..20).for_each(|_| self.net.lock().deliver(channel, 1));
+            (0..20).for_each(|_| {
+                self.net.lock().deliver(channel, 1);
+            });
         }
         self.check()
     }
@@ -346,11 +352,20 @@ fn frames_that_fit_in_another_state_only_are_violations() {
     violates(
         "a message withdrawn half way",
         &mut world,
-        &[Frame::Message { id: 1, len: 5000 }, chunk(1), Frame::Withdraw { id: 1 }],
+        &[Frame::Message { id: 1, len: 5000 }, chunk(1), Frame::Withdraw { id: 1, status: -31 }],
     );
 
     let mut world = World::new(1);
-    violates("more than was sent has arrived", &mut world, &[Frame::Ping { received: 0 }, Frame::Ping { received: 1 }]);
+    let ping = |received, chunks| Frame::Ping { received, chunks };
+    violates("more than was sent has arrived", &mut world, &[ping(0, 0), ping(1, 0)]);
+
+    let mut world = World::new(1);
+    violates("more chunks than were sent have arrived", &mut world, &[ping(0, 0), ping(0, 1)]);
+
+    let mut world = World::new(1);
+    own(&mut world, 3);
+    let silent = Frame::Withdraw { id: 1, status: 0 };
+    violates("a message withdrawn without a reason", &mut world, &[Frame::Message { id: 1, len: 5000 }, silent]);
 
     let mut world = World::new(1);
     let segment = WireSegment { addr: 4096, len: 9000, region: 0, initiator: Place::HOST, owner: Place::HOST };

@@ -1,9 +1,9 @@
 //! The simulated network of the simulation: channels whose messages move when the scheduler says so, stall, fail, and run out of memory on
 //! demand. Copies real bytes at the moment at which a real network would.
 
-use crate::channel::path::{Arrival, ChunkLimits, Copier, Departure, Dest, Event, Path};
+use crate::channel::path::{Arrival, ChunkLimits, Copier, Departure, Dest, Event, Line, Path, Way};
 use crate::channel::plan::{chunk_len, MAX_CROSSED, MAX_PARTS};
-use crate::channel::stripe::Load;
+use crate::channel::stripe::{Load, Loads};
 use crate::region::Hold;
 use crate::status::{bail, err, Result};
 use crate::types::{Key, Part, Place};
@@ -54,6 +54,8 @@ pub(super) struct Net {
     pub out_of_memory: [Option<u32>; 2],
     /// Whether the network tells bytes.
     pub tells: bool,
+    /// Channels take turns on so many NICs, 1 or 2.
+    pub nics: usize,
     /// Sides that have closed their channels.
     pub closed: [bool; 2],
 }
@@ -61,7 +63,7 @@ pub(super) struct Net {
 impl Net {
     pub(super) fn new(channels: usize, tells: bool) -> Net {
         let wires = (0..channels).map(|_| Default::default()).collect();
-        Net { wires, out_of_memory: [None; 2], tells, closed: [false; 2] }
+        Net { wires, out_of_memory: [None; 2], tells, nics: 1, closed: [false; 2] }
     }
 
     fn allocate(&mut self, side: usize) -> Result<()> {
@@ -76,12 +78,13 @@ impl Net {
     }
 
     /// The network takes the oldest posted message of a wire: its source is read now.
-    pub(super) fn transmit(&mut self, channel: usize, side: usize) {
+    /// Whether there was one.
+    pub(super) fn transmit(&mut self, channel: usize, side: usize) -> bool {
         let wire = &mut self.wires[channel][side];
         if wire.stalled || wire.failed {
-            return;
+            return false;
         }
-        let Some(posted) = wire.posted.pop_front() else { return };
+        let Some(posted) = wire.posted.pop_front() else { return false };
         let mut bytes = Vec::new();
         for part in &posted.parts {
             // SAFETY: memory of the harness, which outlives the simulation.
@@ -90,6 +93,7 @@ impl Net {
         wire.taken += bytes.len() as u64 - wire.moved;
         wire.sent.push_back((posted.key, bytes.len() as u64));
         wire.flying.push_back(Message { tag: posted.tag, bytes });
+        true
     }
 
     /// A paced network moves so many bytes of a side's messages, wire by wire in turns; what is whole is delivered.
@@ -116,15 +120,16 @@ impl Net {
     }
 
     /// The oldest message of a wire reaches the receive that waits for it: memory is written now.
-    pub(super) fn deliver(&mut self, channel: usize, side: usize) {
+    /// Whether there was one.
+    pub(super) fn deliver(&mut self, channel: usize, side: usize) -> bool {
         let wire = &mut self.wires[channel][side];
         if wire.stalled || wire.failed || wire.expected.is_empty() || wire.flying.is_empty() {
-            return;
+            return false;
         }
-        let (Some(message), Some(arrival)) = (wire.flying.pop_front(), wire.expected.pop_front()) else { return };
+        let (Some(message), Some(arrival)) = (wire.flying.pop_front(), wire.expected.pop_front()) else { return false };
         if message.tag != arrival.tag || message.bytes.len() != arrival.len {
             wire.failed = true;
-            return;
+            return true;
         }
         if let Dest::Memory { parts, .. } = &arrival.dest {
             let mut rest = &message.bytes[..];
@@ -137,6 +142,13 @@ impl Net {
         }
         wire.brought += arrival.len as u64 - std::mem::take(&mut wire.moved);
         wire.arrived.push_back((arrival.key, arrival.len as u64));
+        true
+    }
+
+    /// As if no path had been closed yet.
+    pub(super) fn open(&mut self) {
+        self.closed = [false; 2];
+        self.wires.iter_mut().flatten().for_each(|wire| wire.failed = false);
     }
 }
 
@@ -196,7 +208,7 @@ impl Path for SimulatedPath {
         local.is_device() || !self.device
     }
 
-    fn loads(&self, _place: Place, bulk: bool, _now: Instant, out: &mut Vec<Load>) {
+    fn loads(&mut self, _place: Place, bulk: bool, _now: Instant, out: &mut Loads) {
         let net = self.net.lock();
         for channel in self.first..self.first + self.channels {
             let wire = &net.wires[channel][self.side];
@@ -204,7 +216,7 @@ impl Path for SimulatedPath {
             let free = WINDOW.saturating_sub(taken);
             let large = wire.posted.iter().filter(|p| p.bulk).count();
             let free = if bulk { free.min((WINDOW / 2).saturating_sub(large)) } else { free };
-            out.push(Load { free, queued: taken as u64, rate: 0.0 });
+            out.channels.push(Load { free, queued: taken as u64, rate: 0.0, nic: 0 });
         }
     }
 
@@ -254,18 +266,25 @@ impl Path for SimulatedPath {
         })
     }
 
-    fn network_bytes(&self) -> Result<Option<(u64, u64)>> {
+    fn network(&self, each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
         let net = self.net.lock();
-        let wires = &net.wires[self.first..self.first + self.channels];
-        if wires.iter().any(|w| w[0].failed || w[1].failed) {
-            bail!(RemoteDisconnect, "simulated: a channel has failed");
+        for channel in self.first..self.first + self.channels {
+            let (out, incoming) = (&net.wires[channel][self.side], &net.wires[channel][1 - self.side]);
+            if out.failed || incoming.failed {
+                bail!(RemoteDisconnect, "simulated: a channel has failed");
+            }
+            each(Line {
+                nic: ["net0", "net1"][channel % net.nics],
+                moved: net.tells.then_some((out.taken, incoming.brought)),
+                under_way: (out.posted.len() + out.sent.len(), incoming.expected.len()),
+                posted: incoming.expected.len().min(WINDOW),
+            });
         }
-        let sum = |side: usize, of: fn(&Wire) -> u64| wires.iter().map(|w| of(&w[side])).sum();
-        Ok(net.tells.then(|| (sum(self.side, |w| w.taken), sum(1 - self.side, |w| w.brought))))
+        Ok(())
     }
 
-    fn describe_busy(&self) -> Vec<String> {
-        vec!["simulated channels".to_owned()]
+    fn describe(&self, channel: usize, way: Way) -> String {
+        format!("simulated channel {channel} {way:?}")
     }
 
     fn forget_region(&mut self, _id: u64) {}

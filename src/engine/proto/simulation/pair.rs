@@ -111,7 +111,9 @@ impl World {
                 }
             }
             10..=14 => self.deliver_control(side, b as usize),
-            15..=18 => self.net.lock().transmit(channel, side),
+            15..=18 => {
+                self.net.lock().transmit(channel, side);
+            }
             19..=22 => {
                 self.net.lock().deliver(channel, side);
                 if self.reorders {

@@ -4,10 +4,12 @@
 use super::net::{Net, SimulatedPath};
 use crate::channel::device::EmulatedDevice;
 use crate::channel::router::Channels;
+use crate::engine::budget::Pool;
 use crate::engine::fifo::{Access, FifoItem};
 use crate::engine::notify::{Inbox, Queue};
 use crate::engine::proto::{Machine, Scheduled, Setting};
 use crate::engine::registry::{Registry, Retired};
+use crate::logging::Limiter;
 use crate::status::{Error, Result};
 use crate::types::Place;
 use crate::wire::queue::RxBuffer;
@@ -84,10 +86,12 @@ impl Side {
         now: Instant,
     ) -> Side {
         let registry = Arc::new(Registry::new());
-        let queue = Queue::new();
+        let queue = Queue::new(1 << 30, 256 << 20);
         let setting = Setting {
             registry: registry.clone(),
             inbox: Inbox::new(&queue),
+            pool: Pool::endless(),
+            lines: Arc::new(Limiter::new(1000)),
             eager_bytes,
             peer: format!("side {}", 1 - side),
             transfer_timeout,
@@ -181,7 +185,7 @@ impl Side {
     }
 
     fn frames(&mut self, heard: usize, now: Instant) -> Result<()> {
-        self.machine.heard(heard, self.rx.arriving(), now);
+        self.machine.heard(heard, self.rx.arriving(), now)?;
         while let Some((frame, len)) = self.rx.next()? {
             self.machine.handle(frame, &mut self.channels, now)?;
             self.rx.consume(len);
@@ -223,8 +227,8 @@ impl Side {
         loop {
             if self.leaving.is_empty() {
                 let Some(block) = self.machine.tx.take() else { break };
-                self.leaving.extend(&block);
-                self.machine.tx.recycle(block);
+                self.leaving.extend(block.frames());
+                self.machine.tx.recycle(block.into_bytes());
             }
             let n = self.leaving.len().min(self.room.saturating_sub(self.out.len()));
             if n == 0 {

@@ -1,0 +1,161 @@
+//! Since when channels stand still: bytes that the network moved on each, and chunks that wait for it. Pure; time is the caller's.
+
+use super::path::{Line, Way};
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// One direction of a channel.
+#[derive(Clone, Copy, Debug)]
+struct Half {
+    bytes: u64,
+    /// When bytes last moved.
+    moved: Instant,
+    /// When they moved, or chunks began to wait, whichever is later; none while nothing waits.
+    since: Option<Instant>,
+    chunks: usize,
+}
+
+impl Half {
+    fn note(&mut self, bytes: u64, chunks: usize, waits: bool, now: Instant) {
+        if bytes != self.bytes {
+            (self.bytes, self.moved, self.since) = (bytes, now, None);
+        }
+        self.chunks = chunks;
+        self.since = if waits { self.since.or(Some(now)) } else { None };
+    }
+
+    fn still(&self, now: Instant) -> Duration {
+        self.since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
+    }
+}
+
+#[derive(Debug)]
+struct Seen {
+    nic: String,
+    out: Half,
+    incoming: Half,
+    /// The plugin tells bytes.
+    told: bool,
+}
+
+/// All channels of a connection, in the order of their numbers.
+#[derive(Debug, Default)]
+pub(crate) struct Stillness(Vec<Seen>);
+
+impl Stillness {
+    /// Takes a look at a channel.
+    pub(crate) fn note(&mut self, channel: usize, line: &Line<'_>, now: Instant) {
+        if self.0.len() <= channel {
+            let half = Half { bytes: 0, moved: now, since: None, chunks: 0 };
+            self.0.push(Seen { nic: line.nic.to_owned(), out: half, incoming: half, told: line.moved.is_some() });
+        }
+        let Some(seen) = self.0.get_mut(channel) else { return };
+        let (taken, brought) = line.moved.unwrap_or((seen.out.bytes, seen.incoming.bytes));
+        let (out, incoming) = line.under_way;
+        seen.out.note(taken, out, out > 0, now);
+        // What waits for this side's own copies does not wait for the network.
+        seen.incoming.note(brought, incoming, line.posted > 0, now);
+    }
+
+    fn half(&self, channel: usize, way: Way) -> Option<&Half> {
+        self.0.get(channel).map(|seen| match way {
+            Way::Out => &seen.out,
+            Way::In => &seen.incoming,
+        })
+    }
+
+    /// Chunks under way on a channel, and for how long they stand still.
+    pub(crate) fn of(&self, channel: usize, way: Way, now: Instant) -> (usize, Duration) {
+        self.half(channel, way).map_or((0, Duration::ZERO), |half| (half.chunks, half.still(now)))
+    }
+
+    /// The channels with chunks under way in a direction, the ones that stand still the longest first. Those that moved a moment ago are
+    /// left out where others stand still: they are not the cause.
+    pub(crate) fn stillest(&self, way: Way, now: Instant) -> Vec<usize> {
+        let busy = |&channel: &usize| self.half(channel, way).is_some_and(|half| half.chunks > 0);
+        let mut all: Vec<usize> = (0..self.0.len()).filter(busy).collect();
+        all.sort_by_key(|&channel| std::cmp::Reverse(self.of(channel, way, now).1));
+        let longest = all.first().map_or(Duration::ZERO, |&channel| self.of(channel, way, now).1);
+        all.retain(|&channel| self.of(channel, way, now).1 >= longest / 2);
+        all
+    }
+
+    /// A NIC over which nothing has come for longer than `timeout` although the peer has announced it for as long: its name, for how long,
+    /// and the channels that wait, the longest first.
+    pub(crate) fn dead_nic(&self, timeout: Duration, now: Instant) -> Option<(&str, Duration, Vec<usize>)> {
+        let waits = |seen: &Seen| seen.told && seen.incoming.still(now) > timeout;
+        self.0.iter().find(|seen| waits(seen))?;
+        let mut last: BTreeMap<&str, Instant> = BTreeMap::new();
+        for seen in self.0.iter().filter(|seen| seen.told) {
+            let moved = last.entry(&seen.nic).or_insert(seen.incoming.moved);
+            *moved = (*moved).max(seen.incoming.moved);
+        }
+        let dead = |seen: &&Seen| {
+            waits(seen) && last.get(&*seen.nic).is_some_and(|&moved| now.saturating_duration_since(moved) > timeout)
+        };
+        let nic = &*self.0.iter().filter(dead).max_by_key(|seen| seen.incoming.still(now))?.nic;
+        let on_it = |channel: &usize| self.0.get(*channel).is_some_and(|seen| *seen.nic == *nic);
+        let channels: Vec<usize> = self.stillest(Way::In, now).into_iter().filter(on_it).collect();
+        let still = channels.first().map_or(timeout, |&channel| self.of(channel, Way::In, now).1);
+        Some((nic, still, channels))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const T: Duration = Duration::from_secs(10);
+
+    /// Looks once a second: bytes come over eth1 always, over the first channel of eth2 until `until`.
+    fn looks(until: u64, seconds: u64, told: bool) -> (Stillness, Instant) {
+        let (mut stillness, start) = (Stillness::default(), Instant::now());
+        let mut now = start;
+        for second in 0..=seconds {
+            now = start + Duration::from_secs(second);
+            let bytes = [second * 1000, second.min(until), 0, 0];
+            for (channel, nic) in ["eth1", "eth2", "eth2", "eth3"].into_iter().enumerate() {
+                let waiting = if channel == 3 { 0 } else { 2 };
+                let moved = told.then_some((0, bytes[channel]));
+                stillness.note(channel, &Line { nic, moved, under_way: (1, waiting), posted: waiting }, now);
+            }
+        }
+        (stillness, now)
+    }
+
+    #[test]
+    fn the_nic_that_is_dead_is_named_and_no_other() {
+        // A channel that stands still beside one of the same NIC that moves has to wait for its turn.
+        let (stillness, now) = looks(u64::MAX, 30, true);
+        assert_eq!(stillness.dead_nic(T, now), None);
+        let (stillness, now) = looks(5, 15, true);
+        assert_eq!(stillness.dead_nic(T, now), None);
+        let (stillness, now) = looks(5, 16, true);
+        let (nic, still, channels) = stillness.dead_nic(T, now).expect("eth2 is dead");
+        assert_eq!((nic, still, channels), ("eth2", Duration::from_secs(16), vec![2, 1]));
+        // Without figures nothing is known.
+        let (stillness, now) = looks(5, 100, false);
+        assert_eq!(stillness.dead_nic(T, now), None);
+    }
+
+    #[test]
+    fn the_stillest_come_first_and_those_that_move_are_not_named() {
+        let (stillness, now) = looks(5, 20, true);
+        assert_eq!(stillness.stillest(Way::In, now), [2, 1]);
+        assert_eq!(
+            (stillness.of(2, Way::In, now), stillness.of(0, Way::In, now).1),
+            ((2, Duration::from_secs(20)), Duration::ZERO)
+        );
+        assert_eq!(stillness.stillest(Way::Out, now).len(), 4);
+    }
+
+    #[test]
+    fn what_waits_for_this_side_is_not_the_networks_fault() {
+        let (mut stillness, start) = (Stillness::default(), Instant::now());
+        for second in 0..100 {
+            let line = Line { nic: "eth1", moved: Some((0, 0)), under_way: (0, 3), posted: 0 };
+            stillness.note(0, &line, start + Duration::from_secs(second));
+        }
+        assert_eq!(stillness.dead_nic(T, start + 10 * T), None);
+    }
+}

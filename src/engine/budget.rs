@@ -1,0 +1,269 @@
+//! What all peers of an engine together may take, and each connection of it: memory and transfers, and connections by address. Pure
+//! counting, shared by connections; knows nothing of what is counted.
+
+use crate::status::{bail, Result};
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+
+/// A number that several share, with a limit.
+#[derive(Debug)]
+struct Shared {
+    used: AtomicUsize,
+    limit: usize,
+}
+
+impl Shared {
+    fn new(limit: usize) -> Shared {
+        Shared { used: AtomicUsize::new(0), limit }
+    }
+
+    /// Whether `more` fitted, and were taken.
+    fn take(&self, more: usize) -> bool {
+        let took = self
+            .used
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| used.checked_add(more).filter(|&sum| sum <= self.limit));
+        took.is_ok()
+    }
+
+    fn give(&self, less: usize) {
+        self.used.fetch_sub(less, Ordering::Relaxed);
+    }
+}
+
+/// What the peers of an engine share.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    bytes: Shared,
+    transfers: Shared,
+    /// Bytes of one connection at most.
+    of_one: usize,
+}
+
+impl Pool {
+    /// `bytes` and `transfers` of all, and bytes `of_one` connection.
+    pub(crate) fn new(bytes: usize, of_one: usize, transfers: usize) -> Arc<Pool> {
+        Arc::new(Pool { bytes: Shared::new(bytes), transfers: Shared::new(transfers), of_one: of_one.min(bytes) })
+    }
+
+    /// One that nobody reaches.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn endless() -> Arc<Pool> {
+        Pool::new(usize::MAX, usize::MAX, usize::MAX)
+    }
+
+    /// Bytes and transfers in use.
+    #[cfg(test)]
+    pub(crate) fn used(&self) -> (usize, usize) {
+        (self.bytes.used.load(Ordering::Relaxed), self.transfers.used.load(Ordering::Relaxed))
+    }
+}
+
+/// What bytes of a connection are for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Part {
+    /// Lists of transfers that the peer has begun.
+    Lists,
+    /// Answers that the peer has not read.
+    Answers,
+    /// The frame that is coming in.
+    Frame,
+}
+
+/// A connection's part of the pool; given back when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Share {
+    pool: Arc<Pool>,
+    bytes: [usize; 3],
+    transfers: usize,
+}
+
+impl Share {
+    pub(crate) fn new(pool: &Arc<Pool>) -> Share {
+        Share { pool: pool.clone(), bytes: [0; 3], transfers: 0 }
+    }
+
+    /// Sets how many bytes a part takes.
+    ///
+    /// # Errors
+    /// `Resource` when there are too many, of this connection or of all; then the part stays as it was.
+    pub(crate) fn set(&mut self, part: Part, bytes: usize) -> Result<()> {
+        let before = self.bytes[part as usize];
+        if bytes <= before {
+            self.pool.bytes.give(before - bytes);
+        } else {
+            let sum = self.bytes.iter().sum::<usize>() - before;
+            if sum.saturating_add(bytes) > self.pool.of_one {
+                bail!(
+                    Resource,
+                    "the peer would take {bytes} more bytes of memory than the {sum} that it has; {} are allowed",
+                    self.pool.of_one
+                );
+            }
+            if !self.pool.bytes.take(bytes - before) {
+                bail!(Resource, "all peers of the engine together take {} bytes of memory already", self.pool.bytes.limit);
+            }
+        }
+        self.bytes[part as usize] = bytes;
+        Ok(())
+    }
+
+    /// The peer begins one more transfer, whose list takes so many bytes.
+    ///
+    /// # Errors
+    /// `Resource` when all peers together have too many; nothing is taken then.
+    pub(crate) fn begin(&mut self, bytes: usize) -> Result<()> {
+        if !self.pool.transfers.take(1) {
+            bail!(Resource, "all peers of the engine together have {} transfers in flight already", self.pool.transfers.limit);
+        }
+        self.transfers += 1;
+        let lists = self.bytes[Part::Lists as usize];
+        self.set(Part::Lists, lists.saturating_add(bytes)).inspect_err(|_| self.end(0))
+    }
+
+    /// A transfer has ended, whose list took so many bytes.
+    pub(crate) fn end(&mut self, bytes: usize) {
+        if self.transfers > 0 {
+            self.transfers -= 1;
+            self.pool.transfers.give(1);
+        }
+        self.shrink(bytes);
+    }
+
+    /// The list of a transfer that goes on is not kept any more.
+    pub(crate) fn shrink(&mut self, bytes: usize) {
+        let lists = self.bytes[Part::Lists as usize];
+        // Less never fails.
+        let _ = self.set(Part::Lists, lists.saturating_sub(bytes));
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.pool.bytes.give(self.bytes.iter().sum());
+        self.pool.transfers.give(self.transfers);
+    }
+}
+
+/// Incoming connections that are up, in all and by address.
+#[derive(Debug)]
+pub(crate) struct Census {
+    most: usize,
+    of_one: usize,
+    up: Mutex<(usize, HashMap<IpAddr, usize>)>,
+}
+
+/// A connection that is counted; no more once it is dropped.
+#[derive(Debug)]
+pub(crate) struct Counted {
+    census: Arc<Census>,
+    ip: IpAddr,
+}
+
+impl Census {
+    /// At most `most`, `of_one` of them of one address.
+    pub(crate) fn new(most: usize, of_one: usize) -> Arc<Census> {
+        Arc::new(Census { most, of_one, up: Mutex::default() })
+    }
+
+    /// Counts one more.
+    ///
+    /// # Errors
+    /// `Resource` for the peer to read.
+    pub(crate) fn count(self: &Arc<Census>, ip: IpAddr) -> Result<Counted> {
+        let mut up = self.up.lock();
+        let (all, by_address) = &mut *up;
+        if *all >= self.most {
+            bail!(Resource, "{} connections of peers are up, as many as UCCL_TCPX_MAX_CONNECTIONS allows", self.most);
+        }
+        let of_this = by_address.entry(ip).or_default();
+        if *of_this >= self.of_one {
+            bail!(
+                Resource,
+                "{} connections of this address are up, as many as UCCL_TCPX_MAX_CONNECTIONS_OF_PEER allows",
+                self.of_one
+            );
+        }
+        *of_this += 1;
+        *all += 1;
+        Ok(Counted { census: self.clone(), ip })
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut up = self.census.up.lock();
+        let (all, by_address) = &mut *up;
+        *all = all.saturating_sub(1);
+        if let Some(of_this) = by_address.get_mut(&self.ip) {
+            *of_this = of_this.saturating_sub(1);
+            if *of_this == 0 {
+                by_address.remove(&self.ip);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::ErrorKind;
+
+    #[test]
+    fn a_hundred_peers_together_stay_below_the_total() {
+        let pool = Pool::new(10_000, 1000, 500);
+        let mut shares: Vec<Share> = (0..100).map(|_| Share::new(&pool)).collect();
+        let (mut taken, mut refused) = (0, 0);
+        for _ in 0..20 {
+            for share in &mut shares {
+                match share.begin(90) {
+                    Ok(()) => taken += 1,
+                    Err(e) => {
+                        assert_eq!(e.kind(), ErrorKind::Resource);
+                        refused += 1;
+                    }
+                }
+            }
+        }
+        assert!(pool.used().0 <= 10_000 && taken == 111 && refused == 1889, "{taken}, {refused}, {:?}", pool.used());
+        // One that ends makes room for one, whoever comes.
+        shares[0].end(90);
+        assert!(shares[99].begin(90).is_ok() && shares[50].begin(90).is_err());
+        assert!(shares[3].set(Part::Answers, 901).is_err() && shares[3].set(Part::Frame, 5).is_ok());
+        drop(shares);
+        assert_eq!(pool.used(), (0, 0));
+    }
+
+    #[test]
+    fn one_connection_has_its_own_limit_and_few_bytes_many_transfers() {
+        let pool = Pool::new(10_000, 1000, 5);
+        let (mut a, mut b) = (Share::new(&pool), Share::new(&pool));
+        a.set(Part::Answers, 600).unwrap();
+        assert!(a.set(Part::Frame, 401).is_err() && a.set(Part::Frame, 400).is_ok());
+        assert_eq!(a.set(Part::Answers, 601).unwrap_err().kind(), ErrorKind::Resource);
+        a.set(Part::Answers, 0).unwrap();
+        assert_eq!(pool.used().0, 400);
+        (0..5).for_each(|_| b.begin(1).unwrap());
+        assert!(a.begin(1).is_err());
+        b.shrink(1);
+        b.end(0);
+        a.begin(1).unwrap();
+        assert_eq!(pool.used(), (405, 5));
+    }
+
+    #[test]
+    fn connections_are_counted_by_address_and_in_all() {
+        let census = Census::new(3, 2);
+        let ip = |n: u8| IpAddr::from([10, 0, 0, n]);
+        let first = census.count(ip(1)).unwrap();
+        let _second = census.count(ip(1)).unwrap();
+        assert!(census.count(ip(1)).unwrap_err().to_str().contains("OF_PEER"));
+        let _third = census.count(ip(2)).unwrap();
+        assert!(census.count(ip(3)).unwrap_err().to_str().contains("MAX_CONNECTIONS allows"));
+        drop(first);
+        census.count(ip(1)).unwrap();
+        assert_eq!(census.up.lock().1.len(), 2);
+    }
+}

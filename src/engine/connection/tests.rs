@@ -1,0 +1,152 @@
+//! A connection when the code below it panics: it ends, whoever drove it, and whatever else does not work any more.
+
+use super::super::bell::Bell;
+use super::super::budget::Pool;
+use super::super::notify::{Inbox, Queue};
+use super::super::progress;
+use super::super::proto::Setting;
+use super::*;
+use crate::channel::path::{Arrival, ChunkLimits, Copier, Departure, Event, Line, Path, Way};
+use crate::channel::stripe::Loads;
+use crate::logging::Limiter;
+use crate::wire::session::{Direction, Session};
+use std::net::{TcpListener, TcpStream};
+use std::panic::{catch_unwind, AssertUnwindSafe};
+
+/// A path that panics when it is driven, and when it is closed.
+struct SimulatedDefect {
+    driven: bool,
+    closed: bool,
+}
+
+impl Path for SimulatedDefect {
+    fn channels(&self) -> usize {
+        1
+    }
+    fn limits(&self) -> ChunkLimits {
+        ChunkLimits { bytes: 4096, pieces: 1, crossed: 1 }
+    }
+    fn chunk_len(&self, _total: u64) -> usize {
+        4096
+    }
+    fn carries(&self, _local: Place, _peer: Place) -> bool {
+        true
+    }
+    fn carries_local(&self, _local: Place) -> bool {
+        true
+    }
+    fn loads(&mut self, _place: Place, _bulk: bool, _now: Instant, _out: &mut Loads) {}
+    fn submit(&mut self, _channel: usize, _departure: Departure, _copier: &mut Copier, _now: Instant) -> Result<()> {
+        Ok(())
+    }
+    fn expect(&mut self, _channel: usize, _arrival: Arrival) -> Result<()> {
+        Ok(())
+    }
+    fn progress(&mut self, _copier: &mut Copier, _now: Instant, _events: &mut Vec<Event>) -> Result<bool> {
+        panic!("a simulated defect")
+    }
+    fn busy(&self) -> bool {
+        self.driven
+    }
+    fn network(&self, _each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
+        Ok(())
+    }
+    fn describe(&self, _channel: usize, _way: Way) -> String {
+        String::new()
+    }
+    fn stats(&self, _kernel: bool, _now: Instant, _out: &mut Vec<ChannelStats>) {}
+    fn forget_region(&mut self, _id: u64) {}
+}
+
+impl Drop for SimulatedDefect {
+    fn drop(&mut self) {
+        assert!(!self.closed, "a simulated defect at the end");
+    }
+}
+
+fn home() -> Arc<Home> {
+    Arc::new(Home::new(Bell::new().unwrap(), true, Duration::from_secs(1), 1000))
+}
+
+/// A connection over such a path, and its peer's socket.
+fn connection(home: &Arc<Home>, driven: bool, closed: bool) -> (Arc<Connection>, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let theirs = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let session = Session::new(Direction::ToListening, &[7; 32], b"test").unwrap();
+    let control = ControlStream::new(listener.accept().unwrap().0, session, Vec::new(), Vec::new()).unwrap();
+    let timeout = Duration::from_secs(60);
+    let setting = Setting {
+        registry: home.registry.clone(),
+        inbox: Inbox::new(&Queue::new(1 << 30, 256 << 20)),
+        pool: Pool::endless(),
+        lines: Arc::new(Limiter::new(1000)),
+        eager_bytes: 0,
+        peer: "a peer".to_owned(),
+        transfer_timeout: timeout,
+        peer_timeout: timeout,
+        heartbeat: timeout,
+        match_timeout: timeout,
+        doorbells: true,
+    };
+    let channels = Channels::new(vec![Box::new(SimulatedDefect { driven, closed })], None);
+    let core = Core::new(Machine::new(setting, Instant::now()), channels, control);
+    let peer =
+        Peer { ip: [127, 0, 0, 1].into(), name: "a peer".to_owned(), gpu_index: -1, key: None, engine: [1; 16], _counted: None };
+    let connection = Arc::new(Connection::new(home.clone(), core, peer, home.bell.seat().unwrap(), None));
+    assert!(home.connections.insert(connection.id, &connection));
+    (connection, theirs)
+}
+
+/// Runs `body` without the lines of its panics.
+fn quietly<T>(body: impl FnOnce() -> T) -> T {
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock();
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let value = body();
+    std::panic::set_hook(hook);
+    value
+}
+
+fn kind(connection: &Connection) -> Option<ErrorKind> {
+    connection.status().err().map(|e| e.kind())
+}
+
+#[test]
+fn a_panic_in_the_progress_thread_ends_all_connections_and_not_the_thread() {
+    quietly(|| {
+        let home = home();
+        let all: Vec<_> = [(true, true), (false, true), (false, false)].map(|(d, c)| connection(&home, d, c)).into();
+        std::thread::scope(|s| {
+            let thread = s.spawn(|| progress::run(&home, None));
+            let until = Instant::now() + Duration::from_secs(10);
+            let ended = || all.iter().all(|(connection, _)| kind(connection) == Some(ErrorKind::Internal));
+            while !ended() && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let outcome: Vec<_> = all.iter().map(|(connection, _)| kind(connection)).collect();
+            let running = !thread.is_finished();
+            home.end();
+            assert!(thread.join().is_ok() && running, "the thread has ended");
+            assert_eq!(outcome, [Some(ErrorKind::Internal); 3]);
+        });
+    });
+}
+
+#[test]
+fn a_panic_in_an_applications_thread_ends_the_connection() {
+    quietly(|| {
+        let home = home();
+        for closed in [false, true] {
+            let (connection, _theirs) = connection(&home, true, closed);
+            let memory = [0u8; 64];
+            let mr = home.registry.add(memory.as_ptr() as u64, 64, Place::HOST, crate::types::RemoteAccess::ALL).unwrap();
+            let id = connection.recv(LocalSegment { mr, addr: memory.as_ptr() as usize, len: 64 });
+            let id = id.expect("a receive");
+            assert!(catch_unwind(AssertUnwindSafe(|| connection.poll(id))).is_err(), "a defect");
+            assert_eq!(kind(&connection), Some(ErrorKind::Internal));
+            assert_eq!(connection.poll(id).unwrap_err().kind(), ErrorKind::Internal);
+            assert!(!home.registry.retire(mr).unwrap().in_use(), "nothing touches memory any more");
+        }
+    });
+}
