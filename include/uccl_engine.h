@@ -985,7 +985,10 @@ int uccl_engine_update_fifo(struct FifoItem *fifo_item, uint64_t remote_addr, ui
  *
  * Threads: any.
  */
-int uccl_engine_get_ipc_info(uccl_engine_t *engine, size_t addr, char *ipc_buf, bool *has_ipc);
+int uccl_engine_get_ipc_info(uccl_engine_t *engine,
+                             size_t addr,
+                             char *ipc_buf,
+                             bool *has_ipc);
 
 /**
  * Points an IPC descriptor at a sub-range. Descriptors of this library are empty; the range is checked, the buffer stays as it is.
