@@ -112,7 +112,7 @@ impl Core {
         for _ in 0..READS {
             let (n, more) = self.control.read(&mut self.rx)?;
             if n > 0 {
-                self.machine.heard(n, self.rx.arriving(), now)?;
+                self.machine.heard(n, self.rx.arriving(), now);
                 // Part of a large frame.
                 any |= self.rx.arriving() > 0;
             }
@@ -123,6 +123,7 @@ impl Core {
                 self.machine.handle(frame, &mut self.channels, now)?;
                 self.rx.consume(len);
             }
+            self.machine.keeps(self.rx.kept())?;
             if !more {
                 break;
             }

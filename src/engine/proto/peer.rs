@@ -210,7 +210,8 @@ impl Machine {
     }
 
     fn on_chunks(&mut self, key: Key, grants: &[Grant], channels: &mut Channels) -> Result<()> {
-        grants.iter().try_for_each(|&grant| self.incoming.announce(key, grant, self.setting.chunk_bytes, channels))
+        grants.iter().try_for_each(|&grant| self.incoming.announce(key, grant, self.setting.chunk_bytes, channels))?;
+        self.peer.chunks(self.incoming.expected())
     }
 
     /// The peer's verdict on a transfer of this side. Which ones fit depends on its kind and on how far it is.
