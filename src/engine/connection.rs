@@ -6,7 +6,7 @@ use super::budget::Counted;
 use super::fifo::FifoItem;
 use super::home::{self, Driven};
 use super::pacing::{pause, Pause, Polls, Situation};
-use super::proto::{Machine, Scheduled, TransferState, MAX_BACKLOG};
+use super::proto::{is_farewell, Machine, Scheduled, TransferState, MAX_BACKLOG};
 use super::request::{self, Built, RequestBuilder};
 use super::transfer::{Direction, LocalSegment};
 use super::watch::Watch;
@@ -98,11 +98,15 @@ impl Core {
 
     /// A channel that the peer has closed tells less than the peer's farewell, which may be here.
     fn last_words(&mut self, error: Error, now: Instant) -> Error {
-        if error.kind() != ErrorKind::RemoteDisconnect {
+        if !matches!(error.kind(), ErrorKind::RemoteDisconnect | ErrorKind::Plugin) {
             return error;
         }
         match self.read(now) {
-            Err(e) if matches!(e.kind(), ErrorKind::RemoteDisconnect | ErrorKind::TimedOut) => e,
+            // What a plugin says of a failure counts for more than a bare end of the stream.
+            Err(e) if is_farewell(&e) || error.kind() == ErrorKind::RemoteDisconnect => match e.kind() {
+                ErrorKind::RemoteDisconnect | ErrorKind::TimedOut => e,
+                _ => error,
+            },
             _ => error,
         }
     }

@@ -26,6 +26,7 @@ pub(crate) use limits::MAX_BACKLOG;
 #[cfg(feature = "test-api")]
 pub(crate) use outgoing::tag;
 pub(crate) use outgoing::Scheduled;
+pub(crate) use peer::is_farewell;
 #[cfg(fuzzing)]
 pub(crate) use simulation::attacked;
 pub use transfers::TransferState;

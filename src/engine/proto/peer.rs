@@ -382,11 +382,16 @@ impl Machine {
 fn farewell(status: StatusCode, text: &str) -> Error {
     match status {
         UCCL_OK => err!(RemoteDisconnect, "the peer closed the connection"),
-        code if ErrorKind::from_code(code) == ErrorKind::TimedOut => {
-            err!(TimedOut, "the peer gave the connection up: {}", printable(text))
-        }
-        _ => err!(RemoteDisconnect, "the peer gave the connection up: {}", printable(text)),
+        code if ErrorKind::from_code(code) == ErrorKind::TimedOut => err!(TimedOut, "{GAVE_UP}: {}", printable(text)),
+        _ => err!(RemoteDisconnect, "{GAVE_UP}: {}", printable(text)),
     }
+}
+
+const GAVE_UP: &str = "the peer gave the connection up";
+
+/// Whether an error is a peer's farewell with a cause.
+pub(crate) fn is_farewell(error: &Error) -> bool {
+    error.to_str().starts_with(GAVE_UP)
 }
 
 /// A peer's text without what would steer a terminal or forge a line.
