@@ -341,6 +341,14 @@ typedef struct uccl_stats_t {
    * Chunks scattered to device memory.
    */
   uint64_t unpacked_chunks;
+  /**
+   * Microseconds from handing a chunk over for gathering until it was gathered, of all chunks together.
+   */
+  uint64_t pack_us;
+  /**
+   * Microseconds from handing a chunk over for scattering until it was in place, of all chunks together.
+   */
+  uint64_t unpack_us;
 } uccl_stats_t;
 
 /**
@@ -459,6 +467,14 @@ typedef struct uccl_conn_stats_t {
    * Chunks scattered to device memory.
    */
   uint64_t unpacked_chunks;
+  /**
+   * Microseconds from handing a chunk over for gathering until it was gathered, of all chunks together.
+   */
+  uint64_t pack_us;
+  /**
+   * Microseconds from handing a chunk over for scattering until it was in place, of all chunks together.
+   */
+  uint64_t unpack_us;
 } uccl_conn_stats_t;
 
 /**
@@ -549,6 +565,14 @@ typedef struct uccl_channel_stats_t {
    * Name of the channel's NIC, NUL-terminated, cut to 31 bytes.
    */
   char nic[32];
+  /**
+   * Microseconds from handing a chunk over for gathering until it was gathered, of all chunks together.
+   */
+  uint64_t pack_us;
+  /**
+   * Microseconds from handing a chunk over for scattering until it was in place, of all chunks together.
+   */
+  uint64_t unpack_us;
 } uccl_channel_stats_t;
 
 /**

@@ -1,7 +1,10 @@
-//! Words of the configuration about addresses: what the listening port is bound to, and which networks may connect. Pure.
+//! Words of the configuration about addresses: what the listening port is bound to, which networks may connect, and where statistics are
+//! offered. Pure.
 
 use crate::status::{bail, Result};
-use std::net::IpAddr;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 
 /// What the listening port is bound to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -104,6 +107,58 @@ impl AllowList {
     }
 }
 
+/// Where statistics are offered.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Target {
+    /// A Unix socket.
+    Unix(PathBuf),
+    /// A TCP address.
+    Tcp(SocketAddr),
+    /// A file.
+    File(PathBuf),
+}
+
+impl Target {
+    /// Reads unix:PATH, HOST:PORT, PORT or FILE. %p in a path stands for the number of the process.
+    ///
+    /// # Errors
+    /// `InvalidArgument`.
+    pub(crate) fn parse(text: &str) -> Result<Target> {
+        let path = |text: &str| PathBuf::from(text.replace("%p", &std::process::id().to_string()));
+        if let Some(rest) = text.strip_prefix("unix:") {
+            // The kernel's limit, less the terminator.
+            if rest.is_empty() || path(rest).as_os_str().len() > 107 {
+                bail!(InvalidArgument, "a Unix socket needs a path of 1 to 107 bytes");
+            }
+            return Ok(Target::Unix(path(rest)));
+        }
+        if text.contains('/') {
+            return Ok(Target::File(path(text)));
+        }
+        let port = text.strip_prefix(':').or_else(|| text.strip_prefix("localhost:")).unwrap_or(text);
+        if let Ok(port @ 1..) = port.parse::<u16>() {
+            return Ok(Target::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, port))));
+        }
+        match text.parse::<SocketAddr>() {
+            Ok(address) if address.port() != 0 => Ok(Target::Tcp(address)),
+            _ => bail!(
+                InvalidArgument,
+                "expected unix:PATH, ADDRESS:PORT, PORT (of the loopback address), or the path of a file with a /"
+            ),
+        }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Target::Unix(path) => write!(f, "unix:{}", path.display()),
+            Target::Tcp(address) => write!(f, "{address}"),
+            Target::File(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -140,6 +195,21 @@ mod tests {
         for bad in ["10.0.0.0/33", "10.0.0/8", "eth0", "10.0.0.0/-1", "10.0.0.0/+8", "::/129", "10.0.0.0/", "10.0.0.1/8/8", "/8"]
         {
             assert!(AllowList::parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn targets_are_read() {
+        let ok = |text: &str| Target::parse(text).unwrap();
+        assert_eq!(ok("9400").to_string(), "127.0.0.1:9400");
+        assert_eq!(ok(":9400"), ok("localhost:9400"));
+        assert_eq!(ok("[::1]:9400").to_string(), "[::1]:9400");
+        assert_eq!(ok("0.0.0.0:9400").to_string(), "0.0.0.0:9400");
+        assert_eq!(ok("unix:/run/x.sock"), Target::Unix("/run/x.sock".into()));
+        assert_eq!(ok("/run/x-%p.prom"), Target::File(format!("/run/x-{}.prom", std::process::id()).into()));
+        for bad in ["", "0", "host:9400", "1.2.3.4", "1.2.3.4:0", "70000", "unix:", "file", &format!("unix:/{}", "x".repeat(120))]
+        {
+            assert!(Target::parse(bad).is_err(), "{bad}");
         }
     }
 

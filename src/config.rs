@@ -8,8 +8,7 @@ mod table;
 pub use docs::document;
 pub use table::{Kind, Variable, VARIABLES};
 
-use crate::addresses::{AllowList, Bind};
-use crate::stats::export::Target;
+use crate::addresses::{AllowList, Bind, Target};
 use crate::status::{bail, Result};
 use crate::types::Protect;
 use source::{parse_number, strtoll, Source};
@@ -111,6 +110,17 @@ fn plugin_limit(source: Source<'_>) -> Result<Option<usize>> {
     }
 }
 
+/// Refuses settings of GPUDirect-TCPX with which it would end the process.
+pub(crate) fn check_tcpx() -> Result<()> {
+    let name = table::INLINE_THRESHOLD.name;
+    match Source::default().get(&table::INLINE_THRESHOLD)? {
+        Some(text) if strtoll(&text).0 != 0 => {
+            bail!(InvalidArgument, "{name}={text}: GPUDirect-TCPX would read memory of a GPU on the CPU; unset it")
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Largest message of a plugin that starts now: what the user gave, else 512 KiB, or the chunks that the environment asks for where the
 /// plugin `follows` them.
 pub(crate) fn message_limit(follows: bool) -> Result<usize> {
@@ -154,7 +164,7 @@ fn tell_unknown() {
     let names: Vec<String> = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()).collect();
     for line in source::unknown(names.iter().map(String::as_str)) {
         if TOLD.get().lock().insert(line.clone()) {
-            crate::logging::init();
+            crate::logging::init(log_level());
             log::warn!("{line}");
         }
     }

@@ -1,6 +1,6 @@
-//! The log, at the level of UCCL_P2P_LOG_LEVEL: lines go to standard error through env_logger, or to a function of the application
+//! The log: lines go to standard error through env_logger, or to a function of the application
 //! (`delivery`); where the process has a logger of its own, that one gets them. And the limit on lines that a peer can cause. Knows
-//! nothing of engines and connections.
+//! nothing of settings, engines and connections.
 
 mod delivery;
 
@@ -34,13 +34,13 @@ impl log::Log for Log {
     fn flush(&self) {}
 }
 
-/// Puts another callback in force, or none. What was logged before reaches the one before, if that takes it soon; on return no call of
+/// Puts another callback in force, or none; `level` as for [`init`]. What was logged before reaches the one before, if that takes it soon; on return no call of
 /// it runs.
 ///
 /// # Errors
 /// `InvalidArgument` inside a callback, `Unsupported` where the process has a logger of its own, `Resource` without a thread.
-pub(crate) fn set_callback(callback: Option<Callback>) -> Result<()> {
-    init();
+pub(crate) fn set_callback(callback: Option<Callback>, level: log::LevelFilter) -> Result<()> {
+    init(level);
     if delivery::inside() {
         bail!(InvalidArgument, "the log callback cannot be changed inside a log callback");
     }
@@ -53,11 +53,10 @@ pub(crate) fn set_callback(callback: Option<Callback>) -> Result<()> {
 /// Whether this library's logger is the one of the process.
 static OURS: AtomicBool = AtomicBool::new(false);
 
-/// Installs the logger, once. Done by the first engine.
-pub(crate) fn init() {
+/// Installs the logger at this level, once. Done by the first engine.
+pub(crate) fn init(level: log::LevelFilter) {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        let level = crate::config::log_level();
         // RUST_LOG, where it is set, narrows modules further.
         let env = env_logger::Env::default();
         let mut builder = env_logger::Builder::new();

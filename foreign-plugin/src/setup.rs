@@ -5,10 +5,11 @@ use crate::memory::lock;
 use crate::rules::{counters, settings, up, violation};
 use nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
 use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 /// Data sockets of a comm, and threads that serve them.
@@ -60,7 +61,23 @@ fn put(handle: &mut Handle, at: usize, bytes: &[u8]) {
     handle[at..at + bytes.len()].copy_from_slice(bytes);
 }
 
+/// Bytes of a socket address, of which an IPv4 one uses the first eight.
+const ADDRESS: usize = 28;
+
+/// What was on the stack when TCPX took down the addresses of its interfaces: another thing in every process.
+fn litter() -> &'static [u8; ADDRESS] {
+    static LITTER: OnceLock<[u8; ADDRESS]> = OnceLock::new();
+    LITTER.get_or_init(|| {
+        let mut bytes = [0; ADDRESS];
+        for chunk in bytes.chunks_mut(8) {
+            chunk.copy_from_slice(&RandomState::new().hash_one(0).to_ne_bytes()[..chunk.len()]);
+        }
+        bytes
+    })
+}
+
 fn put_address(handle: &mut Handle, at: usize, address: Ipv4Addr, port: u16) {
+    put(handle, at, litter());
     put(handle, at, &(libc::AF_INET as u16).to_ne_bytes());
     put(handle, at + 2, &port.to_be_bytes());
     put(handle, at + 4, &address.octets());
@@ -96,7 +113,7 @@ impl ListenComm {
             let (listeners, dead) = (self.listeners.clone(), settings().devices[self.dev].dead);
             std::thread::spawn(move || {
                 // These threads write to sockets too, with the signal mask of the caller that made them.
-                crate::comm::raise_sigpipe();
+                crate::rules::raise_sigpipe();
                 std::thread::sleep(settings().accept_time);
                 if !dead {
                     let result = gather(&listeners);
@@ -163,7 +180,7 @@ pub(crate) fn connect(dev: usize, handle: &mut Handle) -> Result<Option<Sockets>
         connects.insert(key, Connect { outcome: outcome.clone(), buffer });
         let (from, dead) = settings().devices.get(dev).map_or((Ipv4Addr::LOCALHOST, true), |d| (d.address, d.dead));
         std::thread::spawn(move || {
-            crate::comm::raise_sigpipe();
+            crate::rules::raise_sigpipe();
             std::thread::sleep(settings().connect_time);
             if !dead {
                 let result = dial(from, target);
@@ -190,12 +207,11 @@ fn check_fresh(handle: &Handle) -> [SocketAddr; 2] {
     let inet = |at: usize| i32::from(u16::from_ne_bytes([handle[at], handle[at + 1]])) == libc::AF_INET;
     let empty = |range: std::ops::Range<usize>| handle[range].iter().all(|&b| b == 0);
     let fresh = inet(0)
-        && empty(8..UNUSED_AT)
         && u32_at(SOCKETS_AT) == SOCKETS as u32
         && u32_at(THREADS_AT) == THREADS
         && empty(REDIRECT_AT..CONTROL_AT)
         && inet(CONTROL_AT)
-        && empty(CONTROL_AT + 8..NCCL_NET_HANDLE_MAXSIZE);
+        && empty(CONTROL_AT + ADDRESS..NCCL_NET_HANDLE_MAXSIZE);
     if !fresh {
         violation!("bytes that are no fresh handle reached connect: {handle:02x?}");
     }

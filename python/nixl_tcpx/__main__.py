@@ -1,7 +1,8 @@
-"""python -m nixl_tcpx info | perf ... | doctor | plugin-dir
+"""python -m nixl_tcpx info | perf ... | top ... | doctor | plugin-dir
 
 info        versions, paths, and what the library sees on this host (arguments go to tcpx-info)
 perf        measures between two hosts or within one (arguments go to tcpx-perf)
+top         what the connections of a running process do (arguments go to tcpx-top)
 doctor      moves data between two agents and says what is wrong where that fails
 plugin-dir  prints the directory for NIXL_PLUGIN_DIR
 """
@@ -16,9 +17,9 @@ def main():
     word, arguments = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
     if word == "info":
         return _doctor.info(arguments)
-    if word == "perf":
+    if word in ("perf", "top"):
         sys.argv[1:] = arguments
-        return _tools.perf()
+        return getattr(_tools, word)()
     if word == "doctor" and not arguments:
         return _doctor.doctor()
     if word == "plugin-dir" and not arguments:

@@ -21,6 +21,11 @@ def perf():
     _become("tcpx-perf", sys.argv[1:])
 
 
+def top():
+    """tcpx-top: what the connections of a running process do."""
+    _become("tcpx-top", sys.argv[1:])
+
+
 def path(name):
     """Where a program is."""
     return str(pathlib.Path(__file__).parent / "bin" / name)

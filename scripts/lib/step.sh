@@ -16,23 +16,55 @@ counted() { grep -aE '^test result|tests passed|passed, [0-9]+ failed' "$1" | aw
 
 # step NAME [-t SECONDS] COMMAND...: runs it, keeps its output, counts it. Exit status 77 means skipped. Exported functions are commands.
 step() {
-  local name=$1 limit=$STEP_SECONDS log rc start=$SECONDS
+  local name=$1 limit=$STEP_SECONDS log start=$SECONDS
   shift
   if [ "$1" = -t ]; then
     limit=$2
     shift 2
   fi
   wanted "$name" || return 0
-  log=$logs/${name//[^A-Za-z0-9]/_}.log
+  log=$(log_of "$name")
   timeout "$limit" bash -c '"$@"' _ "$@" >"$log" 2>&1
-  rc=$?
+  report "$name" $? $((SECONDS - start))
+}
+
+# beside LANE NICENESS NAME COMMAND...: as step, but beside the steps that follow. What is in one lane runs in order, one at a time; a
+# lane that does not exist yet starts now. `conclude` waits for all and counts them.
+declare -A lane_pid=()
+beside_names=()
+beside() {
+  local lane=$1 nice=$2 name=$3 log before=${lane_pid[$1]:-}
+  shift 3
+  wanted "$name" || return 0
+  log=$(log_of "$name")
+  rm -f "$log.outcome"
+  (
+    [ -z "$before" ] || tail --pid="$before" -f /dev/null
+    start=$SECONDS
+    # What is nice gets little of a busy machine.
+    nice -n "$nice" timeout $((2 * STEP_SECONDS)) bash -c '"$@"' _ "$@" >"$log" 2>&1
+    echo "$? $((SECONDS - start))" >"$log.outcome"
+  ) &
+  lane_pid[$lane]=$!
+  beside_names+=("$name")
+}
+
+# join LANE: waits until all of a lane has run
+join() { [ -z "${lane_pid[$1]:-}" ] || tail --pid="${lane_pid[$1]}" -f /dev/null; }
+
+log_of() { echo "$logs/${1//[^A-Za-z0-9]/_}.log"; }
+
+# report NAME STATUS SECONDS
+report() {
+  local name=$1 rc=$2 log
+  log=$(log_of "$name")
   case $rc in
-    0) passed=$((passed + 1)); echo "ok       $name ($((SECONDS - start)) s)$(counted "$log")" ;;
+    0) passed=$((passed + 1)); echo "ok       $name ($3 s)$(counted "$log")" ;;
     77) skip "$name" "$(grep -a SKIPPED "$log" | head -1 | sed 's/^SKIPPED[: ]*//')" ;;
-    *) fail "$name" "status $rc, end of $log:" "$log" ;;
+    *) fail "$name" "status $rc after $3 s, end of $log:" "$log" ;;
   esac
   # A test inside a step that was skipped shows here too.
-  [ $rc = 77 ] || grep -a '^SKIPPED' "$log" | sed "s/^/         $name: /"
+  [ "$rc" = 77 ] || grep -a '^SKIPPED' "$log" | sed "s/^/         $name: /"
 }
 
 # skip NAME WHY
@@ -51,6 +83,12 @@ fail() {
 
 # The counts, and the exit status of the script.
 conclude() {
+  local name outcome
+  wait
+  for name in "${beside_names[@]}"; do
+    read -ra outcome <"$(log_of "$name").outcome" || outcome=(1 0)
+    report "$name" "${outcome[@]}"
+  done
   echo
   [ $failed = 0 ] || printf 'failed: %s\n' "${failures[@]}"
   echo "$passed passed, $failed failed, $skipped skipped"

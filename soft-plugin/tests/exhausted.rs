@@ -2,28 +2,14 @@
 #![allow(missing_docs)]
 
 mod common;
+#[path = "common/lines.rs"]
+mod log_lines;
 
-use std::sync::Mutex;
 use std::time::Instant;
 
 use common::*;
+use log_lines::{collect, lines};
 use nccl_net_abi::*;
-
-static LINES: Mutex<Vec<String>> = Mutex::new(Vec::new());
-
-struct Collect;
-
-impl log::Log for Collect {
-    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
-        true
-    }
-
-    fn log(&self, record: &log::Record<'_>) {
-        LINES.lock().unwrap().push(record.args().to_string());
-    }
-
-    fn flush(&self) {}
-}
 
 fn limit(most: libc::rlim_t) -> libc::rlim_t {
     let mut limits = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
@@ -42,8 +28,7 @@ fn errno() -> i32 {
 
 #[test]
 fn running_out_of_descriptors_is_told_as_such() {
-    log::set_logger(&Collect).unwrap();
-    log::set_max_level(log::LevelFilter::Info);
+    collect();
     setup(&[("UCCL_TCPX_SOFT_THREADS", "1")]);
     drop(pair());
     let (listener, handle) = listen();
@@ -63,7 +48,7 @@ fn running_out_of_descriptors_is_told_as_such() {
     }
     limit(before);
     drop(hoard);
-    let lines = LINES.lock().unwrap().iter().filter(|l| l.contains("out of file descriptors")).count();
+    let lines = lines().iter().filter(|l| l.contains("out of file descriptors")).count();
     assert!(lines >= 1 && lines <= 1 + start.elapsed().as_secs() as usize, "{lines} lines for 600 calls");
     // A peer that is gone is something else.
     let (gone, mut nobody) = listen();

@@ -47,7 +47,8 @@ pub extern "C" fn uccl_engine_set_log_callback(callback: uccl_log_callback_t, us
     status(|| {
         // `user` is only handed on: NULL is as good as any.
         let _ = user.is_null();
-        crate::logging::set_callback(callback.map(|call| crate::logging::Callback { call, user }))?;
+        let callback = callback.map(|call| crate::logging::Callback { call, user });
+        crate::logging::set_callback(callback, crate::config::log_level())?;
         Ok(UCCL_OK)
     })
 }

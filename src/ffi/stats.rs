@@ -84,6 +84,10 @@ pub struct uccl_stats_t {
     pub packed_chunks: u64,
     /// Chunks scattered to device memory.
     pub unpacked_chunks: u64,
+    /// Microseconds from handing a chunk over for gathering until it was gathered, of all chunks together.
+    pub pack_us: u64,
+    /// Microseconds from handing a chunk over for scattering until it was in place, of all chunks together.
+    pub unpack_us: u64,
 }
 
 /// What a connection counts. `size`: as in uccl_stats_t.
@@ -147,6 +151,10 @@ pub struct uccl_conn_stats_t {
     pub packed_chunks: u64,
     /// Chunks scattered to device memory.
     pub unpacked_chunks: u64,
+    /// Microseconds from handing a chunk over for gathering until it was gathered, of all chunks together.
+    pub pack_us: u64,
+    /// Microseconds from handing a chunk over for scattering until it was in place, of all chunks together.
+    pub unpack_us: u64,
 }
 
 /// What a data channel counts. `size`: as in uccl_stats_t.
@@ -196,6 +204,10 @@ pub struct uccl_channel_stats_t {
     pub min_rtt_us: u64,
     /// Name of the channel's NIC, NUL-terminated, cut to 31 bytes.
     pub nic: [c_char; 32],
+    /// Microseconds from handing a chunk over for gathering until it was gathered, of all chunks together.
+    pub pack_us: u64,
+    /// Microseconds from handing a chunk over for scattering until it was in place, of all chunks together.
+    pub unpack_us: u64,
 }
 
 /// What an engine and its connections count.
@@ -304,11 +316,23 @@ unsafe fn fill<T: Copy>(stats: *mut T, value: impl FnOnce() -> Result<T>) -> Res
     Ok(UCCL_OK)
 }
 
+/// A structure of the C ABI: its own numbers, then the totals, which its engine or connection has under the same names.
+macro_rules! with_totals {
+    ($type:ident, $totals:expr, { $($own:ident: $value:expr,)* }) => {
+        with_totals!(@ $type, $totals, { $($own: $value,)* },
+            sent_bytes sent_chunks received_bytes received_chunks inline_sent_bytes inline_received_bytes
+            transfers_started transfers_completed transfers_failed peer_transfers refused refused_by_peer
+            control_sent_bytes control_received_bytes notifications_sent notifications_received stalls slow_answers
+            packed_chunks unpacked_chunks pack_us unpack_us)
+    };
+    (@ $type:ident, $totals:expr, { $($own:ident: $value:expr,)* }, $($name:ident)*) => {
+        $type { size: size_of::<$type>(), $($own: $value,)* $($name: $totals.$name,)* }
+    };
+}
+
 impl From<&EngineStats> for uccl_stats_t {
     fn from(stats: &EngineStats) -> uccl_stats_t {
-        let t = &stats.totals;
-        uccl_stats_t {
-            size: size_of::<uccl_stats_t>(),
+        with_totals!(uccl_stats_t, stats.totals, {
             uptime_ms: stats.uptime.as_millis() as u64,
             connections: stats.connections.len() as u64,
             connections_opened: stats.opened,
@@ -322,35 +346,13 @@ impl From<&EngineStats> for uccl_stats_t {
             limits_hit: stats.limits_hit,
             timeouts: stats.timeouts,
             notifications_waiting: stats.notifications_waiting,
-            sent_bytes: t.sent_bytes,
-            sent_chunks: t.sent_chunks,
-            received_bytes: t.received_bytes,
-            received_chunks: t.received_chunks,
-            inline_sent_bytes: t.inline_sent_bytes,
-            inline_received_bytes: t.inline_received_bytes,
-            transfers_started: t.transfers_started,
-            transfers_completed: t.transfers_completed,
-            transfers_failed: t.transfers_failed,
-            peer_transfers: t.peer_transfers,
-            refused: t.refused,
-            refused_by_peer: t.refused_by_peer,
-            control_sent_bytes: t.control_sent_bytes,
-            control_received_bytes: t.control_received_bytes,
-            notifications_sent: t.notifications_sent,
-            notifications_received: t.notifications_received,
-            stalls: t.stalls,
-            slow_answers: t.slow_answers,
-            packed_chunks: t.packed_chunks,
-            unpacked_chunks: t.unpacked_chunks,
-        }
+        })
     }
 }
 
 impl From<&ConnectionStats> for uccl_conn_stats_t {
     fn from(stats: &ConnectionStats) -> uccl_conn_stats_t {
-        let t = &stats.totals;
-        uccl_conn_stats_t {
-            size: size_of::<uccl_conn_stats_t>(),
+        with_totals!(uccl_conn_stats_t, stats.totals, {
             id: stats.id,
             up: stats.error.is_none().into(),
             age_ms: stats.age.as_millis() as u64,
@@ -358,27 +360,7 @@ impl From<&ConnectionStats> for uccl_conn_stats_t {
             channels: stats.channels.len() as u64,
             transfers_in_flight: stats.in_flight,
             backlog_bytes: stats.backlog_bytes,
-            sent_bytes: t.sent_bytes,
-            sent_chunks: t.sent_chunks,
-            received_bytes: t.received_bytes,
-            received_chunks: t.received_chunks,
-            inline_sent_bytes: t.inline_sent_bytes,
-            inline_received_bytes: t.inline_received_bytes,
-            transfers_started: t.transfers_started,
-            transfers_completed: t.transfers_completed,
-            transfers_failed: t.transfers_failed,
-            peer_transfers: t.peer_transfers,
-            refused: t.refused,
-            refused_by_peer: t.refused_by_peer,
-            control_sent_bytes: t.control_sent_bytes,
-            control_received_bytes: t.control_received_bytes,
-            notifications_sent: t.notifications_sent,
-            notifications_received: t.notifications_received,
-            stalls: t.stalls,
-            slow_answers: t.slow_answers,
-            packed_chunks: t.packed_chunks,
-            unpacked_chunks: t.unpacked_chunks,
-        }
+        })
     }
 }
 
@@ -412,6 +394,8 @@ impl From<&ChannelStats> for uccl_channel_stats_t {
             rtt_us: network.rtt_us.into(),
             min_rtt_us: network.min_rtt_us.into(),
             nic,
+            pack_us: stats.pack_us,
+            unpack_us: stats.unpack_us,
         }
     }
 }

@@ -1,11 +1,13 @@
-//! The 128 bytes that name a listen comm: what can be checked of a peer's before the plugin sees them, and the address inside. TCPX keeps
-//! pointers and an index in them, so bytes of a peer must look like a fresh handle of our own.
+//! The 128 bytes that name a listen comm: what of a peer's the plugin gets to see, and the address inside. TCPX keeps pointers and an
+//! index in them, so a peer's bytes go no further than they must.
 
-use super::comm::Handle;
 use super::traits::HandleCheck;
 use crate::status::{bail, Result};
 use nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+/// The 128 bytes that name a listen comm to the peer.
+pub(crate) type Handle = [u8; NCCL_NET_HANDLE_MAXSIZE];
 
 /// Bytes of a socket address in a TCPX handle: one for data at its beginning, one for control behind the numbers of sockets and threads
 /// and a flag.
@@ -23,49 +25,53 @@ fn family(handle: &Handle, at: usize) -> i32 {
     i32::from(u16::from_ne_bytes([handle[at], handle[at + 1]]))
 }
 
-/// Refuses a peer's handle that is not made like `own`, a fresh one of ours.
-pub(super) fn check(how: HandleCheck, own: &Handle, peer: &Handle) -> Result<()> {
+/// The handle to connect with: what a peer's names, in the form of `own`, a fresh one of ours. Refuses one that is not made alike.
+pub(super) fn admit(how: HandleCheck, own: &Handle, peer: &Handle) -> Result<Handle> {
     match how {
-        HandleCheck::Own => Ok(()),
-        HandleCheck::Tcpx => check_tcpx(own, peer),
+        HandleCheck::Own => Ok(*peer),
+        HandleCheck::Tcpx => admit_tcpx(own, peer),
         HandleCheck::Tail => {
             let used = own.iter().rposition(|&b| b != 0).map_or(0, |last| last + 1).next_multiple_of(16);
-            match peer[used..].iter().position(|&b| b != 0) {
-                Some(at) => bail!(Protocol, "the peer's handle is not a fresh one: byte {} is set", used + at),
-                None => Ok(()),
-            }
+            fresh_from(used, peer)?;
+            Ok(*peer)
         }
     }
 }
 
-fn check_tcpx(own: &Handle, peer: &Handle) -> Result<()> {
+fn fresh_from(used: usize, peer: &Handle) -> Result<()> {
+    match peer[used..].iter().position(|&b| b != 0) {
+        Some(at) => bail!(Protocol, "the peer's handle is not a fresh one: byte {} is set", used + at),
+        None => Ok(()),
+    }
+}
+
+/// Takes the two addresses from the peer and everything else from `own`. Bytes behind an IPv4 address are what was on the plugin's
+/// stack: they differ from process to process and mean nothing.
+fn admit_tcpx(own: &Handle, peer: &Handle) -> Result<Handle> {
+    let mut admitted = *own;
     for at in [0, CONTROL_AT] {
         let (ours, theirs) = (family(own, at), family(peer, at));
         if ours != theirs {
             bail!(Protocol, "the peer's handle has an address of family {theirs}, ours has {ours}");
         }
+        let len = match ours {
+            libc::AF_INET => 8,
+            libc::AF_INET6 => ADDRESS,
+            other => bail!(Protocol, "a handle of this plugin has an address of family {other}"),
+        };
+        admitted[at..at + len].copy_from_slice(&peer[at..at + len]);
     }
-    for at in (0..NCCL_NET_HANDLE_MAXSIZE).step_by(4) {
-        let (ours, theirs) = (word(own, at), word(peer, at));
-        // An IPv4 address ends after 8 bytes; what follows is as empty as ours.
-        let address = [0, CONTROL_AT].into_iter().any(|start| {
-            let len = if family(own, start) == libc::AF_INET6 { ADDRESS } else { 8 };
-            family(own, start) != 0 && (start..start + len).contains(&at)
-        });
-        if address || ours == theirs {
-            continue;
-        }
-        if at == SOCKETS_AT || at == THREADS_AT {
-            let [a, b] = [ours, theirs].map(u32::from_ne_bytes);
-            let what = if at == SOCKETS_AT { "sockets" } else { "threads" };
+    for (at, what) in [(SOCKETS_AT, "sockets"), (THREADS_AT, "threads")] {
+        let [a, b] = [own, peer].map(|handle| u32::from_ne_bytes(word(handle, at)));
+        if a != b {
             bail!(Protocol, "the peer uses {b} {what} a channel (NCCL_NSOCKS_PERTHREAD, NCCL_SOCKET_NTHREADS), this side {a}");
         }
-        if at == REDIRECT_AT && [ours[0], theirs[0]] != [1, 1] && theirs[0] <= 1 && theirs[1..] == ours[1..] {
-            bail!(Protocol, "NCCL_GPUDIRECTTCPX_CTRL_DEV is set on one side only");
-        }
-        bail!(Protocol, "the peer's handle is not like a fresh one of ours: bytes {at} to {} differ", at + 3);
     }
-    Ok(())
+    if own[REDIRECT_AT] != peer[REDIRECT_AT] {
+        bail!(Protocol, "NCCL_GPUDIRECTTCPX_CTRL_DEV is set on one side only");
+    }
+    fresh_from(CONTROL_AT + ADDRESS, peer)?;
+    Ok(admitted)
 }
 
 /// The address for data that a handle names, as far as its layout is known.
@@ -75,7 +81,11 @@ pub(super) fn address(how: HandleCheck, handle: &Handle) -> Option<SocketAddr> {
 
 /// All addresses that a handle names: for data, and for control.
 pub(super) fn addresses(how: HandleCheck, handle: &Handle) -> impl Iterator<Item = SocketAddr> {
-    let both = [0, CONTROL_AT].map(|at| if how == HandleCheck::Tcpx { address_at(handle, at) } else { None });
+    let both = match how {
+        HandleCheck::Own => [soft_plugin::address_of(handle), None],
+        HandleCheck::Tcpx => [0, CONTROL_AT].map(|at| address_at(handle, at)),
+        HandleCheck::Tail => [None, None],
+    };
     both.into_iter().flatten()
 }
 
@@ -110,32 +120,43 @@ mod tests {
     }
 
     #[test]
-    fn only_handles_like_our_own_pass() {
+    fn only_the_addresses_come_from_the_peer() {
         let own = fresh([10, 0, 0, 5], 4000, 2);
         let peer = fresh([10, 128, 3, 0], 512, 2);
-        assert_eq!(check(HandleCheck::Tcpx, &own, &peer), Ok(()));
+        assert_eq!(admit(HandleCheck::Tcpx, &own, &peer), Ok(peer));
         assert_eq!(address(HandleCheck::Tcpx, &peer), Some("10.128.3.0:512".parse().unwrap()));
-        assert!(check(HandleCheck::Tcpx, &own, &fresh([10, 0, 0, 6], 1, 3)).is_err(), "another number of sockets");
-        assert!(check(HandleCheck::Tcpx, &own, &[0xFF; 128]).is_err());
         let both: Vec<_> = addresses(HandleCheck::Tcpx, &peer).collect();
         assert_eq!(both, ["10.128.3.0:512", "10.128.3.0:513"].map(|a| a.parse().unwrap()));
-        for at in (0..2).chain(8..50).chain(56..128) {
+        assert!(admit(HandleCheck::Tcpx, &own, &fresh([10, 0, 0, 6], 1, 3)).is_err(), "another number of sockets");
+        assert!(admit(HandleCheck::Tcpx, &own, &[0xFF; 128]).is_err());
+        assert!(admit(HandleCheck::Tcpx, &[0; 128], &[0; 128]).is_err(), "no address at all");
+        // What says how the comm is made, or becomes a pointer, is refused.
+        for at in (0..2).chain(36..45).chain(48..50).chain(76..128) {
             let mut bad = peer;
             bad[at] ^= 0x80;
-            assert!(check(HandleCheck::Tcpx, &own, &bad).is_err(), "byte {at}");
+            assert!(admit(HandleCheck::Tcpx, &own, &bad).is_err(), "byte {at}");
+        }
+        // The rest is ours, whatever the peer's stack left there.
+        for at in (8..36).chain(45..48).chain(56..76) {
+            let mut odd = peer;
+            odd[at] ^= 0x80;
+            assert_eq!(admit(HandleCheck::Tcpx, &own, &odd), Ok(peer), "byte {at}");
         }
     }
 
     #[test]
     fn an_ipv6_address_may_have_any_bytes() {
         let mut own = fresh([0; 4], 1, 2);
-        own[..2].copy_from_slice(&(libc::AF_INET6 as u16).to_ne_bytes());
-        own[23] = 1;
+        for at in [0, CONTROL_AT] {
+            own[at..at + 2].copy_from_slice(&(libc::AF_INET6 as u16).to_ne_bytes());
+            own[at + 23] = 1;
+        }
         let mut peer = own;
         peer[8..24].fill(0xAB);
-        assert_eq!(check(HandleCheck::Tcpx, &own, &peer), Ok(()));
+        peer[56..72].fill(0xCD);
+        assert_eq!(admit(HandleCheck::Tcpx, &own, &peer), Ok(peer));
         peer[80] = 1;
-        assert!(check(HandleCheck::Tcpx, &own, &peer).is_err());
+        assert!(admit(HandleCheck::Tcpx, &own, &peer).is_err());
     }
 
     #[test]
@@ -144,8 +165,8 @@ mod tests {
         own[..20].fill(7);
         let mut peer = [0; NCCL_NET_HANDLE_MAXSIZE];
         peer[..32].fill(9);
-        assert_eq!(check(HandleCheck::Tail, &own, &peer), Ok(()));
+        assert_eq!(admit(HandleCheck::Tail, &own, &peer), Ok(peer));
         peer[32] = 1;
-        assert!(check(HandleCheck::Tail, &own, &peer).is_err());
+        assert!(admit(HandleCheck::Tail, &own, &peer).is_err());
     }
 }

@@ -1,7 +1,7 @@
 //! Loading a NCCL net plugin and calling its table. A plugin is initialised once per process and never unloaded. Every call of a
 //! plugin goes through here, with the locks and the signal mask that its traits ask for; rules of order live in `comm`.
 
-use super::registrations::Registrations;
+use super::registrations::{MHandle, Registrar, Registrations};
 use super::search;
 use super::secure::{Guard, Secret};
 use super::signals::Quiet;
@@ -38,7 +38,7 @@ pub struct Device {
     pub name: String,
     /// Directory of the PCI device under /sys, if it is one.
     pub pci_path: Option<String>,
-    /// Mbit/s.
+    /// Mbit/s; 0 where it is unknown.
     pub speed_mbps: i32,
     /// Or of NCCL_PTR_HOST (1), NCCL_PTR_CUDA (2), NCCL_PTR_DMABUF (4).
     pub ptr_support: i32,
@@ -157,6 +157,9 @@ impl Plugin {
             if ext.is_some() {
                 return Plugin::start(table, ext, Some(path.to_owned()), &None);
             }
+            if is_tcpx(&table.name()) {
+                crate::config::check_tcpx()?;
+            }
             set_chunk_size(config);
             // Google's plugin follows the current GPU from its init on.
             Plugin::start(table, ext, Some(path.to_owned()), &gpu()?)
@@ -170,11 +173,6 @@ impl Plugin {
         } else {
             self.limit
         }
-    }
-
-    /// The registrations of this process: those of a parent are its own.
-    pub(super) fn registrations(&self) -> &'static Registrations {
-        self.registrations.get()
     }
 
     fn start(table: &'static dyn NetTable, ext: Option<Ext>, path: Option<PathBuf>, scope: &Scope) -> Result<Plugin> {
@@ -244,12 +242,16 @@ impl Plugin {
         let _one = self.traits.serial_setup.then(|| SETUP.get().lock());
         let answer = call();
         let failed = matches!(answer, Some(abi::NCCL_SYSTEM_ERROR | abi::NCCL_INTERNAL_ERROR));
-        if failed && matches!(name, "listen" | "connect" | "accept" | "regMr") {
+        if failed && matches!(name, "listen" | "connect" | "accept" | "regMr" | "ready" | "acceptSend" | "connectRecv") {
             // The software plugin leaves the cause in errno.
             let errno = std::io::Error::last_os_error().raw_os_error();
             let told = self.ext.is_some() && matches!(errno, Some(libc::EMFILE | libc::ENFILE));
             if told || !descriptors_left(1) {
                 bail!(Resource, "plugin {}: {name} failed: out of file descriptors (ulimit -n)", self.name);
+            }
+            if let (true, Some(libc::EADDRINUSE), Some(range)) = (self.ext.is_some(), errno, soft_plugin::port_range()) {
+                let (low, high) = (range.start(), range.end());
+                bail!(System, "plugin {}: {name}: every port of UCCL_TCPX_PORT_RANGE={low}-{high} is in use", self.name);
             }
             if let (true, Some(errno @ 1..)) = (self.ext.is_some(), errno) {
                 bail!(Plugin, "plugin {}: {name}: {}", self.name, std::io::Error::from_raw_os_error(errno));
@@ -269,6 +271,14 @@ impl Plugin {
 }
 
 impl Device {
+    /// Its speed, in words.
+    pub fn speed(&self) -> String {
+        match self.speed_mbps {
+            mbps @ 1.. => format!("{mbps} Mbit/s"),
+            _ => "speed unknown".to_owned(),
+        }
+    }
+
     fn new(dev: usize, p: Properties) -> Device {
         Device {
             name: p.name.unwrap_or_else(|| format!("dev{dev}")),
@@ -276,6 +286,38 @@ impl Device {
             speed_mbps: p.speed_mbps,
             ptr_support: p.ptr_support,
             unpack: p.device_type == abi::NCCL_NET_DEVICE_UNPACK,
+        }
+    }
+}
+
+impl Registrar for Plugin {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn shared(&self) -> bool {
+        self.traits.shared_registrations
+    }
+
+    fn registrations(&self) -> &Registrations {
+        self.registrations.get()
+    }
+
+    unsafe fn reg_mr(&self, comm: *mut c_void, data: *mut c_void, size: usize, kind: c_int) -> Result<MHandle> {
+        let mut mhandle = std::ptr::null_mut();
+        // Without free descriptors TCPX closes one that is not its own.
+        if self.traits.serial_setup && !descriptors_left(4) {
+            bail!(Resource, "plugin {}: no file descriptors left to register memory (ulimit -n)", self.name);
+        }
+        // SAFETY: by the caller's contract.
+        self.set_up("regMr", || unsafe { self.table.reg_mr(comm, data, size, kind, &mut mhandle) })?;
+        Ok(mhandle)
+    }
+
+    unsafe fn dereg_mr(&self, comm: *mut c_void, mhandle: MHandle) {
+        // SAFETY: by the caller's contract.
+        if let Err(e) = self.set_up("deregMr", || unsafe { self.table.dereg_mr(comm, mhandle) }) {
+            log::warn!("{e}");
         }
     }
 }
@@ -320,26 +362,56 @@ impl Plugin {
         Ok(comm)
     }
 
+    /// An error unless the device can carry new connections at this moment; success also where the plugin does not tell.
+    pub(super) fn ready(&self, dev: usize) -> Result<()> {
+        // SAFETY: the plugin is initialised, and checks the number.
+        let call = || Some(self.ext.and_then(|e| e.ready).map_or(abi::NCCL_SUCCESS, |call| unsafe { call(dev as c_int) }));
+        self.set_up("ready", call)
+    }
+
+    /// The listen comm serves a connection of each direction; with a key, which both prove, or without.
+    ///
     /// # Safety
-    /// `comm` is live; `[data, data + size)` stays mapped until the registration is dropped.
-    pub(super) unsafe fn reg_mr(&self, comm: *mut c_void, data: *mut c_void, size: usize, kind: c_int) -> Result<*mut c_void> {
-        let mut mhandle = std::ptr::null_mut();
-        // Without free descriptors TCPX closes one that is not its own.
-        if self.traits.serial_setup && !descriptors_left(4) {
-            bail!(Resource, "plugin {}: no file descriptors left to register memory (ulimit -n)", self.name);
-        }
-        // SAFETY: by the caller's contract.
-        self.set_up("regMr", || unsafe { self.table.reg_mr(comm, data, size, kind, &mut mhandle) })?;
-        Ok(mhandle)
+    /// `listen` is a live listen comm that was not asked to accept yet.
+    pub(super) unsafe fn listen_both(&self, listen: *mut c_void, key: Option<&Secret>) -> Result<()> {
+        let (call, key) = (self.ext.and_then(|e| e.listen_both), key.map_or(std::ptr::null(), |key| key.as_ptr()));
+        // SAFETY: by the caller's contract; null or 32 readable bytes.
+        self.set_up("listenBoth", || call.map(|call| unsafe { call(listen, key) }))
     }
 
     /// # Safety
-    /// `comm` and `mhandle` are live and no request uses the registration.
-    pub(super) unsafe fn dereg_mr(&self, comm: *mut c_void, mhandle: *mut c_void) {
+    /// `listen` is a live listen comm that serves both directions and has not accepted this one.
+    pub(super) unsafe fn accept_send(&self, listen: *mut c_void) -> Result<*mut c_void> {
+        let (call, mut comm) = (self.ext.and_then(|e| e.accept_send), std::ptr::null_mut());
         // SAFETY: by the caller's contract.
-        if let Err(e) = self.set_up("deregMr", || unsafe { self.table.dereg_mr(comm, mhandle) }) {
-            log::warn!("{e}");
-        }
+        self.set_up("acceptSend", || call.map(|call| unsafe { call(listen, &mut comm) }))?;
+        Ok(comm)
+    }
+
+    /// # Safety
+    /// `handle` as for [`Plugin::connect`]; `dev_handle` outlives the resulting comm.
+    pub(super) unsafe fn connect_recv(
+        &self,
+        dev: usize,
+        handle: *mut c_void,
+        dev_handle: *mut ncclNetDeviceHandle_v7,
+    ) -> Result<*mut c_void> {
+        let (call, mut comm, mut dev_handle) = (self.ext.and_then(|e| e.connect_recv), std::ptr::null_mut(), dev_handle);
+        // SAFETY: by the caller's contract.
+        self.set_up("connectRecv", || call.map(|call| unsafe { call(dev as c_int, handle, &mut comm, &mut dev_handle) }))?;
+        Ok(comm)
+    }
+
+    /// How far a send comm's bytes have come; `None` where the plugin does not tell.
+    ///
+    /// # Safety
+    /// `comm` is a live send comm.
+    pub(super) unsafe fn flow(&self, comm: *mut c_void) -> Option<abi::ucclFlow> {
+        let call = self.ext.and_then(|e| e.flow)?;
+        let mut flow = abi::ucclFlow { size: size_of::<abi::ucclFlow>(), ..Default::default() };
+        // SAFETY: by the caller's contract; the structure says its size.
+        let result = unsafe { call(comm, &mut flow) };
+        (result == abi::NCCL_SUCCESS).then_some(flow)
     }
 
     /// # Safety

@@ -1,8 +1,7 @@
 //! Registered memory of a plugin: one registration a NIC and range, shared by everyone who asks for it and dropped after the last use. A
-//! plugin drops registrations through some open comm of the NIC; where none is open the next one does it.
+//! plugin drops registrations through some open comm of the NIC; where none is open the next one does it. Knows of a plugin only that it
+//! registers.
 
-use super::comm::MHandle;
-use super::plugin::Plugin;
 use super::{within, Scope};
 use crate::config::MAX_CHUNK_BYTES;
 use crate::status::{bail, Result};
@@ -13,8 +12,27 @@ use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
 
+/// Registered memory of a comm.
+pub(crate) type MHandle = *mut c_void;
+
+/// A plugin, as far as it registers memory.
+pub(super) trait Registrar: Send + Sync {
+    /// For messages.
+    fn name(&self) -> &str;
+    /// A registration serves every comm of its NIC, not only the one it was made through.
+    fn shared(&self) -> bool;
+    /// The registrations of this process: those of a parent are its own.
+    fn registrations(&self) -> &Registrations;
+    /// # Safety
+    /// `comm` is live; `[data, data + size)` stays mapped until the registration is dropped.
+    unsafe fn reg_mr(&self, comm: *mut c_void, data: *mut c_void, size: usize, kind: c_int) -> Result<MHandle>;
+    /// # Safety
+    /// `comm` and `mhandle` are live and no request uses the registration.
+    unsafe fn dereg_mr(&self, comm: *mut c_void, mhandle: MHandle);
+}
+
 /// What plugins ask of the base and the size of device memory.
-const PAGE: u64 = 4096;
+const PAGE: u64 = nccl_net_abi::PAGE as u64;
 
 /// Regions are registered in pieces that start this far apart, since plugins address by 31-bit offsets. Pieces overlap by a chunk, so that
 /// every chunk lies in one of them.
@@ -66,7 +84,7 @@ pub(super) struct Registrations(Mutex<Table>);
 
 /// A share in a registration, given back when dropped. It may outlive the comm it came from.
 pub(crate) struct Registration {
-    plugin: Arc<Plugin>,
+    plugin: Arc<dyn Registrar>,
     key: Key,
     mhandle: usize,
 }
@@ -80,14 +98,14 @@ impl Registration {
 
 impl Registrations {
     /// A comm was opened: it drops what waited for one.
-    pub(super) fn opened(&self, plugin: &Plugin, dev: usize, comm: *mut c_void, gpu: &Scope) {
+    pub(super) fn opened(&self, plugin: &dyn Registrar, dev: usize, comm: *mut c_void, gpu: &Scope) {
         let mut table = self.0.lock();
         table.open.push(Open { dev, comm: comm as usize, gpu: gpu.clone() });
         table.settle(plugin, dev);
     }
 
     /// A comm is about to be closed: nothing is dropped through it any more.
-    pub(super) fn closing(&self, plugin: &Plugin, dev: usize, comm: *mut c_void) {
+    pub(super) fn closing(&self, plugin: &dyn Registrar, dev: usize, comm: *mut c_void) {
         let mut table = self.0.lock();
         table.settle(plugin, dev);
         table.open.retain(|o| o.comm != comm as usize);
@@ -99,14 +117,14 @@ impl Registrations {
     /// `comm` is open. The memory stays mapped until the registration and all comms that use it are gone.
     pub(super) unsafe fn acquire(
         &self,
-        plugin: &Arc<Plugin>,
+        plugin: &Arc<impl Registrar + 'static>,
         at: (usize, *mut c_void),
         base: usize,
         len: usize,
         kind: c_int,
     ) -> Result<Registration> {
         let (dev, comm) = at;
-        let tied = if plugin.traits.shared_registrations { 0 } else { comm as usize };
+        let tied = if plugin.shared() { 0 } else { comm as usize };
         let key = Key { dev, base, len, kind, comm: tied };
         if kind == NCCL_PTR_CUDA && (base as u64 % PAGE != 0 || len as u64 % PAGE != 0) {
             bail!(Internal, "registration of {len} bytes of device memory at {base:#x}: not whole pages");
@@ -122,7 +140,7 @@ impl Registrations {
         Ok(Registration { plugin: plugin.clone(), key, mhandle })
     }
 
-    fn release(&self, plugin: &Plugin, key: &Key) {
+    fn release(&self, plugin: &dyn Registrar, key: &Key) {
         let mut table = self.0.lock();
         let Some(entry) = table.entries.get_mut(key) else { return };
         entry.users -= 1;
@@ -141,7 +159,7 @@ impl Registrations {
 
 impl Table {
     /// Drops what nobody uses any more, if the NIC has an open comm.
-    fn settle(&mut self, plugin: &Plugin, dev: usize) {
+    fn settle(&mut self, plugin: &dyn Registrar, dev: usize) {
         let Some(open) = self.open.iter().find(|o| o.dev == dev) else { return };
         let drop_one = |mhandle: usize| {
             within(&open.gpu, || {
@@ -157,7 +175,7 @@ impl Table {
             match drop_one(mhandle) {
                 Ok(()) => false,
                 Err(e) => {
-                    log::debug!("a registration with plugin {} waits: {e}", plugin.name);
+                    log::debug!("a registration with plugin {} waits: {e}", plugin.name());
                     true
                 }
             }
@@ -167,7 +185,7 @@ impl Table {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        self.plugin.registrations().release(&self.plugin, &self.key);
+        self.plugin.registrations().release(&*self.plugin, &self.key);
     }
 }
 

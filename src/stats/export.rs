@@ -2,18 +2,17 @@
 //! Knows nothing of engines beyond a function that gives their statistics.
 
 use super::{prometheus, EngineStats};
+use crate::addresses::Target;
 use crate::fork::PerProcess;
-use crate::status::{bail, Result};
 use parking_lot::Mutex;
 use reactor::Waker;
 use std::collections::HashMap;
-use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::TcpListener;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -24,58 +23,6 @@ const REWRITE: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Largest request that is read.
 const MAX_REQUEST: usize = 8 << 10;
-
-/// Where statistics are offered.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Target {
-    /// A Unix socket.
-    Unix(PathBuf),
-    /// A TCP address.
-    Tcp(SocketAddr),
-    /// A file.
-    File(PathBuf),
-}
-
-impl Target {
-    /// Reads unix:PATH, HOST:PORT, PORT or FILE. %p in a path stands for the number of the process.
-    ///
-    /// # Errors
-    /// `InvalidArgument`.
-    pub(crate) fn parse(text: &str) -> Result<Target> {
-        let path = |text: &str| PathBuf::from(text.replace("%p", &std::process::id().to_string()));
-        if let Some(rest) = text.strip_prefix("unix:") {
-            // The kernel's limit, less the terminator.
-            if rest.is_empty() || path(rest).as_os_str().len() > 107 {
-                bail!(InvalidArgument, "a Unix socket needs a path of 1 to 107 bytes");
-            }
-            return Ok(Target::Unix(path(rest)));
-        }
-        if text.contains('/') {
-            return Ok(Target::File(path(text)));
-        }
-        let port = text.strip_prefix(':').or_else(|| text.strip_prefix("localhost:")).unwrap_or(text);
-        if let Ok(port @ 1..) = port.parse::<u16>() {
-            return Ok(Target::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, port))));
-        }
-        match text.parse::<SocketAddr>() {
-            Ok(address) if address.port() != 0 => Ok(Target::Tcp(address)),
-            _ => bail!(
-                InvalidArgument,
-                "expected unix:PATH, ADDRESS:PORT, PORT (of the loopback address), or the path of a file with a /"
-            ),
-        }
-    }
-}
-
-impl fmt::Display for Target {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Target::Unix(path) => write!(f, "unix:{}", path.display()),
-            Target::Tcp(address) => write!(f, "{address}"),
-            Target::File(path) => write!(f, "{}", path.display()),
-        }
-    }
-}
 
 /// Gives the statistics of an engine while it lives.
 pub(crate) type Source = Box<dyn Fn() -> Option<EngineStats> + Send + Sync>;
@@ -303,6 +250,7 @@ fn answer(client: &mut dyn Client, sources: &Sources) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::PathBuf;
 
     fn engine(name: &'static str) -> Source {
         Box::new(move || Some(EngineStats { metadata: name.into(), ..EngineStats::default() }))
@@ -319,21 +267,6 @@ mod tests {
         let mut text = String::new();
         client.read_to_string(&mut text).unwrap();
         text
-    }
-
-    #[test]
-    fn targets_are_read() {
-        let ok = |text: &str| Target::parse(text).unwrap();
-        assert_eq!(ok("9400").to_string(), "127.0.0.1:9400");
-        assert_eq!(ok(":9400"), ok("localhost:9400"));
-        assert_eq!(ok("[::1]:9400").to_string(), "[::1]:9400");
-        assert_eq!(ok("0.0.0.0:9400").to_string(), "0.0.0.0:9400");
-        assert_eq!(ok("unix:/run/x.sock"), Target::Unix("/run/x.sock".into()));
-        assert_eq!(ok("/run/x-%p.prom"), Target::File(format!("/run/x-{}.prom", std::process::id()).into()));
-        for bad in ["", "0", "host:9400", "1.2.3.4", "1.2.3.4:0", "70000", "unix:", "file", &format!("unix:/{}", "x".repeat(120))]
-        {
-            assert!(Target::parse(bad).is_err(), "{bad}");
-        }
     }
 
     #[test]

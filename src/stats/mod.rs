@@ -9,105 +9,57 @@ pub(crate) use text::speed;
 use std::ops::AddAssign;
 use std::time::Duration;
 
-/// What is counted from the beginning and never falls.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[allow(missing_docs)] // The names are those of uccl_engine.h, which says what they mean.
-pub struct Totals {
-    pub sent_bytes: u64,
-    pub sent_chunks: u64,
-    pub received_bytes: u64,
-    pub received_chunks: u64,
-    pub inline_sent_bytes: u64,
-    pub inline_received_bytes: u64,
-    pub transfers_started: u64,
-    pub transfers_completed: u64,
-    pub transfers_failed: u64,
-    pub peer_transfers: u64,
-    pub refused: u64,
-    pub refused_by_peer: u64,
-    pub control_sent_bytes: u64,
-    pub control_received_bytes: u64,
-    pub notifications_sent: u64,
-    pub notifications_received: u64,
-    pub stalls: u64,
-    pub slow_answers: u64,
-    pub packed_chunks: u64,
-    pub unpacked_chunks: u64,
+/// The totals, declared once: the structure, the list of them with names and meanings, and their sum.
+macro_rules! totals {
+    ($($name:ident: $meaning:literal,)*) => {
+        /// What is counted from the beginning and never falls.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        pub struct Totals {
+            $(#[doc = $meaning] pub $name: u64,)*
+        }
+
+        impl Totals {
+            /// How many there are.
+            pub const COUNT: usize = [$($meaning),*].len();
+
+            /// Every number with its name and what it means, in one order.
+            pub fn each(&self) -> [(&'static str, u64, &'static str); Totals::COUNT] {
+                [$((stringify!($name), self.$name, $meaning),)*]
+            }
+        }
+
+        impl AddAssign for Totals {
+            fn add_assign(&mut self, other: Totals) {
+                $(self.$name += other.$name;)*
+            }
+        }
+    };
 }
 
-impl Totals {
-    /// Every number with its name and what it means, in one order.
-    pub fn each(&self) -> [(&'static str, u64, &'static str); 20] {
-        [
-            ("sent_bytes", self.sent_bytes, "Bytes that channels have sent"),
-            ("sent_chunks", self.sent_chunks, "Chunks that channels have sent"),
-            ("received_bytes", self.received_bytes, "Bytes that channels have received"),
-            ("received_chunks", self.received_chunks, "Chunks that channels have received"),
-            ("inline_sent_bytes", self.inline_sent_bytes, "Bytes of small transfers sent inside control frames"),
-            ("inline_received_bytes", self.inline_received_bytes, "Bytes of small transfers received inside control frames"),
-            ("transfers_started", self.transfers_started, "Transfers that this side started"),
-            ("transfers_completed", self.transfers_completed, "Transfers of this side that succeeded"),
-            ("transfers_failed", self.transfers_failed, "Transfers of this side that failed"),
-            ("peer_transfers", self.peer_transfers, "Transfers that the peer announced"),
-            ("refused", self.refused, "Transfers of the peer that this side refused"),
-            ("refused_by_peer", self.refused_by_peer, "Transfers of this side that the peer refused"),
-            ("control_sent_bytes", self.control_sent_bytes, "Bytes sent on the control stream"),
-            ("control_received_bytes", self.control_received_bytes, "Bytes received on the control stream"),
-            ("notifications_sent", self.notifications_sent, "Notifications sent"),
-            ("notifications_received", self.notifications_received, "Notifications received"),
-            ("stalls", self.stalls, "Seconds in which a channel with chunks under way moved none"),
-            ("slow_answers", self.slow_answers, "Times that the peer, or a transfer, kept silent for half of its timeout"),
-            ("packed_chunks", self.packed_chunks, "Chunks gathered from device memory"),
-            ("unpacked_chunks", self.unpacked_chunks, "Chunks scattered to device memory"),
-        ]
-    }
-}
-
-impl AddAssign for Totals {
-    fn add_assign(&mut self, other: Totals) {
-        let Totals {
-            sent_bytes,
-            sent_chunks,
-            received_bytes,
-            received_chunks,
-            inline_sent_bytes,
-            inline_received_bytes,
-            transfers_started,
-            transfers_completed,
-            transfers_failed,
-            peer_transfers,
-            refused,
-            refused_by_peer,
-            control_sent_bytes,
-            control_received_bytes,
-            notifications_sent,
-            notifications_received,
-            stalls,
-            slow_answers,
-            packed_chunks,
-            unpacked_chunks,
-        } = other;
-        self.sent_bytes += sent_bytes;
-        self.sent_chunks += sent_chunks;
-        self.received_bytes += received_bytes;
-        self.received_chunks += received_chunks;
-        self.inline_sent_bytes += inline_sent_bytes;
-        self.inline_received_bytes += inline_received_bytes;
-        self.transfers_started += transfers_started;
-        self.transfers_completed += transfers_completed;
-        self.transfers_failed += transfers_failed;
-        self.peer_transfers += peer_transfers;
-        self.refused += refused;
-        self.refused_by_peer += refused_by_peer;
-        self.control_sent_bytes += control_sent_bytes;
-        self.control_received_bytes += control_received_bytes;
-        self.notifications_sent += notifications_sent;
-        self.notifications_received += notifications_received;
-        self.stalls += stalls;
-        self.slow_answers += slow_answers;
-        self.packed_chunks += packed_chunks;
-        self.unpacked_chunks += unpacked_chunks;
-    }
+// The names are those of uccl_engine.h.
+totals! {
+    sent_bytes: "Bytes that channels have sent",
+    sent_chunks: "Chunks that channels have sent",
+    received_bytes: "Bytes that channels have received",
+    received_chunks: "Chunks that channels have received",
+    inline_sent_bytes: "Bytes of small transfers sent inside control frames",
+    inline_received_bytes: "Bytes of small transfers received inside control frames",
+    transfers_started: "Transfers that this side started",
+    transfers_completed: "Transfers of this side that succeeded",
+    transfers_failed: "Transfers of this side that failed",
+    peer_transfers: "Transfers that the peer announced",
+    refused: "Transfers of the peer that this side refused",
+    refused_by_peer: "Transfers of this side that the peer refused",
+    control_sent_bytes: "Bytes sent on the control stream",
+    control_received_bytes: "Bytes received on the control stream",
+    notifications_sent: "Notifications sent",
+    notifications_received: "Notifications received",
+    stalls: "Seconds in which a channel with chunks under way moved none",
+    slow_answers: "Times that the peer, or a transfer, kept silent for half of its timeout",
+    packed_chunks: "Chunks gathered from device memory",
+    unpacked_chunks: "Chunks scattered to device memory",
+    pack_us: "Microseconds from handing a chunk over for gathering until it was gathered, of all chunks together",
+    unpack_us: "Microseconds from handing a chunk over for scattering until it was in place, of all chunks together",
 }
 
 /// What the kernel tells of the TCP connection that a channel sends on.
@@ -162,8 +114,14 @@ pub struct ChannelStats {
     pub packed_chunks: u64,
     /// See `packed_chunks`.
     pub unpacked_chunks: u64,
+    /// Microseconds that gathering took, from handing a chunk over until it was seen done, of all chunks together.
+    pub pack_us: u64,
+    /// As `pack_us`, for scattering.
+    pub unpack_us: u64,
     /// It runs far below the others.
     pub slow: bool,
+    /// Its NIC is so slow that it is hardly used.
+    pub avoided: bool,
     /// What the kernel knows. Filled only when statistics are read.
     pub network: Option<Network>,
 }

@@ -130,6 +130,8 @@ impl Snapshot {
             counter("stalls", "Seconds in which the channel had chunks under way and moved none", |c| c.stalls),
             counter("packed_chunks", "Chunks gathered from device memory", |c| c.packed_chunks),
             counter("unpacked_chunks", "Chunks scattered to device memory", |c| c.unpacked_chunks),
+            counter("pack_us", "Microseconds that gathering took, of all chunks together", |c| c.pack_us),
+            counter("unpack_us", "Microseconds that scattering took, of all chunks together", |c| c.unpack_us),
             gauge("sent_bytes_per_second", "Over the last second or so", |c| c.sent_per_second),
             gauge("received_bytes_per_second", "Over the last second or so", |c| c.received_per_second),
             gauge("speed_bytes_per_second", "While the channel was busy sending; 0: unknown", |c| c.speed),

@@ -81,6 +81,11 @@ impl fmt::Display for ChannelStats {
         let into = way(self.received_bytes, self.received_chunks, self.received_per_second);
         write!(f, "{place}: out {out}, in {into}, window {}/{window} out {}/{window} in", self.window_out, self.window_in)?;
         write!(f, ", queue {}, stalls {}", bytes(self.queued_bytes as f64), self.stalls)?;
+        for (what, us, chunks) in [("pack", self.pack_us, self.packed_chunks), ("unpack", self.unpack_us, self.unpacked_chunks)] {
+            if let Some(each) = us.checked_div(chunks) {
+                write!(f, ", {what} {chunks} chunks at {each} us")?;
+            }
+        }
         if self.speed > 0.0 {
             write!(f, ", speed {}", speed(self.speed))?;
         }

@@ -1,6 +1,6 @@
 # Sourced by the tests of this directory: two hosts as in tests/shaped, and what somebody at night can read: the log of the client, its
 # error, and its statistics.
-. "$(dirname "$0")/../shaped/lib.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/../shaped/lib.sh"
 top=$(dirname "$perf")/tcpx-top
 metrics=$scratch/metrics.sock
 

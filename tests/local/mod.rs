@@ -27,7 +27,8 @@ pub fn config() -> Config {
 }
 
 pub fn port(engine: &Engine) -> u16 {
-    engine.metadata().rsplit_once(':').and_then(|(_, rest)| rest.split('?').next()?.parse().ok()).expect("port in the metadata")
+    let metadata = engine.metadata();
+    metadata.split('?').next().and_then(|address| address.rsplit_once(':')?.1.parse().ok()).expect("port in the metadata")
 }
 
 /// A connection between two engines of this process: both ends.

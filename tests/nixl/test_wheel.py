@@ -100,12 +100,14 @@ def licences_are_inside():
 @case()
 def tools_run():
     folder = pathlib.Path(sys.executable).parent
-    for words in ([str(folder / "tcpx-info")], [str(folder / "tcpx-perf"), "--version"], [str(folder / "tcpx-perf"), "demo", "--help"]):
-        code, text = tool(*words)
-        check_equal(code, 0, f"{words}: {text}")
+    for line in ("tcpx-info", "tcpx-perf --version", "tcpx-perf demo --help", "tcpx-top --version"):
+        program, *words = line.split()
+        code, text = tool(str(folder / program), *words)
+        check_equal(code, 0, f"{line}: {text}")
     code, text = module("info")
     check(code == 0 and nixl_tcpx.plugin_path() in text, f"info: {code} {text}")
-    check_equal(module("perf", "--version")[0], 0, "perf")
+    for name in ("perf", "top"):
+        check_equal(module(name, "--version")[0], 0, name)
     check_equal(module("nonsense")[0], 2, "a word that is none")
 
 

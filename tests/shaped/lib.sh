@@ -1,4 +1,4 @@
-# Sourced by the tests of this directory and by two_hosts.sh: two hosts as network namespaces, shaped NICs, measuring with tcpx-perf, cleaning up.
+# Sourced by the tests of this directory: two hosts as network namespaces, shaped NICs, measuring with tcpx-perf, cleaning up.
 #
 # Rates are judged as goodput. tc counts Ethernet frames: of a full frame's 1514 bytes, 14 are Ethernet's, 20 IPv4's and 32 TCP's
 # (with timestamps), so 1448 of 1514 bytes are payload and a 1 Gbit/s shaper lets 119.55 MB/s of payload through. A figure of 95 %
@@ -78,7 +78,7 @@ export UCCL_P2P_LOG_LEVEL=warn # read here, whatever level the caller of the tes
 
 serve() { # starts tcpx-perf's server on host b; sets address
   : >"$scratch/server"
-  ip netns exec $b "$perf" server >"$scratch/server" 2>&1 &
+  ip netns exec $b "$perf" server >>"$scratch/server" 2>&1 &
   server=$!
   address=
   for _ in $(seq 100); do
@@ -91,8 +91,8 @@ serve() { # starts tcpx-perf's server on host b; sets address
   exit 1
 }
 
-# GB/s of the row that tcpx-perf wrote last
-gbytes() { sed -n 's/.*"gbytes_per_s": \([0-9.]*\).*/\1/p' "$scratch/row.json"; }
+# GB/s of the row that tcpx-perf wrote last: of its median iteration, or in the field that $rate_by names
+gbytes() { sed -n "s/.*\"${rate_by:-gbytes_per_s}\": \([0-9.]*\).*/\1/p" "$scratch/row.json"; }
 
 # judge OP PERCENT MBIT PAYLOAD FRAME [tcpx-perf options]: measures, and compares with MBIT of which PAYLOAD of FRAME bytes are payload
 judge() {

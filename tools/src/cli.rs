@@ -1,6 +1,7 @@
 //! The command lines of the programs, where their manual pages are made from them too.
 
 use clap::{CommandFactory, Parser};
+use std::path::PathBuf;
 
 /// Shows what the connections of a running process do: rates, windows, round trips and retransmits of every channel, the slow ones
 /// marked. The process offers its statistics where UCCL_TCPX_METRICS says.
@@ -16,6 +17,9 @@ pub struct Top {
     /// Print one reading as text and end; so does a standard output that is no terminal.
     #[arg(long)]
     pub once: bool,
+    /// Draw one reading into this file, as a picture for reports, and end.
+    #[arg(long, value_name = "FILE.svg", conflicts_with = "once")]
+    pub svg: Option<PathBuf>,
 }
 
 /// Parses the command line. `--manual-page` prints the manual page of the program and its commands instead, for docs/man.

@@ -2,14 +2,16 @@
 //!
 //! - `api`: the only module that names the library's types
 //! - `memory`: the buffers that transfers move
-//! - `pattern`, `units`, `stats`: pure logic: contents and block order, sizes, percentiles
+//! - `pattern`, `units`, `stats`, `case`: pure logic: contents and block order, sizes, percentiles, what a row measures
 //! - `proto`: what tcpx-perf's client and server tell each other
 //! - `server`, `client`, `measure`, `suite`: the two sides, one measured row, the lists of rows
 //! - `host`, `out`: what belongs beside a measurement, standard output and Ctrl-C
 //! - `report`, `plot`: table, JSON, CSV and SVG
+//! - `scrape`, `view`, `picture`: what tcpx-top reads, shows, and draws into a file
 //! - `inspect`, `doctor`, `probe`: what tcpx-info finds out, the preconditions of TCPX, and the loop-back transfer that proves it
 
 pub mod api;
+pub mod case;
 pub mod cli;
 pub mod client;
 pub mod cuda;
@@ -21,6 +23,7 @@ pub mod measure;
 pub mod memory;
 pub mod out;
 pub mod pattern;
+pub mod picture;
 pub mod plot;
 pub mod probe;
 pub mod proto;

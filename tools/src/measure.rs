@@ -1,6 +1,7 @@
 //! One measured row: buffers on both sides, a timed loop, and the check of contents outside of it.
 
 use crate::api::{Direction, FifoItem, LocalSegment};
+use crate::case::{Case, Op};
 use crate::client::{Client, RemoteBuffer};
 use crate::error::{Context, Failure, Result};
 use crate::fail;
@@ -9,66 +10,10 @@ use crate::pattern::{self, Shape, Side};
 use crate::proto::{Reply, Request};
 use crate::report::Row;
 use crate::stats::{gbytes_per_s, iterations_for, Times};
-use crate::units::{show_size, show_us};
+use crate::units::show_us;
 use crate::{host, out};
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::{Deserialize, Serialize};
-use std::fmt;
 use std::time::{Duration, Instant};
-
-/// An operation.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Op {
-    /// One-sided: client memory into server memory.
-    #[default]
-    Write,
-    /// One-sided: server memory into client memory.
-    Read,
-    /// Two-sided: the client sends, the server has posted receives.
-    Send,
-}
-
-impl fmt::Display for Op {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Op::Write => "write",
-            Op::Read => "read",
-            Op::Send => "send",
-        })
-    }
-}
-
-/// What is measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Case {
-    /// Operation.
-    pub op: Op,
-    /// Bytes of a transfer.
-    pub total: u64,
-    /// Bytes of a block.
-    pub block: u64,
-    /// Transfers in flight.
-    pub inflight: u32,
-    /// The same amount goes the other way at the same time.
-    pub bidirectional: bool,
-}
-
-impl fmt::Display for Case {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.op, show_size(self.total))?;
-        if self.block < self.total {
-            write!(f, " in blocks of {}", show_size(self.block))?;
-        }
-        if self.inflight > 1 {
-            write!(f, ", {} in flight", self.inflight)?;
-        }
-        if self.bidirectional {
-            write!(f, ", both ways")?;
-        }
-        Ok(())
-    }
-}
 
 /// How it is measured.
 #[derive(Clone, Copy, Debug)]
@@ -118,7 +63,7 @@ pub fn together(all: Vec<Measured>) -> Option<Measured> {
         })
         .map(|mut sum| {
             sum.row.clients = clients;
-            sum.times.fill(&mut sum.row);
+            sum.row.set_times(&sum.times);
             sum
         })
 }
@@ -133,6 +78,17 @@ enum Way {
 }
 
 impl Way {
+    /// The directions of a case.
+    fn of(case: &Case) -> &'static [Way] {
+        match (case.op, case.bidirectional) {
+            (Op::Write, false) => &[Way::Write],
+            (Op::Read, false) => &[Way::Read],
+            (Op::Write | Op::Read, true) => &[Way::Write, Way::Read],
+            (Op::Send, false) => &[Way::Send],
+            (Op::Send, true) => &[Way::Receive, Way::Send],
+        }
+    }
+
     /// The side whose memory changes.
     fn target(self) -> Side {
         match self {
@@ -279,6 +235,23 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// Iterations that are not timed; how long the last one took.
+    fn warm_up(&mut self, options: &Options) -> Result<Duration> {
+        let mut last = Duration::ZERO;
+        self.repeat(options.warmup.unwrap_or(5).max(u64::from(options.iters.is_none())), |t| last = t)?;
+        if options.warmup.is_none() {
+            // Small transfers need more than a few iterations until caches, windows and frequencies have settled.
+            let more = iterations_for(options.budget.as_secs_f64() * 1e5, last.as_secs_f64() * 1e6).min(1000) - 10;
+            self.repeat(more, |t| last = t)?;
+        }
+        Ok(last)
+    }
+
+    /// One for each direction.
+    fn fresh_seeds(&self) -> Result<Vec<u64>> {
+        self.flows.iter().map(|_| random_seed()).collect()
+    }
+
     fn arm(&mut self, seeds: &[u64]) -> Result<()> {
         let client = self.client;
         self.flows.iter_mut().zip(seeds).try_for_each(|(flow, &seed)| flow.arm(client, seed))
@@ -298,32 +271,17 @@ fn measure_case(client: &mut Client, case: &Case, options: &Options, ready: &dyn
     let scattered = case.block < case.total && case.op != Op::Send;
     let order = if scattered { Some(random_seed()?) } else { None };
     let shape = Shape { total: case.total, block: case.block.min(case.total), inflight: case.inflight, order };
-    let ways: &[Way] = match (case.op, case.bidirectional) {
-        (Op::Write, false) => &[Way::Write],
-        (Op::Read, false) => &[Way::Read],
-        (Op::Write | Op::Read, true) => &[Way::Write, Way::Read],
-        (Op::Send, false) => &[Way::Send],
-        (Op::Send, true) => &[Way::Receive, Way::Send],
-    };
+    let ways = Way::of(case);
     let mut flows = Vec::new();
     for &way in ways {
         flows.push(Flow::open(client, way, shape)?);
     }
     let client = &*client;
     let mut run = Run { client, flows, shape, wait: options.wait, ids: Vec::new() };
-    let fresh_seeds = || ways.iter().map(|_| random_seed()).collect::<Result<Vec<u64>>>();
-
     // First round: the target is poisoned once, and checked after everything that was timed.
-    let seeds = fresh_seeds()?;
+    let seeds = run.fresh_seeds()?;
     run.arm(&seeds)?;
-    let mut last = Duration::ZERO;
-    let warmup = options.warmup.unwrap_or(5).max(u64::from(options.iters.is_none()));
-    run.repeat(warmup, |t| last = t)?;
-    if options.warmup.is_none() {
-        // Small transfers need more than a few iterations until caches, windows and frequencies have settled.
-        let more = iterations_for(options.budget.as_secs_f64() * 1e5, last.as_secs_f64() * 1e6).min(1000) - 10;
-        run.repeat(more, |t| last = t)?;
-    }
+    let last = run.warm_up(options)?;
     let moved = shape.total * u64::from(shape.inflight) * ways.len() as u64;
     let iters = options.iters.unwrap_or_else(|| iterations_for(options.budget.as_secs_f64() * 1e6, last.as_secs_f64() * 1e6));
     ready();
@@ -334,7 +292,7 @@ fn measure_case(client: &mut Client, case: &Case, options: &Options, ready: &dyn
     if options.verify {
         verified_bytes += run.check(&seeds)?;
         // Second round: one iteration alone, so that nothing an earlier one left can pass for its data.
-        let seeds = fresh_seeds()?;
+        let seeds = run.fresh_seeds()?;
         run.arm(&seeds)?;
         run.repeat(1, |_| ())?;
         verified_bytes += run.check(&seeds)?;
@@ -367,7 +325,7 @@ fn measure_case(client: &mut Client, case: &Case, options: &Options, ready: &dyn
         congestion_control: after.congestion,
         ..Row::default()
     };
-    timed.times.fill(&mut row);
+    row.set_times(&timed.times);
     row.gbytes_per_s = gbytes_per_s(moved, row.p50_us);
     Ok(Measured { row, times: timed.times })
 }
@@ -425,7 +383,7 @@ impl Timed<'_> {
     /// A line about the last interval, beside the table.
     fn tell(&self, started: Instant, times: &Times, elapsed: Duration) {
         let mut row = Row::default();
-        times.fill(&mut row);
+        row.set_times(times);
         let rate = gbytes_per_s(self.moved * times.count(), elapsed.as_secs_f64() * 1e6);
         let (p50, p99) = (show_us(row.p50_us), show_us(row.p99_us));
         eprintln!(

@@ -3,7 +3,7 @@
 use crate::error::{Context, Result};
 use crate::fail;
 use crate::report::Row;
-use crate::units::{show_size, show_us};
+use crate::units::show_size;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use std::collections::BTreeMap;
@@ -120,6 +120,26 @@ fn ticks(span: &std::ops::Range<f64>) -> usize {
     }
 }
 
+/// Whole times for an axis with these ends, us: few enough to be read.
+fn time_ticks(range: &std::ops::Range<f64>) -> Vec<f64> {
+    let of = |steps: &[f64]| -> Vec<f64> {
+        let decades = range.start.log10().floor() as i32..=range.end.log10().ceil() as i32;
+        let all = decades.flat_map(|decade| steps.iter().map(move |step| step * 10f64.powi(decade)));
+        all.filter(|us| range.contains(us)).collect()
+    };
+    let fine: [&[f64]; 2] = [&[1.0, 2.0, 5.0], &[1.0, 3.0]];
+    fine.into_iter().map(of).find(|ticks| ticks.len() <= 9).unwrap_or_else(|| of(&[1.0]))
+}
+
+/// A tick of the axis of times, in a unit that keeps it short.
+fn time(us: &f64) -> String {
+    match *us {
+        us if us < 0.999e3 => format!("{} us", (us * 10.0).round() / 10.0),
+        us if us < 0.999e6 => format!("{} ms", (us / 1e2).round() / 10.0),
+        us => format!("{} s", (us / 1e5).round() / 10.0),
+    }
+}
+
 fn rates(area: &Area<'_>, lines: &BTreeMap<String, Vec<Point>>) -> Drawn {
     let most = lines.values().flatten().map(|p| p.rate).fold(0.0, f64::max) * 1.1 + 1e-6;
     let (span, digits) = (span(lines), if most < 0.5 { 3 } else { 1 + usize::from(most < 5.0) });
@@ -152,23 +172,23 @@ fn latencies(area: &Area<'_>, lines: &BTreeMap<String, Vec<Point>>) -> Drawn {
     let times = || lines.values().flatten().flat_map(|p| [p.p50, p.p99]).filter(|us| *us > 0.0);
     let (least, most) = (times().fold(f64::INFINITY, f64::min), times().fold(1.0, f64::max));
     let range = least.min(most) / 1.5..most * 1.5;
+    let times = time_ticks(&range);
     let span = span(lines);
     let mut chart = ChartBuilder::on(area)
         .margin(14)
         .x_label_area_size(44)
         .y_label_area_size(76)
-        .build_cartesian_2d(span.clone(), range.log_scale())?;
+        .build_cartesian_2d(span.clone(), range.log_scale().with_key_points(times))?;
     chart
         .configure_mesh()
         .x_desc("size")
-        .y_desc("us (line: median, ring: p99)")
+        .y_desc("latency (line: median, ring: p99)")
         .axis_desc_style(("sans-serif", 17))
         .label_style(("sans-serif", 14))
         .x_labels(ticks(&span))
-        .y_labels(8)
         .max_light_lines(1)
         .x_label_formatter(&tick)
-        .y_label_formatter(&|us| show_us(*us))
+        .y_label_formatter(&time)
         .light_line_style(RGBColor(245, 245, 245))
         .bold_line_style(RGBColor(220, 220, 220))
         .draw()?;
@@ -183,7 +203,7 @@ fn latencies(area: &Area<'_>, lines: &BTreeMap<String, Vec<Point>>) -> Drawn {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::measure::Op;
+    use crate::case::Op;
     use crate::report::tests::row;
 
     #[test]
@@ -214,5 +234,18 @@ mod tests {
             assert!(svg.contains(&format!("\n{size}\n")), "no tick {size}");
         }
         assert_eq!(tick(&12.5), "");
+    }
+
+    #[test]
+    fn the_axis_of_times_has_a_few_whole_ticks_whatever_its_range() {
+        let words = |range| time_ticks(&range).iter().map(time).collect::<Vec<_>>();
+        assert_eq!(words(12.0..90.0), ["20 us", "50 us"]);
+        assert_eq!(words(12.0..90_000.0), ["30 us", "100 us", "300 us", "1 ms", "3 ms", "10 ms", "30 ms"]);
+        assert_eq!(words(0.4..3e6), ["1 us", "10 us", "100 us", "1 ms", "10 ms", "100 ms", "1 s"]);
+        for least in [0.3, 7.0, 900.0] {
+            for factor in [2.3, 30.0, 4e3, 1e7] {
+                assert!((1..=9).contains(&time_ticks(&(least..least * factor)).len()), "{least} {factor}");
+            }
+        }
     }
 }

@@ -1,9 +1,10 @@
 //! Measured rows as a table for people, as JSON and as CSV for programs. Pure, but for writing.
 
+use crate::case::Op;
 use crate::error::{Context, Result};
 use crate::fail;
-use crate::measure::Op;
 use crate::memory::Kind;
+use crate::stats::Times;
 use crate::units::{show_size, show_us};
 use serde::{Deserialize, Serialize};
 use std::io::Write;
@@ -94,6 +95,14 @@ pub fn headline() -> String {
 }
 
 impl Row {
+    /// Takes what these iterations took; NaN-free: without any all is 0.
+    pub fn set_times(&mut self, times: &Times) {
+        self.min_us = times.least();
+        self.avg_us = times.mean();
+        [self.p50_us, self.p99_us, self.p999_us] = [0.5, 0.99, 0.999].map(|quantile| times.at(quantile));
+        self.max_us = times.most();
+    }
+
     /// The row as a line of the table.
     pub fn line(&self) -> String {
         let mut op = format!("{} {}", self.op, self.memory);

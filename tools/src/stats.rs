@@ -1,6 +1,5 @@
 //! Times of iterations, and rates. Pure.
 
-use crate::report::Row;
 use hdrhistogram::Histogram;
 use std::time::Duration;
 
@@ -50,15 +49,33 @@ impl Times {
         self.sum.as_secs_f64()
     }
 
-    /// Puts them into a row; NaN-free: without times everything is 0.
-    pub fn fill(&self, row: &mut Row) {
-        let us = |ns: u64| ns as f64 / 1e3;
-        let at = |quantile: f64| us(self.histogram.value_at_quantile(quantile));
-        row.min_us = if self.count() == 0 { 0.0 } else { us(self.histogram.min()) };
-        row.avg_us = self.sum.as_secs_f64() * 1e6 / self.count().max(1) as f64;
-        (row.p50_us, row.p99_us, row.p999_us) = (at(0.5), at(0.99), at(0.999));
-        row.max_us = us(self.histogram.max());
+    /// The time, us, within which this part of them lies; 0 of none.
+    pub fn at(&self, quantile: f64) -> f64 {
+        us(self.histogram.value_at_quantile(quantile))
     }
+
+    /// The shortest, us; 0 of none.
+    pub fn least(&self) -> f64 {
+        if self.count() == 0 {
+            0.0
+        } else {
+            us(self.histogram.min())
+        }
+    }
+
+    /// The longest, us; 0 of none.
+    pub fn most(&self) -> f64 {
+        us(self.histogram.max())
+    }
+
+    /// The mean, us; 0 of none.
+    pub fn mean(&self) -> f64 {
+        self.sum.as_secs_f64() * 1e6 / self.count().max(1) as f64
+    }
+}
+
+fn us(ns: u64) -> f64 {
+    ns as f64 / 1e3
 }
 
 /// Bytes in microseconds as GB/s (1e9).
@@ -83,16 +100,18 @@ mod tests {
     fn percentiles_are_right_to_three_digits() {
         let mut times = Times::new();
         (1..=10_000).for_each(|us| times.record(Duration::from_micros(us)));
-        let mut row = Row::default();
-        times.fill(&mut row);
-        let near = |a: f64, b: f64| (a / b - 1.0).abs() < 2e-3;
-        assert!(near(row.min_us, 1.0) && near(row.avg_us, 5000.5) && near(row.p50_us, 5000.0), "{row:?}");
-        assert!(near(row.p99_us, 9900.0) && near(row.p999_us, 9990.0) && near(row.max_us, 10_000.0), "{row:?}");
+        let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 2e-3, "{a} for {b}");
+        near(times.least(), 1.0);
+        near(times.mean(), 5000.5);
+        for (quantile, time) in [(0.5, 5000.0), (0.99, 9900.0), (0.999, 9990.0)] {
+            near(times.at(quantile), time);
+        }
+        near(times.most(), 10_000.0);
         let mut more = times.clone();
         more.add(&times);
         assert_eq!((more.count(), more.seconds()), (20_000, 2.0 * times.seconds()));
-        Times::new().fill(&mut row);
-        assert_eq!((row.min_us, row.avg_us, row.p50_us, row.max_us), (0.0, 0.0, 0.0, 0.0));
+        let none = Times::new();
+        assert_eq!([none.least(), none.mean(), none.at(0.5), none.most()], [0.0; 4]);
     }
 
     #[test]

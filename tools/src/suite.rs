@@ -1,6 +1,6 @@
 //! Which rows `--suite` and `demo` measure. Pure.
 
-use crate::measure::{Case, Op};
+use crate::case::{Case, Op};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;

@@ -2,17 +2,25 @@
 
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyModifiers};
 use std::io::IsTerminal;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use tcpx_tools::cli::Top;
 use tcpx_tools::error::{Context, Result};
+use tcpx_tools::picture::svg;
 use tcpx_tools::say;
 use tcpx_tools::scrape::{fetch, parse};
 use tcpx_tools::view::{self, View};
 
 fn main() -> ExitCode {
     let args: Top = tcpx_tools::cli::parse();
-    let result = if args.once || !std::io::stdout().is_terminal() { once(&args) } else { watch(&args) };
+    let result = if let Some(path) = &args.svg {
+        draw_into(path, &args)
+    } else if args.once || !std::io::stdout().is_terminal() {
+        once(&args)
+    } else {
+        watch(&args)
+    };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
@@ -34,6 +42,11 @@ fn read(sources: &[String]) -> Result<View> {
 fn once(args: &Top) -> Result<()> {
     say!("{}", view::text(&read(&args.sources)?));
     Ok(())
+}
+
+fn draw_into(path: &Path, args: &Top) -> Result<()> {
+    let screen = view::screen(&read(&args.sources)?).context("cannot draw")?;
+    std::fs::write(path, svg(&screen)).context(format_args!("cannot write {}", path.display()))
 }
 
 /// Draws until the user has seen enough.
@@ -66,7 +79,7 @@ fn run(terminal: &mut ratatui::DefaultTerminal, args: &Top, mut shown: View) -> 
         note = match read(&args.sources) {
             Ok(view) => {
                 shown = view;
-                "q: quit, arrows: scroll; red: slower than the others, stalled, silent or ended".to_owned()
+                view::KEYS.to_owned()
             }
             // What was seen last stays: the process may have ended.
             Err(e) => e.to_string(),

@@ -1,12 +1,15 @@
 //! What tcpx-top shows: connections and their channels with rates, from two readings of the statistics; and how it is drawn.
 
 use crate::scrape::Sample;
-use ratatui::layout::{Constraint, Layout};
+use ratatui::backend::TestBackend;
+use ratatui::buffer::Buffer;
+use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Color, Modifier, Style};
 use ratatui::text::Line;
 use ratatui::widgets::{Block, Cell, Paragraph, Row, Table};
-use ratatui::Frame;
+use ratatui::{Frame, Terminal};
 use std::collections::BTreeMap;
+use std::io;
 
 /// A channel as it is shown.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -111,6 +114,8 @@ fn clean(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 
+/// Most lines of the summary.
+const TOP: usize = 12;
 const HEAD: [&str; 11] = ["connection", "channel", "NIC", "out", "in", "speed", "window", "queue", "rtt", "resent", ""];
 const WIDTHS: [u16; 11] = [24, 8, 10, 12, 12, 12, 8, 10, 10, 14, 8];
 
@@ -198,10 +203,23 @@ pub fn text(view: &View) -> String {
     out.join("\n")
 }
 
+/// The last line of a screen that somebody watches.
+pub const KEYS: &str = "q: quit, arrows: scroll; red: slower than the others, stalled, silent or ended";
+
+/// A screen that is large enough for everything.
+pub fn screen(view: &View) -> io::Result<Buffer> {
+    let width = WIDTHS.iter().sum::<u16>() + WIDTHS.len() as u16 + 1;
+    let height = summary(view).len().min(TOP) + lines(view).len() + 6;
+    let area = Rect::new(0, 0, width, height.min(usize::from(u16::MAX / width)) as u16);
+    let mut terminal = Terminal::new(TestBackend::new(area.width, area.height))?;
+    terminal.draw(|frame| draw(frame, view, 0, KEYS))?;
+    Ok(terminal.backend().buffer().clone())
+}
+
 /// Draws it from line `offset` on; `note` is the last line.
 pub fn draw(frame: &mut Frame<'_>, view: &View, offset: usize, note: &str) {
     let top = summary(view);
-    let areas = Layout::vertical([Constraint::Length(top.len().min(12) as u16 + 2), Constraint::Min(3), Constraint::Length(1)])
+    let areas = Layout::vertical([Constraint::Length(top.len().min(TOP) as u16 + 2), Constraint::Min(3), Constraint::Length(1)])
         .split(frame.area());
     let head = Paragraph::new(top.into_iter().map(Line::from).collect::<Vec<_>>()).block(Block::bordered().title(" tcpx-top "));
     frame.render_widget(head, areas[0]);
@@ -226,8 +244,6 @@ pub fn draw(frame: &mut Frame<'_>, view: &View, offset: usize, note: &str) {
 mod tests {
     use super::*;
     use crate::scrape::parse;
-    use ratatui::backend::TestBackend;
-    use ratatui::Terminal;
 
     fn view() -> View {
         let channel = |i: usize, nic: &str, rate: f64, slow: f64| {
@@ -255,6 +271,16 @@ mod tests {
         assert!(text.contains("eth1: 119.0 MB/s out") && text.contains("1 connections"), "{text}");
         let order: Vec<u64> = view().connections.values().flat_map(|c| c.channels.iter().map(|c| c.number)).collect();
         assert_eq!(order, [0, 2, 10]);
+    }
+
+    #[test]
+    fn a_screen_for_a_picture_has_room_for_everything() {
+        let screen = screen(&view()).unwrap();
+        let text: String = screen.content().iter().map(|cell| cell.symbol()).collect();
+        for part in ["10.0.0.2:5", "SLOW", "eth1: 119.0 MB/s out", "q: quit"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        assert_eq!(screen.area.height, 13, "a box of 3 lines, one of 5, and the last line");
     }
 
     #[test]

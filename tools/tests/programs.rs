@@ -138,14 +138,14 @@ fn time_and_intervals_bound_a_row() {
         let output = run(PERF, &line, &[]);
         assert!(output.status.success(), "{}", text(&output.stderr));
         let rows: Vec<tcpx_tools::report::Row> = serde_json::from_slice(&output.stdout).unwrap();
-        assert!(rows[0].seconds > 0.3 && rows[0].iters > 1, "{:?}", rows[0]);
+        assert!(rows[0].seconds > 0.3 && rows[0].iters > 1 && rows[0].cpu_s > 0.0, "{:?}", rows[0]);
         assert!(text(&output.stderr).lines().filter(|l| l.contains(" GB/s  p50")).count() >= 2, "{}", text(&output.stderr));
     }
 }
 
 #[test]
 fn whoever_reads_no_more_ends_the_program_quietly() {
-    for (program, line) in [(INFO, "--no-probe --settings"), (PERF, "demo --op write --iters 2")] {
+    for (program, line) in [(INFO, "--no-probe --settings"), (PERF, "demo --op write --iters 2"), (TOP, "--manual-page")] {
         let mut child = Command::new(program)
             .args(line.split_whitespace())
             .stdout(Stdio::piped())
@@ -194,6 +194,7 @@ fn a_server_is_seen_from_everywhere() {
     let folder = std::env::temp_dir().join(format!("tcpx-top-test-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let metrics = format!("unix:{}", folder.join("metrics.sock").display());
+    let svg = folder.join("top.svg");
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let mut child = Command::new(PERF)
         .args(["server", "--memory", "host", "--bind", "127.0.0.1", "--port", &port.to_string()])
@@ -215,6 +216,7 @@ fn a_server_is_seen_from_everywhere() {
         loop {
             let seen = text(&run(TOP, &metrics, &[]).stdout);
             if seen.contains(" 3 connections") && seen.contains("MB/s") {
+                must_work(TOP, &format!("--svg {} {metrics}", svg.display()), "");
                 break;
             }
             assert!(std::time::Instant::now() < until, "{seen}");
@@ -222,6 +224,8 @@ fn a_server_is_seen_from_everywhere() {
         let rows: Vec<tcpx_tools::report::Row> = serde_json::from_str(&measured.join().unwrap()).unwrap();
         assert!(rows.len() == 1 && rows[0].verified, "{rows:?}");
     });
+    let picture = std::fs::read_to_string(svg).unwrap();
+    assert!(picture.starts_with("<svg") && picture.contains(">resent<"), "{picture}");
     must_work(INFO, &format!("--memory host --peer {address}"), "every byte right");
     must_fail(INFO, "--memory host --peer 127.0.0.1:1", &[], "with 127.0.0.1:1");
     must_fail(TOP, "unix:/nonexistent.sock", &[], "cannot connect");

@@ -1,10 +1,10 @@
 //! The receiving half of a channel: posting receives, unpacking what arrived, consuming in order. Knows nothing of who
 //! announced the chunks.
 
-use super::channel::{device, iov, register, within, Channel, Finishing, Posted};
+use super::channel::{device, iov, register, within, Channel, Copying, Finishing, Posted};
 use super::staging::Staging;
 use super::Usage;
-use crate::channel::device::{spread, Ticket, View};
+use crate::channel::device::{spread, View};
 use crate::channel::memory::{HostBlock, PAGE};
 use crate::channel::path::{Arrival, Copier, Dest, Event};
 use crate::net::comm::{Done, MHandle};
@@ -18,13 +18,13 @@ impl Channel {
         while let Some(done) = self.recv.test_oldest()? {
             // The chunk leaves the queue only when its copy has been handed over: whatever fails before leaves its memory in use until the
             // channel is closed.
-            let ticket = self.put_in_place(done, copier)?;
+            let copying = self.put_in_place(done, copier)?;
             let Some(Posted { arrival, .. }) = self.posted.pop_front() else { bail!(Internal, "a receive without a chunk") };
-            self.finishing.push_back(Finishing { arrival, ticket });
+            self.finishing.push_back(Finishing { arrival, copying });
             any = true;
         }
-        while let Some(first) = self.finishing.front() {
-            if first.ticket != Ticket::Done && !device(copier)?.poll(first.ticket)? {
+        while let Some(first) = self.finishing.front_mut() {
+            if !first.copying.over(copier, &mut self.counts.unpacking)? {
                 break;
             }
             self.recv.consume_oldest()?;
@@ -41,7 +41,7 @@ impl Channel {
     }
 
     /// Hands the oldest receive, which is done, to whoever copies it to where it belongs.
-    fn put_in_place(&mut self, done: Done, copier: &mut Copier) -> Result<Ticket> {
+    fn put_in_place(&mut self, done: Done, copier: &mut Copier) -> Result<Copying> {
         let view = match self.posted.front() {
             Some(Posted { arrival: Arrival { dest: Dest::Memory { place, .. }, .. }, .. }) if place.is_device() => {
                 Some(self.view(copier, *place)?)
@@ -55,16 +55,17 @@ impl Channel {
         match (&arrival.dest, view, staged) {
             (Dest::Memory { place, parts, .. }, Some(view), _) => {
                 // SAFETY: the receive is done and not consumed; the arrival holds the parts' regions.
-                let ticket = unsafe { device(copier)?.unpack(&view, done.slot, arrival.len, parts, *place) }?;
+                let unpack = || unsafe { device(copier)?.unpack(&view, done.slot, arrival.len, parts, *place) };
+                let copying = Copying::begin(unpack)?;
                 self.counts.unpacked += 1;
-                Ok(ticket)
+                Ok(copying)
             }
             (Dest::Memory { parts, .. }, None, Some(staged)) => {
                 // SAFETY: the staging place holds the message; the arrival holds the parts' regions.
                 unsafe { spread(*staged, parts) };
-                Ok(Ticket::Done)
+                Ok(Copying::none())
             }
-            _ => Ok(Ticket::Done),
+            _ => Ok(Copying::none()),
         }
     }
 
@@ -137,7 +138,7 @@ impl Channel {
     }
 
     /// The mhandle that marks a receive as one of device memory; its memory is never written.
-    fn device_in(&mut self, place: Place, copier: &mut Copier) -> Result<(*mut u8, MHandle)> {
+    pub(super) fn device_in(&mut self, place: Place, copier: &mut Copier) -> Result<(*mut u8, MHandle)> {
         if let Some((registration, block)) = &self.device_in {
             return Ok((block.ptr(), registration.mhandle()));
         }
@@ -150,7 +151,7 @@ impl Channel {
         Ok((data, mhandle))
     }
 
-    fn view(&mut self, copier: &mut Copier, place: Place) -> Result<View> {
+    pub(super) fn view(&mut self, copier: &mut Copier, place: Place) -> Result<View> {
         if let Some(view) = self.view {
             return Ok(view);
         }

@@ -1,10 +1,10 @@
 //! The sending half of a channel: where a chunk's bytes are handed to the plugin from, and in which order. Knows nothing of
 //! streams: a chunk bears all that it needs.
 
-use super::channel::{device, iov, register, within, Channel, Leaving, Source, ToPost};
+use super::channel::{device, iov, register, within, Channel, Copying, Leaving, Source, ToPost};
 use super::staging::{Staging, STAGED_WINDOW};
 use super::Usage;
-use crate::channel::device::{gather, Ticket};
+use crate::channel::device::gather;
 use crate::channel::memory::{HostBlock, PAGE};
 use crate::channel::path::{Copier, Departure, Event};
 use crate::channel::plan::Chunk;
@@ -23,6 +23,7 @@ impl Channel {
         // First of all, so that a failure from here on leaves the chunk's memory in use until the channel is closed.
         self.outgoing.push_back(Leaving { key, len, bulk, _hold: hold.clone() });
         self.bulk += usize::from(bulk);
+        self.bulk_bytes += if bulk { len as u64 } else { 0 };
         self.queued += len as u64;
         let source = if chunk.place.is_device() {
             self.device_source(&chunk, &hold, copier, usage)?
@@ -33,7 +34,7 @@ impl Channel {
             let (data, mhandle) = (staging.next(), staging.mhandle());
             // SAFETY: the chunk is at most a stride long; its memory is readable while the hold lives.
             unsafe { gather(&chunk.parts, data) };
-            Source::Contiguous { data, mhandle, packing: Ticket::Done, place: Place::HOST }
+            Source::Contiguous { data, mhandle, packing: Copying::none(), place: Place::HOST }
         };
         self.to_post.push_back(ToPost { source, len, tag });
         self.post_sends(copier, now)?;
@@ -46,8 +47,18 @@ impl Channel {
             let (span, send) = (hold.span_to_register(part.region)?, &mut self.send);
             // SAFETY: the region stays mapped while it is held; registrations go before it does (forget_region).
             let mhandle = register(copier, place, || unsafe { send.region(span, part.addr) })?;
-            return Ok(Source::Contiguous { data: part.addr as *mut u8, mhandle, packing: Ticket::Done, place });
+            return Ok(Source::Contiguous { data: part.addr as *mut u8, mhandle, packing: Copying::none(), place });
         }
+        let staging = self.device_out(place, copier, usage)?;
+        let (data, mhandle) = (staging.next(), staging.mhandle());
+        // SAFETY: the chunk is at most a stride long; parts are registered device memory by the caller's contract.
+        let packing = Copying::begin(|| unsafe { device(copier)?.pack(&chunk.parts, data, place) })?;
+        self.counts.packed += 1;
+        Ok(Source::Contiguous { data, mhandle, packing, place: if usage.stage_sends { Place::HOST } else { place } })
+    }
+
+    /// The staging ring for memory of `place`.
+    pub(super) fn device_out(&mut self, place: Place, copier: &mut Copier, usage: &Usage) -> Result<&mut Staging> {
         if !self.device_out.contains_key(&place) {
             let stride = usage.chunk_bytes.next_multiple_of(PAGE);
             let (memory, places, kind) = if usage.stage_sends {
@@ -62,12 +73,10 @@ impl Channel {
             })?;
             self.device_out.insert(place, staging);
         }
-        let Some(staging) = self.device_out.get_mut(&place) else { bail!(Internal, "no staging") };
-        let (data, mhandle) = (staging.next(), staging.mhandle());
-        // SAFETY: the chunk is at most a stride long; parts are registered device memory by the caller's contract.
-        let packing = unsafe { device(copier)?.pack(&chunk.parts, data, place) }?;
-        self.counts.packed += 1;
-        Ok(Source::Contiguous { data, mhandle, packing, place: if usage.stage_sends { Place::HOST } else { place } })
+        match self.device_out.get_mut(&place) {
+            Some(staging) => Ok(staging),
+            None => bail!(Internal, "no staging"),
+        }
     }
 
     /// Drops the plugin's registrations of a region that no transfer uses any more.
@@ -92,12 +101,12 @@ impl Channel {
     /// Hands announced chunks to the plugin, in order, as far as they are packed and it takes them.
     fn post_sends(&mut self, copier: &mut Copier, now: Instant) -> Result<bool> {
         let mut any = false;
-        while let Some(next) = self.to_post.front() {
-            let taken = match &next.source {
+        while let Some(next) = self.to_post.front_mut() {
+            let taken = match &mut next.source {
                 // SAFETY: the source's memory is kept by the chunk's hold, or it is a place of the staging ring.
                 Source::Vectored(iov) => unsafe { self.send.send_vectored(iov, next.len, next.tag) }?,
                 Source::Contiguous { data, mhandle, packing, place } => {
-                    if *packing != Ticket::Done && !device(copier)?.poll(*packing)? {
+                    if !packing.over(copier, &mut self.counts.packing)? {
                         break;
                     }
                     let send = &mut self.send;
@@ -122,6 +131,7 @@ impl Channel {
             let Some(sent) = self.outgoing.pop_front() else { bail!(Internal, "a send without a chunk") };
             done += sent.len as u64;
             self.bulk -= usize::from(sent.bulk);
+            self.bulk_bytes -= if sent.bulk { sent.len as u64 } else { 0 };
             self.counts.sent_chunks += 1;
             events.push(Event::Sent(sent.key, sent.len as u64));
         }

@@ -7,7 +7,7 @@ use super::super::progress;
 use super::super::proto::Setting;
 use super::*;
 use crate::channel::path::{Arrival, Copier, Departure, Event, Line, Path, Way};
-use crate::channel::stripe::Load;
+use crate::channel::stripe::Loads;
 use crate::logging::Limiter;
 use crate::wire::session::{Direction, Session};
 use std::net::{TcpListener, TcpStream};
@@ -29,7 +29,7 @@ impl Path for SimulatedDefect {
     fn carries_local(&self, _local: Place) -> bool {
         true
     }
-    fn loads(&self, _place: Place, _bulk: bool, _now: Instant, _out: &mut Vec<Load>) {}
+    fn loads(&mut self, _place: Place, _bulk: bool, _now: Instant, _out: &mut Loads) {}
     fn submit(&mut self, _channel: usize, _departure: Departure, _copier: &mut Copier, _now: Instant) -> Result<()> {
         Ok(())
     }

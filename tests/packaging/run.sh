@@ -1,0 +1,192 @@
+#!/bin/bash
+# run.sh PREFIX_OR_BUILD: tests an installed libuccl_p2p as its users meet it.
+#
+#   PREFIX_OR_BUILD  a folder that `cmake --install` filled, or a build folder of the root project, which is then installed first
+#
+# The installation is moved to another folder before anything uses it. Checks the files, exports, SONAME and headers, then builds and
+# runs consumers: CMake (shared and static, C and C++), pkg-config (shared and static), the bare compiler, add_subdirectory and
+# FetchContent. UCCL_P2P_CARGO_TARGET_DIR names a finished cargo build for the last two, when the argument is a prefix; without
+# one they build the library. ONLY_FILES=1 stops after the checks of the files, SKIP_SUBDIRECTORY=1 leaves out these last two.
+# Exit status: 0 all passed, 1 something failed; every check runs either way.
+set -uo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+root=$(cd "$here/../.." && pwd)
+[ $# = 1 ] && [ -d "$1" ] || { sed -n '2,4p' "$0" >&2; exit 1; }
+given=$(cd "$1" && pwd)
+work=$(mktemp -d "${TMPDIR:-/tmp}/uccl-packaging.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+prefix=$work/moved/to/prefix
+mkdir -p "$(dirname "$prefix")"
+failed=0
+
+export UCCL_TCPX_PLUGIN=soft UCCL_TCPX_SOFT_STRICT=1 NCCL_SOCKET_IFNAME=lo NCCL_GPUDIRECTTCPX_SOCKET_IFNAME=lo
+# Nothing but the moved prefix may help to find the library.
+unset LD_LIBRARY_PATH LIBRARY_PATH CPATH CMAKE_PREFIX_PATH PKG_CONFIG_PATH
+
+# check NAME COMMAND...: runs the command, shows its output when it fails.
+check() {
+    local name=$1 output
+    shift
+    if output=$("$@" 2>&1); then
+        echo "ok      $name"
+    else
+        echo "FAILED  $name"
+        sed 's/^/        /' <<<"$output"
+        failed=1
+    fi
+}
+
+if [ -e "$given/CMakeCache.txt" ]; then
+    original=$work/installed
+    cargo_target=$(sed -n 's/^UCCL_P2P_CARGO_TARGET_DIR:[A-Z]*=//p' "$given/CMakeCache.txt")
+    cmake --install "$given" --prefix "$original" >"$work/install.log" || { cat "$work/install.log"; exit 1; }
+    mv "$original" "$prefix"
+else
+    original=$given
+    cargo_target=${UCCL_P2P_CARGO_TARGET_DIR:-}
+    cp -a "$given" "$prefix"
+fi
+version=$(sed -n 's/^version = "\([0-9.]*\).*/\1/p' "$root/Cargo.toml" | head -1)
+so=$prefix/lib/libuccl_p2p.so.$version
+plugin=$prefix/lib/uccl/libnccl-net-tcpx-soft.so
+
+# --- The files ---
+
+files_present() {
+    local file missing=0
+    for file in "lib/libuccl_p2p.so.$version" lib/libuccl_p2p.a lib/uccl/libnccl-net-tcpx-soft.so include/uccl_engine.h \
+        include/uccl_engine.hpp include/uccl_tcpx_endpoint.hpp lib/cmake/uccl_p2p/uccl_p2pConfig.cmake \
+        lib/cmake/uccl_p2p/uccl_p2pConfigVersion.cmake lib/pkgconfig/uccl_p2p.pc bin/tcpx-info bin/tcpx-perf \
+        bin/tcpx-top share/man/man1/tcpx-info.1 share/man/man1/tcpx-perf.1 share/man/man1/tcpx-top.1 \
+        share/doc/uccl_p2p/LICENSE share/doc/uccl_p2p/THIRD-PARTY-NOTICES.txt; do
+        [ -f "$prefix/$file" ] && [ ! -L "$prefix/$file" ] || { echo "no file $file"; missing=1; }
+    done
+    [ "$(readlink "$prefix/lib/libuccl_p2p.so.0")" = "libuccl_p2p.so.$version" ] || { echo "lib/libuccl_p2p.so.0 is no link to it"; missing=1; }
+    [ "$(readlink "$prefix/lib/libuccl_p2p.so")" = libuccl_p2p.so.0 ] || { echo "lib/libuccl_p2p.so is no link to .so.0"; missing=1; }
+    [ -x "$prefix/bin/tcpx-info" ] && [ -x "$prefix/bin/tcpx-perf" ] && [ -x "$prefix/bin/tcpx-top" ] || { echo "tools cannot be executed"; missing=1; }
+    return $missing
+}
+exports() { nm -D --defined-only "$1" | awk '{print $3}' | LC_ALL=C sort; }
+exported_symbols() { diff <(LC_ALL=C sort "$root/cmake/exported-symbols.txt") <(exports "$so"); }
+# What the archive offers to a linker beside the list would clash with a program's own names only under these prefixes.
+archive_symbols() {
+    diff <(LC_ALL=C sort "$root/cmake/exported-symbols.txt") \
+        <(readelf -sW "$prefix/lib/libuccl_p2p.a" 2>/dev/null | awk '$5 != "LOCAL" && $6 != "HIDDEN" && $7 != "UND" && $8 ~ /^uccl_/ {print $8}' | LC_ALL=C sort -u)
+}
+soname() { local name; name=$(readelf -d "$so" | sed -n 's/.*(SONAME).*\[\(.*\)\]/\1/p'); echo "SONAME is '$name'"; [ "$name" = libuccl_p2p.so.0 ]; }
+# CUDA and NCCL are looked for at run time; a link to them would keep the library from loading without them.
+needed() {
+    local libraries
+    libraries=$(readelf -d "$so" && readelf -d "$plugin") || return 1
+    ! grep NEEDED <<<"$libraries" | grep -Ev 'lib(c|m|dl|rt|util|pthread|gcc_s)\.so|ld-linux'
+}
+plugin_symbols() { exports "$plugin" | grep -x ncclNetPlugin_v7; }
+no_paths() {
+    [ -d "$prefix/lib/cmake" ] && [ -d "$prefix/lib/pkgconfig" ] && [ -d "$prefix/include" ] || return 1
+    ! grep -rIl -e "$original" -e "$root" "$prefix/lib/cmake" "$prefix/lib/pkgconfig" "$prefix/include"
+}
+same_header() { diff -r "$root/include" "$prefix/include"; }
+headers() { "$root/tests/cpp/check_headers.sh" "$1" "$prefix/include"; local rc=$?; [ $rc = 0 ] || [ $rc = 77 ]; }
+
+licences() {
+    local name
+    for name in LICENSE THIRD-PARTY-NOTICES.txt; do cmp "$root/$name" "$prefix/share/doc/uccl_p2p/$name" || return 1; done
+}
+stripped() {
+    local file sections rc=0
+    for file in "$so" "$plugin" "$prefix/bin/tcpx-info" "$prefix/bin/tcpx-perf" "$prefix/bin/tcpx-top" "$prefix/lib/libuccl_p2p.a"; do
+        sections=$(readelf -SW "$file") || return 1
+        if grep -E '\.debug_(info|line)' <<<"$sections"; then echo "$file has debug information"; rc=1; fi
+        # The symbols of an archive are what a linker reads.
+        if [[ $file != *.a ]] && grep '\.symtab' <<<"$sections"; then echo "$file has a symbol table"; rc=1; fi
+    done
+    return $rc
+}
+
+check "files" files_present
+check "licences" licences
+check "stripped" stripped
+check "exported symbols" exported_symbols
+check "symbols of the archive" archive_symbols
+check "SONAME" soname
+check "needed libraries" needed
+check "symbols of the software plugin" plugin_symbols
+check "no absolute paths in package files" no_paths
+check "headers are those of the source" same_header
+for compiler in gcc clang; do
+    command -v $compiler >/dev/null || { echo "SKIPPED headers with $compiler: not installed"; continue; }
+    check "headers alone, $compiler" headers $compiler
+done
+if [ "${ONLY_FILES:-0}" = 1 ]; then exit $failed; fi
+
+# --- Consumers ---
+
+run() { timeout 120 "$@"; }
+# The library that a program loads must be the one of the moved prefix.
+loads() { ldd "$1" | grep "libuccl_p2p.so.0 => $2" || { ldd "$1"; return 1; }; }
+loads_none() { local libraries; libraries=$(ldd "$1") || return 1; ! grep libuccl_p2p <<<"$libraries"; }
+
+cmake_package() {
+    cmake -S "$here/cmake_consumer" -B "$work/cmake" -DCMAKE_PREFIX_PATH="$prefix" -DWANTED_VERSION="$version" &&
+        cmake --build "$work/cmake"
+}
+check "CMake package: build" cmake_package
+for language in c cpp; do
+    check "CMake package: $language, shared" run "$work/cmake/${language}_p2p" "$version"
+    check "CMake package: $language, shared, is the moved library" loads "$work/cmake/${language}_p2p" "$prefix/lib"
+    check "CMake package: $language, static" run "$work/cmake/${language}_p2p_static" "$version"
+    check "CMake package: $language, static, needs no library" loads_none "$work/cmake/${language}_p2p_static"
+done
+
+pkg() { PKG_CONFIG_PATH=$prefix/lib/pkgconfig pkg-config "$@" uccl_p2p; }
+pkg_config_values() { [ "$(pkg --modversion)" = "$version" ] && [ "$(cd "$(pkg --variable=prefix)" && pwd)" = "$prefix" ]; }
+# shellcheck disable=SC2046
+pkg_config_shared() {
+    gcc -std=c11 -Wall -Wextra -Werror "$here/consumer.c" -o "$work/pkg_shared" $(pkg --cflags --libs) -Wl,-rpath,"$prefix/lib" &&
+        run "$work/pkg_shared" "$version" && loads "$work/pkg_shared" "$prefix/lib"
+}
+# shellcheck disable=SC2046
+pkg_config_static() {
+    # The archive by name: with both in the folder the linker prefers the shared library.
+    gcc -std=c11 -Wall -Wextra -Werror "$here/consumer.c" -o "$work/pkg_static" \
+        $(pkg --cflags --libs --static | sed 's/-luccl_p2p/-l:libuccl_p2p.a/') && run "$work/pkg_static" "$version" &&
+        loads_none "$work/pkg_static"
+}
+if command -v pkg-config >/dev/null; then
+    check "pkg-config: version and prefix" pkg_config_values
+    check "pkg-config: shared" pkg_config_shared
+    check "pkg-config: static" pkg_config_static
+else
+    echo "SKIPPED pkg-config: not installed"
+fi
+
+plain_c() {
+    gcc -std=c11 -Wall -Wextra -Werror -I"$prefix/include" "$here/consumer.c" -o "$work/plain_c" -L"$prefix/lib" -luccl_p2p &&
+        LD_LIBRARY_PATH=$prefix/lib run "$work/plain_c" "$version" && LD_LIBRARY_PATH=$prefix/lib loads "$work/plain_c" "$prefix/lib"
+}
+plain_cpp() {
+    g++ -std=c++17 -Wall -Wextra -Werror -I"$prefix/include" "$here/consumer.cpp" -o "$work/plain_cpp" -L"$prefix/lib" -luccl_p2p &&
+        LD_LIBRARY_PATH=$prefix/lib run "$work/plain_cpp" "$version" && LD_LIBRARY_PATH=$prefix/lib loads "$work/plain_cpp" "$prefix/lib"
+}
+# The software plugin as a loaded object, as the TCPX plugin is.
+loaded_plugin() { LD_LIBRARY_PATH=$prefix/lib UCCL_TCPX_PLUGIN=tcpx UCCL_TCPX_PLUGIN_PATH=$plugin UCCL_TCPX_EMULATE_DEVICE=1 run "$work/plain_c" "$version"; }
+check "plain C" plain_c
+check "plain C++" plain_cpp
+check "the installed plugin, loaded" loaded_plugin
+check "tcpx-info" run "$prefix/bin/tcpx-info"
+check "tcpx-perf --help" run "$prefix/bin/tcpx-perf" --help
+check "tcpx-top --help" run "$prefix/bin/tcpx-top" --help
+
+if [ "${SKIP_SUBDIRECTORY:-0}" = 1 ]; then exit $failed; fi
+subdirectory() { # FETCH
+    local build=$work/subdirectory_$1 target=${cargo_target:-$work/cargo} prebuilt=OFF
+    # What the prefix was installed from is finished; cargo is not needed again.
+    [ -e "$target/release/libuccl_p2p.a" ] && prebuilt=ON
+    cmake -S "$here/subdirectory_consumer" -B "$build" -DUCCL_P2P_SOURCE="$root" -DFETCH="$1" \
+        -DUCCL_P2P_CARGO_TARGET_DIR="$target" -DUCCL_P2P_PREBUILT=$prebuilt && cmake --build "$build" || return 1
+    local program
+    for program in c_p2p c_p2p_static cpp_p2p cpp_p2p_static; do run "$build/$program" "$version" || return 1; done
+}
+check "add_subdirectory" subdirectory OFF
+check "FetchContent" subdirectory ON
+exit $failed
