@@ -56,7 +56,7 @@ fn a_write_without_company_travels_inside_the_control_message_and_others_on_chan
     assert_eq!((totals().inline_sent_bytes, totals().sent_bytes), (before.inline_sent_bytes, before.sent_bytes + 60_000));
 
     // A receive that nobody serves keeps it company for as long as it takes.
-    let spare = vec![0u8; 64];
+    let spare = [0u8; 64];
     let room = a.register(spare.as_ptr() as usize, spare.len()).unwrap();
     out.recv(LocalSegment { mr: room, addr: spare.as_ptr() as usize, len: spare.len() }).unwrap();
     assert!(write(&out, (mr, &source[..64 << 10]), item, false));
