@@ -66,6 +66,8 @@ fn configuration(rng: &mut Rng) -> Vec<(&'static str, String)> {
         ("UCCL_TCPX_CHUNK_BYTES", rng.pick(&["4096", "65536", "524288"]).to_string()),
         ("UCCL_TCPX_EAGER_BYTES", rng.pick(&["0", "8192", "65536"]).to_string()),
         ("UCCL_P2P_LOG_LEVEL", "error".to_owned()),
+        ("UCCL_P2P_DISABLE_IPC", u8::from(rng.below(4) == 0).to_string()),
+        (victim::SHARED_MEMORY, rng.below(2).to_string()),
     ];
     if rng.below(2) == 0 {
         all.push(("UCCL_TCPX_EMULATE_DEVICE", "1".to_owned()));
@@ -130,15 +132,19 @@ impl Arena {
     fn round(&mut self, environment: &[(&str, &str)]) {
         let mut peer = Victim::start("soak_process", environment);
         peer.ask("accept");
-        let connected = if self.rng.below(2) == 0 {
+        let theirs = self.rng.below(2) == 0;
+        let (answer, connected) = if theirs {
             let answer = peer.ask(&format!("connect 127.0.0.1 {}", self.survivor.port));
-            answer == "0" && until(LIMIT, || self.survivor.number("connections") > self.connections)
+            let connected = answer == "0" && until(LIMIT, || self.survivor.number("connections") > self.connections);
+            (answer, connected)
         } else {
             let answer = self.survivor.ask(&format!("connect 127.0.0.1 {}", peer.port));
-            !answer.starts_with("error") && until(LIMIT, || peer.number("connections") > 0)
+            let connected = !answer.starts_with("error") && until(LIMIT, || peer.number("connections") > 0);
+            (answer, connected)
         };
         if !connected {
-            return bad("processes that broke", "two healthy processes could not connect");
+            let who = if theirs { "peer" } else { "survivor" };
+            return bad("processes that broke", &format!("two healthy processes could not connect: the {who} got {answer:?}"));
         }
         self.connections += 1;
         let mut running = self.start(&mut peer, true);
@@ -282,9 +288,11 @@ fn life(seed: u64, end: Instant) {
         }
         arena.round(&environment);
         if round == 2 {
+            arena.late_writes();
             first = Some(arena.holds());
         }
     }
+    arena.late_writes();
     if let Some(first) = first {
         let mut last = arena.holds();
         let small = until(Duration::from_secs(5), || {
@@ -301,7 +309,6 @@ fn life(seed: u64, end: Instant) {
             bad("leaked memory", &format!("{first:?} -> {last:?}, {configuration:?}"));
         }
     }
-    arena.late_writes();
     if !arena.survivor.end(LIMIT) {
         bad("hangs", "the survivor did not end well");
     }

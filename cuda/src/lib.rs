@@ -1,6 +1,6 @@
 //! The CUDA driver API: the driver is opened at run time, and its absence is a normal state. What is called here leaves the
 //! application's GPU alone: no call breaks a capture of a CUDA graph, and none waits for the application's streams but the loading of
-//! kernels, once a process and GPU. To that end memory and kernels are kept for the next user instead of freed: the driver waits for all
+//! kernels and the first use of each kind of work, once a process and GPU. To that end memory and kernels are kept for the next user instead of freed: the driver waits for all
 //! work of a GPU when it frees, and holds up everybody meanwhile.
 //! Knows nothing of plugins, connections or kernels.
 
@@ -11,15 +11,19 @@ mod driver;
 mod error;
 mod memory;
 mod module;
+mod peer;
 mod pointer;
+mod share;
 mod shelf;
 mod stream;
 pub mod sys;
 
 pub use bdf::Bdf;
-pub use context::{current_name, gpu_name, ordinal_of, Context, Entered, GpuName};
+pub use context::{current_name, gpu_name, in_use, ordinal_of, restoring, Context, Entered, GpuName};
 pub use driver::{available, device_count, driver, Absence, Driver, Relaxed};
 pub use error::{Error, Result};
 pub use memory::{memory_kind, DeviceBuffer, MappedPtr, MemoryKind, PinnedBuffer};
 pub use module::Module;
+pub use peer::{enable_peer_access, link, ordinal_of_uuid, uuid_of, Link};
+pub use share::{allocation, ipc_handle, posix_handle, Allocation, IpcHandle, Mapped, Sharing};
 pub use stream::Stream;

@@ -3,13 +3,14 @@
 //! nothing of plugins, and of transfers only the keys of chunks.
 
 use super::device::spread;
-use super::path::{Arrival, Copier, Departure, Dest, Event, Path, Way};
+use super::path::{Arrival, ChunkLimits, Copier, Departure, Dest, Event, Path, Way};
 use super::plan::Chunk;
 use super::stillness::Stillness;
-use super::stripe::{self, Load};
+use super::stripe::{self, Loads, Want};
+use crate::region::{Hold, Region};
 use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
-use crate::types::{Part, Place};
+use crate::types::{Part, Place, Segment};
 use std::time::{Duration, Instant};
 
 /// Bytes that have passed the channels so far, counted in whole chunks.
@@ -19,6 +20,8 @@ pub(crate) struct Totals {
     pub submitted: u64,
     /// Gone.
     pub sent: u64,
+    /// Announced by the peer.
+    pub expected: u64,
     /// In place, or drained.
     pub received: u64,
 }
@@ -28,7 +31,7 @@ pub(crate) struct Channels {
     // The paths close before the copier goes (field order).
     paths: Vec<Box<dyn Path>>,
     copier: Copier,
-    loads: Vec<Load>,
+    loads: Loads,
     totals: Totals,
     stillness: Stillness,
 }
@@ -36,7 +39,7 @@ pub(crate) struct Channels {
 impl Channels {
     /// Channels over `paths`; of several that carry a pair of places the first is taken.
     pub(crate) fn new(paths: Vec<Box<dyn Path>>, copier: Copier) -> Channels {
-        Channels { paths, copier, loads: Vec::new(), totals: Totals::default(), stillness: Stillness::default() }
+        Channels { paths, copier, loads: Loads::default(), totals: Totals::default(), stillness: Stillness::default() }
     }
 
     /// Number of paths: each route is blocked on its own.
@@ -44,14 +47,63 @@ impl Channels {
         self.paths.len()
     }
 
-    /// The path for memory of these places.
-    pub(crate) fn route(&self, local: Place, peer: Place) -> Option<usize> {
-        self.paths.iter().position(|p| p.carries(local, peer))
+    /// The path for memory of these places. `shared`: [`Channels::share`] has said yes to the regions that are sent.
+    pub(crate) fn route(&self, local: Place, peer: Place, shared: bool) -> Option<usize> {
+        self.paths.iter().position(|p| p.carries(local, peer) && (shared || !p.needs_sharing(local)))
     }
 
-    /// Channels of a route.
-    pub(crate) fn width(&self, route: usize) -> usize {
-        self.paths.get(route).map_or(0, |p| p.channels())
+    /// Whether the paths that want regions to be shared first can send these segments, whose regions `hold` has.
+    pub(crate) fn share(&mut self, segments: &[Segment], hold: &Hold) -> bool {
+        let mut shared = true;
+        let wants = |path: &&mut Box<dyn Path>| path.needs_sharing(Place::gpu(0));
+        for path in self.paths.iter_mut().filter(wants) {
+            let mut last = None;
+            for segment in segments {
+                let this = (segment.region, segment.peer);
+                if last.replace(this) == Some(this) || !path.needs_sharing(segment.place) {
+                    continue;
+                }
+                if path.carries(segment.place, segment.peer) {
+                    // All are asked: each is told to the peer at its first use.
+                    shared &= hold.region_to_share(segment.region).is_some_and(|region| path.share(region, segment.peer));
+                }
+            }
+        }
+        shared
+    }
+
+    /// Whether the peer reaches all of these segments within the host: then a chunk is faster than a frame that a GPU has to fill.
+    fn within_host(&mut self, segments: &[Segment], hold: &Hold) -> bool {
+        let wanted = |path: &dyn Path, s: &Segment| path.needs_sharing(s.place) && path.carries(s.place, s.peer);
+        segments.iter().all(|s| self.paths.iter().any(|path| wanted(&**path, s))) && self.share(segments, hold)
+    }
+
+    /// Tells the peer of a region of this side that it may want to reach soon.
+    pub(crate) fn offer(&mut self, region: &Region) {
+        self.paths.iter_mut().for_each(|path| path.offer(region));
+    }
+
+    /// What chunks of a channel are at most; `None` where it does not exist.
+    pub(crate) fn limits(&self, channel: u16) -> Option<ChunkLimits> {
+        let mut index = usize::from(channel);
+        self.paths.iter().find_map(|path| match index.checked_sub(path.channels()) {
+            None => Some(path.limits()),
+            Some(rest) => {
+                index = rest;
+                None
+            }
+        })
+    }
+
+    /// What the next chunk of a transfer of `total` bytes should be at most on a route.
+    pub(crate) fn cut(&self, route: usize, total: u64) -> ChunkLimits {
+        match self.paths.get(route) {
+            Some(path) => {
+                let limits = path.limits();
+                ChunkLimits { bytes: path.chunk_len(total).min(limits.bytes), ..limits }
+            }
+            None => ChunkLimits { bytes: 0, pieces: 0, crossed: 0 },
+        }
     }
 
     /// Number of channels.
@@ -59,12 +111,14 @@ impl Channels {
         self.paths.iter().map(|p| p.channels()).sum()
     }
 
-    /// The channel for the next chunk from `place` on a route; `None` when none should take one now.
-    pub(crate) fn pick(&mut self, route: usize, place: Place, len: u64, bulk: bool, now: Instant) -> Option<u16> {
+    /// The channel for the next chunk from `place` on a route, and the chunk's bytes at most; `None` when none should take one now.
+    pub(crate) fn pick(&mut self, route: usize, place: Place, want: Want, bulk: bool, now: Instant) -> Option<(u16, usize)> {
         let base: usize = self.paths.iter().take(route).map(|p| p.channels()).sum();
-        self.loads.clear();
-        self.paths.get(route)?.loads(place, bulk, now, &mut self.loads);
-        stripe::pick(&self.loads, len).and_then(|channel| u16::try_from(base + channel).ok())
+        self.loads.channels.clear();
+        self.loads.nics.clear();
+        self.paths.get_mut(route)?.loads(place, bulk, now, &mut self.loads);
+        let pick = stripe::pick(&self.loads, want)?;
+        Some((u16::try_from(base + pick.channel).ok()?, pick.len as usize))
     }
 
     fn path(&mut self, channel: u16) -> Option<(&mut Box<dyn Path>, usize, &mut Copier)> {
@@ -96,14 +150,22 @@ impl Channels {
                 bail!(Protocol, "channel {channel} does not carry memory of {place:?}");
             }
         }
-        path.expect(index, arrival)
+        let len = arrival.len as u64;
+        path.expect(index, arrival)?;
+        self.totals.expected += len;
+        Ok(())
+    }
+
+    /// Bytes of chunks that are under way in either direction.
+    pub(crate) fn under_way(&self) -> u64 {
+        self.totals.submitted.saturating_sub(self.totals.sent) + self.totals.expected.saturating_sub(self.totals.received)
     }
 
     /// Advances all channels; gives what happened.
     pub(crate) fn progress(&mut self, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
         let mut any = false;
         for path in &mut self.paths {
-            if path.busy() {
+            if path.busy() || path.attention() {
                 any |= path.progress(&mut self.copier, now, events)?;
             }
         }
@@ -130,9 +192,14 @@ impl Channels {
         self.paths.iter().any(|p| p.busy())
     }
 
+    /// [`Channels::progress`] has something to do, chunks or not.
+    pub(crate) fn stirs(&self) -> bool {
+        self.paths.iter().any(|p| p.busy() || p.attention())
+    }
+
     /// A device copies for this connection; nobody is woken when it ends.
     pub(crate) fn copies_pending(&self) -> bool {
-        self.copier.as_ref().is_some_and(|c| c.busy())
+        self.copier.as_ref().is_some_and(|c| c.busy()) || self.paths.iter().any(|p| p.copying())
     }
 
     /// Bytes in whole chunks.
@@ -198,8 +265,12 @@ impl Channels {
         String::new()
     }
 
-    /// Up to how many bytes a transfer should travel inside a control frame.
-    pub(crate) fn inline_bytes(&self, device: bool) -> usize {
+    /// Up to how many bytes a transfer of these segments should travel inside a control frame.
+    pub(crate) fn inline_bytes(&mut self, segments: &[Segment], hold: &Hold) -> usize {
+        let device = segments.iter().any(|s| s.place.is_device());
+        if device && self.within_host(segments, hold) {
+            return 0;
+        }
         match &self.copier {
             Some(copier) if device => copier.inline_bytes(),
             _ if device => 0,
@@ -252,6 +323,11 @@ impl Channels {
         self.paths.iter_mut().for_each(|p| p.forget_region(id));
     }
 
+    /// Has what chunks of `place` need allocated and registered on every path that carries them.
+    pub(crate) fn ready(&mut self, place: Place) -> Result<()> {
+        self.paths.iter_mut().try_for_each(|p| p.ready(place, &mut self.copier))
+    }
+
     /// Ends all copies and closes all channels: afterwards nothing touches registered memory on this connection's behalf. Where a GPU
     /// does not end its copies, channels and regions stay as they are until the process ends.
     pub(crate) fn close(&mut self) {
@@ -268,6 +344,7 @@ impl Channels {
 mod tests {
     use super::*;
     use crate::channel::path::Line;
+    use crate::channel::stripe::Load;
     use crate::region::Hold;
     use crate::status::ErrorKind;
     use crate::types::Key;
@@ -297,16 +374,22 @@ mod tests {
         fn channels(&self) -> usize {
             self.channels
         }
+        fn limits(&self) -> ChunkLimits {
+            ChunkLimits { bytes: 100 * self.channels, pieces: 1, crossed: 1 }
+        }
+        fn chunk_len(&self, total: u64) -> usize {
+            total as usize
+        }
         fn carries(&self, local: Place, peer: Place) -> bool {
             !self.device || (local.is_device() && peer.is_device())
         }
         fn carries_local(&self, local: Place) -> bool {
             !self.device || local.is_device()
         }
-        fn loads(&self, _place: Place, bulk: bool, _now: Instant, out: &mut Vec<Load>) {
+        fn loads(&mut self, _place: Place, bulk: bool, _now: Instant, out: &mut Loads) {
             // The last channel is the free one; large transfers leave it alone.
             let free = |i| usize::from(i + 1 == self.channels && !self.full && !bulk);
-            out.extend((0..self.channels).map(|i| Load { free: free(i), queued: 0, rate: 0.0 }));
+            out.channels.extend((0..self.channels).map(|i| Load { free: free(i), queued: 0, rate: 0.0, nic: 0 }));
         }
         fn submit(&mut self, channel: usize, _departure: Departure, _copier: &mut Copier, _now: Instant) -> Result<()> {
             self.asked.submitted.store(channel as u64 + 1, Ordering::Relaxed);
@@ -368,16 +451,20 @@ mod tests {
     fn the_first_path_that_carries_a_pair_takes_it_and_channels_are_numbered_over_all() {
         let ((device, d), (host, h)) = (stub(true, 3), stub(false, 2));
         let mut channels = Channels::new(vec![device, host], None);
-        let (gpu, now) = (Place::gpu(0), Instant::now());
-        assert_eq!((channels.route(gpu, gpu), channels.route(gpu, Place::HOST)), (Some(0), Some(1)));
+        let (gpu, now, want) = (Place::gpu(0), Instant::now(), Want { len: 1, rest: 1 });
+        assert_eq!((channels.route(gpu, gpu, true), channels.route(gpu, Place::HOST, true)), (Some(0), Some(1)));
         assert_eq!((channels.routes(), channels.count()), (2, 5));
-        assert_eq!([0, 1, 2].map(|route| channels.width(route)), [3, 2, 0]);
-        assert_eq!([0, 1, 2].map(|route| channels.pick(route, gpu, 1, false, now)), [Some(2), Some(4), None]);
-        assert_eq!(channels.pick(0, gpu, 1, true, now), None, "no room for large ones");
+        assert_eq!([0, 1, 2].map(|route| channels.cut(route, 1 << 20).bytes), [300, 200, 0]);
+        assert_eq!(
+            [2, 3, 4, 5].map(|channel| channels.limits(channel).map(|l| l.bytes)),
+            [Some(300), Some(200), Some(200), None]
+        );
+        assert_eq!([0, 1, 2].map(|route| channels.pick(route, gpu, want, false, now)), [Some((2, 1)), Some((4, 1)), None]);
+        assert_eq!(channels.pick(0, gpu, want, true, now), None, "no room for large ones");
         channels.submit(4, departure(10), now).unwrap();
         channels.submit(2, departure(5), now).unwrap();
         assert_eq!((d.submitted.load(Ordering::Relaxed), h.submitted.load(Ordering::Relaxed)), (3, 2));
-        assert_eq!(channels.totals(), Totals { submitted: 15, sent: 0, received: 0 });
+        assert_eq!(channels.totals(), Totals { submitted: 15, sent: 0, received: 0, expected: 0 });
         assert!(channels.submit(5, departure(1), now).is_err());
         channels.expect(0, arrival(gpu)).unwrap();
         channels.expect(3, arrival(Place::HOST)).unwrap();
@@ -413,7 +500,7 @@ mod tests {
         let mut events = Vec::new();
         assert!(channels.progress(Instant::now(), &mut events).unwrap());
         assert_eq!((events.len(), channels.busy()), (3, false));
-        assert_eq!(channels.totals(), Totals { submitted: 0, sent: 7, received: 111 });
+        assert_eq!(channels.totals(), Totals { submitted: 0, sent: 7, received: 111, expected: 0 });
         assert_eq!(channels.look(Instant::now()).unwrap(), (11, 22));
         // One plugin that does not tell, and whole chunks are all there is.
         let (mut silent, _) = stub(false, 1);
@@ -426,10 +513,12 @@ mod tests {
     #[test]
     fn without_a_copier_only_host_memory_travels_inside_frames() {
         let mut channels = Channels::new(Vec::new(), None);
-        assert_eq!(
-            (channels.inline_bytes(false), channels.inline_bytes(true), channels.copies_pending()),
-            (usize::MAX, 0, false)
-        );
+        let mut inline = |place| {
+            let segment = Segment { addr: 1, len: 1, region: 0, place, peer: Place::HOST };
+            channels.inline_bytes(&[segment], &Hold::new(Vec::new()))
+        };
+        assert_eq!((inline(Place::HOST), inline(Place::gpu(0))), (usize::MAX, 0));
+        assert!(!channels.copies_pending());
         let mut memory = *b"0123456789";
         let part = |at: usize, len| crate::types::Part { addr: memory.as_ptr() as u64 + at as u64, len, region: 0 };
         let parts = vec![part(2, 3), part(7, 1)];

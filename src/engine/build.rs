@@ -4,6 +4,7 @@ use super::budget::Counted;
 use super::connection::{Connection, Core, Peer};
 use super::fabric::Raised;
 use super::link::{Agreed, Sealed};
+use super::local::Local;
 use super::notify::Inbox;
 use super::proto::{Machine, Setting};
 use super::site::Site;
@@ -12,9 +13,9 @@ use crate::channel::device::EmulatedDevice;
 use crate::channel::net::{Channel, NetPath, Usage};
 use crate::channel::path::{Copier, Path};
 use crate::channel::router::Channels;
-use crate::fork::Local;
 use crate::net::comm::Doorbell;
 use crate::status::Result;
+use crate::types::Place;
 use crate::wire::control::ControlStream;
 use crate::wire::keys::Proof;
 use std::net::{SocketAddr, TcpStream};
@@ -30,6 +31,8 @@ pub(crate) struct Up {
     pub sealed: Sealed,
     /// Channels by set, in the order of their numbers.
     pub sets: Vec<Raised>,
+    /// What was found on this host.
+    pub local: Local,
 }
 
 /// What copies device memory; none on a machine without a GPU.
@@ -48,7 +51,8 @@ fn copier(site: &Site) -> Result<Copier> {
 fn paths(site: &Site, sets: Vec<Raised>, chunk_bytes: usize, doorbell: &Doorbell) -> Result<Vec<Box<dyn Path>>> {
     let config = &site.config;
     let path = |set: Raised| -> Result<Box<dyn Path>> {
-        let channels: Vec<Channel> = set.pairs.into_iter().map(|pair| Channel::new(pair.send, pair.recv, pair.nic)).collect();
+        let channels: Vec<Channel> =
+            set.pairs.into_iter().map(|pair| Channel::new(pair.send, pair.recv, pair.nic, pair.peer_nic)).collect();
         for channel in &channels {
             channel.set_doorbell(doorbell)?;
         }
@@ -90,6 +94,24 @@ fn describe(sets: &[Raised]) -> String {
     carried.join("; ")
 }
 
+/// So many connections of an engine have all memory that chunks of a GPU need from the start. A process with more peers than that
+/// mostly talks to few of them: further connections take theirs with the first chunk.
+const READY: usize = 8;
+
+/// An error here comes again, and is told, with the first chunk.
+fn told(place: Place, result: Result<()>) {
+    if let Err(e) = result {
+        log::debug!("memory for chunks of {place:?} is left to the first of them: {e}");
+    }
+}
+
+/// Makes the first connections ready for memory of a GPU that was not used before.
+pub(crate) fn ready(site: &Site, place: Place) {
+    let mut all = site.home.connections.all();
+    all.sort_by_key(|connection| connection.id);
+    all.iter().take(READY).for_each(|connection| told(place, connection.ready(place)));
+}
+
 /// Builds the connection and puts it under the progress thread's care. `counted`: an incoming one's place among those.
 ///
 /// # Errors
@@ -101,14 +123,26 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
     let chunk_bytes = terms.chunk_bytes as usize;
     let carried = describe(&up.sets);
     let seat = home.bell.seat()?;
-    let channels = Channels::new(paths(site, up.sets, chunk_bytes, &seat.doorbell())?, copier(site)?);
+    let mut paths = paths(site, up.sets, chunk_bytes, &seat.doorbell())?;
+    let found = up.local.describe();
+    let local = up.local.path(seat.local_bell(), &theirs.hello);
+    // Of several paths that carry something the first does.
+    let watched = local.map(|path| {
+        let watched = path.watched();
+        paths.insert(0, Box::new(path));
+        watched
+    });
+    let mut channels = Channels::new(paths, copier(site)?);
+    if home.connections.count() < READY {
+        site.gpus.used().into_iter().for_each(|place| told(place, channels.ready(place)));
+    }
+    home.registry.on_devices().iter().for_each(|region| channels.offer(region.to_share()));
     let name = up.address.to_string();
     let setting = Setting {
         registry: home.registry.clone(),
         inbox: Inbox::new(&site.notifications),
         pool: site.pool.clone(),
         lines: home.lines.clone(),
-        chunk_bytes,
         eager_bytes: config.eager_bytes,
         peer: name.clone(),
         transfer_timeout: config.transfer_timeout,
@@ -124,7 +158,7 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
     };
     let gpu = &theirs.hello.gpu;
     let line = format!(
-        "connected with {name}, GPU {gpu}, {proof}: {carried}; protection {:?}, chunks of up to {chunk_bytes} bytes",
+        "connected with {name}, GPU {gpu}, {proof}: {carried}{found}; protection {:?}, chunks of up to {chunk_bytes} bytes",
         terms.protect
     );
     home.lines.log(log::Level::Info, Instant::now(), format_args!("{line}"));
@@ -140,14 +174,15 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
         gpu_index: theirs.hello.gpu_index,
         key,
         engine: theirs.engine,
-        _counted: counted.map(Local::new),
+        _counted: counted.map(crate::fork::Local::new),
     };
     home.counters.opened.add();
-    let connection = Arc::new(Connection::new(home.clone(), core, peer, seat));
+    let connection = Arc::new(Connection::new(home.clone(), core, peer, seat, watched));
     if !home.connections.insert(connection.id, &connection) {
         return Err(super::ending::canceled());
     }
     home.bell.watch(connection.fd, connection.id)?;
+    connection.watch_local()?;
     home.attend(connection.id);
     Ok(connection)
 }

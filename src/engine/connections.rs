@@ -52,6 +52,11 @@ impl<T> Connections<T> {
         self.live.lock().by_id.get(&id).and_then(Weak::upgrade)
     }
 
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.live.lock().by_id.len()
+    }
+
     /// All that are alive.
     pub(crate) fn all(&self) -> Vec<Arc<T>> {
         self.live.lock().by_id.values().filter_map(Weak::upgrade).collect()

@@ -5,6 +5,7 @@ use super::accepts::Dead;
 use super::bell::{named, Bell, Named};
 use super::connections::Connections;
 use super::counters::Counters;
+use super::pacing::Cores;
 use super::registry::Registry;
 use crate::logging::Limiter;
 use parking_lot::Mutex;
@@ -21,6 +22,9 @@ pub(crate) trait Driven {
     /// A round of progress by an application thread that waits for something other than a transfer. Whether something moved, or is
     /// under way.
     fn drive_for_application(&self) -> bool;
+
+    /// A process of this host has said something.
+    fn heard_on_this_host(&self) {}
 }
 
 /// A connection that a thread drives while it looks for notifications. Not kept alive: nobody may ask again.
@@ -46,8 +50,7 @@ pub(crate) struct Home<T> {
     pub dead: Arc<Dead>,
     /// The channels ring the bell; without, the progress thread must poll while work is in flight.
     pub doorbells: bool,
-    /// Threads compete for cores: nobody spins while another could work.
-    pub few_cores: bool,
+    pub cores: Cores,
     pub close_timeout: Duration,
     /// Lines of the log that peers cause.
     pub lines: Arc<Limiter>,
@@ -71,7 +74,7 @@ impl<T: Driven> Home<T> {
             counters: Counters::default(),
             dead: Arc::default(),
             doorbells,
-            few_cores: std::thread::available_parallelism().map_or(2, usize::from) <= 2,
+            cores: Cores::here(),
             close_timeout,
             lines: Arc::new(Limiter::new(u32::try_from(log_lines).unwrap_or(u32::MAX))),
             last_polled: AtomicU64::new(0),
@@ -112,7 +115,18 @@ impl<T: Driven> Home<T> {
         tokens.clear();
         self.bell.ready(tokens);
         for &token in tokens.iter() {
-            let Named::Connection(id) = named(token) else { continue };
+            let id = match named(token) {
+                Named::Connection(id) => id,
+                Named::Local(id) => {
+                    // The event came once, and here: the progress thread looks, too.
+                    if let Some(connection) = self.connections.get(id) {
+                        connection.heard_on_this_host();
+                        self.attend(id);
+                    }
+                    id
+                }
+                Named::Bell | Named::Group(_) => continue,
+            };
             if list.iter().all(|recent| recent.id != id) {
                 let connection = self.connections.get(id).map(|connection| Arc::downgrade(&connection));
                 list.extend(connection.map(|connection| Recent { id, connection, last: now }));

@@ -29,6 +29,7 @@ mod home;
 mod limits;
 mod link;
 mod listener;
+mod local;
 mod notify;
 mod pacing;
 mod progress;
@@ -252,8 +253,18 @@ impl Engine {
             bail!(InvalidArgument, "cannot register {len} bytes at {addr:#x}");
         }
         self.alive()?;
-        let place = self.parts.site.gpus.place_of(addr as u64)?;
-        self.parts.site.home.registry.add(addr as u64, len as u64, place, access)
+        let (place, first) = self.parts.site.gpus.place_of(addr as u64)?;
+        if first {
+            // Connections that are there already could not prepare for this GPU.
+            build::ready(&self.parts.site, place);
+        }
+        let home = &self.parts.site.home;
+        let id = home.registry.add(addr as u64, len as u64, place, access)?;
+        if place.is_device() {
+            let region = home.registry.local(id)?;
+            home.connections.all().iter().for_each(|connection| connection.offer_region(&region));
+        }
+        Ok(id)
     }
 
     /// Ends a registration. Waits for transfers that use it; what has not ended by the close deadline is failed with its connection.
@@ -415,7 +426,7 @@ fn offer(site: &Arc<Site>, metadata: &str) -> Option<Arc<export::Exporter>> {
 
 fn announce(metadata: &str, plugins: &Plugins, gpus: &gpus::Gpus) {
     let plugin = &plugins.device;
-    let nics: Vec<String> = plugin.devices.iter().map(|d| format!("{} ({} Mbit/s)", d.name, d.speed_mbps)).collect();
+    let nics: Vec<String> = plugin.devices.iter().map(|d| format!("{} ({})", d.name, d.speed())).collect();
     let origin = plugin.path.as_ref().map_or("built in".to_owned(), |p| p.display().to_string());
     log::info!("engine {metadata}: plugin {} ({origin}), NICs {}, GPU {}", plugin.name, nics.join(", "), gpus.name());
 }

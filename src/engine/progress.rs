@@ -4,6 +4,7 @@
 
 use super::bell::{named, Named, Seat};
 use super::connection::{Connection, Home};
+use super::home::Driven;
 use super::pacing::{step, Round, Step};
 use crate::hash::Map;
 use reactor::Interest;
@@ -150,6 +151,7 @@ impl<'a> Driving<'a> {
             round.any |= found.any;
             round.channels_busy |= found.channels_busy;
             round.polled |= found.channels_busy && !home.doorbells;
+            round.large |= found.large;
             round.copying |= found.copying;
             if std::mem::take(&mut active.rang) && !found.any {
                 active.connection.look_for_failure();
@@ -232,6 +234,11 @@ impl<'a> Driving<'a> {
                 Named::Connection(id) => {
                     self.activate(id);
                 }
+                Named::Local(id) => {
+                    if let Some(active) = self.activate(id) {
+                        active.connection.heard_on_this_host();
+                    }
+                }
             }
         }
     }
@@ -274,7 +281,7 @@ fn drive(home: &Home, spin: Duration) {
         let now = Instant::now();
         driving.due(now);
         let round = driving.round(false, now);
-        match step(&round, now - last_activity, spin, home.few_cores) {
+        match step(&round, now - last_activity, spin, home.cores) {
             Step::Again => last_activity = Instant::now(),
             Step::Spin => {
                 std::hint::spin_loop();
@@ -300,7 +307,7 @@ fn drive(home: &Home, spin: Duration) {
                     continue;
                 }
                 // Who drives may have changed since.
-                let limit = match step(&again, Duration::MAX, spin, home.few_cores) {
+                let limit = match step(&again, Duration::MAX, spin, home.cores) {
                     Step::Sleep(now) => limit.min(now),
                     _ => Duration::ZERO,
                 };

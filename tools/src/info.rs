@@ -54,6 +54,7 @@ struct Report {
     gpus: Vec<Gpu>,
     congestion_control: Option<Congestion>,
     proof: Option<Proof>,
+    within_host: Option<String>,
     peer: Option<Vec<Row>>,
     doctor: Option<Vec<Check>>,
     settings: Vec<Setting>,
@@ -95,6 +96,7 @@ fn examine(args: &Args) -> Report {
         gpus: inspect::gpus(),
         congestion_control: inspect::congestion(),
         proof: None,
+        within_host: None,
         peer: None,
         doctor: None,
         environment: inspect::environment(variables, &known),
@@ -145,11 +147,25 @@ fn look(args: &Args, report: &mut Report) -> Result<String> {
         node.plugin()
     );
     report.proof = Some(proof);
+    report.within_host = Some(within_host(&node, memory));
     let Some(address) = &args.peer else { return Ok(verdict) };
     let rows = with_peer(&node, address, memory).context(format_args!("with {address}"))?;
     let rates: Vec<String> = rows.iter().map(|row| format!("{} {:.3} GB/s", row.op, row.gbytes_per_s)).collect();
     report.peer = Some(rows);
     Ok(format!("{verdict}; with {address} over {memory} memory: {}, every byte right", rates.join(", ")))
+}
+
+/// Whether data between processes of this host goes without the network, in words.
+fn within_host(node: &Arc<Node>, memory: Kind) -> String {
+    match probe::within_host(node, memory) {
+        Ok(0) => {
+            format!("{memory} memory takes the network also between processes of this host (UCCL_P2P_LOG_LEVEL=info tells why)")
+        }
+        Ok(_) => format!(
+            "{memory} memory of a process is copied straight to another of the same user (UCCL_P2P_DISABLE_IPC=1 prevents it)"
+        ),
+        Err(e) => format!("NOT WORKING: {e}"),
+    }
 }
 
 /// Which memory shows what was asked.
@@ -206,17 +222,12 @@ fn text(report: &Report, settings: bool) -> String {
     }
     for nic in &report.nics {
         let numa = nic.numa_node.map_or("NUMA node unknown".to_string(), |n| format!("NUMA node {n}"));
+        let speed = if nic.speed_mbps > 0 { format!("{} Mbit/s", nic.speed_mbps) } else { "speed unknown".to_owned() };
         let pci = nic.pci_path.as_deref().filter(|p| !p.is_empty()).unwrap_or("no PCI device");
-        line(
-            "",
-            &format!(
-                "{}: {} Mbit/s, {numa}, {pci}, memory: {} (plugin {})",
-                nic.name,
-                nic.speed_mbps,
-                nic.pointers.join("+"),
-                nic.plugin
-            ),
-        );
+        line("", &format!("{}: {speed}, {numa}, {pci}, memory: {} (plugin {})", nic.name, nic.pointers.join("+"), nic.plugin));
+    }
+    if let Some(range) = report.settings.iter().find(|s| s.name == "UCCL_TCPX_PORT_RANGE" && s.source != "default") {
+        line("data ports", &format!("{} (UCCL_TCPX_PORT_RANGE)", range.value));
     }
     match report.gpus.len() {
         0 => line("GPUs", "none (host memory works without)"),
@@ -231,6 +242,9 @@ fn text(report: &Report, settings: bool) -> String {
     }
     if let Some(proof) = &report.proof {
         line("proof", &format!("{} bytes verified, {:.0} us for write and read", proof.verified_bytes, proof.elapsed_us));
+    }
+    if let Some(within_host) = &report.within_host {
+        line("within this host", within_host);
     }
     if let Some(rows) = &report.peer {
         rows.iter().for_each(|row| line("peer", row.line().trim()));

@@ -6,8 +6,8 @@ use super::super::notify::{Inbox, Queue};
 use super::super::progress;
 use super::super::proto::Setting;
 use super::*;
-use crate::channel::path::{Arrival, Copier, Departure, Event, Line, Path, Way};
-use crate::channel::stripe::Load;
+use crate::channel::path::{Arrival, ChunkLimits, Copier, Departure, Event, Line, Path, Way};
+use crate::channel::stripe::Loads;
 use crate::logging::Limiter;
 use crate::wire::session::{Direction, Session};
 use std::net::{TcpListener, TcpStream};
@@ -23,13 +23,19 @@ impl Path for SimulatedDefect {
     fn channels(&self) -> usize {
         1
     }
+    fn limits(&self) -> ChunkLimits {
+        ChunkLimits { bytes: 4096, pieces: 1, crossed: 1 }
+    }
+    fn chunk_len(&self, _total: u64) -> usize {
+        4096
+    }
     fn carries(&self, _local: Place, _peer: Place) -> bool {
         true
     }
     fn carries_local(&self, _local: Place) -> bool {
         true
     }
-    fn loads(&self, _place: Place, _bulk: bool, _now: Instant, _out: &mut Vec<Load>) {}
+    fn loads(&mut self, _place: Place, _bulk: bool, _now: Instant, _out: &mut Loads) {}
     fn submit(&mut self, _channel: usize, _departure: Departure, _copier: &mut Copier, _now: Instant) -> Result<()> {
         Ok(())
     }
@@ -74,7 +80,6 @@ fn connection(home: &Arc<Home>, driven: bool, closed: bool) -> (Arc<Connection>,
         inbox: Inbox::new(&Queue::new(1 << 30, 256 << 20)),
         pool: Pool::endless(),
         lines: Arc::new(Limiter::new(1000)),
-        chunk_bytes: 4096,
         eager_bytes: 0,
         peer: "a peer".to_owned(),
         transfer_timeout: timeout,
@@ -87,7 +92,7 @@ fn connection(home: &Arc<Home>, driven: bool, closed: bool) -> (Arc<Connection>,
     let core = Core::new(Machine::new(setting, Instant::now()), channels, control);
     let peer =
         Peer { ip: [127, 0, 0, 1].into(), name: "a peer".to_owned(), gpu_index: -1, key: None, engine: [1; 16], _counted: None };
-    let connection = Arc::new(Connection::new(home.clone(), core, peer, home.bell.seat().unwrap()));
+    let connection = Arc::new(Connection::new(home.clone(), core, peer, home.bell.seat().unwrap(), None));
     assert!(home.connections.insert(connection.id, &connection));
     (connection, theirs)
 }

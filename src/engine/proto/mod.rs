@@ -60,8 +60,6 @@ pub(crate) struct Setting {
     /// What all peers of the engine together may take, and how many lines of the log they may cause.
     pub pool: Arc<Pool>,
     pub lines: Arc<Limiter>,
-    /// Largest chunk, bytes; both sides agree on it.
-    pub chunk_bytes: usize,
     /// Largest transfer inside a control frame, bytes.
     pub eager_bytes: usize,
     /// Names the peer in errors.
@@ -265,7 +263,7 @@ impl Machine {
     pub(crate) fn admit(&self, segments: usize, pairs: &[(Place, Place)], channels: &Channels) -> Result<()> {
         self.alive()?;
         limits::admit(self.transfers.in_flight(), self.transfers.segments(), segments)?;
-        match pairs.iter().find(|&&(local, peer)| channels.route(local, peer).is_none()) {
+        match pairs.iter().find(|&&(local, peer)| channels.route(local, peer, false).is_none()) {
             Some((local, peer)) => Err(err!(Unsupported, "no channel carries memory of {local:?} here and {peer:?} at the peer")),
             None => Ok(()),
         }
@@ -281,8 +279,11 @@ impl Machine {
         }
         let key = Key { id, mine: true };
         self.deadlines.start(key, Way::Out, total, now);
+        let hold = Hold::new(uses);
         let mut gathered = std::mem::take(&mut self.gathered);
-        if let Some(data) = self.load_inline(&segments, total, self.write_inline(segments.len()), channels, &mut gathered)? {
+        if let Some(data) =
+            self.load_inline(&segments, &hold, total, self.write_inline(segments.len()), channels, &mut gathered)?
+        {
             self.counts.inline_sent_bytes += total;
             self.push(&Frame::Write { id, regions: remote_regions, segments: remote, inline: Some(data) }, now);
             self.transfers.moved(id, total);
@@ -290,7 +291,7 @@ impl Machine {
         } else {
             self.gathered = gathered;
             self.announce(Frame::Write { id, regions: remote_regions, segments: remote, inline: None }, now);
-            self.outgoing.start(key, segments, Hold::new(uses), self.setting.chunk_bytes, channels)?;
+            self.outgoing.start(key, segments, hold, channels)?;
         }
         Ok(id)
     }
@@ -364,6 +365,7 @@ impl Machine {
     fn load_inline<'a>(
         &self,
         segments: &'a [Segment],
+        hold: &Hold,
         total: u64,
         limit: usize,
         channels: &mut Channels,
@@ -372,10 +374,10 @@ impl Machine {
         if total > limit.min(MAX_INLINE) as u64 {
             return Ok(None);
         }
-        let device = segments.iter().any(|s| s.place.is_device());
-        if total > channels.inline_bytes(device) as u64 {
+        if total > channels.inline_bytes(segments, hold) as u64 {
             return Ok(None);
         }
+        let device = segments.iter().any(|s| s.place.is_device());
         if let ([only], false) = (segments, device) {
             // SAFETY: the segment lies in a registered region that the caller's uses hold.
             return Ok(Some(unsafe { std::slice::from_raw_parts(only.addr as *const u8, only.len as usize) }));

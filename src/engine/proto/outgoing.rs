@@ -3,9 +3,10 @@
 //! bytes and sockets.
 
 use super::limits;
-use crate::channel::path::Departure;
-use crate::channel::plan::{chunk_len, Walk};
+use crate::channel::path::{ChunkLimits, Departure};
+use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
+use crate::channel::stripe::Want;
 use crate::hash::Map;
 use crate::region::Hold;
 use crate::status::{bail, Result};
@@ -28,7 +29,11 @@ const ANNOUNCE: usize = 8;
 struct OutStream {
     stream: Walk,
     hold: Hold,
-    chunk_len: usize,
+    /// Bytes of the whole transfer.
+    total: u64,
+    small: bool,
+    /// Paths that want regions to be shared first may carry it.
+    shared: bool,
     segments: usize,
     /// Bytes handed to channels and not yet gone.
     inflight: u64,
@@ -100,6 +105,8 @@ impl Turns {
 pub(super) struct Outgoing {
     streams: Map<Key, OutStream>,
     routes: Vec<Turns>,
+    /// Bytes of large streams that no channel has.
+    bulk_left: u64,
     /// Chunks announced, and those of them that the peer says have arrived.
     announced: u64,
     confirmed: u64,
@@ -116,24 +123,18 @@ pub(crate) enum Scheduled {
 
 impl Outgoing {
     /// Starts a stream; its places must have routes.
-    pub(super) fn start(
-        &mut self,
-        key: Key,
-        segments: Vec<Segment>,
-        hold: Hold,
-        chunk_bytes: usize,
-        channels: &Channels,
-    ) -> Result<()> {
+    pub(super) fn start(&mut self, key: Key, segments: Vec<Segment>, hold: Hold, channels: &mut Channels) -> Result<()> {
+        let shared = channels.share(&segments, &hold);
         let stream = Walk::new(segments);
         let Some((place, peer)) = stream.next_places() else { bail!(Internal, "an empty stream") };
-        let Some(route) = channels.route(place, peer) else {
+        let Some(route) = channels.route(place, peer, shared) else {
             bail!(Unsupported, "no channel carries memory of {place:?} to {peer:?} of the peer")
         };
         self.routes.resize_with(channels.routes(), Turns::default);
-        let small = stream.remaining() <= SMALL;
-        let chunk_len = chunk_len(stream.remaining(), channels.width(route), chunk_bytes);
-        let segments = stream.segments();
-        self.streams.insert(key, OutStream { stream, hold, chunk_len, segments, inflight: 0 });
+        let (total, segments) = (stream.remaining(), stream.segments());
+        let small = total <= SMALL;
+        self.bulk_left += if small { 0 } else { total };
+        self.streams.insert(key, OutStream { stream, hold, total, small, shared, segments, inflight: 0 });
         self.routes[route].queue(small).push_back(key);
         Ok(())
     }
@@ -184,17 +185,22 @@ impl Outgoing {
             self.routes[route].took(small, 0, false);
             return Ok(true);
         };
-        let Some(channel) = channels.pick(route, place, out.chunk_len as u64, !small, now) else { return Ok(false) };
+        let limits = channels.cut(route, out.total);
+        let rest = if small { out.stream.remaining() } else { self.bulk_left };
+        let want = Want { len: limits.bytes as u64, rest };
+        let Some((channel, most)) = channels.pick(route, place, want, !small, now) else { return Ok(false) };
         let tag = tag(key, true, out.stream.offset());
-        let Some(chunk) = out.stream.take(out.chunk_len) else { bail!(Internal, "a stream that ended early") };
+        let limits = ChunkLimits { bytes: most.min(limits.bytes), ..limits };
+        let Some(chunk) = out.stream.take_within(limits) else { bail!(Internal, "a stream that ended early") };
         debug_assert_eq!((chunk.place, chunk.peer), (place, peer));
         let len = chunk.len as u64;
         channels.submit(channel, Departure { key, chunk, hold: out.hold.clone(), bulk: !small, tag }, now)?;
         out.inflight += len;
+        self.bulk_left -= if small { 0 } else { len };
         self.announced += 1;
         announcing.push(key, Grant { len: len as u32, channel }, tx);
         let next_route = match out.stream.next_places() {
-            Some((place, peer)) => match channels.route(place, peer) {
+            Some((place, peer)) => match channels.route(place, peer, out.shared) {
                 Some(next) => Some(next),
                 None => bail!(Internal, "no route from {place:?} to {peer:?}"),
             },
@@ -240,6 +246,9 @@ impl Outgoing {
 
     /// Sends no more of a stream; whether chunks of it are still under way.
     pub(super) fn cancel(&mut self, key: Key) -> bool {
+        if let Some(out) = self.streams.get(&key).filter(|out| !out.small) {
+            self.bulk_left -= out.stream.remaining();
+        }
         match self.streams.get_mut(&key) {
             Some(out) if out.inflight > 0 => {
                 out.stream = Walk::new(Vec::new());

@@ -1,8 +1,9 @@
 //! The simulated network of the simulation: channels whose messages move when the scheduler says so, stall, fail, and run out of memory on
 //! demand. Copies real bytes at the moment at which a real network would.
 
-use crate::channel::path::{Arrival, Copier, Departure, Dest, Event, Line, Path, Way};
-use crate::channel::stripe::Load;
+use crate::channel::path::{Arrival, ChunkLimits, Copier, Departure, Dest, Event, Line, Path, Way};
+use crate::channel::plan::{chunk_len, MAX_CROSSED, MAX_PARTS};
+use crate::channel::stripe::{Load, Loads};
 use crate::region::Hold;
 use crate::status::{bail, err, Result};
 use crate::types::{Key, Part, Place};
@@ -166,12 +167,20 @@ pub(super) struct SimulatedPath {
     first: usize,
     channels: usize,
     device: bool,
+    chunk_bytes: usize,
 }
 
 impl SimulatedPath {
     /// Channels `first..first + channels`; for device memory on both sides, or for everything else.
-    pub(super) fn new(net: &Arc<Mutex<Net>>, side: usize, first: usize, channels: usize, device: bool) -> SimulatedPath {
-        SimulatedPath { net: net.clone(), side, first, channels, device }
+    pub(super) fn new(
+        net: &Arc<Mutex<Net>>,
+        side: usize,
+        first: usize,
+        channels: usize,
+        device: bool,
+        chunk_bytes: usize,
+    ) -> SimulatedPath {
+        SimulatedPath { net: net.clone(), side, first, channels, device, chunk_bytes }
     }
 }
 
@@ -182,6 +191,15 @@ impl Path for SimulatedPath {
 
     fn stats(&self, _kernel: bool, _now: Instant, _out: &mut Vec<crate::stats::ChannelStats>) {}
 
+    fn limits(&self) -> ChunkLimits {
+        // Routes differ.
+        ChunkLimits { bytes: self.chunk_bytes, pieces: if self.device { 64 } else { MAX_PARTS }, crossed: MAX_CROSSED }
+    }
+
+    fn chunk_len(&self, total: u64) -> usize {
+        chunk_len(total, self.channels, self.chunk_bytes)
+    }
+
     fn carries(&self, local: Place, peer: Place) -> bool {
         (local.is_device() && peer.is_device()) == self.device
     }
@@ -190,7 +208,7 @@ impl Path for SimulatedPath {
         local.is_device() || !self.device
     }
 
-    fn loads(&self, _place: Place, bulk: bool, _now: Instant, out: &mut Vec<Load>) {
+    fn loads(&mut self, _place: Place, bulk: bool, _now: Instant, out: &mut Loads) {
         let net = self.net.lock();
         for channel in self.first..self.first + self.channels {
             let wire = &net.wires[channel][self.side];
@@ -198,7 +216,7 @@ impl Path for SimulatedPath {
             let free = WINDOW.saturating_sub(taken);
             let large = wire.posted.iter().filter(|p| p.bulk).count();
             let free = if bulk { free.min((WINDOW / 2).saturating_sub(large)) } else { free };
-            out.push(Load { free, queued: taken as u64, rate: 0.0 });
+            out.channels.push(Load { free, queued: taken as u64, rate: 0.0, nic: 0 });
         }
     }
 
