@@ -37,7 +37,7 @@ mod state;
 mod tcp;
 mod turn;
 
-pub use config::{Variable, VARIABLES};
+pub use config::{default_number, Kind, Variable, VARIABLES};
 
 /// Whether every variable of the software plugin can be understood, and had here. The error names the variable.
 ///
