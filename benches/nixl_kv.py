@@ -2,7 +2,9 @@
 one object a measurement.
 
     benches/nixl_kv.py [--plugin-dir DIR] [--backends TCPX,UCX/tcp,UCX/shm] [--shapes 70b-tp8,mla] [--tokens 1,32,...] [--turns 3]
-                       [--seconds 2] [--in-flight 32] [--small] [--json FILE]
+                       [--seconds 2] [--in-flight 32] [--gib 6] [--memory dram|vram] [--small] [--json FILE]
+
+scripts/nixl-bench builds and installs what it needs and starts it.
 
 What vLLM's NixlConnector does: both sides register one cache a layer, all blocks are prepared once, a request reads the blocks of its
 tokens in every layer by index into blocks that lie elsewhere, and carries a notification. `--in-flight` such requests run at a time. The
@@ -10,7 +12,8 @@ bytes of every request are compared after the last turn. `--small` measures sing
 time, and beside them what NIXL's own calls cost with nothing to move.
 
 A backend is its name and, after a slash, a transport: UCX/tcp is UCX_TLS=tcp, UCX/shm leaves UCX its choice on one host. In each turn each
-backend is measured once, in a pair of fresh processes; the table has medians over the turns, and the spread.
+backend is measured once, in a pair of fresh processes; the table has medians over the turns, and the spread. `--memory vram` moves memory of
+the last GPU to the first one, and needs torch.
 """
 
 import argparse
@@ -31,7 +34,6 @@ SHAPES = {
     "mla": {"layers": 61, "regions": 1, "block": BLOCK_TOKENS * 576 * 2},
 }
 SMALL = (4096, 65536, 1 << 20)
-MOST_BYTES = 6 << 30
 SETTLE = 3
 
 
@@ -44,19 +46,21 @@ def arguments():
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2)
     parser.add_argument("--in-flight", type=int, default=32)
+    parser.add_argument("--gib", type=float, default=6, help="memory of both sides together; fewer requests are in flight where it is too little")
+    parser.add_argument("--memory", choices=("dram", "vram"), default="dram")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--json")
     return parser.parse_args()
 
 
-def environment(backend, plugin_dir):
+def environment(backend, plugin_dir, memory):
     """Variables for one backend: UCX needs NIXL's own directory, TCPX the plugin's."""
     name, _, transport = backend.partition("/")
     variables = {"NIXL_LOG_LEVEL": "ERROR"}
     if name == "UCX":
         variables["NIXL_PLUGIN_DIR"] = None
         if transport == "tcp":
-            variables["UCX_TLS"] = "tcp"
+            variables["UCX_TLS"] = "tcp" if memory == "DRAM" else "tcp,cuda_copy"
         elif transport == "shm":
             variables["UCX_TLS"] = None
         elif transport:
@@ -79,30 +83,69 @@ def nixl_agent(name, backend, variables):
     return api.nixl_agent(name, api.nixl_agent_config(backends=[backend], enable_prog_thread=True))
 
 
+class HostRegion:
+    device = 0
+
+    def __init__(self, size, side):
+        self.array = np.empty(size, dtype=np.uint8)
+        self.address, self.size = self.array.ctypes.data, size
+
+    def write(self, content):
+        self.array[:] = content
+
+    def read(self):
+        return self.array
+
+
+class GpuRegion:
+    """Memory of the first GPU for the initiator, of the last one for the target."""
+
+    def __init__(self, size, side):
+        import torch
+
+        self.device = 0 if side == "initiator" else torch.cuda.device_count() - 1
+        torch.cuda.set_device(self.device)
+        self.tensor = torch.empty(size, dtype=torch.uint8, device=f"cuda:{self.device}")
+        self.address, self.size = self.tensor.data_ptr(), size
+
+    def write(self, content):
+        import torch
+
+        self.tensor.copy_(torch.from_numpy(content))
+        # NIXL knows nothing of streams.
+        torch.cuda.synchronize(self.device)
+
+    def read(self):
+        return self.tensor.cpu().numpy()
+
+
+def prepare_device(job, side):
+    """The engine looks for the GPU that is current when it is made."""
+    if job["memory"] == "VRAM":
+        GpuRegion(1, side)
+
+
 class Cache:
     """The regions of all layers in one registration each, `blocks` blocks in a region. Every block has a content of its own."""
 
-    def __init__(self, shape, blocks, seed):
-        self.block, self.blocks = shape["block"], blocks
-        self.regions = [np.empty(blocks * self.block, dtype=np.uint8) for _ in range(shape["layers"] * shape["regions"])]
+    def __init__(self, shape, blocks, seed, job, side):
+        self.block, self.blocks, self.kind = shape["block"], blocks, job["memory"]
+        make = HostRegion if self.kind == "DRAM" else GpuRegion
+        self.regions = [make(blocks * self.block, side) for _ in range(shape["layers"] * shape["regions"])]
         for number, region in enumerate(self.regions):
-            self.content(region, seed + number)
-
-    def content(self, region, seed):
-        rows = region.reshape(self.blocks, self.block)
-        rows[:] = ((np.arange(self.blocks) * 37 + seed * 11) % 251).astype(np.uint8)[:, None]
+            region.write(np.repeat(((np.arange(blocks) * 37 + (seed + number) * 11) % 251).astype(np.uint8), self.block))
 
     def register(self, agent):
-        agent.register_memory([(r.ctypes.data, r.nbytes, 0, "") for r in self.regions], "DRAM")
+        agent.register_memory([(r.address, r.size, r.device, "") for r in self.regions], self.kind)
 
     def descriptors(self):
-        base = [r.ctypes.data for r in self.regions]
-        return [(b + i * self.block, self.block, 0) for b in base for i in range(self.blocks)]
+        return [(r.address + i * self.block, self.block, r.device) for r in self.regions for i in range(self.blocks)]
 
 
-def target(pipe, backend, variables, shape, blocks):
+def target(pipe, backend, variables, shape, blocks, job):
+    prepare_device(job, "target")
     agent = nixl_agent("target", backend, variables)
-    cache = Cache(shape, blocks, 100)
+    cache = Cache(shape, blocks, 100, job, "target")
     cache.register(agent)
     pipe.send((agent.get_agent_metadata(), cache.descriptors()))
     agent.add_remote_agent(pipe.recv())
@@ -123,8 +166,8 @@ class Requests:
 
     def __init__(self, agent, cache, remote, tokens, in_flight):
         self.agent, self.cache, self.in_flight = agent, cache, in_flight
-        self.mine = agent.prep_xfer_dlist("NIXL_INIT_AGENT", cache.descriptors(), "DRAM")
-        self.theirs = agent.prep_xfer_dlist("target", remote, "DRAM")
+        self.mine = agent.prep_xfer_dlist("NIXL_INIT_AGENT", cache.descriptors(), cache.kind)
+        self.theirs = agent.prep_xfer_dlist("target", remote, cache.kind)
         each, rows = -(-tokens // BLOCK_TOKENS), np.arange(len(cache.regions))[:, None] * cache.blocks
         random = np.random.default_rng(1)
         self.slots = []
@@ -165,7 +208,7 @@ class Requests:
 
     def right(self):
         for number, region in enumerate(self.cache.regions):
-            rows = region.reshape(self.cache.blocks, self.cache.block)
+            rows = region.read().reshape(self.cache.blocks, self.cache.block)
             for _, _, mine, theirs in self.slots:
                 expected = ((theirs * 37 + (100 + number) * 11) % 251).astype(np.uint8)
                 if not (rows[mine] == expected[:, None]).all():
@@ -176,10 +219,10 @@ class Requests:
 def small_operations(agent, cache, remote, seconds):
     """Single operations, one at a time: the median seconds of each size and direction, and of NIXL's calls alone."""
     rows = []
-    base = cache.regions[0].ctypes.data
+    base, device = cache.regions[0].address, cache.regions[0].device
     for operation in ("WRITE", "READ"):
         for size in SMALL:
-            local, there = (agent.get_xfer_descs([(address, size, 0)], "DRAM") for address in (base, remote[0][0]))
+            local, there = (agent.get_xfer_descs([(at, size, gpu)], cache.kind) for at, gpu in ((base, device), (remote[0][0], remote[0][2])))
             handle = agent.initialize_xfer(operation, local, there, "target", b"")
             times, until = [], time.perf_counter() + seconds
             while len(times) < 100 or time.perf_counter() < until:
@@ -192,7 +235,7 @@ def small_operations(agent, cache, remote, seconds):
                 times.append(time.perf_counter() - begin)
             agent.release_xfer_handle(handle)
             rows.append({"op": operation, "bytes": size, "p50_us": statistics.median(times) * 1e6, "p99_us": float(np.percentile(times, 99) * 1e6)})
-    local, there = (agent.get_xfer_descs([(address, 0, 0)], "DRAM") for address in (base, remote[0][0]))
+    local, there = (agent.get_xfer_descs([(at, 0, gpu)], cache.kind) for at, gpu in ((base, device), (remote[0][0], remote[0][2])))
     try:
         handle = agent.initialize_xfer("WRITE", local, there, "target", b"")
         times = []
@@ -209,8 +252,9 @@ def small_operations(agent, cache, remote, seconds):
 
 
 def initiator(pipe, results, backend, variables, shape, blocks, job):
+    prepare_device(job, "initiator")
     agent = nixl_agent("initiator", backend, variables)
-    cache = Cache(shape, blocks, 7)
+    cache = Cache(shape, blocks, 7, job, "initiator")
     cache.register(agent)
     metadata, remote = pipe.recv()
     agent.add_remote_agent(metadata)
@@ -240,11 +284,11 @@ def initiator(pipe, results, backend, variables, shape, blocks, job):
 
 def measure(backend, plugin_dir, shape, blocks, job):
     """One measurement in a fresh pair of processes; None when it failed."""
-    name, variables = environment(backend, plugin_dir)
+    name, variables = environment(backend, plugin_dir, job["memory"])
     context = multiprocessing.get_context("spawn")
     a, b = context.Pipe()
     receive, send = context.Pipe(duplex=False)
-    there = context.Process(target=target, args=(b, name, variables, shape, blocks))
+    there = context.Process(target=target, args=(b, name, variables, shape, blocks, job))
     here = context.Process(target=initiator, args=(a, send, name, variables, shape, blocks, job))
     there.start()
     here.start()
@@ -276,15 +320,15 @@ def jobs(options):
     """(shape name, shape, blocks a region, job) in the order of the table."""
     if options.small:
         shape = {"layers": 1, "regions": 1, "block": SMALL[-1]}
-        return [("single", shape, 1, {"small": True, "seconds": options.seconds})]
+        return [("single", shape, 1, {"small": True, "memory": options.memory.upper(), "seconds": options.seconds})]
     found = []
     for name in options.shapes.split(","):
         shape = SHAPES[name]
         for tokens in map(int, options.tokens.split(",")):
             each = -(-tokens // BLOCK_TOKENS)
             per_request = each * shape["block"] * shape["layers"] * shape["regions"]
-            in_flight = max(1, min(options.in_flight, MOST_BYTES // 2 // per_request))
-            job = {"small": False, "tokens": tokens, "in_flight": in_flight, "seconds": options.seconds}
+            in_flight = max(1, min(options.in_flight, int(options.gib * 2**30) // 2 // per_request))
+            job = {"small": False, "memory": options.memory.upper(), "tokens": tokens, "in_flight": in_flight, "seconds": options.seconds}
             found.append((name, shape, each * in_flight, job))
     return found
 

@@ -74,6 +74,7 @@ int uccl_engine_write_vector(::uccl_conn* conn, const uint64_t* mr_ids, void* co
 int uccl_engine_send_async(::uccl_conn* conn, uint64_t mr, const void* data, size_t size, uint64_t* transfer_id);
 int uccl_engine_recv_async(::uccl_conn* conn, uint64_t mr, void* data, size_t max_size, uint64_t* transfer_id);
 int uccl_engine_poll(::uccl_conn* conn, uint64_t transfer_id, ::uccl_xfer_info_t* info);
+int uccl_engine_wait(::uccl_conn* conn, uint64_t transfer_id, int64_t timeout_ms);
 int uccl_engine_send_notif_bytes(::uccl_conn* conn, const void* name, size_t name_len, const void* msg, size_t msg_len);
 int uccl_engine_notif_next(::uccl_engine* engine, ::uccl_notif** notif);
 const char* uccl_engine_notif_name(const ::uccl_notif* notif, size_t* len);
@@ -91,10 +92,14 @@ inline constexpr int kStatusNotFound = -2;
 inline constexpr int kStatusResource = -3;
 inline constexpr int kStatusCanceled = -5;
 
-/** How long a thread that does nothing but look for notifications goes on looking at full speed after it found or did something. */
+/** How long a thread that finds nothing to do goes on looking at full speed after it found or did something. */
 inline constexpr std::chrono::milliseconds kStayAwake{1};
 /** How long it sleeps after that, before it looks again. */
 inline constexpr std::chrono::microseconds kIdleNap{50};
+/** How long a thread that waits for a request looks at full speed, before it sleeps until the request has ended. */
+inline constexpr std::chrono::microseconds kLookHard{500};
+/** How long it sleeps at a time. */
+inline constexpr int64_t kWaitMs = 1;
 /** Threads that check requests look for notifications every so many calls of recv_routine. */
 inline constexpr uint32_t kLookEvery = 64;
 /** Returned instead of a request id when nothing was started, but the same call may succeed later: too many transfers in flight. */
@@ -403,7 +408,8 @@ class TcpxEndpoint {
   }
 
   /**
-   * Asks whether a request is complete, and drives progress. Does not block.
+   * Asks whether a request is complete, and drives progress. Does not block, but for threads of the engine, which call recv_routine or
+   * idle_routine: one that has asked for this request alone for kLookHard sleeps until it has ended, kWaitMs at most.
    *
    * @param peer_id     The request's peer_id; named in the report of a failure.
    * @param request_id  The request's id.
@@ -412,7 +418,7 @@ class TcpxEndpoint {
    * @throws std::runtime_error for a failed request, when Traits has no transfer_failed. The text has the cause.
    */
   bool check_send_complete_once(uint64_t peer_id, int64_t request_id) {
-    int const status = request_status(request_id);
+    int const status = look(request_id, caller_state().waits_for(request_id));
     if (status == kStatusOk) return true;
     if (status == kStatusInProgress) return false;
     char const* const cause = abi::uccl_engine_strerror(status);
@@ -443,23 +449,7 @@ class TcpxEndpoint {
    *         kFailuresKept later requests have failed, the answer for an earlier id may become -2 (not found), complete or not. A
    *         failed one never becomes complete.
    */
-  int request_status(int64_t request_id) {
-    caller_state().busy = true;
-    Request request;
-    {
-      std::lock_guard<std::mutex> lock(requests_mutex_);
-      auto const it = requests_.find(request_id);
-      if (it == requests_.end()) return status_of_ended(request_id);
-      request = it->second;
-    }
-    int const status = abi::uccl_engine_poll(request.conn, request.transfer, nullptr);
-    if (status != kStatusInProgress) {
-      std::lock_guard<std::mutex> lock(requests_mutex_);
-      // Another thread may have seen the end first; its answer stands.
-      return requests_.erase(request_id) != 0 ? end_request(request_id, status) : status_of_ended(request_id);
-    }
-    return status;
-  }
+  int request_status(int64_t request_id) { return look(request_id, false); }
 
   /** @return Entries that the endpoint holds for requests: those in flight, ended ones never asked for, and failures; for tests. */
   size_t requests_kept() {
@@ -473,35 +463,36 @@ class TcpxEndpoint {
   /**
    * Hands notifications that arrived to Traits::deliver_notification, when Traits has one. Data arrives by itself.
    *
-   * The engine's receive thread calls this without a pause, and would take a core from the threads that move the data. A thread that
-   * asks for nothing else gives way when it finds nothing, and after kStayAwake sleeps for kIdleNap at a time. Threads that start or
-   * check requests between their calls neither give way nor sleep.
+   * The engine calls this without a pause, and would take a core from the threads that move the data: a thread that asks for nothing
+   * else gives way as in idle_routine.
    */
   void recv_routine() {
     Caller& caller = caller_state();
+    caller.of_engine = true;
     bool const only_here = !std::exchange(caller.busy, false);
-    bool found = false;
-    if constexpr (detail::delivers<Traits>::value) {
-      // One thread at a time keeps them in order; a second one has nothing to do. Threads that wait for their own requests leave this
-      // to the receive thread, and look only now and then in case there is none.
-      if (only_here || ++skipped_ % kLookEvery == 0) {
-        std::unique_lock<std::mutex> lock(notifications_mutex_, std::try_to_lock);
-        if (lock.owns_lock()) {
-          NotifyMsg message;
-          while (next_notification(message)) {
-            found = true;
-            Traits::deliver_notification(std::exchange(message, NotifyMsg()));
-          }
-        }
-      }
-    }
+    // Threads that look at their own requests leave this to the receive thread, and look only now and then in case there is none; those
+    // that sleep in between look each time.
+    bool const looks = only_here || caller.waits_for(caller.running) || ++skipped_ % kLookEvery == 0;
     auto const now = std::chrono::steady_clock::now();
-    if (!only_here || found) {
+    if ((looks && deliver_notifications()) || !only_here) {
       caller.active = now;
-    } else if (now - caller.active < kStayAwake) {
-      std::this_thread::yield();
     } else {
-      std::this_thread::sleep_for(kIdleNap);
+      give_way(caller, now);
+    }
+  }
+
+  /**
+   * For threads of the engine that found nothing to do, in each of their rounds: gives way, and after kStayAwake without a request started
+   * or checked by this thread sleeps for kIdleNap.
+   */
+  void idle_routine() {
+    Caller& caller = caller_state();
+    caller.of_engine = true;
+    auto const now = std::chrono::steady_clock::now();
+    if (std::exchange(caller.busy, false)) {
+      caller.active = now;
+    } else {
+      give_way(caller, now);
     }
   }
 
@@ -570,13 +561,73 @@ class TcpxEndpoint {
 
   /* What a thread does between its calls of recv_routine. */
   struct Caller {
+    /* It calls recv_routine or idle_routine. */
+    bool of_engine = false;
     /* It started or checked a request since the last one. */
     bool busy = false;
+    /* The request that it found running last, -1: none; and since when it has asked for no other. */
+    int64_t running = -1;
+    std::chrono::steady_clock::time_point since{};
     std::chrono::steady_clock::time_point active{};
+
+    bool waits_for(int64_t request_id) const {
+      return of_engine && request_id >= 0 && request_id == running && std::chrono::steady_clock::now() - since > kLookHard;
+    }
+    void found_running(int64_t request_id) {
+      if (request_id == running) return;
+      running = request_id;
+      since = std::chrono::steady_clock::now();
+    }
   };
   static Caller& caller_state() {
     static thread_local Caller caller;
     return caller;
+  }
+
+  static void give_way(Caller const& caller, std::chrono::steady_clock::time_point now) {
+    if (now - caller.active < kStayAwake) {
+      std::this_thread::yield();
+    } else {
+      std::this_thread::sleep_for(kIdleNap);
+    }
+  }
+
+  int look(int64_t request_id, bool wait) {
+    Caller& caller = caller_state();
+    caller.busy = true;
+    Request request;
+    {
+      std::lock_guard<std::mutex> lock(requests_mutex_);
+      auto const it = requests_.find(request_id);
+      if (it == requests_.end()) return status_of_ended(request_id);
+      request = it->second;
+    }
+    int const status = wait ? abi::uccl_engine_wait(request.conn, request.transfer, kWaitMs)
+                            : abi::uccl_engine_poll(request.conn, request.transfer, nullptr);
+    if (status == kStatusInProgress) {
+      caller.found_running(request_id);
+      return status;
+    }
+    caller.running = -1;
+    std::lock_guard<std::mutex> lock(requests_mutex_);
+    // Another thread may have seen the end first; its answer stands.
+    return requests_.erase(request_id) != 0 ? end_request(request_id, status) : status_of_ended(request_id);
+  }
+
+  /* Whether there were any. */
+  bool deliver_notifications() {
+    bool found = false;
+    if constexpr (detail::delivers<Traits>::value) {
+      // One thread at a time keeps them in order; a second one has nothing to do.
+      std::unique_lock<std::mutex> lock(notifications_mutex_, std::try_to_lock);
+      if (!lock.owns_lock()) return false;
+      NotifyMsg message;
+      while (next_notification(message)) {
+        found = true;
+        Traits::deliver_notification(std::exchange(message, NotifyMsg()));
+      }
+    }
+    return found;
   }
 
   /* Under requests_mutex_. Ids are given in order, in a circle of 2^31. */

@@ -110,6 +110,17 @@ fn plugin_limit(source: Source<'_>) -> Result<Option<usize>> {
     }
 }
 
+/// Refuses settings of GPUDirect-TCPX with which it would end the process.
+pub(crate) fn check_tcpx() -> Result<()> {
+    let name = table::INLINE_THRESHOLD.name;
+    match Source::default().get(&table::INLINE_THRESHOLD)? {
+        Some(text) if strtoll(&text).0 != 0 => {
+            bail!(InvalidArgument, "{name}={text}: GPUDirect-TCPX would read memory of a GPU on the CPU; unset it")
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Largest message of a plugin that starts now: what the user gave, else 512 KiB, or the chunks that the environment asks for where the
 /// plugin `follows` them.
 pub(crate) fn message_limit(follows: bool) -> Result<usize> {

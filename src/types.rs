@@ -57,12 +57,19 @@ pub enum Protect {
 }
 
 /// Names a data stream of a connection: the transfer id and which side chose it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Key {
     /// The initiator's transfer id.
     pub id: u64,
     /// This side is the initiator.
     pub mine: bool,
+}
+
+impl std::hash::Hash for Key {
+    /// As one word.
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        state.write_u64(self.id.rotate_left(1) ^ u64::from(self.mine));
+    }
 }
 
 /// Extent of a registered region.

@@ -15,6 +15,7 @@ const CASE: &str = "UCCL_FOREIGN_TEST_CASE";
 /// Places of the plugin's counters, as its `rules::Counters` lists them.
 const REGISTRATIONS: usize = 0;
 const REGISTRATIONS_MOST: usize = 1;
+const REGISTRATIONS_EVER: usize = 2;
 const DESCRIPTORS: usize = 3;
 const IMPORTS: usize = 5;
 const COMMS: usize = 6;
@@ -54,6 +55,24 @@ fn bytes_arrive_over_any_number_of_channels() {
     }
     // As slow as TCPX sets up.
     run("moves", &[("STRICT_FOREIGN_CONNECT_MS", "300"), ("STRICT_FOREIGN_ACCEPT_MS", "500"), ("UCCL_TCPX_NUM_CHANNELS", "8")]);
+}
+
+#[test]
+fn a_nic_that_is_no_pci_device_is_left_out() {
+    let devices = "eth1@127.0.0.1,eth2@127.0.0.1@nopci";
+    let log = run("moves", &[("STRICT_FOREIGN_DEVICES", devices), ("UCCL_TCPX_NUM_CHANNELS", "4")]);
+    assert!(log.contains("NIC eth2 is no PCI device and is left out"), "{log}");
+}
+
+#[test]
+fn settings_that_would_end_the_process_are_refused() {
+    run("inline_threshold", &[("NCCL_INLINE_THRESHOLD", "2048")]);
+    run("moves", &[("NCCL_INLINE_THRESHOLD", "0")]);
+}
+
+#[test]
+fn what_chunks_of_a_gpu_need_is_there_before_the_first_of_them() {
+    run("ready", &[("UCCL_TCPX_NUM_CHANNELS", "4")]);
 }
 
 #[test]
@@ -168,6 +187,8 @@ fn child() {
         "moves" => moves(),
         "refuses_encryption" => refuses_encryption(),
         "registrations" => registrations(),
+        "ready" => ready(),
+        "inline_threshold" => inline_threshold(),
         "no_nic_in_common" => no_nic_in_common(),
         "two_gpus" => two_gpus(2, 2, Carried::Early),
         "few_descriptors" => {
@@ -391,6 +412,36 @@ fn both_ways(connection: &Connection, (own, own_mr): (&mut [u8], u64), peer: &En
             }
         }
     }
+}
+
+/// Scattered blocks leave through staging memory, which is registered with the plugin; where all of it is there before, the transfer
+/// registers nothing.
+fn ready() {
+    const BLOCK: usize = 8 << 10;
+    let size = 2 << 20;
+    let (mut from, mut to) = (vec![3u8; size], vec![0u8; size]);
+    for early in [true, false] {
+        let (a, b) = (engine(), engine());
+        let register =
+            |engine: &Engine, memory: &mut Vec<u8>| engine.register(memory.as_mut_ptr() as usize, size).expect("region");
+        let before = early.then(|| (register(&a, &mut from), register(&b, &mut to)));
+        let (out, _inc) = pair(&a, &b);
+        let (source, target) = before.unwrap_or_else(|| (register(&a, &mut from), register(&b, &mut to)));
+        let registered = counter(REGISTRATIONS_EVER);
+        let item = b.fifo_item(target, to.as_ptr() as usize, size).expect("item");
+        let blocks = (0..size / BLOCK).step_by(2).map(|i| {
+            let local = LocalSegment { mr: source, addr: from.as_ptr() as usize + i * BLOCK, len: BLOCK };
+            (local, uccl_p2p::engine::FifoItem { addr: item.addr + (i * BLOCK) as u64, ..item })
+        });
+        let id = out.transfer(Direction::Write, blocks).expect("transfer");
+        out.wait(id, None).expect("done");
+        assert_eq!(counter(REGISTRATIONS_EVER), registered, "registered before the connection: {early}");
+    }
+}
+
+fn inline_threshold() {
+    let error = Engine::new(Config::from_env().expect("configuration")).unwrap_err();
+    assert!(error.to_string().contains("NCCL_INLINE_THRESHOLD=2048"), "{error}");
 }
 
 fn registrations() {

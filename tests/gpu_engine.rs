@@ -31,9 +31,22 @@ fn engine() -> Arc<Engine> {
             // SAFETY: before any engine exists; tests wait for this Once.
             unsafe { std::env::set_var(name, value) };
         }
+        // SAFETY: as above.
+        unsafe { std::env::set_var("STRICT_FOREIGN_COUNTERS", counters()) };
     });
     let config = Config { plugin: PluginChoice::Soft, ..Config::from_env().expect("configuration") };
     Engine::new(config).expect("engine")
+}
+
+/// Where the strict foreign plugin counts.
+fn counters() -> std::path::PathBuf {
+    std::env::temp_dir().join(format!("uccl-gpu-engine-{}", std::process::id()))
+}
+
+/// Receive memories that the strict foreign plugin imported, and messages that it brought: places in its `rules::Counters`.
+fn foreign_counts() -> [u64; 2] {
+    let bytes = std::fs::read(counters()).expect("the counters of the strict foreign plugin");
+    [5, 14].map(|i: usize| bytes[i * 8..].first_chunk().map_or(0, |b| u64::from_ne_bytes(*b)))
 }
 
 struct Buffer {
@@ -116,11 +129,44 @@ fn memory_is_known_on_threads_without_a_context() {
     .expect("every kind");
 }
 
+/// Behind a plugin whose comms belong to one GPU, memory that was registered on two of them before a connection moves over comms of its
+/// own, in every pairing.
+#[test]
+fn two_gpus_of_one_process_have_comms_of_their_own() {
+    if !gpu("two_gpus_of_one_process_have_comms_of_their_own") {
+        return;
+    }
+    let foreign = std::env::var("UCCL_TCPX_PLUGIN_PATH").is_ok_and(|path| path.contains("strict_foreign"));
+    if !foreign || cuda_driver::device_count() < 2 {
+        eprintln!("SKIPPED: two_gpus_of_one_process_have_comms_of_their_own needs two GPUs and the strict foreign plugin");
+        return;
+    }
+    const LEN: usize = (4 << 20) + 100;
+    let (a, b) = (engine(), engine());
+    let places = [Place::FirstGpu, Place::LastGpu];
+    let near: Vec<Buffer> = places.iter().map(|&place| Buffer::new(&a, place, pattern(LEN, 3))).collect();
+    let far: Vec<Buffer> = places.iter().map(|&place| Buffer::new(&b, place, vec![0; LEN])).collect();
+    let (out, inc) = pair(&a, &b);
+    for (i, from) in near.iter().enumerate() {
+        for (j, to) in far.iter().enumerate() {
+            let [_, before] = foreign_counts();
+            exchange(&out, from, to);
+            exchange(&inc, to, from);
+            let [_, after] = foreign_counts();
+            assert!(after >= before + 4, "GPU {i} to GPU {j}: {} messages over the plugin", after - before);
+        }
+    }
+    let [imports, messages] = foreign_counts();
+    assert_eq!(imports, 2, "each GPU has receive memory of its own");
+    println!("{messages} messages over two GPUs' comms");
+    let _ = std::fs::remove_file(counters());
+}
+
 /// Work of the application that occupies the legacy default stream until it is told to end.
 struct Busy(Arc<Hold>);
 
-#[derive(Default)]
 struct Hold {
+    limit: Duration,
     begun: AtomicBool,
     end: AtomicBool,
     ended: AtomicBool,
@@ -134,7 +180,7 @@ unsafe extern "C" fn hold(argument: *mut c_void) {
     let hold = unsafe { Arc::from_raw(argument.cast_const().cast::<Hold>()) };
     hold.begun.store(true, Ordering::SeqCst);
     let start = Instant::now();
-    while !hold.end.load(Ordering::SeqCst) && start.elapsed() < BUSY_LIMIT {
+    while !hold.end.load(Ordering::SeqCst) && start.elapsed() < hold.limit {
         std::thread::sleep(Duration::from_millis(1));
     }
     hold.ended.store(true, Ordering::SeqCst);
@@ -142,8 +188,13 @@ unsafe extern "C" fn hold(argument: *mut c_void) {
 
 impl Busy {
     fn new() -> Busy {
+        Busy::lasting(BUSY_LIMIT)
+    }
+
+    fn lasting(limit: Duration) -> Busy {
         let context = memory::enter(0);
-        let state = Arc::new(Hold::default());
+        let [begun, end, ended] = std::array::from_fn(|_| AtomicBool::new(false));
+        let state = Arc::new(Hold { limit, begun, end, ended });
         let argument = Arc::into_raw(state.clone()).cast_mut().cast();
         // SAFETY: the function takes the Arc back; null is the legacy default stream of the current context.
         unsafe { context.enter().expect("context").cuLaunchHostFunc(std::ptr::null_mut(), hold, argument) }
@@ -152,6 +203,10 @@ impl Busy {
             std::thread::yield_now();
         }
         Busy(state)
+    }
+
+    fn has_ended(&self) -> bool {
+        self.0.ended.load(Ordering::SeqCst)
     }
 
     fn still(&self, what: &str) {
@@ -184,8 +239,9 @@ fn a_busy_default_stream_delays_nothing() {
     const LEN: usize = 8 << 20;
     // The application's own memory is there before it gets busy: allocating and freeing may wait.
     let memory: Vec<Memory> = (0..6).map(|i| Memory::new(Place::FirstGpu, pattern(if i < 4 { LEN } else { 700 }, i))).collect();
-    // So is what the library has once a process and GPU: the driver loads kernels only while the GPU is at rest.
-    drop(Buffer::new(&engine(), Place::FirstGpu, vec![0; 10]));
+    // So is what the library has once a process and GPU: the driver loads kernels only while the GPU is at rest. An engine made where
+    // the GPU is in use has it.
+    drop(engine());
     let busy = Busy::new();
     let (a, b) = (engine(), engine());
     let buffers = by_turns(memory, &a, &b);
@@ -211,6 +267,69 @@ fn a_busy_default_stream_delays_nothing() {
     drop((a, b));
     busy.still("destroying the engines");
     drop(busy);
+}
+
+/// What transfers ask of the driver, one call after another, each beside a default stream that is busy for a second: which of them wait
+/// for it. Before the library has used the GPU the answers are only written; afterwards none may wait.
+#[test]
+fn each_call_of_a_transfer_beside_a_busy_default_stream() {
+    if !gpu("each_call_of_a_transfer_beside_a_busy_default_stream") {
+        return;
+    }
+    const LEN: usize = 8 << 20;
+    let context = memory::enter(0);
+    let first = calls_beside_a_busy_stream::<LEN>(&context);
+    drop(engine());
+    let then = calls_beside_a_busy_stream::<LEN>(&context);
+    for ((call, before, waited_before), (_, after, waited)) in first.iter().zip(&then) {
+        eprintln!("{call}: first {before:?}{}, then {after:?}{}", waits(*waited_before), waits(*waited));
+    }
+    let waited: Vec<&str> = then.iter().filter(|(_, _, waited)| *waited).map(|(call, _, _)| *call).collect();
+    assert!(waited.is_empty(), "these wait for the application's default stream: {waited:?}");
+}
+
+fn waits(waited: bool) -> &'static str {
+    if waited {
+        " (waited for the application)"
+    } else {
+        ""
+    }
+}
+
+fn calls_beside_a_busy_stream<const LEN: usize>(context: &Arc<cuda_driver::Context>) -> Vec<(&'static str, Duration, bool)> {
+    use cuda_driver::{DeviceBuffer, PinnedBuffer, Stream};
+    let stream = Stream::new(context).expect("stream");
+    let (pinned, device) =
+        (PinnedBuffer::new(context, LEN).expect("pinned"), DeviceBuffer::new(context, LEN, 4096).expect("device"));
+    let mut kept = (Vec::new(), Vec::new(), Vec::new());
+    let mut all = Vec::new();
+    let mut time = |call, body: &mut dyn FnMut()| {
+        let busy = Busy::lasting(Duration::from_secs(1));
+        let start = Instant::now();
+        body();
+        let (took, waited) = (start.elapsed(), busy.has_ended());
+        drop(busy);
+        all.push((call, took, waited));
+    };
+    time("create a stream", &mut || kept.0.push(Stream::new(context).expect("stream")));
+    // Lengths of their own, so that nothing is taken from the shelf.
+    time("pinned memory", &mut || kept.1.push(PinnedBuffer::new(context, LEN + 4096 * (1 + kept.1.len())).expect("pinned")));
+    time("device memory", &mut || kept.2.push(DeviceBuffer::new(context, LEN + 4096 * (1 + kept.2.len()), 1).expect("device")));
+    let finish = || stream.finish(Duration::from_secs(20)).expect("finish");
+    // SAFETY: blocks of LEN bytes that nobody else uses; every call is waited for.
+    unsafe {
+        time("copy to the host", &mut || stream.device_to_host(pinned.mapped().host, device.ptr(), LEN).expect("copy"));
+        time("its end", &mut || finish());
+        time("copy to the GPU", &mut || stream.host_to_device(device.ptr(), pinned.mapped().host, LEN).expect("copy"));
+        time("its end", &mut || finish());
+        time("fill", &mut || stream.fill(device.ptr(), 0, LEN).expect("fill"));
+        time("its end", &mut || finish());
+        time("write a word", &mut || stream.write_value(pinned.mapped().device, 1).expect("write"));
+        time("its end", &mut || finish());
+    }
+    // What went back to the shelf would be taken from there the next time.
+    std::mem::forget(kept);
+    all
 }
 
 /// An application's thread captures graphs in global mode, one after another, while engines come up, move data and go. Neither side

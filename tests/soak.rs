@@ -130,15 +130,19 @@ impl Arena {
     fn round(&mut self, environment: &[(&str, &str)]) {
         let mut peer = Victim::start("soak_process", environment);
         peer.ask("accept");
-        let connected = if self.rng.below(2) == 0 {
+        let theirs = self.rng.below(2) == 0;
+        let (answer, connected) = if theirs {
             let answer = peer.ask(&format!("connect 127.0.0.1 {}", self.survivor.port));
-            answer == "0" && until(LIMIT, || self.survivor.number("connections") > self.connections)
+            let connected = answer == "0" && until(LIMIT, || self.survivor.number("connections") > self.connections);
+            (answer, connected)
         } else {
             let answer = self.survivor.ask(&format!("connect 127.0.0.1 {}", peer.port));
-            !answer.starts_with("error") && until(LIMIT, || peer.number("connections") > 0)
+            let connected = !answer.starts_with("error") && until(LIMIT, || peer.number("connections") > 0);
+            (answer, connected)
         };
         if !connected {
-            return bad("processes that broke", "two healthy processes could not connect");
+            let who = if theirs { "peer" } else { "survivor" };
+            return bad("processes that broke", &format!("two healthy processes could not connect: the {who} got {answer:?}"));
         }
         self.connections += 1;
         let mut running = self.start(&mut peer, true);

@@ -32,6 +32,32 @@ fn soon(what: &str, mut holds: impl FnMut() -> bool) {
 }
 
 #[test]
+fn a_write_without_company_travels_inside_the_control_message_and_others_on_channels() {
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let (out, _incoming) = pair(&a, &b);
+    let source: Vec<u8> = (0..128 << 10).map(|i| (i % 251) as u8).collect();
+    let target = vec![0u8; source.len()];
+    let mr = a.register(source.as_ptr() as usize, source.len()).unwrap();
+    let remote = b.register(target.as_ptr() as usize, target.len()).unwrap();
+    let item = b.fifo_item(remote, target.as_ptr() as usize, target.len()).unwrap();
+    let totals = || out.stats().unwrap().totals;
+    assert!(write(&out, (mr, &source[..64 << 10]), item, false));
+    assert_eq!((totals().inline_sent_bytes, totals().sent_bytes), (64 << 10, 0));
+    assert_eq!(target[..64 << 10], source[..64 << 10]);
+    assert!(write(&out, (mr, &source[..(64 << 10) + 1]), item, false));
+    assert_eq!((totals().inline_sent_bytes, totals().sent_bytes), (64 << 10, (64 << 10) + 1));
+
+    // A receive that nobody serves keeps it company for as long as it takes.
+    let spare = [0u8; 64];
+    let room = a.register(spare.as_ptr() as usize, spare.len()).unwrap();
+    out.recv(LocalSegment { mr: room, addr: spare.as_ptr() as usize, len: spare.len() }).unwrap();
+    assert!(write(&out, (mr, &source[..64 << 10]), item, false));
+    assert_eq!((totals().inline_sent_bytes, totals().sent_bytes), (64 << 10, (128 << 10) + 1));
+    assert!(write(&out, (mr, &source[..8 << 10]), item, false));
+    assert_eq!(totals().inline_sent_bytes, 72 << 10);
+}
+
+#[test]
 fn transfers_refusals_and_set_ups_are_counted_and_outlive_their_connection() {
     let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
     let (out, incoming) = pair(&a, &b);

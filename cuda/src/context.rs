@@ -120,6 +120,34 @@ impl Drop for Entered<'_> {
     }
 }
 
+/// Runs `f` and puts back what was current in this thread, whatever `f` left: code of others may push a context and not pop it.
+pub fn restoring<R>(f: impl FnOnce() -> R) -> R {
+    let now = || -> Result<CUcontext> {
+        let mut raw = ptr::null_mut();
+        // SAFETY: the output is writable.
+        unsafe { functions()?.cuCtxGetCurrent(&mut raw) }?;
+        Ok(raw)
+    };
+    let before = now();
+    let result = f();
+    let Ok(before) = before else { return result };
+    // More than that is not pushed by mistake.
+    for _ in 0..4 {
+        let (Ok(cuda), Ok(left)) = (functions(), now()) else { return result };
+        if left == before {
+            return result;
+        }
+        let mut popped = ptr::null_mut();
+        // SAFETY: the output is writable; what is popped was pushed since.
+        let _ = unsafe { cuda.cuCtxPopCurrent(&mut popped) };
+    }
+    if let Ok(cuda) = functions() {
+        // SAFETY: it was current in this thread before.
+        let _ = unsafe { cuda.cuCtxSetCurrent(before) };
+    }
+    result
+}
+
 fn current(cuda: &Functions) -> Result<(CUcontext, CUdevice)> {
     let (mut raw, mut device) = (ptr::null_mut(), 0);
     // SAFETY: outputs are writable.
@@ -161,6 +189,20 @@ pub fn gpu_name(ordinal: i32) -> Result<GpuName> {
     let cuda = functions()?;
     let bdf = bdf_of(&cuda, device_of(&cuda, ordinal)?)?;
     Ok(GpuName { ordinal, bdf })
+}
+
+/// Ordinals of the GPUs whose primary context somebody in this process uses. Makes no context.
+pub fn in_use() -> Vec<i32> {
+    let Ok(driver) = driver() else { return Vec::new() };
+    let cuda = driver.relaxed();
+    let active = |&ordinal: &i32| {
+        let (mut flags, mut active) = (0, 0);
+        let state = device_of(&cuda, ordinal)
+            // SAFETY: the device is valid, outputs are writable.
+            .and_then(|device| unsafe { cuda.cuDevicePrimaryCtxGetState(device, &mut flags, &mut active) });
+        state.is_ok() && active != 0
+    };
+    (0..driver.devices()).filter(active).collect()
 }
 
 /// CUDA ordinal of the GPU at a PCI address; `None` when no visible GPU is there. Makes no context.

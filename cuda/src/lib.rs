@@ -1,6 +1,6 @@
 //! The CUDA driver API: the driver is opened at run time, and its absence is a normal state. What is called here leaves the
 //! application's GPU alone: no call breaks a capture of a CUDA graph, and none waits for the application's streams but the loading of
-//! kernels, once a process and GPU. To that end memory and kernels are kept for the next user instead of freed: the driver waits for all
+//! kernels and the first use of each kind of work, once a process and GPU. To that end memory and kernels are kept for the next user instead of freed: the driver waits for all
 //! work of a GPU when it frees, and holds up everybody meanwhile.
 //! Knows nothing of plugins, connections or kernels.
 
@@ -17,7 +17,7 @@ mod stream;
 pub mod sys;
 
 pub use bdf::Bdf;
-pub use context::{current_name, gpu_name, ordinal_of, Context, Entered, GpuName};
+pub use context::{current_name, gpu_name, in_use, ordinal_of, restoring, Context, Entered, GpuName};
 pub use driver::{available, device_count, driver, Absence, Driver, Relaxed};
 pub use error::{Error, Result};
 pub use memory::{memory_kind, DeviceBuffer, MappedPtr, MemoryKind, PinnedBuffer};

@@ -1,7 +1,7 @@
 //! What kind of memory an address is, and memory the library owns on a GPU or pinned and mapped for one. Knows nothing of what it is
 //! used for.
 
-use crate::context::{device_of, Context};
+use crate::context::{in_use, Context};
 use crate::driver::{driver, Absence};
 use crate::error::{Error, Result};
 use crate::pointer::attribute;
@@ -37,24 +37,17 @@ pub fn memory_kind(ptr: u64) -> Result<MemoryKind> {
     };
     match kind_of(&cuda, ptr) {
         // The driver wants a context to look the address up in: any that the process has will do.
-        Err(e) if e.code() == sys::ERROR_INVALID_CONTEXT => in_any_context(&cuda, ptr),
+        Err(e) if e.code() == sys::ERROR_INVALID_CONTEXT => in_any_context(ptr),
         kind => kind,
     }
 }
 
-fn in_any_context(cuda: &Functions, ptr: u64) -> Result<MemoryKind> {
-    for ordinal in 0..driver()?.devices() {
-        let (mut flags, mut active) = (0, 0);
-        // SAFETY: outputs are writable.
-        unsafe { cuda.cuDevicePrimaryCtxGetState(device_of(cuda, ordinal)?, &mut flags, &mut active) }?;
-        if active != 0 {
-            let context = Context::retain(ordinal)?;
-            let cuda = context.enter()?;
-            return kind_of(&cuda, ptr);
-        }
-    }
+fn in_any_context(ptr: u64) -> Result<MemoryKind> {
     // Without any context there is no memory of a GPU.
-    Ok(MemoryKind::Host)
+    let Some(&ordinal) = in_use().first() else { return Ok(MemoryKind::Host) };
+    let context = Context::retain(ordinal)?;
+    let cuda = context.enter()?;
+    kind_of(&cuda, ptr)
 }
 
 fn kind_of(cuda: &Functions, ptr: u64) -> Result<MemoryKind> {

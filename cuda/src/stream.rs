@@ -104,6 +104,15 @@ impl Stream {
         unsafe { self.context.enter()?.cuMemcpyHtoDAsync(dst, src.cast(), len, self.raw) }
     }
 
+    /// Queues writing a word, behind everything that was queued before and with it visible to whoever reads the word.
+    ///
+    /// # Safety
+    /// `at` is aligned device or mapped host memory that stays valid until the stream has done it.
+    pub unsafe fn write_value(&self, at: u64, value: u32) -> Result<()> {
+        // SAFETY: by the caller's contract.
+        unsafe { self.context.enter()?.cuStreamWriteValue32(self.raw, at, value, 0) }
+    }
+
     /// Queues setting `len` bytes of device memory.
     ///
     /// # Safety

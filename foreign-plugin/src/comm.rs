@@ -1,8 +1,10 @@
 //! Comms and their requests: sixteen slots, everything driven by `test`, fragments of any length and order in shared receive memory.
 
+use crate::gpu::Gpu;
 use crate::memory::{self, lock, Pool, PAGE};
 use crate::rules::{counters, down, raise_sigpipe, refused, settings, up, violation};
 use crate::setup::{Sockets, SOCKETS};
+use cuda_driver::{DeviceBuffer, PinnedBuffer};
 use nccl_net_abi::*;
 use std::collections::{HashSet, VecDeque};
 use std::ffi::c_void;
@@ -116,7 +118,8 @@ impl Comm {
         });
         self.with("isend", |inner| {
             let Inner::Send(send) = inner else { violation!("isend on a receive comm") };
-            let number = send.post(data, len, mr)?;
+            let gpu = memory::with("isend", self.dev, mr, |mr| mr.gpu);
+            let number = send.post(data, len, mr, gpu)?;
             memory::with("isend", self.dev, mr, |mr| mr.in_flight += 1);
             Ok(self.handle(number))
         })
@@ -175,6 +178,8 @@ struct SendRequest {
     data: usize,
     len: usize,
     mr: usize,
+    /// The bytes of a real GPU's memory, to which `data` then points.
+    _bytes: Vec<u8>,
     header: usize,
     sent: [usize; SOCKETS],
 }
@@ -193,7 +198,7 @@ fn write(stream: &TcpStream, data: usize, len: usize) -> std::io::Result<usize> 
 }
 
 impl Send {
-    fn post(&mut self, data: usize, len: usize, mr: usize) -> Result<u64, ncclResult_t> {
+    fn post(&mut self, data: usize, len: usize, mr: usize, gpu: Option<&'static Gpu>) -> Result<u64, ncclResult_t> {
         if len == 0 {
             violation!("isend of 0 bytes");
         }
@@ -209,7 +214,9 @@ impl Send {
             return Err(refused!("a 17th send"));
         }
         let number = self.posted;
-        self.requests.push_back(SendRequest { number, data, len, mr, header: 0, sent: [0; SOCKETS] });
+        let bytes = gpu.map_or_else(Vec::new, |gpu| gpu.fetch(data, len));
+        let data = if gpu.is_some() { bytes.as_ptr() as usize } else { data };
+        self.requests.push_back(SendRequest { number, data, len, mr, _bytes: bytes, header: 0, sent: [0; SOCKETS] });
         self.posted += 1;
         self.progress().inspect_err(|_| {
             self.requests.pop_back();
@@ -282,6 +289,8 @@ struct Recv {
     unpack: bool,
     meta: *mut netUnpackMeta,
     handle: *mut unpackNetDeviceHandle,
+    /// Where both lie on a real GPU.
+    real: Option<(PinnedBuffer, DeviceBuffer)>,
     /// Posted and not consumed, oldest first.
     requests: VecDeque<RecvRequest>,
     posted: u64,
@@ -323,13 +332,19 @@ const META: usize = (size_of::<netUnpackMeta>() + size_of::<unpackNetDeviceHandl
 
 impl Recv {
     fn new(sockets: Sockets, pool: &'static Pool, unpack: bool) -> Recv {
-        let meta = map(META).cast::<netUnpackMeta>();
+        let real = pool.gpu.map(|gpu| (gpu.pinned(META), gpu.device(PAGE)));
+        let meta = real.as_ref().map_or_else(|| map(META), |(host, _)| host.mapped().host.cast()).cast::<netUnpackMeta>();
         // SAFETY: the mapping has room for both.
-        let handle = unsafe { meta.add(1).cast::<unpackNetDeviceHandle>() };
+        let mut handle = unsafe { meta.add(1).cast::<unpackNetDeviceHandle>() };
         // SAFETY: as above.
-        unsafe { handle.write(unpackNetDeviceHandle { meta, bounce_buf: pool.base.cast(), head: 0 }) };
+        unsafe { handle.write(unpackNetDeviceHandle { meta, bounce_buf: pool.base.cast(), head: u64::MAX }) };
+        if let (Some(gpu), Some((_, device))) = (pool.gpu, &real) {
+            // SAFETY: a page of this comm's own, and the value written above, in pinned memory.
+            unsafe { gpu.store(std::iter::once((device.ptr(), handle.cast_const().cast(), size_of::<unpackNetDeviceHandle>()))) };
+            handle = device.ptr() as *mut unpackNetDeviceHandle;
+        }
         let (requests, header) = (VecDeque::new(), Vec::new());
-        Recv { sockets, pool, unpack, meta, handle, requests, posted: 0, header, dead: false, seed: meta as u64 | 1 }
+        Recv { sockets, pool, unpack, meta, handle, real, requests, posted: 0, header, dead: false, seed: meta as u64 | 1 }
     }
 
     fn close(self, dev: usize) {
@@ -339,8 +354,10 @@ impl Recv {
                 release(dev, request.mr);
             }
         }
-        // SAFETY: the mapping of `new`.
-        unsafe { libc::munmap(self.meta.cast(), META) };
+        if self.real.is_none() {
+            // SAFETY: the mapping of `new`.
+            unsafe { libc::munmap(self.meta.cast(), META) };
+        }
     }
 
     fn random(&mut self, below: usize) -> usize {
@@ -403,7 +420,7 @@ impl Recv {
         let src = page as usize * PAGE + offset;
         // SAFETY: size bytes inside a page that is ours.
         let n = unsafe {
-            libc::recv(self.sockets.data[socket].as_raw_fd(), self.pool.base.add(src).cast(), size, libc::MSG_DONTWAIT)
+            libc::recv(self.sockets.data[socket].as_raw_fd(), self.pool.mirror.add(src).cast(), size, libc::MSG_DONTWAIT)
         };
         if n <= 0 {
             self.pool.give_back(&[page]);
@@ -459,6 +476,14 @@ impl Recv {
             entries.swap(i, j);
         }
         up(&counters().messages_in, None, 1);
+        if let Some(gpu) = self.pool.gpu {
+            let copy = |e: &loadMeta| {
+                let at = e.src_off as usize;
+                (self.pool.base as u64 + at as u64, self.pool.mirror.wrapping_add(at).cast_const(), e.len as usize)
+            };
+            // SAFETY: fragments in pages of this receive, filled in the mirror.
+            unsafe { gpu.store(entries.iter().map(copy)) };
+        }
         let request = &mut self.requests[at];
         request.reported = true;
         let slot = (request.number % MAX_REQUESTS as u64) as usize;

@@ -12,6 +12,7 @@
 #[allow(missing_docs, clippy::missing_safety_doc, reason = "the entries are documented by the tables of nccl-net-abi")]
 mod abi;
 mod comm;
+mod gpu;
 mod logger;
 mod memory;
 pub mod rules;

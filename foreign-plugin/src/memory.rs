@@ -1,5 +1,6 @@
 //! Registrations, checked as the driver would, and the receive memory: one pool of pages for all comms, imported at the first accept.
 
+use crate::gpu::{self, Gpu};
 use crate::rules::{counters, down, settings, up, violation};
 use std::collections::HashMap;
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -10,13 +11,14 @@ use std::time::{Duration, Instant};
 pub(crate) use nccl_net_abi::PAGE;
 
 /// A registration.
-#[derive(Debug)]
 pub(crate) struct Mr {
     pub dev: usize,
     pub base: usize,
     pub size: usize,
     pub device: bool,
     pub in_flight: usize,
+    /// Whose memory it is, where GPUs are real.
+    pub gpu: Option<&'static Gpu>,
     /// What a DMA-BUF costs.
     _descriptors: Vec<OwnedFd>,
 }
@@ -38,10 +40,15 @@ fn mapped(base: usize, size: usize) -> bool {
 pub(crate) fn register(dev: usize, base: usize, size: usize, device: bool) -> Option<usize> {
     let mut descriptors = Vec::new();
     if device {
+        if settings().devices.get(dev).is_none_or(|d| d.pci_path.is_none()) {
+            violation!("regMr for device {dev}, which has no PCI path (the plugin would read a null pointer)");
+        }
         if base % PAGE != 0 || size % PAGE != 0 || size == 0 {
             violation!("regMr of {size} bytes at {base:#x}: not whole pages (the plugin would close descriptor 0)");
         }
-        if !mapped(base, size) {
+        if settings().cuda {
+            gpu::current("regMr").check("regMr", base, size);
+        } else if !mapped(base, size) {
             violation!("regMr of {size} bytes at {base:#x}: reaches beyond the memory that is there");
         }
         for _ in 0..2 {
@@ -64,7 +71,8 @@ pub(crate) fn register(dev: usize, base: usize, size: usize, device: bool) -> Op
     up(&c.registrations_ever, None, 1);
     up(&c.descriptors, Some(&c.descriptors_most), descriptors.len() as u64);
     let id = c.registrations_ever.load(Ordering::Acquire) as usize * 16;
-    live.insert(id, Mr { dev, base, size, device, in_flight: 0, _descriptors: descriptors });
+    let gpu = (device && settings().cuda).then(|| gpu::current("regMr"));
+    live.insert(id, Mr { dev, base, size, device, in_flight: 0, gpu, _descriptors: descriptors });
     Some(id)
 }
 
@@ -91,7 +99,11 @@ pub(crate) fn with<R>(call: &str, dev: usize, id: usize, body: impl FnOnce(&mut 
 
 /// The receive memory.
 pub(crate) struct Pool {
+    /// As its readers see it.
     pub base: *mut u8,
+    /// As this plugin writes it: on a real GPU a mirror, from which pages are copied.
+    pub mirror: *mut u8,
+    pub gpu: Option<&'static Gpu>,
     pages: usize,
     free: Mutex<Vec<u32>>,
 }
@@ -107,6 +119,9 @@ static IMPORTING: AtomicUsize = AtomicUsize::new(0);
 
 /// The pool, imported if it is not there yet: looked up and stored in two steps, as TCPX does.
 pub(crate) fn import() -> &'static Pool {
+    if settings().cuda {
+        return import_of(gpu::current("accept"));
+    }
     let there = POOL.load(Ordering::Acquire);
     if !there.is_null() {
         // SAFETY: set, and never freed.
@@ -129,6 +144,20 @@ pub(crate) fn import() -> &'static Pool {
     unsafe { &*pool }
 }
 
+/// The pool of a real GPU.
+fn import_of(gpu: &'static Gpu) -> &'static Pool {
+    static POOLS: Mutex<Option<HashMap<i32, &'static Pool>>> = Mutex::new(None);
+    lock(&POOLS).get_or_insert_default().entry(gpu.ordinal).or_insert_with(|| {
+        up(&counters().imports, None, 1);
+        let pages = settings().pages.min(1 << 14);
+        let (memory, mirror) = (gpu.device(pages * PAGE), gpu.pinned(pages * PAGE));
+        let (base, mirror_at) = (memory.ptr() as *mut u8, mirror.mapped().host);
+        std::mem::forget((memory, mirror));
+        let free = Mutex::new((0..pages as u32).rev().collect());
+        Box::leak(Box::new(Pool { base, mirror: mirror_at, gpu: Some(gpu), pages, free }))
+    })
+}
+
 impl Pool {
     fn new(pages: usize) -> Pool {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
@@ -137,7 +166,7 @@ impl Pool {
         if base == libc::MAP_FAILED {
             violation!("no receive memory of {pages} pages");
         }
-        Pool { base: base.cast(), pages, free: Mutex::new((0..pages as u32).rev().collect()) }
+        Pool { base: base.cast(), mirror: base.cast(), gpu: None, pages, free: Mutex::new((0..pages as u32).rev().collect()) }
     }
 
     /// # Safety
@@ -157,9 +186,16 @@ impl Pool {
 
     /// Gives pages back; what was in them is overwritten, as the next message would.
     pub(crate) fn give_back(&self, pages: &[u32]) {
-        for &page in pages {
-            // SAFETY: a page of the pool that its taker is done with.
-            unsafe { std::ptr::write_bytes(self.base.add(page as usize * PAGE), 0xDD, PAGE) };
+        let place = |page: u32| self.base.wrapping_add(page as usize * PAGE);
+        match self.gpu {
+            // SAFETY: pages of the pool that their taker is done with.
+            Some(gpu) => unsafe { gpu.fill(pages.iter().map(|&page| place(page) as u64), 0xDD, PAGE) },
+            None => {
+                for &page in pages {
+                    // SAFETY: as above.
+                    unsafe { std::ptr::write_bytes(place(page), 0xDD, PAGE) };
+                }
+            }
         }
         down(&counters().pages_out, pages.len() as u64);
         lock(&self.free).extend_from_slice(pages);

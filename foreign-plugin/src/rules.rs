@@ -84,7 +84,8 @@ pub(crate) struct Settings {
     /// `STRICT_FOREIGN_CONNECT_MS` (300) and `STRICT_FOREIGN_ACCEPT_MS` (500).
     pub connect_time: Duration,
     pub accept_time: Duration,
-    /// `STRICT_FOREIGN_DEVICES`: `name@address[@pci path][@dead],...`; default one device `lo`.
+    /// `STRICT_FOREIGN_DEVICES`: `name@address[@pci path][@nopci][@dead],...`; default one device `lo`. TCPX registers memory for the
+    /// PCI device of a NIC, and crashes where there is none.
     pub devices: Vec<Device>,
     /// `STRICT_FOREIGN_LISTENS`: so many listens succeed.
     pub listens: u64,
@@ -94,6 +95,8 @@ pub(crate) struct Settings {
     pub fragment: usize,
     /// `STRICT_FOREIGN_LENIENT=1`: what TCPX answers with an error, or by never moving anything, does not end the process.
     pub lenient: bool,
+    /// `STRICT_FOREIGN_CUDA=1`: device memory is that of real GPUs.
+    pub cuda: bool,
     /// `STRICT_FOREIGN_UNLOCKED=1`: set-up calls of several threads run into each other instead of ending the process.
     pub unlocked: bool,
 }
@@ -113,8 +116,9 @@ fn devices(list: &str) -> Vec<Device> {
         let name = fields.next()?;
         let address = fields.next()?.parse().ok()?;
         let rest: Vec<&str> = fields.collect();
-        let pci = rest.iter().find(|f| f.starts_with('/'));
-        Some(Device { name: c(name), pci_path: pci.map(|p| c(p)), address, dead: rest.contains(&"dead") })
+        let pci = rest.iter().find(|f| f.starts_with('/')).copied().unwrap_or("/sys/devices/pci0000:00/0000:00:04.0");
+        let pci_path = (!rest.contains(&"nopci")).then(|| c(pci));
+        Some(Device { name: c(name), pci_path, address, dead: rest.contains(&"dead") })
     };
     list.split(',').filter_map(device).collect()
 }
@@ -137,6 +141,7 @@ pub(crate) fn settings() -> &'static Settings {
             pages: number("STRICT_FOREIGN_PAGES", 1 << 17) as usize,
             fragment: (number("STRICT_FOREIGN_FRAGMENT", 4000) as usize).clamp(1, 4096),
             lenient: text("STRICT_FOREIGN_LENIENT").is_some(),
+            cuda: text("STRICT_FOREIGN_CUDA").is_some(),
             unlocked: text("STRICT_FOREIGN_UNLOCKED").is_some(),
         }
     })

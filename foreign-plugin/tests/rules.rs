@@ -25,8 +25,12 @@ fn run(case: &str, environment: &[(&str, &str)]) -> Output {
 }
 
 fn aborts(case: &str, why: &str) {
-    let small = [("NCCL_DYNAMIC_CHUNK_SIZE", "4096")];
-    let out = run(case, if case == "too_long" { &small } else { &[] });
+    let environment: &[(&str, &str)] = match case {
+        "too_long" => &[("NCCL_DYNAMIC_CHUNK_SIZE", "4096")],
+        "no_pci_device" => &[("STRICT_FOREIGN_DEVICES", "eth1@127.0.0.1@nopci")],
+        _ => &[],
+    };
+    let out = run(case, environment);
     let text = String::from_utf8_lossy(&out.stderr);
     assert_eq!(out.status.signal(), Some(libc::SIGABRT), "{case}: {} {text}", out.status);
     assert!(text.contains("strict-foreign: VIOLATION") && text.contains(why), "{case}: {text}");
@@ -50,6 +54,7 @@ fn what_breaks_the_contract_ends_the_process() {
         ("wrong_socket_count", "no fresh handle reached connect"),
         ("wrong_thread_count", "no fresh handle reached connect"),
         ("moved_handle", "was moved"),
+        ("no_pci_device", "has no PCI path"),
         ("misaligned_base", "not whole pages"),
         ("misaligned_size", "not whole pages"),
         ("beyond_the_end", "reaches beyond"),
@@ -137,6 +142,7 @@ fn child() {
         "wrong_socket_count" => connect_to(&mut altered(36, 7)),
         "wrong_thread_count" => connect_to(&mut altered(40, 17)),
         "moved_handle" => moved_handle(),
+        "no_pci_device" => register_at(0, LEN),
         "misaligned_base" => register_at(52, LEN),
         "misaligned_size" => register_at(0, 1000),
         "beyond_the_end" => register_at(0, 1 << 30),

@@ -336,6 +336,41 @@ pub struct ucclNetExt_v2 {
     /// [`UCCL_PROTECT_SEAL`] under the 32 bytes at `key` (ignored otherwise), which no other comm or direction may have. A message that
     /// was changed, repeated, left out or cut fails the receiving comm, before the receive is done and its descriptors are published.
     pub protect: Option<unsafe extern "C" fn(comm: Opaque, level: c_int, key: *const u8) -> ncclResult_t>,
+    /// Success when the device can carry new connections at this moment; else as `listen` on it.
+    pub ready: Option<unsafe extern "C" fn(dev: c_int) -> ncclResult_t>,
+    /// Before the first `accept`, and behind `keyListen` where there is a key: the listen comm also serves one `acceptSend`, of a peer
+    /// that proves the 32 bytes at `key`; null exactly where `keyListen` was not called.
+    pub listenBoth: Option<unsafe extern "C" fn(listen_comm: Opaque, key: *const u8) -> ncclResult_t>,
+    /// Accepts a peer's `connectRecv`: as `accept`, with the direction turned round. In any order with `accept` of the same listen comm.
+    pub acceptSend: Option<unsafe extern "C" fn(listen_comm: Opaque, send_comm: *mut Opaque) -> ncclResult_t>,
+    /// Connects to a handle to receive from there: as `connect`, with the direction turned round, and a device handle as for `accept`.
+    pub connectRecv: Option<
+        unsafe extern "C" fn(
+            dev: c_int,
+            handle: Opaque,
+            recv_comm: *mut Opaque,
+            dev_handle: *mut *mut ncclNetDeviceHandle_v7,
+        ) -> ncclResult_t,
+    >,
+    /// How far the kernel has come with what a send comm gave it. `size` of the structure is set by the caller. It never waits: while the
+    /// comm is at work it tells what it knew last.
+    pub flow: Option<unsafe extern "C" fn(comm: Opaque, flow: *mut ucclFlow) -> ncclResult_t>,
+}
+
+/// How far a send comm's bytes have come.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ucclFlow {
+    /// `sizeof` this structure; a writer fills only members that lie inside.
+    pub size: usize,
+    /// Bytes that the peer's kernel has acknowledged, with a little framing.
+    pub acknowledged: u64,
+    /// Bytes that the kernel has and the peer's has not acknowledged.
+    pub waiting: u64,
+    /// Smallest round trip seen, microseconds; 0 while unknown.
+    pub min_rtt_us: u32,
+    /// 1: the comm is at work, and this is what was known before.
+    pub stale: u32,
 }
 
 /// What the kernel knows of a comm's connection. What it does not tell is 0.
@@ -396,10 +431,12 @@ const _: () = {
     assert!(offset_of!(netUnpackMeta, cnt) == MAX_REQUESTS * MAX_SLOT_ENTRIES * 16);
     assert!(size_of::<unpackNetDeviceHandle>() == 24);
     assert!(size_of::<ucclIoVec>() == 16);
-    assert!(size_of::<ucclNetExt_v2>() == 11 * 8);
+    assert!(size_of::<ucclNetExt_v2>() == 16 * 8);
     assert!(offset_of!(ucclNetExt_v2, progress) == 4 * 8);
     assert!(offset_of!(ucclNetExt_v2, describe) == 6 * 8);
     assert!(offset_of!(ucclNetExt_v2, info) == 7 * 8);
     assert!(offset_of!(ucclNetExt_v2, protect) == 10 * 8);
+    assert!(offset_of!(ucclNetExt_v2, connectRecv) == 14 * 8);
+    assert!(size_of::<ucclFlow>() == 32);
     assert!(size_of::<ucclCommInfo>() == 56);
 };

@@ -17,7 +17,7 @@ use crate::interfaces::Interface;
 use crate::logger::Limited;
 use crate::pool::{self, Pool};
 use crate::protect::{self, Guard};
-use crate::rendezvous::{self, Failed, Handle, ListenComm};
+use crate::rendezvous::{self, Connected, Direction, Failed, Handle, ListenComm};
 use crate::state::{self, Global};
 
 type Opaque = *mut c_void;
@@ -196,6 +196,28 @@ fn pool(global: &'static Global) -> Result<&'static Pool, ncclResult_t> {
     pool::get(&global.config, rendezvous::sweep).map_err(|e| system("I/O threads", &e))
 }
 
+/// A step of a connect in either direction; the socket, once it is there.
+///
+/// # Safety
+/// `handle` is null or the caller's 128 bytes, `comm` null or writable.
+unsafe fn dial(
+    dev: c_int,
+    handle: Opaque,
+    comm: *mut Opaque,
+    direction: Direction,
+) -> Result<Option<(&'static Global, &'static Pool, Connected)>, ncclResult_t> {
+    check(!handle.is_null() && !comm.is_null())?;
+    // SAFETY: not null; the caller's pointer.
+    unsafe { *comm = ptr::null_mut() };
+    let global = state::get()?;
+    let interface = interface(global, dev)?;
+    // SAFETY: the caller's 128 bytes.
+    let handle = unsafe { &mut *handle.cast::<Handle>() };
+    let pool = pool(global)?;
+    let connected = rendezvous::connect(interface, &global.config, pool, handle, direction).map_err(failed)?;
+    Ok(connected.map(|connected| (global, pool, connected)))
+}
+
 pub unsafe extern "C" fn connect(
     dev: c_int,
     handle: Opaque,
@@ -203,22 +225,104 @@ pub unsafe extern "C" fn connect(
     _dev_handle: *mut *mut ncclNetDeviceHandle_v7,
 ) -> ncclResult_t {
     guard(|| {
-        check(!handle.is_null() && !send_comm.is_null())?;
-        // SAFETY: not null; the caller's pointer.
-        unsafe { *send_comm = ptr::null_mut() };
-        let global = state::get()?;
-        let interface = interface(global, dev)?;
-        // SAFETY: the caller's 128 bytes.
-        let handle = unsafe { &mut *handle.cast::<Handle>() };
-        let pool = pool(global)?;
-        let Some(connected) = rendezvous::connect(interface, &global.config, pool, handle).map_err(failed)? else {
-            return Ok(());
-        };
-        let comm = Comm::start(global, pool, connected, None, ptr::null_mut(), false).map_err(|e| system("send comm", &e))?;
-        // SAFETY: as above.
-        unsafe { *send_comm = Arc::into_raw(comm).cast_mut().cast() };
-        Ok(())
+        // SAFETY: the caller's buffers.
+        match unsafe { dial(dev, handle, send_comm, Direction::Forth) }? {
+            // SAFETY: as above.
+            Some((global, pool, connected)) => unsafe { start_send(global, pool, connected, send_comm) },
+            None => Ok(()),
+        }
     })
+}
+
+pub unsafe extern "C" fn connect_recv(
+    dev: c_int,
+    handle: Opaque,
+    recv_comm: *mut Opaque,
+    dev_handle: *mut *mut ncclNetDeviceHandle_v7,
+) -> ncclResult_t {
+    guard(|| {
+        // SAFETY: the caller's buffers.
+        let target = unsafe { device_handle(state::get()?, dev_handle) }?;
+        // SAFETY: as above.
+        match unsafe { dial(dev, handle, recv_comm, Direction::Back) }? {
+            // SAFETY: as above.
+            Some((global, pool, connected)) => unsafe { start_recv(global, pool, connected, target, recv_comm) },
+            None => Ok(()),
+        }
+    })
+}
+
+/// Makes a send comm of a socket.
+///
+/// # Safety
+/// `comm` is writable.
+unsafe fn start_send(global: &'static Global, pool: &Pool, connected: Connected, comm: *mut Opaque) -> Outcome {
+    let started = Comm::start(global, pool, connected, None, ptr::null_mut(), false).map_err(|e| system("send comm", &e))?;
+    // SAFETY: by contract.
+    unsafe { *comm = Arc::into_raw(started).cast_mut().cast() };
+    Ok(())
+}
+
+/// The caller's memory for a device handle, which a strict plugin insists on.
+///
+/// # Safety
+/// `dev_handle` is null, or points to null or to a writable device handle.
+unsafe fn device_handle<'a>(
+    global: &Global,
+    dev_handle: *mut *mut ncclNetDeviceHandle_v7,
+) -> Result<Option<&'a mut ncclNetDeviceHandle_v7>, ncclResult_t> {
+    // SAFETY: by contract.
+    let target = unsafe { dev_handle.as_ref().and_then(|p| p.as_mut()) };
+    check(target.is_some() || global.device.is_none() || !global.config.strict)?;
+    Ok(target)
+}
+
+/// Makes a receive comm of a socket. The unpack queue is built when device memory is first used: host memory needs none.
+///
+/// # Safety
+/// `comm` is writable; the device handle stays where it is as long as the comm.
+unsafe fn start_recv(
+    global: &'static Global,
+    pool: &Pool,
+    connected: Connected,
+    target: Option<&mut ncclNetDeviceHandle_v7>,
+    comm: *mut Opaque,
+) -> Outcome {
+    let mut late_handle = ptr::null_mut();
+    if let Some(target) = target {
+        *target = device::handle(global.device.is_some(), None);
+        if global.device.is_some() {
+            late_handle = target;
+        }
+    }
+    let started = Comm::start(global, pool, connected, None, late_handle, true).map_err(|e| system("receive comm", &e))?;
+    // SAFETY: by contract.
+    unsafe { *comm = Arc::into_raw(started).cast_mut().cast() };
+    Ok(())
+}
+
+/// A look for a peer of either direction; its socket, once it is there.
+///
+/// # Safety
+/// `listen_comm` is null or a listen comm that is not closed, `comm` null or writable.
+unsafe fn answer(
+    listen_comm: Opaque,
+    comm: *mut Opaque,
+    direction: Direction,
+) -> Result<Option<(&'static Global, &'static Pool, Connected)>, ncclResult_t> {
+    check(!listen_comm.is_null() && !comm.is_null())?;
+    // SAFETY: not null; the caller's pointer.
+    unsafe { *comm = ptr::null_mut() };
+    let global = state::get()?;
+    // SAFETY: by contract a listen comm that is not closed.
+    let listening = unsafe { &*listen_comm.cast::<ListenComm>() };
+    own(!listening.is_inherited())?;
+    if listening.is_used(direction) {
+        return Err(NCCL_INVALID_USAGE);
+    }
+    let pool = pool(global)?;
+    let connected = listening.accept(direction).map_err(failed)?;
+    Ok(connected.map(|connected| (global, pool, connected)))
 }
 
 pub unsafe extern "C" fn accept(
@@ -228,31 +332,54 @@ pub unsafe extern "C" fn accept(
 ) -> ncclResult_t {
     guard(|| {
         check(!listen_comm.is_null() && !recv_comm.is_null())?;
-        // SAFETY: not null; the caller's pointer.
-        unsafe { *recv_comm = ptr::null_mut() };
-        let global = state::get()?;
         // SAFETY: null, or the caller's pointer to memory of its own.
-        let target = unsafe { dev_handle.as_ref().and_then(|p| p.as_mut()) };
-        check(target.is_some() || global.device.is_none() || !global.config.strict)?;
-        // SAFETY: by contract a listen comm that is not closed.
-        let listening = unsafe { &*listen_comm.cast::<ListenComm>() };
+        let target = unsafe { device_handle(state::get()?, dev_handle) }?;
+        // SAFETY: the caller's listen comm and pointer.
+        match unsafe { answer(listen_comm, recv_comm, Direction::Forth) }? {
+            // SAFETY: as above.
+            Some((global, pool, connected)) => unsafe { start_recv(global, pool, connected, target, recv_comm) },
+            None => Ok(()),
+        }
+    })
+}
+
+pub unsafe extern "C" fn accept_send(listen_comm: Opaque, send_comm: *mut Opaque) -> ncclResult_t {
+    guard(|| {
+        // SAFETY: the caller's listen comm and pointer.
+        match unsafe { answer(listen_comm, send_comm, Direction::Back) }? {
+            // SAFETY: as above.
+            Some((global, pool, connected)) => unsafe { start_send(global, pool, connected, send_comm) },
+            None => Ok(()),
+        }
+    })
+}
+
+pub unsafe extern "C" fn listen_both(listen_comm: Opaque, key: *const u8) -> ncclResult_t {
+    guard(|| {
+        check(!listen_comm.is_null())?;
+        // SAFETY: the caller's listen comm and key.
+        let (listening, key) = unsafe { (&*listen_comm.cast::<ListenComm>(), key_at(key)) };
         own(!listening.is_inherited())?;
-        if listening.is_used() {
-            return Err(NCCL_INVALID_USAGE);
-        }
-        let pool = pool(global)?;
-        let Some(connected) = listening.accept().map_err(failed)? else { return Ok(()) };
-        // The unpack queue is built when device memory is first used: host memory needs none.
-        let mut late_handle = ptr::null_mut();
-        if let Some(target) = target {
-            *target = device::handle(global.device.is_some(), None);
-            if global.device.is_some() {
-                late_handle = target;
-            }
-        }
-        let comm = Comm::start(global, pool, connected, None, late_handle, true).map_err(|e| system("receive comm", &e))?;
-        // SAFETY: as above.
-        unsafe { *recv_comm = Arc::into_raw(comm).cast_mut().cast() };
+        listening.expect_back(key).then_some(()).ok_or(NCCL_INVALID_USAGE)
+    })
+}
+
+pub unsafe extern "C" fn ready(dev: c_int) -> ncclResult_t {
+    guard(|| {
+        let interface = interface(state::get()?, dev)?;
+        rendezvous::ready(interface).map_err(failed)
+    })
+}
+
+pub unsafe extern "C" fn flow(handle: Opaque, flow: *mut ucclFlow) -> ncclResult_t {
+    guard(|| {
+        // SAFETY: the caller's comm.
+        let comm = unsafe { comm(handle, false)? };
+        check(!flow.is_null())?;
+        // SAFETY: not null; the caller's structure begins with its size.
+        check(unsafe { (*flow).size } >= size_of::<ucclFlow>())?;
+        // SAFETY: as above, and large enough.
+        unsafe { *flow = comm.flow()? };
         Ok(())
     })
 }
@@ -277,6 +404,7 @@ pub unsafe extern "C" fn reg_mr_v8(comm: Opaque, data: Opaque, size: usize, kind
                 check(comm.global.device.is_some())?;
                 check(!comm.global.config.strict || (base % PAGE == 0 && size % PAGE == 0))?;
                 comm.expect_device_receives()?;
+                comm.expect_device_sends()?;
                 true
             }
             _ => return Err(NCCL_INVALID_ARGUMENT),
@@ -413,8 +541,7 @@ pub unsafe extern "C" fn key_listen(listen_comm: Opaque, key: *const u8) -> nccl
         // SAFETY: the caller's listen comm and key.
         let (listening, key) = unsafe { (&*listen_comm.cast::<ListenComm>(), key_at(key)) };
         own(!listening.is_inherited())?;
-        listening.expect_key(key.ok_or(NCCL_INVALID_ARGUMENT)?);
-        Ok(())
+        listening.expect_key(key.ok_or(NCCL_INVALID_ARGUMENT)?).then_some(()).ok_or(NCCL_INVALID_USAGE)
     })
 }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::{fence, AtomicBool, AtomicI32, AtomicPtr, AtomicU32, Orde
 use std::sync::Arc;
 
 use nccl_net_abi::{
-    ncclNetDeviceHandle_v7, ncclResult_t, ucclCommInfo, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_INVALID_ARGUMENT,
+    ncclNetDeviceHandle_v7, ncclResult_t, ucclCommInfo, ucclFlow, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_INVALID_ARGUMENT,
     NCCL_INVALID_USAGE, NCCL_SYSTEM_ERROR,
 };
 use parking_lot::Mutex;
@@ -74,6 +74,8 @@ pub struct Comm {
     hung_up: AtomicBool,
     io: Mutex<Io>,
     source: Source,
+    /// What was known last of the sent bytes.
+    flow: Mutex<ucclFlow>,
     /// Where device receives land.
     queue: Mutex<Option<Arc<UnpackQueue>>>,
     /// The caller's device handle, to be filled by the first use of device memory; null once it is, or when there is none.
@@ -109,6 +111,7 @@ impl Comm {
             hung_up: AtomicBool::new(false),
             io: Mutex::new(Io { socket: Some(connected.socket), hung_up: false, side, doorbell: None, rung: 0 }),
             source: Source::new(),
+            flow: Mutex::default(),
             queue: Mutex::new(queue.map(Arc::new)),
             late_handle: AtomicPtr::new(late_handle),
             seat,
@@ -161,6 +164,19 @@ impl Comm {
         }
     }
 
+    /// Device memory was registered: makes device sends from the current GPU possible now, so that the first need not.
+    pub fn expect_device_sends(&self) -> Result<(), ncclResult_t> {
+        let can = self.global.device.as_ref().is_some_and(|memory| memory.in_context());
+        if self.ledger.receives() || !can {
+            return Ok(());
+        }
+        self.send_source()?.prepare().map_err(|e| {
+            static LINE: Limited = Limited::new();
+            LINE.warn(&format!("cannot set up device sends of {}: {e}", self.path));
+            NCCL_SYSTEM_ERROR
+        })
+    }
+
     /// Posts a request; see [`Ledger::post`].
     pub fn post(&self, fill: impl FnOnce(u64, &mut Body) -> Result<(), ncclResult_t>) -> Result<Option<&Slot>, ncclResult_t> {
         let Some(posted) = self.ledger.post(fill)? else { return Ok(None) };
@@ -200,7 +216,7 @@ impl Comm {
         self.ledger.consume(seq)
     }
 
-    /// The send side's device memory, built on first use.
+    /// The send side's device memory, built by the first registration of device memory, or else by the first send of it.
     pub fn send_source(&self) -> Result<&Arc<dyn SendSource>, ncclResult_t> {
         if let Some(source) = self.source.get() {
             return Ok(source);
@@ -223,6 +239,17 @@ impl Comm {
         let io = self.io.lock();
         let socket = io.socket.as_ref().ok_or(NCCL_INVALID_ARGUMENT)?;
         tcp::bytes_acked(socket.as_raw_fd()).ok_or(NCCL_INTERNAL_ERROR)
+    }
+
+    /// How far the sent bytes have come; as it was known last while a turn is under way.
+    pub fn flow(&self) -> Result<ucclFlow, ncclResult_t> {
+        if let Some(io) = self.io.try_lock() {
+            let socket = io.socket.as_ref().ok_or(NCCL_INVALID_ARGUMENT)?;
+            let flow = tcp::flow(socket.as_raw_fd()).ok_or(NCCL_INTERNAL_ERROR)?;
+            *self.flow.lock() = flow;
+            return Ok(flow);
+        }
+        Ok(ucclFlow { stale: 1, ..*self.flow.lock() })
     }
 
     pub fn info(&self) -> Result<ucclCommInfo, ncclResult_t> {

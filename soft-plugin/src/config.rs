@@ -110,7 +110,7 @@ const MESSAGE: Variable = var("NCCL_DYNAMIC_CHUNK_SIZE", Kind::Number(0, i32::MA
 const EMULATE: Variable = var("UCCL_TCPX_EMULATE_DEVICE", Kind::Flag, "0", "");
 
 /// Every variable of the software plugin's own. It also reads `NCCL_GPUDIRECTTCPX_SOCKET_IFNAME`, `NCCL_SOCKET_IFNAME`,
-/// `NCCL_DYNAMIC_CHUNK_SIZE`, `UCCL_TCPX_CHUNK_BYTES` and `UCCL_TCPX_EMULATE_DEVICE`.
+/// `NCCL_DYNAMIC_CHUNK_SIZE`, `UCCL_TCPX_CHUNK_BYTES`, `UCCL_TCPX_PORT_RANGE` and `UCCL_TCPX_EMULATE_DEVICE`.
 pub const VARIABLES: &[Variable] =
     &[STRICT, THREADS, SPIN_US, INLINE, CONGESTION, SOCKBUF, KEEPALIVE_S, USER_TIMEOUT_MS, FRAGMENT];
 
@@ -122,6 +122,8 @@ pub struct Config {
     pub interfaces: Option<String>,
     /// `NCCL_DYNAMIC_CHUNK_SIZE`: message limit, bytes (0 counts as unset; default 524288, or `UCCL_TCPX_CHUNK_BYTES` where that is more).
     pub message_limit: usize,
+    /// `UCCL_TCPX_PORT_RANGE`: where listen comms find their ports; `None`: the system chooses.
+    pub ports: Option<RangeInclusive<u16>>,
     /// `UCCL_TCPX_SOFT_STRICT`.
     pub strict: bool,
     /// `UCCL_TCPX_SOFT_THREADS`.
@@ -187,6 +189,18 @@ impl Reader<'_> {
         Ok(if bytes == 0 { Fragmentation::Whole } else { Fragmentation::Fixed(bytes) })
     }
 
+    fn ports(&self, name: &str) -> Result<Option<RangeInclusive<u16>>, String> {
+        let Some(text) = self.text(name) else { return Ok(None) };
+        let port = |text: &str| {
+            let text = text.trim();
+            text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse::<u16>().ok()).flatten().filter(|&port| port > 0)
+        };
+        match text.split_once('-').map(|(low, high)| (port(low), port(high))) {
+            Some((Some(low), Some(high))) if low <= high => Ok(Some(low..=high)),
+            _ => Err(format!("{name}={text}: expected LOW-HIGH, two ports from 1 to 65535, the lower first")),
+        }
+    }
+
     /// The limit where NCCL_DYNAMIC_CHUNK_SIZE does not set one: enough for the chunks that the library above is told to send. Whether
     /// its variable makes sense is for the library to say.
     fn default_limit(&self) -> usize {
@@ -201,6 +215,7 @@ impl Reader<'_> {
         Ok(Config {
             interfaces: self.text("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME").or_else(|| self.text("NCCL_SOCKET_IFNAME")),
             message_limit: if message == 0 { self.default_limit() } else { message.min(MAX_MESSAGE) },
+            ports: self.ports("UCCL_TCPX_PORT_RANGE")?,
             strict: self.flag(&STRICT)?,
             threads: self.size(&THREADS, cores.min(16))?,
             spin_us: spin.unwrap_or(if cores < 4 { 0 } else { 20 }),
@@ -288,6 +303,15 @@ mod tests {
         assert_eq!(with("UCCL_TCPX_SOFT_THREADS", "").unwrap().threads, default.threads);
         assert_eq!(with("UCCL_TCPX_SOFT_FRAGMENT", "random").unwrap().fragmentation, Fragmentation::Random);
         assert_eq!(with("UCCL_TCPX_SOFT_FRAGMENT", "64").unwrap().fragmentation, Fragmentation::Fixed(64));
+    }
+
+    #[test]
+    fn a_range_of_ports_is_two_ports_the_lower_first() {
+        let read = |text| with("UCCL_TCPX_PORT_RANGE", text).map(|config| config.ports);
+        assert_eq!((read("40000-40999"), read(" 7 - 7 "), read("")), (Ok(Some(40000..=40999)), Ok(Some(7..=7)), Ok(None)));
+        for bad in ["40000", "40999-40000", "0-10", "1-65536", "-5", "5-", "a-b", "1-2-3", "+1-5", "1:2"] {
+            assert!(read(bad).unwrap_err().starts_with(&format!("UCCL_TCPX_PORT_RANGE={bad}: expected LOW-HIGH")), "{bad}");
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! CUDA memory: receives land in pinned host memory that the GPU reads directly, sends leave through a pinned ring that the copy
 //! engine fills. Follows the current context of the calling thread, as the contract says; makes none and touches no GPU by itself.
 
+use std::collections::hash_map::Entry;
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::io;
@@ -91,7 +92,7 @@ struct Source {
     memory: ManuallyDrop<Ring>,
     stride: usize,
     places: Mutex<Places>,
-    /// A stream for each context that sends; made at its first send.
+    /// A stream for each context that sends.
     streams: Mutex<HashMap<usize, Stream>>,
     /// A copy did not end in time.
     stuck: AtomicBool,
@@ -133,7 +134,7 @@ impl Source {
         // SAFETY: by the caller's contract.
         unsafe { stream.device_to_host(place, data as u64, len) }?;
         // SAFETY: the flag is pinned, mapped memory that is given back only once the stream has ended.
-        let queued = unsafe { stream.context().enter()?.cuStreamWriteValue32(stream.raw(), flag.as_ptr() as u64, 1, 0) };
+        let queued = unsafe { stream.write_value(flag.as_ptr() as u64, 1) };
         if queued.is_err() {
             // A driver without stream memory operations: right, if slower.
             stream.finish(COPY_LIMIT)?;
@@ -158,20 +159,25 @@ impl Source {
     }
 }
 
+/// The stream for the calling thread's context, made where it is missing.
+fn stream_of(streams: &mut HashMap<usize, Stream>) -> cuda_driver::Result<&Stream> {
+    match streams.entry(Context::current_id()?) {
+        Entry::Occupied(entry) => Ok(entry.into_mut()),
+        Entry::Vacant(entry) => Ok(entry.insert(Stream::new(&Context::current()?)?)),
+    }
+}
+
 impl SendSource for Source {
+    fn prepare(&self) -> io::Result<()> {
+        stream_of(&mut self.streams.lock()).map(drop).map_err(failed)
+    }
+
     fn begin(&self, slot: usize, data: *const u8, len: usize) -> io::Result<*const u8> {
         if len > self.stride {
             return Err(io::Error::other("a message longer than its staging place"));
         }
         let mut streams = self.streams.lock();
-        let id = Context::current_id().map_err(failed)?;
-        let stream = match streams.entry(id) {
-            std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::hash_map::Entry::Vacant(entry) => {
-                let context = Context::current().map_err(failed)?;
-                entry.insert(Stream::new(&context).map_err(failed)?)
-            }
-        };
+        let stream = stream_of(&mut streams).map_err(failed)?;
         let place = self.places.lock().take(slot).ok_or_else(|| io::Error::other("no staging place is free"))?;
         let place = self.memory.places.mapped().host.wrapping_add(place * self.stride);
         // SAFETY: the caller keeps `len` bytes of device memory at `data` until the send is done; the place is free, since its slot is,

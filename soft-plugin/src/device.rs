@@ -24,12 +24,16 @@ pub trait DeviceMemory: Send + Sync {
     /// Connections of host memory touch no GPU.
     fn unpack_queue(&self, bounce_len: usize) -> io::Result<UnpackQueue>;
 
-    /// Builds the send side of a comm with messages of up to `limit` bytes. Called by the first device send of the comm.
+    /// Builds the send side of a comm with messages of up to `limit` bytes. Called by the first registration of device memory, or else
+    /// by the first device send of the comm.
     fn send_source(&self, limit: usize) -> io::Result<Arc<dyn SendSource>>;
 }
 
 /// Turns device memory into bytes that an I/O thread can hand to the kernel.
 pub trait SendSource: Send + Sync {
+    /// Makes what sends from the calling thread's current GPU need: from then on [`SendSource::begin`] allocates nothing.
+    fn prepare(&self) -> io::Result<()>;
+
     /// Called by `isend` on the caller's thread: where the `len` bytes at device address `data` can be read from once
     /// [`SendSource::ready`] says so. The place stays valid until the slot is used again.
     fn begin(&self, slot: usize, data: *const u8, len: usize) -> io::Result<*const u8>;
@@ -131,6 +135,10 @@ impl DeviceMemory for Emulated {
 }
 
 impl SendSource for Emulated {
+    fn prepare(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     fn begin(&self, _slot: usize, data: *const u8, _len: usize) -> io::Result<*const u8> {
         Ok(data)
     }

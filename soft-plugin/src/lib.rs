@@ -39,6 +39,16 @@ mod turn;
 
 pub use config::{default_number, Kind, Variable, VARIABLES};
 
+/// The address that a handle of the software plugin names; `None` for other bytes.
+pub fn address_of(handle: &[u8; nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE]) -> Option<std::net::SocketAddr> {
+    rendezvous::address_of(handle)
+}
+
+/// The range of UCCL_TCPX_PORT_RANGE as the environment has it now; `None` where it has none that can be understood.
+pub fn port_range() -> Option<std::ops::RangeInclusive<u16>> {
+    config::Config::from_env().ok()?.ports
+}
+
 /// Whether every variable of the software plugin can be understood, and had here. The error names the variable.
 ///
 /// # Errors
@@ -92,6 +102,11 @@ pub const EXT_V2: ucclNetExt_v2 = ucclNetExt_v2 {
     keyListen: Some(abi::key_listen),
     keyConnect: Some(abi::key_connect),
     protect: Some(abi::protect),
+    ready: Some(abi::ready),
+    listenBoth: Some(abi::listen_both),
+    acceptSend: Some(abi::accept_send),
+    connectRecv: Some(abi::connect_recv),
+    flow: Some(abi::flow),
 };
 
 /// The plugin's v7 table.

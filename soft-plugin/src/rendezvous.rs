@@ -9,7 +9,7 @@ pub use listener::ListenComm;
 
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Duration;
 
 use nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
@@ -24,12 +24,14 @@ use crate::tcp;
 
 const HANDLE_MAGIC: u64 = 0x5446_4F53_4C43_4355;
 const HELLO_MAGIC: u64 = 0x4F4C_4C45_4854_4653;
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const COOKIE: usize = 16;
-/// A hello with the cookie: magic, version, cookie. With a key: magic, version, HMAC-SHA256 over these and the cookie, which stays secret.
-const HELLO: usize = 8 + 4 + COOKIE;
+/// A hello with the cookie: magic, version, direction, cookie. With a key: magic, version, direction, HMAC-SHA256 over these and the
+/// cookie, which stays secret.
+const HELLO: usize = HELLO_HEAD + COOKIE;
+const HELLO_HEAD: usize = 8 + 4 + 4;
 const KEYED_MAGIC: u64 = u64::from_le_bytes(*b"SFTKEYED");
-const KEYED_HELLO: usize = 8 + 4 + 32;
+const KEYED_HELLO: usize = HELLO_HEAD + 32;
 /// Bytes of a handle that `listen` writes; the word behind them is where `connect` keeps its state.
 const STATE_AT: usize = 64;
 /// Where a key waits for the connect that proves it: a mark, then the key.
@@ -38,6 +40,15 @@ const KEY_MARK: u8 = 0x6B;
 
 /// The handle buffer.
 pub type Handle = [u8; NCCL_NET_HANDLE_MAXSIZE];
+
+/// Who sends on a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// The side that connects.
+    Forth = 0,
+    /// The side that accepts.
+    Back = 1,
+}
 
 /// A socket ready to carry a comm.
 pub struct Connected {
@@ -131,16 +142,17 @@ impl Invitation {
         Ok(Invitation { address, cookie })
     }
 
-    fn hello(&self, key: Option<&Key>) -> Hello {
+    fn hello(&self, direction: Direction, key: Option<&Key>) -> Hello {
         let mut hello = Hello { bytes: [0; KEYED_HELLO], len: HELLO };
         let bytes = &mut hello.bytes;
         let magic = if key.is_some() { KEYED_MAGIC } else { HELLO_MAGIC };
         bytes[..8].copy_from_slice(&magic.to_le_bytes());
         bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
-        bytes[12..HELLO].copy_from_slice(&self.cookie);
+        bytes[12..HELLO_HEAD].copy_from_slice(&(direction as u32).to_le_bytes());
+        bytes[HELLO_HEAD..HELLO].copy_from_slice(&self.cookie);
         if let Some(key) = key {
             let proof = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, key), &bytes[..HELLO]);
-            bytes[12..].copy_from_slice(proof.as_ref());
+            bytes[HELLO_HEAD..].copy_from_slice(proof.as_ref());
             hello.len = KEYED_HELLO;
         }
         hello
@@ -162,6 +174,11 @@ impl Hello {
     fn is(&self, bytes: &[u8]) -> bool {
         bytes.len() == self.len && self.bytes().iter().zip(bytes).fold(0, |acc, (a, b)| acc | (a ^ b)) == 0
     }
+}
+
+/// The address that a handle names.
+pub fn address_of(handle: &Handle) -> Option<SocketAddr> {
+    Some(Invitation::read(handle).ok()?.address)
 }
 
 /// Puts the key into the handle that the connect with it proves.
@@ -199,6 +216,17 @@ fn tune(socket: &Socket, config: &Config) -> io::Result<()> {
     congestion::prepare(socket.as_raw_fd(), config)
 }
 
+/// Whether the device can carry new connections now: its link is there, and its address can be had.
+pub fn ready(device: &Interface) -> Result<(), Failed> {
+    let look = || {
+        let address = own_address(device);
+        let socket = new_socket(&address)?;
+        device.check_link(socket.as_fd())?;
+        socket.bind(&address.into())
+    };
+    look().map_err(|e| Failed::new(format!("use {} ({})", device.name.to_string_lossy(), device.address), e))
+}
+
 fn own_address(device: &Interface) -> SocketAddr {
     match device.address {
         IpAddr::V4(ip) => SocketAddr::new(ip.into(), 0),
@@ -232,11 +260,22 @@ mod tests {
         assert_eq!(Invitation::read(&handle).unwrap(), invitation);
         assert_eq!((take_key(&mut handle), take_key(&mut handle)), (Some([9; 32]), None));
         assert!(!handle.contains(&9));
-        let (plain, keyed, other) = (invitation.hello(None), invitation.hello(Some(&[9; 32])), invitation.hello(Some(&[8; 32])));
+        use Direction::{Back, Forth};
+        let (plain, keyed) = (invitation.hello(Forth, None), invitation.hello(Forth, Some(&[9; 32])));
+        let other = invitation.hello(Forth, Some(&[8; 32]));
+        for key in [None, Some(&[9; 32])] {
+            let (forth, back) = (invitation.hello(Forth, key), invitation.hello(Back, key));
+            assert!(!forth.is(back.bytes()) && forth.len == back.len);
+            // Another direction in the clear bytes does not go with the proof.
+            let mut turned = forth.bytes().to_vec();
+            turned[12] = 1;
+            assert_eq!(back.is(&turned), key.is_none());
+        }
         assert!(plain.is(plain.bytes()) && keyed.is(keyed.bytes()) && !keyed.is(other.bytes()) && !keyed.is(plain.bytes()));
         assert!(plain.bytes().ends_with(b"abcdef") && !keyed.bytes().windows(4).any(|w| w == b"0123"));
         let stranger = Invitation { cookie: [0; COOKIE], ..invitation.clone() };
-        assert!(!keyed.is(stranger.hello(Some(&[9; 32])).bytes()));
+        assert!(!keyed.is(stranger.hello(Forth, Some(&[9; 32])).bytes()));
+        assert_eq!((address_of(&handle), address_of(&[0; 128])), (Some(invitation.address), None));
     }
 
     #[test]

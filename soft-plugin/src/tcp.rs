@@ -5,7 +5,7 @@ use std::ffi::c_char;
 use std::io;
 use std::time::Duration;
 
-use nccl_net_abi::ucclCommInfo;
+use nccl_net_abi::{ucclCommInfo, ucclFlow};
 use socket2::{Socket, TcpKeepalive};
 
 /// Offsets in the kernel's tcp_info: bytes acknowledged by the peer (u64, Linux 4.1) and the smallest round trip (u32, microseconds,
@@ -48,6 +48,21 @@ pub fn bytes_acked(fd: i32) -> Option<u64> {
 /// The smallest round trip seen, microseconds.
 pub fn min_rtt(fd: i32) -> Option<u32> {
     Info::read(fd)?.field(MIN_RTT).map(u32::from_ne_bytes).filter(|&us| us > 0 && us < u32::MAX)
+}
+
+/// How far the bytes of a socket have come; what the kernel is too old for is 0.
+pub fn flow(fd: i32) -> Option<ucclFlow> {
+    let info = Info::read(fd)?;
+    let mut waiting: libc::c_int = 0;
+    // SAFETY: a socket and an int.
+    let known = unsafe { libc::ioctl(fd, libc::TIOCOUTQ, &raw mut waiting) };
+    Some(ucclFlow {
+        size: size_of::<ucclFlow>(),
+        acknowledged: info.field(BYTES_ACKED).map_or(0, u64::from_ne_bytes),
+        waiting: if known == 0 { waiting.max(0) as u64 } else { 0 },
+        min_rtt_us: info.field(MIN_RTT).map(u32::from_ne_bytes).filter(|&us| us < u32::MAX).unwrap_or(0),
+        stale: 0,
+    })
 }
 
 /// What statistics tell of a socket; what the kernel is too old for is 0.

@@ -22,6 +22,7 @@ fn lying_sender() -> (TcpStream, Receiver) {
     liar.set_nodelay(true).unwrap();
     let mut hello = b"SFTHELLO".to_vec();
     hello.extend_from_slice(&handle[8..12]);
+    hello.extend_from_slice(&[0; 4]);
     hello.extend_from_slice(&handle[36..52]);
     liar.write_all(&hello).unwrap();
     let receiver = accept(listener);

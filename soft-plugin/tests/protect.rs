@@ -56,7 +56,7 @@ fn through(relay: impl FnOnce(TcpStream, TcpStream) + Send + 'static) -> (Sender
     (sender, receiver)
 }
 
-const HELLO: usize = 44;
+const HELLO: usize = 48;
 
 /// Passes `n` bytes on.
 fn pass(from: &mut TcpStream, to: &mut TcpStream, n: usize) -> bool {
@@ -233,7 +233,7 @@ fn a_stolen_cookie_does_not_join() {
     key_listen(listener, &KEY);
     let hello = |magic: &[u8], proof: &[u8]| {
         let mut thief = TcpStream::connect((Ipv4Addr::LOCALHOST, port(&handle))).unwrap();
-        thief.write_all(&[magic, &handle[8..12], proof].concat()).unwrap();
+        thief.write_all(&[magic, &handle[8..12], &[0; 4], proof].concat()).unwrap();
         thief
     };
     let cookie = handle[36..52].to_vec();

@@ -27,7 +27,7 @@ fn keepalive_finds_out_about_a_vanished_peer_of_an_idle_comm() {
     let port = |handle: &Handle| u16::from_le_bytes([handle[12], handle[13]]);
     let (listener, handle) = listen();
     let mut there = TcpStream::connect((Ipv4Addr::LOCALHOST, port(&handle))).unwrap();
-    there.write_all(&[b"SFTHELLO", &handle[8..12], &handle[36..52]].concat()).unwrap();
+    there.write_all(&[b"SFTHELLO", &handle[8..12], &[0; 4], &handle[36..52]].concat()).unwrap();
     let receiver = accept(listener);
     close_listen(listener);
 

@@ -3,7 +3,7 @@
 
 use super::device::DeviceCopier;
 use super::plan::Chunk;
-use super::stripe::Load;
+use super::stripe::Loads;
 use crate::region::Hold;
 use crate::stats::ChannelStats;
 use crate::status::Result;
@@ -95,9 +95,9 @@ pub(crate) trait Path: Send {
     /// Whether it carries memory of this side's `local` to or from anywhere.
     fn carries_local(&self, local: Place) -> bool;
 
-    /// The load of each channel for a chunk from `place`, into an empty list. `bulk`: the chunk is part of a large transfer, and
-    /// all of those together leave room in the window for small ones, which do not count against them.
-    fn loads(&self, place: Place, bulk: bool, now: Instant, out: &mut Vec<Load>);
+    /// The load of each channel for a chunk from `place`, and of the NICs, into empty lists. `bulk`: the chunk is part of a large
+    /// transfer, and all of those together leave room in the window for small ones, which do not count against them.
+    fn loads(&mut self, place: Place, bulk: bool, now: Instant, out: &mut Loads);
 
     /// Takes a chunk for sending on a channel that has a free place.
     fn submit(&mut self, channel: usize, departure: Departure, copier: &mut Copier, now: Instant) -> Result<()>;
@@ -122,6 +122,12 @@ pub(crate) trait Path: Send {
 
     /// What each channel counts. `kernel`: with what the kernel knows of it.
     fn stats(&self, kernel: bool, now: Instant, out: &mut Vec<ChannelStats>);
+
+    /// Has what chunks of `place` need here allocated and registered: from then on no chunk of it makes a GPU's driver allocate. For
+    /// memory that the path does not carry it does nothing.
+    fn ready(&mut self, _place: Place, _copier: &mut Copier) -> Result<()> {
+        Ok(())
+    }
 
     /// Drops registrations of a region that nothing uses any more.
     fn forget_region(&mut self, id: u64);

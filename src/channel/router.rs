@@ -6,10 +6,10 @@ use super::device::spread;
 use super::path::{Arrival, Copier, Departure, Dest, Event, Path, Way};
 use super::plan::Chunk;
 use super::stillness::Stillness;
-use super::stripe::{self, Load};
+use super::stripe::{self, Loads, Want};
 use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
-use crate::types::Place;
+use crate::types::{Part, Place};
 use std::time::{Duration, Instant};
 
 /// Bytes that have passed the channels so far, counted in whole chunks.
@@ -19,6 +19,8 @@ pub(crate) struct Totals {
     pub submitted: u64,
     /// Gone.
     pub sent: u64,
+    /// Announced by the peer.
+    pub expected: u64,
     /// In place, or drained.
     pub received: u64,
 }
@@ -28,7 +30,7 @@ pub(crate) struct Channels {
     // The paths close before the copier goes (field order).
     paths: Vec<Box<dyn Path>>,
     copier: Copier,
-    loads: Vec<Load>,
+    loads: Loads,
     totals: Totals,
     stillness: Stillness,
 }
@@ -36,7 +38,7 @@ pub(crate) struct Channels {
 impl Channels {
     /// Channels over `paths`; of several that carry a pair of places the first is taken.
     pub(crate) fn new(paths: Vec<Box<dyn Path>>, copier: Copier) -> Channels {
-        Channels { paths, copier, loads: Vec::new(), totals: Totals::default(), stillness: Stillness::default() }
+        Channels { paths, copier, loads: Loads::default(), totals: Totals::default(), stillness: Stillness::default() }
     }
 
     /// Number of paths: each route is blocked on its own.
@@ -59,12 +61,14 @@ impl Channels {
         self.paths.iter().map(|p| p.channels()).sum()
     }
 
-    /// The channel for the next chunk from `place` on a route; `None` when none should take one now.
-    pub(crate) fn pick(&mut self, route: usize, place: Place, len: u64, bulk: bool, now: Instant) -> Option<u16> {
+    /// The channel for the next chunk from `place` on a route, and the chunk's bytes at most; `None` when none should take one now.
+    pub(crate) fn pick(&mut self, route: usize, place: Place, want: Want, bulk: bool, now: Instant) -> Option<(u16, usize)> {
         let base: usize = self.paths.iter().take(route).map(|p| p.channels()).sum();
-        self.loads.clear();
-        self.paths.get(route)?.loads(place, bulk, now, &mut self.loads);
-        stripe::pick(&self.loads, len).and_then(|channel| u16::try_from(base + channel).ok())
+        self.loads.channels.clear();
+        self.loads.nics.clear();
+        self.paths.get_mut(route)?.loads(place, bulk, now, &mut self.loads);
+        let pick = stripe::pick(&self.loads, want)?;
+        Some((u16::try_from(base + pick.channel).ok()?, pick.len as usize))
     }
 
     fn path(&mut self, channel: u16) -> Option<(&mut Box<dyn Path>, usize, &mut Copier)> {
@@ -96,7 +100,15 @@ impl Channels {
                 bail!(Protocol, "channel {channel} does not carry memory of {place:?}");
             }
         }
-        path.expect(index, arrival)
+        let len = arrival.len as u64;
+        path.expect(index, arrival)?;
+        self.totals.expected += len;
+        Ok(())
+    }
+
+    /// Bytes of chunks that are under way in either direction.
+    pub(crate) fn under_way(&self) -> u64 {
+        self.totals.submitted.saturating_sub(self.totals.sent) + self.totals.expected.saturating_sub(self.totals.received)
     }
 
     /// Advances all channels; gives what happened.
@@ -226,21 +238,22 @@ impl Channels {
         }
     }
 
-    /// Puts the bytes of a small chunk in place.
+    /// Puts the bytes of a few pieces of one place there.
     ///
     /// # Safety
-    /// Its parts lie in registered regions that the caller holds.
-    pub(crate) unsafe fn store(&mut self, chunk: &Chunk, bytes: &[u8]) -> Result<()> {
-        if bytes.len() != chunk.len {
-            bail!(Internal, "{} bytes for a chunk of {}", bytes.len(), chunk.len);
+    /// The parts lie in registered regions that the caller holds.
+    pub(crate) unsafe fn store(&mut self, parts: &[Part], place: Place, bytes: &[u8]) -> Result<()> {
+        let len: u64 = parts.iter().map(|part| part.len).sum();
+        if bytes.len() as u64 != len {
+            bail!(Internal, "{} bytes for pieces of {len}", bytes.len());
         }
         match &mut self.copier {
             // SAFETY: by the caller's contract.
-            Some(copier) if chunk.place.is_device() => unsafe { copier.store(bytes, &chunk.parts, chunk.place) },
-            _ if chunk.place.is_device() => bail!(Gpu, "device memory on a connection without a device"),
+            Some(copier) if place.is_device() => unsafe { copier.store(bytes, parts, place) },
+            _ if place.is_device() => bail!(Gpu, "device memory on a connection without a device"),
             _ => {
-                // SAFETY: by the caller's contract; the parts hold chunk.len bytes.
-                unsafe { spread(bytes.as_ptr(), &chunk.parts) };
+                // SAFETY: by the caller's contract; the parts hold as many bytes as there are.
+                unsafe { spread(bytes.as_ptr(), parts) };
                 Ok(())
             }
         }
@@ -249,6 +262,11 @@ impl Channels {
     /// Drops registrations of a region that nothing uses any more.
     pub(crate) fn forget_region(&mut self, id: u64) {
         self.paths.iter_mut().for_each(|p| p.forget_region(id));
+    }
+
+    /// Has what chunks of `place` need allocated and registered on every path that carries them.
+    pub(crate) fn ready(&mut self, place: Place) -> Result<()> {
+        self.paths.iter_mut().try_for_each(|p| p.ready(place, &mut self.copier))
     }
 
     /// Ends all copies and closes all channels: afterwards nothing touches registered memory on this connection's behalf. Where a GPU
@@ -267,6 +285,7 @@ impl Channels {
 mod tests {
     use super::*;
     use crate::channel::path::Line;
+    use crate::channel::stripe::Load;
     use crate::region::Hold;
     use crate::status::ErrorKind;
     use crate::types::Key;
@@ -302,10 +321,10 @@ mod tests {
         fn carries_local(&self, local: Place) -> bool {
             !self.device || local.is_device()
         }
-        fn loads(&self, _place: Place, bulk: bool, _now: Instant, out: &mut Vec<Load>) {
+        fn loads(&mut self, _place: Place, bulk: bool, _now: Instant, out: &mut Loads) {
             // The last channel is the free one; large transfers leave it alone.
             let free = |i| usize::from(i + 1 == self.channels && !self.full && !bulk);
-            out.extend((0..self.channels).map(|i| Load { free: free(i), queued: 0, rate: 0.0 }));
+            out.channels.extend((0..self.channels).map(|i| Load { free: free(i), queued: 0, rate: 0.0, nic: 0 }));
         }
         fn submit(&mut self, channel: usize, _departure: Departure, _copier: &mut Copier, _now: Instant) -> Result<()> {
             self.asked.submitted.store(channel as u64 + 1, Ordering::Relaxed);
@@ -367,16 +386,16 @@ mod tests {
     fn the_first_path_that_carries_a_pair_takes_it_and_channels_are_numbered_over_all() {
         let ((device, d), (host, h)) = (stub(true, 3), stub(false, 2));
         let mut channels = Channels::new(vec![device, host], None);
-        let (gpu, now) = (Place::gpu(0), Instant::now());
+        let (gpu, now, want) = (Place::gpu(0), Instant::now(), Want { len: 1, rest: 1 });
         assert_eq!((channels.route(gpu, gpu), channels.route(gpu, Place::HOST)), (Some(0), Some(1)));
         assert_eq!((channels.routes(), channels.count()), (2, 5));
         assert_eq!([0, 1, 2].map(|route| channels.width(route)), [3, 2, 0]);
-        assert_eq!([0, 1, 2].map(|route| channels.pick(route, gpu, 1, false, now)), [Some(2), Some(4), None]);
-        assert_eq!(channels.pick(0, gpu, 1, true, now), None, "no room for large ones");
+        assert_eq!([0, 1, 2].map(|route| channels.pick(route, gpu, want, false, now)), [Some((2, 1)), Some((4, 1)), None]);
+        assert_eq!(channels.pick(0, gpu, want, true, now), None, "no room for large ones");
         channels.submit(4, departure(10), now).unwrap();
         channels.submit(2, departure(5), now).unwrap();
         assert_eq!((d.submitted.load(Ordering::Relaxed), h.submitted.load(Ordering::Relaxed)), (3, 2));
-        assert_eq!(channels.totals(), Totals { submitted: 15, sent: 0, received: 0 });
+        assert_eq!(channels.totals(), Totals { submitted: 15, sent: 0, received: 0, expected: 0 });
         assert!(channels.submit(5, departure(1), now).is_err());
         channels.expect(0, arrival(gpu)).unwrap();
         channels.expect(3, arrival(Place::HOST)).unwrap();
@@ -412,7 +431,7 @@ mod tests {
         let mut events = Vec::new();
         assert!(channels.progress(Instant::now(), &mut events).unwrap());
         assert_eq!((events.len(), channels.busy()), (3, false));
-        assert_eq!(channels.totals(), Totals { submitted: 0, sent: 7, received: 111 });
+        assert_eq!(channels.totals(), Totals { submitted: 0, sent: 7, received: 111, expected: 0 });
         assert_eq!(channels.look(Instant::now()).unwrap(), (11, 22));
         // One plugin that does not tell, and whole chunks are all there is.
         let (mut silent, _) = stub(false, 1);
@@ -437,10 +456,10 @@ mod tests {
         // SAFETY: memory of this test.
         unsafe {
             channels.fetch(&chunk(Place::HOST), &mut out).unwrap();
-            channels.store(&chunk(Place::HOST), b"abcd").unwrap();
-            assert!(channels.store(&chunk(Place::HOST), b"abc").is_err());
+            channels.store(&chunk(Place::HOST).parts, Place::HOST, b"abcd").unwrap();
+            assert!(channels.store(&chunk(Place::HOST).parts, Place::HOST, b"abc").is_err());
             assert!(channels.fetch(&chunk(Place::gpu(0)), &mut out).is_err());
-            assert!(channels.store(&chunk(Place::gpu(0)), b"abcd").is_err());
+            assert!(channels.store(&chunk(Place::gpu(0)).parts, Place::gpu(0), b"abcd").is_err());
         }
         assert_eq!(out, b"2347");
         assert_eq!(std::hint::black_box(&mut memory), b"01abc56d89");

@@ -48,11 +48,12 @@ table! {
     PLUGIN_PATH = var("UCCL_TCPX_PLUGIN_PATH", Kind::Text, "unset", "Path of the plugin's shared object; loaded instead of the standard places, whatever plugin it is.");
     NUM_CHANNELS = var("UCCL_TCPX_NUM_CHANNELS", Kind::Number(1, 64), "by cores and NICs", "Data channels of a connection; default: the number of cores up to 8, from 16 cores half of them up to 16, and at least one for each NIC; over TCPX 2 to 4 for each NIC that serves the GPU. The smaller of the two sides' values counts.");
     CHUNK_BYTES = var("UCCL_TCPX_CHUNK_BYTES", Kind::Number(4096, super::MAX_CHUNK_BYTES as u64), "524288", "Largest message on a channel, bytes (suffixes K, M); at most NCCL_DYNAMIC_CHUNK_SIZE; 512 KiB at most over a plugin other than the software plugin, whose limit follows the value in the environment when it starts. The smaller side counts.");
-    EAGER_BYTES = var("UCCL_TCPX_EAGER_BYTES", Kind::Number(0, 65536), "8192", "Transfers of host memory up to this many bytes travel inside the control message.");
+    EAGER_BYTES = var("UCCL_TCPX_EAGER_BYTES", Kind::Number(0, 65536), "8192", "Transfers of host memory up to this many bytes travel inside the control message; so does a write of up to 64 KiB that is alone on its connection. 0: none does.");
     OOB_PORT = var("UCCL_TCPX_OOB_PORT", Kind::Number(0, 65535), "0", "Listening port; 0: the system chooses.");
+    PORT_RANGE = process(var("UCCL_TCPX_PORT_RANGE", Kind::Text, "unset", "Ports of this host that data connections of the software plugin come to, LOW-HIGH (40000-40999); default: the system chooses. A connection of n channels needs n of them on the listening host while it comes up, and none afterwards. Read when the software plugin starts."));
     OLD_OOB_PORT = var("UCCL_TCP_OOB_PORT", Kind::Number(0, 65535), "0", "The same, UCCL's older name; UCCL_TCPX_OOB_PORT wins.");
     BIND = var("UCCL_TCPX_BIND", Kind::Text, "control interface", "Address that the listening port is bound to; any: every address of the host. Default: the address of the control interface, and the loopback address so that processes of this host can use it.");
-    ALLOW = var("UCCL_TCPX_ALLOW", Kind::Text, "unset", "Networks that may connect, in CIDR form and separated by commas (10.0.0.0/8,fd00::/8); others are hung up on. Default: all.");
+    ALLOW = var("UCCL_TCPX_ALLOW", Kind::Text, "unset", "Networks that may connect, in CIDR form and separated by commas (10.0.0.0/8,fd00::/8); others are hung up on, and no data connection is made to them. Default: all.");
     SOCKET_IFNAME = var("UCCL_SOCKET_IFNAME", Kind::Text, "unset", "Control interface: names or prefixes separated by commas, '=' for exact, '^' for exclusion. Default: the first that is up and not loopback, docker or a veth.");
     NCCL_SOCKET_IFNAME = var("NCCL_SOCKET_IFNAME", Kind::Text, "unset", "The same where UCCL_SOCKET_IFNAME is not set.");
     AUTH_KEY_FILE = var("UCCL_TCPX_AUTH_KEY_FILE", Kind::Text, "unset", "File with a pre-shared key of 16 to 4096 bytes, or lines NAME:KEY; for its owner only (chmod 600). Connects prove the first key, any is accepted, and a changed file counts at once. See docs/security.md.");
@@ -81,4 +82,5 @@ table! {
     DEBUG = process(var("UCCL_TCPX_DEBUG", Kind::Flag, "0", "1: the same as UCCL_P2P_LOG_LEVEL=debug."));
     DISABLE_IPC = var("UCCL_P2P_DISABLE_IPC", Kind::Text, "0", "UCCL's variable; accepted. This library never uses IPC: data takes the channels also inside one host.");
     PLUGIN_LIMIT = process(var("NCCL_DYNAMIC_CHUNK_SIZE", Kind::Text, "unset", "Largest message of the plugin, bytes (decimal, or hexadecimal with 0x; no suffixes); at least 4096. Read by the plugin; the library sets it to 524288 before it loads a plugin of others when the user did not, since TCPX moves nothing without it."));
+    INLINE_THRESHOLD = process(var("NCCL_INLINE_THRESHOLD", Kind::Text, "unset", "Read by GPUDirect-TCPX, which sends messages of at most so many bytes from the CPU. Memory of a GPU cannot be read that way: anything but 0 keeps the plugin from being loaded."));
 }

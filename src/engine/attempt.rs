@@ -9,7 +9,7 @@ use super::limits;
 use super::link::{Link, SealedLink};
 use super::setup::{Next, Setup};
 use super::site::Site;
-use crate::addresses::plain;
+use crate::addresses::{plain, AllowList};
 use crate::status::{err, Error, ErrorKind, Result};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -43,12 +43,19 @@ pub(crate) enum Progress {
     Up,
 }
 
+/// Channels of all sets.
+fn count(raised: &[Raised]) -> usize {
+    raised.iter().map(|set| set.pairs.len()).sum()
+}
+
 pub(crate) struct Attempt {
     sock: TcpStream,
     /// The peer.
     pub address: SocketAddr,
     setup: Setup<SealedLink>,
     channels: Channels,
+    /// What may be dialled.
+    allowed: AllowList,
     out: Vec<u8>,
     sent: usize,
     /// The peer's stream has ended; what it said before still counts.
@@ -56,6 +63,7 @@ pub(crate) struct Attempt {
     /// When to look at the channels again, and when they began.
     look_at: Instant,
     began: Instant,
+    started: Instant,
 }
 
 impl Attempt {
@@ -67,12 +75,19 @@ impl Attempt {
             address,
             setup,
             channels: Channels::None,
+            allowed: AllowList::default(),
             out: Vec::new(),
             sent: 0,
             ended: None,
             look_at: now,
             began: now,
+            started: now,
         }
+    }
+
+    /// One line of the trace level for a step that was made.
+    fn trace(&self, step: std::fmt::Arguments<'_>) {
+        log::trace!("set-up with {}: {step}, {:.1?} after its start", self.address, self.started.elapsed());
     }
 
     pub(crate) fn fd(&self) -> RawFd {
@@ -117,7 +132,9 @@ impl Attempt {
                 Ok(Next::Finish(theirs)) => {
                     self.flush()?;
                     if let Channels::Up(raised) = std::mem::replace(&mut self.channels, Channels::None) {
-                        self.channels = Channels::Up(fabric::agree(raised, &theirs)?);
+                        let raised = fabric::agree(raised, &theirs)?;
+                        self.trace(format_args!("{} channels are up on both sides", count(&raised)));
+                        self.channels = Channels::Up(raised);
                     }
                     return Ok(Progress::Up);
                 }
@@ -128,9 +145,10 @@ impl Attempt {
                     }
                 }
                 Ok(Next::Raise(offers)) => {
+                    self.trace(format_args!("the peer offers {} channels", offers.iter().map(Vec::len).sum::<usize>()));
                     if let Channels::Opened(opened) = std::mem::replace(&mut self.channels, Channels::None) {
                         let link = &self.setup.link;
-                        let raising = opened.establish(&offers, |set, index| link.channel_keys(set, index))?;
+                        let raising = opened.establish(&offers, |set, index| link.channel_keys(set, index), &self.allowed)?;
                         self.channels = Channels::Raising(raising);
                         (self.look_at, self.began) = (now, now);
                     }
@@ -157,6 +175,7 @@ impl Attempt {
         if raising.poll().map_err(|e| limits::explain(e, self.sock.as_fd()))? {
             if let Channels::Raising(raising) = std::mem::replace(&mut self.channels, Channels::None) {
                 let (raised, numbers) = raising.finish()?;
+                self.trace(format_args!("{} channels are up here", numbers.len()));
                 self.channels = Channels::Up(raised);
                 self.setup.raised(numbers);
             }
@@ -219,15 +238,20 @@ impl Attempt {
     /// `Resource` when the descriptors do not suffice; why a plugin cannot listen.
     pub(crate) fn admit(&mut self, site: &Site) -> Result<()> {
         let Some(agreed) = self.setup.link.proved() else { return Err(err!(Internal, "admitted before its proof")) };
+        let connecting = agreed.connecting;
         let mut plans = fabric::planned(site, agreed);
         if limits::room_for(&site.limits, self.sock.as_fd(), fabric::cost(&plans)).is_err() {
             // The connection comes up without those of further GPUs.
             plans.iter_mut().filter(|plan| plan.spare).for_each(|plan| plan.channels = 0);
             limits::room_for(&site.limits, self.sock.as_fd(), fabric::cost(&plans))?;
         }
-        let opened = Opened::open(site, plans).map_err(|e| limits::explain(e, self.sock.as_fd()))?;
-        self.setup.offer(opened.offers());
+        let opened = Opened::open(site, plans, connecting).map_err(|e| limits::explain(e, self.sock.as_fd()))?;
+        let offers = opened.offers();
+        self.trace(format_args!("the peer is proved"));
+        self.trace(format_args!("this side offers {} channels", offers.iter().map(Vec::len).sum::<usize>()));
+        self.setup.offer(offers);
         self.channels = Channels::Opened(opened);
+        self.allowed = site.config.allow.clone();
         Ok(())
     }
 

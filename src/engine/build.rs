@@ -15,6 +15,7 @@ use crate::channel::router::Channels;
 use crate::fork::Local;
 use crate::net::comm::Doorbell;
 use crate::status::Result;
+use crate::types::Place;
 use crate::wire::control::ControlStream;
 use crate::wire::keys::Proof;
 use std::net::{SocketAddr, TcpStream};
@@ -48,7 +49,8 @@ fn copier(site: &Site) -> Result<Copier> {
 fn paths(site: &Site, sets: Vec<Raised>, chunk_bytes: usize, doorbell: &Doorbell) -> Result<Vec<Box<dyn Path>>> {
     let config = &site.config;
     let path = |set: Raised| -> Result<Box<dyn Path>> {
-        let channels: Vec<Channel> = set.pairs.into_iter().map(|pair| Channel::new(pair.send, pair.recv, pair.nic)).collect();
+        let channels: Vec<Channel> =
+            set.pairs.into_iter().map(|pair| Channel::new(pair.send, pair.recv, pair.nic, pair.peer_nic)).collect();
         for channel in &channels {
             channel.set_doorbell(doorbell)?;
         }
@@ -90,6 +92,24 @@ fn describe(sets: &[Raised]) -> String {
     carried.join("; ")
 }
 
+/// So many connections of an engine have all memory that chunks of a GPU need from the start. A process with more peers than that
+/// mostly talks to few of them: further connections take theirs with the first chunk.
+const READY: usize = 8;
+
+/// An error here comes again, and is told, with the first chunk.
+fn told(place: Place, result: Result<()>) {
+    if let Err(e) = result {
+        log::debug!("memory for chunks of {place:?} is left to the first of them: {e}");
+    }
+}
+
+/// Makes the first connections ready for memory of a GPU that was not used before.
+pub(crate) fn ready(site: &Site, place: Place) {
+    let mut all = site.home.connections.all();
+    all.sort_by_key(|connection| connection.id);
+    all.iter().take(READY).for_each(|connection| told(place, connection.ready(place)));
+}
+
 /// Builds the connection and puts it under the progress thread's care. `counted`: an incoming one's place among those.
 ///
 /// # Errors
@@ -101,7 +121,10 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
     let chunk_bytes = terms.chunk_bytes as usize;
     let carried = describe(&up.sets);
     let seat = home.bell.seat()?;
-    let channels = Channels::new(paths(site, up.sets, chunk_bytes, &seat.doorbell())?, copier(site)?);
+    let mut channels = Channels::new(paths(site, up.sets, chunk_bytes, &seat.doorbell())?, copier(site)?);
+    if home.connections.count() < READY {
+        site.gpus.used().into_iter().for_each(|place| told(place, channels.ready(place)));
+    }
     let name = up.address.to_string();
     let setting = Setting {
         registry: home.registry.clone(),

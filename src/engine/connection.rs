@@ -5,7 +5,7 @@ use super::bell::Seat;
 use super::budget::Counted;
 use super::fifo::FifoItem;
 use super::home::{self, Driven};
-use super::pacing::{pause, Pause, Polls, Situation};
+use super::pacing::{pause, Pause, Polls, Situation, NAP_BYTES};
 use super::proto::{Machine, Scheduled, TransferState, MAX_BACKLOG};
 use super::request::{self, Built, RequestBuilder};
 use super::transfer::{Direction, LocalSegment};
@@ -37,6 +37,11 @@ const HANG_UP: Duration = Duration::from_millis(100);
 const BURST: usize = 8;
 /// Reads of the control stream in one round, so that a peer that floods it does not starve the channels.
 const READS: usize = 16;
+/// Bytes of the control stream that leave in one hold of the lock: a large notification is sealed piece by piece, and others have their
+/// turn at the lock meanwhile.
+const FLUSH: usize = 1 << 20;
+/// The same at the end of a connection: what waits before the reason, as far as the socket takes it.
+const FAREWELL: usize = 16 << 20;
 /// A thread that waits for a transfer drives this long before it sleeps.
 const WAIT_SPIN: Duration = Duration::from_micros(50);
 /// A channel that rang for nothing is looked at for a failure this often at most.
@@ -87,13 +92,13 @@ impl Core {
     /// Everything of a round but reading.
     fn advance(&mut self, now: Instant) -> Result<bool> {
         let any = self.channels.busy() && self.machine.drive_channels(&mut self.channels, now)?;
-        self.pump(now)?;
+        let more = self.pump(now)?;
         if now >= self.machine.next_tick() {
             self.machine.tick(&mut self.channels, now)?;
-            self.flush(now)?;
+            self.flush(now, FLUSH)?;
             self.watch(now);
         }
-        Ok(any)
+        Ok(any || more)
     }
 
     /// A channel that the peer has closed tells less than the peer's farewell, which may be here.
@@ -130,23 +135,26 @@ impl Core {
         Ok(any)
     }
 
-    /// Hands out chunks as far as windows allow, and flushes.
-    fn pump(&mut self, now: Instant) -> Result<()> {
+    /// Hands out chunks as far as windows allow, and flushes. `true` when the socket would take more of a backlog.
+    fn pump(&mut self, now: Instant) -> Result<bool> {
+        let mut room = FLUSH;
         loop {
             let scheduled = self.machine.schedule(&mut self.channels, BURST, now)?;
-            self.flush(now)?;
+            room = room.saturating_sub(self.flush(now, room)?);
             if scheduled == Scheduled::Blocked {
-                return Ok(());
+                return Ok(room == 0 && self.backlog() > 0);
             }
         }
     }
 
-    fn flush(&mut self, now: Instant) -> Result<()> {
-        if self.backlog() > 0 {
-            let sent = self.control.flush(&mut self.machine.tx)?;
-            self.machine.told(sent, self.control.pending(), now);
+    /// Sends of the control stream what the socket takes, about `most` bytes of it. Returns the bytes that left.
+    fn flush(&mut self, now: Instant, most: usize) -> Result<usize> {
+        if self.backlog() == 0 || most == 0 {
+            return Ok(0);
         }
-        Ok(())
+        let sent = self.control.flush(&mut self.machine.tx, most)?;
+        self.machine.told(sent, self.control.pending(), now);
+        Ok(sent)
     }
 
     /// Looks at how the connection fares, once a second at most; what is worth it becomes a line of the log.
@@ -376,7 +384,7 @@ impl Connection {
         }
         let mut core = self.lock();
         while core.backlog() + size > MAX_BACKLOG && core.machine.dead().is_none() && !core.closing {
-            self.drive(&mut core);
+            self.drive(&mut core, Instant::now());
             core.pause(Duration::from_micros(100));
         }
         self.admit(&core, 0, &[])?;
@@ -396,7 +404,7 @@ impl Connection {
 
     /// After work was added: the first chunks leave from here, and the progress thread is told when it must poll.
     fn started<T>(&self, mut core: Held<'_>, started: Result<T>, now: Instant) -> Result<T> {
-        let result = started.and_then(|value| core.pump(now).map(|()| value)).map_err(|e| core.last_words(e, now));
+        let result = started.and_then(|value| core.pump(now).map(|_| value)).map_err(|e| core.last_words(e, now));
         match &result {
             Err(e) => self.fail_locked(&mut core, e.clone()),
             Ok(_) => {
@@ -467,11 +475,17 @@ impl Connection {
             self.polls.leave(self.home.clock());
             return self.lock().machine.lookup(id);
         }
-        self.polls.enter(self.home.clock());
-        let any = self.drive(&mut core);
+        let now = Instant::now();
+        self.polls.enter(self.home.at(now));
+        let any = self.drive(&mut core, now);
         let after = core.machine.lookup(id)?;
         drop(core);
         match planned {
+            // A poll that found nothing took no time.
+            Pause::None if !any => {
+                self.polls.leave(self.home.at(now));
+                return Ok(after);
+            }
             _ if any || after.complete => {}
             Pause::Nap(nap) => std::thread::sleep(nap),
             Pause::Yield => std::thread::yield_now(),
@@ -483,7 +497,7 @@ impl Connection {
 
     fn situation(&self, core: &Core, id: u64, state: &TransferState) -> Situation {
         Situation {
-            few_cores: self.home.few_cores,
+            cores: self.home.cores,
             doorbell: self.home.doorbells,
             only_this: self.home.polled_again(self.id, id),
             channels_busy: core.channels.busy(),
@@ -523,13 +537,12 @@ impl Connection {
     }
 
     /// A round of progress; wakes waiters when a transfer has ended. `true` when something moved.
-    fn drive(&self, core: &mut Core) -> bool {
+    fn drive(&self, core: &mut Core, now: Instant) -> bool {
         if core.machine.dead().is_some() {
             return false;
         }
-        let now = Instant::now();
         if core.closing {
-            let _ = core.flush(now);
+            let _ = core.flush(now, FLUSH);
             return false;
         }
         let before = core.machine.ended();
@@ -565,10 +578,11 @@ impl Connection {
     pub(crate) fn progress(&self, must: bool) -> Progress {
         let held = if must { Some(self.core.lock()) } else { self.core.try_lock() };
         let Some(mut core) = held.map(|core| self.hold(core)) else { return Progress::left_alone() };
-        let any = self.drive(&mut core);
+        let any = self.drive(&mut core, Instant::now());
         Progress {
             any,
             channels_busy: core.channels.busy(),
+            large: core.channels.under_way() > NAP_BYTES,
             copying: core.channels.copies_pending(),
             backlog: core.backlog() > 0,
             busy: core.machine.busy() || core.channels.busy(),
@@ -656,7 +670,7 @@ impl Connection {
         if !core.closing {
             core.machine.say_bye(Some(&error), now);
         }
-        let _ = core.flush(now);
+        let _ = core.flush(now, FAREWELL);
         core.machine.fail(error, &mut core.channels);
         core.control.shutdown_write();
         self.ended.notify_all();
@@ -676,13 +690,13 @@ impl Connection {
         let mut core = self.lock();
         if core.machine.dead().is_none() && !core.closing {
             // What has arrived still counts.
-            self.drive(&mut core);
             let now = Instant::now();
+            self.drive(&mut core, now);
             core.machine.say_bye(None, now);
             core.closing = true;
             // Nothing is read any more; what still comes must not wake anybody.
             self.home.bell.unwatch(self.fd);
-            let _ = core.flush(now);
+            let _ = core.flush(now, FLUSH);
         }
     }
 
@@ -693,7 +707,7 @@ impl Connection {
         }
         let mut core = self.lock();
         while core.machine.dead().is_none() && core.backlog() > 0 && Instant::now() < deadline {
-            if core.flush(Instant::now()).is_err() || core.control.hung_up() {
+            if core.flush(Instant::now(), FLUSH).is_err() || core.control.hung_up() {
                 break;
             }
             core.pause(Duration::from_micros(50));
@@ -723,6 +737,11 @@ impl Connection {
         }
     }
 
+    /// Has what chunks of `place` need allocated.
+    pub(crate) fn ready(&self, place: Place) -> Result<()> {
+        self.core.lock().channels.ready(place)
+    }
+
     /// Drops the plugin's registrations of a region.
     pub(crate) fn forget_region(&self, id: u64) {
         self.lock().channels.forget_region(id);
@@ -732,8 +751,9 @@ impl Connection {
 impl Driven for Connection {
     fn drive_for_application(&self) -> bool {
         let Some(mut core) = self.core.try_lock().map(|core| self.hold(core)) else { return true };
-        self.polls.enter(self.home.clock());
-        let any = self.drive(&mut core) || (core.machine.busy() && core.machine.dead().is_none());
+        let now = Instant::now();
+        self.polls.enter(self.home.at(now));
+        let any = self.drive(&mut core, now) || (core.machine.busy() && core.machine.dead().is_none());
         drop(core);
         self.polls.leave(self.home.clock());
         any
@@ -750,6 +770,8 @@ impl Drop for Connection {
 pub(crate) struct Progress {
     pub any: bool,
     pub channels_busy: bool,
+    /// So much is under way that the channels' threads are busy.
+    pub large: bool,
     pub copying: bool,
     pub backlog: bool,
     /// Something waits for the network or the peer.
@@ -761,7 +783,16 @@ pub(crate) struct Progress {
 impl Progress {
     /// Another thread is at it.
     fn left_alone() -> Progress {
-        Progress { any: false, channels_busy: true, copying: false, backlog: false, busy: true, dead: false, next_tick: None }
+        Progress {
+            any: false,
+            channels_busy: true,
+            large: false,
+            copying: false,
+            backlog: false,
+            busy: true,
+            dead: false,
+            next_tick: None,
+        }
     }
 }
 

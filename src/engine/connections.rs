@@ -1,12 +1,12 @@
 //! The connections of an engine, by id. Does not keep them alive, and knows nothing of what they do.
 
+use crate::hash::Map;
 use parking_lot::Mutex;
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 struct Live<T> {
-    by_id: HashMap<u64, Weak<T>>,
+    by_id: Map<u64, Weak<T>>,
     /// No more are taken in: the engine ends.
     closed: bool,
 }
@@ -19,7 +19,7 @@ pub(crate) struct Connections<T> {
 
 impl<T> Connections<T> {
     pub(crate) fn new() -> Connections<T> {
-        Connections { live: Mutex::new(Live { by_id: HashMap::new(), closed: false }), last: AtomicU64::new(0) }
+        Connections { live: Mutex::new(Live { by_id: Map::default(), closed: false }), last: AtomicU64::new(0) }
     }
 
     /// A new connection's id, from 1.
@@ -50,6 +50,11 @@ impl<T> Connections<T> {
     /// A connection by its id.
     pub(crate) fn get(&self, id: u64) -> Option<Arc<T>> {
         self.live.lock().by_id.get(&id).and_then(Weak::upgrade)
+    }
+
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.live.lock().by_id.len()
     }
 
     /// All that are alive.

@@ -4,8 +4,9 @@
 use super::link::{number, Agreed, PER_SET};
 use super::sets::{plans, Plan};
 use super::site::Site;
+use crate::addresses::AllowList;
 use crate::net::secure::ChannelKeys;
-use crate::net::setup::{self, Establishing, Listening, Offer, Pair};
+use crate::net::setup::{self, Establishing, Listening, Offer, Pair, Role};
 use crate::status::{bail, Error, Result};
 use std::time::{Duration, Instant};
 
@@ -28,11 +29,11 @@ pub(crate) fn cost(plans: &[Plan]) -> usize {
 pub(crate) struct Opened(Vec<(Plan, Result<Listening>)>);
 
 impl Opened {
-    /// Opens the listen comms of each set, spread over the NICs near its GPU.
-    pub(crate) fn open(site: &Site, plans: Vec<Plan>) -> Result<Opened> {
+    /// Opens the listen comms of each set, spread over the NICs near its GPU. `connecting`: this side made the control connection.
+    pub(crate) fn open(site: &Site, plans: Vec<Plan>, connecting: bool) -> Result<Opened> {
         let mut sets = Vec::new();
         for plan in plans {
-            match listen(site, &plan) {
+            match listen(site, &plan, connecting) {
                 Err(e) if !plan.spare => return Err(e),
                 outcome => sets.push((plan, outcome)),
             }
@@ -45,11 +46,17 @@ impl Opened {
         self.0.iter().map(|(_, set)| set.as_ref().map_or_else(|_| Vec::new(), Listening::offers)).collect()
     }
 
-    /// Connects to the peer's offers and accepts the peer's connects from now on. `keys` gives those of a channel by set and number.
+    /// Connects to the peer's offers and accepts the peer's connects from now on. `keys` gives those of a channel by set and number;
+    /// nothing outside `allowed` is dialled.
     ///
     /// # Errors
     /// `Protocol` when the peer has other sets.
-    pub(crate) fn establish(self, peers: &[Vec<Offer>], keys: impl Fn(usize, usize) -> Result<ChannelKeys>) -> Result<Raising> {
+    pub(crate) fn establish(
+        self,
+        peers: &[Vec<Offer>],
+        keys: impl Fn(usize, usize) -> Result<ChannelKeys>,
+        allowed: &AllowList,
+    ) -> Result<Raising> {
         if peers.len() != self.0.len() {
             bail!(Protocol, "the peer offers {} sets of channels, this side {}", peers.len(), self.0.len());
         }
@@ -57,7 +64,7 @@ impl Opened {
         for (number, ((plan, set), peer)) in self.0.into_iter().zip(peers).enumerate() {
             sets.push(match set {
                 Ok(listening) => {
-                    let coming = listening.establish(peer, Some(&|index| keys(number, index)));
+                    let coming = listening.establish(peer, Some(&|index| keys(number, index)), allowed);
                     Set { plan, coming: Some(coming), up: None, why: None }
                 }
                 Err(e) => Set { plan, coming: None, up: Some(Vec::new()), why: Some(e.to_string()) },
@@ -67,7 +74,7 @@ impl Opened {
     }
 }
 
-fn listen(site: &Site, plan: &Plan) -> Result<Listening> {
+fn listen(site: &Site, plan: &Plan, connecting: bool) -> Result<Listening> {
     let plugin = &plan.plugin;
     if plan.channels == 0 {
         bail!(Resource, "too few file descriptors (ulimit -n)");
@@ -75,7 +82,8 @@ fn listen(site: &Site, plan: &Plan) -> Result<Listening> {
     // A NIC may have come or gone since the last set-up.
     let devices = plugin.current_devices()?;
     let near = setup::nics_for(plugin, &devices, site.gpus.pci_path(plan.own()).as_deref());
-    Listening::open(plugin, &devices, &near, plan.channels, site.gpus.followed_by(plugin, plan.own())?)
+    let gpu = site.gpus.followed_by(plugin, plan.own())?;
+    Listening::open(plugin, &devices, &near, plan.channels, gpu, Role::of(plugin, connecting))
 }
 
 struct Set {

@@ -13,9 +13,12 @@ use std::sync::Arc;
 
 impl OnGpu for Gpu {
     fn on(&self, body: &mut dyn FnMut()) -> Result<()> {
-        self.with(|| {
-            body();
-            Ok(())
+        // A registration that TCPX refuses leaves a context pushed.
+        cuda_driver::restoring(|| {
+            self.with(|| {
+                body();
+                Ok(())
+            })
         })
     }
 }
@@ -31,9 +34,22 @@ pub(crate) struct Gpus {
     opened: Mutex<HashMap<u8, Arc<Gpu>>>,
 }
 
+/// Loads the kernels on GPUs that the application uses: the driver waits for its work then, and not at a registration. Other GPUs are left
+/// alone, since a context there would cost memory. What fails here fails again, and is told, at the registration that needs it.
+fn load_where_in_use() {
+    for ordinal in crate::gpu::in_use() {
+        if let Err(e) = Gpu::open(ordinal) {
+            log::debug!("GPU {ordinal} is not made ready yet: {e}");
+        }
+    }
+}
+
 impl Gpus {
     pub(crate) fn new(emulated: Option<u8>) -> Gpus {
         let own = if emulated.is_some() { None } else { crate::gpu::current_name() };
+        if emulated.is_none() {
+            load_where_in_use();
+        }
         Gpus { own, emulated, emulated_regions: AtomicU64::new(0), opened: Mutex::default() }
     }
 
@@ -87,14 +103,25 @@ impl Gpus {
         }
     }
 
-    /// Where the memory at `addr` lies. Makes the GPU it lies on ready, which waits for the application's work there the first time.
-    pub(crate) fn place_of(&self, addr: u64) -> Result<Place> {
+    /// The GPUs on which memory has been registered.
+    pub(crate) fn used(&self) -> Vec<Place> {
+        match self.emulated {
+            Some(n) => {
+                (0..u64::from(n).min(self.emulated_regions.load(Ordering::Relaxed))).map(|i| Place::gpu(i as u8)).collect()
+            }
+            None => self.opened.lock().keys().map(|&ordinal| Place::gpu(ordinal)).collect(),
+        }
+    }
+
+    /// Where the memory at `addr` lies, and whether it is the first there. Makes the GPU it lies on ready, which waits for the
+    /// application's work there the first time.
+    pub(crate) fn place_of(&self, addr: u64) -> Result<(Place, bool)> {
         if let Some(n) = self.emulated {
-            let region = self.emulated_regions.fetch_add(1, Ordering::Relaxed);
-            return Ok(Place::gpu((region % u64::from(n.max(1))) as u8));
+            let (n, region) = (u64::from(n.max(1)), self.emulated_regions.fetch_add(1, Ordering::Relaxed));
+            return Ok((Place::gpu((region % n) as u8), region < n));
         }
         // The kernel reads and writes pinned and managed memory like any other.
-        let MemoryKind::Device { ordinal } = crate::gpu::memory_kind(addr)? else { return Ok(Place::HOST) };
+        let MemoryKind::Device { ordinal } = crate::gpu::memory_kind(addr)? else { return Ok((Place::HOST, false)) };
         let Ok(index) = u8::try_from(ordinal) else { bail!(Unsupported, "GPU {ordinal}") };
         let known = self.opened.lock().contains_key(&index);
         if !known {
@@ -103,7 +130,7 @@ impl Gpus {
             crate::channel::cuda::warm(&gpu)?;
             self.opened.lock().insert(index, gpu);
         }
-        Ok(Place::gpu(index))
+        Ok((Place::gpu(index), !known))
     }
 
     /// Has what the next connection needs of the GPUs in use ready: nothing is allocated in the middle of a transfer.

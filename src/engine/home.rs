@@ -5,6 +5,7 @@ use super::accepts::Dead;
 use super::bell::{named, Bell, Named};
 use super::connections::Connections;
 use super::counters::Counters;
+use super::pacing::Cores;
 use super::registry::Registry;
 use crate::logging::Limiter;
 use parking_lot::Mutex;
@@ -46,8 +47,7 @@ pub(crate) struct Home<T> {
     pub dead: Arc<Dead>,
     /// The channels ring the bell; without, the progress thread must poll while work is in flight.
     pub doorbells: bool,
-    /// Threads compete for cores: nobody spins while another could work.
-    pub few_cores: bool,
+    pub cores: Cores,
     pub close_timeout: Duration,
     /// Lines of the log that peers cause.
     pub lines: Arc<Limiter>,
@@ -71,7 +71,7 @@ impl<T: Driven> Home<T> {
             counters: Counters::default(),
             dead: Arc::default(),
             doorbells,
-            few_cores: std::thread::available_parallelism().map_or(2, usize::from) <= 2,
+            cores: Cores::here(),
             close_timeout,
             lines: Arc::new(Limiter::new(u32::try_from(log_lines).unwrap_or(u32::MAX))),
             last_polled: AtomicU64::new(0),
@@ -151,6 +151,11 @@ impl<T: Driven> Home<T> {
 
     /// Microseconds since the engine started, from 1.
     pub(crate) fn clock(&self) -> u64 {
-        self.start.elapsed().as_micros() as u64 + 1
+        self.at(Instant::now())
+    }
+
+    /// A time on [`Home::clock`].
+    pub(crate) fn at(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.start).as_micros() as u64 + 1
     }
 }

@@ -252,7 +252,11 @@ impl Engine {
             bail!(InvalidArgument, "cannot register {len} bytes at {addr:#x}");
         }
         self.alive()?;
-        let place = self.parts.site.gpus.place_of(addr as u64)?;
+        let (place, first) = self.parts.site.gpus.place_of(addr as u64)?;
+        if first {
+            // Connections that are there already could not prepare for this GPU.
+            build::ready(&self.parts.site, place);
+        }
         self.parts.site.home.registry.add(addr as u64, len as u64, place, access)
     }
 
@@ -415,7 +419,7 @@ fn offer(site: &Arc<Site>, metadata: &str) -> Option<Arc<export::Exporter>> {
 
 fn announce(metadata: &str, plugins: &Plugins, gpus: &gpus::Gpus) {
     let plugin = &plugins.device;
-    let nics: Vec<String> = plugin.devices.iter().map(|d| format!("{} ({} Mbit/s)", d.name, d.speed_mbps)).collect();
+    let nics: Vec<String> = plugin.devices.iter().map(|d| format!("{} ({})", d.name, d.speed())).collect();
     let origin = plugin.path.as_ref().map_or("built in".to_owned(), |p| p.display().to_string());
     log::info!("engine {metadata}: plugin {} ({origin}), NICs {}, GPU {}", plugin.name, nics.join(", "), gpus.name());
 }

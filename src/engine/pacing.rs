@@ -49,11 +49,37 @@ impl Polls {
     }
 }
 
+/// What threads that spin take from those that work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cores {
+    /// Threads always compete for cores: nobody spins while another could work.
+    Few,
+    /// There is one for each of the channels' threads. While a large transfer keeps all of them busy, nobody spins.
+    Some,
+    /// Nobody lacks the core of one that spins.
+    Many,
+}
+
+impl Cores {
+    /// What this process may run on.
+    pub(crate) fn here() -> Cores {
+        match std::thread::available_parallelism().map_or(2, usize::from) {
+            ..=2 => Cores::Few,
+            3..=4 => Cores::Some,
+            _ => Cores::Many,
+        }
+    }
+
+    /// Whether a thread that spins takes the core of one that works. `large`: a large transfer is under way.
+    fn are_short(self, large: bool) -> bool {
+        self == Cores::Few || (self == Cores::Some && large)
+    }
+}
+
 /// A poll of a transfer, before it returns.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Situation {
-    /// Threads compete for cores: nobody spins while another could work.
-    pub few_cores: bool,
+    pub cores: Cores,
     /// The channels' threads ring when something is done.
     pub doorbell: bool,
     /// The same transfer was polled last.
@@ -82,7 +108,7 @@ pub(crate) enum Pause {
 }
 
 /// A transfer that still lacks this many bytes is large: its poll may sleep.
-const NAP_BYTES: u64 = 1 << 20;
+pub(crate) const NAP_BYTES: u64 = 1 << 20;
 /// Bytes that no channel moves in a microsecond: a nap as long as they would take ends before the transfer does.
 const NAP_BYTES_PER_US: u64 = 32 << 10;
 /// Longest nap, microseconds; the nap where several transfers are polled in turn.
@@ -91,16 +117,17 @@ const NAP_AMONG_US: u64 = 20;
 
 /// What a poll does when the transfer is not done.
 pub(crate) fn pause(s: &Situation) -> Pause {
-    if !s.few_cores || s.copying {
+    let large = s.missing > NAP_BYTES;
+    if !s.cores.are_short(large) || s.copying {
         return Pause::None;
     }
-    let large = s.missing > NAP_BYTES;
     if large && s.only_this && s.channels_busy && s.doorbell {
         return Pause::HandOver(Duration::from_micros((s.missing / NAP_BYTES_PER_US).min(NAP_MAX_US)));
     }
     // The channels' threads, or those of a peer on this host, are at work. Of several transfers polled in turn none may hold up the
     // others for long.
     match (s.channels_busy || s.total > NAP_BYTES, large) {
+        _ if s.cores != Cores::Few => Pause::None,
         (true, true) => Pause::Nap(Duration::from_micros(NAP_AMONG_US)),
         (true, false) => Pause::Yield,
         (false, _) => Pause::None,
@@ -116,6 +143,8 @@ pub(crate) struct Round {
     pub polled: bool,
     /// Chunks are under way on some channel.
     pub channels_busy: bool,
+    /// So many of them that the channels' threads are busy.
+    pub large: bool,
     /// A device copies.
     pub copying: bool,
     /// An application thread drives some connection; the shortest time for which one does.
@@ -147,7 +176,7 @@ const BUSY_SLEEP: Duration = Duration::from_millis(50);
 const IDLE_SLEEP: Duration = Duration::from_secs(10);
 
 /// What the progress thread does after a round. `quiet`: time since something last moved; `spin`: how long to spin after that.
-pub(crate) fn step(round: &Round, quiet: Duration, spin: Duration, few_cores: bool) -> Step {
+pub(crate) fn step(round: &Round, quiet: Duration, spin: Duration, cores: Cores) -> Step {
     if round.any {
         return Step::Again;
     }
@@ -155,8 +184,8 @@ pub(crate) fn step(round: &Round, quiet: Duration, spin: Duration, few_cores: bo
     if round.copying {
         return Step::Spin;
     }
-    // With doorbells the channels' threads wake us; on few cores spinning would only take theirs.
-    let rung = (round.channels_busy || round.driven.is_some()) && !round.polled && few_cores;
+    // With doorbells the channels' threads wake us; where cores are short spinning would only take theirs.
+    let rung = (round.channels_busy || round.driven.is_some()) && !round.polled && cores.are_short(round.large);
     if !rung && quiet < spin && round.watched {
         return Step::Spin;
     }
@@ -207,7 +236,7 @@ mod tests {
     }
 
     const FEW: Situation = Situation {
-        few_cores: true,
+        cores: Cores::Few,
         doorbell: true,
         only_this: true,
         channels_busy: true,
@@ -216,13 +245,20 @@ mod tests {
         total: 64 << 20,
     };
 
+    const SOME: Situation = Situation { cores: Cores::Some, ..FEW };
+
     #[test]
     fn a_poll_sleeps_only_where_others_need_the_core() {
         let us = Duration::from_micros;
         let cases = [
             (FEW, Pause::HandOver(us(NAP_MAX_US))),
             (Situation { missing: 2 << 20, ..FEW }, Pause::HandOver(us(64))),
-            (Situation { few_cores: false, ..FEW }, Pause::None),
+            (Situation { cores: Cores::Many, ..FEW }, Pause::None),
+            (SOME, Pause::HandOver(us(NAP_MAX_US))),
+            (Situation { only_this: false, ..SOME }, Pause::None),
+            (Situation { doorbell: false, ..SOME }, Pause::None),
+            (Situation { missing: NAP_BYTES, ..SOME }, Pause::None),
+            (Situation { missing: 4096, total: 4096, ..SOME }, Pause::None),
             (Situation { copying: true, ..FEW }, Pause::None),
             (Situation { only_this: false, ..FEW }, Pause::Nap(us(NAP_AMONG_US))),
             (Situation { doorbell: false, ..FEW }, Pause::Nap(us(NAP_AMONG_US))),
@@ -241,23 +277,27 @@ mod tests {
         let (now, later, spin) = (Duration::ZERO, Duration::from_millis(1), Duration::from_micros(100));
         let idle = Round { watched: true, ..Round::default() };
         let busy = Round { active: true, channels_busy: true, ..idle };
+        let full = Round { large: true, ..busy };
+        let (few, many) = (Cores::Few, Cores::Many);
         let cases = [
-            (Round { any: true, ..idle }, later, true, Step::Again),
-            (Round { copying: true, ..idle }, later, true, Step::Spin),
-            (idle, now, true, Step::Spin),
-            (idle, later, false, Step::Sleep(IDLE_SLEEP)),
-            (Round { watched: false, ..idle }, now, false, Step::Sleep(IDLE_SLEEP)),
-            (Round { active: true, ..idle }, later, false, Step::Sleep(BUSY_SLEEP)),
-            (busy, now, false, Step::Spin),
-            (busy, now, true, Step::Sleep(BUSY_SLEEP)),
-            (Round { polled: true, ..busy }, now, true, Step::Spin),
-            (Round { polled: true, ..busy }, later, true, Step::Yield),
-            (Round { driven: Some(now), ..idle }, now, true, Step::Sleep(STAND_BY[0])),
-            (Round { driven: Some(later), ..idle }, later, false, Step::Sleep(later)),
-            (Round { driven: Some(Duration::from_secs(1)), ..idle }, later, true, Step::Sleep(STAND_BY[1])),
+            (Round { any: true, ..idle }, later, few, Step::Again),
+            (Round { copying: true, ..idle }, later, few, Step::Spin),
+            (idle, now, few, Step::Spin),
+            (idle, later, many, Step::Sleep(IDLE_SLEEP)),
+            (Round { watched: false, ..idle }, now, many, Step::Sleep(IDLE_SLEEP)),
+            (Round { active: true, ..idle }, later, many, Step::Sleep(BUSY_SLEEP)),
+            (full, now, many, Step::Spin),
+            (busy, now, Cores::Some, Step::Spin),
+            (full, now, Cores::Some, Step::Sleep(BUSY_SLEEP)),
+            (busy, now, few, Step::Sleep(BUSY_SLEEP)),
+            (Round { polled: true, ..busy }, now, few, Step::Spin),
+            (Round { polled: true, ..busy }, later, few, Step::Yield),
+            (Round { driven: Some(now), ..idle }, now, few, Step::Sleep(STAND_BY[0])),
+            (Round { driven: Some(later), ..idle }, later, many, Step::Sleep(later)),
+            (Round { driven: Some(Duration::from_secs(1)), ..idle }, later, few, Step::Sleep(STAND_BY[1])),
         ];
-        for (round, quiet, few_cores, expected) in cases {
-            assert_eq!(step(&round, quiet, spin, few_cores), expected, "{round:?} after {quiet:?}, few cores: {few_cores}");
+        for (round, quiet, cores, expected) in cases {
+            assert_eq!(step(&round, quiet, spin, cores), expected, "{round:?} after {quiet:?}, {cores:?} cores");
         }
     }
 }

@@ -5,15 +5,21 @@
 use super::bell::{named, Named, Seat};
 use super::connection::{Connection, Home};
 use super::pacing::{step, Round, Step};
+use crate::hash::Map;
 use reactor::Interest;
 use std::cmp::Reverse;
 use std::collections::hash_map::Entry;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::BinaryHeap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Timers that are far off go off together, this often.
 const GRID: Duration = Duration::from_millis(250);
+
+/// Connections that are looked at while this thread spins, because something just moved on them; the others are left to epoll.
+const WARM: usize = 4;
+/// Looks at warm connections between two at everything else.
+const LOOKS: u32 = 4;
 
 /// Default of UCCL_TCPX_SPIN_US: the time in which a peer's next small request is likely. Sleeping and waking costs tens of
 /// microseconds on virtual machines.
@@ -31,6 +37,9 @@ struct Active {
     driven: bool,
     /// A channel rang; if nothing moves, it may have failed.
     rang: bool,
+    /// When something last moved. While this thread spins it goes on looking at such a connection by itself, since that is quicker than
+    /// asking epoll: whoever sends small requests sends one after the other.
+    moved: Option<Instant>,
 }
 
 /// A connection in this thread's care.
@@ -44,24 +53,27 @@ struct Known {
 /// What the thread keeps between rounds.
 struct Driving<'a> {
     home: &'a Home,
-    known: HashMap<u64, Known>,
+    known: Map<u64, Known>,
     /// Those that share a descriptor for their rings.
-    groups: HashMap<usize, Vec<u64>>,
-    active: HashMap<u64, Active>,
+    groups: Map<usize, Vec<u64>>,
+    active: Map<u64, Active>,
     /// When connections next want to be looked at, at the earliest; at most one entry a connection.
     timers: BinaryHeap<Reverse<(Instant, u64)>>,
     start: Instant,
+    /// How long the thread spins.
+    spin: Duration,
 }
 
 impl<'a> Driving<'a> {
-    fn new(home: &'a Home) -> Driving<'a> {
+    fn new(home: &'a Home, spin: Duration) -> Driving<'a> {
         Driving {
             home,
-            known: HashMap::new(),
-            groups: HashMap::new(),
-            active: HashMap::new(),
+            known: Map::default(),
+            groups: Map::default(),
+            active: Map::default(),
             timers: BinaryHeap::new(),
             start: Instant::now(),
+            spin,
         }
     }
 
@@ -80,7 +92,7 @@ impl<'a> Driving<'a> {
                     self.groups.entry(seat.group).or_default().push(id);
                     unknown.insert(Known { seat, timed: false });
                 }
-                Some(vacant.insert(Active { connection, interest: Interest::READ, driven: false, rang: false }))
+                Some(vacant.insert(Active { connection, interest: Interest::READ, driven: false, rang: false, moved: None }))
             }
         }
     }
@@ -118,16 +130,19 @@ impl<'a> Driving<'a> {
         }
     }
 
-    /// One round over the active connections but those that an application thread drives. `must`: waits for their locks.
-    fn round(&mut self, must: bool) -> Round {
-        let mut round = Round { watched: !self.known.is_empty(), active: !self.active.is_empty(), ..Round::default() };
+    /// One round over the active connections but those that an application thread drives. `must`: waits for their locks, and lets
+    /// those rest that have nothing to do.
+    fn round(&mut self, must: bool, now: Instant) -> Round {
+        let mut round = Round { watched: !self.known.is_empty(), ..Round::default() };
         let home = self.home;
+        let mut warm = if must { 0 } else { WARM };
         let mut resting = Vec::new();
         for (&id, active) in &mut self.active {
             let driven = active.connection.driven_by_application();
             active.driven = driven.is_some();
             if let Some(since) = driven {
                 round.driven = Some(round.driven.map_or(since, |other| other.min(since)));
+                round.active = true;
                 watch(home, active, Interest::NONE);
                 continue;
             }
@@ -135,6 +150,7 @@ impl<'a> Driving<'a> {
             round.any |= found.any;
             round.channels_busy |= found.channels_busy;
             round.polled |= found.channels_busy && !home.doorbells;
+            round.large |= found.large;
             round.copying |= found.copying;
             if std::mem::take(&mut active.rang) && !found.any {
                 active.connection.look_for_failure();
@@ -144,7 +160,14 @@ impl<'a> Driving<'a> {
                 continue;
             }
             watch(home, active, if found.backlog { Interest::READ | Interest::WRITE } else { Interest::READ });
-            if let (false, Some(next)) = (found.busy || found.backlog || found.any, found.next_tick) {
+            if found.any {
+                active.moved = Some(now);
+            }
+            let idle = !(found.busy || found.backlog || found.any);
+            let stays = warm > 0 && active.moved.is_some_and(|at| now - at < self.spin);
+            round.active |= !idle;
+            warm -= usize::from(stays);
+            if let (true, false, Some(next)) = (idle, stays, found.next_tick) {
                 resting.push((id, Some(next)));
             }
         }
@@ -152,6 +175,11 @@ impl<'a> Driving<'a> {
             self.rest(id, next);
         }
         round
+    }
+
+    /// Something may come soon on a connection that is looked at in each round.
+    fn warm(&self) -> bool {
+        self.active.values().any(|active| active.moved.is_some() && !active.driven)
     }
 
     /// A connection has nothing to do until a socket, a bell or its timer says so; without a time it has ended.
@@ -233,24 +261,28 @@ pub(crate) fn run(home: &Home, spin: Option<Duration>) {
 }
 
 fn drive(home: &Home, spin: Duration) {
-    let mut driving = Driving::new(home);
+    let mut driving = Driving::new(home, spin);
     // What was there before: after a panic, and connections that came up before this thread.
     for connection in home.connections.all() {
         driving.activate(connection.id);
     }
     let mut last_activity = Instant::now();
-    let mut tokens = Vec::new();
+    let (mut tokens, mut looks) = (Vec::new(), 0u32);
     while !home.ended() {
         home.asked(|id| {
             driving.activate(id);
         });
         let now = Instant::now();
         driving.due(now);
-        let round = driving.round(false);
-        match step(&round, now - last_activity, spin, home.few_cores) {
+        let round = driving.round(false, now);
+        match step(&round, now - last_activity, spin, home.cores) {
             Step::Again => last_activity = Instant::now(),
             Step::Spin => {
                 std::hint::spin_loop();
+                looks = looks.wrapping_add(1);
+                if looks % LOOKS != 0 && driving.warm() {
+                    continue;
+                }
                 home.bell.wait(Duration::ZERO, &mut tokens);
                 driving.notice(&tokens, false);
             }
@@ -262,14 +294,14 @@ fn drive(home: &Home, spin: Duration) {
             Step::Sleep(limit) => {
                 driving.arm(true);
                 // What happened before the arming rang nobody.
-                let again = driving.round(true);
+                let again = driving.round(true, now);
                 if again.any || home.has_asked() {
                     driving.arm(false);
                     last_activity = Instant::now();
                     continue;
                 }
                 // Who drives may have changed since.
-                let limit = match step(&again, Duration::MAX, spin, home.few_cores) {
+                let limit = match step(&again, Duration::MAX, spin, home.cores) {
                     Step::Sleep(now) => limit.min(now),
                     _ => Duration::ZERO,
                 };

@@ -1,12 +1,12 @@
 //! Registered memory: regions with unguessable tokens, and the count of transfers that use each. A region that is in use is
 //! never let go; one that is deregistered is found no more. Knows nothing of transfers.
 
+use crate::hash::Map;
 use crate::region::{Region, RegionUse};
 use crate::status::{bail, Result};
 use crate::types::{Place, RemoteAccess, Span};
 use iset::IntervalMap;
 use parking_lot::RwLock;
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
@@ -57,7 +57,7 @@ impl Cover {
 
 #[derive(Default)]
 struct Regions {
-    by_id: HashMap<u64, Arc<Region>>,
+    by_id: Map<u64, Arc<Region>>,
     cover: Cover,
 }
 

@@ -7,11 +7,11 @@ use super::proto::Request;
 use super::registry::Registry;
 use super::spare::{Spare, MANY};
 use super::transfer::LocalSegment;
+use crate::hash::Map;
 use crate::region::RegionUse;
 use crate::status::{bail, err, Error, Result};
 use crate::types::{Place, Segment};
 use crate::wire::frame::{WireRegion, WireSegment, WireSegments, MAX_REGIONS, MAX_SEGMENTS, MAX_SEGMENT_BYTES};
-use std::collections::HashMap;
 
 /// What became of a list of segments.
 pub(super) enum Built {
@@ -164,12 +164,14 @@ pub(super) fn message(
 /// Numbers distinct keys in the order they appear; made for the common case of the same key again and again.
 struct Numbered<K> {
     last: Option<(K, u16)>,
-    all: HashMap<K, u16>,
+    count: usize,
+    /// Of all keys, once there are two.
+    all: Option<Map<K, u16>>,
 }
 
 impl<K: Copy + Eq + std::hash::Hash> Numbered<K> {
     fn new() -> Self {
-        Numbered { last: None, all: HashMap::new() }
+        Numbered { last: None, count: 0, all: None }
     }
 
     fn index(&mut self, key: K, add: impl FnOnce() -> Result<()>) -> Result<u16> {
@@ -178,15 +180,21 @@ impl<K: Copy + Eq + std::hash::Hash> Numbered<K> {
                 return Ok(index);
             }
         }
-        let index = match self.all.get(&key) {
+        if let (Some(first), None) = (self.last, &self.all) {
+            self.all = Some(Map::from_iter([first]));
+        }
+        let index = match self.all.as_ref().and_then(|all| all.get(&key)) {
             Some(&index) => index,
             None => {
-                if self.all.len() == MAX_REGIONS {
+                if self.count == MAX_REGIONS {
                     bail!(InvalidArgument, "more than {MAX_REGIONS} regions in one transfer");
                 }
                 add()?;
-                let index = self.all.len() as u16;
-                self.all.insert(key, index);
+                let index = self.count as u16;
+                self.count += 1;
+                if let Some(all) = &mut self.all {
+                    all.insert(key, index);
+                }
                 index
             }
         };

@@ -89,7 +89,7 @@ impl Watch {
             if seen.busy && busy && sent + received == 0 && elapsed > 0.0 {
                 seen.stalls += 1;
             }
-            *telling = sent >= TELLING || channel.window_out > 0;
+            *telling = sent >= TELLING || channel.window_out > 0 || channel.avoided;
             (seen.sent, seen.received, seen.busy) = (channel.sent_bytes, channel.received_bytes, busy);
         }
         let mut lines: Vec<String> = self.compare(channels, &telling).into_iter().collect();

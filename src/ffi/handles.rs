@@ -6,9 +6,9 @@
 
 use crate::engine::{Connection, Engine, Notification};
 use crate::fork::PerProcess;
+use crate::hash::Map;
 use crate::status::{bail, Result};
 use parking_lot::RwLock;
-use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
@@ -49,7 +49,7 @@ pub(super) struct Handles<T> {
     what: &'static str,
     /// Smaller numbers belong to the parent process.
     first: usize,
-    live: RwLock<HashMap<usize, Arc<T>>>,
+    live: RwLock<Map<usize, Arc<T>>>,
 }
 
 impl<T> Handles<T> {

@@ -1,5 +1,6 @@
 //! GPUs in use, one value each: the primary context, the copy kernel, and what connections lend each other. Knows nothing of jobs.
 
+use super::job::{Extent, Job};
 use super::kernels::Kernels;
 use super::launcher::CopyLauncher;
 use super::lent::{Idle, Lent};
@@ -7,12 +8,13 @@ use crate::status::Result;
 use cuda_driver::{Context, DeviceBuffer, PinnedBuffer};
 use nccl_net_abi::PAGE;
 use parking_lot::Mutex;
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A GPU in use, one value per ordinal. It stays until the process ends, with its primary context: loading kernels and giving memory
 /// back make the driver wait for the application's work.
 pub(crate) struct Gpu {
-    ordinal: i32,
     /// Launchers without a user.
     idle: Arc<Idle>,
     /// A page that tells whether the context is still the one that was retained.
@@ -21,26 +23,74 @@ pub(crate) struct Gpu {
     context: Arc<Context>,
 }
 
-static IN_USE: Mutex<Vec<Arc<Gpu>>> = Mutex::new(Vec::new());
+/// A first piece of work that takes longer than this will not end.
+const REHEARSAL_LIMIT: Duration = Duration::from_secs(30);
+
+/// GPUs by ordinal. Each has a lock of its own: while one is made ready, which may wait for its application, the others are at hand.
+static IN_USE: Mutex<BTreeMap<i32, Arc<Seat>>> = Mutex::new(BTreeMap::new());
+
+/// The place of one GPU.
+type Seat = Mutex<Option<Arc<Gpu>>>;
 
 impl Gpu {
-    /// The GPU with this CUDA ordinal. The first call retains its primary context and loads the kernels, for which the driver waits until
-    /// the GPU is at rest: it belongs into a registration, never under the lock of a connection. Does not bind it to the thread.
+    /// The GPU with this CUDA ordinal. The first call retains its primary context, loads the kernels and runs each kind of work once. The
+    /// driver waits for that until the GPU is at rest: it belongs into the creation of an engine or a registration, never under the lock
+    /// of a connection. Does not bind it to the thread.
     pub(crate) fn open(ordinal: i32) -> Result<Arc<Gpu>> {
-        let mut in_use = IN_USE.lock();
-        if let Some(i) = in_use.iter().position(|gpu| gpu.ordinal == ordinal) {
-            if in_use[i].mark.is_known() {
-                return Ok(in_use[i].clone());
+        let place = IN_USE.lock().entry(ordinal).or_default().clone();
+        let mut place = place.lock();
+        if let Some(gpu) = &*place {
+            if gpu.mark.is_known() {
+                return Ok(gpu.clone());
             }
             // The application has reset the GPU: nothing of the old context can be used or given back.
-            std::mem::forget(in_use.swap_remove(i));
+            std::mem::forget(place.take());
         }
         let context = Context::retain(ordinal)?;
         let kernels = Arc::new(Kernels::load(&context)?);
         let mark = PinnedBuffer::new(&context, PAGE)?;
-        let gpu = Arc::new(Gpu { ordinal, idle: Arc::default(), mark, kernels, context });
-        in_use.push(gpu.clone());
+        let gpu = Arc::new(Gpu { idle: Arc::default(), mark, kernels, context });
+        gpu.rehearse()?;
+        *place = Some(gpu.clone());
         Ok(gpu)
+    }
+
+    /// Runs every kind of work that transfers are made of once: what the driver makes at its first use is made now, and not in the middle
+    /// of a transfer, where it could wait for the application.
+    fn rehearse(&self) -> Result<()> {
+        const LEN: usize = 1 << 20;
+        const PIECE: usize = 8;
+        let (near, far) = (self.pinned(LEN)?, self.device_memory(LEN)?);
+        let mut launcher = self.new_launcher()?;
+        let word = near.mapped().device + (LEN - size_of::<u64>()) as u64;
+        // SAFETY: both blocks are this call's own and hold LEN bytes; they go back to the shelf when the stream has ended, or stay.
+        let queued = unsafe {
+            let stream = launcher.stream();
+            let copies = stream
+                .fill(far.ptr(), 0, LEN)
+                .and_then(|()| stream.host_to_device(far.ptr(), near.mapped().host, LEN))
+                .and_then(|()| stream.device_to_host(near.mapped().host, far.ptr(), LEN));
+            // Not every driver can write a word from a stream; whoever needs it has another way.
+            copies.map(|()| drop(stream.write_value(word, 1)))
+        };
+        let mut result = queued.map_err(crate::status::Error::from);
+        // Few pieces and many, for both sizes of parameters.
+        for pieces in [1, 100] {
+            let segments: Vec<Extent> =
+                (0..pieces).map(|i| Extent { addr: far.ptr() + (i * 2 * PIECE) as u64, len: PIECE as u64 }).collect();
+            let job = Job::gather(&segments, near.mapped().device, (pieces * PIECE) as u64);
+            // SAFETY: the pieces lie in the blocks, which nobody else uses.
+            result = result.and_then(|()| unsafe { launcher.submit(&[job]) }.map(drop));
+        }
+        if let Err(e) = launcher.quiesce(REHEARSAL_LIMIT) {
+            std::mem::forget((near, far, launcher));
+            return Err(e);
+        }
+        result?;
+        if let Some(launcher) = launcher.settle() {
+            self.idle.put(launcher);
+        }
+        Ok(())
     }
 
     /// Runs `f` with this GPU current and puts the caller's context back afterwards.

@@ -9,7 +9,7 @@ mod launcher;
 mod layout;
 mod lent;
 
-pub(crate) use cuda_driver::{available, current_name, gpu_name, GpuName, MappedPtr, MemoryKind};
+pub(crate) use cuda_driver::{available, current_name, gpu_name, in_use, GpuName, MappedPtr, MemoryKind};
 pub(crate) use device::Gpu;
 pub(crate) use job::{Extent, Job};
 pub(crate) use launcher::{CopyLauncher, Launched, INLINE_PIECES, PIECES_PER_JOB};

@@ -10,7 +10,10 @@ use super::{handle, reaper, within, Scope};
 pub(crate) use super::{handle::Handle, registrations::MHandle};
 use crate::status::{bail, Result};
 use crate::types::Span;
-use nccl_net_abi::{ncclNetDeviceHandle_v7, ucclCommInfo, ucclIoVec, MAX_REQUESTS, NCCL_NET_HANDLE_MAXSIZE, NCCL_PTR_CUDA};
+use nccl_net_abi::{
+    ncclNetDeviceHandle_v7, ucclCommInfo, ucclFlow, ucclIoVec, MAX_REQUESTS, NCCL_NET_HANDLE_MAXSIZE, NCCL_PTR_CUDA,
+};
+use parking_lot::Mutex;
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{c_int, c_void};
 use std::net::{SocketAddr, TcpStream};
@@ -76,21 +79,65 @@ impl Drop for RawComm {
 
 /// A listen comm and the handle to give to the peer.
 pub(crate) struct ListenComm {
-    raw: RawComm,
+    raw: SharedComm,
     /// The connect handle.
     pub handle: Handle,
 }
+
+/// A listen comm while accepts of it are under way; it closes with the last of them.
+type SharedComm = Arc<Mutex<RawComm>>;
 
 impl ListenComm {
     pub(crate) fn new(plugin: &Arc<Plugin>, dev: usize, gpu: &Scope) -> Result<ListenComm> {
         let mut handle = [0; NCCL_NET_HANDLE_MAXSIZE];
         let comm = within(gpu, || plugin.listen(dev, &mut handle))?;
-        Ok(ListenComm { raw: RawComm { plugin: plugin.clone(), comm, kind: CommKind::Listen, dev, gpu: gpu.clone() }, handle })
+        let raw = RawComm { plugin: plugin.clone(), comm, kind: CommKind::Listen, dev, gpu: gpu.clone() };
+        Ok(ListenComm { raw: Arc::new(Mutex::new(raw)), handle })
+    }
+
+    /// Accepts of both directions: of a peer that dials them all. With keys it proves each direction's.
+    ///
+    /// # Errors
+    /// When the plugin cannot do that.
+    pub(crate) fn both(self, send: Option<HalfKeys>, recv: Option<HalfKeys>) -> Result<(Answering, Accepting)> {
+        let (listen, (hello, guard)) = (self.raw.clone(), HalfKeys::parts(send));
+        let accepting = Accepting::new(self, recv)?;
+        {
+            let raw = listen.lock();
+            // SAFETY: a live listen comm that has not accepted.
+            unsafe { raw.plugin.listen_both(raw.comm, hello.as_ref())? };
+        }
+        Ok((Answering { listen: Some(listen), guard }, accepting))
+    }
+}
+
+/// An accept under way of a connection on which this side sends. Only of plugins whose accepts can be given up at once.
+pub(crate) struct Answering {
+    listen: Option<SharedComm>,
+    /// For the comm.
+    guard: Guard,
+}
+
+impl Answering {
+    /// The comm, once the peer has connected. After it or an error, further calls give an error.
+    pub(crate) fn poll(&mut self) -> Result<Option<SendComm>> {
+        let Some(listen) = self.listen.take() else { bail!(Internal, "accept polled after its end") };
+        let raw = {
+            let listening = listen.lock();
+            // SAFETY: the listen comm is live, and has not accepted this direction (it is there).
+            let comm = within(&listening.gpu, || unsafe { listening.plugin.accept_send(listening.comm) })?;
+            (!comm.is_null()).then(|| RawComm::open(&listening.plugin, comm, CommKind::Send, listening.dev, &listening.gpu))
+        };
+        let Some(raw) = raw else {
+            self.listen = Some(listen);
+            return Ok(None);
+        };
+        SendComm::start(raw, &self.guard).map(Some)
     }
 }
 
 struct PendingAccept {
-    listen: RawComm,
+    listen: SharedComm,
     /// Where it listens, as far as the handle tells.
     addresses: Vec<SocketAddr>,
     dev_handle: Pinned<ncclNetDeviceHandle_v7>,
@@ -104,46 +151,48 @@ struct PendingAccept {
 pub(crate) struct Accepting(Option<PendingAccept>);
 
 impl Accepting {
-    /// The one accept that a listen comm serves: of a peer that proves the key, where there is one.
+    /// The accept that a listen comm serves: of a peer that proves the key, where there is one.
     ///
     /// # Errors
     /// When the plugin cannot check keys.
     pub(crate) fn new(listen: ListenComm, keys: Option<HalfKeys>) -> Result<Accepting> {
-        let guard = match keys {
-            None => Guard::None,
-            Some(HalfKeys { hello, guard }) => {
-                // SAFETY: a live listen comm that has not accepted.
-                unsafe { listen.raw.plugin.key_listen(listen.raw.comm, &hello)? };
-                guard
-            }
-        };
-        // SAFETY: plain data for which zeros are valid.
-        let dev_handle = Pinned::new(unsafe { std::mem::zeroed() });
-        let addresses = handle::addresses(listen.raw.plugin.traits.handle_check, &listen.handle).collect();
+        let (hello, guard) = HalfKeys::parts(keys);
+        let raw = listen.raw.lock();
+        if let Some(hello) = &hello {
+            // SAFETY: a live listen comm that has not accepted.
+            unsafe { raw.plugin.key_listen(raw.comm, hello)? };
+        }
+        let addresses = handle::addresses(raw.plugin.traits.handle_check, &listen.handle).collect();
+        drop(raw);
+        let dev_handle = device_handle();
         Ok(Accepting(Some(PendingAccept { listen: listen.raw, addresses, dev_handle, guard, begun: false })))
     }
 
     /// The comm, once the peer has connected. After it or an error, further calls give an error.
     pub(crate) fn poll(&mut self) -> Result<Option<RecvComm>> {
         let Some(pending) = &mut self.0 else { bail!(Internal, "accept polled after its end") };
-        let (listen, begun, dev_handle) = (&pending.listen, &mut pending.begun, pending.dev_handle.as_ptr());
-        // Where the GPU cannot be made current the accept stays as it is.
-        let answer = within(&listen.gpu, || {
-            *begun = true;
-            // SAFETY: the listen comm is live and has not accepted yet (it is there); the device handle goes on with the comm.
-            Ok(unsafe { listen.plugin.accept(listen.comm, dev_handle) })
-        })?;
-        if matches!(answer, Ok(comm) if comm.is_null()) {
-            return Ok(None);
-        }
+        let answer = {
+            let (listen, begun, dev_handle) = (pending.listen.lock(), &mut pending.begun, pending.dev_handle.as_ptr());
+            // Where the GPU cannot be made current the accept stays as it is.
+            let answer = within(&listen.gpu, || {
+                *begun = true;
+                // SAFETY: the listen comm is live and has not accepted yet (it is there); the device handle goes on with the comm.
+                Ok(unsafe { listen.plugin.accept(listen.comm, dev_handle) })
+            })?;
+            if matches!(answer, Ok(comm) if comm.is_null()) {
+                return Ok(None);
+            }
+            answer.map(|comm| RawComm::open(&listen.plugin, comm, CommKind::Recv, listen.dev, &listen.gpu))
+        };
         let Some(pending) = self.0.take() else { bail!(Internal, "accept polled after its end") };
-        let (comm, listen) = (answer?, &pending.listen);
-        let raw = RawComm::open(&listen.plugin, comm, CommKind::Recv, listen.dev, &listen.gpu);
-        // SAFETY: a live comm without requests.
-        unsafe { listen.plugin.protect(comm, &pending.guard)? };
-        let dev_handle = pending.dev_handle;
-        Ok(Some(RecvComm { raw, dev_handle, posted: VecDeque::new(), finished: VecDeque::new(), next_slot: 0 }))
+        RecvComm::start(answer?, pending.dev_handle, &pending.guard).map(Some)
     }
+}
+
+/// Memory for the device handle of a receive comm.
+fn device_handle() -> Pinned<ncclNetDeviceHandle_v7> {
+    // SAFETY: plain data for which zeros are valid.
+    Pinned::new(unsafe { std::mem::zeroed() })
 }
 
 /// How long an accept that was given up waits for its peer before it is ended, and between further tries.
@@ -161,7 +210,7 @@ fn poke(addresses: &[SocketAddr]) {
 impl Drop for Accepting {
     fn drop(&mut self) {
         // The plugin's threads may still use the listen comm and the device handle.
-        if let Some(pending) = self.0.take_if(|p| p.begun && p.listen.plugin.traits.lingers) {
+        if let Some(pending) = self.0.take_if(|p| p.begun && p.listen.lock().plugin.traits.lingers) {
             let addresses = pending.addresses.clone();
             let mut rest = Accepting(Some(pending));
             let mut poked = 0;
@@ -178,7 +227,7 @@ impl Drop for Accepting {
 
 /// A connect under way. The plugin keeps its state inside the handle, which stays where it is. Given up before its end it is ended at
 /// once, or polled on in the background, as the plugin asks.
-pub(crate) struct Connecting {
+struct Dialling {
     plugin: Arc<Plugin>,
     dev: usize,
     gpu: Scope,
@@ -187,6 +236,58 @@ pub(crate) struct Connecting {
     guard: Guard,
     begun: bool,
 }
+
+impl Dialling {
+    fn new(plugin: &Arc<Plugin>, dev: usize, gpu: &Scope, handle: Handle, keys: Option<HalfKeys>) -> Result<Dialling> {
+        let (handle, (hello, guard)) = (Pinned::new(handle), HalfKeys::parts(keys));
+        if let Some(hello) = &hello {
+            // SAFETY: a writable handle buffer with which nothing has begun.
+            unsafe { plugin.key_connect(handle.as_ptr().cast(), hello)? };
+        }
+        Ok(Dialling { plugin: plugin.clone(), dev, gpu: gpu.clone(), handle: Some(handle), guard, begun: false })
+    }
+
+    /// One step by `call`, whose argument is the handle; the comm, once it is up.
+    fn step(
+        &mut self,
+        kind: CommKind,
+        call: impl FnOnce(&Plugin, usize, *mut c_void) -> Result<*mut c_void>,
+    ) -> Result<Option<RawComm>> {
+        let Some(handle) = self.handle.as_ref().map(Pinned::as_ptr) else { bail!(Internal, "connect polled after its end") };
+        let (plugin, dev, begun) = (&self.plugin, self.dev, &mut self.begun);
+        // Where the GPU cannot be made current the connect stays as it is.
+        let answer = within(&self.gpu, || {
+            *begun = true;
+            Ok(call(plugin, dev, handle.cast()))
+        })?;
+        if matches!(answer, Ok(comm) if comm.is_null()) {
+            return Ok(None);
+        }
+        self.handle = None;
+        Ok(Some(RawComm::open(&self.plugin, answer?, kind, self.dev, &self.gpu)))
+    }
+}
+
+impl Drop for Dialling {
+    fn drop(&mut self) {
+        if !self.begun {
+            return;
+        }
+        let Some(handle) = self.handle.take() else { return };
+        if self.plugin.traits.lingers {
+            let (plugin, gpu) = (self.plugin.clone(), self.gpu.clone());
+            let rest = Dialling { plugin, dev: self.dev, gpu, handle: Some(handle), guard: Guard::None, begun: true };
+            let mut rest = Connecting(rest);
+            reaper::keep(Box::new(move |_| !matches!(rest.poll(), Ok(None))));
+        } else {
+            // SAFETY: a connect under way that is not polled again.
+            unsafe { self.plugin.abandon_connect(handle.as_ptr().cast()) };
+        }
+    }
+}
+
+/// A connect to send.
+pub(crate) struct Connecting(Dialling);
 
 impl Connecting {
     /// A connect to this handle, which proves the key where there is one.
@@ -200,54 +301,43 @@ impl Connecting {
         handle: Handle,
         keys: Option<HalfKeys>,
     ) -> Result<Connecting> {
-        let handle = Pinned::new(handle);
-        let guard = match keys {
-            None => Guard::None,
-            Some(HalfKeys { hello, guard }) => {
-                // SAFETY: a writable handle buffer with which nothing has begun.
-                unsafe { plugin.key_connect(handle.as_ptr().cast(), &hello)? };
-                guard
-            }
-        };
-        Ok(Connecting { plugin: plugin.clone(), dev, gpu: gpu.clone(), handle: Some(handle), guard, begun: false })
+        Dialling::new(plugin, dev, gpu, handle, keys).map(Connecting)
     }
 
     /// The comm, once it is up. After it or an error, further calls give an error.
     pub(crate) fn poll(&mut self) -> Result<Option<SendComm>> {
-        let Some(handle) = self.handle.as_ref().map(Pinned::as_ptr) else { bail!(Internal, "connect polled after its end") };
-        let (plugin, dev, begun) = (&self.plugin, self.dev, &mut self.begun);
-        // Where the GPU cannot be made current the connect stays as it is.
-        let answer = within(&self.gpu, || {
-            *begun = true;
-            // SAFETY: the handle keeps its address while its owner moves; it is given up after an error.
-            Ok(unsafe { plugin.connect(dev, handle.cast()) })
-        })?;
-        if matches!(answer, Ok(comm) if comm.is_null()) {
-            return Ok(None);
-        }
-        self.handle = None;
-        let comm = answer?;
-        let raw = RawComm::open(&self.plugin, comm, CommKind::Send, self.dev, &self.gpu);
-        // SAFETY: a live comm without requests.
-        unsafe { self.plugin.protect(comm, &self.guard)? };
-        Ok(Some(SendComm { raw, regions: HashMap::new(), inflight: VecDeque::new() }))
+        // SAFETY: the handle keeps its address while its owner moves; it is given up after an error.
+        let raw = self.0.step(CommKind::Send, |plugin, dev, handle| unsafe { plugin.connect(dev, handle) })?;
+        raw.map(|raw| SendComm::start(raw, &self.0.guard)).transpose()
     }
 }
 
-impl Drop for Connecting {
-    fn drop(&mut self) {
-        if !self.begun {
-            return;
-        }
-        let Some(handle) = self.handle.take() else { return };
-        if self.plugin.traits.lingers {
-            let (plugin, gpu) = (self.plugin.clone(), self.gpu.clone());
-            let mut rest = Connecting { plugin, dev: self.dev, gpu, handle: Some(handle), guard: Guard::None, begun: true };
-            reaper::keep(Box::new(move |_| !matches!(rest.poll(), Ok(None))));
-        } else {
-            // SAFETY: a connect under way that is not polled again.
-            unsafe { self.plugin.abandon_connect(handle.as_ptr().cast()) };
-        }
+/// A connect to receive, where one side dials both directions.
+pub(crate) struct Calling {
+    // Dropped, and so ended, before the device handle.
+    dialling: Dialling,
+    dev_handle: Option<Pinned<ncclNetDeviceHandle_v7>>,
+}
+
+impl Calling {
+    /// As [`Connecting::new`].
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn new(plugin: &Arc<Plugin>, dev: usize, gpu: &Scope, handle: Handle, keys: Option<HalfKeys>) -> Result<Calling> {
+        Ok(Calling { dialling: Dialling::new(plugin, dev, gpu, handle, keys)?, dev_handle: Some(device_handle()) })
+    }
+
+    /// As [`Connecting::poll`].
+    pub(crate) fn poll(&mut self) -> Result<Option<RecvComm>> {
+        let Some(dev_handle) = self.dev_handle.as_ref().map(Pinned::as_ptr) else {
+            bail!(Internal, "connect polled after its end")
+        };
+        // SAFETY: as for a connect to send; the device handle goes on with the comm.
+        let step = |plugin: &Plugin, dev, handle| unsafe { plugin.connect_recv(dev, handle, dev_handle) };
+        let Some(raw) = self.dialling.step(CommKind::Recv, step)? else { return Ok(None) };
+        let Some(dev_handle) = self.dev_handle.take() else { bail!(Internal, "connect polled after its end") };
+        RecvComm::start(raw, dev_handle, &self.dialling.guard).map(Some)
     }
 }
 
@@ -302,6 +392,18 @@ pub(crate) struct SendComm {
 unsafe impl Send for SendComm {}
 
 impl SendComm {
+    fn start(raw: RawComm, guard: &Guard) -> Result<SendComm> {
+        // SAFETY: a live comm without requests.
+        unsafe { raw.plugin.protect(raw.comm, guard)? };
+        Ok(SendComm { raw, regions: HashMap::new(), inflight: VecDeque::new() })
+    }
+
+    /// How far its bytes have come, where the plugin tells.
+    pub(crate) fn flow(&self) -> Option<ucclFlow> {
+        // SAFETY: the comm is live.
+        unsafe { self.raw.plugin.flow(self.raw.comm) }
+    }
+
     /// As the plugin's `progress`; an error when the comm has failed, idle or not.
     pub(crate) fn network_bytes(&self) -> Result<Option<u64>> {
         self.raw.progress_bytes()
@@ -435,6 +537,13 @@ pub(crate) struct RecvComm {
 unsafe impl Send for RecvComm {}
 
 impl RecvComm {
+    fn start(raw: RawComm, dev_handle: Pinned<ncclNetDeviceHandle_v7>, guard: &Guard) -> Result<RecvComm> {
+        let comm = RecvComm { raw, dev_handle, posted: VecDeque::new(), finished: VecDeque::new(), next_slot: 0 };
+        // SAFETY: a live comm without requests.
+        unsafe { comm.raw.plugin.protect(comm.raw.comm, guard)? };
+        Ok(comm)
+    }
+
     /// As the plugin's `progress`; an error when the comm has failed, idle or not.
     pub(crate) fn network_bytes(&self) -> Result<Option<u64>> {
         self.raw.progress_bytes()

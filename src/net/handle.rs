@@ -81,7 +81,11 @@ pub(super) fn address(how: HandleCheck, handle: &Handle) -> Option<SocketAddr> {
 
 /// All addresses that a handle names: for data, and for control.
 pub(super) fn addresses(how: HandleCheck, handle: &Handle) -> impl Iterator<Item = SocketAddr> {
-    let both = [0, CONTROL_AT].map(|at| if how == HandleCheck::Tcpx { address_at(handle, at) } else { None });
+    let both = match how {
+        HandleCheck::Own => [soft_plugin::address_of(handle), None],
+        HandleCheck::Tcpx => [0, CONTROL_AT].map(|at| address_at(handle, at)),
+        HandleCheck::Tail => [None, None],
+    };
     both.into_iter().flatten()
 }
 

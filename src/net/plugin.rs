@@ -38,7 +38,7 @@ pub struct Device {
     pub name: String,
     /// Directory of the PCI device under /sys, if it is one.
     pub pci_path: Option<String>,
-    /// Mbit/s.
+    /// Mbit/s; 0 where it is unknown.
     pub speed_mbps: i32,
     /// Or of NCCL_PTR_HOST (1), NCCL_PTR_CUDA (2), NCCL_PTR_DMABUF (4).
     pub ptr_support: i32,
@@ -157,6 +157,9 @@ impl Plugin {
             if ext.is_some() {
                 return Plugin::start(table, ext, Some(path.to_owned()), &None);
             }
+            if is_tcpx(&table.name()) {
+                crate::config::check_tcpx()?;
+            }
             set_chunk_size(config);
             // Google's plugin follows the current GPU from its init on.
             Plugin::start(table, ext, Some(path.to_owned()), &gpu()?)
@@ -239,12 +242,16 @@ impl Plugin {
         let _one = self.traits.serial_setup.then(|| SETUP.get().lock());
         let answer = call();
         let failed = matches!(answer, Some(abi::NCCL_SYSTEM_ERROR | abi::NCCL_INTERNAL_ERROR));
-        if failed && matches!(name, "listen" | "connect" | "accept" | "regMr") {
+        if failed && matches!(name, "listen" | "connect" | "accept" | "regMr" | "ready" | "acceptSend" | "connectRecv") {
             // The software plugin leaves the cause in errno.
             let errno = std::io::Error::last_os_error().raw_os_error();
             let told = self.ext.is_some() && matches!(errno, Some(libc::EMFILE | libc::ENFILE));
             if told || !descriptors_left(1) {
                 bail!(Resource, "plugin {}: {name} failed: out of file descriptors (ulimit -n)", self.name);
+            }
+            if let (true, Some(libc::EADDRINUSE), Some(range)) = (self.ext.is_some(), errno, soft_plugin::port_range()) {
+                let (low, high) = (range.start(), range.end());
+                bail!(System, "plugin {}: {name}: every port of UCCL_TCPX_PORT_RANGE={low}-{high} is in use", self.name);
             }
             if let (true, Some(errno @ 1..)) = (self.ext.is_some(), errno) {
                 bail!(Plugin, "plugin {}: {name}: {}", self.name, std::io::Error::from_raw_os_error(errno));
@@ -264,6 +271,14 @@ impl Plugin {
 }
 
 impl Device {
+    /// Its speed, in words.
+    pub fn speed(&self) -> String {
+        match self.speed_mbps {
+            mbps @ 1.. => format!("{mbps} Mbit/s"),
+            _ => "speed unknown".to_owned(),
+        }
+    }
+
     fn new(dev: usize, p: Properties) -> Device {
         Device {
             name: p.name.unwrap_or_else(|| format!("dev{dev}")),
@@ -345,6 +360,58 @@ impl Plugin {
         // SAFETY: by the caller's contract.
         self.set_up("accept", || unsafe { self.table.accept(listen, dev_handle, &mut comm) })?;
         Ok(comm)
+    }
+
+    /// An error unless the device can carry new connections at this moment; success also where the plugin does not tell.
+    pub(super) fn ready(&self, dev: usize) -> Result<()> {
+        // SAFETY: the plugin is initialised, and checks the number.
+        let call = || Some(self.ext.and_then(|e| e.ready).map_or(abi::NCCL_SUCCESS, |call| unsafe { call(dev as c_int) }));
+        self.set_up("ready", call)
+    }
+
+    /// The listen comm serves a connection of each direction; with a key, which both prove, or without.
+    ///
+    /// # Safety
+    /// `listen` is a live listen comm that was not asked to accept yet.
+    pub(super) unsafe fn listen_both(&self, listen: *mut c_void, key: Option<&Secret>) -> Result<()> {
+        let (call, key) = (self.ext.and_then(|e| e.listen_both), key.map_or(std::ptr::null(), |key| key.as_ptr()));
+        // SAFETY: by the caller's contract; null or 32 readable bytes.
+        self.set_up("listenBoth", || call.map(|call| unsafe { call(listen, key) }))
+    }
+
+    /// # Safety
+    /// `listen` is a live listen comm that serves both directions and has not accepted this one.
+    pub(super) unsafe fn accept_send(&self, listen: *mut c_void) -> Result<*mut c_void> {
+        let (call, mut comm) = (self.ext.and_then(|e| e.accept_send), std::ptr::null_mut());
+        // SAFETY: by the caller's contract.
+        self.set_up("acceptSend", || call.map(|call| unsafe { call(listen, &mut comm) }))?;
+        Ok(comm)
+    }
+
+    /// # Safety
+    /// `handle` as for [`Plugin::connect`]; `dev_handle` outlives the resulting comm.
+    pub(super) unsafe fn connect_recv(
+        &self,
+        dev: usize,
+        handle: *mut c_void,
+        dev_handle: *mut ncclNetDeviceHandle_v7,
+    ) -> Result<*mut c_void> {
+        let (call, mut comm, mut dev_handle) = (self.ext.and_then(|e| e.connect_recv), std::ptr::null_mut(), dev_handle);
+        // SAFETY: by the caller's contract.
+        self.set_up("connectRecv", || call.map(|call| unsafe { call(dev as c_int, handle, &mut comm, &mut dev_handle) }))?;
+        Ok(comm)
+    }
+
+    /// How far a send comm's bytes have come; `None` where the plugin does not tell.
+    ///
+    /// # Safety
+    /// `comm` is a live send comm.
+    pub(super) unsafe fn flow(&self, comm: *mut c_void) -> Option<abi::ucclFlow> {
+        let call = self.ext.and_then(|e| e.flow)?;
+        let mut flow = abi::ucclFlow { size: size_of::<abi::ucclFlow>(), ..Default::default() };
+        // SAFETY: by the caller's contract; the structure says its size.
+        let result = unsafe { call(comm, &mut flow) };
+        (result == abi::NCCL_SUCCESS).then_some(flow)
     }
 
     /// # Safety

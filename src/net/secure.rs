@@ -25,6 +25,13 @@ pub(crate) struct HalfKeys {
     pub guard: Guard,
 }
 
+impl HalfKeys {
+    /// The key of the hello, if there is one, and the guard.
+    pub(crate) fn parts(keys: Option<HalfKeys>) -> (Option<Secret>, Guard) {
+        keys.map_or((None, Guard::None), |keys| (Some(keys.hello), keys.guard))
+    }
+}
+
 /// Both directions of a channel.
 pub(crate) struct ChannelKeys {
     /// Towards the peer.

@@ -1,14 +1,16 @@
 //! Setting up channels with a peer, without blocking: listen comms and their offers, then connects and accepts polled until they are up.
-//! A NIC that cannot be used is left out; the two sides agree afterwards on the channels that both have. Knows nothing of what travels
+//! Where a plugin can do that, one side listens and the other dials the connections of both directions. A NIC that cannot be used is left out; the two sides agree afterwards on the channels that both have. Knows nothing of what travels
 //! on a channel, and of time only how long to wait for a NIC when others are up.
 
-use super::comm::{Accepting, Connecting, Handle, ListenComm, RecvComm, SendComm};
+use super::comm::{Accepting, Answering, Calling, Connecting, Handle, ListenComm, RecvComm, SendComm};
 use super::pairing;
 use super::plugin::{Device, Plugin};
-use super::secure::{ChannelKeys, KeysOf};
+use super::secure::{ChannelKeys, HalfKeys, KeysOf};
 use super::{handle, topology, Scope};
+use crate::addresses::AllowList;
 use crate::logging::Limiter;
-use crate::status::{err, Error, ErrorKind, Result};
+use crate::status::{bail, err, Error, ErrorKind, Result};
+use nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -19,8 +21,30 @@ use std::time::{Duration, Instant};
 pub(crate) struct Offer {
     /// The NIC's name on the side that offers.
     pub nic: String,
-    /// Its connect handle.
+    /// Its connect handle; zeros of a side that dials.
     pub handle: Handle,
+}
+
+/// What a side does for its channels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Listens, and dials what it sends on.
+    Both,
+    /// Dials all.
+    Dials,
+    /// Listens for all.
+    Listens,
+}
+
+impl Role {
+    /// Of the side that made the control connection, or of the other one.
+    pub(crate) fn of(plugin: &Plugin, connecting: bool) -> Role {
+        match (plugin.traits.dials_both, connecting) {
+            (false, _) => Role::Both,
+            (true, true) => Role::Dials,
+            (true, false) => Role::Listens,
+        }
+    }
 }
 
 /// A channel that is up: both directions.
@@ -31,8 +55,9 @@ pub(crate) struct Pair {
     pub send: SendComm,
     /// From the peer.
     pub recv: RecvComm,
-    /// This side's NIC.
+    /// This side's NIC, and the peer's.
     pub nic: String,
+    pub peer_nic: String,
 }
 
 /// What is left of the channels that came up here when the peer has named those that came up there. Both sides call it; the rest is
@@ -41,55 +66,86 @@ pub(crate) fn agree(pairs: Vec<Pair>, theirs: &[usize]) -> Vec<Pair> {
     pairs.into_iter().filter(|p| theirs.contains(&p.index)).collect()
 }
 
+/// A NIC's part in one channel.
 struct Listener {
     dev: usize,
     nic: String,
-    comm: ListenComm,
+    /// None of a side that dials.
+    comm: Option<ListenComm>,
+}
+
+impl Listener {
+    fn open(plugin: &Arc<Plugin>, dev: usize, nic: &str, gpu: &Scope, role: Role) -> Result<Listener> {
+        let comm = match role {
+            Role::Dials => plugin.ready(dev).map(|()| None),
+            Role::Both | Role::Listens => ListenComm::new(plugin, dev, gpu).map(Some),
+        };
+        Ok(Listener { dev, nic: nic.to_owned(), comm: comm? })
+    }
+
+    fn handle(&self) -> Handle {
+        self.comm.as_ref().map_or([0; NCCL_NET_HANDLE_MAXSIZE], |comm| comm.handle)
+    }
 }
 
 /// Listen comms, before the peer's offers are known.
 pub(crate) struct Listening {
     plugin: Arc<Plugin>,
     gpu: Scope,
+    role: Role,
     listeners: Vec<Listener>,
 }
 
 impl Listening {
-    /// Opens `n` listen comms, in turn over the NICs of `choice`, which are indexes into `devices`. A NIC that refuses is left out.
+    /// Opens `n` listen comms, in turn over the NICs of `choice`, which are indexes into `devices`. A NIC that refuses is left out; one
+    /// whose ports are all in use keeps the channels that it has.
     ///
     /// `gpu`: the GPU whose memory the channels will carry, for plugins that follow the current GPU.
-    pub(crate) fn open(plugin: &Arc<Plugin>, devices: &[Device], choice: &[usize], n: usize, gpu: Scope) -> Result<Listening> {
+    pub(crate) fn open(
+        plugin: &Arc<Plugin>,
+        devices: &[Device],
+        choice: &[usize],
+        n: usize,
+        gpu: Scope,
+        role: Role,
+    ) -> Result<Listening> {
         let mut nics: Vec<usize> = choice.iter().copied().filter(|&i| i < devices.len()).collect();
         let mut listeners = Vec::with_capacity(n);
         let mut last = err!(Plugin, "plugin {} has no usable device", plugin.name);
         while listeners.len() < n && !nics.is_empty() {
             let at = listeners.len() % nics.len();
             let (dev, nic) = (nics[at], devices[nics[at]].name.clone());
-            match ListenComm::new(plugin, dev, &gpu) {
-                Ok(comm) => listeners.push(Listener { dev, nic, comm }),
+            match Listener::open(plugin, dev, &nic, &gpu, role) {
+                Ok(listener) => listeners.push(listener),
                 Err(e) if e.kind() == ErrorKind::Resource => return Err(e),
                 Err(e) => {
-                    last = Error::new(e.kind(), format_args!("listen on {nic}: {e}"));
-                    left_out(&nic, &last);
+                    let what = if role == Role::Dials { "connect" } else { "listen" };
+                    last = Error::new(e.kind(), format_args!("{what} on {nic}: {e}"));
                     nics.remove(at);
-                    listeners.retain(|l: &Listener| l.dev != dev);
+                    if e.kind() == ErrorKind::System {
+                        warn_of_fewer(format_args!("NIC {nic} has fewer channels than wanted: {last}"));
+                    } else {
+                        left_out(&nic, &last);
+                        listeners.retain(|l: &Listener| l.dev != dev);
+                    }
                 }
             }
         }
         if listeners.is_empty() {
             return Err(last);
         }
-        Ok(Listening { plugin: plugin.clone(), gpu, listeners })
+        Ok(Listening { plugin: plugin.clone(), gpu, role, listeners })
     }
 
     /// What to tell the peer.
     pub(crate) fn offers(&self) -> Vec<Offer> {
-        self.listeners.iter().map(|l| Offer { nic: l.nic.clone(), handle: l.comm.handle }).collect()
+        self.listeners.iter().map(|l| Offer { nic: l.nic.clone(), handle: l.handle() }).collect()
     }
 
     /// Joins the offers of both sides to channels and starts them. Where nothing can be joined the result is up at once, empty, with a
-    /// reason. With `keys` they are tied to a session, where the plugin can do that.
-    pub(crate) fn establish(self, peer: &[Offer], keys: Option<KeysOf<'_>>) -> Establishing {
+    /// reason. With `keys` they are tied to a session, where the plugin can do that. Nothing outside `allowed` is dialled, as far as
+    /// the peer's handles can be read.
+    pub(crate) fn establish(self, peer: &[Offer], keys: Option<KeysOf<'_>>, allowed: &AllowList) -> Establishing {
         let keys = keys.filter(|_| self.plugin.traits.secured);
         let names: Vec<&str> = self.listeners.iter().map(|l| l.nic.as_str()).collect();
         let theirs: Vec<&str> = peer.iter().map(|o| o.nic.as_str()).collect();
@@ -108,7 +164,8 @@ impl Listening {
         for (index, (ours, theirs)) in joined.into_iter().enumerate() {
             let Some(listener) = listeners[ours].take() else { continue };
             let keys = keys.map(|keys| keys(index)).transpose();
-            channels.push(Channel::start(index, &self.plugin, &self.gpu, listener, &peer[theirs], keys));
+            let on = On { plugin: &self.plugin, gpu: &self.gpu, role: self.role, allowed };
+            channels.push(Channel::start(index, &on, listener, &peer[theirs], keys));
         }
         Establishing { plugin: self.plugin, channels, began: Instant::now(), first_up: None, reason }
     }
@@ -173,51 +230,124 @@ impl<P, U> Half<P, U> {
     }
 }
 
+/// The way to a send comm.
+enum Outward {
+    Dial(Connecting),
+    Answer(Answering),
+}
+
+impl Outward {
+    fn poll(&mut self) -> Result<Option<SendComm>> {
+        match self {
+            Outward::Dial(connecting) => connecting.poll(),
+            Outward::Answer(answering) => answering.poll(),
+        }
+    }
+}
+
+/// The way to a receive comm.
+enum Inward {
+    Accept(Accepting),
+    Call(Calling),
+}
+
+impl Inward {
+    fn poll(&mut self) -> Result<Option<RecvComm>> {
+        match self {
+            Inward::Accept(accepting) => accepting.poll(),
+            Inward::Call(calling) => calling.poll(),
+        }
+    }
+}
+
+/// What the channels of one set-up share.
+struct On<'a> {
+    plugin: &'a Arc<Plugin>,
+    gpu: &'a Scope,
+    role: Role,
+    allowed: &'a AllowList,
+}
+
+impl On<'_> {
+    /// The handle to connect with, where the peer's may be dialled.
+    fn admit(&self, own: &Handle, peer: &Handle) -> Result<Handle> {
+        let how = self.plugin.traits.handle_check;
+        let admitted = handle::admit(how, own, peer)?;
+        match handle::addresses(how, &admitted).find(|address| !self.allowed.admits(address.ip())) {
+            Some(_) => bail!(Unreachable, "the address is not in UCCL_TCPX_ALLOW of this side"),
+            None => Ok(admitted),
+        }
+    }
+
+    fn dial(&self, dev: usize, own: &Handle, peer: &Handle, keys: Option<HalfKeys>) -> Result<Outward> {
+        Connecting::new(self.plugin, dev, self.gpu, self.admit(own, peer)?, keys).map(Outward::Dial)
+    }
+
+    fn call(&self, dev: usize, own: &Handle, peer: &Handle, keys: Option<HalfKeys>) -> Result<Inward> {
+        Calling::new(self.plugin, dev, self.gpu, self.admit(own, peer)?, keys).map(Inward::Call)
+    }
+
+    /// Both directions of a channel.
+    fn start(&self, listener: Listener, peer: &Handle, keys: Option<ChannelKeys>) -> (Result<Outward>, Result<Inward>) {
+        let (dev, own) = (listener.dev, listener.handle());
+        let (send, recv) = keys.map_or((None, None), |k| (Some(k.send), Some(k.recv)));
+        match (listener.comm, self.role) {
+            (Some(comm), Role::Listens) => match comm.both(send, recv) {
+                Ok((answering, accepting)) => (Ok(Outward::Answer(answering)), Ok(Inward::Accept(accepting))),
+                Err(e) => (Err(e.clone()), Err(e)),
+            },
+            (Some(comm), _) => (self.dial(dev, &own, peer, send), Accepting::new(comm, recv).map(Inward::Accept)),
+            (None, _) => (self.dial(dev, &own, peer, send), self.call(dev, &own, peer, recv)),
+        }
+    }
+}
+
 struct Channel {
     index: usize,
     nic: String,
     peer_nic: String,
+    role: Role,
+    /// Where the peer listens, and where this side does.
     address: Option<SocketAddr>,
-    send: Half<Connecting, SendComm>,
-    recv: Half<Accepting, RecvComm>,
+    own: Option<SocketAddr>,
+    send: Half<Outward, SendComm>,
+    recv: Half<Inward, RecvComm>,
+    /// What was missing when the peer gave it up.
+    lost: Option<String>,
     /// Its failure was reported.
     reported: bool,
 }
 
 impl Channel {
-    fn start(
-        index: usize,
-        plugin: &Arc<Plugin>,
-        gpu: &Scope,
-        listener: Listener,
-        offer: &Offer,
-        keys: Result<Option<ChannelKeys>>,
-    ) -> Channel {
-        let how = plugin.traits.handle_check;
-        let keys = keys.map(|keys| keys.map_or((None, None), |k| (Some(k.send), Some(k.recv))));
+    fn start(index: usize, on: &On<'_>, listener: Listener, offer: &Offer, keys: Result<Option<ChannelKeys>>) -> Channel {
+        let how = on.plugin.traits.handle_check;
+        let (nic, own) = (listener.nic.clone(), handle::address(how, &listener.handle()));
         let (send, recv) = match keys {
             Err(e) => (Half::Failed(e), Half::Gone),
-            Ok((for_send, for_recv)) => {
-                let connecting = handle::admit(how, &listener.comm.handle, &offer.handle)
-                    .and_then(|handle| Connecting::new(plugin, listener.dev, gpu, handle, for_send));
-                (Half::begun(connecting), Half::begun(Accepting::new(listener.comm, for_recv)))
+            Ok(keys) => {
+                let (send, recv) = on.start(listener, &offer.handle, keys);
+                (Half::begun(send), Half::begun(recv))
             }
         };
+        let peer_nic = printable(&offer.nic);
         Channel {
             index,
-            nic: listener.nic,
-            peer_nic: printable(&offer.nic),
+            nic,
+            peer_nic,
+            role: on.role,
             address: handle::address(how, &offer.handle),
+            own,
             send,
             recv,
+            lost: None,
             reported: false,
         }
     }
 
     fn poll(&mut self) {
-        self.send.step(Connecting::poll);
+        self.send.step(Outward::poll);
         if !matches!(self.send, Half::Failed(_)) {
-            self.recv.step(Accepting::poll);
+            self.recv.step(Inward::poll);
         }
     }
 
@@ -241,23 +371,39 @@ impl Channel {
         }
     }
 
+    /// What is done for data to the peer, and for data from it, in words.
+    fn doing(&self) -> (String, String) {
+        let dial = format!("connect to {}", self.target());
+        let wait = match self.own {
+            Some(own) => format!("wait at {own} for a connection from the peer's {}", self.peer_nic),
+            None => format!("wait for a connection from {}", self.target()),
+        };
+        match self.role {
+            Role::Both => (dial, wait),
+            Role::Dials => (dial.clone(), dial),
+            Role::Listens => (wait.clone(), wait),
+        }
+    }
+
     /// Why the channel is not up, with NIC, address and direction.
     fn cause(&self) -> Option<Error> {
         let name = format!("channel {} on {}", self.index, self.nic);
+        let (out, inward) = self.doing();
         match (&self.send, &self.recv) {
-            (Half::Failed(e), _) => Some(Error::new(e.kind(), format_args!("{name}: connect to {}: {e}", self.target()))),
-            (_, Half::Failed(e)) => Some(Error::new(e.kind(), format_args!("{name}: accept: {e}"))),
+            (Half::Failed(e), _) => Some(Error::new(e.kind(), format_args!("{name}: {out}, for data to the peer: {e}"))),
+            (_, Half::Failed(e)) => Some(Error::new(e.kind(), format_args!("{name}: {inward}, for data from the peer: {e}"))),
             _ => None,
         }
     }
 
     /// The directions that are still pending, in words.
     fn missing(&self) -> Option<String> {
-        let connect = format!("connect to {}", self.target());
+        let (out, inward) = self.doing();
         let what = match (self.send.pending(), self.recv.pending()) {
-            (true, true) => format!("{connect} and accept"),
-            (true, false) => connect,
-            (false, true) => format!("accept from {}", self.target()),
+            (true, true) if out == inward => format!("{out}, for both directions"),
+            (true, true) => format!("{out}, for data to the peer, and {inward}, for data from it"),
+            (true, false) => format!("{out}, for data to the peer"),
+            (false, true) => format!("{inward}, for data from the peer"),
             (false, false) => return None,
         };
         Some(format!("{}: {what}", self.nic))
@@ -337,7 +483,7 @@ impl Establishing {
         let mut pairs = Vec::new();
         for channel in self.channels.drain(..) {
             if let (Half::Up(send), Half::Up(recv)) = (channel.send, channel.recv) {
-                pairs.push(Pair { index: channel.index, send, recv, nic: channel.nic });
+                pairs.push(Pair { index: channel.index, send, recv, nic: channel.nic, peer_nic: channel.peer_nic });
             }
         }
         pairs
@@ -350,7 +496,8 @@ impl Establishing {
                 continue;
             }
             let waited = self.began.elapsed().as_secs_f32();
-            let cause = channel.cause().or_else(|| channel.missing().map(|m| err!(TimedOut, "{m}: nothing after {waited:.1} s")));
+            let missing = channel.missing().or_else(|| channel.lost.take());
+            let cause = channel.cause().or_else(|| missing.map(|m| err!(TimedOut, "{m}: nothing after {waited:.1} s")));
             if let Some(cause) = cause {
                 left_out(&channel.nic, &cause);
                 told.push(channel.nic.clone());
@@ -375,6 +522,7 @@ impl Establishing {
     pub(crate) fn peer_has(&mut self, theirs: &[usize]) {
         for channel in &mut self.channels {
             if !theirs.contains(&channel.index) {
+                channel.lost = channel.missing();
                 channel.give_up();
             }
         }
@@ -427,6 +575,18 @@ pub(crate) fn nics_for(plugin: &Plugin, devices: &[Device], gpu_pci_path: Option
     } else {
         topology::nearest(devices, gpu_pci_path)
     };
+    if plugin.traits.pci_nics {
+        let named = |i: &usize| devices[*i].pci_path.is_some();
+        if let Some(&without) = chosen.iter().find(|i| !named(i)) {
+            let nic = &devices[without].name;
+            NO_CARRIER.log(
+                log::Level::Warn,
+                Instant::now(),
+                format_args!("NIC {nic} is no PCI device and is left out: plugin {} cannot register memory for it", plugin.name),
+            );
+        }
+        chosen.retain(named);
+    }
     // Plugins of others list their devices once; the software plugin leaves such NICs out by itself.
     if !plugin.traits.devices_change {
         let all = chosen.len();

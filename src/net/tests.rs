@@ -3,9 +3,10 @@
 
 use super::comm::{ListenComm, RecvComm, SendComm};
 use super::plugin::Plugin;
-use super::setup::{agree, nics_for, Establishing, Listening, Offer, Pair};
+use super::setup::{agree, nics_for, Establishing, Listening, Offer, Pair, Role};
 use super::traits::{HandleCheck, Traits};
 use super::{reaper, Scope};
+use crate::addresses::AllowList;
 use crate::status::ErrorKind;
 use crate::types::Span;
 use nccl_net_abi::NCCL_PTR_CUDA;
@@ -133,13 +134,13 @@ fn foreign() -> Arc<Plugin> {
 
 fn open(plugin: &Arc<Plugin>, n: usize) -> Listening {
     let devices = plugin.current_devices().expect("devices");
-    Listening::open(plugin, &devices, &nics_for(plugin, &devices, None), n, Scope::None).expect("listen")
+    Listening::open(plugin, &devices, &nics_for(plugin, &devices, None), n, Scope::None, Role::Both).expect("listen")
 }
 
 /// Both sides of a set-up, polled until they are up.
 fn both(a: Listening, b: Listening) -> (Vec<Pair>, Vec<Pair>) {
     let (ours, theirs) = (a.offers(), b.offers());
-    let (mut a, mut b) = (a.establish(&theirs, None), b.establish(&ours, None));
+    let (mut a, mut b) = (a.establish(&theirs, None, &AllowList::default()), b.establish(&ours, None, &AllowList::default()));
     let (mut up_a, mut up_b) = (None, None);
     let until = Instant::now() + Duration::from_secs(20);
     while up_a.is_none() || up_b.is_none() {
@@ -271,7 +272,7 @@ fn peer_says_less(plugin: &Arc<Plugin>) {
     // The same while channels are still coming up.
     let (a, b) = (open(plugin, 4), open(plugin, 4));
     let (ours, theirs) = (a.offers(), b.offers());
-    let (mut a, mut b) = (a.establish(&theirs, None), b.establish(&ours, None));
+    let (mut a, mut b) = (a.establish(&theirs, None, &AllowList::default()), b.establish(&ours, None, &AllowList::default()));
     a.peer_has(&[3]);
     let (mut up_a, mut up_b) = (None, None);
     let until = Instant::now() + Duration::from_secs(10);
@@ -285,7 +286,7 @@ fn peer_says_less(plugin: &Arc<Plugin>) {
 
 fn nothing_in_common(plugin: &Arc<Plugin>) {
     let foreign: Vec<Offer> = open(plugin, 4).offers().into_iter().map(|o| Offer { nic: "eth3\n".into(), ..o }).collect();
-    let mut side = open(plugin, 4).establish(&foreign, None);
+    let mut side = open(plugin, 4).establish(&foreign, None, &AllowList::default());
     assert!(side.poll().expect("no error").expect("settled").is_empty());
     let reason = side.reason().expect("a reason");
     assert!(reason.contains("eth1, eth2") && reason.contains("eth3?"), "{reason}");
@@ -296,7 +297,7 @@ fn given_up(plugin: &Arc<Plugin>) {
     for millis in [0, 1, 5, 15, 25, 35, 60, 100] {
         let (a, b) = (open(plugin, 4), open(plugin, 4));
         let (ours, theirs) = (a.offers(), b.offers());
-        let (mut a, mut b) = (a.establish(&theirs, None), b.establish(&ours, None));
+        let (mut a, mut b) = (a.establish(&theirs, None, &AllowList::default()), b.establish(&ours, None, &AllowList::default()));
         let until = Instant::now() + Duration::from_millis(millis);
         loop {
             let up = (a.poll().expect("a"), b.poll().expect("b"));
@@ -312,7 +313,7 @@ fn given_up(plugin: &Arc<Plugin>) {
 
 fn never_begun(plugin: &Arc<Plugin>) {
     let a = open(plugin, 4);
-    drop(open(plugin, 4).establish(&a.offers(), None));
+    drop(open(plugin, 4).establish(&a.offers(), None, &AllowList::default()));
     drop(a);
     nothing_is_left();
     assert_eq!(counters().accepts_begun.load(Acquire), 0);
@@ -320,7 +321,7 @@ fn never_begun(plugin: &Arc<Plugin>) {
 
 fn the_peer_never_comes(plugin: &Arc<Plugin>) {
     let b = open(plugin, 4);
-    let mut a = open(plugin, 4).establish(&b.offers(), None);
+    let mut a = open(plugin, 4).establish(&b.offers(), None, &AllowList::default());
     drop(b);
     for _ in 0..50 {
         if a.poll().is_err() {
@@ -356,7 +357,7 @@ fn wild_handles(plugin: &Arc<Plugin>) {
         wild(&|h| h[76] = 1),
         wild(&|h| h[127] = 1),
     ] {
-        let mut side = open(plugin, 2).establish(&offers, None);
+        let mut side = open(plugin, 2).establish(&offers, None, &AllowList::default());
         let error = loop {
             match side.poll() {
                 Ok(None) => {}

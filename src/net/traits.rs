@@ -46,10 +46,14 @@ pub struct Traits {
     pub lingers: bool,
     /// Only equal NIC names can reach each other, and a GPU uses the NICs nearest to it.
     pub paired_nics: bool,
+    /// A NIC without a PCI path makes a registration crash.
+    pub pci_nics: bool,
     /// The devices may change from one set-up to the next.
     pub devices_change: bool,
     /// Channels prove a key of the session that set them up, and their messages can be guarded.
     pub secured: bool,
+    /// One side can dial the connections of both directions.
+    pub dials_both: bool,
     /// How a peer's handle is checked.
     pub handle_check: HandleCheck,
 }
@@ -75,8 +79,12 @@ impl Traits {
             small_messages: !soft,
             lingers: !soft,
             paired_nics: !soft && tcpx,
+            pci_nics: !soft && tcpx,
             devices_change: soft,
             secured: ext.is_some_and(|e| e.key_listen.is_some() && e.key_connect.is_some() && e.protect.is_some()),
+            dials_both: ext.is_some_and(|e| {
+                e.listen_both.is_some() && e.accept_send.is_some() && e.connect_recv.is_some() && e.ready.is_some()
+            }),
             handle_check: match (soft, tcpx) {
                 (true, _) => HandleCheck::Own,
                 (false, true) => HandleCheck::Tcpx,

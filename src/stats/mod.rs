@@ -120,6 +120,8 @@ pub struct ChannelStats {
     pub unpack_us: u64,
     /// It runs far below the others.
     pub slow: bool,
+    /// Its NIC is so slow that it is hardly used.
+    pub avoided: bool,
     /// What the kernel knows. Filled only when statistics are read.
     pub network: Option<Network>,
 }

@@ -1,8 +1,9 @@
 //! The two ends of a control stream as bytes in memory: frames that wait to leave, and bytes that have arrived and are not yet
-//! decoded. Pure; sockets and sealing are `control`'s business.
+//! decoded. Pure; sockets and sealing are `control`'s business, but for the room that a record needs in front of what it seals.
 
 use super::envelope::HEADER_BYTES;
 use super::frame::{self, Frame};
+use super::session::RECORD_HEADER;
 use crate::status::Result;
 use std::collections::VecDeque;
 
@@ -10,7 +11,6 @@ use std::collections::VecDeque;
 const BLOCK: usize = 32 << 10;
 /// A buffer that grew beyond this is given back once it is empty.
 const KEEP_BYTES: usize = 1 << 20;
-const READ_STEP: usize = 64 << 10;
 
 /// Frames that wait to leave, in order, in blocks: no byte is moved twice however long the queue is.
 #[derive(Default)]
@@ -24,10 +24,30 @@ pub(crate) struct TxQueue {
     spare: Vec<u8>,
 }
 
+/// Whole frames, behind the room for a record's header: a block that fits into one record is sealed where it lies.
 #[derive(Default)]
-struct Block {
-    frames: Vec<u8>,
+pub(crate) struct Block {
+    bytes: Vec<u8>,
     answers: usize,
+}
+
+impl Block {
+    /// Over the memory of `bytes`.
+    fn new(mut bytes: Vec<u8>) -> Block {
+        bytes.clear();
+        bytes.resize(RECORD_HEADER, 0);
+        Block { bytes, answers: 0 }
+    }
+
+    /// The frames.
+    pub(crate) fn frames(&self) -> &[u8] {
+        self.bytes.get(RECORD_HEADER..).unwrap_or_default()
+    }
+
+    /// Room of [`RECORD_HEADER`] bytes, and the frames.
+    pub(crate) fn into_bytes(self) -> Vec<u8> {
+        self.bytes
+    }
 }
 
 impl TxQueue {
@@ -43,13 +63,13 @@ impl TxQueue {
 
     /// Appends a frame.
     pub(crate) fn push(&mut self, frame: &Frame<'_>) {
-        if self.blocks.back().is_none_or(|block| block.frames.len() >= BLOCK) {
-            self.blocks.push_back(Block { frames: std::mem::take(&mut self.spare), answers: 0 });
+        if self.blocks.back().is_none_or(|block| block.bytes.len() >= BLOCK) {
+            self.blocks.push_back(Block::new(std::mem::take(&mut self.spare)));
         }
         if let Some(block) = self.blocks.back_mut() {
-            let before = block.frames.len();
-            frame::encode(frame, &mut block.frames);
-            let len = block.frames.len() - before;
+            let before = block.bytes.len();
+            frame::encode(frame, &mut block.bytes);
+            let len = block.bytes.len() - before;
             self.bytes += len;
             if self.answering {
                 block.answers += len;
@@ -64,18 +84,17 @@ impl TxQueue {
     }
 
     /// Takes the oldest block of whole frames.
-    pub(crate) fn take(&mut self) -> Option<Vec<u8>> {
-        let Block { frames, answers } = self.blocks.pop_front()?;
-        self.bytes -= frames.len();
-        self.answers -= answers;
-        Some(frames)
+    pub(crate) fn take(&mut self) -> Option<Block> {
+        let block = self.blocks.pop_front()?;
+        self.bytes -= block.frames().len();
+        self.answers -= block.answers;
+        Some(block)
     }
 
     /// Gives a block's memory back.
-    pub(crate) fn recycle(&mut self, mut block: Vec<u8>) {
-        if block.capacity() <= KEEP_BYTES {
-            block.clear();
-            self.spare = block;
+    pub(crate) fn recycle(&mut self, bytes: Vec<u8>) {
+        if (self.spare.capacity() + 1..=KEEP_BYTES).contains(&bytes.capacity()) {
+            self.spare = bytes;
         }
     }
 }
@@ -84,7 +103,7 @@ impl TxQueue {
 #[derive(Default)]
 pub(crate) struct RxBuffer {
     bytes: Vec<u8>,
-    filled: usize,
+    /// Bytes at the front that have been handled.
     consumed: usize,
     need: usize,
 }
@@ -92,10 +111,10 @@ pub(crate) struct RxBuffer {
 impl RxBuffer {
     /// The next whole frame's bytes as a decoded frame, if there is one. The caller consumes it with [`RxBuffer::consume`].
     pub(crate) fn next(&mut self) -> Result<Option<(Frame<'_>, usize)>> {
-        if self.filled - self.consumed < self.need.max(HEADER_BYTES) {
+        if self.bytes.len() - self.consumed < self.need.max(HEADER_BYTES) {
             return Ok(None);
         }
-        match frame::decode(&self.bytes[self.consumed..self.filled])? {
+        match frame::decode(&self.bytes[self.consumed..])? {
             frame::Decoded::Frame(frame, len) => Ok(Some((frame, len))),
             frame::Decoded::Need(need) => {
                 self.need = need;
@@ -108,10 +127,10 @@ impl RxBuffer {
     pub(crate) fn consume(&mut self, len: usize) {
         self.consumed += len;
         self.need = 0;
-        if self.consumed == self.filled {
+        if self.consumed == self.bytes.len() {
             self.consumed = 0;
-            self.filled = 0;
-            if self.bytes.len() > KEEP_BYTES {
+            self.bytes.clear();
+            if self.bytes.capacity() > KEEP_BYTES {
                 self.bytes = Vec::new();
             }
         }
@@ -122,29 +141,14 @@ impl RxBuffer {
         self.need
     }
 
-    /// Room for more: grows by what has arrived, so that an announced length alone costs no memory.
-    fn room(&mut self) -> &mut [u8] {
+    /// Appends bytes. The memory grows by what has arrived, so that neither an announced length nor a connection that says little
+    /// costs any.
+    pub(crate) fn extend(&mut self, bytes: &[u8]) {
         if self.consumed > 0 {
-            self.bytes.copy_within(self.consumed..self.filled, 0);
-            self.filled -= self.consumed;
+            self.bytes.drain(..self.consumed);
             self.consumed = 0;
         }
-        let want = (self.filled * 2).clamp(READ_STEP, self.need.max(READ_STEP)).max(self.filled + READ_STEP);
-        if self.bytes.len() < want {
-            self.bytes.resize(want, 0);
-        }
-        &mut self.bytes[self.filled..]
-    }
-
-    /// Appends bytes.
-    pub(crate) fn extend(&mut self, mut bytes: &[u8]) {
-        while !bytes.is_empty() {
-            let room = self.room();
-            let n = room.len().min(bytes.len());
-            room[..n].copy_from_slice(&bytes[..n]);
-            self.filled += n;
-            bytes = &bytes[n..];
-        }
+        self.bytes.extend_from_slice(bytes);
     }
 }
 
@@ -152,6 +156,21 @@ impl RxBuffer {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_heartbeat_costs_no_more_memory_than_it_has_bytes() {
+        let (mut tx, mut rx) = (TxQueue::default(), RxBuffer::default());
+        for received in 0..100 {
+            tx.push(&Frame::Ping { received, chunks: 0 });
+            let block = tx.take().unwrap();
+            rx.extend(block.frames());
+            tx.recycle(block.into_bytes());
+            let len =
+                rx.next().unwrap().map(|(frame, len)| (assert_eq!(frame, Frame::Ping { received, chunks: 0 }), len)).unwrap().1;
+            rx.consume(len);
+        }
+        assert!(rx.bytes.capacity() + tx.spare.capacity() < 256, "{} and {}", rx.bytes.capacity(), tx.spare.capacity());
+    }
 
     proptest! {
         /// Whatever the sizes and however the bytes are cut on their way, the same frames come out in order, and nothing is left.
@@ -166,8 +185,8 @@ mod tests {
                 queued = tx.pending();
             }
             while let Some(block) = tx.take() {
-                wire.extend_from_slice(&block);
-                tx.recycle(block);
+                wire.extend_from_slice(block.frames());
+                tx.recycle(block.into_bytes());
             }
             prop_assert_eq!((tx.pending(), wire.len()), (0, queued));
             let mut got = 0;
@@ -179,7 +198,7 @@ mod tests {
                     got += 1;
                 }
             }
-            prop_assert_eq!((got, rx.filled, rx.consumed), (bodies.len(), 0, 0));
+            prop_assert_eq!((got, rx.bytes.len(), rx.consumed), (bodies.len(), 0, 0));
         }
     }
 }

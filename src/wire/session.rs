@@ -131,6 +131,35 @@ impl Sealer {
         Ok(())
     }
 
+    /// Seals a record where its plain bytes lie, behind [`RECORD_HEADER`] bytes of room. There must be 1 to [`MAX_PLAIN`] of them.
+    ///
+    /// # Errors
+    /// As [`Sealer::seal`]; `record` is then empty.
+    pub(crate) fn seal_in_place(&mut self, record: &mut Vec<u8>) -> Result<()> {
+        let sealed = self.try_seal_in_place(record);
+        if sealed.is_err() {
+            // No plain byte may leave.
+            record.clear();
+        }
+        sealed
+    }
+
+    fn try_seal_in_place(&mut self, record: &mut Vec<u8>) -> Result<()> {
+        let Some((header, plain)) = record.split_first_chunk_mut::<RECORD_HEADER>() else {
+            bail!(Internal, "a record without room")
+        };
+        if plain.is_empty() || plain.len() > MAX_PLAIN {
+            bail!(Internal, "a record of {} bytes", plain.len());
+        }
+        *header = (plain.len() as u16).to_le_bytes();
+        let nonce = self.0.nonce()?;
+        match self.0.key.seal_in_place_separate_tag(nonce, Aad::from(*header), plain) {
+            Ok(tag) => record.extend_from_slice(tag.as_ref()),
+            Err(_) => bail!(Internal, "{} bytes could not be sealed", plain.len()),
+        }
+        Ok(())
+    }
+
     /// Bytes that `plain` bytes become.
     pub(crate) fn sealed_len(plain: usize) -> usize {
         plain + plain.div_ceil(MAX_PLAIN) * RECORD_OVERHEAD
@@ -289,6 +318,23 @@ mod tests {
             let (mut a, _) = pair();
             let opened = !matches!(a.opener.open_within(&mut bytes, at), Err(_) | Ok(Opened::Need(_)));
             prop_assert!(!opened);
+        }
+    }
+
+    #[test]
+    fn a_record_sealed_where_it_lies_is_the_same_record() {
+        for len in [1, 100, MAX_PLAIN] {
+            let ((mut a, mut b), plain) = (pair(), vec![7; len]);
+            let mut record = [&[0; RECORD_HEADER], &plain[..]].concat();
+            a.sealer.seal_in_place(&mut record).unwrap();
+            assert_eq!(record, sealed(&mut pair().0, &plain));
+            assert_eq!(b.open(&mut record), Ok(Opened::Record { plain: len, consumed: len + RECORD_OVERHEAD }));
+            assert!(record.starts_with(&plain));
+        }
+        let (mut a, _) = pair();
+        for len in [0, 1, RECORD_HEADER, RECORD_HEADER + MAX_PLAIN + 1] {
+            let mut record = vec![7; len];
+            assert!(a.sealer.seal_in_place(&mut record).is_err() && record.is_empty(), "{len} bytes of room and plain bytes");
         }
     }
 

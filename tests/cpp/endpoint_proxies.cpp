@@ -50,10 +50,9 @@ class Engine {
   explicit Engine(Endpoint& endpoint) : endpoint_(endpoint) {
     send_ = std::thread([this] { proxy(writes_, false); });
     recv_ = std::thread([this] { proxy(reads_, true); });
-    // The third one watches events of the GPU: it does nothing here but spin.
+    // The third one watches events of the GPU, of which there are none here.
     third_ = std::thread([this] {
-      while (!stop_.load(std::memory_order_acquire)) {
-      }
+      while (!stop_.load(std::memory_order_acquire)) endpoint_.idle_routine();
     });
   }
   ~Engine() {
@@ -96,7 +95,11 @@ class Engine {
     while (!stop_.load(std::memory_order_acquire)) {
       auto const task = take(ring);
       if (task == nullptr) {
-        if (receives) endpoint_.recv_routine();
+        if (receives) {
+          endpoint_.recv_routine();
+        } else {
+          endpoint_.idle_routine();
+        }
         continue;
       }
       bool ok = false;
@@ -216,14 +219,35 @@ long pauses() {
   return use.ru_nvcsw;
 }
 
-/* A thread that does nothing but recv_routine sleeps between its calls; one that checks requests in between does not. */
-void check_that_recv_routine_gives_way(Endpoint& endpoint) {
+/* How often a thread gets through a call in half a second. */
+template <typename Call>
+long rounds(Call const& call) {
+  auto const start = Clock::now();
+  long count = 0;
+  for (; Clock::now() - start < std::chrono::milliseconds(500); ++count) call();
+  return count;
+}
+
+/* A thread that waits for a request sleeps meanwhile, however often it asks; `request` runs and does not end. */
+void check_that_waiting_sleeps(Endpoint& endpoint, UcclRequest const& request) {
   std::thread([&] {
-    long const before = pauses();
-    auto const start = Clock::now();
-    while (Clock::now() - start < std::chrono::milliseconds(500)) endpoint.recv_routine();
-    CHECK(pauses() - before > 100);
+    long const asked = rounds([&] {
+      endpoint.recv_routine();
+      CHECK(!endpoint.check_send_complete_once(request.peer_id, request.engine_idx));
+    });
+    CHECK(asked < 5000);
   }).join();
+}
+
+/* A thread that does nothing but recv_routine, or idle_routine, sleeps between its calls; one that finds requests ended in between does not. */
+void check_that_idle_threads_give_way(Endpoint& endpoint) {
+  for (bool const receives : {true, false}) {
+    std::thread([&] {
+      long const before = pauses();
+      static_cast<void>(rounds([&] { receives ? endpoint.recv_routine() : endpoint.idle_routine(); }));
+      CHECK(pauses() - before > 100);
+    }).join();
+  }
   std::thread([&] {
     long const before = pauses();
     for (int i = 0; i < 20000; ++i) {
@@ -244,7 +268,7 @@ int main(int argc, char** argv) {
   std::vector<char> memory(2 * kSize, 'm');
   Region region;
   CHECK(endpoint.uccl_regmr(memory.data(), memory.size(), region) == 0);
-  check_that_recv_routine_gives_way(endpoint);
+  check_that_idle_threads_give_way(endpoint);
   char* const out = memory.data();
   char* const in = memory.data() + kSize;
   {
@@ -318,6 +342,7 @@ int main(int argc, char** argv) {
   UcclRequest running{};
   CHECK(endpoint.uccl_recv_async(conn, region, in, 64, &running) >= 0);
   CHECK(endpoint.request_status(running.engine_idx) == 1);
+  check_that_waiting_sleeps(endpoint, running);
   endpoint.disconnect(conn.peer_id);
   CHECK(wait(running) == -5 && wait(good) == 0);
   kill_peer(peer);

@@ -4,10 +4,11 @@
 #   NIXL_VERSION=1.5.1   version of the wheels        NIXL_CUDA=12   12 or 13: which nixl-cuNN wheel
 #   NIXL_TEST=test_nixl_tcpx.py                       the test program
 #   NIXL_JOBS=1          cases that run side by side
+#   NIXL_INSTALL_ONLY=1  the wheels, and no test
 #   NIXL_PYTHON=python3  an interpreter that has the wheels (and torch) already; nothing is installed then
 set -euo pipefail
 
-[ $# -ge 2 ] || { sed -n '2,7p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,8p' "$0"; exit 2; }
 libdir=$(cd "$1" && pwd)
 plugindir=$(cd "$2" && pwd)
 shift 2
@@ -40,6 +41,7 @@ if [ -z "$interpreter" ]; then
     fi
     interpreter=$venv/bin/python
 fi
+[ -z "${NIXL_INSTALL_ONLY:-}" ] || exit 0
 
 # The plugin asks for the library by its SONAME, which the build directory of cargo does not have as a file.
 scratch=$(mktemp -d)

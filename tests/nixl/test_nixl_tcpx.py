@@ -380,6 +380,46 @@ def cost_is_estimated_from_experience():
     there.close()
 
 
+def metrics(path):
+    """The engine's statistics as it offers them to Prometheus, summed over what they are told apart by."""
+    sums = {}
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if not line.startswith("#"):
+                name, value = line.rsplit(" ", 1)
+                name = name.split("{")[0]
+                sums[name] = sums.get(name, 0) + float(value)
+    return sums
+
+
+@case(UCCL_TCPX_METRICS="/tmp/nixl-tcpx-metrics-%p")
+def telemetry_of_nixl_beside_the_engines_own():
+    here, there, remote = pair(4 * MIB, mine_seed=1, config={"capture_telemetry": True})
+    path, moved = f"/tmp/nixl-tcpx-metrics-{os.getpid()}", 0
+    try:
+        for size in (100, 4096, 70_000, 4 * MIB):
+            handle = here.prepare("WRITE", here.local("data", [(0, size)]), at(remote, [(0, size)]), "there")
+            state = here.post(handle)
+            check_equal(here.finish(handle) if state == "PROC" else state, "DONE", f"write of {size} bytes")
+            if hasattr(here.agent, "get_xfer_telemetry"):
+                told = here.agent.get_xfer_telemetry(handle)
+                check_equal(told.totalBytes, size, "bytes that NIXL's telemetry tells")
+                check(told.xferDuration > 0, f"duration that NIXL's telemetry tells: {told.xferDuration}")
+            handle.release()
+            moved += size
+        deadline = time.monotonic() + 20
+        while True:
+            sums = metrics(path) if os.path.exists(path) else {}
+            sent = sums.get("uccl_tcpx_sent_bytes_total", 0) + sums.get("uccl_tcpx_inline_sent_bytes_total", 0)
+            if sent >= moved or time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        check(moved <= sent < 2 * moved, f"the engine has sent {sent:.0f} bytes of {moved}; it tells {sorted(sums)}")
+    finally:
+        if os.path.exists(path):
+            os.remove(path)
+
+
 @case()
 def deregistered_memory_is_refused():
     here, there, remote = pair(MIB, 1, 2)

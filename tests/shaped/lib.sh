@@ -78,7 +78,7 @@ export UCCL_P2P_LOG_LEVEL=warn # read here, whatever level the caller of the tes
 
 serve() { # starts tcpx-perf's server on host b; sets address
   : >"$scratch/server"
-  ip netns exec $b "$perf" server >"$scratch/server" 2>&1 &
+  ip netns exec $b "$perf" server >>"$scratch/server" 2>&1 &
   server=$!
   address=
   for _ in $(seq 100); do
@@ -91,8 +91,8 @@ serve() { # starts tcpx-perf's server on host b; sets address
   exit 1
 }
 
-# GB/s of the row that tcpx-perf wrote last
-gbytes() { sed -n 's/.*"gbytes_per_s": \([0-9.]*\).*/\1/p' "$scratch/row.json"; }
+# GB/s of the row that tcpx-perf wrote last: of its median iteration, or in the field that $rate_by names
+gbytes() { sed -n "s/.*\"${rate_by:-gbytes_per_s}\": \([0-9.]*\).*/\1/p" "$scratch/row.json"; }
 
 # judge OP PERCENT MBIT PAYLOAD FRAME [tcpx-perf options]: measures, and compares with MBIT of which PAYLOAD of FRAME bytes are payload
 judge() {

@@ -63,6 +63,15 @@ pub struct Host {
 /// Official values.
 const CHUNK: &str = "524288";
 const MANAGER: &str = "/run/tcpx";
+/// Where the plugin looks for the manager when nobody says.
+const PLUGINS_MANAGER: &str = "/tmp";
+/// Longest folder of the manager's sockets: the plugin copies their paths unchecked into 108 bytes.
+const LONGEST_FOLDER: usize = 76;
+/// Data sockets of a comm, and ranges of processors of a NIC, that the plugin has room for.
+const MAX_SOCKETS: i64 = 8;
+const MAX_RANGES: usize = 8;
+/// Option memory of a socket, in which zero-copy sends are accounted.
+const OPTMEM: u64 = 128 << 10;
 const STEERING_US: u64 = 50_000;
 /// Smallest MTU and socket buffers that keep up with a data NIC.
 const MTU: u64 = 8000;
@@ -88,6 +97,17 @@ impl Host {
         names
     }
 
+    /// A number as the plugin reads it: decimal, hexadecimal with 0x, octal with 0; what it cannot read in full is no number here.
+    fn number(&self, name: &str) -> Option<Result<i64, &str>> {
+        let text = self.var(name)?;
+        let parsed = match (text.strip_prefix("0x"), text.strip_prefix('0')) {
+            (Some(hex), _) => i64::from_str_radix(hex, 16),
+            (None, Some(octal)) if !octal.is_empty() => i64::from_str_radix(octal, 8),
+            _ => text.parse(),
+        };
+        Some(parsed.map_err(|_| text))
+    }
+
     /// NICs that a list of names or prefixes chooses ('=' exact, '^' all but).
     fn nics(&self, list: &str) -> Vec<String> {
         let (exact, but) = (list.starts_with('='), list.starts_with('^'));
@@ -111,6 +131,8 @@ impl Host {
 pub fn examine(host: &Host) -> Vec<Check> {
     let mut all = vec![plugin(host), chunk_size(host)];
     all.extend(settings(host));
+    all.extend(stray_settings(host));
+    all.push(sockets(host));
     all.push(manager(host));
     all.push(pairing(host));
     all.extend(flow_steering(host));
@@ -137,15 +159,51 @@ fn chunk_size(host: &Host) -> Check {
     const NAME: &str = "NCCL_DYNAMIC_CHUNK_SIZE";
     match host.var(NAME) {
         None => ok(NAME, format!("unset; the library sets {CHUNK} before it loads the plugin")),
-        Some(value) if value.parse::<u64>() == Ok(524_288) => ok(NAME, value),
-        Some(value) if value.parse::<u64>().is_ok_and(|n| (4096..=524_288).contains(&n)) => {
-            advice(NAME, value, format!("the official value is {CHUNK}; smaller messages cost more"))
+        Some(value) => match host.number(NAME) {
+            Some(Ok(0)) => ok(NAME, format!("0; the library sets {CHUNK} before it loads the plugin")),
+            Some(Ok(524_288)) => ok(NAME, value),
+            Some(Ok(4096..=524_288)) => advice(NAME, value, format!("the official value is {CHUNK}; smaller messages cost more")),
+            Some(Ok(524_289..)) => {
+                advice(NAME, value, format!("the official value is {CHUNK}; the library sends no larger messages"))
+            }
+            _ => missing(NAME, value, format!("set {CHUNK}, in digits: the plugin knows no suffixes")),
+        },
+    }
+}
+
+/// Settings with which the plugin does not start, crashes, or waits for ever.
+fn stray_settings(host: &Host) -> Vec<Check> {
+    type Harmful = (&'static str, fn(i64) -> bool, &'static str);
+    let harmful: [Harmful; 5] = [
+        ("NCCL_GPUDIRECTTCPX_SOCKET_ENABLE", |n| n == 0, "unset it: the plugin does not start with 0"),
+        ("NCCL_GPUDIRECTTCPX_FLOW_STEERING_STRATEGY", |n| n >= 0 && n != 3, "unset it: the plugin has no other strategy than 3"),
+        ("NCCL_USE_DMA_BUF", |n| n == 0, "unset it: the plugin registers no memory without DMA-BUF"),
+        ("NCCL_INLINE_THRESHOLD", |n| n != 0, "unset it: the plugin would read memory of a GPU on the CPU"),
+        ("NCCL_GPUDIRECTTCPX_RECV_SYNC", |n| n == 1, "unset it on both hosts: with differing values nothing arrives"),
+    ];
+    let found = |(name, bad, todo): &Harmful| match host.number(name) {
+        Some(Ok(n)) if bad(n) => Some(missing(name, n.to_string(), *todo)),
+        Some(Err(text)) => Some(missing(name, text, "a number is expected; unset it")),
+        _ => None,
+    };
+    harmful.iter().filter_map(found).collect()
+}
+
+/// Sockets and threads of a comm: both sides must have the same.
+fn sockets(host: &Host) -> Check {
+    const NAME: &str = "NCCL_NSOCKS_PERTHREAD x NCCL_SOCKET_NTHREADS";
+    let value = |name| host.number(name).map_or(Ok(1), |n| n.map_err(str::to_owned));
+    let todo = "set NCCL_NSOCKS_PERTHREAD=2 and NCCL_SOCKET_NTHREADS=1, on both hosts alike";
+    match (value("NCCL_NSOCKS_PERTHREAD"), value("NCCL_SOCKET_NTHREADS")) {
+        (Ok(sockets), Ok(threads)) if sockets >= 1 && threads >= 1 && sockets.saturating_mul(threads) <= MAX_SOCKETS => {
+            let found = format!("{sockets} x {threads}");
+            if (sockets, threads) == (1, 1) {
+                return advice(NAME, found, format!("{todo}: one flow of a NIC is slower than two"));
+            }
+            ok(NAME, found)
         }
-        Some(value) => missing(
-            NAME,
-            value,
-            format!("set {CHUNK}, in digits: the plugin knows no suffixes, and larger messages may end the process"),
-        ),
+        (Ok(sockets), Ok(threads)) => missing(NAME, format!("{sockets} x {threads}: more than {MAX_SOCKETS}, or none"), todo),
+        (Err(text), _) | (_, Err(text)) => missing(NAME, text, todo),
     }
 }
 
@@ -163,10 +221,11 @@ fn settings(host: &Host) -> Vec<Check> {
     const CONTROL: &str = "NCCL_GPUDIRECTTCPX_CTRL_DEV";
     all.push(match host.var(CONTROL) {
         None => missing(CONTROL, "unset", "name the control NIC, eth0 on A3"),
-        Some(nic) if host.nics(&format!("={nic}")).is_empty() => {
+        // The plugin takes it for a list of beginnings, as it does with the data NICs.
+        Some(nic) if host.nics(nic).is_empty() => {
             missing(CONTROL, format!("{nic}: no NIC of this host"), "name the control NIC, eth0 on A3")
         }
-        Some(nic) if nics.iter().any(|data| data == nic) => {
+        Some(nic) if host.nics(nic).iter().any(|control| nics.contains(control)) => {
             missing(CONTROL, format!("{nic} is a data NIC"), "the control NIC carries no data: take the first one, eth0 on A3")
         }
         Some(nic) => ok(CONTROL, nic),
@@ -178,7 +237,7 @@ fn settings(host: &Host) -> Vec<Check> {
                 Some(part) => missing(
                     name,
                     format!("{value}: cannot understand '{part}'"),
-                    "write NIC:FIRST-LAST for each data NIC, separated by semicolons",
+                    "write NIC:FIRST-LAST,FIRST-LAST for each data NIC, separated by semicolons; a single processor is 8-8",
                 ),
                 None => ok(name, value),
             },
@@ -189,43 +248,63 @@ fn settings(host: &Host) -> Vec<Check> {
 
 /// The first part of NIC:CORES;NIC:CORES that is none.
 fn bad_binding(value: &str, nics: &[String]) -> Option<String> {
-    let cores = |text: &str| text.split(',').all(|range| range.split('-').all(|n| n.trim().parse::<u32>().is_ok()));
+    let number = |n: &str| n.parse::<u32>().ok();
+    let range = |text: &str| text.split_once('-').is_some_and(|(a, b)| number(a).zip(number(b)).is_some_and(|(a, b)| a <= b));
+    let cores = |text: &str| text.split(',').count() <= MAX_RANGES && text.split(',').all(range);
     let fine = |part: &&str| {
         part.split_once(':').is_some_and(|(nic, list)| (nics.is_empty() || nics.iter().any(|n| n == nic)) && cores(list))
     };
     value.split(';').map(str::trim).filter(|part| !part.is_empty()).find(|part| !fine(part)).map(str::to_owned)
 }
 
-/// The receive manager's sockets: get_gpu_fd_* for each GPU, and each must take a connection.
+/// The receive manager's sockets: two for each GPU, and two for flow rules. Each must take a connection.
 fn manager(host: &Host) -> Check {
     const NAME: &str = "receive manager";
-    let folder = host.var("NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX").unwrap_or(MANAGER);
+    const PREFIX: &str = "NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX";
+    let folder = host.var(PREFIX).unwrap_or(PLUGINS_MANAGER).trim_end_matches('/');
     let start = "start Google's receive-datapath-manager (tcpgpudmarxd) on this host, and let this process see its folder (a volume in Kubernetes)";
-    let sockets: Vec<String> = host.names(folder).into_iter().filter(|n| n.starts_with("get_gpu_fd_")).collect();
-    if sockets.is_empty() {
+    if folder.len() > LONGEST_FOLDER {
         return missing(
             NAME,
-            format!("no sockets get_gpu_fd_* in {folder}"),
-            format!("{start}; NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX names the folder"),
+            format!("{PREFIX} has {} characters", folder.len()),
+            format!("{LONGEST_FOLDER} at most: {MANAGER} is usual"),
         );
     }
-    let silent: Vec<&String> = sockets.iter().filter(|s| UnixStream::connect(host.path(folder).join(s)).is_err()).collect();
-    if !silent.is_empty() {
-        let names: Vec<&str> = silent.iter().map(|s| s.as_str()).collect();
+    let of_gpus = |folder: &str| host.names(folder).into_iter().filter(|n| n.starts_with("get_gpu_fd_")).count();
+    if of_gpus(folder) == 0 {
+        let todo = match host.var(PREFIX) {
+            None if of_gpus(MANAGER) > 0 => format!("set {PREFIX}={MANAGER}, where the manager's sockets are"),
+            _ => format!("{start}; {PREFIX} names the folder"),
+        };
+        let unset = if host.var(PREFIX).is_none() { " (the plugin's own choice)" } else { "" };
+        return missing(NAME, format!("no sockets get_gpu_fd_* in {folder}{unset}"), todo);
+    }
+    let gpus = host.gpus.iter().map(|gpu| gpu.to_lowercase());
+    let mut expected: Vec<String> =
+        gpus.flat_map(|gpu| [format!("get_gpu_fd_{gpu}"), format!("get_gpu_metadata_{gpu}")]).collect();
+    expected.extend(["rx_rule_manager", "rx_rule_uninstall"].map(str::to_owned));
+    if host.number("NCCL_GPUDIRECTTCPX_REPORT_LIFECYCLE") == Some(Ok(1)) {
+        expected.push("rxdm_application_registry".to_owned());
+    }
+    let there = host.names(folder);
+    let absent: Vec<&str> = expected.iter().map(String::as_str).filter(|name| !there.iter().any(|t| t == name)).collect();
+    if !absent.is_empty() {
         return missing(
             NAME,
-            format!("nobody answers at {} in {folder}", names.join(", ")),
+            format!("no sockets {} in {folder}", absent.join(", ")),
+            "the manager must serve every GPU and the flow rules: look at its --gpu_nic_preset, its version and its log",
+        );
+    }
+    let silent: Vec<&str> =
+        expected.iter().filter(|s| UnixStream::connect(host.path(folder).join(s)).is_err()).map(String::as_str).collect();
+    if !silent.is_empty() {
+        return missing(
+            NAME,
+            format!("nobody answers at {} in {folder}", silent.join(", ")),
             format!("{start}; these sockets are left over, or belong to another user"),
         );
     }
-    if sockets.len() < host.gpus.len() {
-        return missing(
-            NAME,
-            format!("{} sockets in {folder} for {} GPUs", sockets.len(), host.gpus.len()),
-            "the manager must serve every GPU: look at its --gpu_nic_preset and its log",
-        );
-    }
-    ok(NAME, format!("{} sockets in {folder} answer", sockets.len()))
+    ok(NAME, format!("{} sockets in {folder} answer", expected.len()))
 }
 
 /// Which data NICs share a PCIe switch with each GPU.
@@ -233,6 +312,27 @@ fn pairing(host: &Host) -> Check {
     const NAME: &str = "NICs beside GPUs";
     if host.gpus.is_empty() {
         return missing(NAME, "no GPU", "load the NVIDIA driver, and give the container its GPUs");
+    }
+    let devices = host.data_nics();
+    let virtual_ones: Vec<&str> =
+        devices.iter().filter(|nic| !host.path("/sys/class/net").join(nic).join("device").exists()).map(String::as_str).collect();
+    if !virtual_ones.is_empty() {
+        return missing(
+            NAME,
+            format!("{} are no PCI devices", virtual_ones.join(", ")),
+            "the plugin registers memory for the PCI device of a NIC: name gVNIC NICs in NCCL_GPUDIRECTTCPX_SOCKET_IFNAME",
+        );
+    }
+    // The plugin knows nodes 0 and 1, and crashes at the start without the file of the one it takes.
+    let node =
+        |nic: &String| host.read(&format!("/sys/class/net/{nic}/device/numa_node")).map(|n| usize::from(!n.starts_with('0')));
+    let lost = |n: &usize| !host.path(&format!("/sys/devices/system/node/node{n}/cpulist")).exists();
+    if let Some(n) = devices.iter().filter_map(node).find(lost) {
+        return missing(
+            NAME,
+            format!("a data NIC on NUMA node {n}, which this machine lacks"),
+            "the plugin cannot start here: take an A3 machine",
+        );
     }
     let nics: Vec<(String, Vec<String>)> = host
         .data_nics()
@@ -266,11 +366,9 @@ fn pairing(host: &Host) -> Check {
 fn flow_steering(host: &Host) -> Vec<Check> {
     const WAIT: &str = "NCCL_GPUDIRECTTCPX_PROGRAM_FLOW_STEERING_WAIT_MICROS";
     let wait = match host.var(WAIT).map(str::parse::<u64>) {
-        None => advice(WAIT, "unset: each socket waits for 5 s", format!("set {STEERING_US}")),
+        None | Some(Ok(0)) => advice(WAIT, "unset or 0: each accept waits for 5 s", format!("set {STEERING_US}")),
         Some(Ok(us)) if us <= 1_000_000 => ok(WAIT, us.to_string()),
-        Some(Ok(us)) => {
-            advice(WAIT, us.to_string(), format!("set {STEERING_US}: the set-up of a connection waits for it with each socket"))
-        }
+        Some(Ok(us)) => advice(WAIT, us.to_string(), format!("set {STEERING_US}: each accept of a channel waits so long")),
         Some(Err(_)) => missing(WAIT, host.var(WAIT).unwrap_or_default(), format!("set {STEERING_US}")),
     };
     const ACK: &str = "NCCL_GPUDIRECTTCPX_FORCE_ACK";
@@ -283,6 +381,13 @@ fn flow_steering(host: &Host) -> Vec<Check> {
 
 fn dma_buf(host: &Host) -> Check {
     const NAME: &str = "DMA-BUF of the driver";
+    const INTERNAL: &str = "/proc/driver/nvp2p_dma_buf";
+    if host.number("NCCL_GPUDIRECTTCPX_REG_DMABUF_USE_INTERNAL_API").is_some_and(|n| n != Ok(0)) {
+        return match host.path(INTERNAL).is_dir() {
+            true => ok(NAME, format!("{INTERNAL}, as NCCL_GPUDIRECTTCPX_REG_DMABUF_USE_INTERNAL_API asks")),
+            false => missing(NAME, format!("no {INTERNAL}"), "unset NCCL_GPUDIRECTTCPX_REG_DMABUF_USE_INTERNAL_API"),
+        };
+    }
     let Some(version) = host.read("/proc/driver/nvidia/version") else {
         return missing(NAME, "no NVIDIA driver", "install driver 535 or newer with the open kernel modules");
     };
@@ -321,6 +426,12 @@ fn network(host: &Host) -> Vec<Check> {
         ),
     };
     let mut all = vec![mtu];
+    const OPTIONS: &str = "net.core.optmem_max";
+    all.push(match number("/proc/sys/net/core/optmem_max") {
+        Some(n) if n >= OPTMEM => ok(OPTIONS, n.to_string()),
+        Some(n) => advice(OPTIONS, n.to_string(), format!("sysctl -w {OPTIONS}={OPTMEM}: zero-copy sends are accounted in it")),
+        None => advice(OPTIONS, "unreadable", "look at it outside of this container"),
+    });
     for (name, path) in
         [("net.ipv4.tcp_rmem", "/proc/sys/net/ipv4/tcp_rmem"), ("net.ipv4.tcp_wmem", "/proc/sys/net/ipv4/tcp_wmem")]
     {
@@ -391,7 +502,11 @@ mod tests {
             file(&format!("proc/sys/net/ipv4/{name}"), "4096\t1048576\t67108864");
         }
         folder("run/tcpx");
-        let sockets = (0..2).map(|i| UnixListener::bind(root.join(format!("run/tcpx/get_gpu_fd_{i}"))).unwrap()).collect();
+        file("proc/sys/net/core/optmem_max", "131072");
+        let of_gpus =
+            ["0000:05:00.0", "0000:04:00.0"].map(|gpu| [format!("get_gpu_metadata_{gpu}"), format!("get_gpu_fd_{gpu}")]);
+        let names = ["rx_rule_manager", "rx_rule_uninstall"].map(str::to_owned).into_iter().chain(of_gpus.into_iter().flatten());
+        let sockets = names.map(|name| UnixListener::bind(root.join("run/tcpx").join(name)).unwrap()).collect();
         let variables = [
             ("NCCL_DYNAMIC_CHUNK_SIZE", "524288"),
             ("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "eth1"),
@@ -399,6 +514,8 @@ mod tests {
             ("NCCL_GPUDIRECTTCPX_TX_BINDINGS", "eth1:8-21,112-125"),
             ("NCCL_GPUDIRECTTCPX_RX_BINDINGS", "eth1:8-21,112-125"),
             ("NCCL_GPUDIRECTTCPX_PROGRAM_FLOW_STEERING_WAIT_MICROS", "50000"),
+            ("NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX", "/run/tcpx"),
+            ("NCCL_NSOCKS_PERTHREAD", "2"),
         ];
         let variables = variables.map(|(n, v)| (n.to_owned(), v.to_owned())).into_iter().collect();
         let plugin = Ok(("TCPX".to_owned(), Some("/usr/local/nvidia/lib64/libnccl-net-tcpx.so".to_owned())));
@@ -425,16 +542,32 @@ mod tests {
         fn set(it: &mut Simulated, name: &str, value: &str) {
             it.host.variables.insert(name.to_owned(), value.to_owned());
         }
-        let cases: [(&str, Break); 14] = [
+        let cases: [(&str, Break); 30] = [
             ("plugin", |it| it.host.plugin = Ok(("TCPX-soft".into(), None))),
             ("plugin", |it| it.host.plugin = Err("cannot load".into())),
             ("NCCL_DYNAMIC_CHUNK_SIZE", |it| set(it, "NCCL_DYNAMIC_CHUNK_SIZE", "1M")),
             ("NCCL_DYNAMIC_CHUNK_SIZE", |it| set(it, "NCCL_DYNAMIC_CHUNK_SIZE", "131072")),
+            ("NCCL_DYNAMIC_CHUNK_SIZE", |it| set(it, "NCCL_DYNAMIC_CHUNK_SIZE", "0x100000")),
+            ("NCCL_GPUDIRECTTCPX_SOCKET_ENABLE", |it| set(it, "NCCL_GPUDIRECTTCPX_SOCKET_ENABLE", "0")),
+            ("NCCL_GPUDIRECTTCPX_FLOW_STEERING_STRATEGY", |it| set(it, "NCCL_GPUDIRECTTCPX_FLOW_STEERING_STRATEGY", "1")),
+            ("NCCL_USE_DMA_BUF", |it| set(it, "NCCL_USE_DMA_BUF", "0")),
+            ("NCCL_INLINE_THRESHOLD", |it| set(it, "NCCL_INLINE_THRESHOLD", "1024")),
+            ("NCCL_GPUDIRECTTCPX_RECV_SYNC", |it| set(it, "NCCL_GPUDIRECTTCPX_RECV_SYNC", "1")),
+            ("NCCL_NSOCKS_PERTHREAD x NCCL_SOCKET_NTHREADS", |it| set(it, "NCCL_SOCKET_NTHREADS", "6")),
+            ("NCCL_NSOCKS_PERTHREAD x NCCL_SOCKET_NTHREADS", |it| drop(it.host.variables.remove("NCCL_NSOCKS_PERTHREAD"))),
+            ("NCCL_GPUDIRECTTCPX_TX_BINDINGS", |it| set(it, "NCCL_GPUDIRECTTCPX_TX_BINDINGS", "eth1:8")),
+            ("receive manager", |it| drop(it.host.variables.remove("NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX"))),
+            ("receive manager", |it| set(it, "NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX", &format!("/{}", "x".repeat(100)))),
+            ("receive manager", |it| fs::remove_file(it.host.root.join("run/tcpx/rx_rule_manager")).unwrap()),
+            ("receive manager", |it| set(it, "NCCL_GPUDIRECTTCPX_REPORT_LIFECYCLE", "1")),
+            ("NICs beside GPUs", |it| fs::remove_file(it.host.root.join("sys/class/net/eth1/device")).unwrap()),
+            ("NICs beside GPUs", |it| fs::write(it.host.root.join("sys/class/net/eth1/device/numa_node"), "-1").unwrap()),
+            ("net.core.optmem_max", |it| fs::write(it.host.root.join("proc/sys/net/core/optmem_max"), "20480").unwrap()),
             ("NCCL_GPUDIRECTTCPX_CTRL_DEV", |it| set(it, "NCCL_GPUDIRECTTCPX_CTRL_DEV", "eth9")),
             ("NCCL_GPUDIRECTTCPX_CTRL_DEV", |it| set(it, "NCCL_GPUDIRECTTCPX_CTRL_DEV", "eth1")),
             ("NCCL_GPUDIRECTTCPX_TX_BINDINGS", |it| set(it, "NCCL_GPUDIRECTTCPX_TX_BINDINGS", "eth2:1-2")),
             ("receive manager", |it| drop(it.sockets.pop())),
-            ("receive manager", |it| fs::remove_file(it.host.root.join("run/tcpx/get_gpu_fd_1")).unwrap()),
+            ("receive manager", |it| fs::remove_file(it.host.root.join("run/tcpx/get_gpu_metadata_0000:05:00.0")).unwrap()),
             ("receive manager", |it| set(it, "NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX", "/run/elsewhere")),
             ("NCCL_GPUDIRECTTCPX_PROGRAM_FLOW_STEERING_WAIT_MICROS", |it| {
                 it.host.variables.remove("NCCL_GPUDIRECTTCPX_PROGRAM_FLOW_STEERING_WAIT_MICROS");

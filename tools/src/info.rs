@@ -206,17 +206,12 @@ fn text(report: &Report, settings: bool) -> String {
     }
     for nic in &report.nics {
         let numa = nic.numa_node.map_or("NUMA node unknown".to_string(), |n| format!("NUMA node {n}"));
+        let speed = if nic.speed_mbps > 0 { format!("{} Mbit/s", nic.speed_mbps) } else { "speed unknown".to_owned() };
         let pci = nic.pci_path.as_deref().filter(|p| !p.is_empty()).unwrap_or("no PCI device");
-        line(
-            "",
-            &format!(
-                "{}: {} Mbit/s, {numa}, {pci}, memory: {} (plugin {})",
-                nic.name,
-                nic.speed_mbps,
-                nic.pointers.join("+"),
-                nic.plugin
-            ),
-        );
+        line("", &format!("{}: {speed}, {numa}, {pci}, memory: {} (plugin {})", nic.name, nic.pointers.join("+"), nic.plugin));
+    }
+    if let Some(range) = report.settings.iter().find(|s| s.name == "UCCL_TCPX_PORT_RANGE" && s.source != "default") {
+        line("data ports", &format!("{} (UCCL_TCPX_PORT_RANGE)", range.value));
     }
     match report.gpus.len() {
         0 => line("GPUs", "none (host memory works without)"),

@@ -4,6 +4,8 @@ from .rows import BULK, CPU_ROWS, KIB, MOONCAKE_TOTAL, NAMES, STREAMS, TOTAL, UN
 # What a row must reach: a share of the raw figure, a share of the own figure in one piece, or microseconds.
 RAW_SHARE, SCATTERED_SHARE = 0.85, {32 * KIB: 0.85, 4 * KIB: 0.75}
 SMALL_P50, SMALL_P99 = 10.0, 30.0
+# Percent of a core that an idle engine may use; microseconds behind a large transfer, inside a frame and over the channels.
+IDLE_PERCENT, BEHIND_INLINE, BEHIND = 0.5, 100, 5000
 
 
 class Table:
@@ -108,6 +110,22 @@ def cost_table(rows):
     lines += ["", "| connections of one client process | op | GB/s, 64 MiB over all | p99 us | CPU s/GiB |", "|---|---|---|---|---|"]
     for r in by("connections"):
         lines.append(f"| {r['connections']} | {r['op'].upper()} | {r['gbytes_per_s']:.2f} | {r['p99_us']:.0f} | {r['cpu_s_per_gib']:.2f} |")
+    if by("crowd"):
+        lines += ["", "| idle connections beside | 4 KiB WRITE, us | p99 | a look for notifications, us | idle: initiator, target, % of a core |", "|---|---|---|---|---|"]
+    for r in by("crowd"):
+        initiator, target = r["idle_percent"]
+        lines.append(
+            f"| {r['idle_connections']} | {r['write_4k_p50_us']:.1f} | {r['write_4k_p99_us']:.0f} | {r['no_notification_us']:.2f} | "
+            f"{initiator:.2f}, {target:.2f} (to reach: {IDLE_PERCENT}) |"
+        )
+    if by("line"):
+        lines += ["", "| WRITE behind one of 1 GiB on its connection | alone, us | behind, us | p99 | to reach |", "|---|---|---|---|---|"]
+    for r in by("line"):
+        what = show_size(r["bytes"]) + (", inside a frame" if r["bytes"] <= 8 * KIB else "")
+        lines.append(
+            f"| {what} | {r['alone_p50_us']:.0f} | {r['behind_p50_us']:.0f} | {r['behind_p99_us']:.0f} | "
+            f"{BEHIND_INLINE if r['bytes'] <= 8 * KIB else BEHIND} us |"
+        )
     return lines
 
 

@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use socket2::Socket;
 
 use super::{descriptors, invalid, new_socket, own_address, random, take_key, tune, word};
-use super::{Connected, Failed, Handle, Hello, Invitation, STATE_AT};
+use super::{Connected, Direction, Failed, Handle, Hello, Invitation, STATE_AT};
 use crate::config::Config;
 use crate::fork::PerProcess;
 use crate::interfaces::Interface;
@@ -29,6 +29,7 @@ struct Connecting {
     socket: Socket,
     target: SocketAddr,
     hello: Hello,
+    direction: Direction,
     connected: bool,
     said: usize,
     asked: Instant,
@@ -91,16 +92,22 @@ pub fn abandon(handle: &Handle) {
 }
 
 /// One step of a connect: `None` means call again with the same buffer. After an error the buffer is of no more use.
-pub fn connect(device: &Interface, config: &Config, pool: &Pool, handle: &mut Handle) -> Result<Option<Connected>, Failed> {
+pub fn connect(
+    device: &Interface,
+    config: &Config,
+    pool: &Pool,
+    handle: &mut Handle,
+    direction: Direction,
+) -> Result<Option<Connected>, Failed> {
     let key = word(handle, STATE_AT);
     if key == 0 {
-        if start(device, config, handle)? {
+        if start(device, config, handle, direction)? {
             pool.remind();
         }
         // Like TCPX, the first call never finishes: what polls is then exercised on the fastest network too.
         return Ok(None);
     }
-    let known = table().lock().all.remove(&key);
+    let known = table().lock().all.remove(&key).filter(|attempt| attempt.direction == direction);
     let nothing = || invalid("the handle's connect has failed, is finished, was given up, or was never started here");
     let mut attempt = known.ok_or_else(|| Failed::new("connect", nothing()))?;
     let (peer, nic) = (attempt.target, device.name.to_string_lossy());
@@ -115,17 +122,17 @@ pub fn connect(device: &Interface, config: &Config, pool: &Pool, handle: &mut Ha
 }
 
 /// Begins; true when the I/O threads have to be told that there is something to sweep.
-fn start(device: &Interface, config: &Config, handle: &mut Handle) -> Result<bool, Failed> {
+fn start(device: &Interface, config: &Config, handle: &mut Handle, direction: Direction) -> Result<bool, Failed> {
     let invitation = Invitation::read(handle).map_err(|e| Failed::new("connect", e))?;
     let secret = take_key(handle);
-    let hello = invitation.hello(secret.as_ref());
+    let hello = invitation.hello(direction, secret.as_ref());
     let what = format!("connect to {} on {}", invitation.address, device.name.to_string_lossy());
     let attempt = || -> io::Result<(u64, bool)> {
         let [a, b, c, d, e, f, g, h, ..] = random()?;
         let key = u64::from_le_bytes([a, b, c, d, e, f, g, h]) | 1;
         let most = (descriptors() / 2).max(16);
         table().lock().make_room(most)?;
-        let attempt = begin(device, config, invitation.address, hello)?;
+        let attempt = Connecting { direction, ..begin(device, config, invitation.address, hello)? };
         Ok((key, table().lock().insert(key, attempt)))
     };
     let (key, first) = attempt().map_err(|e| Failed::new(what, e))?;
@@ -146,7 +153,7 @@ fn begin(device: &Interface, config: &Config, target: SocketAddr, hello: Hello) 
         Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
         Err(error) => return Err(error),
     }
-    Ok(Connecting { socket, target, hello, connected: false, said: 0, asked: Instant::now() })
+    Ok(Connecting { socket, target, hello, direction: Direction::Forth, connected: false, said: 0, asked: Instant::now() })
 }
 
 /// Leaves through the device itself. The port stays open until the connect, so that ports do not run out.
@@ -207,7 +214,8 @@ mod tests {
         Connecting {
             socket: new_socket(&address).unwrap(),
             target: address,
-            hello: Invitation { address, cookie: [0; 16] }.hello(None),
+            hello: Invitation { address, cookie: [0; 16] }.hello(Direction::Forth, None),
+            direction: Direction::Forth,
             connected: false,
             said: 0,
             asked: Instant::now() - age,

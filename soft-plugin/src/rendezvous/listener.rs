@@ -1,4 +1,4 @@
-//! A listen comm: one accept, which finds the genuine peer among strangers by the hello.
+//! A listen comm: one accept of each direction, which finds the genuine peer among strangers by the hello.
 //! Strangers cost a bounded number of descriptors, for a bounded time.
 
 use std::io::{self, ErrorKind};
@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use socket2::Socket;
 
 use super::{descriptors, invalid, new_socket, own_address, random, tune};
-use super::{Connected, Failed, Handle, Hello, Invitation, KEYED_HELLO};
+use super::{Connected, Direction, Failed, Handle, Hello, Invitation, KEYED_HELLO};
 use crate::config::Config;
 use crate::fork::{self, PerProcess};
 use crate::interfaces::Interface;
@@ -37,8 +37,11 @@ pub struct ListenComm {
 impl ListenComm {
     /// Listens on the device's address and writes the handle.
     pub fn open(device: &Interface, config: &Config, handle: &mut Handle) -> Result<ListenComm, Failed> {
-        let listener = Listener::new(device, config, handle)
-            .map_err(|e| Failed::new(format!("listen on {} ({})", device.name.to_string_lossy(), device.address), e))?;
+        let listener = Listener::new(device, config, handle).map_err(|e| {
+            let range = config.ports.as_ref().map(|r| format!(", UCCL_TCPX_PORT_RANGE={}-{}", r.start(), r.end()));
+            let what = format!("listen on {} ({}){}", device.name.to_string_lossy(), device.address, range.unwrap_or_default());
+            Failed::new(what, e)
+        })?;
         let fd = listener.socket.as_ref().map_or(-1, AsRawFd::as_raw_fd);
         Ok(ListenComm { generation: fork::generation(), fd: AtomicI32::new(fd), listener: Mutex::new(listener) })
     }
@@ -53,21 +56,26 @@ impl ListenComm {
         fork::close_copy(&self.fd);
     }
 
-    /// Whether the peer was accepted already.
-    pub fn is_used(&self) -> bool {
-        self.listener.lock().socket.is_none()
+    /// Whether a connection of this direction cannot come any more, or was never expected.
+    pub fn is_used(&self, direction: Direction) -> bool {
+        matches!(self.listener.lock().awaited[direction as usize], Awaited::Nobody)
     }
 
-    /// The peer has to prove this key.
-    pub fn expect_key(&self, key: Key) {
-        self.listener.lock().key = Some(key);
+    /// The peer has to prove this key. Whether it was in time.
+    pub fn expect_key(&self, key: Key) -> bool {
+        self.listener.lock().expect(Direction::Forth, Some(key))
     }
 
-    /// One look for the peer.
-    pub fn accept(&self) -> Result<Option<Connected>, Failed> {
+    /// A connection back is expected too, with a key where there is one. Whether it was in time, and both directions have a key or none.
+    pub fn expect_back(&self, key: Option<Key>) -> bool {
+        self.listener.lock().expect(Direction::Back, key)
+    }
+
+    /// One look for the peer's connection of a direction.
+    pub fn accept(&self, direction: Direction) -> Result<Option<Connected>, Failed> {
         let mut listener = self.listener.lock();
-        let connected = listener.accept().map_err(|e| Failed::new(format!("accept on {}", listener.nic), e))?;
-        if connected.is_some() {
+        let connected = listener.accept(direction).map_err(|e| Failed::new(format!("accept on {}", listener.nic), e))?;
+        if listener.socket.is_none() {
             // The number may belong to another file from now on.
             self.fd.store(-1, Ordering::Release);
         }
@@ -75,14 +83,26 @@ impl ListenComm {
     }
 }
 
+/// The peer's connection of one direction.
+enum Awaited {
+    /// None is expected, or it was handed out.
+    Nobody,
+    /// It proves this key besides the cookie.
+    Peer(Option<Key>),
+    Here(Socket, SocketAddr),
+}
+
+/// The hello of each direction that is still to come.
+type Expected = [Option<Hello>; 2];
+
 /// A listening socket with the connections that have not said who they are.
 struct Listener {
-    /// None once the peer was accepted: nobody else is expected.
+    /// None once the peer's connections are here: nobody else is expected.
     socket: Option<Socket>,
     nic: String,
     invitation: Invitation,
-    /// What the peer has to prove besides.
-    key: Option<Key>,
+    /// By direction.
+    awaited: [Awaited; 2],
     silent: Vec<Silent>,
 }
 
@@ -117,67 +137,135 @@ impl Drop for Place {
 }
 
 impl Silent {
-    /// Reads on: `None` while the hello is incomplete, else whether it is the expected one.
-    fn listen(&mut self, expected: &Hello) -> Option<bool> {
-        while self.got < expected.len {
-            let rest = &mut self.hello[self.got..expected.len];
+    /// Reads on: `None` while the hello is incomplete, else the direction of the expected one that it is, if any.
+    fn listen(&mut self, expected: &Expected) -> Option<Option<Direction>> {
+        // Both are of one length.
+        let len = expected.iter().flatten().map(|hello| hello.len).max().unwrap_or(0);
+        while self.got < len {
+            let rest = &mut self.hello[self.got..len];
             // SAFETY: a buffer and its length.
             let got = unsafe { libc::recv(self.socket.as_raw_fd(), rest.as_mut_ptr().cast(), rest.len(), libc::MSG_DONTWAIT) };
             match usize::try_from(got) {
-                Ok(0) => return Some(false),
+                Ok(0) => return Some(None),
                 Ok(got) => self.got += got,
                 Err(_) => {
                     let kind = io::Error::last_os_error().kind();
-                    return if matches!(kind, ErrorKind::WouldBlock | ErrorKind::Interrupted) { None } else { Some(false) };
+                    return if matches!(kind, ErrorKind::WouldBlock | ErrorKind::Interrupted) { None } else { Some(None) };
                 }
             }
         }
-        Some(expected.is(&self.hello[..expected.len]))
+        let is = |hello: &Option<Hello>| hello.as_ref().is_some_and(|hello| hello.is(&self.hello[..len]));
+        Some([Direction::Forth, Direction::Back].into_iter().find(|&direction| is(&expected[direction as usize])))
     }
+}
+
+/// A socket that listens on the device's address: at a port of the configured range, if there is one.
+fn listening(device: &Interface, config: &Config) -> io::Result<Socket> {
+    /// Where the search begins: behind the port that was taken last, and in each process somewhere else.
+    static NEXT: PerProcess<AtomicUsize> = PerProcess::new();
+    let Some(range) = &config.ports else { return listen_at(device, config, 0) };
+    let [a, b, ..] = random()?;
+    let next = NEXT.get(|| AtomicUsize::new(u16::from_le_bytes([a, b]).into()));
+    let count = range.len();
+    for _ in 0..count {
+        let port = usize::from(*range.start()) + next.fetch_add(1, Ordering::Relaxed) % count;
+        match listen_at(device, config, port as u16) {
+            Err(e) if e.raw_os_error() == Some(libc::EADDRINUSE) => {}
+            done => return done,
+        }
+    }
+    Err(io::Error::from_raw_os_error(libc::EADDRINUSE))
+}
+
+fn listen_at(device: &Interface, config: &Config, port: u16) -> io::Result<Socket> {
+    let mut address = own_address(device);
+    address.set_port(port);
+    let socket = new_socket(&address)?;
+    device.check_link(socket.as_fd())?;
+    tune(&socket, config)?;
+    if port != 0 {
+        // Connections that came to the port before do not keep it: they have its number and a peer's.
+        socket.set_reuse_address(true)?;
+    }
+    socket.bind(&address.into())?;
+    socket.listen(1024)?;
+    Ok(socket)
 }
 
 impl Listener {
     fn new(device: &Interface, config: &Config, handle: &mut Handle) -> io::Result<Listener> {
-        let address = own_address(device);
-        let socket = new_socket(&address)?;
-        device.check_link(socket.as_fd())?;
-        tune(&socket, config)?;
-        socket.bind(&address.into())?;
-        socket.listen(1024)?;
+        let socket = listening(device, config)?;
         let address = socket.local_addr()?.as_socket().ok_or_else(|| invalid("no address"))?;
         let invitation = Invitation { address, cookie: random()? };
         invitation.write(handle);
         let nic = device.name.to_string_lossy().into_owned();
-        Ok(Listener { socket: Some(socket), nic, invitation, key: None, silent: Vec::new() })
+        let awaited = [Awaited::Peer(None), Awaited::Nobody];
+        Ok(Listener { socket: Some(socket), nic, invitation, awaited, silent: Vec::new() })
     }
 
-    /// The genuine peer's connection, once it has said hello. With it everything else of the listener is given back.
-    fn accept(&mut self) -> io::Result<Option<Connected>> {
-        let expected = self.invitation.hello(self.key.as_ref());
-        let found = self.hear_silent(&expected);
-        let Some((socket, peer)) = (match found {
-            Some(genuine) => Some(genuine),
-            None => self.accept_new(&expected)?,
-        }) else {
-            return Ok(None);
+    /// Expects a connection; `false` when that makes no sense now.
+    fn expect(&mut self, direction: Direction, key: Option<Key>) -> bool {
+        let keyed = match &self.awaited[Direction::Forth as usize] {
+            _ if direction == Direction::Forth => key.is_some(),
+            Awaited::Peer(key) => key.is_some(),
+            _ => return false,
         };
-        self.socket = None;
-        self.silent.clear();
-        Ok(Some(Connected::new(socket, peer, &self.nic)))
+        let fresh =
+            self.socket.is_some() && self.silent.is_empty() && !matches!(self.awaited[direction as usize], Awaited::Here(..));
+        if fresh && keyed == key.is_some() {
+            self.awaited[direction as usize] = Awaited::Peer(key);
+            return true;
+        }
+        false
+    }
+
+    /// What is still to come.
+    fn expected(&self) -> Expected {
+        [Direction::Forth, Direction::Back].map(|direction| match &self.awaited[direction as usize] {
+            Awaited::Peer(key) => Some(self.invitation.hello(direction, key.as_ref())),
+            _ => None,
+        })
+    }
+
+    /// The genuine peer's connection of a direction, once it has said hello. When all have come everything else of the listener is given
+    /// back.
+    fn accept(&mut self, direction: Direction) -> io::Result<Option<Connected>> {
+        while matches!(self.awaited[direction as usize], Awaited::Peer(_)) {
+            let expected = self.expected();
+            let found = match self.hear_silent(&expected) {
+                Some(genuine) => Some(genuine),
+                None => self.accept_new(&expected)?,
+            };
+            let Some((came, socket, peer)) = found else { return Ok(None) };
+            self.awaited[came as usize] = Awaited::Here(socket, peer);
+            if !self.awaited.iter().any(|awaited| matches!(awaited, Awaited::Peer(_))) {
+                self.socket = None;
+                self.silent.clear();
+            }
+        }
+        match std::mem::replace(&mut self.awaited[direction as usize], Awaited::Nobody) {
+            Awaited::Here(socket, peer) => {
+                if direction == Direction::Back {
+                    socket.set_tcp_nodelay(true)?;
+                }
+                Ok(Some(Connected::new(socket, peer, &self.nic)))
+            }
+            _ => Ok(None),
+        }
     }
 
     /// Listens to those that were silent, and drops strangers and those that were silent for too long.
-    fn hear_silent(&mut self, expected: &Hello) -> Option<(Socket, SocketAddr)> {
+    fn hear_silent(&mut self, expected: &Expected) -> Option<(Direction, Socket, SocketAddr)> {
         static LINE: Limited = Limited::new();
         let mut at = 0;
         while at < self.silent.len() {
             let late = self.silent[at].since.elapsed() > HELLO_TIME;
             match self.silent[at].listen(expected) {
-                Some(true) => {
+                Some(Some(direction)) => {
                     let genuine = self.silent.remove(at);
-                    return Some((genuine.socket, genuine.peer));
+                    return Some((direction, genuine.socket, genuine.peer));
                 }
-                Some(false) => {
+                Some(None) => {
                     LINE.info(&format!("dropped a stranger's connection from {}", self.silent[at].peer));
                     self.silent.remove(at);
                 }
@@ -192,7 +280,7 @@ impl Listener {
     }
 
     /// Takes new connections; one that does not say hello at once goes to the silent ones.
-    fn accept_new(&mut self, expected: &Hello) -> io::Result<Option<(Socket, SocketAddr)>> {
+    fn accept_new(&mut self, expected: &Expected) -> io::Result<Option<(Direction, Socket, SocketAddr)>> {
         for _ in 0..ACCEPTS_A_CALL {
             let Some(listening) = &self.socket else { return Ok(None) };
             let (socket, peer) = match listening.accept() {
@@ -218,7 +306,7 @@ impl Listener {
         Ok(None)
     }
 
-    fn receive(&mut self, socket: Socket, peer: SocketAddr, expected: &Hello) -> Option<(Socket, SocketAddr)> {
+    fn receive(&mut self, socket: Socket, peer: SocketAddr, expected: &Expected) -> Option<(Direction, Socket, SocketAddr)> {
         if self.silent.len() == MAX_SILENT {
             self.silent.remove(0);
         }
@@ -230,8 +318,7 @@ impl Listener {
         }
         let mut fresh = Silent { socket, peer, got: 0, hello: [0; KEYED_HELLO], since: Instant::now(), _place: place? };
         match fresh.listen(expected) {
-            Some(true) => Some((fresh.socket, fresh.peer)),
-            Some(false) => None,
+            Some(direction) => direction.map(|direction| (direction, fresh.socket, fresh.peer)),
             None => {
                 self.silent.push(fresh);
                 None

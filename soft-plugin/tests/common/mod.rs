@@ -90,8 +90,40 @@ pub fn accept_step(listener: Opaque, device: &mut ncclNetDeviceHandle_v7) -> Out
 struct Page(#[allow(dead_code)] [u8; PAGE]);
 
 pub fn accept(listener: Opaque) -> Receiver {
-    let mut device = NO_DEVICE;
-    let comm = until("accept", || Some(accept_step(listener, &mut device).expect("accept")).filter(|c| !c.is_null()));
+    receiver("accept", |device| accept_step(listener, device))
+}
+
+/// The listen comm serves both directions.
+pub fn listen_both(listener: Opaque, key: Option<&[u8; 32]>) -> ncclResult_t {
+    // SAFETY: a live listen comm; null or 32 bytes.
+    unsafe { soft_plugin::ext().listenBoth.unwrap()(listener, key.map_or(ptr::null(), |k| k.as_ptr())) }
+}
+
+pub fn accept_send_step(listener: Opaque) -> Outcome<Opaque> {
+    let mut comm = ptr::null_mut();
+    // SAFETY: live buffers.
+    let code = unsafe { soft_plugin::ext().acceptSend.unwrap()(listener, &mut comm) };
+    outcome(code, comm)
+}
+
+pub fn accept_send(listener: Opaque) -> Sender {
+    Sender(until("accept to send", || Some(accept_send_step(listener).expect("accept")).filter(|c| !c.is_null())))
+}
+
+pub fn connect_recv_step(handle: &mut Handle, device: &mut ncclNetDeviceHandle_v7) -> Outcome<Opaque> {
+    let (mut comm, mut device) = (ptr::null_mut(), ptr::from_mut(device));
+    // SAFETY: live buffers.
+    let code = unsafe { soft_plugin::ext().connectRecv.unwrap()(0, handle.as_mut_ptr().cast(), &mut comm, &mut device) };
+    outcome(code, comm)
+}
+
+pub fn connect_recv(handle: &mut Handle) -> Receiver {
+    receiver("connect to receive", |device| connect_recv_step(handle, device))
+}
+
+fn receiver(what: &str, mut step: impl FnMut(&mut ncclNetDeviceHandle_v7) -> Outcome<Opaque>) -> Receiver {
+    let mut device = Box::new(NO_DEVICE);
+    let comm = until(what, || Some(step(&mut device).expect("comm")).filter(|c| !c.is_null()));
     let mut unpack = unpackNetDeviceHandle { meta: ptr::null_mut(), bounce_buf: ptr::null_mut(), head: 0 };
     if device.netDeviceType == NCCL_NET_DEVICE_UNPACK {
         assert_eq!(device.netDeviceVersion, NCCL_NET_DEVICE_UNPACK_VERSION);

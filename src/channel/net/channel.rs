@@ -53,6 +53,8 @@ fn at(comm: &str, error: &Error) -> Error {
 
 /// Places of the window that chunks of large transfers take at most: small ones find one soon.
 const BULK_WINDOW: usize = MAX_REQUESTS / 2;
+/// Bytes of large transfers on a channel from which on no more of them are taken: a small one on the same channel waits for all of them.
+const BULK_BYTES: u64 = 2 << 20;
 
 /// A chunk on its way out; dropped when its memory may change.
 pub(super) struct Leaving {
@@ -129,6 +131,7 @@ pub(crate) struct Channel {
     pub(super) queued: u64,
     /// Chunks of large transfers among the outgoing ones.
     pub(super) bulk: usize,
+    pub(super) bulk_bytes: u64,
     pub(super) rate: Rate,
     pub(super) recv: RecvComm,
     pub(super) expected: VecDeque<Arrival>,
@@ -138,8 +141,9 @@ pub(crate) struct Channel {
     pub(super) host_in: Option<Staging>,
     pub(super) device_in: Option<(Registration, Box<dyn StagingMemory>)>,
     pub(super) discard: Option<HostBlock>,
-    /// The name of its NIC, and what it has done, for statistics.
+    /// The names of its NICs, here and there, and what it has done, for statistics.
     nic: String,
+    peer_nic: String,
     pub(super) counts: Counts,
 }
 
@@ -159,7 +163,7 @@ pub(super) struct Counts {
 unsafe impl Send for Channel {}
 
 impl Channel {
-    pub(crate) fn new(send: SendComm, recv: RecvComm, nic: String) -> Channel {
+    pub(crate) fn new(send: SendComm, recv: RecvComm, nic: String, peer_nic: String) -> Channel {
         Channel {
             send,
             recv,
@@ -167,6 +171,7 @@ impl Channel {
             to_post: VecDeque::new(),
             queued: 0,
             bulk: 0,
+            bulk_bytes: 0,
             rate: Rate::default(),
             expected: VecDeque::new(),
             posted: VecDeque::new(),
@@ -178,6 +183,7 @@ impl Channel {
             device_in: None,
             discard: None,
             nic,
+            peer_nic,
             counts: Counts::default(),
         }
     }
@@ -197,14 +203,41 @@ impl Channel {
         !self.outgoing.is_empty() || !self.expected.is_empty() || !self.posted.is_empty() || !self.finishing.is_empty()
     }
 
-    /// For a chunk from `place`.
-    pub(super) fn load(&self, place: Place, bulk: bool, usage: &Usage, now: Instant) -> Load {
+    /// Its NIC here and the peer's: what these carry is measured together.
+    pub(super) fn nics(&self) -> (&str, &str) {
+        (&self.nic, &self.peer_nic)
+    }
+
+    /// Bytes that have come to the peer, those that were handed over and have not, and the round trip, as far as the plugin tells; `None`
+    /// when it cannot tell now.
+    pub(super) fn flow(&self) -> Option<(u64, u64, Duration)> {
+        match self.send.flow() {
+            Some(flow) if flow.stale != 0 => None,
+            Some(flow) => Some((flow.acknowledged, self.queued + flow.waiting, Duration::from_micros(flow.min_rtt_us.into()))),
+            None => Some((self.counts.sent_bytes, self.queued, Duration::ZERO)),
+        }
+    }
+
+    /// For a chunk from `place`; `nic`: the number of its NIC.
+    pub(super) fn load(&self, place: Place, bulk: bool, usage: &Usage, nic: usize, now: Instant) -> Load {
         let oldest = self.outgoing.front().map_or(0, |o| o.len as u64);
         let window = if place.is_device() && usage.stage_sends { STAGED_WINDOW } else { MAX_REQUESTS };
         let free = window.saturating_sub(self.outgoing.len());
         // What small ones take does not count against large ones: they would never have a turn.
-        let free = if bulk { free.min(BULK_WINDOW.saturating_sub(self.bulk)) } else { free };
-        Load { free, queued: self.queued, rate: self.rate.get(oldest, now) }
+        let free = match bulk {
+            true if self.bulk_bytes >= BULK_BYTES => 0,
+            true => free.min(BULK_WINDOW.saturating_sub(self.bulk)),
+            false => free,
+        };
+        Load { free, queued: self.queued, rate: self.rate.get(oldest, now), nic }
+    }
+
+    /// See `Path::ready`.
+    pub(super) fn ready(&mut self, place: Place, copier: &mut Copier, usage: &Usage) -> Result<()> {
+        self.device_out(place, copier, usage)?;
+        self.device_in(place, copier)?;
+        self.view(copier, place)?;
+        Ok(())
     }
 
     /// The peer announced a chunk on this channel.

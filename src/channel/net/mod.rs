@@ -8,11 +8,11 @@ mod staging;
 pub(crate) use channel::Channel;
 
 use super::path::{Arrival, Copier, Departure, Event, Line, Path, Way};
-use super::stripe::Load;
+use super::stripe::{Loads, Nic, LEFT_ALONE};
 use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
 use crate::types::Place;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// How the channels of a path are used: what their plugin can do, and what both sides agreed on.
 #[derive(Clone, Copy, Debug)]
@@ -33,11 +33,44 @@ pub(crate) struct Usage {
 pub(crate) struct NetPath {
     channels: Vec<Channel>,
     usage: Usage,
+    /// The pairs of NICs that the channels use, and the number of each channel's.
+    nics: Vec<Nic>,
+    nic_of: Vec<usize>,
 }
 
 impl NetPath {
     pub(crate) fn new(channels: Vec<Channel>, usage: Usage) -> NetPath {
-        NetPath { channels, usage }
+        let mut names: Vec<(&str, &str)> = Vec::new();
+        let mut number = |channel| {
+            let nics = Channel::nics(channel);
+            names.iter().position(|known| *known == nics).unwrap_or_else(|| {
+                names.push(nics);
+                names.len() - 1
+            })
+        };
+        let nic_of: Vec<usize> = channels.iter().map(&mut number).collect();
+        let nics = names.iter().map(|_| Nic::default()).collect();
+        NetPath { channels, usage, nics, nic_of }
+    }
+
+    /// Whether there are NICs to compare.
+    fn compares(&self) -> bool {
+        self.nics.len() > 1
+    }
+
+    /// Looks at how far each NIC is, when it is time to.
+    fn look(&mut self, now: Instant) {
+        for (number, nic) in self.nics.iter_mut().enumerate().filter(|(_, nic)| nic.due(now)) {
+            let mine = self.channels.iter().zip(&self.nic_of).filter(|(_, &nic)| nic == number);
+            let sum = mine.map(|(channel, _)| channel.flow()).try_fold((0, 0, Duration::ZERO), |(a, b, r), flow| {
+                let (acknowledged, backlog, round_trip) = flow?;
+                Some((a + acknowledged, b + backlog, r.max(round_trip)))
+            });
+            match sum {
+                Some((acknowledged, backlog, round_trip)) => nic.look(acknowledged, backlog, round_trip, now),
+                None => nic.postpone(now),
+            }
+        }
     }
 }
 
@@ -60,11 +93,19 @@ impl Path for NetPath {
         }
     }
 
-    fn loads(&self, place: Place, bulk: bool, now: Instant, out: &mut Vec<Load>) {
-        out.extend(self.channels.iter().map(|c| c.load(place, bulk, &self.usage, now)));
+    fn loads(&mut self, place: Place, bulk: bool, now: Instant, out: &mut Loads) {
+        if self.compares() {
+            self.look(now);
+            out.nics.extend(self.nics.iter().map(|nic| nic.load(now)));
+        }
+        let channels = self.channels.iter().zip(&self.nic_of);
+        out.channels.extend(channels.map(|(channel, &nic)| channel.load(place, bulk, &self.usage, nic, now)));
     }
 
     fn submit(&mut self, channel: usize, departure: Departure, copier: &mut Copier, now: Instant) -> Result<()> {
+        if let Some(nic) = self.nic_of.get(channel).and_then(|&nic| self.nics.get_mut(nic)) {
+            nic.gave(departure.chunk.len as u64, now);
+        }
         let Some(channel) = self.channels.get_mut(channel) else { bail!(Internal, "channel {channel} does not exist") };
         channel.submit(departure, copier, &self.usage, now)
     }
@@ -80,6 +121,9 @@ impl Path for NetPath {
         let mut any = false;
         for channel in &mut self.channels {
             any |= channel.progress(copier, &self.usage, now, events)?;
+        }
+        if any && self.compares() {
+            self.look(now);
         }
         Ok(any)
     }
@@ -97,7 +141,28 @@ impl Path for NetPath {
     }
 
     fn stats(&self, kernel: bool, now: Instant, out: &mut Vec<ChannelStats>) {
+        let first = out.len();
         out.extend(self.channels.iter().map(|c| c.stats(kernel, now)));
+        if !self.compares() {
+            return;
+        }
+        // Short chunks pass a slow NIC in bursts: what it carries in the long run is known here.
+        let fastest = self.nics.iter().map(Nic::speed).fold(0.0, f64::max);
+        for (stats, &number) in out[first..].iter_mut().zip(&self.nic_of) {
+            let speed = self.nics[number].speed();
+            stats.avoided = speed > 0.0 && speed < LEFT_ALONE * fastest;
+            let share = speed / self.nic_of.iter().filter(|&&other| other == number).count() as f64;
+            if share > 0.0 && (share < stats.speed || stats.avoided) {
+                stats.speed = share;
+            }
+        }
+    }
+
+    fn ready(&mut self, place: Place, copier: &mut Copier) -> Result<()> {
+        if !place.is_device() || !self.carries_local(place) {
+            return Ok(());
+        }
+        self.channels.iter_mut().try_for_each(|c| c.ready(place, copier, &self.usage))
     }
 
     fn forget_region(&mut self, id: u64) {

@@ -138,7 +138,7 @@ impl Channel {
     }
 
     /// The mhandle that marks a receive as one of device memory; its memory is never written.
-    fn device_in(&mut self, place: Place, copier: &mut Copier) -> Result<(*mut u8, MHandle)> {
+    pub(super) fn device_in(&mut self, place: Place, copier: &mut Copier) -> Result<(*mut u8, MHandle)> {
         if let Some((registration, block)) = &self.device_in {
             return Ok((block.ptr(), registration.mhandle()));
         }
@@ -151,7 +151,7 @@ impl Channel {
         Ok((data, mhandle))
     }
 
-    fn view(&mut self, copier: &mut Copier, place: Place) -> Result<View> {
+    pub(super) fn view(&mut self, copier: &mut Copier, place: Place) -> Result<View> {
         if let Some(view) = self.view {
             return Ok(view);
         }

@@ -23,6 +23,7 @@ impl Channel {
         // First of all, so that a failure from here on leaves the chunk's memory in use until the channel is closed.
         self.outgoing.push_back(Leaving { key, len, bulk, _hold: hold.clone() });
         self.bulk += usize::from(bulk);
+        self.bulk_bytes += if bulk { len as u64 } else { 0 };
         self.queued += len as u64;
         let source = if chunk.place.is_device() {
             self.device_source(&chunk, &hold, copier, usage)?
@@ -48,6 +49,16 @@ impl Channel {
             let mhandle = register(copier, place, || unsafe { send.region(span, part.addr) })?;
             return Ok(Source::Contiguous { data: part.addr as *mut u8, mhandle, packing: Copying::none(), place });
         }
+        let staging = self.device_out(place, copier, usage)?;
+        let (data, mhandle) = (staging.next(), staging.mhandle());
+        // SAFETY: the chunk is at most a stride long; parts are registered device memory by the caller's contract.
+        let packing = Copying::begin(|| unsafe { device(copier)?.pack(&chunk.parts, data, place) })?;
+        self.counts.packed += 1;
+        Ok(Source::Contiguous { data, mhandle, packing, place: if usage.stage_sends { Place::HOST } else { place } })
+    }
+
+    /// The staging ring for memory of `place`.
+    pub(super) fn device_out(&mut self, place: Place, copier: &mut Copier, usage: &Usage) -> Result<&mut Staging> {
         if !self.device_out.contains_key(&place) {
             let stride = usage.chunk_bytes.next_multiple_of(PAGE);
             let (memory, places, kind) = if usage.stage_sends {
@@ -62,12 +73,10 @@ impl Channel {
             })?;
             self.device_out.insert(place, staging);
         }
-        let Some(staging) = self.device_out.get_mut(&place) else { bail!(Internal, "no staging") };
-        let (data, mhandle) = (staging.next(), staging.mhandle());
-        // SAFETY: the chunk is at most a stride long; parts are registered device memory by the caller's contract.
-        let packing = Copying::begin(|| unsafe { device(copier)?.pack(&chunk.parts, data, place) })?;
-        self.counts.packed += 1;
-        Ok(Source::Contiguous { data, mhandle, packing, place: if usage.stage_sends { Place::HOST } else { place } })
+        match self.device_out.get_mut(&place) {
+            Some(staging) => Ok(staging),
+            None => bail!(Internal, "no staging"),
+        }
     }
 
     /// Drops the plugin's registrations of a region that no transfer uses any more.
@@ -122,6 +131,7 @@ impl Channel {
             let Some(sent) = self.outgoing.pop_front() else { bail!(Internal, "a send without a chunk") };
             done += sent.len as u64;
             self.bulk -= usize::from(sent.bulk);
+            self.bulk_bytes -= if sent.bulk { sent.len as u64 } else { 0 };
             self.counts.sent_chunks += 1;
             events.push(Event::Sent(sent.key, sent.len as u64));
         }

@@ -7,7 +7,7 @@ use super::super::progress;
 use super::super::proto::Setting;
 use super::*;
 use crate::channel::path::{Arrival, Copier, Departure, Event, Line, Path, Way};
-use crate::channel::stripe::Load;
+use crate::channel::stripe::Loads;
 use crate::logging::Limiter;
 use crate::wire::session::{Direction, Session};
 use std::net::{TcpListener, TcpStream};
@@ -29,7 +29,7 @@ impl Path for SimulatedDefect {
     fn carries_local(&self, _local: Place) -> bool {
         true
     }
-    fn loads(&self, _place: Place, _bulk: bool, _now: Instant, _out: &mut Vec<Load>) {}
+    fn loads(&mut self, _place: Place, _bulk: bool, _now: Instant, _out: &mut Loads) {}
     fn submit(&mut self, _channel: usize, _departure: Departure, _copier: &mut Copier, _now: Instant) -> Result<()> {
         Ok(())
     }
@@ -134,7 +134,7 @@ fn a_panic_in_an_applications_thread_ends_the_connection() {
         let home = home();
         for closed in [false, true] {
             let (connection, _theirs) = connection(&home, true, closed);
-            let memory = vec![0u8; 64];
+            let memory = [0u8; 64];
             let mr = home.registry.add(memory.as_ptr() as u64, 64, Place::HOST, crate::types::RemoteAccess::ALL).unwrap();
             let id = connection.recv(LocalSegment { mr, addr: memory.as_ptr() as usize, len: 64 });
             let id = id.expect("a receive");

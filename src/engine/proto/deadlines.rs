@@ -4,8 +4,8 @@
 
 use super::limits::MAX_BACKLOG;
 use crate::channel::path::Way;
+use crate::hash::Map;
 use crate::types::Key;
-use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 /// Less than this in one timeout is no progress (unless it is all there is): who answers byte by byte does not keep a transfer alive.
@@ -85,13 +85,13 @@ pub(super) struct Deadlines {
     incoming: Flow,
     /// Bytes of the control streams that transfers may have waited for.
     control: u64,
-    marks: HashMap<Key, Mark>,
+    marks: Map<Key, Mark>,
 }
 
 impl Deadlines {
     pub(super) fn new(now: Instant) -> Deadlines {
         let flow = || Flow { bytes: 0, signs: 0, counted: 0, last: now, ahead: 0, begun: 0 };
-        Deadlines { out: flow(), incoming: flow(), control: 0, marks: HashMap::new() }
+        Deadlines { out: flow(), incoming: flow(), control: 0, marks: Map::default() }
     }
 
     fn flow(&mut self, way: Way) -> &mut Flow {
@@ -103,14 +103,15 @@ impl Deadlines {
 
     /// A transfer of `len` bytes must move from now on.
     pub(super) fn start(&mut self, key: Key, way: Way, len: u64, now: Instant) {
-        self.end(key);
         let control = self.control;
         let flow = self.flow(way);
         flow.begun += turn(len);
         let (begun, ahead) = (flow.begun, flow.ahead);
         let mark = Mark { way, since: now, flow: flow.bytes, control, ahead, begun, late: 0, moved: 0, left: len };
         flow.ahead += turn(len);
-        self.marks.insert(key, mark);
+        if let Some(old) = self.marks.insert(key, mark) {
+            self.flow(old.way).ahead -= turn(old.left);
+        }
     }
 
     /// Bytes of a transfer moved.

@@ -6,11 +6,11 @@ use super::outgoing::tag;
 use crate::channel::path::{Arrival, Dest};
 use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
+use crate::hash::Map;
 use crate::region::Hold;
 use crate::status::{bail, Result};
 use crate::types::{Key, Segment};
 use crate::wire::frame::Grant;
-use std::collections::HashMap;
 
 /// What the end of a stream means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +69,7 @@ pub(super) struct Ended {
 
 #[derive(Default)]
 pub(super) struct Incoming {
-    streams: HashMap<Key, InStream>,
+    streams: Map<Key, InStream>,
     /// Chunks under way, and chunks that have arrived.
     expected: usize,
     arrived: u64,

@@ -110,6 +110,8 @@ pub(crate) struct Machine {
     /// Lists of ended transfers for the next ones.
     pub spare: Spare,
     events: Vec<Event>,
+    /// Room for the bytes of a small transfer.
+    gathered: Vec<u8>,
     clock: Clock,
     /// Bytes that the peer says have arrived there.
     peer_received: u64,
@@ -151,6 +153,7 @@ impl Machine {
             peer: PeerLoad::new(share),
             spare: Spare::default(),
             events: Vec::new(),
+            gathered: Vec::new(),
             clock: Clock { rx: now, ping: now, report: now, network: now, drained: now, next_tick: now },
             peer_received: 0,
             reported: 0,
@@ -276,11 +279,14 @@ impl Machine {
         }
         let key = Key { id, mine: true };
         self.deadlines.start(key, Way::Out, total, now);
-        if let Some(data) = self.load_inline(&segments, total, channels)? {
+        let mut gathered = std::mem::take(&mut self.gathered);
+        if let Some(data) = self.load_inline(&segments, total, self.write_inline(), channels, &mut gathered)? {
             self.counts.inline_sent_bytes += total;
-            self.push(&Frame::Write { id, regions: remote_regions, segments: remote, inline: Some(&data) }, now);
+            self.push(&Frame::Write { id, regions: remote_regions, segments: remote, inline: Some(data) }, now);
             self.transfers.moved(id, total);
+            self.gathered = gathered;
         } else {
+            self.gathered = gathered;
             self.announce(Frame::Write { id, regions: remote_regions, segments: remote, inline: None }, now);
             self.outgoing.start(key, segments, Hold::new(uses), self.setting.chunk_bytes, channels)?;
         }
@@ -341,22 +347,44 @@ impl Machine {
         }
     }
 
-    /// The bytes of a transfer that is small enough to travel inside a control frame.
-    fn load_inline(&mut self, segments: &[Segment], total: u64, channels: &mut Channels) -> Result<Option<Vec<u8>>> {
-        if total > self.setting.eager_bytes.min(MAX_INLINE) as u64 {
+    /// Largest write that travels inside a control frame, once it is among those in flight. One without company is done soonest that way:
+    /// no grant, and no thread but the callers'. Several are moved faster side by side.
+    fn write_inline(&self) -> usize {
+        match self.setting.eager_bytes {
+            0 => 0,
+            eager => eager.max(MAX_INLINE / self.transfers.in_flight().max(1)),
+        }
+    }
+
+    /// The bytes of a transfer that is small enough, `limit` at most, to travel inside a control frame: where they lie, if that is one
+    /// piece of host memory, else in `gathered`.
+    fn load_inline<'a>(
+        &self,
+        segments: &'a [Segment],
+        total: u64,
+        limit: usize,
+        channels: &mut Channels,
+        gathered: &'a mut Vec<u8>,
+    ) -> Result<Option<&'a [u8]>> {
+        if total > limit.min(MAX_INLINE) as u64 {
             return Ok(None);
         }
         let device = segments.iter().any(|s| s.place.is_device());
         if total > channels.inline_bytes(device) as u64 {
             return Ok(None);
         }
-        let mut data = Vec::with_capacity(total as usize);
+        if let ([only], false) = (segments, device) {
+            // SAFETY: the segment lies in a registered region that the caller's uses hold.
+            return Ok(Some(unsafe { std::slice::from_raw_parts(only.addr as *const u8, only.len as usize) }));
+        }
+        gathered.clear();
+        gathered.reserve(total as usize);
         let mut stream = Walk::new(segments.to_vec());
         while let Some(chunk) = stream.take(MAX_INLINE) {
             // SAFETY: the parts lie in registered regions that the caller's uses hold.
-            unsafe { channels.fetch(&chunk, &mut data) }?;
+            unsafe { channels.fetch(&chunk, gathered) }?;
         }
-        Ok(Some(data))
+        Ok(Some(gathered))
     }
 
     // ---- progress ----
@@ -481,6 +509,7 @@ impl Machine {
         }
         if self.backlog() > 0 {
             self.deadlines.waited(bytes as u64, now);
+            self.attend(now);
         }
     }
 
@@ -512,8 +541,9 @@ impl Machine {
         }
         self.expire_matches(now);
         limits::withdrawn(self.matching.withdrawn())?;
-        self.report(channels, now);
         let active = self.deadlines.any() || self.backlog() > 0 || self.matching.waiting() > 0;
+        // A heartbeat needs another look only if it stays in the queue, see `told`.
+        self.report(channels, now);
         self.clock.next_tick = if active {
             now + TICK
         } else {

@@ -6,12 +6,14 @@ use super::limits;
 use crate::channel::path::Departure;
 use crate::channel::plan::{chunk_len, Walk};
 use crate::channel::router::Channels;
+use crate::channel::stripe::Want;
+use crate::hash::Map;
 use crate::region::Hold;
 use crate::status::{bail, Result};
 use crate::types::{Key, Segment};
 use crate::wire::frame::{Frame, Grant};
 use crate::wire::queue::TxQueue;
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::time::Instant;
 
 /// A transfer of at most this many bytes goes before large ones.
@@ -28,6 +30,7 @@ struct OutStream {
     stream: Walk,
     hold: Hold,
     chunk_len: usize,
+    small: bool,
     segments: usize,
     /// Bytes handed to channels and not yet gone.
     inflight: u64,
@@ -97,8 +100,10 @@ impl Turns {
 
 #[derive(Default)]
 pub(super) struct Outgoing {
-    streams: HashMap<Key, OutStream>,
+    streams: Map<Key, OutStream>,
     routes: Vec<Turns>,
+    /// Bytes of large streams that no channel has.
+    bulk_left: u64,
     /// Chunks announced, and those of them that the peer says have arrived.
     announced: u64,
     confirmed: u64,
@@ -132,7 +137,8 @@ impl Outgoing {
         let small = stream.remaining() <= SMALL;
         let chunk_len = chunk_len(stream.remaining(), channels.width(route), chunk_bytes);
         let segments = stream.segments();
-        self.streams.insert(key, OutStream { stream, hold, chunk_len, segments, inflight: 0 });
+        self.bulk_left += if small { 0 } else { stream.remaining() };
+        self.streams.insert(key, OutStream { stream, hold, chunk_len, small, segments, inflight: 0 });
         self.routes[route].queue(small).push_back(key);
         Ok(())
     }
@@ -183,13 +189,16 @@ impl Outgoing {
             self.routes[route].took(small, 0, false);
             return Ok(true);
         };
-        let Some(channel) = channels.pick(route, place, out.chunk_len as u64, !small, now) else { return Ok(false) };
+        let rest = if small { out.stream.remaining() } else { self.bulk_left };
+        let want = Want { len: out.chunk_len as u64, rest };
+        let Some((channel, most)) = channels.pick(route, place, want, !small, now) else { return Ok(false) };
         let tag = tag(key, true, out.stream.offset());
-        let Some(chunk) = out.stream.take(out.chunk_len) else { bail!(Internal, "a stream that ended early") };
+        let Some(chunk) = out.stream.take(most) else { bail!(Internal, "a stream that ended early") };
         debug_assert_eq!((chunk.place, chunk.peer), (place, peer));
         let len = chunk.len as u64;
         channels.submit(channel, Departure { key, chunk, hold: out.hold.clone(), bulk: !small, tag }, now)?;
         out.inflight += len;
+        self.bulk_left -= if small { 0 } else { len };
         self.announced += 1;
         announcing.push(key, Grant { len: len as u32, channel }, tx);
         let next_route = match out.stream.next_places() {
@@ -239,6 +248,9 @@ impl Outgoing {
 
     /// Sends no more of a stream; whether chunks of it are still under way.
     pub(super) fn cancel(&mut self, key: Key) -> bool {
+        if let Some(out) = self.streams.get(&key).filter(|out| !out.small) {
+            self.bulk_left -= out.stream.remaining();
+        }
         match self.streams.get_mut(&key) {
             Some(out) if out.inflight > 0 => {
                 out.stream = Walk::new(Vec::new());

@@ -9,7 +9,7 @@ use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
 use crate::region::{Hold, RegionUse};
 use crate::status::{bail, err, Error, ErrorKind, Result, StatusCode, UCCL_OK};
-use crate::types::{Key, Place, RemoteAccess, Segment, MAX_INLINE};
+use crate::types::{Key, Part, Place, RemoteAccess, Segment, MAX_INLINE};
 use crate::wire::frame::{Frame, Grant, WireRegion, WireSegment, WireSegments};
 use std::time::Instant;
 
@@ -19,10 +19,14 @@ const MAX_MESSAGE: u64 = 1 << 50;
 impl Machine {
     /// Takes a frame of the peer. An error means that the connection must end.
     pub(crate) fn handle(&mut self, frame: Frame<'_>, channels: &mut Channels, now: Instant) -> Result<()> {
+        // Nothing begins with these, and a heartbeat alone must not wake anybody again.
+        let begins = !matches!(frame, Frame::Ping { .. } | Frame::Notify { .. });
         self.tx.answering(true);
         let handled = self.take_frame(frame, channels, now);
         self.tx.answering(false);
-        self.attend(now);
+        if begins {
+            self.attend(now);
+        }
         handled?;
         self.peer.answers(self.tx.answers())
     }
@@ -135,14 +139,19 @@ impl Machine {
 
     /// Puts the bytes of a control frame in place. The caller holds the segments' regions.
     fn store_inline(&mut self, segments: Vec<Segment>, mut data: &[u8], channels: &mut Channels) -> Result<()> {
-        let mut stream = Walk::new(segments);
-        if stream.remaining() != data.len() as u64 {
-            bail!(Protocol, "{} bytes inside a frame for {} bytes of memory", data.len(), stream.remaining());
+        let total: u64 = segments.iter().map(|s| s.len).sum();
+        if total != data.len() as u64 {
+            bail!(Protocol, "{} bytes inside a frame for {total} bytes of memory", data.len());
         }
+        if let [Segment { addr, len, region, place, .. }] = segments[..] {
+            // SAFETY: the part lies in a registered region that the caller holds.
+            return unsafe { channels.store(&[Part { addr, len, region }], place, data) };
+        }
+        let mut stream = Walk::new(segments);
         while let Some(chunk) = stream.take(MAX_INLINE) {
             let Some((head, tail)) = data.split_at_checked(chunk.len) else { bail!(Protocol, "inline data is too short") };
             // SAFETY: the parts lie in registered regions that the caller holds.
-            unsafe { channels.store(&chunk, head) }?;
+            unsafe { channels.store(&chunk.parts, chunk.place, head) }?;
             data = tail;
         }
         Ok(())
@@ -182,9 +191,11 @@ impl Machine {
             bail!(Protocol, "read {id} is empty");
         }
         if self.tx.pending() < MAX_INLINE_BACKLOG {
-            if let Some(data) = self.load_inline(&segments, total, channels)? {
+            let mut gathered = std::mem::take(&mut self.gathered);
+            if let Some(data) = self.load_inline(&segments, total, self.setting.eager_bytes, channels, &mut gathered)? {
                 self.counts.inline_sent_bytes += total;
-                self.push(&Frame::ReadInline { id, data: &data }, now);
+                self.push(&Frame::ReadInline { id, data }, now);
+                self.gathered = gathered;
                 self.peer.ended(count);
                 return Ok(());
             }

@@ -1,7 +1,8 @@
 //! Transfers that this side started: ids, kinds, progress, outcome. Decides which verdicts of the peer fit. Pure bookkeeping.
 
+use crate::hash::Map;
 use crate::status::{bail, Error, ErrorKind, Result};
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 
 /// Where a transfer stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,8 +40,8 @@ pub(super) struct Running {
     verdict: Option<Result<()>>,
 }
 
-/// Ended transfers of which the number of bytes, or the text of the error, is remembered; older ones report 0 bytes, or the kind of
-/// the error alone.
+/// Ids of which the number of bytes is remembered once they have ended, and errors of which the text is; older ones report 0 bytes, or
+/// the kind of the error alone.
 const REMEMBERED: usize = 1 << 14;
 
 /// Failed transfers beyond [`REMEMBERED`]: ranges of ids with the kind of error, first -> (last, kind).
@@ -64,18 +65,39 @@ impl OldFailures {
     }
 }
 
+/// Bytes of ended transfers: each id has a place that later ones take over.
+#[derive(Debug, Default)]
+struct Ended(Vec<(u64, u64)>);
+
+impl Ended {
+    fn place(id: u64) -> usize {
+        (id % REMEMBERED as u64) as usize
+    }
+
+    fn set(&mut self, id: u64, total: u64) {
+        let place = Ended::place(id);
+        if self.0.len() <= place {
+            self.0.resize(place + 1, (0, 0));
+        }
+        self.0[place] = (id, total);
+    }
+
+    fn get(&self, id: u64) -> u64 {
+        self.0.get(Ended::place(id)).map_or(0, |&(of, total)| if of == id { total } else { 0 })
+    }
+}
+
 /// All transfers that one side of a connection started. Ids count up from 1; an id that was given out, is not in flight and has no
 /// recorded error has succeeded, so success costs no memory.
 #[derive(Debug, Default)]
 pub(super) struct Transfers {
     given: u64,
-    running: HashMap<u64, Running>,
+    running: Map<u64, Running>,
     segments: usize,
-    failed: HashMap<u64, Error>,
+    failed: Map<u64, Error>,
     failed_order: VecDeque<u64>,
     failed_before: OldFailures,
-    totals: HashMap<u64, u64>,
-    totals_order: VecDeque<u64>,
+    totals: Ended,
     ended: u64,
     failures: u64,
 }
@@ -155,13 +177,7 @@ impl Transfers {
             self.failed.insert(id, e);
             self.failed_order.push_back(id);
         }
-        if self.totals_order.len() == REMEMBERED {
-            if let Some(old) = self.totals_order.pop_front() {
-                self.totals.remove(&old);
-            }
-        }
-        self.totals.insert(id, running.total);
-        self.totals_order.push_back(id);
+        self.totals.set(id, running.total);
     }
 
     /// The other side's verdict. While `sending`, the source is still in use and the end waits for [`Transfers::source_free`].
@@ -212,7 +228,7 @@ impl Transfers {
         if let Some(kind) = self.failed_before.get(id) {
             return Err(Error::new(kind, format_args!("transfer {id} failed; the cause is no longer remembered")));
         }
-        let total = self.totals.get(&id).copied().unwrap_or(0);
+        let total = self.totals.get(id);
         Ok(TransferState { complete: true, bytes_total: total, bytes_done: total })
     }
 }
@@ -278,7 +294,7 @@ mod tests {
                 Err(e) => assert!(e.kind() == ErrorKind::TimedOut && id % 1000 != 0, "{id}"),
             }
         }
-        assert_eq!((t.failed.len(), t.totals.len()), (REMEMBERED, REMEMBERED));
+        assert_eq!((t.failed.len(), t.totals.0.len()), (REMEMBERED, REMEMBERED));
         assert!(t.failed_before.0.len() < 50, "{}", t.failed_before.0.len());
     }
 }

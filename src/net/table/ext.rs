@@ -6,6 +6,9 @@ use std::ffi::{c_char, c_int, c_void};
 
 type VectoredFn = unsafe extern "C" fn(*mut c_void, c_int, *const ucclIoVec, c_int, *mut *mut c_void) -> ncclResult_t;
 
+type ConnectRecvFn =
+    unsafe extern "C" fn(c_int, *mut c_void, *mut *mut c_void, *mut *mut abi::ncclNetDeviceHandle_v7) -> ncclResult_t;
+
 /// What the software plugin offers beyond the NCCL contract.
 #[derive(Clone, Copy)]
 pub(in crate::net) struct Ext {
@@ -26,6 +29,15 @@ pub(in crate::net) struct Ext {
     pub key_connect: Option<unsafe extern "C" fn(*mut c_void, *const u8) -> ncclResult_t>,
     /// Guards the messages of a comm.
     pub protect: Option<unsafe extern "C" fn(*mut c_void, c_int, *const u8) -> ncclResult_t>,
+    /// Whether a device can carry new connections.
+    pub ready: Option<unsafe extern "C" fn(c_int) -> ncclResult_t>,
+    /// A listen comm serves a connection of each direction.
+    pub listen_both: Option<unsafe extern "C" fn(*mut c_void, *const u8) -> ncclResult_t>,
+    /// Accept and connect with the direction turned round.
+    pub accept_send: Option<unsafe extern "C" fn(*mut c_void, *mut *mut c_void) -> ncclResult_t>,
+    pub connect_recv: Option<ConnectRecvFn>,
+    /// How far a send comm's bytes have come.
+    pub flow: Option<unsafe extern "C" fn(*mut c_void, *mut abi::ucclFlow) -> ncclResult_t>,
 }
 
 impl From<&ucclNetExt_v2> for Ext {
@@ -41,6 +53,11 @@ impl From<&ucclNetExt_v2> for Ext {
             key_listen: t.keyListen,
             key_connect: t.keyConnect,
             protect: t.protect,
+            ready: t.ready,
+            listen_both: t.listenBoth,
+            accept_send: t.acceptSend,
+            connect_recv: t.connectRecv,
+            flow: t.flow,
         }
     }
 }

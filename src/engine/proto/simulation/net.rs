@@ -2,7 +2,7 @@
 //! demand. Copies real bytes at the moment at which a real network would.
 
 use crate::channel::path::{Arrival, Copier, Departure, Dest, Event, Line, Path, Way};
-use crate::channel::stripe::Load;
+use crate::channel::stripe::{Load, Loads};
 use crate::region::Hold;
 use crate::status::{bail, err, Result};
 use crate::types::{Key, Part, Place};
@@ -190,7 +190,7 @@ impl Path for SimulatedPath {
         local.is_device() || !self.device
     }
 
-    fn loads(&self, _place: Place, bulk: bool, _now: Instant, out: &mut Vec<Load>) {
+    fn loads(&mut self, _place: Place, bulk: bool, _now: Instant, out: &mut Loads) {
         let net = self.net.lock();
         for channel in self.first..self.first + self.channels {
             let wire = &net.wires[channel][self.side];
@@ -198,7 +198,7 @@ impl Path for SimulatedPath {
             let free = WINDOW.saturating_sub(taken);
             let large = wire.posted.iter().filter(|p| p.bulk).count();
             let free = if bulk { free.min((WINDOW / 2).saturating_sub(large)) } else { free };
-            out.push(Load { free, queued: taken as u64, rate: 0.0 });
+            out.channels.push(Load { free, queued: taken as u64, rate: 0.0, nic: 0 });
         }
     }
 

@@ -274,6 +274,28 @@ fn an_idle_connection_wants_to_be_looked_at_within_its_deadlines() {
 }
 
 #[test]
+fn an_idle_connection_wants_to_be_looked_at_once_a_heartbeat() {
+    let mut world = Paced::new(1 << 30, 1 << 30, [4 * PEER_TIMEOUT, PEER_TIMEOUT]);
+    let (mut looks, end) = (0, world.start + 100 * (PEER_TIMEOUT / 4));
+    while world.now < end {
+        let due = world.sides.iter().map(|side| side.machine.next_tick()).min().expect("two sides");
+        world.now = world.now.max(due);
+        for side in 0..2 {
+            if world.sides[side].machine.next_tick() <= world.now {
+                looks += 1;
+                world.sides[side].poll(world.now);
+            }
+            let bytes: Vec<u8> = world.sides[side].out.drain(..).collect();
+            if !bytes.is_empty() {
+                world.sides[1 - side].hear(&bytes, world.now);
+            }
+        }
+    }
+    world.alive();
+    assert!((200..=220).contains(&looks), "{looks} looks in 100 heartbeats of two sides");
+}
+
+#[test]
 fn answers_that_have_left_are_not_held_against_the_peer() {
     let mut world = Paced::new(MIB as u64, 200 * MIB, DEFAULT);
     // The application always has more to say than the network takes, and the peer writes all the time.

@@ -228,8 +228,8 @@ impl Side {
         loop {
             if self.leaving.is_empty() {
                 let Some(block) = self.machine.tx.take() else { break };
-                self.leaving.extend(&block);
-                self.machine.tx.recycle(block);
+                self.leaving.extend(block.frames());
+                self.machine.tx.recycle(block.into_bytes());
             }
             let n = self.leaving.len().min(self.room.saturating_sub(self.out.len()));
             if n == 0 {

@@ -1,0 +1,379 @@
+//! Striping: which channel carries the next chunk, and how long it is. NICs run at their own speed: the one that would finish the chunk
+//! first gets it, and none gets what it would finish after all others could have finished everything. Among the channels of a NIC the
+//! same rule holds. Pure.
+
+mod nic;
+#[cfg(test)]
+mod simulation;
+
+pub(crate) use nic::Nic;
+
+use std::time::{Duration, Instant};
+
+/// State of a channel as striping sees it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Load {
+    /// Free places of its window.
+    pub free: usize,
+    /// Bytes posted and not yet done.
+    pub queued: u64,
+    /// Measured speed, bytes per second; 0 while unknown.
+    pub rate: f64,
+    /// Its NIC, an index into [`Loads::nics`].
+    pub nic: usize,
+}
+
+/// State of a NIC, with all of its channels.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct NicLoad {
+    /// Bytes that were handed to its channels and that the peer has not acknowledged, as far as is known.
+    pub backlog: u64,
+    /// Measured speed, bytes per second; 0 while unknown.
+    pub speed: f64,
+    /// While its speed is unknown: bytes that it may have under way.
+    pub trust: u64,
+    /// Bytes that have been acknowledged so far.
+    pub moved: u64,
+    /// How long it takes until something is known of what it was given: some times between looks, and some round trips.
+    pub delay: Duration,
+    /// How it should be tried now, where it is slow.
+    pub probe: Option<Probe>,
+}
+
+/// A chunk that finds out whether a slow NIC has recovered.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Probe {
+    pub len: u64,
+    /// It has been so long that it may cost something.
+    pub at_any_cost: bool,
+}
+
+/// State of all channels of a path. One NIC or none: nobody compares NICs.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Loads {
+    pub channels: Vec<Load>,
+    pub nics: Vec<NicLoad>,
+}
+
+/// What is to be sent.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Want {
+    /// Bytes of the next chunk at most.
+    pub len: u64,
+    /// Bytes that wait for channels altogether, with the next chunk.
+    pub rest: u64,
+}
+
+/// Where the next chunk goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Pick {
+    pub channel: usize,
+    /// Its bytes at most.
+    pub len: u64,
+}
+
+/// A free channel is passed over when it would finish a chunk this many times later than the best one: then waiting is faster.
+const PATIENCE: f64 = 2.0;
+
+/// A channel counts as slow when its speed is less than this part of the reference: smaller differences are noise, and acting on noise
+/// would make the busier one look ever faster.
+const SLOW: f64 = 0.5;
+/// The same of a NIC, whose speed is measured only while it surely has enough to do.
+const SLOW_NIC: f64 = 0.7;
+
+/// A NIC below this part of the fastest one's speed is hardly worth what a lost packet on it costs: it is only tried now and then.
+pub(crate) const LEFT_ALONE: f64 = 1.0 / 12.0;
+/// A chunk that tries it does no harm where it would take this part of the time that the others need for the rest.
+const HARMLESS: f64 = 0.25;
+/// Chunks of a slow NIC are shorter in proportion, but not shorter than this.
+const SHORTEST: u64 = 64 << 10;
+const PAGE: u64 = nccl_net_abi::PAGE as u64;
+/// What a NIC has under way beside others takes it so long, or its delay, or is one chunk: enough to keep it busy, and no more to wait
+/// for. Less of a slow one.
+const BACKLOG: Duration = Duration::from_millis(50);
+const SLOW_BACKLOG: Duration = Duration::from_millis(20);
+/// Estimates of slow NICs may be wrong by this factor before anybody waits for one.
+const CAUTION: f64 = 1.5;
+/// A slow NIC is tried only by transfers of at least this size.
+const WORTH_A_PROBE: u64 = 1 << 20;
+
+/// Where the next chunk goes. `None`: wait until something on these channels is done.
+pub(crate) fn pick(loads: &Loads, want: Want) -> Option<Pick> {
+    match loads.nics.len() {
+        0 | 1 => pick_channel(&loads.channels, |_| true, want.len).map(|channel| Pick { channel, len: want.len }),
+        _ => pick_nic(loads, want),
+    }
+}
+
+/// A NIC with a free channel, while one is chosen. Times are in bytes at the reference's speed.
+struct Candidate {
+    nic: usize,
+    /// Its part of the reference's speed.
+    share: f64,
+    len: u64,
+    finish: f64,
+}
+
+fn pick_nic(loads: &Loads, want: Want) -> Option<Pick> {
+    const MOST: usize = 64;
+    let n = loads.nics.len().min(MOST);
+    let mut free = [false; MOST];
+    for load in loads.channels.iter().filter(|load| load.nic < n && load.free > 0) {
+        free[load.nic] = true;
+    }
+    let backlog = |nic: usize| loads.nics[nic].backlog;
+    let fastest = loads.nics.iter().map(|nic| nic.speed).fold(0.0, f64::max);
+    let share = |nic: usize| match loads.nics[nic].speed {
+        speed if speed > 0.0 && speed < SLOW_NIC * fastest => speed / fastest,
+        _ => 1.0,
+    };
+    let candidate = |nic: usize| {
+        let (share, unknown) = (share(nic), loads.nics[nic].speed <= 0.0);
+        let len = match () {
+            _ if unknown => want.len.min(loads.nics[nic].trust / 2),
+            _ if share < 1.0 => want.len.min(((want.len as f64 * share) as u64 / PAGE * PAGE).max(SHORTEST)),
+            _ => want.len,
+        };
+        Candidate { nic, share, len, finish: (backlog(nic) + len) as f64 / share }
+    };
+    let soonest = (0..n).map(|nic| candidate(nic).finish).min_by(f64::total_cmp)?;
+    let fits = |c: &Candidate| {
+        let (state, under_way) = (&loads.nics[c.nic], backlog(c.nic) + c.len);
+        let most = |time: Duration| (state.speed * time.max(state.delay).as_secs_f64()).max(c.len as f64);
+        match () {
+            _ if state.speed <= 0.0 => under_way <= state.trust,
+            _ if c.share >= 1.0 => under_way as f64 <= most(BACKLOG) && c.finish <= PATIENCE * soonest,
+            _ if c.share < LEFT_ALONE => false,
+            _ => under_way as f64 <= most(SLOW_BACKLOG) && c.finish * CAUTION <= without(c.nic, n, &backlog, &share, want.rest),
+        }
+    };
+    let within =
+        |nic: usize, len: u64| pick_channel(&loads.channels, |load| load.nic == nic, len).map(|channel| Pick { channel, len });
+    let candidates = || (0..n).filter(|&nic| free[nic]).map(candidate);
+    let by_finish = |a: &Candidate, b: &Candidate| a.finish.total_cmp(&b.finish);
+    let probe = |c: Candidate| {
+        let probe =
+            loads.nics[c.nic].probe.filter(|_| c.share < LEFT_ALONE && backlog(c.nic) == 0 && want.rest >= WORTH_A_PROBE)?;
+        let harmless = HARMLESS * without(c.nic, n, &backlog, &share, want.rest) * c.share;
+        let len = if probe.at_any_cost { probe.len.max(harmless as u64) } else { harmless as u64 / PAGE * PAGE };
+        (len >= SHORTEST).then(|| within(c.nic, len.min(want.len)))?
+    };
+    if let Some(pick) = candidates().find_map(probe) {
+        return Some(pick);
+    }
+    if let Some(pick) = candidates().filter(fits).min_by(by_finish).and_then(|c| within(c.nic, c.len)) {
+        return Some(pick);
+    }
+    // While nothing is under way nobody would look again: the NIC that has done most goes on.
+    if loads.channels.iter().any(|load| load.queued > 0) {
+        return None;
+    }
+    let by_merit = |a: &Candidate, b: &Candidate| {
+        let merit = |c: &Candidate| (c.share >= 1.0, loads.nics[c.nic].moved);
+        merit(a).cmp(&merit(b)).then(by_finish(b, a))
+    };
+    candidates().max_by(by_merit).and_then(|c| within(c.nic, c.len))
+}
+
+/// When the others of `n` NICs would have finished what they have and `rest`.
+fn without(nic: usize, n: usize, backlog: &impl Fn(usize) -> u64, share: &impl Fn(usize) -> f64, rest: u64) -> f64 {
+    // Water that is poured into vessels of different width, filled to different heights: the level rises over one after the other.
+    let others = || (0..n).filter(|&other| other != nic);
+    let height = |other: usize| backlog(other) as f64 / share(other);
+    let level = |top: usize| {
+        let under = others().filter(|&other| height(other) <= height(top));
+        let (width, amount) = under.fold((0.0, rest as f64), |(w, a), other| (w + share(other), a + backlog(other) as f64));
+        amount / width
+    };
+    others().map(level).fold(f64::INFINITY, f64::min)
+}
+
+/// The channel for a chunk of `len` bytes among those that `admitted` lets through: of those with a free place the one that would finish
+/// it first. `None` when none is free, or only channels so slow that waiting for a fast one beats them.
+fn pick_channel(loads: &[Load], admitted: impl Fn(&Load) -> bool, len: u64) -> Option<usize> {
+    let admitted = || loads.iter().enumerate().filter(|(_, load)| admitted(load));
+    let reference = reference(admitted().map(|(_, load)| load.rate));
+    let finish = |l: &Load| {
+        // A channel without a measurement is taken to be as fast as the others.
+        let slow = l.rate > 0.0 && l.rate < SLOW * reference;
+        (l.queued + len) as f64 / if slow { l.rate / reference } else { 1.0 }
+    };
+    let soonest = admitted().map(|(_, load)| finish(load)).min_by(f64::total_cmp)?;
+    let free = admitted().filter(|(_, l)| l.free > 0);
+    let (index, load) = free.min_by(|(_, a), (_, b)| finish(a).total_cmp(&finish(b)))?;
+    (finish(load) <= PATIENCE * soonest).then_some(index)
+}
+
+/// The speed that others are compared with: the upper quartile of the measured ones, so that one lucky measurement slows nobody down.
+fn reference(rates: impl Iterator<Item = f64>) -> f64 {
+    const MOST: usize = 64;
+    let mut known = [0.0f64; MOST];
+    let mut n = 0;
+    for rate in rates.filter(|&rate| rate > 0.0).take(MOST) {
+        known[n] = rate;
+        n += 1;
+    }
+    let known = &mut known[..n];
+    known.sort_unstable_by(f64::total_cmp);
+    known.get((3 * n).div_ceil(4).saturating_sub(1)).copied().unwrap_or(0.0)
+}
+
+/// Measures a channel's speed while it has requests in flight: idle time is not slowness.
+#[derive(Debug, Default)]
+pub(crate) struct Rate {
+    bytes_per_second: f64,
+    /// When the current busy interval began; `None` while idle.
+    since: Option<Instant>,
+    /// Bytes and time of the sample at hand.
+    bytes: u64,
+    busy: Duration,
+    /// The last completion.
+    last: Option<Instant>,
+}
+
+/// Shortest busy time that a sample spans: completions come in bursts.
+const SAMPLE: Duration = Duration::from_millis(2);
+/// After this much idle time a measurement is forgotten.
+const FORGET: Duration = Duration::from_millis(100);
+/// A request this many times slower than predicted marks the channel stalled.
+const STALL: f64 = 4.0;
+
+impl Rate {
+    /// Bytes per second; 0 while unknown. `oldest`: length of the oldest request in flight.
+    pub(crate) fn get(&self, oldest: u64, now: Instant) -> f64 {
+        match (self.since, self.last) {
+            (Some(since), _) => {
+                let waited = now.saturating_duration_since(since);
+                if waited <= SAMPLE {
+                    return self.bytes_per_second;
+                }
+                self.bytes_per_second.min(STALL * oldest as f64 / waited.as_secs_f64())
+            }
+            (None, Some(last)) if now.saturating_duration_since(last) < FORGET => self.bytes_per_second,
+            _ => 0.0,
+        }
+    }
+
+    /// The speed as it was last measured, or less for a channel that has stalled since.
+    pub(crate) fn last(&self, oldest: u64, now: Instant) -> f64 {
+        match self.since {
+            Some(_) => self.get(oldest, now),
+            None => self.bytes_per_second,
+        }
+    }
+
+    /// A request was handed to the channel.
+    pub(crate) fn posted(&mut self, now: Instant) {
+        self.since.get_or_insert(now);
+    }
+
+    /// `bytes` were done by `now`; `more` requests are in flight.
+    pub(crate) fn done(&mut self, bytes: u64, now: Instant, more: bool) {
+        let Some(since) = self.since else { return };
+        self.since = more.then_some(now);
+        self.last = Some(now);
+        self.bytes += bytes;
+        self.busy += now.saturating_duration_since(since);
+        if self.busy < SAMPLE {
+            return;
+        }
+        let sample = self.bytes as f64 / self.busy.as_secs_f64();
+        const WEIGHT: f64 = 0.3;
+        let before = self.bytes_per_second;
+        self.bytes_per_second = if before == 0.0 { sample } else { before * (1.0 - WEIGHT) + sample * WEIGHT };
+        (self.bytes, self.busy) = (0, Duration::ZERO);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// As with one NIC.
+    fn pick(channels: &[Load], len: u64) -> Option<usize> {
+        super::pick(&Loads { channels: channels.to_vec(), nics: Vec::new() }, Want { len, rest: len }).map(|pick| pick.channel)
+    }
+
+    proptest! {
+        /// Over a long transfer every channel is used in proportion to its speed, whatever the speeds.
+        #[test]
+        fn shares_follow_speed(rates in proptest::collection::vec(1u32..50, 1..8)) {
+            const CHUNK: u64 = 1;
+            let mut queued = vec![0u64; rates.len()];
+            let mut credit = vec![0f64; rates.len()];
+            let mut sent = vec![0u64; rates.len()];
+            for _ in 0..2000 {
+                loop {
+                    let loads: Vec<_> = queued.iter().zip(&rates).map(|(&q, &r)| Load { free: 16 - q as usize, queued: q, rate: f64::from(r), nic: 0 }).collect();
+                    let Some(c) = pick(&loads, CHUNK) else { break };
+                    queued[c] += CHUNK;
+                    sent[c] += CHUNK;
+                }
+                for c in 0..rates.len() {
+                    credit[c] += f64::from(rates[c]) / 50.0;
+                    let done = (credit[c] as u64).min(queued[c]);
+                    credit[c] = (credit[c] - done as f64).min(1.0);
+                    queued[c] -= done;
+                }
+            }
+            let total: u64 = sent.iter().sum();
+            let sum: u32 = rates.iter().sum();
+            let ideal = 2000.0 * f64::from(sum) / 50.0;
+            prop_assert!(total as f64 >= 0.9 * ideal - 16.0 * rates.len() as f64, "{total} of {ideal}");
+        }
+
+        #[test]
+        fn never_a_full_channel(loads in proptest::collection::vec((0usize..3, 0u64..100, 0u32..5), 0..10)) {
+            let loads: Vec<_> = loads.into_iter().map(|(free, queued, rate)| Load { free, queued, rate: f64::from(rate), nic: 0 }).collect();
+            if let Some(c) = pick(&loads, 10) {
+                prop_assert!(loads[c].free > 0);
+            }
+        }
+    }
+
+    #[test]
+    fn idle_channels_share_evenly_before_anything_is_known() {
+        let mut queued = [0u64; 4];
+        for _ in 0..8 {
+            let loads = queued.map(|q| Load { free: 16 - q as usize, queued: q, rate: 0.0, nic: 0 });
+            let c = pick(&loads, 1).unwrap();
+            queued[c] += 1;
+        }
+        assert_eq!(queued, [2; 4]);
+    }
+
+    #[test]
+    fn a_lucky_or_noisy_measurement_slows_nobody_down() {
+        // One channel looks ten times as fast, the others differ by less than a factor of two: all are used alike.
+        let rates = [1.0, 1.1, 1.4, 0.9, 10.0, 1.0, 1.2, 1.3];
+        let mut queued = [0u64; 8];
+        for _ in 0..32 {
+            let loads: Vec<_> =
+                queued.iter().zip(rates).map(|(&q, rate)| Load { free: 16 - q as usize, queued: q, rate, nic: 0 }).collect();
+            queued[pick(&loads, 1).unwrap()] += 1;
+        }
+        assert_eq!(queued, [4; 8]);
+    }
+
+    #[test]
+    fn speed_is_measured_over_busy_time_and_forgotten_when_idle() {
+        let start = Instant::now();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        let mut rate = Rate::default();
+        assert_eq!(rate.get(0, start), 0.0);
+        // Two bursts of 1 ms with a pause of 50 ms between them: 2,000 bytes in 2 ms.
+        for begin in [0, 51] {
+            rate.posted(at(begin));
+            rate.done(1000, at(begin + 1), false);
+        }
+        let measured = rate.get(0, at(53));
+        assert!((measured - 1e6).abs() < 1.0, "{measured}");
+        assert_eq!(rate.get(0, at(53) + FORGET), 0.0, "idle for long");
+        // In flight for 100 ms where 1 ms was to be expected: at most a quarter of what the time says.
+        rate.posted(at(60));
+        assert_eq!(rate.get(1000, at(62)), measured);
+        let stalled = rate.get(1000, at(160));
+        assert!(stalled < 0.05 * measured, "{stalled}");
+    }
+}

@@ -1,0 +1,260 @@
+//! Striping over simulated NICs, in whole bytes and microseconds: a shaper with a token bucket, socket buffers that swallow what they can,
+//! and windows of chunks. The scheduler is asked only when a chunk has gone to the system, as in reality.
+
+use super::{pick, Load, Loads, Nic, Want};
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+const STEP_US: u64 = 50;
+const CHUNK: u64 = 512 << 10;
+const WINDOW: usize = 8;
+const MIB: u64 = 1 << 20;
+
+struct SimulatedChannel {
+    nic: usize,
+    /// Chunks that the system has not taken whole: what is left of each.
+    chunks: VecDeque<u64>,
+    queued: u64,
+    /// Bytes that the system has.
+    buffer: u64,
+}
+
+struct SimulatedNic {
+    /// Bytes a second.
+    rate: u64,
+    /// What it may send at once, in millionths of a byte, and what the bucket holds at most.
+    tokens: u64,
+    bucket: u64,
+    sent: u64,
+    turn: usize,
+}
+
+struct World {
+    start: Instant,
+    us: u64,
+    buffer: u64,
+    channels: Vec<SimulatedChannel>,
+    nics: Vec<SimulatedNic>,
+    learned: Vec<Nic>,
+}
+
+fn mbit(rate: u64) -> u64 {
+    rate * 1_000_000 / 8
+}
+
+impl World {
+    fn new(mbits: &[u64], channels: usize, buffer: u64) -> World {
+        let nic = |&rate| SimulatedNic { rate: mbit(rate), tokens: 0, bucket: 128 << 10, sent: 0, turn: 0 };
+        let channel = |i| SimulatedChannel { nic: i % mbits.len(), chunks: VecDeque::new(), queued: 0, buffer: 0 };
+        World {
+            start: Instant::now(),
+            us: 0,
+            buffer,
+            channels: (0..mbits.len() * channels).map(channel).collect(),
+            nics: mbits.iter().map(nic).collect(),
+            learned: mbits.iter().map(|_| Nic::default()).collect(),
+        }
+    }
+
+    fn now(&self) -> Instant {
+        self.start + Duration::from_micros(self.us)
+    }
+
+    fn loads(&mut self, bulk: bool) -> Loads {
+        let now = self.now();
+        for (n, learned) in self.learned.iter_mut().enumerate() {
+            if learned.due(now) {
+                let backlog = self.channels.iter().filter(|c| c.nic == n).map(|c| c.queued + c.buffer).sum();
+                learned.look(self.nics[n].sent, backlog, Duration::ZERO, now);
+            }
+        }
+        let window = if bulk { WINDOW } else { 2 * WINDOW };
+        let load = |c: &SimulatedChannel| Load { free: window - c.chunks.len(), queued: c.queued, rate: 0.0, nic: c.nic };
+        Loads { channels: self.channels.iter().map(load).collect(), nics: self.learned.iter().map(|nic| nic.load(now)).collect() }
+    }
+
+    /// Hands out what has room.
+    fn schedule(&mut self, rest: &mut u64, bulk: bool) {
+        while *rest > 0 {
+            let loads = self.loads(bulk);
+            let Some(pick) = pick(&loads, Want { len: CHUNK.min(*rest), rest: *rest }) else { break };
+            let len = pick.len.min(*rest);
+            assert!(len > 0 && loads.channels[pick.channel].free > 0);
+            let channel = &mut self.channels[pick.channel];
+            channel.chunks.push_back(len);
+            channel.queued += len;
+            let nic = channel.nic;
+            *rest -= len;
+            let now = self.now();
+            self.learned[nic].gave(len, now);
+        }
+    }
+
+    /// Lets time pass; whether a chunk has gone.
+    fn step(&mut self) -> bool {
+        self.us += STEP_US;
+        for (n, nic) in self.nics.iter_mut().enumerate() {
+            nic.tokens = (nic.tokens + nic.rate * STEP_US).min(nic.bucket.max(nic.rate * STEP_US / 1_000_000 + 1) * 1_000_000);
+            let mut mine: Vec<&mut SimulatedChannel> = self.channels.iter_mut().filter(|c| c.nic == n).collect();
+            let channels = mine.len();
+            let mut idle = 0;
+            while nic.tokens >= 1_000_000 && idle < channels {
+                nic.turn += 1;
+                let channel = &mut mine[nic.turn % channels];
+                let segment = channel.buffer.min(1448).min(nic.tokens / 1_000_000);
+                idle = if segment == 0 { idle + 1 } else { 0 };
+                channel.buffer -= segment;
+                nic.tokens -= segment * 1_000_000;
+                nic.sent += segment;
+            }
+        }
+        let mut gone = false;
+        for channel in &mut self.channels {
+            while let Some(front) = channel.chunks.front_mut() {
+                let taken = (*front).min(self.buffer.saturating_sub(channel.buffer));
+                *front -= taken;
+                channel.buffer += taken;
+                if *front > 0 {
+                    break;
+                }
+                gone = true;
+                channel.chunks.pop_front();
+                channel.queued = channel.chunks.iter().sum();
+            }
+        }
+        gone
+    }
+
+    /// One transfer, from its start until all of it has arrived; microseconds.
+    fn transfer(&mut self, bytes: u64) -> u64 {
+        let (began, mut rest) = (self.us, bytes);
+        let bulk = bytes > 256 << 10;
+        self.schedule(&mut rest, bulk);
+        while rest > 0 || self.channels.iter().any(|c| c.queued + c.buffer > 0) {
+            assert!(
+                rest == 0 || self.channels.iter().any(|c| !c.chunks.is_empty()),
+                "nothing is under way and nobody looks again"
+            );
+            assert!(self.us - began < 600_000_000, "no end");
+            if self.step() {
+                self.loads(bulk);
+                self.schedule(&mut rest, bulk);
+            }
+        }
+        self.us - began
+    }
+
+    /// Seconds that `n` transfers of this size took.
+    fn transfers(&mut self, n: u64, bytes: u64) -> f64 {
+        (0..n).map(|_| self.transfer(bytes)).sum::<u64>() as f64 / 1e6
+    }
+
+    /// Seconds that these bytes take all NICs together.
+    fn ideal(&self, bytes: u64) -> f64 {
+        bytes as f64 / self.nics.iter().map(|nic| nic.rate).sum::<u64>() as f64
+    }
+
+    fn pause(&mut self, ms: u64) {
+        for _ in 0..ms * 1000 / STEP_US {
+            self.step();
+        }
+    }
+}
+
+/// Each of these, with so many channels a NIC and such socket buffers.
+fn each(slow: &[u64], mut body: impl FnMut(&mut World, String)) {
+    for &slow in slow {
+        for channels in [1, 2, 4] {
+            for buffer in [128 << 10, 1 << 20, 4 << 20] {
+                let what = format!("1000 and {slow} Mbit/s, {channels} channels, buffers of {} KiB", buffer >> 10);
+                body(&mut World::new(&[1000, slow], channels, buffer), what);
+            }
+        }
+    }
+}
+
+#[test]
+fn simulated_slow_nics_cost_nothing_after_64_mib() {
+    each(&[500, 250, 100, 20, 5], |world, what| {
+        let first = world.transfers(1, 64 * MIB);
+        let took = world.transfers(8, 64 * MIB);
+        let part = world.ideal(8 * 64 * MIB) / took;
+        println!("{what}: {:.1} % of all NICs; while it learned {:.1} %", 100.0 * part, 100.0 * world.ideal(64 * MIB) / first);
+        assert!(part >= 0.9, "{what}: {:.1} %", 100.0 * part);
+    });
+}
+
+#[test]
+fn simulated_slow_nics_cost_little_at_other_sizes() {
+    each(&[100, 20, 5], |world, what| {
+        world.transfers(1, 64 * MIB);
+        for (n, bytes, least) in [(400, 256 << 10, 0.8), (200, MIB, 0.8), (60, 8 * MIB, 0.8), (2, 512 * MIB, 0.9)] {
+            let took = world.transfers(n, bytes);
+            // What the fast one alone would do.
+            let part = (n * bytes) as f64 / mbit(1000) as f64 / took;
+            println!("{what}: {} KiB: {:.1} % of the fast one", bytes >> 10, 100.0 * part);
+            assert!(part >= least, "{what}: {} KiB: {:.1} %", bytes >> 10, 100.0 * part);
+        }
+    });
+}
+
+#[test]
+fn simulated_nics_that_recover_are_used_again() {
+    each(&[100, 20, 5], |world, what| {
+        world.transfers(3, 64 * MIB);
+        world.nics[1].rate = mbit(1000);
+        let began = world.us;
+        while world.learned[1].speed() < 0.8 * mbit(1000) as f64 {
+            world.transfer(64 * MIB);
+            assert!(world.us - began < 40_000_000, "{what}: {:?}", world.learned);
+        }
+        println!("{what}: found after {:.1} s", (world.us - began) as f64 / 1e6);
+        let took = world.transfers(4, 64 * MIB);
+        let part = world.ideal(4 * 64 * MIB) / took;
+        println!("{what}, recovered: {:.1} %", 100.0 * part);
+        assert!(part >= 0.9, "{what}: {:.1} %", 100.0 * part);
+        // And slow again.
+        let slow = world.nics[0].rate / 50;
+        world.nics[1].rate = slow;
+        world.transfers(2, 64 * MIB);
+        let part = world.ideal(4 * 64 * MIB) / world.transfers(4, 64 * MIB);
+        assert!(part >= 0.9, "{what}, slow again: {:.1} %", 100.0 * part);
+    });
+}
+
+#[test]
+fn simulated_probes_find_a_nic_that_recovered_although_transfers_are_small() {
+    for slow in [20, 5] {
+        let mut world = World::new(&[1000, slow], 2, 1 << 20);
+        world.transfers(1, 64 * MIB);
+        world.nics[1].rate = mbit(1000);
+        let began = world.us;
+        loop {
+            let before = world.nics[1].sent;
+            (0..10).for_each(|_| {
+                world.transfer(2 * MIB);
+                world.pause(5);
+            });
+            if world.nics[1].sent - before >= MIB {
+                break;
+            }
+            assert!(world.us - began < 240_000_000, "{slow} Mbit/s: {:?}", world.learned);
+        }
+        println!("{slow} Mbit/s: found after {:.1} s", (world.us - began) as f64 / 1e6);
+    }
+}
+
+#[test]
+fn simulated_equal_nics_share_alike() {
+    for nics in [2, 4] {
+        let mut world = World::new(&vec![1000; nics], 2, 1 << 20);
+        let took = world.transfers(6, 64 * MIB);
+        let part = world.ideal(6 * 64 * MIB) / took;
+        assert!(part >= 0.95, "{:.1} %", 100.0 * part);
+        let all: u64 = world.nics.iter().map(|nic| nic.sent).sum();
+        for nic in &world.nics {
+            let share = nic.sent as f64 * nics as f64 / all as f64;
+            assert!((0.9..1.1).contains(&share), "{share}");
+        }
+    }
+}
