@@ -111,7 +111,7 @@ impl Nic {
     fn sample(&mut self) {
         let sample = self.bytes as f64 / self.busy.as_secs_f64();
         let weight = match self.speed {
-            speed if speed == 0.0 => 1.0,
+            0.0 => 1.0,
             speed if sample < speed => DOWN,
             // Perhaps a burst.
             _ if self.bytes < BURST => return,

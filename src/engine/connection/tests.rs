@@ -134,7 +134,7 @@ fn a_panic_in_an_applications_thread_ends_the_connection() {
         let home = home();
         for closed in [false, true] {
             let (connection, _theirs) = connection(&home, true, closed);
-            let memory = vec![0u8; 64];
+            let memory = [0u8; 64];
             let mr = home.registry.add(memory.as_ptr() as u64, 64, Place::HOST, crate::types::RemoteAccess::ALL).unwrap();
             let id = connection.recv(LocalSegment { mr, addr: memory.as_ptr() as usize, len: 64 });
             let id = id.expect("a receive");
