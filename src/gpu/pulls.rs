@@ -14,12 +14,12 @@ use std::time::{Duration, Instant};
 
 /// Streams that launches take in turn.
 const STREAMS: usize = 2;
-/// Pieces of a long list's first launch; each further one takes twice as many. The GPU is at work while the rest is prepared.
-const FIRST: usize = 1024;
+/// Pieces of a long list's first launch where nothing else is under way; each further one takes twice as many. The GPU is at work while
+/// the rest is prepared.
+const FIRST: usize = 2048;
 
-/// Lists of so few pieces take the copy engine for runs from this length on.
+/// Lists of so few pieces take the copy engine for runs of any length.
 const FEW_RUNS: usize = 2;
-const FEW_ENGINE: u64 = 32 << 10;
 
 struct Lane {
     launcher: Lent<PullLauncher>,
@@ -111,7 +111,8 @@ impl Pulls {
     /// # Safety
     /// As [`Pulls::start`].
     unsafe fn hand_out(&mut self, cutter: &mut Cutter<'_>, job: u64) -> Result<()> {
-        let (mut full, mut most) = (0, FIRST);
+        let idle = self.lanes.iter().all(|lane| lane.launches.is_empty());
+        let (mut full, mut most) = (0, if idle { FIRST } else { LAUNCH });
         while full < self.lanes.len() && !cutter.is_done() {
             let lane = &mut self.lanes[self.turn % STREAMS];
             // SAFETY: by the caller's contract.
@@ -131,7 +132,7 @@ impl Pulls {
     /// Contiguous bytes from which on a list's run takes the copy engine. What is all in a few runs ends sooner that way.
     fn engine_from(&self, pieces: usize) -> u64 {
         if pieces <= FEW_RUNS {
-            self.grid.engine.min(FEW_ENGINE)
+            1
         } else {
             self.grid.engine
         }

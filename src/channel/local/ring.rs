@@ -300,6 +300,15 @@ mod tests {
     }
 
     #[test]
+    fn pieces_that_do_not_make_the_chunk_are_a_violation() {
+        for len in [6, 8, u64::MAX] {
+            let (mut out, mut inn) = both();
+            out.tell(0, len, &extents(&[3, 4])).unwrap();
+            assert_eq!(inn.next(&mut Descriptor::default()).unwrap_err().kind(), ErrorKind::Protocol);
+        }
+    }
+
+    #[test]
     fn the_doorbell_rings_once_for_whoever_listens() {
         let (mut out, mut inn) = both();
         let mut got = Descriptor::default();

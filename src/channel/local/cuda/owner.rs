@@ -250,7 +250,7 @@ impl Owner {
     fn ask(&self, request: [u64; WORDS]) -> Exported {
         send(&self.socket, &words(request), None);
         let mut answer = [0; WORDS * 8];
-        // SAFETY of the socket's time-out: a message comes whole.
+        // A message comes whole.
         assert_eq!(receive(&self.socket, &mut answer).0, answer.len(), "the owner has ended");
         let word = |i: usize| u64::from_le_bytes(answer[i * 8..i * 8 + 8].try_into().expect("eight bytes"));
         assert_ne!(word(0), u64::MAX, "the owner cannot export");

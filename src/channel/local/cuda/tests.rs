@@ -225,6 +225,7 @@ fn gpu_lies_about_an_allocation_are_errors_and_harm_nothing() {
             memory.close(mapping);
         }
     }
+    ended();
     let view = View::open(&mut memory, owner.export_again(gpus[gpus.len() - 1]), Place::gpu(0));
     all_comes(&mut memory, &view, 2 << 20, 1);
 }
