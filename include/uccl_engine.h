@@ -974,7 +974,8 @@ int uccl_engine_prepare_fifo(uccl_engine_t *engine,
 int uccl_engine_update_fifo(struct FifoItem *fifo_item, uint64_t remote_addr, uint32_t size);
 
 /**
- * IPC descriptor of a registered buffer. This library moves data through its channels also inside one host, so there is none.
+ * IPC descriptor of a registered buffer. There is none to pass on: engines of one host find out by themselves what each can copy from the
+ * other (see UCCL_P2P_DISABLE_IPC), and ordinary reads and writes take that way.
  *
  * @param engine   [in]  The engine.
  * @param addr     [in]  Address inside a registered region.

@@ -82,6 +82,14 @@ pub struct Config {
     /// Device memory leaves through host memory that a kernel fills, where the plugin carries host memory.
     pub stage_sends: bool,
     pub vectored: bool,
+    /// Memory is never copied within a host.
+    pub disable_ipc: bool,
+    /// Where processes of one host find each other that share no network namespace.
+    pub local_dir: Option<PathBuf>,
+    /// GPUs that reach each other only over PCIe pull from each other, too.
+    pub local_pcie: bool,
+    /// Blocks of threads that a pull takes of a GPU.
+    pub local_blocks: u32,
     pub spin: Option<Duration>,
     pub connect_timeout: Duration,
     pub handshake_timeout: Duration,
@@ -224,6 +232,10 @@ impl Config {
             emulate_devices: source.number_or_default(&table::EMULATE_DEVICES)? as u8,
             stage_sends: source.flag(&table::STAGE_SENDS)?,
             vectored: source.flag(&table::VECTORED)?,
+            disable_ipc: source.flag(&table::DISABLE_IPC)?,
+            local_dir: source.get(&table::LOCAL_DIR)?.map(PathBuf::from),
+            local_pcie: source.flag(&table::LOCAL_PCIE)?,
+            local_blocks: source.number_or_default(&table::LOCAL_BLOCKS)? as u32,
             spin: source.number(&table::SPIN_US)?.map(Duration::from_micros),
             connect_timeout: source.millis(&table::CONNECT_TIMEOUT)?,
             handshake_timeout: source.millis(&table::HANDSHAKE_TIMEOUT)?,
@@ -252,7 +264,6 @@ fn check_process(source: Source<'_>) -> Result<()> {
     tell_unknown();
     source.word(&table::LOG_LEVEL)?;
     source.flag(&table::DEBUG)?;
-    source.get(&table::DISABLE_IPC)?;
     soft_plugin::check_environment().map_err(|e| crate::status::err!(InvalidArgument, "{e}"))
 }
 

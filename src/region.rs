@@ -47,6 +47,12 @@ impl RegionUse {
         RegionUse(region.clone())
     }
 
+    /// To be shared with a process of this host, which has to be told of its end.
+    pub(crate) fn to_share(&self) -> &Region {
+        self.0.registered.store(true, Ordering::Release);
+        &self.0
+    }
+
     /// An error unless `[addr, addr + len)` lies inside the region.
     #[inline]
     pub(crate) fn check(&self, addr: u64, len: u64) -> Result<()> {
@@ -116,6 +122,11 @@ impl Hold {
             }
             None => bail!(Internal, "a part of region {region} of {}", self.0.len()),
         }
+    }
+
+    /// A region that is to be shared with a process of this host, which has to be told of its end.
+    pub(crate) fn region_to_share(&self, region: u16) -> Option<&Region> {
+        self.0.get(usize::from(region)).map(RegionUse::to_share)
     }
 
     /// Whether it holds the region with this id.

@@ -108,3 +108,15 @@ pub(crate) struct Part {
     /// Index of its region in the transfer's table.
     pub region: u16,
 }
+
+/// A contiguous run of bytes to copy, as kernels read it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub(crate) struct Piece {
+    /// First byte of the source, by its name for whoever copies.
+    pub src: u64,
+    /// First byte of the destination, in memory of this process.
+    pub dst: u64,
+    /// Bytes, more than 0.
+    pub len: u64,
+}

@@ -324,7 +324,7 @@ fn calls_beside_a_busy_stream<const LEN: usize>(context: &Arc<cuda_driver::Conte
         time("its end", &mut || finish());
         time("fill", &mut || stream.fill(device.ptr(), 0, LEN).expect("fill"));
         time("its end", &mut || finish());
-        time("write a word", &mut || stream.write_value(pinned.mapped().device, 1).expect("write"));
+        time("write a word", &mut || stream.signal(pinned.mapped().device, 1).expect("write"));
         time("its end", &mut || finish());
     }
     // What went back to the shelf would be taken from there the next time.

@@ -66,6 +66,8 @@ fn configuration(rng: &mut Rng) -> Vec<(&'static str, String)> {
         ("UCCL_TCPX_CHUNK_BYTES", rng.pick(&["4096", "65536", "524288"]).to_string()),
         ("UCCL_TCPX_EAGER_BYTES", rng.pick(&["0", "8192", "65536"]).to_string()),
         ("UCCL_P2P_LOG_LEVEL", "error".to_owned()),
+        ("UCCL_P2P_DISABLE_IPC", u8::from(rng.below(4) == 0).to_string()),
+        (victim::SHARED_MEMORY, rng.below(2).to_string()),
     ];
     if rng.below(2) == 0 {
         all.push(("UCCL_TCPX_EMULATE_DEVICE", "1".to_owned()));
@@ -286,9 +288,11 @@ fn life(seed: u64, end: Instant) {
         }
         arena.round(&environment);
         if round == 2 {
+            arena.late_writes();
             first = Some(arena.holds());
         }
     }
+    arena.late_writes();
     if let Some(first) = first {
         let mut last = arena.holds();
         let small = until(Duration::from_secs(5), || {
@@ -305,7 +309,6 @@ fn life(seed: u64, end: Instant) {
             bad("leaked memory", &format!("{first:?} -> {last:?}, {configuration:?}"));
         }
     }
-    arena.late_writes();
     if !arena.survivor.end(LIMIT) {
         bad("hangs", "the survivor did not end well");
     }

@@ -46,9 +46,11 @@ def timed(once, seconds, other):
     return sorted(times), used
 
 
-def report(op, total, block, times, used):
+def report(op, total, block, times, used, posts=()):
     median = percentile(times, 50)
     row = {"op": op, "total_bytes": total, "block_bytes": block, "iters": len(times), "p50_us": median * 1e6, "p99_us": percentile(times, 99) * 1e6}
+    if posts:
+        row["post_p50_us"] = percentile(sorted(posts[WARMUP:]), 50) * 1e6
     if total:
         row["gbytes_per_s"] = total / median / 1e9
         row["cpu_s_per_gib"] = used * 2**30 / (total * len(times))

@@ -18,8 +18,8 @@ class HostBuffer:
         self.array = np.full(max(total, 4096), value, dtype=np.uint8)
         self.address, self.nbytes = self.array.ctypes.data, self.array.nbytes
 
-    def all_equal(self, value, total):
-        return bool((self.array[:total] == value).all())
+    def all_equal(self, value, end, start=0):
+        return bool((self.array[start:end] == value).all())
 
 
 class Dram:

@@ -1,13 +1,16 @@
 """NIXL between two processes over loopback, for nixl_dram.py and nixl_vram.py, which say what memory is: an object with
 
     kind                          "DRAM" or "VRAM"
-    buffer(side, total, value)    an object with address, nbytes, device and all_equal(value, total); side is 0 for the initiator
+    buffer(side, total, value)    an object with address, nbytes, device and all_equal(value, end, start=0); side is 0 for the initiator
 
     BACKEND=UCX, PROGRESS_THREAD=0, NIXL_PACKAGE=nixl (nixl_cu12, nixl_cu13: where several are installed)
+
+Beside WRITE and READ there is the operation BOTH: a WRITE of the first half and a READ of the second, posted together.
 """
 import importlib
 import os
 import sys
+import time
 
 import common
 import numpy as np
@@ -42,6 +45,15 @@ def meet(me, metadata):
     return peer.decode() if isinstance(peer, bytes) else peer
 
 
+def prepare(me, peer, memory, mine, there, op, offset, size, block):
+    remote, device = there
+    count = size // block
+    order = np.random.default_rng(1).permutation(count)
+    local = me.get_xfer_descs([(mine.address + offset + i * block, block, mine.device) for i in range(count)], memory.kind)
+    far = me.get_xfer_descs([(remote + offset + int(p) * block, block, device) for p in order], memory.kind)
+    return me.initialize_xfer(op, local, far, peer, b"")
+
+
 def initiator(pipe, memory, seconds, rows):
     me = agent("initiator")
     target_pid = pipe.recv()
@@ -51,6 +63,7 @@ def initiator(pipe, memory, seconds, rows):
         pipe.send((op, total, me.get_agent_metadata()))
         metadata, remote, device = pipe.recv()
         peer = meet(me, metadata)
+        handles, posts = [], []
         if op == "notify":
             # The first message makes the connection.
             def once():
@@ -58,20 +71,21 @@ def initiator(pipe, memory, seconds, rows):
                 while not me.get_new_notifs():
                     pass
 
-            handle = None
         else:
-            count = total // block
-            order = np.random.default_rng(1).permutation(count)
-            local = me.get_xfer_descs([(mine.address + i * block, block, mine.device) for i in range(count)], memory.kind)
-            there = me.get_xfer_descs([(remote + int(p) * block, block, device) for p in order], memory.kind)
-            handle = me.initialize_xfer(op, local, there, peer, b"")
+            handles = [
+                prepare(me, peer, memory, mine, (remote, device), kind, offset, size, block)
+                for kind, offset, size in ([(op, 0, total)] if op != "BOTH" else [("WRITE", 0, total // 2), ("READ", total // 2, total // 2)])
+            ]
 
             def once():
-                state = me.transfer(handle)
-                while state != "DONE":
-                    if state == "ERR":
+                began = time.perf_counter()
+                left = [handle for handle in handles if me.transfer(handle) != "DONE"]
+                posts.append(time.perf_counter() - began)
+                while left:
+                    states = [me.check_xfer_state(handle) for handle in left]
+                    if "ERR" in states:
                         raise SystemExit("the transfer failed")
-                    state = me.check_xfer_state(handle)
+                    left = [handle for handle, state in zip(left, states) if state != "DONE"]
 
         times, used = common.timed(once, seconds, target_pid)
         if total <= 4096 and common.percentile(times, 50) > SHARED_CORE_SECONDS:
@@ -80,12 +94,14 @@ def initiator(pipe, memory, seconds, rows):
             separate(target_pid, False)
         if op == "READ" and not mine.all_equal(THEIRS, total):
             raise SystemExit("other bytes were read")
-        if handle is not None:
+        if op == "BOTH" and not mine.all_equal(THEIRS, total, total // 2):
+            raise SystemExit("other bytes were read")
+        for handle in handles:
             me.release_xfer_handle(handle)
         pipe.send("next")
         if pipe.recv() != "right":
             raise SystemExit("other bytes were written")
-        common.report(op.lower(), total, block, times, used)
+        common.report(op.lower(), total, block, times, used, posts)
         me.remove_remote_agent(peer)
         me.deregister_memory(registration)
     pipe.send(None)
@@ -109,7 +125,7 @@ def target(pipe, memory, seconds, rows):
                     for _ in messages:
                         me.send_notif(peer, b"pong")
         pipe.recv()
-        right = mine.all_equal(MINE if op == "WRITE" else THEIRS, total)
+        right = mine.all_equal(THEIRS if op == "READ" else MINE, total // 2 if op == "BOTH" else total)
         me.remove_remote_agent(peer)
         me.deregister_memory(registration)
         pipe.send("right" if right else "wrong")

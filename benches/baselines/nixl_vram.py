@@ -22,8 +22,8 @@ class GpuBuffer:
         torch.cuda.synchronize(device)
         self.address, self.nbytes, self.device = self.tensor.data_ptr(), self.tensor.numel(), device
 
-    def all_equal(self, value, total):
-        return bool((self.tensor[:total] == value).all().item())
+    def all_equal(self, value, end, start=0):
+        return bool((self.tensor[start:end] == value).all().item())
 
 
 class Vram:

@@ -19,6 +19,8 @@ pub const ERROR_INVALID_CONTEXT: CUresult = 201;
 pub const ERROR_NOT_FOUND: CUresult = 500;
 /// `CUDA_ERROR_NOT_READY`.
 pub const ERROR_NOT_READY: CUresult = 600;
+/// `CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED`.
+pub const ERROR_PEER_ACCESS_ALREADY_ENABLED: CUresult = 704;
 /// Errors after which a context runs nothing any more: deinitialised, invalid, ECC, NVLink, illegal address, time-out, destroyed,
 /// assert and the faults of kernels.
 pub const FATAL: [CUresult; 14] = [4, 201, 214, 220, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719];

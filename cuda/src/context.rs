@@ -63,6 +63,11 @@ impl Context {
         self.raw as usize
     }
 
+    /// The driver's name of its GPU.
+    pub(crate) fn device(&self) -> CUdevice {
+        self.device
+    }
+
     /// The GPU's PCI address.
     pub fn bdf(&self) -> Result<Bdf> {
         let cuda = functions()?;

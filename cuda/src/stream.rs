@@ -104,11 +104,20 @@ impl Stream {
         unsafe { self.context.enter()?.cuMemcpyHtoDAsync(dst, src.cast(), len, self.raw) }
     }
 
-    /// Queues writing a word, behind everything that was queued before and with it visible to whoever reads the word.
+    /// Queues a copy between device memory, of other GPUs too where they are mapped here.
     ///
     /// # Safety
-    /// `at` is aligned device or mapped host memory that stays valid until the stream has done it.
-    pub unsafe fn write_value(&self, at: u64, value: u32) -> Result<()> {
+    /// Both ranges are valid and stay untouched until the stream has done it.
+    pub unsafe fn device_to_device(&self, dst: u64, src: u64, len: usize) -> Result<()> {
+        // SAFETY: by the caller's contract.
+        unsafe { self.context.enter()?.cuMemcpyDtoDAsync(dst, src, len, self.raw) }
+    }
+
+    /// Queues a word: whoever sees it sees everything that the stream did before.
+    ///
+    /// # Safety
+    /// `at` is the device's name of a word of mapped memory, 4-byte aligned, that stays until the stream has written it.
+    pub unsafe fn signal(&self, at: u64, value: u32) -> Result<()> {
         // SAFETY: by the caller's contract.
         unsafe { self.context.enter()?.cuStreamWriteValue32(self.raw, at, value, 0) }
     }

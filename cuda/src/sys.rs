@@ -49,6 +49,28 @@ pub const POINTER_HOST_POINTER: c_int = 4;
 pub const POINTER_IS_MANAGED: c_int = 8;
 /// `CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL`, an `i32`.
 pub const POINTER_DEVICE_ORDINAL: c_int = 9;
+/// `CU_POINTER_ATTRIBUTE_BUFFER_ID`, a `u64`.
+pub const POINTER_BUFFER_ID: c_int = 7;
+/// `CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE`, a `u32`.
+pub const POINTER_IPC_CAPABLE: c_int = 10;
+/// `CU_POINTER_ATTRIBUTE_ALLOWED_HANDLE_TYPES`, a `u64`.
+pub const POINTER_ALLOWED_HANDLE_TYPES: c_int = 14;
+/// `CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE`, a `u64`.
+pub const POINTER_MEMPOOL_HANDLE: c_int = 17;
+/// `CU_DEVICE_P2P_ATTRIBUTE_PERFORMANCE_RANK`.
+pub const P2P_PERFORMANCE_RANK: c_int = 1;
+/// `CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED`.
+pub const P2P_NATIVE_ATOMICS: c_int = 3;
+/// `CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR`.
+pub const HANDLE_POSIX: c_uint = 1;
+/// `CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS`.
+pub const IPC_LAZY_PEER_ACCESS: c_uint = 1;
+/// `CU_MEM_LOCATION_TYPE_DEVICE`.
+pub const LOCATION_DEVICE: c_uint = 1;
+/// `CU_MEM_ACCESS_FLAGS_PROT_READ`.
+pub const ACCESS_READ: c_uint = 1;
+/// `CU_MEM_ACCESS_FLAGS_PROT_READWRITE`.
+pub const ACCESS_READ_WRITE: c_uint = 3;
 /// `CU_MEMORYTYPE_HOST`.
 pub const MEMORYTYPE_HOST: u32 = 1;
 /// `CU_MEMORYTYPE_DEVICE`.
@@ -114,6 +136,11 @@ pub struct CUmemAccessDesc {
     pub location: CUmemLocation,
     pub flags: c_uint,
 }
+
+/// `CUuuid`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub struct CUuuid(pub [u8; 16]);
 
 /// `CUipcMemHandle`.
 #[repr(C)]
@@ -181,6 +208,9 @@ functions! {
     cuDeviceGet = c"cuDeviceGet"(device: *mut CUdevice, ordinal: c_int);
     cuDeviceGetAttribute = c"cuDeviceGetAttribute"(value: *mut c_int, attribute: c_int, device: CUdevice);
     cuDeviceGetPCIBusId = c"cuDeviceGetPCIBusId"(text: *mut c_char, len: c_int, device: CUdevice);
+    cuDeviceGetUuid = c"cuDeviceGetUuid_v2"(uuid: *mut CUuuid, device: CUdevice);
+    cuDeviceCanAccessPeer = c"cuDeviceCanAccessPeer"(can: *mut c_int, device: CUdevice, peer: CUdevice);
+    cuDeviceGetP2PAttribute = c"cuDeviceGetP2PAttribute"(value: *mut c_int, attribute: c_int, from: CUdevice, to: CUdevice);
     cuDevicePrimaryCtxRetain = c"cuDevicePrimaryCtxRetain"(context: *mut CUcontext, device: CUdevice);
     cuDevicePrimaryCtxRelease = c"cuDevicePrimaryCtxRelease_v2"(device: CUdevice);
     cuDevicePrimaryCtxGetState = c"cuDevicePrimaryCtxGetState"(device: CUdevice, flags: *mut c_uint, active: *mut c_int);
@@ -189,6 +219,7 @@ functions! {
     cuCtxPushCurrent = c"cuCtxPushCurrent_v2"(context: CUcontext);
     cuCtxPopCurrent = c"cuCtxPopCurrent_v2"(context: *mut CUcontext);
     cuCtxGetDevice = c"cuCtxGetDevice"(device: *mut CUdevice);
+    cuCtxEnablePeerAccess = c"cuCtxEnablePeerAccess"(peer: CUcontext, flags: c_uint);
     cuCtxGetStreamPriorityRange = c"cuCtxGetStreamPriorityRange"(least: *mut c_int, greatest: *mut c_int);
     cuThreadExchangeStreamCaptureMode = c"cuThreadExchangeStreamCaptureMode"(mode: *mut c_uint);
     cuStreamCreateWithPriority = c"cuStreamCreateWithPriority"(stream: *mut CUstream, flags: c_uint, priority: c_int);
@@ -216,11 +247,18 @@ functions! {
     cuMemMap = c"cuMemMap"(at: CUdeviceptr, len: usize, offset: usize, handle: CUmemGenericAllocationHandle, flags: u64);
     cuMemUnmap = c"cuMemUnmap"(at: CUdeviceptr, len: usize);
     cuMemSetAccess = c"cuMemSetAccess"(at: CUdeviceptr, len: usize, access: *const CUmemAccessDesc, count: usize);
+    cuMemGetAddressRange = c"cuMemGetAddressRange_v2"(base: *mut CUdeviceptr, len: *mut usize, at: CUdeviceptr);
+    cuMemRetainAllocationHandle = c"cuMemRetainAllocationHandle"(handle: *mut CUmemGenericAllocationHandle, at: *mut c_void);
+    cuMemGetAllocationPropertiesFromHandle = c"cuMemGetAllocationPropertiesFromHandle"(prop: *mut CUmemAllocationProp, handle: CUmemGenericAllocationHandle);
+    cuMemExportToShareableHandle = c"cuMemExportToShareableHandle"(shareable: *mut c_void, handle: CUmemGenericAllocationHandle, kind: c_uint, flags: u64);
+    cuMemImportFromShareableHandle = c"cuMemImportFromShareableHandle"(handle: *mut CUmemGenericAllocationHandle, shareable: *mut c_void, kind: c_uint);
     cuIpcGetMemHandle = c"cuIpcGetMemHandle"(handle: *mut CUipcMemHandle, at: CUdeviceptr);
     cuIpcOpenMemHandle = c"cuIpcOpenMemHandle_v2"(at: *mut CUdeviceptr, handle: CUipcMemHandle, flags: c_uint);
     cuIpcCloseMemHandle = c"cuIpcCloseMemHandle"(at: CUdeviceptr);
     cuMemcpyHtoDAsync = c"cuMemcpyHtoDAsync_v2"(to: CUdeviceptr, from: *const c_void, len: usize, stream: CUstream);
     cuMemcpyDtoHAsync = c"cuMemcpyDtoHAsync_v2"(to: *mut c_void, from: CUdeviceptr, len: usize, stream: CUstream);
+    cuMemcpyDtoDAsync = c"cuMemcpyDtoDAsync_v2"(to: CUdeviceptr, from: CUdeviceptr, len: usize, stream: CUstream);
+    cuMemcpyPeerAsync = c"cuMemcpyPeerAsync"(to: CUdeviceptr, to_context: CUcontext, from: CUdeviceptr, from_context: CUcontext, len: usize, stream: CUstream);
     cuMemsetD8Async = c"cuMemsetD8Async"(at: CUdeviceptr, value: u8, len: usize, stream: CUstream);
     cuPointerGetAttribute = c"cuPointerGetAttribute"(value: *mut c_void, attribute: c_int, at: CUdeviceptr);
     cuModuleLoadData = c"cuModuleLoadData"(module: *mut CUmodule, image: *const c_void);

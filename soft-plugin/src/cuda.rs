@@ -134,7 +134,7 @@ impl Source {
         // SAFETY: by the caller's contract.
         unsafe { stream.device_to_host(place, data as u64, len) }?;
         // SAFETY: the flag is pinned, mapped memory that is given back only once the stream has ended.
-        let queued = unsafe { stream.write_value(flag.as_ptr() as u64, 1) };
+        let queued = unsafe { stream.signal(flag.as_ptr() as u64, 1) };
         if queued.is_err() {
             // A driver without stream memory operations: right, if slower.
             stream.finish(COPY_LIMIT)?;

@@ -53,7 +53,7 @@ struct Unit {
 /// Jobs of one direction, launched in the order they came. The two directions have streams of their own: an unpack does not wait for
 /// the packs ahead of it.
 struct Jobs {
-    launchers: Vec<Lent>,
+    launchers: Vec<Lent<CopyLauncher>>,
     turn: usize,
     /// Jobs of a launch at most.
     batch: usize,
@@ -149,7 +149,7 @@ impl Jobs {
     /// Drops what was not launched and waits for the rest until `deadline`.
     fn quiesce(&mut self, deadline: Instant) -> Result<()> {
         self.queued.clear();
-        let each = |launcher: &mut Lent| launcher.quiesce(deadline.saturating_duration_since(Instant::now()));
+        let each = |launcher: &mut Lent<CopyLauncher>| launcher.quiesce(deadline.saturating_duration_since(Instant::now()));
         let results: Vec<Result<()>> = self.launchers.iter_mut().map(each).collect();
         results.into_iter().collect()
     }

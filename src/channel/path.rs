@@ -4,7 +4,7 @@
 use super::device::DeviceCopier;
 use super::plan::Chunk;
 use super::stripe::Loads;
-use crate::region::Hold;
+use crate::region::{Hold, Region};
 use crate::stats::ChannelStats;
 use crate::status::Result;
 use crate::types::{Key, Part, Place};
@@ -84,16 +84,47 @@ pub(crate) struct Line<'a> {
 /// The device copier of a connection, absent where no device memory can be registered.
 pub(crate) type Copier = Option<Box<dyn DeviceCopier>>;
 
+/// What a chunk of a path is at most. Both sides of a connection come to the same limits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ChunkLimits {
+    /// Bytes.
+    pub bytes: usize,
+    /// Pieces on the sending side.
+    pub pieces: usize,
+    /// Segments that it crosses, and so its pieces at most on the receiving side, where fewer may merge.
+    pub crossed: usize,
+}
+
 /// One way to the peer. Dropping it closes its channels: afterwards nothing of it touches registered memory.
 pub(crate) trait Path: Send {
     /// How many channels it has.
     fn channels(&self) -> usize;
+
+    /// What its chunks are at most.
+    fn limits(&self) -> ChunkLimits;
+
+    /// Bytes of the chunks that a transfer of `total` bytes should be cut into.
+    fn chunk_len(&self, total: u64) -> usize;
 
     /// Whether it carries memory of this side's `local` to or from the peer's `peer`.
     fn carries(&self, local: Place, peer: Place) -> bool;
 
     /// Whether it carries memory of this side's `local` to or from anywhere.
     fn carries_local(&self, local: Place) -> bool;
+
+    /// Whether it sends memory of `local` only of regions that [`Path::share`] has said yes to.
+    fn needs_sharing(&self, _local: Place) -> bool {
+        false
+    }
+
+    /// Whether the peer can reach all of a region for its memory at `peer`. May take long the first time, and may say no at first and
+    /// yes later; never the other way.
+    fn share(&mut self, _region: &Region, _peer: Place) -> bool {
+        true
+    }
+
+    /// Tells the peer of a region that it may want to reach soon; see [`Path::share`].
+    fn offer(&mut self, _region: &Region) {}
 
     /// The load of each channel for a chunk from `place`, and of the NICs, into empty lists. `bulk`: the chunk is part of a large
     /// transfer, and all of those together leave room in the window for small ones, which do not count against them.
@@ -110,6 +141,16 @@ pub(crate) trait Path: Send {
 
     /// Chunks are announced, in flight or expected.
     fn busy(&self) -> bool;
+
+    /// It wants [`Path::progress`] although no chunk is under way.
+    fn attention(&self) -> bool {
+        false
+    }
+
+    /// A device copies for it; nobody is woken when that ends.
+    fn copying(&self) -> bool {
+        false
+    }
 
     /// What the network has done on each channel so far, in the order of their numbers.
     ///

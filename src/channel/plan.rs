@@ -1,6 +1,7 @@
 //! The chunk plan: a transfer is a stream of bytes laid over a list of segments; chunks are cut off its front. Both sides walk
 //! their own list in the same order by the same lengths, so a chunk is described by its length alone. Pure.
 
+use super::path::ChunkLimits;
 use crate::types::{Part, Place, Segment};
 
 /// What one chunk is made of.
@@ -65,23 +66,28 @@ impl Walk {
 
     /// Cuts the next chunk: at most `max` bytes and [`MAX_PARTS`] pieces, of one place on both sides.
     pub(crate) fn take(&mut self, max: usize) -> Option<Chunk> {
-        self.cut(max as u64, MAX_PARTS, MAX_CROSSED, true)
+        self.take_within(ChunkLimits { bytes: max, pieces: MAX_PARTS, crossed: MAX_CROSSED })
+    }
+
+    /// Cuts the next chunk within these limits, of one place on both sides.
+    pub(crate) fn take_within(&mut self, limits: ChunkLimits) -> Option<Chunk> {
+        self.cut(limits.bytes as u64, limits.pieces, limits.crossed, true)
     }
 
     /// Cuts exactly `len` bytes, as the sender announced; the peer's place is the sender's business. `None` when fewer remain, or when
-    /// the chunk would mix places of local memory or cross more than [`MAX_CROSSED`] segments, which no sender that follows the plan does.
-    pub(crate) fn take_exact(&mut self, len: usize) -> Option<Chunk> {
+    /// the chunk would mix places of local memory or cross more than `crossed` segments, which no sender that follows the plan does.
+    pub(crate) fn take_exact(&mut self, len: usize, crossed: usize) -> Option<Chunk> {
         if len as u64 > self.remaining {
             return None;
         }
-        let chunk = self.cut(len as u64, usize::MAX, MAX_CROSSED, false)?;
+        let chunk = self.cut(len as u64, usize::MAX, crossed, false)?;
         (chunk.len == len).then_some(chunk)
     }
 
     fn cut(&mut self, max: u64, max_parts: usize, max_crossed: usize, split_on_peer: bool) -> Option<Chunk> {
         let first = *self.segments.get(self.next)?;
         // Blocks are mostly alike.
-        let alike = (max.div_ceil(first.len) as usize).min(MAX_PARTS).min(self.segments.len() - self.next);
+        let alike = (max.div_ceil(first.len) as usize).min(max_parts.min(max_crossed)).min(self.segments.len() - self.next);
         let mut chunk = Chunk { parts: Vec::with_capacity(alike), len: 0, place: first.place, peer: first.peer };
         let mut left = max;
         let mut crossed = 0;
@@ -158,7 +164,7 @@ mod tests {
             while let Some(chunk) = out.take(max) {
                 prop_assert!(chunk.len <= max && chunk.parts.len() <= MAX_PARTS);
                 prop_assert_eq!(chunk.parts.iter().map(|p| p.len).sum::<u64>(), chunk.len as u64);
-                let theirs = inc.take_exact(chunk.len);
+                let theirs = inc.take_exact(chunk.len, MAX_CROSSED);
                 prop_assert!(theirs.is_some());
                 let theirs = theirs.unwrap();
                 prop_assert_eq!((theirs.len, theirs.place), (chunk.len, chunk.peer));
@@ -177,7 +183,7 @@ mod tests {
         fn a_wrong_announcement_is_refused((_, receiver) in sides(), extra in 1u64..1000) {
             let mut stream = Walk::new(receiver);
             let too_much = stream.remaining() + extra;
-            prop_assert_eq!(stream.take_exact(too_much as usize), None);
+            prop_assert_eq!(stream.take_exact(too_much as usize, MAX_CROSSED), None);
         }
 
         #[test]
@@ -193,7 +199,7 @@ mod tests {
         let segment = |addr, len| Segment { addr, len, region: 0, place: Place::HOST, peer: Place::HOST };
         let pair = |i: u64| [segment(i << 21, 1), segment((i << 21) + 4096, (512 << 10) - 1)];
         let mut stream = Walk::new((0..100_000).flat_map(pair).collect());
-        let chunks: Vec<Chunk> = (0..1000).map(|_| stream.take_exact(512 << 10).unwrap()).collect();
+        let chunks: Vec<Chunk> = (0..1000).map(|_| stream.take_exact(512 << 10, MAX_CROSSED).unwrap()).collect();
         let room: usize = chunks.iter().map(|c| c.parts.capacity()).sum();
         assert!(room <= 8 * chunks.len(), "{room} parts");
     }
@@ -203,8 +209,8 @@ mod tests {
         let segment = |i: u64| Segment { addr: 10 * i, len: 10, region: 0, place: Place::HOST, peer: Place::HOST };
         let list: Vec<Segment> = (0..2 * MAX_CROSSED as u64).map(segment).collect();
         assert_eq!(Walk::new(list.clone()).take(1 << 20).unwrap().len, 10 * MAX_CROSSED);
-        assert!(Walk::new(list.clone()).take_exact(10 * MAX_CROSSED).is_some());
-        assert_eq!(Walk::new(list).take_exact(10 * MAX_CROSSED + 1), None);
+        assert!(Walk::new(list.clone()).take_exact(10 * MAX_CROSSED, MAX_CROSSED).is_some());
+        assert_eq!(Walk::new(list).take_exact(10 * MAX_CROSSED + 1, MAX_CROSSED), None);
     }
 
     #[test]
@@ -243,12 +249,12 @@ mod tests {
         let n = MAX_CROSSED as u64 + 7;
         let mut out = Walk::new((0..n).map(segment).collect());
         let mut inc = Walk::new((0..n).map(|i| segment(2 * i)).collect());
-        assert_eq!(inc.take_exact(MAX_CROSSED + 1), None, "a sender that ignores the limit");
+        assert_eq!(inc.take_exact(MAX_CROSSED + 1, MAX_CROSSED), None, "a sender that ignores the limit");
         let mut inc = Walk::new((0..n).map(|i| segment(2 * i)).collect());
         let first = out.take(1 << 20).unwrap();
         assert_eq!((first.len, first.parts.len(), out.offset()), (MAX_CROSSED, 1, MAX_CROSSED as u64));
-        assert_eq!(inc.take_exact(first.len).unwrap().parts.len(), MAX_CROSSED);
-        assert_eq!((out.take(1 << 20).unwrap().len, inc.take_exact(7).unwrap().len), (7, 7));
-        assert_eq!((out.take(1), inc.take_exact(1), out.segments()), (None, None, n as usize));
+        assert_eq!(inc.take_exact(first.len, MAX_CROSSED).unwrap().parts.len(), MAX_CROSSED);
+        assert_eq!((out.take(1 << 20).unwrap().len, inc.take_exact(7, MAX_CROSSED).unwrap().len), (7, 7));
+        assert_eq!((out.take(1), inc.take_exact(1, MAX_CROSSED), out.segments()), (None, None, n as usize));
     }
 }

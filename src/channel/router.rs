@@ -3,13 +3,14 @@
 //! nothing of plugins, and of transfers only the keys of chunks.
 
 use super::device::spread;
-use super::path::{Arrival, Copier, Departure, Dest, Event, Path, Way};
+use super::path::{Arrival, ChunkLimits, Copier, Departure, Dest, Event, Path, Way};
 use super::plan::Chunk;
 use super::stillness::Stillness;
 use super::stripe::{self, Loads, Want};
+use crate::region::{Hold, Region};
 use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
-use crate::types::{Part, Place};
+use crate::types::{Part, Place, Segment};
 use std::time::{Duration, Instant};
 
 /// Bytes that have passed the channels so far, counted in whole chunks.
@@ -46,14 +47,63 @@ impl Channels {
         self.paths.len()
     }
 
-    /// The path for memory of these places.
-    pub(crate) fn route(&self, local: Place, peer: Place) -> Option<usize> {
-        self.paths.iter().position(|p| p.carries(local, peer))
+    /// The path for memory of these places. `shared`: [`Channels::share`] has said yes to the regions that are sent.
+    pub(crate) fn route(&self, local: Place, peer: Place, shared: bool) -> Option<usize> {
+        self.paths.iter().position(|p| p.carries(local, peer) && (shared || !p.needs_sharing(local)))
     }
 
-    /// Channels of a route.
-    pub(crate) fn width(&self, route: usize) -> usize {
-        self.paths.get(route).map_or(0, |p| p.channels())
+    /// Whether the paths that want regions to be shared first can send these segments, whose regions `hold` has.
+    pub(crate) fn share(&mut self, segments: &[Segment], hold: &Hold) -> bool {
+        let mut shared = true;
+        let wants = |path: &&mut Box<dyn Path>| path.needs_sharing(Place::gpu(0));
+        for path in self.paths.iter_mut().filter(wants) {
+            let mut last = None;
+            for segment in segments {
+                let this = (segment.region, segment.peer);
+                if last.replace(this) == Some(this) || !path.needs_sharing(segment.place) {
+                    continue;
+                }
+                if path.carries(segment.place, segment.peer) {
+                    // All are asked: each is told to the peer at its first use.
+                    shared &= hold.region_to_share(segment.region).is_some_and(|region| path.share(region, segment.peer));
+                }
+            }
+        }
+        shared
+    }
+
+    /// Whether the peer reaches all of these segments within the host: then a chunk is faster than a frame that a GPU has to fill.
+    fn within_host(&mut self, segments: &[Segment], hold: &Hold) -> bool {
+        let wanted = |path: &dyn Path, s: &Segment| path.needs_sharing(s.place) && path.carries(s.place, s.peer);
+        segments.iter().all(|s| self.paths.iter().any(|path| wanted(&**path, s))) && self.share(segments, hold)
+    }
+
+    /// Tells the peer of a region of this side that it may want to reach soon.
+    pub(crate) fn offer(&mut self, region: &Region) {
+        self.paths.iter_mut().for_each(|path| path.offer(region));
+    }
+
+    /// What chunks of a channel are at most; `None` where it does not exist.
+    pub(crate) fn limits(&self, channel: u16) -> Option<ChunkLimits> {
+        let mut index = usize::from(channel);
+        self.paths.iter().find_map(|path| match index.checked_sub(path.channels()) {
+            None => Some(path.limits()),
+            Some(rest) => {
+                index = rest;
+                None
+            }
+        })
+    }
+
+    /// What the next chunk of a transfer of `total` bytes should be at most on a route.
+    pub(crate) fn cut(&self, route: usize, total: u64) -> ChunkLimits {
+        match self.paths.get(route) {
+            Some(path) => {
+                let limits = path.limits();
+                ChunkLimits { bytes: path.chunk_len(total).min(limits.bytes), ..limits }
+            }
+            None => ChunkLimits { bytes: 0, pieces: 0, crossed: 0 },
+        }
     }
 
     /// Number of channels.
@@ -115,7 +165,7 @@ impl Channels {
     pub(crate) fn progress(&mut self, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
         let mut any = false;
         for path in &mut self.paths {
-            if path.busy() {
+            if path.busy() || path.attention() {
                 any |= path.progress(&mut self.copier, now, events)?;
             }
         }
@@ -142,9 +192,14 @@ impl Channels {
         self.paths.iter().any(|p| p.busy())
     }
 
+    /// [`Channels::progress`] has something to do, chunks or not.
+    pub(crate) fn stirs(&self) -> bool {
+        self.paths.iter().any(|p| p.busy() || p.attention())
+    }
+
     /// A device copies for this connection; nobody is woken when it ends.
     pub(crate) fn copies_pending(&self) -> bool {
-        self.copier.as_ref().is_some_and(|c| c.busy())
+        self.copier.as_ref().is_some_and(|c| c.busy()) || self.paths.iter().any(|p| p.copying())
     }
 
     /// Bytes in whole chunks.
@@ -210,8 +265,12 @@ impl Channels {
         String::new()
     }
 
-    /// Up to how many bytes a transfer should travel inside a control frame.
-    pub(crate) fn inline_bytes(&self, device: bool) -> usize {
+    /// Up to how many bytes a transfer of these segments should travel inside a control frame.
+    pub(crate) fn inline_bytes(&mut self, segments: &[Segment], hold: &Hold) -> usize {
+        let device = segments.iter().any(|s| s.place.is_device());
+        if device && self.within_host(segments, hold) {
+            return 0;
+        }
         match &self.copier {
             Some(copier) if device => copier.inline_bytes(),
             _ if device => 0,
@@ -315,6 +374,12 @@ mod tests {
         fn channels(&self) -> usize {
             self.channels
         }
+        fn limits(&self) -> ChunkLimits {
+            ChunkLimits { bytes: 100 * self.channels, pieces: 1, crossed: 1 }
+        }
+        fn chunk_len(&self, total: u64) -> usize {
+            total as usize
+        }
         fn carries(&self, local: Place, peer: Place) -> bool {
             !self.device || (local.is_device() && peer.is_device())
         }
@@ -387,9 +452,13 @@ mod tests {
         let ((device, d), (host, h)) = (stub(true, 3), stub(false, 2));
         let mut channels = Channels::new(vec![device, host], None);
         let (gpu, now, want) = (Place::gpu(0), Instant::now(), Want { len: 1, rest: 1 });
-        assert_eq!((channels.route(gpu, gpu), channels.route(gpu, Place::HOST)), (Some(0), Some(1)));
+        assert_eq!((channels.route(gpu, gpu, true), channels.route(gpu, Place::HOST, true)), (Some(0), Some(1)));
         assert_eq!((channels.routes(), channels.count()), (2, 5));
-        assert_eq!([0, 1, 2].map(|route| channels.width(route)), [3, 2, 0]);
+        assert_eq!([0, 1, 2].map(|route| channels.cut(route, 1 << 20).bytes), [300, 200, 0]);
+        assert_eq!(
+            [2, 3, 4, 5].map(|channel| channels.limits(channel).map(|l| l.bytes)),
+            [Some(300), Some(200), Some(200), None]
+        );
         assert_eq!([0, 1, 2].map(|route| channels.pick(route, gpu, want, false, now)), [Some((2, 1)), Some((4, 1)), None]);
         assert_eq!(channels.pick(0, gpu, want, true, now), None, "no room for large ones");
         channels.submit(4, departure(10), now).unwrap();
@@ -444,10 +513,12 @@ mod tests {
     #[test]
     fn without_a_copier_only_host_memory_travels_inside_frames() {
         let mut channels = Channels::new(Vec::new(), None);
-        assert_eq!(
-            (channels.inline_bytes(false), channels.inline_bytes(true), channels.copies_pending()),
-            (usize::MAX, 0, false)
-        );
+        let mut inline = |place| {
+            let segment = Segment { addr: 1, len: 1, region: 0, place, peer: Place::HOST };
+            channels.inline_bytes(&[segment], &Hold::new(Vec::new()))
+        };
+        assert_eq!((inline(Place::HOST), inline(Place::gpu(0))), (usize::MAX, 0));
+        assert!(!channels.copies_pending());
         let mut memory = *b"0123456789";
         let part = |at: usize, len| crate::types::Part { addr: memory.as_ptr() as u64 + at as u64, len, region: 0 };
         let parts = vec![part(2, 3), part(7, 1)];

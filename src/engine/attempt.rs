@@ -4,7 +4,7 @@
 use super::budget::Counted;
 use super::build::{self, Up};
 use super::connection::Connection;
-use super::fabric::{self, Opened, Raised, Raising};
+use super::fabric::{self, Opened, Raising};
 use super::limits;
 use super::link::{Link, SealedLink};
 use super::setup::{Next, Setup};
@@ -29,7 +29,7 @@ enum Channels {
     None,
     Opened(Opened),
     Raising(Raising),
-    Up(Vec<Raised>),
+    Up(fabric::Up),
 }
 
 /// What a step came to.
@@ -44,8 +44,8 @@ pub(crate) enum Progress {
 }
 
 /// Channels of all sets.
-fn count(raised: &[Raised]) -> usize {
-    raised.iter().map(|set| set.pairs.len()).sum()
+fn count(up: &fabric::Up) -> usize {
+    up.sets.iter().map(|set| set.pairs.len()).sum()
 }
 
 pub(crate) struct Attempt {
@@ -116,7 +116,7 @@ impl Attempt {
     ///
     /// # Errors
     /// Why the set-up has failed.
-    pub(crate) fn step(&mut self, now: Instant) -> Result<Progress> {
+    pub(crate) fn step(&mut self, site: &Site, now: Instant) -> Result<Progress> {
         loop {
             self.read(now)?;
             self.flush()?;
@@ -145,10 +145,12 @@ impl Attempt {
                     }
                 }
                 Ok(Next::Raise(offers)) => {
-                    self.trace(format_args!("the peer offers {} channels", offers.iter().map(Vec::len).sum::<usize>()));
+                    self.trace(format_args!("the peer offers {} channels", offers.sets.iter().map(Vec::len).sum::<usize>()));
                     if let Channels::Opened(opened) = std::mem::replace(&mut self.channels, Channels::None) {
                         let link = &self.setup.link;
-                        let raising = opened.establish(&offers, |set, index| link.channel_keys(set, index), &self.allowed)?;
+                        let proof = link.local_keys()?;
+                        let keys = |set, index| link.channel_keys(set, index);
+                        let raising = opened.establish(site, &offers, keys, proof, &self.allowed)?;
                         self.channels = Channels::Raising(raising);
                         (self.look_at, self.began) = (now, now);
                     }
@@ -174,10 +176,10 @@ impl Attempt {
         }
         if raising.poll().map_err(|e| limits::explain(e, self.sock.as_fd()))? {
             if let Channels::Raising(raising) = std::mem::replace(&mut self.channels, Channels::None) {
-                let (raised, numbers) = raising.finish()?;
-                self.trace(format_args!("{} channels are up here", numbers.len()));
-                self.channels = Channels::Up(raised);
-                self.setup.raised(numbers);
+                let (up, ready) = raising.finish()?;
+                self.trace(format_args!("{} channels are up here", ready.numbers.len()));
+                self.channels = Channels::Up(up);
+                self.setup.raised(ready);
             }
             return Ok(true);
         }
@@ -248,7 +250,7 @@ impl Attempt {
         let opened = Opened::open(site, plans, connecting).map_err(|e| limits::explain(e, self.sock.as_fd()))?;
         let offers = opened.offers();
         self.trace(format_args!("the peer is proved"));
-        self.trace(format_args!("this side offers {} channels", offers.iter().map(Vec::len).sum::<usize>()));
+        self.trace(format_args!("this side offers {} channels", offers.sets.iter().map(Vec::len).sum::<usize>()));
         self.setup.offer(offers);
         self.channels = Channels::Opened(opened);
         self.allowed = site.config.allow.clone();
@@ -278,9 +280,9 @@ impl Attempt {
     /// # Errors
     /// `Internal` before the end.
     pub(crate) fn parts(self) -> Result<Up> {
-        let (Channels::Up(sets), Some((agreed, sealed))) = (self.channels, self.setup.link.finish()) else {
+        let (Channels::Up(fabric::Up { sets, local }), Some((agreed, sealed))) = (self.channels, self.setup.link.finish()) else {
             return Err(err!(Internal, "finished before its end"));
         };
-        Ok(Up { sock: self.sock, address: self.address, agreed, sealed, sets })
+        Ok(Up { sock: self.sock, address: self.address, agreed, sealed, sets, local })
     }
 }

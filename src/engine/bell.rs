@@ -2,18 +2,21 @@
 //! connections share, so that a ring names few. Knows nothing of connections but their descriptors and ids.
 
 use super::limits;
+use crate::channel::local;
 use crate::net::comm::Doorbell;
 use crate::status::Result;
 use parking_lot::Mutex;
 use reactor::{Events, Interest, Poller, Waker};
 use std::collections::BTreeSet;
-use std::os::fd::RawFd;
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
 /// Token of the bell itself; connections use their ids, from 1.
 pub(crate) const WAKE: u64 = 0;
+/// Marks the token of a connection's socket to a process of this host.
+pub(crate) const LOCAL: u64 = 1 << 62;
 /// Events of one wait.
 const EVENTS: usize = 64;
 /// Connections that share a descriptor for their channels' rings.
@@ -25,6 +28,8 @@ const GROUP: u64 = 1 << 63;
 #[derive(Default)]
 struct Groups {
     wakers: Vec<Waker>,
+    /// Duplicates of their descriptors, which live as long as somebody has them.
+    rings: Vec<Arc<OwnedFd>>,
     served: Vec<usize>,
     /// Groups with a free seat.
     free: BTreeSet<usize>,
@@ -35,10 +40,16 @@ pub(crate) struct Seat {
     armed: Arc<AtomicU32>,
     pub group: usize,
     fd: RawFd,
+    rings: Arc<OwnedFd>,
     groups: Arc<Mutex<Groups>>,
 }
 
 impl Seat {
+    /// What threads ring that may do so after the connection, or the engine, has ended.
+    pub(crate) fn local_bell(&self) -> local::Bell {
+        local::Bell { armed: self.armed.clone(), fd: self.rings.clone() }
+    }
+
     /// What comms ring: only while the progress thread sleeps and answers for the connection.
     pub(crate) fn doorbell(&self) -> Doorbell {
         Doorbell { armed: self.armed.clone(), fd: self.fd }
@@ -74,6 +85,8 @@ pub(crate) enum Named {
     Group(usize),
     /// A connection, whose socket has something.
     Connection(u64),
+    /// A connection, whose socket to a process of this host has something.
+    Local(u64),
 }
 
 /// Reads a token.
@@ -81,6 +94,7 @@ pub(crate) fn named(token: u64) -> Named {
     match token {
         WAKE => Named::Bell,
         token if token & GROUP != 0 => Named::Group((token & !GROUP) as usize),
+        token if token & LOCAL != 0 => Named::Local(token & !LOCAL),
         id => Named::Connection(id),
     }
 }
@@ -117,6 +131,11 @@ impl Bell {
         self.poller.add(fd, id, Interest::READ).map_err(|e| limits::system("epoll", &e))
     }
 
+    /// Watches a connection's socket to a process of this host: each message is one event.
+    pub(crate) fn watch_local(&self, fd: RawFd, id: u64) -> Result<()> {
+        self.poller.add(fd, id | LOCAL, Interest::READ | Interest::EDGE).map_err(|e| limits::system("epoll", &e))
+    }
+
     /// Changes what of a connection's socket wakes the progress thread.
     pub(crate) fn change(&self, fd: RawFd, id: u64, interest: Interest) {
         let _ = self.poller.modify(fd, id, interest);
@@ -141,7 +160,7 @@ impl Bell {
             match named(token) {
                 Named::Bell => self.waker.drain(),
                 Named::Group(group) => self.groups.lock().wakers.get(group).map_or((), Waker::drain),
-                Named::Connection(_) => {}
+                Named::Connection(_) | Named::Local(_) => {}
             }
         }
     }
@@ -166,6 +185,9 @@ impl Bell {
             None => {
                 let (waker, group) = (Waker::new().map_err(|e| limits::system("eventfd", &e))?, groups.wakers.len());
                 self.poller.add(waker.fd(), GROUP | group as u64, Interest::READ).map_err(|e| limits::system("epoll", &e))?;
+                // SAFETY: the waker is alive.
+                let ring = unsafe { BorrowedFd::borrow_raw(waker.fd()) }.try_clone_to_owned();
+                groups.rings.push(Arc::new(ring.map_err(|e| limits::system("eventfd", &e))?));
                 groups.wakers.push(waker);
                 groups.served.push(0);
                 groups.free.insert(group);
@@ -176,8 +198,8 @@ impl Bell {
         if groups.served[group] == SEATS {
             groups.free.remove(&group);
         }
-        let fd = groups.wakers[group].fd();
-        Ok(Arc::new(Seat { armed: Arc::default(), group, fd, groups: self.groups.clone() }))
+        let (fd, rings) = (groups.wakers[group].fd(), groups.rings[group].clone());
+        Ok(Arc::new(Seat { armed: Arc::default(), group, fd, rings, groups: self.groups.clone() }))
     }
 
     pub(crate) fn arm(&self, sleeping: bool) {

@@ -4,6 +4,7 @@ use super::budget::Counted;
 use super::connection::{Connection, Core, Peer};
 use super::fabric::Raised;
 use super::link::{Agreed, Sealed};
+use super::local::Local;
 use super::notify::Inbox;
 use super::proto::{Machine, Setting};
 use super::site::Site;
@@ -12,7 +13,6 @@ use crate::channel::device::EmulatedDevice;
 use crate::channel::net::{Channel, NetPath, Usage};
 use crate::channel::path::{Copier, Path};
 use crate::channel::router::Channels;
-use crate::fork::Local;
 use crate::net::comm::Doorbell;
 use crate::status::Result;
 use crate::types::Place;
@@ -31,6 +31,8 @@ pub(crate) struct Up {
     pub sealed: Sealed,
     /// Channels by set, in the order of their numbers.
     pub sets: Vec<Raised>,
+    /// What was found on this host.
+    pub local: Local,
 }
 
 /// What copies device memory; none on a machine without a GPU.
@@ -121,17 +123,26 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
     let chunk_bytes = terms.chunk_bytes as usize;
     let carried = describe(&up.sets);
     let seat = home.bell.seat()?;
-    let mut channels = Channels::new(paths(site, up.sets, chunk_bytes, &seat.doorbell())?, copier(site)?);
+    let mut paths = paths(site, up.sets, chunk_bytes, &seat.doorbell())?;
+    let found = up.local.describe();
+    let local = up.local.path(seat.local_bell(), &theirs.hello);
+    // Of several paths that carry something the first does.
+    let watched = local.map(|path| {
+        let watched = path.watched();
+        paths.insert(0, Box::new(path));
+        watched
+    });
+    let mut channels = Channels::new(paths, copier(site)?);
     if home.connections.count() < READY {
         site.gpus.used().into_iter().for_each(|place| told(place, channels.ready(place)));
     }
+    home.registry.on_devices().iter().for_each(|region| channels.offer(region.to_share()));
     let name = up.address.to_string();
     let setting = Setting {
         registry: home.registry.clone(),
         inbox: Inbox::new(&site.notifications),
         pool: site.pool.clone(),
         lines: home.lines.clone(),
-        chunk_bytes,
         eager_bytes: config.eager_bytes,
         peer: name.clone(),
         transfer_timeout: config.transfer_timeout,
@@ -147,7 +158,7 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
     };
     let gpu = &theirs.hello.gpu;
     let line = format!(
-        "connected with {name}, GPU {gpu}, {proof}: {carried}; protection {:?}, chunks of up to {chunk_bytes} bytes",
+        "connected with {name}, GPU {gpu}, {proof}: {carried}{found}; protection {:?}, chunks of up to {chunk_bytes} bytes",
         terms.protect
     );
     home.lines.log(log::Level::Info, Instant::now(), format_args!("{line}"));
@@ -163,14 +174,15 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
         gpu_index: theirs.hello.gpu_index,
         key,
         engine: theirs.engine,
-        _counted: counted.map(Local::new),
+        _counted: counted.map(crate::fork::Local::new),
     };
     home.counters.opened.add();
-    let connection = Arc::new(Connection::new(home.clone(), core, peer, seat));
+    let connection = Arc::new(Connection::new(home.clone(), core, peer, seat, watched));
     if !home.connections.insert(connection.id, &connection) {
         return Err(super::ending::canceled());
     }
     home.bell.watch(connection.fd, connection.id)?;
+    connection.watch_local()?;
     home.attend(connection.id);
     Ok(connection)
 }

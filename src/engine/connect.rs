@@ -121,7 +121,7 @@ fn run(
 pub(super) fn drive(site: &Site, attempt: &mut Attempt) -> Result<()> {
     loop {
         let now = Instant::now();
-        match attempt.step(now)? {
+        match attempt.step(site, now)? {
             Progress::Up => return Ok(()),
             Progress::Proved => attempt.admit(site)?,
             Progress::Wait => {

@@ -6,12 +6,14 @@ use super::budget::Counted;
 use super::fifo::FifoItem;
 use super::home::{self, Driven};
 use super::pacing::{pause, Pause, Polls, Situation, NAP_BYTES};
-use super::proto::{Machine, Scheduled, TransferState, MAX_BACKLOG};
+use super::proto::{is_farewell, Machine, Scheduled, TransferState, MAX_BACKLOG};
 use super::request::{self, Built, RequestBuilder};
 use super::transfer::{Direction, LocalSegment};
 use super::watch::Watch;
+use crate::channel::local::Watched;
 use crate::channel::router::Channels;
 use crate::fork::Local;
+use crate::region::RegionUse;
 use crate::stats::{ChannelStats, ConnectionStats, Totals};
 use crate::status::{bail, err, Error, ErrorKind, Result};
 use crate::types::{Place, Segment};
@@ -91,7 +93,7 @@ impl Core {
 
     /// Everything of a round but reading.
     fn advance(&mut self, now: Instant) -> Result<bool> {
-        let any = self.channels.busy() && self.machine.drive_channels(&mut self.channels, now)?;
+        let any = self.channels.stirs() && self.machine.drive_channels(&mut self.channels, now)?;
         let more = self.pump(now)?;
         if now >= self.machine.next_tick() {
             self.machine.tick(&mut self.channels, now)?;
@@ -103,11 +105,15 @@ impl Core {
 
     /// A channel that the peer has closed tells less than the peer's farewell, which may be here.
     fn last_words(&mut self, error: Error, now: Instant) -> Error {
-        if error.kind() != ErrorKind::RemoteDisconnect {
+        if !matches!(error.kind(), ErrorKind::RemoteDisconnect | ErrorKind::Plugin) {
             return error;
         }
         match self.read(now) {
-            Err(e) if matches!(e.kind(), ErrorKind::RemoteDisconnect | ErrorKind::TimedOut) => e,
+            // What a plugin says of a failure counts for more than a bare end of the stream.
+            Err(e) if is_farewell(&e) || error.kind() == ErrorKind::RemoteDisconnect => match e.kind() {
+                ErrorKind::RemoteDisconnect | ErrorKind::TimedOut => e,
+                _ => error,
+            },
             _ => error,
         }
     }
@@ -117,7 +123,7 @@ impl Core {
         for _ in 0..READS {
             let (n, more) = self.control.read(&mut self.rx)?;
             if n > 0 {
-                self.machine.heard(n, self.rx.arriving(), now)?;
+                self.machine.heard(n, self.rx.arriving(), now);
                 // Part of a large frame.
                 any |= self.rx.arriving() > 0;
             }
@@ -128,6 +134,7 @@ impl Core {
                 self.machine.handle(frame, &mut self.channels, now)?;
                 self.rx.consume(len);
             }
+            self.machine.keeps(self.rx.kept())?;
             if !more {
                 break;
             }
@@ -242,6 +249,10 @@ pub struct Connection {
     polls: Polls,
     /// What the channels ring.
     seat: Local<Arc<Seat>>,
+    /// The path to a process of this host, where there is one.
+    one_host: Option<Watched>,
+    /// Its socket is watched.
+    watching: AtomicBool,
     peer: Peer,
     channels: usize,
     local: bool,
@@ -258,7 +269,7 @@ impl std::fmt::Debug for Connection {
 }
 
 impl Connection {
-    pub(crate) fn new(home: Arc<Home>, core: Core, peer: Peer, seat: Arc<Seat>) -> Connection {
+    pub(crate) fn new(home: Arc<Home>, core: Core, peer: Peer, seat: Arc<Seat>, one_host: Option<Watched>) -> Connection {
         Connection {
             id: home.connections.next_id(),
             fd: core.control.fd(),
@@ -270,6 +281,8 @@ impl Connection {
             waiters: AtomicU32::new(0),
             polls: Polls::default(),
             seat: Local::new(seat),
+            one_host,
+            watching: AtomicBool::new(false),
             peer,
             waits: AtomicBool::new(false),
             listener_started: AtomicBool::new(false),
@@ -567,6 +580,28 @@ impl Connection {
     /// Lets the channels ring, or no longer.
     pub(crate) fn arm(&self, on: bool) {
         self.seat.arm(on);
+        if let Some(one_host) = &self.one_host {
+            one_host.listening.set(on);
+        }
+    }
+
+    /// Has the progress thread watch the socket to a process of this host.
+    pub(crate) fn watch_local(&self) -> Result<()> {
+        match &self.one_host {
+            Some(one_host) => {
+                self.home.bell.watch_local(one_host.fd, self.id)?;
+                self.watching.store(true, Ordering::SeqCst);
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Before the socket to a process of this host is closed.
+    fn unwatch_local(&self) {
+        if let (Some(one_host), true) = (&self.one_host, self.watching.swap(false, Ordering::SeqCst)) {
+            self.home.bell.unwatch(one_host.fd);
+        }
     }
 
     /// What the channels ring with.
@@ -594,7 +629,7 @@ impl Connection {
     /// Whether something is under way, or waits to leave.
     pub(crate) fn stirs(&self) -> bool {
         let core = self.lock();
-        core.machine.dead().is_none() && (core.machine.busy() || core.channels.busy() || core.backlog() > 0)
+        core.machine.dead().is_none() && (core.machine.busy() || core.channels.stirs() || core.backlog() > 0)
     }
 
     /// A channel rang and nothing moved: it may have failed.
@@ -616,7 +651,9 @@ impl Connection {
 
     /// A defect of this library has left the connection in an unknown state.
     pub(crate) fn abandon(&self) {
-        self.abandon_locked(&mut self.core.lock());
+        let mut core = self.core.lock();
+        self.unwatch_local();
+        self.abandon_locked(&mut core);
     }
 
     /// What is done first is done, whatever of it panics once more: nothing touches memory from here on, and nobody waits for ever.
@@ -662,6 +699,7 @@ impl Connection {
             }
         }
         self.home.bell.unwatch(self.fd);
+        self.unwatch_local();
         if self.waits.load(Ordering::SeqCst) {
             self.home.dead.tell(self.id);
         }
@@ -742,6 +780,14 @@ impl Connection {
         self.core.lock().channels.ready(place)
     }
 
+    /// Tells a peer on this host of a region that it may want to reach soon.
+    pub(crate) fn offer_region(&self, region: &RegionUse) {
+        if self.one_host.is_some() && self.core.is_here() {
+            self.core.lock().channels.offer(region.to_share());
+            self.home.attend(self.id);
+        }
+    }
+
     /// Drops the plugin's registrations of a region.
     pub(crate) fn forget_region(&self, id: u64) {
         self.lock().channels.forget_region(id);
@@ -749,6 +795,12 @@ impl Connection {
 }
 
 impl Driven for Connection {
+    fn heard_on_this_host(&self) {
+        if let Some(one_host) = &self.one_host {
+            one_host.news.store(true, Ordering::Release);
+        }
+    }
+
     fn drive_for_application(&self) -> bool {
         let Some(mut core) = self.core.try_lock().map(|core| self.hold(core)) else { return true };
         let now = Instant::now();

@@ -1,12 +1,14 @@
 //! The channels of one set-up on their way up, over all plugins of the engine: one set of channels for each. Knows nothing of the
 //! control connection.
 
-use super::link::{number, Agreed, PER_SET};
+use super::link::{number, Agreed, Offers, Ready, PER_SET};
+use super::local::{self, Local};
 use super::sets::{plans, Plan};
 use super::site::Site;
 use crate::addresses::AllowList;
+use crate::channel::local::{Opening, ProofKeys};
 use crate::net::secure::ChannelKeys;
-use crate::net::setup::{self, Establishing, Listening, Offer, Pair, Role};
+use crate::net::setup::{self, Establishing, Listening, Pair, Role};
 use crate::status::{bail, Error, Result};
 use std::time::{Duration, Instant};
 
@@ -22,11 +24,17 @@ pub(crate) fn planned(site: &Site, agreed: &Agreed) -> Vec<Plan> {
 /// Descriptors that a set-up of these sets opens: two directions and a listening socket for each channel; a comm of a plugin of others
 /// has a control socket and two of data.
 pub(crate) fn cost(plans: &[Plan]) -> usize {
-    plans.iter().map(|p| p.channels * if p.plugin.traits.lingers { 8 } else { 3 }).sum()
+    LOCAL_COST + plans.iter().map(|p| p.channels * if p.plugin.traits.lingers { 8 } else { 3 }).sum::<usize>()
 }
 
-/// Listen comms of all sets, offered and not yet connected.
-pub(crate) struct Opened(Vec<(Plan, Result<Listening>)>);
+/// Descriptors that meeting a peer on this host opens: sockets, rings, and what waits at the listening socket.
+const LOCAL_COST: usize = 6;
+
+/// Listen comms of all sets, offered and not yet connected, and where a peer of this host is waited for.
+pub(crate) struct Opened {
+    sets: Vec<(Plan, Result<Listening>)>,
+    local: Result<Opening>,
+}
 
 impl Opened {
     /// Opens the listen comms of each set, spread over the NICs near its GPU. `connecting`: this side made the control connection.
@@ -38,30 +46,34 @@ impl Opened {
                 outcome => sets.push((plan, outcome)),
             }
         }
-        Ok(Opened(sets))
+        Ok(Opened { sets, local: local::opening(site, connecting) })
     }
 
     /// What the peer is told, by set.
-    pub(crate) fn offers(&self) -> Vec<Vec<Offer>> {
-        self.0.iter().map(|(_, set)| set.as_ref().map_or_else(|_| Vec::new(), Listening::offers)).collect()
+    pub(crate) fn offers(&self) -> Offers {
+        let sets = self.sets.iter().map(|(_, set)| set.as_ref().map_or_else(|_| Vec::new(), Listening::offers)).collect();
+        Offers { sets, local: self.local.as_ref().ok().map(Opening::invitation) }
     }
 
-    /// Connects to the peer's offers and accepts the peer's connects from now on. `keys` gives those of a channel by set and number;
-    /// nothing outside `allowed` is dialled.
+    /// Connects to the peer's offers and accepts the peer's connects from now on. `keys` gives those of a channel by set and number,
+    /// `proof` those of a process of this host; nothing outside `allowed` is dialled.
     ///
     /// # Errors
     /// `Protocol` when the peer has other sets.
     pub(crate) fn establish(
         self,
-        peers: &[Vec<Offer>],
+        site: &Site,
+        offers: &Offers,
         keys: impl Fn(usize, usize) -> Result<ChannelKeys>,
+        proof: ProofKeys,
         allowed: &AllowList,
     ) -> Result<Raising> {
-        if peers.len() != self.0.len() {
-            bail!(Protocol, "the peer offers {} sets of channels, this side {}", peers.len(), self.0.len());
+        let peers = &offers.sets;
+        if peers.len() != self.sets.len() {
+            bail!(Protocol, "the peer offers {} sets of channels, this side {}", peers.len(), self.sets.len());
         }
         let mut sets = Vec::new();
-        for (number, ((plan, set), peer)) in self.0.into_iter().zip(peers).enumerate() {
+        for (number, ((plan, set), peer)) in self.sets.into_iter().zip(peers).enumerate() {
             sets.push(match set {
                 Ok(listening) => {
                     let coming = listening.establish(peer, Some(&|index| keys(number, index)), allowed);
@@ -70,7 +82,8 @@ impl Opened {
                 Err(e) => Set { plan, coming: None, up: Some(Vec::new()), why: Some(e.to_string()) },
             });
         }
-        Ok(Raising { sets, needed_up: None })
+        let local = Local::begin(site, self.local, offers.local.as_ref(), proof);
+        Ok(Raising { sets, needed_up: None, local })
     }
 }
 
@@ -125,6 +138,7 @@ impl Set {
 /// Channels on their way up. Dropping it gives up those that are not there yet.
 pub(crate) struct Raising {
     sets: Vec<Set>,
+    local: Local,
     /// Since when only spare sets are missing.
     needed_up: Option<Instant>,
 }
@@ -145,18 +159,22 @@ impl Raising {
     /// Why nothing of a set could come up that the connection needs.
     pub(crate) fn poll(&mut self) -> Result<bool> {
         self.sets.iter_mut().try_for_each(Set::poll)?;
+        self.local.poll();
         if self.sets.iter().all(|s| s.up.is_some() || s.plan.spare) {
             let since = *self.needed_up.get_or_insert_with(Instant::now);
             if since.elapsed() > SPARE_PATIENCE {
                 self.sets.iter_mut().for_each(Set::settle);
             }
         }
-        Ok(self.sets.iter().all(|s| s.up.is_some()))
+        Ok(self.sets.iter().all(|s| s.up.is_some()) && self.local.is_settled())
     }
 
     /// The peer has said what came up on its side: nothing else is waited for.
-    pub(crate) fn peer_has(&mut self, numbers: &[u16]) {
-        for (set, theirs) in self.sets.iter_mut().zip(by_set(numbers)) {
+    pub(crate) fn peer_has(&mut self, up: &Ready) {
+        if !up.local {
+            self.local.give_up();
+        }
+        for (set, theirs) in self.sets.iter_mut().zip(by_set(&up.numbers)) {
             if let Some(coming) = &mut set.coming {
                 coming.peer_has(&theirs);
             }
@@ -177,28 +195,42 @@ impl Raising {
         self.pending().next().map(Establishing::missing)
     }
 
-    /// What came up, and its numbers for the peer.
+    /// What came up, and what of it the peer is told.
     ///
     /// # Errors
     /// When nothing could be joined at all.
-    pub(crate) fn finish(self) -> Result<(Vec<Raised>, Vec<u16>)> {
+    pub(crate) fn finish(self) -> Result<(Up, Ready)> {
         let raise = |s: Set| Raised { plan: s.plan, pairs: s.up.unwrap_or_default(), why: s.why };
         let raised: Vec<Raised> = self.sets.into_iter().map(raise).collect();
         let numbers: Vec<u16> =
             raised.iter().enumerate().flat_map(|(set, r)| r.pairs.iter().map(move |p| number(set, p.index))).collect();
         match raised.iter().find_map(|r| r.why.as_ref()) {
             Some(why) if numbers.is_empty() => bail!(Unsupported, "{why}"),
-            _ => Ok((raised, numbers)),
+            _ => {
+                let ready = Ready { numbers, local: self.local.is_linked() };
+                Ok((Up { sets: raised, local: self.local }, ready))
+            }
         }
     }
 }
 
-/// Leaves the channels that are up on both sides.
+/// What a set-up has raised.
+pub(crate) struct Up {
+    /// Channels by set, in the order of their numbers.
+    pub sets: Vec<Raised>,
+    /// What was found on this host.
+    pub local: Local,
+}
+
+/// Leaves what is up on both sides.
 ///
 /// # Errors
 /// `Unreachable` when a set that the connection needs has lost all of its channels.
-pub(crate) fn agree(mut raised: Vec<Raised>, theirs: &[u16]) -> Result<Vec<Raised>> {
-    for (set, theirs) in raised.iter_mut().zip(by_set(theirs)) {
+pub(crate) fn agree(mut up: Up, theirs: &Ready) -> Result<Up> {
+    if !theirs.local {
+        up.local.give_up();
+    }
+    for (set, theirs) in up.sets.iter_mut().zip(by_set(&theirs.numbers)) {
         let before = set.pairs.len();
         set.pairs = setup::agree(std::mem::take(&mut set.pairs), &theirs);
         match set.pairs.len() {
@@ -215,7 +247,7 @@ pub(crate) fn agree(mut raised: Vec<Raised>, theirs: &[u16]) -> Result<Vec<Raise
             _ => {}
         }
     }
-    Ok(raised)
+    Ok(up)
 }
 
 /// Channel numbers, apart by set.

@@ -22,6 +22,9 @@ pub(crate) trait Driven {
     /// A round of progress by an application thread that waits for something other than a transfer. Whether something moved, or is
     /// under way.
     fn drive_for_application(&self) -> bool;
+
+    /// A process of this host has said something.
+    fn heard_on_this_host(&self) {}
 }
 
 /// A connection that a thread drives while it looks for notifications. Not kept alive: nobody may ask again.
@@ -112,7 +115,18 @@ impl<T: Driven> Home<T> {
         tokens.clear();
         self.bell.ready(tokens);
         for &token in tokens.iter() {
-            let Named::Connection(id) = named(token) else { continue };
+            let id = match named(token) {
+                Named::Connection(id) => id,
+                Named::Local(id) => {
+                    // The event came once, and here: the progress thread looks, too.
+                    if let Some(connection) = self.connections.get(id) {
+                        connection.heard_on_this_host();
+                        self.attend(id);
+                    }
+                    id
+                }
+                Named::Bell | Named::Group(_) => continue,
+            };
             if list.iter().all(|recent| recent.id != id) {
                 let connection = self.connections.get(id).map(|connection| Arc::downgrade(&connection));
                 list.extend(connection.map(|connection| Recent { id, connection, last: now }));

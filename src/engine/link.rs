@@ -1,5 +1,6 @@
 //! The control connection while it is set up, as bytes in and bytes out: the handshake, then sealed messages. Knows nothing of sockets.
 
+use crate::channel::local::ProofKeys;
 use crate::net::secure::{ChannelKeys, Guard, HalfKeys};
 use crate::net::setup::Offer;
 use crate::status::{bail, err, Error, Result};
@@ -8,7 +9,7 @@ use crate::wire::handshake::{Handshake, Outcome, Peer};
 use crate::wire::hello::{Hello, Terms};
 use crate::wire::keys::Proof;
 use crate::wire::session::{Opened, Session, MAX_RECORD};
-use crate::wire::setup::{self, Decoded, Offered, Verdict};
+use crate::wire::setup::{self, Decoded, Invitation, Offered, Verdict};
 use std::collections::VecDeque;
 
 /// Channels of a set at most.
@@ -21,13 +22,27 @@ pub(crate) fn number(set: usize, index: usize) -> u16 {
     (set * PER_SET + index) as u16
 }
 
+/// What a side offers: listen comms, by set, and where it waits for a peer of its own host.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Offers {
+    pub sets: Vec<Vec<Offer>>,
+    pub local: Option<Invitation>,
+}
+
+/// The numbers of the channels that are up on a side, and whether it has met the peer on this host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Ready {
+    pub numbers: Vec<u16>,
+    pub local: bool,
+}
+
 /// What the sides tell each other after the handshake.
 #[derive(Clone, Debug)]
 pub(crate) enum Message {
-    /// A side's listen comms, by set.
-    Offer(Vec<Vec<Offer>>),
-    /// The numbers of the channels that are up on a side.
-    Ready(Vec<u16>),
+    /// What a side offers.
+    Offer(Offers),
+    /// What is up on a side.
+    Ready(Ready),
     /// A side gives up.
     Abort(Error),
 }
@@ -118,7 +133,7 @@ impl SealedLink {
             match setup::decode(&self.plain)? {
                 Decoded::Message(message, n) => {
                     self.plain.drain(..n);
-                    self.heard_all = !matches!(message, setup::Message::Offer(_));
+                    self.heard_all = !matches!(message, setup::Message::Offer(..));
                     self.messages.push_back(understood(message)?);
                 }
                 Decoded::Need(_) => match session.open(&mut self.raw)? {
@@ -156,6 +171,16 @@ impl SealedLink {
         Ok(ChannelKeys { send: half(session.ours)?, recv: half(session.ours.other())? })
     }
 
+    /// The keys that prove this session to a process of the same host.
+    ///
+    /// # Errors
+    /// Before the proof.
+    pub(crate) fn local_keys(&self) -> Result<ProofKeys> {
+        let Some(session) = &self.session else { bail!(Internal, "keys before the proof") };
+        let key = |direction| session.exporter.local_key(direction);
+        Ok(ProofKeys { send: key(session.ours)?, recv: key(session.ours.other())? })
+    }
+
     /// What is left for the connection.
     pub(crate) fn finish(self) -> Option<(Agreed, Sealed)> {
         Some((self.agreed?, Sealed { session: self.session?, plain: self.plain, raw: self.raw }))
@@ -165,9 +190,11 @@ impl SealedLink {
 fn understood(message: setup::Message) -> Result<Message> {
     let offer = |o: Offered| Offer { nic: o.nic, handle: o.handle };
     Ok(match message {
-        setup::Message::Offer(sets) => Message::Offer(sets.into_iter().map(|s| s.into_iter().map(offer).collect()).collect()),
-        setup::Message::Ready(verdict, numbers) => match verdict.result() {
-            Ok(()) => Message::Ready(numbers),
+        setup::Message::Offer(sets, local) => {
+            Message::Offer(Offers { sets: sets.into_iter().map(|s| s.into_iter().map(offer).collect()).collect(), local })
+        }
+        setup::Message::Ready(verdict, numbers, local) => match verdict.result() {
+            Ok(()) => Message::Ready(Ready { numbers, local }),
             Err(e) => Message::Abort(e),
         },
         setup::Message::Abort(verdict) => match verdict.result() {
@@ -180,8 +207,10 @@ fn understood(message: setup::Message) -> Result<Message> {
 fn told(message: &Message) -> setup::Message {
     let offered = |o: &Offer| Offered { nic: o.nic.clone(), handle: o.handle };
     match message {
-        Message::Offer(sets) => setup::Message::Offer(sets.iter().map(|s| s.iter().map(offered).collect()).collect()),
-        Message::Ready(numbers) => setup::Message::Ready(Verdict::ok(), numbers.clone()),
+        Message::Offer(Offers { sets, local }) => {
+            setup::Message::Offer(sets.iter().map(|s| s.iter().map(offered).collect()).collect(), *local)
+        }
+        Message::Ready(Ready { numbers, local }) => setup::Message::Ready(Verdict::ok(), numbers.clone(), *local),
         Message::Abort(e) => setup::Message::Abort(Verdict::from(e)),
     }
 }
@@ -282,9 +311,10 @@ mod tests {
         }
     }
 
-    fn offers(n: usize) -> Vec<Vec<Offer>> {
+    fn offers(n: usize) -> Offers {
         let offer = |i| Offer { nic: format!("eth{i}"), handle: [i as u8; 128] };
-        vec![(0..n).map(offer).collect(), Vec::new()]
+        let local = Some(Invitation { host: [7; 16], name: [8; 16] });
+        Offers { sets: vec![(0..n).map(offer).collect(), Vec::new()], local }
     }
 
     #[test]
@@ -294,14 +324,16 @@ mod tests {
             assert_eq!(run(&mut links, cut), [Ok(()), Ok(())]);
             assert!(links.iter().all(|l| l.proved().is_some()));
             links[0].send(&Message::Offer(offers(64)));
-            links[0].send(&Message::Ready(vec![0, 63, 64]));
+            links[0].send(&Message::Ready(Ready { numbers: vec![0, 63, 64], local: true }));
             if let Some(session) = &mut links[0].session {
                 session.seal(b"a frame", &mut links[0].out).unwrap();
             }
             assert_eq!(run(&mut links, cut), [Ok(()), Ok(())]);
             let [_, mut link] = links;
-            assert!(matches!(link.receive(), Some(Message::Offer(sets)) if sets[0].len() == 64 && sets[0][63].nic == "eth63"));
-            assert!(matches!(link.receive(), Some(Message::Ready(numbers)) if numbers == [0, 63, 64]));
+            assert!(
+                matches!(link.receive(), Some(Message::Offer(o)) if o.sets[0].len() == 64 && o.sets[0][63].nic == "eth63" && o.local.is_some())
+            );
+            assert!(matches!(link.receive(), Some(Message::Ready(up)) if up == Ready { numbers: vec![0, 63, 64], local: true }));
             assert_eq!(link.wants(), 0);
             let mut rest = link.finish().unwrap().1;
             assert!(matches!(rest.session.open(&mut rest.raw), Ok(Opened::Record { plain: 7, .. })));

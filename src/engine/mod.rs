@@ -29,6 +29,7 @@ mod home;
 mod limits;
 mod link;
 mod listener;
+mod local;
 mod notify;
 mod pacing;
 mod progress;
@@ -257,7 +258,13 @@ impl Engine {
             // Connections that are there already could not prepare for this GPU.
             build::ready(&self.parts.site, place);
         }
-        self.parts.site.home.registry.add(addr as u64, len as u64, place, access)
+        let home = &self.parts.site.home;
+        let id = home.registry.add(addr as u64, len as u64, place, access)?;
+        if place.is_device() {
+            let region = home.registry.local(id)?;
+            home.connections.all().iter().for_each(|connection| connection.offer_region(&region));
+        }
+        Ok(id)
     }
 
     /// Ends a registration. Waits for transfers that use it; what has not ended by the close deadline is failed with its connection.

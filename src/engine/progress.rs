@@ -4,6 +4,7 @@
 
 use super::bell::{named, Named, Seat};
 use super::connection::{Connection, Home};
+use super::home::Driven;
 use super::pacing::{step, Round, Step};
 use crate::hash::Map;
 use reactor::Interest;
@@ -232,6 +233,11 @@ impl<'a> Driving<'a> {
                 Named::Group(group) => self.listen(group, armed),
                 Named::Connection(id) => {
                     self.activate(id);
+                }
+                Named::Local(id) => {
+                    if let Some(active) = self.activate(id) {
+                        active.connection.heard_on_this_host();
+                    }
                 }
             }
         }

@@ -94,6 +94,11 @@ impl Registry {
         }
     }
 
+    /// The regions that do not lie in host memory.
+    pub(crate) fn on_devices(&self) -> Vec<RegionUse> {
+        self.regions.read().by_id.values().filter(|region| region.place.is_device()).map(RegionUse::new).collect()
+    }
+
     /// A region for a peer that shows a token. Unknown region and wrong token give the same answer.
     pub(crate) fn remote(&self, id: u64, token: &[u8; 16]) -> Result<RegionUse> {
         if let Some(region) = self.regions.read().by_id.get(&id) {

@@ -1,8 +1,7 @@
 //! One set-up of a connection as a machine: what it waits for, what it does next, when it has taken too long. Time comes in, bytes
 //! go through its link; no sockets, no plugins, no threads.
 
-use super::link::{Link, Message};
-use crate::net::setup::Offer;
+use super::link::{Link, Message, Offers, Ready};
 use crate::status::{bail, err, Error, Result};
 use std::time::Instant;
 
@@ -29,11 +28,11 @@ pub(crate) enum Next {
     /// The peer is proved: open listen comms and call [`Setup::offer`], or [`Setup::fail`].
     Admit,
     /// Bring up the channels to these, and call [`Setup::raised`].
-    Raise(Vec<Vec<Offer>>),
+    Raise(Offers),
     /// The peer's channels that are up, while ours come up: nothing else is worth waiting for.
-    PeerHas(Vec<u16>),
+    PeerHas(Ready),
     /// Both sides are done; these of the peer's are up. Send what is left and build the connection.
-    Finish(Vec<u16>),
+    Finish(Ready),
 }
 
 /// The machine.
@@ -49,9 +48,9 @@ pub(crate) struct Setup<L> {
     /// Something was heard at all.
     spoke: bool,
     /// The peer's offer, when it came before ours was out.
-    early: Option<Vec<Vec<Offer>>>,
+    early: Option<Offers>,
     /// The peer's channels that are up, once it has said so.
-    theirs: Option<Vec<u16>>,
+    theirs: Option<Ready>,
     /// The owner knows of them.
     told: bool,
 }
@@ -130,7 +129,7 @@ impl<L: Link> Setup<L> {
         while let Some(message) = self.link.receive() {
             match message {
                 Message::Abort(e) => return Err(e),
-                Message::Ready(numbers) => self.theirs = Some(numbers),
+                Message::Ready(up) => self.theirs = Some(up),
                 Message::Offer(offers) if self.early.is_none() && matches!(self.stage, Stage::Proved | Stage::Offered) => {
                     self.early = Some(offers);
                 }
@@ -188,7 +187,7 @@ impl<L: Link> Setup<L> {
     }
 
     /// Our listen comms are open.
-    pub(crate) fn offer(&mut self, offers: Vec<Vec<Offer>>) {
+    pub(crate) fn offer(&mut self, offers: Offers) {
         if self.stage == Stage::Proved {
             self.stage = Stage::Offered;
             self.link.send(&Message::Offer(offers));
@@ -196,10 +195,10 @@ impl<L: Link> Setup<L> {
     }
 
     /// It is settled which of our channels are up: these.
-    pub(crate) fn raised(&mut self, numbers: Vec<u16>) {
+    pub(crate) fn raised(&mut self, up: Ready) {
         if self.stage == Stage::Raising {
             self.stage = Stage::Raised;
-            self.link.send(&Message::Ready(numbers));
+            self.link.send(&Message::Ready(up));
         }
     }
 
@@ -216,6 +215,7 @@ impl<L: Link> Setup<L> {
 mod tests {
     use super::*;
     use crate::engine::link::Agreed;
+    use crate::net::setup::Offer;
     use crate::status::ErrorKind;
     use crate::wire::handshake::Peer;
     use crate::wire::hello::tests::sample;
@@ -257,8 +257,12 @@ mod tests {
         Agreed { peer, own: sample(), connecting: true, terms }
     }
 
-    fn offer(n: u8) -> Vec<Vec<Offer>> {
-        vec![vec![Offer { nic: "eth0".into(), handle: [n; 128] }]]
+    fn up(numbers: &[u16]) -> Ready {
+        Ready { numbers: numbers.to_vec(), local: true }
+    }
+
+    fn offer(n: u8) -> Offers {
+        Offers { sets: vec![vec![Offer { nic: "eth0".into(), handle: [n; 128] }]], local: None }
     }
 
     /// What was sent or is to be done, in short.
@@ -293,7 +297,7 @@ mod tests {
             assert_eq!(short(self.next(1).unwrap()), "Admit");
             self.setup.offer(offer(1));
             self.say(Message::Offer(offer(2)));
-            assert!(matches!(self.next(2).unwrap(), Next::Raise(o) if o[0][0].handle == [2; 128]));
+            assert!(matches!(self.next(2).unwrap(), Next::Raise(o) if o.sets[0][0].handle == [2; 128]));
         }
     }
 
@@ -307,11 +311,11 @@ mod tests {
         assert!(w.setup.is_stranger() && !w.setup.is_silent());
         w.raise();
         assert_eq!(short(w.next(3).unwrap()), "Wait");
-        w.setup.raised(vec![0]);
+        w.setup.raised(up(&[0]));
         assert_eq!(w.setup.link.sent.iter().map(short).collect::<Vec<_>>(), ["Offer", "Ready"]);
         assert_eq!(short(w.next(4).unwrap()), "Wait");
-        w.say(Message::Ready(vec![0]));
-        assert!(matches!(w.next(5).unwrap(), Next::Finish(theirs) if theirs == [0]));
+        w.say(Message::Ready(up(&[0])));
+        assert!(matches!(w.next(5).unwrap(), Next::Finish(theirs) if theirs == up(&[0])));
     }
 
     #[test]
@@ -323,12 +327,12 @@ mod tests {
         assert_eq!(short(w.next(1).unwrap()), "Admit");
         assert_eq!(short(w.next(2).unwrap()), "Admit");
         w.setup.offer(offer(1));
-        assert!(matches!(w.next(3).unwrap(), Next::Raise(o) if o[0][0].handle == [2; 128]));
-        w.say(Message::Ready(vec![0]));
-        assert!(matches!(w.next(4).unwrap(), Next::PeerHas(theirs) if theirs == [0]));
+        assert!(matches!(w.next(3).unwrap(), Next::Raise(o) if o.sets[0][0].handle == [2; 128]));
+        w.say(Message::Ready(up(&[0])));
+        assert!(matches!(w.next(4).unwrap(), Next::PeerHas(theirs) if theirs == up(&[0])));
         assert_eq!(short(w.next(4).unwrap()), "Wait");
-        w.setup.raised(vec![0]);
-        assert!(matches!(w.next(5).unwrap(), Next::Finish(theirs) if theirs == [0]));
+        w.setup.raised(up(&[0]));
+        assert!(matches!(w.next(5).unwrap(), Next::Finish(theirs) if theirs == up(&[0])));
     }
 
     #[test]
@@ -371,7 +375,7 @@ mod tests {
         };
         violates(&|w| {
             w.prove();
-            w.say(Message::Ready(vec![0]));
+            w.say(Message::Ready(up(&[0])));
         });
         // Nothing of a peer without proof is acted on.
         violates(&|w| w.say(Message::Offer(offer(2))));
@@ -388,7 +392,7 @@ mod tests {
             w.prove();
             w.next(1).unwrap();
             w.setup.offer(offer(1));
-            w.say(Message::Ready(vec![0]));
+            w.say(Message::Ready(up(&[0])));
         });
     }
 

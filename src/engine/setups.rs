@@ -359,7 +359,7 @@ impl Desk {
 
     fn advance(&mut self, id: u64, now: Instant) {
         let Some(entry) = self.entries.get_mut(&id) else { return };
-        match entry.attempt.step(now) {
+        match entry.attempt.step(&self.site, now) {
             Ok(Progress::Wait) => {}
             Ok(Progress::Proved) if entry.role == Role::Stranger => {
                 entry.role = Role::Queued;

@@ -3,7 +3,8 @@
 use super::job::{Extent, Job};
 use super::kernels::Kernels;
 use super::launcher::CopyLauncher;
-use super::lent::{Idle, Lent};
+use super::lent::{Idle, Lent, Settle};
+use super::pull::PullLauncher;
 use crate::status::Result;
 use cuda_driver::{Context, DeviceBuffer, PinnedBuffer};
 use nccl_net_abi::PAGE;
@@ -16,7 +17,8 @@ use std::time::Duration;
 /// back make the driver wait for the application's work.
 pub(crate) struct Gpu {
     /// Launchers without a user.
-    idle: Arc<Idle>,
+    idle: Arc<Idle<CopyLauncher>>,
+    idle_pulls: Arc<Idle<PullLauncher>>,
     /// A page that tells whether the context is still the one that was retained.
     mark: PinnedBuffer,
     kernels: Arc<Kernels>,
@@ -49,7 +51,7 @@ impl Gpu {
         let context = Context::retain(ordinal)?;
         let kernels = Arc::new(Kernels::load(&context)?);
         let mark = PinnedBuffer::new(&context, PAGE)?;
-        let gpu = Arc::new(Gpu { idle: Arc::default(), mark, kernels, context });
+        let gpu = Arc::new(Gpu { idle: Arc::default(), idle_pulls: Arc::default(), mark, kernels, context });
         gpu.rehearse()?;
         *place = Some(gpu.clone());
         Ok(gpu)
@@ -71,7 +73,7 @@ impl Gpu {
                 .and_then(|()| stream.host_to_device(far.ptr(), near.mapped().host, LEN))
                 .and_then(|()| stream.device_to_host(near.mapped().host, far.ptr(), LEN));
             // Not every driver can write a word from a stream; whoever needs it has another way.
-            copies.map(|()| drop(stream.write_value(word, 1)))
+            copies.map(|()| drop(stream.signal(word, 1)))
         };
         let mut result = queued.map_err(crate::status::Error::from);
         // Few pieces and many, for both sizes of parameters.
@@ -105,12 +107,21 @@ impl Gpu {
     }
 
     /// A launcher: an idle one, else a new one.
-    pub(crate) fn launcher(&self) -> Result<Lent> {
+    pub(crate) fn launcher(&self) -> Result<Lent<CopyLauncher>> {
         let launcher = match self.idle.take() {
             Some(launcher) => launcher,
             None => self.new_launcher()?,
         };
         Ok(Lent::new(launcher, &self.idle))
+    }
+
+    /// A launcher of pulls: an idle one, else a new one.
+    pub(crate) fn pull_launcher(&self) -> Result<Lent<PullLauncher>> {
+        let launcher = match self.idle_pulls.take() {
+            Some(launcher) => launcher,
+            None => PullLauncher::new(&self.context, &self.kernels)?,
+        };
+        Ok(Lent::new(launcher, &self.idle_pulls))
     }
 
     fn new_launcher(&self) -> Result<CopyLauncher> {

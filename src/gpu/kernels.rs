@@ -1,4 +1,4 @@
-//! The copy kernel in its forms, loaded into a context. Knows nothing of what it copies.
+//! The kernels in their forms, loaded into a context. Knows nothing of what it copies.
 
 use crate::status::{bail, Result};
 use cuda_driver::sys::CUfunction;
@@ -8,14 +8,20 @@ use std::sync::Arc;
 /// The committed kernels: machine code for Hopper, PTX that the driver compiles for anything from Ampere on.
 const CUBIN_SM90: &[u8] = include_bytes!("kernels/copy.sm_90.cubin");
 const PTX_SM80: &str = concat!(include_str!("kernels/copy.sm_80.ptx"), "\0");
+const PULL_CUBIN_SM90: &[u8] = include_bytes!("kernels/pull.sm_90.cubin");
+const PULL_PTX_SM80: &str = concat!(include_str!("kernels/pull.sm_80.ptx"), "\0");
 
-/// The copy kernel, by size of its parameters.
+/// The kernels of a context.
 pub(super) struct Kernels {
+    /// The copy kernel, by size of its parameters.
     pub(super) small: CUfunction,
     pub(super) large: CUfunction,
+    /// The pull kernel, and the one for a few short pieces.
+    pub(super) pull: CUfunction,
+    pub(super) few: CUfunction,
     /// Launches may overlap: the machine code for Hopper says when the next one may start, and ends in order.
     pub(super) overlap: bool,
-    _module: Module,
+    _modules: [Module; 2],
 }
 // SAFETY: functions are handles that the driver lets any thread use.
 unsafe impl Send for Kernels {}
@@ -29,10 +35,11 @@ impl Kernels {
             bail!(Unsupported, "GPU {} has compute capability {major}.x; the kernels need 8.0", context.bdf()?);
         }
         let overlap = major == 9;
-        let image = if overlap { CUBIN_SM90 } else { PTX_SM80.as_bytes() };
-        // SAFETY: a complete cubin, or PTX that ends in a NUL.
-        let module = unsafe { Module::load(context, image) }?;
-        let (small, large) = (module.function(c"uccl_copy_1k")?, module.function(c"uccl_copy_4k")?);
-        Ok(Kernels { small, large, overlap, _module: module })
+        let (copy, pull) = if overlap { (CUBIN_SM90, PULL_CUBIN_SM90) } else { (PTX_SM80.as_bytes(), PULL_PTX_SM80.as_bytes()) };
+        // SAFETY: complete cubins, or PTX that ends in a NUL.
+        let (copy, pull) = unsafe { (Module::load(context, copy)?, Module::load(context, pull)?) };
+        let (small, large) = (copy.function(c"uccl_copy_1k")?, copy.function(c"uccl_copy_4k")?);
+        let (many, few) = (pull.function(c"uccl_pull")?, pull.function(c"uccl_pull_few")?);
+        Ok(Kernels { small, large, pull: many, few, overlap, _modules: [copy, pull] })
     }
 }

@@ -5,6 +5,7 @@ use super::grid::{cut, far_room, join, spread};
 use super::job::{checked_count, entries_of, message_len, Fragments, Job};
 use super::kernels::Kernels;
 use super::layout::*;
+use super::lent::Settle;
 use crate::status::{bail, err, Error, Result};
 use cuda_driver::{sys, Context, DeviceBuffer, PinnedBuffer, Stream};
 use nccl_net_abi::loadMeta;
@@ -204,12 +205,6 @@ impl CopyLauncher {
         }
     }
 
-    /// Ready for another user, with nothing left of the last one; `None` when it is not fit for one.
-    pub(super) fn settle(mut self) -> Option<CopyLauncher> {
-        let quiet = self.broken.is_none() && self.quiesce(Duration::ZERO).is_ok() && self.broken.is_none();
-        (quiet && self.tail == self.head).then_some(self)
-    }
-
     /// Takes note of finished jobs, oldest first: a launch may overtake the one ahead of it, but not by much.
     fn retire(&mut self) -> Result<()> {
         if let Some(error) = &self.broken {
@@ -407,6 +402,13 @@ impl CopyLauncher {
         }
         // SAFETY: as above.
         unsafe { starts.add(n).write(start) };
+    }
+}
+
+impl Settle for CopyLauncher {
+    fn settle(mut self) -> Option<CopyLauncher> {
+        let quiet = self.broken.is_none() && self.quiesce(Duration::ZERO).is_ok() && self.broken.is_none();
+        (quiet && self.tail == self.head).then_some(self)
     }
 }
 

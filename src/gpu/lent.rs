@@ -1,22 +1,32 @@
 //! Launchers that connections of a GPU hand on to each other: making one takes memory and a stream, which should not happen while data
 //! moves. Knows nothing of which GPU it is.
 
-use super::launcher::CopyLauncher;
 use parking_lot::Mutex;
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
-/// Launchers of a GPU without a user.
-#[derive(Default)]
-pub(super) struct Idle(Mutex<Vec<CopyLauncher>>);
+/// What can be handed on.
+pub(crate) trait Settle: Sized {
+    /// Ready for another user, with nothing left of the last one; `None` when it is not fit for one.
+    fn settle(self) -> Option<Self>;
+}
 
-impl Idle {
-    pub(super) fn take(&self) -> Option<CopyLauncher> {
+/// Launchers of a GPU without a user.
+pub(super) struct Idle<T>(Mutex<Vec<T>>);
+
+impl<T> Default for Idle<T> {
+    fn default() -> Idle<T> {
+        Idle(Mutex::new(Vec::new()))
+    }
+}
+
+impl<T> Idle<T> {
+    pub(super) fn take(&self) -> Option<T> {
         self.0.lock().pop()
     }
 
-    pub(super) fn put(&self, launcher: CopyLauncher) {
+    pub(super) fn put(&self, launcher: T) {
         self.0.lock().push(launcher);
     }
 
@@ -26,32 +36,32 @@ impl Idle {
 }
 
 /// A launcher that goes back to the idle ones when dropped. By then its user has waited for its jobs.
-pub(crate) struct Lent {
-    launcher: ManuallyDrop<CopyLauncher>,
-    idle: Arc<Idle>,
+pub(crate) struct Lent<T: Settle> {
+    launcher: ManuallyDrop<T>,
+    idle: Arc<Idle<T>>,
 }
 
-impl Lent {
-    pub(super) fn new(launcher: CopyLauncher, idle: &Arc<Idle>) -> Lent {
+impl<T: Settle> Lent<T> {
+    pub(super) fn new(launcher: T, idle: &Arc<Idle<T>>) -> Lent<T> {
         Lent { launcher: ManuallyDrop::new(launcher), idle: idle.clone() }
     }
 }
 
-impl Deref for Lent {
-    type Target = CopyLauncher;
+impl<T: Settle> Deref for Lent<T> {
+    type Target = T;
 
-    fn deref(&self) -> &CopyLauncher {
+    fn deref(&self) -> &T {
         &self.launcher
     }
 }
 
-impl DerefMut for Lent {
-    fn deref_mut(&mut self) -> &mut CopyLauncher {
+impl<T: Settle> DerefMut for Lent<T> {
+    fn deref_mut(&mut self) -> &mut T {
         &mut self.launcher
     }
 }
 
-impl Drop for Lent {
+impl<T: Settle> Drop for Lent<T> {
     fn drop(&mut self) {
         // SAFETY: taken once, here; nobody sees self afterwards.
         let launcher = unsafe { ManuallyDrop::take(&mut self.launcher) };

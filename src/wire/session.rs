@@ -71,6 +71,11 @@ impl Exporter {
         self.derive(&[b"uccl channel mac", direction.label(), &[set], &index.to_le_bytes()])
     }
 
+    /// Key that proves the session to a process of the same host.
+    pub(crate) fn local_key(&self, direction: Direction) -> Result<Secret> {
+        self.derive(&[b"uccl local", direction.label()])
+    }
+
     /// Key that protects the data of a data channel (AES-256-GCM). Never use it for two streams.
     pub(crate) fn channel_data_key(&self, set: u8, index: u16, direction: Direction) -> Result<Secret> {
         self.derive(&[b"uccl channel data", direction.label(), &[set], &index.to_le_bytes()])

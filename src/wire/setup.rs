@@ -33,6 +33,15 @@ pub(crate) struct Offered {
     pub handle: Handle,
 }
 
+/// Where a side waits for a peer of its own host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Invitation {
+    /// Names the host as it runs now; nobody learns anything else from it.
+    pub host: [u8; 16],
+    /// Names the listening side's Unix socket.
+    pub name: [u8; 16],
+}
+
 /// What a side says about its part of the set-up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Verdict {
@@ -66,11 +75,11 @@ impl From<&Error> for Verdict {
 /// A message of the set-up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Message {
-    /// The listen comms of the sender, by plugin set.
-    Offer(Vec<Vec<Offered>>),
+    /// The listen comms of the sender, by plugin set, and where it waits for a peer of its own host.
+    Offer(Vec<Vec<Offered>>, Option<Invitation>),
     /// The sender's part is done: with status OK the numbers of the channels that are up on its side, rising: 64 times the
-    /// number of its set, plus its place in the set's offer. The sender's last message.
-    Ready(Verdict, Vec<u16>),
+    /// number of its set, plus its place in the set's offer; and whether it has met the peer on this host. The sender's last message.
+    Ready(Verdict, Vec<u16>, bool),
     /// The sender gives the set-up up. Its last message.
     Abort(Verdict),
 }
@@ -82,8 +91,8 @@ const T_ABORT: u8 = 3;
 /// Largest payload of a message type; `None` for an unknown type.
 fn payload_limit(kind: u8) -> Option<usize> {
     Some(match kind {
-        T_OFFER => 1 + MAX_SETS * 2 + MAX_ALL * (1 + MAX_NIC + HANDLE_BYTES),
-        T_READY => 4 + 2 + MAX_TEXT + 2 + 2 * MAX_ALL,
+        T_OFFER => 1 + MAX_SETS * 2 + MAX_ALL * (1 + MAX_NIC + HANDLE_BYTES) + 1 + 32,
+        T_READY => 4 + 2 + MAX_TEXT + 2 + 2 * MAX_ALL + 1,
         T_ABORT => 4 + 2 + MAX_TEXT,
         _ => return None,
     })
@@ -111,7 +120,7 @@ pub(crate) fn decode(buf: &[u8]) -> Result<Decoded> {
         T_OFFER => offer(&mut reader)?,
         T_READY => {
             let verdict = verdict(&mut reader)?;
-            Message::Ready(verdict, channels(&mut reader)?)
+            Message::Ready(verdict, channels(&mut reader)?, flag(&mut reader)?)
         }
         _ => match verdict(&mut reader)? {
             Verdict { status: UCCL_OK, .. } => bail!(Protocol, "a set-up was given up without a reason"),
@@ -136,7 +145,20 @@ fn offer(reader: &mut Reader<'_>) -> Result<Message> {
         }
         (0..n).map(|_| offered(reader)).collect::<Result<Vec<_>>>()
     });
-    Ok(Message::Offer(sets.collect::<Result<_>>()?))
+    let sets = sets.collect::<Result<_>>()?;
+    let invitation = match flag(reader)? {
+        true => Some(Invitation { host: reader.fixed()?, name: reader.fixed()? }),
+        false => None,
+    };
+    Ok(Message::Offer(sets, invitation))
+}
+
+fn flag(reader: &mut Reader<'_>) -> Result<bool> {
+    match reader.fixed()? {
+        [0] => Ok(false),
+        [1] => Ok(true),
+        [other] => bail!(Protocol, "{other} where a set-up message says yes or no"),
+    }
 }
 
 fn offered(reader: &mut Reader<'_>) -> Result<Offered> {
@@ -180,7 +202,7 @@ fn put_verdict(verdict: &Verdict, out: &mut Vec<u8>) {
 /// Appends `message` to `out`. Texts and names are escaped and cut to their limits; counts over the limits are the caller's mistake.
 pub(crate) fn encode(message: &Message, out: &mut Vec<u8>) {
     ENVELOPE.seal(out, |out| match message {
-        Message::Offer(sets) => {
+        Message::Offer(sets, invitation) => {
             out.push(sets.len() as u8);
             for set in sets {
                 out.extend_from_slice(&(set.len() as u16).to_le_bytes());
@@ -191,12 +213,18 @@ pub(crate) fn encode(message: &Message, out: &mut Vec<u8>) {
                     out.extend_from_slice(&offered.handle);
                 }
             }
+            out.push(u8::from(invitation.is_some()));
+            if let Some(Invitation { host, name }) = invitation {
+                out.extend_from_slice(host);
+                out.extend_from_slice(name);
+            }
             T_OFFER
         }
-        Message::Ready(verdict, up) => {
+        Message::Ready(verdict, up, local) => {
             put_verdict(verdict, out);
             out.extend_from_slice(&(up.len() as u16).to_le_bytes());
             up.iter().for_each(|index| out.extend_from_slice(&index.to_le_bytes()));
+            out.push(u8::from(*local));
             T_READY
         }
         Message::Abort(verdict) => {
@@ -222,7 +250,8 @@ mod tests {
         fn every_message_round_trips(offer in offers(), status in i32::MIN..0, text in "[ -~]{0,200}", up in proptest::collection::btree_set(0u16..NUMBERS as u16, 0..64)) {
             let up: Vec<u16> = up.into_iter().collect();
             let verdict = Verdict { status, text };
-            let all = [Message::Offer(offer), Message::Ready(Verdict::ok(), up), Message::Ready(verdict.clone(), Vec::new()), Message::Abort(verdict)];
+            let invitation = (status % 2 == 0).then_some(Invitation { host: [1; 16], name: [2; 16] });
+            let all = [Message::Offer(offer, invitation), Message::Ready(Verdict::ok(), up, true), Message::Ready(verdict.clone(), Vec::new(), false), Message::Abort(verdict)];
             let mut buf = Vec::new();
             all.iter().for_each(|m| encode(m, &mut buf));
             let mut at = 0;
@@ -262,8 +291,9 @@ mod tests {
         for message in [
             Message::Offer(
                 (0..MAX_SETS).map(|set| vec![offered.clone(); if set < 3 { MAX_CHANNELS.into() } else { 0 }]).collect(),
+                Some(Invitation { host: [1; 16], name: [2; 16] }),
             ),
-            Message::Ready(verdict.clone(), (0..MAX_ALL as u16).map(|i| i + 7).collect()),
+            Message::Ready(verdict.clone(), (0..MAX_ALL as u16).map(|i| i + 7).collect(), true),
             Message::Abort(verdict),
         ] {
             let mut buf = Vec::new();
@@ -277,7 +307,7 @@ mod tests {
     fn more_channels_than_all_sets_may_have_are_refused() {
         let offered = Offered { nic: "n".into(), handle: [1; HANDLE_BYTES] };
         let mut buf = Vec::new();
-        encode(&Message::Offer(vec![vec![offered; 50]; 4]), &mut buf);
+        encode(&Message::Offer(vec![vec![offered; 50]; 4], None), &mut buf);
         assert!(decode(&buf).is_err());
     }
 
@@ -300,7 +330,7 @@ mod tests {
 
     #[test]
     fn contents_out_of_range_are_refused() {
-        let bad: [(&str, u8, &[u8]); 10] = [
+        let bad: [(&str, u8, &[u8]); 13] = [
             ("no set", T_OFFER, &[0]),
             ("too many sets", T_OFFER, &[&[17][..], &[0; 34]].concat()),
             ("too many channels", T_OFFER, &[1, 65, 0]),
@@ -310,6 +340,9 @@ mod tests {
             ("given up with OK", T_ABORT, &[0, 0, 0, 0, 0, 0]),
             ("a newline in a text", T_ABORT, &[255, 255, 255, 255, 1, 0, b'\n']),
             ("a channel twice", T_READY, &[0, 0, 0, 0, 0, 0, 2, 0, 1, 0, 1, 0]),
+            ("neither met nor not", T_READY, &[0, 0, 0, 0, 0, 0, 0, 0, 2]),
+            ("neither invited nor not", T_OFFER, &[1, 0, 0, 2]),
+            ("half an invitation", T_OFFER, &[&[1, 0, 0, 1][..], &[0; 31]].concat()),
             ("a channel beyond all", T_READY, &[0, 0, 0, 0, 0, 0, 1, 0, 0, 4]),
         ];
         for (what, kind, payload) in bad {

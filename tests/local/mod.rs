@@ -18,6 +18,11 @@ pub fn set_environment() {
             // SAFETY: before any engine exists; tests wait for this Once.
             unsafe { std::env::set_var(name, &nic) };
         }
+        // Most tests are about channels. Those about paths within a host say so.
+        if std::env::var_os("UCCL_P2P_DISABLE_IPC").is_none() {
+            // SAFETY: as above.
+            unsafe { std::env::set_var("UCCL_P2P_DISABLE_IPC", "1") };
+        }
     });
 }
 

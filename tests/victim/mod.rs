@@ -163,12 +163,68 @@ pub fn item_of(text: &str) -> FifoItem {
 
 // ---- the inside of it ----
 
+/// Set: buffers lie in memory files, which an engine with UCCL_TCPX_EMULATE_DEVICE=1 can share as a GPU's memory.
+pub const SHARED_MEMORY: &str = "UCCL_TEST_SHARED_MEMORY";
+
+/// Memory of a buffer.
+pub enum Bytes {
+    Heap(Vec<u8>),
+    File { at: *mut u8, len: usize, _fd: std::os::fd::OwnedFd },
+}
+
+impl Bytes {
+    pub fn new(len: usize, fill: u8) -> Bytes {
+        if std::env::var(SHARED_MEMORY).as_deref() != Ok("1") {
+            return Bytes::Heap(vec![fill; len]);
+        }
+        use std::os::fd::{AsRawFd, FromRawFd};
+        // SAFETY: a fresh memory file, and a fresh mapping of it.
+        unsafe {
+            let fd = libc::memfd_create(c"test-gpu".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
+            assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+            let fd = std::os::fd::OwnedFd::from_raw_fd(fd);
+            assert_eq!(libc::ftruncate(fd.as_raw_fd(), len as i64), 0);
+            let access = libc::PROT_READ | libc::PROT_WRITE;
+            let at = libc::mmap(std::ptr::null_mut(), len, access, libc::MAP_SHARED, fd.as_raw_fd(), 0);
+            assert_ne!(at, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+            let at = at.cast::<u8>();
+            at.write_bytes(fill, len);
+            Bytes::File { at, len, _fd: fd }
+        }
+    }
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        match self {
+            Bytes::Heap(bytes) => bytes,
+            // SAFETY: our mapping.
+            Bytes::File { at, len, .. } => unsafe { std::slice::from_raw_parts(std::hint::black_box(*at), *len) },
+        }
+    }
+}
+
+impl Drop for Bytes {
+    fn drop(&mut self) {
+        if let Bytes::File { at, len, .. } = self {
+            // SAFETY: our mapping.
+            unsafe { libc::munmap(at.cast(), *len) };
+        }
+    }
+}
+
 struct Buffer {
     mr: u64,
     /// None once it was freed.
-    bytes: Option<Vec<u8>>,
+    bytes: Option<Bytes>,
     /// What it held when it was given back.
     last: Option<Vec<u8>>,
+}
+
+/// The application has given it back and watches it.
+fn given_back(b: &Buffer) -> bool {
+    b.bytes.is_some() && b.last.is_some()
 }
 
 struct Inside {
@@ -232,7 +288,7 @@ impl Inside {
             }
             "connections" => self.connections.lock().unwrap().len().to_string(),
             "buffer" => {
-                let bytes = vec![n(2) as u8; n(1)];
+                let bytes = Bytes::new(n(1), n(2) as u8);
                 let mr = self.engine.register(bytes.as_ptr() as usize, bytes.len())?;
                 let item = self.engine.fifo_item(mr, bytes.as_ptr() as usize, bytes.len())?;
                 self.buffers.push(Buffer { mr, bytes: Some(bytes), last: None });
@@ -263,26 +319,39 @@ impl Inside {
             // Whether the first bytes of a buffer are all of this value.
             "holds" => {
                 let buffer = &self.buffers[n(1)];
-                let bytes = buffer.bytes.as_ref().or(buffer.last.as_ref()).map_or(&[][..], |b| b);
+                let bytes = buffer.bytes.as_deref().or(buffer.last.as_deref()).unwrap_or(&[]);
                 bytes[..n(2).min(bytes.len())].iter().all(|&b| b == n(3) as u8).to_string()
             }
             give_back @ ("destroy" | "free") => {
                 let buffer = &mut self.buffers[n(1)];
                 self.engine.deregister(buffer.mr)?;
-                buffer.last = buffer.bytes.clone();
+                buffer.last = buffer.bytes.as_deref().map(<[u8]>::to_vec);
                 if give_back == "free" {
                     buffer.bytes = None;
                 }
                 "given back".to_owned()
             }
+            // Bytes and chunks that each kind of channel has sent and received: "NIC sent received".
+            "carried" => {
+                let stats = self.connection(n(1)).stats()?;
+                let local = stats.channels.iter().filter(|c| c.nic == "local");
+                let (sent, received) = local.fold((0, 0), |(s, r), c| (s + c.sent_bytes, r + c.received_bytes));
+                let all = |f: fn(&uccl_p2p::stats::ChannelStats) -> u64| stats.channels.iter().map(f).sum::<u64>();
+                let (out, inn) = (all(|c| c.sent_bytes) - sent, all(|c| c.received_bytes) - received);
+                format!("{sent} {received} {out} {inn}")
+            }
+            // Mappings of other processes' memory files.
+            "mappings" => {
+                let maps = std::fs::read_to_string("/proc/self/maps")?;
+                maps.lines().filter(|line| line.contains("/memfd:test-gpu") && line.contains("r--s")).count().to_string()
+            }
             // How many buffers have changed since they were given back.
             "changed" => {
-                self.buffers.iter().filter(|b| b.bytes.is_some() && b.last.is_some() && b.bytes != b.last).count().to_string()
+                self.buffers.iter().filter(|b| given_back(b) && b.bytes.as_deref() != b.last.as_deref()).count().to_string()
             }
             // The same, and nothing is kept of them.
             "forget" => {
-                let given_back = |b: &Buffer| b.bytes.is_some() && b.last.is_some();
-                let changed = self.buffers.iter().filter(|b| given_back(b) && b.bytes != b.last).count();
+                let changed = self.buffers.iter().filter(|b| given_back(b) && b.bytes.as_deref() != b.last.as_deref()).count();
                 for buffer in self.buffers.iter_mut().filter(|b| given_back(b)) {
                     (buffer.bytes, buffer.last) = (None, None);
                 }

@@ -131,6 +131,12 @@ impl Node {
         Ok(Node { engine: Engine::new(Config::from_env().map_err(Failure::new)?).map_err(Failure::new)? })
     }
 
+    /// The same for an engine that takes the network, also to peers on its own host.
+    pub fn start_for_the_network() -> Result<Node> {
+        let config = Config { disable_ipc: true, ..Config::from_env().map_err(Failure::new)? };
+        Ok(Node { engine: Engine::new(config).map_err(Failure::new)? })
+    }
+
     /// "ip:port?gpu".
     pub fn metadata(&self) -> String {
         self.engine.metadata()
@@ -270,6 +276,12 @@ impl Link {
     /// The peer's address.
     pub fn peer(&self) -> String {
         self.conn.peer_ip().to_string()
+    }
+
+    /// Bytes that went between the two processes without the network.
+    pub fn copied_within_host(&self) -> u64 {
+        let channels = self.conn.stats().map(|stats| stats.channels).unwrap_or_default();
+        channels.iter().filter(|c| c.nic == "local").map(|c| c.sent_bytes + c.received_bytes).sum()
     }
 
     /// Data channels of this connection.

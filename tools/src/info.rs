@@ -54,6 +54,7 @@ struct Report {
     gpus: Vec<Gpu>,
     congestion_control: Option<Congestion>,
     proof: Option<Proof>,
+    within_host: Option<String>,
     peer: Option<Vec<Row>>,
     doctor: Option<Vec<Check>>,
     settings: Vec<Setting>,
@@ -95,6 +96,7 @@ fn examine(args: &Args) -> Report {
         gpus: inspect::gpus(),
         congestion_control: inspect::congestion(),
         proof: None,
+        within_host: None,
         peer: None,
         doctor: None,
         environment: inspect::environment(variables, &known),
@@ -145,11 +147,25 @@ fn look(args: &Args, report: &mut Report) -> Result<String> {
         node.plugin()
     );
     report.proof = Some(proof);
+    report.within_host = Some(within_host(&node, memory));
     let Some(address) = &args.peer else { return Ok(verdict) };
     let rows = with_peer(&node, address, memory).context(format_args!("with {address}"))?;
     let rates: Vec<String> = rows.iter().map(|row| format!("{} {:.3} GB/s", row.op, row.gbytes_per_s)).collect();
     report.peer = Some(rows);
     Ok(format!("{verdict}; with {address} over {memory} memory: {}, every byte right", rates.join(", ")))
+}
+
+/// Whether data between processes of this host goes without the network, in words.
+fn within_host(node: &Arc<Node>, memory: Kind) -> String {
+    match probe::within_host(node, memory) {
+        Ok(0) => {
+            format!("{memory} memory takes the network also between processes of this host (UCCL_P2P_LOG_LEVEL=info tells why)")
+        }
+        Ok(_) => format!(
+            "{memory} memory of a process is copied straight to another of the same user (UCCL_P2P_DISABLE_IPC=1 prevents it)"
+        ),
+        Err(e) => format!("NOT WORKING: {e}"),
+    }
 }
 
 /// Which memory shows what was asked.
@@ -189,6 +205,7 @@ fn text(report: &Report, settings: bool) -> String {
     if let Some(proof) = &report.proof {
         lines.push(("proof", format!("{} bytes verified, {:.0} us for write and read", proof.verified_bytes, proof.elapsed_us)));
     }
+    lines.extend(report.within_host.iter().map(|within_host| ("within this host", within_host.clone())));
     for row in report.peer.iter().flatten() {
         lines.push(("peer", row.line().trim().to_owned()));
     }

@@ -28,7 +28,18 @@ pub struct Proof {
 /// Writes 1 MiB from `node` to a second engine, in scattered blocks, reads it back, and compares both.
 /// `memory` is what this process registers: host memory, emulated as device memory or not.
 pub fn loopback(node: &Arc<Node>, memory: Kind) -> Result<Proof> {
+    // Its purpose is the network: nothing is copied within the host.
+    let peer = Arc::new(Node::start_for_the_network().context("a second engine does not start")?);
+    between(node, &peer, memory).map(|(proof, _)| proof)
+}
+
+/// The same as two processes of one host do it. Bytes that were copied without the network.
+pub fn within_host(node: &Arc<Node>, memory: Kind) -> Result<u64> {
     let peer = Arc::new(Node::start().context("a second engine does not start")?);
+    between(node, &peer, memory).map(|(_, within)| within)
+}
+
+fn between(node: &Arc<Node>, peer: &Arc<Node>, memory: Kind) -> Result<(Proof, u64)> {
     let link = node.connect(&peer.metadata())?;
     // Held until the end: closing it would end the connection.
     let _accepted: Link = peer.accept().context("the connection was not accepted")?;
@@ -36,7 +47,7 @@ pub fn loopback(node: &Arc<Node>, memory: Kind) -> Result<Proof> {
     let seed = random_seed()?;
     let shape = Shape { total: BYTES, block: 12_345, inflight: 1, order: Some(seed) };
     let mut source = Region::new(node, memory, BYTES)?;
-    let target = Region::new(&peer, memory, BYTES)?;
+    let target = Region::new(peer, memory, BYTES)?;
     let back = Region::new(node, memory, BYTES)?;
     source.buffer_mut().fill(seed);
 
@@ -75,7 +86,7 @@ pub fn loopback(node: &Arc<Node>, memory: Kind) -> Result<Proof> {
     if (&name[..], &msg[..]) != NOTE {
         fail!("the notification arrived changed");
     }
-    Ok(Proof { verified_bytes, channels: link.channels(), elapsed_us })
+    Ok((Proof { verified_bytes, channels: link.channels(), elapsed_us }, link.copied_within_host()))
 }
 
 fn run(link: &Link, direction: Direction, segments: &[(crate::api::LocalSegment, crate::api::FifoItem)]) -> Result<()> {

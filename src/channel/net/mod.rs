@@ -7,7 +7,8 @@ mod staging;
 
 pub(crate) use channel::Channel;
 
-use super::path::{Arrival, Copier, Departure, Event, Line, Path, Way};
+use super::path::{Arrival, ChunkLimits, Copier, Departure, Event, Line, Path, Way};
+use super::plan::{chunk_len, MAX_CROSSED, MAX_PARTS};
 use super::stripe::{Loads, Nic, LEFT_ALONE};
 use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
@@ -77,6 +78,14 @@ impl NetPath {
 impl Path for NetPath {
     fn channels(&self) -> usize {
         self.channels.len()
+    }
+
+    fn limits(&self) -> ChunkLimits {
+        ChunkLimits { bytes: self.usage.chunk_bytes, pieces: MAX_PARTS, crossed: MAX_CROSSED }
+    }
+
+    fn chunk_len(&self, total: u64) -> usize {
+        chunk_len(total, self.channels.len(), self.usage.chunk_bytes)
     }
 
     fn carries(&self, local: Place, peer: Place) -> bool {

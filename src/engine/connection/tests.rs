@@ -6,7 +6,7 @@ use super::super::notify::{Inbox, Queue};
 use super::super::progress;
 use super::super::proto::Setting;
 use super::*;
-use crate::channel::path::{Arrival, Copier, Departure, Event, Line, Path, Way};
+use crate::channel::path::{Arrival, ChunkLimits, Copier, Departure, Event, Line, Path, Way};
 use crate::channel::stripe::Loads;
 use crate::logging::Limiter;
 use crate::wire::session::{Direction, Session};
@@ -22,6 +22,12 @@ struct SimulatedDefect {
 impl Path for SimulatedDefect {
     fn channels(&self) -> usize {
         1
+    }
+    fn limits(&self) -> ChunkLimits {
+        ChunkLimits { bytes: 4096, pieces: 1, crossed: 1 }
+    }
+    fn chunk_len(&self, _total: u64) -> usize {
+        4096
     }
     fn carries(&self, _local: Place, _peer: Place) -> bool {
         true
@@ -74,7 +80,6 @@ fn connection(home: &Arc<Home>, driven: bool, closed: bool) -> (Arc<Connection>,
         inbox: Inbox::new(&Queue::new(1 << 30, 256 << 20)),
         pool: Pool::endless(),
         lines: Arc::new(Limiter::new(1000)),
-        chunk_bytes: 4096,
         eager_bytes: 0,
         peer: "a peer".to_owned(),
         transfer_timeout: timeout,
@@ -87,7 +92,7 @@ fn connection(home: &Arc<Home>, driven: bool, closed: bool) -> (Arc<Connection>,
     let core = Core::new(Machine::new(setting, Instant::now()), channels, control);
     let peer =
         Peer { ip: [127, 0, 0, 1].into(), name: "a peer".to_owned(), gpu_index: -1, key: None, engine: [1; 16], _counted: None };
-    let connection = Arc::new(Connection::new(home.clone(), core, peer, home.bell.seat().unwrap()));
+    let connection = Arc::new(Connection::new(home.clone(), core, peer, home.bell.seat().unwrap(), None));
     assert!(home.connections.insert(connection.id, &connection));
     (connection, theirs)
 }

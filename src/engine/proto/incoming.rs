@@ -103,17 +103,18 @@ impl Incoming {
     ///
     /// # Errors
     /// `Protocol` when it fits no stream, no channel or no limit.
-    pub(super) fn announce(&mut self, key: Key, grant: Grant, max: usize, channels: &mut Channels) -> Result<()> {
+    pub(super) fn announce(&mut self, key: Key, grant: Grant, channels: &mut Channels) -> Result<()> {
         let len = grant.len as usize;
-        if len == 0 || len > max {
-            bail!(Protocol, "chunk of {len} bytes, at most {max} were agreed");
+        let Some(limits) = channels.limits(grant.channel) else { bail!(Protocol, "channel {} does not exist", grant.channel) };
+        if len == 0 || len > limits.bytes {
+            bail!(Protocol, "chunk of {len} bytes, at most {} were agreed", limits.bytes);
         }
         limits::expected(self.expected)?;
         let Some(inc) = self.streams.get_mut(&key) else { bail!(Protocol, "a chunk of transfer {}, which expects none", key.id) };
         let (tag, dest) = match &mut inc.target {
             Target::Memory { stream, hold, .. } => {
                 let tag = tag(key, false, stream.offset());
-                let Some(chunk) = stream.take_exact(len) else {
+                let Some(chunk) = stream.take_exact(len, limits.crossed) else {
                     bail!(Protocol, "chunk of {len} bytes of transfer {} is outside the plan", key.id)
                 };
                 (tag, Dest::Memory { place: chunk.place, parts: chunk.parts, hold: hold.clone() })
@@ -142,6 +143,11 @@ impl Incoming {
         self.expected -= 1;
         self.arrived += 1;
         Ok(self.ended(key))
+    }
+
+    /// Chunks under way.
+    pub(super) fn expected(&self) -> usize {
+        self.expected
     }
 
     /// Chunks that have arrived so far.

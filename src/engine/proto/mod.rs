@@ -26,6 +26,7 @@ pub(crate) use limits::MAX_BACKLOG;
 #[cfg(feature = "test-api")]
 pub(crate) use outgoing::tag;
 pub(crate) use outgoing::Scheduled;
+pub(crate) use peer::is_farewell;
 #[cfg(fuzzing)]
 pub(crate) use simulation::attacked;
 pub use transfers::TransferState;
@@ -60,8 +61,6 @@ pub(crate) struct Setting {
     /// What all peers of the engine together may take, and how many lines of the log they may cause.
     pub pool: Arc<Pool>,
     pub lines: Arc<Limiter>,
-    /// Largest chunk, bytes; both sides agree on it.
-    pub chunk_bytes: usize,
     /// Largest transfer inside a control frame, bytes.
     pub eager_bytes: usize,
     /// Names the peer in errors.
@@ -95,6 +94,8 @@ const REPORT: Duration = Duration::from_secs(1);
 
 /// Log lines a second that the peer of one connection can cause.
 const PEER_LINES: u32 = 5;
+/// A write of more segments than these is no small one, however few its bytes.
+const INLINE_SEGMENTS: usize = 64;
 
 /// The protocol state of a connection.
 pub(crate) struct Machine {
@@ -263,7 +264,7 @@ impl Machine {
     pub(crate) fn admit(&self, segments: usize, pairs: &[(Place, Place)], channels: &Channels) -> Result<()> {
         self.alive()?;
         limits::admit(self.transfers.in_flight(), self.transfers.segments(), segments)?;
-        match pairs.iter().find(|&&(local, peer)| channels.route(local, peer).is_none()) {
+        match pairs.iter().find(|&&(local, peer)| channels.route(local, peer, false).is_none()) {
             Some((local, peer)) => Err(err!(Unsupported, "no channel carries memory of {local:?} here and {peer:?} at the peer")),
             None => Ok(()),
         }
@@ -279,8 +280,11 @@ impl Machine {
         }
         let key = Key { id, mine: true };
         self.deadlines.start(key, Way::Out, total, now);
+        let hold = Hold::new(uses);
         let mut gathered = std::mem::take(&mut self.gathered);
-        if let Some(data) = self.load_inline(&segments, total, self.write_inline(), channels, &mut gathered)? {
+        if let Some(data) =
+            self.load_inline(&segments, &hold, total, self.write_inline(segments.len()), channels, &mut gathered)?
+        {
             self.counts.inline_sent_bytes += total;
             self.push(&Frame::Write { id, regions: remote_regions, segments: remote, inline: Some(data) }, now);
             self.transfers.moved(id, total);
@@ -288,7 +292,7 @@ impl Machine {
         } else {
             self.gathered = gathered;
             self.announce(Frame::Write { id, regions: remote_regions, segments: remote, inline: None }, now);
-            self.outgoing.start(key, segments, Hold::new(uses), self.setting.chunk_bytes, channels)?;
+            self.outgoing.start(key, segments, hold, channels)?;
         }
         Ok(id)
     }
@@ -347,11 +351,12 @@ impl Machine {
         }
     }
 
-    /// Largest write that travels inside a control frame, once it is among those in flight. One without company is done soonest that way:
-    /// no grant, and no thread but the callers'. Several are moved faster side by side.
-    fn write_inline(&self) -> usize {
+    /// Largest write of so many segments that travels inside a control frame, once it is among those in flight. One without company is
+    /// done soonest that way: no grant, and no thread but the callers'. Several, and long lists, are moved faster side by side.
+    fn write_inline(&self, segments: usize) -> usize {
         match self.setting.eager_bytes {
             0 => 0,
+            eager if segments > INLINE_SEGMENTS => eager,
             eager => eager.max(MAX_INLINE / self.transfers.in_flight().max(1)),
         }
     }
@@ -361,6 +366,7 @@ impl Machine {
     fn load_inline<'a>(
         &self,
         segments: &'a [Segment],
+        hold: &Hold,
         total: u64,
         limit: usize,
         channels: &mut Channels,
@@ -369,10 +375,10 @@ impl Machine {
         if total > limit.min(MAX_INLINE) as u64 {
             return Ok(None);
         }
-        let device = segments.iter().any(|s| s.place.is_device());
-        if total > channels.inline_bytes(device) as u64 {
+        if total > channels.inline_bytes(segments, hold) as u64 {
             return Ok(None);
         }
+        let device = segments.iter().any(|s| s.place.is_device());
         if let ([only], false) = (segments, device) {
             // SAFETY: the segment lies in a registered region that the caller's uses hold.
             return Ok(Some(unsafe { std::slice::from_raw_parts(only.addr as *const u8, only.len as usize) }));
@@ -400,6 +406,8 @@ impl Machine {
             }
         }
         self.events = events;
+        // Fewer than before never fails.
+        let _ = self.peer.chunks(self.incoming.expected());
         if limits::must_report(self.incoming.chunks() - self.reported_chunks) {
             self.ping(channels.totals().received, now);
         }
@@ -484,12 +492,16 @@ impl Machine {
 
     // ---- time ----
 
-    /// Bytes came in on the control stream; `arriving`: size of the frame they belong to.
+    /// So many bytes are kept of frames that have not come as a whole.
     ///
     /// # Errors
-    /// `Resource` when the frame would take more memory than peers may.
-    pub(crate) fn heard(&mut self, bytes: usize, arriving: usize, now: Instant) -> Result<()> {
-        self.peer.arriving(arriving)?;
+    /// `Resource` when that is more memory than peers may take.
+    pub(crate) fn keeps(&mut self, bytes: usize) -> Result<()> {
+        self.peer.arriving(bytes)
+    }
+
+    /// Bytes came in on the control stream; `arriving`: size of the frame they belong to.
+    pub(crate) fn heard(&mut self, bytes: usize, arriving: usize, now: Instant) {
         self.clock.rx = now;
         self.counts.control_received_bytes += bytes as u64;
         // Answers wait behind a large frame that is on its way, and behind all that comes while the peer has a backlog: then its
@@ -497,12 +509,13 @@ impl Machine {
         if arriving > MAX_INLINE || now.saturating_duration_since(self.clock.ping) > 2 * self.setting.heartbeat {
             self.deadlines.waited(bytes as u64, now);
         }
-        Ok(())
     }
 
     /// The control socket took bytes; `leaving`: bytes taken from the queue that it has not.
     pub(crate) fn told(&mut self, bytes: usize, leaving: usize, now: Instant) {
         self.leaving = leaving;
+        // Fewer than before never fails.
+        let _ = self.peer.answers(self.tx.answers());
         self.counts.control_sent_bytes += bytes as u64;
         if bytes > 0 {
             self.clock.drained = now;

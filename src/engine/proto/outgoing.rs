@@ -3,8 +3,8 @@
 //! bytes and sockets.
 
 use super::limits;
-use crate::channel::path::Departure;
-use crate::channel::plan::{chunk_len, Walk};
+use crate::channel::path::{ChunkLimits, Departure};
+use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
 use crate::channel::stripe::Want;
 use crate::hash::Map;
@@ -29,8 +29,11 @@ const ANNOUNCE: usize = 8;
 struct OutStream {
     stream: Walk,
     hold: Hold,
-    chunk_len: usize,
+    /// Bytes of the whole transfer.
+    total: u64,
     small: bool,
+    /// Paths that want regions to be shared first may carry it.
+    shared: bool,
     segments: usize,
     /// Bytes handed to channels and not yet gone.
     inflight: u64,
@@ -120,25 +123,18 @@ pub(crate) enum Scheduled {
 
 impl Outgoing {
     /// Starts a stream; its places must have routes.
-    pub(super) fn start(
-        &mut self,
-        key: Key,
-        segments: Vec<Segment>,
-        hold: Hold,
-        chunk_bytes: usize,
-        channels: &Channels,
-    ) -> Result<()> {
+    pub(super) fn start(&mut self, key: Key, segments: Vec<Segment>, hold: Hold, channels: &mut Channels) -> Result<()> {
+        let shared = channels.share(&segments, &hold);
         let stream = Walk::new(segments);
         let Some((place, peer)) = stream.next_places() else { bail!(Internal, "an empty stream") };
-        let Some(route) = channels.route(place, peer) else {
+        let Some(route) = channels.route(place, peer, shared) else {
             bail!(Unsupported, "no channel carries memory of {place:?} to {peer:?} of the peer")
         };
         self.routes.resize_with(channels.routes(), Turns::default);
-        let small = stream.remaining() <= SMALL;
-        let chunk_len = chunk_len(stream.remaining(), channels.width(route), chunk_bytes);
-        let segments = stream.segments();
-        self.bulk_left += if small { 0 } else { stream.remaining() };
-        self.streams.insert(key, OutStream { stream, hold, chunk_len, small, segments, inflight: 0 });
+        let (total, segments) = (stream.remaining(), stream.segments());
+        let small = total <= SMALL;
+        self.bulk_left += if small { 0 } else { total };
+        self.streams.insert(key, OutStream { stream, hold, total, small, shared, segments, inflight: 0 });
         self.routes[route].queue(small).push_back(key);
         Ok(())
     }
@@ -189,11 +185,13 @@ impl Outgoing {
             self.routes[route].took(small, 0, false);
             return Ok(true);
         };
+        let limits = channels.cut(route, out.total);
         let rest = if small { out.stream.remaining() } else { self.bulk_left };
-        let want = Want { len: out.chunk_len as u64, rest };
+        let want = Want { len: limits.bytes as u64, rest };
         let Some((channel, most)) = channels.pick(route, place, want, !small, now) else { return Ok(false) };
         let tag = tag(key, true, out.stream.offset());
-        let Some(chunk) = out.stream.take(most) else { bail!(Internal, "a stream that ended early") };
+        let limits = ChunkLimits { bytes: most.min(limits.bytes), ..limits };
+        let Some(chunk) = out.stream.take_within(limits) else { bail!(Internal, "a stream that ended early") };
         debug_assert_eq!((chunk.place, chunk.peer), (place, peer));
         let len = chunk.len as u64;
         channels.submit(channel, Departure { key, chunk, hold: out.hold.clone(), bulk: !small, tag }, now)?;
@@ -202,7 +200,7 @@ impl Outgoing {
         self.announced += 1;
         announcing.push(key, Grant { len: len as u32, channel }, tx);
         let next_route = match out.stream.next_places() {
-            Some((place, peer)) => match channels.route(place, peer) {
+            Some((place, peer)) => match channels.route(place, peer, out.shared) {
                 Some(next) => Some(next),
                 None => bail!(Internal, "no route from {place:?} to {peer:?}"),
             },

@@ -172,7 +172,7 @@ impl Machine {
             return Ok(());
         }
         let answered = self.resolve(regions, segments, RemoteAccess::READ).and_then(|(segments, uses)| {
-            let unreachable = segments.iter().find(|s| channels.route(s.place, s.peer).is_none());
+            let unreachable = segments.iter().find(|s| channels.route(s.place, s.peer, false).is_none());
             match unreachable {
                 Some(s) => Err(err!(Unsupported, "no channel carries memory of {:?} to {:?}", s.place, s.peer)),
                 None => Ok((segments, uses)),
@@ -190,9 +190,10 @@ impl Machine {
         if total == 0 {
             bail!(Protocol, "read {id} is empty");
         }
+        let hold = Hold::new(uses);
         if self.tx.pending() < MAX_INLINE_BACKLOG {
-            let mut gathered = std::mem::take(&mut self.gathered);
-            if let Some(data) = self.load_inline(&segments, total, self.setting.eager_bytes, channels, &mut gathered)? {
+            let (mut gathered, eager) = (std::mem::take(&mut self.gathered), self.setting.eager_bytes);
+            if let Some(data) = self.load_inline(&segments, &hold, total, eager, channels, &mut gathered)? {
                 self.counts.inline_sent_bytes += total;
                 self.push(&Frame::ReadInline { id, data }, now);
                 self.gathered = gathered;
@@ -202,7 +203,7 @@ impl Machine {
         }
         let key = Key { id, mine: false };
         self.deadlines.start(key, Way::Out, total, now);
-        self.outgoing.start(key, segments, Hold::new(uses), self.setting.chunk_bytes, channels)
+        self.outgoing.start(key, segments, hold, channels)
     }
 
     fn on_read_inline(&mut self, id: u64, data: &[u8], channels: &mut Channels) -> Result<()> {
@@ -221,7 +222,8 @@ impl Machine {
     }
 
     fn on_chunks(&mut self, key: Key, grants: &[Grant], channels: &mut Channels) -> Result<()> {
-        grants.iter().try_for_each(|&grant| self.incoming.announce(key, grant, self.setting.chunk_bytes, channels))
+        grants.iter().try_for_each(|&grant| self.incoming.announce(key, grant, channels))?;
+        self.peer.chunks(self.incoming.expected())
     }
 
     /// The peer's verdict on a transfer of this side. Which ones fit depends on its kind and on how far it is.
@@ -320,7 +322,7 @@ impl Machine {
             self.transfers.finish(id, Ok(()));
             return Ok(());
         }
-        if let Some(s) = segments.iter().find(|s| channels.route(s.place, receiver).is_none()) {
+        if let Some(s) = segments.iter().find(|s| channels.route(s.place, receiver, false).is_none()) {
             // Where its receive lies was not known before. Nothing was announced: the peer gives up the receive as it would late.
             let error =
                 err!(Unsupported, "no channel carries memory of {:?} here to {receiver:?}, where the receive lies", s.place);
@@ -331,7 +333,7 @@ impl Machine {
         self.transfers.pulled(id);
         let key = Key { id, mine: true };
         self.deadlines.start(key, Way::Out, segments.iter().map(|s| s.len).sum(), now);
-        self.outgoing.start(key, segments, send.hold, self.setting.chunk_bytes, channels)
+        self.outgoing.start(key, segments, send.hold, channels)
     }
 
     /// The peer gave up a message. It is answered like any other; a receive that it was matched with fails.
@@ -392,11 +394,16 @@ impl Machine {
 fn farewell(status: StatusCode, text: &str) -> Error {
     match status {
         UCCL_OK => err!(RemoteDisconnect, "the peer closed the connection"),
-        code if ErrorKind::from_code(code) == ErrorKind::TimedOut => {
-            err!(TimedOut, "the peer gave the connection up: {}", printable(text))
-        }
-        _ => err!(RemoteDisconnect, "the peer gave the connection up: {}", printable(text)),
+        code if ErrorKind::from_code(code) == ErrorKind::TimedOut => err!(TimedOut, "{GAVE_UP}: {}", printable(text)),
+        _ => err!(RemoteDisconnect, "{GAVE_UP}: {}", printable(text)),
     }
+}
+
+const GAVE_UP: &str = "the peer gave the connection up";
+
+/// Whether an error is a peer's farewell with a cause.
+pub(crate) fn is_farewell(error: &Error) -> bool {
+    error.to_str().starts_with(GAVE_UP)
 }
 
 /// A peer's text without what would steer a terminal or forge a line.

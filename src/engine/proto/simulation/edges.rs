@@ -127,7 +127,7 @@ fn a_message_that_no_channel_carries_fails_alone_at_both_sides() {
     let mut both = Both::new();
     // What joins host memory is missing.
     for side in [0, 1] {
-        let device = SimulatedPath::new(&both.net, side, 0, DEVICE_CHANNELS, true);
+        let device = SimulatedPath::new(&both.net, side, 0, DEVICE_CHANNELS, true, 4096);
         both.sides[side].channels = Channels::new(vec![Box::new(device)], Some(Box::new(EmulatedDevice)));
     }
     both.net.lock().open();

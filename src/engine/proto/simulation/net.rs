@@ -1,7 +1,8 @@
 //! The simulated network of the simulation: channels whose messages move when the scheduler says so, stall, fail, and run out of memory on
 //! demand. Copies real bytes at the moment at which a real network would.
 
-use crate::channel::path::{Arrival, Copier, Departure, Dest, Event, Line, Path, Way};
+use crate::channel::path::{Arrival, ChunkLimits, Copier, Departure, Dest, Event, Line, Path, Way};
+use crate::channel::plan::{chunk_len, MAX_CROSSED, MAX_PARTS};
 use crate::channel::stripe::{Load, Loads};
 use crate::region::Hold;
 use crate::status::{bail, err, Result};
@@ -166,12 +167,20 @@ pub(super) struct SimulatedPath {
     first: usize,
     channels: usize,
     device: bool,
+    chunk_bytes: usize,
 }
 
 impl SimulatedPath {
     /// Channels `first..first + channels`; for device memory on both sides, or for everything else.
-    pub(super) fn new(net: &Arc<Mutex<Net>>, side: usize, first: usize, channels: usize, device: bool) -> SimulatedPath {
-        SimulatedPath { net: net.clone(), side, first, channels, device }
+    pub(super) fn new(
+        net: &Arc<Mutex<Net>>,
+        side: usize,
+        first: usize,
+        channels: usize,
+        device: bool,
+        chunk_bytes: usize,
+    ) -> SimulatedPath {
+        SimulatedPath { net: net.clone(), side, first, channels, device, chunk_bytes }
     }
 }
 
@@ -181,6 +190,15 @@ impl Path for SimulatedPath {
     }
 
     fn stats(&self, _kernel: bool, _now: Instant, _out: &mut Vec<crate::stats::ChannelStats>) {}
+
+    fn limits(&self) -> ChunkLimits {
+        // Routes differ.
+        ChunkLimits { bytes: self.chunk_bytes, pieces: if self.device { 64 } else { MAX_PARTS }, crossed: MAX_CROSSED }
+    }
+
+    fn chunk_len(&self, total: u64) -> usize {
+        chunk_len(total, self.channels, self.chunk_bytes)
+    }
 
     fn carries(&self, local: Place, peer: Place) -> bool {
         (local.is_device() && peer.is_device()) == self.device

@@ -92,7 +92,6 @@ impl Side {
             inbox: Inbox::new(&queue),
             pool: Pool::endless(),
             lines: Arc::new(Limiter::new(1000)),
-            chunk_bytes,
             eager_bytes,
             peer: format!("side {}", 1 - side),
             transfer_timeout,
@@ -102,8 +101,8 @@ impl Side {
             doorbells: false,
         };
         let paths: Vec<Box<dyn crate::channel::path::Path>> = vec![
-            Box::new(SimulatedPath::new(net, side, 0, DEVICE_CHANNELS, true)),
-            Box::new(SimulatedPath::new(net, side, DEVICE_CHANNELS, HOST_CHANNELS, false)),
+            Box::new(SimulatedPath::new(net, side, 0, DEVICE_CHANNELS, true, chunk_bytes)),
+            Box::new(SimulatedPath::new(net, side, DEVICE_CHANNELS, HOST_CHANNELS, false, chunk_bytes)),
         ];
         Side {
             machine: Machine::new(setting, now),
@@ -186,7 +185,7 @@ impl Side {
     }
 
     fn frames(&mut self, heard: usize, now: Instant) -> Result<()> {
-        self.machine.heard(heard, self.rx.arriving(), now)?;
+        self.machine.heard(heard, self.rx.arriving(), now);
         while let Some((frame, len)) = self.rx.next()? {
             self.machine.handle(frame, &mut self.channels, now)?;
             self.rx.consume(len);

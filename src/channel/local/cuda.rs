@@ -1,0 +1,254 @@
+//! Memory of GPUs that peers of one host share: CUDA IPC handles for memory of `cudaMalloc`, descriptors for memory that is mapped piece by
+//! piece, and pulls by kernel or copy engine. Whatever else there is, is refused. Knows nothing of sockets, rings and transfers.
+
+use super::puller::{Export, ExportKind, GpuId, LocalMemory, Mapping, Piece, Pull};
+use crate::gpu::{close_later, Gpu, PullOptions, Pulls};
+use crate::status::{bail, Result};
+use crate::types::Place;
+use cuda_driver::{allocation, ipc_handle, posix_handle, Allocation, Link, Mapped, MemoryKind, Sharing};
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Allocations of one region at most: expandable segments map 20 MiB at a time.
+const MAX_ALLOCATIONS: usize = 8192;
+/// Mappings of other processes' memory that a process holds at most.
+const MAX_MAPPINGS: usize = 32 << 10;
+/// Time that a connection's end leaves to pulls under way.
+const QUIESCE_LIMIT: Duration = Duration::from_secs(5);
+
+/// How this process pulls.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct CudaOptions {
+    /// How pulls are spread over the GPU.
+    pub pulls: PullOptions,
+    /// Pull over PCIe too, where reads are slow.
+    pub bus: bool,
+}
+
+/// Mappings of this process.
+static MAPPINGS: AtomicUsize = AtomicUsize::new(0);
+
+/// One mapping of the process's share.
+struct Counted;
+
+impl Counted {
+    fn new() -> Result<Counted> {
+        let before = MAPPINGS.fetch_add(1, Ordering::Relaxed);
+        let counted = Counted;
+        if before >= MAX_MAPPINGS {
+            bail!(Resource, "this process has {MAX_MAPPINGS} allocations of others mapped");
+        }
+        Ok(counted)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        MAPPINGS.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// What a mapping's id stands for; memory of this process may need none.
+struct Open {
+    _mapped: Option<Mapped>,
+    _counted: Counted,
+}
+
+/// Pulls into memory of one GPU.
+struct Unit {
+    place: Place,
+    pulls: Pulls,
+}
+
+/// Memory of GPUs on a connection within a host.
+pub(crate) struct CudaMemory {
+    options: CudaOptions,
+    // Dropped before the mappings that its pulls read.
+    units: Vec<Unit>,
+    open: HashMap<u64, Open>,
+    next: u64,
+}
+
+impl CudaMemory {
+    /// Nothing is opened or allocated before it is needed.
+    pub(crate) fn new(options: CudaOptions) -> CudaMemory {
+        CudaMemory { options, units: Vec::new(), open: HashMap::new(), next: 0 }
+    }
+
+    /// The unit that pulls into memory of `place`.
+    fn unit(&mut self, place: Place) -> Result<usize> {
+        if let Some(i) = self.units.iter().position(|u| u.place == place) {
+            return Ok(i);
+        }
+        self.units.push(Unit { place, pulls: Pulls::new(&gpu(place)?, self.options.pulls)? });
+        Ok(self.units.len() - 1)
+    }
+
+    fn link_allows(&self, from: i32, to: i32) -> Result<bool> {
+        Ok(match cuda_driver::link(from, to)? {
+            Link::Same | Link::Fast => true,
+            Link::Bus => self.options.bus,
+            Link::None => false,
+        })
+    }
+}
+
+fn ordinal(place: Place) -> Result<i32> {
+    match place.ordinal() {
+        Some(ordinal) => Ok(ordinal.into()),
+        None => bail!(Unsupported, "host memory is not memory of a GPU"),
+    }
+}
+
+fn gpu(place: Place) -> Result<Arc<Gpu>> {
+    Gpu::open(ordinal(place)?)
+}
+
+/// An allocation that can be told to a peer.
+fn export_of(gpu: &Gpu, uuid: GpuId, found: Allocation) -> Result<Export> {
+    let Allocation { base, len, id, sharing } = found;
+    let (kind, handle, fd) = match sharing {
+        Sharing::Ipc => (ExportKind::CudaIpc, ipc_handle(gpu.context(), base)?, None),
+        Sharing::Posix => {
+            let mut handle = [0; 64];
+            handle[..8].copy_from_slice(&id.to_le_bytes());
+            (ExportKind::Posix, handle, Some(posix_handle(gpu.context(), base)?))
+        }
+        Sharing::No(why) => bail!(Unsupported, "GPU memory at {base:#x} cannot be shared with another process: {why}"),
+    };
+    Ok(Export { kind, handle, fd, base, len, gpu: uuid })
+}
+
+/// Memory of this process: valid as it is, if need be after the GPUs were told so. A mapping where that is not enough.
+fn open_own(export: &Export, to: i32, allowed: impl Fn(i32) -> Result<bool>) -> Result<Option<Mapped>> {
+    let MemoryKind::Device { ordinal: owner } = cuda_driver::memory_kind(export.base)? else {
+        bail!(Gpu, "no memory of a GPU is at {:#x}", export.base)
+    };
+    let (home, here) = (Gpu::open(owner)?, Gpu::open(to)?);
+    let found = allocation(home.context(), export.base)?;
+    if (found.base, found.len) != (export.base, export.len) {
+        bail!(Gpu, "an allocation of {} bytes at {:#x} is gone", export.len, export.base);
+    }
+    if !allowed(owner)? {
+        bail!(Unsupported, "GPU {to} does not reach GPU {owner}");
+    }
+    match found.sharing {
+        _ if owner == to => Ok(None),
+        Sharing::Ipc => Ok(cuda_driver::enable_peer_access(here.context(), home.context()).map(|()| None)?),
+        // What is mapped piece by piece is reached by GPUs that it was mapped for.
+        Sharing::Posix => {
+            let fd = posix_handle(home.context(), found.base)?;
+            Ok(Some(Mapped::posix(here.context(), fd.as_fd(), found.len as usize)?))
+        }
+        Sharing::No(why) => bail!(Unsupported, "GPU memory at {:#x} cannot be shared: {why}", export.base),
+    }
+}
+
+/// A peer's allocation, opened, of the length that the peer says.
+fn open_foreign(export: &Export, gpu: &Gpu) -> Result<Mapped> {
+    let Ok(len) = usize::try_from(export.len) else { bail!(Protocol, "a mapping of {} bytes", export.len) };
+    let mapped = match (export.kind, &export.fd) {
+        (ExportKind::CudaIpc, None) => Mapped::ipc(gpu.context(), &export.handle)?,
+        (ExportKind::Posix, Some(fd)) => Mapped::posix(gpu.context(), fd.as_fd(), len)?,
+        (kind, _) => bail!(Protocol, "an export of kind {kind:?} for a GPU"),
+    };
+    if mapped.len() < len {
+        bail!(Protocol, "a handle of {} bytes instead of {len}", mapped.len());
+    }
+    Ok(mapped)
+}
+
+impl LocalMemory for CudaMemory {
+    fn export(&mut self, place: Place, addr: u64, len: u64) -> Result<Vec<Export>> {
+        let ordinal = ordinal(place)?;
+        let (gpu, uuid) = (Gpu::open(ordinal)?, cuda_driver::uuid_of(ordinal)?);
+        let Some(end) = addr.checked_add(len) else { bail!(InvalidArgument, "{len} bytes at {addr:#x}") };
+        let (mut exports, mut at) = (Vec::new(), addr);
+        while at < end {
+            if exports.len() == MAX_ALLOCATIONS {
+                bail!(Unsupported, "a region of more than {MAX_ALLOCATIONS} allocations");
+            }
+            let found = allocation(gpu.context(), at)?;
+            let next = found.base.saturating_add(found.len);
+            exports.push(export_of(&gpu, uuid, found)?);
+            at = next;
+        }
+        Ok(exports)
+    }
+
+    fn open(&mut self, export: &Export, place: Place) -> Result<Mapping> {
+        let to = ordinal(place)?;
+        // What a pull needs is made now, not when data is to move.
+        self.unit(place)?;
+        let mapped = match export.kind {
+            ExportKind::Own => open_own(export, to, |owner| self.link_allows(to, owner))?,
+            _ => Some(open_foreign(export, &*Gpu::open(to)?)?),
+        };
+        let addr = mapped.as_ref().map_or(export.base, Mapped::ptr);
+        self.next += 1;
+        self.open.insert(self.next, Open { _mapped: mapped, _counted: Counted::new()? });
+        Ok(Mapping { id: self.next, addr })
+    }
+
+    fn close(&mut self, mapping: Mapping) {
+        if let Some(open) = self.open.remove(&mapping.id) {
+            close_later(open);
+        }
+    }
+
+    unsafe fn pull(&mut self, place: Place, pieces: &[Piece]) -> Result<Pull> {
+        let unit = self.unit(place)?;
+        // SAFETY: by the caller's contract.
+        let job = unsafe { self.units[unit].pulls.start(pieces) }?;
+        Ok(Pull { unit: unit as u32, job })
+    }
+
+    fn poll(&mut self, pull: Pull) -> Result<bool> {
+        match self.units.get_mut(pull.unit as usize) {
+            Some(unit) => unit.pulls.poll(pull.job),
+            None => bail!(Internal, "a pull of no GPU"),
+        }
+    }
+
+    fn busy(&self) -> bool {
+        self.units.iter().any(|u| u.pulls.busy())
+    }
+
+    fn quiesce(&mut self) -> Result<()> {
+        let results: Vec<Result<()>> = self.units.iter_mut().map(|u| u.pulls.quiesce(QUIESCE_LIMIT)).collect();
+        results.into_iter().collect()
+    }
+
+    fn reaches(&mut self, place: Place, peer_gpu: &GpuId) -> bool {
+        let Some(ordinal) = place.ordinal().map(i32::from).filter(|_| *peer_gpu != GpuId::default()) else { return false };
+        match cuda_driver::ordinal_of_uuid(peer_gpu) {
+            Ok(Some(peer)) => self.link_allows(ordinal, peer).unwrap_or(false),
+            // Hidden from this process (CUDA_VISIBLE_DEVICES), which keeps nobody from opening its memory: opening tells.
+            Ok(None) => true,
+            Err(_) => false,
+        }
+    }
+}
+
+impl Drop for CudaMemory {
+    fn drop(&mut self) {
+        // A kernel that reads a mapping while it ends would end the application's context: then mappings stay.
+        let quiet = self.units.iter_mut().all(|u| u.pulls.quiesce(Duration::ZERO).is_ok());
+        let open = std::mem::take(&mut self.open);
+        match quiet {
+            true if open.is_empty() => {}
+            true => close_later(open),
+            false => std::mem::forget(open),
+        }
+    }
+}
+
+#[cfg(test)]
+mod bench;
+#[cfg(test)]
+mod owner;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,623 @@
+//! How two engines that may share a host find out that they do: one connects to the other's Unix socket, both prove the session of
+//! their control connection, tell what they have, try what they can reach, and tell that. Polled, never blocking; until the peer is
+//! proved nothing it sent is opened. Knows nothing of chunks.
+//!
+//! Messages, little-endian. Introduction: magic, version, place and GPU of each kind of memory, address and contents of a few bytes of
+//! the process, MAC; with it comes the descriptor of the ring. Findings: the pairs of places that the sender can pull between.
+
+use super::host::{self, HostMemory};
+use super::puller::{GpuId, LocalMemory};
+use super::ring::{Inbox, Outbox};
+use super::socket::{Listener, Name, Place as Where, Received, Socket, Who, MAX_MESSAGE};
+use crate::status::{bail, Result};
+use crate::types::Place;
+use crate::wire::session::Secret;
+use crate::wire::setup::Invitation;
+use ring::hmac;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+const MAGIC: u32 = 0x4C43_4355;
+const VERSION: u16 = 1;
+const MAC: usize = 32;
+/// GPUs of a process at most.
+pub(crate) const MAX_GPUS: usize = 32;
+/// How long the two sides look for each other at most.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Processes that may be at a listening socket and have not proved themselves.
+const MAX_STRANGERS: usize = 8;
+
+/// Keys that prove the session, for what this side sends and what it receives.
+pub(crate) struct ProofKeys {
+    pub send: Secret,
+    pub recv: Secret,
+}
+
+/// What this side brings along.
+pub(crate) struct Have {
+    /// GPUs whose memory can be shared, by place.
+    pub gpus: Vec<(Place, GpuId)>,
+    /// Shares and pulls memory of GPUs.
+    pub device: Option<Box<dyn LocalMemory>>,
+}
+
+/// A directory that processes share which have no network namespace in common.
+pub(crate) type Directory = Option<PathBuf>;
+
+/// A name for the host as it runs now.
+///
+/// # Errors
+/// `Unsupported` where the kernel does not tell.
+pub(crate) fn host_name() -> Result<[u8; 16]> {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
+    let Ok(boot) = boot else { bail!(Unsupported, "the kernel does not tell its boot id") };
+    let digest = ring::digest::digest(&ring::digest::SHA256, format!("uccl-p2p host {}", boot.trim()).as_bytes());
+    let mut name = [0; 16];
+    name.copy_from_slice(&digest.as_ref()[..16]);
+    Ok(name)
+}
+
+/// This side before the peer's invitation is known.
+pub(crate) struct Opening {
+    invitation: Invitation,
+    listeners: Vec<Listener>,
+    directory: Directory,
+}
+
+impl Opening {
+    /// `connecting`: the side that connected the control connection connects here, too.
+    ///
+    /// # Errors
+    /// Why this side takes no part.
+    pub(crate) fn new(connecting: bool, directory: Directory) -> Result<Opening> {
+        let mut name = Name::default();
+        if let Err(e) = getrandom::fill(&mut name) {
+            bail!(System, "random bytes for the name of a socket: {e}");
+        }
+        let invitation = Invitation { host: host_name()?, name };
+        let mut listeners = Vec::new();
+        if !connecting {
+            listeners.push(Listener::open(&name, Where::Abstract)?);
+            if let Some(directory) = &directory {
+                listeners.push(Listener::open(&name, Where::Directory(directory))?);
+            }
+        }
+        Ok(Opening { invitation, listeners, directory })
+    }
+
+    /// What the peer is told.
+    pub(crate) fn invitation(&self) -> Invitation {
+        self.invitation
+    }
+
+    /// Goes on with the peer's invitation.
+    ///
+    /// # Errors
+    /// `Unsupported` on another host.
+    pub(crate) fn meet(self, peer: &Invitation, keys: ProofKeys, have: Have, now: Instant) -> Result<Meeting> {
+        if peer.host != self.invitation.host {
+            bail!(Unsupported, "the peer is on another host");
+        }
+        let outbox = Outbox::new()?;
+        let connecting = self.listeners.is_empty();
+        Ok(Meeting {
+            id: if connecting { peer.name } else { self.invitation.name },
+            connecting,
+            directory: self.directory,
+            listeners: self.listeners,
+            strangers: Vec::new(),
+            keys,
+            have: Some(have),
+            outbox: Some(outbox),
+            met: None,
+            deadline: now + PATIENCE,
+        })
+    }
+}
+
+/// A socket whose other end has not proved itself.
+struct Stranger {
+    socket: Socket,
+    who: Who,
+    introduced: bool,
+}
+
+/// A proved peer.
+struct Met {
+    socket: Socket,
+    who: Who,
+    same_process: bool,
+    host: Option<HostMemory>,
+    inbox: Inbox,
+    outbox: Outbox,
+    have: Have,
+    /// What this side can pull: places here and there.
+    ours: Vec<(Place, Place)>,
+    told: bool,
+}
+
+/// What both sides have agreed on.
+pub(crate) struct Linked {
+    /// Names the link in this process and at the peer.
+    pub id: Name,
+    /// This is the connecting side.
+    pub connecting: bool,
+    /// Both ends are in this process.
+    pub same_process: bool,
+    pub socket: Socket,
+    pub who: Who,
+    pub host: Option<HostMemory>,
+    pub device: Option<Box<dyn LocalMemory>>,
+    pub inbox: Inbox,
+    pub outbox: Outbox,
+    /// Pairs of places, here and there, between which both sides can pull.
+    pub pairs: Vec<(Place, Place)>,
+}
+
+/// Two sides on their way to each other.
+pub(crate) struct Meeting {
+    id: Name,
+    connecting: bool,
+    directory: Directory,
+    listeners: Vec<Listener>,
+    strangers: Vec<Stranger>,
+    keys: ProofKeys,
+    have: Option<Have>,
+    outbox: Option<Outbox>,
+    met: Option<Met>,
+    deadline: Instant,
+}
+
+impl Meeting {
+    /// Goes as far as it can; both agreed, once they have.
+    ///
+    /// # Errors
+    /// Why they do not meet: other channels carry everything then.
+    pub(crate) fn poll(&mut self, now: Instant) -> Result<Option<Linked>> {
+        if self.met.is_none() {
+            self.approach()?;
+        }
+        if self.met.is_none() {
+            self.listen()?;
+        }
+        if let Some(linked) = self.conclude()? {
+            return Ok(Some(linked));
+        }
+        if now >= self.deadline {
+            bail!(TimedOut, "the peer's process did not answer on its Unix socket in time");
+        }
+        Ok(None)
+    }
+
+    /// Gets hold of sockets, and introduces this side on each.
+    fn approach(&mut self) -> Result<()> {
+        if self.connecting && self.strangers.is_empty() {
+            if let Some(socket) = self.connect()? {
+                let who = socket.who()?;
+                allowed(who)?;
+                self.strangers.push(Stranger { socket, who, introduced: false });
+            }
+        }
+        for listener in &self.listeners {
+            while self.strangers.len() < MAX_STRANGERS {
+                let Some(socket) = listener.accept() else { break };
+                // Nobody else can be the peer.
+                if let Some(who) = socket.who().ok().filter(|&who| allowed(who).is_ok()) {
+                    self.strangers.push(Stranger { socket, who, introduced: false });
+                }
+            }
+        }
+        // A listening side says nothing before it was proved to: its introduction follows the peer's.
+        if self.connecting {
+            for i in 0..self.strangers.len() {
+                self.introduce(i)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn connect(&self) -> Result<Option<Socket>> {
+        let first = match Socket::connect(&self.id, Where::Abstract) {
+            Ok(found) => return Ok(found),
+            Err(e) => e,
+        };
+        match &self.directory {
+            Some(directory) => Socket::connect(&self.id, Where::Directory(directory)),
+            None if first.to_str().contains("refused") => {
+                bail!(Unsupported, "the peer has another network namespace, and UCCL_TCPX_LOCAL_DIR names no directory")
+            }
+            None => Err(first),
+        }
+    }
+
+    fn introduce(&mut self, index: usize) -> Result<()> {
+        let (Some(have), Some(outbox), Some(stranger)) = (&self.have, &self.outbox, self.strangers.get_mut(index)) else {
+            return Ok(());
+        };
+        if !stranger.introduced {
+            let message = introduction(&have.gpus, &self.keys.send)?;
+            stranger.introduced = stranger.socket.send(&message, Some(outbox.fd()))?;
+        }
+        Ok(())
+    }
+
+    /// Hears strangers. The first that proves itself is the peer; others are dropped at their first wrong byte.
+    fn listen(&mut self) -> Result<()> {
+        let mut i = 0;
+        while let Some(stranger) = self.strangers.get(i) {
+            let mut buffer = [0; MAX_MESSAGE];
+            let heard = match stranger.socket.receive(&mut buffer) {
+                Ok(Received::Nothing) => {
+                    i += 1;
+                    continue;
+                }
+                Ok(Received::Message(n, fds)) => proved(&buffer[..n], &self.keys.recv).map(|intro| (intro, fds)),
+                Ok(Received::End) => Err(crate::status::err!(RemoteDisconnect, "the peer's process closed its Unix socket")),
+                Err(e) => Err(e),
+            };
+            match heard {
+                Ok((introduction, fds)) => return self.meet(i, introduction, fds),
+                Err(e) if self.connecting => return Err(e),
+                Err(e) => {
+                    log::debug!("a process of this host did not prove itself: {e}");
+                    self.strangers.swap_remove(i);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The peer is proved: looks at what it sent, and tries what can be reached.
+    fn meet(&mut self, index: usize, intro: Introduction, mut fds: Vec<OwnedFd>) -> Result<()> {
+        self.introduce(index)?;
+        let (Some(fd), true) = (fds.pop(), fds.is_empty()) else { bail!(Protocol, "the peer's process sent no ring") };
+        let Stranger { socket, who, introduced } = self.strangers.swap_remove(index);
+        let (Some(mut have), Some(outbox), true) = (self.have.take(), self.outbox.take(), introduced) else {
+            bail!(Resource, "the peer's Unix socket has no room");
+        };
+        let inbox = Inbox::open(fd.as_fd())?;
+        let host = match HostMemory::new(who.pid, intro.witness) {
+            Ok(host) => Some(host),
+            Err(e) => {
+                log::debug!("host memory of process {} cannot be read: {e}", who.pid);
+                None
+            }
+        };
+        let mut ours = Vec::new();
+        if host.is_some() {
+            ours.push((Place::HOST, Place::HOST));
+        }
+        if let Some(device) = &mut have.device {
+            for &(here, _) in &have.gpus {
+                ours.extend(intro.gpus.iter().filter(|(_, id)| device.reaches(here, id)).map(|&(there, _)| (here, there)));
+            }
+        }
+        self.listeners.clear();
+        self.strangers.clear();
+        let same_process = who.pid == std::process::id() as i32 && intro.witness == host::Witness::own()?;
+        self.met = Some(Met { socket, who, same_process, host, inbox, outbox, have, ours, told: false });
+        Ok(())
+    }
+
+    /// Tells what this side can reach, and hears the same.
+    fn conclude(&mut self) -> Result<Option<Linked>> {
+        let Some(met) = &mut self.met else { return Ok(None) };
+        if !met.told {
+            met.told = met.socket.send(&findings(&met.ours), None)?;
+        }
+        let mut buffer = [0; MAX_MESSAGE];
+        let theirs = match met.socket.receive(&mut buffer)? {
+            Received::Message(n, fds) if fds.is_empty() => found(&buffer[..n])?,
+            Received::Message(..) => bail!(Protocol, "the peer's process sent a descriptor too many"),
+            Received::Nothing => return Ok(None),
+            Received::End => bail!(RemoteDisconnect, "the peer's process closed its Unix socket"),
+        };
+        let Some(met) = self.met.take() else { return Ok(None) };
+        if !met.told {
+            bail!(Resource, "the peer's Unix socket has no room");
+        }
+        let Met { socket, who, same_process, host, inbox, outbox, have, ours, .. } = met;
+        let pairs: Vec<(Place, Place)> = ours.iter().copied().filter(|&(here, there)| theirs.contains(&(there, here))).collect();
+        if pairs.is_empty() {
+            bail!(Unsupported, "{}", nothing(host.is_some(), &ours, &theirs));
+        }
+        let (id, connecting) = (self.id, self.connecting);
+        Ok(Some(Linked { id, connecting, same_process, socket, who, host, device: have.device, inbox, outbox, pairs }))
+    }
+}
+
+/// Why no pair of places came out, for people.
+fn nothing(host: bool, ours: &[(Place, Place)], theirs: &[(Place, Place)]) -> String {
+    let peer = theirs.contains(&(Place::HOST, Place::HOST));
+    let who = match (host, peer) {
+        (false, false) => "neither side",
+        (false, true) => "this side",
+        _ => "the peer",
+    };
+    let gpus =
+        if ours.iter().chain(theirs).any(|(place, _)| place.is_device()) { ", and not all GPUs reach each other" } else { "" };
+    format!(
+        "{who} may not read the other's memory (ptrace_scope of Yama, seccomp, or a PID namespace of its own: {}){gpus}",
+        host::hint()
+    )
+}
+
+/// Only processes of the same user are let near.
+fn allowed(who: Who) -> Result<()> {
+    // SAFETY: a plain system call.
+    let own = unsafe { libc::geteuid() };
+    if who.uid != own {
+        bail!(Unsupported, "the peer's process belongs to user {}, this one to {own}", who.uid);
+    }
+    Ok(())
+}
+
+/// What the peer says of itself.
+struct Introduction {
+    gpus: Vec<(Place, GpuId)>,
+    witness: host::Witness,
+}
+
+fn introduction(gpus: &[(Place, GpuId)], key: &Secret) -> Result<Vec<u8>> {
+    let mut out = Vec::with_capacity(1024);
+    let witness = host::Witness::own()?;
+    out.extend_from_slice(&MAGIC.to_le_bytes());
+    out.extend_from_slice(&VERSION.to_le_bytes());
+    let gpus = &gpus[..gpus.len().min(MAX_GPUS)];
+    out.extend_from_slice(&(gpus.len() as u16).to_le_bytes());
+    for (place, id) in gpus {
+        out.push(place.0);
+        out.extend_from_slice(id);
+    }
+    out.extend_from_slice(&witness.addr.to_le_bytes());
+    out.extend_from_slice(&witness.bytes);
+    let mac = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &key[..]), &out);
+    out.extend_from_slice(mac.as_ref());
+    Ok(out)
+}
+
+/// Reads a message front to back.
+struct Rest<'a>(&'a [u8]);
+
+impl Rest<'_> {
+    fn take<const N: usize>(&mut self) -> Result<[u8; N]> {
+        let Some((head, tail)) = self.0.split_first_chunk() else {
+            bail!(Protocol, "a message of the peer's process ends early")
+        };
+        self.0 = tail;
+        Ok(*head)
+    }
+
+    fn head(&mut self) -> Result<u16> {
+        let (magic, version) = (u32::from_le_bytes(self.take()?), u16::from_le_bytes(self.take()?));
+        if (magic, version) != (MAGIC, VERSION) {
+            bail!(Protocol, "a message of the peer's process is none of this protocol");
+        }
+        Ok(u16::from_le_bytes(self.take()?))
+    }
+
+    fn end(&self) -> Result<()> {
+        match self.0.is_empty() {
+            true => Ok(()),
+            false => bail!(Protocol, "a message of the peer's process is too long"),
+        }
+    }
+}
+
+/// The introduction in these bytes, if its sender has the session's key.
+fn proved(bytes: &[u8], key: &Secret) -> Result<Introduction> {
+    let Some((body, mac)) = bytes.split_last_chunk::<MAC>() else { bail!(Auth, "a process of this host sent no proof") };
+    if hmac::verify(&hmac::Key::new(hmac::HMAC_SHA256, &key[..]), body, mac).is_err() {
+        bail!(Auth, "a process of this host sent a wrong proof");
+    }
+    let mut rest = Rest(body);
+    let n = usize::from(rest.head()?);
+    if n > MAX_GPUS {
+        bail!(Protocol, "a process with {n} GPUs");
+    }
+    let gpus = (0..n).map(|_| Ok((Place(u8::from_le_bytes(rest.take()?)), rest.take()?))).collect::<Result<Vec<_>>>()?;
+    if gpus.iter().any(|(place, _)| !place.is_device()) {
+        bail!(Protocol, "a process has host memory on a GPU");
+    }
+    let witness = host::Witness { addr: u64::from_le_bytes(rest.take()?), bytes: rest.take()? };
+    rest.end()?;
+    Ok(Introduction { gpus, witness })
+}
+
+fn findings(pairs: &[(Place, Place)]) -> Vec<u8> {
+    let mut out = Vec::new();
+    let pairs = &pairs[..pairs.len().min(MAX_GPUS * MAX_GPUS + 1)];
+    out.extend_from_slice(&MAGIC.to_le_bytes());
+    out.extend_from_slice(&VERSION.to_le_bytes());
+    out.extend_from_slice(&(pairs.len() as u16).to_le_bytes());
+    pairs.iter().for_each(|(here, there)| out.extend_from_slice(&[here.0, there.0]));
+    out
+}
+
+/// The pairs that the peer can pull between: places there and here.
+fn found(bytes: &[u8]) -> Result<Vec<(Place, Place)>> {
+    let mut rest = Rest(bytes);
+    let n = usize::from(rest.head()?);
+    if n > MAX_GPUS * MAX_GPUS + 1 {
+        bail!(Protocol, "a process finds {n} pairs of places");
+    }
+    let pairs = (0..n).map(|_| rest.take::<2>().map(|[there, here]| (Place(there), Place(here)))).collect::<Result<Vec<_>>>()?;
+    rest.end()?;
+    if pairs.iter().any(|(there, here)| there.is_device() != here.is_device()) {
+        bail!(Protocol, "a process finds a pair of host and GPU memory");
+    }
+    Ok(pairs)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::super::emulated::{gpu, EmulatedMemory};
+    use super::super::{memfile, socket};
+    use super::*;
+    use crate::status::ErrorKind;
+
+    fn keys(swap: bool) -> ProofKeys {
+        let (a, b) = (Secret::new([1; 32]), Secret::new([2; 32]));
+        match swap {
+            false => ProofKeys { send: a, recv: b },
+            true => ProofKeys { send: b, recv: a },
+        }
+    }
+
+    fn have(gpus: u8) -> Have {
+        let device: Option<Box<dyn LocalMemory>> = if gpus > 0 { Some(Box::<EmulatedMemory>::default()) } else { None };
+        Have { gpus: (0..gpus).map(|i| (Place::gpu(i), gpu(i))).collect(), device }
+    }
+
+    /// The listening side and the connecting side.
+    fn both(gpus: [u8; 2]) -> (Meeting, Meeting) {
+        let (a, b) = (Opening::new(false, None).unwrap(), Opening::new(true, None).unwrap());
+        let (ours, theirs) = (a.invitation(), b.invitation());
+        let now = Instant::now();
+        (a.meet(&theirs, keys(false), have(gpus[0]), now).unwrap(), b.meet(&ours, keys(true), have(gpus[1]), now).unwrap())
+    }
+
+    fn meet(a: &mut Meeting, b: &mut Meeting) -> Result<(Linked, Linked)> {
+        let (mut ours, mut theirs) = (None, None);
+        while ours.is_none() || theirs.is_none() {
+            if ours.is_none() {
+                ours = a.poll(Instant::now())?;
+            }
+            if theirs.is_none() {
+                theirs = b.poll(Instant::now())?;
+            }
+        }
+        ours.zip(theirs).ok_or_else(|| crate::status::err!(Internal, "unreachable"))
+    }
+
+    /// Both ends of a link inside this process.
+    pub(crate) fn linked(gpus: [u8; 2]) -> (Linked, Linked) {
+        let (mut a, mut b) = both(gpus);
+        meet(&mut a, &mut b).unwrap()
+    }
+
+    #[test]
+    fn two_sides_meet_and_agree() {
+        for gpus in [[0, 0], [1, 1], [2, 3], [0, 2]] {
+            let (a, b) = linked(gpus);
+            assert!(a.same_process && b.same_process && a.id == b.id && !a.connecting && b.connecting);
+            assert_eq!(a.pairs.len(), 1 + usize::from(gpus[0] * gpus[1]));
+            let mirrored: Vec<_> = b.pairs.iter().map(|&(x, y)| (y, x)).collect();
+            assert!(a.pairs.iter().all(|pair| mirrored.contains(pair)));
+        }
+    }
+
+    /// Somebody at the listening side's socket who says this. Afterwards the peer still gets in.
+    fn with_stranger(message: &[u8], fds: usize) {
+        let (mut a, mut b) = both([1, 1]);
+        let stranger = Socket::connect(&a.id, Where::Abstract).unwrap().unwrap();
+        let file = memfile::create(c"test", super::super::ring::BYTES).unwrap();
+        if !message.is_empty() {
+            assert!(stranger.send(message, (fds > 0).then(|| file.as_fd())).unwrap());
+        }
+        assert!(a.poll(Instant::now()).unwrap().is_none());
+        let (ours, _theirs) = meet(&mut a, &mut b).unwrap();
+        assert_eq!(ours.pairs.len(), 2);
+        // It was told nothing.
+        assert!(matches!(stranger.receive(&mut [0; MAX_MESSAGE]), Ok(Received::End)));
+    }
+
+    #[test]
+    fn strangers_are_told_nothing_and_do_not_keep_the_peer_out() {
+        let wrong = introduction(&[(Place::gpu(0), [7; 16])], &Secret::new([9; 32])).unwrap();
+        let mut garbled = introduction(&[(Place::gpu(0), [7; 16])], &keys(true).send).unwrap();
+        garbled[9] ^= 1;
+        let reflected = introduction(&[], &keys(false).send).unwrap();
+        for (message, fds) in
+            [(&b"x"[..], 0), (&[0; 4000], 1), (&wrong, 1), (&garbled, 1), (&reflected, 1), (&wrong[..40], 0), (&[], 0)]
+        {
+            with_stranger(message, fds);
+        }
+    }
+
+    #[test]
+    fn a_crowd_of_silent_strangers_ends_in_time() {
+        let (mut a, _b) = both([0, 0]);
+        let crowd: Vec<_> =
+            (0..2 * MAX_STRANGERS).map_while(|_| Socket::connect(&a.id, Where::Abstract).ok().flatten()).collect();
+        for _ in 0..5 {
+            assert!(a.poll(Instant::now()).unwrap().is_none());
+        }
+        assert!(a.strangers.len() <= MAX_STRANGERS && crowd.len() > MAX_STRANGERS);
+        let error = a.poll(Instant::now() + PATIENCE + Duration::from_secs(1)).err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::TimedOut);
+    }
+
+    /// A peer that proves itself, and then says this.
+    fn proved_and_then(change: impl Fn(&mut Vec<u8>), fd: Option<OwnedFd>, second: Option<&[u8]>) -> Result<()> {
+        let (mut a, b) = both([1, 1]);
+        let peer = Socket::connect(&a.id, Where::Abstract)?.unwrap();
+        let mut body = introduction(&[(Place::gpu(0), gpu(0))], &keys(true).send)?;
+        body.truncate(body.len() - MAC);
+        change(&mut body);
+        let mac = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &keys(true).send[..]), &body);
+        body.extend_from_slice(mac.as_ref());
+        assert!(peer.send(&body, fd.as_ref().map(AsFd::as_fd))?);
+        a.poll(Instant::now())?;
+        if let Some(second) = second {
+            assert!(peer.send(second, None)?);
+        }
+        a.poll(Instant::now())?;
+        a.poll(Instant::now() + PATIENCE)?;
+        drop(b);
+        Ok(())
+    }
+
+    #[test]
+    fn a_proved_peer_that_lies_is_left_to_its_channels() {
+        let ring = || Some(Outbox::new().unwrap().fd().try_clone_to_owned().unwrap());
+        let same = |_: &mut Vec<u8>| {};
+        let fails = |result: Result<()>, words: &str| assert!(result.is_err_and(|e| e.to_str().contains(words)), "{words}");
+        fails(proved_and_then(same, None, None), "no ring");
+        fails(proved_and_then(same, Some(std::fs::File::open("/dev/zero").unwrap().into()), None), "memory file");
+        fails(proved_and_then(same, Some(memfile::create(c"short", 4096).unwrap()), None), "bytes of");
+        fails(proved_and_then(same, ring(), Some(b"nonsense")), "none of this protocol");
+        fails(proved_and_then(same, ring(), Some(&findings(&[(Place::HOST, Place::gpu(0))]))), "host and GPU");
+        fails(proved_and_then(same, ring(), Some(&findings(&[]))), "may not read");
+        fails(proved_and_then(same, ring(), None), "in time");
+    }
+
+    #[test]
+    fn another_host_and_another_namespace_are_told_apart() {
+        let (a, b) = (Opening::new(false, None).unwrap(), Opening::new(true, None).unwrap());
+        let elsewhere = Invitation { host: [0; 16], ..a.invitation() };
+        assert!(b.meet(&elsewhere, keys(true), have(0), Instant::now()).is_err_and(|e| e.to_str().contains("another host")));
+        // Nobody of this network namespace has the name.
+        let b = Opening::new(true, None).unwrap();
+        let hidden = Invitation { name: [0xEE; 16], ..a.invitation() };
+        let mut b = b.meet(&hidden, keys(true), have(0), Instant::now()).unwrap();
+        assert!(b.poll(Instant::now()).is_err_and(|e| e.to_str().contains("network namespace")));
+    }
+
+    #[test]
+    fn a_shared_directory_takes_the_place_of_a_namespace() {
+        let directory = std::env::temp_dir().join(format!("uccl-link-test-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let (mut a, b) =
+            (Opening::new(false, Some(directory.clone())).unwrap(), Opening::new(true, Some(directory.clone())).unwrap());
+        // As in another namespace: only the directory is left.
+        a.listeners.remove(0);
+        let (ours, theirs) = (a.invitation(), b.invitation());
+        let mut a = a.meet(&theirs, keys(false), have(0), Instant::now()).unwrap();
+        let mut b = b.meet(&ours, keys(true), have(0), Instant::now()).unwrap();
+        let (ours, _) = meet(&mut a, &mut b).unwrap();
+        assert_eq!(ours.pairs, [(Place::HOST, Place::HOST)]);
+        assert_eq!(std::fs::read_dir(&directory).unwrap().count(), 0, "the name is gone");
+        std::fs::remove_dir(&directory).unwrap();
+    }
+
+    #[test]
+    fn processes_of_other_users_are_refused() {
+        // SAFETY: a plain system call.
+        let own = unsafe { libc::geteuid() };
+        assert!(allowed(Who { pid: 1, uid: own }).is_ok() && allowed(Who { pid: 1, uid: own + 1 }).is_err());
+        let (a, _b) = socket::pair();
+        assert_eq!(a.who().unwrap().uid, own);
+    }
+}

@@ -1,0 +1,29 @@
+//! The path between two processes of one host: the side where the data goes copies it straight out of the other's memory. Knows nothing
+//! of transfers.
+//!
+//! `link` finds out whether both sides share a host and prove it, over a `socket`; `path` carries chunks, told in a `ring` of a
+//! `memfile`; `puller` is what a kind of memory must do, `host`, `cuda` and `emulated` do it, `pool` has the
+//! threads of `host`, `closer` those of `cuda`. `sharing` keeps which
+//! allocations either side may pull from, told in `notes`.
+
+pub(crate) mod cuda;
+mod emulated;
+mod host;
+mod link;
+mod memfile;
+mod notes;
+mod path;
+mod pool;
+pub(crate) mod puller;
+mod ring;
+mod sharing;
+mod shelf;
+mod socket;
+
+pub(crate) use emulated::{gpu as emulated_gpu, EmulatedMemory};
+pub(crate) use link::{Have, Linked, Meeting, Opening, ProofKeys};
+pub(crate) use path::{LocalPath, Watched};
+pub(crate) use pool::Bell;
+
+/// What the path is called among NICs and plugins.
+pub(crate) const NAME: &str = "local";

@@ -1,0 +1,151 @@
+//! What two linked processes tell each other on their Unix socket after the introduction: allocations that may be pulled from, answers
+//! to that, their end, and a ring for a side that sleeps. Pure: bytes in, notes out. Little-endian.
+
+use super::puller::{Export, ExportKind};
+use crate::status::{bail, Result};
+use crate::types::Place;
+use std::os::fd::OwnedFd;
+
+/// A note.
+#[derive(Debug)]
+pub(crate) enum Note {
+    /// Chunks were taken.
+    Ring,
+    /// Memory at `there` of the sender may be pulled into memory at `here` of the receiver.
+    Share { id: u32, there: Place, here: Place, export: Export },
+    /// The receiver of the note can pull from it, or cannot.
+    Answer { id: u32, open: bool },
+    /// It may not be pulled from any more.
+    End { id: u32 },
+}
+
+const RING: u8 = 1;
+const SHARE: u8 = 2;
+const ANSWER: u8 = 3;
+const END: u8 = 4;
+/// Bytes of the longest note.
+pub(crate) const MAX_NOTE: usize = 1 + 4 + 3 + 8 + 8 + 16 + 64;
+
+impl Note {
+    /// The note's bytes; a descriptor travels beside them.
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(MAX_NOTE);
+        match self {
+            Note::Ring => out.push(RING),
+            Note::Share { id, there, here, export } => {
+                out.push(SHARE);
+                out.extend_from_slice(&id.to_le_bytes());
+                out.extend_from_slice(&[there.0, here.0, export.kind as u8]);
+                out.extend_from_slice(&export.base.to_le_bytes());
+                out.extend_from_slice(&export.len.to_le_bytes());
+                out.extend_from_slice(&export.gpu);
+                out.extend_from_slice(&export.handle);
+            }
+            Note::Answer { id, open } => {
+                out.push(ANSWER);
+                out.extend_from_slice(&id.to_le_bytes());
+                out.push(u8::from(*open));
+            }
+            Note::End { id } => {
+                out.push(END);
+                out.extend_from_slice(&id.to_le_bytes());
+            }
+        }
+        out
+    }
+
+    /// The note in exactly these bytes. Descriptors that it has no use for are closed.
+    ///
+    /// # Errors
+    /// `Protocol`.
+    pub(crate) fn decode(bytes: &[u8], fds: Vec<OwnedFd>) -> Result<Note> {
+        let Some((&kind, body)) = bytes.split_first() else { bail!(Protocol, "an empty note of the peer's process") };
+        let note = match (kind, body.len()) {
+            (RING, 0) => Note::Ring,
+            (ANSWER, 5) if body[4] <= 1 => Note::Answer { id: number(body), open: body[4] == 1 },
+            (END, 4) => Note::End { id: number(body) },
+            (SHARE, _) if bytes.len() == MAX_NOTE => share(body, fds)?,
+            _ => bail!(Protocol, "a note of kind {kind} and {} bytes of the peer's process", bytes.len()),
+        };
+        Ok(note)
+    }
+}
+
+fn number(bytes: &[u8]) -> u32 {
+    bytes.first_chunk().map_or(0, |b| u32::from_le_bytes(*b))
+}
+
+fn long(bytes: &[u8], at: usize) -> u64 {
+    bytes.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u64::from_le_bytes(*b))
+}
+
+fn share(body: &[u8], mut fds: Vec<OwnedFd>) -> Result<Note> {
+    let (there, here) = (Place(body[4]), Place(body[5]));
+    let Some(kind) = ExportKind::from_number(body[6]) else { bail!(Protocol, "an export of kind {}", body[6]) };
+    let (base, len) = (long(body, 7), long(body, 15));
+    let (mut gpu, mut handle) = ([0; 16], [0; 64]);
+    gpu.copy_from_slice(&body[23..39]);
+    handle.copy_from_slice(&body[39..103]);
+    if len == 0 || base.checked_add(len).is_none() || !there.is_device() || !here.is_device() {
+        bail!(Protocol, "an export of {len} bytes at {base:#x} of {there:?}");
+    }
+    if fds.len() != usize::from(kind.has_fd()) {
+        bail!(Protocol, "an export of kind {kind:?} with {} descriptors", fds.len());
+    }
+    Ok(Note::Share { id: number(body), there, here, export: Export { kind, handle, fd: fds.pop(), base, len, gpu } })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn exported(kind: ExportKind) -> Export {
+        let fd = kind.has_fd().then(|| std::fs::File::open("/dev/null").unwrap().into());
+        Export { kind, handle: [7; 64], fd, base: 0x7000_0000, len: 12345, gpu: [9; 16] }
+    }
+
+    #[test]
+    fn notes_round_trip() {
+        for kind in [ExportKind::CudaIpc, ExportKind::Posix, ExportKind::SharedMemory] {
+            let note = Note::Share { id: 77, there: Place::gpu(1), here: Place::gpu(2), export: exported(kind) };
+            let bytes = note.encode();
+            assert_eq!(bytes.len(), MAX_NOTE);
+            let fds = || exported(kind).fd.into_iter().collect();
+            match Note::decode(&bytes, fds()).unwrap() {
+                Note::Share { id: 77, there: Place(2), here: Place(3), export } => {
+                    assert_eq!((export.kind, export.base, export.len), (kind, 0x7000_0000, 12345));
+                    assert!(export.handle == [7; 64] && export.gpu == [9; 16] && export.fd.is_some() == kind.has_fd());
+                }
+                other => panic!("{other:?}"),
+            }
+            let mut too_many = exported(ExportKind::Posix).fd.into_iter().chain(exported(ExportKind::Posix).fd).collect();
+            assert!(Note::decode(&bytes, std::mem::take(&mut too_many)).is_err());
+            for (at, value) in [(5, 0), (6, 0), (7, 4), (7, 0), (8 + 7, 0xFF)] {
+                let mut bad = bytes.clone();
+                bad[at] = value;
+                if at == 15 {
+                    bad[8..24].fill(0xFF);
+                }
+                assert!(Note::decode(&bad, fds()).is_err(), "byte {at}");
+            }
+        }
+        assert!(matches!(Note::decode(&Note::Ring.encode(), Vec::new()), Ok(Note::Ring)));
+        assert!(matches!(
+            Note::decode(&Note::Answer { id: 5, open: true }.encode(), Vec::new()),
+            Ok(Note::Answer { id: 5, open: true })
+        ));
+        assert!(matches!(Note::decode(&Note::End { id: 6 }.encode(), Vec::new()), Ok(Note::End { id: 6 })));
+    }
+
+    proptest! {
+        #[test]
+        fn anything_is_a_note_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..120), kind in 0u8..6) {
+            let mut bytes = bytes;
+            if let Some(first) = bytes.first_mut() { *first = kind; }
+            let _ = Note::decode(&bytes, Vec::new());
+            bytes.resize(MAX_NOTE, 1);
+            let _ = Note::decode(&bytes, Vec::new());
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! Memory of one host, as the one-host path sees it: what a peer needs to reach memory of ours, mappings of a peer's memory, and
+//! pulls from there into memory of our own. One trait, so that the path is the same for GPUs, for host memory and for emulated device
+//! memory. Knows nothing of sockets, rings, chunks or transfers.
+
+use crate::status::Result;
+pub(crate) use crate::types::Piece;
+use crate::types::Place;
+use std::os::fd::OwnedFd;
+
+/// How an export is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum ExportKind {
+    /// A CUDA IPC handle: memory of `cudaMalloc`.
+    CudaIpc = 1,
+    /// A file descriptor of the driver: virtual memory management and pools.
+    Posix = 2,
+    /// A memory file: emulated device memory.
+    SharedMemory = 3,
+    /// Memory of the puller's own process: `base` is valid as it is, and nothing is mapped. Never on the wire.
+    Own = 4,
+}
+
+impl ExportKind {
+    /// The kind with this number on the wire.
+    pub(crate) fn from_number(number: u8) -> Option<ExportKind> {
+        [ExportKind::CudaIpc, ExportKind::Posix, ExportKind::SharedMemory].into_iter().find(|&kind| kind as u8 == number)
+    }
+
+    /// Whether a descriptor travels with it.
+    pub(crate) fn has_fd(self) -> bool {
+        matches!(self, ExportKind::Posix | ExportKind::SharedMemory)
+    }
+}
+
+/// UUID of a GPU; zeros where there is none.
+pub(crate) type GpuId = [u8; 16];
+
+/// What another process needs to map an allocation of ours.
+#[derive(Debug)]
+pub(crate) struct Export {
+    /// How it is opened.
+    pub kind: ExportKind,
+    /// A handle, for kinds that have one.
+    pub handle: [u8; 64],
+    /// A descriptor, for kinds that have one.
+    pub fd: Option<OwnedFd>,
+    /// First byte in the owner's address space that the mapping shows.
+    pub base: u64,
+    /// Bytes that the mapping shows.
+    pub len: u64,
+    /// The owner's GPU.
+    pub gpu: GpuId,
+}
+
+/// An allocation of a peer, mapped here. Given back with [`LocalMemory::close`].
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    /// Names it among those of its [`LocalMemory`].
+    pub id: u64,
+    /// Where the export's `base` is visible here: a source address of a pull is `addr + (owner's address - base)`.
+    pub addr: u64,
+}
+
+/// A pull that was started; ask for its end with [`LocalMemory::poll`] until it says yes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Pull {
+    /// Which of the memory's units runs it: a GPU, or 0.
+    pub unit: u32,
+    /// Its number there.
+    pub job: u64,
+}
+
+/// Memory of one kind on a connection between processes of one host. One object a connection; used by one thread at a time. Only
+/// `export`, `open`, `close` and `quiesce` may take long.
+pub(crate) trait LocalMemory: Send {
+    /// Allocations that cover `[addr, addr + len)`, memory of a registered region of ours, in rising order, to be told to a peer. A
+    /// file descriptor of an export is a duplicate.
+    ///
+    /// # Errors
+    /// `Unsupported` where it cannot be shared: other channels carry it.
+    fn export(&mut self, place: Place, addr: u64, len: u64) -> Result<Vec<Export>>;
+
+    /// Maps a peer's allocation for pulls into memory of `place`. Everything in `export` is the peer's word; the peer has proved that
+    /// it may talk to us, and may still lie.
+    ///
+    /// # Errors
+    /// `Unsupported` where it cannot be reached from here.
+    fn open(&mut self, export: &Export, place: Place) -> Result<Mapping>;
+
+    /// Ends a mapping; no pull uses it any more.
+    fn close(&mut self, mapping: Mapping);
+
+    /// Starts copying all pieces into memory of `place`; they do not overlap. The list may be changed once it returns. The pull runs
+    /// even if nobody polls; many may be under way, and they end in any order.
+    ///
+    /// # Safety
+    /// Sources lie in open mappings of this object, destinations in registered memory of `place`; both stay until the pull has ended.
+    unsafe fn pull(&mut self, place: Place, pieces: &[Piece]) -> Result<Pull>;
+
+    /// Whether a pull has ended. After `true` or an error its number is forgotten.
+    ///
+    /// # Errors
+    /// When the bytes are not all in place and never will be: the connection ends.
+    fn poll(&mut self, pull: Pull) -> Result<bool>;
+
+    /// Pulls are under way, and nobody is woken when they end.
+    fn busy(&self) -> bool;
+
+    /// Waits, for a bounded time, until no pull touches memory any more. After an error some may still run: then this object, its
+    /// mappings and the memory of the pulls must stay.
+    fn quiesce(&mut self) -> Result<()>;
+
+    /// Whether memory of the peer's GPU can be pulled into memory of `place`; asked once for each pair at set-up. Host memory: the peer's
+    /// GPU is zeros.
+    fn reaches(&mut self, place: Place, peer_gpu: &GpuId) -> bool;
+}

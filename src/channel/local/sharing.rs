@@ -1,0 +1,280 @@
+//! Which allocations of this side the peer can pull from, and which of the peer's this side has mapped. An allocation is told once and
+//! used only after the peer has said that it can reach it; until then, and where it cannot, other channels carry its bytes. Knows
+//! nothing of sockets and chunks.
+
+use super::notes::Note;
+use super::puller::{Export, ExportKind, LocalMemory, Mapping};
+use crate::region::Region;
+use crate::status::{bail, Result};
+use crate::types::Place;
+use std::collections::{HashMap, VecDeque};
+
+/// Allocations that are shared on a connection at once, each way.
+const MAX_SHARED: usize = 8192;
+/// Shorter allocations would cut chunks into too many pieces.
+const SHORTEST: u64 = 64 << 10;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Told,
+    Open,
+    Refused,
+}
+
+/// An allocation, by where it begins, its length, and the places of both sides.
+type Key = (u64, u64, Place, Place);
+
+struct Allocation {
+    id: u32,
+    state: State,
+    /// Regions that lie in it.
+    regions: usize,
+}
+
+/// A shared allocation: `len` bytes from `base` in its owner's address space, which are visible at `addr` here.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Stretch {
+    pub id: u32,
+    pub base: u64,
+    pub len: u64,
+    pub addr: u64,
+}
+
+impl Stretch {
+    /// Where a piece of it lies here; `None` when the piece does not lie in it.
+    #[inline]
+    pub(crate) fn locate(&self, addr: u64, len: u64) -> Option<u64> {
+        let at = addr.checked_sub(self.base)?;
+        (at < self.len && len <= self.len - at).then(|| self.addr + at)
+    }
+}
+
+/// Allocations of this side.
+#[derive(Default)]
+pub(crate) struct Shares {
+    allocations: HashMap<Key, Allocation>,
+    ids: HashMap<u32, Key>,
+    /// By region and the peer's place, rising; `None` where it cannot be shared.
+    regions: HashMap<(u64, Place), Option<Vec<Key>>>,
+    last: u32,
+    /// What the peer has to be told.
+    pub notes: VecDeque<Note>,
+}
+
+impl Shares {
+    /// Whether the peer can pull all of a region into its `there`. The first call tells the peer of it.
+    pub(crate) fn share(&mut self, region: &Region, there: Place, memory: &mut dyn LocalMemory) -> bool {
+        let name = (region.span.id, there);
+        if !self.regions.contains_key(&name) {
+            let keys = self.tell(region, there, memory);
+            if let Err(e) = &keys {
+                log::debug!("region {} is not shared with processes of this host: {e}", region.span.id);
+            }
+            self.regions.insert(name, keys.ok());
+        }
+        match self.regions.get(&name) {
+            Some(Some(keys)) => keys.iter().all(|key| self.allocations.get(key).is_some_and(|a| a.state == State::Open)),
+            _ => false,
+        }
+    }
+
+    fn tell(&mut self, region: &Region, there: Place, memory: &mut dyn LocalMemory) -> Result<Vec<Key>> {
+        let exports = memory.export(region.place, region.span.addr, region.span.len)?;
+        let inner = exports.len().saturating_sub(1);
+        if exports.is_empty() || exports[..inner].iter().any(|e| e.len < SHORTEST) {
+            bail!(Unsupported, "it lies in {} allocations", exports.len());
+        }
+        if self.allocations.len() + exports.len() > MAX_SHARED {
+            bail!(Resource, "more than {MAX_SHARED} allocations");
+        }
+        let mut keys = Vec::with_capacity(exports.len());
+        for export in exports {
+            let key = (export.base, export.len, region.place, there);
+            keys.push(key);
+            if let Some(known) = self.allocations.get_mut(&key) {
+                known.regions += 1;
+                continue;
+            }
+            self.last += 1;
+            let id = self.last;
+            self.allocations.insert(key, Allocation { id, state: State::Told, regions: 1 });
+            self.ids.insert(id, key);
+            self.notes.push_back(Note::Share { id, there: region.place, here: there, export });
+        }
+        Ok(keys)
+    }
+
+    /// The peer has answered.
+    ///
+    /// # Errors
+    /// `Protocol` when nobody asked.
+    pub(crate) fn answered(&mut self, id: u32, open: bool) -> Result<()> {
+        if id == 0 || id > self.last {
+            bail!(Protocol, "an answer to export {id} of {}", self.last);
+        }
+        // It may have ended meanwhile.
+        if let Some(allocation) = self.ids.get(&id).and_then(|key| self.allocations.get_mut(key)) {
+            if allocation.state != State::Told {
+                bail!(Protocol, "export {id} is answered twice");
+            }
+            allocation.state = if open { State::Open } else { State::Refused };
+        }
+        Ok(())
+    }
+
+    /// The shared allocation in which a byte of a region lies.
+    ///
+    /// # Errors
+    /// `Internal` when it is not shared.
+    pub(crate) fn find(&self, region: u64, there: Place, addr: u64) -> Result<Stretch> {
+        let keys = self.regions.get(&(region, there)).and_then(Option::as_ref);
+        let key = keys.and_then(|keys| keys.iter().find(|(base, len, ..)| addr.checked_sub(*base).is_some_and(|at| at < *len)));
+        match key.and_then(|key| self.allocations.get(key).map(|allocation| (key, allocation.id))) {
+            Some((&(base, len, ..), id)) => Ok(Stretch { id, base, len, addr: base }),
+            None => bail!(Internal, "region {region} is not shared at {addr:#x}"),
+        }
+    }
+
+    /// A region has ended: nothing uses it any more.
+    pub(crate) fn forget(&mut self, region: u64) {
+        let names: Vec<(u64, Place)> = self.regions.keys().copied().filter(|&(id, _)| id == region).collect();
+        for name in names {
+            for key in self.regions.remove(&name).flatten().unwrap_or_default() {
+                let Some(allocation) = self.allocations.get_mut(&key) else { continue };
+                allocation.regions -= 1;
+                if allocation.regions == 0 {
+                    let id = allocation.id;
+                    self.allocations.remove(&key);
+                    self.ids.remove(&id);
+                    self.notes.push_back(Note::End { id });
+                }
+            }
+        }
+    }
+}
+
+struct Import {
+    /// Taken out when it is closed.
+    mapping: Mapping,
+    base: u64,
+    len: u64,
+    here: Place,
+    /// Pulls that use it.
+    pulls: usize,
+    ended: bool,
+}
+
+/// Allocations of the peer.
+pub(crate) struct Imports {
+    open: HashMap<u32, Import>,
+    /// Told, and not opened yet: opening takes long.
+    waiting: VecDeque<(u32, Place, Export)>,
+    last: u32,
+    /// Both ends are in this process.
+    same_process: bool,
+}
+
+impl Imports {
+    pub(crate) fn new(same_process: bool) -> Imports {
+        Imports { open: HashMap::new(), waiting: VecDeque::new(), last: 0, same_process }
+    }
+
+    /// The peer shares an allocation.
+    ///
+    /// # Errors
+    /// `Protocol` when its number does not rise, or there are too many.
+    pub(crate) fn told(&mut self, id: u32, here: Place, mut export: Export) -> Result<()> {
+        if id <= self.last {
+            bail!(Protocol, "export {id} is told after export {}", self.last);
+        }
+        if self.open.len() + self.waiting.len() >= 2 * MAX_SHARED {
+            bail!(Protocol, "the peer shares {} allocations", self.open.len() + self.waiting.len());
+        }
+        self.last = id;
+        if self.same_process {
+            (export.kind, export.fd) = (ExportKind::Own, None);
+        }
+        self.waiting.push_back((id, here, export));
+        Ok(())
+    }
+
+    /// Something waits to be opened.
+    pub(crate) fn waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// Opens one allocation; the answer for the peer.
+    pub(crate) fn open_one(&mut self, memory: &mut dyn LocalMemory) -> Option<Note> {
+        let (id, here, export) = self.waiting.pop_front()?;
+        let open = match memory.open(&export, here) {
+            Ok(mapping) => {
+                let import = Import { mapping, base: export.base, len: export.len, here, pulls: 0, ended: false };
+                self.open.insert(id, import);
+                true
+            }
+            Err(e) => {
+                log::debug!("export {id} of a process of this host cannot be opened: {e}");
+                false
+            }
+        };
+        Some(Note::Answer { id, open })
+    }
+
+    /// An open export, for a pull into memory of `here`. Counts a use.
+    ///
+    /// # Errors
+    /// `Protocol` when it is not open for that.
+    pub(crate) fn enter(&mut self, id: u32, here: Place) -> Result<Stretch> {
+        let Some(import) = self.open.get_mut(&id).filter(|import| import.here == here && !import.ended) else {
+            bail!(Protocol, "a piece of export {id}, which is not open for memory of {here:?}")
+        };
+        import.pulls += 1;
+        Ok(Stretch { id, base: import.base, len: import.len, addr: import.mapping.addr })
+    }
+
+    /// A pull that used this export has ended.
+    pub(crate) fn release(&mut self, id: u32, memory: &mut dyn LocalMemory) {
+        if let Some(import) = self.open.get_mut(&id) {
+            import.pulls = import.pulls.saturating_sub(1);
+            if import.ended && import.pulls == 0 {
+                self.close(id, memory);
+            }
+        }
+    }
+
+    /// The peer takes an allocation back.
+    ///
+    /// # Errors
+    /// `Protocol` for one that was never told.
+    pub(crate) fn ended(&mut self, id: u32, memory: &mut dyn LocalMemory) -> Result<()> {
+        if id == 0 || id > self.last {
+            bail!(Protocol, "export {id} of {} ends", self.last);
+        }
+        self.waiting.retain(|&(other, ..)| other != id);
+        if let Some(import) = self.open.get_mut(&id) {
+            import.ended = true;
+            if import.pulls == 0 {
+                self.close(id, memory);
+            }
+        }
+        Ok(())
+    }
+
+    fn close(&mut self, id: u32, memory: &mut dyn LocalMemory) {
+        if let Some(import) = self.open.remove(&id) {
+            memory.close(import.mapping);
+        }
+    }
+
+    /// Closes everything; no pull is under way.
+    pub(crate) fn close_all(&mut self, memory: &mut dyn LocalMemory) {
+        self.waiting.clear();
+        self.open.drain().for_each(|(_, import)| memory.close(import.mapping));
+    }
+
+    /// How many are open.
+    #[cfg(test)]
+    pub(crate) fn count(&self) -> usize {
+        self.open.len()
+    }
+}

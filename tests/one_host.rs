@@ -1,0 +1,371 @@
+//! Two engines of one host: what goes between them without the network, what does not and why, and what is left when one of them is
+//! killed, stopped, or takes its memory back.
+
+mod victim;
+
+use std::time::Duration;
+use uccl_p2p::config::Config;
+use uccl_p2p::engine::{Direction, Engine, FifoItem, LocalSegment};
+use victim::{pair, text_of, until, Outcome, Victim, SHARED_MEMORY};
+
+const LIMIT: Duration = Duration::from_secs(60);
+const MIB: usize = 1 << 20;
+
+/// Told to a child: the kernel refuses it to read other processes' memory, or it becomes another user.
+const FORBID: &str = "UCCL_TEST_FORBID";
+const USER: &str = "UCCL_TEST_USER";
+
+#[test]
+fn engine_process() {
+    if std::env::var(victim::CHILD).as_deref() == Ok("engine_process") {
+        if std::env::var_os(FORBID).is_some() {
+            forbid_reading_processes();
+        }
+        if let Some(user) = std::env::var(USER).ok().and_then(|user| user.parse().ok()) {
+            // SAFETY: plain system calls, of all threads.
+            assert_eq!(unsafe { libc::setresuid(user, user, user) }, 0);
+        }
+    }
+    victim::serve("engine_process", |config| config);
+}
+
+/// A filter of system calls as containers have: process_vm_readv is not permitted.
+fn forbid_reading_processes() {
+    let load = |k| libc::sock_filter { code: 0x20, jt: 0, jf: 0, k };
+    let unless = |k| libc::sock_filter { code: 0x15, jt: 0, jf: 1, k };
+    let give = |k| libc::sock_filter { code: 0x06, jt: 0, jf: 0, k };
+    let mut filter =
+        [load(0), unless(libc::SYS_process_vm_readv as u32), give(0x0005_0000 | libc::EPERM as u32), give(0x7FFF_0000)];
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    // SAFETY: a complete program, which lives during the call.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, 2, &raw const program, 0, 0), 0);
+    }
+}
+
+/// The path within the host is used.
+const ON: (&str, &str) = ("UCCL_P2P_DISABLE_IPC", "0");
+const EMULATED: [(&str, &str); 3] = [ON, ("UCCL_TCPX_EMULATE_DEVICE", "1"), (SHARED_MEMORY, "1")];
+
+fn start(environment: &[(&str, &str)]) -> Victim {
+    Victim::start("engine_process", &[environment, &[("UCCL_P2P_LOG_LEVEL", "info")]].concat())
+}
+
+/// Two processes, the first connected to the second.
+fn two(first: &[(&str, &str)], second: &[(&str, &str)]) -> (Victim, Victim) {
+    let (mut a, mut b) = (start(first), start(second));
+    b.ask("accept");
+    let answer = a.ask(&format!("connect 127.0.0.1 {}", b.port));
+    assert_eq!(answer, "0", "{}", a.log());
+    assert!(until(LIMIT, || b.number("connections") == 1));
+    (a, b)
+}
+
+/// A transfer between buffers of the two, and whether the bytes are right.
+fn moves(a: &mut Victim, b: &mut Victim, direction: &str, len: usize, fill: u8) -> Outcome {
+    let write = direction == "write";
+    let (local, _) = a.buffer(len, if write { fill } else { 0 });
+    let (remote, item) = b.buffer(len, if write { 0 } else { fill });
+    again(a, b, direction, len, fill, local, remote, &item)
+}
+
+#[allow(clippy::too_many_arguments)]
+fn again(
+    a: &mut Victim,
+    b: &mut Victim,
+    direction: &str,
+    len: usize,
+    fill: u8,
+    local: usize,
+    remote: usize,
+    item: &FifoItem,
+) -> Outcome {
+    let id = match a.start_transfer(&format!("{direction} 0 {local} {len} {}", text_of(item))) {
+        Ok(id) => id,
+        Err(e) => return Outcome::Failed(e),
+    };
+    let outcome = a.wait(0, id, LIMIT);
+    if outcome == Outcome::Done(len as u64) {
+        let (holder, buffer) = if direction == "write" { (b, remote) } else { (a, local) };
+        assert_eq!(holder.ask(&format!("holds {buffer} {len} {fill}")), "true", "{direction} of {len} bytes");
+    }
+    outcome
+}
+
+/// Bytes that the first side has sent and received within the host, and over channels.
+fn carried(a: &mut Victim) -> [u64; 4] {
+    let answer = a.ask("carried 0");
+    let mut numbers = answer.split(' ').map(|n| n.parse().unwrap_or_else(|_| panic!("{answer}")));
+    std::array::from_fn(|_| numbers.next().unwrap())
+}
+
+#[test]
+fn host_memory_is_copied_within_the_host() {
+    let (mut a, mut b) = two(&[ON], &[ON]);
+    let mut sum = [0; 2];
+    for (fill, len) in [10 << 10, 100_001, 300 << 10, 5 * MIB + 3, 64 * MIB].into_iter().enumerate() {
+        for (way, direction) in ["write", "read"].into_iter().enumerate() {
+            assert_eq!(moves(&mut a, &mut b, direction, len, fill as u8 + 1), Outcome::Done(len as u64));
+            sum[way] += len as u64;
+        }
+    }
+    assert_eq!(carried(&mut a), [sum[0], sum[1], 0, 0]);
+    assert!(until(LIMIT, || carried(&mut b) == [sum[1], sum[0], 0, 0]));
+    for victim in [&a, &b] {
+        assert!(victim.log().contains("copied within this host from process"), "{}", victim.log());
+    }
+    assert!(a.end(LIMIT) && b.end(LIMIT));
+}
+
+#[test]
+fn where_it_is_switched_off_channels_carry_everything() {
+    for (first, second) in [(&[ON][..], &[][..]), (&[][..], &[ON][..])] {
+        let (mut a, mut b) = two(first, second);
+        assert_eq!(moves(&mut a, &mut b, "write", MIB, 3), Outcome::Done(MIB as u64));
+        assert_eq!(carried(&mut a), [0, 0, MIB as u64, 0]);
+        assert!(a.log().contains("UCCL_P2P_DISABLE_IPC is set") != b.log().contains("UCCL_P2P_DISABLE_IPC is set"));
+    }
+}
+
+#[test]
+fn where_the_kernel_forbids_it_channels_carry_host_memory_and_a_line_says_so() {
+    let forbidden = [ON, (FORBID, "1")];
+    for (first, second) in [(&[ON][..], &forbidden[..]), (&forbidden[..], &[ON][..]), (&forbidden[..], &forbidden[..])] {
+        let (mut a, mut b) = two(first, second);
+        for direction in ["write", "read"] {
+            assert_eq!(moves(&mut a, &mut b, direction, MIB, 3), Outcome::Done(MIB as u64));
+        }
+        assert_eq!(carried(&mut a), [0, 0, MIB as u64, MIB as u64]);
+        assert!(a.log().contains("nothing is copied within this host: "), "{}", a.log());
+        assert!(b.log().contains("nothing is copied within this host: "), "{}", b.log());
+    }
+    // Simulated GPUs do not need it.
+    let (first, second) = ([&EMULATED[..], &[(FORBID, "1")]].concat(), EMULATED);
+    let (mut a, mut b) = two(&first, &second);
+    shared_in_the_end(&mut a, &mut b);
+}
+
+#[test]
+fn another_users_process_is_not_let_near() {
+    // SAFETY: a plain system call.
+    if unsafe { libc::geteuid() } != 0 {
+        println!("SKIPPED: only root can become another user");
+        return;
+    }
+    let other = [ON, (USER, "65534")];
+    for (first, second) in [(&[ON][..], &other[..]), (&other[..], &[ON][..])] {
+        let (mut a, mut b) = two(first, second);
+        assert_eq!(moves(&mut a, &mut b, "write", MIB, 3), Outcome::Done(MIB as u64));
+        assert_eq!(carried(&mut a), [0, 0, MIB as u64, 0]);
+        assert!(a.log().contains("nothing is copied within this host: "), "{}", a.log());
+    }
+}
+
+/// The first transfers of memory go over channels, until the peer has said that it can reach it.
+fn shared_in_the_end(a: &mut Victim, b: &mut Victim) -> (usize, usize, FifoItem) {
+    const LEN: usize = 3 * MIB;
+    let (local, _) = a.buffer(LEN, 5);
+    let (remote, item) = b.buffer(LEN, 0);
+    let shared = until(LIMIT, || {
+        assert_eq!(again(a, b, "write", LEN, 5, local, remote, &item), Outcome::Done(LEN as u64));
+        carried(a)[0] > 0
+    });
+    assert!(shared, "{}", a.log());
+    (local, remote, item)
+}
+
+#[test]
+fn simulated_gpu_memory_is_mapped_once_and_let_go_with_its_region() {
+    let (mut a, mut b) = two(&EMULATED, &EMULATED);
+    let (local, remote, item) = shared_in_the_end(&mut a, &mut b);
+    let before = carried(&mut a);
+    for _ in 0..5 {
+        assert_eq!(again(&mut a, &mut b, "write", 3 * MIB, 5, local, remote, &item), Outcome::Done(3 * MIB as u64));
+    }
+    assert_eq!(carried(&mut a)[2..], before[2..], "nothing more goes over the channels");
+    assert!(until(LIMIT, || b.number("mappings") == 1));
+    // The other way, with the memory of the other side.
+    assert!(until(LIMIT, || {
+        assert_eq!(again(&mut a, &mut b, "read", 3 * MIB, 5, local, remote, &item), Outcome::Done(3 * MIB as u64));
+        carried(&mut a)[1] > 0
+    }));
+    assert_eq!((a.number("mappings"), b.number("mappings")), (1, 1));
+    a.ask(&format!("destroy {local}"));
+    assert!(until(LIMIT, || b.number("mappings") == 0), "the mapping ends with the region");
+    b.ask(&format!("destroy {remote}"));
+    assert!(until(LIMIT, || a.number("mappings") == 0));
+    // And the memory of an ended process goes with the connection.
+    shared_in_the_end(&mut a, &mut b);
+    assert!(until(LIMIT, || b.number("mappings") == 1));
+    drop(a);
+    assert!(until(LIMIT, || b.ask("status 0").starts_with("error")));
+    assert!(until(LIMIT, || b.number("mappings") == 0));
+    assert!(b.end(LIMIT));
+}
+
+#[test]
+fn memory_is_told_in_advance_whenever_it_is_registered() {
+    const LEN: usize = 2 * MIB;
+    let (mut a, mut b) = (start(&EMULATED), start(&EMULATED));
+    let (local, _) = a.buffer(LEN, 5);
+    let (remote, item) = b.buffer(LEN, 0);
+    b.ask("accept");
+    assert_eq!(a.ask(&format!("connect 127.0.0.1 {}", b.port)), "0");
+    assert!(until(LIMIT, || a.number("mappings") == 1 && b.number("mappings") == 1));
+    // The answers are on their way.
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(again(&mut a, &mut b, "write", LEN, 5, local, remote, &item), Outcome::Done(LEN as u64));
+    assert_eq!(carried(&mut a), [LEN as u64, 0, 0, 0]);
+    let (later, _) = a.buffer(LEN, 6);
+    assert!(until(LIMIT, || b.number("mappings") == 2));
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(again(&mut a, &mut b, "write", LEN, 6, later, remote, &item), Outcome::Done(LEN as u64));
+    assert_eq!(carried(&mut a), [2 * LEN as u64, 0, 0, 0]);
+    for buffer in [local, later] {
+        a.ask(&format!("destroy {buffer}"));
+    }
+    assert!(until(LIMIT, || b.number("mappings") == 0));
+}
+
+#[test]
+fn memory_that_cannot_be_shared_keeps_its_channels() {
+    // Simulated GPU memory that is no memory file.
+    let environment = [ON, ("UCCL_TCPX_EMULATE_DEVICE", "1")];
+    let (mut a, mut b) = two(&environment, &environment);
+    for _ in 0..5 {
+        assert_eq!(moves(&mut a, &mut b, "write", MIB, 3), Outcome::Done(MIB as u64));
+        assert_eq!(moves(&mut a, &mut b, "read", MIB, 3), Outcome::Done(MIB as u64));
+    }
+    assert_eq!(carried(&mut a), [0, 0, 5 * MIB as u64, 5 * MIB as u64]);
+}
+
+#[test]
+fn a_killed_process_leaves_errors_right_bytes_and_no_mappings() {
+    for environment in [&[ON][..], &EMULATED[..]] {
+        for (round, direction) in ["write", "read", "write", "read"].into_iter().enumerate() {
+            let (mut a, mut b) = two(environment, environment);
+            if environment.len() > 1 {
+                shared_in_the_end(&mut a, &mut b);
+            }
+            const LEN: usize = 48 * MIB;
+            let write = direction == "write";
+            let (local, _) = a.buffer(LEN, if write { 9 } else { 0 });
+            let (_, item) = b.buffer(LEN, if write { 0 } else { 9 });
+            let ids: Vec<u64> = (0..6)
+                .filter_map(|_| a.start_transfer(&format!("{direction} 0 {local} {LEN} {}", text_of(&item))).ok())
+                .collect();
+            std::thread::sleep(Duration::from_millis(3 * round as u64));
+            b.signal(libc::SIGKILL);
+            for id in ids {
+                match a.wait(0, id, LIMIT) {
+                    Outcome::Done(_) if !write => assert_eq!(a.ask(&format!("holds {local} {LEN} 9")), "true"),
+                    Outcome::Pending => panic!("{direction} {id} hangs"),
+                    _ => {}
+                }
+            }
+            assert!(until(LIMIT, || a.number("mappings") == 0));
+            assert!(a.end(LIMIT));
+        }
+    }
+}
+
+#[test]
+fn a_stopped_process_is_given_up_in_time_and_does_nothing_late() {
+    for environment in [&[ON][..], &EMULATED[..]] {
+        let timeouts = [
+            ("UCCL_TCPX_TRANSFER_TIMEOUT_MS", "1500"),
+            ("UCCL_TCPX_PEER_TIMEOUT_MS", "1500"),
+            ("UCCL_TCPX_CLOSE_TIMEOUT_MS", "1500"),
+        ];
+        let environment = [environment, &timeouts].concat();
+        let (mut a, mut b) = two(&environment, &environment);
+        if environment.len() > 4 {
+            shared_in_the_end(&mut a, &mut b);
+        }
+        const LEN: usize = 32 * MIB;
+        let (source, _) = a.buffer(LEN, 9);
+        let (target, item) = b.buffer(LEN, 0);
+        let (sink, _) = a.buffer(LEN, 0);
+        let write = a.start_transfer(&format!("write 0 {source} {LEN} {}", text_of(&item))).unwrap();
+        let read = a.start_transfer(&format!("read 0 {sink} {LEN} {}", text_of(&item))).unwrap();
+        b.signal(libc::SIGSTOP);
+        for id in [write, read] {
+            assert_ne!(a.wait(0, id, LIMIT), Outcome::Pending);
+        }
+        // It has its memory again, and nobody else writes it.
+        for buffer in [source, sink] {
+            assert_eq!(a.ask(&format!("destroy {buffer}")), "given back");
+        }
+        b.signal(libc::SIGCONT);
+        assert!(until(LIMIT, || b.ask("status 0").starts_with("error")));
+        std::thread::sleep(Duration::from_millis(100));
+        assert_eq!(a.number("changed"), 0);
+        assert_eq!(b.ask(&format!("destroy {target}")), "given back");
+        assert!(a.end(LIMIT) && b.end(LIMIT));
+    }
+}
+
+#[test]
+fn a_region_that_goes_during_copies_waits_for_them_or_ends_them() {
+    for environment in [&[ON][..], &EMULATED[..]] {
+        for round in 0..6u64 {
+            let (mut a, mut b) = two(environment, environment);
+            if environment.len() > 1 {
+                shared_in_the_end(&mut a, &mut b);
+            }
+            const LEN: usize = 32 * MIB;
+            let (sink, _) = a.buffer(LEN, 0);
+            let (source, item) = b.buffer(LEN, 9);
+            let ids: Vec<u64> =
+                (0..4).map(|_| a.start_transfer(&format!("read 0 {sink} {LEN} {}", text_of(&item))).unwrap()).collect();
+            std::thread::sleep(Duration::from_millis(round));
+            // Either the source or the destination.
+            if round % 2 == 0 {
+                assert_eq!(b.ask(&format!("free {source}")), "given back");
+            } else {
+                assert_eq!(a.ask(&format!("destroy {sink}")), "given back");
+            }
+            for id in ids {
+                assert_ne!(a.wait(0, id, LIMIT), Outcome::Pending, "round {round}");
+            }
+            assert_eq!(a.number("changed"), 0);
+        }
+    }
+}
+
+#[test]
+fn two_engines_of_one_process_copy_too() {
+    let config = || Config { disable_ipc: false, ..victim::config() };
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let (out, inn) = pair(&a, &b);
+    let (source, target) = (vec![7u8; 9 * MIB], vec![0u8; 9 * MIB]);
+    let register = |engine: &Engine, bytes: &[u8]| engine.register(bytes.as_ptr() as usize, bytes.len()).unwrap();
+    let (from, to) = (register(&a, &source), register(&b, &target));
+    let item = b.fifo_item(to, target.as_ptr() as usize, target.len()).unwrap();
+    let local = LocalSegment { mr: from, addr: source.as_ptr() as usize, len: source.len() };
+    let id = out.transfer(Direction::Write, std::iter::once((local, item))).unwrap();
+    assert!(out.wait(id, Some(LIMIT)).unwrap().complete);
+    assert!(std::hint::black_box(&target).iter().all(|&b| b == 7));
+    let stats = inn.stats().unwrap();
+    let received = |nic: &str| stats.channels.iter().filter(|c| c.nic == nic).map(|c| c.received_bytes).sum::<u64>();
+    assert_eq!((received("local"), received("lo")), (9 * MIB as u64, 0));
+    a.deregister(from).unwrap();
+    b.deregister(to).unwrap();
+}
+
+#[test]
+fn a_connection_to_oneself_copies_too() {
+    let engine = Engine::new(Config { disable_ipc: false, ..victim::config() }).unwrap();
+    let (out, _inn) = pair(&engine, &engine);
+    let bytes = vec![3u8; 4 * MIB];
+    let mr = engine.register(bytes.as_ptr() as usize, bytes.len()).unwrap();
+    let half = bytes.len() / 2;
+    let item = engine.fifo_item(mr, bytes.as_ptr() as usize + half, half).unwrap();
+    for direction in [Direction::Write, Direction::Read] {
+        let local = LocalSegment { mr, addr: bytes.as_ptr() as usize, len: half };
+        let id = out.transfer(direction, std::iter::once((local, item))).unwrap();
+        assert!(out.wait(id, Some(LIMIT)).unwrap().complete);
+    }
+    engine.deregister(mr).unwrap();
+}
