@@ -104,7 +104,7 @@ fn carried(a: &mut Victim) -> [u64; 4] {
 fn host_memory_is_copied_within_the_host() {
     let (mut a, mut b) = two(&[ON], &[ON]);
     let mut sum = [0; 2];
-    for (fill, len) in [10 << 10, 100_001, 300 << 10, 5 * MIB + 3, 64 * MIB].into_iter().enumerate() {
+    for (fill, len) in [70 << 10, 100_001, 300 << 10, 5 * MIB + 3, 64 * MIB].into_iter().enumerate() {
         for (way, direction) in ["write", "read"].into_iter().enumerate() {
             assert_eq!(moves(&mut a, &mut b, direction, len, fill as u8 + 1), Outcome::Done(len as u64));
             sum[way] += len as u64;
