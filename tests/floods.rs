@@ -4,7 +4,7 @@
 mod local;
 
 use local::port;
-use std::io::Write;
+use std::io::{BufRead, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -30,7 +30,8 @@ fn config() -> Config {
         // SAFETY: a writable rlimit, and a readable one.
         unsafe {
             assert_eq!(libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit), 0);
-            limit.rlim_cur = limit.rlim_max.min(16_384);
+            let own = std::env::var(CHILD).ok().and_then(|part| part.strip_prefix("limited ")?.parse().ok());
+            limit.rlim_cur = limit.rlim_max.min(own.unwrap_or(16_384));
             assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &limit), 0);
         }
     });
@@ -145,7 +146,6 @@ fn with_target(notified: bool, test: impl FnOnce(&Engine)) {
 
 /// The first bytes of a set-up, as an engine sends them.
 fn opening() -> Vec<u8> {
-    use std::io::Read;
     let trap = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = trap.local_addr().unwrap().port();
     let connects = std::thread::spawn(move || {
@@ -262,5 +262,183 @@ fn a_proved_peer_that_connects_over_and_over() {
                 done.fetch_add(1, Ordering::Relaxed);
             }
         });
+    });
+}
+
+// ---- in every phase, one byte at a time ----
+
+/// Passes the first bytes of each side on at once, then those of the connecting side one by one.
+fn trickle(mut from: TcpStream, mut to: TcpStream, fast: usize, stop: &AtomicBool) {
+    let mut buffer = [0; 1024];
+    let mut passed = 0;
+    let _ = from.set_read_timeout(Some(Duration::from_millis(50)));
+    while !stop.load(Ordering::Relaxed) {
+        let most = if passed < fast { (fast - passed).min(buffer.len()) } else { 1 };
+        match from.read(&mut buffer[..most]) {
+            Ok(0) => break,
+            Ok(n) if to.write_all(&buffer[..n]).is_ok() => passed += n,
+            Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => continue,
+            _ => break,
+        }
+        if passed >= fast {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+    let _ = (from.shutdown(std::net::Shutdown::Both), to.shutdown(std::net::Shutdown::Both));
+}
+
+/// Engines whose control streams get through byte by byte from there on: proved peers, for all that the target can see.
+fn loris_after(fast: usize) {
+    const PEERS: usize = 24;
+    with_target(false, |target| {
+        endured(&format!("byte by byte after {fast}"), target, &|stop, done| {
+            let relay = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            let (at, there) = (relay.local_addr().unwrap().port(), port(target));
+            let impatient = Config { connect_timeout: Duration::from_secs(3), num_channels: Some(1), ..config() };
+            let slow = Engine::new(impatient).unwrap();
+            std::thread::scope(|s| {
+                for _ in 0..PEERS {
+                    s.spawn(|| {
+                        while !stop.load(Ordering::Relaxed) {
+                            let Ok(connection) = slow.connect("127.0.0.1", "", at) else { continue };
+                            while !stop.load(Ordering::Relaxed) && connection.notify(b"slow", &[7; 200]).is_ok() {
+                                std::thread::sleep(Duration::from_millis(50));
+                            }
+                        }
+                    });
+                }
+                relay.set_nonblocking(true).unwrap();
+                while !stop.load(Ordering::Relaxed) {
+                    let Ok((near, _)) = relay.accept() else {
+                        std::thread::sleep(Duration::from_millis(2));
+                        continue;
+                    };
+                    done.fetch_add(1, Ordering::Relaxed);
+                    near.set_nonblocking(false).unwrap();
+                    let Ok(far) = TcpStream::connect(("127.0.0.1", there)) else { continue };
+                    let (back, forth) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+                    s.spawn(move || trickle(back, forth, usize::MAX, stop));
+                    s.spawn(move || trickle(near, far, fast, stop));
+                }
+            });
+        });
+    });
+}
+
+#[test]
+fn slow_loris_in_the_opening() {
+    loris_after(5);
+}
+
+#[test]
+fn slow_loris_in_the_proof() {
+    loris_after(140);
+}
+
+#[test]
+fn slow_loris_in_the_set_up() {
+    loris_after(420);
+}
+
+#[test]
+fn slow_loris_in_the_frames() {
+    loris_after(1500);
+}
+
+// ---- where descriptors are short ----
+
+/// Names the part that a child process plays, and is not set in the test's own process.
+const CHILD: &str = "UCCL_TEST_CHILD";
+
+/// A process that keeps so many silent sockets to a port for as long as it lives. As a test of its own it does nothing.
+#[test]
+fn stranger_process() {
+    let Ok(part) = std::env::var(CHILD) else { return };
+    let Some((port, count)) = part.strip_prefix("strangers ").and_then(|p| p.split_once(' ')) else { return };
+    let (port, count): (u16, usize) = (port.parse().unwrap(), count.parse().unwrap());
+    let _ = config();
+    let mut held: Vec<TcpStream> = Vec::new();
+    let mut ended = [0; 1];
+    loop {
+        // Those that were hung up on come again.
+        held.retain(|sock| {
+            let _ = sock.set_nonblocking(true);
+            matches!((&mut &*sock).read(&mut ended), Err(e) if e.kind() == std::io::ErrorKind::WouldBlock)
+        });
+        for _ in held.len()..count {
+            let address = std::net::SocketAddr::from(([127, 0, 0, 1], port));
+            let Ok(sock) = TcpStream::connect_timeout(&address, Duration::from_millis(100)) else { break };
+            abrupt(&sock);
+            held.push(sock);
+        }
+        println!("= {}", held.len());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Runs the body in a process with a limit of so many descriptors, which attackers of other processes do not share.
+fn with_descriptors(name: &str, limit: u64, body: impl FnOnce()) {
+    let own = |part: &str| {
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        command.args([name, "--exact", "--nocapture", "--test-threads=1"]).env(CHILD, part);
+        command
+    };
+    match std::env::var(CHILD) {
+        Err(_) => assert!(own(&format!("limited {limit}")).status().unwrap().success(), "{name} failed in its own process"),
+        Ok(part) if part == format!("limited {limit}") => body(),
+        Ok(_) => {}
+    }
+}
+
+fn silent_strangers(name: &str, limit: u64, count: usize) {
+    with_descriptors(name, limit, || {
+        with_target(false, |target| {
+            endured(&format!("{count} silent strangers at {limit} descriptors"), target, &|stop, done| {
+                let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+                    .args(["stranger_process", "--exact", "--nocapture", "--test-threads=1"])
+                    .env(CHILD, format!("strangers {} {count}", port(target)))
+                    .stdout(std::process::Stdio::piped())
+                    .spawn()
+                    .unwrap();
+                let mut lines = std::io::BufReader::new(child.stdout.take().unwrap()).lines();
+                while !stop.load(Ordering::Relaxed) {
+                    if let Some(held) = lines.next().and_then(|l| l.ok()?.split_once("= ")?.1.trim().parse().ok()) {
+                        done.store(held, Ordering::Relaxed);
+                    }
+                }
+                let _ = (child.kill(), child.wait());
+            });
+        });
+    });
+}
+
+#[test]
+fn three_hundred_silent_strangers_at_256_descriptors() {
+    silent_strangers("three_hundred_silent_strangers_at_256_descriptors", 256, 300);
+}
+
+#[test]
+fn eleven_hundred_silent_strangers_at_1024_descriptors() {
+    silent_strangers("eleven_hundred_silent_strangers_at_1024_descriptors", 1024, 1100);
+}
+
+#[test]
+fn a_proved_peer_whose_requests_are_refused() {
+    with_target(false, |target| {
+        let flooder = Engine::new(config()).unwrap();
+        let memory = vec![0u8; OPERATION];
+        let regions = [&flooder, target].map(|e| e.register(memory.as_ptr() as usize, OPERATION).unwrap());
+        let mut item = target.fifo_item(regions[1], memory.as_ptr() as usize, OPERATION).unwrap();
+        item.padding[3] ^= 1;
+        let local = LocalSegment { mr: regions[0], addr: memory.as_ptr() as usize, len: OPERATION };
+        endured("refused requests of a proved peer", target, &|stop, done| {
+            let connection = flooder.connect("127.0.0.1", "", port(target)).expect("a peer");
+            while !stop.load(Ordering::Relaxed) {
+                let id = connection.transfer(Direction::Read, std::iter::once((local, item))).unwrap();
+                assert!(connection.wait(id, None).is_err());
+                done.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        target.deregister(regions[1]).unwrap();
     });
 }

@@ -62,35 +62,37 @@ fn relay(port: u16) -> u16 {
     let own = listener.local_addr().unwrap().port();
     std::thread::spawn(move || {
         DIRECT.set(true);
-        let mut near = listener.accept().unwrap().0;
-        let Ok(mut far) = TcpStream::connect((Ipv4Addr::LOCALHOST, port)) else { return };
-        // Data goes one way on a channel's connection; the other way only tells of the end.
+        let near = listener.accept().unwrap().0;
+        let Ok(far) = TcpStream::connect((Ipv4Addr::LOCALHOST, port)) else { return };
+        // Data goes one way on a channel's connection, whichever side dialled it.
         let (back, end) = (far.try_clone().unwrap(), near.try_clone().unwrap());
-        std::thread::spawn(move || {
-            let _ = (&back).read(&mut [0]);
-            let _ = end.shutdown(Shutdown::Both);
-        });
-        let (mut buffer, mut passed, mut seed) = (vec![0; 64 << 10], 0u64, u64::from(port) | 1);
-        while let Ok(n @ 1..) = near.read(&mut buffer) {
-            if let Some(seen) = &mut *SEEN.lock().unwrap() {
-                seen.extend_from_slice(&buffer[..n]);
-            }
-            // The hello passes: without it there is no channel.
-            if DAMAGE.load(Ordering::Relaxed) && passed > 0 && n > 1000 {
-                seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                if (seed >> 60) == 0 {
-                    buffer[(seed >> 20) as usize % n] ^= 1 << ((seed >> 17) & 7);
-                    DAMAGED.fetch_add(1, Ordering::Relaxed);
-                }
-            }
-            passed += n as u64;
-            if far.write_all(&buffer[..n]).is_err() {
-                break;
-            }
-        }
-        let _ = far.shutdown(Shutdown::Both);
+        std::thread::spawn(move || pass(&back, &end, u64::from(port) << 1));
+        pass(&near, &far, u64::from(port) | 1);
     });
     own
+}
+
+/// Passes bytes on until the end of either stream, damaged or not.
+fn pass(mut from: &TcpStream, mut to: &TcpStream, mut seed: u64) {
+    let (mut buffer, mut passed) = (vec![0; 64 << 10], 0u64);
+    while let Ok(n @ 1..) = from.read(&mut buffer) {
+        if let Some(seen) = &mut *SEEN.lock().unwrap() {
+            seen.extend_from_slice(&buffer[..n]);
+        }
+        // The hello passes: without it there is no channel.
+        if DAMAGE.load(Ordering::Relaxed) && passed > 0 && n > 1000 {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            if (seed >> 60) == 0 {
+                buffer[(seed >> 20) as usize % n] ^= 1 << ((seed >> 17) & 7);
+                DAMAGED.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        passed += n as u64;
+        if to.write_all(&buffer[..n]).is_err() {
+            break;
+        }
+    }
+    let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
 }
 
 fn config(protect: Protect) -> Config {

@@ -1,8 +1,8 @@
 //! Comms and their requests: sixteen slots, everything driven by `test`, fragments of any length and order in shared receive memory.
 
 use crate::gpu::Gpu;
-use crate::memory::{self, lock, Pool, PAGE};
-use crate::rules::{counters, down, raise_sigpipe, refused, settings, up, violation};
+use crate::memory::{self, Pool, PAGE};
+use crate::rules::{counters, down, lock, raise_sigpipe, refused, settings, up, violation};
 use crate::setup::{Sockets, SOCKETS};
 use cuda_driver::{DeviceBuffer, PinnedBuffer};
 use nccl_net_abi::*;

@@ -1,8 +1,7 @@
 //! Memory of real GPUs, where `STRICT_FOREIGN_CUDA=1` asks for it: registrations, receive memory and device handles are then as real as
 //! without the kernel's device memory sockets they can be. Knows nothing of comms.
 
-use crate::memory::lock;
-use crate::rules::violation;
+use crate::rules::{lock, violation};
 use cuda_driver::{current_name, memory_kind, Context, DeviceBuffer, MemoryKind, PinnedBuffer, Stream};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};

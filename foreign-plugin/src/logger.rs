@@ -1,7 +1,6 @@
 //! The logger that the plugin was given, used as TCPX uses it. Knows nothing of who logs.
 
-use crate::memory::lock;
-use crate::rules::{counters, up, violation};
+use crate::rules::{counters, lock, up, violation};
 use nccl_net_abi::{ncclDebugLogger_t, NCCL_LOG_WARN};
 use std::ffi::{c_int, CString};
 use std::sync::Mutex;

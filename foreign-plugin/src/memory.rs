@@ -1,11 +1,11 @@
 //! Registrations, checked as the driver would, and the receive memory: one pool of pages for all comms, imported at the first accept.
 
 use crate::gpu::{self, Gpu};
-use crate::rules::{counters, down, settings, up, violation};
+use crate::rules::{counters, down, lock, settings, up, violation};
 use std::collections::HashMap;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 pub(crate) use nccl_net_abi::PAGE;
@@ -24,10 +24,6 @@ pub(crate) struct Mr {
 }
 
 static LIVE: Mutex<Option<HashMap<usize, Mr>>> = Mutex::new(None);
-
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-}
 
 /// Whether every page of a range is mapped.
 fn mapped(base: usize, size: usize) -> bool {

@@ -4,7 +4,7 @@
 use nccl_net_abi::{ncclResult_t, NCCL_INTERNAL_ERROR};
 use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, Ordering};
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 /// Ends the process: the caller broke the contract.
@@ -35,6 +35,11 @@ pub(crate) fn refuse(what: std::fmt::Arguments<'_>) -> ncclResult_t {
 pub(crate) fn raise_sigpipe() {
     // SAFETY: the calling thread's own signal.
     unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGPIPE) };
+}
+
+/// A lock that a panic elsewhere does not take away.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 /// The thread inside a set-up call, 0 for none.

@@ -1,8 +1,7 @@
 //! Listening, connecting and accepting. The waiting is done on threads of the plugin's own, which keep using the listen comm and the
 //! handle; connect keeps a pointer in the handle. What TCPX would take on trust is checked here.
 
-use crate::memory::lock;
-use crate::rules::{counters, settings, up, violation};
+use crate::rules::{counters, lock, settings, up, violation};
 use nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};

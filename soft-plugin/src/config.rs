@@ -1,6 +1,7 @@
-//! Every environment variable of the software plugin: name, default and meaning in one table, read once at `init`.
+//! Every environment variable of the software plugin: each is declared once, with what it takes, its default and its meaning; read at `init`.
 //! A value that cannot be understood is an error. Nothing else in the crate reads the environment.
 
+use std::fmt;
 use std::ops::RangeInclusive;
 
 use nccl_net_abi::MAX_REQUESTS;
@@ -13,34 +14,105 @@ const DEFAULT_MESSAGE: usize = 512 << 10;
 /// What UCCL_TCPX_CHUNK_BYTES can raise the default to.
 const MAX_CHUNK: usize = 16 << 20;
 
+/// What a variable takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A number in this range, with an optional suffix K, M or G.
+    Number(u64, u64),
+    /// 0 or 1 (also no, yes, false, true, off, on).
+    Flag,
+    /// One of these words.
+    Word(&'static [&'static str]),
+    /// A text that its own module understands.
+    Text,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Kind::Number(from, to) => write!(f, "{from} to {to}"),
+            Kind::Flag => f.write_str("0, 1"),
+            Kind::Word(words) => f.write_str(&words.join(", ")),
+            Kind::Text => f.write_str("text"),
+        }
+    }
+}
+
 /// One environment variable.
 #[derive(Clone, Copy, Debug)]
 pub struct Variable {
     /// Its name.
     pub name: &'static str,
+    /// What it takes.
+    pub kind: Kind,
     /// Its default, in words or as a value.
     pub default: &'static str,
+    /// Its default as a number, where it has one.
+    pub number: Option<u64>,
     /// What it means.
     pub doc: &'static str,
 }
 
-const fn var(name: &'static str, default: &'static str, doc: &'static str) -> Variable {
-    Variable { name, default, doc }
+const fn var(name: &'static str, kind: Kind, default: &'static str, doc: &'static str) -> Variable {
+    Variable { name, kind, default, number: default_number(default), doc }
 }
+
+/// A default that is written as a number.
+pub const fn default_number(text: &str) -> Option<u64> {
+    let (bytes, mut at, mut number) = (text.as_bytes(), 0, 0u64);
+    while at < bytes.len() {
+        if !bytes[at].is_ascii_digit() {
+            return None;
+        }
+        number = number * 10 + (bytes[at] - b'0') as u64;
+        at += 1;
+    }
+    if bytes.is_empty() {
+        None
+    } else {
+        Some(number)
+    }
+}
+
+const STRICT: Variable = var(
+    "UCCL_TCPX_SOFT_STRICT",
+    Kind::Flag,
+    "0",
+    "1: refuse what TCPX would crash or corrupt on, and poison consumed bounce memory.",
+);
+const THREADS: Variable =
+    var("UCCL_TCPX_SOFT_THREADS", Kind::Number(1, 256), "by cores", "I/O threads of the process; default: cores, at most 16.");
+const SPIN_US: Variable = var(
+    "UCCL_TCPX_SOFT_SPIN_US",
+    Kind::Number(0, 1_000_000),
+    "by cores",
+    "How long an I/O thread polls before it sleeps, microseconds; default 20, or 0 with fewer than 4 cores.",
+);
+const INLINE: Variable = var("UCCL_TCPX_SOFT_INLINE", Kind::Number(0, 1 << 20), "8192", "Sends of up to this many bytes on an idle comm are handed to the kernel by the caller's thread, without waking an I/O thread; 0 turns it off.");
+const CONGESTION: Variable = var("UCCL_TCPX_SOFT_CONGESTION", Kind::Text, "by the path", "Congestion control of the data sockets by name, or `system`. Default: below 1 ms of round trip the system's, but cubic for bbr; above, the system's, but bbr for cubic and reno where it is available.");
+const SOCKBUF: Variable = var(
+    "UCCL_TCPX_SOFT_SOCKBUF",
+    Kind::Number(0, 1 << 30),
+    "0",
+    "Socket buffer size, bytes; the system caps it at net.core.{r,w}mem_max; 0: the kernel tunes it.",
+);
+const KEEPALIVE_S: Variable = var("UCCL_TCPX_SOFT_KEEPALIVE_S", Kind::Number(0, 32_000), "15", "An idle data socket is asked after this many seconds whether its peer is there, and given up after three more questions in as long again; 0 turns it off.");
+const USER_TIMEOUT_MS: Variable = var("UCCL_TCPX_SOFT_USER_TIMEOUT_MS", Kind::Number(0, i32::MAX as u64), "0", "TCP_USER_TIMEOUT of the data sockets: how long sent bytes may stay unacknowledged, and how long a receiver may leave its window closed; 0: the system's limit.");
+const FRAGMENT: Variable = var(
+    "UCCL_TCPX_SOFT_FRAGMENT",
+    Kind::Text,
+    "0",
+    "How receives of device memory are cut up, for tests: `random`, or a fragment size in bytes; 0: one fragment a message.",
+);
+
+/// Those that the library declares and this plugin reads too.
+const MESSAGE: Variable = var("NCCL_DYNAMIC_CHUNK_SIZE", Kind::Number(0, i32::MAX as u64), "0", "");
+const EMULATE: Variable = var("UCCL_TCPX_EMULATE_DEVICE", Kind::Flag, "0", "");
 
 /// Every variable of the software plugin's own. It also reads `NCCL_GPUDIRECTTCPX_SOCKET_IFNAME`, `NCCL_SOCKET_IFNAME`,
 /// `NCCL_DYNAMIC_CHUNK_SIZE`, `UCCL_TCPX_CHUNK_BYTES`, `UCCL_TCPX_PORT_RANGE` and `UCCL_TCPX_EMULATE_DEVICE`.
-pub const VARIABLES: &[Variable] = &[
-    var("UCCL_TCPX_SOFT_STRICT", "0", "1: refuse what TCPX would crash or corrupt on, and poison consumed bounce memory."),
-    var("UCCL_TCPX_SOFT_THREADS", "by cores", "I/O threads of the process, 1 to 256; default: cores, at most 16."),
-    var("UCCL_TCPX_SOFT_SPIN_US", "by cores", "How long an I/O thread polls before it sleeps, microseconds; default 20, or 0 with fewer than 4 cores."),
-    var("UCCL_TCPX_SOFT_INLINE", "8192", "Sends of up to this many bytes on an idle comm are handed to the kernel by the caller's thread, without waking an I/O thread; 0 turns it off."),
-    var("UCCL_TCPX_SOFT_CONGESTION", "by the path", "Congestion control of the data sockets by name, or `system`. Default: below 1 ms of round trip the system's, but cubic for bbr; above, the system's, but bbr for cubic and reno where it is available."),
-    var("UCCL_TCPX_SOFT_SOCKBUF", "0", "Socket buffer size, bytes; the system caps it at net.core.{r,w}mem_max; 0: the kernel tunes it."),
-    var("UCCL_TCPX_SOFT_KEEPALIVE_S", "15", "An idle data socket is asked after this many seconds whether its peer is there, and given up after three more questions in as long again; 0 turns it off."),
-    var("UCCL_TCPX_SOFT_USER_TIMEOUT_MS", "0", "TCP_USER_TIMEOUT of the data sockets: how long sent bytes may stay unacknowledged, and how long a receiver may leave its window closed; 0: the system's limit."),
-    var("UCCL_TCPX_SOFT_FRAGMENT", "0", "How receives of device memory are cut up, for tests: `random`, or a fragment size in bytes; 0: one fragment a message."),
-];
+pub const VARIABLES: &[Variable] =
+    &[STRICT, THREADS, SPIN_US, INLINE, CONGESTION, SOCKBUF, KEEPALIVE_S, USER_TIMEOUT_MS, FRAGMENT];
 
 /// The settings of a process.
 #[derive(Clone, Debug)]
@@ -85,31 +157,35 @@ impl Reader<'_> {
         self.0(name).map(|v| v.trim().to_owned()).filter(|v| !v.is_empty())
     }
 
-    fn number(&self, name: &str, range: RangeInclusive<u64>) -> Result<Option<u64>, String> {
-        let Some(text) = self.text(name) else { return Ok(None) };
-        match parse_number(&text) {
-            Some(n) if range.contains(&n) => Ok(Some(n)),
-            _ => Err(format!("{name}={text}: expected a number from {} to {}", range.start(), range.end())),
+    /// What is set, or the default where it is a number.
+    fn number(&self, variable: &Variable) -> Result<Option<u64>, String> {
+        let Some(text) = self.text(variable.name) else { return Ok(variable.number) };
+        match (parse_number(&text), variable.kind) {
+            (Some(n), Kind::Number(from, to)) if RangeInclusive::new(from, to).contains(&n) => Ok(Some(n)),
+            _ => Err(format!("{}={text}: expected a number from {}", variable.name, variable.kind)),
         }
     }
 
-    fn size(&self, name: &str, range: RangeInclusive<u64>, default: usize) -> Result<usize, String> {
-        Ok(self.number(name, range)?.map_or(default, |n| n as usize))
+    /// As [`Reader::number`]; `usual` where the default is no number.
+    fn size(&self, variable: &Variable, usual: usize) -> Result<usize, String> {
+        Ok(self.number(variable)?.map_or(usual, |n| n as usize))
     }
 
-    fn flag(&self, name: &str) -> Result<bool, String> {
-        match self.text(name).map(|v| v.to_ascii_lowercase()).as_deref() {
-            None | Some("0" | "false" | "no" | "off") => Ok(false),
+    fn flag(&self, variable: &Variable) -> Result<bool, String> {
+        match self.text(variable.name).map(|v| v.to_ascii_lowercase()).as_deref() {
+            None => Ok(variable.number == Some(1)),
+            Some("0" | "false" | "no" | "off") => Ok(false),
             Some("1" | "true" | "yes" | "on") => Ok(true),
-            Some(other) => Err(format!("{name}={other}: expected 0 or 1")),
+            Some(other) => Err(format!("{}={other}: expected {}", variable.name, variable.kind)),
         }
     }
 
-    fn fragmentation(&self, name: &str) -> Result<Fragmentation, String> {
-        if self.text(name).as_deref() == Some("random") {
+    fn fragmentation(&self) -> Result<Fragmentation, String> {
+        if self.text(FRAGMENT.name).as_deref() == Some("random") {
             return Ok(Fragmentation::Random);
         }
-        let bytes = self.size(name, 0..=MAX_MESSAGE as u64, 0).map_err(|e| format!("{e}, or random"))?;
+        let sizes = Variable { kind: Kind::Number(0, MAX_MESSAGE as u64), ..FRAGMENT };
+        let bytes = self.size(&sizes, 0).map_err(|e| format!("{e}, or random"))?;
         Ok(if bytes == 0 { Fragmentation::Whole } else { Fragmentation::Fixed(bytes) })
     }
 
@@ -134,22 +210,22 @@ impl Reader<'_> {
 
     fn config(&self) -> Result<Config, String> {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let message = self.size("NCCL_DYNAMIC_CHUNK_SIZE", 0..=i32::MAX as u64, 0)?;
-        let spin = self.number("UCCL_TCPX_SOFT_SPIN_US", 0..=1_000_000)?;
+        let message = self.size(&MESSAGE, 0)?;
+        let spin = self.number(&SPIN_US)?;
         Ok(Config {
             interfaces: self.text("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME").or_else(|| self.text("NCCL_SOCKET_IFNAME")),
             message_limit: if message == 0 { self.default_limit() } else { message.min(MAX_MESSAGE) },
             ports: self.ports("UCCL_TCPX_PORT_RANGE")?,
-            strict: self.flag("UCCL_TCPX_SOFT_STRICT")?,
-            threads: self.size("UCCL_TCPX_SOFT_THREADS", 1..=256, cores.min(16))?,
+            strict: self.flag(&STRICT)?,
+            threads: self.size(&THREADS, cores.min(16))?,
             spin_us: spin.unwrap_or(if cores < 4 { 0 } else { 20 }),
-            inline_bytes: self.size("UCCL_TCPX_SOFT_INLINE", 0..=1 << 20, 8192)?,
-            congestion: self.text("UCCL_TCPX_SOFT_CONGESTION"),
-            socket_buffer: self.size("UCCL_TCPX_SOFT_SOCKBUF", 0..=1 << 30, 0)?,
-            keepalive_s: self.number("UCCL_TCPX_SOFT_KEEPALIVE_S", 0..=32_000)?.unwrap_or(15),
-            user_timeout_ms: self.number("UCCL_TCPX_SOFT_USER_TIMEOUT_MS", 0..=i32::MAX as u64)?.unwrap_or(0),
-            fragmentation: self.fragmentation("UCCL_TCPX_SOFT_FRAGMENT")?,
-            emulate_device: self.flag("UCCL_TCPX_EMULATE_DEVICE")?,
+            inline_bytes: self.size(&INLINE, 0)?,
+            congestion: self.text(CONGESTION.name),
+            socket_buffer: self.size(&SOCKBUF, 0)?,
+            keepalive_s: self.number(&KEEPALIVE_S)?.unwrap_or(0),
+            user_timeout_ms: self.number(&USER_TIMEOUT_MS)?.unwrap_or(0),
+            fragmentation: self.fragmentation()?,
+            emulate_device: self.flag(&EMULATE)?,
         })
     }
 }
@@ -249,7 +325,7 @@ mod tests {
         let docs = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/configuration.md");
         let text = std::fs::read_to_string(docs).expect("docs/configuration.md");
         for v in VARIABLES {
-            let row = format!("| `{}` | {} | {} |", v.name, v.default, v.doc);
+            let row = format!("| `{}` | {} | {} | {} |", v.name, v.kind, v.default, v.doc);
             assert!(text.contains(&row), "docs/configuration.md lacks:\n{row}");
         }
     }

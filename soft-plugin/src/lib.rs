@@ -37,7 +37,7 @@ mod state;
 mod tcp;
 mod turn;
 
-pub use config::{Variable, VARIABLES};
+pub use config::{default_number, Kind, Variable, VARIABLES};
 
 /// The address that a handle of the software plugin names; `None` for other bytes.
 pub fn address_of(handle: &[u8; nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE]) -> Option<std::net::SocketAddr> {

@@ -23,8 +23,8 @@ the engine. Modules are `engine`, `channel`, `net`, `wire`, `gpu` and `stats`; t
 
 ## The software plugin
 
-| variable | default | meaning |
-|---|---|---|
+| variable | values | default | meaning |
+|---|---|---|---|
 ";
 const TAIL: &str = include_str!("docs_tail.md");
 
@@ -36,7 +36,7 @@ pub fn document() -> String {
     }
     page += MIDDLE;
     for v in soft_plugin::VARIABLES {
-        page += &format!("| `{}` | {} | {} |\n", v.name, v.default, v.doc);
+        page += &format!("| `{}` | {} | {} | {} |\n", v.name, v.kind, v.default, v.doc);
     }
     page + "\n" + TAIL
 }

@@ -1,31 +1,7 @@
 //! The environment variables of the library: each is declared once, with its name, what it takes, its default and its meaning. Reading
 //! them, refusing what does not fit and docs/configuration.md all follow from here.
 
-use std::fmt;
-
-/// What a variable takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// A number in this range, with an optional suffix K, M or G.
-    Number(u64, u64),
-    /// 0 or 1 (also no, yes, false, true, off, on).
-    Flag,
-    /// One of these words.
-    Word(&'static [&'static str]),
-    /// A text that its own module understands.
-    Text,
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Kind::Number(from, to) => write!(f, "{from} to {to}"),
-            Kind::Flag => f.write_str("0, 1"),
-            Kind::Word(words) => f.write_str(&words.join(", ")),
-            Kind::Text => f.write_str("text"),
-        }
-    }
-}
+pub use soft_plugin::Kind;
 
 /// One environment variable.
 #[derive(Clone, Copy, Debug)]
@@ -45,24 +21,7 @@ pub struct Variable {
 }
 
 const fn var(name: &'static str, kind: Kind, default: &'static str, doc: &'static str) -> Variable {
-    Variable { name, kind, default, number: digits(default), of_the_process: false, doc }
-}
-
-/// A default that is written as a number.
-const fn digits(text: &str) -> Option<u64> {
-    let (bytes, mut at, mut number) = (text.as_bytes(), 0, 0u64);
-    while at < bytes.len() {
-        if !bytes[at].is_ascii_digit() {
-            return None;
-        }
-        number = number * 10 + (bytes[at] - b'0') as u64;
-        at += 1;
-    }
-    if bytes.is_empty() {
-        None
-    } else {
-        Some(number)
-    }
+    Variable { name, kind, default, number: soft_plugin::default_number(default), of_the_process: false, doc }
 }
 
 const fn process(variable: Variable) -> Variable {

@@ -70,19 +70,21 @@ pub(crate) enum Part {
     Answers,
     /// The frame that is coming in.
     Frame,
+    /// Chunks that were announced and have not come.
+    Chunks,
 }
 
 /// A connection's part of the pool; given back when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Share {
     pool: Arc<Pool>,
-    bytes: [usize; 3],
+    bytes: [usize; 4],
     transfers: usize,
 }
 
 impl Share {
     pub(crate) fn new(pool: &Arc<Pool>) -> Share {
-        Share { pool: pool.clone(), bytes: [0; 3], transfers: 0 }
+        Share { pool: pool.clone(), bytes: [0; 4], transfers: 0 }
     }
 
     /// Sets how many bytes a part takes.

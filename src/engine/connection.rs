@@ -6,7 +6,7 @@ use super::budget::Counted;
 use super::fifo::FifoItem;
 use super::home::{self, Driven};
 use super::pacing::{pause, Pause, Polls, Situation, NAP_BYTES};
-use super::proto::{Machine, Scheduled, TransferState, MAX_BACKLOG};
+use super::proto::{is_farewell, Machine, Scheduled, TransferState, MAX_BACKLOG};
 use super::request::{self, Built, RequestBuilder};
 use super::transfer::{Direction, LocalSegment};
 use super::watch::Watch;
@@ -105,11 +105,15 @@ impl Core {
 
     /// A channel that the peer has closed tells less than the peer's farewell, which may be here.
     fn last_words(&mut self, error: Error, now: Instant) -> Error {
-        if error.kind() != ErrorKind::RemoteDisconnect {
+        if !matches!(error.kind(), ErrorKind::RemoteDisconnect | ErrorKind::Plugin) {
             return error;
         }
         match self.read(now) {
-            Err(e) if matches!(e.kind(), ErrorKind::RemoteDisconnect | ErrorKind::TimedOut) => e,
+            // What a plugin says of a failure counts for more than a bare end of the stream.
+            Err(e) if is_farewell(&e) || error.kind() == ErrorKind::RemoteDisconnect => match e.kind() {
+                ErrorKind::RemoteDisconnect | ErrorKind::TimedOut => e,
+                _ => error,
+            },
             _ => error,
         }
     }
@@ -119,7 +123,7 @@ impl Core {
         for _ in 0..READS {
             let (n, more) = self.control.read(&mut self.rx)?;
             if n > 0 {
-                self.machine.heard(n, self.rx.arriving(), now)?;
+                self.machine.heard(n, self.rx.arriving(), now);
                 // Part of a large frame.
                 any |= self.rx.arriving() > 0;
             }
@@ -130,6 +134,7 @@ impl Core {
                 self.machine.handle(frame, &mut self.channels, now)?;
                 self.rx.consume(len);
             }
+            self.machine.keeps(self.rx.kept())?;
             if !more {
                 break;
             }

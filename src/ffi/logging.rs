@@ -5,14 +5,19 @@ use crate::status::UCCL_OK;
 use std::ffi::{c_char, c_int, c_void};
 
 /// Level of a log line: something failed.
+#[allow(dead_code, reason = "for the header")]
 pub const UCCL_LOG_ERROR: c_int = 1;
 /// Level of a log line: something is not as it should be, and the library goes on.
+#[allow(dead_code, reason = "for the header")]
 pub const UCCL_LOG_WARN: c_int = 2;
 /// Level of a log line: what happens, in large steps.
+#[allow(dead_code, reason = "for the header")]
 pub const UCCL_LOG_INFO: c_int = 3;
 /// Level of a log line: what happens, in small steps.
+#[allow(dead_code, reason = "for the header")]
 pub const UCCL_LOG_DEBUG: c_int = 4;
 /// Level of a log line: everything.
+#[allow(dead_code, reason = "for the header")]
 pub const UCCL_LOG_TRACE: c_int = 5;
 
 const _: () = {

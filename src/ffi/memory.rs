@@ -14,6 +14,7 @@ pub use crate::engine::FifoItem;
 pub type uccl_mr_t = u64;
 
 /// Bytes of a serialised FIFO item.
+#[allow(dead_code, reason = "for the header")]
 pub const UCCL_FIFO_SIZE: usize = 64;
 /// Bytes of an IPC descriptor.
 pub const UCCL_IPC_INFO_SIZE: usize = 128;

@@ -136,6 +136,11 @@ impl RxBuffer {
         }
     }
 
+    /// Bytes of memory that are kept.
+    pub(crate) fn kept(&self) -> usize {
+        self.bytes.len()
+    }
+
     /// Bytes of the frame that is arriving, 0 while its header is not here.
     pub(crate) fn arriving(&self) -> usize {
         self.need

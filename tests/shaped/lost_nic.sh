@@ -26,8 +26,8 @@ if [ $# -eq 1 ]; then
 fi
 
 fault=$2 op=$3
-# The default deadline of a transfer, a look at the network's counters, and what a busy machine adds.
-limit=20
+# The default deadline of a transfer, a second for the looks, and what a busy machine adds.
+limit=13
 hosts
 nics 100 100
 serve
@@ -61,6 +61,16 @@ case $rc in
 0) verdict=OK ;;
 124) verdict="no end" failed=1 ;;
 *) verdict="error: $cause"; [ -n "$cause" ] || failed=1 ;;
+esac
+# What is said of the loss names the NIC that is lost, and no other.
+case $fault-$rc in
+drop-1 | down-1 | delete-1 | reset-1)
+  case $cause in
+  *eth1*) failed=1 verdict="$verdict, NAMES eth1" ;;
+  *eth2*) ;;
+  *) failed=1 verdict="$verdict, names no NIC" ;;
+  esac
+  ;;
 esac
 # What goes on slowly may take longer; what stands still may not.
 [ $fault = rate ] && [ $rc = 0 ] || [ $took -le $((limit * 1000)) ] || { failed=1; verdict="$verdict, too late"; }

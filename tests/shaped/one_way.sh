@@ -7,11 +7,11 @@
 command -v iptables >/dev/null || skip "$name needs iptables"
 hosts
 nics 1000 1000
-export UCCL_TCPX_OOB_PORT=7000 UCCL_TCPX_PORT_RANGE=41000-41007 UCCL_TCPX_NUM_CHANNELS=4
+export UCCL_TCPX_OOB_PORT=7000 UCCL_TCPX_PORT_RANGE=21000-21007 UCCL_TCPX_NUM_CHANNELS=4
 ip netns exec $b iptables -A INPUT -i lo -j ACCEPT 2>"$scratch/iptables" || skip "$name needs iptables: $(head -1 "$scratch/iptables")"
 ip netns exec $b sh -ec '
   iptables -A INPUT -p tcp --syn --dport 7000 -j ACCEPT
-  iptables -A INPUT -p tcp --syn --dport 41000:41007 -j ACCEPT
+  iptables -A INPUT -p tcp --syn --dport 21000:21007 -j ACCEPT
   iptables -A INPUT -p tcp --syn -j DROP
   iptables -A OUTPUT -p tcp --syn -j DROP'
 # Nothing comes in on the other host, whatever it listens on.
@@ -34,7 +34,7 @@ for _ in $(seq 100); do
   sleep 0.05
 done
 ip netns exec $b ss -Htn state established >"$scratch/ss"
-awk '{ sub(/.*:/, "", $3); if ($3 != 7000 && ($3 < 41000 || $3 > 41007)) bad = 1; if ($3 != 7000) data++ } END { exit bad || data != 8 }' "$scratch/ss" ||
+awk '{ sub(/.*:/, "", $3); if ($3 != 7000 && ($3 < 21000 || $3 > 21007)) bad = 1; if ($3 != 7000) data++ } END { exit bad || data != 8 }' "$scratch/ss" ||
   { echo "$name: not 8 data connections to ports of the range:"; cat "$scratch/ss"; failed=1; }
 echo "$name: established at the listening host, by port:$(sed 's/ \+/ /g' "$scratch/ss" | cut -d' ' -f3 | sed 's/.*://' | sort -n | uniq -c | tr -s ' ' | tr '\n' ',')"
 wait $client || { echo "$name: the client failed:"; cat "$scratch/client"; failed=1; }

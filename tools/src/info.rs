@@ -10,7 +10,7 @@ use tcpx_tools::case::{Case, Op};
 use tcpx_tools::client::Client;
 use tcpx_tools::doctor::{self, Check, Host};
 use tcpx_tools::error::{Context, Failure, Result};
-use tcpx_tools::inspect::{self, Congestion, Environment, Gpu};
+use tcpx_tools::inspect::{self, Congestion, Environment, Gpu, Variable};
 use tcpx_tools::measure::{measure, Options};
 use tcpx_tools::memory::Kind;
 use tcpx_tools::probe::{self, Proof};
@@ -198,85 +198,81 @@ fn with_peer(node: &Arc<Node>, address: &str, memory: Kind) -> Result<Vec<Row>> 
     rows.into_iter().collect()
 }
 
+/// The report line by line: what a line is about, and what it says.
 fn text(report: &Report, settings: bool) -> String {
-    use std::fmt::Write;
-    let mut out = String::new();
-    let mut line = |name: &str, value: &str| {
-        // Writing to a String cannot fail.
-        let _ = writeln!(out, "{name:<20} {value}");
-    };
-    line("verdict", &report.verdict);
-    line("library", &format!("uccl-tcpx {}", report.version));
-    match &report.plugin {
-        Some(p) => {
-            line("plugin", &format!("{}, {}, NCCL net ABI v{}", p.name, p.path.as_deref().unwrap_or("built in"), p.abi_version))
-        }
-        None => line("plugin", "none"),
-    }
-    if let Some(metadata) = &report.metadata {
-        line("address", metadata);
-    }
-    match report.nics.len() {
-        0 => line("network devices", "none"),
-        n => line("network devices", &n.to_string()),
-    }
-    for nic in &report.nics {
-        let numa = nic.numa_node.map_or("NUMA node unknown".to_string(), |n| format!("NUMA node {n}"));
-        let speed = if nic.speed_mbps > 0 { format!("{} Mbit/s", nic.speed_mbps) } else { "speed unknown".to_owned() };
-        let pci = nic.pci_path.as_deref().filter(|p| !p.is_empty()).unwrap_or("no PCI device");
-        line("", &format!("{}: {speed}, {numa}, {pci}, memory: {} (plugin {})", nic.name, nic.pointers.join("+"), nic.plugin));
-    }
-    if let Some(range) = report.settings.iter().find(|s| s.name == "UCCL_TCPX_PORT_RANGE" && s.source != "default") {
-        line("data ports", &format!("{} (UCCL_TCPX_PORT_RANGE)", range.value));
-    }
-    match report.gpus.len() {
-        0 => line("GPUs", "none (host memory works without)"),
-        n => line("GPUs", &n.to_string()),
-    }
-    for gpu in &report.gpus {
-        line("", &gpu.pci.as_ref().map_or(gpu.name.clone(), |pci| format!("{} at {pci}", gpu.name)));
-    }
-    match &report.congestion_control {
-        Some(c) => line("congestion control", &format!("{} (available: {})", c.default, c.available.join(", "))),
-        None => line("congestion control", "unknown"),
-    }
+    let mut lines = vec![("verdict", report.verdict.clone()), ("library", format!("uccl-tcpx {}", report.version))];
+    lines.extend(devices(report));
     if let Some(proof) = &report.proof {
-        line("proof", &format!("{} bytes verified, {:.0} us for write and read", proof.verified_bytes, proof.elapsed_us));
+        lines.push(("proof", format!("{} bytes verified, {:.0} us for write and read", proof.verified_bytes, proof.elapsed_us)));
     }
-    if let Some(within_host) = &report.within_host {
-        line("within this host", within_host);
+    lines.extend(report.within_host.iter().map(|within_host| ("within this host", within_host.clone())));
+    for row in report.peer.iter().flatten() {
+        lines.push(("peer", row.line().trim().to_owned()));
     }
-    if let Some(rows) = &report.peer {
-        rows.iter().for_each(|row| line("peer", row.line().trim()));
-    }
+    lines.extend(if settings { all_settings(report) } else { settings_in_effect(report) });
+    let variables =
+        |title, found: &[Variable]| -> Vec<Line> { found.iter().map(|v| (title, format!("{}={}", v.name, v.value))).collect() };
     if settings {
-        let width = report.settings.iter().map(|s| s.name.len()).max().unwrap_or(0);
-        line("settings", &format!("{} (* set in the environment)", report.settings.len()));
-        for s in &report.settings {
-            let mark = if s.source == "default" { ' ' } else { '*' };
-            let value = if s.value.is_empty() { "(unset)" } else { &s.value };
-            line("", &format!("{mark} {:<width$} = {value:<12}  {}", s.name, s.doc));
-        }
-        line("budgets", "what peers may take in a process with these limits");
-        report.budgets.iter().for_each(|b| line("", &format!("  {:<width$} = {:<12}  {}", b.name, b.number, b.counts)));
-    } else {
-        let set: Vec<String> =
-            report.settings.iter().filter(|s| s.source != "default").map(|s| format!("{}={}", s.name, s.value)).collect();
-        let set = if set.is_empty() { "defaults".to_owned() } else { set.join(" ") };
-        line("settings", &format!("{set} (--settings shows all)"));
-    }
-    let shown = if settings { &report.environment.passed_through[..] } else { &[] };
-    for (title, variables) in [("left to the plugin", shown), ("UNKNOWN", &report.environment.unknown[..])] {
-        for v in variables {
-            line(title, &format!("{}={}", v.name, v.value));
-        }
+        lines.extend(variables("left to the plugin", &report.environment.passed_through));
     }
     if !report.environment.unknown.is_empty() {
-        line("warning", "nothing reads the UNKNOWN variables: a misspelt name, or one of another program");
+        lines.extend(variables("UNKNOWN", &report.environment.unknown));
+        lines.push(("warning", "nothing reads the UNKNOWN variables: a misspelt name, or one of another program".to_owned()));
     }
+    let mut out: String = lines.iter().map(|(name, value)| format!("{name:<20} {value}\n")).collect();
     if let Some(checks) = &report.doctor {
         out += "\n";
         out += &doctor::text(checks);
     }
     out
+}
+
+type Line = (&'static str, String);
+
+/// Plugin, address, NICs and GPUs.
+fn devices(report: &Report) -> Vec<Line> {
+    let plugin = report.plugin.as_ref().map_or("none".to_owned(), |p| {
+        format!("{}, {}, NCCL net ABI v{}", p.name, p.path.as_deref().unwrap_or("built in"), p.abi_version)
+    });
+    let mut lines = vec![("plugin", plugin)];
+    lines.extend(report.metadata.iter().map(|metadata| ("address", metadata.clone())));
+    let count = |n: usize, none: &str| if n == 0 { none.to_owned() } else { n.to_string() };
+    lines.push(("network devices", count(report.nics.len(), "none")));
+    for nic in &report.nics {
+        let numa = nic.numa_node.map_or("NUMA node unknown".to_string(), |n| format!("NUMA node {n}"));
+        let speed = if nic.speed_mbps > 0 { format!("{} Mbit/s", nic.speed_mbps) } else { "speed unknown".to_owned() };
+        let pci = nic.pci_path.as_deref().filter(|p| !p.is_empty()).unwrap_or("no PCI device");
+        let memory = nic.pointers.join("+");
+        lines.push(("", format!("{}: {speed}, {numa}, {pci}, memory: {memory} (plugin {})", nic.name, nic.plugin)));
+    }
+    if let Some(range) = report.settings.iter().find(|s| s.name == "UCCL_TCPX_PORT_RANGE" && s.source != "default") {
+        lines.push(("data ports", format!("{} (UCCL_TCPX_PORT_RANGE)", range.value)));
+    }
+    lines.push(("GPUs", count(report.gpus.len(), "none (host memory works without)")));
+    for gpu in &report.gpus {
+        lines.push(("", gpu.pci.as_ref().map_or(gpu.name.clone(), |pci| format!("{} at {pci}", gpu.name))));
+    }
+    let congestion = report.congestion_control.as_ref();
+    let congestion = congestion.map(|c| format!("{} (available: {})", c.default, c.available.join(", ")));
+    lines.push(("congestion control", congestion.unwrap_or_else(|| "unknown".to_owned())));
+    lines
+}
+
+fn settings_in_effect(report: &Report) -> Vec<Line> {
+    let set = report.settings.iter().filter(|s| s.source != "default").map(|s| format!("{}={}", s.name, s.value));
+    let set = set.collect::<Vec<_>>().join(" ");
+    vec![("settings", format!("{} (--settings shows all)", if set.is_empty() { "defaults" } else { &set }))]
+}
+
+fn all_settings(report: &Report) -> Vec<Line> {
+    let width = report.settings.iter().map(|s| s.name.len()).max().unwrap_or(0);
+    let mut lines = vec![("settings", format!("{} (* set in the environment)", report.settings.len()))];
+    for s in &report.settings {
+        let mark = if s.source == "default" { ' ' } else { '*' };
+        let value = if s.value.is_empty() { "(unset)" } else { &s.value };
+        lines.push(("", format!("{mark} {:<width$} = {value:<12}  {}", s.name, s.doc)));
+    }
+    lines.push(("budgets", "what peers may take in a process with these limits".to_owned()));
+    lines.extend(report.budgets.iter().map(|b| ("", format!("  {:<width$} = {:<12}  {}", b.name, b.number, b.counts))));
+    lines
 }

@@ -84,7 +84,7 @@ const SLOW_NIC: f64 = 0.7;
 /// A NIC below this part of the fastest one's speed is hardly worth what a lost packet on it costs: it is only tried now and then.
 pub(crate) const LEFT_ALONE: f64 = 1.0 / 12.0;
 /// A chunk that tries it does no harm where it would take this part of the time that the others need for the rest.
-const HARMLESS: f64 = 0.25;
+const HARMLESS: f64 = 0.125;
 /// Chunks of a slow NIC are shorter in proportion, but not shorter than this.
 const SHORTEST: u64 = 64 << 10;
 const PAGE: u64 = nccl_net_abi::PAGE as u64;

@@ -145,6 +145,11 @@ impl Incoming {
         Ok(self.ended(key))
     }
 
+    /// Chunks under way.
+    pub(super) fn expected(&self) -> usize {
+        self.expected
+    }
+
     /// Chunks that have arrived so far.
     pub(super) fn chunks(&self) -> u64 {
         self.arrived

@@ -65,6 +65,9 @@ pub(super) fn answers(waiting: usize) -> Result<()> {
     Ok(())
 }
 
+/// Memory of an announced chunk, and from how many on they count.
+const CHUNK_BYTES: usize = 256;
+const MANY_CHUNKS: usize = 4096;
 /// Memory of a transfer of the peer besides its list, at most.
 const TRANSFER_BYTES: usize = 512;
 
@@ -97,12 +100,22 @@ impl PeerLoad {
         self.share.set(Part::Answers, if bytes < MAX_INLINE { 0 } else { bytes })
     }
 
-    /// The frame that is coming in has so many bytes.
+    /// So many bytes are kept for the frame that is coming in. What was announced of it and has not come costs nothing.
     ///
     /// # Errors
     /// `Resource` when peers take too much memory already.
     pub(super) fn arriving(&mut self, bytes: usize) -> Result<()> {
         self.share.set(Part::Frame, if bytes <= 2 * MAX_INLINE { 0 } else { bytes })
+    }
+
+    /// So many chunks are announced and have not come.
+    ///
+    /// # Errors
+    /// As above.
+    pub(super) fn chunks(&mut self, chunks: usize) -> Result<()> {
+        // In steps: they come and go one by one.
+        let steps = if chunks < MANY_CHUNKS { 0 } else { chunks / MANY_CHUNKS };
+        self.share.set(Part::Chunks, steps * MANY_CHUNKS * CHUNK_BYTES)
     }
 
     /// The peer names a new transfer. Whether there is room for it; where not, it has to be refused, and still counts as one of this

@@ -26,6 +26,7 @@ pub(crate) use limits::MAX_BACKLOG;
 #[cfg(feature = "test-api")]
 pub(crate) use outgoing::tag;
 pub(crate) use outgoing::Scheduled;
+pub(crate) use peer::is_farewell;
 #[cfg(fuzzing)]
 pub(crate) use simulation::attacked;
 pub use transfers::TransferState;
@@ -93,6 +94,8 @@ const REPORT: Duration = Duration::from_secs(1);
 
 /// Log lines a second that the peer of one connection can cause.
 const PEER_LINES: u32 = 5;
+/// A write of more segments than these is no small one, however few its bytes.
+const INLINE_SEGMENTS: usize = 64;
 
 /// The protocol state of a connection.
 pub(crate) struct Machine {
@@ -279,7 +282,9 @@ impl Machine {
         self.deadlines.start(key, Way::Out, total, now);
         let hold = Hold::new(uses);
         let mut gathered = std::mem::take(&mut self.gathered);
-        if let Some(data) = self.load_inline(&segments, &hold, total, self.write_inline(), channels, &mut gathered)? {
+        if let Some(data) =
+            self.load_inline(&segments, &hold, total, self.write_inline(segments.len()), channels, &mut gathered)?
+        {
             self.counts.inline_sent_bytes += total;
             self.push(&Frame::Write { id, regions: remote_regions, segments: remote, inline: Some(data) }, now);
             self.transfers.moved(id, total);
@@ -346,11 +351,12 @@ impl Machine {
         }
     }
 
-    /// Largest write that travels inside a control frame, once it is among those in flight. One without company is done soonest that way:
-    /// no grant, and no thread but the callers'. Several are moved faster side by side.
-    fn write_inline(&self) -> usize {
+    /// Largest write of so many segments that travels inside a control frame, once it is among those in flight. One without company is
+    /// done soonest that way: no grant, and no thread but the callers'. Several, and long lists, are moved faster side by side.
+    fn write_inline(&self, segments: usize) -> usize {
         match self.setting.eager_bytes {
             0 => 0,
+            eager if segments > INLINE_SEGMENTS => eager,
             eager => eager.max(MAX_INLINE / self.transfers.in_flight().max(1)),
         }
     }
@@ -400,6 +406,8 @@ impl Machine {
             }
         }
         self.events = events;
+        // Fewer than before never fails.
+        let _ = self.peer.chunks(self.incoming.expected());
         if limits::must_report(self.incoming.chunks() - self.reported_chunks) {
             self.ping(channels.totals().received, now);
         }
@@ -484,12 +492,16 @@ impl Machine {
 
     // ---- time ----
 
-    /// Bytes came in on the control stream; `arriving`: size of the frame they belong to.
+    /// So many bytes are kept of frames that have not come as a whole.
     ///
     /// # Errors
-    /// `Resource` when the frame would take more memory than peers may.
-    pub(crate) fn heard(&mut self, bytes: usize, arriving: usize, now: Instant) -> Result<()> {
-        self.peer.arriving(arriving)?;
+    /// `Resource` when that is more memory than peers may take.
+    pub(crate) fn keeps(&mut self, bytes: usize) -> Result<()> {
+        self.peer.arriving(bytes)
+    }
+
+    /// Bytes came in on the control stream; `arriving`: size of the frame they belong to.
+    pub(crate) fn heard(&mut self, bytes: usize, arriving: usize, now: Instant) {
         self.clock.rx = now;
         self.counts.control_received_bytes += bytes as u64;
         // Answers wait behind a large frame that is on its way, and behind all that comes while the peer has a backlog: then its
@@ -497,12 +509,13 @@ impl Machine {
         if arriving > MAX_INLINE || now.saturating_duration_since(self.clock.ping) > 2 * self.setting.heartbeat {
             self.deadlines.waited(bytes as u64, now);
         }
-        Ok(())
     }
 
     /// The control socket took bytes; `leaving`: bytes taken from the queue that it has not.
     pub(crate) fn told(&mut self, bytes: usize, leaving: usize, now: Instant) {
         self.leaving = leaving;
+        // Fewer than before never fails.
+        let _ = self.peer.answers(self.tx.answers());
         self.counts.control_sent_bytes += bytes as u64;
         if bytes > 0 {
             self.clock.drained = now;

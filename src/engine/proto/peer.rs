@@ -222,7 +222,8 @@ impl Machine {
     }
 
     fn on_chunks(&mut self, key: Key, grants: &[Grant], channels: &mut Channels) -> Result<()> {
-        grants.iter().try_for_each(|&grant| self.incoming.announce(key, grant, channels))
+        grants.iter().try_for_each(|&grant| self.incoming.announce(key, grant, channels))?;
+        self.peer.chunks(self.incoming.expected())
     }
 
     /// The peer's verdict on a transfer of this side. Which ones fit depends on its kind and on how far it is.
@@ -393,11 +394,16 @@ impl Machine {
 fn farewell(status: StatusCode, text: &str) -> Error {
     match status {
         UCCL_OK => err!(RemoteDisconnect, "the peer closed the connection"),
-        code if ErrorKind::from_code(code) == ErrorKind::TimedOut => {
-            err!(TimedOut, "the peer gave the connection up: {}", printable(text))
-        }
-        _ => err!(RemoteDisconnect, "the peer gave the connection up: {}", printable(text)),
+        code if ErrorKind::from_code(code) == ErrorKind::TimedOut => err!(TimedOut, "{GAVE_UP}: {}", printable(text)),
+        _ => err!(RemoteDisconnect, "{GAVE_UP}: {}", printable(text)),
     }
+}
+
+const GAVE_UP: &str = "the peer gave the connection up";
+
+/// Whether an error is a peer's farewell with a cause.
+pub(crate) fn is_farewell(error: &Error) -> bool {
+    error.to_str().starts_with(GAVE_UP)
 }
 
 /// A peer's text without what would steer a terminal or forge a line.
