@@ -43,9 +43,12 @@ pub(crate) fn current(call: &str) -> &'static Gpu {
 }
 
 impl Gpu {
-    /// Ends the process unless all of a range is memory of this GPU.
+    /// Ends the process unless all of a range is memory of this GPU. The driver exports whole granules: what lies behind an allocation's
+    /// end in its last one may be named, too.
     pub(crate) fn check(&self, call: &str, base: usize, size: usize) {
-        for at in [base, base + size - 1] {
+        const GRANULE: usize = 2 << 20;
+        let last = base + size - 1;
+        for at in [base, base.max(last - last % GRANULE)] {
             match memory_kind(at as u64) {
                 Ok(MemoryKind::Device { ordinal }) if ordinal == self.ordinal => {}
                 other => {

@@ -60,7 +60,7 @@ clear
 ip -n $a addr flush dev eth2
 ip -n $a addr add 10.99.2.1/24 dev eth2
 ip -n $a route add unreachable 10.78.2.0/24
-NCCL_GPUDIRECTTCPX_SOCKET_IFNAME==eth2 try "the connecting host has its data NIC in another network, and reaches one NIC of the other by routing"
+NCCL_GPUDIRECTTCPX_SOCKET_IFNAME="=eth2" try "the connecting host has its data NIC in another network, and reaches one NIC of the other by routing"
 works
 reads 1 "WARN NIC eth2 is left out .*channel [01] on eth2: connect to 10\.78\.2\.2:$port \(eth2\), for data to the peer: .*No route to host" log
 reads 5 "WARN NIC eth2 is left out .*eth2: wait at 10\.78\.2\.2:$port for a connection from the peer's eth2" server_log
@@ -69,10 +69,10 @@ ip -n $a addr flush dev eth2
 ip -n $a addr add 10.78.2.1/24 dev eth2
 
 kill $server && wait $server 2>/dev/null || true
-NCCL_GPUDIRECTTCPX_SOCKET_IFNAME==eth2 serve
+NCCL_GPUDIRECTTCPX_SOCKET_IFNAME="=eth2" serve
 ip -n $b addr flush dev eth2
 ip -n $b addr add 10.99.2.2/24 dev eth2
-NCCL_GPUDIRECTTCPX_SOCKET_IFNAME==eth2 try "the listening host has its data NIC in another network"
+NCCL_GPUDIRECTTCPX_SOCKET_IFNAME="=eth2" try "the listening host has its data NIC in another network"
 fails
 reads 1 "^error: .*on eth2: connect to 10\.99\.2\.2:$port \(eth2\).*Network is unreachable" log
 reads 5 "WARN .*refused by the peer: .*on eth2: connect to 10\.99\.2\.2:$port .*Network is unreachable" server_log
@@ -82,7 +82,7 @@ ip -n $b addr add 10.78.2.2/24 dev eth2
 # The only port of the range is the control port, on the address of eth1.
 kill $server && wait $server 2>/dev/null || true
 export UCCL_TCPX_PORT_RANGE=21000-21000
-UCCL_TCPX_OOB_PORT=21000 NCCL_GPUDIRECTTCPX_SOCKET_IFNAME==eth1 serve
+UCCL_TCPX_OOB_PORT=21000 NCCL_GPUDIRECTTCPX_SOCKET_IFNAME="=eth1" serve
 try "no port of the range is free"
 fails
 reads 1 "^error: .*refused by the peer: listen on eth1: .*every port of UCCL_TCPX_PORT_RANGE=21000-21000 is in use" log
@@ -101,7 +101,7 @@ for range in 5 0-9 9-5 ports; do
 done
 kill $server && wait $server 2>/dev/null || true
 UCCL_TCPX_OOB_PORT=7000 UCCL_TCPX_PORT_RANGE=21000-21999 serve
-UCCL_TCPX_PORT_RANGE= UCCL_TCPX_ALLOW=10.78.2.0/24 try "one data address of the peer is not in UCCL_TCPX_ALLOW"
+UCCL_TCPX_PORT_RANGE="" UCCL_TCPX_ALLOW=10.78.2.0/24 try "one data address of the peer is not in UCCL_TCPX_ALLOW"
 works
 reads 1 "WARN NIC eth1 is left out .*connect to 10\.78\.1\.2:$port .*not in UCCL_TCPX_ALLOW" log
 finish

@@ -36,7 +36,7 @@ fn demo_proves_host_memory_and_writes_its_files() {
     std::fs::create_dir_all(&folder).unwrap();
     let (json, svg) = (folder.join("rows.json"), folder.join("rows.svg"));
     let line = format!("demo --iters 3 --warmup 1 --channels 4 --json {} --plot {}", json.display(), svg.display());
-    let out = must_work(PERF, &line, "no difference; host memory, 4 channels");
+    let out = must_work(PERF, &line, "no difference; host memory, ");
     assert!(!out.contains("not checked"), "{out}");
     let rows: Vec<tcpx_tools::report::Row> = serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap();
     assert_eq!(rows.len(), tcpx_tools::suite::demo().len());
@@ -146,13 +146,14 @@ fn time_and_intervals_bound_a_row() {
 #[test]
 fn whoever_reads_no_more_ends_the_program_quietly() {
     for (program, line) in [(INFO, "--no-probe --settings"), (PERF, "demo --op write --iters 2"), (TOP, "--manual-page")] {
-        let mut child = Command::new(program)
+        let (reader, writer) = std::os::unix::net::UnixStream::pair().unwrap();
+        drop(reader);
+        let child = Command::new(program)
             .args(line.split_whitespace())
-            .stdout(Stdio::piped())
+            .stdout(std::os::fd::OwnedFd::from(writer))
             .stderr(Stdio::piped())
             .spawn()
             .expect("the program starts");
-        drop(child.stdout.take());
         let output = child.wait_with_output().unwrap();
         assert!(!text(&output.stderr).contains("panicked"), "{}", text(&output.stderr));
         assert_eq!(
