@@ -2,12 +2,12 @@
 //! engine fills. Follows the current context of the calling thread, as the contract says; makes none and touches no GPU by itself.
 
 use std::collections::hash_map::Entry;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use cuda_driver::{Absence, Context, DeviceBuffer, PinnedBuffer, Stream};
@@ -92,8 +92,8 @@ struct Source {
     memory: ManuallyDrop<Ring>,
     stride: usize,
     places: Mutex<Places>,
-    /// A stream for each context that sends.
-    streams: Mutex<HashMap<usize, Stream>>,
+    /// The stream of each context that sends.
+    streams: Mutex<HashMap<usize, Arc<Stream>>>,
     /// A copy did not end in time.
     stuck: AtomicBool,
 }
@@ -159,11 +159,25 @@ impl Source {
     }
 }
 
+/// One stream for each context, for all send comms together: beyond a few streams the driver makes one only while the GPU is at rest.
+static SHARED: Mutex<BTreeMap<usize, Weak<Stream>>> = Mutex::new(BTreeMap::new());
+
+fn shared(id: usize) -> cuda_driver::Result<Arc<Stream>> {
+    let mut all = SHARED.lock();
+    if let Some(stream) = all.get(&id).and_then(Weak::upgrade) {
+        return Ok(stream);
+    }
+    let stream = Arc::new(Stream::new(&Context::current()?)?);
+    all.insert(id, Arc::downgrade(&stream));
+    Ok(stream)
+}
+
 /// The stream for the calling thread's context, made where it is missing.
-fn stream_of(streams: &mut HashMap<usize, Stream>) -> cuda_driver::Result<&Stream> {
-    match streams.entry(Context::current_id()?) {
+fn stream_of(streams: &mut HashMap<usize, Arc<Stream>>) -> cuda_driver::Result<&Stream> {
+    let id = Context::current_id()?;
+    match streams.entry(id) {
         Entry::Occupied(entry) => Ok(entry.into_mut()),
-        Entry::Vacant(entry) => Ok(entry.insert(Stream::new(&Context::current()?)?)),
+        Entry::Vacant(entry) => Ok(entry.insert(shared(id)?)),
     }
 }
 

@@ -222,6 +222,10 @@ impl LocalMemory for CudaMemory {
         results.into_iter().collect()
     }
 
+    fn ready(&mut self, place: Place) -> Result<()> {
+        self.unit(place).map(drop)
+    }
+
     fn reaches(&mut self, place: Place, peer_gpu: &GpuId) -> bool {
         let Some(ordinal) = place.ordinal().map(i32::from).filter(|_| *peer_gpu != GpuId::default()) else { return false };
         match cuda_driver::ordinal_of_uuid(peer_gpu) {

@@ -531,6 +531,13 @@ impl Path for LocalPath {
         });
     }
 
+    fn ready(&mut self, place: Place, _copier: &mut Copier) -> Result<()> {
+        match &mut self.device {
+            Some(device) if place.is_device() && self.pairs.iter().any(|&(here, _)| here == place) => device.ready(place),
+            _ => Ok(()),
+        }
+    }
+
     fn forget_region(&mut self, id: u64) {
         self.shares.forget(id);
         if !self.shares.notes.is_empty() {

@@ -114,4 +114,9 @@ pub(crate) trait LocalMemory: Send {
     /// Whether memory of the peer's GPU can be pulled into memory of `place`; asked once for each pair at set-up. Host memory: the peer's
     /// GPU is zeros.
     fn reaches(&mut self, place: Place, peer_gpu: &GpuId) -> bool;
+
+    /// Has what pulls into `place` need made: no pull makes a GPU's driver allocate from then on.
+    fn ready(&mut self, _place: Place) -> Result<()> {
+        Ok(())
+    }
 }
