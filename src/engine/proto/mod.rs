@@ -94,8 +94,6 @@ const REPORT: Duration = Duration::from_secs(1);
 
 /// Log lines a second that the peer of one connection can cause.
 const PEER_LINES: u32 = 5;
-/// A write of more segments than these is no small one, however few its bytes.
-const INLINE_SEGMENTS: usize = 64;
 
 /// The protocol state of a connection.
 pub(crate) struct Machine {
@@ -282,9 +280,7 @@ impl Machine {
         self.deadlines.start(key, Way::Out, total, now);
         let hold = Hold::new(uses);
         let mut gathered = std::mem::take(&mut self.gathered);
-        if let Some(data) =
-            self.load_inline(&segments, &hold, total, self.write_inline(segments.len()), channels, &mut gathered)?
-        {
+        if let Some(data) = self.load_inline(&segments, &hold, total, channels, &mut gathered)? {
             self.counts.inline_sent_bytes += total;
             self.push(&Frame::Write { id, regions: remote_regions, segments: remote, inline: Some(data) }, now);
             self.transfers.moved(id, total);
@@ -351,28 +347,17 @@ impl Machine {
         }
     }
 
-    /// Largest write of so many segments that travels inside a control frame, once it is among those in flight. One without company is
-    /// done soonest that way: no grant, and no thread but the callers'. Several, and long lists, are moved faster side by side.
-    fn write_inline(&self, segments: usize) -> usize {
-        match self.setting.eager_bytes {
-            0 => 0,
-            eager if segments > INLINE_SEGMENTS => eager,
-            eager => eager.max(MAX_INLINE / self.transfers.in_flight().max(1)),
-        }
-    }
-
-    /// The bytes of a transfer that is small enough, `limit` at most, to travel inside a control frame: where they lie, if that is one
+    /// The bytes of a transfer that is small enough to travel inside a control frame: where they lie, if that is one
     /// piece of host memory, else in `gathered`.
     fn load_inline<'a>(
         &self,
         segments: &'a [Segment],
         hold: &Hold,
         total: u64,
-        limit: usize,
         channels: &mut Channels,
         gathered: &'a mut Vec<u8>,
     ) -> Result<Option<&'a [u8]>> {
-        if total > limit.min(MAX_INLINE) as u64 {
+        if total > self.setting.eager_bytes.min(MAX_INLINE) as u64 {
             return Ok(None);
         }
         if total > channels.inline_bytes(segments, hold) as u64 {

@@ -192,8 +192,8 @@ impl Machine {
         }
         let hold = Hold::new(uses);
         if self.tx.pending() < MAX_INLINE_BACKLOG {
-            let (mut gathered, eager) = (std::mem::take(&mut self.gathered), self.setting.eager_bytes);
-            if let Some(data) = self.load_inline(&segments, &hold, total, eager, channels, &mut gathered)? {
+            let mut gathered = std::mem::take(&mut self.gathered);
+            if let Some(data) = self.load_inline(&segments, &hold, total, channels, &mut gathered)? {
                 self.counts.inline_sent_bytes += total;
                 self.push(&Frame::ReadInline { id, data }, now);
                 self.gathered = gathered;
