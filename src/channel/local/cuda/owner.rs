@@ -144,11 +144,11 @@ fn send(socket: &UnixDatagram, bytes: &[u8], fd: Option<&OwnedFd>) {
     let sent = unsafe {
         if let Some(fd) = fd {
             message.msg_control = control.as_mut_ptr().cast();
-            message.msg_controllen = libc::CMSG_SPACE(4) as usize;
+            message.msg_controllen = libc::CMSG_SPACE(4) as _;
             let header = libc::CMSG_FIRSTHDR(&message);
             (*header).cmsg_level = libc::SOL_SOCKET;
             (*header).cmsg_type = libc::SCM_RIGHTS;
-            (*header).cmsg_len = libc::CMSG_LEN(4) as usize;
+            (*header).cmsg_len = libc::CMSG_LEN(4) as _;
             libc::CMSG_DATA(header).cast::<i32>().write_unaligned(fd.as_raw_fd());
         }
         libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_NOSIGNAL)
@@ -164,7 +164,7 @@ fn receive(socket: &UnixDatagram, bytes: &mut [u8]) -> (usize, Option<OwnedFd>) 
     message.msg_iov = io.as_mut_ptr().cast();
     message.msg_iovlen = 1;
     message.msg_control = control.as_mut_ptr().cast();
-    message.msg_controllen = size_of_val(&control);
+    message.msg_controllen = size_of_val(&control) as _;
     // SAFETY: everything lives until the call returns; a descriptor that came is owned from here on.
     unsafe {
         let n = libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_CMSG_CLOEXEC);
