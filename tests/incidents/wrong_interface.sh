@@ -14,8 +14,10 @@ end_client
 [ $status != 0 ] || { echo "$name: the client did not fail without its interface"; failed=1; }
 reads 1 '^error: .*eth9' log
 
-# The peer's second NIC has lost its address' network: nothing there can be reached from here.
-export NCCL_GPUDIRECTTCPX_SOCKET_IFNAME=eth2
+# The one data NIC of both hosts, and this side's has another network: nothing of the peer can be reached over it.
+export NCCL_GPUDIRECTTCPX_SOCKET_IFNAME="=eth2"
+kill "$server" && wait "$server" 2>/dev/null || true
+serve
 ip -n $a addr flush dev eth2
 ip -n $a addr add 10.99.2.1/24 dev eth2
 client 5
