@@ -40,7 +40,11 @@ fn run(case: &str, environment: &[(&str, &str)]) -> String {
     let counters = std::env::temp_dir().join(format!("uccl-foreign-{}-{number}", std::process::id()));
     child.env("STRICT_FOREIGN_COUNTERS", &counters).env("UCCL_TCPX_PLUGIN_PATH", foreign()).env(CASE, case);
     child.env("STRICT_FOREIGN_CONNECT_MS", "30").env("STRICT_FOREIGN_ACCEPT_MS", "50");
-    child.env("UCCL_P2P_LOG_LEVEL", "info").env("UCCL_TCPX_EMULATE_DEVICE", "1").env("NCCL_SOCKET_IFNAME", "lo");
+    child
+        .env("UCCL_P2P_LOG_LEVEL", "info")
+        .env("UCCL_TCPX_EMULATE_DEVICE", "1")
+        .env("UCCL_P2P_DISABLE_IPC", "1")
+        .env("NCCL_SOCKET_IFNAME", "lo");
     let out = child.envs(environment.iter().copied()).output().expect("child");
     let _ = std::fs::remove_file(counters);
     let text = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
