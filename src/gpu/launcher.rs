@@ -185,24 +185,10 @@ impl CopyLauncher {
     /// Waits until no job touches memory any more, at most `limit`. A context that is broken for good runs nothing: that is as well.
     /// After an error jobs may still run.
     pub(crate) fn quiesce(&mut self, limit: Duration) -> Result<()> {
-        match self.stream.wait(limit) {
-            Ok(true) => {
-                // What the jobs came to is of no interest here.
-                let _ = self.retire();
-                Ok(())
-            }
-            Ok(false) => bail!(TimedOut, "the GPU has not ended its copies in {limit:?}"),
-            Err(error) => {
-                let dead = error.context_is_dead();
-                let error = Error::from(error);
-                self.broken = Some(error.clone());
-                if dead {
-                    Ok(())
-                } else {
-                    Err(error)
-                }
-            }
-        }
+        super::quiesce(&self.stream, limit, "copies", &mut self.broken)?;
+        // What came of them is of no interest here.
+        let _ = self.retire();
+        Ok(())
     }
 
     /// Takes note of finished jobs, oldest first: a launch may overtake the one ahead of it, but not by much.

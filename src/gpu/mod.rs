@@ -23,7 +23,9 @@ pub(crate) use launcher::{CopyLauncher, Launched, INLINE_PIECES, PIECES_PER_JOB}
 pub(crate) use lent::Lent;
 pub(crate) use pulls::{PullOptions, Pulls};
 
-use crate::status::{err, Error, Result};
+use crate::status::{bail, err, Error, Result};
+use cuda_driver::Stream;
+use std::time::Duration;
 
 impl From<cuda_driver::Error> for Error {
     fn from(error: cuda_driver::Error) -> Error {
@@ -38,4 +40,23 @@ impl From<cuda_driver::Error> for Error {
 /// The kind of memory at `ptr`. Makes no context.
 pub(crate) fn memory_kind(ptr: u64) -> Result<MemoryKind> {
     Ok(cuda_driver::memory_kind(ptr)?)
+}
+
+/// Waits until nothing of a launcher's stream runs any more, at most `limit`. A context that is broken for good runs nothing: that is as
+/// well. After an error work may still run; the driver's is left in `broken`.
+fn quiesce(stream: &Stream, limit: Duration, what: &str, broken: &mut Option<Error>) -> Result<()> {
+    match stream.wait(limit) {
+        Ok(true) => Ok(()),
+        Ok(false) => bail!(TimedOut, "the GPU has not ended its {what} in {limit:?}"),
+        Err(error) => {
+            let dead = error.context_is_dead();
+            let error = Error::from(error);
+            *broken = Some(error.clone());
+            if dead {
+                Ok(())
+            } else {
+                Err(error)
+            }
+        }
+    }
 }

@@ -5,7 +5,7 @@ use super::closer;
 use super::kernels::Kernels;
 use super::lent::Settle;
 use super::pieces::Cutter;
-use crate::status::{bail, err, Error, Result};
+use crate::status::{err, Error, Result};
 use crate::types::Piece;
 use cuda_driver::{sys, Context, DeviceBuffer, PinnedBuffer, Stream};
 use std::collections::VecDeque;
@@ -256,23 +256,10 @@ impl PullLauncher {
     /// Waits until nothing touches memory any more, at most `limit`. A context that is broken for good runs nothing: that is as well.
     /// After an error launches may still run.
     pub(super) fn quiesce(&mut self, limit: Duration) -> Result<()> {
-        match self.stream.wait(limit) {
-            Ok(true) => {
-                let _ = self.retire();
-                Ok(())
-            }
-            Ok(false) => bail!(TimedOut, "the GPU has not ended its pulls in {limit:?}"),
-            Err(error) => {
-                let dead = error.context_is_dead();
-                let error = Error::from(error);
-                self.broken = Some(error.clone());
-                if dead {
-                    Ok(())
-                } else {
-                    Err(error)
-                }
-            }
-        }
+        super::quiesce(&self.stream, limit, "pulls", &mut self.broken)?;
+        // What came of them is of no interest here.
+        let _ = self.retire();
+        Ok(())
     }
 
     /// Takes note of launches that are over. They end in order.
