@@ -13,20 +13,6 @@ ip link add "sa1-$$" type veth peer name "sb1-$$"
 ip link set "sa1-$$" netns $a name eth1
 ip link set "sb1-$$" netns $b name eth1
 
-start() { # start PATTERN: the server, whose first line gives an address like this
-  : >"$scratch/server"
-  ip netns exec $b "$perf" server >"$scratch/server" 2>&1 &
-  server=$!
-  address=
-  for _ in $(seq 100); do
-    address=$(grep -aoE "$1" "$scratch/server" | head -1 || true)
-    [ -n "$address" ] && return
-    sleep 0.1
-  done
-  echo "$name: no address like $1:"
-  cat "$scratch/server"
-  exit 1
-}
 moves() { # moves WHAT ADDRESSES: both operations, quickly; every connection between the hosts has such an address at the listening one
   for op in write read; do
     SECONDS=0
@@ -56,7 +42,7 @@ ip -n $a -6 addr add fd78:1::1/64 dev eth1 nodad
 ip -n $b -6 addr add fd78:1::2/64 dev eth1 nodad
 for host in $a $b; do ip -n $host link set eth1 up; done
 for _ in $(seq 50); do ip netns exec $a ping -6 -c1 -W1 fd78:1::2 >/dev/null 2>&1 && break; sleep 0.1; done
-start '\[fd78:1::2\]:[0-9]+'
+serve '\[fd78:1::2\]:[0-9]+'
 moves "IPv6 alone" '^\[fd78:1::2\]:'
 
 i=0
@@ -83,7 +69,7 @@ for host in $a $b; do
   ip -n $host link set eth3 up
   ip -n $host addr add fd78:3::$i/64 dev eth3
 done
-start '10\.78\.1\.2:[0-9]+'
+serve '10\.78\.1\.2:[0-9]+'
 moves "a host of pods" '^10\.78\.1\.2:'
 ip netns exec $a "$info" --no-probe >"$scratch/info" 2>&1 || { failed=1; cat "$scratch/info"; }
 grep -A1 '^network devices *1$' "$scratch/info" | grep -q 'eth1: 10000 Mbit/s' || { echo "$name: not eth1 alone:"; cat "$scratch/info"; failed=1; }

@@ -76,17 +76,17 @@ unwire() { # ends the relay, which then says what it did in $scratch/relayed
 export UCCL_TCPX_PLUGIN=soft UCCL_SOCKET_IFNAME=${CONTROL_NIC:-eth1} NCCL_GPUDIRECTTCPX_SOCKET_IFNAME=${DATA_NICS:-eth}
 export UCCL_P2P_LOG_LEVEL=warn # read here, whatever level the caller of the tests chose
 
-serve() { # starts tcpx-perf's server on host b; sets address
+serve() { # serve [PATTERN]: starts tcpx-perf's server on host b; sets address, which looks like this
   : >"$scratch/server"
   ip netns exec $b "$perf" server >>"$scratch/server" 2>&1 &
   server=$!
   address=
   for _ in $(seq 100); do
-    address=$(grep -aoE '10\.78\.[0-9]+\.2:[0-9]+' "$scratch/server" | head -1 || true)
+    address=$(grep -aoE "${1:-10\.78\.[0-9]+\.2:[0-9]+}" "$scratch/server" | head -1 || true)
     [ -n "$address" ] && return
     sleep 0.1
   done
-  echo "the server did not start:"
+  echo "$name: the server did not start, or has no such address${1:+ as $1}:"
   cat "$scratch/server"
   exit 1
 }
