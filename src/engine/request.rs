@@ -3,14 +3,15 @@
 //! nothing of sockets, channels or the machine's state.
 
 use super::fifo::{Access, FifoItem};
-use super::proto::Request;
+use super::proto::{Request, Sketch};
 use super::registry::Registry;
 use super::spare::{Spare, MANY};
 use super::transfer::LocalSegment;
+use crate::channel::path::{Blocks, Pairing, Way};
 use crate::hash::Map;
-use crate::region::RegionUse;
+use crate::region::{Hold, RegionUse};
 use crate::status::{bail, err, Error, Result};
-use crate::types::{Place, Segment};
+use crate::types::{Piece, Place, Segment};
 use crate::wire::frame::{WireRegion, WireSegment, WireSegments, MAX_REGIONS, MAX_SEGMENTS, MAX_SEGMENT_BYTES};
 
 /// What became of a list of segments.
@@ -128,6 +129,155 @@ impl<'a> RequestBuilder<'a> {
             at += len;
         }
         Ok(())
+    }
+}
+
+/// Pairs of regions that a transfer without chunks has at most.
+const MAX_PAIRINGS: usize = 4096;
+/// Longer blocks are handed out piece by piece.
+const MAX_BLOCK: u64 = 256 << 20;
+
+/// Looks at all items without copying them: for a transfer that may go without chunks. `None` for whatever is wrong, empty or unusual; then
+/// [`RequestBuilder`] tells.
+pub(super) fn sketch(
+    items: impl Iterator<Item = (LocalSegment, FifoItem)>,
+    registry: &Registry,
+    peer_engine: [u8; 16],
+) -> Option<(Sketch, Known)> {
+    let mut known = Known::default();
+    let (mut uses, mut pairings): (Vec<RegionUse>, Vec<Pairing>) = (Vec::new(), Vec::new());
+    let mut locals = Numbered::new();
+    let (mut total, mut count, mut wraps) = (0u64, 0, false);
+    for (local, item) in items {
+        let (addr, len) = (local.addr as u64, local.len as u64);
+        if len == 0 {
+            continue;
+        }
+        let ((end, over), (far_end, far_over)) = (addr.overflowing_add(len), item.addr.overflowing_add(len));
+        wraps |= over | far_over;
+        total = total.saturating_add(len);
+        count += 1;
+        let at = match known.find(local.mr, &item) {
+            Some(at) => at,
+            None => {
+                let access = item.access().ok().filter(|access| access.engine == peer_engine)?;
+                let index = locals.index(local.mr, || {
+                    uses.push(registry.local(local.mr)?);
+                    Ok(())
+                });
+                let (Ok(index), true) = (index, pairings.len() < MAX_PAIRINGS) else { return None };
+                pairings.push(Pairing {
+                    local: index,
+                    here: uses.get(usize::from(index))?.place,
+                    region: access.region,
+                    token: access.token,
+                    there: access.place,
+                    near: (addr, end),
+                    far: (item.addr, far_end),
+                });
+                known.add(local.mr, &item)
+            }
+        };
+        let pairing = &mut pairings[at];
+        (pairing.near.0, pairing.near.1) = (pairing.near.0.min(addr), pairing.near.1.max(end));
+        (pairing.far.0, pairing.far.1) = (pairing.far.0.min(item.addr), pairing.far.1.max(far_end));
+    }
+    let inside = |p: &Pairing| uses[usize::from(p.local)].check(p.near.0, p.near.1 - p.near.0).is_ok();
+    if wraps || total == 0 || !pairings.iter().all(inside) {
+        return None;
+    }
+    Some((Sketch { pairings, hold: Hold::new(uses), total, count }, known))
+}
+
+/// Which pairing an item belongs to. Blocks of one pairing mostly follow each other.
+#[derive(Default)]
+pub(super) struct Known {
+    list: Vec<(u64, FifoItem)>,
+    /// Those of the same two regions, once there are several pairings: items may still differ.
+    all: Map<(u64, u64), usize>,
+    last: usize,
+}
+
+impl Known {
+    #[inline]
+    fn find(&mut self, mr: u64, item: &FifoItem) -> Option<usize> {
+        match self.list.get(self.last) {
+            Some((last, known)) if *last == mr && known.same_region(item) => Some(self.last),
+            Some(_) => self.look(mr, item),
+            None => None,
+        }
+    }
+
+    fn look(&mut self, mr: u64, item: &FifoItem) -> Option<usize> {
+        let &at = self.all.get(&(mr, item.idx))?;
+        let same = self.list.get(at).is_some_and(|(_, known)| known.same_region(item));
+        // Another item of the same region becomes a pairing of its own, which the peer's grant then does not match.
+        same.then(|| self.last = at).map(|()| at)
+    }
+
+    fn add(&mut self, mr: u64, item: &FifoItem) -> usize {
+        self.last = self.list.len();
+        self.list.push((mr, *item));
+        self.all.insert((mr, item.idx), self.last);
+        self.last
+    }
+}
+
+/// Hands out the blocks of items that [`sketch`] has looked at.
+pub(super) struct Feed<I> {
+    items: I,
+    known: Known,
+    way: Way,
+    /// What was taken and not handed out: the pairing and the block.
+    held: Option<(usize, Piece)>,
+    /// Blocks that were not taken.
+    left: usize,
+}
+
+impl<I: Iterator<Item = (LocalSegment, FifoItem)>> Feed<I> {
+    pub(super) fn new(items: I, known: Known, way: Way, count: usize) -> Feed<I> {
+        Feed { items, known: Known { last: 0, ..known }, way, held: None, left: count }
+    }
+}
+
+impl<I: Iterator<Item = (LocalSegment, FifoItem)>> Blocks for Feed<I> {
+    fn fill(&mut self, most: usize, bytes: u64, out: &mut Vec<Piece>) -> Option<usize> {
+        let (mut room, mut sum, mut current) = (most, 0u64, None);
+        out.reserve(most.min(self.left + 1));
+        while room > 0 && sum < bytes {
+            let (at, mut block) = match self.held.take() {
+                Some(held) => held,
+                None => {
+                    let Some((local, item)) = self.items.next() else { break };
+                    let (near, far, len) = (local.addr as u64, item.addr, local.len as u64);
+                    if len == 0 {
+                        continue;
+                    }
+                    self.left = self.left.saturating_sub(1);
+                    let Some(at) = self.known.find(local.mr, &item) else { break };
+                    let (src, dst) = if self.way == Way::In { (far, near) } else { (near, far) };
+                    (at, Piece { src, dst, len })
+                }
+            };
+            if current.is_some_and(|current| current != at) {
+                self.held = Some((at, block));
+                break;
+            }
+            current = Some(at);
+            if block.len > MAX_BLOCK {
+                let (src, dst, len) = (block.src + MAX_BLOCK, block.dst + MAX_BLOCK, block.len - MAX_BLOCK);
+                self.held = Some((at, Piece { src, dst, len }));
+                block.len = MAX_BLOCK;
+            }
+            sum += block.len;
+            room -= 1;
+            out.push(block);
+        }
+        current
+    }
+
+    fn is_done(&self) -> bool {
+        self.left == 0 && self.held.is_none()
     }
 }
 
