@@ -352,3 +352,6 @@ impl<K: Copy + Eq + std::hash::Hash> Numbered<K> {
         Ok(index)
     }
 }
+
+#[cfg(test)]
+mod tests;

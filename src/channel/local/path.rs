@@ -609,7 +609,7 @@ mod tests {
     use std::os::fd::{FromRawFd, OwnedFd};
     use std::sync::atomic::AtomicU32;
 
-    fn ends(gpus: [u8; 2]) -> (LocalPath, LocalPath) {
+    pub(super) fn ends(gpus: [u8; 2]) -> (LocalPath, LocalPath) {
         let (a, b) = linked(gpus);
         let bell = || {
             // SAFETY: a plain system call, whose result is fresh.
@@ -620,18 +620,18 @@ mod tests {
     }
 
     /// Registered memory.
-    struct Memory {
-        bytes: Vec<u8>,
-        region: Arc<Region>,
+    pub(super) struct Memory {
+        pub(super) bytes: Vec<u8>,
+        pub(super) region: Arc<Region>,
     }
 
     impl Memory {
-        fn new(id: u64, place: Place, len: usize, fill: u8) -> Memory {
+        pub(super) fn new(id: u64, place: Place, len: usize, fill: u8) -> Memory {
             let bytes = vec![fill; len];
             let span = Span { id, addr: bytes.as_ptr() as u64, len: len as u64 };
             Memory { region: Arc::new(Region::new(span, [0; 16], place, RemoteAccess::ALL)), bytes }
         }
-        fn hold(&self) -> Hold {
+        pub(super) fn hold(&self) -> Hold {
             Hold::new(vec![RegionUse::new(&self.region)])
         }
         fn parts(&self) -> Vec<Part> {
@@ -645,7 +645,7 @@ mod tests {
             let dest = Dest::Memory { place: self.region.place, parts: self.parts(), hold: self.hold() };
             Arrival { key: Key { id: 1, mine: false }, len: self.bytes.len(), tag, dest }
         }
-        fn holds(&self, value: u8) -> bool {
+        pub(super) fn holds(&self, value: u8) -> bool {
             std::hint::black_box(&self.bytes).iter().all(|&b| b == value)
         }
     }

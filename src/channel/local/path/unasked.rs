@@ -746,3 +746,6 @@ impl Unasked {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
