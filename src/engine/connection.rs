@@ -22,6 +22,7 @@ use crate::wire::control::ControlStream;
 use crate::wire::frame::{Frame, MAX_NOTIFICATION, MAX_SEGMENTS};
 use crate::wire::queue::RxBuffer;
 use parking_lot::{Condvar, Mutex, MutexGuard};
+use std::borrow::Borrow;
 use std::net::IpAddr;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::RawFd;
@@ -325,10 +326,10 @@ impl Connection {
     ///
     /// # Errors
     /// `InvalidArgument`, `NotFound` (region), `Resource`, or why the connection is lost. Nothing moves then.
-    pub fn transfer(
+    pub fn transfer<B: Borrow<FifoItem>>(
         &self,
         direction: Direction,
-        items: impl ExactSizeIterator<Item = (LocalSegment, FifoItem)> + Clone,
+        items: impl ExactSizeIterator<Item = (LocalSegment, B)> + Clone,
     ) -> Result<u64> {
         self.core.check("connection")?;
         if self.one_host.is_some() {
@@ -365,10 +366,10 @@ impl Connection {
     }
 
     /// Starts a transfer all of which the peer has granted, within the host. `None`: it has to go another way.
-    fn transfer_direct(
+    fn transfer_direct<B: Borrow<FifoItem>>(
         &self,
         direction: Direction,
-        items: &(impl ExactSizeIterator<Item = (LocalSegment, FifoItem)> + Clone),
+        items: &(impl ExactSizeIterator<Item = (LocalSegment, B)> + Clone),
     ) -> Result<Option<u64>> {
         let sketch = request::sketch(items.clone(), &self.home.registry, self.peer.engine);
         let Some((sketch, known)) = sketch.filter(|(sketch, _)| sketch.count <= MAX_SEGMENTS) else { return Ok(None) };

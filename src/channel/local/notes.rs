@@ -110,7 +110,9 @@ impl Note {
             (ANSWER, 5) if body[4] <= 1 => Note::Answer { id: number(body), open: body[4] == 1 },
             (END, 4) => Note::End { id: number(body) },
             (SHARE, _) if bytes.len() == MAX_NOTE => share(body, fds)?,
-            (GRANT, n) if (GRANT_BYTES..=GRANT_BYTES + 4 * MAX_EXPORTS).contains(&n) && (n - GRANT_BYTES) % 4 == 0 => grant(body)?,
+            (GRANT, n) if (GRANT_BYTES..=GRANT_BYTES + 4 * MAX_EXPORTS).contains(&n) && (n - GRANT_BYTES) % 4 == 0 => {
+                grant(body)?
+            }
             (REVOKE, 12) => Note::Revoke { slot: number(body), generation: long(body, 4) },
             _ => bail!(Protocol, "a note of kind {kind} and {} bytes of the peer's process", bytes.len()),
         };

@@ -122,7 +122,8 @@ impl OrdersOut {
         let ring: &[_; RING] = self.shared.words(RING_AT);
         let (front, rest) = ring[at..at + words].split_at(HEAD_WORDS);
         let flags = if head.last { LAST } else { 0 };
-        let values = [words as u64 | flags << 32, head.order, head.generation, u64::from(head.slot) | u64::from(head.export) << 32];
+        let values =
+            [words as u64 | flags << 32, head.order, head.generation, u64::from(head.slot) | u64::from(head.export) << 32];
         front.iter().zip(values).for_each(|(word, value)| word.store(value, Ordering::Relaxed));
         for (to, block) in rest.chunks_exact(BLOCK_WORDS).zip(blocks) {
             to[0].store(block.src, Ordering::Relaxed);
@@ -212,7 +213,8 @@ impl OrdersIn {
             filled -= words as u64;
             self.passed(words);
         }
-        let whole = words > HEAD_WORDS && words <= HEAD_WORDS + BLOCK_WORDS * MAX_BLOCKS && (words - HEAD_WORDS) % BLOCK_WORDS == 0;
+        let whole =
+            words > HEAD_WORDS && words <= HEAD_WORDS + BLOCK_WORDS * MAX_BLOCKS && (words - HEAD_WORDS) % BLOCK_WORDS == 0;
         if !whole || flags > LAST || words as u64 > filled || at + words > RING {
             bail!(Protocol, "an order of {words} words in a ring that holds {filled}");
         }

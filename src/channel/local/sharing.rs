@@ -151,12 +151,12 @@ impl Shares {
         keys.iter().map(|key| self.allocations.get(key).map(|allocation| allocation.id)).collect()
     }
 
-    /// Simulated: a region that is an allocation of its own, which the peer has opened; its export.
+    /// Simulated: a region that is an allocation of its own; its export.
     #[cfg(test)]
     pub(crate) fn pretend(&mut self, region: &Region, there: Place) -> u32 {
         let key = (region.span.addr, region.span.len, region.place, there);
         self.last += 1;
-        self.allocations.insert(key, Allocation { id: self.last, state: State::Open, regions: 1 });
+        self.allocations.insert(key, Allocation { id: self.last, state: State::Told, regions: 1 });
         self.ids.insert(self.last, key);
         self.regions.insert((region.span.id, there), Some(vec![key]));
         self.last

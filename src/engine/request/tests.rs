@@ -111,7 +111,7 @@ fn cost_of_a_block() {
     let (mrs, lens) = (vec![mr; COUNT], vec![4096usize; COUNT]);
     let addrs: Vec<usize> = (0..COUNT).map(|i| (1 << 20) + i * 7919 % COUNT * 4096).collect();
     let items: Vec<FifoItem> = (0..COUNT as u64).map(|i| item(1, i * 4096)).collect();
-    let list = || (0..COUNT).map(|i| (LocalSegment { mr: mrs[i], addr: addrs[i], len: lens[i] }, items[i]));
+    let list = || (0..COUNT).map(|i| (LocalSegment { mr: mrs[i], addr: addrs[i], len: lens[i] }, &items[i]));
     let (mut looks, mut feeds, mut out) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..200 {
         let begin = Instant::now();

@@ -201,14 +201,7 @@ impl Unasked {
             if self.orders.len() >= WINDOW {
                 bail!(Protocol, "more than {WINDOW} orders");
             }
-            self.orders.push_back(Order {
-                number: next,
-                pulls: 0,
-                last: false,
-                refused: false,
-                over: false,
-                uses: Vec::new(),
-            });
+            self.orders.push_back(Order { number: next, pulls: 0, last: false, refused: false, over: false, uses: Vec::new() });
         }
         if let (Some(order), true) = (self.orders.back_mut(), head.last) {
             order.last = true;
@@ -389,7 +382,9 @@ impl LocalPath {
         for &id in &exports {
             self.imports.enter(id, place)?;
         }
-        let Some(memory) = memory(&mut self.host, &mut self.device, place) else { bail!(Internal, "a pull into memory of nobody") };
+        let Some(memory) = memory(&mut self.host, &mut self.device, place) else {
+            bail!(Internal, "a pull into memory of nobody")
+        };
         let pieces = &self.unasked.pieces;
         // SAFETY: sources lie in the peer's process or in open mappings, which `exports` keeps; destinations are held by the read or by
         // the order, which stay until the pull has ended, or for ever where it does not end.
@@ -448,7 +443,9 @@ impl LocalPath {
             let Unasked { pieces, .. } = &mut self.unasked;
             pieces.clear();
             let Some(pairing) = transfer.blocks.fill(most, BYTES, pieces) else { break };
-            let Some(Source { slot, generation, stretches }) = targets.get(pairing) else { bail!(Internal, "blocks of no pairing") };
+            let Some(Source { slot, generation, stretches }) = targets.get(pairing) else {
+                bail!(Internal, "blocks of no pairing")
+            };
             let head = Head { order, slot: *slot, generation: *generation, export: 0, last: transfer.blocks.is_done() };
             self.unasked.tell(head, stretches)?;
             self.wake();

@@ -33,7 +33,8 @@ impl Blocks for Scattered {
     fn fill(&mut self, most: usize, bytes: u64, out: &mut Vec<Piece>) -> Option<usize> {
         let n = (most as u64).min(bytes.div_ceil(self.block)).min(self.count - self.next);
         for i in self.next..self.next + n {
-            let (near, far) = (self.here + i * 7919 % self.count * self.block, self.there + i * 104_729 % self.count * self.block);
+            let (near, far) =
+                (self.here + i * 7919 % self.count * self.block, self.there + i * 104_729 % self.count * self.block);
             let (src, dst) = if self.way == Way::In { (far, near) } else { (near, far) };
             out.push(Piece { src, dst, len: self.block });
         }
@@ -284,7 +285,8 @@ fn the_end_of_the_reader_frees_the_region() {
 fn blocks_are_found_in_the_allocations_that_they_cross() {
     let stretch = |id, base, len, addr| Stretch { id, base, len, addr };
     let all = [stretch(4, 1000, 100, 50_000), stretch(5, 1100, 50, 10_000), stretch(9, 1150, 1000, 90_000)];
-    let mut pieces = vec![Piece { src: 7, dst: 7, len: 7 }, Piece { src: 1090, dst: 0, len: 80 }, Piece { src: 1100, dst: 500, len: 50 }];
+    let mut pieces =
+        vec![Piece { src: 7, dst: 7, len: 7 }, Piece { src: 1090, dst: 0, len: 80 }, Piece { src: 1100, dst: 500, len: 50 }];
     let mut used = Vec::new();
     locate(&mut pieces, 1, &all, |id| used.push(id)).unwrap();
     let piece = |src, dst, len| Piece { src, dst, len };
