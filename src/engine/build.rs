@@ -174,7 +174,7 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
         gpu_index: theirs.hello.gpu_index,
         key,
         engine: theirs.engine,
-        _counted: counted.map(crate::fork::Local::new),
+        _counted: counted.map(process::Local::new),
     };
     home.counters.opened.add();
     let connection = Arc::new(Connection::new(home.clone(), core, peer, seat, watched));

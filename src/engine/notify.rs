@@ -1,9 +1,8 @@
 //! Received notifications: a queue per engine, drained per engine or over the whole process in order of arrival. Knows nothing of
 //! sockets.
 
-use crate::fork::PerProcess;
 use crate::status::{bail, Result};
-use parking_lot::Mutex;
+use process::{Mutex, PerProcess};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};

@@ -13,7 +13,7 @@ use crate::logging::Limiter;
 use crate::status::{Error, Result};
 use crate::types::Place;
 use crate::wire::queue::RxBuffer;
-use parking_lot::Mutex;
+use process::Mutex;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
