@@ -10,6 +10,9 @@ pub use std::sync::WaitTimeoutResult;
 
 /// A thread that has waited this long for a lock is not overtaken any more.
 const PATIENCE: Duration = Duration::from_micros(500);
+/// Looks at a lock that another thread has, before this one sleeps: some after a moment each, some after others had the CPU.
+const SPINS: u32 = 3;
+const YIELDS: u32 = 7;
 /// Nobody is at the front.
 const NOBODY: u64 = u64::MAX;
 
@@ -56,7 +59,7 @@ impl<T> Mutex<T> {
 impl<T: ?Sized> Mutex<T> {
     /// Waits for the lock.
     pub fn lock(&self) -> MutexGuard<'_, T> {
-        let held = self.attempt().unwrap_or_else(|| self.wait());
+        let held = self.attempt().or_else(|| self.persist()).unwrap_or_else(|| self.wait());
         MutexGuard { mutex: self, held: Some(held) }
     }
 
@@ -90,6 +93,18 @@ impl<T: ?Sized> Mutex<T> {
     fn is_overdue(&self) -> bool {
         let since = self.front_since.load(Ordering::Relaxed);
         since != NOBODY && clock().saturating_sub(since) >= PATIENCE.as_micros() as u64
+    }
+
+    /// Most holders are done in less time than it takes to fall asleep and to be woken.
+    #[cold]
+    fn persist(&self) -> Option<sync::MutexGuard<'_, T>> {
+        (0..SPINS + YIELDS).find_map(|round| {
+            match round {
+                0..SPINS => (0..8 << round).for_each(|_| std::hint::spin_loop()),
+                _ => std::thread::yield_now(),
+            }
+            self.attempt()
+        })
     }
 
     #[cold]
