@@ -87,10 +87,11 @@ impl Side {
     ) -> Side {
         let registry = Arc::new(Registry::new());
         let queue = Queue::new(1 << 30, 256 << 20);
+        let account = Pool::endless().account([127, 0, 0, 1].into());
         let setting = Setting {
             registry: registry.clone(),
-            inbox: Inbox::new(&queue),
-            pool: Pool::endless(),
+            inbox: Inbox::new(&queue, &account),
+            account,
             lines: Arc::new(Limiter::new(1000)),
             eager_bytes,
             peer: format!("side {}", 1 - side),
