@@ -2,7 +2,7 @@
 
 use crate::status::{bail, Result};
 use crate::types::{Place, RemoteAccess, Span};
-use parking_lot::Mutex;
+use process::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 
