@@ -474,3 +474,116 @@ fn a_connection_to_oneself_copies_too() {
     }
     engine.deregister(mr).unwrap();
 }
+
+/// Two network namespaces with a wire between them, as of two containers. They go at the end.
+struct Namespaces([String; 2]);
+
+impl Namespaces {
+    /// `None` where this process may make none.
+    fn new() -> Option<Namespaces> {
+        let id = std::process::id();
+        let spaces = Namespaces([format!("onehost-a-{id}"), format!("onehost-b-{id}")]);
+        let [a, b] = &spaces.0;
+        let (wa, wb) = (format!("oha{id}"), format!("ohb{id}"));
+        let made = ip(&["netns", "add", a])
+            && ip(&["netns", "add", b])
+            && ip(&["link", "add", &wa, "netns", a, "type", "veth", "peer", "name", &wb, "netns", b]);
+        let up = |space: &str, wire: &str, address: &str| {
+            ip(&["-n", space, "addr", "add", address, "dev", wire])
+                && ip(&["-n", space, "link", "set", wire, "up"])
+                && ip(&["-n", space, "link", "set", "lo", "up"])
+        };
+        let ready = |space: &str, wire: &str| {
+            let words = ["-n", space, "link", "show", "dev", wire];
+            let shown = std::process::Command::new("ip").args(words).output();
+            shown.is_ok_and(|shown| String::from_utf8_lossy(&shown.stdout).contains("LOWER_UP"))
+        };
+        let made = made && up(a, &wa, "10.213.77.1/24") && up(b, &wb, "10.213.77.2/24");
+        (made && until(LIMIT, || ready(a, &wa) && ready(b, &wb))).then_some(spaces)
+    }
+
+    /// A process in each, the first connected to the second; `prefix` before its own command.
+    fn two(&self, prefix: &[&str], environment: &[(&str, &str)]) -> (Victim, Victim) {
+        let id = std::process::id();
+        let start = |space: &str, wire: &str| {
+            let words = [&["ip", "netns", "exec", space], prefix].concat();
+            let environment = [environment, &[("UCCL_P2P_LOG_LEVEL", "info"), (victim::NIC, wire)]].concat();
+            Victim::under(&words, "engine_process", &environment)
+        };
+        let (mut a, mut b) = (start(&self.0[0], &format!("oha{id}")), start(&self.0[1], &format!("ohb{id}")));
+        b.ask("accept");
+        let answer = a.ask(&format!("connect 10.213.77.2 {}", b.port));
+        assert_eq!(answer, "0", "{}", a.log());
+        assert!(until(LIMIT, || b.number("connections") == 1));
+        (a, b)
+    }
+}
+
+impl Drop for Namespaces {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|space| {
+            ip(&["netns", "del", space]);
+        });
+    }
+}
+
+fn ip(words: &[&str]) -> bool {
+    std::process::Command::new("ip").args(words).stderr(std::process::Stdio::null()).status().is_ok_and(|s| s.success())
+}
+
+/// A directory of this test's own.
+struct Shared(std::path::PathBuf);
+
+impl Shared {
+    fn new() -> Shared {
+        let path = std::env::temp_dir().join(format!("uccl-one-host-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Shared(path)
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+#[test]
+fn containers_with_networks_of_their_own_share_memory_through_a_directory() {
+    let Some(spaces) = Namespaces::new() else {
+        println!("SKIPPED: this process may not make network namespaces");
+        return;
+    };
+    let directory = Shared::new();
+    let shared = ("UCCL_TCPX_LOCAL_DIR", directory.0.to_str().unwrap());
+    // Nothing in common but the kernel.
+    let (mut a, mut b) = spaces.two(&[], &[ON]);
+    assert_eq!(moves(&mut a, &mut b, "write", MIB, 3), Outcome::Done(MIB as u64));
+    assert_eq!(carried(&mut a), [0, 0, MIB as u64, 0]);
+    assert!(a.log().contains("the peer has another network namespace"), "{}", a.log());
+    drop((a, b));
+    // A directory in common.
+    let (mut a, mut b) = spaces.two(&[], &[ON, shared]);
+    for direction in ["write", "read"] {
+        assert_eq!(moves(&mut a, &mut b, direction, MIB, 3), Outcome::Done(MIB as u64));
+    }
+    assert_eq!(carried(&mut a), [MIB as u64, MIB as u64, 0, 0], "{}", a.log());
+    drop((a, b));
+    let emulated = [&EMULATED[..], &[shared]].concat();
+    let (mut a, mut b) = spaces.two(&[], &emulated);
+    shared_in_the_end(&mut a, &mut b);
+    drop((a, b));
+    assert!(until(LIMIT, || std::fs::read_dir(&directory.0).unwrap().count() == 0), "sockets are left in the directory");
+    // Process numbers of their own, too: nobody can name the other's process, but memory of GPUs does not need it.
+    let own_numbers = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"];
+    let (mut a, mut b) = spaces.two(&own_numbers, &[ON, shared]);
+    assert_eq!(moves(&mut a, &mut b, "write", MIB, 3), Outcome::Done(MIB as u64));
+    assert_eq!(carried(&mut a), [0, 0, MIB as u64, 0]);
+    assert!(a.log().contains("nothing is copied within this host: "), "{}", a.log());
+    drop((a, b));
+    let (mut a, mut b) = spaces.two(&own_numbers, &emulated);
+    shared_in_the_end(&mut a, &mut b);
+    let (sink, source, item) = granted(&mut a, &mut b, 3 * MIB, 9);
+    assert_eq!(again(&mut a, &mut b, "read", 3 * MIB, 9, sink, source, &item), Outcome::Done(3 * MIB as u64));
+    assert!(carried(&mut a)[1] > 0);
+}
