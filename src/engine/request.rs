@@ -234,12 +234,15 @@ impl<'a> Sketching<'a> {
 #[derive(Default)]
 pub(super) struct Known {
     list: Vec<(u64, FifoItem)>,
-    /// By the two regions; items of the same may still differ.
+    /// By the two regions, where there are several; items of the same may still differ.
     all: Map<(u64, u64), usize>,
 }
 
 impl Known {
     fn find(&self, mr: u64, item: &FifoItem) -> Option<usize> {
+        if let [(only, known)] = &self.list[..] {
+            return (*only == mr && known.same_region(item)).then_some(0);
+        }
         let &at = self.all.get(&(mr, item.idx))?;
         // Another item of the same region becomes a pairing of its own, which the peer's grant then does not match.
         self.list.get(at).filter(|(_, known)| known.same_region(item)).map(|_| at)
@@ -247,8 +250,13 @@ impl Known {
 
     fn add(&mut self, mr: u64, item: &FifoItem) -> usize {
         let at = self.list.len();
+        if let [(first, known)] = &self.list[..] {
+            self.all.insert((*first, known.idx), 0);
+        }
+        if at > 0 {
+            self.all.insert((mr, item.idx), at);
+        }
         self.list.push((mr, *item));
-        self.all.insert((mr, item.idx), at);
         at
     }
 }

@@ -24,6 +24,8 @@ const FIRST_RECORD: usize = 512;
 /// Blocks and pulls of the peer's orders that are under way at once.
 const UNDER_WAY: usize = 64 << 10;
 const PULLS: usize = 32;
+/// Records of the peer that are read in one round.
+const RECORDS: usize = 4096;
 /// Bytes of a pull: what ends is seen to move.
 const BYTES: u64 = 256 << 20;
 
@@ -623,12 +625,12 @@ impl LocalPath {
 
     /// Starts pulls for what the peer orders.
     fn take_orders(&mut self) -> Result<bool> {
-        let mut any = false;
-        while self.unasked.pieces_under_way < UNDER_WAY && self.unasked.order_pulls < PULLS {
+        let (mut any, mut records) = (false, 0);
+        while self.unasked.pieces_under_way < UNDER_WAY && self.unasked.order_pulls < PULLS && records < RECORDS {
             let (mut place, mut exports, mut parts) = (None, Vec::new(), Vec::new());
             let mut read = false;
             self.unasked.pieces.clear();
-            while self.unasked.pieces.len() < MAX_BLOCKS {
+            while self.unasked.pieces.len() < MAX_BLOCKS && records < RECORDS {
                 let unasked = &mut self.unasked;
                 if !unasked.held && !unasked.inn.next(&mut unasked.record)? {
                     break;
@@ -638,6 +640,7 @@ impl LocalPath {
                     break;
                 }
                 read = true;
+                records += 1;
                 let number = unasked.record.head.order;
                 // One that was refused and has nothing under way has ended.
                 if parts.last().is_none_or(|&(last, _)| last != number) && unasked.settle(number) {
