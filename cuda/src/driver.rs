@@ -94,14 +94,16 @@ pub fn device_count() -> i32 {
 const NOT_INSTALLED: &str = "the CUDA driver library (libcuda.so.1) is not installed";
 
 fn is_loaded(library: &CStr) -> bool {
-    // SAFETY: the name is a C string; nothing is loaded.
-    let handle = unsafe { libc::dlopen(library.as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD) };
-    if handle.is_null() {
-        return false;
-    }
-    // SAFETY: gives back the reference just taken.
-    unsafe { libc::dlclose(handle) };
-    true
+    process::loading(|| {
+        // SAFETY: the name is a C string; nothing is loaded.
+        let handle = unsafe { libc::dlopen(library.as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD) };
+        if handle.is_null() {
+            return false;
+        }
+        // SAFETY: gives back the reference just taken.
+        unsafe { libc::dlclose(handle) };
+        true
+    })
 }
 
 /// Opens and initialises a driver library: the one of that name that the process has, or else the linker's.
@@ -129,7 +131,8 @@ fn open(library: &CStr, kernel_driver: &Path) -> std::result::Result<Driver, Abs
 fn load(library: &CStr) -> std::result::Result<*mut c_void, Absence> {
     for flags in [libc::RTLD_NOLOAD, 0] {
         // SAFETY: the name is a C string; a driver's initialisers ask nothing of the caller.
-        let handle = unsafe { libc::dlopen(library.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL | flags) };
+        let open = || unsafe { libc::dlopen(library.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL | flags) };
+        let handle = process::loading(open);
         if !handle.is_null() {
             return Ok(handle);
         }
