@@ -3,7 +3,7 @@
 
 use crate::error::{Error, Result};
 use crate::sys::{self, Functions};
-use parking_lot::Mutex;
+use process::{Mutex, PerProcess};
 use std::ffi::{c_int, c_uint, c_void, CStr};
 use std::marker::PhantomData;
 use std::ops::Deref;
@@ -41,14 +41,14 @@ impl From<Absence> for Error {
 
 static DRIVER: OnceLock<Driver> = OnceLock::new();
 /// The last answer without a driver, and whether it is final.
-static ABSENT: Mutex<Option<Absence>> = Mutex::new(None);
+static ABSENT: PerProcess<Mutex<Option<Absence>>> = PerProcess::new(Mutex::default);
 
 /// The driver, or why there is none. Makes no context.
 pub fn driver() -> std::result::Result<&'static Driver, Absence> {
     if let Some(driver) = DRIVER.get() {
         return Ok(driver);
     }
-    let mut absent = ABSENT.lock();
+    let mut absent = ABSENT.get().lock();
     if let Some(driver) = DRIVER.get() {
         return Ok(driver);
     }

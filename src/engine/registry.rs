@@ -6,7 +6,7 @@ use crate::region::{Region, RegionUse};
 use crate::status::{bail, Result};
 use crate::types::{Place, RemoteAccess, Span};
 use iset::IntervalMap;
-use parking_lot::RwLock;
+use process::RwLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 

@@ -1,5 +1,6 @@
 /* fork in a program that has engines and connections: the child's copies of the handles do nothing to the parent's connections, say
  * whose they are when they are used, and do not keep the child from having engines of its own. */
+#define _GNU_SOURCE
 #include "support.h"
 
 #include <pthread.h>
@@ -228,4 +229,55 @@ CASE(forking_while_others_call)
         CHECK(pthread_join(threads[i], NULL) == 0);
     move(&sides[0], &sides[1], 4);
     pair_ends(&sides[0], &sides[1]);
+}
+
+/* Lines of the log go to a pipe that is mostly full: threads of the parent are about to write one nearly always. */
+static int slow_log[2];
+
+static void *read_slowly(void *console)
+{
+    char lines[1024];
+    ssize_t len;
+    while ((len = read(slow_log[0], lines, sizeof lines)) > 0) {
+        /* What a check that failed says. */
+        if (memmem(lines, (size_t)len, "CHECK", 5))
+            CHECK(write(*(int *)console, lines, (size_t)len) == len);
+        usleep(500);
+    }
+    return NULL;
+}
+
+static void *keep_logging(void *argument)
+{
+    (void)argument;
+    while (!atomic_load(&stop_calling)) {
+        uccl_engine_destroy(engine_start());
+    }
+    return NULL;
+}
+
+static void log_and_end(void *argument)
+{
+    (void)argument;
+    uccl_engine_destroy(engine_start());
+}
+
+CASE(forking_while_others_log)
+{
+    pthread_t reader, threads[3];
+    int console = dup(STDERR_FILENO);
+    CHECK(console >= 0 && pipe(slow_log) == 0);
+    setenv("UCCL_P2P_LOG_LEVEL", "trace", 1);
+    CHECK(dup2(slow_log[1], STDERR_FILENO) == STDERR_FILENO && close(slow_log[1]) == 0);
+    CHECK(pthread_create(&reader, NULL, read_slowly, &console) == 0);
+    atomic_store(&stop_calling, false);
+    for (int i = 0; i < 3; i++)
+        CHECK(pthread_create(&threads[i], NULL, keep_logging, NULL) == 0);
+    for (int i = 0; i < 20; i++)
+        in_child(log_and_end, NULL);
+    atomic_store(&stop_calling, true);
+    for (int i = 0; i < 3; i++)
+        CHECK(pthread_join(threads[i], NULL) == 0);
+    CHECK(dup2(console, STDERR_FILENO) == STDERR_FILENO);
+    CHECK(pthread_join(reader, NULL) == 0);
 }

@@ -93,7 +93,7 @@ def licences_are_inside():
     for name in ("LICENSE", "THIRD-PARTY-NOTICES.txt"):
         check(name in names, f"no {name}")
     text = names["THIRD-PARTY-NOTICES.txt"].read_text()
-    for crate in ("socket2", "parking_lot", "clap"):
+    for crate in ("socket2", "snow", "clap"):
         check(f"\n{crate} " in text, f"{crate} is not among the third parties")
 
 

@@ -1,9 +1,9 @@
 //! A few threads of the process that copy slices of large pulls; all connections share them, slice by slice in turns. They end with the
 //! last connection that uses them. Knows nothing of what a slice is.
 
-use crate::fork::{generation, PerProcess};
 use crate::status::{Error, ErrorKind, Result};
-use parking_lot::{Condvar, Mutex};
+use process::{generation, PerProcess};
+use process::{Condvar, Mutex};
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};

@@ -31,7 +31,7 @@ pub(crate) use peer::is_farewell;
 pub(crate) use simulation::attacked;
 pub use transfers::TransferState;
 
-use super::budget::{Pool, Share};
+use super::budget::{Account, Share};
 use super::notify::Inbox;
 use super::registry::Registry;
 use super::spare::Spare;
@@ -58,8 +58,8 @@ use transfers::{Kind, Transfers};
 pub(crate) struct Setting {
     pub registry: Arc<Registry>,
     pub inbox: Inbox,
-    /// What all peers of the engine together may take, and how many lines of the log they may cause.
-    pub pool: Arc<Pool>,
+    /// What peers of this address may take, and how many lines of the log all peers of the engine may cause.
+    pub account: Arc<Account>,
     pub lines: Arc<Limiter>,
     /// Largest transfer inside a control frame, bytes.
     pub eager_bytes: usize,
@@ -140,7 +140,7 @@ struct Clock {
 
 impl Machine {
     pub(crate) fn new(setting: Setting, now: Instant) -> Machine {
-        let (share, log) = (Share::new(&setting.pool), Limiter::within(&setting.lines, PEER_LINES));
+        let (share, log) = (Share::new(&setting.account), Limiter::within(&setting.lines, PEER_LINES));
         Machine {
             setting,
             tx: TxQueue::default(),
@@ -643,7 +643,7 @@ impl Machine {
         self.matching.clear();
         self.deadlines.clear();
         // What the peer took is free for others, whenever the application closes its handle.
-        self.peer = PeerLoad::new(Share::new(&self.setting.pool));
+        self.peer = PeerLoad::new(Share::new(&self.setting.account));
         self.transfers.fail_all(&error);
         self.dead = Some(error);
     }
