@@ -6,7 +6,7 @@ use super::fabric::Raised;
 use super::link::{Agreed, Sealed};
 use super::local::Local;
 use super::notify::Inbox;
-use super::proto::{Machine, Setting};
+use super::proto::{heartbeat, Machine, Setting};
 use super::site::Site;
 use crate::channel::cuda::CudaDevice;
 use crate::channel::device::EmulatedDevice;
@@ -147,7 +147,7 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
         peer: name.clone(),
         transfer_timeout: config.transfer_timeout,
         peer_timeout: terms.peer_timeout,
-        heartbeat: terms.peer_timeout / 4,
+        heartbeat: heartbeat(terms.peer_timeout),
         match_timeout: config.match_timeout,
         doorbells: home.doorbells,
     };

@@ -276,7 +276,7 @@ fn an_idle_connection_wants_to_be_looked_at_within_its_deadlines() {
 #[test]
 fn an_idle_connection_wants_to_be_looked_at_once_a_heartbeat() {
     let mut world = Paced::new(1 << 30, 1 << 30, [4 * PEER_TIMEOUT, PEER_TIMEOUT]);
-    let (mut looks, end) = (0, world.start + 100 * (PEER_TIMEOUT / 4));
+    let (mut looks, end) = (0, world.start + 100 * crate::engine::proto::heartbeat(PEER_TIMEOUT));
     while world.now < end {
         let due = world.sides.iter().map(|side| side.machine.next_tick()).min().expect("two sides");
         world.now = world.now.max(due);
