@@ -181,8 +181,7 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
     if !home.connections.insert(connection.id, &connection) {
         return Err(super::ending::canceled());
     }
-    home.bell.watch(connection.fd, connection.id)?;
-    connection.watch_local()?;
+    connection.watch()?;
     home.attend(connection.id);
     Ok(connection)
 }

@@ -596,16 +596,18 @@ impl Connection {
         }
     }
 
-    /// Has the progress thread watch the socket to a process of this host.
-    pub(crate) fn watch_local(&self) -> Result<()> {
-        match &self.one_host {
-            Some(one_host) => {
-                self.home.bell.watch_local(one_host.fd, self.id)?;
-                self.watching.store(true, Ordering::SeqCst);
-                Ok(())
-            }
-            None => Ok(()),
+    /// Has the progress thread watch its sockets. One that has ended meanwhile has closed them, and others may have got their numbers.
+    pub(crate) fn watch(&self) -> Result<()> {
+        let core = self.lock();
+        if core.machine.dead().is_some() || core.closing {
+            return Ok(());
         }
+        self.home.bell.watch(self.fd, self.id)?;
+        if let Some(one_host) = &self.one_host {
+            self.home.bell.watch_local(one_host.fd, self.id)?;
+            self.watching.store(true, Ordering::SeqCst);
+        }
+        Ok(())
     }
 
     /// Before the socket to a process of this host is closed.
