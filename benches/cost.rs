@@ -27,10 +27,11 @@ fn config(channels: Option<usize>) -> Config {
 
 fn main() -> ExitCode {
     let mut words: VecDeque<String> = std::env::args().skip(1).filter(|w| w != "--bench").collect();
-    // Both sides live on this host.
-    for name in ["NCCL_SOCKET_IFNAME", "NCCL_GPUDIRECTTCPX_SOCKET_IFNAME"] {
+    // Both sides live on this host, and channels are what is measured.
+    for (name, value) in [("NCCL_SOCKET_IFNAME", "lo"), ("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "lo"), ("UCCL_P2P_DISABLE_IPC", "1")]
+    {
         if std::env::var_os(name).is_none() {
-            std::env::set_var(name, "lo");
+            std::env::set_var(name, value);
         }
     }
     if words.front().is_some_and(|w| w == "serve") {
