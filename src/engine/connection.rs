@@ -97,12 +97,23 @@ impl Core {
     fn advance(&mut self, now: Instant) -> Result<bool> {
         let any = self.channels.stirs() && self.machine.drive_channels(&mut self.channels, now)?;
         let more = self.pump(now)?;
+        self.tick(now)?;
+        Ok(any || more)
+    }
+
+    /// Heartbeat and deadlines, where it is time to look at them.
+    fn tick(&mut self, now: Instant) -> Result<()> {
         if now >= self.machine.next_tick() {
             self.machine.tick(&mut self.channels, now)?;
             self.flush(now, FLUSH)?;
             self.watch(now);
         }
-        Ok(any || more)
+        Ok(())
+    }
+
+    /// Whether something is under way, or waits to leave.
+    fn stirs(&self) -> bool {
+        self.machine.busy() || self.channels.stirs() || self.backlog() > 0
     }
 
     /// A channel that the peer has closed tells less than the peer's farewell, which may be here.
@@ -630,16 +641,18 @@ impl Connection {
         }
     }
 
-    /// Has the progress thread watch the socket to a process of this host.
-    pub(crate) fn watch_local(&self) -> Result<()> {
-        match &self.one_host {
-            Some(one_host) => {
-                self.home.bell.watch_local(one_host.fd, self.id)?;
-                self.watching.store(true, Ordering::SeqCst);
-                Ok(())
-            }
-            None => Ok(()),
+    /// Has the progress thread watch its sockets. One that has ended meanwhile has closed them, and others may have got their numbers.
+    pub(crate) fn watch(&self) -> Result<()> {
+        let core = self.lock();
+        if core.machine.dead().is_some() || core.closing {
+            return Ok(());
         }
+        self.home.bell.watch(self.fd, self.id)?;
+        if let Some(one_host) = &self.one_host {
+            self.home.bell.watch_local(one_host.fd, self.id)?;
+            self.watching.store(true, Ordering::SeqCst);
+        }
+        Ok(())
     }
 
     /// Before the socket to a process of this host is closed.
@@ -674,7 +687,20 @@ impl Connection {
     /// Whether something is under way, or waits to leave.
     pub(crate) fn stirs(&self) -> bool {
         let core = self.lock();
-        core.machine.dead().is_none() && (core.machine.busy() || core.channels.stirs() || core.backlog() > 0)
+        core.machine.dead().is_none() && core.stirs()
+    }
+
+    /// The timer of a connection that rests: its heartbeat leaves and its deadlines are looked at, without a look at anything else. When
+    /// to do it again; none where the connection needs a whole round.
+    pub(crate) fn tick_at_rest(&self, now: Instant) -> Option<Instant> {
+        let mut core = self.hold(self.core.try_lock()?);
+        let (silent, limit) = core.machine.silence(now);
+        // What the peer has said may lie unread, where this process did not run for a while.
+        if core.machine.dead().is_some() || core.closing || core.stirs() || silent > limit / 2 {
+            return None;
+        }
+        core.tick(now).ok()?;
+        (core.backlog() == 0).then(|| core.machine.next_tick())
     }
 
     /// A channel rang and nothing moved: it may have failed.

@@ -3,6 +3,7 @@
 # that all of them need. Sourced. Knows no program by name.
 #   client_python NAME PACKAGE...   sets `python`; exit status 77, loudly, when the packages cannot be installed
 #   NAME_PYTHON=python3     (NAME in capitals) an interpreter that has everything already; nothing is installed then
+#   overrides="A>=1 B<2"    (a variable of the caller's) packages whose versions others prescribe in vain; uv installs these instead
 #   CLIENT_VENVS=DIR        where environments are kept; default .venv. Each takes up to 10 GB.
 #   NIXL_VERSION=1.5.1
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -16,7 +17,10 @@ client_python() {
     if [ "$(cat "$venv/complete" 2>/dev/null)" != "$* $nixl" ]; then
       rm -rf "$venv"
       python3 -m venv "$venv"
-      if ! "$python" -m pip install --quiet --disable-pip-version-check --no-cache-dir "$@" "nixl==$nixl" "nixl-cu12==$nixl"; then
+      "$python" -m pip install --quiet --disable-pip-version-check uv || { echo "SKIPPED: uv could not be installed"; exit 77; }
+      # shellcheck disable=SC2086  # a word each
+      printf '%s\n' ${overrides:-} >"$venv/overrides"
+      if ! "$venv/bin/uv" pip install --quiet --no-cache --python "$python" --overrides "$venv/overrides" "$@" "nixl==$nixl" "nixl-cu12==$nixl"; then
         echo "SKIPPED: $* could not be installed"
         exit 77
       fi

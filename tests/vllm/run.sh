@@ -6,7 +6,8 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/../clients/environment.sh"
-client_python vllm "vllm==${VLLM_VERSION:-0.33.0}"
+# It asks for a newer certifi than every index has.
+overrides="certifi>=2026" client_python vllm "vllm==${VLLM_VERSION:-0.33.0}"
 # Only GPUs use it, and it does not load without one.
 [ -n "${VLLM_PYTHON:-}" ] || "$python" -m pip uninstall --quiet --yes flashinfer-python
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}

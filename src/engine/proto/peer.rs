@@ -390,6 +390,7 @@ impl Machine {
         self.deadlines.arrived(received - self.peer_received, now);
         self.clock.ping = now;
         self.peer_received = received;
+        self.echo(now);
         Ok(())
     }
 }
