@@ -2,7 +2,7 @@
 //! counting, shared by connections; knows nothing of what is counted.
 
 use crate::status::{bail, Result};
-use parking_lot::Mutex;
+use process::Mutex;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};

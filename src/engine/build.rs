@@ -6,7 +6,7 @@ use super::fabric::Raised;
 use super::link::{Agreed, Sealed};
 use super::local::Local;
 use super::notify::Inbox;
-use super::proto::{Machine, Setting};
+use super::proto::{heartbeat, Machine, Setting};
 use super::site::Site;
 use crate::channel::cuda::CudaDevice;
 use crate::channel::device::EmulatedDevice;
@@ -148,7 +148,7 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
         peer: name.clone(),
         transfer_timeout: config.transfer_timeout,
         peer_timeout: terms.peer_timeout,
-        heartbeat: terms.peer_timeout / 4,
+        heartbeat: heartbeat(terms.peer_timeout),
         match_timeout: config.match_timeout,
         doorbells: home.doorbells,
     };
@@ -175,15 +175,14 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
         gpu_index: theirs.hello.gpu_index,
         key,
         engine: theirs.engine,
-        _counted: counted.map(crate::fork::Local::new),
+        _counted: counted.map(process::Local::new),
     };
     home.counters.opened.add();
     let connection = Arc::new(Connection::new(home.clone(), core, peer, seat, watched));
     if !home.connections.insert(connection.id, &connection) {
         return Err(super::ending::canceled());
     }
-    home.bell.watch(connection.fd, connection.id)?;
-    connection.watch_local()?;
+    connection.watch()?;
     home.attend(connection.id);
     Ok(connection)
 }

@@ -2,9 +2,8 @@
 //! sockets.
 
 use super::budget::{part_of_address, Account};
-use crate::fork::PerProcess;
 use crate::status::{bail, Result};
-use parking_lot::Mutex;
+use process::{Mutex, PerProcess};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};

@@ -13,7 +13,7 @@ use crate::logging::Limiter;
 use crate::status::{Error, Result};
 use crate::types::Place;
 use crate::wire::queue::RxBuffer;
-use parking_lot::Mutex;
+use process::Mutex;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -97,7 +97,7 @@ impl Side {
             peer: format!("side {}", 1 - side),
             transfer_timeout,
             peer_timeout,
-            heartbeat: peer_timeout / 4,
+            heartbeat: crate::engine::proto::heartbeat(peer_timeout),
             match_timeout: MATCH_TIMEOUT,
             doorbells: false,
         };
