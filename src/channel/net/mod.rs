@@ -28,6 +28,8 @@ pub(crate) struct Usage {
     pub gpus: Option<(Place, Place)>,
     /// Largest chunk, bytes.
     pub chunk_bytes: usize,
+    /// See [`Loads::alone`].
+    pub alone: u64,
 }
 
 /// Channels over one plugin.
@@ -107,6 +109,7 @@ impl Path for NetPath {
             self.look(now);
             out.nics.extend(self.nics.iter().map(|nic| nic.load(now)));
         }
+        out.alone = self.usage.alone;
         let channels = self.channels.iter().zip(&self.nic_of);
         out.channels.extend(channels.map(|(channel, &nic)| channel.load(place, bulk, &self.usage, nic, now)));
     }
