@@ -28,6 +28,9 @@ def fork_child(work):
     try:
         work()
         status = 0
+    except SystemExit:
+        # A child's child.
+        raise
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()

@@ -87,7 +87,8 @@ impl Path for NetPath {
     }
 
     fn chunk_len(&self, total: u64) -> usize {
-        chunk_len(total, self.channels.len(), self.usage.chunk_bytes)
+        let share = if total <= self.usage.alone && !self.compares() { 1 } else { self.channels.len() };
+        chunk_len(total, share, self.usage.chunk_bytes)
     }
 
     fn carries(&self, local: Place, peer: Place) -> bool {
