@@ -280,6 +280,12 @@ impl Hosts {
         if !made {
             println!("SKIPPED: network namespaces and veth pairs cannot be made here");
         }
+        // The kernel takes its time with the carrier of a new interface, and one without is not used.
+        let carries = |host: &String| {
+            let shown = Command::new("ip").args(["-n", host.as_str(), "-o", "link", "show", "dev", "eth1"]).output();
+            shown.is_ok_and(|out| String::from_utf8_lossy(&out.stdout).contains("state UP"))
+        };
+        assert!(!made || until(LIMIT, || hosts.names.iter().all(carries)), "no carrier");
         made.then_some(hosts)
     }
 
