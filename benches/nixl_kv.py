@@ -1,18 +1,19 @@
-"""KV-cache-shaped reads through NIXL, TCPX beside UCX, in turns on one machine. For an idle machine; prints a table and, with --json,
-one object a measurement.
+"""KV-cache-shaped reads and single operations through NIXL, TCPX beside UCX, in turns on one machine. For an idle machine; prints tables
+and, with --json, writes one object a measurement.
 
-    benches/nixl_kv.py [--plugin-dir DIR] [--backends TCPX,UCX/tcp,UCX/shm] [--shapes 70b-tp8,mla] [--tokens 1,32,...] [--turns 3]
-                       [--seconds 2] [--in-flight 32] [--gib 6] [--memory dram|vram] [--small] [--json FILE]
+    benches/nixl_kv.py [--plugin-dir DIR] [--backends TCPX,TCPX/channels,UCX/tcp,UCX/shm] [--shapes 70b-tp8,mla,single] [--tokens 1,32,...]
+                       [--turns 3] [--seconds 2] [--in-flight 32] [--gib 6] [--memory dram|vram] [--minutes N] [--json FILE]
 
-scripts/nixl-bench builds and installs what it needs and starts it.
+scripts/nixl-bench builds and installs what it needs and starts it; scripts/gpu-bench-kv starts it from a bundle on a GPU machine.
 
 What vLLM's NixlConnector does: both sides register one cache a layer, all blocks are prepared once, a request reads the blocks of its
 tokens in every layer by index into blocks that lie elsewhere, and carries a notification. `--in-flight` such requests run at a time. The
-bytes of every request are compared after the last turn. `--small` measures single operations of 4 KiB, 64 KiB and 1 MiB instead, one at a
-time, and beside them what NIXL's own calls cost with nothing to move.
+bytes of every request are compared after each measurement. The shape `single` measures single operations of 4 KiB, 64 KiB and 1 MiB, one at
+a time, and beside them what NIXL's own calls cost with nothing to move; `--small` is that shape alone.
 
-A backend is its name and, after a slash, a transport: UCX/tcp is UCX_TLS=tcp, UCX/shm leaves UCX its choice on one host. In each turn each
-backend is measured once, in a pair of fresh processes; the table has medians over the turns, and the spread. `--memory vram` moves memory of
+A backend is its name and, after a slash, a way: UCX/tcp is UCX_TLS=tcp, UCX/shm leaves UCX its choice on one host; TCPX copies within a host,
+TCPX/channels moves everything over network channels, as between hosts. In each turn each backend is measured once, in a pair of fresh processes for
+each shape; the tables have medians over the turns, and the spread. After `--minutes` no pair is started. `--memory vram` moves memory of
 the last GPU to the first one, and needs torch.
 """
 
@@ -32,15 +33,17 @@ BLOCK_TOKENS = 16
 SHAPES = {
     "70b-tp8": {"layers": 80, "regions": 2, "block": BLOCK_TOKENS * 128 * 2},
     "mla": {"layers": 61, "regions": 1, "block": BLOCK_TOKENS * 576 * 2},
+    "single": {"layers": 1, "regions": 1, "block": 1 << 20},
 }
 SMALL = (4096, 65536, 1 << 20)
 SETTLE = 3
+INITIATOR_SEED, TARGET_SEED = 7, 100
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plugin-dir", help="directory with libplugin_TCPX.so; default: NIXL_PLUGIN_DIR, else that of the installed wheel")
-    parser.add_argument("--backends", default="TCPX,UCX/tcp,UCX/shm")
+    parser.add_argument("--backends", default="TCPX,TCPX/channels,UCX/tcp,UCX/shm")
     parser.add_argument("--shapes", default="70b-tp8,mla")
     parser.add_argument("--tokens", default="1,32,256,1024,8192,32768")
     parser.add_argument("--turns", type=int, default=3)
@@ -48,26 +51,24 @@ def arguments():
     parser.add_argument("--in-flight", type=int, default=32)
     parser.add_argument("--gib", type=float, default=6, help="memory of both sides together; fewer requests are in flight where it is too little")
     parser.add_argument("--memory", choices=("dram", "vram"), default="dram")
-    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--small", action="store_true", help="the shape `single` alone")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="no pair of processes is started afterwards")
     parser.add_argument("--json")
     return parser.parse_args()
 
 
 def environment(backend, plugin_dir, memory):
     """Variables for one backend: UCX needs NIXL's own directory, TCPX the plugin's."""
-    name, _, transport = backend.partition("/")
+    name, _, way = backend.partition("/")
     variables = {"NIXL_LOG_LEVEL": "ERROR"}
     if name == "UCX":
         variables["NIXL_PLUGIN_DIR"] = None
-        if transport == "tcp":
-            variables["UCX_TLS"] = "tcp" if memory == "DRAM" else "tcp,cuda_copy"
-        elif transport == "shm":
-            variables["UCX_TLS"] = None
-        elif transport:
-            variables["UCX_TLS"] = transport
+        if way:
+            variables["UCX_TLS"] = {"tcp": "tcp" if memory == "DRAM" else "tcp,cuda_copy", "shm": None}.get(way, way)
     else:
         variables["NIXL_PLUGIN_DIR"] = plugin_dir
-        variables["UCCL_TCPX_PLUGIN"] = transport or os.environ.get("UCCL_TCPX_PLUGIN", "soft")
+        variables["UCCL_TCPX_PLUGIN"] = os.environ.get("UCCL_TCPX_PLUGIN", "soft")
+        variables["UCCL_P2P_DISABLE_IPC"] = "1" if way == "channels" else None
     return name, variables
 
 
@@ -91,7 +92,7 @@ class HostRegion:
         self.address, self.size = self.array.ctypes.data, size
 
     def write(self, content):
-        self.array[:] = content
+        self.array[:content.size] = content
 
     def read(self):
         return self.array
@@ -111,7 +112,7 @@ class GpuRegion:
     def write(self, content):
         import torch
 
-        self.tensor.copy_(torch.from_numpy(content))
+        self.tensor[:content.size].copy_(torch.from_numpy(content))
         # NIXL knows nothing of streams.
         torch.cuda.synchronize(self.device)
 
@@ -128,24 +129,33 @@ def prepare_device(job, side):
 class Cache:
     """The regions of all layers in one registration each, `blocks` blocks in a region. Every block has a content of its own."""
 
-    def __init__(self, shape, blocks, seed, job, side):
-        self.block, self.blocks, self.kind = shape["block"], blocks, job["memory"]
+    def __init__(self, job, side):
+        shape = job["shape"]
+        self.block, self.blocks, self.kind = shape["block"], job["blocks"], job["memory"]
         make = HostRegion if self.kind == "DRAM" else GpuRegion
-        self.regions = [make(blocks * self.block, side) for _ in range(shape["layers"] * shape["regions"])]
+        self.regions = [make(self.blocks * self.block, side) for _ in range(shape["layers"] * shape["regions"])]
+
+    def fill(self, seed, blocks=None):
+        """The first blocks of every region, or all."""
         for number, region in enumerate(self.regions):
-            region.write(np.repeat(((np.arange(blocks) * 37 + (seed + number) * 11) % 251).astype(np.uint8), self.block))
+            region.write(np.repeat(((np.arange(blocks or self.blocks) * 37 + (seed + number) * 11) % 251).astype(np.uint8), self.block))
 
     def register(self, agent):
         agent.register_memory([(r.address, r.size, r.device, "") for r in self.regions], self.kind)
 
     def descriptors(self):
-        return [(r.address + i * self.block, self.block, r.device) for r in self.regions for i in range(self.blocks)]
+        places = np.empty((len(self.regions), self.blocks, 3), dtype=np.uint64)
+        for rows, region in zip(places, self.regions):
+            rows[:, 0] = region.address + np.arange(self.blocks, dtype=np.uint64) * np.uint64(self.block)
+            rows[:, 1:] = self.block, region.device
+        return places.reshape(-1, 3)
 
 
-def target(pipe, backend, variables, shape, blocks, job):
+def target(pipe, backend, variables, job):
     prepare_device(job, "target")
     agent = nixl_agent("target", backend, variables)
-    cache = Cache(shape, blocks, 100, job, "target")
+    cache = Cache(job, "target")
+    cache.fill(TARGET_SEED)
     cache.register(agent)
     pipe.send((agent.get_agent_metadata(), cache.descriptors()))
     agent.add_remote_agent(pipe.recv())
@@ -164,20 +174,27 @@ def target(pipe, backend, variables, shape, blocks, job):
 class Requests:
     """Reads of `tokens` tokens in every layer, by index, `in_flight` of them at a time."""
 
-    def __init__(self, agent, cache, remote, tokens, in_flight):
-        self.agent, self.cache, self.in_flight = agent, cache, in_flight
-        self.mine = agent.prep_xfer_dlist("NIXL_INIT_AGENT", cache.descriptors(), cache.kind)
-        self.theirs = agent.prep_xfer_dlist("target", remote, cache.kind)
+    def __init__(self, agent, cache, mine, theirs, tokens, in_flight):
+        self.agent, self.cache, self.mine, self.theirs, self.in_flight = agent, cache, mine, theirs, in_flight
         each, rows = -(-tokens // BLOCK_TOKENS), np.arange(len(cache.regions))[:, None] * cache.blocks
         random = np.random.default_rng(1)
         self.slots = []
         for slot in range(in_flight):
             # Neighbours at the owner, as a prefill leaves them; scattered here, as a pool gives them.
-            theirs = slot * each + np.arange(each)
-            mine = slot * each + random.permutation(each)
-            self.slots.append(((rows + mine).ravel(), (rows + theirs).ravel(), mine, theirs))
+            there = slot * each + np.arange(each)
+            here = slot * each + random.permutation(each)
+            self.slots.append(((rows + here).ravel(), (rows + there).ravel(), here, there))
+        cache.fill(INITIATOR_SEED, each * in_flight)
         self.bytes = each * cache.block * len(cache.regions)
         self.posted = 0
+
+    def settle(self, seconds):
+        """Some rounds before the measurement; fewer where a round is long."""
+        until = time.monotonic() + seconds
+        for _ in range(SETTLE):
+            self.run(0)
+            if time.monotonic() > until:
+                break
 
     def post(self, slot):
         mine, theirs = self.slots[slot][:2]
@@ -210,7 +227,7 @@ class Requests:
         for number, region in enumerate(self.cache.regions):
             rows = region.read().reshape(self.cache.blocks, self.cache.block)
             for _, _, mine, theirs in self.slots:
-                expected = ((theirs * 37 + (100 + number) * 11) % 251).astype(np.uint8)
+                expected = ((theirs * 37 + (TARGET_SEED + number) * 11) % 251).astype(np.uint8)
                 if not (rows[mine] == expected[:, None]).all():
                     return False
         return True
@@ -251,28 +268,39 @@ def small_operations(agent, cache, remote, seconds):
     return rows
 
 
-def initiator(pipe, results, backend, variables, shape, blocks, job):
+def kv_reads(agent, cache, remote, job, results):
+    """A row for each number of tokens, sent as soon as it is measured. How many notifications were sent."""
+    mine = agent.prep_xfer_dlist("NIXL_INIT_AGENT", cache.descriptors(), cache.kind)
+    theirs = agent.prep_xfer_dlist("target", remote, cache.kind)
+    posted = 0
+    for row in job["rows"]:
+        requests = Requests(agent, cache, mine, theirs, row["tokens"], row["in_flight"])
+        requests.settle(job["seconds"])
+        times, seconds = requests.run(job["seconds"])
+        if not requests.right():
+            raise SystemExit("wrong bytes")
+        posted += requests.posted
+        results.send({"key": f"{job['name']}, {row['tokens']} tokens, {row['in_flight']} in flight", "requests": len(times),
+                      "bytes": requests.bytes, "gbytes_per_s": len(times) * requests.bytes / seconds / 1e9,
+                      "p50_ms": statistics.median(times) * 1e3, "p99_ms": float(np.percentile(times, 99) * 1e3)})
+    return posted
+
+
+def initiator(pipe, results, backend, variables, job):
     prepare_device(job, "initiator")
     agent = nixl_agent("initiator", backend, variables)
-    cache = Cache(shape, blocks, 7, job, "initiator")
+    cache = Cache(job, "initiator")
     cache.register(agent)
     metadata, remote = pipe.recv()
     agent.add_remote_agent(metadata)
     pipe.send(agent.get_agent_metadata())
     pipe.recv()
-    if job["small"]:
-        results.send(small_operations(agent, cache, remote, job["seconds"]))
-        posted = 0
+    posted = 0
+    if job["rows"]:
+        posted = kv_reads(agent, cache, remote, job, results)
     else:
-        requests = Requests(agent, cache, remote, job["tokens"], job["in_flight"])
-        for _ in range(SETTLE):
-            requests.run(0)
-        times, seconds = requests.run(job["seconds"])
-        if not requests.right():
-            raise SystemExit("wrong bytes")
-        posted = requests.posted
-        results.send([{"requests": len(times), "bytes": requests.bytes, "gbytes_per_s": len(times) * requests.bytes / seconds / 1e9,
-                       "p50_ms": statistics.median(times) * 1e3, "p99_ms": float(np.percentile(times, 99) * 1e3)}])
+        for row in small_operations(agent, cache, remote, job["seconds"]):
+            results.send({"key": f"{row['op']} {row['bytes']}", **row})
     pipe.send(posted)
     count = pipe.recv()
     if count != posted:
@@ -282,23 +310,24 @@ def initiator(pipe, results, backend, variables, shape, blocks, job):
     os._exit(0)
 
 
-def measure(backend, plugin_dir, shape, blocks, job):
-    """One measurement in a fresh pair of processes; None when it failed."""
+def measure(backend, plugin_dir, job):
+    """The rows of one shape in a fresh pair of processes, those before it failed if it did."""
     name, variables = environment(backend, plugin_dir, job["memory"])
     context = multiprocessing.get_context("spawn")
     a, b = context.Pipe()
     receive, send = context.Pipe(duplex=False)
-    there = context.Process(target=target, args=(b, name, variables, shape, blocks, job))
-    here = context.Process(target=initiator, args=(a, send, name, variables, shape, blocks, job))
+    there = context.Process(target=target, args=(b, name, variables, job))
+    here = context.Process(target=initiator, args=(a, send, name, variables, job))
     there.start()
     here.start()
-    a.close()
-    b.close()
-    send.close()
+    for end in (a, b, send):
+        end.close()
+    rows = []
     try:
-        rows = receive.recv() if receive.poll(120 + 20 * job["seconds"]) else None
+        while receive.poll(120 + 20 * job["seconds"]):
+            rows.append(receive.recv())
     except EOFError:
-        rows = None
+        pass
     here.join(30)
     there.join(5)
     for process in (here, there):
@@ -317,19 +346,17 @@ def plugin_directory(chosen):
 
 
 def jobs(options):
-    """(shape name, shape, blocks a region, job) in the order of the table."""
-    if options.small:
-        shape = {"layers": 1, "regions": 1, "block": SMALL[-1]}
-        return [("single", shape, 1, {"small": True, "memory": options.memory.upper(), "seconds": options.seconds})]
+    """One job a shape, with its rows: what a pair of processes measures."""
     found = []
-    for name in options.shapes.split(","):
-        shape = SHAPES[name]
-        for tokens in map(int, options.tokens.split(",")):
+    for name in ["single"] if options.small else options.shapes.split(","):
+        shape, rows = SHAPES[name], []
+        for tokens in map(int, options.tokens.split(",")) if name != "single" else ():
             each = -(-tokens // BLOCK_TOKENS)
             per_request = each * shape["block"] * shape["layers"] * shape["regions"]
             in_flight = max(1, min(options.in_flight, int(options.gib * 2**30) // 2 // per_request))
-            job = {"small": False, "memory": options.memory.upper(), "tokens": tokens, "in_flight": in_flight, "seconds": options.seconds}
-            found.append((name, shape, each * in_flight, job))
+            rows.append({"tokens": tokens, "in_flight": in_flight, "blocks": each * in_flight})
+        blocks = max((row["blocks"] for row in rows), default=1)
+        found.append({"name": name, "shape": shape, "rows": rows, "blocks": blocks, "memory": options.memory.upper(), "seconds": options.seconds})
     return found
 
 
@@ -345,28 +372,38 @@ def table(rows, backends):
             measure = "gbytes_per_s" if mine and "gbytes_per_s" in mine[0] else "p50_us"
             values = [row[measure] for row in mine]
             unit = "GB/s" if measure == "gbytes_per_s" else "us"
-            cells.append(f"{statistics.median(values):.2f} {unit} ({min(values):.2f} to {max(values):.2f})" if values else "failed")
+            cells.append(f"{statistics.median(values):.2f} {unit} ({min(values):.2f} to {max(values):.2f})" if values else "none")
         print(f"| {key} | " + " | ".join(cells) + " |")
+
+
+def write(options, rows):
+    """The whole file again, so that one that is stopped leaves what it has."""
+    with open(options.json, "w", encoding="utf-8") as file:
+        json.dump({"host": platform.node(), "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%dT%H:%M:%S"), "memory": options.memory, "rows": rows},
+                  file, indent=1)
 
 
 def main():
     options = arguments()
     plugin_dir, backends, rows = plugin_directory(options.plugin_dir), options.backends.split(","), []
+    until = time.monotonic() + options.minutes * 60
     print(f"{platform.node()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d %H:%M')}", file=sys.stderr)
     if os.getloadavg()[0] > 0.3 * os.cpu_count():
         print("WARNING: this machine is not idle", file=sys.stderr)
-    for name, shape, blocks, job in jobs(options):
-        for turn in range(options.turns):
+    for turn in range(options.turns):
+        for job in jobs(options):
             # Each turn begins with another backend, so that none always follows the same one.
             for backend in backends[turn % len(backends):] + backends[:turn % len(backends)]:
-                for row in measure(backend, plugin_dir, shape, blocks, job) or []:
-                    key = f"{row['op']} {row['bytes']}" if job["small"] else f"{name}, {job['tokens']} tokens, {job['in_flight']} in flight"
-                    rows.append({"backend": backend, "turn": turn, "key": key, **row})
+                if time.monotonic() > until:
+                    print(f"note: turn {turn}: no time for {job['name']} over {backend}", file=sys.stderr)
+                    continue
+                for row in measure(backend, plugin_dir, job):
+                    rows.append({"backend": backend, "turn": turn, **row})
                     print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+                if options.json:
+                    write(options, rows)
     table(rows, backends)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"host": platform.node(), "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%dT%H:%M:%S"), "rows": rows}, file, indent=1)
+    sys.exit(0 if rows else "nothing could be measured")
 
 
 if __name__ == "__main__":

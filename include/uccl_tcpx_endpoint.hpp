@@ -25,6 +25,7 @@
  */
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -94,8 +95,9 @@ inline constexpr int kStatusCanceled = -5;
 
 /** How long a thread that finds nothing to do goes on looking at full speed after it found or did something. */
 inline constexpr std::chrono::milliseconds kStayAwake{1};
-/** How long it sleeps after that, before it looks again. */
+/** It sleeps after that, before it looks again: an eighth of the time for which it has found nothing, but within these limits. */
 inline constexpr std::chrono::microseconds kIdleNap{50};
+inline constexpr std::chrono::microseconds kLongestNap{1000};
 /** How long a thread that waits for a request looks at full speed, before it sleeps until the request has ended. */
 inline constexpr std::chrono::microseconds kLookHard{500};
 /** How long it sleeps at a time. */
@@ -483,7 +485,7 @@ class TcpxEndpoint {
 
   /**
    * For threads of the engine that found nothing to do, in each of their rounds: gives way, and after kStayAwake without a request started
-   * or checked by this thread sleeps for kIdleNap.
+   * or checked by this thread sleeps, longer the longer it lasts, kLongestNap at most.
    */
   void idle_routine() {
     Caller& caller = caller_state();
@@ -493,6 +495,25 @@ class TcpxEndpoint {
       caller.active = now;
     } else {
       give_way(caller, now);
+    }
+  }
+
+  /**
+   * For an application's thread that polls a transfer which a thread of the engine carries out, in each of its polls: gives way. One that has
+   * polled the same transfer for kLookHard sleeps for kIdleNap at a time; several transfers polled in turns never make it sleep.
+   *
+   * @param transfer  What it polls; nullptr when that has ended.
+   */
+  static void waiting_routine(void const* transfer) {
+    Caller& caller = caller_state();
+    bool const another = transfer != std::exchange(caller.polled, transfer);
+    if (transfer == nullptr) return;
+    auto const now = std::chrono::steady_clock::now();
+    if (another) caller.polled_since = now;
+    if (now - caller.polled_since < kLookHard) {
+      std::this_thread::yield();
+    } else {
+      std::this_thread::sleep_for(kIdleNap);
     }
   }
 
@@ -569,6 +590,9 @@ class TcpxEndpoint {
     int64_t running = -1;
     std::chrono::steady_clock::time_point since{};
     std::chrono::steady_clock::time_point active{};
+    /* What it polls in waiting_routine, and since when nothing else. */
+    void const* polled = nullptr;
+    std::chrono::steady_clock::time_point polled_since{};
 
     bool waits_for(int64_t request_id) const {
       return of_engine && request_id >= 0 && request_id == running && std::chrono::steady_clock::now() - since > kLookHard;
@@ -584,11 +608,14 @@ class TcpxEndpoint {
     return caller;
   }
 
-  static void give_way(Caller const& caller, std::chrono::steady_clock::time_point now) {
-    if (now - caller.active < kStayAwake) {
+  static void give_way(Caller& caller, std::chrono::steady_clock::time_point now) {
+    using std::chrono::microseconds;
+    if (caller.active == std::chrono::steady_clock::time_point{}) caller.active = now;
+    auto const idle = std::chrono::duration_cast<microseconds>(now - caller.active);
+    if (idle < kStayAwake) {
       std::this_thread::yield();
     } else {
-      std::this_thread::sleep_for(kIdleNap);
+      std::this_thread::sleep_for(std::clamp<microseconds>(idle / 8, kIdleNap, kLongestNap));
     }
   }
 

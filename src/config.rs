@@ -168,7 +168,7 @@ fn protect(source: Source<'_>) -> Result<Protect> {
 
 /// Says once a process which variables of the environment nobody reads.
 fn tell_unknown() {
-    static TOLD: crate::fork::PerProcess<parking_lot::Mutex<HashSet<String>>> = crate::fork::PerProcess::new(Default::default);
+    static TOLD: process::PerProcess<process::Mutex<HashSet<String>>> = process::PerProcess::new(Default::default);
     let names: Vec<String> = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()).collect();
     for line in source::unknown(names.iter().map(String::as_str)) {
         if TOLD.get().lock().insert(line.clone()) {

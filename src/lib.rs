@@ -12,7 +12,7 @@
 //! | `region`, [`types`] | registered memory and its uses; words that all layers share: places, spans, segments, keys |
 //! | [`config`], [`addresses`] | every environment variable; what the port is bound to and who may connect |
 //! | `logging`, [`status`] | the log and its limits; the error type and the status numbers |
-//! | `fork`, `hash` | values that a child process must not share with its parent; a quick hash for maps |
+//! | `hash` | a quick hash for maps |
 //! | [`stats`] | what is counted, in words and for Prometheus |
 //!
 //! Calls go one way: ffi -> engine -> channel -> {net, wire, gpu} -> the words below. Crates: `nccl-net-abi` has the layouts of the plugin
@@ -26,7 +26,6 @@ mod channel;
 pub mod config;
 pub mod engine;
 mod ffi;
-mod fork;
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub mod fuzz_api;

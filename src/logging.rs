@@ -7,28 +7,62 @@ mod delivery;
 pub(crate) use delivery::{flush, Callback};
 
 use crate::status::{bail, Result};
-use parking_lot::Mutex;
+use process::{Mutex, PerProcess};
 use std::fmt;
-use std::io::Write;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 /// The logger of the process, where it is this library's.
-struct Log {
-    stderr: env_logger::Logger,
+struct Log;
+
+/// Writes lines to standard error. A child of fork has one of its own: a thread of the parent may have been writing a line.
+static STDERR: PerProcess<env_logger::Logger> = PerProcess::new(to_stderr);
+/// The level that the first engine asked for.
+static LEVEL: AtomicUsize = AtomicUsize::new(0);
+
+fn to_stderr() -> env_logger::Logger {
+    let mut builder = env_logger::Builder::new();
+    let asked = log::LevelFilter::iter().nth(LEVEL.load(Ordering::Acquire));
+    builder.filter_level(asked.unwrap_or(log::LevelFilter::Off));
+    // RUST_LOG, where it is set, narrows modules further.
+    if std::env::var_os("RUST_LOG").is_some() {
+        builder.parse_env(env_logger::Env::default());
+    }
+    builder.target(env_logger::Target::Pipe(Box::new(Unlocked)));
+    builder.format(|out, record| {
+        writeln!(out, "{} uccl_p2p[{}] {} {}", out.timestamp_millis(), std::process::id(), record.level(), record.args())
+    });
+    builder.build()
+}
+
+/// Standard error without the lock that the standard library puts before it, which a child of fork may find locked for ever.
+struct Unlocked;
+
+impl Write for Unlocked {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // SAFETY: readable bytes and their number.
+        let written = unsafe { libc::write(libc::STDERR_FILENO, bytes.as_ptr().cast(), bytes.len()) };
+        usize::try_from(written).map_err(|_| io::Error::last_os_error())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 impl log::Log for Log {
     fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
-        self.stderr.enabled(metadata)
+        STDERR.get().enabled(metadata)
     }
 
     fn log(&self, record: &log::Record<'_>) {
-        if !self.stderr.matches(record) || delivery::queue(record.level(), record.args()) {
+        let stderr = STDERR.get();
+        if !stderr.matches(record) || delivery::queue(record.level(), record.args()) {
             return;
         }
-        self.stderr.log(record);
+        stderr.log(record);
     }
 
     fn flush(&self) {}
@@ -55,23 +89,15 @@ static OURS: AtomicBool = AtomicBool::new(false);
 
 /// Installs the logger at this level, once. Done by the first engine.
 pub(crate) fn init(level: log::LevelFilter) {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        // RUST_LOG, where it is set, narrows modules further.
-        let env = env_logger::Env::default();
-        let mut builder = env_logger::Builder::new();
-        builder.filter_level(level);
-        if std::env::var_os("RUST_LOG").is_some() {
-            builder.parse_env(env);
+    static ONCE: PerProcess<Once> = PerProcess::new(Once::new);
+    ONCE.get().call_once(|| {
+        if OURS.load(Ordering::Acquire) {
+            return;
         }
-        builder.format(|out, record| {
-            writeln!(out, "{} uccl_p2p[{}] {} {}", out.timestamp_millis(), std::process::id(), record.level(), record.args())
-        });
-        let stderr = builder.build();
-        let most = stderr.filter();
+        LEVEL.store(level as usize, Ordering::Release);
         // An embedding Rust program may have installed its logger first; that one then serves.
-        if log::set_boxed_logger(Box::new(Log { stderr })).is_ok() {
-            log::set_max_level(most);
+        if log::set_logger(&Log).is_ok() {
+            log::set_max_level(STDERR.get().filter());
             OURS.store(true, Ordering::Release);
         }
     });

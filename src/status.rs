@@ -151,6 +151,12 @@ pub struct Error {
     message: Box<str>,
 }
 
+impl From<process::Parents> for Error {
+    fn from(parents: process::Parents) -> Error {
+        Error::new(ErrorKind::Unsupported, format_args!("{parents}"))
+    }
+}
+
 impl Error {
     /// An error of `kind` with a message for people.
     pub fn new(kind: ErrorKind, message: impl fmt::Display) -> Error {

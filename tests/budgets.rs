@@ -7,6 +7,7 @@ use local::{port, until};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use uccl_p2p::addresses::Bind;
 use uccl_p2p::config::{Budgets, Config};
 use uccl_p2p::engine::{Connection, Direction, Engine, LocalSegment};
 use uccl_p2p::status::ErrorKind;
@@ -49,6 +50,17 @@ fn config(budgets: Budgets) -> Config {
     Config { num_channels: Some(1), budgets, ..local::config() }
 }
 
+/// An address of this host from which a connect does not come from 127.0.0.1.
+fn second_address() -> Option<String> {
+    let bound = |ip: &str| std::net::TcpListener::bind((ip, 0)).is_ok().then(|| ip.to_owned());
+    let towards = |ip: &str| {
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0").ok()?;
+        socket.connect((ip, 9)).ok()?;
+        Some(socket.local_addr().ok()?.ip()).filter(|ip| !ip.is_loopback()).map(|ip| ip.to_string())
+    };
+    bound("::1").or_else(|| towards("192.0.2.1"))
+}
+
 /// A target with these budgets, peers that are connected to it, and its ends of their connections.
 struct Crowd {
     target: Arc<Engine>,
@@ -61,7 +73,8 @@ struct Crowd {
 
 impl Crowd {
     fn new(budgets: Budgets) -> Crowd {
-        let (target, peers) = (Engine::new(config(budgets)).unwrap(), Engine::new(config(Budgets::default())).unwrap());
+        let all = Config { bind: Bind::Any, ..config(budgets) };
+        let (target, peers) = (Engine::new(all).unwrap(), Engine::new(config(Budgets::default())).unwrap());
         let memory = vec![7u8; 1 << 16];
         let mr = peers.register(memory.as_ptr() as usize, memory.len()).unwrap();
         let (mut out, mut inc) = (Vec::new(), Vec::new());
@@ -118,8 +131,9 @@ fn connections_have_a_limit_in_all_and_by_address() {
 
 #[test]
 fn transfers_of_all_peers_together_have_a_limit_and_what_is_beyond_fails_alone() {
+    // Three quarters of all, since the peers have one address.
     const MOST: usize = 1000;
-    let mut crowd = Crowd::new(Budgets { transfers: Some(MOST), ..Budgets::default() });
+    let mut crowd = Crowd::new(Budgets { transfers: Some(MOST / 3 * 4 + 1), ..Budgets::default() });
     // Messages that nobody receives stay in flight.
     let send = |crowd: &Crowd, peer: usize| crowd.out[peer].send(std::iter::once(crowd.local(100))).unwrap();
     let sent: Vec<(usize, u64)> = (0..20).flat_map(|_| 0..PEERS).map(|peer| (peer, send(&crowd, peer))).collect();
@@ -145,6 +159,43 @@ fn transfers_of_all_peers_together_have_a_limit_and_what_is_beyond_fails_alone()
     assert_eq!(one(&crowd, Direction::Read, 4096), Ok(true));
     crowd.target.deregister(region).unwrap();
     let _ = crowd.peers.deregister(crowd.mr);
+}
+
+#[test]
+fn one_address_leaves_something_of_each_budget_to_others() {
+    const MOST: usize = 1000;
+    let Some(other) = second_address() else {
+        println!("SKIPPED: this host has one address");
+        return;
+    };
+    let budgets = Budgets { transfers: Some(MOST), peer_bytes: Some(8 << 20), notif_bytes: Some(4 << 20), ..Budgets::default() };
+    let crowd = Crowd::new(budgets);
+    let there = vec![0u8; 1 << 16];
+    let region = crowd.target.register(there.as_ptr() as usize, there.len()).unwrap();
+    let item = crowd.target.fifo_item(region, there.as_ptr() as usize, there.len()).unwrap();
+    // Messages that nobody receives and notifications that nobody takes, from a hundred connections of one address.
+    let sent: Vec<(usize, u64)> = (0..20)
+        .flat_map(|_| 0..PEERS / 2)
+        .map(|peer| (peer, crowd.out[peer].send(std::iter::once(crowd.local(100))).unwrap()))
+        .collect();
+    let refused = || sent.iter().filter(|&&(peer, id)| crowd.out[peer].poll(id).is_err()).count();
+    assert!(until(LIMIT, || refused() >= sent.len() - MOST), "{} of {} refused", refused(), sent.len());
+    for connection in &crowd.out[PEERS / 2..] {
+        (0..20).for_each(|_| drop(connection.notify(b"name", &[7; 10_000])));
+    }
+    let failed = || crowd.inc.iter().filter(|c| c.status().is_err_and(|e| e.kind() == ErrorKind::Resource)).count();
+    assert!(until(LIMIT, || failed() > 0), "nobody is stopped");
+    // Somebody at another address is served.
+    let late = crowd.peers.connect(&other, "", port(&crowd.target)).expect("a connect from another address");
+    let late_in = crowd.target.accept().unwrap();
+    for direction in [Direction::Write, Direction::Read] {
+        let id = late.transfer(direction, std::iter::once((crowd.local(1 << 16), item))).unwrap();
+        assert!(late.wait(id, Some(LIMIT)).map(|s| s.complete).unwrap(), "{direction:?}");
+    }
+    late.notify(b"late", &[7; 10_000]).unwrap();
+    let took = until(LIMIT, || crowd.target.next_notification().is_some_and(|n| n.name == b"late"));
+    assert!(took && late.status().is_ok() && late_in.status().is_ok(), "{:?}", late_in.status());
+    crowd.target.deregister(region).unwrap();
 }
 
 #[test]

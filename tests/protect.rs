@@ -242,3 +242,28 @@ fn peers_learn_the_name_of_the_proved_key_and_keep_to_a_regions_limits() {
     }
     a.deregister(mr).unwrap();
 }
+
+/// More messages of a channel and more records of the control stream than one key seals.
+#[test]
+fn a_connection_outlives_its_keys() {
+    let _one = ONE.lock().unwrap();
+    const LEN: usize = 96 << 20;
+    const NOTES: usize = 70_000;
+    let own = || with_key(Config { num_channels: Some(1), chunk_bytes: 4096, ..config(Protect::Encrypt) });
+    let (a, b) = (engine(own()), engine(own()));
+    let (out, inc) = pair(&a, &b).unwrap();
+    let (source, mut target) = (vec![0x5au8; LEN], vec![0u8; LEN]);
+    let (from, to) = (a.register(source.as_ptr() as usize, LEN).unwrap(), b.register(target.as_mut_ptr() as usize, LEN).unwrap());
+    let item = b.fifo_item(to, target.as_ptr() as usize, LEN).unwrap();
+    let local = LocalSegment { mr: from, addr: source.as_ptr() as usize, len: LEN };
+    let id = out.transfer(Direction::Write, std::iter::once((local, item))).unwrap();
+    assert!(out.wait(id, None).unwrap().complete);
+    assert!(source == target);
+    // One record each, since each is taken before the next is sent.
+    for n in 0..NOTES {
+        inc.notify(b"n", &n.to_le_bytes()).unwrap();
+        let note = std::iter::repeat_with(|| a.next_notification()).flatten().next().unwrap();
+        assert_eq!(note.msg, n.to_le_bytes());
+    }
+    assert!(out.status().is_ok() && inc.status().is_ok());
+}

@@ -5,7 +5,7 @@
 use crate::context::Context;
 use crate::pointer::attribute;
 use crate::sys::{self, Functions};
-use parking_lot::Mutex;
+use process::{Mutex, PerProcess};
 use std::sync::Arc;
 
 /// How memory was allocated.
@@ -35,11 +35,11 @@ impl Kept {
     }
 }
 
-static SHELF: Mutex<Vec<Kept>> = Mutex::new(Vec::new());
+static SHELF: PerProcess<Mutex<Vec<Kept>>> = PerProcess::new(Mutex::default);
 
 /// Puts an allocation back that nobody uses any more.
 pub(crate) fn put(kept: Kept) {
-    SHELF.lock().push(kept);
+    SHELF.get().lock().push(kept);
 }
 
 /// An allocation of exactly this length that `context` can use. The last one put back is taken first: the CPU's caches know it.
@@ -47,7 +47,7 @@ pub(crate) fn take(cuda: &Functions, context: &Context, len: usize, sort: Sort) 
     let suits = |k: &Kept| k.len == len && k.sort == sort && (sort == Sort::Pinned || k.context.id() == context.id());
     loop {
         let kept = {
-            let mut shelf = SHELF.lock();
+            let mut shelf = SHELF.get().lock();
             let i = shelf.iter().rposition(suits)?;
             shelf.swap_remove(i)
         };

@@ -9,10 +9,9 @@ use nccl_net_abi::{
     ncclNetDeviceHandle_v7, ncclResult_t, ucclCommInfo, ucclFlow, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_INVALID_ARGUMENT,
     NCCL_INVALID_USAGE, NCCL_SYSTEM_ERROR,
 };
-use parking_lot::Mutex;
+use process::Mutex;
 
 use crate::device::{self, SendSource, UnpackQueue};
-use crate::fork;
 use crate::ledger::{Failure, Ledger};
 use crate::logger::Limited;
 use crate::pool::{Member, Pool, Seat};
@@ -102,7 +101,7 @@ impl Comm {
         let fd = connected.socket.as_raw_fd();
         let comm = Arc::new(Comm {
             alive: AtomicU32::new(ALIVE),
-            generation: fork::generation(),
+            generation: process::generation(),
             fd: AtomicI32::new(fd),
             path: connected.path,
             global,
@@ -130,7 +129,7 @@ impl Comm {
 
     /// Whether another process made it, of which this one is a child.
     pub fn is_inherited(&self) -> bool {
-        self.generation != fork::generation()
+        self.generation != process::generation()
     }
 
     /// Makes device receives possible, where the caller gave a device handle for them.
@@ -340,7 +339,7 @@ impl Comm {
     /// held it, and leaves the poller alone, since the two share it.
     pub fn close_copy(&self) {
         self.alive.store(CLOSED, Ordering::Release);
-        fork::close_copy(&self.fd);
+        process::close_copy(&self.fd);
     }
 }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use cuda_driver::{Absence, Context, DeviceBuffer, PinnedBuffer, Stream};
 use nccl_net_abi::{netUnpackMeta, unpackNetDeviceHandle, MAX_REQUESTS, PAGE};
-use parking_lot::Mutex;
+use process::{Mutex, PerProcess};
 
 use crate::device::{DeviceMemory, SendSource, UnpackQueue};
 
@@ -160,10 +160,10 @@ impl Source {
 }
 
 /// One stream for each context, for all send comms together: beyond a few streams the driver makes one only while the GPU is at rest.
-static SHARED: Mutex<BTreeMap<usize, Weak<Stream>>> = Mutex::new(BTreeMap::new());
+static SHARED: PerProcess<Mutex<BTreeMap<usize, Weak<Stream>>>> = PerProcess::new(Mutex::default);
 
 fn shared(id: usize) -> cuda_driver::Result<Arc<Stream>> {
-    let mut all = SHARED.lock();
+    let mut all = SHARED.get().lock();
     if let Some(stream) = all.get(&id).and_then(Weak::upgrade) {
         return Ok(stream);
     }

@@ -10,7 +10,7 @@ use nccl_net_abi::{
     ncclNetDeviceHandle_v7, netUnpackMeta, unpackNetDeviceHandle, MAX_REQUESTS, NCCL_NET_DEVICE_HOST, NCCL_NET_DEVICE_UNPACK,
     NCCL_NET_DEVICE_UNPACK_VERSION,
 };
-use parking_lot::Mutex;
+use process::Mutex;
 
 /// Memory that device receives and device sends pass through.
 pub trait DeviceMemory: Send + Sync {

@@ -4,7 +4,7 @@
 use std::sync::atomic::{fence, AtomicBool, AtomicI32, AtomicU64, Ordering};
 
 use nccl_net_abi::{ncclResult_t, MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_SUCCESS};
-use parking_lot::Mutex;
+use process::Mutex;
 
 use crate::slot::{Body, Slot};
 

@@ -22,7 +22,6 @@ mod config;
 mod congestion;
 mod cuda;
 mod device;
-mod fork;
 mod fragment;
 pub mod interfaces;
 mod ledger;

@@ -8,11 +8,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use process::{Mutex, PerProcess};
 use reactor::{Events, Interest, Poller, Waker};
 
 use crate::config::Config;
-use crate::fork::PerProcess;
 use crate::turn::Turn;
 
 /// Token of the waker; members' numbers start at 1.
@@ -70,8 +69,8 @@ pub struct Seat {
 
 /// The pool of this process, started on first use.
 pub fn get(config: &Config, chores: Chores) -> io::Result<&'static Pool> {
-    static POOL: PerProcess<Mutex<Option<&'static Pool>>> = PerProcess::new();
-    let mut pool = POOL.get(Mutex::default).lock();
+    static POOL: PerProcess<Mutex<Option<&'static Pool>>> = PerProcess::new(Mutex::default);
+    let mut pool = POOL.get().lock();
     if let Some(pool) = *pool {
         return Ok(pool);
     }

@@ -6,7 +6,8 @@
 //! - sealed: header and the payload's tag (12 + 16) encrypted, their own tag (16), then the encrypted payload.
 //!
 //! Head and payload of message k have the nonces (0, k) and (1, k). A key belongs to one comm in one direction, and numbers only rise: no
-//! nonce comes twice, and a message that is repeated, left out or out of order does not open.
+//! nonce comes twice, and a message that is repeated, left out or out of order does not open. After so many messages a key makes the next
+//! one, under the nonce (2, k) of its first message.
 
 use std::collections::VecDeque;
 use std::ffi::c_int;
@@ -14,6 +15,7 @@ use std::ffi::c_int;
 use libc::iovec;
 use nccl_net_abi::{UCCL_PROTECT_CHECKSUM, UCCL_PROTECT_SEAL};
 use ring::aead::{Aad, LessSafeKey, Nonce, Tag, UnboundKey, AES_256_GCM};
+use zeroize::Zeroize;
 
 use crate::slot::{Body, Header, HEADER};
 
@@ -32,7 +34,38 @@ pub enum Guard {
     /// Against damage.
     Checksum,
     /// Against whoever lacks the key.
-    Sealed(Box<LessSafeKey>),
+    Sealed(Box<Sealing>),
+}
+
+/// Messages that a key seals: 256 GiB at most, before AES-GCM gets weaker.
+const KEY_MESSAGES: u64 = 1 << 14;
+
+/// The key of the messages from `KEY_MESSAGES * turn` on.
+pub struct Sealing {
+    key: LessSafeKey,
+    turn: u64,
+}
+
+impl Sealing {
+    fn new(key: &Key, turn: u64) -> Option<Sealing> {
+        Some(Sealing { key: LessSafeKey::new(UnboundKey::new(&AES_256_GCM, key).ok()?), turn })
+    }
+
+    /// Makes the key that message `seq` has, which is this one or the next.
+    fn turn_to(&mut self, seq: u64) -> Option<()> {
+        let turn = seq / KEY_MESSAGES;
+        if turn == self.turn {
+            return Some(());
+        }
+        if turn.checked_sub(1)? != self.turn {
+            return None;
+        }
+        let mut next = Key::default();
+        let _tag = self.key.seal_in_place_separate_tag(nonce(Part::NextKey, seq), Aad::empty(), &mut next).ok()?;
+        *self = Sealing::new(&next, turn)?;
+        next.zeroize();
+        Some(())
+    }
 }
 
 /// What the payload of a message must match.
@@ -44,11 +77,12 @@ pub enum Proof {
     Sealed([u8; TAG]),
 }
 
-/// Which half of a message a nonce is for.
+/// What of a message a nonce is for.
 #[derive(Clone, Copy)]
 enum Part {
     Head = 0,
     Payload = 1,
+    NextKey = 2,
 }
 
 fn nonce(part: Part, seq: u64) -> Nonce {
@@ -90,10 +124,7 @@ impl Guard {
     pub fn new(level: c_int, key: Option<&Key>) -> Option<Guard> {
         match level {
             UCCL_PROTECT_CHECKSUM => Some(Guard::Checksum),
-            UCCL_PROTECT_SEAL => {
-                let key = UnboundKey::new(&AES_256_GCM, key?).ok()?;
-                Some(Guard::Sealed(Box::new(LessSafeKey::new(key))))
-            }
+            UCCL_PROTECT_SEAL => Some(Guard::Sealed(Box::new(Sealing::new(key?, 0)?))),
             _ => None,
         }
     }
@@ -110,7 +141,7 @@ impl Guard {
     ///
     /// # Safety
     /// The segments are readable and not written meanwhile.
-    unsafe fn wrap(&self, seq: u64, header: &[u8; HEADER], payload: &[iovec], out: &mut Vec<u8>) -> Result<bool, String> {
+    unsafe fn wrap(&mut self, seq: u64, header: &[u8; HEADER], payload: &[iovec], out: &mut Vec<u8>) -> Result<bool, String> {
         out.clear();
         match self {
             Guard::Checksum => {
@@ -122,7 +153,9 @@ impl Guard {
                 out.extend_from_slice(&head.to_le_bytes());
                 Ok(false)
             }
-            Guard::Sealed(key) => {
+            Guard::Sealed(sealing) => {
+                sealing.turn_to(seq).ok_or_else(|| format!("message {seq} has no key"))?;
+                let key = &sealing.key;
                 out.resize(SEALED_HEAD, 0);
                 for segment in payload {
                     // SAFETY: by contract.
@@ -141,8 +174,9 @@ impl Guard {
         }
     }
 
-    /// Opens the head of message `seq`, which is [`Guard::head`] bytes. Nothing of it is used before it is known to be good.
-    pub fn open(&self, seq: u64, head: &[u8]) -> Result<(Header, Proof), String> {
+    /// Opens the head of message `seq`, which is [`Guard::head`] bytes. Nothing of it is used before it is known to be good. Messages come in
+    /// order, each finished before the next.
+    pub fn open(&mut self, seq: u64, head: &[u8]) -> Result<(Header, Proof), String> {
         let damaged = || format!("message {seq} was expected; what came was changed on its way, or is another message");
         let mut plain = [0; SEALED_HEAD];
         let plain = plain.get_mut(..head.len()).ok_or_else(damaged)?;
@@ -156,8 +190,9 @@ impl Guard {
                 let sum = checked.last_chunk::<CRC>().ok_or_else(damaged)?;
                 Proof::Checksum(u32::from_le_bytes(*sum))
             }
-            Guard::Sealed(key) => {
-                key.open_in_place(nonce(Part::Head, seq), Aad::empty(), plain).map_err(|_| damaged())?;
+            Guard::Sealed(sealing) => {
+                sealing.turn_to(seq).ok_or_else(damaged)?;
+                sealing.key.open_in_place(nonce(Part::Head, seq), Aad::empty(), plain).map_err(|_| damaged())?;
                 let tag = plain.get(HEADER..).and_then(|rest| rest.first_chunk::<TAG>()).ok_or_else(damaged)?;
                 Proof::Sealed(*tag)
             }
@@ -175,12 +210,12 @@ impl Guard {
         let good = match (self, proof) {
             // SAFETY: by contract.
             (Guard::Checksum, Proof::Checksum(sum)) => unsafe { checksum(segments, len) == sum },
-            (Guard::Sealed(key), Proof::Sealed(tag)) => match segments {
+            (Guard::Sealed(sealing), Proof::Sealed(tag)) => match segments {
                 [segment, ..] if segment.iov_len >= len => {
                     // SAFETY: by contract.
                     let payload = unsafe { std::slice::from_raw_parts_mut(segment.iov_base.cast::<u8>(), len) };
                     let (nonce, tag) = (nonce(Part::Payload, seq), Tag::from(tag));
-                    key.open_in_place_separate_tag(nonce, Aad::empty(), tag, payload, 0..).is_ok()
+                    sealing.key.open_in_place_separate_tag(nonce, Aad::empty(), tag, payload, 0..).is_ok()
                 }
                 _ => false,
             },
@@ -274,7 +309,7 @@ mod tests {
     }
 
     /// A message of these bytes on the wire, from pieces of three bytes.
-    fn sent(guard: &Guard, seq: u64, payload: &[u8]) -> Vec<u8> {
+    fn sent(guard: &mut Guard, seq: u64, payload: &[u8]) -> Vec<u8> {
         let mut copy = payload.to_vec();
         let pieces: Vec<iovec> = copy.chunks_mut(3).map(segment).collect();
         let header = Header::new(payload.len(), seq, -5).bytes();
@@ -286,7 +321,7 @@ mod tests {
         out
     }
 
-    fn received(guard: &Guard, seq: u64, wire: &[u8]) -> Result<Vec<u8>, String> {
+    fn received(guard: &mut Guard, seq: u64, wire: &[u8]) -> Result<Vec<u8>, String> {
         let (head, payload) = wire.split_at(guard.head());
         let (header, proof) = guard.open(seq, head)?;
         assert_eq!(header, Header::new(payload.len(), seq, -5));
@@ -299,43 +334,43 @@ mod tests {
 
     #[test]
     fn what_was_sent_comes_out() {
-        for guard in guards() {
+        for guard in &mut guards() {
             for len in [1, 3, 10, 4096, 100_003] {
                 let payload: Vec<u8> = (0..len).map(|i| (i * 7) as u8).collect();
-                let wire = sent(&guard, 9, &payload);
+                let wire = sent(guard, 9, &payload);
                 assert_eq!(wire.len(), len + guard.head());
-                assert_eq!(received(&guard, 9, &wire).unwrap(), payload);
+                assert_eq!(received(guard, 9, &wire).unwrap(), payload);
             }
         }
-        let sealed = sent(&guards()[1], 0, &[0x41; 64]);
+        let sealed = sent(&mut guards()[1], 0, &[0x41; 64]);
         assert!(!sealed.windows(4).any(|w| w == [0x41; 4]), "plain bytes on the wire");
     }
 
     #[test]
     fn every_changed_bit_is_noticed() {
-        for guard in guards() {
-            let good = sent(&guard, 3, b"attack at dawn");
+        for guard in &mut guards() {
+            let good = sent(guard, 3, b"attack at dawn");
             for bit in 0..good.len() * 8 {
                 let mut bad = good.clone();
                 bad[bit / 8] ^= 1 << (bit % 8);
-                assert!(received(&guard, 3, &bad).is_err(), "bit {bit}");
+                assert!(received(guard, 3, &bad).is_err(), "bit {bit}");
             }
         }
     }
 
     #[test]
     fn a_sealed_message_opens_at_its_place_only() {
-        let [_, guard] = guards();
-        let wire = sent(&guard, 3, b"attack at dawn");
+        let [_, mut guard] = guards();
+        let wire = sent(&mut guard, 3, b"attack at dawn");
         for other in [0, 2, 4, 3 + (1 << 32), u64::MAX] {
-            assert!(received(&guard, other, &wire).is_err(), "{other}");
+            assert!(received(&mut guard, other, &wire).is_err(), "{other}");
         }
-        let stranger = Guard::new(UCCL_PROTECT_SEAL, Some(&[8; 32])).unwrap();
-        assert!(received(&stranger, 3, &wire).is_err());
+        let mut stranger = Guard::new(UCCL_PROTECT_SEAL, Some(&[8; 32])).unwrap();
+        assert!(received(&mut stranger, 3, &wire).is_err());
         // The head of one message does not vouch for the payload of another.
-        let other = sent(&guard, 4, b"attack at noon");
+        let other = sent(&mut guard, 4, b"attack at noon");
         let mixed = [&wire[..SEALED_HEAD], &other[SEALED_HEAD..]].concat();
-        assert!(received(&guard, 3, &mixed).is_err());
+        assert!(received(&mut guard, 3, &mixed).is_err());
     }
 
     #[test]
@@ -344,13 +379,30 @@ mod tests {
         let mut seen = std::collections::HashSet::new();
         for seq in [0, 1, 2, 1 << 32, u64::MAX] {
             // Of equal plain bytes, equal sealed ones would show a nonce used twice.
-            let Guard::Sealed(key) = &guard else { panic!() };
-            for part in [Part::Head, Part::Payload] {
+            let Guard::Sealed(sealing) = &guard else { panic!() };
+            for part in [Part::Head, Part::Payload, Part::NextKey] {
                 let mut zeros = [0; 16];
-                let _tag = key.seal_in_place_separate_tag(nonce(part, seq), Aad::empty(), &mut zeros).unwrap();
+                let _tag = sealing.key.seal_in_place_separate_tag(nonce(part, seq), Aad::empty(), &mut zeros).unwrap();
                 assert!(seen.insert(zeros), "{seq}");
             }
         }
+    }
+
+    #[test]
+    fn a_key_seals_so_many_messages_and_the_next_one_goes_on() {
+        let [[_, mut from], [_, mut to], [_, mut first]] = [guards(), guards(), guards()];
+        for seq in 0..2 * KEY_MESSAGES + 2 {
+            let wire = sent(&mut from, seq, b"attack at dawn");
+            if seq == KEY_MESSAGES {
+                // What the first key would make of the same message.
+                let Guard::Sealed(sealing) = &mut first else { panic!() };
+                sealing.turn = 1;
+                assert_ne!(sent(&mut first, seq, b"attack at dawn"), wire);
+            }
+            assert_eq!(received(&mut to, seq, &wire).unwrap(), b"attack at dawn", "message {seq}");
+        }
+        assert!(received(&mut to, 4 * KEY_MESSAGES, &[0; SEALED_HEAD]).is_err(), "a turn cannot be left out");
+        assert!(received(&mut to, 0, &[0; SEALED_HEAD]).is_err(), "nor taken back");
     }
 
     #[test]

@@ -196,7 +196,9 @@ impl RecvIo {
                 self.ended = Some(error.to_string());
             }
         }
-        let Some(why) = &self.ended else { return Ok(()) };
+        if self.ended.is_none() {
+            return Ok(());
+        }
         let left = self.end - self.start;
         // A head that does not open is no message.
         let whole = match self.peek_header(seq) {
@@ -206,13 +208,13 @@ impl RecvIo {
         if whole {
             return Ok(());
         }
-        Err(Failure::new(NCCL_SYSTEM_ERROR, why.as_str()))
+        Err(Failure::new(NCCL_SYSTEM_ERROR, self.ended.as_deref().unwrap_or(ORDERLY_END)))
     }
 
     /// The header of message `seq`, once all of its head is here, and what its payload must match.
-    fn peek_header(&self, seq: u64) -> Result<Option<(Header, Proof)>, String> {
+    fn peek_header(&mut self, seq: u64) -> Result<Option<(Header, Proof)>, String> {
         let bytes = &self.ahead[self.start..self.end];
-        match &self.guarded {
+        match &mut self.guarded {
             None => Ok(bytes.first_chunk::<HEADER>().map(|bytes| (Header::parse(*bytes), Proof::Checksum(0)))),
             Some(guarded) => bytes.get(..self.head).map(|head| guarded.guard.open(seq, head)).transpose(),
         }

@@ -6,13 +6,12 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::Arc;
 
 use nccl_net_abi::{ncclResult_t, NCCL_INVALID_ARGUMENT};
-use parking_lot::{Mutex, RwLock};
+use process::{Mutex, PerProcess, RwLock};
 
 use crate::config::Config;
 use crate::congestion;
 use crate::cuda::Cuda;
 use crate::device::{DeviceMemory, Emulated};
-use crate::fork::PerProcess;
 use crate::interfaces::{self, Interface};
 use crate::logger;
 
@@ -74,10 +73,10 @@ impl Global {
 
 /// The state, built if need be.
 pub fn get() -> Result<&'static Global, ncclResult_t> {
-    static GLOBAL: PerProcess<Mutex<Option<&'static Global>>> = PerProcess::new();
+    static GLOBAL: PerProcess<Mutex<Option<&'static Global>>> = PerProcess::new(Mutex::default);
     /// What was built last, by this process or its parent.
     static LAST: AtomicPtr<Global> = AtomicPtr::new(std::ptr::null_mut());
-    let mut global = GLOBAL.get(Mutex::default).lock();
+    let mut global = GLOBAL.get().lock();
     if let Some(global) = *global {
         return Ok(global);
     }

@@ -2,7 +2,7 @@
 //! nothing of sockets.
 
 use crate::status::{bail, err, Result};
-use parking_lot::{Condvar, Mutex};
+use process::{Condvar, Mutex};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 

@@ -5,7 +5,7 @@ use super::limits;
 use crate::channel::local;
 use crate::net::comm::Doorbell;
 use crate::status::Result;
-use parking_lot::Mutex;
+use process::Mutex;
 use reactor::{Events, Interest, Poller, Waker};
 use std::collections::BTreeSet;
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};

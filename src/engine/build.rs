@@ -138,10 +138,11 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
     }
     home.registry.on_devices().iter().for_each(|region| channels.offer(region.to_share()));
     let name = up.address.to_string();
+    let account = site.pool.account(up.address.ip());
     let setting = Setting {
         registry: home.registry.clone(),
-        inbox: Inbox::new(&site.notifications),
-        pool: site.pool.clone(),
+        inbox: Inbox::new(&site.notifications, &account),
+        account,
         lines: home.lines.clone(),
         eager_bytes: config.eager_bytes,
         peer: name.clone(),
@@ -174,7 +175,7 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
         gpu_index: theirs.hello.gpu_index,
         key,
         engine: theirs.engine,
-        _counted: counted.map(crate::fork::Local::new),
+        _counted: counted.map(process::Local::new),
     };
     home.counters.opened.add();
     let connection = Arc::new(Connection::new(home.clone(), core, peer, seat, watched));

@@ -11,16 +11,18 @@ use super::request::{self, Built, RequestBuilder};
 use super::transfer::{Direction, LocalSegment};
 use super::watch::Watch;
 use crate::channel::local::Watched;
+use crate::channel::path::Way;
 use crate::channel::router::Channels;
-use crate::fork::Local;
 use crate::region::RegionUse;
 use crate::stats::{ChannelStats, ConnectionStats, Totals};
 use crate::status::{bail, err, Error, ErrorKind, Result};
 use crate::types::{Place, Segment};
 use crate::wire::control::ControlStream;
-use crate::wire::frame::{Frame, MAX_NOTIFICATION};
+use crate::wire::frame::{Frame, MAX_NOTIFICATION, MAX_SEGMENTS};
 use crate::wire::queue::RxBuffer;
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use process::Local;
+use process::{Condvar, Mutex, MutexGuard};
+use std::borrow::Borrow;
 use std::net::IpAddr;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::RawFd;
@@ -335,8 +337,17 @@ impl Connection {
     ///
     /// # Errors
     /// `InvalidArgument`, `NotFound` (region), `Resource`, or why the connection is lost. Nothing moves then.
-    pub fn transfer(&self, direction: Direction, items: impl ExactSizeIterator<Item = (LocalSegment, FifoItem)>) -> Result<u64> {
+    pub fn transfer<B: Borrow<FifoItem>>(
+        &self,
+        direction: Direction,
+        items: impl ExactSizeIterator<Item = (LocalSegment, B)> + Clone,
+    ) -> Result<u64> {
         self.core.check("connection")?;
+        if self.one_host.is_some() {
+            if let Some(id) = self.transfer_direct(direction, &items)? {
+                return Ok(id);
+            }
+        }
         let n = items.len();
         let builder = if n < super::spare::MANY {
             RequestBuilder::new(n, &self.home.registry, self.peer.engine, None)
@@ -362,6 +373,27 @@ impl Connection {
                 };
                 self.started(core, started, now)
             }
+        }
+    }
+
+    /// Starts a transfer all of which the peer has granted, within the host. `None`: it has to go another way.
+    fn transfer_direct<B: Borrow<FifoItem>>(
+        &self,
+        direction: Direction,
+        items: &(impl ExactSizeIterator<Item = (LocalSegment, B)> + Clone),
+    ) -> Result<Option<u64>> {
+        let sketch = request::sketch(items.clone(), &self.home.registry, self.peer.engine);
+        let Some((sketch, known)) = sketch.filter(|(sketch, _)| sketch.count <= MAX_SEGMENTS) else { return Ok(None) };
+        let way = if direction == Direction::Read { Way::In } else { Way::Out };
+        let mut feed = request::Feed::new(items.clone(), known, way, sketch.count);
+        let now = Instant::now();
+        let mut core = self.lock();
+        self.admit(&core, sketch.count, &sketch.places())?;
+        let Core { machine, channels, .. } = &mut *core;
+        match machine.start_direct(sketch, way, &mut feed, channels, now) {
+            Ok(None) => Ok(None),
+            Ok(Some(id)) => self.started(core, Ok(id), now).map(Some),
+            Err(e) => self.started(core, Err(e), now),
         }
     }
 
@@ -432,7 +464,9 @@ impl Connection {
         match &result {
             Err(e) => self.fail_locked(&mut core, e.clone()),
             Ok(_) => {
-                let needs_help = core.backlog() > 0 || (core.channels.busy() && !self.home.doorbells);
+                let mut needs_help = core.backlog() > 0 || (core.channels.busy() && !self.home.doorbells);
+                // Nobody rings when a device has copied; whoever polls in a loop looks anyway.
+                needs_help |= core.channels.copies_pending() && self.driven_by_application().is_none();
                 drop(core);
                 if needs_help {
                     self.home.attend(self.id);
@@ -796,7 +830,7 @@ impl Connection {
     /// Fails the connection if a transfer of it still uses the region.
     pub(crate) fn fail_if_using(&self, region: u64, error: Error) {
         let mut core = self.lock();
-        if core.machine.uses_region(region) {
+        if core.machine.uses_region(region) || core.channels.uses_region(region) {
             self.fail_locked(&mut core, error);
         }
     }

@@ -1,7 +1,7 @@
 //! The connections of an engine, by id. Does not keep them alive, and knows nothing of what they do.
 
 use crate::hash::Map;
-use parking_lot::Mutex;
+use process::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 

@@ -2,7 +2,7 @@
 
 use crate::stats::{EngineStats, Totals};
 use crate::status::ErrorKind;
-use parking_lot::Mutex;
+use process::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A number that only rises.

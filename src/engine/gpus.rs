@@ -6,7 +6,7 @@ use crate::net::{OnGpu, Scope};
 use crate::status::{bail, Result};
 use crate::types::Place;
 use crate::wire::hello::MAX_FURTHER;
-use parking_lot::Mutex;
+use process::Mutex;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;

@@ -8,7 +8,7 @@ use super::counters::Counters;
 use super::pacing::Cores;
 use super::registry::Registry;
 use crate::logging::Limiter;
-use parking_lot::Mutex;
+use process::Mutex;
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};

@@ -102,10 +102,10 @@ impl Limits {
         vec![
             ("UCCL_TCPX_MAX_CONNECTIONS", self.connections, "incoming connections"),
             ("UCCL_TCPX_MAX_CONNECTIONS_OF_PEER", self.of_address, "of them of one address"),
-            ("UCCL_TCPX_MAX_PEER_TRANSFERS", self.transfers, "transfers that peers have begun"),
-            ("UCCL_TCPX_PEER_BYTES", self.peer_bytes, "bytes of memory that peers take"),
+            ("UCCL_TCPX_MAX_PEER_TRANSFERS", self.transfers, "transfers that peers have begun; one address three quarters"),
+            ("UCCL_TCPX_PEER_BYTES", self.peer_bytes, "bytes of memory that peers take; one address three quarters"),
             ("UCCL_TCPX_PEER_BYTES_OF_ONE", self.peer_bytes_of_one, "of them of one connection"),
-            ("UCCL_TCPX_NOTIF_BYTES", self.notif_bytes, "bytes of notifications that wait"),
+            ("UCCL_TCPX_NOTIF_BYTES", self.notif_bytes, "bytes of notifications that wait; one address three quarters"),
             ("UCCL_TCPX_NOTIF_BYTES_OF_ONE", self.notif_bytes_of_one, "of them of one connection"),
             ("UCCL_TCPX_PEER_LOG_LINES", self.log_lines, "log lines a second that peers cause"),
             ("strangers", self.strangers, "incoming sockets without a proof"),

@@ -60,7 +60,7 @@ use crate::stats::{export, EngineStats};
 use crate::status::{bail, err, Result};
 use crate::types::RemoteAccess;
 use accepts::Accepts;
-use parking_lot::Mutex;
+use process::Mutex;
 use site::{Gate, Identity, Plugins, Site};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -95,7 +95,7 @@ pub struct NicInfo {
 /// nothing: what gives a result gives an error, and dropping it leaves the parent's alone.
 pub struct Engine {
     metadata: String,
-    parts: crate::fork::Local<Parts>,
+    parts: process::Local<Parts>,
 }
 
 /// What an engine is made of.
@@ -159,7 +159,7 @@ impl Engine {
         let spin = site.config.spin;
         let _export = offer(&site, &metadata);
         let parts = Parts { site: site.clone(), accepts: accepts.clone(), threads: Mutex::default(), _export };
-        let engine = Engine { metadata, parts: crate::fork::Local::new(parts) };
+        let engine = Engine { metadata, parts: process::Local::new(parts) };
         let mut threads = engine.parts.threads.lock();
         threads.progress = Some(limits::spawn("uccl-progress", move || progress::run(&home, spin))?);
         threads.setup = Some(setups::start(site, accepts, ports.sockets)?);

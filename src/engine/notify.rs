@@ -1,9 +1,9 @@
 //! Received notifications: a queue per engine, drained per engine or over the whole process in order of arrival. Knows nothing of
 //! sockets.
 
-use crate::fork::PerProcess;
+use super::budget::{part_of_address, Account};
 use crate::status::{bail, Result};
-use parking_lot::Mutex;
+use process::{Mutex, PerProcess};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
@@ -30,8 +30,9 @@ struct Item {
     /// Number of its arrival in the process.
     number: u64,
     notification: Notification,
-    /// What its connection has waiting.
+    /// What its connection and its address have waiting.
     of_one: Arc<AtomicUsize>,
+    account: Arc<Account>,
 }
 
 impl Item {
@@ -47,9 +48,10 @@ fn cost(notification: &Notification) -> usize {
 /// The queue of an engine.
 pub(crate) struct Queue {
     waiting: Mutex<Waiting>,
-    /// Bytes that may wait, and of one connection. An application that drains nothing loses the connection that goes beyond, with an
+    /// Bytes that may wait, of one address, and of one connection. An application that drains nothing loses the connection that goes beyond, with an
     /// error, and not its notifications.
     most: usize,
+    of_address: usize,
     of_one: usize,
 }
 
@@ -58,7 +60,7 @@ static QUEUES: PerProcess<Mutex<Vec<Weak<Queue>>>> = PerProcess::new(Mutex::defa
 
 impl Queue {
     pub(crate) fn new(most: usize, of_one: usize) -> Arc<Queue> {
-        let queue = Arc::new(Queue { waiting: Mutex::default(), most, of_one });
+        let queue = Arc::new(Queue { waiting: Mutex::default(), most, of_address: part_of_address(most).max(of_one), of_one });
         let mut all = QUEUES.get().lock();
         all.retain(|q| q.strong_count() > 0);
         all.push(Arc::downgrade(&queue));
@@ -66,17 +68,21 @@ impl Queue {
     }
 
     /// Adds a notification.
-    fn push(&self, notification: Notification, of_one: &Arc<AtomicUsize>) -> Result<()> {
+    fn push(&self, notification: Notification, inbox: &Inbox) -> Result<()> {
         let cost = cost(&notification);
+        let (of_one, account) = (&inbox.waiting, &inbox.account);
         let mut waiting = self.waiting.lock();
-        if of_one.load(Ordering::Relaxed) + cost > self.of_one || waiting.bytes + cost > self.most {
+        // These numbers change under the queue's lock alone.
+        let fits = |used: &AtomicUsize, limit| used.load(Ordering::Relaxed) + cost <= limit;
+        if !fits(of_one, self.of_one) || !fits(&account.notifications, self.of_address) || waiting.bytes + cost > self.most {
             bail!(Resource, "the application takes no notifications, and {} bytes of them wait", waiting.bytes);
         }
         waiting.bytes += cost;
         of_one.fetch_add(cost, Ordering::Relaxed);
+        account.notifications.fetch_add(cost, Ordering::Relaxed);
         // The number is drawn under the queue's lock, so the numbers of one queue rise.
         let number = ARRIVALS.fetch_add(1, Ordering::Relaxed);
-        waiting.items.push_back(Item { number, notification, of_one: of_one.clone() });
+        waiting.items.push_back(Item { number, notification, of_one: of_one.clone(), account: account.clone() });
         Ok(())
     }
 
@@ -85,6 +91,7 @@ impl Queue {
         let item = waiting.items.pop_front()?;
         waiting.bytes -= item.cost();
         item.of_one.fetch_sub(item.cost(), Ordering::Relaxed);
+        item.account.notifications.fetch_sub(item.cost(), Ordering::Relaxed);
         Some(item.notification)
     }
 
@@ -101,11 +108,13 @@ impl Queue {
 pub(crate) struct Inbox {
     queue: Arc<Queue>,
     waiting: Arc<AtomicUsize>,
+    account: Arc<Account>,
 }
 
 impl Inbox {
-    pub(crate) fn new(queue: &Arc<Queue>) -> Inbox {
-        Inbox { queue: queue.clone(), waiting: Arc::default() }
+    /// Of a connection of the account's address.
+    pub(crate) fn new(queue: &Arc<Queue>, account: &Arc<Account>) -> Inbox {
+        Inbox { queue: queue.clone(), waiting: Arc::default(), account: account.clone() }
     }
 
     /// Adds a notification of this connection.
@@ -113,7 +122,7 @@ impl Inbox {
     /// # Errors
     /// `Resource` when too much waits.
     pub(crate) fn push(&self, name: &[u8], message: &[u8]) -> Result<()> {
-        self.queue.push(Notification { name: name.to_vec(), msg: message.to_vec() }, &self.waiting)
+        self.queue.push(Notification { name: name.to_vec(), msg: message.to_vec() }, self)
     }
 }
 
@@ -132,12 +141,18 @@ pub fn next_notification_of_process() -> Option<Notification> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::budget::Pool;
     use crate::status::ErrorKind;
+
+    fn inbox(queue: &Arc<Queue>, pool: &Arc<Pool>, address: u8) -> Inbox {
+        Inbox::new(queue, &pool.account([10, 0, 0, address].into()))
+    }
 
     #[test]
     fn one_connection_fills_its_own_share_only_and_empty_ones_count() {
         let queue = Queue::new(8 << 20, 2 << 20);
-        let (greedy, other) = (Inbox::new(&queue), Inbox::new(&queue));
+        let pool = Pool::endless();
+        let (greedy, other) = (inbox(&queue, &pool, 1), inbox(&queue, &pool, 1));
         let mut taken = 0usize;
         let error = loop {
             match greedy.push(b"", b"") {
@@ -158,10 +173,25 @@ mod tests {
     #[test]
     fn a_hundred_connections_together_stay_below_the_total() {
         let queue = Queue::new(1 << 20, 1 << 18);
-        let all: Vec<Inbox> = (0..100).map(|_| Inbox::new(&queue)).collect();
+        let pool = Pool::endless();
+        let all: Vec<Inbox> = (0..100).map(|n| inbox(&queue, &pool, n)).collect();
         let taken = (0..100).flat_map(|_| &all).filter(|inbox| inbox.push(b"", &[0; 1000]).is_ok()).count();
         assert_eq!(taken, (1 << 20) / (1000 + OVERHEAD));
         queue.pop().unwrap();
         assert!(all[99].push(b"", &[0; 1000]).is_ok() && all[0].push(b"", &[0; 1000]).is_err());
+    }
+    #[test]
+    fn an_address_leaves_a_quarter_to_others() {
+        let (queue, pool) = (Queue::new(1 << 20, 1 << 18), Pool::endless());
+        let greedy: Vec<Inbox> = (0..100).map(|_| inbox(&queue, &pool, 1)).collect();
+        let fill = |greedy: &[Inbox]| (0..100).flat_map(|_| greedy).filter(|inbox| inbox.push(b"", &[0; 1000]).is_ok()).count();
+        let most = (3 << 18) / (1000 + OVERHEAD);
+        assert_eq!(fill(&greedy), most);
+        inbox(&queue, &pool, 2).push(b"", &[0; 1000]).unwrap();
+        // Connections that have gone left theirs in the queue, and come back to an account that knows.
+        drop(greedy);
+        assert!(inbox(&queue, &pool, 1).push(b"", &[0; 1000]).is_err());
+        while queue.pop().is_some() {}
+        assert_eq!(fill(&[inbox(&queue, &pool, 1)]), 100);
     }
 }

@@ -6,7 +6,7 @@ use crate::region::{Region, RegionUse};
 use crate::status::{bail, Result};
 use crate::types::{Place, RemoteAccess, Span};
 use iset::IntervalMap;
-use parking_lot::RwLock;
+use process::RwLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
@@ -115,6 +115,7 @@ impl Registry {
         let mut regions = self.regions.write();
         let Some(region) = regions.by_id.remove(&id) else { bail!(NotFound, "region {id} is not registered") };
         regions.cover.remove(region.span.addr, region.span.addr + region.span.len);
+        region.end();
         Ok(Retired(region))
     }
 

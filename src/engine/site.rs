@@ -17,7 +17,7 @@ use crate::types::Protect;
 use crate::wire::handshake::{self, Handshake};
 use crate::wire::hello::Hello;
 use crate::wire::keys::KeyStore;
-use parking_lot::{Condvar, Mutex};
+use process::{Condvar, Mutex};
 use std::sync::Arc;
 use std::time::Instant;
 

@@ -5,10 +5,9 @@
 //! is an error, what would end them does nothing.
 
 use crate::engine::{Connection, Engine, Notification};
-use crate::fork::PerProcess;
 use crate::hash::Map;
 use crate::status::{bail, Result};
-use parking_lot::RwLock;
+use process::{PerProcess, RwLock};
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;

@@ -3,8 +3,7 @@
 //! ever. So it is asked when nothing has been pulled for a while; but not put off for long, since a mapping keeps its owner's memory.
 //! Knows nothing of what it ends.
 
-use crate::fork::PerProcess;
-use parking_lot::Mutex;
+use process::{Mutex, PerProcess};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 

@@ -8,7 +8,7 @@ use super::pull::PullLauncher;
 use crate::status::Result;
 use cuda_driver::{Context, DeviceBuffer, PinnedBuffer};
 use nccl_net_abi::PAGE;
-use parking_lot::Mutex;
+use process::{Mutex, PerProcess};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,7 +29,7 @@ pub(crate) struct Gpu {
 const REHEARSAL_LIMIT: Duration = Duration::from_secs(30);
 
 /// GPUs by ordinal. Each has a lock of its own: while one is made ready, which may wait for its application, the others are at hand.
-static IN_USE: Mutex<BTreeMap<i32, Arc<Seat>>> = Mutex::new(BTreeMap::new());
+static IN_USE: PerProcess<Mutex<BTreeMap<i32, Arc<Seat>>>> = PerProcess::new(Mutex::default);
 
 /// The place of one GPU.
 type Seat = Mutex<Option<Arc<Gpu>>>;
@@ -39,7 +39,7 @@ impl Gpu {
     /// driver waits for that until the GPU is at rest: it belongs into the creation of an engine or a registration, never under the lock
     /// of a connection. Does not bind it to the thread.
     pub(crate) fn open(ordinal: i32) -> Result<Arc<Gpu>> {
-        let place = IN_USE.lock().entry(ordinal).or_default().clone();
+        let place = IN_USE.get().lock().entry(ordinal).or_default().clone();
         let mut place = place.lock();
         if let Some(gpu) = &*place {
             if gpu.mark.is_known() {

@@ -1,7 +1,7 @@
 //! Launchers that connections of a GPU hand on to each other: making one takes memory and a stream, which should not happen while data
 //! moves. Knows nothing of which GPU it is.
 
-use parking_lot::Mutex;
+use process::Mutex;
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;

@@ -1,9 +1,8 @@
 //! From a line of the log to the application's function: a bounded queue and a thread that empties it. Lines are logged under locks and
 //! by threads that move data; the function may take its time and use the library. Knows nothing of who logs.
 
-use crate::fork::PerProcess;
 use crate::status::Result;
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use process::{Condvar, Mutex, MutexGuard, PerProcess};
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::ffi::{c_char, c_int, c_void, CString};

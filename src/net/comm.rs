@@ -13,7 +13,7 @@ use crate::types::Span;
 use nccl_net_abi::{
     ncclNetDeviceHandle_v7, ucclCommInfo, ucclFlow, ucclIoVec, MAX_REQUESTS, NCCL_NET_HANDLE_MAXSIZE, NCCL_PTR_CUDA,
 };
-use parking_lot::Mutex;
+use process::Mutex;
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{c_int, c_void};
 use std::net::{SocketAddr, TcpStream};

@@ -9,13 +9,13 @@ use super::table::{Answer, Ext, NetTable, Properties};
 use super::traits::{is_tcpx, Traits};
 use super::{within, Scope};
 use crate::config::{Config, PluginChoice};
-use crate::fork::PerProcess;
 use crate::status::{bail, err, Result};
 use nccl_net_abi as abi;
 use nccl_net_abi::{ncclNetDeviceHandle_v7, ncclResult_t, ucclIoVec};
-use parking_lot::Mutex;
+use process::{Mutex, PerProcess};
 use std::ffi::{c_int, c_void};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, Once};
 
 /// Folders and file names under which GPUDirect-TCPX is looked for, in the order of trying; LD_LIBRARY_PATH follows.
@@ -143,7 +143,7 @@ impl Plugin {
     fn load(path: &Path, config: &Config, gpu: &dyn Fn() -> Result<Scope>) -> Result<Arc<Plugin>> {
         load_once(Some(path), || {
             // SAFETY: loading runs the library's initialisers; the user chose the library, or put it where plugins are.
-            let library = match unsafe { libloading::Library::new(path) } {
+            let library = match process::loading(|| unsafe { libloading::Library::new(path) }) {
                 Ok(library) => library,
                 Err(e) => bail!(PluginLoad, "{}: {e}", path.display()),
             };
@@ -594,14 +594,19 @@ pub(super) enum CommKind {
 type Loaded = Vec<(Option<PathBuf>, Arc<Plugin>)>;
 
 fn load_once(path: Option<&Path>, load: impl FnOnce() -> Result<Plugin>) -> Result<Arc<Plugin>> {
-    static LOADED: Mutex<Loaded> = Mutex::new(Vec::new());
-    let mut loaded = LOADED.lock();
+    /// The list as it was last, in this process or its parent: plugins stay loaded in a child, and are not initialised again.
+    static LAST: AtomicPtr<Loaded> = AtomicPtr::new(std::ptr::null_mut());
+    // SAFETY: null, or a list that was leaked below.
+    static LOADED: PerProcess<Mutex<Loaded>> =
+        PerProcess::new(|| Mutex::new(unsafe { LAST.load(Ordering::Acquire).as_ref() }.cloned().unwrap_or_default()));
+    let mut loaded = LOADED.get().lock();
     let path = path.map(|p| p.canonicalize().unwrap_or_else(|_| p.to_owned()));
     if let Some((_, plugin)) = loaded.iter().find(|(p, _)| *p == path) {
         return Ok(plugin.clone());
     }
     let plugin = Arc::new(load()?);
     loaded.push((path, plugin.clone()));
+    LAST.store(Box::into_raw(Box::new(loaded.clone())), Ordering::Release);
     Ok(plugin)
 }
 
@@ -633,8 +638,8 @@ fn first_usable<P: std::ops::Deref<Target = Plugin>>(
 
 /// Ordinary TCP serves although TCPX may have been meant: said once.
 fn tell_about_soft(config: &Config) {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
+    static ONCE: PerProcess<Once> = PerProcess::new(Once::new);
+    ONCE.get().call_once(|| {
         // Where it is by Google's instructions, and by the plugin's default.
         let prefix = std::env::var("NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX");
         let managers = prefix.as_deref().map_or(vec!["/run/tcpx", "/tmp"], |prefix| vec![prefix]);
@@ -654,8 +659,8 @@ fn tell_about_soft(config: &Config) {
 
 /// Sets the message limit that TCPX reads in its `init`, unless the user did: with its default of 0 it never moves anything.
 fn set_chunk_size(config: &Config) {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
+    static ONCE: PerProcess<Once> = PerProcess::new(Once::new);
+    ONCE.get().call_once(|| {
         if config.plugin_limit.is_none() {
             // SAFETY: once per process, before a foreign plugin is initialised. Another thread that reads the environment through the
             // C library at this very moment is the user's to avoid, as with NCCL itself.

@@ -1,9 +1,8 @@
 //! Log lines of foreign plugins: the C logger that they are given, levels, and lines that repeat. A plugin writes some lines thousands
 //! of times a second; one text gets through at most once a second, with a count of those held back.
 
-use crate::fork::PerProcess;
 use nccl_net_abi::ncclDebugLogger_t;
-use parking_lot::Mutex;
+use process::{Mutex, PerProcess};
 use std::collections::HashMap;
 use std::ffi::{c_char, c_int, c_ulong, CStr};
 use std::panic::catch_unwind;
@@ -20,9 +19,9 @@ extern "C" {
 
 /// The logger to give to `init`.
 pub(super) fn logger() -> ncclDebugLogger_t {
-    static ONCE: Once = Once::new();
+    static ONCE: PerProcess<Once> = PerProcess::new(Once::new);
     // SAFETY: once, before any plugin has the logger; both functions have the declared types.
-    ONCE.call_once(|| unsafe { uccl_p2p_plugin_log_to(wanted, take) });
+    ONCE.get().call_once(|| unsafe { uccl_p2p_plugin_log_to(wanted, take) });
     Some(uccl_p2p_plugin_log)
 }
 

@@ -1,8 +1,7 @@
 //! Connects and accepts that were given up while the plugin's own threads still use their memory: one background thread polls them
 //! until they end. Knows nothing of what it polls.
 
-use crate::fork::PerProcess;
-use parking_lot::{Condvar, Mutex};
+use process::{Condvar, Mutex, PerProcess};
 use std::time::{Duration, Instant};
 
 /// Something to poll, which is told how long it has been kept: `true` when it has ended.
@@ -64,7 +63,7 @@ fn run() {
         };
         let mut kept = nursery.kept.swap_remove(at);
         // The plugin's call runs without the lock: givers do not wait for it.
-        parking_lot::MutexGuard::unlocked(&mut nursery, || {
+        process::MutexGuard::unlocked(&mut nursery, || {
             if !(kept.orphan)(kept.since.elapsed()) {
                 let pause = (kept.since.elapsed() / 16).clamp(FAST, SLOW);
                 kept.due = Instant::now() + pause;

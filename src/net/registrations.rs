@@ -7,7 +7,7 @@ use crate::config::MAX_CHUNK_BYTES;
 use crate::status::{bail, Result};
 use crate::types::Span;
 use nccl_net_abi::NCCL_PTR_CUDA;
-use parking_lot::Mutex;
+use process::Mutex;
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;

@@ -3,8 +3,7 @@
 
 use super::{prometheus, EngineStats};
 use crate::addresses::Target;
-use crate::fork::PerProcess;
-use parking_lot::Mutex;
+use process::{Mutex, PerProcess};
 use reactor::Waker;
 use std::collections::HashMap;
 use std::io::{self, Read, Write};

@@ -8,12 +8,12 @@
 use super::guarded::Guarded;
 use super::text;
 use crate::status::{bail, err, Error, Result};
-use parking_lot::Mutex;
+use process::{Mutex, PerProcess};
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{ErrorKind as Io, Read};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::time::{Duration, SystemTime};
 
 /// Keys of one file at most.
@@ -288,8 +288,8 @@ impl KeyStore {
     /// `InvalidArgument` names the file and what is wrong with it.
     pub(crate) fn open(path: Option<&Path>) -> Result<KeyStore> {
         let Some(path) = path else {
-            static TOLD: std::sync::Once = std::sync::Once::new();
-            TOLD.call_once(|| {
+            static TOLD: PerProcess<Once> = PerProcess::new(Once::new);
+            TOLD.get().call_once(|| {
                 log::info!("no pre-shared key (UCCL_TCPX_AUTH_KEY_FILE): connections are encrypted, but any engine may connect")
             });
             let loaded = Loaded { keys: Arc::new(Keys::none()), stamp: None, failure: None };

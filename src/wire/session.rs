@@ -20,6 +20,8 @@ pub(crate) const RECORD_OVERHEAD: usize = RECORD_HEADER + TAG;
 pub(crate) const MAX_RECORD: usize = 64 << 10;
 /// Plain bytes of a record at most.
 pub(crate) const MAX_PLAIN: usize = MAX_RECORD - RECORD_OVERHEAD;
+/// Records that a key seals: 4 GiB at most, far from where AES-GCM gets weaker.
+const KEY_RECORDS: u64 = 1 << 16;
 
 /// Who sends, seen from the set-up of the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,14 +98,32 @@ impl Numbered {
         Ok(Numbered { key: Guarded::new(LessSafeKey::new(key))?, next: 0 })
     }
 
-    /// The next record's number as a nonce; each is given out once.
+    /// The next record's number as a nonce; each is given out once. The key is the next one where its turn has come.
     fn nonce(&mut self) -> Result<Nonce> {
+        if self.next > 0 && self.next % KEY_RECORDS == 0 {
+            self.renew()?;
+        }
         let Some(after) = self.next.checked_add(1) else { bail!(Resource, "the control stream has used up its record numbers") };
-        let mut bytes = [0; 12];
-        bytes[4..].copy_from_slice(&self.next.to_be_bytes());
+        let nonce = numbered(0, self.next);
         self.next = after;
-        Ok(Nonce::assume_unique_for_key(bytes))
+        Ok(nonce)
     }
+
+    /// Replaces the key by what it makes of zeros under a nonce that no record has.
+    fn renew(&mut self) -> Result<()> {
+        let mut next = Secret::default();
+        let sealed = self.key.seal_in_place_separate_tag(numbered(1, self.next), Aad::empty(), &mut *next);
+        let key = sealed.and_then(|_| UnboundKey::new(&AES_256_GCM, &*next));
+        *self.key = LessSafeKey::new(key.map_err(|_| err!(Internal, "the next key of the control stream could not be made"))?);
+        Ok(())
+    }
+}
+
+fn numbered(what: u32, number: u64) -> Nonce {
+    let mut bytes = [0; 12];
+    bytes[..4].copy_from_slice(&what.to_be_bytes());
+    bytes[4..].copy_from_slice(&number.to_be_bytes());
+    Nonce::assume_unique_for_key(bytes)
 }
 
 /// The sending half.
@@ -405,6 +425,27 @@ mod tests {
         let mut out = Vec::new();
         assert_eq!(a.seal(b"one more", &mut out).unwrap_err().kind(), ErrorKind::Resource);
         assert!(!out.windows(3).any(|w| w == b"one"), "plain bytes were left in the output");
+    }
+
+    #[test]
+    fn a_key_seals_so_many_records_and_the_next_one_goes_on() {
+        let (mut a, mut b) = pair();
+        let first = Numbered::new(&a.exporter, Direction::ToListening).unwrap();
+        let under_first = |number: u64, plain: &[u8]| {
+            let mut bytes = plain.to_vec();
+            let header = (plain.len() as u16).to_le_bytes();
+            let nonce = [&[0; 4][..], &number.to_be_bytes()].concat();
+            let nonce = Nonce::try_assume_unique_for_key(&nonce).unwrap();
+            first.key.seal_in_place_append_tag(nonce, Aad::from(header), &mut bytes).unwrap();
+            [&header[..], &bytes].concat()
+        };
+        for number in 0..2 * KEY_RECORDS + 2 {
+            let mut record = sealed(&mut a, b"plain");
+            if [0, 1, KEY_RECORDS - 1, KEY_RECORDS, 2 * KEY_RECORDS].contains(&number) {
+                assert_eq!(record == under_first(number, b"plain"), number < KEY_RECORDS, "record {number}");
+            }
+            assert!(b.open(&mut record).is_ok() && record.starts_with(b"plain"), "record {number}");
+        }
     }
 
     #[test]

@@ -229,3 +229,52 @@ CASE(forking_while_others_call)
     move(&sides[0], &sides[1], 4);
     pair_ends(&sides[0], &sides[1]);
 }
+
+/* Lines of the log go to a pipe that is mostly full: threads of the parent are about to write one nearly always. */
+static int slow_log[2];
+
+static void *read_slowly(void *argument)
+{
+    (void)argument;
+    char lines[1024];
+    while (read(slow_log[0], lines, sizeof lines) > 0)
+        usleep(500);
+    return NULL;
+}
+
+static void *keep_logging(void *argument)
+{
+    (void)argument;
+    while (!atomic_load(&stop_calling)) {
+        uccl_engine_destroy(engine_start());
+    }
+    return NULL;
+}
+
+static void log_and_end(void *argument)
+{
+    (void)argument;
+    uccl_engine_destroy(engine_start());
+}
+
+CASE(forking_while_others_log)
+{
+    pthread_t reader, threads[3];
+    int console = dup(STDERR_FILENO);
+    CHECK(console >= 0 && pipe(slow_log) == 0);
+    /* The library writes to the descriptor; what checks say goes on to the console. */
+    CHECK((stderr = fdopen(console, "w")));
+    setenv("UCCL_P2P_LOG_LEVEL", "trace", 1);
+    CHECK(dup2(slow_log[1], STDERR_FILENO) == STDERR_FILENO && close(slow_log[1]) == 0);
+    CHECK(pthread_create(&reader, NULL, read_slowly, NULL) == 0);
+    atomic_store(&stop_calling, false);
+    for (int i = 0; i < 3; i++)
+        CHECK(pthread_create(&threads[i], NULL, keep_logging, NULL) == 0);
+    for (int i = 0; i < 20; i++)
+        in_child(log_and_end, NULL);
+    atomic_store(&stop_calling, true);
+    for (int i = 0; i < 3; i++)
+        CHECK(pthread_join(threads[i], NULL) == 0);
+    CHECK(dup2(console, STDERR_FILENO) == STDERR_FILENO);
+    CHECK(pthread_join(reader, NULL) == 0);
+}

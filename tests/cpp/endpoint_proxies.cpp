@@ -239,13 +239,15 @@ void check_that_waiting_sleeps(Endpoint& endpoint, UcclRequest const& request) {
   }).join();
 }
 
-/* A thread that does nothing but recv_routine, or idle_routine, sleeps between its calls; one that finds requests ended in between does not. */
+/* A thread that does nothing but recv_routine, or idle_routine, sleeps between its calls, longer and longer: naps cost time too, and an engine
+ * has three such threads. One that finds requests ended in between does not sleep. */
 void check_that_idle_threads_give_way(Endpoint& endpoint) {
   for (bool const receives : {true, false}) {
     std::thread([&] {
       long const before = pauses();
       static_cast<void>(rounds([&] { receives ? endpoint.recv_routine() : endpoint.idle_routine(); }));
-      CHECK(pauses() - before > 100);
+      long const naps = pauses() - before;
+      CHECK(naps > 100 && naps < 2000);
     }).join();
   }
   std::thread([&] {
@@ -255,6 +257,25 @@ void check_that_idle_threads_give_way(Endpoint& endpoint) {
       endpoint.recv_routine();
     }
     CHECK(pauses() - before < 10000);
+  }).join();
+}
+
+/* An application's thread that polls one transfer of a proxy sleeps in between; one that polls several never does, whatever they are. */
+void check_that_waiting_for_a_proxy_gives_way() {
+  std::thread([] {
+    char transfers[2];
+    long const before = pauses();
+    CHECK(rounds([&] { Endpoint::waiting_routine(transfers); }) < 20000);
+    CHECK(pauses() - before > 100);
+    long const between = pauses();
+    static_cast<void>(rounds([&] {
+      for (char& one : transfers) Endpoint::waiting_routine(&one);
+    }));
+    static_cast<void>(rounds([&] {
+      Endpoint::waiting_routine(transfers);
+      Endpoint::waiting_routine(nullptr);
+    }));
+    CHECK(pauses() - between < 100);
   }).join();
 }
 
@@ -269,6 +290,7 @@ int main(int argc, char** argv) {
   Region region;
   CHECK(endpoint.uccl_regmr(memory.data(), memory.size(), region) == 0);
   check_that_idle_threads_give_way(endpoint);
+  check_that_waiting_for_a_proxy_gives_way();
   char* const out = memory.data();
   char* const in = memory.data() + kSize;
   {

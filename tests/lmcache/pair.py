@@ -6,13 +6,11 @@ Not there: an engine that fills the cache. The sender writes bytes that tell req
 """
 
 import argparse
-import multiprocessing
-import os
-import signal
 import socket
-import sys
 import time
 from types import SimpleNamespace
+
+from sides import Side, conclude, serve
 
 LAYERS, TOKENS, HEADS, WIDTH = 32, 256, 1, 128
 
@@ -62,8 +60,8 @@ def value_of(request, chunk):
 
 def receive(pipe, ports, chunks):
     store, torch = backend("receiver", ports, chunks)
-    pipe.send("ready")
-    while (request := pipe.recv()) is not None:
+
+    def one(request):
         wrong = 0
         for chunk in range(chunks):
             key = key_of(torch, request, chunk)
@@ -75,71 +73,52 @@ def receive(pipe, ports, chunks):
             # As LMCache's engine does after it has loaded a chunk.
             store.remove(key)
             found.ref_count_down()
-        pipe.send(wrong)
-    sys.stdout.flush()
-    os._exit(0)
+        return wrong
+
+    serve(pipe, one)
 
 
 def send(pipe, ports, chunks):
     store, torch = backend("sender", ports, chunks)
-    while (request := pipe.recv()) is not None:
+
+    def one(request):
         keys, objects = [], []
         for chunk in range(chunks):
-            one = store.allocate(torch.Size((LAYERS, 2, TOKENS, HEADS, WIDTH)), torch.bfloat16)
-            one.tensor.view(torch.uint8).fill_(value_of(request, chunk))
+            memory = store.allocate(torch.Size((LAYERS, 2, TOKENS, HEADS, WIDTH)), torch.bfloat16)
+            memory.tensor.view(torch.uint8).fill_(value_of(request, chunk))
             keys.append(key_of(torch, request, chunk))
-            objects.append(one)
+            objects.append(memory)
         spec = SimpleNamespace(receiver_host="127.0.0.1", receiver_init_port=[ports[0]], receiver_alloc_port=[ports[1]], is_last_prefill=True,
                                req_id=str(request))
         try:
             written = store.batched_submit_put_task(keys, objects, spec)[0].result(60)
         except Exception as error:
             written = f"{type(error).__name__}: {error}"
-        for one in objects:
-            one.ref_count_down()
-        pipe.send(written)
-    sys.stdout.flush()
-    os._exit(0)
+        for memory in objects:
+            memory.ref_count_down()
+        return written
 
-
-def answer(pipe, what, seconds=120):
-    if not pipe.poll(seconds):
-        sys.exit(f"FAILED: no answer from the {what}")
-    return pipe.recv()
+    serve(pipe, one)
 
 
 def main():
     options = arguments()
-    context = multiprocessing.get_context("spawn")
     ports = free_ports(2)
-    ends = {}
-    for name, target in (("receiver", receive), ("sender", send)):
-        mine, theirs = context.Pipe()
-        process = context.Process(target=target, args=(theirs, ports, options.chunks), daemon=True)
-        process.start()
-        theirs.close()
-        ends[name] = (mine, process)
-    (receiver, receiving), (sender, _) = ends["receiver"], ends["sender"]
-    answer(receiver, "receiver")
-    begin, failed, stopped = time.monotonic(), [], 0.0
+    receiver, sender = Side("receiver", receive, ports, options.chunks), Side("sender", send, ports, options.chunks)
+    for side in (receiver, sender):
+        side.answer()
+    begin, failed = time.monotonic(), []
     for request in range(options.requests):
         if options.stop_receiver and request == options.requests // 2:
-            os.kill(receiving.pid, signal.SIGSTOP)
-            time.sleep(options.stop_receiver)
-            os.kill(receiving.pid, signal.SIGCONT)
-            stopped = options.stop_receiver
+            receiver.stand_still(options.stop_receiver)
+            begin += options.stop_receiver
         sender.send(request)
-        written = answer(sender, "sender")
+        written = sender.answer()
         receiver.send(request)
-        wrong = answer(receiver, "receiver")
+        wrong = receiver.answer()
         if written != options.chunks or wrong:
             failed.append(f"request {request}: written {written}, wrong or missing {wrong} of {options.chunks}")
-    sender.send(None)
-    receiver.send(None)
-    size = 2 * LAYERS * 2 * TOKENS * HEADS * WIDTH * options.chunks * (options.requests - len(failed))
-    print("\n".join(failed))
-    print(f"{options.requests - len(failed)} of {options.requests} requests, {size / 1e9:.2f} GB compared, {time.monotonic() - begin - stopped:.1f} s")
-    sys.exit(1 if failed else 0)
+    conclude([receiver, sender], options.requests, failed, 2 * LAYERS * 2 * TOKENS * HEADS * WIDTH * options.chunks, time.monotonic() - begin)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 import importlib.metadata
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 
 import harness
-from harness import Node, case, check, check_equal
+from harness import Node, RemoteNode, case, check, check_equal
 
 import nixl_tcpx
 
@@ -49,6 +52,50 @@ def both_back_ends_in_one_program():
     check("UCX" in plugins and "TCPX" in plugins, f"plugins: {plugins}")
     one.allocate("data", 4096)
     two.allocate("data", 4096)
+
+
+def scraped(port):
+    """What NIXL's Prometheus exporter tells, summed over what it is told apart by."""
+    sums = {}
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+        for line in page.read().decode().splitlines():
+            if line and not line.startswith("#"):
+                name, value = line.rsplit(" ", 1)
+                name = name.split("{")[0]
+                sums[name] = sums.get(name, 0) + float(value)
+    return sums
+
+
+@case(NIXL_TELEMETRY_ENABLE="y", NIXL_TELEMETRY_EXPORTER="prometheus", NIXL_TELEMETRY_PROMETHEUS_LOCAL="y", NIXL_TELEMETRY_RUN_INTERVAL="50")
+def nixl_exports_what_tcpx_moves():
+    if tuple(map(int, importlib.metadata.version(os.environ.get("NIXL_PACKAGE", "nixl")).split(".")[:2])) < (1, 5):
+        raise harness.Skip("older versions of NIXL call these numbers by other names")
+    nixl_tcpx.enable()
+    size, writes, reads = 1 << 20, 3, 2
+    there = RemoteNode(name="there", environment={"NIXL_TELEMETRY_ENABLE": None})
+    base, device = there.allocate("data", size, 2)
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        port = one.getsockname()[1]
+    os.environ["NIXL_TELEMETRY_PROMETHEUS_PORT"] = str(port)
+    here = Node("here")
+    here.allocate("data", size, 1)
+    here.connect(there.metadata())
+    for operation, times in (("WRITE", writes), ("READ", reads)):
+        for _ in range(times):
+            check_equal(here.move(operation, "data", [(0, size)], [(base, size, device)], "there"), "DONE", operation)
+    # A transfer that fails is counted too.
+    there.deregister("data")
+    check(here.try_move("WRITE", "data", [(0, size)], [(base, size, device)], "there") != "DONE", "a write into deregistered memory")
+    wanted = {"agent_tx_bytes_total": writes * size, "agent_rx_bytes_total": reads * size, "agent_memory_registered_total": size, "agent_errors_total": 1}
+    deadline, told = time.monotonic() + 20, {}
+    while not all(told.get(name) == value for name, value in wanted.items()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        told = scraped(port)
+    print("note:", {name: value for name, value in told.items() if name.startswith("agent") and value and "bucket" not in name})
+    for name, value in wanted.items():
+        check_equal(told.get(name), value, name)
+    check(told.get("agent_xfer_time_total", 0) > 0, "no time of transfers")
+    there.close()
 
 
 @case()
@@ -93,7 +140,7 @@ def licences_are_inside():
     for name in ("LICENSE", "THIRD-PARTY-NOTICES.txt"):
         check(name in names, f"no {name}")
     text = names["THIRD-PARTY-NOTICES.txt"].read_text()
-    for crate in ("socket2", "parking_lot", "clap"):
+    for crate in ("socket2", "snow", "clap"):
         check(f"\n{crate} " in text, f"{crate} is not among the third parties")
 
 

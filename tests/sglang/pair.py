@@ -7,12 +7,10 @@ them.
 """
 
 import argparse
-import multiprocessing
-import os
-import signal
 import socket
-import sys
 import time
+
+from sides import Side, conclude, serve
 
 LAYERS, PAGE_SIZE, PAGE_BYTES, POOL, AUX_BYTES = 32, 64, 64 * 128 * 2, 512, 4096
 HOST = "127.0.0.1"
@@ -92,8 +90,8 @@ def prefill(pipe, port, pages):
     time.sleep(1)
     pool = Pool()
     kv = manager("prefill", port, pool)
-    pipe.send("ready")
-    while (request := pipe.recv()) is not None:
+
+    def one(request):
         mine = np.arange(pages, dtype=np.int32) + (request * pages) % (POOL - pages)
         for layer, memory in enumerate(pool.layers):
             memory[mine] = np.array([value_of(request, layer, page) for page in range(pages)], dtype=np.uint8)[:, None]
@@ -107,9 +105,9 @@ def prefill(pipe, port, pages):
             sender.send(mine[pages // 2:])
             state = wait_for(sender, KVPoll.Success)
         sender.clear()
-        pipe.send(int(state))
-    sys.stdout.flush()
-    os._exit(0)
+        return int(state)
+
+    serve(pipe, one)
 
 
 def decode(pipe, port, pages):
@@ -121,8 +119,8 @@ def decode(pipe, port, pages):
     kv = manager("decode", port, pool)
     while not kv.try_ensure_parallel_info(f"{HOST}:{port}"):
         time.sleep(0.1)
-    pipe.send("ready")
-    while (request := pipe.recv()) is not None:
+
+    def one(request):
         mine = random.permutation(POOL)[:pages].astype(np.int32)
         receiver = NixlKVReceiver(kv, f"{HOST}:{port}", request)
         receiver.init(0)
@@ -132,48 +130,31 @@ def decode(pipe, port, pages):
                     for layer, memory in enumerate(pool.layers) for number, page in enumerate(mine))
         wrong += not (pool.aux[1] == request % 251).all()
         receiver.clear()
-        pipe.send((int(state), int(wrong)))
-    sys.stdout.flush()
-    os._exit(0)
+        return int(state), int(wrong)
 
-
-def answer(pipe, who, seconds=400):
-    if not pipe.poll(seconds):
-        sys.exit(f"FAILED: no answer from {who}")
-    return pipe.recv()
+    serve(pipe, one)
 
 
 def main():
     options = arguments()
     with socket.create_server((HOST, 0)) as one:
         port = one.getsockname()[1]
-    context, ends = multiprocessing.get_context("spawn"), {}
+    sides = []
     for name, target in (("prefill", prefill), ("decode", decode)):
-        mine, theirs = context.Pipe()
-        process = context.Process(target=target, args=(theirs, port, options.pages), daemon=True)
-        process.start()
-        theirs.close()
-        answer(mine, name)
-        ends[name] = (mine, process)
-    (first, _), (second, decoding) = ends["prefill"], ends["decode"]
+        sides.append(Side(name, target, port, options.pages))
+        sides[-1].answer(400)
+    first, second = sides
     begin, failed = time.monotonic(), []
     for request in range(options.requests):
         if options.stop_decode and request == options.requests // 2:
-            os.kill(decoding.pid, signal.SIGSTOP)
-            time.sleep(options.stop_decode)
-            os.kill(decoding.pid, signal.SIGCONT)
+            second.stand_still(options.stop_decode)
             begin += options.stop_decode
         first.send(request)
         second.send(request)
-        sent, (received, wrong) = answer(first, "prefill"), answer(second, "decode")
+        sent, (received, wrong) = first.answer(), second.answer()
         if (sent, received, wrong) != (4, 4, 0):
             failed.append(f"request {request}: states {sent} and {received} (4 is success), {wrong} pages wrong")
-    first.send(None)
-    second.send(None)
-    size = 2 * LAYERS * PAGE_BYTES * options.pages * (options.requests - len(failed))
-    print("\n".join(failed))
-    print(f"{options.requests - len(failed)} of {options.requests} requests, {size / 1e9:.2f} GB compared, {time.monotonic() - begin:.1f} s")
-    sys.exit(1 if failed else 0)
+    conclude(sides, options.requests, failed, 2 * LAYERS * PAGE_BYTES * options.pages, time.monotonic() - begin)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ if [ -z "$headers" ]; then
     "$venv/bin/pip" install --quiet --disable-pip-version-check "nvidia-cuda-runtime-cu12<12.9" "nvidia-cuda-nvcc-cu12<12.9" ||
       { echo "SKIPPED: CUDA's headers could not be downloaded"; exit 77; }
     mkdir -p "$headers"
-    for package in cuda_runtime cuda_nvcc; do cp -rs "$venv"/lib/python3*/site-packages/nvidia/$package/include/* "$headers/"; done
+    for package in cuda_runtime cuda_nvcc; do cp -rsf "$venv"/lib/python3*/site-packages/nvidia/$package/include/* "$headers/"; done
   fi
 fi
 

@@ -7,14 +7,14 @@ keys and values, decode compares what arrived. This program is the proxy between
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
-import signal
 import socket
 import sys
 import tempfile
 import time
+
+from sides import Side
 
 # vLLM's attention on CPUs takes blocks of multiples of 32 tokens.
 BLOCK, HEADS, HEAD_SIZE = 32, 8, 128
@@ -198,19 +198,6 @@ def serve(pipe, arguments):
         time.sleep(0.001)
 
 
-def receive(pipe, process, deadline):
-    """The next message; the end of the program when there is none."""
-    while not pipe.poll(0.5):
-        if not process.is_alive():
-            raise SystemExit("an instance has died")
-        if time.monotonic() > deadline:
-            raise SystemExit("no answer in time")
-    try:
-        return pipe.recv()
-    except EOFError:
-        raise SystemExit("an instance has died") from None
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=36)
@@ -219,54 +206,44 @@ def main():
     parser.add_argument("--backend", default="TCPX")
     parser.add_argument("--stop-prefill", type=float, default=0, help="seconds for which prefill stands still half-way, with nothing in flight")
     options = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
     each = options.tokens // BLOCK + 2
-    sides = {}
+    sides = []
     with tempfile.TemporaryDirectory() as folder:
         model = describe_model(folder, options.layers)
-        for role in ("kv_producer", "kv_consumer"):
-            ours, theirs = context.Pipe()
-            arguments = {"role": role, "model": model, "layers": options.layers, "blocks": each * 8 + 8, "tokens": options.tokens,
-                         "backend": options.backend, "port": free_port()}
-            sides[role] = (ours, context.Process(target=serve, args=(theirs, arguments), daemon=True))
-            sides[role][1].start()
-            theirs.close()
-        deadline = time.monotonic() + 300
-        for pipe, process in sides.values():
-            receive(pipe, process, deadline)
-        run(options, *sides["kv_producer"], *sides["kv_consumer"])
+        for name, role in (("prefill", "kv_producer"), ("decode", "kv_consumer")):
+            sides.append(Side(name, serve, {"role": role, "model": model, "layers": options.layers, "blocks": each * 8 + 8,
+                                            "tokens": options.tokens, "backend": options.backend, "port": free_port()}))
+        for side in sides:
+            side.answer(300)
+        run(options, *sides)
 
 
-def run(options, prefill, prefill_process, decode, decode_process):
+def run(options, prefill, decode):
     """Sends every request through prefill and then, with what prefill says, through decode. Four at a time."""
     begin, failures, batch = time.monotonic(), 0, 4
     for first in range(0, options.requests, batch):
-        deadline = time.monotonic() + 180
         numbers = range(first, min(first + batch, options.requests))
         for number in numbers:
             prefill.send((f"prefill-{number}", number, options.tokens, {"do_remote_decode": True, "do_remote_prefill": False}))
         for _ in numbers:
-            name, reason, parameters, _ = receive(prefill, prefill_process, deadline)
+            name, reason, parameters, _ = prefill.answer(180)
             if not parameters:
                 raise SystemExit(f"{name} ended with {reason} and says nothing to decode")
             number = int(name.split("-")[1])
             decode.send((f"decode-{number}", number, options.tokens, parameters))
         for _ in numbers:
-            name, reason, _, failed = receive(decode, decode_process, deadline)
+            name, reason, _, failed = decode.answer(180)
             failures += failed
             print(f"{name}: {reason}" + (f", {failed} blocks failed" if failed else ""), flush=True)
         if options.stop_prefill and first <= options.requests // 2 < first + batch:
-            print(f"prefill stands still for {options.stop_prefill:.0f} s", flush=True)
-            os.kill(prefill_process.pid, signal.SIGSTOP)
-            time.sleep(options.stop_prefill)
-            os.kill(prefill_process.pid, signal.SIGCONT)
+            prefill.stand_still(options.stop_prefill)
     seconds = time.monotonic() - begin
     decode.send(None)
-    checked = decode.recv()
+    checked = decode.answer()
     expected = options.requests * (options.tokens // BLOCK) * BLOCK * HEADS * HEAD_SIZE * 2 * 2 * options.layers
     print(f"{options.requests} requests, {checked / 1e9:.2f} GB compared, {seconds:.1f} s, {failures} blocks failed", flush=True)
-    for pipe, process in ((prefill, prefill_process), (decode, decode_process)):
-        process.kill()
+    for side in (prefill, decode):
+        side.process.kill()
     sys.exit(0 if checked == expected and failures == 0 else 1)
 
 

@@ -7,13 +7,12 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use process::{Mutex, PerProcess};
 use socket2::Socket;
 
 use super::{descriptors, invalid, new_socket, own_address, random, take_key, tune, word};
 use super::{Connected, Direction, Failed, Handle, Hello, Invitation, STATE_AT};
 use crate::config::Config;
-use crate::fork::PerProcess;
 use crate::interfaces::Interface;
 use crate::pool::Pool;
 
@@ -75,8 +74,8 @@ impl Table {
 }
 
 fn table() -> &'static Mutex<Table> {
-    static TABLE: PerProcess<Mutex<Table>> = PerProcess::new();
-    TABLE.get(Mutex::default)
+    static TABLE: PerProcess<Mutex<Table>> = PerProcess::new(Mutex::default);
+    TABLE.get()
 }
 
 /// Gives up what nobody asks about any more; tells when to look again, if there is anything left.

@@ -7,13 +7,12 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use process::{Mutex, PerProcess};
 use socket2::Socket;
 
 use super::{descriptors, invalid, new_socket, own_address, random, tune};
 use super::{Connected, Direction, Failed, Handle, Hello, Invitation, KEYED_HELLO};
 use crate::config::Config;
-use crate::fork::{self, PerProcess};
 use crate::interfaces::Interface;
 use crate::logger::Limited;
 use crate::protect::Key;
@@ -43,17 +42,17 @@ impl ListenComm {
             Failed::new(what, e)
         })?;
         let fd = listener.socket.as_ref().map_or(-1, AsRawFd::as_raw_fd);
-        Ok(ListenComm { generation: fork::generation(), fd: AtomicI32::new(fd), listener: Mutex::new(listener) })
+        Ok(ListenComm { generation: process::generation(), fd: AtomicI32::new(fd), listener: Mutex::new(listener) })
     }
 
     /// Whether another process made it, of which this one is a child.
     pub fn is_inherited(&self) -> bool {
-        self.generation != fork::generation()
+        self.generation != process::generation()
     }
 
     /// Closes a child's copy of the parent's listener: the child's descriptor only, without a lock.
     pub fn close_copy(&self) {
-        fork::close_copy(&self.fd);
+        process::close_copy(&self.fd);
     }
 
     /// Whether a connection of this direction cannot come any more, or was never expected.
@@ -123,8 +122,8 @@ impl Place {
     /// All listeners together keep a sixteenth of the process's descriptors for silent connections; one that keeps none yet always
     /// has a place, so that strangers at other listeners do not shut its peer out.
     fn take(first: bool) -> Option<Place> {
-        static TAKEN: PerProcess<AtomicUsize> = PerProcess::new();
-        let taken = TAKEN.get(AtomicUsize::default);
+        static TAKEN: PerProcess<AtomicUsize> = PerProcess::new(AtomicUsize::default);
+        let taken = TAKEN.get();
         let most = if first { usize::MAX } else { (descriptors() / 16).max(8) };
         taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < most).then_some(n + 1)).ok().map(|_| Place(taken))
     }
@@ -162,10 +161,12 @@ impl Silent {
 /// A socket that listens on the device's address: at a port of the configured range, if there is one.
 fn listening(device: &Interface, config: &Config) -> io::Result<Socket> {
     /// Where the search begins: behind the port that was taken last, and in each process somewhere else.
-    static NEXT: PerProcess<AtomicUsize> = PerProcess::new();
+    static NEXT: PerProcess<AtomicUsize> = PerProcess::new(|| {
+        let [a, b, ..] = random().unwrap_or_default();
+        AtomicUsize::new(u16::from_le_bytes([a, b]).into())
+    });
     let Some(range) = &config.ports else { return listen_at(device, config, 0) };
-    let [a, b, ..] = random()?;
-    let next = NEXT.get(|| AtomicUsize::new(u16::from_le_bytes([a, b]).into()));
+    let next = NEXT.get();
     let count = range.len();
     for _ in 0..count {
         let port = usize::from(*range.start()) + next.fetch_add(1, Ordering::Relaxed) % count;

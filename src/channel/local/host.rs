@@ -5,9 +5,9 @@
 
 use super::pool::{Bell, Job, Pool, Work};
 use super::puller::{Export, GpuId, LocalMemory, Mapping, Piece, Pull};
-use crate::fork::PerProcess;
 use crate::status::{bail, err, Result};
 use crate::types::Place;
+use process::PerProcess;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;

@@ -2,10 +2,9 @@
 //! in the order of the ring. Knows nothing of chunks.
 
 use super::socket::Name;
-use crate::fork::PerProcess;
 use crate::region::Hold;
 use crate::status::{bail, Result};
-use parking_lot::Mutex;
+use process::{Mutex, PerProcess};
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Weak};
 

@@ -75,10 +75,11 @@ fn connection(home: &Arc<Home>, driven: bool, closed: bool) -> (Arc<Connection>,
     let session = Session::new(Direction::ToListening, &[7; 32], b"test").unwrap();
     let control = ControlStream::new(listener.accept().unwrap().0, session, Vec::new(), Vec::new()).unwrap();
     let timeout = Duration::from_secs(60);
+    let account = Pool::endless().account([127, 0, 0, 1].into());
     let setting = Setting {
         registry: home.registry.clone(),
-        inbox: Inbox::new(&Queue::new(1 << 30, 256 << 20)),
-        pool: Pool::endless(),
+        inbox: Inbox::new(&Queue::new(1 << 30, 256 << 20), &account),
+        account,
         lines: Arc::new(Limiter::new(1000)),
         eager_bytes: 0,
         peer: "a peer".to_owned(),

@@ -178,7 +178,7 @@ mod tests {
     use crate::status::ErrorKind;
 
     fn unloaded() -> PeerLoad {
-        PeerLoad::new(Share::new(&Pool::endless()))
+        PeerLoad::new(Share::new(&Pool::endless().account([127, 0, 0, 1].into())))
     }
 
     #[test]

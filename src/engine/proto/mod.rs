@@ -12,6 +12,7 @@
 //! - I5: only [`Machine::admit`] may fail and leave the connection alive. Every later error ends it.
 
 mod deadlines;
+mod direct;
 mod incoming;
 mod limits;
 mod matching;
@@ -22,6 +23,7 @@ mod peer;
 mod simulation;
 mod transfers;
 
+pub(crate) use direct::Sketch;
 pub(crate) use limits::MAX_BACKLOG;
 #[cfg(feature = "test-api")]
 pub(crate) use outgoing::tag;
@@ -31,7 +33,7 @@ pub(crate) use peer::is_farewell;
 pub(crate) use simulation::attacked;
 pub use transfers::TransferState;
 
-use super::budget::{Pool, Share};
+use super::budget::{Account, Share};
 use super::notify::Inbox;
 use super::registry::Registry;
 use super::spare::Spare;
@@ -58,8 +60,8 @@ use transfers::{Kind, Transfers};
 pub(crate) struct Setting {
     pub registry: Arc<Registry>,
     pub inbox: Inbox,
-    /// What all peers of the engine together may take, and how many lines of the log they may cause.
-    pub pool: Arc<Pool>,
+    /// What peers of this address may take, and how many lines of the log all peers of the engine may cause.
+    pub account: Arc<Account>,
     pub lines: Arc<Limiter>,
     /// Largest transfer inside a control frame, bytes.
     pub eager_bytes: usize,
@@ -109,6 +111,7 @@ pub(crate) struct Machine {
     outgoing: Outgoing,
     incoming: Incoming,
     matching: Matching,
+    unasked: direct::Unasked,
     deadlines: Deadlines,
     peer: PeerLoad,
     /// Lists of ended transfers for the next ones.
@@ -147,7 +150,7 @@ struct Clock {
 
 impl Machine {
     pub(crate) fn new(setting: Setting, now: Instant) -> Machine {
-        let (share, log) = (Share::new(&setting.pool), Limiter::within(&setting.lines, PEER_LINES));
+        let (share, log) = (Share::new(&setting.account), Limiter::within(&setting.lines, PEER_LINES));
         Machine {
             setting,
             tx: TxQueue::default(),
@@ -155,6 +158,7 @@ impl Machine {
             outgoing: Outgoing::default(),
             incoming: Incoming::default(),
             matching: Matching::default(),
+            unasked: direct::Unasked::default(),
             deadlines: Deadlines::new(now),
             peer: PeerLoad::new(share),
             spare: Spare::default(),
@@ -219,7 +223,8 @@ impl Machine {
 
     /// Whether a transfer of this connection uses a region of this side.
     pub(crate) fn uses_region(&self, id: u64) -> bool {
-        self.outgoing.uses_region(id) || self.incoming.uses_region(id) || self.matching.uses_region(id)
+        let unasked = self.unasked.uses_region(id);
+        unasked || self.outgoing.uses_region(id) || self.incoming.uses_region(id) || self.matching.uses_region(id)
     }
 
     /// Bytes of the control stream that the socket has not taken.
@@ -403,6 +408,8 @@ impl Machine {
             match event {
                 Event::Sent(key, len) => self.chunk_sent(key, len, now)?,
                 Event::Received(key, len) => self.chunk_received(key, len, now)?,
+                Event::Moved(key, len) => self.direct_moved(key, len, now),
+                Event::Ended(key, done) => self.direct_ended(key, done),
             }
         }
         self.events = events;
@@ -657,9 +664,10 @@ impl Machine {
         self.outgoing.clear();
         self.incoming.clear();
         self.matching.clear();
+        self.unasked.clear();
         self.deadlines.clear();
         // What the peer took is free for others, whenever the application closes its handle.
-        self.peer = PeerLoad::new(Share::new(&self.setting.pool));
+        self.peer = PeerLoad::new(Share::new(&self.setting.account));
         self.transfers.fail_all(&error);
         self.dead = Some(error);
     }

@@ -9,7 +9,7 @@ use crate::engine::request::{message, Built, RequestBuilder};
 use crate::engine::transfer::LocalSegment;
 use crate::status::ErrorKind;
 use crate::types::{Place, Segment};
-use parking_lot::Mutex;
+use process::Mutex;
 use std::sync::Arc;
 use std::time::Instant;
 

@@ -12,7 +12,7 @@ use crate::engine::request::{message, Built, RequestBuilder};
 use crate::engine::transfer::{Direction, LocalSegment};
 use crate::types::{Key, Place, Segment};
 use crate::wire::frame::{self, Frame, Grant, WireRegion, WireSegment};
-use parking_lot::Mutex;
+use process::Mutex;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

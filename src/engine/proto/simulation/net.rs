@@ -7,7 +7,7 @@ use crate::channel::stripe::{Load, Loads};
 use crate::region::Hold;
 use crate::status::{bail, err, Result};
 use crate::types::{Key, Part, Place};
-use parking_lot::Mutex;
+use process::Mutex;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;

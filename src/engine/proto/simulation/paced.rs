@@ -7,7 +7,7 @@ use crate::engine::proto::TransferState;
 use crate::engine::request::{Built, RequestBuilder};
 use crate::engine::transfer::{Direction, LocalSegment};
 use crate::types::Place;
-use parking_lot::Mutex;
+use process::Mutex;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

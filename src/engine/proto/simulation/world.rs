@@ -13,7 +13,7 @@ use crate::logging::Limiter;
 use crate::status::{Error, Result};
 use crate::types::Place;
 use crate::wire::queue::RxBuffer;
-use parking_lot::Mutex;
+use process::Mutex;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -87,10 +87,11 @@ impl Side {
     ) -> Side {
         let registry = Arc::new(Registry::new());
         let queue = Queue::new(1 << 30, 256 << 20);
+        let account = Pool::endless().account([127, 0, 0, 1].into());
         let setting = Setting {
             registry: registry.clone(),
-            inbox: Inbox::new(&queue),
-            pool: Pool::endless(),
+            inbox: Inbox::new(&queue, &account),
+            account,
             lines: Arc::new(Limiter::new(1000)),
             eager_bytes,
             peer: format!("side {}", 1 - side),

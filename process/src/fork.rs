@@ -1,47 +1,68 @@
-//! What a process must not share with the one that forked it: locks that another thread held, handles, tables of threads. Knows
-//! nothing of what is kept.
+//! A number that a fork changes, and values that belong to the process that made them.
 
-use crate::status::{bail, Result};
+use crate::loading;
+use std::fmt;
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
-use std::sync::Once;
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, Ordering};
 
 /// Counts the forks between this process and the one that loaded the library.
 static GENERATION: AtomicU64 = AtomicU64::new(0);
 
 extern "C" fn in_child() {
     GENERATION.fetch_add(1, Ordering::Relaxed);
+    loading::in_child();
 }
 
+/// Nobody has asked for forks to be counted; they are counted. Any other value is the process that is about to ask.
+const NOT_WATCHED: u64 = 0;
+const WATCHED: u64 = u64::MAX;
+static WATCH: AtomicU64 = AtomicU64::new(NOT_WATCHED);
+
 /// A number that differs between a process and its parent, from the first call on. Costs no system call.
-pub(crate) fn generation() -> u64 {
-    static WATCH: Once = Once::new();
-    if !WATCH.is_completed() {
-        WATCH.call_once(|| {
-            // SAFETY: the handler does nothing but count, which is allowed in the child of a process with threads. It fails only
-            // where memory runs out, and then a child is not told apart.
-            unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
-        });
+pub fn generation() -> u64 {
+    if WATCH.load(Ordering::Acquire) != WATCHED {
+        watch();
     }
     GENERATION.load(Ordering::Relaxed)
 }
 
+/// Has forks counted. What a thread of the parent had begun, and will not end in this process, is begun anew.
+#[cold]
+fn watch() {
+    let own = u64::from(std::process::id());
+    loop {
+        match WATCH.load(Ordering::Acquire) {
+            WATCHED => return,
+            begun if begun == own => std::thread::yield_now(),
+            before => {
+                if WATCH.compare_exchange(before, own, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+                    // SAFETY: the handlers count, store and sleep, which is allowed around a fork. It fails only where memory runs out,
+                    // and then a child is not told apart. Twice counts twice, which differs too.
+                    unsafe { libc::pthread_atfork(Some(loading::before), Some(loading::in_parent), Some(in_child)) };
+                    WATCH.store(WATCHED, Ordering::Release);
+                    return;
+                }
+            }
+        }
+    }
+}
+
 /// A value of the process: made at the first use, and anew at the first use in a child. What the parent had is left as it is in the
 /// child, never looked at and never dropped: its locks may be held for ever, and its sockets are the parent's.
-pub(crate) struct PerProcess<T> {
+pub struct PerProcess<T> {
     current: AtomicPtr<(u64, T)>,
     make: fn() -> T,
 }
 
 impl<T: Send + Sync + 'static> PerProcess<T> {
     /// A value that `make` makes.
-    pub(crate) const fn new(make: fn() -> T) -> PerProcess<T> {
+    pub const fn new(make: fn() -> T) -> PerProcess<T> {
         PerProcess { current: AtomicPtr::new(std::ptr::null_mut()), make }
     }
 
     /// This process's value.
-    pub(crate) fn get(&self) -> &'static T {
+    pub fn get(&self) -> &'static T {
         let generation = generation();
         let mut seen = self.current.load(Ordering::Acquire);
         loop {
@@ -64,9 +85,24 @@ impl<T: Send + Sync + 'static> PerProcess<T> {
     }
 }
 
+/// What is looked at belongs to the process that this one was forked from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parents {
+    what: &'static str,
+    pid: u32,
+}
+
+impl fmt::Display for Parents {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "this {} belongs to process {}; a forked child has to make its own", self.what, self.pid)
+    }
+}
+
+impl std::error::Error for Parents {}
+
 /// A value of the process that made it. A forked child can look at it, and never drops it: what it holds stays as it is, down to
 /// the descriptors, which the child closes when it ends.
-pub(crate) struct Local<T> {
+pub struct Local<T> {
     generation: u64,
     pid: u32,
     value: ManuallyDrop<T>,
@@ -74,24 +110,24 @@ pub(crate) struct Local<T> {
 
 impl<T> Local<T> {
     /// Wraps a value of this process.
-    pub(crate) fn new(value: T) -> Local<T> {
+    pub fn new(value: T) -> Local<T> {
         Local { generation: generation(), pid: std::process::id(), value: ManuallyDrop::new(value) }
     }
 
     /// Whether the calling process made it. Where not, none of its locks may be taken: who held one may not be in this process.
-    pub(crate) fn is_here(&self) -> bool {
+    pub fn is_here(&self) -> bool {
         self.generation == generation()
     }
 
-    /// An error in a forked child.
+    /// An error in a forked child; `what` names the value in its text.
     ///
     /// # Errors
-    /// `Unsupported`.
-    pub(crate) fn check(&self, what: &str) -> Result<()> {
-        if !self.is_here() {
-            bail!(Unsupported, "this {what} belongs to process {}; a forked child has to make its own", self.pid);
+    /// Whose it is.
+    pub fn check(&self, what: &'static str) -> Result<(), Parents> {
+        if self.is_here() {
+            return Ok(());
         }
-        Ok(())
+        Err(Parents { what, pid: self.pid })
     }
 }
 
@@ -117,10 +153,38 @@ impl<T> Drop for Local<T> {
     }
 }
 
+/// Closes this process's copy of a descriptor of its parent, once.
+pub fn close_copy(fd: &AtomicI32) {
+    let fd = fd.swap(-1, Ordering::AcqRel);
+    if fd >= 0 {
+        // SAFETY: the descriptor was inherited, and nothing of this process uses it. The parent's own stays open.
+        unsafe { libc::close(fd) };
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::sync::Mutex;
+
+    #[test]
+    fn a_process_makes_its_value_once() {
+        static VALUE: PerProcess<AtomicUsize> = PerProcess::new(|| AtomicUsize::new(7));
+        let first = VALUE.get();
+        let look = || std::ptr::from_ref(VALUE.get()) as usize;
+        let seen: Vec<_> = (0..8).map(|_| std::thread::spawn(look)).collect();
+        assert!(seen.into_iter().all(|t| t.join().unwrap() == std::ptr::from_ref(first) as usize));
+        assert_eq!(first.load(Ordering::Relaxed), 7);
+    }
+
+    #[test]
+    fn what_a_thread_of_the_parent_had_begun_is_begun_anew() {
+        generation();
+        // As a child finds it whose parent was about to ask.
+        WATCH.store(u64::from(std::process::id()) + 1, Ordering::Release);
+        generation();
+        assert_eq!(WATCH.load(Ordering::Acquire), WATCHED);
+    }
 
     #[test]
     fn a_child_has_values_of_its_own() {

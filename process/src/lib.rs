@@ -1,0 +1,17 @@
+//! What a process has of its own, and a child of `fork` gets anew: locks that another thread may hold, handles, tables of threads.
+//! And locks that keep nothing outside of themselves. Knows nothing of what is kept.
+//!
+//! # Fork
+//! Of a process with threads, `fork` copies the memory and one thread. A lock that another thread held stays locked in the child, and
+//! where threads wait in a table of the process, the child's table names threads that are not there; new ones, whose stacks take the
+//! old places, then break its lists. So values are made anew in each process ([`PerProcess`], [`Local`]), and nothing here or in the
+//! crates above takes locks that share a table: those of this crate are the standard library's, which keep all that they need in
+//! themselves.
+
+mod fork;
+mod loading;
+mod sync;
+
+pub use fork::{close_copy, generation, Local, Parents, PerProcess};
+pub use loading::loading;
+pub use sync::{Condvar, Mutex, MutexGuard, RwLock, WaitTimeoutResult};
