@@ -2,8 +2,19 @@
 
 use crate::status::{bail, Result};
 use crate::types::{Place, RemoteAccess, Span};
+use process::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
+
+/// A peer's leave to read a region by itself, without asking each time.
+pub(crate) trait Leave: Send + Sync + std::fmt::Debug {
+    /// From now on no read begins.
+    fn end(&self);
+    /// The peer reads.
+    fn in_use(&self) -> bool;
+    /// The connection that it was given on has ended.
+    fn is_over(&self) -> bool;
+}
 
 /// A registered region.
 #[derive(Debug)]
@@ -15,11 +26,53 @@ pub(crate) struct Region {
     uses: AtomicUsize,
     /// Some network plugin knows it.
     registered: AtomicBool,
+    /// Its registration has ended: nothing more begins to use it.
+    ended: AtomicBool,
+    leaves: Mutex<Vec<Arc<dyn Leave>>>,
 }
 
 impl Region {
     pub(crate) fn new(span: Span, token: [u8; 16], place: Place, access: RemoteAccess) -> Region {
-        Region { span, token, place, access, uses: AtomicUsize::new(0), registered: AtomicBool::new(false) }
+        Region {
+            span,
+            token,
+            place,
+            access,
+            uses: AtomicUsize::new(0),
+            registered: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+            leaves: Mutex::new(Vec::new()),
+        }
+    }
+
+    /// What peers may do with it.
+    pub(crate) fn access(&self) -> RemoteAccess {
+        self.access
+    }
+
+    /// A use that begins by itself, unless the registration has ended.
+    pub(crate) fn enter(self: &Arc<Region>) -> Option<RegionUse> {
+        let used = RegionUse::new(self);
+        // After the count: whoever ends the registration looks at both in the other order.
+        (!self.ended.load(Ordering::SeqCst)).then_some(used)
+    }
+
+    /// Notes a peer's leave; `false` once the registration has ended.
+    pub(crate) fn allow(&self, leave: Arc<dyn Leave>) -> bool {
+        let mut leaves = self.leaves.lock();
+        leaves.retain(|leave| !leave.is_over());
+        if self.ended.load(Ordering::SeqCst) {
+            return false;
+        }
+        leaves.push(leave);
+        true
+    }
+
+    /// Its registration ends: what uses it is still to be waited for.
+    pub(crate) fn end(&self) {
+        let leaves = self.leaves.lock();
+        self.ended.store(true, Ordering::SeqCst);
+        leaves.iter().for_each(|leave| leave.end());
     }
 
     /// Whether `[addr, addr + len)` lies inside.
@@ -28,7 +81,7 @@ impl Region {
     }
 
     pub(crate) fn in_use(&self) -> bool {
-        self.uses.load(Ordering::Acquire) > 0
+        self.uses.load(Ordering::SeqCst) > 0 || self.leaves.lock().iter().any(|leave| leave.in_use())
     }
 
     /// Whether a network plugin was told of it and must forget it at its end.
@@ -43,8 +96,13 @@ pub(crate) struct RegionUse(Arc<Region>);
 
 impl RegionUse {
     pub(crate) fn new(region: &Arc<Region>) -> RegionUse {
-        region.uses.fetch_add(1, Ordering::AcqRel);
+        region.uses.fetch_add(1, Ordering::SeqCst);
         RegionUse(region.clone())
+    }
+
+    /// The region, for a peer that may use it later on its own.
+    pub(crate) fn region(&self) -> &Arc<Region> {
+        &self.0
     }
 
     /// To be shared with a process of this host, which has to be told of its end.

@@ -228,6 +228,100 @@ fn memory_is_told_in_advance_whenever_it_is_registered() {
     assert!(until(LIMIT, || b.number("mappings") == 0));
 }
 
+/// Has the second side grant its memory: the first transfer shows the token.
+fn granted(a: &mut Victim, b: &mut Victim, len: usize, fill: u8) -> (usize, usize, FifoItem) {
+    let (sink, _) = a.buffer(len, 0);
+    let (source, item) = b.buffer(len, fill);
+    for _ in 0..3 {
+        assert_eq!(again(a, b, "read", len, fill, sink, source, &item), Outcome::Done(len as u64));
+        // What the sides say to each other is on its way.
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    (sink, source, item)
+}
+
+#[test]
+fn memory_that_was_granted_is_read_while_its_owner_sleeps() {
+    for environment in [&[ON][..], &EMULATED[..]] {
+        let (mut a, mut b) = two(environment, environment);
+        // A memory file of less than a page cannot be shared.
+        for len in [if environment.len() == 1 { 1 } else { 8192 }, 4096, 3 * MIB] {
+            let (sink, _, item) = granted(&mut a, &mut b, len, 9);
+            let before = carried(&mut a);
+            b.signal(libc::SIGSTOP);
+            for _ in 0..5 {
+                let id = a.start_transfer(&format!("read 0 {sink} {len} {}", text_of(&item))).unwrap();
+                assert_eq!(a.wait(0, id, LIMIT), Outcome::Done(len as u64), "{}", a.log());
+            }
+            b.signal(libc::SIGCONT);
+            assert_eq!(a.ask(&format!("holds {sink} {len} 9")), "true");
+            let after = carried(&mut a);
+            assert_eq!([after[1] - before[1], after[3] - before[3]], [5 * len as u64, 0]);
+        }
+        assert!(a.end(LIMIT) && b.end(LIMIT));
+    }
+}
+
+#[test]
+fn small_transfers_of_granted_memory_stay_within_the_host() {
+    for environment in [&[ON][..], &EMULATED[..]] {
+        let (mut a, mut b) = two(environment, environment);
+        let (mine, theirs, item) = granted(&mut a, &mut b, 4096, 9);
+        // The memory of a write's source is shared at its first use.
+        for _ in 0..3 {
+            again(&mut a, &mut b, "write", 4096, 9, mine, theirs, &item);
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        let before = carried(&mut a);
+        for _ in 0..10 {
+            for direction in ["write", "read"] {
+                assert_eq!(again(&mut a, &mut b, direction, 4096, 9, mine, theirs, &item), Outcome::Done(4096));
+            }
+        }
+        let after = carried(&mut a);
+        assert_eq!(std::array::from_fn(|i| after[i] - before[i]), [40960, 40960, 0, 0]);
+    }
+}
+
+#[test]
+fn a_grant_ends_with_its_region() {
+    for environment in [&[ON][..], &EMULATED[..]] {
+        let (mut a, mut b) = two(environment, environment);
+        let (mine, theirs, item) = granted(&mut a, &mut b, 3 * MIB, 9);
+        assert_eq!(b.ask(&format!("free {theirs}")), "given back");
+        for direction in ["read", "write", "read", "write"] {
+            match again(&mut a, &mut b, direction, 3 * MIB, 9, mine, theirs, &item) {
+                Outcome::Failed(why) => assert!(why.contains("not registered"), "{direction}: {why}"),
+                other => panic!("{direction}: {other:?}"),
+            }
+        }
+        assert_eq!(a.ask("status 0"), "up");
+        // New memory at the same place is another region.
+        let (mine, theirs, item) = granted(&mut a, &mut b, 3 * MIB, 8);
+        assert_eq!(again(&mut a, &mut b, "read", 3 * MIB, 8, mine, theirs, &item), Outcome::Done(3 * MIB as u64));
+    }
+}
+
+#[test]
+fn a_killed_reader_holds_no_region() {
+    for environment in [&[ON][..], &EMULATED[..]] {
+        for round in 0..4u64 {
+            let (mut a, mut b) = two(environment, environment);
+            const LEN: usize = 32 * MIB;
+            let (sink, source, item) = granted(&mut a, &mut b, LEN, 9);
+            for direction in ["read", "write", "read", "write"] {
+                a.start_transfer(&format!("{direction} 0 {sink} {LEN} {}", text_of(&item))).unwrap();
+            }
+            std::thread::sleep(Duration::from_millis(2 * round));
+            a.signal(libc::SIGKILL);
+            assert_eq!(b.ask(&format!("destroy {source}")), "given back");
+            std::thread::sleep(Duration::from_millis(20));
+            assert_eq!(b.number("changed"), 0, "nothing is written afterwards");
+            assert!(until(LIMIT, || b.ask("status 0").starts_with("error")) && b.end(LIMIT));
+        }
+    }
+}
+
 #[test]
 fn memory_that_cannot_be_shared_keeps_its_channels() {
     // Simulated GPU memory that is no memory file.
@@ -252,6 +346,12 @@ fn a_killed_process_leaves_errors_right_bytes_and_no_mappings() {
             let write = direction == "write";
             let (local, _) = a.buffer(LEN, if write { 9 } else { 0 });
             let (_, item) = b.buffer(LEN, if write { 0 } else { 9 });
+            // With a grant in the second half of the rounds.
+            if round >= 2 {
+                let id = a.start_transfer(&format!("{direction} 0 {local} {LEN} {}", text_of(&item))).unwrap();
+                assert_eq!(a.wait(0, id, LIMIT), Outcome::Done(LEN as u64));
+                std::thread::sleep(Duration::from_millis(100));
+            }
             let ids: Vec<u64> = (0..6)
                 .filter_map(|_| a.start_transfer(&format!("{direction} 0 {local} {LEN} {}", text_of(&item))).ok())
                 .collect();
@@ -315,8 +415,13 @@ fn a_region_that_goes_during_copies_waits_for_them_or_ends_them() {
                 shared_in_the_end(&mut a, &mut b);
             }
             const LEN: usize = 32 * MIB;
-            let (sink, _) = a.buffer(LEN, 0);
-            let (source, item) = b.buffer(LEN, 9);
+            let (sink, source, item) = if round < 3 {
+                let (sink, _) = a.buffer(LEN, 0);
+                let (source, item) = b.buffer(LEN, 9);
+                (sink, source, item)
+            } else {
+                granted(&mut a, &mut b, LEN, 9)
+            };
             let ids: Vec<u64> =
                 (0..4).map(|_| a.start_transfer(&format!("read 0 {sink} {LEN} {}", text_of(&item))).unwrap()).collect();
             std::thread::sleep(Duration::from_millis(round));
@@ -368,4 +473,117 @@ fn a_connection_to_oneself_copies_too() {
         assert!(out.wait(id, Some(LIMIT)).unwrap().complete);
     }
     engine.deregister(mr).unwrap();
+}
+
+/// Two network namespaces with a wire between them, as of two containers. They go at the end.
+struct Namespaces([String; 2]);
+
+impl Namespaces {
+    /// `None` where this process may make none.
+    fn new() -> Option<Namespaces> {
+        let id = std::process::id();
+        let spaces = Namespaces([format!("onehost-a-{id}"), format!("onehost-b-{id}")]);
+        let [a, b] = &spaces.0;
+        let (wa, wb) = (format!("oha{id}"), format!("ohb{id}"));
+        let made = ip(&["netns", "add", a])
+            && ip(&["netns", "add", b])
+            && ip(&["link", "add", &wa, "netns", a, "type", "veth", "peer", "name", &wb, "netns", b]);
+        let up = |space: &str, wire: &str, address: &str| {
+            ip(&["-n", space, "addr", "add", address, "dev", wire])
+                && ip(&["-n", space, "link", "set", wire, "up"])
+                && ip(&["-n", space, "link", "set", "lo", "up"])
+        };
+        let ready = |space: &str, wire: &str| {
+            let words = ["-n", space, "link", "show", "dev", wire];
+            let shown = std::process::Command::new("ip").args(words).output();
+            shown.is_ok_and(|shown| String::from_utf8_lossy(&shown.stdout).contains("LOWER_UP"))
+        };
+        let made = made && up(a, &wa, "10.213.77.1/24") && up(b, &wb, "10.213.77.2/24");
+        (made && until(LIMIT, || ready(a, &wa) && ready(b, &wb))).then_some(spaces)
+    }
+
+    /// A process in each, the first connected to the second; `prefix` before its own command.
+    fn two(&self, prefix: &[&str], environment: &[(&str, &str)]) -> (Victim, Victim) {
+        let id = std::process::id();
+        let start = |space: &str, wire: &str| {
+            let words = [&["ip", "netns", "exec", space], prefix].concat();
+            let environment = [environment, &[("UCCL_P2P_LOG_LEVEL", "info"), (victim::NIC, wire)]].concat();
+            Victim::under(&words, "engine_process", &environment)
+        };
+        let (mut a, mut b) = (start(&self.0[0], &format!("oha{id}")), start(&self.0[1], &format!("ohb{id}")));
+        b.ask("accept");
+        let answer = a.ask(&format!("connect 10.213.77.2 {}", b.port));
+        assert_eq!(answer, "0", "{}", a.log());
+        assert!(until(LIMIT, || b.number("connections") == 1));
+        (a, b)
+    }
+}
+
+impl Drop for Namespaces {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|space| {
+            ip(&["netns", "del", space]);
+        });
+    }
+}
+
+fn ip(words: &[&str]) -> bool {
+    std::process::Command::new("ip").args(words).stderr(std::process::Stdio::null()).status().is_ok_and(|s| s.success())
+}
+
+/// A directory of this test's own.
+struct Shared(std::path::PathBuf);
+
+impl Shared {
+    fn new() -> Shared {
+        let path = std::env::temp_dir().join(format!("uccl-one-host-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Shared(path)
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+#[test]
+fn containers_with_networks_of_their_own_share_memory_through_a_directory() {
+    let Some(spaces) = Namespaces::new() else {
+        println!("SKIPPED: this process may not make network namespaces");
+        return;
+    };
+    let directory = Shared::new();
+    let shared = ("UCCL_TCPX_LOCAL_DIR", directory.0.to_str().unwrap());
+    // Nothing in common but the kernel.
+    let (mut a, mut b) = spaces.two(&[], &[ON]);
+    assert_eq!(moves(&mut a, &mut b, "write", MIB, 3), Outcome::Done(MIB as u64));
+    assert_eq!(carried(&mut a), [0, 0, MIB as u64, 0]);
+    assert!(a.log().contains("the peer has another network namespace"), "{}", a.log());
+    drop((a, b));
+    // A directory in common.
+    let (mut a, mut b) = spaces.two(&[], &[ON, shared]);
+    for direction in ["write", "read"] {
+        assert_eq!(moves(&mut a, &mut b, direction, MIB, 3), Outcome::Done(MIB as u64));
+    }
+    assert_eq!(carried(&mut a), [MIB as u64, MIB as u64, 0, 0], "{}", a.log());
+    drop((a, b));
+    let emulated = [&EMULATED[..], &[shared]].concat();
+    let (mut a, mut b) = spaces.two(&[], &emulated);
+    shared_in_the_end(&mut a, &mut b);
+    drop((a, b));
+    assert!(until(LIMIT, || std::fs::read_dir(&directory.0).unwrap().count() == 0), "sockets are left in the directory");
+    // Process numbers of their own, too: nobody can name the other's process, but memory of GPUs does not need it.
+    let own_numbers = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"];
+    let (mut a, mut b) = spaces.two(&own_numbers, &[ON, shared]);
+    assert_eq!(moves(&mut a, &mut b, "write", MIB, 3), Outcome::Done(MIB as u64));
+    assert_eq!(carried(&mut a), [0, 0, MIB as u64, 0]);
+    assert!(a.log().contains("nothing is copied within this host: "), "{}", a.log());
+    drop((a, b));
+    let (mut a, mut b) = spaces.two(&own_numbers, &emulated);
+    shared_in_the_end(&mut a, &mut b);
+    let (sink, source, item) = granted(&mut a, &mut b, 3 * MIB, 9);
+    assert_eq!(again(&mut a, &mut b, "read", 3 * MIB, 9, sink, source, &item), Outcome::Done(3 * MIB as u64));
+    assert!(carried(&mut a)[1] > 0);
 }

@@ -8,7 +8,7 @@ use std::ffi::{c_int, c_uint, c_void, CStr};
 use std::marker::PhantomData;
 use std::ops::Deref;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicPtr, Ordering};
 
 /// The driver's name for programs. `libcuda.so` is for linking: where a toolkit is installed, it may be a stub.
 const LIBRARY: &CStr = c"libcuda.so.1";
@@ -39,17 +39,23 @@ impl From<Absence> for Error {
     }
 }
 
-static DRIVER: OnceLock<Driver> = OnceLock::new();
+/// Set once, and never freed.
+static DRIVER: AtomicPtr<Driver> = AtomicPtr::new(std::ptr::null_mut());
 /// The last answer without a driver, and whether it is final.
 static ABSENT: PerProcess<Mutex<Option<Absence>>> = PerProcess::new(Mutex::default);
 
+fn known() -> Option<&'static Driver> {
+    // SAFETY: null, or a driver that was leaked.
+    unsafe { DRIVER.load(Ordering::Acquire).as_ref() }
+}
+
 /// The driver, or why there is none. Makes no context.
 pub fn driver() -> std::result::Result<&'static Driver, Absence> {
-    if let Some(driver) = DRIVER.get() {
+    if let Some(driver) = known() {
         return Ok(driver);
     }
     let mut absent = ABSENT.get().lock();
-    if let Some(driver) = DRIVER.get() {
+    if let Some(driver) = known() {
         return Ok(driver);
     }
     if let Some(known) = &*absent {
@@ -60,7 +66,11 @@ pub fn driver() -> std::result::Result<&'static Driver, Absence> {
         }
     }
     match open(LIBRARY, Path::new(KERNEL_DRIVER)) {
-        Ok(driver) => Ok(DRIVER.get_or_init(|| driver)),
+        Ok(driver) => {
+            let driver = Box::leak(Box::new(driver));
+            DRIVER.store(driver, Ordering::Release);
+            Ok(driver)
+        }
         Err(why) => {
             if let Absence::Failing(why) = &why {
                 log::warn!("the CUDA driver is there and fails: {why}; memory cannot be registered");
@@ -84,14 +94,16 @@ pub fn device_count() -> i32 {
 const NOT_INSTALLED: &str = "the CUDA driver library (libcuda.so.1) is not installed";
 
 fn is_loaded(library: &CStr) -> bool {
-    // SAFETY: the name is a C string; nothing is loaded.
-    let handle = unsafe { libc::dlopen(library.as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD) };
-    if handle.is_null() {
-        return false;
-    }
-    // SAFETY: gives back the reference just taken.
-    unsafe { libc::dlclose(handle) };
-    true
+    process::loading(|| {
+        // SAFETY: the name is a C string; nothing is loaded.
+        let handle = unsafe { libc::dlopen(library.as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD) };
+        if handle.is_null() {
+            return false;
+        }
+        // SAFETY: gives back the reference just taken.
+        unsafe { libc::dlclose(handle) };
+        true
+    })
 }
 
 /// Opens and initialises a driver library: the one of that name that the process has, or else the linker's.
@@ -119,7 +131,8 @@ fn open(library: &CStr, kernel_driver: &Path) -> std::result::Result<Driver, Abs
 fn load(library: &CStr) -> std::result::Result<*mut c_void, Absence> {
     for flags in [libc::RTLD_NOLOAD, 0] {
         // SAFETY: the name is a C string; a driver's initialisers ask nothing of the caller.
-        let handle = unsafe { libc::dlopen(library.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL | flags) };
+        let open = || unsafe { libc::dlopen(library.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL | flags) };
+        let handle = process::loading(open);
         if !handle.is_null() {
             return Ok(handle);
         }

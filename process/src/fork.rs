@@ -1,29 +1,51 @@
 //! A number that a fork changes, and values that belong to the process that made them.
 
+use crate::loading;
 use std::fmt;
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, Ordering};
-use std::sync::Once;
 
 /// Counts the forks between this process and the one that loaded the library.
 static GENERATION: AtomicU64 = AtomicU64::new(0);
 
 extern "C" fn in_child() {
     GENERATION.fetch_add(1, Ordering::Relaxed);
+    loading::in_child();
 }
+
+/// Nobody has asked for forks to be counted; they are counted. Any other value is the process that is about to ask.
+const NOT_WATCHED: u64 = 0;
+const WATCHED: u64 = u64::MAX;
+static WATCH: AtomicU64 = AtomicU64::new(NOT_WATCHED);
 
 /// A number that differs between a process and its parent, from the first call on. Costs no system call.
 pub fn generation() -> u64 {
-    static WATCH: Once = Once::new();
-    if !WATCH.is_completed() {
-        WATCH.call_once(|| {
-            // SAFETY: the handler does nothing but count, which is allowed in the child of a process with threads. It fails only
-            // where memory runs out, and then a child is not told apart.
-            unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
-        });
+    if WATCH.load(Ordering::Acquire) != WATCHED {
+        watch();
     }
     GENERATION.load(Ordering::Relaxed)
+}
+
+/// Has forks counted. What a thread of the parent had begun, and will not end in this process, is begun anew.
+#[cold]
+fn watch() {
+    let own = u64::from(std::process::id());
+    loop {
+        match WATCH.load(Ordering::Acquire) {
+            WATCHED => return,
+            begun if begun == own => std::thread::yield_now(),
+            before => {
+                if WATCH.compare_exchange(before, own, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+                    // SAFETY: the handlers count, store and sleep, which is allowed around a fork. It fails only where memory runs out,
+                    // and then a child is not told apart. Twice counts twice, which differs too.
+                    unsafe { libc::pthread_atfork(Some(loading::before), Some(loading::in_parent), Some(in_child)) };
+                    WATCH.store(WATCHED, Ordering::Release);
+                    return;
+                }
+            }
+        }
+    }
 }
 
 /// A value of the process: made at the first use, and anew at the first use in a child. What the parent had is left as it is in the
@@ -153,6 +175,15 @@ mod tests {
         let seen: Vec<_> = (0..8).map(|_| std::thread::spawn(look)).collect();
         assert!(seen.into_iter().all(|t| t.join().unwrap() == std::ptr::from_ref(first) as usize));
         assert_eq!(first.load(Ordering::Relaxed), 7);
+    }
+
+    #[test]
+    fn what_a_thread_of_the_parent_had_begun_is_begun_anew() {
+        generation();
+        // As a child finds it whose parent was about to ask.
+        WATCH.store(u64::from(std::process::id()) + 1, Ordering::Release);
+        generation();
+        assert_eq!(WATCH.load(Ordering::Acquire), WATCHED);
     }
 
     #[test]

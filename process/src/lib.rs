@@ -9,7 +9,9 @@
 //! themselves.
 
 mod fork;
+mod loading;
 mod sync;
 
 pub use fork::{close_copy, generation, Local, Parents, PerProcess};
+pub use loading::loading;
 pub use sync::{Condvar, Mutex, MutexGuard, RwLock, WaitTimeoutResult};

@@ -1,9 +1,10 @@
 //! Locks in the shape of `lock_api`: the standard library's, without poison, and fair among threads that come back for a lock again
 //! and again. Whoever needs to know of a panic under a lock looks for itself.
 
+use crate::fork::PerProcess;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{self, OnceLock, PoisonError, RwLockReadGuard, RwLockWriteGuard, TryLockError};
+use std::sync::{self, PoisonError, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 use std::time::{Duration, Instant};
 
 pub use std::sync::WaitTimeoutResult;
@@ -18,8 +19,8 @@ const NOBODY: u64 = u64::MAX;
 
 /// Microseconds of a clock of this process.
 fn clock() -> u64 {
-    static START: OnceLock<Instant> = OnceLock::new();
-    START.get_or_init(Instant::now).elapsed().as_micros() as u64
+    static START: PerProcess<Instant> = PerProcess::new(Instant::now);
+    START.get().elapsed().as_micros() as u64
 }
 
 /// A lock for one thread at a time. A thread that unlocks and locks at once may do so before one that waits has woken up, which is

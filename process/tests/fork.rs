@@ -1,22 +1,24 @@
-//! A process forks while its threads wait for locks, unlock them and come and go. What the child makes must work: threads, locks and
-//! waits of its own, at addresses that the parent's had.
+//! A process forks while its threads wait for locks and unlock them. What the child makes must work: threads, locks and waits of its own,
+//! at addresses that the parent's had. (The parent's threads neither start nor end meanwhile: in programs whose `main` is Rust, the
+//! standard library does both under a lock of its own.)
 
 use process::{Condvar, Mutex};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 const CHILDREN: usize = 150;
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// Threads that hand a number to each other, so that all of them wait and wake; they end with `rounds`.
-fn relay(threads: usize, rounds: usize) {
+/// Threads that hand a number to each other, so that all of them wait and wake, until it has come to `rounds` or `stop` is set.
+fn relay(threads: usize, rounds: usize, stop: &Arc<AtomicBool>) -> Vec<JoinHandle<()>> {
     let baton = Arc::new((Mutex::new(0usize), Condvar::new()));
     let run = |mine: usize| {
-        let baton = baton.clone();
+        let (baton, stop) = (baton.clone(), stop.clone());
         std::thread::spawn(move || {
             let mut at = baton.0.lock();
-            while *at < rounds {
+            while *at < rounds && !stop.load(Ordering::Relaxed) {
                 if *at % threads == mine {
                     *at += 1;
                     baton.1.notify_all();
@@ -24,10 +26,14 @@ fn relay(threads: usize, rounds: usize) {
                     baton.1.wait(&mut at);
                 }
             }
+            baton.1.notify_all();
         })
     };
-    let all: Vec<_> = (0..threads).map(run).collect();
-    all.into_iter().for_each(|t| t.join().expect("a thread of the relay"));
+    (0..threads).map(run).collect()
+}
+
+fn join(threads: Vec<JoinHandle<()>>) {
+    threads.into_iter().for_each(|t| t.join().expect("a thread of a relay"));
 }
 
 fn awaited(child: libc::pid_t) -> Option<i32> {
@@ -51,25 +57,20 @@ fn awaited(child: libc::pid_t) -> Option<i32> {
 #[test]
 fn children_of_a_busy_process_have_locks_that_work() {
     let stop = Arc::new(AtomicBool::new(false));
-    let busy = |stop: Arc<AtomicBool>| {
-        std::thread::spawn(move || {
-            while !stop.load(Ordering::Relaxed) {
-                relay(4, 40);
-            }
-        })
-    };
-    let threads: Vec<_> = (0..3).map(|_| busy(stop.clone())).collect();
+    let threads: Vec<_> = (0..4).flat_map(|_| relay(5, usize::MAX, &stop)).collect();
+    // They have all begun.
+    std::thread::sleep(Duration::from_millis(500));
     for number in 0..CHILDREN {
         // SAFETY: the child makes threads and locks of its own, which is what is tested, and ends by _exit.
         let child = unsafe { libc::fork() };
         assert!(child >= 0, "{}", std::io::Error::last_os_error());
         if child == 0 {
-            (0..3).for_each(|_| relay(6, 60));
+            (0..2).for_each(|_| join(relay(16, 64, &stop)));
             // SAFETY: ends the child without running anything of the parent's.
             unsafe { libc::_exit(0) };
         }
         assert_eq!(awaited(child), Some(0), "child {number} of {CHILDREN}");
     }
     stop.store(true, Ordering::Relaxed);
-    threads.into_iter().for_each(|t| t.join().expect("a busy thread"));
+    join(threads);
 }

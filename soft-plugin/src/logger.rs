@@ -3,8 +3,9 @@
 
 use std::ffi::CString;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::OnceLock;
 use std::time::Instant;
+
+use process::PerProcess;
 
 use nccl_net_abi::{ncclDebugLogger_t, NCCL_LOG_INFO, NCCL_LOG_WARN};
 
@@ -85,8 +86,8 @@ fn with_count(message: &str, left_out: u64) -> String {
 
 /// Milliseconds since the first use.
 fn now() -> u64 {
-    static START: OnceLock<Instant> = OnceLock::new();
-    START.get_or_init(Instant::now).elapsed().as_millis() as u64
+    static START: PerProcess<Instant> = PerProcess::new(Instant::now);
+    START.get().elapsed().as_millis() as u64
 }
 
 fn foreign(level: i32, message: &str) -> bool {

@@ -4,10 +4,10 @@
 use super::device::DeviceCopier;
 use super::plan::Chunk;
 use super::stripe::Loads;
-use crate::region::{Hold, Region};
+use crate::region::{Hold, Region, RegionUse};
 use crate::stats::ChannelStats;
 use crate::status::Result;
-use crate::types::{Key, Part, Place};
+use crate::types::{Key, Part, Piece, Place};
 use std::time::Instant;
 
 /// A chunk to send.
@@ -59,6 +59,51 @@ pub(crate) enum Event {
     Sent(Key, u64),
     /// A chunk is in place.
     Received(Key, u64),
+    /// Bytes of a transfer that goes without chunks are in place.
+    Moved(Key, u64),
+    /// Such a transfer has ended: all bytes are in place, or the peer refused it.
+    Ended(Key, bool),
+}
+
+/// Memory of both sides in which blocks of a transfer lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Pairing {
+    /// Index of this side's region in the transfer's table, and where it lies.
+    pub local: u16,
+    pub here: Place,
+    /// The peer's region, its token, and where it lies.
+    pub region: u64,
+    pub token: [u8; 16],
+    pub there: Place,
+    /// Begin and end of what all blocks take, here and there.
+    pub near: (u64, u64),
+    pub far: (u64, u64),
+}
+
+/// The blocks of a transfer, handed out once.
+pub(crate) trait Blocks {
+    /// Appends the blocks that come next, at most so many and not many more bytes, all of one pairing: its index. `None` at the end.
+    /// Sources and destinations bear the names that they have for their owners.
+    fn fill(&mut self, most: usize, bytes: u64, out: &mut Vec<Piece>) -> Option<usize>;
+
+    /// Nothing comes any more.
+    fn is_done(&self) -> bool;
+}
+
+/// A transfer that may go without chunks.
+pub(crate) struct Direct<'a> {
+    /// Its name.
+    pub key: Key,
+    /// Where its data goes.
+    pub way: Way,
+    /// Bytes of it.
+    pub total: u64,
+    /// What its blocks lie in; every block lies in its pairing's regions.
+    pub pairings: &'a [Pairing],
+    /// What keeps this side's regions.
+    pub hold: &'a Hold,
+    /// Its blocks.
+    pub blocks: &'a mut dyn Blocks,
 }
 
 /// Direction of data, from this side.
@@ -125,6 +170,23 @@ pub(crate) trait Path: Send {
 
     /// Tells the peer of a region that it may want to reach soon; see [`Path::share`].
     fn offer(&mut self, _region: &Region) {}
+
+    /// Starts a transfer all of which goes without chunks; what becomes of it are [`Event::Moved`] and [`Event::Ended`]. `false` where
+    /// that cannot be: nothing has begun then.
+    ///
+    /// # Errors
+    /// When the connection must end.
+    fn start_direct(&mut self, _transfer: &mut Direct<'_>) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// The peer has shown the token of a region, for memory of it at `peer`: from now on it need not be asked about it.
+    fn grant(&mut self, _region: &RegionUse, _peer: Place) {}
+
+    /// Whether something that goes without chunks uses a region, besides what this side has started.
+    fn uses_region(&self, _id: u64) -> bool {
+        false
+    }
 
     /// The load of each channel for a chunk from `place`, and of the NICs, into empty lists. `bulk`: the chunk is part of a large
     /// transfer, and all of those together leave room in the window for small ones, which do not count against them.

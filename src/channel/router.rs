@@ -3,11 +3,11 @@
 //! nothing of plugins, and of transfers only the keys of chunks.
 
 use super::device::spread;
-use super::path::{Arrival, ChunkLimits, Copier, Departure, Dest, Event, Path, Way};
+use super::path::{Arrival, ChunkLimits, Copier, Departure, Dest, Direct, Event, Path, Way};
 use super::plan::Chunk;
 use super::stillness::Stillness;
 use super::stripe::{self, Loads, Want};
-use crate::region::{Hold, Region};
+use crate::region::{Hold, Region, RegionUse};
 use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
 use crate::types::{Part, Place, Segment};
@@ -76,6 +76,29 @@ impl Channels {
     fn within_host(&mut self, segments: &[Segment], hold: &Hold) -> bool {
         let wanted = |path: &dyn Path, s: &Segment| path.needs_sharing(s.place) && path.carries(s.place, s.peer);
         segments.iter().all(|s| self.paths.iter().any(|path| wanted(&**path, s))) && self.share(segments, hold)
+    }
+
+    /// Starts a transfer without chunks on a path that can carry all of it so; `false` when none can, and nothing has begun.
+    ///
+    /// # Errors
+    /// When the connection must end.
+    pub(crate) fn start_direct(&mut self, transfer: &mut Direct<'_>) -> Result<bool> {
+        for path in &mut self.paths {
+            if path.start_direct(transfer)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// The peer has shown the token of a region, for memory of it at `peer`.
+    pub(crate) fn grant(&mut self, region: &RegionUse, peer: Place) {
+        self.paths.iter_mut().for_each(|path| path.grant(region, peer));
+    }
+
+    /// Whether a transfer without chunks that the peer has started uses a region.
+    pub(crate) fn uses_region(&self, id: u64) -> bool {
+        self.paths.iter().any(|path| path.uses_region(id))
     }
 
     /// Tells the peer of a region of this side that it may want to reach soon.
@@ -175,6 +198,7 @@ impl Channels {
             match event {
                 Event::Sent(_, len) => self.totals.sent += len,
                 Event::Received(_, len) => self.totals.received += len,
+                Event::Moved(..) | Event::Ended(..) => {}
             }
         }
         Ok(any)

@@ -17,8 +17,9 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The least pause between two looks at channels that are coming up: they report nothing by themselves.
-const LOOK: Duration = Duration::from_micros(200);
+/// The least pause between two looks at channels that are coming up: they report nothing by themselves. On a fast network all of them
+/// are there after two looks.
+const LOOK: Duration = Duration::from_micros(20);
 /// The pause where channels have not come up for this long: somebody does not answer, and there may be many such set-ups.
 const SLOW: Duration = Duration::from_millis(50);
 const SLOW_AFTER: Duration = Duration::from_secs(1);

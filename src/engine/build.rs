@@ -7,7 +7,7 @@ use super::link::{Agreed, Sealed};
 use super::local::Local;
 use super::notify::Inbox;
 use super::pacing::Cores;
-use super::proto::{Machine, Setting};
+use super::proto::{heartbeat, Machine, Setting};
 use super::site::Site;
 use crate::channel::cuda::CudaDevice;
 use crate::channel::device::EmulatedDevice;
@@ -150,7 +150,7 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
         peer: name.clone(),
         transfer_timeout: config.transfer_timeout,
         peer_timeout: terms.peer_timeout,
-        heartbeat: terms.peer_timeout / 4,
+        heartbeat: heartbeat(terms.peer_timeout),
         match_timeout: config.match_timeout,
         doorbells: home.doorbells,
     };
@@ -184,8 +184,7 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
     if !home.connections.insert(connection.id, &connection) {
         return Err(super::ending::canceled());
     }
-    home.bell.watch(connection.fd, connection.id)?;
-    connection.watch_local()?;
+    connection.watch()?;
     home.attend(connection.id);
     Ok(connection)
 }

@@ -11,16 +11,18 @@ use super::request::{self, Built, RequestBuilder};
 use super::transfer::{Direction, LocalSegment};
 use super::watch::Watch;
 use crate::channel::local::Watched;
+use crate::channel::path::Way;
 use crate::channel::router::Channels;
 use crate::region::RegionUse;
 use crate::stats::{ChannelStats, ConnectionStats, Totals};
 use crate::status::{bail, err, Error, ErrorKind, Result};
 use crate::types::{Place, Segment};
 use crate::wire::control::ControlStream;
-use crate::wire::frame::{Frame, MAX_NOTIFICATION};
+use crate::wire::frame::{Frame, MAX_NOTIFICATION, MAX_SEGMENTS};
 use crate::wire::queue::RxBuffer;
 use process::Local;
 use process::{Condvar, Mutex, MutexGuard};
+use std::borrow::Borrow;
 use std::net::IpAddr;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::RawFd;
@@ -95,12 +97,23 @@ impl Core {
     fn advance(&mut self, now: Instant) -> Result<bool> {
         let any = self.channels.stirs() && self.machine.drive_channels(&mut self.channels, now)?;
         let more = self.pump(now)?;
+        self.tick(now)?;
+        Ok(any || more)
+    }
+
+    /// Heartbeat and deadlines, where it is time to look at them.
+    fn tick(&mut self, now: Instant) -> Result<()> {
         if now >= self.machine.next_tick() {
             self.machine.tick(&mut self.channels, now)?;
             self.flush(now, FLUSH)?;
             self.watch(now);
         }
-        Ok(any || more)
+        Ok(())
+    }
+
+    /// Whether something is under way, or waits to leave.
+    fn stirs(&self) -> bool {
+        self.machine.busy() || self.channels.stirs() || self.backlog() > 0
     }
 
     /// A channel that the peer has closed tells less than the peer's farewell, which may be here.
@@ -324,8 +337,17 @@ impl Connection {
     ///
     /// # Errors
     /// `InvalidArgument`, `NotFound` (region), `Resource`, or why the connection is lost. Nothing moves then.
-    pub fn transfer(&self, direction: Direction, items: impl ExactSizeIterator<Item = (LocalSegment, FifoItem)>) -> Result<u64> {
+    pub fn transfer<B: Borrow<FifoItem>>(
+        &self,
+        direction: Direction,
+        items: impl ExactSizeIterator<Item = (LocalSegment, B)> + Clone,
+    ) -> Result<u64> {
         self.core.check("connection")?;
+        if self.one_host.is_some() {
+            if let Some(id) = self.transfer_direct(direction, &items)? {
+                return Ok(id);
+            }
+        }
         let n = items.len();
         let builder = if n < super::spare::MANY {
             RequestBuilder::new(n, &self.home.registry, self.peer.engine, None)
@@ -351,6 +373,27 @@ impl Connection {
                 };
                 self.started(core, started, now)
             }
+        }
+    }
+
+    /// Starts a transfer all of which the peer has granted, within the host. `None`: it has to go another way.
+    fn transfer_direct<B: Borrow<FifoItem>>(
+        &self,
+        direction: Direction,
+        items: &(impl ExactSizeIterator<Item = (LocalSegment, B)> + Clone),
+    ) -> Result<Option<u64>> {
+        let sketch = request::sketch(items.clone(), &self.home.registry, self.peer.engine);
+        let Some((sketch, known)) = sketch.filter(|(sketch, _)| sketch.count <= MAX_SEGMENTS) else { return Ok(None) };
+        let way = if direction == Direction::Read { Way::In } else { Way::Out };
+        let mut feed = request::Feed::new(items.clone(), known, way, sketch.count);
+        let now = Instant::now();
+        let mut core = self.lock();
+        self.admit(&core, sketch.count, &sketch.places())?;
+        let Core { machine, channels, .. } = &mut *core;
+        match machine.start_direct(sketch, way, &mut feed, channels, now) {
+            Ok(None) => Ok(None),
+            Ok(Some(id)) => self.started(core, Ok(id), now).map(Some),
+            Err(e) => self.started(core, Err(e), now),
         }
     }
 
@@ -421,7 +464,9 @@ impl Connection {
         match &result {
             Err(e) => self.fail_locked(&mut core, e.clone()),
             Ok(_) => {
-                let needs_help = core.backlog() > 0 || (core.channels.busy() && !self.home.doorbells);
+                let mut needs_help = core.backlog() > 0 || (core.channels.busy() && !self.home.doorbells);
+                // Nobody rings when a device has copied; whoever polls in a loop looks anyway.
+                needs_help |= core.channels.copies_pending() && self.driven_by_application().is_none();
                 drop(core);
                 if needs_help {
                     self.home.attend(self.id);
@@ -585,16 +630,18 @@ impl Connection {
         }
     }
 
-    /// Has the progress thread watch the socket to a process of this host.
-    pub(crate) fn watch_local(&self) -> Result<()> {
-        match &self.one_host {
-            Some(one_host) => {
-                self.home.bell.watch_local(one_host.fd, self.id)?;
-                self.watching.store(true, Ordering::SeqCst);
-                Ok(())
-            }
-            None => Ok(()),
+    /// Has the progress thread watch its sockets. One that has ended meanwhile has closed them, and others may have got their numbers.
+    pub(crate) fn watch(&self) -> Result<()> {
+        let core = self.lock();
+        if core.machine.dead().is_some() || core.closing {
+            return Ok(());
         }
+        self.home.bell.watch(self.fd, self.id)?;
+        if let Some(one_host) = &self.one_host {
+            self.home.bell.watch_local(one_host.fd, self.id)?;
+            self.watching.store(true, Ordering::SeqCst);
+        }
+        Ok(())
     }
 
     /// Before the socket to a process of this host is closed.
@@ -629,7 +676,20 @@ impl Connection {
     /// Whether something is under way, or waits to leave.
     pub(crate) fn stirs(&self) -> bool {
         let core = self.lock();
-        core.machine.dead().is_none() && (core.machine.busy() || core.channels.stirs() || core.backlog() > 0)
+        core.machine.dead().is_none() && core.stirs()
+    }
+
+    /// The timer of a connection that rests: its heartbeat leaves and its deadlines are looked at, without a look at anything else. When
+    /// to do it again; none where the connection needs a whole round.
+    pub(crate) fn tick_at_rest(&self, now: Instant) -> Option<Instant> {
+        let mut core = self.hold(self.core.try_lock()?);
+        let (silent, limit) = core.machine.silence(now);
+        // What the peer has said may lie unread, where this process did not run for a while.
+        if core.machine.dead().is_some() || core.closing || core.stirs() || silent > limit / 2 {
+            return None;
+        }
+        core.tick(now).ok()?;
+        (core.backlog() == 0).then(|| core.machine.next_tick())
     }
 
     /// A channel rang and nothing moved: it may have failed.
@@ -770,7 +830,7 @@ impl Connection {
     /// Fails the connection if a transfer of it still uses the region.
     pub(crate) fn fail_if_using(&self, region: u64, error: Error) {
         let mut core = self.lock();
-        if core.machine.uses_region(region) {
+        if core.machine.uses_region(region) || core.channels.uses_region(region) {
             self.fail_locked(&mut core, error);
         }
     }

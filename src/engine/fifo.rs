@@ -61,10 +61,13 @@ impl FifoItem {
     }
 
     /// Whether both say the same about everything but the range.
+    #[inline]
     pub(crate) fn same_region(&self, other: &FifoItem) -> bool {
-        let of = |item: &FifoItem| (item.rkey, item.rid, item.idx, item.padding);
-        of(self) == of(other)
+        self.idx == other.idx && self.rkey == other.rkey && self.rid == other.rid && self.padding == other.padding
     }
+
+    /// An item of nothing.
+    pub(crate) const EMPTY: FifoItem = FifoItem { addr: 0, size: 0, rkey: 0, nmsgs: 0, rid: 0, idx: 0, padding: [0; 32] };
 
     pub(crate) fn access(&self) -> Result<Access> {
         let place = self.rkey.checked_sub(RKEY_HOST).and_then(|p| u8::try_from(p).ok());

@@ -148,6 +148,7 @@ impl Engine {
             limits,
             allow: config.allow.clone(),
             outgoing: Gate::new(limits.outgoing),
+            cores: std::thread::available_parallelism().map_or(2, usize::from),
             ending: ending::Ending::new()?,
             notifications: notify::Queue::new(limits.notif_bytes, limits.notif_bytes_of_one),
             pool: budget::Pool::new(limits.peer_bytes, limits.peer_bytes_of_one, limits.transfers),

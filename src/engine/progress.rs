@@ -14,8 +14,8 @@ use std::collections::BinaryHeap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Timers that are far off go off together, this often.
-const GRID: Duration = Duration::from_millis(250);
+/// Timers go off together: those that are at least four times so far off this often. The rest is exact.
+const GRIDS: [Duration; 2] = [Duration::from_millis(250), Duration::from_millis(50)];
 
 /// Connections that are looked at while this thread spins, because something just moved on them; the others are left to epoll.
 const WARM: usize = 4;
@@ -49,6 +49,8 @@ struct Known {
     seat: Arc<Seat>,
     /// It has an entry among the timers.
     timed: bool,
+    /// When it is to be looked at, as it was last settled: its entry may be older than that.
+    next: Instant,
 }
 
 /// What the thread keeps between rounds.
@@ -91,7 +93,7 @@ impl<'a> Driving<'a> {
                 if let Entry::Vacant(unknown) = self.known.entry(id) {
                     let seat = connection.seat().clone();
                     self.groups.entry(seat.group).or_default().push(id);
-                    unknown.insert(Known { seat, timed: false });
+                    unknown.insert(Known { seat, timed: false, next: self.start });
                 }
                 Some(vacant.insert(Active { connection, interest: Interest::READ, driven: false, rang: false, moved: None }))
             }
@@ -105,17 +107,39 @@ impl<'a> Driving<'a> {
         }
     }
 
-    /// Activates the connections whose time has come.
+    /// Looks at the connections whose time has come. Those at rest do what is due and go on resting; others are activated.
     fn due(&mut self, now: Instant) {
         while let Some(Reverse((at, id))) = self.timers.peek().copied() {
             if at > now {
                 return;
             }
             self.timers.pop();
-            if let Some(known) = self.known.get_mut(&id) {
-                known.timed = false;
-                self.activate(id);
+            let Some(known) = self.known.get_mut(&id) else { continue };
+            known.timed = false;
+            if self.active.contains_key(&id) {
+                continue;
             }
+            if known.next > now {
+                known.timed = true;
+                self.timers.push(Reverse((known.next, id)));
+                continue;
+            }
+            match self.home.connections.get(id).and_then(|connection| connection.tick_at_rest(now)) {
+                Some(next) => self.set_timer(id, next),
+                None => {
+                    self.activate(id);
+                }
+            }
+        }
+    }
+
+    /// A connection at rest wants to be looked at then, unless it has an entry already: that one comes first.
+    fn set_timer(&mut self, id: u64, next: Instant) {
+        let at = self.on_grid(next);
+        let Some(known) = self.known.get_mut(&id) else { return };
+        known.next = at;
+        if !std::mem::replace(&mut known.timed, true) {
+            self.timers.push(Reverse((at, id)));
         }
     }
 
@@ -186,17 +210,15 @@ impl<'a> Driving<'a> {
     /// A connection has nothing to do until a socket, a bell or its timer says so; without a time it has ended.
     fn rest(&mut self, id: u64, next: Option<Instant>) {
         let Some(active) = self.active.remove(&id) else { return };
-        match (next, self.known.get_mut(&id)) {
-            (Some(at), Some(known)) => {
+        match (next, self.known.contains_key(&id)) {
+            (Some(at), true) => {
                 active.connection.arm(true);
                 if active.connection.stirs() {
                     // Work began after the last look, and what happened to it before the arming rang nobody.
                     self.active.insert(id, active);
                     return;
                 }
-                if !std::mem::replace(&mut known.timed, true) {
-                    self.timers.push(Reverse((self.on_grid(at), id)));
-                }
+                self.set_timer(id, at);
             }
             _ => self.forget(id),
         }
@@ -204,11 +226,10 @@ impl<'a> Driving<'a> {
 
     /// A distant time, put off to where others are: a thousand heartbeats then share a few wake-ups.
     fn on_grid(&self, at: Instant) -> Instant {
-        if at.saturating_duration_since(Instant::now()) < 4 * GRID {
-            return at;
-        }
+        let left = at.saturating_duration_since(Instant::now());
+        let Some(grid) = GRIDS.into_iter().find(|&grid| left >= 4 * grid) else { return at };
         let since = at.saturating_duration_since(self.start).as_millis() as u64;
-        self.start + GRID * (since / GRID.as_millis() as u64 + 1) as u32
+        self.start + Duration::from_millis((since / grid.as_millis() as u64 + 1) * grid.as_millis() as u64)
     }
 
     /// Lets the bells of active connections ring that this thread answers for, or silences them.
@@ -254,6 +275,7 @@ fn watch(home: &Home, active: &mut Active, interest: Interest) {
 /// Runs until the engine closes. A panic in a round ends the connections that it may have left half done, and not the thread.
 pub(crate) fn run(home: &Home, spin: Option<Duration>) {
     crate::threads::block_signals();
+    crate::threads::ask_for_short_turns();
     let spin = spin.unwrap_or_else(default_spin);
     while !home.ended() {
         let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drive(home, spin)));

@@ -115,6 +115,7 @@ impl Registry {
         let mut regions = self.regions.write();
         let Some(region) = regions.by_id.remove(&id) else { bail!(NotFound, "region {id} is not registered") };
         regions.cover.remove(region.span.addr, region.span.addr + region.span.len);
+        region.end();
         Ok(Retired(region))
     }
 

@@ -3,15 +3,17 @@
 //! nothing of sockets, channels or the machine's state.
 
 use super::fifo::{Access, FifoItem};
-use super::proto::Request;
+use super::proto::{Request, Sketch};
 use super::registry::Registry;
 use super::spare::{Spare, MANY};
 use super::transfer::LocalSegment;
+use crate::channel::path::{Blocks, Pairing, Way};
 use crate::hash::Map;
-use crate::region::RegionUse;
+use crate::region::{Hold, RegionUse};
 use crate::status::{bail, err, Error, Result};
-use crate::types::{Place, Segment};
+use crate::types::{Piece, Place, Segment};
 use crate::wire::frame::{WireRegion, WireSegment, WireSegments, MAX_REGIONS, MAX_SEGMENTS, MAX_SEGMENT_BYTES};
+use std::borrow::Borrow;
 
 /// What became of a list of segments.
 pub(super) enum Built {
@@ -50,9 +52,9 @@ impl<'a> RequestBuilder<'a> {
     ///
     /// # Errors
     /// `NotFound`, `InvalidArgument`.
-    pub(super) fn build(mut self, items: impl Iterator<Item = (LocalSegment, FifoItem)>) -> Result<Built> {
+    pub(super) fn build<B: Borrow<FifoItem>>(mut self, items: impl Iterator<Item = (LocalSegment, B)>) -> Result<Built> {
         for (local, item) in items {
-            if let Some(refused) = self.add(local, &item)? {
+            if let Some(refused) = self.add(local, item.borrow())? {
                 return Ok(Built::Refused(refused));
             }
         }
@@ -131,6 +133,214 @@ impl<'a> RequestBuilder<'a> {
     }
 }
 
+/// Pairs of regions that a transfer without chunks has at most.
+const MAX_PAIRINGS: usize = 4096;
+/// Longer blocks are handed out piece by piece.
+const MAX_BLOCK: u64 = 256 << 20;
+
+/// Begin and end of what blocks take, here and there.
+#[derive(Clone, Copy)]
+struct Taken {
+    near: (u64, u64),
+    far: (u64, u64),
+}
+
+impl Taken {
+    const NOTHING: Taken = Taken { near: (u64::MAX, 0), far: (u64::MAX, 0) };
+}
+
+/// Looks at all items without copying them: for a transfer that may go without chunks. `None` for whatever is wrong, empty or unusual; then
+/// [`RequestBuilder`] tells.
+pub(super) fn sketch<B: Borrow<FifoItem>>(
+    items: impl Iterator<Item = (LocalSegment, B)>,
+    registry: &Registry,
+    peer_engine: [u8; 16],
+) -> Option<(Sketch, Known)> {
+    let mut sketching = Sketching::new(registry, peer_engine);
+    let (mut at, mut mr, mut last) = (usize::MAX, 0, FifoItem::EMPTY);
+    // In registers as long as the regions stay the same.
+    let (mut taken, mut total, mut count, mut wraps) = (Taken::NOTHING, 0u64, 0, false);
+    for (local, item) in items {
+        let item = item.borrow();
+        let (addr, len) = (local.addr as u64, local.len as u64);
+        if len == 0 {
+            continue;
+        }
+        if local.mr != mr || !last.same_region(item) || at == usize::MAX {
+            sketching.note(at, &taken);
+            at = sketching.pairing(local.mr, item)?;
+            (mr, last, taken) = (local.mr, *item, Taken::NOTHING);
+        }
+        let ((end, over), (far_end, far_over)) = (addr.overflowing_add(len), item.addr.overflowing_add(len));
+        wraps |= over | far_over;
+        total = total.saturating_add(len);
+        count += 1;
+        taken.near = (taken.near.0.min(addr), taken.near.1.max(end));
+        taken.far = (taken.far.0.min(item.addr), taken.far.1.max(far_end));
+    }
+    sketching.note(at, &taken);
+    let Sketching { uses, pairings, known, .. } = sketching;
+    let inside = |p: &Pairing| uses[usize::from(p.local)].check(p.near.0, p.near.1 - p.near.0).is_ok();
+    if wraps || total == 0 || !pairings.iter().all(inside) {
+        return None;
+    }
+    Some((Sketch { pairings, hold: Hold::new(uses), total, count }, known))
+}
+
+/// What a sketch collects.
+struct Sketching<'a> {
+    registry: &'a Registry,
+    peer_engine: [u8; 16],
+    locals: Numbered<u64>,
+    uses: Vec<RegionUse>,
+    pairings: Vec<Pairing>,
+    known: Known,
+}
+
+impl<'a> Sketching<'a> {
+    fn new(registry: &'a Registry, peer_engine: [u8; 16]) -> Self {
+        let known = Known::default();
+        Sketching { registry, peer_engine, locals: Numbered::new(), uses: Vec::new(), pairings: Vec::new(), known }
+    }
+
+    /// Blocks of a pairing take so much.
+    fn note(&mut self, at: usize, taken: &Taken) {
+        if let Some(pairing) = self.pairings.get_mut(at) {
+            pairing.near = (pairing.near.0.min(taken.near.0), pairing.near.1.max(taken.near.1));
+            pairing.far = (pairing.far.0.min(taken.far.0), pairing.far.1.max(taken.far.1));
+        }
+    }
+
+    /// The pairing of an item; `None` where there can be none.
+    fn pairing(&mut self, mr: u64, item: &FifoItem) -> Option<usize> {
+        if let Some(at) = self.known.find(mr, item) {
+            return Some(at);
+        }
+        let access = item.access().ok().filter(|access| access.engine == self.peer_engine)?;
+        let Sketching { locals, uses, registry, .. } = self;
+        let index = locals.index(mr, || {
+            uses.push(registry.local(mr)?);
+            Ok(())
+        });
+        let (Ok(local), true) = (index, self.pairings.len() < MAX_PAIRINGS) else { return None };
+        let Taken { near, far } = Taken::NOTHING;
+        let here = self.uses.get(usize::from(local))?.place;
+        self.pairings.push(Pairing { local, here, region: access.region, token: access.token, there: access.place, near, far });
+        Some(self.known.add(mr, item))
+    }
+}
+
+/// Which pairing an item belongs to.
+#[derive(Default)]
+pub(super) struct Known {
+    list: Vec<(u64, FifoItem)>,
+    /// By the two regions, where there are several; items of the same may still differ.
+    all: Map<(u64, u64), usize>,
+}
+
+impl Known {
+    fn find(&self, mr: u64, item: &FifoItem) -> Option<usize> {
+        if let [(only, known)] = &self.list[..] {
+            return (*only == mr && known.same_region(item)).then_some(0);
+        }
+        let &at = self.all.get(&(mr, item.idx))?;
+        // Another item of the same region becomes a pairing of its own, which the peer's grant then does not match.
+        self.list.get(at).filter(|(_, known)| known.same_region(item)).map(|_| at)
+    }
+
+    fn add(&mut self, mr: u64, item: &FifoItem) -> usize {
+        let at = self.list.len();
+        if let [(first, known)] = &self.list[..] {
+            self.all.insert((*first, known.idx), 0);
+        }
+        if at > 0 {
+            self.all.insert((mr, item.idx), at);
+        }
+        self.list.push((mr, *item));
+        at
+    }
+}
+
+/// Hands out the blocks of items that [`sketch`] has looked at.
+pub(super) struct Feed<I> {
+    items: I,
+    known: Known,
+    way: Way,
+    /// What was taken and not handed out: the pairing and the block.
+    held: Option<(usize, Piece)>,
+    /// Blocks that were not taken.
+    left: usize,
+}
+
+impl<B: Borrow<FifoItem>, I: Iterator<Item = (LocalSegment, B)>> Feed<I> {
+    pub(super) fn new(items: I, known: Known, way: Way, count: usize) -> Feed<I> {
+        Feed { items, known, way, held: None, left: count }
+    }
+
+    /// The next block and its pairing.
+    fn next(&mut self) -> Option<(usize, Piece)> {
+        if let Some(held) = self.held.take() {
+            return Some(held);
+        }
+        loop {
+            let (local, item) = self.items.next()?;
+            if local.len > 0 {
+                self.left = self.left.saturating_sub(1);
+                return Some((self.known.find(local.mr, item.borrow())?, block(self.way, &local, item.borrow())));
+            }
+        }
+    }
+}
+
+#[inline]
+fn block(way: Way, local: &LocalSegment, item: &FifoItem) -> Piece {
+    let (near, far, len) = (local.addr as u64, item.addr, local.len as u64);
+    match way {
+        Way::In => Piece { src: far, dst: near, len },
+        Way::Out => Piece { src: near, dst: far, len },
+    }
+}
+
+impl<B: Borrow<FifoItem>, I: Iterator<Item = (LocalSegment, B)>> Blocks for Feed<I> {
+    fn fill(&mut self, most: usize, bytes: u64, out: &mut Vec<Piece>) -> Option<usize> {
+        let (at, mut first) = self.next()?;
+        if first.len > MAX_BLOCK {
+            let (src, dst, len) = (first.src + MAX_BLOCK, first.dst + MAX_BLOCK, first.len - MAX_BLOCK);
+            self.held = Some((at, Piece { src, dst, len }));
+            first.len = MAX_BLOCK;
+        }
+        out.reserve(most.min(self.left + 1));
+        out.push(first);
+        if self.held.is_some() {
+            return Some(at);
+        }
+        let Some((mr, known)) = self.known.list.get(at) else { return Some(at) };
+        let (way, mut sum, mut taken) = (self.way, first.len, 0);
+        let mut other = None;
+        while taken + 1 < most && sum < bytes {
+            let Some((local, item)) = self.items.next() else { break };
+            if local.len == 0 {
+                continue;
+            }
+            taken += 1;
+            let piece = block(way, &local, item.borrow());
+            if local.mr != *mr || !known.same_region(item.borrow()) || piece.len > MAX_BLOCK {
+                other = self.known.find(local.mr, item.borrow()).map(|at| (at, piece));
+                break;
+            }
+            sum += piece.len;
+            out.push(piece);
+        }
+        self.left = self.left.saturating_sub(taken);
+        self.held = other;
+        Some(at)
+    }
+
+    fn is_done(&self) -> bool {
+        self.left == 0 && self.held.is_none()
+    }
+}
+
 fn check_count(n: usize) -> Result<()> {
     if n > MAX_SEGMENTS {
         bail!(InvalidArgument, "{n} segments, at most {MAX_SEGMENTS}");
@@ -202,3 +412,6 @@ impl<K: Copy + Eq + std::hash::Hash> Numbered<K> {
         Ok(index)
     }
 }
+
+#[cfg(test)]
+mod tests;

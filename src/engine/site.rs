@@ -78,6 +78,8 @@ pub(crate) struct Site {
     pub limits: Limits,
     pub allow: AllowList,
     pub outgoing: Gate,
+    /// Cores of this process. Finding out takes reading several files: not at each set-up.
+    pub cores: usize,
     pub ending: Ending,
     pub notifications: Arc<Queue>,
     pub pool: Arc<Pool>,
@@ -90,7 +92,7 @@ impl Site {
     fn channels(&self) -> usize {
         let plugin = &self.plugins.device;
         let nics = nics_for(plugin, &plugin.devices, self.gpus.pci_path(None).as_deref());
-        channel_count(plugin, self.config.num_channels, nics.len().max(1))
+        channel_count(plugin, self.config.num_channels, nics.len().max(1), self.cores)
     }
 
     /// This side's part of the wire for a new set-up. `wanted_gpu`: of a connecting side.

@@ -71,7 +71,7 @@ unsafe fn one_sided_vector(
                 out_arg(id, "transfer_id")?,
             )
         };
-        *id = connections().get(conn.cast())?.transfer(dir, (0..n).map(|i| (local(mrs[i], data[i], sizes[i]), items[i])))?;
+        *id = connections().get(conn.cast())?.transfer(dir, (0..n).map(|i| (local(mrs[i], data[i], sizes[i]), &items[i])))?;
         Ok(UCCL_OK)
     })
 }

@@ -48,11 +48,13 @@ pub(crate) struct PullOptions {
     pub blocks: u32,
     /// Contiguous bytes from which on the copy engine is used.
     pub engine: u64,
+    /// Lists of so few pieces take it for runs of any length.
+    pub few_runs: usize,
 }
 
 impl Default for PullOptions {
     fn default() -> PullOptions {
-        PullOptions { blocks: 66, engine: ENGINE }
+        PullOptions { blocks: 66, engine: ENGINE, few_runs: FEW_RUNS }
     }
 }
 
@@ -131,7 +133,7 @@ impl Pulls {
 
     /// Contiguous bytes from which on a list's run takes the copy engine. What is all in a few runs ends sooner that way.
     fn engine_from(&self, pieces: usize) -> u64 {
-        if pieces <= FEW_RUNS {
+        if pieces <= self.grid.few_runs {
             1
         } else {
             self.grid.engine

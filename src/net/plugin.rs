@@ -143,7 +143,7 @@ impl Plugin {
     fn load(path: &Path, config: &Config, gpu: &dyn Fn() -> Result<Scope>) -> Result<Arc<Plugin>> {
         load_once(Some(path), || {
             // SAFETY: loading runs the library's initialisers; the user chose the library, or put it where plugins are.
-            let library = match unsafe { libloading::Library::new(path) } {
+            let library = match process::loading(|| unsafe { libloading::Library::new(path) }) {
                 Ok(library) => library,
                 Err(e) => bail!(PluginLoad, "{}: {e}", path.display()),
             };

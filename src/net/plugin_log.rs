@@ -19,9 +19,9 @@ extern "C" {
 
 /// The logger to give to `init`.
 pub(super) fn logger() -> ncclDebugLogger_t {
-    static ONCE: Once = Once::new();
+    static ONCE: PerProcess<Once> = PerProcess::new(Once::new);
     // SAFETY: once, before any plugin has the logger; both functions have the declared types.
-    ONCE.call_once(|| unsafe { uccl_p2p_plugin_log_to(wanted, take) });
+    ONCE.get().call_once(|| unsafe { uccl_p2p_plugin_log_to(wanted, take) });
     Some(uccl_p2p_plugin_log)
 }
 

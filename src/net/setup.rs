@@ -75,8 +75,10 @@ struct Listener {
 }
 
 impl Listener {
-    fn open(plugin: &Arc<Plugin>, dev: usize, nic: &str, gpu: &Scope, role: Role) -> Result<Listener> {
+    /// `looked`: a look at this NIC, just before, found that it can be used.
+    fn open(plugin: &Arc<Plugin>, dev: usize, nic: &str, gpu: &Scope, role: Role, looked: bool) -> Result<Listener> {
         let comm = match role {
+            Role::Dials if looked => Ok(None),
             Role::Dials => plugin.ready(dev).map(|()| None),
             Role::Both | Role::Listens => ListenComm::new(plugin, dev, gpu).map(Some),
         };
@@ -115,7 +117,8 @@ impl Listening {
         while listeners.len() < n && !nics.is_empty() {
             let at = listeners.len() % nics.len();
             let (dev, nic) = (nics[at], devices[nics[at]].name.clone());
-            match Listener::open(plugin, dev, &nic, &gpu, role) {
+            let looked = listeners.iter().any(|l: &Listener| l.dev == dev);
+            match Listener::open(plugin, dev, &nic, &gpu, role, looked) {
                 Ok(listener) => listeners.push(listener),
                 Err(e) if e.kind() == ErrorKind::Resource => return Err(e),
                 Err(e) => {
@@ -551,14 +554,13 @@ impl Establishing {
     /// When it makes sense to poll again: soon at first, more and more rarely later.
     pub(crate) fn retry_in(&self) -> Duration {
         let slowest = if self.plugin.traits.lingers { 5 } else { 10 };
-        (self.began.elapsed() / 8).clamp(Duration::from_micros(100), Duration::from_millis(slowest))
+        (self.began.elapsed() / 8).clamp(Duration::from_micros(20), Duration::from_millis(slowest))
     }
 }
 
-/// Channels to ask for on `nics` NICs: as configured, else as many as help. A channel of a plugin with threads of its own is worth a
+/// Channels to ask for on `nics` NICs with so many `cores`: as configured, else as many as help. A channel of a plugin with threads of its own is worth a
 /// thread, so cores bound the number: all of few, half of many. Every NIC gets at least one; where NICs are paired each gets 2 to 4.
-pub(crate) fn channel_count(plugin: &Plugin, configured: Option<usize>, nics: usize) -> usize {
-    let cores = std::thread::available_parallelism().map_or(2, usize::from);
+pub(crate) fn channel_count(plugin: &Plugin, configured: Option<usize>, nics: usize, cores: usize) -> usize {
     let default = if plugin.traits.paired_nics {
         pairing::channels_of_a_nic(cores) * nics
     } else {

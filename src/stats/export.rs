@@ -5,7 +5,7 @@ use super::{prometheus, EngineStats};
 use crate::addresses::Target;
 use process::{Mutex, PerProcess};
 use reactor::Waker;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io::{self, Read, Write};
 use std::net::TcpListener;
 use std::os::fd::{AsRawFd, RawFd};
@@ -18,8 +18,10 @@ use std::time::{Duration, Instant};
 
 /// How often a file is rewritten.
 const REWRITE: Duration = Duration::from_secs(1);
-/// How long a client may take for its request, and for the answer.
+/// How long a client may take for its request and the answer.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// Clients at once; the oldest gives way.
+const GUESTS: usize = 64;
 /// Largest request that is read.
 const MAX_REQUEST: usize = 8 << 10;
 
@@ -152,9 +154,8 @@ enum Listener {
     Tcp(TcpListener),
 }
 
-/// A client with deadlines set.
-trait Client: Read + Write {}
-impl<T: Read + Write> Client for T {}
+trait Stream: Read + Write + AsRawFd {}
+impl<T: Read + Write + AsRawFd> Stream for T {}
 
 impl Listener {
     fn fd(&self) -> RawFd {
@@ -171,24 +172,20 @@ impl Listener {
         }
     }
 
-    fn accept(&self) -> io::Result<Box<dyn Client>> {
-        let patience = Some(PATIENCE / 2);
-        match self {
+    fn accept(&self) -> io::Result<Guest> {
+        let stream: Box<dyn Stream> = match self {
             Listener::Unix(listener) => {
                 let (client, _) = listener.accept()?;
-                client.set_nonblocking(false)?;
-                client.set_read_timeout(patience)?;
-                client.set_write_timeout(patience)?;
-                Ok(Box::new(client))
+                client.set_nonblocking(true)?;
+                Box::new(client)
             }
             Listener::Tcp(listener) => {
                 let (client, _) = listener.accept()?;
-                client.set_nonblocking(false)?;
-                client.set_read_timeout(patience)?;
-                client.set_write_timeout(patience)?;
-                Ok(Box::new(client))
+                client.set_nonblocking(true)?;
+                Box::new(client)
             }
-        }
+        };
+        Ok(Guest { stream, request: Vec::new(), answer: Vec::new(), sent: 0, until: Instant::now() + PATIENCE })
     }
 }
 
@@ -202,48 +199,99 @@ fn listen_unix(path: &Path) -> io::Result<UnixListener> {
     UnixListener::bind(path)
 }
 
-/// Answers one client after another; each has a moment.
+/// A client with its request, or what is left of its answer.
+struct Guest {
+    stream: Box<dyn Stream>,
+    request: Vec<u8>,
+    answer: Vec<u8>,
+    sent: usize,
+    until: Instant,
+}
+
+impl Guest {
+    fn poll(&self) -> libc::pollfd {
+        let events = if self.answer.is_empty() { libc::POLLIN } else { libc::POLLOUT };
+        libc::pollfd { fd: self.stream.as_raw_fd(), events, revents: 0 }
+    }
+
+    /// Goes on as far as the socket lets it. `false` when it is over: answered, gone, no request of ours, or too slow.
+    fn advance(&mut self, sources: &Sources, now: Instant) -> bool {
+        match self.try_advance(sources) {
+            Ok(over) => !over && now < self.until,
+            Err(e) => matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) && now < self.until,
+        }
+    }
+
+    /// Whether it is over.
+    fn try_advance(&mut self, sources: &Sources) -> io::Result<bool> {
+        let mut piece = [0; 1024];
+        while self.answer.is_empty() {
+            let n = self.stream.read(&mut piece)?;
+            self.request.extend_from_slice(&piece[..n]);
+            if n == 0 || self.request.len() > MAX_REQUEST {
+                return Ok(true);
+            }
+            if self.request.windows(4).any(|end| end == b"\r\n\r\n") {
+                self.answer = answer(&self.request, sources);
+            }
+        }
+        while self.sent < self.answer.len() {
+            self.sent += self.stream.write(&self.answer[self.sent..])?;
+        }
+        Ok(true)
+    }
+}
+
+/// Answers all who ask, side by side; each has a moment, so that nobody who holds the port keeps others from their answer.
 fn serve(listener: &Listener, sources: &Sources, ending: &Waker) {
     if let Err(e) = listener.nonblocking() {
         return log::warn!("statistics are not offered: {e}");
     }
-    while !wait(ending, listener.fd(), Duration::from_secs(3600)) {
-        match listener.accept() {
-            // A client that goes away, or is too slow, has no answer.
-            Ok(mut client) => drop(answer(&mut *client, sources)),
-            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+    let mut guests: VecDeque<Guest> = VecDeque::new();
+    loop {
+        let poll = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        let mut fds = vec![poll(ending.fd()), poll(listener.fd())];
+        fds.extend(guests.iter().map(Guest::poll));
+        let wait = guests.iter().map(|guest| guest.until).min().map_or(-1, |until| {
+            // A millisecond more, so that the time is over then.
+            until.saturating_duration_since(Instant::now()).as_millis() as libc::c_int + 1
+        });
+        // SAFETY: an array and its length.
+        unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, wait) };
+        if fds[0].revents != 0 {
+            return;
+        }
+        if let Err(e) = welcome(listener, &mut guests) {
             // Out of descriptors, perhaps.
-            Err(_) => {
-                if wait(ending, -1, Duration::from_millis(100)) {
-                    return;
-                }
+            if !matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+                && self::wait(ending, -1, Duration::from_millis(100))
+            {
+                return;
             }
         }
+        let now = Instant::now();
+        guests.retain_mut(|guest| guest.advance(sources, now));
     }
 }
 
-fn answer(client: &mut dyn Client, sources: &Sources) -> io::Result<()> {
-    let until = Instant::now() + PATIENCE;
-    let (mut request, mut piece) = (Vec::new(), [0; 1024]);
-    while !request.windows(4).any(|end| end == b"\r\n\r\n") {
-        let n = client.read(&mut piece)?;
-        request.extend_from_slice(&piece[..n]);
-        if n == 0 || request.len() > MAX_REQUEST || Instant::now() > until {
-            return Err(io::ErrorKind::InvalidData.into());
+/// Takes in who waits, a few at a time; where there is no place the oldest gives way.
+fn welcome(listener: &Listener, guests: &mut VecDeque<Guest>) -> io::Result<()> {
+    for _ in 0..GUESTS / 2 {
+        guests.push_back(listener.accept()?);
+        if guests.len() > GUESTS {
+            guests.pop_front();
         }
     }
+    Ok(())
+}
+
+fn answer(request: &[u8], sources: &Sources) -> Vec<u8> {
     let (status, body) =
         if request.starts_with(b"GET ") { ("200 OK", gather(sources)) } else { ("405 Method Not Allowed", String::new()) };
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     let head =
         format!("HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
-    for part in (head + &body).as_bytes().chunks(16 << 10) {
-        if Instant::now() > until {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        client.write_all(part)?;
-    }
-    Ok(())
+    (head + &body).into_bytes()
 }
 
 #[cfg(test)]
@@ -261,7 +309,7 @@ mod tests {
         folder
     }
 
-    fn get(client: &mut dyn Client) -> String {
+    fn get(client: &mut dyn Stream) -> String {
         client.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
         let mut text = String::new();
         client.read_to_string(&mut text).unwrap();
@@ -316,6 +364,22 @@ mod tests {
         assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "nothing but the file is left");
         std::fs::remove_dir_all(&folder).unwrap();
         assert!(offer(&Target::File("/nonexistent/x".into()), engine("none")).is_err());
+    }
+
+    #[test]
+    fn strangers_that_hold_the_port_keep_nobody_from_an_answer() {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let _exporter = offer(&Target::parse(&port.to_string()).unwrap(), engine("mine")).unwrap();
+        let connect = || std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+        let held: Vec<_> = (0..3 * GUESTS).map(|_| connect()).collect();
+        // Bytes that never become a request, and answers that nobody reads.
+        held.iter().step_by(2).for_each(|mut stream| drop(stream.write_all(b"G")));
+        held.iter().skip(1).step_by(2).for_each(|mut stream| drop(stream.write_all(b"GET / HTTP/1.1\r\n\r\n")));
+        let begun = Instant::now();
+        assert!(get(&mut connect()).contains("engine=\"mine\""));
+        // One after the other they would take half a minute.
+        assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+        drop(held);
     }
 
     #[test]

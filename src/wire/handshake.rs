@@ -104,17 +104,19 @@ pub(crate) fn plausible(prefix: &[u8]) -> bool {
 #[derive(Debug)]
 pub(crate) struct Identity {
     private: Guarded<[u8; KEY]>,
+    public: [u8; KEY],
     engine: [u8; 16],
 }
 
 impl Identity {
     /// A fresh one, for one engine instance.
     pub(crate) fn generate() -> Result<Identity> {
-        let mut pair = builder()?.generate_keypair().map_err(|e| broken(&e))?;
+        let mut pair = builder(None)?.generate_keypair().map_err(|e| broken(&e))?;
         let mut private = Guarded::<[u8; KEY]>::zeroed()?;
         private.copy_from_slice(&pair.private);
         pair.private.zeroize();
-        Ok(Identity { private, engine: engine_id(&pair.public) })
+        let Some(&public) = pair.public.first_chunk::<KEY>() else { bail!(Internal, "a public key of the wrong length") };
+        Ok(Identity { private, public, engine: engine_id(&public) })
     }
 
     /// The name of the engine instance.
@@ -131,26 +133,30 @@ fn engine_id(public: &[u8]) -> [u8; 16] {
     std::array::from_fn(|i| digest.as_ref()[i])
 }
 
-fn builder<'a>() -> Result<snow::Builder<'a>> {
+/// `own`: the public half of the key that will be set, which then need not be computed once more.
+fn builder<'a>(own: Option<[u8; KEY]>) -> Result<snow::Builder<'a>> {
     let params = PATTERN.parse().map_err(|e| broken(&e))?;
-    Ok(snow::Builder::with_resolver(params, Box::new(Primitives(RingResolver))))
+    Ok(snow::Builder::with_resolver(params, Box::new(Primitives { ring: RingResolver, own })))
 }
 
 /// ring for everything but the key exchange, for which snow's binding to ring has nothing.
-struct Primitives(RingResolver);
+struct Primitives {
+    ring: RingResolver,
+    own: Option<[u8; KEY]>,
+}
 
 impl CryptoResolver for Primitives {
     fn resolve_rng(&self) -> Option<Box<dyn snow::types::Random>> {
-        self.0.resolve_rng()
+        self.ring.resolve_rng()
     }
     fn resolve_dh(&self, choice: &DHChoice) -> Option<Box<dyn snow::types::Dh>> {
-        matches!(choice, DHChoice::Curve25519).then(|| Box::<X25519>::default() as _)
+        matches!(choice, DHChoice::Curve25519).then(|| Box::new(X25519 { own: self.own, ..X25519::default() }) as _)
     }
     fn resolve_hash(&self, choice: &HashChoice) -> Option<Box<dyn snow::types::Hash>> {
-        self.0.resolve_hash(choice)
+        self.ring.resolve_hash(choice)
     }
     fn resolve_cipher(&self, choice: &CipherChoice) -> Option<Box<dyn snow::types::Cipher>> {
-        self.0.resolve_cipher(choice)
+        self.ring.resolve_cipher(choice)
     }
 }
 
@@ -159,6 +165,8 @@ impl CryptoResolver for Primitives {
 struct X25519 {
     private: Zeroizing<[u8; KEY]>,
     public: [u8; KEY],
+    /// The public half of the key that is set rather than generated, where it is known.
+    own: Option<[u8; KEY]>,
 }
 
 impl X25519 {
@@ -179,7 +187,10 @@ impl snow::types::Dh for X25519 {
     }
     fn set(&mut self, private: &[u8]) {
         self.private.copy_from_slice(private);
-        self.derive();
+        match self.own {
+            Some(public) => self.public = public,
+            None => self.derive(),
+        }
     }
     fn generate(&mut self, rng: &mut dyn snow::types::Random) -> std::result::Result<(), snow::Error> {
         rng.try_fill_bytes(&mut *self.private)?;
@@ -330,13 +341,10 @@ impl Handshake {
     }
 
     fn start(&self, opening: &[u8; HEADER_BYTES], initiator: bool) -> Result<Guarded<HandshakeState>> {
-        let ready = builder()?.local_private_key(&*self.identity.private).and_then(|b| b.prologue(opening)).and_then(|b| {
-            if initiator {
-                b.build_initiator()
-            } else {
-                b.build_responder()
-            }
-        });
+        let ready = builder(Some(self.identity.public))?
+            .local_private_key(&*self.identity.private)
+            .and_then(|b| b.prologue(opening))
+            .and_then(|b| if initiator { b.build_initiator() } else { b.build_responder() });
         Guarded::new(ready.map_err(|e| broken(&e))?)
     }
 

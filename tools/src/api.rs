@@ -75,8 +75,8 @@ pub struct Nic {
     pub name: String,
     /// Path under /sys, when it is a PCI device.
     pub pci_path: Option<String>,
-    /// Mbit/s.
-    pub speed_mbps: i64,
+    /// Mbit/s, when the system tells.
+    pub speed_mbps: Option<i64>,
     /// NUMA node, when the system tells.
     pub numa_node: Option<i32>,
     /// Kinds of memory it carries: `host`, `cuda`, `dmabuf`.
@@ -203,7 +203,7 @@ impl Node {
                 plugin: nic.plugin.to_string(),
                 name: nic.name.to_string(),
                 pci_path: nic.pci_path.map(|p| p.to_string()),
-                speed_mbps: i64::from(nic.speed_mbps),
+                speed_mbps: Some(i64::from(nic.speed_mbps)).filter(|&speed| speed > 0),
                 numa_node: nic.numa_node,
                 pointers: pointer_kinds(i64::from(nic.ptr_support)),
             })

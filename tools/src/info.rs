@@ -240,7 +240,7 @@ fn devices(report: &Report) -> Vec<Line> {
     lines.push(("network devices", count(report.nics.len(), "none")));
     for nic in &report.nics {
         let numa = nic.numa_node.map_or("NUMA node unknown".to_string(), |n| format!("NUMA node {n}"));
-        let speed = if nic.speed_mbps > 0 { format!("{} Mbit/s", nic.speed_mbps) } else { "speed unknown".to_owned() };
+        let speed = nic.speed_mbps.map_or("speed unknown".to_owned(), |speed| format!("{speed} Mbit/s"));
         let pci = nic.pci_path.as_deref().filter(|p| !p.is_empty()).unwrap_or("no PCI device");
         let memory = nic.pointers.join("+");
         lines.push(("", format!("{}: {speed}, {numa}, {pci}, memory: {memory} (plugin {})", nic.name, nic.plugin)));

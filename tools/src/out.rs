@@ -8,9 +8,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub fn line(text: fmt::Arguments<'_>) {
     let mut out = std::io::stdout().lock();
     match writeln!(out, "{text}").and_then(|()| out.flush()) {
+        Ok(()) => {}
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => end_by_sigpipe(),
-        // There is nowhere to say it.
-        _ => {}
+        // A result that is lost must not look like success.
+        Err(e) => {
+            let _ = writeln!(std::io::stderr(), "error: cannot write to standard output: {e}");
+            std::process::exit(1);
+        }
     }
 }
 

@@ -103,8 +103,12 @@ impl Row {
         self.max_us = times.most();
     }
 
-    /// The row as a line of the table.
-    pub fn line(&self) -> String {
+    /// What was measured, in words.
+    pub fn name(&self) -> String {
+        format!("{} of {} in blocks of {}", self.operation(), show_size(self.total_bytes), show_size(self.block_bytes))
+    }
+
+    fn operation(&self) -> String {
         let mut op = format!("{} {}", self.op, self.memory);
         if self.inflight > 1 {
             op += &format!(" x{}", self.inflight);
@@ -115,8 +119,14 @@ impl Row {
         if self.clients > 1 {
             op += &format!(", {} clients", self.clients);
         }
+        op
+    }
+
+    /// The row as a line of the table.
+    pub fn line(&self) -> String {
         format!(
-            "{op:<26} {:>10} {:>10} {:>8} {:>8} {:>9.3} {:>10} {:>10} {:>10} {:>10} {:>10} {:>8.2} {:>6}  {}{}",
+            "{:<26} {:>10} {:>10} {:>8} {:>8} {:>9.3} {:>10} {:>10} {:>10} {:>10} {:>10} {:>8.2} {:>6}  {}{}",
+            self.operation(),
             show_size(self.total_bytes),
             show_size(self.block_bytes),
             self.channels,

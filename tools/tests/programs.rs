@@ -127,7 +127,7 @@ fn rows_go_where_they_are_asked_to() {
     assert!(rows.iter().all(|r| !r.host.is_empty() && r.date.starts_with("20") && !r.version.is_empty() && r.min_us <= r.p50_us));
     let csv = must_work(PERF, &line("--op write --total 4K --csv -"), "op,memory,total_bytes");
     assert_eq!(csv.trim_end().lines().count(), 2, "{csv}");
-    must_fail(PERF, &line("--op write --expect-gbps 100000"), &[], "where 100000 were expected");
+    must_fail(PERF, &line("--op write --expect-gbps 100000"), &[], "write host of 64 MiB in blocks of 64 MiB: ");
     must_work(PERF, &line("--op write --expect-gbps 0.0000001"), "verified");
 }
 
@@ -162,6 +162,16 @@ fn whoever_reads_no_more_ends_the_program_quietly() {
             "{line}: {}",
             output.status
         );
+    }
+}
+
+#[test]
+fn a_result_that_cannot_be_written_is_no_success() {
+    for (program, line) in [(INFO, "--no-probe"), (PERF, "demo --op write --iters 2"), (TOP, "--manual-page")] {
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("/dev/full");
+        let output = Command::new(program).args(line.split_whitespace()).stdout(full).output().expect("the program starts");
+        assert_eq!(output.status.code(), Some(1), "{line}: {}", text(&output.stderr));
+        assert!(text(&output.stderr).contains("standard output: No space left"), "{line}: {}", text(&output.stderr));
     }
 }
 

@@ -95,6 +95,16 @@ impl Shared {
         self.at.as_ptr() as u64
     }
 
+    /// `N` words from this one on, for whoever goes through many.
+    ///
+    /// # Panics
+    /// When the mapping does not hold them, which is a mistake of the layout.
+    pub(crate) fn words<const N: usize>(&self, from: usize) -> &[AtomicU64; N] {
+        assert!(from + N <= self.len / 8, "words {from} to {} of {}", from + N, self.len / 8);
+        // SAFETY: inside the mapping, which is page-aligned; all access to it is atomic.
+        unsafe { &*self.at.as_ptr().cast::<u64>().add(from).cast::<[AtomicU64; N]>() }
+    }
+
     /// The word of this number; wraps at the end.
     pub(crate) fn word(&self, index: usize) -> &AtomicU64 {
         let index = index % (self.len / 8);

@@ -2,16 +2,18 @@
 //! of transfers.
 //!
 //! `link` finds out whether both sides share a host and prove it, over a `socket`; `path` carries chunks, told in a `ring` of a
-//! `memfile`; `puller` is what a kind of memory must do, `host`, `cuda` and `emulated` do it, `pool` has the
+//! `memfile`, and what needs no asking: reads under `grants`, writes as `orders`; `puller` is what a kind of memory must do, `host`, `cuda` and `emulated` do it, `pool` has the
 //! threads of `host`, `closer` those of `cuda`. `sharing` keeps which
 //! allocations either side may pull from, told in `notes`.
 
 pub(crate) mod cuda;
 mod emulated;
+mod grants;
 mod host;
 mod link;
 mod memfile;
 mod notes;
+mod orders;
 mod path;
 mod pool;
 pub(crate) mod puller;

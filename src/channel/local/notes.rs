@@ -1,10 +1,30 @@
 //! What two linked processes tell each other on their Unix socket after the introduction: allocations that may be pulled from, answers
-//! to that, their end, and a ring for a side that sleeps. Pure: bytes in, notes out. Little-endian.
+//! to that, their end, regions that may be used without asking, and a ring for a side that sleeps. Pure: bytes in, notes out. Little-endian.
 
 use super::puller::{Export, ExportKind};
 use crate::status::{bail, Result};
-use crate::types::Place;
+use crate::types::{Place, RemoteAccess};
 use std::os::fd::OwnedFd;
+
+/// Leave to use a region without asking, as its owner tells it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Granted {
+    /// Where its words lie, and which of the grants there it is.
+    pub slot: u32,
+    pub generation: u64,
+    /// The region and its token, which the receiver has shown before.
+    pub region: u64,
+    pub token: [u8; 16],
+    /// Its bytes.
+    pub addr: u64,
+    pub len: u64,
+    /// Where it lies, and where the receiver's memory lies that it is for.
+    pub there: Place,
+    pub here: Place,
+    pub access: RemoteAccess,
+    /// The exports that it lies in, rising; none where nothing has to be mapped.
+    pub exports: Vec<u32>,
+}
 
 /// A note.
 #[derive(Debug)]
@@ -17,14 +37,23 @@ pub(crate) enum Note {
     Answer { id: u32, open: bool },
     /// It may not be pulled from any more.
     End { id: u32 },
+    /// A region may be used without asking.
+    Grant(Box<Granted>),
+    /// It may not any more.
+    Revoke { slot: u32, generation: u64 },
 }
 
 const RING: u8 = 1;
 const SHARE: u8 = 2;
 const ANSWER: u8 = 3;
 const END: u8 = 4;
+const GRANT: u8 = 5;
+const REVOKE: u8 = 6;
 /// Bytes of the longest note.
 pub(crate) const MAX_NOTE: usize = 1 + 4 + 3 + 8 + 8 + 16 + 64;
+/// Exports of a granted region at most, and bytes of a grant besides them.
+pub(crate) const MAX_EXPORTS: usize = 1000;
+const GRANT_BYTES: usize = 4 + 8 + 8 + 16 + 8 + 8 + 3;
 
 impl Note {
     /// The note's bytes; a descriptor travels beside them.
@@ -50,6 +79,22 @@ impl Note {
                 out.push(END);
                 out.extend_from_slice(&id.to_le_bytes());
             }
+            Note::Grant(granted) => {
+                out.push(GRANT);
+                out.extend_from_slice(&granted.slot.to_le_bytes());
+                for number in [granted.generation, granted.region, granted.addr, granted.len] {
+                    out.extend_from_slice(&number.to_le_bytes());
+                }
+                out.extend_from_slice(&granted.token);
+                let RemoteAccess { read, write } = granted.access;
+                out.extend_from_slice(&[granted.there.0, granted.here.0, u8::from(read) | u8::from(write) << 1]);
+                granted.exports.iter().for_each(|id| out.extend_from_slice(&id.to_le_bytes()));
+            }
+            Note::Revoke { slot, generation } => {
+                out.push(REVOKE);
+                out.extend_from_slice(&slot.to_le_bytes());
+                out.extend_from_slice(&generation.to_le_bytes());
+            }
         }
         out
     }
@@ -65,6 +110,10 @@ impl Note {
             (ANSWER, 5) if body[4] <= 1 => Note::Answer { id: number(body), open: body[4] == 1 },
             (END, 4) => Note::End { id: number(body) },
             (SHARE, _) if bytes.len() == MAX_NOTE => share(body, fds)?,
+            (GRANT, n) if (GRANT_BYTES..=GRANT_BYTES + 4 * MAX_EXPORTS).contains(&n) && (n - GRANT_BYTES) % 4 == 0 => {
+                grant(body)?
+            }
+            (REVOKE, 12) => Note::Revoke { slot: number(body), generation: long(body, 4) },
             _ => bail!(Protocol, "a note of kind {kind} and {} bytes of the peer's process", bytes.len()),
         };
         Ok(note)
@@ -93,6 +142,28 @@ fn share(body: &[u8], mut fds: Vec<OwnedFd>) -> Result<Note> {
         bail!(Protocol, "an export of kind {kind:?} with {} descriptors", fds.len());
     }
     Ok(Note::Share { id: number(body), there, here, export: Export { kind, handle, fd: fds.pop(), base, len, gpu } })
+}
+
+fn grant(body: &[u8]) -> Result<Note> {
+    let mut token = [0; 16];
+    token.copy_from_slice(&body[36..52]);
+    let (there, here, access) = (Place(body[52]), Place(body[53]), body[54]);
+    let (addr, len) = (long(body, 20), long(body, 28));
+    if access > 3 || len == 0 || addr.checked_add(len).is_none() {
+        bail!(Protocol, "a grant of {len} bytes at {addr:#x} of {there:?}");
+    }
+    Ok(Note::Grant(Box::new(Granted {
+        slot: number(body),
+        generation: long(body, 4),
+        region: long(body, 12),
+        token,
+        addr,
+        len,
+        there,
+        here,
+        access: RemoteAccess { read: access & 1 != 0, write: access & 2 != 0 },
+        exports: body[GRANT_BYTES..].chunks_exact(4).map(number).collect(),
+    })))
 }
 
 #[cfg(test)]
@@ -136,11 +207,40 @@ mod tests {
             Ok(Note::Answer { id: 5, open: true })
         ));
         assert!(matches!(Note::decode(&Note::End { id: 6 }.encode(), Vec::new()), Ok(Note::End { id: 6 })));
+        let revoke = Note::Revoke { slot: 3, generation: 1 << 40 };
+        assert!(matches!(
+            Note::decode(&revoke.encode(), Vec::new()),
+            Ok(Note::Revoke { slot: 3, generation }) if generation == 1 << 40
+        ));
+    }
+
+    #[test]
+    fn grants_round_trip() {
+        for exports in [vec![], vec![7], (0..MAX_EXPORTS as u32).collect()] {
+            for access in [RemoteAccess::ALL, RemoteAccess::READ, RemoteAccess::WRITE] {
+                let (there, here) = (Place::gpu(1), Place::gpu(2));
+                let (slot, generation, region, token, addr, len) = (5, 1 << 33, 77, [9; 16], 0x7000_0000, 12345);
+                let exports = exports.clone();
+                let granted = Granted { slot, generation, region, token, addr, len, there, here, access, exports };
+                let bytes = Note::Grant(Box::new(granted.clone())).encode();
+                assert!(bytes.len() <= super::super::socket::MAX_MESSAGE);
+                assert!(matches!(Note::decode(&bytes, Vec::new()), Ok(Note::Grant(got)) if *got == granted));
+                assert!(Note::decode(&bytes[..bytes.len() - 1], Vec::new()).is_err());
+                for (at, value) in [(29, 0xFF), (55, 4)] {
+                    let mut bad = bytes.clone();
+                    bad[at..=at].fill(value);
+                    if at == 29 {
+                        bad[21..37].fill(0xFF);
+                    }
+                    assert!(Note::decode(&bad, Vec::new()).is_err(), "byte {at}");
+                }
+            }
+        }
     }
 
     proptest! {
         #[test]
-        fn anything_is_a_note_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..120), kind in 0u8..6) {
+        fn anything_is_a_note_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..120), kind in 0u8..8) {
             let mut bytes = bytes;
             if let Some(first) = bytes.first_mut() { *first = kind; }
             let _ = Note::decode(&bytes, Vec::new());

@@ -10,10 +10,10 @@ use super::ring::{Descriptor, Extent, Inbox, Listening, Outbox, MAX_PIECES};
 use super::sharing::{Imports, Shares, Stretch};
 use super::shelf::Shelf;
 use super::socket::{Received, Socket, MAX_MESSAGE};
-use crate::channel::path::{Arrival, ChunkLimits, Copier, Departure, Dest, Event, Line, Path, Way};
+use crate::channel::path::{Arrival, ChunkLimits, Copier, Departure, Dest, Direct, Event, Line, Path, Way};
 use crate::channel::plan::MAX_CROSSED;
 use crate::channel::stripe::{Load, Loads, Rate};
-use crate::region::{Hold, Region};
+use crate::region::{Hold, Region, RegionUse};
 use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
 use crate::types::{Key, Part, Place};
@@ -22,6 +22,9 @@ use std::os::fd::{AsFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Instant;
+use unasked::Unasked;
+
+mod unasked;
 
 /// Chunks that may be told and not taken, and how many of them may belong to large transfers.
 const WINDOW: usize = 8;
@@ -83,6 +86,8 @@ pub(crate) struct LocalPath {
     shelves: Option<(Shelf, Shelf)>,
     /// Something came on the socket.
     news: Arc<AtomicBool>,
+    /// What goes without chunks.
+    unasked: Unasked,
     scratch: Scratch,
     counts: Counts,
 }
@@ -121,6 +126,7 @@ impl LocalPath {
         if let Some(host) = &mut host {
             host.set_bell(bell);
         }
+        let unasked = Unasked::new(&outbox, &inbox, same);
         LocalPath {
             socket,
             pid: who.pid,
@@ -141,6 +147,7 @@ impl LocalPath {
             coming: VecDeque::new(),
             shelves,
             news: Arc::new(AtomicBool::new(true)),
+            unasked,
             scratch: Scratch::default(),
             counts: Counts::default(),
         }
@@ -149,6 +156,11 @@ impl LocalPath {
     /// What the engine watches for it.
     pub(crate) fn watched(&self) -> Watched {
         Watched { fd: self.socket.fd(), news: self.news.clone(), listening: self.outbox.listening() }
+    }
+
+    /// Bytes came to this side without a chunk.
+    fn count_received(&mut self, bytes: u64) {
+        self.counts.received_bytes += bytes;
     }
 
     // ---- the source's side ----
@@ -289,6 +301,10 @@ impl LocalPath {
                     self.imports.told(id, here, export)?;
                 }
                 (Note::End { id }, Some(device)) => self.imports.ended(id, &mut **device)?,
+                (Note::Grant(granted), _) if self.pairs.contains(&(granted.here, granted.there)) => {
+                    self.unasked.leases.told(*granted)?;
+                }
+                (Note::Revoke { slot, generation }, _) => self.unasked.leases.ended(slot, generation)?,
                 (note, _) => bail!(Protocol, "the peer's process says what was not agreed: {note:?}"),
             }
         }
@@ -304,7 +320,7 @@ impl LocalPath {
             self.notes.extend(self.imports.open_one(&mut **device));
             any = true;
         }
-        for queue in [&mut self.shares.notes, &mut self.notes] {
+        for queue in [&mut self.shares.notes, &mut self.unasked.grants.notes, &mut self.notes] {
             if queue.len() > MAX_WAITING {
                 bail!(Resource, "{} notes wait: the peer's process does not read them", queue.len());
             }
@@ -438,6 +454,18 @@ impl Path for LocalPath {
         }
     }
 
+    fn start_direct(&mut self, transfer: &mut Direct<'_>) -> Result<bool> {
+        LocalPath::start_direct(self, transfer)
+    }
+
+    fn grant(&mut self, region: &RegionUse, peer: Place) {
+        LocalPath::grant(self, region, peer);
+    }
+
+    fn uses_region(&self, id: u64) -> bool {
+        self.unasked.uses_region(id)
+    }
+
     fn loads(&mut self, _place: Place, bulk: bool, now: Instant, out: &mut Loads) {
         let free = WINDOW.saturating_sub(self.leaving.len()).min(self.outbox.room());
         let free = if bulk { free.min(BULK_WINDOW.saturating_sub(self.bulk)) } else { free };
@@ -477,17 +505,19 @@ impl Path for LocalPath {
         let mut any = self.release(now, events)?;
         any |= self.start()?;
         any |= self.finish(events)?;
+        any |= self.advance_direct(events)?;
         any |= self.host.as_mut().is_some_and(HostMemory::worked);
         any |= self.answer()?;
         Ok(any)
     }
 
     fn busy(&self) -> bool {
-        !self.leaving.is_empty() || !self.expected.is_empty() || !self.coming.is_empty()
+        !self.leaving.is_empty() || !self.expected.is_empty() || !self.coming.is_empty() || self.unasked.busy()
     }
 
     fn attention(&self) -> bool {
-        self.news.load(Ordering::Acquire) || self.imports.waiting() || !self.notes.is_empty() || !self.shares.notes.is_empty()
+        let notes = !self.notes.is_empty() || !self.shares.notes.is_empty();
+        notes || self.news.load(Ordering::Acquire) || self.imports.waiting() || self.unasked.attention()
     }
 
     fn copying(&self) -> bool {
@@ -498,8 +528,8 @@ impl Path for LocalPath {
         let coming = self.expected.len() + self.coming.len();
         each(Line {
             nic: super::NAME,
-            moved: Some((self.counts.sent_bytes, self.counts.received_bytes)),
-            under_way: (self.leaving.len(), coming),
+            moved: Some((self.counts.sent_bytes.saturating_add(self.unasked.moved()), self.counts.received_bytes)),
+            under_way: (self.leaving.len() + self.unasked.told(), coming),
             posted: coming,
         });
         Ok(())
@@ -518,7 +548,7 @@ impl Path for LocalPath {
         out.push(ChannelStats {
             nic: super::NAME.to_owned(),
             route: if kernel { format!("process {} of this host", self.pid) } else { String::new() },
-            sent_bytes,
+            sent_bytes: sent_bytes.saturating_add(self.unasked.sent()),
             sent_chunks,
             received_bytes,
             received_chunks,
@@ -539,8 +569,9 @@ impl Path for LocalPath {
     }
 
     fn forget_region(&mut self, id: u64) {
+        self.unasked.grants.forget(id);
         self.shares.forget(id);
-        if !self.shares.notes.is_empty() {
+        if !self.shares.notes.is_empty() || !self.unasked.grants.notes.is_empty() {
             // Whoever drives next sends them; the mapping at the peer keeps memory until then.
             let _ = self.answer();
         }
@@ -553,6 +584,7 @@ impl Drop for LocalPath {
         self.outbox.close();
         let ended = self.host.as_mut().map_or(Ok(()), |host| host.quiesce());
         let ended = ended.and(self.device.as_mut().map_or(Ok(()), |device| device.quiesce()));
+        self.unasked.end(ended.is_ok());
         match (ended, &mut self.device) {
             (Err(e), _) => {
                 log::error!("a copy from another process has not ended; its memory stays in use: {e}");
@@ -577,7 +609,7 @@ mod tests {
     use std::os::fd::{FromRawFd, OwnedFd};
     use std::sync::atomic::AtomicU32;
 
-    fn ends(gpus: [u8; 2]) -> (LocalPath, LocalPath) {
+    pub(super) fn ends(gpus: [u8; 2]) -> (LocalPath, LocalPath) {
         let (a, b) = linked(gpus);
         let bell = || {
             // SAFETY: a plain system call, whose result is fresh.
@@ -588,18 +620,18 @@ mod tests {
     }
 
     /// Registered memory.
-    struct Memory {
-        bytes: Vec<u8>,
-        region: Arc<Region>,
+    pub(super) struct Memory {
+        pub(super) bytes: Vec<u8>,
+        pub(super) region: Arc<Region>,
     }
 
     impl Memory {
-        fn new(id: u64, place: Place, len: usize, fill: u8) -> Memory {
+        pub(super) fn new(id: u64, place: Place, len: usize, fill: u8) -> Memory {
             let bytes = vec![fill; len];
             let span = Span { id, addr: bytes.as_ptr() as u64, len: len as u64 };
             Memory { region: Arc::new(Region::new(span, [0; 16], place, RemoteAccess::ALL)), bytes }
         }
-        fn hold(&self) -> Hold {
+        pub(super) fn hold(&self) -> Hold {
             Hold::new(vec![RegionUse::new(&self.region)])
         }
         fn parts(&self) -> Vec<Part> {
@@ -613,7 +645,7 @@ mod tests {
             let dest = Dest::Memory { place: self.region.place, parts: self.parts(), hold: self.hold() };
             Arrival { key: Key { id: 1, mine: false }, len: self.bytes.len(), tag, dest }
         }
-        fn holds(&self, value: u8) -> bool {
+        pub(super) fn holds(&self, value: u8) -> bool {
             std::hint::black_box(&self.bytes).iter().all(|&b| b == value)
         }
     }

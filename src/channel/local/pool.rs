@@ -11,8 +11,10 @@ use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-/// Threads at most: a few fill the memory's bandwidth.
-const MOST: usize = 4;
+/// Threads at most: pieces of a page each take so many to fill the memory's bandwidth.
+const MOST: usize = 16;
+/// Slices that are worth another thread.
+const SLICES_PER_THREAD: usize = 4;
 
 /// Wakes whoever sleeps for a connection. It owns what it writes to: a thread may ring after the connection has ended.
 #[derive(Clone)]
@@ -101,6 +103,11 @@ impl Job {
         mine
     }
 
+    /// Slices that nobody has.
+    fn unclaimed(&self) -> usize {
+        self.work.len().saturating_sub(self.next.load(Ordering::Relaxed))
+    }
+
     /// Whether all of it is done.
     ///
     /// # Errors
@@ -182,20 +189,22 @@ impl Pool {
     pub(crate) fn start(&self, job: &Arc<Job>) {
         let mut queue = self.inner.queue.lock();
         queue.jobs.push_back(job.clone());
-        let wanted = job.work.len().min(self.most);
+        let wanted = job.work.len().div_ceil(SLICES_PER_THREAD).min(self.most);
         let idle = queue.idle;
         drop(queue);
-        for _ in 0..wanted.min(idle) {
+        // Each that wakes wakes the next.
+        if idle > 0 {
             self.inner.comes.notify_one();
         }
         if idle < wanted {
-            self.more();
+            self.more(wanted);
         }
     }
 
-    fn more(&self) {
+    /// One thread more, up to as many as are wanted.
+    fn more(&self, wanted: usize) {
         let mut threads = self.threads.lock();
-        if threads.len() >= self.most {
+        if threads.len() >= wanted {
             return;
         }
         let inner = self.inner.clone();
@@ -234,6 +243,9 @@ fn work(inner: &Inner) {
         };
         // Others may work at it, too; those that wait have their turn after each slice.
         queue.jobs.push_back(job.clone());
+        if queue.idle > 0 && job.unclaimed() > SLICES_PER_THREAD {
+            inner.comes.notify_one();
+        }
         drop(queue);
         job.help();
         queue = inner.queue.lock();

@@ -3,6 +3,7 @@
 //! what addresses mean.
 
 use super::memfile::{self, Shared};
+use super::{grants, orders};
 use crate::status::{bail, Result};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{fence, Ordering};
@@ -18,8 +19,11 @@ const PIECE_WORDS: usize = 2;
 const MAX_WORDS: usize = HEAD_WORDS + PIECE_WORDS * MAX_PIECES;
 /// Words in front of the ring, a page.
 const FRONT: usize = 512;
+/// Where the words of others begin, by their order in the file.
+pub(super) const ORDERS_AT: usize = FRONT + RING;
+pub(super) const GRANTS_AT: usize = ORDERS_AT + orders::WORDS;
 /// Bytes of the file.
-pub(crate) const BYTES: usize = (FRONT + RING) * 8;
+pub(crate) const BYTES: usize = (GRANTS_AT + grants::WORDS) * 8;
 
 /// Words of the front page, each in a cache line of its own. Written by the owner of the file: how far it has written, and that its
 /// memory is its own again.
@@ -30,6 +34,8 @@ const LISTENS: usize = 16;
 /// Written by the other side: how far it has read, and how many chunks it has taken.
 const HEAD: usize = 24;
 const TAKEN: usize = 32;
+/// The first word of the front page that is for others.
+pub(super) const FRONT_OF_OTHERS: usize = 40;
 
 /// A piece of a chunk, in the source's address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,6 +93,11 @@ impl Outbox {
         self.fd.as_fd()
     }
 
+    /// The mapping.
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
     /// The switch of the doorbell.
     pub(crate) fn listening(&self) -> Listening {
         Listening(self.shared.clone())
@@ -106,9 +117,10 @@ impl Outbox {
             bail!(Internal, "no room for a chunk of {} pieces", pieces.len());
         }
         let words = HEAD_WORDS + PIECE_WORDS * pieces.len();
+        let ring: &[_; RING] = self.shared.words(FRONT);
         let mut at = self.tail;
         let mut put = |value: u64| {
-            self.shared.word(FRONT + at as usize % RING).store(value, Ordering::Relaxed);
+            ring[at as usize % RING].store(value, Ordering::Relaxed);
             at += 1;
         };
         put(words as u64 | u64::from(tag as u32) << 32);
@@ -147,7 +159,7 @@ impl Outbox {
 
 /// The side that listens: the other side's file.
 pub(crate) struct Inbox {
-    shared: Shared,
+    shared: Arc<Shared>,
     head: u64,
     taken: u64,
 }
@@ -159,7 +171,7 @@ impl Inbox {
     /// `Protocol` when it is none that could be.
     pub(crate) fn open(fd: BorrowedFd<'_>) -> Result<Inbox> {
         memfile::check(fd, BYTES as u64)?;
-        Ok(Inbox { shared: Shared::map(fd, BYTES, true)?, head: 0, taken: 0 })
+        Ok(Inbox { shared: Arc::new(Shared::map(fd, BYTES, true)?), head: 0, taken: 0 })
     }
 
     /// The next chunk's descriptor, copied; `false` when there is none yet.
@@ -171,7 +183,8 @@ impl Inbox {
         if filled == 0 {
             return Ok(false);
         }
-        let word = |at: u64| self.shared.word(FRONT + at as usize % RING).load(Ordering::Relaxed);
+        let ring: &[_; RING] = self.shared.words(FRONT);
+        let word = |at: u64| ring[at as usize % RING].load(Ordering::Relaxed);
         let first = word(self.head);
         let words = (first & 0xFFFF_FFFF) as usize;
         let fits = (HEAD_WORDS..=MAX_WORDS).contains(&words) && words % 2 == 0;
@@ -198,10 +211,20 @@ impl Inbox {
         Ok(true)
     }
 
+    /// The mapping.
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
     /// One more chunk is taken: its source may change. Whether the other side wants to be woken.
     pub(crate) fn take(&mut self) -> bool {
         self.taken += 1;
         self.shared.word(TAKEN).store(self.taken, Ordering::SeqCst);
+        self.wakes()
+    }
+
+    /// Whether the other side sleeps and wants to be woken for what was just written; it is asked once.
+    pub(crate) fn wakes(&self) -> bool {
         fence(Ordering::SeqCst);
         self.shared.word(LISTENS).load(Ordering::SeqCst) == 1 && self.shared.word(LISTENS).swap(0, Ordering::SeqCst) == 1
     }

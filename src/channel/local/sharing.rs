@@ -135,6 +135,33 @@ impl Shares {
         }
     }
 
+    /// The allocations that a region lies in, rising, as this side sees them; none where it is not shared.
+    pub(crate) fn stretches(&self, region: u64, there: Place) -> Vec<Stretch> {
+        let keys = self.regions.get(&(region, there)).and_then(Option::as_ref);
+        let stretch = |key: &Key| {
+            let &(base, len, ..) = key;
+            self.allocations.get(key).map(|allocation| Stretch { id: allocation.id, base, len, addr: base })
+        };
+        keys.map_or_else(Vec::new, |keys| keys.iter().filter_map(stretch).collect())
+    }
+
+    /// The exports that a region lies in, rising; `None` where it cannot be shared.
+    pub(crate) fn exports(&self, region: u64, there: Place) -> Option<Vec<u32>> {
+        let keys = self.regions.get(&(region, there))?.as_ref()?;
+        keys.iter().map(|key| self.allocations.get(key).map(|allocation| allocation.id)).collect()
+    }
+
+    /// Simulated: a region that is an allocation of its own; its export.
+    #[cfg(test)]
+    pub(crate) fn pretend(&mut self, region: &Region, there: Place) -> u32 {
+        let key = (region.span.addr, region.span.len, region.place, there);
+        self.last += 1;
+        self.allocations.insert(key, Allocation { id: self.last, state: State::Told, regions: 1 });
+        self.ids.insert(self.last, key);
+        self.regions.insert((region.span.id, there), Some(vec![key]));
+        self.last
+    }
+
     /// A region has ended: nothing uses it any more.
     pub(crate) fn forget(&mut self, region: u64) {
         let names: Vec<(u64, Place)> = self.regions.keys().copied().filter(|&(id, _)| id == region).collect();
@@ -218,6 +245,12 @@ impl Imports {
             }
         };
         Some(Note::Answer { id, open })
+    }
+
+    /// An open export, for memory of `here`.
+    pub(crate) fn look(&self, id: u32, here: Place) -> Option<Stretch> {
+        let import = self.open.get(&id).filter(|import| import.here == here && !import.ended)?;
+        Some(Stretch { id, base: import.base, len: import.len, addr: import.mapping.addr })
     }
 
     /// An open export, for a pull into memory of `here`. Counts a use.

@@ -56,6 +56,17 @@ const BULK_WINDOW: usize = MAX_REQUESTS / 2;
 /// Bytes of large transfers on a channel from which on no more of them are taken: a small one on the same channel waits for all of them.
 const BULK_BYTES: u64 = 2 << 20;
 
+/// Of the free places of a window, those that the next chunk may use. `bulk`: of a large transfer, and how many chunks and bytes of large
+/// ones are under way.
+fn free(free: usize, bulk: Option<(usize, u64)>) -> usize {
+    match bulk {
+        None => free,
+        Some((_, bytes)) if bytes >= BULK_BYTES => 0,
+        // What small ones take does not count against large ones: they would never have a turn.
+        Some((chunks, _)) => free.min(BULK_WINDOW.saturating_sub(chunks)),
+    }
+}
+
 /// A chunk on its way out; dropped when its memory may change.
 pub(super) struct Leaving {
     pub key: Key,
@@ -222,13 +233,7 @@ impl Channel {
     pub(super) fn load(&self, place: Place, bulk: bool, usage: &Usage, nic: usize, now: Instant) -> Load {
         let oldest = self.outgoing.front().map_or(0, |o| o.len as u64);
         let window = if place.is_device() && usage.stage_sends { STAGED_WINDOW } else { MAX_REQUESTS };
-        let free = window.saturating_sub(self.outgoing.len());
-        // What small ones take does not count against large ones: they would never have a turn.
-        let free = match bulk {
-            true if self.bulk_bytes >= BULK_BYTES => 0,
-            true => free.min(BULK_WINDOW.saturating_sub(self.bulk)),
-            false => free,
-        };
+        let free = free(window.saturating_sub(self.outgoing.len()), bulk.then_some((self.bulk, self.bulk_bytes)));
         Load { free, queued: self.queued, rate: self.rate.get(oldest, now), nic }
     }
 
@@ -328,4 +333,40 @@ fn network(info: ucclCommInfo) -> Network {
 
 pub(super) fn iov(parts: &[Part]) -> Vec<ucclIoVec> {
     parts.iter().map(|p| ucclIoVec { base: p.addr as *mut _, len: p.len as usize }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Chunks of large transfers that a channel takes one after the other, and the bytes that a small one then waits for.
+    fn taken(len: u64) -> (usize, u64) {
+        let mut chunks = 0;
+        while free(MAX_REQUESTS - chunks, Some((chunks, chunks as u64 * len))) > 0 {
+            chunks += 1;
+        }
+        (chunks, chunks as u64 * len)
+    }
+
+    #[test]
+    fn large_transfers_leave_places_and_bytes_to_small_ones() {
+        // Of large chunks the bytes are the bound, of smaller ones the places.
+        assert_eq!(taken(512 << 10), (4, BULK_BYTES));
+        assert_eq!(taken(1 << 20), (2, BULK_BYTES));
+        assert_eq!(taken(4 << 20), (1, 4 << 20));
+        assert_eq!(taken(64 << 10), (BULK_WINDOW, 512 << 10));
+        // One byte less is not enough to wait.
+        assert_eq!(free(5, Some((1, BULK_BYTES - 1))), 5);
+        assert_eq!(free(5, Some((1, BULK_BYTES))), 0);
+    }
+
+    #[test]
+    fn large_transfers_bound_themselves_alone() {
+        for places in 0..=MAX_REQUESTS {
+            assert_eq!(free(places, None), places);
+            // Small ones in the window take nothing of the large ones' part but the places that they have.
+            assert_eq!(free(places, Some((0, 0))), places.min(BULK_WINDOW));
+            assert_eq!(free(places, Some((BULK_WINDOW, 1))), 0);
+        }
+    }
 }

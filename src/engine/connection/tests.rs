@@ -151,3 +151,19 @@ fn a_panic_in_an_applications_thread_ends_the_connection() {
         }
     });
 }
+
+#[test]
+fn one_that_ended_before_it_was_watched_wakes_nobody() {
+    let home = home();
+    let (connection, theirs) = connection(&home, false, false);
+    let woken = |wait| {
+        let mut tokens = Vec::new();
+        home.bell.wait(wait, &mut tokens);
+        tokens
+    };
+    drop(theirs);
+    connection.abandon();
+    connection.watch().expect("that it has ended is told by its use");
+    assert_eq!(woken(Duration::from_millis(50)), []);
+    assert_eq!(kind(&connection), Some(ErrorKind::Internal));
+}

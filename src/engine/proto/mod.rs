@@ -12,6 +12,7 @@
 //! - I5: only [`Machine::admit`] may fail and leave the connection alive. Every later error ends it.
 
 mod deadlines;
+mod direct;
 mod incoming;
 mod limits;
 mod matching;
@@ -22,6 +23,7 @@ mod peer;
 mod simulation;
 mod transfers;
 
+pub(crate) use direct::Sketch;
 pub(crate) use limits::MAX_BACKLOG;
 #[cfg(feature = "test-api")]
 pub(crate) use outgoing::tag;
@@ -92,6 +94,11 @@ const LOOK: Duration = Duration::from_millis(500);
 /// The peer is told this often how much has arrived, while data arrives.
 const REPORT: Duration = Duration::from_secs(1);
 
+/// How often a heartbeat goes to a peer that gives this side up after so much silence: two may be late.
+pub(crate) fn heartbeat(peer_timeout: Duration) -> Duration {
+    peer_timeout / 3
+}
+
 /// Log lines a second that the peer of one connection can cause.
 const PEER_LINES: u32 = 5;
 
@@ -104,6 +111,7 @@ pub(crate) struct Machine {
     outgoing: Outgoing,
     incoming: Incoming,
     matching: Matching,
+    unasked: direct::Unasked,
     deadlines: Deadlines,
     peer: PeerLoad,
     /// Lists of ended transfers for the next ones.
@@ -136,6 +144,8 @@ struct Clock {
     /// When the socket last took queued frames, or had nothing to take.
     drained: Instant,
     next_tick: Instant,
+    /// The peer's heartbeat has come, and this side's is due before long: it goes along, so that one look serves both.
+    echo: bool,
 }
 
 impl Machine {
@@ -148,12 +158,13 @@ impl Machine {
             outgoing: Outgoing::default(),
             incoming: Incoming::default(),
             matching: Matching::default(),
+            unasked: direct::Unasked::default(),
             deadlines: Deadlines::new(now),
             peer: PeerLoad::new(share),
             spare: Spare::default(),
             events: Vec::new(),
             gathered: Vec::new(),
-            clock: Clock { rx: now, ping: now, report: now, network: now, drained: now, next_tick: now },
+            clock: Clock { rx: now, ping: now, report: now, network: now, drained: now, next_tick: now, echo: false },
             peer_received: 0,
             reported: 0,
             reported_chunks: 0,
@@ -188,6 +199,14 @@ impl Machine {
         self.transfers.ended()
     }
 
+    /// The peer has sent its heartbeat: this side's goes with the same look if it has waited for half of its time.
+    fn echo(&mut self, now: Instant) {
+        if now.saturating_duration_since(self.clock.report) >= self.setting.heartbeat / 2 {
+            self.clock.echo = true;
+            self.clock.next_tick = self.clock.next_tick.min(now);
+        }
+    }
+
     /// Something waits for the network or the peer.
     pub(crate) fn busy(&self) -> bool {
         self.transfers.in_flight() > 0 || !self.incoming.is_empty() || !self.outgoing.is_empty()
@@ -204,7 +223,8 @@ impl Machine {
 
     /// Whether a transfer of this connection uses a region of this side.
     pub(crate) fn uses_region(&self, id: u64) -> bool {
-        self.outgoing.uses_region(id) || self.incoming.uses_region(id) || self.matching.uses_region(id)
+        let unasked = self.unasked.uses_region(id);
+        unasked || self.outgoing.uses_region(id) || self.incoming.uses_region(id) || self.matching.uses_region(id)
     }
 
     /// Bytes of the control stream that the socket has not taken.
@@ -388,6 +408,8 @@ impl Machine {
             match event {
                 Event::Sent(key, len) => self.chunk_sent(key, len, now)?,
                 Event::Received(key, len) => self.chunk_received(key, len, now)?,
+                Event::Moved(key, len) => self.direct_moved(key, len, now),
+                Event::Ended(key, done) => self.direct_ended(key, done),
             }
         }
         self.events = events;
@@ -491,7 +513,7 @@ impl Machine {
         self.counts.control_received_bytes += bytes as u64;
         // Answers wait behind a large frame that is on its way, and behind all that comes while the peer has a backlog: then its
         // heartbeats stay away.
-        if arriving > MAX_INLINE || now.saturating_duration_since(self.clock.ping) > 2 * self.setting.heartbeat {
+        if arriving > MAX_INLINE || now.saturating_duration_since(self.clock.ping) > self.setting.peer_timeout / 2 {
             self.deadlines.waited(bytes as u64, now);
         }
     }
@@ -546,7 +568,7 @@ impl Machine {
             now + TICK
         } else {
             // Whoever drives learns of what begins meanwhile at this time at the latest.
-            let look = now + self.setting.transfer_timeout.min(self.setting.match_timeout) / 4;
+            let look = now + self.setting.transfer_timeout.min(self.setting.match_timeout) / 3;
             let heartbeat = self.clock.report + self.setting.heartbeat;
             heartbeat.min(self.clock.rx + self.setting.peer_timeout).min(look).max(now + TICK)
         };
@@ -568,7 +590,8 @@ impl Machine {
         let received = channels.totals().received;
         let news = received > self.reported
             && now.saturating_duration_since(self.clock.report) >= REPORT.min(self.setting.transfer_timeout / 4);
-        let quiet = now.saturating_duration_since(self.clock.report) >= self.setting.heartbeat;
+        let due = if std::mem::take(&mut self.clock.echo) { self.setting.heartbeat / 2 } else { self.setting.heartbeat };
+        let quiet = now.saturating_duration_since(self.clock.report) >= due;
         if self.backlog() == 0 && (news || quiet) {
             self.ping(received, now);
         }
@@ -641,6 +664,7 @@ impl Machine {
         self.outgoing.clear();
         self.incoming.clear();
         self.matching.clear();
+        self.unasked.clear();
         self.deadlines.clear();
         // What the peer took is free for others, whenever the application closes its handle.
         self.peer = PeerLoad::new(Share::new(&self.setting.account));

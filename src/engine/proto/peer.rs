@@ -111,6 +111,9 @@ impl Machine {
             return Ok(());
         }
         let resolved = self.resolve(regions, segments, RemoteAccess::WRITE);
+        if let Ok((segments, uses)) = &resolved {
+            grant(segments, uses, channels);
+        }
         match (resolved, inline) {
             (Ok((segments, uses)), Some(data)) => {
                 self.counts.inline_received_bytes += total;
@@ -186,6 +189,7 @@ impl Machine {
                 return Ok(());
             }
         };
+        grant(&segments, &uses, channels);
         let total: u64 = segments.iter().map(|s| s.len).sum();
         if total == 0 {
             bail!(Protocol, "read {id} is empty");
@@ -386,7 +390,20 @@ impl Machine {
         self.deadlines.arrived(received - self.peer_received, now);
         self.clock.ping = now;
         self.peer_received = received;
+        self.echo(now);
         Ok(())
+    }
+}
+
+/// The peer has shown the tokens of these regions: a path that needs no asking may be told of them.
+fn grant(segments: &[Segment], uses: &[RegionUse], channels: &mut Channels) {
+    let mut last = None;
+    for segment in segments {
+        if last.replace((segment.region, segment.peer)) != Some((segment.region, segment.peer)) {
+            if let Some(region) = uses.get(usize::from(segment.region)) {
+                channels.grant(region, segment.peer);
+            }
+        }
     }
 }
 

@@ -26,6 +26,8 @@ pub(super) enum Kind {
     },
     /// A two-sided receive: the peer does not know the id.
     Receive,
+    /// One without frames: the peer does not know the id.
+    Direct,
 }
 
 /// A transfer in flight.
@@ -103,6 +105,11 @@ pub(super) struct Transfers {
 }
 
 impl Transfers {
+    /// The id of the transfer that starts next.
+    pub(super) fn next(&self) -> u64 {
+        self.given + 1
+    }
+
     pub(super) fn start(&mut self, kind: Kind, total: u64, segments: usize) -> u64 {
         self.given += 1;
         self.segments += segments;

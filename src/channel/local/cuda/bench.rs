@@ -123,7 +123,10 @@ fn gpu_benchmark() {
         for (blocks, engine_from) in
             if gpu == 0 { vec![(66, 4 * MIB)] } else { vec![(66, 4 * MIB), (66, 1 << 30), (44, 4 * MIB)] }
         {
-            let mut memory = CudaMemory::new(CudaOptions { pulls: PullOptions { blocks, engine: engine_from }, bus: true });
+            let mut memory = CudaMemory::new(CudaOptions {
+                pulls: PullOptions { blocks, engine: engine_from, ..PullOptions::default() },
+                bus: true,
+            });
             let mapping = memory.open(&exported.exports[0], Place::gpu(0)).expect("a mapping");
             let name = format!("GPU {gpu} to 0, {blocks} blocks, engine {} MiB", engine_from / MIB);
             measure(&mut memory, &name, mapping.addr, block.at);
@@ -132,6 +135,15 @@ fn gpu_benchmark() {
             }
             memory.close(mapping);
         }
+        // Small ones by the kernel, beside the copy engine above.
+        let pulls = PullOptions { few_runs: 0, ..PullOptions::default() };
+        let mut memory = CudaMemory::new(CudaOptions { pulls, bus: true });
+        let mapping = memory.open(&exported.exports[0], Place::gpu(0)).expect("a mapping");
+        for len in [16, 2 << 10, 4 << 10, 8 << 10, 16 << 10, 64 << 10, 256 << 10] {
+            let list = [Piece { src: mapping.addr, dst: block.at, len }];
+            line(&format!("GPU {gpu} to 0, one piece, by the kernel"), len, timed(400, || pull_lists(&mut memory, &[&list], 1)));
+        }
+        memory.close(mapping);
         owner.free(exported.number);
     }
 }

@@ -276,7 +276,7 @@ fn an_idle_connection_wants_to_be_looked_at_within_its_deadlines() {
 #[test]
 fn an_idle_connection_wants_to_be_looked_at_once_a_heartbeat() {
     let mut world = Paced::new(1 << 30, 1 << 30, [4 * PEER_TIMEOUT, PEER_TIMEOUT]);
-    let (mut looks, end) = (0, world.start + 100 * (PEER_TIMEOUT / 4));
+    let (mut looks, end) = (0, world.start + 100 * crate::engine::proto::heartbeat(PEER_TIMEOUT));
     while world.now < end {
         let due = world.sides.iter().map(|side| side.machine.next_tick()).min().expect("two sides");
         world.now = world.now.max(due);
@@ -293,6 +293,35 @@ fn an_idle_connection_wants_to_be_looked_at_once_a_heartbeat() {
     }
     world.alive();
     assert!((200..=220).contains(&looks), "{looks} looks in 100 heartbeats of two sides");
+}
+
+#[test]
+fn heartbeats_of_both_sides_meet() {
+    let mut world = Paced::new(1 << 30, 1 << 30, [4 * PEER_TIMEOUT, PEER_TIMEOUT]);
+    let every = crate::engine::proto::heartbeat(PEER_TIMEOUT);
+    // One side's is due long before the other's.
+    let late = world.now + every * 2 / 3;
+    world.sides[0].machine.clock.next_tick = late;
+    world.sides[0].machine.clock.report = late;
+    let (mut looks, mut told, end) = (0, [0; 2], world.start + 30 * every);
+    while world.now < end {
+        let due = world.sides.iter().map(|side| side.machine.next_tick()).min().expect("two sides");
+        looks += usize::from(due > world.now);
+        world.now = world.now.max(due);
+        for side in [0, 1, 0] {
+            if world.sides[side].machine.next_tick() <= world.now {
+                world.sides[side].poll(world.now);
+            }
+            let bytes: Vec<u8> = world.sides[side].out.drain(..).collect();
+            if !bytes.is_empty() {
+                told[side] += 1;
+                world.sides[1 - side].hear(&bytes, world.now);
+            }
+        }
+    }
+    world.alive();
+    assert!((29..=32).contains(&looks), "{looks} times somebody looked, in 30 heartbeats");
+    assert!(told.iter().all(|n| (29..=32).contains(n)), "{told:?} heartbeats in the time of 30");
 }
 
 #[test]

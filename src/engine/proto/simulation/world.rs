@@ -97,7 +97,7 @@ impl Side {
             peer: format!("side {}", 1 - side),
             transfer_timeout,
             peer_timeout,
-            heartbeat: peer_timeout / 4,
+            heartbeat: crate::engine::proto::heartbeat(peer_timeout),
             match_timeout: MATCH_TIMEOUT,
             doorbells: false,
         };

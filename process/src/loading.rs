@@ -1,0 +1,107 @@
+//! Loading of libraries, which a fork must not cut in half: the dynamic loader's tables, copied at that moment, make the child's first
+//! look for a library crash.
+
+use std::cell::Cell;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+/// Threads that load; forks that are about to happen.
+static LOADING: AtomicU32 = AtomicU32::new(0);
+static FORKING: AtomicU32 = AtomicU32::new(0);
+/// A fork that has waited this long for a library happens.
+const PATIENCE: Duration = Duration::from_secs(10);
+const NAP: Duration = Duration::from_micros(100);
+
+thread_local! {
+    /// How often this thread is inside [`loading`]. Has no destructor, so it is there to the thread's end.
+    static DEPTH: Cell<u32> = const { Cell::new(0) };
+}
+
+/// Runs what opens or closes libraries. A fork of another thread waits for its end; what is loaded may fork itself.
+pub fn loading<R>(work: impl FnOnce() -> R) -> R {
+    struct Inside;
+    impl Drop for Inside {
+        fn drop(&mut self) {
+            DEPTH.set(DEPTH.get() - 1);
+            if DEPTH.get() == 0 {
+                // A child of what was loaded has begun anew.
+                let _ = LOADING.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
+            }
+        }
+    }
+    crate::generation();
+    if DEPTH.get() == 0 {
+        LOADING.fetch_add(1, Ordering::SeqCst);
+        while FORKING.load(Ordering::SeqCst) > 0 {
+            LOADING.fetch_sub(1, Ordering::SeqCst);
+            std::thread::sleep(NAP);
+            LOADING.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+    DEPTH.set(DEPTH.get() + 1);
+    let _inside = Inside;
+    work()
+}
+
+/// Called before a fork, by the thread that forks.
+pub(crate) extern "C" fn before() {
+    FORKING.fetch_add(1, Ordering::SeqCst);
+    let until = Instant::now() + PATIENCE;
+    while DEPTH.get() == 0 && LOADING.load(Ordering::SeqCst) > 0 && Instant::now() < until {
+        std::thread::sleep(NAP);
+    }
+}
+
+/// Called after a fork in the process that forked.
+pub(crate) extern "C" fn in_parent() {
+    FORKING.fetch_sub(1, Ordering::SeqCst);
+}
+
+/// Called after a fork in the child, where only one thread is left.
+pub(crate) fn in_child() {
+    FORKING.store(0, Ordering::SeqCst);
+    LOADING.store(u32::from(DEPTH.get() > 0), Ordering::SeqCst);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicBool;
+    use std::sync::Arc;
+
+    fn fork_and_reap() {
+        // SAFETY: the child ends at once.
+        let child = unsafe { libc::fork() };
+        assert!(child >= 0);
+        if child == 0 {
+            // SAFETY: ends the child without running anything of the parent's.
+            unsafe { libc::_exit(0) };
+        }
+        let mut status = 0;
+        // SAFETY: a child of this process, a writable status.
+        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        assert_eq!(status, 0);
+    }
+
+    #[test]
+    fn a_fork_waits_for_other_threads_and_not_for_its_own() {
+        let (loads, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (begun, ended) = (loads.clone(), done.clone());
+        let other = std::thread::spawn(move || {
+            loading(|| {
+                loading(|| begun.store(true, Ordering::SeqCst));
+                std::thread::sleep(Duration::from_millis(300));
+                ended.store(true, Ordering::SeqCst);
+            })
+        });
+        while !loads.load(Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
+        fork_and_reap();
+        assert!(done.load(Ordering::SeqCst), "the fork came into the middle of it");
+        other.join().unwrap();
+        let begin = Instant::now();
+        loading(fork_and_reap);
+        assert!(begin.elapsed() < PATIENCE);
+    }
+}

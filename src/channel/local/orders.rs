@@ -1,0 +1,378 @@
+//! The ring in which one side orders the other to copy blocks of its memory into memory that the other has granted: blocks as they
+//! stand, and for each order how it ended. It lies in memory that both write: whatever the other side may write is read once, checked,
+//! and never read again. Knows nothing of what addresses mean.
+
+use super::memfile::Shared;
+use super::ring::{FRONT_OF_OTHERS, ORDERS_AT};
+use crate::status::{bail, Result};
+use crate::types::Piece;
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+
+/// Blocks of a record at most.
+pub(crate) const MAX_BLOCKS: usize = 4096;
+/// Orders that are told and have not ended at most.
+pub(crate) const WINDOW: usize = 1024;
+/// Words of the ring, of a record's head, and of a block.
+const RING: usize = 128 << 10;
+const HEAD_WORDS: usize = 4;
+const BLOCK_WORDS: usize = 3;
+/// A record is put at the ring's end only if it holds so many blocks there, or all of them.
+const LEAST: usize = 64;
+/// An empty ring begins anew from here on: what is written again and again stays in the cache.
+const FAR: usize = RING / 4;
+
+/// Words of the file that this takes: how each order ended, and the ring.
+pub(super) const WORDS: usize = WINDOW + RING;
+const STATUS_AT: usize = ORDERS_AT;
+const RING_AT: usize = ORDERS_AT + WINDOW;
+
+/// Words of the front page, each in a cache line of its own. Written by the owner of the file: how far it has written.
+const TAIL: usize = FRONT_OF_OTHERS;
+/// Written by the other side: how far it has read, how many orders have ended, and how many bytes of all orders are copied.
+const HEAD: usize = FRONT_OF_OTHERS + 8;
+const ENDED: usize = FRONT_OF_OTHERS + 16;
+const MOVED: usize = FRONT_OF_OTHERS + 24;
+/// How many bytes it has read under grants.
+pub(super) const READ: usize = FRONT_OF_OTHERS + 32;
+
+/// Flags of a record: its order has no more; nothing but the way to the ring's begin.
+const LAST: u64 = 1;
+const SKIP: u64 = 2;
+
+/// What all blocks of a record have in common.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Head {
+    /// Number of the order, from 1 on.
+    pub order: u64,
+    /// The grant that allows it.
+    pub slot: u32,
+    pub generation: u64,
+    /// The export that the source lies in; 0: memory of the process.
+    pub export: u32,
+    /// The order's last record.
+    pub last: bool,
+}
+
+/// A record: `src` in the ordering side's address space, `dst` in the other's.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Record {
+    pub head: Head,
+    pub blocks: Vec<Piece>,
+}
+
+/// The side that orders: its own file.
+pub(crate) struct OrdersOut {
+    shared: Arc<Shared>,
+    tail: u64,
+    /// The other side's places as they were last seen.
+    head: u64,
+    ended: u64,
+    told: u64,
+}
+
+impl OrdersOut {
+    pub(crate) fn new(shared: &Arc<Shared>) -> OrdersOut {
+        OrdersOut { shared: shared.clone(), tail: 0, head: 0, ended: 0, told: 0 }
+    }
+
+    /// The number of a new order.
+    pub(crate) fn begin(&mut self) -> u64 {
+        self.told += 1;
+        self.told
+    }
+
+    /// How many blocks of `wanted` the next record may have; 0 when there is no room now.
+    ///
+    /// # Errors
+    /// `Protocol` when the other side claims what cannot be.
+    pub(crate) fn room(&mut self, wanted: usize) -> Result<usize> {
+        let head = self.shared.word(HEAD).load(Ordering::Acquire);
+        if head < self.head || head > self.tail {
+            bail!(Protocol, "the peer has read orders up to {head}, which end at {}", self.tail);
+        }
+        self.head = head;
+        let fits = |words: usize| (words.saturating_sub(HEAD_WORDS) / BLOCK_WORDS).min(MAX_BLOCKS).min(wanted);
+        let (free, at) = (RING - (self.tail - self.head) as usize, self.tail as usize % RING);
+        let left = RING - at;
+        let (here, front) = (fits(free.min(left)), fits(free.saturating_sub(left)));
+        let least = wanted.min(LEAST);
+        let anew = at >= FAR && self.head == self.tail && front >= wanted.min(MAX_BLOCKS);
+        if here >= least && !anew {
+            return Ok(here);
+        }
+        if front < least {
+            return Ok(0);
+        }
+        self.shared.word(RING_AT + at).store(left as u64 | SKIP << 32, Ordering::Relaxed);
+        self.tail += left as u64;
+        Ok(front)
+    }
+
+    /// Tells blocks of an order; [`OrdersOut::room`] has said that they fit.
+    ///
+    /// # Errors
+    /// `Internal` when they do not.
+    pub(crate) fn tell(&mut self, head: Head, blocks: &[Piece]) -> Result<()> {
+        let words = HEAD_WORDS + BLOCK_WORDS * blocks.len();
+        let (free, at) = (RING - (self.tail - self.head) as usize, self.tail as usize % RING);
+        if blocks.is_empty() || blocks.len() > MAX_BLOCKS || words > free || at + words > RING {
+            bail!(Internal, "no room for an order of {} blocks", blocks.len());
+        }
+        let ring: &[_; RING] = self.shared.words(RING_AT);
+        let (front, rest) = ring[at..at + words].split_at(HEAD_WORDS);
+        let flags = if head.last { LAST } else { 0 };
+        let values =
+            [words as u64 | flags << 32, head.order, head.generation, u64::from(head.slot) | u64::from(head.export) << 32];
+        front.iter().zip(values).for_each(|(word, value)| word.store(value, Ordering::Relaxed));
+        for (to, block) in rest.chunks_exact(BLOCK_WORDS).zip(blocks) {
+            to[0].store(block.src, Ordering::Relaxed);
+            to[1].store(block.dst, Ordering::Relaxed);
+            to[2].store(block.len, Ordering::Relaxed);
+        }
+        self.tail += words as u64;
+        self.shared.word(TAIL).store(self.tail, Ordering::Release);
+        Ok(())
+    }
+
+    /// Whether orders have ended since the last call.
+    ///
+    /// # Errors
+    /// `Protocol` when more have than were told.
+    pub(crate) fn ended(&mut self) -> Result<bool> {
+        let ended = self.shared.word(ENDED).load(Ordering::Acquire);
+        if ended < self.ended || ended > self.told {
+            bail!(Protocol, "{ended} orders of {} have ended, after {}", self.told, self.ended);
+        }
+        Ok(std::mem::replace(&mut self.ended, ended) != ended)
+    }
+
+    /// Whether an order was carried out (`true`) or refused; `None` while it is under way.
+    pub(crate) fn outcome(&self, order: u64) -> Option<bool> {
+        let status: &[_; WINDOW] = self.shared.words(STATUS_AT);
+        let word = status[order as usize % WINDOW].load(Ordering::Acquire);
+        (word >> 1 == order).then_some(word & 1 == 1)
+    }
+
+    /// Bytes of all orders that the other side says are copied.
+    pub(crate) fn moved(&self) -> u64 {
+        self.shared.word(MOVED).load(Ordering::Relaxed)
+    }
+
+    /// Bytes of this side that the other side says it has read under grants.
+    pub(crate) fn read(&self) -> u64 {
+        self.shared.word(READ).load(Ordering::Relaxed)
+    }
+}
+
+/// The side that is ordered: the other side's file.
+pub(crate) struct OrdersIn {
+    shared: Arc<Shared>,
+    head: u64,
+    ended: u64,
+    moved: u64,
+    read: u64,
+}
+
+impl OrdersIn {
+    pub(crate) fn new(shared: &Arc<Shared>) -> OrdersIn {
+        OrdersIn { shared: shared.clone(), head: 0, ended: 0, moved: 0, read: 0 }
+    }
+
+    /// Something is there to be read.
+    pub(crate) fn waiting(&self) -> bool {
+        self.shared.word(TAIL).load(Ordering::SeqCst) != self.head
+    }
+
+    /// The next record, copied; `false` when there is none yet.
+    ///
+    /// # Errors
+    /// `Protocol` when the contents cannot be.
+    pub(crate) fn next(&mut self, into: &mut Record) -> Result<bool> {
+        let shared = self.shared.clone();
+        let ring: &[_; RING] = shared.words(RING_AT);
+        let word = |at: usize| ring[at % RING].load(Ordering::Relaxed);
+        let mut filled = self.shared.word(TAIL).load(Ordering::Acquire).wrapping_sub(self.head);
+        if filled > RING as u64 {
+            bail!(Protocol, "a ring of orders that holds {filled} words");
+        }
+        let (mut words, mut flags, mut at);
+        loop {
+            if filled == 0 {
+                return Ok(false);
+            }
+            at = self.head as usize % RING;
+            let first = word(at);
+            (words, flags) = ((first & 0xFFFF_FFFF) as usize, first >> 32);
+            if flags != SKIP {
+                break;
+            }
+            if words != RING - at || words as u64 > filled {
+                bail!(Protocol, "a way of {words} words to the begin of a ring of orders");
+            }
+            filled -= words as u64;
+            self.passed(words);
+        }
+        let whole =
+            words > HEAD_WORDS && words <= HEAD_WORDS + BLOCK_WORDS * MAX_BLOCKS && (words - HEAD_WORDS) % BLOCK_WORDS == 0;
+        if !whole || flags > LAST || words as u64 > filled || at + words > RING {
+            bail!(Protocol, "an order of {words} words in a ring that holds {filled}");
+        }
+        let last = word(at + 3);
+        let (slot, export) = (last as u32, (last >> 32) as u32);
+        into.head = Head { order: word(at + 1), slot, generation: word(at + 2), export, last: flags == LAST };
+        into.blocks.clear();
+        let blocks = ring[at + HEAD_WORDS..at + words].chunks_exact(BLOCK_WORDS);
+        into.blocks.extend(blocks.map(|w| Piece {
+            src: w[0].load(Ordering::Relaxed),
+            dst: w[1].load(Ordering::Relaxed),
+            len: w[2].load(Ordering::Relaxed),
+        }));
+        self.passed(words);
+        Ok(true)
+    }
+
+    fn passed(&mut self, words: usize) {
+        self.head += words as u64;
+        self.shared.word(HEAD).store(self.head, Ordering::Release);
+    }
+
+    /// An order has ended: all bytes are in place, or it was refused.
+    pub(crate) fn end(&mut self, order: u64, done: bool) {
+        let status: &[_; WINDOW] = self.shared.words(STATUS_AT);
+        status[order as usize % WINDOW].store(order << 1 | u64::from(done), Ordering::Release);
+        self.ended += 1;
+        self.shared.word(ENDED).store(self.ended, Ordering::SeqCst);
+    }
+
+    /// Orders that have ended.
+    pub(crate) fn ended(&self) -> u64 {
+        self.ended
+    }
+
+    /// Bytes of orders were copied.
+    pub(crate) fn moved(&mut self, bytes: u64) {
+        self.moved += bytes;
+        self.shared.word(MOVED).store(self.moved, Ordering::Relaxed);
+    }
+
+    /// Bytes were read under grants.
+    pub(crate) fn read(&mut self, bytes: u64) {
+        self.read += bytes;
+        self.shared.word(READ).store(self.read, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::ring::{Inbox, Outbox};
+    use super::*;
+    use crate::status::ErrorKind;
+    use proptest::prelude::*;
+    use std::collections::VecDeque;
+
+    fn both() -> (OrdersOut, OrdersIn) {
+        let out = Outbox::new().unwrap();
+        let inn = Inbox::open(out.fd()).unwrap();
+        (OrdersOut::new(out.shared()), OrdersIn::new(inn.shared()))
+    }
+
+    fn blocks(n: usize, len: u64) -> Vec<Piece> {
+        (0..n as u64).map(|i| Piece { src: i * 8192 + 1, dst: i * 4096 + 2, len }).collect()
+    }
+
+    fn head(order: u64, last: bool) -> Head {
+        Head { order, slot: order as u32 % 7, generation: order + 5, export: order as u32 % 3, last }
+    }
+
+    proptest! {
+        /// Whatever sizes and however often the ring goes round, what comes out is what went in.
+        #[test]
+        fn orders_arrive_as_they_were_told(rounds in proptest::collection::vec((1usize..2 * MAX_BLOCKS, 0usize..3), 1..80)) {
+            let (mut out, mut inn) = both();
+            let (mut waiting, mut got) = (VecDeque::new(), Record::default());
+            for (i, (n, reads)) in rounds.into_iter().enumerate() {
+                let mut left = blocks(n, 4096);
+                while !left.is_empty() {
+                    let room = out.room(left.len()).unwrap();
+                    prop_assert!(room <= left.len().min(MAX_BLOCKS));
+                    if room == 0 {
+                        prop_assert!(inn.next(&mut got).unwrap());
+                        prop_assert_eq!(Some(got.clone()), waiting.pop_front());
+                        continue;
+                    }
+                    let record = Record { head: head(i as u64, room == left.len()), blocks: left.drain(..room).collect() };
+                    out.tell(record.head, &record.blocks).unwrap();
+                    prop_assert!(inn.waiting());
+                    waiting.push_back(record);
+                }
+                for _ in 0..reads {
+                    prop_assert_eq!(inn.next(&mut got).unwrap(), !waiting.is_empty());
+                    if let Some(expected) = waiting.pop_front() {
+                        prop_assert_eq!(&got, &expected);
+                    }
+                }
+            }
+            while let Some(expected) = waiting.pop_front() {
+                prop_assert!(inn.next(&mut got).unwrap());
+                prop_assert_eq!(&got, &expected);
+            }
+            prop_assert!(!inn.next(&mut got).unwrap() && !inn.waiting());
+            prop_assert!(out.room(1).unwrap() == 1);
+        }
+
+        /// A peer that writes anything anywhere is found out or gives a record in bounds.
+        #[test]
+        fn a_hostile_ring_is_never_believed(writes in proptest::collection::vec((0usize..200, any::<bool>(), any::<u64>(), any::<bool>()), 1..200)) {
+            let (mut out, mut inn) = both();
+            let mut got = Record::default();
+            out.room(5).unwrap();
+            out.tell(head(out.told + 1, true), &blocks(5, 7)).unwrap();
+            for (at, front, value, small) in writes {
+                let at = if front { at % 96 } else { RING_AT + at };
+                out.shared.word(at).store(if small { value % 5000 } else { value }, Ordering::SeqCst);
+                match inn.next(&mut got) {
+                    Ok(true) => prop_assert!(!got.blocks.is_empty() && got.blocks.len() <= MAX_BLOCKS),
+                    Ok(false) => {}
+                    Err(e) => prop_assert_eq!(e.kind(), ErrorKind::Protocol),
+                }
+                for claimed in [out.room(3).err(), out.ended().err()].into_iter().flatten() {
+                    prop_assert_eq!(claimed.kind(), ErrorKind::Protocol);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_end_of_each_order_is_seen_in_any_sequence() {
+        let (mut out, mut inn) = both();
+        let orders: Vec<u64> = (0..3).map(|_| out.begin()).collect();
+        assert_eq!((orders[0], out.ended().unwrap()), (1, false));
+        inn.end(2, true);
+        assert!(out.ended().unwrap() && !out.ended().unwrap());
+        assert_eq!(orders.iter().map(|&o| out.outcome(o)).collect::<Vec<_>>(), [None, Some(true), None]);
+        inn.end(1, false);
+        assert_eq!(out.outcome(1), Some(false));
+        inn.moved(70);
+        inn.read(30);
+        assert_eq!((out.moved(), out.read(), inn.ended()), (70, 30, 2));
+        (0..2).for_each(|i| inn.end(3 + i, true));
+        assert_eq!(out.ended().unwrap_err().kind(), ErrorKind::Protocol, "one more than was told");
+    }
+
+    #[test]
+    fn a_ring_that_is_full_takes_no_more_and_empties() {
+        let (mut out, mut inn) = both();
+        let all = blocks(MAX_BLOCKS, 1);
+        let mut n = 0;
+        while out.room(MAX_BLOCKS).unwrap() == MAX_BLOCKS {
+            out.tell(head(1, false), &all).unwrap();
+            n += 1;
+        }
+        assert!(n >= 9, "{n}");
+        assert!(out.tell(head(1, false), &all).is_err());
+        let mut got = Record::default();
+        while inn.next(&mut got).unwrap() {}
+        assert_eq!(out.room(MAX_BLOCKS).unwrap(), MAX_BLOCKS);
+    }
+}

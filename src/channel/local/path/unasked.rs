@@ -1,0 +1,751 @@
+//! Transfers under a grant, for which nobody is asked on the control connection: reads are pulled by whoever wants them, writes are
+//! ordered in shared memory and pulled by the owner of the destination. Only the owner of memory writes it, as with chunks. Knows nothing
+//! of frames and of transfers but their keys.
+
+use super::super::grants::{Grants, Leases};
+use super::super::notes::MAX_EXPORTS;
+use super::super::orders::{Head, OrdersIn, OrdersOut, Record, MAX_BLOCKS, WINDOW};
+use super::super::puller::{Piece, Pull};
+use super::super::ring::{Inbox, Outbox};
+use super::super::sharing::{Imports, Stretch};
+use super::{memory, LocalPath, Note};
+use crate::channel::path::{Direct, Event, Pairing, Way};
+use crate::region::{Hold, RegionUse};
+use crate::status::{bail, Result};
+use crate::types::{Key, Place};
+use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
+
+/// Blocks of a read's first pull; each further one has twice as many, up to so many: copies begin while the rest is prepared.
+const FIRST: usize = 1024;
+const MOST: usize = 8 * FIRST;
+/// Blocks of the first record of an order.
+const FIRST_RECORD: usize = 512;
+/// Blocks and pulls of the peer's orders that are under way at once.
+const UNDER_WAY: usize = 64 << 10;
+const PULLS: usize = 32;
+/// Records of the peer that are read in one round.
+const RECORDS: usize = 4096;
+/// Bytes of a pull: what ends is seen to move.
+const BYTES: u64 = 256 << 20;
+
+/// An order of this side that has not ended.
+struct Told {
+    order: u64,
+    key: Key,
+    len: u64,
+    over: bool,
+    /// The source, until the peer has it.
+    _hold: Hold,
+}
+
+/// A read of this side.
+struct Reading {
+    key: Key,
+    /// Grants that it uses.
+    slots: Vec<u32>,
+    /// Pulls under way, and whether there will be no more.
+    pulls: usize,
+    all: bool,
+    _hold: Hold,
+}
+
+/// An order of the peer.
+struct Order {
+    number: u64,
+    pulls: usize,
+    last: bool,
+    refused: bool,
+    over: bool,
+    /// Destinations, by their grants.
+    uses: Vec<(u32, u64, RegionUse)>,
+}
+
+/// Who wanted a pull, and bytes of it.
+enum Whose {
+    Read(Key, u64),
+    Orders(Vec<(u64, u64)>),
+}
+
+/// Pieces that are being copied.
+struct Batch {
+    pull: Pull,
+    place: Place,
+    exports: Vec<u32>,
+    pieces: usize,
+    whose: Whose,
+}
+
+/// State of all that.
+pub(super) struct Unasked {
+    /// Both ends are in this process: there the source's holds go with chunks.
+    off: bool,
+    pub(super) out: OrdersOut,
+    inn: OrdersIn,
+    pub(super) grants: Grants,
+    pub(super) leases: Leases,
+    told: VecDeque<Told>,
+    unsent: VecDeque<Record>,
+    reads: Vec<Reading>,
+    orders: VecDeque<Order>,
+    batches: Vec<Batch>,
+    /// Pieces of the peer's orders that are being copied, and pulls of them.
+    pieces_under_way: usize,
+    order_pulls: usize,
+    /// A record that was read and belongs to the next pull.
+    held: bool,
+    record: Record,
+    pieces: Vec<Piece>,
+    ordered_bytes: u64,
+    done_bytes: u64,
+}
+
+/// How a pairing's blocks are found here: by the allocations that its source lies in, rising; none where addresses are valid as they are.
+struct Source {
+    slot: u32,
+    generation: u64,
+    stretches: Vec<Stretch>,
+}
+
+impl Unasked {
+    pub(super) fn new(outbox: &Outbox, inbox: &Inbox, off: bool) -> Unasked {
+        Unasked {
+            off,
+            out: OrdersOut::new(outbox.shared()),
+            inn: OrdersIn::new(inbox.shared()),
+            grants: Grants::new(outbox.shared()),
+            leases: Leases::new(inbox.shared()),
+            told: VecDeque::new(),
+            unsent: VecDeque::new(),
+            reads: Vec::new(),
+            orders: VecDeque::new(),
+            batches: Vec::new(),
+            pieces_under_way: 0,
+            order_pulls: 0,
+            held: false,
+            record: Record::default(),
+            pieces: Vec::new(),
+            ordered_bytes: 0,
+            done_bytes: 0,
+        }
+    }
+
+    /// Something of it is under way.
+    pub(super) fn busy(&self) -> bool {
+        !(self.told.is_empty() && self.reads.is_empty() && self.orders.is_empty())
+    }
+
+    /// There is something to do although nothing is under way.
+    pub(super) fn attention(&self) -> bool {
+        self.held || self.inn.waiting() || !self.grants.notes.is_empty()
+    }
+
+    /// Orders of this side that are under way.
+    pub(super) fn told(&self) -> usize {
+        self.told.len()
+    }
+
+    /// Bytes of this side's orders that the peer has copied, and those of orders that have ended.
+    pub(super) fn moved(&self) -> u64 {
+        self.out.moved().min(self.ordered_bytes).max(self.done_bytes)
+    }
+
+    /// Bytes that left: by orders that have ended, and by reads of the peer, as it says.
+    pub(super) fn sent(&self) -> u64 {
+        self.done_bytes.saturating_add(self.out.read())
+    }
+
+    /// Whether something of it uses a region of this side. The destination of a read and the source of an order are known to whoever
+    /// started them.
+    pub(super) fn uses_region(&self, id: u64) -> bool {
+        self.grants.is_read(id) || self.orders.iter().any(|order| order.uses.iter().any(|(.., region)| region.span.id == id))
+    }
+
+    /// No pull runs any more, or `false`: then what they use stays for ever.
+    pub(super) fn end(&mut self, quiet: bool) {
+        let (reads, orders) = (std::mem::take(&mut self.reads), std::mem::take(&mut self.orders));
+        match quiet {
+            true => reads.iter().flat_map(|read| &read.slots).for_each(|&slot| self.leases.leave(slot)),
+            false => std::mem::forget((reads, orders)),
+        }
+    }
+
+    fn order(&mut self, number: u64) -> Option<&mut Order> {
+        let front = self.orders.front()?.number;
+        self.orders.get_mut(usize::try_from(number.checked_sub(front)?).ok()?)
+    }
+
+    /// Ends an order of the peer of which nothing is under way or to come; whether it did.
+    fn settle(&mut self, number: u64) -> bool {
+        let Some(order) = self.order(number).filter(|order| order.last && order.pulls == 0 && !order.over) else { return false };
+        // The region is free before the peer knows.
+        order.uses.clear();
+        order.over = true;
+        let done = !order.refused;
+        self.inn.end(number, done);
+        while self.orders.front().is_some_and(|order| order.over) {
+            self.orders.pop_front();
+        }
+        true
+    }
+
+    /// The order that a record belongs to.
+    fn begin(&mut self, head: &Head) -> Result<()> {
+        let next = match self.orders.back() {
+            Some(order) if !order.last => order.number,
+            Some(order) => order.number + 1,
+            None => self.inn.ended() + 1,
+        };
+        if head.order != next {
+            bail!(Protocol, "order {} where {next} comes", head.order);
+        }
+        if self.orders.back().is_none_or(|order| order.last) {
+            if self.orders.len() >= WINDOW {
+                bail!(Protocol, "more than {WINDOW} orders");
+            }
+            self.orders.push_back(Order { number: next, pulls: 0, last: false, refused: false, over: false, uses: Vec::new() });
+        }
+        if let (Some(order), true) = (self.orders.back_mut(), head.last) {
+            order.last = true;
+        }
+        Ok(())
+    }
+
+    /// Where a record's blocks go, and where the peer's memory lies: the region of its grant, in use from the order's first block there
+    /// until its end. `None` where the grant does not stand, or does not allow it.
+    fn enter(&mut self, head: &Head) -> Option<Place> {
+        let (region, there) = self.grants.region(head.slot, head.generation)?;
+        let order = self.orders.back_mut()?;
+        if !order.uses.iter().any(|&(slot, generation, _)| (slot, generation) == (head.slot, head.generation)) {
+            if !region.access().write {
+                return None;
+            }
+            order.uses.push((head.slot, head.generation, region.enter()?));
+        }
+        Some(there)
+    }
+}
+
+/// Turns `src` of the pieces from `begin` on into where it is visible here, each inside one allocation, and tells the exports.
+///
+/// # Errors
+/// `Internal` for a piece outside of all allocations.
+fn locate(pieces: &mut Vec<Piece>, begin: usize, stretches: &[Stretch], mut each: impl FnMut(u32)) -> Result<()> {
+    if let [only] = stretches {
+        each(only.id);
+        for piece in &mut pieces[begin..] {
+            let Some(src) = only.locate(piece.src, piece.len) else { bail!(Internal, "a block outside of its allocation") };
+            piece.src = src;
+        }
+        return Ok(());
+    }
+    let mut last: Option<Stretch> = None;
+    for mut piece in pieces.split_off(begin) {
+        while piece.len > 0 {
+            let stretch = match last.filter(|stretch| stretch.locate(piece.src, 1).is_some()) {
+                Some(stretch) => stretch,
+                None => {
+                    let after = stretches.partition_point(|stretch| stretch.base <= piece.src);
+                    let found = after.checked_sub(1).map(|at| stretches[at]).filter(|s| s.locate(piece.src, 1).is_some());
+                    let Some(found) = found else { bail!(Internal, "a block outside of its allocations") };
+                    each(found.id);
+                    last = Some(found);
+                    found
+                }
+            };
+            let at = piece.src - stretch.base;
+            let len = piece.len.min(stretch.len - at);
+            pieces.push(Piece { src: stretch.addr + at, dst: piece.dst, len });
+            piece = Piece { src: piece.src + len, dst: piece.dst + len, len: piece.len - len };
+        }
+    }
+    Ok(())
+}
+
+/// Whether allocations, rising, hold all of a range without a gap.
+fn cover(stretches: &[Stretch], (begin, end): (u64, u64)) -> bool {
+    let mut at = begin;
+    for stretch in stretches {
+        if stretch.base <= at && at - stretch.base < stretch.len {
+            at = stretch.base + stretch.len;
+        }
+    }
+    at >= end
+}
+
+impl LocalPath {
+    /// The peer has shown the token of a region, for memory of it at `there`.
+    pub(super) fn grant(&mut self, region: &RegionUse, there: Place) {
+        let unasked = &mut self.unasked;
+        if unasked.off || unasked.grants.has(region.span.id, there) || !self.pairs.contains(&(region.place, there)) {
+            return;
+        }
+        let exports = match (region.place.is_device(), &mut self.device) {
+            (true, Some(device)) => {
+                self.shares.share(region, there, &mut **device);
+                self.shares.exports(region.span.id, there).filter(|ids| ids.len() <= MAX_EXPORTS)
+            }
+            (true, None) => None,
+            (false, _) => Some(Vec::new()),
+        };
+        // Its end is to be told.
+        region.to_share();
+        unasked.grants.give(region.region(), there, exports);
+        self.news.store(true, Ordering::Release);
+    }
+
+    /// Starts a transfer for which nobody has to be asked, if all of it is granted. Nothing has begun after `false`.
+    pub(super) fn start_direct(&mut self, transfer: &mut Direct<'_>) -> Result<bool> {
+        let known = |p: &Pairing| self.pairs.contains(&(p.here, p.there));
+        if self.unasked.off || !transfer.pairings.iter().all(known) {
+            return Ok(false);
+        }
+        match transfer.way {
+            Way::In => self.start_read(transfer),
+            Way::Out => self.start_order(transfer),
+        }
+    }
+
+    // ---- reads of this side ----
+
+    /// What a pairing's blocks are pulled from, where it is granted and reached.
+    fn source(&self, pairing: &Pairing) -> Option<Source> {
+        let granted = self.unasked.leases.find(pairing.region, pairing.there, pairing.here)?;
+        let inside = pairing.far.0 >= granted.addr && pairing.far.1 <= granted.addr + granted.len;
+        if granted.token != pairing.token || !granted.access.read || !inside {
+            return None;
+        }
+        let mut stretches = Vec::with_capacity(granted.exports.len());
+        for &id in &granted.exports {
+            stretches.push(self.imports.look(id, pairing.here)?);
+        }
+        if pairing.here.is_device() && !cover(&stretches, pairing.far) {
+            return None;
+        }
+        Some(Source { slot: granted.slot, generation: granted.generation, stretches })
+    }
+
+    fn start_read(&mut self, transfer: &mut Direct<'_>) -> Result<bool> {
+        let Some(sources) = transfer.pairings.iter().map(|p| self.source(p)).collect::<Option<Vec<Source>>>() else {
+            return Ok(false);
+        };
+        let place = transfer.pairings.first().map_or(Place::HOST, |p| p.here);
+        // Mixed destinations are rare enough for the control connection.
+        if transfer.pairings.iter().any(|p| p.here != place) || memory(&mut self.host, &mut self.device, place).is_none() {
+            return Ok(false);
+        }
+        let mut slots: Vec<u32> = Vec::new();
+        for Source { slot, generation, .. } in &sources {
+            if !self.unasked.leases.enter(*slot, *generation) {
+                slots.iter().for_each(|&slot| self.unasked.leases.leave(slot));
+                return Ok(false);
+            }
+            slots.push(*slot);
+        }
+        let reading = Reading { key: transfer.key, slots, pulls: 0, all: false, _hold: transfer.hold.clone() };
+        self.unasked.reads.push(reading);
+        let mut most = FIRST;
+        while let Some((exports, bytes)) = self.gather(transfer, &sources, most)? {
+            self.pull_pieces(place, exports, Whose::Read(transfer.key, bytes))?;
+            if let Some(read) = self.unasked.reads.last_mut() {
+                read.pulls += 1;
+            }
+            most = (2 * most).min(MOST);
+        }
+        if let Some(read) = self.unasked.reads.last_mut() {
+            read.all = true;
+        }
+        Ok(true)
+    }
+
+    /// The pieces of a read's next pull: the exports that they lie in, and their bytes; `None` at the end.
+    fn gather(&mut self, transfer: &mut Direct<'_>, sources: &[Source], most: usize) -> Result<Option<(Vec<u32>, u64)>> {
+        let Unasked { pieces, .. } = &mut self.unasked;
+        let (mut exports, mut bytes): (Vec<u32>, u64) = (Vec::new(), 0);
+        pieces.clear();
+        while pieces.len() < most && bytes < BYTES {
+            let begin = pieces.len();
+            let Some(pairing) = transfer.blocks.fill(most - begin, BYTES - bytes, pieces) else { break };
+            bytes += pieces[begin..].iter().map(|p| p.len).sum::<u64>();
+            let Some(Source { stretches, .. }) = sources.get(pairing) else { bail!(Internal, "blocks of no pairing") };
+            if !stretches.is_empty() {
+                locate(pieces, begin, stretches, |id| {
+                    if !exports.contains(&id) {
+                        exports.push(id);
+                    }
+                })?;
+            }
+        }
+        Ok((!pieces.is_empty()).then_some((exports, bytes)))
+    }
+
+    /// Starts a pull of the pieces at hand.
+    fn pull_pieces(&mut self, place: Place, exports: Vec<u32>, whose: Whose) -> Result<()> {
+        for &id in &exports {
+            self.imports.enter(id, place)?;
+        }
+        let Some(memory) = memory(&mut self.host, &mut self.device, place) else {
+            bail!(Internal, "a pull into memory of nobody")
+        };
+        let pieces = &self.unasked.pieces;
+        // SAFETY: sources lie in the peer's process or in open mappings, which `exports` keeps; destinations are held by the read or by
+        // the order, which stay until the pull has ended, or for ever where it does not end.
+        let pull = unsafe { memory.pull(place, pieces) }?;
+        self.unasked.batches.push(Batch { pull, place, exports, pieces: pieces.len(), whose });
+        Ok(())
+    }
+
+    // ---- orders of this side ----
+
+    /// Where the peer finds a pairing's blocks, where it has granted their destination.
+    fn target(&mut self, pairing: &Pairing, hold: &Hold) -> Option<Source> {
+        let granted = self.unasked.leases.find(pairing.region, pairing.there, pairing.here)?;
+        let inside = pairing.far.0 >= granted.addr && pairing.far.1 <= granted.addr + granted.len;
+        if granted.token != pairing.token || !granted.access.write || !inside {
+            return None;
+        }
+        let (slot, generation) = (granted.slot, granted.generation);
+        let mut stretches = Vec::new();
+        if pairing.here.is_device() {
+            let region = hold.region_to_share(pairing.local)?;
+            let device = self.device.as_mut()?;
+            if !self.shares.share(region, pairing.there, &mut **device) {
+                return None;
+            }
+            stretches = self.shares.stretches(region.span.id, pairing.there);
+            if !cover(&stretches, pairing.near) {
+                return None;
+            }
+        }
+        Some(Source { slot, generation, stretches })
+    }
+
+    fn start_order(&mut self, transfer: &mut Direct<'_>) -> Result<bool> {
+        if self.unasked.told.len() + 1 >= WINDOW {
+            return Ok(false);
+        }
+        let mut targets = Vec::with_capacity(transfer.pairings.len());
+        for pairing in transfer.pairings {
+            match self.target(pairing, transfer.hold) {
+                Some(target) => targets.push(target),
+                None => {
+                    // Something may have been told for the first time.
+                    self.news.store(true, Ordering::Release);
+                    return Ok(false);
+                }
+            }
+        }
+        let unasked = &mut self.unasked;
+        let order = unasked.out.begin();
+        let (key, len) = (transfer.key, transfer.total);
+        unasked.told.push_back(Told { order, key, len, over: false, _hold: transfer.hold.clone() });
+        unasked.ordered_bytes += len;
+        let mut most = FIRST_RECORD;
+        loop {
+            let Unasked { pieces, .. } = &mut self.unasked;
+            pieces.clear();
+            let Some(pairing) = transfer.blocks.fill(most, BYTES, pieces) else { break };
+            let Some(Source { slot, generation, stretches }) = targets.get(pairing) else {
+                bail!(Internal, "blocks of no pairing")
+            };
+            let head = Head { order, slot: *slot, generation: *generation, export: 0, last: transfer.blocks.is_done() };
+            self.unasked.tell(head, stretches)?;
+            self.wake();
+            most = (2 * most).min(MAX_BLOCKS);
+        }
+        Ok(true)
+    }
+
+    /// Wakes the peer if it sleeps.
+    fn wake(&mut self) {
+        if self.inbox.wakes() {
+            self.notes.push_back(Note::Ring);
+            // What the socket does not take waits for the next round.
+            let _ = self.answer();
+        }
+    }
+}
+
+impl Unasked {
+    /// Tells the pieces at hand, a record for each allocation that they lie in.
+    fn tell(&mut self, head: Head, stretches: &[Stretch]) -> Result<()> {
+        let mut pieces = std::mem::take(&mut self.pieces);
+        let told = match stretches {
+            [] => self.put(head, &pieces),
+            [only] => self.put(Head { export: only.id, ..head }, &pieces),
+            _ => {
+                // Addresses of this side stay as they are.
+                let cut = locate(&mut pieces, 0, stretches, |_| {});
+                cut.and_then(|()| self.put_by_export(head, stretches, &pieces))
+            }
+        };
+        pieces.clear();
+        self.pieces = pieces;
+        told
+    }
+
+    /// Tells blocks of several allocations, none of which crosses the end of one.
+    fn put_by_export(&mut self, head: Head, stretches: &[Stretch], mut blocks: &[Piece]) -> Result<()> {
+        let export = |block: &Piece| {
+            let after = stretches.partition_point(|stretch| stretch.base <= block.src);
+            after.checked_sub(1).map_or(0, |at| stretches[at].id)
+        };
+        while let Some(first) = blocks.first() {
+            let id = export(first);
+            let n = blocks.iter().take_while(|block| export(block) == id).count();
+            let (now, rest) = blocks.split_at(n);
+            self.put(Head { export: id, last: head.last && rest.is_empty(), ..head }, now)?;
+            blocks = rest;
+        }
+        Ok(())
+    }
+
+    /// Tells blocks as far as there is room, and keeps the rest.
+    fn put(&mut self, head: Head, mut blocks: &[Piece]) -> Result<()> {
+        while self.unsent.is_empty() && !blocks.is_empty() {
+            let room = self.out.room(blocks.len())?;
+            if room == 0 {
+                break;
+            }
+            let (now, rest) = blocks.split_at(room);
+            self.out.tell(Head { last: head.last && rest.is_empty(), ..head }, now)?;
+            blocks = rest;
+        }
+        if !blocks.is_empty() {
+            self.unsent.push_back(Record { head, blocks: blocks.to_vec() });
+        }
+        Ok(())
+    }
+
+    /// Tells what waits for room; whether something was told.
+    fn tell_more(&mut self) -> Result<bool> {
+        let mut any = false;
+        while let Some(record) = self.unsent.front_mut() {
+            let room = self.out.room(record.blocks.len())?;
+            if room == 0 {
+                break;
+            }
+            let rest = record.blocks.split_off(room);
+            self.out.tell(Head { last: record.head.last && rest.is_empty(), ..record.head }, &record.blocks)?;
+            record.blocks = rest;
+            if record.blocks.is_empty() {
+                self.unsent.pop_front();
+            }
+            any = true;
+        }
+        Ok(any)
+    }
+
+    /// Reports orders of this side that have ended.
+    fn report(&mut self, events: &mut Vec<Event>) -> Result<bool> {
+        if self.told.is_empty() || !self.out.ended()? {
+            return Ok(false);
+        }
+        for told in self.told.iter_mut().filter(|told| !told.over) {
+            let Some(done) = self.out.outcome(told.order) else { continue };
+            told.over = true;
+            self.done_bytes += if done { told.len } else { 0 };
+            if done {
+                events.push(Event::Moved(told.key, told.len));
+            }
+            events.push(Event::Ended(told.key, done));
+        }
+        while self.told.front().is_some_and(|told| told.over) {
+            self.told.pop_front();
+        }
+        Ok(true)
+    }
+
+    /// Adds the record at hand to the pull that is being gathered: `false` when it belongs to the next one. `parts`: orders and bytes.
+    fn add(
+        &mut self,
+        imports: &mut Imports,
+        place: &mut Option<Place>,
+        exports: &mut Vec<u32>,
+        parts: &mut Vec<(u64, u64)>,
+    ) -> Result<bool> {
+        let head = self.record.head;
+        let wanted = self.grants.region(head.slot, head.generation).map(|(region, _)| region.place);
+        if wanted.is_some() && place.is_some() && *place != wanted {
+            return Ok(false);
+        }
+        self.begin(&head)?;
+        let refused = self.orders.back().is_none_or(|order| order.refused);
+        let Some(there) = (if refused { None } else { self.enter(&head) }) else {
+            self.refuse();
+            return Ok(true);
+        };
+        let (here, begin) = (wanted.unwrap_or(Place::HOST), self.pieces.len());
+        let stretch = match (here.is_device(), head.export) {
+            (true, id) => imports.look(id, here).filter(|_| there.is_device()),
+            (false, 0) => None,
+            (false, id) => bail!(Protocol, "an order of export {id} for memory of {here:?}"),
+        };
+        let Some(order) = self.orders.back() else { bail!(Internal, "a record of no order") };
+        let used = order.uses.iter().find(|(slot, generation, _)| (*slot, *generation) == (head.slot, head.generation));
+        let Some((.., region)) = used else { bail!(Internal, "a grant that was not entered") };
+        let mut sum = 0u64;
+        for block in &self.record.blocks {
+            let src = match (&stretch, here.is_device()) {
+                (Some(stretch), _) => stretch.locate(block.src, block.len),
+                (None, false) => block.src.checked_add(block.len).map(|_| block.src),
+                (None, true) => None,
+            };
+            let Some(src) = src.filter(|_| block.len > 0) else {
+                bail!(Protocol, "{} bytes at {:#x} are not inside export {}", block.len, block.src, head.export)
+            };
+            if region.check_remote(block.dst, block.len).is_err() {
+                bail!(Protocol, "an order of {} bytes outside of the region that is granted", block.len);
+            }
+            sum += block.len;
+            self.pieces.push(Piece { src, ..*block });
+        }
+        debug_assert!(self.pieces.len() > begin);
+        *place = Some(here);
+        if here.is_device() && !exports.contains(&head.export) {
+            exports.push(head.export);
+        }
+        match parts.last_mut() {
+            Some((number, bytes)) if *number == head.order => *bytes += sum,
+            _ => parts.push((head.order, sum)),
+        }
+        Ok(true)
+    }
+
+    /// Refuses the newest order of the peer; its records are still to come as they do.
+    fn refuse(&mut self) {
+        if let Some(order) = self.orders.back_mut() {
+            order.refused = true;
+        }
+    }
+}
+
+impl LocalPath {
+    // ---- orders of the peer ----
+
+    /// Starts pulls for what the peer orders.
+    fn take_orders(&mut self) -> Result<bool> {
+        let (mut any, mut records) = (false, 0);
+        while self.unasked.pieces_under_way < UNDER_WAY && self.unasked.order_pulls < PULLS && records < RECORDS {
+            let (mut place, mut exports, mut parts) = (None, Vec::new(), Vec::new());
+            let mut read = false;
+            self.unasked.pieces.clear();
+            while self.unasked.pieces.len() < MAX_BLOCKS && records < RECORDS {
+                let unasked = &mut self.unasked;
+                if !unasked.held && !unasked.inn.next(&mut unasked.record)? {
+                    break;
+                }
+                unasked.held = !unasked.add(&mut self.imports, &mut place, &mut exports, &mut parts)?;
+                if unasked.held {
+                    break;
+                }
+                read = true;
+                records += 1;
+                let number = unasked.record.head.order;
+                // One that was refused and has nothing under way has ended.
+                if parts.last().is_none_or(|&(last, _)| last != number) && unasked.settle(number) {
+                    self.ring_later();
+                }
+            }
+            if let Some(place) = place {
+                for &(number, _) in &parts {
+                    if let Some(order) = self.unasked.order(number) {
+                        order.pulls += 1;
+                    }
+                }
+                self.unasked.pieces_under_way += self.unasked.pieces.len();
+                self.unasked.order_pulls += 1;
+                self.pull_pieces(place, exports, Whose::Orders(parts))?;
+            }
+            if !read {
+                break;
+            }
+            any = true;
+        }
+        Ok(any)
+    }
+
+    fn ring_later(&mut self) {
+        if self.inbox.wakes() {
+            self.notes.push_back(Note::Ring);
+        }
+    }
+
+    /// Reports pulls that have ended, in any order.
+    fn end_pulls(&mut self, events: &mut Vec<Event>) -> Result<bool> {
+        let (mut any, mut i) = (false, 0);
+        while let Some(batch) = self.unasked.batches.get(i) {
+            let Some(memory) = memory(&mut self.host, &mut self.device, batch.place) else { bail!(Internal, "a pull of nobody") };
+            if !memory.poll(batch.pull)? {
+                i += 1;
+                continue;
+            }
+            // What was copied counts only if its owner left it alone until here.
+            if self.inbox.closed() {
+                bail!(RemoteDisconnect, "the peer's process has closed the connection");
+            }
+            any = true;
+            let Batch { exports, pieces, whose, .. } = self.unasked.batches.remove(i);
+            if let Some(device) = &mut self.device {
+                exports.into_iter().for_each(|id| self.imports.release(id, &mut **device));
+            }
+            match whose {
+                Whose::Read(key, bytes) => {
+                    self.count_received(bytes);
+                    self.unasked.inn.read(bytes);
+                    events.push(Event::Moved(key, bytes));
+                    self.unasked.end_read(key, events);
+                }
+                Whose::Orders(parts) => {
+                    self.unasked.pieces_under_way -= pieces;
+                    self.unasked.order_pulls -= 1;
+                    for (number, bytes) in parts {
+                        self.count_received(bytes);
+                        self.unasked.inn.moved(bytes);
+                        if let Some(order) = self.unasked.order(number) {
+                            order.pulls -= 1;
+                        }
+                        if self.unasked.settle(number) {
+                            self.ring_later();
+                        }
+                    }
+                }
+            }
+        }
+        Ok(any)
+    }
+
+    /// Advances all of it.
+    pub(super) fn advance_direct(&mut self, events: &mut Vec<Event>) -> Result<bool> {
+        let mut any = false;
+        if !self.unasked.unsent.is_empty() && self.unasked.tell_more()? {
+            self.wake();
+            any = true;
+        }
+        any |= self.unasked.report(events)?;
+        if self.unasked.held || self.unasked.inn.waiting() {
+            any |= self.take_orders()?;
+        }
+        if !self.unasked.batches.is_empty() {
+            any |= self.end_pulls(events)?;
+        }
+        Ok(any)
+    }
+}
+
+impl Unasked {
+    /// A pull of a read has ended, and perhaps the read.
+    fn end_read(&mut self, key: Key, events: &mut Vec<Event>) {
+        let Some(at) = self.reads.iter().position(|read| read.key == key) else { return };
+        let read = &mut self.reads[at];
+        read.pulls -= 1;
+        if read.pulls == 0 && read.all {
+            let Reading { slots, .. } = self.reads.swap_remove(at);
+            slots.into_iter().for_each(|slot| self.leases.leave(slot));
+            events.push(Event::Ended(key, true));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

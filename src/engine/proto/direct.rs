@@ -1,0 +1,90 @@
+//! Transfers of this side that go without chunks and frames: a path of the channels carries all of them, and says how far they are. The
+//! peer has no say in them on the control stream. Knows nothing of how they are carried.
+
+use super::{Kind, Machine};
+use crate::channel::path::{Blocks, Direct, Pairing, Way};
+use crate::channel::router::Channels;
+use crate::hash::Map;
+use crate::region::Hold;
+use crate::status::{err, Result};
+use crate::types::{Key, Place};
+use std::time::Instant;
+
+/// A transfer as the caller describes it, if it is to go without chunks.
+pub(crate) struct Sketch {
+    pub pairings: Vec<Pairing>,
+    /// What keeps this side's regions.
+    pub hold: Hold,
+    pub total: u64,
+    /// Blocks.
+    pub count: usize,
+}
+
+impl Sketch {
+    /// The pairs of places (here, at the peer) that occur.
+    pub(crate) fn places(&self) -> Vec<(Place, Place)> {
+        self.pairings.iter().map(|p| (p.here, p.there)).collect()
+    }
+}
+
+/// Those under way: what keeps their regions.
+#[derive(Default)]
+pub(super) struct Unasked(Map<u64, Hold>);
+
+impl Unasked {
+    pub(super) fn uses_region(&self, id: u64) -> bool {
+        self.0.values().any(|hold| hold.holds(id))
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.0.clear();
+    }
+}
+
+impl Machine {
+    /// Starts a transfer that was admitted, if it can go without chunks: its id. `None`: nothing has begun.
+    ///
+    /// # Errors
+    /// When the connection must end.
+    pub(crate) fn start_direct(
+        &mut self,
+        sketch: Sketch,
+        way: Way,
+        blocks: &mut dyn Blocks,
+        channels: &mut Channels,
+        now: Instant,
+    ) -> Result<Option<u64>> {
+        let Sketch { pairings, hold, total, count } = sketch;
+        let key = Key { id: self.transfers.next(), mine: true };
+        let mut direct = Direct { key, way, total, pairings: &pairings, hold: &hold, blocks };
+        if !channels.start_direct(&mut direct)? {
+            return Ok(None);
+        }
+        let id = self.transfers.start(Kind::Direct, total, count);
+        debug_assert_eq!(id, key.id);
+        self.deadlines.start(key, way, total, now);
+        self.unasked.0.insert(id, hold);
+        self.attend(now);
+        Ok(Some(id))
+    }
+
+    /// Bytes of such a transfer are in place.
+    pub(super) fn direct_moved(&mut self, key: Key, len: u64, now: Instant) {
+        self.deadlines.moved(key, len, now);
+        self.transfers.moved(key.id, len);
+    }
+
+    /// Such a transfer has ended.
+    pub(super) fn direct_ended(&mut self, key: Key, done: bool) {
+        self.unasked.0.remove(&key.id);
+        self.deadlines.end(key);
+        let result = if done {
+            Ok(())
+        } else {
+            self.counts.refused_by_peer += 1;
+            let (peer, id) = (&self.setting.peer, key.id);
+            Err(err!(RemoteAccess, "{peer}: transfer {id} refused by the peer: its region is not registered any more"))
+        };
+        self.transfers.finish(key.id, result);
+    }
+}

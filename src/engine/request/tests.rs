@@ -1,0 +1,132 @@
+use super::*;
+use crate::types::RemoteAccess;
+use proptest::prelude::*;
+use std::time::Instant;
+
+const ENGINE: [u8; 16] = [3; 16];
+
+fn item(region: u64, addr: u64) -> FifoItem {
+    let access = Access { region, token: [region as u8; 16], engine: ENGINE, place: Place::gpu(region as u8 % 2) };
+    FifoItem::new(addr, 0, &access)
+}
+
+/// Two regions here, of 1 MiB from 1 MiB on and of 1 MiB from 8 MiB on.
+fn registry() -> (Registry, [u64; 2]) {
+    let registry = Registry::new();
+    let add = |addr| registry.add(addr, 1 << 20, Place::HOST, RemoteAccess::ALL).unwrap();
+    let ids = [add(1 << 20), add(8 << 20)];
+    (registry, ids)
+}
+
+fn fed<I: Iterator<Item = (LocalSegment, FifoItem)>>(mut feed: Feed<I>, most: usize) -> Vec<(usize, Piece)> {
+    let (mut all, mut out) = (Vec::new(), Vec::new());
+    while let Some(at) = feed.fill(most, 1 << 30, &mut out) {
+        assert!(out.len() <= most && !out.is_empty());
+        all.extend(out.drain(..).map(|piece| (at, piece)));
+    }
+    assert!(feed.is_done() && out.is_empty());
+    all
+}
+
+proptest! {
+    /// Whatever the order of regions: every block is handed out once, in order, with its own pairing, which holds it.
+    #[test]
+    fn a_feed_is_the_list(
+        blocks in proptest::collection::vec((0usize..2, 0u64..3, 0u64..1000, 0usize..1000), 1..100), most in 1usize..40, read in any::<bool>(),
+    ) {
+        let (registry, ids) = registry();
+        let items: Vec<(LocalSegment, FifoItem)> = blocks.iter().map(|&(mine, region, at, len)| {
+            let addr = [1 << 20, 8 << 20][mine] + at as usize * 7;
+            (LocalSegment { mr: ids[mine], addr, len }, item(region + 1, 5000 + at * 3))
+        }).collect();
+        let total: u64 = items.iter().map(|(l, _)| l.len as u64).sum();
+        let sketch = sketch(items.iter().copied(), &registry, ENGINE);
+        prop_assert_eq!(sketch.is_some(), total > 0);
+        if let Some((sketch, known)) = sketch {
+            let way = if read { Way::In } else { Way::Out };
+            let got = fed(Feed::new(items.iter().copied(), known, way, sketch.count), most);
+            let expected: Vec<_> = items.iter().filter(|(local, _)| local.len > 0).collect();
+            prop_assert_eq!((sketch.total, sketch.count, got.len()), (total, expected.len(), expected.len()));
+            for ((at, piece), (local, item)) in got.into_iter().zip(expected) {
+                let pairing = sketch.pairings[at];
+                let (near, far) = if read { (piece.dst, piece.src) } else { (piece.src, piece.dst) };
+                prop_assert_eq!((near, far, piece.len), (local.addr as u64, item.addr, local.len as u64));
+                prop_assert_eq!((pairing.region, pairing.token), (item.idx, [item.idx as u8; 16]));
+                prop_assert!(pairing.near.0 <= near && near + piece.len <= pairing.near.1);
+                prop_assert!(pairing.far.0 <= far && far + piece.len <= pairing.far.1);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_wrong_is_left_to_the_builder() {
+    let (registry, [mr, _]) = registry();
+    let local = |addr, len| LocalSegment { mr, addr, len };
+    let good = (local(1 << 20, 16), item(1, 100));
+    let foreign = FifoItem::new(100, 0, &Access { region: 1, token: [1; 16], engine: [4; 16], place: Place::HOST });
+    for bad in [
+        (local((1 << 20) - 1, 16), good.1),
+        (local(2 << 20, 1), good.1),
+        (local(usize::MAX - 3, 16), good.1),
+        (LocalSegment { mr: 99, ..good.0 }, good.1),
+        (good.0, foreign),
+        (good.0, item(1, u64::MAX - 3)),
+        (good.0, FifoItem { rid: 0, ..good.1 }),
+    ] {
+        for list in [vec![bad], vec![good, bad], vec![bad, good]] {
+            assert!(sketch(list.into_iter(), &registry, ENGINE).is_none(), "{bad:?}");
+        }
+    }
+    assert!(sketch([(local(1 << 20, 0), good.1)].into_iter(), &registry, ENGINE).is_none(), "nothing to move");
+}
+
+#[test]
+fn long_blocks_are_handed_out_in_parts() {
+    let registry = Registry::new();
+    let mr = registry.add(1 << 20, 1 << 40, Place::gpu(0), RemoteAccess::ALL).unwrap();
+    let list = [(LocalSegment { mr, addr: 1 << 20, len: (5 << 28) + 7 }, item(1, 100))];
+    let (sketch, known) = sketch(list.into_iter(), &registry, ENGINE).unwrap();
+    let got = fed(Feed::new(list.into_iter(), known, Way::In, sketch.count), 100);
+    assert_eq!(got.len(), 6);
+    let mut at = 0;
+    for (_, piece) in got {
+        assert_eq!((piece.src, piece.dst), (100 + at, (1 << 20) + at));
+        assert!(piece.len <= MAX_BLOCK);
+        at += piece.len;
+    }
+    assert_eq!(at, (5 << 28) + 7);
+}
+
+/// What looking at a block and handing it out cost; UCCL_TEST_BENCH=1 runs it.
+#[test]
+fn cost_of_a_block() {
+    if std::env::var_os("UCCL_TEST_BENCH").is_none() {
+        eprintln!("SKIPPED: cost_of_a_block needs UCCL_TEST_BENCH=1");
+        return;
+    }
+    const COUNT: usize = 16_384;
+    let registry = Registry::new();
+    let mr = registry.add(1 << 20, 1 << 30, Place::gpu(0), RemoteAccess::ALL).unwrap();
+    let (mrs, lens) = (vec![mr; COUNT], vec![4096usize; COUNT]);
+    let addrs: Vec<usize> = (0..COUNT).map(|i| (1 << 20) + i * 7919 % COUNT * 4096).collect();
+    let items: Vec<FifoItem> = (0..COUNT as u64).map(|i| item(1, i * 4096)).collect();
+    let list = || (0..COUNT).map(|i| (LocalSegment { mr: mrs[i], addr: addrs[i], len: lens[i] }, &items[i]));
+    let (mut looks, mut feeds, mut out) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..200 {
+        let begin = Instant::now();
+        let (sketch, known) = sketch(list(), &registry, ENGINE).unwrap();
+        looks.push(begin.elapsed().as_nanos() as f64 / COUNT as f64);
+        let begin = Instant::now();
+        let mut feed = Feed::new(list(), known, Way::In, sketch.count);
+        while feed.fill(1024, 1 << 30, &mut out).is_some() {
+            std::hint::black_box(&out);
+            out.clear();
+        }
+        feeds.push(begin.elapsed().as_nanos() as f64 / COUNT as f64);
+    }
+    for (what, mut times) in [("look", looks), ("feed", feeds)] {
+        times.sort_by(f64::total_cmp);
+        println!("{what:<8} {:>6.1} ns a block, median; {:.1} least", times[times.len() / 2], times[0]);
+    }
+}
