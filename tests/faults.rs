@@ -143,6 +143,20 @@ fn memory_that_runs_out_gives_errors_and_never_wrong_bytes() {
 // ---- threads ----
 
 #[test]
+fn connections_that_nobody_drives_keep_each_other_alive() {
+    let timeout = Duration::from_secs(5);
+    let config = || Config { num_channels: Some(1), peer_timeout: timeout, ..config() };
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let all: Vec<_> = (0..20).map(|_| pair(&a, &b)).collect();
+    std::thread::sleep(2 * timeout + timeout / 4);
+    for (out, inc) in &all {
+        assert!(out.status().is_ok() && inc.status().is_ok(), "{:?}, {:?}", out.status(), inc.status());
+        let silent = out.stats().unwrap().silent.max(inc.stats().unwrap().silent);
+        assert!(silent < timeout, "nothing was heard for {silent:?}");
+    }
+}
+
+#[test]
 fn threads_that_poll_one_connection_do_not_starve_its_heartbeat() {
     let config = || Config { num_channels: Some(1), peer_timeout: Duration::from_secs(2), ..config() };
     let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
@@ -280,6 +294,12 @@ impl Hosts {
         if !made {
             println!("SKIPPED: network namespaces and veth pairs cannot be made here");
         }
+        // The kernel takes its time with the carrier of a new interface, and one without is not used.
+        let carries = |host: &String| {
+            let shown = Command::new("ip").args(["-n", host.as_str(), "-o", "link", "show", "dev", "eth1"]).output();
+            shown.is_ok_and(|out| String::from_utf8_lossy(&out.stdout).contains("state UP"))
+        };
+        assert!(!made || until(LIMIT, || hosts.names.iter().all(carries)), "no carrier");
         made.then_some(hosts)
     }
 

@@ -387,9 +387,10 @@ fn a_stopped_process_is_given_up_in_time_and_does_nothing_late() {
         let (source, _) = a.buffer(LEN, 9);
         let (target, item) = b.buffer(LEN, 0);
         let (sink, _) = a.buffer(LEN, 0);
-        let write = a.start_transfer(&format!("write 0 {source} {LEN} {}", text_of(&item))).unwrap();
         let read = a.start_transfer(&format!("read 0 {sink} {LEN} {}", text_of(&item))).unwrap();
+        // Before the write, which it could have done by now: when it goes on, what it was asked for is there, and must not be done.
         b.signal(libc::SIGSTOP);
+        let write = a.start_transfer(&format!("write 0 {source} {LEN} {}", text_of(&item))).unwrap();
         for id in [write, read] {
             assert_ne!(a.wait(0, id, LIMIT), Outcome::Pending);
         }

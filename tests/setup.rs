@@ -712,11 +712,17 @@ fn own_network(interfaces: &[&str], commands: &[&str]) -> bool {
         all.push(format!("link set {name} up"));
     }
     all.extend(commands.iter().map(|c| (*c).to_owned()));
-    match all.iter().find(|command| !ip(command)) {
-        Some(command) => println!("SKIPPED: ip {command} does not work"),
-        None => return true,
+    if let Some(command) = all.iter().find(|command| !ip(command)) {
+        println!("SKIPPED: ip {command} does not work");
+        return false;
     }
-    false
+    // The kernel takes its time with the carrier of a new interface, and one without is not used.
+    let carries = |name: &&str| {
+        let shown = Command::new("ip").args(["-o", "link", "show", "dev", name]).output().expect("ip");
+        String::from_utf8_lossy(&shown.stdout).contains("state UP")
+    };
+    assert!(until(Duration::from_secs(20), || interfaces.iter().all(|name| carries(name))), "no carrier on {interfaces:?}");
+    true
 }
 
 /// Gives this process ports of its own where that is possible: closed connections keep theirs for a minute.

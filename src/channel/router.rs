@@ -139,6 +139,7 @@ impl Channels {
         let base: usize = self.paths.iter().take(route).map(|p| p.channels()).sum();
         self.loads.channels.clear();
         self.loads.nics.clear();
+        self.loads.alone = 0;
         self.paths.get_mut(route)?.loads(place, bulk, now, &mut self.loads);
         let pick = stripe::pick(&self.loads, want)?;
         Some((u16::try_from(base + pick.channel).ok()?, pick.len as usize))

@@ -6,6 +6,7 @@ use super::fabric::Raised;
 use super::link::{Agreed, Sealed};
 use super::local::Local;
 use super::notify::Inbox;
+use super::pacing::Cores;
 use super::proto::{heartbeat, Machine, Setting};
 use super::site::Site;
 use crate::channel::cuda::CudaDevice;
@@ -58,7 +59,8 @@ fn paths(site: &Site, sets: Vec<Raised>, chunk_bytes: usize, doorbell: &Doorbell
         }
         let traits = &set.plan.plugin.traits;
         let (vectored, stage_sends) = (traits.vectored && config.vectored, traits.stage_sends && config.stage_sends);
-        let usage = Usage { vectored, host: traits.host_memory, stage_sends, gpus: set.plan.gpus, chunk_bytes };
+        let alone = Cores::here().alone();
+        let usage = Usage { vectored, host: traits.host_memory, stage_sends, gpus: set.plan.gpus, chunk_bytes, alone };
         Ok(Box::new(NetPath::new(channels, usage)))
     };
     // A set without channels does not serve; another one carries what it would.

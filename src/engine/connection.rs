@@ -392,7 +392,13 @@ impl Connection {
         let Core { machine, channels, .. } = &mut *core;
         match machine.start_direct(sketch, way, &mut feed, channels, now) {
             Ok(None) => Ok(None),
-            Ok(Some(id)) => self.started(core, Ok(id), now).map(Some),
+            Ok(Some(id)) => {
+                // A small read of host memory is over already.
+                let before = machine.ended();
+                let looked = if way == Way::In { machine.drive_channels(channels, now).map(drop) } else { Ok(()) };
+                self.wake_waiters(&core, before);
+                self.started(core, looked.map(|()| Some(id)), now)
+            }
             Err(e) => self.started(core, Err(e), now),
         }
     }
@@ -611,10 +617,15 @@ impl Connection {
                 true
             }
         };
+        self.wake_waiters(core, before);
+        any
+    }
+
+    /// Transfers may have ended since there were `before`.
+    fn wake_waiters(&self, core: &Core, before: u64) {
         if core.machine.ended() != before && self.waiters.load(Ordering::Acquire) > 0 {
             self.ended.notify_all();
         }
-        any
     }
 
     /// For how long an application thread has been driving it, if one does at present.

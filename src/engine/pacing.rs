@@ -70,6 +70,14 @@ impl Cores {
         }
     }
 
+    /// Bytes that one channel should take alone: where threads compete for cores, the threads of more channels only take each other's.
+    pub(crate) fn alone(self) -> u64 {
+        match self {
+            Cores::Few | Cores::Some => NAP_BYTES,
+            Cores::Many => 0,
+        }
+    }
+
     /// Whether a thread that spins takes the core of one that works. `large`: a large transfer is under way.
     fn are_short(self, large: bool) -> bool {
         self == Cores::Few || (self == Cores::Some && large)

@@ -1,9 +1,11 @@
 """Agents with the backend TCPX made after fork, as servers that fork their workers do. Run it with run.sh: NIXL_TEST=test_nixl_fork.py."""
 
+import multiprocessing
 import multiprocessing.process
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 
@@ -14,24 +16,32 @@ MIB = 1 << 20
 CHILD_S = 40
 
 
-def in_child(work):
-    """Runs `work` in a forked child that ends like a program does. Its exit status; 1 for an exception, -9 when it did not end in time."""
+def fork_child(work):
+    """Runs `work` in a forked child that ends like a program does. Its process id."""
     sys.stdout.flush()
     child = os.fork()
-    if child == 0:
-        # The parent's other processes are not this one's to end.
-        multiprocessing.process._children.clear()
-        status = 1
-        try:
-            work()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Through the interpreter's end, where inherited agents are destroyed.
-        raise SystemExit(status)
-    deadline = time.monotonic() + CHILD_S
+    if child != 0:
+        return child
+    # The parent's other processes are not this one's to end.
+    multiprocessing.process._children.clear()
+    status = 1
+    try:
+        work()
+        status = 0
+    except SystemExit:
+        # A child's child.
+        raise
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Through the interpreter's end, where inherited agents are destroyed.
+    raise SystemExit(status)
+
+
+def end_of(child, seconds=CHILD_S):
+    """A child's exit status; 1 for an exception, -9 when it did not end in time."""
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -40,6 +50,10 @@ def in_child(work):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return -9
+
+
+def in_child(work):
+    return end_of(fork_child(work))
 
 
 def exchange(node, there, remote, seed):
@@ -148,6 +162,67 @@ def several_workers_forked_one_after_the_other():
         check_equal(in_child(lambda: fresh_agent(there, remote, 10 * turn)), 0, f"worker {turn}")
     there.kill()
     del node
+
+
+@case(timeout=150)
+def workers_as_vllm_starts_them():
+    # A front end that has NIXL loaded forks an engine core, which holds the connector's scheduler role and no agent; that forks its tensor-parallel
+    # workers, all at the same time, and each of these makes an agent.
+    front = Node("front", params={})
+    others = [other() for _ in range(3)]
+
+    def engine_core():
+        core = Node("core", params={})
+        workers = [fork_child(lambda: fresh_agent(*others[rank], 10 * (rank + 1))) for rank in range(3)]
+        check_equal([end_of(worker) for worker in workers], [0, 0, 0], "the workers")
+        del core
+
+    check_equal(end_of(fork_child(engine_core), 2 * CHILD_S), 0, "the engine core")
+    for there, _ in others:
+        there.kill()
+    del front
+
+
+def scheduler_of_sglang(metadata, remote, seed, answers):
+    """Makes its agent in the main thread and uses it in another one, as SGLang's transfer workers do."""
+    node = Node(f"rank{seed}")
+    node.allocate("data", MIB, seed)
+    node.connect(metadata)
+
+    def transfer():
+        try:
+            write = node.move("WRITE", "data", [(0, MIB)], remote, "there", b"%d" % seed)
+            node.fill("data", 0)
+            read = node.move("READ", "data", [(0, MIB)], remote, "there")
+            answers.put((seed, write, read, node.matches("data", seed)))
+        except Exception as error:
+            answers.put((seed, repr(error)))
+
+    worker = threading.Thread(target=transfer)
+    worker.start()
+    worker.join()
+    node = None
+
+
+@case(timeout=150)
+def schedulers_as_sglang_starts_them():
+    # A launcher that has an agent of its own spawns one scheduler a rank, all at the same time.
+    launcher = Node("launcher")
+    launcher.allocate("data", MIB)
+    context = multiprocessing.get_context("spawn")
+    others, answers = [other() for _ in range(3)], context.Queue()
+    schedulers = []
+    for rank, (there, remote) in enumerate(others):
+        schedulers.append(context.Process(target=scheduler_of_sglang, args=(there.metadata(), remote, 10 * (rank + 1), answers), daemon=True))
+        schedulers[-1].start()
+    told = sorted(answers.get(timeout=100) for _ in schedulers)
+    check_equal(told, [(10 * (rank + 1), "DONE", "DONE", True) for rank in range(3)], "what the schedulers say")
+    for scheduler in schedulers:
+        scheduler.join(30)
+        check_equal(scheduler.exitcode, 0, "a scheduler")
+    for there, _ in others:
+        there.close()
+    del launcher
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def main():
             sides.append(Side(name, serve, {"role": role, "model": model, "layers": options.layers, "blocks": each * 8 + 8,
                                             "tokens": options.tokens, "backend": options.backend, "port": free_port()}))
         for side in sides:
-            side.answer(300)
+            side.answer(900)
         run(options, *sides)
 
 

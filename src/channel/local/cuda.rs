@@ -66,6 +66,8 @@ struct Unit {
 /// Memory of GPUs on a connection within a host.
 pub(crate) struct CudaMemory {
     options: CudaOptions,
+    /// Both ends are in this process.
+    within_process: bool,
     // Dropped before the mappings that its pulls read.
     units: Vec<Unit>,
     open: HashMap<u64, Open>,
@@ -75,7 +77,7 @@ pub(crate) struct CudaMemory {
 impl CudaMemory {
     /// Nothing is opened or allocated before it is needed.
     pub(crate) fn new(options: CudaOptions) -> CudaMemory {
-        CudaMemory { options, units: Vec::new(), open: HashMap::new(), next: 0 }
+        CudaMemory { options, within_process: false, units: Vec::new(), open: HashMap::new(), next: 0 }
     }
 
     /// The unit that pulls into memory of `place`.
@@ -108,9 +110,11 @@ fn gpu(place: Place) -> Result<Arc<Gpu>> {
 }
 
 /// An allocation that can be told to a peer.
-fn export_of(gpu: &Gpu, uuid: GpuId, found: Allocation) -> Result<Export> {
+fn export_of(gpu: &Gpu, uuid: GpuId, found: Allocation, within_process: bool) -> Result<Export> {
     let Allocation { base, len, id, sharing } = found;
     let (kind, handle, fd) = match sharing {
+        // Opened as memory of its own.
+        _ if within_process => (ExportKind::CudaIpc, [0; 64], None),
         Sharing::Ipc => (ExportKind::CudaIpc, ipc_handle(gpu.context(), base)?, None),
         Sharing::Posix => {
             let mut handle = [0; 64];
@@ -173,10 +177,14 @@ impl LocalMemory for CudaMemory {
             }
             let found = allocation(gpu.context(), at)?;
             let next = found.base.saturating_add(found.len);
-            exports.push(export_of(&gpu, uuid, found)?);
+            exports.push(export_of(&gpu, uuid, found, self.within_process)?);
             at = next;
         }
         Ok(exports)
+    }
+
+    fn within_process(&mut self) {
+        self.within_process = true;
     }
 
     fn open(&mut self, export: &Export, place: Place) -> Result<Mapping> {

@@ -122,7 +122,10 @@ impl LocalPath {
     pub(crate) fn new(linked: Linked, bell: Bell, likely: Vec<Place>) -> LocalPath {
         let same = linked.same_process;
         let shelves = same.then(|| (Shelf::own(linked.id, linked.connecting), Shelf::of(linked.id, !linked.connecting)));
-        let Linked { socket, who, mut host, device, inbox, outbox, pairs, .. } = linked;
+        let Linked { socket, who, mut host, mut device, inbox, outbox, pairs, .. } = linked;
+        if let (true, Some(device)) = (same, &mut device) {
+            device.within_process();
+        }
         if let Some(host) = &mut host {
             host.set_bell(bell);
         }

@@ -81,6 +81,9 @@ pub(crate) trait LocalMemory: Send {
     /// `Unsupported` where it cannot be shared: other channels carry it.
     fn export(&mut self, place: Place, addr: u64, len: u64) -> Result<Vec<Export>>;
 
+    /// Both ends are in this process: from now on exports need no handle, and [`ExportKind::Own`] is what the other end opens.
+    fn within_process(&mut self) {}
+
     /// Maps a peer's allocation for pulls into memory of `place`. Everything in `export` is the peer's word; the peer has proved that
     /// it may talk to us, and may still lie.
     ///

@@ -28,6 +28,8 @@ pub(crate) struct Usage {
     pub gpus: Option<(Place, Place)>,
     /// Largest chunk, bytes.
     pub chunk_bytes: usize,
+    /// See [`Loads::alone`].
+    pub alone: u64,
 }
 
 /// Channels over one plugin.
@@ -85,7 +87,8 @@ impl Path for NetPath {
     }
 
     fn chunk_len(&self, total: u64) -> usize {
-        chunk_len(total, self.channels.len(), self.usage.chunk_bytes)
+        let share = if total <= self.usage.alone && !self.compares() { 1 } else { self.channels.len() };
+        chunk_len(total, share, self.usage.chunk_bytes)
     }
 
     fn carries(&self, local: Place, peer: Place) -> bool {
@@ -107,6 +110,7 @@ impl Path for NetPath {
             self.look(now);
             out.nics.extend(self.nics.iter().map(|nic| nic.load(now)));
         }
+        out.alone = self.usage.alone;
         let channels = self.channels.iter().zip(&self.nic_of);
         out.channels.extend(channels.map(|(channel, &nic)| channel.load(place, bulk, &self.usage, nic, now)));
     }

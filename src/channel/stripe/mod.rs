@@ -53,6 +53,8 @@ pub(crate) struct Probe {
 pub(crate) struct Loads {
     pub channels: Vec<Load>,
     pub nics: Vec<NicLoad>,
+    /// Bytes, under way and waiting, up to which one channel takes all; 0: channels share from the first chunk on.
+    pub alone: u64,
 }
 
 /// What is to be sent.
@@ -100,9 +102,23 @@ const WORTH_A_PROBE: u64 = 1 << 20;
 /// Where the next chunk goes. `None`: wait until something on these channels is done.
 pub(crate) fn pick(loads: &Loads, want: Want) -> Option<Pick> {
     match loads.nics.len() {
-        0 | 1 => pick_channel(&loads.channels, |_| true, want.len).map(|channel| Pick { channel, len: want.len }),
+        0 | 1 => pick_alone(loads, want)
+            .or_else(|| pick_channel(&loads.channels, |_| true, want.len))
+            .map(|channel| Pick { channel, len: want.len }),
         _ => pick_nic(loads, want),
     }
+}
+
+/// The channel that has begun with what one should take alone, while it has a place and is not slow.
+fn pick_alone(loads: &Loads, want: Want) -> Option<usize> {
+    let queued: u64 = loads.channels.iter().map(|load| load.queued).sum();
+    if queued == 0 || queued + want.rest > loads.alone {
+        return None;
+    }
+    let (index, busiest) =
+        loads.channels.iter().enumerate().filter(|(_, load)| load.free > 0).max_by_key(|(_, load)| load.queued)?;
+    let slow = busiest.rate > 0.0 && busiest.rate < SLOW * reference(loads.channels.iter().map(|load| load.rate));
+    (busiest.queued > 0 && !slow).then_some(index)
 }
 
 /// A NIC with a free channel, while one is chosen. Times are in bytes at the reference's speed.
@@ -292,7 +308,7 @@ mod tests {
 
     /// As with one NIC.
     fn pick(channels: &[Load], len: u64) -> Option<usize> {
-        super::pick(&Loads { channels: channels.to_vec(), nics: Vec::new() }, Want { len, rest: len }).map(|pick| pick.channel)
+        super::pick(&Loads { channels: channels.to_vec(), ..Loads::default() }, Want { len, rest: len }).map(|pick| pick.channel)
     }
 
     proptest! {
@@ -330,6 +346,32 @@ mod tests {
                 prop_assert!(loads[c].free > 0);
             }
         }
+    }
+
+    /// Hands out `total` bytes in chunks of `len`, none of which is done meanwhile: how many each channel gets.
+    fn handed_out(alone: u64, mut channels: Vec<Load>, total: u64, len: u64) -> Vec<u64> {
+        let mut chunks = vec![0; channels.len()];
+        for sent in 0..total / len {
+            let loads = Loads { channels: channels.clone(), alone, ..Loads::default() };
+            let Some(pick) = super::pick(&loads, Want { len, rest: total - sent * len }) else { break };
+            chunks[pick.channel] += 1;
+            channels[pick.channel].queued += len;
+            channels[pick.channel].free -= 1;
+        }
+        chunks
+    }
+
+    #[test]
+    fn one_channel_takes_a_small_transfer_alone_where_it_should() {
+        const K: u64 = 1 << 10;
+        let idle = Load { free: 16, queued: 0, rate: 0.0, nic: 0 };
+        assert_eq!(handed_out(0, vec![idle; 4], 1024 * K, 128 * K), [2, 2, 2, 2], "nothing is said");
+        assert_eq!(handed_out(1024 * K, vec![idle; 4], 1024 * K, 128 * K), [8, 0, 0, 0]);
+        assert_eq!(handed_out(1024 * K, vec![idle; 4], 2048 * K, 256 * K), [2, 2, 2, 2], "too much for one");
+        assert_eq!(handed_out(1024 * K, vec![Load { free: 3, ..idle }; 4], 1024 * K, 128 * K), [3, 3, 2, 0], "no place is left");
+        let slow = Load { rate: 1e6, queued: 64 * K, ..idle };
+        let fast = Load { rate: 1e9, ..idle };
+        assert_eq!(handed_out(1024 * K, vec![slow, fast, fast, fast], 512 * K, 128 * K)[0], 0, "a slow one");
     }
 
     #[test]

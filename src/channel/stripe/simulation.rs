@@ -70,7 +70,11 @@ impl World {
         }
         let window = if bulk { WINDOW } else { 2 * WINDOW };
         let load = |c: &SimulatedChannel| Load { free: window - c.chunks.len(), queued: c.queued, rate: 0.0, nic: c.nic };
-        Loads { channels: self.channels.iter().map(load).collect(), nics: self.learned.iter().map(|nic| nic.load(now)).collect() }
+        Loads {
+            channels: self.channels.iter().map(load).collect(),
+            nics: self.learned.iter().map(|nic| nic.load(now)).collect(),
+            alone: 0,
+        }
     }
 
     /// Hands out what has room.
