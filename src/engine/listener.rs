@@ -42,7 +42,9 @@ fn told_address(filter: Option<&str>) -> Result<IpAddr> {
     match (control_address(&usable), filter) {
         (Some(ip), Some(_)) => Ok(ip),
         (Some(ip), None) if !ip.is_loopback() => Ok(ip),
-        (None, Some(filter)) => bail!(InvalidArgument, "no interface with a usable address matches {filter:?}"),
+        (None, Some(filter)) => {
+            bail!(InvalidArgument, "no interface with a usable address matches {filter:?}{}", topology::others())
+        }
         (found, None) => {
             log::warn!("this host has no IPv4 or global IPv6 address but the loopback one: only peers on this host can connect");
             Ok(found.unwrap_or(Ipv4Addr::LOCALHOST.into()))

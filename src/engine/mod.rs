@@ -388,7 +388,10 @@ impl Engine {
 fn chosen_nics() -> String {
     let set = |name: &&str| std::env::var(name).is_ok_and(|value| !value.trim().is_empty());
     match ["NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"].into_iter().find(set) {
-        Some(name) => format!(": {name}={} matches none that can be used", std::env::var(name).unwrap_or_default()),
+        Some(name) => {
+            let value = std::env::var(name).unwrap_or_default();
+            format!(": {name}={value} matches none that can be used{}", crate::net::topology::others())
+        }
         None => String::new(),
     }
 }

@@ -50,6 +50,16 @@ pub(crate) fn usable(filter: Option<&str>) -> std::io::Result<Vec<IpAddr>> {
     Ok(soft_plugin::interfaces::usable(filter)?.iter().map(|i| i.address).collect())
 }
 
+/// What could be named instead of a filter that lets nothing through, for an error text.
+pub(crate) fn others() -> String {
+    let all = soft_plugin::interfaces::usable(None).unwrap_or_default();
+    let names: Vec<_> = all.iter().take(16).map(|i| i.name.to_string_lossy()).collect();
+    if names.is_empty() {
+        return " (no interface can)".to_owned();
+    }
+    format!(" (there: {})", names.join(", "))
+}
+
 /// Whether `ip` is an address of this host.
 pub(crate) fn is_local(ip: IpAddr) -> bool {
     ip.is_loopback() || addresses().contains(&ip)

@@ -12,7 +12,7 @@ export NCCL_GPUDIRECTTCPX_SOCKET_IFNAME=eth9
 client 5
 end_client
 [ $status != 0 ] || { echo "$name: the client did not fail without its interface"; failed=1; }
-reads 1 '^error: .*eth9' log
+reads 1 '^error: .*eth9 .*\(there: .*eth1.*eth2' log
 
 # The one data NIC of both hosts, and this side's has another network: nothing of the peer can be reached over it.
 export NCCL_GPUDIRECTTCPX_SOCKET_IFNAME="=eth2"
