@@ -721,7 +721,7 @@ fn own_network(interfaces: &[&str], commands: &[&str]) -> bool {
         let shown = Command::new("ip").args(["-o", "link", "show", "dev", name]).output().expect("ip");
         String::from_utf8_lossy(&shown.stdout).contains("state UP")
     };
-    assert!(until(Duration::from_secs(20), || interfaces.iter().all(&carries)), "no carrier on {interfaces:?}");
+    assert!(until(Duration::from_secs(20), || interfaces.iter().all(carries)), "no carrier on {interfaces:?}");
     true
 }
 

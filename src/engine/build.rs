@@ -114,12 +114,40 @@ pub(crate) fn ready(site: &Site, place: Place) {
     all.iter().take(READY).for_each(|connection| told(place, connection.ready(place)));
 }
 
+/// What the machine of a connection needs of its engine and of what was agreed on.
+fn setting(site: &Site, agreed: &Agreed, address: SocketAddr) -> Setting {
+    let (config, home) = (&site.config, &site.home);
+    let account = site.pool.account(address.ip());
+    Setting {
+        registry: home.registry.clone(),
+        inbox: Inbox::new(&site.notifications, &account),
+        account,
+        lines: home.lines.clone(),
+        eager_bytes: config.eager_bytes,
+        peer: address.to_string(),
+        transfer_timeout: config.transfer_timeout,
+        peer_timeout: agreed.terms.peer_timeout,
+        heartbeat: heartbeat(agreed.terms.peer_timeout),
+        match_timeout: config.match_timeout,
+        doorbells: home.doorbells,
+    }
+}
+
+/// The peer's GPU and what it has proved, in words.
+fn introduced(agreed: &Agreed) -> String {
+    let (proof, gpu) = (&agreed.peer.proof, &agreed.peer.hello.gpu);
+    match (proof, proof.name()) {
+        (_, Some(key)) => format!("GPU {gpu}, key {key}"),
+        (Proof::Nothing, _) => format!("GPU {gpu}, no key"),
+        _ => format!("GPU {gpu}, the key"),
+    }
+}
+
 /// Builds the connection and puts it under the progress thread's care. `counted`: an incoming one's place among those.
 ///
 /// # Errors
 /// `Canceled` when the engine ends, `Resource`.
 pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Result<Arc<Connection>> {
-    let config = &site.config;
     let home = &site.home;
     let (terms, theirs) = (&up.agreed.terms, &up.agreed.peer);
     let chunk_bytes = terms.chunk_bytes as usize;
@@ -140,28 +168,10 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
     }
     home.registry.on_devices().iter().for_each(|region| channels.offer(region.to_share()));
     let name = up.address.to_string();
-    let account = site.pool.account(up.address.ip());
-    let setting = Setting {
-        registry: home.registry.clone(),
-        inbox: Inbox::new(&site.notifications, &account),
-        account,
-        lines: home.lines.clone(),
-        eager_bytes: config.eager_bytes,
-        peer: name.clone(),
-        transfer_timeout: config.transfer_timeout,
-        peer_timeout: terms.peer_timeout,
-        heartbeat: heartbeat(terms.peer_timeout),
-        match_timeout: config.match_timeout,
-        doorbells: home.doorbells,
-    };
-    let proof = match (&theirs.proof, theirs.proof.name()) {
-        (_, Some(key)) => format!("key {key}"),
-        (Proof::Nothing, _) => "no key".to_owned(),
-        _ => "the key".to_owned(),
-    };
-    let gpu = &theirs.hello.gpu;
+    let setting = setting(site, &up.agreed, up.address);
+    let who = introduced(&up.agreed);
     let line = format!(
-        "connected with {name}, GPU {gpu}, {proof}: {carried}{found}; protection {:?}, chunks of up to {chunk_bytes} bytes",
+        "connected with {name}, {who}: {carried}{found}; protection {:?}, chunks of up to {chunk_bytes} bytes",
         terms.protect
     );
     home.lines.log(log::Level::Info, Instant::now(), format_args!("{line}"));

@@ -6,10 +6,11 @@
 use super::memfile::Shared;
 use super::notes::{Granted, Note};
 use super::ring::GRANTS_AT;
+use crate::hash::Map;
 use crate::region::{Leave, Region};
 use crate::status::{bail, Result};
 use crate::types::{Place, RemoteAccess};
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
@@ -65,8 +66,8 @@ struct Given {
 /// What this side has granted.
 pub(crate) struct Grants {
     shared: Arc<Shared>,
-    by_region: HashMap<(u64, Place), u32>,
-    slots: HashMap<u32, Given>,
+    by_region: Map<(u64, Place), u32>,
+    slots: Map<u32, Given>,
     free: Vec<u32>,
     last: u64,
     /// What the peer has to be told.
@@ -77,7 +78,7 @@ impl Grants {
     /// In this side's file.
     pub(crate) fn new(shared: &Arc<Shared>) -> Grants {
         let free = (0..SLOTS as u32).rev().collect();
-        Grants { shared: shared.clone(), by_region: HashMap::new(), slots: HashMap::new(), free, last: 0, notes: VecDeque::new() }
+        Grants { shared: shared.clone(), by_region: Map::default(), slots: Map::default(), free, last: 0, notes: VecDeque::new() }
     }
 
     /// Whether a region is granted for the peer's memory at `there` already.
@@ -152,14 +153,14 @@ impl Drop for Grants {
 pub(crate) struct Leases {
     shared: Arc<Shared>,
     /// By region, its place, and the place of this side that it is for.
-    all: HashMap<(u64, Place, Place), Granted>,
-    slots: HashMap<u32, (u64, Place, Place)>,
+    all: Map<(u64, Place, Place), Granted>,
+    slots: Map<u32, (u64, Place, Place)>,
 }
 
 impl Leases {
     /// In the peer's file.
     pub(crate) fn new(shared: &Arc<Shared>) -> Leases {
-        Leases { shared: shared.clone(), all: HashMap::new(), slots: HashMap::new() }
+        Leases { shared: shared.clone(), all: Map::default(), slots: Map::default() }
     }
 
     /// The peer grants a region.

@@ -4,10 +4,11 @@
 
 use super::notes::Note;
 use super::puller::{Export, ExportKind, LocalMemory, Mapping};
+use crate::hash::Map;
 use crate::region::Region;
 use crate::status::{bail, Result};
 use crate::types::Place;
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 
 /// Allocations that are shared on a connection at once, each way.
 const MAX_SHARED: usize = 8192;
@@ -49,13 +50,29 @@ impl Stretch {
     }
 }
 
+/// A region that can be shared.
+struct Shared {
+    /// The allocations that it lies in, rising, and as this side sees them.
+    keys: Vec<Key>,
+    stretches: Vec<Stretch>,
+    /// The peer has opened all of them, which stays so.
+    open: bool,
+}
+
+/// Of allocations, rising, those that a range touches.
+fn touched(all: &[Stretch], (begin, end): (u64, u64)) -> &[Stretch] {
+    let first = all.partition_point(|stretch| stretch.base <= begin).saturating_sub(1);
+    let after = all.partition_point(|stretch| stretch.base < end);
+    all.get(first..after).unwrap_or_default()
+}
+
 /// Allocations of this side.
 #[derive(Default)]
 pub(crate) struct Shares {
-    allocations: HashMap<Key, Allocation>,
-    ids: HashMap<u32, Key>,
-    /// By region and the peer's place, rising; `None` where it cannot be shared.
-    regions: HashMap<(u64, Place), Option<Vec<Key>>>,
+    allocations: Map<Key, Allocation>,
+    ids: Map<u32, Key>,
+    /// By region and the peer's place; `None` where it cannot be shared.
+    regions: Map<(u64, Place), Option<Shared>>,
     last: u32,
     /// What the peer has to be told.
     pub notes: VecDeque<Note>,
@@ -70,12 +87,21 @@ impl Shares {
             if let Err(e) = &keys {
                 log::debug!("region {} is not shared with processes of this host: {e}", region.span.id);
             }
-            self.regions.insert(name, keys.ok());
+            self.regions.insert(name, keys.ok().map(|keys| self.shared(keys)));
         }
-        match self.regions.get(&name) {
-            Some(Some(keys)) => keys.iter().all(|key| self.allocations.get(key).is_some_and(|a| a.state == State::Open)),
-            _ => false,
-        }
+        let Shares { regions, allocations, .. } = self;
+        let Some(Some(shared)) = regions.get_mut(&name) else { return false };
+        let open = |key: &Key| allocations.get(key).is_some_and(|a| a.state == State::Open);
+        shared.open = shared.open || shared.keys.iter().all(open);
+        shared.open
+    }
+
+    fn shared(&self, keys: Vec<Key>) -> Shared {
+        let stretch = |key: &Key| {
+            let &(base, len, ..) = key;
+            self.allocations.get(key).map(|allocation| Stretch { id: allocation.id, base, len, addr: base })
+        };
+        Shared { stretches: keys.iter().filter_map(stretch).collect(), keys, open: false }
     }
 
     fn tell(&mut self, region: &Region, there: Place, memory: &mut dyn LocalMemory) -> Result<Vec<Key>> {
@@ -127,46 +153,47 @@ impl Shares {
     /// # Errors
     /// `Internal` when it is not shared.
     pub(crate) fn find(&self, region: u64, there: Place, addr: u64) -> Result<Stretch> {
-        let keys = self.regions.get(&(region, there)).and_then(Option::as_ref);
-        let key = keys.and_then(|keys| keys.iter().find(|(base, len, ..)| addr.checked_sub(*base).is_some_and(|at| at < *len)));
-        match key.and_then(|key| self.allocations.get(key).map(|allocation| (key, allocation.id))) {
-            Some((&(base, len, ..), id)) => Ok(Stretch { id, base, len, addr: base }),
+        let all = self.stretches(region, there, (addr, addr.saturating_add(1)));
+        match all.iter().find(|stretch| stretch.locate(addr, 1).is_some()) {
+            Some(&stretch) => Ok(stretch),
             None => bail!(Internal, "region {region} is not shared at {addr:#x}"),
         }
     }
 
-    /// The allocations that a region lies in, rising, as this side sees them; none where it is not shared.
-    pub(crate) fn stretches(&self, region: u64, there: Place) -> Vec<Stretch> {
-        let keys = self.regions.get(&(region, there)).and_then(Option::as_ref);
-        let stretch = |key: &Key| {
-            let &(base, len, ..) = key;
-            self.allocations.get(key).map(|allocation| Stretch { id: allocation.id, base, len, addr: base })
-        };
-        keys.map_or_else(Vec::new, |keys| keys.iter().filter_map(stretch).collect())
+    /// The allocations of a region that a range touches, rising, as this side sees them; none where it is not shared.
+    pub(crate) fn stretches(&self, region: u64, there: Place, range: (u64, u64)) -> &[Stretch] {
+        let shared = self.regions.get(&(region, there)).and_then(Option::as_ref);
+        shared.map_or(&[], |shared| touched(&shared.stretches, range))
     }
 
     /// The exports that a region lies in, rising; `None` where it cannot be shared.
     pub(crate) fn exports(&self, region: u64, there: Place) -> Option<Vec<u32>> {
-        let keys = self.regions.get(&(region, there))?.as_ref()?;
-        keys.iter().map(|key| self.allocations.get(key).map(|allocation| allocation.id)).collect()
+        let shared = self.regions.get(&(region, there))?.as_ref()?;
+        Some(shared.stretches.iter().map(|stretch| stretch.id).collect())
     }
 
-    /// Simulated: a region that is an allocation of its own; its export.
+    /// Simulated: a region that lies in so many allocations of equal length; their exports, which the peer has not opened.
     #[cfg(test)]
-    pub(crate) fn pretend(&mut self, region: &Region, there: Place) -> u32 {
-        let key = (region.span.addr, region.span.len, region.place, there);
-        self.last += 1;
-        self.allocations.insert(key, Allocation { id: self.last, state: State::Told, regions: 1 });
-        self.ids.insert(self.last, key);
-        self.regions.insert((region.span.id, there), Some(vec![key]));
-        self.last
+    pub(crate) fn pretend(&mut self, region: &Region, there: Place, count: u64) -> Vec<(u32, u64, u64)> {
+        let len = region.span.len / count;
+        let key = |i| (region.span.addr + i * len, len, region.place, there);
+        let mut told = Vec::new();
+        for key in (0..count).map(key) {
+            self.last += 1;
+            self.allocations.insert(key, Allocation { id: self.last, state: State::Told, regions: 1 });
+            self.ids.insert(self.last, key);
+            told.push((self.last, key.0, len));
+        }
+        let shared = self.shared((0..count).map(key).collect());
+        self.regions.insert((region.span.id, there), Some(shared));
+        told
     }
 
     /// A region has ended: nothing uses it any more.
     pub(crate) fn forget(&mut self, region: u64) {
         let names: Vec<(u64, Place)> = self.regions.keys().copied().filter(|&(id, _)| id == region).collect();
         for name in names {
-            for key in self.regions.remove(&name).flatten().unwrap_or_default() {
+            for key in self.regions.remove(&name).flatten().map(|shared| shared.keys).unwrap_or_default() {
                 let Some(allocation) = self.allocations.get_mut(&key) else { continue };
                 allocation.regions -= 1;
                 if allocation.regions == 0 {
@@ -193,7 +220,7 @@ struct Import {
 
 /// Allocations of the peer.
 pub(crate) struct Imports {
-    open: HashMap<u32, Import>,
+    open: Map<u32, Import>,
     /// Told, and not opened yet: opening takes long.
     waiting: VecDeque<(u32, Place, Export)>,
     last: u32,
@@ -203,7 +230,7 @@ pub(crate) struct Imports {
 
 impl Imports {
     pub(crate) fn new(same_process: bool) -> Imports {
-        Imports { open: HashMap::new(), waiting: VecDeque::new(), last: 0, same_process }
+        Imports { open: Map::default(), waiting: VecDeque::new(), last: 0, same_process }
     }
 
     /// The peer shares an allocation.
@@ -251,6 +278,21 @@ impl Imports {
     pub(crate) fn look(&self, id: u32, here: Place) -> Option<Stretch> {
         let import = self.open.get(&id).filter(|import| import.here == here && !import.ended)?;
         Some(Stretch { id, base: import.base, len: import.len, addr: import.mapping.addr })
+    }
+
+    /// Of exports, rising, those that a range touches; `None` where one of them is not open for memory of `here`.
+    pub(crate) fn range(&self, ids: &[u32], here: Place, (begin, end): (u64, u64)) -> Option<Vec<Stretch>> {
+        let before = |&id: &u32| self.look(id, here).is_some_and(|stretch| stretch.base <= begin);
+        let first = ids.partition_point(before).saturating_sub(1);
+        let mut out = Vec::new();
+        for &id in &ids[first..] {
+            let stretch = self.look(id, here)?;
+            if stretch.base >= end {
+                break;
+            }
+            out.push(stretch);
+        }
+        Some(out)
     }
 
     /// An open export, for a pull into memory of `here`. Counts a use.

@@ -265,6 +265,9 @@ fn locate(pieces: &mut Vec<Piece>, begin: usize, stretches: &[Stretch], mut each
 /// Whether allocations, rising, hold all of a range without a gap.
 fn cover(stretches: &[Stretch], (begin, end): (u64, u64)) -> bool {
     let mut at = begin;
+    if !stretches.windows(2).all(|pair| pair[0].base < pair[1].base) {
+        return false;
+    }
     for stretch in stretches {
         if stretch.base <= at && at - stretch.base < stretch.len {
             at = stretch.base + stretch.len;
@@ -315,10 +318,7 @@ impl LocalPath {
         if granted.token != pairing.token || !granted.access.read || !inside {
             return None;
         }
-        let mut stretches = Vec::with_capacity(granted.exports.len());
-        for &id in &granted.exports {
-            stretches.push(self.imports.look(id, pairing.here)?);
-        }
+        let stretches = self.imports.range(&granted.exports, pairing.here, pairing.far)?;
         if pairing.here.is_device() && !cover(&stretches, pairing.far) {
             return None;
         }
@@ -412,7 +412,7 @@ impl LocalPath {
             if !self.shares.share(region, pairing.there, &mut **device) {
                 return None;
             }
-            stretches = self.shares.stretches(region.span.id, pairing.there);
+            stretches = self.shares.stretches(region.span.id, pairing.there, pairing.near).to_vec();
             if !cover(&stretches, pairing.near) {
                 return None;
             }

@@ -296,7 +296,7 @@ fn blocks_are_found_in_the_allocations_that_they_cross() {
         assert!(locate(&mut vec![outside], 0, &all, |_| {}).is_err());
     }
     assert!(cover(&all, (1000, 2150)) && !cover(&all, (999, 1001)) && !cover(&all, (1000, 2151)));
-    assert!(!cover(&[all[0], all[2]], (1090, 1160)) && cover(&[], (5, 5)));
+    assert!(!cover(&[all[0], all[2]], (1090, 1160)) && cover(&[], (5, 5)) && !cover(&[all[0], all[2], all[1]], (1000, 1150)));
 }
 
 /// What the host does for each block; UCCL_TEST_BENCH=1 runs it.
@@ -310,7 +310,7 @@ fn cost_of_a_block() {
     let (here, there) = (numbered(1, GPU, 16 * COUNT), Memory::new(2, GPU, 16 * COUNT, 0));
     let (mut a, mut b) = strangers([1, 1]);
     let (mut reads, mut orders, mut takes) = (Vec::new(), Vec::new(), Vec::new());
-    shared(&mut a, &mut b, &here, &there);
+    shared(&mut a, &mut b, &here, &there, 1);
     for id in 0..200 {
         let begin = Instant::now();
         assert!(start(&mut a, Way::In, 2 * id, &here, &there, 16).unwrap());
@@ -330,20 +330,47 @@ fn cost_of_a_block() {
     }
 }
 
-/// Both sides' memory, shared as simulated GPU memory that is mapped where it lies.
-fn shared(a: &mut LocalPath, b: &mut LocalPath, here: &Memory, there: &Memory) {
+/// Both sides' memory, shared as simulated GPU memory that is mapped where it lies, in so many allocations.
+fn shared(a: &mut LocalPath, b: &mut LocalPath, here: &Memory, there: &Memory, count: u64) {
     use super::super::super::puller::{Export, ExportKind};
-    let export = |memory: &Memory| Export {
-        kind: ExportKind::Own,
-        handle: [0; 64],
-        fd: None,
-        base: memory.region.span.addr,
-        len: memory.region.span.len,
-        gpu: super::super::super::emulated::gpu(0),
-    };
-    let (ours, theirs) = (a.shares.pretend(&here.region, GPU), b.shares.pretend(&there.region, GPU));
-    b.imports.told(ours, GPU, export(here)).unwrap();
-    a.imports.told(theirs, GPU, export(there)).unwrap();
+    let gpu = super::super::super::emulated::gpu(0);
+    let export = |base, len| Export { kind: ExportKind::Own, handle: [0; 64], fd: None, base, len, gpu };
+    for (id, base, len) in a.shares.pretend(&here.region, GPU, count) {
+        b.imports.told(id, GPU, export(base, len)).unwrap();
+    }
+    for (id, base, len) in b.shares.pretend(&there.region, GPU, count) {
+        a.imports.told(id, GPU, export(base, len)).unwrap();
+    }
     b.grant(&RegionUse::new(&there.region), GPU);
     talk(a, b);
+}
+
+#[test]
+fn device_memory_of_several_allocations_goes_without_asking() {
+    const LEN: usize = 96 << 10;
+    for count in [1, 2, 3, 6] {
+        for block in [24 << 10, 4096, 48 << 10, LEN as u64, 32] {
+            for way in [Way::In, Way::Out] {
+                let (from, to) = (numbered(1, GPU, LEN), Memory::new(2, GPU, LEN, 0));
+                let (here, there) = if way == Way::In { (&to, &from) } else { (&from, &to) };
+                let (mut a, mut b) = strangers([1, 1]);
+                shared(&mut a, &mut b, here, there, count);
+                assert!(start(&mut a, way, 5, here, there, block).unwrap(), "{count} {block} {way:?}");
+                assert_eq!(run(&mut a, &mut b, 1).unwrap(), (LEN as u64, vec![(5, true)]), "{count} {block} {way:?}");
+                assert!(same(here, there, block as usize), "{count} {block} {way:?}");
+                assert!(!here.region.in_use() && !there.region.in_use());
+            }
+        }
+    }
+    // An allocation that the peer has not opened, or has taken back.
+    let (here, there) = (numbered(1, GPU, LEN), Memory::new(2, GPU, LEN, 0));
+    let (mut a, mut b) = strangers([1, 1]);
+    shared(&mut a, &mut b, &here, &there, 6);
+    let Some(device) = &mut a.device else { panic!("a simulated GPU") };
+    a.imports.ended(3, &mut **device).unwrap();
+    assert!(!start(&mut a, Way::In, 1, &here, &there, 4096).unwrap());
+    let Some(device) = &mut b.device else { panic!("a simulated GPU") };
+    b.imports.ended(3, &mut **device).unwrap();
+    assert!(start(&mut a, Way::Out, 2, &here, &there, 4096).unwrap());
+    assert_eq!(run(&mut a, &mut b, 1).unwrap_err().kind(), ErrorKind::Protocol, "a peer that orders what it took back");
 }
