@@ -348,10 +348,11 @@ struct Outcome {
 }
 
 impl Timed<'_> {
-    /// Iterations between looks at the clock and at Ctrl-C.
-    fn batch(&self, left: u64) -> u64 {
-        let pause = self.options.interval.unwrap_or(Duration::from_millis(400)).as_secs_f64() / 4.0;
-        ((pause / self.one.as_secs_f64().max(1e-7)) as u64).clamp(1, left.max(1))
+    /// Iterations between looks at the clock and at Ctrl-C, where `one` takes so long at present. Few: on a busy machine the next ones
+    /// may take many times as long.
+    fn batch(&self, one: Duration, left: u64) -> u64 {
+        let pause = self.options.interval.unwrap_or(Duration::from_millis(400)).as_secs_f64() / 32.0;
+        ((pause / one.as_secs_f64().max(1e-7)) as u64).clamp(1, left.max(1))
     }
 
     fn measure(&self, run: &mut Run<'_>) -> Result<Outcome> {
@@ -360,12 +361,15 @@ impl Timed<'_> {
         let bar = progress_bar(self.case, limit, self.options.progress && self.options.interval.is_none() && limit < u64::MAX);
         let mut times = Times::new();
         let mut interval = (Instant::now(), Times::new());
+        let mut one = self.one;
         let over = |done: u64| done >= limit || self.options.time.is_some_and(|time| started.elapsed() >= time);
         while !over(times.count()) && !out::is_stopping() {
-            run.repeat(self.batch(limit - times.count()), |t| {
+            let (begin, batch) = (Instant::now(), self.batch(one, limit - times.count()));
+            run.repeat(batch, |t| {
                 times.record(t);
                 interval.1.record(t);
             })?;
+            one = begin.elapsed().div_f64(batch as f64);
             bar.set_position(times.count());
             if self.options.interval.is_some_and(|every| interval.0.elapsed() >= every) {
                 self.tell(started, &interval.1, interval.0.elapsed());
