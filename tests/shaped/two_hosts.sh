@@ -13,16 +13,22 @@ export UCCL_TCPX_SOFT_STRICT=1 UCCL_TCPX_NUM_CHANNELS=4
 sent() { ip netns exec $a cat /sys/class/net/eth$1/statistics/tx_bytes; }
 received() { ip netns exec $a cat /sys/class/net/eth$1/statistics/rx_bytes; }
 spread() { # spread NAME COUNTER COMMAND...: each NIC's counter must grow by a quarter of the sum, within 20 % of it
-  local name=$1 counter=$2 before=() sum=0 grown=()
+  local name=$1 counter=$2 attempt i share before grown sum even
   shift 2
-  for i in 1 2 3 4; do before[$i]=$($counter $i); done
-  "$@"
-  for i in 1 2 3 4; do grown[$i]=$(($($counter $i) - before[$i])); sum=$((sum + grown[$i])); done
-  for i in 1 2 3 4; do
-    local share=$((grown[$i] * 1000 / sum))
-    echo "$name: eth$i carried ${grown[$i]} bytes, $((share / 10)).$((share % 10)) %"
-    if [ $share -lt 200 ] || [ $share -gt 300 ]; then failed=1; fi
+  # A NIC whose first chunk had to wait long, as on a busy machine, is left out for a while. That is its right, but not three times.
+  for attempt in 1 2 3; do
+    before=() grown=() sum=0 even=1
+    for i in 1 2 3 4; do before[i]=$($counter $i); done
+    "$@"
+    for i in 1 2 3 4; do grown[i]=$(($($counter $i) - before[i])) sum=$((sum + grown[i])); done
+    for i in 1 2 3 4; do
+      share=$((grown[i] * 1000 / sum))
+      echo "$name, attempt $attempt: eth$i carried ${grown[i]} bytes, $((share / 10)).$((share % 10)) %"
+      if [ $share -lt 200 ] || [ $share -gt 300 ]; then even=0; fi
+    done
+    [ $even = 0 ] || return 0
   done
+  failed=1
 }
 run() { timeout 60 ip netns exec $a "$perf" client "$address" --total 64M --iters 8 --warmup 0 --verify "$@"; }
 
