@@ -22,6 +22,8 @@ pub mod addresses;
 #[cfg(feature = "test-api")]
 #[doc(hidden)]
 pub mod bench_api;
+#[cfg(test)]
+mod benchmarks;
 mod channel;
 pub mod config;
 pub mod engine;

@@ -3,7 +3,7 @@
 
 use crate::fork::PerProcess;
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{self, PoisonError, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -27,9 +27,7 @@ fn clock() -> u64 {
 /// fast, but only for so long: then the one that waits comes first.
 #[derive(Debug)]
 pub struct Mutex<T: ?Sized> {
-    /// Threads that wait, or are about to.
-    waiting: AtomicU32,
-    /// When the first of them came to the front.
+    /// When the first of those that wait came to the front.
     front_since: AtomicU64,
     /// Held by the one at the front, while it waits for `value`.
     front: sync::Mutex<()>,
@@ -48,12 +46,7 @@ impl<T> Mutex<T> {
     /// An unlocked one.
     pub const fn new(value: T) -> Mutex<T> {
         let front_since = AtomicU64::new(NOBODY);
-        Mutex { waiting: AtomicU32::new(0), front_since, front: sync::Mutex::new(()), value: sync::Mutex::new(value) }
-    }
-
-    /// The value, of a lock that nobody has any more.
-    pub fn into_inner(self) -> T {
-        self.value.into_inner().unwrap_or_else(PoisonError::into_inner)
+        Mutex { front_since, front: sync::Mutex::new(()), value: sync::Mutex::new(value) }
     }
 }
 
@@ -75,12 +68,13 @@ impl<T: ?Sized> Mutex<T> {
     }
 
     /// Whether somebody has the lock at this moment.
-    pub fn is_locked(&self) -> bool {
+    #[cfg(test)]
+    fn is_locked(&self) -> bool {
         matches!(self.value.try_lock(), Err(TryLockError::WouldBlock))
     }
 
     fn attempt(&self) -> Option<sync::MutexGuard<'_, T>> {
-        if self.waiting.load(Ordering::Relaxed) > 0 && self.is_overdue() {
+        if self.is_overdue() {
             return None;
         }
         match self.value.try_lock() {
@@ -110,13 +104,11 @@ impl<T: ?Sized> Mutex<T> {
 
     #[cold]
     fn wait(&self) -> sync::MutexGuard<'_, T> {
-        self.waiting.fetch_add(1, Ordering::Relaxed);
         let front = self.front.lock().unwrap_or_else(PoisonError::into_inner);
         self.front_since.store(clock(), Ordering::Relaxed);
         let held = self.value.lock().unwrap_or_else(PoisonError::into_inner);
         self.front_since.store(NOBODY, Ordering::Relaxed);
         drop(front);
-        self.waiting.fetch_sub(1, Ordering::Relaxed);
         held
     }
 }
@@ -246,7 +238,7 @@ mod tests {
         let threads: Vec<_> = (0..8).map(|_| std::thread::spawn(add(count.clone()))).collect();
         threads.into_iter().for_each(|t| t.join().unwrap());
         assert_eq!(*count.lock(), 160_000);
-        assert_eq!(count.waiting.load(Ordering::Relaxed), 0);
+        assert_eq!(count.front_since.load(Ordering::Relaxed), NOBODY);
     }
 
     /// Threads that never leave the lock alone for long, and one that wants it: it must get it again and again.

@@ -6,7 +6,6 @@ use super::fabric::Raised;
 use super::link::{Agreed, Sealed};
 use super::local::Local;
 use super::notify::Inbox;
-use super::pacing::Cores;
 use super::proto::{heartbeat, Machine, Setting};
 use super::site::Site;
 use crate::channel::cuda::CudaDevice;
@@ -59,7 +58,7 @@ fn paths(site: &Site, sets: Vec<Raised>, chunk_bytes: usize, doorbell: &Doorbell
         }
         let traits = &set.plan.plugin.traits;
         let (vectored, stage_sends) = (traits.vectored && config.vectored, traits.stage_sends && config.stage_sends);
-        let alone = Cores::here().alone();
+        let alone = site.home.cores.alone();
         let usage = Usage { vectored, host: traits.host_memory, stage_sends, gpus: set.plan.gpus, chunk_bytes, alone };
         Ok(Box::new(NetPath::new(channels, usage)))
     };

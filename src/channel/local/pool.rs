@@ -2,8 +2,7 @@
 //! last connection that uses them. Knows nothing of what a slice is.
 
 use crate::status::{Error, ErrorKind, Result};
-use process::{generation, PerProcess};
-use process::{Condvar, Mutex};
+use process::{generation, Condvar, Mutex, PerProcess};
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};

@@ -101,8 +101,7 @@ fn long_blocks_are_handed_out_in_parts() {
 /// What looking at a block and handing it out cost; UCCL_TEST_BENCH=1 runs it.
 #[test]
 fn cost_of_a_block() {
-    if std::env::var_os("UCCL_TEST_BENCH").is_none() {
-        eprintln!("SKIPPED: cost_of_a_block needs UCCL_TEST_BENCH=1");
+    if !crate::benchmarks::wanted("cost_of_a_block") {
         return;
     }
     const COUNT: usize = 16_384;
@@ -125,8 +124,7 @@ fn cost_of_a_block() {
         }
         feeds.push(begin.elapsed().as_nanos() as f64 / COUNT as f64);
     }
-    for (what, mut times) in [("look", looks), ("feed", feeds)] {
-        times.sort_by(f64::total_cmp);
-        println!("{what:<8} {:>6.1} ns a block, median; {:.1} least", times[times.len() / 2], times[0]);
+    for (what, times) in [("look", looks), ("feed", feeds)] {
+        crate::benchmarks::line_of_blocks(what, times);
     }
 }

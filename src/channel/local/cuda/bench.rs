@@ -2,6 +2,7 @@
 
 use super::owner::{Block, Kind, Owner};
 use super::*;
+use crate::benchmarks::{median_and_least, wanted};
 use cuda_driver::Stream;
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -11,15 +12,14 @@ const MIB: u64 = 1 << 20;
 /// Median and least time of `body` in microseconds.
 fn timed(rounds: usize, mut body: impl FnMut()) -> (f64, f64) {
     (0..rounds / 5 + 1).for_each(|_| body());
-    let mut times: Vec<f64> = (0..rounds)
+    let times = (0..rounds)
         .map(|_| {
             let start = Instant::now();
             body();
             start.elapsed().as_secs_f64() * 1e6
         })
         .collect();
-    times.sort_by(f64::total_cmp);
-    (times[rounds / 2], times[0])
+    median_and_least(times)
 }
 
 fn line(what: &str, bytes: u64, (median, least): (f64, f64)) {
@@ -111,8 +111,11 @@ fn engine(name: &str, src: u64, dst: u64, stream: &Stream) {
 
 #[test]
 fn gpu_benchmark() {
-    if std::env::var_os("UCCL_TEST_BENCH").is_none() || cuda_driver::device_count() == 0 {
-        eprintln!("SKIPPED: gpu_benchmark needs a GPU and UCCL_TEST_BENCH=1");
+    if cuda_driver::device_count() == 0 {
+        eprintln!("SKIPPED: gpu_benchmark needs a GPU");
+        return;
+    }
+    if !wanted("gpu_benchmark") {
         return;
     }
     let (owner, last) = (Owner::new(), cuda_driver::device_count() - 1);

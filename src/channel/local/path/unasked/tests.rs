@@ -302,8 +302,7 @@ fn blocks_are_found_in_the_allocations_that_they_cross() {
 /// What the host does for each block; UCCL_TEST_BENCH=1 runs it.
 #[test]
 fn cost_of_a_block() {
-    if std::env::var_os("UCCL_TEST_BENCH").is_none() {
-        eprintln!("SKIPPED: cost_of_a_block needs UCCL_TEST_BENCH=1");
+    if !crate::benchmarks::wanted("cost_of_a_block") {
         return;
     }
     const COUNT: usize = 16_384;
@@ -324,9 +323,8 @@ fn cost_of_a_block() {
         takes.push(begin.elapsed().as_nanos() as f64 / COUNT as f64);
         run(&mut a, &mut b, 1).unwrap();
     }
-    for (what, mut times) in [("read", reads), ("order", orders), ("take", takes)] {
-        times.sort_by(f64::total_cmp);
-        println!("{what:<8} {:>6.1} ns a block, median; {:.1} least", times[times.len() / 2], times[0]);
+    for (what, times) in [("read", reads), ("order", orders), ("take", takes)] {
+        crate::benchmarks::line_of_blocks(what, times);
     }
 }
 
