@@ -263,7 +263,9 @@ CASE(forking_while_others_log)
     int console = dup(STDERR_FILENO);
     CHECK(console >= 0 && pipe(slow_log) == 0);
     /* The library writes to the descriptor; what checks say goes on to the console. */
-    CHECK((stderr = fdopen(console, "w")));
+    FILE *checks = fdopen(console, "w");
+    CHECK(checks != NULL);
+    stderr = checks;
     setenv("UCCL_P2P_LOG_LEVEL", "trace", 1);
     CHECK(dup2(slow_log[1], STDERR_FILENO) == STDERR_FILENO && close(slow_log[1]) == 0);
     CHECK(pthread_create(&reader, NULL, read_slowly, NULL) == 0);
