@@ -5,13 +5,14 @@ use super::bell::Seat;
 use super::budget::Counted;
 use super::fifo::FifoItem;
 use super::home::{self, Driven};
+use super::list::List;
 use super::pacing::{pause, Pause, Polls, Situation, NAP_BYTES};
-use super::proto::{is_farewell, Machine, Scheduled, TransferState, MAX_BACKLOG};
+use super::proto::{is_farewell, Machine, Scheduled, Sketch, TransferState, MAX_BACKLOG};
 use super::request::{self, Built, RequestBuilder};
 use super::transfer::{Direction, LocalSegment};
 use super::watch::Watch;
 use crate::channel::local::Watched;
-use crate::channel::path::Way;
+use crate::channel::path::{Blocks, Way};
 use crate::channel::router::Channels;
 use crate::region::RegionUse;
 use crate::stats::{ChannelStats, ConnectionStats, Totals};
@@ -249,6 +250,14 @@ impl Drop for Held<'_> {
     }
 }
 
+/// Where a transfer's data goes.
+fn way(direction: Direction) -> Way {
+    match direction {
+        Direction::Read => Way::In,
+        Direction::Write => Way::Out,
+    }
+}
+
 /// A connection to a peer engine. All methods may be called from any thread.
 pub struct Connection {
     pub(crate) id: u64,
@@ -343,11 +352,40 @@ impl Connection {
     ) -> Result<u64> {
         self.core.check("connection")?;
         if self.one_host.is_some() {
-            if let Some(id) = self.transfer_direct(direction, &items)? {
-                return Ok(id);
+            if let Some((sketch, known)) = request::sketch(items.clone(), &self.home.registry, self.peer.engine) {
+                let way = way(direction);
+                let mut feed = request::Feed::new(items.clone(), known, way, sketch.count);
+                if let Some(id) = self.transfer_direct(way, sketch, &mut feed)? {
+                    return Ok(id);
+                }
             }
         }
-        let n = items.len();
+        self.transfer_in_chunks(direction, items.len(), items)
+    }
+
+    /// As [`Connection::transfer`], of a list that is kept for several transfers.
+    ///
+    /// # Errors
+    /// As [`Connection::transfer`].
+    pub fn transfer_list(&self, direction: Direction, list: &List) -> Result<u64> {
+        self.core.check("connection")?;
+        if self.one_host.is_some() {
+            let way = way(direction);
+            if let Some((sketch, mut feed)) = list.sketch(way, &self.home.registry, self.peer.engine) {
+                if let Some(id) = self.transfer_direct(way, sketch, &mut feed)? {
+                    return Ok(id);
+                }
+            }
+        }
+        self.transfer_in_chunks(direction, list.len(), list.iter())
+    }
+
+    fn transfer_in_chunks<B: Borrow<FifoItem>>(
+        &self,
+        direction: Direction,
+        n: usize,
+        items: impl Iterator<Item = (LocalSegment, B)>,
+    ) -> Result<u64> {
         let builder = if n < super::spare::MANY {
             RequestBuilder::new(n, &self.home.registry, self.peer.engine, None)
         } else {
@@ -376,20 +414,15 @@ impl Connection {
     }
 
     /// Starts a transfer all of which the peer has granted, within the host. `None`: it has to go another way.
-    fn transfer_direct<B: Borrow<FifoItem>>(
-        &self,
-        direction: Direction,
-        items: &(impl ExactSizeIterator<Item = (LocalSegment, B)> + Clone),
-    ) -> Result<Option<u64>> {
-        let sketch = request::sketch(items.clone(), &self.home.registry, self.peer.engine);
-        let Some((sketch, known)) = sketch.filter(|(sketch, _)| sketch.count <= MAX_SEGMENTS) else { return Ok(None) };
-        let way = if direction == Direction::Read { Way::In } else { Way::Out };
-        let mut feed = request::Feed::new(items.clone(), known, way, sketch.count);
+    fn transfer_direct(&self, way: Way, sketch: Sketch, blocks: &mut dyn Blocks) -> Result<Option<u64>> {
+        if sketch.count > MAX_SEGMENTS {
+            return Ok(None);
+        }
         let now = Instant::now();
         let mut core = self.lock();
         self.admit(&core, sketch.count, &sketch.places())?;
         let Core { machine, channels, .. } = &mut *core;
-        match machine.start_direct(sketch, way, &mut feed, channels, now) {
+        match machine.start_direct(sketch, way, blocks, channels, now) {
             Ok(None) => Ok(None),
             Ok(Some(id)) => {
                 // A small read of host memory is over already.

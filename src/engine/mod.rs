@@ -28,6 +28,7 @@ mod gpus;
 mod home;
 mod limits;
 mod link;
+mod list;
 mod listener;
 mod local;
 mod notify;
@@ -50,6 +51,7 @@ pub(crate) use proto::attacked;
 
 pub use connection::Connection;
 pub use fifo::FifoItem;
+pub use list::List;
 pub use notify::{next_notification_of_process, Notification};
 pub use transfer::{Direction, LocalSegment, TransferState};
 
