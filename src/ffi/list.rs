@@ -97,7 +97,11 @@ pub unsafe extern "C" fn uccl_engine_list_read(conn: *mut uccl_conn_t, list: *co
 ///
 /// Threads: any.
 #[no_mangle]
-pub unsafe extern "C" fn uccl_engine_list_write(conn: *mut uccl_conn_t, list: *const uccl_list_t, transfer_id: *mut u64) -> c_int {
+pub unsafe extern "C" fn uccl_engine_list_write(
+    conn: *mut uccl_conn_t,
+    list: *const uccl_list_t,
+    transfer_id: *mut u64,
+) -> c_int {
     // SAFETY: forwarded; the caller's contract is the same.
     unsafe { start(conn, Direction::Write, list, transfer_id) }
 }

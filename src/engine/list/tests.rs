@@ -121,3 +121,32 @@ fn long_blocks_are_handed_out_in_parts() {
     }
     assert_eq!(at, (5 << 28) + 7);
 }
+
+/// What starting a list costs for each block; UCCL_TEST_BENCH=1 runs it.
+#[test]
+fn cost_of_a_block() {
+    if !crate::benchmarks::wanted("cost_of_a_block") {
+        return;
+    }
+    const COUNT: usize = 16_384;
+    let registry = Registry::new();
+    let mr = registry.add(1 << 20, 1 << 30, Place::gpu(0), RemoteAccess::ALL).unwrap();
+    let local = |i: usize| LocalSegment { mr, addr: (1 << 20) + i * 7919 % COUNT * 4096, len: 4096 };
+    let items: Vec<_> = (0..COUNT).map(|i| (local(i), item(1, i as u64 * 4096))).collect();
+    let (mut makes, mut feeds, mut out) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..200 {
+        let begin = std::time::Instant::now();
+        let list = list(&items);
+        makes.push(begin.elapsed().as_nanos() as f64 / COUNT as f64);
+        let begin = std::time::Instant::now();
+        let (_, mut feed) = list.sketch(Way::In, &registry, ENGINE).unwrap();
+        while feed.fill(512, 1 << 30, &mut out).is_some() {
+            std::hint::black_box(&out);
+            out.clear();
+        }
+        feeds.push(begin.elapsed().as_nanos() as f64 / COUNT as f64);
+    }
+    for (what, times) in [("list", makes), ("list feed", feeds)] {
+        crate::benchmarks::line_of_blocks(what, times);
+    }
+}
