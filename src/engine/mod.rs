@@ -29,6 +29,7 @@ mod home;
 mod keeper;
 mod limits;
 mod link;
+mod list;
 mod listener;
 mod local;
 mod notify;
@@ -51,6 +52,7 @@ pub(crate) use proto::attacked;
 
 pub use connection::Connection;
 pub use fifo::FifoItem;
+pub use list::List;
 pub use notify::{next_notification_of_process, Notification};
 pub use transfer::{Direction, LocalSegment, TransferState};
 

@@ -461,6 +461,14 @@ impl Path for LocalPath {
         LocalPath::start_direct(self, transfer)
     }
 
+    fn hurries(&self) -> bool {
+        self.unasked.hurries()
+    }
+
+    fn ends_soon(&self, now: Instant) -> bool {
+        self.unasked.ends_soon(now)
+    }
+
     fn grant(&mut self, region: &RegionUse, peer: Place) {
         LocalPath::grant(self, region, peer);
     }
