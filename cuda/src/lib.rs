@@ -25,5 +25,5 @@ pub use error::{Error, Result};
 pub use memory::{memory_kind, DeviceBuffer, MappedPtr, MemoryKind, PinnedBuffer};
 pub use module::Module;
 pub use peer::{enable_peer_access, link, ordinal_of_uuid, uuid_of, Link};
-pub use share::{allocation, ipc_handle, posix_handle, Allocation, IpcHandle, Mapped, Sharing};
+pub use share::{allocation, ipc_handle, posix_handle, shareable, Allocation, IpcHandle, Mapped, Sharing};
 pub use stream::Stream;
