@@ -126,6 +126,15 @@ fn ordinal(place: Place) -> Result<i32> {
     }
 }
 
+/// How bytes get from a GPU that this process does not see: where nobody can tell what lies between the two they are pulled.
+fn by_nvlink(to: i32, from: &GpuId) -> Manner {
+    let own = cuda_driver::uuid_of(to).ok();
+    match own.and_then(|own| cuda_driver::joined_by_nvlink(&own, from)) {
+        Some(false) if own.as_ref() != Some(from) => Manner::Push,
+        _ => Manner::Pull,
+    }
+}
+
 fn gpu(place: Place) -> Result<Arc<Gpu>> {
     Gpu::open(ordinal(place)?)
 }
@@ -301,7 +310,7 @@ impl LocalMemory for CudaMemory {
         match cuda_driver::ordinal_of_uuid(peer_gpu) {
             Ok(Some(peer)) => self.manner(ordinal, peer).ok()?,
             // Hidden from this process (CUDA_VISIBLE_DEVICES), which keeps nobody from opening its memory: opening tells.
-            Ok(None) => Some(self.options.manner.unwrap_or(Manner::Pull)),
+            Ok(None) => Some(self.options.manner.unwrap_or_else(|| by_nvlink(ordinal, peer_gpu))),
             Err(_) => None,
         }
     }

@@ -495,6 +495,9 @@ impl Path for LocalPath {
 
     fn share(&mut self, region: &Region, peer: Place) -> bool {
         if self.pushed.contains(&(region.place, peer)) {
+            if self.targets.want(region.place) {
+                self.news.store(true, Ordering::Release);
+            }
             return self.targets.is_open(region.place, peer);
         }
         match &mut self.device {
@@ -514,6 +517,7 @@ impl Path for LocalPath {
         let there = || self.pushed.iter().filter(|pair| pair.0 == here).map(|pair| pair.1);
         if let (Some(device), Some(_)) = (&mut self.device, there().next()) {
             self.areas.provide(here, there(), &mut **device);
+            self.targets.want(here);
             self.news.store(true, Ordering::Release);
         }
         for i in 0..self.likely.len() {

@@ -98,8 +98,10 @@ pub(crate) struct Targets {
     /// Mapped for a GPU of this side, by that and the peer's.
     open: Map<(Place, Place), Mapping>,
     told: Vec<(Place, Place)>,
-    /// Told, and not opened yet: opening takes long.
-    waiting: VecDeque<(Place, Place, Export)>,
+    /// Told, and not opened yet: opening takes long, and makes a GPU's driver ready.
+    waiting: Vec<(Place, Place, Export)>,
+    /// GPUs of this side with memory that may be pushed.
+    wanted: Vec<Place>,
     /// Slots that are written or told, by the peer's GPU.
     taken: Map<Place, [bool; SLOTS]>,
 }
@@ -114,18 +116,31 @@ impl Targets {
             bail!(Protocol, "the peer offers {} bytes on GPU {there:?} for {here:?}", export.len);
         }
         self.told.push((here, there));
-        self.waiting.push_back((here, there, export));
+        self.waiting.push((here, there, export));
         Ok(())
+    }
+
+    /// Memory of `here` may be pushed from now on: whether that is new.
+    pub(crate) fn want(&mut self, here: Place) -> bool {
+        let new = !self.wanted.contains(&here);
+        if new {
+            self.wanted.push(here);
+        }
+        new
+    }
+
+    fn next(&self) -> Option<usize> {
+        self.waiting.iter().position(|(here, ..)| self.wanted.contains(here))
     }
 
     /// Something waits to be opened.
     pub(crate) fn waiting(&self) -> bool {
-        !self.waiting.is_empty()
+        self.next().is_some()
     }
 
     /// Opens one area. Where that fails other channels carry.
     pub(crate) fn open_one(&mut self, memory: &mut dyn LocalMemory) {
-        let Some((here, there, export)) = self.waiting.pop_front() else { return };
+        let Some((here, there, export)) = self.next().map(|at| self.waiting.swap_remove(at)) else { return };
         match memory.open_area(&export, here) {
             Ok(mapping) => drop(self.open.insert((here, there), mapping)),
             Err(e) => log::debug!("nothing is pushed from {here:?} to the peer's {there:?}: {e}"),

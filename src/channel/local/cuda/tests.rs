@@ -321,6 +321,20 @@ fn gpu_owners_that_die_stop_or_free_during_a_pull_harm_nobody() {
     }
 }
 
+/// What NVML says of GPUs, which it knows by their UUIDs, is what CUDA says of those that it shows.
+#[test]
+fn gpu_links_are_known_by_uuid() {
+    let Some(_) = gpus("gpu_links_are_known_by_uuid") else { return };
+    let uuid = |ordinal| cuda_driver::uuid_of(ordinal).expect("a UUID");
+    let count = cuda_driver::device_count();
+    for (a, b) in (0..count).flat_map(|a| (0..count).map(move |b| (a, b))).filter(|(a, b)| a != b) {
+        let (link, nvml) = (cuda_driver::link(a, b).expect("a link"), cuda_driver::joined_by_nvlink(&uuid(a), &uuid(b)));
+        eprintln!("GPU {a} and {b}: {link:?}; joined by NVLink: {nvml:?}");
+        assert!(nvml.is_none() || nvml == Some(link == Link::Fast));
+        assert_eq!(by_nvlink(a, &uuid(b)) == Manner::Push, nvml == Some(false));
+    }
+}
+
 /// Memory of any kind is pushed: only the area is mapped by another process.
 #[test]
 fn gpu_memory_of_every_kind_is_pushed_byte_for_byte() {

@@ -258,11 +258,13 @@ fn an_area_that_cannot_be_opened_leaves_chunks_to_others() {
     let (a, mut b) = (LocalPath::new(a, bell(), Vec::new()), LocalPath::new(b, bell(), Vec::new()));
     let export = Export { kind: ExportKind::CudaIpc, handle: [0; 64], fd: None, base: 0, len: AREA as u64, gpu: [0; 16] };
     assert!(a.socket.send(&Note::Area { there: GPU, here: GPU, export }.encode(), None).unwrap());
+    let from = Memory::new(1, GPU, 100, 5);
     for _ in 0..5 {
+        // It is opened when there is something to push.
+        assert!(!b.share(&from.region, GPU));
         b.news.store(true, Ordering::Release);
         b.progress(&mut None, Instant::now(), &mut Vec::new()).unwrap();
     }
-    let from = Memory::new(1, GPU, 100, 5);
     assert!(!b.targets.waiting() && !b.share(&from.region, GPU));
 }
 
@@ -279,6 +281,8 @@ fn within_a_process_chunks_are_pushed_too() {
             end.progress(&mut None, Instant::now(), &mut Vec::new()).unwrap();
         }
     }
+    assert!(!a.share(&from.region, GPU), "nobody has said yet that there is something to push");
+    a.progress(&mut None, Instant::now(), &mut Vec::new()).unwrap();
     assert!(a.share(&from.region, GPU) && a.shelves.is_some());
     a.submit(0, from.departure(1, GPU), &mut None, Instant::now()).unwrap();
     b.expect(0, to.arrival(1)).unwrap();
