@@ -288,8 +288,8 @@ impl LocalPath {
         let Some(memory) = memory(&mut self.host, &mut self.device, place) else {
             bail!(Protocol, "a chunk for memory of {place:?}, which is not shared")
         };
-        // SAFETY: sources lie in the peer's process, in open mappings, which `exports` keeps, or in an area of ours; destinations are held by the arrival,
-        // which stays until the pull has ended, or for ever where it does not end.
+        // SAFETY: sources lie in the peer's process, in open mappings, which `exports` keeps, or in an area of ours; destinations are held
+        // by the arrival, which stays until the pull has ended, or for ever where it does not end.
         let pull = unsafe { memory.pull(place, &self.scratch.pieces) }?;
         Ok(Coming { arrival, pull: Some(pull), exports, slot, _source: source })
     }
