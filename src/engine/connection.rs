@@ -18,7 +18,7 @@ use crate::region::RegionUse;
 use crate::stats::{ChannelStats, ConnectionStats, Totals};
 use crate::status::{bail, err, Error, ErrorKind, Result};
 use crate::types::{Place, Segment};
-use crate::wire::control::ControlStream;
+use crate::wire::control::{ControlStream, Voice};
 use crate::wire::frame::{Frame, MAX_NOTIFICATION, MAX_SEGMENTS};
 use crate::wire::queue::RxBuffer;
 use process::{Condvar, Local, Mutex, MutexGuard};
@@ -178,7 +178,8 @@ impl Core {
         if self.backlog() == 0 || most == 0 {
             return Ok(0);
         }
-        let sent = self.control.flush(&mut self.machine.tx, most)?;
+        let reported = self.machine.reported();
+        let sent = self.control.flush(&mut self.machine.tx, most, reported)?;
         self.machine.told(sent, self.control.pending(), now);
         Ok(sent)
     }
@@ -256,6 +257,23 @@ impl Drop for Held<'_> {
     }
 }
 
+/// Meanwhile the progress thread does not wait for the connection; then it looks at it.
+struct Preparing<'a>(&'a Connection);
+
+impl Preparing<'_> {
+    fn new(connection: &Connection) -> Preparing<'_> {
+        connection.preparing.fetch_add(1, Ordering::SeqCst);
+        Preparing(connection)
+    }
+}
+
+impl Drop for Preparing<'_> {
+    fn drop(&mut self) {
+        self.0.preparing.fetch_sub(1, Ordering::SeqCst);
+        self.0.home.attend(self.0.id);
+    }
+}
+
 /// Where a transfer's data goes.
 fn way(direction: Direction) -> Way {
     match direction {
@@ -274,6 +292,13 @@ pub struct Connection {
     ended: Condvar,
     waiters: AtomicU32,
     polls: Polls,
+    /// What says that this side is alive, whoever has the lock.
+    voice: Arc<Voice>,
+    heartbeat: Duration,
+    /// For how long that goes on without the lock.
+    patience: Duration,
+    /// Threads that have the lock, or are about to, and may be kept for long: the progress thread has others to drive.
+    preparing: AtomicU32,
     /// What the channels ring.
     seat: Local<Arc<Seat>>,
     /// The path to a process of this host, where there is one.
@@ -300,6 +325,10 @@ impl Connection {
         Connection {
             id: home.connections.next_id(),
             fd: core.control.fd(),
+            voice: core.control.voice(),
+            heartbeat: core.machine.heartbeat(),
+            patience: core.machine.patience(),
+            preparing: AtomicU32::new(0),
             local: crate::net::topology::is_local(peer.ip),
             channels: core.channels.count(),
             home,
@@ -720,6 +749,9 @@ impl Connection {
 
     /// A round of the progress thread. `must`: waits for the lock; otherwise leaves the round to whoever holds it.
     pub(crate) fn progress(&self, must: bool) -> Progress {
+        if self.preparing.load(Ordering::SeqCst) > 0 {
+            return Progress { channels_busy: false, next_tick: Some(Instant::now() + self.heartbeat), ..Progress::left_alone() };
+        }
         let held = if must { Some(self.core.lock()) } else { self.core.try_lock() };
         let Some(mut core) = held.map(|core| self.hold(core)) else { return Progress::left_alone() };
         let any = self.drive(&mut core, Instant::now());
@@ -737,6 +769,10 @@ impl Connection {
 
     /// Whether something is under way, or waits to leave.
     pub(crate) fn stirs(&self) -> bool {
+        // It asks for the progress thread afterwards.
+        if self.preparing.load(Ordering::SeqCst) > 0 {
+            return false;
+        }
         let core = self.lock();
         core.machine.dead().is_none() && core.stirs()
     }
@@ -756,6 +792,9 @@ impl Connection {
 
     /// A channel rang and nothing moved: it may have failed.
     pub(crate) fn look_for_failure(&self) {
+        if self.preparing.load(Ordering::SeqCst) > 0 {
+            return;
+        }
         let mut core = self.lock();
         let now = Instant::now();
         if core.machine.dead().is_some() || core.closing || now - core.looked < LOOK {
@@ -830,6 +869,7 @@ impl Connection {
         if !core.closing {
             core.machine.say_bye(Some(&error), now);
         }
+        core.control.end();
         let _ = core.flush(now, FAREWELL);
         core.machine.fail(error, &mut core.channels);
         core.control.shutdown_write();
@@ -853,6 +893,7 @@ impl Connection {
             let now = Instant::now();
             self.drive(&mut core, now);
             core.machine.say_bye(None, now);
+            core.control.end();
             core.closing = true;
             // Nothing is read any more; what still comes must not wake anybody.
             self.home.bell.unwatch(self.fd);
@@ -897,9 +938,29 @@ impl Connection {
         }
     }
 
-    /// Has what chunks of `place` need allocated.
+    /// Has what chunks of `place` need allocated, which may take as long as the application keeps the driver.
     pub(crate) fn ready(&self, place: Place) -> Result<()> {
-        self.core.lock().channels.ready(place)
+        let _preparing = Preparing::new(self);
+        self.lock().channels.ready(place)
+    }
+
+    /// Has the peer hear of this side, where whoever should speak is kept. Whether something was said.
+    pub(crate) fn keep(&self) -> bool {
+        self.core.is_here() && self.voice.keep(self.heartbeat * 3 / 2, self.patience)
+    }
+
+    /// Simulates a thread that the driver of a GPU keeps while it prepares the connection.
+    #[cfg(feature = "test-api")]
+    #[doc(hidden)]
+    pub fn simulate_kept_preparing(&self, time: Duration) {
+        let _preparing = Preparing::new(self);
+        let _core = self.lock();
+        std::thread::sleep(time);
+    }
+
+    /// How often the peer hears of this side.
+    pub(crate) fn heartbeat(&self) -> Duration {
+        self.heartbeat
     }
 
     /// Tells a peer on this host of a region that it may want to reach soon.

@@ -138,7 +138,7 @@ fn gpu_benchmark() {
         {
             let mut memory = CudaMemory::new(CudaOptions {
                 pulls: PullOptions { blocks, engine: engine_from, ..PullOptions::default() },
-                bus: true,
+                manner: Some(Manner::Pull),
             });
             let mapping = memory.open(&exported.exports[0], Place::gpu(0)).expect("a mapping");
             let name = format!("GPU {gpu} to 0, {blocks} blocks, engine {} MiB", engine_from / MIB);
@@ -150,7 +150,7 @@ fn gpu_benchmark() {
         }
         // Small ones by the kernel, beside the copy engine above.
         let pulls = PullOptions { few_runs: 0, ..PullOptions::default() };
-        let mut memory = CudaMemory::new(CudaOptions { pulls, bus: true });
+        let mut memory = CudaMemory::new(CudaOptions { pulls, manner: Some(Manner::Pull) });
         let mapping = memory.open(&exported.exports[0], Place::gpu(0)).expect("a mapping");
         for len in [16, 2 << 10, 4 << 10, 8 << 10, 16 << 10, 64 << 10, 256 << 10] {
             let list = [Piece { src: mapping.addr, dst: block.at, len }];

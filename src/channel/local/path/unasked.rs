@@ -8,7 +8,7 @@ use super::super::orders::{Head, OrdersIn, OrdersOut, Record, MAX_BLOCKS, WINDOW
 use super::super::puller::{Piece, Pull};
 use super::super::ring::{Inbox, Outbox};
 use super::super::sharing::{Imports, Stretch};
-use super::{memory, LocalPath, Note};
+use super::{memory, pulls, LocalPath, Note};
 use crate::channel::path::{Direct, Event, Pairing, Way};
 use crate::region::{Hold, RegionUse};
 use crate::status::{bail, Result};
@@ -327,7 +327,8 @@ impl LocalPath {
     /// The peer has shown the token of a region, for memory of it at `there`.
     pub(super) fn grant(&mut self, region: &RegionUse, there: Place) {
         let unasked = &mut self.unasked;
-        if unasked.off || unasked.grants.has(region.span.id, there) || !self.pairs.contains(&(region.place, there)) {
+        let pulled = pulls(&self.pairs, &self.pushed, (region.place, there));
+        if unasked.off || unasked.grants.has(region.span.id, there) || !pulled {
             return;
         }
         let exports = match (region.place.is_device(), &mut self.device) {
@@ -346,7 +347,7 @@ impl LocalPath {
 
     /// Starts a transfer for which nobody has to be asked, if all of it is granted. Nothing has begun after `false`.
     pub(super) fn start_direct(&mut self, transfer: &mut Direct<'_>) -> Result<bool> {
-        let known = |p: &Pairing| self.pairs.contains(&(p.here, p.there));
+        let known = |p: &Pairing| pulls(&self.pairs, &self.pushed, (p.here, p.there));
         if self.unasked.off || !transfer.pairings.iter().all(known) {
             return Ok(false);
         }
@@ -510,7 +511,7 @@ impl LocalPath {
     }
 
     /// Wakes the peer if it sleeps.
-    fn wake(&mut self) {
+    pub(super) fn wake(&mut self) {
         if self.inbox.wakes() {
             self.notes.push_back(Note::Ring);
             // What the socket does not take waits for the next round.
