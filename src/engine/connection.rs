@@ -41,6 +41,8 @@ const HANG_UP: Duration = Duration::from_millis(100);
 const BURST: usize = 8;
 /// While something goes without chunks, its end is looked for in between and the control stream is read this often.
 const READ_PAUSE: Duration = Duration::from_micros(10);
+/// For so long an application thread that looks in stays for the end of something small.
+const LINGER: Duration = Duration::from_micros(20);
 /// Reads of the control stream in one round, so that a peer that floods it does not starve the channels.
 const READS: usize = 16;
 /// Bytes of the control stream that leave in one hold of the lock: a large notification is sealed piece by piece, and others have their
@@ -690,13 +692,17 @@ impl Connection {
     }
 
     /// A round of progress by an application thread, and further ones while something small is about to end: going away and coming back
-    /// takes longer.
+    /// takes longer. Whatever a peer orders meanwhile keeps nobody here.
     fn drive_on(&self, core: &mut Core, now: Instant) -> bool {
         let ended = core.machine.ended();
         let mut any = self.drive(core, now);
-        while core.machine.ended() == ended && self.home.cores == Cores::Many && core.channels.ends_soon(Instant::now()) {
+        while core.machine.ended() == ended && self.home.cores == Cores::Many {
+            let at = Instant::now();
+            if at.saturating_duration_since(now) >= LINGER || !core.channels.ends_soon(at) {
+                break;
+            }
             std::hint::spin_loop();
-            any |= self.drive(core, Instant::now());
+            any |= self.drive(core, at);
         }
         any
     }
