@@ -72,6 +72,7 @@ fn configuration(rng: &mut Rng) -> Vec<(&'static str, String)> {
     if rng.below(2) == 0 {
         all.push(("UCCL_TCPX_EMULATE_DEVICE", "1".to_owned()));
         all.push(("UCCL_TCPX_STAGE_SENDS", rng.below(2).to_string()));
+        all.push(("UCCL_TCPX_LOCAL_GPU", rng.pick(&["pull", "push"]).to_string()));
         all.push(("UCCL_TCPX_SOFT_FRAGMENT", "random".to_owned()));
     }
     match std::env::var("UCCL_SOAK_PLUGIN") {

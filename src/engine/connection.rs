@@ -5,19 +5,20 @@ use super::bell::Seat;
 use super::budget::Counted;
 use super::fifo::FifoItem;
 use super::home::{self, Driven};
-use super::pacing::{pause, Pause, Polls, Situation, NAP_BYTES};
-use super::proto::{is_farewell, Machine, Scheduled, TransferState, MAX_BACKLOG};
+use super::list::List;
+use super::pacing::{pause, Cores, Pause, Polls, Situation, NAP_BYTES};
+use super::proto::{is_farewell, Machine, Scheduled, Sketch, TransferState, MAX_BACKLOG};
 use super::request::{self, Built, RequestBuilder};
 use super::transfer::{Direction, LocalSegment};
 use super::watch::Watch;
 use crate::channel::local::Watched;
-use crate::channel::path::Way;
+use crate::channel::path::{Blocks, Way};
 use crate::channel::router::Channels;
 use crate::region::RegionUse;
 use crate::stats::{ChannelStats, ConnectionStats, Totals};
 use crate::status::{bail, err, Error, ErrorKind, Result};
 use crate::types::{Place, Segment};
-use crate::wire::control::ControlStream;
+use crate::wire::control::{ControlStream, Voice};
 use crate::wire::frame::{Frame, MAX_NOTIFICATION, MAX_SEGMENTS};
 use crate::wire::queue::RxBuffer;
 use process::{Condvar, Local, Mutex, MutexGuard};
@@ -38,6 +39,8 @@ pub(crate) const CLOSING: Duration = Duration::from_secs(1);
 const HANG_UP: Duration = Duration::from_millis(100);
 /// Chunks handed out before what they announce is flushed: the receiver can post nothing before it knows.
 const BURST: usize = 8;
+/// While something goes without chunks, its end is looked for in between and the control stream is read this often.
+const READ_PAUSE: Duration = Duration::from_micros(10);
 /// Reads of the control stream in one round, so that a peer that floods it does not starve the channels.
 const READS: usize = 16;
 /// Bytes of the control stream that leave in one hold of the lock: a large notification is sealed piece by piece, and others have their
@@ -68,6 +71,8 @@ pub(crate) struct Core {
     channels: Channels,
     control: ControlStream,
     rx: RxBuffer,
+    /// When it was last read.
+    read: Instant,
     /// This side has said goodbye: nothing is read or started any more.
     closing: bool,
     looked: Instant,
@@ -81,13 +86,14 @@ impl Core {
     pub(crate) fn new(machine: Machine, channels: Channels, control: ControlStream) -> Core {
         let now = Instant::now();
         let (rx, watch) = (RxBuffer::default(), Watch::new());
-        Core { machine, channels, control, rx, closing: false, looked: now, watch, born: now, past: None }
+        Core { machine, channels, control, rx, read: now, closing: false, looked: now, watch, born: now, past: None }
     }
 
     /// Reads the control stream, advances the channels, hands out chunks, flushes, looks at deadlines. `true` when something moved; an
     /// error means that the connection must end.
     fn round(&mut self, now: Instant) -> Result<bool> {
-        let heard = self.read(now)?;
+        let hurries = self.channels.hurries() && now.saturating_duration_since(self.read) < READ_PAUSE;
+        let heard = !hurries && self.read(now)?;
         let moved = self.advance(now).map_err(|e| self.last_words(e, now))?;
         Ok(heard || moved)
     }
@@ -131,6 +137,7 @@ impl Core {
     }
 
     fn read(&mut self, now: Instant) -> Result<bool> {
+        self.read = now;
         let mut any = false;
         for _ in 0..READS {
             let (n, more) = self.control.read(&mut self.rx)?;
@@ -171,7 +178,8 @@ impl Core {
         if self.backlog() == 0 || most == 0 {
             return Ok(0);
         }
-        let sent = self.control.flush(&mut self.machine.tx, most)?;
+        let reported = self.machine.reported();
+        let sent = self.control.flush(&mut self.machine.tx, most, reported)?;
         self.machine.told(sent, self.control.pending(), now);
         Ok(sent)
     }
@@ -249,6 +257,31 @@ impl Drop for Held<'_> {
     }
 }
 
+/// Meanwhile the progress thread does not wait for the connection; then it looks at it.
+struct Preparing<'a>(&'a Connection);
+
+impl Preparing<'_> {
+    fn new(connection: &Connection) -> Preparing<'_> {
+        connection.preparing.fetch_add(1, Ordering::SeqCst);
+        Preparing(connection)
+    }
+}
+
+impl Drop for Preparing<'_> {
+    fn drop(&mut self) {
+        self.0.preparing.fetch_sub(1, Ordering::SeqCst);
+        self.0.home.attend(self.0.id);
+    }
+}
+
+/// Where a transfer's data goes.
+fn way(direction: Direction) -> Way {
+    match direction {
+        Direction::Read => Way::In,
+        Direction::Write => Way::Out,
+    }
+}
+
 /// A connection to a peer engine. All methods may be called from any thread.
 pub struct Connection {
     pub(crate) id: u64,
@@ -259,6 +292,13 @@ pub struct Connection {
     ended: Condvar,
     waiters: AtomicU32,
     polls: Polls,
+    /// What says that this side is alive, whoever has the lock.
+    voice: Arc<Voice>,
+    heartbeat: Duration,
+    /// For how long that goes on without the lock.
+    patience: Duration,
+    /// Threads that have the lock, or are about to, and may be kept for long: the progress thread has others to drive.
+    preparing: AtomicU32,
     /// What the channels ring.
     seat: Local<Arc<Seat>>,
     /// The path to a process of this host, where there is one.
@@ -285,6 +325,10 @@ impl Connection {
         Connection {
             id: home.connections.next_id(),
             fd: core.control.fd(),
+            voice: core.control.voice(),
+            heartbeat: core.machine.heartbeat(),
+            patience: core.machine.patience(),
+            preparing: AtomicU32::new(0),
             local: crate::net::topology::is_local(peer.ip),
             channels: core.channels.count(),
             home,
@@ -343,11 +387,40 @@ impl Connection {
     ) -> Result<u64> {
         self.core.check("connection")?;
         if self.one_host.is_some() {
-            if let Some(id) = self.transfer_direct(direction, &items)? {
-                return Ok(id);
+            if let Some((sketch, known)) = request::sketch(items.clone(), &self.home.registry, self.peer.engine) {
+                let way = way(direction);
+                let mut feed = request::Feed::new(items.clone(), known, way, sketch.count);
+                if let Some(id) = self.transfer_direct(way, sketch, &mut feed)? {
+                    return Ok(id);
+                }
             }
         }
-        let n = items.len();
+        self.transfer_in_chunks(direction, items.len(), items)
+    }
+
+    /// As [`Connection::transfer`], of a list that is kept for several transfers.
+    ///
+    /// # Errors
+    /// As [`Connection::transfer`].
+    pub fn transfer_list(&self, direction: Direction, list: &List) -> Result<u64> {
+        self.core.check("connection")?;
+        if self.one_host.is_some() {
+            let way = way(direction);
+            if let Some((sketch, mut feed)) = list.sketch(way, &self.home.registry, self.peer.engine) {
+                if let Some(id) = self.transfer_direct(way, sketch, &mut feed)? {
+                    return Ok(id);
+                }
+            }
+        }
+        self.transfer_in_chunks(direction, list.len(), list.iter())
+    }
+
+    fn transfer_in_chunks<B: Borrow<FifoItem>>(
+        &self,
+        direction: Direction,
+        n: usize,
+        items: impl Iterator<Item = (LocalSegment, B)>,
+    ) -> Result<u64> {
         let builder = if n < super::spare::MANY {
             RequestBuilder::new(n, &self.home.registry, self.peer.engine, None)
         } else {
@@ -376,25 +449,21 @@ impl Connection {
     }
 
     /// Starts a transfer all of which the peer has granted, within the host. `None`: it has to go another way.
-    fn transfer_direct<B: Borrow<FifoItem>>(
-        &self,
-        direction: Direction,
-        items: &(impl ExactSizeIterator<Item = (LocalSegment, B)> + Clone),
-    ) -> Result<Option<u64>> {
-        let sketch = request::sketch(items.clone(), &self.home.registry, self.peer.engine);
-        let Some((sketch, known)) = sketch.filter(|(sketch, _)| sketch.count <= MAX_SEGMENTS) else { return Ok(None) };
-        let way = if direction == Direction::Read { Way::In } else { Way::Out };
-        let mut feed = request::Feed::new(items.clone(), known, way, sketch.count);
+    fn transfer_direct(&self, way: Way, sketch: Sketch, blocks: &mut dyn Blocks) -> Result<Option<u64>> {
+        if sketch.count > MAX_SEGMENTS {
+            return Ok(None);
+        }
         let now = Instant::now();
         let mut core = self.lock();
         self.admit(&core, sketch.count, &sketch.places())?;
+        let at_once = way == Way::In && sketch.pairings.iter().all(|pairing| !pairing.here.is_device());
         let Core { machine, channels, .. } = &mut *core;
-        match machine.start_direct(sketch, way, &mut feed, channels, now) {
+        match machine.start_direct(sketch, way, blocks, channels, now) {
             Ok(None) => Ok(None),
             Ok(Some(id)) => {
                 // A small read of host memory is over already.
                 let before = machine.ended();
-                let looked = if way == Way::In { machine.drive_channels(channels, now).map(drop) } else { Ok(()) };
+                let looked = if at_once { machine.drive_channels(channels, now).map(drop) } else { Ok(()) };
                 self.wake_waiters(&core, before);
                 self.started(core, looked.map(|()| Some(id)), now)
             }
@@ -540,7 +609,7 @@ impl Connection {
         }
         let now = Instant::now();
         self.polls.enter(self.home.at(now));
-        let any = self.drive(&mut core, now);
+        let any = self.drive_on(&mut core, now);
         let after = core.machine.lookup(id)?;
         drop(core);
         match planned {
@@ -620,6 +689,18 @@ impl Connection {
         any
     }
 
+    /// A round of progress by an application thread, and further ones while something small is about to end: going away and coming back
+    /// takes longer.
+    fn drive_on(&self, core: &mut Core, now: Instant) -> bool {
+        let ended = core.machine.ended();
+        let mut any = self.drive(core, now);
+        while core.machine.ended() == ended && self.home.cores == Cores::Many && core.channels.ends_soon(Instant::now()) {
+            std::hint::spin_loop();
+            any |= self.drive(core, Instant::now());
+        }
+        any
+    }
+
     /// Transfers may have ended since there were `before`.
     fn wake_waiters(&self, core: &Core, before: u64) {
         if core.machine.ended() != before && self.waiters.load(Ordering::Acquire) > 0 {
@@ -668,6 +749,9 @@ impl Connection {
 
     /// A round of the progress thread. `must`: waits for the lock; otherwise leaves the round to whoever holds it.
     pub(crate) fn progress(&self, must: bool) -> Progress {
+        if self.preparing.load(Ordering::SeqCst) > 0 {
+            return Progress { channels_busy: false, next_tick: Some(Instant::now() + self.heartbeat), ..Progress::left_alone() };
+        }
         let held = if must { Some(self.core.lock()) } else { self.core.try_lock() };
         let Some(mut core) = held.map(|core| self.hold(core)) else { return Progress::left_alone() };
         let any = self.drive(&mut core, Instant::now());
@@ -685,6 +769,10 @@ impl Connection {
 
     /// Whether something is under way, or waits to leave.
     pub(crate) fn stirs(&self) -> bool {
+        // It asks for the progress thread afterwards.
+        if self.preparing.load(Ordering::SeqCst) > 0 {
+            return false;
+        }
         let core = self.lock();
         core.machine.dead().is_none() && core.stirs()
     }
@@ -704,6 +792,9 @@ impl Connection {
 
     /// A channel rang and nothing moved: it may have failed.
     pub(crate) fn look_for_failure(&self) {
+        if self.preparing.load(Ordering::SeqCst) > 0 {
+            return;
+        }
         let mut core = self.lock();
         let now = Instant::now();
         if core.machine.dead().is_some() || core.closing || now - core.looked < LOOK {
@@ -778,6 +869,7 @@ impl Connection {
         if !core.closing {
             core.machine.say_bye(Some(&error), now);
         }
+        core.control.end();
         let _ = core.flush(now, FAREWELL);
         core.machine.fail(error, &mut core.channels);
         core.control.shutdown_write();
@@ -801,6 +893,7 @@ impl Connection {
             let now = Instant::now();
             self.drive(&mut core, now);
             core.machine.say_bye(None, now);
+            core.control.end();
             core.closing = true;
             // Nothing is read any more; what still comes must not wake anybody.
             self.home.bell.unwatch(self.fd);
@@ -845,9 +938,29 @@ impl Connection {
         }
     }
 
-    /// Has what chunks of `place` need allocated.
+    /// Has what chunks of `place` need allocated, which may take as long as the application keeps the driver.
     pub(crate) fn ready(&self, place: Place) -> Result<()> {
-        self.core.lock().channels.ready(place)
+        let _preparing = Preparing::new(self);
+        self.lock().channels.ready(place)
+    }
+
+    /// Has the peer hear of this side, where whoever should speak is kept. Whether something was said.
+    pub(crate) fn keep(&self) -> bool {
+        self.core.is_here() && self.voice.keep(self.heartbeat * 3 / 2, self.patience)
+    }
+
+    /// Simulates a thread that the driver of a GPU keeps while it prepares the connection.
+    #[cfg(feature = "test-api")]
+    #[doc(hidden)]
+    pub fn simulate_kept_preparing(&self, time: Duration) {
+        let _preparing = Preparing::new(self);
+        let _core = self.lock();
+        std::thread::sleep(time);
+    }
+
+    /// How often the peer hears of this side.
+    pub(crate) fn heartbeat(&self) -> Duration {
+        self.heartbeat
     }
 
     /// Tells a peer on this host of a region that it may want to reach soon.
@@ -875,7 +988,7 @@ impl Driven for Connection {
         let Some(mut core) = self.core.try_lock().map(|core| self.hold(core)) else { return true };
         let now = Instant::now();
         self.polls.enter(self.home.at(now));
-        let any = self.drive(&mut core, now) || (core.machine.busy() && core.machine.dead().is_none());
+        let any = self.drive_on(&mut core, now) || (core.machine.busy() && core.machine.dead().is_none());
         drop(core);
         self.polls.leave(self.home.clock());
         any

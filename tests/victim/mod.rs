@@ -345,6 +345,11 @@ impl Inside {
                 let maps = std::fs::read_to_string("/proc/self/maps")?;
                 maps.lines().filter(|line| line.contains("/memfd:test-gpu") && line.contains("r--s")).count().to_string()
             }
+            // Mappings of memory that a side pushes into: this process's own, and others'.
+            "areas" => {
+                let maps = std::fs::read_to_string("/proc/self/maps")?;
+                maps.lines().filter(|line| line.contains("/memfd:uccl-area")).count().to_string()
+            }
             // How many buffers have changed since they were given back.
             "changed" => {
                 self.buffers.iter().filter(|b| given_back(b) && b.bytes.as_deref() != b.last.as_deref()).count().to_string()
