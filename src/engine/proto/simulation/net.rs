@@ -1,8 +1,8 @@
 //! The simulated network of the simulation: channels whose messages move when the scheduler says so, stall, fail, and run out of memory on
 //! demand. Copies real bytes at the moment at which a real network would.
 
-use crate::channel::path::{Arrival, ChunkLimits, Copier, Departure, Dest, Event, Line, Path, Way};
-use crate::channel::plan::{chunk_len, MAX_CROSSED, MAX_PARTS};
+use crate::channel::path::{Arrival, Copier, Departure, Dest, Event, Line, Path, Way};
+use crate::channel::plan::{chunk_len, ChunkLimits, MAX_CROSSED, MAX_PARTS};
 use crate::channel::stripe::{Load, Loads};
 use crate::region::Hold;
 use crate::status::{bail, err, Result};
