@@ -21,7 +21,7 @@ fn main() {
     for source in ["src/status.rs", "src/engine/fifo.rs"] {
         builder = builder.with_src(root.join(source));
     }
-    for part in ["engine", "metadata", "connection", "memory", "transfer", "notif", "logging", "stats", "info"] {
+    for part in ["engine", "metadata", "connection", "memory", "transfer", "list", "notif", "logging", "stats", "info"] {
         builder = builder.with_src(root.join(format!("src/ffi/{part}.rs")));
     }
     let mut header = Vec::new();

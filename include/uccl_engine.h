@@ -48,6 +48,8 @@ typedef struct uccl_engine uccl_engine_t;
 typedef struct uccl_conn uccl_conn_t;
 /** Opaque. A received notification of any length. */
 typedef struct uccl_notif uccl_notif_t;
+/** Opaque. Segments of a transfer, kept for several. */
+typedef struct uccl_list uccl_list_t;
 
 /**
  * Bytes of a serialised FIFO item.
@@ -866,7 +868,8 @@ void uccl_engine_conn_destroy(uccl_conn_t *conn);
  * @param conn  [in] The connection.
  * @return UCCL_OK while it is; why not once it is lost or closed: UCCL_ERR_REMOTE_DISCONNECT, UCCL_ERR_TIMED_OUT, UCCL_ERR_CANCELED,
  *         UCCL_ERR_PROTOCOL and so on; UCCL_ERR_NOT_FOUND or UCCL_ERR_INVALID_ARGUMENT for a bad handle. A lost connection stays lost:
- *         destroy it and connect anew.
+ *         destroy it and connect anew. Until then it keeps a descriptor and, where the peer had opened it, its place among
+ *         UCCL_TCPX_MAX_CONNECTIONS.
  *
  * Threads: any.
  */
@@ -1206,6 +1209,62 @@ int uccl_engine_wait(uccl_conn_t *conn, uint64_t transfer_id, int64_t timeout_ms
  * Threads: any.
  */
 bool uccl_engine_xfer_status(uccl_conn_t *conn, uint64_t transfer_id);
+
+/**
+ * Keeps the segments of a transfer, so that starting it takes less time, every time that it is started. For lists that are moved
+ * again and again, and for those that are known before they are to be moved.
+ *
+ * @param mr_ids      [in]  num_iovs local regions.
+ * @param data_v      [in]  num_iovs local addresses, each inside its region.
+ * @param size_v      [in]  num_iovs lengths in bytes.
+ * @param fifo_items  [in]  num_iovs remote addresses.
+ * @param num_iovs    [in]  Segments, 1 to 1,048,576.
+ * @param list        [out] The list, owned by the caller, to be freed with uccl_engine_list_free.
+ * @return UCCL_OK, UCCL_ERR_INVALID_ARGUMENT, UCCL_ERR_RESOURCE. The arrays are copied. What is wrong with a region, a range or an
+ *         item shows when the list is started: a list belongs to no engine and keeps no region.
+ *
+ * Threads: any.
+ */
+int uccl_engine_list_create(const uccl_mr_t *mr_ids,
+                            void *const *data_v,
+                            const size_t *size_v,
+                            const struct FifoItem *fifo_items,
+                            int num_iovs,
+                            uccl_list_t **list);
+
+/**
+ * Frees a list. Transfers that were started with it go on.
+ *
+ * @param list  The list; NULL is a no-op, and so is one of the parent process after a fork; one already freed is an error that is
+ *              logged, nothing else.
+ *
+ * Threads: any, once per list.
+ */
+void uccl_engine_list_free(uccl_list_t *list);
+
+/**
+ * Starts a read of a list as one transfer: remote memory into local memory.
+ *
+ * @param conn         [in]  The connection.
+ * @param list         [in]  The segments; may be started again at once, on this connection or another.
+ * @param transfer_id  [out] Id of the transfer.
+ * @return As uccl_engine_read_vector.
+ *
+ * Threads: any.
+ */
+int uccl_engine_list_read(uccl_conn_t *conn, const uccl_list_t *list, uint64_t *transfer_id);
+
+/**
+ * Starts a write of a list as one transfer: local memory into remote memory.
+ *
+ * @param conn         [in]  The connection.
+ * @param list         [in]  The segments; may be started again at once, on this connection or another.
+ * @param transfer_id  [out] Id of the transfer.
+ * @return As uccl_engine_write_vector.
+ *
+ * Threads: any.
+ */
+int uccl_engine_list_write(uccl_conn_t *conn, const uccl_list_t *list, uint64_t *transfer_id);
 
 /**
  * Sends a fixed-size notification. It arrives after the data of every transfer that was complete before this call.

@@ -57,6 +57,18 @@ impl Budgets {
     }
 }
 
+/// Which side copies between GPUs of one host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LocalGpu {
+    /// As the link between them wants it.
+    #[default]
+    Auto,
+    /// The destination's.
+    Pull,
+    /// The source's, into memory of the destination's library.
+    Push,
+}
+
 /// Settings of an engine. Fields are documented at their variable in [`VARIABLES`].
 #[derive(Clone, Debug)]
 #[allow(missing_docs)]
@@ -86,8 +98,8 @@ pub struct Config {
     pub disable_ipc: bool,
     /// Where processes of one host find each other that share no network namespace.
     pub local_dir: Option<PathBuf>,
-    /// GPUs that reach each other only over PCIe pull from each other, too.
-    pub local_pcie: bool,
+    /// Which side copies between GPUs of one host.
+    pub local_gpu: LocalGpu,
     /// Blocks of threads that a pull takes of a GPU.
     pub local_blocks: u32,
     pub spin: Option<Duration>,
@@ -166,6 +178,15 @@ fn protect(source: Source<'_>) -> Result<Protect> {
     })
 }
 
+/// Which side copies between GPUs of one host.
+fn local_gpu(source: Source<'_>) -> Result<LocalGpu> {
+    Ok(match source.word(&table::LOCAL_GPU)? {
+        Some("pull") => LocalGpu::Pull,
+        Some("push") => LocalGpu::Push,
+        _ => LocalGpu::Auto,
+    })
+}
+
 /// Says once a process which variables of the environment nobody reads.
 fn tell_unknown() {
     static TOLD: process::PerProcess<process::Mutex<HashSet<String>>> = process::PerProcess::new(Default::default);
@@ -234,7 +255,7 @@ impl Config {
             vectored: source.flag(&table::VECTORED)?,
             disable_ipc: source.flag(&table::DISABLE_IPC)?,
             local_dir: source.get(&table::LOCAL_DIR)?.map(PathBuf::from),
-            local_pcie: source.flag(&table::LOCAL_PCIE)?,
+            local_gpu: local_gpu(source)?,
             local_blocks: source.number_or_default(&table::LOCAL_BLOCKS)? as u32,
             spin: source.number(&table::SPIN_US)?.map(Duration::from_micros),
             connect_timeout: source.millis(&table::CONNECT_TIMEOUT)?,

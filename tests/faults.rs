@@ -156,6 +156,57 @@ fn connections_that_nobody_drives_keep_each_other_alive() {
     }
 }
 
+fn impatient(transfer_timeout: Duration) -> [std::sync::Arc<Engine>; 2] {
+    set_environment();
+    [(); 2].map(|()| {
+        let config = Config { peer_timeout: Duration::from_millis(600), transfer_timeout, ..config() };
+        Engine::new(config).unwrap()
+    })
+}
+
+/// A thread is kept for long while it has a connection, as by the driver of a GPU while the application copies: the peer goes on hearing
+/// of this side, the engine's other connections go on, and so does the kept one afterwards.
+#[test]
+fn a_connection_that_somebody_keeps_stays_alive_and_keeps_no_other_up() {
+    const KEPT: Duration = Duration::from_secs(3);
+    let [a, b] = impatient(Duration::from_secs(30));
+    let ((kept, inc), (other, other_inc)) = (pair(&a, &b), pair(&a, &b));
+    let (from, to) = (Buffer::new(&a, vec![7; 100_000]), Buffer::new(&b, vec![0; 100_000]));
+    let write = |conn: &uccl_p2p::engine::Connection| {
+        let id = conn.transfer(Direction::Write, std::iter::once((from.local(100_000), to.item(&b)))).unwrap();
+        conn.wait(id, None).unwrap();
+    };
+    std::thread::scope(|scope| {
+        let keeping = scope.spawn(|| kept.simulate_kept_preparing(KEPT));
+        let (start, mut slowest) = (Instant::now(), Duration::ZERO);
+        while !keeping.is_finished() {
+            let began = Instant::now();
+            write(&other);
+            slowest = slowest.max(began.elapsed());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        assert!(start.elapsed() > KEPT / 2 && slowest < KEPT / 2, "another connection was kept for {slowest:?}");
+    });
+    for conn in [&kept, &inc, &other, &other_inc] {
+        conn.status().unwrap();
+    }
+    write(&kept);
+    assert_eq!(to.bytes, from.bytes);
+}
+
+/// Nobody vouches for ever for a thread that does not come back.
+#[test]
+fn a_connection_that_stays_kept_is_given_up_by_its_peer() {
+    let [a, b] = impatient(Duration::from_secs(1));
+    let (kept, inc) = pair(&a, &b);
+    std::thread::scope(|scope| {
+        let keeping = scope.spawn(|| kept.simulate_kept_preparing(Duration::from_secs(8)));
+        assert!(until(Duration::from_secs(6), || inc.status().is_err()), "the peer is believed for ever");
+        assert!(!keeping.is_finished());
+    });
+    assert!(until(LIMIT, || kept.status().is_err()));
+}
+
 #[test]
 fn threads_that_poll_one_connection_do_not_starve_its_heartbeat() {
     let config = || Config { num_channels: Some(1), peer_timeout: Duration::from_secs(2), ..config() };

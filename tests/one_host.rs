@@ -48,6 +48,9 @@ fn forbid_reading_processes() {
 const ON: (&str, &str) = ("UCCL_P2P_DISABLE_IPC", "0");
 const EMULATED: [(&str, &str); 3] = [ON, ("UCCL_TCPX_EMULATE_DEVICE", "1"), (SHARED_MEMORY, "1")];
 
+/// Simulated GPUs between which bytes are pushed.
+const PUSHED: [(&str, &str); 4] = [EMULATED[0], EMULATED[1], EMULATED[2], ("UCCL_TCPX_LOCAL_GPU", "push")];
+
 fn start(environment: &[(&str, &str)]) -> Victim {
     Victim::start("engine_process", &[environment, &[("UCCL_P2P_LOG_LEVEL", "info")]].concat())
 }
@@ -264,7 +267,7 @@ fn memory_that_was_granted_is_read_while_its_owner_sleeps() {
 
 #[test]
 fn small_transfers_of_granted_memory_stay_within_the_host() {
-    for environment in [&[ON][..], &EMULATED[..]] {
+    for environment in [&[ON][..], &EMULATED[..], &PUSHED[..]] {
         let (mut a, mut b) = two(environment, environment);
         let (mine, theirs, item) = granted(&mut a, &mut b, 4096, 9);
         // The memory of a write's source is shared at its first use.
@@ -285,7 +288,7 @@ fn small_transfers_of_granted_memory_stay_within_the_host() {
 
 #[test]
 fn a_grant_ends_with_its_region() {
-    for environment in [&[ON][..], &EMULATED[..]] {
+    for environment in [&[ON][..], &EMULATED[..], &PUSHED[..]] {
         let (mut a, mut b) = two(environment, environment);
         let (mine, theirs, item) = granted(&mut a, &mut b, 3 * MIB, 9);
         assert_eq!(b.ask(&format!("free {theirs}")), "given back");
@@ -304,7 +307,7 @@ fn a_grant_ends_with_its_region() {
 
 #[test]
 fn a_killed_reader_holds_no_region() {
-    for environment in [&[ON][..], &EMULATED[..]] {
+    for environment in [&[ON][..], &EMULATED[..], &PUSHED[..]] {
         for round in 0..4u64 {
             let (mut a, mut b) = two(environment, environment);
             const LEN: usize = 32 * MIB;
@@ -335,8 +338,82 @@ fn memory_that_cannot_be_shared_keeps_its_channels() {
 }
 
 #[test]
+fn what_is_pushed_stays_within_the_host_and_maps_nothing_of_the_application() {
+    // One side that wants it is enough. Memory that cannot be shared is pushed as well.
+    let alone = [PUSHED[0], PUSHED[1], PUSHED[3]];
+    for (first, second) in [(&PUSHED[..], &EMULATED[..]), (&EMULATED[..], &PUSHED[..]), (&alone[..], &alone[..])] {
+        let (mut a, mut b) = two(first, second);
+        for victim in [&a, &b] {
+            assert!(victim.log().contains("GPU 0 here and 0 there (pushed)"), "{}", victim.log());
+        }
+        shared_in_the_end(&mut a, &mut b);
+        // The other way.
+        assert!(until(LIMIT, || {
+            assert_eq!(moves(&mut a, &mut b, "read", MIB, 4), Outcome::Done(MIB as u64));
+            carried(&mut a)[1] > 0
+        }));
+        let before = carried(&mut a);
+        let mut sum = 0;
+        for (fill, len) in [1, 4096, 100_001, 5 * MIB + 3, 64 * MIB].into_iter().enumerate() {
+            for direction in ["write", "read"] {
+                assert_eq!(moves(&mut a, &mut b, direction, len, fill as u8 + 1), Outcome::Done(len as u64));
+            }
+            sum += len as u64;
+        }
+        let after = carried(&mut a);
+        assert_eq!(std::array::from_fn(|i| after[i] - before[i]), [sum, sum, 0, 0]);
+        for victim in [&mut a, &mut b] {
+            assert_eq!((victim.number("mappings"), victim.number("areas")), (0, 2));
+        }
+        drop(b);
+        assert!(until(LIMIT, || a.number("areas") == 0));
+        assert!(a.end(LIMIT));
+    }
+}
+
+/// A source that is stopped while it pushes, and goes on after the other side has given it up and has a new connection with another
+/// process: nothing of the application's changes, nor what the new connection brings.
+#[test]
+fn a_stopped_source_writes_to_nobodys_memory() {
+    let timeouts = [("UCCL_TCPX_TRANSFER_TIMEOUT_MS", "1500"), ("UCCL_TCPX_PEER_TIMEOUT_MS", "1500")];
+    let environment = [&PUSHED[..], &timeouts].concat();
+    const LEN: usize = 32 * MIB;
+    for round in 0..4u64 {
+        let (mut a, mut b) = two(&environment, &environment);
+        shared_in_the_end(&mut a, &mut b);
+        let (sink, _) = a.buffer(LEN, 0);
+        let (_, item) = b.buffer(LEN, 9);
+        let reads: Vec<u64> =
+            (0..3).map(|_| a.start_transfer(&format!("read 0 {sink} {LEN} {}", text_of(&item))).unwrap()).collect();
+        std::thread::sleep(Duration::from_millis(3 * round));
+        b.signal(libc::SIGSTOP);
+        for id in reads {
+            assert_ne!(a.wait(0, id, LIMIT), Outcome::Pending);
+        }
+        assert_eq!(a.ask(&format!("destroy {sink}")), "given back");
+        // Somebody else fills what that side has for the purpose.
+        let mut c = start(&environment);
+        c.ask("accept");
+        assert_eq!(a.ask(&format!("connect 127.0.0.1 {}", c.port)), "1", "{}", a.log());
+        let (later, _) = a.buffer(LEN, 0);
+        let (_, item) = c.buffer(LEN, 3);
+        for i in 0..6 {
+            if i == 3 {
+                b.signal(libc::SIGCONT);
+            }
+            let id = a.start_transfer(&format!("read 1 {later} {LEN} {}", text_of(&item))).unwrap();
+            assert_eq!(a.wait(1, id, LIMIT), Outcome::Done(LEN as u64));
+            assert_eq!(a.ask(&format!("holds {later} {LEN} 3")), "true");
+        }
+        assert!(until(LIMIT, || b.ask("status 0").starts_with("error") && b.number("areas") == 0));
+        assert_eq!((a.number("changed"), a.ask(&format!("holds {later} {LEN} 3")).as_str()), (0, "true"));
+        assert!(a.end(LIMIT) && b.end(LIMIT) && c.end(LIMIT));
+    }
+}
+
+#[test]
 fn a_killed_process_leaves_errors_right_bytes_and_no_mappings() {
-    for environment in [&[ON][..], &EMULATED[..]] {
+    for environment in [&[ON][..], &EMULATED[..], &PUSHED[..]] {
         for (round, direction) in ["write", "read", "write", "read"].into_iter().enumerate() {
             let (mut a, mut b) = two(environment, environment);
             if environment.len() > 1 {
@@ -364,7 +441,7 @@ fn a_killed_process_leaves_errors_right_bytes_and_no_mappings() {
                     _ => {}
                 }
             }
-            assert!(until(LIMIT, || a.number("mappings") == 0));
+            assert!(until(LIMIT, || a.number("mappings") == 0 && a.number("areas") == 0));
             assert!(a.end(LIMIT));
         }
     }
@@ -372,7 +449,7 @@ fn a_killed_process_leaves_errors_right_bytes_and_no_mappings() {
 
 #[test]
 fn a_stopped_process_is_given_up_in_time_and_does_nothing_late() {
-    for environment in [&[ON][..], &EMULATED[..]] {
+    for environment in [&[ON][..], &EMULATED[..], &PUSHED[..]] {
         let timeouts = [
             ("UCCL_TCPX_TRANSFER_TIMEOUT_MS", "1500"),
             ("UCCL_TCPX_PEER_TIMEOUT_MS", "1500"),
@@ -409,7 +486,7 @@ fn a_stopped_process_is_given_up_in_time_and_does_nothing_late() {
 
 #[test]
 fn a_region_that_goes_during_copies_waits_for_them_or_ends_them() {
-    for environment in [&[ON][..], &EMULATED[..]] {
+    for environment in [&[ON][..], &EMULATED[..], &PUSHED[..]] {
         for round in 0..6u64 {
             let (mut a, mut b) = two(environment, environment);
             if environment.len() > 1 {

@@ -17,7 +17,7 @@ const LIFE: usize = 12;
 /// What the survivor may hold more at its end than after its first rounds.
 const DESCRIPTORS: usize = 6;
 const THREADS: usize = 2;
-const MEGABYTES: usize = 160;
+const MEGABYTES: usize = 48;
 
 #[test]
 fn soak_process() {
@@ -72,6 +72,7 @@ fn configuration(rng: &mut Rng) -> Vec<(&'static str, String)> {
     if rng.below(2) == 0 {
         all.push(("UCCL_TCPX_EMULATE_DEVICE", "1".to_owned()));
         all.push(("UCCL_TCPX_STAGE_SENDS", rng.below(2).to_string()));
+        all.push(("UCCL_TCPX_LOCAL_GPU", rng.pick(&["pull", "push"]).to_string()));
         all.push(("UCCL_TCPX_SOFT_FRAGMENT", "random".to_owned()));
     }
     match std::env::var("UCCL_SOAK_PLUGIN") {
@@ -254,7 +255,8 @@ impl Arena {
     }
 
     /// What the survivor holds: descriptors, threads, MB.
-    fn holds(&self) -> (usize, usize, usize) {
+    fn holds(&mut self) -> (usize, usize, usize) {
+        self.survivor.ask("trim");
         let process = self.survivor.id();
         (descriptors(process), threads(process), resident(process) / 1024)
     }

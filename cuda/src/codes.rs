@@ -9,6 +9,8 @@ pub type CUresult = c_uint;
 pub const ERROR_INVALID_VALUE: CUresult = 1;
 /// `CUDA_ERROR_OUT_OF_MEMORY`.
 pub const ERROR_OUT_OF_MEMORY: CUresult = 2;
+/// `CUDA_ERROR_NOT_INITIALIZED`; also the answer of `cuInit` in a child of a process that had called it.
+pub const ERROR_NOT_INITIALIZED: CUresult = 3;
 /// `CUDA_ERROR_STUB_LIBRARY`: the toolkit's library for linking, not a driver.
 pub const ERROR_STUB_LIBRARY: CUresult = 34;
 /// `CUDA_ERROR_NO_DEVICE`.

@@ -85,9 +85,14 @@ impl Context {
     /// Makes it current in this thread until the value is dropped; that must happen in the reverse order of entering.
     pub fn enter(&self) -> Result<Entered<'_>> {
         let cuda = functions()?;
-        // SAFETY: the context is live (retained, or by the contract of `current`).
-        unsafe { cuda.cuCtxPushCurrent(self.raw) }?;
-        Ok(Entered { cuda, _context: self })
+        let mut now = ptr::null_mut();
+        // SAFETY: the output is writable.
+        let pushed = unsafe { cuda.cuCtxGetCurrent(&mut now) }.is_err() || now != self.raw;
+        if pushed {
+            // SAFETY: the context is live (retained, or by the contract of `current`).
+            unsafe { cuda.cuCtxPushCurrent(self.raw) }?;
+        }
+        Ok(Entered { cuda, pushed, _context: self })
     }
 }
 
@@ -106,6 +111,8 @@ impl Drop for Context {
 /// A context that is current in this thread, and the driver's functions. What was current comes back when it is dropped.
 pub struct Entered<'a> {
     cuda: Relaxed,
+    /// Something else was current.
+    pushed: bool,
     _context: &'a Context,
 }
 
@@ -119,6 +126,9 @@ impl Deref for Entered<'_> {
 
 impl Drop for Entered<'_> {
     fn drop(&mut self) {
+        if !self.pushed {
+            return;
+        }
         let mut popped = ptr::null_mut();
         // SAFETY: pops what enter pushed.
         let _ = unsafe { self.cuda.cuCtxPopCurrent(&mut popped) };

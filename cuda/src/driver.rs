@@ -19,6 +19,8 @@ const KERNEL_DRIVER: &str = "/dev/nvidiactl";
 pub struct Driver {
     functions: Functions,
     devices: i32,
+    /// The process that initialised it.
+    generation: u64,
 }
 
 /// Why there is no driver to use.
@@ -28,6 +30,8 @@ pub enum Absence {
     NoGpu(String),
     /// A driver is there and fails: memory of this process may be a GPU's, which nobody can tell.
     Failing(String),
+    /// A process initialised the driver and was forked: in the child CUDA does not work, and no memory is a GPU's.
+    Forked,
 }
 
 impl From<Absence> for Error {
@@ -35,6 +39,9 @@ impl From<Absence> for Error {
         match absence {
             Absence::NoGpu(why) => Error::Unavailable(why),
             Absence::Failing(why) => Error::Unavailable(format!("the CUDA driver fails: {why}")),
+            Absence::Forked => {
+                Error::Unavailable("CUDA was in use before this process was forked, and does not work in it".into())
+            }
         }
     }
 }
@@ -44,19 +51,20 @@ static DRIVER: AtomicPtr<Driver> = AtomicPtr::new(std::ptr::null_mut());
 /// The last answer without a driver, and whether it is final.
 static ABSENT: PerProcess<Mutex<Option<Absence>>> = PerProcess::new(Mutex::default);
 
-fn known() -> Option<&'static Driver> {
+fn known() -> Option<std::result::Result<&'static Driver, Absence>> {
     // SAFETY: null, or a driver that was leaked.
-    unsafe { DRIVER.load(Ordering::Acquire).as_ref() }
+    let driver = unsafe { DRIVER.load(Ordering::Acquire).as_ref() }?;
+    Some(if driver.generation == process::generation() { Ok(driver) } else { Err(Absence::Forked) })
 }
 
 /// The driver, or why there is none. Makes no context.
 pub fn driver() -> std::result::Result<&'static Driver, Absence> {
-    if let Some(driver) = known() {
-        return Ok(driver);
+    if let Some(known) = known() {
+        return known;
     }
     let mut absent = ABSENT.get().lock();
-    if let Some(driver) = known() {
-        return Ok(driver);
+    if let Some(known) = known() {
+        return known;
     }
     if let Some(known) = &*absent {
         // The application may have loaded a driver from a folder of its own since.
@@ -115,9 +123,10 @@ fn open(library: &CStr, kernel_driver: &Path) -> std::result::Result<Driver, Abs
     // SAFETY: cuInit takes 0 and makes no context; the output is writable.
     let ready = unsafe { functions.cuInit(0).and_then(|()| functions.cuDeviceGetCount(&mut devices)) };
     match ready {
-        Ok(()) if devices > 0 => Ok(Driver { functions, devices }),
+        Ok(()) if devices > 0 => Ok(Driver { functions, devices, generation: process::generation() }),
         Ok(()) => Err(Absence::NoGpu("the CUDA driver sees no GPU".into())),
         Err(e) if e.code() == sys::ERROR_NO_DEVICE => Err(Absence::NoGpu(format!("the CUDA driver sees no GPU: {e}"))),
+        Err(e) if e.code() == sys::ERROR_NOT_INITIALIZED => Err(Absence::Forked),
         Err(e) if e.code() == sys::ERROR_STUB_LIBRARY => {
             let why =
                 format!("{} is a stub of the CUDA toolkit; take its folder out of LD_LIBRARY_PATH", path_of(handle, library));
@@ -245,6 +254,7 @@ mod tests {
         assert!(matches!(answer(&simulated("hidden", sys::ERROR_NO_DEVICE, 0), "/dev/null"), Err(Absence::NoGpu(_))));
         assert!(matches!(answer(&simulated("none", 0, 0), "/dev/null"), Err(Absence::NoGpu(_))));
         assert_eq!(answer(&simulated("two", 0, 2), "/dev/null"), Ok(2));
+        assert_eq!(answer(&simulated("forked", sys::ERROR_NOT_INITIALIZED, 2), "/dev/null"), Err(Absence::Forked));
     }
 
     #[test]

@@ -28,17 +28,33 @@ pub enum MemoryKind {
 }
 
 /// The kind of memory at `ptr`. Asks the driver only where there is one; an error where a driver is there and fails, since then nobody
-/// can tell. Makes no context.
+/// can tell. Makes no context. In the child of a process that used CUDA all memory that is there is the host's.
 pub fn memory_kind(ptr: u64) -> Result<MemoryKind> {
     let cuda = match driver() {
         Ok(driver) => driver.relaxed(),
         Err(Absence::NoGpu(_)) => return Ok(MemoryKind::Host),
+        // Addresses of the parent's GPU memory mean nothing here, and who touches them dies.
+        Err(Absence::Forked) if is_readable(ptr) => return Ok(MemoryKind::Host),
         Err(failing) => return Err(failing.into()),
     };
     match kind_of(&cuda, ptr) {
         // The driver wants a context to look the address up in: any that the process has will do.
         Err(e) if e.code() == sys::ERROR_INVALID_CONTEXT => in_any_context(ptr),
         kind => kind,
+    }
+}
+
+/// Whether this process has memory at an address that it may read: the kernel tells, who is asked to copy a byte of it.
+fn is_readable(ptr: u64) -> bool {
+    let mut ends = [-1; 2];
+    // SAFETY: the output is writable; the kernel looks at the address and fails where nothing is; both ends are closed once.
+    unsafe {
+        if libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) != 0 {
+            return false;
+        }
+        let readable = libc::write(ends[1], ptr as *const _, 1) == 1;
+        let _ = ends.map(|end| libc::close(end));
+        readable
     }
 }
 
@@ -233,5 +249,18 @@ mod tests {
         let value = 7u64;
         assert_eq!(memory_kind((&raw const value) as u64), Ok(MemoryKind::Host));
         assert!(driver().is_ok() || Context::retain(0).is_err());
+    }
+
+    #[test]
+    fn memory_that_is_not_there_is_not_readable() {
+        let value = 7u64;
+        assert!(is_readable((&raw const value) as u64));
+        assert!(!is_readable(8));
+        // SAFETY: a mapping of its own, which is given back.
+        unsafe {
+            let reserved = libc::mmap(ptr::null_mut(), 4096, libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0);
+            assert!(reserved != libc::MAP_FAILED && !is_readable(reserved as u64));
+            libc::munmap(reserved, 4096);
+        }
     }
 }

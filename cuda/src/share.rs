@@ -7,7 +7,7 @@ use crate::pointer::attribute;
 use crate::sys::{
     self, CUipcMemHandle, CUmemAccessDesc, CUmemAllocationProp, CUmemGenericAllocationHandle, CUmemLocation, Functions,
 };
-use std::ffi::c_void;
+use std::ffi::{c_uint, c_void};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
@@ -110,7 +110,47 @@ enum How {
     Posix,
 }
 
-/// Memory of another process, mapped into a context of this one until dropped. It stays as long, whatever becomes of its owner.
+/// Maps physical memory at an address of the driver's choice.
+fn map(cuda: &Functions, handle: CUmemGenericAllocationHandle, len: usize) -> Result<u64> {
+    let mut at = 0;
+    // SAFETY: the output is writable, the handle live; what was reserved is given back where mapping fails.
+    unsafe {
+        cuda.cuMemAddressReserve(&mut at, len, 0, 0, 0)?;
+        if let Err(e) = cuda.cuMemMap(at, len, 0, handle, 0) {
+            let _ = cuda.cuMemAddressFree(at, len);
+            return Err(e);
+        }
+    }
+    Ok(at)
+}
+
+/// New memory of a context's GPU that other processes can map by [`posix_handle`]. Its pages are used for nothing else before the last
+/// mapping of theirs has ended, even where this one went long before.
+pub fn shareable(context: &Arc<Context>, len: usize) -> Result<Mapped> {
+    let cuda = context.enter()?;
+    let location = CUmemLocation { kind: sys::LOCATION_DEVICE, id: context.device() };
+    // SAFETY: plain data, for which zeros are valid.
+    let mut prop: CUmemAllocationProp = unsafe { std::mem::zeroed() };
+    (prop.kind, prop.location, prop.handle_types) = (sys::ALLOCATION_PINNED, location, sys::HANDLE_POSIX);
+    let (mut step, mut handle) = (0, 0);
+    // SAFETY: outputs are writable, the description complete; what is made is released by the guard.
+    unsafe {
+        cuda.cuMemGetAllocationGranularity(&mut step, &prop, 0)?;
+        if step == 0 || len % step != 0 {
+            return Err(Error::Invalid(format!("{len} bytes of memory that comes in steps of {step}")));
+        }
+        cuda.cuMemCreate(&mut handle, len, &prop, 0)?;
+    }
+    let physical = Physical { cuda: &cuda, handle };
+    let at = map(&cuda, physical.handle, len)?;
+    drop(physical);
+    drop(cuda);
+    let mapped = Mapped { context: context.clone(), at, len, how: How::Posix };
+    mapped.allow(&[sys::ACCESS_READ_WRITE])?;
+    Ok(mapped)
+}
+
+/// Memory of another process, or new memory that others can map, mapped into a context of this one until dropped. It stays as long, whatever becomes of its owner.
 pub struct Mapped {
     context: Arc<Context>,
     at: u64,
@@ -140,8 +180,19 @@ impl Mapped {
 
     /// Maps `len` bytes of the memory behind a descriptor of another process, or of this one, for reading by the context's GPU.
     pub fn posix(context: &Arc<Context>, fd: BorrowedFd<'_>, len: usize) -> Result<Mapped> {
+        // Not every driver maps memory for reading alone.
+        Mapped::posix_for(context, fd, len, &[sys::ACCESS_READ, sys::ACCESS_READ_WRITE])
+    }
+
+    /// The same for reading and writing.
+    pub fn posix_writable(context: &Arc<Context>, fd: BorrowedFd<'_>, len: usize) -> Result<Mapped> {
+        Mapped::posix_for(context, fd, len, &[sys::ACCESS_READ_WRITE])
+    }
+
+    /// With the first access of these that the driver gives.
+    fn posix_for(context: &Arc<Context>, fd: BorrowedFd<'_>, len: usize, access: &[c_uint]) -> Result<Mapped> {
         let cuda = context.enter()?;
-        let (mut handle, mut at) = (0, 0);
+        let mut handle = 0;
         let number = fd.as_raw_fd() as usize as *mut c_void;
         // SAFETY: the output is writable; the driver checks the descriptor.
         unsafe { cuda.cuMemImportFromShareableHandle(&mut handle, number, sys::HANDLE_POSIX) }?;
@@ -153,32 +204,28 @@ impl Mapped {
         if prop.location.kind != sys::LOCATION_DEVICE || len == 0 {
             return Err(Error::Invalid(format!("{len} bytes of a descriptor that is not memory of a GPU")));
         }
-        // SAFETY: outputs are writable; what was reserved is given back where mapping fails, and in drop.
-        unsafe {
-            cuda.cuMemAddressReserve(&mut at, len, 0, 0, 0)?;
-            if let Err(e) = cuda.cuMemMap(at, len, 0, physical.handle, 0) {
-                let _ = cuda.cuMemAddressFree(at, len);
-                return Err(e);
-            }
-        }
+        let at = map(&cuda, physical.handle, len)?;
         drop(physical);
         drop(cuda);
         let mapped = Mapped { context: context.clone(), at, len, how: How::Posix };
-        mapped.allow()?;
+        mapped.allow(access)?;
         Ok(mapped)
     }
 
-    /// Lets the context's GPU read the mapping.
-    fn allow(&self) -> Result<()> {
+    /// Lets the context's GPU use the mapping, with the first access of these that the driver gives.
+    fn allow(&self, access: &[c_uint]) -> Result<()> {
         let cuda = self.context.enter()?;
         let location = CUmemLocation { kind: sys::LOCATION_DEVICE, id: self.context.device() };
-        let set = |flags| {
+        let mut result = Err(Error::Invalid("no access".into()));
+        for &flags in access {
             let access = CUmemAccessDesc { location, flags };
             // SAFETY: the range is mapped, the description complete.
-            unsafe { cuda.cuMemSetAccess(self.at, self.len, &access, 1) }
-        };
-        // Not every driver maps memory for reading alone.
-        set(sys::ACCESS_READ).or_else(|_| set(sys::ACCESS_READ_WRITE))
+            result = unsafe { cuda.cuMemSetAccess(self.at, self.len, &access, 1) };
+            if result.is_ok() {
+                break;
+            }
+        }
+        result
     }
 
     /// First byte here.

@@ -122,6 +122,19 @@ impl Stream {
         unsafe { self.context.enter()?.cuStreamWriteValue32(self.raw, at, value, 0) }
     }
 
+    /// As [`Stream::device_to_device`], and after it a word as of [`Stream::signal`].
+    ///
+    /// # Safety
+    /// As of both.
+    pub unsafe fn device_to_device_with_signal(&self, dst: u64, src: u64, len: usize, at: u64, value: u32) -> Result<()> {
+        let cuda = self.context.enter()?;
+        // SAFETY: by the caller's contract.
+        unsafe {
+            cuda.cuMemcpyDtoDAsync(dst, src, len, self.raw)?;
+            cuda.cuStreamWriteValue32(self.raw, at, value, 0)
+        }
+    }
+
     /// Queues setting `len` bytes of device memory.
     ///
     /// # Safety

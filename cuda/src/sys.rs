@@ -65,6 +65,8 @@ pub const P2P_NATIVE_ATOMICS: c_int = 3;
 pub const HANDLE_POSIX: c_uint = 1;
 /// `CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS`.
 pub const IPC_LAZY_PEER_ACCESS: c_uint = 1;
+/// `CU_MEM_ALLOCATION_TYPE_PINNED`.
+pub const ALLOCATION_PINNED: c_uint = 1;
 /// `CU_MEM_LOCATION_TYPE_DEVICE`.
 pub const LOCATION_DEVICE: c_uint = 1;
 /// `CU_MEM_ACCESS_FLAGS_PROT_READ`.

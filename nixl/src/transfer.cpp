@@ -3,16 +3,21 @@
 #include "transfer.h"
 
 #include <climits>
+#include <vector>
 
 namespace tcpx {
 
 nixl_status_t Transfer::describe(const nixl_meta_dlist_t &local, const nixl_meta_dlist_t &remote) {
   const size_t count = static_cast<size_t>(local.descCount());
   if (count != static_cast<size_t>(remote.descCount())) return NIXL_ERR_INVALID_PARAM;
-  regions_.reserve(count);
-  addresses_.reserve(count);
-  sizes_.reserve(count);
-  items_.reserve(count);
+  std::vector<uccl_mr_t> regions;
+  std::vector<void *> addresses;
+  std::vector<size_t> sizes;
+  std::vector<FifoItem> items;
+  regions.reserve(count);
+  addresses.reserve(count);
+  sizes.reserve(count);
+  items.reserve(count);
   const RemoteMemory *previous = nullptr;
   for (size_t i = 0; i < count; ++i) {
     const nixlMetaDesc &from = local[i], &to = remote[i];
@@ -20,20 +25,25 @@ nixl_status_t Transfer::describe(const nixl_meta_dlist_t &local, const nixl_meta
     const auto *mine = static_cast<const LocalMemory *>(from.metadataP);
     const auto *theirs = static_cast<const RemoteMemory *>(to.metadataP);
     bytes_ += from.len;
-    if (!sizes_.empty() && regions_.back() == mine->region && previous == theirs &&
-        reinterpret_cast<uintptr_t>(addresses_.back()) + sizes_.back() == from.addr && items_.back().addr + sizes_.back() == to.addr) {
-      sizes_.back() += from.len;
+    if (!sizes.empty() && regions.back() == mine->region && previous == theirs &&
+        reinterpret_cast<uintptr_t>(addresses.back()) + sizes.back() == from.addr && items.back().addr + sizes.back() == to.addr) {
+      sizes.back() += from.len;
       continue;
     }
-    regions_.push_back(mine->region);
-    addresses_.push_back(reinterpret_cast<void *>(from.addr));
-    sizes_.push_back(from.len);
-    items_.push_back(theirs->item);
+    regions.push_back(mine->region);
+    addresses.push_back(reinterpret_cast<void *>(from.addr));
+    sizes.push_back(from.len);
+    items.push_back(theirs->item);
     // The item's size is informative: the engine takes lengths from its own argument.
-    items_.back().addr = to.addr;
+    items.back().addr = to.addr;
     previous = theirs;
   }
-  return sizes_.size() > INT_MAX ? NIXL_ERR_INVALID_PARAM : NIXL_SUCCESS;
+  if (sizes.size() > INT_MAX) return NIXL_ERR_INVALID_PARAM;
+  uccl_list_t *list = nullptr;
+  const int status =
+      uccl_engine_list_create(regions.data(), addresses.data(), sizes.data(), items.data(), static_cast<int>(sizes.size()), &list);
+  list_.reset(list);
+  return to_nixl(status);
 }
 
 nixl_status_t Transfer::post(Peers &peers, const nixl_opt_b_args_t *args) {
@@ -55,12 +65,8 @@ nixl_status_t Transfer::begin(Peers &peers) {
       if (status != NIXL_SUCCESS) return over(status);
     }
     uccl_conn_t *const conn = connection_->get();
-    const uccl_mr_t *const regions = regions_.data();
-    void *const *const addresses = addresses_.data();
-    const int count = static_cast<int>(sizes_.size());
-    const int status = operation_ == NIXL_READ
-                           ? uccl_engine_read_vector(conn, regions, addresses, sizes_.data(), items_.data(), count, &id_)
-                           : uccl_engine_write_vector(conn, regions, addresses, sizes_.data(), items_.data(), count, &id_);
+    const int status =
+        operation_ == NIXL_READ ? uccl_engine_list_read(conn, list_.get(), &id_) : uccl_engine_list_write(conn, list_.get(), &id_);
     if (status == UCCL_OK) {
       phase_ = Phase::kRunning;
       return NIXL_IN_PROG;

@@ -8,7 +8,6 @@
 #include <chrono>
 #include <memory>
 #include <string>
-#include <vector>
 
 #include "backend/backend_plugin.h"
 #include "connection.h"
@@ -28,6 +27,10 @@ struct LocalMemory final : nixlBackendMD {
 struct RemoteMemory final : nixlBackendMD {
   RemoteMemory() : nixlBackendMD(false) {}
   FifoItem item{};
+};
+
+struct FreeList {
+  void operator()(uccl_list_t *list) const { uccl_engine_list_free(list); }
 };
 
 class Transfer final : public nixlBackendReqH {
@@ -60,10 +63,8 @@ class Transfer final : public nixlBackendReqH {
   std::shared_ptr<Peer> peer_;
   /// That of the last start. It stays when it is lost: how the transfer ended is its to say.
   std::shared_ptr<Connection> connection_;
-  std::vector<uccl_mr_t> regions_;
-  std::vector<void *> addresses_;
-  std::vector<size_t> sizes_;
-  std::vector<FifoItem> items_;
+  /// What moves, as the engine keeps it: a start has nothing left to convert.
+  std::unique_ptr<uccl_list_t, FreeList> list_;
   size_t bytes_ = 0;
 
   Phase phase_ = Phase::kOver;

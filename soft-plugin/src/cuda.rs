@@ -31,7 +31,7 @@ impl Cuda {
     pub fn probe() -> Option<Cuda> {
         match cuda_driver::driver() {
             Ok(_) => Some(Cuda),
-            Err(Absence::NoGpu(_)) => None,
+            Err(Absence::NoGpu(_) | Absence::Forked) => None,
             Err(Absence::Failing(why)) => {
                 crate::logger::warn(&format!("no device memory: the CUDA driver fails: {why}"));
                 None

@@ -169,6 +169,16 @@ pub(crate) trait Path: Send {
         Ok(false)
     }
 
+    /// Something that goes without chunks is under way or waits: its end is looked for in memory, as often as possible.
+    fn hurries(&self) -> bool {
+        false
+    }
+
+    /// Something small goes without chunks and has just begun: it ends before a caller that goes away now comes back.
+    fn ends_soon(&self, _now: Instant) -> bool {
+        false
+    }
+
     /// The peer has shown the token of a region, for memory of it at `peer`: from now on it need not be asked about it.
     fn grant(&mut self, _region: &RegionUse, _peer: Place) {}
 

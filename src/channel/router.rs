@@ -227,6 +227,16 @@ impl Channels {
         self.copier.as_ref().is_some_and(|c| c.busy()) || self.paths.iter().any(|p| p.copying())
     }
 
+    /// Something goes without chunks, and its end shows in memory.
+    pub(crate) fn hurries(&self) -> bool {
+        self.paths.iter().any(|p| p.hurries())
+    }
+
+    /// Something small goes without chunks and has just begun.
+    pub(crate) fn ends_soon(&self, now: Instant) -> bool {
+        self.paths.iter().any(|p| p.ends_soon(now))
+    }
+
     /// Bytes in whole chunks.
     pub(crate) fn totals(&self) -> Totals {
         self.totals

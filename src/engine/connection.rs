@@ -18,6 +18,7 @@ use crate::region::RegionUse;
 use crate::stats::ConnectionStats;
 use crate::status::Result;
 use crate::types::Place;
+use crate::wire::control::Voice;
 use core::FLUSH;
 use process::{Condvar, Local, Mutex, MutexGuard};
 use std::net::IpAddr;
@@ -81,6 +82,23 @@ impl Drop for Held<'_> {
     }
 }
 
+/// Meanwhile the progress thread does not wait for the connection; then it looks at it.
+struct Preparing<'a>(&'a Connection);
+
+impl Preparing<'_> {
+    fn new(connection: &Connection) -> Preparing<'_> {
+        connection.preparing.fetch_add(1, Ordering::SeqCst);
+        Preparing(connection)
+    }
+}
+
+impl Drop for Preparing<'_> {
+    fn drop(&mut self) {
+        self.0.preparing.fetch_sub(1, Ordering::SeqCst);
+        self.0.home.attend(self.0.id);
+    }
+}
+
 /// A connection to a peer engine. All methods may be called from any thread.
 pub struct Connection {
     pub(crate) id: u64,
@@ -91,6 +109,13 @@ pub struct Connection {
     ended: Condvar,
     waiters: AtomicU32,
     polls: Polls,
+    /// What says that this side is alive, whoever has the lock.
+    voice: Arc<Voice>,
+    heartbeat: Duration,
+    /// For how long that goes on without the lock.
+    patience: Duration,
+    /// Threads that have the lock, or are about to, and may be kept for long: the progress thread has others to drive.
+    preparing: AtomicU32,
     /// What the channels ring.
     seat: Local<Arc<Seat>>,
     /// The path to a process of this host, where there is one.
@@ -117,6 +142,10 @@ impl Connection {
         Connection {
             id: home.connections.next_id(),
             fd: core.control.fd(),
+            voice: core.control.voice(),
+            heartbeat: core.machine.heartbeat(),
+            patience: core.machine.patience(),
+            preparing: AtomicU32::new(0),
             local: crate::net::topology::is_local(peer.ip),
             channels: core.channels.count(),
             home,
@@ -261,9 +290,29 @@ impl Connection {
         &self.seat
     }
 
-    /// Has what chunks of `place` need allocated.
+    /// Has what chunks of `place` need allocated, which may take as long as the application keeps the driver.
     pub(crate) fn ready(&self, place: Place) -> Result<()> {
-        self.core.lock().channels.ready(place)
+        let _preparing = Preparing::new(self);
+        self.lock().channels.ready(place)
+    }
+
+    /// Has the peer hear of this side, where whoever should speak is kept. Whether something was said.
+    pub(crate) fn keep(&self) -> bool {
+        self.core.is_here() && self.voice.keep(self.heartbeat * 3 / 2, self.patience)
+    }
+
+    /// Simulates a thread that the driver of a GPU keeps while it prepares the connection.
+    #[cfg(feature = "test-api")]
+    #[doc(hidden)]
+    pub fn simulate_kept_preparing(&self, time: Duration) {
+        let _preparing = Preparing::new(self);
+        let _core = self.lock();
+        std::thread::sleep(time);
+    }
+
+    /// How often the peer hears of this side.
+    pub(crate) fn heartbeat(&self) -> Duration {
+        self.heartbeat
     }
 
     /// Tells a peer on this host of a region that it may want to reach soon.
@@ -291,7 +340,7 @@ impl Driven for Connection {
         let Some(mut core) = self.core.try_lock().map(|core| self.hold(core)) else { return true };
         let now = Instant::now();
         self.polls.enter(self.home.at(now));
-        let any = self.drive(&mut core, now) || (core.machine.busy() && core.machine.dead().is_none());
+        let any = self.drive_on(&mut core, now) || (core.machine.busy() && core.machine.dead().is_none());
         drop(core);
         self.polls.leave(self.home.clock());
         any

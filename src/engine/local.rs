@@ -4,7 +4,9 @@
 use super::sets::own_gpu;
 use super::site::Site;
 use crate::channel::local::cuda::{CudaMemory, CudaOptions};
+use crate::channel::local::puller::Manner;
 use crate::channel::local::{emulated_gpu, Bell, EmulatedMemory, Have, Linked, LocalPath, Meeting, Opening, ProofKeys};
+use crate::config::LocalGpu;
 use crate::gpu::PullOptions;
 use crate::status::{bail, Error, Result};
 use crate::types::Place;
@@ -27,7 +29,7 @@ pub(super) fn opening(site: &Site, connecting: bool) -> Result<Opening> {
 fn have(site: &Site) -> Have {
     if site.config.emulate_device {
         let gpus = (0..site.config.emulate_devices).map(|i| (Place::gpu(i), emulated_gpu(i))).collect();
-        return Have { gpus, device: Some(Box::<EmulatedMemory>::default()) };
+        return Have { gpus, device: Some(Box::new(EmulatedMemory::new(site.config.local_gpu == LocalGpu::Push))) };
     }
     if !crate::gpu::available() {
         return Have { gpus: Vec::new(), device: None };
@@ -35,7 +37,12 @@ fn have(site: &Site) -> Have {
     let named = |ordinal: i32| Some((Place::gpu(u8::try_from(ordinal).ok()?), cuda_driver::uuid_of(ordinal).ok()?));
     let gpus = (0..cuda_driver::device_count()).filter_map(named).collect();
     let pulls = PullOptions { blocks: site.config.local_blocks, ..PullOptions::default() };
-    Have { gpus, device: Some(Box::new(CudaMemory::new(CudaOptions { pulls, bus: site.config.local_pcie }))) }
+    let manner = match site.config.local_gpu {
+        LocalGpu::Auto => None,
+        LocalGpu::Pull => Some(Manner::Pull),
+        LocalGpu::Push => Some(Manner::Push),
+    };
+    Have { gpus, device: Some(Box::new(CudaMemory::new(CudaOptions { pulls, manner }))) }
 }
 
 /// How far it is.
@@ -92,9 +99,12 @@ impl Local {
         match self {
             Local::Linked(linked) => {
                 let gpu = |place: Place| place.ordinal().map_or(String::new(), |n| n.to_string());
-                let word = |&(here, there): &(Place, Place)| match here.is_device() {
-                    true => format!("GPU {} here and {} there", gpu(here), gpu(there)),
-                    false => "host memory".to_owned(),
+                let word = |pair: &(Place, Place)| match (pair.0.is_device(), linked.pushed.contains(pair)) {
+                    (true, pushed) => {
+                        let pushed = if pushed { " (pushed)" } else { "" };
+                        format!("GPU {} here and {} there{pushed}", gpu(pair.0), gpu(pair.1))
+                    }
+                    (false, _) => "host memory".to_owned(),
                 };
                 let all: Vec<String> = linked.pairs.iter().map(word).collect();
                 format!("; before all of them, copied within this host from process {}: {}", linked.who.pid, all.join(", "))

@@ -26,8 +26,10 @@ mod fabric;
 mod fifo;
 mod gpus;
 mod home;
+mod keeper;
 mod limits;
 mod link;
+mod list;
 mod listener;
 mod local;
 mod notify;
@@ -50,6 +52,7 @@ pub(crate) use proto::attacked;
 
 pub use connection::Connection;
 pub use fifo::FifoItem;
+pub use list::List;
 pub use notify::{next_notification_of_process, Notification};
 pub use transfer::{Direction, LocalSegment, TransferState};
 
@@ -111,6 +114,7 @@ struct Parts {
 struct Threads {
     setup: Option<JoinHandle<()>>,
     progress: Option<JoinHandle<()>>,
+    keeper: Option<JoinHandle<()>>,
 }
 
 impl std::fmt::Debug for Engine {
@@ -162,6 +166,8 @@ impl Engine {
         let engine = Engine { metadata, parts: process::Local::new(parts) };
         let mut threads = engine.parts.threads.lock();
         threads.progress = Some(limits::spawn("uccl-progress", move || progress::run(&home, spin))?);
+        let kept = site.clone();
+        threads.keeper = Some(limits::spawn("uccl-keeper", move || keeper::run(&kept))?);
         threads.setup = Some(setups::start(site, accepts, ports.sockets)?);
         drop(threads);
         Ok(Arc::new(engine))
@@ -364,6 +370,7 @@ impl Engine {
         site.home.connections.close();
         let mut threads = std::mem::take(&mut *threads.lock());
         join(threads.setup.take());
+        join(threads.keeper.take());
         // Then all say goodbye, and share one deadline.
         let waiting = accepts.drain();
         let all = site.home.connections.all();

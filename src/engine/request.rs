@@ -136,7 +136,7 @@ impl<'a> RequestBuilder<'a> {
 /// Pairs of regions that a transfer without chunks has at most.
 const MAX_PAIRINGS: usize = 4096;
 /// Longer blocks are handed out piece by piece.
-const MAX_BLOCK: u64 = 256 << 20;
+pub(super) const MAX_BLOCK: u64 = 256 << 20;
 
 /// Begin and end of what blocks take, here and there.
 #[derive(Clone, Copy)]
@@ -157,7 +157,7 @@ pub(super) fn sketch<B: Borrow<FifoItem>>(
     peer_engine: [u8; 16],
 ) -> Option<(Sketch, Known)> {
     let mut sketching = Sketching::new(registry, peer_engine);
-    let (mut at, mut mr, mut last) = (usize::MAX, 0, FifoItem::EMPTY);
+    let (mut mr, mut last) = (0, FifoItem::EMPTY);
     // In registers as long as the regions stay the same.
     let (mut taken, mut total, mut count, mut wraps) = (Taken::NOTHING, 0u64, 0, false);
     for (local, item) in items {
@@ -166,9 +166,10 @@ pub(super) fn sketch<B: Borrow<FifoItem>>(
         if len == 0 {
             continue;
         }
-        if local.mr != mr || !last.same_region(item) || at == usize::MAX {
-            sketching.note(at, &taken);
-            at = sketching.pairing(local.mr, item)?;
+        if local.mr != mr || !last.same_region(item) || count == 0 {
+            if count > 0 {
+                sketching.note(mr, &last, taken.near, taken.far)?;
+            }
             (mr, last, taken) = (local.mr, *item, Taken::NOTHING);
         }
         let ((end, over), (far_end, far_over)) = (addr.overflowing_add(len), item.addr.overflowing_add(len));
@@ -178,17 +179,16 @@ pub(super) fn sketch<B: Borrow<FifoItem>>(
         taken.near = (taken.near.0.min(addr), taken.near.1.max(end));
         taken.far = (taken.far.0.min(item.addr), taken.far.1.max(far_end));
     }
-    sketching.note(at, &taken);
-    let Sketching { uses, pairings, known, .. } = sketching;
-    let inside = |p: &Pairing| uses[usize::from(p.local)].check(p.near.0, p.near.1 - p.near.0).is_ok();
-    if wraps || total == 0 || !pairings.iter().all(inside) {
+    if wraps || count == 0 {
         return None;
     }
-    Some((Sketch { pairings, hold: Hold::new(uses), total, count }, known))
+    sketching.note(mr, &last, taken.near, taken.far)?;
+    let known = std::mem::take(&mut sketching.known);
+    Some((sketching.finish(total, count)?, known))
 }
 
 /// What a sketch collects.
-struct Sketching<'a> {
+pub(super) struct Sketching<'a> {
     registry: &'a Registry,
     peer_engine: [u8; 16],
     locals: Numbered<u64>,
@@ -198,17 +198,25 @@ struct Sketching<'a> {
 }
 
 impl<'a> Sketching<'a> {
-    fn new(registry: &'a Registry, peer_engine: [u8; 16]) -> Self {
+    pub(super) fn new(registry: &'a Registry, peer_engine: [u8; 16]) -> Self {
         let known = Known::default();
         Sketching { registry, peer_engine, locals: Numbered::new(), uses: Vec::new(), pairings: Vec::new(), known }
     }
 
-    /// Blocks of a pairing take so much.
-    fn note(&mut self, at: usize, taken: &Taken) {
-        if let Some(pairing) = self.pairings.get_mut(at) {
-            pairing.near = (pairing.near.0.min(taken.near.0), pairing.near.1.max(taken.near.1));
-            pairing.far = (pairing.far.0.min(taken.far.0), pairing.far.1.max(taken.far.1));
-        }
+    /// Blocks of these regions take so much here and there: their pairing; `None` where there can be none.
+    pub(super) fn note(&mut self, mr: u64, item: &FifoItem, near: (u64, u64), far: (u64, u64)) -> Option<usize> {
+        let at = self.pairing(mr, item)?;
+        let pairing = self.pairings.get_mut(at)?;
+        pairing.near = (pairing.near.0.min(near.0), pairing.near.1.max(near.1));
+        pairing.far = (pairing.far.0.min(far.0), pairing.far.1.max(far.1));
+        Some(at)
+    }
+
+    /// The sketch of so many bytes and blocks, if all of them lie inside of this side's regions.
+    pub(super) fn finish(self, total: u64, count: usize) -> Option<Sketch> {
+        let Sketching { uses, pairings, .. } = self;
+        let inside = |p: &Pairing| uses[usize::from(p.local)].check(p.near.0, p.near.1 - p.near.0).is_ok();
+        pairings.iter().all(inside).then(|| Sketch { pairings, hold: Hold::new(uses), total, count })
     }
 
     /// The pairing of an item; `None` where there can be none.
@@ -239,7 +247,7 @@ pub(super) struct Known {
 }
 
 impl Known {
-    fn find(&self, mr: u64, item: &FifoItem) -> Option<usize> {
+    pub(super) fn find(&self, mr: u64, item: &FifoItem) -> Option<usize> {
         if let [(only, known)] = &self.list[..] {
             return (*only == mr && known.same_region(item)).then_some(0);
         }
@@ -248,7 +256,7 @@ impl Known {
         self.list.get(at).filter(|(_, known)| known.same_region(item)).map(|_| at)
     }
 
-    fn add(&mut self, mr: u64, item: &FifoItem) -> usize {
+    pub(super) fn add(&mut self, mr: u64, item: &FifoItem) -> usize {
         let at = self.list.len();
         if let [(first, known)] = &self.list[..] {
             self.all.insert((*first, known.idx), 0);

@@ -4,7 +4,7 @@
 //! A child of fork has tables of its own. Handles that it inherited are numbers from before the fork: what would touch their objects
 //! is an error, what would end them does nothing.
 
-use crate::engine::{Connection, Engine, Notification};
+use crate::engine::{Connection, Engine, List, Notification};
 use crate::hash::Map;
 use crate::status::{bail, Result};
 use process::{PerProcess, RwLock};
@@ -20,12 +20,14 @@ static TABLES: PerProcess<Tables> = PerProcess::new(|| Tables {
     engines: Handles::new("engine"),
     connections: Handles::new("connection"),
     notifications: Handles::new("notification"),
+    lists: Handles::new("list"),
 });
 
 struct Tables {
     engines: Handles<Engine>,
     connections: Handles<Connection>,
     notifications: Handles<Notification>,
+    lists: Handles<List>,
 }
 
 /// Engines of this process.
@@ -41,6 +43,11 @@ pub(super) fn connections() -> &'static Handles<Connection> {
 /// Notifications that this process took and did not free yet.
 pub(super) fn notifications() -> &'static Handles<Notification> {
     &TABLES.get().notifications
+}
+
+/// Lists of segments that this process made and did not free yet.
+pub(super) fn lists() -> &'static Handles<List> {
+    &TABLES.get().lists
 }
 
 /// Handles of one kind.

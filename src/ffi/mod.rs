@@ -9,6 +9,7 @@ mod engine;
 mod guard;
 mod handles;
 mod info;
+mod list;
 mod logging;
 mod memory;
 mod metadata;

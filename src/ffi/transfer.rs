@@ -24,7 +24,7 @@ pub struct uccl_xfer_info_t {
     pub bytes_done: u64,
 }
 
-fn local(mr: uccl_mr_t, data: *const c_void, len: usize) -> LocalSegment {
+pub(super) fn local(mr: uccl_mr_t, data: *const c_void, len: usize) -> LocalSegment {
     LocalSegment { mr, addr: data as usize, len }
 }
 
@@ -76,7 +76,7 @@ unsafe fn one_sided_vector(
     })
 }
 
-fn count(n: c_int) -> Result<usize> {
+pub(super) fn count(n: c_int) -> Result<usize> {
     match usize::try_from(n) {
         Ok(n) => Ok(n),
         Err(_) => bail!(InvalidArgument, "the number of segments is {n}"),

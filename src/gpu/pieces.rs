@@ -72,16 +72,24 @@ impl<'a> Cutter<'a> {
             if n == out.len() || self.run.len == 0 && !self.join() || self.run.len >= self.engine {
                 break;
             }
-            let run = &mut self.run;
-            if run.len <= self.unit {
-                out[n] = std::mem::replace(run, NOTHING);
-            } else {
-                let len = self.unit - (run.dst & (LINE - 1));
-                out[n] = Piece { len, ..*run };
-                *run = Piece { src: run.src + len, dst: run.dst + len, len: run.len - len };
-            }
-            n += 1;
+            n += self.fill_split(&mut out[n..]);
         }
+        n
+    }
+
+    /// The same for the run at hand, in units.
+    fn fill_split(&mut self, out: &mut [Piece]) -> usize {
+        let (Piece { mut src, mut dst, mut len }, unit) = (self.run, self.unit);
+        let mut n = 0;
+        for to in out {
+            let part = if len <= unit { len } else { unit - (dst & (LINE - 1)) };
+            *to = Piece { src, dst, len: part };
+            (src, dst, len, n) = (src + part, dst + part, len - part, n + 1);
+            if len == 0 {
+                break;
+            }
+        }
+        self.run = Piece { src, dst, len };
         n
     }
 

@@ -229,9 +229,7 @@ impl PullLauncher {
     unsafe fn copy(&mut self, piece: Piece) -> Result<u64> {
         let (at, sequence) = (self.buffers.status.mapped().device, (self.head + 1) as u32);
         // SAFETY: by the caller's contract; the status word stays as the launcher's buffers do.
-        let started = unsafe {
-            self.stream.device_to_device(piece.dst, piece.src, piece.len as usize).and_then(|()| self.stream.signal(at, sequence))
-        };
+        let started = unsafe { self.stream.device_to_device_with_signal(piece.dst, piece.src, piece.len as usize, at, sequence) };
         self.note(started)
     }
 

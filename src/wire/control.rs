@@ -1,99 +1,59 @@
 //! The non-blocking control stream: a socket, and the session that seals what leaves through it and opens what comes. Knows nothing of
 //! what frames mean.
 
+use super::frame::Frame;
 use super::queue::{Block, RxBuffer, TxQueue};
-use super::session::{Opened, Session, MAX_PLAIN, MAX_RECORD};
+use super::session::{Opened, Opener, Sealer, Session, MAX_PLAIN, MAX_RECORD};
 use crate::status::{err, Error, Result};
+use process::Mutex;
 use std::io::{ErrorKind as Io, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-pub(crate) struct ControlStream {
+/// The sending side of a control stream. Apart from the rest, so that somebody else can say that this side is alive while whoever has
+/// the connection is kept.
+pub(crate) struct Voice {
     sock: TcpStream,
-    session: Session,
-    /// Opened bytes that came before the first read.
-    early: Vec<u8>,
-    /// Records that have arrived; `arrived` bytes of it.
-    sealed: Vec<u8>,
-    arrived: usize,
-    /// A record on its way to the socket; `sent` bytes of it have left.
+    out: Mutex<Out>,
+    born: Instant,
+    /// When bytes last left, and when they were those of the connection's own frames: milliseconds since `born`.
+    spoke: AtomicU64,
+    driven: AtomicU64,
+}
+
+/// What is on its way to the socket.
+struct Out {
+    sealer: Sealer,
+    /// A record on its way; `sent` bytes of it have left.
     leaving: Vec<u8>,
     sent: usize,
     /// A block of frames that is too long for one record, and how much of it was sealed.
     long: Option<(Block, usize)>,
+    /// What a heartbeat says: see [`Frame::Ping`].
+    reported: (u64, u64),
+    /// The last frame was sent.
+    ended: bool,
 }
 
-impl ControlStream {
-    /// Takes over a connected socket and its session after the set-up, with the bytes that came behind its last message: opened ones,
-    /// and received ones that were not opened.
-    pub(crate) fn new(sock: TcpStream, session: Session, plain: Vec<u8>, raw: Vec<u8>) -> Result<ControlStream> {
-        sock.set_nonblocking(true).map_err(|e| Error::system("control socket", &e))?;
-        let arrived = raw.len();
-        // Fresh pages cost no memory until something arrives in them.
-        let mut sealed = vec![0; arrived.max(2 * MAX_RECORD)];
-        sealed[..arrived].copy_from_slice(&raw);
-        Ok(ControlStream { sock, session, early: plain, sealed, arrived, leaving: Vec::new(), sent: 0, long: None })
-    }
-
-    pub(crate) fn fd(&self) -> RawFd {
-        self.sock.as_raw_fd()
-    }
-
-    /// Reads what is there. Returns the bytes read, and whether there may be more.
-    ///
-    /// # Errors
-    /// `RemoteDisconnect` at the end of the stream and on socket errors, `Protocol` when the stream was changed on its way.
-    pub(crate) fn read(&mut self, rx: &mut RxBuffer) -> Result<(usize, bool)> {
-        rx.extend(&std::mem::take(&mut self.early));
-        // The first records may have come with the set-up's last message.
-        self.open(rx)?;
-        let room = &mut self.sealed[self.arrived..];
-        let len = room.len();
-        match self.sock.read(room) {
-            Ok(0) => Err(err!(RemoteDisconnect, "the peer closed the connection")),
-            Ok(n) => {
-                self.arrived += n;
-                self.open(rx)?;
-                Ok((n, n == len))
-            }
-            Err(e) if matches!(e.kind(), Io::WouldBlock | Io::Interrupted) => Ok((0, false)),
-            Err(e) => Err(err!(RemoteDisconnect, "control connection: {e}")),
-        }
-    }
-
-    /// Opens all whole records.
-    fn open(&mut self, rx: &mut RxBuffer) -> Result<()> {
-        let mut at = 0;
-        while let Opened::Record { plain, consumed } = self.session.open(&mut self.sealed[at..self.arrived])? {
-            rx.extend(&self.sealed[at..at + plain]);
-            at += consumed;
-        }
-        if at > 0 {
-            self.sealed.copy_within(at..self.arrived, 0);
-            self.arrived -= at;
-        }
-        Ok(())
-    }
-
-    /// Sends of `tx` what the socket takes, until `most` bytes have left or a record more. Returns the bytes that left.
-    pub(crate) fn flush(&mut self, tx: &mut TxQueue, most: usize) -> Result<usize> {
-        let mut total = 0;
-        while total < most {
-            if self.sent == self.leaving.len() && !self.seal_next(tx)? {
-                break;
-            }
-            match self.sock.write(&self.leaving[self.sent..]) {
+impl Out {
+    /// Writes the rest of the record. Whether all of it has left.
+    fn write(&mut self, mut sock: &TcpStream, total: &mut usize) -> Result<bool> {
+        while self.sent < self.leaving.len() {
+            match sock.write(&self.leaving[self.sent..]) {
                 Ok(0) => return Err(err!(RemoteDisconnect, "control connection: nothing can be written")),
                 Ok(n) => {
                     self.sent += n;
-                    total += n;
+                    *total += n;
                 }
-                Err(e) if e.kind() == Io::WouldBlock => return Ok(total),
+                Err(e) if e.kind() == Io::WouldBlock => return Ok(false),
                 Err(e) if e.kind() == Io::Interrupted => {}
                 Err(e) => return Err(err!(RemoteDisconnect, "control connection: {e}")),
             }
         }
-        Ok(total)
+        Ok(true)
     }
 
     /// Seals the next record; `false` when nothing waits. No more is sealed than the socket is given next.
@@ -109,7 +69,7 @@ impl ControlStream {
             };
             if block.frames().len() <= MAX_PLAIN {
                 tx.recycle(std::mem::replace(&mut self.leaving, block.into_bytes()));
-                self.session.sealer.seal_in_place(&mut self.leaving)?;
+                self.sealer.seal_in_place(&mut self.leaving)?;
                 return Ok(true);
             }
             self.long = Some((block, 0));
@@ -117,7 +77,7 @@ impl ControlStream {
         if let Some((block, at)) = &mut self.long {
             let rest = &block.frames()[*at..];
             let n = rest.len().min(MAX_PLAIN);
-            self.session.seal(&rest[..n], &mut self.leaving)?;
+            self.sealer.seal(&rest[..n], &mut self.leaving)?;
             *at += n;
             if n == rest.len() {
                 self.long.take().into_iter().for_each(|(block, _)| tx.recycle(block.into_bytes()));
@@ -126,21 +86,172 @@ impl ControlStream {
         Ok(true)
     }
 
+    fn pending(&self) -> usize {
+        self.leaving.len() - self.sent + self.long.as_ref().map_or(0, |(block, at)| block.frames().len() - at)
+    }
+}
+
+impl Voice {
+    /// Says that this side is alive, where nothing has left for `silent` and the connection was driven less than `most` ago: the rest of
+    /// what is under way, or a heartbeat. What goes wrong is found by whoever drives the connection. Whether something was said.
+    pub(crate) fn keep(&self, silent: Duration, most: Duration) -> bool {
+        let now = self.clock();
+        let since = |time: &AtomicU64| Duration::from_millis(now.saturating_sub(time.load(Ordering::Relaxed)));
+        if since(&self.spoke) < silent || since(&self.driven) >= most {
+            return false;
+        }
+        // Whoever has it is about to speak.
+        let Some(mut out) = self.out.try_lock() else { return false };
+        if out.ended {
+            return false;
+        }
+        let mut total = 0;
+        let said = self.heartbeat(&mut out, &mut total);
+        if total > 0 {
+            self.spoke.store(now, Ordering::Relaxed);
+        }
+        said.is_ok() && total > 0
+    }
+
+    fn heartbeat(&self, out: &mut Out, total: &mut usize) -> Result<()> {
+        // A frame has to be whole before the next one begins.
+        if out.write(&self.sock, total)? && out.long.is_none() && *total == 0 {
+            let (received, chunks) = out.reported;
+            let mut tx = TxQueue::default();
+            tx.push(&Frame::Ping { received, chunks });
+            out.seal_next(&mut tx)?;
+            out.write(&self.sock, total)?;
+        }
+        Ok(())
+    }
+
+    fn clock(&self) -> u64 {
+        self.born.elapsed().as_millis() as u64
+    }
+}
+
+pub(crate) struct ControlStream {
+    voice: Arc<Voice>,
+    opener: Opener,
+    /// Opened bytes that came before the first read.
+    early: Vec<u8>,
+    /// Records that have arrived; `arrived` bytes of it.
+    sealed: Vec<u8>,
+    arrived: usize,
+    /// Bytes that were taken from the queue and that the socket had not at the last look.
+    pending: usize,
+}
+
+impl ControlStream {
+    /// Takes over a connected socket and its session after the set-up, with the bytes that came behind its last message: opened ones,
+    /// and received ones that were not opened.
+    pub(crate) fn new(sock: TcpStream, session: Session, plain: Vec<u8>, raw: Vec<u8>) -> Result<ControlStream> {
+        sock.set_nonblocking(true).map_err(|e| Error::system("control socket", &e))?;
+        let arrived = raw.len();
+        // Fresh pages cost no memory until something arrives in them.
+        let mut sealed = vec![0; arrived.max(2 * MAX_RECORD)];
+        sealed[..arrived].copy_from_slice(&raw);
+        let Session { sealer, opener, .. } = session;
+        let out = Out { sealer, leaving: Vec::new(), sent: 0, long: None, reported: (0, 0), ended: false };
+        let (out, born) = (Mutex::new(out), Instant::now());
+        let voice = Arc::new(Voice { sock, out, born, spoke: AtomicU64::new(0), driven: AtomicU64::new(0) });
+        Ok(ControlStream { voice, opener, early: plain, sealed, arrived, pending: 0 })
+    }
+
+    /// Its sending side, for somebody who keeps it alive.
+    pub(crate) fn voice(&self) -> Arc<Voice> {
+        self.voice.clone()
+    }
+
+    pub(crate) fn fd(&self) -> RawFd {
+        self.voice.sock.as_raw_fd()
+    }
+
+    /// Reads what is there. Returns the bytes read, and whether there may be more.
+    ///
+    /// # Errors
+    /// `RemoteDisconnect` at the end of the stream and on socket errors, `Protocol` when the stream was changed on its way.
+    pub(crate) fn read(&mut self, rx: &mut RxBuffer) -> Result<(usize, bool)> {
+        rx.extend(&std::mem::take(&mut self.early));
+        // The first records may have come with the set-up's last message.
+        self.open(rx)?;
+        let room = &mut self.sealed[self.arrived..];
+        let len = room.len();
+        match (&self.voice.sock).read(room) {
+            Ok(0) => Err(err!(RemoteDisconnect, "the peer closed the connection")),
+            Ok(n) => {
+                self.arrived += n;
+                self.open(rx)?;
+                Ok((n, n == len))
+            }
+            Err(e) if matches!(e.kind(), Io::WouldBlock | Io::Interrupted) => Ok((0, false)),
+            Err(e) => Err(err!(RemoteDisconnect, "control connection: {e}")),
+        }
+    }
+
+    /// Opens all whole records.
+    fn open(&mut self, rx: &mut RxBuffer) -> Result<()> {
+        let mut at = 0;
+        while let Opened::Record { plain, consumed } = self.opener.open(&mut self.sealed[at..self.arrived])? {
+            rx.extend(&self.sealed[at..at + plain]);
+            at += consumed;
+        }
+        if at > 0 {
+            self.sealed.copy_within(at..self.arrived, 0);
+            self.arrived -= at;
+        }
+        Ok(())
+    }
+
+    /// Sends of `tx` what the socket takes, until `most` bytes have left or a record more. Returns the bytes that left. `reported`: what
+    /// the next heartbeat says, if somebody else has to say it.
+    pub(crate) fn flush(&mut self, tx: &mut TxQueue, most: usize, reported: (u64, u64)) -> Result<usize> {
+        let mut out = self.voice.out.lock();
+        out.reported = reported;
+        let mut total = 0;
+        let flushed = loop {
+            match out.write(&self.voice.sock, &mut total) {
+                Ok(true) if total < most => {}
+                Ok(_) => break Ok(()),
+                Err(e) => break Err(e),
+            }
+            match out.seal_next(tx) {
+                Ok(true) => {}
+                Ok(false) => break Ok(()),
+                Err(e) => break Err(e),
+            }
+        };
+        self.pending = out.pending();
+        drop(out);
+        if total > 0 {
+            let now = self.voice.clock();
+            self.voice.spoke.store(now, Ordering::Relaxed);
+            self.voice.driven.store(now, Ordering::Relaxed);
+        }
+        flushed.map(|()| total)
+    }
+
     /// Bytes taken from the queue that the socket has not.
     pub(crate) fn pending(&self) -> usize {
-        self.leaving.len() - self.sent + self.long.as_ref().map_or(0, |(block, at)| block.frames().len() - at)
+        self.pending
+    }
+
+    /// What was queued is the last that this side says.
+    pub(crate) fn end(&self) {
+        self.voice.out.lock().ended = true;
     }
 
     /// Ends the sending direction: the peer sees the end of the stream after everything that was sent.
     pub(crate) fn shutdown_write(&self) {
-        let _ = self.sock.shutdown(Shutdown::Write);
+        self.end();
+        let _ = self.voice.sock.shutdown(Shutdown::Write);
     }
 
     /// Reads and drops what the peer still sends; whether it has hung up.
     pub(crate) fn hung_up(&mut self) -> bool {
         let mut sink = [0; 4096];
         for _ in 0..256 {
-            match self.sock.read(&mut sink) {
+            match (&self.voice.sock).read(&mut sink) {
                 Ok(0) => return true,
                 Ok(_) => {}
                 Err(e) if e.kind() == Io::Interrupted => {}
@@ -180,10 +291,11 @@ mod tests {
         let (queued, mut rx, mut got) = (tx.pending(), RxBuffer::default(), Vec::new());
         let mut left = 0;
         while got.len() < 3 {
-            let sent = a.flush(&mut tx, MOST).unwrap();
+            let sent = a.flush(&mut tx, MOST, (0, 0)).unwrap();
             assert!(sent <= MOST + MAX_RECORD, "{sent} bytes in one go");
             // Nothing is sealed long before it leaves.
-            assert!(a.leaving.len() <= MAX_RECORD, "{} bytes are sealed", a.leaving.len());
+            let sealed = a.voice.out.lock().leaving.len();
+            assert!(sealed <= MAX_RECORD, "{sealed} bytes are sealed");
             left += sent;
             assert!(left + a.pending() + tx.pending() >= queued, "everything that waits counts");
             b.read(&mut rx).unwrap();
@@ -209,7 +321,7 @@ mod tests {
         let queued = tx.pending();
         let (mut rx, mut got, mut left) = (RxBuffer::default(), 0, 0);
         while got < bodies.len() {
-            left += a.flush(&mut tx, usize::MAX).unwrap();
+            left += a.flush(&mut tx, usize::MAX, (0, 0)).unwrap();
             b.read(&mut rx).unwrap();
             while let Some((frame, len)) = rx.next().unwrap() {
                 assert_eq!(frame, Frame::Notify { name: b"n", message: &bodies[got] });

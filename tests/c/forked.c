@@ -169,6 +169,30 @@ CASE(a_child_has_engines_of_its_own)
     in_child(own_engines, sides);
 }
 
+/* A child registers memory of its own, and not that of a GPU of the parent, which means nothing there. */
+static void register_in_a_child(void *argument)
+{
+    side *parents = argument;
+    uint8_t own[64];
+    uccl_engine_t *engine = engine_start();
+    uccl_mr_t mr;
+    CHECK_FAILS(uccl_engine_reg(engine, (size_t)parents->mine, 64, &mr));
+    CHECK_OK(uccl_engine_reg(engine, (size_t)own, sizeof own, &mr));
+    uccl_engine_mr_destroy(engine, mr);
+    uccl_engine_destroy(engine);
+}
+
+CASE(a_child_has_no_memory_of_the_parents_gpu)
+{
+    if (!memory_is_gpu())
+        SKIP("needs UCCL_TEST_MEMORY=gpu");
+    side sides[2];
+    local_pair(&sides[0], &sides[1], LEN);
+    in_child(register_in_a_child, sides);
+    move(&sides[0], &sides[1], 1);
+    pair_ends(&sides[0], &sides[1]);
+}
+
 /* And the child's child. */
 static void fork_again(void *argument)
 {

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 /* The CUDA driver, found at run time: neither its headers nor its library are needed to build. */
 
@@ -77,9 +78,13 @@ static void gpu_open(struct gpu *gpu, int ordinal)
     CU(cuDevicePrimaryCtxRetain(&gpu->context, device));
 }
 
+/* The process that uses CUDA. */
+static pid_t gpu_process;
+
 static const struct gpu *gpu_of(int number)
 {
     if (!gpus[FIRST].context) {
+        gpu_process = getpid();
         int count = 0;
         if (getenv("UCCL_TCPX_EMULATE_DEVICE"))
             SKIP("emulated device memory is host memory, and UCCL_TEST_MEMORY=gpu");
@@ -159,7 +164,8 @@ bool memory_is_gpu(void)
     const char *kind = getenv("UCCL_TEST_MEMORY");
     bool gpu = kind && strcmp(kind, "gpu") == 0;
     CHECK_MSG(gpu || !kind || !*kind || strcmp(kind, "host") == 0, "UCCL_TEST_MEMORY=%s is neither host nor gpu", kind);
-    return gpu;
+    /* In the child of a process that used it CUDA does not work. */
+    return gpu && (gpu_process == 0 || gpu_process == getpid());
 }
 
 uint8_t *map_shared(size_t len)

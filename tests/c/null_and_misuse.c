@@ -661,6 +661,7 @@ CASE(misaligned_pointers)
             REFUSED(uccl_engine_write_vector(f.conn, mrs, data, sizes, BAD(struct FifoItem, i), 1, &id));
             REFUSED(uccl_engine_write_vector(f.conn, mrs, data, sizes, items, 1, BAD(uint64_t, i)));
             REFUSED(uccl_engine_read_vector(f.conn, mrs, data, sizes, items, 1, BAD(uint64_t, i)));
+            REFUSED(uccl_engine_list_create(mrs, data, sizes, items, 1, BAD(uccl_list_t *, i)));
             REFUSED(uccl_engine_send_vector(f.conn, mrs, (const void *const *)data, sizes, 1, BAD(uint64_t, i)));
             if (i % 4 == 0)
                 continue; /* numbers of 4 bytes */
@@ -1048,6 +1049,81 @@ CASE(uccl_engine_send_vector)
 {
     check_starter(do_one_send_vector);
     check_vector_starter(do_send_vector, false);
+}
+
+/* Lists: what is wrong with the arrays shows when the list is made, the rest when it is started. */
+static char no_list[1];
+
+static int do_list(const vector *v, uint64_t *id, bool read)
+{
+    uccl_list_t *list = (void *)no_list;
+    int status = uccl_engine_list_create(v->mrs, v->data, v->sizes, v->items, v->n, &list);
+    if (status < 0) {
+        CHECK(list == (void *)no_list);
+        return status;
+    }
+    status = read ? uccl_engine_list_read(v->conn, list, id) : uccl_engine_list_write(v->conn, list, id);
+    uccl_engine_list_free(list);
+    return status;
+}
+
+static int do_list_read(const vector *v, uint64_t *id) { return do_list(v, id, true); }
+static int do_list_write(const vector *v, uint64_t *id) { return do_list(v, id, false); }
+
+static int do_one_list_read(const segment *s, uint64_t *id)
+{
+    vector v = one_segment(s);
+    return do_list_read(&v, id);
+}
+
+static int do_one_list_write(const segment *s, uint64_t *id)
+{
+    vector v = one_segment(s);
+    return do_list_write(&v, id);
+}
+
+CASE(uccl_engine_list_create)
+{
+    WITH_FIXTURE(f)
+    {
+        const uccl_mr_t mrs[] = {f.mr};
+        void *const data[] = {f.mem};
+        const size_t sizes[] = {64};
+        const struct FifoItem items[] = {f.item};
+        CHECK_MISUSE(uccl_engine_list_create(mrs, data, sizes, items, 1, NULL));
+    }
+}
+
+CASE(uccl_engine_list_read)
+{
+    check_starter(do_one_list_read);
+    check_vector_starter(do_list_read, true);
+    WITH_FIXTURE(f)
+    {
+        uint64_t id = UNTOUCHED;
+        CHECK_MISUSE(uccl_engine_list_read(f.conn, NULL, &id));
+        CHECK_MISUSE(uccl_engine_list_read(f.conn, (void *)no_list, &id));
+        CHECK(id == UNTOUCHED);
+    }
+}
+
+CASE(uccl_engine_list_write)
+{
+    check_starter(do_one_list_write);
+    check_vector_starter(do_list_write, true);
+    WITH_FIXTURE(f)
+    {
+        uint64_t id = UNTOUCHED;
+        CHECK_MISUSE(uccl_engine_list_write(f.conn, NULL, &id));
+        CHECK_MISUSE(uccl_engine_list_write(f.conn, (void *)no_list, &id));
+        CHECK(id == UNTOUCHED);
+    }
+}
+
+CASE(uccl_engine_list_free)
+{
+    uccl_engine_list_free(NULL);
+    uccl_engine_list_free((void *)no_list);
 }
 
 /* Has no id; otherwise as the others. */

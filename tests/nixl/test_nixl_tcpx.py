@@ -379,6 +379,65 @@ def cost_is_estimated_from_experience():
     there.close()
 
 
+def experience(here, there, remote, size):
+    """Times of transfers, and what is then estimated of one: median measured, estimate and margin, in microseconds."""
+    handle = here.prepare("WRITE", here.local("data", [(0, size)]), at(remote, [(0, size)]), "there")
+    refused = None
+    try:
+        here.agent.estimate_xfer_cost(handle)
+    except Exception as error:
+        refused = error
+    check(refused is not None, "an estimate without any experience of this connection")
+    seconds = []
+    for turn in range(30):
+        for length in (size, size // 4, 4096):
+            begin = time.perf_counter()
+            check_equal(here.move("WRITE", "data", [(0, length)], at(remote, [(0, length)]), "there"), "DONE", "write")
+            if length == size:
+                seconds.append(time.perf_counter() - begin)
+    duration, margin = here.agent.estimate_xfer_cost(handle)[:2]
+    handle.release()
+    return sorted(seconds)[len(seconds) // 2] * 1e6, duration, margin
+
+
+@case(UCCL_P2P_DISABLE_IPC="0", UCCL_TCPX_METRICS="/tmp/nixl-tcpx-cost-%p")
+def cost_within_a_host_is_that_of_its_path():
+    size, path = 16 * MIB, f"/tmp/nixl-tcpx-cost-{os.getpid()}"
+    told = {}
+    try:
+        for way, disabled in (("within the host", "0"), ("over channels", "1")):
+            os.environ["UCCL_P2P_DISABLE_IPC"] = disabled
+            here, there, remote = pair(size, 1)
+            told[way] = typical, duration, margin = experience(here, there, remote, size)
+            print(f"note: 16 MiB {way}: estimated {duration} +- {margin} us, median measured {typical:.0f} us")
+            check(typical / 4 < duration < typical * 4, f"{way}: estimate {duration} us, measured {typical:.0f} us")
+            local = within_host(path, 30 * size if disabled == "0" else 0)
+            check((local >= 30 * size) == (disabled == "0"), f"{way}: {local:.0f} bytes stayed within the host")
+            there.close()
+            here.agent = None
+            if os.path.exists(path):
+                os.remove(path)
+    finally:
+        if os.path.exists(path):
+            os.remove(path)
+    inside, channels = told.values()
+    check(inside[1:] != channels[1:], f"both are estimated alike: {told}")
+
+
+def within_host(path, wanted):
+    """Bytes that the engine says it has sent within the host, once they are so many or some time has passed."""
+    deadline = time.monotonic() + 10
+    while True:
+        sent = 0
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                lines = [line.rsplit(" ", 1) for line in file if 'nic="local"' in line and "sent_bytes_total" in line]
+            sent = sum(float(value) for _, value in lines)
+        if sent >= wanted or time.monotonic() > deadline:
+            return sent
+        time.sleep(0.2)
+
+
 def metrics(path):
     """The engine's statistics as it offers them to Prometheus, summed over what they are told apart by."""
     sums = {}

@@ -1,11 +1,11 @@
 //! Memory of GPUs that peers of one host share: CUDA IPC handles for memory of `cudaMalloc`, descriptors for memory that is mapped piece by
-//! piece, and pulls by kernel or copy engine. Whatever else there is, is refused. Knows nothing of sockets, rings and transfers.
+//! piece, areas for peers that push, and pulls by kernel or copy engine. Whatever else there is, is refused. Knows nothing of sockets, rings and transfers.
 
-use super::puller::{Export, ExportKind, GpuId, LocalMemory, Mapping, Piece, Pull};
+use super::puller::{Area, Export, ExportKind, GpuId, LocalMemory, Manner, Mapping, Piece, Pull};
 use crate::gpu::{close_later, Gpu, PullOptions, Pulls};
 use crate::status::{bail, Result};
 use crate::types::Place;
-use cuda_driver::{allocation, ipc_handle, posix_handle, Allocation, Link, Mapped, MemoryKind, Sharing};
+use cuda_driver::{allocation, ipc_handle, posix_handle, shareable, Allocation, Link, Mapped, MemoryKind, Sharing, Stream};
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,6 +16,8 @@ use std::time::Duration;
 const MAX_ALLOCATIONS: usize = 8192;
 /// Mappings of other processes' memory that a process holds at most.
 const MAX_MAPPINGS: usize = 32 << 10;
+/// Areas for peers that push which a process has at most.
+const MAX_AREAS: usize = 64;
 /// Time that a connection's end leaves to pulls under way.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(5);
 
@@ -24,22 +26,23 @@ const QUIESCE_LIMIT: Duration = Duration::from_secs(5);
 pub(crate) struct CudaOptions {
     /// How pulls are spread over the GPU.
     pub pulls: PullOptions,
-    /// Pull over PCIe too, where reads are slow.
-    pub bus: bool,
+    /// Which side copies; `None`: as the link wants it.
+    pub manner: Option<Manner>,
 }
 
-/// Mappings of this process.
+/// Mappings of this process, and its areas.
 static MAPPINGS: AtomicUsize = AtomicUsize::new(0);
+static AREAS: AtomicUsize = AtomicUsize::new(0);
 
-/// One mapping of the process's share.
-struct Counted;
+/// One of the process's share of something.
+struct Counted(&'static AtomicUsize);
 
 impl Counted {
-    fn new() -> Result<Counted> {
-        let before = MAPPINGS.fetch_add(1, Ordering::Relaxed);
-        let counted = Counted;
-        if before >= MAX_MAPPINGS {
-            bail!(Resource, "this process has {MAX_MAPPINGS} allocations of others mapped");
+    fn new(count: &'static AtomicUsize, most: usize, what: &str) -> Result<Counted> {
+        let before = count.fetch_add(1, Ordering::Relaxed);
+        let counted = Counted(count);
+        if before >= most {
+            bail!(Resource, "this process has {most} {what}");
         }
         Ok(counted)
     }
@@ -47,13 +50,20 @@ impl Counted {
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        MAPPINGS.fetch_sub(1, Ordering::Relaxed);
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 /// What a mapping's id stands for; memory of this process may need none.
 struct Open {
     _mapped: Option<Mapped>,
+    _counted: Counted,
+}
+
+/// What an area's id stands for.
+struct OwnArea {
+    place: Place,
+    mapped: Mapped,
     _counted: Counted,
 }
 
@@ -71,13 +81,14 @@ pub(crate) struct CudaMemory {
     // Dropped before the mappings that its pulls read.
     units: Vec<Unit>,
     open: HashMap<u64, Open>,
+    areas: HashMap<u64, OwnArea>,
     next: u64,
 }
 
 impl CudaMemory {
     /// Nothing is opened or allocated before it is needed.
     pub(crate) fn new(options: CudaOptions) -> CudaMemory {
-        CudaMemory { options, within_process: false, units: Vec::new(), open: HashMap::new(), next: 0 }
+        CudaMemory { options, within_process: false, units: Vec::new(), open: HashMap::new(), areas: HashMap::new(), next: 0 }
     }
 
     /// The unit that pulls into memory of `place`.
@@ -89,12 +100,22 @@ impl CudaMemory {
         Ok(self.units.len() - 1)
     }
 
-    fn link_allows(&self, from: i32, to: i32) -> Result<bool> {
-        Ok(match cuda_driver::link(from, to)? {
-            Link::Same | Link::Fast => true,
-            Link::Bus => self.options.bus,
-            Link::None => false,
-        })
+    /// How bytes get from memory of `from` into memory of `to`, if at all.
+    fn manner(&self, to: i32, from: i32) -> Result<Option<Manner>> {
+        let by_link = match cuda_driver::link(to, from)? {
+            Link::Same | Link::Fast => Manner::Pull,
+            Link::Bus => Manner::Push,
+            Link::None => return Ok(None),
+        };
+        Ok(Some(self.options.manner.unwrap_or(by_link)))
+    }
+
+    fn add(&mut self, mapped: Option<Mapped>, at: u64) -> Result<Mapping> {
+        let counted = Counted::new(&MAPPINGS, MAX_MAPPINGS, "allocations of others mapped")?;
+        let addr = mapped.as_ref().map_or(at, Mapped::ptr);
+        self.next += 1;
+        self.open.insert(self.next, Open { _mapped: mapped, _counted: counted });
+        Ok(Mapping { id: self.next, addr })
     }
 }
 
@@ -102,6 +123,15 @@ fn ordinal(place: Place) -> Result<i32> {
     match place.ordinal() {
         Some(ordinal) => Ok(ordinal.into()),
         None => bail!(Unsupported, "host memory is not memory of a GPU"),
+    }
+}
+
+/// How bytes get from a GPU that this process does not see: where nobody can tell what lies between the two they are pulled.
+fn by_nvlink(to: i32, from: &GpuId) -> Manner {
+    let own = cuda_driver::uuid_of(to).ok();
+    match own.and_then(|own| cuda_driver::joined_by_nvlink(&own, from)) {
+        Some(false) if own.as_ref() != Some(from) => Manner::Push,
+        _ => Manner::Pull,
     }
 }
 
@@ -192,19 +222,60 @@ impl LocalMemory for CudaMemory {
         // What a pull needs is made now, not when data is to move.
         self.unit(place)?;
         let mapped = match export.kind {
-            ExportKind::Own => open_own(export, to, |owner| self.link_allows(to, owner))?,
+            ExportKind::Own => open_own(export, to, |owner| Ok(self.manner(to, owner)?.is_some()))?,
             _ => Some(open_foreign(export, &*Gpu::open(to)?)?),
         };
-        let addr = mapped.as_ref().map_or(export.base, Mapped::ptr);
-        self.next += 1;
-        self.open.insert(self.next, Open { _mapped: mapped, _counted: Counted::new()? });
-        Ok(Mapping { id: self.next, addr })
+        self.add(mapped, export.base)
     }
 
     fn close(&mut self, mapping: Mapping) {
         if let Some(open) = self.open.remove(&mapping.id) {
             close_later(open);
         }
+    }
+
+    fn area(&mut self, place: Place, len: usize) -> Result<Area> {
+        // What copies from there is made now, too.
+        self.unit(place)?;
+        let counted = Counted::new(&AREAS, MAX_AREAS, "areas for others to push into")?;
+        let gpu = gpu(place)?;
+        let mapped = shareable(gpu.context(), len)?;
+        let stream = Stream::new(gpu.context())?;
+        // What was there before is nobody's business.
+        // SAFETY: the range is this call's own; where the fill does not end it stays for ever.
+        let filled = unsafe { stream.fill(mapped.ptr(), 0, len) }.and_then(|()| stream.finish(QUIESCE_LIMIT));
+        if let Err(e) = filled {
+            std::mem::forget((mapped, stream));
+            return Err(e.into());
+        }
+        self.next += 1;
+        let area = Area { id: self.next, addr: mapped.ptr() };
+        self.areas.insert(self.next, OwnArea { place, mapped, _counted: counted });
+        Ok(area)
+    }
+
+    fn export_area(&mut self, area: &Area) -> Result<Export> {
+        let Some(own) = self.areas.get(&area.id) else { bail!(Internal, "an area of nobody") };
+        // Even inside one process the other end has a mapping of its own, which outlives this one.
+        let fd = posix_handle(gpu(own.place)?.context(), own.mapped.ptr())?;
+        let (base, len) = (own.mapped.ptr(), own.mapped.len() as u64);
+        let gpu = cuda_driver::uuid_of(ordinal(own.place)?)?;
+        Ok(Export { kind: ExportKind::Posix, handle: [0; 64], fd: Some(fd), base, len, gpu })
+    }
+
+    fn drop_area(&mut self, area: Area) {
+        if let Some(own) = self.areas.remove(&area.id) {
+            close_later(own);
+        }
+    }
+
+    fn open_area(&mut self, export: &Export, place: Place) -> Result<Mapping> {
+        self.unit(place)?;
+        let (ExportKind::Posix, Some(fd), Ok(len)) = (export.kind, &export.fd, usize::try_from(export.len)) else {
+            bail!(Protocol, "an area of kind {:?} for a GPU", export.kind)
+        };
+        let mapped = Mapped::posix_writable(gpu(place)?.context(), fd.as_fd(), len)?;
+        self.add(Some(mapped), export.base)
     }
 
     unsafe fn pull(&mut self, place: Place, pieces: &[Piece]) -> Result<Pull> {
@@ -234,13 +305,13 @@ impl LocalMemory for CudaMemory {
         self.unit(place).map(drop)
     }
 
-    fn reaches(&mut self, place: Place, peer_gpu: &GpuId) -> bool {
-        let Some(ordinal) = place.ordinal().map(i32::from).filter(|_| *peer_gpu != GpuId::default()) else { return false };
+    fn reaches(&mut self, place: Place, peer_gpu: &GpuId) -> Option<Manner> {
+        let ordinal = place.ordinal().map(i32::from).filter(|_| *peer_gpu != GpuId::default())?;
         match cuda_driver::ordinal_of_uuid(peer_gpu) {
-            Ok(Some(peer)) => self.link_allows(ordinal, peer).unwrap_or(false),
+            Ok(Some(peer)) => self.manner(ordinal, peer).ok()?,
             // Hidden from this process (CUDA_VISIBLE_DEVICES), which keeps nobody from opening its memory: opening tells.
-            Ok(None) => true,
-            Err(_) => false,
+            Ok(None) => Some(self.options.manner.unwrap_or_else(|| by_nvlink(ordinal, peer_gpu))),
+            Err(_) => None,
         }
     }
 }
@@ -249,11 +320,11 @@ impl Drop for CudaMemory {
     fn drop(&mut self) {
         // A kernel that reads a mapping while it ends would end the application's context: then mappings stay.
         let quiet = self.units.iter_mut().all(|u| u.pulls.quiesce(Duration::ZERO).is_ok());
-        let open = std::mem::take(&mut self.open);
+        let (open, areas) = (std::mem::take(&mut self.open), std::mem::take(&mut self.areas));
         match quiet {
-            true if open.is_empty() => {}
-            true => close_later(open),
-            false => std::mem::forget(open),
+            true if open.is_empty() && areas.is_empty() => {}
+            true => close_later((open, areas)),
+            false => std::mem::forget((open, areas)),
         }
     }
 }

@@ -3,7 +3,7 @@
 //! nothing of chunks.
 
 use super::memfile::{self, Shared};
-use super::puller::{Export, ExportKind, GpuId, LocalMemory, Mapping, Piece, Pull};
+use super::puller::{Area, Export, ExportKind, GpuId, LocalMemory, Manner, Mapping, Piece, Pull};
 use crate::status::{bail, Result};
 use crate::types::Place;
 use std::collections::HashMap;
@@ -23,10 +23,40 @@ pub(crate) fn gpu(index: u8) -> GpuId {
 #[derive(Default)]
 pub(crate) struct EmulatedMemory {
     last: u64,
+    /// Whether its GPUs are such that bytes are pushed.
+    push: bool,
+    /// Areas, with their descriptors.
+    areas: HashMap<u64, (Shared, OwnedFd, GpuId)>,
     /// `None`: memory of this process.
     open: HashMap<u64, Option<Shared>>,
     /// Pulls that were started, and how often somebody has asked for them.
     pulls: HashMap<u64, (Vec<Piece>, u32)>,
+}
+
+impl EmulatedMemory {
+    /// `push`: bytes are pushed.
+    pub(crate) fn new(push: bool) -> EmulatedMemory {
+        EmulatedMemory { push, ..EmulatedMemory::default() }
+    }
+
+    /// Maps an export of another process, or of an area.
+    fn map(&mut self, export: &Export, writable: bool) -> Result<Mapping> {
+        let (ExportKind::SharedMemory, Some(fd)) = (export.kind, &export.fd) else {
+            bail!(Unsupported, "simulated: an export of kind {:?}", export.kind)
+        };
+        let mut offset = [0; 8];
+        offset.copy_from_slice(&export.handle[..8]);
+        let offset = u64::from_le_bytes(offset);
+        let Some(end) = offset.checked_add(export.len).filter(|&end| end <= 1 << 40) else {
+            bail!(Protocol, "simulated: {} bytes at {offset} of a memory file", export.len)
+        };
+        memfile::check(fd.as_fd(), end)?;
+        let shared = Shared::map(fd.as_fd(), end as usize, writable)?;
+        let addr = shared.addr() + offset;
+        self.last += 1;
+        self.open.insert(self.last, Some(shared));
+        Ok(Mapping { id: self.last, addr })
+    }
 }
 
 /// A part of the address space that shows a memory file.
@@ -96,30 +126,42 @@ impl LocalMemory for EmulatedMemory {
     }
 
     fn open(&mut self, export: &Export, _place: Place) -> Result<Mapping> {
-        self.last += 1;
-        let id = self.last;
-        if export.kind == ExportKind::Own {
-            self.open.insert(id, None);
-            return Ok(Mapping { id, addr: export.base });
+        if export.kind != ExportKind::Own {
+            return self.map(export, false);
         }
-        let (ExportKind::SharedMemory, Some(fd)) = (export.kind, &export.fd) else {
-            bail!(Unsupported, "simulated: an export of kind {:?}", export.kind)
-        };
-        let mut offset = [0; 8];
-        offset.copy_from_slice(&export.handle[..8]);
-        let offset = u64::from_le_bytes(offset);
-        let Some(end) = offset.checked_add(export.len).filter(|&end| end <= 1 << 40) else {
-            bail!(Protocol, "simulated: {} bytes at {offset} of a memory file", export.len)
-        };
-        memfile::check(fd.as_fd(), end)?;
-        let shared = Shared::map(fd.as_fd(), end as usize, false)?;
-        let addr = shared.addr() + offset;
-        self.open.insert(id, Some(shared));
-        Ok(Mapping { id, addr })
+        self.last += 1;
+        self.open.insert(self.last, None);
+        Ok(Mapping { id: self.last, addr: export.base })
     }
 
     fn close(&mut self, mapping: Mapping) {
         self.open.remove(&mapping.id);
+    }
+
+    fn area(&mut self, place: Place, len: usize) -> Result<Area> {
+        let fd = memfile::create(c"uccl-area", len)?;
+        let shared = Shared::map(fd.as_fd(), len, true)?;
+        self.last += 1;
+        let area = Area { id: self.last, addr: shared.addr() };
+        self.areas.insert(self.last, (shared, fd, gpu(place.ordinal().unwrap_or(0))));
+        Ok(area)
+    }
+
+    fn export_area(&mut self, area: &Area) -> Result<Export> {
+        let Some((shared, fd, gpu)) = self.areas.get(&area.id) else { bail!(Internal, "simulated: an area of nobody") };
+        let fd = match fd.try_clone() {
+            Ok(fd) => Some(fd),
+            Err(e) => bail!(System, "simulated: the descriptor of an area: {e}"),
+        };
+        Ok(Export { kind: ExportKind::SharedMemory, handle: [0; 64], fd, base: area.addr, len: shared.len(), gpu: *gpu })
+    }
+
+    fn drop_area(&mut self, area: Area) {
+        self.areas.remove(&area.id);
+    }
+
+    fn open_area(&mut self, export: &Export, _place: Place) -> Result<Mapping> {
+        self.map(export, true)
     }
 
     unsafe fn pull(&mut self, _place: Place, pieces: &[Piece]) -> Result<Pull> {
@@ -151,8 +193,9 @@ impl LocalMemory for EmulatedMemory {
         Ok(())
     }
 
-    fn reaches(&mut self, place: Place, peer_gpu: &GpuId) -> bool {
-        place.is_device() && peer_gpu.starts_with(ID)
+    fn reaches(&mut self, place: Place, peer_gpu: &GpuId) -> Option<Manner> {
+        let manner = if self.push { Manner::Push } else { Manner::Pull };
+        (place.is_device() && peer_gpu.starts_with(ID)).then_some(manner)
     }
 }
 
@@ -200,7 +243,7 @@ mod tests {
         unsafe { application.0.add(5000).write(42) };
         let (mut owner, mut puller) = (EmulatedMemory::default(), EmulatedMemory::default());
         let export = owner.export(Place::gpu(1), at + 4999, 1000).unwrap().pop().unwrap();
-        assert!(export.base == at && export.len == 16384 && puller.reaches(Place::gpu(0), &export.gpu));
+        assert!(export.base == at && export.len == 16384 && puller.reaches(Place::gpu(0), &export.gpu) == Some(Manner::Pull));
         let mapping = puller.open(&export, Place::gpu(0)).unwrap();
         drop((application, export));
         let mut byte = 0u8;
@@ -225,6 +268,30 @@ mod tests {
         }
         export.fd = None;
         assert!(memory.open(&export, Place::gpu(0)).is_err());
-        assert!(!memory.reaches(Place::gpu(0), &[0; 16]) && !memory.reaches(Place::HOST, &gpu(0)));
+        assert_eq!((memory.reaches(Place::gpu(0), &[0; 16]), memory.reaches(Place::HOST, &gpu(0))), (None, None));
+    }
+
+    #[test]
+    fn a_peer_writes_to_an_area_and_to_nothing_of_ours_after_its_end() {
+        let (mut owner, mut writer) = (EmulatedMemory::new(true), EmulatedMemory::new(true));
+        let area = owner.area(Place::gpu(0), 8192).unwrap();
+        let export = owner.export_area(&area).unwrap();
+        assert_eq!(writer.reaches(Place::gpu(0), &export.gpu), Some(Manner::Push));
+        let mapping = writer.open_area(&export, Place::gpu(0)).unwrap();
+        drop(export);
+        let (from, mut to) = ([7u8; 100], [0u8; 100]);
+        let write = Piece { src: from.as_ptr() as u64, dst: mapping.addr + 4096, len: 100 };
+        pull(&mut writer, write);
+        pull(&mut owner, Piece { src: area.addr + 4096, dst: to.as_mut_ptr() as u64, len: 100 });
+        assert_eq!(*std::hint::black_box(&to), from);
+        owner.drop_area(area);
+        // The pages are the writer's now.
+        let next = owner.area(Place::gpu(0), 8192).unwrap();
+        pull(&mut writer, write);
+        pull(&mut owner, Piece { src: next.addr + 4096, dst: to.as_mut_ptr() as u64, len: 100 });
+        assert_eq!(*std::hint::black_box(&to), [0; 100]);
+        writer.close(mapping);
+        owner.drop_area(next);
+        assert!(writer.open.is_empty() && owner.areas.is_empty());
     }
 }

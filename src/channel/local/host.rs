@@ -4,7 +4,7 @@
 //! nothing of chunks and transfers.
 
 use super::pool::{Bell, Job, Pool, Work};
-use super::puller::{Export, GpuId, LocalMemory, Mapping, Piece, Pull};
+use super::puller::{Export, GpuId, LocalMemory, Manner, Mapping, Piece, Pull};
 use crate::status::{bail, err, Result};
 use crate::types::Place;
 use process::PerProcess;
@@ -254,8 +254,8 @@ impl LocalMemory for HostMemory {
         Ok(())
     }
 
-    fn reaches(&mut self, place: Place, _peer_gpu: &GpuId) -> bool {
-        place == Place::HOST
+    fn reaches(&mut self, place: Place, _peer_gpu: &GpuId) -> Option<Manner> {
+        (place == Place::HOST).then_some(Manner::Pull)
     }
 }
 

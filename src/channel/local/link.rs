@@ -3,10 +3,10 @@
 //! proved nothing it sent is opened. Knows nothing of chunks.
 //!
 //! Messages, little-endian. Introduction: magic, version, place and GPU of each kind of memory, address and contents of a few bytes of
-//! the process, MAC; with it comes the descriptor of the ring. Findings: the pairs of places that the sender can pull between.
+//! the process, MAC; with it comes the descriptor of the ring. Findings: the pairs of places that the sender can copy between, and how.
 
 use super::host::{self, HostMemory};
-use super::puller::{GpuId, LocalMemory};
+use super::puller::{GpuId, LocalMemory, Manner};
 use super::ring::{Inbox, Outbox};
 use super::socket::{Listener, Name, Place as Where, Received, Socket, Who, MAX_MESSAGE};
 use crate::status::{bail, Result};
@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 const MAGIC: u32 = 0x4C43_4355;
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 const MAC: usize = 32;
 /// GPUs of a process at most.
 pub(crate) const MAX_GPUS: usize = 32;
@@ -123,6 +123,9 @@ struct Stranger {
     introduced: bool,
 }
 
+/// A pair of places between which bytes can go, and how.
+type Found = (Place, Place, Manner);
+
 /// A proved peer.
 struct Met {
     socket: Socket,
@@ -132,8 +135,8 @@ struct Met {
     inbox: Inbox,
     outbox: Outbox,
     have: Have,
-    /// What this side can pull: places here and there.
-    ours: Vec<(Place, Place)>,
+    /// What can come to this side: places here and there, and how.
+    ours: Vec<Found>,
     told: bool,
 }
 
@@ -151,8 +154,10 @@ pub(crate) struct Linked {
     pub device: Option<Box<dyn LocalMemory>>,
     pub inbox: Inbox,
     pub outbox: Outbox,
-    /// Pairs of places, here and there, between which both sides can pull.
+    /// Pairs of places, here and there, between which both sides can copy.
     pub pairs: Vec<(Place, Place)>,
+    /// Those of them whose bytes are pushed.
+    pub pushed: Vec<(Place, Place)>,
 }
 
 /// Two sides on their way to each other.
@@ -286,11 +291,11 @@ impl Meeting {
         };
         let mut ours = Vec::new();
         if host.is_some() {
-            ours.push((Place::HOST, Place::HOST));
+            ours.push((Place::HOST, Place::HOST, Manner::Pull));
         }
         if let Some(device) = &mut have.device {
             for &(here, _) in &have.gpus {
-                ours.extend(intro.gpus.iter().filter(|(_, id)| device.reaches(here, id)).map(|&(there, _)| (here, there)));
+                ours.extend(intro.gpus.iter().filter_map(|(there, id)| Some((here, *there, device.reaches(here, id)?))));
             }
         }
         self.listeners.clear();
@@ -318,25 +323,32 @@ impl Meeting {
             bail!(Resource, "the peer's Unix socket has no room");
         }
         let Met { socket, who, same_process, host, inbox, outbox, have, ours, .. } = met;
-        let pairs: Vec<(Place, Place)> = ours.iter().copied().filter(|&(here, there)| theirs.contains(&(there, here))).collect();
+        let (mut pairs, mut pushed) = (Vec::new(), Vec::new());
+        for &(here, there, own) in &ours {
+            let Some((.., other)) = theirs.iter().find(|&&(from, to, _)| (from, to) == (there, here)) else { continue };
+            pairs.push((here, there));
+            if own == Manner::Push || *other == Manner::Push {
+                pushed.push((here, there));
+            }
+        }
         if pairs.is_empty() {
             bail!(Unsupported, "{}", nothing(host.is_some(), &ours, &theirs));
         }
         let (id, connecting) = (self.id, self.connecting);
-        Ok(Some(Linked { id, connecting, same_process, socket, who, host, device: have.device, inbox, outbox, pairs }))
+        Ok(Some(Linked { id, connecting, same_process, socket, who, host, device: have.device, inbox, outbox, pairs, pushed }))
     }
 }
 
 /// Why no pair of places came out, for people.
-fn nothing(host: bool, ours: &[(Place, Place)], theirs: &[(Place, Place)]) -> String {
-    let peer = theirs.contains(&(Place::HOST, Place::HOST));
+fn nothing(host: bool, ours: &[Found], theirs: &[Found]) -> String {
+    let peer = theirs.iter().any(|(place, ..)| !place.is_device());
     let who = match (host, peer) {
         (false, false) => "neither side",
         (false, true) => "this side",
         _ => "the peer",
     };
     let gpus =
-        if ours.iter().chain(theirs).any(|(place, _)| place.is_device()) { ", and not all GPUs reach each other" } else { "" };
+        if ours.iter().chain(theirs).any(|(place, ..)| place.is_device()) { ", and not all GPUs reach each other" } else { "" };
     format!(
         "{who} may not read the other's memory (ptrace_scope of Yama, seccomp, or a PID namespace of its own: {}){gpus}",
         host::hint()
@@ -425,28 +437,36 @@ fn proved(bytes: &[u8], key: &Secret) -> Result<Introduction> {
     Ok(Introduction { gpus, witness })
 }
 
-fn findings(pairs: &[(Place, Place)]) -> Vec<u8> {
+fn findings(pairs: &[Found]) -> Vec<u8> {
     let mut out = Vec::new();
     let pairs = &pairs[..pairs.len().min(MAX_GPUS * MAX_GPUS + 1)];
     out.extend_from_slice(&MAGIC.to_le_bytes());
     out.extend_from_slice(&VERSION.to_le_bytes());
     out.extend_from_slice(&(pairs.len() as u16).to_le_bytes());
-    pairs.iter().for_each(|(here, there)| out.extend_from_slice(&[here.0, there.0]));
+    pairs.iter().for_each(|(here, there, manner)| out.extend_from_slice(&[here.0, there.0, *manner as u8]));
     out
 }
 
-/// The pairs that the peer can pull between: places there and here.
-fn found(bytes: &[u8]) -> Result<Vec<(Place, Place)>> {
+/// The pairs between which bytes can come to the peer: places there and here.
+fn found(bytes: &[u8]) -> Result<Vec<Found>> {
     let mut rest = Rest(bytes);
     let n = usize::from(rest.head()?);
     if n > MAX_GPUS * MAX_GPUS + 1 {
         bail!(Protocol, "a process finds {n} pairs of places");
     }
-    let pairs = (0..n).map(|_| rest.take::<2>().map(|[there, here]| (Place(there), Place(here)))).collect::<Result<Vec<_>>>()?;
-    rest.end()?;
-    if pairs.iter().any(|(there, here)| there.is_device() != here.is_device()) {
-        bail!(Protocol, "a process finds a pair of host and GPU memory");
+    let mut pairs = Vec::with_capacity(n);
+    for _ in 0..n {
+        let [there, here, manner] = rest.take()?;
+        let (there, here) = (Place(there), Place(here));
+        if there.is_device() != here.is_device() {
+            bail!(Protocol, "a process finds a pair of host and GPU memory");
+        }
+        match Manner::from_number(manner) {
+            Some(manner) if there.is_device() || manner == Manner::Pull => pairs.push((there, here, manner)),
+            _ => bail!(Protocol, "a process finds a pair of manner {manner}"),
+        }
     }
+    rest.end()?;
     Ok(pairs)
 }
 
@@ -465,17 +485,22 @@ pub(crate) mod tests {
         }
     }
 
-    fn have(gpus: u8) -> Have {
-        let device: Option<Box<dyn LocalMemory>> = if gpus > 0 { Some(Box::<EmulatedMemory>::default()) } else { None };
+    fn have(gpus: u8, push: bool) -> Have {
+        let device: Option<Box<dyn LocalMemory>> = if gpus > 0 { Some(Box::new(EmulatedMemory::new(push))) } else { None };
         Have { gpus: (0..gpus).map(|i| (Place::gpu(i), gpu(i))).collect(), device }
     }
 
     /// The listening side and the connecting side.
     fn both(gpus: [u8; 2]) -> (Meeting, Meeting) {
+        both_with(gpus, [false; 2])
+    }
+
+    fn both_with(gpus: [u8; 2], push: [bool; 2]) -> (Meeting, Meeting) {
         let (a, b) = (Opening::new(false, None).unwrap(), Opening::new(true, None).unwrap());
         let (ours, theirs) = (a.invitation(), b.invitation());
         let now = Instant::now();
-        (a.meet(&theirs, keys(false), have(gpus[0]), now).unwrap(), b.meet(&ours, keys(true), have(gpus[1]), now).unwrap())
+        let (one, other) = (have(gpus[0], push[0]), have(gpus[1], push[1]));
+        (a.meet(&theirs, keys(false), one, now).unwrap(), b.meet(&ours, keys(true), other, now).unwrap())
     }
 
     fn meet(a: &mut Meeting, b: &mut Meeting) -> Result<(Linked, Linked)> {
@@ -495,6 +520,21 @@ pub(crate) mod tests {
     pub(crate) fn linked(gpus: [u8; 2]) -> (Linked, Linked) {
         let (mut a, mut b) = both(gpus);
         meet(&mut a, &mut b).unwrap()
+    }
+
+    /// The same; which side wants to push.
+    pub(crate) fn pushing(gpus: [u8; 2], push: [bool; 2]) -> (Linked, Linked) {
+        let (mut a, mut b) = both_with(gpus, push);
+        meet(&mut a, &mut b).unwrap()
+    }
+
+    #[test]
+    fn a_pair_is_pushed_where_either_side_wants_it() {
+        for (push, pairs) in [([false, false], 0), ([true, false], 2), ([false, true], 2), ([true, true], 2)] {
+            let (a, b) = pushing([1, 2], push);
+            assert_eq!((a.pushed.len(), b.pushed.len(), a.pairs.len()), (pairs, pairs, 3));
+            assert!(a.pushed.iter().all(|&(here, there)| here.is_device() && b.pushed.contains(&(there, here))));
+        }
     }
 
     #[test]
@@ -578,7 +618,11 @@ pub(crate) mod tests {
         fails(proved_and_then(same, Some(std::fs::File::open("/dev/zero").unwrap().into()), None), "memory file");
         fails(proved_and_then(same, Some(memfile::create(c"short", 4096).unwrap()), None), "bytes of");
         fails(proved_and_then(same, ring(), Some(b"nonsense")), "none of this protocol");
-        fails(proved_and_then(same, ring(), Some(&findings(&[(Place::HOST, Place::gpu(0))]))), "host and GPU");
+        fails(proved_and_then(same, ring(), Some(&findings(&[(Place::HOST, Place::gpu(0), Manner::Pull)]))), "host and GPU");
+        fails(proved_and_then(same, ring(), Some(&findings(&[(Place::HOST, Place::HOST, Manner::Push)]))), "of manner 2");
+        let mut strange = findings(&[(Place::gpu(0), Place::gpu(0), Manner::Push)]);
+        *strange.last_mut().unwrap() = 3;
+        fails(proved_and_then(same, ring(), Some(&strange)), "of manner 3");
         fails(proved_and_then(same, ring(), Some(&findings(&[]))), "may not read");
         fails(proved_and_then(same, ring(), None), "in time");
     }
@@ -587,11 +631,13 @@ pub(crate) mod tests {
     fn another_host_and_another_namespace_are_told_apart() {
         let (a, b) = (Opening::new(false, None).unwrap(), Opening::new(true, None).unwrap());
         let elsewhere = Invitation { host: [0; 16], ..a.invitation() };
-        assert!(b.meet(&elsewhere, keys(true), have(0), Instant::now()).is_err_and(|e| e.to_str().contains("another host")));
+        assert!(b
+            .meet(&elsewhere, keys(true), have(0, false), Instant::now())
+            .is_err_and(|e| e.to_str().contains("another host")));
         // Nobody of this network namespace has the name.
         let b = Opening::new(true, None).unwrap();
         let hidden = Invitation { name: [0xEE; 16], ..a.invitation() };
-        let mut b = b.meet(&hidden, keys(true), have(0), Instant::now()).unwrap();
+        let mut b = b.meet(&hidden, keys(true), have(0, false), Instant::now()).unwrap();
         assert!(b.poll(Instant::now()).is_err_and(|e| e.to_str().contains("network namespace")));
     }
 
@@ -604,8 +650,8 @@ pub(crate) mod tests {
         // As in another namespace: only the directory is left.
         a.listeners.remove(0);
         let (ours, theirs) = (a.invitation(), b.invitation());
-        let mut a = a.meet(&theirs, keys(false), have(0), Instant::now()).unwrap();
-        let mut b = b.meet(&ours, keys(true), have(0), Instant::now()).unwrap();
+        let mut a = a.meet(&theirs, keys(false), have(0, false), Instant::now()).unwrap();
+        let mut b = b.meet(&ours, keys(true), have(0, false), Instant::now()).unwrap();
         let (ours, _) = meet(&mut a, &mut b).unwrap();
         assert_eq!(ours.pairs, [(Place::HOST, Place::HOST)]);
         assert_eq!(std::fs::read_dir(&directory).unwrap().count(), 0, "the name is gone");

@@ -95,6 +95,11 @@ impl Shared {
         self.at.as_ptr() as u64
     }
 
+    /// Bytes.
+    pub(crate) fn len(&self) -> u64 {
+        self.len as u64
+    }
+
     /// `N` words from this one on, for whoever goes through many.
     ///
     /// # Panics

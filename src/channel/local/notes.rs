@@ -4,7 +4,7 @@
 use super::puller::{Export, ExportKind};
 use crate::status::{bail, Result};
 use crate::types::{Place, RemoteAccess};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// Leave to use a region without asking, as its owner tells it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +37,8 @@ pub(crate) enum Note {
     Answer { id: u32, open: bool },
     /// It may not be pulled from any more.
     End { id: u32 },
+    /// Memory of the sender's library at `there` that the receiver may write to from memory at `here`.
+    Area { there: Place, here: Place, export: Export },
     /// A region may be used without asking.
     Grant(Box<Granted>),
     /// It may not any more.
@@ -49,6 +51,7 @@ const ANSWER: u8 = 3;
 const END: u8 = 4;
 const GRANT: u8 = 5;
 const REVOKE: u8 = 6;
+const AREA: u8 = 7;
 /// Bytes of the longest note.
 pub(crate) const MAX_NOTE: usize = 1 + 4 + 3 + 8 + 8 + 16 + 64;
 /// Exports of a granted region at most, and bytes of a grant besides them.
@@ -56,20 +59,21 @@ pub(crate) const MAX_EXPORTS: usize = 1000;
 const GRANT_BYTES: usize = 4 + 8 + 8 + 16 + 8 + 8 + 3;
 
 impl Note {
+    /// The descriptor that travels beside it.
+    pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Note::Share { export, .. } | Note::Area { export, .. } => export.fd.as_ref().map(AsFd::as_fd),
+            _ => None,
+        }
+    }
+
     /// The note's bytes; a descriptor travels beside them.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(MAX_NOTE);
         match self {
             Note::Ring => out.push(RING),
-            Note::Share { id, there, here, export } => {
-                out.push(SHARE);
-                out.extend_from_slice(&id.to_le_bytes());
-                out.extend_from_slice(&[there.0, here.0, export.kind as u8]);
-                out.extend_from_slice(&export.base.to_le_bytes());
-                out.extend_from_slice(&export.len.to_le_bytes());
-                out.extend_from_slice(&export.gpu);
-                out.extend_from_slice(&export.handle);
-            }
+            Note::Share { id, there, here, export } => exported(&mut out, (SHARE, *id), (*there, *here), export),
+            Note::Area { there, here, export } => exported(&mut out, (AREA, 0), (*there, *here), export),
             Note::Answer { id, open } => {
                 out.push(ANSWER);
                 out.extend_from_slice(&id.to_le_bytes());
@@ -109,7 +113,14 @@ impl Note {
             (RING, 0) => Note::Ring,
             (ANSWER, 5) if body[4] <= 1 => Note::Answer { id: number(body), open: body[4] == 1 },
             (END, 4) => Note::End { id: number(body) },
-            (SHARE, _) if bytes.len() == MAX_NOTE => share(body, fds)?,
+            (SHARE, _) if bytes.len() == MAX_NOTE => {
+                let (there, here, export) = export(body, fds)?;
+                Note::Share { id: number(body), there, here, export }
+            }
+            (AREA, _) if bytes.len() == MAX_NOTE && number(body) == 0 => {
+                let (there, here, export) = export(body, fds)?;
+                Note::Area { there, here, export }
+            }
             (GRANT, n) if (GRANT_BYTES..=GRANT_BYTES + 4 * MAX_EXPORTS).contains(&n) && (n - GRANT_BYTES) % 4 == 0 => {
                 grant(body)?
             }
@@ -128,7 +139,18 @@ fn long(bytes: &[u8], at: usize) -> u64 {
     bytes.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u64::from_le_bytes(*b))
 }
 
-fn share(body: &[u8], mut fds: Vec<OwnedFd>) -> Result<Note> {
+fn exported(out: &mut Vec<u8>, (kind, id): (u8, u32), (there, here): (Place, Place), export: &Export) {
+    out.push(kind);
+    out.extend_from_slice(&id.to_le_bytes());
+    out.extend_from_slice(&[there.0, here.0, export.kind as u8]);
+    out.extend_from_slice(&export.base.to_le_bytes());
+    out.extend_from_slice(&export.len.to_le_bytes());
+    out.extend_from_slice(&export.gpu);
+    out.extend_from_slice(&export.handle);
+}
+
+/// An export, and the places of its sender and its receiver.
+fn export(body: &[u8], mut fds: Vec<OwnedFd>) -> Result<(Place, Place, Export)> {
     let (there, here) = (Place(body[4]), Place(body[5]));
     let Some(kind) = ExportKind::from_number(body[6]) else { bail!(Protocol, "an export of kind {}", body[6]) };
     let (base, len) = (long(body, 7), long(body, 15));
@@ -141,7 +163,7 @@ fn share(body: &[u8], mut fds: Vec<OwnedFd>) -> Result<Note> {
     if fds.len() != usize::from(kind.has_fd()) {
         bail!(Protocol, "an export of kind {kind:?} with {} descriptors", fds.len());
     }
-    Ok(Note::Share { id: number(body), there, here, export: Export { kind, handle, fd: fds.pop(), base, len, gpu } })
+    Ok((there, here, Export { kind, handle, fd: fds.pop(), base, len, gpu }))
 }
 
 fn grant(body: &[u8]) -> Result<Note> {
@@ -201,6 +223,13 @@ mod tests {
                 assert!(Note::decode(&bad, fds()).is_err(), "byte {at}");
             }
         }
+        let area = Note::Area { there: Place::gpu(1), here: Place::gpu(2), export: exported(ExportKind::Posix) };
+        let bytes = area.encode();
+        let got = Note::decode(&bytes, exported(ExportKind::Posix).fd.into_iter().collect()).unwrap();
+        assert!(
+            matches!(&got, Note::Area { there: Place(2), here: Place(3), export } if export.len == 12345 && got.fd().is_some())
+        );
+        assert!(Note::decode(&bytes, Vec::new()).is_err() && area.fd().is_some());
         assert!(matches!(Note::decode(&Note::Ring.encode(), Vec::new()), Ok(Note::Ring)));
         assert!(matches!(
             Note::decode(&Note::Answer { id: 5, open: true }.encode(), Vec::new()),

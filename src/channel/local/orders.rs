@@ -6,7 +6,7 @@ use super::front::{FRONT, FRONT_OF_OTHERS, RING as RING_OF_CHUNKS};
 use super::memfile::Shared;
 use crate::status::{bail, Result};
 use crate::types::Piece;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 /// Blocks of a record at most.
@@ -59,6 +59,14 @@ pub(crate) struct Head {
 pub(crate) struct Record {
     pub head: Head,
     pub blocks: Vec<Piece>,
+}
+
+/// A record of the other side whose head was copied and whose blocks are still in the ring: where they are, and how many words it has.
+#[derive(Clone, Copy)]
+struct Open {
+    head: Head,
+    at: usize,
+    words: usize,
 }
 
 /// The side that orders: its own file.
@@ -168,6 +176,7 @@ impl OrdersOut {
 /// The side that is ordered: the other side's file.
 pub(crate) struct OrdersIn {
     shared: Arc<Shared>,
+    open: Option<Open>,
     head: u64,
     ended: u64,
     moved: u64,
@@ -176,7 +185,7 @@ pub(crate) struct OrdersIn {
 
 impl OrdersIn {
     pub(crate) fn new(shared: &Arc<Shared>) -> OrdersIn {
-        OrdersIn { shared: shared.clone(), head: 0, ended: 0, moved: 0, read: 0 }
+        OrdersIn { shared: shared.clone(), open: None, head: 0, ended: 0, moved: 0, read: 0 }
     }
 
     /// Something is there to be read.
@@ -184,11 +193,20 @@ impl OrdersIn {
         self.shared.word(TAIL).load(Ordering::SeqCst) != self.head
     }
 
-    /// The next record, copied; `false` when there is none yet.
+    /// The head of the next record, copied, and its number of blocks; `None` when there is no record yet. It stays the same until its
+    /// blocks have been taken.
     ///
     /// # Errors
     /// `Protocol` when the contents cannot be.
-    pub(crate) fn next(&mut self, into: &mut Record) -> Result<bool> {
+    pub(crate) fn next(&mut self) -> Result<Option<(Head, usize)>> {
+        if self.open.is_none() && !self.open()? {
+            return Ok(None);
+        }
+        Ok(self.open.map(|open| (open.head, (open.words - HEAD_WORDS) / BLOCK_WORDS)))
+    }
+
+    /// Copies the head of the next record; `false` when there is none yet.
+    fn open(&mut self) -> Result<bool> {
         let shared = self.shared.clone();
         let ring: &[_; RING] = shared.words(RING_AT);
         let word = |at: usize| ring[at % RING].load(Ordering::Relaxed);
@@ -220,16 +238,31 @@ impl OrdersIn {
         }
         let last = word(at + 3);
         let (slot, export) = (last as u32, (last >> 32) as u32);
-        into.head = Head { order: word(at + 1), slot, generation: word(at + 2), export, last: flags == LAST };
-        into.blocks.clear();
+        let head = Head { order: word(at + 1), slot, generation: word(at + 2), export, last: flags == LAST };
+        self.open = Some(Open { head, at, words });
+        Ok(true)
+    }
+
+    /// Hands out the blocks of the record at hand, each word of which is read once, and goes past it.
+    #[inline]
+    pub(crate) fn take(&mut self, each: impl FnMut(Piece)) {
+        let Some(Open { at, words, .. }) = self.open.take() else { return };
+        let ring: &[_; RING] = self.shared.words(RING_AT);
         let blocks = ring[at + HEAD_WORDS..at + words].chunks_exact(BLOCK_WORDS);
-        into.blocks.extend(blocks.map(|w| Piece {
+        let block = |w: &[AtomicU64]| Piece {
             src: w[0].load(Ordering::Relaxed),
             dst: w[1].load(Ordering::Relaxed),
             len: w[2].load(Ordering::Relaxed),
-        }));
+        };
+        blocks.map(block).for_each(each);
         self.passed(words);
-        Ok(true)
+    }
+
+    /// Goes past the record at hand without a look at its blocks.
+    pub(crate) fn skip(&mut self) {
+        if let Some(Open { words, .. }) = self.open.take() {
+            self.passed(words);
+        }
     }
 
     fn passed(&mut self, words: usize) {
@@ -277,6 +310,16 @@ mod tests {
         (OrdersOut::new(out.shared()), OrdersIn::new(inn.shared()))
     }
 
+    /// Takes the next record; `false` when there is none yet.
+    fn next(inn: &mut OrdersIn, got: &mut Record) -> Result<bool> {
+        let Some((head, count)) = inn.next()? else { return Ok(false) };
+        assert_eq!(inn.next()?, Some((head, count)), "the same again");
+        (got.head, got.blocks) = (head, Vec::new());
+        inn.take(|block| got.blocks.push(block));
+        assert_eq!(got.blocks.len(), count);
+        Ok(true)
+    }
+
     fn blocks(n: usize, len: u64) -> Vec<Piece> {
         (0..n as u64).map(|i| Piece { src: i * 8192 + 1, dst: i * 4096 + 2, len }).collect()
     }
@@ -297,7 +340,7 @@ mod tests {
                     let room = out.room(left.len()).unwrap();
                     prop_assert!(room <= left.len().min(MAX_BLOCKS));
                     if room == 0 {
-                        prop_assert!(inn.next(&mut got).unwrap());
+                        prop_assert!(next(&mut inn, &mut got).unwrap());
                         prop_assert_eq!(Some(got.clone()), waiting.pop_front());
                         continue;
                     }
@@ -307,17 +350,17 @@ mod tests {
                     waiting.push_back(record);
                 }
                 for _ in 0..reads {
-                    prop_assert_eq!(inn.next(&mut got).unwrap(), !waiting.is_empty());
+                    prop_assert_eq!(next(&mut inn, &mut got).unwrap(), !waiting.is_empty());
                     if let Some(expected) = waiting.pop_front() {
                         prop_assert_eq!(&got, &expected);
                     }
                 }
             }
             while let Some(expected) = waiting.pop_front() {
-                prop_assert!(inn.next(&mut got).unwrap());
+                prop_assert!(next(&mut inn, &mut got).unwrap());
                 prop_assert_eq!(&got, &expected);
             }
-            prop_assert!(!inn.next(&mut got).unwrap() && !inn.waiting());
+            prop_assert!(!next(&mut inn, &mut got).unwrap() && !inn.waiting());
             prop_assert!(out.room(1).unwrap() == 1);
         }
 
@@ -331,7 +374,7 @@ mod tests {
             for (at, front, value, small) in writes {
                 let at = if front { at % 96 } else { RING_AT + at };
                 out.shared.word(at).store(if small { value % 5000 } else { value }, Ordering::SeqCst);
-                match inn.next(&mut got) {
+                match next(&mut inn, &mut got) {
                     Ok(true) => prop_assert!(!got.blocks.is_empty() && got.blocks.len() <= MAX_BLOCKS),
                     Ok(false) => {}
                     Err(e) => prop_assert_eq!(e.kind(), ErrorKind::Protocol),
@@ -372,7 +415,9 @@ mod tests {
         assert!(n >= 9, "{n}");
         assert!(out.tell(head(1, false), &all).is_err());
         let mut got = Record::default();
-        while inn.next(&mut got).unwrap() {}
+        assert!(inn.next().unwrap().is_some());
+        inn.skip();
+        while next(&mut inn, &mut got).unwrap() {}
         assert_eq!(out.room(MAX_BLOCKS).unwrap(), MAX_BLOCKS);
     }
 }

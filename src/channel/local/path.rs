@@ -1,11 +1,13 @@
 //! The path to a process of the same host: the source's side describes each chunk in its ring, the destination's side copies it out of
-//! the source's memory and says so. Only the owner of memory ever writes it. Knows nothing of transfers.
+//! the source's memory and says so. Where reads are slow the source's side first pushes the chunk into memory of the other library, and
+//! the destination's side copies it from there. Only the owner of memory ever writes it. Knows nothing of transfers.
 
 use super::host::HostMemory;
 use super::link::Linked;
 use super::notes::Note;
 use super::pool::Bell;
 use super::puller::{LocalMemory, Piece, Pull};
+use super::push::{Areas, Targets, PUSHED, SLOT, SLOTS};
 use super::ring::{Descriptor, Extent, Inbox, Listening, Outbox, MAX_PIECES};
 use super::sharing::{Imports, Shares, Stretch};
 use super::shelf::Shelf;
@@ -18,16 +20,17 @@ use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
 use crate::types::{Key, Part, Place};
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::Instant;
 use unasked::Unasked;
 
+mod pushing;
 mod unasked;
 
-/// Chunks that may be told and not taken, and how many of them may belong to large transfers.
-const WINDOW: usize = 8;
+/// Chunks that may be under way and not taken, and how many of them may belong to large transfers.
+const WINDOW: usize = SLOTS;
 const BULK_WINDOW: usize = 6;
 /// Pulls under way at most.
 const PULLS: usize = 16;
@@ -42,12 +45,25 @@ const NOTES: usize = 64;
 /// Notes that may wait for a peer that does not read.
 const MAX_WAITING: usize = 1 << 16;
 
-/// A chunk that was told.
+/// A chunk on its way out.
 struct Leaving {
     key: Key,
     len: usize,
     bulk: bool,
-    _hold: Hold,
+    tag: i32,
+    stage: Stage,
+    /// Where it was pushed to: the peer's place, and a slot there.
+    slot: Option<(Place, usize)>,
+    hold: Hold,
+}
+
+/// How far a chunk is.
+enum Stage {
+    /// It is being written into its slot.
+    Pushing(Pull),
+    /// It is told when those before it are.
+    Ready(Vec<Extent>),
+    Told,
 }
 
 /// A chunk that is being copied.
@@ -57,6 +73,8 @@ struct Coming {
     pull: Option<Pull>,
     /// Exports that its pieces lie in, one entry for each use that was counted.
     exports: Vec<u32>,
+    /// The slot that it was pushed into.
+    slot: Option<(Place, usize)>,
     /// What keeps the source, where that is memory of this process.
     _source: Option<Hold>,
 }
@@ -66,6 +84,10 @@ pub(crate) struct LocalPath {
     socket: Socket,
     pid: i32,
     pairs: Vec<(Place, Place)>,
+    /// Those of them whose chunks are pushed, and where to.
+    pushed: Vec<(Place, Place)>,
+    areas: Areas,
+    targets: Targets,
     /// GPUs of the peer whose memory is in use: what they may want to reach is told in advance.
     likely: Vec<Place>,
     outbox: Outbox,
@@ -77,6 +99,8 @@ pub(crate) struct LocalPath {
     /// Answers and rings for the peer.
     notes: VecDeque<Note>,
     leaving: VecDeque<Leaving>,
+    /// How many of those, from the first on, are told.
+    told: usize,
     bulk: usize,
     queued: u64,
     rate: Rate,
@@ -122,7 +146,7 @@ impl LocalPath {
     pub(crate) fn new(linked: Linked, bell: Bell, likely: Vec<Place>) -> LocalPath {
         let same = linked.same_process;
         let shelves = same.then(|| (Shelf::own(linked.id, linked.connecting), Shelf::of(linked.id, !linked.connecting)));
-        let Linked { socket, who, mut host, mut device, inbox, outbox, pairs, .. } = linked;
+        let Linked { socket, who, mut host, mut device, inbox, outbox, pairs, pushed, .. } = linked;
         if let (true, Some(device)) = (same, &mut device) {
             device.within_process();
         }
@@ -134,6 +158,9 @@ impl LocalPath {
             socket,
             pid: who.pid,
             pairs,
+            pushed,
+            areas: Areas::default(),
+            targets: Targets::default(),
             likely,
             outbox,
             inbox,
@@ -143,6 +170,7 @@ impl LocalPath {
             imports: Imports::new(same),
             notes: VecDeque::new(),
             leaving: VecDeque::new(),
+            told: 0,
             bulk: 0,
             queued: 0,
             rate: Rate::default(),
@@ -174,6 +202,10 @@ impl LocalPath {
         for _ in 0..n {
             let Some(gone) = self.leaving.pop_front() else { bail!(Internal, "a chunk was taken that was never told") };
             let len = gone.len as u64;
+            self.told -= 1;
+            if let Some((there, slot)) = gone.slot {
+                self.targets.leave(there, slot);
+            }
             self.queued -= len;
             self.bulk -= usize::from(gone.bulk);
             self.rate.done(len, now, !self.leaving.is_empty());
@@ -240,18 +272,26 @@ impl LocalPath {
             None => None,
         };
         let Dest::Memory { place, parts, .. } = &arrival.dest else {
-            return Ok(Coming { arrival, pull: None, exports: Vec::new(), _source: source });
+            return Ok(Coming { arrival, pull: None, exports: Vec::new(), slot: None, _source: source });
         };
         let place = *place;
-        let exports = locate(&mut self.scratch.descriptor.pieces, place, &mut self.imports)?;
+        let pieces = &mut self.scratch.descriptor.pieces;
+        let (exports, slot) = match &pieces[..] {
+            [Extent { export: PUSHED, .. }] => {
+                let (slot, addr) = self.areas.enter(place, pieces, arrival.len)?;
+                (pieces[0].addr, pieces[0].export) = (addr, 0);
+                (Vec::new(), Some((place, slot)))
+            }
+            _ => (locate(pieces, place, &mut self.imports)?, None),
+        };
         join(&self.scratch.descriptor.pieces, parts, &mut self.scratch.pieces)?;
         let Some(memory) = memory(&mut self.host, &mut self.device, place) else {
             bail!(Protocol, "a chunk for memory of {place:?}, which is not shared")
         };
-        // SAFETY: sources lie in the peer's process or in open mappings, which `exports` keeps; destinations are held by the arrival,
-        // which stays until the pull has ended, or for ever where it does not end.
+        // SAFETY: sources lie in the peer's process, in open mappings, which `exports` keeps, or in an area of ours; destinations are held
+        // by the arrival, which stays until the pull has ended, or for ever where it does not end.
         let pull = unsafe { memory.pull(place, &self.scratch.pieces) }?;
-        Ok(Coming { arrival, pull: Some(pull), exports, _source: source })
+        Ok(Coming { arrival, pull: Some(pull), exports, slot, _source: source })
     }
 
     /// Reports the pulls that have ended, in their order.
@@ -268,9 +308,12 @@ impl LocalPath {
                     bail!(RemoteDisconnect, "the peer's process has closed the connection");
                 }
             }
-            let Some(Coming { arrival, exports, .. }) = self.coming.pop_front() else { break };
+            let Some(Coming { arrival, exports, slot, .. }) = self.coming.pop_front() else { break };
             if let Some(device) = &mut self.device {
                 exports.into_iter().for_each(|id| self.imports.release(id, &mut **device));
+            }
+            if let Some((place, slot)) = slot {
+                self.areas.leave(place, slot);
             }
             if self.inbox.take() {
                 self.notes.push_back(Note::Ring);
@@ -300,11 +343,14 @@ impl LocalPath {
             match (note, device) {
                 (Note::Ring, _) => {}
                 (Note::Answer { id, open }, _) => self.shares.answered(id, open)?,
-                (Note::Share { id, there, here, export }, Some(_)) if self.pairs.contains(&(here, there)) => {
+                (Note::Area { there, here, export }, Some(_)) if self.pushed.contains(&(here, there)) => {
+                    self.targets.told(here, there, export)?;
+                }
+                (Note::Share { id, there, here, export }, Some(_)) if pulls(&self.pairs, &self.pushed, (here, there)) => {
                     self.imports.told(id, here, export)?;
                 }
                 (Note::End { id }, Some(device)) => self.imports.ended(id, &mut **device)?,
-                (Note::Grant(granted), _) if self.pairs.contains(&(granted.here, granted.there)) => {
+                (Note::Grant(granted), _) if pulls(&self.pairs, &self.pushed, (granted.here, granted.there)) => {
                     self.unasked.leases.told(*granted)?;
                 }
                 (Note::Revoke { slot, generation }, _) => self.unasked.leases.ended(slot, generation)?,
@@ -323,16 +369,16 @@ impl LocalPath {
             self.notes.extend(self.imports.open_one(&mut **device));
             any = true;
         }
-        for queue in [&mut self.shares.notes, &mut self.unasked.grants.notes, &mut self.notes] {
+        if let (Some(device), true) = (&mut self.device, self.targets.waiting()) {
+            self.targets.open_one(&mut **device);
+            any = true;
+        }
+        for queue in [&mut self.areas.notes, &mut self.shares.notes, &mut self.unasked.grants.notes, &mut self.notes] {
             if queue.len() > MAX_WAITING {
                 bail!(Resource, "{} notes wait: the peer's process does not read them", queue.len());
             }
             while let Some(note) = queue.front() {
-                let fd = match note {
-                    Note::Share { export, .. } => export.fd.as_ref().map(AsFd::as_fd),
-                    _ => None,
-                };
-                match self.socket.send(&note.encode(), fd) {
+                match self.socket.send(&note.encode(), note.fd()) {
                     Ok(true) => drop(queue.pop_front()),
                     Ok(false) => break,
                     // The control connection tells why it is gone.
@@ -342,6 +388,11 @@ impl LocalPath {
         }
         Ok(any)
     }
+}
+
+/// Whether the destination's side pulls between two places.
+fn pulls(pairs: &[(Place, Place)], pushed: &[(Place, Place)], pair: (Place, Place)) -> bool {
+    pairs.contains(&pair) && !pushed.contains(&pair)
 }
 
 /// The memory that pulls into a place.
@@ -418,12 +469,16 @@ impl Path for LocalPath {
     }
 
     fn limits(&self) -> ChunkLimits {
-        ChunkLimits { bytes: CHUNK, pieces: PIECES, crossed: MAX_CROSSED }
+        // Both sides have agreed on the pairs.
+        let bytes = if self.pushed.is_empty() { CHUNK } else { SLOT };
+        ChunkLimits { bytes, pieces: PIECES, crossed: MAX_CROSSED }
     }
 
     fn chunk_len(&self, total: u64) -> usize {
         // Few bytes in one piece are copied faster than many chunks; what is in many pieces is cut by their number.
-        usize::try_from(total.div_ceil(2)).unwrap_or(CHUNK).next_multiple_of(4096).clamp(SMALLEST, CHUNK)
+        // What is pushed is copied twice, one after the other: of several chunks both at once.
+        let (parts, most) = if self.pushed.is_empty() { (2, CHUNK) } else { (4, SLOT) };
+        usize::try_from(total.div_ceil(parts)).unwrap_or(most).next_multiple_of(4096).clamp(SMALLEST, most)
     }
 
     fn carries(&self, local: Place, peer: Place) -> bool {
@@ -439,6 +494,12 @@ impl Path for LocalPath {
     }
 
     fn share(&mut self, region: &Region, peer: Place) -> bool {
+        if self.pushed.contains(&(region.place, peer)) {
+            if self.targets.want(region.place) {
+                self.news.store(true, Ordering::Release);
+            }
+            return self.targets.is_open(region.place, peer);
+        }
         match &mut self.device {
             Some(device) if self.pairs.contains(&(region.place, peer)) => {
                 let shared = self.shares.share(region, peer, &mut **device);
@@ -452,6 +513,13 @@ impl Path for LocalPath {
     }
 
     fn offer(&mut self, region: &Region) {
+        let here = region.place;
+        let there = || self.pushed.iter().filter(|pair| pair.0 == here).map(|pair| pair.1);
+        if let (Some(device), Some(_)) = (&mut self.device, there().next()) {
+            self.areas.provide(here, there(), &mut **device);
+            self.targets.want(here);
+            self.news.store(true, Ordering::Release);
+        }
         for i in 0..self.likely.len() {
             self.share(region, self.likely[i]);
         }
@@ -459,6 +527,14 @@ impl Path for LocalPath {
 
     fn start_direct(&mut self, transfer: &mut Direct<'_>) -> Result<bool> {
         LocalPath::start_direct(self, transfer)
+    }
+
+    fn hurries(&self) -> bool {
+        self.unasked.hurries()
+    }
+
+    fn ends_soon(&self, now: Instant) -> bool {
+        self.unasked.ends_soon(now)
     }
 
     fn grant(&mut self, region: &RegionUse, peer: Place) {
@@ -470,7 +546,8 @@ impl Path for LocalPath {
     }
 
     fn loads(&mut self, _place: Place, bulk: bool, now: Instant, out: &mut Loads) {
-        let free = WINDOW.saturating_sub(self.leaving.len()).min(self.outbox.room());
+        let untold = self.leaving.len() - self.told;
+        let free = WINDOW.saturating_sub(self.leaving.len()).min(self.outbox.room().saturating_sub(untold));
         let free = if bulk { free.min(BULK_WINDOW.saturating_sub(self.bulk)) } else { free };
         let oldest = self.leaving.front().map_or(0, |l| l.len as u64);
         out.channels.push(Load { free, queued: self.queued, rate: self.rate.get(oldest, now), nic: 0 });
@@ -480,17 +557,19 @@ impl Path for LocalPath {
         if channel != 0 {
             bail!(Internal, "channel {channel} does not exist");
         }
-        self.describe(&departure)?;
+        let (stage, slot) = if self.pushed.contains(&(departure.chunk.place, departure.chunk.peer)) {
+            let (stage, slot) = self.push(&departure.chunk)?;
+            (stage, Some((departure.chunk.peer, slot)))
+        } else {
+            self.describe(&departure)?;
+            (Stage::Ready(std::mem::take(&mut self.scratch.extents)), None)
+        };
         let Departure { key, chunk, hold, bulk, tag } = departure;
-        if let Some((own, _)) = &self.shelves {
-            own.put(hold.clone());
-        }
-        self.outbox.tell(tag, chunk.len as u64, &self.scratch.extents)?;
         self.rate.posted(now);
         self.queued += chunk.len as u64;
         self.bulk += usize::from(bulk);
-        self.leaving.push_back(Leaving { key, len: chunk.len, bulk, _hold: hold });
-        Ok(())
+        self.leaving.push_back(Leaving { key, len: chunk.len, bulk, tag, stage, slot, hold });
+        self.tell().map(drop)
     }
 
     fn expect(&mut self, channel: usize, arrival: Arrival) -> Result<()> {
@@ -506,6 +585,11 @@ impl Path for LocalPath {
             self.hear()?;
         }
         let mut any = self.release(now, events)?;
+        if self.told < self.leaving.len() && self.tell()? {
+            // The peer has known of the chunk for a while.
+            self.wake();
+            any = true;
+        }
         any |= self.start()?;
         any |= self.finish(events)?;
         any |= self.advance_direct(events)?;
@@ -519,8 +603,8 @@ impl Path for LocalPath {
     }
 
     fn attention(&self) -> bool {
-        let notes = !self.notes.is_empty() || !self.shares.notes.is_empty();
-        notes || self.news.load(Ordering::Acquire) || self.imports.waiting() || self.unasked.attention()
+        let notes = !self.notes.is_empty() || !self.shares.notes.is_empty() || !self.areas.notes.is_empty();
+        notes || self.targets.waiting() || self.news.load(Ordering::Acquire) || self.imports.waiting() || self.unasked.attention()
     }
 
     fn copying(&self) -> bool {
@@ -591,9 +675,14 @@ impl Drop for LocalPath {
         match (ended, &mut self.device) {
             (Err(e), _) => {
                 log::error!("a copy from another process has not ended; its memory stays in use: {e}");
-                std::mem::forget((std::mem::take(&mut self.coming), self.host.take(), self.device.take()));
+                let chunks = (std::mem::take(&mut self.coming), std::mem::take(&mut self.leaving));
+                std::mem::forget((chunks, self.host.take(), self.device.take()));
             }
-            (Ok(()), Some(device)) => self.imports.close_all(&mut **device),
+            (Ok(()), Some(device)) => {
+                self.imports.close_all(&mut **device);
+                self.targets.close_all(&mut **device);
+                self.areas.end(&mut **device);
+            }
             (Ok(()), None) => {}
         }
     }
@@ -612,13 +701,14 @@ mod tests {
     use std::os::fd::{FromRawFd, OwnedFd};
     use std::sync::atomic::AtomicU32;
 
+    pub(super) fn bell() -> Bell {
+        // SAFETY: a plain system call, whose result is fresh.
+        let fd = unsafe { OwnedFd::from_raw_fd(libc::eventfd(0, libc::EFD_CLOEXEC)) };
+        Bell { armed: Arc::new(AtomicU32::new(0)), fd: Arc::new(fd) }
+    }
+
     pub(super) fn ends(gpus: [u8; 2]) -> (LocalPath, LocalPath) {
         let (a, b) = linked(gpus);
-        let bell = || {
-            // SAFETY: a plain system call, whose result is fresh.
-            let fd = unsafe { OwnedFd::from_raw_fd(libc::eventfd(0, libc::EFD_CLOEXEC)) };
-            Bell { armed: Arc::new(AtomicU32::new(0)), fd: Arc::new(fd) }
-        };
         (LocalPath::new(a, bell(), Vec::new()), LocalPath::new(b, bell(), Vec::new()))
     }
 
@@ -640,11 +730,11 @@ mod tests {
         fn parts(&self) -> Vec<Part> {
             vec![Part { addr: self.bytes.as_ptr() as u64, len: self.bytes.len() as u64, region: 0 }]
         }
-        fn departure(&self, tag: i32, peer: Place) -> Departure {
+        pub(super) fn departure(&self, tag: i32, peer: Place) -> Departure {
             let chunk = Chunk { parts: self.parts(), len: self.bytes.len(), place: self.region.place, peer };
             Departure { key: Key { id: 1, mine: true }, chunk, hold: self.hold(), bulk: true, tag }
         }
-        fn arrival(&self, tag: i32) -> Arrival {
+        pub(super) fn arrival(&self, tag: i32) -> Arrival {
             let dest = Dest::Memory { place: self.region.place, parts: self.parts(), hold: self.hold() };
             Arrival { key: Key { id: 1, mine: false }, len: self.bytes.len(), tag, dest }
         }

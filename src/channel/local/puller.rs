@@ -1,8 +1,8 @@
 //! Memory of one host, as the one-host path sees it: what a peer needs to reach memory of ours, mappings of a peer's memory, and
-//! pulls from there into memory of our own. One trait, so that the path is the same for GPUs, for host memory and for emulated device
+//! pulls from there into memory of our own; areas into which a peer pushes. One trait, so that the path is the same for GPUs, for host memory and for emulated device
 //! memory. Knows nothing of sockets, rings, chunks or transfers.
 
-use crate::status::Result;
+use crate::status::{bail, Result};
 pub(crate) use crate::types::Piece;
 use crate::types::Place;
 use std::os::fd::OwnedFd;
@@ -62,6 +62,32 @@ pub(crate) struct Mapping {
     pub addr: u64,
 }
 
+/// Which side copies between two places.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Manner {
+    /// The destination's, out of the source.
+    Pull = 1,
+    /// The source's into an area of the destination's library, and the destination's from there.
+    Push = 2,
+}
+
+impl Manner {
+    /// The one with this number on the wire.
+    pub(crate) fn from_number(number: u8) -> Option<Manner> {
+        [Manner::Pull, Manner::Push].into_iter().find(|&manner| manner as u8 == number)
+    }
+}
+
+/// Memory of this library that peers write to. Given back with [`LocalMemory::drop_area`].
+#[derive(Debug)]
+pub(crate) struct Area {
+    /// Names it among those of its [`LocalMemory`].
+    pub id: u64,
+    /// First byte.
+    pub addr: u64,
+}
+
 /// A pull that was started; ask for its end with [`LocalMemory::poll`] until it says yes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Pull {
@@ -94,11 +120,37 @@ pub(crate) trait LocalMemory: Send {
     /// Ends a mapping; no pull uses it any more.
     fn close(&mut self, mapping: Mapping);
 
-    /// Starts copying all pieces into memory of `place`; they do not overlap. The list may be changed once it returns. The pull runs
+    /// Memory on the GPU of `place` that a peer may write to: zeros, page-aligned. Its pages are used for nothing else as long as a peer
+    /// has it mapped, even after it was given back.
+    ///
+    /// # Errors
+    /// `Unsupported` where there is none.
+    fn area(&mut self, place: Place, _len: usize) -> Result<Area> {
+        bail!(Unsupported, "nothing is pushed into memory of {place:?}")
+    }
+
+    /// What a peer needs to map an area.
+    fn export_area(&mut self, _area: &Area) -> Result<Export> {
+        bail!(Internal, "an area of nobody")
+    }
+
+    /// Ends an area; no pull uses it any more.
+    fn drop_area(&mut self, _area: Area) {}
+
+    /// Maps a peer's area for pulls that write to it on the GPU of `place`. As with `open`, everything in `export` is the peer's word.
+    ///
+    /// # Errors
+    /// `Unsupported` where it cannot be reached from here.
+    fn open_area(&mut self, _export: &Export, place: Place) -> Result<Mapping> {
+        bail!(Unsupported, "nothing is pushed from memory of {place:?}")
+    }
+
+    /// Starts copying all pieces into memory of `place`, or from there into an open area; they do not overlap. The list may be changed once it returns. The pull runs
     /// even if nobody polls; many may be under way, and they end in any order.
     ///
     /// # Safety
-    /// Sources lie in open mappings of this object, destinations in registered memory of `place`; both stay until the pull has ended.
+    /// Sources lie in open mappings of this object, in its areas or in registered memory of `place`, destinations in registered memory of
+    /// `place` or in open areas of the peer; all stay until the pull has ended.
     unsafe fn pull(&mut self, place: Place, pieces: &[Piece]) -> Result<Pull>;
 
     /// Whether a pull has ended. After `true` or an error its number is forgotten.
@@ -114,9 +166,9 @@ pub(crate) trait LocalMemory: Send {
     /// mappings and the memory of the pulls must stay.
     fn quiesce(&mut self) -> Result<()>;
 
-    /// Whether memory of the peer's GPU can be pulled into memory of `place`; asked once for each pair at set-up. Host memory: the peer's
-    /// GPU is zeros.
-    fn reaches(&mut self, place: Place, peer_gpu: &GpuId) -> bool;
+    /// Whether and how bytes get from memory of the peer's GPU into memory of `place`; asked once for each pair at set-up. Host memory: the
+    /// peer's GPU is zeros.
+    fn reaches(&mut self, place: Place, peer_gpu: &GpuId) -> Option<Manner>;
 
     /// Has what pulls into `place` need made: no pull makes a GPU's driver allocate from then on.
     fn ready(&mut self, _place: Place) -> Result<()> {

@@ -9,10 +9,12 @@ use crate::status::{Error, ErrorKind, Result};
 use crate::wire::control::ControlStream;
 use crate::wire::frame::Frame;
 use crate::wire::queue::RxBuffer;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Chunks handed out before what they announce is flushed: the receiver can post nothing before it knows.
 const BURST: usize = 8;
+/// While something goes without chunks, its end is looked for in between and the control stream is read this often.
+const READ_PAUSE: Duration = Duration::from_micros(10);
 /// Reads of the control stream in one round, so that a peer that floods it does not starve the channels.
 const READS: usize = 16;
 /// Bytes of the control stream that leave in one hold of the lock: a large notification is sealed piece by piece, and others have their
@@ -25,6 +27,8 @@ pub(crate) struct Core {
     pub(super) channels: Channels,
     pub(super) control: ControlStream,
     rx: RxBuffer,
+    /// When it was last read.
+    read: Instant,
     /// This side has said goodbye: nothing is read or started any more.
     pub(super) closing: bool,
     pub(super) looked: Instant,
@@ -38,13 +42,14 @@ impl Core {
     pub(crate) fn new(machine: Machine, channels: Channels, control: ControlStream) -> Core {
         let now = Instant::now();
         let (rx, watch) = (RxBuffer::default(), Watch::new());
-        Core { machine, channels, control, rx, closing: false, looked: now, watch, born: now, past: None }
+        Core { machine, channels, control, rx, read: now, closing: false, looked: now, watch, born: now, past: None }
     }
 
     /// Reads the control stream, advances the channels, hands out chunks, flushes, looks at deadlines. `true` when something moved; an
     /// error means that the connection must end.
     pub(super) fn round(&mut self, now: Instant) -> Result<bool> {
-        let heard = self.read(now)?;
+        let hurries = self.channels.hurries() && now.saturating_duration_since(self.read) < READ_PAUSE;
+        let heard = !hurries && self.read(now)?;
         let moved = self.advance(now).map_err(|e| self.last_words(e, now))?;
         Ok(heard || moved)
     }
@@ -88,6 +93,7 @@ impl Core {
     }
 
     fn read(&mut self, now: Instant) -> Result<bool> {
+        self.read = now;
         let mut any = false;
         for _ in 0..READS {
             let (n, more) = self.control.read(&mut self.rx)?;
@@ -128,7 +134,8 @@ impl Core {
         if self.backlog() == 0 || most == 0 {
             return Ok(0);
         }
-        let sent = self.control.flush(&mut self.machine.tx, most)?;
+        let reported = self.machine.reported();
+        let sent = self.control.flush(&mut self.machine.tx, most, reported)?;
         self.machine.told(sent, self.control.pending(), now);
         Ok(sent)
     }

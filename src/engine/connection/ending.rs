@@ -72,6 +72,7 @@ impl Connection {
         if !core.closing {
             core.machine.say_bye(Some(&error), now);
         }
+        core.control.end();
         let _ = core.flush(now, FAREWELL);
         core.machine.fail(error, &mut core.channels);
         core.control.shutdown_write();
@@ -95,6 +96,7 @@ impl Connection {
             let now = Instant::now();
             self.drive(&mut core, now);
             core.machine.say_bye(None, now);
+            core.control.end();
             core.closing = true;
             // Nothing is read any more; what still comes must not wake anybody.
             self.home.bell.unwatch(self.fd);

@@ -1,7 +1,7 @@
 //! An application thread that asks for a transfer or waits for it: it drives the connection meanwhile, or leaves the core to others. Knows
 //! nothing of the progress thread but that it can be asked to attend.
 
-use super::super::pacing::{pause, Pause, Situation};
+use super::super::pacing::{pause, Cores, Pause, Situation};
 use super::super::proto::TransferState;
 use super::core::Core;
 use super::Connection;
@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 /// A thread that waits for a transfer drives this long before it sleeps.
 const WAIT_SPIN: Duration = Duration::from_micros(50);
+/// For so long an application thread that looks in stays for the end of something small.
+const LINGER: Duration = Duration::from_micros(20);
 
 impl Connection {
     /// Asks for a transfer's state, after driving progress once.
@@ -38,7 +40,7 @@ impl Connection {
         }
         let now = Instant::now();
         self.polls.enter(self.home.at(now));
-        let any = self.drive(&mut core, now);
+        let any = self.drive_on(&mut core, now);
         let after = core.machine.lookup(id)?;
         drop(core);
         match planned {
@@ -95,5 +97,21 @@ impl Connection {
             while running(&core) && !self.ended.wait_until(&mut core.core, until).timed_out() {}
             self.waiters.fetch_sub(1, Ordering::AcqRel);
         }
+    }
+
+    /// A round of progress by an application thread, and further ones while something small is about to end: going away and coming back
+    /// takes longer. Whatever a peer orders meanwhile keeps nobody here.
+    pub(super) fn drive_on(&self, core: &mut Core, now: Instant) -> bool {
+        let ended = core.machine.ended();
+        let mut any = self.drive(core, now);
+        while core.machine.ended() == ended && self.home.cores == Cores::Many {
+            let at = Instant::now();
+            if at.saturating_duration_since(now) >= LINGER || !core.channels.ends_soon(at) {
+                break;
+            }
+            std::hint::spin_loop();
+            any |= self.drive(core, at);
+        }
+        any
     }
 }

@@ -2,18 +2,27 @@
 //! how the rest is driven.
 
 use super::super::fifo::FifoItem;
-use super::super::proto::MAX_BACKLOG;
+use super::super::list::List;
+use super::super::proto::{Sketch, MAX_BACKLOG};
 use super::super::request::{self, Built, RequestBuilder};
 use super::super::spare::MANY;
 use super::super::transfer::{Direction, LocalSegment};
 use super::core::Core;
 use super::{Connection, Held};
-use crate::channel::path::Way;
+use crate::channel::path::{Blocks, Way};
 use crate::status::{bail, Result};
 use crate::types::{Place, Segment};
 use crate::wire::frame::{MAX_NOTIFICATION, MAX_SEGMENTS};
 use std::borrow::Borrow;
 use std::time::{Duration, Instant};
+
+/// Where a transfer's data goes.
+fn way(direction: Direction) -> Way {
+    match direction {
+        Direction::Read => Way::In,
+        Direction::Write => Way::Out,
+    }
+}
 
 impl Connection {
     /// Starts a read or write of several segments as one transfer; gives its id.
@@ -27,11 +36,40 @@ impl Connection {
     ) -> Result<u64> {
         self.core.check("connection")?;
         if self.one_host.is_some() {
-            if let Some(id) = self.transfer_direct(direction, &items)? {
-                return Ok(id);
+            if let Some((sketch, known)) = request::sketch(items.clone(), &self.home.registry, self.peer.engine) {
+                let way = way(direction);
+                let mut feed = request::Feed::new(items.clone(), known, way, sketch.count);
+                if let Some(id) = self.transfer_direct(way, sketch, &mut feed)? {
+                    return Ok(id);
+                }
             }
         }
-        let n = items.len();
+        self.transfer_in_chunks(direction, items.len(), items)
+    }
+
+    /// As [`Connection::transfer`], of a list that is kept for several transfers.
+    ///
+    /// # Errors
+    /// As [`Connection::transfer`].
+    pub fn transfer_list(&self, direction: Direction, list: &List) -> Result<u64> {
+        self.core.check("connection")?;
+        if self.one_host.is_some() {
+            let way = way(direction);
+            if let Some((sketch, mut feed)) = list.sketch(way, &self.home.registry, self.peer.engine) {
+                if let Some(id) = self.transfer_direct(way, sketch, &mut feed)? {
+                    return Ok(id);
+                }
+            }
+        }
+        self.transfer_in_chunks(direction, list.len(), list.iter())
+    }
+
+    fn transfer_in_chunks<B: Borrow<FifoItem>>(
+        &self,
+        direction: Direction,
+        n: usize,
+        items: impl Iterator<Item = (LocalSegment, B)>,
+    ) -> Result<u64> {
         let builder = if n < MANY {
             RequestBuilder::new(n, &self.home.registry, self.peer.engine, None)
         } else {
@@ -60,25 +98,21 @@ impl Connection {
     }
 
     /// Starts a transfer all of which the peer has granted, within the host. `None`: it has to go another way.
-    fn transfer_direct<B: Borrow<FifoItem>>(
-        &self,
-        direction: Direction,
-        items: &(impl ExactSizeIterator<Item = (LocalSegment, B)> + Clone),
-    ) -> Result<Option<u64>> {
-        let sketch = request::sketch(items.clone(), &self.home.registry, self.peer.engine);
-        let Some((sketch, known)) = sketch.filter(|(sketch, _)| sketch.count <= MAX_SEGMENTS) else { return Ok(None) };
-        let way = if direction == Direction::Read { Way::In } else { Way::Out };
-        let mut feed = request::Feed::new(items.clone(), known, way, sketch.count);
+    fn transfer_direct(&self, way: Way, sketch: Sketch, blocks: &mut dyn Blocks) -> Result<Option<u64>> {
+        if sketch.count > MAX_SEGMENTS {
+            return Ok(None);
+        }
         let now = Instant::now();
         let mut core = self.lock();
         self.admit(&core, sketch.count, &sketch.places())?;
+        let at_once = way == Way::In && sketch.pairings.iter().all(|pairing| !pairing.here.is_device());
         let Core { machine, channels, .. } = &mut *core;
-        match machine.start_direct(sketch, way, &mut feed, channels, now) {
+        match machine.start_direct(sketch, way, blocks, channels, now) {
             Ok(None) => Ok(None),
             Ok(Some(id)) => {
                 // A small read of host memory is over already.
                 let before = machine.ended();
-                let looked = if way == Way::In { machine.drive_channels(channels, now).map(drop) } else { Ok(()) };
+                let looked = if at_once { machine.drive_channels(channels, now).map(drop) } else { Ok(()) };
                 self.wake_waiters(&core, before);
                 self.started(core, looked.map(|()| Some(id)), now)
             }

@@ -3,6 +3,7 @@
 use super::super::pacing::NAP_BYTES;
 use super::core::Core;
 use super::Connection;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// A channel that rang for nothing is looked at for a failure this often at most.
@@ -41,6 +42,9 @@ impl Progress {
 impl Connection {
     /// A round of the progress thread. `must`: waits for the lock; otherwise leaves the round to whoever holds it.
     pub(crate) fn progress(&self, must: bool) -> Progress {
+        if self.preparing.load(Ordering::SeqCst) > 0 {
+            return Progress { channels_busy: false, next_tick: Some(Instant::now() + self.heartbeat), ..Progress::left_alone() };
+        }
         let held = if must { Some(self.core.lock()) } else { self.core.try_lock() };
         let Some(mut core) = held.map(|core| self.hold(core)) else { return Progress::left_alone() };
         let any = self.drive(&mut core, Instant::now());
@@ -58,6 +62,10 @@ impl Connection {
 
     /// Whether something is under way, or waits to leave.
     pub(crate) fn stirs(&self) -> bool {
+        // It asks for the progress thread afterwards.
+        if self.preparing.load(Ordering::SeqCst) > 0 {
+            return false;
+        }
         let core = self.lock();
         core.machine.dead().is_none() && core.stirs()
     }
@@ -77,6 +85,9 @@ impl Connection {
 
     /// A channel rang and nothing moved: it may have failed.
     pub(crate) fn look_for_failure(&self) {
+        if self.preparing.load(Ordering::SeqCst) > 0 {
+            return;
+        }
         let mut core = self.lock();
         let now = Instant::now();
         if core.machine.dead().is_some() || core.closing || now - core.looked < LOOK {

@@ -478,6 +478,21 @@ impl Machine {
         self.push(&Frame::Ping { received, chunks: self.reported_chunks }, now);
     }
 
+    /// How often the peer hears of this side.
+    pub(crate) fn heartbeat(&self) -> Duration {
+        self.setting.heartbeat
+    }
+
+    /// How long a transfer may stand still.
+    pub(crate) fn patience(&self) -> Duration {
+        self.setting.transfer_timeout
+    }
+
+    /// What the last heartbeat said: bytes and chunks that have come.
+    pub(crate) fn reported(&self) -> (u64, u64) {
+        (self.reported, self.reported_chunks)
+    }
+
     /// Everything of an incoming stream is in place, or drained.
     fn stream_ended(&mut self, key: Key, ended: Ended, now: Instant) {
         let Ended { ending, list, segments } = ended;

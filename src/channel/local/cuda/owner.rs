@@ -178,10 +178,67 @@ fn receive(socket: &UnixDatagram, bytes: &mut [u8]) -> (usize, Option<OwnedFd>) 
 const ALLOCATE: u64 = 1;
 const FREE: u64 = 2;
 const AGAIN: u64 = 3;
+const OPEN: u64 = 4;
+const PUSH: u64 = 5;
+const WAIT: u64 = 6;
 const WORDS: usize = 6;
 
 fn words(values: [u64; WORDS]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+/// An export as a message, beside its descriptor.
+fn bytes_of(e: &Export) -> Vec<u8> {
+    let mut bytes = vec![e.kind as u8];
+    bytes.extend(e.handle.iter().chain(&e.base.to_le_bytes()).chain(&e.len.to_le_bytes()).chain(&e.gpu));
+    bytes
+}
+
+/// The export that comes next.
+fn export_from(socket: &UnixDatagram) -> Export {
+    let mut bytes = [0; 1 + 64 + 16 + 16];
+    let (n, fd) = receive(socket, &mut bytes);
+    assert_eq!(n, bytes.len());
+    let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+    Export {
+        kind: ExportKind::from_number(bytes[0]).expect("a kind"),
+        handle: bytes[1..65].try_into().expect("a handle"),
+        fd,
+        base: word(65),
+        len: word(73),
+        gpu: bytes[81..97].try_into().expect("a UUID"),
+    }
+}
+
+/// What the other process has of an area to push into.
+#[derive(Default)]
+struct Pushing {
+    target: Option<(Place, Mapping)>,
+    under_way: Vec<Pull>,
+}
+
+impl Pushing {
+    /// Starts `rounds` copies of a block into the area, in pieces of 4 KiB in an order of their own.
+    fn start(&mut self, memory: &mut CudaMemory, block: &Block, rounds: u64) {
+        let (place, mapping) = self.target.as_ref().expect("an area");
+        let (len, count) = (block.len as u64, (block.len as u64).div_ceil(4096));
+        let mut pieces: Vec<Piece> = (0..count)
+            .map(|i| i * 4096)
+            .map(|at| Piece { src: block.at + at, dst: mapping.addr + at, len: 4096.min(len - at) })
+            .collect();
+        pieces.sort_by_key(|p| p.src.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        // SAFETY: the block is this process's own, the area is mapped, and both stay until the end was seen.
+        let mut start = || unsafe { memory.pull(*place, &pieces) }.expect("a push");
+        self.under_way.extend((0..rounds).map(|_| start()));
+    }
+
+    fn wait(&mut self, memory: &mut CudaMemory) {
+        while let Some(&pull) = self.under_way.last() {
+            if memory.poll(pull).expect("a push") {
+                self.under_way.pop();
+            }
+        }
+    }
 }
 
 /// What the other process does: allocates, exports and frees as it is told, until the socket ends.
@@ -190,12 +247,25 @@ pub(super) fn serve() {
     let socket = unsafe { UnixDatagram::from_raw_fd(0) };
     let mut blocks: Vec<Option<Block>> = Vec::new();
     let mut memory = CudaMemory::new(CudaOptions::default());
+    let mut pushing = Pushing::default();
     loop {
         let mut request = [0; WORDS * 8];
         if receive(&socket, &mut request).0 != request.len() {
             return;
         }
         let word = |i: usize| u64::from_le_bytes(request[i * 8..i * 8 + 8].try_into().expect("eight bytes"));
+        if word(0) >= OPEN {
+            match word(0) {
+                OPEN => {
+                    let (export, place) = (export_from(&socket), Place::gpu(word(1) as u8));
+                    pushing.target = memory.open_area(&export, place).ok().map(|mapping| (place, mapping));
+                }
+                PUSH => pushing.start(&mut memory, blocks.iter().rev().flatten().next().expect("a block"), word(1)),
+                _ => pushing.wait(&mut memory),
+            }
+            send(&socket, &words([u64::from(pushing.target.is_some()), 0, 0, 0, 0, 0]), None);
+            continue;
+        }
         if word(0) == FREE {
             blocks[word(1) as usize] = None;
             send(&socket, &words([0; WORDS]), None);
@@ -213,9 +283,7 @@ pub(super) fn serve() {
         );
         send(&socket, &words([n, block.at, blocks.len() as u64 - 1, 0, 0, 0]), None);
         for e in exports {
-            let mut bytes = vec![e.kind as u8];
-            bytes.extend(e.handle.iter().chain(&e.base.to_le_bytes()).chain(&e.len.to_le_bytes()).chain(&e.gpu));
-            send(&socket, &bytes, e.fd.as_ref());
+            send(&socket, &bytes_of(&e), e.fd.as_ref());
         }
     }
 }
@@ -254,21 +322,7 @@ impl Owner {
         assert_eq!(receive(&self.socket, &mut answer).0, answer.len(), "the owner has ended");
         let word = |i: usize| u64::from_le_bytes(answer[i * 8..i * 8 + 8].try_into().expect("eight bytes"));
         assert_ne!(word(0), u64::MAX, "the owner cannot export");
-        let export = |_| {
-            let mut bytes = [0; 1 + 64 + 16 + 16];
-            let (n, fd) = receive(&self.socket, &mut bytes);
-            assert_eq!(n, bytes.len());
-            let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
-            Export {
-                kind: ExportKind::from_number(bytes[0]).expect("a kind"),
-                handle: bytes[1..65].try_into().expect("a handle"),
-                fd,
-                base: word(65),
-                len: word(73),
-                gpu: bytes[81..97].try_into().expect("a UUID"),
-            }
-        };
-        Exported { at: word(1), number: word(2), exports: (0..word(0)).map(export).collect() }
+        Exported { at: word(1), number: word(2), exports: (0..word(0)).map(|_| export_from(&self.socket)).collect() }
     }
 
     /// Memory that holds a pattern.
@@ -283,8 +337,33 @@ impl Owner {
 
     pub(super) fn free(&self, number: u64) {
         send(&self.socket, &words([FREE, number, 0, 0, 0, 0]), None);
+        self.answer();
+    }
+
+    /// Whether it has an area to push into.
+    fn answer(&self) -> bool {
         let mut answer = [0; WORDS * 8];
-        assert_eq!(receive(&self.socket, &mut answer).0, answer.len());
+        assert_eq!(receive(&self.socket, &mut answer).0, answer.len(), "the owner has ended");
+        answer[0] == 1
+    }
+
+    /// Maps an area of this process for its GPU `ordinal`; whether it could.
+    pub(super) fn open_area(&self, ordinal: i32, export: &Export) -> bool {
+        send(&self.socket, &words([OPEN, ordinal as u64, 0, 0, 0, 0]), None);
+        send(&self.socket, &bytes_of(export), export.fd.as_ref());
+        self.answer()
+    }
+
+    /// Starts copies of its newest memory into the area.
+    pub(super) fn push(&self, rounds: u64) {
+        send(&self.socket, &words([PUSH, rounds, 0, 0, 0, 0]), None);
+        assert!(self.answer());
+    }
+
+    /// They have ended.
+    pub(super) fn pushed(&self) {
+        send(&self.socket, &words([WAIT, 0, 0, 0, 0, 0]), None);
+        assert!(self.answer());
     }
 
     pub(super) fn signal(&self, signal: i32) {

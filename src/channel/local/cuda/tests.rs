@@ -22,7 +22,7 @@ fn gpus(test: &str) -> Option<Vec<i32>> {
 }
 
 fn memory() -> CudaMemory {
-    CudaMemory::new(CudaOptions { bus: true, ..CudaOptions::default() })
+    CudaMemory::new(CudaOptions { manner: Some(Manner::Pull), ..CudaOptions::default() })
 }
 
 /// The other process of [`Owner`].
@@ -101,7 +101,7 @@ fn gpu_memory_of_another_process_is_pulled_byte_for_byte() {
         for kind in [Kind::Malloc, Kind::Segments] {
             for (seed, len) in [(1, 1000), (2, 4096), (3, (5 << 20) + 17), (4, 40 << 20)] {
                 let exported = owner.allocate(kind, gpu, len, seed);
-                assert!(exported.exports.iter().all(|e| memory.reaches(Place::gpu(0), &e.gpu)));
+                assert!(exported.exports.iter().all(|e| memory.reaches(Place::gpu(0), &e.gpu).is_some()));
                 let view = View::open(&mut memory, exported, Place::gpu(0));
                 all_comes(&mut memory, &view, len, seed);
                 let number = view.exported.number;
@@ -317,6 +317,91 @@ fn gpu_owners_that_die_stop_or_free_during_a_pull_harm_nobody() {
                 let view = View::open(&mut memory, owner.allocate(kind, gpu, 5000, 3), place);
                 all_comes(&mut memory, &view, 5000, 3);
             }
+        }
+    }
+}
+
+/// What NVML says of GPUs, which it knows by their UUIDs, is what CUDA says of those that it shows.
+#[test]
+fn gpu_links_are_known_by_uuid() {
+    let Some(_) = gpus("gpu_links_are_known_by_uuid") else { return };
+    let uuid = |ordinal| cuda_driver::uuid_of(ordinal).expect("a UUID");
+    let count = cuda_driver::device_count();
+    for (a, b) in (0..count).flat_map(|a| (0..count).map(move |b| (a, b))).filter(|(a, b)| a != b) {
+        let (link, nvml) = (cuda_driver::link(a, b).expect("a link"), cuda_driver::joined_by_nvlink(&uuid(a), &uuid(b)));
+        eprintln!("GPU {a} and {b}: {link:?}; joined by NVLink: {nvml:?}");
+        assert!(nvml.is_none() || nvml == Some(link == Link::Fast));
+        assert_eq!(by_nvlink(a, &uuid(b)) == Manner::Push, nvml == Some(false));
+    }
+}
+
+/// Memory of any kind is pushed: only the area is mapped by another process.
+#[test]
+fn gpu_memory_of_every_kind_is_pushed_byte_for_byte() {
+    let Some(gpus) = gpus("gpu_memory_of_every_kind_is_pushed_byte_for_byte") else { return };
+    const AREA: usize = 8 << 20;
+    let mut memory = CudaMemory::new(CudaOptions { manner: Some(Manner::Push), ..CudaOptions::default() });
+    let area = memory.area(Place::gpu(0), AREA).expect("an area");
+    for gpu in gpus {
+        for (seed, kind) in [Kind::Malloc, Kind::Segments, Kind::Closed, Kind::Pool].into_iter().enumerate() {
+            let owner = Owner::new();
+            let export = memory.export_area(&area).expect("an export");
+            assert_eq!(memory.reaches(Place::gpu(0), &export.gpu), Some(Manner::Push));
+            assert!(owner.open_area(gpu, &export), "GPU {gpu}");
+            for len in [1, 4099, AREA] {
+                let seed = (seed * AREA + len) as u64;
+                owner.allocate(kind, gpu, len, seed);
+                owner.push(2);
+                owner.pushed();
+                let block = Block::filled(Kind::Malloc, 0, &vec![0xEE; len + 1]);
+                let piece = |i: u64| Piece { src: area.addr + i, dst: block.at + i, len: 512.min(len as u64 - i) };
+                let pieces: Vec<Piece> = (0..len).step_by(512).map(|i| piece(i as u64)).rev().collect();
+                pull(&mut memory, Place::gpu(0), &pieces);
+                let bytes = block.bytes();
+                assert!(bytes[..len] == pattern(len, seed) && bytes[len] == 0xEE, "{len} bytes of {kind:?} of GPU {gpu}");
+            }
+        }
+    }
+    memory.drop_area(area);
+}
+
+/// What a source writes after the area was given back, while it dies, or when it goes on after a stop, reaches nobody's memory.
+#[test]
+fn gpu_sources_that_write_late_reach_nobody() {
+    let Some(gpus) = gpus("gpu_sources_that_write_late_reach_nobody") else { return };
+    const AREA: usize = 32 << 20;
+    let mut memory = memory();
+    let zeros = |memory: &mut CudaMemory, area: &Area| {
+        let block = Block::filled(Kind::Malloc, 0, &vec![0xEE; AREA]);
+        pull(memory, Place::gpu(0), &[Piece { src: area.addr, dst: block.at, len: AREA as u64 }]);
+        assert!(block.bytes().iter().all(|&b| b == 0));
+    };
+    for gpu in gpus {
+        for event in ["kill", "stop", "nothing"] {
+            let owner = Owner::new();
+            let area = memory.area(Place::gpu(0), AREA).expect("an area");
+            assert!(owner.open_area(gpu, &memory.export_area(&area).expect("an export")));
+            owner.allocate(Kind::Malloc, gpu, AREA, 5);
+            owner.push(100);
+            match event {
+                "kill" => owner.signal(libc::SIGKILL),
+                "stop" => owner.signal(libc::SIGSTOP),
+                _ => {}
+            }
+            memory.drop_area(area);
+            ended();
+            // As much as was given back, several times over.
+            let next: Vec<Area> = (0..4).map(|_| memory.area(Place::gpu(0), AREA).expect("an area")).collect();
+            if event == "stop" {
+                owner.signal(libc::SIGCONT);
+            }
+            if event != "kill" {
+                owner.push(100);
+                owner.pushed();
+            }
+            next.iter().for_each(|area| zeros(&mut memory, area));
+            next.into_iter().for_each(|area| memory.drop_area(area));
+            ended();
         }
     }
 }

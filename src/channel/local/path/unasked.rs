@@ -13,28 +13,56 @@ use super::super::sharing::{Imports, Stretch};
 use crate::channel::path::{Direct, Event, Pairing, Way};
 use crate::region::{Hold, RegionUse};
 use crate::status::{bail, Result};
-use crate::types::{Key, Place};
+use crate::types::{Key, Place, Span};
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
-/// Blocks of a read's first pull; each further one has twice as many, up to so many: copies begin while the rest is prepared.
-const FIRST: usize = 1024;
-const MOST: usize = 8 * FIRST;
-/// Blocks of the first record of an order.
-const FIRST_RECORD: usize = 512;
+/// Blocks and bytes of a transfer's first pull, or of an order's first record, and those of later ones at most. Copies begin early, while
+/// the rest is prepared; and none is so long that much is left to be copied when all is prepared.
+const FIRST: Stride = Stride { blocks: 512, bytes: 4 << 20 };
+const MOST: Stride = Stride { blocks: 8192, bytes: 16 << 20 };
+/// Bytes that are copied in hardly more time than one, and the time in which that should be over.
+const SMALL: u64 = 64 << 10;
+const SOON: Duration = Duration::from_micros(15);
+/// Bytes up to which a transfer of some thousand blocks at most has one pull.
+const ONE_START: u64 = 1 << 20;
+/// Blocks that are looked at before the next ones are fetched: they stay in the nearest cache meanwhile.
+const AT_ONCE: usize = 512;
 /// Blocks and pulls of the peer's orders that are under way at once.
 const UNDER_WAY: usize = 64 << 10;
 const PULLS: usize = 32;
 /// Records of the peer that are read in one round.
 const RECORDS: usize = 4096;
-/// Bytes of a pull: what ends is seen to move.
-const BYTES: u64 = 256 << 20;
+
+/// How much is handed over at once.
+#[derive(Clone, Copy)]
+struct Stride {
+    blocks: usize,
+    bytes: u64,
+}
+
+impl Stride {
+    /// The first one of a transfer of so many bytes: what is copied in the time of a start has one start.
+    fn first(total: u64) -> Stride {
+        match total {
+            ..=ONE_START => Stride { blocks: 4 * FIRST.blocks, ..FIRST },
+            _ => FIRST,
+        }
+    }
+
+    /// The next one: what is longer is copied by fewer launches.
+    fn next(self) -> Stride {
+        Stride { blocks: (2 * self.blocks).min(MOST.blocks), bytes: (2 * self.bytes).min(MOST.bytes) }
+    }
+}
 
 /// An order of this side that has not ended.
 struct Told {
     order: u64,
     key: Key,
     len: u64,
+    begun: Instant,
     over: bool,
     /// The source, until the peer has it.
     _hold: Hold,
@@ -74,7 +102,18 @@ struct Batch {
     place: Place,
     exports: Vec<u32>,
     pieces: usize,
+    bytes: u64,
+    begun: Instant,
     whose: Whose,
+}
+
+/// What goes into a pull for the peer's orders: where to, from which exports, and which orders have how many bytes in it.
+#[derive(Default)]
+struct Gathered {
+    place: Option<Place>,
+    exports: Vec<u32>,
+    parts: Vec<(u64, u64)>,
+    bytes: u64,
 }
 
 /// State of all that.
@@ -93,9 +132,6 @@ pub(super) struct Unasked {
     /// Pieces of the peer's orders that are being copied, and pulls of them.
     pieces_under_way: usize,
     order_pulls: usize,
-    /// A record that was read and belongs to the next pull.
-    held: bool,
-    record: Record,
     pieces: Vec<Piece>,
     ordered_bytes: u64,
     done_bytes: u64,
@@ -123,8 +159,6 @@ impl Unasked {
             batches: Vec::new(),
             pieces_under_way: 0,
             order_pulls: 0,
-            held: false,
-            record: Record::default(),
             pieces: Vec::new(),
             ordered_bytes: 0,
             done_bytes: 0,
@@ -136,9 +170,21 @@ impl Unasked {
         !(self.told.is_empty() && self.reads.is_empty() && self.orders.is_empty())
     }
 
+    /// What is under way ends in memory, or something waits there to be copied.
+    pub(super) fn hurries(&self) -> bool {
+        !self.told.is_empty() || !self.batches.is_empty() || self.inn.waiting()
+    }
+
+    /// Something small has begun so recently that it should end at once.
+    pub(super) fn ends_soon(&self, now: Instant) -> bool {
+        let soon = |begun: Instant, bytes: u64| bytes <= SMALL && now.saturating_duration_since(begun) < SOON;
+        let order = self.told.back().is_some_and(|told| !told.over && soon(told.begun, told.len));
+        order || self.batches.last().is_some_and(|batch| soon(batch.begun, batch.bytes))
+    }
+
     /// There is something to do although nothing is under way.
     pub(super) fn attention(&self) -> bool {
-        self.held || self.inn.waiting() || !self.grants.notes.is_empty()
+        self.inn.waiting() || !self.grants.notes.is_empty()
     }
 
     /// Orders of this side that are under way.
@@ -227,6 +273,12 @@ impl Unasked {
     }
 }
 
+/// Whether `len` bytes at `at` lie inside of `room`. Without branches: it is asked for every block.
+#[inline]
+fn holds(room: u64, at: u64, len: u64) -> bool {
+    (len != 0) & (at < room) & (len <= room.wrapping_sub(at))
+}
+
 /// Turns `src` of the pieces from `begin` on into where it is visible here, each inside one allocation, and tells the exports.
 ///
 /// # Errors
@@ -234,9 +286,14 @@ impl Unasked {
 fn locate(pieces: &mut Vec<Piece>, begin: usize, stretches: &[Stretch], mut each: impl FnMut(u32)) -> Result<()> {
     if let [only] = stretches {
         each(only.id);
+        let mut inside = true;
         for piece in &mut pieces[begin..] {
-            let Some(src) = only.locate(piece.src, piece.len) else { bail!(Internal, "a block outside of its allocation") };
-            piece.src = src;
+            let at = piece.src.wrapping_sub(only.base);
+            inside &= holds(only.len, at, piece.len);
+            piece.src = only.addr.wrapping_add(at);
+        }
+        if !inside {
+            bail!(Internal, "a block outside of its allocation");
         }
         return Ok(());
     }
@@ -367,58 +424,58 @@ impl Unasked {
         Ok(true)
     }
 
-    /// Adds the record at hand to the pull that is being gathered: `false` when it belongs to the next one. `parts`: orders and bytes.
-    fn add(
-        &mut self,
-        imports: &mut Imports,
-        place: &mut Option<Place>,
-        exports: &mut Vec<u32>,
-        parts: &mut Vec<(u64, u64)>,
-    ) -> Result<bool> {
-        let head = self.record.head;
+    /// Adds the record at hand to the pull that is being gathered: `false` when it belongs to the next one.
+    fn add(&mut self, (head, count): (Head, usize), imports: &mut Imports, pull: &mut Gathered) -> Result<bool> {
         let wanted = self.grants.region(head.slot, head.generation).map(|(region, _)| region.place);
-        if wanted.is_some() && place.is_some() && *place != wanted {
+        if wanted.is_some() && pull.place.is_some() && pull.place != wanted {
             return Ok(false);
         }
         self.begin(&head)?;
         let refused = self.orders.back().is_none_or(|order| order.refused);
         let Some(there) = (if refused { None } else { self.enter(&head) }) else {
             self.refuse();
+            self.inn.skip();
             return Ok(true);
         };
-        let (here, begin) = (wanted.unwrap_or(Place::HOST), self.pieces.len());
+        let here = wanted.unwrap_or(Place::HOST);
+        // Addresses of host memory are valid as they are.
+        let everything = Stretch { id: 0, base: 0, len: u64::MAX, addr: 0 };
         let stretch = match (here.is_device(), head.export) {
             (true, id) => imports.look(id, here).filter(|_| there.is_device()),
-            (false, 0) => None,
+            (false, 0) => Some(everything),
             (false, id) => bail!(Protocol, "an order of export {id} for memory of {here:?}"),
         };
-        let Some(order) = self.orders.back() else { bail!(Internal, "a record of no order") };
+        let Some(stretch) = stretch else {
+            bail!(Protocol, "an order of export {}, which is not open for memory of {here:?}", head.export)
+        };
+        let Unasked { orders, inn, pieces, .. } = self;
+        let Some(order) = orders.back() else { bail!(Internal, "a record of no order") };
         let used = order.uses.iter().find(|(slot, generation, _)| (*slot, *generation) == (head.slot, head.generation));
         let Some((.., region)) = used else { bail!(Internal, "a grant that was not entered") };
-        let mut sum = 0u64;
-        for block in &self.record.blocks {
-            let src = match (&stretch, here.is_device()) {
-                (Some(stretch), _) => stretch.locate(block.src, block.len),
-                (None, false) => block.src.checked_add(block.len).map(|_| block.src),
-                (None, true) => None,
-            };
-            let Some(src) = src.filter(|_| block.len > 0) else {
-                bail!(Protocol, "{} bytes at {:#x} are not inside export {}", block.len, block.src, head.export)
-            };
-            if region.check_remote(block.dst, block.len).is_err() {
-                bail!(Protocol, "an order of {} bytes outside of the region that is granted", block.len);
-            }
-            sum += block.len;
-            self.pieces.push(Piece { src, ..*block });
+        let Span { addr, len: room, .. } = region.span;
+        let (mut sum, mut source, mut destination) = (0u64, true, true);
+        pieces.reserve(count);
+        inn.take(|Piece { src, dst, len }| {
+            let at = src.wrapping_sub(stretch.base);
+            source &= holds(stretch.len, at, len);
+            destination &= holds(room, dst.wrapping_sub(addr), len);
+            sum = sum.wrapping_add(len);
+            pieces.push(Piece { src: stretch.addr.wrapping_add(at), dst, len });
+        });
+        if !(source && destination) {
+            // None of them is copied.
+            pieces.clear();
+            let what = if source { "the region that is granted" } else { "its export" };
+            bail!(Protocol, "an order of {count} blocks, some of them outside of {what}");
         }
-        debug_assert!(self.pieces.len() > begin);
-        *place = Some(here);
-        if here.is_device() && !exports.contains(&head.export) {
-            exports.push(head.export);
+        pull.place = Some(here);
+        pull.bytes += sum;
+        if here.is_device() && !pull.exports.contains(&head.export) {
+            pull.exports.push(head.export);
         }
-        match parts.last_mut() {
+        match pull.parts.last_mut() {
             Some((number, bytes)) if *number == head.order => *bytes += sum,
-            _ => parts.push((head.order, sum)),
+            _ => pull.parts.push((head.order, sum)),
         }
         Ok(true)
     }

@@ -1,14 +1,15 @@
 //! How a path starts and ends what goes under grants: reads and orders of this side, orders of the peer, and the pulls of all of them.
 //! Knows nothing of frames.
 
-use super::super::{memory, LocalPath, Note};
+use super::super::{memory, pulls, LocalPath, Note};
 use super::*;
 
 impl LocalPath {
     /// The peer has shown the token of a region, for memory of it at `there`.
     pub(in super::super) fn grant(&mut self, region: &RegionUse, there: Place) {
         let unasked = &mut self.unasked;
-        if unasked.off || unasked.grants.has(region.span.id, there) || !self.pairs.contains(&(region.place, there)) {
+        let pulled = pulls(&self.pairs, &self.pushed, (region.place, there));
+        if unasked.off || unasked.grants.has(region.span.id, there) || !pulled {
             return;
         }
         let exports = match (region.place.is_device(), &mut self.device) {
@@ -27,7 +28,7 @@ impl LocalPath {
 
     /// Starts a transfer for which nobody has to be asked, if all of it is granted. Nothing has begun after `false`.
     pub(in super::super) fn start_direct(&mut self, transfer: &mut Direct<'_>) -> Result<bool> {
-        let known = |p: &Pairing| self.pairs.contains(&(p.here, p.there));
+        let known = |p: &Pairing| pulls(&self.pairs, &self.pushed, (p.here, p.there));
         if self.unasked.off || !transfer.pairings.iter().all(known) {
             return Ok(false);
         }
@@ -72,13 +73,13 @@ impl LocalPath {
         }
         let reading = Reading { key: transfer.key, slots, pulls: 0, all: false, _hold: transfer.hold.clone() };
         self.unasked.reads.push(reading);
-        let mut most = FIRST;
-        while let Some((exports, bytes)) = self.gather(transfer, &sources, most)? {
+        let mut stride = Stride::first(transfer.total);
+        while let Some((exports, bytes)) = self.gather(transfer, &sources, stride)? {
             self.pull_pieces(place, exports, Whose::Read(transfer.key, bytes))?;
             if let Some(read) = self.unasked.reads.last_mut() {
                 read.pulls += 1;
             }
-            most = (2 * most).min(MOST);
+            stride = stride.next();
         }
         if let Some(read) = self.unasked.reads.last_mut() {
             read.all = true;
@@ -87,13 +88,14 @@ impl LocalPath {
     }
 
     /// The pieces of a read's next pull: the exports that they lie in, and their bytes; `None` at the end.
-    fn gather(&mut self, transfer: &mut Direct<'_>, sources: &[Source], most: usize) -> Result<Option<(Vec<u32>, u64)>> {
+    fn gather(&mut self, transfer: &mut Direct<'_>, sources: &[Source], stride: Stride) -> Result<Option<(Vec<u32>, u64)>> {
         let Unasked { pieces, .. } = &mut self.unasked;
         let (mut exports, mut bytes): (Vec<u32>, u64) = (Vec::new(), 0);
         pieces.clear();
-        while pieces.len() < most && bytes < BYTES {
+        while pieces.len() < stride.blocks && bytes < stride.bytes {
             let begin = pieces.len();
-            let Some(pairing) = transfer.blocks.fill(most - begin, BYTES - bytes, pieces) else { break };
+            let most = (stride.blocks - begin).min(AT_ONCE);
+            let Some(pairing) = transfer.blocks.fill(most, stride.bytes - bytes, pieces) else { break };
             bytes += pieces[begin..].iter().map(|p| p.len).sum::<u64>();
             let Some(Source { stretches, .. }) = sources.get(pairing) else { bail!(Internal, "blocks of no pairing") };
             if !stretches.is_empty() {
@@ -119,7 +121,12 @@ impl LocalPath {
         // SAFETY: sources lie in the peer's process or in open mappings, which `exports` keeps; destinations are held by the read or by
         // the order, which stay until the pull has ended, or for ever where it does not end.
         let pull = unsafe { memory.pull(place, pieces) }?;
-        self.unasked.batches.push(Batch { pull, place, exports, pieces: pieces.len(), whose });
+        let bytes = match &whose {
+            Whose::Read(_, bytes) => *bytes,
+            Whose::Orders(parts) => parts.iter().map(|(_, bytes)| bytes).sum(),
+        };
+        let (pieces, begun) = (pieces.len(), Instant::now());
+        self.unasked.batches.push(Batch { pull, place, exports, pieces, bytes, begun, whose });
         Ok(())
     }
 
@@ -166,26 +173,26 @@ impl LocalPath {
         let unasked = &mut self.unasked;
         let order = unasked.out.begin();
         let (key, len) = (transfer.key, transfer.total);
-        unasked.told.push_back(Told { order, key, len, over: false, _hold: transfer.hold.clone() });
+        unasked.told.push_back(Told { order, key, len, begun: Instant::now(), over: false, _hold: transfer.hold.clone() });
         unasked.ordered_bytes += len;
-        let mut most = FIRST_RECORD;
+        let mut stride = Stride::first(transfer.total);
         loop {
             let Unasked { pieces, .. } = &mut self.unasked;
             pieces.clear();
-            let Some(pairing) = transfer.blocks.fill(most, BYTES, pieces) else { break };
+            let Some(pairing) = transfer.blocks.fill(stride.blocks.min(MAX_BLOCKS), stride.bytes, pieces) else { break };
             let Some(Source { slot, generation, stretches }) = targets.get(pairing) else {
                 bail!(Internal, "blocks of no pairing")
             };
             let head = Head { order, slot: *slot, generation: *generation, export: 0, last: transfer.blocks.is_done() };
             self.unasked.tell(head, stretches)?;
             self.wake();
-            most = (2 * most).min(MAX_BLOCKS);
+            stride = stride.next();
         }
         Ok(true)
     }
 
     /// Wakes the peer if it sleeps.
-    fn wake(&mut self) {
+    pub(in super::super) fn wake(&mut self) {
         if self.inbox.wakes() {
             self.notes.push_back(Note::Ring);
             // What the socket does not take waits for the next round.
@@ -198,27 +205,26 @@ impl LocalPath {
     /// Starts pulls for what the peer orders.
     pub(super) fn take_orders(&mut self) -> Result<bool> {
         let (mut any, mut records) = (false, 0);
+        // As for reads: what waits is not all prepared before the first of it is copied.
+        let mut stride = if self.unasked.order_pulls == 0 { FIRST } else { MOST };
         while self.unasked.pieces_under_way < UNDER_WAY && self.unasked.order_pulls < PULLS && records < RECORDS {
-            let (mut place, mut exports, mut parts) = (None, Vec::new(), Vec::new());
+            let mut pull = Gathered::default();
             let mut read = false;
             self.unasked.pieces.clear();
-            while self.unasked.pieces.len() < MAX_BLOCKS && records < RECORDS {
+            while self.unasked.pieces.len() < stride.blocks.min(MAX_BLOCKS) && pull.bytes < stride.bytes && records < RECORDS {
                 let unasked = &mut self.unasked;
-                if !unasked.held && !unasked.inn.next(&mut unasked.record)? {
-                    break;
-                }
-                unasked.held = !unasked.add(&mut self.imports, &mut place, &mut exports, &mut parts)?;
-                if unasked.held {
+                let Some((head, count)) = unasked.inn.next()? else { break };
+                if !unasked.add((head, count), &mut self.imports, &mut pull)? {
                     break;
                 }
                 read = true;
                 records += 1;
-                let number = unasked.record.head.order;
                 // One that was refused and has nothing under way has ended.
-                if parts.last().is_none_or(|&(last, _)| last != number) && unasked.settle(number) {
+                if pull.parts.last().is_none_or(|&(last, _)| last != head.order) && unasked.settle(head.order) {
                     self.ring_later();
                 }
             }
+            let Gathered { place, exports, parts, .. } = pull;
             if let Some(place) = place {
                 for &(number, _) in &parts {
                     if let Some(order) = self.unasked.order(number) {
@@ -233,6 +239,7 @@ impl LocalPath {
                 break;
             }
             any = true;
+            stride = stride.next();
         }
         Ok(any)
     }
@@ -295,7 +302,7 @@ impl LocalPath {
             any = true;
         }
         any |= self.unasked.report(events)?;
-        if self.unasked.held || self.unasked.inn.waiting() {
+        if self.unasked.inn.waiting() {
             any |= self.take_orders()?;
         }
         if !self.unasked.batches.is_empty() {

@@ -6,7 +6,6 @@ use crate::region::Region;
 use crate::status::ErrorKind;
 use crate::types::RemoteAccess;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 const GPU: Place = Place(1);
 

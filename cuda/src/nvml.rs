@@ -1,0 +1,88 @@
+//! What lies between two GPUs of which CUDA may show this process only one: asked of NVML, where it is installed. Makes no context.
+
+use process::PerProcess;
+use std::ffi::{c_char, c_int, c_uint, c_void, CString};
+
+/// Status and kind of NVML's answers: NVML_SUCCESS, NVML_P2P_STATUS_OK, NVML_P2P_CAPS_INDEX_READ and _NVLINK.
+const SUCCESS: c_int = 0;
+const OK: c_uint = 0;
+const READ: c_uint = 0;
+const NVLINK: c_uint = 2;
+
+type Device = *mut c_void;
+
+type Init = unsafe extern "C" fn() -> c_int;
+type ByUuid = unsafe extern "C" fn(*const c_char, *mut Device) -> c_int;
+type P2p = unsafe extern "C" fn(Device, Device, c_uint, *mut c_uint) -> c_int;
+
+/// What is used of NVML, which stays loaded.
+#[derive(Clone, Copy)]
+struct Nvml {
+    by_uuid: ByUuid,
+    p2p: P2p,
+}
+
+impl Nvml {
+    fn load() -> Option<Nvml> {
+        // SAFETY: a terminated name.
+        let handle = unsafe { libc::dlopen(c"libnvidia-ml.so.1".as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+        if handle.is_null() {
+            return None;
+        }
+        let find = |name: &std::ffi::CStr| {
+            // SAFETY: a live handle and a terminated name.
+            let at = unsafe { libc::dlsym(handle, name.as_ptr()) };
+            (!at.is_null()).then_some(at)
+        };
+        let (init, by_uuid) = (find(c"nvmlInit_v2")?, find(c"nvmlDeviceGetHandleByUUID")?);
+        let p2p = find(c"nvmlDeviceGetP2PStatus")?;
+        // SAFETY: these are the signatures of NVML, which promises to keep them.
+        unsafe {
+            let init = std::mem::transmute::<*mut c_void, Init>(init);
+            let (by_uuid, p2p) =
+                (std::mem::transmute::<*mut c_void, ByUuid>(by_uuid), std::mem::transmute::<*mut c_void, P2p>(p2p));
+            (init() == SUCCESS).then_some(Nvml { by_uuid, p2p })
+        }
+    }
+
+    fn device(&self, uuid: &[u8; 16]) -> Option<Device> {
+        let name = CString::new(name_of(uuid)).ok()?;
+        let mut device = std::ptr::null_mut();
+        // SAFETY: a terminated name, a writable output.
+        let result = unsafe { (self.by_uuid)(name.as_ptr(), &mut device) };
+        (result == SUCCESS).then_some(device)
+    }
+
+    fn says_yes(&self, (a, b): (Device, Device), what: c_uint) -> Option<bool> {
+        let mut status = c_uint::MAX;
+        // SAFETY: handles of NVML, a writable output.
+        let result = unsafe { (self.p2p)(a, b, what, &mut status) };
+        (result == SUCCESS).then_some(status == OK)
+    }
+}
+
+/// NVML's name of a GPU.
+fn name_of(uuid: &[u8; 16]) -> String {
+    let hex: String = uuid.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("GPU-{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+}
+
+/// Whether NVLink joins two GPUs of this host that reach each other's memory; `None` where nobody can tell.
+pub fn joined_by_nvlink(a: &[u8; 16], b: &[u8; 16]) -> Option<bool> {
+    static NVML: PerProcess<Option<Nvml>> = PerProcess::new(Nvml::load);
+    let nvml = (*NVML.get())?;
+    let pair = (nvml.device(a)?, nvml.device(b)?);
+    nvml.says_yes(pair, READ)?.then(|| nvml.says_yes(pair, NVLINK))?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gpus_have_their_usual_names() {
+        let uuid = std::array::from_fn(|i| i as u8 * 17);
+        assert_eq!(name_of(&uuid), "GPU-00112233-4455-6677-8899-aabbccddeeff");
+        assert_eq!(joined_by_nvlink(&[0; 16], &uuid), None);
+    }
+}

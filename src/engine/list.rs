@@ -1,0 +1,217 @@
+//! A list of segments that is kept for several transfers: what can be known of it before a transfer starts is worked out once. Knows
+//! regions by their numbers and items only; whether they exist and hold the segments is seen at every start.
+
+use super::fifo::FifoItem;
+use super::proto::Sketch;
+use super::registry::Registry;
+use super::request::{Known, Sketching, MAX_BLOCK};
+use super::transfer::LocalSegment;
+use crate::channel::path::{Blocks, Way};
+use crate::status::{bail, Result};
+use crate::types::Piece;
+
+/// A segment: where it begins here and there, and its bytes.
+#[derive(Clone, Copy, Debug)]
+struct Block {
+    near: u64,
+    far: u64,
+    len: u64,
+}
+
+/// A region here and what an item says of one there, with the begin and end of what blocks take of either.
+#[derive(Clone, Copy, Debug)]
+struct Pair {
+    mr: u64,
+    item: FifoItem,
+    near: (u64, u64),
+    far: (u64, u64),
+}
+
+/// Blocks of one pair that follow each other, up to this one.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    pair: usize,
+    end: usize,
+}
+
+/// The list.
+#[derive(Debug)]
+pub struct List {
+    pairs: Vec<Pair>,
+    runs: Vec<Run>,
+    blocks: Vec<Block>,
+    /// Segments without bytes, which move nothing and are checked all the same.
+    empty: Vec<(usize, Block)>,
+    total: u64,
+    longest: u64,
+    /// Some segment wraps around.
+    wraps: bool,
+}
+
+impl List {
+    /// Of `n` segments.
+    ///
+    /// # Errors
+    /// `Resource` without memory for them.
+    pub fn new<'a>(n: usize, items: impl Iterator<Item = (LocalSegment, &'a FifoItem)>) -> Result<List> {
+        let mut blocks = Vec::new();
+        if blocks.try_reserve_exact(n).is_err() {
+            bail!(Resource, "no memory for a list of {n} segments");
+        }
+        let (pairs, runs, empty) = (Vec::new(), Vec::<Run>::new(), Vec::new());
+        let mut list = List { pairs, runs, blocks, empty, total: 0, longest: 0, wraps: false };
+        let mut known = Known::default();
+        for (local, item) in items {
+            let pair = match list.runs.last().filter(|run| list.pairs[run.pair].is(local.mr, item)) {
+                Some(run) => run.pair,
+                None => known.find(local.mr, item).unwrap_or_else(|| {
+                    let nothing = (u64::MAX, 0);
+                    list.pairs.push(Pair { mr: local.mr, item: *item, near: nothing, far: nothing });
+                    known.add(local.mr, item)
+                }),
+            };
+            list.add(pair, Block { near: local.addr as u64, far: item.addr, len: local.len as u64 });
+        }
+        list.blocks.shrink_to_fit();
+        Ok(list)
+    }
+
+    fn add(&mut self, pair: usize, block: Block) {
+        if block.len == 0 {
+            self.empty.push((pair, block));
+            return;
+        }
+        let ((near, over), (far, far_over)) = (block.near.overflowing_add(block.len), block.far.overflowing_add(block.len));
+        self.wraps |= over | far_over;
+        self.total = self.total.saturating_add(block.len);
+        self.longest = self.longest.max(block.len);
+        let Pair { near: here, far: there, .. } = &mut self.pairs[pair];
+        *here = (here.0.min(block.near), here.1.max(near));
+        *there = (there.0.min(block.far), there.1.max(far));
+        self.blocks.push(block);
+        let end = self.blocks.len();
+        match self.runs.last_mut().filter(|run| run.pair == pair) {
+            Some(run) => run.end = end,
+            None => self.runs.push(Run { pair, end }),
+        }
+    }
+
+    /// Segments.
+    pub(super) fn len(&self) -> usize {
+        self.blocks.len() + self.empty.len()
+    }
+
+    /// For a transfer that may go without chunks, as [`super::request::sketch`] does it: with it what hands out the blocks. `None` for
+    /// whatever is wrong, empty or unusual.
+    pub(super) fn sketch(&self, way: Way, registry: &Registry, peer_engine: [u8; 16]) -> Option<(Sketch, ListFeed<'_>)> {
+        if self.wraps || self.blocks.is_empty() {
+            return None;
+        }
+        let mut sketching = Sketching::new(registry, peer_engine);
+        let mut pairings = Vec::with_capacity(self.pairs.len());
+        for pair in &self.pairs {
+            pairings.push(match pair.near.0 < pair.near.1 {
+                true => sketching.note(pair.mr, &pair.item, pair.near, pair.far)?,
+                // Of no block.
+                false => usize::MAX,
+            });
+        }
+        let feed = ListFeed { list: self, pairings, way, run: 0, at: 0, given: 0 };
+        Some((sketching.finish(self.total, self.blocks.len())?, feed))
+    }
+
+    /// The segments, those without bytes last.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (LocalSegment, FifoItem)> + '_ {
+        let mut runs = self.runs.iter().copied();
+        let mut run = Run { pair: 0, end: 0 };
+        let full = self.blocks.iter().enumerate().map(move |(i, block)| {
+            if i == run.end {
+                run = runs.next().unwrap_or(run);
+            }
+            (run.pair, block)
+        });
+        full.chain(self.empty.iter().map(|(pair, block)| (*pair, block))).map(|(pair, block)| {
+            let Pair { mr, item, .. } = self.pairs[pair];
+            (LocalSegment { mr, addr: block.near as usize, len: block.len as usize }, FifoItem { addr: block.far, ..item })
+        })
+    }
+}
+
+impl Pair {
+    #[inline]
+    fn is(&self, mr: u64, item: &FifoItem) -> bool {
+        self.mr == mr && self.item.same_region(item)
+    }
+}
+
+/// Hands out the blocks of a list.
+pub(super) struct ListFeed<'a> {
+    list: &'a List,
+    /// Of the list's pairs.
+    pairings: Vec<usize>,
+    way: Way,
+    run: usize,
+    at: usize,
+    /// Bytes of a long block that were given.
+    given: u64,
+}
+
+impl ListFeed<'_> {
+    #[inline]
+    fn piece(way: Way, &Block { near, far, len }: &Block) -> Piece {
+        match way {
+            Way::In => Piece { src: far, dst: near, len },
+            Way::Out => Piece { src: near, dst: far, len },
+        }
+    }
+
+    /// The next part of a block that is too long to be given at once.
+    fn part(&mut self, block: &Block, out: &mut Vec<Piece>) {
+        let len = (block.len - self.given).min(MAX_BLOCK);
+        out.push(Self::piece(self.way, &Block { near: block.near + self.given, far: block.far + self.given, len }));
+        self.given += len;
+        if self.given == block.len {
+            (self.at, self.given) = (self.at + 1, 0);
+        }
+    }
+}
+
+impl Blocks for ListFeed<'_> {
+    fn fill(&mut self, most: usize, bytes: u64, out: &mut Vec<Piece>) -> Option<usize> {
+        let list = self.list;
+        while self.at == list.runs.get(self.run)?.end {
+            self.run += 1;
+        }
+        let Run { pair, end } = list.runs[self.run];
+        let rest = &list.blocks[self.at..end];
+        if rest[0].len > MAX_BLOCK {
+            self.part(&rest[0], out);
+            return self.pairings.get(pair).copied();
+        }
+        let rest = &rest[..rest.len().min(most.max(1))];
+        let mut count = rest.len();
+        if list.longest > MAX_BLOCK || list.longest * count as u64 > bytes {
+            let mut sum = 0;
+            let fits = |block: &&Block| {
+                let fits = (sum < bytes || sum == 0) && block.len <= MAX_BLOCK;
+                sum += block.len;
+                fits
+            };
+            count = rest.iter().take_while(fits).count();
+        }
+        let (taken, way) = (&rest[..count], self.way);
+        match way {
+            Way::In => out.extend(taken.iter().map(|block| Self::piece(Way::In, block))),
+            Way::Out => out.extend(taken.iter().map(|block| Self::piece(Way::Out, block))),
+        }
+        self.at += count;
+        self.pairings.get(pair).copied()
+    }
+
+    fn is_done(&self) -> bool {
+        self.at == self.list.blocks.len()
+    }
+}
+
+#[cfg(test)]
+mod tests;
