@@ -39,6 +39,8 @@ pub(crate) const CLOSING: Duration = Duration::from_secs(1);
 const HANG_UP: Duration = Duration::from_millis(100);
 /// Chunks handed out before what they announce is flushed: the receiver can post nothing before it knows.
 const BURST: usize = 8;
+/// An application thread stays so long for what is about to end. The peer may have it followed by something else each time.
+const STAY: Duration = Duration::from_micros(30);
 /// While something goes without chunks, its end is looked for in between and the control stream is read this often.
 const READ_PAUSE: Duration = Duration::from_micros(10);
 /// Reads of the control stream in one round, so that a peer that floods it does not starve the channels.
@@ -178,8 +180,7 @@ impl Core {
         if self.backlog() == 0 || most == 0 {
             return Ok(0);
         }
-        let reported = self.machine.reported();
-        let sent = self.control.flush(&mut self.machine.tx, most, reported)?;
+        let sent = self.control.flush(&mut self.machine.tx, most)?;
         self.machine.told(sent, self.control.pending(), now);
         Ok(sent)
     }
@@ -694,9 +695,15 @@ impl Connection {
     fn drive_on(&self, core: &mut Core, now: Instant) -> bool {
         let ended = core.machine.ended();
         let mut any = self.drive(core, now);
-        while core.machine.ended() == ended && self.home.cores == Cores::Many && core.channels.ends_soon(Instant::now()) {
+        let mut at = Instant::now();
+        while core.machine.ended() == ended
+            && self.home.cores == Cores::Many
+            && at.saturating_duration_since(now) < STAY
+            && core.channels.ends_soon(at)
+        {
             std::hint::spin_loop();
-            any |= self.drive(core, Instant::now());
+            any |= self.drive(core, at);
+            at = Instant::now();
         }
         any
     }
@@ -750,7 +757,7 @@ impl Connection {
     /// A round of the progress thread. `must`: waits for the lock; otherwise leaves the round to whoever holds it.
     pub(crate) fn progress(&self, must: bool) -> Progress {
         if self.preparing.load(Ordering::SeqCst) > 0 {
-            return Progress { channels_busy: false, next_tick: Some(Instant::now() + self.heartbeat), ..Progress::left_alone() };
+            return Progress { channels_busy: false, busy: false, kept: true, ..Progress::left_alone() };
         }
         let held = if must { Some(self.core.lock()) } else { self.core.try_lock() };
         let Some(mut core) = held.map(|core| self.hold(core)) else { return Progress::left_alone() };
@@ -763,6 +770,7 @@ impl Connection {
             backlog: core.backlog() > 0,
             busy: core.machine.busy() || core.channels.busy(),
             dead: core.machine.dead().is_some(),
+            kept: false,
             next_tick: Some(core.machine.next_tick()),
         }
     }
@@ -941,7 +949,8 @@ impl Connection {
     /// Has what chunks of `place` need allocated, which may take as long as the application keeps the driver.
     pub(crate) fn ready(&self, place: Place) -> Result<()> {
         let _preparing = Preparing::new(self);
-        self.lock().channels.ready(place)
+        let mut core = self.lock();
+        core.channels.ready(place)
     }
 
     /// Has the peer hear of this side, where whoever should speak is kept. Whether something was said.
@@ -966,8 +975,10 @@ impl Connection {
     /// Tells a peer on this host of a region that it may want to reach soon.
     pub(crate) fn offer_region(&self, region: &RegionUse) {
         if self.one_host.is_some() && self.core.is_here() {
-            self.core.lock().channels.offer(region.to_share());
-            self.home.attend(self.id);
+            // It attends to it afterwards.
+            let _preparing = Preparing::new(self);
+            let mut core = self.lock();
+            core.channels.offer(region.to_share());
         }
     }
 
@@ -1012,6 +1023,8 @@ pub(crate) struct Progress {
     /// Something waits for the network or the peer.
     pub busy: bool,
     pub dead: bool,
+    /// Somebody keeps it for long, and asks for the progress thread afterwards.
+    pub kept: bool,
     pub next_tick: Option<Instant>,
 }
 
@@ -1026,6 +1039,7 @@ impl Progress {
             backlog: false,
             busy: true,
             dead: false,
+            kept: false,
             next_tick: None,
         }
     }
