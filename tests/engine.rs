@@ -10,7 +10,7 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use uccl_p2p::config::{Config, PluginChoice};
-use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, LocalSegment};
+use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, List, LocalSegment};
 use uccl_p2p::status::ErrorKind;
 
 fn environment() {
@@ -165,10 +165,41 @@ fn a_transfer_may_mix_regions_and_sizes() {
         let k = sources.iter().position(|s| s.mr == l.mr).unwrap();
         (back[k].local(l.addr - sources[k].local(0, 0).addr, l.len), *r)
     });
-    let id = out.transfer(Direction::Read, reads.collect::<Vec<_>>().into_iter()).unwrap();
+    let reads: Vec<(LocalSegment, FifoItem)> = reads.collect();
+    let id = out.transfer(Direction::Read, reads.clone().into_iter()).unwrap();
     out.wait(id, None).unwrap();
     for (k, e) in expected.iter().enumerate() {
         assert!(*back[k].bytes() == **e);
+    }
+    // The same as a list, as often as one likes.
+    let list = List::new(reads.len(), reads.iter().map(|(l, r)| (*l, r))).unwrap();
+    for round in 0..3u8 {
+        let fresh: Vec<Buffer> = sources.iter().map(|s| Buffer::new(&a, s.len(), |i| i as u8 ^ round)).collect();
+        let writes: Vec<(LocalSegment, FifoItem)> = items
+            .iter()
+            .map(|(l, r)| {
+                let k = sources.iter().position(|s| s.mr == l.mr).unwrap();
+                (fresh[k].local(l.addr - sources[k].local(0, 0).addr, l.len), *r)
+            })
+            .collect();
+        let write = List::new(writes.len(), writes.iter().map(|(l, r)| (*l, r))).unwrap();
+        for (direction, list) in [(Direction::Write, &write), (Direction::Read, &list)] {
+            let id = out.transfer_list(direction, list).unwrap();
+            let state = out.wait(id, None).unwrap();
+            assert_eq!(state.bytes_total, items.iter().map(|(l, _)| l.len as u64).sum());
+        }
+        for (s, (back, fresh)) in sources.iter().zip(back.iter().zip(&fresh)) {
+            let (back, fresh, first) = (back.bytes(), fresh.bytes(), s.local(0, 0).addr);
+            let moved = items.iter().filter(|(l, _)| l.mr == s.mr).map(|(l, _)| l.addr - first..l.addr - first + l.len);
+            moved.for_each(|range| assert!(back[range.clone()] == fresh[range]));
+        }
+    }
+    // A region that is gone is found when the list is started, whether it moves bytes or not.
+    let gone = sources[0].local(0, 0);
+    a.deregister(sources[0].mr).unwrap();
+    for len in [0, 16] {
+        let list = List::new(1, std::iter::once((LocalSegment { len, ..gone }, &targets[0].item))).unwrap();
+        assert_eq!(out.transfer_list(Direction::Write, &list).unwrap_err().kind(), ErrorKind::NotFound);
     }
 }
 

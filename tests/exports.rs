@@ -9,7 +9,7 @@ const GUARDS: [&str; 2] = ["guard", "status"];
 /// Functions whose first argument is a pointer that they refuse when it is null, or know how to do without.
 const CHECKS: [&str; 6] = ["str_arg", "in_arg", "out_arg", "optional_out_arg", "array_arg", "bytes_arg"];
 /// Tables of handles, and their methods that look an argument up and never follow it.
-const TABLES: [&str; 3] = ["engines", "connections", "notifications"];
+const TABLES: [&str; 4] = ["engines", "connections", "notifications", "lists"];
 const LOOKUPS: [&str; 3] = ["get", "get_if_mine", "remove"];
 
 /// The functions of the sources of src/ffi.

@@ -39,10 +39,10 @@ pub(crate) const CLOSING: Duration = Duration::from_secs(1);
 const HANG_UP: Duration = Duration::from_millis(100);
 /// Chunks handed out before what they announce is flushed: the receiver can post nothing before it knows.
 const BURST: usize = 8;
-/// An application thread stays so long for what is about to end. The peer may have it followed by something else each time.
-const STAY: Duration = Duration::from_micros(30);
 /// While something goes without chunks, its end is looked for in between and the control stream is read this often.
 const READ_PAUSE: Duration = Duration::from_micros(10);
+/// For so long an application thread that looks in stays for the end of something small.
+const LINGER: Duration = Duration::from_micros(20);
 /// Reads of the control stream in one round, so that a peer that floods it does not starve the channels.
 const READS: usize = 16;
 /// Bytes of the control stream that leave in one hold of the lock: a large notification is sealed piece by piece, and others have their
@@ -691,19 +691,17 @@ impl Connection {
     }
 
     /// A round of progress by an application thread, and further ones while something small is about to end: going away and coming back
-    /// takes longer.
+    /// takes longer. Whatever a peer orders meanwhile keeps nobody here.
     fn drive_on(&self, core: &mut Core, now: Instant) -> bool {
         let ended = core.machine.ended();
         let mut any = self.drive(core, now);
-        let mut at = Instant::now();
-        while core.machine.ended() == ended
-            && self.home.cores == Cores::Many
-            && at.saturating_duration_since(now) < STAY
-            && core.channels.ends_soon(at)
-        {
+        while core.machine.ended() == ended && self.home.cores == Cores::Many {
+            let at = Instant::now();
+            if at.saturating_duration_since(now) >= LINGER || !core.channels.ends_soon(at) {
+                break;
+            }
             std::hint::spin_loop();
             any |= self.drive(core, at);
-            at = Instant::now();
         }
         any
     }

@@ -156,18 +156,32 @@ pub(crate) fn lowest_free(fd: RawFd) -> Result<usize> {
     Ok(got as usize)
 }
 
-/// Whether `more` descriptors fit below the ceiling. `fd` is any open descriptor.
+/// Whether `more` descriptors fit below the ceiling, by taking and giving back as many. `fd` is any open descriptor. Counting from the
+/// lowest free number would not do: numbers above it may be in use.
 ///
 /// # Errors
 /// `Resource` with the numbers when they do not.
 pub(crate) fn room_for(limits: &Limits, fd: BorrowedFd<'_>, more: usize) -> Result<()> {
-    let used = lowest_free(fd.as_raw_fd())?;
-    if used + more > limits.ceiling {
-        return Err(err!(
-            Resource,
-            "{more} more file descriptors would take this process above {} (RLIMIT_NOFILE less a reserve for the application; {used} are in use)",
-            limits.ceiling
-        ));
+    let mut taken = Vec::new();
+    while taken.len() < more {
+        // SAFETY: a plain system call; the descriptor is open.
+        let got = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 0) };
+        if got < 0 {
+            return Err(exhausted("descriptors", &std::io::Error::last_os_error()));
+        }
+        // SAFETY: fresh, and owned by nobody else.
+        let own = unsafe { OwnedFd::from_raw_fd(got) };
+        // Nothing of the reserve is held, not even for a moment.
+        if got as usize >= limits.ceiling {
+            drop(own);
+            return Err(err!(
+                Resource,
+                "{more} more file descriptors would take this process above {} (RLIMIT_NOFILE less a reserve for the application; {} are free)",
+                limits.ceiling,
+                taken.len()
+            ));
+        }
+        taken.push(own);
     }
     Ok(())
 }
@@ -295,12 +309,25 @@ mod tests {
     }
 
     #[test]
-    fn room_is_measured_by_the_lowest_free_number() {
+    fn room_is_what_is_free_below_the_ceiling() {
         use std::os::fd::AsFd;
         let any = std::fs::File::open("/dev/null").unwrap();
         let mut limits = Limits::from(1 << 20, GIB);
         room_for(&limits, any.as_fd(), 10).unwrap();
         limits.ceiling = 5;
         assert_eq!(room_for(&limits, any.as_fd(), 10).unwrap_err().kind(), ErrorKind::Resource);
+    }
+
+    #[test]
+    fn numbers_in_use_above_a_free_one_are_no_room() {
+        use std::os::fd::AsFd;
+        let any = std::fs::File::open("/dev/null").unwrap();
+        // All numbers up to the ceiling are taken but for a few low ones, as where an application has closed what it opened first.
+        let mut many: Vec<OwnedFd> = (0..400).map(|_| any.as_fd().try_clone_to_owned().unwrap()).collect();
+        let ceiling = many.iter().map(AsRawFd::as_raw_fd).max().unwrap() as usize + 1;
+        let limits = Limits { ceiling, ..Limits::from(1 << 20, GIB) };
+        many.drain(..4);
+        assert!(lowest_free(any.as_raw_fd()).unwrap() + 200 < ceiling);
+        assert_eq!(room_for(&limits, any.as_fd(), 200).unwrap_err().kind(), ErrorKind::Resource);
     }
 }

@@ -153,7 +153,8 @@ pub extern "C" fn uccl_engine_conn_destroy(conn: *mut uccl_conn_t) {
 /// @param conn  [in] The connection.
 /// @return UCCL_OK while it is; why not once it is lost or closed: UCCL_ERR_REMOTE_DISCONNECT, UCCL_ERR_TIMED_OUT, UCCL_ERR_CANCELED,
 ///         UCCL_ERR_PROTOCOL and so on; UCCL_ERR_NOT_FOUND or UCCL_ERR_INVALID_ARGUMENT for a bad handle. A lost connection stays lost:
-///         destroy it and connect anew.
+///         destroy it and connect anew. Until then it keeps a descriptor and, where the peer had opened it, its place among
+///         UCCL_TCPX_MAX_CONNECTIONS.
 ///
 /// Threads: any.
 #[no_mangle]

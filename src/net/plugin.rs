@@ -257,8 +257,8 @@ impl Plugin {
                 bail!(Plugin, "plugin {}: {name}: {}", self.name, std::io::Error::from_raw_os_error(errno));
             }
         }
-        answered(&self.name, name, answer).map_err(|e| match super::plugin_log::last_warning().filter(|_| self.ext.is_none()) {
-            Some(text) => crate::status::Error::new(e.kind(), format_args!("{e}; the plugin's last warning: {text}")),
+        answered(&self.name, name, answer).map_err(|e| match super::plugin_log::last_warnings().filter(|_| self.ext.is_none()) {
+            Some(text) => crate::status::Error::new(e.kind(), format_args!("{e}; the plugin's last warnings: {text}")),
             None => e,
         })
     }

@@ -3,7 +3,7 @@
 
 use nccl_net_abi::ncclDebugLogger_t;
 use process::{Mutex, PerProcess};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::{c_char, c_int, c_ulong, CStr};
 use std::panic::catch_unwind;
 use std::sync::Once;
@@ -56,9 +56,8 @@ unsafe extern "C" fn take(nccl: c_int, file: *const c_char, line: c_int, text: *
 }
 
 /// What a plugin warned of last, if that was a short while ago: it says more than the result code of the call that then fails.
-pub(super) fn last_warning() -> Option<String> {
-    let seen = SEEN.get().lock();
-    seen.warned.as_ref().filter(|(at, _)| at.elapsed() < RECENT).map(|(_, text)| text.chars().take(200).collect())
+pub(super) fn last_warnings() -> Option<String> {
+    SEEN.get().lock().warnings.recent(Instant::now())
 }
 
 fn report(level: log::Level, file: &str, line: c_int, text: &str) {
@@ -67,7 +66,7 @@ fn report(level: log::Level, file: &str, line: c_int, text: &str) {
     let now = Instant::now();
     let mut seen = SEEN.get().lock();
     if level <= log::Level::Warn {
-        seen.warned = Some((now, clean.clone()));
+        seen.warnings.note(now, &site, &clean);
     }
     let written = seen.admit(now, level, &site, &clean);
     drop(seen);
@@ -80,6 +79,9 @@ static SEEN: PerProcess<Mutex<Repeats>> = PerProcess::new(Mutex::default);
 
 /// How old a warning may be that explains a failure: the plugin's own threads write some of them.
 const RECENT: Duration = Duration::from_secs(5);
+/// Warnings that explain a failure at most, and characters of each.
+const CAUSES: usize = 2;
+const CAUSE_CHARS: usize = 240;
 /// How long one text stays quiet after it was written.
 const QUIET: Duration = Duration::from_secs(1);
 /// Texts of one place in the plugin's source that may be written in that time.
@@ -99,8 +101,29 @@ struct Line {
 struct Repeats {
     texts: HashMap<(String, String), Written>,
     sites: HashMap<String, Site>,
-    /// The last warning or error.
-    warned: Option<(Instant, String)>,
+    warnings: Warnings,
+}
+
+/// The last warnings and errors, each of another place in the plugin's source: the last alone may only say that something failed, and the
+/// one before it why.
+#[derive(Default)]
+struct Warnings(VecDeque<(Instant, String, String)>);
+
+impl Warnings {
+    fn note(&mut self, now: Instant, site: &str, text: &str) {
+        self.0.retain(|(_, of, _)| of != site);
+        if self.0.len() == CAUSES {
+            self.0.pop_front();
+        }
+        self.0.push_back((now, site.to_owned(), text.to_owned()));
+    }
+
+    /// Those of a short while ago, oldest first.
+    fn recent(&self, now: Instant) -> Option<String> {
+        let fresh = self.0.iter().filter(|(at, ..)| now.saturating_duration_since(*at) < RECENT);
+        let texts: Vec<String> = fresh.map(|(_, _, text)| text.chars().take(CAUSE_CHARS).collect()).collect();
+        (!texts.is_empty()).then(|| texts.join("; then: "))
+    }
 }
 
 struct Written {
@@ -194,6 +217,24 @@ mod tests {
         assert_eq!(written, TEXTS_OF_A_SITE as usize);
         let rest = texts(seen.admit(start + Duration::from_secs(5), Level::Warn, "other", "y"));
         assert_eq!(rest, ["(99980 other lines were not written)", "y"]);
+    }
+
+    #[test]
+    fn a_failure_is_explained_by_the_cause_and_not_by_its_last_symptom_alone() {
+        let (mut warnings, start) = (Warnings::default(), Instant::now());
+        assert_eq!(warnings.recent(start), None);
+        for (line, text) in
+            [(900, "long ago"), (581, "the manager refused"), (581, "the manager refused again"), (497, "accept failed")]
+        {
+            warnings.note(start, &format!("connect.cc:{line}"), text);
+        }
+        assert_eq!(warnings.recent(start).as_deref(), Some("the manager refused again; then: accept failed"));
+        // The same place once more is the last one now.
+        warnings.note(start + RECENT / 2, "connect.cc:581", &"x".repeat(1000));
+        let text = warnings.recent(start + RECENT / 2).unwrap();
+        assert!(text.starts_with("accept failed; then: xxx") && text.len() < 300, "{text}");
+        assert_eq!(warnings.recent(start + RECENT).unwrap().len(), CAUSE_CHARS);
+        assert_eq!(warnings.recent(start + 2 * RECENT), None);
     }
 
     #[test]

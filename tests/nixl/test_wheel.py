@@ -44,8 +44,18 @@ def directory_survives_without_a_home():
     check((pathlib.Path(text.strip()) / "libplugin_TCPX.so").exists(), text)
 
 
+def ucx_alone():
+    """How a process ends that has UCX alone, from NIXL's own wheel."""
+    package = os.environ.get("NIXL_PACKAGE", "nixl")
+    program = f"import {package}._api as api; agent = api.nixl_agent('alone', api.nixl_agent_config(backends=['UCX']))"
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, env=PLAIN, timeout=60).returncode
+
+
 @case()
 def both_back_ends_in_one_program():
+    if (code := ucx_alone()) != 0:
+        # UCX's bundled libnl crashes at the end of a process that has the system's RDMA libraries, too.
+        raise harness.Skip(f"a process with NIXL's UCX back end alone ends with status {code} here")
     nixl_tcpx.enable()
     one, two = Node("one"), Node("two", backend="UCX")
     plugins = one.agent.get_plugin_list()

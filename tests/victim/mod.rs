@@ -7,7 +7,7 @@ use std::sync::mpsc::{channel, Receiver};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use uccl_p2p::config::Config;
-use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, LocalSegment};
+use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, List, LocalSegment};
 
 #[path = "../local/mod.rs"]
 mod local;
@@ -232,6 +232,8 @@ struct Inside {
     /// None once it was closed.
     connections: Arc<Mutex<Vec<Option<Arc<Connection>>>>>,
     buffers: Vec<Buffer>,
+    /// Transfers that were started.
+    transfers: usize,
 }
 
 /// The body of a victim's process; returns at once in the test's own process.
@@ -241,7 +243,7 @@ pub fn serve(test: &str, change: impl FnOnce(Config) -> Config) {
     }
     let engine = Engine::new(change(config())).unwrap();
     println!("= {}", port(&engine));
-    let mut inside = Inside { engine, connections: Arc::default(), buffers: Vec::new() };
+    let mut inside = Inside { engine, connections: Arc::default(), buffers: Vec::new(), transfers: 0 };
     for line in std::io::stdin().lines() {
         let line = line.unwrap();
         if line == "end" {
@@ -297,7 +299,15 @@ impl Inside {
             direction @ ("write" | "read") => {
                 let direction = if direction == "write" { Direction::Write } else { Direction::Read };
                 let pair = (self.whole(n(2), n(3)), item_of(words[4]));
-                self.connection(n(1)).transfer(direction, std::iter::once(pair))?.to_string()
+                let connection = self.connection(n(1));
+                self.transfers += 1;
+                // Either way in turns.
+                let id = if self.transfers % 2 == 0 {
+                    connection.transfer(direction, std::iter::once(pair))?
+                } else {
+                    connection.transfer_list(direction, &List::new(1, std::iter::once((pair.0, &pair.1)))?)?
+                };
+                id.to_string()
             }
             "send" => self.connection(n(1)).send(std::iter::once(self.whole(n(2), n(3))))?.to_string(),
             "recv" => self.connection(n(1)).recv(self.whole(n(2), n(3)))?.to_string(),

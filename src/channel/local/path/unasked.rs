@@ -24,6 +24,8 @@ const MOST: Stride = Stride { blocks: 8192, bytes: 16 << 20 };
 /// Bytes that are copied in hardly more time than one, and the time in which that should be over.
 const SMALL: u64 = 64 << 10;
 const SOON: Duration = Duration::from_micros(15);
+/// Bytes up to which a transfer of some thousand blocks at most has one pull.
+const ONE_START: u64 = 1 << 20;
 /// Blocks that are looked at before the next ones are fetched: they stay in the nearest cache meanwhile.
 const AT_ONCE: usize = 512;
 /// Blocks and pulls of the peer's orders that are under way at once.
@@ -40,6 +42,14 @@ struct Stride {
 }
 
 impl Stride {
+    /// The first one of a transfer of so many bytes: what is copied in the time of a start has one start.
+    fn first(total: u64) -> Stride {
+        match total {
+            ..=ONE_START => Stride { blocks: 4 * FIRST.blocks, ..FIRST },
+            _ => FIRST,
+        }
+    }
+
     /// The next one: what is longer is copied by fewer launches.
     fn next(self) -> Stride {
         Stride { blocks: (2 * self.blocks).min(MOST.blocks), bytes: (2 * self.bytes).min(MOST.bytes) }
@@ -392,7 +402,7 @@ impl LocalPath {
         }
         let reading = Reading { key: transfer.key, slots, pulls: 0, all: false, _hold: transfer.hold.clone() };
         self.unasked.reads.push(reading);
-        let mut stride = FIRST;
+        let mut stride = Stride::first(transfer.total);
         while let Some((exports, bytes)) = self.gather(transfer, &sources, stride)? {
             self.pull_pieces(place, exports, Whose::Read(transfer.key, bytes))?;
             if let Some(read) = self.unasked.reads.last_mut() {
@@ -494,7 +504,7 @@ impl LocalPath {
         let (key, len) = (transfer.key, transfer.total);
         unasked.told.push_back(Told { order, key, len, begun: Instant::now(), over: false, _hold: transfer.hold.clone() });
         unasked.ordered_bytes += len;
-        let mut stride = FIRST;
+        let mut stride = Stride::first(transfer.total);
         loop {
             let Unasked { pieces, .. } = &mut self.unasked;
             pieces.clear();
@@ -680,11 +690,13 @@ impl LocalPath {
     /// Starts pulls for what the peer orders.
     fn take_orders(&mut self) -> Result<bool> {
         let (mut any, mut records) = (false, 0);
+        // As for reads: what waits is not all prepared before the first of it is copied.
+        let mut stride = if self.unasked.order_pulls == 0 { FIRST } else { MOST };
         while self.unasked.pieces_under_way < UNDER_WAY && self.unasked.order_pulls < PULLS && records < RECORDS {
             let mut pull = Gathered::default();
             let mut read = false;
             self.unasked.pieces.clear();
-            while self.unasked.pieces.len() < MAX_BLOCKS && pull.bytes < MOST.bytes && records < RECORDS {
+            while self.unasked.pieces.len() < stride.blocks.min(MAX_BLOCKS) && pull.bytes < stride.bytes && records < RECORDS {
                 let unasked = &mut self.unasked;
                 let Some((head, count)) = unasked.inn.next()? else { break };
                 if !unasked.add((head, count), &mut self.imports, &mut pull)? {
@@ -712,6 +724,7 @@ impl LocalPath {
                 break;
             }
             any = true;
+            stride = stride.next();
         }
         Ok(any)
     }
