@@ -4,12 +4,17 @@
  *   raw_tcp streams  STREAMS TOTAL SECONDS    TOTAL bytes cut over STREAMS sockets, one thread each on either side; an iteration ends
  *                                             when every receiver has acknowledged
  *   raw_tcp pingpong BYTES SPIN SECONDS       BYTES one way, 16 bytes back; SPIN 1: both sides poll, 0: both sides sleep
+ *   raw_tcp cores                             what a word takes from core to core and back, for the nearest and the farthest two of up to
+ *                                             8 cores. A virtual machine does not know that its cores lie on several sockets, but its
+ *                                             latencies have several speeds then, and change as the host moves them
  *
  * Congestion control is the system's, so that it is the same as every other system's of the run, unless a fifth word names another. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <netinet/tcp.h>
 #include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -108,9 +113,64 @@ static void report(const char *kind, int streams, size_t bytes, double *samples,
          kind, streams, bytes, n, p50 * 1e6, p99 * 1e6, (double)bytes / p50 / 1e9, cpu_seconds * (double)(1 << 30) / ((double)bytes * (double)n));
 }
 
+enum { ROUNDS = 200, BATCHES = 20, CORES = 8 };
+static _Atomic int word;
+
+static void stay_on(long core) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET((size_t)core, &set);
+  must(!sched_setaffinity(0, sizeof set, &set), "sched_setaffinity");
+}
+static void *answer(void *arg) {
+  stay_on((long)arg);
+  for (int i = 0; i < ROUNDS * BATCHES; i++) {
+    while (atomic_load(&word) != 2 * i + 1) continue;
+    atomic_store(&word, 2 * i + 2);
+  }
+  return NULL;
+}
+/* The best of some batches: others may use the cores too. */
+static double distance(long a, long b) {
+  pthread_t other;
+  double best = 1;
+  atomic_store(&word, 0);
+  stay_on(a);
+  must(!pthread_create(&other, NULL, answer, (void *)b), "thread");
+  for (int i = 0; i < BATCHES; i++) {
+    double began = now();
+    for (int k = i * ROUNDS; k < (i + 1) * ROUNDS; k++) {
+      atomic_store(&word, 2 * k + 1);
+      while (atomic_load(&word) != 2 * k + 2) continue;
+    }
+    double took = (now() - began) / ROUNDS;
+    if (took < best) best = took;
+  }
+  pthread_join(other, NULL);
+  return best;
+}
+static int cores(void) {
+  cpu_set_t mine;
+  long list[CORES], n = 0;
+  double near = 1, far = 0;
+  must(!sched_getaffinity(0, sizeof mine, &mine), "sched_getaffinity");
+  for (long core = 0; core < CPU_SETSIZE && n < CORES; core++)
+    if (CPU_ISSET((size_t)core, &mine)) list[n++] = core;
+  for (long a = 0; a < n; a++)
+    for (long b = a + 1; b < n; b++) {
+      double d = distance(list[a], list[b]);
+      if (d < near) near = d;
+      if (d > far) far = d;
+    }
+  if (n < 2) return fprintf(stderr, "there is one core only\n"), 1;
+  printf("{\"kind\": \"cores\", \"near_ns\": %.0f, \"far_ns\": %.0f}\n", near * 1e9, far * 1e9);
+  return 0;
+}
+
 int main(int argc, char **argv) {
+  if (argc == 2 && !strcmp(argv[1], "cores")) return cores();
   if (argc != 5 && argc != 6)
-    return fprintf(stderr, "usage: %s streams STREAMS TOTAL SECONDS [CONGESTION] | pingpong BYTES SPIN SECONDS [CONGESTION]\n", argv[0]), 2;
+    return fprintf(stderr, "usage: %s streams STREAMS TOTAL SECONDS [CONGESTION] | pingpong BYTES SPIN SECONDS [CONGESTION] | cores\n", argv[0]), 2;
   congestion = argv[5];
   int streaming = !strcmp(argv[1], "streams"), streams = streaming ? atoi(argv[2]) : 1, spin = streaming ? 0 : atoi(argv[3]);
   size_t total = strtoull(argv[streaming ? 3 : 2], NULL, 10), n = 0;

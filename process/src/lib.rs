@@ -13,5 +13,11 @@ mod loading;
 mod sync;
 
 pub use fork::{close_copy, generation, Local, Parents, PerProcess};
-pub use loading::loading;
 pub use sync::{Condvar, Mutex, MutexGuard, RwLock, WaitTimeoutResult};
+
+/// Runs what opens or closes libraries. A fork of another thread waits for its end; what is loaded may fork itself.
+pub fn loading<R>(work: impl FnOnce() -> R) -> R {
+    // From here on forks are watched.
+    generation();
+    loading::run(work)
+}

@@ -13,12 +13,12 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const NAP: Duration = Duration::from_micros(100);
 
 thread_local! {
-    /// How often this thread is inside [`loading`]. Has no destructor, so it is there to the thread's end.
+    /// How often this thread is inside [`run`]. Has no destructor, so it is there to the thread's end.
     static DEPTH: Cell<u32> = const { Cell::new(0) };
 }
 
-/// Runs what opens or closes libraries. A fork of another thread waits for its end; what is loaded may fork itself.
-pub fn loading<R>(work: impl FnOnce() -> R) -> R {
+/// Runs what opens or closes libraries; forks are watched.
+pub(crate) fn run<R>(work: impl FnOnce() -> R) -> R {
     struct Inside;
     impl Drop for Inside {
         fn drop(&mut self) {
@@ -29,7 +29,6 @@ pub fn loading<R>(work: impl FnOnce() -> R) -> R {
             }
         }
     }
-    crate::generation();
     if DEPTH.get() == 0 {
         LOADING.fetch_add(1, Ordering::SeqCst);
         while FORKING.load(Ordering::SeqCst) > 0 {
@@ -66,6 +65,7 @@ pub(crate) fn in_child() {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::loading;
     use std::sync::atomic::AtomicBool;
     use std::sync::Arc;
 

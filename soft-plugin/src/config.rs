@@ -86,7 +86,7 @@ const SPIN_US: Variable = var(
     "UCCL_TCPX_SOFT_SPIN_US",
     Kind::Number(0, 1_000_000),
     "by cores",
-    "How long an I/O thread polls before it sleeps, microseconds; default 20, or 0 with fewer than 4 cores.",
+    "How long an I/O thread polls before it sleeps, microseconds; default 20, or 100 while requests come that often and few threads are awake; 0 with fewer than 4 cores.",
 );
 const INLINE: Variable = var("UCCL_TCPX_SOFT_INLINE", Kind::Number(0, 1 << 20), "8192", "Sends of up to this many bytes on an idle comm are handed to the kernel by the caller's thread, without waking an I/O thread; 0 turns it off.");
 const CONGESTION: Variable = var("UCCL_TCPX_SOFT_CONGESTION", Kind::Text, "by the path", "Congestion control of the data sockets by name, or `system`. Default: below 1 ms of round trip the system's, but cubic for bbr; above, the system's, but bbr for cubic and reno where it is available.");
@@ -128,8 +128,8 @@ pub struct Config {
     pub strict: bool,
     /// `UCCL_TCPX_SOFT_THREADS`.
     pub threads: usize,
-    /// `UCCL_TCPX_SOFT_SPIN_US`.
-    pub spin_us: u64,
+    /// `UCCL_TCPX_SOFT_SPIN_US`: always, and while requests come that often.
+    pub spin_us: [u64; 2],
     /// `UCCL_TCPX_SOFT_INLINE`.
     pub inline_bytes: usize,
     /// `UCCL_TCPX_SOFT_CONGESTION`.
@@ -218,7 +218,7 @@ impl Reader<'_> {
             ports: self.ports("UCCL_TCPX_PORT_RANGE")?,
             strict: self.flag(&STRICT)?,
             threads: self.size(&THREADS, cores.min(16))?,
-            spin_us: spin.unwrap_or(if cores < 4 { 0 } else { 20 }),
+            spin_us: spin.map_or(if cores < 4 { [0, 0] } else { [20, 100] }, |us| [us, us]),
             inline_bytes: self.size(&INLINE, 0)?,
             congestion: self.text(CONGESTION.name),
             socket_buffer: self.size(&SOCKBUF, 0)?,

@@ -1,46 +1,14 @@
 //! The machine's network interfaces: which of them can carry data, and their properties from /sys. The rules are pure functions over
 //! [`Found`], so that the control connection can follow the same list. Knows nothing of comms.
 
+mod kinds;
 mod system;
 
-use std::ffi::CString;
+pub use kinds::{Address, Found, Interface};
+
 use std::io;
 use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::BorrowedFd;
-
-/// One usable interface, with one address of it.
-#[derive(Clone, Debug)]
-pub struct Interface {
-    /// Name.
-    pub name: CString,
-    /// Where the PCI device lives under /sys, if it has one.
-    pub pci_path: Option<CString>,
-    /// The address to listen on.
-    pub address: IpAddr,
-    /// Length of the network prefix, bits.
-    pub prefix: u32,
-    /// Scope of a link-local IPv6 address.
-    pub scope: u32,
-    /// Whether it is the loopback interface.
-    pub loopback: bool,
-    /// From the MAC address.
-    pub guid: u64,
-    /// Mbit/s; 0 where it is unknown.
-    pub speed: i32,
-}
-
-impl Interface {
-    /// Whether `target` is on this interface's own network.
-    pub fn reaches(&self, target: IpAddr) -> bool {
-        let (own, other, width) = match (self.address, target) {
-            (IpAddr::V4(a), IpAddr::V4(b)) => (u128::from(u32::from(a)), u128::from(u32::from(b)), 32),
-            (IpAddr::V6(a), IpAddr::V6(b)) => (u128::from(a), u128::from(b), 128),
-            _ => return false,
-        };
-        let free = width - self.prefix.min(width);
-        free >= 128 || own >> free == other >> free
-    }
-}
 
 impl Interface {
     /// Whether the interface is up and has a carrier at this moment; `socket` is any socket.
@@ -50,38 +18,6 @@ impl Interface {
     pub fn check_link(&self, socket: BorrowedFd<'_>) -> io::Result<()> {
         system::check_link(&self.name, socket)
     }
-}
-
-/// What the kernel says of an interface, before any rule.
-#[derive(Clone, Debug, Default)]
-pub struct Found {
-    /// Name.
-    pub name: String,
-    /// The administrator has switched it on.
-    pub up: bool,
-    /// There is a link.
-    pub carrier: bool,
-    /// It is the loopback interface.
-    pub loopback: bool,
-    /// It is a bridge without a physical port.
-    pub empty_bridge: bool,
-    /// Its addresses.
-    pub addresses: Vec<Address>,
-}
-
-/// An address of an interface.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Address {
-    /// The address.
-    pub ip: IpAddr,
-    /// Length of the network prefix, bits.
-    pub prefix: u32,
-    /// Scope of a link-local IPv6 address.
-    pub scope: u32,
-    /// Duplicate address detection is under way or has failed: it cannot be bound.
-    pub tentative: bool,
-    /// No longer meant for new connections.
-    pub deprecated: bool,
 }
 
 /// A filter in NCCL's form: names or prefixes separated by commas; `=` in front makes them exact, `^` excludes.

@@ -26,6 +26,7 @@ mod fragment;
 pub mod interfaces;
 mod ledger;
 mod logger;
+mod patience;
 mod pool;
 mod protect;
 mod recv;

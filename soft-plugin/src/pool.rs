@@ -4,7 +4,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,7 @@ use process::{Mutex, PerProcess};
 use reactor::{Events, Interest, Poller, Waker};
 
 use crate::config::Config;
+use crate::patience::Patience;
 use crate::turn::Turn;
 
 /// Token of the waker; members' numbers start at 1.
@@ -55,8 +56,17 @@ pub struct Worker {
     has_mail: AtomicBool,
     asleep: AtomicBool,
     registry: Mutex<Registry>,
-    spin: Duration,
+    crew: Arc<Crew>,
     chores: Option<Chores>,
+}
+
+/// What the threads know of each other.
+struct Crew {
+    /// How long each polls before it sleeps; see [`Patience`].
+    spin: [Duration; 2],
+    /// Threads that are not asleep, and how many of them leave cores to others even while they poll.
+    awake: AtomicUsize,
+    few: usize,
 }
 
 /// A member's place with its I/O thread.
@@ -80,8 +90,11 @@ pub fn get(config: &Config, chores: Chores) -> io::Result<&'static Pool> {
 impl Pool {
     fn start(config: &Config, chores: Chores) -> io::Result<Pool> {
         let mut workers = Vec::new();
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let spin = config.spin_us.map(Duration::from_micros);
+        let crew = Arc::new(Crew { spin, awake: AtomicUsize::new(0), few: (cores / 4).max(1) });
         for number in 0..config.threads {
-            match Worker::launch(number, Duration::from_micros(config.spin_us), (number == 0).then_some(chores)) {
+            match Worker::launch(number, crew.clone(), (number == 0).then_some(chores)) {
                 Ok(worker) => workers.push(worker),
                 Err(error) if workers.is_empty() => return Err(error),
                 Err(error) => {
@@ -148,7 +161,7 @@ fn block_signals() {
 }
 
 impl Worker {
-    fn launch(number: usize, spin: Duration, chores: Option<Chores>) -> io::Result<Arc<Worker>> {
+    fn launch(number: usize, crew: Arc<Crew>, chores: Option<Chores>) -> io::Result<Arc<Worker>> {
         let worker = Arc::new(Worker {
             poller: Poller::new()?,
             waker: Waker::new()?,
@@ -156,7 +169,7 @@ impl Worker {
             has_mail: AtomicBool::new(false),
             asleep: AtomicBool::new(false),
             registry: Mutex::new(Registry::default()),
-            spin,
+            crew,
             chores,
         });
         worker.poller.add(worker.waker.fd(), WAKE, Interest::READ | Interest::EDGE)?;
@@ -179,6 +192,8 @@ impl Worker {
     fn run(&self) {
         let mut ready: VecDeque<Arc<dyn Member>> = VecDeque::new();
         let (mut mail, mut events) = (Vec::new(), Events::with_capacity(EVENTS));
+        let mut patience = Patience::new(self.crew.spin);
+        self.crew.awake.fetch_add(1, Ordering::Relaxed);
         loop {
             self.collect_mail(&mut mail, &mut ready);
             for _ in 0..ready.len() {
@@ -193,11 +208,15 @@ impl Worker {
                 }
             }
             let idle = ready.is_empty() && !self.has_mail.load(Ordering::Acquire);
-            if idle && !self.spin_finds_work(&mut events, &mut ready) {
-                self.sleep(&mut events, &mut ready);
-            } else {
+            if !idle {
                 self.poll(Some(Duration::ZERO), &mut events, &mut ready);
+                continue;
             }
+            let begun = Instant::now();
+            if !self.spin_finds_work(&patience, begun, &mut events, &mut ready) {
+                self.sleep(&mut events, &mut ready);
+            }
+            patience.waited(begun.elapsed());
         }
     }
 
@@ -206,7 +225,9 @@ impl Worker {
         self.asleep.store(true, Ordering::SeqCst);
         // Mail that came before the flag was visible rang no bell.
         let timeout = if self.has_mail.load(Ordering::SeqCst) { Some(Duration::ZERO) } else { due };
+        self.crew.awake.fetch_sub(1, Ordering::Relaxed);
         self.poll(timeout, events, ready);
+        self.crew.awake.fetch_add(1, Ordering::Relaxed);
         self.asleep.store(false, Ordering::SeqCst);
     }
 
@@ -223,12 +244,14 @@ impl Worker {
         }
     }
 
-    fn spin_finds_work(&self, events: &mut Events, ready: &mut VecDeque<Arc<dyn Member>>) -> bool {
-        if self.spin.is_zero() {
-            return false;
-        }
-        let end = Instant::now() + self.spin;
-        while Instant::now() < end {
+    fn spin_finds_work(
+        &self,
+        patience: &Patience,
+        begun: Instant,
+        events: &mut Events,
+        ready: &mut VecDeque<Arc<dyn Member>>,
+    ) -> bool {
+        while begun.elapsed() < patience.limit(self.crew.awake.load(Ordering::Relaxed) > self.crew.few) {
             self.poll(Some(Duration::ZERO), events, ready);
             if !ready.is_empty() || self.has_mail.load(Ordering::Acquire) {
                 return true;

@@ -2,7 +2,7 @@
 //! nothing of transfers beyond the key and tag that a chunk bears.
 
 use super::device::DeviceCopier;
-use super::plan::Chunk;
+use super::plan::{Chunk, ChunkLimits};
 use super::stripe::Loads;
 use crate::region::{Hold, Region, RegionUse};
 use crate::stats::ChannelStats;
@@ -128,17 +128,6 @@ pub(crate) struct Line<'a> {
 
 /// The device copier of a connection, absent where no device memory can be registered.
 pub(crate) type Copier = Option<Box<dyn DeviceCopier>>;
-
-/// What a chunk of a path is at most. Both sides of a connection come to the same limits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct ChunkLimits {
-    /// Bytes.
-    pub bytes: usize,
-    /// Pieces on the sending side.
-    pub pieces: usize,
-    /// Segments that it crosses, and so its pieces at most on the receiving side, where fewer may merge.
-    pub crossed: usize,
-}
 
 /// One way to the peer. Dropping it closes its channels: afterwards nothing of it touches registered memory.
 pub(crate) trait Path: Send {

@@ -1,7 +1,6 @@
 //! The chunk plan: a transfer is a stream of bytes laid over a list of segments; chunks are cut off its front. Both sides walk
 //! their own list in the same order by the same lengths, so a chunk is described by its length alone. Pure.
 
-use super::path::ChunkLimits;
 use crate::types::{Part, Place, Segment};
 
 /// What one chunk is made of.
@@ -15,6 +14,17 @@ pub(crate) struct Chunk {
     pub place: Place,
     /// Where the peer's side lies; meaningless where it was not known (see [`Walk::take_exact`]).
     pub peer: Place,
+}
+
+/// What a chunk of a path is at most. Both sides of a connection come to the same limits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ChunkLimits {
+    /// Bytes.
+    pub bytes: usize,
+    /// Pieces on the sending side.
+    pub pieces: usize,
+    /// Segments that it crosses, and so its pieces at most on the receiving side, where fewer may merge.
+    pub crossed: usize,
 }
 
 /// Pieces of one chunk at most on the sending side: a chunk that scatters further is cut shorter.

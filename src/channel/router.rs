@@ -3,8 +3,8 @@
 //! nothing of plugins, and of transfers only the keys of chunks.
 
 use super::device::spread;
-use super::path::{Arrival, ChunkLimits, Copier, Departure, Dest, Direct, Event, Path, Way};
-use super::plan::Chunk;
+use super::path::{Arrival, Copier, Departure, Dest, Direct, Event, Path, Way};
+use super::plan::{Chunk, ChunkLimits};
 use super::stillness::Stillness;
 use super::stripe::{self, Loads, Want};
 use crate::region::{Hold, Region, RegionUse};

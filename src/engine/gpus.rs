@@ -139,3 +139,20 @@ impl Gpus {
         gpus.iter().try_for_each(crate::channel::cuda::warm)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn emulated_gpus_get_their_first_region_once() {
+        let gpus = Gpus::new(Some(2));
+        assert!(gpus.used().is_empty());
+        let first = |n: u8, first: bool| (Place::gpu(n), first);
+        for expected in [first(0, true), first(1, true), first(0, false), first(1, false)] {
+            assert_eq!(gpus.place_of(0x1000).unwrap(), expected);
+        }
+        assert_eq!(gpus.used(), [Place::gpu(0), Place::gpu(1)]);
+        assert_eq!(Gpus::new(Some(4)).index(), -1);
+    }
+}

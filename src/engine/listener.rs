@@ -38,8 +38,12 @@ fn control_address(usable: &[IpAddr]) -> Option<IpAddr> {
 /// # Errors
 /// `InvalidArgument` when the interfaces that were asked for have none.
 fn told_address(filter: Option<&str>) -> Result<IpAddr> {
-    let usable = topology::usable(filter).map_err(|e| limits::system("network interfaces", &e))?;
-    match (control_address(&usable), filter) {
+    told_of(&topology::usable(filter).map_err(|e| limits::system("network interfaces", &e))?, filter)
+}
+
+/// The one of these addresses that peers are told.
+fn told_of(usable: &[IpAddr], filter: Option<&str>) -> Result<IpAddr> {
+    match (control_address(usable), filter) {
         (Some(ip), Some(_)) => Ok(ip),
         (Some(ip), None) if !ip.is_loopback() => Ok(ip),
         (None, Some(filter)) => {
@@ -121,6 +125,12 @@ mod tests {
         assert_eq!(address(&["fd00::7", "10.0.0.1"]), some("10.0.0.1"));
         assert_eq!(address(&["fe80::1", "fd00::7"]), some("fd00::7"));
         assert_eq!(address(&["fe80::1"]), None);
+        let told = |all: &[&str], filter| {
+            told_of(&all.iter().map(|a| a.parse().unwrap()).collect::<Vec<_>>(), filter).unwrap().to_string()
+        };
+        assert_eq!(told(&["10.0.0.1"], None), "10.0.0.1");
+        assert_eq!(told(&["127.0.0.2"], Some("lo")), "127.0.0.2");
+        assert_eq!(told(&["fe80::1"], None), "127.0.0.1", "peers on this host can connect still");
         assert_eq!(told_address(Some("=no-such-interface")).unwrap_err().kind(), crate::status::ErrorKind::InvalidArgument);
     }
 

@@ -157,6 +157,31 @@ mod tests {
         }
     }
 
+    /// Registering, looking up and retiring regions that all overlap takes a step more among 64 times as many, not 64 times as long.
+    #[test]
+    fn the_cost_grows_as_the_logarithm_of_the_overlaps() {
+        let fastest = |overlaps: u64| {
+            let registry = Registry::new();
+            let add = |i: u64| registry.add((1 << 40) - i, 2 * i, Place::HOST, RemoteAccess::ALL).unwrap();
+            let ids: Vec<u64> = (1..=overlaps).map(|i| add(16 * i)).collect();
+            let round = |k: u64| {
+                let begun = std::time::Instant::now();
+                for i in 0..100 {
+                    let id = add(16 * ((k * 100 + i) * 7 % overlaps) + 5);
+                    assert!(registry.holds_address((1 << 40) - 1) && registry.holds_address((1 << 40) + 8 * i));
+                    assert!(!registry.holds_address(1) && !registry.holds_address(1 << 41));
+                    registry.retire(id).unwrap();
+                }
+                begun.elapsed()
+            };
+            let best = (0..30).map(round).min().unwrap();
+            ids.into_iter().for_each(|id| drop(registry.retire(id).unwrap()));
+            best
+        };
+        let (few, many) = (fastest(1 << 10), fastest(1 << 16));
+        assert!(many < 16 * few, "{few:?} among 1,024, {many:?} among 65,536");
+    }
+
     #[test]
     fn bounds_do_not_wrap() {
         let registry = Registry::new();

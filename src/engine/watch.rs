@@ -254,6 +254,28 @@ mod tests {
     }
 
     #[test]
+    fn a_line_names_a_few_of_many_slow_channels() {
+        let (start, mut watch) = (Instant::now(), Watch::new());
+        let speed = |i: usize| if i < 5 { 1e6 } else { 1e8 };
+        let all = |s: u64| -> Vec<ChannelStats> { (0..30).map(|i| channel("eth1", s * 1000, speed(i))).collect() };
+        let lines: Vec<String> = (0..10).flat_map(|s| watch.look(&all(s), at(start, s))).collect();
+        assert_eq!(lines.len(), 1, "{lines:?}");
+        assert!(lines[0].contains("channel 3 (eth1)") && !lines[0].contains("channel 4 ("), "{}", lines[0]);
+        assert!(lines[0].contains(" and 1 more: far below"), "{}", lines[0]);
+    }
+
+    #[test]
+    fn rates_are_of_the_time_since_the_last_look() {
+        let (start, mut watch) = (Instant::now(), Watch::new());
+        let both = |bytes: u64| [ChannelStats { received_bytes: 2 * bytes, ..channel("eth1", bytes, 0.0) }];
+        watch.look(&both(1000), at(start, 0));
+        watch.look(&both(2000), at(start, 1));
+        let mut stats = both(22_000);
+        watch.fill(&mut stats, at(start, 11));
+        assert_eq!((stats[0].sent_per_second, stats[0].received_per_second), (2000.0, 4000.0));
+    }
+
+    #[test]
     fn a_channel_that_moves_nothing_stalls_and_an_idle_one_does_not() {
         let (start, mut watch) = (Instant::now(), Watch::new());
         for second in 0..5 {

@@ -260,6 +260,15 @@ impl Run<'_> {
     fn check(&self, seeds: &[u64]) -> Result<u64> {
         self.flows.iter().zip(seeds).map(|(flow, &seed)| flow.check(self.client, seed)).sum()
     }
+
+    /// Checks what the timed iterations left, then one alone: nothing an earlier one left can pass for its data. Bytes that were checked.
+    fn verify(&mut self, seeds: &[u64]) -> Result<u64> {
+        let checked = self.check(seeds)?;
+        let seeds = self.fresh_seeds()?;
+        self.arm(&seeds)?;
+        self.repeat(1, |_| ())?;
+        Ok(checked + self.check(&seeds)?)
+    }
 }
 
 /// Measures one row. `ready` is called before the timed part: several clients may wait for each other there.
@@ -288,15 +297,7 @@ fn measure_case(client: &mut Client, case: &Case, options: &Options, ready: &dyn
     let (cpu, network) = (host::cpu_seconds(), client.link.network());
     let timed = Timed { case, options, iters, moved, one: last }.measure(&mut run)?;
     let (cpu_s, after) = (host::cpu_seconds() - cpu, client.link.network());
-    let mut verified_bytes = 0;
-    if options.verify {
-        verified_bytes += run.check(&seeds)?;
-        // Second round: one iteration alone, so that nothing an earlier one left can pass for its data.
-        let seeds = run.fresh_seeds()?;
-        run.arm(&seeds)?;
-        run.repeat(1, |_| ())?;
-        verified_bytes += run.check(&seeds)?;
-    }
+    let verified_bytes = if options.verify { run.verify(&seeds)? } else { 0 };
     for flow in run.flows {
         client.command(&Request::Close { buffer: flow.remote.number })?;
     }

@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 
-use super::{Address, Found, Interface};
+use super::kinds::{Address, Found, Interface};
 
 /// `IFA_F_*` of linux/if_addr.h.
 const DADFAILED: u32 = 0x08;

@@ -1,6 +1,7 @@
 //! The rules over machines as they are found: hosts of containers and pods, hosts with IPv6 only, NICs in bad shape.
 
 use super::*;
+use std::ffi::CString;
 
 fn address(text: &str) -> Address {
     let (ip, prefix) = text.split_once('/').unwrap();

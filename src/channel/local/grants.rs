@@ -5,7 +5,7 @@
 
 use super::memfile::Shared;
 use super::notes::{Granted, Note};
-use super::ring::GRANTS_AT;
+use super::orders;
 use crate::hash::Map;
 use crate::region::{Leave, Region};
 use crate::status::{bail, Result};
@@ -16,8 +16,10 @@ use std::sync::Arc;
 
 /// Grants at once, each way.
 const SLOTS: usize = 4096;
-/// Words of the file that this takes: of each slot, whether it stands (written by the owner), and reads under way (by the other side).
-pub(super) const WORDS: usize = 2 * SLOTS;
+/// Where its words begin in the file, behind those of orders: of each slot, whether it stands (written by the owner), and reads under way
+/// (by the other side). And where they end.
+const GRANTS_AT: usize = orders::END;
+pub(super) const END: usize = GRANTS_AT + 2 * SLOTS;
 
 fn stands(shared: &Shared, slot: u32) -> &std::sync::atomic::AtomicU64 {
     shared.word(GRANTS_AT + 2 * (slot as usize % SLOTS))

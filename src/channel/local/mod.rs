@@ -9,6 +9,7 @@
 
 pub(crate) mod cuda;
 mod emulated;
+mod front;
 mod grants;
 mod host;
 mod link;

@@ -2,8 +2,8 @@
 //! stand, and for each order how it ended. It lies in memory that both write: whatever the other side may write is read once, checked,
 //! and never read again. Knows nothing of what addresses mean.
 
+use super::front::{FRONT, FRONT_OF_OTHERS, RING as RING_OF_CHUNKS};
 use super::memfile::Shared;
-use super::ring::{FRONT_OF_OTHERS, ORDERS_AT};
 use crate::status::{bail, Result};
 use crate::types::Piece;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,10 +22,10 @@ const LEAST: usize = 64;
 /// An empty ring begins anew from here on: what is written again and again stays in the cache.
 const FAR: usize = RING / 4;
 
-/// Words of the file that this takes: how each order ended, and the ring.
-pub(super) const WORDS: usize = WINDOW + RING;
-const STATUS_AT: usize = ORDERS_AT;
-const RING_AT: usize = ORDERS_AT + WINDOW;
+/// Where its words begin in the file, behind the ring of chunks: how each order ended, and the ring. And where they end.
+const STATUS_AT: usize = FRONT + RING_OF_CHUNKS;
+const RING_AT: usize = STATUS_AT + WINDOW;
+pub(super) const END: usize = RING_AT + RING;
 
 /// Words of the front page, each in a cache line of its own. Written by the owner of the file: how far it has written.
 const TAIL: usize = FRONT_OF_OTHERS;

@@ -2,8 +2,9 @@
 //! lies in memory that both write: whatever the other side may write is read once, checked, and never read again. Knows nothing of
 //! what addresses mean.
 
+use super::front::{FRONT, RING};
+use super::grants;
 use super::memfile::{self, Shared};
-use super::{grants, orders};
 use crate::status::{bail, Result};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{fence, Ordering};
@@ -11,19 +12,13 @@ use std::sync::Arc;
 
 /// Pieces of a chunk at most.
 pub(crate) const MAX_PIECES: usize = 4096;
-/// Words of the ring; of each descriptor's head, and of each piece.
-const RING: usize = 64 << 10;
+/// Words of each descriptor's head, and of each piece.
 const HEAD_WORDS: usize = 2;
 const PIECE_WORDS: usize = 2;
 /// Words of a descriptor at most.
 const MAX_WORDS: usize = HEAD_WORDS + PIECE_WORDS * MAX_PIECES;
-/// Words in front of the ring, a page.
-const FRONT: usize = 512;
-/// Where the words of others begin, by their order in the file.
-pub(super) const ORDERS_AT: usize = FRONT + RING;
-pub(super) const GRANTS_AT: usize = ORDERS_AT + orders::WORDS;
 /// Bytes of the file.
-pub(crate) const BYTES: usize = (GRANTS_AT + grants::WORDS) * 8;
+pub(crate) const BYTES: usize = grants::END * 8;
 
 /// Words of the front page, each in a cache line of its own. Written by the owner of the file: how far it has written, and that its
 /// memory is its own again.
@@ -34,8 +29,6 @@ const LISTENS: usize = 16;
 /// Written by the other side: how far it has read, and how many chunks it has taken.
 const HEAD: usize = 24;
 const TAKEN: usize = 32;
-/// The first word of the front page that is for others.
-pub(super) const FRONT_OF_OTHERS: usize = 40;
 
 /// A piece of a chunk, in the source's address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

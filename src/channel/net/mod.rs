@@ -7,8 +7,8 @@ mod staging;
 
 pub(crate) use channel::Channel;
 
-use super::path::{Arrival, ChunkLimits, Copier, Departure, Event, Line, Path, Way};
-use super::plan::{chunk_len, MAX_CROSSED, MAX_PARTS};
+use super::path::{Arrival, Copier, Departure, Event, Line, Path, Way};
+use super::plan::{chunk_len, ChunkLimits, MAX_CROSSED, MAX_PARTS};
 use super::stripe::{Loads, Nic, LEFT_ALONE};
 use crate::stats::ChannelStats;
 use crate::status::{bail, Result};

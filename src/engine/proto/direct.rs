@@ -4,7 +4,6 @@
 use super::{Kind, Machine};
 use crate::channel::path::{Blocks, Direct, Pairing, Way};
 use crate::channel::router::Channels;
-use crate::hash::Map;
 use crate::region::Hold;
 use crate::status::{err, Result};
 use crate::types::{Key, Place};
@@ -24,20 +23,6 @@ impl Sketch {
     /// The pairs of places (here, at the peer) that occur.
     pub(crate) fn places(&self) -> Vec<(Place, Place)> {
         self.pairings.iter().map(|p| (p.here, p.there)).collect()
-    }
-}
-
-/// Those under way: what keeps their regions.
-#[derive(Default)]
-pub(super) struct Unasked(Map<u64, Hold>);
-
-impl Unasked {
-    pub(super) fn uses_region(&self, id: u64) -> bool {
-        self.0.values().any(|hold| hold.holds(id))
-    }
-
-    pub(super) fn clear(&mut self) {
-        self.0.clear();
     }
 }
 
@@ -63,7 +48,7 @@ impl Machine {
         let id = self.transfers.start(Kind::Direct, total, count);
         debug_assert_eq!(id, key.id);
         self.deadlines.start(key, way, total, now);
-        self.unasked.0.insert(id, hold);
+        self.unasked.insert(id, hold);
         self.attend(now);
         Ok(Some(id))
     }
@@ -76,7 +61,7 @@ impl Machine {
 
     /// Such a transfer has ended.
     pub(super) fn direct_ended(&mut self, key: Key, done: bool) {
-        self.unasked.0.remove(&key.id);
+        self.unasked.remove(key.id);
         self.deadlines.end(key);
         let result = if done {
             Ok(())

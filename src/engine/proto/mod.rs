@@ -22,6 +22,7 @@ mod peer;
 #[cfg_attr(fuzzing, allow(dead_code, unused_imports))]
 mod simulation;
 mod transfers;
+mod unasked;
 
 pub(crate) use direct::Sketch;
 pub(crate) use limits::MAX_BACKLOG;
@@ -32,6 +33,7 @@ pub(crate) use peer::is_farewell;
 #[cfg(fuzzing)]
 pub(crate) use simulation::attacked;
 pub use transfers::TransferState;
+use unasked::Unasked;
 
 use super::budget::{Account, Share};
 use super::notify::Inbox;
@@ -111,7 +113,7 @@ pub(crate) struct Machine {
     outgoing: Outgoing,
     incoming: Incoming,
     matching: Matching,
-    unasked: direct::Unasked,
+    unasked: Unasked,
     deadlines: Deadlines,
     peer: PeerLoad,
     /// Lists of ended transfers for the next ones.
@@ -158,7 +160,7 @@ impl Machine {
             outgoing: Outgoing::default(),
             incoming: Incoming::default(),
             matching: Matching::default(),
-            unasked: direct::Unasked::default(),
+            unasked: Unasked::default(),
             deadlines: Deadlines::new(now),
             peer: PeerLoad::new(share),
             spare: Spare::default(),

@@ -3,8 +3,8 @@
 //! bytes and sockets.
 
 use super::limits;
-use crate::channel::path::{ChunkLimits, Departure};
-use crate::channel::plan::Walk;
+use crate::channel::path::Departure;
+use crate::channel::plan::{ChunkLimits, Walk};
 use crate::channel::router::Channels;
 use crate::channel::stripe::Want;
 use crate::hash::Map;

@@ -128,3 +128,24 @@ fn cost_of_a_block() {
         crate::benchmarks::line_of_blocks(what, times);
     }
 }
+
+#[test]
+fn a_helping_ends_by_blocks_and_by_bytes() {
+    let (registry, ids) = registry();
+    let items: Vec<_> =
+        (0..10).map(|i| (LocalSegment { mr: ids[0], addr: (1 << 20) + i * 60, len: 60 }, item(1, i as u64 * 60))).collect();
+    let helpings = |most: usize, bytes: u64| {
+        let (sketch, known) = sketch(items.iter().copied(), &registry, ENGINE).unwrap();
+        let mut feed = Feed::new(items.iter().copied(), known, Way::Out, sketch.count);
+        let mut out = Vec::new();
+        let mut sizes = Vec::new();
+        while feed.fill(most, bytes, &mut out).is_some() {
+            sizes.push(out.drain(..).count());
+        }
+        sizes
+    };
+    assert_eq!(helpings(100, 1 << 30), [10]);
+    assert_eq!(helpings(4, 1 << 30), [4, 4, 2]);
+    assert_eq!(helpings(100, 100), [2; 5], "the block that reaches the limit is the last");
+    assert_eq!(helpings(100, 1), [1; 10]);
+}

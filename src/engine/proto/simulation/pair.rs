@@ -4,8 +4,10 @@
 use super::net::Net;
 use super::world::{Side, DEVICE_CHANNELS, HOST_CHANNELS, MATCH_TIMEOUT, PEER_TIMEOUT, TRANSFER_TIMEOUT};
 use super::{Action, Rng};
+use crate::channel::path::Way;
+use crate::engine::fifo::FifoItem;
 use crate::engine::proto::TransferState;
-use crate::engine::request::{message, Built, RequestBuilder};
+use crate::engine::request::{message, sketch, Built, Feed, RequestBuilder};
 use crate::engine::transfer::{Direction, LocalSegment};
 use crate::status::{err, ErrorKind};
 use crate::types::{Place, Segment};
@@ -64,6 +66,7 @@ impl World {
         let net = Arc::new(Mutex::new(Net::new(DEVICE_CHANNELS + HOST_CHANNELS, rng.below(2) == 0)));
         let start = Instant::now();
         let chunk = 4096 << rng.below(3);
+        net.lock().carries = rng.below(3) == 0;
         let mut side = |side| {
             let eager = if rng.below(2) == 0 { 0 } else { 3000 };
             let mut made = Side::new(&net, side, chunk as usize, eager, start);
@@ -112,7 +115,9 @@ impl World {
             }
             10..=14 => self.deliver_control(side, b as usize),
             15..=18 => {
-                self.net.lock().transmit(channel, side);
+                let mut net = self.net.lock();
+                net.transmit(channel, side);
+                net.carry(side, 1 + b as usize % 3);
             }
             19..=22 => {
                 self.net.lock().deliver(channel, side);
@@ -151,6 +156,7 @@ impl World {
                 drop(net);
                 self.sides[side].mute = true;
             }
+            5 if b % 2 == 0 => net.carried_stalls = true,
             5 => net.wires.iter_mut().for_each(|w| w[side].stalled = true),
             6 => {
                 drop(net);
@@ -217,6 +223,10 @@ impl World {
             expected.push(Expected { side: to, memory, at, bytes: source[at..at + len].to_vec() });
         }
         let now = self.now;
+        if let Some(id) = self.without_chunks(here, direction, &items) {
+            self.transfers.push(Transfer { side: here, id, expected, begun: now, excused, ended: false });
+            return self.sides[here].poll(now);
+        }
         let peer_engine = self.sides[there].engine;
         let me = &mut self.sides[here];
         let builder = RequestBuilder::new(items.len(), &me.registry, peer_engine, None).expect("builder");
@@ -233,6 +243,22 @@ impl World {
             Err(e) => me.fail(e, now),
         }
         self.sides[here].poll(now);
+    }
+
+    /// Starts a transfer without chunks, where a path carries it so.
+    fn without_chunks(&mut self, side: usize, direction: Direction, items: &[(LocalSegment, FifoItem)]) -> Option<u64> {
+        let (now, peer_engine, me) = (self.now, self.sides[1 - side].engine, &mut self.sides[side]);
+        let way = if direction == Direction::Read { Way::In } else { Way::Out };
+        let (sketch, known) = sketch(items.iter().copied(), &me.registry, peer_engine)?;
+        let mut feed = Feed::new(items.iter().copied(), known, way, sketch.count);
+        me.machine.admit(sketch.count, &sketch.places(), &me.channels).ok()?;
+        match me.machine.start_direct(sketch, way, &mut feed, &mut me.channels, now) {
+            Ok(id) => id,
+            Err(e) => {
+                me.fail(e, now);
+                None
+            }
+        }
     }
 
     fn send(&mut self, side: usize, a: u32, b: u32) {
@@ -301,6 +327,7 @@ impl World {
                 self.sides[side].poll(self.now);
                 for channel in 0..DEVICE_CHANNELS + HOST_CHANNELS {
                     let mut net = self.net.lock();
+                    net.carry(side, 1);
                     for _ in 0..4 {
                         net.transmit(channel, side);
                         net.deliver(channel, side);
@@ -445,14 +472,26 @@ impl World {
                 return Err("a notification was lost".to_owned());
             }
         }
-        for side in 0..2 {
-            (0..self.sides[side].memory.len()).for_each(|index| self.sides[side].deregister(index));
-            self.sides[side].reclaim();
-            if self.sides[side].memory.iter().any(|m| !m.freed) {
-                return Err(format!("side {side} still uses memory although all transfers have ended"));
-            }
-        }
+        self.give_back(limit)?;
         self.busy(10);
         self.check()
+    }
+
+    /// All memory is given back, and is free at once without faults. With them a side may not know yet that its peer is gone.
+    fn give_back(&mut self, limit: Instant) -> Result<(), String> {
+        for side in &mut self.sides {
+            (0..side.memory.len()).for_each(|index| side.deregister(index));
+            side.reclaim();
+        }
+        loop {
+            let used = |side: &Side| side.memory.iter().any(|m| !m.freed);
+            let Some(side) = self.sides.iter().position(used) else { return Ok(()) };
+            if !self.faulty || self.now > limit {
+                return Err(format!("side {side} still uses memory although all transfers have ended"));
+            }
+            self.now += Duration::from_millis(250);
+            self.busy(4);
+            self.check()?;
+        }
     }
 }

@@ -86,6 +86,7 @@ impl Side {
         now: Instant,
     ) -> Side {
         let registry = Arc::new(Registry::new());
+        net.lock().registries[side] = Some(registry.clone());
         let queue = Queue::new(1 << 30, 256 << 20);
         let account = Pool::endless().account([127, 0, 0, 1].into());
         let setting = Setting {

@@ -1,4 +1,5 @@
 use super::super::tests::{ends, Memory};
+use super::super::LocalPath;
 use super::*;
 use crate::channel::path::{Blocks, Path};
 use crate::region::Region;

@@ -1,0 +1,201 @@
+//! What an application asks of a connection: transfers, messages, notifications. The first chunks leave from its thread. Knows nothing of
+//! how the rest is driven.
+
+use super::super::fifo::FifoItem;
+use super::super::list::List;
+use super::super::proto::{Sketch, MAX_BACKLOG};
+use super::super::request::{self, Built, RequestBuilder};
+use super::super::spare::MANY;
+use super::super::transfer::{Direction, LocalSegment};
+use super::core::Core;
+use super::{Connection, Held};
+use crate::channel::path::{Blocks, Way};
+use crate::status::{bail, Result};
+use crate::types::{Place, Segment};
+use crate::wire::frame::{MAX_NOTIFICATION, MAX_SEGMENTS};
+use std::borrow::Borrow;
+use std::time::{Duration, Instant};
+
+/// Where a transfer's data goes.
+fn way(direction: Direction) -> Way {
+    match direction {
+        Direction::Read => Way::In,
+        Direction::Write => Way::Out,
+    }
+}
+
+impl Connection {
+    /// Starts a read or write of several segments as one transfer; gives its id.
+    ///
+    /// # Errors
+    /// `InvalidArgument`, `NotFound` (region), `Resource`, or why the connection is lost. Nothing moves then.
+    pub fn transfer<B: Borrow<FifoItem>>(
+        &self,
+        direction: Direction,
+        items: impl ExactSizeIterator<Item = (LocalSegment, B)> + Clone,
+    ) -> Result<u64> {
+        self.core.check("connection")?;
+        if self.one_host.is_some() {
+            if let Some((sketch, known)) = request::sketch(items.clone(), &self.home.registry, self.peer.engine) {
+                let way = way(direction);
+                let mut feed = request::Feed::new(items.clone(), known, way, sketch.count);
+                if let Some(id) = self.transfer_direct(way, sketch, &mut feed)? {
+                    return Ok(id);
+                }
+            }
+        }
+        self.transfer_in_chunks(direction, items.len(), items)
+    }
+
+    /// As [`Connection::transfer`], of a list that is kept for several transfers.
+    ///
+    /// # Errors
+    /// As [`Connection::transfer`].
+    pub fn transfer_list(&self, direction: Direction, list: &List) -> Result<u64> {
+        self.core.check("connection")?;
+        if self.one_host.is_some() {
+            let way = way(direction);
+            if let Some((sketch, mut feed)) = list.sketch(way, &self.home.registry, self.peer.engine) {
+                if let Some(id) = self.transfer_direct(way, sketch, &mut feed)? {
+                    return Ok(id);
+                }
+            }
+        }
+        self.transfer_in_chunks(direction, list.len(), list.iter())
+    }
+
+    fn transfer_in_chunks<B: Borrow<FifoItem>>(
+        &self,
+        direction: Direction,
+        n: usize,
+        items: impl Iterator<Item = (LocalSegment, B)>,
+    ) -> Result<u64> {
+        let builder = if n < MANY {
+            RequestBuilder::new(n, &self.home.registry, self.peer.engine, None)
+        } else {
+            let spare = &mut self.lock().machine.spare;
+            RequestBuilder::new(n, &self.home.registry, self.peer.engine, Some(spare))
+        }?;
+        let built = builder.build(items)?;
+        let now = Instant::now();
+        let mut core = self.lock();
+        match built {
+            Built::Refused(error) => {
+                self.admit(&core, 0, &[])?;
+                log::error!("{}: {error}", self.peer.name);
+                Ok(core.machine.start_failed(error))
+            }
+            Built::Request(request) => {
+                self.admit(&core, request.segments.len(), &request.pairs)?;
+                let Core { machine, channels, .. } = &mut *core;
+                let started = match direction {
+                    Direction::Write => machine.start_write(request, channels, now),
+                    Direction::Read => machine.start_read(request, now),
+                };
+                self.started(core, started, now)
+            }
+        }
+    }
+
+    /// Starts a transfer all of which the peer has granted, within the host. `None`: it has to go another way.
+    fn transfer_direct(&self, way: Way, sketch: Sketch, blocks: &mut dyn Blocks) -> Result<Option<u64>> {
+        if sketch.count > MAX_SEGMENTS {
+            return Ok(None);
+        }
+        let now = Instant::now();
+        let mut core = self.lock();
+        self.admit(&core, sketch.count, &sketch.places())?;
+        let at_once = way == Way::In && sketch.pairings.iter().all(|pairing| !pairing.here.is_device());
+        let Core { machine, channels, .. } = &mut *core;
+        match machine.start_direct(sketch, way, blocks, channels, now) {
+            Ok(None) => Ok(None),
+            Ok(Some(id)) => {
+                // A small read of host memory is over already.
+                let before = machine.ended();
+                let looked = if at_once { machine.drive_channels(channels, now).map(drop) } else { Ok(()) };
+                self.wake_waiters(&core, before);
+                self.started(core, looked.map(|()| Some(id)), now)
+            }
+            Err(e) => self.started(core, Err(e), now),
+        }
+    }
+
+    /// Starts a two-sided send of one message gathered from segments; gives its id.
+    ///
+    /// # Errors
+    /// As [`Connection::transfer`].
+    pub fn send(&self, items: impl ExactSizeIterator<Item = LocalSegment>) -> Result<u64> {
+        self.core.check("connection")?;
+        let (segments, uses) = request::message(items, &self.home.registry)?;
+        let now = Instant::now();
+        let mut core = self.lock();
+        self.admit(&core, segments.len(), &[])?;
+        let id = core.machine.start_send(segments, uses, now);
+        self.started(core, Ok(id), now)
+    }
+
+    /// Starts a receive of one message of at most `local.len` bytes; gives its id.
+    ///
+    /// # Errors
+    /// As [`Connection::transfer`].
+    pub fn recv(&self, local: LocalSegment) -> Result<u64> {
+        self.core.check("connection")?;
+        let region = self.home.registry.local(local.mr)?;
+        let (addr, len) = (local.addr as u64, local.len as u64);
+        region.check(addr, len)?;
+        let segment = Segment { addr, len, region: 0, place: region.place, peer: Place::HOST };
+        let now = Instant::now();
+        let mut core = self.lock();
+        self.admit(&core, 1, &[])?;
+        let id = core.machine.start_receive(segment, region, now);
+        self.started(core, Ok(id), now)
+    }
+
+    /// Queues a notification for the peer. Where a large backlog waits it waits too, until there is room or the connection has failed.
+    ///
+    /// # Errors
+    /// `InvalidArgument` above 64 MiB, or why the connection is lost.
+    pub fn notify(&self, name: &[u8], message: &[u8]) -> Result<()> {
+        self.core.check("connection")?;
+        let size = name.len().saturating_add(message.len());
+        if size > MAX_NOTIFICATION {
+            bail!(InvalidArgument, "a notification of {size} bytes, at most {MAX_NOTIFICATION}");
+        }
+        let mut core = self.lock();
+        while core.backlog() + size > MAX_BACKLOG && core.machine.dead().is_none() && !core.closing {
+            self.drive(&mut core, Instant::now());
+            core.pause(Duration::from_micros(100));
+        }
+        self.admit(&core, 0, &[])?;
+        let now = Instant::now();
+        core.machine.notify(name, message, now);
+        self.started(core, Ok(()), now)
+    }
+
+    /// Whether a transfer may start. What fails here leaves the connection alive; what fails later ends it.
+    fn admit(&self, core: &Core, segments: usize, pairs: &[(Place, Place)]) -> Result<()> {
+        if core.closing {
+            core.machine.alive()?;
+            bail!(Canceled, "the connection is being closed");
+        }
+        core.machine.admit(segments, pairs, &core.channels).inspect_err(|e| self.home.counters.limit(e.kind()))
+    }
+
+    /// After work was added: the first chunks leave from here, and the progress thread is told when it must poll.
+    fn started<T>(&self, mut core: Held<'_>, started: Result<T>, now: Instant) -> Result<T> {
+        let result = started.and_then(|value| core.pump(now).map(|_| value)).map_err(|e| core.last_words(e, now));
+        match &result {
+            Err(e) => self.fail_locked(&mut core, e.clone()),
+            Ok(_) => {
+                let mut needs_help = core.backlog() > 0 || (core.channels.busy() && !self.home.doorbells);
+                // Nobody rings when a device has copied; whoever polls in a loop looks anyway.
+                needs_help |= core.channels.copies_pending() && self.driven_by_application().is_none();
+                drop(core);
+                if needs_help {
+                    self.home.attend(self.id);
+                }
+            }
+        }
+        result
+    }
+}
