@@ -3,6 +3,7 @@
 use super::super::bell::Bell;
 use super::super::budget::Pool;
 use super::super::notify::{Inbox, Queue};
+use super::super::pacing::Cores;
 use super::super::progress;
 use super::super::proto::{Machine, Setting};
 use super::super::transfer::LocalSegment;
