@@ -9,7 +9,8 @@
  *  - Pointers to numbers and structures must be aligned for them; one that is not is UCCL_ERR_INVALID_ARGUMENT.
  *  - Handles are never dereferenced and never reused: a stale, foreign or NULL handle is an error, not undefined behaviour.
  *  - After fork the child may create engines of its own. Handles that it inherited belong to the parent: the destroy functions do
- *    nothing with them, every other use is an error, and the parent's connections are not touched.
+ *    nothing with them, every other use is an error, and the parent's connections are not touched. Where the parent used CUDA, which
+ *    then does not work in the child, the child registers host memory only.
  *  - Functions may be called from destructors of static objects and of thread-specific data; nothing here throws or unwinds.
  *  - Lengths are bytes. Deadlines come from the environment: docs/configuration.md.
  *  - C11 or newer; C++11 or newer for the C++ API.
