@@ -1222,7 +1222,8 @@ bool uccl_engine_xfer_status(uccl_conn_t *conn, uint64_t transfer_id);
  * @param num_iovs    [in]  Segments, 1 to 1,048,576.
  * @param list        [out] The list, owned by the caller, to be freed with uccl_engine_list_free.
  * @return UCCL_OK, UCCL_ERR_INVALID_ARGUMENT, UCCL_ERR_RESOURCE. The arrays are copied. What is wrong with a region, a range or an
- *         item shows when the list is started: a list belongs to no engine and keeps no region.
+ *         item shows when the list is started: a list belongs to no engine and keeps no region. Memory that was registered anew
+ *         since, here or at the peer, needs a new list.
  *
  * Threads: any.
  */

@@ -194,6 +194,31 @@ fn a_connection_that_somebody_keeps_stays_alive_and_keeps_no_other_up() {
     assert_eq!(to.bytes, from.bytes);
 }
 
+/// What the peer sends to a connection that somebody keeps waits, and costs no processor time while it does.
+#[test]
+fn what_comes_to_a_connection_that_somebody_keeps_waits_without_a_cost() {
+    const NAME: &str = "what_comes_to_a_connection_that_somebody_keeps_waits_without_a_cost";
+    const KEPT: Duration = Duration::from_secs(3);
+    if !isolated(NAME) {
+        return;
+    }
+    let [a, b] = impatient(Duration::from_secs(30));
+    let (kept, inc) = pair(&a, &b);
+    std::thread::sleep(Duration::from_millis(300));
+    let before = ticks(std::process::id());
+    std::thread::scope(|scope| {
+        scope.spawn(|| kept.simulate_kept_preparing(KEPT));
+        std::thread::sleep(Duration::from_millis(100));
+        inc.notify(b"n", b"unread").unwrap();
+    });
+    let used = ticks(std::process::id()) - before;
+    // SAFETY: a plain system call.
+    let second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as u64;
+    assert!(used < second, "{used} of {} ticks", KEPT.as_secs() * second);
+    kept.status().unwrap();
+    assert!(until(LIMIT, || a.next_notification().is_some()));
+}
+
 /// Nobody vouches for ever for a thread that does not come back.
 #[test]
 fn a_connection_that_stays_kept_is_given_up_by_its_peer() {

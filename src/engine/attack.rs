@@ -100,7 +100,7 @@ impl Liar {
     /// # Errors
     /// As [`Liar::say`].
     pub fn flush(&mut self) -> Result<usize> {
-        self.control.flush(&mut self.tx, usize::MAX, (0, 0))?;
+        self.control.flush(&mut self.tx, usize::MAX)?;
         Ok(self.tx.pending() + self.control.pending())
     }
 

@@ -293,7 +293,8 @@ impl Connection {
     /// Has what chunks of `place` need allocated, which may take as long as the application keeps the driver.
     pub(crate) fn ready(&self, place: Place) -> Result<()> {
         let _preparing = Preparing::new(self);
-        self.lock().channels.ready(place)
+        let mut core = self.lock();
+        core.channels.ready(place)
     }
 
     /// Has the peer hear of this side, where whoever should speak is kept. Whether something was said.
@@ -318,8 +319,10 @@ impl Connection {
     /// Tells a peer on this host of a region that it may want to reach soon.
     pub(crate) fn offer_region(&self, region: &RegionUse) {
         if self.one_host.is_some() && self.core.is_here() {
-            self.core.lock().channels.offer(region.to_share());
-            self.home.attend(self.id);
+            // It attends to it afterwards.
+            let _preparing = Preparing::new(self);
+            let mut core = self.lock();
+            core.channels.offer(region.to_share());
         }
     }
 

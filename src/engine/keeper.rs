@@ -12,7 +12,9 @@ const ROUND: (Duration, Duration) = (Duration::from_millis(20), Duration::from_s
 /// Runs until the engine ends.
 pub(crate) fn run(site: &Site) {
     crate::threads::block_signals();
-    let mut pause = site.config.peer_timeout / 12;
+    // A new connection may be kept from its first moment on.
+    let most = site.config.peer_timeout / 12;
+    let mut pause = most;
     loop {
         let wait = pause.clamp(ROUND.0, ROUND.1);
         match dial::poll(&[(site.ending.fd(), libc::POLLIN)], wait) {
@@ -20,7 +22,8 @@ pub(crate) fn run(site: &Site) {
             Ok(_) => {}
             Err(_) => std::thread::sleep(wait),
         }
-        pause = site.home.connections.all().iter().map(|connection| keep(connection)).min().unwrap_or(ROUND.1);
+        pause =
+            site.home.connections.all().iter().map(|connection| keep(connection)).min().map_or(most, |soonest| soonest.min(most));
     }
 }
 

@@ -172,6 +172,11 @@ impl<'a> Driving<'a> {
                 continue;
             }
             let found = active.connection.progress(must);
+            if found.kept {
+                // What comes waits until whoever keeps it asks for this thread.
+                watch(home, active, Interest::NONE);
+                continue;
+            }
             round.any |= found.any;
             round.channels_busy |= found.channels_busy;
             round.polled |= found.channels_busy && !home.doorbells;

@@ -32,8 +32,10 @@ struct Out {
     sent: usize,
     /// A block of frames that is too long for one record, and how much of it was sealed.
     long: Option<(Block, usize)>,
-    /// What a heartbeat says: see [`Frame::Ping`].
+    /// What the last heartbeat said that was sealed: see [`Frame::Ping`].
     reported: (u64, u64),
+    /// Bytes that left while whoever drives the connection was kept, and that it does not know of.
+    kept: usize,
     /// The last frame was sent.
     ended: bool,
 }
@@ -67,6 +69,7 @@ impl Out {
                 }
                 return Ok(false);
             };
+            self.reported = block.reported().unwrap_or(self.reported);
             if block.frames().len() <= MAX_PLAIN {
                 tx.recycle(std::mem::replace(&mut self.leaving, block.into_bytes()));
                 self.sealer.seal_in_place(&mut self.leaving)?;
@@ -107,6 +110,7 @@ impl Voice {
         }
         let mut total = 0;
         let said = self.heartbeat(&mut out, &mut total);
+        out.kept += total;
         if total > 0 {
             self.spoke.store(now, Ordering::Relaxed);
         }
@@ -114,15 +118,17 @@ impl Voice {
     }
 
     fn heartbeat(&self, out: &mut Out, total: &mut usize) -> Result<()> {
-        // A frame has to be whole before the next one begins.
-        if out.write(&self.sock, total)? && out.long.is_none() && *total == 0 {
-            let (received, chunks) = out.reported;
-            let mut tx = TxQueue::default();
-            tx.push(&Frame::Ping { received, chunks });
-            out.seal_next(&mut tx)?;
-            out.write(&self.sock, total)?;
+        if !out.write(&self.sock, total)? || *total > 0 {
+            return Ok(());
         }
-        Ok(())
+        let mut tx = TxQueue::default();
+        // A frame has to be whole before the next one begins: of a long one the next piece leaves.
+        if out.long.is_none() {
+            let (received, chunks) = out.reported;
+            tx.push(&Frame::Ping { received, chunks });
+        }
+        out.seal_next(&mut tx)?;
+        out.write(&self.sock, total).map(drop)
     }
 
     fn clock(&self) -> u64 {
@@ -152,7 +158,7 @@ impl ControlStream {
         let mut sealed = vec![0; arrived.max(2 * MAX_RECORD)];
         sealed[..arrived].copy_from_slice(&raw);
         let Session { sealer, opener, .. } = session;
-        let out = Out { sealer, leaving: Vec::new(), sent: 0, long: None, reported: (0, 0), ended: false };
+        let out = Out { sealer, leaving: Vec::new(), sent: 0, long: None, reported: (0, 0), kept: 0, ended: false };
         let (out, born) = (Mutex::new(out), Instant::now());
         let voice = Arc::new(Voice { sock, out, born, spoke: AtomicU64::new(0), driven: AtomicU64::new(0) });
         Ok(ControlStream { voice, opener, early: plain, sealed, arrived, pending: 0 })
@@ -203,11 +209,10 @@ impl ControlStream {
         Ok(())
     }
 
-    /// Sends of `tx` what the socket takes, until `most` bytes have left or a record more. Returns the bytes that left. `reported`: what
-    /// the next heartbeat says, if somebody else has to say it.
-    pub(crate) fn flush(&mut self, tx: &mut TxQueue, most: usize, reported: (u64, u64)) -> Result<usize> {
+    /// Sends of `tx` what the socket takes, until `most` bytes have left or a record more. Returns the bytes that left since the last
+    /// call.
+    pub(crate) fn flush(&mut self, tx: &mut TxQueue, most: usize) -> Result<usize> {
         let mut out = self.voice.out.lock();
-        out.reported = reported;
         let mut total = 0;
         let flushed = loop {
             match out.write(&self.voice.sock, &mut total) {
@@ -222,13 +227,14 @@ impl ControlStream {
             }
         };
         self.pending = out.pending();
+        let kept = std::mem::take(&mut out.kept);
         drop(out);
         if total > 0 {
             let now = self.voice.clock();
             self.voice.spoke.store(now, Ordering::Relaxed);
             self.voice.driven.store(now, Ordering::Relaxed);
         }
-        flushed.map(|()| total)
+        flushed.map(|()| total + kept)
     }
 
     /// Bytes taken from the queue that the socket has not.
@@ -291,7 +297,7 @@ mod tests {
         let (queued, mut rx, mut got) = (tx.pending(), RxBuffer::default(), Vec::new());
         let mut left = 0;
         while got.len() < 3 {
-            let sent = a.flush(&mut tx, MOST, (0, 0)).unwrap();
+            let sent = a.flush(&mut tx, MOST).unwrap();
             assert!(sent <= MOST + MAX_RECORD, "{sent} bytes in one go");
             // Nothing is sealed long before it leaves.
             let sealed = a.voice.out.lock().leaving.len();
@@ -309,6 +315,88 @@ mod tests {
         assert!(got[1] == body && (a.pending(), tx.pending()) == (0, 0));
     }
 
+    /// Whoever drives a connection may be kept at any moment, also in the middle of a frame.
+    #[test]
+    fn a_side_that_is_kept_is_heard_of_between_frames_and_inside_of_a_long_one() {
+        const LEN: usize = 1 << 20;
+        const LONG: Duration = Duration::from_secs(3600);
+        let [mut a, mut b] = pair();
+        let (voice, body) = (a.voice(), vec![7; LEN]);
+        let (mut tx, mut rx) = (TxQueue::default(), RxBuffer::default());
+        let (mut heard, mut pings, mut whole) = (0, 0, false);
+        tx.push(&Frame::Ping { received: 5, chunks: 6 });
+        tx.push(&Frame::Notify { name: b"n", message: &body });
+        let mut left = a.flush(&mut tx, 1).unwrap();
+        assert!(left > 0 && a.pending() > LEN / 2 && !voice.keep(LONG, LONG) && !voice.keep(Duration::ZERO, Duration::ZERO));
+        let until = Instant::now() + Duration::from_secs(60);
+        while pings < 3 {
+            assert!(Instant::now() < until, "{left} bytes left");
+            left += usize::from(voice.keep(Duration::ZERO, LONG));
+            let (n, _) = b.read(&mut rx).unwrap();
+            heard += usize::from(n > 0);
+            while let Some((frame, len)) = rx.next().unwrap() {
+                match frame {
+                    Frame::Notify { message, .. } if !whole => whole = message == body,
+                    frame => {
+                        assert_eq!(frame, Frame::Ping { received: 5, chunks: 6 });
+                        pings += usize::from(whole);
+                    }
+                }
+                rx.consume(len);
+            }
+        }
+        assert!(whole && heard > 3);
+        // Whoever drives goes on where that was.
+        tx.push(&Frame::Notify { name: b"n", message: b"after" });
+        a.flush(&mut tx, usize::MAX).unwrap();
+        assert_eq!((a.pending(), tx.pending()), (0, 0));
+        a.end();
+        while !voice.keep(Duration::ZERO, LONG) && Instant::now() < until {
+            b.read(&mut rx).unwrap();
+            let last = std::iter::from_fn(|| match rx.next().unwrap() {
+                Some((frame, len)) => {
+                    let last = matches!(frame, Frame::Notify { message: b"after", .. });
+                    rx.consume(len);
+                    Some(last)
+                }
+                None => None,
+            });
+            if last.last() == Some(true) {
+                return;
+            }
+        }
+        panic!("a heartbeat after the last frame");
+    }
+
+    /// What a kept side says of itself is never less than what it has said, nor more than what is still to be said before it.
+    #[test]
+    fn a_heartbeat_of_a_side_that_is_kept_says_what_the_last_one_did() {
+        const LONG: Duration = Duration::from_secs(3600);
+        let [mut a, mut b] = pair();
+        let voice = a.voice();
+        let (mut tx, mut rx, mut said) = (TxQueue::default(), RxBuffer::default(), Vec::new());
+        for number in 1..=3 {
+            tx.push(&Frame::Ping { received: number, chunks: number });
+            tx.push(&Frame::Notify { name: b"n", message: &[7; 40_000] });
+        }
+        let until = Instant::now() + Duration::from_secs(60);
+        while said.last() != Some(&3) || tx.pending() + a.pending() > 0 {
+            assert!(Instant::now() < until, "{said:?}");
+            a.flush(&mut tx, 1).unwrap();
+            for _ in 0..3 {
+                voice.keep(Duration::ZERO, LONG);
+            }
+            b.read(&mut rx).unwrap();
+            while let Some((frame, len)) = rx.next().unwrap() {
+                if let Frame::Ping { received, .. } = frame {
+                    said.push(received);
+                }
+                rx.consume(len);
+            }
+        }
+        assert!(said.len() > 6 && said.is_sorted(), "{said:?}");
+    }
+
     #[test]
     fn frames_of_all_sizes_survive_a_slow_reader() {
         let [mut a, mut b] = pair();
@@ -321,7 +409,7 @@ mod tests {
         let queued = tx.pending();
         let (mut rx, mut got, mut left) = (RxBuffer::default(), 0, 0);
         while got < bodies.len() {
-            left += a.flush(&mut tx, usize::MAX, (0, 0)).unwrap();
+            left += a.flush(&mut tx, usize::MAX).unwrap();
             b.read(&mut rx).unwrap();
             while let Some((frame, len)) = rx.next().unwrap() {
                 assert_eq!(frame, Frame::Notify { name: b"n", message: &bodies[got] });

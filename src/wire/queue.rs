@@ -29,6 +29,8 @@ pub(crate) struct TxQueue {
 pub(crate) struct Block {
     bytes: Vec<u8>,
     answers: usize,
+    /// What the last heartbeat among its frames says: see [`Frame::Ping`].
+    reported: Option<(u64, u64)>,
 }
 
 impl Block {
@@ -36,12 +38,17 @@ impl Block {
     fn new(mut bytes: Vec<u8>) -> Block {
         bytes.clear();
         bytes.resize(RECORD_HEADER, 0);
-        Block { bytes, answers: 0 }
+        Block { bytes, answers: 0, reported: None }
     }
 
     /// The frames.
     pub(crate) fn frames(&self) -> &[u8] {
         self.bytes.get(RECORD_HEADER..).unwrap_or_default()
+    }
+
+    /// What the last heartbeat among them says.
+    pub(crate) fn reported(&self) -> Option<(u64, u64)> {
+        self.reported
     }
 
     /// Room of [`RECORD_HEADER`] bytes, and the frames.
@@ -71,6 +78,9 @@ impl TxQueue {
             frame::encode(frame, &mut block.bytes);
             let len = block.bytes.len() - before;
             self.bytes += len;
+            if let Frame::Ping { received, chunks } = *frame {
+                block.reported = Some((received, chunks));
+            }
             if self.answering {
                 block.answers += len;
                 self.answers += len;

@@ -140,7 +140,11 @@ fn time_and_intervals_bound_a_row() {
         assert!(output.status.success(), "{}", text(&output.stderr));
         let rows: Vec<tcpx_tools::report::Row> = serde_json::from_slice(&output.stdout).unwrap();
         // What a row counts is the transfers alone; the time is that of the whole of it.
-        assert!(began.elapsed().as_secs_f64() > 1.0 && rows[0].seconds > 0.0 && rows[0].iters > 1 && rows[0].cpu_s > 0.0, "{:?}", rows[0]);
+        assert!(
+            began.elapsed().as_secs_f64() > 1.0 && rows[0].seconds > 0.0 && rows[0].iters > 1 && rows[0].cpu_s > 0.0,
+            "{:?}",
+            rows[0]
+        );
         assert!(text(&output.stderr).lines().filter(|l| l.contains(" GB/s  p50")).count() >= 2, "{}", text(&output.stderr));
     }
 }

@@ -106,6 +106,8 @@ pub(crate) struct LocalPath {
     rate: Rate,
     expected: VecDeque<Arrival>,
     coming: VecDeque<Coming>,
+    /// What copies use that failed when they were started: part of them may have begun.
+    failed: Vec<Hold>,
     /// Holds of what was told, where the peer is this process; and the peer's.
     shelves: Option<(Shelf, Shelf)>,
     /// Something came on the socket.
@@ -176,6 +178,7 @@ impl LocalPath {
             rate: Rate::default(),
             expected: VecDeque::new(),
             coming: VecDeque::new(),
+            failed: Vec::new(),
             shelves,
             news: Arc::new(AtomicBool::new(true)),
             unasked,
@@ -290,7 +293,16 @@ impl LocalPath {
         };
         // SAFETY: sources lie in the peer's process, in open mappings, which `exports` keeps, or in an area of ours; destinations are held
         // by the arrival, which stays until the pull has ended, or for ever where it does not end.
-        let pull = unsafe { memory.pull(place, &self.scratch.pieces) }?;
+        let pull = match unsafe { memory.pull(place, &self.scratch.pieces) } {
+            Ok(pull) => pull,
+            Err(e) => {
+                self.failed.extend(source);
+                if let Dest::Memory { hold, .. } = arrival.dest {
+                    self.failed.push(hold);
+                }
+                return Err(e);
+            }
+        };
         Ok(Coming { arrival, pull: Some(pull), exports, slot, _source: source })
     }
 
@@ -558,8 +570,8 @@ impl Path for LocalPath {
             bail!(Internal, "channel {channel} does not exist");
         }
         let (stage, slot) = if self.pushed.contains(&(departure.chunk.place, departure.chunk.peer)) {
-            let (stage, slot) = self.push(&departure.chunk)?;
-            (stage, Some((departure.chunk.peer, slot)))
+            let pushed = self.push(&departure.chunk).inspect_err(|_| self.failed.push(departure.hold.clone()));
+            pushed.map(|(stage, slot)| (stage, Some((departure.chunk.peer, slot))))?
         } else {
             self.describe(&departure)?;
             (Stage::Ready(std::mem::take(&mut self.scratch.extents)), None)
@@ -676,6 +688,7 @@ impl Drop for LocalPath {
             (Err(e), _) => {
                 log::error!("a copy from another process has not ended; its memory stays in use: {e}");
                 let chunks = (std::mem::take(&mut self.coming), std::mem::take(&mut self.leaving));
+                let chunks = (chunks, std::mem::take(&mut self.failed));
                 std::mem::forget((chunks, self.host.take(), self.device.take()));
             }
             (Ok(()), Some(device)) => {

@@ -134,8 +134,7 @@ impl Core {
         if self.backlog() == 0 || most == 0 {
             return Ok(0);
         }
-        let reported = self.machine.reported();
-        let sent = self.control.flush(&mut self.machine.tx, most, reported)?;
+        let sent = self.control.flush(&mut self.machine.tx, most)?;
         self.machine.told(sent, self.control.pending(), now);
         Ok(sent)
     }

@@ -20,6 +20,8 @@ pub(crate) struct Progress {
     /// Something waits for the network or the peer.
     pub busy: bool,
     pub dead: bool,
+    /// Somebody keeps it for long, and asks for the progress thread afterwards.
+    pub kept: bool,
     pub next_tick: Option<Instant>,
 }
 
@@ -34,6 +36,7 @@ impl Progress {
             backlog: false,
             busy: true,
             dead: false,
+            kept: false,
             next_tick: None,
         }
     }
@@ -43,7 +46,7 @@ impl Connection {
     /// A round of the progress thread. `must`: waits for the lock; otherwise leaves the round to whoever holds it.
     pub(crate) fn progress(&self, must: bool) -> Progress {
         if self.preparing.load(Ordering::SeqCst) > 0 {
-            return Progress { channels_busy: false, next_tick: Some(Instant::now() + self.heartbeat), ..Progress::left_alone() };
+            return Progress { channels_busy: false, busy: false, kept: true, ..Progress::left_alone() };
         }
         let held = if must { Some(self.core.lock()) } else { self.core.try_lock() };
         let Some(mut core) = held.map(|core| self.hold(core)) else { return Progress::left_alone() };
@@ -56,6 +59,7 @@ impl Connection {
             backlog: core.backlog() > 0,
             busy: core.machine.busy() || core.channels.busy(),
             dead: core.machine.dead().is_some(),
+            kept: false,
             next_tick: Some(core.machine.next_tick()),
         }
     }

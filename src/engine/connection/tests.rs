@@ -3,6 +3,7 @@
 use super::super::bell::Bell;
 use super::super::budget::Pool;
 use super::super::notify::{Inbox, Queue};
+use super::super::pacing::Cores;
 use super::super::progress;
 use super::super::proto::{Machine, Setting};
 use super::super::transfer::LocalSegment;
@@ -23,6 +24,8 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 struct SimulatedDefect {
     driven: bool,
     closed: bool,
+    /// No defect when driven: always about to end, and never there.
+    hasty: bool,
 }
 
 impl Path for SimulatedDefect {
@@ -49,7 +52,11 @@ impl Path for SimulatedDefect {
         Ok(())
     }
     fn progress(&mut self, _copier: &mut Copier, _now: Instant, _events: &mut Vec<Event>) -> Result<bool> {
-        panic!("a simulated defect")
+        assert!(self.hasty, "a simulated defect");
+        Ok(false)
+    }
+    fn ends_soon(&self, _now: Instant) -> bool {
+        self.hasty
     }
     fn busy(&self) -> bool {
         self.driven
@@ -76,6 +83,10 @@ fn home() -> Arc<Home> {
 
 /// A connection over such a path, and its peer's socket.
 fn connection(home: &Arc<Home>, driven: bool, closed: bool) -> (Arc<Connection>, TcpStream) {
+    connection_over(home, SimulatedDefect { driven, closed, hasty: false })
+}
+
+fn connection_over(home: &Arc<Home>, path: SimulatedDefect) -> (Arc<Connection>, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let theirs = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let session = Session::new(Direction::ToListening, &[7; 32], b"test").unwrap();
@@ -95,7 +106,7 @@ fn connection(home: &Arc<Home>, driven: bool, closed: bool) -> (Arc<Connection>,
         match_timeout: timeout,
         doorbells: true,
     };
-    let channels = Channels::new(vec![Box::new(SimulatedDefect { driven, closed })], None);
+    let channels = Channels::new(vec![Box::new(path)], None);
     let core = Core::new(Machine::new(setting, Instant::now()), channels, control);
     let peer =
         Peer { ip: [127, 0, 0, 1].into(), name: "a peer".to_owned(), gpu_index: -1, key: None, engine: [1; 16], _counted: None };
@@ -172,4 +183,19 @@ fn one_that_ended_before_it_was_watched_wakes_nobody() {
     connection.watch().expect("that it has ended is told by its use");
     assert_eq!(woken(Duration::from_millis(50)), []);
     assert_eq!(kind(&connection), Some(ErrorKind::Internal));
+}
+
+/// A peer can have something new begin whenever something has ended.
+#[test]
+fn an_application_thread_comes_back_from_what_is_always_about_to_end() {
+    let mut home = Home::new(Bell::new().unwrap(), true, Duration::from_secs(1), 1000);
+    home.cores = Cores::Many;
+    let home = Arc::new(home);
+    let (connection, _theirs) = connection_over(&home, SimulatedDefect { driven: true, closed: false, hasty: true });
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        connection.drive_for_application();
+        tell.send(()).unwrap();
+    });
+    assert!(told.recv_timeout(Duration::from_secs(20)).is_ok(), "it drives for ever");
 }

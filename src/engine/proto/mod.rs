@@ -488,11 +488,6 @@ impl Machine {
         self.setting.transfer_timeout
     }
 
-    /// What the last heartbeat said: bytes and chunks that have come.
-    pub(crate) fn reported(&self) -> (u64, u64) {
-        (self.reported, self.reported_chunks)
-    }
-
     /// Everything of an incoming stream is in place, or drained.
     fn stream_ended(&mut self, key: Key, ended: Ended, now: Instant) {
         let Ended { ending, list, segments } = ended;

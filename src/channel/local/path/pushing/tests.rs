@@ -1,10 +1,12 @@
 use super::super::super::emulated;
 use super::super::super::link::tests::pushing;
-use super::super::super::puller::{Export, ExportKind};
+use super::super::super::memfile;
+use super::super::super::puller::{Export, ExportKind, GpuId, Manner, Mapping};
 use super::super::super::push::{AREA, SLOTS};
 use super::super::tests::{bell, Memory};
 use super::super::*;
 use crate::status::ErrorKind;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::Instant;
 
 const GPU: Place = Place(1);
@@ -266,6 +268,92 @@ fn an_area_that_cannot_be_opened_leaves_chunks_to_others() {
         b.progress(&mut None, Instant::now(), &mut Vec::new()).unwrap();
     }
     assert!(!b.targets.waiting() && !b.share(&from.region, GPU));
+}
+
+/// What a descriptor of the peer is shows when it is opened; none of these may end the process, now or when something is written.
+#[test]
+fn an_area_that_is_no_memory_of_its_length_is_not_pushed_to() {
+    let unsealed = || {
+        // SAFETY: a terminated name; the descriptor is fresh.
+        let fd = unsafe { OwnedFd::from_raw_fd(libc::memfd_create(c"area".as_ptr(), libc::MFD_ALLOW_SEALING)) };
+        // SAFETY: a plain system call.
+        assert_eq!(unsafe { libc::ftruncate(fd.as_raw_fd(), AREA as libc::off_t) }, 0);
+        fd
+    };
+    let file = |path| OwnedFd::from(std::fs::File::open(path).unwrap());
+    let bad = [
+        unsealed(),
+        memfile::create(c"area", AREA - 4096).unwrap(),
+        file("/dev/zero"),
+        file("/proc/self/exe"),
+        std::os::unix::net::UnixStream::pair().unwrap().0.into(),
+    ];
+    for fd in bad {
+        let (a, b) = pushing([1, 1], [true, true]);
+        let (a, mut b) = (LocalPath::new(a, bell(), Vec::new()), LocalPath::new(b, bell(), Vec::new()));
+        let what = format!("{fd:?}");
+        let kind = ExportKind::SharedMemory;
+        let export = Export { kind, handle: [0; 64], fd: Some(fd), base: 4096, len: AREA as u64, gpu: emulated::gpu(0) };
+        let note = Note::Area { there: GPU, here: GPU, export };
+        assert!(a.socket.send(&note.encode(), note.fd()).unwrap());
+        let from = Memory::new(1, GPU, 100, 5);
+        for _ in 0..5 {
+            assert!(!b.share(&from.region, GPU), "{what}");
+            b.news.store(true, Ordering::Release);
+            b.progress(&mut None, Instant::now(), &mut Vec::new()).unwrap();
+        }
+        assert!(!b.targets.waiting() && !b.targets.is_open(GPU, GPU), "{what}");
+    }
+}
+
+/// Simulated: a GPU on which the start of a copy fails after a part of it has begun.
+struct HalfStarted(emulated::EmulatedMemory);
+
+impl LocalMemory for HalfStarted {
+    fn export(&mut self, place: Place, addr: u64, len: u64) -> Result<Vec<Export>> {
+        self.0.export(place, addr, len)
+    }
+    fn open(&mut self, export: &Export, place: Place) -> Result<Mapping> {
+        self.0.open(export, place)
+    }
+    fn close(&mut self, mapping: Mapping) {
+        self.0.close(mapping);
+    }
+    unsafe fn pull(&mut self, _place: Place, _pieces: &[Piece]) -> Result<Pull> {
+        bail!(Gpu, "simulated")
+    }
+    fn poll(&mut self, pull: Pull) -> Result<bool> {
+        self.0.poll(pull)
+    }
+    fn busy(&self) -> bool {
+        true
+    }
+    fn quiesce(&mut self) -> Result<()> {
+        self.0.quiesce()
+    }
+    fn reaches(&mut self, place: Place, peer_gpu: &GpuId) -> Option<Manner> {
+        self.0.reaches(place, peer_gpu)
+    }
+}
+
+#[test]
+fn memory_of_a_copy_whose_start_failed_is_kept_until_nothing_runs() {
+    let broken = |path: &mut LocalPath| path.device = Some(Box::new(HalfStarted(emulated::EmulatedMemory::new(true))));
+    let (from, to) = (Memory::new(1, GPU, 1000, 5), Memory::new(2, GPU, 1000, 0));
+    let (mut a, _b) = ends([1, 1]);
+    broken(&mut a);
+    assert_eq!(a.submit(0, from.departure(1, GPU), &mut None, Instant::now()).unwrap_err().kind(), ErrorKind::Gpu);
+    assert!(from.region.in_use());
+    drop(a);
+    assert!(!from.region.in_use());
+    let (mut a, mut b) = ends([1, 1]);
+    broken(&mut b);
+    a.outbox.tell(7, 1000, &[Extent { addr: 0, len: 1000, export: PUSHED }]).unwrap();
+    b.expect(0, to.arrival(7)).unwrap();
+    assert_eq!(b.progress(&mut None, Instant::now(), &mut Vec::new()).unwrap_err().kind(), ErrorKind::Gpu);
+    assert!(to.region.in_use());
+    drop(b);
+    assert!(!to.region.in_use());
 }
 
 /// Both ends in this process: what keeps the source goes the same way.
