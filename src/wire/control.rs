@@ -136,6 +136,9 @@ impl Voice {
     }
 }
 
+/// Room for what arrives, at first.
+const ROOM: usize = 8 << 10;
+
 pub(crate) struct ControlStream {
     voice: Arc<Voice>,
     opener: Opener,
@@ -154,9 +157,8 @@ impl ControlStream {
     pub(crate) fn new(sock: TcpStream, session: Session, plain: Vec<u8>, raw: Vec<u8>) -> Result<ControlStream> {
         sock.set_nonblocking(true).map_err(|e| Error::system("control socket", &e))?;
         let arrived = raw.len();
-        // Fresh pages cost no memory until something arrives in them.
-        let mut sealed = vec![0; arrived.max(2 * MAX_RECORD)];
-        sealed[..arrived].copy_from_slice(&raw);
+        let mut sealed = raw;
+        sealed.resize(arrived + ROOM, 0);
         let Session { sealer, opener, .. } = session;
         let out = Out { sealer, leaving: Vec::new(), sent: 0, long: None, reported: (0, 0), kept: 0, ended: false };
         let (out, born) = (Mutex::new(out), Instant::now());
@@ -187,12 +189,21 @@ impl ControlStream {
             Ok(0) => Err(err!(RemoteDisconnect, "the peer closed the connection")),
             Ok(n) => {
                 self.arrived += n;
+                if n == len {
+                    self.make_room();
+                }
                 self.open(rx)?;
                 Ok((n, n == len))
             }
             Err(e) if matches!(e.kind(), Io::WouldBlock | Io::Interrupted) => Ok((0, false)),
             Err(e) => Err(err!(RemoteDisconnect, "control connection: {e}")),
         }
+    }
+
+    /// More comes than there is room for: most connections never need as much as two records.
+    fn make_room(&mut self) {
+        let len = (2 * self.sealed.len()).clamp(ROOM, (2 * MAX_RECORD).max(self.sealed.len()));
+        self.sealed.resize(len, 0);
     }
 
     /// Opens all whole records.
@@ -395,6 +406,29 @@ mod tests {
             }
         }
         assert!(said.len() > 6 && said.is_sorted(), "{said:?}");
+    }
+
+    #[test]
+    fn what_came_with_the_set_up_leaves_room_for_the_rest() {
+        for early in [1, ROOM - 1, ROOM, ROOM + 1, 40_000] {
+            let [mut a, b] = pair();
+            let mut tx = TxQueue::default();
+            tx.push(&Frame::Notify { name: b"n", message: &[7; 60_000] });
+            let Voice { out, .. } = &*a.voice;
+            assert!(out.lock().seal_next(&mut tx).unwrap());
+            // The first bytes of the record come with the set-up's last message.
+            let raw = out.lock().leaving[..early].to_vec();
+            out.lock().sent = early;
+            let Ok(Voice { sock, .. }) = Arc::try_unwrap(b.voice) else { panic!("somebody has it") };
+            let session = Session::new(Direction::ToConnecting, &[7; 32], b"test").unwrap();
+            let mut b = ControlStream::new(sock, session, Vec::new(), raw).unwrap();
+            let mut rx = RxBuffer::default();
+            while rx.next().unwrap().is_none() {
+                a.flush(&mut tx, usize::MAX).unwrap();
+                b.read(&mut rx).unwrap();
+            }
+            assert!(matches!(rx.next().unwrap(), Some((Frame::Notify { message, .. }, _)) if message == [7; 60_000]));
+        }
     }
 
     #[test]

@@ -353,7 +353,10 @@ impl Inside {
             // What the allocator keeps for itself goes back to the system.
             "trim" => {
                 // SAFETY: touches free memory only.
-                unsafe { libc::malloc_trim(0) };
+                #[cfg(target_env = "gnu")]
+                unsafe {
+                    libc::malloc_trim(0)
+                };
                 "trimmed".to_owned()
             }
             // Mappings of other processes' memory files.
