@@ -422,4 +422,4 @@ impl<K: Copy + Eq + std::hash::Hash> Numbered<K> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -1094,30 +1094,29 @@ CASE(uccl_engine_list_create)
     }
 }
 
+static void check_list_handles(int (*start)(uccl_conn_t *, const uccl_list_t *, uint64_t *))
+{
+    WITH_FIXTURE(f)
+    {
+        uint64_t id = UNTOUCHED;
+        CHECK_MISUSE(start(f.conn, NULL, &id));
+        CHECK_MISUSE(start(f.conn, (void *)no_list, &id));
+        CHECK(id == UNTOUCHED);
+    }
+}
+
 CASE(uccl_engine_list_read)
 {
     check_starter(do_one_list_read);
     check_vector_starter(do_list_read, true);
-    WITH_FIXTURE(f)
-    {
-        uint64_t id = UNTOUCHED;
-        CHECK_MISUSE(uccl_engine_list_read(f.conn, NULL, &id));
-        CHECK_MISUSE(uccl_engine_list_read(f.conn, (void *)no_list, &id));
-        CHECK(id == UNTOUCHED);
-    }
+    check_list_handles(uccl_engine_list_read);
 }
 
 CASE(uccl_engine_list_write)
 {
     check_starter(do_one_list_write);
     check_vector_starter(do_list_write, true);
-    WITH_FIXTURE(f)
-    {
-        uint64_t id = UNTOUCHED;
-        CHECK_MISUSE(uccl_engine_list_write(f.conn, NULL, &id));
-        CHECK_MISUSE(uccl_engine_list_write(f.conn, (void *)no_list, &id));
-        CHECK(id == UNTOUCHED);
-    }
+    check_list_handles(uccl_engine_list_write);
 }
 
 CASE(uccl_engine_list_free)

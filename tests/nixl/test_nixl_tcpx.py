@@ -352,33 +352,6 @@ def parameters_reach_the_engine():
     there.close()
 
 
-@case()
-def cost_is_estimated_from_experience():
-    size = 16 * MIB
-    here, there, remote = pair(size, 1)
-    handle = here.prepare("WRITE", here.local("data", [(0, size)]), at(remote, [(0, size)]), "there")
-    try:
-        here.agent.estimate_xfer_cost(handle)
-        raise Failure("an estimate without any experience")
-    except Failure:
-        raise
-    except Exception as error:
-        check("NOT_SUPPORTED" in str(error) or "NotSupported" in type(error).__name__, f"before the first transfer: {error!r}")
-    seconds = []
-    for turn in range(30):
-        for length in (size, size // 4, 4096):
-            begin = time.perf_counter()
-            check_equal(here.move("WRITE", "data", [(0, length)], at(remote, [(0, length)]), "there"), "DONE", "write")
-            if length == size:
-                seconds.append(time.perf_counter() - begin)
-    duration, margin = here.agent.estimate_xfer_cost(handle)[:2]
-    typical = sorted(seconds)[len(seconds) // 2] * 1e6
-    print(f"note: 16 MiB: estimated {duration} +- {margin} us, median measured {typical:.0f} us")
-    check(typical / 4 < duration < typical * 4, f"estimate {duration} us, measured {typical:.0f} us")
-    check(0 < margin <= 2 * duration, f"margin {margin} us")
-    there.close()
-
-
 def experience(here, there, remote, size):
     """Times of transfers, and what is then estimated of one: median measured, estimate and margin, in microseconds."""
     handle = here.prepare("WRITE", here.local("data", [(0, size)]), at(remote, [(0, size)]), "there")
@@ -388,6 +361,7 @@ def experience(here, there, remote, size):
     except Exception as error:
         refused = error
     check(refused is not None, "an estimate without any experience of this connection")
+    check("NOT_SUPPORTED" in str(refused) or "NotSupported" in type(refused).__name__, f"before the first transfer: {refused!r}")
     seconds = []
     for turn in range(30):
         for length in (size, size // 4, 4096):
@@ -398,6 +372,17 @@ def experience(here, there, remote, size):
     duration, margin = here.agent.estimate_xfer_cost(handle)[:2]
     handle.release()
     return sorted(seconds)[len(seconds) // 2] * 1e6, duration, margin
+
+
+@case()
+def cost_is_estimated_from_experience():
+    size = 16 * MIB
+    here, there, remote = pair(size, 1)
+    typical, duration, margin = experience(here, there, remote, size)
+    print(f"note: 16 MiB: estimated {duration} +- {margin} us, median measured {typical:.0f} us")
+    check(typical / 4 < duration < typical * 4, f"estimate {duration} us, measured {typical:.0f} us")
+    check(0 < margin <= 2 * duration, f"margin {margin} us")
+    there.close()
 
 
 @case(UCCL_P2P_DISABLE_IPC="0", UCCL_TCPX_METRICS="/tmp/nixl-tcpx-cost-%p")

@@ -709,7 +709,7 @@ mod tests {
     use super::*;
     use crate::channel::plan::Chunk;
     use crate::region::RegionUse;
-    use crate::status::ErrorKind;
+    use crate::status::{Error, ErrorKind};
     use crate::types::{RemoteAccess, Span};
     use std::os::fd::{FromRawFd, OwnedFd};
     use std::sync::atomic::AtomicU32;
@@ -916,6 +916,15 @@ mod tests {
         assert!(!to.region.in_use() && to.holds(0));
     }
 
+    /// What `b` fails with once `a`'s process has said this.
+    pub(super) fn error_after(notes: &[Note], a: &LocalPath, b: &mut LocalPath) -> Option<Error> {
+        notes.iter().for_each(|note| assert!(a.socket.send(&note.encode(), None).unwrap()));
+        (0..5).find_map(|_| {
+            b.news.store(true, Ordering::Release);
+            b.progress(&mut None, Instant::now(), &mut Vec::new()).err()
+        })
+    }
+
     #[test]
     fn notes_out_of_place_are_violations() {
         let export = || Export { kind: ExportKind::CudaIpc, handle: [0; 64], fd: None, base: 4096, len: 4096, gpu: [0; 16] };
@@ -931,11 +940,7 @@ mod tests {
             ([0, 0], vec![Note::End { id: 1 }]),
         ] {
             let (a, mut b) = ends(gpus);
-            notes.iter().for_each(|note| assert!(a.socket.send(&note.encode(), None).unwrap()));
-            let error = (0..5).find_map(|_| {
-                b.news.store(true, Ordering::Release);
-                b.progress(&mut None, Instant::now(), &mut Vec::new()).err()
-            });
+            let error = error_after(&notes, &a, &mut b);
             assert!(error.is_some_and(|e| e.kind() == ErrorKind::Protocol), "{notes:?}");
         }
     }

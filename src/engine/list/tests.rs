@@ -1,22 +1,7 @@
-use super::super::fifo::Access;
+use super::super::request::tests::{item, registry, wrong, ENGINE};
 use super::*;
 use crate::types::{Place, RemoteAccess};
 use proptest::prelude::*;
-
-const ENGINE: [u8; 16] = [3; 16];
-
-fn item(region: u64, addr: u64) -> FifoItem {
-    let access = Access { region, token: [region as u8; 16], engine: ENGINE, place: Place::gpu(region as u8 % 2) };
-    FifoItem::new(addr, 0, &access)
-}
-
-/// Two regions here, of 1 MiB from 1 MiB on and of 1 MiB from 8 MiB on.
-fn registry() -> (Registry, [u64; 2]) {
-    let registry = Registry::new();
-    let add = |addr| registry.add(addr, 1 << 20, Place::HOST, RemoteAccess::ALL).unwrap();
-    let ids = [add(1 << 20), add(8 << 20)];
-    (registry, ids)
-}
 
 fn list(items: &[(LocalSegment, FifoItem)]) -> List {
     List::new(items.len(), items.iter().map(|(local, item)| (*local, item))).unwrap()
@@ -76,23 +61,9 @@ proptest! {
 #[test]
 fn what_is_wrong_is_left_to_the_builder() {
     let (registry, [mr, _]) = registry();
-    let local = |addr, len| LocalSegment { mr, addr, len };
-    let good = (local(1 << 20, 16), item(1, 100));
-    let foreign = FifoItem::new(100, 0, &Access { region: 1, token: [1; 16], engine: [4; 16], place: Place::HOST });
-    for bad in [
-        (local((1 << 20) - 1, 16), good.1),
-        (local(2 << 20, 1), good.1),
-        (local(usize::MAX - 3, 16), good.1),
-        (LocalSegment { mr: 99, ..good.0 }, good.1),
-        (good.0, foreign),
-        (good.0, item(1, u64::MAX - 3)),
-        (good.0, FifoItem { rid: 0, ..good.1 }),
-    ] {
-        for segments in [vec![bad], vec![good, bad], vec![bad, good]] {
-            assert!(list(&segments).sketch(Way::In, &registry, ENGINE).is_none(), "{bad:?}");
-        }
+    for segments in wrong(mr) {
+        assert!(list(&segments).sketch(Way::In, &registry, ENGINE).is_none(), "{segments:?}");
     }
-    assert!(list(&[(local(1 << 20, 0), good.1)]).sketch(Way::In, &registry, ENGINE).is_none(), "nothing to move");
 }
 
 #[test]

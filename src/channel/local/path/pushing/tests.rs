@@ -3,7 +3,7 @@ use super::super::super::link::tests::pushing;
 use super::super::super::memfile;
 use super::super::super::puller::{Export, ExportKind, GpuId, Manner, Mapping};
 use super::super::super::push::{AREA, SLOTS};
-use super::super::tests::{bell, Memory};
+use super::super::tests::{bell, error_after, Memory};
 use super::super::*;
 use crate::status::ErrorKind;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -245,11 +245,7 @@ fn areas_that_were_not_agreed_are_violations() {
     ] {
         let (a, b) = pushing([1, 1], [push; 2]);
         let (a, mut b) = (LocalPath::new(a, bell(), Vec::new()), LocalPath::new(b, bell(), Vec::new()));
-        notes.iter().for_each(|note| assert!(a.socket.send(&note.encode(), None).unwrap()));
-        let error = (0..5).find_map(|_| {
-            b.news.store(true, Ordering::Release);
-            b.progress(&mut None, Instant::now(), &mut Vec::new()).err()
-        });
+        let error = error_after(&notes, &a, &mut b);
         assert!(error.is_some_and(|e| e.kind() == ErrorKind::Protocol), "{push} {notes:?}");
     }
 }
