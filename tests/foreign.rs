@@ -62,6 +62,14 @@ fn bytes_arrive_over_any_number_of_channels() {
 }
 
 #[test]
+fn a_send_that_fails_names_its_channel() {
+    // As a transfer starts, and while it runs.
+    for sends in ["0", "3", "40"] {
+        run("failing_send", &[("STRICT_FOREIGN_SENDS", sends), ("UCCL_TCPX_NUM_CHANNELS", "2")]);
+    }
+}
+
+#[test]
 fn a_nic_that_is_no_pci_device_is_left_out() {
     let devices = "eth1@127.0.0.1,eth2@127.0.0.1@nopci";
     let log = run("moves", &[("STRICT_FOREIGN_DEVICES", devices), ("UCCL_TCPX_NUM_CHANNELS", "4")]);
@@ -189,6 +197,7 @@ fn child() {
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
     match case.as_str() {
         "moves" => moves(),
+        "failing_send" => failing_send(),
         "refuses_encryption" => refuses_encryption(),
         "registrations" => registrations(),
         "ready" => ready(),
@@ -215,6 +224,22 @@ const LEN: usize = 5 << 20;
 
 fn pattern() -> Vec<u8> {
     (0..LEN).map(|i| (i * 13 + i / 997) as u8).collect()
+}
+
+fn failing_send() {
+    let (a, b) = (engine(), engine());
+    let (connection, other) = pair(&a, &b);
+    let mut memory = [vec![3u8; 64 << 20], vec![0; 64 << 20]];
+    let [from, to] = [0, 1].map(|i| memory[i].as_mut_ptr() as usize);
+    let (near, far) = (a.register(from, 64 << 20).expect("register"), b.register(to, 64 << 20).expect("register"));
+    let item = b.fifo_item(far, to, 64 << 20).expect("item");
+    let local = LocalSegment { mr: near, addr: from, len: 64 << 20 };
+    let ended = connection
+        .transfer(Direction::Write, std::iter::once((local, item)))
+        .and_then(|id| connection.wait(id, Some(Duration::from_secs(30))));
+    let why = ended.expect_err("sends fail").to_string();
+    assert!(why.contains("channel on NIC lo: ") && why.contains("isend returned 2"), "{why}");
+    drop(other);
 }
 
 fn no_nic_in_common() {

@@ -118,6 +118,10 @@ impl Comm {
         });
         self.with("isend", |inner| {
             let Inner::Send(send) = inner else { violation!("isend on a receive comm") };
+            static SENDS: AtomicU64 = AtomicU64::new(0);
+            if SENDS.fetch_add(1, Ordering::Relaxed) >= settings().sends {
+                return Err(NCCL_SYSTEM_ERROR);
+            }
             let gpu = memory::with("isend", self.dev, mr, |mr| mr.gpu);
             let number = send.post(data, len, mr, gpu)?;
             memory::with("isend", self.dev, mr, |mr| mr.in_flight += 1);

@@ -94,6 +94,8 @@ pub(crate) struct Settings {
     pub devices: Vec<Device>,
     /// `STRICT_FOREIGN_LISTENS`: so many listens succeed.
     pub listens: u64,
+    /// `STRICT_FOREIGN_SENDS`: so many sends of the process succeed.
+    pub sends: u64,
     /// `STRICT_FOREIGN_PAGES`: pages of the receive memory.
     pub pages: usize,
     /// `STRICT_FOREIGN_FRAGMENT`: largest fragment, bytes.
@@ -143,6 +145,7 @@ pub(crate) fn settings() -> &'static Settings {
             accept_time: Duration::from_millis(number("STRICT_FOREIGN_ACCEPT_MS", 500)),
             devices: devices(text("STRICT_FOREIGN_DEVICES").as_deref().unwrap_or("lo@127.0.0.1")),
             listens: number("STRICT_FOREIGN_LISTENS", u64::MAX),
+            sends: number("STRICT_FOREIGN_SENDS", u64::MAX),
             pages: number("STRICT_FOREIGN_PAGES", 1 << 17) as usize,
             fragment: (number("STRICT_FOREIGN_FRAGMENT", 4000) as usize).clamp(1, 4096),
             lenient: text("STRICT_FOREIGN_LENIENT").is_some(),

@@ -412,9 +412,9 @@ impl SendComm {
     pub(crate) fn info(&self) -> Option<ucclCommInfo> {
         self.raw.info()
     }
-    /// Its two ends and its NIC, in words.
-    pub(crate) fn describe(&self) -> String {
-        self.raw.describe().unwrap_or_else(|| format!("a comm of plugin {}", self.raw.plugin.name))
+    /// Its two ends and its NIC, in words, where the plugin tells.
+    pub(crate) fn describe(&self) -> Option<String> {
+        self.raw.describe()
     }
     pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
         self.raw.set_doorbell(doorbell)
@@ -548,9 +548,9 @@ impl RecvComm {
     pub(crate) fn network_bytes(&self) -> Result<Option<u64>> {
         self.raw.progress_bytes()
     }
-    /// Its two ends and its NIC, in words.
-    pub(crate) fn describe(&self) -> String {
-        self.raw.describe().unwrap_or_else(|| format!("a comm of plugin {}", self.raw.plugin.name))
+    /// Its two ends and its NIC, in words, where the plugin tells.
+    pub(crate) fn describe(&self) -> Option<String> {
+        self.raw.describe()
     }
     pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
         self.raw.set_doorbell(doorbell)

@@ -76,6 +76,7 @@ esac
 [ $fault = rate ] && [ $rc = 0 ] || [ $took -le $((limit * 1000)) ] || { failed=1; verdict="$verdict, too late"; }
 wrong && { failed=1; verdict="$verdict, WRONG BYTES"; }
 echo "$name: $fault, $op: $took ms: $verdict"
+[ $failed = 0 ] || { echo "$name: the client:"; tail -20 "$scratch/client"; }
 
 began=$(date +%s%N)
 if client --total 4M --iters 1; then

@@ -46,11 +46,6 @@ pub(super) fn register<R>(copier: &mut Copier, place: Place, mut register: impl 
     registered.ok_or_else(|| crate::status::err!(Internal, "nothing was registered"))
 }
 
-/// An error with the comm that it happened on.
-fn at(comm: &str, error: &Error) -> Error {
-    Error::new(error.kind(), format_args!("channel {comm}: {error}"))
-}
-
 /// Places of the window that chunks of large transfers take at most: small ones find one soon.
 const BULK_WINDOW: usize = MAX_REQUESTS / 2;
 /// Bytes of large transfers on a channel from which on no more of them are taken: a small one on the same channel waits for all of them.
@@ -254,18 +249,18 @@ impl Channel {
     pub(super) fn progress(&mut self, copier: &mut Copier, usage: &Usage, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
         let mut any = false;
         if !self.outgoing.is_empty() {
-            any |= self.progress_sends(copier, now, events).map_err(|e| at(&self.send.describe(), &e))?;
+            any |= self.progress_sends(copier, now, events).map_err(|e| self.blame(Way::Out, &e))?;
         }
         if !self.expected.is_empty() || !self.posted.is_empty() || !self.finishing.is_empty() {
-            any |= self.progress_receives(copier, usage, events).map_err(|e| at(&self.recv.describe(), &e))?;
+            any |= self.progress_receives(copier, usage, events).map_err(|e| self.blame(Way::In, &e))?;
         }
         Ok(any)
     }
 
     /// What the network has done.
     pub(super) fn network(&self) -> Result<Line<'_>> {
-        let sent = self.send.network_bytes().map_err(|e| at(&self.send.describe(), &e))?;
-        let received = self.recv.network_bytes().map_err(|e| at(&self.recv.describe(), &e))?;
+        let sent = self.send.network_bytes().map_err(|e| self.blame(Way::Out, &e))?;
+        let received = self.recv.network_bytes().map_err(|e| self.blame(Way::In, &e))?;
         let incoming = self.expected.len() + self.posted.len() + self.finishing.len();
         let under_way = (self.outgoing.len(), incoming);
         Ok(Line { nic: &self.nic, moved: sent.zip(received), under_way, posted: self.posted.len() })
@@ -281,7 +276,7 @@ impl Channel {
         let delivered = network.as_ref().map(|n| n.delivery_rate as f64).filter(|&rate| rate > 0.0 && sent_bytes > 0);
         ChannelStats {
             nic: self.nic.clone(),
-            route: if kernel { self.send.describe() } else { String::new() },
+            route: if kernel { self.describe(Way::Out) } else { String::new() },
             sent_bytes,
             sent_chunks,
             received_bytes,
@@ -300,12 +295,22 @@ impl Channel {
         }
     }
 
-    /// Its ends in a direction, in words.
+    /// Its ends in a direction and its NIC, in words.
     pub(super) fn describe(&self, way: Way) -> String {
+        self.ends(way).unwrap_or_else(|| format!("NIC {}", self.nic))
+    }
+
+    fn ends(&self, way: Way) -> Option<String> {
         match way {
             Way::Out => self.send.describe(),
             Way::In => self.recv.describe(),
         }
+    }
+
+    /// An error with the channel that it happened on.
+    pub(super) fn blame(&self, way: Way, error: &Error) -> Error {
+        let ends = self.ends(way).unwrap_or_else(|| format!("on NIC {}", self.nic));
+        Error::new(error.kind(), format_args!("channel {ends}: {error}"))
     }
 }
 

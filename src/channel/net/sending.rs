@@ -6,7 +6,7 @@ use super::staging::{Staging, STAGED_WINDOW};
 use super::Usage;
 use crate::channel::device::gather;
 use crate::channel::memory::{HostBlock, PAGE};
-use crate::channel::path::{Copier, Departure, Event};
+use crate::channel::path::{Copier, Departure, Event, Way};
 use crate::channel::plan::Chunk;
 use crate::region::Hold;
 use crate::status::{bail, Result};
@@ -18,6 +18,10 @@ impl Channel {
     /// Takes a chunk for sending. The caller announces it to the peer. There must be a free place ([`Channel::load`]). The departure's
     /// hold keeps the chunk's memory registered, and so mapped, until the chunk is gone or the channel closed.
     pub(super) fn submit(&mut self, departure: Departure, copier: &mut Copier, usage: &Usage, now: Instant) -> Result<()> {
+        self.take(departure, copier, usage, now).map_err(|e| self.blame(Way::Out, &e))
+    }
+
+    fn take(&mut self, departure: Departure, copier: &mut Copier, usage: &Usage, now: Instant) -> Result<()> {
         let Departure { key, chunk, hold, bulk, tag } = departure;
         let len = chunk.len;
         // First of all, so that a failure from here on leaves the chunk's memory in use until the channel is closed.
