@@ -62,6 +62,12 @@ impl List {
         let mut list = List { pairs, runs, blocks, empty, total: 0, longest: 0, wraps: false };
         let mut known = Known::default();
         for (local, item) in items {
+            if [list.pairs.try_reserve(1), list.runs.try_reserve(1), list.empty.try_reserve(1)]
+                .iter()
+                .any(std::result::Result::is_err)
+            {
+                bail!(Resource, "no memory for a list of {n} segments");
+            }
             let pair = match list.runs.last().filter(|run| list.pairs[run.pair].is(local.mr, item)) {
                 Some(run) => run.pair,
                 None => known.find(local.mr, item).unwrap_or_else(|| {
@@ -104,7 +110,7 @@ impl List {
     /// For a transfer that may go without chunks, as [`super::request::sketch`] does it: with it what hands out the blocks. `None` for
     /// whatever is wrong, empty or unusual.
     pub(super) fn sketch(&self, way: Way, registry: &Registry, peer_engine: [u8; 16]) -> Option<(Sketch, ListFeed<'_>)> {
-        if self.wraps || self.blocks.is_empty() {
+        if self.wraps || self.blocks.is_empty() || !self.empty.is_empty() {
             return None;
         }
         let mut sketching = Sketching::new(registry, peer_engine);

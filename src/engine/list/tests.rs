@@ -41,7 +41,7 @@ proptest! {
         prop_assert!(list.iter().zip(full.iter().chain(&empty)).all(|(a, b)| same(&a, b)) && list.iter().count() == items.len());
         let way = if read { Way::In } else { Way::Out };
         let sketch = list.sketch(way, &registry, ENGINE);
-        prop_assert_eq!(sketch.is_some(), !full.is_empty());
+        prop_assert_eq!(sketch.is_some(), empty.is_empty());
         let Some((sketch, feed)) = sketch else { return Ok(()) };
         let got = fed(feed, most, bytes);
         let total: u64 = full.iter().map(|(local, _)| local.len as u64).sum();
@@ -64,6 +64,15 @@ fn what_is_wrong_is_left_to_the_builder() {
     for segments in wrong(mr) {
         assert!(list(&segments).sketch(Way::In, &registry, ENGINE).is_none(), "{segments:?}");
     }
+}
+
+#[test]
+fn a_segment_without_bytes_is_checked_too() {
+    let (registry, [mr, _]) = registry();
+    let local = |mr, len| LocalSegment { mr, addr: 1 << 20, len };
+    let segments = [(local(mr, 16), item(1, 100)), (local(u64::MAX, 0), item(1, 100))];
+    assert!(list(&segments).sketch(Way::In, &registry, ENGINE).is_none());
+    assert!(list(&segments[..1]).sketch(Way::In, &registry, ENGINE).is_some());
 }
 
 #[test]
