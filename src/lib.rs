@@ -38,6 +38,5 @@ pub mod net;
 mod region;
 pub mod stats;
 pub mod status;
-mod threads;
 pub mod types;
 mod wire;

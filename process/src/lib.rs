@@ -11,6 +11,7 @@
 mod fork;
 mod loading;
 mod sync;
+pub mod thread;
 
 pub use fork::{close_copy, generation, Local, Parents, PerProcess};
 pub use sync::{Condvar, Mutex, MutexGuard, RwLock, WaitTimeoutResult};

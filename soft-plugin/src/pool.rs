@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use process::thread::block_signals;
 use process::{Mutex, PerProcess};
 use reactor::{Events, Interest, Poller, Waker};
 
@@ -148,15 +149,6 @@ impl Seat {
     pub fn ask(&self) {
         self.worker.inbox.lock().push(self.number);
         self.worker.nudge();
-    }
-}
-
-fn block_signals() {
-    // SAFETY: a local signal set; only this thread's mask changes.
-    unsafe {
-        let mut all: libc::sigset_t = std::mem::zeroed();
-        libc::sigfillset(&mut all);
-        libc::pthread_sigmask(libc::SIG_BLOCK, &all, std::ptr::null_mut());
     }
 }
 

@@ -7,6 +7,7 @@ use super::connection::{Connection, Home};
 use super::home::Driven;
 use super::pacing::{step, Round, Step};
 use crate::hash::Map;
+use process::thread::{ask_for_short_turns, block_signals};
 use reactor::Interest;
 use std::cmp::Reverse;
 use std::collections::hash_map::Entry;
@@ -279,8 +280,8 @@ fn watch(home: &Home, active: &mut Active, interest: Interest) {
 
 /// Runs until the engine closes. A panic in a round ends the connections that it may have left half done, and not the thread.
 pub(crate) fn run(home: &Home, spin: Option<Duration>) {
-    crate::threads::block_signals();
-    crate::threads::ask_for_short_turns();
+    block_signals();
+    ask_for_short_turns();
     let spin = spin.unwrap_or_else(default_spin);
     while !home.ended() {
         let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drive(home, spin)));

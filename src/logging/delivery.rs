@@ -112,7 +112,7 @@ pub(super) fn queue(level: log::Level, text: &Arguments<'_>) -> bool {
 fn begin(waiting: &mut Waiting) -> bool {
     if !waiting.thread {
         let started = std::thread::Builder::new().name("uccl-log".into()).spawn(|| {
-            crate::threads::block_signals();
+            process::thread::block_signals();
             run(LINES.get());
         });
         waiting.thread = started.is_ok();

@@ -2,6 +2,7 @@
 //! last connection that uses them. Knows nothing of what a slice is.
 
 use crate::status::{Error, ErrorKind, Result};
+use process::thread::block_signals;
 use process::{generation, Condvar, Mutex, PerProcess};
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -215,16 +216,6 @@ impl Pool {
             Ok(thread) => threads.push(thread),
             Err(e) => log::debug!("no thread for pulls: {e}"),
         }
-    }
-}
-
-/// Blocks every signal in the calling thread: handlers are the application's.
-fn block_signals() {
-    // SAFETY: a local, fully initialised set.
-    unsafe {
-        let mut set: libc::sigset_t = std::mem::zeroed();
-        libc::sigfillset(&mut set);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &set, std::ptr::null_mut());
     }
 }
 

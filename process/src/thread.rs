@@ -1,7 +1,7 @@
 //! What every thread of the library's own does first. Knows nothing of what they do then.
 
 /// Blocks every signal in the calling thread: plugins raise SIGPIPE, and handlers are the application's.
-pub(crate) fn block_signals() {
+pub fn block_signals() {
     // SAFETY: a local, fully initialised set.
     unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
@@ -12,7 +12,7 @@ pub(crate) fn block_signals() {
 
 /// Asks for short turns on the core: a thread that works for moments only then gets one soon where others work for long. Takes nothing
 /// from them in all. A kernel that cannot do it leaves things as they are.
-pub(crate) fn ask_for_short_turns() {
+pub fn ask_for_short_turns() {
     /// `struct sched_attr`, as long as it was at first.
     #[repr(C)]
     #[derive(Default)]
@@ -42,6 +42,23 @@ pub(crate) fn ask_for_short_turns() {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
+    #[test]
+    fn no_signal_comes_through() {
+        let blocked = std::thread::spawn(|| {
+            block_signals();
+            // SAFETY: a local set, filled by the call.
+            unsafe {
+                let mut set: libc::sigset_t = std::mem::zeroed();
+                libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &raw mut set);
+                [libc::SIGPIPE, libc::SIGINT, libc::SIGUSR1, libc::SIGCHLD]
+                    .map(|signal| libc::sigismember(&raw const set, signal))
+            }
+        });
+        assert_eq!(blocked.join().unwrap(), [1; 4]);
+    }
+
     /// What the kernel says of the calling thread: policy, nice value, length of its turns (0 from one that cannot tell).
     fn attributes() -> (u32, i32, u64) {
         let mut words = [0u32; 12];
@@ -56,7 +73,7 @@ mod tests {
             // SAFETY: a plain call; a higher nice value than before is always allowed.
             assert_eq!(unsafe { libc::setpriority(libc::PRIO_PROCESS, libc::syscall(libc::SYS_gettid) as libc::id_t, 15) }, 0);
             let (policy, nice, turn) = attributes();
-            super::ask_for_short_turns();
+            ask_for_short_turns();
             let after = attributes();
             assert_eq!((after.0, after.1), (policy, nice));
             // An older kernel keeps what it had.
