@@ -53,7 +53,8 @@ pub(crate) struct Probe {
 pub(crate) struct Loads {
     pub channels: Vec<Load>,
     pub nics: Vec<NicLoad>,
-    /// Bytes, under way and waiting, up to which one channel takes all; 0: channels share from the first chunk on.
+    /// Bytes of a transfer up to which one channel takes all, and half as many that are under way already; 0: channels share from the
+    /// first chunk on.
     pub alone: u64,
 }
 
@@ -112,7 +113,8 @@ pub(crate) fn pick(loads: &Loads, want: Want) -> Option<Pick> {
 /// The channel that has begun with what one should take alone, while it has a place and is not slow.
 fn pick_alone(loads: &Loads, want: Want) -> Option<usize> {
     let queued: u64 = loads.channels.iter().map(|load| load.queued).sum();
-    if queued == 0 || queued + want.rest > loads.alone {
+    // What the transfer before has left may still count, although the peer has it.
+    if queued == 0 || queued + want.rest > loads.alone + loads.alone / 2 {
         return None;
     }
     let (index, busiest) =
@@ -368,6 +370,9 @@ mod tests {
         assert_eq!(handed_out(0, vec![idle; 4], 1024 * K, 128 * K), [2, 2, 2, 2], "nothing is said");
         assert_eq!(handed_out(1024 * K, vec![idle; 4], 1024 * K, 128 * K), [8, 0, 0, 0]);
         assert_eq!(handed_out(1024 * K, vec![idle; 4], 2048 * K, 256 * K), [2, 2, 2, 2], "too much for one");
+        let left = |queued| [vec![idle, Load { queued, ..idle }], vec![idle; 2]].concat();
+        assert_eq!(handed_out(1024 * K, left(512 * K), 1024 * K, 512 * K), [0, 2, 0, 0], "the one before is not over yet");
+        assert_eq!(handed_out(1024 * K, left(513 * K), 1024 * K, 512 * K), [1, 0, 1, 0], "nor will it be soon");
         assert_eq!(handed_out(1024 * K, vec![Load { free: 3, ..idle }; 4], 1024 * K, 128 * K), [3, 3, 2, 0], "no place is left");
         let slow = Load { rate: 1e6, queued: 64 * K, ..idle };
         let fast = Load { rate: 1e9, ..idle };
