@@ -25,6 +25,10 @@
  */
 #pragma once
 
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -32,6 +36,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -100,6 +105,9 @@ inline constexpr std::chrono::microseconds kIdleNap{50};
 inline constexpr std::chrono::microseconds kLongestNap{1000};
 /** How long a thread that waits for a request looks at full speed, before it sleeps until the request has ended. */
 inline constexpr std::chrono::microseconds kLookHard{500};
+/** The same for a thread that is woken when a request ends, and how long it sleeps at a time. */
+inline constexpr std::chrono::microseconds kLookBriefly{40};
+inline constexpr std::chrono::microseconds kWaitForEnd{200};
 /** How long it sleeps at a time. */
 inline constexpr int64_t kWaitMs = 1;
 /** Threads that check requests look for notifications every so many calls of recv_routine. */
@@ -499,21 +507,30 @@ class TcpxEndpoint {
   }
 
   /**
-   * For an application's thread that polls a transfer which a thread of the engine carries out, in each of its polls: gives way. One that has
-   * polled the same transfer for kLookHard sleeps for kIdleNap at a time; several transfers polled in turns never make it sleep.
+   * For an application's thread that polls a transfer which a thread of the engine carries out, in each of its polls: gives way. One that
+   * has polled the same transfer for kLookHard sleeps for kIdleNap at a time, or until a request ends. Where one ended during the transfer
+   * that it polled before, so that ends can be waited for, it sleeps from kLookBriefly on, for kWaitForEnd at a time. Several transfers
+   * polled in turns never make it sleep.
    *
    * @param transfer  What it polls; nullptr when that has ended.
    */
   static void waiting_routine(void const* transfer) {
     Caller& caller = caller_state();
     bool const another = transfer != std::exchange(caller.polled, transfer);
-    if (transfer == nullptr) return;
+    uint32_t const seen = ends_.load(std::memory_order_seq_cst);
+    bool const ended = seen != std::exchange(caller.ends, seen);
+    if (transfer == nullptr) {
+      caller.told = std::exchange(caller.told_now, false) || ended;
+      return;
+    }
     auto const now = std::chrono::steady_clock::now();
-    if (another) caller.polled_since = now;
-    if (now - caller.polled_since < kLookHard) {
+    caller.told_now = !another && (caller.told_now || ended);
+    // What has ended may be what it waits for, and about to be marked so.
+    if (another || ended) caller.polled_since = now;
+    if (now - caller.polled_since < (caller.told ? kLookBriefly : kLookHard)) {
       std::this_thread::yield();
     } else {
-      std::this_thread::sleep_for(kIdleNap);
+      sleep_until_an_end(seen, caller.told ? kWaitForEnd : kIdleNap);
     }
   }
 
@@ -593,6 +610,10 @@ class TcpxEndpoint {
     /* What it polls in waiting_routine, and since when nothing else. */
     void const* polled = nullptr;
     std::chrono::steady_clock::time_point polled_since{};
+    /* Requests that had ended when it last polled; whether one did while it polled this transfer, and the one before. */
+    uint32_t ends = 0;
+    bool told_now = false;
+    bool told = false;
 
     bool waits_for(int64_t request_id) const {
       return of_engine && request_id >= 0 && request_id == running && std::chrono::steady_clock::now() - since > kLookHard;
@@ -606,6 +627,24 @@ class TcpxEndpoint {
   static Caller& caller_state() {
     static thread_local Caller caller;
     return caller;
+  }
+
+  /* Requests that have ended in this process, and threads that sleep until one does. */
+  inline static std::atomic<uint32_t> ends_{0};
+  inline static std::atomic<uint32_t> sleepers_{0};
+
+  /* Unless more have ended than the caller has seen. A futex, because a condition variable would not survive a fork. */
+  static void sleep_until_an_end(uint32_t seen, std::chrono::microseconds most) {
+    timespec const limit{0, static_cast<long>(most.count()) * 1000};
+    sleepers_.fetch_add(1, std::memory_order_seq_cst);
+    syscall(SYS_futex, &ends_, FUTEX_WAIT_PRIVATE, seen, &limit, nullptr, 0);
+    sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+  }
+
+  static void tell_an_end() {
+    ends_.fetch_add(1, std::memory_order_seq_cst);
+    if (sleepers_.load(std::memory_order_seq_cst) == 0) return;
+    syscall(SYS_futex, &ends_, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
   }
 
   static void give_way(Caller& caller, std::chrono::steady_clock::time_point now) {
@@ -636,9 +675,14 @@ class TcpxEndpoint {
       return status;
     }
     caller.running = -1;
-    std::lock_guard<std::mutex> lock(requests_mutex_);
-    // Another thread may have seen the end first; its answer stands.
-    return requests_.erase(request_id) != 0 ? end_request(request_id, status) : status_of_ended(request_id);
+    int verdict;
+    {
+      std::lock_guard<std::mutex> lock(requests_mutex_);
+      // Another thread may have seen the end first; its answer stands.
+      verdict = requests_.erase(request_id) != 0 ? end_request(request_id, status) : status_of_ended(request_id);
+    }
+    tell_an_end();
+    return verdict;
   }
 
   /* Whether there were any. */

@@ -279,6 +279,31 @@ void check_that_waiting_for_a_proxy_gives_way() {
   }).join();
 }
 
+/* One that has seen a request end while it polled sleeps until the next one does, longer at a time than before. `end_one` has one end. */
+template <typename Call>
+void check_that_ends_are_waited_for(Call const& end_one) {
+  std::thread([&] {
+    char transfer;
+    auto const naps = [&] {
+      long const before = pauses();
+      static_cast<void>(rounds([&] { Endpoint::waiting_routine(&transfer); }));
+      return pauses() - before;
+    };
+    // On a busy machine other threads may stretch naps of any length.
+    bool fewer = false;
+    for (int i = 0; i < 8 && !fewer; ++i) {
+      Endpoint::waiting_routine(nullptr);
+      Endpoint::waiting_routine(nullptr);
+      long const many = naps();
+      end_one();
+      Endpoint::waiting_routine(nullptr);
+      long const few = naps();
+      fewer = few > 10 && few < many * 3 / 4;
+    }
+    CHECK(fewer);
+  }).join();
+}
+
 }  // namespace
 
 static char const* check_last_error() { return Endpoint::last_error(); }
@@ -350,6 +375,10 @@ int main(int argc, char** argv) {
     return status;
   };
   CHECK(wait(good) == 0 && wait(good) == 0);
+  check_that_ends_are_waited_for([&] {
+    UcclRequest one{};
+    CHECK(endpoint.uccl_write_async(conn, region, out, 64, peer.hello.item, &one) >= 0 && wait(one) == 0);
+  });
   for (size_t i = 0; i < uccl_tcpx::kFailuresKept + 500; ++i) {
     CHECK(endpoint.uccl_write_async(conn, region, out, 64, outside, &last) >= 0);
     if (i == 0) first = last;

@@ -1,6 +1,6 @@
 """Runs pair.cpp over UCCL's engine: the peer that is killed first, then the speeds beside tcpx-perf's, in turns. Prints a table.
 
-    compare.py PAIR TCPX_PERF SECONDS_A_ROW
+    compare.py PAIR TCPX_PERF SECONDS_A_ROW      TURNS=3
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 
-TURNS = 3
+TURNS = int(os.environ.get("TURNS", "3"))
 SIZES = [64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20]
 # The engine's own meaning of the variable; over tcpx-perf it would ask for Google's plugin.
 ENGINE = {**os.environ, "UCCL_P2P_TRANSPORT": "tcpx"}

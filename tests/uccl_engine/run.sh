@@ -4,7 +4,7 @@
 # headers of CUDA, libibverbs and libfabric. Exit status 77: skipped.
 #   UCCL_SOURCE=DIR run.sh [LIBDIR]      LIBDIR holds libuccl_p2p.a and tcpx-perf; default target/release
 #   CUDA_INCLUDE=DIR   CUDA's headers; without it they are installed from PyPI into .venv/cuda
-#   SECONDS_A_ROW=1
+#   SECONDS_A_ROW=1   TURNS=3
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repo=$(cd "$here/../.." && pwd)
