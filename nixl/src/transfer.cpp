@@ -90,7 +90,7 @@ nixl_status_t Transfer::check(Peers &peers) {
   const int status = uccl_engine_poll(connection_->get(), id_, nullptr);
   if (status == UCCL_OK) return ended(peers, now);
   if (status > 0) {
-    last_seen_running_ = now;
+    last_seen_running_ = Clock::now();
     return NIXL_IN_PROG;
   }
   const nixl_status_t result = connection_->outcome(status);
@@ -106,10 +106,11 @@ bool Transfer::refusal_stands(Clock::time_point now) {
   return now - refused_ >= goodbye;
 }
 
-nixl_status_t Transfer::ended(Peers &peers, Clock::time_point now) {
-  // It ended somewhere between the last look and this one.
-  const double gap = std::chrono::duration<double>(now - last_seen_running_).count();
-  connection_->measured(operation_, bytes_, std::chrono::duration<double>(now - started_).count() - gap / 2, gap / 2);
+nixl_status_t Transfer::ended(Peers &peers, Clock::time_point asked) {
+  // It ended somewhere between the last look and this one, or by this one, which may have moved bytes itself.
+  const auto seconds = [](Clock::duration time) { return std::chrono::duration<double>(time).count(); };
+  const double gap = seconds(asked - last_seen_running_);
+  connection_->measured(operation_, bytes_, seconds(Clock::now() - started_) - gap / 2, gap / 2);
   return over(has_message_ ? peers.notify(*peer_, message_) : NIXL_SUCCESS);
 }
 

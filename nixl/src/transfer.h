@@ -55,7 +55,7 @@ class Transfer final : public nixlBackendReqH {
   enum class Phase { kOver, kWaiting, kRunning };
 
   nixl_status_t begin(Peers &peers);
-  nixl_status_t ended(Peers &peers, Clock::time_point now);
+  nixl_status_t ended(Peers &peers, Clock::time_point asked);
   nixl_status_t over(nixl_status_t result);
   bool refusal_stands(Clock::time_point now);
 

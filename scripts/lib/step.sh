@@ -79,6 +79,8 @@ fail() {
   failures+=("$1")
   echo "FAILED   $1 ($2)"
   tail -n 60 "$3"
+  # What went wrong may stand far above the end, and what shows a run's output may show its last lines only.
+  while IFS= read -r line; do failures+=("  $line"); done < <(grep -aE -A 4 -m 3 '^ *(FAIL|failed:|error)|FAILED$|panicked at' "$3" | cut -c 1-300 | head -n 12)
 }
 
 # The counts, and the exit status of the script.

@@ -13,9 +13,10 @@ import harness
 from harness import Failure, Node, RemoteNode, case, check, check_equal, pattern
 
 MIB = 1 << 20
-SHORT = {"UCCL_TCPX_PEER_TIMEOUT_MS": 2000, "UCCL_TCPX_TRANSFER_TIMEOUT_MS": 2000}
-# A loss must show within the deadline; the rest is for a machine that is busy with other things.
-DEADLINE_S = 2.0 + 3.0
+# Seconds for which a machine that is busy with other things may keep a process from a core.
+SHORT = {"UCCL_TCPX_PEER_TIMEOUT_MS": 4000, "UCCL_TCPX_TRANSFER_TIMEOUT_MS": 4000}
+# A loss must show within the deadline; the rest is for such a machine, too.
+DEADLINE_S = 4.0 + 6.0
 
 
 def at(address, blocks):
@@ -374,14 +375,20 @@ def experience(here, there, remote, size):
     return sorted(seconds)[len(seconds) // 2] * 1e6, duration, margin
 
 
+def plausible(typical, duration, margin):
+    """Whether what was measured is near what was estimated, as near as a busy machine lets it be."""
+    check(0 < margin <= 2 * duration, f"estimate {duration} +- {margin} us")
+    near = duration - margin < typical * 3 and typical / 3 < duration + margin
+    check(near, f"estimate {duration} +- {margin} us, measured {typical:.0f} us")
+
+
 @case()
 def cost_is_estimated_from_experience():
     size = 16 * MIB
     here, there, remote = pair(size, 1)
     typical, duration, margin = experience(here, there, remote, size)
     print(f"note: 16 MiB: estimated {duration} +- {margin} us, median measured {typical:.0f} us")
-    check(typical / 4 < duration < typical * 4, f"estimate {duration} us, measured {typical:.0f} us")
-    check(0 < margin <= 2 * duration, f"margin {margin} us")
+    plausible(typical, duration, margin)
     there.close()
 
 
@@ -395,7 +402,7 @@ def cost_within_a_host_is_that_of_its_path():
             here, there, remote = pair(size, 1)
             told[way] = typical, duration, margin = experience(here, there, remote, size)
             print(f"note: 16 MiB {way}: estimated {duration} +- {margin} us, median measured {typical:.0f} us")
-            check(typical / 4 < duration < typical * 4, f"{way}: estimate {duration} us, measured {typical:.0f} us")
+            plausible(typical, duration, margin)
             local = within_host(path, 30 * size if disabled == "0" else 0)
             check((local >= 30 * size) == (disabled == "0"), f"{way}: {local:.0f} bytes stayed within the host")
             there.close()
