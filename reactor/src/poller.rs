@@ -12,8 +12,8 @@ use std::time::Duration;
 pub struct Interest(u32);
 
 impl Interest {
-    /// Nothing but errors and full hang-ups, each told once: a state that nobody wants to hear of must not end every wait.
-    pub const NONE: Interest = Interest::EDGE;
+    /// Nothing but errors and full hang-ups.
+    pub const NONE: Interest = Interest(0);
     /// There is something to read, or to accept.
     pub const READ: Interest = Interest(libc::EPOLLIN as u32);
     /// There is room to write.
@@ -255,20 +255,6 @@ mod tests {
         poller.wait(&mut events, SOON).unwrap();
         let second = events.iter().next().unwrap();
         assert!(second.hung_up() && second.readable());
-    }
-
-    #[test]
-    fn what_nobody_wants_to_hear_of_is_told_once() {
-        let poller = Poller::new().unwrap();
-        let (near, far) = UnixStream::pair().unwrap();
-        poller.add(far.as_raw_fd(), 5, Interest::READ).unwrap();
-        poller.modify(far.as_raw_fd(), 5, Interest::NONE).unwrap();
-        drop(near);
-        assert_eq!(tokens(&poller, SOON), [5], "a hang-up");
-        assert!(tokens(&poller, Some(Duration::ZERO)).is_empty(), "and no more of it");
-        poller.modify(far.as_raw_fd(), 5, Interest::READ).unwrap();
-        assert_eq!(tokens(&poller, SOON), [5]);
-        assert_eq!(tokens(&poller, SOON), [5], "as long as somebody wants to hear of it");
     }
 
     #[test]
