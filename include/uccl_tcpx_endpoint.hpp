@@ -108,6 +108,8 @@ inline constexpr std::chrono::microseconds kLookHard{500};
 /** The same for a thread that is woken when a request ends, and how long it sleeps at a time. */
 inline constexpr std::chrono::microseconds kLookBriefly{40};
 inline constexpr std::chrono::microseconds kWaitForEnd{200};
+/** How long it looks at full speed once a request has ended. */
+inline constexpr std::chrono::microseconds kLookAfterEnd{20};
 /** How long it sleeps at a time. */
 inline constexpr int64_t kWaitMs = 1;
 /** Threads that check requests look for notifications every so many calls of recv_routine. */
@@ -508,9 +510,9 @@ class TcpxEndpoint {
 
   /**
    * For an application's thread that polls a transfer which a thread of the engine carries out, in each of its polls: gives way. One that
-   * has polled the same transfer for kLookHard sleeps for kIdleNap at a time, or until a request ends. Where one ended during the transfer
-   * that it polled before, so that ends can be waited for, it sleeps from kLookBriefly on, for kWaitForEnd at a time. Several transfers
-   * polled in turns never make it sleep.
+   * has polled the same transfer for kLookHard sleeps for kIdleNap at a time, or until a request ends. Where one ended during the
+   * transfer that it polled before, so that ends can be waited for, it sleeps from kLookBriefly on, for kWaitForEnd at a time. Several
+   * transfers polled in turns never make it sleep.
    *
    * @param transfer  What it polls; nullptr when that has ended.
    */
@@ -524,13 +526,19 @@ class TcpxEndpoint {
       return;
     }
     auto const now = std::chrono::steady_clock::now();
-    caller.told_now = !another && (caller.told_now || ended);
-    // What has ended may be what it waits for, and about to be marked so.
-    if (another || ended) caller.polled_since = now;
-    if (now - caller.polled_since < (caller.told ? kLookBriefly : kLookHard)) {
+    if (another) {
+      caller.polled_since = now;
+      caller.told_now = false;
+    }
+    if (ended) {
+      // It may be what it waits for, and about to be marked so.
+      caller.told_now = caller.soon = true;
+      caller.look_until = now + kLookAfterEnd;
+    }
+    if (now < caller.look_until || now - caller.polled_since < (caller.told ? kLookBriefly : kLookHard)) {
       std::this_thread::yield();
     } else {
-      sleep_until_an_end(seen, caller.told ? kWaitForEnd : kIdleNap);
+      sleep_until_an_end(seen, !std::exchange(caller.soon, false) && caller.told ? kWaitForEnd : kIdleNap);
     }
   }
 
@@ -610,8 +618,11 @@ class TcpxEndpoint {
     /* What it polls in waiting_routine, and since when nothing else. */
     void const* polled = nullptr;
     std::chrono::steady_clock::time_point polled_since{};
-    /* Requests that had ended when it last polled; whether one did while it polled this transfer, and the one before. */
+    /* Requests that had ended when it last polled; since one has: how long it looks at full speed, and that its next nap is a short one. */
     uint32_t ends = 0;
+    std::chrono::steady_clock::time_point look_until{};
+    bool soon = false;
+    /* Whether a request ended while it polled this transfer, and the one before. */
     bool told_now = false;
     bool told = false;
 

@@ -79,6 +79,15 @@ impl Drop for Legitimate<'_> {
     }
 }
 
+/// Sets the flag at its end.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Runs `attack` (repeated until it is told to stop; it counts what it has done) beside a legitimate peer.
 fn endured(name: &str, target: &Engine, attack: &(dyn Fn(&AtomicBool, &AtomicUsize) + Sync)) {
     let engine = Engine::new(config()).unwrap();
@@ -89,6 +98,8 @@ fn endured(name: &str, target: &Engine, attack: &(dyn Fn(&AtomicBool, &AtomicUsi
         let before = peer.operation();
         let (during, connect) = std::thread::scope(|s| {
             s.spawn(|| attack(&stop, &done));
+            // However this ends, the attack ends with it.
+            let _stop = Stop(&stop);
             let under_way = Instant::now();
             while done.load(Ordering::Relaxed) < 20 && under_way.elapsed() < Duration::from_secs(10) {
                 std::thread::sleep(Duration::from_millis(1));
@@ -123,8 +134,9 @@ fn with_target(notified: bool, test: impl FnOnce(&Engine)) {
             let mut kept = std::collections::VecDeque::new();
             while let Ok(connection) = target.accept() {
                 kept.push_back(connection);
+                // The first one is the legitimate peer's.
                 if kept.len() > 64 {
-                    kept.pop_front();
+                    kept.remove(1);
                 }
             }
         });

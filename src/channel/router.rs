@@ -486,7 +486,7 @@ mod tests {
     fn the_first_path_that_carries_a_pair_takes_it_and_channels_are_numbered_over_all() {
         let ((device, d), (host, h)) = (stub(true, 3), stub(false, 2));
         let mut channels = Channels::new(vec![device, host], None);
-        let (gpu, now, want) = (Place::gpu(0), Instant::now(), Want { len: 1, rest: 1 });
+        let (gpu, now, want) = (Place::gpu(0), Instant::now(), Want { len: 1, rest: 1, total: 1 });
         assert_eq!((channels.route(gpu, gpu, true), channels.route(gpu, Place::HOST, true)), (Some(0), Some(1)));
         assert_eq!((channels.routes(), channels.count()), (2, 5));
         assert_eq!([0, 1, 2].map(|route| channels.cut(route, 1 << 20).bytes), [300, 200, 0]);

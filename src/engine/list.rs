@@ -116,11 +116,7 @@ impl List {
         let mut sketching = Sketching::new(registry, peer_engine);
         let mut pairings = Vec::with_capacity(self.pairs.len());
         for pair in &self.pairs {
-            pairings.push(match pair.near.0 < pair.near.1 {
-                true => sketching.note(pair.mr, &pair.item, pair.near, pair.far)?,
-                // Of no block.
-                false => usize::MAX,
-            });
+            pairings.push(sketching.note(pair.mr, &pair.item, pair.near, pair.far)?);
         }
         let feed = ListFeed { list: self, pairings, way, run: 0, at: 0, given: 0 };
         Some((sketching.finish(self.total, self.blocks.len())?, feed))

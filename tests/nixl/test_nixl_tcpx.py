@@ -378,7 +378,7 @@ def experience(here, there, remote, size):
 def plausible(typical, duration, margin):
     """Whether what was measured is near what was estimated, as near as a busy machine lets it be."""
     check(0 < margin <= 2 * duration, f"estimate {duration} +- {margin} us")
-    near = duration - margin < typical * 3 and typical / 3 < duration + margin
+    near = duration < typical * 4 and typical / 4 < duration + min(margin, duration)
     check(near, f"estimate {duration} +- {margin} us, measured {typical:.0f} us")
 
 

@@ -53,8 +53,8 @@ pub(crate) struct Probe {
 pub(crate) struct Loads {
     pub channels: Vec<Load>,
     pub nics: Vec<NicLoad>,
-    /// Bytes of a transfer up to which one channel takes all, and half as many that are under way already; 0: channels share from the
-    /// first chunk on.
+    /// Bytes of a transfer up to which one channel takes all, while no more than half as many of others are under way or these and they
+    /// come to no more; 0: channels share from the first chunk on.
     pub alone: u64,
 }
 
@@ -65,6 +65,8 @@ pub(crate) struct Want {
     pub len: u64,
     /// Bytes that wait for channels altogether, with the next chunk.
     pub rest: u64,
+    /// Bytes of its whole transfer.
+    pub total: u64,
 }
 
 /// Where the next chunk goes.
@@ -114,7 +116,8 @@ pub(crate) fn pick(loads: &Loads, want: Want) -> Option<Pick> {
 fn pick_alone(loads: &Loads, want: Want) -> Option<usize> {
     let queued: u64 = loads.channels.iter().map(|load| load.queued).sum();
     // What the transfer before has left may still count, although the peer has it.
-    if queued == 0 || queued + want.rest > loads.alone + loads.alone / 2 {
+    let most = loads.alone.max(want.total.saturating_add(loads.alone / 2));
+    if queued == 0 || want.total > loads.alone || queued + want.rest > most {
         return None;
     }
     let (index, busiest) =
@@ -310,7 +313,8 @@ mod tests {
 
     /// As with one NIC.
     fn pick(channels: &[Load], len: u64) -> Option<usize> {
-        super::pick(&Loads { channels: channels.to_vec(), ..Loads::default() }, Want { len, rest: len }).map(|pick| pick.channel)
+        super::pick(&Loads { channels: channels.to_vec(), ..Loads::default() }, Want { len, rest: len, total: len })
+            .map(|pick| pick.channel)
     }
 
     proptest! {
@@ -355,7 +359,7 @@ mod tests {
         let mut chunks = vec![0; channels.len()];
         for sent in 0..total / len {
             let loads = Loads { channels: channels.clone(), alone, ..Loads::default() };
-            let Some(pick) = super::pick(&loads, Want { len, rest: total - sent * len }) else { break };
+            let Some(pick) = super::pick(&loads, Want { len, rest: total - sent * len, total }) else { break };
             chunks[pick.channel] += 1;
             channels[pick.channel].queued += len;
             channels[pick.channel].free -= 1;
@@ -373,6 +377,10 @@ mod tests {
         let left = |queued| [vec![idle, Load { queued, ..idle }], vec![idle; 2]].concat();
         assert_eq!(handed_out(1024 * K, left(512 * K), 1024 * K, 512 * K), [0, 2, 0, 0], "the one before is not over yet");
         assert_eq!(handed_out(1024 * K, left(513 * K), 1024 * K, 512 * K), [1, 0, 1, 0], "nor will it be soon");
+        assert_eq!(handed_out(1024 * K, left(700 * K), 700 * K, 350 * K), [1, 0, 1, 0], "two that are under way together");
+        assert_eq!(handed_out(1024 * K, left(960 * K), 64 * K, 64 * K), [0, 1, 0, 0]);
+        assert_eq!(handed_out(1024 * K, left(961 * K), 64 * K, 64 * K), [1, 0, 0, 0], "a small one behind much");
+        assert_eq!(handed_out(1024 * K, vec![idle; 4], 1280 * K, 160 * K), [2, 2, 2, 2], "a little too much for one");
         assert_eq!(handed_out(1024 * K, vec![Load { free: 3, ..idle }; 4], 1024 * K, 128 * K), [3, 3, 2, 0], "no place is left");
         let slow = Load { rate: 1e6, queued: 64 * K, ..idle };
         let fast = Load { rate: 1e9, ..idle };

@@ -81,7 +81,7 @@ impl World {
     fn schedule(&mut self, rest: &mut u64, bulk: bool) {
         while *rest > 0 {
             let loads = self.loads(bulk);
-            let Some(pick) = pick(&loads, Want { len: CHUNK.min(*rest), rest: *rest }) else { break };
+            let Some(pick) = pick(&loads, Want { len: CHUNK.min(*rest), rest: *rest, total: *rest }) else { break };
             let len = pick.len.min(*rest);
             assert!(len > 0 && loads.channels[pick.channel].free > 0);
             let channel = &mut self.channels[pick.channel];

@@ -187,7 +187,7 @@ impl Outgoing {
         };
         let limits = channels.cut(route, out.total);
         let rest = if small { out.stream.remaining() } else { self.bulk_left };
-        let want = Want { len: limits.bytes as u64, rest };
+        let want = Want { len: limits.bytes as u64, rest, total: out.total };
         let Some((channel, most)) = channels.pick(route, place, want, !small, now) else { return Ok(false) };
         let tag = tag(key, true, out.stream.offset());
         let limits = ChunkLimits { bytes: most.min(limits.bytes), ..limits };
