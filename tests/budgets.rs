@@ -274,7 +274,8 @@ fn a_hundred_peers_cause_no_more_lines_than_their_budget() {
 
 #[test]
 fn budgets_are_settings_and_can_be_asked_for() {
-    local::set_environment();
+    // Before the engine takes a logger of its own.
+    let _ = config(Budgets::default());
     let settings = [("UCCL_TCPX_PLUGIN", "soft"), ("UCCL_TCPX_MAX_CONNECTIONS", "40"), ("UCCL_TCPX_PEER_BYTES", "1M")];
     let engine = Engine::new(Config::from_env_with(&settings).unwrap()).unwrap();
     let all = engine.budgets();
