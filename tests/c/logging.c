@@ -115,7 +115,7 @@ CASE(a_callback_may_call_the_library)
 /* Two engines whose connection logs lines: a peer's requests with a wrong token are refused with one. */
 typedef struct noisy {
     side from, to;
-    atomic_int lines, calls;
+    atomic_int lines, calls, inside;
     atomic_bool up;
 } noisy;
 
@@ -142,6 +142,7 @@ static void use_the_engine(int level, const char *text, void *user)
 {
     uccl_conn_stats_t stats = {.size = sizeof stats};
     (void)level, (void)text, (void)user;
+    atomic_fetch_add(&noise.inside, 1);
     if (atomic_load(&noise.up)) {
         CHECK_OK(uccl_engine_conn_status(noise.to.conn));
         CHECK_OK(uccl_engine_conn_stats(noise.to.conn, &stats));
@@ -152,6 +153,7 @@ static void use_the_engine(int level, const char *text, void *user)
         CHECK_OK(outcome(noise.to.conn, id));
         atomic_fetch_add(&noise.calls, 1);
     }
+    atomic_fetch_sub(&noise.inside, 1);
     atomic_fetch_add(&noise.lines, 1);
 }
 
@@ -167,6 +169,9 @@ CASE(a_callback_may_use_the_connection_that_logs)
     }
     good_write();
     atomic_store(&noise.up, false);
+    /* A call that found it up still uses the connection. */
+    for (int64_t deadline = now_ms() + HANG_MS; atomic_load(&noise.inside) > 0; sleep_ms(1))
+        CHECK(now_ms() < deadline);
     side_close(&noise.from);
     side_close(&noise.to);
     CHECK_OK(uccl_engine_set_log_callback(NULL, NULL));
