@@ -105,13 +105,13 @@ inline constexpr std::chrono::microseconds kIdleNap{50};
 inline constexpr std::chrono::microseconds kLongestNap{1000};
 /** How long a thread that waits for a request looks at full speed, before it sleeps until the request has ended. */
 inline constexpr std::chrono::microseconds kLookHard{500};
-/** The same for a thread that is woken when a request ends, and how long it sleeps at a time. */
-inline constexpr std::chrono::microseconds kLookBriefly{40};
-inline constexpr std::chrono::microseconds kWaitForEnd{200};
-/** How long it looks at full speed once a request has ended. */
-inline constexpr std::chrono::microseconds kLookAfterEnd{20};
 /** How long it sleeps at a time. */
 inline constexpr int64_t kWaitMs = 1;
+/** Of an application's thread that is woken when a request ends: how long it looks at full speed, and how long it sleeps at a time. */
+inline constexpr std::chrono::microseconds kLookBriefly{40};
+inline constexpr std::chrono::microseconds kWaitForEnd{200};
+/** How long it looks at full speed again once a request has ended. */
+inline constexpr std::chrono::microseconds kLookAfterEnd{20};
 /** Threads that check requests look for notifications every so many calls of recv_routine. */
 inline constexpr uint32_t kLookEvery = 64;
 /** Returned instead of a request id when nothing was started, but the same call may succeed later: too many transfers in flight. */

@@ -7,8 +7,9 @@ use super::registry::Registry;
 use super::request::{Known, Sketching, MAX_BLOCK};
 use super::transfer::LocalSegment;
 use crate::channel::path::{Blocks, Way};
-use crate::status::{bail, Result};
+use crate::status::{err, Result};
 use crate::types::Piece;
+use std::collections::TryReserveError;
 
 /// A segment: where it begins here and there, and its bytes.
 #[derive(Clone, Copy, Debug)]
@@ -54,38 +55,37 @@ impl List {
     /// # Errors
     /// `Resource` without memory for them.
     pub fn new<'a>(n: usize, items: impl Iterator<Item = (LocalSegment, &'a FifoItem)>) -> Result<List> {
+        List::gather(n, items).map_err(|_| err!(Resource, "no memory for a list of {n} segments"))
+    }
+
+    fn gather<'a>(
+        n: usize,
+        items: impl Iterator<Item = (LocalSegment, &'a FifoItem)>,
+    ) -> std::result::Result<List, TryReserveError> {
         let mut blocks = Vec::new();
-        if blocks.try_reserve_exact(n).is_err() {
-            bail!(Resource, "no memory for a list of {n} segments");
-        }
+        blocks.try_reserve_exact(n)?;
         let (pairs, runs, empty) = (Vec::new(), Vec::<Run>::new(), Vec::new());
         let mut list = List { pairs, runs, blocks, empty, total: 0, longest: 0, wraps: false };
         let mut known = Known::default();
         for (local, item) in items {
-            if [list.pairs.try_reserve(1), list.runs.try_reserve(1), list.empty.try_reserve(1)]
-                .iter()
-                .any(std::result::Result::is_err)
-            {
-                bail!(Resource, "no memory for a list of {n} segments");
-            }
-            let pair = match list.runs.last().filter(|run| list.pairs[run.pair].is(local.mr, item)) {
-                Some(run) => run.pair,
-                None => known.find(local.mr, item).unwrap_or_else(|| {
+            let last = list.runs.last().map(|run| run.pair).filter(|&pair| list.pairs[pair].is(local.mr, item));
+            let pair = match last.or_else(|| known.find(local.mr, item)) {
+                Some(pair) => pair,
+                None => {
                     let nothing = (u64::MAX, 0);
-                    list.pairs.push(Pair { mr: local.mr, item: *item, near: nothing, far: nothing });
+                    push(&mut list.pairs, Pair { mr: local.mr, item: *item, near: nothing, far: nothing })?;
                     known.add(local.mr, item)
-                }),
+                }
             };
-            list.add(pair, Block { near: local.addr as u64, far: item.addr, len: local.len as u64 });
+            list.add(pair, Block { near: local.addr as u64, far: item.addr, len: local.len as u64 })?;
         }
         list.blocks.shrink_to_fit();
         Ok(list)
     }
 
-    fn add(&mut self, pair: usize, block: Block) {
+    fn add(&mut self, pair: usize, block: Block) -> std::result::Result<(), TryReserveError> {
         if block.len == 0 {
-            self.empty.push((pair, block));
-            return;
+            return push(&mut self.empty, (pair, block));
         }
         let ((near, over), (far, far_over)) = (block.near.overflowing_add(block.len), block.far.overflowing_add(block.len));
         self.wraps |= over | far_over;
@@ -98,8 +98,9 @@ impl List {
         let end = self.blocks.len();
         match self.runs.last_mut().filter(|run| run.pair == pair) {
             Some(run) => run.end = end,
-            None => self.runs.push(Run { pair, end }),
+            None => push(&mut self.runs, Run { pair, end })?,
         }
+        Ok(())
     }
 
     /// Segments.
@@ -137,6 +138,12 @@ impl List {
             (LocalSegment { mr, addr: block.near as usize, len: block.len as usize }, FifoItem { addr: block.far, ..item })
         })
     }
+}
+
+fn push<T>(list: &mut Vec<T>, value: T) -> std::result::Result<(), TryReserveError> {
+    list.try_reserve(1)?;
+    list.push(value);
+    Ok(())
 }
 
 impl Pair {

@@ -72,13 +72,7 @@ fn rest() {
 }
 
 fn run() {
-    // The application's signals are not for this thread.
-    // SAFETY: the set is filled before it is used.
-    unsafe {
-        let mut all: libc::sigset_t = std::mem::zeroed();
-        libc::sigfillset(&mut all);
-        libc::pthread_sigmask(libc::SIG_BLOCK, &all, std::ptr::null_mut());
-    }
+    process::thread::block_signals();
     let queue = QUEUE.get();
     loop {
         rest();

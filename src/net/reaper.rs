@@ -49,7 +49,7 @@ pub(super) fn kept() -> usize {
 }
 
 fn run() {
-    super::signals::block_all();
+    process::thread::block_signals();
     let (nursery, arrived) = NURSERY.get();
     let mut nursery = nursery.lock();
     loop {

@@ -67,16 +67,6 @@ impl Drop for Quiet {
     }
 }
 
-/// Blocks every signal in a thread of the library's own: handlers of the application run in its own threads.
-pub(crate) fn block_all() {
-    // SAFETY: plain data, initialised by sigfillset.
-    unsafe {
-        let mut set = std::mem::zeroed();
-        libc::sigfillset(&mut set);
-        libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

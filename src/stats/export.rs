@@ -78,7 +78,7 @@ impl Exporter {
             }
         };
         let thread = std::thread::Builder::new().name("uccl-metrics".into()).spawn(move || {
-            crate::net::signals::block_all();
+            process::thread::block_signals();
             // A defect in statistics must not end the process.
             if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
                 log::error!("the thread that offers statistics panicked; it has ended");

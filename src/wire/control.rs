@@ -202,7 +202,7 @@ impl ControlStream {
 
     /// More comes than there is room for: most connections never need as much as two records.
     fn make_room(&mut self) {
-        let len = (2 * self.sealed.len()).clamp(ROOM, (2 * MAX_RECORD).max(self.sealed.len()));
+        let len = (2 * self.sealed.len()).min((2 * MAX_RECORD).max(self.sealed.len()));
         self.sealed.resize(len, 0);
     }
 
