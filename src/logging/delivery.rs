@@ -50,6 +50,8 @@ struct Waiting {
     /// The thread runs; it is inside the function.
     thread: bool,
     calling: bool,
+    /// Calls that have ended, and lines that were forgotten.
+    over: u64,
 }
 
 impl Waiting {
@@ -76,11 +78,18 @@ impl Waiting {
         }
     }
 
-    fn is_empty(&self) -> bool {
-        self.lines.is_empty() && self.missed == 0 && !self.calling
+    /// What [`Waiting::over`] is when the call that runs has ended.
+    fn begun(&self) -> u64 {
+        self.over + u64::from(self.calling)
+    }
+
+    /// What [`Waiting::over`] is when all that was logged so far has been handed over.
+    fn all(&self) -> u64 {
+        self.begun() + self.lines.len() as u64 + u64::from(self.missed > 0)
     }
 
     fn forget(&mut self) {
+        self.over += self.all() - self.begun();
         self.lines.clear();
         (self.bytes, self.missed) = (0, 0);
     }
@@ -142,13 +151,15 @@ fn run(delivery: &Delivery) {
             unsafe { (callback.call)(level as c_int, text.as_ptr(), callback.user) };
         });
         waiting.calling = false;
+        waiting.over += 1;
         delivery.done.notify_all();
     }
 }
 
-/// Waits until everything was handed over, or `until`.
+/// Waits until everything that was logged before was handed over, or `until`. What others go on logging is not waited for.
 fn settle(delivery: &Delivery, waiting: &mut MutexGuard<'_, Waiting>, until: Instant) {
-    while !waiting.is_empty() && waiting.thread {
+    let all = waiting.all();
+    while waiting.over < all && waiting.thread {
         if delivery.done.wait_until(waiting, until).timed_out() {
             return;
         }
@@ -178,8 +189,9 @@ pub(super) fn set(callback: Option<Callback>) -> Result<()> {
     }
     let started = fresh.is_null() || begin(&mut waiting);
     delivery.more.notify_one();
-    // Only a call that had begun can still run.
-    while waiting.calling {
+    // Of the old function only a call that had begun can still run; the new one may be called all the time.
+    let begun = waiting.begun();
+    while waiting.over < begun {
         delivery.done.wait(&mut waiting);
     }
     if !started {
@@ -200,10 +212,12 @@ mod tests {
         let taken: Vec<_> = std::iter::from_fn(|| waiting.pop()).collect();
         assert_eq!(taken.len(), MAX_LINES + 1);
         assert!(taken[0].1 == "line 0" && taken[MAX_LINES].1.starts_with("5904 lines were not handed"), "{:?}", taken.last());
-        assert!(waiting.is_empty() && waiting.bytes == 0);
+        assert!(waiting.all() == 0 && waiting.bytes == 0);
         (0..10).for_each(|_| waiting.push(log::Level::Info, "x".repeat(MAX_BYTES / 4)));
         assert_eq!((waiting.lines.len(), waiting.missed), (4, 6));
+        waiting.calling = true;
+        assert_eq!((waiting.begun(), waiting.all()), (1, 6));
         waiting.forget();
-        assert!(waiting.is_empty() && waiting.bytes == 0);
+        assert_eq!((waiting.over, waiting.begun(), waiting.all(), waiting.bytes), (5, 6, 6, 0));
     }
 }

@@ -28,6 +28,12 @@ static void keep(int level, const char *text, void *user)
     pthread_mutex_unlock(&l->mutex);
 }
 
+/* Before anything is logged, whatever level the environment asks for. */
+static void log_from(const char *level)
+{
+    CHECK(setenv("UCCL_P2P_LOG_LEVEL", level, 1) == 0);
+}
+
 /* A call that logs a line: the handle was never given out. */
 static void log_a_line(void)
 {
@@ -43,7 +49,7 @@ static void settle(uccl_log_callback_t callback, lines *l)
 
 CASE(lines_come_to_the_callback)
 {
-    CHECK(setenv("UCCL_P2P_LOG_LEVEL", "info", 1) == 0);
+    log_from("info");
     lines l = LINES;
     /* Before there is an engine. */
     CHECK_OK(uccl_engine_set_log_callback(keep, &l));
@@ -69,7 +75,7 @@ CASE(lines_come_to_the_callback)
 /* Standard error holds what no callback takes, and nothing of what one takes. */
 CASE(null_restores_standard_error)
 {
-    CHECK(setenv("UCCL_P2P_LOG_LEVEL", "warn", 1) == 0);
+    log_from("warn");
     int ends[2], saved = dup(2);
     lines l = LINES;
     CHECK(saved >= 0 && pipe(ends) == 0 && dup2(ends[1], 2) == 2);
@@ -104,6 +110,7 @@ static void call_back(int level, const char *text, void *user)
 
 CASE(a_callback_may_call_the_library)
 {
+    log_from("warn");
     lines l = LINES;
     CHECK_OK(uccl_engine_set_log_callback(call_back, &l));
     log_a_line();
@@ -159,6 +166,7 @@ static void use_the_engine(int level, const char *text, void *user)
 
 CASE(a_callback_may_use_the_connection_that_logs)
 {
+    log_from("warn");
     local_pair(&noise.from, &noise.to, 64 * KIB);
     atomic_store(&noise.up, true);
     CHECK_OK(uccl_engine_set_log_callback(use_the_engine, NULL));
@@ -187,6 +195,7 @@ static void sleep_long(int level, const char *text, void *user)
 /* Lines that a peer causes are handed to a callback that sleeps: neither the peer nor this side's own transfers wait for it. */
 CASE(a_callback_that_sleeps_holds_nobody_up)
 {
+    log_from("warn");
     local_pair(&noise.from, &noise.to, 64 * KIB);
     CHECK_OK(uccl_engine_set_log_callback(sleep_long, NULL));
     int64_t began = now_ms();
@@ -225,6 +234,7 @@ static void count_slowly(int level, const char *text, void *user)
 /* A callback that is too slow for its lines is told how many it has missed; they take no memory. */
 CASE(a_flood_of_lines_is_bounded_and_counted)
 {
+    log_from("warn");
     atomic_bool told = false;
     CHECK_OK(uccl_engine_set_log_callback(count_slowly, &told));
     for (int i = 0; i < 20000; i++)
@@ -244,7 +254,7 @@ static void nothing(int level, const char *text, void *user)
 /* What an engine logged has been handed over when its destroy returns. */
 CASE(destroy_hands_over_what_was_logged)
 {
-    CHECK(setenv("UCCL_P2P_LOG_LEVEL", "info", 1) == 0);
+    log_from("info");
     atomic_int count = 0;
     CHECK_OK(uccl_engine_set_log_callback(nothing, &count));
     uccl_engine_t *engine = engine_start();
@@ -274,6 +284,7 @@ static void *log_lines(void *unused)
 /* Once a callback is replaced, it is not called any more, and its argument may be freed. */
 CASE(a_replaced_callback_is_never_called)
 {
+    log_from("warn");
     pthread_t threads[4];
     lines *current = malloc(sizeof *current);
     CHECK(current);
@@ -300,4 +311,57 @@ CASE(a_replaced_callback_is_never_called)
         CHECK(pthread_join(threads[i], NULL) == 0);
     CHECK_OK(uccl_engine_set_log_callback(NULL, NULL));
     free(current);
+}
+
+typedef struct echo {
+    atomic_int calls, answered;
+    atomic_bool stop;
+} echo;
+
+static void ask_for_another(int level, const char *text, void *user)
+{
+    echo *e = user;
+    (void)level, (void)text;
+    atomic_fetch_add(&e->calls, 1);
+    /* Another line waits before this call ends, so that there is never none. */
+    for (int calls = atomic_load(&e->calls); atomic_load(&e->answered) < calls && !atomic_load(&e->stop);)
+        sleep_ms(1);
+}
+
+static void *answer_with_a_line(void *user)
+{
+    echo *e = user;
+    while (!atomic_load(&e->stop))
+        if (atomic_load(&e->answered) < atomic_load(&e->calls)) {
+            log_a_line();
+            atomic_fetch_add(&e->answered, 1);
+        } else {
+            sleep_ms(1);
+        }
+    return NULL;
+}
+
+/* A new callback waits for the lines logged before, not for those that other threads go on logging. */
+CASE(a_new_callback_does_not_wait_for_later_lines)
+{
+    log_from("warn");
+    echo e = {0};
+    pthread_t thread;
+    CHECK_OK(uccl_engine_set_log_callback(ask_for_another, &e));
+    for (int i = 0; i < 3; i++)
+        log_a_line();
+    CHECK(pthread_create(&thread, NULL, answer_with_a_line, &e) == 0);
+    /* Each call has one line logged, so that three or four wait at any time: the new callback gets the later ones. */
+    for (int i = 0; i < 20; i++) {
+        int before = atomic_load(&e.calls);
+        CHECK_OK(uccl_engine_set_log_callback(ask_for_another, &e));
+        int during = atomic_load(&e.calls) - before;
+        CHECK_MSG(during < 100, "%d calls for the four lines that waited", during);
+        log_a_line();
+        log_a_line();
+        log_a_line();
+    }
+    atomic_store(&e.stop, true);
+    CHECK(pthread_join(thread, NULL) == 0);
+    CHECK_OK(uccl_engine_set_log_callback(NULL, NULL));
 }
