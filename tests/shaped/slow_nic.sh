@@ -61,24 +61,28 @@ done
 if [[ $cases == *" recovers "* ]]; then
   only eth1 eth2
   export UCCL_TCPX_NUM_CHANNELS=4
-  for op in write read; do
+  recovers() { # recovers OP
     speed eth2 20
     restart
-    timeout 60 ip netns exec $a "$perf" client "$address" --op $op --verify --total 64M --warmup 1 --time 42 --interval 1 >"$scratch/client" 2>"$scratch/intervals" &
+    timeout 60 ip netns exec $a "$perf" client "$address" --op "$1" --verify --total 64M --warmup 1 --time 42 --interval 1 >"$scratch/client" 2>"$scratch/intervals" &
     client=$!
     sleep 8
     speed eth2 1000
     sleep 21
     speed eth2 20
-    wait $client || { echo "$name: $op failed:"; cat "$scratch/client" "$scratch/intervals"; failed=1; }
+    wait $client || { echo "$name: $1 failed:"; cat "$scratch/client" "$scratch/intervals"; exit 1; }
     # GB/s around the ends of the three times; connecting and the warm-up take the first second or two.
     at() { awk -v from="$1" -v to="$2" '/GB\/s/ && $1 >= from && $1 <= to { sum += $3; n++ } END { printf "%.4f", n ? sum / n : 0 }' "$scratch/intervals"; }
     slow=$(at 3 6) fast=$(at 22 26) again=$(at 36 40)
-    awk -v slow="$slow" -v fast="$fast" -v again="$again" -v what="$name: $op" 'BEGIN {
+    awk -v slow="$slow" -v fast="$fast" -v again="$again" -v what="$name: $1" 'BEGIN {
       line = 0.125 * 1448 / 1514
       printf "%s: %.4f GB/s beside 20 Mbit/s, %.4f beside 1000, %.4f beside 20 again (to reach: %.4f, %.4f, %.4f)\n", what, slow, fast, again, 0.9 * 1.02 * line, 0.9 * 2 * line, 0.9 * 1.02 * line
       exit !(slow >= 0.9 * 1.02 * line && fast >= 0.9 * 2 * line && again >= 0.9 * 1.02 * line)
-    }' || { failed=1; cat "$scratch/intervals"; }
+    }'
+  }
+  for op in write read; do
+    # Seconds that other work or the machine's host takes make figures worse: measured again, twice at most.
+    recovers $op || recovers $op || recovers $op || { failed=1; cat "$scratch/intervals"; }
   done
 fi
 
