@@ -17,6 +17,8 @@ use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, LocalSegment};
 
 const TOTAL: usize = 64 << 20;
 const IDLE_SECONDS: u64 = 5;
+/// Some times of the time between heartbeats: a thousand connections that came up together are heard of together.
+const CROWD_SECONDS: u64 = 20;
 const IDLE_LIMIT_PERCENT: f64 = 0.5;
 const STOP: &[u8] = b"stop";
 
@@ -424,7 +426,7 @@ fn crowd(seconds: f64) {
         let ids = [std::process::id(), server.pid()];
         let used = ids.map(cpu_seconds);
         let began = Instant::now();
-        std::thread::sleep(Duration::from_secs(IDLE_SECONDS));
+        std::thread::sleep(Duration::from_secs(CROWD_SECONDS));
         let percent = [0, 1].map(|i| (cpu_seconds(ids[i]) - used[i]) / began.elapsed().as_secs_f64() * 100.0);
         let used = cpu_seconds(ids[1]);
         let ops = time_all(seconds, || {
