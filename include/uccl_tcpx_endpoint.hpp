@@ -107,11 +107,9 @@ inline constexpr std::chrono::microseconds kLongestNap{1000};
 inline constexpr std::chrono::microseconds kLookHard{500};
 /** How long it sleeps at a time. */
 inline constexpr int64_t kWaitMs = 1;
-/** Of an application's thread that is woken when a request ends: how long it looks at full speed, and how long it sleeps at a time. */
+/** Of an application's thread that is woken when a request has ended: how long it looks at full speed, and how long it sleeps at a time. */
 inline constexpr std::chrono::microseconds kLookBriefly{40};
 inline constexpr std::chrono::microseconds kWaitForEnd{200};
-/** How long it looks at full speed again once a request has ended. */
-inline constexpr std::chrono::microseconds kLookAfterEnd{20};
 /** Threads that check requests look for notifications every so many calls of recv_routine. */
 inline constexpr uint32_t kLookEvery = 64;
 /** Returned instead of a request id when nothing was started, but the same call may succeed later: too many transfers in flight. */
@@ -481,6 +479,7 @@ class TcpxEndpoint {
   void recv_routine() {
     Caller& caller = caller_state();
     caller.of_engine = true;
+    tell_ends(caller);
     bool const only_here = !std::exchange(caller.busy, false);
     // Threads that look at their own requests leave this to the receive thread, and look only now and then in case there is none; those
     // that sleep in between look each time.
@@ -500,6 +499,7 @@ class TcpxEndpoint {
   void idle_routine() {
     Caller& caller = caller_state();
     caller.of_engine = true;
+    tell_ends(caller);
     auto const now = std::chrono::steady_clock::now();
     if (std::exchange(caller.busy, false)) {
       caller.active = now;
@@ -511,8 +511,8 @@ class TcpxEndpoint {
   /**
    * For an application's thread that polls a transfer which a thread of the engine carries out, in each of its polls: gives way. One that
    * has polled the same transfer for kLookHard sleeps for kIdleNap at a time, or until a request ends. Where one ended during the
-   * transfer that it polled before, so that ends can be waited for, it sleeps from kLookBriefly on, for kWaitForEnd at a time. Several
-   * transfers polled in turns never make it sleep.
+   * transfer that it polled before, so that ends can be waited for, it sleeps from kLookBriefly on, or from the first poll on if that
+   * transfer took longer, for kWaitForEnd at a time. Several transfers polled in turns never make it sleep.
    *
    * @param transfer  What it polls; nullptr when that has ended.
    */
@@ -521,24 +521,28 @@ class TcpxEndpoint {
     bool const another = transfer != std::exchange(caller.polled, transfer);
     uint32_t const seen = ends_.load(std::memory_order_seq_cst);
     bool const ended = seen != std::exchange(caller.ends, seen);
+    auto const now = std::chrono::steady_clock::now();
     if (transfer == nullptr) {
       caller.told = std::exchange(caller.told_now, false) || ended;
+      caller.brief = now - caller.polled_since < 3 * kLookBriefly;
       return;
     }
-    auto const now = std::chrono::steady_clock::now();
     if (another) {
       caller.polled_since = now;
       caller.told_now = false;
     }
+    // It may be what it waits for: the next poll tells.
     if (ended) {
-      // It may be what it waits for, and about to be marked so.
-      caller.told_now = caller.soon = true;
-      caller.look_until = now + kLookAfterEnd;
+      caller.told_now = true;
+      return;
     }
-    if (now < caller.look_until || now - caller.polled_since < (caller.told ? kLookBriefly : kLookHard)) {
+    auto const looks = now - caller.polled_since;
+    if (caller.told) {
+      if (!caller.brief || looks >= kLookBriefly) sleep_until_an_end(seen, kWaitForEnd);
+    } else if (looks < kLookHard) {
       std::this_thread::yield();
     } else {
-      sleep_until_an_end(seen, !std::exchange(caller.soon, false) && caller.told ? kWaitForEnd : kIdleNap);
+      sleep_until_an_end(seen, kIdleNap);
     }
   }
 
@@ -618,13 +622,14 @@ class TcpxEndpoint {
     /* What it polls in waiting_routine, and since when nothing else. */
     void const* polled = nullptr;
     std::chrono::steady_clock::time_point polled_since{};
-    /* Requests that had ended when it last polled; since one has: how long it looks at full speed, and that its next nap is a short one. */
+    /* Requests that had ended when it last polled; whether one ended while it polled this transfer, and the one before. */
     uint32_t ends = 0;
-    std::chrono::steady_clock::time_point look_until{};
-    bool soon = false;
-    /* Whether a request ended while it polled this transfer, and the one before. */
     bool told_now = false;
     bool told = false;
+    /* The one before was over soon. */
+    bool brief = false;
+    /* It has found a request ended, and those who sleep do not know. */
+    bool owes = false;
 
     bool waits_for(int64_t request_id) const {
       return of_engine && request_id >= 0 && request_id == running && std::chrono::steady_clock::now() - since > kLookHard;
@@ -652,7 +657,8 @@ class TcpxEndpoint {
     sleepers_.fetch_sub(1, std::memory_order_seq_cst);
   }
 
-  static void tell_an_end() {
+  static void tell_ends(Caller& caller) {
+    if (!std::exchange(caller.owes, false)) return;
     ends_.fetch_add(1, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) == 0) return;
     syscall(SYS_futex, &ends_, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
@@ -692,7 +698,9 @@ class TcpxEndpoint {
       // Another thread may have seen the end first; its answer stands.
       verdict = requests_.erase(request_id) != 0 ? end_request(request_id, status) : status_of_ended(request_id);
     }
-    tell_an_end();
+    // A thread of the engine marks its transfer as done before it comes here again, and whoever sleeps looks for that mark.
+    caller.owes = true;
+    if (!caller.of_engine) tell_ends(caller);
     return verdict;
   }
 
@@ -795,6 +803,7 @@ class TcpxEndpoint {
     uint64_t const mr = local_mr ? local_mr->mr.load(std::memory_order_acquire) : 0;
     if (peer == nullptr || mr == 0 || ureq == nullptr) return kPostFailed;
     caller_state().busy = true;
+    tell_ends(caller_state());
     // The place in the table comes first: a transfer that is under way must not lose its id to memory that ran out.
     int64_t const id = new_request(peer);
     uint64_t transfer = 0;

@@ -375,10 +375,21 @@ int main(int argc, char** argv) {
     return status;
   };
   CHECK(wait(good) == 0 && wait(good) == 0);
-  check_that_ends_are_waited_for([&] {
+  auto const end_one = [&] {
     UcclRequest one{};
     CHECK(endpoint.uccl_write_async(conn, region, out, 64, peer.hello.item, &one) >= 0 && wait(one) == 0);
-  });
+  };
+  check_that_ends_are_waited_for(end_one);
+  // A thread of the engine tells when it comes back, having marked its transfer as done.
+  for (void (Endpoint::*comes_back)() : {&Endpoint::idle_routine, &Endpoint::recv_routine}) {
+    check_that_ends_are_waited_for([&] {
+      std::thread([&] {
+        (endpoint.*comes_back)();
+        end_one();
+        (endpoint.*comes_back)();
+      }).join();
+    });
+  }
   for (size_t i = 0; i < uccl_tcpx::kFailuresKept + 500; ++i) {
     CHECK(endpoint.uccl_write_async(conn, region, out, 64, outside, &last) >= 0);
     if (i == 0) first = last;
