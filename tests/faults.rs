@@ -219,6 +219,32 @@ fn what_comes_to_a_connection_that_somebody_keeps_waits_without_a_cost() {
     assert!(until(LIMIT, || a.next_notification().is_some()));
 }
 
+/// A socket that has hung up always has an event: it costs a connection that somebody keeps no processor time either.
+#[test]
+fn a_peer_that_is_gone_from_a_connection_that_somebody_keeps_costs_nothing() {
+    const NAME: &str = "a_peer_that_is_gone_from_a_connection_that_somebody_keeps_costs_nothing";
+    const KEPT: Duration = Duration::from_secs(5);
+    if !isolated(NAME) {
+        return;
+    }
+    let peer = start(&[]);
+    let engine = Engine::new(Config { peer_timeout: Duration::from_secs(1), ..config() }).unwrap();
+    let kept = engine.connect("127.0.0.1", "", peer.port).unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    let before = ticks(std::process::id());
+    std::thread::scope(|scope| {
+        scope.spawn(|| kept.simulate_kept_preparing(KEPT));
+        std::thread::sleep(Duration::from_millis(100));
+        // The first heartbeat that comes after it is answered with a reset.
+        drop(peer);
+    });
+    let used = ticks(std::process::id()) - before;
+    // SAFETY: a plain system call.
+    let second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as u64;
+    assert!(used < 2 * second, "{used} of {} ticks", KEPT.as_secs() * second);
+    assert!(until(LIMIT, || kept.status().is_err()));
+}
+
 /// Nobody vouches for ever for a thread that does not come back.
 #[test]
 fn a_connection_that_stays_kept_is_given_up_by_its_peer() {

@@ -22,6 +22,8 @@ impl Interest {
     pub const HANG_UP: Interest = Interest(libc::EPOLLRDHUP as u32);
     /// Report changes only, not states.
     pub const EDGE: Interest = Interest(libc::EPOLLET as u32);
+    /// Report once, and nothing more, errors and hang-ups neither, until the descriptor is modified.
+    pub const ONCE: Interest = Interest(libc::EPOLLONESHOT as u32);
 }
 
 impl BitOr for Interest {

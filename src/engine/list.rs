@@ -74,7 +74,7 @@ impl List {
                 None => {
                     let nothing = (u64::MAX, 0);
                     push(&mut list.pairs, Pair { mr: local.mr, item: *item, near: nothing, far: nothing })?;
-                    known.add(local.mr, item)
+                    known.add(local.mr, item)?
                 }
             };
             list.add(pair, Block { near: local.addr as u64, far: item.addr, len: local.len as u64 })?;

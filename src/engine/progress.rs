@@ -20,6 +20,8 @@ const GRIDS: [Duration; 2] = [Duration::from_millis(250), Duration::from_millis(
 
 /// Connections that are looked at while this thread spins, because something just moved on them; the others are left to epoll.
 const WARM: usize = 4;
+/// What of a socket wakes this thread while another one answers for its connection: the end, once.
+const ELSEWHERE: Interest = Interest::ONCE;
 /// Looks at warm connections between two at everything else.
 const LOOKS: u32 = 4;
 
@@ -169,13 +171,13 @@ impl<'a> Driving<'a> {
             if let Some(since) = driven {
                 round.driven = Some(round.driven.map_or(since, |other| other.min(since)));
                 round.active = true;
-                watch(home, active, Interest::NONE);
+                watch(home, active, ELSEWHERE);
                 continue;
             }
             let found = active.connection.progress(must);
             if found.kept {
                 // What comes waits until whoever keeps it asks for this thread.
-                watch(home, active, Interest::NONE);
+                watch(home, active, ELSEWHERE);
                 continue;
             }
             round.any |= found.any;

@@ -14,6 +14,7 @@ use crate::status::{bail, err, Error, Result};
 use crate::types::{Piece, Place, Segment};
 use crate::wire::frame::{WireRegion, WireSegment, WireSegments, MAX_REGIONS, MAX_SEGMENTS, MAX_SEGMENT_BYTES};
 use std::borrow::Borrow;
+use std::collections::TryReserveError;
 
 /// What became of a list of segments.
 pub(super) enum Built {
@@ -163,8 +164,9 @@ pub(super) fn sketch<B: Borrow<FifoItem>>(
     for (local, item) in items {
         let item = item.borrow();
         let (addr, len) = (local.addr as u64, local.len as u64);
+        // Moves nothing, and must be allowed all the same.
         if len == 0 {
-            continue;
+            return None;
         }
         if local.mr != mr || !last.same_region(item) || count == 0 {
             if count > 0 {
@@ -234,7 +236,7 @@ impl<'a> Sketching<'a> {
         let Taken { near, far } = Taken::NOTHING;
         let here = self.uses.get(usize::from(local))?.place;
         self.pairings.push(Pairing { local, here, region: access.region, token: access.token, there: access.place, near, far });
-        Some(self.known.add(mr, item))
+        self.known.add(mr, item).ok()
     }
 }
 
@@ -256,7 +258,10 @@ impl Known {
         self.list.get(at).filter(|(_, known)| known.same_region(item)).map(|_| at)
     }
 
-    pub(super) fn add(&mut self, mr: u64, item: &FifoItem) -> usize {
+    /// The number of another one.
+    pub(super) fn add(&mut self, mr: u64, item: &FifoItem) -> std::result::Result<usize, TryReserveError> {
+        self.list.try_reserve(1)?;
+        self.all.try_reserve(2)?;
         let at = self.list.len();
         if let [(first, known)] = &self.list[..] {
             self.all.insert((*first, known.idx), 0);
@@ -265,7 +270,7 @@ impl Known {
             self.all.insert((mr, item.idx), at);
         }
         self.list.push((mr, *item));
-        at
+        Ok(at)
     }
 }
 
@@ -290,13 +295,9 @@ impl<B: Borrow<FifoItem>, I: Iterator<Item = (LocalSegment, B)>> Feed<I> {
         if let Some(held) = self.held.take() {
             return Some(held);
         }
-        loop {
-            let (local, item) = self.items.next()?;
-            if local.len > 0 {
-                self.left = self.left.saturating_sub(1);
-                return Some((self.known.find(local.mr, item.borrow())?, block(self.way, &local, item.borrow())));
-            }
-        }
+        let (local, item) = self.items.next()?;
+        self.left = self.left.saturating_sub(1);
+        Some((self.known.find(local.mr, item.borrow())?, block(self.way, &local, item.borrow())))
     }
 }
 
@@ -327,9 +328,6 @@ impl<B: Borrow<FifoItem>, I: Iterator<Item = (LocalSegment, B)>> Blocks for Feed
         let mut other = None;
         while taken + 1 < most && sum < bytes {
             let Some((local, item)) = self.items.next() else { break };
-            if local.len == 0 {
-                continue;
-            }
             taken += 1;
             let piece = block(way, &local, item.borrow());
             if local.mr != *mr || !known.same_region(item.borrow()) || piece.len > MAX_BLOCK {
