@@ -357,6 +357,11 @@ fn a_connect_is_tried_again_where_places_were_short_and_after_no_refusal() {
     let (kind, came, took) = listener_that(vec![|sock| refuse(sock, ErrorKind::Resource)], connect(4000));
     assert!(kind == ErrorKind::Resource && came > 5, "{kind:?}, {came} in {took:?}");
     assert!(took > Duration::from_secs(3) && took < Duration::from_secs(12), "{took:?}");
+    // No place at present, and the time is over in the middle of the next try: the first is the cause.
+    let answers: Vec<fn(TcpStream)> =
+        vec![|sock| refuse(sock, ErrorKind::Resource), |_sock| std::thread::sleep(Duration::from_secs(2))];
+    let (kind, came, _) = listener_that(answers, connect(1000));
+    assert_eq!((kind, came), (ErrorKind::Resource, 2));
     // A refusal is final, also after others were not.
     let answers: Vec<fn(TcpStream)> = vec![drop, |sock| refuse(sock, ErrorKind::Resource), |sock| refuse(sock, ErrorKind::Auth)];
     let (kind, came, _) = listener_that(answers, connect(30_000));

@@ -44,23 +44,39 @@ fn connect_within(site: &Site, host: &str, gpu: &str, port: u16) -> Result<Arc<C
     let addresses = dial::resolve(host, port, deadline, &site.ending, dial::system_lookup)?;
     let began = Instant::now();
     let mut pause = PAUSE;
+    let mut before = None;
     loop {
-        let turn = site.outgoing.enter(deadline, &site.ending)?;
-        let (sock, address) = dial::connect(&addresses, deadline, &site.ending)?;
-        let (error, again) = match run(site, sock, address, gpu, deadline) {
+        let (error, again) = match once(site, &addresses, gpu, deadline) {
             Ok(connection) => return Ok(connection),
             Err(failed) => failed,
         };
-        // Others may go on meanwhile.
-        drop(turn);
+        let now = Instant::now();
         let until = if again == Again::Cut { deadline.min(began + CUT) } else { deadline };
-        if again == Again::Never || Instant::now() + pause >= until {
-            return Err(Error::new(error.kind(), format_args!("connect to {address}: {error}")));
+        if again == Again::Never || now + pause >= until {
+            // What the listening side said is the cause, not that the time was over in the middle of one more try.
+            let cut_short = now >= deadline && error.kind() == ErrorKind::TimedOut;
+            return Err(before.filter(|_| cut_short).unwrap_or(error));
         }
-        log::debug!("connect to {address}: {error}; it is tried again");
+        log::debug!("{error}; it is tried again");
+        before = Some(error);
         rest(site, pause)?;
         pause = (2 * pause).min(MAX_PAUSE);
     }
+}
+
+/// One try, when it is its turn; why it failed, and whether to try another.
+fn once(
+    site: &Site,
+    addresses: &[SocketAddr],
+    gpu: &str,
+    deadline: Instant,
+) -> std::result::Result<Arc<Connection>, (Error, Again)> {
+    let never = |e| (e, Again::Never);
+    // Others may go on when it is over.
+    let _turn = site.outgoing.enter(deadline, &site.ending).map_err(never)?;
+    let (sock, address) = dial::connect(addresses, deadline, &site.ending).map_err(never)?;
+    let connected = run(site, sock, address, gpu, deadline);
+    connected.map_err(|(e, again)| (Error::new(e.kind(), format_args!("connect to {address}: {e}")), again))
 }
 
 /// Whether a set-up that has failed may come up when it is tried again.
