@@ -477,9 +477,7 @@ class TcpxEndpoint {
    * else gives way as in idle_routine.
    */
   void recv_routine() {
-    Caller& caller = caller_state();
-    caller.of_engine = true;
-    tell_ends(caller);
+    Caller& caller = caller_of_engine();
     bool const only_here = !std::exchange(caller.busy, false);
     // Threads that look at their own requests leave this to the receive thread, and look only now and then in case there is none; those
     // that sleep in between look each time.
@@ -497,9 +495,7 @@ class TcpxEndpoint {
    * or checked by this thread sleeps, longer the longer it lasts, kLongestNap at most.
    */
   void idle_routine() {
-    Caller& caller = caller_state();
-    caller.of_engine = true;
-    tell_ends(caller);
+    Caller& caller = caller_of_engine();
     auto const now = std::chrono::steady_clock::now();
     if (std::exchange(caller.busy, false)) {
       caller.active = now;
@@ -642,6 +638,14 @@ class TcpxEndpoint {
   };
   static Caller& caller_state() {
     static thread_local Caller caller;
+    return caller;
+  }
+
+  /* A thread of the engine comes back from whatever it did. */
+  static Caller& caller_of_engine() {
+    Caller& caller = caller_state();
+    caller.of_engine = true;
+    tell_ends(caller);
     return caller;
   }
 
@@ -802,8 +806,9 @@ class TcpxEndpoint {
     ::uccl_conn* const peer = find(conn.peer_id);
     uint64_t const mr = local_mr ? local_mr->mr.load(std::memory_order_acquire) : 0;
     if (peer == nullptr || mr == 0 || ureq == nullptr) return kPostFailed;
-    caller_state().busy = true;
-    tell_ends(caller_state());
+    Caller& caller = caller_state();
+    caller.busy = true;
+    tell_ends(caller);
     // The place in the table comes first: a transfer that is under way must not lose its id to memory that ran out.
     int64_t const id = new_request(peer);
     uint64_t transfer = 0;

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use uccl_p2p::config::Config;
-use uccl_p2p::engine::{Direction, Engine, FifoItem, LocalSegment};
+use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, LocalSegment};
 use victim::{config, pair, set_environment, text_of, until, Outcome, Victim};
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -194,6 +194,19 @@ fn a_connection_that_somebody_keeps_stays_alive_and_keeps_no_other_up() {
     assert_eq!(to.bytes, from.bytes);
 }
 
+/// Clock ticks that this process uses while somebody keeps a connection to which something happens meanwhile, and those of a second.
+fn ticks_while_kept(kept: &Connection, time: Duration, happens: impl FnOnce()) -> (u64, u64) {
+    let before = ticks(std::process::id());
+    std::thread::scope(|scope| {
+        scope.spawn(|| kept.simulate_kept_preparing(time));
+        std::thread::sleep(Duration::from_millis(100));
+        happens();
+    });
+    let used = ticks(std::process::id()) - before;
+    // SAFETY: a plain system call.
+    (used, unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as u64)
+}
+
 /// What the peer sends to a connection that somebody keeps waits, and costs no processor time while it does.
 #[test]
 fn what_comes_to_a_connection_that_somebody_keeps_waits_without_a_cost() {
@@ -205,15 +218,7 @@ fn what_comes_to_a_connection_that_somebody_keeps_waits_without_a_cost() {
     let [a, b] = impatient(Duration::from_secs(30));
     let (kept, inc) = pair(&a, &b);
     std::thread::sleep(Duration::from_millis(300));
-    let before = ticks(std::process::id());
-    std::thread::scope(|scope| {
-        scope.spawn(|| kept.simulate_kept_preparing(KEPT));
-        std::thread::sleep(Duration::from_millis(100));
-        inc.notify(b"n", b"unread").unwrap();
-    });
-    let used = ticks(std::process::id()) - before;
-    // SAFETY: a plain system call.
-    let second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as u64;
+    let (used, second) = ticks_while_kept(&kept, KEPT, || inc.notify(b"n", b"unread").unwrap());
     assert!(used < second, "{used} of {} ticks", KEPT.as_secs() * second);
     kept.status().unwrap();
     assert!(until(LIMIT, || a.next_notification().is_some()));
@@ -231,16 +236,8 @@ fn a_peer_that_is_gone_from_a_connection_that_somebody_keeps_costs_nothing() {
     let engine = Engine::new(Config { peer_timeout: Duration::from_secs(1), ..config() }).unwrap();
     let kept = engine.connect("127.0.0.1", "", peer.port).unwrap();
     std::thread::sleep(Duration::from_millis(300));
-    let before = ticks(std::process::id());
-    std::thread::scope(|scope| {
-        scope.spawn(|| kept.simulate_kept_preparing(KEPT));
-        std::thread::sleep(Duration::from_millis(100));
-        // The first heartbeat that comes after it is answered with a reset.
-        drop(peer);
-    });
-    let used = ticks(std::process::id()) - before;
-    // SAFETY: a plain system call.
-    let second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as u64;
+    // The first heartbeat that comes after it is answered with a reset.
+    let (used, second) = ticks_while_kept(&kept, KEPT, || drop(peer));
     assert!(used < 2 * second, "{used} of {} ticks", KEPT.as_secs() * second);
     assert!(until(LIMIT, || kept.status().is_err()));
 }
