@@ -55,7 +55,6 @@ if [ "${MODE:-test}" = test ]; then
   # The C parts of dependencies are compiled even where Rust is only checked; other systems name these compilers otherwise.
   if command -v apt-get >/dev/null 2>&1; then
     want aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu
-    want musl-gcc musl-tools
   fi
   want python3 python3
   python3 -c 'import venv, ensurepip' 2>/dev/null || need+=(python3-venv)

@@ -14,17 +14,25 @@ wanted() {
 # Tests that a log counts, where it does.
 counted() { grep -aE '^test result|tests passed|passed, [0-9]+ failed' "$1" | awk '{for(i=1;i<NF;i++) if ($(i+1) ~ /^passed/) n+=$i} END {if (n) printf ", %d tests", n}'; }
 
+# measured NAME SECONDS COMMAND...: runs it with its output in its log, for SECONDS at most. What it took of the processors, as
+# `user system` in seconds, is left beside the log.
+measured() {
+  local log limit=$2 TIMEFORMAT='%U %S'
+  log=$(log_of "$1")
+  shift 2
+  { time timeout "$limit" bash -c '"$@"' _ "$@" >"$log" 2>&1; } 2>"$log.cpu"
+}
+
 # step NAME [-t SECONDS] COMMAND...: runs it, keeps its output, counts it. Exit status 77 means skipped. Exported functions are commands.
 step() {
-  local name=$1 limit=$STEP_SECONDS log start=$SECONDS
+  local name=$1 limit=$STEP_SECONDS start=$SECONDS
   shift
   if [ "$1" = -t ]; then
     limit=$2
     shift 2
   fi
   wanted "$name" || return 0
-  log=$(log_of "$name")
-  timeout "$limit" bash -c '"$@"' _ "$@" >"$log" 2>&1
+  measured "$name" "$limit" "$@"
   report "$name" $? $((SECONDS - start))
 }
 
@@ -42,7 +50,8 @@ beside() {
     [ -z "$before" ] || tail --pid="$before" -f /dev/null
     start=$SECONDS
     # What is nice gets little of a busy machine.
-    nice -n "$nice" timeout $((2 * STEP_SECONDS)) bash -c '"$@"' _ "$@" >"$log" 2>&1
+    renice -n "$nice" "$BASHPID" >/dev/null
+    measured "$name" $((2 * STEP_SECONDS)) "$@"
     echo "$? $((SECONDS - start))" >"$log.outcome"
   ) &
   lane_pid[$lane]=$!
@@ -54,12 +63,15 @@ join() { [ -z "${lane_pid[$1]:-}" ] || tail --pid="${lane_pid[$1]}" -f /dev/null
 
 log_of() { echo "$logs/${1//[^A-Za-z0-9]/_}.log"; }
 
+# Seconds of the processors that the step of a log took.
+processor() { awk '{printf "%.0f", $1 + $2}' "$1.cpu" 2>/dev/null; }
+
 # report NAME STATUS SECONDS
 report() {
   local name=$1 rc=$2 log
   log=$(log_of "$name")
   case $rc in
-    0) passed=$((passed + 1)); echo "ok       $name ($3 s)$(counted "$log")" ;;
+    0) passed=$((passed + 1)); echo "ok       $name ($3 s, $(processor "$log") s of CPU)$(counted "$log")" ;;
     77) skip "$name" "$(grep -a SKIPPED "$log" | head -1 | sed 's/^SKIPPED[: ]*//')" ;;
     *) fail "$name" "status $rc after $3 s, end of $log:" "$log" ;;
   esac
