@@ -231,6 +231,29 @@ fn memory_is_told_in_advance_whenever_it_is_registered() {
     assert!(until(LIMIT, || b.number("mappings") == 0));
 }
 
+/// Memory that goes while a connection comes up, and other memory at its place: the peer gets the bytes that are there now.
+#[test]
+fn memory_that_takes_the_place_of_other_during_a_set_up_is_not_mistaken_for_it() {
+    const LEN: usize = 2 * MIB;
+    let (mut a, mut b) = (start(&EMULATED), start(&EMULATED));
+    let (sink, _) = a.buffer(LEN, 0);
+    let (source, _) = b.buffer(LEN, 1);
+    b.ask("accept");
+    // The set-up stands still where it writes its line.
+    b.ask("hold-log");
+    assert_eq!(a.ask(&format!("connect 127.0.0.1 {}", b.port)), "0");
+    std::thread::sleep(Duration::from_millis(500));
+    let item = victim::item_of(&b.ask(&format!("replace {source} 2")));
+    b.ask("let-log-go");
+    assert!(until(LIMIT, || b.number("connections") == 1));
+    for _ in 0..5 {
+        assert_eq!(again(&mut a, &mut b, "read", LEN, 2, sink, source, &item), Outcome::Done(LEN as u64));
+        // What the sides say to each other is on its way.
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(carried(&mut a)[1] > 0, "{}", a.log());
+}
+
 /// Has the second side grant its memory: the first transfer shows the token.
 fn granted(a: &mut Victim, b: &mut Victim, len: usize, fill: u8) -> (usize, usize, FifoItem) {
     let (sink, _) = a.buffer(len, 0);
