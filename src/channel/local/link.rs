@@ -28,6 +28,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Processes that may be at a listening socket and have not proved themselves.
 const MAX_STRANGERS: usize = 8;
 
+/// Why a message came without its descriptor.
+const CUT: &str = "this process has no file descriptor left for the peer's ring (ulimit -n)";
+
 /// Keys that prove the session, for what this side sends and what it receives.
 pub(crate) struct ProofKeys {
     pub send: Secret,
@@ -258,6 +261,7 @@ impl Meeting {
                     continue;
                 }
                 Ok(Received::Message(n, fds)) => proved(&buffer[..n], &self.keys.recv).map(|intro| (intro, fds)),
+                Ok(Received::Cut(_)) => Err(crate::status::err!(Resource, "{CUT}")),
                 Ok(Received::End) => Err(crate::status::err!(RemoteDisconnect, "the peer's process closed its Unix socket")),
                 Err(e) => Err(e),
             };
@@ -315,6 +319,7 @@ impl Meeting {
         let theirs = match met.socket.receive(&mut buffer)? {
             Received::Message(n, fds) if fds.is_empty() => found(&buffer[..n])?,
             Received::Message(..) => bail!(Protocol, "the peer's process sent a descriptor too many"),
+            Received::Cut(_) => bail!(Resource, "{CUT}"),
             Received::Nothing => return Ok(None),
             Received::End => bail!(RemoteDisconnect, "the peer's process closed its Unix socket"),
         };
