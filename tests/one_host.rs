@@ -312,6 +312,24 @@ fn a_process_without_descriptors_loses_no_connection() {
     assert!(a.end(LIMIT) && b.end(LIMIT));
 }
 
+/// Areas for pairs of GPUs that are never used.
+#[test]
+fn what_is_offered_and_not_wanted_takes_few_descriptors() {
+    let many = [&PUSHED[..], &[("UCCL_TCPX_EMULATE_DEVICES", "8")]].concat();
+    let (mut a, mut b) = two(&many, &many);
+    let (_, item) = b.buffer(MIB, 7);
+    let buffers: Vec<usize> = (0..8).map(|_| a.buffer(MIB, 0).0).collect();
+    assert!(until(LIMIT, || {
+        assert_eq!(again(&mut a, &mut b, "read", MIB, 7, buffers[0], 0, &item), Outcome::Done(MIB as u64));
+        carried(&mut a)[1] > 0
+    }));
+    std::thread::sleep(Duration::from_millis(500));
+    let all = std::fs::read_dir(format!("/proc/{}/fd", b.id())).unwrap().flatten();
+    let areas = all.filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to.to_string_lossy().contains("uccl-area")));
+    let count = areas.count();
+    assert!(count <= 1 + 8, "{count} descriptors of areas");
+}
+
 /// Has the second side grant its memory: the first transfer shows the token.
 fn granted(a: &mut Victim, b: &mut Victim, len: usize, fill: u8) -> (usize, usize, FifoItem) {
     let (sink, _) = a.buffer(len, 0);
