@@ -259,6 +259,29 @@ fn memory_that_takes_the_place_of_other_during_a_set_up_is_not_mistaken_for_it()
     assert!(carried(&mut a)[1] > 0, "{}", a.log());
 }
 
+/// Memory of devices and secret memory are read by the process that has them mapped and by no other one.
+#[test]
+fn host_memory_that_no_other_process_can_read_keeps_its_channels() {
+    const LEN: usize = MIB;
+    let (mut a, mut b) = two(&[ON], &[ON]);
+    for side in 0..2 {
+        let (one, other) = if side == 0 { (&mut a, &mut b) } else { (&mut b, &mut a) };
+        let answer = other.ask(&format!("secret {LEN} 9"));
+        let Some((secret, item)) = answer.split_once(' ').map(|(n, item)| (n.parse().unwrap(), victim::item_of(item))) else {
+            println!("SKIPPED: the kernel has no secret memory");
+            return;
+        };
+        let (plain, there) = one.buffer(LEN, 0);
+        for _ in 0..4 {
+            // Out of it, asked for by either side; then into it.
+            assert_eq!(again(one, other, "read", LEN, 9, plain, secret, &item), Outcome::Done(LEN as u64), "{}", one.log());
+            assert_eq!(again(other, one, "write", LEN, 9, secret, plain, &there), Outcome::Done(LEN as u64), "{}", one.log());
+            assert_eq!(again(one, other, "write", LEN, 9, plain, secret, &item), Outcome::Done(LEN as u64), "{}", one.log());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+}
+
 /// Told to a child: how many descriptors it may have.
 const NOFILE: &str = "UCCL_TEST_NOFILE";
 

@@ -2,7 +2,7 @@
 //! the source's memory and says so. Where reads are slow the source's side first pushes the chunk into memory of the other library, and
 //! the destination's side copies it from there. Only the owner of memory ever writes it. Knows nothing of transfers.
 
-use super::host::HostMemory;
+use super::host::{self, HostMemory};
 use super::link::Linked;
 use super::notes::{self, Note};
 use super::pool::Bell;
@@ -530,11 +530,14 @@ impl Path for LocalPath {
         self.pairs.iter().any(|&(here, _)| here == local)
     }
 
-    fn needs_sharing(&self, local: Place) -> bool {
-        local.is_device()
+    fn needs_sharing(&self, _local: Place) -> bool {
+        true
     }
 
     fn share(&mut self, region: &Region, peer: Place) -> bool {
+        if !region.place.is_device() {
+            return region.is_readable(host::is_readable);
+        }
         if self.pushed.contains(&(region.place, peer)) {
             if self.targets.want(region.place) {
                 self.news.store(true, Ordering::Release);
