@@ -85,6 +85,11 @@ impl Region {
         true
     }
 
+    /// Keeps nothing of connections that have ended.
+    pub(crate) fn prune(&self) {
+        self.leaves.lock().retain(|leave| !leave.is_over());
+    }
+
     /// Its registration ends: what uses it is still to be waited for.
     pub(crate) fn end(&self) {
         let leaves = self.leaves.lock();
