@@ -208,7 +208,11 @@ impl Meeting {
             }
         }
         for listener in &self.listeners {
-            while self.strangers.len() < MAX_STRANGERS {
+            // Others may come as fast as they are sent away.
+            for _ in 0..2 * MAX_STRANGERS {
+                if self.strangers.len() >= MAX_STRANGERS {
+                    break;
+                }
                 let Some(socket) = listener.accept() else { break };
                 // Nobody else can be the peer.
                 if let Some(who) = socket.who().ok().filter(|&who| allowed(who).is_ok()) {
