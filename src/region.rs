@@ -3,7 +3,7 @@
 use crate::status::{bail, Result};
 use crate::types::{Place, RemoteAccess, Span};
 use process::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::Arc;
 
 /// A peer's leave to read a region by itself, without asking each time.
@@ -29,7 +29,11 @@ pub(crate) struct Region {
     /// Its registration has ended: nothing more begins to use it.
     ended: AtomicBool,
     leaves: Mutex<Vec<Arc<dyn Leave>>>,
+    /// Whether other processes can read it: [`UNKNOWN`] until somebody has found out, then 0 or 1.
+    readable: AtomicU8,
 }
+
+const UNKNOWN: u8 = 2;
 
 impl Region {
     pub(crate) fn new(span: Span, token: [u8; 16], place: Place, access: RemoteAccess) -> Region {
@@ -42,12 +46,25 @@ impl Region {
             registered: AtomicBool::new(false),
             ended: AtomicBool::new(false),
             leaves: Mutex::new(Vec::new()),
+            readable: AtomicU8::new(UNKNOWN),
         }
     }
 
     /// What peers may do with it.
     pub(crate) fn access(&self) -> RemoteAccess {
         self.access
+    }
+
+    /// Whether other processes can read it; `probe` finds out, once.
+    pub(crate) fn is_readable(&self, probe: impl FnOnce(&Span) -> bool) -> bool {
+        match self.readable.load(Ordering::Relaxed) {
+            UNKNOWN => {
+                let found = probe(&self.span);
+                self.readable.store(found.into(), Ordering::Relaxed);
+                found
+            }
+            known => known == 1,
+        }
     }
 
     /// A use that begins by itself, unless the registration has ended.
@@ -66,6 +83,11 @@ impl Region {
         }
         leaves.push(leave);
         true
+    }
+
+    /// Keeps nothing of connections that have ended.
+    pub(crate) fn prune(&self) {
+        self.leaves.lock().retain(|leave| !leave.is_over());
     }
 
     /// Its registration ends: what uses it is still to be waited for.
@@ -180,6 +202,11 @@ impl Hold {
             }
             None => bail!(Internal, "a part of region {region} of {}", self.0.len()),
         }
+    }
+
+    /// A region of it.
+    pub(crate) fn region(&self, region: u16) -> Option<&Region> {
+        self.0.get(usize::from(region)).map(|used| &*used.0)
     }
 
     /// A region that is to be shared with a process of this host, which has to be told of its end.

@@ -21,6 +21,11 @@ fn engine_process() {
         if std::env::var_os(FORBID).is_some() {
             forbid_reading_processes();
         }
+        if let Some(most) = std::env::var(NOFILE).ok().and_then(|most| most.parse().ok()) {
+            let limit = libc::rlimit { rlim_cur: most, rlim_max: most };
+            // SAFETY: a complete limit.
+            assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) }, 0);
+        }
         if let Some(user) = std::env::var(USER).ok().and_then(|user| user.parse().ok()) {
             // SAFETY: plain system calls, of all threads.
             assert_eq!(unsafe { libc::setresuid(user, user, user) }, 0);
@@ -229,6 +234,123 @@ fn memory_is_told_in_advance_whenever_it_is_registered() {
         a.ask(&format!("destroy {buffer}"));
     }
     assert!(until(LIMIT, || b.number("mappings") == 0));
+}
+
+/// Memory that goes while a connection comes up, and other memory at its place: the peer gets the bytes that are there now.
+#[test]
+fn memory_that_takes_the_place_of_other_during_a_set_up_is_not_mistaken_for_it() {
+    const LEN: usize = 2 * MIB;
+    let (mut a, mut b) = (start(&EMULATED), start(&EMULATED));
+    let (sink, _) = a.buffer(LEN, 0);
+    let (source, _) = b.buffer(LEN, 1);
+    b.ask("accept");
+    // The set-up stands still where it writes its line.
+    b.ask("hold-log");
+    assert_eq!(a.ask(&format!("connect 127.0.0.1 {}", b.port)), "0");
+    std::thread::sleep(Duration::from_millis(500));
+    let item = victim::item_of(&b.ask(&format!("replace {source} 2")));
+    b.ask("let-log-go");
+    assert!(until(LIMIT, || b.number("connections") == 1));
+    for _ in 0..5 {
+        assert_eq!(again(&mut a, &mut b, "read", LEN, 2, sink, source, &item), Outcome::Done(LEN as u64));
+        // What the sides say to each other is on its way.
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(carried(&mut a)[1] > 0, "{}", a.log());
+}
+
+/// Memory of devices and secret memory are read by the process that has them mapped and by no other one.
+#[test]
+fn host_memory_that_no_other_process_can_read_keeps_its_channels() {
+    const LEN: usize = MIB;
+    let (mut a, mut b) = two(&[ON], &[ON]);
+    for side in 0..2 {
+        let (one, other) = if side == 0 { (&mut a, &mut b) } else { (&mut b, &mut a) };
+        let answer = other.ask(&format!("secret {LEN} 9"));
+        let Some((secret, item)) = answer.split_once(' ').map(|(n, item)| (n.parse().unwrap(), victim::item_of(item))) else {
+            println!("SKIPPED: the kernel has no secret memory");
+            return;
+        };
+        let (plain, there) = one.buffer(LEN, 0);
+        for _ in 0..4 {
+            // Out of it, asked for by either side; then into it.
+            assert_eq!(again(one, other, "read", LEN, 9, plain, secret, &item), Outcome::Done(LEN as u64), "{}", one.log());
+            assert_eq!(again(other, one, "write", LEN, 9, secret, plain, &there), Outcome::Done(LEN as u64), "{}", one.log());
+            assert_eq!(again(one, other, "write", LEN, 9, plain, secret, &item), Outcome::Done(LEN as u64), "{}", one.log());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+}
+
+/// Told to a child: how many descriptors it may have.
+const NOFILE: &str = "UCCL_TEST_NOFILE";
+
+/// A process that shares many allocations with one that may not have as many descriptors, and that does not run for a while.
+#[test]
+fn more_allocations_than_descriptors_are_shared_one_after_the_other() {
+    const COUNT: usize = 600;
+    const LEN: usize = 64 << 10;
+    let few = [&EMULATED[..], &[(NOFILE, "160")]].concat();
+    let (mut a, mut b) = two(&few, &EMULATED);
+    let before = [a.number("descriptors"), b.number("descriptors")];
+    a.signal(libc::SIGSTOP);
+    assert_eq!(b.number(&format!("allocations {COUNT} {LEN} 7")), COUNT);
+    let waiting = b.number("descriptors");
+    assert!(waiting < before[1] + 16, "{waiting} descriptors after {}, for a peer that takes none", before[1]);
+    a.signal(libc::SIGCONT);
+    let mut most = 0;
+    let all = until(LIMIT, || {
+        most = most.max(a.number("descriptors"));
+        a.number("mappings") == COUNT
+    });
+    assert!(all, "{} mappings, {}: {}", a.number("mappings"), a.ask("status 0"), a.log());
+    assert!(most < before[0] + 64, "{most} descriptors after {}", before[0]);
+    let (sink, _) = a.buffer(LEN, 0);
+    let item = victim::item_of(&b.ask(&format!("item {}", COUNT - 1)));
+    assert_eq!(again(&mut a, &mut b, "read", LEN, 7, sink, COUNT - 1, &item), Outcome::Done(LEN as u64));
+    assert!(a.end(LIMIT) && b.end(LIMIT));
+}
+
+/// What is shared with a process that has no descriptor left goes over the channels, and the connection stays.
+#[test]
+fn a_process_without_descriptors_loses_no_connection() {
+    let few = [&EMULATED[..], &[(NOFILE, "160")]].concat();
+    let (mut a, mut b) = two(&few, &EMULATED);
+    let (sink, _) = a.buffer(MIB, 0);
+    assert!(a.number("exhaust") > 0);
+    let (source, item) = b.buffer(MIB, 7);
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(a.ask("status 0"), "up", "{}", a.log());
+    a.ask("relent");
+    for _ in 0..3 {
+        assert_eq!(again(&mut a, &mut b, "read", MIB, 7, sink, source, &item), Outcome::Done(MIB as u64));
+    }
+    assert_eq!(carried(&mut a)[1], 0);
+    b.ask(&format!("destroy {source}"));
+    let (source, item) = b.buffer(MIB, 8);
+    assert!(until(LIMIT, || {
+        assert_eq!(again(&mut a, &mut b, "read", MIB, 8, sink, source, &item), Outcome::Done(MIB as u64));
+        carried(&mut a)[1] > 0
+    }));
+    assert!(a.end(LIMIT) && b.end(LIMIT));
+}
+
+/// Areas for pairs of GPUs that are never used.
+#[test]
+fn what_is_offered_and_not_wanted_takes_few_descriptors() {
+    let many = [&PUSHED[..], &[("UCCL_TCPX_EMULATE_DEVICES", "8")]].concat();
+    let (mut a, mut b) = two(&many, &many);
+    let (_, item) = b.buffer(MIB, 7);
+    let buffers: Vec<usize> = (0..8).map(|_| a.buffer(MIB, 0).0).collect();
+    assert!(until(LIMIT, || {
+        assert_eq!(again(&mut a, &mut b, "read", MIB, 7, buffers[0], 0, &item), Outcome::Done(MIB as u64));
+        carried(&mut a)[1] > 0
+    }));
+    std::thread::sleep(Duration::from_millis(500));
+    let all = std::fs::read_dir(format!("/proc/{}/fd", b.id())).unwrap().flatten();
+    let areas = all.filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to.to_string_lossy().contains("uccl-area")));
+    let count = areas.count();
+    assert!(count <= 1 + 8, "{count} descriptors of areas");
 }
 
 /// Has the second side grant its memory: the first transfer shows the token.

@@ -65,7 +65,11 @@ impl Channels {
                 }
                 if path.carries(segment.place, segment.peer) {
                     // All are asked: each is told to the peer at its first use.
-                    shared &= hold.region_to_share(segment.region).is_some_and(|region| path.share(region, segment.peer));
+                    let region = match segment.place.is_device() {
+                        true => hold.region_to_share(segment.region),
+                        false => hold.region(segment.region),
+                    };
+                    shared &= region.is_some_and(|region| path.share(region, segment.peer));
                 }
             }
         }

@@ -165,7 +165,6 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
     if home.connections.count() < READY {
         site.gpus.used().into_iter().for_each(|place| told(place, channels.ready(place)));
     }
-    home.registry.on_devices().iter().for_each(|region| channels.offer(region.to_share()));
     let name = up.address.to_string();
     let setting = setting(site, &up.agreed, up.address);
     let who = introduced(&up.agreed);
@@ -194,6 +193,8 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
         return Err(super::ending::canceled());
     }
     connection.watch()?;
+    // Not before it is listed: whoever ends a region has the listed connections forget it.
+    home.registry.on_devices().iter().for_each(|region| connection.offer_region(region));
     home.attend(connection.id);
     Ok(connection)
 }

@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test target uses its part
 
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{channel, Receiver};
 use std::sync::{Arc, Mutex};
@@ -74,7 +75,7 @@ impl Victim {
     }
 
     /// The next line that has "= ".
-    fn answer(&mut self) -> String {
+    pub fn answer(&mut self) -> String {
         match self.answers.recv_timeout(ANSWER) {
             Ok(answer) => answer,
             Err(e) => panic!("the victim does not answer ({e}), {:?}: {}", self.child.try_wait(), self.log()),
@@ -169,7 +170,28 @@ pub const SHARED_MEMORY: &str = "UCCL_TEST_SHARED_MEMORY";
 /// Memory of a buffer.
 pub enum Bytes {
     Heap(Vec<u8>),
-    File { at: *mut u8, len: usize, _fd: std::os::fd::OwnedFd },
+    File { at: *mut u8, len: usize, fd: Arc<OwnedFd> },
+}
+
+/// A mapping of a memory file from `offset` on, at `at` where that is not null.
+fn map(fd: &OwnedFd, offset: usize, len: usize, at: *mut u8) -> *mut u8 {
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_SHARED | if at.is_null() { 0 } else { libc::MAP_FIXED };
+    // SAFETY: where the kernel chooses, or instead of a mapping of this test.
+    let got = unsafe { libc::mmap(at.cast(), len, access, flags, fd.as_raw_fd(), offset as i64) };
+    assert_ne!(got, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+    got.cast()
+}
+
+fn memory_file(len: usize) -> Arc<OwnedFd> {
+    // SAFETY: a terminated name, a fresh descriptor.
+    unsafe {
+        let fd = libc::memfd_create(c"test-gpu".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
+        assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+        let fd = OwnedFd::from_raw_fd(fd);
+        assert_eq!(libc::ftruncate(fd.as_raw_fd(), len as i64), 0);
+        Arc::new(fd)
+    }
 }
 
 impl Bytes {
@@ -177,20 +199,45 @@ impl Bytes {
         if std::env::var(SHARED_MEMORY).as_deref() != Ok("1") {
             return Bytes::Heap(vec![fill; len]);
         }
-        use std::os::fd::{AsRawFd, FromRawFd};
-        // SAFETY: a fresh memory file, and a fresh mapping of it.
-        unsafe {
-            let fd = libc::memfd_create(c"test-gpu".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
-            assert!(fd >= 0, "{}", std::io::Error::last_os_error());
-            let fd = std::os::fd::OwnedFd::from_raw_fd(fd);
-            assert_eq!(libc::ftruncate(fd.as_raw_fd(), len as i64), 0);
-            let access = libc::PROT_READ | libc::PROT_WRITE;
-            let at = libc::mmap(std::ptr::null_mut(), len, access, libc::MAP_SHARED, fd.as_raw_fd(), 0);
-            assert_ne!(at, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
-            let at = at.cast::<u8>();
-            at.write_bytes(fill, len);
-            Bytes::File { at, len, _fd: fd }
+        let fd = memory_file(len);
+        Bytes::of_file(&fd, 0, len, fill)
+    }
+
+    fn of_file(fd: &Arc<OwnedFd>, offset: usize, len: usize, fill: u8) -> Bytes {
+        let at = map(fd, offset, len, std::ptr::null_mut());
+        // SAFETY: the mapping just made.
+        unsafe { at.write_bytes(fill, len) };
+        Bytes::File { at, len, fd: fd.clone() }
+    }
+
+    /// So many parts of one memory file, none of them beside another.
+    fn many(count: usize, len: usize, fill: u8) -> Vec<Bytes> {
+        let fd = memory_file(2 * count * len);
+        (0..count).map(|i| Bytes::of_file(&fd, 2 * i * len, len, fill)).collect()
+    }
+
+    /// Memory that is mapped nowhere else, not even by the kernel; `None` where there is none.
+    fn secret(len: usize, fill: u8) -> Option<Bytes> {
+        // SAFETY: a plain system call, whose result is fresh.
+        let fd = unsafe { libc::syscall(libc::SYS_memfd_secret, 0) };
+        if fd < 0 {
+            return None;
         }
+        // SAFETY: as above.
+        let fd = Arc::new(unsafe { OwnedFd::from_raw_fd(fd as i32) });
+        // SAFETY: a plain system call.
+        assert_eq!(unsafe { libc::ftruncate(fd.as_raw_fd(), len as i64) }, 0);
+        Some(Bytes::of_file(&fd, 0, len, fill))
+    }
+
+    /// Another memory file at the same place.
+    fn replace(&mut self, fill: u8) {
+        let Bytes::File { at, len, fd: own } = self else { panic!("no memory file") };
+        let fd = memory_file(*len);
+        map(&fd, 0, *len, *at);
+        // SAFETY: the mapping just made.
+        unsafe { at.write_bytes(fill, *len) };
+        *own = fd;
     }
 }
 
@@ -234,6 +281,39 @@ struct Inside {
     buffers: Vec<Buffer>,
     /// Transfers that were started.
     transfers: usize,
+    /// Where lines of the log wait, and where they went before.
+    held: Option<(OwnedFd, OwnedFd)>,
+    /// Descriptors that the application has taken.
+    taken: Vec<std::fs::File>,
+}
+
+/// Standard error becomes a pipe that is full: whoever writes a line of the log waits. The pipe's other end, and what there was before.
+fn hold_the_log() -> (OwnedFd, OwnedFd) {
+    let mut ends = [0; 2];
+    // SAFETY: room for two descriptors; all that come are fresh.
+    unsafe {
+        let before = OwnedFd::from_raw_fd(libc::fcntl(libc::STDERR_FILENO, libc::F_DUPFD_CLOEXEC, 3));
+        assert_eq!(libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK), 0);
+        let (out, inn) = (OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1]));
+        while libc::write(inn.as_raw_fd(), [b'.'; 4096].as_ptr().cast(), 4096) > 0 {}
+        while libc::write(inn.as_raw_fd(), [b'.'].as_ptr().cast(), 1) > 0 {}
+        assert_eq!(libc::fcntl(inn.as_raw_fd(), libc::F_SETFL, 0), 0);
+        assert_eq!(libc::dup2(inn.as_raw_fd(), libc::STDERR_FILENO), libc::STDERR_FILENO);
+        (out, before)
+    }
+}
+
+/// Standard error is what it was, and who waits to write goes on.
+fn let_the_log_go((out, before): (OwnedFd, OwnedFd)) {
+    // SAFETY: plain system calls on open descriptors, into memory of this call.
+    unsafe {
+        assert_eq!(libc::dup2(before.as_raw_fd(), libc::STDERR_FILENO), libc::STDERR_FILENO);
+        let mut some = [0u8; 4096];
+        for _ in 0..100 {
+            while libc::read(out.as_raw_fd(), some.as_mut_ptr().cast(), some.len()) > 0 {}
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
 }
 
 /// The body of a victim's process; returns at once in the test's own process.
@@ -243,7 +323,8 @@ pub fn serve(test: &str, change: impl FnOnce(Config) -> Config) {
     }
     let engine = Engine::new(change(config())).unwrap();
     println!("= {}", port(&engine));
-    let mut inside = Inside { engine, connections: Arc::default(), buffers: Vec::new(), transfers: 0 };
+    let mut inside =
+        Inside { engine, connections: Arc::default(), buffers: Vec::new(), transfers: 0, held: None, taken: Vec::new() };
     for line in std::io::stdin().lines() {
         let line = line.unwrap();
         if line == "end" {
@@ -341,6 +422,55 @@ impl Inside {
                 }
                 "given back".to_owned()
             }
+            "hold-log" => {
+                self.held = Some(hold_the_log());
+                "held".to_owned()
+            }
+            "let-log-go" => {
+                if let Some(held) = self.held.take() {
+                    let_the_log_go(held);
+                }
+                "let go".to_owned()
+            }
+            // Other memory at the place of a buffer, registered anew.
+            "replace" => {
+                let buffer = &mut self.buffers[n(1)];
+                self.engine.deregister(buffer.mr)?;
+                let Some(bytes) = &mut buffer.bytes else { panic!("a buffer that was freed") };
+                bytes.replace(n(2) as u8);
+                buffer.mr = self.engine.register(bytes.as_ptr() as usize, bytes.len())?;
+                text_of(&self.engine.fifo_item(buffer.mr, bytes.as_ptr() as usize, bytes.len())?)
+            }
+            // So many buffers that are allocations of their own, in one memory file.
+            "allocations" => {
+                for bytes in Bytes::many(n(1), n(2), n(3) as u8) {
+                    let mr = self.engine.register(bytes.as_ptr() as usize, bytes.len())?;
+                    self.buffers.push(Buffer { mr, bytes: Some(bytes), last: None });
+                }
+                self.buffers.len().to_string()
+            }
+            "item" => {
+                let Buffer { mr, bytes: Some(bytes), .. } = &self.buffers[n(1)] else { panic!("a buffer that was freed") };
+                text_of(&self.engine.fifo_item(*mr, bytes.as_ptr() as usize, bytes.len())?)
+            }
+            // A buffer that this process reads and writes, and that the kernel gives to no other one.
+            "secret" => {
+                let Some(bytes) = Bytes::secret(n(1), n(2) as u8) else { return Ok("none".to_owned()) };
+                let mr = self.engine.register(bytes.as_ptr() as usize, bytes.len())?;
+                let item = self.engine.fifo_item(mr, bytes.as_ptr() as usize, bytes.len())?;
+                self.buffers.push(Buffer { mr, bytes: Some(bytes), last: None });
+                format!("{} {}", self.buffers.len() - 1, text_of(&item))
+            }
+            // The application takes all descriptors that there are, and gives them back.
+            "exhaust" => {
+                self.taken = std::iter::from_fn(|| std::fs::File::open("/dev/null").ok()).collect();
+                self.taken.len().to_string()
+            }
+            "relent" => {
+                self.taken.clear();
+                "given back".to_owned()
+            }
+            "descriptors" => descriptors(std::process::id()).to_string(),
             // Bytes and chunks that each kind of channel has sent and received: "NIC sent received".
             "carried" => {
                 let stats = self.connection(n(1)).stats()?;

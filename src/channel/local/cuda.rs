@@ -7,7 +7,7 @@ use crate::status::{bail, Result};
 use crate::types::Place;
 use cuda_driver::{allocation, ipc_handle, posix_handle, shareable, Allocation, Link, Mapped, MemoryKind, Sharing, Stream};
 use std::collections::HashMap;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
@@ -142,18 +142,18 @@ fn gpu(place: Place) -> Result<Arc<Gpu>> {
 /// An allocation that can be told to a peer.
 fn export_of(gpu: &Gpu, uuid: GpuId, found: Allocation, within_process: bool) -> Result<Export> {
     let Allocation { base, len, id, sharing } = found;
-    let (kind, handle, fd) = match sharing {
+    let (kind, handle) = match sharing {
         // Opened as memory of its own.
-        _ if within_process => (ExportKind::CudaIpc, [0; 64], None),
-        Sharing::Ipc => (ExportKind::CudaIpc, ipc_handle(gpu.context(), base)?, None),
+        _ if within_process => (ExportKind::CudaIpc, [0; 64]),
+        Sharing::Ipc => (ExportKind::CudaIpc, ipc_handle(gpu.context(), base)?),
         Sharing::Posix => {
             let mut handle = [0; 64];
             handle[..8].copy_from_slice(&id.to_le_bytes());
-            (ExportKind::Posix, handle, Some(posix_handle(gpu.context(), base)?))
+            (ExportKind::Posix, handle)
         }
         Sharing::No(why) => bail!(Unsupported, "GPU memory at {base:#x} cannot be shared with another process: {why}"),
     };
-    Ok(Export { kind, handle, fd, base, len, gpu: uuid })
+    Ok(Export { kind, handle, fd: None, base, len, gpu: uuid })
 }
 
 /// Memory of this process: valid as it is, if need be after the GPUs were told so. A mapping where that is not enough.
@@ -211,6 +211,10 @@ impl LocalMemory for CudaMemory {
             at = next;
         }
         Ok(exports)
+    }
+
+    fn descriptor(&mut self, place: Place, export: &Export) -> Result<OwnedFd> {
+        Ok(posix_handle(gpu(place)?.context(), export.base)?)
     }
 
     fn within_process(&mut self) {

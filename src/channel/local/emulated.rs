@@ -90,7 +90,7 @@ fn mapped(addr: u64) -> Option<Mapped> {
 }
 
 /// A duplicate of the descriptor of a memory file that this process has mapped.
-fn descriptor(of: &Mapped) -> Option<OwnedFd> {
+fn duplicate(of: &Mapped) -> Option<OwnedFd> {
     std::fs::read_dir("/proc/self/fd").ok()?.flatten().find_map(|entry| {
         let fd: RawFd = entry.file_name().to_str()?.parse().ok()?;
         let found = std::fs::metadata(entry.path()).ok()?;
@@ -113,7 +113,7 @@ fn seal(fd: BorrowedFd<'_>) {
 impl LocalMemory for EmulatedMemory {
     fn export(&mut self, place: Place, addr: u64, len: u64) -> Result<Vec<Export>> {
         let found = mapped(addr).filter(|found| addr.checked_add(len).is_some_and(|end| end <= found.end));
-        let Some((found, fd)) = found.and_then(|found| descriptor(&found).map(|fd| (found, fd))) else {
+        let Some((found, fd)) = found.and_then(|found| duplicate(&found).map(|fd| (found, fd))) else {
             bail!(Unsupported, "simulated: {len} bytes at {addr:#x} are no part of a memory file")
         };
         seal(fd.as_fd());
@@ -122,7 +122,14 @@ impl LocalMemory for EmulatedMemory {
         handle[..8].copy_from_slice(&found.offset.to_le_bytes());
         let (base, len) = (found.start, found.end - found.start);
         let gpu = gpu(place.ordinal().unwrap_or(0));
-        Ok(vec![Export { kind: ExportKind::SharedMemory, handle, fd: Some(fd), base, len, gpu }])
+        Ok(vec![Export { kind: ExportKind::SharedMemory, handle, fd: None, base, len, gpu }])
+    }
+
+    fn descriptor(&mut self, _place: Place, export: &Export) -> Result<OwnedFd> {
+        match mapped(export.base).and_then(|found| duplicate(&found)) {
+            Some(fd) => Ok(fd),
+            None => bail!(Unsupported, "simulated: no descriptor of the memory file at {:#x}", export.base),
+        }
     }
 
     fn open(&mut self, export: &Export, _place: Place) -> Result<Mapping> {
@@ -242,7 +249,9 @@ mod tests {
         // SAFETY: inside the mapping.
         unsafe { application.0.add(5000).write(42) };
         let (mut owner, mut puller) = (EmulatedMemory::default(), EmulatedMemory::default());
-        let export = owner.export(Place::gpu(1), at + 4999, 1000).unwrap().pop().unwrap();
+        let mut export = owner.export(Place::gpu(1), at + 4999, 1000).unwrap().pop().unwrap();
+        assert!(export.fd.is_none() && puller.open(&export, Place::gpu(0)).is_err());
+        export.fd = Some(owner.descriptor(Place::gpu(1), &export).unwrap());
         assert!(export.base == at && export.len == 16384 && puller.reaches(Place::gpu(0), &export.gpu) == Some(Manner::Pull));
         let mapping = puller.open(&export, Place::gpu(0)).unwrap();
         drop((application, export));
@@ -261,6 +270,7 @@ mod tests {
         let application = Application::new(8192);
         assert!(memory.export(Place::gpu(0), application.0 as u64 + 4096, 4097).is_err());
         let mut export = memory.export(Place::gpu(0), application.0 as u64, 8192).unwrap().pop().unwrap();
+        export.fd = Some(memory.descriptor(Place::gpu(0), &export).unwrap());
         for (len, offset) in [(8193, 0u64), (8192, 4096), (u64::MAX, 1), (1 << 50, 0)] {
             export.len = len;
             export.handle[..8].copy_from_slice(&offset.to_le_bytes());

@@ -147,6 +147,8 @@ impl Drop for Grants {
         for given in self.slots.values() {
             given.leave.end();
             given.leave.over.store(true, Ordering::SeqCst);
+            // Regions outlive connections, and would keep the file of each.
+            given.region.prune();
         }
     }
 }
@@ -274,6 +276,16 @@ mod tests {
         // The connection's end ends all.
         drop(grants);
         assert!(!b.in_use() && !leases.enter(new.slot, new.generation));
+    }
+
+    #[test]
+    fn a_region_keeps_nothing_of_a_connection_that_has_ended() {
+        let out = Outbox::new().unwrap();
+        let mut grants = Grants::new(out.shared());
+        let region = region(1, RemoteAccess::ALL);
+        grants.give(&region, Place::HOST, Some(Vec::new()));
+        drop(grants);
+        assert_eq!(Arc::strong_count(out.shared()), 1);
     }
 
     #[test]

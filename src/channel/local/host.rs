@@ -6,7 +6,7 @@
 use super::pool::{Bell, Job, Pool, Work};
 use super::puller::{Export, GpuId, LocalMemory, Manner, Mapping, Piece, Pull};
 use crate::status::{bail, err, Result};
-use crate::types::Place;
+use crate::types::{Place, Span};
 use process::PerProcess;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -69,6 +69,18 @@ pub(crate) fn hint() -> String {
         Ok(scope) => format!("ptrace_scope is {}", scope.trim()),
         Err(_) => "Yama is not there".to_owned(),
     }
+}
+
+/// Whether the kernel reads memory of this process for another one: not what a device or nobody but this process has mapped, which it
+/// finds out here as there. The two ends of a region tell.
+pub(crate) fn is_readable(region: &Span) -> bool {
+    let mut bytes = [0u8; 2];
+    let part = |base: u64, len: usize| libc::iovec { iov_base: base as *mut _, iov_len: len };
+    let here = part(bytes.as_mut_ptr() as u64, bytes.len());
+    let there = [part(region.addr, 1), part(region.addr + region.len.saturating_sub(1), 1)];
+    // SAFETY: both lists live, and what they name here is writable; the kernel checks the rest.
+    let got = unsafe { libc::process_vm_readv(libc::getpid(), &here, 1, there.as_ptr(), 2, 0) };
+    got == 2
 }
 
 /// A process whose memory is read.

@@ -28,6 +28,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Processes that may be at a listening socket and have not proved themselves.
 const MAX_STRANGERS: usize = 8;
 
+/// Why a message came without its descriptor.
+const CUT: &str = "this process has no file descriptor left for the peer's ring (ulimit -n)";
+
 /// Keys that prove the session, for what this side sends and what it receives.
 pub(crate) struct ProofKeys {
     pub send: Secret,
@@ -205,7 +208,11 @@ impl Meeting {
             }
         }
         for listener in &self.listeners {
-            while self.strangers.len() < MAX_STRANGERS {
+            // Others may come as fast as they are sent away.
+            for _ in 0..2 * MAX_STRANGERS {
+                if self.strangers.len() >= MAX_STRANGERS {
+                    break;
+                }
                 let Some(socket) = listener.accept() else { break };
                 // Nobody else can be the peer.
                 if let Some(who) = socket.who().ok().filter(|&who| allowed(who).is_ok()) {
@@ -258,6 +265,7 @@ impl Meeting {
                     continue;
                 }
                 Ok(Received::Message(n, fds)) => proved(&buffer[..n], &self.keys.recv).map(|intro| (intro, fds)),
+                Ok(Received::Cut(_)) => Err(crate::status::err!(Resource, "{CUT}")),
                 Ok(Received::End) => Err(crate::status::err!(RemoteDisconnect, "the peer's process closed its Unix socket")),
                 Err(e) => Err(e),
             };
@@ -315,6 +323,7 @@ impl Meeting {
         let theirs = match met.socket.receive(&mut buffer)? {
             Received::Message(n, fds) if fds.is_empty() => found(&buffer[..n])?,
             Received::Message(..) => bail!(Protocol, "the peer's process sent a descriptor too many"),
+            Received::Cut(_) => bail!(Resource, "{CUT}"),
             Received::Nothing => return Ok(None),
             Received::End => bail!(RemoteDisconnect, "the peer's process closed its Unix socket"),
         };

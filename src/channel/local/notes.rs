@@ -131,6 +131,12 @@ impl Note {
     }
 }
 
+/// Of a note whose descriptor did not come: the export that it would have shared.
+pub(crate) fn share_of(bytes: &[u8]) -> Option<u32> {
+    let (&kind, body) = bytes.split_first()?;
+    (kind == SHARE && bytes.len() == MAX_NOTE).then(|| number(body))
+}
+
 fn number(bytes: &[u8]) -> u32 {
     bytes.first_chunk().map_or(0, |b| u32::from_le_bytes(*b))
 }

@@ -11,6 +11,8 @@ use std::sync::Arc;
 
 /// Blocks of a record at most.
 pub(crate) const MAX_BLOCKS: usize = 4096;
+/// Bytes of a record at most. What a record costs the side that is ordered grows with them, and they all may name the same bytes.
+pub(crate) const MAX_BYTES: u64 = 1 << 30;
 /// Orders that are told and have not ended at most.
 pub(crate) const WINDOW: usize = 1024;
 /// Words of the ring, of a record's head, and of a block.

@@ -2,9 +2,9 @@
 //! the source's memory and says so. Where reads are slow the source's side first pushes the chunk into memory of the other library, and
 //! the destination's side copies it from there. Only the owner of memory ever writes it. Knows nothing of transfers.
 
-use super::host::HostMemory;
+use super::host::{self, HostMemory};
 use super::link::Linked;
-use super::notes::Note;
+use super::notes::{self, Note};
 use super::pool::Bell;
 use super::puller::{LocalMemory, Piece, Pull};
 use super::push::{Areas, Targets, PUSHED, SLOT, SLOTS};
@@ -341,15 +341,25 @@ impl LocalPath {
 
     // ---- notes ----
 
-    /// Reads what the peer's process says.
-    fn hear(&mut self) -> Result<()> {
+    /// Reads what the peer's process says; whether there may be more.
+    fn hear(&mut self) -> Result<bool> {
         let mut buffer = [0; MAX_MESSAGE];
         for _ in 0..NOTES {
+            if self.imports.is_full() {
+                break;
+            }
             let note = match self.socket.receive(&mut buffer)? {
                 Received::Message(n, fds) => Note::decode(&buffer[..n], fds)?,
-                Received::Nothing => return Ok(()),
+                Received::Cut(n) => {
+                    // Other channels carry what it would have shared.
+                    if let Some(id) = notes::share_of(&buffer[..n]) {
+                        self.notes.push_back(self.imports.missed(id)?);
+                    }
+                    continue;
+                }
+                Received::Nothing => return Ok(false),
                 // The control connection tells why.
-                Received::End => return Ok(()),
+                Received::End => return Ok(false),
             };
             let device = &mut self.device;
             match (note, device) {
@@ -369,9 +379,8 @@ impl LocalPath {
                 (note, _) => bail!(Protocol, "the peer's process says what was not agreed: {note:?}"),
             }
         }
-        // There may be more.
         self.news.store(true, Ordering::Release);
-        Ok(())
+        Ok(true)
     }
 
     /// Opens what the peer shares, one at a time, and sends what waits.
@@ -385,20 +394,40 @@ impl LocalPath {
             self.targets.open_one(&mut **device);
             any = true;
         }
-        for queue in [&mut self.areas.notes, &mut self.shares.notes, &mut self.unasked.grants.notes, &mut self.notes] {
-            if queue.len() > MAX_WAITING {
-                bail!(Resource, "{} notes wait: the peer's process does not read them", queue.len());
+        let LocalPath { socket, areas, shares, unasked, notes, device, .. } = self;
+        while send(socket, &mut areas.notes)? {}
+        loop {
+            if let Some(device) = device {
+                shares.prepare(&mut **device);
             }
-            while let Some(note) = queue.front() {
-                match self.socket.send(&note.encode(), note.fd()) {
-                    Ok(true) => drop(queue.pop_front()),
-                    Ok(false) => break,
-                    // The control connection tells why it is gone.
-                    Err(_) => queue.clear(),
-                }
+            if !send(socket, &mut shares.notes)? {
+                break;
             }
         }
+        for queue in [&mut unasked.grants.notes, notes] {
+            while send(socket, queue)? {}
+        }
         Ok(any)
+    }
+}
+
+/// Sends the first note of a queue; `false` where none waits, or there is no room now.
+fn send(socket: &Socket, queue: &mut VecDeque<Note>) -> Result<bool> {
+    if queue.len() > MAX_WAITING {
+        bail!(Resource, "{} notes wait: the peer's process does not read them", queue.len());
+    }
+    let Some(note) = queue.front() else { return Ok(false) };
+    match socket.send(&note.encode(), note.fd()) {
+        Ok(true) => {
+            queue.pop_front();
+            Ok(true)
+        }
+        Ok(false) => Ok(false),
+        // The control connection tells why it is gone.
+        Err(_) => {
+            queue.clear();
+            Ok(false)
+        }
     }
 }
 
@@ -501,11 +530,14 @@ impl Path for LocalPath {
         self.pairs.iter().any(|&(here, _)| here == local)
     }
 
-    fn needs_sharing(&self, local: Place) -> bool {
-        local.is_device()
+    fn needs_sharing(&self, _local: Place) -> bool {
+        true
     }
 
     fn share(&mut self, region: &Region, peer: Place) -> bool {
+        if !region.place.is_device() {
+            return region.is_readable(host::is_readable);
+        }
         if self.pushed.contains(&(region.place, peer)) {
             if self.targets.want(region.place) {
                 self.news.store(true, Ordering::Release);
@@ -593,10 +625,8 @@ impl Path for LocalPath {
     }
 
     fn progress(&mut self, _copier: &mut Copier, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
-        if self.news.swap(false, Ordering::AcqRel) {
-            self.hear()?;
-        }
-        let mut any = self.release(now, events)?;
+        let mut any = self.news.swap(false, Ordering::AcqRel) && self.hear()?;
+        any |= self.release(now, events)?;
         if self.told < self.leaving.len() && self.tell()? {
             // The peer has known of the chunk for a while.
             self.wake();

@@ -43,7 +43,7 @@ pub(crate) struct Export {
     pub kind: ExportKind,
     /// A handle, for kinds that have one.
     pub handle: [u8; 64],
-    /// A descriptor, for kinds that have one.
+    /// A descriptor, for kinds that have one, once it is about to leave or has come.
     pub fd: Option<OwnedFd>,
     /// First byte in the owner's address space that the mapping shows.
     pub base: u64,
@@ -100,12 +100,17 @@ pub(crate) struct Pull {
 /// Memory of one kind on a connection between processes of one host. One object a connection; used by one thread at a time. Only
 /// `export`, `open`, `close` and `quiesce` may take long.
 pub(crate) trait LocalMemory: Send {
-    /// Allocations that cover `[addr, addr + len)`, memory of a registered region of ours, in rising order, to be told to a peer. A
-    /// file descriptor of an export is a duplicate.
+    /// Allocations that cover `[addr, addr + len)`, memory of a registered region of ours, in rising order, to be told to a peer. Without
+    /// descriptors: there may be more allocations than this process may have of those.
     ///
     /// # Errors
     /// `Unsupported` where it cannot be shared: other channels carry it.
     fn export(&mut self, place: Place, addr: u64, len: u64) -> Result<Vec<Export>>;
+
+    /// The descriptor that travels with such an export of memory at `place`, whose region is still registered.
+    fn descriptor(&mut self, _place: Place, _export: &Export) -> Result<OwnedFd> {
+        bail!(Internal, "an export without a descriptor")
+    }
 
     /// Both ends are in this process: from now on exports need no handle, and [`ExportKind::Own`] is what the other end opens.
     fn within_process(&mut self) {}

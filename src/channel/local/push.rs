@@ -10,6 +10,7 @@ use crate::hash::Map;
 use crate::status::{bail, Result};
 use crate::types::Place;
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 /// Bytes of a slot: what a pushed chunk is at most.
 pub(crate) const SLOT: usize = 4 << 20;
@@ -98,8 +99,9 @@ pub(crate) struct Targets {
     /// Mapped for a GPU of this side, by that and the peer's.
     open: Map<(Place, Place), Mapping>,
     told: Vec<(Place, Place)>,
-    /// Told, and not opened yet: opening takes long, and makes a GPU's driver ready.
-    waiting: Vec<(Place, Place, Export)>,
+    /// Told, and not opened yet: opening takes long, and makes a GPU's driver ready. An area that is told for several GPUs is kept once, since
+    /// some may never be wanted.
+    waiting: Vec<(Place, Place, Arc<Export>)>,
     /// GPUs of this side with memory that may be pushed.
     wanted: Vec<Place>,
     /// Slots that are written or told, by the peer's GPU.
@@ -116,7 +118,8 @@ impl Targets {
             bail!(Protocol, "the peer offers {} bytes on GPU {there:?} for {here:?}", export.len);
         }
         self.told.push((here, there));
-        self.waiting.push((here, there, export));
+        let known = self.waiting.iter().find(|&&(_, other, _)| other == there).map(|(.., export)| export.clone());
+        self.waiting.push((here, there, known.unwrap_or_else(|| Arc::new(export))));
         Ok(())
     }
 

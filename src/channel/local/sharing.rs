@@ -12,6 +12,8 @@ use std::collections::VecDeque;
 
 /// Allocations that are shared on a connection at once, each way.
 const MAX_SHARED: usize = 8192;
+/// Allocations of the peer that wait to be opened at most, each with a descriptor of this process: the next are read when these are open.
+const MAX_UNOPENED: usize = 16;
 /// Shorter allocations would cut chunks into too many pieces.
 const SHORTEST: u64 = 64 << 10;
 
@@ -20,6 +22,8 @@ enum State {
     Told,
     Open,
     Refused,
+    /// It could not be told.
+    Untold,
 }
 
 /// An allocation, by where it begins, its length, and the places of both sides.
@@ -148,6 +152,25 @@ impl Shares {
         Ok(())
     }
 
+    /// Makes the descriptor of what is told next: no more than one waits here, however slow the peer is. What gets none is not told.
+    pub(crate) fn prepare(&mut self, memory: &mut dyn LocalMemory) {
+        while let Some(Note::Share { id, there, export, .. }) = self.notes.front_mut() {
+            if export.fd.is_some() || !export.kind.has_fd() {
+                return;
+            }
+            match memory.descriptor(*there, export) {
+                Ok(fd) => export.fd = Some(fd),
+                Err(e) => {
+                    log::debug!("export {id} is not shared with a process of this host: {e}");
+                    if let Some(allocation) = self.ids.get(id).and_then(|key| self.allocations.get_mut(key)) {
+                        allocation.state = State::Untold;
+                    }
+                    self.notes.pop_front();
+                }
+            }
+        }
+    }
+
     /// The shared allocation in which a byte of a region lies.
     ///
     /// # Errors
@@ -197,10 +220,15 @@ impl Shares {
                 let Some(allocation) = self.allocations.get_mut(&key) else { continue };
                 allocation.regions -= 1;
                 if allocation.regions == 0 {
-                    let id = allocation.id;
+                    let Allocation { id, state, .. } = *allocation;
                     self.allocations.remove(&key);
                     self.ids.remove(&id);
-                    self.notes.push_back(Note::End { id });
+                    // Its descriptor would be of whatever lies there next.
+                    let waiting = self.notes.len();
+                    self.notes.retain(|note| !matches!(note, Note::Share { id: other, .. } if *other == id));
+                    if state != State::Untold && self.notes.len() == waiting {
+                        self.notes.push_back(Note::End { id });
+                    }
                 }
             }
         }
@@ -238,13 +266,10 @@ impl Imports {
     /// # Errors
     /// `Protocol` when its number does not rise, or there are too many.
     pub(crate) fn told(&mut self, id: u32, here: Place, mut export: Export) -> Result<()> {
-        if id <= self.last {
-            bail!(Protocol, "export {id} is told after export {}", self.last);
-        }
+        self.number(id)?;
         if self.open.len() + self.waiting.len() >= 2 * MAX_SHARED {
             bail!(Protocol, "the peer shares {} allocations", self.open.len() + self.waiting.len());
         }
-        self.last = id;
         if self.same_process {
             (export.kind, export.fd) = (ExportKind::Own, None);
         }
@@ -252,9 +277,32 @@ impl Imports {
         Ok(())
     }
 
+    fn number(&mut self, id: u32) -> Result<()> {
+        if id <= self.last {
+            bail!(Protocol, "export {id} is told after export {}", self.last);
+        }
+        self.last = id;
+        Ok(())
+    }
+
+    /// The peer shares an allocation whose descriptor did not come; the answer for the peer.
+    ///
+    /// # Errors
+    /// As [`Imports::told`].
+    pub(crate) fn missed(&mut self, id: u32) -> Result<Note> {
+        self.number(id)?;
+        log::debug!("export {id} of a process of this host cannot be opened: this process has no descriptor left");
+        Ok(Note::Answer { id, open: false })
+    }
+
     /// Something waits to be opened.
     pub(crate) fn waiting(&self) -> bool {
         !self.waiting.is_empty()
+    }
+
+    /// So much waits that no more should be read before some of it is open.
+    pub(crate) fn is_full(&self) -> bool {
+        self.waiting.len() >= MAX_UNOPENED
     }
 
     /// Opens one allocation; the answer for the peer.
@@ -351,5 +399,100 @@ impl Imports {
     #[cfg(test)]
     pub(crate) fn count(&self) -> usize {
         self.open.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::puller::{GpuId, Manner, Piece, Pull};
+    use super::*;
+    use crate::types::{RemoteAccess, Span};
+    use std::os::fd::OwnedFd;
+
+    const GPU: Place = Place(1);
+
+    /// Memory each region of which is an allocation of its own. Whether descriptors are left.
+    struct Simulated(bool);
+
+    impl LocalMemory for Simulated {
+        fn export(&mut self, _place: Place, base: u64, len: u64) -> Result<Vec<Export>> {
+            Ok(vec![Export { kind: ExportKind::SharedMemory, handle: [0; 64], fd: None, base, len, gpu: [0; 16] }])
+        }
+        fn descriptor(&mut self, _place: Place, _export: &Export) -> Result<OwnedFd> {
+            match self.0 {
+                true => Ok(std::fs::File::open("/dev/null").unwrap().into()),
+                false => bail!(Resource, "no descriptor is left"),
+            }
+        }
+        fn open(&mut self, _export: &Export, _place: Place) -> Result<Mapping> {
+            bail!(Unsupported, "nothing is opened")
+        }
+        fn close(&mut self, _mapping: Mapping) {}
+        unsafe fn pull(&mut self, _place: Place, _pieces: &[Piece]) -> Result<Pull> {
+            bail!(Unsupported, "nothing is pulled")
+        }
+        fn poll(&mut self, _pull: Pull) -> Result<bool> {
+            Ok(true)
+        }
+        fn busy(&self) -> bool {
+            false
+        }
+        fn quiesce(&mut self) -> Result<()> {
+            Ok(())
+        }
+        fn reaches(&mut self, _place: Place, _peer_gpu: &GpuId) -> Option<Manner> {
+            None
+        }
+    }
+
+    fn region(id: u64) -> Region {
+        Region::new(Span { id, addr: id << 20, len: 1 << 20 }, [0; 16], GPU, RemoteAccess::ALL)
+    }
+
+    /// Exports that are to be told or to end, in order, and whether each has its descriptor.
+    fn notes(shares: &Shares) -> Vec<(&str, u32, bool)> {
+        let word = |note: &Note| match note {
+            Note::Share { id, export, .. } => ("share", *id, export.fd.is_some()),
+            Note::End { id } => ("end", *id, false),
+            other => panic!("{other:?}"),
+        };
+        shares.notes.iter().map(word).collect()
+    }
+
+    #[test]
+    fn a_descriptor_is_made_for_what_leaves_next_alone() {
+        let (mut shares, mut memory) = (Shares::default(), Simulated(true));
+        (1..=3).for_each(|id| assert!(!shares.share(&region(id), GPU, &mut memory)));
+        for _ in 0..2 {
+            shares.prepare(&mut memory);
+            assert_eq!(notes(&shares), [("share", 1, true), ("share", 2, false), ("share", 3, false)]);
+        }
+        // The first has left; the peer never hears of one that ends before its turn.
+        shares.notes.pop_front();
+        shares.forget(2);
+        shares.forget(1);
+        shares.prepare(&mut memory);
+        assert_eq!(notes(&shares), [("share", 3, true), ("end", 1, false)]);
+    }
+
+    #[test]
+    fn what_gets_no_descriptor_is_not_told() {
+        let (mut shares, mut memory) = (Shares::default(), Simulated(false));
+        (1..=2).for_each(|id| assert!(!shares.share(&region(id), GPU, &mut memory)));
+        shares.prepare(&mut memory);
+        assert!(notes(&shares).is_empty() && !shares.share(&region(1), GPU, &mut memory));
+        shares.forget(1);
+        assert!(notes(&shares).is_empty(), "nobody knows of it");
+        memory.0 = true;
+        shares.share(&region(3), GPU, &mut memory);
+        shares.prepare(&mut memory);
+        assert_eq!(notes(&shares), [("share", 3, true)]);
+    }
+
+    #[test]
+    fn an_export_whose_descriptor_is_missed_is_refused_and_may_end() {
+        let (mut imports, mut memory) = (Imports::new(false), Simulated(true));
+        assert!(matches!(imports.missed(4), Ok(Note::Answer { id: 4, open: false })));
+        assert!(imports.missed(4).is_err() && imports.look(4, GPU).is_none() && imports.ended(4, &mut memory).is_ok());
     }
 }

@@ -121,6 +121,8 @@ impl Drop for Listener {
 pub(crate) enum Received {
     /// A message of so many bytes, at the front of the buffer, and its descriptors.
     Message(usize, Vec<OwnedFd>),
+    /// The same without its descriptors: this process may have no more.
+    Cut(usize),
     /// Nothing now.
     Nothing,
     /// The peer is gone.
@@ -224,11 +226,13 @@ impl Socket {
             };
         }
         let fds = descriptors(&message);
-        if message.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0 {
+        let cut = message.msg_flags & libc::MSG_CTRUNC != 0;
+        if message.msg_flags & libc::MSG_TRUNC != 0 || (cut && fds.len() >= MAX_FDS) {
             bail!(Protocol, "a message of the peer's process is too long");
         }
         match got {
             0 => Ok(Received::End),
+            n if cut => Ok(Received::Cut(n as usize)),
             n => Ok(Received::Message(n as usize, fds)),
         }
     }

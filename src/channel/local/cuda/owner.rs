@@ -283,7 +283,8 @@ pub(super) fn serve() {
         );
         send(&socket, &words([n, block.at, blocks.len() as u64 - 1, 0, 0, 0]), None);
         for e in exports {
-            send(&socket, &bytes_of(&e), e.fd.as_ref());
+            let fd = e.kind.has_fd().then(|| memory.descriptor(Place::gpu(word(2) as u8), &e).ok()).flatten();
+            send(&socket, &bytes_of(&e), fd.as_ref());
         }
     }
 }

@@ -6,7 +6,7 @@ mod copying;
 
 use super::super::grants::{Grants, Leases};
 use super::super::notes::MAX_EXPORTS;
-use super::super::orders::{Head, OrdersIn, OrdersOut, Record, MAX_BLOCKS, WINDOW};
+use super::super::orders::{Head, OrdersIn, OrdersOut, Record, MAX_BLOCKS, MAX_BYTES, WINDOW};
 use super::super::puller::{Piece, Pull};
 use super::super::ring::{Inbox, Outbox};
 use super::super::sharing::{Imports, Stretch};
@@ -467,6 +467,10 @@ impl Unasked {
             pieces.clear();
             let what = if source { "the region that is granted" } else { "its export" };
             bail!(Protocol, "an order of {count} blocks, some of them outside of {what}");
+        }
+        if sum > MAX_BYTES {
+            pieces.clear();
+            bail!(Protocol, "an order of {count} blocks with {sum} bytes, at most {MAX_BYTES}");
         }
         pull.place = Some(here);
         pull.bytes += sum;

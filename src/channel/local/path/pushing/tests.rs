@@ -309,6 +309,9 @@ impl LocalMemory for HalfStarted {
     fn export(&mut self, place: Place, addr: u64, len: u64) -> Result<Vec<Export>> {
         self.0.export(place, addr, len)
     }
+    fn descriptor(&mut self, place: Place, export: &Export) -> Result<OwnedFd> {
+        self.0.descriptor(place, export)
+    }
     fn open(&mut self, export: &Export, place: Place) -> Result<Mapping> {
         self.0.open(export, place)
     }

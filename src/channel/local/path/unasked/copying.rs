@@ -1,7 +1,7 @@
 //! How a path starts and ends what goes under grants: reads and orders of this side, orders of the peer, and the pulls of all of them.
 //! Knows nothing of frames.
 
-use super::super::{memory, pulls, LocalPath, Note};
+use super::super::{host, memory, pulls, LocalPath, Note};
 use super::*;
 
 impl LocalPath {
@@ -18,7 +18,7 @@ impl LocalPath {
                 self.shares.exports(region.span.id, there).filter(|ids| ids.len() <= MAX_EXPORTS)
             }
             (true, None) => None,
-            (false, _) => Some(Vec::new()),
+            (false, _) => region.is_readable(host::is_readable).then(Vec::new),
         };
         // Its end is to be told.
         region.to_share();
@@ -141,6 +141,9 @@ impl LocalPath {
         }
         let (slot, generation) = (granted.slot, granted.generation);
         let mut stretches = Vec::new();
+        if !pairing.here.is_device() && !hold.region(pairing.local)?.is_readable(host::is_readable) {
+            return None;
+        }
         if pairing.here.is_device() {
             let region = hold.region_to_share(pairing.local)?;
             let device = self.device.as_mut()?;

@@ -253,6 +253,19 @@ fn orders_that_were_not_granted_are_violations_or_refused() {
     assert!(!there.region.in_use());
 }
 
+/// A peer names the whole of a region in each block of a record: what that costs here is known before anything is laid out.
+#[test]
+fn an_order_of_more_bytes_than_a_record_may_have_is_a_violation() {
+    let (here, there) = (Memory::new(1, Place::HOST, 4096, 0), Memory::new(2, Place::HOST, 256 << 20, 0));
+    let (src, dst, len) = (here.region.span.addr, there.region.span.addr, there.region.span.len);
+    let (mut a, mut b) = granted(&here, &there);
+    assert_eq!(a.unasked.out.room(MAX_BLOCKS).unwrap(), MAX_BLOCKS);
+    let head = Head { order: 1, slot: 0, generation: 1, export: 0, last: true };
+    a.unasked.out.tell(head, &vec![Piece { src, dst, len }; MAX_BLOCKS]).unwrap();
+    let error = b.progress(&mut None, Instant::now(), &mut Vec::new()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
+}
+
 #[test]
 fn the_end_of_the_owner_is_an_error_and_frees_the_region() {
     let (here, there) = (Memory::new(1, Place::HOST, 32 << 20, 0), numbered(2, Place::HOST, 32 << 20));
