@@ -347,7 +347,9 @@ impl<B: Borrow<FifoItem>, I: Iterator<Item = (LocalSegment, B)>> Blocks for Feed
     }
 }
 
-fn check_count(n: usize) -> Result<()> {
+/// # Errors
+/// `InvalidArgument` for more segments than a transfer may have.
+pub(super) fn check_count(n: usize) -> Result<()> {
     if n > MAX_SEGMENTS {
         bail!(InvalidArgument, "{n} segments, at most {MAX_SEGMENTS}");
     }

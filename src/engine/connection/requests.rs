@@ -35,6 +35,8 @@ impl Connection {
         items: impl ExactSizeIterator<Item = (LocalSegment, B)> + Clone,
     ) -> Result<u64> {
         self.core.check("connection")?;
+        // Before any item is looked at: a wrong count says nothing of what lies behind the lists.
+        request::check_count(items.len())?;
         if self.one_host.is_some() {
             if let Some((sketch, known)) = request::sketch(items.clone(), &self.home.registry, self.peer.engine) {
                 let way = way(direction);
