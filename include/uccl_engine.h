@@ -12,6 +12,7 @@
  *    nothing with them, every other use is an error, and the parent's connections are not touched. Where the parent used CUDA, which
  *    then does not work in the child, the child registers host memory only.
  *  - Functions may be called from destructors of static objects and of thread-specific data; nothing here throws or unwinds.
+ *    A thread that is cancelled (pthread_cancel) while it is inside of a function is so once that has returned.
  *  - Lengths are bytes. Deadlines come from the environment: docs/configuration.md.
  *  - C11 or newer; C++11 or newer for the C++ API.
  *  - Device memory: kernels that write a source must have finished (synchronise their stream or event) before the transfer is
