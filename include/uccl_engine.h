@@ -12,6 +12,7 @@
  *    nothing with them, every other use is an error, and the parent's connections are not touched. Where the parent used CUDA, which
  *    then does not work in the child, the child registers host memory only.
  *  - Functions may be called from destructors of static objects and of thread-specific data; nothing here throws or unwinds.
+ *    A thread that is cancelled (pthread_cancel) inside of a function is so at its next cancellation point after that has returned.
  *  - Lengths are bytes. Deadlines come from the environment: docs/configuration.md.
  *  - C11 or newer; C++11 or newer for the C++ API.
  *  - Device memory: kernels that write a source must have finished (synchronise their stream or event) before the transfer is
@@ -938,12 +939,15 @@ int uccl_engine_reg_with(uccl_engine_t *engine,
  * Ends a registration. Waits for transfers that use the region; what is not finished within UCCL_TCPX_CLOSE_TIMEOUT_MS is failed
  * together with its connection. Peers that use the region afterwards get UCCL_ERR_REMOTE_ACCESS.
  *
- * @param engine  The engine; NULL is a no-op, and so is an engine of the parent process after a fork.
+ * @param engine  The engine; NULL is a no-op, and so is an engine of the parent process after a fork. One already destroyed
+ *                has no regions any more: nothing is done.
  * @param mr      The region; an unknown one is an error that is logged, nothing else.
  *
- * Threads: any. On return the library touches this memory no more, and the caller may free it.
+ * Threads: any. On return the library touches this memory no more, and the caller may free it. Where a device does not end its copies
+ * even then, an error is logged and uccl_engine_last_status() is UCCL_ERR_RESOURCE: such memory must stay until the process ends.
  */
-void uccl_engine_mr_destroy(uccl_engine_t *engine, uccl_mr_t mr);
+void uccl_engine_mr_destroy(uccl_engine_t *engine,
+                            uccl_mr_t mr);
 
 /**
  * Serialises a FIFO item for [data, data + size) of a region: what a peer needs to read or write it.

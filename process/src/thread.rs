@@ -10,6 +10,39 @@ pub fn block_signals() {
     }
 }
 
+/// Keeps the calling thread from being cancelled (`pthread_cancel`) while it lives: a cancelled thread is unwound from wherever it waits,
+/// through frames that cannot be unwound so, which ends the process. Whoever cancelled it is heard afterwards.
+pub struct Uncancelled {
+    before: libc::c_int,
+    /// The state is the thread's own.
+    _here: std::marker::PhantomData<*const ()>,
+}
+
+extern "C" {
+    fn pthread_setcancelstate(state: libc::c_int, before: *mut libc::c_int) -> libc::c_int;
+}
+
+/// As both glibc and musl number it.
+const PTHREAD_CANCEL_DISABLE: libc::c_int = 1;
+
+impl Uncancelled {
+    /// From here on, until it is dropped.
+    #[allow(clippy::new_without_default, reason = "it does something")]
+    pub fn new() -> Uncancelled {
+        let mut before = 0;
+        // SAFETY: a state of the calling thread, and a writable number.
+        unsafe { pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &raw mut before) };
+        Uncancelled { before, _here: std::marker::PhantomData }
+    }
+}
+
+impl Drop for Uncancelled {
+    fn drop(&mut self) {
+        // SAFETY: the state that the calling thread had; the one that comes back is not wanted, for which a place is given all the same.
+        unsafe { pthread_setcancelstate(self.before, &raw mut self.before) };
+    }
+}
+
 /// Asks for short turns on the core: a thread that works for moments only then gets one soon where others work for long. Takes nothing
 /// from them in all. A kernel that cannot do it leaves things as they are.
 pub fn ask_for_short_turns() {
@@ -57,6 +90,26 @@ mod tests {
             }
         });
         assert_eq!(blocked.join().unwrap(), [1; 4]);
+    }
+
+    #[test]
+    fn nobody_cancels_a_thread_in_between() {
+        let state = || {
+            let mut now = -1;
+            // SAFETY: sets what it reads back, in the calling thread.
+            unsafe {
+                pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &raw mut now);
+                pthread_setcancelstate(now, std::ptr::null_mut());
+            }
+            now
+        };
+        let before = state();
+        {
+            let _outer = Uncancelled::new();
+            drop(Uncancelled::new());
+            assert_eq!(state(), PTHREAD_CANCEL_DISABLE);
+        }
+        assert!(before != PTHREAD_CANCEL_DISABLE && state() == before);
     }
 
     /// What the kernel says of the calling thread: policy, nice value, length of its turns (0 from one that cannot tell).

@@ -45,6 +45,16 @@ fn cost(notification: &Notification) -> usize {
     notification.name.len() + notification.msg.len() + OVERHEAD
 }
 
+/// Bytes of a peer, which decides how many they are.
+fn copy(bytes: &[u8]) -> Result<Vec<u8>> {
+    let mut copy = Vec::new();
+    if copy.try_reserve_exact(bytes.len()).is_err() {
+        bail!(Resource, "no memory for a notification of {} bytes", bytes.len());
+    }
+    copy.extend_from_slice(bytes);
+    Ok(copy)
+}
+
 /// The queue of an engine.
 pub(crate) struct Queue {
     waiting: Mutex<Waiting>,
@@ -120,9 +130,9 @@ impl Inbox {
     /// Adds a notification of this connection.
     ///
     /// # Errors
-    /// `Resource` when too much waits.
+    /// `Resource` when too much waits, or without memory for it.
     pub(crate) fn push(&self, name: &[u8], message: &[u8]) -> Result<()> {
-        self.queue.push(Notification { name: name.to_vec(), msg: message.to_vec() }, self)
+        self.queue.push(Notification { name: copy(name)?, msg: copy(message)? }, self)
     }
 }
 

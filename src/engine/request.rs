@@ -347,7 +347,9 @@ impl<B: Borrow<FifoItem>, I: Iterator<Item = (LocalSegment, B)>> Blocks for Feed
     }
 }
 
-fn check_count(n: usize) -> Result<()> {
+/// # Errors
+/// `InvalidArgument` for more segments than a transfer may have.
+pub(super) fn check_count(n: usize) -> Result<()> {
     if n > MAX_SEGMENTS {
         bail!(InvalidArgument, "{n} segments, at most {MAX_SEGMENTS}");
     }
@@ -355,13 +357,16 @@ fn check_count(n: usize) -> Result<()> {
 }
 
 /// The segments of a two-sided message, without the peer's places.
+///
+/// # Errors
+/// `NotFound`, `InvalidArgument`.
 pub(super) fn message(
     items: impl ExactSizeIterator<Item = LocalSegment>,
     registry: &Registry,
 ) -> Result<(Vec<Segment>, Vec<RegionUse>)> {
     check_count(items.len())?;
     let mut locals = Numbered::new();
-    let (mut segments, mut uses) = (Vec::with_capacity(items.len()), Vec::new());
+    let (mut segments, mut uses, mut total) = (Vec::with_capacity(items.len()), Vec::new(), 0u64);
     for local in items {
         let region = locals.index(local.mr, || {
             uses.push(registry.local(local.mr)?);
@@ -371,6 +376,11 @@ pub(super) fn message(
         used.check(local.addr as u64, local.len as u64)?;
         if local.len > 0 {
             let (addr, len) = (local.addr as u64, local.len as u64);
+            // Segments may overlap, so that together they may have more bytes than there are addresses.
+            total = match total.checked_add(len) {
+                Some(sum) => sum,
+                None => bail!(InvalidArgument, "a message of more than {} bytes", u64::MAX),
+            };
             segments.push(Segment { addr, len, region, place: used.place, peer: Place::HOST });
         }
     }

@@ -1,5 +1,5 @@
-//! The boundary: catches panics, turns errors into status numbers and the thread's last-error text, checks pointers. Knows nothing of
-//! engines.
+//! The boundary: catches panics, holds off cancellation, turns errors into status numbers and the thread's last-error text, checks
+//! pointers. Knows nothing of engines.
 
 use crate::status::{bail, Error, ErrorKind, Result, StatusCode, UCCL_OK};
 use std::cell::{Cell, UnsafeCell};
@@ -54,6 +54,7 @@ pub(super) fn status(body: impl FnOnce() -> Result<StatusCode>) -> StatusCode {
 }
 
 fn run<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
+    let _whole = process::thread::Uncancelled::new();
     // AssertUnwindSafe: shared state is behind locks that do not poison; a panic is reported as an internal error.
     let result = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));

@@ -374,5 +374,8 @@ pub unsafe extern "C" fn uccl_engine_wait(conn: *mut uccl_conn_t, transfer_id: u
 /// Threads: any.
 #[no_mangle]
 pub unsafe extern "C" fn uccl_engine_xfer_status(conn: *mut uccl_conn_t, transfer_id: u64) -> bool {
-    guard(false, || Ok(connections().get(conn.cast())?.poll(transfer_id)?.complete))
+    guard(false, || {
+        let conn = connections().get(conn.cast())?;
+        Ok(conn.poll(transfer_id).inspect_err(|_| conn.tell_failure(transfer_id))?.complete)
+    })
 }

@@ -180,7 +180,7 @@ impl ControlStream {
     /// # Errors
     /// `RemoteDisconnect` at the end of the stream and on socket errors, `Protocol` when the stream was changed on its way.
     pub(crate) fn read(&mut self, rx: &mut RxBuffer) -> Result<(usize, bool)> {
-        rx.extend(&std::mem::take(&mut self.early));
+        rx.extend(&std::mem::take(&mut self.early))?;
         // The first records may have come with the set-up's last message.
         self.open(rx)?;
         let room = &mut self.sealed[self.arrived..];
@@ -210,7 +210,7 @@ impl ControlStream {
     fn open(&mut self, rx: &mut RxBuffer) -> Result<()> {
         let mut at = 0;
         while let Opened::Record { plain, consumed } = self.opener.open(&mut self.sealed[at..self.arrived])? {
-            rx.extend(&self.sealed[at..at + plain]);
+            rx.extend(&self.sealed[at..at + plain])?;
             at += consumed;
         }
         if at > 0 {

@@ -4,13 +4,24 @@
 use super::envelope::HEADER_BYTES;
 use super::frame::{self, Frame};
 use super::session::RECORD_HEADER;
-use crate::status::Result;
+use crate::status::{bail, Result};
 use std::collections::VecDeque;
 
 /// A block takes more frames until it has this many bytes.
 const BLOCK: usize = 32 << 10;
 /// A buffer that grew beyond this is given back once it is empty.
 const KEEP_BYTES: usize = 1 << 20;
+
+/// Room for more bytes.
+///
+/// # Errors
+/// `Resource` without memory for them.
+fn make_room(bytes: &mut Vec<u8>, more: usize) -> Result<()> {
+    match bytes.try_reserve(more).or_else(|_| bytes.try_reserve_exact(more)) {
+        Ok(()) => Ok(()),
+        Err(_) => bail!(Resource, "no memory for {} bytes of a control stream", bytes.len() + more),
+    }
+}
 
 /// Frames that wait to leave, in order, in blocks: no byte is moved twice however long the queue is.
 #[derive(Default)]
@@ -66,6 +77,21 @@ impl TxQueue {
     /// Bytes of answers that wait.
     pub(crate) fn answers(&self) -> usize {
         self.answers
+    }
+
+    /// Makes room for a frame with so many bytes that the application gave.
+    ///
+    /// # Errors
+    /// `Resource` without memory for them; nothing has changed then.
+    pub(crate) fn make_room(&mut self, bytes: usize) -> Result<()> {
+        let more = HEADER_BYTES + size_of::<u32>() + bytes;
+        match self.blocks.back_mut().filter(|block| block.bytes.len() < BLOCK) {
+            Some(block) => make_room(&mut block.bytes, more),
+            None => {
+                self.spare.clear();
+                make_room(&mut self.spare, RECORD_HEADER + more)
+            }
+        }
     }
 
     /// Appends a frame.
@@ -158,12 +184,17 @@ impl RxBuffer {
 
     /// Appends bytes. The memory grows by what has arrived, so that neither an announced length nor a connection that says little
     /// costs any.
-    pub(crate) fn extend(&mut self, bytes: &[u8]) {
+    ///
+    /// # Errors
+    /// `Resource` where there is none: a peer decides how much it is.
+    pub(crate) fn extend(&mut self, bytes: &[u8]) -> Result<()> {
         if self.consumed > 0 {
             self.bytes.drain(..self.consumed);
             self.consumed = 0;
         }
+        make_room(&mut self.bytes, bytes.len())?;
         self.bytes.extend_from_slice(bytes);
+        Ok(())
     }
 }
 
@@ -178,7 +209,7 @@ mod tests {
         for received in 0..100 {
             tx.push(&Frame::Ping { received, chunks: 0 });
             let block = tx.take().unwrap();
-            rx.extend(block.frames());
+            rx.extend(block.frames()).unwrap();
             tx.recycle(block.into_bytes());
             let len =
                 rx.next().unwrap().map(|(frame, len)| (assert_eq!(frame, Frame::Ping { received, chunks: 0 }), len)).unwrap().1;
@@ -206,7 +237,7 @@ mod tests {
             prop_assert_eq!((tx.pending(), wire.len()), (0, queued));
             let mut got = 0;
             for piece in wire.chunks(cut) {
-                rx.extend(piece);
+                rx.extend(piece).unwrap();
                 while let Some((frame, len)) = rx.next().unwrap() {
                     prop_assert_eq!(frame, Frame::Notify { name: b"n", message: &bodies[got] });
                     rx.consume(len);

@@ -498,6 +498,38 @@ CASE(waiting_threads_wake)
     }
 }
 
+static void *move_until_cancelled(void *user)
+{
+    const side *s = user;
+    for (;;) {
+        uint64_t id;
+        notify_msg_t note = {.name = "still here"};
+        CHECK_OK(start(s, WRITE, 0, 0, s->len, &id));
+        CHECK_OK(uccl_engine_wait(s->conn, id, -1));
+        CHECK_OK(uccl_engine_send_notif(s->conn, &note));
+        size_t taken;
+        CHECK_OK(uccl_engine_get_notifs(&note, 1, &taken));
+        pthread_testcancel();
+    }
+}
+
+/* A thread that is cancelled while it is in a call is so once the call has ended: neither the process nor the connection suffers. */
+CASE(cancelled_threads)
+{
+    side a, b;
+    local_pair(&a, &b, MIB);
+    for (int i = 0; i < 40; i++) {
+        pthread_t moving;
+        void *result;
+        CHECK(pthread_create(&moving, NULL, move_until_cancelled, &a) == 0);
+        sleep_ms(i % 8);
+        CHECK(pthread_cancel(moving) == 0);
+        CHECK(pthread_join(moving, &result) == 0 && result == PTHREAD_CANCELED);
+    }
+    move_once(&a);
+    local_pair_close(&a, &b);
+}
+
 /* The connection's handle outlives its engine and still tells how the transfers ended. */
 CASE(engine_ended_with_transfers_in_flight)
 {

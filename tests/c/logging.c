@@ -185,6 +185,36 @@ CASE(a_callback_may_use_the_connection_that_logs)
     CHECK_OK(uccl_engine_set_log_callback(NULL, NULL));
 }
 
+static void count_causes(int level, const char *text, void *user)
+{
+    atomic_int *causes = user;
+    if (level == UCCL_LOG_ERROR && strstr(text, "region 987654321 is not registered"))
+        atomic_fetch_add(&causes[0], 1);
+    if (level == UCCL_LOG_ERROR && strstr(text, "refused by the peer"))
+        atomic_fetch_add(&causes[1], 1);
+}
+
+/* Functions that return nothing, or a bool, leave the cause in the log: once, however often a transfer is asked for. */
+CASE(causes_that_no_status_tells)
+{
+    log_from("error");
+    atomic_int causes[2] = {0};
+    local_pair(&noise.from, &noise.to, 64 * KIB);
+    CHECK_OK(uccl_engine_set_log_callback(count_causes, causes));
+    uccl_engine_mr_destroy(noise.from.engine, 987654321);
+    struct FifoItem forged = noise.from.item;
+    uint64_t id;
+    forged.padding[0] ^= 0x10;
+    CHECK_OK(uccl_engine_read(noise.from.conn, noise.from.mr, noise.from.mine, 64, forged, &id));
+    CHECK_STATUS(outcome(noise.from.conn, id), UCCL_ERR_REMOTE_ACCESS);
+    for (int i = 0; i < 100; i++)
+        CHECK(!uccl_engine_xfer_status(noise.from.conn, id));
+    CHECK_OK(uccl_engine_set_log_callback(NULL, NULL));
+    CHECK_MSG(causes[0] == 1 && causes[1] == 1, "%d lines of the region, %d of the transfer", causes[0], causes[1]);
+    side_close(&noise.from);
+    side_close(&noise.to);
+}
+
 static void sleep_long(int level, const char *text, void *user)
 {
     (void)level, (void)text, (void)user;

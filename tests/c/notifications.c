@@ -1,6 +1,9 @@
 /* Notifications: whole, in order, never before the data that was complete before them, and handed out once. */
 #include "support.h"
 
+#include <sys/resource.h>
+#include <unistd.h>
+
 #define NOTIF_LIMIT (64 * MIB)
 
 typedef struct text {
@@ -209,6 +212,63 @@ static void check_data_at_notif(side *s)
 }
 
 CASE(after_writes) { run_pair(ROUNDS * BLOCK, write_then_notify, check_data_at_notif); }
+
+/* Little memory. Sanitizers take the address space for themselves, and end the process where there is no more. */
+#if defined(__SANITIZE_ADDRESS__)
+#define LIMITED 0
+#else
+#define LIMITED 1
+#endif
+#define LARGE (60 * MIB)
+
+/* From now on, or no longer, this process gets so much more memory only. */
+static void limit_memory(rlim_t more)
+{
+    unsigned long pages = 0;
+    struct rlimit limit;
+    FILE *file = fopen("/proc/self/statm", "r");
+    CHECK(file && fscanf(file, "%lu", &pages) == 1 && fclose(file) == 0);
+    CHECK(getrlimit(RLIMIT_AS, &limit) == 0);
+    limit.rlim_cur = more == RLIM_INFINITY ? limit.rlim_max : (rlim_t)pages * (rlim_t)sysconf(_SC_PAGESIZE) + more;
+    CHECK(setrlimit(RLIMIT_AS, &limit) == 0);
+}
+
+static void send_too_large(side *s)
+{
+    char *message = calloc(1, LARGE);
+    CHECK(message);
+    if (LIMITED) {
+        limit_memory(24 * MIB);
+        CHECK_STATUS(uccl_engine_send_notif_bytes(s->conn, "n", 1, message, LARGE), UCCL_ERR_RESOURCE);
+        limit_memory(RLIM_INFINITY);
+    }
+    send_numbered(s->conn, 7);
+    meet(s);
+    meet(s);
+    /* It may be told of the end already. */
+    uccl_engine_send_notif_bytes(s->conn, "n", 1, message, LARGE);
+    free(message);
+    meet(s);
+}
+
+static void have_no_room(side *s)
+{
+    meet(s);
+    expect_numbered(s->engine, 7);
+    if (LIMITED)
+        limit_memory(24 * MIB);
+    meet(s);
+    if (LIMITED) {
+        for (int64_t end = now_ms() + HANG_MS; uccl_engine_conn_status(s->conn) == UCCL_OK; sleep_ms(1))
+            CHECK(now_ms() < end);
+        CHECK_STATUS(uccl_engine_conn_status(s->conn), UCCL_ERR_RESOURCE);
+        limit_memory(RLIM_INFINITY);
+    }
+    meet(s);
+}
+
+/* Without memory for a notification the call fails, or the connection that brings it; never the process. */
+CASE(no_memory_for_a_large_one) { run_pair(PAGE, send_too_large, have_no_room); }
 
 /* Fixed-size draining. */
 

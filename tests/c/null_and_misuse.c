@@ -1049,6 +1049,18 @@ CASE(uccl_engine_send_vector)
 {
     check_starter(do_one_send_vector);
     check_vector_starter(do_send_vector, false);
+    /* Two segments of a region that nobody has the memory for, which together have as many bytes as 64 bits can count, and one more. */
+    WITH_FIXTURE(f)
+    {
+        uccl_mr_t huge;
+        CHECK_OK(uccl_engine_reg(f.engine, (size_t)f.mem, SIZE_MAX / 2 + 1, &huge));
+        const uccl_mr_t mrs[] = {huge, huge};
+        void *const data[] = {f.mem, f.mem};
+        const size_t sizes[] = {SIZE_MAX / 2 + 1, SIZE_MAX / 2 + 1};
+        const vector v = {f.conn, mrs, data, sizes, NULL, 2};
+        check_bad_vector(do_send_vector, v, "lengths that wrap around");
+        uccl_engine_mr_destroy(f.engine, huge);
+    }
 }
 
 /* Lists: what is wrong with the arrays shows when the list is made, the rest when it is started. */

@@ -2,9 +2,12 @@
  * write that is reported too early is caught. */
 #include "support.h"
 
+#include <limits.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/mman.h>
 #include <sys/time.h>
+#include <unistd.h>
 
 /* Sizes around the limits that a transfer can cross: nothing special, a page, the eager limit, the chunk, and far beyond. */
 static const struct shape {
@@ -218,6 +221,41 @@ static void many_segments(side *s)
 CASE(vector_few) { run_pair(MIB, few_segments, NULL); }
 CASE(vector_thousand_mixed) { run_pair(48 * MIB, thousand_segments, NULL); }
 CASE(vector_twenty_thousand) { run_pair(8 * MIB, many_segments, NULL); }
+
+/* A copy of a value that ends with a page, and nothing behind it can be read. */
+static void *at_the_edge(const void *value, size_t size)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    uint8_t *pages = mmap(NULL, 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(pages != MAP_FAILED && mprotect(pages + page, page, PROT_NONE) == 0);
+    return memcpy(pages + page - size, value, size);
+}
+
+/* A count that no transfer may have is refused before anything behind the first segment is looked at. */
+static void count_too_many(side *s)
+{
+    static const int COUNTS[] = {1048577, INT_MAX, -1, INT_MIN};
+    void *mine = s->mine;
+    size_t size = 64;
+    uint64_t id = 77;
+    CHECK_OK(start(s, WRITE, 0, 0, s->len, &id));
+    CHECK_OK(outcome(s->conn, id));
+    uccl_mr_t *mr = at_the_edge(&s->mr, sizeof s->mr);
+    void **data = at_the_edge(&mine, sizeof mine);
+    size_t *sizes = at_the_edge(&size, sizeof size);
+    struct FifoItem *item = at_the_edge(&s->item, sizeof s->item);
+    uccl_list_t *list = NULL;
+    for (size_t i = 0; i < sizeof COUNTS / sizeof *COUNTS; i++) {
+        id = 77;
+        CHECK_STATUS(uccl_engine_write_vector(s->conn, mr, data, sizes, item, COUNTS[i], &id), UCCL_ERR_INVALID_ARGUMENT);
+        CHECK_STATUS(uccl_engine_read_vector(s->conn, mr, data, sizes, item, COUNTS[i], &id), UCCL_ERR_INVALID_ARGUMENT);
+        CHECK_STATUS(uccl_engine_send_vector(s->conn, mr, (const void *const *)data, sizes, COUNTS[i], &id), UCCL_ERR_INVALID_ARGUMENT);
+        CHECK_STATUS(uccl_engine_list_create(mr, data, sizes, item, COUNTS[i], &list), UCCL_ERR_INVALID_ARGUMENT);
+        CHECK(id == 77 && list == NULL);
+    }
+}
+
+CASE(a_count_that_is_too_large) { run_pair(MIB, count_too_many, NULL); }
 
 static void check_complete_at_once(const side *s, uint64_t id)
 {

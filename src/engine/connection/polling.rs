@@ -58,6 +58,17 @@ impl Connection {
         Ok(after)
     }
 
+    /// Has the log say why a transfer failed, unless it has done so.
+    pub fn tell_failure(&self, id: u64) {
+        if !self.core.is_here() {
+            return;
+        }
+        let told = self.lock().machine.tell(id);
+        if let Some(error) = told {
+            self.home.lines.log(log::Level::Error, Instant::now(), format_args!("{error}"));
+        }
+    }
+
     fn situation(&self, core: &Core, id: u64, state: &TransferState) -> Situation {
         Situation {
             cores: self.home.cores,

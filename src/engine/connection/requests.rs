@@ -35,6 +35,8 @@ impl Connection {
         items: impl ExactSizeIterator<Item = (LocalSegment, B)> + Clone,
     ) -> Result<u64> {
         self.core.check("connection")?;
+        // Before any item is looked at: a wrong count says nothing of what lies behind the lists.
+        request::check_count(items.len())?;
         if self.one_host.is_some() {
             if let Some((sketch, known)) = request::sketch(items.clone(), &self.home.registry, self.peer.engine) {
                 let way = way(direction);
@@ -154,7 +156,7 @@ impl Connection {
     /// Queues a notification for the peer. Where a large backlog waits it waits too, until there is room or the connection has failed.
     ///
     /// # Errors
-    /// `InvalidArgument` above 64 MiB, or why the connection is lost.
+    /// `InvalidArgument` above 64 MiB, `Resource` without memory for it, or why the connection is lost.
     pub fn notify(&self, name: &[u8], message: &[u8]) -> Result<()> {
         self.core.check("connection")?;
         let size = name.len().saturating_add(message.len());
@@ -167,6 +169,7 @@ impl Connection {
             core.pause(Duration::from_micros(100));
         }
         self.admit(&core, 0, &[])?;
+        core.machine.tx.make_room(size)?;
         let now = Instant::now();
         core.machine.notify(name, message, now);
         self.started(core, Ok(()), now)

@@ -214,6 +214,11 @@ impl Machine {
         self.transfers.in_flight() > 0 || !self.incoming.is_empty() || !self.outgoing.is_empty()
     }
 
+    /// Why a transfer of this side failed, where the log does not have it yet: for the log.
+    pub(crate) fn tell(&mut self, id: u64) -> Option<Error> {
+        self.transfers.tell(id)
+    }
+
     /// Where a transfer of this side stands, or what it failed with.
     pub(crate) fn lookup(&self, id: u64) -> Result<TransferState> {
         let state = self.transfers.lookup(id)?;
@@ -334,6 +339,8 @@ impl Machine {
     pub(crate) fn start_failed(&mut self, error: Error) -> u64 {
         let id = self.transfers.start(Kind::Write, 0, 0);
         self.transfers.finish(id, Err(error));
+        // Whoever starts it says so.
+        self.transfers.tell(id);
         id
     }
 

@@ -46,6 +46,14 @@ pub(super) struct Running {
 /// the kind of the error alone.
 const REMEMBERED: usize = 1 << 14;
 
+/// Why a transfer failed.
+#[derive(Debug)]
+struct Failure {
+    error: Error,
+    /// The log has it.
+    told: bool,
+}
+
 /// Failed transfers beyond [`REMEMBERED`]: ranges of ids with the kind of error, first -> (last, kind).
 #[derive(Debug, Default)]
 struct OldFailures(BTreeMap<u64, (u64, ErrorKind)>);
@@ -96,7 +104,7 @@ pub(super) struct Transfers {
     given: u64,
     running: Map<u64, Running>,
     segments: usize,
-    failed: Map<u64, Error>,
+    failed: Map<u64, Failure>,
     failed_order: VecDeque<u64>,
     failed_before: OldFailures,
     totals: Ended,
@@ -177,14 +185,21 @@ impl Transfers {
         if let Err(e) = result {
             self.failures += 1;
             if self.failed_order.len() == REMEMBERED {
-                if let Some((old, error)) = self.failed_order.pop_front().and_then(|id| self.failed.remove_entry(&id)) {
-                    self.failed_before.add(old, error.kind());
+                if let Some((old, failure)) = self.failed_order.pop_front().and_then(|id| self.failed.remove_entry(&id)) {
+                    self.failed_before.add(old, failure.error.kind());
                 }
             }
-            self.failed.insert(id, e);
+            self.failed.insert(id, Failure { error: e, told: false });
             self.failed_order.push_back(id);
         }
         self.totals.set(id, running.total);
+    }
+
+    /// Why a transfer failed, for the log: once, and not for those that failed with their connection, whose end is told.
+    pub(super) fn tell(&mut self, id: u64) -> Option<Error> {
+        let failure = self.failed.get_mut(&id).filter(|failure| !failure.told)?;
+        failure.told = true;
+        Some(failure.error.clone())
     }
 
     /// The other side's verdict. While `sending`, the source is still in use and the end waits for [`Transfers::source_free`].
@@ -217,7 +232,11 @@ impl Transfers {
         for id in ids {
             // A verdict of success that only waited for the source stands: every byte was in place.
             let verdict = self.running.get_mut(&id).and_then(|r| r.verdict.take());
+            let alone = verdict.is_some();
             self.finish(id, verdict.unwrap_or_else(|| Err(error.clone())));
+            if !alone {
+                self.tell(id);
+            }
         }
     }
 
@@ -226,8 +245,8 @@ impl Transfers {
             let bytes_done = running.moved.min(running.total);
             return Ok(TransferState { complete: false, bytes_total: running.total, bytes_done });
         }
-        if let Some(e) = self.failed.get(&id) {
-            return Err(e.clone());
+        if let Some(failure) = self.failed.get(&id) {
+            return Err(failure.error.clone());
         }
         if id == 0 || id > self.given {
             bail!(NotFound, "transfer {id} was never started on this connection");
@@ -274,6 +293,21 @@ mod tests {
         t.finish(a, Err(err!(Internal, "late")));
         assert!(t.lookup(a).is_ok());
         assert_eq!((t.in_flight(), t.segments(), t.ended()), (0, 0, 3));
+    }
+
+    #[test]
+    fn a_failure_is_told_once_unless_the_end_of_the_connection_is() {
+        let mut t = Transfers::default();
+        let (good, bad, lost) = (write(&mut t, 1), write(&mut t, 1), write(&mut t, 1));
+        t.finish(good, Ok(()));
+        t.finish(bad, Err(err!(RemoteAccess, "no")));
+        assert_eq!(t.tell(lost), None);
+        t.fail_all(&err!(RemoteDisconnect, "gone"));
+        assert_eq!(
+            [good, bad, bad, lost, 9].map(|id| t.tell(id).map(|e| e.kind())),
+            [None, Some(ErrorKind::RemoteAccess), None, None, None]
+        );
+        assert_eq!(t.lookup(lost).unwrap_err().kind(), ErrorKind::RemoteDisconnect);
     }
 
     #[test]

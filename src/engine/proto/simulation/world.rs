@@ -177,11 +177,11 @@ impl Side {
 
     /// Bytes of the peer's control stream arrive.
     pub(super) fn hear(&mut self, bytes: &[u8], now: Instant) {
-        self.rx.extend(bytes);
+        let kept = self.rx.extend(bytes);
         if self.machine.dead().is_some() {
             return;
         }
-        if let Err(e) = self.frames(bytes.len(), now) {
+        if let Err(e) = kept.and_then(|()| self.frames(bytes.len(), now)) {
             self.fail(e, now);
         }
     }
