@@ -52,6 +52,12 @@ nics() {
         skip "$name needs the qdisc tbf: $(head -1 "$scratch/tc")"
     done
   done
+  # The kernel tells of a carrier a while after the other end has come up, and a NIC without one is left out.
+  for host in $a $b; do
+    for i in $(seq $#); do
+      timeout 10 bash -c "until ip -n $host link show dev eth$i | grep -q LOWER_UP; do sleep 0.05; done" || skip "$name: eth$i gets no carrier"
+    done
+  done
 }
 
 # wire MBIT DELAY_MS QUEUE_BYTES: joins the hosts by a relay with such a line each way: a device wire0 on either, yet without addresses
