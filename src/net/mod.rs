@@ -13,6 +13,7 @@ mod search;
 pub(crate) mod secure;
 pub(crate) mod setup;
 pub(crate) mod signals;
+mod sockets;
 mod table;
 #[cfg(test)]
 mod tests;
