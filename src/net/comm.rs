@@ -177,6 +177,9 @@ impl Accepting {
         let Some(pending) = &mut self.0 else { bail!(Internal, "accept polled after its end") };
         let answer = {
             let (listen, begun, dev_handle) = (pending.listen.lock(), &mut pending.begun, pending.dev_handle.as_ptr());
+            if !listen.plugin.may_accept(&listen.gpu, !*begun)? {
+                return Ok(None);
+            }
             // Where the GPU cannot be made current the accept stays as it is.
             let answer = within(&listen.gpu, || {
                 *begun = true;

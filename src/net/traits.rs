@@ -47,6 +47,8 @@ pub struct Traits {
     /// The kernel sends from the memory of a send until the peer has acknowledged it, also when its comm was closed meanwhile. A send that
     /// is done was acknowledged.
     pub sends_late: bool,
+    /// An accept ends the process where a GPU's receive memory cannot be had: without descriptors, or without what gives it out.
+    pub imports: bool,
     /// Only equal NIC names can reach each other, and a GPU uses the NICs nearest to it.
     pub paired_nics: bool,
     /// A NIC without a PCI path makes a registration crash.
@@ -82,6 +84,7 @@ impl Traits {
             small_messages: !soft,
             lingers: !soft,
             sends_late: !soft && tcpx,
+            imports: !soft && tcpx,
             paired_nics: !soft && tcpx,
             pci_nics: !soft && tcpx,
             devices_change: soft,
