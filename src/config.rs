@@ -141,6 +141,21 @@ pub(crate) fn check_tcpx() -> Result<()> {
     }
 }
 
+/// Data sockets of a TCPX comm, as the plugin reads NCCL_NSOCKS_PERTHREAD and NCCL_SOCKET_NTHREADS: what it does not take counts as 1.
+pub(crate) fn tcpx_sockets() -> usize {
+    let number = |name: &str| std::env::var(name).ok().map_or(1, |text| strtoll(text.trim_start()).0);
+    sockets_of(number("NCCL_NSOCKS_PERTHREAD"), number("NCCL_SOCKET_NTHREADS"))
+}
+
+/// Sockets of a comm at most.
+const MOST_SOCKETS: usize = 8;
+
+fn sockets_of(per_thread: i64, threads: i64) -> usize {
+    let taken = |n: i64, most: usize| usize::try_from(n).ok().filter(|n| (1..=most).contains(n)).unwrap_or(1);
+    let (per_thread, threads) = (taken(per_thread, MOST_SOCKETS), taken(threads, 2 * MOST_SOCKETS));
+    per_thread.min(MOST_SOCKETS / threads) * threads
+}
+
 /// Largest message of a plugin that starts now: what the user gave, else 512 KiB, or the chunks that the environment asks for where the
 /// plugin `follows` them.
 pub(crate) fn message_limit(follows: bool) -> Result<usize> {
@@ -305,6 +320,15 @@ pub(crate) fn log_level() -> log::LevelFilter {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sockets_are_counted_as_the_plugin_does() {
+        for (per_thread, threads, sockets) in
+            [(1, 1, 1), (2, 1, 2), (4, 1, 4), (2, 2, 4), (8, 8, 8), (4, 3, 6), (9, 1, 1), (-2, -2, 1), (0, 4, 4), (1, 16, 0)]
+        {
+            assert_eq!(sockets_of(per_thread, threads), sockets, "{per_thread} x {threads}");
+        }
+    }
 
     #[test]
     fn settings_stand_before_the_environment() {

@@ -65,6 +65,8 @@ pub(crate) struct Attempt {
     look_at: Instant,
     began: Instant,
     started: Instant,
+    /// What its channels will open.
+    promise: Option<limits::Promise>,
 }
 
 impl Attempt {
@@ -83,6 +85,7 @@ impl Attempt {
             look_at: now,
             began: now,
             started: now,
+            promise: None,
         }
     }
 
@@ -248,7 +251,9 @@ impl Attempt {
             plans.iter_mut().filter(|plan| plan.spare).for_each(|plan| plan.channels = 0);
             limits::room_for(&site.limits, self.sock.as_fd(), fabric::cost(&plans))?;
         }
+        let later = fabric::later(&plans);
         let opened = Opened::open(site, plans, connecting).map_err(|e| limits::explain(e, self.sock.as_fd()))?;
+        self.promise = Some(limits::Promise::new(later));
         let offers = opened.offers();
         self.trace(format_args!("the peer is proved"));
         self.trace(format_args!("this side offers {} channels", offers.sets.iter().map(Vec::len).sum::<usize>()));

@@ -21,10 +21,28 @@ pub(crate) fn planned(site: &Site, agreed: &Agreed) -> Vec<Plan> {
     plans(&site.plugins, &agreed.own, &agreed.peer.hello, agreed.connecting, channels)
 }
 
-/// Descriptors that a set-up of these sets opens: two directions and a listening socket for each channel; a comm of a plugin of others
-/// has a control socket and two of data.
+/// Descriptors of the comms of a channel, and of what it listens with: a comm of a plugin of others has a control socket, and one of data
+/// or more.
+fn of_a_channel(plan: &Plan) -> (usize, usize) {
+    if !plan.plugin.traits.lingers {
+        return (2, 1);
+    }
+    let data = if plan.plugin.traits.sends_late { crate::config::tcpx_sockets() } else { 0 };
+    (2 * (1 + data.max(2)), 2)
+}
+
+/// Descriptors that a set-up of these sets opens: two directions and a listening socket for each channel.
 pub(crate) fn cost(plans: &[Plan]) -> usize {
-    LOCAL_COST + plans.iter().map(|p| p.channels * if p.plugin.traits.lingers { 8 } else { 3 }).sum::<usize>()
+    let of_plan = |plan| {
+        let (comms, listening) = of_a_channel(plan);
+        plan.channels * (comms + listening)
+    };
+    LOCAL_COST + plans.iter().map(of_plan).sum::<usize>()
+}
+
+/// Those of them that plugins of others open in their own time, once all is listened at.
+pub(crate) fn later(plans: &[Plan]) -> usize {
+    plans.iter().filter(|plan| plan.plugin.traits.lingers).map(|plan| plan.channels * of_a_channel(plan).0).sum()
 }
 
 /// Descriptors that meeting a peer on this host opens: sockets, rings, and what waits at the listening socket.

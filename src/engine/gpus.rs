@@ -12,6 +12,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 impl OnGpu for Gpu {
+    fn address(&self) -> Option<String> {
+        Some(crate::gpu::gpu_name(self.ordinal()).ok()?.bdf.to_string())
+    }
+
     fn on(&self, body: &mut dyn FnMut()) -> Result<()> {
         // A registration that TCPX refuses leaves a context pushed.
         cuda_driver::restoring(|| {

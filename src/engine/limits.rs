@@ -3,7 +3,9 @@
 
 use crate::config::Budgets;
 use crate::status::{err, Error, ErrorKind, Result};
+use process::PerProcess;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// What the engine may have open and under way. All but `ceiling` count objects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,14 +158,37 @@ pub(crate) fn lowest_free(fd: RawFd) -> Result<usize> {
     Ok(got as usize)
 }
 
-/// Whether `more` descriptors fit below the ceiling, by taking and giving back as many. `fd` is any open descriptor. Counting from the
-/// lowest free number would not do: numbers above it may be in use.
+/// Descriptors that set-ups of this process have room for and have not opened yet.
+static PROMISED: PerProcess<AtomicUsize> = PerProcess::new(AtomicUsize::default);
+
+/// Descriptors that a set-up opens later: no other takes their room until it has ended.
+#[derive(Debug)]
+pub(crate) struct Promise(usize);
+
+impl Promise {
+    pub(crate) fn new(descriptors: usize) -> Promise {
+        PROMISED.get().fetch_add(descriptors, Ordering::Relaxed);
+        Promise(descriptors)
+    }
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        // A child's count does not hold what its parent promised.
+        let less = |n: usize| Some(n.saturating_sub(self.0));
+        let _ = PROMISED.get().fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+    }
+}
+
+/// Whether `more` descriptors fit below the ceiling beside those that are promised, by taking and giving back as many. `fd` is any open
+/// descriptor. Counting from the lowest free number would not do: numbers above it may be in use.
 ///
 /// # Errors
 /// `Resource` with the numbers when they do not.
 pub(crate) fn room_for(limits: &Limits, fd: BorrowedFd<'_>, more: usize) -> Result<()> {
+    let promised = PROMISED.get().load(Ordering::Relaxed);
     let mut taken = Vec::new();
-    while taken.len() < more {
+    while taken.len() < more + promised {
         // SAFETY: a plain system call; the descriptor is open.
         let got = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 0) };
         if got < 0 {
@@ -178,7 +203,7 @@ pub(crate) fn room_for(limits: &Limits, fd: BorrowedFd<'_>, more: usize) -> Resu
                 Resource,
                 "{more} more file descriptors would take this process above {} (RLIMIT_NOFILE less a reserve for the application; {} are free)",
                 limits.ceiling,
-                taken.len()
+                taken.len().saturating_sub(promised)
             ));
         }
         taken.push(own);
@@ -260,6 +285,20 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn what_is_promised_has_its_room() {
+        use std::os::fd::AsFd;
+        let file = std::fs::File::open("/dev/null").expect("file");
+        let used = lowest_free(file.as_raw_fd()).expect("a free one");
+        let limits = Limits { ceiling: used + 800, ..Limits::from(1 << 20, 16 * GIB) };
+        assert!(room_for(&limits, file.as_fd(), 100).is_ok());
+        let promise = Promise::new(800);
+        let error = room_for(&limits, file.as_fd(), 100).expect_err("no room beside it").to_string();
+        assert!(error.starts_with("100 more file descriptors") && error.contains("; 0 are free"), "{error}");
+        drop(promise);
+        assert!(room_for(&limits, file.as_fd(), 100).is_ok());
     }
 
     #[test]

@@ -23,6 +23,7 @@ pub(crate) struct Gpu {
     mark: PinnedBuffer,
     kernels: Arc<Kernels>,
     context: Arc<Context>,
+    ordinal: i32,
 }
 
 /// A first piece of work that takes longer than this will not end.
@@ -51,7 +52,7 @@ impl Gpu {
         let context = Context::retain(ordinal)?;
         let kernels = Arc::new(Kernels::load(&context)?);
         let mark = PinnedBuffer::new(&context, PAGE)?;
-        let gpu = Arc::new(Gpu { idle: Arc::default(), idle_pulls: Arc::default(), mark, kernels, context });
+        let gpu = Arc::new(Gpu { idle: Arc::default(), idle_pulls: Arc::default(), mark, kernels, context, ordinal });
         gpu.rehearse()?;
         *place = Some(gpu.clone());
         Ok(gpu)
@@ -99,6 +100,11 @@ impl Gpu {
     pub(crate) fn with<R>(&self, f: impl FnOnce() -> Result<R>) -> Result<R> {
         let _current = self.context.enter()?;
         f()
+    }
+
+    /// Its CUDA ordinal.
+    pub(crate) fn ordinal(&self) -> i32 {
+        self.ordinal
     }
 
     /// The primary context.

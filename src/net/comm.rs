@@ -6,6 +6,7 @@ use super::plugin::{CommKind, Plugin};
 use super::registrations::{piece, Registrar, Registration};
 use super::secure::{Guard, HalfKeys};
 use super::signals::Quiet;
+use super::sockets::Sockets;
 use super::{handle, reaper, within, Scope};
 pub(crate) use super::{handle::Handle, registrations::MHandle};
 use crate::status::{bail, Result};
@@ -51,6 +52,8 @@ struct RawComm {
     kind: CommKind,
     dev: usize,
     gpu: Scope,
+    /// What it sends on, of plugins that send late.
+    sockets: Sockets,
 }
 // SAFETY: NCCL plugins allow a comm to be used from any thread, one at a time; `&mut` of the owners guarantees the latter.
 unsafe impl Send for RawComm {}
@@ -59,7 +62,7 @@ impl RawComm {
     /// A comm that moves data.
     fn open(plugin: &Arc<Plugin>, comm: *mut c_void, kind: CommKind, dev: usize, gpu: &Scope) -> RawComm {
         plugin.registrations().opened(&**plugin, dev, comm, gpu);
-        RawComm { plugin: plugin.clone(), comm, kind, dev, gpu: gpu.clone() }
+        RawComm { plugin: plugin.clone(), comm, kind, dev, gpu: gpu.clone(), sockets: Sockets::default() }
     }
 }
 
@@ -91,7 +94,8 @@ impl ListenComm {
     pub(crate) fn new(plugin: &Arc<Plugin>, dev: usize, gpu: &Scope) -> Result<ListenComm> {
         let mut handle = [0; NCCL_NET_HANDLE_MAXSIZE];
         let comm = within(gpu, || plugin.listen(dev, &mut handle))?;
-        let raw = RawComm { plugin: plugin.clone(), comm, kind: CommKind::Listen, dev, gpu: gpu.clone() };
+        let (kind, sockets) = (CommKind::Listen, Sockets::default());
+        let raw = RawComm { plugin: plugin.clone(), comm, kind, dev, gpu: gpu.clone(), sockets };
         Ok(ListenComm { raw: Arc::new(Mutex::new(raw)), handle })
     }
 
@@ -173,6 +177,9 @@ impl Accepting {
         let Some(pending) = &mut self.0 else { bail!(Internal, "accept polled after its end") };
         let answer = {
             let (listen, begun, dev_handle) = (pending.listen.lock(), &mut pending.begun, pending.dev_handle.as_ptr());
+            if !listen.plugin.may_accept(&listen.gpu, !*begun)? {
+                return Ok(None);
+            }
             // Where the GPU cannot be made current the accept stays as it is.
             let answer = within(&listen.gpu, || {
                 *begun = true;
@@ -235,6 +242,8 @@ struct Dialling {
     /// For the comm.
     guard: Guard,
     begun: bool,
+    /// Where its data goes and what was connected there before, for plugins that send late.
+    late: Option<(SocketAddr, Sockets)>,
 }
 
 impl Dialling {
@@ -244,7 +253,7 @@ impl Dialling {
             // SAFETY: a writable handle buffer with which nothing has begun.
             unsafe { plugin.key_connect(handle.as_ptr().cast(), hello)? };
         }
-        Ok(Dialling { plugin: plugin.clone(), dev, gpu: gpu.clone(), handle: Some(handle), guard, begun: false })
+        Ok(Dialling { plugin: plugin.clone(), dev, gpu: gpu.clone(), handle: Some(handle), guard, begun: false, late: None })
     }
 
     /// One step by `call`, whose argument is the handle; the comm, once it is up.
@@ -255,6 +264,11 @@ impl Dialling {
     ) -> Result<Option<RawComm>> {
         let Some(handle) = self.handle.as_ref().map(Pinned::as_ptr) else { bail!(Internal, "connect polled after its end") };
         let (plugin, dev, begun) = (&self.plugin, self.dev, &mut self.begun);
+        if !*begun && plugin.traits.sends_late && matches!(kind, CommKind::Send) {
+            // SAFETY: live memory, which the plugin has not seen yet.
+            let address = handle::address(plugin.traits.handle_check, unsafe { &*handle });
+            self.late = address.map(|address| (address, Sockets::connected_to(address)));
+        }
         // Where the GPU cannot be made current the connect stays as it is.
         let answer = within(&self.gpu, || {
             *begun = true;
@@ -264,7 +278,11 @@ impl Dialling {
             return Ok(None);
         }
         self.handle = None;
-        Ok(Some(RawComm::open(&self.plugin, answer?, kind, self.dev, &self.gpu)))
+        let mut raw = RawComm::open(&self.plugin, answer?, kind, self.dev, &self.gpu);
+        if let Some((address, before)) = self.late.take() {
+            raw.sockets = Sockets::connected_to(address).since(&before);
+        }
+        Ok(Some(raw))
     }
 }
 
@@ -276,7 +294,7 @@ impl Drop for Dialling {
         let Some(handle) = self.handle.take() else { return };
         if self.plugin.traits.lingers {
             let (plugin, gpu) = (self.plugin.clone(), self.gpu.clone());
-            let rest = Dialling { plugin, dev: self.dev, gpu, handle: Some(handle), guard: Guard::None, begun: true };
+            let rest = Dialling { plugin, dev: self.dev, gpu, handle: Some(handle), guard: Guard::None, begun: true, late: None };
             let mut rest = Connecting(rest);
             reaper::keep(Box::new(move |_| !matches!(rest.poll(), Ok(None))));
         } else {
@@ -512,6 +530,9 @@ impl Drop for SendComm {
     fn drop(&mut self) {
         if self.inflight.is_empty() {
             self.regions.clear();
+        } else {
+            // Nobody keeps their memory as it is any longer: the peer must not get what comes into it.
+            self.raw.sockets.reset_at_close();
         }
     }
 }

@@ -4,6 +4,7 @@
 
 pub(crate) mod comm;
 mod handle;
+mod manager;
 pub(crate) mod pairing;
 pub mod plugin;
 mod plugin_log;
@@ -13,6 +14,7 @@ mod search;
 pub(crate) mod secure;
 pub(crate) mod setup;
 pub(crate) mod signals;
+mod sockets;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -26,6 +28,8 @@ use std::sync::Arc;
 pub(crate) trait OnGpu: Send + Sync {
     /// Runs `body` with the GPU current and puts back what was. An error means that `body` may not have run.
     fn on(&self, body: &mut dyn FnMut()) -> Result<()>;
+    /// Its PCI address, where that is known.
+    fn address(&self) -> Option<String>;
 }
 
 /// The GPU that a plugin's calls follow; none for memory of the host, and for plugins that take the GPU from each request.

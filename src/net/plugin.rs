@@ -25,6 +25,9 @@ pub const TCPX_PLACES: ([&str; 3], [&str; 2]) = (search::TCPX_DIRS, search::TCPX
 /// process.
 const FOREIGN_CHUNK: usize = 512 << 10;
 
+/// Descriptors that TCPX opens at most to import a GPU's receive memory.
+const IMPORT: usize = 4;
+
 /// What TCPX is given as NCCL_DYNAMIC_CHUNK_SIZE where it is not set.
 const DEFAULT_LIMIT: usize = 512 << 10;
 
@@ -351,6 +354,17 @@ impl Plugin {
         if let Err(e) = self.set_up("abandonConnect", || Some(unsafe { call(handle) })) {
             log::debug!("{e}");
         }
+    }
+
+    /// Whether an accept can be polled now; `first`: it was not before. Where it would end the process it waits, or fails.
+    pub(super) fn may_accept(&self, gpu: &Scope, first: bool) -> Result<bool> {
+        if !self.traits.imports {
+            return Ok(true);
+        }
+        if first {
+            super::manager::serves(gpu.as_ref().and_then(|gpu| gpu.address()).as_deref())?;
+        }
+        Ok(descriptors_left(IMPORT))
     }
 
     /// # Safety

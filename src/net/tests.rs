@@ -1,7 +1,7 @@
 //! Plugins of others as the rest of this folder uses them, over the strict foreign plugin, which ends the process at the first breach of
 //! the contract; and a table of version 8. Each case has a process of its own, since a plugin is initialised once.
 
-use super::comm::{ListenComm, RecvComm, SendComm};
+use super::comm::{Connecting, ListenComm, RecvComm, SendComm};
 use super::plugin::Plugin;
 use super::setup::{agree, nics_for, Establishing, Listening, Offer, Pair, Role};
 use super::traits::{HandleCheck, Traits};
@@ -11,6 +11,8 @@ use crate::status::ErrorKind;
 use crate::types::Span;
 use nccl_net_abi::NCCL_PTR_CUDA;
 use nccl_net_strict_foreign::rules::counters;
+use std::io::Read;
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::sync::atomic::Ordering::Acquire;
@@ -86,6 +88,13 @@ fn registrations_are_shared_and_go() {
 }
 
 #[test]
+fn sends_that_end_with_their_comm_send_no_more() {
+    run("sends_under_way", TWO_NICS, &[]);
+    let out = output("sends_under_way", TWO_NICS, &[(BREAK, "sends_late")]);
+    assert!(!out.status.success(), "the memory goes on to the peer where nothing is reset");
+}
+
+#[test]
 fn sigpipe_stays_inside() {
     run("sigpipe", TWO_NICS, &[]);
 }
@@ -110,6 +119,7 @@ fn child() {
         "registrations" => registrations(&plugin),
         "registrations_in_flight" => registrations_in_flight(&plugin),
         "registrations_without_descriptors" => registrations_without_descriptors(&plugin),
+        "sends_under_way" => sends_under_way(&plugin),
         "sigpipe" => sigpipe(&plugin),
         other => panic!("no case {other}"),
     }
@@ -122,6 +132,7 @@ fn foreign() -> Arc<Plugin> {
         Ok("handle_check") => t.handle_check = HandleCheck::Own,
         Ok("shared_registrations") => t.shared_registrations = false,
         Ok("raises_sigpipe") => t.raises_sigpipe = false,
+        Ok("sends_late") => t.sends_late = false,
         Ok(other) => panic!("no trait {other}"),
         Err(_) => {}
     };
@@ -155,6 +166,14 @@ fn both(a: Listening, b: Listening) -> (Vec<Pair>, Vec<Pair>) {
 fn poll(side: &mut Establishing, up: &mut Option<Vec<Pair>>) {
     if up.is_none() {
         *up = side.poll().expect("poll");
+    }
+}
+
+fn wait_for(mut condition: impl FnMut() -> bool) {
+    let until = Instant::now() + Duration::from_secs(20);
+    while !condition() {
+        assert!(Instant::now() < until);
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
@@ -210,6 +229,61 @@ fn move_some(mut send: SendComm, mut recv: RecvComm) {
     while !sent {
         sent = send.test_oldest().expect("test");
     }
+}
+
+/// A send comm to a peer of this test, and the peer's ends of its sockets: control, and data.
+fn to_a_raw_peer(plugin: &Arc<Plugin>) -> (SendComm, TcpStream, Vec<TcpStream>) {
+    let mut handle = open(plugin, 1).offers().swap_remove(0).handle;
+    let listeners = [0, 48].map(|at| {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("listener");
+        handle[at + 2..at + 4].copy_from_slice(&listener.local_addr().expect("address").port().to_be_bytes());
+        listener
+    });
+    let mut connecting = Connecting::new(plugin, 0, &Scope::None, handle, None).expect("connecting");
+    assert!(connecting.poll().expect("begun").is_none());
+    let accept = |listener: &TcpListener| {
+        let (mut socket, _) = listener.accept().expect("accept");
+        socket.read_exact(&mut [0; 8]).expect("what it says first");
+        socket
+    };
+    let control = accept(&listeners[1]);
+    let data = (0..2).map(|_| accept(&listeners[0])).collect();
+    let until = Instant::now() + Duration::from_secs(10);
+    loop {
+        if let Some(send) = connecting.poll().expect("poll") {
+            return (send, control, data);
+        }
+        assert!(Instant::now() < until, "the connect does not end");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn sends_under_way(plugin: &Arc<Plugin>) {
+    let memory = Memory::new(512 << 10);
+    let span = Span { id: 1, addr: memory.addr(), len: memory.len as u64 };
+    let ends = |mut socket: TcpStream| socket.read_to_end(&mut Vec::new()).map_err(|e| e.kind());
+    // What was acknowledged has come to the peer: an orderly end.
+    let (mut send, _control, data) = to_a_raw_peer(plugin);
+    // SAFETY: the memory outlives the comm.
+    unsafe {
+        let mhandle = send.region(span, span.addr).expect("region");
+        assert!(send.send(memory.at.cast(), 1000, 0, mhandle).expect("send"));
+    }
+    wait_for(|| send.test_oldest().expect("test"));
+    drop(send);
+    assert_eq!(data.into_iter().map(ends).collect::<Vec<_>>(), [Ok(500), Ok(500)]);
+    // More than both kernels' buffers hold: the rest never leaves.
+    let (mut send, _control, data) = to_a_raw_peer(plugin);
+    // SAFETY: as above.
+    unsafe {
+        let mhandle = send.region(span, span.addr).expect("region");
+        while send.inflight() < 16 {
+            assert!(send.send(memory.at.cast(), memory.len, 0, mhandle).expect("send"));
+        }
+    }
+    drop(send);
+    assert_eq!(data.into_iter().map(ends).collect::<Vec<_>>(), [Err(std::io::ErrorKind::ConnectionReset); 2]);
+    nothing_is_left();
 }
 
 /// Page-aligned memory.

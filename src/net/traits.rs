@@ -44,6 +44,11 @@ pub struct Traits {
     pub small_messages: bool,
     /// Connects and accepts that are given up must be polled on until they end.
     pub lingers: bool,
+    /// The kernel sends from the memory of a send until the peer has acknowledged it, also when its comm was closed meanwhile. A send that
+    /// is done was acknowledged.
+    pub sends_late: bool,
+    /// An accept ends the process where a GPU's receive memory cannot be had: without descriptors, or without what gives it out.
+    pub imports: bool,
     /// Only equal NIC names can reach each other, and a GPU uses the NICs nearest to it.
     pub paired_nics: bool,
     /// A NIC without a PCI path makes a registration crash.
@@ -78,6 +83,8 @@ impl Traits {
             shared_registrations: soft || tcpx || global,
             small_messages: !soft,
             lingers: !soft,
+            sends_late: !soft && tcpx,
+            imports: !soft && tcpx,
             paired_nics: !soft && tcpx,
             pci_nics: !soft && tcpx,
             devices_change: soft,

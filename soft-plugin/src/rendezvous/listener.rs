@@ -119,12 +119,12 @@ struct Silent {
 struct Place(&'static AtomicUsize);
 
 impl Place {
-    /// All listeners together keep a sixteenth of the process's descriptors for silent connections; one that keeps none yet always
-    /// has a place, so that strangers at other listeners do not shut its peer out.
-    fn take(first: bool) -> Option<Place> {
+    /// All listeners together keep a sixteenth of the process's descriptors for silent connections. What a listener keeps, up to as many as it
+    /// still awaits, always has a place: its peer's may be silent for a moment, and those at other listeners do not shut them out.
+    fn take(own: bool) -> Option<Place> {
         static TAKEN: PerProcess<AtomicUsize> = PerProcess::new(AtomicUsize::default);
         let taken = TAKEN.get();
-        let most = if first { usize::MAX } else { (descriptors() / 16).max(8) };
+        let most = if own { usize::MAX } else { (descriptors() / 16).max(8) };
         taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < most).then_some(n + 1)).ok().map(|_| Place(taken))
     }
 }
@@ -311,11 +311,12 @@ impl Listener {
         if self.silent.len() == MAX_SILENT {
             self.silent.remove(0);
         }
-        let mut place = Place::take(self.silent.is_empty());
+        let awaited = self.awaited.iter().filter(|awaited| matches!(awaited, Awaited::Peer(_))).count().max(1);
+        let mut place = Place::take(self.silent.len() < awaited);
         while place.is_none() {
             // The oldest makes way.
             self.silent.remove(0);
-            place = Place::take(self.silent.is_empty());
+            place = Place::take(self.silent.len() < awaited);
         }
         let mut fresh = Silent { socket, peer, got: 0, hello: [0; KEYED_HELLO], since: Instant::now(), _place: place? };
         match fresh.listen(expected) {

@@ -1,0 +1,102 @@
+//! The receive manager of GPUDirect-TCPX, as far as the plugin ends the process where it does not answer: the plugin asks it for the receive
+//! memory of a GPU at the first accept there. Knows nothing of what it answers.
+
+use crate::status::{bail, Result};
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+/// Names the folder of its sockets, and where the plugin looks when nobody does.
+const FOLDER: (&str, &str) = ("NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX", "/tmp");
+/// Its socket for flow rules: the plugin asks there first, and fails in order where there is none.
+const RULES: &str = "rx_rule_manager";
+/// Its sockets of a GPU, before the GPU's PCI address.
+const OF_GPU: [&str; 2] = ["get_gpu_fd_", "get_gpu_metadata_"];
+
+/// Whether it serves the receive memory of a GPU, by PCI address; of any where none is known.
+///
+/// # Errors
+/// What is missing: the plugin must not be asked to accept.
+pub(super) fn serves(gpu: Option<&str>) -> Result<()> {
+    let folder = std::env::var_os(FOLDER.0).map_or(PathBuf::from(FOLDER.1), PathBuf::from);
+    serves_from(&folder, gpu)
+}
+
+fn serves_from(folder: &Path, gpu: Option<&str>) -> Result<()> {
+    if !folder.join(RULES).exists() {
+        return Ok(());
+    }
+    let first = || {
+        let entries = std::fs::read_dir(folder).ok()?;
+        entries.flatten().find_map(|e| Some(e.file_name().to_str()?.strip_prefix(OF_GPU[0])?.to_owned()))
+    };
+    let Some(gpu) = gpu.map(str::to_ascii_lowercase).or_else(first) else {
+        bail!(Plugin, "the receive manager in {} serves no GPU: there is no {}* (see docs/tcpx.md)", folder.display(), OF_GPU[0])
+    };
+    for name in OF_GPU {
+        let path = folder.join(format!("{name}{gpu}"));
+        if let Err(e) = knock(&path) {
+            bail!(Plugin, "the receive manager does not serve GPU {gpu}: {}: {e} (see docs/tcpx.md)", path.display());
+        }
+    }
+    Ok(())
+}
+
+/// Connects to a socket without waiting, and hangs up.
+fn knock(path: &Path) -> io::Result<()> {
+    // SAFETY: plain data for which zeros are valid.
+    let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
+    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    let bytes = OsStr::as_bytes(path.as_os_str());
+    if bytes.len() >= address.sun_path.len() {
+        return Err(io::Error::from_raw_os_error(libc::ENAMETOOLONG));
+    }
+    for (to, from) in address.sun_path.iter_mut().zip(bytes) {
+        *to = *from as libc::c_char;
+    }
+    // SAFETY: a plain system call.
+    let fd = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: fresh, and owned by nobody else.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let size = size_of::<libc::sockaddr_un>() as libc::socklen_t;
+    // SAFETY: an address and its size.
+    match unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), size) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn a_manager_without_a_gpus_sockets_is_told_apart_from_none() {
+        let folder = std::env::temp_dir().join(format!("uccl-manager-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).expect("folder");
+        let gpu = Some("0000:0A:00.0");
+        assert_eq!(serves_from(&folder, gpu), Ok(()), "no manager: the plugin says so by itself");
+        let serve = |name: &str| UnixListener::bind(folder.join(name)).expect("socket");
+        let _rules = serve(RULES);
+        let missing = |gpu, word: &str| {
+            let error = serves_from(&folder, gpu).expect_err("missing").to_string();
+            assert!(error.contains(word), "{error}");
+        };
+        missing(None, "serves no GPU");
+        missing(gpu, "get_gpu_fd_0000:0a:00.0");
+        let _fd = serve("get_gpu_fd_0000:0a:00.0");
+        missing(gpu, "get_gpu_metadata_0000:0a:00.0");
+        let metadata = serve("get_gpu_metadata_0000:0a:00.0");
+        assert_eq!((serves_from(&folder, gpu), serves_from(&folder, None)), (Ok(()), Ok(())));
+        // Its file is there, and nobody listens.
+        drop(metadata);
+        missing(gpu, "refused");
+        let _ = std::fs::remove_dir_all(&folder);
+    }
+}
