@@ -29,8 +29,14 @@ nixl_status_t to_nixl(int status) {
 bool alive(uccl_conn_t *conn) { return uccl_engine_conn_status(conn) == UCCL_OK; }
 
 void log_line(const char *level, const std::string &text) {
+  constexpr size_t most = 1000;
+  std::string shown = text.substr(0, most);
+  for (char &c : shown) {
+    if (static_cast<unsigned char>(c) < ' ' || static_cast<unsigned char>(c) >= 0x7f) c = '?';
+  }
+  if (text.size() > most) shown += "... (" + std::to_string(text.size()) + " bytes)";
   // One write, so that lines of several threads do not mix.
-  const std::string line = std::string("[TCPX backend] ") + level + ": " + text + "\n";
+  const std::string line = std::string("[TCPX backend] ") + level + ": " + shown + "\n";
   std::fwrite(line.data(), 1, line.size(), stderr);
 }
 

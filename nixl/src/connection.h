@@ -22,7 +22,8 @@ nixl_status_t to_nixl(int status);
 /// Whether the peer is still there, as far as the engine knows. Costs no message.
 bool alive(uccl_conn_t *conn);
 
-/// One line on standard error. The engine logs what it knows itself; this is for what only the plugin knows.
+/// One line on standard error, cut where it is long, and printable whatever a peer's words are. The engine logs what it knows itself; this is
+/// for what only the plugin knows.
 void log_line(const char *level, const std::string &text);
 
 /// A connection. Request handles share it; whoever closes it first closes it for all, after which transfers end and memory is left
