@@ -148,6 +148,11 @@ void Peers::stop() {
   }
 }
 
+bool Peers::wait(milliseconds limit) {
+  const auto until = Clock::now() + limit;
+  return jobs_.wait(limit) && retries_.wait(std::chrono::duration_cast<milliseconds>(std::max<Clock::duration>(until - Clock::now(), {})));
+}
+
 // ---- Work -----------------------------------------------------------------------------------------------------------------------
 
 nixl_status_t Peers::connect(const std::string &agent) {
@@ -162,7 +167,7 @@ nixl_status_t Peers::connect(const std::string &agent) {
   }
   peer->state = Peer::State::kDown;
   peer->hopeless = false;
-  attempt_locked(*peer);
+  attempt_locked(*peer, true);
   peer->changed.wait_for(guard, kConnectWait, [&] { return !peer->attempting; });
   if (peer->attempting || peer->state == Peer::State::kUp) return NIXL_SUCCESS;
   return peer->failure;
@@ -248,12 +253,13 @@ void Peers::lost_locked(Peer &peer) {
   if (peer.failures == 0) attempt_locked(peer);
 }
 
-void Peers::attempt_locked(Peer &peer) {
+void Peers::attempt_locked(Peer &peer, bool asked) {
   if (peer.attempting || stopped_.load()) return;
   auto self = shared_from_this();
   auto holder = peer.shared_from_this();
   const uint64_t epoch = peer.epoch;
-  peer.attempting = jobs_.run([self, holder, epoch, info = peer.info, met = peer.met] { self->attempt(*holder, epoch, info, met); });
+  Jobs &jobs = peer.failures > 0 && !peer.met && !asked ? retries_ : jobs_;
+  peer.attempting = jobs.run([self, holder, epoch, info = peer.info, met = peer.met] { self->attempt(*holder, epoch, info, met); });
 }
 
 void Peers::attempt(Peer &peer, uint64_t epoch, const ConnInfo &info, bool met) {
