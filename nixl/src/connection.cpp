@@ -70,6 +70,22 @@ nixl_status_t Connection::outcome(int status) {
   return status == UCCL_ERR_PLUGIN || status == UCCL_ERR_SYSTEM ? NIXL_ERR_REMOTE_DISCONNECT : result;
 }
 
+bool Connection::has_room(size_t bytes) {
+  // Half of what the engine takes before it keeps a caller; and what a notification has beside its bytes.
+  constexpr size_t most = 128 << 20, overhead = 64;
+  const std::lock_guard<std::mutex> guard(room_lock_);
+  if (leaving_ + bytes + overhead > most) {
+    uccl_conn_stats_t stats{};
+    stats.size = sizeof stats;
+    // Of a connection that is lost the next call tells.
+    if (uccl_engine_conn_stats(conn_, &stats) != UCCL_OK) return true;
+    leaving_ = stats.backlog_bytes;
+    if (leaving_ + bytes + overhead > most) return false;
+  }
+  leaving_ += bytes + overhead;
+  return true;
+}
+
 void Connection::measured(nixl_xfer_op_t operation, size_t bytes, double seconds, double uncertainty) {
   const std::lock_guard<std::mutex> guard(cost_lock_);
   (operation == NIXL_READ ? read_cost_ : write_cost_).add(static_cast<double>(bytes), seconds, uncertainty);

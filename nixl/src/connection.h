@@ -44,6 +44,10 @@ class Connection {
   /// Asks the engine, too.
   bool check_alive();
 
+  /// Whether a notification of so many bytes is taken at once, and takes the room for it: where too much waits to leave, the engine would
+  /// keep the caller.
+  bool has_room(size_t bytes);
+
   void measured(nixl_xfer_op_t operation, size_t bytes, double seconds, double uncertainty);
   std::optional<CostModel::Estimate> estimate(nixl_xfer_op_t operation, size_t bytes) const;
 
@@ -51,6 +55,9 @@ class Connection {
   uccl_conn_t *const conn_;
   std::atomic<bool> lost_{false};
   std::atomic<bool> closed_{false};
+  std::mutex room_lock_;
+  /// Bytes of notifications that may wait to leave, at most.
+  size_t leaving_ = 0;
   mutable std::mutex cost_lock_;
   CostModel read_cost_, write_cost_;
 };

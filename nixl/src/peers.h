@@ -88,7 +88,7 @@ class Peers : public std::enable_shared_from_this<Peers> {
   std::shared_ptr<Peer> lookup(const std::string &agent) const;
   /// The connection for new work, and NIXL_SUCCESS; NIXL_IN_PROG while it is made, which this call sets going; or why there is none.
   nixl_status_t acquire(Peer &peer, std::shared_ptr<Connection> &out);
-  /// Sends a notification, or keeps it for a moment where the connection is being made.
+  /// Sends a notification, or keeps it for a moment where the connection is being made or has too much to carry.
   nixl_status_t notify(Peer &peer, const std::string &message);
   /// How long work waits for a connection before it fails.
   Clock::duration patience() const { return patience_; }
