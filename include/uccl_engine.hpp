@@ -4,7 +4,8 @@
  *
  * Conventions
  *  - No function here throws: each is noexcept, and memory that runs out becomes a status or a shorter result. Copies of vectors
- *    that the caller passes by value are made by the caller, outside of these functions.
+ *    that the caller passes by value are made by the caller, outside of these functions. Compiles with exceptions turned off, too;
+ *    what memory that runs out then does is up to the program's allocator.
  *  - C++11 or newer.
  *  - No state: everything lives behind the C ABI, so programs built by different compilers may share one library.
  *  - Unless a function says otherwise, what uccl_engine.h says about the C function of the same name holds: parameters, statuses,
@@ -22,6 +23,15 @@
 #endif
 
 #include "uccl_engine.h"
+
+/* Programs without exceptions (-fno-exceptions) have no handlers. */
+#if defined(__cpp_exceptions) || defined(__EXCEPTIONS) || defined(_CPPUNWIND)
+#define UCCL_P2P_TRY try
+#define UCCL_P2P_CATCH catch (std::exception const&)
+#else
+#define UCCL_P2P_TRY if (true)
+#define UCCL_P2P_CATCH else
+#endif
 
 /* Some programs include every C header inside extern "C", where templates and overloads cannot stand. */
 extern "C++" {
@@ -218,9 +228,9 @@ inline std::vector<notify_msg_t> uccl_engine_get_notifs() noexcept {
   size_t used = 0;
   for (;;) {
     size_t const room = used == 0 ? 8 : used;
-    try {
+    UCCL_P2P_TRY {
       taken.resize(used + room);
-    } catch (std::exception const&) {
+    } UCCL_P2P_CATCH {
       break;
     }
     size_t count = 0;
@@ -244,7 +254,7 @@ inline std::vector<notify_msg_v_t> uccl_engine_get_notifs_v() noexcept {
   std::vector<notify_msg_v_t> taken;
   for (;;) {
     uccl_notif_t* notif = nullptr;
-    try {
+    UCCL_P2P_TRY {
       // The slot comes first, so that a notification is never taken without a place for it.
       taken.emplace_back();
       if (uccl_engine_notif_next(nullptr, &notif) != UCCL_OK || notif == nullptr) {
@@ -257,7 +267,7 @@ inline std::vector<notify_msg_v_t> uccl_engine_get_notifs_v() noexcept {
       if (name != nullptr) taken.back().name.assign(name, name_len);
       if (msg != nullptr) taken.back().msg.assign(static_cast<char const*>(msg), msg_len);
       uccl_engine_notif_free(notif);
-    } catch (std::exception const&) {
+    } UCCL_P2P_CATCH {
       if (notif != nullptr) {
         uccl_engine_notif_free(notif);
         taken.pop_back();
@@ -322,3 +332,6 @@ inline void serialize_fifo_item(FifoItem const& item, char* buf) noexcept { std:
 inline void deserialize_fifo_item(char const* buf, FifoItem* item) noexcept { std::memcpy(item, buf, sizeof(*item)); }
 
 }  // extern "C++"
+
+#undef UCCL_P2P_TRY
+#undef UCCL_P2P_CATCH

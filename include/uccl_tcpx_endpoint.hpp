@@ -457,7 +457,7 @@ class TcpxEndpoint {
    * @param request_id  The request's id.
    * @return 0 complete, 1 in progress, negative the error it ended with. The answer for an ended request stays the same; but once
    *         kFailuresKept later requests have failed, the answer for an earlier id may become -2 (not found), complete or not. A
-   *         failed one never becomes complete.
+   *         failed one never becomes complete. A negative number, as a start that failed returns it, is not found.
    */
   int request_status(int64_t request_id) { return look(request_id, false); }
 
@@ -680,6 +680,8 @@ class TcpxEndpoint {
   }
 
   int look(int64_t request_id, bool wait) {
+    // What a start that failed returned.
+    if (request_id < 0) return kStatusNotFound;
     Caller& caller = caller_state();
     caller.busy = true;
     Request request;

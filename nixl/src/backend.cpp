@@ -105,6 +105,7 @@ int Backend::Core::identify() {
 
 void Backend::Core::start() {
   peers = std::make_shared<Peers>(local_agent, engine, identity);
+  const NoSignals here;
   acceptor = std::thread(&Core::accept_loop, this);
   tender = std::thread(&Core::tend_loop, this);
 }

@@ -29,8 +29,14 @@ nixl_status_t to_nixl(int status) {
 bool alive(uccl_conn_t *conn) { return uccl_engine_conn_status(conn) == UCCL_OK; }
 
 void log_line(const char *level, const std::string &text) {
+  constexpr size_t most = 1000;
+  std::string shown = text.substr(0, most);
+  for (char &c : shown) {
+    if (static_cast<unsigned char>(c) < ' ' || static_cast<unsigned char>(c) >= 0x7f) c = '?';
+  }
+  if (text.size() > most) shown += "... (" + std::to_string(text.size()) + " bytes)";
   // One write, so that lines of several threads do not mix.
-  const std::string line = std::string("[TCPX backend] ") + level + ": " + text + "\n";
+  const std::string line = std::string("[TCPX backend] ") + level + ": " + shown + "\n";
   std::fwrite(line.data(), 1, line.size(), stderr);
 }
 
@@ -62,6 +68,22 @@ nixl_status_t Connection::outcome(int status) {
   if (check_alive()) return result;
   // How a network plugin reports that the peer is gone depends on the plugin. If the connection ended with it, that is what it means.
   return status == UCCL_ERR_PLUGIN || status == UCCL_ERR_SYSTEM ? NIXL_ERR_REMOTE_DISCONNECT : result;
+}
+
+bool Connection::has_room(size_t bytes) {
+  // Half of what the engine takes before it keeps a caller; and what a notification has beside its bytes.
+  constexpr size_t most = 128 << 20, overhead = 64;
+  const std::lock_guard<std::mutex> guard(room_lock_);
+  if (leaving_ + bytes + overhead > most) {
+    uccl_conn_stats_t stats{};
+    stats.size = sizeof stats;
+    // Of a connection that is lost the next call tells.
+    if (uccl_engine_conn_stats(conn_, &stats) != UCCL_OK) return true;
+    leaving_ = stats.backlog_bytes;
+    if (leaving_ + bytes + overhead > most) return false;
+  }
+  leaving_ += bytes + overhead;
+  return true;
 }
 
 void Connection::measured(nixl_xfer_op_t operation, size_t bytes, double seconds, double uncertainty) {

@@ -22,7 +22,8 @@ nixl_status_t to_nixl(int status);
 /// Whether the peer is still there, as far as the engine knows. Costs no message.
 bool alive(uccl_conn_t *conn);
 
-/// One line on standard error. The engine logs what it knows itself; this is for what only the plugin knows.
+/// One line on standard error, cut where it is long, and printable whatever a peer's words are. The engine logs what it knows itself; this is
+/// for what only the plugin knows.
 void log_line(const char *level, const std::string &text);
 
 /// A connection. Request handles share it; whoever closes it first closes it for all, after which transfers end and memory is left
@@ -43,6 +44,10 @@ class Connection {
   /// Asks the engine, too.
   bool check_alive();
 
+  /// Whether a notification of so many bytes is taken at once, and takes the room for it: where too much waits to leave, the engine would
+  /// keep the caller.
+  bool has_room(size_t bytes);
+
   void measured(nixl_xfer_op_t operation, size_t bytes, double seconds, double uncertainty);
   std::optional<CostModel::Estimate> estimate(nixl_xfer_op_t operation, size_t bytes) const;
 
@@ -50,6 +55,9 @@ class Connection {
   uccl_conn_t *const conn_;
   std::atomic<bool> lost_{false};
   std::atomic<bool> closed_{false};
+  std::mutex room_lock_;
+  /// Bytes of notifications that may wait to leave, at most.
+  size_t leaving_ = 0;
   mutable std::mutex cost_lock_;
   CostModel read_cost_, write_cost_;
 };

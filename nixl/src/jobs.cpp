@@ -8,21 +8,21 @@
 #include <system_error>
 #include <thread>
 
+#include "process.h"
+
 namespace tcpx {
 
-namespace {
-/// More than this many peers that do not answer share the threads; their jobs wait for one another.
-constexpr size_t kMaxThreads = 64;
-}  // namespace
-
 struct Jobs::Shared {
+  explicit Shared(size_t most) : most(most) {}
+
+  const size_t most;
   std::mutex lock;
   std::condition_variable changed;
   std::deque<std::function<void()>> waiting;
   size_t threads = 0;
 };
 
-Jobs::Jobs() : shared_(std::make_shared<Shared>()) {}
+Jobs::Jobs(size_t most) : shared_(std::make_shared<Shared>(most)) {}
 
 Jobs::~Jobs() {
   std::deque<std::function<void()>> dropped;
@@ -33,7 +33,8 @@ Jobs::~Jobs() {
 bool Jobs::run(std::function<void()> job) {
   const std::lock_guard<std::mutex> guard(shared_->lock);
   shared_->waiting.push_back(std::move(job));
-  if (shared_->threads >= kMaxThreads) return true;
+  if (shared_->threads >= shared_->most) return true;
+  const NoSignals here;
   try {
     std::thread(work, shared_).detach();
     ++shared_->threads;

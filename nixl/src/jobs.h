@@ -5,6 +5,7 @@
 #pragma once
 
 #include <chrono>
+#include <cstddef>
 #include <functional>
 #include <memory>
 
@@ -13,7 +14,8 @@ namespace tcpx {
 /// Threads that exist only while there is work. A job must own what it uses: it may outlive this object.
 class Jobs {
  public:
-  Jobs();
+  /// At most so many threads; further jobs wait for one another.
+  explicit Jobs(size_t most = 64);
   /// Leaves behind what still runs; jobs that have not begun are dropped.
   ~Jobs();
   Jobs(const Jobs &) = delete;

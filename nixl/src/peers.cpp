@@ -27,6 +27,10 @@ constexpr milliseconds kTend{500};
 /// Lines about one peer are at least this far apart.
 constexpr milliseconds kLines{5000};
 constexpr size_t kOutboxBytes = 64 << 20, kOutboxCount = 4096;
+/// Name and message of a notification together, as the engine takes them.
+constexpr size_t kNotification = 64 << 20;
+/// Between two looks whether a busy connection takes what waits.
+constexpr milliseconds kBusy{20};
 
 /// Work waits for a connection as long as a transfer may stand still.
 Clock::duration patience_of_environment() {
@@ -148,6 +152,11 @@ void Peers::stop() {
   }
 }
 
+bool Peers::wait(milliseconds limit) {
+  const auto until = Clock::now() + limit;
+  return jobs_.wait(limit) && retries_.wait(std::chrono::duration_cast<milliseconds>(std::max<Clock::duration>(until - Clock::now(), {})));
+}
+
 // ---- Work -----------------------------------------------------------------------------------------------------------------------
 
 nixl_status_t Peers::connect(const std::string &agent) {
@@ -162,7 +171,7 @@ nixl_status_t Peers::connect(const std::string &agent) {
   }
   peer->state = Peer::State::kDown;
   peer->hopeless = false;
-  attempt_locked(*peer);
+  attempt_locked(*peer, true);
   peer->changed.wait_for(guard, kConnectWait, [&] { return !peer->attempting; });
   if (peer->attempting || peer->state == Peer::State::kUp) return NIXL_SUCCESS;
   return peer->failure;
@@ -191,12 +200,16 @@ nixl_status_t Peers::acquire(Peer &peer, std::shared_ptr<Connection> &out) {
 }
 
 nixl_status_t Peers::notify(Peer &peer, const std::string &message) {
+  const size_t size = local_agent_.size() + message.size();
+  if (size > kNotification) return NIXL_ERR_INVALID_PARAM;
   std::shared_ptr<Connection> connection;
   // The second round is for a connection whose loss shows only now.
   for (int round = 0; round < 2; ++round) {
     nixl_status_t status = acquire(peer, connection);
     if (status == NIXL_IN_PROG) break;
     if (status != NIXL_SUCCESS) return status;
+    // Behind what waits already, and not where the engine would keep the caller.
+    if (!is_clear(peer) || !connection->has_room(size)) break;
     status = connection->outcome(
         uccl_engine_send_notif_bytes(connection->get(), local_agent_.data(), local_agent_.size(), message.data(), message.size()));
     if (status == NIXL_SUCCESS || connection->usable()) return status;
@@ -204,7 +217,9 @@ nixl_status_t Peers::notify(Peer &peer, const std::string &message) {
   const std::lock_guard<std::mutex> guard(peer.lock);
   if (peer.state == Peer::State::kForgotten) return NIXL_ERR_NOT_FOUND;
   if (peer.hopeless || peer.state == Peer::State::kReplaced) return peer.failure;
-  if (peer.outbox.size() >= kOutboxCount || peer.outbox_bytes + message.size() > kOutboxBytes) return NIXL_ERR_REMOTE_DISCONNECT;
+  if (peer.outbox.size() >= kOutboxCount || peer.outbox_bytes + message.size() > kOutboxBytes) {
+    return peer.state == Peer::State::kUp ? NIXL_ERR_BACKEND : NIXL_ERR_REMOTE_DISCONNECT;
+  }
   peer.outbox_bytes += message.size();
   peer.outbox.push_back({message, Clock::now() + patience_});
   // It may have come up between the two looks.
@@ -212,13 +227,21 @@ nixl_status_t Peers::notify(Peer &peer, const std::string &message) {
   return NIXL_SUCCESS;
 }
 
-/// Sends what waits. False when the connection is lost again; the rest keeps waiting.
+/// Whether nothing waits for the connection to that peer.
+bool Peers::is_clear(Peer &peer) {
+  const std::lock_guard<std::mutex> guard(peer.lock);
+  return peer.outbox.empty();
+}
+
+/// Sends what waits, as far as the connection takes it. False when it is lost again; the rest keeps waiting.
 bool Peers::flush_locked(Peer &peer) {
   while (!peer.outbox.empty()) {
     const std::string &message = peer.outbox.front().message;
+    if (!peer.connection->has_room(local_agent_.size() + message.size())) return true;
     const int status = uccl_engine_send_notif_bytes(peer.connection->get(), local_agent_.data(), local_agent_.size(), message.data(),
                                                     message.size());
     if (status != UCCL_OK && !peer.connection->check_alive()) return false;
+    if (status != UCCL_OK) say_locked(peer, "warning", std::string("a notification is dropped: ") + uccl_engine_last_error());
     peer.outbox_bytes -= message.size();
     peer.outbox.pop_front();
   }
@@ -248,12 +271,13 @@ void Peers::lost_locked(Peer &peer) {
   if (peer.failures == 0) attempt_locked(peer);
 }
 
-void Peers::attempt_locked(Peer &peer) {
+void Peers::attempt_locked(Peer &peer, bool asked) {
   if (peer.attempting || stopped_.load()) return;
   auto self = shared_from_this();
   auto holder = peer.shared_from_this();
   const uint64_t epoch = peer.epoch;
-  peer.attempting = jobs_.run([self, holder, epoch, info = peer.info, met = peer.met] { self->attempt(*holder, epoch, info, met); });
+  Jobs &jobs = peer.failures > 0 && !peer.met && !asked ? retries_ : jobs_;
+  peer.attempting = jobs.run([self, holder, epoch, info = peer.info, met = peer.met] { self->attempt(*holder, epoch, info, met); });
 }
 
 void Peers::attempt(Peer &peer, uint64_t epoch, const ConnInfo &info, bool met) {
@@ -362,7 +386,14 @@ Clock::duration Peers::tend() {
         next = std::min<Clock::duration>(next, peer->next_attempt - now);
       }
     }
-    if (!peer->outbox.empty() && now >= peer->outbox.front().until) drop_outbox_locked(*peer, "it was not reached in time");
+    if (peer->outbox.empty()) continue;
+    if (peer->state == Peer::State::kUp) {
+      // The engine ends a connection that takes nothing.
+      if (!flush_locked(*peer)) lost_locked(*peer);
+      next = std::min<Clock::duration>(next, kBusy);
+    } else if (now >= peer->outbox.front().until) {
+      drop_outbox_locked(*peer, "it was not reached in time");
+    }
   }
   return std::max<Clock::duration>(next, milliseconds(10));
 }

@@ -88,7 +88,7 @@ class Peers : public std::enable_shared_from_this<Peers> {
   std::shared_ptr<Peer> lookup(const std::string &agent) const;
   /// The connection for new work, and NIXL_SUCCESS; NIXL_IN_PROG while it is made, which this call sets going; or why there is none.
   nixl_status_t acquire(Peer &peer, std::shared_ptr<Connection> &out);
-  /// Sends a notification, or keeps it for a moment where the connection is being made.
+  /// Sends a notification, or keeps it for a moment where the connection is being made or has too much to carry.
   nixl_status_t notify(Peer &peer, const std::string &message);
   /// How long work waits for a connection before it fails.
   Clock::duration patience() const { return patience_; }
@@ -98,7 +98,7 @@ class Peers : public std::enable_shared_from_this<Peers> {
   /// No attempts any more. Closes everything.
   void stop();
   /// Waits until no attempt is under way; false when the time is over first.
-  bool wait(std::chrono::milliseconds limit) { return jobs_.wait(limit); }
+  bool wait(std::chrono::milliseconds limit);
 
  private:
   struct Outcome {
@@ -112,9 +112,10 @@ class Peers : public std::enable_shared_from_this<Peers> {
   // The functions that end in _locked are called with the peer's lock held.
   void lost_locked(Peer &peer);
   void close_locked(Peer &peer, Peer::State state);
-  void attempt_locked(Peer &peer);
+  void attempt_locked(Peer &peer, bool asked = false);
   void drop_outbox_locked(Peer &peer, const char *why);
   bool flush_locked(Peer &peer);
+  static bool is_clear(Peer &peer);
 
   void attempt(Peer &peer, uint64_t epoch, const ConnInfo &info, bool met);
   void arrived_locked(Peer &peer, const Outcome &outcome);
@@ -129,7 +130,9 @@ class Peers : public std::enable_shared_from_this<Peers> {
   mutable std::mutex lock_;
   std::atomic<bool> stopped_{false};
   std::unordered_map<std::string, std::shared_ptr<Peer>> peers_;
-  Jobs jobs_;
+  /// What ends soon, is tried for the first time, or is asked for; and what has failed before with peers that were never met: hosts that are silent
+  /// keep a thread for as long as a connect takes, and are not to keep others from theirs.
+  Jobs jobs_{256}, retries_{32};
 };
 
 }  // namespace tcpx

@@ -3,6 +3,7 @@
 #include "transfer.h"
 
 #include <climits>
+#include <cstdint>
 #include <vector>
 
 namespace tcpx {
@@ -25,7 +26,7 @@ nixl_status_t Transfer::describe(const nixl_meta_dlist_t &local, const nixl_meta
     const auto *mine = static_cast<const LocalMemory *>(from.metadataP);
     const auto *theirs = static_cast<const RemoteMemory *>(to.metadataP);
     bytes_ += from.len;
-    if (!sizes.empty() && regions.back() == mine->region && previous == theirs &&
+    if (!sizes.empty() && regions.back() == mine->region && previous == theirs && from.len <= SIZE_MAX - sizes.back() &&
         reinterpret_cast<uintptr_t>(addresses.back()) + sizes.back() == from.addr && items.back().addr + sizes.back() == to.addr) {
       sizes.back() += from.len;
       continue;

@@ -30,4 +30,7 @@ def main():
     return 0 if asked else 2
 
 
-sys.exit(main())
+try:
+    sys.exit(main())
+except OSError as error:
+    sys.exit(f"nixl_tcpx: {error}")

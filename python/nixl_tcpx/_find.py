@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import stat
 import sys
 import tempfile
 from typing import NamedTuple, Optional
@@ -41,7 +42,10 @@ def _version_of(package):
 
 def _plugins_of(package) -> Optional[pathlib.Path]:
     """The directory of the package's own plugins: where its libnixl.so looks, beside itself in `plugins`."""
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # a word that names no package
+        return None
     if spec is None or not spec.submodule_search_locations:
         return None
     for location in spec.submodule_search_locations:
@@ -112,20 +116,40 @@ def _build(nixl, root):
     (plugins / PLUGIN).symlink_to(plugin_path())
 
 
+def _is_own(folder, links=False):
+    """Whether it is a directory of this user, in which nobody else can write; `links`: or a link to one."""
+    found = os.stat(folder, follow_symlinks=links)
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _places():
+    """Directories in which the cache may lie, the best first, each with whether it is for this user alone, too."""
+    chosen, home = os.environ.get("NIXL_TCPX_CACHE"), os.path.expanduser("~")
+    if chosen:
+        # A program may look for plugins from another directory than the one in which it asked.
+        yield pathlib.Path(os.path.abspath(chosen)), False
+    # A user without an entry in the list of users may have no home, and no "~" either.
+    for place in (os.environ.get("XDG_CACHE_HOME"), os.path.join(home, ".cache")):
+        if place and os.path.isabs(place):
+            yield pathlib.Path(place), False
+    # In a directory that others can write to, somebody else may have been first.
+    yield pathlib.Path(tempfile.gettempdir()) / f"nixl-tcpx-{os.getuid()}", True
+
+
 def _cache():
     """A directory of this user alone."""
-    places = [os.environ.get("NIXL_TCPX_CACHE"), os.environ.get("XDG_CACHE_HOME"), os.path.join(os.path.expanduser("~"), ".cache")]
-    for place in places + [os.path.join(tempfile.gettempdir(), f"nixl-tcpx-{os.getuid()}")]:
-        if not place:
-            continue
-        folder = pathlib.Path(place) / "nixl-tcpx"
+    for place, private in _places():
+        folder = place / "nixl-tcpx"
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Who owns the place could put another folder there later.
+            if private and not _is_own(place):
+                continue
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if _is_own(folder, links=not private) and os.access(folder, os.W_OK):
+                return folder
         except OSError:
             continue
-        # In a directory that others can write to, somebody else may have been first.
-        if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
-            return folder
     raise OSError("no directory can be written for the links to NIXL's plugins: set NIXL_TCPX_CACHE to one")
 
 

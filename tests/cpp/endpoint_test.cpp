@@ -146,6 +146,8 @@ int main() {
   while (!client->uccl_poll_ureq_once(&request)) CHECK(std::chrono::steady_clock::now() < deadline);
   CHECK(std::memcmp(here.data() + 500, there.data() + 1000, kSize - 2000) == 0);
   CHECK(client->request_status(request.engine_idx) == 0);
+  // What a start that failed returned is no request that is complete.
+  CHECK(client->request_status(uccl_tcpx::kPostFailed) < 0 && client->request_status(uccl_tcpx::kPostTransient) < 0);
 
   // Several threads post and poll at once.
   std::vector<std::thread> threads;

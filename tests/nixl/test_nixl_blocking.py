@@ -141,6 +141,47 @@ def work_for_a_host_that_stays_silent_fails_in_time():
     there.kill()
 
 
+@case(timeout=120)
+def peer_that_takes_no_notifications_keeps_nobody():
+    here, there, _ = pair(4096)
+    there.signal(signal.SIGSTOP)
+    taken = []
+    for turn in range(8):
+        message = bytes([turn]) * (60 * MIB)
+        begin = time.monotonic()
+        refused = raised(here.notify, "there", message)
+        # 60 MiB are copied and sealed, however busy the machine is.
+        took(begin, AT_ONCE_S + 3, f"notification {turn}, {refused or 'taken'}")
+        if refused:
+            check_equal(refused, "nixlBackendError", "a notification that finds no room")
+        else:
+            taken.append(("here", message))
+    check(2 <= len(taken) < 8, f"{len(taken)} notifications were taken")
+    here.notify("there", b"last")
+    there.signal(signal.SIGCONT)
+    arrived = there.notifications(len(taken) + 1)
+    check(arrived == taken + [("here", b"last")], f"arrived: {[(name, len(message)) for name, message in arrived]}")
+    there.close()
+
+
+@case()
+def notification_that_is_too_large_is_refused_at_once():
+    here, there = Node("here"), RemoteNode(name="there")
+    for node in (here, there):
+        node.allocate("data", 4096)
+    metadata = there.metadata()
+    largest = b"x" * (64 * MIB - len("here"))
+    there.signal(signal.SIGSTOP)
+    here.connect(metadata)
+    # It is the same before there is a connection.
+    check_equal(raised(here.notify, "there", largest + b"x"), "nixlInvalidParamError", "without a connection")
+    here.notify("there", largest)
+    there.signal(signal.SIGCONT)
+    check([len(message) for _, message in there.notifications(1)] == [len(largest)], "the largest one did not arrive")
+    check_equal(raised(here.notify, "there", largest + b"x"), "nixlInvalidParamError", "over a connection")
+    there.close()
+
+
 def flood(metadata, size, ready):
     node = Node(f"flood{os.getpid()}")
     name = node.connect(metadata)

@@ -3,9 +3,12 @@
 import importlib.metadata
 import os
 import pathlib
+import shutil
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 
@@ -42,6 +45,38 @@ def directory_survives_without_a_home():
     code, text = module("plugin-dir", environment={**PLAIN, "HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere"})
     check_equal(code, 0, text)
     check((pathlib.Path(text.strip()) / "libplugin_TCPX.so").exists(), text)
+
+
+@case()
+def directory_is_nobody_elses():
+    if os.getuid() != 0:
+        raise harness.Skip("only root can be somebody else")
+    with tempfile.TemporaryDirectory() as shared:
+        os.chmod(shared, 0o1777)
+        environment = {**PLAIN, "HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere", "TMPDIR": shared}
+        code, text = module("plugin-dir", environment=environment)
+        check_equal(code, 0, text)
+        first = pathlib.Path(text.strip()).relative_to(shared).parts[0]
+        check_equal(stat.S_IMODE(os.stat(os.path.join(shared, first)).st_mode), 0o700, "mode of the directory in a directory of all")
+        # Whoever was first with that name could put other plugins there later.
+        for prepare in (lambda place: (os.mkdir(place), os.chown(place, 65534, 65534)), lambda place: (os.mkdir(place), os.chmod(place, 0o777)),
+                        lambda place: os.symlink(os.path.join(shared, "other"), place)):
+            for name in os.listdir(shared):
+                shutil.rmtree(os.path.join(shared, name), ignore_errors=True)
+            prepare(os.path.join(shared, first))
+            code, text = module("plugin-dir", environment=environment)
+            check(code == 1 and "NIXL_TCPX_CACHE" in text and "Traceback" not in text, f"{code} {text}")
+            if os.path.islink(os.path.join(shared, first)):
+                os.remove(os.path.join(shared, first))
+
+
+@case()
+def directory_is_absolute():
+    with tempfile.TemporaryDirectory() as folder:
+        for environment in ({"NIXL_TCPX_CACHE": "here"}, {"HOME": "here", "XDG_CACHE_HOME": "there", "TMPDIR": folder}):
+            done = subprocess.run([sys.executable, "-m", "nixl_tcpx", "plugin-dir"], capture_output=True, text=True, cwd=folder,
+                                  env={**PLAIN, **environment}, timeout=60)
+            check(done.returncode == 0 and done.stdout.startswith(os.path.join(folder, "")), f"{environment}: {done.stdout}{done.stderr}")
 
 
 def ucx_alone():

@@ -25,6 +25,8 @@ try() { # language compiler standard header source
 }
 # Names that the program has itself stay its own.
 try c $cc c11 "uccl_engine.h without short names" '#define UCCL_P2P_NO_SHORT_NAMES\nenum { MSG_SIZE, FIFO_SIZE, IPC_INFO_SIZE };\n#include "uccl_engine.h"\n'
+# A program may do without exceptions.
+try c++ "$cxx -fno-exceptions -fno-rtti" c++17 "uccl_engine.h without exceptions" '#include "uccl_engine.h"\nsize_t f() { return uccl_engine_get_notifs().size() + uccl_engine_get_notifs_v().size(); }\n'
 for header in "$include"/*.h "$include"/*.hpp; do
     [ -e "$header" ] || { echo "no headers in $include" >&2; exit 1; }
     name=${header##*/}

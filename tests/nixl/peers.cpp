@@ -1,0 +1,88 @@
+// Connections to peers, some of which never answer: these cost the others nothing.
+//
+// SPDX-License-Identifier: Apache-2.0
+
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../../nixl/src/peers.h"
+
+namespace {
+
+void need(bool condition, const char *what) {
+  if (condition) return;
+  std::fprintf(stderr, "failed: %s: %s\n", what, uccl_engine_last_error());
+  std::exit(EXIT_FAILURE);
+}
+
+uccl_engine_t *engine() {
+  uccl_engine_t *engine = uccl_engine_create(0, false);
+  need(engine != nullptr, "an engine");
+  return engine;
+}
+
+std::string metadata(uccl_engine_t *engine) {
+  char text[256];
+  need(uccl_engine_metadata_into(engine, text, sizeof text, nullptr) == UCCL_OK, "metadata");
+  return text;
+}
+
+/// A host whose kernel accepts and whose program says nothing.
+int silent_host(std::string &text) {
+  sockaddr_in address{};
+  socklen_t size = sizeof address;
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  const int fd = ::socket(AF_INET, SOCK_STREAM, 0);
+  need(fd >= 0 && ::bind(fd, reinterpret_cast<sockaddr *>(&address), size) == 0 && ::listen(fd, 512) == 0 &&
+           ::getsockname(fd, reinterpret_cast<sockaddr *>(&address), &size) == 0,
+       "a listening socket");
+  text = "127.0.0.1:" + std::to_string(ntohs(address.sin_port)) + "?-1";
+  return fd;
+}
+
+void silent_hosts_leave_the_others_alone() {
+  using Clock = std::chrono::steady_clock;
+  uccl_engine_t *const here = engine(), *const there = engine();
+  auto identity = std::make_shared<tcpx::Identity>();
+  auto peers = std::make_shared<tcpx::Peers>("here", here, identity);
+  std::string silent;
+  const int fd = silent_host(silent);
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 90; ++i) {
+    threads.emplace_back([peers, silent, i] {
+      const std::string name = "silent" + std::to_string(i);
+      need(peers->remember(name, silent) == NIXL_SUCCESS, "remembering a silent host");
+      peers->connect(name);
+    });
+  }
+  for (std::thread &thread : threads) thread.join();
+  const auto begin = Clock::now();
+  need(peers->remember("there", metadata(there)) == NIXL_SUCCESS && peers->connect("there") == NIXL_SUCCESS, "connecting");
+  std::shared_ptr<tcpx::Connection> connection;
+  need(peers->acquire(*peers->lookup("there"), connection) == NIXL_SUCCESS, "a connection beside silent hosts");
+  std::printf("connected beside 90 silent hosts in %.3f s\n", std::chrono::duration<double>(Clock::now() - begin).count());
+  connection.reset();
+  peers->stop();
+  uccl_engine_destroy(here);
+  uccl_engine_destroy(there);
+  need(peers->wait(std::chrono::seconds(10)), "the end of what was tried");
+  ::close(fd);
+}
+
+}  // namespace
+
+int main() {
+  silent_hosts_leave_the_others_alone();
+  std::puts("1 tests passed");
+  return EXIT_SUCCESS;
+}
