@@ -81,13 +81,22 @@ def release_of_a_stalled_write_returns_at_once():
 def release_in_flight_and_go_on():
     size = 64 * MIB
     here, there, remote = pair(size)
-    for _ in range(10):
-        handle = here.prepare("READ", here.local("data", [(0, size)]), remote, "there", b"not sent")
-        check_equal(here.post(handle, b"not sent"), "PROC", "post")
+    rounds = 10
+    for _ in range(rounds):
+        handle = here.prepare("READ", here.local("data", [(0, size)]), remote, "there", b"complete")
+        check(here.post(handle, b"complete") in ("PROC", "DONE"), "post")
         handle.release()
     check_equal(here.move("READ", "data", [(0, size)], remote, "there", b"sent"), "DONE", "read afterwards")
     check(here.matches("data", 2), "data differs")
-    check_equal(there.notifications(1), [("here", b"sent")], "notifications")
+    # NIXL looks at a request before it releases it: on a busy machine one may be complete by then, which its notification says.
+    came = []
+    while not came or came[-1] == ("here", b"complete"):
+        more = there.notifications(1)
+        check(more, "the last notification does not come")
+        came += more
+    check_equal(came[-1], ("here", b"sent"), "the last notification")
+    check_equal(came[:-1], [("here", b"complete")] * (len(came) - 1), "other notifications")
+    check(len(came) - 1 < rounds, "the notification of every released request was sent")
     here.deregister("data")
     here.fill("data", 9)
     time.sleep(0.3)
