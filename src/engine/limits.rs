@@ -287,9 +287,13 @@ mod tests {
         }
     }
 
+    /// Tests that count the free numbers of this process, one at a time.
+    static COUNTING: process::Mutex<()> = process::Mutex::new(());
+
     #[test]
     fn what_is_promised_has_its_room() {
         use std::os::fd::AsFd;
+        let _alone = COUNTING.lock();
         let file = std::fs::File::open("/dev/null").expect("file");
         let used = lowest_free(file.as_raw_fd()).expect("a free one");
         let limits = Limits { ceiling: used + 800, ..Limits::from(1 << 20, 16 * GIB) };
@@ -350,6 +354,7 @@ mod tests {
     #[test]
     fn room_is_what_is_free_below_the_ceiling() {
         use std::os::fd::AsFd;
+        let _alone = COUNTING.lock();
         let any = std::fs::File::open("/dev/null").unwrap();
         let mut limits = Limits::from(1 << 20, GIB);
         room_for(&limits, any.as_fd(), 10).unwrap();
@@ -360,6 +365,7 @@ mod tests {
     #[test]
     fn numbers_in_use_above_a_free_one_are_no_room() {
         use std::os::fd::AsFd;
+        let _alone = COUNTING.lock();
         let any = std::fs::File::open("/dev/null").unwrap();
         // All numbers up to the ceiling are taken but for a few low ones, as where an application has closed what it opened first.
         let mut many: Vec<OwnedFd> = (0..400).map(|_| any.as_fd().try_clone_to_owned().unwrap()).collect();

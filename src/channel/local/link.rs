@@ -6,6 +6,7 @@
 //! the process, MAC; with it comes the descriptor of the ring. Findings: the pairs of places that the sender can copy between, and how.
 
 use super::host::{self, HostMemory};
+use super::probe::Probe;
 use super::puller::{GpuId, LocalMemory, Manner};
 use super::ring::{Inbox, Outbox};
 use super::socket::{Listener, Name, Place as Where, Received, Socket, Who, MAX_MESSAGE};
@@ -134,12 +135,16 @@ struct Met {
     socket: Socket,
     who: Who,
     same_process: bool,
-    host: Option<HostMemory>,
     inbox: Inbox,
     outbox: Outbox,
     have: Have,
-    /// What can come to this side: places here and there, and how.
-    ours: Vec<Found>,
+    /// The peer's GPUs.
+    gpus: Vec<(Place, GpuId)>,
+    /// The first look at its host memory, which may take for ever: the peer says where that is.
+    probe: Probe<Result<HostMemory>>,
+    host: Option<HostMemory>,
+    /// What can come to this side, once that was tried: places here and there, and how.
+    ours: Option<Vec<Found>>,
     told: bool,
 }
 
@@ -187,8 +192,9 @@ impl Meeting {
             self.approach()?;
         }
         if self.met.is_none() {
-            self.listen()?;
+            self.listen(now)?;
         }
+        self.reach(now);
         if let Some(linked) = self.conclude()? {
             return Ok(Some(linked));
         }
@@ -255,7 +261,7 @@ impl Meeting {
     }
 
     /// Hears strangers. The first that proves itself is the peer; others are dropped at their first wrong byte.
-    fn listen(&mut self) -> Result<()> {
+    fn listen(&mut self, now: Instant) -> Result<()> {
         let mut i = 0;
         while let Some(stranger) = self.strangers.get(i) {
             let mut buffer = [0; MAX_MESSAGE];
@@ -270,7 +276,7 @@ impl Meeting {
                 Err(e) => Err(e),
             };
             match heard {
-                Ok((introduction, fds)) => return self.meet(i, introduction, fds),
+                Ok((introduction, fds)) => return self.meet(i, introduction, fds, now),
                 Err(e) if self.connecting => return Err(e),
                 Err(e) => {
                     log::debug!("a process of this host did not prove itself: {e}");
@@ -281,43 +287,50 @@ impl Meeting {
         Ok(())
     }
 
-    /// The peer is proved: looks at what it sent, and tries what can be reached.
-    fn meet(&mut self, index: usize, intro: Introduction, mut fds: Vec<OwnedFd>) -> Result<()> {
+    /// The peer is proved: looks at what it sent.
+    fn meet(&mut self, index: usize, intro: Introduction, mut fds: Vec<OwnedFd>, now: Instant) -> Result<()> {
         self.introduce(index)?;
         let (Some(fd), true) = (fds.pop(), fds.is_empty()) else { bail!(Protocol, "the peer's process sent no ring") };
         let Stranger { socket, who, introduced } = self.strangers.swap_remove(index);
-        let (Some(mut have), Some(outbox), true) = (self.have.take(), self.outbox.take(), introduced) else {
+        let (Some(have), Some(outbox), true) = (self.have.take(), self.outbox.take(), introduced) else {
             bail!(Resource, "the peer's Unix socket has no room");
         };
         let inbox = Inbox::open(fd.as_fd())?;
-        let host = match HostMemory::new(who.pid, intro.witness) {
-            Ok(host) => Some(host),
-            Err(e) => {
-                log::debug!("host memory of process {} cannot be read: {e}", who.pid);
-                None
-            }
-        };
-        let mut ours = Vec::new();
-        if host.is_some() {
-            ours.push((Place::HOST, Place::HOST, Manner::Pull));
-        }
-        if let Some(device) = &mut have.device {
-            for &(here, _) in &have.gpus {
-                ours.extend(intro.gpus.iter().filter_map(|(there, id)| Some((here, *there, device.reaches(here, id)?))));
-            }
-        }
         self.listeners.clear();
         self.strangers.clear();
         let same_process = who.pid == std::process::id() as i32 && intro.witness == host::Witness::own()?;
-        self.met = Some(Met { socket, who, same_process, host, inbox, outbox, have, ours, told: false });
+        let probe = Probe::new("the first read of its memory", now, move || HostMemory::new(who.pid, intro.witness));
+        let gpus = intro.gpus;
+        self.met = Some(Met { socket, who, same_process, inbox, outbox, have, gpus, probe, host: None, ours: None, told: false });
         Ok(())
+    }
+
+    /// Tries what can be reached.
+    fn reach(&mut self, now: Instant) {
+        let Some(met) = self.met.as_mut().filter(|met| met.ours.is_none()) else { return };
+        let mut ours = Vec::new();
+        match met.probe.poll(now).and_then(Option::transpose) {
+            Ok(None) => return,
+            Ok(Some(host)) => {
+                met.host = Some(host);
+                ours.push((Place::HOST, Place::HOST, Manner::Pull));
+            }
+            Err(e) => log::debug!("host memory of process {} cannot be read: {e}", met.who.pid),
+        }
+        if let Some(device) = &mut met.have.device {
+            for &(here, _) in &met.have.gpus {
+                ours.extend(met.gpus.iter().filter_map(|(there, id)| Some((here, *there, device.reaches(here, id)?))));
+            }
+        }
+        met.ours = Some(ours);
     }
 
     /// Tells what this side can reach, and hears the same.
     fn conclude(&mut self) -> Result<Option<Linked>> {
         let Some(met) = &mut self.met else { return Ok(None) };
+        let Some(ours) = &met.ours else { return Ok(None) };
         if !met.told {
-            met.told = met.socket.send(&findings(&met.ours), None)?;
+            met.told = met.socket.send(&findings(ours), None)?;
         }
         let mut buffer = [0; MAX_MESSAGE];
         let theirs = match met.socket.receive(&mut buffer)? {
@@ -332,6 +345,7 @@ impl Meeting {
             bail!(Resource, "the peer's Unix socket has no room");
         }
         let Met { socket, who, same_process, host, inbox, outbox, have, ours, .. } = met;
+        let ours = ours.unwrap_or_default();
         let (mut pairs, mut pushed) = (Vec::new(), Vec::new());
         for &(here, there, own) in &ours {
             let Some((.., other)) = theirs.iter().find(|&&(from, to, _)| (from, to) == (there, here)) else { continue };
@@ -485,6 +499,7 @@ pub(crate) mod tests {
     use super::super::{memfile, socket};
     use super::*;
     use crate::status::ErrorKind;
+    use std::os::fd::{AsRawFd, FromRawFd};
 
     fn keys(swap: bool) -> ProofKeys {
         let (a, b) = (Secret::new([1; 32]), Secret::new([2; 32]));
@@ -634,6 +649,56 @@ pub(crate) mod tests {
         fails(proved_and_then(same, ring(), Some(&strange)), "of manner 3");
         fails(proved_and_then(same, ring(), Some(&findings(&[]))), "may not read");
         fails(proved_and_then(same, ring(), None), "in time");
+    }
+
+    /// A page that is not there before somebody says so, which nobody does; `None` where the kernel has none for this user.
+    fn silent_page() -> Option<(OwnedFd, u64)> {
+        const API: libc::c_ulong = 0xC018_AA3F;
+        const REGISTER: libc::c_ulong = 0xC020_AA00;
+        // SAFETY: fresh memory, which stays mapped, and structures as the kernel's userfaultfd.h has them.
+        unsafe {
+            let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK);
+            if fd < 0 {
+                return None;
+            }
+            let fd = OwnedFd::from_raw_fd(fd as i32);
+            let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+            let page = libc::mmap(std::ptr::null_mut(), 4096, protection, flags, -1, 0);
+            assert_ne!(page, libc::MAP_FAILED);
+            let missing = 1;
+            let (mut api, mut range) = ([0xAAu64, 0, 0], [page as u64, 4096, missing, 0]);
+            let done = libc::ioctl(fd.as_raw_fd(), API, api.as_mut_ptr()) == 0
+                && libc::ioctl(fd.as_raw_fd(), REGISTER, range.as_mut_ptr()) == 0;
+            done.then_some((fd, page as u64))
+        }
+    }
+
+    #[test]
+    fn a_proved_peer_whose_memory_never_answers_is_left_to_its_channels() {
+        let Some((fd, page)) = silent_page() else {
+            eprintln!("SKIPPED: no userfaultfd for this user");
+            return;
+        };
+        let (mut a, b) = both([1, 1]);
+        let peer = Socket::connect(&a.id, Where::Abstract).unwrap().unwrap();
+        let mut body = introduction(&[(Place::gpu(0), gpu(0))], &keys(true).send).unwrap();
+        body.truncate(body.len() - MAC);
+        let at = body.len() - 40;
+        body[at..at + 8].copy_from_slice(&page.to_le_bytes());
+        let mac = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &keys(true).send[..]), &body);
+        body.extend_from_slice(mac.as_ref());
+        assert!(peer.send(&body, Some(b.outbox.as_ref().unwrap().fd())).unwrap());
+        let gpus = (Place::gpu(0), Place::gpu(0));
+        let all = [(Place::HOST, Place::HOST, Manner::Pull), (gpus.0, gpus.1, Manner::Pull)];
+        assert!(peer.send(&findings(&all), None).unwrap());
+        let now = Instant::now();
+        for _ in 0..3 {
+            assert!(a.poll(now).unwrap().is_none(), "it still looks");
+        }
+        // What does not need that memory is shared.
+        let linked = a.poll(now + PATIENCE).unwrap().unwrap();
+        assert!(linked.host.is_none() && linked.pairs == [gpus]);
+        drop(fd);
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //!
 //! `link` finds out whether both sides share a host and prove it, over a `socket`; `path` carries chunks, told in a `ring` of a
 //! `memfile`, and what needs no asking: reads under `grants`, writes as `orders`; `puller` is what a kind of memory must do, `host`, `cuda`
-//! and `emulated` do it, `pool` has the threads of `host`, `closer` those of `cuda`. `sharing` keeps which allocations either side may
+//! and `emulated` do it, `pool` has the threads of `host`, and `probe` looks
+//! at it for the first time. `sharing` keeps which allocations either side may
 //! pull from, told in `notes`. Where reads are slow the source's side pushes instead, into memory of the other library (`push`), from where
 //! the destination's side copies.
 
@@ -18,6 +19,7 @@ mod notes;
 mod orders;
 mod path;
 mod pool;
+mod probe;
 pub(crate) mod puller;
 mod push;
 mod ring;
