@@ -1,4 +1,4 @@
-//! What benches/pure.rs measures of the private modules. No part of the API: it changes whenever they do.
+//! What benches/pure measures of the private modules. No part of the API: it changes whenever they do.
 
 use crate::channel::plan::Walk;
 use crate::types::Place;
