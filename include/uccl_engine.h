@@ -940,7 +940,7 @@ int uccl_engine_reg_with(uccl_engine_t *engine,
  * together with its connection. Peers that use the region afterwards get UCCL_ERR_REMOTE_ACCESS.
  *
  * @param engine  The engine; NULL is a no-op, and so is an engine of the parent process after a fork. One already destroyed
- *                has no regions any more: nothing is done.
+ *                has no regions any more: nothing is done. One that another thread is destroying still has them.
  * @param mr      The region; an unknown one is an error that is logged, nothing else.
  *
  * Threads: any. On return the library touches this memory no more, and the caller may free it. Where a device does not end its copies
