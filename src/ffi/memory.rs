@@ -130,7 +130,7 @@ pub unsafe extern "C" fn uccl_engine_prepare_fifo(
 /// @param fifo_item    [in,out] The item.
 /// @param remote_addr  [in] New address in the peer's address space; checked by the peer when it is used.
 /// @param size         [in] New size in bytes.
-/// @return UCCL_OK, or UCCL_ERR_INVALID_ARGUMENT for NULL and for an address that is no multiple of 8.
+/// @return UCCL_OK, or UCCL_ERR_INVALID_ARGUMENT for an item that is NULL or does not lie at a multiple of 8.
 ///
 /// Threads: any, one at a time per item.
 #[no_mangle]
