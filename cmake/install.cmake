@@ -34,8 +34,8 @@ configure_package_config_file("${CMAKE_CURRENT_LIST_DIR}/uccl_p2pConfig.cmake.in
     INSTALL_DESTINATION "${package_dir}"
     PATH_VARS CMAKE_INSTALL_LIBDIR CMAKE_INSTALL_INCLUDEDIR
     NO_CHECK_REQUIRED_COMPONENTS_MACRO)
-# One SONAME, one compatible series.
-write_basic_package_version_file("${CMAKE_CURRENT_BINARY_DIR}/uccl_p2pConfigVersion.cmake" COMPATIBILITY SameMajorVersion)
+# One SONAME, one compatible series: while the major version is 0, a minor release may change it (docs/compatibility.md).
+write_basic_package_version_file("${CMAKE_CURRENT_BINARY_DIR}/uccl_p2pConfigVersion.cmake" COMPATIBILITY SameMinorVersion)
 install(FILES "${CMAKE_CURRENT_BINARY_DIR}/uccl_p2pConfig.cmake" "${CMAKE_CURRENT_BINARY_DIR}/uccl_p2pConfigVersion.cmake"
     DESTINATION "${package_dir}")
 

@@ -169,7 +169,8 @@ typedef struct uccl_xfer_info_t {
    */
   uint32_t reserved;
   /**
-   * Bytes of the whole transfer; for a receive the length of the message once it is known, before that 0.
+   * Bytes of the whole transfer; for a receive the length of the message once it is known, before that 0. 0 for a transfer that failed,
+   * and for one that is complete after 16,384 others of its connection have begun and ended.
    */
   uint64_t bytes_total;
   /**
@@ -940,7 +941,7 @@ int uccl_engine_reg_with(uccl_engine_t *engine,
  * together with its connection. Peers that use the region afterwards get UCCL_ERR_REMOTE_ACCESS.
  *
  * @param engine  The engine; NULL is a no-op, and so is an engine of the parent process after a fork. One already destroyed
- *                has no regions any more: nothing is done.
+ *                has no regions any more: nothing is done. One that another thread is destroying still has them.
  * @param mr      The region; an unknown one is an error that is logged, nothing else.
  *
  * Threads: any. On return the library touches this memory no more, and the caller may free it. Where a device does not end its copies
@@ -975,7 +976,7 @@ int uccl_engine_prepare_fifo(uccl_engine_t *engine,
  * @param fifo_item    [in,out] The item.
  * @param remote_addr  [in] New address in the peer's address space; checked by the peer when it is used.
  * @param size         [in] New size in bytes.
- * @return UCCL_OK, or UCCL_ERR_INVALID_ARGUMENT for NULL and for an address that is no multiple of 8.
+ * @return UCCL_OK, or UCCL_ERR_INVALID_ARGUMENT for an item that is NULL or does not lie at a multiple of 8.
  *
  * Threads: any, one at a time per item.
  */
@@ -1024,7 +1025,8 @@ int uccl_engine_update_ipc_info(char *ipc_buf,
  * @param fifo_item    [in]  Remote source: addr and the region's token. Its size field does not count.
  * @param transfer_id  [out] Id for uccl_engine_poll, uccl_engine_wait and uccl_engine_xfer_status.
  * @return UCCL_OK when it is under way; UCCL_ERR_INVALID_ARGUMENT, UCCL_ERR_NOT_FOUND (region), UCCL_ERR_RESOURCE (too many
- *         transfers in flight), UCCL_ERR_REMOTE_DISCONNECT. On failure *transfer_id is untouched and nothing moves.
+ *         transfers in flight), UCCL_ERR_UNSUPPORTED (no channel carries such memory), or what uccl_engine_conn_status says of a
+ *         connection that is lost. On failure *transfer_id is untouched and nothing moves.
  *
  * Destination bytes are undefined until the transfer is complete, and after a failure. Threads: any.
  */
@@ -1038,7 +1040,8 @@ int uccl_engine_read(uccl_conn_t *conn, uccl_mr_t mr, void *data, size_t size, s
  * @param dst_v        [in]  num_iovs local destinations, each inside its region.
  * @param size_v       [in]  num_iovs lengths in bytes; zero lengths are skipped.
  * @param fifo_items   [in]  num_iovs remote sources.
- * @param num_iovs     [in]  Segments, 1 to 1,048,576. 0 is UCCL_ERR_INVALID_ARGUMENT; a transfer of nothing has segments of length 0.
+ * @param num_iovs     [in]  Segments, 1 to 1,048,576 of at most 65,536 remote regions; one of more than 1 GiB counts for each GiB begun. 0
+ *                     is UCCL_ERR_INVALID_ARGUMENT; a transfer of nothing has segments of length 0.
  * @param transfer_id  [out] Id of the transfer.
  * @return As uccl_engine_read. The arrays are copied. Overlapping destinations give undefined bytes where they overlap.
  *
@@ -1080,7 +1083,8 @@ int uccl_engine_write(uccl_conn_t *conn,
  * @param src_v        [in]  num_iovs local sources, each inside its region.
  * @param size_v       [in]  num_iovs lengths in bytes; zero lengths are skipped.
  * @param fifo_items   [in]  num_iovs remote destinations.
- * @param num_iovs     [in]  Segments, 1 to 1,048,576. 0 is UCCL_ERR_INVALID_ARGUMENT; a transfer of nothing has segments of length 0.
+ * @param num_iovs     [in]  Segments, 1 to 1,048,576 of at most 65,536 remote regions; one of more than 1 GiB counts for each GiB begun. 0
+ *                     is UCCL_ERR_INVALID_ARGUMENT; a transfer of nothing has segments of length 0.
  * @param transfer_id  [out] Id of the transfer.
  * @return As uccl_engine_read. The arrays are copied. Overlapping destinations give undefined bytes where they overlap.
  *
@@ -1152,8 +1156,8 @@ int uccl_engine_send_vector(uccl_conn_t *conn,
  * @param data      [in] Destination.
  * @param max_size  [in] Largest message to take, bytes.
  * @return UCCL_OK; UCCL_ERR_TRUNCATED when the message is larger (the sender gets it too); UCCL_ERR_TIMED_OUT when none came within
- *         UCCL_TCPX_MATCH_TIMEOUT_MS; UCCL_ERR_REMOTE_DISCONNECT; UCCL_ERR_INVALID_ARGUMENT. A shorter message leaves the rest of the
- *         destination untouched; uccl_engine_recv_async tells its length.
+ *         UCCL_TCPX_MATCH_TIMEOUT_MS; otherwise as uccl_engine_read. A shorter message leaves the rest of the destination untouched;
+ *         uccl_engine_recv_async tells its length.
  *
  * Threads: any; receives of one connection are served in the order of the calls.
  */

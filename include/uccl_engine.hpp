@@ -135,7 +135,7 @@ inline int uccl_engine_read(uccl_conn_t* conn, uccl_mr_t mr, T const* data, size
  * @param fifo_items   [in]  Remote sources.
  * @param num_iovs     [in]  Segments, 1 to 1,048,576; no vector but ipc_bufs may hold fewer elements, more are ignored.
  * @param transfer_id  [out] Id of the transfer; untouched on failure.
- * @param ipc_bufs     [in]  IPC descriptors. Not read: data takes the channels also inside one host.
+ * @param ipc_bufs     [in]  IPC descriptors. Not read: engines of one host find their way by themselves.
  * @return As the C function; UCCL_ERR_INVALID_ARGUMENT when a vector is too short, and then nothing moves.
  */
 inline int uccl_engine_read_vector(uccl_conn_t* conn, std::vector<uccl_mr_t> mr_ids, std::vector<void*> dst_v,
@@ -156,7 +156,7 @@ inline int uccl_engine_read_vector(uccl_conn_t* conn, std::vector<uccl_mr_t> mr_
  * @param fifo_items   [in]  Remote destinations.
  * @param num_iovs     [in]  Segments, 1 to 1,048,576; no vector but ipc_bufs may hold fewer elements, more are ignored.
  * @param transfer_id  [out] Id of the transfer; untouched on failure.
- * @param ipc_bufs     [in]  IPC descriptors. Not read: data takes the channels also inside one host.
+ * @param ipc_bufs     [in]  IPC descriptors. Not read: engines of one host find their way by themselves.
  * @return As the C function; UCCL_ERR_INVALID_ARGUMENT when a vector is too short, and then nothing moves.
  */
 inline int uccl_engine_write_vector(uccl_conn_t* conn, std::vector<uccl_mr_t> mr_ids, std::vector<void*> src_v,

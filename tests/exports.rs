@@ -10,7 +10,7 @@ const GUARDS: [&str; 2] = ["guard", "status"];
 const CHECKS: [&str; 6] = ["str_arg", "in_arg", "out_arg", "optional_out_arg", "array_arg", "bytes_arg"];
 /// Tables of handles, and their methods that look an argument up and never follow it.
 const TABLES: [&str; 4] = ["engines", "connections", "notifications", "lists"];
-const LOOKUPS: [&str; 3] = ["get", "get_if_mine", "remove"];
+const LOOKUPS: [&str; 5] = ["get", "get_if_mine", "get_if_mine_or_ending", "remove", "end"];
 
 /// The functions of the sources of src/ffi.
 struct Abi {

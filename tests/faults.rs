@@ -250,6 +250,8 @@ fn a_connection_that_stays_kept_is_given_up_by_its_peer() {
     std::thread::scope(|scope| {
         let keeping = scope.spawn(|| kept.simulate_kept_preparing(Duration::from_secs(8)));
         assert!(until(Duration::from_secs(6), || inc.status().is_err()), "the peer is believed for ever");
+        let stats = b.stats().unwrap();
+        assert_eq!((stats.lost, stats.timeouts), (1, 1), "silence is a deadline, too");
         assert!(!keeping.is_finished());
     });
     assert!(until(LIMIT, || kept.status().is_err()));

@@ -32,13 +32,17 @@ constexpr size_t kNotification = 64 << 20;
 /// Between two looks whether a busy connection takes what waits.
 constexpr milliseconds kBusy{20};
 
-/// Work waits for a connection as long as a transfer may stand still.
+/// Work waits for a connection as long as a transfer may stand still. The number may have a suffix, as the engine reads it; what the engine
+/// does not take keeps it from being made.
 Clock::duration patience_of_environment() {
-  constexpr milliseconds standard{10'000};
+  constexpr milliseconds standard{10'000}, day{86'400'000};
   const char *text = std::getenv("UCCL_TCPX_TRANSFER_TIMEOUT_MS");
   if (!text) return standard;
-  const long value = std::strtol(text, nullptr, 10);
-  return value > 0 ? milliseconds(value) : standard;
+  char *end = nullptr;
+  const long value = std::strtol(text, &end, 10);
+  if (value <= 0 || value > day.count()) return standard;
+  const int shift = *end == 'k' || *end == 'K' ? 10 : *end == 'm' || *end == 'M' ? 20 : *end == 'g' || *end == 'G' ? 30 : 0;
+  return std::min(milliseconds(value << shift), day);
 }
 
 Clock::duration pause_after(unsigned failures) { return std::min(kFirstPause * (1u << std::min(failures, 10u)), kLongestPause); }

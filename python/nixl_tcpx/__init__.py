@@ -15,8 +15,9 @@ def enable(package=None):
     import os
     import warnings
 
-    if not supported():
-        warnings.warn(f"nixl_tcpx {__version__} was not tested with NIXL {nixl_version()}", RuntimeWarning, stacklevel=2)
+    nixl = find_nixl(package)
+    if nixl and not supported(nixl.version):
+        warnings.warn(f"nixl_tcpx {__version__} was not tested with NIXL {nixl.version}", RuntimeWarning, stacklevel=2)
     directory = plugin_dir(package)
     os.environ["NIXL_PLUGIN_DIR"] = directory
     return directory

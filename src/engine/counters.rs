@@ -36,12 +36,14 @@ pub(crate) struct Counters {
 }
 
 impl Counters {
-    /// A connection has ended with this kind of error, in order if `closed`; what it counted is kept.
-    pub(crate) fn ended(&self, totals: Totals, kind: ErrorKind, closed: bool) {
+    /// A connection has ended with this kind of error, in order if `closed`, of a peer that was `silent` for too long; what it counted is
+    /// kept.
+    pub(crate) fn ended(&self, totals: Totals, kind: ErrorKind, closed: bool, silent: bool) {
         *self.past.lock() += totals;
         if closed { &self.closed } else { &self.lost }.add();
         match kind {
             ErrorKind::TimedOut => self.timeouts.add(),
+            ErrorKind::RemoteDisconnect if silent => self.timeouts.add(),
             ErrorKind::Resource => self.limits_hit.add(),
             _ => {}
         }

@@ -85,10 +85,9 @@ fn setting(option: &uccl_option_t) -> Result<(&str, &str)> {
 #[no_mangle]
 pub extern "C" fn uccl_engine_destroy(engine: *mut uccl_engine_t) {
     guard((), || {
-        if let Some(engine) = engines().remove(engine.cast())? {
+        engines().end(engine.cast(), |engine| {
             engine.shutdown();
             crate::logging::flush();
-        }
-        Ok(())
+        })
     })
 }

@@ -55,22 +55,44 @@ pub(super) struct Handles<T> {
     what: &'static str,
     /// Smaller numbers belong to the parent process.
     first: usize,
-    live: RwLock<Map<usize, Arc<T>>>,
+    objects: RwLock<Objects<T>>,
+}
+
+struct Objects<T> {
+    live: Map<usize, Arc<T>>,
+    /// Their handles have ended, they themselves not yet.
+    ending: Map<usize, Arc<T>>,
+}
+
+impl<T> Objects<T> {
+    /// Ends a handle.
+    fn end(&mut self, handle: usize, stays: bool) -> Option<Arc<T>> {
+        let object = self.live.remove(&handle)?;
+        if stays {
+            self.ending.insert(handle, object.clone());
+        }
+        Some(object)
+    }
+
+    fn find(&self, handle: usize) -> Option<Arc<T>> {
+        self.live.get(&handle).or_else(|| self.ending.get(&handle)).cloned()
+    }
 }
 
 impl<T> Handles<T> {
     fn new(what: &'static str) -> Self {
-        Handles { what, first: NEXT.load(Ordering::Relaxed), live: RwLock::default() }
+        let objects = RwLock::new(Objects { live: Map::default(), ending: Map::default() });
+        Handles { what, first: NEXT.load(Ordering::Relaxed), objects }
     }
 
     pub(super) fn insert(&self, object: Arc<T>) -> *mut c_void {
         let handle = NEXT.fetch_add(16, Ordering::Relaxed);
-        self.live.write().insert(handle, object);
+        self.objects.write().live.insert(handle, object);
         handle as *mut c_void
     }
 
     pub(super) fn get(&self, handle: *const c_void) -> Result<Arc<T>> {
-        match self.live.read().get(&(handle as usize)) {
+        match self.objects.read().live.get(&(handle as usize)) {
             Some(object) => Ok(object.clone()),
             None => self.unknown(handle),
         }
@@ -84,13 +106,36 @@ impl<T> Handles<T> {
         self.get(handle).map(Some)
     }
 
+    /// The same, while the object is being ended, too.
+    pub(super) fn get_if_mine_or_ending(&self, handle: *const c_void) -> Result<Option<Arc<T>>> {
+        if handle.is_null() || self.inherited(handle) {
+            return Ok(None);
+        }
+        let found = self.objects.read().find(handle as usize);
+        found.map_or_else(|| self.unknown(handle), |object| Ok(Some(object)))
+    }
+
     /// Ends a handle, and gives its object unless the handle is NULL or the parent's.
     pub(super) fn remove(&self, handle: *const c_void) -> Result<Option<Arc<T>>> {
+        self.take(handle, false)
+    }
+
+    /// Ends a handle and then its object.
+    pub(super) fn end(&self, handle: *const c_void, end: impl FnOnce(&T)) -> Result<()> {
+        if let Some(object) = self.take(handle, true)? {
+            end(&object);
+            let ended = self.objects.write().ending.remove(&(handle as usize));
+            drop(ended);
+        }
+        Ok(())
+    }
+
+    fn take(&self, handle: *const c_void, stays: bool) -> Result<Option<Arc<T>>> {
         if handle.is_null() || self.inherited(handle) {
             return Ok(None);
         }
         // The guard of the table ends with this statement: the log may call the application.
-        let removed = self.live.write().remove(&(handle as usize));
+        let removed = self.objects.write().end(handle as usize, stays);
         if removed.is_none() {
             log::error!("{} {handle:?} destroyed twice, or never created", self.what);
             return self.unknown(handle);
@@ -99,7 +144,7 @@ impl<T> Handles<T> {
     }
 
     pub(super) fn all(&self) -> Vec<Arc<T>> {
-        self.live.read().values().cloned().collect()
+        self.objects.read().live.values().cloned().collect()
     }
 
     fn inherited(&self, handle: *const c_void) -> bool {

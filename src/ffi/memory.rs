@@ -82,14 +82,14 @@ pub unsafe extern "C" fn uccl_engine_reg_with(
 /// together with its connection. Peers that use the region afterwards get UCCL_ERR_REMOTE_ACCESS.
 ///
 /// @param engine  The engine; NULL is a no-op, and so is an engine of the parent process after a fork. One already destroyed
-///                has no regions any more: nothing is done.
+///                has no regions any more: nothing is done. One that another thread is destroying still has them.
 /// @param mr      The region; an unknown one is an error that is logged, nothing else.
 ///
 /// Threads: any. On return the library touches this memory no more, and the caller may free it. Where a device does not end its copies
 /// even then, an error is logged and uccl_engine_last_status() is UCCL_ERR_RESOURCE: such memory must stay until the process ends.
 #[no_mangle]
 pub extern "C" fn uccl_engine_mr_destroy(engine: *mut uccl_engine_t, mr: uccl_mr_t) {
-    guard((), || match engines().get_if_mine(engine.cast())? {
+    guard((), || match engines().get_if_mine_or_ending(engine.cast())? {
         Some(engine) => engine.deregister(mr).inspect_err(|e| log::error!("{e}")),
         None => Ok(()),
     })
@@ -130,7 +130,7 @@ pub unsafe extern "C" fn uccl_engine_prepare_fifo(
 /// @param fifo_item    [in,out] The item.
 /// @param remote_addr  [in] New address in the peer's address space; checked by the peer when it is used.
 /// @param size         [in] New size in bytes.
-/// @return UCCL_OK, or UCCL_ERR_INVALID_ARGUMENT for NULL and for an address that is no multiple of 8.
+/// @return UCCL_OK, or UCCL_ERR_INVALID_ARGUMENT for an item that is NULL or does not lie at a multiple of 8.
 ///
 /// Threads: any, one at a time per item.
 #[no_mangle]

@@ -18,7 +18,8 @@ pub struct uccl_xfer_info_t {
     pub status: i32,
     /// 0; for later use.
     pub reserved: u32,
-    /// Bytes of the whole transfer; for a receive the length of the message once it is known, before that 0.
+    /// Bytes of the whole transfer; for a receive the length of the message once it is known, before that 0. 0 for a transfer that failed,
+    /// and for one that is complete after 16,384 others of its connection have begun and ended.
     pub bytes_total: u64,
     /// Bytes that have left (write, send) or arrived (read, receive) so far; bytes_total when complete.
     pub bytes_done: u64,
@@ -92,7 +93,8 @@ pub(super) fn count(n: c_int) -> Result<usize> {
 /// @param fifo_item    [in]  Remote source: addr and the region's token. Its size field does not count.
 /// @param transfer_id  [out] Id for uccl_engine_poll, uccl_engine_wait and uccl_engine_xfer_status.
 /// @return UCCL_OK when it is under way; UCCL_ERR_INVALID_ARGUMENT, UCCL_ERR_NOT_FOUND (region), UCCL_ERR_RESOURCE (too many
-///         transfers in flight), UCCL_ERR_REMOTE_DISCONNECT. On failure *transfer_id is untouched and nothing moves.
+///         transfers in flight), UCCL_ERR_UNSUPPORTED (no channel carries such memory), or what uccl_engine_conn_status says of a
+///         connection that is lost. On failure *transfer_id is untouched and nothing moves.
 ///
 /// Destination bytes are undefined until the transfer is complete, and after a failure. Threads: any.
 #[no_mangle]
@@ -114,7 +116,8 @@ pub unsafe extern "C" fn uccl_engine_read(
 /// @param dst_v        [in]  num_iovs local destinations, each inside its region.
 /// @param size_v       [in]  num_iovs lengths in bytes; zero lengths are skipped.
 /// @param fifo_items   [in]  num_iovs remote sources.
-/// @param num_iovs     [in]  Segments, 1 to 1,048,576. 0 is UCCL_ERR_INVALID_ARGUMENT; a transfer of nothing has segments of length 0.
+/// @param num_iovs     [in]  Segments, 1 to 1,048,576 of at most 65,536 remote regions; one of more than 1 GiB counts for each GiB begun. 0
+///                     is UCCL_ERR_INVALID_ARGUMENT; a transfer of nothing has segments of length 0.
 /// @param transfer_id  [out] Id of the transfer.
 /// @return As uccl_engine_read. The arrays are copied. Overlapping destinations give undefined bytes where they overlap.
 ///
@@ -163,7 +166,8 @@ pub unsafe extern "C" fn uccl_engine_write(
 /// @param src_v        [in]  num_iovs local sources, each inside its region.
 /// @param size_v       [in]  num_iovs lengths in bytes; zero lengths are skipped.
 /// @param fifo_items   [in]  num_iovs remote destinations.
-/// @param num_iovs     [in]  Segments, 1 to 1,048,576. 0 is UCCL_ERR_INVALID_ARGUMENT; a transfer of nothing has segments of length 0.
+/// @param num_iovs     [in]  Segments, 1 to 1,048,576 of at most 65,536 remote regions; one of more than 1 GiB counts for each GiB begun. 0
+///                     is UCCL_ERR_INVALID_ARGUMENT; a transfer of nothing has segments of length 0.
 /// @param transfer_id  [out] Id of the transfer.
 /// @return As uccl_engine_read. The arrays are copied. Overlapping destinations give undefined bytes where they overlap.
 ///
@@ -278,8 +282,8 @@ pub unsafe extern "C" fn uccl_engine_send_vector(
 /// @param data      [in] Destination.
 /// @param max_size  [in] Largest message to take, bytes.
 /// @return UCCL_OK; UCCL_ERR_TRUNCATED when the message is larger (the sender gets it too); UCCL_ERR_TIMED_OUT when none came within
-///         UCCL_TCPX_MATCH_TIMEOUT_MS; UCCL_ERR_REMOTE_DISCONNECT; UCCL_ERR_INVALID_ARGUMENT. A shorter message leaves the rest of the
-///         destination untouched; uccl_engine_recv_async tells its length.
+///         UCCL_TCPX_MATCH_TIMEOUT_MS; otherwise as uccl_engine_read. A shorter message leaves the rest of the destination untouched;
+///         uccl_engine_recv_async tells its length.
 ///
 /// Threads: any; receives of one connection are served in the order of the calls.
 #[no_mangle]

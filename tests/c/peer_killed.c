@@ -3,6 +3,7 @@
  * before PATIENCE, which no machine is too busy for. LIMIT_MS is how much later a loaded machine may be. */
 #include "support.h"
 
+#include <pthread.h>
 #include <signal.h>
 #include <sys/wait.h>
 
@@ -196,6 +197,37 @@ CASE(closed_while_frozen)
     await_first_bytes(&s, &f);
     CHECK(kill(s.child, SIGSTOP) == 0);
     check_close(&s);
+    end_child(&s);
+}
+
+static void *destroy(void *engine)
+{
+    uccl_engine_destroy(engine);
+    return NULL;
+}
+
+/* An engine that another thread is destroying uses its regions until the channels are closed: for a peer that does not hang up it waits
+ * for a tenth of a second first. Whoever ends a registration meanwhile gets the memory back afterwards, not before. */
+CASE(region_of_an_engine_that_ends)
+{
+    side s;
+    flight f;
+    pthread_t thread;
+    size_t needed;
+    start_pair(&s, WRITE, PATIENCE);
+    take_off(&s, WRITE, &f);
+    await_first_bytes(&s, &f);
+    CHECK(kill(s.child, SIGSTOP) == 0);
+    int64_t begin = now_ms();
+    CHECK(pthread_create(&thread, NULL, destroy, s.engine) == 0);
+    while (uccl_engine_metadata_into(s.engine, NULL, 0, &needed) != UCCL_ERR_NOT_FOUND)
+        CHECK_MSG(now_ms() - begin < LIMIT_MS, "the engine does not end");
+    uccl_engine_mr_destroy(s.engine, s.mr);
+    int64_t took = now_ms() - begin;
+    CHECK_MSG(took >= 80, "the memory was given back after %lld ms, with transfers under way", (long long)took);
+    CHECK_MSG(took < LIMIT_MS, "it took %lld ms", (long long)took);
+    CHECK(pthread_join(thread, NULL) == 0);
+    uccl_engine_conn_destroy(s.conn);
     end_child(&s);
 }
 

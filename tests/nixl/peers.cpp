@@ -79,10 +79,23 @@ void silent_hosts_leave_the_others_alone() {
   ::close(fd);
 }
 
+/// UCCL_TCPX_TRANSFER_TIMEOUT_MS means the same here as to the engine.
+void work_waits_as_long_as_a_transfer_may_stand_still() {
+  const auto patience = [](const char *text) {
+    setenv("UCCL_TCPX_TRANSFER_TIMEOUT_MS", text, 1);
+    return std::make_shared<tcpx::Peers>("here", nullptr, nullptr)->patience();
+  };
+  need(patience("2500") == std::chrono::milliseconds(2500) && patience(" 7 ") == std::chrono::milliseconds(7), "milliseconds");
+  need(patience("10K") == std::chrono::milliseconds(10 << 10) && patience("1m") == std::chrono::milliseconds(1 << 20), "a suffix");
+  need(patience("") == std::chrono::seconds(10) && patience("0") == std::chrono::seconds(10), "the default");
+  unsetenv("UCCL_TCPX_TRANSFER_TIMEOUT_MS");
+}
+
 }  // namespace
 
 int main() {
+  work_waits_as_long_as_a_transfer_may_stand_still();
   silent_hosts_leave_the_others_alone();
-  std::puts("1 tests passed");
+  std::puts("2 tests passed");
   return EXIT_SUCCESS;
 }

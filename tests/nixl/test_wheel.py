@@ -180,6 +180,26 @@ def versions_are_judged():
 
 
 @case()
+def the_nixl_that_is_chosen_is_the_one_that_is_judged():
+    with tempfile.TemporaryDirectory() as site:
+        for package, version in (("nixl_cu13", "1.5.1"), ("nixl_cu12", "1.9.0")):
+            plugins = pathlib.Path(site, f".{package}.mesonpy.libs", "plugins")
+            plugins.mkdir(parents=True)
+            (plugins / "libplugin_UCX.so").touch()
+            pathlib.Path(site, package).mkdir()
+            pathlib.Path(site, package, "__init__.py").touch()
+            information = pathlib.Path(site, f"{package}-{version}.dist-info")
+            information.mkdir()
+            (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package.replace('_', '-')}\nVersion: {version}\n")
+        for package, warns in (("nixl_cu13", False), ("nixl_cu12", True)):
+            program = f"import nixl_tcpx; print(nixl_tcpx.enable({package!r}))"
+            environment = {**PLAIN, "PYTHONPATH": site, "NIXL_TCPX_CACHE": os.path.join(site, "cache")}
+            environment.pop("NIXL_PACKAGE", None)
+            code, text = tool(sys.executable, "-c", program, environment=environment)
+            check(code == 0 and ("was not tested with NIXL 1.9.0" in text) == warns, f"{package}: {code} {text}")
+
+
+@case()
 def licences_are_inside():
     names = {pathlib.Path(f).name: f for f in importlib.metadata.files("nixl-tcpx") if "licenses" in str(f)}
     for name in ("LICENSE", "THIRD-PARTY-NOTICES.txt"):

@@ -2,6 +2,7 @@
 
 use clap::{CommandFactory, Parser};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Shows what the connections of a running process do: rates, windows, round trips and retransmits of every channel, the slow ones
 /// marked. The process offers its statistics where UCCL_TCPX_METRICS says.
@@ -12,14 +13,22 @@ pub struct Top {
     #[arg(required = true, value_name = "SOURCE")]
     pub sources: Vec<String>,
     /// Seconds between readings.
-    #[arg(long, default_value_t = 1.0)]
-    pub interval: f64,
+    #[arg(long, default_value = "1", value_parser = parse_interval)]
+    pub interval: Duration,
     /// Print one reading as text and end; so does a standard output that is no terminal.
     #[arg(long)]
     pub once: bool,
     /// Draw one reading into this file, as a picture for reports, and end.
     #[arg(long, value_name = "FILE.svg", conflicts_with = "once")]
     pub svg: Option<PathBuf>,
+}
+
+/// Seconds between two looks, with fractions.
+fn parse_interval(text: &str) -> Result<Duration, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.1..=3600.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
+        _ => Err("expected a number of seconds from 0.1 to 3600".to_owned()),
+    }
 }
 
 /// Parses the command line. `--manual-page` prints the manual page of the program and its commands instead, for docs/man.

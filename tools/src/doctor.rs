@@ -148,8 +148,9 @@ fn plugin(host: &Host) -> Check {
         Ok((name, file)) => missing(
             NAME,
             format!("an engine takes {name} ({})", file.as_deref().unwrap_or("built in")),
-            "install libnccl-net-tcpx.so in /usr/local/nvidia/lib64 or /usr/local/tcpx/lib64 (the container image of tcpgpudmarxd has \
-             it), or name its file in UCCL_TCPX_PLUGIN_PATH; UCCL_TCPX_PLUGIN=tcpx says why it cannot be loaded",
+            "install libnccl-net.so in /usr/local/nvidia/lib64, /usr/local/tcpx/lib64 or /var/lib/tcpx/lib64 (Google's image \
+             nccl-plugin-gpudirecttcpx-dev has it), or name its file in UCCL_TCPX_PLUGIN_PATH; UCCL_TCPX_PLUGIN=tcpx says why it cannot \
+             be loaded",
         ),
         Err(e) => missing(NAME, format!("no engine starts: {e}"), "mend this first; the message names the variable or the file"),
     }

@@ -5,11 +5,13 @@ use crate::error::{Context, Result};
 use crate::fail;
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(2);
+/// Files are replaced each second.
+const STALE: Duration = Duration::from_secs(10);
 /// No process has more to say.
 const MOST: u64 = 64 << 20;
 
@@ -32,10 +34,10 @@ pub fn fetch(source: &str) -> Result<String> {
         stream.set_read_timeout(Some(PATIENCE)).context("cannot set a deadline")?;
         ask(stream, &mut text).context(format_args!("{path} does not answer"))?;
     } else if source.contains('/') {
-        return std::fs::read_to_string(source).context(format_args!("cannot read {source}"));
+        return read(source);
     } else {
         let address = if source.contains(':') { source.to_owned() } else { format!("127.0.0.1:{source}") };
-        let stream = TcpStream::connect(&address).context(format_args!("cannot connect to {address}"))?;
+        let stream = connect(&address).context(format_args!("cannot connect to {address}"))?;
         stream.set_read_timeout(Some(PATIENCE)).context("cannot set a deadline")?;
         ask(stream, &mut text).context(format_args!("{address} does not answer"))?;
     }
@@ -43,6 +45,34 @@ pub fn fetch(source: &str) -> Result<String> {
         Some((head, body)) if head.starts_with("HTTP/1.1 200") => Ok(body.to_owned()),
         _ => fail!("{source} gives no statistics"),
     }
+}
+
+/// A file that a process replaces each second.
+fn read(path: &str) -> Result<String> {
+    let file = std::fs::File::open(path).context(format_args!("cannot read {path}"))?;
+    let written = file.metadata().and_then(|about| about.modified()).context(format_args!("cannot read {path}"))?;
+    let mut text = String::new();
+    file.take(MOST).read_to_string(&mut text).context(format_args!("cannot read {path}"))?;
+    if !text.ends_with("# EOF\n") {
+        fail!("{path} gives no statistics");
+    }
+    // A clock that was set back makes no file old.
+    match written.elapsed().unwrap_or_default() {
+        age if age > STALE => fail!("{path} was written {} s ago: its process has ended, or stands still", age.as_secs()),
+        _ => Ok(text),
+    }
+}
+
+/// As TcpStream::connect, but a host that is silent is waited for no longer than one that has connected.
+fn connect(address: &str) -> std::io::Result<TcpStream> {
+    let mut last = std::io::Error::from(std::io::ErrorKind::NotFound);
+    for to in address.to_socket_addrs()? {
+        match TcpStream::connect_timeout(&to, PATIENCE) {
+            Ok(stream) => return Ok(stream),
+            Err(e) => last = e,
+        }
+    }
+    Err(last)
 }
 
 fn ask(mut stream: impl Read + Write, text: &mut String) -> std::io::Result<()> {

@@ -4,7 +4,7 @@ use ratatui::crossterm::event::{self, Event, KeyCode, KeyModifiers};
 use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use tcpx_tools::cli::Top;
 use tcpx_tools::error::{Context, Result};
 use tcpx_tools::picture::svg;
@@ -59,7 +59,7 @@ fn watch(args: &Top) -> Result<()> {
 }
 
 fn run(terminal: &mut ratatui::DefaultTerminal, args: &Top, mut shown: View) -> Result<()> {
-    let every = Duration::from_secs_f64(args.interval.clamp(0.1, 3600.0));
+    let every = args.interval;
     let (mut offset, mut note, mut next) = (0usize, String::new(), Instant::now() + every);
     loop {
         terminal.draw(|frame| view::draw(frame, &shown, offset, &note)).context("cannot draw")?;

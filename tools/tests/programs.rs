@@ -250,6 +250,25 @@ fn a_server_is_seen_from_everywhere() {
 }
 
 #[test]
+fn top_refuses_what_are_no_statistics() {
+    for interval in ["nan", "inf", "0", "-1", "x"] {
+        must_fail(TOP, &format!("--once --interval={interval} /dev/null"), &[], "from 0.1 to 3600");
+    }
+    must_fail(TOP, "/proc/version", &[], "/proc/version gives no statistics");
+    must_fail(TOP, "/nonexistent/file", &[], "cannot read");
+    // What a process has left that has ended.
+    let folder = std::env::temp_dir().join(format!("tcpx-top-file-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let path = folder.join("metrics.prom");
+    std::fs::write(&path, "uccl_tcpx_up_seconds{engine=\"e\"} 9\n# EOF\n").unwrap();
+    must_work(TOP, &path.display().to_string(), "engine e: up 9 s");
+    let hour = std::time::SystemTime::now() - std::time::Duration::from_secs(3600);
+    std::fs::File::options().write(true).open(&path).unwrap().set_modified(hour).unwrap();
+    must_fail(TOP, &path.display().to_string(), &[], "its process has ended, or stands still");
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+#[test]
 fn the_doctor_says_what_is_missing() {
     let out = must_work(INFO, "--doctor --memory host", "MISSING  plugin");
     assert!(out.starts_with("verdict"), "{out}");

@@ -51,7 +51,7 @@ impl Connection {
             ErrorKind::RemoteDisconnect => lost == 0 && silent <= limit,
             _ => false,
         };
-        self.home.counters.ended(totals, error.kind(), in_order || core.closing);
+        self.home.counters.ended(totals, error.kind(), in_order || core.closing, silent > limit);
         let (lines, now) = (&self.home.lines, Instant::now());
         match (error.kind(), lost) {
             (ErrorKind::Canceled, 0) => log::debug!("{error}"),
