@@ -9,7 +9,7 @@ use crate::types::Key;
 use std::time::{Duration, Instant};
 
 /// Less than this in one timeout is no progress (unless it is all there is): who answers byte by byte does not keep a transfer alive.
-const FLOOR: u64 = 64 << 10;
+pub(super) const FLOOR: u64 = 64 << 10;
 /// Bytes of one transfer that may be under way before another has its turn.
 const TURN: u64 = 64 << 20;
 /// Slack of the bound on what may go before a transfer.
