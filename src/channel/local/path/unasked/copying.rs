@@ -172,7 +172,15 @@ impl LocalPath {
         let unasked = &mut self.unasked;
         let order = unasked.out.begin();
         let (key, len) = (transfer.key, transfer.total);
-        unasked.told.push_back(Told { order, key, len, begun: Instant::now(), over: false, moved: 0, _hold: transfer.hold.clone() });
+        unasked.told.push_back(Told {
+            order,
+            key,
+            len,
+            begun: Instant::now(),
+            over: false,
+            moved: 0,
+            _hold: transfer.hold.clone(),
+        });
         unasked.ordered_bytes += len;
         let mut stride = Stride::first(transfer.total);
         loop {
