@@ -77,20 +77,24 @@ impl<T: Waiting> Accepts<T> {
     /// # Errors
     /// `Canceled` after [`Accepts::stop`].
     pub(crate) fn take(&self) -> Result<Arc<T>> {
-        let mut dead = Vec::new();
-        let mut queue = self.queue.lock();
         loop {
-            if queue.stopped {
-                return Err(err!(Canceled, "accept was stopped"));
-            }
-            match queue.ready.pop_first() {
-                Some((_, connection)) if connection.is_up() => {
-                    connection.waits(false);
-                    return Ok(connection);
+            let mut queue = self.queue.lock();
+            let dead = loop {
+                if queue.stopped {
+                    return Err(err!(Canceled, "accept was stopped"));
                 }
-                Some((_, connection)) => dead.push(connection),
-                None => self.changed.wait(&mut queue),
-            }
+                match queue.ready.pop_first() {
+                    Some((_, connection)) if connection.is_up() => {
+                        connection.waits(false);
+                        return Ok(connection);
+                    }
+                    Some((_, connection)) => break connection,
+                    None => self.changed.wait(&mut queue),
+                }
+            };
+            drop(queue);
+            // Closing takes its time, outside of the lock; and it is not put off until another one comes.
+            drop(dead);
         }
     }
 
@@ -181,6 +185,26 @@ mod tests {
         let held = Arc::strong_count(&all[8]);
         accepts.push(all[8].clone());
         assert_eq!(Arc::strong_count(&all[8]), held);
+    }
+
+    #[test]
+    fn whoever_waits_keeps_none_of_the_dead() {
+        let accepts = Arc::new(Accepts::new(3, Arc::default()));
+        let all = simulated(2);
+        all.iter().for_each(|c| accepts.push(c.clone()));
+        // They die before anybody looks for them.
+        all.iter().for_each(|c| c.dead.store(true, Ordering::SeqCst));
+        let other = accepts.clone();
+        let waits = std::thread::spawn(move || other.take().map(|_| ()));
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        let kept = || all.iter().map(Arc::strong_count).max();
+        while kept() > Some(1) && std::time::Instant::now() < until {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        let kept = kept();
+        accepts.stop();
+        assert_eq!(waits.join().unwrap().unwrap_err().kind(), ErrorKind::Canceled);
+        assert_eq!(kept, Some(1), "a descriptor, and a place among the connections, until somebody else comes");
     }
 
     #[test]

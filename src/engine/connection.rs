@@ -127,6 +127,8 @@ pub struct Connection {
     local: bool,
     /// It waits for the application's accept.
     pub(crate) waits: AtomicBool,
+    /// It has ended: for whoever must not wait for its lock.
+    gone: AtomicBool,
     /// Set by uccl_engine_start_listener; nothing depends on it.
     pub listener_started: AtomicBool,
 }
@@ -158,6 +160,7 @@ impl Connection {
             watching: AtomicBool::new(false),
             peer,
             waits: AtomicBool::new(false),
+            gone: AtomicBool::new(false),
             listener_started: AtomicBool::new(false),
         }
     }
@@ -221,6 +224,11 @@ impl Connection {
     pub fn status(&self) -> Result<()> {
         self.core.check("connection")?;
         self.lock().machine.alive()
+    }
+
+    /// Whether it has not ended, without its lock: somebody may keep that for long.
+    pub(crate) fn is_up(&self) -> bool {
+        self.core.is_here() && !self.gone.load(Ordering::SeqCst)
     }
 
     /// A round of progress; wakes waiters when a transfer has ended. `true` when something moved.

@@ -49,7 +49,7 @@ impl Waiting for Connection {
         self.id
     }
     fn is_up(&self) -> bool {
-        self.status().is_ok()
+        Connection::is_up(self)
     }
     fn waits(&self, on: bool) {
         self.waits.store(on, Ordering::SeqCst);

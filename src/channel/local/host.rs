@@ -251,6 +251,10 @@ impl LocalMemory for HostMemory {
         Ok(ended)
     }
 
+    fn copied(&self, pull: Pull, bytes: u64) -> u64 {
+        self.jobs.get(&pull.job).map_or(0, |job| job.done(bytes))
+    }
+
     fn busy(&self) -> bool {
         // The threads ring.
         self.bell.is_none() && !self.jobs.is_empty()

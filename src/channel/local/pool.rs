@@ -103,6 +103,13 @@ impl Job {
         mine
     }
 
+    /// The part of `bytes` that those slices have that are done, if all are alike.
+    pub(crate) fn done(&self, bytes: u64) -> u64 {
+        let all = self.work.len();
+        let done = all.saturating_sub(self.left.load(Ordering::Relaxed));
+        (u128::from(bytes) * done as u128 / all.max(1) as u128) as u64
+    }
+
     /// Slices that nobody has.
     fn unclaimed(&self) -> usize {
         self.work.len().saturating_sub(self.next.load(Ordering::Relaxed))

@@ -164,6 +164,11 @@ pub(crate) trait LocalMemory: Send {
     /// When the bytes are not all in place and never will be: the connection ends.
     fn poll(&mut self, pull: Pull) -> Result<bool>;
 
+    /// Of the `bytes` of a pull that has not ended, about how many are copied: what shows that it goes on.
+    fn copied(&self, _pull: Pull, _bytes: u64) -> u64 {
+        0
+    }
+
     /// Pulls are under way, and nobody is woken when they end.
     fn busy(&self) -> bool;
 

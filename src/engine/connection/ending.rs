@@ -32,6 +32,7 @@ impl Connection {
         for step in steps {
             let _ = catch_unwind(AssertUnwindSafe(|| step(core)));
         }
+        self.gone.store(true, Ordering::SeqCst);
         self.home.bell.unwatch(self.fd);
         core.control.shutdown_write();
         self.ended.notify_all();
@@ -64,6 +65,8 @@ impl Connection {
         }
         self.home.bell.unwatch(self.fd);
         self.unwatch_local();
+        // Whoever has it wait for accept asks afterwards.
+        self.gone.store(true, Ordering::SeqCst);
         if self.waits.load(Ordering::SeqCst) {
             self.home.dead.tell(self.id);
         }

@@ -1,5 +1,6 @@
 //! A connection when the code below it panics: it ends, whoever drove it, and whatever else does not work any more.
 
+use super::super::accepts::Waiting;
 use super::super::bell::Bell;
 use super::super::budget::Pool;
 use super::super::notify::{Inbox, Queue};
@@ -183,6 +184,23 @@ fn one_that_ended_before_it_was_watched_wakes_nobody() {
     connection.watch().expect("that it has ended is told by its use");
     assert_eq!(woken(Duration::from_millis(50)), []);
     assert_eq!(kind(&connection), Some(ErrorKind::Internal));
+}
+
+/// The thread that sets up connections asks, and whoever accepts one asks with the queue's lock.
+#[test]
+fn whether_it_is_up_is_known_while_somebody_keeps_it() {
+    let home = home();
+    let (connection, _theirs) = connection(&home, false, false);
+    let kept = connection.lock();
+    let (tell, told) = std::sync::mpsc::channel();
+    let asked = connection.clone();
+    let asks = std::thread::spawn(move || tell.send(Waiting::is_up(&*asked)).unwrap());
+    let up = told.recv_timeout(Duration::from_secs(5));
+    drop(kept);
+    asks.join().unwrap();
+    assert_eq!(up, Ok(true));
+    connection.abandon();
+    assert!(!Waiting::is_up(&*connection));
 }
 
 /// A peer can have something new begin whenever something has ended.

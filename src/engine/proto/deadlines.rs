@@ -9,9 +9,11 @@ use crate::types::Key;
 use std::time::{Duration, Instant};
 
 /// Less than this in one timeout is no progress (unless it is all there is): who answers byte by byte does not keep a transfer alive.
-const FLOOR: u64 = 64 << 10;
+pub(super) const FLOOR: u64 = 64 << 10;
 /// Bytes of one transfer that may be under way before another has its turn.
 const TURN: u64 = 64 << 20;
+/// The same of those that are carried out one behind the other: all of it, more than which no memory has.
+const WHOLE: u64 = 1 << 44;
 /// Slack of the bound on what may go before a transfer.
 const SLACK: u64 = 1 << 20;
 /// Bytes of the control streams that an announcement and the answer to it may wait for: a backlog at either side.
@@ -34,8 +36,8 @@ struct Flow {
 
 /// What a transfer with so many bytes to go may send before another one moves: twice what it may have under way, since turns
 /// alternate between small and large ones.
-fn turn(left: u64) -> u64 {
-    2 * left.min(TURN)
+fn turn(left: u64, most: u64) -> u64 {
+    2 * left.min(most)
 }
 
 impl Flow {
@@ -66,6 +68,15 @@ struct Mark {
     /// Bytes moved since, and bytes to go.
     moved: u64,
     left: u64,
+    /// Bytes of it that go before another one has its turn, at most.
+    most: u64,
+}
+
+impl Mark {
+    /// See [`turn`].
+    fn turn(&self) -> u64 {
+        turn(self.left, self.most)
+    }
 }
 
 /// A transfer that has stopped.
@@ -103,14 +114,23 @@ impl Deadlines {
 
     /// A transfer of `len` bytes must move from now on.
     pub(super) fn start(&mut self, key: Key, way: Way, len: u64, now: Instant) {
+        self.mark(key, way, (len, TURN), now);
+    }
+
+    /// The same of one that others wait for to its end, as it waits for them.
+    pub(super) fn start_in_order(&mut self, key: Key, way: Way, len: u64, now: Instant) {
+        self.mark(key, way, (len, WHOLE), now);
+    }
+
+    fn mark(&mut self, key: Key, way: Way, (len, most): (u64, u64), now: Instant) {
         let control = self.control;
         let flow = self.flow(way);
-        flow.begun += turn(len);
+        flow.begun += turn(len, most);
         let (begun, ahead) = (flow.begun, flow.ahead);
-        let mark = Mark { way, since: now, flow: flow.bytes, control, ahead, begun, late: 0, moved: 0, left: len };
-        flow.ahead += turn(len);
+        let mark = Mark { way, since: now, flow: flow.bytes, control, ahead, begun, late: 0, moved: 0, left: len, most };
+        flow.ahead += turn(len, most);
         if let Some(old) = self.marks.insert(key, mark) {
-            self.flow(old.way).ahead -= turn(old.left);
+            self.flow(old.way).ahead -= old.turn();
         }
     }
 
@@ -122,20 +142,20 @@ impl Deadlines {
             Way::Out => out,
             Way::In => incoming,
         };
-        flow.ahead -= turn(mark.left);
+        flow.ahead -= mark.turn();
         mark.moved += bytes;
         mark.left = mark.left.saturating_sub(bytes);
         if mark.moved >= FLOOR || mark.left == 0 {
             (mark.moved, mark.since, mark.flow, mark.control) = (0, now, flow.bytes, *control);
             (mark.ahead, mark.begun, mark.late) = (flow.ahead, flow.begun, 0);
         }
-        flow.ahead += turn(mark.left);
+        flow.ahead += mark.turn();
     }
 
     /// A transfer has ended.
     pub(super) fn end(&mut self, key: Key) {
         if let Some(mark) = self.marks.remove(&key) {
-            self.flow(mark.way).ahead -= turn(mark.left);
+            self.flow(mark.way).ahead -= mark.turn();
         }
     }
 
@@ -253,6 +273,33 @@ mod tests {
             }
             assert_eq!(d.overdue(T, now), None, "after {second} s");
         }
+    }
+
+    #[test]
+    fn what_goes_one_behind_the_other_waits_for_all_before_it() {
+        let start = Instant::now();
+        let mut d = Deadlines::new(start);
+        let keys: Vec<Key> = (1..=10).map(|id| Key { id, mine: true }).collect();
+        keys.iter().for_each(|&key| d.start_in_order(key, Way::Out, 4 << 30, start));
+        for second in 0..40u32 {
+            let now = at(start, f64::from(second));
+            assert_eq!(d.overdue(T, now), None, "after {second} s");
+            let key = keys[second as usize / 4];
+            d.flowed(Way::Out, 1 << 30, now);
+            d.moved(key, 1 << 30, now);
+            if second % 4 == 3 {
+                d.end(key);
+            }
+        }
+        assert_eq!((d.out.ahead, d.any()), (0, false));
+        // One that is passed by is found all the same.
+        d.start_in_order(A, Way::Out, 1 << 20, at(start, 40.0));
+        for second in 40..60u32 {
+            d.start_in_order(B, Way::Out, 1 << 30, at(start, f64::from(second)));
+            d.flowed(Way::Out, 1 << 30, at(start, f64::from(second)));
+            d.end(B);
+        }
+        assert!(d.overdue(T, at(start, 60.0)).is_some_and(|overdue| overdue.key == A && overdue.others_moved));
     }
 
     #[test]

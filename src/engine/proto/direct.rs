@@ -47,7 +47,7 @@ impl Machine {
         }
         let id = self.transfers.start(Kind::Direct, total, count);
         debug_assert_eq!(id, key.id);
-        self.deadlines.start(key, way, total, now);
+        self.deadlines.start_in_order(key, way, total, now);
         self.unasked.insert(id, hold);
         self.attend(now);
         Ok(Some(id))

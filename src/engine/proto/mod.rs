@@ -143,8 +143,9 @@ struct Clock {
     ping: Instant,
     report: Instant,
     network: Instant,
-    /// When the socket last took queued frames, or had nothing to take.
+    /// When the socket had last taken enough of the queued frames, or had nothing to take; and what it has taken since.
     drained: Instant,
+    trickled: u64,
     next_tick: Instant,
     /// The peer's heartbeat has come, and this side's is due before long: it goes along, so that one look serves both.
     echo: bool,
@@ -166,7 +167,16 @@ impl Machine {
             spare: Spare::default(),
             events: Vec::new(),
             gathered: Vec::new(),
-            clock: Clock { rx: now, ping: now, report: now, network: now, drained: now, next_tick: now, echo: false },
+            clock: Clock {
+                rx: now,
+                ping: now,
+                report: now,
+                network: now,
+                drained: now,
+                trickled: 0,
+                next_tick: now,
+                echo: false,
+            },
             peer_received: 0,
             reported: 0,
             reported_chunks: 0,
@@ -543,8 +553,10 @@ impl Machine {
         // Fewer than before never fails.
         let _ = self.peer.answers(self.tx.answers());
         self.counts.control_sent_bytes += bytes as u64;
-        if bytes > 0 {
-            self.clock.drained = now;
+        self.clock.trickled += bytes as u64;
+        // A peer that reads byte by byte keeps nobody who waits for room.
+        if bytes > 0 && (self.backlog() == 0 || self.clock.trickled >= deadlines::FLOOR) {
+            (self.clock.drained, self.clock.trickled) = (now, 0);
         }
         if self.backlog() > 0 {
             self.deadlines.waited(bytes as u64, now);
@@ -565,7 +577,8 @@ impl Machine {
         }
         let stuck = now.saturating_duration_since(self.clock.drained);
         if self.backlog() > 0 && stuck > self.setting.transfer_timeout {
-            bail!(TimedOut, "the peer has read nothing of the control stream for {stuck:.1?}; {} bytes wait", self.backlog());
+            let read = self.clock.trickled;
+            bail!(TimedOut, "the peer has read {read} bytes of the control stream in {stuck:.1?}; {} bytes wait", self.backlog());
         }
         // While nothing must move, a channel that fails says so by itself where its plugin can.
         let due = now.saturating_duration_since(self.clock.network) >= LOOK.min(self.setting.transfer_timeout / 8);

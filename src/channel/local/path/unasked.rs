@@ -64,6 +64,8 @@ struct Told {
     len: u64,
     begun: Instant,
     over: bool,
+    /// Bytes of it that were reported.
+    moved: u64,
     /// The source, until the peer has it.
     _hold: Hold,
 }
@@ -90,10 +92,10 @@ struct Order {
     uses: Vec<(u32, u64, RegionUse)>,
 }
 
-/// Who wanted a pull, and bytes of it.
+/// Who wanted a pull.
 enum Whose {
-    Read(Key, u64),
-    Orders(Vec<(u64, u64)>),
+    Read(Key),
+    Orders(Vec<u64>),
 }
 
 /// Pieces that are being copied.
@@ -103,16 +105,18 @@ struct Batch {
     exports: Vec<u32>,
     pieces: usize,
     bytes: u64,
+    /// Bytes of it that were reported.
+    moved: u64,
     begun: Instant,
     whose: Whose,
 }
 
-/// What goes into a pull for the peer's orders: where to, from which exports, and which orders have how many bytes in it.
+/// What goes into a pull for the peer's orders: where to, from which exports, and of which orders.
 #[derive(Default)]
 struct Gathered {
     place: Option<Place>,
     exports: Vec<u32>,
-    parts: Vec<(u64, u64)>,
+    parts: Vec<u64>,
     bytes: u64,
 }
 
@@ -135,6 +139,8 @@ pub(super) struct Unasked {
     pieces: Vec<Piece>,
     ordered_bytes: u64,
     done_bytes: u64,
+    /// Bytes of this side's orders that were reported.
+    reported: u64,
 }
 
 /// How a pairing's blocks are found here: by the allocations that its source lies in, rising; none where addresses are valid as they are.
@@ -162,6 +168,7 @@ impl Unasked {
             pieces: Vec::new(),
             ordered_bytes: 0,
             done_bytes: 0,
+            reported: 0,
         }
     }
 
@@ -404,24 +411,49 @@ impl Unasked {
         Ok(any)
     }
 
-    /// Reports orders of this side that have ended.
+    /// Reports orders of this side that have ended, and how far others are.
     fn report(&mut self, events: &mut Vec<Event>) -> Result<bool> {
-        if self.told.is_empty() || !self.out.ended()? {
+        if self.told.is_empty() {
             return Ok(false);
         }
+        let ended = self.out.ended()? && self.report_ended(events);
+        self.report_moved(events);
+        Ok(ended)
+    }
+
+    /// What the peer says that it has copied. It takes orders in their sequence, several at once.
+    fn report_moved(&mut self, events: &mut Vec<Event>) {
+        let mut fresh = self.moved().saturating_sub(self.reported);
+        for told in self.told.iter_mut().filter(|told| !told.over) {
+            let more = fresh.min(told.len - told.moved);
+            if more > 0 {
+                (told.moved, self.reported, fresh) = (told.moved + more, self.reported + more, fresh - more);
+                events.push(Event::Moved(told.key, more));
+            }
+            if fresh == 0 {
+                return;
+            }
+        }
+    }
+
+    /// Reports those that have ended.
+    fn report_ended(&mut self, events: &mut Vec<Event>) -> bool {
         for told in self.told.iter_mut().filter(|told| !told.over) {
             let Some(done) = self.out.outcome(told.order) else { continue };
             told.over = true;
-            self.done_bytes += if done { told.len } else { 0 };
+            let rest = told.len - told.moved;
             if done {
-                events.push(Event::Moved(told.key, told.len));
+                (self.done_bytes, self.reported) = (self.done_bytes + told.len, self.reported + rest);
+            }
+            if done && rest > 0 {
+                events.push(Event::Moved(told.key, rest));
             }
             events.push(Event::Ended(told.key, done));
         }
         while self.told.front().is_some_and(|told| told.over) {
             self.told.pop_front();
         }
-        Ok(true)
+        true
     }
 
     /// Adds the record at hand to the pull that is being gathered: `false` when it belongs to the next one.
@@ -477,9 +509,8 @@ impl Unasked {
         if here.is_device() && !pull.exports.contains(&head.export) {
             pull.exports.push(head.export);
         }
-        match pull.parts.last_mut() {
-            Some((number, bytes)) if *number == head.order => *bytes += sum,
-            _ => pull.parts.push((head.order, sum)),
+        if pull.parts.last() != Some(&head.order) {
+            pull.parts.push(head.order);
         }
         Ok(true)
     }

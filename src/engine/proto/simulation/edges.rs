@@ -11,7 +11,7 @@ use crate::status::ErrorKind;
 use crate::types::{Place, Segment};
 use process::Mutex;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const CHANNELS: usize = DEVICE_CHANNELS + HOST_CHANNELS;
 
@@ -143,4 +143,33 @@ fn a_message_that_no_channel_carries_fails_alone_at_both_sides() {
     let unsupported = Err(ErrorKind::Unsupported);
     assert_eq!((both.outcome(0, bad.0), both.outcome(1, bad.1)), (unsupported, unsupported));
     assert!(both.sides.iter().all(|side| side.machine.is_idle()));
+}
+
+/// For how many seconds, at most a thousand, the connection of a side stays up whose peer reads so many bytes a second of a notification.
+fn read_at(rate: usize) -> (u64, Option<ErrorKind>) {
+    let mut both = Both::new();
+    let (start, me) = (both.now, &mut both.sides[0]);
+    me.room = 0;
+    me.machine.notify(b"name", &[7; 1 << 20], start);
+    for second in 1..1000 {
+        let now = start + Duration::from_secs(second);
+        // The peer's heartbeats go on.
+        me.machine.heard(1, 0, now);
+        me.room += rate;
+        me.flush(now);
+        me.poll(now);
+        if let Some(e) = me.machine.dead() {
+            return (second, Some(e.kind()));
+        }
+    }
+    (1000, None)
+}
+
+#[test]
+fn a_notification_ends_whose_peer_reads_byte_by_byte() {
+    for rate in [0, 1, 1000] {
+        let (lasted, end) = read_at(rate);
+        assert!(lasted <= 40 && end == Some(ErrorKind::TimedOut), "{rate} bytes a second: {lasted} s, {end:?}");
+    }
+    assert_eq!(read_at(16 << 10), (1000, None), "slow and steady");
 }

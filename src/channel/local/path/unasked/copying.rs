@@ -75,7 +75,7 @@ impl LocalPath {
         self.unasked.reads.push(reading);
         let mut stride = Stride::first(transfer.total);
         while let Some((exports, bytes)) = self.gather(transfer, &sources, stride)? {
-            self.pull_pieces(place, exports, Whose::Read(transfer.key, bytes))?;
+            self.pull_pieces(place, exports, bytes, Whose::Read(transfer.key))?;
             if let Some(read) = self.unasked.reads.last_mut() {
                 read.pulls += 1;
             }
@@ -109,8 +109,8 @@ impl LocalPath {
         Ok((!pieces.is_empty()).then_some((exports, bytes)))
     }
 
-    /// Starts a pull of the pieces at hand.
-    fn pull_pieces(&mut self, place: Place, exports: Vec<u32>, whose: Whose) -> Result<()> {
+    /// Starts a pull of the pieces at hand, which have so many bytes.
+    fn pull_pieces(&mut self, place: Place, exports: Vec<u32>, bytes: u64, whose: Whose) -> Result<()> {
         for &id in &exports {
             self.imports.enter(id, place)?;
         }
@@ -121,12 +121,8 @@ impl LocalPath {
         // SAFETY: sources lie in the peer's process or in open mappings, which `exports` keeps; destinations are held by the read or by
         // the order, which stay until the pull has ended, or for ever where it does not end.
         let pull = unsafe { memory.pull(place, pieces) }?;
-        let bytes = match &whose {
-            Whose::Read(_, bytes) => *bytes,
-            Whose::Orders(parts) => parts.iter().map(|(_, bytes)| bytes).sum(),
-        };
         let (pieces, begun) = (pieces.len(), Instant::now());
-        self.unasked.batches.push(Batch { pull, place, exports, pieces, bytes, begun, whose });
+        self.unasked.batches.push(Batch { pull, place, exports, pieces, bytes, moved: 0, begun, whose });
         Ok(())
     }
 
@@ -176,7 +172,15 @@ impl LocalPath {
         let unasked = &mut self.unasked;
         let order = unasked.out.begin();
         let (key, len) = (transfer.key, transfer.total);
-        unasked.told.push_back(Told { order, key, len, begun: Instant::now(), over: false, _hold: transfer.hold.clone() });
+        unasked.told.push_back(Told {
+            order,
+            key,
+            len,
+            begun: Instant::now(),
+            over: false,
+            moved: 0,
+            _hold: transfer.hold.clone(),
+        });
         unasked.ordered_bytes += len;
         let mut stride = Stride::first(transfer.total);
         loop {
@@ -223,20 +227,20 @@ impl LocalPath {
                 read = true;
                 records += 1;
                 // One that was refused and has nothing under way has ended.
-                if pull.parts.last().is_none_or(|&(last, _)| last != head.order) && unasked.settle(head.order) {
+                if pull.parts.last() != Some(&head.order) && unasked.settle(head.order) {
                     self.ring_later();
                 }
             }
-            let Gathered { place, exports, parts, .. } = pull;
+            let Gathered { place, exports, parts, bytes } = pull;
             if let Some(place) = place {
-                for &(number, _) in &parts {
+                for &number in &parts {
                     if let Some(order) = self.unasked.order(number) {
                         order.pulls += 1;
                     }
                 }
                 self.unasked.pieces_under_way += self.unasked.pieces.len();
                 self.unasked.order_pulls += 1;
-                self.pull_pieces(place, exports, Whose::Orders(parts))?;
+                self.pull_pieces(place, exports, bytes, Whose::Orders(parts))?;
             }
             if !read {
                 break;
@@ -258,7 +262,11 @@ impl LocalPath {
         let (mut any, mut i) = (false, 0);
         while let Some(batch) = self.unasked.batches.get(i) {
             let Some(memory) = memory(&mut self.host, &mut self.device, batch.place) else { bail!(Internal, "a pull of nobody") };
-            if !memory.poll(batch.pull)? {
+            let (pull, bytes) = (batch.pull, batch.bytes);
+            if !memory.poll(pull)? {
+                // Large ones end together, since all have their turns: what each has shows that they go on.
+                let copied = memory.copied(pull, bytes);
+                self.moved(i, copied.min(bytes), events);
                 i += 1;
                 continue;
             }
@@ -267,23 +275,17 @@ impl LocalPath {
                 bail!(RemoteDisconnect, "the peer's process has closed the connection");
             }
             any = true;
+            self.moved(i, bytes, events);
             let Batch { exports, pieces, whose, .. } = self.unasked.batches.remove(i);
             if let Some(device) = &mut self.device {
                 exports.into_iter().for_each(|id| self.imports.release(id, &mut **device));
             }
             match whose {
-                Whose::Read(key, bytes) => {
-                    self.count_received(bytes);
-                    self.unasked.inn.read(bytes);
-                    events.push(Event::Moved(key, bytes));
-                    self.unasked.end_read(key, events);
-                }
+                Whose::Read(key) => self.unasked.end_read(key, events),
                 Whose::Orders(parts) => {
                     self.unasked.pieces_under_way -= pieces;
                     self.unasked.order_pulls -= 1;
-                    for (number, bytes) in parts {
-                        self.count_received(bytes);
-                        self.unasked.inn.moved(bytes);
+                    for number in parts {
                         if let Some(order) = self.unasked.order(number) {
                             order.pulls -= 1;
                         }
@@ -295,6 +297,28 @@ impl LocalPath {
             }
         }
         Ok(any)
+    }
+
+    /// So many bytes of a batch are in place.
+    fn moved(&mut self, at: usize, bytes: u64, events: &mut Vec<Event>) {
+        let Some(batch) = self.unasked.batches.get_mut(at) else { return };
+        let more = bytes.saturating_sub(batch.moved);
+        if more == 0 {
+            return;
+        }
+        batch.moved += more;
+        let read = match batch.whose {
+            Whose::Read(key) => Some(key),
+            Whose::Orders(_) => None,
+        };
+        self.count_received(more);
+        match read {
+            Some(key) => {
+                self.unasked.inn.read(more);
+                events.push(Event::Moved(key, more));
+            }
+            None => self.unasked.inn.moved(more),
+        }
     }
 
     /// Advances all of it.

@@ -385,3 +385,37 @@ fn device_memory_of_several_allocations_goes_without_asking() {
     assert!(start(&mut a, Way::Out, 2, &here, &there, 4096).unwrap());
     assert_eq!(run(&mut a, &mut b, 1).unwrap_err().kind(), ErrorKind::Protocol, "a peer that orders what it took back");
 }
+
+/// What stands still is ended: a transfer that takes long shows that it goes on.
+#[test]
+fn half_way_through_about_half_of_it_is_reported() {
+    const LEN: usize = 256 << 20;
+    for way in [Way::In, Way::Out] {
+        let (from, to) = (Memory::new(1, Place::HOST, LEN, 5), Memory::new(2, Place::HOST, LEN, 0));
+        let (here, there) = if way == Way::In { (&to, &from) } else { (&from, &to) };
+        let (mut a, mut b) = granted(here, there);
+        assert!(start(&mut a, way, 5, here, there, 64 << 10).unwrap());
+        let (mut seen, mut moved, mut ended, begin) = (Vec::new(), 0, false, Instant::now());
+        while !ended {
+            let mut events = Vec::new();
+            a.progress(&mut None, Instant::now(), &mut events).unwrap();
+            b.progress(&mut None, Instant::now(), &mut Vec::new()).unwrap();
+            for event in events {
+                match event {
+                    Event::Moved(_, n) => moved += n,
+                    Event::Ended(_, done) => ended = done,
+                    other => panic!("{other:?}"),
+                }
+            }
+            let mut network = (0, 0);
+            a.network(&mut |line| network = line.moved.unwrap()).unwrap();
+            seen.push((moved, network));
+            assert!(begin.elapsed() < Duration::from_secs(60), "{seen:?}");
+        }
+        let (half, all) = (seen[seen.len() / 2], LEN as u64);
+        let (of_network, at_end) = if way == Way::In { (half.1 .1, (0, all)) } else { (half.1 .0, (all, 0)) };
+        assert!(half.0 >= all / 8 && of_network >= all / 8, "{way:?}: {half:?} of {all} after half of {} looks", seen.len());
+        assert_eq!(seen.last(), Some(&(all, at_end)));
+        assert!(to.holds(5) && !from.region.in_use() && !to.region.in_use());
+    }
+}
