@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use uccl_p2p::config::Config;
 use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, LocalSegment};
-use victim::{config, pair, set_environment, text_of, until, Outcome, Victim};
+use victim::{config, pair, port, set_environment, text_of, until, Outcome, Victim};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -191,6 +191,33 @@ fn a_connection_that_somebody_keeps_stays_alive_and_keeps_no_other_up() {
         conn.status().unwrap();
     }
     write(&kept);
+    assert_eq!(to.bytes, from.bytes);
+}
+
+/// The same while connections come up: neither those that are made ready nor those that come up beside them are given up by their peers.
+#[test]
+fn connections_whose_set_up_somebody_keeps_stay_alive() {
+    const KEPT: Duration = Duration::from_millis(1500);
+    const COUNT: usize = 4;
+    let [a, b] = impatient(Duration::from_secs(30));
+    b.simulate_kept_set_ups(KEPT);
+    let start = Instant::now();
+    let connections: Vec<_> = std::thread::scope(|scope| {
+        let connects: Vec<_> = (0..COUNT).map(|_| scope.spawn(|| a.connect("127.0.0.1", "", port(&b)).unwrap())).collect();
+        connects.into_iter().map(|connect| connect.join().unwrap()).collect()
+    });
+    let accepted: Vec<_> = (0..COUNT).map(|_| b.accept().unwrap()).collect();
+    while start.elapsed() < KEPT * (COUNT as u32 + 1) {
+        for conn in connections.iter().chain(&accepted) {
+            conn.status().unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let (from, to) = (Buffer::new(&a, vec![7; 100_000]), Buffer::new(&b, vec![0; 100_000]));
+    for conn in &connections {
+        let id = conn.transfer(Direction::Write, std::iter::once((from.local(100_000), to.item(&b)))).unwrap();
+        conn.wait(id, None).unwrap();
+    }
     assert_eq!(to.bytes, from.bytes);
 }
 

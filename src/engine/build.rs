@@ -161,10 +161,7 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
         paths.insert(0, Box::new(path));
         watched
     });
-    let mut channels = Channels::new(paths, copier(site)?);
-    if home.connections.count() < READY {
-        site.gpus.used().into_iter().for_each(|place| told(place, channels.ready(place)));
-    }
+    let channels = Channels::new(paths, copier(site)?);
     let name = up.address.to_string();
     let setting = setting(site, &up.agreed, up.address);
     let who = introduced(&up.agreed);
@@ -193,8 +190,24 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
         return Err(super::ending::canceled());
     }
     connection.watch()?;
-    // Not before it is listed: whoever ends a region has the listed connections forget it.
-    home.registry.on_devices().iter().for_each(|region| connection.offer_region(region));
     home.attend(connection.id);
     Ok(connection)
+}
+
+/// Has a new connection ready for memory of GPUs, which may take as long as an application keeps the driver. It is listed before: somebody
+/// says for it that this side is alive, and whoever ends a region has it forget what it was offered.
+pub(crate) fn prepare(site: &Site, connection: &Connection) {
+    let home = &site.home;
+    #[cfg(feature = "test-api")]
+    if let time @ 1.. = site.kept.load(std::sync::atomic::Ordering::Relaxed) {
+        connection.simulate_kept_preparing(std::time::Duration::from_millis(time));
+    }
+    if home.connections.count() <= READY {
+        site.gpus.used().into_iter().for_each(|place| told(place, connection.ready(place)));
+    }
+    for region in home.registry.on_devices() {
+        if let Ok(region) = home.registry.local(region) {
+            connection.offer_region(&region);
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! Connecting to a peer engine, in the caller's thread. Knows nothing of what travels on the connection.
 
 use super::attempt::{Attempt, Progress};
+use super::build;
 use super::connection::Connection;
 use super::dial;
 use super::ending::canceled;
@@ -121,7 +122,11 @@ fn run(
     let setup = Setup::new(site.link(Some(gpu)).map_err(never)?, now, deadline, deadline);
     let mut attempt = Attempt::new(sock, address, setup, now);
     match drive(site, &mut attempt) {
-        Ok(()) => attempt.finish(site, None).map_err(never),
+        Ok(()) => {
+            let connection = attempt.finish(site, None).map_err(never)?;
+            build::prepare(site, &connection);
+            Ok(connection)
+        }
         Err(e) => {
             let again = again(&attempt, &e);
             let sock = attempt.give_up(&e);

@@ -158,6 +158,8 @@ impl Engine {
             pool: budget::Pool::new(limits.peer_bytes, limits.peer_bytes_of_one, limits.transfers),
             census: budget::Census::new(limits.connections, limits.of_address),
             home: home.clone(),
+            #[cfg(feature = "test-api")]
+            kept: Default::default(),
             config,
         });
         let spin = site.config.spin;
@@ -272,6 +274,13 @@ impl Engine {
             home.connections.all().iter().for_each(|connection| connection.offer_region(&region));
         }
         Ok(id)
+    }
+
+    /// Simulates a driver of a GPU that keeps who makes new connections ready, each for so long.
+    #[cfg(feature = "test-api")]
+    #[doc(hidden)]
+    pub fn simulate_kept_set_ups(&self, time: Duration) {
+        self.parts.site.kept.store(time.as_millis() as u64, std::sync::atomic::Ordering::Relaxed);
     }
 
     /// Ends a registration. Waits for transfers that use it; what has not ended by the close deadline is failed with its connection.

@@ -94,9 +94,9 @@ impl Registry {
         }
     }
 
-    /// The regions that do not lie in host memory.
-    pub(crate) fn on_devices(&self) -> Vec<RegionUse> {
-        self.regions.read().by_id.values().filter(|region| region.place.is_device()).map(RegionUse::new).collect()
+    /// The regions that do not lie in host memory. Whoever wants one takes it when its turn comes: what is used cannot be deregistered.
+    pub(crate) fn on_devices(&self) -> Vec<u64> {
+        self.regions.read().by_id.iter().filter(|(_, region)| region.place.is_device()).map(|(&id, _)| id).collect()
     }
 
     /// A region for a peer that shows a token. Unknown region and wrong token give the same answer.

@@ -5,6 +5,7 @@
 use super::accepts::{Accepts, Waiting};
 use super::attempt::{Attempt, Progress};
 use super::budget::Counted;
+use super::build;
 use super::connection::Connection;
 use super::ending::canceled;
 use super::limits;
@@ -14,12 +15,12 @@ use super::turns::Turns;
 use crate::logging::Limiter;
 use crate::status::{err, Error, ErrorKind, Result};
 use reactor::{Events, Interest, Poller};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::Read;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// Token of the engine's end; the listening sockets follow it, then the set-ups.
@@ -39,6 +40,8 @@ const HESITATION: Duration = Duration::from_millis(200);
 const SWEEP: Duration = Duration::from_millis(100);
 /// A proved peer that has said nothing for this long gives way when others wait for their turn.
 const STALE: Duration = Duration::from_secs(2);
+/// How long a new connection waits for set-ups under way before it is made ready for memory of GPUs.
+const OTHERS_FIRST: Duration = Duration::from_secs(1);
 /// How long a refused peer may take to read why.
 const FAREWELL: Duration = Duration::from_secs(1);
 /// Lines a second about set-ups that failed, and about descriptors that ran out.
@@ -97,6 +100,8 @@ struct Desk {
     stale: BTreeSet<(Instant, u64)>,
     /// Refused peers that may still read why.
     farewells: BTreeMap<u64, (TcpStream, Instant)>,
+    /// Connections that are not ready for memory of GPUs, and since when they are up.
+    fresh: VecDeque<(Weak<Connection>, Instant)>,
     paused_until: Option<Instant>,
     sweep_at: Option<Instant>,
     lines: Limiter,
@@ -158,6 +163,7 @@ impl Desk {
             turns: Turns::new(limits.incoming, limits.per_peer),
             stale: BTreeSet::new(),
             farewells: BTreeMap::new(),
+            fresh: VecDeque::new(),
             paused_until: None,
             sweep_at: None,
             lines: Limiter::new(LINES),
@@ -183,7 +189,25 @@ impl Desk {
             }
             self.on_time(now);
             self.admit(now);
+            self.prepare(now);
         }
+    }
+
+    /// Has one new connection ready, once no other is about to be up: its peer may know that it is, and hears of this side only afterwards.
+    fn prepare(&mut self, now: Instant) {
+        if self.prepare_at().is_none_or(|at| at > now) {
+            return;
+        }
+        let connection = self.fresh.pop_front().and_then(|(connection, _)| connection.upgrade());
+        if let Some(connection) = connection.filter(|connection| connection.is_up()) {
+            build::prepare(&self.site, &connection);
+        }
+    }
+
+    /// When the next new connection is to be made ready.
+    fn prepare_at(&self) -> Option<Instant> {
+        let &(_, up) = self.fresh.front()?;
+        Some(if self.turns.admitted() == 0 { up } else { up + OTHERS_FIRST })
     }
 
     /// Until when nothing happens without an event.
@@ -191,7 +215,7 @@ impl Desk {
         let timer = self.timers.first().map(|(at, _)| *at);
         // Farewells are as old as their ids.
         let farewell = self.farewells.first_key_value().map(|(_, (_, until))| *until);
-        let first = [timer, farewell, self.paused_until, self.sweep_at].into_iter().flatten().min()?;
+        let first = [timer, farewell, self.paused_until, self.sweep_at, self.prepare_at()].into_iter().flatten().min()?;
         let left = first.saturating_duration_since(Instant::now());
         // Whoever waits for a turn gets it when another set-up has become stale.
         Some(if self.turns.waiting() == 0 { left } else { left.min(STALE / 4) })
@@ -406,6 +430,7 @@ impl Desk {
         match entry.attempt.finish(&self.site, entry.counted) {
             Ok(connection) => {
                 self.site.home.counters.setups_in.add();
+                self.fresh.push_back((Arc::downgrade(&connection), now));
                 self.accepts.push(connection);
                 self.sweep_at.get_or_insert(now + SWEEP);
             }

@@ -85,6 +85,9 @@ pub(crate) struct Site {
     pub pool: Arc<Pool>,
     pub census: Arc<Census>,
     pub home: Arc<Home>,
+    /// Milliseconds for which preparing a new connection is kept, simulated.
+    #[cfg(feature = "test-api")]
+    pub kept: std::sync::atomic::AtomicU64,
 }
 
 impl Site {
