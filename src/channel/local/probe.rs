@@ -82,7 +82,7 @@ impl<T: Send + 'static> Probe<T> {
     fn begin(&mut self) -> Result<()> {
         let Some(turn) = Turn::take() else { return Ok(()) };
         let (Some(work), slot) = (self.work.take(), self.slot.clone()) else { return Ok(()) };
-        let thread = std::thread::Builder::new().name("uccl-probe".to_owned()).spawn(move || {
+        let thread = std::thread::Builder::new().name("uccl-reach".to_owned()).spawn(move || {
             block_signals();
             let result = work();
             // Its place is free before anybody knows.
