@@ -36,15 +36,14 @@ pub(crate) struct Up {
 }
 
 /// What copies device memory; none on a machine without a GPU.
-fn copier(site: &Site) -> Result<Copier> {
+fn copier(site: &Site) -> Copier {
     if site.config.emulate_device {
-        return Ok(Some(Box::new(EmulatedDevice)));
+        return Some(Box::new(EmulatedDevice));
     }
-    if !crate::gpu::available() {
-        return Ok(None);
+    match crate::gpu::available() {
+        true => Some(Box::new(CudaDevice::default())),
+        false => None,
     }
-    site.gpus.warm()?;
-    Ok(Some(Box::new(CudaDevice::default())))
 }
 
 /// A path over the channels of each set that has some.
@@ -161,7 +160,7 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
         paths.insert(0, Box::new(path));
         watched
     });
-    let channels = Channels::new(paths, copier(site)?);
+    let channels = Channels::new(paths, copier(site));
     let name = up.address.to_string();
     let setting = setting(site, &up.agreed, up.address);
     let who = introduced(&up.agreed);
@@ -201,6 +200,9 @@ pub(crate) fn prepare(site: &Site, connection: &Connection) {
     #[cfg(feature = "test-api")]
     if let time @ 1.. = site.kept.load(std::sync::atomic::Ordering::Relaxed) {
         connection.simulate_kept_preparing(std::time::Duration::from_millis(time));
+    }
+    if let Err(e) = site.gpus.warm() {
+        log::debug!("what copies memory of GPUs is left to the first copy: {e}");
     }
     if home.connections.count() <= READY {
         site.gpus.used().into_iter().for_each(|place| told(place, connection.ready(place)));

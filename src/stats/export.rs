@@ -138,13 +138,21 @@ fn write_each_second(path: &Path, sources: &Sources, ending: &Waker) {
     }
 }
 
-/// Replaces the file at once: a reader sees the old contents or the new ones.
+/// Replaces the file at once: a reader sees the old contents or the new ones. Nothing else is replaced, a device least of all, and what lies
+/// where the new contents are written first is not written through.
 fn rewrite(path: &Path, text: &str) -> io::Result<()> {
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if !found.is_file() => return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file")),
+        _ => {}
+    }
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".{}.tmp", std::process::id()));
     let fresh = path.with_file_name(name);
-    std::fs::write(&fresh, text)?;
-    std::fs::rename(&fresh, path).inspect_err(|_| drop(std::fs::remove_file(&fresh)))
+    // Of a process of the same number that ended in the middle of it.
+    let _ = std::fs::remove_file(&fresh);
+    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).open(&fresh)?;
+    let written = file.write_all(text.as_bytes()).and_then(|()| std::fs::rename(&fresh, path));
+    written.inspect_err(|_| drop(std::fs::remove_file(&fresh)))
 }
 
 // ---- sockets ----
@@ -314,6 +322,29 @@ mod tests {
         let mut text = String::new();
         client.read_to_string(&mut text).unwrap();
         text
+    }
+
+    #[test]
+    fn nothing_but_a_file_is_replaced_and_no_link_is_followed() {
+        let folder = folder("special");
+        let (victim, link, pipe, plain) = (folder.join("victim"), folder.join("link"), folder.join("pipe"), folder.join("plain"));
+        std::fs::write(&victim, "kept").unwrap();
+        std::os::unix::fs::symlink(&victim, &link).unwrap();
+        let name = std::ffi::CString::new(pipe.to_str().unwrap()).unwrap();
+        // SAFETY: a path that ends in zero.
+        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+        for path in [&link, &pipe, &folder] {
+            let refused = offer(&Target::File(path.clone()), engine("x")).err().unwrap();
+            assert_eq!(refused.kind(), io::ErrorKind::InvalidInput, "{}", path.display());
+        }
+        assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert!(std::fs::symlink_metadata(&pipe).unwrap().file_type().is_fifo());
+        // Somebody else made the name first under which the contents are written.
+        std::os::unix::fs::symlink(&victim, folder.join(format!("plain.{}.tmp", std::process::id()))).unwrap();
+        rewrite(&plain, "new").unwrap();
+        assert_eq!(std::fs::read_to_string(&plain).unwrap(), "new");
+        assert_eq!(std::fs::read_to_string(&victim).unwrap(), "kept");
+        std::fs::remove_dir_all(&folder).unwrap();
     }
 
     #[test]
