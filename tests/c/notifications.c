@@ -223,7 +223,8 @@ static bool limited(void)
     return !getenv("UCCL_TCPX_PLUGIN_PATH");
 #endif
 }
-#define LARGE (60 * MIB)
+/* With its name as large as a notification may be; and larger than what malloc keeps of address space for threads that have ended. */
+#define LARGE (64 * MIB - 1)
 
 /* From now on, or no longer, this process gets so much more memory only. */
 static void limit_memory(rlim_t more)
