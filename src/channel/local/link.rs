@@ -653,8 +653,8 @@ pub(crate) mod tests {
 
     /// A page that is not there before somebody says so, which nobody does; `None` where the kernel has none for this user.
     fn silent_page() -> Option<(OwnedFd, u64)> {
-        const API: libc::c_ulong = 0xC018_AA3F;
-        const REGISTER: libc::c_ulong = 0xC020_AA00;
+        const API: libc::Ioctl = 0xC018_AA3F_u32 as libc::Ioctl;
+        const REGISTER: libc::Ioctl = 0xC020_AA00_u32 as libc::Ioctl;
         // SAFETY: fresh memory, which stays mapped, and structures as the kernel's userfaultfd.h has them.
         unsafe {
             let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK);
