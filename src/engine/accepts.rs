@@ -77,24 +77,24 @@ impl<T: Waiting> Accepts<T> {
     /// # Errors
     /// `Canceled` after [`Accepts::stop`].
     pub(crate) fn take(&self) -> Result<Arc<T>> {
+        let mut queue = self.queue.lock();
         loop {
-            let mut queue = self.queue.lock();
-            let dead = loop {
-                if queue.stopped {
-                    return Err(err!(Canceled, "accept was stopped"));
+            if queue.stopped {
+                return Err(err!(Canceled, "accept was stopped"));
+            }
+            match queue.ready.pop_first() {
+                Some((_, connection)) if connection.is_up() => {
+                    connection.waits(false);
+                    return Ok(connection);
                 }
-                match queue.ready.pop_first() {
-                    Some((_, connection)) if connection.is_up() => {
-                        connection.waits(false);
-                        return Ok(connection);
-                    }
-                    Some((_, connection)) => break connection,
-                    None => self.changed.wait(&mut queue),
+                Some((_, dead)) => {
+                    // Closing takes its time, outside of the lock; and it is not put off until another one comes.
+                    drop(queue);
+                    drop(dead);
+                    queue = self.queue.lock();
                 }
-            };
-            drop(queue);
-            // Closing takes its time, outside of the lock; and it is not put off until another one comes.
-            drop(dead);
+                None => self.changed.wait(&mut queue),
+            }
         }
     }
 

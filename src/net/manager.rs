@@ -2,10 +2,8 @@
 //! memory of a GPU at the first accept there. Knows nothing of what it answers.
 
 use crate::status::{bail, Result};
-use std::ffi::OsStr;
+use socket2::{Domain, SockAddr, Socket, Type};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 /// Names the folder of its sockets, and where the plugin looks when nobody does.
@@ -46,30 +44,11 @@ fn serves_from(folder: &Path, gpu: Option<&str>) -> Result<()> {
 
 /// Connects to a socket without waiting, and hangs up.
 fn knock(path: &Path) -> io::Result<()> {
-    // SAFETY: plain data for which zeros are valid.
-    let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
-    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
-    let bytes = OsStr::as_bytes(path.as_os_str());
-    if bytes.len() >= address.sun_path.len() {
-        return Err(io::Error::from_raw_os_error(libc::ENAMETOOLONG));
-    }
-    for (to, from) in address.sun_path.iter_mut().zip(bytes) {
-        *to = *from as libc::c_char;
-    }
-    // SAFETY: a plain system call.
-    let fd = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC, 0) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: fresh, and owned by nobody else.
-    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-    let size = size_of::<libc::sockaddr_un>() as libc::socklen_t;
-    // SAFETY: an address and its size.
-    let result = unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), size) };
-    match io::Error::last_os_error() {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking().cloexec(), None)?;
+    match socket.connect(&SockAddr::unix(path)?) {
         // Many wait for it: it is there.
-        e if result != 0 && e.kind() != io::ErrorKind::WouldBlock => Err(e),
-        _ => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(()),
+        result => result,
     }
 }
 

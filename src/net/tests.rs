@@ -169,15 +169,7 @@ fn poll(side: &mut Establishing, up: &mut Option<Vec<Pair>>) {
     }
 }
 
-fn wait_for(mut condition: impl FnMut() -> bool) {
-    let until = Instant::now() + Duration::from_secs(20);
-    while !condition() {
-        assert!(Instant::now() < until);
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
-fn wait(what: &str, condition: impl Fn() -> bool) {
+fn wait(what: &str, mut condition: impl FnMut() -> bool) {
     let until = Instant::now() + Duration::from_secs(20);
     while !condition() {
         assert!(Instant::now() < until, "{what}");
@@ -269,7 +261,7 @@ fn sends_under_way(plugin: &Arc<Plugin>) {
         let mhandle = send.region(span, span.addr).expect("region");
         assert!(send.send(memory.at.cast(), 1000, 0, mhandle).expect("send"));
     }
-    wait_for(|| send.test_oldest().expect("test"));
+    wait("the send is done", || send.test_oldest().expect("test"));
     drop(send);
     assert_eq!(data.into_iter().map(ends).collect::<Vec<_>>(), [Ok(500), Ok(500)]);
     // More than both kernels' buffers hold: the rest never leaves.

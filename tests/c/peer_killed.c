@@ -147,14 +147,20 @@ static void kill_during(direction d)
 CASE(killed_during_write) { kill_during(WRITE); }
 CASE(killed_during_read) { kill_during(READ); }
 
+/* A pair whose peer stands still with transfers under way. */
+static void start_frozen(side *s, flight *f, direction d, const char *silence)
+{
+    start_pair(s, d, silence);
+    take_off(s, d, f);
+    await_first_bytes(s, f);
+    CHECK(kill(s->child, SIGSTOP) == 0);
+}
+
 static void freeze_during(direction d)
 {
     side s;
     flight f;
-    start_pair(&s, d, DEADLINE);
-    take_off(&s, d, &f);
-    await_first_bytes(&s, &f);
-    CHECK(kill(s.child, SIGSTOP) == 0);
+    start_frozen(&s, &f, d, DEADLINE);
     check_crash(&s, &f, d == READ);
     check_lost(&s);
     check_engine_lives(&s);
@@ -192,10 +198,7 @@ CASE(closed_while_frozen)
 {
     side s;
     flight f;
-    start_pair(&s, WRITE, DEADLINE);
-    take_off(&s, WRITE, &f);
-    await_first_bytes(&s, &f);
-    CHECK(kill(s.child, SIGSTOP) == 0);
+    start_frozen(&s, &f, WRITE, DEADLINE);
     check_close(&s);
     end_child(&s);
 }
@@ -214,10 +217,7 @@ CASE(region_of_an_engine_that_ends)
     flight f;
     pthread_t thread;
     size_t needed;
-    start_pair(&s, WRITE, PATIENCE);
-    take_off(&s, WRITE, &f);
-    await_first_bytes(&s, &f);
-    CHECK(kill(s.child, SIGSTOP) == 0);
+    start_frozen(&s, &f, WRITE, PATIENCE);
     int64_t begin = now_ms();
     CHECK(pthread_create(&thread, NULL, destroy, s.engine) == 0);
     while (uccl_engine_metadata_into(s.engine, NULL, 0, &needed) != UCCL_ERR_NOT_FOUND)

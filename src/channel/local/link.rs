@@ -499,7 +499,7 @@ pub(crate) mod tests {
     use super::super::{memfile, socket};
     use super::*;
     use crate::status::ErrorKind;
-    use std::os::fd::{AsRawFd, FromRawFd};
+    use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
 
     fn keys(swap: bool) -> ProofKeys {
         let (a, b) = (Secret::new([1; 32]), Secret::new([2; 32]));
@@ -613,16 +613,22 @@ pub(crate) mod tests {
         assert_eq!(error.kind(), ErrorKind::TimedOut);
     }
 
-    /// A peer that proves itself, and then says this.
-    fn proved_and_then(change: impl Fn(&mut Vec<u8>), fd: Option<OwnedFd>, second: Option<&[u8]>) -> Result<()> {
-        let (mut a, b) = both([1, 1]);
-        let peer = Socket::connect(&a.id, Where::Abstract)?.unwrap();
+    /// A peer that proves itself to a listening side, with such changes to what it says and this for its ring.
+    fn introduced(to: &Meeting, change: impl Fn(&mut Vec<u8>), ring: Option<BorrowedFd<'_>>) -> Result<Socket> {
+        let peer = Socket::connect(&to.id, Where::Abstract)?.unwrap();
         let mut body = introduction(&[(Place::gpu(0), gpu(0))], &keys(true).send)?;
         body.truncate(body.len() - MAC);
         change(&mut body);
         let mac = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &keys(true).send[..]), &body);
         body.extend_from_slice(mac.as_ref());
-        assert!(peer.send(&body, fd.as_ref().map(AsFd::as_fd))?);
+        assert!(peer.send(&body, ring)?);
+        Ok(peer)
+    }
+
+    /// A peer that proves itself, and then says this.
+    fn proved_and_then(change: impl Fn(&mut Vec<u8>), fd: Option<OwnedFd>, second: Option<&[u8]>) -> Result<()> {
+        let (mut a, b) = both([1, 1]);
+        let peer = introduced(&a, change, fd.as_ref().map(AsFd::as_fd))?;
         a.poll(Instant::now())?;
         if let Some(second) = second {
             assert!(peer.send(second, None)?);
@@ -680,14 +686,11 @@ pub(crate) mod tests {
             return;
         };
         let (mut a, b) = both([1, 1]);
-        let peer = Socket::connect(&a.id, Where::Abstract).unwrap().unwrap();
-        let mut body = introduction(&[(Place::gpu(0), gpu(0))], &keys(true).send).unwrap();
-        body.truncate(body.len() - MAC);
-        let at = body.len() - 40;
-        body[at..at + 8].copy_from_slice(&page.to_le_bytes());
-        let mac = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &keys(true).send[..]), &body);
-        body.extend_from_slice(mac.as_ref());
-        assert!(peer.send(&body, Some(b.outbox.as_ref().unwrap().fd())).unwrap());
+        let elsewhere = |body: &mut Vec<u8>| {
+            let at = body.len() - 40;
+            body[at..at + 8].copy_from_slice(&page.to_le_bytes());
+        };
+        let peer = introduced(&a, elsewhere, Some(b.outbox.as_ref().unwrap().fd())).unwrap();
         let gpus = (Place::gpu(0), Place::gpu(0));
         let all = [(Place::HOST, Place::HOST, Manner::Pull), (gpus.0, gpus.1, Manner::Pull)];
         assert!(peer.send(&findings(&all), None).unwrap());
