@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use uccl_p2p::config::Config;
 use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, LocalSegment};
+use uccl_p2p::status::ErrorKind;
 use victim::{config, pair, port, set_environment, text_of, until, Outcome, Victim};
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -219,6 +220,26 @@ fn connections_whose_set_up_somebody_keeps_stay_alive() {
         conn.wait(id, None).unwrap();
     }
     assert_eq!(to.bytes, from.bytes);
+}
+
+/// Where an engine ends while somebody keeps one of its connections, the peers of the others hear of it at once.
+#[test]
+fn an_engine_that_ends_while_somebody_keeps_a_connection_tells_the_peers_of_the_others() {
+    const KEPT: Duration = Duration::from_secs(4);
+    let [a, b] = impatient(Duration::from_secs(30));
+    let (kept, _inc) = pair(&a, &b);
+    let others: Vec<_> = (0..3).map(|_| pair(&a, &b)).collect();
+    std::thread::scope(|scope| {
+        let keeping = scope.spawn(|| kept.simulate_kept_preparing(KEPT));
+        std::thread::sleep(Duration::from_millis(100));
+        scope.spawn(|| a.shutdown());
+        for (_, inc) in &others {
+            assert!(until(KEPT / 2, || inc.status().is_err()), "the peer of another connection heard of the end too late");
+            assert_eq!(inc.status().unwrap_err().kind(), ErrorKind::RemoteDisconnect);
+        }
+        assert!(!keeping.is_finished());
+    });
+    assert!(until(LIMIT, || kept.status().is_err()));
 }
 
 /// Clock ticks that this process uses while somebody keeps a connection to which something happens meanwhile, and those of a second.

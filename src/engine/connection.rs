@@ -118,6 +118,9 @@ pub struct Connection {
     preparing: AtomicU32,
     /// What the channels ring.
     seat: Local<Arc<Seat>>,
+    /// Regions that have ended while somebody kept the connection: whoever drives it next has its channels forget them.
+    forgotten: Mutex<Vec<u64>>,
+    any_forgotten: AtomicBool,
     /// The path to a process of this host, where there is one.
     one_host: Option<Watched>,
     /// Its socket is watched.
@@ -156,6 +159,8 @@ impl Connection {
             waiters: AtomicU32::new(0),
             polls: Polls::default(),
             seat: Local::new(seat),
+            forgotten: Mutex::default(),
+            any_forgotten: AtomicBool::new(false),
             one_host,
             watching: AtomicBool::new(false),
             peer,
@@ -236,6 +241,7 @@ impl Connection {
         if core.machine.dead().is_some() {
             return false;
         }
+        self.forget_late(core);
         if core.closing {
             let _ = core.flush(now, FLUSH);
             return false;
@@ -332,11 +338,6 @@ impl Connection {
             let mut core = self.lock();
             core.channels.offer(region.to_share());
         }
-    }
-
-    /// Drops the plugin's registrations of a region.
-    pub(crate) fn forget_region(&self, id: u64) {
-        self.lock().channels.forget_region(id);
     }
 }
 

@@ -313,7 +313,7 @@ impl Engine {
         }
         if retired.is_registered() {
             for connection in home.connections.all() {
-                connection.forget_region(retired.id());
+                connection.forget_region(retired.id(), deadline);
             }
         }
         Ok(())
@@ -380,14 +380,11 @@ impl Engine {
         let mut threads = std::mem::take(&mut *threads.lock());
         join(threads.setup.take());
         join(threads.keeper.take());
-        // Then all say goodbye, and share one deadline.
+        // Then all say goodbye, and share one deadline. What somebody keeps ends last: no other peer waits for that.
         let waiting = accepts.drain();
-        let all = site.home.connections.all();
-        for connection in &all {
-            connection.say_goodbye();
-        }
         let deadline = Instant::now() + connection::CLOSING.min(site.config.close_timeout);
-        for connection in &all {
+        let (free, kept): (Vec<_>, Vec<_>) = site.home.connections.all().into_iter().partition(|c| c.say_goodbye(deadline));
+        for connection in free.iter().chain(&kept) {
             connection.finish_close(deadline);
         }
         drop(waiting);

@@ -1,7 +1,7 @@
 //! How a connection ends: closed on this side, failed with a cause that both sides are told, or given up after a defect.
 
 use super::core::{Core, FLUSH};
-use super::{Connection, CLOSING};
+use super::{Connection, Held, CLOSING};
 use crate::status::{err, Error, ErrorKind};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::Ordering;
@@ -84,20 +84,25 @@ impl Connection {
 
     /// Closes the connection: what is queued for the peer leaves first (for a second at most), then transfers in flight are canceled.
     pub fn close(&self) {
-        self.say_goodbye();
         self.finish_close(Instant::now() + CLOSING.min(self.home.close_timeout));
     }
 
-    /// Tells the peer that no more comes; waits for nothing. [`Connection::finish_close`] does the rest.
-    pub(crate) fn say_goodbye(&self) {
+    /// Tells the peer that no more comes, without waiting for it. [`Connection::finish_close`] does the rest. `false` where somebody
+    /// keeps the connection: nothing was said.
+    pub(crate) fn say_goodbye(&self, deadline: Instant) -> bool {
         if !self.core.is_here() {
-            return;
+            return true;
         }
-        let mut core = self.lock();
+        let Some(mut core) = self.lock_unless_kept(deadline) else { return false };
+        self.goodbye(&mut core);
+        true
+    }
+
+    fn goodbye(&self, core: &mut Core) {
         if core.machine.dead().is_none() && !core.closing {
             // What has arrived still counts.
             let now = Instant::now();
-            self.drive(&mut core, now);
+            self.drive(core, now);
             core.machine.say_bye(None, now);
             core.control.end();
             core.closing = true;
@@ -107,12 +112,14 @@ impl Connection {
         }
     }
 
-    /// Ends the connection: once what is queued has left and the peer has hung up, or at the deadline.
+    /// Ends the connection: says goodbye, unless that was done, and goes on once what is queued has left and the peer has hung up, or at
+    /// the deadline. What somebody keeps is waited for.
     pub(crate) fn finish_close(&self, deadline: Instant) {
         if !self.core.is_here() {
             return;
         }
         let mut core = self.lock();
+        self.goodbye(&mut core);
         while core.machine.dead().is_none() && core.backlog() > 0 && Instant::now() < deadline {
             if core.flush(Instant::now(), FLUSH).is_err() || core.control.hung_up() {
                 break;
@@ -136,11 +143,44 @@ impl Connection {
         self.home.connections.remove(self.id);
     }
 
-    /// Fails the connection if a transfer of it still uses the region.
+    /// Fails the connection if a transfer of it still uses the region. Where somebody has it at this moment: ask again.
     pub(crate) fn fail_if_using(&self, region: u64, error: Error) {
-        let mut core = self.lock();
+        let Some(mut core) = self.core.try_lock().map(|core| self.hold(core)) else { return };
         if core.machine.uses_region(region) || core.channels.uses_region(region) {
             self.fail_locked(&mut core, error);
+        }
+    }
+
+    /// Drops the plugin's registrations of a region that has ended. Where somebody keeps the connection, or has it until the deadline,
+    /// whoever drives it next does so.
+    pub(crate) fn forget_region(&self, id: u64, deadline: Instant) {
+        if let Some(mut core) = self.lock_unless_kept(deadline) {
+            core.channels.forget_region(id);
+            return;
+        }
+        self.forgotten.lock().push(id);
+        self.any_forgotten.store(true, Ordering::SeqCst);
+        self.home.attend(self.id);
+    }
+
+    /// What ended while somebody kept the connection.
+    pub(super) fn forget_late(&self, core: &mut Core) {
+        if self.any_forgotten.load(Ordering::Relaxed) && self.any_forgotten.swap(false, Ordering::SeqCst) {
+            let regions = std::mem::take(&mut *self.forgotten.lock());
+            regions.into_iter().for_each(|id| core.channels.forget_region(id));
+        }
+    }
+
+    /// The lock, unless the deadline comes first or somebody keeps the connection, which may be for long.
+    fn lock_unless_kept(&self, deadline: Instant) -> Option<Held<'_>> {
+        loop {
+            if let Some(core) = self.core.try_lock() {
+                return Some(self.hold(core));
+            }
+            if self.preparing.load(Ordering::SeqCst) > 0 || Instant::now() >= deadline {
+                return None;
+            }
+            std::thread::sleep(Duration::from_micros(50));
         }
     }
 }
