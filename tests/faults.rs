@@ -222,6 +222,24 @@ fn connections_whose_set_up_somebody_keeps_stay_alive() {
     assert_eq!(to.bytes, from.bytes);
 }
 
+/// Nor does who makes one connection ready keep another one from coming up, and from being used.
+#[test]
+fn a_set_up_that_somebody_keeps_keeps_no_other_up() {
+    const KEPT: Duration = Duration::from_secs(3);
+    let [a, b] = impatient(Duration::from_secs(30));
+    b.simulate_kept_set_ups(KEPT);
+    let kept = pair(&a, &b);
+    std::thread::sleep(Duration::from_millis(100));
+    let begun = Instant::now();
+    let (other, _inc) = pair(&a, &b);
+    let (from, to) = (Buffer::new(&a, vec![7; 100_000]), Buffer::new(&b, vec![0; 100_000]));
+    let id = other.transfer(Direction::Write, std::iter::once((from.local(100_000), to.item(&b)))).unwrap();
+    other.wait(id, None).unwrap();
+    assert!(begun.elapsed() < KEPT / 2, "another set-up was kept for {:?}", begun.elapsed());
+    assert_eq!(to.bytes, from.bytes);
+    kept.0.status().unwrap();
+}
+
 /// Where an engine ends while somebody keeps one of its connections, the peers of the others hear of it at once.
 #[test]
 fn an_engine_that_ends_while_somebody_keeps_a_connection_tells_the_peers_of_the_others() {

@@ -445,6 +445,9 @@ mod tests {
         fn busy(&self) -> bool {
             !self.happens.is_empty()
         }
+        fn ends_soon(&self, _now: Instant) -> bool {
+            self.busy()
+        }
         fn network(&self, each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
             for channel in 0..self.channels {
                 let moved = self.bytes.map(|bytes| if channel == 0 { bytes } else { (0, 0) });
@@ -535,10 +538,10 @@ mod tests {
         let (device_bytes, host_bytes) = (Some((10, 20)), Some((1, 2)));
         (device.bytes, host.bytes) = (device_bytes, host_bytes);
         let mut channels = Channels::new(vec![device, host], None);
-        assert!(channels.busy());
+        assert!(channels.busy() && channels.ends_soon(Instant::now()));
         let mut events = Vec::new();
         assert!(channels.progress(Instant::now(), &mut events).unwrap());
-        assert_eq!((events.len(), channels.busy()), (3, false));
+        assert_eq!((events.len(), channels.busy(), channels.ends_soon(Instant::now())), (3, false, false));
         assert_eq!(channels.totals(), Totals { submitted: 0, sent: 7, received: 111, expected: 0 });
         assert_eq!(channels.look(Instant::now()).unwrap(), (11, 22));
         // One plugin that does not tell, and whole chunks are all there is.

@@ -48,7 +48,11 @@ fn connect_within(site: &Site, host: &str, gpu: &str, port: u16) -> Result<Arc<C
     let mut before = None;
     loop {
         let (error, again) = match once(site, &addresses, gpu, deadline) {
-            Ok(connection) => return Ok(connection),
+            Ok(connection) => {
+                // Others have their turn meanwhile.
+                build::prepare(site, &connection);
+                return Ok(connection);
+            }
             Err(failed) => failed,
         };
         let now = Instant::now();
@@ -122,11 +126,7 @@ fn run(
     let setup = Setup::new(site.link(Some(gpu)).map_err(never)?, now, deadline, deadline);
     let mut attempt = Attempt::new(sock, address, setup, now);
     match drive(site, &mut attempt) {
-        Ok(()) => {
-            let connection = attempt.finish(site, None).map_err(never)?;
-            build::prepare(site, &connection);
-            Ok(connection)
-        }
+        Ok(()) => attempt.finish(site, None).map_err(never),
         Err(e) => {
             let again = again(&attempt, &e);
             let sock = attempt.give_up(&e);

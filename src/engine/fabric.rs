@@ -9,6 +9,7 @@ use crate::addresses::AllowList;
 use crate::channel::local::{Opening, ProofKeys};
 use crate::net::secure::ChannelKeys;
 use crate::net::setup::{self, Establishing, Listening, Pair, Role};
+use crate::net::traits::Traits;
 use crate::status::{bail, Error, Result};
 use std::time::{Duration, Instant};
 
@@ -23,26 +24,28 @@ pub(crate) fn planned(site: &Site, agreed: &Agreed) -> Vec<Plan> {
 
 /// Descriptors of the comms of a channel, and of what it listens with: a comm of a plugin of others has a control socket, and one of data
 /// or more.
-fn of_a_channel(plan: &Plan) -> (usize, usize) {
-    if !plan.plugin.traits.lingers {
+fn of_a_channel(traits: &Traits, tcpx_sockets: usize) -> (usize, usize) {
+    if !traits.lingers {
         return (2, 1);
     }
-    let data = if plan.plugin.traits.sends_late { crate::config::tcpx_sockets() } else { 0 };
+    let data = if traits.sends_late { tcpx_sockets } else { 0 };
     (2 * (1 + data.max(2)), 2)
+}
+
+/// Of all channels of a set: of the comms, and of what is listened with.
+fn of_a_set(plan: &Plan) -> (usize, usize) {
+    let (comms, listening) = of_a_channel(&plan.plugin.traits, crate::config::tcpx_sockets());
+    (plan.channels * comms, plan.channels * listening)
 }
 
 /// Descriptors that a set-up of these sets opens: two directions and a listening socket for each channel.
 pub(crate) fn cost(plans: &[Plan]) -> usize {
-    let of_plan = |plan| {
-        let (comms, listening) = of_a_channel(plan);
-        plan.channels * (comms + listening)
-    };
-    LOCAL_COST + plans.iter().map(of_plan).sum::<usize>()
+    LOCAL_COST + plans.iter().map(of_a_set).map(|(comms, listening)| comms + listening).sum::<usize>()
 }
 
 /// Those of them that plugins of others open in their own time, once all is listened at.
 pub(crate) fn later(plans: &[Plan]) -> usize {
-    plans.iter().filter(|plan| plan.plugin.traits.lingers).map(|plan| plan.channels * of_a_channel(plan).0).sum()
+    plans.iter().filter(|plan| plan.plugin.traits.lingers).map(|plan| of_a_set(plan).0).sum()
 }
 
 /// Descriptors that meeting a peer on this host opens: sockets, rings, and what waits at the listening socket.
@@ -277,6 +280,14 @@ fn by_set(numbers: &[u16]) -> impl Iterator<Item = Vec<usize>> + '_ {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_channel_of_a_plugin_of_others_has_a_control_socket_each_way() {
+        let [other, tcpx] = ["Other", "GPUDirectTCPX"].map(Traits::of_others);
+        assert_eq!(of_a_channel(&Traits { lingers: false, ..tcpx }, 8), (2, 1));
+        assert_eq!(of_a_channel(&other, 8), (6, 2), "whatever TCPX is set to");
+        assert_eq!([1, 2, 8].map(|sockets| of_a_channel(&tcpx, sockets)), [(6, 2), (6, 2), (18, 2)]);
+    }
 
     #[test]
     fn numbers_name_set_and_channel() {

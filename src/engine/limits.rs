@@ -302,7 +302,11 @@ mod tests {
         let error = room_for(&limits, file.as_fd(), 100).expect_err("no room beside it").to_string();
         assert!(error.starts_with("100 more file descriptors") && error.contains("; 0 are free"), "{error}");
         drop(promise);
-        assert!(room_for(&limits, file.as_fd(), 100).is_ok());
+        let promise = Promise::new(400);
+        assert!(room_for(&limits, file.as_fd(), 300).is_ok());
+        assert!(room_for(&limits, file.as_fd(), 500).is_err(), "either alone would fit");
+        drop(promise);
+        assert!(room_for(&limits, file.as_fd(), 500).is_ok());
     }
 
     #[test]

@@ -36,6 +36,7 @@ mod notify;
 mod pacing;
 mod progress;
 mod proto;
+mod ready;
 mod registry;
 mod request;
 mod sets;
@@ -115,6 +116,7 @@ struct Threads {
     setup: Option<JoinHandle<()>>,
     progress: Option<JoinHandle<()>>,
     keeper: Option<JoinHandle<()>>,
+    ready: Option<JoinHandle<()>>,
 }
 
 impl std::fmt::Debug for Engine {
@@ -170,7 +172,10 @@ impl Engine {
         threads.progress = Some(limits::spawn("uccl-progress", move || progress::run(&home, spin))?);
         let kept = site.clone();
         threads.keeper = Some(limits::spawn("uccl-keeper", move || keeper::run(&kept))?);
-        threads.setup = Some(setups::start(site, accepts, ports.sockets)?);
+        let (fresh, named) = std::sync::mpsc::sync_channel(ready::WAITING);
+        let prepared = site.clone();
+        threads.ready = Some(limits::spawn("uccl-ready", move || ready::run(&prepared, &named))?);
+        threads.setup = Some(setups::start(site, accepts, ports.sockets, fresh)?);
         drop(threads);
         Ok(Arc::new(engine))
     }
@@ -388,6 +393,7 @@ impl Engine {
             connection.finish_close(deadline);
         }
         drop(waiting);
+        join(threads.ready.take());
         site.home.end();
         join(threads.progress.take());
         let lost = site.notifications.len();

@@ -5,7 +5,6 @@
 use super::accepts::{Accepts, Waiting};
 use super::attempt::{Attempt, Progress};
 use super::budget::Counted;
-use super::build;
 use super::connection::Connection;
 use super::ending::canceled;
 use super::limits;
@@ -15,12 +14,13 @@ use super::turns::Turns;
 use crate::logging::Limiter;
 use crate::status::{err, Error, ErrorKind, Result};
 use reactor::{Events, Interest, Poller};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Weak};
+use std::sync::mpsc::SyncSender;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Token of the engine's end; the listening sockets follow it, then the set-ups.
@@ -40,8 +40,6 @@ const HESITATION: Duration = Duration::from_millis(200);
 const SWEEP: Duration = Duration::from_millis(100);
 /// A proved peer that has said nothing for this long gives way when others wait for their turn.
 const STALE: Duration = Duration::from_secs(2);
-/// How long a new connection waits for set-ups under way before it is made ready for memory of GPUs.
-const OTHERS_FIRST: Duration = Duration::from_secs(1);
 /// How long a refused peer may take to read why.
 const FAREWELL: Duration = Duration::from_secs(1);
 /// Lines a second about set-ups that failed, and about descriptors that ran out.
@@ -100,15 +98,15 @@ struct Desk {
     stale: BTreeSet<(Instant, u64)>,
     /// Refused peers that may still read why.
     farewells: BTreeMap<u64, (TcpStream, Instant)>,
-    /// Connections that are not ready for memory of GPUs, and since when they are up.
-    fresh: VecDeque<(Weak<Connection>, Instant)>,
+    /// Connections that are to be made ready for memory of GPUs.
+    fresh: SyncSender<u64>,
     paused_until: Option<Instant>,
     sweep_at: Option<Instant>,
     lines: Limiter,
     shortage: Limiter,
 }
 
-/// Starts the thread.
+/// Starts the thread. It names the connections that are up to `fresh`.
 ///
 /// # Errors
 /// `Resource`.
@@ -116,8 +114,9 @@ pub(crate) fn start(
     site: Arc<Site>,
     accepts: Arc<Accepts<Connection>>,
     listeners: Vec<TcpListener>,
+    fresh: SyncSender<u64>,
 ) -> Result<std::thread::JoinHandle<()>> {
-    let mut desk = Desk::new(site, accepts, listeners).map_err(|e| limits::system("epoll", &e))?;
+    let mut desk = Desk::new(site, accepts, listeners, fresh).map_err(|e| limits::system("epoll", &e))?;
     limits::spawn("uccl-setup", move || {
         process::thread::block_signals();
         while !desk.site.ending.begun() {
@@ -143,7 +142,12 @@ fn interest_of(attempt: &Attempt) -> Interest {
 }
 
 impl Desk {
-    fn new(site: Arc<Site>, accepts: Arc<Accepts<Connection>>, listeners: Vec<TcpListener>) -> std::io::Result<Desk> {
+    fn new(
+        site: Arc<Site>,
+        accepts: Arc<Accepts<Connection>>,
+        listeners: Vec<TcpListener>,
+        fresh: SyncSender<u64>,
+    ) -> std::io::Result<Desk> {
         let poller = Poller::new()?;
         poller.add(site.ending.fd(), ENDING, Interest::READ)?;
         for (listener, token) in listeners.iter().zip(FIRST_LISTENER..FIRST_SETUP) {
@@ -163,7 +167,7 @@ impl Desk {
             turns: Turns::new(limits.incoming, limits.per_peer),
             stale: BTreeSet::new(),
             farewells: BTreeMap::new(),
-            fresh: VecDeque::new(),
+            fresh,
             paused_until: None,
             sweep_at: None,
             lines: Limiter::new(LINES),
@@ -189,25 +193,7 @@ impl Desk {
             }
             self.on_time(now);
             self.admit(now);
-            self.prepare(now);
         }
-    }
-
-    /// Has one new connection ready, once no other is about to be up: its peer may know that it is, and hears of this side only afterwards.
-    fn prepare(&mut self, now: Instant) {
-        if self.prepare_at().is_none_or(|at| at > now) {
-            return;
-        }
-        let connection = self.fresh.pop_front().and_then(|(connection, _)| connection.upgrade());
-        if let Some(connection) = connection.filter(|connection| connection.is_up()) {
-            build::prepare(&self.site, &connection);
-        }
-    }
-
-    /// When the next new connection is to be made ready.
-    fn prepare_at(&self) -> Option<Instant> {
-        let &(_, up) = self.fresh.front()?;
-        Some(if self.turns.admitted() == 0 { up } else { up + OTHERS_FIRST })
     }
 
     /// Until when nothing happens without an event.
@@ -215,7 +201,7 @@ impl Desk {
         let timer = self.timers.first().map(|(at, _)| *at);
         // Farewells are as old as their ids.
         let farewell = self.farewells.first_key_value().map(|(_, (_, until))| *until);
-        let first = [timer, farewell, self.paused_until, self.sweep_at, self.prepare_at()].into_iter().flatten().min()?;
+        let first = [timer, farewell, self.paused_until, self.sweep_at].into_iter().flatten().min()?;
         let left = first.saturating_duration_since(Instant::now());
         // Whoever waits for a turn gets it when another set-up has become stale.
         Some(if self.turns.waiting() == 0 { left } else { left.min(STALE / 4) })
@@ -430,7 +416,8 @@ impl Desk {
         match entry.attempt.finish(&self.site, entry.counted) {
             Ok(connection) => {
                 self.site.home.counters.setups_in.add();
-                self.fresh.push_back((Arc::downgrade(&connection), now));
+                // Without a place there it gets what it needs with its first chunk.
+                let _ = self.fresh.try_send(connection.id);
                 self.accepts.push(connection);
                 self.sweep_at.get_or_insert(now + SWEEP);
             }

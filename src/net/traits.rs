@@ -99,6 +99,12 @@ impl Traits {
             },
         }
     }
+
+    /// Those of a plugin of others with this name.
+    #[cfg(test)]
+    pub(crate) fn of_others(name: &str) -> Traits {
+        Traits::of(name, None, false, NCCL_PTR_CUDA)
+    }
 }
 
 /// Whether a table's name is one of GPUDirect-TCPX.

@@ -269,3 +269,14 @@ fn a_region_is_asked_about_without_waiting_for_whoever_has_the_connection() {
     assert_eq!(kind(&connection), None);
     assert!(connection.say_goodbye(Instant::now()));
 }
+
+#[test]
+fn whoever_looks_for_notifications_comes_back_to_a_connection_that_another_thread_has() {
+    let home = home();
+    let (connection, _theirs, _) = forgetful(&home);
+    assert!(!connection.drive_for_application(), "nothing is under way");
+    let kept = connection.lock();
+    assert!(connection.drive_for_application(), "another thread is at it");
+    drop(kept);
+    assert!(!connection.drive_for_application());
+}
