@@ -161,3 +161,65 @@ impl<T> Handles<T> {
         bail!(NotFound, "{handle:?} is not a live {}", self.what)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::ErrorKind;
+    use std::ptr::null;
+
+    fn kind<T>(result: Result<T>) -> Option<ErrorKind> {
+        result.err().map(|e| e.kind())
+    }
+
+    #[test]
+    fn a_handle_ends_once_and_its_number_does_not_come_back() {
+        let handles = Handles::new("thing");
+        let (one, two) = (handles.insert(Arc::new(1)), handles.insert(Arc::new(2)));
+        assert_eq!((*handles.get(one).unwrap(), *handles.get(two).unwrap(), handles.all().len()), (1, 2, 2));
+        assert_eq!(handles.remove(one).unwrap().as_deref(), Some(&1));
+        assert_eq!([kind(handles.get(one)), kind(handles.get_if_mine(one))], [Some(ErrorKind::NotFound); 2]);
+        assert_eq!(kind(handles.remove(one)), Some(ErrorKind::NotFound), "twice");
+        let three = handles.insert(Arc::new(3));
+        assert!(three != one && three != two);
+        assert_eq!(handles.get_if_mine(two).unwrap().as_deref(), Some(&2));
+        let beside = (two as usize + 8) as *const c_void;
+        assert_eq!(kind(handles.get(beside)), Some(ErrorKind::NotFound));
+    }
+
+    #[test]
+    fn what_is_ending_is_found_by_nobody_but_who_waits_for_it() {
+        let handles = Handles::new("thing");
+        let (ending, other) = (handles.insert(Arc::new(1)), handles.insert(Arc::new(2)));
+        let mut ended = 0;
+        handles
+            .end(ending, |object| {
+                ended = *object;
+                assert_eq!(kind(handles.get(ending)), Some(ErrorKind::NotFound));
+                assert_eq!(kind(handles.remove(ending)), Some(ErrorKind::NotFound), "ended twice");
+                assert_eq!(handles.get_if_mine_or_ending(ending).unwrap().as_deref(), Some(&1));
+                assert_eq!(handles.get_if_mine_or_ending(other).unwrap().as_deref(), Some(&2));
+                assert_eq!(handles.all().len(), 1);
+            })
+            .unwrap();
+        assert_eq!(ended, 1);
+        assert_eq!(kind(handles.get_if_mine_or_ending(ending)), Some(ErrorKind::NotFound));
+        assert_eq!(kind(handles.end(ending, |_| unreachable!())), Some(ErrorKind::NotFound));
+    }
+
+    #[test]
+    fn null_and_handles_of_the_parent_are_nothing_to_end_and_errors_to_use() {
+        NEXT.fetch_add(16, Ordering::Relaxed);
+        let handles: Handles<u8> = Handles::new("thing");
+        for (handle, used) in [(null(), ErrorKind::InvalidArgument), (FIRST as *const c_void, ErrorKind::NotFound)] {
+            assert_eq!(kind(handles.get(handle)), Some(used));
+            assert_eq!(handles.get_if_mine(handle).unwrap(), None);
+            assert_eq!(handles.get_if_mine_or_ending(handle).unwrap(), None);
+            assert_eq!(handles.remove(handle).unwrap(), None);
+            handles.end(handle, |_| unreachable!()).unwrap();
+        }
+        let error = handles.get(FIRST as *const c_void).unwrap_err().to_string();
+        assert!(error.contains("parent process"), "{error}");
+        assert!(handles.remove((FIRST + 8) as *const c_void).is_err(), "no handle of any process");
+    }
+}
