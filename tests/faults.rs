@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use uccl_p2p::config::Config;
 use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, LocalSegment};
 use uccl_p2p::status::ErrorKind;
-use victim::{config, pair, port, set_environment, text_of, until, Outcome, Victim};
+use victim::{config, pair, port, set_environment, text_of, ticks, until, Outcome, Victim};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -22,13 +22,6 @@ fn engine_process() {
 
 fn start(environment: &[(&str, &str)]) -> Victim {
     Victim::start("engine_process", environment)
-}
-
-/// Processor time that a process has used, in clock ticks.
-fn ticks(process: u32) -> u64 {
-    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
-    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
 }
 
 /// Memory of an engine of this process.

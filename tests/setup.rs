@@ -3,7 +3,7 @@
 
 mod local;
 
-use local::{config, descriptors, port, until};
+use local::{config, descriptors, port, ticks, until};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -563,13 +563,6 @@ fn a_peer_that_is_cut_off_anywhere_in_the_set_up_is_noticed_at_once() {
             assert!(start.elapsed() < Duration::from_secs(8), "cut after {most} bytes, {forth}: {:?}", start.elapsed());
         });
     }
-}
-
-/// Processor time that a process has used, in clock ticks.
-fn ticks(process: u32) -> u64 {
-    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
-    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
 }
 
 /// Passes one message of the handshake, whose header says how long it is.

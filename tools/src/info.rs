@@ -147,7 +147,7 @@ fn look(args: &Args, report: &mut Report) -> Result<String> {
         node.plugin()
     );
     report.proof = Some(proof);
-    report.within_host = Some(within_host(&node, memory));
+    report.within_host = Some(within_host(&node, memory).context("within this host")?);
     let Some(address) = &args.peer else { return Ok(verdict) };
     let rows = with_peer(&node, address, memory).context(format_args!("with {address}"))?;
     let rates: Vec<String> = rows.iter().map(|row| format!("{} {:.3} GB/s", row.op, row.gbytes_per_s)).collect();
@@ -156,16 +156,13 @@ fn look(args: &Args, report: &mut Report) -> Result<String> {
 }
 
 /// Whether data between processes of this host goes without the network, in words.
-fn within_host(node: &Arc<Node>, memory: Kind) -> String {
-    match probe::within_host(node, memory) {
-        Ok(0) => {
-            format!("{memory} memory takes the network also between processes of this host (UCCL_P2P_LOG_LEVEL=info tells why)")
-        }
-        Ok(_) => format!(
+fn within_host(node: &Arc<Node>, memory: Kind) -> Result<String> {
+    Ok(match probe::within_host(node, memory)? {
+        0 => format!("{memory} memory takes the network also between processes of this host (UCCL_P2P_LOG_LEVEL=info tells why)"),
+        _ => format!(
             "{memory} memory of a process is copied straight to another of the same user (UCCL_P2P_DISABLE_IPC=1 prevents it)"
         ),
-        Err(e) => format!("NOT WORKING: {e}"),
-    }
+    })
 }
 
 /// Which memory shows what was asked.
