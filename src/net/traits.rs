@@ -111,3 +111,27 @@ impl Traits {
 pub(crate) fn is_tcpx(name: &str) -> bool {
     name.to_ascii_lowercase().contains("tcpx")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_plugin_of_others_needs_is_read_off_its_table() {
+        let [other, tcpx] = ["Other", "GPUDirectTCPX"].map(Traits::of_others);
+        for of_others in [other, tcpx] {
+            let can = [of_others.host_memory, of_others.vectored, of_others.doorbell, of_others.progress_bytes];
+            assert_eq!((can, of_others.device_memory), ([false; 4], true));
+            let more = [of_others.stage_sends, of_others.devices_change, of_others.secured, of_others.dials_both];
+            assert_eq!(more, [false; 4], "{of_others:?}");
+            let needs = [of_others.polled, of_others.follows_gpu, of_others.serial_setup, of_others.raises_sigpipe];
+            assert_eq!(needs, [true; 4], "{of_others:?}");
+            assert!(of_others.small_messages && of_others.lingers, "{of_others:?}");
+        }
+        let of_tcpx = |t: Traits| [t.shared_registrations, t.sends_late, t.imports, t.paired_nics, t.pci_nics];
+        assert_eq!((of_tcpx(other), other.handle_check), ([false; 5], HandleCheck::Tail));
+        assert_eq!((of_tcpx(tcpx), tcpx.handle_check), ([true; 5], HandleCheck::Tcpx));
+        assert!(Traits::of("Other", None, true, NCCL_PTR_CUDA).shared_registrations, "its devices say so");
+        assert!(!Traits::of("Other", None, false, 0).device_memory);
+    }
+}
