@@ -218,6 +218,19 @@ mod tests {
         assert!(rx.bytes.capacity() + tx.spare.capacity() < 256, "{} and {}", rx.bytes.capacity(), tx.spare.capacity());
     }
 
+    #[test]
+    fn a_frame_that_was_made_room_for_takes_no_more_memory() {
+        let mut tx = TxQueue::default();
+        for message in [vec![1; 1000], vec![2; 20_000], vec![3; 100_000]] {
+            tx.make_room(1 + message.len()).unwrap();
+            let room = |tx: &TxQueue| tx.blocks.iter().map(|block| block.bytes.capacity()).sum::<usize>() + tx.spare.capacity();
+            let before = room(&tx);
+            tx.push(&Frame::Notify { name: b"n", message: &message });
+            assert_eq!(room(&tx), before, "{} bytes", message.len());
+        }
+        assert!(tx.make_room(isize::MAX as usize).is_err());
+    }
+
     proptest! {
         /// Whatever the sizes and however the bytes are cut on their way, the same frames come out in order, and nothing is left.
         #[test]

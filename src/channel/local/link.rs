@@ -298,7 +298,7 @@ impl Meeting {
         let inbox = Inbox::open(fd.as_fd())?;
         self.listeners.clear();
         self.strangers.clear();
-        let same_process = who.pid == std::process::id() as i32 && intro.witness == host::Witness::own()?;
+        let same_process = is_this_process(who.pid, intro.witness)?;
         let probe = Probe::new("the first read of its memory", now, move || HostMemory::new(who.pid, intro.witness));
         let gpus = intro.gpus;
         self.met = Some(Met { socket, who, same_process, inbox, outbox, have, gpus, probe, host: None, ours: None, told: false });
@@ -493,6 +493,12 @@ fn found(bytes: &[u8]) -> Result<Vec<Found>> {
     Ok(pairs)
 }
 
+/// Whether a peer is this very process: the kernel says so, and the peer knows what lies in its memory. Neither alone is enough: another
+/// process may have been told the one, and have the same number in another namespace.
+fn is_this_process(pid: i32, witness: host::Witness) -> Result<bool> {
+    Ok(pid == std::process::id() as i32 && witness == host::Witness::own()?)
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::super::emulated::{gpu, EmulatedMemory};
@@ -500,6 +506,16 @@ pub(crate) mod tests {
     use super::*;
     use crate::status::ErrorKind;
     use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
+
+    #[test]
+    fn a_process_is_this_one_by_its_number_and_by_what_it_knows() {
+        let (me, own) = (std::process::id() as i32, host::Witness::own().unwrap());
+        let mut other = own;
+        other.bytes[0] ^= 1;
+        let moved = host::Witness { addr: own.addr + 1, ..own };
+        let is = |pid, witness| is_this_process(pid, witness).unwrap();
+        assert_eq!([is(me, own), is(me + 1, own), is(0, own), is(me, other), is(me, moved)], [true, false, false, false, false]);
+    }
 
     fn keys(swap: bool) -> ProofKeys {
         let (a, b) = (Secret::new([1; 32]), Secret::new([2; 32]));

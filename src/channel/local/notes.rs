@@ -209,7 +209,8 @@ mod tests {
         for kind in [ExportKind::CudaIpc, ExportKind::Posix, ExportKind::SharedMemory] {
             let note = Note::Share { id: 77, there: Place::gpu(1), here: Place::gpu(2), export: exported(kind) };
             let bytes = note.encode();
-            assert_eq!(bytes.len(), MAX_NOTE);
+            assert_eq!((bytes.len(), share_of(&bytes)), (MAX_NOTE, Some(77)));
+            assert_eq!(share_of(&bytes[..MAX_NOTE - 1]), None);
             let fds = || exported(kind).fd.into_iter().collect();
             match Note::decode(&bytes, fds()).unwrap() {
                 Note::Share { id: 77, there: Place(2), here: Place(3), export } => {
@@ -236,6 +237,7 @@ mod tests {
             matches!(&got, Note::Area { there: Place(2), here: Place(3), export } if export.len == 12345 && got.fd().is_some())
         );
         assert!(Note::decode(&bytes, Vec::new()).is_err() && area.fd().is_some());
+        assert_eq!([share_of(&bytes), share_of(&[])], [None; 2]);
         assert!(matches!(Note::decode(&Note::Ring.encode(), Vec::new()), Ok(Note::Ring)));
         assert!(matches!(
             Note::decode(&Note::Answer { id: 5, open: true }.encode(), Vec::new()),
