@@ -233,6 +233,26 @@ fn a_set_up_that_somebody_keeps_keeps_no_other_up() {
     kept.0.status().unwrap();
 }
 
+/// Transfers that keep a region from its end are failed, whatever keeps a connection that has nothing to do with it.
+#[test]
+fn a_region_ends_while_somebody_keeps_another_connection() {
+    const KEPT: Duration = Duration::from_secs(4);
+    set_environment();
+    let config = || Config { close_timeout: Duration::from_millis(300), ..config() };
+    let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
+    let ((kept, _inc), (out, _other_inc)) = (pair(&a, &b), pair(&a, &b));
+    let target = Buffer::new(&a, vec![0; 100]);
+    let id = out.recv(target.local(100)).unwrap();
+    std::thread::scope(|scope| {
+        let keeping = scope.spawn(|| kept.simulate_kept_preparing(KEPT));
+        std::thread::sleep(Duration::from_millis(100));
+        a.deregister(target.mr).unwrap();
+        assert!(!keeping.is_finished(), "the end of a region waited for a connection that has nothing to do with it");
+    });
+    assert_eq!(out.wait(id, Some(LIMIT)).unwrap_err().kind(), ErrorKind::Canceled);
+    kept.status().unwrap();
+}
+
 /// Where an engine ends while somebody keeps one of its connections, the peers of the others hear of it at once.
 #[test]
 fn an_engine_that_ends_while_somebody_keeps_a_connection_tells_the_peers_of_the_others() {

@@ -208,8 +208,6 @@ pub(crate) fn prepare(site: &Site, connection: &Connection) {
         site.gpus.used().into_iter().for_each(|place| told(place, connection.ready(place)));
     }
     for region in home.registry.on_devices() {
-        if let Ok(region) = home.registry.local(region) {
-            connection.offer_region(&region);
-        }
+        connection.offer_region(region);
     }
 }

@@ -14,7 +14,6 @@ use super::budget::Counted;
 use super::home::{self, Driven};
 use super::pacing::Polls;
 use crate::channel::local::Watched;
-use crate::region::RegionUse;
 use crate::stats::ConnectionStats;
 use crate::status::Result;
 use crate::types::Place;
@@ -118,9 +117,6 @@ pub struct Connection {
     preparing: AtomicU32,
     /// What the channels ring.
     seat: Local<Arc<Seat>>,
-    /// Regions that have ended while somebody kept the connection: whoever drives it next has its channels forget them.
-    forgotten: Mutex<Vec<u64>>,
-    any_forgotten: AtomicBool,
     /// The path to a process of this host, where there is one.
     one_host: Option<Watched>,
     /// Its socket is watched.
@@ -159,8 +155,6 @@ impl Connection {
             waiters: AtomicU32::new(0),
             polls: Polls::default(),
             seat: Local::new(seat),
-            forgotten: Mutex::default(),
-            any_forgotten: AtomicBool::new(false),
             one_host,
             watching: AtomicBool::new(false),
             peer,
@@ -241,7 +235,6 @@ impl Connection {
         if core.machine.dead().is_some() {
             return false;
         }
-        self.forget_late(core);
         if core.closing {
             let _ = core.flush(now, FLUSH);
             return false;
@@ -308,6 +301,9 @@ impl Connection {
     pub(crate) fn ready(&self, place: Place) -> Result<()> {
         let _preparing = Preparing::new(self);
         let mut core = self.lock();
+        if core.closing {
+            return Ok(());
+        }
         core.channels.ready(place)
     }
 
@@ -331,12 +327,16 @@ impl Connection {
     }
 
     /// Tells a peer on this host of a region that it may want to reach soon.
-    pub(crate) fn offer_region(&self, region: &RegionUse) {
+    pub(crate) fn offer_region(&self, region: u64) {
         if self.one_host.is_some() && self.core.is_here() {
             // It attends to it afterwards.
             let _preparing = Preparing::new(self);
             let mut core = self.lock();
-            core.channels.offer(region.to_share());
+            // Only now: who waits for the lock keeps no region from its end.
+            match self.home.registry.local(region) {
+                Ok(region) if !core.closing => core.channels.offer(region.to_share()),
+                _ => {}
+            }
         }
     }
 }

@@ -77,6 +77,8 @@ pub fn budgets(config: &Config) -> Vec<(&'static str, usize, &'static str)> {
 
 /// How long a deregistration waits for what holds a region although its connections are closed.
 const STUBBORN: Duration = Duration::from_secs(1);
+/// How long each connection is waited for at least, at the engine's end, where somebody has it.
+const TURN: Duration = Duration::from_millis(10);
 
 /// A network interface that a plugin offers.
 #[derive(Clone, Debug)]
@@ -275,8 +277,7 @@ impl Engine {
         let home = &self.parts.site.home;
         let id = home.registry.add(addr as u64, len as u64, place, access)?;
         if place.is_device() {
-            let region = home.registry.local(id)?;
-            home.connections.all().iter().for_each(|connection| connection.offer_region(&region));
+            home.connections.all().iter().for_each(|connection| connection.offer_region(id));
         }
         Ok(id)
     }
@@ -298,9 +299,11 @@ impl Engine {
         let retired = home.registry.retire(mr)?;
         let deadline = Instant::now() + self.parts.site.config.close_timeout;
         let mut pause = Duration::from_micros(20);
+        // Connections that could not be asked yet, since somebody has them, once it is time to ask; and when all were.
+        let (mut unasked, mut asked) = (None, None);
         while retired.in_use() {
             let now = Instant::now();
-            if now >= deadline + STUBBORN {
+            if asked.is_some_and(|at| now >= at + STUBBORN) {
                 bail!(
                     Resource,
                     "region {mr} is still in use after its connections were closed: a device does not end its copies"
@@ -309,8 +312,13 @@ impl Engine {
             if now >= deadline {
                 // Closing the channels is the only way to be sure that nothing touches the memory any more. A request that another
                 // thread is about to start may come after the first look.
-                for connection in home.connections.all() {
-                    connection.fail_if_using(mr, err!(Canceled, "region {mr} was deregistered while transfers used it"));
+                let all = home.connections.all();
+                let left = unasked.get_or_insert_with(|| all.iter().map(|connection| connection.id).collect::<Vec<_>>());
+                let reason = || err!(Canceled, "region {mr} was deregistered while transfers used it");
+                let kept: Vec<u64> = all.iter().filter(|c| !c.fail_if_using(mr, reason())).map(|c| c.id).collect();
+                left.retain(|id| kept.contains(id));
+                if left.is_empty() {
+                    asked.get_or_insert(now);
                 }
             }
             std::thread::sleep(pause);
@@ -318,7 +326,7 @@ impl Engine {
         }
         if retired.is_registered() {
             for connection in home.connections.all() {
-                connection.forget_region(retired.id(), deadline);
+                connection.forget_region(retired.id());
             }
         }
         Ok(())
@@ -385,13 +393,18 @@ impl Engine {
         let mut threads = std::mem::take(&mut *threads.lock());
         join(threads.setup.take());
         join(threads.keeper.take());
-        // Then all say goodbye, and share one deadline. What somebody keeps ends last: no other peer waits for that.
+        // Then all say goodbye, and share one deadline.
         let waiting = accepts.drain();
-        let deadline = Instant::now() + connection::CLOSING.min(site.config.close_timeout);
-        let (free, kept): (Vec<_>, Vec<_>) = site.home.connections.all().into_iter().partition(|c| c.say_goodbye(deadline));
-        for connection in free.iter().chain(&kept) {
-            connection.finish_close(deadline);
-        }
+        let time = connection::CLOSING.min(site.config.close_timeout);
+        let until = Instant::now() + time;
+        let says = |c: &Arc<Connection>| c.say_goodbye(until.max(Instant::now() + TURN));
+        let (free, kept): (Vec<_>, Vec<_>) = site.home.connections.all().into_iter().partition(says);
+        let deadline = Instant::now() + time;
+        free.iter().for_each(|connection| connection.finish_close(deadline));
+        // Those that somebody keeps come last, and have as much time from then on: no other peer waits for that.
+        kept.iter().for_each(|connection| connection.insist_on_goodbye());
+        let deadline = Instant::now() + time;
+        kept.iter().for_each(|connection| connection.finish_close(deadline));
         drop(waiting);
         join(threads.ready.take());
         site.home.end();

@@ -84,11 +84,12 @@ impl Connection {
 
     /// Closes the connection: what is queued for the peer leaves first (for a second at most), then transfers in flight are canceled.
     pub fn close(&self) {
+        self.insist_on_goodbye();
         self.finish_close(Instant::now() + CLOSING.min(self.home.close_timeout));
     }
 
     /// Tells the peer that no more comes, without waiting for it. [`Connection::finish_close`] does the rest. `false` where somebody
-    /// keeps the connection: nothing was said.
+    /// keeps the connection, or has it until the deadline: nothing was said.
     pub(crate) fn say_goodbye(&self, deadline: Instant) -> bool {
         if !self.core.is_here() {
             return true;
@@ -96,6 +97,14 @@ impl Connection {
         let Some(mut core) = self.lock_unless_kept(deadline) else { return false };
         self.goodbye(&mut core);
         true
+    }
+
+    /// The same; whoever keeps the connection is waited for.
+    pub(crate) fn insist_on_goodbye(&self) {
+        if self.core.is_here() {
+            let mut core = self.lock();
+            self.goodbye(&mut core);
+        }
     }
 
     fn goodbye(&self, core: &mut Core) {
@@ -112,14 +121,12 @@ impl Connection {
         }
     }
 
-    /// Ends the connection: says goodbye, unless that was done, and goes on once what is queued has left and the peer has hung up, or at
-    /// the deadline. What somebody keeps is waited for.
+    /// Ends the connection, which has said goodbye: once what is queued has left and the peer has hung up, or at the deadline.
     pub(crate) fn finish_close(&self, deadline: Instant) {
         if !self.core.is_here() {
             return;
         }
         let mut core = self.lock();
-        self.goodbye(&mut core);
         while core.machine.dead().is_none() && core.backlog() > 0 && Instant::now() < deadline {
             if core.flush(Instant::now(), FLUSH).is_err() || core.control.hung_up() {
                 break;
@@ -143,32 +150,19 @@ impl Connection {
         self.home.connections.remove(self.id);
     }
 
-    /// Fails the connection if a transfer of it still uses the region. Where somebody has it at this moment: ask again.
-    pub(crate) fn fail_if_using(&self, region: u64, error: Error) {
-        let Some(mut core) = self.core.try_lock().map(|core| self.hold(core)) else { return };
+    /// Fails the connection if a transfer of it still uses the region. `false` where somebody has it at this moment: it was not asked.
+    pub(crate) fn fail_if_using(&self, region: u64, error: Error) -> bool {
+        let Some(mut core) = self.core.try_lock().map(|core| self.hold(core)) else { return false };
         if core.machine.uses_region(region) || core.channels.uses_region(region) {
             self.fail_locked(&mut core, error);
         }
+        true
     }
 
-    /// Drops the plugin's registrations of a region that has ended. Where somebody keeps the connection, or has it until the deadline,
-    /// whoever drives it next does so.
-    pub(crate) fn forget_region(&self, id: u64, deadline: Instant) {
-        if let Some(mut core) = self.lock_unless_kept(deadline) {
-            core.channels.forget_region(id);
-            return;
-        }
-        self.forgotten.lock().push(id);
-        self.any_forgotten.store(true, Ordering::SeqCst);
-        self.home.attend(self.id);
-    }
-
-    /// What ended while somebody kept the connection.
-    pub(super) fn forget_late(&self, core: &mut Core) {
-        if self.any_forgotten.load(Ordering::Relaxed) && self.any_forgotten.swap(false, Ordering::SeqCst) {
-            let regions = std::mem::take(&mut *self.forgotten.lock());
-            regions.into_iter().for_each(|id| core.channels.forget_region(id));
-        }
+    /// Drops the plugin's registrations of a region that has ended, and what a process of this host was told of it. That is waited for,
+    /// whoever keeps the connection: other memory may come to lie there next, and must not be taken for it.
+    pub(crate) fn forget_region(&self, id: u64) {
+        self.lock().channels.forget_region(id);
     }
 
     /// The lock, unless the deadline comes first or somebody keeps the connection, which may be for long.

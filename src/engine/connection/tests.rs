@@ -27,8 +27,6 @@ struct SimulatedDefect {
     closed: bool,
     /// No defect when driven: always about to end, and never there.
     hasty: bool,
-    /// The regions that it was told to forget.
-    forgotten: Arc<Mutex<Vec<u64>>>,
 }
 
 impl Path for SimulatedDefect {
@@ -71,9 +69,7 @@ impl Path for SimulatedDefect {
         String::new()
     }
     fn stats(&self, _kernel: bool, _now: Instant, _out: &mut Vec<ChannelStats>) {}
-    fn forget_region(&mut self, id: u64) {
-        self.forgotten.lock().push(id);
-    }
+    fn forget_region(&mut self, _id: u64) {}
 }
 
 impl Drop for SimulatedDefect {
@@ -88,7 +84,7 @@ fn home() -> Arc<Home> {
 
 /// A connection over such a path, and its peer's socket.
 fn connection(home: &Arc<Home>, driven: bool, closed: bool) -> (Arc<Connection>, TcpStream) {
-    connection_over(home, SimulatedDefect { driven, closed, hasty: false, forgotten: Arc::default() })
+    connection_over(home, SimulatedDefect { driven, closed, hasty: false })
 }
 
 fn connection_over(home: &Arc<Home>, path: SimulatedDefect) -> (Arc<Connection>, TcpStream) {
@@ -213,8 +209,7 @@ fn an_application_thread_comes_back_from_what_is_always_about_to_end() {
     let mut home = Home::new(Bell::new().unwrap(), true, Duration::from_secs(1), 1000);
     home.cores = Cores::Many;
     let home = Arc::new(home);
-    let (connection, _theirs) =
-        connection_over(&home, SimulatedDefect { driven: true, closed: false, hasty: true, forgotten: Arc::default() });
+    let (connection, _theirs) = connection_over(&home, SimulatedDefect { driven: true, closed: false, hasty: true });
     let (tell, told) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         connection.drive_for_application();
@@ -223,49 +218,20 @@ fn an_application_thread_comes_back_from_what_is_always_about_to_end() {
     assert!(told.recv_timeout(Duration::from_secs(20)).is_ok(), "it drives for ever");
 }
 
-/// A path that does nothing but note what it is to forget.
-fn forgetful(home: &Arc<Home>) -> (Arc<Connection>, TcpStream, Arc<Mutex<Vec<u64>>>) {
-    let forgotten: Arc<Mutex<Vec<u64>>> = Arc::default();
-    let path = SimulatedDefect { driven: false, closed: false, hasty: true, forgotten: forgotten.clone() };
-    let (connection, theirs) = connection_over(home, path);
-    (connection, theirs, forgotten)
-}
-
-#[test]
-fn regions_that_end_are_forgotten_by_whoever_drives_a_connection_that_somebody_keeps() {
-    let soon = || Instant::now() + Duration::from_secs(20);
-    let home = home();
-    let (connection, _theirs, forgotten) = forgetful(&home);
-    connection.forget_region(1, soon());
-    assert_eq!(*forgotten.lock(), [1], "nobody keeps it");
-
-    let preparing = Preparing::new(&connection);
-    let kept = connection.lock();
-    let begun = Instant::now();
-    connection.forget_region(2, soon());
-    assert!(begun.elapsed() < Duration::from_secs(10), "waited for whoever keeps it");
-    drop(preparing);
-    // What takes long without having said so is waited for until the deadline.
-    connection.forget_region(3, Instant::now() + Duration::from_millis(20));
-    assert!(begun.elapsed() >= Duration::from_millis(20));
-    assert_eq!(*forgotten.lock(), [1], "somebody has the lock");
-    drop(kept);
-    let mut asked = Vec::new();
-    home.asked(|id| asked.push(id));
-    assert_eq!(asked, [connection.id], "the progress thread is to look");
-    connection.progress(true);
-    connection.progress(true);
-    assert_eq!(*forgotten.lock(), [1, 2, 3], "each once");
+/// A path that does nothing.
+fn idle(home: &Arc<Home>) -> (Arc<Connection>, TcpStream) {
+    connection_over(home, SimulatedDefect { driven: false, closed: false, hasty: true })
 }
 
 #[test]
 fn a_region_is_asked_about_without_waiting_for_whoever_has_the_connection() {
     let home = home();
-    let (connection, _theirs, _) = forgetful(&home);
+    let (connection, _theirs) = idle(&home);
     let kept = connection.lock();
-    connection.fail_if_using(1, err!(Canceled, "a test"));
+    assert!(!connection.fail_if_using(1, err!(Canceled, "a test")), "it was not asked");
     assert!(!connection.say_goodbye(Instant::now()), "nothing can be said");
     drop(kept);
+    assert!(connection.fail_if_using(1, err!(Canceled, "a test")));
     assert_eq!(kind(&connection), None);
     assert!(connection.say_goodbye(Instant::now()));
 }
@@ -273,7 +239,7 @@ fn a_region_is_asked_about_without_waiting_for_whoever_has_the_connection() {
 #[test]
 fn whoever_looks_for_notifications_comes_back_to_a_connection_that_another_thread_has() {
     let home = home();
-    let (connection, _theirs, _) = forgetful(&home);
+    let (connection, _theirs) = idle(&home);
     assert!(!connection.drive_for_application(), "nothing is under way");
     let kept = connection.lock();
     assert!(connection.drive_for_application(), "another thread is at it");
