@@ -290,6 +290,14 @@ mod tests {
     }
 
     #[test]
+    fn a_set_up_costs_the_descriptors_of_all_its_channels_and_those_of_a_peer_on_this_host() {
+        let set = |channels| Plan { plugin: crate::net::plugin::Plugin::soft().unwrap(), gpus: None, channels, spare: false };
+        assert_eq!((of_a_set(&set(4)), of_a_set(&set(1))), ((8, 4), (2, 1)));
+        assert_eq!((cost(&[]), cost(&[set(4), set(1)])), (LOCAL_COST, LOCAL_COST + 12 + 3));
+        assert_eq!(later(&[set(4)]), 0, "all of its own are open at once");
+    }
+
+    #[test]
     fn numbers_name_set_and_channel() {
         let numbers = [number(0, 0), number(0, 63), number(1, 0), number(3, 7)];
         let sets: Vec<Vec<usize>> = by_set(&numbers).take(4).collect();
