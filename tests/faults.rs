@@ -221,6 +221,7 @@ fn a_set_up_that_somebody_keeps_keeps_no_other_up() {
     const KEPT: Duration = Duration::from_secs(3);
     let [a, b] = impatient(Duration::from_secs(30));
     b.simulate_kept_set_ups(KEPT);
+    let since = Instant::now();
     let kept = pair(&a, &b);
     std::thread::sleep(Duration::from_millis(100));
     let begun = Instant::now();
@@ -231,6 +232,9 @@ fn a_set_up_that_somebody_keeps_keeps_no_other_up() {
     assert!(begun.elapsed() < KEPT / 2, "another set-up was kept for {:?}", begun.elapsed());
     assert_eq!(to.bytes, from.bytes);
     kept.0.status().unwrap();
+    // Whoever asks for its state waits for whoever makes it ready.
+    kept.1.status().unwrap();
+    assert!(since.elapsed() >= KEPT, "nobody made it ready");
 }
 
 /// Transfers that keep a region from its end are failed, whatever keeps a connection that has nothing to do with it.

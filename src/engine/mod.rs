@@ -315,14 +315,16 @@ impl Engine {
                 let all = home.connections.all();
                 let left = unasked.get_or_insert_with(|| all.iter().map(|connection| connection.id).collect::<Vec<_>>());
                 let reason = || err!(Canceled, "region {mr} was deregistered while transfers used it");
-                let kept: Vec<u64> = all.iter().filter(|c| !c.fail_if_using(mr, reason())).map(|c| c.id).collect();
+                // Once all have been asked that could be had.
+                let queue = now >= deadline + STUBBORN;
+                let kept: Vec<u64> = all.iter().filter(|c| !c.fail_if_using(mr, queue, reason())).map(|c| c.id).collect();
                 left.retain(|id| kept.contains(id));
                 if left.is_empty() {
-                    asked.get_or_insert(now);
+                    asked.get_or_insert_with(Instant::now);
                 }
             }
             std::thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(1));
+            pause = (pause * 2).min(Duration::from_millis(if now >= deadline { 10 } else { 1 }));
         }
         if retired.is_registered() {
             for connection in home.connections.all() {
@@ -402,6 +404,9 @@ impl Engine {
         let deadline = Instant::now() + time;
         free.iter().for_each(|connection| connection.finish_close(deadline));
         // Those that somebody keeps come last, and have as much time from then on: no other peer waits for that.
+        let (late, kept): (Vec<_>, Vec<_>) = kept.into_iter().partition(|c| c.say_goodbye(Instant::now() + TURN));
+        let deadline = Instant::now() + time;
+        late.iter().for_each(|connection| connection.finish_close(deadline));
         kept.iter().for_each(|connection| connection.insist_on_goodbye());
         let deadline = Instant::now() + time;
         kept.iter().for_each(|connection| connection.finish_close(deadline));

@@ -150,9 +150,14 @@ impl Connection {
         self.home.connections.remove(self.id);
     }
 
-    /// Fails the connection if a transfer of it still uses the region. `false` where somebody has it at this moment: it was not asked.
-    pub(crate) fn fail_if_using(&self, region: u64, error: Error) -> bool {
-        let Some(mut core) = self.core.try_lock().map(|core| self.hold(core)) else { return false };
+    /// Fails the connection if a transfer of it still uses the region. `false`: it was not asked, since somebody keeps it, or has it at
+    /// this moment. `queue`: only the former; who merely tries can be overtaken for ever.
+    pub(crate) fn fail_if_using(&self, region: u64, queue: bool, error: Error) -> bool {
+        let mut core = match self.core.try_lock() {
+            Some(core) => self.hold(core),
+            None if queue && self.preparing.load(Ordering::SeqCst) == 0 => self.lock(),
+            None => return false,
+        };
         if core.machine.uses_region(region) || core.channels.uses_region(region) {
             self.fail_locked(&mut core, error);
         }

@@ -228,10 +228,14 @@ fn a_region_is_asked_about_without_waiting_for_whoever_has_the_connection() {
     let home = home();
     let (connection, _theirs) = idle(&home);
     let kept = connection.lock();
-    assert!(!connection.fail_if_using(1, err!(Canceled, "a test")), "it was not asked");
+    let asks = |queue| connection.fail_if_using(1, queue, err!(Canceled, "a test"));
+    assert!(!asks(false), "it was not asked");
+    let preparing = Preparing::new(&connection);
+    assert!(!asks(true), "somebody keeps it");
+    drop(preparing);
     assert!(!connection.say_goodbye(Instant::now()), "nothing can be said");
     drop(kept);
-    assert!(connection.fail_if_using(1, err!(Canceled, "a test")));
+    assert!(asks(false) && asks(true));
     assert_eq!(kind(&connection), None);
     assert!(connection.say_goodbye(Instant::now()));
 }
@@ -245,4 +249,26 @@ fn whoever_looks_for_notifications_comes_back_to_a_connection_that_another_threa
     assert!(connection.drive_for_application(), "another thread is at it");
     drop(kept);
     assert!(!connection.drive_for_application());
+}
+
+/// Two threads that come back for a connection all the time leave it to nobody who merely tries.
+#[test]
+fn a_region_is_asked_about_behind_threads_that_come_back_all_the_time() {
+    let home = home();
+    let (connection, _theirs) = idle(&home);
+    let over = AtomicBool::new(false);
+    std::thread::scope(|s| {
+        for _ in 0..2 {
+            s.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    let _held = connection.lock();
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+            });
+        }
+        std::thread::sleep(Duration::from_millis(20));
+        let asked = (0..20).all(|_| connection.fail_if_using(1, true, err!(Canceled, "a test")));
+        over.store(true, Ordering::Relaxed);
+        assert!(asked);
+    });
 }
