@@ -182,7 +182,7 @@ class TcpxEndpoint {
 
   /**
    * Stops accepting, closes all connections (requests in flight fail at both sides), ends all registrations and the engine.
-   * Returns within the close deadline (UCCL_TCPX_CLOSE_TIMEOUT_MS). No other call may be running except a uccl_accept that
+   * Returns when uccl_engine_destroy does, whose deadline holds. No other call may be running except a uccl_accept that
    * stop_accept() has been called for.
    */
   ~TcpxEndpoint() {

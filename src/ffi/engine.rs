@@ -81,7 +81,9 @@ fn setting(option: &uccl_option_t) -> Result<(&str, &str)> {
 /// @param engine  The engine; NULL is a no-op, and so is an engine of the parent process after a fork; a handle already destroyed is an
 ///                error that is logged, nothing else.
 ///
-/// Threads: any, once. Returns within the close deadline (UCCL_TCPX_CLOSE_TIMEOUT_MS). On return nothing touches registered memory.
+/// Threads: any, once. Returns within the close deadline (UCCL_TCPX_CLOSE_TIMEOUT_MS, one second at most). Connections that a call of the
+/// CUDA driver or of the network plugin keeps are waited for, and have a deadline of their own then. On return nothing touches
+/// registered memory.
 #[no_mangle]
 pub extern "C" fn uccl_engine_destroy(engine: *mut uccl_engine_t) {
     guard((), || {
