@@ -259,6 +259,16 @@ void Peers::drop_outbox_locked(Peer &peer, const char *why) {
   peer.outbox_bytes = 0;
 }
 
+/// Those whose time is over; each has its own.
+void Peers::drop_late_locked(Peer &peer, Clock::time_point now) {
+  size_t dropped = 0;
+  for (; !peer.outbox.empty() && now >= peer.outbox.front().until; ++dropped) {
+    peer.outbox_bytes -= peer.outbox.front().message.size();
+    peer.outbox.pop_front();
+  }
+  if (dropped > 0) say_locked(peer, "warning", std::to_string(dropped) + " notifications are dropped: it was not reached in time");
+}
+
 // ---- Connecting -----------------------------------------------------------------------------------------------------------------
 
 void Peers::lost_locked(Peer &peer) {
@@ -395,8 +405,8 @@ Clock::duration Peers::tend() {
       // The engine ends a connection that takes nothing.
       if (!flush_locked(*peer)) lost_locked(*peer);
       next = std::min<Clock::duration>(next, kBusy);
-    } else if (now >= peer->outbox.front().until) {
-      drop_outbox_locked(*peer, "it was not reached in time");
+    } else {
+      drop_late_locked(*peer, now);
     }
   }
   return std::max<Clock::duration>(next, milliseconds(10));

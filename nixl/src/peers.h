@@ -114,6 +114,7 @@ class Peers : public std::enable_shared_from_this<Peers> {
   void close_locked(Peer &peer, Peer::State state);
   void attempt_locked(Peer &peer, bool asked = false);
   void drop_outbox_locked(Peer &peer, const char *why);
+  void drop_late_locked(Peer &peer, Clock::time_point now);
   bool flush_locked(Peer &peer);
   static bool is_clear(Peer &peer);
 

@@ -79,6 +79,40 @@ void silent_hosts_leave_the_others_alone() {
   ::close(fd);
 }
 
+/// One notification that has waited too long does not take along those that were sent after it.
+void notifications_wait_for_a_connection_each_for_its_own_time() {
+  using std::chrono::milliseconds;
+  setenv("UCCL_TCPX_TRANSFER_TIMEOUT_MS", "2000", 1);
+  uccl_engine_t *const here = engine();
+  auto peers = std::make_shared<tcpx::Peers>("here", here, std::make_shared<tcpx::Identity>());
+  std::string silent;
+  const int fd = silent_host(silent);
+  need(peers->remember("silent", silent) == NIXL_SUCCESS, "remembering a silent host");
+  const auto peer = peers->lookup("silent");
+  const auto waiting = [&] {
+    peers->tend();
+    const std::lock_guard<std::mutex> guard(peer->lock);
+    return peer->outbox.size();
+  };
+  need(peers->notify(*peer, "early") == NIXL_SUCCESS, "a notification");
+  std::this_thread::sleep_for(milliseconds(1000));
+  need(peers->notify(*peer, "late") == NIXL_SUCCESS, "another one");
+  need(waiting() == 2, "both wait");
+  std::this_thread::sleep_for(milliseconds(1300));
+  need(waiting() == 1, "the second waits on");
+  {
+    const std::lock_guard<std::mutex> guard(peer->lock);
+    need(peer->outbox.front().message == "late" && peer->outbox_bytes == 4, "what waits");
+  }
+  std::this_thread::sleep_for(milliseconds(1200));
+  need(waiting() == 0, "none waits for ever");
+  peers->stop();
+  uccl_engine_destroy(here);
+  need(peers->wait(std::chrono::seconds(10)), "the end of what was tried");
+  ::close(fd);
+  unsetenv("UCCL_TCPX_TRANSFER_TIMEOUT_MS");
+}
+
 /// UCCL_TCPX_TRANSFER_TIMEOUT_MS means the same here as to the engine.
 void work_waits_as_long_as_a_transfer_may_stand_still() {
   const auto patience = [](const char *text) {
@@ -95,7 +129,8 @@ void work_waits_as_long_as_a_transfer_may_stand_still() {
 
 int main() {
   work_waits_as_long_as_a_transfer_may_stand_still();
+  notifications_wait_for_a_connection_each_for_its_own_time();
   silent_hosts_leave_the_others_alone();
-  std::puts("2 tests passed");
+  std::puts("3 tests passed");
   return EXIT_SUCCESS;
 }
