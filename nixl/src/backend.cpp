@@ -8,6 +8,7 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -82,10 +83,20 @@ struct Backend::Core {
   void tend_loop();
   void reap();
 
+  /// Memory that is registered already, with one use more; NULL when it is not.
+  LocalMemory *again(const LocalMemory::Range &range);
+  /// What was just registered, or what another thread registered meanwhile.
+  LocalMemory *keep(std::unique_ptr<LocalMemory> fresh);
+  /// The memory when this was its last use; NULL otherwise.
+  std::unique_ptr<LocalMemory> give_back(LocalMemory *used);
+
   uccl_engine_t *const engine;
   const std::string local_agent;
   std::shared_ptr<Identity> identity = std::make_shared<Identity>();
   std::shared_ptr<Peers> peers;
+
+  std::mutex memory_lock;
+  std::map<LocalMemory::Range, LocalMemory *> memory;
 
   std::mutex lock;
   std::condition_variable wake;
@@ -166,6 +177,34 @@ void Backend::Core::reap() {
   for (uccl_conn_t *conn : gone) uccl_engine_conn_destroy(conn);
 }
 
+LocalMemory *Backend::Core::again(const LocalMemory::Range &range) {
+  const std::lock_guard<std::mutex> guard(memory_lock);
+  const auto found = memory.find(range);
+  if (found == memory.end()) return nullptr;
+  ++found->second->uses;
+  return found->second;
+}
+
+LocalMemory *Backend::Core::keep(std::unique_ptr<LocalMemory> fresh) {
+  LocalMemory *kept = nullptr;
+  {
+    const std::lock_guard<std::mutex> guard(memory_lock);
+    const auto [at, first] = memory.emplace(fresh->range, fresh.get());
+    if (first) return fresh.release();
+    kept = at->second;
+    ++kept->uses;
+  }
+  uccl_engine_mr_destroy(engine, fresh->region);
+  return kept;
+}
+
+std::unique_ptr<LocalMemory> Backend::Core::give_back(LocalMemory *used) {
+  const std::lock_guard<std::mutex> guard(memory_lock);
+  if (--used->uses > 0) return nullptr;
+  memory.erase(used->range);
+  return std::unique_ptr<LocalMemory>(used);
+}
+
 Backend::Backend(const nixlBackendInitParams *init) : nixlBackendEngine(init) {
   initErr = true;
   uccl_engine_t *engine = create_engine(*init->customParams);
@@ -196,7 +235,13 @@ bool Backend::unusable() const {
 nixl_status_t Backend::registerMem(const nixlBlobDesc &mem, const nixl_mem_t &kind, nixlBackendMD *&out) {
   if (kind != DRAM_SEG && kind != VRAM_SEG) return NIXL_ERR_NOT_SUPPORTED;
   if (unusable()) return NIXL_ERR_BACKEND;
-  auto memory = std::make_unique<LocalMemory>();
+  // Peers refuse metadata in which the same bytes have two descriptions, and one that differs from what they have.
+  const LocalMemory::Range range(kind, mem.addr, mem.len);
+  if (LocalMemory *known = core_->again(range)) {
+    out = known;
+    return NIXL_SUCCESS;
+  }
+  auto memory = std::make_unique<LocalMemory>(range);
   if (const int status = uccl_engine_reg(core_->engine, mem.addr, mem.len, &memory->region); status != UCCL_OK) return to_nixl(status);
   const int status = uccl_engine_prepare_fifo(core_->engine, memory->region, reinterpret_cast<const void *>(mem.addr), mem.len,
                                               reinterpret_cast<char *>(&memory->item));
@@ -204,15 +249,15 @@ nixl_status_t Backend::registerMem(const nixlBlobDesc &mem, const nixl_mem_t &ki
     uccl_engine_mr_destroy(core_->engine, memory->region);
     return to_nixl(status);
   }
-  out = memory.release();
+  out = core_->keep(std::move(memory));
   return NIXL_SUCCESS;
 }
 
 nixl_status_t Backend::deregisterMem(nixlBackendMD *meta) {
-  const std::unique_ptr<LocalMemory> memory(static_cast<LocalMemory *>(meta));
-  if (!memory) return NIXL_ERR_INVALID_PARAM;
+  if (!meta) return NIXL_ERR_INVALID_PARAM;
   if (unusable()) return NIXL_SUCCESS;
-  uccl_engine_mr_destroy(core_->engine, memory->region);
+  const auto memory = core_->give_back(static_cast<LocalMemory *>(meta));
+  if (memory) uccl_engine_mr_destroy(core_->engine, memory->region);
   return NIXL_SUCCESS;
 }
 
@@ -313,8 +358,7 @@ nixl_status_t Backend::postXfer(const nixl_xfer_op_t &operation, const nixl_meta
   if (status != NIXL_ERR_NOT_FOUND) return status;
   // The agent was removed since, and perhaps added again under this name.
   std::shared_ptr<Peer> peer;
-  if (const nixl_status_t found = peer_of(agent, peer); found != NIXL_SUCCESS || peer.get() == &transfer->peer()) return status;
-  transfer->use(std::move(peer));
+  if (const nixl_status_t found = peer_of(agent, peer); found != NIXL_SUCCESS || !transfer->use(std::move(peer))) return status;
   return transfer->post(*core_->peers, args);
 }
 

@@ -47,7 +47,16 @@ nixl_status_t Transfer::describe(const nixl_meta_dlist_t &local, const nixl_meta
   return to_nixl(status);
 }
 
+bool Transfer::use(std::shared_ptr<Peer> peer) {
+  const std::lock_guard<std::mutex> guard(lock_);
+  if (peer == peer_) return false;
+  peer_ = std::move(peer);
+  connection_.reset();
+  return true;
+}
+
 nixl_status_t Transfer::post(Peers &peers, const nixl_opt_b_args_t *args) {
+  const std::lock_guard<std::mutex> guard(lock_);
   if (phase_ != Phase::kOver) return NIXL_ERR_REPOST_ACTIVE;
   has_message_ = args && args->hasNotif;
   if (has_message_) message_ = args->notifMsg;
@@ -80,6 +89,7 @@ nixl_status_t Transfer::begin(Peers &peers) {
 }
 
 nixl_status_t Transfer::check(Peers &peers) {
+  const std::lock_guard<std::mutex> guard(lock_);
   if (phase_ == Phase::kOver) return result_;
   const auto now = Clock::now();
   if (phase_ == Phase::kWaiting) {

@@ -1,13 +1,17 @@
-// A transfer request: what moves where, and how far it is. Owned by NIXL between prepXfer and releaseReqH; one thread at a time. It may
-// go while the transfer is in flight: the engine has copies of all it needs, and the regions are in use until it is over.
+// A transfer request: what moves where, and how far it is. Owned by NIXL between prepXfer and releaseReqH. Any number of threads may ask how
+// it stands; nobody may use it while it goes. It may go while the transfer is in flight: the engine has copies of all it needs, and the
+// regions are in use until it is over.
 //
 // SPDX-License-Identifier: Apache-2.0
 
 #pragma once
 
 #include <chrono>
+#include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <tuple>
 
 #include "backend/backend_plugin.h"
 #include "connection.h"
@@ -16,11 +20,17 @@
 
 namespace tcpx {
 
-/// Local memory of this agent, registered.
+/// Local memory of this agent, registered: once for all registrations of the same bytes.
 struct LocalMemory final : nixlBackendMD {
-  LocalMemory() : nixlBackendMD(true) {}
+  using Range = std::tuple<nixl_mem_t, uintptr_t, size_t>;
+
+  explicit LocalMemory(const Range &range) : nixlBackendMD(true), range(range) {}
+
+  const Range range;
   uccl_mr_t region = 0;
   FifoItem item{};
+  /// Guarded by whoever hands it out.
+  size_t uses = 1;
 };
 
 /// Memory as the other side of a transfer sees it: another agent's, or this agent's own for a transfer to itself.
@@ -40,11 +50,8 @@ class Transfer final : public nixlBackendReqH {
   /// Takes over the descriptors. Neighbours that continue each other on both sides become one segment.
   nixl_status_t describe(const nixl_meta_dlist_t &local, const nixl_meta_dlist_t &remote);
 
-  Peer &peer() const { return *peer_; }
-  void use(std::shared_ptr<Peer> peer) {
-    peer_ = std::move(peer);
-    connection_.reset();
-  }
+  /// Works with `peer` from now on; false when it did so already.
+  bool use(std::shared_ptr<Peer> peer);
 
   /// Starts it, or starts it again after it ended. Without a connection it waits for one, for as long as the peers' patience.
   nixl_status_t post(Peers &peers, const nixl_opt_b_args_t *args);
@@ -60,6 +67,8 @@ class Transfer final : public nixlBackendReqH {
   bool refusal_stands(Clock::time_point now);
 
   const nixl_xfer_op_t operation_;
+  /// Agents need not keep threads from each other here, and two that see the end at once would both send the notification.
+  std::mutex lock_;
   std::shared_ptr<Peer> peer_;
   /// That of the last start. It stays when it is lost: how the transfer ended is its to say.
   std::shared_ptr<Connection> connection_;
