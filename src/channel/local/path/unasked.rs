@@ -224,6 +224,11 @@ impl Unasked {
         }
     }
 
+    /// All that the peer has told is taken, and the last order has more to come.
+    fn wants_more(&self) -> bool {
+        !self.inn.waiting() && self.orders.back().is_some_and(|order| !order.last)
+    }
+
     fn order(&mut self, number: u64) -> Option<&mut Order> {
         let front = self.orders.front()?.number;
         self.orders.get_mut(usize::try_from(number.checked_sub(front)?).ok()?)

@@ -248,6 +248,10 @@ impl LocalPath {
             any = true;
             stride = stride.next();
         }
+        // The rest of an order that did not fit comes once there is room, and whoever tells it may sleep.
+        if any && self.unasked.wants_more() {
+            self.ring_later();
+        }
         Ok(any)
     }
 

@@ -130,6 +130,29 @@ fn reads_and_orders_of_host_memory_go_without_asking() {
     }
 }
 
+/// Whoever orders may sleep or leave it to others to drive until something is rung.
+#[test]
+fn the_rest_of_an_order_that_does_not_fit_is_asked_for() {
+    let (from, to) = (numbered(1, Place::HOST, 8 << 20), Memory::new(2, Place::HOST, 8 << 20, 0));
+    let (mut a, mut b) = granted(&from, &to);
+    assert!(start(&mut a, Way::Out, 5, &from, &to, 64).unwrap());
+    let mut rounds = 0;
+    while !a.unasked.unsent.is_empty() {
+        a.outbox.listening().set(true);
+        let begin = Instant::now();
+        while b.unasked.inn.waiting() || !b.unasked.batches.is_empty() {
+            b.progress(&mut None, Instant::now(), &mut Vec::new()).unwrap();
+            assert!(begin.elapsed() < Duration::from_secs(60));
+        }
+        assert!(!b.inbox.wakes(), "nobody was rung for what waits for room");
+        a.progress(&mut None, Instant::now(), &mut Vec::new()).unwrap();
+        rounds += 1;
+    }
+    assert!(rounds > 1, "all of it fits");
+    assert_eq!(run(&mut a, &mut b, 1).unwrap().1, [(5, true)]);
+    assert!(same(&from, &to, 64));
+}
+
 #[test]
 fn many_at_once_end_each() {
     let (from, to) = (numbered(1, Place::HOST, 1 << 20), Memory::new(2, Place::HOST, 1 << 20, 0));
