@@ -47,7 +47,7 @@ pub struct RecvIo {
 struct Guarded {
     guard: Guard,
     proof: Proof,
-    /// Where a sealed message arrives that is for several segments; empty when it arrives in place.
+    /// Where a sealed message arrives that is opened apart; empty when it arrives in place.
     through: Vec<iovec>,
     scratch: Vec<u8>,
 }
@@ -62,11 +62,13 @@ impl Guarded {
         }
     }
 
-    /// The message of `len` bytes for these segments begins. One segment is opened in place, several are put together first.
-    fn begin(&mut self, proof: Proof, iov: &[iovec], len: usize) {
+    /// The message of `len` bytes for these segments begins. A sealed one is opened in place only in a segment of the plugin's own: into
+    /// memory of the application others may write at the same time, an earlier read that nobody waits for any more among them, and what they
+    /// write would look like a message that was changed.
+    fn begin(&mut self, proof: Proof, body: &Body, len: usize) {
         self.proof = proof;
         self.through.clear();
-        if iov.len() > 1 && matches!(self.guard, Guard::Sealed(_)) {
+        if (body.iov.len() > 1 || !body.device) && matches!(self.guard, Guard::Sealed(_)) {
             self.scratch.resize(len.max(self.scratch.len()), 0);
             self.through.push(iovec { iov_base: self.scratch.as_mut_ptr().cast(), iov_len: len });
         }
@@ -154,7 +156,7 @@ impl RecvIo {
                 if let Some((header, proof)) = self.peek_header(seq).map_err(broken)? {
                     self.begin(ledger, seq, header, body, queue).map_err(broken)?;
                     if let Some(guarded) = &mut self.guarded {
-                        guarded.begin(proof, &body.iov, header.len);
+                        guarded.begin(proof, body, header.len);
                     }
                 }
             }

@@ -209,6 +209,29 @@ fn windows_full_of_large_messages_pass() {
     }
 }
 
+/// Another transfer may go to the same bytes at the same time: which of them stay is the application's affair, and no damage.
+#[test]
+fn a_sealed_message_bears_that_others_write_where_it_goes() {
+    start();
+    let (go, gone) = std::sync::mpsc::channel();
+    let (sender, receiver) = through(move |mut from, mut to| {
+        if pass(&mut from, &mut to, HELLO) && pass(&mut from, &mut to, 50_000) && gone.recv().is_ok() {
+            let _ = std::io::copy(&mut from, &mut to);
+        }
+    });
+    let level = UCCL_PROTECT_SEAL;
+    assert_eq!((protect(sender.0, level, &KEY), protect(receiver.comm, level, &KEY)), (NCCL_SUCCESS, NCCL_SUCCESS));
+    let (good, mut landing) = (pattern(1, 100_000), vec![0u8; 100_000]);
+    let request = receiver.irecvv(&mut [&mut landing]).unwrap();
+    sender.isendv(&[&good]).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    assert!(landing.iter().all(|&byte| byte == 0), "bytes that nobody has vouched for");
+    landing.fill(0xEE);
+    go.send(()).unwrap();
+    assert_eq!(wait(request), Ok(100_000));
+    assert!(landing == good);
+}
+
 #[test]
 fn a_damaged_device_receive_publishes_no_descriptors() {
     start();

@@ -468,6 +468,29 @@ def region_ends_while_a_peer_writes():
     deregister_under("WRITE")
 
 
+def blocks_are_read_again():
+    """A request was given up and its blocks go to the next one while bytes for the first still come, as after an abort."""
+    size = 32 * MIB
+    here, there, remote = pair(size, 1, 2)
+    for turn in range(10):
+        handle = here.prepare("READ", here.local("data", [(0, size)]), at(remote, [(0, size)]), "there")
+        here.post(handle)
+        handle.release()
+        check_equal(here.move("READ", "data", [(0, size)], at(remote, [(0, size)]), "there"), "DONE", f"turn {turn}")
+        check(here.matches("data", 2), "data differs")
+    there.close()
+
+
+@case()
+def blocks_of_a_released_read_are_read_again():
+    blocks_are_read_again()
+
+
+@case(UCCL_P2P_DISABLE_IPC=1, UCCL_TCPX_PROTECT="encrypt")
+def blocks_of_a_released_read_are_read_again_encrypted():
+    blocks_are_read_again()
+
+
 # ---- Agents that come and go -------------------------------------------------------------------------------------------------
 
 def grown(before, after, what, bytes_allowed):
