@@ -67,6 +67,7 @@ def resident():
 
 
 def usage():
+    gc.collect()
     return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), resident()
 
 
@@ -493,6 +494,18 @@ def blocks_of_a_released_read_are_read_again_encrypted():
 
 # ---- Agents that come and go -------------------------------------------------------------------------------------------------
 
+def settled(measure):
+    """What is closed in the background has its time."""
+    last, deadline = measure(), time.monotonic() + 15
+    while time.monotonic() < deadline:
+        time.sleep(1.5)
+        now = measure()
+        if now[:2] == last[:2]:
+            return now
+        last = now
+    return last
+
+
 def grown(before, after, what, bytes_allowed):
     check(after[0] <= before[0] + 6, f"{what}: descriptors {before[0]} -> {after[0]}")
     check(after[1] <= before[1] + 4, f"{what}: threads {before[1]} -> {after[1]}")
@@ -529,13 +542,10 @@ def cycles_of_everything_leave_nothing():
 
     for turn in range(cycles // 3):
         cycle(turn)
-    gc.collect()
-    before, theirs_before = usage(), (there.descriptors(), there.threads(), 0)
+    before, theirs_before = settled(usage), settled(lambda: (there.descriptors(), there.threads(), 0))
     for turn in range(cycles):
         cycle(turn)
-    gc.collect()
-    time.sleep(1.2)
-    after, theirs_after = usage(), (there.descriptors(), there.threads(), 0)
+    after, theirs_after = settled(usage), settled(lambda: (there.descriptors(), there.threads(), 0))
     print("note:", before, after, theirs_before, theirs_after)
     grown(before, after, "here", 8 * MIB)
     grown(theirs_before, theirs_after, "there", 8 * MIB)
@@ -557,14 +567,10 @@ def cycles_of_agents_leave_nothing():
     cycles = int(os.environ.get("CLIENT_AGENTS", "60"))
     for turn in range(cycles // 3):
         cycle(turn)
-    gc.collect()
-    time.sleep(1.2)
-    before, theirs_before = usage(), (there.descriptors(), there.threads(), 0)
+    before, theirs_before = settled(usage), settled(lambda: (there.descriptors(), there.threads(), 0))
     for turn in range(cycles):
         cycle(turn)
-    gc.collect()
-    time.sleep(1.2)
-    after, theirs_after = usage(), (there.descriptors(), there.threads(), 0)
+    after, theirs_after = settled(usage), settled(lambda: (there.descriptors(), there.threads(), 0))
     print("note:", before, after, theirs_before, theirs_after)
     grown(before, after, "here", 24 * MIB)
     grown(theirs_before, theirs_after, "there", 24 * MIB)
