@@ -178,6 +178,7 @@ void Backend::Core::reap() {
 }
 
 LocalMemory *Backend::Core::again(const LocalMemory::Range &range) {
+  if (!LocalMemory::is_shared(range)) return nullptr;
   const std::lock_guard<std::mutex> guard(memory_lock);
   const auto found = memory.find(range);
   if (found == memory.end()) return nullptr;
@@ -186,6 +187,7 @@ LocalMemory *Backend::Core::again(const LocalMemory::Range &range) {
 }
 
 LocalMemory *Backend::Core::keep(std::unique_ptr<LocalMemory> fresh) {
+  if (!LocalMemory::is_shared(fresh->range)) return fresh.release();
   LocalMemory *kept = nullptr;
   {
     const std::lock_guard<std::mutex> guard(memory_lock);
@@ -199,6 +201,7 @@ LocalMemory *Backend::Core::keep(std::unique_ptr<LocalMemory> fresh) {
 }
 
 std::unique_ptr<LocalMemory> Backend::Core::give_back(LocalMemory *used) {
+  if (!LocalMemory::is_shared(used->range)) return std::unique_ptr<LocalMemory>(used);
   const std::lock_guard<std::mutex> guard(memory_lock);
   if (--used->uses > 0) return nullptr;
   memory.erase(used->range);
