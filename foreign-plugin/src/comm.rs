@@ -48,9 +48,9 @@ pub(crate) fn live<'a>(call: &str, comm: *mut c_void) -> &'a Comm {
 
 /// The comm and number of a request.
 pub(crate) fn request<'a>(call: &str, request: *mut c_void) -> (&'a Comm, usize) {
-    let all: Vec<usize> = lock(&LIVE).get_or_insert_default().iter().copied().collect();
-    for comm in all {
-        // SAFETY: live.
+    let mut all = lock(&LIVE);
+    for &comm in all.get_or_insert_default().iter() {
+        // SAFETY: live, and nobody closes it while the lock is held.
         let comm = unsafe { &*(comm as *const Comm) };
         let range = comm.slots.as_ptr_range();
         if range.contains(&request.cast_const().cast()) {
