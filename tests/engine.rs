@@ -7,7 +7,7 @@ use local::{pair, port};
 use memory::Place;
 use std::io::Write;
 use std::net::TcpStream;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 use uccl_p2p::config::{Config, PluginChoice};
 use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, List, LocalSegment};
@@ -30,26 +30,27 @@ fn config() -> Config {
     Config { plugin: PluginChoice::Soft, ..Config::from_env().expect("configuration") }
 }
 
-/// A buffer with its registration and FIFO item; where nothing else is said, on the first GPU.
+/// A buffer with its registration and FIFO item; where nothing else is said, on the first GPU. Its registration ends before its memory.
 struct Buffer {
+    engine: Weak<Engine>,
     memory: memory::Memory,
     mr: u64,
     item: FifoItem,
 }
 
 impl Buffer {
-    fn new(engine: &Engine, len: usize, fill: impl Fn(usize) -> u8) -> Buffer {
+    fn new(engine: &Arc<Engine>, len: usize, fill: impl Fn(usize) -> u8) -> Buffer {
         Buffer::of(engine, (0..len).map(fill).collect())
     }
-    fn of(engine: &Engine, bytes: Vec<u8>) -> Buffer {
+    fn of(engine: &Arc<Engine>, bytes: Vec<u8>) -> Buffer {
         Buffer::at(engine, Place::FirstGpu, bytes)
     }
-    fn at(engine: &Engine, place: Place, bytes: Vec<u8>) -> Buffer {
+    fn at(engine: &Arc<Engine>, place: Place, bytes: Vec<u8>) -> Buffer {
         let len = bytes.len();
         let memory = memory::Memory::new(place, bytes);
         let mr = engine.register(memory.addr(), len).expect("register");
         let item = engine.fifo_item(mr, memory.addr(), len).expect("item");
-        Buffer { memory, mr, item }
+        Buffer { engine: Arc::downgrade(engine), memory, mr, item }
     }
     fn len(&self) -> usize {
         self.memory.len()
@@ -65,6 +66,13 @@ impl Buffer {
     }
     fn whole(&self) -> LocalSegment {
         self.local(0, self.len())
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // Some tests have ended the registration before.
+        let _ = self.engine.upgrade().map(|engine| engine.deregister(self.mr));
     }
 }
 
@@ -356,7 +364,7 @@ struct Piece {
 
 /// Moves the pieces as one transfer between buffers of `len` bytes in every place, by a write to and by a read from the peer, and
 /// checks every byte of all buffers.
-fn move_between_places(a: &Engine, b: &Engine, out: &Connection, len: usize, pieces: &[Piece]) {
+fn move_between_places(a: &Arc<Engine>, b: &Arc<Engine>, out: &Connection, len: usize, pieces: &[Piece]) {
     const GUARD: u8 = 0xA5;
     let pattern = |place: usize| (0..len).map(|i| (i * (2 * place + 3) + (i >> 8) + place) as u8).collect::<Vec<u8>>();
     let mut expected = vec![vec![GUARD; len]; Place::ALL.len()];
