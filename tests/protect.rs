@@ -267,3 +267,30 @@ fn a_connection_outlives_its_keys() {
     }
     assert!(out.status().is_ok() && inc.status().is_ok());
 }
+
+/// Bytes where destinations overlap are undefined, and that is all: nobody has changed anything on its way.
+#[test]
+fn destinations_that_overlap_spoil_no_connection() {
+    let _one = ONE.lock().unwrap();
+    const LEN: usize = 512 << 10;
+    for protect in [Protect::Off, Protect::Integrity, Protect::Encrypt] {
+        let (a, b) = (engine(config(protect)), engine(config(protect)));
+        let (out, _inc) = pair(&a, &b).unwrap();
+        let (mut mine, theirs) = (vec![0x5au8; LEN], vec![0x5au8; LEN]);
+        let (here, there) = (mine.as_mut_ptr() as usize, theirs.as_ptr() as usize);
+        let (from, to) = (a.register(here, LEN).unwrap(), b.register(there, LEN).unwrap());
+        let item = b.fifo_item(to, there, LEN).unwrap();
+        let segment = (LocalSegment { mr: from, addr: here, len: LEN }, item);
+        for direction in [Direction::Write, Direction::Read] {
+            for round in 0..20 {
+                // Chunks of one transfer, and of several at once.
+                let ids = [16, 1, 1, 1].map(|n| out.transfer(direction, std::iter::repeat_n(segment, n)).unwrap());
+                for id in ids {
+                    let ended = out.wait(id, None);
+                    assert!(ended.as_ref().is_ok_and(|state| state.complete), "{protect:?} {direction:?} {round}: {ended:?}");
+                }
+            }
+        }
+        assert!(mine == theirs && mine.iter().all(|&byte| byte == 0x5a), "all wrote the same");
+    }
+}
