@@ -26,6 +26,11 @@ fn engine_process() {
             // SAFETY: a complete limit.
             assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) }, 0);
         }
+        if let Some(most) = std::env::var(FSIZE).ok().and_then(|most| most.parse().ok()) {
+            let limit = libc::rlimit { rlim_cur: most, rlim_max: most };
+            // SAFETY: a complete limit.
+            assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &limit) }, 0);
+        }
         if let Some(user) = std::env::var(USER).ok().and_then(|user| user.parse().ok()) {
             // SAFETY: plain system calls, of all threads.
             assert_eq!(unsafe { libc::setresuid(user, user, user) }, 0);
@@ -334,6 +339,23 @@ fn a_process_without_descriptors_loses_no_connection() {
         carried(&mut a)[1] > 0
     }));
     assert!(a.end(LIMIT) && b.end(LIMIT));
+}
+
+/// Told to a child: how long files may be that it makes.
+const FSIZE: &str = "UCCL_TEST_FSIZE";
+
+/// The limit counts for memory files too, and who goes beyond it is killed (SIGXFSZ).
+#[test]
+fn a_process_that_may_make_no_large_files_uses_its_channels() {
+    let small = [ON, (FSIZE, "65536")];
+    for (first, second) in [(&small[..], &[ON][..]), (&[ON][..], &small[..])] {
+        let (mut a, mut b) = two(first, second);
+        assert_eq!(moves(&mut a, &mut b, "read", MIB, 3), Outcome::Done(MIB as u64));
+        assert_eq!(carried(&mut a), [0, 0, 0, MIB as u64]);
+        let limited = if first.len() > second.len() { &a } else { &b };
+        assert!(limited.log().contains("RLIMIT_FSIZE"), "{}", limited.log());
+        assert!(a.end(LIMIT) && b.end(LIMIT));
+    }
 }
 
 /// Areas for pairs of GPUs that are never used.

@@ -35,6 +35,11 @@ pub(crate) fn create(name: &CStr, len: usize) -> Result<OwnedFd> {
         }
         OwnedFd::from_raw_fd(fd)
     };
+    // Beyond the limit of file sizes, which counts for memory files too, the kernel sends SIGXFSZ, which ends the process.
+    let most = file_size_limit();
+    if len as u64 > most {
+        bail!(Resource, "a memory file of {len} bytes, where no file may have more than {most} (RLIMIT_FSIZE, ulimit -f)");
+    }
     // SAFETY: plain system calls on our descriptor.
     unsafe {
         if libc::ftruncate(fd.as_raw_fd(), len as libc::off_t) != 0 {
@@ -45,6 +50,14 @@ pub(crate) fn create(name: &CStr, len: usize) -> Result<OwnedFd> {
         }
     }
     Ok(fd)
+}
+
+/// The largest file that this process may make.
+fn file_size_limit() -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: a writable structure, which stays as it is when the call fails.
+    unsafe { libc::getrlimit(libc::RLIMIT_FSIZE, &raw mut limit) };
+    limit.rlim_cur
 }
 
 /// Whether a descriptor is a memory file that cannot shrink and holds `len` bytes.
