@@ -116,7 +116,8 @@ impl Connection {
                 let before = machine.ended();
                 let looked = if at_once { machine.drive_channels(channels, now).map(drop) } else { Ok(()) };
                 self.wake_waiters(&core, before);
-                self.started(core, looked.map(|()| Some(id)), now)
+                let _ = self.leave(core, looked, now);
+                Ok(Some(id))
             }
             Err(e) => self.started(core, Err(e), now),
         }
@@ -172,7 +173,7 @@ impl Connection {
         core.machine.tx.make_room(size)?;
         let now = Instant::now();
         core.machine.notify(name, message, now);
-        self.started(core, Ok(()), now)
+        self.leave(core, Ok(()), now)
     }
 
     /// Whether a transfer may start. What fails here leaves the connection alive; what fails later ends it.
@@ -184,12 +185,33 @@ impl Connection {
         core.machine.admit(segments, pairs, &core.channels).inspect_err(|e| self.home.counters.limit(e.kind()))
     }
 
-    /// After work was added: the first chunks leave from here, and the progress thread is told when it must poll.
+    /// After work was added. What fails from here on is how the work ends: something may have moved, so it has begun.
+    ///
+    /// # Errors
+    /// `started`'s, which ends the connection.
     fn started<T>(&self, mut core: Held<'_>, started: Result<T>, now: Instant) -> Result<T> {
-        let result = started.and_then(|value| core.pump(now).map(|_| value)).map_err(|e| core.last_words(e, now));
+        match started {
+            Ok(value) => {
+                let _ = self.leave(core, Ok(()), now);
+                Ok(value)
+            }
+            Err(e) => {
+                let e = core.last_words(e, now);
+                self.fail_locked(&mut core, e.clone());
+                Err(e)
+            }
+        }
+    }
+
+    /// The first chunks leave from here, unless something has failed before, and the progress thread is told when it must poll.
+    ///
+    /// # Errors
+    /// Why the connection has ended.
+    fn leave(&self, mut core: Held<'_>, before: Result<()>, now: Instant) -> Result<()> {
+        let result = before.and_then(|()| core.pump(now).map(drop)).map_err(|e| core.last_words(e, now));
         match &result {
             Err(e) => self.fail_locked(&mut core, e.clone()),
-            Ok(_) => {
+            Ok(()) => {
                 let mut needs_help = core.backlog() > 0 || (core.channels.busy() && !self.home.doorbells);
                 // Nobody rings when a device has copied; whoever polls in a loop looks anyway.
                 needs_help |= core.channels.copies_pending() && self.driven_by_application().is_none();

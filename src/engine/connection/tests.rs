@@ -272,3 +272,22 @@ fn a_region_is_asked_about_behind_threads_that_come_back_all_the_time() {
         assert!(asked);
     });
 }
+
+/// The peer is gone, and the first to notice is who starts a transfer: chunks may have left by then.
+#[test]
+fn a_transfer_that_has_begun_has_an_id_that_tells_how_it_ended() {
+    let home = home();
+    let (connection, theirs) = idle(&home);
+    let memory = [0u8; 64];
+    let addr = memory.as_ptr() as usize;
+    let mr = home.registry.add(addr as u64, 64, Place::HOST, crate::types::RemoteAccess::ALL).unwrap();
+    // With a byte unread the socket of the peer is reset when it is closed.
+    connection.notify(b"", b"").expect("a peer that is there");
+    drop(theirs);
+    let local = LocalSegment { mr, addr, len: 64 };
+    let id = connection.send(std::iter::once(local)).expect("it has begun");
+    assert_eq!(connection.poll(id).unwrap_err().kind(), ErrorKind::RemoteDisconnect);
+    let late = connection.send(std::iter::once(local)).unwrap_err();
+    assert_eq!(late.kind(), ErrorKind::RemoteDisconnect, "nothing begins on a connection that is lost");
+    assert!(!home.registry.retire(mr).unwrap().in_use());
+}
