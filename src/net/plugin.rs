@@ -81,7 +81,8 @@ fn check(plugin: &str, call: &str, result: ncclResult_t) -> Result<()> {
         _ => "unknown error",
     };
     // Once a comm is up, a system or remote error of a request is how a plugin says that the peer is gone.
-    if matches!((call, result), ("test" | "isend" | "irecv", abi::NCCL_SYSTEM_ERROR | abi::NCCL_REMOTE_ERROR)) {
+    let asks_a_comm = matches!(call, "test" | "isend" | "irecv" | "irecvConsumed" | "progress");
+    if asks_a_comm && matches!(result, abi::NCCL_SYSTEM_ERROR | abi::NCCL_REMOTE_ERROR) {
         return Err(err!(RemoteDisconnect, "plugin {plugin}: {call} returned {result} ({why})"));
     }
     Err(err!(Plugin, "plugin {plugin}: {call} returned {result} ({why})"))
@@ -688,4 +689,22 @@ fn descriptors_left(n: usize) -> bool {
     let open = || std::fs::File::open("/dev/null");
     let opened: Vec<_> = (0..n).map_while(|_| open().ok()).collect();
     opened.len() == n
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::ErrorKind;
+
+    #[test]
+    fn a_comm_whose_peer_is_gone_says_so_whatever_it_is_asked() {
+        let kind = |call, result| check("one", call, result).unwrap_err().kind();
+        for call in ["test", "isend", "irecv", "irecvConsumed", "progress"] {
+            for result in [abi::NCCL_SYSTEM_ERROR, abi::NCCL_REMOTE_ERROR] {
+                assert_eq!(kind(call, result), ErrorKind::RemoteDisconnect, "{call}");
+            }
+            assert_eq!(kind(call, abi::NCCL_INTERNAL_ERROR), ErrorKind::Plugin, "{call}");
+        }
+        assert_eq!(kind("listen", abi::NCCL_SYSTEM_ERROR), ErrorKind::Plugin);
+    }
 }
