@@ -89,7 +89,7 @@ fn once(
 enum Again {
     /// The listening side says that it has no place at present.
     Soon,
-    /// It hung up before any proof: its places may be short, or it has ended.
+    /// It hung up before any proof, or is ending: its places may be short, and another engine may come to its port.
     Cut,
     Never,
 }

@@ -418,6 +418,7 @@ impl Handshake {
     fn put_refusal(&mut self, error: &Error) {
         let told = match error.kind() {
             ErrorKind::Auth | ErrorKind::Protocol | ErrorKind::Resource | ErrorKind::TimedOut => error.to_string(),
+            ErrorKind::Canceled => "it is ending".to_owned(),
             _ => "internal error".to_owned(),
         };
         let told = text::printable(&told, MAX_REFUSAL_TEXT);
@@ -628,6 +629,8 @@ fn refused(header: &Header, body: &[u8]) -> Error {
     };
     let kind = match ErrorKind::from_code(StatusCode::from_le_bytes([fixed[0], fixed[1], fixed[2], fixed[3]])) {
         kind @ (ErrorKind::Auth | ErrorKind::Resource | ErrorKind::TimedOut) => kind,
+        // What was canceled there was not canceled here.
+        ErrorKind::Canceled => ErrorKind::RemoteDisconnect,
         _ => ErrorKind::Protocol,
     };
     Error::new(kind, format_args!("refused by the peer: {told}"))

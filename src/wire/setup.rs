@@ -61,7 +61,14 @@ impl Verdict {
     pub(crate) fn result(&self) -> Result<()> {
         match self.status {
             UCCL_OK => Ok(()),
-            code => Err(Error::new(ErrorKind::from_code(code), format_args!("refused by the peer: {}", self.text))),
+            code => {
+                let kind = match ErrorKind::from_code(code) {
+                    // What was canceled there was not canceled here.
+                    ErrorKind::Canceled => ErrorKind::RemoteDisconnect,
+                    kind => kind,
+                };
+                Err(Error::new(kind, format_args!("refused by the peer: {}", self.text)))
+            }
         }
     }
 }
@@ -359,5 +366,7 @@ mod tests {
         let got = verdict.result().unwrap_err();
         assert_eq!((got.kind(), got.to_string().as_str()), (ErrorKind::Plugin, "refused by the peer: eth1 \\u{1b}[31m refused"));
         assert_eq!(Verdict::ok().result(), Ok(()));
+        let canceled = Verdict::from(&crate::status::err!(Canceled, "the engine is being destroyed"));
+        assert_eq!(canceled.result().unwrap_err().kind(), ErrorKind::RemoteDisconnect, "it was not canceled on this side");
     }
 }

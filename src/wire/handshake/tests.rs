@@ -367,6 +367,11 @@ fn limits_of_the_caller_reach_the_peer() {
             (ErrorKind::Resource, "refused by the peer: too many connections are being set up".into())
         );
     }
+    // An engine that is destroyed is a peer that has gone.
+    let mut s = server(A);
+    s.refuse(&err!(Canceled, "the engine is being destroyed"));
+    let heard = client(A).input(&take(&mut s)).unwrap_err();
+    assert_eq!((heard.kind(), heard.to_string()), (ErrorKind::RemoteDisconnect, "refused by the peer: it is ending".into()));
     // What happens inside stays inside.
     let mut s = server(A);
     s.refuse(&err!(System, "mmap at 0x7f0000000000"));
