@@ -13,6 +13,8 @@
  *    then does not work in the child, the child registers host memory only.
  *  - Functions may be called from destructors of static objects and of thread-specific data; nothing here throws or unwinds.
  *    A thread that is cancelled (pthread_cancel) inside of a function is so at its next cancellation point after that has returned.
+ *    One whose cancelability is asynchronous (PTHREAD_CANCEL_ASYNCHRONOUS) must not be in a function when it is cancelled: it ends the
+ *    process, as in most functions of the C library.
  *  - Lengths are bytes. Deadlines come from the environment: docs/configuration.md.
  *  - C11 or newer; C++11 or newer for the C++ API.
  *  - Device memory: kernels that write a source must have finished (synchronise their stream or event) before the transfer is
