@@ -9,7 +9,7 @@ use process::Mutex;
 use reactor::{Events, Interest, Poller, Waker};
 use std::collections::BTreeSet;
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{fence, AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -55,9 +55,11 @@ impl Seat {
         Doorbell { armed: self.armed.clone(), fd: self.fd }
     }
 
-    /// Lets the channels ring once, or no longer.
+    /// Lets the channels ring once, or no longer. What the caller looks at afterwards is not older than that.
     pub(crate) fn arm(&self, on: bool) {
         self.armed.store(u32::from(on), Ordering::SeqCst);
+        // Whoever rings publishes, has a fence, and looks whether the bell is armed: one of the two sees the other on every processor.
+        fence(Ordering::SeqCst);
     }
 
     /// Whether they may have rung: they were not armed, or have.
@@ -204,6 +206,7 @@ impl Bell {
 
     pub(crate) fn arm(&self, sleeping: bool) {
         self.armed.store(u32::from(sleeping), Ordering::SeqCst);
+        fence(Ordering::SeqCst);
     }
 
     /// Wakes the progress thread if it sleeps.

@@ -71,6 +71,8 @@ impl Listening {
     /// Asks the other side to ring when it takes chunks, or no longer.
     pub(crate) fn set(&self, on: bool) {
         self.0.word(LISTENS).store(on.into(), Ordering::SeqCst);
+        // The counterpart of that of `wakes`: what is looked at afterwards is not older.
+        fence(Ordering::SeqCst);
     }
 }
 
