@@ -230,7 +230,9 @@ impl Attempt {
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Ok(()),
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
                 // What the peer said before it closed tells more than our failed write: reading goes on.
-                Err(_) => break,
+                Err(e) if matches!(e.kind(), std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset) => break,
+                // Nothing may follow what did not leave.
+                Err(e) => return Err(limits::system("send", &e)),
             }
         }
         self.out.clear();
