@@ -59,12 +59,13 @@ nixl_status_t connect_failure(int status) {
   }
 }
 
-/// One line about a peer, unless there was one a moment ago: how often a peer comes and goes is its own choice.
-void say_locked(Peer &peer, const char *level, const std::string &text) {
+/// One line about a peer, unless there was one a moment ago: how often a peer comes and goes is its own choice. Whether it was said.
+bool say_locked(Peer &peer, const char *level, const std::string &text) {
   const auto now = Clock::now();
-  if (peer.last_line.time_since_epoch().count() != 0 && now - peer.last_line < kLines) return;
+  if (peer.last_line.time_since_epoch().count() != 0 && now - peer.last_line < kLines) return false;
   peer.last_line = now;
   log_line(level, "agent '" + peer.name + "' at " + peer.text.substr(0, peer.text.find('#')) + ": " + text);
+  return true;
 }
 
 }  // namespace
@@ -253,20 +254,25 @@ bool Peers::flush_locked(Peer &peer) {
 }
 
 void Peers::drop_outbox_locked(Peer &peer, const char *why) {
-  if (peer.outbox.empty()) return;
-  say_locked(peer, "warning", std::to_string(peer.outbox.size()) + " notifications are dropped: " + why);
+  peer.dropped += peer.outbox.size();
   peer.outbox.clear();
   peer.outbox_bytes = 0;
+  say_dropped_locked(peer, why);
 }
 
 /// Those whose time is over; each has its own.
 void Peers::drop_late_locked(Peer &peer, Clock::time_point now) {
-  size_t dropped = 0;
-  for (; !peer.outbox.empty() && now >= peer.outbox.front().until; ++dropped) {
+  for (; !peer.outbox.empty() && now >= peer.outbox.front().until; ++peer.dropped) {
     peer.outbox_bytes -= peer.outbox.front().message.size();
     peer.outbox.pop_front();
   }
-  if (dropped > 0) say_locked(peer, "warning", std::to_string(dropped) + " notifications are dropped: it was not reached in time");
+  say_dropped_locked(peer, "it was not reached in time");
+}
+
+/// What could not be said at once is counted and said later.
+void Peers::say_dropped_locked(Peer &peer, const char *why) {
+  if (peer.dropped == 0) return;
+  if (say_locked(peer, "warning", std::to_string(peer.dropped) + " notifications are dropped: " + why)) peer.dropped = 0;
 }
 
 // ---- Connecting -----------------------------------------------------------------------------------------------------------------
@@ -400,13 +406,15 @@ Clock::duration Peers::tend() {
         next = std::min<Clock::duration>(next, peer->next_attempt - now);
       }
     }
-    if (peer->outbox.empty()) continue;
-    if (peer->state == Peer::State::kUp) {
+    if (peer->state != Peer::State::kUp) {
+      drop_late_locked(*peer, now);
+      continue;
+    }
+    say_dropped_locked(*peer, "it was not reached in time");
+    if (!peer->outbox.empty()) {
       // The engine ends a connection that takes nothing.
       if (!flush_locked(*peer)) lost_locked(*peer);
       next = std::min<Clock::duration>(next, kBusy);
-    } else {
-      drop_late_locked(*peer, now);
     }
   }
   return std::max<Clock::duration>(next, milliseconds(10));

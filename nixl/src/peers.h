@@ -69,6 +69,8 @@ class Peer : public std::enable_shared_from_this<Peer> {
   };
   std::deque<Waiting> outbox;
   size_t outbox_bytes = 0;
+  /// Dropped, and not said yet.
+  size_t dropped = 0;
 };
 
 /// All functions from any thread. Held by a shared pointer: attempts in the background keep it alive.
@@ -115,6 +117,7 @@ class Peers : public std::enable_shared_from_this<Peers> {
   void attempt_locked(Peer &peer, bool asked = false);
   void drop_outbox_locked(Peer &peer, const char *why);
   void drop_late_locked(Peer &peer, Clock::time_point now);
+  void say_dropped_locked(Peer &peer, const char *why);
   bool flush_locked(Peer &peer);
   static bool is_clear(Peer &peer);
 

@@ -232,7 +232,8 @@ impl Attempt {
                 // What the peer said before it closed tells more than our failed write: reading goes on.
                 Err(e) if matches!(e.kind(), std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset) => break,
                 // Nothing may follow what did not leave.
-                Err(e) => return Err(limits::system("send", &e)),
+                Err(e) if limits::is_exhaustion(&e) => return Err(limits::system("send", &e)),
+                Err(e) => return Err(err!(RemoteDisconnect, "{} ({e})", self.setup.hung_up())),
             }
         }
         self.out.clear();

@@ -13,7 +13,7 @@ use crate::status::{bail, err, Result};
 use nccl_net_abi as abi;
 use nccl_net_abi::{ncclNetDeviceHandle_v7, ncclResult_t, ucclIoVec};
 use process::{Mutex, PerProcess};
-use std::ffi::{c_int, c_void};
+use std::ffi::{c_int, c_void, CStr, CString};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, Once};
@@ -32,7 +32,7 @@ const IMPORT: usize = 4;
 const DEFAULT_LIMIT: usize = 512 << 10;
 
 /// The variable that limits the messages of TCPX.
-const CHUNK_VARIABLE: &str = "NCCL_DYNAMIC_CHUNK_SIZE";
+const CHUNK_VARIABLE: &CStr = c"NCCL_DYNAMIC_CHUNK_SIZE";
 
 /// A device of a plugin.
 #[derive(Clone, Debug)]
@@ -677,9 +677,13 @@ fn set_chunk_size(config: &Config) {
     static ONCE: PerProcess<Once> = PerProcess::new(Once::new);
     ONCE.get().call_once(|| {
         if config.plugin_limit.is_none() {
-            // SAFETY: once per process, before a foreign plugin is initialised. Another thread that reads the environment through the
-            // C library at this very moment is the user's to avoid, as with NCCL itself.
-            unsafe { std::env::set_var(CHUNK_VARIABLE, DEFAULT_LIMIT.to_string()) };
+            let value = CString::new(DEFAULT_LIMIT.to_string()).unwrap_or_default();
+            // Not with std: its lock of the environment, copied by a fork while another thread reads, would never be free in the child.
+            // SAFETY: two texts, once per process, before a foreign plugin is initialised. Another thread that reads the environment
+            // through the C library at this very moment is the user's to avoid, as with NCCL itself.
+            if unsafe { libc::setenv(CHUNK_VARIABLE.as_ptr(), value.as_ptr(), 1) } != 0 {
+                log::warn!("{} cannot be set: {}", CHUNK_VARIABLE.to_string_lossy(), std::io::Error::last_os_error());
+            }
         }
     });
 }
@@ -695,6 +699,7 @@ fn descriptors_left(n: usize) -> bool {
 mod tests {
     use super::*;
     use crate::status::ErrorKind;
+    use std::sync::atomic::AtomicBool;
 
     #[test]
     fn a_comm_whose_peer_is_gone_says_so_whatever_it_is_asked() {
@@ -706,5 +711,46 @@ mod tests {
             assert_eq!(kind(call, abi::NCCL_INTERNAL_ERROR), ErrorKind::Plugin, "{call}");
         }
         assert_eq!(kind("listen", abi::NCCL_SYSTEM_ERROR), ErrorKind::Plugin);
+    }
+
+    /// What another thread has of a lock at a fork it has for ever in the child.
+    #[test]
+    fn the_chunk_size_is_set_in_children_of_processes_whose_threads_read_the_environment() {
+        let config = Config { plugin_limit: None, ..Config::from_env().unwrap() };
+        let over = AtomicBool::new(false);
+        let ended = std::thread::scope(|s| {
+            for _ in 0..4 {
+                s.spawn(|| {
+                    while !over.load(Ordering::Relaxed) {
+                        assert!(std::env::vars_os().count() > 0);
+                    }
+                });
+            }
+            let ended = (0..20).all(|_| {
+                // SAFETY: the child does what is tried, and ends.
+                let child = unsafe { libc::fork() };
+                if child == 0 {
+                    set_chunk_size(&config);
+                    // SAFETY: ends the child.
+                    unsafe { libc::_exit(0) };
+                }
+                let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+                loop {
+                    // SAFETY: our own child, which nobody else waits for.
+                    match unsafe { libc::waitpid(child, std::ptr::null_mut(), libc::WNOHANG) } {
+                        0 if std::time::Instant::now() < until => std::thread::sleep(std::time::Duration::from_millis(1)),
+                        0 => {
+                            // SAFETY: as above.
+                            unsafe { libc::kill(child, libc::SIGKILL) };
+                            break false;
+                        }
+                        waited => break waited == child,
+                    }
+                }
+            });
+            over.store(true, Ordering::Relaxed);
+            ended
+        });
+        assert!(ended, "a child hangs");
     }
 }

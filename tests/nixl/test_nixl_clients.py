@@ -507,7 +507,8 @@ def settled(measure):
 
 
 def grown(before, after, what, bytes_allowed):
-    check(after[0] <= before[0] + 6, f"{what}: descriptors {before[0]} -> {after[0]}")
+    # Fewer than one a cycle: connections of the last cycles may still be closing.
+    check(after[0] <= before[0] + 40, f"{what}: descriptors {before[0]} -> {after[0]}")
     check(after[1] <= before[1] + 4, f"{what}: threads {before[1]} -> {after[1]}")
     check(after[2] <= before[2] + bytes_allowed, f"{what}: memory {before[2] >> 10} -> {after[2] >> 10} KiB")
 

@@ -25,7 +25,9 @@ impl Connection {
         let error = || err!(Internal, "{}: a defect of the library; the log has its place", self.peer.name);
         let steps: [&mut dyn FnMut(&mut Core); 4] = [
             &mut |core| core.channels.close(),
-            &mut |core| self.fail_locked(core, error()),
+            &mut |core| {
+                self.fail_locked(core, error());
+            },
             &mut |core| core.machine.fail(error(), &mut core.channels),
             &mut |core| core.machine.give_up(error()),
         ];
@@ -38,9 +40,10 @@ impl Connection {
         self.ended.notify_all();
     }
 
-    pub(super) fn fail_locked(&self, core: &mut Core, error: Error) {
+    /// Ends the connection, unless it has ended. Whether all that was queued for the peer has left.
+    pub(super) fn fail_locked(&self, core: &mut Core, error: Error) -> bool {
         if core.machine.dead().is_some() {
-            return;
+            return false;
         }
         let lost = core.machine.in_flight();
         let error = Error::new(error.kind(), format_args!("{}: {error}", self.peer.name));
@@ -77,9 +80,11 @@ impl Connection {
         }
         core.control.end();
         let _ = core.flush(now, FAREWELL);
+        let left = core.backlog() == 0;
         core.machine.fail(error, &mut core.channels);
         core.control.shutdown_write();
         self.ended.notify_all();
+        left
     }
 
     /// Closes the connection: what is queued for the peer leaves first (for a second at most), then transfers in flight are canceled.

@@ -100,7 +100,7 @@ impl Connection {
     }
 
     /// Starts a transfer all of which the peer has granted, within the host. `None`: it has to go another way.
-    fn transfer_direct(&self, way: Way, sketch: Sketch, blocks: &mut dyn Blocks) -> Result<Option<u64>> {
+    pub(super) fn transfer_direct(&self, way: Way, sketch: Sketch, blocks: &mut dyn Blocks) -> Result<Option<u64>> {
         if sketch.count > MAX_SEGMENTS {
             return Ok(None);
         }
@@ -109,18 +109,13 @@ impl Connection {
         self.admit(&core, sketch.count, &sketch.places())?;
         let at_once = way == Way::In && sketch.pairings.iter().all(|pairing| !pairing.here.is_device());
         let Core { machine, channels, .. } = &mut *core;
-        match machine.start_direct(sketch, way, blocks, channels, now) {
-            Ok(None) => Ok(None),
-            Ok(Some(id)) => {
-                // A small read of host memory is over already.
-                let before = machine.ended();
-                let looked = if at_once { machine.drive_channels(channels, now).map(drop) } else { Ok(()) };
-                self.wake_waiters(&core, before);
-                let _ = self.leave(core, looked, now);
-                Ok(Some(id))
-            }
-            Err(e) => self.started(core, Err(e), now),
-        }
+        let Some((id, begun)) = machine.start_direct(sketch, way, blocks, channels, now) else { return Ok(None) };
+        // A small read of host memory is over already.
+        let before = machine.ended();
+        let looked = begun.and_then(|()| if at_once { machine.drive_channels(channels, now).map(drop) } else { Ok(()) });
+        self.wake_waiters(&core, before);
+        let _ = self.leave(core, looked, now);
+        Ok(Some(id))
     }
 
     /// Starts a two-sided send of one message gathered from segments; gives its id.
@@ -154,7 +149,8 @@ impl Connection {
         self.started(core, Ok(id), now)
     }
 
-    /// Queues a notification for the peer. Where a large backlog waits it waits too, until there is room or the connection has failed.
+    /// Queues a notification for the peer. Where a large backlog waits it waits too, until there is room or the connection has failed. One
+    /// that has left is no error, though the connection is lost meanwhile: whoever sends it again would send it twice.
     ///
     /// # Errors
     /// `InvalidArgument` above 64 MiB, `Resource` without memory for it, or why the connection is lost.
@@ -206,12 +202,18 @@ impl Connection {
     /// The first chunks leave from here, unless something has failed before, and the progress thread is told when it must poll.
     ///
     /// # Errors
-    /// Why the connection has ended.
-    fn leave(&self, mut core: Held<'_>, before: Result<()>, now: Instant) -> Result<()> {
-        let result = before.and_then(|()| core.pump(now).map(drop)).map_err(|e| core.last_words(e, now));
-        match &result {
-            Err(e) => self.fail_locked(&mut core, e.clone()),
-            Ok(()) => {
+    /// Why the connection has ended, if something that was queued for the peer has not left.
+    pub(super) fn leave(&self, mut core: Held<'_>, before: Result<()>, now: Instant) -> Result<()> {
+        match before.and_then(|()| core.pump(now)) {
+            Err(e) => {
+                let e = core.last_words(e, now);
+                if self.fail_locked(&mut core, e.clone()) {
+                    Ok(())
+                } else {
+                    Err(e)
+                }
+            }
+            Ok(_) => {
                 let mut needs_help = core.backlog() > 0 || (core.channels.busy() && !self.home.doorbells);
                 // Nobody rings when a device has copied; whoever polls in a loop looks anyway.
                 needs_help |= core.channels.copies_pending() && self.driven_by_application().is_none();
@@ -219,8 +221,8 @@ impl Connection {
                 if needs_help {
                     self.home.attend(self.id);
                 }
+                Ok(())
             }
         }
-        result
     }
 }

@@ -6,16 +6,18 @@ use super::super::budget::Pool;
 use super::super::notify::{Inbox, Queue};
 use super::super::pacing::Cores;
 use super::super::progress;
-use super::super::proto::{Machine, Setting};
+use super::super::proto::{Machine, Setting, Sketch};
 use super::super::transfer::LocalSegment;
 use super::*;
-use crate::channel::path::{Arrival, Copier, Departure, Event, Line, Path, Way};
+use crate::channel::path::{Arrival, Blocks, Copier, Departure, Direct, Event, Line, Path, Way};
 use crate::channel::plan::ChunkLimits;
 use crate::channel::router::Channels;
 use crate::channel::stripe::Loads;
 use crate::logging::Limiter;
+use crate::region::Hold;
 use crate::stats::ChannelStats;
 use crate::status::{err, ErrorKind};
+use crate::types::Piece;
 use crate::wire::control::ControlStream;
 use crate::wire::session::{Direction, Session};
 use std::net::{TcpListener, TcpStream};
@@ -27,6 +29,8 @@ struct SimulatedDefect {
     closed: bool,
     /// No defect when driven: always about to end, and never there.
     hasty: bool,
+    /// No defect: transfers without chunks begin, and fail.
+    begins: bool,
 }
 
 impl Path for SimulatedDefect {
@@ -44,6 +48,12 @@ impl Path for SimulatedDefect {
     }
     fn carries_local(&self, _local: Place) -> bool {
         true
+    }
+    fn start_direct(&mut self, _transfer: &mut Direct<'_>) -> Result<bool> {
+        match self.begins {
+            true => Err(err!(RemoteDisconnect, "a simulated loss")),
+            false => Ok(false),
+        }
     }
     fn loads(&mut self, _place: Place, _bulk: bool, _now: Instant, _out: &mut Loads) {}
     fn submit(&mut self, _channel: usize, _departure: Departure, _copier: &mut Copier, _now: Instant) -> Result<()> {
@@ -84,7 +94,7 @@ fn home() -> Arc<Home> {
 
 /// A connection over such a path, and its peer's socket.
 fn connection(home: &Arc<Home>, driven: bool, closed: bool) -> (Arc<Connection>, TcpStream) {
-    connection_over(home, SimulatedDefect { driven, closed, hasty: false })
+    connection_over(home, SimulatedDefect { driven, closed, hasty: false, begins: false })
 }
 
 fn connection_over(home: &Arc<Home>, path: SimulatedDefect) -> (Arc<Connection>, TcpStream) {
@@ -209,7 +219,8 @@ fn an_application_thread_comes_back_from_what_is_always_about_to_end() {
     let mut home = Home::new(Bell::new().unwrap(), true, Duration::from_secs(1), 1000);
     home.cores = Cores::Many;
     let home = Arc::new(home);
-    let (connection, _theirs) = connection_over(&home, SimulatedDefect { driven: true, closed: false, hasty: true });
+    let (connection, _theirs) =
+        connection_over(&home, SimulatedDefect { driven: true, closed: false, hasty: true, begins: false });
     let (tell, told) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         connection.drive_for_application();
@@ -220,7 +231,7 @@ fn an_application_thread_comes_back_from_what_is_always_about_to_end() {
 
 /// A path that does nothing.
 fn idle(home: &Arc<Home>) -> (Arc<Connection>, TcpStream) {
-    connection_over(home, SimulatedDefect { driven: false, closed: false, hasty: true })
+    connection_over(home, SimulatedDefect { driven: false, closed: false, hasty: true, begins: false })
 }
 
 #[test]
@@ -286,8 +297,58 @@ fn a_transfer_that_has_begun_has_an_id_that_tells_how_it_ended() {
     drop(theirs);
     let local = LocalSegment { mr, addr, len: 64 };
     let id = connection.send(std::iter::once(local)).expect("it has begun");
-    assert_eq!(connection.poll(id).unwrap_err().kind(), ErrorKind::RemoteDisconnect);
+    let ended = connection.wait(id, Some(Duration::from_secs(20)));
+    assert_eq!(ended.unwrap_err().kind(), ErrorKind::RemoteDisconnect);
     let late = connection.send(std::iter::once(local)).unwrap_err();
     assert_eq!(late.kind(), ErrorKind::RemoteDisconnect, "nothing begins on a connection that is lost");
     assert!(!home.registry.retire(mr).unwrap().in_use());
+}
+
+/// Blocks of nothing.
+struct NoBlocks;
+
+impl Blocks for NoBlocks {
+    fn fill(&mut self, _most: usize, _bytes: u64, _out: &mut Vec<Piece>) -> Option<usize> {
+        None
+    }
+    fn is_done(&self) -> bool {
+        true
+    }
+}
+
+/// Within a host bytes move as soon as a transfer starts.
+#[test]
+fn a_transfer_without_chunks_that_fails_as_it_starts_has_an_id() {
+    let home = home();
+    let path = |begins| SimulatedDefect { driven: false, closed: false, hasty: true, begins };
+    let starts = |connection: &Connection| {
+        let sketch = Sketch { pairings: Vec::new(), hold: Hold::new(Vec::new()), total: 64, count: 1 };
+        connection.transfer_direct(Way::In, sketch, &mut NoBlocks)
+    };
+    let (connection, _theirs) = connection_over(&home, path(false));
+    assert_eq!((starts(&connection).unwrap(), kind(&connection)), (None, None));
+    let (connection, _theirs) = connection_over(&home, path(true));
+    let id = starts(&connection).unwrap().expect("it has begun");
+    assert_eq!(connection.poll(id).unwrap_err().kind(), ErrorKind::RemoteDisconnect);
+    assert_eq!(kind(&connection), Some(ErrorKind::RemoteDisconnect));
+}
+
+/// Who is told that a notification did not leave sends it again, and the peer would have it twice.
+#[test]
+fn a_notification_that_has_left_is_no_error_though_its_connection_is_lost() {
+    let home = home();
+    let lost = || Err(err!(RemoteDisconnect, "a simulated loss of a channel"));
+    let queued = |connection: &Connection, message: &[u8]| {
+        let now = Instant::now();
+        let mut core = connection.lock();
+        core.machine.notify(b"", message, now);
+        connection.leave(core, lost(), now)
+    };
+    let (connection, _theirs) = idle(&home);
+    assert_eq!(queued(&connection, b"left"), Ok(()));
+    assert_eq!(kind(&connection), Some(ErrorKind::RemoteDisconnect));
+    // The peer reads nothing.
+    let (connection, _theirs) = idle(&home);
+    assert_eq!(queued(&connection, &vec![0; 32 << 20]).unwrap_err().kind(), ErrorKind::RemoteDisconnect);
+    assert_eq!(kind(&connection), Some(ErrorKind::RemoteDisconnect));
 }

@@ -27,10 +27,8 @@ impl Sketch {
 }
 
 impl Machine {
-    /// Starts a transfer that was admitted, if it can go without chunks: its id. `None`: nothing has begun.
-    ///
-    /// # Errors
-    /// When the connection must end.
+    /// Starts a transfer that was admitted, if it can go without chunks: its id, and why the connection must end if it must. Some of it may
+    /// have moved by then. `None`: nothing has begun.
     pub(crate) fn start_direct(
         &mut self,
         sketch: Sketch,
@@ -38,19 +36,21 @@ impl Machine {
         blocks: &mut dyn Blocks,
         channels: &mut Channels,
         now: Instant,
-    ) -> Result<Option<u64>> {
+    ) -> Option<(u64, Result<()>)> {
         let Sketch { pairings, hold, total, count } = sketch;
         let key = Key { id: self.transfers.next(), mine: true };
         let mut direct = Direct { key, way, total, pairings: &pairings, hold: &hold, blocks };
-        if !channels.start_direct(&mut direct)? {
-            return Ok(None);
-        }
+        let begun = match channels.start_direct(&mut direct) {
+            Ok(false) => return None,
+            Ok(true) => Ok(()),
+            Err(e) => Err(e),
+        };
         let id = self.transfers.start(Kind::Direct, total, count);
         debug_assert_eq!(id, key.id);
         self.deadlines.start_in_order(key, way, total, now);
         self.unasked.insert(id, hold);
         self.attend(now);
-        Ok(Some(id))
+        Some((id, begun))
     }
 
     /// Bytes of such a transfer are in place.

@@ -252,13 +252,11 @@ impl World {
         let (sketch, known) = sketch(items.iter().copied(), &me.registry, peer_engine)?;
         let mut feed = Feed::new(items.iter().copied(), known, way, sketch.count);
         me.machine.admit(sketch.count, &sketch.places(), &me.channels).ok()?;
-        match me.machine.start_direct(sketch, way, &mut feed, &mut me.channels, now) {
-            Ok(id) => id,
-            Err(e) => {
-                me.fail(e, now);
-                None
-            }
+        let (id, begun) = me.machine.start_direct(sketch, way, &mut feed, &mut me.channels, now)?;
+        if let Err(e) = begun {
+            me.fail(e, now);
         }
+        Some(id)
     }
 
     fn send(&mut self, side: usize, a: u32, b: u32) {
