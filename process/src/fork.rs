@@ -1,6 +1,6 @@
 //! A number that a fork changes, and values that belong to the process that made them.
 
-use crate::loading;
+use crate::whole;
 use std::fmt;
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
@@ -11,7 +11,7 @@ static GENERATION: AtomicU64 = AtomicU64::new(0);
 
 extern "C" fn in_child() {
     GENERATION.fetch_add(1, Ordering::Relaxed);
-    loading::in_child();
+    whole::in_child();
 }
 
 /// Nobody has asked for forks to be counted; they are counted. Any other value is the process that is about to ask.
@@ -39,7 +39,7 @@ fn watch() {
                 if WATCH.compare_exchange(before, own, Ordering::AcqRel, Ordering::Acquire).is_ok() {
                     // SAFETY: the handlers count, store and sleep, which is allowed around a fork. It fails only where memory runs out,
                     // and then a child is not told apart. Twice counts twice, which differs too.
-                    unsafe { libc::pthread_atfork(Some(loading::before), Some(loading::in_parent), Some(in_child)) };
+                    unsafe { libc::pthread_atfork(Some(whole::before), Some(whole::in_parent), Some(in_child)) };
                     WATCH.store(WATCHED, Ordering::Release);
                     return;
                 }

@@ -9,16 +9,16 @@
 //! themselves.
 
 mod fork;
-mod loading;
 mod sync;
 pub mod thread;
+mod whole;
 
 pub use fork::{close_copy, generation, Local, Parents, PerProcess};
 pub use sync::{Condvar, Mutex, MutexGuard, RwLock, WaitTimeoutResult};
 
-/// Runs what opens or closes libraries. A fork of another thread waits for its end; what is loaded may fork itself.
-pub fn loading<R>(work: impl FnOnce() -> R) -> R {
+/// Runs what a fork must not cut in half: a fork of another thread waits for its end, up to 10 s. What runs may fork itself.
+pub fn whole<R>(work: impl FnOnce() -> R) -> R {
     // From here on forks are watched.
     generation();
-    loading::run(work)
+    whole::run(work)
 }

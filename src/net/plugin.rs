@@ -147,7 +147,7 @@ impl Plugin {
     fn load(path: &Path, config: &Config, gpu: &dyn Fn() -> Result<Scope>) -> Result<Arc<Plugin>> {
         load_once(Some(path), || {
             // SAFETY: loading runs the library's initialisers; the user chose the library, or put it where plugins are.
-            let library = match process::loading(|| unsafe { libloading::Library::new(path) }) {
+            let library = match process::whole(|| unsafe { libloading::Library::new(path) }) {
                 Ok(library) => library,
                 Err(e) => bail!(PluginLoad, "{}: {e}", path.display()),
             };
@@ -243,8 +243,13 @@ impl Plugin {
     /// A call of set-up, registration or close.
     fn set_up(&self, name: &str, call: impl FnOnce() -> Answer) -> Result<()> {
         let _quiet = self.traits.raises_sigpipe.then(Quiet::begin);
-        let _one = self.traits.serial_setup.then(|| SETUP.get().lock());
-        let answer = call();
+        let answer = if self.traits.serial_setup {
+            let _one = SETUP.get().lock();
+            // A child of a fork in the middle of it would find the plugin's own locks taken, for ever.
+            process::whole(call)
+        } else {
+            call()
+        };
         let failed = matches!(answer, Some(abi::NCCL_SYSTEM_ERROR | abi::NCCL_INTERNAL_ERROR));
         if failed && matches!(name, "listen" | "connect" | "accept" | "regMr" | "ready" | "acceptSend" | "connectRecv") {
             // The software plugin leaves the cause in errno.

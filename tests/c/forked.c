@@ -254,6 +254,38 @@ CASE(forking_while_others_call)
     pair_ends(&sides[0], &sides[1]);
 }
 
+/* And inside a plugin's set-up calls, of which the child makes its own. */
+static void *keep_connecting(void *argument)
+{
+    (void)argument;
+    while (!atomic_load(&stop_calling)) {
+        side sides[2];
+        local_pair(&sides[0], &sides[1], 4 * KIB);
+        pair_ends(&sides[0], &sides[1]);
+    }
+    return NULL;
+}
+
+static void connect_and_move(void *argument)
+{
+    (void)argument;
+    side sides[2];
+    local_pair(&sides[0], &sides[1], 4 * KIB);
+    move(&sides[0], &sides[1], 7);
+    pair_ends(&sides[0], &sides[1]);
+}
+
+CASE(forking_while_others_connect)
+{
+    pthread_t thread;
+    atomic_store(&stop_calling, false);
+    CHECK(pthread_create(&thread, NULL, keep_connecting, NULL) == 0);
+    for (int i = 0; i < 10; i++)
+        in_child(connect_and_move, NULL);
+    atomic_store(&stop_calling, true);
+    CHECK(pthread_join(thread, NULL) == 0);
+}
+
 /* Lines of the log go to a pipe that is mostly full: threads of the parent are about to write one nearly always. */
 static int slow_log[2];
 

@@ -1,14 +1,14 @@
-//! Loading of libraries, which a fork must not cut in half: the dynamic loader's tables, copied at that moment, make the child's first
-//! look for a library crash.
+//! What a fork must not cut in half: the loading of a library (the dynamic loader's tables, copied at that moment, make the child's first
+//! look for a library crash), and calls into libraries of others that have locks and state of their own.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// Threads that load; forks that are about to happen.
-static LOADING: AtomicU32 = AtomicU32::new(0);
+/// Threads inside [`run`]; forks that are about to happen.
+static RUNNING: AtomicU32 = AtomicU32::new(0);
 static FORKING: AtomicU32 = AtomicU32::new(0);
-/// A fork that has waited this long for a library happens.
+/// A fork that has waited this long happens.
 const PATIENCE: Duration = Duration::from_secs(10);
 const NAP: Duration = Duration::from_micros(100);
 
@@ -17,24 +17,24 @@ thread_local! {
     static DEPTH: Cell<u32> = const { Cell::new(0) };
 }
 
-/// Runs what opens or closes libraries; forks are watched.
+/// Runs what a fork of another thread waits for; forks are watched.
 pub(crate) fn run<R>(work: impl FnOnce() -> R) -> R {
     struct Inside;
     impl Drop for Inside {
         fn drop(&mut self) {
             DEPTH.set(DEPTH.get() - 1);
             if DEPTH.get() == 0 {
-                // A child of what was loaded has begun anew.
-                let _ = LOADING.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
+                // A child of what runs has begun anew.
+                let _ = RUNNING.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
             }
         }
     }
     if DEPTH.get() == 0 {
-        LOADING.fetch_add(1, Ordering::SeqCst);
+        RUNNING.fetch_add(1, Ordering::SeqCst);
         while FORKING.load(Ordering::SeqCst) > 0 {
-            LOADING.fetch_sub(1, Ordering::SeqCst);
+            RUNNING.fetch_sub(1, Ordering::SeqCst);
             std::thread::sleep(NAP);
-            LOADING.fetch_add(1, Ordering::SeqCst);
+            RUNNING.fetch_add(1, Ordering::SeqCst);
         }
     }
     DEPTH.set(DEPTH.get() + 1);
@@ -46,7 +46,7 @@ pub(crate) fn run<R>(work: impl FnOnce() -> R) -> R {
 pub(crate) extern "C" fn before() {
     FORKING.fetch_add(1, Ordering::SeqCst);
     let until = Instant::now() + PATIENCE;
-    while DEPTH.get() == 0 && LOADING.load(Ordering::SeqCst) > 0 && Instant::now() < until {
+    while DEPTH.get() == 0 && RUNNING.load(Ordering::SeqCst) > 0 && Instant::now() < until {
         std::thread::sleep(NAP);
     }
 }
@@ -59,13 +59,13 @@ pub(crate) extern "C" fn in_parent() {
 /// Called after a fork in the child, where only one thread is left.
 pub(crate) fn in_child() {
     FORKING.store(0, Ordering::SeqCst);
-    LOADING.store(u32::from(DEPTH.get() > 0), Ordering::SeqCst);
+    RUNNING.store(u32::from(DEPTH.get() > 0), Ordering::SeqCst);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::loading;
+    use crate::whole;
     use std::sync::atomic::AtomicBool;
     use std::sync::Arc;
 
@@ -85,23 +85,23 @@ mod tests {
 
     #[test]
     fn a_fork_waits_for_other_threads_and_not_for_its_own() {
-        let (loads, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-        let (begun, ended) = (loads.clone(), done.clone());
+        let (begins, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (begun, ended) = (begins.clone(), done.clone());
         let other = std::thread::spawn(move || {
-            loading(|| {
-                loading(|| begun.store(true, Ordering::SeqCst));
+            whole(|| {
+                whole(|| begun.store(true, Ordering::SeqCst));
                 std::thread::sleep(Duration::from_millis(300));
                 ended.store(true, Ordering::SeqCst);
             })
         });
-        while !loads.load(Ordering::SeqCst) {
+        while !begins.load(Ordering::SeqCst) {
             std::thread::yield_now();
         }
         fork_and_reap();
         assert!(done.load(Ordering::SeqCst), "the fork came into the middle of it");
         other.join().unwrap();
         let begin = Instant::now();
-        loading(fork_and_reap);
+        whole(fork_and_reap);
         assert!(begin.elapsed() < PATIENCE);
     }
 }
