@@ -465,14 +465,21 @@ fn ready() {
     const BLOCK: usize = 8 << 10;
     let size = 2 << 20;
     let (mut from, mut to) = (vec![3u8; size], vec![0u8; size]);
-    for early in [true, false] {
+    let mut first = 0;
+    for early in [false, true] {
         let (a, b) = (engine(), engine());
         let register =
             |engine: &Engine, memory: &mut Vec<u8>| engine.register(memory.as_mut_ptr() as usize, size).expect("region");
         let before = early.then(|| (register(&a, &mut from), register(&b, &mut to)));
         let (out, _inc) = pair(&a, &b);
         let (source, target) = before.unwrap_or_else(|| (register(&a, &mut from), register(&b, &mut to)));
+        if early {
+            // A thread of its own does it for the side that was called.
+            settles("the second connection has as many as the first", REGISTRATIONS_EVER, 2 * first);
+        }
         let registered = counter(REGISTRATIONS_EVER);
+        assert!(registered > 0);
+        first = registered;
         let item = b.fifo_item(target, to.as_ptr() as usize, size).expect("item");
         let blocks = (0..size / BLOCK).step_by(2).map(|i| {
             let local = LocalSegment { mr: source, addr: from.as_ptr() as usize + i * BLOCK, len: BLOCK };
