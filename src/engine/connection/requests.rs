@@ -186,17 +186,13 @@ impl Connection {
     /// # Errors
     /// `started`'s, which ends the connection.
     fn started<T>(&self, mut core: Held<'_>, started: Result<T>, now: Instant) -> Result<T> {
-        match started {
-            Ok(value) => {
-                let _ = self.leave(core, Ok(()), now);
-                Ok(value)
-            }
-            Err(e) => {
-                let e = core.last_words(e, now);
-                self.fail_locked(&mut core, e.clone());
-                Err(e)
-            }
-        }
+        let value = started.map_err(|e| {
+            let e = core.last_words(e, now);
+            self.fail_locked(&mut core, e.clone());
+            e
+        })?;
+        let _ = self.leave(core, Ok(()), now);
+        Ok(value)
     }
 
     /// The first chunks leave from here, unless something has failed before, and the progress thread is told when it must poll.
@@ -204,25 +200,17 @@ impl Connection {
     /// # Errors
     /// Why the connection has ended, if something that was queued for the peer has not left.
     pub(super) fn leave(&self, mut core: Held<'_>, before: Result<()>, now: Instant) -> Result<()> {
-        match before.and_then(|()| core.pump(now)) {
-            Err(e) => {
-                let e = core.last_words(e, now);
-                if self.fail_locked(&mut core, e.clone()) {
-                    Ok(())
-                } else {
-                    Err(e)
-                }
-            }
-            Ok(_) => {
-                let mut needs_help = core.backlog() > 0 || (core.channels.busy() && !self.home.doorbells);
-                // Nobody rings when a device has copied; whoever polls in a loop looks anyway.
-                needs_help |= core.channels.copies_pending() && self.driven_by_application().is_none();
-                drop(core);
-                if needs_help {
-                    self.home.attend(self.id);
-                }
-                Ok(())
-            }
+        if let Err(e) = before.and_then(|()| core.pump(now)) {
+            let e = core.last_words(e, now);
+            return if self.fail_locked(&mut core, e.clone()) { Ok(()) } else { Err(e) };
         }
+        let mut needs_help = core.backlog() > 0 || (core.channels.busy() && !self.home.doorbells);
+        // Nobody rings when a device has copied; whoever polls in a loop looks anyway.
+        needs_help |= core.channels.copies_pending() && self.driven_by_application().is_none();
+        drop(core);
+        if needs_help {
+            self.home.attend(self.id);
+        }
+        Ok(())
     }
 }
