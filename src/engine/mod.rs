@@ -401,15 +401,16 @@ impl Engine {
         let until = Instant::now() + time;
         let says = |c: &Arc<Connection>| c.say_goodbye(until.max(Instant::now() + TURN));
         let (free, kept): (Vec<_>, Vec<_>) = site.home.connections.all().into_iter().partition(says);
-        let deadline = Instant::now() + time;
-        free.iter().for_each(|connection| connection.finish_close(deadline));
+        let finish = |all: &[Arc<Connection>]| {
+            let deadline = Instant::now() + time;
+            all.iter().for_each(|connection| connection.finish_close(deadline));
+        };
+        finish(&free);
         // Those that somebody keeps come last, and have as much time from then on: no other peer waits for that.
         let (late, kept): (Vec<_>, Vec<_>) = kept.into_iter().partition(|c| c.say_goodbye(Instant::now() + TURN));
-        let deadline = Instant::now() + time;
-        late.iter().for_each(|connection| connection.finish_close(deadline));
+        finish(&late);
         kept.iter().for_each(|connection| connection.insist_on_goodbye());
-        let deadline = Instant::now() + time;
-        kept.iter().for_each(|connection| connection.finish_close(deadline));
+        finish(&kept);
         drop(waiting);
         join(threads.ready.take());
         site.home.end();
