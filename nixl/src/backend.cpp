@@ -83,7 +83,7 @@ struct Backend::Core {
   void tend_loop();
   void reap();
 
-  /// Memory that is registered already, with one use more; NULL when it is not.
+  /// Host memory that is registered already, with one use more; NULL when it is not.
   LocalMemory *again(const LocalMemory::Range &range);
   /// What was just registered, or what another thread registered meanwhile.
   LocalMemory *keep(std::unique_ptr<LocalMemory> fresh);
@@ -96,6 +96,7 @@ struct Backend::Core {
   std::shared_ptr<Peers> peers;
 
   std::mutex memory_lock;
+  /// Host memory that is registered.
   std::map<LocalMemory::Range, LocalMemory *> memory;
 
   std::mutex lock;
@@ -178,7 +179,6 @@ void Backend::Core::reap() {
 }
 
 LocalMemory *Backend::Core::again(const LocalMemory::Range &range) {
-  if (!LocalMemory::is_shared(range)) return nullptr;
   const std::lock_guard<std::mutex> guard(memory_lock);
   const auto found = memory.find(range);
   if (found == memory.end()) return nullptr;
@@ -187,7 +187,8 @@ LocalMemory *Backend::Core::again(const LocalMemory::Range &range) {
 }
 
 LocalMemory *Backend::Core::keep(std::unique_ptr<LocalMemory> fresh) {
-  if (!LocalMemory::is_shared(fresh->range)) return fresh.release();
+  // An address of a GPU may have become that of another allocation: each registration takes what lies there now.
+  if (std::get<nixl_mem_t>(fresh->range) != DRAM_SEG) return fresh.release();
   LocalMemory *kept = nullptr;
   {
     const std::lock_guard<std::mutex> guard(memory_lock);
@@ -201,7 +202,6 @@ LocalMemory *Backend::Core::keep(std::unique_ptr<LocalMemory> fresh) {
 }
 
 std::unique_ptr<LocalMemory> Backend::Core::give_back(LocalMemory *used) {
-  if (!LocalMemory::is_shared(used->range)) return std::unique_ptr<LocalMemory>(used);
   const std::lock_guard<std::mutex> guard(memory_lock);
   if (--used->uses > 0) return nullptr;
   memory.erase(used->range);

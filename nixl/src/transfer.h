@@ -24,9 +24,6 @@ namespace tcpx {
 struct LocalMemory final : nixlBackendMD {
   using Range = std::tuple<nixl_mem_t, uintptr_t, size_t>;
 
-  /// An address of a GPU may have become that of another allocation: each registration takes what lies there now.
-  static bool is_shared(const Range &range) { return std::get<nixl_mem_t>(range) == DRAM_SEG; }
-
   explicit LocalMemory(const Range &range) : nixlBackendMD(true), range(range) {}
 
   const Range range;
