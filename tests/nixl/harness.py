@@ -320,6 +320,25 @@ class RemoteNode:
         check(code == 0, f"the other process ended with {code}")
 
 
+def at(address, blocks):
+    base, device = address
+    return [(base + offset, size, device) for offset, size in blocks]
+
+
+def joined(here, there, size, mine_seed=None, theirs_seed=None):
+    """The two, each with a buffer "data" and each knowing the other, and where the other's buffer is."""
+    here.allocate("data", size, mine_seed)
+    remote = there.allocate("data", size, theirs_seed)
+    check_equal(here.connect(there.metadata()), "there", "name of the remote agent")
+    check_equal(there.connect(here.metadata()), "here", "name of the remote agent, other side")
+    return here, there, remote
+
+
+def pair(size, mine_seed=None, theirs_seed=None, **keywords):
+    """An agent here and one in another process, each with a buffer "data", each knowing the other."""
+    return joined(Node("here", **keywords), RemoteNode(name="there", **keywords), size, mine_seed, theirs_seed)
+
+
 class Failure(Exception):
     pass
 

@@ -11,7 +11,7 @@ import tempfile
 import time
 
 import harness
-from harness import Failure, Node, RemoteNode, case, check, check_equal
+from harness import Failure, Node, RemoteNode, at, case, check, check_equal
 
 MIB = 1 << 20
 LOST = "nixlRemoteDisconnectError"
@@ -35,12 +35,8 @@ def raised(call, *args):
 
 
 def pair(size):
-    here, there = Node("here"), RemoteNode(name="there")
-    here.allocate("data", size, 1)
-    base, device = there.allocate("data", size, 2)
-    here.connect(there.metadata())
-    there.connect(here.metadata())
-    return here, there, [(base, size, device)]
+    here, there, remote = harness.pair(size, 1, 2)
+    return here, there, at(remote, [(0, size)])
 
 
 def release_stalled(operation):

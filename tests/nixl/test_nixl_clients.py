@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 import harness
-from harness import Failure, Node, RemoteNode, case, check, check_equal, nixl_api, pattern
+from harness import Node, RemoteNode, at, case, check, check_equal, nixl_api, pair, pattern
 
 MIB = 1 << 20
 SPAWN = multiprocessing.get_context("spawn")
@@ -38,21 +38,6 @@ def until(condition, seconds, what):
     while not condition():
         check(time.monotonic() < deadline, what)
         time.sleep(0.001)
-
-
-def at(address, blocks):
-    base, device = address
-    return [(base + offset, size, device) for offset, size in blocks]
-
-
-def pair(size, mine_seed=None, theirs_seed=None, **keywords):
-    here = Node("here", **keywords)
-    there = RemoteNode(name="there", **keywords)
-    here.allocate("data", size, mine_seed)
-    remote = there.allocate("data", size, theirs_seed)
-    here.connect(there.metadata())
-    there.connect(here.metadata())
-    return here, there, remote
 
 
 def stamp(owner, generation, block, size):
@@ -513,9 +498,26 @@ def grown(before, after, what, bytes_allowed):
     check(after[2] <= before[2] + bytes_allowed, f"{what}: memory {before[2] >> 10} -> {after[2] >> 10} KiB")
 
 
+def leave_nothing(there, cycle, cycles, bytes_allowed):
+    """Runs cycles, after some that are not counted; neither this process nor that of `there` holds more afterwards. Ends `there`."""
+    def held():
+        return settled(usage), settled(lambda: (there.descriptors(), there.threads(), 0))
+
+    for turn in range(cycles // 3):
+        cycle(turn)
+    before, theirs_before = held()
+    for turn in range(cycles):
+        cycle(turn)
+    after, theirs_after = held()
+    print("note:", before, after, theirs_before, theirs_after)
+    grown(before, after, "here", bytes_allowed)
+    grown(theirs_before, theirs_after, "there", bytes_allowed)
+    there.close()
+
+
 @case(timeout=200)
 def cycles_of_everything_leave_nothing():
-    size, block, cycles = MIB, 4096, int(os.environ.get("CLIENT_CYCLES", "300"))
+    size, block = MIB, 4096
     here, there, remote = pair(size, 1, 2)
     agent = here.agent
 
@@ -541,16 +543,7 @@ def cycles_of_everything_leave_nothing():
         here.deregister("extra")
         del here.buffers["extra"], extra
 
-    for turn in range(cycles // 3):
-        cycle(turn)
-    before, theirs_before = settled(usage), settled(lambda: (there.descriptors(), there.threads(), 0))
-    for turn in range(cycles):
-        cycle(turn)
-    after, theirs_after = settled(usage), settled(lambda: (there.descriptors(), there.threads(), 0))
-    print("note:", before, after, theirs_before, theirs_after)
-    grown(before, after, "here", 8 * MIB)
-    grown(theirs_before, theirs_after, "there", 8 * MIB)
-    there.close()
+    leave_nothing(there, cycle, int(os.environ.get("CLIENT_CYCLES", "300")), 8 * MIB)
 
 
 @case(timeout=200)
@@ -565,17 +558,7 @@ def cycles_of_agents_leave_nothing():
         check_equal(node.move("WRITE", "data", [(0, MIB)], at(remote, [(0, MIB)]), "there", b"x"), "DONE", "write")
         check_equal(there.notifications(1), [(f"agent{turn % 3}", b"x")], "notification")
 
-    cycles = int(os.environ.get("CLIENT_AGENTS", "60"))
-    for turn in range(cycles // 3):
-        cycle(turn)
-    before, theirs_before = settled(usage), settled(lambda: (there.descriptors(), there.threads(), 0))
-    for turn in range(cycles):
-        cycle(turn)
-    after, theirs_after = settled(usage), settled(lambda: (there.descriptors(), there.threads(), 0))
-    print("note:", before, after, theirs_before, theirs_after)
-    grown(before, after, "here", 24 * MIB)
-    grown(theirs_before, theirs_after, "there", 24 * MIB)
-    there.close()
+    leave_nothing(there, cycle, int(os.environ.get("CLIENT_AGENTS", "60")), 24 * MIB)
 
 
 @case()

@@ -10,29 +10,13 @@ import time
 import numpy as np
 
 import harness
-from harness import Failure, Node, RemoteNode, case, check, check_equal, pattern
+from harness import Failure, Node, RemoteNode, at, case, check, check_equal, pair, pattern
 
 MIB = 1 << 20
 # Seconds for which a machine that is busy with other things may keep a process from a core.
 SHORT = {"UCCL_TCPX_PEER_TIMEOUT_MS": 4000, "UCCL_TCPX_TRANSFER_TIMEOUT_MS": 4000}
 # A loss must show within the deadline; the rest is for such a machine, too.
 DEADLINE_S = 4.0 + 6.0
-
-
-def at(address, blocks):
-    base, device = address
-    return [(base + offset, size, device) for offset, size in blocks]
-
-
-def pair(size, mine_seed=None, theirs_seed=None, **keywords):
-    """An agent here and one in another process, each with a buffer "data", each knowing the other."""
-    here = Node("here", **keywords)
-    there = RemoteNode(name="there", **keywords)
-    here.allocate("data", size, mine_seed)
-    remote = there.allocate("data", size, theirs_seed)
-    check_equal(here.connect(there.metadata()), "there", "name of the remote agent")
-    check_equal(there.connect(here.metadata()), "here", "name of the remote agent, other side")
-    return here, there, remote
 
 
 def free_port():

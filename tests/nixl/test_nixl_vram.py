@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 import harness
-from harness import Node, RemoteNode, Skip, case, check, check_equal, pattern
+from harness import Node, RemoteNode, Skip, at, case, check, check_equal, joined, pattern
 
 MIB = 1 << 20
 SHORT = {"UCCL_TCPX_PEER_TIMEOUT_MS": 2000, "UCCL_TCPX_TRANSFER_TIMEOUT_MS": 2000}
@@ -24,21 +24,10 @@ def need_gpus():
         raise Skip(f"two GPUs are needed, {torch.cuda.device_count()} found")
 
 
-def at(address, blocks):
-    base, device = address
-    return [(base + offset, size, device) for offset, size in blocks]
-
-
 def pair(size, mine_seed=None, theirs_seed=None):
-    """An agent here on GPU 0 and one in another process on GPU 1, each with a buffer "data"."""
+    """As the harness's pair, here on GPU 0 and the other process on GPU 1."""
     need_gpus()
-    here = Node("here", buffers="gpu", device=0)
-    there = RemoteNode(name="there", buffers="gpu", device=1)
-    here.allocate("data", size, mine_seed)
-    remote = there.allocate("data", size, theirs_seed)
-    check_equal(here.connect(there.metadata()), "there", "name of the remote agent")
-    check_equal(there.connect(here.metadata()), "here", "name of the remote agent, other side")
-    return here, there, remote
+    return joined(Node("here", buffers="gpu", device=0), RemoteNode(name="there", buffers="gpu", device=1), size, mine_seed, theirs_seed)
 
 
 def move_unaligned(operation):
