@@ -83,25 +83,56 @@ mod tests {
         assert_eq!(status, 0);
     }
 
+    /// These count what runs in the process.
+    static ONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
+    fn one_at_a_time() -> std::sync::MutexGuard<'static, ()> {
+        ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
     #[test]
     fn a_fork_waits_for_other_threads_and_not_for_its_own() {
-        let (begins, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-        let (begun, ended) = (begins.clone(), done.clone());
-        let other = std::thread::spawn(move || {
-            whole(|| {
-                whole(|| begun.store(true, Ordering::SeqCst));
-                std::thread::sleep(Duration::from_millis(300));
-                ended.store(true, Ordering::SeqCst);
-            })
-        });
-        while !begins.load(Ordering::SeqCst) {
-            std::thread::yield_now();
+        let _one = one_at_a_time();
+        for nested in [false, true] {
+            let (begins, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+            let (begun, ended) = (begins.clone(), done.clone());
+            let begin = Instant::now();
+            let other = std::thread::spawn(move || {
+                whole(|| {
+                    if nested {
+                        whole(|| ());
+                    }
+                    begun.store(true, Ordering::SeqCst);
+                    std::thread::sleep(Duration::from_millis(300));
+                    ended.store(true, Ordering::SeqCst);
+                })
+            });
+            while !begins.load(Ordering::SeqCst) {
+                std::thread::yield_now();
+            }
+            fork_and_reap();
+            assert!(done.load(Ordering::SeqCst), "the fork came into the middle of it");
+            other.join().unwrap();
+            whole(fork_and_reap);
+            fork_and_reap();
+            assert!(begin.elapsed() < PATIENCE, "a fork waited for nothing");
+            assert_eq!((RUNNING.load(Ordering::SeqCst), DEPTH.get()), (0, 0));
         }
-        fork_and_reap();
-        assert!(done.load(Ordering::SeqCst), "the fork came into the middle of it");
+    }
+
+    #[test]
+    fn what_would_begin_waits_for_a_fork_that_is_about_to_happen() {
+        let _one = one_at_a_time();
+        // Forks are watched from here on.
+        whole(|| ());
+        before();
+        let begun = Arc::new(AtomicBool::new(false));
+        let begins = begun.clone();
+        let other = std::thread::spawn(move || whole(|| begins.store(true, Ordering::SeqCst)));
+        std::thread::sleep(Duration::from_millis(100));
+        let early = begun.load(Ordering::SeqCst);
+        in_parent();
         other.join().unwrap();
-        let begin = Instant::now();
-        whole(fork_and_reap);
-        assert!(begin.elapsed() < PATIENCE);
+        assert!(!early && begun.load(Ordering::SeqCst));
     }
 }
