@@ -136,7 +136,8 @@ inline int uccl_engine_read(uccl_conn_t* conn, uccl_mr_t mr, T const* data, size
  * @param num_iovs     [in]  Segments, 1 to 1,048,576; no vector but ipc_bufs may hold fewer elements, more are ignored.
  * @param transfer_id  [out] Id of the transfer; untouched on failure.
  * @param ipc_bufs     [in]  IPC descriptors. Not read: engines of one host find their way by themselves.
- * @return As the C function; UCCL_ERR_INVALID_ARGUMENT when a vector is too short, and then nothing moves.
+ * @return As the C function; UCCL_ERR_INVALID_ARGUMENT when a vector is too short: then nothing moves, and
+ *         uccl_engine_last_error says nothing of it.
  */
 inline int uccl_engine_read_vector(uccl_conn_t* conn, std::vector<uccl_mr_t> mr_ids, std::vector<void*> dst_v,
                                    std::vector<size_t> size_v, std::vector<FifoItem> fifo_items, int num_iovs,
@@ -157,7 +158,8 @@ inline int uccl_engine_read_vector(uccl_conn_t* conn, std::vector<uccl_mr_t> mr_
  * @param num_iovs     [in]  Segments, 1 to 1,048,576; no vector but ipc_bufs may hold fewer elements, more are ignored.
  * @param transfer_id  [out] Id of the transfer; untouched on failure.
  * @param ipc_bufs     [in]  IPC descriptors. Not read: engines of one host find their way by themselves.
- * @return As the C function; UCCL_ERR_INVALID_ARGUMENT when a vector is too short, and then nothing moves.
+ * @return As the C function; UCCL_ERR_INVALID_ARGUMENT when a vector is too short: then nothing moves, and
+ *         uccl_engine_last_error says nothing of it.
  */
 inline int uccl_engine_write_vector(uccl_conn_t* conn, std::vector<uccl_mr_t> mr_ids, std::vector<void*> src_v,
                                     std::vector<size_t> size_v, std::vector<FifoItem> fifo_items, int num_iovs,
@@ -176,7 +178,8 @@ inline int uccl_engine_write_vector(uccl_conn_t* conn, std::vector<uccl_mr_t> mr
  * @param size_v       [in]  Lengths in bytes.
  * @param num_iovs     [in]  Segments, 0 to 1,048,576; no vector may hold fewer elements, more are ignored.
  * @param transfer_id  [out] Id of the transfer; untouched on failure.
- * @return As the C function; UCCL_ERR_INVALID_ARGUMENT when a vector is too short, and then nothing moves.
+ * @return As the C function; UCCL_ERR_INVALID_ARGUMENT when a vector is too short: then nothing moves, and
+ *         uccl_engine_last_error says nothing of it.
  */
 inline int uccl_engine_send_vector(uccl_conn_t* conn, std::vector<uccl_mr_t> mr_ids, std::vector<void const*> src_v,
                                    std::vector<size_t> size_v, int num_iovs, uint64_t* transfer_id) noexcept {
