@@ -67,7 +67,6 @@ mod tests {
     use super::*;
     use crate::whole;
     use std::sync::atomic::AtomicBool;
-    use std::sync::Arc;
 
     fn fork_and_reap() {
         // SAFETY: the child ends at once.
@@ -94,25 +93,25 @@ mod tests {
     fn a_fork_waits_for_other_threads_and_not_for_its_own() {
         let _one = one_at_a_time();
         for nested in [false, true] {
-            let (begins, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-            let (begun, ended) = (begins.clone(), done.clone());
+            let (begun, done) = (AtomicBool::new(false), AtomicBool::new(false));
             let begin = Instant::now();
-            let other = std::thread::spawn(move || {
-                whole(|| {
-                    if nested {
-                        whole(|| ());
-                    }
-                    begun.store(true, Ordering::SeqCst);
-                    std::thread::sleep(Duration::from_millis(300));
-                    ended.store(true, Ordering::SeqCst);
-                })
+            std::thread::scope(|s| {
+                s.spawn(|| {
+                    whole(|| {
+                        if nested {
+                            whole(|| ());
+                        }
+                        begun.store(true, Ordering::SeqCst);
+                        std::thread::sleep(Duration::from_millis(300));
+                        done.store(true, Ordering::SeqCst);
+                    })
+                });
+                while !begun.load(Ordering::SeqCst) {
+                    std::thread::yield_now();
+                }
+                fork_and_reap();
+                assert!(done.load(Ordering::SeqCst), "the fork came into the middle of it");
             });
-            while !begins.load(Ordering::SeqCst) {
-                std::thread::yield_now();
-            }
-            fork_and_reap();
-            assert!(done.load(Ordering::SeqCst), "the fork came into the middle of it");
-            other.join().unwrap();
             whole(fork_and_reap);
             fork_and_reap();
             assert!(begin.elapsed() < PATIENCE, "a fork waited for nothing");
@@ -126,13 +125,14 @@ mod tests {
         // Forks are watched from here on.
         whole(|| ());
         before();
-        let begun = Arc::new(AtomicBool::new(false));
-        let begins = begun.clone();
-        let other = std::thread::spawn(move || whole(|| begins.store(true, Ordering::SeqCst)));
-        std::thread::sleep(Duration::from_millis(100));
-        let early = begun.load(Ordering::SeqCst);
-        in_parent();
-        other.join().unwrap();
+        let begun = AtomicBool::new(false);
+        let early = std::thread::scope(|s| {
+            s.spawn(|| whole(|| begun.store(true, Ordering::SeqCst)));
+            std::thread::sleep(Duration::from_millis(100));
+            let early = begun.load(Ordering::SeqCst);
+            in_parent();
+            early
+        });
         assert!(!early && begun.load(Ordering::SeqCst));
     }
 }

@@ -255,17 +255,6 @@ CASE(forking_while_others_call)
 }
 
 /* And inside a plugin's set-up calls, of which the child makes its own. */
-static void *keep_connecting(void *argument)
-{
-    (void)argument;
-    while (!atomic_load(&stop_calling)) {
-        side sides[2];
-        local_pair(&sides[0], &sides[1], 4 * KIB);
-        pair_ends(&sides[0], &sides[1]);
-    }
-    return NULL;
-}
-
 static void connect_and_move(void *argument)
 {
     (void)argument;
@@ -273,6 +262,13 @@ static void connect_and_move(void *argument)
     local_pair(&sides[0], &sides[1], 4 * KIB);
     move(&sides[0], &sides[1], 7);
     pair_ends(&sides[0], &sides[1]);
+}
+
+static void *keep_connecting(void *argument)
+{
+    while (!atomic_load(&stop_calling))
+        connect_and_move(argument);
+    return NULL;
 }
 
 CASE(forking_while_others_connect)
