@@ -33,6 +33,7 @@ mod ffi;
 pub mod fuzz_api;
 mod gpu;
 mod hash;
+mod host;
 mod logging;
 pub mod net;
 mod region;

@@ -4,7 +4,6 @@
 
 pub(crate) mod cuda;
 pub(crate) mod device;
-pub(crate) mod local;
 pub(crate) mod memory;
 pub(crate) mod net;
 pub(crate) mod path;

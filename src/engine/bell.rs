@@ -2,7 +2,7 @@
 //! connections share, so that a ring names few. Knows nothing of connections but their descriptors and ids.
 
 use super::limits;
-use crate::channel::local;
+use crate::host;
 use crate::net::comm::Doorbell;
 use crate::status::Result;
 use process::Mutex;
@@ -46,8 +46,8 @@ pub(crate) struct Seat {
 
 impl Seat {
     /// What threads ring that may do so after the connection, or the engine, has ended.
-    pub(crate) fn local_bell(&self) -> local::Bell {
-        local::Bell { armed: self.armed.clone(), fd: self.rings.clone() }
+    pub(crate) fn local_bell(&self) -> host::Bell {
+        host::Bell { armed: self.armed.clone(), fd: self.rings.clone() }
     }
 
     /// What comms ring: only while the progress thread sleeps and answers for the connection.

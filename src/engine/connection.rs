@@ -13,7 +13,7 @@ use super::bell::Seat;
 use super::budget::Counted;
 use super::home::{self, Driven};
 use super::pacing::Polls;
-use crate::channel::local::Watched;
+use crate::host::Watched;
 use crate::stats::ConnectionStats;
 use crate::status::Result;
 use crate::types::Place;

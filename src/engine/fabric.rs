@@ -6,7 +6,7 @@ use super::local::{self, Local};
 use super::sets::{plans, Plan};
 use super::site::Site;
 use crate::addresses::AllowList;
-use crate::channel::local::{Opening, ProofKeys};
+use crate::host::{Opening, ProofKeys};
 use crate::net::secure::ChannelKeys;
 use crate::net::setup::{self, Establishing, Listening, Pair, Role};
 use crate::net::traits::Traits;

@@ -1,6 +1,6 @@
 //! The control connection while it is set up, as bytes in and bytes out: the handshake, then sealed messages. Knows nothing of sockets.
 
-use crate::channel::local::ProofKeys;
+use crate::host::ProofKeys;
 use crate::net::secure::{ChannelKeys, Guard, HalfKeys};
 use crate::net::setup::Offer;
 use crate::status::{bail, err, Error, Result};

@@ -3,11 +3,11 @@
 
 use super::sets::own_gpu;
 use super::site::Site;
-use crate::channel::local::cuda::{CudaMemory, CudaOptions};
-use crate::channel::local::puller::Manner;
-use crate::channel::local::{emulated_gpu, Bell, EmulatedMemory, Have, Linked, LocalPath, Meeting, Opening, ProofKeys};
 use crate::config::LocalGpu;
 use crate::gpu::PullOptions;
+use crate::host::memory::cuda::{CudaMemory, CudaOptions};
+use crate::host::memory::Manner;
+use crate::host::{emulated_gpu, Bell, EmulatedMemory, Have, Linked, LocalPath, Meeting, Opening, ProofKeys};
 use crate::status::{bail, Error, Result};
 use crate::types::Place;
 use crate::wire::hello::Hello;

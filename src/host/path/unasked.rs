@@ -4,12 +4,12 @@
 
 mod copying;
 
+use super::super::exports::{Imports, Stretch};
 use super::super::grants::{Grants, Leases};
-use super::super::notes::MAX_EXPORTS;
+use super::super::memory::{Piece, Pull};
+use super::super::messages::MAX_EXPORTS;
 use super::super::orders::{Head, OrdersIn, OrdersOut, Record, MAX_BLOCKS, MAX_BYTES, WINDOW};
-use super::super::puller::{Piece, Pull};
 use super::super::ring::{Inbox, Outbox};
-use super::super::sharing::{Imports, Stretch};
 use crate::channel::path::{Direct, Event, Pairing, Way};
 use crate::region::{Hold, RegionUse};
 use crate::status::{bail, Result};

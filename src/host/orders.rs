@@ -2,8 +2,8 @@
 //! stand, and for each order how it ended. It lies in memory that both write: whatever the other side may write is read once, checked,
 //! and never read again. Knows nothing of what addresses mean.
 
-use super::front::{FRONT, FRONT_OF_OTHERS, RING as RING_OF_CHUNKS};
-use super::memfile::Shared;
+use super::layout::{FRONT, FRONT_OF_OTHERS, RING as RING_OF_CHUNKS};
+use super::shm::Shared;
 use crate::status::{bail, Result};
 use crate::types::Piece;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -291,11 +291,11 @@ mod tests {
             // SAFETY: plain system calls.
             let here = unsafe { Who { pid: libc::getpid(), uid: libc::geteuid() } };
             assert_eq!((a.who().unwrap(), b.who().unwrap()), (here, here));
-            let file = super::super::memfile::create(c"test", 4096).unwrap();
+            let file = super::super::shm::create(c"test", 4096).unwrap();
             assert!(a.send(b"hello", Some(file.as_fd())).unwrap());
             let mut buffer = [0; MAX_MESSAGE];
             match b.receive(&mut buffer).unwrap() {
-                Received::Message(5, fds) if fds.len() == 1 => super::super::memfile::check(fds[0].as_fd(), 4096).unwrap(),
+                Received::Message(5, fds) if fds.len() == 1 => super::super::shm::check(fds[0].as_fd(), 4096).unwrap(),
                 other => panic!("{other:?}"),
             }
             assert!(buffer.starts_with(b"hello"));

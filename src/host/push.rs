@@ -3,8 +3,8 @@
 //! either side. An area serves one connection; its pages are used for nothing else before both sides have ended their mappings. Knows
 //! nothing of sockets, rings and transfers.
 
-use super::notes::Note;
-use super::puller::{Area, Export, LocalMemory, Mapping};
+use super::memory::{Area, Export, LocalMemory, Mapping};
+use super::messages::Note;
 use super::ring::Extent;
 use crate::hash::Map;
 use crate::status::{bail, Result};

@@ -1,7 +1,7 @@
 //! Chunks of pairs of places whose bytes are pushed: each is written into a slot of the peer and told when it is all there. Chunks that
 //! are pulled wait for those before them. Knows nothing of frames and transfers.
 
-use super::super::puller::Piece;
+use super::super::memory::Piece;
 use super::super::push::{PUSHED, SLOT};
 use super::super::ring::Extent;
 use super::{LocalPath, Stage};

@@ -1,7 +1,7 @@
 //! Memory of GPUs that peers of one host share: CUDA IPC handles for memory of `cudaMalloc`, descriptors for memory that is mapped piece by
 //! piece, areas for peers that push, and pulls by kernel or copy engine. Whatever else there is, is refused. Knows nothing of sockets, rings and transfers.
 
-use super::puller::{Area, Export, ExportKind, GpuId, LocalMemory, Manner, Mapping, Piece, Pull};
+use super::{Area, Export, ExportKind, GpuId, LocalMemory, Manner, Mapping, Piece, Pull};
 use crate::gpu::{close_later, Gpu, PullOptions, Pulls};
 use crate::status::{bail, Result};
 use crate::types::Place;

@@ -2,8 +2,8 @@
 //! descriptors, as a driver does with allocations; all else cannot be shared. Copies end later than they begin, as on a GPU. Knows
 //! nothing of chunks.
 
-use super::memfile::{self, Shared};
-use super::puller::{Area, Export, ExportKind, GpuId, LocalMemory, Manner, Mapping, Piece, Pull};
+use super::{Area, Export, ExportKind, GpuId, LocalMemory, Manner, Mapping, Piece, Pull};
+use crate::host::shm::{self, Shared};
 use crate::status::{bail, Result};
 use crate::types::Place;
 use std::collections::HashMap;
@@ -50,7 +50,7 @@ impl EmulatedMemory {
         let Some(end) = offset.checked_add(export.len).filter(|&end| end <= 1 << 40) else {
             bail!(Protocol, "simulated: {} bytes at {offset} of a memory file", export.len)
         };
-        memfile::check(fd.as_fd(), end)?;
+        shm::check(fd.as_fd(), end)?;
         let shared = Shared::map(fd.as_fd(), end as usize, writable)?;
         let addr = shared.addr() + offset;
         self.last += 1;
@@ -117,7 +117,7 @@ impl LocalMemory for EmulatedMemory {
             bail!(Unsupported, "simulated: {len} bytes at {addr:#x} are no part of a memory file")
         };
         seal(fd.as_fd());
-        memfile::check(fd.as_fd(), found.offset + (found.end - found.start))?;
+        shm::check(fd.as_fd(), found.offset + (found.end - found.start))?;
         let mut handle = [0; 64];
         handle[..8].copy_from_slice(&found.offset.to_le_bytes());
         let (base, len) = (found.start, found.end - found.start);
@@ -146,7 +146,7 @@ impl LocalMemory for EmulatedMemory {
     }
 
     fn area(&mut self, place: Place, len: usize) -> Result<Area> {
-        let fd = memfile::create(c"uccl-area", len)?;
+        let fd = shm::create(c"uccl-area", len)?;
         let shared = Shared::map(fd.as_fd(), len, true)?;
         self.last += 1;
         let area = Area { id: self.last, addr: shared.addr() };

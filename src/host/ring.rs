@@ -2,9 +2,9 @@
 //! lies in memory that both write: whatever the other side may write is read once, checked, and never read again. Knows nothing of
 //! what addresses mean.
 
-use super::front::{FRONT, RING};
 use super::grants;
-use super::memfile::{self, Shared};
+use super::layout::{FRONT, RING};
+use super::shm::{self, Shared};
 use crate::status::{bail, Result};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{fence, Ordering};
@@ -78,7 +78,7 @@ impl Listening {
 
 impl Outbox {
     pub(crate) fn new() -> Result<Outbox> {
-        let fd = memfile::create(c"uccl-ring", BYTES)?;
+        let fd = shm::create(c"uccl-ring", BYTES)?;
         let shared = Arc::new(Shared::map(fd.as_fd(), BYTES, true)?);
         Ok(Outbox { shared, fd, tail: 0, head: 0, told: 0, taken: 0 })
     }
@@ -165,7 +165,7 @@ impl Inbox {
     /// # Errors
     /// `Protocol` when it is none that could be.
     pub(crate) fn open(fd: BorrowedFd<'_>) -> Result<Inbox> {
-        memfile::check(fd, BYTES as u64)?;
+        shm::check(fd, BYTES as u64)?;
         Ok(Inbox { shared: Arc::new(Shared::map(fd, BYTES, true)?), head: 0, taken: 0 })
     }
 

@@ -4,7 +4,7 @@
 //! nothing of chunks and transfers.
 
 use super::pool::{Bell, Job, Pool, Work};
-use super::puller::{Export, GpuId, LocalMemory, Manner, Mapping, Piece, Pull};
+use super::{Export, GpuId, LocalMemory, Manner, Mapping, Piece, Pull};
 use crate::status::{bail, err, Result};
 use crate::types::{Place, Span};
 use process::PerProcess;

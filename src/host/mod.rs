@@ -8,29 +8,24 @@
 //! pull from, told in `notes`. Where reads are slow the source's side pushes instead, into memory of the other library (`push`), from where
 //! the destination's side copies.
 
-pub(crate) mod cuda;
-mod emulated;
-mod front;
+mod exports;
 mod grants;
-mod host;
+mod layout;
 mod link;
-mod memfile;
-mod notes;
+pub(crate) mod memory;
+mod messages;
 mod orders;
 mod path;
-mod pool;
-mod probe;
-pub(crate) mod puller;
 mod push;
 mod ring;
-mod sharing;
 mod shelf;
+mod shm;
 mod socket;
 
-pub(crate) use emulated::{gpu as emulated_gpu, EmulatedMemory};
 pub(crate) use link::{Have, Linked, Meeting, Opening, ProofKeys};
+pub(crate) use memory::emulated::{gpu as emulated_gpu, EmulatedMemory};
+pub(crate) use memory::pool::Bell;
 pub(crate) use path::{LocalPath, Watched};
-pub(crate) use pool::Bell;
 
 /// What the path is called among NICs and plugins.
 pub(crate) const NAME: &str = "local";

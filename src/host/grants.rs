@@ -3,9 +3,9 @@
 //! region clears the first and waits until the second is zero; whoever reads counts itself before it looks. So no read that found leave
 //! outlives it. Knows nothing of sockets and of what is read.
 
-use super::memfile::Shared;
-use super::notes::{Granted, Note};
+use super::messages::{Granted, Note};
 use super::orders;
+use super::shm::Shared;
 use crate::hash::Map;
 use crate::region::{Leave, Region};
 use crate::status::{bail, Result};

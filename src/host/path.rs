@@ -2,14 +2,14 @@
 //! the source's memory and says so. Where reads are slow the source's side first pushes the chunk into memory of the other library, and
 //! the destination's side copies it from there. Only the owner of memory ever writes it. Knows nothing of transfers.
 
-use super::host::{self, HostMemory};
+use super::exports::{Imports, Shares, Stretch};
 use super::link::Linked;
-use super::notes::{self, Note};
-use super::pool::Bell;
-use super::puller::{LocalMemory, Piece, Pull};
+use super::memory::host::{self, HostMemory};
+use super::memory::pool::Bell;
+use super::memory::{LocalMemory, Piece, Pull};
+use super::messages::{self, Note};
 use super::push::{Areas, Targets, PUSHED, SLOT, SLOTS};
 use super::ring::{Descriptor, Extent, Inbox, Listening, Outbox, MAX_PIECES};
-use super::sharing::{Imports, Shares, Stretch};
 use super::shelf::Shelf;
 use super::socket::{Received, Socket, MAX_MESSAGE};
 use crate::channel::path::{Arrival, Copier, Departure, Dest, Direct, Event, Line, Path, Way};
@@ -352,7 +352,7 @@ impl LocalPath {
                 Received::Message(n, fds) => Note::decode(&buffer[..n], fds)?,
                 Received::Cut(n) => {
                     // Other channels carry what it would have shared.
-                    if let Some(id) = notes::share_of(&buffer[..n]) {
+                    if let Some(id) = messages::share_of(&buffer[..n]) {
                         self.notes.push_back(self.imports.missed(id)?);
                     }
                     continue;
@@ -733,9 +733,9 @@ impl Drop for LocalPath {
 
 #[cfg(test)]
 mod tests {
-    use super::super::emulated;
     use super::super::link::tests::linked;
-    use super::super::puller::{Export, ExportKind};
+    use super::super::memory::emulated;
+    use super::super::memory::{Export, ExportKind};
     use super::*;
     use crate::channel::plan::Chunk;
     use crate::region::RegionUse;

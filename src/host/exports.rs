@@ -2,8 +2,8 @@
 //! used only after the peer has said that it can reach it; until then, and where it cannot, other channels carry its bytes. Knows
 //! nothing of sockets and chunks.
 
-use super::notes::Note;
-use super::puller::{Export, ExportKind, LocalMemory, Mapping};
+use super::memory::{Export, ExportKind, LocalMemory, Mapping};
+use super::messages::Note;
 use crate::hash::Map;
 use crate::region::Region;
 use crate::status::{bail, Result};
@@ -404,7 +404,7 @@ impl Imports {
 
 #[cfg(test)]
 mod tests {
-    use super::super::puller::{GpuId, Manner, Piece, Pull};
+    use super::super::memory::{GpuId, Manner, Piece, Pull};
     use super::*;
     use crate::types::{RemoteAccess, Span};
     use std::os::fd::OwnedFd;

@@ -2,6 +2,12 @@
 //! pulls from there into memory of our own; areas into which a peer pushes. One trait, so that the path is the same for GPUs, for host memory and for emulated device
 //! memory. Knows nothing of sockets, rings, chunks or transfers.
 
+pub(crate) mod cuda;
+pub(crate) mod emulated;
+pub(crate) mod host;
+pub(crate) mod pool;
+pub(crate) mod probe;
+
 use crate::status::{bail, Result};
 pub(crate) use crate::types::Piece;
 use crate::types::Place;

@@ -366,8 +366,8 @@ fn cost_of_a_block() {
 
 /// Both sides' memory, shared as simulated GPU memory that is mapped where it lies, in so many allocations.
 fn shared(a: &mut LocalPath, b: &mut LocalPath, here: &Memory, there: &Memory, count: u64) {
-    use super::super::super::puller::{Export, ExportKind};
-    let gpu = super::super::super::emulated::gpu(0);
+    use super::super::super::memory::{Export, ExportKind};
+    let gpu = super::super::super::memory::emulated::gpu(0);
     let export = |base, len| Export { kind: ExportKind::Own, handle: [0; 64], fd: None, base, len, gpu };
     for (id, base, len) in a.shares.pretend(&here.region, GPU, count) {
         b.imports.told(id, GPU, export(base, len)).unwrap();

@@ -5,9 +5,9 @@
 //! Messages, little-endian. Introduction: magic, version, place and GPU of each kind of memory, address and contents of a few bytes of
 //! the process, MAC; with it comes the descriptor of the ring. Findings: the pairs of places that the sender can copy between, and how.
 
-use super::host::{self, HostMemory};
-use super::probe::Probe;
-use super::puller::{GpuId, LocalMemory, Manner};
+use super::memory::host::{self, HostMemory};
+use super::memory::probe::Probe;
+use super::memory::{GpuId, LocalMemory, Manner};
 use super::ring::{Inbox, Outbox};
 use super::socket::{Listener, Name, Place as Where, Received, Socket, Who, MAX_MESSAGE};
 use crate::status::{bail, Result};
@@ -501,8 +501,8 @@ fn is_this_process(pid: i32, witness: host::Witness) -> Result<bool> {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use super::super::emulated::{gpu, EmulatedMemory};
-    use super::super::{memfile, socket};
+    use super::super::memory::emulated::{gpu, EmulatedMemory};
+    use super::super::{shm, socket};
     use super::*;
     use crate::status::ErrorKind;
     use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
@@ -592,7 +592,7 @@ pub(crate) mod tests {
     fn with_stranger(message: &[u8], fds: usize) {
         let (mut a, mut b) = both([1, 1]);
         let stranger = Socket::connect(&a.id, Where::Abstract).unwrap().unwrap();
-        let file = memfile::create(c"test", super::super::ring::BYTES).unwrap();
+        let file = shm::create(c"test", super::super::ring::BYTES).unwrap();
         if !message.is_empty() {
             assert!(stranger.send(message, (fds > 0).then(|| file.as_fd())).unwrap());
         }
@@ -662,7 +662,7 @@ pub(crate) mod tests {
         let fails = |result: Result<()>, words: &str| assert!(result.is_err_and(|e| e.to_str().contains(words)), "{words}");
         fails(proved_and_then(same, None, None), "no ring");
         fails(proved_and_then(same, Some(std::fs::File::open("/dev/zero").unwrap().into()), None), "memory file");
-        fails(proved_and_then(same, Some(memfile::create(c"short", 4096).unwrap()), None), "bytes of");
+        fails(proved_and_then(same, Some(shm::create(c"short", 4096).unwrap()), None), "bytes of");
         fails(proved_and_then(same, ring(), Some(b"nonsense")), "none of this protocol");
         fails(proved_and_then(same, ring(), Some(&findings(&[(Place::HOST, Place::gpu(0), Manner::Pull)]))), "host and GPU");
         fails(proved_and_then(same, ring(), Some(&findings(&[(Place::HOST, Place::HOST, Manner::Push)]))), "of manner 2");

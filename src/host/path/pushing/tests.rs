@@ -1,8 +1,8 @@
-use super::super::super::emulated;
 use super::super::super::link::tests::pushing;
-use super::super::super::memfile;
-use super::super::super::puller::{Export, ExportKind, GpuId, Manner, Mapping};
+use super::super::super::memory::emulated;
+use super::super::super::memory::{Export, ExportKind, GpuId, Manner, Mapping};
 use super::super::super::push::{AREA, SLOTS};
+use super::super::super::shm;
 use super::super::tests::{bell, error_after, Memory};
 use super::super::*;
 use crate::status::ErrorKind;
@@ -279,7 +279,7 @@ fn an_area_that_is_no_memory_of_its_length_is_not_pushed_to() {
     let file = |path| OwnedFd::from(std::fs::File::open(path).unwrap());
     let bad = [
         unsealed(),
-        memfile::create(c"area", AREA - 4096).unwrap(),
+        shm::create(c"area", AREA - 4096).unwrap(),
         file("/dev/zero"),
         file("/proc/self/exe"),
         std::os::unix::net::UnixStream::pair().unwrap().0.into(),

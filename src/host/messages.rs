@@ -1,7 +1,7 @@
 //! What two linked processes tell each other on their Unix socket after the introduction: allocations that may be pulled from, answers
 //! to that, their end, regions that may be used without asking, and a ring for a side that sleeps. Pure: bytes in, notes out. Little-endian.
 
-use super::puller::{Export, ExportKind};
+use super::memory::{Export, ExportKind};
 use crate::status::{bail, Result};
 use crate::types::{Place, RemoteAccess};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
