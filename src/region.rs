@@ -204,9 +204,9 @@ impl Hold {
         }
     }
 
-    /// A region of it.
-    pub(crate) fn region(&self, region: u16) -> Option<&Region> {
-        self.0.get(usize::from(region)).map(|used| &*used.0)
+    /// All of its regions.
+    pub(crate) fn regions(&self) -> &[RegionUse] {
+        &self.0
     }
 
     /// A region that is to be shared with a process of this host, which has to be told of its end.

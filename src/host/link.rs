@@ -8,7 +8,7 @@
 use super::memory::host::{self, HostMemory};
 use super::memory::probe::Probe;
 use super::memory::{GpuId, LocalMemory, Manner};
-use super::ring::{Inbox, Outbox};
+use super::ring::{RingIn, RingOut};
 use super::socket::{Listener, Name, Place as Where, Received, Socket, Who, MAX_MESSAGE};
 use crate::status::{bail, Result};
 use crate::types::Place;
@@ -103,7 +103,7 @@ impl Opening {
         if peer.host != self.invitation.host {
             bail!(Unsupported, "the peer is on another host");
         }
-        let outbox = Outbox::new()?;
+        let outbox = RingOut::new()?;
         let connecting = self.listeners.is_empty();
         Ok(Meeting {
             id: if connecting { peer.name } else { self.invitation.name },
@@ -135,8 +135,8 @@ struct Met {
     socket: Socket,
     who: Who,
     same_process: bool,
-    inbox: Inbox,
-    outbox: Outbox,
+    inbox: RingIn,
+    outbox: RingOut,
     have: Have,
     /// The peer's GPUs.
     gpus: Vec<(Place, GpuId)>,
@@ -150,18 +150,14 @@ struct Met {
 
 /// What both sides have agreed on.
 pub(crate) struct Linked {
-    /// Names the link in this process and at the peer.
-    pub id: Name,
-    /// This is the connecting side.
-    pub connecting: bool,
     /// Both ends are in this process.
     pub same_process: bool,
     pub socket: Socket,
     pub who: Who,
     pub host: Option<HostMemory>,
     pub device: Option<Box<dyn LocalMemory>>,
-    pub inbox: Inbox,
-    pub outbox: Outbox,
+    pub inn: RingIn,
+    pub out: RingOut,
     /// Pairs of places, here and there, between which both sides can copy.
     pub pairs: Vec<(Place, Place)>,
     /// Those of them whose bytes are pushed.
@@ -177,7 +173,7 @@ pub(crate) struct Meeting {
     strangers: Vec<Stranger>,
     keys: ProofKeys,
     have: Option<Have>,
-    outbox: Option<Outbox>,
+    outbox: Option<RingOut>,
     met: Option<Met>,
     deadline: Instant,
 }
@@ -295,7 +291,7 @@ impl Meeting {
         let (Some(have), Some(outbox), true) = (self.have.take(), self.outbox.take(), introduced) else {
             bail!(Resource, "the peer's Unix socket has no room");
         };
-        let inbox = Inbox::open(fd.as_fd())?;
+        let inbox = RingIn::open(fd.as_fd())?;
         self.listeners.clear();
         self.strangers.clear();
         let same_process = is_this_process(who.pid, intro.witness)?;
@@ -317,7 +313,9 @@ impl Meeting {
             }
             Err(e) => log::debug!("host memory of process {} cannot be read: {e}", met.who.pid),
         }
-        if let Some(device) = &mut met.have.device {
+        // A process's own memory is mapped a second time where its kind allows that, else channels carry it.
+        let same = met.same_process;
+        if let Some(device) = met.have.device.as_mut().filter(|device| !same || device.maps_own()) {
             for &(here, _) in &met.have.gpus {
                 ours.extend(met.gpus.iter().filter_map(|(there, id)| Some((here, *there, device.reaches(here, id)?))));
             }
@@ -357,8 +355,7 @@ impl Meeting {
         if pairs.is_empty() {
             bail!(Unsupported, "{}", nothing(host.is_some(), &ours, &theirs));
         }
-        let (id, connecting) = (self.id, self.connecting);
-        Ok(Some(Linked { id, connecting, same_process, socket, who, host, device: have.device, inbox, outbox, pairs, pushed }))
+        Ok(Some(Linked { same_process, socket, who, host, device: have.device, inn: inbox, out: outbox, pairs, pushed }))
     }
 }
 
@@ -657,7 +654,7 @@ pub(crate) mod tests {
 
     #[test]
     fn a_proved_peer_that_lies_is_left_to_its_channels() {
-        let ring = || Some(Outbox::new().unwrap().fd().try_clone_to_owned().unwrap());
+        let ring = || Some(RingOut::new().unwrap().fd().try_clone_to_owned().unwrap());
         let same = |_: &mut Vec<u8>| {};
         let fails = |result: Result<()>, words: &str| assert!(result.is_err_and(|e| e.to_str().contains(words)), "{words}");
         fails(proved_and_then(same, None, None), "no ring");
