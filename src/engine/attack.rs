@@ -1,9 +1,10 @@
 //! A peer that keeps no rule, for tests/lying_peer.rs: the real handshake and set-up with real channels, and then any frame and any
 //! data in any order. Knows nothing of what is right. No part of the API: it changes whenever the protocol does.
 
-use super::attempt::Attempt;
-use super::setup::Setup;
-use super::{connect, dial, proto, Engine};
+use super::setup::{connect, dial};
+use super::Engine;
+use crate::engine::setup::driver::Attempt;
+use crate::engine::setup::machine::Setup;
 use crate::net::comm::{RecvComm, SendComm};
 use crate::status::{bail, err, Error, Result};
 use crate::types::Key;
@@ -12,7 +13,7 @@ use crate::wire::queue::{RxBuffer, TxQueue};
 use nccl_net_abi::{ucclIoVec, MAX_REQUESTS};
 use std::time::{Duration, Instant};
 
-pub use super::fifo::FifoItem;
+pub use crate::engine::fifo::FifoItem;
 pub use crate::wire::frame::{Frame, Grant, WireRegion, WireSegment, WireSegments};
 
 /// Bytes that a liar sends at once at most.
@@ -21,7 +22,7 @@ const SET_UP: Duration = Duration::from_secs(30);
 
 /// The tag of a chunk at `offset` of a stream, as honest sides compute it. `by_initiator`: the sender chose the id.
 pub fn tag(id: u64, by_initiator: bool, offset: u64) -> i32 {
-    proto::tag(Key { id, mine: by_initiator }, true, offset)
+    crate::proto::tag(Key { id, mine: by_initiator }, true, offset)
 }
 
 /// The id and the token of the region that an item names.

@@ -8,64 +8,38 @@
 //!   them with a socket, `build` makes the connection. `listener`, `setups` and `accepts` serve incoming ones, `dial` and `connect`
 //!   outgoing ones. `site`, `limits` and `ending` are what all set-ups share.
 
-mod accepts;
 #[cfg(feature = "test-api")]
 #[doc(hidden)]
 pub mod attack;
-mod attempt;
-mod bell;
-mod budget;
-mod build;
-mod connect;
 mod connection;
-mod connections;
-mod counters;
-mod dial;
-mod ending;
-mod fabric;
-mod fifo;
+pub(crate) mod fifo;
 mod gpus;
-mod home;
-mod keeper;
 mod limits;
-mod link;
 mod list;
-mod listener;
-mod local;
-mod notify;
-mod pacing;
 mod progress;
-mod proto;
-mod ready;
-mod registry;
-mod request;
-mod sets;
+pub(crate) mod request;
 mod setup;
-mod setups;
-mod site;
-mod spare;
-mod transfer;
-mod turns;
-mod watch;
+pub(crate) mod transfer;
 
-#[cfg(fuzzing)]
-pub(crate) use proto::attacked;
-
+pub use crate::notify::{next_notification_of_process, Notification};
 pub use connection::Connection;
 pub use fifo::FifoItem;
 pub use list::List;
-pub use notify::{next_notification_of_process, Notification};
 pub use transfer::{Direction, LocalSegment, TransferState};
 
+use crate::budget;
 use crate::config::Config;
 use crate::net::plugin::Plugin;
 use crate::net::topology;
+use crate::notify;
 use crate::stats::{export, EngineStats};
 use crate::status::{bail, err, Result};
 use crate::types::RemoteAccess;
-use accepts::Accepts;
 use process::Mutex;
-use site::{Gate, Identity, Plugins, Site};
+use progress::{doorbell, heartbeat, thread};
+use setup::accept_queue::Accepts;
+use setup::context::{Gate, Identity, Plugins, Site};
+use setup::{acceptor, build, connect, listener, shutdown, warmup};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -146,7 +120,7 @@ impl Engine {
         let metadata = listener::metadata(ports.address, &gpus.name());
         announce(&metadata, &plugins, &gpus);
         let limits = limits::Limits::of_process(&config.budgets);
-        let (bell, doorbells) = (bell::Bell::new()?, plugins.device.traits.doorbell);
+        let (bell, doorbells) = (doorbell::Bell::new()?, plugins.device.traits.doorbell);
         let home = Arc::new(connection::Home::new(bell, doorbells, config.close_timeout, limits.log_lines));
         let accepts = Arc::new(Accepts::new(limits.waiting, home.dead.clone()));
         let site = Arc::new(Site {
@@ -157,7 +131,7 @@ impl Engine {
             allow: config.allow.clone(),
             outgoing: Gate::new(limits.outgoing),
             cores: std::thread::available_parallelism().map_or(2, usize::from),
-            ending: ending::Ending::new()?,
+            ending: shutdown::Ending::new()?,
             notifications: notify::Queue::new(limits.notif_bytes, limits.notif_bytes_of_one),
             pool: budget::Pool::new(limits.peer_bytes, limits.peer_bytes_of_one, limits.transfers),
             census: budget::Census::new(limits.connections, limits.of_address),
@@ -171,13 +145,13 @@ impl Engine {
         let parts = Parts { site: site.clone(), accepts: accepts.clone(), threads: Mutex::default(), _export };
         let engine = Engine { metadata, parts: process::Local::new(parts) };
         let mut threads = engine.parts.threads.lock();
-        threads.progress = Some(limits::spawn("uccl-progress", move || progress::run(&home, spin))?);
+        threads.progress = Some(limits::spawn("uccl-progress", move || thread::run(&home, spin))?);
         let kept = site.clone();
-        threads.keeper = Some(limits::spawn("uccl-keeper", move || keeper::run(&kept))?);
-        let (fresh, named) = std::sync::mpsc::sync_channel(ready::WAITING);
+        threads.keeper = Some(limits::spawn("uccl-keeper", move || heartbeat::run(&kept))?);
+        let (fresh, named) = std::sync::mpsc::sync_channel(warmup::WAITING);
         let prepared = site.clone();
-        threads.ready = Some(limits::spawn("uccl-ready", move || ready::run(&prepared, &named))?);
-        threads.setup = Some(setups::start(site, accepts, ports.sockets, fresh)?);
+        threads.ready = Some(limits::spawn("uccl-ready", move || warmup::run(&prepared, &named))?);
+        threads.setup = Some(acceptor::start(site, accepts, ports.sockets, fresh)?);
         drop(threads);
         Ok(Arc::new(engine))
     }

@@ -1,6 +1,6 @@
 //! What an application names when it asks for a transfer. Types only.
 
-pub use super::proto::TransferState;
+pub use crate::proto::TransferState;
 
 /// Direction of a one-sided transfer, from the caller's view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,9 +1,9 @@
 //! What the lock of a connection guards: the machine, its channels and its socket, and how a round moves them on. Knows nothing of threads,
 //! of who drives, nor of the application.
 
-use super::super::proto::{is_farewell, Machine, Scheduled};
-use super::super::watch::Watch;
 use crate::channel::router::Channels;
+use crate::engine::progress::health::Watch;
+use crate::proto::{is_farewell, Machine, Scheduled};
 use crate::stats::{ChannelStats, Totals};
 use crate::status::{Error, ErrorKind, Result};
 use crate::wire::control::ControlStream;

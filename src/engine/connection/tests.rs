@@ -1,19 +1,19 @@
 //! A connection when the code below it panics: it ends, whoever drove it, and whatever else does not work any more.
 
-use super::super::accepts::Waiting;
-use super::super::bell::Bell;
-use super::super::budget::Pool;
-use super::super::notify::{Inbox, Queue};
-use super::super::pacing::Cores;
-use super::super::progress;
-use super::super::proto::{Machine, Setting, Sketch};
-use super::super::transfer::LocalSegment;
 use super::*;
+use crate::budget::Pool;
 use crate::channel::path::{Arrival, Blocks, Copier, Departure, Direct, Event, Line, Path, Way};
 use crate::channel::plan::ChunkLimits;
 use crate::channel::router::Channels;
 use crate::channel::stripe::Loads;
+use crate::engine::progress::doorbell::Bell;
+use crate::engine::progress::pacing::Cores;
+use crate::engine::progress::thread;
+use crate::engine::setup::accept_queue::Waiting;
+use crate::engine::transfer::LocalSegment;
 use crate::logging::Limiter;
+use crate::notify::{Inbox, Queue};
+use crate::proto::{Machine, Setting, Sketch};
 use crate::region::Hold;
 use crate::stats::ChannelStats;
 use crate::status::{err, ErrorKind};
@@ -147,7 +147,7 @@ fn a_panic_in_the_progress_thread_ends_all_connections_and_not_the_thread() {
         let home = home();
         let all: Vec<_> = [(true, true), (false, true), (false, false)].map(|(d, c)| connection(&home, d, c)).into();
         std::thread::scope(|s| {
-            let thread = s.spawn(|| progress::run(&home, None));
+            let thread = s.spawn(|| thread::run(&home, None));
             let until = Instant::now() + Duration::from_secs(10);
             let ended = || all.iter().all(|(connection, _)| kind(connection) == Some(ErrorKind::Internal));
             while !ended() && Instant::now() < until {
