@@ -7,7 +7,7 @@
 use crate::region::{Hold, Region, RegionUse};
 use crate::stats::ChannelStats;
 use crate::status::{Error, Result};
-use crate::types::{Key, Piece, Place};
+use crate::types::{Key, Landing, Piece, Place};
 use std::time::Instant;
 
 /// Direction of data, from this side.
@@ -87,16 +87,6 @@ pub(crate) enum Route {
     Refused(Error),
 }
 
-/// A grant of one posted buffer for one message. Its owner sends it when a receive has met the message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Landing {
-    /// Names the grant.
-    pub slot: u32,
-    pub generation: u64,
-    /// First byte of the buffer in its owner's process.
-    pub addr: u64,
-}
-
 /// What a direct transport is doing, for the thread that decides whether to poll, spin or sleep.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Activity {
@@ -133,8 +123,9 @@ pub(crate) trait Direct: Send {
     /// Whether a message from memory of `place`, in regions that `hold` has, can be sent into whatever landing the peer gives.
     fn can_send(&mut self, place: Place, hold: &Hold) -> bool;
 
-    /// Grants `len` bytes at `addr` of a region for one message from the peer's memory at `there`; `None` where that is impossible.
-    fn land(&mut self, key: Key, region: &RegionUse, (addr, len): (u64, u64), there: Place) -> Option<Landing>;
+    /// Grants a buffer in a region, its first byte and length, for one message from the peer's memory at `there`; `None` where that is
+    /// impossible.
+    fn land(&mut self, key: Key, region: &RegionUse, buffer: (u64, u64), there: Place) -> Option<Landing>;
 
     /// The peer gave up the message of a landing. `false` when it has begun to write.
     fn withdraw(&mut self, key: Key) -> bool;

@@ -30,6 +30,7 @@ mod benchmarks;
 mod budget;
 mod channel;
 pub mod config;
+mod direct;
 pub mod engine;
 mod ffi;
 #[cfg(fuzzing)]

@@ -1,6 +1,7 @@
 //! Since when channels stand still: bytes that the network moved on each, and chunks that wait for it. Pure; time is the caller's.
 
-use super::path::{Line, Way};
+use super::path::Line;
+use crate::direct::Way;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 

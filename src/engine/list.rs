@@ -1,7 +1,7 @@
 //! A list of segments that is kept for several transfers: what can be known of it before a transfer starts is worked out once. Knows
 //! regions by their numbers and items only; whether they exist and hold the segments is seen at every start.
 
-use crate::channel::path::{Blocks, Way};
+use crate::direct::{Blocks, Way};
 use crate::engine::fifo::FifoItem;
 use crate::engine::request::{Known, Sketching, MAX_BLOCK};
 use crate::engine::transfer::LocalSegment;

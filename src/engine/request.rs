@@ -2,7 +2,7 @@
 //! the wire. Everything that can be checked on this side is checked here, before anything is admitted. Knows
 //! nothing of sockets, channels or the machine's state.
 
-use crate::channel::path::{Blocks, Pairing, Way};
+use crate::direct::{Blocks, Pairing, Way};
 use crate::engine::fifo::{Access, FifoItem};
 use crate::engine::transfer::LocalSegment;
 use crate::hash::Map;

@@ -410,7 +410,7 @@ impl Imports {
 
 #[cfg(test)]
 mod tests {
-    use super::super::memory::{GpuId, Manner, Piece, Pull};
+    use super::super::memory::{ExportKind, GpuId, Manner, Piece, Pull};
     use super::*;
     use crate::types::{RemoteAccess, Span};
     use std::os::fd::OwnedFd;

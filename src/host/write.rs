@@ -115,13 +115,13 @@ impl Writes {
             let mut pieces = std::mem::take(&mut self.pieces);
             pieces.clear();
             let pairing = blocks.fill(room, writing.stride.bytes, &mut pieces);
+            writing.told += pieces.iter().map(|piece| piece.len).sum::<u64>();
+            self.note_step(writing, pieces.len());
             let Some(Target { slot, generation, stretches }) = pairing.and_then(|at| writing.targets.get(at)) else {
                 bail!(Internal, "blocks of no pairing")
             };
-            writing.told += pieces.iter().map(|piece| piece.len).sum::<u64>();
             let last = blocks.is_done();
             let head = Head { order, slot: *slot, generation: *generation, export: 0, last, bulk: writing.bulk };
-            self.note_step(writing, pieces.len());
             let told = match &stretches[..] {
                 // There is room for them as they are.
                 [] => self.out.tell(head, &pieces),

@@ -3,7 +3,7 @@
 //! have gone before it if turns were kept. Pure; time is the caller's.
 
 use super::limits::MAX_BACKLOG;
-use crate::channel::path::Way;
+use crate::direct::Way;
 use crate::hash::Map;
 use crate::types::Key;
 use std::time::{Duration, Instant};

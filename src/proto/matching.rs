@@ -3,7 +3,7 @@
 
 use crate::region::Hold;
 use crate::status::{bail, Result};
-use crate::types::Segment;
+use crate::types::{Place, Segment};
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,17 @@ use std::time::{Duration, Instant};
 pub(super) struct WaitingSend {
     pub segments: Vec<Segment>,
     pub hold: Hold,
+    /// It can be sent directly.
+    pub direct: bool,
     since: Instant,
+}
+
+/// A message of the peer.
+pub(super) struct Message {
+    pub id: u64,
+    pub len: u64,
+    /// Where it lies, if it can be sent directly.
+    pub from: Option<Place>,
 }
 
 /// A receive of this side that no message has met.
@@ -37,13 +47,13 @@ pub(super) struct Matching {
     /// Given up here; the peer's answer is on its way.
     withdrawn: HashSet<u64>,
     receives: VecDeque<WaitingReceive>,
-    /// Messages of the peer without a receive: id and length. Ids rise, so this is their order too.
-    messages: BTreeMap<u64, u64>,
+    /// Messages of the peer without a receive, by id. Ids rise, so this is their order too.
+    messages: BTreeMap<u64, Message>,
 }
 
 impl Matching {
-    pub(super) fn send(&mut self, id: u64, segments: Vec<Segment>, hold: Hold, now: Instant) {
-        self.sends.insert(id, WaitingSend { segments, hold, since: now });
+    pub(super) fn send(&mut self, id: u64, segments: Vec<Segment>, hold: Hold, direct: bool, now: Instant) {
+        self.sends.insert(id, WaitingSend { segments, hold, direct, since: now });
     }
 
     pub(super) fn receive(&mut self, id: u64, segment: Segment, hold: Hold, now: Instant) {
@@ -51,17 +61,17 @@ impl Matching {
     }
 
     /// The peer announced a message.
-    pub(super) fn message(&mut self, id: u64, len: u64) {
-        self.messages.insert(id, len);
+    pub(super) fn message(&mut self, message: Message) {
+        self.messages.insert(message.id, message);
     }
 
     /// The next message and the receive that it meets.
-    pub(super) fn next_match(&mut self) -> Option<((u64, u64), WaitingReceive)> {
+    pub(super) fn next_match(&mut self) -> Option<(Message, WaitingReceive)> {
         if self.messages.is_empty() {
             return None;
         }
         let receive = self.receives.pop_front()?;
-        Some((self.messages.pop_first()?, receive))
+        Some((self.messages.pop_first()?.1, receive))
     }
 
     /// The peer answers send `id`.
@@ -136,7 +146,6 @@ impl Matching {
 mod tests {
     use super::*;
     use crate::status::ErrorKind;
-    use crate::types::Place;
 
     const T: Duration = Duration::from_secs(1);
 
@@ -151,14 +160,14 @@ mod tests {
     fn messages_meet_receives_in_order() {
         let now = Instant::now();
         let mut m = Matching::default();
-        m.message(3, 30);
+        m.message(Message { id: 3, len: 30, from: None });
         assert!(m.next_match().is_none());
         m.receive(1, segment(9), hold(), now);
         m.receive(2, segment(9), hold(), now);
-        m.message(5, 50);
-        m.message(7, 70);
+        m.message(Message { id: 5, len: 50, from: None });
+        m.message(Message { id: 7, len: 70, from: None });
         assert_eq!((m.messages(), m.waiting()), (3, 2));
-        let ids: Vec<_> = std::iter::from_fn(|| m.next_match()).map(|(message, receive)| (message, receive.id)).collect();
+        let ids: Vec<_> = std::iter::from_fn(|| m.next_match()).map(|(message, receive)| ((message.id, message.len), receive.id)).collect();
         assert_eq!(ids, [((3, 30), 1), ((5, 50), 2)]);
         assert!(m.withdraw(7) && !m.withdraw(7) && !m.withdraw(3));
         assert_eq!((m.messages(), m.waiting()), (0, 0));
@@ -168,8 +177,8 @@ mod tests {
     fn each_send_is_answered_once_even_when_it_was_given_up() {
         let now = Instant::now();
         let mut m = Matching::default();
-        m.send(1, vec![segment(1)], hold(), now);
-        m.send(2, vec![segment(1)], hold(), now + T);
+        m.send(1, vec![segment(1)], hold(), false, now);
+        m.send(2, vec![segment(1)], hold(), false, now + T);
         assert!(m.expire_sends(T, now + T).is_empty());
         assert_eq!(m.expire_sends(T, now + T + Duration::from_millis(1)), [1]);
         assert!(matches!(m.pull(1), Ok(Pulled::Withdrawn)));

@@ -22,7 +22,6 @@ mod peer;
 #[cfg_attr(fuzzing, allow(dead_code, unused_imports))]
 mod simulation;
 mod transfers;
-mod unasked;
 
 pub(crate) use direct::Sketch;
 pub(crate) use limits::MAX_BACKLOG;
@@ -33,12 +32,11 @@ pub(crate) use peer::is_farewell;
 #[cfg(fuzzing)]
 pub(crate) use simulation::attacked;
 pub use transfers::TransferState;
-use unasked::Unasked;
 
 use crate::budget::{Account, Share};
-use crate::channel::path::{Event, Way};
 use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
+use crate::direct::{Event, Way};
 use crate::logging::Limiter;
 use crate::notify::Inbox;
 use crate::region::{Hold, RegionUse};
@@ -50,6 +48,7 @@ use crate::types::{Key, Place, Segment, MAX_INLINE};
 use crate::wire::frame::{Frame, WireRegion, WireSegments};
 use crate::wire::queue::TxQueue;
 use deadlines::{Deadlines, Overdue};
+use direct::DirectTransfers;
 use incoming::{Ended, Ending, Incoming};
 use limits::PeerLoad;
 use matching::Matching;
@@ -113,7 +112,7 @@ pub(crate) struct Machine {
     outgoing: Outgoing,
     incoming: Incoming,
     matching: Matching,
-    unasked: Unasked,
+    direct: DirectTransfers,
     deadlines: Deadlines,
     peer: PeerLoad,
     /// Lists of ended transfers for the next ones.
@@ -161,7 +160,7 @@ impl Machine {
             outgoing: Outgoing::default(),
             incoming: Incoming::default(),
             matching: Matching::default(),
-            unasked: Unasked::default(),
+            direct: DirectTransfers::default(),
             deadlines: Deadlines::new(now),
             peer: PeerLoad::new(share),
             spare: Spare::default(),
@@ -240,8 +239,8 @@ impl Machine {
 
     /// Whether a transfer of this connection uses a region of this side.
     pub(crate) fn uses_region(&self, id: u64) -> bool {
-        let unasked = self.unasked.uses_region(id);
-        unasked || self.outgoing.uses_region(id) || self.incoming.uses_region(id) || self.matching.uses_region(id)
+        let direct = self.direct.uses_region(id);
+        direct || self.outgoing.uses_region(id) || self.incoming.uses_region(id) || self.matching.uses_region(id)
     }
 
     /// Bytes of the control stream that the socket has not taken.
@@ -267,7 +266,7 @@ impl Machine {
     fn is_idle(&self) -> bool {
         let empty = self.incoming.is_empty() && self.outgoing.is_empty() && !self.outgoing.waiting();
         let matched = self.matching.waiting() == 0 && self.matching.messages() == 0;
-        empty && matched && !self.deadlines.any() && self.peer.is_idle() && self.transfers.segments() == 0
+        empty && matched && self.direct.is_empty() && !self.deadlines.any() && self.peer.is_idle() && self.transfers.segments() == 0
     }
 
     /// Whether every account agrees with what is really there, and every stream has a deadline.
@@ -282,7 +281,8 @@ impl Machine {
             return Err(format!("{key:?} has no deadline"));
         }
         let streams: Vec<_> = theirs(incoming).into_iter().chain(theirs(outgoing)).collect();
-        let (transfers, segments) = (self.matching.messages() + streams.len(), streams.iter().map(|(_, n)| n).sum::<usize>());
+        let messages = self.matching.messages() + self.direct.landings();
+        let (transfers, segments) = (messages + streams.len(), streams.iter().map(|(_, n)| n).sum::<usize>());
         if self.peer.load() != (transfers, segments) {
             return Err(format!("the peer's account says {:?}, of {:?}", self.peer.load(), (transfers, segments)));
         }
@@ -299,50 +299,40 @@ impl Machine {
     pub(crate) fn admit(&self, segments: usize, pairs: &[(Place, Place)], channels: &Channels) -> Result<()> {
         self.alive()?;
         limits::admit(self.transfers.in_flight(), self.transfers.segments(), segments)?;
-        match pairs.iter().find(|&&(local, peer)| channels.route(local, peer, false).is_none()) {
+        match pairs.iter().find(|&&(local, peer)| channels.route(local, peer).is_none()) {
             Some((local, peer)) => Err(err!(Unsupported, "no channel carries memory of {local:?} here and {peer:?} at the peer")),
             None => Ok(()),
         }
     }
 
-    /// Starts a write that was admitted. An error ends the connection, here as below.
-    pub(crate) fn start_write(&mut self, request: Request, channels: &mut Channels, now: Instant) -> Result<u64> {
-        let Request { segments, uses, remote, remote_regions, total, .. } = request;
-        let id = self.transfers.start(Kind::Write, total, segments.len());
-        if total == 0 {
-            self.transfers.finish(id, Ok(()));
-            return Ok(id);
-        }
+    /// Starts a write in chunks, or inside a frame. An error ends the connection.
+    fn start_write(&mut self, id: u64, request: Request, hold: Hold, channels: &mut Channels, now: Instant) -> Result<()> {
+        let Request { segments, remote, remote_regions, total, .. } = request;
         let key = Key { id, mine: true };
+        self.transfers.goes_in_chunks(id, Kind::Write);
         self.deadlines.start(key, Way::Out, total, now);
-        let hold = Hold::new(uses);
         let mut gathered = std::mem::take(&mut self.gathered);
-        if let Some(data) = self.load_inline(&segments, &hold, total, channels, &mut gathered)? {
+        if let Some(data) = self.load_inline(&segments, total, channels, &mut gathered)? {
             self.counts.inline_sent_bytes += total;
             self.push(&Frame::Write { id, regions: remote_regions, segments: remote, inline: Some(data) }, now);
             self.transfers.moved(id, total);
             self.gathered = gathered;
-        } else {
-            self.gathered = gathered;
-            self.announce(Frame::Write { id, regions: remote_regions, segments: remote, inline: None }, now);
-            self.outgoing.start(key, segments, hold, channels)?;
+            drop(hold);
+            return Ok(());
         }
-        Ok(id)
+        self.gathered = gathered;
+        self.announce(Frame::Write { id, regions: remote_regions, segments: remote, inline: None }, now);
+        self.outgoing.start(key, segments, hold, channels)
     }
 
-    /// Starts a read that was admitted.
-    pub(crate) fn start_read(&mut self, request: Request, now: Instant) -> Result<u64> {
-        let Request { segments, uses, remote, remote_regions, total, .. } = request;
-        let id = self.transfers.start(Kind::Read, total, segments.len());
-        if total == 0 {
-            self.transfers.finish(id, Ok(()));
-            return Ok(id);
-        }
+    /// Starts a read in chunks, or inside a frame.
+    fn start_read(&mut self, id: u64, request: Request, hold: Hold, now: Instant) {
+        let Request { segments, remote, remote_regions, total, .. } = request;
         let key = Key { id, mine: true };
+        self.transfers.goes_in_chunks(id, Kind::Read);
         self.deadlines.start(key, Way::In, total, now);
         self.announce(Frame::Read { id, regions: remote_regions, segments: remote }, now);
-        self.incoming.start(key, segments, Hold::new(uses), Ending::Read);
-        Ok(id)
+        self.incoming.start(key, segments, hold, Ending::Read);
     }
 
     /// Records a transfer that fails before anything moves.
@@ -355,20 +345,34 @@ impl Machine {
     }
 
     /// Starts a two-sided send that was admitted. The peer's places are known when it answers.
-    pub(crate) fn start_send(&mut self, segments: Vec<Segment>, uses: Vec<RegionUse>, now: Instant) -> u64 {
+    pub(crate) fn start_send(
+        &mut self,
+        segments: Vec<Segment>,
+        uses: Vec<RegionUse>,
+        channels: &mut Channels,
+        now: Instant,
+    ) -> u64 {
         let total = segments.iter().map(|s| s.len).sum();
         let id = self.transfers.start(Kind::Send { pulled: false }, total, segments.len());
-        self.matching.send(id, segments, Hold::new(uses), now);
-        self.push(&Frame::Message { id, len: total }, now);
+        let hold = Hold::new(uses);
+        let from = Machine::sends_from(&segments, &hold, channels);
+        self.matching.send(id, segments, hold, from.is_some(), now);
+        self.push(&Frame::Message { id, len: total, from }, now);
         id
     }
 
     /// Starts a two-sided receive that was admitted.
-    pub(crate) fn start_receive(&mut self, segment: Segment, region: RegionUse, now: Instant) -> u64 {
+    pub(crate) fn start_receive(
+        &mut self,
+        segment: Segment,
+        region: RegionUse,
+        channels: &mut Channels,
+        now: Instant,
+    ) -> u64 {
         let id = self.transfers.start(Kind::Receive, 0, 1);
         self.matching.receive(id, segment, Hold::new(vec![region]), now);
         self.attend(now);
-        self.match_receives(now);
+        self.match_receives(channels, now);
         id
     }
 
@@ -391,7 +395,6 @@ impl Machine {
     fn load_inline<'a>(
         &self,
         segments: &'a [Segment],
-        hold: &Hold,
         total: u64,
         channels: &mut Channels,
         gathered: &'a mut Vec<u8>,
@@ -399,7 +402,7 @@ impl Machine {
         if total > self.setting.eager_bytes.min(MAX_INLINE) as u64 {
             return Ok(None);
         }
-        if total > channels.inline_bytes(segments, hold) as u64 {
+        if total > channels.inline_bytes(segments) as u64 {
             return Ok(None);
         }
         let device = segments.iter().any(|s| s.place.is_device());
@@ -429,6 +432,8 @@ impl Machine {
                 Event::Received(key, len) => self.chunk_received(key, len, now)?,
                 Event::Moved(key, len) => self.direct_moved(key, len, now),
                 Event::Ended(key, done) => self.direct_ended(key, done),
+                Event::Answered => self.direct_answered(channels, now)?,
+                Event::Denied(error) => self.direct_denied(&error, now),
             }
         }
         self.events = events;
@@ -696,7 +701,7 @@ impl Machine {
         self.outgoing.clear();
         self.incoming.clear();
         self.matching.clear();
-        self.unasked.clear();
+        self.direct.clear();
         self.deadlines.clear();
         // What the peer took is free for others, whenever the application closes its handle.
         self.peer = PeerLoad::new(Share::new(&self.setting.account));

@@ -32,8 +32,6 @@ struct OutStream {
     /// Bytes of the whole transfer.
     total: u64,
     small: bool,
-    /// Paths that want regions to be shared first may carry it.
-    shared: bool,
     segments: usize,
     /// Bytes handed to channels and not yet gone.
     inflight: u64,
@@ -123,18 +121,17 @@ pub(crate) enum Scheduled {
 
 impl Outgoing {
     /// Starts a stream; its places must have routes.
-    pub(super) fn start(&mut self, key: Key, segments: Vec<Segment>, hold: Hold, channels: &mut Channels) -> Result<()> {
-        let shared = channels.share(&segments, &hold);
+    pub(super) fn start(&mut self, key: Key, segments: Vec<Segment>, hold: Hold, channels: &Channels) -> Result<()> {
         let stream = Walk::new(segments);
         let Some((place, peer)) = stream.next_places() else { bail!(Internal, "an empty stream") };
-        let Some(route) = channels.route(place, peer, shared) else {
+        let Some(route) = channels.route(place, peer) else {
             bail!(Unsupported, "no channel carries memory of {place:?} to {peer:?} of the peer")
         };
         self.routes.resize_with(channels.routes(), Turns::default);
         let (total, segments) = (stream.remaining(), stream.segments());
         let small = total <= SMALL;
         self.bulk_left += if small { 0 } else { total };
-        self.streams.insert(key, OutStream { stream, hold, total, small, shared, segments, inflight: 0 });
+        self.streams.insert(key, OutStream { stream, hold, total, small, segments, inflight: 0 });
         self.routes[route].queue(small).push_back(key);
         Ok(())
     }
@@ -200,7 +197,7 @@ impl Outgoing {
         self.announced += 1;
         announcing.push(key, Grant { len: len as u32, channel }, tx);
         let next_route = match out.stream.next_places() {
-            Some((place, peer)) => match channels.route(place, peer, out.shared) {
+            Some((place, peer)) => match channels.route(place, peer) {
                 Some(next) => Some(next),
                 None => bail!(Internal, "no route from {place:?} to {peer:?}"),
             },

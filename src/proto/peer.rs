@@ -3,13 +3,13 @@
 
 use super::incoming::Ending;
 use super::limits::MAX_INLINE_BACKLOG;
-use super::matching::Pulled;
+use super::matching::{Message, Pulled};
 use super::{Kind, Machine, Way};
 use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
 use crate::region::{Hold, RegionUse};
 use crate::status::{bail, err, Error, ErrorKind, Result, StatusCode, UCCL_OK};
-use crate::types::{Key, Part, Place, RemoteAccess, Segment, MAX_INLINE};
+use crate::types::{Key, Landing, Part, Place, RemoteAccess, Segment, MAX_INLINE};
 use crate::wire::frame::{Frame, Grant, WireRegion, WireSegment, WireSegments};
 use std::time::Instant;
 
@@ -43,9 +43,9 @@ impl Machine {
             Frame::ReadInline { id, data } => self.on_read_inline(id, data, channels),
             Frame::Chunks { id, by_initiator, grants } => self.on_chunks(Key { id, mine: !by_initiator }, &grants, channels),
             Frame::Done { id, status, text } => self.on_done(id, status, text, now),
-            Frame::Message { id, len } => self.on_message(id, len, now),
-            Frame::Pull { id, status, receiver } => self.on_pull(id, status, receiver, channels, now),
-            Frame::Withdraw { id, status } => self.on_withdraw(id, status, now),
+            Frame::Message { id, len, from } => self.on_message(Message { id, len, from }, channels, now),
+            Frame::Pull { id, status, receiver, landing } => self.on_pull(id, status, (receiver, landing), channels, now),
+            Frame::Withdraw { id, status } => self.on_withdraw(id, status, channels, now),
             Frame::Cancel { id } => self.on_cancel(id, now),
             Frame::Notify { name, message } => self.setting.inbox.push(name, message),
             Frame::Ping { received, chunks } => self.on_ping(received, chunks, channels, now),
@@ -111,9 +111,6 @@ impl Machine {
             return Ok(());
         }
         let resolved = self.resolve(regions, segments, RemoteAccess::WRITE);
-        if let Ok((segments, uses)) = &resolved {
-            grant(segments, uses, channels);
-        }
         match (resolved, inline) {
             (Ok((segments, uses)), Some(data)) => {
                 self.counts.inline_received_bytes += total;
@@ -175,7 +172,7 @@ impl Machine {
             return Ok(());
         }
         let answered = self.resolve(regions, segments, RemoteAccess::READ).and_then(|(segments, uses)| {
-            let unreachable = segments.iter().find(|s| channels.route(s.place, s.peer, false).is_none());
+            let unreachable = segments.iter().find(|s| channels.route(s.place, s.peer).is_none());
             match unreachable {
                 Some(s) => Err(err!(Unsupported, "no channel carries memory of {:?} to {:?}", s.place, s.peer)),
                 None => Ok((segments, uses)),
@@ -189,7 +186,6 @@ impl Machine {
                 return Ok(());
             }
         };
-        grant(&segments, &uses, channels);
         let total: u64 = segments.iter().map(|s| s.len).sum();
         if total == 0 {
             bail!(Protocol, "read {id} is empty");
@@ -197,7 +193,7 @@ impl Machine {
         let hold = Hold::new(uses);
         if self.tx.pending() < MAX_INLINE_BACKLOG {
             let mut gathered = std::mem::take(&mut self.gathered);
-            if let Some(data) = self.load_inline(&segments, &hold, total, channels, &mut gathered)? {
+            if let Some(data) = self.load_inline(&segments, total, channels, &mut gathered)? {
                 self.counts.inline_sent_bytes += total;
                 self.push(&Frame::ReadInline { id, data }, now);
                 self.gathered = gathered;
@@ -271,7 +267,8 @@ impl Machine {
 
     // ---- two-sided messages ----
 
-    fn on_message(&mut self, id: u64, len: u64, now: Instant) -> Result<()> {
+    fn on_message(&mut self, message: Message, channels: &mut Channels, now: Instant) -> Result<()> {
+        let Message { id, len, .. } = message;
         let room = self.peer.begin(id, 0)?;
         if len > MAX_MESSAGE {
             bail!(Protocol, "message {id} of {len} bytes");
@@ -280,38 +277,48 @@ impl Machine {
             self.peer.ended_without_room();
             self.counts.refused += 1;
             self.log.log(log::Level::Warn, now, format_args!("{}: message {id} of the peer refused: {e}", self.setting.peer));
-            self.push(&Frame::Pull { id, status: e.code(), receiver: Place::HOST }, now);
+            self.push(&Frame::Pull { id, status: e.code(), receiver: Place::HOST, landing: None }, now);
             return Ok(());
         }
-        self.matching.message(id, len);
-        self.match_receives(now);
+        self.matching.message(message);
+        self.match_receives(channels, now);
         Ok(())
     }
 
-    pub(super) fn match_receives(&mut self, now: Instant) {
-        while let Some(((message, len), receive)) = self.matching.next_match() {
+    pub(super) fn match_receives(&mut self, channels: &mut Channels, now: Instant) {
+        while let Some((Message { id: message, len, from }, receive)) = self.matching.next_match() {
             self.transfers.set_total(receive.id, len);
             if len > receive.segment.len {
                 let error = err!(Truncated, "a message of {len} bytes met a receive of {}", receive.segment.len);
                 self.transfers.finish(receive.id, Err(error));
                 self.peer.ended(0);
-                self.push(&Frame::Pull { id: message, status: ErrorKind::Truncated.code(), receiver: Place::HOST }, now);
+                let status = ErrorKind::Truncated.code();
+                self.push(&Frame::Pull { id: message, status, receiver: Place::HOST, landing: None }, now);
                 continue;
             }
-            self.push(&Frame::Pull { id: message, status: UCCL_OK, receiver: receive.segment.place }, now);
+            let (key, receiver) = (Key { id: message, mine: false }, receive.segment.place);
+            let segment = Segment { len, ..receive.segment };
+            let lands = (receive.id, &segment, &receive.hold);
+            let landing = if len == 0 { None } else { self.land((key, len, from), lands, channels, now) };
+            self.push(&Frame::Pull { id: message, status: UCCL_OK, receiver, landing }, now);
             if len == 0 {
                 self.peer.ended(0);
                 self.transfers.finish(receive.id, Ok(()));
-                continue;
+            } else if landing.is_none() {
+                self.deadlines.start(key, Way::In, len, now);
+                self.incoming.start(key, vec![segment], receive.hold, Ending::Receive(receive.id));
             }
-            let key = Key { id: message, mine: false };
-            let segment = Segment { len, ..receive.segment };
-            self.deadlines.start(key, Way::In, len, now);
-            self.incoming.start(key, vec![segment], receive.hold, Ending::Receive(receive.id));
         }
     }
 
-    fn on_pull(&mut self, id: u64, status: StatusCode, receiver: Place, channels: &mut Channels, now: Instant) -> Result<()> {
+    fn on_pull(
+        &mut self,
+        id: u64,
+        status: StatusCode,
+        (receiver, landing): (Place, Option<Landing>),
+        channels: &mut Channels,
+        now: Instant,
+    ) -> Result<()> {
         let Pulled::Waiting(send) = self.matching.pull(id)? else { return Ok(()) };
         if status != UCCL_OK {
             let peer = &self.setting.peer;
@@ -326,7 +333,13 @@ impl Machine {
             self.transfers.finish(id, Ok(()));
             return Ok(());
         }
-        if let Some(s) = segments.iter().find(|s| channels.route(s.place, receiver, false).is_none()) {
+        if let Some(landing) = landing {
+            if !send.direct {
+                bail!(Protocol, "a buffer for message {id}, which comes in chunks");
+            }
+            return self.send_directly(id, &segments, (send.hold, receiver, landing), channels, now);
+        }
+        if let Some(s) = segments.iter().find(|s| channels.route(s.place, receiver).is_none()) {
             // Where its receive lies was not known before. Nothing was announced: the peer gives up the receive as it would late.
             let error =
                 err!(Unsupported, "no channel carries memory of {:?} here to {receiver:?}, where the receive lies", s.place);
@@ -341,16 +354,24 @@ impl Machine {
     }
 
     /// The peer gave up a message. It is answered like any other; a receive that it was matched with fails.
-    fn on_withdraw(&mut self, id: u64, status: StatusCode, now: Instant) -> Result<()> {
+    fn on_withdraw(&mut self, id: u64, status: StatusCode, channels: &mut Channels, now: Instant) -> Result<()> {
         if status == UCCL_OK {
             bail!(Protocol, "message {id} is withdrawn without a reason");
         }
         if self.matching.withdraw(id) {
             self.peer.ended(0);
-            self.push(&Frame::Pull { id, status: ErrorKind::TimedOut.code(), receiver: Place::HOST }, now);
+            self.push(&Frame::Pull { id, status: ErrorKind::TimedOut.code(), receiver: Place::HOST, landing: None }, now);
             return Ok(());
         }
         let key = Key { id, mine: false };
+        if let Some(receive) = self.direct.receive_of(key) {
+            if !channels.direct().is_some_and(|direct| direct.withdraw(key)) {
+                bail!(Protocol, "message {id} is withdrawn, which is being sent");
+            }
+            self.direct_withdrawn(key);
+            self.withdrawn(receive, id, status);
+            return Ok(());
+        }
         let Some(receive) = self.incoming.receive_of(key) else {
             // Matched with a receive that was too small, or empty: our answer and the withdrawal have crossed.
             return if self.peer.has_named(id) && !self.incoming.contains(key) {
@@ -362,6 +383,12 @@ impl Machine {
         self.incoming.take_unbegun(key)?;
         self.peer.ended(0);
         self.deadlines.end(key);
+        self.withdrawn(receive, id, status);
+        Ok(())
+    }
+
+    /// A receive whose message was withdrawn fails.
+    fn withdrawn(&mut self, receive: u64, id: u64, status: StatusCode) {
         let why = match ErrorKind::from_code(status) {
             ErrorKind::TimedOut => "its send had waited too long for this receive",
             ErrorKind::Unsupported => "no channel connects the memory of its send with that of this receive",
@@ -369,7 +396,6 @@ impl Machine {
         };
         let error = Error::new(ErrorKind::from_code(status), format_args!("message {id} was withdrawn: {why}"));
         self.transfers.finish(receive, Err(error));
-        Ok(())
     }
 
     fn on_cancel(&mut self, id: u64, now: Instant) -> Result<()> {
@@ -392,18 +418,6 @@ impl Machine {
         self.peer_received = received;
         self.echo(now);
         Ok(())
-    }
-}
-
-/// The peer has shown the tokens of these regions: a path that needs no asking may be told of them.
-fn grant(segments: &[Segment], uses: &[RegionUse], channels: &mut Channels) {
-    let mut last = None;
-    for segment in segments {
-        if last.replace((segment.region, segment.peer)) != Some((segment.region, segment.peer)) {
-            if let Some(region) = uses.get(usize::from(segment.region)) {
-                channels.grant(region, segment.peer);
-            }
-        }
     }
 }
 

@@ -26,7 +26,7 @@ pub(super) enum Kind {
     },
     /// A two-sided receive: the peer does not know the id.
     Receive,
-    /// One without frames: the peer does not know the id.
+    /// A direct transfer, or one that may become one: the peer does not know the id.
     Direct,
 }
 
@@ -40,6 +40,8 @@ pub(super) struct Running {
     segments: usize,
     /// The other side's verdict, known while the source is still being sent.
     verdict: Option<Result<()>>,
+    /// The id that the application knows it by, where that is another one.
+    alias: Option<u64>,
 }
 
 /// Ids of which the number of bytes is remembered once they have ended, and errors of which the text is; older ones report 0 bytes, or
@@ -108,21 +110,33 @@ pub(super) struct Transfers {
     failed_order: VecDeque<u64>,
     failed_before: OldFailures,
     totals: Ended,
+    /// Transfers that were announced under a later id, by the id that the application knows.
+    aliases: Map<u64, u64>,
+    renumbered: u64,
     ended: u64,
     failures: u64,
 }
 
 impl Transfers {
-    /// The id of the transfer that starts next.
-    pub(super) fn next(&self) -> u64 {
-        self.given + 1
-    }
-
     pub(super) fn start(&mut self, kind: Kind, total: u64, segments: usize) -> u64 {
         self.given += 1;
         self.segments += segments;
         log::trace!("transfer {} starts: {kind:?}, {total} bytes in {segments} segments", self.given);
-        self.running.insert(self.given, Running { kind, total, moved: 0, segments, verdict: None });
+        self.running.insert(self.given, Running { kind, total, moved: 0, segments, verdict: None, alias: None });
+        self.given
+    }
+
+    /// The id under which a transfer can be announced: the peer takes them in rising order, and others may have been announced while this
+    /// one waited.
+    pub(super) fn announced_as(&mut self, id: u64) -> u64 {
+        if id == self.given {
+            return id;
+        }
+        let Some(mut running) = self.running.remove(&id) else { return id };
+        running.alias = Some(id);
+        (self.given, self.renumbered) = (self.given + 1, self.renumbered + 1);
+        self.running.insert(self.given, running);
+        self.aliases.insert(id, self.given);
         self.given
     }
 
@@ -143,7 +157,7 @@ impl Transfers {
 
     /// Transfers that were started, that succeeded, and that failed.
     pub(super) fn outcomes(&self) -> (u64, u64, u64) {
-        (self.given, self.ended - self.failures, self.failures)
+        (self.given - self.renumbered, self.ended - self.failures, self.failures)
     }
 
     pub(super) fn kind(&self, id: u64) -> Option<Kind> {
@@ -154,6 +168,18 @@ impl Transfers {
     pub(super) fn pulled(&mut self, id: u64) {
         if let Some(running) = self.running.get_mut(&id) {
             running.kind = Kind::Send { pulled: true };
+        }
+    }
+
+    /// A message goes into the buffer that the peer has granted.
+    pub(super) fn goes_directly(&mut self, id: u64) {
+        self.goes_in_chunks(id, Kind::Direct);
+    }
+
+    /// A transfer whose way was open goes in chunks, as one of this kind.
+    pub(super) fn goes_in_chunks(&mut self, id: u64, kind: Kind) {
+        if let Some(running) = self.running.get_mut(&id) {
+            running.kind = kind;
         }
     }
 
@@ -171,6 +197,8 @@ impl Transfers {
 
     pub(super) fn finish(&mut self, id: u64, result: Result<()>) {
         let Some(running) = self.running.remove(&id) else { return };
+        let id = running.alias.unwrap_or(id);
+        self.aliases.remove(&id);
         self.ended += 1;
         self.segments -= running.segments;
         log::trace!(
@@ -227,21 +255,21 @@ impl Transfers {
 
     /// Ends everything with `error`, but what the peer has reported done already.
     pub(super) fn fail_all(&mut self, error: &Error) {
-        let mut ids: Vec<u64> = self.running.keys().copied().collect();
+        let mut ids: Vec<(u64, u64)> = self.running.iter().map(|(&id, running)| (id, running.alias.unwrap_or(id))).collect();
         ids.sort_unstable();
-        for id in ids {
+        for (id, known) in ids {
             // A verdict of success that only waited for the source stands: every byte was in place.
             let verdict = self.running.get_mut(&id).and_then(|r| r.verdict.take());
             let alone = verdict.is_some();
             self.finish(id, verdict.unwrap_or_else(|| Err(error.clone())));
             if !alone {
-                self.tell(id);
+                self.tell(known);
             }
         }
     }
 
     pub(super) fn lookup(&self, id: u64) -> Result<TransferState> {
-        if let Some(running) = self.running.get(&id) {
+        if let Some(running) = self.running.get(self.aliases.get(&id).unwrap_or(&id)) {
             let bytes_done = running.moved.min(running.total);
             return Ok(TransferState { complete: false, bytes_total: running.total, bytes_done });
         }
@@ -337,5 +365,21 @@ mod tests {
         }
         assert_eq!((t.failed.len(), t.totals.0.len()), (REMEMBERED, REMEMBERED));
         assert!(t.failed_before.0.len() < 50, "{}", t.failed_before.0.len());
+    }
+
+    #[test]
+    fn a_transfer_that_is_announced_late_keeps_its_id() {
+        let mut t = Transfers::default();
+        let (first, second) = (t.start(Kind::Direct, 10, 1), write(&mut t, 20));
+        assert_eq!(t.announced_as(second), second, "the newest");
+        let late = t.announced_as(first);
+        assert!(late > second && t.kind(late) == Some(Kind::Direct) && t.kind(first).is_none());
+        t.moved(late, 4);
+        assert_eq!(t.lookup(first).unwrap(), TransferState { complete: false, bytes_total: 10, bytes_done: 4 });
+        t.finish(late, Err(err!(RemoteAccess, "no")));
+        assert_eq!(t.lookup(first).unwrap_err().to_str(), "no");
+        assert!(t.tell(first).is_some());
+        t.finish(second, Ok(()));
+        assert_eq!((t.outcomes(), t.in_flight()), ((2, 1, 1), 0));
     }
 }

@@ -7,7 +7,8 @@ mod staging;
 
 pub(crate) use channel::Channel;
 
-use super::path::{Arrival, Copier, Departure, Event, Line, Path, Way};
+use super::path::{Arrival, Copier, Departure, Line, Path};
+use crate::direct::{Event, Way};
 use super::plan::{chunk_len, ChunkLimits, MAX_CROSSED, MAX_PARTS};
 use super::stripe::{Loads, Nic, LEFT_ALONE};
 use crate::stats::ChannelStats;

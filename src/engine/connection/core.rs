@@ -48,7 +48,7 @@ impl Core {
     /// Reads the control stream, advances the channels, hands out chunks, flushes, looks at deadlines. `true` when something moved; an
     /// error means that the connection must end.
     pub(super) fn round(&mut self, now: Instant) -> Result<bool> {
-        let hurries = self.channels.hurries() && now.saturating_duration_since(self.read) < READ_PAUSE;
+        let hurries = self.channels.activity(now).wants_polling && now.saturating_duration_since(self.read) < READ_PAUSE;
         let heard = !hurries && self.read(now)?;
         let moved = self.advance(now).map_err(|e| self.last_words(e, now))?;
         Ok(heard || moved)
@@ -56,7 +56,7 @@ impl Core {
 
     /// Everything of a round but reading.
     fn advance(&mut self, now: Instant) -> Result<bool> {
-        let any = self.channels.stirs() && self.machine.drive_channels(&mut self.channels, now)?;
+        let any = self.channels.is_active(now) && self.machine.drive_channels(&mut self.channels, now)?;
         let more = self.pump(now)?;
         self.tick(now)?;
         Ok(any || more)
@@ -74,7 +74,7 @@ impl Core {
 
     /// Whether something is under way, or waits to leave.
     pub(super) fn stirs(&self) -> bool {
-        self.machine.busy() || self.channels.stirs() || self.backlog() > 0
+        self.machine.busy() || self.channels.is_active(Instant::now()) || self.backlog() > 0
     }
 
     /// A channel that the peer has closed tells less than the peer's farewell, which may be here.

@@ -334,7 +334,10 @@ impl Connection {
             let mut core = self.lock();
             // Only now: who waits for the lock keeps no region from its end.
             match self.home.registry.local(region) {
-                Ok(region) if !core.closing => core.channels.offer(region.to_share()),
+                Ok(region) if !core.closing => {
+                    let region = region.to_share();
+                    core.channels.direct().into_iter().for_each(|direct| direct.offer(region));
+                }
                 _ => {}
             }
         }

@@ -117,7 +117,7 @@ impl Connection {
         let mut any = self.drive(core, now);
         while core.machine.ended() == ended && self.home.cores == Cores::Many {
             let at = Instant::now();
-            if at.saturating_duration_since(now) >= LINGER || !core.channels.ends_soon(at) {
+            if at.saturating_duration_since(now) >= LINGER || !core.channels.activity(at).worth_spinning {
                 break;
             }
             std::hint::spin_loop();

@@ -3,7 +3,7 @@
 
 use super::core::Core;
 use super::{Connection, Held};
-use crate::channel::path::{Blocks, Way};
+use crate::direct::{Blocks, Way};
 use crate::engine::fifo::FifoItem;
 use crate::engine::list::List;
 use crate::engine::request::{self, Built, RequestBuilder};
@@ -16,13 +16,8 @@ use crate::wire::frame::{MAX_NOTIFICATION, MAX_SEGMENTS};
 use std::borrow::Borrow;
 use std::time::{Duration, Instant};
 
-/// Where a transfer's data goes.
-fn way(direction: Direction) -> Way {
-    match direction {
-        Direction::Read => Way::In,
-        Direction::Write => Way::Out,
-    }
-}
+/// A read of host memory of at most so many bytes is copied before its start returns.
+const AT_ONCE: u64 = 128 << 10;
 
 impl Connection {
     /// Starts a read or write of several segments as one transfer; gives its id.
@@ -39,14 +34,14 @@ impl Connection {
         request::check_count(items.len())?;
         if self.one_host.is_some() {
             if let Some((sketch, known)) = request::sketch(items.clone(), &self.home.registry, self.peer.engine) {
-                let way = way(direction);
+                let way = direction.way();
                 let mut feed = request::Feed::new(items.clone(), known, way, sketch.count);
                 if let Some(id) = self.transfer_direct(way, sketch, &mut feed)? {
                     return Ok(id);
                 }
             }
         }
-        self.transfer_in_chunks(direction, items.len(), items)
+        self.transfer_request(direction.way(), items.len(), items)
     }
 
     /// As [`Connection::transfer`], of a list that is kept for several transfers.
@@ -56,19 +51,19 @@ impl Connection {
     pub fn transfer_list(&self, direction: Direction, list: &List) -> Result<u64> {
         self.core.check("connection")?;
         if self.one_host.is_some() {
-            let way = way(direction);
+            let way = direction.way();
             if let Some((sketch, mut feed)) = list.sketch(way, &self.home.registry, self.peer.engine) {
                 if let Some(id) = self.transfer_direct(way, sketch, &mut feed)? {
                     return Ok(id);
                 }
             }
         }
-        self.transfer_in_chunks(direction, list.len(), list.iter())
+        self.transfer_request(direction.way(), list.len(), list.iter())
     }
 
-    fn transfer_in_chunks<B: Borrow<FifoItem>>(
+    fn transfer_request<B: Borrow<FifoItem>>(
         &self,
-        direction: Direction,
+        way: Way,
         n: usize,
         items: impl Iterator<Item = (LocalSegment, B)>,
     ) -> Result<u64> {
@@ -90,16 +85,13 @@ impl Connection {
             Built::Request(request) => {
                 self.admit(&core, request.segments.len(), &request.pairs)?;
                 let Core { machine, channels, .. } = &mut *core;
-                let started = match direction {
-                    Direction::Write => machine.start_write(request, channels, now),
-                    Direction::Read => machine.start_read(request, now),
-                };
+                let started = machine.start(way, request, channels, now);
                 self.started(core, started, now)
             }
         }
     }
 
-    /// Starts a transfer all of which the peer has granted, within the host. `None`: it has to go another way.
+    /// Starts a transfer that can go directly at once. `None`: it waits for the peer's answer, or goes in chunks.
     pub(super) fn transfer_direct(&self, way: Way, sketch: Sketch, blocks: &mut dyn Blocks) -> Result<Option<u64>> {
         if sketch.count > MAX_SEGMENTS {
             return Ok(None);
@@ -107,10 +99,16 @@ impl Connection {
         let now = Instant::now();
         let mut core = self.lock();
         self.admit(&core, sketch.count, &sketch.places())?;
-        let at_once = way == Way::In && sketch.pairings.iter().all(|pairing| !pairing.here.is_device());
-        let Core { machine, channels, .. } = &mut *core;
-        let Some((id, begun)) = machine.start_direct(sketch, way, blocks, channels, now) else { return Ok(None) };
         // A small read of host memory is over already.
+        let at_once = way == Way::In
+            && sketch.total <= AT_ONCE
+            && sketch.pairings.iter().all(|pairing| !pairing.here.is_device());
+        let Core { machine, channels, .. } = &mut *core;
+        let (id, begun) = match machine.start_direct(sketch, way, blocks, channels, now) {
+            Ok(None) => return Ok(None),
+            Ok(Some(started)) => started,
+            Err(e) => return self.started(core, Err(e), now),
+        };
         let before = machine.ended();
         let looked = begun.and_then(|()| if at_once { machine.drive_channels(channels, now).map(drop) } else { Ok(()) });
         self.wake_waiters(&core, before);
@@ -128,7 +126,8 @@ impl Connection {
         let now = Instant::now();
         let mut core = self.lock();
         self.admit(&core, segments.len(), &[])?;
-        let id = core.machine.start_send(segments, uses, now);
+        let Core { machine, channels, .. } = &mut *core;
+        let id = machine.start_send(segments, uses, channels, now);
         self.started(core, Ok(id), now)
     }
 
@@ -145,7 +144,8 @@ impl Connection {
         let now = Instant::now();
         let mut core = self.lock();
         self.admit(&core, 1, &[])?;
-        let id = core.machine.start_receive(segment, region, now);
+        let Core { machine, channels, .. } = &mut *core;
+        let id = machine.start_receive(segment, region, channels, now);
         self.started(core, Ok(id), now)
     }
 

@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::budget::Pool;
-use crate::channel::path::{Arrival, Blocks, Copier, Departure, Direct, Event, Line, Path, Way};
+use crate::channel::path::{Arrival, Copier, Departure, Line, Path};
+use crate::direct::{Activity, Blocks, Direct, Event, Pairing, Route, Start, Way};
 use crate::channel::plan::ChunkLimits;
 use crate::channel::router::Channels;
 use crate::channel::stripe::Loads;
@@ -14,10 +15,10 @@ use crate::engine::transfer::LocalSegment;
 use crate::logging::Limiter;
 use crate::notify::{Inbox, Queue};
 use crate::proto::{Machine, Setting, Sketch};
-use crate::region::Hold;
+use crate::region::{Hold, Region, RegionUse};
 use crate::stats::ChannelStats;
 use crate::status::{err, ErrorKind};
-use crate::types::Piece;
+use crate::types::{Key, Landing, Piece, Place};
 use crate::wire::control::ControlStream;
 use crate::wire::session::{Direction, Session};
 use std::net::{TcpListener, TcpStream};
@@ -27,9 +28,9 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 struct SimulatedDefect {
     driven: bool,
     closed: bool,
-    /// No defect when driven: always about to end, and never there.
+    /// No defect when driven: its direct transport is always about to end something, and never does.
     hasty: bool,
-    /// No defect: transfers without chunks begin, and fail.
+    /// No defect: direct transfers begin, and fail.
     begins: bool,
 }
 
@@ -49,12 +50,6 @@ impl Path for SimulatedDefect {
     fn carries_local(&self, _local: Place) -> bool {
         true
     }
-    fn start_direct(&mut self, _transfer: &mut Direct<'_>) -> Result<bool> {
-        match self.begins {
-            true => Err(err!(RemoteDisconnect, "a simulated loss")),
-            false => Ok(false),
-        }
-    }
     fn loads(&mut self, _place: Place, _bulk: bool, _now: Instant, _out: &mut Loads) {}
     fn submit(&mut self, _channel: usize, _departure: Departure, _copier: &mut Copier, _now: Instant) -> Result<()> {
         Ok(())
@@ -65,9 +60,6 @@ impl Path for SimulatedDefect {
     fn progress(&mut self, _copier: &mut Copier, _now: Instant, _events: &mut Vec<Event>) -> Result<bool> {
         assert!(self.hasty, "a simulated defect");
         Ok(false)
-    }
-    fn ends_soon(&self, _now: Instant) -> bool {
-        self.hasty
     }
     fn busy(&self) -> bool {
         self.driven
@@ -80,6 +72,52 @@ impl Path for SimulatedDefect {
     }
     fn stats(&self, _kernel: bool, _now: Instant, _out: &mut Vec<ChannelStats>) {}
     fn forget_region(&mut self, _id: u64) {}
+}
+
+/// A direct transport that is always about to end something, or whose transfers begin and fail.
+struct SimulatedHaste {
+    begins: bool,
+}
+
+impl Direct for SimulatedHaste {
+    fn route(&mut self, _way: Way, _pairings: &[Pairing], _hold: &Hold) -> Result<Route> {
+        Ok(if self.begins { Route::Direct } else { Route::Channels })
+    }
+    fn start(&mut self, _transfer: &mut Start<'_>, _landing: Option<Landing>) -> Result<()> {
+        Err(err!(RemoteDisconnect, "a simulated loss"))
+    }
+    fn can_send(&mut self, _place: Place, _hold: &Hold) -> bool {
+        false
+    }
+    fn land(&mut self, _key: Key, _region: &RegionUse, _buffer: (u64, u64), _there: Place) -> Option<Landing> {
+        None
+    }
+    fn withdraw(&mut self, _key: Key) -> bool {
+        false
+    }
+    fn progress(&mut self, _now: Instant, _events: &mut Vec<Event>) -> Result<bool> {
+        Ok(false)
+    }
+    fn activity(&self, _now: Instant) -> Activity {
+        Activity { worth_spinning: true, ..Activity::default() }
+    }
+    fn offer(&mut self, _region: &Region) {}
+    fn forget(&mut self, _region: u64) {}
+    fn uses_region(&self, _region: u64) -> bool {
+        false
+    }
+    fn ready(&mut self, _place: Place) -> Result<()> {
+        Ok(())
+    }
+    fn flowed(&self) -> (u64, u64) {
+        (0, 0)
+    }
+    fn describe(&self, _way: Way) -> String {
+        String::new()
+    }
+    fn stats(&self, _kernel: bool) -> ChannelStats {
+        ChannelStats::default()
+    }
 }
 
 impl Drop for SimulatedDefect {
@@ -117,7 +155,8 @@ fn connection_over(home: &Arc<Home>, path: SimulatedDefect) -> (Arc<Connection>,
         match_timeout: timeout,
         doorbells: true,
     };
-    let channels = Channels::new(vec![Box::new(path)], None);
+    let haste = path.hasty.then(|| Box::new(SimulatedHaste { begins: path.begins }) as Box<dyn Direct>);
+    let channels = Channels::new(haste, vec![Box::new(path)], None);
     let core = Core::new(Machine::new(setting, Instant::now()), channels, control);
     let peer =
         Peer { ip: [127, 0, 0, 1].into(), name: "a peer".to_owned(), gpu_index: -1, key: None, engine: [1; 16], _counted: None };

@@ -10,6 +10,8 @@ use crate::channel::device::EmulatedDevice;
 use crate::channel::net::{Channel, NetPath, Usage};
 use crate::channel::path::{Copier, Path};
 use crate::channel::router::Channels;
+use crate::direct::Direct;
+use crate::host::OneHost;
 use crate::engine::connection::{Connection, Core, Peer};
 use crate::net::comm::Doorbell;
 use crate::notify::Inbox;
@@ -151,16 +153,14 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
     let chunk_bytes = terms.chunk_bytes as usize;
     let carried = describe(&up.sets);
     let seat = home.bell.seat()?;
-    let mut paths = paths(site, up.sets, chunk_bytes, &seat.doorbell())?;
+    let paths = paths(site, up.sets, chunk_bytes, &seat.doorbell())?;
     let found = up.local.describe();
-    let local = up.local.path(seat.local_bell(), &theirs.hello);
-    // Of several paths that carry something the first does.
-    let watched = local.map(|path| {
-        let watched = path.watched();
-        paths.insert(0, Box::new(path));
-        watched
-    });
-    let channels = Channels::new(paths, copier(site));
+    let registry = home.registry.clone();
+    let lookup = Box::new(move |id, token: &[u8; 16]| registry.remote(id, token));
+    let one_host = up.local.transport(seat.local_bell(), &theirs.hello, lookup);
+    let watched = one_host.as_ref().map(OneHost::watched);
+    let direct = one_host.map(|one_host| Box::new(one_host) as Box<dyn Direct>);
+    let channels = Channels::new(direct, paths, copier(site));
     let name = up.address.to_string();
     let setting = setting(site, &up.agreed, up.address);
     let who = introduced(&up.agreed);

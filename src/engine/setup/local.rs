@@ -7,7 +7,7 @@ use crate::config::LocalGpu;
 use crate::gpu::PullOptions;
 use crate::host::memory::cuda::{CudaMemory, CudaOptions};
 use crate::host::memory::Manner;
-use crate::host::{emulated_gpu, Bell, EmulatedMemory, Have, Linked, LocalPath, Meeting, Opening, ProofKeys};
+use crate::host::{emulated_gpu, Bell, EmulatedMemory, Have, Linked, Lookup, Meeting, OneHost, Opening, ProofKeys};
 use crate::status::{bail, Error, Result};
 use crate::types::Place;
 use crate::wire::hello::Hello;
@@ -114,11 +114,11 @@ impl Local {
         }
     }
 
-    /// The path, where there is one.
-    pub(super) fn path(self, bell: Bell, peer: &Hello) -> Option<LocalPath> {
+    /// The transport, where there is one. `lookup` finds registered regions.
+    pub(super) fn transport(self, bell: Bell, peer: &Hello, lookup: Lookup) -> Option<OneHost> {
         let gpus = std::iter::once(own_gpu(peer)).chain(peer.further_gpus.iter().copied());
         match self {
-            Local::Linked(linked) => Some(LocalPath::new(*linked, bell, gpus.map(Place::gpu).collect())),
+            Local::Linked(linked) => Some(OneHost::new(*linked, bell, gpus.map(Place::gpu).collect(), lookup)),
             _ => None,
         }
     }

@@ -5,7 +5,7 @@ use super::{Area, Export, ExportKind, GpuId, LocalMemory, Manner, Mapping, Piece
 use crate::gpu::{close_later, Gpu, PullOptions, Pulls};
 use crate::status::{bail, Result};
 use crate::types::Place;
-use cuda_driver::{allocation, ipc_handle, posix_handle, shareable, Allocation, Link, Mapped, MemoryKind, Sharing, Stream};
+use cuda_driver::{allocation, ipc_handle, posix_handle, shareable, Allocation, Link, Mapped, Sharing, Stream};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -4,6 +4,7 @@ use super::net::{Net, SimulatedPath};
 use super::world::{Side, DEVICE_CHANNELS, HOST_CHANNELS};
 use crate::channel::device::EmulatedDevice;
 use crate::channel::router::Channels;
+use crate::direct::Way;
 use crate::engine::request::{message, Built, RequestBuilder};
 use crate::engine::transfer::LocalSegment;
 use crate::proto::TransferState;
@@ -72,7 +73,7 @@ impl Both {
         let me = &mut self.sides[side];
         let local = LocalSegment { mr: me.memory[memory].mr, addr: me.memory[memory].addr() as usize, len };
         let (segments, uses) = message(std::iter::once(local), &me.registry).expect("own memory");
-        me.machine.start_send(segments, uses, now)
+        me.machine.start_send(segments, uses, &mut me.channels, now)
     }
 
     fn receive(&mut self, side: usize, len: usize, place: Place) -> u64 {
@@ -81,7 +82,7 @@ impl Both {
         let me = &mut self.sides[side];
         let region = me.registry.local(me.memory[memory].mr).expect("own memory");
         let segment = Segment { addr: me.memory[memory].addr(), len: len as u64, region: 0, place, peer: Place::HOST };
-        me.machine.start_receive(segment, region, now)
+        me.machine.start_receive(segment, region, &mut me.channels, now)
     }
 }
 
@@ -105,7 +106,7 @@ fn tiny_chunks(both: &mut Both, pieces: usize) -> u64 {
     let builder = RequestBuilder::new(pieces, &me.registry, peer, None).expect("builder");
     let Ok(Built::Request(request)) = builder.build(segments.into_iter()) else { panic!("a good request") };
     me.machine.admit(request.segments.len(), &request.pairs, &me.channels).expect("admitted");
-    me.machine.start_write(request, &mut me.channels, now).expect("started")
+    me.machine.start(Way::Out, request, &mut me.channels, now).expect("started")
 }
 
 #[test]
@@ -128,7 +129,7 @@ fn a_message_that_no_channel_carries_fails_alone_at_both_sides() {
     // What joins host memory is missing.
     for side in [0, 1] {
         let device = SimulatedPath::new(&both.net, side, 0, DEVICE_CHANNELS, true, 4096);
-        both.sides[side].channels = Channels::new(vec![Box::new(device)], Some(Box::new(EmulatedDevice)));
+        both.sides[side].channels = Channels::new(None, vec![Box::new(device)], Some(Box::new(EmulatedDevice)));
     }
     both.net.lock().open();
     let gpu = Place::gpu(0);

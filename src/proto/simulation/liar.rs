@@ -10,7 +10,7 @@ use crate::engine::request::{message, Built, RequestBuilder};
 use crate::engine::transfer::{Direction, LocalSegment};
 use crate::proto::outgoing::tag;
 use crate::proto::TransferState;
-use crate::types::{Key, Place, Segment};
+use crate::types::{Key, Landing, Place, Segment};
 use crate::wire::frame::{self, Frame, Grant, WireRegion, WireSegment};
 use process::Mutex;
 use std::sync::Arc;
@@ -69,6 +69,7 @@ impl World {
     fn new(seed: u64) -> World {
         let net = Arc::new(Mutex::new(Net::new(DEVICE_CHANNELS + HOST_CHANNELS, seed % 8 < 4)));
         let now = Instant::now();
+        net.lock().direct.on = seed % 5 < 3;
         let victim = Side::new(&net, 0, CHUNK, if seed % 3 == 0 { 0 } else { 2000 }, now);
         World { rng: Rng::new(seed), net, victim, now, mine: Vec::new(), next: 1, offsets: Vec::new() }
     }
@@ -90,7 +91,11 @@ impl World {
                 self.net.lock().deliver(channel, 1);
             }
             25 => {
-                self.net.lock().transmit(channel, 0);
+                let mut net = self.net.lock();
+                net.transmit(channel, 0);
+                net.direct.answer(0, false, a);
+                net.direct.carry(0, 1 + b as usize % 3);
+                net.direct.lie(u64::from(b) % 10_000);
             }
             26 => {
                 let count = self.victim.memory.len();
@@ -124,21 +129,18 @@ impl World {
                 let builder = RequestBuilder::new(1, &me.registry, peer, None).expect("builder");
                 let Ok(Built::Request(request)) = builder.build(std::iter::once((local, item))) else { return };
                 let direction = if direction == 0 { Direction::Write } else { Direction::Read };
-                let started = match direction {
-                    Direction::Write => me.machine.start_write(request, &mut me.channels, now),
-                    Direction::Read => me.machine.start_read(request, now),
-                };
+                let started = me.machine.start(direction.way(), request, &mut me.channels, now);
                 let Ok(id) = started else { return };
                 (id, (direction == Direction::Read).then_some((memory, len)))
             }
             2 => {
                 let (segments, uses) = message(std::iter::once(local), &me.registry).expect("own memory");
-                (me.machine.start_send(segments, uses, now), None)
+                (me.machine.start_send(segments, uses, &mut me.channels, now), None)
             }
             _ => {
                 let region = me.registry.local(mr).expect("own memory");
                 let segment = Segment { addr, len: len as u64, region: 0, place, peer: Place::HOST };
-                (me.machine.start_receive(segment, region, now), Some((memory, len)))
+                (me.machine.start_receive(segment, region, &mut me.channels, now), Some((memory, len)))
             }
         };
         self.mine.push(Mine { id, target, ended: false });
@@ -165,9 +167,16 @@ impl World {
             6 => Frame::ReadInline { id, data: &DATA[..(a >> 8) as usize % 2000] },
             7 | 8 => {
                 self.next += 1;
-                Frame::Message { id: if a % 5 == 0 { id } else { self.next }, len: u64::from(a >> 12) % 20_000 }
+                let id = if a % 5 == 0 { id } else { self.next };
+                let from = [None, Some(Place::HOST), Some(Place::gpu(0))][b as usize % 3];
+                Frame::Message { id, len: u64::from(a >> 12) % 20_000, from }
             }
-            9 | 10 => Frame::Pull { id, status, receiver: Place((a % 3) as u8) },
+            9 | 10 => Frame::Pull {
+                id,
+                status,
+                receiver: Place((a % 3) as u8),
+                landing: (a % 4 == 0).then_some(Landing { slot: b, generation: 1, addr: 4096 }),
+            },
             11 => Frame::Withdraw { id, status },
             12 => Frame::Cancel { id },
             13 => Frame::Ping { received: if a % 2 == 0 { 0 } else { u64::from(b) }, chunks: u64::from(a % 3) },
@@ -345,14 +354,14 @@ fn frames_that_fit_in_another_state_only_are_violations() {
 
     let mut world = World::new(1);
     own(&mut world, 3);
-    violates("a verdict on a receive", &mut world, &[Frame::Message { id: 1, len: 5000 }, done(1)]);
+    violates("a verdict on a receive", &mut world, &[Frame::Message { id: 1, len: 5000, from: None }, done(1)]);
 
     let mut world = World::new(1);
     own(&mut world, 3);
     violates(
         "a message withdrawn half way",
         &mut world,
-        &[Frame::Message { id: 1, len: 5000 }, chunk(1), Frame::Withdraw { id: 1, status: -31 }],
+        &[Frame::Message { id: 1, len: 5000, from: None }, chunk(1), Frame::Withdraw { id: 1, status: -31 }],
     );
 
     let mut world = World::new(1);
@@ -365,7 +374,7 @@ fn frames_that_fit_in_another_state_only_are_violations() {
     let mut world = World::new(1);
     own(&mut world, 3);
     let silent = Frame::Withdraw { id: 1, status: 0 };
-    violates("a message withdrawn without a reason", &mut world, &[Frame::Message { id: 1, len: 5000 }, silent]);
+    violates("a message withdrawn without a reason", &mut world, &[Frame::Message { id: 1, len: 5000, from: None }, silent]);
 
     let mut world = World::new(1);
     let segment = WireSegment { addr: 4096, len: 9000, region: 0, initiator: Place::HOST, owner: Place::HOST };
@@ -378,7 +387,7 @@ fn frames_that_fit_in_another_state_only_are_violations() {
     violates("more of a refused write than it has", &mut world, &[refused(), cancel(), chunk(1)]);
 
     let mut world = World::new(1);
-    violates("an id that does not rise", &mut world, &[Frame::Message { id: 5, len: 1 }, Frame::Message { id: 5, len: 1 }]);
+    violates("an id that does not rise", &mut world, &[Frame::Message { id: 5, len: 1, from: None }, Frame::Message { id: 5, len: 1, from: None }]);
 }
 
 #[test]

@@ -4,6 +4,7 @@
 //!
 //! UCCL_TCPX_SIMULATION_SEEDS: how many seeds (default 20,000); UCCL_TCPX_SIMULATION_FIRST: the first one (default 0).
 
+mod direct;
 #[cfg(test)]
 mod edges;
 mod liar;

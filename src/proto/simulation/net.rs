@@ -1,13 +1,14 @@
 //! The simulated network of the simulation: channels whose messages move when the scheduler says so, stall, fail, and run out of memory on
 //! demand. Copies real bytes at the moment at which a real network would.
 
-use crate::channel::path::{Arrival, Copier, Departure, Dest, Direct, Event, Line, Path, Way};
+use super::direct::DirectNet;
+use crate::channel::path::{Arrival, Copier, Departure, Dest, Line, Path};
+use crate::direct::{Event, Way};
 use crate::channel::plan::{chunk_len, ChunkLimits, MAX_CROSSED, MAX_PARTS};
 use crate::channel::stripe::{Load, Loads};
-use crate::region::{Hold, RegionUse};
-use crate::registry::Registry;
+use crate::region::Hold;
 use crate::status::{bail, err, Result};
-use crate::types::{Key, Part, Piece, Place};
+use crate::types::{Key, Part, Place};
 use process::Mutex;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -47,31 +48,10 @@ pub(super) struct Wire {
     moved: u64,
 }
 
-/// A transfer that goes without chunks: its blocks, and how far it is.
-struct Carried {
-    side: usize,
-    /// Of the path that carries it.
-    device: bool,
-    key: Key,
-    blocks: VecDeque<Piece>,
-    /// Bytes that nobody has been told of.
-    moved: u64,
-    _hold: Hold,
-    /// What keeps the peer's memory, while the peer is there; what names it.
-    uses: Option<Vec<RegionUse>>,
-    far: Vec<(u64, [u8; 16])>,
-    begun: bool,
-    refused: bool,
-}
-
 /// What the two sides share.
 pub(super) struct Net {
-    /// What goes without chunks, where that is possible at all; no more of it moves once it is stalled.
-    carried: Vec<Carried>,
-    pub carries: bool,
-    pub carried_stalls: bool,
-    /// Registered memory of the sides.
-    pub registries: [Option<Arc<Registry>>; 2],
+    /// The direct transport.
+    pub direct: DirectNet,
     /// By channel, then by sending side.
     pub wires: Vec<[Wire; 2]>,
     /// Calls until an allocation of a side fails.
@@ -88,10 +68,7 @@ impl Net {
     pub(super) fn new(channels: usize, tells: bool) -> Net {
         let wires = (0..channels).map(|_| Default::default()).collect();
         Net {
-            carried: Vec::new(),
-            carries: false,
-            carried_stalls: false,
-            registries: [None, None],
+            direct: DirectNet::default(),
             wires,
             out_of_memory: [None; 2],
             tells,
@@ -100,7 +77,7 @@ impl Net {
         }
     }
 
-    fn allocate(&mut self, side: usize) -> Result<()> {
+    pub(super) fn allocate(&mut self, side: usize) -> Result<()> {
         if let Some(left) = &mut self.out_of_memory[side] {
             if *left == 0 {
                 self.out_of_memory[side] = None;
@@ -128,29 +105,6 @@ impl Net {
         wire.sent.push_back((posted.key, bytes.len() as u64));
         wire.flying.push_back(Message { tag: posted.tag, bytes });
         true
-    }
-
-    /// Up to so many blocks of what a side has going without chunks are copied. One whose memory the peer has given back before its first
-    /// block is refused.
-    pub(super) fn carry(&mut self, side: usize, blocks: usize) {
-        if self.carried_stalls {
-            return;
-        }
-        for carried in self.carried.iter_mut().filter(|c| c.side == side && c.uses.is_some() && !c.refused) {
-            let there = self.registries[1 - side].as_ref().expect("a registry");
-            let gone = |(region, token): &(u64, [u8; 16])| there.remote(*region, token).is_err();
-            if !carried.begun && carried.far.iter().any(gone) {
-                (carried.refused, carried.uses) = (true, Some(Vec::new()));
-                continue;
-            }
-            for _ in 0..blocks {
-                let Some(Piece { src, dst, len }) = carried.blocks.pop_front() else { break };
-                // SAFETY: memory of the harness, which outlives the simulation.
-                unsafe { std::ptr::copy_nonoverlapping(src as *const u8, dst as *mut u8, len as usize) };
-                carried.moved += len;
-                carried.begun = true;
-            }
-        }
     }
 
     /// A paced network moves so many bytes of a side's messages, wire by wire in turns; what is whole is delivered.
@@ -265,41 +219,6 @@ impl Path for SimulatedPath {
         local.is_device() || !self.device
     }
 
-    fn start_direct(&mut self, transfer: &mut Direct<'_>) -> Result<bool> {
-        let mut net = self.net.lock();
-        let there = net.registries[1 - self.side].clone().filter(|_| net.carries && !net.closed[1 - self.side]);
-        let (Some(there), true) = (there, transfer.pairings.iter().all(|p| self.carries(p.here, p.there))) else {
-            return Ok(false);
-        };
-        let mut uses = Vec::new();
-        for pairing in transfer.pairings {
-            let Ok(region) = there.remote(pairing.region, &pairing.token) else { return Ok(false) };
-            if region.check_remote(pairing.far.0, pairing.far.1 - pairing.far.0).is_err() {
-                return Ok(false);
-            }
-            uses.push(region);
-        }
-        net.allocate(self.side)?;
-        let mut blocks = Vec::new();
-        while let Some(at) = transfer.blocks.fill(3, 10_000, &mut blocks) {
-            assert!(transfer.hold.span_to_register(transfer.pairings[at].local).is_ok(), "a block in memory that is not held");
-        }
-        assert!(transfer.blocks.is_done());
-        net.carried.push(Carried {
-            side: self.side,
-            device: self.device,
-            key: transfer.key,
-            blocks: blocks.into(),
-            moved: 0,
-            _hold: transfer.hold.clone(),
-            uses: Some(uses),
-            far: transfer.pairings.iter().map(|p| (p.region, p.token)).collect(),
-            begun: false,
-            refused: false,
-        });
-        Ok(true)
-    }
-
     fn loads(&mut self, _place: Place, bulk: bool, _now: Instant, out: &mut Loads) {
         let net = self.net.lock();
         for channel in self.first..self.first + self.channels {
@@ -337,24 +256,6 @@ impl Path for SimulatedPath {
         let mut net = self.net.lock();
         net.allocate(self.side)?;
         let before = events.len();
-        let mut lost = false;
-        net.carried.retain_mut(|carried| {
-            if carried.side != self.side || carried.device != self.device {
-                return true;
-            }
-            if carried.moved > 0 {
-                events.push(Event::Moved(carried.key, std::mem::take(&mut carried.moved)));
-            }
-            let ended = carried.refused || carried.blocks.is_empty();
-            if ended {
-                events.push(Event::Ended(carried.key, !carried.refused));
-            }
-            lost |= !ended && carried.uses.is_none();
-            !ended
-        });
-        if lost {
-            bail!(RemoteDisconnect, "simulated: the peer's process has closed the connection");
-        }
         for channel in self.first..self.first + self.channels {
             let [a, b] = &mut net.wires[channel];
             let (out, incoming) = if self.side == 0 { (a, b) } else { (b, a) };
@@ -370,12 +271,10 @@ impl Path for SimulatedPath {
 
     fn busy(&self) -> bool {
         let net = self.net.lock();
-        let carries = net.carried.iter().any(|carried| carried.side == self.side && carried.device == self.device);
-        carries
-            || (self.first..self.first + self.channels).any(|channel| {
-                let (out, incoming) = (&net.wires[channel][self.side], &net.wires[channel][1 - self.side]);
-                !out.posted.is_empty() || !out.sent.is_empty() || !incoming.expected.is_empty() || !incoming.arrived.is_empty()
-            })
+        (self.first..self.first + self.channels).any(|channel| {
+            let (out, incoming) = (&net.wires[channel][self.side], &net.wires[channel][1 - self.side]);
+            !out.posted.is_empty() || !out.sent.is_empty() || !incoming.expected.is_empty() || !incoming.arrived.is_empty()
+        })
     }
 
     fn network(&self, each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
@@ -406,9 +305,6 @@ impl Drop for SimulatedPath {
     fn drop(&mut self) {
         let mut net = self.net.lock();
         net.closed[self.side] = true;
-        net.carried.retain(|carried| carried.side != self.side);
-        // Nothing touches this side's memory any more, whoever had begun it.
-        net.carried.iter_mut().for_each(|carried| carried.uses = None);
         for channel in self.first..self.first + self.channels {
             let wires = &mut net.wires[channel];
             let (out, incoming) = (self.side, 1 - self.side);

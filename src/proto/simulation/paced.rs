@@ -52,10 +52,7 @@ impl Paced {
         let builder = RequestBuilder::new(1, &me.registry, peer, None).expect("builder");
         let Ok(Built::Request(request)) = builder.build(std::iter::once((local, item))) else { panic!("a good request") };
         me.machine.admit(1, &request.pairs, &me.channels).expect("admitted");
-        let id = match direction {
-            Direction::Write => me.machine.start_write(request, &mut me.channels, now),
-            Direction::Read => me.machine.start_read(request, now),
-        };
+        let id = me.machine.start(direction.way(), request, &mut me.channels, now);
         (side, id.expect("started"))
     }
 

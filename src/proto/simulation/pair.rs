@@ -4,7 +4,6 @@
 use super::net::Net;
 use super::world::{Side, DEVICE_CHANNELS, HOST_CHANNELS, MATCH_TIMEOUT, PEER_TIMEOUT, TRANSFER_TIMEOUT};
 use super::{Action, Rng};
-use crate::channel::path::Way;
 use crate::engine::fifo::FifoItem;
 use crate::engine::request::{message, sketch, Built, Feed, RequestBuilder};
 use crate::engine::transfer::{Direction, LocalSegment};
@@ -66,7 +65,7 @@ impl World {
         let net = Arc::new(Mutex::new(Net::new(DEVICE_CHANNELS + HOST_CHANNELS, rng.below(2) == 0)));
         let start = Instant::now();
         let chunk = 4096 << rng.below(3);
-        net.lock().carries = rng.below(3) == 0;
+        net.lock().direct.on = rng.below(3) > 0;
         let mut side = |side| {
             let eager = if rng.below(2) == 0 { 0 } else { 3000 };
             let mut made = Side::new(&net, side, chunk as usize, eager, start);
@@ -117,7 +116,8 @@ impl World {
             15..=18 => {
                 let mut net = self.net.lock();
                 net.transmit(channel, side);
-                net.carry(side, 1 + b as usize % 3);
+                net.direct.answer(side, b % 7 == 0, b);
+                net.direct.carry(side, 1 + b as usize % 3);
             }
             19..=22 => {
                 self.net.lock().deliver(channel, side);
@@ -156,7 +156,7 @@ impl World {
                 drop(net);
                 self.sides[side].mute = true;
             }
-            5 if b % 2 == 0 => net.carried_stalls = true,
+            5 if b % 2 == 0 => net.direct.stalls = true,
             5 => net.wires.iter_mut().for_each(|w| w[side].stalled = true),
             6 => {
                 drop(net);
@@ -223,7 +223,7 @@ impl World {
             expected.push(Expected { side: to, memory, at, bytes: source[at..at + len].to_vec() });
         }
         let now = self.now;
-        if let Some(id) = self.without_chunks(here, direction, &items) {
+        if let Some(id) = self.directly(here, direction, &items) {
             self.transfers.push(Transfer { side: here, id, expected, begun: now, excused, ended: false });
             return self.sides[here].poll(now);
         }
@@ -234,25 +234,27 @@ impl World {
         if me.machine.admit(request.segments.len(), &request.pairs, &me.channels).is_err() {
             return;
         }
-        let started = match direction {
-            Direction::Write => me.machine.start_write(request, &mut me.channels, now),
-            Direction::Read => me.machine.start_read(request, now),
-        };
-        match started {
+        match me.machine.start(direction.way(), request, &mut me.channels, now) {
             Ok(id) => self.transfers.push(Transfer { side: here, id, expected, begun: now, excused, ended: false }),
             Err(e) => me.fail(e, now),
         }
         self.sides[here].poll(now);
     }
 
-    /// Starts a transfer without chunks, where a path carries it so.
-    fn without_chunks(&mut self, side: usize, direction: Direction, items: &[(LocalSegment, FifoItem)]) -> Option<u64> {
+    /// Starts a transfer directly, where that is possible at once.
+    fn directly(&mut self, side: usize, direction: Direction, items: &[(LocalSegment, FifoItem)]) -> Option<u64> {
         let (now, peer_engine, me) = (self.now, self.sides[1 - side].engine, &mut self.sides[side]);
-        let way = if direction == Direction::Read { Way::In } else { Way::Out };
         let (sketch, known) = sketch(items.iter().copied(), &me.registry, peer_engine)?;
-        let mut feed = Feed::new(items.iter().copied(), known, way, sketch.count);
+        let mut feed = Feed::new(items.iter().copied(), known, direction.way(), sketch.count);
         me.machine.admit(sketch.count, &sketch.places(), &me.channels).ok()?;
-        let (id, begun) = me.machine.start_direct(sketch, way, &mut feed, &mut me.channels, now)?;
+        let started = me.machine.start_direct(sketch, direction.way(), &mut feed, &mut me.channels, now);
+        let (id, begun) = match started {
+            Ok(started) => started?,
+            Err(e) => {
+                me.fail(e, now);
+                return None;
+            }
+        };
         if let Err(e) = begun {
             me.fail(e, now);
         }
@@ -273,7 +275,7 @@ impl World {
         if me.machine.admit(segments.len(), &[], &me.channels).is_err() {
             return;
         }
-        let id = me.machine.start_send(segments, uses, now);
+        let id = me.machine.start_send(segments, uses, &mut me.channels, now);
         self.transfers.push(Transfer { side, id, expected: Vec::new(), begun: now, excused: true, ended: false });
         self.sent[1 - side].push((self.transfers.len() - 1, bytes[..len].to_vec()));
         self.sides[side].poll(now);
@@ -290,7 +292,7 @@ impl World {
         }
         let region = me.registry.local(me.memory[memory].mr).expect("own memory");
         let segment = Segment { addr: me.memory[memory].addr(), len: len as u64, region: 0, place, peer: Place::HOST };
-        let id = me.machine.start_receive(segment, region, now);
+        let id = me.machine.start_receive(segment, region, &mut me.channels, now);
         self.transfers.push(Transfer { side, id, expected: Vec::new(), begun: now, excused: true, ended: false });
         self.received[side].push((self.transfers.len() - 1, memory));
         self.sides[side].poll(now);
@@ -325,7 +327,8 @@ impl World {
                 self.sides[side].poll(self.now);
                 for channel in 0..DEVICE_CHANNELS + HOST_CHANNELS {
                     let mut net = self.net.lock();
-                    net.carry(side, 1);
+                    net.direct.answer(side, false, 0);
+                    net.direct.carry(side, 1);
                     for _ in 0..4 {
                         net.transmit(channel, side);
                         net.deliver(channel, side);

@@ -1,6 +1,7 @@
 //! One side of a simulated connection: a machine with its channels, memory that remembers when it was given back, and the bytes between
 //! it and its peer.
 
+use super::direct::SimulatedDirect;
 use super::net::{Net, SimulatedPath};
 use crate::budget::Pool;
 use crate::channel::device::EmulatedDevice;
@@ -86,7 +87,7 @@ impl Side {
         now: Instant,
     ) -> Side {
         let registry = Arc::new(Registry::new());
-        net.lock().registries[side] = Some(registry.clone());
+        net.lock().direct.registries[side] = Some(registry.clone());
         let queue = Queue::new(1 << 30, 256 << 20);
         let account = Pool::endless().account([127, 0, 0, 1].into());
         let setting = Setting {
@@ -108,7 +109,7 @@ impl Side {
         ];
         Side {
             machine: Machine::new(setting, now),
-            channels: Channels::new(paths, Some(Box::new(EmulatedDevice))),
+            channels: Channels::new(Some(Box::new(SimulatedDirect::new(net, side))), paths, Some(Box::new(EmulatedDevice))),
             registry,
             queue,
             engine: [side as u8 + 1; 16],
