@@ -170,12 +170,12 @@ pub(crate) trait Path: Send {
     }
 
     /// Something that goes without chunks is under way or waits: its end is looked for in memory, as often as possible.
-    fn hurries(&self) -> bool {
+    fn wants_polling(&self) -> bool {
         false
     }
 
     /// Something small goes without chunks and has just begun: it ends before a caller that goes away now comes back.
-    fn ends_soon(&self, _now: Instant) -> bool {
+    fn worth_spinning(&self, _now: Instant) -> bool {
         false
     }
 

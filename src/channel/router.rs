@@ -222,7 +222,7 @@ impl Channels {
     }
 
     /// [`Channels::progress`] has something to do, chunks or not.
-    pub(crate) fn stirs(&self) -> bool {
+    pub(crate) fn is_active(&self) -> bool {
         self.paths.iter().any(|p| p.busy() || p.attention())
     }
 
@@ -232,13 +232,13 @@ impl Channels {
     }
 
     /// Something goes without chunks, and its end shows in memory.
-    pub(crate) fn hurries(&self) -> bool {
-        self.paths.iter().any(|p| p.hurries())
+    pub(crate) fn wants_polling(&self) -> bool {
+        self.paths.iter().any(|p| p.wants_polling())
     }
 
     /// Something small goes without chunks and has just begun.
-    pub(crate) fn ends_soon(&self, now: Instant) -> bool {
-        self.paths.iter().any(|p| p.ends_soon(now))
+    pub(crate) fn worth_spinning(&self, now: Instant) -> bool {
+        self.paths.iter().any(|p| p.worth_spinning(now))
     }
 
     /// Bytes in whole chunks.
@@ -445,7 +445,7 @@ mod tests {
         fn busy(&self) -> bool {
             !self.happens.is_empty()
         }
-        fn ends_soon(&self, _now: Instant) -> bool {
+        fn worth_spinning(&self, _now: Instant) -> bool {
             self.busy()
         }
         fn network(&self, each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
@@ -538,10 +538,10 @@ mod tests {
         let (device_bytes, host_bytes) = (Some((10, 20)), Some((1, 2)));
         (device.bytes, host.bytes) = (device_bytes, host_bytes);
         let mut channels = Channels::new(vec![device, host], None);
-        assert!(channels.busy() && channels.ends_soon(Instant::now()));
+        assert!(channels.busy() && channels.worth_spinning(Instant::now()));
         let mut events = Vec::new();
         assert!(channels.progress(Instant::now(), &mut events).unwrap());
-        assert_eq!((events.len(), channels.busy(), channels.ends_soon(Instant::now())), (3, false, false));
+        assert_eq!((events.len(), channels.busy(), channels.worth_spinning(Instant::now())), (3, false, false));
         assert_eq!(channels.totals(), Totals { submitted: 0, sent: 7, received: 111, expected: 0 });
         assert_eq!(channels.look(Instant::now()).unwrap(), (11, 22));
         // One plugin that does not tell, and whole chunks are all there is.

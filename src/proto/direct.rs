@@ -49,7 +49,7 @@ impl Machine {
         debug_assert_eq!(id, key.id);
         self.deadlines.start_in_order(key, way, total, now);
         self.unasked.insert(id, hold);
-        self.attend(now);
+        self.look_soon(now);
         Some((id, begun))
     }
 

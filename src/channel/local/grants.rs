@@ -7,7 +7,7 @@ use super::memfile::Shared;
 use super::notes::{Granted, Note};
 use super::orders;
 use crate::hash::Map;
-use crate::region::{Leave, Region};
+use crate::region::{AccessGrant, Region};
 use crate::status::{bail, Result};
 use crate::types::{Place, RemoteAccess};
 use std::collections::VecDeque;
@@ -43,7 +43,7 @@ struct Slot {
     over: AtomicBool,
 }
 
-impl Leave for Slot {
+impl AccessGrant for Slot {
     fn end(&self) {
         let ours = standing(self.generation);
         let _ = stands(&self.shared, self.slot).compare_exchange(ours, ours - 1, Ordering::SeqCst, Ordering::SeqCst);

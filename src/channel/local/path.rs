@@ -573,12 +573,12 @@ impl Path for LocalPath {
         LocalPath::start_direct(self, transfer)
     }
 
-    fn hurries(&self) -> bool {
-        self.unasked.hurries()
+    fn wants_polling(&self) -> bool {
+        self.unasked.wants_polling()
     }
 
-    fn ends_soon(&self, now: Instant) -> bool {
-        self.unasked.ends_soon(now)
+    fn worth_spinning(&self, now: Instant) -> bool {
+        self.unasked.worth_spinning(now)
     }
 
     fn grant(&mut self, region: &RegionUse, peer: Place) {

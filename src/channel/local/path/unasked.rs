@@ -178,12 +178,12 @@ impl Unasked {
     }
 
     /// What is under way ends in memory, or something waits there to be copied.
-    pub(super) fn hurries(&self) -> bool {
+    pub(super) fn wants_polling(&self) -> bool {
         !self.told.is_empty() || !self.batches.is_empty() || self.inn.waiting()
     }
 
     /// Something small has begun so recently that it should end at once.
-    pub(super) fn ends_soon(&self, now: Instant) -> bool {
+    pub(super) fn worth_spinning(&self, now: Instant) -> bool {
         let soon = |begun: Instant, bytes: u64| bytes <= SMALL && now.saturating_duration_since(begun) < SOON;
         let order = self.told.back().is_some_and(|told| !told.over && soon(told.begun, told.len));
         order || self.batches.last().is_some_and(|batch| soon(batch.begun, batch.bytes))
