@@ -223,65 +223,6 @@ impl Drop for Share {
     }
 }
 
-/// Incoming connections that are up, in all and by address.
-#[derive(Debug)]
-pub(crate) struct Census {
-    most: usize,
-    of_one: usize,
-    up: Mutex<(usize, HashMap<IpAddr, usize>)>,
-}
-
-/// A connection that is counted; no more once it is dropped.
-#[derive(Debug)]
-pub(crate) struct Counted {
-    census: Arc<Census>,
-    ip: IpAddr,
-}
-
-impl Census {
-    /// At most `most`, `of_one` of them of one address.
-    pub(crate) fn new(most: usize, of_one: usize) -> Arc<Census> {
-        Arc::new(Census { most, of_one, up: Mutex::default() })
-    }
-
-    /// Counts one more.
-    ///
-    /// # Errors
-    /// `Resource` for the peer to read.
-    pub(crate) fn count(self: &Arc<Census>, ip: IpAddr) -> Result<Counted> {
-        let mut up = self.up.lock();
-        let (all, by_address) = &mut *up;
-        if *all >= self.most {
-            bail!(Resource, "{} connections of peers are up, as many as UCCL_TCPX_MAX_CONNECTIONS allows", self.most);
-        }
-        let of_this = by_address.entry(ip).or_default();
-        if *of_this >= self.of_one {
-            bail!(
-                Resource,
-                "{} connections of this address are up, as many as UCCL_TCPX_MAX_CONNECTIONS_OF_PEER allows",
-                self.of_one
-            );
-        }
-        *of_this += 1;
-        *all += 1;
-        Ok(Counted { census: self.clone(), ip })
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        let mut up = self.census.up.lock();
-        let (all, by_address) = &mut *up;
-        *all = all.saturating_sub(1);
-        if let Some(of_this) = by_address.get_mut(&self.ip) {
-            *of_this = of_this.saturating_sub(1);
-            if *of_this == 0 {
-                by_address.remove(&self.ip);
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -352,18 +293,5 @@ mod tests {
         // One connection may have what it may have.
         let pool = Pool::new(1000, 1000, 1);
         assert!(Share::new(&pool.account(ip(1))).set(Part::Frame, 1000).is_ok());
-    }
-
-    #[test]
-    fn connections_are_counted_by_address_and_in_all() {
-        let census = Census::new(3, 2);
-        let first = census.count(ip(1)).unwrap();
-        let _second = census.count(ip(1)).unwrap();
-        assert!(census.count(ip(1)).unwrap_err().to_str().contains("OF_PEER"));
-        let _third = census.count(ip(2)).unwrap();
-        assert!(census.count(ip(3)).unwrap_err().to_str().contains("MAX_CONNECTIONS allows"));
-        drop(first);
-        census.count(ip(1)).unwrap();
-        assert_eq!(census.up.lock().1.len(), 2);
     }
 }

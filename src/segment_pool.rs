@@ -13,12 +13,12 @@ const SEGMENTS: usize = 1 << 16;
 
 /// Lists without content.
 #[derive(Default)]
-pub(crate) struct Spare {
+pub(crate) struct SegmentPool {
     lists: Vec<Vec<Segment>>,
     wire: Option<WireSegments<'static>>,
 }
 
-impl Spare {
+impl SegmentPool {
     /// An empty list with room for `n` segments.
     ///
     /// # Errors
@@ -63,20 +63,20 @@ mod tests {
 
     #[test]
     fn lists_come_back_empty_and_only_so_many() {
-        let mut spare = Spare::default();
+        let mut pool = SegmentPool::default();
         let segment = Segment { addr: 1, len: 2, region: 0, place: Place::HOST, peer: Place::HOST };
-        spare.give_list(vec![segment; 1]);
-        assert_eq!(spare.lists.len(), 0, "short lists stay out");
+        pool.give_list(vec![segment; 1]);
+        assert_eq!(pool.lists.len(), 0, "short lists stay out");
         for _ in 0..2 * LISTS {
-            spare.give_list(vec![segment; MANY]);
+            pool.give_list(vec![segment; MANY]);
         }
-        spare.give_list(Vec::with_capacity(SEGMENTS + 1));
-        assert_eq!(spare.lists.len(), LISTS);
-        let list = spare.list(MANY).unwrap();
+        pool.give_list(Vec::with_capacity(SEGMENTS + 1));
+        assert_eq!(pool.lists.len(), LISTS);
+        let list = pool.list(MANY).unwrap();
         assert!(list.is_empty() && list.capacity() >= MANY);
-        let mut wire = spare.wire(5);
+        let mut wire = pool.wire(5);
         wire.push(WireSegment { addr: 1, len: 2, region: 0, initiator: segment.place, owner: segment.peer });
-        spare.give_wire(wire);
-        assert_eq!(spare.wire(1).count(), 0);
+        pool.give_wire(wire);
+        assert_eq!(pool.wire(1).count(), 0);
     }
 }

@@ -60,7 +60,7 @@ impl Crate {
                     let public = !matches!(import.vis, syn::Visibility::Inherited);
                     self.import(module, &import.tree, &mut Vec::new(), public);
                 }
-                item => Walk { house: self, file, module }.visit_item(item),
+                item => Walk { krate: self, file, module }.visit_item(item),
             }
         }
     }
@@ -186,7 +186,7 @@ fn file_of(parent: &Path, module: &Module, name: &str) -> PathBuf {
 
 /// Collects what an item names and how long its functions are.
 struct Walk<'a> {
-    house: &'a mut Crate,
+    krate: &'a mut Crate,
     file: &'a Path,
     module: &'a Module,
 }
@@ -194,7 +194,7 @@ struct Walk<'a> {
 impl Walk<'_> {
     fn function(&mut self, name: &syn::Ident, signature: &syn::Signature, block: &syn::Block) {
         let lines = block.span().end().line - signature.span().start().line + 1;
-        self.house.functions.push((self.file.to_owned(), name.to_string(), lines));
+        self.krate.functions.push((self.file.to_owned(), name.to_string(), lines));
     }
 }
 
@@ -213,7 +213,7 @@ impl<'ast> Visit<'ast> for Walk<'_> {
     }
 
     fn visit_item_use(&mut self, import: &'ast syn::ItemUse) {
-        self.house.import(self.module, &import.tree, &mut Vec::new(), false);
+        self.krate.import(self.module, &import.tree, &mut Vec::new(), false);
     }
 
     fn visit_item_fn(&mut self, function: &'ast syn::ItemFn) {
@@ -231,7 +231,7 @@ impl<'ast> Visit<'ast> for Walk<'_> {
     fn visit_path(&mut self, path: &'ast syn::Path) {
         if path.leading_colon.is_none() && path.segments.len() > 1 {
             let parts = path.segments.iter().map(|part| part.ident.to_string()).collect();
-            self.house.named.push((self.module.clone(), parts));
+            self.krate.named.push((self.module.clone(), parts));
         }
         visit::visit_path(self, path);
     }
@@ -245,9 +245,9 @@ fn crates() -> Vec<(String, Crate)> {
     for folder in folders.chain([root.to_owned(), root.join("soft-plugin/so")]) {
         let lib = folder.join("src/lib.rs");
         if folder.join("Cargo.toml").exists() && lib.exists() {
-            let mut house = Crate::default();
-            house.read(&lib, Vec::new());
-            found.push((folder.display().to_string(), house));
+            let mut krate = Crate::default();
+            krate.read(&lib, Vec::new());
+            found.push((folder.display().to_string(), krate));
         }
     }
     found
@@ -257,16 +257,16 @@ fn crates() -> Vec<(String, Crate)> {
 fn no_files_import_each_other() {
     let all = crates();
     assert!(all.len() > 5, "the crates of the workspace were not found");
-    let needs: usize = all.iter().flat_map(|(_, house)| house.needs().into_values()).map(|files| files.len()).sum();
+    let needs: usize = all.iter().flat_map(|(_, krate)| krate.needs().into_values()).map(|files| files.len()).sum();
     assert!(needs > 300, "only {needs} imports were understood");
-    let circles: Vec<String> = all.iter().flat_map(|(_, house)| house.circles()).collect();
+    let circles: Vec<String> = all.iter().flat_map(|(_, krate)| krate.circles()).collect();
     assert!(circles.is_empty(), "{} circles:\n{}", circles.len(), circles.join("\n"));
 }
 
 #[test]
 fn no_function_is_long() {
     let all = crates();
-    let functions = || all.iter().flat_map(|(_, house)| &house.functions);
+    let functions = || all.iter().flat_map(|(_, krate)| &krate.functions);
     assert!(functions().count() > 1000, "the functions of the workspace were not found");
     let long: Vec<String> = functions()
         .filter(|(_, _, lines)| *lines > LINES)
@@ -277,7 +277,7 @@ fn no_function_is_long() {
 
 #[test]
 fn a_circle_is_found_through_what_a_module_exports() {
-    let folder = std::env::temp_dir().join(format!("house-{}", std::process::id()));
+    let folder = std::env::temp_dir().join(format!("layering-{}", std::process::id()));
     let write = |name: &str, text: &str| {
         let file = folder.join(name);
         std::fs::create_dir_all(file.parent().unwrap()).unwrap();
@@ -288,10 +288,10 @@ fn a_circle_is_found_through_what_a_module_exports() {
     write("a/one.rs", "use crate::b;\npub struct One(b::Two);");
     write("b.rs", "pub struct Two;\nfn f() {\n    crate::c::make();\n}");
     write("c.rs", "use crate::a::One;\n#[cfg(test)]\nmod tests {\n    use crate::b;\n}\npub fn make() -> One { todo!() }");
-    let mut house = Crate::default();
-    house.read(&folder.join("lib.rs"), Vec::new());
+    let mut krate = Crate::default();
+    krate.read(&folder.join("lib.rs"), Vec::new());
     let name = |file: &str| folder.join(file).display().to_string();
-    assert_eq!(house.circles().into_iter().collect::<Vec<_>>(), [[name("a/one.rs"), name("b.rs"), name("c.rs")].join(" <-> ")]);
-    assert!(house.functions.contains(&(folder.join("b.rs"), "f".to_owned(), 3)));
+    assert_eq!(krate.circles().into_iter().collect::<Vec<_>>(), [[name("a/one.rs"), name("b.rs"), name("c.rs")].join(" <-> ")]);
+    assert!(krate.functions.contains(&(folder.join("b.rs"), "f".to_owned(), 3)));
     std::fs::remove_dir_all(folder).unwrap();
 }

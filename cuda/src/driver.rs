@@ -102,7 +102,7 @@ pub fn device_count() -> i32 {
 const NOT_INSTALLED: &str = "the CUDA driver library (libcuda.so.1) is not installed";
 
 fn is_loaded(library: &CStr) -> bool {
-    process::whole(|| {
+    process::without_fork(|| {
         // SAFETY: the name is a C string; nothing is loaded.
         let handle = unsafe { libc::dlopen(library.as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD) };
         if handle.is_null() {
@@ -141,7 +141,7 @@ fn load(library: &CStr) -> std::result::Result<*mut c_void, Absence> {
     for flags in [libc::RTLD_NOLOAD, 0] {
         // SAFETY: the name is a C string; a driver's initialisers ask nothing of the caller.
         let open = || unsafe { libc::dlopen(library.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL | flags) };
-        let handle = process::whole(open);
+        let handle = process::without_fork(open);
         if !handle.is_null() {
             return Ok(handle);
         }

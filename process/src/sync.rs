@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 pub use std::sync::WaitTimeoutResult;
 
 /// A thread that has waited this long for a lock is not overtaken any more.
-const PATIENCE: Duration = Duration::from_micros(500);
+const FAIR_AFTER: Duration = Duration::from_micros(500);
 /// Looks at a lock that another thread has, before this one sleeps: some after a moment each, some after others had the CPU.
 const SPINS: u32 = 3;
 const YIELDS: u32 = 7;
@@ -87,7 +87,7 @@ impl<T: ?Sized> Mutex<T> {
     /// Whether the one at the front must not be overtaken any more.
     fn is_overdue(&self) -> bool {
         let since = self.front_since.load(Ordering::Relaxed);
-        since != NOBODY && clock().saturating_sub(since) >= PATIENCE.as_micros() as u64
+        since != NOBODY && clock().saturating_sub(since) >= FAIR_AFTER.as_micros() as u64
     }
 
     /// Most holders are done in less time than it takes to fall asleep and to be woken.

@@ -3,7 +3,7 @@
 
 use super::setup::{connect, dial};
 use super::Engine;
-use crate::engine::setup::driver::Attempt;
+use crate::engine::setup::driver::SetupDriver;
 use crate::engine::setup::machine::Setup;
 use crate::net::comm::{RecvComm, SendComm};
 use crate::status::{bail, err, Error, Result};
@@ -61,14 +61,14 @@ impl Liar {
     /// # Errors
     /// As [`Engine::connect`].
     pub fn connect(engine: &Engine, port: u16, lie: u8) -> Result<Liar> {
-        let site = &engine.parts.site;
+        let context = &engine.parts.context;
         let now = Instant::now();
         let deadline = now + SET_UP;
         let addresses = [std::net::SocketAddr::from(([127, 0, 0, 1], port))];
-        let (sock, address) = dial::connect(&addresses, deadline, &site.ending)?;
-        let mut attempt = Attempt::new(sock, address, Setup::new(site.link(Some(""))?, now, deadline, deadline), now);
-        connect::drive(site, &mut attempt)?;
-        let up = attempt.parts()?;
+        let (sock, address) = dial::connect(&addresses, deadline, &context.shutdown)?;
+        let mut driver = SetupDriver::new(sock, address, Setup::new(context.link(Some(""))?, now, deadline, deadline), now);
+        connect::drive(context, &mut driver)?;
+        let up = driver.parts()?;
         let (victim, chunk_bytes) = (up.agreed.peer.engine, up.agreed.terms.chunk_bytes as usize);
         let pair = |pair: crate::net::setup::Pair| Pair { send: pair.send, recv: pair.recv, sink: vec![0; MOST].leak() };
         Ok(Liar {

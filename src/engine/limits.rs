@@ -337,8 +337,8 @@ mod tests {
         let set = Budgets { connections: Some(8), peer_bytes: Some(1000), peer_bytes_of_one: Some(7), ..Budgets::default() };
         let l = Limits::of_process(&set);
         assert_eq!((l.connections, l.of_address, l.peer_bytes, l.peer_bytes_of_one), (8, 6, 1000, 7));
-        let told: Vec<usize> = l.list().iter().map(|(_, value, _)| *value).collect();
-        assert_eq!(told[..2], [8, 6]);
+        let listed: Vec<usize> = l.list().iter().map(|(_, value, _)| *value).collect();
+        assert_eq!(listed[..2], [8, 6]);
     }
 
     #[test]

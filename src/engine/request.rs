@@ -9,7 +9,7 @@ use crate::hash::Map;
 use crate::proto::{Request, Sketch};
 use crate::region::{Hold, RegionUse};
 use crate::registry::Registry;
-use crate::segment_pool::{Spare, MANY};
+use crate::segment_pool::{SegmentPool, MANY};
 use crate::status::{bail, err, Error, Result};
 use crate::types::{Piece, Place, Segment};
 use crate::wire::frame::{WireRegion, WireSegment, WireSegments, MAX_REGIONS, MAX_SEGMENTS, MAX_SEGMENT_BYTES};
@@ -39,10 +39,10 @@ impl<'a> RequestBuilder<'a> {
     ///
     /// # Errors
     /// `InvalidArgument` for too many, `Resource` without memory for the lists.
-    pub(crate) fn new(n: usize, registry: &'a Registry, peer_engine: [u8; 16], spare: Option<&mut Spare>) -> Result<Self> {
+    pub(crate) fn new(n: usize, registry: &'a Registry, peer_engine: [u8; 16], pool: Option<&mut SegmentPool>) -> Result<Self> {
         check_count(n)?;
-        let (segments, remote) = match spare {
-            Some(spare) if n >= MANY => (spare.list(n)?, spare.wire(n)),
+        let (segments, remote) = match pool {
+            Some(pool) if n >= MANY => (pool.list(n)?, pool.wire(n)),
             _ => (Vec::with_capacity(n), WireSegments::default()),
         };
         let request = Request { segments, uses: Vec::new(), remote, remote_regions: Vec::new(), total: 0, pairs: Vec::new() };

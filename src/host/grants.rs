@@ -7,7 +7,7 @@ use super::layout::{GRANT, GRANTS};
 use super::messages::{Granted, Message};
 use super::shm::Shared;
 use crate::hash::Map;
-use crate::region::{Leave, Region, RegionUse};
+use crate::region::{AccessGrant, Region, RegionUse};
 use crate::status::{bail, Error, ErrorKind, Result, StatusCode};
 use crate::types::{Key, Place, RemoteAccess};
 use std::collections::VecDeque;
@@ -36,7 +36,7 @@ struct Slot {
     over: AtomicBool,
 }
 
-impl Leave for Slot {
+impl AccessGrant for Slot {
     fn end(&self) {
         let ours = standing(self.generation);
         let _ = stands(&self.shared, self.slot).compare_exchange(ours, ours - 1, Ordering::SeqCst, Ordering::SeqCst);
@@ -147,7 +147,8 @@ impl Grants {
 
     /// Ends the landing of a message; whether there was one.
     pub(crate) fn end_landing(&mut self, key: Key) -> bool {
-        let slot = self.slots.iter().find(|(_, given)| matches!(&given.of, Of::Landing(of, _) if *of == key)).map(|(&slot, _)| slot);
+        let slot =
+            self.slots.iter().find(|(_, given)| matches!(&given.of, Of::Landing(of, _) if *of == key)).map(|(&slot, _)| slot);
         slot.inspect(|&slot| self.free_slot(slot)).is_some()
     }
 

@@ -576,7 +576,7 @@ pub(crate) mod tests {
     fn two_sides_meet_and_agree() {
         for gpus in [[0, 0], [1, 1], [2, 3], [0, 2]] {
             let (a, b) = linked(gpus);
-            
+
             assert_eq!(a.pairs.len(), 1 + usize::from(gpus[0] * gpus[1]));
             let mirrored: Vec<_> = b.pairs.iter().map(|&(x, y)| (y, x)).collect();
             assert!(a.pairs.iter().all(|pair| mirrored.contains(pair)));

@@ -20,12 +20,7 @@ fn before(stretches: &[Stretch], addr: u64) -> Option<Stretch> {
 ///
 /// # Errors
 /// `Internal` for a piece outside of all allocations.
-pub(super) fn locate(
-    pieces: &mut Vec<Piece>,
-    begin: usize,
-    stretches: &[Stretch],
-    mut each: impl FnMut(u32),
-) -> Result<()> {
+pub(super) fn locate(pieces: &mut Vec<Piece>, begin: usize, stretches: &[Stretch], mut each: impl FnMut(u32)) -> Result<()> {
     if let [only] = stretches {
         each(only.id);
         let mut inside = true;
@@ -43,7 +38,8 @@ pub(super) fn locate(
     for mut piece in pieces.split_off(begin) {
         while piece.len > 0 {
             let known = last.filter(|stretch| stretch.locate(piece.src, 1).is_some());
-            let Some(stretch) = known.or_else(|| before(stretches, piece.src).filter(|s| s.locate(piece.src, 1).is_some())) else {
+            let Some(stretch) = known.or_else(|| before(stretches, piece.src).filter(|s| s.locate(piece.src, 1).is_some()))
+            else {
                 bail!(Internal, "a block outside of its allocations")
             };
             if last.is_none_or(|last| last.id != stretch.id) {

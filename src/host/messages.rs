@@ -312,11 +312,15 @@ mod tests {
     fn claims_and_refusals_round_trip() {
         let (region, token, place) = (1 << 40 | 5, [3; 16], Place::gpu(1));
         let bytes = Message::Claim { region, token, place }.encode();
-        assert!(matches!(Message::decode(&bytes, Vec::new()), Ok(Message::Claim { region: r, token: t, place: p }) if (r, t, p) == (region, token, place)));
+        assert!(
+            matches!(Message::decode(&bytes, Vec::new()), Ok(Message::Claim { region: r, token: t, place: p }) if (r, t, p) == (region, token, place))
+        );
         for why in [None, Some((-20, String::new())), Some((-20, "region 5 is not registered".to_owned()))] {
             let bytes = Message::Refuse { region, token, place, why: why.clone() }.encode();
             match Message::decode(&bytes, Vec::new()).unwrap() {
-                Message::Refuse { region: r, token: t, place: p, why: got } => assert_eq!((r, t, p, got), (region, token, place, why)),
+                Message::Refuse { region: r, token: t, place: p, why: got } => {
+                    assert_eq!((r, t, p, got), (region, token, place, why))
+                }
                 other => panic!("{other:?}"),
             }
         }

@@ -572,7 +572,9 @@ impl Direct for OneHost {
     fn describe(&self, way: Way) -> String {
         let pid = self.wire.pid;
         match way {
-            Way::Out if self.writes.len() > 0 => format!("{} writes that process {pid} of this host is to copy", self.writes.len()),
+            Way::Out if self.writes.len() > 0 => {
+                format!("{} writes that process {pid} of this host is to copy", self.writes.len())
+            }
             Way::In if self.copies.any() => format!("copies from process {pid} of this host"),
             _ => String::new(),
         }

@@ -7,7 +7,7 @@ use super::registrations::{piece, Registrar, Registration};
 use super::secure::{Guard, HalfKeys};
 use super::signals::Quiet;
 use super::sockets::Sockets;
-use super::{handle, reaper, within, Scope};
+use super::{abandoned_connects, handle, within, Scope};
 pub(crate) use super::{handle::Handle, registrations::MHandle};
 use crate::status::{bail, Result};
 use crate::types::Span;
@@ -221,7 +221,7 @@ impl Drop for Accepting {
             let addresses = pending.addresses.clone();
             let mut rest = Accepting(Some(pending));
             let mut poked = 0;
-            reaper::keep(Box::new(move |age| {
+            abandoned_connects::keep(Box::new(move |age| {
                 if age > POKE_AFTER * (poked + 1) {
                     poked += 1;
                     poke(&addresses);
@@ -296,7 +296,7 @@ impl Drop for Dialling {
             let (plugin, gpu) = (self.plugin.clone(), self.gpu.clone());
             let rest = Dialling { plugin, dev: self.dev, gpu, handle: Some(handle), guard: Guard::None, begun: true, late: None };
             let mut rest = Connecting(rest);
-            reaper::keep(Box::new(move |_| !matches!(rest.poll(), Ok(None))));
+            abandoned_connects::keep(Box::new(move |_| !matches!(rest.poll(), Ok(None))));
         } else {
             // SAFETY: a connect under way that is not polled again.
             unsafe { self.plugin.abandon_connect(handle.as_ptr().cast()) };

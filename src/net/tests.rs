@@ -5,7 +5,7 @@ use super::comm::{Connecting, ListenComm, RecvComm, SendComm};
 use super::plugin::Plugin;
 use super::setup::{agree, nics_for, Establishing, Listening, Offer, Pair, Role};
 use super::traits::{HandleCheck, Traits};
-use super::{reaper, Scope};
+use super::{abandoned_connects, Scope};
 use crate::addresses::AllowList;
 use crate::status::ErrorKind;
 use crate::types::Span;
@@ -185,7 +185,7 @@ fn nothing_is_left() {
     };
     wait("every connect and accept was polled to its end", ended);
     wait("comms are closed", || c.comms.load(Acquire) == 0);
-    assert_eq!(reaper::kept(), 0);
+    assert_eq!(abandoned_connects::kept(), 0);
     assert_eq!(c.imports.load(Acquire).min(1), c.imports.load(Acquire), "receive memory was imported twice");
 }
 
@@ -326,7 +326,7 @@ fn dead_nic(plugin: &Arc<Plugin>) {
         assert_eq!(side.iter().map(|p| (p.index, p.nic.as_str())).collect::<Vec<_>>(), [(0, "eth1"), (2, "eth1")]);
     }
     // What did not come up is still the plugin's: nothing was closed under it (it would have ended the process).
-    assert!(reaper::kept() > 0);
+    assert!(abandoned_connects::kept() > 0);
 }
 
 fn peer_says_less(plugin: &Arc<Plugin>) {
@@ -396,7 +396,7 @@ fn the_peer_never_comes(plugin: &Arc<Plugin>) {
         std::thread::sleep(Duration::from_millis(2));
     }
     drop(a);
-    assert!(reaper::kept() > 0);
+    assert!(abandoned_connects::kept() > 0);
     nothing_is_left();
 }
 

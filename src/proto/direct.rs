@@ -162,7 +162,7 @@ impl Machine {
     fn begin_direct(&mut self, key: Key, way: Way, total: u64, kept: Kept, now: Instant) {
         self.deadlines.start_in_order(key, way, total, now);
         self.direct.kept.insert(key, kept);
-        self.attend(now);
+        self.look_soon(now);
     }
 
     /// Starts a one-sided transfer that was admitted, whichever way it goes. An error ends the connection.
@@ -195,14 +195,14 @@ impl Machine {
                 let begun = direct.start(start, None);
                 drop(blocks);
                 begun?;
-                self.spare.give_list(request.segments);
-                self.spare.give_wire(request.remote);
+                self.segment_pool.give_list(request.segments);
+                self.segment_pool.give_wire(request.remote);
                 self.begin_direct(key, way, total, Kept { hold, receive: None }, now);
             }
             Route::Wait => {
                 self.deadlines.start_in_order(key, way, total, now);
                 self.direct.waiting.push(waiting);
-                self.attend(now);
+                self.look_soon(now);
             }
             Route::Refused(error) => self.refused_directly(id, &error),
             Route::Channels => self.start_chunks(waiting, channels, now)?,
@@ -321,8 +321,7 @@ impl Machine {
             dst = dst.saturating_add(len);
         }
         let (mut blocks, count) = (listed(of.into_iter()), segments.len());
-        let start =
-            &mut Start { key, way: Way::Out, total, count, pairings: &pairings, hold: &hold, blocks: &mut blocks };
+        let start = &mut Start { key, way: Way::Out, total, count, pairings: &pairings, hold: &hold, blocks: &mut blocks };
         direct.start(start, Some(landing))?;
         self.transfers.goes_directly(id);
         self.begin_direct(key, Way::Out, total, Kept { hold, receive: None }, now);

@@ -167,7 +167,8 @@ mod tests {
         m.message(Message { id: 5, len: 50, from: None });
         m.message(Message { id: 7, len: 70, from: None });
         assert_eq!((m.messages(), m.waiting()), (3, 2));
-        let ids: Vec<_> = std::iter::from_fn(|| m.next_match()).map(|(message, receive)| ((message.id, message.len), receive.id)).collect();
+        let ids: Vec<_> =
+            std::iter::from_fn(|| m.next_match()).map(|(message, receive)| ((message.id, message.len), receive.id)).collect();
         assert_eq!(ids, [((3, 30), 1), ((5, 50), 2)]);
         assert!(m.withdraw(7) && !m.withdraw(7) && !m.withdraw(3));
         assert_eq!((m.messages(), m.waiting()), (0, 0));

@@ -41,7 +41,7 @@ use crate::logging::Limiter;
 use crate::notify::Inbox;
 use crate::region::{Hold, RegionUse};
 use crate::registry::Registry;
-use crate::segment_pool::Spare;
+use crate::segment_pool::SegmentPool;
 use crate::stats::Totals;
 use crate::status::{bail, err, Error, ErrorKind, Result, UCCL_OK};
 use crate::types::{Key, Place, Segment, MAX_INLINE};
@@ -116,7 +116,7 @@ pub(crate) struct Machine {
     deadlines: Deadlines,
     peer: PeerLoad,
     /// Lists of ended transfers for the next ones.
-    pub spare: Spare,
+    pub segment_pool: SegmentPool,
     events: Vec<Event>,
     /// Room for the bytes of a small transfer.
     gathered: Vec<u8>,
@@ -163,7 +163,7 @@ impl Machine {
             direct: DirectTransfers::default(),
             deadlines: Deadlines::new(now),
             peer: PeerLoad::new(share),
-            spare: Spare::default(),
+            segment_pool: SegmentPool::default(),
             events: Vec::new(),
             gathered: Vec::new(),
             clock: Clock {
@@ -253,11 +253,11 @@ impl Machine {
             self.clock.drained = now;
         }
         self.tx.push(frame);
-        self.attend(now);
+        self.look_soon(now);
     }
 
     /// Something began: its deadlines are looked at soon.
-    fn attend(&mut self, now: Instant) {
+    fn look_soon(&mut self, now: Instant) {
         self.clock.next_tick = self.clock.next_tick.min(now + TICK);
     }
 
@@ -266,7 +266,12 @@ impl Machine {
     fn is_idle(&self) -> bool {
         let empty = self.incoming.is_empty() && self.outgoing.is_empty() && !self.outgoing.waiting();
         let matched = self.matching.waiting() == 0 && self.matching.messages() == 0;
-        empty && matched && self.direct.is_empty() && !self.deadlines.any() && self.peer.is_idle() && self.transfers.segments() == 0
+        empty
+            && matched
+            && self.direct.is_empty()
+            && !self.deadlines.any()
+            && self.peer.is_idle()
+            && self.transfers.segments() == 0
     }
 
     /// Whether every account agrees with what is really there, and every stream has a deadline.
@@ -362,16 +367,10 @@ impl Machine {
     }
 
     /// Starts a two-sided receive that was admitted.
-    pub(crate) fn start_receive(
-        &mut self,
-        segment: Segment,
-        region: RegionUse,
-        channels: &mut Channels,
-        now: Instant,
-    ) -> u64 {
+    pub(crate) fn start_receive(&mut self, segment: Segment, region: RegionUse, channels: &mut Channels, now: Instant) -> u64 {
         let id = self.transfers.start(Kind::Receive, 0, 1);
         self.matching.receive(id, segment, Hold::new(vec![region]), now);
-        self.attend(now);
+        self.look_soon(now);
         self.match_receives(channels, now);
         id
     }
@@ -386,7 +385,7 @@ impl Machine {
     fn announce(&mut self, frame: Frame<'static>, now: Instant) {
         self.push(&frame, now);
         if let Frame::Write { segments, .. } | Frame::Read { segments, .. } = frame {
-            self.spare.give_wire(segments);
+            self.segment_pool.give_wire(segments);
         }
     }
 
@@ -466,7 +465,7 @@ impl Machine {
         }
         let segments = self.outgoing.segments(key);
         if let Gone::Last(list) = self.outgoing.gone(key, len)? {
-            self.spare.give_list(list);
+            self.segment_pool.give_list(list);
             if key.mine {
                 self.transfers.source_free(key.id);
                 if self.transfers.kind(key.id).is_none() {
@@ -513,7 +512,7 @@ impl Machine {
     /// Everything of an incoming stream is in place, or drained.
     fn stream_ended(&mut self, key: Key, ended: Ended, now: Instant) {
         let Ended { ending, list, segments } = ended;
-        self.spare.give_list(list);
+        self.segment_pool.give_list(list);
         self.deadlines.end(key);
         match ending {
             Ending::Read => self.transfers.finish(key.id, Ok(())),
@@ -542,7 +541,7 @@ impl Machine {
     }
 
     /// Bytes came in on the control stream; `arriving`: size of the frame they belong to.
-    pub(crate) fn heard(&mut self, bytes: usize, arriving: usize, now: Instant) {
+    pub(crate) fn on_received(&mut self, bytes: usize, arriving: usize, now: Instant) {
         self.clock.rx = now;
         self.counts.control_received_bytes += bytes as u64;
         // Answers wait behind a large frame that is on its way, and behind all that comes while the peer has a backlog: then its
@@ -553,7 +552,7 @@ impl Machine {
     }
 
     /// The control socket took bytes; `leaving`: bytes taken from the queue that it has not.
-    pub(crate) fn told(&mut self, bytes: usize, leaving: usize, now: Instant) {
+    pub(crate) fn on_sent(&mut self, bytes: usize, leaving: usize, now: Instant) {
         self.leaving = leaving;
         // Fewer than before never fails.
         let _ = self.peer.answers(self.tx.answers());
@@ -565,7 +564,7 @@ impl Machine {
         }
         if self.backlog() > 0 {
             self.deadlines.waited(bytes as u64, now);
-            self.attend(now);
+            self.look_soon(now);
         }
     }
 
@@ -599,7 +598,7 @@ impl Machine {
         self.expire_matches(now);
         limits::withdrawn(self.matching.withdrawn())?;
         let active = self.deadlines.any() || self.backlog() > 0 || self.matching.waiting() > 0;
-        // A heartbeat needs another look only if it stays in the queue, see `told`.
+        // A heartbeat needs another look only if it stays in the queue, see [`Machine::on_sent`].
         self.report(channels, now);
         self.clock.next_tick = if active {
             now + TICK

@@ -25,7 +25,7 @@ impl Machine {
         let handled = self.take_frame(frame, channels, now);
         self.tx.answering(false);
         if begins {
-            self.attend(now);
+            self.look_soon(now);
         }
         handled?;
         self.peer.answers(self.tx.answers())
@@ -70,7 +70,7 @@ impl Machine {
             }
             Ok(Segment { addr: s.addr, len: u64::from(s.len), region: s.region, place: region.place, peer: s.initiator })
         };
-        let mut resolved = self.spare.list(segments.count())?;
+        let mut resolved = self.segment_pool.list(segments.count())?;
         for segment in segments.iter() {
             resolved.push(resolve(segment)?);
         }

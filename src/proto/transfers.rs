@@ -53,7 +53,7 @@ const REMEMBERED: usize = 1 << 14;
 struct Failure {
     error: Error,
     /// The log has it.
-    told: bool,
+    reported: bool,
 }
 
 /// Failed transfers beyond [`REMEMBERED`]: ranges of ids with the kind of error, first -> (last, kind).
@@ -217,7 +217,7 @@ impl Transfers {
                     self.failed_before.add(old, failure.error.kind());
                 }
             }
-            self.failed.insert(id, Failure { error: e, told: false });
+            self.failed.insert(id, Failure { error: e, reported: false });
             self.failed_order.push_back(id);
         }
         self.totals.set(id, running.total);
@@ -225,8 +225,8 @@ impl Transfers {
 
     /// Why a transfer failed, for the log: once, and not for those that failed with their connection, whose end is told.
     pub(super) fn tell(&mut self, id: u64) -> Option<Error> {
-        let failure = self.failed.get_mut(&id).filter(|failure| !failure.told)?;
-        failure.told = true;
+        let failure = self.failed.get_mut(&id).filter(|failure| !failure.reported)?;
+        failure.reported = true;
         Some(failure.error.clone())
     }
 

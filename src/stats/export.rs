@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 /// How often a file is rewritten.
 const REWRITE: Duration = Duration::from_secs(1);
 /// How long a client may take for its request and the answer.
-const PATIENCE: Duration = Duration::from_secs(1);
+const REQUEST_DEADLINE: Duration = Duration::from_secs(1);
 /// Clients at once; the oldest gives way.
 const GUESTS: usize = 64;
 /// Largest request that is read.
@@ -122,12 +122,12 @@ fn wait(ending: &Waker, fd: RawFd, timeout: Duration) -> bool {
 // ---- the file ----
 
 fn write_each_second(path: &Path, sources: &Sources, ending: &Waker) {
-    let mut told = false;
+    let mut warned = false;
     loop {
         match rewrite(path, &gather(sources)) {
-            Ok(()) => told = false,
-            Err(e) if !told => {
-                told = true;
+            Ok(()) => warned = false,
+            Err(e) if !warned => {
+                warned = true;
                 log::warn!("cannot write statistics to {}: {e}", path.display());
             }
             Err(_) => {}
@@ -193,7 +193,7 @@ impl Listener {
                 Box::new(client)
             }
         };
-        Ok(Guest { stream, request: Vec::new(), answer: Vec::new(), sent: 0, until: Instant::now() + PATIENCE })
+        Ok(Guest { stream, request: Vec::new(), answer: Vec::new(), sent: 0, until: Instant::now() + REQUEST_DEADLINE })
     }
 }
 

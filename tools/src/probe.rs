@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 const BYTES: u64 = 1 << 20;
 /// Notifications come quickly or not at all.
-const PATIENCE: Duration = Duration::from_secs(10);
+const NOTIFICATION_DEADLINE: Duration = Duration::from_secs(10);
 const NOTE: (&[u8], &[u8]) = (b"tcpx-info", b"all data of the write is here");
 
 /// What the transfer showed.
@@ -78,8 +78,8 @@ fn between(node: &Arc<Node>, peer: &Arc<Node>, memory: Kind) -> Result<(Proof, u
         if let Some(note) = peer.next_notification() {
             break note;
         }
-        if waited.elapsed() > PATIENCE {
-            fail!("the notification did not arrive within {} s", PATIENCE.as_secs());
+        if waited.elapsed() > NOTIFICATION_DEADLINE {
+            fail!("the notification did not arrive within {} s", NOTIFICATION_DEADLINE.as_secs());
         }
         std::thread::sleep(Duration::from_millis(1));
     };

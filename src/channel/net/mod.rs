@@ -8,9 +8,9 @@ mod staging;
 pub(crate) use channel::Channel;
 
 use super::path::{Arrival, Copier, Departure, Line, Path};
-use crate::direct::{Event, Way};
 use super::plan::{chunk_len, ChunkLimits, MAX_CROSSED, MAX_PARTS};
 use super::stripe::{Loads, Nic, LEFT_ALONE};
+use crate::direct::{Event, Way};
 use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
 use crate::types::Place;

@@ -35,7 +35,7 @@ impl Connection {
             let _ = catch_unwind(AssertUnwindSafe(|| step(core)));
         }
         self.gone.store(true, Ordering::SeqCst);
-        self.home.bell.unwatch(self.fd);
+        self.table.bell.unwatch(self.fd);
         core.control.shutdown_write();
         self.ended.notify_all();
     }
@@ -55,8 +55,8 @@ impl Connection {
             ErrorKind::RemoteDisconnect => lost == 0 && silent <= limit,
             _ => false,
         };
-        self.home.counters.ended(totals, error.kind(), in_order || core.closing, silent > limit);
-        let (lines, now) = (&self.home.lines, Instant::now());
+        self.table.counters.ended(totals, error.kind(), in_order || core.closing, silent > limit);
+        let (lines, now) = (&self.table.lines, Instant::now());
         match (error.kind(), lost) {
             (ErrorKind::Canceled, 0) => log::debug!("{error}"),
             (ErrorKind::Canceled, n) => log::info!("{n} transfers canceled: {error}"),
@@ -66,12 +66,12 @@ impl Connection {
                 lines.log(log::Level::Error, now, format_args!("connection failed with {n} transfers in flight: {error}"));
             }
         }
-        self.home.bell.unwatch(self.fd);
+        self.table.bell.unwatch(self.fd);
         self.unwatch_local();
         // Whoever has it wait for accept asks afterwards.
         self.gone.store(true, Ordering::SeqCst);
         if self.waits.load(Ordering::SeqCst) {
-            self.home.dead.tell(self.id);
+            self.table.dead.tell(self.id);
         }
         // The peer learns what this side knows, as far as the socket takes it, before it sees its channels end.
         let now = Instant::now();
@@ -90,7 +90,7 @@ impl Connection {
     /// Closes the connection: what is queued for the peer leaves first (for a second at most), then transfers in flight are canceled.
     pub fn close(&self) {
         self.insist_on_goodbye();
-        self.finish_close(Instant::now() + CLOSING.min(self.home.close_timeout));
+        self.finish_close(Instant::now() + CLOSING.min(self.table.close_timeout));
     }
 
     /// Tells the peer that no more comes, without waiting for it. [`Connection::finish_close`] does the rest. `false` where somebody
@@ -121,7 +121,7 @@ impl Connection {
             core.control.end();
             core.closing = true;
             // Nothing is read any more; what still comes must not wake anybody.
-            self.home.bell.unwatch(self.fd);
+            self.table.bell.unwatch(self.fd);
             let _ = core.flush(now, FLUSH);
         }
     }
@@ -152,7 +152,7 @@ impl Connection {
             self.fail_locked(&mut core, err!(Canceled, "closed on this side"));
         }
         drop(core);
-        self.home.connections.remove(self.id);
+        self.table.connections.remove(self.id);
     }
 
     /// Fails the connection if a transfer of it still uses the region. `false`: it was not asked, since somebody keeps it, or has it at

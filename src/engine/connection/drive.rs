@@ -65,13 +65,13 @@ impl Connection {
     }
 
     /// Whether something is under way, or waits to leave.
-    pub(crate) fn stirs(&self) -> bool {
+    pub(crate) fn is_active(&self) -> bool {
         // It asks for the progress thread afterwards.
         if self.preparing.load(Ordering::SeqCst) > 0 {
             return false;
         }
         let core = self.lock();
-        core.machine.dead().is_none() && core.stirs()
+        core.machine.dead().is_none() && core.is_active()
     }
 
     /// The timer of a connection that rests: its heartbeat leaves and its deadlines are looked at, without a look at anything else. When
@@ -80,7 +80,7 @@ impl Connection {
         let mut core = self.hold(self.core.try_lock()?);
         let (silent, limit) = core.machine.silence(now);
         // What the peer has said may lie unread, where this process did not run for a while.
-        if core.machine.dead().is_some() || core.closing || core.stirs() || silent > limit / 2 {
+        if core.machine.dead().is_some() || core.closing || core.is_active() || silent > limit / 2 {
             return None;
         }
         core.tick(now).ok()?;

@@ -9,17 +9,17 @@ mod submit;
 
 pub(crate) use core::Core;
 
-use crate::budget::Counted;
-use crate::host::Watched;
-use crate::engine::progress::doorbell::Seat;
+use crate::engine::progress::doorbell::DoorbellSlot;
 use crate::engine::progress::pacing::Polls;
 use crate::engine::progress::table::{self, Driven};
+use crate::engine::setup::quota::Counted;
+use crate::host::Watched;
 use crate::stats::ConnectionStats;
 use crate::status::Result;
 use crate::types::Place;
 use crate::wire::control::Voice;
 use core::FLUSH;
-use process::{Condvar, Local, Mutex, MutexGuard};
+use process::{Condvar, Mutex, MutexGuard, ProcessOwned};
 use std::net::IpAddr;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::RawFd;
@@ -28,7 +28,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Where connections live.
-pub(crate) type Home = table::Home<Connection>;
+pub(crate) type ConnectionTable = table::ConnectionTable<Connection>;
 
 /// How long a close takes at most.
 pub(crate) const CLOSING: Duration = Duration::from_secs(1);
@@ -42,7 +42,7 @@ pub(crate) struct Peer {
     pub key: Option<String>,
     pub engine: [u8; 16],
     /// Of an incoming connection: its place among those.
-    pub _counted: Option<Local<Counted>>,
+    pub _counted: Option<ProcessOwned<Counted>>,
 }
 
 /// The core, locked. A panic while it is held has left it half done: then the connection ends before anybody else gets it.
@@ -94,7 +94,7 @@ impl Preparing<'_> {
 impl Drop for Preparing<'_> {
     fn drop(&mut self) {
         self.0.preparing.fetch_sub(1, Ordering::SeqCst);
-        self.0.home.attend(self.0.id);
+        self.0.table.request_drive(self.0.id);
     }
 }
 
@@ -102,9 +102,9 @@ impl Drop for Preparing<'_> {
 pub struct Connection {
     pub(crate) id: u64,
     pub(crate) fd: RawFd,
-    home: Arc<Home>,
+    table: Arc<ConnectionTable>,
     /// Of the process that made the connection: a forked child neither uses nor ends it.
-    core: Local<Mutex<Core>>,
+    core: ProcessOwned<Mutex<Core>>,
     ended: Condvar,
     waiters: AtomicU32,
     polls: Polls,
@@ -116,7 +116,7 @@ pub struct Connection {
     /// Threads that have the lock, or are about to, and may be kept for long: the progress thread has others to drive.
     preparing: AtomicU32,
     /// What the channels ring.
-    seat: Local<Arc<Seat>>,
+    slot: ProcessOwned<Arc<DoorbellSlot>>,
     /// The path to a process of this host, where there is one.
     one_host: Option<Watched>,
     /// Its socket is watched.
@@ -139,9 +139,15 @@ impl std::fmt::Debug for Connection {
 }
 
 impl Connection {
-    pub(crate) fn new(home: Arc<Home>, core: Core, peer: Peer, seat: Arc<Seat>, one_host: Option<Watched>) -> Connection {
+    pub(crate) fn new(
+        table: Arc<ConnectionTable>,
+        core: Core,
+        peer: Peer,
+        slot: Arc<DoorbellSlot>,
+        one_host: Option<Watched>,
+    ) -> Connection {
         Connection {
-            id: home.connections.next_id(),
+            id: table.connections.next_id(),
             fd: core.control.fd(),
             voice: core.control.voice(),
             heartbeat: core.machine.heartbeat(),
@@ -149,12 +155,12 @@ impl Connection {
             preparing: AtomicU32::new(0),
             local: crate::net::topology::is_local(peer.ip),
             channels: core.channels.count(),
-            home,
-            core: Local::new(Mutex::new(core)),
+            table,
+            core: ProcessOwned::new(Mutex::new(core)),
             ended: Condvar::new(),
             waiters: AtomicU32::new(0),
             polls: Polls::default(),
-            seat: Local::new(seat),
+            slot: ProcessOwned::new(slot),
             one_host,
             watching: AtomicBool::new(false),
             peer,
@@ -202,7 +208,7 @@ impl Connection {
         let core = self.lock();
         let now = Instant::now();
         let mut channels = core.channels.stats(true, now);
-        core.watch.fill(&mut channels, now);
+        core.health.fill(&mut channels, now);
         Ok(ConnectionStats {
             id: self.id,
             peer: self.peer.name.clone(),
@@ -260,12 +266,12 @@ impl Connection {
 
     /// For how long an application thread has been driving it, if one does at present.
     pub(crate) fn driven_by_application(&self) -> Option<Duration> {
-        self.polls.active(self.home.clock()).map(Duration::from_micros)
+        self.polls.active(self.table.clock()).map(Duration::from_micros)
     }
 
     /// Lets the channels ring, or no longer.
     pub(crate) fn arm(&self, on: bool) {
-        self.seat.arm(on);
+        self.slot.arm(on);
         if let Some(one_host) = &self.one_host {
             one_host.listening.set(on);
         }
@@ -277,9 +283,9 @@ impl Connection {
         if core.machine.dead().is_some() || core.closing {
             return Ok(());
         }
-        self.home.bell.watch(self.fd, self.id)?;
+        self.table.bell.watch(self.fd, self.id)?;
         if let Some(one_host) = &self.one_host {
-            self.home.bell.watch_local(one_host.fd, self.id)?;
+            self.table.bell.watch_local(one_host.fd, self.id)?;
             self.watching.store(true, Ordering::SeqCst);
         }
         Ok(())
@@ -288,13 +294,13 @@ impl Connection {
     /// Before the socket to a process of this host is closed.
     fn unwatch_local(&self) {
         if let (Some(one_host), true) = (&self.one_host, self.watching.swap(false, Ordering::SeqCst)) {
-            self.home.bell.unwatch(one_host.fd);
+            self.table.bell.unwatch(one_host.fd);
         }
     }
 
     /// What the channels ring with.
-    pub(crate) fn seat(&self) -> &Arc<Seat> {
-        &self.seat
+    pub(crate) fn slot(&self) -> &Arc<DoorbellSlot> {
+        &self.slot
     }
 
     /// Has what chunks of `place` need allocated, which may take as long as the application keeps the driver.
@@ -333,7 +339,7 @@ impl Connection {
             let _preparing = Preparing::new(self);
             let mut core = self.lock();
             // Only now: who waits for the lock keeps no region from its end.
-            match self.home.registry.local(region) {
+            match self.table.registry.local(region) {
                 Ok(region) if !core.closing => {
                     let region = region.to_share();
                     core.channels.direct().into_iter().for_each(|direct| direct.offer(region));
@@ -345,7 +351,7 @@ impl Connection {
 }
 
 impl Driven for Connection {
-    fn heard_on_this_host(&self) {
+    fn on_host_message(&self) {
         if let Some(one_host) = &self.one_host {
             one_host.news.store(true, Ordering::Release);
         }
@@ -354,10 +360,10 @@ impl Driven for Connection {
     fn drive_for_application(&self) -> bool {
         let Some(mut core) = self.core.try_lock().map(|core| self.hold(core)) else { return true };
         let now = Instant::now();
-        self.polls.enter(self.home.at(now));
+        self.polls.enter(self.table.at(now));
         let any = self.drive_on(&mut core, now) || (core.machine.busy() && core.machine.dead().is_none());
         drop(core);
-        self.polls.leave(self.home.clock());
+        self.polls.leave(self.table.clock());
         any
     }
 }

@@ -1,5 +1,5 @@
 //! An application thread that asks for a transfer or waits for it: it drives the connection meanwhile, or leaves the core to others. Knows
-//! nothing of the progress thread but that it can be asked to attend.
+//! nothing of the progress thread but that it can be asked to drive.
 
 use super::core::Core;
 use super::Connection;
@@ -32,21 +32,21 @@ impl Connection {
             drop(core);
             // Rung by the channels, the progress thread does the same with fewer rounds, and this core is theirs.
             if self.polls.stop() {
-                self.home.attend(self.id);
+                self.table.request_drive(self.id);
             }
             std::thread::sleep(nap);
-            self.polls.leave(self.home.clock());
+            self.polls.leave(self.table.clock());
             return self.lock().machine.lookup(id);
         }
         let now = Instant::now();
-        self.polls.enter(self.home.at(now));
+        self.polls.enter(self.table.at(now));
         let any = self.drive_on(&mut core, now);
         let after = core.machine.lookup(id)?;
         drop(core);
         match planned {
             // A poll that found nothing took no time.
             Pause::None if !any => {
-                self.polls.leave(self.home.at(now));
+                self.polls.leave(self.table.at(now));
                 return Ok(after);
             }
             _ if any || after.complete => {}
@@ -54,7 +54,7 @@ impl Connection {
             Pause::Yield => std::thread::yield_now(),
             Pause::None | Pause::HandOver(_) => {}
         }
-        self.polls.leave(self.home.clock());
+        self.polls.leave(self.table.clock());
         Ok(after)
     }
 
@@ -63,17 +63,17 @@ impl Connection {
         if !self.core.is_here() {
             return;
         }
-        let told = self.lock().machine.tell(id);
-        if let Some(error) = told {
-            self.home.lines.log(log::Level::Error, Instant::now(), format_args!("{error}"));
+        let failure = self.lock().machine.tell(id);
+        if let Some(error) = failure {
+            self.table.lines.log(log::Level::Error, Instant::now(), format_args!("{error}"));
         }
     }
 
     fn situation(&self, core: &Core, id: u64, state: &TransferState) -> Situation {
         Situation {
-            cores: self.home.cores,
-            doorbell: self.home.doorbells,
-            only_this: self.home.polled_again(self.id, id),
+            cores: self.table.cores,
+            doorbell: self.table.doorbells,
+            only_this: self.table.polled_again(self.id, id),
             channels_busy: core.channels.busy(),
             copying: core.channels.copies_pending(),
             missing: state.bytes_total - state.bytes_done,
@@ -100,7 +100,7 @@ impl Connection {
             }
             // Sleep; the progress thread drives from here and wakes us when something has ended.
             self.polls.stop();
-            self.home.attend(self.id);
+            self.table.request_drive(self.id);
             let mut core = self.lock();
             self.waiters.fetch_add(1, Ordering::AcqRel);
             let until = deadline.unwrap_or(now + Duration::from_millis(100)).min(now + Duration::from_millis(100));
@@ -115,7 +115,7 @@ impl Connection {
     pub(super) fn drive_on(&self, core: &mut Core, now: Instant) -> bool {
         let ended = core.machine.ended();
         let mut any = self.drive(core, now);
-        while core.machine.ended() == ended && self.home.cores == Cores::Many {
+        while core.machine.ended() == ended && self.table.cores == Cores::Many {
             let at = Instant::now();
             if at.saturating_duration_since(now) >= LINGER || !core.channels.activity(at).worth_spinning {
                 break;

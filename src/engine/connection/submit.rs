@@ -33,7 +33,7 @@ impl Connection {
         // Before any item is looked at: a wrong count says nothing of what lies behind the lists.
         request::check_count(items.len())?;
         if self.one_host.is_some() {
-            if let Some((sketch, known)) = request::sketch(items.clone(), &self.home.registry, self.peer.engine) {
+            if let Some((sketch, known)) = request::sketch(items.clone(), &self.table.registry, self.peer.engine) {
                 let way = direction.way();
                 let mut feed = request::Feed::new(items.clone(), known, way, sketch.count);
                 if let Some(id) = self.transfer_direct(way, sketch, &mut feed)? {
@@ -52,7 +52,7 @@ impl Connection {
         self.core.check("connection")?;
         if self.one_host.is_some() {
             let way = direction.way();
-            if let Some((sketch, mut feed)) = list.sketch(way, &self.home.registry, self.peer.engine) {
+            if let Some((sketch, mut feed)) = list.sketch(way, &self.table.registry, self.peer.engine) {
                 if let Some(id) = self.transfer_direct(way, sketch, &mut feed)? {
                     return Ok(id);
                 }
@@ -68,10 +68,10 @@ impl Connection {
         items: impl Iterator<Item = (LocalSegment, B)>,
     ) -> Result<u64> {
         let builder = if n < MANY {
-            RequestBuilder::new(n, &self.home.registry, self.peer.engine, None)
+            RequestBuilder::new(n, &self.table.registry, self.peer.engine, None)
         } else {
-            let spare = &mut self.lock().machine.spare;
-            RequestBuilder::new(n, &self.home.registry, self.peer.engine, Some(spare))
+            let pool = &mut self.lock().machine.segment_pool;
+            RequestBuilder::new(n, &self.table.registry, self.peer.engine, Some(pool))
         }?;
         let built = builder.build(items)?;
         let now = Instant::now();
@@ -100,9 +100,8 @@ impl Connection {
         let mut core = self.lock();
         self.admit(&core, sketch.count, &sketch.places())?;
         // A small read of host memory is over already.
-        let at_once = way == Way::In
-            && sketch.total <= AT_ONCE
-            && sketch.pairings.iter().all(|pairing| !pairing.here.is_device());
+        let at_once =
+            way == Way::In && sketch.total <= AT_ONCE && sketch.pairings.iter().all(|pairing| !pairing.here.is_device());
         let Core { machine, channels, .. } = &mut *core;
         let (id, begun) = match machine.start_direct(sketch, way, blocks, channels, now) {
             Ok(None) => return Ok(None),
@@ -122,7 +121,7 @@ impl Connection {
     /// As [`Connection::transfer`].
     pub fn send(&self, items: impl ExactSizeIterator<Item = LocalSegment>) -> Result<u64> {
         self.core.check("connection")?;
-        let (segments, uses) = request::message(items, &self.home.registry)?;
+        let (segments, uses) = request::message(items, &self.table.registry)?;
         let now = Instant::now();
         let mut core = self.lock();
         self.admit(&core, segments.len(), &[])?;
@@ -137,7 +136,7 @@ impl Connection {
     /// As [`Connection::transfer`].
     pub fn recv(&self, local: LocalSegment) -> Result<u64> {
         self.core.check("connection")?;
-        let region = self.home.registry.local(local.mr)?;
+        let region = self.table.registry.local(local.mr)?;
         let (addr, len) = (local.addr as u64, local.len as u64);
         region.check(addr, len)?;
         let segment = Segment { addr, len, region: 0, place: region.place, peer: Place::HOST };
@@ -178,7 +177,7 @@ impl Connection {
             core.machine.alive()?;
             bail!(Canceled, "the connection is being closed");
         }
-        core.machine.admit(segments, pairs, &core.channels).inspect_err(|e| self.home.counters.limit(e.kind()))
+        core.machine.admit(segments, pairs, &core.channels).inspect_err(|e| self.table.counters.limit(e.kind()))
     }
 
     /// After work was added. What fails from here on is how the work ends: something may have moved, so it has begun.
@@ -204,12 +203,12 @@ impl Connection {
             let e = core.last_words(e, now);
             return if self.fail_locked(&mut core, e.clone()) { Ok(()) } else { Err(e) };
         }
-        let mut needs_help = core.backlog() > 0 || (core.channels.busy() && !self.home.doorbells);
+        let mut needs_help = core.backlog() > 0 || (core.channels.busy() && !self.table.doorbells);
         // Nobody rings when a device has copied; whoever polls in a loop looks anyway.
         needs_help |= core.channels.copies_pending() && self.driven_by_application().is_none();
         drop(core);
         if needs_help {
-            self.home.attend(self.id);
+            self.table.request_drive(self.id);
         }
         Ok(())
     }

@@ -3,10 +3,10 @@
 use super::*;
 use crate::budget::Pool;
 use crate::channel::path::{Arrival, Copier, Departure, Line, Path};
-use crate::direct::{Activity, Blocks, Direct, Event, Pairing, Route, Start, Way};
 use crate::channel::plan::ChunkLimits;
 use crate::channel::router::Channels;
 use crate::channel::stripe::Loads;
+use crate::direct::{Activity, Blocks, Direct, Event, Pairing, Route, Start, Way};
 use crate::engine::progress::doorbell::Bell;
 use crate::engine::progress::pacing::Cores;
 use crate::engine::progress::thread;
@@ -126,16 +126,16 @@ impl Drop for SimulatedDefect {
     }
 }
 
-fn home() -> Arc<Home> {
-    Arc::new(Home::new(Bell::new().unwrap(), true, Duration::from_secs(1), 1000))
+fn table() -> Arc<ConnectionTable> {
+    Arc::new(ConnectionTable::new(Bell::new().unwrap(), true, Duration::from_secs(1), 1000))
 }
 
 /// A connection over such a path, and its peer's socket.
-fn connection(home: &Arc<Home>, driven: bool, closed: bool) -> (Arc<Connection>, TcpStream) {
-    connection_over(home, SimulatedDefect { driven, closed, hasty: false, begins: false })
+fn connection(table: &Arc<ConnectionTable>, driven: bool, closed: bool) -> (Arc<Connection>, TcpStream) {
+    connection_over(table, SimulatedDefect { driven, closed, hasty: false, begins: false })
 }
 
-fn connection_over(home: &Arc<Home>, path: SimulatedDefect) -> (Arc<Connection>, TcpStream) {
+fn connection_over(table: &Arc<ConnectionTable>, path: SimulatedDefect) -> (Arc<Connection>, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let theirs = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let session = Session::new(Direction::ToListening, &[7; 32], b"test").unwrap();
@@ -143,7 +143,7 @@ fn connection_over(home: &Arc<Home>, path: SimulatedDefect) -> (Arc<Connection>,
     let timeout = Duration::from_secs(60);
     let account = Pool::endless().account([127, 0, 0, 1].into());
     let setting = Setting {
-        registry: home.registry.clone(),
+        registry: table.registry.clone(),
         inbox: Inbox::new(&Queue::new(1 << 30, 256 << 20), &account),
         account,
         lines: Arc::new(Limiter::new(1000)),
@@ -160,8 +160,8 @@ fn connection_over(home: &Arc<Home>, path: SimulatedDefect) -> (Arc<Connection>,
     let core = Core::new(Machine::new(setting, Instant::now()), channels, control);
     let peer =
         Peer { ip: [127, 0, 0, 1].into(), name: "a peer".to_owned(), gpu_index: -1, key: None, engine: [1; 16], _counted: None };
-    let connection = Arc::new(Connection::new(home.clone(), core, peer, home.bell.seat().unwrap(), None));
-    assert!(home.connections.insert(connection.id, &connection));
+    let connection = Arc::new(Connection::new(table.clone(), core, peer, table.bell.slot().unwrap(), None));
+    assert!(table.connections.insert(connection.id, &connection));
     (connection, theirs)
 }
 
@@ -183,10 +183,10 @@ fn kind(connection: &Connection) -> Option<ErrorKind> {
 #[test]
 fn a_panic_in_the_progress_thread_ends_all_connections_and_not_the_thread() {
     quietly(|| {
-        let home = home();
-        let all: Vec<_> = [(true, true), (false, true), (false, false)].map(|(d, c)| connection(&home, d, c)).into();
+        let table = table();
+        let all: Vec<_> = [(true, true), (false, true), (false, false)].map(|(d, c)| connection(&table, d, c)).into();
         std::thread::scope(|s| {
-            let thread = s.spawn(|| thread::run(&home, None));
+            let thread = s.spawn(|| thread::run(&table, None));
             let until = Instant::now() + Duration::from_secs(10);
             let ended = || all.iter().all(|(connection, _)| kind(connection) == Some(ErrorKind::Internal));
             while !ended() && Instant::now() < until {
@@ -194,7 +194,7 @@ fn a_panic_in_the_progress_thread_ends_all_connections_and_not_the_thread() {
             }
             let outcome: Vec<_> = all.iter().map(|(connection, _)| kind(connection)).collect();
             let running = !thread.is_finished();
-            home.end();
+            table.end();
             assert!(thread.join().is_ok() && running, "the thread has ended");
             assert_eq!(outcome, [Some(ErrorKind::Internal); 3]);
         });
@@ -204,28 +204,28 @@ fn a_panic_in_the_progress_thread_ends_all_connections_and_not_the_thread() {
 #[test]
 fn a_panic_in_an_applications_thread_ends_the_connection() {
     quietly(|| {
-        let home = home();
+        let table = table();
         for closed in [false, true] {
-            let (connection, _theirs) = connection(&home, true, closed);
+            let (connection, _theirs) = connection(&table, true, closed);
             let memory = [0u8; 64];
-            let mr = home.registry.add(memory.as_ptr() as u64, 64, Place::HOST, crate::types::RemoteAccess::ALL).unwrap();
+            let mr = table.registry.add(memory.as_ptr() as u64, 64, Place::HOST, crate::types::RemoteAccess::ALL).unwrap();
             let id = connection.recv(LocalSegment { mr, addr: memory.as_ptr() as usize, len: 64 });
             let id = id.expect("a receive");
             assert!(catch_unwind(AssertUnwindSafe(|| connection.poll(id))).is_err(), "a defect");
             assert_eq!(kind(&connection), Some(ErrorKind::Internal));
             assert_eq!(connection.poll(id).unwrap_err().kind(), ErrorKind::Internal);
-            assert!(!home.registry.retire(mr).unwrap().in_use(), "nothing touches memory any more");
+            assert!(!table.registry.retire(mr).unwrap().in_use(), "nothing touches memory any more");
         }
     });
 }
 
 #[test]
 fn one_that_ended_before_it_was_watched_wakes_nobody() {
-    let home = home();
-    let (connection, theirs) = connection(&home, false, false);
+    let table = table();
+    let (connection, theirs) = connection(&table, false, false);
     let woken = |wait| {
         let mut tokens = Vec::new();
-        home.bell.wait(wait, &mut tokens);
+        table.bell.wait(wait, &mut tokens);
         tokens
     };
     drop(theirs);
@@ -238,13 +238,13 @@ fn one_that_ended_before_it_was_watched_wakes_nobody() {
 /// The thread that sets up connections asks, and whoever accepts one asks with the queue's lock.
 #[test]
 fn whether_it_is_up_is_known_while_somebody_keeps_it() {
-    let home = home();
-    let (connection, _theirs) = connection(&home, false, false);
+    let table = table();
+    let (connection, _theirs) = connection(&table, false, false);
     let kept = connection.lock();
-    let (tell, told) = std::sync::mpsc::channel();
+    let (sender, receiver) = std::sync::mpsc::channel();
     let asked = connection.clone();
-    let asks = std::thread::spawn(move || tell.send(Waiting::is_up(&*asked)).unwrap());
-    let up = told.recv_timeout(Duration::from_secs(5));
+    let asks = std::thread::spawn(move || sender.send(Waiting::is_up(&*asked)).unwrap());
+    let up = receiver.recv_timeout(Duration::from_secs(5));
     drop(kept);
     asks.join().unwrap();
     assert_eq!(up, Ok(true));
@@ -255,28 +255,28 @@ fn whether_it_is_up_is_known_while_somebody_keeps_it() {
 /// A peer can have something new begin whenever something has ended.
 #[test]
 fn an_application_thread_comes_back_from_what_is_always_about_to_end() {
-    let mut home = Home::new(Bell::new().unwrap(), true, Duration::from_secs(1), 1000);
-    home.cores = Cores::Many;
-    let home = Arc::new(home);
+    let mut table = ConnectionTable::new(Bell::new().unwrap(), true, Duration::from_secs(1), 1000);
+    table.cores = Cores::Many;
+    let table = Arc::new(table);
     let (connection, _theirs) =
-        connection_over(&home, SimulatedDefect { driven: true, closed: false, hasty: true, begins: false });
-    let (tell, told) = std::sync::mpsc::channel();
+        connection_over(&table, SimulatedDefect { driven: true, closed: false, hasty: true, begins: false });
+    let (sender, receiver) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         connection.drive_for_application();
-        tell.send(()).unwrap();
+        sender.send(()).unwrap();
     });
-    assert!(told.recv_timeout(Duration::from_secs(20)).is_ok(), "it drives for ever");
+    assert!(receiver.recv_timeout(Duration::from_secs(20)).is_ok(), "it drives for ever");
 }
 
 /// A path that does nothing.
-fn idle(home: &Arc<Home>) -> (Arc<Connection>, TcpStream) {
-    connection_over(home, SimulatedDefect { driven: false, closed: false, hasty: true, begins: false })
+fn idle(table: &Arc<ConnectionTable>) -> (Arc<Connection>, TcpStream) {
+    connection_over(table, SimulatedDefect { driven: false, closed: false, hasty: true, begins: false })
 }
 
 #[test]
 fn a_region_is_asked_about_without_waiting_for_whoever_has_the_connection() {
-    let home = home();
-    let (connection, _theirs) = idle(&home);
+    let table = table();
+    let (connection, _theirs) = idle(&table);
     let kept = connection.lock();
     let asks = |queue| connection.fail_if_using(1, queue, err!(Canceled, "a test"));
     assert!(!asks(false), "it was not asked");
@@ -292,8 +292,8 @@ fn a_region_is_asked_about_without_waiting_for_whoever_has_the_connection() {
 
 #[test]
 fn whoever_looks_for_notifications_comes_back_to_a_connection_that_another_thread_has() {
-    let home = home();
-    let (connection, _theirs) = idle(&home);
+    let table = table();
+    let (connection, _theirs) = idle(&table);
     assert!(!connection.drive_for_application(), "nothing is under way");
     let kept = connection.lock();
     assert!(connection.drive_for_application(), "another thread is at it");
@@ -304,8 +304,8 @@ fn whoever_looks_for_notifications_comes_back_to_a_connection_that_another_threa
 /// Two threads that come back for a connection all the time leave it to nobody who merely tries.
 #[test]
 fn a_region_is_asked_about_behind_threads_that_come_back_all_the_time() {
-    let home = home();
-    let (connection, _theirs) = idle(&home);
+    let table = table();
+    let (connection, _theirs) = idle(&table);
     let over = AtomicBool::new(false);
     std::thread::scope(|s| {
         for _ in 0..2 {
@@ -326,11 +326,11 @@ fn a_region_is_asked_about_behind_threads_that_come_back_all_the_time() {
 /// The peer is gone, and the first to notice is who starts a transfer: chunks may have left by then.
 #[test]
 fn a_transfer_that_has_begun_has_an_id_that_tells_how_it_ended() {
-    let home = home();
-    let (connection, theirs) = idle(&home);
+    let table = table();
+    let (connection, theirs) = idle(&table);
     let memory = [0u8; 64];
     let addr = memory.as_ptr() as usize;
-    let mr = home.registry.add(addr as u64, 64, Place::HOST, crate::types::RemoteAccess::ALL).unwrap();
+    let mr = table.registry.add(addr as u64, 64, Place::HOST, crate::types::RemoteAccess::ALL).unwrap();
     // With a byte unread the socket of the peer is reset when it is closed.
     connection.notify(b"", b"").expect("a peer that is there");
     drop(theirs);
@@ -340,7 +340,7 @@ fn a_transfer_that_has_begun_has_an_id_that_tells_how_it_ended() {
     assert_eq!(ended.unwrap_err().kind(), ErrorKind::RemoteDisconnect);
     let late = connection.send(std::iter::once(local)).unwrap_err();
     assert_eq!(late.kind(), ErrorKind::RemoteDisconnect, "nothing begins on a connection that is lost");
-    assert!(!home.registry.retire(mr).unwrap().in_use());
+    assert!(!table.registry.retire(mr).unwrap().in_use());
 }
 
 /// Blocks of nothing.
@@ -358,15 +358,15 @@ impl Blocks for NoBlocks {
 /// Within a host bytes move as soon as a transfer starts.
 #[test]
 fn a_transfer_without_chunks_that_fails_as_it_starts_has_an_id() {
-    let home = home();
+    let table = table();
     let path = |begins| SimulatedDefect { driven: false, closed: false, hasty: true, begins };
     let starts = |connection: &Connection| {
         let sketch = Sketch { pairings: Vec::new(), hold: Hold::new(Vec::new()), total: 64, count: 1 };
         connection.transfer_direct(Way::In, sketch, &mut NoBlocks)
     };
-    let (connection, _theirs) = connection_over(&home, path(false));
+    let (connection, _theirs) = connection_over(&table, path(false));
     assert_eq!((starts(&connection).unwrap(), kind(&connection)), (None, None));
-    let (connection, _theirs) = connection_over(&home, path(true));
+    let (connection, _theirs) = connection_over(&table, path(true));
     let id = starts(&connection).unwrap().expect("it has begun");
     assert_eq!(connection.poll(id).unwrap_err().kind(), ErrorKind::RemoteDisconnect);
     assert_eq!(kind(&connection), Some(ErrorKind::RemoteDisconnect));
@@ -375,7 +375,7 @@ fn a_transfer_without_chunks_that_fails_as_it_starts_has_an_id() {
 /// Who is told that a notification did not leave sends it again, and the peer would have it twice.
 #[test]
 fn a_notification_that_has_left_is_no_error_though_its_connection_is_lost() {
-    let home = home();
+    let table = table();
     let lost = || Err(err!(RemoteDisconnect, "a simulated loss of a channel"));
     let queued = |connection: &Connection, message: &[u8]| {
         let now = Instant::now();
@@ -383,11 +383,11 @@ fn a_notification_that_has_left_is_no_error_though_its_connection_is_lost() {
         core.machine.notify(b"", message, now);
         connection.leave(core, lost(), now)
     };
-    let (connection, _theirs) = idle(&home);
+    let (connection, _theirs) = idle(&table);
     assert_eq!(queued(&connection, b"left"), Ok(()));
     assert_eq!(kind(&connection), Some(ErrorKind::RemoteDisconnect));
     // The peer reads nothing.
-    let (connection, _theirs) = idle(&home);
+    let (connection, _theirs) = idle(&table);
     assert_eq!(queued(&connection, &vec![0; 32 << 20]).unwrap_err().kind(), ErrorKind::RemoteDisconnect);
     assert_eq!(kind(&connection), Some(ErrorKind::RemoteDisconnect));
 }

@@ -20,7 +20,7 @@ pub(crate) const LOCAL: u64 = 1 << 62;
 /// Events of one wait.
 const EVENTS: usize = 64;
 /// Connections that share a descriptor for their channels' rings.
-const SEATS: usize = 16;
+const SLOTS: usize = 16;
 /// Marks the tokens of such descriptors.
 const GROUP: u64 = 1 << 63;
 
@@ -31,12 +31,12 @@ struct Groups {
     /// Duplicates of their descriptors, which live as long as somebody has them.
     rings: Vec<Arc<OwnedFd>>,
     served: Vec<usize>,
-    /// Groups with a free seat.
+    /// Groups with a free slot.
     free: BTreeSet<usize>,
 }
 
 /// A connection's place in a group of those whose channels share a descriptor; free again once it is dropped.
-pub(crate) struct Seat {
+pub(crate) struct DoorbellSlot {
     armed: Arc<AtomicU32>,
     pub group: usize,
     fd: RawFd,
@@ -44,7 +44,7 @@ pub(crate) struct Seat {
     groups: Arc<Mutex<Groups>>,
 }
 
-impl Seat {
+impl DoorbellSlot {
     /// What threads ring that may do so after the connection, or the engine, has ended.
     pub(crate) fn local_bell(&self) -> host::Bell {
         host::Bell { armed: self.armed.clone(), fd: self.rings.clone() }
@@ -68,7 +68,7 @@ impl Seat {
     }
 }
 
-impl Drop for Seat {
+impl Drop for DoorbellSlot {
     fn drop(&mut self) {
         let mut groups = self.groups.lock();
         if let Some(served) = groups.served.get_mut(self.group) {
@@ -176,11 +176,11 @@ impl Bell {
         }
     }
 
-    /// A seat for one more connection.
+    /// A slot for one more connection.
     ///
     /// # Errors
     /// `Resource`.
-    pub(crate) fn seat(&self) -> Result<Arc<Seat>> {
+    pub(crate) fn slot(&self) -> Result<Arc<DoorbellSlot>> {
         let mut groups = self.groups.lock();
         let group = match groups.free.first() {
             Some(&group) => group,
@@ -197,11 +197,11 @@ impl Bell {
             }
         };
         groups.served[group] += 1;
-        if groups.served[group] == SEATS {
+        if groups.served[group] == SLOTS {
             groups.free.remove(&group);
         }
         let (fd, rings) = (groups.wakers[group].fd(), groups.rings[group].clone());
-        Ok(Arc::new(Seat { armed: Arc::default(), group, fd, rings, groups: self.groups.clone() }))
+        Ok(Arc::new(DoorbellSlot { armed: Arc::default(), group, fd, rings, groups: self.groups.clone() }))
     }
 
     pub(crate) fn arm(&self, sleeping: bool) {
@@ -221,23 +221,23 @@ impl Bell {
 mod tests {
     use super::*;
 
-    fn ring(seat: &Seat) {
+    fn ring(slot: &DoorbellSlot) {
         // SAFETY: an eventfd that the bell keeps open.
-        unsafe { libc::write(seat.doorbell().fd, 1u64.to_ne_bytes().as_ptr().cast(), 8) };
+        unsafe { libc::write(slot.doorbell().fd, 1u64.to_ne_bytes().as_ptr().cast(), 8) };
     }
 
     #[test]
     fn a_ring_names_a_few_connections_however_many_there_are() {
         let bell = Bell::new().unwrap();
-        let seats: Vec<Arc<Seat>> = (0..1000).map(|_| bell.seat().unwrap()).collect();
+        let slots: Vec<Arc<DoorbellSlot>> = (0..1000).map(|_| bell.slot().unwrap()).collect();
         let mut tokens = Vec::new();
         for rung in [0, 500, 999] {
-            ring(&seats[rung]);
+            ring(&slots[rung]);
             bell.wait(Duration::from_secs(10), &mut tokens);
             let named: Vec<Named> = tokens.iter().map(|&token| named(token)).collect();
-            assert_eq!(named, [Named::Group(seats[rung].group)]);
-            let few = seats.iter().filter(|s| s.group == seats[rung].group).count();
-            assert!(few <= SEATS, "{few} connections are looked at");
+            assert_eq!(named, [Named::Group(slots[rung].group)]);
+            let few = slots.iter().filter(|s| s.group == slots[rung].group).count();
+            assert!(few <= SLOTS, "{few} connections are looked at");
             bell.wait(Duration::ZERO, &mut tokens);
             assert_eq!(tokens, [], "a ring is heard once");
         }
@@ -251,8 +251,8 @@ mod tests {
     fn seats_are_given_out_again() {
         let bell = Bell::new().unwrap();
         for _ in 0..100 {
-            let seats: Vec<Arc<Seat>> = (0..3 * SEATS).map(|_| bell.seat().unwrap()).collect();
-            assert_eq!(seats.iter().map(|s| s.group).max(), Some(2));
+            let slots: Vec<Arc<DoorbellSlot>> = (0..3 * SLOTS).map(|_| bell.slot().unwrap()).collect();
+            assert_eq!(slots.iter().map(|s| s.group).max(), Some(2));
         }
         assert_eq!(bell.groups.lock().wakers.len(), 3);
     }

@@ -36,35 +36,35 @@ struct Seen {
 }
 
 /// The state of one connection's looks.
-pub(crate) struct Watch {
+pub(crate) struct Health {
     looked: Option<Instant>,
     totals: Totals,
     channels: Vec<Seen>,
     /// The silence, and the transfer, that were told are not over.
-    silence_told: bool,
-    standstill_told: bool,
+    silence_logged: bool,
+    standstill_logged: bool,
     slow_answers: u64,
-    loss_told: Option<Instant>,
+    loss_logged: Option<Instant>,
     loss_looked: Option<Instant>,
     lines: Limiter,
 }
 
-impl Watch {
-    pub(crate) fn new() -> Watch {
-        Watch {
+impl Health {
+    pub(crate) fn new() -> Health {
+        Health {
             looked: None,
             totals: Totals::default(),
             channels: Vec::new(),
-            silence_told: false,
-            standstill_told: false,
+            silence_logged: false,
+            standstill_logged: false,
             slow_answers: 0,
-            loss_told: None,
+            loss_logged: None,
             loss_looked: None,
             lines: Limiter::new(5),
         }
     }
 
-    /// Whether [`Watch::look`] wants to be called.
+    /// Whether [`Health::look`] wants to be called.
     pub(crate) fn due(&self, now: Instant) -> bool {
         self.looked.is_none_or(|looked| now.saturating_duration_since(looked) >= LOOK)
     }
@@ -151,11 +151,11 @@ impl Watch {
                 worst = (lost, Some(channel));
             }
         }
-        let told = self.loss_told.is_some_and(|told| now.saturating_duration_since(told) < QUIET);
-        if told || again < LOST || (again as f64) < LOSS * of as f64 {
+        let logged = self.loss_logged.is_some_and(|logged| now.saturating_duration_since(logged) < QUIET);
+        if logged || again < LOST || (again as f64) < LOSS * of as f64 {
             return None;
         }
-        self.loss_told = Some(now);
+        self.loss_logged = Some(now);
         let share = 100.0 * again as f64 / of.max(1) as f64;
         let worst = worst.1.map_or(String::new(), |c| format!(", most of them on {}", place(c)));
         Some(format!("{again} of {of} segments ({share:.1} %) were sent again lately{worst}: the network loses packets"))
@@ -165,17 +165,17 @@ impl Watch {
     pub(crate) fn answers(&mut self, silent: Duration, limit: Duration, standstill: Option<String>) -> Vec<String> {
         let mut lines = Vec::new();
         let quiet = silent > limit / 2;
-        if quiet && !self.silence_told {
+        if quiet && !self.silence_logged {
             lines.push(format!(
                 "nothing was heard of the peer for {silent:.1?}, not even a heartbeat: it is stopped, overloaded or cut off; \
                  the connection ends after {limit:.1?}"
             ));
         }
-        self.silence_told = quiet;
-        if let (Some(text), false) = (&standstill, self.standstill_told) {
+        self.silence_logged = quiet;
+        if let (Some(text), false) = (&standstill, self.standstill_logged) {
             lines.push(text.clone());
         }
-        self.standstill_told = standstill.is_some();
+        self.standstill_logged = standstill.is_some();
         self.slow_answers += lines.len() as u64;
         lines
     }
@@ -230,35 +230,35 @@ mod tests {
 
     #[test]
     fn a_channel_far_below_the_others_is_told_once_and_may_recover() {
-        let (start, mut watch) = (Instant::now(), Watch::new());
-        let look = |watch: &mut Watch, second: u64, slow: f64| {
+        let (start, mut health) = (Instant::now(), Health::new());
+        let look = |health: &mut Health, second: u64, slow: f64| {
             let bytes = second * 1000;
-            watch.look(
+            health.look(
                 &[channel("eth1", bytes, 1e8), channel("eth2", bytes, slow), channel("eth1", bytes, 9e7)],
                 at(start, second),
             )
         };
-        assert!((0..3).all(|s| look(&mut watch, s, 2e6).is_empty() || s == 2));
-        let mut told = Watch::new();
-        let lines: Vec<String> = (0..10).flat_map(|s| look(&mut told, s, 2e6)).collect();
+        assert!((0..3).all(|s| look(&mut health, s, 2e6).is_empty() || s == 2));
+        let mut health = Health::new();
+        let lines: Vec<String> = (0..10).flat_map(|s| look(&mut health, s, 2e6)).collect();
         assert_eq!(lines.len(), 1, "{lines:?}");
         assert!(lines[0].contains("channel 1 (eth2) at 2.0 MB/s") && lines[0].contains("100.0 MB/s"), "{}", lines[0]);
         let mut stats = [channel("eth1", 0, 0.0), channel("eth2", 0, 0.0)].map(|c| ChannelStats { sent_bytes: 9000, ..c });
-        told.fill(&mut stats, at(start, 9));
+        health.fill(&mut stats, at(start, 9));
         assert!(!stats[0].slow && stats[1].slow && stats[1].sent_per_second == 1000.0);
         // Near the others it is slow no more; half as fast as they are is no news.
-        assert!((10..20).all(|s| look(&mut told, s, 6e7).is_empty()));
-        told.fill(&mut stats, at(start, 19));
+        assert!((10..20).all(|s| look(&mut health, s, 6e7).is_empty()));
+        health.fill(&mut stats, at(start, 19));
         assert!(!stats[1].slow);
-        assert_eq!((20..30).flat_map(|s| look(&mut told, s, 2e6)).count(), 1);
+        assert_eq!((20..30).flat_map(|s| look(&mut health, s, 2e6)).count(), 1);
     }
 
     #[test]
     fn a_line_names_a_few_of_many_slow_channels() {
-        let (start, mut watch) = (Instant::now(), Watch::new());
+        let (start, mut health) = (Instant::now(), Health::new());
         let speed = |i: usize| if i < 5 { 1e6 } else { 1e8 };
         let all = |s: u64| -> Vec<ChannelStats> { (0..30).map(|i| channel("eth1", s * 1000, speed(i))).collect() };
-        let lines: Vec<String> = (0..10).flat_map(|s| watch.look(&all(s), at(start, s))).collect();
+        let lines: Vec<String> = (0..10).flat_map(|s| health.look(&all(s), at(start, s))).collect();
         assert_eq!(lines.len(), 1, "{lines:?}");
         assert!(lines[0].contains("channel 3 (eth1)") && !lines[0].contains("channel 4 ("), "{}", lines[0]);
         assert!(lines[0].contains(" and 1 more: far below"), "{}", lines[0]);
@@ -266,49 +266,49 @@ mod tests {
 
     #[test]
     fn rates_are_of_the_time_since_the_last_look() {
-        let (start, mut watch) = (Instant::now(), Watch::new());
+        let (start, mut health) = (Instant::now(), Health::new());
         let both = |bytes: u64| [ChannelStats { received_bytes: 2 * bytes, ..channel("eth1", bytes, 0.0) }];
-        watch.look(&both(1000), at(start, 0));
-        watch.look(&both(2000), at(start, 1));
+        health.look(&both(1000), at(start, 0));
+        health.look(&both(2000), at(start, 1));
         let mut stats = both(22_000);
-        watch.fill(&mut stats, at(start, 11));
+        health.fill(&mut stats, at(start, 11));
         assert_eq!((stats[0].sent_per_second, stats[0].received_per_second), (2000.0, 4000.0));
     }
 
     #[test]
     fn a_channel_that_moves_nothing_stalls_and_an_idle_one_does_not() {
-        let (start, mut watch) = (Instant::now(), Watch::new());
+        let (start, mut health) = (Instant::now(), Health::new());
         for second in 0..5 {
             let idle = ChannelStats { window_out: 0, ..channel("eth2", 7, 0.0) };
-            watch.look(&[channel("eth1", 7, 0.0), idle, channel("eth3", 7 + second, 0.0)], at(start, second));
+            health.look(&[channel("eth1", 7, 0.0), idle, channel("eth3", 7 + second, 0.0)], at(start, second));
         }
         let mut stats = vec![channel("", 7, 0.0), channel("", 7, 0.0), channel("", 11, 0.0)];
-        watch.fill(&mut stats, at(start, 4));
+        health.fill(&mut stats, at(start, 4));
         assert_eq!(stats.iter().map(|c| c.stalls).collect::<Vec<_>>(), [4, 0, 0]);
-        assert_eq!(watch.counts(), (4, 0));
+        assert_eq!(health.counts(), (4, 0));
     }
 
     #[test]
     fn loss_is_told_once_a_minute() {
-        let (start, mut watch) = (Instant::now(), Watch::new());
+        let (start, mut health) = (Instant::now(), Health::new());
         let lossy = |second: u64, percent: u64| {
             let network = Network { segments: second * 10_000, retransmits: second * 100 * percent, ..Network::default() };
             [ChannelStats { network: Some(network), ..channel("eth1", second, 0.0) }]
         };
-        assert!((1..30).all(|s| watch.look(&lossy(s, 0), at(start, s)).is_empty()));
-        let mut watch = Watch::new();
-        let lines: Vec<String> = (1..100).flat_map(|s| watch.look(&lossy(s, 2), at(start, s))).collect();
+        assert!((1..30).all(|s| health.look(&lossy(s, 0), at(start, s)).is_empty()));
+        let mut health = Health::new();
+        let lines: Vec<String> = (1..100).flat_map(|s| health.look(&lossy(s, 2), at(start, s))).collect();
         assert_eq!(lines.len(), 2, "{lines:?}");
         assert!(lines[0].contains("1000 of 50000 segments (2.0 %)") && lines[0].contains("eth1"), "{}", lines[0]);
     }
 
     #[test]
     fn a_silence_is_told_once_at_half_of_the_limit() {
-        let (mut watch, limit) = (Watch::new(), Duration::from_secs(10));
-        let silent = |watch: &mut Watch, s: u64| watch.answers(Duration::from_secs(s), limit, None).len();
-        assert_eq!([1, 5, 6, 9, 0, 6].map(|s| silent(&mut watch, s)), [0, 0, 1, 0, 0, 1]);
-        assert_eq!(watch.counts().1, 2);
-        assert_eq!(watch.answers(Duration::ZERO, limit, Some("transfer 3".into())), ["transfer 3"]);
-        assert!(watch.answers(Duration::ZERO, limit, Some("transfer 3".into())).is_empty());
+        let (mut health, limit) = (Health::new(), Duration::from_secs(10));
+        let silent = |health: &mut Health, s: u64| health.answers(Duration::from_secs(s), limit, None).len();
+        assert_eq!([1, 5, 6, 9, 0, 6].map(|s| silent(&mut health, s)), [0, 0, 1, 0, 0, 1]);
+        assert_eq!(health.counts().1, 2);
+        assert_eq!(health.answers(Duration::ZERO, limit, Some("transfer 3".into())), ["transfer 3"]);
+        assert!(health.answers(Duration::ZERO, limit, Some("transfer 3".into())).is_empty());
     }
 }

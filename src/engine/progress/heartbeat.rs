@@ -2,7 +2,7 @@
 //! application copies for seconds, by memory that has to be found, by a plugin. Knows nothing of what keeps them.
 
 use crate::engine::connection::Connection;
-use crate::engine::setup::context::Site;
+use crate::engine::setup::context::SetupContext;
 use crate::engine::setup::dial;
 use std::time::Duration;
 
@@ -10,20 +10,26 @@ use std::time::Duration;
 const ROUND: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
 /// Runs until the engine ends.
-pub(crate) fn run(site: &Site) {
+pub(crate) fn run(context: &SetupContext) {
     process::thread::block_signals();
     // A new connection may be kept from its first moment on.
-    let most = site.config.peer_timeout / 12;
+    let most = context.config.peer_timeout / 12;
     let mut pause = most;
     loop {
         let wait = pause.clamp(ROUND.0, ROUND.1);
-        match dial::poll(&[(site.ending.fd(), libc::POLLIN)], wait) {
+        match dial::poll(&[(context.shutdown.fd(), libc::POLLIN)], wait) {
             Ok(ready) if ready[0] => return,
             Ok(_) => {}
             Err(_) => std::thread::sleep(wait),
         }
-        pause =
-            site.home.connections.all().iter().map(|connection| keep(connection)).min().map_or(most, |soonest| soonest.min(most));
+        pause = context
+            .table
+            .connections
+            .all()
+            .iter()
+            .map(|connection| keep(connection))
+            .min()
+            .map_or(most, |soonest| soonest.min(most));
     }
 }
 

@@ -24,7 +24,7 @@ pub(crate) trait Driven {
     fn drive_for_application(&self) -> bool;
 
     /// A process of this host has said something.
-    fn heard_on_this_host(&self) {}
+    fn on_host_message(&self) {}
 }
 
 /// A connection that a thread drives while it looks for notifications. Not kept alive: nobody may ask again.
@@ -41,7 +41,7 @@ struct Looking<T> {
     tokens: Vec<u64>,
 }
 
-pub(crate) struct Home<T> {
+pub(crate) struct ConnectionTable<T> {
     pub registry: Arc<Registry>,
     pub connections: Connections<T>,
     pub bell: Bell,
@@ -65,9 +65,9 @@ pub(crate) struct Home<T> {
     start: Instant,
 }
 
-impl<T: Driven> Home<T> {
-    pub(crate) fn new(bell: Bell, doorbells: bool, close_timeout: Duration, log_lines: usize) -> Home<T> {
-        Home {
+impl<T: Driven> ConnectionTable<T> {
+    pub(crate) fn new(bell: Bell, doorbells: bool, close_timeout: Duration, log_lines: usize) -> ConnectionTable<T> {
+        ConnectionTable {
             registry: Arc::new(Registry::new()),
             connections: Connections::new(),
             bell,
@@ -87,7 +87,7 @@ impl<T: Driven> Home<T> {
     }
 
     /// Asks the progress thread to drive a connection.
-    pub(crate) fn attend(&self, id: u64) {
+    pub(crate) fn request_drive(&self, id: u64) {
         self.asked.lock().insert(id);
         self.any_asked.store(true, Ordering::SeqCst);
         self.bell.ring();
@@ -120,8 +120,8 @@ impl<T: Driven> Home<T> {
                 Named::Local(id) => {
                     // The event came once, and here: the progress thread looks, too.
                     if let Some(connection) = self.connections.get(id) {
-                        connection.heard_on_this_host();
-                        self.attend(id);
+                        connection.on_host_message();
+                        self.request_drive(id);
                     }
                     id
                 }
@@ -168,7 +168,7 @@ impl<T: Driven> Home<T> {
         self.at(Instant::now())
     }
 
-    /// A time on [`Home::clock`].
+    /// A time on [`ConnectionTable::clock`].
     pub(crate) fn at(&self, now: Instant) -> u64 {
         now.saturating_duration_since(self.start).as_micros() as u64 + 1
     }

@@ -2,10 +2,10 @@
 //! sleeps in epoll. Only what a socket, a bell, a timer or another thread names is driven; a connection that an application thread
 //! polls is left to that thread. Knows nothing of frames and channels.
 
-use super::doorbell::{named, Named, Seat};
+use super::doorbell::{named, DoorbellSlot, Named};
 use super::pacing::{step, Round, Step};
 use super::table::Driven;
-use crate::engine::connection::{Connection, Home};
+use crate::engine::connection::{Connection, ConnectionTable};
 use crate::hash::Map;
 use process::thread::{ask_for_short_turns, block_signals};
 use reactor::Interest;
@@ -49,7 +49,7 @@ struct Active {
 /// A connection in this thread's care.
 struct Known {
     /// What its channels ring.
-    seat: Arc<Seat>,
+    slot: Arc<DoorbellSlot>,
     /// It has an entry among the timers.
     timed: bool,
     /// When it is to be looked at, as it was last settled: its entry may be older than that.
@@ -58,7 +58,7 @@ struct Known {
 
 /// What the thread keeps between rounds.
 struct Driving<'a> {
-    home: &'a Home,
+    table: &'a ConnectionTable,
     known: Map<u64, Known>,
     /// Those that share a descriptor for their rings.
     groups: Map<usize, Vec<u64>>,
@@ -71,9 +71,9 @@ struct Driving<'a> {
 }
 
 impl<'a> Driving<'a> {
-    fn new(home: &'a Home, spin: Duration) -> Driving<'a> {
+    fn new(table: &'a ConnectionTable, spin: Duration) -> Driving<'a> {
         Driving {
-            home,
+            table,
             known: Map::default(),
             groups: Map::default(),
             active: Map::default(),
@@ -85,7 +85,7 @@ impl<'a> Driving<'a> {
 
     /// Something happened to a connection: it is driven from now on until it is idle.
     fn activate(&mut self, id: u64) -> Option<&mut Active> {
-        let fresh = if self.active.contains_key(&id) { None } else { self.home.connections.get(id) };
+        let fresh = if self.active.contains_key(&id) { None } else { self.table.connections.get(id) };
         if fresh.is_none() && !self.active.contains_key(&id) {
             self.forget(id);
         }
@@ -94,9 +94,9 @@ impl<'a> Driving<'a> {
             Entry::Vacant(vacant) => {
                 let connection = fresh?;
                 if let Entry::Vacant(unknown) = self.known.entry(id) {
-                    let seat = connection.seat().clone();
-                    self.groups.entry(seat.group).or_default().push(id);
-                    unknown.insert(Known { seat, timed: false, next: self.start });
+                    let slot = connection.slot().clone();
+                    self.groups.entry(slot.group).or_default().push(id);
+                    unknown.insert(Known { slot, timed: false, next: self.start });
                 }
                 Some(vacant.insert(Active { connection, interest: Interest::READ, driven: false, rang: false, moved: None }))
             }
@@ -105,7 +105,7 @@ impl<'a> Driving<'a> {
 
     /// A connection has ended.
     fn forget(&mut self, id: u64) {
-        if let Some(members) = self.known.remove(&id).and_then(|known| self.groups.get_mut(&known.seat.group)) {
+        if let Some(members) = self.known.remove(&id).and_then(|known| self.groups.get_mut(&known.slot.group)) {
             members.retain(|&other| other != id);
         }
     }
@@ -127,7 +127,7 @@ impl<'a> Driving<'a> {
                 self.timers.push(Reverse((known.next, id)));
                 continue;
             }
-            match self.home.connections.get(id).and_then(|connection| connection.tick_at_rest(now)) {
+            match self.table.connections.get(id).and_then(|connection| connection.tick_at_rest(now)) {
                 Some(next) => self.set_timer(id, next),
                 None => {
                     self.activate(id);
@@ -148,7 +148,7 @@ impl<'a> Driving<'a> {
 
     /// Activates the connections of a group whose channels have rung. `armed`: bells of active ones are armed, too.
     fn listen(&mut self, group: usize, armed: bool) {
-        let rang = |id: &u64| self.known.get(id).is_some_and(|known| known.seat.rang());
+        let rang = |id: &u64| self.known.get(id).is_some_and(|known| known.slot.rang());
         let rung: Vec<u64> = self.groups.get(&group).into_iter().flatten().copied().filter(rang).collect();
         for id in rung {
             let idle = !self.active.contains_key(&id);
@@ -162,7 +162,7 @@ impl<'a> Driving<'a> {
     /// those rest that have nothing to do.
     fn round(&mut self, must: bool, now: Instant) -> Round {
         let mut round = Round { watched: !self.known.is_empty(), ..Round::default() };
-        let home = self.home;
+        let table = self.table;
         let mut warm = if must { 0 } else { WARM };
         let mut resting = Vec::new();
         for (&id, active) in &mut self.active {
@@ -171,18 +171,18 @@ impl<'a> Driving<'a> {
             if let Some(since) = driven {
                 round.driven = Some(round.driven.map_or(since, |other| other.min(since)));
                 round.active = true;
-                watch(home, active, ELSEWHERE);
+                watch(table, active, ELSEWHERE);
                 continue;
             }
             let found = active.connection.progress(must);
             if found.kept {
                 // What comes waits until whoever keeps it asks for this thread.
-                watch(home, active, ELSEWHERE);
+                watch(table, active, ELSEWHERE);
                 continue;
             }
             round.any |= found.any;
             round.channels_busy |= found.channels_busy;
-            round.polled |= found.channels_busy && !home.doorbells;
+            round.polled |= found.channels_busy && !table.doorbells;
             round.large |= found.large;
             round.copying |= found.copying;
             if std::mem::take(&mut active.rang) && !found.any {
@@ -192,7 +192,7 @@ impl<'a> Driving<'a> {
                 resting.push((id, None));
                 continue;
             }
-            watch(home, active, if found.backlog { Interest::READ | Interest::WRITE } else { Interest::READ });
+            watch(table, active, if found.backlog { Interest::READ | Interest::WRITE } else { Interest::READ });
             if found.any {
                 active.moved = Some(now);
             }
@@ -221,7 +221,7 @@ impl<'a> Driving<'a> {
         match (next, self.known.contains_key(&id)) {
             (Some(at), true) => {
                 active.connection.arm(true);
-                if active.connection.stirs() {
+                if active.connection.is_active() {
                     // Work began after the last look, and what happened to it before the arming rang nobody.
                     self.active.insert(id, active);
                     return;
@@ -245,7 +245,7 @@ impl<'a> Driving<'a> {
         for active in self.active.values() {
             active.connection.arm(on && !active.driven);
         }
-        self.home.bell.arm(on);
+        self.table.bell.arm(on);
     }
 
     /// Until the next timer.
@@ -257,7 +257,7 @@ impl<'a> Driving<'a> {
     fn notice(&mut self, tokens: &[u64], armed: bool) {
         for &token in tokens {
             match named(token) {
-                // Whoever rang has left word: see `Home::asked`.
+                // Whoever rang has left word: see `ConnectionTable::asked`.
                 Named::Bell => {}
                 Named::Group(group) => self.listen(group, armed),
                 Named::Connection(id) => {
@@ -265,7 +265,7 @@ impl<'a> Driving<'a> {
                 }
                 Named::Local(id) => {
                     if let Some(active) = self.activate(id) {
-                        active.connection.heard_on_this_host();
+                        active.connection.on_host_message();
                     }
                 }
             }
@@ -273,45 +273,45 @@ impl<'a> Driving<'a> {
     }
 }
 
-fn watch(home: &Home, active: &mut Active, interest: Interest) {
+fn watch(table: &ConnectionTable, active: &mut Active, interest: Interest) {
     if active.interest != interest {
         active.interest = interest;
-        home.bell.change(active.connection.fd, active.connection.id, interest);
+        table.bell.change(active.connection.fd, active.connection.id, interest);
     }
 }
 
 /// Runs until the engine closes. A panic in a round ends the connections that it may have left half done, and not the thread.
-pub(crate) fn run(home: &Home, spin: Option<Duration>) {
+pub(crate) fn run(table: &ConnectionTable, spin: Option<Duration>) {
     block_signals();
     ask_for_short_turns();
     let spin = spin.unwrap_or_else(default_spin);
-    while !home.ended() {
-        let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drive(home, spin)));
+    while !table.ended() {
+        let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drive(table, spin)));
         if caught.is_err() {
             log::error!("the progress thread panicked: all connections of the engine are closed");
-            for connection in home.connections.all() {
+            for connection in table.connections.all() {
                 connection.abandon();
             }
         }
     }
 }
 
-fn drive(home: &Home, spin: Duration) {
-    let mut driving = Driving::new(home, spin);
+fn drive(table: &ConnectionTable, spin: Duration) {
+    let mut driving = Driving::new(table, spin);
     // What was there before: after a panic, and connections that came up before this thread.
-    for connection in home.connections.all() {
+    for connection in table.connections.all() {
         driving.activate(connection.id);
     }
     let mut last_activity = Instant::now();
     let (mut tokens, mut looks) = (Vec::new(), 0u32);
-    while !home.ended() {
-        home.asked(|id| {
+    while !table.ended() {
+        table.asked(|id| {
             driving.activate(id);
         });
         let now = Instant::now();
         driving.due(now);
         let round = driving.round(false, now);
-        match step(&round, now - last_activity, spin, home.cores) {
+        match step(&round, now - last_activity, spin, table.cores) {
             Step::Again => last_activity = Instant::now(),
             Step::Spin => {
                 std::hint::spin_loop();
@@ -319,29 +319,29 @@ fn drive(home: &Home, spin: Duration) {
                 if looks % LOOKS != 0 && driving.warm() {
                     continue;
                 }
-                home.bell.wait(Duration::ZERO, &mut tokens);
+                table.bell.wait(Duration::ZERO, &mut tokens);
                 driving.notice(&tokens, false);
             }
             Step::Yield => {
                 std::thread::yield_now();
-                home.bell.wait(Duration::ZERO, &mut tokens);
+                table.bell.wait(Duration::ZERO, &mut tokens);
                 driving.notice(&tokens, false);
             }
             Step::Sleep(limit) => {
                 driving.arm(true);
                 // What happened before the arming rang nobody.
                 let again = driving.round(true, now);
-                if again.any || home.has_asked() {
+                if again.any || table.has_asked() {
                     driving.arm(false);
                     last_activity = Instant::now();
                     continue;
                 }
                 // Who drives may have changed since.
-                let limit = match step(&again, Duration::MAX, spin, home.cores) {
+                let limit = match step(&again, Duration::MAX, spin, table.cores) {
                     Step::Sleep(now) => limit.min(now),
                     _ => Duration::ZERO,
                 };
-                home.bell.wait(limit.min(driving.until_timer(Instant::now())), &mut tokens);
+                table.bell.wait(limit.min(driving.until_timer(Instant::now())), &mut tokens);
                 driving.notice(&tokens, true);
                 driving.arm(false);
             }

@@ -100,9 +100,9 @@ impl<T: Waiting> Accepts<T> {
 
     /// Drops the connections that have died while they waited, and with them their descriptors. Whether any wait.
     pub(crate) fn sweep(&self) -> bool {
-        let told = std::mem::take(&mut *self.dead.0.lock());
+        let reported = std::mem::take(&mut *self.dead.0.lock());
         let mut queue = self.queue.lock();
-        let dead: Vec<_> = told.iter().filter_map(|id| queue.ready.remove(id)).collect();
+        let dead: Vec<_> = reported.iter().filter_map(|id| queue.ready.remove(id)).collect();
         let any = !queue.ready.is_empty();
         drop(queue);
         // Closing takes its time, outside of the lock.

@@ -3,14 +3,14 @@
 //! bytes mean.
 
 use super::accept_queue::{Accepts, Waiting};
-use super::admission::Turns;
-use super::context::Site;
-use super::driver::{Attempt, Progress};
+use super::admission::Admission;
+use super::context::SetupContext;
+use super::driver::{Progress, SetupDriver};
 use super::machine::Setup;
 use super::shutdown::canceled;
-use crate::budget::Counted;
 use crate::engine::connection::Connection;
 use crate::engine::limits;
+use crate::engine::setup::quota::Counted;
 use crate::logging::Limiter;
 use crate::status::{err, Error, ErrorKind, Result};
 use reactor::{Events, Interest, Poller};
@@ -68,7 +68,7 @@ enum Role {
 }
 
 struct Entry {
-    attempt: Attempt,
+    driver: SetupDriver,
     role: Role,
     interest: Interest,
     timer: Instant,
@@ -81,8 +81,8 @@ struct Entry {
 }
 
 /// The thread's things.
-struct Desk {
-    site: Arc<Site>,
+struct Acceptor {
+    context: Arc<SetupContext>,
     accepts: Arc<Accepts<Connection>>,
     listeners: Vec<TcpListener>,
     poller: Poller,
@@ -93,7 +93,7 @@ struct Desk {
     /// Strangers, by ids: those that have said nothing, and the others.
     silent: BTreeSet<u64>,
     hesitant: BTreeSet<u64>,
-    turns: Turns,
+    admission: Admission,
     /// Admitted ones, by when their peers last said something while that is all that is missing.
     stale: BTreeSet<(Instant, u64)>,
     /// Refused peers that may still read why.
@@ -111,29 +111,29 @@ struct Desk {
 /// # Errors
 /// `Resource`.
 pub(crate) fn start(
-    site: Arc<Site>,
+    context: Arc<SetupContext>,
     accepts: Arc<Accepts<Connection>>,
     listeners: Vec<TcpListener>,
     fresh: SyncSender<u64>,
 ) -> Result<std::thread::JoinHandle<()>> {
-    let mut desk = Desk::new(site, accepts, listeners, fresh).map_err(|e| limits::system("epoll", &e))?;
+    let mut acceptor = Acceptor::new(context, accepts, listeners, fresh).map_err(|e| limits::system("epoll", &e))?;
     limits::spawn("uccl-setup", move || {
         process::thread::block_signals();
-        while !desk.site.ending.begun() {
+        while !acceptor.context.shutdown.begun() {
             // A defect in one set-up must not close the port for good.
-            let round = std::panic::AssertUnwindSafe(|| desk.run());
+            let round = std::panic::AssertUnwindSafe(|| acceptor.run());
             if std::panic::catch_unwind(round).is_err() {
                 log::error!("a set-up of a connection panicked; all that were under way are dropped");
-                desk.forget_all();
+                acceptor.forget_all();
                 std::thread::sleep(PAUSE);
             }
         }
-        desk.end();
+        acceptor.end();
     })
 }
 
-fn interest_of(attempt: &Attempt) -> Interest {
-    match attempt.interest() {
+fn interest_of(driver: &SetupDriver) -> Interest {
+    match driver.interest() {
         (true, true) => Interest::READ | Interest::WRITE,
         (true, false) => Interest::READ,
         (false, true) => Interest::WRITE,
@@ -141,21 +141,21 @@ fn interest_of(attempt: &Attempt) -> Interest {
     }
 }
 
-impl Desk {
+impl Acceptor {
     fn new(
-        site: Arc<Site>,
+        context: Arc<SetupContext>,
         accepts: Arc<Accepts<Connection>>,
         listeners: Vec<TcpListener>,
         fresh: SyncSender<u64>,
-    ) -> std::io::Result<Desk> {
+    ) -> std::io::Result<Acceptor> {
         let poller = Poller::new()?;
-        poller.add(site.ending.fd(), ENDING, Interest::READ)?;
+        poller.add(context.shutdown.fd(), ENDING, Interest::READ)?;
         for (listener, token) in listeners.iter().zip(FIRST_LISTENER..FIRST_SETUP) {
             poller.add(listener.as_raw_fd(), token, Interest::READ)?;
         }
-        let limits = site.limits;
-        Ok(Desk {
-            site,
+        let limits = context.limits;
+        Ok(Acceptor {
+            context,
             accepts,
             listeners,
             poller,
@@ -164,7 +164,7 @@ impl Desk {
             timers: BTreeSet::new(),
             silent: BTreeSet::new(),
             hesitant: BTreeSet::new(),
-            turns: Turns::new(limits.incoming, limits.per_peer),
+            admission: Admission::new(limits.incoming, limits.per_peer),
             stale: BTreeSet::new(),
             farewells: BTreeMap::new(),
             fresh,
@@ -177,7 +177,7 @@ impl Desk {
 
     fn run(&mut self) {
         let mut events = Events::with_capacity(256);
-        while !self.site.ending.begun() {
+        while !self.context.shutdown.begun() {
             if let Err(e) = self.poller.wait(&mut events, self.timeout()) {
                 self.shortage.log(log::Level::Error, Instant::now(), format_args!("waiting for set-ups: {e}"));
                 std::thread::sleep(PAUSE);
@@ -204,7 +204,7 @@ impl Desk {
         let first = [timer, farewell, self.paused_until, self.sweep_at].into_iter().flatten().min()?;
         let left = first.saturating_duration_since(Instant::now());
         // Whoever waits for a turn gets it when another set-up has become stale.
-        Some(if self.turns.waiting() == 0 { left } else { left.min(STALE / 4) })
+        Some(if self.admission.waiting() == 0 { left } else { left.min(STALE / 4) })
     }
 
     fn on_time(&mut self, now: Instant) {
@@ -250,7 +250,7 @@ impl Desk {
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return,
                 Err(e) if limits::is_exhaustion(&e) => {
                     let e = limits::system("accepting a connection", &e);
-                    self.site.home.counters.limits_hit.add();
+                    self.context.table.counters.limits_hit.add();
                     self.shortage.log(log::Level::Error, now, format_args!("{e}"));
                     self.drop_stranger(now, Duration::ZERO, true);
                     return self.pause(now, PAUSE);
@@ -269,7 +269,7 @@ impl Desk {
 
     /// Whether one more stranger may come; the one that has had the most time goes for it.
     fn place_for_stranger(&mut self, listener: usize, now: Instant) -> bool {
-        let limits = &self.site.limits;
+        let limits = &self.context.limits;
         let Some(listener) = self.listeners.get(listener) else { return false };
         let short = limits::lowest_free(listener.as_raw_fd()).map_or(true, |lowest| lowest >= limits.ceiling);
         let most = if short { STRANGERS_IN_NEED.min(limits.strangers) } else { limits.strangers };
@@ -282,34 +282,27 @@ impl Desk {
     }
 
     fn arrived(&mut self, sock: TcpStream, address: SocketAddr, now: Instant) {
-        if !self.site.allow.admits(address.ip()) {
-            self.site.home.counters.setups_in_refused.add();
+        if !self.context.allow.admits(address.ip()) {
+            self.context.table.counters.setups_in_refused.add();
             self.lines.log(log::Level::Warn, now, format_args!("{address}: dropped: not in UCCL_TCPX_ALLOW"));
             return;
         }
-        let site = &self.site;
+        let context = &self.context;
         let prepared = sock.set_nonblocking(true).and_then(|()| sock.set_nodelay(true));
-        let link = match prepared.map_err(|e| limits::system("control socket", &e)).and_then(|()| site.link(None)) {
+        let link = match prepared.map_err(|e| limits::system("control socket", &e)).and_then(|()| context.link(None)) {
             Ok(link) => link,
             Err(e) => return self.lines.log(log::Level::Warn, now, format_args!("{address}: {e}")),
         };
-        let setup = Setup::new(link, now, now + site.config.handshake_timeout, now + site.config.connect_timeout);
-        let attempt = Attempt::new(sock, address, setup, now);
+        let setup = Setup::new(link, now, now + context.config.handshake_timeout, now + context.config.connect_timeout);
+        let driver = SetupDriver::new(sock, address, setup, now);
         self.last += 1;
-        if let Err(e) = self.poller.add(attempt.fd(), self.last, Interest::READ) {
+        if let Err(e) = self.poller.add(driver.fd(), self.last, Interest::READ) {
             return self.shortage.log(log::Level::Error, now, format_args!("{address}: {}", limits::system("epoll", &e)));
         }
-        let timer = attempt.wake_at();
+        let timer = driver.wake_at();
         self.timers.insert((timer, self.last));
-        let entry = Entry {
-            attempt,
-            role: Role::Stranger,
-            interest: Interest::READ,
-            timer,
-            since: now,
-            waits_since: None,
-            counted: None,
-        };
+        let entry =
+            Entry { driver, role: Role::Stranger, interest: Interest::READ, timer, since: now, waits_since: None, counted: None };
         self.entries.insert(self.last, entry);
         self.silent.insert(self.last);
         // Most say hello with their first packet.
@@ -336,11 +329,11 @@ impl Desk {
         let slow = || oldest.filter(|id| old(id, silence.max(HESITATION)));
         let Some(id) = silent.or_else(slow) else { return false };
         if let Some(entry) = self.take(id) {
-            self.site.home.counters.setup_failed(ErrorKind::Resource);
-            let address = entry.attempt.address;
+            self.context.table.counters.setup_failed(ErrorKind::Resource);
+            let address = entry.driver.address;
             self.lines.log(log::Level::Warn, now, format_args!("{address}: dropped: others wait, and it has not said who it is"));
-            if !entry.attempt.setup().is_silent() {
-                let sock = entry.attempt.give_up(&err!(Resource, "too many others are being set up: try again"));
+            if !entry.driver.setup().is_silent() {
+                let sock = entry.driver.give_up(&err!(Resource, "too many others are being set up: try again"));
                 if !short {
                     self.part(sock, now);
                 }
@@ -355,12 +348,12 @@ impl Desk {
     fn take(&mut self, id: u64) -> Option<Entry> {
         let entry = self.entries.remove(&id)?;
         self.timers.remove(&(entry.timer, id));
-        let _ = self.poller.remove(entry.attempt.fd());
+        let _ = self.poller.remove(entry.driver.fd());
         match entry.role {
             Role::Stranger => self.no_stranger(id),
-            Role::Queued => self.turns.leave(id, entry.attempt.address.ip()),
+            Role::Queued => self.admission.leave(id, entry.driver.address.ip()),
             Role::Admitted => {
-                self.turns.done(entry.attempt.address.ip());
+                self.admission.done(entry.driver.address.ip());
                 entry.waits_since.map(|since| self.stale.remove(&(since, id)));
             }
         }
@@ -369,15 +362,15 @@ impl Desk {
 
     fn advance(&mut self, id: u64, now: Instant) {
         let Some(entry) = self.entries.get_mut(&id) else { return };
-        match entry.attempt.step(&self.site, now) {
+        match entry.driver.step(&self.context, now) {
             Ok(Progress::Wait) => {}
             Ok(Progress::Proved) if entry.role == Role::Stranger => {
                 entry.role = Role::Queued;
-                let ip = entry.attempt.address.ip();
+                let ip = entry.driver.address.ip();
                 self.no_stranger(id);
-                self.turns.wait(id, ip);
-                let most = self.site.limits.incoming;
-                if self.turns.waiting() > most {
+                self.admission.wait(id, ip);
+                let most = self.context.limits.incoming;
+                if self.admission.waiting() > most {
                     return self.fail(id, &err!(Resource, "{most} set-ups of connections wait for their turn already"), now);
                 }
             }
@@ -391,18 +384,18 @@ impl Desk {
     /// Brings what wakes us for a set-up up to date.
     fn rearm(&mut self, id: u64) {
         let Some(entry) = self.entries.get_mut(&id) else { return };
-        let interest = interest_of(&entry.attempt);
+        let interest = interest_of(&entry.driver);
         if interest != entry.interest {
             entry.interest = interest;
-            let _ = self.poller.modify(entry.attempt.fd(), id, interest);
+            let _ = self.poller.modify(entry.driver.fd(), id, interest);
         }
         self.timers.remove(&(entry.timer, id));
-        entry.timer = entry.attempt.wake_at();
+        entry.timer = entry.driver.wake_at();
         self.timers.insert((entry.timer, id));
-        if entry.role == Role::Stranger && !entry.attempt.setup().is_silent() && self.silent.remove(&id) {
+        if entry.role == Role::Stranger && !entry.driver.setup().is_silent() && self.silent.remove(&id) {
             self.hesitant.insert(id);
         }
-        let waits_since = if entry.role == Role::Admitted { entry.attempt.setup().waits_since() } else { None };
+        let waits_since = if entry.role == Role::Admitted { entry.driver.setup().waits_since() } else { None };
         if waits_since != entry.waits_since {
             entry.waits_since.map(|since| self.stale.remove(&(since, id)));
             self.stale.extend(waits_since.map(|since| (since, id)));
@@ -412,17 +405,17 @@ impl Desk {
 
     fn up(&mut self, id: u64, now: Instant) {
         let Some(entry) = self.take(id) else { return };
-        let address = entry.attempt.address;
-        match entry.attempt.finish(&self.site, entry.counted) {
+        let address = entry.driver.address;
+        match entry.driver.finish(&self.context, entry.counted) {
             Ok(connection) => {
-                self.site.home.counters.setups_in.add();
+                self.context.table.counters.setups_in.add();
                 // Without a place there it gets what it needs with its first chunk.
                 let _ = self.fresh.try_send(connection.id);
                 self.accepts.push(connection);
                 self.sweep_at.get_or_insert(now + SWEEP);
             }
             Err(e) => {
-                self.site.home.counters.setup_failed(e.kind());
+                self.context.table.counters.setup_failed(e.kind());
                 self.complain(address, &e, now);
             }
         }
@@ -430,14 +423,14 @@ impl Desk {
 
     fn fail(&mut self, id: u64, error: &Error, now: Instant) {
         let Some(entry) = self.take(id) else { return };
-        let (address, role) = (entry.attempt.address, entry.role);
-        self.site.home.counters.setup_failed(error.kind());
+        let (address, role) = (entry.driver.address, entry.role);
+        self.context.table.counters.setup_failed(error.kind());
         if role == Role::Stranger && error.kind() != ErrorKind::Auth {
             self.lines.log(log::Level::Info, now, format_args!("{address}: dropped: {error}"));
         } else {
             self.complain(address, error, now);
         }
-        let sock = entry.attempt.give_up(error);
+        let sock = entry.driver.give_up(error);
         if error.kind() != ErrorKind::RemoteDisconnect {
             self.part(sock, now);
         }
@@ -445,7 +438,7 @@ impl Desk {
 
     /// Keeps a socket until the peer has read its last bytes.
     fn part(&mut self, sock: TcpStream, now: Instant) {
-        while self.farewells.len() >= self.site.limits.strangers {
+        while self.farewells.len() >= self.context.limits.strangers {
             self.farewells.pop_first();
         }
         self.last += 1;
@@ -477,9 +470,9 @@ impl Desk {
 
     /// Lets proved peers begin, in their order, as far as the budgets reach.
     fn admit(&mut self, now: Instant) {
-        while self.turns.waiting() > 0 {
-            let coming = self.turns.admitted();
-            match self.turns.admit() {
+        while self.admission.waiting() > 0 {
+            let coming = self.admission.admitted();
+            match self.admission.admit() {
                 Some(id) => self.begin(id, coming, now),
                 None if self.drop_stale(now) => {}
                 None => return,
@@ -491,8 +484,8 @@ impl Desk {
     fn begin(&mut self, id: u64, coming: usize, now: Instant) {
         let Some(entry) = self.entries.get_mut(&id) else { return };
         entry.role = Role::Admitted;
-        let counted = self.site.census.count(entry.attempt.address.ip()).map(|counted| entry.counted = Some(counted));
-        let begun = counted.and_then(|()| self.accepts.room(coming)).and_then(|()| entry.attempt.admit(&self.site));
+        let counted = self.context.quota.count(entry.driver.address.ip()).map(|counted| entry.counted = Some(counted));
+        let begun = counted.and_then(|()| self.accepts.room(coming)).and_then(|()| entry.driver.admit(&self.context));
         match begun {
             Ok(()) => self.advance(id, now),
             Err(e) => self.fail(id, &e, now),
@@ -524,7 +517,7 @@ impl Desk {
         let now = Instant::now();
         for id in self.entries.keys().copied().collect::<Vec<_>>() {
             if let Some(entry) = self.take(id) {
-                drop(entry.attempt.give_up(&canceled()));
+                drop(entry.driver.give_up(&canceled()));
             }
         }
         for limiter in [&self.lines, &self.shortage] {

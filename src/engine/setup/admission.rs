@@ -13,7 +13,7 @@ struct Address {
 
 /// All of them, by ids that rise in the order of arrival.
 #[derive(Debug)]
-pub(crate) struct Turns {
+pub(crate) struct Admission {
     /// Admitted ones at once, and of one address.
     most: usize,
     share: usize,
@@ -24,10 +24,10 @@ pub(crate) struct Turns {
     admitted: usize,
 }
 
-impl Turns {
+impl Admission {
     /// At most `most` at once, `share` of them of one address.
-    pub(crate) fn new(most: usize, share: usize) -> Turns {
-        Turns { most, share, addresses: HashMap::new(), next: BTreeSet::new(), waiting: 0, admitted: 0 }
+    pub(crate) fn new(most: usize, share: usize) -> Admission {
+        Admission { most, share, addresses: HashMap::new(), next: BTreeSet::new(), waiting: 0, admitted: 0 }
     }
 
     /// How many wait, and how many were admitted.
@@ -100,21 +100,24 @@ mod tests {
 
     #[test]
     fn nobody_gets_more_than_its_share_and_others_do_not_wait_for_it() {
-        let mut turns = Turns::new(4, 2);
-        (1..=5).for_each(|id| turns.wait(id, ip(1)));
-        turns.wait(6, ip(2));
-        assert_eq!([turns.admit(), turns.admit(), turns.admit(), turns.admit()], [Some(1), Some(2), Some(6), None]);
-        assert_eq!((turns.waiting(), turns.admitted()), (3, 3));
-        turns.leave(3, ip(1));
-        turns.done(ip(1));
-        assert_eq!([turns.admit(), turns.admit()], [Some(4), None]);
-        turns.done(ip(2));
-        assert_eq!(turns.admit(), None);
-        turns.done(ip(1));
-        assert_eq!([turns.admit(), turns.admit()], [Some(5), None]);
-        turns.done(ip(1));
-        turns.done(ip(1));
-        assert_eq!((turns.addresses.len(), turns.next.len(), turns.waiting(), turns.admitted()), (0, 0, 0, 0));
+        let mut admission = Admission::new(4, 2);
+        (1..=5).for_each(|id| admission.wait(id, ip(1)));
+        admission.wait(6, ip(2));
+        assert_eq!(
+            [admission.admit(), admission.admit(), admission.admit(), admission.admit()],
+            [Some(1), Some(2), Some(6), None]
+        );
+        assert_eq!((admission.waiting(), admission.admitted()), (3, 3));
+        admission.leave(3, ip(1));
+        admission.done(ip(1));
+        assert_eq!([admission.admit(), admission.admit()], [Some(4), None]);
+        admission.done(ip(2));
+        assert_eq!(admission.admit(), None);
+        admission.done(ip(1));
+        assert_eq!([admission.admit(), admission.admit()], [Some(5), None]);
+        admission.done(ip(1));
+        admission.done(ip(1));
+        assert_eq!((admission.addresses.len(), admission.next.len(), admission.waiting(), admission.admitted()), (0, 0, 0, 0));
     }
 
     proptest! {
@@ -122,18 +125,18 @@ mod tests {
         #[test]
         fn it_is_the_order_of_arrival(steps in proptest::collection::vec((0u8..4, 0u8..5), 1..300)) {
             let (most, share) = (5, 2);
-            let mut turns = Turns::new(most, share);
+            let mut admission = Admission::new(most, share);
             let (mut list, mut admitted, mut last) = (Vec::new(), Vec::<u8>::new(), 0u64);
             for (step, a) in steps {
                 match step {
                     0 => {
                         last += 1;
-                        turns.wait(last, ip(a));
+                        admission.wait(last, ip(a));
                         list.push((last, a));
                     }
                     1 => {
                         if let Some(&(id, of)) = list.get(usize::from(a)) {
-                            turns.leave(id, ip(of));
+                            admission.leave(id, ip(of));
                             list.retain(|&(other, _)| other != id);
                         }
                     }
@@ -141,17 +144,17 @@ mod tests {
                         let fits = |of: u8| admitted.iter().filter(|&&x| x == of).count() < share && admitted.len() < most;
                         let at = list.iter().position(|&(_, of)| fits(of));
                         let expected = at.map(|at| list.remove(at));
-                        prop_assert_eq!(turns.admit(), expected.map(|(id, _)| id));
+                        prop_assert_eq!(admission.admit(), expected.map(|(id, _)| id));
                         admitted.extend(expected.map(|(_, of)| of));
                     }
                     _ => {
                         if let Some(at) = admitted.iter().position(|&of| of == a) {
                             admitted.swap_remove(at);
-                            turns.done(ip(a));
+                            admission.done(ip(a));
                         }
                     }
                 }
-                prop_assert_eq!((turns.waiting(), turns.admitted()), (list.len(), admitted.len()));
+                prop_assert_eq!((admission.waiting(), admission.admitted()), (list.len(), admitted.len()));
             }
         }
     }

@@ -1,18 +1,18 @@
 //! From a finished set-up to a connection that the engine drives. Knows nothing of how set-ups run.
 
 use super::channels::Raised;
-use super::context::Site;
+use super::context::SetupContext;
 use super::control::{Agreed, Sealed};
 use super::local::Local;
-use crate::budget::Counted;
 use crate::channel::cuda::CudaDevice;
 use crate::channel::device::EmulatedDevice;
 use crate::channel::net::{Channel, NetPath, Usage};
 use crate::channel::path::{Copier, Path};
 use crate::channel::router::Channels;
 use crate::direct::Direct;
-use crate::host::OneHost;
 use crate::engine::connection::{Connection, Core, Peer};
+use crate::engine::setup::quota::Counted;
+use crate::host::OneHost;
 use crate::net::comm::Doorbell;
 use crate::notify::Inbox;
 use crate::proto::{heartbeat, Machine, Setting};
@@ -38,8 +38,8 @@ pub(crate) struct Up {
 }
 
 /// What copies device memory; none on a machine without a GPU.
-fn copier(site: &Site) -> Copier {
-    if site.config.emulate_device {
+fn copier(context: &SetupContext) -> Copier {
+    if context.config.emulate_device {
         return Some(Box::new(EmulatedDevice));
     }
     match crate::gpu::available() {
@@ -49,8 +49,8 @@ fn copier(site: &Site) -> Copier {
 }
 
 /// A path over the channels of each set that has some.
-fn paths(site: &Site, sets: Vec<Raised>, chunk_bytes: usize, doorbell: &Doorbell) -> Result<Vec<Box<dyn Path>>> {
-    let config = &site.config;
+fn paths(context: &SetupContext, sets: Vec<Raised>, chunk_bytes: usize, doorbell: &Doorbell) -> Result<Vec<Box<dyn Path>>> {
+    let config = &context.config;
     let path = |set: Raised| -> Result<Box<dyn Path>> {
         let channels: Vec<Channel> =
             set.pairs.into_iter().map(|pair| Channel::new(pair.send, pair.recv, pair.nic, pair.peer_nic)).collect();
@@ -59,7 +59,7 @@ fn paths(site: &Site, sets: Vec<Raised>, chunk_bytes: usize, doorbell: &Doorbell
         }
         let traits = &set.plan.plugin.traits;
         let (vectored, stage_sends) = (traits.vectored && config.vectored, traits.stage_sends && config.stage_sends);
-        let alone = site.home.cores.alone();
+        let alone = context.table.cores.alone();
         let usage = Usage { vectored, host: traits.host_memory, stage_sends, gpus: set.plan.gpus, chunk_bytes, alone };
         Ok(Box::new(NetPath::new(channels, usage)))
     };
@@ -101,35 +101,35 @@ fn describe(sets: &[Raised]) -> String {
 const READY: usize = 8;
 
 /// An error here comes again, and is told, with the first chunk.
-fn told(place: Place, result: Result<()>) {
+fn log_unprepared(place: Place, result: Result<()>) {
     if let Err(e) = result {
         log::debug!("memory for chunks of {place:?} is left to the first of them: {e}");
     }
 }
 
 /// Makes the first connections ready for memory of a GPU that was not used before.
-pub(crate) fn ready(site: &Site, place: Place) {
-    let mut all = site.home.connections.all();
+pub(crate) fn ready(context: &SetupContext, place: Place) {
+    let mut all = context.table.connections.all();
     all.sort_by_key(|connection| connection.id);
-    all.iter().take(READY).for_each(|connection| told(place, connection.ready(place)));
+    all.iter().take(READY).for_each(|connection| log_unprepared(place, connection.ready(place)));
 }
 
 /// What the machine of a connection needs of its engine and of what was agreed on.
-fn setting(site: &Site, agreed: &Agreed, address: SocketAddr) -> Setting {
-    let (config, home) = (&site.config, &site.home);
-    let account = site.pool.account(address.ip());
+fn setting(context: &SetupContext, agreed: &Agreed, address: SocketAddr) -> Setting {
+    let (config, table) = (&context.config, &context.table);
+    let account = context.pool.account(address.ip());
     Setting {
-        registry: home.registry.clone(),
-        inbox: Inbox::new(&site.notifications, &account),
+        registry: table.registry.clone(),
+        inbox: Inbox::new(&context.notifications, &account),
         account,
-        lines: home.lines.clone(),
+        lines: table.lines.clone(),
         eager_bytes: config.eager_bytes,
         peer: address.to_string(),
         transfer_timeout: config.transfer_timeout,
         peer_timeout: agreed.terms.peer_timeout,
         heartbeat: heartbeat(agreed.terms.peer_timeout),
         match_timeout: config.match_timeout,
-        doorbells: home.doorbells,
+        doorbells: table.doorbells,
     }
 }
 
@@ -147,28 +147,28 @@ fn introduced(agreed: &Agreed) -> String {
 ///
 /// # Errors
 /// `Canceled` when the engine ends, `Resource`.
-pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Result<Arc<Connection>> {
-    let home = &site.home;
+pub(crate) fn connection(context: &SetupContext, up: Up, counted: Option<Counted>) -> Result<Arc<Connection>> {
+    let table = &context.table;
     let (terms, theirs) = (&up.agreed.terms, &up.agreed.peer);
     let chunk_bytes = terms.chunk_bytes as usize;
     let carried = describe(&up.sets);
-    let seat = home.bell.seat()?;
-    let paths = paths(site, up.sets, chunk_bytes, &seat.doorbell())?;
+    let slot = table.bell.slot()?;
+    let paths = paths(context, up.sets, chunk_bytes, &slot.doorbell())?;
     let found = up.local.describe();
-    let registry = home.registry.clone();
+    let registry = table.registry.clone();
     let lookup = Box::new(move |id, token: &[u8; 16]| registry.remote(id, token));
-    let one_host = up.local.transport(seat.local_bell(), &theirs.hello, lookup);
+    let one_host = up.local.transport(slot.local_bell(), &theirs.hello, lookup);
     let watched = one_host.as_ref().map(OneHost::watched);
     let direct = one_host.map(|one_host| Box::new(one_host) as Box<dyn Direct>);
-    let channels = Channels::new(direct, paths, copier(site));
+    let channels = Channels::new(direct, paths, copier(context));
     let name = up.address.to_string();
-    let setting = setting(site, &up.agreed, up.address);
+    let setting = setting(context, &up.agreed, up.address);
     let who = introduced(&up.agreed);
     let line = format!(
         "connected with {name}, {who}: {carried}{found}; protection {:?}, chunks of up to {chunk_bytes} bytes",
         terms.protect
     );
-    home.lines.log(log::Level::Info, Instant::now(), format_args!("{line}"));
+    table.lines.log(log::Level::Info, Instant::now(), format_args!("{line}"));
     let core = Core::new(
         Machine::new(setting, Instant::now()),
         channels,
@@ -181,33 +181,33 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
         gpu_index: theirs.hello.gpu_index,
         key,
         engine: theirs.engine,
-        _counted: counted.map(process::Local::new),
+        _counted: counted.map(process::ProcessOwned::new),
     };
-    home.counters.opened.add();
-    let connection = Arc::new(Connection::new(home.clone(), core, peer, seat, watched));
-    if !home.connections.insert(connection.id, &connection) {
+    table.counters.opened.add();
+    let connection = Arc::new(Connection::new(table.clone(), core, peer, slot, watched));
+    if !table.connections.insert(connection.id, &connection) {
         return Err(super::shutdown::canceled());
     }
     connection.watch()?;
-    home.attend(connection.id);
+    table.request_drive(connection.id);
     Ok(connection)
 }
 
 /// Has a new connection ready for memory of GPUs, which may take as long as an application keeps the driver. It is listed before: somebody
 /// says for it that this side is alive, and whoever ends a region has it forget what it was offered.
-pub(crate) fn prepare(site: &Site, connection: &Connection) {
-    let home = &site.home;
+pub(crate) fn prepare(context: &SetupContext, connection: &Connection) {
+    let table = &context.table;
     #[cfg(feature = "test-api")]
-    if let time @ 1.. = site.kept.load(std::sync::atomic::Ordering::Relaxed) {
+    if let time @ 1.. = context.kept.load(std::sync::atomic::Ordering::Relaxed) {
         connection.simulate_kept_preparing(std::time::Duration::from_millis(time));
     }
-    if let Err(e) = site.gpus.warm() {
+    if let Err(e) = context.gpus.warm() {
         log::debug!("what copies memory of GPUs is left to the first copy: {e}");
     }
-    if home.connections.count() <= READY {
-        site.gpus.used().into_iter().for_each(|place| told(place, connection.ready(place)));
+    if table.connections.count() <= READY {
+        context.gpus.used().into_iter().for_each(|place| log_unprepared(place, connection.ready(place)));
     }
-    for region in home.registry.on_devices() {
+    for region in table.registry.on_devices() {
         connection.offer_region(region);
     }
 }

@@ -4,7 +4,7 @@
 pub(super) mod plan;
 
 use super::channels::plan::{plans, Plan};
-use super::context::Site;
+use super::context::SetupContext;
 use super::control::{number, Agreed, Offers, Ready, PER_SET};
 use super::local::{self, Local};
 use crate::addresses::AllowList;
@@ -16,12 +16,12 @@ use crate::status::{bail, Error, Result};
 use std::time::{Duration, Instant};
 
 /// How long sets that are not needed are waited for when the others are up.
-const SPARE_PATIENCE: Duration = Duration::from_secs(5);
+const SPARE_SETS_DEADLINE: Duration = Duration::from_secs(5);
 
 /// The sets of a connection, here.
-pub(crate) fn planned(site: &Site, agreed: &Agreed) -> Vec<Plan> {
+pub(crate) fn planned(context: &SetupContext, agreed: &Agreed) -> Vec<Plan> {
     let channels = agreed.terms.channels.into();
-    plans(&site.plugins, &agreed.own, &agreed.peer.hello, agreed.connecting, channels)
+    plans(&context.plugins, &agreed.own, &agreed.peer.hello, agreed.connecting, channels)
 }
 
 /// Descriptors of the comms of a channel, and of what it listens with: a comm of a plugin of others has a control socket, and one of data
@@ -61,15 +61,15 @@ pub(crate) struct Opened {
 
 impl Opened {
     /// Opens the listen comms of each set, spread over the NICs near its GPU. `connecting`: this side made the control connection.
-    pub(crate) fn open(site: &Site, plans: Vec<Plan>, connecting: bool) -> Result<Opened> {
+    pub(crate) fn open(context: &SetupContext, plans: Vec<Plan>, connecting: bool) -> Result<Opened> {
         let mut sets = Vec::new();
         for plan in plans {
-            match listen(site, &plan, connecting) {
+            match listen(context, &plan, connecting) {
                 Err(e) if !plan.spare => return Err(e),
                 outcome => sets.push((plan, outcome)),
             }
         }
-        Ok(Opened { sets, local: local::opening(site, connecting) })
+        Ok(Opened { sets, local: local::opening(context, connecting) })
     }
 
     /// What the peer is told, by set.
@@ -85,7 +85,7 @@ impl Opened {
     /// `Protocol` when the peer has other sets.
     pub(crate) fn establish(
         self,
-        site: &Site,
+        context: &SetupContext,
         offers: &Offers,
         keys: impl Fn(usize, usize) -> Result<ChannelKeys>,
         proof: ProofKeys,
@@ -105,20 +105,20 @@ impl Opened {
                 Err(e) => Set { plan, coming: None, up: Some(Vec::new()), why: Some(e.to_string()) },
             });
         }
-        let local = Local::begin(site, self.local, offers.local.as_ref(), proof);
+        let local = Local::begin(context, self.local, offers.local.as_ref(), proof);
         Ok(Raising { sets, needed_up: None, local })
     }
 }
 
-fn listen(site: &Site, plan: &Plan, connecting: bool) -> Result<Listening> {
+fn listen(context: &SetupContext, plan: &Plan, connecting: bool) -> Result<Listening> {
     let plugin = &plan.plugin;
     if plan.channels == 0 {
         bail!(Resource, "too few file descriptors (ulimit -n)");
     }
     // A NIC may have come or gone since the last set-up.
     let devices = plugin.current_devices()?;
-    let near = setup::nics_for(plugin, &devices, site.gpus.pci_path(plan.own()).as_deref());
-    let gpu = site.gpus.followed_by(plugin, plan.own())?;
+    let near = setup::nics_for(plugin, &devices, context.gpus.pci_path(plan.own()).as_deref());
+    let gpu = context.gpus.followed_by(plugin, plan.own())?;
     Listening::open(plugin, &devices, &near, plan.channels, gpu, Role::of(plugin, connecting))
 }
 
@@ -185,7 +185,7 @@ impl Raising {
         self.local.poll();
         if self.sets.iter().all(|s| s.up.is_some() || s.plan.spare) {
             let since = *self.needed_up.get_or_insert_with(Instant::now);
-            if since.elapsed() > SPARE_PATIENCE {
+            if since.elapsed() > SPARE_SETS_DEADLINE {
                 self.sets.iter_mut().for_each(Set::settle);
             }
         }

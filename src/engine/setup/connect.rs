@@ -1,9 +1,9 @@
 //! Connecting to a peer engine, in the caller's thread. Knows nothing of what travels on the connection.
 
 use super::build;
-use super::context::Site;
+use super::context::SetupContext;
 use super::dial;
-use super::driver::{Attempt, Progress};
+use super::driver::{Progress, SetupDriver};
 use super::machine::Setup;
 use super::shutdown::canceled;
 use crate::engine::connection::Connection;
@@ -26,9 +26,9 @@ const CUT: Duration = Duration::from_secs(2);
 ///
 /// # Errors
 /// See [`super::Engine::connect`].
-pub(crate) fn connect(site: &Site, host: &str, gpu: &str, port: u16) -> Result<Arc<Connection>> {
-    let counters = &site.home.counters;
-    let connected = connect_within(site, host, gpu, port);
+pub(crate) fn connect(context: &SetupContext, host: &str, gpu: &str, port: u16) -> Result<Arc<Connection>> {
+    let counters = &context.table.counters;
+    let connected = connect_within(context, host, gpu, port);
     match &connected {
         Ok(_) => counters.setups_out.add(),
         Err(e) => {
@@ -39,18 +39,18 @@ pub(crate) fn connect(site: &Site, host: &str, gpu: &str, port: u16) -> Result<A
     connected
 }
 
-fn connect_within(site: &Site, host: &str, gpu: &str, port: u16) -> Result<Arc<Connection>> {
-    let deadline = Instant::now() + site.config.connect_timeout;
-    site.ending.check()?;
-    let addresses = dial::resolve(host, port, deadline, &site.ending, dial::system_lookup)?;
+fn connect_within(context: &SetupContext, host: &str, gpu: &str, port: u16) -> Result<Arc<Connection>> {
+    let deadline = Instant::now() + context.config.connect_timeout;
+    context.shutdown.check()?;
+    let addresses = dial::resolve(host, port, deadline, &context.shutdown, dial::system_lookup)?;
     let began = Instant::now();
     let mut pause = PAUSE;
     let mut before = None;
     loop {
-        let (error, again) = match once(site, &addresses, gpu, deadline) {
+        let (error, again) = match once(context, &addresses, gpu, deadline) {
             Ok(connection) => {
                 // Others have their turn meanwhile.
-                build::prepare(site, &connection);
+                build::prepare(context, &connection);
                 return Ok(connection);
             }
             Err(failed) => failed,
@@ -64,23 +64,23 @@ fn connect_within(site: &Site, host: &str, gpu: &str, port: u16) -> Result<Arc<C
         }
         log::debug!("{error}; it is tried again");
         before = Some(error);
-        rest(site, pause)?;
+        rest(context, pause)?;
         pause = (2 * pause).min(MAX_PAUSE);
     }
 }
 
 /// One try, when it is its turn; why it failed, and whether to try another.
 fn once(
-    site: &Site,
+    context: &SetupContext,
     addresses: &[SocketAddr],
     gpu: &str,
     deadline: Instant,
 ) -> std::result::Result<Arc<Connection>, (Error, Again)> {
     let never = |e| (e, Again::Never);
     // Others may go on when it is over.
-    let _turn = site.outgoing.enter(deadline, &site.ending).map_err(never)?;
-    let (sock, address) = dial::connect(addresses, deadline, &site.ending).map_err(never)?;
-    let connected = run(site, sock, address, gpu, deadline);
+    let _turn = context.outgoing.enter(deadline, &context.shutdown).map_err(never)?;
+    let (sock, address) = dial::connect(addresses, deadline, &context.shutdown).map_err(never)?;
+    let connected = run(context, sock, address, gpu, deadline);
     connected.map_err(|(e, again)| (Error::new(e.kind(), format_args!("connect to {address}: {e}")), again))
 }
 
@@ -95,9 +95,9 @@ enum Again {
 }
 
 /// What to make of a set-up that has failed.
-fn again(attempt: &Attempt, error: &Error) -> Again {
+fn again(driver: &SetupDriver, error: &Error) -> Again {
     match error.kind() {
-        _ if !attempt.setup().is_stranger() => Again::Never,
+        _ if !driver.setup().is_stranger() => Again::Never,
         ErrorKind::Resource => Again::Soon,
         ErrorKind::RemoteDisconnect => Again::Cut,
         _ => Again::Never,
@@ -105,17 +105,17 @@ fn again(attempt: &Attempt, error: &Error) -> Again {
 }
 
 /// Waits for about `time`: many that were sent away together do not come back together.
-fn rest(site: &Site, time: Duration) -> Result<()> {
+fn rest(context: &SetupContext, time: Duration) -> Result<()> {
     let mut random = [0; 4];
     let _ = getrandom::fill(&mut random);
     let part = f64::from(u32::from_le_bytes(random)) / f64::from(u32::MAX);
-    dial::poll(&[(site.ending.fd(), libc::POLLIN)], time.mul_f64(0.5 + part))?;
-    site.ending.check()
+    dial::poll(&[(context.shutdown.fd(), libc::POLLIN)], time.mul_f64(0.5 + part))?;
+    context.shutdown.check()
 }
 
 /// One set-up; why it failed, and whether to try another.
 fn run(
-    site: &Site,
+    context: &SetupContext,
     sock: TcpStream,
     address: SocketAddr,
     gpu: &str,
@@ -123,13 +123,13 @@ fn run(
 ) -> std::result::Result<Arc<Connection>, (Error, Again)> {
     let now = Instant::now();
     let never = |e| (e, Again::Never);
-    let setup = Setup::new(site.link(Some(gpu)).map_err(never)?, now, deadline, deadline);
-    let mut attempt = Attempt::new(sock, address, setup, now);
-    match drive(site, &mut attempt) {
-        Ok(()) => attempt.finish(site, None).map_err(never),
+    let setup = Setup::new(context.link(Some(gpu)).map_err(never)?, now, deadline, deadline);
+    let mut driver = SetupDriver::new(sock, address, setup, now);
+    match drive(context, &mut driver) {
+        Ok(()) => driver.finish(context, None).map_err(never),
         Err(e) => {
-            let again = again(&attempt, &e);
-            let sock = attempt.give_up(&e);
+            let again = again(&driver, &e);
+            let sock = driver.give_up(&e);
             if e.kind() != ErrorKind::RemoteDisconnect && again == Again::Never {
                 linger(sock);
             }
@@ -139,17 +139,17 @@ fn run(
 }
 
 /// Goes on until all is up.
-pub(crate) fn drive(site: &Site, attempt: &mut Attempt) -> Result<()> {
+pub(crate) fn drive(context: &SetupContext, driver: &mut SetupDriver) -> Result<()> {
     loop {
         let now = Instant::now();
-        match attempt.step(site, now)? {
+        match driver.step(context, now)? {
             Progress::Up => return Ok(()),
-            Progress::Proved => attempt.admit(site)?,
+            Progress::Proved => driver.admit(context)?,
             Progress::Wait => {
-                let (read, write) = attempt.interest();
+                let (read, write) = driver.interest();
                 let events = if read { libc::POLLIN } else { 0 } | if write { libc::POLLOUT } else { 0 };
-                let limit = attempt.wake_at().saturating_duration_since(now);
-                let ready = dial::poll(&[(attempt.fd(), events), (site.ending.fd(), libc::POLLIN)], limit)?;
+                let limit = driver.wake_at().saturating_duration_since(now);
+                let ready = dial::poll(&[(driver.fd(), events), (context.shutdown.fd(), libc::POLLIN)], limit)?;
                 if ready[1] {
                     return Err(canceled());
                 }

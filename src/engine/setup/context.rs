@@ -2,11 +2,12 @@
 //! nothing of a single set-up.
 
 use super::control::SealedLink;
-use super::shutdown::Ending;
+use super::quota::ConnectionQuota;
+use super::shutdown::Shutdown;
 use crate::addresses::AllowList;
-use crate::budget::{Census, Pool};
+use crate::budget::Pool;
 use crate::config::Config;
-use crate::engine::connection::Home;
+use crate::engine::connection::ConnectionTable;
 use crate::engine::gpus::Gpus;
 use crate::engine::limits::Limits;
 use crate::net::plugin::Plugin;
@@ -70,7 +71,7 @@ impl Plugins {
     }
 }
 
-pub(crate) struct Site {
+pub(crate) struct SetupContext {
     pub config: Config,
     pub identity: Identity,
     pub plugins: Plugins,
@@ -80,17 +81,17 @@ pub(crate) struct Site {
     pub outgoing: Gate,
     /// Cores of this process. Finding out takes reading several files: not at each set-up.
     pub cores: usize,
-    pub ending: Ending,
+    pub shutdown: Shutdown,
     pub notifications: Arc<Queue>,
     pub pool: Arc<Pool>,
-    pub census: Arc<Census>,
-    pub home: Arc<Home>,
+    pub quota: Arc<ConnectionQuota>,
+    pub table: Arc<ConnectionTable>,
     /// Milliseconds for which preparing a new connection is kept, simulated.
     #[cfg(feature = "test-api")]
     pub kept: std::sync::atomic::AtomicU64,
 }
 
-impl Site {
+impl SetupContext {
     /// Channels of each set that this side asks for.
     fn channels(&self) -> usize {
         let plugin = &self.plugins.device;
@@ -146,15 +147,15 @@ impl Gate {
     ///
     /// # Errors
     /// `TimedOut`, or `Canceled` when the engine ends.
-    pub(crate) fn enter(&self, deadline: Instant, ending: &Ending) -> Result<Turn<'_>> {
+    pub(crate) fn enter(&self, deadline: Instant, shutdown: &Shutdown) -> Result<Turn<'_>> {
         let mut free = self.free.lock();
         while *free == 0 {
-            ending.check()?;
+            shutdown.check()?;
             if self.freed.wait_until(&mut free, deadline).timed_out() && *free == 0 {
                 bail!(Resource, "too many connects of this engine are under way; none of them ended in time");
             }
         }
-        ending.check()?;
+        shutdown.check()?;
         *free -= 1;
         Ok(Turn(self))
     }
@@ -181,16 +182,16 @@ mod tests {
 
     #[test]
     fn a_gate_lets_through_as_many_as_it_should() {
-        let (gate, ending) = (Gate::new(2), Ending::new().unwrap());
+        let (gate, shutdown) = (Gate::new(2), Shutdown::new().unwrap());
         let soon = || Instant::now() + Duration::from_millis(20);
-        let first = gate.enter(soon(), &ending).unwrap();
-        let _second = gate.enter(soon(), &ending).unwrap();
-        assert_eq!(gate.enter(soon(), &ending).err().unwrap().kind(), ErrorKind::Resource);
+        let first = gate.enter(soon(), &shutdown).unwrap();
+        let _second = gate.enter(soon(), &shutdown).unwrap();
+        assert_eq!(gate.enter(soon(), &shutdown).err().unwrap().kind(), ErrorKind::Resource);
         drop(first);
-        let _third = gate.enter(soon(), &ending).unwrap();
+        let _third = gate.enter(soon(), &shutdown).unwrap();
         std::thread::scope(|s| {
-            let waits = s.spawn(|| gate.enter(Instant::now() + Duration::from_secs(60), &ending).err().unwrap().kind());
-            ending.begin();
+            let waits = s.spawn(|| gate.enter(Instant::now() + Duration::from_secs(60), &shutdown).err().unwrap().kind());
+            shutdown.begin();
             gate.wake();
             assert_eq!(waits.join().unwrap(), ErrorKind::Canceled);
         });

@@ -97,7 +97,7 @@ pub(crate) struct SealedLink {
     out: Vec<u8>,
     messages: VecDeque<Message>,
     /// Nothing but frames follows.
-    heard_all: bool,
+    received_all: bool,
 }
 
 impl SealedLink {
@@ -110,7 +110,7 @@ impl SealedLink {
             plain: Vec::new(),
             out: Vec::new(),
             messages: VecDeque::new(),
-            heard_all: false,
+            received_all: false,
         }
     }
 
@@ -129,11 +129,11 @@ impl SealedLink {
     /// Opens and decodes what is here, a few messages ahead.
     fn open(&mut self) -> Result<()> {
         let Some(session) = &mut self.session else { return Ok(()) };
-        while !self.heard_all && self.messages.len() < AHEAD {
+        while !self.received_all && self.messages.len() < AHEAD {
             match setup::decode(&self.plain)? {
                 Decoded::Message(message, n) => {
                     self.plain.drain(..n);
-                    self.heard_all = !matches!(message, setup::Message::Offer(..));
+                    self.received_all = !matches!(message, setup::Message::Offer(..));
                     self.messages.push_back(understood(message)?);
                 }
                 Decoded::Need(_) => match session.open(&mut self.raw)? {
@@ -204,7 +204,7 @@ fn understood(message: setup::Message) -> Result<Message> {
     })
 }
 
-fn told(message: &Message) -> setup::Message {
+fn announced(message: &Message) -> setup::Message {
     let offered = |o: &Offer| Offered { nic: o.nic.clone(), handle: o.handle };
     match message {
         Message::Offer(Offers { sets, local }) => {
@@ -217,7 +217,7 @@ fn told(message: &Message) -> setup::Message {
 
 impl Link for SealedLink {
     fn wants(&self) -> usize {
-        match self.heard_all || self.messages.len() >= AHEAD {
+        match self.received_all || self.messages.len() >= AHEAD {
             true => 0,
             false => MAX_RECORD.saturating_sub(self.raw.len()),
         }
@@ -250,7 +250,7 @@ impl Link for SealedLink {
         match (&mut self.session, &mut self.handshake, message) {
             (Some(session), _, message) => {
                 let mut plain = Vec::new();
-                setup::encode(&told(message), &mut plain);
+                setup::encode(&announced(message), &mut plain);
                 // Nothing leaves unsealed; the set-up then ends at its deadline.
                 if let Err(e) = session.seal(&plain, &mut self.out) {
                     log::error!("a message of a set-up was not sent: {e}");
@@ -266,7 +266,7 @@ impl Link for SealedLink {
         // There is room again for what waits.
         if let Err(e) = self.open() {
             self.messages.push_back(Message::Abort(e));
-            self.heard_all = true;
+            self.received_all = true;
         }
         message
     }

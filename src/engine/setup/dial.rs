@@ -1,7 +1,7 @@
 //! From a host name and a port to a connected socket, within one deadline and given up when the engine ends. Knows nothing of what
 //! the socket is for.
 
-use super::shutdown::{canceled, Ending};
+use super::shutdown::{canceled, Shutdown};
 use crate::engine::limits;
 use crate::status::{bail, err, Result};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -42,7 +42,7 @@ pub(crate) fn poll(fds: &[(RawFd, i16)], limit: Duration) -> Result<Vec<bool>> {
 }
 
 /// The addresses of a host. Numbers need no look-up; brackets around an IPv6 address are taken off.
-pub(crate) fn resolve(host: &str, port: u16, deadline: Instant, ending: &Ending, lookup: Lookup) -> Result<Vec<SocketAddr>> {
+pub(crate) fn resolve(host: &str, port: u16, deadline: Instant, shutdown: &Shutdown, lookup: Lookup) -> Result<Vec<SocketAddr>> {
     let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
     if let Ok(ip) = bare.parse::<IpAddr>() {
         return Ok(vec![SocketAddr::new(ip, port)]);
@@ -51,14 +51,14 @@ pub(crate) fn resolve(host: &str, port: u16, deadline: Instant, ending: &Ending,
         LOOKUPS.fetch_sub(1, Ordering::AcqRel);
         bail!(Resource, "{host}: {MAX_LOOKUPS} look-ups of host names are under way in this process");
     }
-    let (tell, told) = mpsc::channel();
+    let (sender, receiver) = mpsc::channel();
     let name = bare.to_owned();
     let started = limits::spawn("uccl-resolve", move || {
         process::thread::block_signals();
         let found = lookup(&name, port);
         LOOKUPS.fetch_sub(1, Ordering::AcqRel);
         // Whoever asked may have given up.
-        let _ = tell.send(found);
+        let _ = sender.send(found);
     });
     if let Err(e) = started {
         LOOKUPS.fetch_sub(1, Ordering::AcqRel);
@@ -66,12 +66,12 @@ pub(crate) fn resolve(host: &str, port: u16, deadline: Instant, ending: &Ending,
     }
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        match told.recv_timeout(left.min(LOOK)) {
+        match receiver.recv_timeout(left.min(LOOK)) {
             Ok(Ok(found)) if found.is_empty() => bail!(Unreachable, "{host} has no address"),
             Ok(Ok(found)) => return Ok(found),
             Ok(Err(e)) => bail!(InvalidArgument, "{host}: {e}"),
             Err(RecvTimeoutError::Disconnected) => bail!(Internal, "{host}: the look-up of the name panicked"),
-            Err(RecvTimeoutError::Timeout) if ending.begun() => return Err(canceled()),
+            Err(RecvTimeoutError::Timeout) if shutdown.begun() => return Err(canceled()),
             Err(RecvTimeoutError::Timeout) if left.is_zero() => bail!(TimedOut, "{host}: the name was not resolved in time"),
             Err(RecvTimeoutError::Timeout) => {}
         }
@@ -79,12 +79,12 @@ pub(crate) fn resolve(host: &str, port: u16, deadline: Instant, ending: &Ending,
 }
 
 /// Connects to the first of several addresses that answers; none may use up the time of those after it. The socket does not block.
-pub(crate) fn connect(addresses: &[SocketAddr], deadline: Instant, ending: &Ending) -> Result<(TcpStream, SocketAddr)> {
+pub(crate) fn connect(addresses: &[SocketAddr], deadline: Instant, shutdown: &Shutdown) -> Result<(TcpStream, SocketAddr)> {
     let mut last = err!(Unreachable, "no address");
     for (i, address) in addresses.iter().enumerate() {
         let now = Instant::now();
         let share = deadline.saturating_duration_since(now) / (addresses.len() - i) as u32;
-        match connect_to(*address, now + share, ending) {
+        match connect_to(*address, now + share, shutdown) {
             Ok(sock) => return Ok((sock, *address)),
             Err(e) if matches!(e.kind(), crate::status::ErrorKind::Canceled | crate::status::ErrorKind::Resource) => {
                 return Err(e)
@@ -95,7 +95,7 @@ pub(crate) fn connect(addresses: &[SocketAddr], deadline: Instant, ending: &Endi
     Err(last)
 }
 
-fn connect_to(address: SocketAddr, deadline: Instant, ending: &Ending) -> Result<TcpStream> {
+fn connect_to(address: SocketAddr, deadline: Instant, shutdown: &Shutdown) -> Result<TcpStream> {
     let what = "socket of the control connection";
     let socket =
         Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP)).map_err(|e| limits::system(what, &e))?;
@@ -108,7 +108,7 @@ fn connect_to(address: SocketAddr, deadline: Instant, ending: &Ending) -> Result
     }
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let ready = poll(&[(socket.as_raw_fd(), libc::POLLOUT), (ending.fd(), libc::POLLIN)], left)?;
+        let ready = poll(&[(socket.as_raw_fd(), libc::POLLOUT), (shutdown.fd(), libc::POLLIN)], left)?;
         if ready[1] {
             return Err(canceled());
         }
@@ -146,46 +146,46 @@ mod tests {
 
     #[test]
     fn numbers_need_no_lookup() {
-        let ending = Ending::new().unwrap();
+        let shutdown = Shutdown::new().unwrap();
         let now = Instant::now();
         for (host, address) in [("127.0.0.1", "127.0.0.1:7"), ("::1", "[::1]:7"), ("[fd00::2]", "[fd00::2]:7")] {
-            assert_eq!(resolve(host, 7, now, &ending, simulated_panic).unwrap(), [address.parse().unwrap()]);
+            assert_eq!(resolve(host, 7, now, &shutdown, simulated_panic).unwrap(), [address.parse().unwrap()]);
         }
     }
 
     #[test]
     fn a_slow_resolver_costs_no_more_than_the_deadline() {
-        let ending = Ending::new().unwrap();
+        let shutdown = Shutdown::new().unwrap();
         let start = Instant::now();
-        let error = resolve("a.name", 7, start + Duration::from_millis(100), &ending, simulated_slow_lookup).unwrap_err();
+        let error = resolve("a.name", 7, start + Duration::from_millis(100), &shutdown, simulated_slow_lookup).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TimedOut);
         assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
     }
 
     #[test]
     fn the_engines_end_ends_the_wait() {
-        let ending = Arc::new(Ending::new().unwrap());
-        let other = ending.clone();
+        let shutdown = Arc::new(Shutdown::new().unwrap());
+        let other = shutdown.clone();
         let start = Instant::now();
         let ends = std::thread::spawn(move || other.begin());
-        let error = resolve("a.name", 7, start + Duration::from_secs(60), &ending, simulated_slow_lookup).unwrap_err();
+        let error = resolve("a.name", 7, start + Duration::from_secs(60), &shutdown, simulated_slow_lookup).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Canceled);
         assert!(start.elapsed() < Duration::from_secs(2));
         ends.join().unwrap();
         // Nobody answers at this address: the end comes first here too.
         let silent = "192.0.2.1:9".parse().unwrap();
-        let error = connect(&[silent], start + Duration::from_secs(60), &ending).unwrap_err();
+        let error = connect(&[silent], start + Duration::from_secs(60), &shutdown).unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::Canceled | ErrorKind::Unreachable), "{error}");
     }
 
     #[test]
     fn an_address_that_answers_is_found_behind_one_that_does_not() {
-        let ending = Ending::new().unwrap();
+        let shutdown = Shutdown::new().unwrap();
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let good = listener.local_addr().unwrap();
         let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let deadline = Instant::now() + Duration::from_secs(20);
-        assert_eq!(connect(&[closed, good], deadline, &ending).unwrap().1, good);
-        assert_eq!(connect(&[closed], deadline, &ending).unwrap_err().kind(), ErrorKind::Unreachable);
+        assert_eq!(connect(&[closed, good], deadline, &shutdown).unwrap().1, good);
+        assert_eq!(connect(&[closed], deadline, &shutdown).unwrap_err().kind(), ErrorKind::Unreachable);
     }
 }

@@ -3,13 +3,13 @@
 
 use super::build::{self, Up};
 use super::channels::{self, Opened, Raising};
-use super::context::Site;
+use super::context::SetupContext;
 use super::control::{Link, SealedLink};
 use super::machine::{Next, Setup};
 use crate::addresses::{plain, AllowList};
-use crate::budget::Counted;
 use crate::engine::connection::Connection;
 use crate::engine::limits;
+use crate::engine::setup::quota::Counted;
 use crate::status::{err, Error, ErrorKind, Result};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -36,11 +36,11 @@ enum Channels {
 /// What a step came to.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Progress {
-    /// Call again when the socket has something, or at the time that [`Attempt::wake_at`] names.
+    /// Call again when the socket has something, or at the time that [`SetupDriver::wake_at`] names.
     Wait,
-    /// The peer is proved and waits to be admitted: [`Attempt::admit`].
+    /// The peer is proved and waits to be admitted: [`SetupDriver::admit`].
     Proved,
-    /// All is there: [`Attempt::finish`].
+    /// All is there: [`SetupDriver::finish`].
     Up,
 }
 
@@ -49,7 +49,7 @@ fn count(up: &channels::Up) -> usize {
     up.sets.iter().map(|set| set.pairs.len()).sum()
 }
 
-pub(crate) struct Attempt {
+pub(crate) struct SetupDriver {
     sock: TcpStream,
     /// The peer.
     pub address: SocketAddr,
@@ -69,11 +69,11 @@ pub(crate) struct Attempt {
     promise: Option<limits::Promise>,
 }
 
-impl Attempt {
+impl SetupDriver {
     /// Takes over a connected socket that does not block.
-    pub(crate) fn new(sock: TcpStream, address: SocketAddr, setup: Setup<SealedLink>, now: Instant) -> Attempt {
+    pub(crate) fn new(sock: TcpStream, address: SocketAddr, setup: Setup<SealedLink>, now: Instant) -> SetupDriver {
         let address = SocketAddr::new(plain(address.ip()), address.port());
-        Attempt {
+        SetupDriver {
             sock,
             address,
             setup,
@@ -107,7 +107,7 @@ impl Attempt {
         (self.setup.link.wants() > 0, self.sent < self.out.len())
     }
 
-    /// When to call [`Attempt::step`] next, whatever happens on the socket.
+    /// When to call [`SetupDriver::step`] next, whatever happens on the socket.
     pub(crate) fn wake_at(&self) -> Instant {
         let deadline = self.setup.deadline();
         match self.channels {
@@ -120,7 +120,7 @@ impl Attempt {
     ///
     /// # Errors
     /// Why the set-up has failed.
-    pub(crate) fn step(&mut self, site: &Site, now: Instant) -> Result<Progress> {
+    pub(crate) fn step(&mut self, context: &SetupContext, now: Instant) -> Result<Progress> {
         loop {
             self.read(now)?;
             self.flush()?;
@@ -154,7 +154,7 @@ impl Attempt {
                         let link = &self.setup.link;
                         let proof = link.local_keys()?;
                         let keys = |set, index| link.channel_keys(set, index);
-                        let raising = opened.establish(site, &offers, keys, proof, &self.allowed)?;
+                        let raising = opened.establish(context, &offers, keys, proof, &self.allowed)?;
                         self.channels = Channels::Raising(raising);
                         (self.look_at, self.began) = (now, now);
                     }
@@ -245,24 +245,24 @@ impl Attempt {
     ///
     /// # Errors
     /// `Resource` when the descriptors do not suffice; why a plugin cannot listen.
-    pub(crate) fn admit(&mut self, site: &Site) -> Result<()> {
+    pub(crate) fn admit(&mut self, context: &SetupContext) -> Result<()> {
         let Some(agreed) = self.setup.link.proved() else { return Err(err!(Internal, "admitted before its proof")) };
         let connecting = agreed.connecting;
-        let mut plans = channels::planned(site, agreed);
-        if limits::room_for(&site.limits, self.sock.as_fd(), channels::cost(&plans)).is_err() {
+        let mut plans = channels::planned(context, agreed);
+        if limits::room_for(&context.limits, self.sock.as_fd(), channels::cost(&plans)).is_err() {
             // The connection comes up without those of further GPUs.
             plans.iter_mut().filter(|plan| plan.spare).for_each(|plan| plan.channels = 0);
-            limits::room_for(&site.limits, self.sock.as_fd(), channels::cost(&plans))?;
+            limits::room_for(&context.limits, self.sock.as_fd(), channels::cost(&plans))?;
         }
         let later = channels::later(&plans);
-        let opened = Opened::open(site, plans, connecting).map_err(|e| limits::explain(e, self.sock.as_fd()))?;
+        let opened = Opened::open(context, plans, connecting).map_err(|e| limits::explain(e, self.sock.as_fd()))?;
         self.promise = Some(limits::Promise::new(later));
         let offers = opened.offers();
         self.trace(format_args!("the peer is proved"));
         self.trace(format_args!("this side offers {} channels", offers.sets.iter().map(Vec::len).sum::<usize>()));
         self.setup.offer(offers);
         self.channels = Channels::Opened(opened);
-        self.allowed = site.config.allow.clone();
+        self.allowed = context.config.allow.clone();
         Ok(())
     }
 
@@ -280,8 +280,8 @@ impl Attempt {
     ///
     /// # Errors
     /// `Canceled` when the engine ends, `Resource`.
-    pub(crate) fn finish(self, site: &Site, counted: Option<Counted>) -> Result<Arc<Connection>> {
-        build::connection(site, self.parts()?, counted)
+    pub(crate) fn finish(self, context: &SetupContext, counted: Option<Counted>) -> Result<Arc<Connection>> {
+        build::connection(context, self.parts()?, counted)
     }
 
     /// What a connection is built of.

@@ -1,4 +1,4 @@
-//! The listening ports of an engine: which addresses they are bound to, and what peers are told. Knows nothing of handshakes.
+//! The listening ports of an engine: which addresses they are bound to, and which address peers learn. Knows nothing of handshakes.
 
 use crate::addresses::Bind;
 use crate::engine::limits;
@@ -17,7 +17,7 @@ const BACKLOG: i32 = 1024;
 pub(crate) struct Listeners {
     /// Non-blocking; all of the same port.
     pub sockets: Vec<TcpListener>,
-    /// The address that peers are told.
+    /// The address that peers learn.
     pub address: SocketAddr,
 }
 
@@ -33,16 +33,16 @@ fn control_address(usable: &[IpAddr]) -> Option<IpAddr> {
     usable.iter().copied().filter(|&ip| !link_local(ip)).min_by_key(IpAddr::is_ipv6)
 }
 
-/// The address that peers are told.
+/// The address that peers learn.
 ///
 /// # Errors
 /// `InvalidArgument` when the interfaces that were asked for have none.
-fn told_address(filter: Option<&str>) -> Result<IpAddr> {
-    told_of(&topology::usable(filter).map_err(|e| limits::system("network interfaces", &e))?, filter)
+fn announced_address(filter: Option<&str>) -> Result<IpAddr> {
+    announced_of(&topology::usable(filter).map_err(|e| limits::system("network interfaces", &e))?, filter)
 }
 
-/// The one of these addresses that peers are told.
-fn told_of(usable: &[IpAddr], filter: Option<&str>) -> Result<IpAddr> {
+/// The one of these addresses that peers learn.
+fn announced_of(usable: &[IpAddr], filter: Option<&str>) -> Result<IpAddr> {
     match (control_address(usable), filter) {
         (Some(ip), Some(_)) => Ok(ip),
         (Some(ip), None) if !ip.is_loopback() => Ok(ip),
@@ -61,19 +61,19 @@ fn told_of(usable: &[IpAddr], filter: Option<&str>) -> Result<IpAddr> {
 /// # Errors
 /// `InvalidArgument` when no interface fits, `System` (port taken, address not of this host), `Resource`.
 pub(crate) fn open(bind: Bind, filter: Option<&str>, port: u16) -> Result<Listeners> {
-    let told = match bind {
+    let announced = match bind {
         Bind::Address(ip) => ip,
-        Bind::Interface | Bind::Any => told_address(filter)?,
+        Bind::Interface | Bind::Any => announced_address(filter)?,
     };
-    let loopback: IpAddr = if told.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
+    let loopback: IpAddr = if announced.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
     for attempt in 0.. {
         let main = match bind {
             Bind::Any => listen_any(port)?,
-            _ => listen(SocketAddr::new(told, port), true).map_err(|e| failed(SocketAddr::new(told, port), &e))?,
+            _ => listen(SocketAddr::new(announced, port), true).map_err(|e| failed(SocketAddr::new(announced, port), &e))?,
         };
         let local = main.local_addr().map_err(|e| limits::system("listening socket", &e))?;
-        let address = SocketAddr::new(told, local.port());
-        if bind != Bind::Interface || told.is_loopback() {
+        let address = SocketAddr::new(announced, local.port());
+        if bind != Bind::Interface || announced.is_loopback() {
             return Ok(Listeners { sockets: vec![main], address });
         }
         // Processes of this host may connect by the loopback address.
@@ -81,7 +81,10 @@ pub(crate) fn open(bind: Bind, filter: Option<&str>, port: u16) -> Result<Listen
             Ok(local) => return Ok(Listeners { sockets: vec![main, local], address }),
             Err(_) if port == 0 && attempt < TRIES => {}
             Err(e) => {
-                log::info!("port {} is not available on {loopback}: {e}; peers of this host connect to {told}", local.port());
+                log::info!(
+                    "port {} is not available on {loopback}: {e}; peers of this host connect to {announced}",
+                    local.port()
+                );
                 return Ok(Listeners { sockets: vec![main], address });
             }
         }
@@ -125,13 +128,13 @@ mod tests {
         assert_eq!(address(&["fd00::7", "10.0.0.1"]), some("10.0.0.1"));
         assert_eq!(address(&["fe80::1", "fd00::7"]), some("fd00::7"));
         assert_eq!(address(&["fe80::1"]), None);
-        let told = |all: &[&str], filter| {
-            told_of(&all.iter().map(|a| a.parse().unwrap()).collect::<Vec<_>>(), filter).unwrap().to_string()
+        let announced = |all: &[&str], filter| {
+            announced_of(&all.iter().map(|a| a.parse().unwrap()).collect::<Vec<_>>(), filter).unwrap().to_string()
         };
-        assert_eq!(told(&["10.0.0.1"], None), "10.0.0.1");
-        assert_eq!(told(&["127.0.0.2"], Some("lo")), "127.0.0.2");
-        assert_eq!(told(&["fe80::1"], None), "127.0.0.1", "peers on this host can connect still");
-        assert_eq!(told_address(Some("=no-such-interface")).unwrap_err().kind(), crate::status::ErrorKind::InvalidArgument);
+        assert_eq!(announced(&["10.0.0.1"], None), "10.0.0.1");
+        assert_eq!(announced(&["127.0.0.2"], Some("lo")), "127.0.0.2");
+        assert_eq!(announced(&["fe80::1"], None), "127.0.0.1", "peers on this host can connect still");
+        assert_eq!(announced_address(Some("=no-such-interface")).unwrap_err().kind(), crate::status::ErrorKind::InvalidArgument);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! Nothing here fails a set-up: what is not shared goes over the channels.
 
 use super::channels::plan::own_gpu;
-use super::context::Site;
+use super::context::SetupContext;
 use crate::config::LocalGpu;
 use crate::gpu::PullOptions;
 use crate::host::memory::cuda::{CudaMemory, CudaOptions};
@@ -18,26 +18,26 @@ use std::time::Instant;
 ///
 /// # Errors
 /// Why this side takes none.
-pub(super) fn opening(site: &Site, connecting: bool) -> Result<Opening> {
-    if site.config.disable_ipc {
+pub(super) fn opening(context: &SetupContext, connecting: bool) -> Result<Opening> {
+    if context.config.disable_ipc {
         bail!(Unsupported, "UCCL_P2P_DISABLE_IPC is set");
     }
-    Opening::new(connecting, site.config.local_dir.clone())
+    Opening::new(connecting, context.config.local_dir.clone())
 }
 
 /// What this side can share and pull besides host memory.
-fn have(site: &Site) -> Have {
-    if site.config.emulate_device {
-        let gpus = (0..site.config.emulate_devices).map(|i| (Place::gpu(i), emulated_gpu(i))).collect();
-        return Have { gpus, device: Some(Box::new(EmulatedMemory::new(site.config.local_gpu == LocalGpu::Push))) };
+fn have(context: &SetupContext) -> Have {
+    if context.config.emulate_device {
+        let gpus = (0..context.config.emulate_devices).map(|i| (Place::gpu(i), emulated_gpu(i))).collect();
+        return Have { gpus, device: Some(Box::new(EmulatedMemory::new(context.config.local_gpu == LocalGpu::Push))) };
     }
     if !crate::gpu::available() {
         return Have { gpus: Vec::new(), device: None };
     }
     let named = |ordinal: i32| Some((Place::gpu(u8::try_from(ordinal).ok()?), cuda_driver::uuid_of(ordinal).ok()?));
     let gpus = (0..cuda_driver::device_count()).filter_map(named).collect();
-    let pulls = PullOptions { blocks: site.config.local_blocks, ..PullOptions::default() };
-    let manner = match site.config.local_gpu {
+    let pulls = PullOptions { blocks: context.config.local_blocks, ..PullOptions::default() };
+    let manner = match context.config.local_gpu {
         LocalGpu::Auto => None,
         LocalGpu::Pull => Some(Manner::Pull),
         LocalGpu::Push => Some(Manner::Push),
@@ -54,13 +54,13 @@ pub(crate) enum Local {
 }
 
 impl Local {
-    pub(super) fn begin(site: &Site, own: Result<Opening>, peer: Option<&Invitation>, keys: ProofKeys) -> Local {
+    pub(super) fn begin(context: &SetupContext, own: Result<Opening>, peer: Option<&Invitation>, keys: ProofKeys) -> Local {
         let met = match (own, peer) {
             (Err(e), _) => Err(e),
             // It has it turned off, or cannot; if it runs here, its own line says why.
             (Ok(_), None) => return Local::Not(None),
             (Ok(own), Some(peer)) if own.invitation().host != peer.host => return Local::Not(None),
-            (Ok(own), Some(peer)) => own.meet(peer, keys, have(site), Instant::now()),
+            (Ok(own), Some(peer)) => own.meet(peer, keys, have(context), Instant::now()),
         };
         met.map_or_else(Local::failed, |meeting| Local::Meeting(Box::new(meeting)))
     }

@@ -44,7 +44,7 @@ pub(crate) struct Setup<L> {
     /// All of it ends by then.
     deadline: Instant,
     /// When the peer last said something.
-    heard: Instant,
+    received: Instant,
     /// Something was heard at all.
     spoke: bool,
     /// The peer's offer, when it came before ours was out.
@@ -52,7 +52,7 @@ pub(crate) struct Setup<L> {
     /// The peer's channels that are up, once it has said so.
     theirs: Option<Ready>,
     /// The owner knows of them.
-    told: bool,
+    announced: bool,
 }
 
 impl<L: Link> Setup<L> {
@@ -62,11 +62,11 @@ impl<L: Link> Setup<L> {
             stage: Stage::Proving,
             proof_by: proof_by.min(deadline),
             deadline,
-            heard: now,
+            received: now,
             spoke: false,
             early: None,
             theirs: None,
-            told: false,
+            announced: false,
         }
     }
 
@@ -82,7 +82,7 @@ impl<L: Link> Setup<L> {
 
     /// Since when it has waited for the peer alone; `None` while it is our turn too.
     pub(crate) fn waits_since(&self) -> Option<Instant> {
-        matches!(self.stage, Stage::Offered | Stage::Raised | Stage::Raising).then_some(self.heard)
+        matches!(self.stage, Stage::Offered | Stage::Raised | Stage::Raising).then_some(self.received)
     }
 
     /// When something has to happen at the latest.
@@ -99,7 +99,7 @@ impl<L: Link> Setup<L> {
     /// # Errors
     /// `Protocol`, `Auth`, or the peer's refusal.
     pub(crate) fn received(&mut self, bytes: &[u8], now: Instant) -> Result<()> {
-        self.heard = now;
+        self.received = now;
         self.spoke = true;
         self.link.input(bytes)
     }
@@ -157,9 +157,9 @@ impl<L: Link> Setup<L> {
                 }
                 None => Next::Wait,
             },
-            Stage::Raising if !self.told => match &self.theirs {
+            Stage::Raising if !self.announced => match &self.theirs {
                 Some(theirs) => {
-                    self.told = true;
+                    self.announced = true;
                     Next::PeerHas(theirs.clone())
                 }
                 None => Next::Wait,

@@ -15,5 +15,6 @@ pub(crate) mod driver;
 pub(crate) mod listener;
 mod local;
 pub(crate) mod machine;
+pub(crate) mod quota;
 pub(crate) mod shutdown;
 pub(crate) mod warmup;

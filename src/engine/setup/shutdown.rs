@@ -5,16 +5,16 @@ use reactor::Waker;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-pub(crate) struct Ending {
+pub(crate) struct Shutdown {
     begun: AtomicBool,
     /// Never drained: once woken it ends every wait, for ever.
     waker: Waker,
 }
 
-impl Ending {
-    pub(crate) fn new() -> Result<Ending> {
+impl Shutdown {
+    pub(crate) fn new() -> Result<Shutdown> {
         let waker = Waker::new().map_err(|e| crate::engine::limits::system("eventfd", &e))?;
-        Ok(Ending { begun: AtomicBool::new(false), waker })
+        Ok(Shutdown { begun: AtomicBool::new(false), waker })
     }
 
     /// Begins the end; whether it had begun before.

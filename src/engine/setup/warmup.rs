@@ -2,7 +2,7 @@
 //! whoever brings up connections does not wait for that. Knows nothing of set-ups.
 
 use super::build;
-use super::context::Site;
+use super::context::SetupContext;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::mpsc::Receiver;
 
@@ -10,13 +10,13 @@ use std::sync::mpsc::Receiver;
 pub(crate) const WAITING: usize = 256;
 
 /// Runs until nobody names connections any more.
-pub(crate) fn run(site: &Site, fresh: &Receiver<u64>) {
+pub(crate) fn run(context: &SetupContext, fresh: &Receiver<u64>) {
     process::thread::block_signals();
     for id in fresh {
-        let connection = site.home.connections.get(id).filter(|connection| connection.is_up());
-        if let (Some(connection), false) = (connection, site.ending.begun()) {
+        let connection = context.table.connections.get(id).filter(|connection| connection.is_up());
+        if let (Some(connection), false) = (connection, context.shutdown.begun()) {
             // A defect ends the connection, and not this thread.
-            if catch_unwind(AssertUnwindSafe(|| build::prepare(site, &connection))).is_err() {
+            if catch_unwind(AssertUnwindSafe(|| build::prepare(context, &connection))).is_err() {
                 log::error!("{connection:?}: a panic while it was made ready for memory of GPUs");
             }
         }

@@ -155,7 +155,7 @@ fn read_at(rate: usize) -> (u64, Option<ErrorKind>) {
     for second in 1..1000 {
         let now = start + Duration::from_secs(second);
         // The peer's heartbeats go on.
-        me.machine.heard(1, 0, now);
+        me.machine.on_received(1, 0, now);
         me.room += rate;
         me.flush(now);
         me.poll(now);

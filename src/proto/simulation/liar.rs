@@ -387,7 +387,11 @@ fn frames_that_fit_in_another_state_only_are_violations() {
     violates("more of a refused write than it has", &mut world, &[refused(), cancel(), chunk(1)]);
 
     let mut world = World::new(1);
-    violates("an id that does not rise", &mut world, &[Frame::Message { id: 5, len: 1, from: None }, Frame::Message { id: 5, len: 1, from: None }]);
+    violates(
+        "an id that does not rise",
+        &mut world,
+        &[Frame::Message { id: 5, len: 1, from: None }, Frame::Message { id: 5, len: 1, from: None }],
+    );
 }
 
 #[test]

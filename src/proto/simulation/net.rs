@@ -3,9 +3,9 @@
 
 use super::direct::DirectNet;
 use crate::channel::path::{Arrival, Copier, Departure, Dest, Line, Path};
-use crate::direct::{Event, Way};
 use crate::channel::plan::{chunk_len, ChunkLimits, MAX_CROSSED, MAX_PARTS};
 use crate::channel::stripe::{Load, Loads};
+use crate::direct::{Event, Way};
 use crate::region::Hold;
 use crate::status::{bail, err, Result};
 use crate::types::{Key, Part, Place};
@@ -67,14 +67,7 @@ pub(super) struct Net {
 impl Net {
     pub(super) fn new(channels: usize, tells: bool) -> Net {
         let wires = (0..channels).map(|_| Default::default()).collect();
-        Net {
-            direct: DirectNet::default(),
-            wires,
-            out_of_memory: [None; 2],
-            tells,
-            nics: 1,
-            closed: [false; 2],
-        }
+        Net { direct: DirectNet::default(), wires, out_of_memory: [None; 2], tells, nics: 1, closed: [false; 2] }
     }
 
     pub(super) fn allocate(&mut self, side: usize) -> Result<()> {

@@ -300,7 +300,7 @@ fn heartbeats_of_both_sides_meet() {
     let late = world.now + every * 2 / 3;
     world.sides[0].machine.clock.next_tick = late;
     world.sides[0].machine.clock.report = late;
-    let (mut looks, mut told, end) = (0, [0; 2], world.start + 30 * every);
+    let (mut looks, mut announced, end) = (0, [0; 2], world.start + 30 * every);
     while world.now < end {
         let due = world.sides.iter().map(|side| side.machine.next_tick()).min().expect("two sides");
         looks += usize::from(due > world.now);
@@ -311,14 +311,14 @@ fn heartbeats_of_both_sides_meet() {
             }
             let bytes: Vec<u8> = world.sides[side].out.drain(..).collect();
             if !bytes.is_empty() {
-                told[side] += 1;
+                announced[side] += 1;
                 world.sides[1 - side].hear(&bytes, world.now);
             }
         }
     }
     world.alive();
     assert!((29..=32).contains(&looks), "{looks} times somebody looked, in 30 heartbeats");
-    assert!(told.iter().all(|n| (29..=32).contains(n)), "{told:?} heartbeats in the time of 30");
+    assert!(announced.iter().all(|n| (29..=32).contains(n)), "{announced:?} heartbeats in the time of 30");
 }
 
 #[test]

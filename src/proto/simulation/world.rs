@@ -188,7 +188,7 @@ impl Side {
     }
 
     fn frames(&mut self, heard: usize, now: Instant) -> Result<()> {
-        self.machine.heard(heard, self.rx.arriving(), now);
+        self.machine.on_received(heard, self.rx.arriving(), now);
         while let Some((frame, len)) = self.rx.next()? {
             self.machine.handle(frame, &mut self.channels, now)?;
             self.rx.consume(len);
@@ -245,6 +245,6 @@ impl Side {
             }
             took += n;
         }
-        self.machine.told(took, self.leaving.len(), now);
+        self.machine.on_sent(took, self.leaving.len(), now);
     }
 }

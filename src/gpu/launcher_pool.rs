@@ -7,9 +7,9 @@ use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
 /// What can be handed on.
-pub(crate) trait Settle: Sized {
+pub(crate) trait Reusable: Sized {
     /// Ready for another user, with nothing left of the last one; `None` when it is not fit for one.
-    fn settle(self) -> Option<Self>;
+    fn reset(self) -> Option<Self>;
 }
 
 /// Launchers of a GPU without a user.
@@ -36,18 +36,18 @@ impl<T> Idle<T> {
 }
 
 /// A launcher that goes back to the idle ones when dropped. By then its user has waited for its jobs.
-pub(crate) struct Lent<T: Settle> {
+pub(crate) struct PooledLauncher<T: Reusable> {
     launcher: ManuallyDrop<T>,
     idle: Arc<Idle<T>>,
 }
 
-impl<T: Settle> Lent<T> {
-    pub(super) fn new(launcher: T, idle: &Arc<Idle<T>>) -> Lent<T> {
-        Lent { launcher: ManuallyDrop::new(launcher), idle: idle.clone() }
+impl<T: Reusable> PooledLauncher<T> {
+    pub(super) fn new(launcher: T, idle: &Arc<Idle<T>>) -> PooledLauncher<T> {
+        PooledLauncher { launcher: ManuallyDrop::new(launcher), idle: idle.clone() }
     }
 }
 
-impl<T: Settle> Deref for Lent<T> {
+impl<T: Reusable> Deref for PooledLauncher<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
@@ -55,17 +55,17 @@ impl<T: Settle> Deref for Lent<T> {
     }
 }
 
-impl<T: Settle> DerefMut for Lent<T> {
+impl<T: Reusable> DerefMut for PooledLauncher<T> {
     fn deref_mut(&mut self) -> &mut T {
         &mut self.launcher
     }
 }
 
-impl<T: Settle> Drop for Lent<T> {
+impl<T: Reusable> Drop for PooledLauncher<T> {
     fn drop(&mut self) {
         // SAFETY: taken once, here; nobody sees self afterwards.
         let launcher = unsafe { ManuallyDrop::take(&mut self.launcher) };
-        if let Some(launcher) = launcher.settle() {
+        if let Some(launcher) = launcher.reset() {
             self.idle.put(launcher);
         }
     }

@@ -3,7 +3,7 @@
 
 use super::closer;
 use super::kernels::Kernels;
-use super::lent::Settle;
+use super::launcher_pool::Reusable;
 use super::pieces::Cutter;
 use crate::status::{err, Error, Result};
 use crate::types::Piece;
@@ -306,8 +306,8 @@ impl PullLauncher {
     }
 }
 
-impl Settle for PullLauncher {
-    fn settle(mut self) -> Option<PullLauncher> {
+impl Reusable for PullLauncher {
+    fn reset(mut self) -> Option<PullLauncher> {
         let quiet = self.broken.is_none() && self.quiesce(Duration::ZERO).is_ok() && self.broken.is_none();
         (quiet && self.tail == self.head).then_some(self)
     }

@@ -2,9 +2,9 @@
 //! are.
 
 use super::closer;
-use super::lent::Lent;
+use super::launcher_pool::PooledLauncher;
 use super::pieces::{Cutter, ENGINE};
-use super::pull::{PullLauncher, LAUNCH};
+use super::pull_launcher::{PullLauncher, LAUNCH};
 use super::Gpu;
 use crate::status::{bail, Result};
 use crate::types::Piece;
@@ -22,7 +22,7 @@ const FIRST: usize = 2048;
 const FEW_RUNS: usize = 2;
 
 struct Lane {
-    launcher: Lent<PullLauncher>,
+    launcher: PooledLauncher<PullLauncher>,
     /// Launches under way, in order, each with its pull.
     launches: VecDeque<(u64, u64)>,
 }
@@ -31,7 +31,7 @@ struct Lane {
 struct Job {
     /// Launches under way, and lists that wait for room.
     left: u32,
-    told: bool,
+    reported: bool,
 }
 
 /// A list that waits for room, or what is left of one.
@@ -93,7 +93,7 @@ impl Pulls {
         closer::stir();
         let total = pieces.iter().map(|p| p.len).fold(0, u64::saturating_add);
         let job = self.first + self.jobs.len() as u64;
-        self.jobs.push_back(Job { left: 0, told: false });
+        self.jobs.push_back(Job { left: 0, reported: false });
         self.under_way += 1;
         let mut cutter = Cutter::new(pieces, total, self.engine_from(pieces.len()));
         if self.waiting.is_empty() {
@@ -185,7 +185,7 @@ impl Pulls {
 
     /// Whether a pull has ended; then its number is forgotten. An error is that of the GPU, which ends no pull any more.
     pub(crate) fn poll(&mut self, job: u64) -> Result<bool> {
-        let known = job.checked_sub(self.first).is_some_and(|i| self.jobs.get(i as usize).is_some_and(|j| !j.told));
+        let known = job.checked_sub(self.first).is_some_and(|i| self.jobs.get(i as usize).is_some_and(|j| !j.reported));
         if !known {
             bail!(Internal, "pull {job} is not under way");
         }
@@ -194,8 +194,8 @@ impl Pulls {
         if self.job(job).left > 0 {
             return Ok(false);
         }
-        self.job(job).told = true;
-        while self.jobs.front().is_some_and(|j| j.told) {
+        self.job(job).reported = true;
+        while self.jobs.front().is_some_and(|j| j.reported) {
             self.jobs.pop_front();
             self.first += 1;
         }

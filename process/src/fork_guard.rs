@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 static RUNNING: AtomicU32 = AtomicU32::new(0);
 static FORKING: AtomicU32 = AtomicU32::new(0);
 /// A fork that has waited this long happens.
-const PATIENCE: Duration = Duration::from_secs(10);
+const FORK_WAIT: Duration = Duration::from_secs(10);
 const NAP: Duration = Duration::from_micros(100);
 
 thread_local! {
@@ -45,7 +45,7 @@ pub(crate) fn run<R>(work: impl FnOnce() -> R) -> R {
 /// Called before a fork, by the thread that forks.
 pub(crate) extern "C" fn before() {
     FORKING.fetch_add(1, Ordering::SeqCst);
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + FORK_WAIT;
     while DEPTH.get() == 0 && RUNNING.load(Ordering::SeqCst) > 0 && Instant::now() < until {
         std::thread::sleep(NAP);
     }
@@ -65,7 +65,7 @@ pub(crate) fn in_child() {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::whole;
+    use crate::without_fork;
     use std::sync::atomic::AtomicBool;
 
     fn fork_and_reap() {
@@ -97,9 +97,9 @@ mod tests {
             let begin = Instant::now();
             std::thread::scope(|s| {
                 s.spawn(|| {
-                    whole(|| {
+                    without_fork(|| {
                         if nested {
-                            whole(|| ());
+                            without_fork(|| ());
                         }
                         begun.store(true, Ordering::SeqCst);
                         std::thread::sleep(Duration::from_millis(300));
@@ -112,9 +112,9 @@ mod tests {
                 fork_and_reap();
                 assert!(done.load(Ordering::SeqCst), "the fork came into the middle of it");
             });
-            whole(fork_and_reap);
+            without_fork(fork_and_reap);
             fork_and_reap();
-            assert!(begin.elapsed() < PATIENCE, "a fork waited for nothing");
+            assert!(begin.elapsed() < FORK_WAIT, "a fork waited for nothing");
             assert_eq!((RUNNING.load(Ordering::SeqCst), DEPTH.get()), (0, 0));
         }
     }
@@ -123,11 +123,11 @@ mod tests {
     fn what_would_begin_waits_for_a_fork_that_is_about_to_happen() {
         let _one = one_at_a_time();
         // Forks are watched from here on.
-        whole(|| ());
+        without_fork(|| ());
         before();
         let begun = AtomicBool::new(false);
         let early = std::thread::scope(|s| {
-            s.spawn(|| whole(|| begun.store(true, Ordering::SeqCst)));
+            s.spawn(|| without_fork(|| begun.store(true, Ordering::SeqCst)));
             std::thread::sleep(Duration::from_millis(100));
             let early = begun.load(Ordering::SeqCst);
             in_parent();

@@ -6,19 +6,19 @@ use std::time::Duration;
 /// Waits in a row that must have been short before a thread polls for longer.
 const PROOF: u32 = 2;
 
-/// The patience of one thread.
+/// The spin of one thread.
 #[derive(Clone, Copy, Debug)]
-pub struct Patience {
+pub struct AdaptiveSpin {
     /// What it always polls for, and what it polls for while the waits are short.
     limits: [Duration; 2],
     /// Waits in a row that polling for longer would have covered.
     short: u32,
 }
 
-impl Patience {
+impl AdaptiveSpin {
     /// Polls for the first of these, or for the second where that pays.
-    pub fn new(limits: [Duration; 2]) -> Patience {
-        Patience { limits, short: 0 }
+    pub fn new(limits: [Duration; 2]) -> AdaptiveSpin {
+        AdaptiveSpin { limits, short: 0 }
     }
 
     /// How long to poll now. `crowded`: other threads are at work, and need the cores.
@@ -40,25 +40,25 @@ mod tests {
 
     #[test]
     fn short_waits_make_it_patient_and_a_long_one_ends_that() {
-        let mut patience = Patience::new([US(20), US(100)]);
-        assert_eq!(patience.limit(false), US(20));
-        patience.waited(US(100));
-        assert_eq!(patience.limit(false), US(20), "one short wait proves nothing");
-        patience.waited(US(60));
-        assert_eq!(patience.limit(false), US(100));
-        assert_eq!(patience.limit(true), US(20), "others need the cores");
-        patience.waited(US(101));
-        assert_eq!(patience.limit(false), US(20));
-        patience.waited(US(1));
-        assert_eq!(patience.limit(false), US(20));
+        let mut spin = AdaptiveSpin::new([US(20), US(100)]);
+        assert_eq!(spin.limit(false), US(20));
+        spin.waited(US(100));
+        assert_eq!(spin.limit(false), US(20), "one short wait proves nothing");
+        spin.waited(US(60));
+        assert_eq!(spin.limit(false), US(100));
+        assert_eq!(spin.limit(true), US(20), "others need the cores");
+        spin.waited(US(101));
+        assert_eq!(spin.limit(false), US(20));
+        spin.waited(US(1));
+        assert_eq!(spin.limit(false), US(20));
     }
 
     #[test]
     fn one_that_must_not_poll_never_does() {
-        let mut patience = Patience::new([Duration::ZERO; 2]);
+        let mut spin = AdaptiveSpin::new([Duration::ZERO; 2]);
         for wait in [0, 0, 1, 0, 0, 0] {
-            patience.waited(US(wait));
-            assert_eq!(patience.limit(false), Duration::ZERO);
+            spin.waited(US(wait));
+            assert_eq!(spin.limit(false), Duration::ZERO);
         }
     }
 }
