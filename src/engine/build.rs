@@ -197,7 +197,6 @@ pub(crate) fn connection(site: &Site, up: Up, counted: Option<Counted>) -> Resul
 /// says for it that this side is alive, and whoever ends a region has it forget what it was offered.
 pub(crate) fn prepare(site: &Site, connection: &Connection) {
     let home = &site.home;
-    #[cfg(feature = "test-api")]
     if let time @ 1.. = site.kept.load(std::sync::atomic::Ordering::Relaxed) {
         connection.simulate_kept_preparing(std::time::Duration::from_millis(time));
     }

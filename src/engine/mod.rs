@@ -9,7 +9,6 @@
 //!   outgoing ones. `site`, `limits` and `ending` are what all set-ups share.
 
 mod accepts;
-#[cfg(feature = "test-api")]
 #[doc(hidden)]
 pub mod attack;
 mod attempt;
@@ -162,7 +161,6 @@ impl Engine {
             pool: budget::Pool::new(limits.peer_bytes, limits.peer_bytes_of_one, limits.transfers),
             census: budget::Census::new(limits.connections, limits.of_address),
             home: home.clone(),
-            #[cfg(feature = "test-api")]
             kept: Default::default(),
             config,
         });
@@ -283,7 +281,6 @@ impl Engine {
     }
 
     /// Simulates a driver of a GPU that keeps who makes new connections ready, each for so long.
-    #[cfg(feature = "test-api")]
     #[doc(hidden)]
     pub fn simulate_kept_set_ups(&self, time: Duration) {
         self.parts.site.kept.store(time.as_millis() as u64, std::sync::atomic::Ordering::Relaxed);

@@ -85,8 +85,7 @@ pub(crate) struct Site {
     pub pool: Arc<Pool>,
     pub census: Arc<Census>,
     pub home: Arc<Home>,
-    /// Milliseconds for which preparing a new connection is kept, simulated.
-    #[cfg(feature = "test-api")]
+    /// For tests: milliseconds for which a simulated driver keeps who prepares a new connection.
     pub kept: std::sync::atomic::AtomicU64,
 }
 

@@ -26,7 +26,6 @@ mod unasked;
 
 pub(crate) use direct::Sketch;
 pub(crate) use limits::MAX_BACKLOG;
-#[cfg(feature = "test-api")]
 pub(crate) use outgoing::tag;
 pub(crate) use outgoing::Scheduled;
 pub(crate) use peer::is_farewell;
