@@ -72,8 +72,8 @@ report() {
     77) skip "$1" "$(grep -a SKIPPED "$log" | head -1 | sed 's/^SKIPPED[: ]*//')" ;;
     *) fail "$1" "status $status after $seconds s, end of $log:" "$log" ;;
   esac
-  # A test inside a step that was skipped shows here too.
-  [ "$status" = 77 ] || grep -a '^ *SKIPPED' "$log" | sed "s/^ */         $1: /"
+  # Tests inside a step that were skipped show here too, by the reason and how many.
+  [ "$status" = 77 ] || sed -nE 's/^ *SKIPPED:? +([a-z0-9]+_[a-z0-9_]+ )?/SKIPPED inside: /p' "$log" | sort | uniq -c
 }
 
 # The tests that a log counts, of cargo test, nextest, CTest and the Python programs.
