@@ -22,7 +22,6 @@
 //! interface, `soft-plugin` the plugin over ordinary TCP, `reactor` waits for descriptors, `cuda-driver` opens the CUDA driver.
 
 pub mod addresses;
-#[cfg(feature = "test-api")]
 #[doc(hidden)]
 pub mod bench_api;
 #[cfg(test)]

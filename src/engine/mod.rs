@@ -6,7 +6,6 @@
 //! - `setup`: bringing connections up, incoming and outgoing ones.
 //! - `gpus` and `limits`: the GPUs and the budgets of an engine.
 
-#[cfg(feature = "test-api")]
 #[doc(hidden)]
 pub mod attack;
 mod connection;
@@ -134,7 +133,6 @@ impl Engine {
             pool: budget::Pool::new(limits.peer_bytes, limits.peer_bytes_of_one, limits.transfers),
             quota: quota::ConnectionQuota::new(limits.connections, limits.of_address),
             table: table.clone(),
-            #[cfg(feature = "test-api")]
             kept: Default::default(),
             config,
         });
@@ -255,7 +253,6 @@ impl Engine {
     }
 
     /// Simulates a driver of a GPU that keeps who makes new connections ready, each for so long.
-    #[cfg(feature = "test-api")]
     #[doc(hidden)]
     pub fn simulate_kept_set_ups(&self, time: Duration) {
         self.parts.context.kept.store(time.as_millis() as u64, std::sync::atomic::Ordering::Relaxed);

@@ -25,7 +25,6 @@ mod transfers;
 
 pub(crate) use direct::Sketch;
 pub(crate) use limits::MAX_BACKLOG;
-#[cfg(feature = "test-api")]
 pub(crate) use outgoing::tag;
 pub(crate) use outgoing::Scheduled;
 pub(crate) use peer::is_farewell;

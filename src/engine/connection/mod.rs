@@ -319,7 +319,6 @@ impl Connection {
     }
 
     /// Simulates a thread that the driver of a GPU keeps while it prepares the connection.
-    #[cfg(feature = "test-api")]
     #[doc(hidden)]
     pub fn simulate_kept_preparing(&self, time: Duration) {
         let _preparing = Preparing::new(self);

@@ -197,7 +197,6 @@ pub(crate) fn connection(context: &SetupContext, up: Up, counted: Option<Counted
 /// says for it that this side is alive, and whoever ends a region has it forget what it was offered.
 pub(crate) fn prepare(context: &SetupContext, connection: &Connection) {
     let table = &context.table;
-    #[cfg(feature = "test-api")]
     if let time @ 1.. = context.kept.load(std::sync::atomic::Ordering::Relaxed) {
         connection.simulate_kept_preparing(std::time::Duration::from_millis(time));
     }

@@ -87,7 +87,6 @@ pub(crate) struct SetupContext {
     pub quota: Arc<ConnectionQuota>,
     pub table: Arc<ConnectionTable>,
     /// Milliseconds for which preparing a new connection is kept, simulated.
-    #[cfg(feature = "test-api")]
     pub kept: std::sync::atomic::AtomicU64,
 }
 

@@ -8,5 +8,5 @@ fn committed_header_is_current() {
         std::fs::write(path, generated).expect("include/uccl_engine.h is writable");
     }
     let committed = std::fs::read_to_string(path).expect("include/uccl_engine.h exists");
-    assert!(committed == generated, "include/uccl_engine.h is stale: run UPDATE_HEADER=1 cargo test --test header");
+    assert!(committed == generated, "include/uccl_engine.h is stale: run UPDATE_HEADER=1 cargo test --release --test lints");
 }

@@ -8,5 +8,5 @@ fn committed_page_is_current() {
         std::fs::write(path, &generated).expect("docs/configuration.md is writable");
     }
     let committed = std::fs::read_to_string(path).expect("docs/configuration.md exists");
-    assert!(committed == generated, "docs/configuration.md is stale: run UPDATE_DOCS=1 cargo test --test configuration");
+    assert!(committed == generated, "docs/configuration.md is stale: run UPDATE_DOCS=1 cargo test --release --test lints");
 }
