@@ -9,11 +9,13 @@
 //! themselves.
 
 mod fork;
+mod space;
 mod sync;
 pub mod thread;
 mod whole;
 
 pub use fork::{close_copy, generation, Local, Parents, PerProcess};
+pub use space::ensure_space;
 pub use sync::{Condvar, Mutex, MutexGuard, RwLock, WaitTimeoutResult};
 
 /// Runs what a fork must not cut in half: a fork of another thread waits for its end, up to 10 s. What runs may fork itself.

@@ -118,7 +118,6 @@ pub(crate) fn start(
 ) -> Result<std::thread::JoinHandle<()>> {
     let mut desk = Desk::new(site, accepts, listeners, fresh).map_err(|e| limits::system("epoll", &e))?;
     limits::spawn("uccl-setup", move || {
-        process::thread::block_signals();
         while !desk.site.ending.begun() {
             // A defect in one set-up must not close the port for good.
             let round = std::panic::AssertUnwindSafe(|| desk.run());

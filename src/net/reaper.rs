@@ -33,7 +33,7 @@ pub(super) fn keep(orphan: Orphan) {
     let now = Instant::now();
     nursery.kept.push(Kept { orphan, since: now, due: now });
     if !nursery.running {
-        match std::thread::Builder::new().name("uccl-reaper".into()).spawn(run) {
+        match process::thread::spawn("uccl-reaper", run) {
             Ok(_) => nursery.running = true,
             // It is kept in memory, and the next arrival tries again.
             Err(e) => log::warn!("no thread for connects that were given up: {e}"),
@@ -49,7 +49,6 @@ pub(super) fn kept() -> usize {
 }
 
 fn run() {
-    process::thread::block_signals();
     let (nursery, arrived) = NURSERY.get();
     let mut nursery = nursery.lock();
     loop {

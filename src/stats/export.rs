@@ -77,8 +77,7 @@ impl Exporter {
                 Box::new(move || serve(&listener, &gives, &ends))
             }
         };
-        let thread = std::thread::Builder::new().name("uccl-metrics".into()).spawn(move || {
-            process::thread::block_signals();
+        let thread = process::thread::spawn("uccl-metrics", move || {
             // A defect in statistics must not end the process.
             if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
                 log::error!("the thread that offers statistics panicked; it has ended");
