@@ -87,6 +87,9 @@ fn fixed_ports_do_not_matter_and_what_cannot_work_fails_with_a_reason() {
     must_fail(PERF, "client 127.0.0.1:1 --op write", &[], "cannot connect to 127.0.0.1:1");
     must_fail(PERF, "demo --total 0", &[], "moves nothing");
     must_fail(PERF, "demo --total 100000G --block 1G", &[], "too large");
+    must_fail(PERF, "demo --total 1G --block 3", &[], "at most 1048576 segments");
+    must_fail(PERF, "demo --total 1M --block 1 --inflight 1024", &[], "at most 4194304 are in flight");
+    must_fail(PERF, "demo --op read --total 16000000000G --block 1 --bidirectional", &[], "at most 1048576 segments");
 }
 
 /// Ends the server when the test ends, however it ends.
