@@ -10,10 +10,12 @@
 
 mod fork;
 mod fork_guard;
+mod space;
 mod sync;
 pub mod thread;
 
 pub use fork::{close_copy, generation, Parents, PerProcess, ProcessOwned};
+pub use space::ensure_space;
 pub use sync::{Condvar, Mutex, MutexGuard, RwLock, WaitTimeoutResult};
 
 /// Runs a critical section that `fork` in other threads waits for, at most 10 s. The section itself may fork.

@@ -8,7 +8,6 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use process::thread::block_signals;
 use process::{Mutex, PerProcess};
 use reactor::{Events, Interest, Poller, Waker};
 
@@ -166,10 +165,7 @@ impl Worker {
         });
         worker.poller.add(worker.waker.fd(), WAKE, Interest::READ | Interest::EDGE)?;
         let own = worker.clone();
-        std::thread::Builder::new().name(format!("uccl-soft-{number}")).spawn(move || {
-            block_signals();
-            own.run();
-        })?;
+        process::thread::spawn(format!("uccl-soft-{number}"), move || own.run())?;
         Ok(worker)
     }
 

@@ -35,7 +35,7 @@ pub(crate) fn close_later(closing: impl Send + 'static) {
     if queue.running {
         return;
     }
-    match std::thread::Builder::new().name("uccl-closer".into()).spawn(run) {
+    match process::thread::spawn("uccl-closer", run) {
         Ok(_) => queue.running = true,
         Err(_) => drop(std::mem::take(&mut queue.waiting)),
     }
@@ -72,7 +72,6 @@ fn rest() {
 }
 
 fn run() {
-    process::thread::block_signals();
     let queue = QUEUE.get();
     loop {
         rest();

@@ -120,11 +120,7 @@ pub(super) fn queue(level: log::Level, text: &Arguments<'_>) -> bool {
 /// Starts the thread, where it does not run: at the first callback, and in a child of fork. Whether it runs.
 fn begin(waiting: &mut Waiting) -> bool {
     if !waiting.thread {
-        let started = std::thread::Builder::new().name("uccl-log".into()).spawn(|| {
-            process::thread::block_signals();
-            run(LINES.get());
-        });
-        waiting.thread = started.is_ok();
+        waiting.thread = process::thread::spawn("uccl-log", || run(LINES.get())).is_ok();
     }
     waiting.thread
 }

@@ -33,7 +33,7 @@ pub(super) fn keep(abandoned: Abandoned) {
     let now = Instant::now();
     polled.kept.push(Kept { abandoned, since: now, due: now });
     if !polled.running {
-        match std::thread::Builder::new().name("uccl-abandoned".into()).spawn(run) {
+        match process::thread::spawn("uccl-abandoned", run) {
             Ok(_) => polled.running = true,
             // It is kept in memory, and the next arrival tries again.
             Err(e) => log::warn!("no thread for connects that were given up: {e}"),
@@ -49,7 +49,6 @@ pub(super) fn kept() -> usize {
 }
 
 fn run() {
-    process::thread::block_signals();
     let (polled, arrived) = POLLED.get();
     let mut polled = polled.lock();
     loop {

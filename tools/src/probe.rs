@@ -53,6 +53,7 @@ fn between(node: &Arc<Node>, peer: &Arc<Node>, memory: Kind) -> Result<(Proof, u
 
     let started = Instant::now();
     let item = target.item()?;
+    let pieces = shape.pieces().map_err(Failure::new)?;
     let segments = |region: &Region| {
         let segment = |p: &crate::pattern::Piece| {
             let mut item = item;
@@ -60,7 +61,7 @@ fn between(node: &Arc<Node>, peer: &Arc<Node>, memory: Kind) -> Result<(Proof, u
             item.size = p.len as u32;
             (region.segment(p.local, p.len), item)
         };
-        shape.pieces().iter().map(segment).collect::<Vec<_>>()
+        pieces.iter().map(segment).collect::<Vec<_>>()
     };
     run(&link, Direction::Write, &segments(&source)).context("the write failed")?;
     link.notify(NOTE.0, NOTE.1).context("the notification failed")?;

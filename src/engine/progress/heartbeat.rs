@@ -11,7 +11,6 @@ const ROUND: (Duration, Duration) = (Duration::from_millis(20), Duration::from_s
 
 /// Runs until the engine ends.
 pub(crate) fn run(context: &SetupContext) {
-    process::thread::block_signals();
     // A new connection may be kept from its first moment on.
     let most = context.config.peer_timeout / 12;
     let mut pause = most;

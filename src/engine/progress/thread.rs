@@ -7,7 +7,7 @@ use super::pacing::{step, Round, Step};
 use super::table::Driven;
 use crate::engine::connection::{Connection, ConnectionTable};
 use crate::hash::Map;
-use process::thread::{ask_for_short_turns, block_signals};
+use process::thread::ask_for_short_turns;
 use reactor::Interest;
 use std::cmp::Reverse;
 use std::collections::hash_map::Entry;
@@ -282,7 +282,6 @@ fn watch(table: &ConnectionTable, active: &mut Active, interest: Interest) {
 
 /// Runs until the engine closes. A panic in a round ends the connections that it may have left half done, and not the thread.
 pub(crate) fn run(table: &ConnectionTable, spin: Option<Duration>) {
-    block_signals();
     ask_for_short_turns();
     let spin = spin.unwrap_or_else(default_spin);
     while !table.ended() {

@@ -118,7 +118,6 @@ pub(crate) fn start(
 ) -> Result<std::thread::JoinHandle<()>> {
     let mut acceptor = Acceptor::new(context, accepts, listeners, fresh).map_err(|e| limits::system("epoll", &e))?;
     limits::spawn("uccl-setup", move || {
-        process::thread::block_signals();
         while !acceptor.context.shutdown.begun() {
             // A defect in one set-up must not close the port for good.
             let round = std::panic::AssertUnwindSafe(|| acceptor.run());

@@ -54,7 +54,6 @@ pub(crate) fn resolve(host: &str, port: u16, deadline: Instant, shutdown: &Shutd
     let (sender, receiver) = mpsc::channel();
     let name = bare.to_owned();
     let started = limits::spawn("uccl-resolve", move || {
-        process::thread::block_signals();
         let found = lookup(&name, port);
         LOOKUPS.fetch_sub(1, Ordering::AcqRel);
         // Whoever asked may have given up.

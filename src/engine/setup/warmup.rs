@@ -11,7 +11,6 @@ pub(crate) const WAITING: usize = 256;
 
 /// Runs until nobody names connections any more.
 pub(crate) fn run(context: &SetupContext, fresh: &Receiver<u64>) {
-    process::thread::block_signals();
     for id in fresh {
         let connection = context.table.connections.get(id).filter(|connection| connection.is_up());
         if let (Some(connection), false) = (connection, context.shutdown.begun()) {
