@@ -1,6 +1,7 @@
 //! Copies under way into memory of this side: of its own reads, and of the peer's writes. Knows nothing of grants and of how the other side is
 //! told.
 
+use super::areas::Slot;
 use super::exports::Imports;
 use super::memory::host::HostMemory;
 use super::memory::{LocalMemory, Pull};
@@ -19,6 +20,12 @@ pub(super) enum Owner {
     Read(Key),
     /// Orders of the peer, and the bytes of each.
     Orders(Vec<(u64, u64)>),
+    /// A staged order of the peer, and the slot that it comes from.
+    Staged(Slot, Vec<(u64, u64)>),
+    /// A staged read of this side, and the slot that it comes from.
+    Answer(Slot, Key),
+    /// A slot of the peer's area that is being filled.
+    Gather(Slot),
 }
 
 /// What became of a copy.

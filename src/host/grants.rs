@@ -168,6 +168,17 @@ impl Grants {
         Some(Target { used, there, addr, len, landing })
     }
 
+    /// What a staged read of the peer reads, with a use of its region; `None` when the grant does not stand, or allows no reading.
+    pub(crate) fn source(&self, slot: u32, generation: u64) -> Option<Target> {
+        let &Given { ref of, there, addr, len, .. } = self.slots.get(&slot).filter(|given| given.generation == generation)?;
+        match of {
+            Of::Region(region, _) if region.access().read => {
+                Some(Target { used: region.enter()?, there, addr, len, landing: None })
+            }
+            _ => None,
+        }
+    }
+
     /// Where the memory of a grant lies.
     pub(crate) fn place(&self, slot: u32, generation: u64) -> Option<Place> {
         self.slots.get(&slot).filter(|given| given.generation == generation).map(|given| match &given.of {

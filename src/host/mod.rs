@@ -5,9 +5,12 @@
 //! and `grants` keep who may touch what. Blocks move in two flows over one `ring` in shared memory (`shm`, `layout`): `read`, and `write`,
 //! which the peer carries out as `orders`; `copies` are under way for either. `memory` is what each kind of memory must do.
 
+mod areas;
 mod blocks;
 mod copies;
 mod exports;
+mod fetch;
+mod gather;
 mod grants;
 mod layout;
 mod link;
@@ -15,10 +18,12 @@ mod locate;
 pub(crate) mod memory;
 mod messages;
 mod orders;
+mod queue;
 mod read;
 mod ring;
 mod shm;
 mod socket;
+mod staged;
 mod transport;
 mod write;
 

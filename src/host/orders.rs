@@ -1,6 +1,7 @@
 //! Writes of the peer, carried out by this side, which owns the destinations: records are read from the peer's ring, checked against grants and
 //! exports, and copied. Nothing that the peer says is believed. Knows nothing of how copies run.
 
+use super::areas::{Kind, Slot};
 use super::blocks::Stride;
 use super::copies::{Copies, Owner};
 use super::exports::{Imports, Stretch};
@@ -8,6 +9,7 @@ use super::grants::{Grants, Target};
 use super::layout::WINDOW;
 use super::locate::holds;
 use super::ring::{place, Head, RingIn, MAX_BLOCKS, MAX_BYTES};
+use super::staged::{Copying, Staged};
 use crate::direct::Event;
 use crate::hash::Map;
 use crate::status::{bail, Result};
@@ -27,6 +29,8 @@ struct Order {
     /// Its last record has come.
     last: bool,
     refused: bool,
+    /// It reads what lies here, and is answered.
+    reads: bool,
     /// Bytes that are in place, and that were told.
     moved: u64,
     told: u64,
@@ -42,6 +46,8 @@ struct Gathered {
     parts: Vec<(u64, u64)>,
     bytes: u64,
     bulk: bool,
+    /// The slot that all of it comes from.
+    slot: Option<Slot>,
 }
 
 /// What orders need of the rest of the transport.
@@ -49,6 +55,7 @@ pub(super) struct Around<'a> {
     pub copies: &'a mut Copies,
     pub imports: &'a mut Imports,
     pub grants: &'a mut Grants,
+    pub staged: &'a mut Staged,
 }
 
 /// All orders of the peer.
@@ -108,8 +115,19 @@ impl Orders {
             around.copies.pieces.clear();
             while around.copies.pieces.len() < stride.blocks.min(MAX_BLOCKS) && copy.bytes < stride.bytes && records < RECORDS {
                 let Some((head, count)) = self.inn.next()? else { break };
-                if !self.add(head, count, around, &mut copy)? {
-                    break;
+                match Kind::of(head.export) {
+                    // It is a copy of its own, or none.
+                    Some(_) if copy.place.is_some() => break,
+                    Some((Kind::Fetch, there)) => self.fetch(head, count, there, around)?,
+                    Some((Kind::Answer, _)) => {
+                        let Around { copies, imports, staged, .. } = around;
+                        staged.answer((head, count), &mut self.inn, Copying { copies, imports })?;
+                        around.copies.pieces.clear();
+                        (read, records) = (true, records + 1);
+                        continue;
+                    }
+                    _ if !self.add(head, count, around, &mut copy)? => break,
+                    _ => {}
                 }
                 (read, records) = (true, records + 1);
                 self.settle(head.order, around.grants, events)?;
@@ -127,7 +145,7 @@ impl Orders {
     }
 
     fn start(&mut self, copy: Gathered, around: &mut Around<'_>) -> Result<()> {
-        let Gathered { place: Some(to), exports, parts, bytes, .. } = copy else { return Ok(()) };
+        let Gathered { place: Some(to), exports, parts, bytes, slot, .. } = copy else { return Ok(()) };
         for &(number, _) in &parts {
             if let Some(order) = self.order(number) {
                 order.copies += 1;
@@ -135,20 +153,32 @@ impl Orders {
         }
         self.pieces += around.copies.pieces.len();
         self.copies += 1;
-        // SAFETY: `add` has checked that sources lie in the peer's process or its open exports, and destinations in targets that the orders
-        // hold until the copy has ended.
-        unsafe { around.copies.start(to, exports, bytes, Owner::Orders(parts), around.imports) }
+        let owner = match slot {
+            Some(slot) => Owner::Staged(slot, parts),
+            None => Owner::Orders(parts),
+        };
+        // SAFETY: `add` has checked that sources lie in the peer's process, its open exports or a slot of this side's area, and destinations in
+        // targets that the orders hold until the copy has ended.
+        unsafe { around.copies.start(to, exports, bytes, owner, around.imports) }
     }
 
     /// Adds the record at hand to a copy: `false` when it belongs to another one. Small orders never wait for large ones.
     fn add(&mut self, head: Head, count: usize, around: &mut Around<'_>, copy: &mut Gathered) -> Result<bool> {
         let to = around.grants.place(head.slot, head.generation);
-        let other = copy.place.is_some() && (to.is_some_and(|to| copy.place != Some(to)) || copy.bulk != head.bulk);
+        let other = copy.slot.is_some()
+            || copy.place.is_some() && (to.is_some_and(|to| copy.place != Some(to)) || copy.bulk != head.bulk);
         if other || (head.bulk && copy.parts.last().is_some_and(|&(number, _)| number != head.order)) {
             return Ok(false);
         }
-        if !self.begin(&head, around.grants)? {
+        let slot = match Kind::of(head.export) {
+            Some((_, here)) => Some(around.staged.enter(here)?),
+            None => None,
+        };
+        if !self.begin(&head, false, around.grants)? {
             self.inn.skip();
+            if let Some((slot, _)) = slot {
+                around.staged.leave(slot, &self.inn)?;
+            }
             return Ok(true);
         }
         let Orders { open, inn, .. } = self;
@@ -156,7 +186,11 @@ impl Orders {
         let used = order.targets.iter().find(|(slot, generation, _)| (*slot, *generation) == (head.slot, head.generation));
         let Some((.., target)) = used else { bail!(Internal, "a grant that was not entered") };
         let here = target.used.place;
-        let stretch = source(&head, here, target.there, around.imports)?;
+        let stretch = match slot {
+            Some((Slot { place, .. }, stretch)) if place == here && around.staged.joins(here, target.there) => stretch,
+            Some(_) => bail!(Protocol, "a staged record for memory of {here:?}, which was not agreed"),
+            None => source(&head, here, target.there, around.imports)?,
+        };
         let (mut sum, mut from, mut into) = (0u64, true, true);
         let pieces = &mut around.copies.pieces;
         pieces.reserve(count);
@@ -182,7 +216,8 @@ impl Orders {
         }
         order.told += sum;
         (copy.place, copy.bulk, copy.bytes) = (Some(here), head.bulk, copy.bytes + sum);
-        if here.is_device() && !copy.exports.contains(&head.export) {
+        copy.slot = slot.map(|(slot, _)| slot);
+        if here.is_device() && slot.is_none() && !copy.exports.contains(&head.export) {
             copy.exports.push(head.export);
         }
         match copy.parts.last_mut().filter(|(number, _)| *number == head.order) {
@@ -193,7 +228,7 @@ impl Orders {
     }
 
     /// The order of a record, with a use of what it writes. `false` where the record is to be skipped, since the order is refused.
-    fn begin(&mut self, head: &Head, grants: &Grants) -> Result<bool> {
+    fn begin(&mut self, head: &Head, reads: bool, grants: &Grants) -> Result<bool> {
         let number = head.order;
         if number > self.newest {
             if number - self.newest > WINDOW as u64 || self.open.contains_key(&place(number)) {
@@ -201,13 +236,13 @@ impl Orders {
             }
             (self.newest, self.unfinished) = (number, self.unfinished + 1);
             self.inn.begin(number);
-            let order = Order { number, copies: 0, last: false, refused: false, moved: 0, told: 0, targets: Vec::new() };
+            let order = Order { number, copies: 0, last: false, refused: false, reads, moved: 0, told: 0, targets: Vec::new() };
             self.open.insert(place(number), order);
         }
         // What is left of an order that was refused has nowhere to go.
         let Some(order) = self.open.get_mut(&place(number)).filter(|order| order.number == number) else { return Ok(false) };
-        if order.last {
-            bail!(Protocol, "a record of order {number} after its last one");
+        if order.last || order.reads != reads {
+            bail!(Protocol, "a record of order {number} after its last one, or of another kind");
         }
         if order.refused {
             return Ok(false);
@@ -216,7 +251,8 @@ impl Orders {
         self.unfinished -= usize::from(head.last);
         let known = |(slot, generation, _): &(u32, u64, Target)| (*slot, *generation) == (head.slot, head.generation);
         if !order.targets.iter().any(known) {
-            match grants.target(head.slot, head.generation) {
+            let found = if reads { grants.source(head.slot, head.generation) } else { grants.target(head.slot, head.generation) };
+            match found {
                 Some(target) => order.targets.push((head.slot, head.generation, target)),
                 None => {
                     self.unfinished -= usize::from(!order.last);
@@ -228,6 +264,39 @@ impl Orders {
             bail!(Protocol, "a message for several buffers");
         }
         Ok(!order.refused)
+    }
+
+    /// The peer asks for the blocks of the record at hand, which go to the area of its GPU `there`.
+    fn fetch(&mut self, head: Head, count: usize, there: Place, around: &mut Around<'_>) -> Result<()> {
+        if !self.begin(&head, true, around.grants)? {
+            self.inn.skip();
+            return Ok(());
+        }
+        let Orders { open, inn, .. } = self;
+        let Some(order) = open.get_mut(&place(head.order)) else { bail!(Internal, "a record of no order") };
+        let used = order.targets.iter().find(|(slot, generation, _)| (*slot, *generation) == (head.slot, head.generation));
+        let Some((.., target)) = used else { bail!(Internal, "a grant that was not entered") };
+        let (mut sum, mut inside) = (order.told, target.there == there);
+        let mut pieces = Vec::with_capacity(count);
+        inn.take(|piece| {
+            inside &= holds(target.len, piece.src.wrapping_sub(target.addr), piece.len);
+            sum = sum.saturating_add(piece.len);
+            pieces.push(piece);
+        });
+        if !inside || sum == u64::MAX {
+            bail!(Protocol, "a read of {count} blocks, some of them outside of what is granted");
+        }
+        order.told = sum;
+        around.staged.ask(&head, (target.used.place, there), &pieces)
+    }
+
+    /// So many more bytes that the peer has asked for were told.
+    ///
+    /// # Errors
+    /// `Internal` for what cannot be.
+    pub(super) fn answered(&mut self, number: u64, bytes: u64, grants: &mut Grants, events: &mut Vec<Event>) -> Result<()> {
+        self.moved_of(number, bytes, events);
+        self.settle(number, grants, events)
     }
 
     /// So many more bytes of a copy are in place.

@@ -134,6 +134,18 @@ impl RingOut {
     /// # Errors
     /// `Protocol` when the other side claims what cannot be.
     pub(crate) fn room(&mut self, wanted: usize, bulk: bool) -> Result<usize> {
+        self.find(wanted, wanted.min(LEAST), bulk)
+    }
+
+    /// Whether the next record may have so many blocks.
+    ///
+    /// # Errors
+    /// As [`RingOut::room`].
+    pub(crate) fn fits(&mut self, blocks: usize, bulk: bool) -> Result<bool> {
+        Ok(self.find(blocks, blocks, bulk)? == blocks)
+    }
+
+    fn find(&mut self, wanted: usize, least: usize, bulk: bool) -> Result<usize> {
         let head = self.shared.word(HEAD).load(Ordering::Acquire);
         if head < self.head || head > self.tail {
             bail!(Protocol, "the peer has read the ring up to {head}, which ends at {}", self.tail);
@@ -144,7 +156,6 @@ impl RingOut {
         let (free, at) = ((RING - (self.tail - self.head) as usize).saturating_sub(kept), self.tail as usize % RING);
         let left = RING - at;
         let (here, front) = (fits(free.min(left)), fits(free.saturating_sub(left)));
-        let least = wanted.min(LEAST);
         let anew = at >= FAR && self.head == self.tail && front >= wanted.min(MAX_BLOCKS);
         if here >= least && !anew {
             return Ok(here);

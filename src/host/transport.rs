@@ -3,6 +3,7 @@
 
 use super::copies::{Copies, Done, Owner};
 use super::exports::{Imports, Reach, Shares, Stretch};
+use super::gather;
 use super::grants::{Claim, Grants, Leases};
 use super::link::Linked;
 use super::locate::cover;
@@ -13,6 +14,7 @@ use super::orders::{self, Orders};
 use super::read::{self, Reads, Source};
 use super::ring::Listening;
 use super::socket::{Received, Socket, MAX_MESSAGE};
+use super::staged::Staged;
 use super::write::{Target, Writes};
 use crate::direct::{Activity, Direct, Event, Pairing, Route, Start, Way};
 use crate::region::{Hold, Region, RegionUse};
@@ -47,7 +49,7 @@ pub(crate) struct Watched {
 struct Wire {
     socket: Socket,
     pid: i32,
-    /// Pairs of places, here and there, between which both sides can copy.
+    /// Pairs of places, here and there, between which the side where the data goes copies it out of the other's memory.
     pairs: Vec<(Place, Place)>,
     /// Answers and rings.
     outbox: VecDeque<Message>,
@@ -79,6 +81,7 @@ pub(crate) struct OneHost {
     reads: Reads,
     writes: Writes,
     orders: Orders,
+    staged: Staged,
     /// Bytes that came to this side.
     received: u64,
     /// The peer has answered a claim, or said that it can reach an allocation.
@@ -90,7 +93,8 @@ pub(crate) struct OneHost {
 impl OneHost {
     /// `bell`: rung when a thread has ended a copy; `likely`: GPUs of the peer whose memory is in use.
     pub(crate) fn new(linked: Linked, bell: Bell, likely: Vec<Place>, lookup: Lookup) -> OneHost {
-        let Linked { socket, who, mut host, device, inn, out, pairs, .. } = linked;
+        let Linked { socket, who, mut host, device, inn, out, mut pairs, pushed, .. } = linked;
+        pairs.retain(|pair| !pushed.contains(pair));
         if let Some(host) = &mut host {
             host.set_bell(bell);
         }
@@ -108,6 +112,7 @@ impl OneHost {
             reads: Reads::default(),
             writes: Writes::new(out),
             orders: Orders::new(inn),
+            staged: Staged::new(pushed),
             received: 0,
             answered: false,
             late: Vec::new(),
@@ -167,12 +172,16 @@ impl OneHost {
 
     /// How one pairing of a transfer can go.
     fn route_pairing(&mut self, way: Way, pairing: &Pairing, hold: &Hold) -> Route {
+        let staged = self.staged.joins(pairing.here, pairing.there);
+        if staged {
+            self.staged.provide(pairing.here, self.copies.device.as_mut());
+        }
         let granted = match self.leases.claim(pairing.region, pairing.token, pairing.here) {
             Claim::Granted(granted) => granted,
             Claim::Asked => {
                 self.wire.wake();
                 // What the peer is to read is told meanwhile.
-                if way == Way::Out && self.target(pairing, (0, 0), hold) == Reach::No {
+                if !staged && way == Way::Out && self.target(pairing, (0, 0), hold) == Reach::No {
                     return Route::Channels;
                 }
                 return Route::Wait;
@@ -185,6 +194,9 @@ impl OneHost {
         }
         if !self.leases.stands(granted.slot, granted.generation) {
             return Route::Refused(err!(RemoteAccess, "region {} is not registered any more", granted.region));
+        }
+        if staged {
+            return self.staged.route(way, pairing, &granted);
         }
         let reach = match way {
             Way::In => self.source(pairing, &granted).drop_value(),
@@ -235,6 +247,20 @@ impl OneHost {
         Ok(())
     }
 
+    fn start_staged(&mut self, transfer: &mut Start<'_>) -> Result<()> {
+        let mut sources = Vec::with_capacity(transfer.pairings.len());
+        for &Pairing { region, token, here, .. } in transfer.pairings {
+            let Claim::Granted(granted) = self.leases.claim(region, token, here) else {
+                bail!(Internal, "a staged transfer of region {region}, which is not granted")
+            };
+            sources.push(gather::Source { slot: granted.slot, generation: granted.generation, here });
+        }
+        let OneHost { copies, imports, writes, staged, .. } = self;
+        staged.start(transfer, sources, &mut gather::Around { copies, imports, out: &mut writes.out })?;
+        self.ring_if(true);
+        Ok(())
+    }
+
     // ---- messages ----
 
     /// Reads what the peer's process says; whether there may be more.
@@ -274,6 +300,14 @@ impl OneHost {
             }
             (Message::End { id }, Some(device)) => self.imports.ended(id, &mut **device)?,
             (Message::Claim { region, token, place }, _) => self.claimed((region, token, place), events)?,
+            (Message::Area { there, here, export }, Some(_)) if self.staged.joins(here, there) => {
+                self.staged.told(here, there, export)?;
+            }
+            (Message::Grant(granted), device) if self.staged.joins(granted.here, granted.there) => {
+                self.staged.open(granted.here, granted.there, device.as_mut());
+                self.leases.granted(*granted)?;
+                self.answered = true;
+            }
             (Message::Grant(granted), _) if self.wire.joins(granted.here, granted.there) => {
                 self.leases.granted(*granted)?;
                 self.answered = true;
@@ -309,6 +343,12 @@ impl OneHost {
 
     /// Grants a region whose token the peer has shown; `false` where direct transfers cannot reach it.
     fn grant(&mut self, region: &RegionUse, there: Place) -> bool {
+        if self.staged.joins(region.place, there) {
+            let direct = self.staged.access(region.place, there, &mut self.copies.device);
+            // Its end is to be told.
+            region.to_share();
+            return (direct.read || direct.write) && self.grants.give(region.region(), there, direct, Vec::new());
+        }
         if !self.wire.joins(region.place, there) {
             return false;
         }
@@ -329,7 +369,12 @@ impl OneHost {
             self.wire.outbox.extend(self.imports.open_one(&mut **device));
             (self.answered, opened) = (true, true);
         }
-        let OneHost { wire: Wire { socket, outbox, .. }, shares, grants, leases, copies, .. } = self;
+        let OneHost { wire: Wire { socket, outbox, .. }, shares, grants, leases, copies, staged, .. } = self;
+        // A claim and a grant need areas: the peer learns of them first.
+        while send(socket, staged.outbox())? {}
+        if staged.speaks() {
+            return Ok(opened);
+        }
         loop {
             if let Some(device) = &mut copies.device {
                 shares.prepare(&mut **device);
@@ -374,7 +419,7 @@ impl OneHost {
             if ended.is_some() && self.orders.inn.closed() {
                 bail!(RemoteDisconnect, "the peer's process has closed the connection");
             }
-            self.received += bytes;
+            self.received += if matches!(owner, Owner::Gather(_)) { 0 } else { bytes };
             match (owner, ended) {
                 (Owner::Read(key), ended) => {
                     self.orders.inn.read(bytes);
@@ -385,8 +430,23 @@ impl OneHost {
                         self.reads.copied(key, &self.leases, events);
                     }
                 }
-                (Owner::Orders(parts), None) => self.orders.moved(&parts, bytes, events),
+                (Owner::Answer(slot, key), ended) => {
+                    self.orders.inn.read(bytes);
+                    if bytes > 0 {
+                        events.push(Event::Moved(key, bytes));
+                    }
+                    if ended.is_some() {
+                        self.staged.copied(slot, key, &self.orders.inn)?;
+                    }
+                }
+                (Owner::Gather(slot), Some(_)) => self.staged.gathered(slot),
+                (Owner::Gather(_), None) => {}
+                (Owner::Orders(parts) | Owner::Staged(_, parts), None) => self.orders.moved(&parts, bytes, events),
                 (Owner::Orders(parts), Some(pieces)) => {
+                    self.orders.copied(&parts, bytes, pieces, &mut self.grants, events)?;
+                }
+                (Owner::Staged(slot, parts), Some(pieces)) => {
+                    self.staged.leave(slot, &self.orders.inn)?;
                     self.orders.copied(&parts, bytes, pieces, &mut self.grants, events)?;
                 }
             }
@@ -394,12 +454,12 @@ impl OneHost {
         Ok(any)
     }
 
-    /// Advances both flows.
+    /// Advances all flows.
     fn advance(&mut self, events: &mut Vec<Event>) -> Result<bool> {
         let mut any = false;
         if self.orders.inn.waiting() {
-            let OneHost { copies, imports, grants, orders, .. } = self;
-            any |= orders.advance(&mut orders::Around { copies, imports, grants }, events)?;
+            let OneHost { copies, imports, grants, orders, staged, .. } = self;
+            any |= orders.advance(&mut orders::Around { copies, imports, grants, staged }, events)?;
         }
         if self.copies.any() {
             any |= self.report_copies(events)?;
@@ -411,10 +471,24 @@ impl OneHost {
             self.ring_if(false);
             any = true;
         }
+        any |= self.advance_staged(events)?;
         if self.orders.rings() {
             self.wire.outbox.push_back(Message::Ring);
         }
         Ok(any)
+    }
+
+    fn advance_staged(&mut self, events: &mut Vec<Event>) -> Result<bool> {
+        let OneHost { copies, imports, writes, staged, orders, grants, .. } = self;
+        let told = staged.advance(&mut gather::Around { copies, imports, out: &mut writes.out })?;
+        for (number, bytes) in staged.take_answered() {
+            orders.answered(number, bytes, grants, events)?;
+        }
+        let ended = staged.report(&mut writes.out, events)?;
+        if told || staged.rings() {
+            self.ring_if(false);
+        }
+        Ok(told || ended)
     }
 }
 
@@ -463,7 +537,8 @@ impl Direct for OneHost {
         let joined = |pairing: &Pairing| self.wire.joins(pairing.here, pairing.there);
         // One copy writes memory of one place.
         let mixed = way == Way::In && pairings.iter().any(|pairing| pairing.here != place);
-        if mixed || !pairings.iter().all(joined) {
+        let whole = self.staged.suits(way, pairings).unwrap_or_else(|| pairings.iter().all(joined));
+        if mixed || !whole {
             return Ok(Route::Channels);
         }
         let mut route = Route::Direct;
@@ -478,7 +553,10 @@ impl Direct for OneHost {
     }
 
     fn start(&mut self, transfer: &mut Start<'_>, landing: Option<Landing>) -> Result<()> {
+        let staged = transfer.pairings.first().is_some_and(|pairing| self.staged.joins(pairing.here, pairing.there));
         match transfer.way {
+            _ if staged && landing.is_some() => bail!(Protocol, "a landing for a message that is to be staged"),
+            _ if staged => self.start_staged(transfer),
             Way::In => self.start_read(transfer),
             Way::Out => self.start_write(transfer, landing),
         }
@@ -526,13 +604,15 @@ impl Direct for OneHost {
     fn activity(&self, now: Instant) -> Activity {
         let waiting = self.orders.inn.waiting();
         let queues = [&self.wire.outbox, &self.shares.outbox, &self.grants.outbox, &self.leases.outbox];
-        let busy = !self.reads.is_empty() || !self.late.is_empty() || self.writes.len() > 0 || !self.orders.is_empty();
+        let staged = self.staged.doing();
+        let busy =
+            staged.busy || !self.reads.is_empty() || !self.late.is_empty() || self.writes.len() > 0 || !self.orders.is_empty();
         let news = self.wire.news.load(Ordering::Acquire) || self.imports.waiting() || self.answered;
         Activity {
             busy,
-            active: busy || waiting || news || queues.iter().any(|queue| !queue.is_empty()),
+            active: busy || waiting || news || self.staged.speaks() || queues.iter().any(|queue| !queue.is_empty()),
             copying: self.copies.copying(),
-            wants_polling: self.writes.len() > 0 || self.copies.any() || waiting,
+            wants_polling: staged.busy || self.writes.len() > 0 || self.copies.any() || waiting,
             worth_spinning: self.writes.end_soon(now) || self.copies.end_soon(now),
         }
     }
@@ -560,33 +640,42 @@ impl Direct for OneHost {
 
     fn ready(&mut self, place: Place) -> Result<()> {
         match &mut self.copies.device {
-            Some(device) if place.is_device() && self.wire.pairs.iter().any(|&(here, _)| here == place) => device.ready(place),
+            Some(device) if place.is_device() => {
+                let direct = self.wire.pairs.iter().any(|&(here, _)| here == place);
+                if direct || self.staged.has(place) {
+                    device.ready(place)
+                } else {
+                    Ok(())
+                }
+            }
             _ => Ok(()),
         }
     }
 
     fn flowed(&self) -> (u64, u64) {
-        (self.writes.moved().0, self.received)
+        (self.writes.moved().0 + self.staged.doing().moved.0, self.received)
     }
 
     fn describe(&self, way: Way) -> String {
-        let pid = self.wire.pid;
+        let (pid, staged) = (self.wire.pid, self.staged.doing());
         match way {
-            Way::Out if self.writes.len() > 0 => {
-                format!("{} writes that process {pid} of this host is to copy", self.writes.len())
+            Way::Out if self.writes.len() + staged.writes > 0 => {
+                format!("{} writes that process {pid} of this host is to copy", self.writes.len() + staged.writes)
             }
+            Way::In if staged.reads > 0 => format!("{} reads that process {pid} of this host is to answer", staged.reads),
             Way::In if self.copies.any() => format!("copies from process {pid} of this host"),
             _ => String::new(),
         }
     }
 
     fn stats(&self, kernel: bool) -> ChannelStats {
+        let staged = self.staged.doing();
         ChannelStats {
             nic: super::NAME.to_owned(),
             route: if kernel { format!("process {} of this host", self.wire.pid) } else { String::new() },
-            sent_bytes: self.writes.moved().1.saturating_add(self.writes.out.read()),
+            sent_bytes: (self.writes.moved().1 + staged.moved.1).saturating_add(self.writes.out.read()),
             received_bytes: self.received,
-            window_out: self.writes.len() as u32,
+            window_out: (self.writes.len() + staged.writes) as u32,
             ..ChannelStats::default()
         }
     }
@@ -601,11 +690,18 @@ impl Drop for OneHost {
         self.orders.end(ended.is_ok());
         match (ended, &mut self.copies.device) {
             (Err(e), _) => {
+                self.staged.end(None);
                 log::error!("a copy from another process has not ended; its memory stays in use: {e}");
                 std::mem::forget((self.copies.host.take(), self.copies.device.take()));
             }
-            (Ok(()), Some(device)) => self.imports.close_all(&mut **device),
+            (Ok(()), Some(device)) => {
+                self.staged.end(Some(&mut **device));
+                self.imports.close_all(&mut **device);
+            }
             (Ok(()), None) => {}
         }
     }
 }
+
+#[cfg(test)]
+mod staged_tests;

@@ -1,0 +1,246 @@
+//! Areas: memory of this library on a GPU, cut into slots, into which a peer's GPU writes what this side then copies to where it belongs.
+//! Slots are used in turn, and each side counts by itself: the peer names none that this side would have to believe. An area serves one
+//! connection; its pages are used for nothing else before both sides have ended their mappings. Knows nothing of sockets, records and
+//! transfers.
+
+use super::exports::Stretch;
+use super::layout;
+use super::memory::{Area, Export, LocalMemory, Mapping};
+use super::messages::Message;
+use super::shm::Shared;
+use crate::hash::Map;
+use crate::status::{bail, Result};
+use crate::types::Place;
+use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+
+/// Bytes of a slot, slots of an area, and bytes of an area.
+pub(super) const SLOT: u64 = 4 << 20;
+pub(super) const SLOTS: u64 = 8;
+pub(super) const AREA: u64 = SLOT * SLOTS;
+
+/// What a record that uses an area says in place of an export, with the GPU whose area it is. Exports never have such numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Its sources lie in the next slot of the receiver's area.
+    Write = 0xFFFF_FF00,
+    /// Its sources are to be brought to the sender's area.
+    Fetch = 0xFFFF_FE00,
+    /// They are there: in the next slot of the receiver's area.
+    Answer = 0xFFFF_FD00,
+}
+
+impl Kind {
+    /// The number, for the area of a GPU.
+    pub(super) fn export(self, place: Place) -> u32 {
+        self as u32 | u32::from(place.0)
+    }
+
+    /// What a number says; `None` for an export.
+    pub(super) fn of(export: u32) -> Option<(Kind, Place)> {
+        let kinds = [Kind::Write, Kind::Fetch, Kind::Answer];
+        kinds.into_iter().find(|&kind| kind as u32 == export & !0xFF).map(|kind| (kind, Place(export as u8)))
+    }
+}
+
+/// A slot in use: the GPU of its area, and how many were used there before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Slot {
+    pub place: Place,
+    pub number: u64,
+}
+
+/// Where the slot of a number begins in its area.
+pub(super) fn offset(number: u64) -> u64 {
+    number % SLOTS * SLOT
+}
+
+/// The word of a file that counts what was scattered from the area of a GPU.
+fn scattered(place: Place) -> Result<usize> {
+    match place.ordinal().filter(|&ordinal| usize::from(ordinal) < layout::GPUS) {
+        Some(ordinal) => Ok(layout::scattered(ordinal)),
+        None => bail!(Unsupported, "no area for memory of {place:?}"),
+    }
+}
+
+/// How many slots of the peer's area for its GPU were scattered, as the peer says in this side's file.
+pub(super) fn count(shared: &Shared, there: Place) -> Result<u64> {
+    Ok(shared.word(scattered(there)?).load(Ordering::Acquire))
+}
+
+/// An area of this side.
+struct Own {
+    area: Area,
+    /// Slots that the peer has filled, and those of them that were scattered, without a gap.
+    filled: u64,
+    scattered: u64,
+    /// Slots that were scattered before the ones that they follow.
+    early: [bool; SLOTS as usize],
+}
+
+/// Areas of this side, into which the peer writes.
+#[derive(Default)]
+pub(super) struct Areas {
+    /// By GPU; `None` where there can be none.
+    own: Map<Place, Option<Own>>,
+    /// What the peer is to learn before any claim or grant.
+    pub outbox: VecDeque<Message>,
+}
+
+impl Areas {
+    /// Makes the area of a GPU, once, and offers it to the peer for each of its GPUs `there`. Whether there is one.
+    pub(super) fn provide(&mut self, here: Place, there: impl Iterator<Item = Place>, memory: &mut dyn LocalMemory) -> bool {
+        if !self.own.contains_key(&here) {
+            let made = self.make(here, there, memory);
+            if let Err(e) = &made {
+                log::debug!("nothing is staged for memory of {here:?}: {e}");
+            }
+            self.own.insert(here, made.ok());
+        }
+        self.has(here)
+    }
+
+    fn make(&mut self, here: Place, there: impl Iterator<Item = Place>, memory: &mut dyn LocalMemory) -> Result<Own> {
+        scattered(here)?;
+        let area = memory.area(here, AREA as usize)?;
+        let offer = |there| Ok(Message::Area { there: here, here: there, export: memory.export_area(&area)? });
+        match there.map(offer).collect::<Result<Vec<Message>>>() {
+            Ok(offers) => self.outbox.extend(offers),
+            Err(e) => {
+                memory.drop_area(area);
+                return Err(e);
+            }
+        }
+        Ok(Own { area, filled: 0, scattered: 0, early: [false; SLOTS as usize] })
+    }
+
+    /// Whether a GPU has an area.
+    pub(super) fn has(&self, here: Place) -> bool {
+        matches!(self.own.get(&here), Some(Some(_)))
+    }
+
+    /// The peer has filled the next slot: its name, and where it lies in the area and here. It is in use until [`Areas::leave`].
+    ///
+    /// # Errors
+    /// `Protocol` when there is none.
+    pub(super) fn enter(&mut self, here: Place) -> Result<(Slot, Stretch)> {
+        let Some(Some(own)) = self.own.get_mut(&here) else { bail!(Protocol, "a staged record for memory of {here:?}") };
+        let number = own.filled;
+        if number - own.scattered >= SLOTS {
+            bail!(Protocol, "a staged record for memory of {here:?}, all slots of which are in use");
+        }
+        own.filled += 1;
+        let base = offset(number);
+        Ok((Slot { place: here, number }, Stretch { id: 0, base, len: SLOT, addr: own.area.addr + base }))
+    }
+
+    /// A slot was scattered: the peer learns of it in its file, in the order of slots.
+    pub(super) fn leave(&mut self, slot: Slot, shared: &Shared) -> Result<()> {
+        let Some(Some(own)) = self.own.get_mut(&slot.place) else { bail!(Internal, "a slot of no area") };
+        own.early[(slot.number % SLOTS) as usize] = true;
+        while own.scattered < own.filled && std::mem::take(&mut own.early[(own.scattered % SLOTS) as usize]) {
+            own.scattered += 1;
+        }
+        shared.word(scattered(slot.place)?).store(own.scattered, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Ends all of them; nothing copies from them any more. The peer may still write to them, and no process ever reads that.
+    pub(super) fn end(&mut self, memory: &mut dyn LocalMemory) {
+        self.own.drain().filter_map(|(_, own)| own).for_each(|own| memory.drop_area(own.area));
+    }
+}
+
+/// Areas of the peer, into which this side writes.
+#[derive(Default)]
+pub(super) struct Targets {
+    /// Mapped for a GPU of this side, by that and the peer's.
+    open: Map<(Place, Place), Mapping>,
+    told: Vec<(Place, Place)>,
+    /// Told, and not opened yet: opening takes long. An area that is told for several GPUs is kept once.
+    waiting: Vec<(Place, Place, Arc<Export>)>,
+}
+
+impl Targets {
+    /// The peer offers an area on its GPU `there`, for this side's GPU `here`.
+    ///
+    /// # Errors
+    /// `Protocol` for a second one, or one of another length.
+    pub(super) fn told(&mut self, here: Place, there: Place, export: Export) -> Result<()> {
+        if export.len != AREA || self.told.contains(&(here, there)) {
+            bail!(Protocol, "the peer offers {} bytes on GPU {there:?} for {here:?}", export.len);
+        }
+        self.told.push((here, there));
+        let known = self.waiting.iter().find(|&&(_, other, _)| other == there).map(|(.., export)| export.clone());
+        self.waiting.push((here, there, known.unwrap_or_else(|| Arc::new(export))));
+        Ok(())
+    }
+
+    /// Opens the area of the peer's GPU `there` for memory of `here`, once. Whether it is open.
+    pub(super) fn open(&mut self, here: Place, there: Place, memory: &mut dyn LocalMemory) -> bool {
+        let found = self.waiting.iter().position(|&(a, b, _)| (a, b) == (here, there));
+        if let Some((.., export)) = found.map(|at| self.waiting.swap_remove(at)) {
+            match memory.open_area(&export, here) {
+                Ok(mapping) => drop(self.open.insert((here, there), mapping)),
+                Err(e) => log::debug!("nothing is staged from {here:?} for the peer's {there:?}: {e}"),
+            }
+        }
+        self.look(here, there).is_some()
+    }
+
+    /// Where the area of the peer's GPU `there` is visible for memory of `here`.
+    pub(super) fn look(&self, here: Place, there: Place) -> Option<u64> {
+        self.open.get(&(here, there)).map(|mapping| mapping.addr)
+    }
+
+    /// Closes everything; nothing is being written.
+    pub(super) fn close_all(&mut self, memory: &mut dyn LocalMemory) {
+        self.waiting.clear();
+        self.open.drain().for_each(|(_, mapping)| memory.close(mapping));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::memory::emulated::EmulatedMemory;
+    use super::super::ring::{RingIn, RingOut};
+    use super::*;
+
+    #[test]
+    fn a_number_says_what_a_record_is() {
+        for kind in [Kind::Write, Kind::Fetch, Kind::Answer] {
+            for place in [Place::gpu(0), Place::gpu(31), Place(255)] {
+                assert_eq!(Kind::of(kind.export(place)), Some((kind, place)));
+            }
+        }
+        assert_eq!([0, 1, 1 << 31, 0xFFFF_FCFF].map(Kind::of), [None; 4]);
+    }
+
+    #[test]
+    fn slots_are_used_in_turn_and_counted_without_a_gap() {
+        let out = RingOut::new().unwrap();
+        let inn = RingIn::open(out.fd()).unwrap();
+        let (mut areas, mut memory) = (Areas::default(), EmulatedMemory::new(true));
+        let (here, there) = (Place::gpu(3), Place::gpu(1));
+        assert!(areas.enter(here).is_err());
+        for _ in 0..2 {
+            assert!(areas.provide(here, [there, Place::gpu(2)].into_iter(), &mut memory));
+            assert_eq!(areas.outbox.len(), 2, "offered once");
+        }
+        let mut slots = Vec::new();
+        for i in 0..SLOTS {
+            let (slot, stretch) = areas.enter(here).unwrap();
+            assert_eq!((slot.number, stretch.base, stretch.len), (i, i * SLOT, SLOT));
+            slots.push(slot);
+        }
+        assert!(areas.enter(here).is_err(), "all are in use");
+        for (i, counted) in [(1, 0), (2, 0), (0, 3), (4, 3), (3, 5)] {
+            areas.leave(slots[i], inn.shared()).unwrap();
+            assert_eq!(count(out.shared(), here).unwrap(), counted);
+        }
+        assert_eq!((areas.enter(here).unwrap().1.base, count(out.shared(), there).unwrap()), (0, 0));
+        areas.end(&mut memory);
+        assert!(!areas.has(here));
+    }
+}
