@@ -64,6 +64,8 @@ pub(super) struct Orders {
     /// By place in the window.
     open: Map<usize, Order>,
     newest: u64,
+    /// The newest of each place in the window: staged ones come in another sequence than they were numbered.
+    seen: Box<[u64; WINDOW]>,
     /// Orders of which more is to come.
     unfinished: usize,
     pieces: usize,
@@ -74,7 +76,16 @@ pub(super) struct Orders {
 
 impl Orders {
     pub(super) fn new(inn: RingIn) -> Orders {
-        Orders { inn, open: Map::default(), newest: 0, unfinished: 0, pieces: 0, copies: 0, rings: false }
+        Orders {
+            inn,
+            open: Map::default(),
+            newest: 0,
+            seen: Box::new([0; WINDOW]),
+            unfinished: 0,
+            pieces: 0,
+            copies: 0,
+            rings: false,
+        }
     }
 
     /// Whether the peer is to be woken, asked once.
@@ -230,11 +241,13 @@ impl Orders {
     /// The order of a record, with a use of what it writes. `false` where the record is to be skipped, since the order is refused.
     fn begin(&mut self, head: &Head, reads: bool, grants: &Grants) -> Result<bool> {
         let number = head.order;
-        if number > self.newest {
-            if number - self.newest > WINDOW as u64 || self.open.contains_key(&place(number)) {
+        let seen = &mut self.seen[place(number)];
+        if number > *seen {
+            if number > self.newest.saturating_add(WINDOW as u64) || self.open.contains_key(&place(number)) {
                 bail!(Protocol, "order {number} after {}, with {} under way", self.newest, self.open.len());
             }
-            (self.newest, self.unfinished) = (number, self.unfinished + 1);
+            *seen = number;
+            (self.newest, self.unfinished) = (self.newest.max(number), self.unfinished + 1);
             self.inn.begin(number);
             let order = Order { number, copies: 0, last: false, refused: false, reads, moved: 0, told: 0, targets: Vec::new() };
             self.open.insert(place(number), order);
