@@ -15,19 +15,21 @@ mod deadlines;
 mod direct;
 mod incoming;
 mod limits;
+mod listed;
 mod matching;
 mod outgoing;
 mod peer;
+mod request;
 #[cfg(any(test, fuzzing))]
 #[cfg_attr(fuzzing, allow(dead_code, unused_imports))]
 mod simulation;
 mod transfers;
 
-pub(crate) use direct::Sketch;
 pub(crate) use limits::MAX_BACKLOG;
 pub(crate) use outgoing::tag;
 pub(crate) use outgoing::Scheduled;
 pub(crate) use peer::is_farewell;
+pub(crate) use request::{Request, Sketch};
 #[cfg(fuzzing)]
 pub(crate) use simulation::attacked;
 pub use transfers::TransferState;
@@ -47,9 +49,9 @@ use crate::types::{Key, Place, Segment, MAX_INLINE};
 use crate::wire::frame::{Frame, WireRegion, WireSegments};
 use crate::wire::queue::TxQueue;
 use deadlines::{Deadlines, Overdue};
-use direct::DirectTransfers;
 use incoming::{Ended, Ending, Incoming};
 use limits::PeerLoad;
+use listed::DirectTransfers;
 use matching::Matching;
 use outgoing::{Gone, Outgoing};
 use std::sync::Arc;
@@ -74,17 +76,6 @@ pub(crate) struct Setting {
     pub match_timeout: Duration,
     /// Whoever drives is told when a channel fails.
     pub doorbells: bool,
-}
-
-/// A one-sided transfer as the caller describes it: local segments with their regions, and the remote side's.
-pub(crate) struct Request {
-    pub segments: Vec<Segment>,
-    pub uses: Vec<RegionUse>,
-    pub remote: WireSegments<'static>,
-    pub remote_regions: Vec<WireRegion>,
-    pub total: u64,
-    /// The pairs of places (here, at the peer) that occur.
-    pub pairs: Vec<(Place, Place)>,
 }
 
 /// Deadlines of transfers are looked at this often while there are any.

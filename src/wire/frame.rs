@@ -252,15 +252,7 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
             Frame::Done { id, status, text: text(r)? }
         }
         T_MESSAGE => Frame::Message { id: r.u64()?, len: r.u64()?, from: place(r.u32()?)? },
-        T_PULL => {
-            let (id, status, receiver) = (r.u64()?, r.u32()? as StatusCode, r.u32()?);
-            let Some(receiver) = place(receiver)? else { bail!(Protocol, "a receive that lies nowhere") };
-            let landing = match r.len() {
-                0 => None,
-                _ => Some(Landing { slot: r.u32()?, generation: r.u64()?, addr: r.u64()? }),
-            };
-            Frame::Pull { id, status, receiver, landing }
-        }
+        T_PULL => decode_pull(r)?,
         T_NOTIFY => {
             let name_len = r.u32()? as usize;
             let name = r.bytes(name_len)?;
@@ -272,6 +264,16 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
         T_BYE => Frame::Bye { status: r.u32()? as StatusCode, text: text(r)? },
         _ => bail!(Protocol, "unknown frame type {kind}"),
     })
+}
+
+fn decode_pull(r: &mut Reader<'_>) -> Result<Frame<'static>> {
+    let (id, status, receiver) = (r.u64()?, r.u32()? as StatusCode, r.u32()?);
+    let Some(receiver) = place(receiver)? else { bail!(Protocol, "a receive that lies nowhere") };
+    let landing = match r.len() {
+        0 => None,
+        _ => Some(Landing { slot: r.u32()?, generation: r.u64()?, addr: r.u64()? }),
+    };
+    Ok(Frame::Pull { id, status, receiver, landing })
 }
 
 /// A number that stands for no place.
