@@ -635,7 +635,6 @@ impl Path for LocalPath {
         any |= self.start()?;
         any |= self.finish(events)?;
         any |= self.advance_direct(events)?;
-        any |= self.host.as_mut().is_some_and(HostMemory::worked);
         any |= self.answer()?;
         Ok(any)
     }
