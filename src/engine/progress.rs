@@ -22,8 +22,10 @@ const GRIDS: [Duration; 2] = [Duration::from_millis(250), Duration::from_millis(
 const WARM: usize = 4;
 /// What of a socket wakes this thread while another one answers for its connection: the end, once.
 const ELSEWHERE: Interest = Interest::ONCE;
-/// Looks at warm connections between two at everything else.
+/// Looks at warm connections between two at everything else, and the longest time between those: connections that have much to do keep
+/// no other waiting.
 const LOOKS: u32 = 4;
+const LOOK: Duration = Duration::from_micros(50);
 
 /// Default of UCCL_TCPX_SPIN_US: the time in which a peer's next small request is likely. Sleeping and waking costs tens of
 /// microseconds on virtual machines.
@@ -303,7 +305,7 @@ fn drive(home: &Home, spin: Duration) {
         driving.activate(connection.id);
     }
     let mut last_activity = Instant::now();
-    let (mut tokens, mut looks) = (Vec::new(), 0u32);
+    let (mut tokens, mut looks, mut looked) = (Vec::new(), 0u32, last_activity);
     while !home.ended() {
         home.asked(|id| {
             driving.activate(id);
@@ -312,18 +314,19 @@ fn drive(home: &Home, spin: Duration) {
         driving.due(now);
         let round = driving.round(false, now);
         match step(&round, now - last_activity, spin, home.cores) {
-            Step::Again => last_activity = Instant::now(),
-            Step::Spin => {
-                std::hint::spin_loop();
+            again @ (Step::Again | Step::Spin | Step::Yield) => {
+                let now = Instant::now();
+                match again {
+                    Step::Again => last_activity = now,
+                    Step::Spin => std::hint::spin_loop(),
+                    _ => std::thread::yield_now(),
+                }
                 looks = looks.wrapping_add(1);
-                if looks % LOOKS != 0 && driving.warm() {
+                let warm = again == Step::Again || (looks % LOOKS != 0 && driving.warm());
+                if warm && now - looked < LOOK {
                     continue;
                 }
-                home.bell.wait(Duration::ZERO, &mut tokens);
-                driving.notice(&tokens, false);
-            }
-            Step::Yield => {
-                std::thread::yield_now();
+                looked = now;
                 home.bell.wait(Duration::ZERO, &mut tokens);
                 driving.notice(&tokens, false);
             }
