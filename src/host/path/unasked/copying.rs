@@ -117,6 +117,10 @@ impl LocalPath {
         let Some(memory) = memory(&mut self.host, &mut self.device, place) else {
             bail!(Internal, "a pull into memory of nobody")
         };
+        memory.belongs_to(match &whose {
+            Whose::Read(key) => key.id << 1,
+            Whose::Orders(parts) => parts.first().map_or(0, |order| order << 1 | 1),
+        });
         let pieces = &self.unasked.pieces;
         // SAFETY: sources lie in the peer's process or in open mappings, which `exports` keeps; destinations are held by the read or by
         // the order, which stay until the pull has ended, or for ever where it does not end.
