@@ -26,6 +26,10 @@ const ELSEWHERE: Interest = Interest::ONCE;
 /// no other waiting.
 const LOOKS: u32 = 4;
 const LOOK: Duration = Duration::from_micros(50);
+/// A yield that takes longer has let another thread run: the core is shared. For so long afterwards this thread sleeps instead of
+/// spinning, since a thread that wakes gets the core at once, and one that yields waits for others to have had their time.
+const YIELDED: Duration = Duration::from_micros(4);
+const SHARED: Duration = Duration::from_millis(20);
 
 /// Default of UCCL_TCPX_SPIN_US: the time in which a peer's next small request is likely. Sleeping and waking costs tens of
 /// microseconds on virtual machines.
@@ -298,6 +302,24 @@ pub(crate) fn run(home: &Home, spin: Option<Duration>) {
     }
 }
 
+/// What comes before the next round that follows at once. `shared`: until when the core is taken to be shared.
+fn give_way(step: Step, shared: &mut Instant) -> Instant {
+    let before = Instant::now();
+    match step {
+        Step::Spin => std::hint::spin_loop(),
+        Step::Yield => {
+            std::thread::yield_now();
+            let now = Instant::now();
+            if now - before > YIELDED {
+                *shared = now + SHARED;
+            }
+            return now;
+        }
+        Step::Again | Step::Sleep(_) => {}
+    }
+    before
+}
+
 fn drive(home: &Home, spin: Duration) {
     let mut driving = Driving::new(home, spin);
     // What was there before: after a panic, and connections that came up before this thread.
@@ -306,6 +328,8 @@ fn drive(home: &Home, spin: Duration) {
     }
     let mut last_activity = Instant::now();
     let (mut tokens, mut looks, mut looked) = (Vec::new(), 0u32, last_activity);
+    // Until when the core is taken to be shared.
+    let mut shared = last_activity;
     while !home.ended() {
         home.asked(|id| {
             driving.activate(id);
@@ -313,13 +337,12 @@ fn drive(home: &Home, spin: Duration) {
         let now = Instant::now();
         driving.due(now);
         let round = driving.round(false, now);
+        let spin = if now < shared { Duration::ZERO } else { spin };
         match step(&round, now - last_activity, spin, home.cores) {
             again @ (Step::Again | Step::Spin | Step::Yield) => {
-                let now = Instant::now();
-                match again {
-                    Step::Again => last_activity = now,
-                    Step::Spin => std::hint::spin_loop(),
-                    _ => std::thread::yield_now(),
+                let now = give_way(again, &mut shared);
+                if again == Step::Again {
+                    last_activity = now;
                 }
                 looks = looks.wrapping_add(1);
                 let warm = again == Step::Again || (looks % LOOKS != 0 && driving.warm());
