@@ -1,4 +1,4 @@
-//! Sets the SONAME of the shared library, compiles the variadic logger for plugins, and generates the C header into OUT_DIR, where `tests/header.rs` compares it with
+//! Sets the SONAME of the shared library, compiles the variadic logger for plugins, and generates the C header into OUT_DIR, where `tests/lints/header.rs` compares it with
 //! the committed `include/uccl_engine.h`.
 
 use std::path::PathBuf;
@@ -17,7 +17,7 @@ fn main() {
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("uccl_engine.h");
     let config = cbindgen::Config::from_file(root.join("cbindgen.toml")).expect("cbindgen.toml");
     let mut builder = cbindgen::Builder::new().with_config(config);
-    // In the order of the header. tests/exports.rs notices an export that is in none of them.
+    // In the order of the header. tests/lints/exports.rs notices an export that is in none of them.
     for source in ["src/status.rs", "src/engine/fifo.rs"] {
         builder = builder.with_src(root.join(source));
     }

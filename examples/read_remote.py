@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The C ABI from Python, with nothing but ctypes: this process reads memory of another one.
+"""The C ABI from Python, with ctypes alone: this process reads memory of another process.
 
 usage: python3 read_remote.py [path of libuccl_p2p.so]
 """

@@ -4,7 +4,7 @@ set -euo pipefail
 library=$(readlink -f "$1") include=$(readlink -f "$2") build=$3
 here=$(dirname "$(readlink -f "$0")")
 mkdir -p "$build"
-# Programs ask for the library by its SONAME, which an uninstalled one lacks beside it.
+# Programs load the library by its SONAME, and a library that is not installed has no file of that name.
 ln -sf "$library" "$build/libuccl_p2p.so.0"
 ln -sf "$library" "$build/libuccl_p2p.so"
 flags=(-O1 -g -Wall -Wextra -Wpedantic -Werror "-I$include")

@@ -1,8 +1,9 @@
-/* Two processes move memory: the child offers a region, the parent writes to it, tells it so, and reads back what the child made of it.
+/* Two processes move memory. The child offers a region; the parent writes to it, sends a notification, and reads back the bytes that the
+ * child has reversed.
  *
  *   cc two_processes.c -luccl_p2p -o two_processes && ./two_processes
  *
- * A real program starts its two sides on two hosts; what goes through the pipe here then goes through whatever connects them. */
+ * In a real program the two processes run on two hosts, and the offer travels over any connection between them. Here it is a socket pair. */
 #include <uccl_engine.h>
 
 #include <stdio.h>
@@ -14,13 +15,13 @@
 
 #define SIZE ((size_t)4 << 20)
 
-/* What the target gives to the initiator: where its engine is, and access to its region. */
+/* What the target gives to the initiator: the address of its engine, and access to its region. */
 struct offer {
     char metadata[256];
     char item[UCCL_FIFO_SIZE];
 };
 
-/* Ends the process unless the condition holds; the library has the cause in words. */
+/* Ends the process unless the condition holds, and prints the library's error text. */
 static void need(int holds, const char *what)
 {
     if (holds)
@@ -29,7 +30,7 @@ static void need(int holds, const char *what)
     exit(1);
 }
 
-static void turn_round(unsigned char *bytes, size_t size)
+static void reverse(unsigned char *bytes, size_t size)
 {
     for (size_t i = 0; i < size / 2; i++) {
         unsigned char first = bytes[i];
@@ -38,7 +39,7 @@ static void turn_round(unsigned char *bytes, size_t size)
     }
 }
 
-/* Waits for the notification of this name. */
+/* Waits for the notification with this name. */
 static void await(uccl_engine_t *engine, const char *wanted)
 {
     for (;;) {
@@ -59,11 +60,11 @@ static void await(uccl_engine_t *engine, const char *wanted)
 
 static void target(int link)
 {
+    /* [readme] */
+    /* On one host, the target offers memory. It sends its metadata (the engine's address) and the FIFO item (the region's address and
+     * token) to the initiator by any means, here as a struct. */
     uccl_engine_t *engine = uccl_engine_create(0, false);
     need(engine != NULL, "create");
-
-    /* [readme] */
-    /* The target offers memory. Its FIFO item carries the permission to read and write it; send both to the initiator by any means. */
     unsigned char *buffer = calloc(1, SIZE);
     uccl_mr_t mr;
     need(buffer && uccl_engine_reg(engine, (size_t)buffer, SIZE, &mr) == UCCL_OK, "reg");
@@ -73,14 +74,14 @@ static void target(int link)
     /* [end] */
     need(write(link, &offer, sizeof offer) == sizeof offer, "sending the offer");
 
-    /* The data is here when its notification is. */
+    /* A notification arrives after the data of transfers that were complete when it was sent. */
     char ip[64];
     int gpu;
     uccl_conn_t *conn = uccl_engine_accept(engine, ip, sizeof ip, &gpu);
     need(conn != NULL, "accept");
     await(engine, "written");
-    turn_round(buffer, SIZE);
-    need(uccl_engine_send_notif_bytes(conn, "turned", 6, NULL, 0) == UCCL_OK, "send_notif_bytes");
+    reverse(buffer, SIZE);
+    need(uccl_engine_send_notif_bytes(conn, "reversed", 8, NULL, 0) == UCCL_OK, "send_notif_bytes");
     await(engine, "read");
 
     uccl_engine_conn_destroy(conn);
@@ -91,11 +92,14 @@ static void target(int link)
 
 static void initiator(int link)
 {
+    /* [readme] */
+    /* On the other host, the initiator registers memory of its own... */
     uccl_engine_t *engine = uccl_engine_create(0, false);
     need(engine != NULL, "create");
     unsigned char *buffer = malloc(SIZE);
     uccl_mr_t mr;
     need(buffer && uccl_engine_reg(engine, (size_t)buffer, SIZE, &mr) == UCCL_OK, "reg");
+    /* [end] */
 
     struct offer offer;
     need(recv(link, &offer, sizeof offer, MSG_WAITALL) == sizeof offer, "receiving the offer");
@@ -103,14 +107,14 @@ static void initiator(int link)
         buffer[i] = (unsigned char)(i * 7 + i / 251);
 
     /* [readme] */
-    /* The initiator connects to where the offer says. */
+    /* ...connects to the engine that the offer names... */
     char ip[64], gpu[64];
     int port;
     need(uccl_engine_parse_metadata(offer.metadata, ip, sizeof ip, &port, gpu, sizeof gpu) == UCCL_OK, "parse_metadata");
     uccl_conn_t *conn = uccl_engine_connect(engine, ip, gpu, port, false);
     need(conn != NULL, "connect");
 
-    /* It writes. Complete means that every byte is in place over there. */
+    /* ...and writes. When wait returns, every byte is in place at the target. */
     FifoItem item;
     memcpy(&item, offer.item, sizeof item);
     uint64_t id;
@@ -119,8 +123,8 @@ static void initiator(int link)
     /* [end] */
     need(uccl_engine_send_notif_bytes(conn, "written", 7, NULL, 0) == UCCL_OK, "send_notif_bytes");
 
-    /* Read the second half of what the target made of it. */
-    await(engine, "turned");
+    /* Read the second half of the reversed bytes. */
+    await(engine, "reversed");
     unsigned char *copy = malloc(SIZE);
     uccl_mr_t copy_mr;
     need(copy && uccl_engine_reg(engine, (size_t)copy, SIZE, &copy_mr) == UCCL_OK, "reg");
@@ -128,7 +132,7 @@ static void initiator(int link)
     need(uccl_engine_read(conn, copy_mr, copy + SIZE / 2, SIZE / 2, item, &id) == UCCL_OK, "read");
     need(uccl_engine_wait(conn, id, -1) == UCCL_OK, "the read");
     need(uccl_engine_send_notif_bytes(conn, "read", 4, NULL, 0) == UCCL_OK, "send_notif_bytes");
-    turn_round(buffer, SIZE);
+    reverse(buffer, SIZE);
     need(memcmp(buffer + SIZE / 2, copy + SIZE / 2, SIZE / 2) == 0, "comparing");
 
     uccl_engine_conn_destroy(conn);
@@ -154,6 +158,6 @@ int main(void)
     initiator(link[1]);
     int status = 0;
     need(waitpid(child, &status, 0) == child && status == 0, "the target");
-    printf("%zu bytes written, turned round and read back\n", SIZE);
+    printf("%zu bytes written, reversed and read back\n", SIZE);
     return 0;
 }

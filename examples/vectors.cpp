@@ -1,5 +1,5 @@
-// The C++ face: two engines of one process, each with settings of its own, blocks gathered from all over one region and spread over
-// another in one transfer, and notifications as strings. A client written for upstream's header compiles against the same one.
+// The C++ functions: two engines in one process, each with its own settings; one transfer that gathers blocks from one region and scatters
+// them over another; and notifications as strings. A client that was written for UCCL's header compiles against this one.
 //
 //   c++ -std=c++17 vectors.cpp -luccl_p2p -o vectors && ./vectors
 #include <uccl_engine.h>
@@ -19,7 +19,7 @@ void need(bool holds, char const* what) {
 }
 
 uccl_engine_t* engine_with(char const* channels) {
-  // Stands before the environment's setting, which stays as it is.
+  // Takes precedence over the environment, which does not change.
   uccl_option_t const options[] = {{"UCCL_TCPX_NUM_CHANNELS", channels}};
   uccl_engine_t* engine = nullptr;
   need(uccl_engine_create_with(options, 1, &engine) == UCCL_OK, "create_with");
@@ -55,7 +55,7 @@ int main() {
   need(uccl_engine_prepare_fifo(decode, target_mr, target.data(), target.size(), item_bytes) == UCCL_OK, "prepare_fifo");
   uccl_conn_t* conn = connect(prefill, decode);
 
-  // Block i goes to the place of block kBlocks - 1 - i.
+  // Block i goes to the position of block kBlocks - 1 - i.
   std::vector<uccl_mr_t> regions(kBlocks, source_mr);
   std::vector<void*> addresses;
   std::vector<size_t> sizes(kBlocks, kBlock);

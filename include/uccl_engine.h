@@ -1,6 +1,6 @@
 /* uccl_engine.h - the C ABI of libuccl_p2p, and from C++ also the upstream UCCL engine API over it.
  *
- * GENERATED from src/ffi by cbindgen; do not edit. `UPDATE_HEADER=1 cargo test --test header` renews it.
+ * GENERATED from src/ffi by cbindgen; do not edit. `UPDATE_HEADER=1 cargo test --release --test lints` renews it.
  *
  * Conventions
  *  - Every function may be called from any thread at any time; where an object has an owner, its destroy call is made once.

@@ -59,7 +59,7 @@ pub fn frames(data: &[u8]) {
 
 /// A whole machine against a peer that the bytes direct keeps its invariants.
 pub fn stream(data: &[u8]) {
-    if let Err(e) = crate::engine::attacked(data) {
+    if let Err(e) = crate::proto::attacked(data) {
         panic!("{e}");
     }
 }

@@ -4,28 +4,32 @@
 //! | module | what it is |
 //! |---|---|
 //! | `ffi` | the C ABI: null and panic guard, handles, status numbers |
-//! | [`engine`] | engines, connections, set-up, progress, registered memory, notifications; `engine::proto` is the protocol of a connection as a machine without sockets, threads or clocks |
+//! | [`engine`] | engines, connections, set-up, progress |
+//! | `proto` | the protocol of a connection as a machine without sockets, threads or clocks |
 //! | `channel` | chunk plan, striping, and the channels of a connection over the seam `channel::path`; `channel::net` is the path over a plugin's comms; device memory is packed and unpacked here |
 //! | [`net`] | network plugins: their tables and traits, comms that keep the contract's rules, the set-up of channels, the host's interfaces |
 //! | `wire` | the control connection as bytes: handshake, keys, sealed records, set-up messages, frames |
 //! | `gpu` | the copy kernel and its launchers, over the crate `cuda-driver` |
-//! | `region`, [`types`] | registered memory and its uses; words that all layers share: places, spans, segments, keys |
+//! | `registry`, `region` | registered memory and its uses |
+//! | `notify`, `budget`, `segment_pool` | notifications that wait for the application; what peers may take; segment lists that are used again |
+//! | [`types`] | words that all layers share: places, spans, segments, keys |
 //! | [`config`], [`addresses`] | every environment variable; what the port is bound to and who may connect |
 //! | `logging`, [`status`] | the log and its limits; the error type and the status numbers |
 //! | `hash` | a quick hash for maps |
 //! | [`stats`] | what is counted, in words and for Prometheus |
 //!
-//! Calls go one way: ffi -> engine -> channel -> {net, wire, gpu} -> the words below. Crates: `nccl-net-abi` has the layouts of the plugin
+//! Calls go one way: ffi -> engine -> proto -> channel -> {net, wire, gpu} -> the words below. Crates: `nccl-net-abi` has the layouts of the plugin
 //! interface, `soft-plugin` the plugin over ordinary TCP, `reactor` waits for descriptors, `cuda-driver` opens the CUDA driver.
 
 pub mod addresses;
-#[cfg(feature = "test-api")]
 #[doc(hidden)]
 pub mod bench_api;
 #[cfg(test)]
 mod benchmarks;
+mod budget;
 mod channel;
 pub mod config;
+mod direct;
 pub mod engine;
 mod ffi;
 #[cfg(fuzzing)]
@@ -36,7 +40,11 @@ mod hash;
 mod host;
 mod logging;
 pub mod net;
+mod notify;
+mod proto;
 mod region;
+mod registry;
+mod segment_pool;
 pub mod stats;
 pub mod status;
 pub mod types;

@@ -200,16 +200,16 @@ mod tests {
     fn a_flood_writes_the_limit_and_loses_no_count() {
         let limiter = Limiter::new(3);
         let start = Instant::now();
-        let (mut shown, mut told) = (0u64, 0u64);
+        let (mut shown, mut announced) = (0u64, 0u64);
         for i in 0..100_000u64 {
             // Ten seconds, 10,000 lines in each.
             if let Some(held) = limiter.admit(start + Duration::from_micros(i * 100)) {
                 shown += 1;
-                told += held;
+                announced += held;
             }
         }
-        told += limiter.rest(start + Duration::from_secs(20)).unwrap_or(0);
-        assert_eq!((shown, shown + told), (30, 100_000));
+        announced += limiter.rest(start + Duration::from_secs(20)).unwrap_or(0);
+        assert_eq!((shown, shown + announced), (30, 100_000));
     }
 
     #[test]
@@ -217,18 +217,18 @@ mod tests {
         let all = Arc::new(Limiter::new(20));
         let limiters: Vec<Limiter> = (0..100).map(|_| Limiter::within(&all, 5)).collect();
         let start = Instant::now();
-        let (mut shown, mut told) = (0u64, 0u64);
+        let (mut shown, mut announced) = (0u64, 0u64);
         for millis in 0..5000u64 {
             for limiter in &limiters {
                 if let Some(held) = limiter.admit(start + Duration::from_millis(millis)) {
                     shown += 1;
-                    told += held;
+                    announced += held;
                 }
             }
         }
         let late = start + Duration::from_secs(60);
-        told += limiters.iter().filter_map(|l| l.rest(late)).sum::<u64>() + all.rest(late).unwrap_or(0);
-        assert_eq!((shown, shown + told), (5 * 20, 500_000));
+        announced += limiters.iter().filter_map(|l| l.rest(late)).sum::<u64>() + all.rest(late).unwrap_or(0);
+        assert_eq!((shown, shown + announced), (5 * 20, 500_000));
     }
 
     #[test]

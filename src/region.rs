@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::Arc;
 
 /// A peer's leave to read a region by itself, without asking each time.
-pub(crate) trait Leave: Send + Sync + std::fmt::Debug {
+pub(crate) trait AccessGrant: Send + Sync + std::fmt::Debug {
     /// From now on no read begins.
     fn end(&self);
     /// The peer reads.
@@ -28,7 +28,7 @@ pub(crate) struct Region {
     registered: AtomicBool,
     /// Its registration has ended: nothing more begins to use it.
     ended: AtomicBool,
-    leaves: Mutex<Vec<Arc<dyn Leave>>>,
+    grants: Mutex<Vec<Arc<dyn AccessGrant>>>,
     /// Whether other processes can read it: [`UNKNOWN`] until somebody has found out, then 0 or 1.
     readable: AtomicU8,
 }
@@ -45,7 +45,7 @@ impl Region {
             uses: AtomicUsize::new(0),
             registered: AtomicBool::new(false),
             ended: AtomicBool::new(false),
-            leaves: Mutex::new(Vec::new()),
+            grants: Mutex::new(Vec::new()),
             readable: AtomicU8::new(UNKNOWN),
         }
     }
@@ -74,27 +74,27 @@ impl Region {
         (!self.ended.load(Ordering::SeqCst)).then_some(used)
     }
 
-    /// Notes a peer's leave; `false` once the registration has ended.
-    pub(crate) fn allow(&self, leave: Arc<dyn Leave>) -> bool {
-        let mut leaves = self.leaves.lock();
-        leaves.retain(|leave| !leave.is_over());
+    /// Notes a peer's grant; `false` once the registration has ended.
+    pub(crate) fn allow(&self, grant: Arc<dyn AccessGrant>) -> bool {
+        let mut grants = self.grants.lock();
+        grants.retain(|grant| !grant.is_over());
         if self.ended.load(Ordering::SeqCst) {
             return false;
         }
-        leaves.push(leave);
+        grants.push(grant);
         true
     }
 
     /// Keeps nothing of connections that have ended.
     pub(crate) fn prune(&self) {
-        self.leaves.lock().retain(|leave| !leave.is_over());
+        self.grants.lock().retain(|grant| !grant.is_over());
     }
 
     /// Its registration ends: what uses it is still to be waited for.
     pub(crate) fn end(&self) {
-        let leaves = self.leaves.lock();
+        let grants = self.grants.lock();
         self.ended.store(true, Ordering::SeqCst);
-        leaves.iter().for_each(|leave| leave.end());
+        grants.iter().for_each(|grant| grant.end());
     }
 
     /// Whether `[addr, addr + len)` lies inside.
@@ -103,7 +103,7 @@ impl Region {
     }
 
     pub(crate) fn in_use(&self) -> bool {
-        self.uses.load(Ordering::SeqCst) > 0 || self.leaves.lock().iter().any(|leave| leave.in_use())
+        self.uses.load(Ordering::SeqCst) > 0 || self.grants.lock().iter().any(|grant| grant.in_use())
     }
 
     /// Whether a network plugin was told of it and must forget it at its end.
@@ -204,9 +204,9 @@ impl Hold {
         }
     }
 
-    /// A region of it.
-    pub(crate) fn region(&self, region: u16) -> Option<&Region> {
-        self.0.get(usize::from(region)).map(|used| &*used.0)
+    /// All of its regions.
+    pub(crate) fn regions(&self) -> &[RegionUse] {
+        &self.0
     }
 
     /// A region that is to be shared with a process of this host, which has to be told of its end.

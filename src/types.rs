@@ -120,3 +120,14 @@ pub(crate) struct Piece {
     /// Bytes, more than 0.
     pub len: u64,
 }
+
+/// A grant of one posted buffer for one message. Its owner sends it when a receive has met the message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Landing {
+    /// Names the grant, together with its generation.
+    pub slot: u32,
+    /// Which of the grants in this slot it is.
+    pub generation: u64,
+    /// First byte of the buffer in its owner's process.
+    pub addr: u64,
+}

@@ -134,6 +134,66 @@ fn memory_that_runs_out_gives_errors_and_never_wrong_bytes() {
     assert!(failed > 0, "memory did not run out: the test shows nothing");
 }
 
+/// How much address space a process gets beyond what it has when it starts, in steps of 256 KiB: the least suffices for no thread of an
+/// engine, more for some of the threads that a connection wants, and the most for a connection.
+const SPACES: std::ops::Range<u64> = 32..160;
+const LITTLE: &str = "UCCL_TEST_ADDRESS_SPACE";
+
+/// What a process with little address space does: two engines, a connection, a write.
+fn live_with_little() -> uccl_p2p::status::Result<()> {
+    let (a, b) = (Engine::new(config())?, Engine::new(config())?);
+    let out = a.connect("127.0.0.1", "", port(&b))?;
+    let inc = b.accept()?;
+    let (from, to) = (vec![7u8; 1 << 20], vec![0u8; 1 << 20]);
+    let source =
+        LocalSegment { mr: a.register(from.as_ptr() as usize, from.len())?, addr: from.as_ptr() as usize, len: from.len() };
+    let mr = b.register(to.as_ptr() as usize, to.len())?;
+    let item = b.fifo_item(mr, to.as_ptr() as usize, to.len())?;
+    let id = out.transfer(Direction::Write, std::iter::once((source, item)))?;
+    assert!(out.wait(id, Some(LIMIT))?.complete, "a write never ends");
+    assert_eq!(to, from);
+    drop((out, inc));
+    Ok(())
+}
+
+#[test]
+fn process_with_little_address_space() {
+    let Some(more) = std::env::var(LITTLE).ok().and_then(|more| more.parse().ok()) else { return };
+    // What the test itself has read and written is no part of it.
+    let _ = config();
+    println!();
+    limit_address_space(more);
+    let result = live_with_little();
+    limit_address_space(1 << 40);
+    println!("= {}", result.map_or_else(|e| format!("{:?}: {e}", e.kind()), |()| "done".to_owned()));
+}
+
+/// Wherever the address space ends, calls fail and the process goes on; and the error names the address space, not a limit of threads.
+#[test]
+fn no_limit_of_the_address_space_ends_the_process() {
+    if std::env::var_os("UCCL_TEST_SANITIZED").is_some() {
+        println!("SKIPPED: AddressSanitizer needs the address space");
+        return;
+    }
+    let run = |more: u64, ipc: &str| {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["process_with_little_address_space", "--exact", "--nocapture", "--test-threads=1"]);
+        command.env(LITTLE, more.to_string()).env("UCCL_P2P_DISABLE_IPC", ipc).env("RUST_LOG", "off");
+        command.output().unwrap()
+    };
+    let (mut done, mut failed) = (0, 0);
+    for (step, ipc) in SPACES.flat_map(|step| [(step, "0"), (step, "1")]) {
+        let output = run(step << 18, ipc);
+        let (text, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        let case = format!("{} KiB, UCCL_P2P_DISABLE_IPC={ipc}: {}: {text}{errors}", step << 8, output.status);
+        assert!(output.status.success(), "{case}");
+        let Some((_, answer)) = text.lines().find_map(|line| line.split_once("= ")) else { panic!("{case}") };
+        assert!(answer == "done" || answer.contains("address space"), "{case}");
+        *(if answer == "done" { &mut done } else { &mut failed }) += 1;
+    }
+    assert!(done > 0 && failed > 0, "{done} went well and {failed} failed: the limits are not those at which memory runs out");
+}
+
 // ---- threads ----
 
 #[test]

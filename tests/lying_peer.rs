@@ -139,7 +139,7 @@ fn no_frame_ends_a_posted_chunks_use_of_memory() {
     ends_early("nothing more", |_| vec![]);
     ends_early("withdrawn", |_| vec![Frame::Withdraw { id: 5, status: -31 }]);
     ends_early("announced again", |item| vec![write_of(5, item, 100)]);
-    ends_early("a message of the same id", |_| vec![Frame::Message { id: 5, len: 10 }]);
+    ends_early("a message of the same id", |_| vec![Frame::Message { id: 5, len: 10, from: None }]);
     ends_early("cancelled", |_| vec![Frame::Cancel { id: 5 }]);
     ends_early("a verdict", |_| vec![Frame::Done { id: 5, status: -12, text: "over" }]);
 }
@@ -171,7 +171,7 @@ fn lies_are_not_taken_for_completion() {
     // OK for a receive that got nothing.
     let (buffer, _) = scene.victim.buffer(LEN, BEFORE);
     let id = scene.victim.start_transfer(&format!("recv 0 {buffer} {LEN}")).unwrap();
-    scene.say(&[Frame::Message { id: 3, len: LEN as u64 }, Frame::Done { id, status: 0, text: "" }]);
+    scene.say(&[Frame::Message { id: 3, len: LEN as u64, from: None }, Frame::Done { id, status: 0, text: "" }]);
     let outcome = scene.victim.wait(0, id, LIMIT);
     assert!(matches!(outcome, Outcome::Failed(_)), "{outcome:?}");
     scene.close();
@@ -497,8 +497,8 @@ fn storm(victim: &mut Victim, engine: &std::sync::Arc<Engine>, bait: &str, numbe
                 0..=2 => write_of(new, &item, 1 + rng.below(len)),
                 3 => read_of(new, &item, 1 + rng.below(len)),
                 4 => Frame::Done { id, status, text: "so I say" },
-                5 => Frame::Message { id: new, len: rng.below(50_000) as u64 },
-                6 => Frame::Pull { id, status, receiver: Place::HOST },
+                5 => Frame::Message { id: new, len: rng.below(50_000) as u64, from: None },
+                6 => Frame::Pull { id, status, receiver: Place::HOST, landing: None },
                 7 => Frame::Withdraw { id, status: -31 },
                 8 => Frame::Cancel { id },
                 _ => Frame::ReadInline { id, data: &[LIE; 100] },

@@ -62,7 +62,7 @@ const EMULATED: [(&str, &str); 3] = [ON, ("UCCL_TCPX_EMULATE_DEVICE", "1"), (SHA
 const PUSHED: [(&str, &str); 4] = [EMULATED[0], EMULATED[1], EMULATED[2], ("UCCL_TCPX_LOCAL_GPU", "push")];
 
 fn start(environment: &[(&str, &str)]) -> Victim {
-    Victim::start("engine_process", &[environment, &[("UCCL_P2P_LOG_LEVEL", "info")]].concat())
+    Victim::start("engine_process", &[&[("UCCL_P2P_LOG_LEVEL", "info")], environment].concat())
 }
 
 /// Two processes, the first connected to the second.
@@ -320,12 +320,13 @@ fn more_allocations_than_descriptors_are_shared_one_after_the_other() {
 /// What is shared with a process that has no descriptor left goes over the channels, and the connection stays.
 #[test]
 fn a_process_without_descriptors_loses_no_connection() {
-    let few = [&EMULATED[..], &[(NOFILE, "160")]].concat();
+    let few = [&EMULATED[..], &[(NOFILE, "160"), ("UCCL_P2P_LOG_LEVEL", "debug")]].concat();
     let (mut a, mut b) = two(&few, &EMULATED);
     let (sink, _) = a.buffer(MIB, 0);
     assert!(a.number("exhaust") > 0);
     let (source, item) = b.buffer(MIB, 7);
-    std::thread::sleep(Duration::from_millis(300));
+    // What comes after the descriptors are given back is opened.
+    assert!(until(LIMIT, || a.log().contains("this process has no descriptor left")), "{}", a.log());
     assert_eq!(a.ask("status 0"), "up", "{}", a.log());
     a.ask("relent");
     for _ in 0..3 {

@@ -1,6 +1,8 @@
 //! Comms and their requests: sixteen slots, everything driven by `test`, fragments of any length and order in shared receive memory.
 
+use crate::flows::Rules;
 use crate::gpu::Gpu;
+use crate::late::{self, Lent};
 use crate::memory::{self, Pool, PAGE};
 use crate::rules::{counters, down, lock, raise_sigpipe, refused, settings, up, violation};
 use crate::setup::{Sockets, SOCKETS};
@@ -75,7 +77,10 @@ impl Comm {
     }
 
     pub(crate) fn send(dev: usize, sockets: Sockets) -> *mut Comm {
-        Comm::build(dev, Inner::Send(Send { sockets, requests: VecDeque::new(), posted: 0, dead: false }))
+        Comm::build(
+            dev,
+            Inner::Send(Send { sockets, requests: VecDeque::new(), posted: 0, dead: false, lent: Default::default() }),
+        )
     }
 
     /// A receive comm, with the address of its device handle: none where the caller gave no memory for one.
@@ -175,6 +180,7 @@ struct Send {
     requests: VecDeque<SendRequest>,
     posted: u64,
     dead: bool,
+    lent: [Lent; SOCKETS],
 }
 
 struct SendRequest {
@@ -186,6 +192,15 @@ struct SendRequest {
     _bytes: Vec<u8>,
     header: usize,
     sent: [usize; SOCKETS],
+    /// What each socket had been given with its last bytes.
+    given: [u32; SOCKETS],
+}
+
+impl SendRequest {
+    /// All is sent, and the kernel needs its memory no more.
+    fn done(&self, lent: &[Lent; SOCKETS]) -> bool {
+        self.header == HEADER && (0..SOCKETS).all(|s| self.sent[s] == share(self.len, s).len() && lent[s].past(self.given[s]))
+    }
 }
 
 /// Writes without MSG_NOSIGNAL: a dead peer raises SIGPIPE.
@@ -220,7 +235,16 @@ impl Send {
         let number = self.posted;
         let bytes = gpu.map_or_else(Vec::new, |gpu| gpu.fetch(data, len));
         let data = if gpu.is_some() { bytes.as_ptr() as usize } else { data };
-        self.requests.push_back(SendRequest { number, data, len, mr, _bytes: bytes, header: 0, sent: [0; SOCKETS] });
+        self.requests.push_back(SendRequest {
+            number,
+            data,
+            len,
+            mr,
+            _bytes: bytes,
+            header: 0,
+            sent: [0; SOCKETS],
+            given: self.lent.map(|l| l.given),
+        });
         self.posted += 1;
         self.progress().inspect_err(|_| {
             self.requests.pop_back();
@@ -256,7 +280,14 @@ impl Send {
                 let end = part.end.min(reach).max(part.start);
                 let at = part.start + request.sent[socket];
                 if *open && at < end {
-                    request.sent[socket] += write(&self.sockets.data[socket], request.data + at, end - at)?;
+                    let (stream, from, len) = (&self.sockets.data[socket], request.data + at, end - at);
+                    request.sent[socket] += if settings().late {
+                        let sent = late::lend(stream, from, len, &mut self.lent[socket])?;
+                        request.given[socket] = self.lent[socket].given;
+                        sent
+                    } else {
+                        write(stream, from, len)?
+                    };
                 }
                 *open &= request.sent[socket] == whole;
             }
@@ -274,8 +305,8 @@ impl Send {
             return Err(NCCL_SYSTEM_ERROR);
         }
         self.progress()?;
-        let done =
-            self.requests.front().is_some_and(|r| r.header == HEADER && (0..SOCKETS).all(|s| r.sent[s] == share(r.len, s).len()));
+        self.sockets.data.iter().zip(&mut self.lent).for_each(|(socket, lent)| late::settle(socket, lent));
+        let done = self.requests.front().is_some_and(|r| r.done(&self.lent));
         if done {
             if let Some(request) = self.requests.pop_front() {
                 release(dev, request.mr);
@@ -289,6 +320,7 @@ impl Send {
 
 struct Recv {
     sockets: Sockets,
+    rules: Rules,
     pool: &'static Pool,
     unpack: bool,
     meta: *mut netUnpackMeta,
@@ -347,11 +379,12 @@ impl Recv {
             unsafe { gpu.store(std::iter::once((device.ptr(), handle.cast_const().cast(), size_of::<unpackNetDeviceHandle>()))) };
             handle = device.ptr() as *mut unpackNetDeviceHandle;
         }
-        let (requests, header) = (VecDeque::new(), Vec::new());
-        Recv { sockets, pool, unpack, meta, handle, real, requests, posted: 0, header, dead: false, seed: meta as u64 | 1 }
+        let (requests, header, rules) = (VecDeque::new(), Vec::new(), Rules::make(&sockets.data));
+        Recv { sockets, rules, pool, unpack, meta, handle, real, requests, posted: 0, header, dead: false, seed: meta as u64 | 1 }
     }
 
     fn close(self, dev: usize) {
+        self.rules.take_back(&self.sockets.data);
         for request in &self.requests {
             self.pool.give_back(&request.pages);
             if !request.reported {

@@ -6,13 +6,17 @@
 //! - `setup`: listen, connect and accept, with threads of their own
 //! - `memory`: registrations, and the receive memory that comms share
 //! - `comm`: requests and their bytes
+//! - `late`: sends from memory that the kernel reads until the peer has acknowledged them
+//! - `flows`: the flow rule of each data socket
 //! - `logger`: the logger that it was given
 //! - `abi`: the C entries
 
 #[allow(missing_docs, clippy::missing_safety_doc, reason = "the entries are documented by the tables of nccl-net-abi")]
 mod abi;
 mod comm;
+pub mod flows;
 mod gpu;
+mod late;
 mod logger;
 mod memory;
 pub mod rules;

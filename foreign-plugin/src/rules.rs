@@ -104,6 +104,8 @@ pub(crate) struct Settings {
     pub lenient: bool,
     /// `STRICT_FOREIGN_CUDA=1`: device memory is that of real GPUs.
     pub cuda: bool,
+    /// `STRICT_FOREIGN_LATE=1`: the kernel sends from the memory of a send until the peer has acknowledged it, as with TCPX.
+    pub late: bool,
     /// `STRICT_FOREIGN_UNLOCKED=1`: set-up calls of several threads run into each other instead of ending the process.
     pub unlocked: bool,
 }
@@ -150,6 +152,7 @@ pub(crate) fn settings() -> &'static Settings {
             fragment: (number("STRICT_FOREIGN_FRAGMENT", 4000) as usize).clamp(1, 4096),
             lenient: text("STRICT_FOREIGN_LENIENT").is_some(),
             cuda: text("STRICT_FOREIGN_CUDA").is_some(),
+            late: text("STRICT_FOREIGN_LATE").is_some(),
             unlocked: text("STRICT_FOREIGN_UNLOCKED").is_some(),
         }
     })
@@ -176,6 +179,7 @@ pub struct Counters {
     pub warnings: AtomicU64,
     pub listens: AtomicU64,
     pub messages_in: AtomicU64,
+    pub flow_rules: AtomicU64,
 }
 
 /// The counters of this process.

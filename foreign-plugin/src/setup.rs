@@ -160,6 +160,9 @@ fn finish(mut all: Vec<TcpStream>) -> Result<Sockets, String> {
         stream.set_nonblocking(true).and_then(|()| stream.set_nodelay(true)).map_err(|e| e.to_string())?;
     }
     let control = all.remove(0);
+    if settings().late {
+        all.iter().try_for_each(crate::late::allow).map_err(|e| e.to_string())?;
+    }
     Ok(Sockets { control, data: all })
 }
 

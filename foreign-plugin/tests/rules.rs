@@ -1,6 +1,7 @@
 //! Every rule of the strict foreign plugin is shown failing once: each case runs in a process of its own, which must end as told.
 
 use nccl_net_abi::*;
+use nccl_net_strict_foreign::flows::reset_connections;
 use nccl_net_strict_foreign::ncclNetPlugin_v7 as NET;
 use nccl_net_strict_foreign::rules::counters;
 use std::ffi::{c_char, c_int, c_ulong, c_void};
@@ -75,6 +76,7 @@ fn what_breaks_the_contract_ends_the_process() {
         ("too_long", "it would never be whole"),
         ("two_at_once", "irecv of 2 messages"),
         ("host_receive", "a host receive on a data socket"),
+        ("reset", "closeRecv on a data socket that has no peer"),
     ] {
         aborts(case, why);
     }
@@ -112,6 +114,7 @@ fn sigpipe_reaches_the_caller() {
 #[test]
 fn the_rest_behaves_as_tcpx() {
     passes("one_message", &[]);
+    passes("one_message", &[("STRICT_FOREIGN_LATE", "1")]);
     passes("windows_and_order", &[LENIENT]);
     passes("sizes_are_not_enforced", &[]);
     passes("host_receives_are_refused", &[LENIENT]);
@@ -217,6 +220,12 @@ fn child() {
             unsafe { NET.irecv.expect("irecv")(pair.recv, 2, &mut data, &mut size, &mut tag, &mut mr, &mut request) };
         }
         "host_receive" => host_receives_are_refused(),
+        "reset" => {
+            let pair = Pair::new();
+            assert_eq!(counters().flow_rules.load(Acquire), 2);
+            assert_eq!(reset_connections(|_, _| true), 3, "of 6: each takes the other end with it");
+            pair.close_recv();
+        }
         "sigpipe_of_set_up" => drop(Pair::new()),
         "one_message" => one_message(),
         "double_import" => double_import(),

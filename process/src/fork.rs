@@ -1,6 +1,6 @@
 //! A number that a fork changes, and values that belong to the process that made them.
 
-use crate::whole;
+use crate::fork_guard;
 use std::fmt;
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
@@ -11,7 +11,7 @@ static GENERATION: AtomicU64 = AtomicU64::new(0);
 
 extern "C" fn in_child() {
     GENERATION.fetch_add(1, Ordering::Relaxed);
-    whole::in_child();
+    fork_guard::in_child();
 }
 
 /// Nobody has asked for forks to be counted; they are counted. Any other value is the process that is about to ask.
@@ -39,7 +39,7 @@ fn watch() {
                 if WATCH.compare_exchange(before, own, Ordering::AcqRel, Ordering::Acquire).is_ok() {
                     // SAFETY: the handlers count, store and sleep, which is allowed around a fork. It fails only where memory runs out,
                     // and then a child is not told apart. Twice counts twice, which differs too.
-                    unsafe { libc::pthread_atfork(Some(whole::before), Some(whole::in_parent), Some(in_child)) };
+                    unsafe { libc::pthread_atfork(Some(fork_guard::before), Some(fork_guard::in_parent), Some(in_child)) };
                     WATCH.store(WATCHED, Ordering::Release);
                     return;
                 }
@@ -102,16 +102,16 @@ impl std::error::Error for Parents {}
 
 /// A value of the process that made it. A forked child can look at it, and never drops it: what it holds stays as it is, down to
 /// the descriptors, which the child closes when it ends.
-pub struct Local<T> {
+pub struct ProcessOwned<T> {
     generation: u64,
     pid: u32,
     value: ManuallyDrop<T>,
 }
 
-impl<T> Local<T> {
+impl<T> ProcessOwned<T> {
     /// Wraps a value of this process.
-    pub fn new(value: T) -> Local<T> {
-        Local { generation: generation(), pid: std::process::id(), value: ManuallyDrop::new(value) }
+    pub fn new(value: T) -> ProcessOwned<T> {
+        ProcessOwned { generation: generation(), pid: std::process::id(), value: ManuallyDrop::new(value) }
     }
 
     /// Whether the calling process made it. Where not, none of its locks may be taken: who held one may not be in this process.
@@ -131,20 +131,20 @@ impl<T> Local<T> {
     }
 }
 
-impl<T> Deref for Local<T> {
+impl<T> Deref for ProcessOwned<T> {
     type Target = T;
     fn deref(&self) -> &T {
         &self.value
     }
 }
 
-impl<T> DerefMut for Local<T> {
+impl<T> DerefMut for ProcessOwned<T> {
     fn deref_mut(&mut self) -> &mut T {
         &mut self.value
     }
 }
 
-impl<T> Drop for Local<T> {
+impl<T> Drop for ProcessOwned<T> {
     fn drop(&mut self) {
         if self.is_here() {
             // SAFETY: dropped once, here; nobody uses the value after drop.
@@ -223,19 +223,19 @@ mod tests {
 
     #[test]
     fn a_child_never_drops_what_its_parent_made() {
-        let (one, two) = (Local::new(Counted), Local::new(Counted));
+        let (one, two) = (ProcessOwned::new(Counted), ProcessOwned::new(Counted));
         assert!(one.is_here() && one.check("thing").is_ok());
         // SAFETY: the child only runs plain code and _exit.
         let child = unsafe { libc::fork() };
         assert!(child >= 0);
         if child == 0 {
-            let told = !one.is_here() && one.check("thing").is_err();
+            let refused = !one.is_here() && one.check("thing").is_err();
             drop(one);
             let kept = DROPS.load(Ordering::SeqCst) == 0;
-            drop(Local::new(Counted));
+            drop(ProcessOwned::new(Counted));
             let own = DROPS.load(Ordering::SeqCst) == 1;
             // SAFETY: ends the child without running anything of the parent's.
-            unsafe { libc::_exit(if told && kept && own { 0 } else { 1 }) };
+            unsafe { libc::_exit(if refused && kept && own { 0 } else { 1 }) };
         }
         let mut status = 0;
         // SAFETY: a writable status.

@@ -1,7 +1,25 @@
-//! What every thread of the library's own does first. Knows nothing of what they do then.
+//! How every thread of the library starts. Knows nothing of what they do then.
+
+use std::io;
+use std::thread::JoinHandle;
+
+/// Bytes of a thread's stack.
+const STACK: usize = 2 << 20;
+
+/// Starts a thread that takes no signals. Its first steps allocate, and the process ends where they cannot: there is room for them.
+///
+/// # Errors
+/// `OutOfMemory` where the address space has no room for it; else what the system says, `EAGAIN` where there are too many threads.
+pub fn spawn(name: impl Into<String>, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    crate::ensure_space(STACK)?;
+    std::thread::Builder::new().name(name.into()).stack_size(STACK).spawn(|| {
+        block_signals();
+        body();
+    })
+}
 
 /// Blocks every signal in the calling thread: plugins raise SIGPIPE, and handlers are the application's.
-pub fn block_signals() {
+fn block_signals() {
     // SAFETY: a local, fully initialised set.
     unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
@@ -79,17 +97,19 @@ mod tests {
 
     #[test]
     fn no_signal_comes_through() {
-        let blocked = std::thread::spawn(|| {
-            block_signals();
+        let (tell, told) = std::sync::mpsc::channel();
+        let thread = spawn("test", move || {
             // SAFETY: a local set, filled by the call.
             unsafe {
                 let mut set: libc::sigset_t = std::mem::zeroed();
                 libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &raw mut set);
-                [libc::SIGPIPE, libc::SIGINT, libc::SIGUSR1, libc::SIGCHLD]
-                    .map(|signal| libc::sigismember(&raw const set, signal))
+                let blocked = [libc::SIGPIPE, libc::SIGINT, libc::SIGUSR1, libc::SIGCHLD]
+                    .map(|signal| libc::sigismember(&raw const set, signal));
+                tell.send(blocked).unwrap();
             }
         });
-        assert_eq!(blocked.join().unwrap(), [1; 4]);
+        thread.unwrap().join().unwrap();
+        assert_eq!(told.recv().unwrap(), [1; 4]);
     }
 
     #[test]

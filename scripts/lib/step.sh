@@ -1,6 +1,7 @@
+# shellcheck shell=bash
 # Steps of a test script: run, counted, with a log each. Sourced by scripts/test and scripts/gpu-test, which set `logs`, the folder of
 # the logs, and `only`, the words of the command line. Knows nothing of what the steps do.
-passed=0 failed=0 skipped=0 failures=()
+passed=0 failed=0 skipped=0 failures=() lane='' lane_names=()
 STEP_SECONDS=${STEP_SECONDS:-900}
 
 # wanted NAME: whether the words of the command line, if any, choose it
@@ -11,21 +12,21 @@ wanted() {
   return 1
 }
 
-# Tests that a log counts, where it does.
-counted() { grep -aE '^test result|tests passed|passed, [0-9]+ failed' "$1" | awk '{for(i=1;i<NF;i++) if ($(i+1) ~ /^passed/) n+=$i} END {if (n) printf ", %d tests", n}'; }
+log_of() { echo "$logs/${1//[^A-Za-z0-9]/_}.log"; }
 
-# measured NAME SECONDS COMMAND...: runs it with its output in its log, for SECONDS at most. What it took of the processors, as
-# `user system` in seconds, is left beside the log.
+# measured NAME LIMIT COMMAND...: runs it for LIMIT seconds at most. The output goes to its log; `status seconds user system` to a file
+# beside it. Exported functions are commands.
 measured() {
-  local log limit=$2 TIMEFORMAT='%U %S'
+  local log limit=$2 start=$SECONDS status=0 TIMEFORMAT='%U %S'
   log=$(log_of "$1")
   shift 2
-  { time timeout "$limit" bash -c '"$@"' _ "$@" >"$log" 2>&1; } 2>"$log.cpu"
+  { time timeout "$limit" bash -c '"$@"' _ "$@" >"$log" 2>&1; } 2>"$log.cpu" || status=$?
+  echo "$status $((SECONDS - start)) $(tail -1 "$log.cpu")" >"$log.outcome"
 }
 
-# step NAME [-t SECONDS] COMMAND...: runs it, keeps its output, counts it. Exit status 77 means skipped. Exported functions are commands.
+# step NAME [-t SECONDS] COMMAND...: runs it and counts it. Exit status 77 means skipped.
 step() {
-  local name=$1 limit=$STEP_SECONDS start=$SECONDS
+  local name=$1 limit=$STEP_SECONDS
   shift
   if [ "$1" = -t ]; then
     limit=$2
@@ -33,50 +34,52 @@ step() {
   fi
   wanted "$name" || return 0
   measured "$name" "$limit" "$@"
-  report "$name" $? $((SECONDS - start))
+  report "$name"
 }
 
-# beside LANE NICENESS NAME COMMAND...: as step, but beside the steps that follow. What is in one lane runs in order, one at a time; a
-# lane that does not exist yet starts now. `conclude` waits for all and counts them.
-declare -A lane_pid=()
-beside_names=()
+# beside NAME COMMAND...: as step, but next to the steps that follow and with less of the processors: one after another, in the order given.
+# `join` waits for all of them and counts them.
 beside() {
-  local lane=$1 nice=$2 name=$3 log before=${lane_pid[$1]:-}
-  shift 3
+  local name=$1 before=$lane
+  shift
   wanted "$name" || return 0
-  log=$(log_of "$name")
-  rm -f "$log.outcome"
-  (
+  {
     [ -z "$before" ] || tail --pid="$before" -f /dev/null
-    start=$SECONDS
-    # What is nice gets little of a busy machine.
-    renice -n "$nice" "$BASHPID" >/dev/null
+    renice -n 5 "$BASHPID" >/dev/null
     measured "$name" $((2 * STEP_SECONDS)) "$@"
-    echo "$? $((SECONDS - start))" >"$log.outcome"
-  ) &
-  lane_pid[$lane]=$!
-  beside_names+=("$name")
+  } &
+  lane=$!
+  lane_names+=("$name")
 }
 
-# join LANE: waits until all of a lane has run
-join() { [ -z "${lane_pid[$1]:-}" ] || tail --pid="${lane_pid[$1]}" -f /dev/null; }
+join() {
+  local name
+  wait
+  for name in "${lane_names[@]}"; do report "$name"; done
+  lane='' lane_names=()
+}
 
-log_of() { echo "$logs/${1//[^A-Za-z0-9]/_}.log"; }
-
-# Seconds of the processors that the step of a log took.
-processor() { awk '{printf "%.0f", $1 + $2}' "$1.cpu" 2>/dev/null; }
-
-# report NAME STATUS SECONDS
+# report NAME: counts what `measured` left and prints a line
 report() {
-  local name=$1 rc=$2 log
-  log=$(log_of "$name")
-  case $rc in
-    0) passed=$((passed + 1)); echo "ok       $name ($3 s, $(processor "$log") s of CPU)$(counted "$log")" ;;
-    77) skip "$name" "$(grep -a SKIPPED "$log" | head -1 | sed 's/^SKIPPED[: ]*//')" ;;
-    *) fail "$name" "status $rc after $3 s, end of $log:" "$log" ;;
+  local log status=1 seconds=0 user=0 system=0
+  log=$(log_of "$1")
+  read -r status seconds user system <"$log.outcome"
+  case $status in
+    0)
+      passed=$((passed + 1))
+      printf 'ok       %s (%s s, %.0f s of CPU)%s\n' "$1" "$seconds" "$(awk "BEGIN {print $user + $system}")" "$(counted "$log")"
+      ;;
+    77) skip "$1" "$(grep -a SKIPPED "$log" | head -1 | sed 's/^SKIPPED[: ]*//')" ;;
+    *) fail "$1" "status $status after $seconds s, end of $log:" "$log" ;;
   esac
-  # A test inside a step that was skipped shows here too.
-  [ "$rc" = 77 ] || grep -a '^SKIPPED' "$log" | sed "s/^/         $name: /"
+  # Tests inside a step that were skipped show here too, by the reason and how many.
+  [ "$status" = 77 ] || sed -nE 's/^ *SKIPPED:? +([a-z0-9]+_[a-z0-9_]+ )?/SKIPPED inside: /p' "$log" | sort | uniq -c
+}
+
+# The tests that a log counts, of cargo test, nextest, CTest and the Python programs.
+counted() {
+  grep -aE '^test result|tests run:|tests passed|passed, [0-9]+ failed' "$1" |
+    awk '{for (i = 1; i < NF; i++) if ($(i + 1) ~ /^passed/) n += $i} END {if (n) printf ", %d tests", n}'
 }
 
 # skip NAME WHY
@@ -91,18 +94,13 @@ fail() {
   failures+=("$1")
   echo "FAILED   $1 ($2)"
   tail -n 60 "$3"
-  # What went wrong may stand far above the end, and what shows a run's output may show its last lines only.
+  # What went wrong may be far above the end of the log.
   while IFS= read -r line; do failures+=("  $line"); done < <(grep -aE -A 4 -m 3 '^ *(FAIL|failed:|error)|FAILED$|panicked at' "$3" | cut -c 1-300 | head -n 12)
 }
 
 # The counts, and the exit status of the script.
 conclude() {
-  local name outcome
-  wait
-  for name in "${beside_names[@]}"; do
-    read -ra outcome <"$(log_of "$name").outcome" || outcome=(1 0)
-    report "$name" "${outcome[@]}"
-  done
+  join
   echo
   [ $failed = 0 ] || printf 'failed: %s\n' "${failures[@]}"
   echo "$passed passed, $failed failed, $skipped skipped"

@@ -16,13 +16,13 @@ use crate::ledger::{Failure, Ledger};
 use crate::logger::Limited;
 use crate::pool::{Member, Pool, Seat};
 use crate::protect::Guard;
+use crate::quantum::{Line, Turn};
 use crate::recv::RecvIo;
 use crate::rendezvous::Connected;
 use crate::send::{SendIo, Source};
 use crate::slot::{Body, Slot, NO_REGION};
 use crate::state::Global;
 use crate::tcp;
-use crate::turn::{Line, Turn};
 
 /// Completions that share a ring while a comm has more to move at once.
 const RING_EVERY: u64 = MAX_REQUESTS as u64 / 4;

@@ -17,6 +17,7 @@
 
 #[allow(missing_docs, reason = "the entries are documented by the tables of nccl-net-abi")]
 mod abi;
+mod adaptive_spin;
 mod comm;
 mod config;
 mod congestion;
@@ -26,16 +27,15 @@ mod fragment;
 pub mod interfaces;
 mod ledger;
 mod logger;
-mod patience;
 mod pool;
 mod protect;
+mod quantum;
 mod recv;
 mod rendezvous;
 mod send;
 mod slot;
 mod state;
 mod tcp;
-mod turn;
 
 pub use config::{default_number, Kind, Variable, VARIABLES};
 

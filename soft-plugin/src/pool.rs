@@ -8,13 +8,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use process::thread::block_signals;
 use process::{Mutex, PerProcess};
 use reactor::{Events, Interest, Poller, Waker};
 
+use crate::adaptive_spin::AdaptiveSpin;
 use crate::config::Config;
-use crate::patience::Patience;
-use crate::turn::Turn;
+use crate::quantum::Turn;
 
 /// Token of the waker; members' numbers start at 1.
 const WAKE: u64 = 0;
@@ -63,7 +62,7 @@ pub struct Worker {
 
 /// What the threads know of each other.
 struct Crew {
-    /// How long each polls before it sleeps; see [`Patience`].
+    /// How long each polls before it sleeps; see [`AdaptiveSpin`].
     spin: [Duration; 2],
     /// Threads that are not asleep, and how many of them leave cores to others even while they poll.
     awake: AtomicUsize,
@@ -166,10 +165,7 @@ impl Worker {
         });
         worker.poller.add(worker.waker.fd(), WAKE, Interest::READ | Interest::EDGE)?;
         let own = worker.clone();
-        std::thread::Builder::new().name(format!("uccl-soft-{number}")).spawn(move || {
-            block_signals();
-            own.run();
-        })?;
+        process::thread::spawn(format!("uccl-soft-{number}"), move || own.run())?;
         Ok(worker)
     }
 
@@ -184,7 +180,7 @@ impl Worker {
     fn run(&self) {
         let mut ready: VecDeque<Arc<dyn Member>> = VecDeque::new();
         let (mut mail, mut events) = (Vec::new(), Events::with_capacity(EVENTS));
-        let mut patience = Patience::new(self.crew.spin);
+        let mut spin = AdaptiveSpin::new(self.crew.spin);
         self.crew.awake.fetch_add(1, Ordering::Relaxed);
         loop {
             self.collect_mail(&mut mail, &mut ready);
@@ -205,10 +201,10 @@ impl Worker {
                 continue;
             }
             let begun = Instant::now();
-            if !self.spin_finds_work(&patience, begun, &mut events, &mut ready) {
+            if !self.spin_finds_work(&spin, begun, &mut events, &mut ready) {
                 self.sleep(&mut events, &mut ready);
             }
-            patience.waited(begun.elapsed());
+            spin.waited(begun.elapsed());
         }
     }
 
@@ -238,12 +234,12 @@ impl Worker {
 
     fn spin_finds_work(
         &self,
-        patience: &Patience,
+        spin: &AdaptiveSpin,
         begun: Instant,
         events: &mut Events,
         ready: &mut VecDeque<Arc<dyn Member>>,
     ) -> bool {
-        while begun.elapsed() < patience.limit(self.crew.awake.load(Ordering::Relaxed) > self.crew.few) {
+        while begun.elapsed() < spin.limit(self.crew.awake.load(Ordering::Relaxed) > self.crew.few) {
             self.poll(Some(Duration::ZERO), events, ready);
             if !ready.is_empty() || self.has_mail.load(Ordering::Acquire) {
                 return true;

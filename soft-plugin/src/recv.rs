@@ -13,8 +13,8 @@ use crate::device::{demote, UnpackQueue};
 use crate::fragment::{self, Fragmentation, Rng};
 use crate::ledger::{Failure, Ledger};
 use crate::protect::{Guard, Proof, MAX_HEAD};
+use crate::quantum::{Line, Turn, IOV_MAX, TURN_BYTES};
 use crate::slot::{Body, Cursor, Header, HEADER};
-use crate::turn::{Line, Turn, IOV_MAX, TURN_BYTES};
 
 /// Bytes read ahead of a header, so that small messages share system calls.
 const AHEAD: usize = 16 << 10;

@@ -12,8 +12,8 @@ use crate::congestion::Rule;
 use crate::device::SendSource;
 use crate::ledger::{Failure, Ledger};
 use crate::protect::{Guard, Outgoing};
+use crate::quantum::{Line, Turn, IOV_MAX, TURN_BYTES};
 use crate::slot::Cursor;
-use crate::turn::{Line, Turn, IOV_MAX, TURN_BYTES};
 
 /// Where device sends come from, once there was one.
 pub type Source = OnceLock<Arc<dyn SendSource>>;

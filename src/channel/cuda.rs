@@ -2,7 +2,9 @@
 //! Knows jobs and places, nothing of connections and plugins.
 
 use super::device::{DeviceCopier, StagingMemory, Ticket, View};
-use crate::gpu::{CopyLauncher, Extent, Gpu, Job, Launched, Lent, MappedPtr, MemoryKind, INLINE_PIECES, PIECES_PER_JOB};
+use crate::gpu::{
+    CopyLauncher, Extent, Gpu, Job, Launched, MappedPtr, MemoryKind, PooledLauncher, INLINE_PIECES, PIECES_PER_JOB,
+};
 use crate::status::{bail, err, Result};
 use crate::types::{Part, Place, MAX_INLINE};
 use cuda_driver::{DeviceBuffer, PinnedBuffer};
@@ -53,7 +55,7 @@ struct Unit {
 /// Jobs of one direction, launched in the order they came. The two directions have streams of their own: an unpack does not wait for
 /// the packs ahead of it.
 struct Jobs {
-    launchers: Vec<Lent<CopyLauncher>>,
+    launchers: Vec<PooledLauncher<CopyLauncher>>,
     turn: usize,
     /// Jobs of a launch at most.
     batch: usize,
@@ -149,7 +151,8 @@ impl Jobs {
     /// Drops what was not launched and waits for the rest until `deadline`.
     fn quiesce(&mut self, deadline: Instant) -> Result<()> {
         self.queued.clear();
-        let each = |launcher: &mut Lent<CopyLauncher>| launcher.quiesce(deadline.saturating_duration_since(Instant::now()));
+        let each =
+            |launcher: &mut PooledLauncher<CopyLauncher>| launcher.quiesce(deadline.saturating_duration_since(Instant::now()));
         let results: Vec<Result<()>> = self.launchers.iter_mut().map(each).collect();
         results.into_iter().collect()
     }

@@ -19,6 +19,9 @@ impl HostBlock {
         let Ok(layout) = Layout::from_size_align(len.max(1).next_multiple_of(PAGE), PAGE) else {
             bail!(Resource, "block of {len} bytes")
         };
+        if process::ensure_space(layout.size()).is_err() {
+            bail!(Resource, "{len} bytes of staging memory: the address space has no room (ulimit -v), or the machine no memory")
+        }
         // SAFETY: the layout's size is not 0.
         let Some(ptr) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { bail!(Resource, "{len} bytes of staging memory") };
         Ok(HostBlock { ptr, layout })

@@ -4,10 +4,11 @@
 use super::device::DeviceCopier;
 use super::plan::{Chunk, ChunkLimits};
 use super::stripe::Loads;
-use crate::region::{Hold, Region, RegionUse};
+use crate::direct::{Event, Way};
+use crate::region::Hold;
 use crate::stats::ChannelStats;
 use crate::status::Result;
-use crate::types::{Key, Part, Piece, Place};
+use crate::types::{Key, Part, Place};
 use std::time::Instant;
 
 /// A chunk to send.
@@ -52,67 +53,6 @@ pub(crate) enum Dest {
     Discard,
 }
 
-/// What happened on a channel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Event {
-    /// A chunk left: its source may change.
-    Sent(Key, u64),
-    /// A chunk is in place.
-    Received(Key, u64),
-    /// Bytes of a transfer that goes without chunks are in place.
-    Moved(Key, u64),
-    /// Such a transfer has ended: all bytes are in place, or the peer refused it.
-    Ended(Key, bool),
-}
-
-/// Memory of both sides in which blocks of a transfer lie.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Pairing {
-    /// Index of this side's region in the transfer's table, and where it lies.
-    pub local: u16,
-    pub here: Place,
-    /// The peer's region, its token, and where it lies.
-    pub region: u64,
-    pub token: [u8; 16],
-    pub there: Place,
-    /// Begin and end of what all blocks take, here and there.
-    pub near: (u64, u64),
-    pub far: (u64, u64),
-}
-
-/// The blocks of a transfer, handed out once.
-pub(crate) trait Blocks {
-    /// Appends the blocks that come next, at most so many and not many more bytes, all of one pairing: its index. `None` at the end.
-    /// Sources and destinations bear the names that they have for their owners.
-    fn fill(&mut self, most: usize, bytes: u64, out: &mut Vec<Piece>) -> Option<usize>;
-
-    /// Nothing comes any more.
-    fn is_done(&self) -> bool;
-}
-
-/// A transfer that may go without chunks.
-pub(crate) struct Direct<'a> {
-    /// Its name.
-    pub key: Key,
-    /// Where its data goes.
-    pub way: Way,
-    /// Bytes of it.
-    pub total: u64,
-    /// What its blocks lie in; every block lies in its pairing's regions.
-    pub pairings: &'a [Pairing],
-    /// What keeps this side's regions.
-    pub hold: &'a Hold,
-    /// Its blocks.
-    pub blocks: &'a mut dyn Blocks,
-}
-
-/// Direction of data, from this side.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Way {
-    Out,
-    In,
-}
-
 /// What the network has done on a channel.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Line<'a> {
@@ -146,47 +86,6 @@ pub(crate) trait Path: Send {
     /// Whether it carries memory of this side's `local` to or from anywhere.
     fn carries_local(&self, local: Place) -> bool;
 
-    /// Whether it sends memory of `local` only of regions that [`Path::share`] has said yes to.
-    fn needs_sharing(&self, _local: Place) -> bool {
-        false
-    }
-
-    /// Whether the peer can reach all of a region for its memory at `peer`. May take long the first time, and may say no at first and
-    /// yes later; never the other way.
-    fn share(&mut self, _region: &Region, _peer: Place) -> bool {
-        true
-    }
-
-    /// Tells the peer of a region that it may want to reach soon; see [`Path::share`].
-    fn offer(&mut self, _region: &Region) {}
-
-    /// Starts a transfer all of which goes without chunks; what becomes of it are [`Event::Moved`] and [`Event::Ended`]. `false` where
-    /// that cannot be: nothing has begun then.
-    ///
-    /// # Errors
-    /// When the connection must end.
-    fn start_direct(&mut self, _transfer: &mut Direct<'_>) -> Result<bool> {
-        Ok(false)
-    }
-
-    /// Something that goes without chunks is under way or waits: its end is looked for in memory, as often as possible.
-    fn hurries(&self) -> bool {
-        false
-    }
-
-    /// Something small goes without chunks and has just begun: it ends before a caller that goes away now comes back.
-    fn ends_soon(&self, _now: Instant) -> bool {
-        false
-    }
-
-    /// The peer has shown the token of a region, for memory of it at `peer`: from now on it need not be asked about it.
-    fn grant(&mut self, _region: &RegionUse, _peer: Place) {}
-
-    /// Whether something that goes without chunks uses a region, besides what this side has started.
-    fn uses_region(&self, _id: u64) -> bool {
-        false
-    }
-
     /// The load of each channel for a chunk from `place`, and of the NICs, into empty lists. `bulk`: the chunk is part of a large
     /// transfer, and all of those together leave room in the window for small ones, which do not count against them.
     fn loads(&mut self, place: Place, bulk: bool, now: Instant, out: &mut Loads);
@@ -202,16 +101,6 @@ pub(crate) trait Path: Send {
 
     /// Chunks are announced, in flight or expected.
     fn busy(&self) -> bool;
-
-    /// It wants [`Path::progress`] although no chunk is under way.
-    fn attention(&self) -> bool {
-        false
-    }
-
-    /// A device copies for it; nobody is woken when that ends.
-    fn copying(&self) -> bool {
-        false
-    }
 
     /// What the network has done on each channel so far, in the order of their numbers.
     ///

@@ -1,13 +1,13 @@
 //! The channels of a connection over all its paths: which path carries what, which channel takes the next chunk, and the device copier
-//! that all of them share. Channels are numbered over the paths in order; both sides have the same paths in the same order. Knows
-//! nothing of plugins, and of transfers only the keys of chunks.
+//! that all of them share; and beside them the direct transport, where there is one. Channels are numbered over the paths in order; both
+//! sides have the same paths in the same order. Knows nothing of plugins, and of transfers only the keys of chunks.
 
 use super::device::spread;
-use super::path::{Arrival, Copier, Departure, Dest, Direct, Event, Path, Way};
+use super::path::{Arrival, Copier, Departure, Dest, Path};
 use super::plan::{Chunk, ChunkLimits};
 use super::stillness::Stillness;
 use super::stripe::{self, Loads, Want};
-use crate::region::{Hold, Region, RegionUse};
+use crate::direct::{Activity, Direct, Event, Way};
 use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
 use crate::types::{Part, Place, Segment};
@@ -28,7 +28,8 @@ pub(crate) struct Totals {
 
 /// All channels of a connection.
 pub(crate) struct Channels {
-    // The paths close before the copier goes (field order).
+    // The direct transport and the paths close before the copier goes (field order).
+    direct: Option<Box<dyn Direct>>,
     paths: Vec<Box<dyn Path>>,
     copier: Copier,
     loads: Loads,
@@ -38,8 +39,8 @@ pub(crate) struct Channels {
 
 impl Channels {
     /// Channels over `paths`; of several that carry a pair of places the first is taken.
-    pub(crate) fn new(paths: Vec<Box<dyn Path>>, copier: Copier) -> Channels {
-        Channels { paths, copier, loads: Loads::default(), totals: Totals::default(), stillness: Stillness::default() }
+    pub(crate) fn new(direct: Option<Box<dyn Direct>>, paths: Vec<Box<dyn Path>>, copier: Copier) -> Channels {
+        Channels { direct, paths, copier, loads: Loads::default(), totals: Totals::default(), stillness: Stillness::default() }
     }
 
     /// Number of paths: each route is blocked on its own.
@@ -47,67 +48,24 @@ impl Channels {
         self.paths.len()
     }
 
-    /// The path for memory of these places. `shared`: [`Channels::share`] has said yes to the regions that are sent.
-    pub(crate) fn route(&self, local: Place, peer: Place, shared: bool) -> Option<usize> {
-        self.paths.iter().position(|p| p.carries(local, peer) && (shared || !p.needs_sharing(local)))
+    /// The path for chunks between memory of these places.
+    pub(crate) fn route(&self, local: Place, peer: Place) -> Option<usize> {
+        self.paths.iter().position(|path| path.carries(local, peer))
     }
 
-    /// Whether the paths that want regions to be shared first can send these segments, whose regions `hold` has.
-    pub(crate) fn share(&mut self, segments: &[Segment], hold: &Hold) -> bool {
-        let mut shared = true;
-        let wants = |path: &&mut Box<dyn Path>| path.needs_sharing(Place::gpu(0));
-        for path in self.paths.iter_mut().filter(wants) {
-            let mut last = None;
-            for segment in segments {
-                let this = (segment.region, segment.peer);
-                if last.replace(this) == Some(this) || !path.needs_sharing(segment.place) {
-                    continue;
-                }
-                if path.carries(segment.place, segment.peer) {
-                    // All are asked: each is told to the peer at its first use.
-                    let region = match segment.place.is_device() {
-                        true => hold.region_to_share(segment.region),
-                        false => hold.region(segment.region),
-                    };
-                    shared &= region.is_some_and(|region| path.share(region, segment.peer));
-                }
-            }
-        }
-        shared
+    /// The direct transport, where there is one.
+    pub(crate) fn direct(&mut self) -> Option<&mut (dyn Direct + 'static)> {
+        self.direct.as_deref_mut()
     }
 
-    /// Whether the peer reaches all of these segments within the host: then a chunk is faster than a frame that a GPU has to fill.
-    fn within_host(&mut self, segments: &[Segment], hold: &Hold) -> bool {
-        let wanted = |path: &dyn Path, s: &Segment| path.needs_sharing(s.place) && path.carries(s.place, s.peer);
-        segments.iter().all(|s| self.paths.iter().any(|path| wanted(&**path, s))) && self.share(segments, hold)
+    /// What the direct transport is doing.
+    pub(crate) fn activity(&self, now: Instant) -> Activity {
+        self.direct.as_ref().map_or_else(Activity::default, |direct| direct.activity(now))
     }
 
-    /// Starts a transfer without chunks on a path that can carry all of it so; `false` when none can, and nothing has begun.
-    ///
-    /// # Errors
-    /// When the connection must end.
-    pub(crate) fn start_direct(&mut self, transfer: &mut Direct<'_>) -> Result<bool> {
-        for path in &mut self.paths {
-            if path.start_direct(transfer)? {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
-
-    /// The peer has shown the token of a region, for memory of it at `peer`.
-    pub(crate) fn grant(&mut self, region: &RegionUse, peer: Place) {
-        self.paths.iter_mut().for_each(|path| path.grant(region, peer));
-    }
-
-    /// Whether a transfer without chunks that the peer has started uses a region.
+    /// Whether a direct transfer that the peer has started uses a region.
     pub(crate) fn uses_region(&self, id: u64) -> bool {
-        self.paths.iter().any(|path| path.uses_region(id))
-    }
-
-    /// Tells the peer of a region of this side that it may want to reach soon.
-    pub(crate) fn offer(&mut self, region: &Region) {
-        self.paths.iter_mut().for_each(|path| path.offer(region));
+        self.direct.as_ref().is_some_and(|direct| direct.uses_region(id))
     }
 
     /// What chunks of a channel are at most; `None` where it does not exist.
@@ -192,17 +150,18 @@ impl Channels {
     /// Advances all channels; gives what happened.
     pub(crate) fn progress(&mut self, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
         let mut any = false;
-        for path in &mut self.paths {
-            if path.busy() || path.attention() {
-                any |= path.progress(&mut self.copier, now, events)?;
-            }
+        if let Some(direct) = self.direct.as_mut().filter(|direct| direct.activity(now).active) {
+            any |= direct.progress(now, events)?;
+        }
+        for path in self.paths.iter_mut().filter(|path| path.busy()) {
+            any |= path.progress(&mut self.copier, now, events)?;
         }
         self.flush()?;
         for event in events.iter() {
             match event {
                 Event::Sent(_, len) => self.totals.sent += len,
                 Event::Received(_, len) => self.totals.received += len,
-                Event::Moved(..) | Event::Ended(..) => {}
+                _ => {}
             }
         }
         Ok(any)
@@ -216,29 +175,19 @@ impl Channels {
         }
     }
 
-    /// Chunks are announced, in flight or expected.
+    /// Chunks are announced, in flight or expected, or direct transfers under way.
     pub(crate) fn busy(&self) -> bool {
-        self.paths.iter().any(|p| p.busy())
+        self.paths.iter().any(|path| path.busy()) || self.activity(Instant::now()).busy
     }
 
     /// [`Channels::progress`] has something to do, chunks or not.
-    pub(crate) fn stirs(&self) -> bool {
-        self.paths.iter().any(|p| p.busy() || p.attention())
+    pub(crate) fn is_active(&self, now: Instant) -> bool {
+        self.paths.iter().any(|path| path.busy()) || self.activity(now).active
     }
 
-    /// A device copies for this connection; nobody is woken when it ends.
+    /// A device copies for this connection, which rings no doorbell at its end.
     pub(crate) fn copies_pending(&self) -> bool {
-        self.copier.as_ref().is_some_and(|c| c.busy()) || self.paths.iter().any(|p| p.copying())
-    }
-
-    /// Something goes without chunks, and its end shows in memory.
-    pub(crate) fn hurries(&self) -> bool {
-        self.paths.iter().any(|p| p.hurries())
-    }
-
-    /// Something small goes without chunks and has just begun.
-    pub(crate) fn ends_soon(&self, now: Instant) -> bool {
-        self.paths.iter().any(|p| p.ends_soon(now))
+        self.copier.as_ref().is_some_and(|copier| copier.busy()) || self.activity(Instant::now()).copying
     }
 
     /// Bytes in whole chunks.
@@ -261,7 +210,9 @@ impl Channels {
                 number += 1;
             })?;
         }
-        Ok(sum.unwrap_or((self.totals.sent, self.totals.received)))
+        let (out, incoming) = sum.unwrap_or((self.totals.sent, self.totals.received));
+        let (more_out, more_in) = self.direct.as_ref().map_or((0, 0), |direct| direct.flowed());
+        Ok((out.saturating_add(more_out), incoming.saturating_add(more_in)))
     }
 
     /// A NIC that has brought nothing for `timeout` although chunks are announced on it, whatever others do; in words.
@@ -270,16 +221,22 @@ impl Channels {
         Some(format!("nothing has come over {nic} for {still:.1?}; under way: {}", self.describe(&channels, Way::In, now)))
     }
 
-    /// What each channel counts, in the order of their numbers; none after the end. `kernel`: with what the kernel knows.
+    /// What the direct transport counts, then each channel in the order of their numbers; none after the end. `kernel`: with what the kernel knows.
     pub(crate) fn stats(&self, kernel: bool, now: Instant) -> Vec<ChannelStats> {
-        let mut out = Vec::new();
+        let mut out: Vec<ChannelStats> = self.direct.iter().map(|direct| direct.stats(kernel)).collect();
         self.paths.iter().for_each(|path| path.stats(kernel, now, &mut out));
         out
     }
 
     /// What is under way in a direction and where, for an error text: the channels that have stood still the longest.
     pub(crate) fn describe_busy(&self, way: Way, now: Instant) -> String {
-        self.describe(&self.stillness.stillest(way, now), way, now)
+        let channels = self.describe(&self.stillness.stillest(way, now), way, now);
+        let direct = self.direct.as_ref().map_or(String::new(), |direct| direct.describe(way));
+        match (channels.is_empty(), direct.is_empty()) {
+            (_, true) => channels,
+            (true, false) => direct,
+            (false, false) => format!("{direct}; {channels}"),
+        }
     }
 
     fn describe(&self, channels: &[usize], way: Way, now: Instant) -> String {
@@ -305,11 +262,8 @@ impl Channels {
     }
 
     /// Up to how many bytes a transfer of these segments should travel inside a control frame.
-    pub(crate) fn inline_bytes(&mut self, segments: &[Segment], hold: &Hold) -> usize {
+    pub(crate) fn inline_bytes(&self, segments: &[Segment]) -> usize {
         let device = segments.iter().any(|s| s.place.is_device());
-        if device && self.within_host(segments, hold) {
-            return 0;
-        }
         match &self.copier {
             Some(copier) if device => copier.inline_bytes(),
             _ if device => 0,
@@ -359,11 +313,13 @@ impl Channels {
 
     /// Drops registrations of a region that nothing uses any more.
     pub(crate) fn forget_region(&mut self, id: u64) {
+        self.direct.iter_mut().for_each(|direct| direct.forget(id));
         self.paths.iter_mut().for_each(|p| p.forget_region(id));
     }
 
-    /// Has what chunks of `place` need allocated and registered on every path that carries them.
+    /// Allocates and registers what copies and chunks of `place` need.
     pub(crate) fn ready(&mut self, place: Place) -> Result<()> {
+        self.direct.iter_mut().try_for_each(|direct| direct.ready(place))?;
         self.paths.iter_mut().try_for_each(|p| p.ready(place, &mut self.copier))
     }
 
@@ -374,6 +330,7 @@ impl Channels {
             log::error!("channels of a connection stay open, and its regions in use: {e}");
             std::mem::forget((std::mem::take(&mut self.paths), self.copier.take()));
         }
+        self.direct = None;
         self.paths.clear();
         self.copier = None;
     }
@@ -445,9 +402,6 @@ mod tests {
         fn busy(&self) -> bool {
             !self.happens.is_empty()
         }
-        fn ends_soon(&self, _now: Instant) -> bool {
-            self.busy()
-        }
         fn network(&self, each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
             for channel in 0..self.channels {
                 let moved = self.bytes.map(|bytes| if channel == 0 { bytes } else { (0, 0) });
@@ -492,9 +446,9 @@ mod tests {
     #[test]
     fn the_first_path_that_carries_a_pair_takes_it_and_channels_are_numbered_over_all() {
         let ((device, d), (host, h)) = (stub(true, 3), stub(false, 2));
-        let mut channels = Channels::new(vec![device, host], None);
+        let mut channels = Channels::new(None, vec![device, host], None);
         let (gpu, now, want) = (Place::gpu(0), Instant::now(), Want { len: 1, rest: 1, total: 1 });
-        assert_eq!((channels.route(gpu, gpu, true), channels.route(gpu, Place::HOST, true)), (Some(0), Some(1)));
+        assert_eq!((channels.route(gpu, gpu), channels.route(gpu, Place::HOST)), (Some(0), Some(1)));
         assert_eq!((channels.routes(), channels.count()), (2, 5));
         assert_eq!([0, 1, 2].map(|route| channels.cut(route, 1 << 20).bytes), [300, 200, 0]);
         assert_eq!(
@@ -537,27 +491,27 @@ mod tests {
         host.happens = vec![Event::Received(KEY, 100)];
         let (device_bytes, host_bytes) = (Some((10, 20)), Some((1, 2)));
         (device.bytes, host.bytes) = (device_bytes, host_bytes);
-        let mut channels = Channels::new(vec![device, host], None);
-        assert!(channels.busy() && channels.ends_soon(Instant::now()));
+        let mut channels = Channels::new(None, vec![device, host], None);
+        assert!(channels.busy());
         let mut events = Vec::new();
         assert!(channels.progress(Instant::now(), &mut events).unwrap());
-        assert_eq!((events.len(), channels.busy(), channels.ends_soon(Instant::now())), (3, false, false));
+        assert_eq!((events.len(), channels.busy()), (3, false));
         assert_eq!(channels.totals(), Totals { submitted: 0, sent: 7, received: 111, expected: 0 });
         assert_eq!(channels.look(Instant::now()).unwrap(), (11, 22));
         // One plugin that does not tell, and whole chunks are all there is.
         let (mut silent, _) = stub(false, 1);
         (silent.bytes, silent.happens) = (None, vec![Event::Sent(KEY, 3)]);
-        let mut channels = Channels::new(vec![stub(true, 1).0, silent], None);
+        let mut channels = Channels::new(None, vec![stub(true, 1).0, silent], None);
         channels.progress(Instant::now(), &mut Vec::new()).unwrap();
         assert_eq!(channels.look(Instant::now()).unwrap(), (3, 0));
     }
 
     #[test]
     fn without_a_copier_only_host_memory_travels_inside_frames() {
-        let mut channels = Channels::new(Vec::new(), None);
-        let mut inline = |place| {
+        let mut channels = Channels::new(None, Vec::new(), None);
+        let inline = |place| {
             let segment = Segment { addr: 1, len: 1, region: 0, place, peer: Place::HOST };
-            channels.inline_bytes(&[segment], &Hold::new(Vec::new()))
+            channels.inline_bytes(&[segment])
         };
         assert_eq!((inline(Place::HOST), inline(Place::gpu(0))), (usize::MAX, 0));
         assert!(!channels.copies_pending());

@@ -1,6 +1,7 @@
 //! Since when channels stand still: bytes that the network moved on each, and chunks that wait for it. Pure; time is the caller's.
 
-use super::path::{Line, Way};
+use super::path::Line;
+use crate::direct::Way;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -35,7 +36,7 @@ struct Seen {
     out: Half,
     incoming: Half,
     /// The plugin tells bytes.
-    told: bool,
+    reports_moved: bool,
 }
 
 /// All channels of a connection, in the order of their numbers.
@@ -47,7 +48,7 @@ impl Stillness {
     pub(crate) fn note(&mut self, channel: usize, line: &Line<'_>, now: Instant) {
         if self.0.len() <= channel {
             let half = Half { bytes: 0, moved: now, since: None, chunks: 0 };
-            self.0.push(Seen { nic: line.nic.to_owned(), out: half, incoming: half, told: line.moved.is_some() });
+            self.0.push(Seen { nic: line.nic.to_owned(), out: half, incoming: half, reports_moved: line.moved.is_some() });
         }
         let Some(seen) = self.0.get_mut(channel) else { return };
         let (taken, brought) = line.moved.unwrap_or((seen.out.bytes, seen.incoming.bytes));
@@ -83,10 +84,10 @@ impl Stillness {
     /// A NIC over which nothing has come for longer than `timeout` although the peer has announced it for as long: its name, for how long,
     /// and the channels that wait, the longest first.
     pub(crate) fn dead_nic(&self, timeout: Duration, now: Instant) -> Option<(&str, Duration, Vec<usize>)> {
-        let waits = |seen: &Seen| seen.told && seen.incoming.still(now) > timeout;
+        let waits = |seen: &Seen| seen.reports_moved && seen.incoming.still(now) > timeout;
         self.0.iter().find(|seen| waits(seen))?;
         let mut last: BTreeMap<&str, Instant> = BTreeMap::new();
-        for seen in self.0.iter().filter(|seen| seen.told) {
+        for seen in self.0.iter().filter(|seen| seen.reports_moved) {
             let moved = last.entry(&seen.nic).or_insert(seen.incoming.moved);
             *moved = (*moved).max(seen.incoming.moved);
         }
@@ -108,7 +109,7 @@ mod tests {
     const T: Duration = Duration::from_secs(10);
 
     /// Looks once a second: bytes come over eth1 always, over the first channel of eth2 until `until`.
-    fn looks(until: u64, seconds: u64, told: bool) -> (Stillness, Instant) {
+    fn looks(until: u64, seconds: u64, reports_moved: bool) -> (Stillness, Instant) {
         let (mut stillness, start) = (Stillness::default(), Instant::now());
         let mut now = start;
         for second in 0..=seconds {
@@ -116,7 +117,7 @@ mod tests {
             let bytes = [second * 1000, second.min(until), 0, 0];
             for (channel, nic) in ["eth1", "eth2", "eth2", "eth3"].into_iter().enumerate() {
                 let waiting = if channel == 3 { 0 } else { 2 };
-                let moved = told.then_some((0, bytes[channel]));
+                let moved = reports_moved.then_some((0, bytes[channel]));
                 stillness.note(channel, &Line { nic, moved, under_way: (1, waiting), posted: waiting }, now);
             }
         }

@@ -5,7 +5,7 @@ use super::table::VARIABLES;
 /// What stands before, between and behind the tables.
 const HEAD: &str = "# Configuration
 
-<!-- Generated from src/config/table.rs: `UPDATE_DOCS=1 cargo test --test configuration` renews it. -->
+<!-- Generated from src/config/table.rs: `UPDATE_DOCS=1 cargo test --release --test lints` renews it. -->
 
 Everything is configured through the environment, read when an engine is created; uccl_engine_create_with takes the same names as
 settings of one engine, but for those of the process: PROCESS

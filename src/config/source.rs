@@ -173,7 +173,7 @@ mod tests {
 
     #[test]
     fn unknown_names_are_told_with_the_nearest_known_one() {
-        let told = unknown(
+        let warnings = unknown(
             [
                 "UCCL_TCPX_NUM_CHANELS",
                 "UCCL_TCPX_SOFT_THREAD",
@@ -184,9 +184,9 @@ mod tests {
             ]
             .into_iter(),
         );
-        assert_eq!(told.len(), 3, "{told:?}");
-        assert!(told[0].ends_with("did you mean UCCL_TCPX_NUM_CHANNELS?"), "{}", told[0]);
-        assert!(told[1].ends_with("did you mean UCCL_TCPX_SOFT_THREADS?"), "{}", told[1]);
-        assert!(told[2].starts_with("UCCL_P2P_FROBNICATE") && !told[2].contains("mean"), "{}", told[2]);
+        assert_eq!(warnings.len(), 3, "{warnings:?}");
+        assert!(warnings[0].ends_with("did you mean UCCL_TCPX_NUM_CHANNELS?"), "{}", warnings[0]);
+        assert!(warnings[1].ends_with("did you mean UCCL_TCPX_SOFT_THREADS?"), "{}", warnings[1]);
+        assert!(warnings[2].starts_with("UCCL_P2P_FROBNICATE") && !warnings[2].contains("mean"), "{}", warnings[2]);
     }
 }

@@ -1,9 +1,10 @@
 //! A peer that keeps no rule, for tests/lying_peer.rs: the real handshake and set-up with real channels, and then any frame and any
 //! data in any order. Knows nothing of what is right. No part of the API: it changes whenever the protocol does.
 
-use super::attempt::Attempt;
-use super::setup::Setup;
-use super::{connect, dial, proto, Engine};
+use super::setup::{connect, dial};
+use super::Engine;
+use crate::engine::setup::driver::SetupDriver;
+use crate::engine::setup::machine::Setup;
 use crate::net::comm::{RecvComm, SendComm};
 use crate::status::{bail, err, Error, Result};
 use crate::types::Key;
@@ -12,7 +13,7 @@ use crate::wire::queue::{RxBuffer, TxQueue};
 use nccl_net_abi::{ucclIoVec, MAX_REQUESTS};
 use std::time::{Duration, Instant};
 
-pub use super::fifo::FifoItem;
+pub use crate::engine::fifo::FifoItem;
 pub use crate::wire::frame::{Frame, Grant, WireRegion, WireSegment, WireSegments};
 
 /// Bytes that a liar sends at once at most.
@@ -21,7 +22,7 @@ const SET_UP: Duration = Duration::from_secs(30);
 
 /// The tag of a chunk at `offset` of a stream, as honest sides compute it. `by_initiator`: the sender chose the id.
 pub fn tag(id: u64, by_initiator: bool, offset: u64) -> i32 {
-    proto::tag(Key { id, mine: by_initiator }, true, offset)
+    crate::proto::tag(Key { id, mine: by_initiator }, true, offset)
 }
 
 /// The id and the token of the region that an item names.
@@ -60,14 +61,14 @@ impl Liar {
     /// # Errors
     /// As [`Engine::connect`].
     pub fn connect(engine: &Engine, port: u16, lie: u8) -> Result<Liar> {
-        let site = &engine.parts.site;
+        let context = &engine.parts.context;
         let now = Instant::now();
         let deadline = now + SET_UP;
         let addresses = [std::net::SocketAddr::from(([127, 0, 0, 1], port))];
-        let (sock, address) = dial::connect(&addresses, deadline, &site.ending)?;
-        let mut attempt = Attempt::new(sock, address, Setup::new(site.link(Some(""))?, now, deadline, deadline), now);
-        connect::drive(site, &mut attempt)?;
-        let up = attempt.parts()?;
+        let (sock, address) = dial::connect(&addresses, deadline, &context.shutdown)?;
+        let mut driver = SetupDriver::new(sock, address, Setup::new(context.link(Some(""))?, now, deadline, deadline), now);
+        connect::drive(context, &mut driver)?;
+        let up = driver.parts()?;
         let (victim, chunk_bytes) = (up.agreed.peer.engine, up.agreed.terms.chunk_bytes as usize);
         let pair = |pair: crate::net::setup::Pair| Pair { send: pair.send, recv: pair.recv, sink: vec![0; MOST].leak() };
         Ok(Liar {

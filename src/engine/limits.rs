@@ -222,6 +222,7 @@ fn exhausted(what: &str, e: &std::io::Error) -> Error {
         Some(libc::EMFILE) => "; raise RLIMIT_NOFILE (ulimit -n)",
         Some(libc::ENFILE) => "; the whole machine has none left (fs.file-max)",
         Some(libc::EAGAIN) => "; the limit of threads is reached (ulimit -u, pids of the control group)",
+        Some(libc::ENOMEM) => "; the address space has no room (ulimit -v), or the machine no memory",
         _ => "",
     };
     Error::new(ErrorKind::Resource, format_args!("out of {what}: {e}{hint}"))
@@ -252,9 +253,9 @@ pub(crate) fn explain(error: Error, fd: BorrowedFd<'_>) -> Error {
 /// Starts a thread of the library.
 ///
 /// # Errors
-/// `Resource` when there are too many threads or too little memory.
+/// `Resource` when there are too many threads or the address space has no room for one more.
 pub(crate) fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<std::thread::JoinHandle<()>> {
-    std::thread::Builder::new().name(name.into()).spawn(body).map_err(|e| {
+    process::thread::spawn(name, body).map_err(|e| {
         if e.raw_os_error() == Some(libc::EAGAIN) || is_exhaustion(&e) {
             exhausted(&format!("threads (for {name})"), &e)
         } else {
@@ -337,8 +338,8 @@ mod tests {
         let set = Budgets { connections: Some(8), peer_bytes: Some(1000), peer_bytes_of_one: Some(7), ..Budgets::default() };
         let l = Limits::of_process(&set);
         assert_eq!((l.connections, l.of_address, l.peer_bytes, l.peer_bytes_of_one), (8, 6, 1000, 7));
-        let told: Vec<usize> = l.list().iter().map(|(_, value, _)| *value).collect();
-        assert_eq!(told[..2], [8, 6]);
+        let listed: Vec<usize> = l.list().iter().map(|(_, value, _)| *value).collect();
+        assert_eq!(listed[..2], [8, 6]);
     }
 
     #[test]

@@ -1,12 +1,12 @@
 //! A list of segments that is kept for several transfers: what can be known of it before a transfer starts is worked out once. Knows
 //! regions by their numbers and items only; whether they exist and hold the segments is seen at every start.
 
-use super::fifo::FifoItem;
-use super::proto::Sketch;
-use super::registry::Registry;
-use super::request::{Known, Sketching, MAX_BLOCK};
-use super::transfer::LocalSegment;
-use crate::channel::path::{Blocks, Way};
+use crate::direct::{Blocks, Way};
+use crate::engine::fifo::FifoItem;
+use crate::engine::request::{Known, Sketching, MAX_BLOCK};
+use crate::engine::transfer::LocalSegment;
+use crate::proto::Sketch;
+use crate::registry::Registry;
 use crate::status::{err, Result};
 use crate::types::Piece;
 use std::collections::TryReserveError;
@@ -108,7 +108,7 @@ impl List {
         self.blocks.len() + self.empty.len()
     }
 
-    /// For a transfer that may go without chunks, as [`super::request::sketch`] does it: with it what hands out the blocks. `None` for
+    /// For a transfer that may go without chunks, as [`crate::engine::request::sketch`] does it: with it what hands out the blocks. `None` for
     /// whatever is wrong, empty or unusual.
     pub(super) fn sketch(&self, way: Way, registry: &Registry, peer_engine: [u8; 16]) -> Option<(Sketch, ListFeed<'_>)> {
         if self.wraps || self.blocks.is_empty() || !self.empty.is_empty() {

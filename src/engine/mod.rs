@@ -1,71 +1,42 @@
 //! The engine: connections and what they share. Knows nothing of C.
 //!
-//! - One connection: `connection` is what an application holds, `proto` its protocol without sockets and clocks, `request` checks what an
-//!   application asks for, `fifo` is what gives a peer access.
-//! - Who drives: `progress` is the engine's thread, `pacing` the table of who drives and who sleeps, `bell` wakes.
-//! - Shared by an engine's connections: `home`, `connections`, `registry`, `notify`, `spare`, `gpus`.
-//! - Bringing connections up: `setup` is one set-up as a machine, `link` its bytes, `sets` and `fabric` its channels, `attempt` joins
-//!   them with a socket, `build` makes the connection. `listener`, `setups` and `accepts` serve incoming ones, `dial` and `connect`
-//!   outgoing ones. `site`, `limits` and `ending` are what all set-ups share.
+//! - `connection`: what an application holds, and how it is asked, polled, driven and closed. `request` checks what an application asks
+//!   for, `list` keeps that for later, `fifo` is what gives a peer access. The protocol itself is `crate::proto`.
+//! - `progress`: who drives the connections, who sleeps and who wakes, and the table of an engine's connections.
+//! - `setup`: bringing connections up, incoming and outgoing ones.
+//! - `gpus` and `limits`: the GPUs and the budgets of an engine.
 
-mod accepts;
-#[cfg(feature = "test-api")]
 #[doc(hidden)]
 pub mod attack;
-mod attempt;
-mod bell;
-mod budget;
-mod build;
-mod connect;
 mod connection;
-mod connections;
-mod counters;
-mod dial;
-mod ending;
-mod fabric;
-mod fifo;
+pub(crate) mod fifo;
 mod gpus;
-mod home;
-mod keeper;
 mod limits;
-mod link;
 mod list;
-mod listener;
-mod local;
-mod notify;
-mod pacing;
 mod progress;
-mod proto;
-mod ready;
-mod registry;
-mod request;
-mod sets;
+pub(crate) mod request;
 mod setup;
-mod setups;
-mod site;
-mod spare;
-mod transfer;
-mod turns;
-mod watch;
+pub(crate) mod transfer;
 
-#[cfg(fuzzing)]
-pub(crate) use proto::attacked;
-
+pub use crate::notify::{next_notification_of_process, Notification};
 pub use connection::Connection;
 pub use fifo::FifoItem;
 pub use list::List;
-pub use notify::{next_notification_of_process, Notification};
 pub use transfer::{Direction, LocalSegment, TransferState};
 
+use crate::budget;
 use crate::config::Config;
 use crate::net::plugin::Plugin;
 use crate::net::topology;
+use crate::notify;
 use crate::stats::{export, EngineStats};
 use crate::status::{bail, err, Result};
 use crate::types::RemoteAccess;
-use accepts::Accepts;
 use process::Mutex;
-use site::{Gate, Identity, Plugins, Site};
+use progress::{doorbell, heartbeat, thread};
+use setup::accept_queue::Accepts;
+use setup::context::{Gate, Identity, Plugins, SetupContext};
+use setup::{acceptor, build, connect, listener, quota, shutdown, warmup};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -101,12 +72,12 @@ pub struct NicInfo {
 /// nothing: what gives a result gives an error, and dropping it leaves the parent's alone.
 pub struct Engine {
     metadata: String,
-    parts: process::Local<Parts>,
+    parts: process::ProcessOwned<Parts>,
 }
 
 /// What an engine is made of.
 struct Parts {
-    site: Arc<Site>,
+    context: Arc<SetupContext>,
     accepts: Arc<Accepts<Connection>>,
     threads: Mutex<Threads>,
     /// Serves the statistics while the engine lives.
@@ -117,8 +88,8 @@ struct Parts {
 struct Threads {
     setup: Option<JoinHandle<()>>,
     progress: Option<JoinHandle<()>>,
-    keeper: Option<JoinHandle<()>>,
-    ready: Option<JoinHandle<()>>,
+    heartbeat: Option<JoinHandle<()>>,
+    warmup: Option<JoinHandle<()>>,
 }
 
 impl std::fmt::Debug for Engine {
@@ -146,10 +117,10 @@ impl Engine {
         let metadata = listener::metadata(ports.address, &gpus.name());
         announce(&metadata, &plugins, &gpus);
         let limits = limits::Limits::of_process(&config.budgets);
-        let (bell, doorbells) = (bell::Bell::new()?, plugins.device.traits.doorbell);
-        let home = Arc::new(connection::Home::new(bell, doorbells, config.close_timeout, limits.log_lines));
-        let accepts = Arc::new(Accepts::new(limits.waiting, home.dead.clone()));
-        let site = Arc::new(Site {
+        let (bell, doorbells) = (doorbell::Bell::new()?, plugins.device.traits.doorbell);
+        let table = Arc::new(connection::ConnectionTable::new(bell, doorbells, config.close_timeout, limits.log_lines));
+        let accepts = Arc::new(Accepts::new(limits.waiting, table.dead.clone()));
+        let context = Arc::new(SetupContext {
             identity: Identity::new(&config)?,
             plugins,
             gpus,
@@ -157,27 +128,26 @@ impl Engine {
             allow: config.allow.clone(),
             outgoing: Gate::new(limits.outgoing),
             cores: std::thread::available_parallelism().map_or(2, usize::from),
-            ending: ending::Ending::new()?,
+            shutdown: shutdown::Shutdown::new()?,
             notifications: notify::Queue::new(limits.notif_bytes, limits.notif_bytes_of_one),
             pool: budget::Pool::new(limits.peer_bytes, limits.peer_bytes_of_one, limits.transfers),
-            census: budget::Census::new(limits.connections, limits.of_address),
-            home: home.clone(),
-            #[cfg(feature = "test-api")]
+            quota: quota::ConnectionQuota::new(limits.connections, limits.of_address),
+            table: table.clone(),
             kept: Default::default(),
             config,
         });
-        let spin = site.config.spin;
-        let _export = offer(&site, &metadata);
-        let parts = Parts { site: site.clone(), accepts: accepts.clone(), threads: Mutex::default(), _export };
-        let engine = Engine { metadata, parts: process::Local::new(parts) };
+        let spin = context.config.spin;
+        let _export = offer(&context, &metadata);
+        let parts = Parts { context: context.clone(), accepts: accepts.clone(), threads: Mutex::default(), _export };
+        let engine = Engine { metadata, parts: process::ProcessOwned::new(parts) };
         let mut threads = engine.parts.threads.lock();
-        threads.progress = Some(limits::spawn("uccl-progress", move || progress::run(&home, spin))?);
-        let kept = site.clone();
-        threads.keeper = Some(limits::spawn("uccl-keeper", move || keeper::run(&kept))?);
-        let (fresh, named) = std::sync::mpsc::sync_channel(ready::WAITING);
-        let prepared = site.clone();
-        threads.ready = Some(limits::spawn("uccl-ready", move || ready::run(&prepared, &named))?);
-        threads.setup = Some(setups::start(site, accepts, ports.sockets, fresh)?);
+        threads.progress = Some(limits::spawn("uccl-progress", move || thread::run(&table, spin))?);
+        let kept = context.clone();
+        threads.heartbeat = Some(limits::spawn("uccl-heartbeat", move || heartbeat::run(&kept))?);
+        let (fresh, named) = std::sync::mpsc::sync_channel(warmup::WAITING);
+        let prepared = context.clone();
+        threads.warmup = Some(limits::spawn("uccl-warmup", move || warmup::run(&prepared, &named))?);
+        threads.setup = Some(acceptor::start(context, accepts, ports.sockets, fresh)?);
         drop(threads);
         Ok(Arc::new(engine))
     }
@@ -189,17 +159,17 @@ impl Engine {
 
     /// Name of the plugin that carries device memory.
     pub fn plugin_name(&self) -> &str {
-        &self.parts.site.plugins.device.name
+        &self.parts.context.plugins.device.name
     }
 
     /// The plugin that carries device memory.
     pub fn plugin(&self) -> &Plugin {
-        &self.parts.site.plugins.device
+        &self.parts.context.plugins.device
     }
 
     /// What peers may take: name, number, and what it counts.
     pub fn budgets(&self) -> Vec<(&'static str, usize, &'static str)> {
-        self.parts.site.limits.list()
+        self.parts.context.limits.list()
     }
 
     /// What the engine and its connections count.
@@ -208,7 +178,7 @@ impl Engine {
     /// In a child of fork.
     pub fn stats(&self) -> Result<EngineStats> {
         self.parts.check("engine")?;
-        Ok(stats(&self.parts.site, &self.metadata))
+        Ok(stats(&self.parts.context, &self.metadata))
     }
 
     /// Interfaces that the plugins offer.
@@ -224,7 +194,7 @@ impl Engine {
                 ptr_support: d.ptr_support,
             })
         };
-        self.parts.site.plugins.all().flat_map(describe).collect()
+        self.parts.context.plugins.all().flat_map(describe).collect()
     }
 
     /// Connects to a peer engine; blocks until all channels are up.
@@ -233,7 +203,7 @@ impl Engine {
     /// `Unreachable`, `TimedOut`, `Auth`, `Protocol`, `Unsupported` (other plugin), `Plugin`.
     pub fn connect(&self, ip: &str, remote_gpu: &str, port: u16) -> Result<Arc<Connection>> {
         self.alive()?;
-        connect::connect(&self.parts.site, ip, remote_gpu, port)
+        connect::connect(&self.parts.context, ip, remote_gpu, port)
     }
 
     /// Takes the next incoming connection; blocks.
@@ -269,24 +239,23 @@ impl Engine {
             bail!(InvalidArgument, "cannot register {len} bytes at {addr:#x}");
         }
         self.alive()?;
-        let (place, first) = self.parts.site.gpus.place_of(addr as u64)?;
+        let (place, first) = self.parts.context.gpus.place_of(addr as u64)?;
         if first {
             // Connections that are there already could not prepare for this GPU.
-            build::ready(&self.parts.site, place);
+            build::ready(&self.parts.context, place);
         }
-        let home = &self.parts.site.home;
-        let id = home.registry.add(addr as u64, len as u64, place, access)?;
+        let table = &self.parts.context.table;
+        let id = table.registry.add(addr as u64, len as u64, place, access)?;
         if place.is_device() {
-            home.connections.all().iter().for_each(|connection| connection.offer_region(id));
+            table.connections.all().iter().for_each(|connection| connection.offer_region(id));
         }
         Ok(id)
     }
 
     /// Simulates a driver of a GPU that keeps who makes new connections ready, each for so long.
-    #[cfg(feature = "test-api")]
     #[doc(hidden)]
     pub fn simulate_kept_set_ups(&self, time: Duration) {
-        self.parts.site.kept.store(time.as_millis() as u64, std::sync::atomic::Ordering::Relaxed);
+        self.parts.context.kept.store(time.as_millis() as u64, std::sync::atomic::Ordering::Relaxed);
     }
 
     /// Ends a registration. Waits for transfers that use it; what has not ended by the close deadline is failed with its connection.
@@ -295,9 +264,9 @@ impl Engine {
     /// `NotFound`; `Resource` where even that does not end its use: the memory must stay as it is.
     pub fn deregister(&self, mr: u64) -> Result<()> {
         self.parts.check("engine")?;
-        let home = &self.parts.site.home;
-        let retired = home.registry.retire(mr)?;
-        let deadline = Instant::now() + self.parts.site.config.close_timeout;
+        let table = &self.parts.context.table;
+        let retired = table.registry.retire(mr)?;
+        let deadline = Instant::now() + self.parts.context.config.close_timeout;
         let mut pause = Duration::from_micros(20);
         // Connections that could not be asked yet, since somebody has them, once it is time to ask; and when all were.
         let (mut unasked, mut asked) = (None, None);
@@ -312,7 +281,7 @@ impl Engine {
             if now >= deadline {
                 // Closing the channels is the only way to be sure that nothing touches the memory any more. A request that another
                 // thread is about to start may come after the first look.
-                let all = home.connections.all();
+                let all = table.connections.all();
                 let left = unasked.get_or_insert_with(|| all.iter().map(|connection| connection.id).collect::<Vec<_>>());
                 let reason = || err!(Canceled, "region {mr} was deregistered while transfers used it");
                 // Once all have been asked that could be had.
@@ -327,7 +296,7 @@ impl Engine {
             pause = (pause * 2).min(Duration::from_millis(if now >= deadline { 10 } else { 1 }));
         }
         if retired.is_registered() {
-            for connection in home.connections.all() {
+            for connection in table.connections.all() {
                 connection.forget_region(retired.id());
             }
         }
@@ -340,16 +309,16 @@ impl Engine {
     /// `NotFound`, `InvalidArgument`.
     pub fn fifo_item(&self, mr: u64, addr: usize, len: usize) -> Result<FifoItem> {
         self.parts.check("engine")?;
-        let region = self.parts.site.home.registry.local(mr)?;
+        let region = self.parts.context.table.registry.local(mr)?;
         region.check(addr as u64, len as u64)?;
         let access =
-            fifo::Access { region: mr, token: region.token, engine: self.parts.site.identity.engine(), place: region.place };
+            fifo::Access { region: mr, token: region.token, engine: self.parts.context.identity.engine(), place: region.place };
         Ok(FifoItem::new(addr as u64, len as u64, &access))
     }
 
     /// Whether some region holds the address.
     pub fn is_registered(&self, addr: usize) -> bool {
-        self.parts.is_here() && self.parts.site.home.registry.holds_address(addr as u64)
+        self.parts.is_here() && self.parts.context.table.registry.holds_address(addr as u64)
     }
 
     /// Takes this engine's oldest notification.
@@ -357,9 +326,9 @@ impl Engine {
         if !self.parts.is_here() {
             return None;
         }
-        self.parts.site.notifications.pop().or_else(|| {
+        self.parts.context.notifications.pop().or_else(|| {
             self.drive();
-            self.parts.site.notifications.pop()
+            self.parts.context.notifications.pop()
         })
     }
 
@@ -368,12 +337,12 @@ impl Engine {
         if !self.parts.is_here() {
             return;
         }
-        self.parts.site.home.drive_ready();
+        self.parts.context.table.drive_ready();
     }
 
     fn alive(&self) -> Result<()> {
         self.parts.check("engine")?;
-        if self.parts.site.ending.begun() {
+        if self.parts.context.shutdown.begun() {
             bail!(Canceled, "the engine is shut down");
         }
         Ok(())
@@ -384,23 +353,23 @@ impl Engine {
         if !self.parts.is_here() {
             return;
         }
-        let Parts { site, accepts, threads, .. } = &*self.parts;
+        let Parts { context, accepts, threads, .. } = &*self.parts;
         accepts.stop();
-        if site.ending.begin() {
+        if context.shutdown.begin() {
             return;
         }
         // First nothing new comes: connects and set-ups under way end.
-        site.outgoing.wake();
-        site.home.connections.close();
+        context.outgoing.wake();
+        context.table.connections.close();
         let mut threads = std::mem::take(&mut *threads.lock());
         join(threads.setup.take());
-        join(threads.keeper.take());
+        join(threads.heartbeat.take());
         // Then all say goodbye, and share one deadline.
         let waiting = accepts.drain();
-        let time = connection::CLOSING.min(site.config.close_timeout);
+        let time = connection::CLOSING.min(context.config.close_timeout);
         let until = Instant::now() + time;
         let says = |c: &Arc<Connection>| c.say_goodbye(until.max(Instant::now() + TURN));
-        let (free, kept): (Vec<_>, Vec<_>) = site.home.connections.all().into_iter().partition(says);
+        let (free, kept): (Vec<_>, Vec<_>) = context.table.connections.all().into_iter().partition(says);
         let finish = |all: &[Arc<Connection>]| {
             let deadline = Instant::now() + time;
             all.iter().for_each(|connection| connection.finish_close(deadline));
@@ -412,10 +381,10 @@ impl Engine {
         kept.iter().for_each(|connection| connection.insist_on_goodbye());
         finish(&kept);
         drop(waiting);
-        join(threads.ready.take());
-        site.home.end();
+        join(threads.warmup.take());
+        context.table.end();
         join(threads.progress.take());
-        let lost = site.notifications.len();
+        let lost = context.notifications.len();
         if lost > 0 {
             log::warn!("engine {}: {lost} notifications were never taken", self.metadata);
         }
@@ -434,18 +403,18 @@ fn chosen_nics() -> String {
     }
 }
 
-fn stats(site: &Site, metadata: &str) -> EngineStats {
-    let home = &site.home;
+fn stats(context: &SetupContext, metadata: &str) -> EngineStats {
+    let table = &context.table;
     let mut stats = EngineStats {
         metadata: metadata.to_owned(),
-        plugin: site.plugins.device.name.clone(),
-        uptime: home.age(),
-        notifications_waiting: site.notifications.len() as u64,
-        totals: home.counters.past(),
+        plugin: context.plugins.device.name.clone(),
+        uptime: table.age(),
+        notifications_waiting: context.notifications.len() as u64,
+        totals: table.counters.past(),
         ..EngineStats::default()
     };
-    home.counters.fill(&mut stats);
-    stats.connections = home.connections.all().iter().filter_map(|connection| connection.stats().ok()).collect();
+    table.counters.fill(&mut stats);
+    stats.connections = table.connections.all().iter().filter_map(|connection| connection.stats().ok()).collect();
     stats.connections.sort_by_key(|connection| connection.id);
     // Ended ones are counted already.
     stats.connections.iter().filter(|c| c.error.is_none()).for_each(|c| stats.totals += c.totals);
@@ -453,10 +422,10 @@ fn stats(site: &Site, metadata: &str) -> EngineStats {
 }
 
 /// Offers the statistics where UCCL_TCPX_METRICS says. An engine works without, too.
-fn offer(site: &Arc<Site>, metadata: &str) -> Option<Arc<export::Exporter>> {
-    let target = site.config.metrics.as_ref()?;
-    let (weak, metadata) = (Arc::downgrade(site), metadata.to_owned());
-    let source = Box::new(move || weak.upgrade().map(|site| stats(&site, &metadata)));
+fn offer(context: &Arc<SetupContext>, metadata: &str) -> Option<Arc<export::Exporter>> {
+    let target = context.config.metrics.as_ref()?;
+    let (weak, metadata) = (Arc::downgrade(context), metadata.to_owned());
+    let source = Box::new(move || weak.upgrade().map(|context| stats(&context, &metadata)));
     match export::offer(target, source) {
         Ok(exporter) => Some(exporter),
         Err(e) => {

@@ -2,14 +2,14 @@
 //! the wire. Everything that can be checked on this side is checked here, before anything is admitted. Knows
 //! nothing of sockets, channels or the machine's state.
 
-use super::fifo::{Access, FifoItem};
-use super::proto::{Request, Sketch};
-use super::registry::Registry;
-use super::spare::{Spare, MANY};
-use super::transfer::LocalSegment;
-use crate::channel::path::{Blocks, Pairing, Way};
+use crate::direct::{Blocks, Pairing, Way};
+use crate::engine::fifo::{Access, FifoItem};
+use crate::engine::transfer::LocalSegment;
 use crate::hash::Map;
+use crate::proto::{Request, Sketch};
 use crate::region::{Hold, RegionUse};
+use crate::registry::Registry;
+use crate::segment_pool::{SegmentPool, MANY};
 use crate::status::{bail, err, Error, Result};
 use crate::types::{Piece, Place, Segment};
 use crate::wire::frame::{WireRegion, WireSegment, WireSegments, MAX_REGIONS, MAX_SEGMENTS, MAX_SEGMENT_BYTES};
@@ -17,14 +17,14 @@ use std::borrow::Borrow;
 use std::collections::TryReserveError;
 
 /// What became of a list of segments.
-pub(super) enum Built {
+pub(crate) enum Built {
     Request(Request),
     /// Understood, and known to be refused by the peer: becomes a transfer that has failed.
     Refused(Error),
 }
 
 /// Collects the segments of a one-sided transfer.
-pub(super) struct RequestBuilder<'a> {
+pub(crate) struct RequestBuilder<'a> {
     registry: &'a Registry,
     peer_engine: [u8; 16],
     locals: Numbered<u64>,
@@ -39,10 +39,10 @@ impl<'a> RequestBuilder<'a> {
     ///
     /// # Errors
     /// `InvalidArgument` for too many, `Resource` without memory for the lists.
-    pub(super) fn new(n: usize, registry: &'a Registry, peer_engine: [u8; 16], spare: Option<&mut Spare>) -> Result<Self> {
+    pub(crate) fn new(n: usize, registry: &'a Registry, peer_engine: [u8; 16], pool: Option<&mut SegmentPool>) -> Result<Self> {
         check_count(n)?;
-        let (segments, remote) = match spare {
-            Some(spare) if n >= MANY => (spare.list(n)?, spare.wire(n)),
+        let (segments, remote) = match pool {
+            Some(pool) if n >= MANY => (pool.list(n)?, pool.wire(n)),
             _ => (Vec::with_capacity(n), WireSegments::default()),
         };
         let request = Request { segments, uses: Vec::new(), remote, remote_regions: Vec::new(), total: 0, pairs: Vec::new() };
@@ -53,7 +53,7 @@ impl<'a> RequestBuilder<'a> {
     ///
     /// # Errors
     /// `NotFound`, `InvalidArgument`.
-    pub(super) fn build<B: Borrow<FifoItem>>(mut self, items: impl Iterator<Item = (LocalSegment, B)>) -> Result<Built> {
+    pub(crate) fn build<B: Borrow<FifoItem>>(mut self, items: impl Iterator<Item = (LocalSegment, B)>) -> Result<Built> {
         for (local, item) in items {
             if let Some(refused) = self.add(local, item.borrow())? {
                 return Ok(Built::Refused(refused));
@@ -137,7 +137,7 @@ impl<'a> RequestBuilder<'a> {
 /// Pairs of regions that a transfer without chunks has at most.
 const MAX_PAIRINGS: usize = 4096;
 /// Longer blocks are handed out piece by piece.
-pub(super) const MAX_BLOCK: u64 = 256 << 20;
+pub(crate) const MAX_BLOCK: u64 = 256 << 20;
 
 /// Begin and end of what blocks take, here and there.
 #[derive(Clone, Copy)]
@@ -152,7 +152,7 @@ impl Taken {
 
 /// Looks at all items without copying them: for a transfer that may go without chunks. `None` for whatever is wrong, empty or unusual; then
 /// [`RequestBuilder`] tells.
-pub(super) fn sketch<B: Borrow<FifoItem>>(
+pub(crate) fn sketch<B: Borrow<FifoItem>>(
     items: impl Iterator<Item = (LocalSegment, B)>,
     registry: &Registry,
     peer_engine: [u8; 16],
@@ -190,7 +190,7 @@ pub(super) fn sketch<B: Borrow<FifoItem>>(
 }
 
 /// What a sketch collects.
-pub(super) struct Sketching<'a> {
+pub(crate) struct Sketching<'a> {
     registry: &'a Registry,
     peer_engine: [u8; 16],
     locals: Numbered<u64>,
@@ -200,13 +200,13 @@ pub(super) struct Sketching<'a> {
 }
 
 impl<'a> Sketching<'a> {
-    pub(super) fn new(registry: &'a Registry, peer_engine: [u8; 16]) -> Self {
+    pub(crate) fn new(registry: &'a Registry, peer_engine: [u8; 16]) -> Self {
         let known = Known::default();
         Sketching { registry, peer_engine, locals: Numbered::new(), uses: Vec::new(), pairings: Vec::new(), known }
     }
 
     /// Blocks of these regions take so much here and there: their pairing; `None` where there can be none.
-    pub(super) fn note(&mut self, mr: u64, item: &FifoItem, near: (u64, u64), far: (u64, u64)) -> Option<usize> {
+    pub(crate) fn note(&mut self, mr: u64, item: &FifoItem, near: (u64, u64), far: (u64, u64)) -> Option<usize> {
         let at = self.pairing(mr, item)?;
         let pairing = self.pairings.get_mut(at)?;
         pairing.near = (pairing.near.0.min(near.0), pairing.near.1.max(near.1));
@@ -215,7 +215,7 @@ impl<'a> Sketching<'a> {
     }
 
     /// The sketch of so many bytes and blocks, if all of them lie inside of this side's regions.
-    pub(super) fn finish(self, total: u64, count: usize) -> Option<Sketch> {
+    pub(crate) fn finish(self, total: u64, count: usize) -> Option<Sketch> {
         let Sketching { uses, pairings, .. } = self;
         let inside = |p: &Pairing| uses[usize::from(p.local)].check(p.near.0, p.near.1 - p.near.0).is_ok();
         pairings.iter().all(inside).then(|| Sketch { pairings, hold: Hold::new(uses), total, count })
@@ -242,14 +242,14 @@ impl<'a> Sketching<'a> {
 
 /// Which pairing an item belongs to.
 #[derive(Default)]
-pub(super) struct Known {
+pub(crate) struct Known {
     list: Vec<(u64, FifoItem)>,
     /// By the two regions, where there are several; items of the same may still differ.
     all: Map<(u64, u64), usize>,
 }
 
 impl Known {
-    pub(super) fn find(&self, mr: u64, item: &FifoItem) -> Option<usize> {
+    pub(crate) fn find(&self, mr: u64, item: &FifoItem) -> Option<usize> {
         if let [(only, known)] = &self.list[..] {
             return (*only == mr && known.same_region(item)).then_some(0);
         }
@@ -259,7 +259,7 @@ impl Known {
     }
 
     /// The number of another one.
-    pub(super) fn add(&mut self, mr: u64, item: &FifoItem) -> std::result::Result<usize, TryReserveError> {
+    pub(crate) fn add(&mut self, mr: u64, item: &FifoItem) -> std::result::Result<usize, TryReserveError> {
         self.list.try_reserve(1)?;
         self.all.try_reserve(2)?;
         let at = self.list.len();
@@ -275,7 +275,7 @@ impl Known {
 }
 
 /// Hands out the blocks of items that [`sketch`] has looked at.
-pub(super) struct Feed<I> {
+pub(crate) struct Feed<I> {
     items: I,
     known: Known,
     way: Way,
@@ -286,7 +286,7 @@ pub(super) struct Feed<I> {
 }
 
 impl<B: Borrow<FifoItem>, I: Iterator<Item = (LocalSegment, B)>> Feed<I> {
-    pub(super) fn new(items: I, known: Known, way: Way, count: usize) -> Feed<I> {
+    pub(crate) fn new(items: I, known: Known, way: Way, count: usize) -> Feed<I> {
         Feed { items, known, way, held: None, left: count }
     }
 
@@ -349,7 +349,7 @@ impl<B: Borrow<FifoItem>, I: Iterator<Item = (LocalSegment, B)>> Blocks for Feed
 
 /// # Errors
 /// `InvalidArgument` for more segments than a transfer may have.
-pub(super) fn check_count(n: usize) -> Result<()> {
+pub(crate) fn check_count(n: usize) -> Result<()> {
     if n > MAX_SEGMENTS {
         bail!(InvalidArgument, "{n} segments, at most {MAX_SEGMENTS}");
     }
@@ -360,7 +360,7 @@ pub(super) fn check_count(n: usize) -> Result<()> {
 ///
 /// # Errors
 /// `NotFound`, `InvalidArgument`.
-pub(super) fn message(
+pub(crate) fn message(
     items: impl ExactSizeIterator<Item = LocalSegment>,
     registry: &Registry,
 ) -> Result<(Vec<Segment>, Vec<RegionUse>)> {
@@ -430,4 +430,4 @@ impl<K: Copy + Eq + std::hash::Hash> Numbered<K> {
 }
 
 #[cfg(test)]
-pub(super) mod tests;
+pub(crate) mod tests;

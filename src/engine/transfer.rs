@@ -1,6 +1,8 @@
 //! What an application names when it asks for a transfer. Types only.
 
-pub use super::proto::TransferState;
+pub use crate::proto::TransferState;
+
+use crate::direct::Way;
 
 /// Direction of a one-sided transfer, from the caller's view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -9,6 +11,16 @@ pub enum Direction {
     Read,
     /// Local memory into remote memory.
     Write,
+}
+
+impl Direction {
+    /// Where the data goes.
+    pub(crate) fn way(self) -> Way {
+        match self {
+            Direction::Read => Way::In,
+            Direction::Write => Way::Out,
+        }
+    }
 }
 
 /// Local memory of a transfer.

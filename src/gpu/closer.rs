@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 /// Nothing is pulled for so long before mappings end.
 const QUIET: Duration = Duration::from_millis(50);
 /// They end after this time in any case.
-const PATIENCE: Duration = Duration::from_secs(2);
+const MAX_DELAY: Duration = Duration::from_secs(2);
 /// How often the thread looks.
 const NAP: Duration = Duration::from_millis(10);
 
@@ -35,7 +35,7 @@ pub(crate) fn close_later(closing: impl Send + 'static) {
     if queue.running {
         return;
     }
-    match std::thread::Builder::new().name("uccl-closer".into()).spawn(run) {
+    match process::thread::spawn("uccl-closer", run) {
         Ok(_) => queue.running = true,
         Err(_) => drop(std::mem::take(&mut queue.waiting)),
     }
@@ -62,7 +62,7 @@ pub(crate) fn is_done() -> bool {
 fn rest() {
     let begin = Instant::now();
     let (mut seen, mut since) = (STIRRED.load(Ordering::Relaxed), begin);
-    while since.elapsed() < QUIET && begin.elapsed() < PATIENCE {
+    while since.elapsed() < QUIET && begin.elapsed() < MAX_DELAY {
         std::thread::sleep(NAP);
         let now = STIRRED.load(Ordering::Relaxed);
         if now != seen {
@@ -72,7 +72,6 @@ fn rest() {
 }
 
 fn run() {
-    process::thread::block_signals();
     let queue = QUEUE.get();
     loop {
         rest();
@@ -105,17 +104,17 @@ mod tests {
 
     #[test]
     fn mappings_end_elsewhere_and_are_not_put_off_for_ever() {
-        let (tell, told) = channel();
+        let (sender, receiver) = channel();
         for pulling in [false, true] {
-            close_later(Tell(tell.clone()));
-            close_later(Tell(tell.clone()));
+            close_later(Tell(sender.clone()));
+            close_later(Tell(sender.clone()));
             let begin = Instant::now();
             let mut ended = Vec::new();
             while ended.len() < 2 {
                 if pulling {
                     stir();
                 }
-                ended.extend(told.try_recv());
+                ended.extend(receiver.try_recv());
                 std::thread::sleep(Duration::from_millis(1));
                 assert!(begin.elapsed() < Duration::from_secs(60));
             }

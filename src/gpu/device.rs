@@ -3,8 +3,8 @@
 use super::job::{Extent, Job};
 use super::kernels::Kernels;
 use super::launcher::CopyLauncher;
-use super::lent::{Idle, Lent, Settle};
-use super::pull::PullLauncher;
+use super::launcher_pool::{Idle, PooledLauncher, Reusable};
+use super::pull_launcher::PullLauncher;
 use crate::status::Result;
 use cuda_driver::{Context, DeviceBuffer, PinnedBuffer};
 use nccl_net_abi::PAGE;
@@ -90,7 +90,7 @@ impl Gpu {
             return Err(e);
         }
         result?;
-        if let Some(launcher) = launcher.settle() {
+        if let Some(launcher) = launcher.reset() {
             self.idle.put(launcher);
         }
         Ok(())
@@ -113,21 +113,21 @@ impl Gpu {
     }
 
     /// A launcher: an idle one, else a new one.
-    pub(crate) fn launcher(&self) -> Result<Lent<CopyLauncher>> {
+    pub(crate) fn launcher(&self) -> Result<PooledLauncher<CopyLauncher>> {
         let launcher = match self.idle.take() {
             Some(launcher) => launcher,
             None => self.new_launcher()?,
         };
-        Ok(Lent::new(launcher, &self.idle))
+        Ok(PooledLauncher::new(launcher, &self.idle))
     }
 
     /// A launcher of pulls: an idle one, else a new one.
-    pub(crate) fn pull_launcher(&self) -> Result<Lent<PullLauncher>> {
+    pub(crate) fn pull_launcher(&self) -> Result<PooledLauncher<PullLauncher>> {
         let launcher = match self.idle_pulls.take() {
             Some(launcher) => launcher,
             None => PullLauncher::new(&self.context, &self.kernels)?,
         };
-        Ok(Lent::new(launcher, &self.idle_pulls))
+        Ok(PooledLauncher::new(launcher, &self.idle_pulls))
     }
 
     fn new_launcher(&self) -> Result<CopyLauncher> {

@@ -4,8 +4,8 @@
 use super::grid::{cut, far_room, join, spread};
 use super::job::{checked_count, entries_of, message_len, Fragments, Job};
 use super::kernels::Kernels;
+use super::launcher_pool::Reusable;
 use super::layout::*;
-use super::lent::Settle;
 use crate::status::{bail, err, Error, Result};
 use cuda_driver::{sys, Context, DeviceBuffer, PinnedBuffer, Stream};
 use nccl_net_abi::loadMeta;
@@ -391,8 +391,8 @@ impl CopyLauncher {
     }
 }
 
-impl Settle for CopyLauncher {
-    fn settle(mut self) -> Option<CopyLauncher> {
+impl Reusable for CopyLauncher {
+    fn reset(mut self) -> Option<CopyLauncher> {
         let quiet = self.broken.is_none() && self.quiesce(Duration::ZERO).is_ok() && self.broken.is_none();
         (quiet && self.tail == self.head).then_some(self)
     }

@@ -7,11 +7,11 @@ mod grid;
 mod job;
 mod kernels;
 mod launcher;
+mod launcher_pool;
 mod layout;
-mod lent;
 mod pieces;
-mod pull;
-mod pulls;
+mod pull_launcher;
+mod pull_scheduler;
 
 pub(crate) use closer::close_later;
 #[cfg(test)]
@@ -20,8 +20,8 @@ pub(crate) use cuda_driver::{available, current_name, gpu_name, in_use, GpuName,
 pub(crate) use device::Gpu;
 pub(crate) use job::{Extent, Job};
 pub(crate) use launcher::{CopyLauncher, Launched, INLINE_PIECES, PIECES_PER_JOB};
-pub(crate) use lent::Lent;
-pub(crate) use pulls::{PullOptions, Pulls};
+pub(crate) use launcher_pool::PooledLauncher;
+pub(crate) use pull_scheduler::{PullOptions, Pulls};
 
 use crate::status::{bail, err, Error, Result};
 use cuda_driver::Stream;

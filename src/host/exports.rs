@@ -1,9 +1,8 @@
-//! Which allocations of this side the peer can pull from, and which of the peer's this side has mapped. An allocation is told once and
-//! used only after the peer has said that it can reach it; until then, and where it cannot, other channels carry its bytes. Knows
-//! nothing of sockets and chunks.
+//! Which GPU allocations of this side the peer can read from, and which of the peer's this side has mapped. An allocation is told once and
+//! used only after the peer has said that it can reach it. Knows nothing of sockets and of what is copied.
 
-use super::memory::{Export, ExportKind, LocalMemory, Mapping};
-use super::messages::Note;
+use super::memory::{Export, LocalMemory, Mapping};
+use super::messages::Message;
 use crate::hash::Map;
 use crate::region::Region;
 use crate::status::{bail, Result};
@@ -14,7 +13,7 @@ use std::collections::VecDeque;
 const MAX_SHARED: usize = 8192;
 /// Allocations of the peer that wait to be opened at most, each with a descriptor of this process: the next are read when these are open.
 const MAX_UNOPENED: usize = 16;
-/// Shorter allocations would cut chunks into too many pieces.
+/// Shorter allocations would cut transfers into too many pieces.
 const SHORTEST: u64 = 64 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,8 +35,28 @@ struct Allocation {
     regions: usize,
 }
 
+/// Whether something of one side can be reached from the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reach<T> {
+    Yes(T),
+    /// The other side has not answered, or this side has not mapped it yet.
+    Pending,
+    No,
+}
+
+impl<T> Reach<T> {
+    /// The same without its value.
+    pub(crate) fn drop_value(self) -> Reach<()> {
+        match self {
+            Reach::Yes(_) => Reach::Yes(()),
+            Reach::Pending => Reach::Pending,
+            Reach::No => Reach::No,
+        }
+    }
+}
+
 /// A shared allocation: `len` bytes from `base` in its owner's address space, which are visible at `addr` here.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Stretch {
     pub id: u32,
     pub base: u64,
@@ -78,13 +97,13 @@ pub(crate) struct Shares {
     /// By region and the peer's place; `None` where it cannot be shared.
     regions: Map<(u64, Place), Option<Shared>>,
     last: u32,
-    /// What the peer has to be told.
-    pub notes: VecDeque<Note>,
+    /// Messages for the peer.
+    pub outbox: VecDeque<Message>,
 }
 
 impl Shares {
-    /// Whether the peer can pull all of a region into its `there`. The first call tells the peer of it.
-    pub(crate) fn share(&mut self, region: &Region, there: Place, memory: &mut dyn LocalMemory) -> bool {
+    /// Whether the peer can read all of a region into its `there`. The first call tells the peer of it.
+    pub(crate) fn share(&mut self, region: &Region, there: Place, memory: &mut dyn LocalMemory) -> Reach<()> {
         let name = (region.span.id, there);
         if !self.regions.contains_key(&name) {
             let keys = self.tell(region, there, memory);
@@ -94,10 +113,14 @@ impl Shares {
             self.regions.insert(name, keys.ok().map(|keys| self.shared(keys)));
         }
         let Shares { regions, allocations, .. } = self;
-        let Some(Some(shared)) = regions.get_mut(&name) else { return false };
-        let open = |key: &Key| allocations.get(key).is_some_and(|a| a.state == State::Open);
-        shared.open = shared.open || shared.keys.iter().all(open);
-        shared.open
+        let Some(Some(shared)) = regions.get_mut(&name) else { return Reach::No };
+        let state = |key: &Key| allocations.get(key).map_or(State::Untold, |allocation| allocation.state);
+        shared.open = shared.open || shared.keys.iter().all(|key| state(key) == State::Open);
+        match shared.open {
+            true => Reach::Yes(()),
+            false if shared.keys.iter().any(|key| matches!(state(key), State::Refused | State::Untold)) => Reach::No,
+            false => Reach::Pending,
+        }
     }
 
     fn shared(&self, keys: Vec<Key>) -> Shared {
@@ -129,7 +152,7 @@ impl Shares {
             let id = self.last;
             self.allocations.insert(key, Allocation { id, state: State::Told, regions: 1 });
             self.ids.insert(id, key);
-            self.notes.push_back(Note::Share { id, there: region.place, here: there, export });
+            self.outbox.push_back(Message::Share { id, there: region.place, here: there, export });
         }
         Ok(keys)
     }
@@ -154,7 +177,7 @@ impl Shares {
 
     /// Makes the descriptor of what is told next: no more than one waits here, however slow the peer is. What gets none is not told.
     pub(crate) fn prepare(&mut self, memory: &mut dyn LocalMemory) {
-        while let Some(Note::Share { id, there, export, .. }) = self.notes.front_mut() {
+        while let Some(Message::Share { id, there, export, .. }) = self.outbox.front_mut() {
             if export.fd.is_some() || !export.kind.has_fd() {
                 return;
             }
@@ -165,21 +188,9 @@ impl Shares {
                     if let Some(allocation) = self.ids.get(id).and_then(|key| self.allocations.get_mut(key)) {
                         allocation.state = State::Untold;
                     }
-                    self.notes.pop_front();
+                    self.outbox.pop_front();
                 }
             }
-        }
-    }
-
-    /// The shared allocation in which a byte of a region lies.
-    ///
-    /// # Errors
-    /// `Internal` when it is not shared.
-    pub(crate) fn find(&self, region: u64, there: Place, addr: u64) -> Result<Stretch> {
-        let all = self.stretches(region, there, (addr, addr.saturating_add(1)));
-        match all.iter().find(|stretch| stretch.locate(addr, 1).is_some()) {
-            Some(&stretch) => Ok(stretch),
-            None => bail!(Internal, "region {region} is not shared at {addr:#x}"),
         }
     }
 
@@ -224,10 +235,10 @@ impl Shares {
                     self.allocations.remove(&key);
                     self.ids.remove(&id);
                     // Its descriptor would be of whatever lies there next.
-                    let waiting = self.notes.len();
-                    self.notes.retain(|note| !matches!(note, Note::Share { id: other, .. } if *other == id));
-                    if state != State::Untold && self.notes.len() == waiting {
-                        self.notes.push_back(Note::End { id });
+                    let waiting = self.outbox.len();
+                    self.outbox.retain(|message| !matches!(message, Message::Share { id: other, .. } if *other == id));
+                    if state != State::Untold && self.outbox.len() == waiting {
+                        self.outbox.push_back(Message::End { id });
                     }
                 }
             }
@@ -241,37 +252,29 @@ struct Import {
     base: u64,
     len: u64,
     here: Place,
-    /// Pulls that use it.
-    pulls: usize,
+    /// Copies that use it.
+    copies: usize,
     ended: bool,
 }
 
 /// Allocations of the peer.
+#[derive(Default)]
 pub(crate) struct Imports {
     open: Map<u32, Import>,
     /// Told, and not opened yet: opening takes long.
     waiting: VecDeque<(u32, Place, Export)>,
     last: u32,
-    /// Both ends are in this process.
-    same_process: bool,
 }
 
 impl Imports {
-    pub(crate) fn new(same_process: bool) -> Imports {
-        Imports { open: Map::default(), waiting: VecDeque::new(), last: 0, same_process }
-    }
-
     /// The peer shares an allocation.
     ///
     /// # Errors
     /// `Protocol` when its number does not rise, or there are too many.
-    pub(crate) fn told(&mut self, id: u32, here: Place, mut export: Export) -> Result<()> {
+    pub(crate) fn told(&mut self, id: u32, here: Place, export: Export) -> Result<()> {
         self.number(id)?;
         if self.open.len() + self.waiting.len() >= 2 * MAX_SHARED {
             bail!(Protocol, "the peer shares {} allocations", self.open.len() + self.waiting.len());
-        }
-        if self.same_process {
-            (export.kind, export.fd) = (ExportKind::Own, None);
         }
         self.waiting.push_back((id, here, export));
         Ok(())
@@ -289,10 +292,10 @@ impl Imports {
     ///
     /// # Errors
     /// As [`Imports::told`].
-    pub(crate) fn missed(&mut self, id: u32) -> Result<Note> {
+    pub(crate) fn missed(&mut self, id: u32) -> Result<Message> {
         self.number(id)?;
         log::debug!("export {id} of a process of this host cannot be opened: this process has no descriptor left");
-        Ok(Note::Answer { id, open: false })
+        Ok(Message::Answer { id, open: false })
     }
 
     /// Something waits to be opened.
@@ -306,11 +309,11 @@ impl Imports {
     }
 
     /// Opens one allocation; the answer for the peer.
-    pub(crate) fn open_one(&mut self, memory: &mut dyn LocalMemory) -> Option<Note> {
+    pub(crate) fn open_one(&mut self, memory: &mut dyn LocalMemory) -> Option<Message> {
         let (id, here, export) = self.waiting.pop_front()?;
         let open = match memory.open(&export, here) {
             Ok(mapping) => {
-                let import = Import { mapping, base: export.base, len: export.len, here, pulls: 0, ended: false };
+                let import = Import { mapping, base: export.base, len: export.len, here, copies: 0, ended: false };
                 self.open.insert(id, import);
                 true
             }
@@ -319,7 +322,7 @@ impl Imports {
                 false
             }
         };
-        Some(Note::Answer { id, open })
+        Some(Message::Answer { id, open })
     }
 
     /// An open export, for memory of `here`.
@@ -328,19 +331,22 @@ impl Imports {
         Some(Stretch { id, base: import.base, len: import.len, addr: import.mapping.addr })
     }
 
-    /// Of exports, rising, those that a range touches; `None` where one of them is not open for memory of `here`.
-    pub(crate) fn range(&self, ids: &[u32], here: Place, (begin, end): (u64, u64)) -> Option<Vec<Stretch>> {
+    /// Of exports, rising, those that a range touches, as far as they are open for memory of `here`.
+    pub(crate) fn range(&self, ids: &[u32], here: Place, (begin, end): (u64, u64)) -> Reach<Vec<Stretch>> {
+        if self.waiting.iter().any(|(id, ..)| ids.contains(id)) {
+            return Reach::Pending;
+        }
         let before = |&id: &u32| self.look(id, here).is_some_and(|stretch| stretch.base <= begin);
         let first = ids.partition_point(before).saturating_sub(1);
         let mut out = Vec::new();
         for &id in &ids[first..] {
-            let stretch = self.look(id, here)?;
+            let Some(stretch) = self.look(id, here) else { return Reach::No };
             if stretch.base >= end {
                 break;
             }
             out.push(stretch);
         }
-        Some(out)
+        Reach::Yes(out)
     }
 
     /// An open export, for a pull into memory of `here`. Counts a use.
@@ -351,15 +357,15 @@ impl Imports {
         let Some(import) = self.open.get_mut(&id).filter(|import| import.here == here && !import.ended) else {
             bail!(Protocol, "a piece of export {id}, which is not open for memory of {here:?}")
         };
-        import.pulls += 1;
+        import.copies += 1;
         Ok(Stretch { id, base: import.base, len: import.len, addr: import.mapping.addr })
     }
 
     /// A pull that used this export has ended.
     pub(crate) fn release(&mut self, id: u32, memory: &mut dyn LocalMemory) {
         if let Some(import) = self.open.get_mut(&id) {
-            import.pulls = import.pulls.saturating_sub(1);
-            if import.ended && import.pulls == 0 {
+            import.copies = import.copies.saturating_sub(1);
+            if import.ended && import.copies == 0 {
                 self.close(id, memory);
             }
         }
@@ -376,7 +382,7 @@ impl Imports {
         self.waiting.retain(|&(other, ..)| other != id);
         if let Some(import) = self.open.get_mut(&id) {
             import.ended = true;
-            if import.pulls == 0 {
+            if import.copies == 0 {
                 self.close(id, memory);
             }
         }
@@ -404,7 +410,7 @@ impl Imports {
 
 #[cfg(test)]
 mod tests {
-    use super::super::memory::{GpuId, Manner, Piece, Pull};
+    use super::super::memory::{ExportKind, GpuId, Manner, Piece, Pull};
     use super::*;
     use crate::types::{RemoteAccess, Span};
     use std::os::fd::OwnedFd;
@@ -450,49 +456,49 @@ mod tests {
     }
 
     /// Exports that are to be told or to end, in order, and whether each has its descriptor.
-    fn notes(shares: &Shares) -> Vec<(&str, u32, bool)> {
-        let word = |note: &Note| match note {
-            Note::Share { id, export, .. } => ("share", *id, export.fd.is_some()),
-            Note::End { id } => ("end", *id, false),
+    fn waiting(shares: &Shares) -> Vec<(&str, u32, bool)> {
+        let word = |message: &Message| match message {
+            Message::Share { id, export, .. } => ("share", *id, export.fd.is_some()),
+            Message::End { id } => ("end", *id, false),
             other => panic!("{other:?}"),
         };
-        shares.notes.iter().map(word).collect()
+        shares.outbox.iter().map(word).collect()
     }
 
     #[test]
     fn a_descriptor_is_made_for_what_leaves_next_alone() {
         let (mut shares, mut memory) = (Shares::default(), Simulated(true));
-        (1..=3).for_each(|id| assert!(!shares.share(&region(id), GPU, &mut memory)));
+        (1..=3).for_each(|id| assert_eq!(shares.share(&region(id), GPU, &mut memory), Reach::Pending));
         for _ in 0..2 {
             shares.prepare(&mut memory);
-            assert_eq!(notes(&shares), [("share", 1, true), ("share", 2, false), ("share", 3, false)]);
+            assert_eq!(waiting(&shares), [("share", 1, true), ("share", 2, false), ("share", 3, false)]);
         }
         // The first has left; the peer never hears of one that ends before its turn.
-        shares.notes.pop_front();
+        shares.outbox.pop_front();
         shares.forget(2);
         shares.forget(1);
         shares.prepare(&mut memory);
-        assert_eq!(notes(&shares), [("share", 3, true), ("end", 1, false)]);
+        assert_eq!(waiting(&shares), [("share", 3, true), ("end", 1, false)]);
     }
 
     #[test]
     fn what_gets_no_descriptor_is_not_told() {
         let (mut shares, mut memory) = (Shares::default(), Simulated(false));
-        (1..=2).for_each(|id| assert!(!shares.share(&region(id), GPU, &mut memory)));
+        (1..=2).for_each(|id| assert_eq!(shares.share(&region(id), GPU, &mut memory), Reach::Pending));
         shares.prepare(&mut memory);
-        assert!(notes(&shares).is_empty() && !shares.share(&region(1), GPU, &mut memory));
+        assert!(waiting(&shares).is_empty() && shares.share(&region(1), GPU, &mut memory) == Reach::No);
         shares.forget(1);
-        assert!(notes(&shares).is_empty(), "nobody knows of it");
+        assert!(waiting(&shares).is_empty(), "the peer never heard of it");
         memory.0 = true;
         shares.share(&region(3), GPU, &mut memory);
         shares.prepare(&mut memory);
-        assert_eq!(notes(&shares), [("share", 3, true)]);
+        assert_eq!(waiting(&shares), [("share", 3, true)]);
     }
 
     #[test]
     fn an_export_whose_descriptor_is_missed_is_refused_and_may_end() {
-        let (mut imports, mut memory) = (Imports::new(false), Simulated(true));
-        assert!(matches!(imports.missed(4), Ok(Note::Answer { id: 4, open: false })));
+        let (mut imports, mut memory) = (Imports::default(), Simulated(true));
+        assert!(matches!(imports.missed(4), Ok(Message::Answer { id: 4, open: false })));
         assert!(imports.missed(4).is_err() && imports.look(4, GPU).is_none() && imports.ended(4, &mut memory).is_ok());
     }
 }

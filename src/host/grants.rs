@@ -1,40 +1,33 @@
-//! Leave to read and order writes of a region without asking each time. A side gives it once the peer has shown the region's token,
-//! and it ends with the region: a word in memory that both map tells that it stands, another how many reads are under way. Whoever ends a
-//! region clears the first and waits until the second is zero; whoever reads counts itself before it looks. So no read that found leave
-//! outlives it. Knows nothing of sockets and of what is read.
+//! Grants: what a peer may read and write by direct transfers. A side grants a region once the peer has shown its token, and the grant ends
+//! with the region: a word in memory that both map tells that it stands, another how many reads are under way. A side that ends a region
+//! clears the first and waits until the second is zero; a reader counts itself before it looks. So no read that found the grant standing
+//! outlives it. A landing is a grant of one posted buffer for one message. Knows nothing of sockets and of what is copied.
 
-use super::messages::{Granted, Note};
-use super::orders;
+use super::layout::{GRANT, GRANTS};
+use super::messages::{Granted, Message};
 use super::shm::Shared;
 use crate::hash::Map;
-use crate::region::{Leave, Region};
-use crate::status::{bail, Result};
-use crate::types::{Place, RemoteAccess};
+use crate::region::{AccessGrant, Region, RegionUse};
+use crate::status::{bail, Error, ErrorKind, Result, StatusCode};
+use crate::types::{Key, Place, RemoteAccess};
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
 
-/// Grants at once, each way.
-const SLOTS: usize = 4096;
-/// Where its words begin in the file, behind those of orders: of each slot, whether it stands (written by the owner), and reads under way
-/// (by the other side). And where they end.
-const GRANTS_AT: usize = orders::END;
-pub(super) const END: usize = GRANTS_AT + 2 * SLOTS;
-
-fn stands(shared: &Shared, slot: u32) -> &std::sync::atomic::AtomicU64 {
-    shared.word(GRANTS_AT + 2 * (slot as usize % SLOTS))
+fn stands(shared: &Shared, slot: u32) -> &AtomicU64 {
+    shared.word(GRANT + 2 * (slot as usize % GRANTS))
 }
 
-fn reads(shared: &Shared, slot: u32) -> &std::sync::atomic::AtomicU64 {
-    shared.word(GRANTS_AT + 2 * (slot as usize % SLOTS) + 1)
+fn reads(shared: &Shared, slot: u32) -> &AtomicU64 {
+    shared.word(GRANT + 2 * (slot as usize % GRANTS) + 1)
 }
 
-/// The word of a slot while this grant stands, and afterwards.
+/// The word of a slot while this grant stands.
 fn standing(generation: u64) -> u64 {
     generation << 1 | 1
 }
 
-/// A grant in its owner's file.
+/// A grant's words in its owner's file.
 #[derive(Debug)]
 struct Slot {
     shared: Arc<Shared>,
@@ -43,7 +36,7 @@ struct Slot {
     over: AtomicBool,
 }
 
-impl Leave for Slot {
+impl AccessGrant for Slot {
     fn end(&self) {
         let ours = standing(self.generation);
         let _ = stands(&self.shared, self.slot).compare_exchange(ours, ours - 1, Ordering::SeqCst, Ordering::SeqCst);
@@ -57,12 +50,35 @@ impl Leave for Slot {
     }
 }
 
+/// What a grant is of.
+enum Of {
+    /// A region, until it ends.
+    Region(Arc<Region>, Arc<Slot>),
+    /// A posted buffer, for one message.
+    Landing(Key, RegionUse),
+}
+
 /// A grant of this side.
 struct Given {
-    region: Arc<Region>,
+    of: Of,
+    generation: u64,
     /// Where the peer's memory lies that it is for.
     there: Place,
-    leave: Arc<Slot>,
+    /// What may be written.
+    addr: u64,
+    len: u64,
+}
+
+/// Memory of this side that a record of the peer writes.
+pub(crate) struct Target {
+    /// Keeps it registered.
+    pub used: RegionUse,
+    /// Where the peer's memory must lie.
+    pub there: Place,
+    pub addr: u64,
+    pub len: u64,
+    /// The message that it is for.
+    pub landing: Option<Key>,
 }
 
 /// What this side has granted.
@@ -72,15 +88,16 @@ pub(crate) struct Grants {
     slots: Map<u32, Given>,
     free: Vec<u32>,
     last: u64,
-    /// What the peer has to be told.
-    pub notes: VecDeque<Note>,
+    /// Messages for the peer.
+    pub outbox: VecDeque<Message>,
 }
 
 impl Grants {
     /// In this side's file.
     pub(crate) fn new(shared: &Arc<Shared>) -> Grants {
-        let free = (0..SLOTS as u32).rev().collect();
-        Grants { shared: shared.clone(), by_region: Map::default(), slots: Map::default(), free, last: 0, notes: VecDeque::new() }
+        let free = (0..GRANTS as u32).rev().collect();
+        let (by_region, slots) = (Map::default(), Map::default());
+        Grants { shared: shared.clone(), by_region, slots, free, last: 0, outbox: VecDeque::new() }
     }
 
     /// Whether a region is granted for the peer's memory at `there` already.
@@ -88,44 +105,81 @@ impl Grants {
         self.by_region.contains_key(&(region, there))
     }
 
-    /// Grants a region, whose token the peer has shown. `exports`: what it lies in where the peer has to map it; `None` where it cannot
-    /// be read.
-    pub(crate) fn give(&mut self, region: &Arc<Region>, there: Place, exports: Option<Vec<u32>>) {
-        let Some(slot) = self.free.pop() else { return };
+    /// Grants a region, whose token the peer has shown. `direct`: what can be done directly; `exports`: what it lies in where the peer has to map
+    /// it. `false` where no grant is left, or the region has ended.
+    pub(crate) fn give(&mut self, region: &Arc<Region>, there: Place, direct: RemoteAccess, exports: Vec<u32>) -> bool {
+        let Some(slot) = self.free.pop() else { return false };
         self.last += 1;
-        let leave = Arc::new(Slot { shared: self.shared.clone(), slot, generation: self.last, over: AtomicBool::new(false) });
-        stands(&self.shared, slot).store(standing(self.last), Ordering::SeqCst);
-        if !region.allow(leave.clone()) {
-            leave.end();
+        let generation = self.last;
+        let words = Arc::new(Slot { shared: self.shared.clone(), slot, generation, over: AtomicBool::new(false) });
+        stands(&self.shared, slot).store(standing(generation), Ordering::SeqCst);
+        if !region.allow(words.clone()) {
+            words.end();
             self.free.push(slot);
-            return;
+            return false;
         }
-        let RemoteAccess { read, write } = region.access();
+        let (addr, len) = (region.span.addr, region.span.len);
         self.by_region.insert((region.span.id, there), slot);
-        self.slots.insert(slot, Given { region: region.clone(), there, leave });
-        self.notes.push_back(Note::Grant(Box::new(Granted {
+        self.slots.insert(slot, Given { of: Of::Region(region.clone(), words), generation, there, addr, len });
+        self.outbox.push_back(Message::Grant(Box::new(Granted {
             slot,
-            generation: self.last,
+            generation,
             region: region.span.id,
             token: region.token,
-            addr: region.span.addr,
-            len: region.span.len,
+            addr,
+            len,
             there: region.place,
             here: there,
-            access: RemoteAccess { read: read && exports.is_some(), write },
-            exports: exports.unwrap_or_default(),
+            access: region.access(),
+            direct,
+            exports,
         })));
+        true
     }
 
-    /// The region of a grant, and where the peer's memory lies that it is for; `None` when it does not stand.
-    pub(crate) fn region(&self, slot: u32, generation: u64) -> Option<(&Arc<Region>, Place)> {
-        let given = self.slots.get(&slot).filter(|given| given.leave.generation == generation)?;
-        Some((&given.region, given.there))
+    /// Grants a posted buffer for one message: its slot and generation; `None` where no grant is left.
+    pub(crate) fn land(&mut self, key: Key, used: RegionUse, there: Place, (addr, len): (u64, u64)) -> Option<(u32, u64)> {
+        let slot = self.free.pop()?;
+        self.last += 1;
+        self.slots.insert(slot, Given { of: Of::Landing(key, used), generation: self.last, there, addr, len });
+        Some((slot, self.last))
+    }
+
+    /// Ends the landing of a message; whether there was one.
+    pub(crate) fn end_landing(&mut self, key: Key) -> bool {
+        let slot =
+            self.slots.iter().find(|(_, given)| matches!(&given.of, Of::Landing(of, _) if *of == key)).map(|(&slot, _)| slot);
+        slot.inspect(|&slot| self.free_slot(slot)).is_some()
+    }
+
+    fn free_slot(&mut self, slot: u32) {
+        self.slots.remove(&slot);
+        self.free.push(slot);
+    }
+
+    /// What a record writes, with a use of its region; `None` when the grant does not stand, or allows no writing.
+    pub(crate) fn target(&self, slot: u32, generation: u64) -> Option<Target> {
+        let &Given { ref of, there, addr, len, .. } = self.slots.get(&slot).filter(|given| given.generation == generation)?;
+        let (used, landing) = match of {
+            Of::Region(region, _) if region.access().write => (region.enter()?, None),
+            Of::Region(..) => return None,
+            Of::Landing(key, used) => (RegionUse::new(used.region()), Some(*key)),
+        };
+        Some(Target { used, there, addr, len, landing })
+    }
+
+    /// Where the memory of a grant lies.
+    pub(crate) fn place(&self, slot: u32, generation: u64) -> Option<Place> {
+        self.slots.get(&slot).filter(|given| given.generation == generation).map(|given| match &given.of {
+            Of::Region(region, _) => region.place,
+            Of::Landing(_, used) => used.place,
+        })
     }
 
     /// Whether the peer reads a region just now.
     pub(crate) fn is_read(&self, region: u64) -> bool {
-        self.slots.values().any(|given| given.region.span.id == region && given.leave.in_use())
+        let reads = |given: &Given| matches!(&given.of, Of::Region(of, words) if of.span.id == region && words.in_use());
+        self.slots.values().any(reads)
     }
 
     /// A region has ended: nothing uses it any more.
@@ -133,10 +187,10 @@ impl Grants {
         let names: Vec<(u64, Place)> = self.by_region.keys().copied().filter(|&(id, _)| id == region).collect();
         for name in names {
             let Some(slot) = self.by_region.remove(&name) else { continue };
-            let Some(Given { leave, .. }) = self.slots.remove(&slot) else { continue };
-            leave.end();
-            leave.over.store(true, Ordering::SeqCst);
-            self.notes.push_back(Note::Revoke { slot, generation: leave.generation });
+            let Some(Given { of: Of::Region(_, words), generation, .. }) = self.slots.remove(&slot) else { continue };
+            words.end();
+            words.over.store(true, Ordering::SeqCst);
+            self.outbox.push_back(Message::Revoke { slot, generation });
             self.free.push(slot);
         }
     }
@@ -145,63 +199,128 @@ impl Grants {
 impl Drop for Grants {
     fn drop(&mut self) {
         for given in self.slots.values() {
-            given.leave.end();
-            given.leave.over.store(true, Ordering::SeqCst);
-            // Regions outlive connections, and would keep the file of each.
-            given.region.prune();
+            if let Of::Region(region, words) = &given.of {
+                words.end();
+                words.over.store(true, Ordering::SeqCst);
+                // Regions outlive connections, and would keep the file of each.
+                region.prune();
+            }
         }
     }
 }
 
-/// What the peer has granted.
+/// How a claim of this side stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Claim {
+    /// Granted.
+    Granted(Arc<Granted>),
+    /// The peer has not answered.
+    Asked,
+    /// Direct transfers cannot reach it.
+    Channels,
+    /// The peer refuses it.
+    Refused(Error),
+}
+
+/// A region of the peer, its token, and the place of this side that it is claimed for.
+type Name = (u64, [u8; 16], Place);
+
+/// Claims that are remembered besides those that are granted. More than that ask again.
+const MAX_CLAIMS: usize = 4 * GRANTS;
+
+/// What the peer has granted, and what it was asked for.
 pub(crate) struct Leases {
     shared: Arc<Shared>,
-    /// By region, its place, and the place of this side that it is for.
-    all: Map<(u64, Place, Place), Granted>,
-    slots: Map<u32, (u64, Place, Place)>,
+    granted: Map<(u64, Place), Arc<Granted>>,
+    slots: Map<u32, (u64, Place)>,
+    claims: Map<Name, Claim>,
+    /// Messages for the peer.
+    pub outbox: VecDeque<Message>,
 }
 
 impl Leases {
     /// In the peer's file.
     pub(crate) fn new(shared: &Arc<Shared>) -> Leases {
-        Leases { shared: shared.clone(), all: Map::default(), slots: Map::default() }
+        let (granted, slots, claims) = (Map::default(), Map::default(), Map::default());
+        Leases { shared: shared.clone(), granted, slots, claims, outbox: VecDeque::new() }
     }
 
-    /// The peer grants a region.
+    /// How the claim of a region for memory at `here` stands; claims it at the first call. A refusal is told once.
+    pub(crate) fn claim(&mut self, region: u64, token: [u8; 16], here: Place) -> Claim {
+        if let Some(granted) = self.granted.get(&(region, here)).filter(|granted| granted.token == token) {
+            return Claim::Granted(granted.clone());
+        }
+        let name = (region, token, here);
+        match self.claims.get(&name) {
+            Some(Claim::Refused(_)) => self.claims.remove(&name).unwrap_or(Claim::Asked),
+            Some(known) => known.clone(),
+            None => {
+                if self.claims.len() >= MAX_CLAIMS {
+                    self.claims.retain(|_, claim| *claim == Claim::Asked);
+                }
+                self.claims.insert(name, Claim::Asked);
+                self.outbox.push_back(Message::Claim { region, token, place: here });
+                Claim::Asked
+            }
+        }
+    }
+
+    /// The peer grants a region that was claimed.
     ///
     /// # Errors
-    /// `Protocol` for a slot that is taken or does not exist.
-    pub(crate) fn told(&mut self, granted: Granted) -> Result<()> {
-        let name = (granted.region, granted.there, granted.here);
-        if granted.slot as usize >= SLOTS || self.slots.contains_key(&granted.slot) || self.all.contains_key(&name) {
+    /// `Protocol` for one that was not, or a slot that is taken or does not exist.
+    pub(crate) fn granted(&mut self, granted: Granted) -> Result<()> {
+        let name = (granted.region, granted.here);
+        let asked = self.claims.remove(&(granted.region, granted.token, granted.here));
+        if asked != Some(Claim::Asked) {
+            bail!(Protocol, "the peer grants region {}, which was not claimed", granted.region);
+        }
+        if granted.slot as usize >= GRANTS || self.slots.contains_key(&granted.slot) || self.granted.contains_key(&name) {
             bail!(Protocol, "the peer grants region {} in slot {}", granted.region, granted.slot);
         }
         self.slots.insert(granted.slot, name);
-        self.all.insert(name, granted);
+        self.granted.insert(name, Arc::new(granted));
         Ok(())
     }
 
-    /// The peer takes a grant back.
+    /// The peer refuses a claim; without a reason channels carry the region.
     ///
     /// # Errors
-    /// `Protocol` for one that it has not given.
-    pub(crate) fn ended(&mut self, slot: u32, generation: u64) -> Result<()> {
-        let granted = self.slots.remove(&slot).and_then(|name| self.all.remove(&name));
+    /// `Protocol` for what was not claimed.
+    pub(crate) fn refused(&mut self, name: Name, why: Option<(StatusCode, String)>) -> Result<()> {
+        match self.claims.get_mut(&name) {
+            Some(claim) if *claim == Claim::Asked => {
+                *claim = match why {
+                    None => Claim::Channels,
+                    Some((status, text)) => Claim::Refused(Error::new(ErrorKind::from_code(status), text)),
+                };
+                Ok(())
+            }
+            _ => bail!(Protocol, "the peer refuses region {}, which was not claimed", name.0),
+        }
+    }
+
+    /// A granted region of the peer has ended.
+    ///
+    /// # Errors
+    /// `Protocol` for one that it has not granted.
+    pub(crate) fn revoked(&mut self, slot: u32, generation: u64) -> Result<()> {
+        let granted = self.slots.remove(&slot).and_then(|name| self.granted.remove(&name));
         match granted {
             Some(granted) if granted.generation == generation => Ok(()),
             _ => bail!(Protocol, "the peer takes back what is not granted in slot {slot}"),
         }
     }
 
-    /// The grant of a region, which lies at `there`, for memory of this side at `here`.
-    pub(crate) fn find(&self, region: u64, there: Place, here: Place) -> Option<&Granted> {
-        self.all.get(&(region, there, here))
+    /// Whether a grant stands.
+    pub(crate) fn stands(&self, slot: u32, generation: u64) -> bool {
+        stands(&self.shared, slot).load(Ordering::SeqCst) == standing(generation)
     }
 
     /// Begins a read; `false` when the grant does not stand. Ends with [`Leases::leave`].
     pub(crate) fn enter(&self, slot: u32, generation: u64) -> bool {
         reads(&self.shared, slot).fetch_add(1, Ordering::SeqCst);
-        if stands(&self.shared, slot).load(Ordering::SeqCst) == standing(generation) {
+        if self.stands(slot, generation) {
             return true;
         }
         self.leave(slot);
@@ -216,7 +335,7 @@ impl Leases {
 
 #[cfg(test)]
 mod tests {
-    use super::super::ring::{Inbox, Outbox};
+    use super::super::ring::{RingIn, RingOut};
     use super::*;
     use crate::types::Span;
 
@@ -225,18 +344,31 @@ mod tests {
     }
 
     fn both() -> (Grants, Leases) {
-        let out = Outbox::new().unwrap();
-        let inn = Inbox::open(out.fd()).unwrap();
+        let out = RingOut::new().unwrap();
+        let inn = RingIn::open(out.fd()).unwrap();
         (Grants::new(out.shared()), Leases::new(inn.shared()))
     }
 
+    /// Everything that the owner says reaches the peer.
     fn pass(grants: &mut Grants, leases: &mut Leases) {
-        for note in std::mem::take(&mut grants.notes) {
-            match Note::decode(&note.encode(), Vec::new()).unwrap() {
-                Note::Grant(granted) => leases.told(*granted).unwrap(),
-                Note::Revoke { slot, generation } => leases.ended(slot, generation).unwrap(),
+        for message in std::mem::take(&mut grants.outbox) {
+            match Message::decode(&message.encode(), Vec::new()).unwrap() {
+                Message::Grant(granted) => leases.granted(*granted).unwrap(),
+                Message::Revoke { slot, generation } => leases.revoked(slot, generation).unwrap(),
                 other => panic!("{other:?}"),
             }
+        }
+    }
+
+    /// Claims a region and has it granted.
+    fn grant(grants: &mut Grants, leases: &mut Leases, region: &Arc<Region>) -> Arc<Granted> {
+        let (id, token) = (region.span.id, region.token);
+        assert_eq!(leases.claim(id, token, Place::HOST), Claim::Asked);
+        assert!(grants.give(region, Place::HOST, RemoteAccess::ALL, Vec::new()));
+        pass(grants, leases);
+        match leases.claim(id, token, Place::HOST) {
+            Claim::Granted(granted) => granted,
+            other => panic!("{other:?}"),
         }
     }
 
@@ -244,10 +376,9 @@ mod tests {
     fn a_read_holds_the_region_and_none_begins_after_its_end() {
         let (mut grants, mut leases) = both();
         let region = region(7, RemoteAccess::READ);
-        grants.give(&region, Place::HOST, Some(Vec::new()));
-        pass(&mut grants, &mut leases);
-        let granted = leases.find(7, Place::HOST, Place::HOST).unwrap().clone();
-        assert!(granted.token == [7; 16] && granted.access == RemoteAccess::READ && (granted.addr, granted.len) == (0x1000, 100));
+        let granted = grant(&mut grants, &mut leases, &region);
+        assert!(granted.access == RemoteAccess::READ && (granted.addr, granted.len) == (0x1000, 100));
+        assert!(grants.target(granted.slot, granted.generation).is_none(), "it may not be written");
         assert!(leases.enter(granted.slot, granted.generation) && region.in_use() && grants.is_read(7));
         region.end();
         assert!(!leases.enter(granted.slot, granted.generation) && region.in_use());
@@ -255,23 +386,44 @@ mod tests {
         assert!(!region.in_use() && region.enter().is_none());
         grants.forget(7);
         pass(&mut grants, &mut leases);
-        assert!(leases.find(7, Place::HOST, Place::HOST).is_none() && grants.region(granted.slot, granted.generation).is_none());
+        assert_eq!(leases.claim(7, [7; 16], Place::HOST), Claim::Asked, "from the beginning");
+    }
+
+    #[test]
+    fn a_region_is_claimed_once_and_a_refusal_is_told_once() {
+        let (_grants, mut leases) = both();
+        let name = (7, [7; 16], Place::HOST);
+        let claim = |leases: &mut Leases| leases.claim(name.0, name.1, name.2);
+        assert_eq!([claim(&mut leases), claim(&mut leases)], [Claim::Asked, Claim::Asked]);
+        assert_eq!(leases.outbox.len(), 1);
+        leases.refused(name, Some((-20, "no".to_owned()))).unwrap();
+        assert!(matches!(claim(&mut leases), Claim::Refused(e) if e.kind() == ErrorKind::RemoteAccess));
+        assert_eq!((claim(&mut leases), leases.outbox.len()), (Claim::Asked, 2));
+        leases.refused(name, None).unwrap();
+        assert_eq!([claim(&mut leases), claim(&mut leases)], [Claim::Channels, Claim::Channels]);
+        assert!(leases.refused(name, None).is_err(), "answered twice");
+        assert!(leases.refused((8, [7; 16], Place::HOST), None).is_err(), "never asked");
+        // What is refused again and again takes no memory.
+        for id in 0..3 * MAX_CLAIMS as u64 {
+            leases.claim(100 + id, [0; 16], Place::HOST);
+            leases.refused((100 + id, [0; 16], Place::HOST), None).unwrap();
+        }
+        assert!(leases.claims.len() <= MAX_CLAIMS);
     }
 
     #[test]
     fn a_slot_that_is_used_again_is_not_the_old_grant() {
         let (mut grants, mut leases) = both();
         let (a, b) = (region(1, RemoteAccess::ALL), region(2, RemoteAccess::ALL));
-        grants.give(&a, Place::HOST, Some(Vec::new()));
-        pass(&mut grants, &mut leases);
-        let old = leases.find(1, Place::HOST, Place::HOST).unwrap().clone();
+        let old = grant(&mut grants, &mut leases, &a);
         a.end();
         grants.forget(1);
-        grants.give(&b, Place::HOST, Some(Vec::new()));
-        // The peer has not read its notes.
+        leases.claim(2, b.token, Place::HOST);
+        assert!(grants.give(&b, Place::HOST, RemoteAccess::ALL, Vec::new()));
+        // The peer has not read its messages.
         assert!(!leases.enter(old.slot, old.generation));
         pass(&mut grants, &mut leases);
-        let new = leases.find(2, Place::HOST, Place::HOST).unwrap().clone();
+        let Claim::Granted(new) = leases.claim(2, b.token, Place::HOST) else { panic!("a grant") };
         assert!(new.slot == old.slot && leases.enter(new.slot, new.generation) && b.in_use() && !a.in_use());
         // The connection's end ends all.
         drop(grants);
@@ -280,10 +432,10 @@ mod tests {
 
     #[test]
     fn a_region_keeps_nothing_of_a_connection_that_has_ended() {
-        let out = Outbox::new().unwrap();
+        let out = RingOut::new().unwrap();
         let mut grants = Grants::new(out.shared());
         let region = region(1, RemoteAccess::ALL);
-        grants.give(&region, Place::HOST, Some(Vec::new()));
+        grants.give(&region, Place::HOST, RemoteAccess::ALL, Vec::new());
         drop(grants);
         assert_eq!(Arc::strong_count(out.shared()), 1);
     }
@@ -293,15 +445,32 @@ mod tests {
         let (mut grants, mut leases) = both();
         let ended = region(1, RemoteAccess::ALL);
         ended.end();
-        grants.give(&ended, Place::HOST, Some(Vec::new()));
-        assert!(grants.notes.is_empty() && !grants.has(1, Place::HOST));
+        assert!(!grants.give(&ended, Place::HOST, RemoteAccess::ALL, Vec::new()));
+        assert!(grants.outbox.is_empty() && !grants.has(1, Place::HOST));
         let good = region(2, RemoteAccess::ALL);
-        grants.give(&good, Place::HOST, None);
-        let Some(Note::Grant(granted)) = grants.notes.pop_front() else { panic!("a grant") };
-        assert_eq!(granted.access, RemoteAccess::WRITE, "what cannot be shared cannot be read");
-        leases.told((*granted).clone()).unwrap();
-        assert!(leases.told((*granted).clone()).is_err(), "twice");
-        assert!(leases.told(Granted { slot: SLOTS as u32, region: 9, ..(*granted).clone() }).is_err());
-        assert!(leases.ended(granted.slot, granted.generation + 1).is_err() && leases.ended(55, 1).is_err());
+        grants.give(&good, Place::HOST, RemoteAccess::WRITE, Vec::new());
+        let Some(Message::Grant(granted)) = grants.outbox.pop_front() else { panic!("a grant") };
+        assert!(leases.granted((*granted).clone()).is_err(), "not claimed");
+        let claim = |leases: &mut Leases, region| leases.claim(region, granted.token, Place::HOST);
+        claim(&mut leases, 2);
+        leases.granted((*granted).clone()).unwrap();
+        assert!(leases.granted((*granted).clone()).is_err(), "twice");
+        claim(&mut leases, 9);
+        assert!(leases.granted(Granted { slot: GRANTS as u32, region: 9, ..(*granted).clone() }).is_err());
+        assert!(leases.revoked(granted.slot, granted.generation + 1).is_err() && leases.revoked(55, 1).is_err());
+    }
+
+    #[test]
+    fn a_landing_takes_one_message_and_keeps_its_region() {
+        let (mut grants, _leases) = both();
+        let region = region(1, RemoteAccess::READ);
+        let key = Key { id: 5, mine: false };
+        let (slot, generation) = grants.land(key, RegionUse::new(&region), Place::HOST, (0x1010, 8)).unwrap();
+        assert!(region.in_use() && grants.target(slot, generation + 1).is_none());
+        let target = grants.target(slot, generation).unwrap();
+        assert_eq!((target.addr, target.len, target.landing), (0x1010, 8, Some(key)));
+        drop(target);
+        assert!(grants.end_landing(key) && !grants.end_landing(key) && !region.in_use());
+        assert!(grants.target(slot, generation).is_none());
     }
 }

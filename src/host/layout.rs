@@ -1,9 +1,44 @@
-//! How the file begins through which two processes of a host tell each other what to copy: a page of words, then the ring of chunks. What
-//! follows is laid out by its owners, one behind the other.
+//! The file through which one side tells the other what to copy: every offset in it, in words of 8 bytes. The side that made the file
+//! writes some words, the other side the rest. A page of words comes first, each in a cache line of its own.
 
-/// Words in front of the ring, a page.
-pub(super) const FRONT: usize = 512;
-/// The first word of the front page that is not the ring's.
-pub(super) const FRONT_OF_OTHERS: usize = 40;
-/// Words of the ring of chunks.
-pub(super) const RING: usize = 64 << 10;
+/// Direct writes that are told and have not ended at most.
+pub(super) const WINDOW: usize = 1024;
+/// Standing grants at once.
+pub(super) const GRANTS: usize = 4096;
+/// Words of the ring of records.
+pub(super) const RING: usize = 128 << 10;
+
+/// How far the owner has written the ring.
+pub(super) const TAIL: usize = 0;
+/// The owner's memory is its own again: what is copied from here on does not count.
+pub(super) const CLOSED: usize = 8;
+/// The owner sleeps and wants to be woken.
+pub(super) const LISTENS: usize = 16;
+/// Written by the other side: how far it has read the ring.
+pub(super) const HEAD: usize = 24;
+/// Written by the other side: how many orders have ended.
+pub(super) const ENDED: usize = 32;
+/// Written by the other side: bytes of all orders that it has copied.
+pub(super) const MOVED: usize = 40;
+/// Written by the other side: bytes that its reads have copied.
+pub(super) const READ: usize = 48;
+/// Written by the other side, a word for each of its GPUs: staged records that it has scattered.
+const SCATTERED: usize = 56;
+/// GPUs of a process at most.
+pub(super) const GPUS: usize = 32;
+
+/// How each order has ended, and how many bytes of it are copied; written by the other side.
+pub(super) const STATUS: usize = 512;
+pub(super) const PROGRESS: usize = STATUS + WINDOW;
+/// Of each grant, whether it stands (written by the owner), and reads under way (by the other side).
+pub(super) const GRANT: usize = PROGRESS + WINDOW;
+/// The ring, and the end of all words.
+pub(super) const RECORDS: usize = GRANT + 2 * GRANTS;
+pub(super) const END: usize = RECORDS + RING;
+
+/// The word that counts staged records for a GPU of the other side.
+pub(super) fn scattered(ordinal: u8) -> usize {
+    SCATTERED + 8 * (usize::from(ordinal) % GPUS)
+}
+
+const _: () = assert!(SCATTERED + 8 * GPUS <= STATUS);

@@ -1,31 +1,31 @@
-//! The path between two processes of one host: the side where the data goes copies it straight out of the other's memory. Knows nothing
-//! of transfers.
+//! Direct transfers between two processes of one host: the side where the data goes copies it out of the other's memory, so that only the
+//! owner of memory ever writes it. Knows nothing of channels and frames.
 //!
-//! `link` finds out whether both sides share a host and prove it, over a `socket`; `path` carries chunks, told in a `ring` of a
-//! `memfile`, and what needs no asking: reads under `grants`, writes as `orders`; `puller` is what a kind of memory must do, `host`, `cuda`
-//! and `emulated` do it, `pool` has the threads of `host`, and `probe` looks
-//! at it for the first time. `sharing` keeps which allocations either side may
-//! pull from, told in `notes`. Where reads are slow the source's side pushes instead, into memory of the other library (`push`), from where
-//! the destination's side copies.
+//! `link` finds out whether both sides share a host and prove it, over a `socket`, with `messages`; `transport` is what comes of it. `exports`
+//! and `grants` keep who may touch what. Blocks move in two flows over one `ring` in shared memory (`shm`, `layout`): `read`, and `write`,
+//! which the peer carries out as `orders`; `copies` are under way for either. `memory` is what each kind of memory must do.
 
+mod blocks;
+mod copies;
 mod exports;
 mod grants;
 mod layout;
 mod link;
+mod locate;
 pub(crate) mod memory;
 mod messages;
 mod orders;
-mod path;
-mod push;
+mod read;
 mod ring;
-mod shelf;
 mod shm;
 mod socket;
+mod transport;
+mod write;
 
 pub(crate) use link::{Have, Linked, Meeting, Opening, ProofKeys};
 pub(crate) use memory::emulated::{gpu as emulated_gpu, EmulatedMemory};
 pub(crate) use memory::pool::Bell;
-pub(crate) use path::{LocalPath, Watched};
+pub(crate) use transport::{Lookup, OneHost, Watched};
 
-/// What the path is called among NICs and plugins.
+/// What the transport is called among NICs and plugins.
 pub(crate) const NAME: &str = "local";

@@ -1,425 +1,315 @@
-//! The ring in which one side orders the other to copy blocks of its memory into memory that the other has granted: blocks as they
-//! stand, and for each order how it ended. It lies in memory that both write: whatever the other side may write is read once, checked,
-//! and never read again. Knows nothing of what addresses mean.
+//! Writes of the peer, carried out by this side, which owns the destinations: records are read from the peer's ring, checked against grants and
+//! exports, and copied. Nothing that the peer says is believed. Knows nothing of how copies run.
 
-use super::layout::{FRONT, FRONT_OF_OTHERS, RING as RING_OF_CHUNKS};
-use super::shm::Shared;
+use super::blocks::Stride;
+use super::copies::{Copies, Owner};
+use super::exports::{Imports, Stretch};
+use super::grants::{Grants, Target};
+use super::layout::WINDOW;
+use super::locate::holds;
+use super::ring::{place, Head, RingIn, MAX_BLOCKS, MAX_BYTES};
+use crate::direct::Event;
+use crate::hash::Map;
 use crate::status::{bail, Result};
-use crate::types::Piece;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::Arc;
+use crate::types::{Key, Piece, Place};
 
-/// Blocks of a record at most.
-pub(crate) const MAX_BLOCKS: usize = 4096;
-/// Bytes of a record at most. What a record costs the side that is ordered grows with them, and they all may name the same bytes.
-pub(crate) const MAX_BYTES: u64 = 1 << 30;
-/// Orders that are told and have not ended at most.
-pub(crate) const WINDOW: usize = 1024;
-/// Words of the ring, of a record's head, and of a block.
-const RING: usize = 128 << 10;
-const HEAD_WORDS: usize = 4;
-const BLOCK_WORDS: usize = 3;
-/// A record is put at the ring's end only if it holds so many blocks there, or all of them.
-const LEAST: usize = 64;
-/// An empty ring begins anew from here on: what is written again and again stays in the cache.
-const FAR: usize = RING / 4;
+/// Blocks and copies of large orders under way at once, and of all. A peer tells no more of large ones than half of that, so that small ones
+/// always find room.
+const UNDER_WAY: usize = 64 << 10;
+const COPIES: usize = 256;
+/// Records that are read in one round.
+const RECORDS: usize = 4096;
 
-/// Where its words begin in the file, behind the ring of chunks: how each order ended, and the ring. And where they end.
-const STATUS_AT: usize = FRONT + RING_OF_CHUNKS;
-const RING_AT: usize = STATUS_AT + WINDOW;
-pub(super) const END: usize = RING_AT + RING;
-
-/// Words of the front page, each in a cache line of its own. Written by the owner of the file: how far it has written.
-const TAIL: usize = FRONT_OF_OTHERS;
-/// Written by the other side: how far it has read, how many orders have ended, and how many bytes of all orders are copied.
-const HEAD: usize = FRONT_OF_OTHERS + 8;
-const ENDED: usize = FRONT_OF_OTHERS + 16;
-const MOVED: usize = FRONT_OF_OTHERS + 24;
-/// How many bytes it has read under grants.
-pub(super) const READ: usize = FRONT_OF_OTHERS + 32;
-
-/// Flags of a record: its order has no more; nothing but the way to the ring's begin.
-const LAST: u64 = 1;
-const SKIP: u64 = 2;
-
-/// What all blocks of a record have in common.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Head {
-    /// Number of the order, from 1 on.
-    pub order: u64,
-    /// The grant that allows it.
-    pub slot: u32,
-    pub generation: u64,
-    /// The export that the source lies in; 0: memory of the process.
-    pub export: u32,
-    /// The order's last record.
-    pub last: bool,
-}
-
-/// A record: `src` in the ordering side's address space, `dst` in the other's.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Record {
-    pub head: Head,
-    pub blocks: Vec<Piece>,
-}
-
-/// A record of the other side whose head was copied and whose blocks are still in the ring: where they are, and how many words it has.
-#[derive(Clone, Copy)]
-struct Open {
-    head: Head,
-    at: usize,
-    words: usize,
-}
-
-/// The side that orders: its own file.
-pub(crate) struct OrdersOut {
-    shared: Arc<Shared>,
-    tail: u64,
-    /// The other side's places as they were last seen.
-    head: u64,
-    ended: u64,
+/// An order of the peer that has not ended.
+struct Order {
+    number: u64,
+    copies: usize,
+    /// Its last record has come.
+    last: bool,
+    refused: bool,
+    /// Bytes that are in place, and that were told.
+    moved: u64,
     told: u64,
+    /// What it writes, by grant.
+    targets: Vec<(u32, u64, Target)>,
 }
 
-impl OrdersOut {
-    pub(crate) fn new(shared: &Arc<Shared>) -> OrdersOut {
-        OrdersOut { shared: shared.clone(), tail: 0, head: 0, ended: 0, told: 0 }
+/// What goes into one copy.
+#[derive(Default)]
+struct Gathered {
+    place: Option<Place>,
+    exports: Vec<u32>,
+    parts: Vec<(u64, u64)>,
+    bytes: u64,
+    bulk: bool,
+}
+
+/// What orders need of the rest of the transport.
+pub(super) struct Around<'a> {
+    pub copies: &'a mut Copies,
+    pub imports: &'a mut Imports,
+    pub grants: &'a mut Grants,
+}
+
+/// All orders of the peer.
+pub(super) struct Orders {
+    pub inn: RingIn,
+    /// By place in the window.
+    open: Map<usize, Order>,
+    newest: u64,
+    /// Orders of which more is to come.
+    unfinished: usize,
+    pieces: usize,
+    copies: usize,
+    /// Orders ended, or there is room for more of one: the peer may sleep.
+    rings: bool,
+}
+
+impl Orders {
+    pub(super) fn new(inn: RingIn) -> Orders {
+        Orders { inn, open: Map::default(), newest: 0, unfinished: 0, pieces: 0, copies: 0, rings: false }
     }
 
-    /// The number of a new order.
-    pub(crate) fn begin(&mut self) -> u64 {
-        self.told += 1;
-        self.told
+    /// Whether the peer is to be woken, asked once.
+    pub(super) fn rings(&mut self) -> bool {
+        std::mem::take(&mut self.rings) && self.inn.wakes()
     }
 
-    /// How many blocks of `wanted` the next record may have; 0 when there is no room now.
+    pub(super) fn is_empty(&self) -> bool {
+        self.open.is_empty()
+    }
+
+    /// Whether one of them uses a region.
+    pub(super) fn uses_region(&self, id: u64) -> bool {
+        let uses = |order: &Order| order.targets.iter().any(|(.., target)| target.used.span.id == id);
+        self.open.values().any(uses)
+    }
+
+    /// Whether a landing is being written.
+    pub(super) fn has_landing(&self, key: Key) -> bool {
+        let lands = |order: &Order| order.targets.iter().any(|(.., target)| target.landing == Some(key));
+        self.open.values().any(lands)
+    }
+
+    fn order(&mut self, number: u64) -> Option<&mut Order> {
+        self.open.get_mut(&place(number)).filter(|order| order.number == number)
+    }
+
+    /// Starts copies for what the peer has told; whether there was something.
     ///
     /// # Errors
-    /// `Protocol` when the other side claims what cannot be.
-    pub(crate) fn room(&mut self, wanted: usize) -> Result<usize> {
-        let head = self.shared.word(HEAD).load(Ordering::Acquire);
-        if head < self.head || head > self.tail {
-            bail!(Protocol, "the peer has read orders up to {head}, which end at {}", self.tail);
+    /// `Protocol` for what cannot be, or why the connection must end.
+    pub(super) fn advance(&mut self, around: &mut Around<'_>, events: &mut Vec<Event>) -> Result<bool> {
+        let (mut any, mut records) = (false, 0);
+        // What waits is not all prepared before the first of it is copied.
+        let mut stride = if self.copies == 0 { Stride::FIRST } else { Stride::MOST };
+        while self.pieces < UNDER_WAY && self.copies < COPIES && records < RECORDS {
+            let (mut copy, mut read) = (Gathered::default(), false);
+            around.copies.pieces.clear();
+            while around.copies.pieces.len() < stride.blocks.min(MAX_BLOCKS) && copy.bytes < stride.bytes && records < RECORDS {
+                let Some((head, count)) = self.inn.next()? else { break };
+                if !self.add(head, count, around, &mut copy)? {
+                    break;
+                }
+                (read, records) = (true, records + 1);
+                self.settle(head.order, around.grants, events)?;
+            }
+            self.start(copy, around)?;
+            if !read {
+                break;
+            }
+            any = true;
+            stride = stride.next();
         }
-        self.head = head;
-        let fits = |words: usize| (words.saturating_sub(HEAD_WORDS) / BLOCK_WORDS).min(MAX_BLOCKS).min(wanted);
-        let (free, at) = (RING - (self.tail - self.head) as usize, self.tail as usize % RING);
-        let left = RING - at;
-        let (here, front) = (fits(free.min(left)), fits(free.saturating_sub(left)));
-        let least = wanted.min(LEAST);
-        let anew = at >= FAR && self.head == self.tail && front >= wanted.min(MAX_BLOCKS);
-        if here >= least && !anew {
-            return Ok(here);
-        }
-        if front < least {
-            return Ok(0);
-        }
-        self.shared.word(RING_AT + at).store(left as u64 | SKIP << 32, Ordering::Relaxed);
-        self.tail += left as u64;
-        Ok(front)
+        // The rest of an order that found no room comes once there is some, and its sender may sleep.
+        self.rings |= any && self.unfinished > 0 && !self.inn.waiting();
+        Ok(any)
     }
 
-    /// Tells blocks of an order; [`OrdersOut::room`] has said that they fit.
+    fn start(&mut self, copy: Gathered, around: &mut Around<'_>) -> Result<()> {
+        let Gathered { place: Some(to), exports, parts, bytes, .. } = copy else { return Ok(()) };
+        for &(number, _) in &parts {
+            if let Some(order) = self.order(number) {
+                order.copies += 1;
+            }
+        }
+        self.pieces += around.copies.pieces.len();
+        self.copies += 1;
+        // SAFETY: `add` has checked that sources lie in the peer's process or its open exports, and destinations in targets that the orders
+        // hold until the copy has ended.
+        unsafe { around.copies.start(to, exports, bytes, Owner::Orders(parts), around.imports) }
+    }
+
+    /// Adds the record at hand to a copy: `false` when it belongs to another one. Small orders never wait for large ones.
+    fn add(&mut self, head: Head, count: usize, around: &mut Around<'_>, copy: &mut Gathered) -> Result<bool> {
+        let to = around.grants.place(head.slot, head.generation);
+        let other = copy.place.is_some() && (to.is_some_and(|to| copy.place != Some(to)) || copy.bulk != head.bulk);
+        if other || (head.bulk && copy.parts.last().is_some_and(|&(number, _)| number != head.order)) {
+            return Ok(false);
+        }
+        if !self.begin(&head, around.grants)? {
+            self.inn.skip();
+            return Ok(true);
+        }
+        let Orders { open, inn, .. } = self;
+        let Some(order) = open.get_mut(&place(head.order)) else { bail!(Internal, "a record of no order") };
+        let used = order.targets.iter().find(|(slot, generation, _)| (*slot, *generation) == (head.slot, head.generation));
+        let Some((.., target)) = used else { bail!(Internal, "a grant that was not entered") };
+        let here = target.used.place;
+        let stretch = source(&head, here, target.there, around.imports)?;
+        let (mut sum, mut from, mut into) = (0u64, true, true);
+        let pieces = &mut around.copies.pieces;
+        pieces.reserve(count);
+        inn.take(|Piece { src, dst, len }| {
+            let at = src.wrapping_sub(stretch.base);
+            from &= holds(stretch.len, at, len);
+            into &= holds(target.len, dst.wrapping_sub(target.addr), len);
+            sum = sum.saturating_add(len);
+            pieces.push(Piece { src: stretch.addr.wrapping_add(at), dst, len });
+        });
+        if !(from && into) || sum > MAX_BYTES {
+            // None of them is copied.
+            pieces.clear();
+            match (from, into) {
+                (false, _) => bail!(Protocol, "a record of {count} blocks, some of them outside of its export"),
+                (_, false) => bail!(Protocol, "a record of {count} blocks, some of them outside of what is granted"),
+                _ => bail!(Protocol, "a record of {count} blocks with {sum} bytes, at most {MAX_BYTES}"),
+            }
+        }
+        if target.landing.is_some() && order.told.saturating_add(sum) > target.len {
+            pieces.clear();
+            bail!(Protocol, "a message of more than {} bytes", target.len);
+        }
+        order.told += sum;
+        (copy.place, copy.bulk, copy.bytes) = (Some(here), head.bulk, copy.bytes + sum);
+        if here.is_device() && !copy.exports.contains(&head.export) {
+            copy.exports.push(head.export);
+        }
+        match copy.parts.last_mut().filter(|(number, _)| *number == head.order) {
+            Some((_, bytes)) => *bytes += sum,
+            None => copy.parts.push((head.order, sum)),
+        }
+        Ok(true)
+    }
+
+    /// The order of a record, with a use of what it writes. `false` where the record is to be skipped, since the order is refused.
+    fn begin(&mut self, head: &Head, grants: &Grants) -> Result<bool> {
+        let number = head.order;
+        if number > self.newest {
+            if number - self.newest > WINDOW as u64 || self.open.contains_key(&place(number)) {
+                bail!(Protocol, "order {number} after {}, with {} under way", self.newest, self.open.len());
+            }
+            (self.newest, self.unfinished) = (number, self.unfinished + 1);
+            self.inn.begin(number);
+            let order = Order { number, copies: 0, last: false, refused: false, moved: 0, told: 0, targets: Vec::new() };
+            self.open.insert(place(number), order);
+        }
+        // What is left of an order that was refused has nowhere to go.
+        let Some(order) = self.open.get_mut(&place(number)).filter(|order| order.number == number) else { return Ok(false) };
+        if order.last {
+            bail!(Protocol, "a record of order {number} after its last one");
+        }
+        if order.refused {
+            return Ok(false);
+        }
+        order.last = head.last;
+        self.unfinished -= usize::from(head.last);
+        let known = |(slot, generation, _): &(u32, u64, Target)| (*slot, *generation) == (head.slot, head.generation);
+        if !order.targets.iter().any(known) {
+            match grants.target(head.slot, head.generation) {
+                Some(target) => order.targets.push((head.slot, head.generation, target)),
+                None => {
+                    self.unfinished -= usize::from(!order.last);
+                    order.refused = true;
+                }
+            }
+        }
+        if order.targets.len() > 1 && order.targets.iter().any(|(.., target)| target.landing.is_some()) {
+            bail!(Protocol, "a message for several buffers");
+        }
+        Ok(!order.refused)
+    }
+
+    /// So many more bytes of a copy are in place.
+    pub(super) fn moved(&mut self, parts: &[(u64, u64)], bytes: u64, events: &mut Vec<Event>) {
+        // Of several orders only the end of their common copy is told.
+        if let &[(number, _)] = parts {
+            self.moved_of(number, bytes, events);
+        }
+    }
+
+    fn moved_of(&mut self, number: u64, bytes: u64, events: &mut Vec<Event>) {
+        let Some(order) = self.open.get_mut(&place(number)).filter(|order| order.number == number) else { return };
+        order.moved += bytes;
+        self.inn.moved(number, bytes, order.moved);
+        if let Some((.., Target { landing: Some(key), .. })) = order.targets.first() {
+            events.push(Event::Moved(*key, bytes));
+        }
+    }
+
+    /// A copy has ended: the bytes of it that were not told are in place. Perhaps its orders have ended too.
     ///
     /// # Errors
-    /// `Internal` when they do not.
-    pub(crate) fn tell(&mut self, head: Head, blocks: &[Piece]) -> Result<()> {
-        let words = HEAD_WORDS + BLOCK_WORDS * blocks.len();
-        let (free, at) = (RING - (self.tail - self.head) as usize, self.tail as usize % RING);
-        if blocks.is_empty() || blocks.len() > MAX_BLOCKS || words > free || at + words > RING {
-            bail!(Internal, "no room for an order of {} blocks", blocks.len());
+    /// `Protocol` for a message that is too short.
+    pub(super) fn copied(
+        &mut self,
+        parts: &[(u64, u64)],
+        rest: u64,
+        pieces: usize,
+        grants: &mut Grants,
+        events: &mut Vec<Event>,
+    ) -> Result<()> {
+        (self.pieces, self.copies) = (self.pieces - pieces, self.copies - 1);
+        for &(number, bytes) in parts {
+            self.moved_of(number, if parts.len() == 1 { rest } else { bytes }, events);
+            if let Some(order) = self.order(number) {
+                order.copies -= 1;
+                let more = !order.last && !order.refused;
+                self.rings |= more;
+            }
+            self.settle(number, grants, events)?;
         }
-        let ring: &[_; RING] = self.shared.words(RING_AT);
-        let (front, rest) = ring[at..at + words].split_at(HEAD_WORDS);
-        let flags = if head.last { LAST } else { 0 };
-        let values =
-            [words as u64 | flags << 32, head.order, head.generation, u64::from(head.slot) | u64::from(head.export) << 32];
-        front.iter().zip(values).for_each(|(word, value)| word.store(value, Ordering::Relaxed));
-        for (to, block) in rest.chunks_exact(BLOCK_WORDS).zip(blocks) {
-            to[0].store(block.src, Ordering::Relaxed);
-            to[1].store(block.dst, Ordering::Relaxed);
-            to[2].store(block.len, Ordering::Relaxed);
-        }
-        self.tail += words as u64;
-        self.shared.word(TAIL).store(self.tail, Ordering::Release);
         Ok(())
     }
 
-    /// Whether orders have ended since the last call.
-    ///
-    /// # Errors
-    /// `Protocol` when more have than were told.
-    pub(crate) fn ended(&mut self) -> Result<bool> {
-        let ended = self.shared.word(ENDED).load(Ordering::Acquire);
-        if ended < self.ended || ended > self.told {
-            bail!(Protocol, "{ended} orders of {} have ended, after {}", self.told, self.ended);
+    /// Ends an order of which nothing is under way or to come.
+    fn settle(&mut self, number: u64, grants: &mut Grants, events: &mut Vec<Event>) -> Result<()> {
+        let over = |order: &&mut Order| order.copies == 0 && order.moved == order.told && (order.last || order.refused);
+        let Some(order) = self.order(number).filter(over) else { return Ok(()) };
+        let (done, targets, moved) = (!order.refused, std::mem::take(&mut order.targets), order.moved);
+        if let Some((.., Target { landing: Some(key), len, .. })) = targets.first() {
+            if moved != *len {
+                bail!(Protocol, "a message of {moved} bytes for a buffer of {len}");
+            }
+            grants.end_landing(*key);
+            events.push(Event::Ended(*key, true));
         }
-        Ok(std::mem::replace(&mut self.ended, ended) != ended)
+        // The region is free before the peer knows.
+        drop(targets);
+        self.open.remove(&place(number));
+        self.inn.end(number, done);
+        self.rings = true;
+        Ok(())
     }
 
-    /// Whether an order was carried out (`true`) or refused; `None` while it is under way.
-    pub(crate) fn outcome(&self, order: u64) -> Option<bool> {
-        let status: &[_; WINDOW] = self.shared.words(STATUS_AT);
-        let word = status[order as usize % WINDOW].load(Ordering::Acquire);
-        (word >> 1 == order).then_some(word & 1 == 1)
-    }
-
-    /// Bytes of all orders that the other side says are copied.
-    pub(crate) fn moved(&self) -> u64 {
-        self.shared.word(MOVED).load(Ordering::Relaxed)
-    }
-
-    /// Bytes of this side that the other side says it has read under grants.
-    pub(crate) fn read(&self) -> u64 {
-        self.shared.word(READ).load(Ordering::Relaxed)
+    /// Ends all of them. `quiet`: no copy runs any more; else what they use stays for ever.
+    pub(super) fn end(&mut self, quiet: bool) {
+        let open = std::mem::take(&mut self.open);
+        if !quiet {
+            std::mem::forget(open);
+        }
     }
 }
 
-/// The side that is ordered: the other side's file.
-pub(crate) struct OrdersIn {
-    shared: Arc<Shared>,
-    open: Option<Open>,
-    head: u64,
-    ended: u64,
-    moved: u64,
-    read: u64,
-}
-
-impl OrdersIn {
-    pub(crate) fn new(shared: &Arc<Shared>) -> OrdersIn {
-        OrdersIn { shared: shared.clone(), open: None, head: 0, ended: 0, moved: 0, read: 0 }
-    }
-
-    /// Something is there to be read.
-    pub(crate) fn waiting(&self) -> bool {
-        self.shared.word(TAIL).load(Ordering::SeqCst) != self.head
-    }
-
-    /// The head of the next record, copied, and its number of blocks; `None` when there is no record yet. It stays the same until its
-    /// blocks have been taken.
-    ///
-    /// # Errors
-    /// `Protocol` when the contents cannot be.
-    pub(crate) fn next(&mut self) -> Result<Option<(Head, usize)>> {
-        if self.open.is_none() && !self.open()? {
-            return Ok(None);
-        }
-        Ok(self.open.map(|open| (open.head, (open.words - HEAD_WORDS) / BLOCK_WORDS)))
-    }
-
-    /// Copies the head of the next record; `false` when there is none yet.
-    fn open(&mut self) -> Result<bool> {
-        let shared = self.shared.clone();
-        let ring: &[_; RING] = shared.words(RING_AT);
-        let word = |at: usize| ring[at % RING].load(Ordering::Relaxed);
-        let mut filled = self.shared.word(TAIL).load(Ordering::Acquire).wrapping_sub(self.head);
-        if filled > RING as u64 {
-            bail!(Protocol, "a ring of orders that holds {filled} words");
-        }
-        let (mut words, mut flags, mut at);
-        loop {
-            if filled == 0 {
-                return Ok(false);
-            }
-            at = self.head as usize % RING;
-            let first = word(at);
-            (words, flags) = ((first & 0xFFFF_FFFF) as usize, first >> 32);
-            if flags != SKIP {
-                break;
-            }
-            if words != RING - at || words as u64 > filled {
-                bail!(Protocol, "a way of {words} words to the begin of a ring of orders");
-            }
-            filled -= words as u64;
-            self.passed(words);
-        }
-        let whole =
-            words > HEAD_WORDS && words <= HEAD_WORDS + BLOCK_WORDS * MAX_BLOCKS && (words - HEAD_WORDS) % BLOCK_WORDS == 0;
-        if !whole || flags > LAST || words as u64 > filled || at + words > RING {
-            bail!(Protocol, "an order of {words} words in a ring that holds {filled}");
-        }
-        let last = word(at + 3);
-        let (slot, export) = (last as u32, (last >> 32) as u32);
-        let head = Head { order: word(at + 1), slot, generation: word(at + 2), export, last: flags == LAST };
-        self.open = Some(Open { head, at, words });
-        Ok(true)
-    }
-
-    /// Hands out the blocks of the record at hand, each word of which is read once, and goes past it.
-    #[inline]
-    pub(crate) fn take(&mut self, each: impl FnMut(Piece)) {
-        let Some(Open { at, words, .. }) = self.open.take() else { return };
-        let ring: &[_; RING] = self.shared.words(RING_AT);
-        let blocks = ring[at + HEAD_WORDS..at + words].chunks_exact(BLOCK_WORDS);
-        let block = |w: &[AtomicU64]| Piece {
-            src: w[0].load(Ordering::Relaxed),
-            dst: w[1].load(Ordering::Relaxed),
-            len: w[2].load(Ordering::Relaxed),
-        };
-        blocks.map(block).for_each(each);
-        self.passed(words);
-    }
-
-    /// Goes past the record at hand without a look at its blocks.
-    pub(crate) fn skip(&mut self) {
-        if let Some(Open { words, .. }) = self.open.take() {
-            self.passed(words);
-        }
-    }
-
-    fn passed(&mut self, words: usize) {
-        self.head += words as u64;
-        self.shared.word(HEAD).store(self.head, Ordering::Release);
-    }
-
-    /// An order has ended: all bytes are in place, or it was refused.
-    pub(crate) fn end(&mut self, order: u64, done: bool) {
-        let status: &[_; WINDOW] = self.shared.words(STATUS_AT);
-        status[order as usize % WINDOW].store(order << 1 | u64::from(done), Ordering::Release);
-        self.ended += 1;
-        self.shared.word(ENDED).store(self.ended, Ordering::SeqCst);
-    }
-
-    /// Orders that have ended.
-    pub(crate) fn ended(&self) -> u64 {
-        self.ended
-    }
-
-    /// Bytes of orders were copied.
-    pub(crate) fn moved(&mut self, bytes: u64) {
-        self.moved += bytes;
-        self.shared.word(MOVED).store(self.moved, Ordering::Relaxed);
-    }
-
-    /// Bytes were read under grants.
-    pub(crate) fn read(&mut self, bytes: u64) {
-        self.read += bytes;
-        self.shared.word(READ).store(self.read, Ordering::Relaxed);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::ring::{Inbox, Outbox};
-    use super::*;
-    use crate::status::ErrorKind;
-    use proptest::prelude::*;
-    use std::collections::VecDeque;
-
-    fn both() -> (OrdersOut, OrdersIn) {
-        let out = Outbox::new().unwrap();
-        let inn = Inbox::open(out.fd()).unwrap();
-        (OrdersOut::new(out.shared()), OrdersIn::new(inn.shared()))
-    }
-
-    /// Takes the next record; `false` when there is none yet.
-    fn next(inn: &mut OrdersIn, got: &mut Record) -> Result<bool> {
-        let Some((head, count)) = inn.next()? else { return Ok(false) };
-        assert_eq!(inn.next()?, Some((head, count)), "the same again");
-        (got.head, got.blocks) = (head, Vec::new());
-        inn.take(|block| got.blocks.push(block));
-        assert_eq!(got.blocks.len(), count);
-        Ok(true)
-    }
-
-    fn blocks(n: usize, len: u64) -> Vec<Piece> {
-        (0..n as u64).map(|i| Piece { src: i * 8192 + 1, dst: i * 4096 + 2, len }).collect()
-    }
-
-    fn head(order: u64, last: bool) -> Head {
-        Head { order, slot: order as u32 % 7, generation: order + 5, export: order as u32 % 3, last }
-    }
-
-    proptest! {
-        /// Whatever sizes and however often the ring goes round, what comes out is what went in.
-        #[test]
-        fn orders_arrive_as_they_were_told(rounds in proptest::collection::vec((1usize..2 * MAX_BLOCKS, 0usize..3), 1..80)) {
-            let (mut out, mut inn) = both();
-            let (mut waiting, mut got) = (VecDeque::new(), Record::default());
-            for (i, (n, reads)) in rounds.into_iter().enumerate() {
-                let mut left = blocks(n, 4096);
-                while !left.is_empty() {
-                    let room = out.room(left.len()).unwrap();
-                    prop_assert!(room <= left.len().min(MAX_BLOCKS));
-                    if room == 0 {
-                        prop_assert!(next(&mut inn, &mut got).unwrap());
-                        prop_assert_eq!(Some(got.clone()), waiting.pop_front());
-                        continue;
-                    }
-                    let record = Record { head: head(i as u64, room == left.len()), blocks: left.drain(..room).collect() };
-                    out.tell(record.head, &record.blocks).unwrap();
-                    prop_assert!(inn.waiting());
-                    waiting.push_back(record);
-                }
-                for _ in 0..reads {
-                    prop_assert_eq!(next(&mut inn, &mut got).unwrap(), !waiting.is_empty());
-                    if let Some(expected) = waiting.pop_front() {
-                        prop_assert_eq!(&got, &expected);
-                    }
-                }
-            }
-            while let Some(expected) = waiting.pop_front() {
-                prop_assert!(next(&mut inn, &mut got).unwrap());
-                prop_assert_eq!(&got, &expected);
-            }
-            prop_assert!(!next(&mut inn, &mut got).unwrap() && !inn.waiting());
-            prop_assert!(out.room(1).unwrap() == 1);
-        }
-
-        /// A peer that writes anything anywhere is found out or gives a record in bounds.
-        #[test]
-        fn a_hostile_ring_is_never_believed(writes in proptest::collection::vec((0usize..200, any::<bool>(), any::<u64>(), any::<bool>()), 1..200)) {
-            let (mut out, mut inn) = both();
-            let mut got = Record::default();
-            out.room(5).unwrap();
-            out.tell(head(out.told + 1, true), &blocks(5, 7)).unwrap();
-            for (at, front, value, small) in writes {
-                let at = if front { at % 96 } else { RING_AT + at };
-                out.shared.word(at).store(if small { value % 5000 } else { value }, Ordering::SeqCst);
-                match next(&mut inn, &mut got) {
-                    Ok(true) => prop_assert!(!got.blocks.is_empty() && got.blocks.len() <= MAX_BLOCKS),
-                    Ok(false) => {}
-                    Err(e) => prop_assert_eq!(e.kind(), ErrorKind::Protocol),
-                }
-                for claimed in [out.room(3).err(), out.ended().err()].into_iter().flatten() {
-                    prop_assert_eq!(claimed.kind(), ErrorKind::Protocol);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn the_end_of_each_order_is_seen_in_any_sequence() {
-        let (mut out, mut inn) = both();
-        let orders: Vec<u64> = (0..3).map(|_| out.begin()).collect();
-        assert_eq!((orders[0], out.ended().unwrap()), (1, false));
-        inn.end(2, true);
-        assert!(out.ended().unwrap() && !out.ended().unwrap());
-        assert_eq!(orders.iter().map(|&o| out.outcome(o)).collect::<Vec<_>>(), [None, Some(true), None]);
-        inn.end(1, false);
-        assert_eq!(out.outcome(1), Some(false));
-        inn.moved(70);
-        inn.read(30);
-        assert_eq!((out.moved(), out.read(), inn.ended()), (70, 30, 2));
-        (0..2).for_each(|i| inn.end(3 + i, true));
-        assert_eq!(out.ended().unwrap_err().kind(), ErrorKind::Protocol, "one more than was told");
-    }
-
-    #[test]
-    fn a_ring_that_is_full_takes_no_more_and_empties() {
-        let (mut out, mut inn) = both();
-        let all = blocks(MAX_BLOCKS, 1);
-        let mut n = 0;
-        while out.room(MAX_BLOCKS).unwrap() == MAX_BLOCKS {
-            out.tell(head(1, false), &all).unwrap();
-            n += 1;
-        }
-        assert!(n >= 9, "{n}");
-        assert!(out.tell(head(1, false), &all).is_err());
-        let mut got = Record::default();
-        assert!(inn.next().unwrap().is_some());
-        inn.skip();
-        while next(&mut inn, &mut got).unwrap() {}
-        assert_eq!(out.room(MAX_BLOCKS).unwrap(), MAX_BLOCKS);
+/// Where the source of a record lies.
+fn source(head: &Head, here: Place, there: Place, imports: &Imports) -> Result<Stretch> {
+    match (here.is_device(), head.export) {
+        // Addresses of host memory are valid as they are.
+        (false, 0) => Ok(Stretch { id: 0, base: 0, len: u64::MAX, addr: 0 }),
+        (true, id) if there.is_device() => match imports.look(id, here) {
+            Some(stretch) => Ok(stretch),
+            None => bail!(Protocol, "a record of export {id}, which is not open for memory of {here:?}"),
+        },
+        (_, id) => bail!(Protocol, "a record of export {id} for memory of {here:?}"),
     }
 }

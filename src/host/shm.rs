@@ -91,6 +91,7 @@ impl Shared {
     /// Maps the first `len` bytes of a file that was checked.
     pub(crate) fn map(fd: BorrowedFd<'_>, len: usize, writable: bool) -> Result<Shared> {
         let protection = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
+        process::ensure_space(len).map_err(|e| Error::system("mapping a memory file", &e))?;
         // SAFETY: a fresh mapping of a file at an address that the kernel chooses.
         let at = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, libc::MAP_SHARED, fd.as_raw_fd(), 0) };
         if at == libc::MAP_FAILED {

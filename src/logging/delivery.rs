@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 const MAX_LINES: usize = 4096;
 const MAX_BYTES: usize = 1 << 20;
 /// How long a new function, or the end of an engine, waits for the function before to take what was logged.
-const PATIENCE: Duration = Duration::from_secs(1);
+const FLUSH_DEADLINE: Duration = Duration::from_secs(1);
 
 /// The application's function for log lines, and its argument.
 #[derive(Clone, Copy)]
@@ -120,11 +120,7 @@ pub(super) fn queue(level: log::Level, text: &Arguments<'_>) -> bool {
 /// Starts the thread, where it does not run: at the first callback, and in a child of fork. Whether it runs.
 fn begin(waiting: &mut Waiting) -> bool {
     if !waiting.thread {
-        let started = std::thread::Builder::new().name("uccl-log".into()).spawn(|| {
-            process::thread::block_signals();
-            run(LINES.get());
-        });
-        waiting.thread = started.is_ok();
+        waiting.thread = process::thread::spawn("uccl-log", || run(LINES.get())).is_ok();
     }
     waiting.thread
 }
@@ -172,7 +168,7 @@ pub(crate) fn flush() {
         return;
     }
     let delivery = LINES.get();
-    settle(delivery, &mut delivery.waiting.lock(), Instant::now() + PATIENCE);
+    settle(delivery, &mut delivery.waiting.lock(), Instant::now() + FLUSH_DEADLINE);
 }
 
 /// See [`super::set_callback`].
@@ -180,7 +176,7 @@ pub(super) fn set(callback: Option<Callback>) -> Result<()> {
     let fresh = callback.map_or(std::ptr::null_mut(), |callback| Box::into_raw(Box::new(callback)));
     let delivery = LINES.get();
     let mut waiting = delivery.waiting.lock();
-    settle(delivery, &mut waiting, Instant::now() + PATIENCE);
+    settle(delivery, &mut waiting, Instant::now() + FLUSH_DEADLINE);
     waiting.forget();
     let old = CALLBACK.swap(fresh, Ordering::AcqRel);
     if !old.is_null() {

@@ -2,14 +2,14 @@
 //! contract's rules (`comm`), the set-up of channels (`setup`), and the host's interfaces (`topology`). The ABI itself is crate
 //! `nccl-net-abi`. Knows nothing of transfers, and of GPUs only that a plugin may want one to be current.
 
+mod abandoned_connects;
 pub(crate) mod comm;
 mod handle;
-mod manager;
 pub(crate) mod pairing;
 pub mod plugin;
 mod plugin_log;
-mod reaper;
 pub(crate) mod registrations;
+mod rxdm;
 mod search;
 pub(crate) mod secure;
 pub(crate) mod setup;

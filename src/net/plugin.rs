@@ -147,7 +147,7 @@ impl Plugin {
     fn load(path: &Path, config: &Config, gpu: &dyn Fn() -> Result<Scope>) -> Result<Arc<Plugin>> {
         load_once(Some(path), || {
             // SAFETY: loading runs the library's initialisers; the user chose the library, or put it where plugins are.
-            let library = match process::whole(|| unsafe { libloading::Library::new(path) }) {
+            let library = match process::without_fork(|| unsafe { libloading::Library::new(path) }) {
                 Ok(library) => library,
                 Err(e) => bail!(PluginLoad, "{}: {e}", path.display()),
             };
@@ -246,7 +246,7 @@ impl Plugin {
         let answer = if self.traits.serial_setup {
             let _one = SETUP.get().lock();
             // A child of a fork in the middle of it would find the plugin's own locks taken, for ever.
-            process::whole(call)
+            process::without_fork(call)
         } else {
             call()
         };
@@ -254,8 +254,8 @@ impl Plugin {
         if failed && matches!(name, "listen" | "connect" | "accept" | "regMr" | "ready" | "acceptSend" | "connectRecv") {
             // The software plugin leaves the cause in errno.
             let errno = std::io::Error::last_os_error().raw_os_error();
-            let told = self.ext.is_some() && matches!(errno, Some(libc::EMFILE | libc::ENFILE));
-            if told || !descriptors_left(1) {
+            let reported = self.ext.is_some() && matches!(errno, Some(libc::EMFILE | libc::ENFILE));
+            if reported || !descriptors_left(1) {
                 bail!(Resource, "plugin {}: {name} failed: out of file descriptors (ulimit -n)", self.name);
             }
             if let (true, Some(libc::EADDRINUSE), Some(range)) = (self.ext.is_some(), errno, soft_plugin::port_range()) {
@@ -368,7 +368,7 @@ impl Plugin {
             return Ok(true);
         }
         if first {
-            super::manager::serves(gpu.as_ref().and_then(|gpu| gpu.address()).as_deref())?;
+            super::rxdm::serves(gpu.as_ref().and_then(|gpu| gpu.address()).as_deref())?;
         }
         Ok(descriptors_left(IMPORT))
     }

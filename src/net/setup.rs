@@ -434,8 +434,8 @@ pub(crate) struct Establishing {
 }
 
 /// How long other NICs are waited for when the first channel is up: so many times as long as that took, within bounds.
-const PATIENCE: u32 = 4;
-const LEAST_PATIENCE: Duration = Duration::from_secs(3);
+const STRAGGLER_WAIT_FACTOR: u32 = 4;
+const MIN_STRAGGLER_WAIT: Duration = Duration::from_secs(3);
 
 impl Establishing {
     /// Takes what has happened so far. `Some` once it is settled which channels are up, by number; it may be fewer than were offered, and
@@ -476,7 +476,7 @@ impl Establishing {
 
     fn patience_ended(&self, now: Instant) -> bool {
         let Some(first) = self.first_up else { return false };
-        let patience = (first.saturating_duration_since(self.began) * PATIENCE).max(LEAST_PATIENCE);
+        let patience = (first.saturating_duration_since(self.began) * STRAGGLER_WAIT_FACTOR).max(MIN_STRAGGLER_WAIT);
         now.saturating_duration_since(first) >= patience
     }
 
@@ -493,9 +493,9 @@ impl Establishing {
     }
 
     fn report(&mut self) {
-        let mut told: Vec<String> = Vec::new();
+        let mut warned: Vec<String> = Vec::new();
         for channel in &mut self.channels {
-            if channel.up() || channel.reported || told.contains(&channel.nic) {
+            if channel.up() || channel.reported || warned.contains(&channel.nic) {
                 continue;
             }
             let waited = self.began.elapsed().as_secs_f32();
@@ -503,7 +503,7 @@ impl Establishing {
             let cause = channel.cause().or_else(|| missing.map(|m| err!(TimedOut, "{m}: nothing after {waited:.1} s")));
             if let Some(cause) = cause {
                 left_out(&channel.nic, &cause);
-                told.push(channel.nic.clone());
+                warned.push(channel.nic.clone());
             }
             channel.reported = true;
         }

@@ -5,7 +5,7 @@
 
 use super::envelope::{Envelope, Opened, Reader};
 use crate::status::{bail, Result, StatusCode};
-use crate::types::{Place, MAX_INLINE};
+use crate::types::{Landing, Place, MAX_INLINE};
 use std::borrow::Cow;
 
 const ENVELOPE: Envelope = Envelope { name: "frame", magic: 0xC7, limit: payload_limit };
@@ -141,10 +141,11 @@ pub enum Frame<'a> {
     Chunks { id: u64, by_initiator: bool, grants: Vec<Grant> },
     /// The other side's verdict on a transfer that the receiver of this frame initiated.
     Done { id: u64, status: StatusCode, text: &'a str },
-    /// A two-sided message waits for a receive.
-    Message { id: u64, len: u64 },
-    /// The one answer to message `id`: a receive was matched with it (status 0: send it), or why there is none.
-    Pull { id: u64, status: StatusCode, receiver: Place },
+    /// A two-sided message waits for a receive. `from`: where it lies, if it can be sent directly.
+    Message { id: u64, len: u64, from: Option<Place> },
+    /// The one answer to message `id`: a receive was matched with it (status 0: send it), or why there is none. With a `landing` it is
+    /// sent directly, else in chunks.
+    Pull { id: u64, status: StatusCode, receiver: Place, landing: Option<Landing> },
     /// The sender of message `id` gives it up, and why.
     Withdraw { id: u64, status: StatusCode },
     /// A notification.
@@ -179,8 +180,8 @@ kinds! {
     T_READ_INLINE = 4, 8 + MAX_INLINE;
     T_CHUNKS = 5, 16 + MAX_GRANTS * GRANT_BYTES;
     T_DONE = 6, 12 + MAX_TEXT;
-    T_MESSAGE = 7, 16;
-    T_PULL = 8, 16;
+    T_MESSAGE = 7, 20;
+    T_PULL = 8, 36;
     T_NOTIFY = 9, 4 + MAX_NOTIFICATION;
     T_PING = 10, 16;
     T_BYE = 11, 4 + MAX_TEXT;
@@ -250,8 +251,16 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
             let status = r.u32()? as StatusCode;
             Frame::Done { id, status, text: text(r)? }
         }
-        T_MESSAGE => Frame::Message { id: r.u64()?, len: r.u64()? },
-        T_PULL => Frame::Pull { id: r.u64()?, status: r.u32()? as StatusCode, receiver: Place(r.u32()? as u8) },
+        T_MESSAGE => Frame::Message { id: r.u64()?, len: r.u64()?, from: place(r.u32()?)? },
+        T_PULL => {
+            let (id, status, receiver) = (r.u64()?, r.u32()? as StatusCode, r.u32()?);
+            let Some(receiver) = place(receiver)? else { bail!(Protocol, "a receive that lies nowhere") };
+            let landing = match r.len() {
+                0 => None,
+                _ => Some(Landing { slot: r.u32()?, generation: r.u64()?, addr: r.u64()? }),
+            };
+            Frame::Pull { id, status, receiver, landing }
+        }
         T_NOTIFY => {
             let name_len = r.u32()? as usize;
             let name = r.bytes(name_len)?;
@@ -263,6 +272,17 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
         T_BYE => Frame::Bye { status: r.u32()? as StatusCode, text: text(r)? },
         _ => bail!(Protocol, "unknown frame type {kind}"),
     })
+}
+
+/// A number that stands for no place.
+const NOWHERE: u32 = u32::MAX;
+
+fn place(number: u32) -> Result<Option<Place>> {
+    match (number, u8::try_from(number)) {
+        (NOWHERE, _) => Ok(None),
+        (_, Ok(number)) => Ok(Some(Place(number))),
+        _ => bail!(Protocol, "memory of place {number}"),
+    }
 }
 
 fn sub<const N: usize, const M: usize>(b: &[u8; M], at: usize) -> [u8; N] {
@@ -303,9 +323,15 @@ fn encode_payload(frame: &Frame<'_>, out: &mut Vec<u8>) -> u8 {
             }
         }
         Frame::Done { id, status, text } => put(out, &[&id.to_le_bytes(), &status.to_le_bytes(), cut_text(text).as_bytes()]),
-        Frame::Message { id, len } => put(out, &[&id.to_le_bytes(), &len.to_le_bytes()]),
-        Frame::Pull { id, status, receiver } => {
+        Frame::Message { id, len, from } => {
+            let from = from.map_or(NOWHERE, |place| place.0.into());
+            put(out, &[&id.to_le_bytes(), &len.to_le_bytes(), &from.to_le_bytes()]);
+        }
+        Frame::Pull { id, status, receiver, landing } => {
             put(out, &[&id.to_le_bytes(), &status.to_le_bytes(), &u32::from(receiver.0).to_le_bytes()]);
+            if let Some(Landing { slot, generation, addr }) = landing {
+                put(out, &[&slot.to_le_bytes(), &generation.to_le_bytes(), &addr.to_le_bytes()]);
+            }
         }
         Frame::Notify { name, message } => put(out, &[&(name.len() as u32).to_le_bytes(), name, message]),
         Frame::Withdraw { id, status } => put(out, &[&id.to_le_bytes(), &status.to_le_bytes()]),
@@ -396,8 +422,10 @@ mod tests {
                 Frame::ReadInline { id, data: &message },
                 Frame::Chunks { id, by_initiator: id % 2 == 0, grants },
                 Frame::Done { id, status, text: "why" },
-                Frame::Message { id, len: !id },
-                Frame::Pull { id, status, receiver: Place(id as u8) },
+                Frame::Message { id, len: !id, from: None },
+                Frame::Message { id, len: !id, from: Some(Place(id as u8)) },
+                Frame::Pull { id, status, receiver: Place(id as u8), landing: None },
+                Frame::Pull { id, status, receiver: Place(0), landing: Some(Landing { slot: 7, generation: !id, addr: id }) },
                 Frame::Notify { name: &name, message: &message },
                 Frame::Withdraw { id, status },
                 Frame::Cancel { id },

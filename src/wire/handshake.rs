@@ -416,27 +416,27 @@ impl Handshake {
     }
 
     fn put_refusal(&mut self, error: &Error) {
-        let told = match error.kind() {
+        let text = match error.kind() {
             ErrorKind::Auth | ErrorKind::Protocol | ErrorKind::Resource | ErrorKind::TimedOut => error.to_string(),
             ErrorKind::Canceled => "it is ending".to_owned(),
             _ => "internal error".to_owned(),
         };
-        let told = text::printable(&told, MAX_REFUSAL_TEXT);
+        let text = text::printable(&text, MAX_REFUSAL_TEXT);
         if self.rx.first_chunk().map(|b| Header::decode(b).version) == Some(1) {
             // As version 1 reads it: the status and 252 bytes of text.
             let start = self.tx.len();
             self.tx.extend_from_slice(&error.code().to_le_bytes());
-            self.tx.extend_from_slice(told.as_bytes());
+            self.tx.extend_from_slice(text.as_bytes());
             self.tx.resize(start + 256, 0);
             return;
         }
-        let header = Header::new(Kind::Refusal, self.keyed(), 8 + told.len());
+        let header = Header::new(Kind::Refusal, self.keyed(), 8 + text.len());
         self.tx.extend_from_slice(&header.encode());
         self.tx.extend_from_slice(&error.code().to_le_bytes());
         // The oldest and the newest version that is spoken here.
         self.tx.extend_from_slice(&VERSION.to_le_bytes());
         self.tx.extend_from_slice(&VERSION.to_le_bytes());
-        self.tx.extend_from_slice(told.as_bytes());
+        self.tx.extend_from_slice(text.as_bytes());
     }
 
     /// Looks at the incoming message as soon as there is something to see.
@@ -618,13 +618,13 @@ const NO_KEY: KeySecrets = KeySecrets { psk: [0; KEY], selector: [0; 32] };
 
 /// What a refusal in clear says. Anybody on the path can have written it.
 fn refused(header: &Header, body: &[u8]) -> Error {
-    let Some((fixed, told)) = body.split_first_chunk::<8>() else { return err!(Protocol, "a short refusal") };
+    let Some((fixed, text)) = body.split_first_chunk::<8>() else { return err!(Protocol, "a short refusal") };
     if header.version != VERSION {
         let (oldest, newest) = (u16::from_le_bytes([fixed[4], fixed[5]]), u16::from_le_bytes([fixed[6], fixed[7]]));
         let versions = if oldest == newest { format!("version {newest}") } else { format!("versions {oldest} to {newest}") };
         return err!(Protocol, "the peer speaks {versions} of the control protocol, this library {VERSION}");
     }
-    let Ok(told) = text::checked(told, MAX_REFUSAL_TEXT, "a refusal's text") else {
+    let Ok(text) = text::checked(text, MAX_REFUSAL_TEXT, "a refusal's text") else {
         return err!(Protocol, "the peer's refusal is not printable ASCII");
     };
     let kind = match ErrorKind::from_code(StatusCode::from_le_bytes([fixed[0], fixed[1], fixed[2], fixed[3]])) {
@@ -633,7 +633,7 @@ fn refused(header: &Header, body: &[u8]) -> Error {
         ErrorKind::Canceled => ErrorKind::RemoteDisconnect,
         _ => ErrorKind::Protocol,
     };
-    Error::new(kind, format_args!("refused by the peer: {told}"))
+    Error::new(kind, format_args!("refused by the peer: {text}"))
 }
 
 /// Appends the next Noise message to `out`.

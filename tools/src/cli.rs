@@ -1,24 +1,24 @@
-//! The command lines of the programs, where their manual pages are made from them too.
+//! What the programs' command lines share, and the manual pages that are generated from them.
 
 use clap::{CommandFactory, Parser};
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Shows what the connections of a running process do: rates, windows, round trips and retransmits of every channel, the slow ones
-/// marked. The process offers its statistics where UCCL_TCPX_METRICS says.
+/// Shows the connections of a running process: rate, window, round-trip time and retransmits of every channel, with slow ones marked.
+/// The process needs UCCL_TCPX_METRICS in its environment.
 #[derive(Parser)]
 #[command(version, name = "tcpx-top")]
 pub struct Top {
-    /// Where processes offer their statistics: unix:PATH, ADDRESS:PORT, PORT (of the loopback address), or the path of a file.
+    /// The value of UCCL_TCPX_METRICS in the process: unix:PATH, ADDRESS:PORT, PORT (of the loopback address), or the path of a file.
     #[arg(required = true, value_name = "SOURCE")]
     pub sources: Vec<String>,
     /// Seconds between readings.
     #[arg(long, default_value = "1", value_parser = parse_interval)]
     pub interval: Duration,
-    /// Print one reading as text and end; so does a standard output that is no terminal.
+    /// Print one reading as text and end; this is the default if standard output is not a terminal.
     #[arg(long)]
     pub once: bool,
-    /// Draw one reading into this file, as a picture for reports, and end.
+    /// Draw one reading into this file, as a picture for a report, and end.
     #[arg(long, value_name = "FILE.svg", conflicts_with = "once")]
     pub svg: Option<PathBuf>,
 }
@@ -45,8 +45,18 @@ fn manual_page(mut command: clap::Command) -> String {
     let mut page = Vec::new();
     // Writing to memory does not fail.
     let _ = clap_mangen::Man::new(command.clone()).render(&mut page);
+    page.extend_from_slice(sections(command.get_name()).as_bytes());
     for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
         let _ = clap_mangen::Man::new(sub.clone()).render(&mut page);
     }
     String::from_utf8_lossy(&page).into_owned()
+}
+
+/// The sections of a program's manual page that do not follow from its options.
+fn sections(program: &str) -> &'static str {
+    match program {
+        "tcpx-info" => include_str!("man/tcpx-info.roff"),
+        "tcpx-perf" => include_str!("man/tcpx-perf.roff"),
+        _ => include_str!("man/tcpx-top.roff"),
+    }
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Longest wait for an answer; allocating and checking large buffers takes a while.
-const PATIENCE: Duration = Duration::from_secs(120);
+const ANSWER_DEADLINE: Duration = Duration::from_secs(120);
 
 /// A connection to a server.
 pub struct Client {
@@ -132,8 +132,8 @@ impl Client {
                 told = Instant::now();
                 self.tell(&Request::Alive)?;
             }
-            if started.elapsed() > PATIENCE {
-                fail!("no answer within {} s", PATIENCE.as_secs());
+            if started.elapsed() > ANSWER_DEADLINE {
+                fail!("no answer within {} s", ANSWER_DEADLINE.as_secs());
             }
             std::thread::sleep(Duration::from_micros(100));
         }

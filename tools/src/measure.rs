@@ -113,12 +113,10 @@ impl Flow {
         let Some(len) = shape.buffer_len() else {
             fail!("{} transfers of {} bytes do not fit 64 bits", shape.inflight, shape.total)
         };
+        let whole = Shape { block: shape.total, ..shape };
+        let pieces = if way == Way::Receive { whole } else { shape }.pieces().map_err(Failure::new)?;
         let local = Region::new(&client.node, client.memory, len)?;
         let remote = client.open(len)?;
-        let pieces = match way {
-            Way::Receive => Shape { block: shape.total, ..shape }.pieces(),
-            _ => shape.pieces(),
-        };
         let slices = (0..u64::from(shape.inflight))
             .map(|k| {
                 let base = shape.slice(k);

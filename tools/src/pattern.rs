@@ -2,6 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
+/// Segments of a transfer, and of all transfers in flight on a connection, that the library takes at most.
+const MAX_SEGMENTS: u64 = 1 << 20;
+const MAX_IN_FLIGHT: u64 = 4 << 20;
+
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// The finaliser of SplitMix64: every bit of the result depends on every bit of `x`.
@@ -77,8 +81,22 @@ impl Shape {
     }
 
     /// The blocks of one transfer, local side in order. Whole blocks change places among themselves; a shorter last one stays last.
-    pub fn pieces(&self) -> Vec<Piece> {
+    ///
+    /// # Errors
+    /// Blocks of nothing, or more blocks than the library takes.
+    pub fn pieces(&self) -> Result<Vec<Piece>, String> {
         let block = self.block.min(self.total);
+        if block == 0 {
+            return Err("blocks of 0 bytes".to_owned());
+        }
+        let count = self.total.div_ceil(block);
+        if count > MAX_SEGMENTS {
+            return Err(format!("{count} blocks of {block} bytes; a transfer has at most {MAX_SEGMENTS} segments"));
+        }
+        if count * u64::from(self.inflight) > MAX_IN_FLIGHT {
+            let all = count * u64::from(self.inflight);
+            return Err(format!("{all} segments in {} transfers; at most {MAX_IN_FLIGHT} are in flight at once", self.inflight));
+        }
         let whole = (self.total / block) as usize;
         let order = match self.order {
             Some(seed) => permutation(whole, seed),
@@ -90,7 +108,7 @@ impl Shape {
         if at < self.total {
             pieces.push(Piece { local: at, remote: at, len: self.total - at });
         }
-        pieces
+        Ok(pieces)
     }
 }
 
@@ -108,7 +126,10 @@ pub enum Side {
 /// Returns the bytes compared, or a sentence about the first difference.
 pub fn compare(contents: &[u8], shape: &Shape, target: Side, seed: u64) -> Result<u64, String> {
     const STEP: usize = 256 << 10;
-    let pieces = shape.pieces();
+    let pieces = shape.pieces()?;
+    if shape.buffer_len().is_none_or(|needed| needed > contents.len() as u64) {
+        return Err(format!("the buffer of {} bytes ends before its transfers do", contents.len()));
+    }
     let mut expected = vec![0; STEP.min(usize::try_from(shape.block.min(shape.total)).unwrap_or(STEP))];
     let mut compared = 0;
     for k in 0..u64::from(shape.inflight) {
@@ -124,9 +145,7 @@ pub fn compare(contents: &[u8], shape: &Shape, target: Side, seed: u64) -> Resul
                 let expected = &mut expected[..n];
                 fill(seed, base + from + done, expected);
                 let at = (base + to + done) as usize;
-                let Some(found) = contents.get(at..at + n) else {
-                    return Err(format!("the buffer of {} bytes ends before byte {at}", contents.len()));
-                };
+                let found = &contents[at..at + n];
                 if let Some(i) = found.iter().zip(expected.iter()).position(|(a, b)| a != b) {
                     let wrong = found.iter().zip(expected.iter()).filter(|(a, b)| a != b).count();
                     return Err(format!(
@@ -180,7 +199,7 @@ mod tests {
     fn pieces_cover_both_sides_once() {
         for (total, block) in [(1, 1), (10, 3), (10, 10), (10, 100), (4096, 64), (4097, 64)] {
             for order in [None, Some(5)] {
-                let pieces = Shape { total, block, inflight: 1, order }.pieces();
+                let pieces = Shape { total, block, inflight: 1, order }.pieces().unwrap();
                 let mut local = 0;
                 for p in &pieces {
                     assert_eq!(p.local, local, "the local side is in order");
@@ -194,13 +213,32 @@ mod tests {
         }
     }
 
+    #[test]
+    fn shapes_that_no_transfer_has_are_refused_before_memory_is_taken() {
+        let shape = |total, block, inflight| Shape { total, block, inflight, order: Some(1) };
+        assert_eq!(shape(1 << 20, 1, 1).pieces().map(|p| p.len()), Ok(1 << 20));
+        for (total, block, inflight, why) in [
+            ((1 << 20) + 1, 1, 1, "at most 1048576 segments"),
+            (u64::MAX, 1, 1024, "at most 1048576 segments"),
+            (1 << 20, 1, 5, "at most 4194304 are in flight"),
+            (10, 0, 1, "0 bytes"),
+            (0, 1, 1, "0 bytes"),
+        ] {
+            let refused = shape(total, block, inflight).pieces().unwrap_err();
+            assert!(refused.contains(why), "{refused}");
+        }
+        // As a peer may ask for it.
+        assert!(compare(&[0; 8], &shape(u64::MAX, 1 << 60, 1024), Side::Local, 1).is_err());
+        assert!(compare(&[0; 8], &shape(8, 0, 1), Side::Local, 1).is_err());
+    }
+
     fn moved(shape: &Shape, target: Side, seed: u64) -> Vec<u8> {
         let len = shape.buffer_len().unwrap() as usize;
         let (mut source, mut contents) = (vec![0; len], vec![0; len]);
         fill(seed, 0, &mut source);
         for k in 0..u64::from(shape.inflight) {
             let base = shape.slice(k);
-            for p in shape.pieces() {
+            for p in shape.pieces().unwrap() {
                 let (to, from) = if target == Side::Local { (p.local, p.remote) } else { (p.remote, p.local) };
                 let (to, from, n) = ((base + to) as usize, (base + from) as usize, p.len as usize);
                 contents[to..to + n].copy_from_slice(&source[from..from + n]);

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 const BYTES: u64 = 1 << 20;
 /// Notifications come quickly or not at all.
-const PATIENCE: Duration = Duration::from_secs(10);
+const NOTIFICATION_DEADLINE: Duration = Duration::from_secs(10);
 const NOTE: (&[u8], &[u8]) = (b"tcpx-info", b"all data of the write is here");
 
 /// What the transfer showed.
@@ -53,6 +53,7 @@ fn between(node: &Arc<Node>, peer: &Arc<Node>, memory: Kind) -> Result<(Proof, u
 
     let started = Instant::now();
     let item = target.item()?;
+    let pieces = shape.pieces().map_err(Failure::new)?;
     let segments = |region: &Region| {
         let segment = |p: &crate::pattern::Piece| {
             let mut item = item;
@@ -60,7 +61,7 @@ fn between(node: &Arc<Node>, peer: &Arc<Node>, memory: Kind) -> Result<(Proof, u
             item.size = p.len as u32;
             (region.segment(p.local, p.len), item)
         };
-        shape.pieces().iter().map(segment).collect::<Vec<_>>()
+        pieces.iter().map(segment).collect::<Vec<_>>()
     };
     run(&link, Direction::Write, &segments(&source)).context("the write failed")?;
     link.notify(NOTE.0, NOTE.1).context("the notification failed")?;
@@ -78,8 +79,8 @@ fn between(node: &Arc<Node>, peer: &Arc<Node>, memory: Kind) -> Result<(Proof, u
         if let Some(note) = peer.next_notification() {
             break note;
         }
-        if waited.elapsed() > PATIENCE {
-            fail!("the notification did not arrive within {} s", PATIENCE.as_secs());
+        if waited.elapsed() > NOTIFICATION_DEADLINE {
+            fail!("the notification did not arrive within {} s", NOTIFICATION_DEADLINE.as_secs());
         }
         std::thread::sleep(Duration::from_millis(1));
     };

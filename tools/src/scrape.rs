@@ -9,7 +9,7 @@ use std::net::{TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-const PATIENCE: Duration = Duration::from_secs(2);
+const SOCKET_TIMEOUT: Duration = Duration::from_secs(2);
 /// Files are replaced each second.
 const STALE: Duration = Duration::from_secs(10);
 /// No process has more to say.
@@ -31,14 +31,14 @@ pub fn fetch(source: &str) -> Result<String> {
     let mut text = String::new();
     if let Some(path) = source.strip_prefix("unix:") {
         let stream = UnixStream::connect(path).context(format_args!("cannot connect to {path}"))?;
-        stream.set_read_timeout(Some(PATIENCE)).context("cannot set a deadline")?;
+        stream.set_read_timeout(Some(SOCKET_TIMEOUT)).context("cannot set a deadline")?;
         ask(stream, &mut text).context(format_args!("{path} does not answer"))?;
     } else if source.contains('/') {
         return read(source);
     } else {
         let address = if source.contains(':') { source.to_owned() } else { format!("127.0.0.1:{source}") };
         let stream = connect(&address).context(format_args!("cannot connect to {address}"))?;
-        stream.set_read_timeout(Some(PATIENCE)).context("cannot set a deadline")?;
+        stream.set_read_timeout(Some(SOCKET_TIMEOUT)).context("cannot set a deadline")?;
         ask(stream, &mut text).context(format_args!("{address} does not answer"))?;
     }
     match text.split_once("\r\n\r\n") {
@@ -67,7 +67,7 @@ fn read(path: &str) -> Result<String> {
 fn connect(address: &str) -> std::io::Result<TcpStream> {
     let mut last = std::io::Error::from(std::io::ErrorKind::NotFound);
     for to in address.to_socket_addrs()? {
-        match TcpStream::connect_timeout(&to, PATIENCE) {
+        match TcpStream::connect_timeout(&to, SOCKET_TIMEOUT) {
             Ok(stream) => return Ok(stream),
             Err(e) => last = e,
         }

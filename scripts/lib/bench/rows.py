@@ -1,4 +1,6 @@
 """What measuring and reporting share: the rows, their names and their sizes. Knows nothing of processes or files."""
+import json
+import re
 KIB, MIB = 1 << 10, 1 << 20
 TOTAL = 64 * MIB
 BLOCKS = [64 * MIB, MIB, 32 * KIB, 4 * KIB]
@@ -26,3 +28,10 @@ def row_name(op, total, block):
     if block == total:
         return f"{show_size(total)} {op.upper()}"
     return f"{total // block} x {show_size(block)} {op.upper()}" + (" scattered" if block < MIB else "")
+
+
+def as_json(document):
+    """A run as JSON, one line a row, so that differences can be read."""
+    text = json.dumps(document, indent=1)
+    text = re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), text)
+    return re.sub(r"\{[^{}]*\}", lambda found: " ".join(found[0].split()), text) + "\n"

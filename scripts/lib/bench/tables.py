@@ -135,7 +135,7 @@ def report(document, name):
     text = [
         "<!-- Written by scripts/bench. -->",
         f"{here['cpu']}, {here['cores']} cores, {here['memory_gib']} GiB, Linux {here['kernel']}, loopback with an MTU of {here['mtu_loopback']}; "
-        f"{document['date']}. Medians over {document['rounds']} rounds of one {document['mode']} run in which the systems took turns; GB = 1e9 bytes. "
+        f"{document['date']}, revision {document['revision']}. Medians over {document['rounds']} rounds of one {document['mode']} run in which the systems took turns; GB = 1e9 bytes. "
         "Ours is verified on these runs, outside the timed region.",
     ]
     missed = []

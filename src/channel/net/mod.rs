@@ -7,9 +7,10 @@ mod staging;
 
 pub(crate) use channel::Channel;
 
-use super::path::{Arrival, Copier, Departure, Event, Line, Path, Way};
+use super::path::{Arrival, Copier, Departure, Line, Path};
 use super::plan::{chunk_len, ChunkLimits, MAX_CROSSED, MAX_PARTS};
 use super::stripe::{Loads, Nic, LEFT_ALONE};
+use crate::direct::{Event, Way};
 use crate::stats::ChannelStats;
 use crate::status::{bail, Result};
 use crate::types::Place;

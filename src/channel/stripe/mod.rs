@@ -78,7 +78,7 @@ pub(crate) struct Pick {
 }
 
 /// A free channel is passed over when it would finish a chunk this many times later than the best one: then waiting is faster.
-const PATIENCE: f64 = 2.0;
+const WORTH_WAITING_FACTOR: f64 = 2.0;
 
 /// A channel counts as slow when its speed is less than this part of the reference: smaller differences are noise, and acting on noise
 /// would make the busier one look ever faster.
@@ -163,7 +163,7 @@ fn pick_nic(loads: &Loads, want: Want) -> Option<Pick> {
         let most = |time: Duration| (state.speed * time.max(state.delay).as_secs_f64()).max(c.len as f64);
         match () {
             _ if state.speed <= 0.0 => under_way <= state.trust,
-            _ if c.share >= 1.0 => under_way as f64 <= most(BACKLOG) && c.finish <= PATIENCE * soonest,
+            _ if c.share >= 1.0 => under_way as f64 <= most(BACKLOG) && c.finish <= WORTH_WAITING_FACTOR * soonest,
             _ if c.share < LEFT_ALONE => false,
             _ => under_way as f64 <= most(SLOW_BACKLOG) && c.finish * CAUTION <= without(c.nic, n, &backlog, &share, want.rest),
         }
@@ -222,7 +222,7 @@ fn pick_channel(loads: &[Load], admitted: impl Fn(&Load) -> bool, len: u64) -> O
     let soonest = admitted().map(|(_, load)| finish(load)).min_by(f64::total_cmp)?;
     let free = admitted().filter(|(_, l)| l.free > 0);
     let (index, load) = free.min_by(|(_, a), (_, b)| finish(a).total_cmp(&finish(b)))?;
-    (finish(load) <= PATIENCE * soonest).then_some(index)
+    (finish(load) <= WORTH_WAITING_FACTOR * soonest).then_some(index)
 }
 
 /// The speed that others are compared with: the upper quartile of the measured ones, so that one lucky measurement slows nobody down.

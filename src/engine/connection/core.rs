@@ -1,9 +1,9 @@
 //! What the lock of a connection guards: the machine, its channels and its socket, and how a round moves them on. Knows nothing of threads,
 //! of who drives, nor of the application.
 
-use super::super::proto::{is_farewell, Machine, Scheduled};
-use super::super::watch::Watch;
 use crate::channel::router::Channels;
+use crate::engine::progress::health::Health;
+use crate::proto::{is_farewell, Machine, Scheduled};
 use crate::stats::{ChannelStats, Totals};
 use crate::status::{Error, ErrorKind, Result};
 use crate::wire::control::ControlStream;
@@ -32,7 +32,7 @@ pub(crate) struct Core {
     /// This side has said goodbye: nothing is read or started any more.
     pub(super) closing: bool,
     pub(super) looked: Instant,
-    pub(super) watch: Watch,
+    pub(super) health: Health,
     pub(super) born: Instant,
     /// What was counted, once the connection has ended.
     pub(super) past: Option<Totals>,
@@ -41,14 +41,14 @@ pub(crate) struct Core {
 impl Core {
     pub(crate) fn new(machine: Machine, channels: Channels, control: ControlStream) -> Core {
         let now = Instant::now();
-        let (rx, watch) = (RxBuffer::default(), Watch::new());
-        Core { machine, channels, control, rx, read: now, closing: false, looked: now, watch, born: now, past: None }
+        let (rx, health) = (RxBuffer::default(), Health::new());
+        Core { machine, channels, control, rx, read: now, closing: false, looked: now, health, born: now, past: None }
     }
 
     /// Reads the control stream, advances the channels, hands out chunks, flushes, looks at deadlines. `true` when something moved; an
     /// error means that the connection must end.
     pub(super) fn round(&mut self, now: Instant) -> Result<bool> {
-        let hurries = self.channels.hurries() && now.saturating_duration_since(self.read) < READ_PAUSE;
+        let hurries = self.channels.activity(now).wants_polling && now.saturating_duration_since(self.read) < READ_PAUSE;
         let heard = !hurries && self.read(now)?;
         let moved = self.advance(now).map_err(|e| self.last_words(e, now))?;
         Ok(heard || moved)
@@ -56,7 +56,7 @@ impl Core {
 
     /// Everything of a round but reading.
     fn advance(&mut self, now: Instant) -> Result<bool> {
-        let any = self.channels.stirs() && self.machine.drive_channels(&mut self.channels, now)?;
+        let any = self.channels.is_active(now) && self.machine.drive_channels(&mut self.channels, now)?;
         let more = self.pump(now)?;
         self.tick(now)?;
         Ok(any || more)
@@ -67,14 +67,14 @@ impl Core {
         if now >= self.machine.next_tick() {
             self.machine.tick(&mut self.channels, now)?;
             self.flush(now, FLUSH)?;
-            self.watch(now);
+            self.check_health(now);
         }
         Ok(())
     }
 
     /// Whether something is under way, or waits to leave.
-    pub(super) fn stirs(&self) -> bool {
-        self.machine.busy() || self.channels.stirs() || self.backlog() > 0
+    pub(super) fn is_active(&self) -> bool {
+        self.machine.busy() || self.channels.is_active(Instant::now()) || self.backlog() > 0
     }
 
     /// A channel that the peer has closed tells less than the peer's farewell, which may be here.
@@ -98,7 +98,7 @@ impl Core {
         for _ in 0..READS {
             let (n, more) = self.control.read(&mut self.rx)?;
             if n > 0 {
-                self.machine.heard(n, self.rx.arriving(), now);
+                self.machine.on_received(n, self.rx.arriving(), now);
                 // Part of a large frame.
                 any |= self.rx.arriving() > 0;
             }
@@ -135,22 +135,22 @@ impl Core {
             return Ok(0);
         }
         let sent = self.control.flush(&mut self.machine.tx, most)?;
-        self.machine.told(sent, self.control.pending(), now);
+        self.machine.on_sent(sent, self.control.pending(), now);
         Ok(sent)
     }
 
     /// Looks at how the connection fares, once a second at most; what is worth it becomes a line of the log.
-    fn watch(&mut self, now: Instant) {
-        if !self.watch.due(now) {
+    fn check_health(&mut self, now: Instant) {
+        if !self.health.due(now) {
             return;
         }
-        let mut lines = match self.watch.worth_a_look(self.channels.totals(), self.channels.busy()) {
-            true => self.watch.look(&self.channels.stats(true, now), now),
+        let mut lines = match self.health.worth_a_look(self.channels.totals(), self.channels.busy()) {
+            true => self.health.look(&self.channels.stats(true, now), now),
             false => Vec::new(),
         };
         let (silent, limit) = self.machine.silence(now);
-        lines.extend(self.watch.answers(silent, limit, self.machine.standstill(&self.channels, now)));
-        self.watch.tell(self.machine.peer(), &lines, now);
+        lines.extend(self.health.answers(silent, limit, self.machine.standstill(&self.channels, now)));
+        self.health.tell(self.machine.peer(), &lines, now);
     }
 
     /// What is counted up to now.
@@ -166,7 +166,7 @@ impl Core {
             totals.pack_us += c.pack_us;
             totals.unpack_us += c.unpack_us;
         }
-        (totals.stalls, totals.slow_answers) = self.watch.counts();
+        (totals.stalls, totals.slow_answers) = self.health.counts();
         totals
     }
 

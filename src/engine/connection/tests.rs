@@ -1,23 +1,24 @@
 //! A connection when the code below it panics: it ends, whoever drove it, and whatever else does not work any more.
 
-use super::super::accepts::Waiting;
-use super::super::bell::Bell;
-use super::super::budget::Pool;
-use super::super::notify::{Inbox, Queue};
-use super::super::pacing::Cores;
-use super::super::progress;
-use super::super::proto::{Machine, Setting, Sketch};
-use super::super::transfer::LocalSegment;
 use super::*;
-use crate::channel::path::{Arrival, Blocks, Copier, Departure, Direct, Event, Line, Path, Way};
+use crate::budget::Pool;
+use crate::channel::path::{Arrival, Copier, Departure, Line, Path};
 use crate::channel::plan::ChunkLimits;
 use crate::channel::router::Channels;
 use crate::channel::stripe::Loads;
+use crate::direct::{Activity, Blocks, Direct, Event, Pairing, Route, Start, Way};
+use crate::engine::progress::doorbell::Bell;
+use crate::engine::progress::pacing::Cores;
+use crate::engine::progress::thread;
+use crate::engine::setup::accept_queue::Waiting;
+use crate::engine::transfer::LocalSegment;
 use crate::logging::Limiter;
-use crate::region::Hold;
+use crate::notify::{Inbox, Queue};
+use crate::proto::{Machine, Setting, Sketch};
+use crate::region::{Hold, Region, RegionUse};
 use crate::stats::ChannelStats;
 use crate::status::{err, ErrorKind};
-use crate::types::Piece;
+use crate::types::{Key, Landing, Piece, Place};
 use crate::wire::control::ControlStream;
 use crate::wire::session::{Direction, Session};
 use std::net::{TcpListener, TcpStream};
@@ -27,9 +28,9 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 struct SimulatedDefect {
     driven: bool,
     closed: bool,
-    /// No defect when driven: always about to end, and never there.
+    /// No defect when driven: its direct transport is always about to end something, and never does.
     hasty: bool,
-    /// No defect: transfers without chunks begin, and fail.
+    /// No defect: direct transfers begin, and fail.
     begins: bool,
 }
 
@@ -49,12 +50,6 @@ impl Path for SimulatedDefect {
     fn carries_local(&self, _local: Place) -> bool {
         true
     }
-    fn start_direct(&mut self, _transfer: &mut Direct<'_>) -> Result<bool> {
-        match self.begins {
-            true => Err(err!(RemoteDisconnect, "a simulated loss")),
-            false => Ok(false),
-        }
-    }
     fn loads(&mut self, _place: Place, _bulk: bool, _now: Instant, _out: &mut Loads) {}
     fn submit(&mut self, _channel: usize, _departure: Departure, _copier: &mut Copier, _now: Instant) -> Result<()> {
         Ok(())
@@ -65,9 +60,6 @@ impl Path for SimulatedDefect {
     fn progress(&mut self, _copier: &mut Copier, _now: Instant, _events: &mut Vec<Event>) -> Result<bool> {
         assert!(self.hasty, "a simulated defect");
         Ok(false)
-    }
-    fn ends_soon(&self, _now: Instant) -> bool {
-        self.hasty
     }
     fn busy(&self) -> bool {
         self.driven
@@ -82,22 +74,68 @@ impl Path for SimulatedDefect {
     fn forget_region(&mut self, _id: u64) {}
 }
 
+/// A direct transport that is always about to end something, or whose transfers begin and fail.
+struct SimulatedHaste {
+    begins: bool,
+}
+
+impl Direct for SimulatedHaste {
+    fn route(&mut self, _way: Way, _pairings: &[Pairing], _hold: &Hold) -> Result<Route> {
+        Ok(if self.begins { Route::Direct } else { Route::Channels })
+    }
+    fn start(&mut self, _transfer: &mut Start<'_>, _landing: Option<Landing>) -> Result<()> {
+        Err(err!(RemoteDisconnect, "a simulated loss"))
+    }
+    fn can_send(&mut self, _place: Place, _hold: &Hold) -> bool {
+        false
+    }
+    fn land(&mut self, _key: Key, _region: &RegionUse, _buffer: (u64, u64), _there: Place) -> Option<Landing> {
+        None
+    }
+    fn withdraw(&mut self, _key: Key) -> bool {
+        false
+    }
+    fn progress(&mut self, _now: Instant, _events: &mut Vec<Event>) -> Result<bool> {
+        Ok(false)
+    }
+    fn activity(&self, _now: Instant) -> Activity {
+        Activity { worth_spinning: true, ..Activity::default() }
+    }
+    fn offer(&mut self, _region: &Region) {}
+    fn forget(&mut self, _region: u64) {}
+    fn uses_region(&self, _region: u64) -> bool {
+        false
+    }
+    fn ready(&mut self, _place: Place) -> Result<()> {
+        Ok(())
+    }
+    fn flowed(&self) -> (u64, u64) {
+        (0, 0)
+    }
+    fn describe(&self, _way: Way) -> String {
+        String::new()
+    }
+    fn stats(&self, _kernel: bool) -> ChannelStats {
+        ChannelStats::default()
+    }
+}
+
 impl Drop for SimulatedDefect {
     fn drop(&mut self) {
         assert!(!self.closed, "a simulated defect at the end");
     }
 }
 
-fn home() -> Arc<Home> {
-    Arc::new(Home::new(Bell::new().unwrap(), true, Duration::from_secs(1), 1000))
+fn table() -> Arc<ConnectionTable> {
+    Arc::new(ConnectionTable::new(Bell::new().unwrap(), true, Duration::from_secs(1), 1000))
 }
 
 /// A connection over such a path, and its peer's socket.
-fn connection(home: &Arc<Home>, driven: bool, closed: bool) -> (Arc<Connection>, TcpStream) {
-    connection_over(home, SimulatedDefect { driven, closed, hasty: false, begins: false })
+fn connection(table: &Arc<ConnectionTable>, driven: bool, closed: bool) -> (Arc<Connection>, TcpStream) {
+    connection_over(table, SimulatedDefect { driven, closed, hasty: false, begins: false })
 }
 
-fn connection_over(home: &Arc<Home>, path: SimulatedDefect) -> (Arc<Connection>, TcpStream) {
+fn connection_over(table: &Arc<ConnectionTable>, path: SimulatedDefect) -> (Arc<Connection>, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let theirs = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let session = Session::new(Direction::ToListening, &[7; 32], b"test").unwrap();
@@ -105,7 +143,7 @@ fn connection_over(home: &Arc<Home>, path: SimulatedDefect) -> (Arc<Connection>,
     let timeout = Duration::from_secs(60);
     let account = Pool::endless().account([127, 0, 0, 1].into());
     let setting = Setting {
-        registry: home.registry.clone(),
+        registry: table.registry.clone(),
         inbox: Inbox::new(&Queue::new(1 << 30, 256 << 20), &account),
         account,
         lines: Arc::new(Limiter::new(1000)),
@@ -117,12 +155,13 @@ fn connection_over(home: &Arc<Home>, path: SimulatedDefect) -> (Arc<Connection>,
         match_timeout: timeout,
         doorbells: true,
     };
-    let channels = Channels::new(vec![Box::new(path)], None);
+    let haste = path.hasty.then(|| Box::new(SimulatedHaste { begins: path.begins }) as Box<dyn Direct>);
+    let channels = Channels::new(haste, vec![Box::new(path)], None);
     let core = Core::new(Machine::new(setting, Instant::now()), channels, control);
     let peer =
         Peer { ip: [127, 0, 0, 1].into(), name: "a peer".to_owned(), gpu_index: -1, key: None, engine: [1; 16], _counted: None };
-    let connection = Arc::new(Connection::new(home.clone(), core, peer, home.bell.seat().unwrap(), None));
-    assert!(home.connections.insert(connection.id, &connection));
+    let connection = Arc::new(Connection::new(table.clone(), core, peer, table.bell.slot().unwrap(), None));
+    assert!(table.connections.insert(connection.id, &connection));
     (connection, theirs)
 }
 
@@ -144,10 +183,10 @@ fn kind(connection: &Connection) -> Option<ErrorKind> {
 #[test]
 fn a_panic_in_the_progress_thread_ends_all_connections_and_not_the_thread() {
     quietly(|| {
-        let home = home();
-        let all: Vec<_> = [(true, true), (false, true), (false, false)].map(|(d, c)| connection(&home, d, c)).into();
+        let table = table();
+        let all: Vec<_> = [(true, true), (false, true), (false, false)].map(|(d, c)| connection(&table, d, c)).into();
         std::thread::scope(|s| {
-            let thread = s.spawn(|| progress::run(&home, None));
+            let thread = s.spawn(|| thread::run(&table, None));
             let until = Instant::now() + Duration::from_secs(10);
             let ended = || all.iter().all(|(connection, _)| kind(connection) == Some(ErrorKind::Internal));
             while !ended() && Instant::now() < until {
@@ -155,7 +194,7 @@ fn a_panic_in_the_progress_thread_ends_all_connections_and_not_the_thread() {
             }
             let outcome: Vec<_> = all.iter().map(|(connection, _)| kind(connection)).collect();
             let running = !thread.is_finished();
-            home.end();
+            table.end();
             assert!(thread.join().is_ok() && running, "the thread has ended");
             assert_eq!(outcome, [Some(ErrorKind::Internal); 3]);
         });
@@ -165,28 +204,28 @@ fn a_panic_in_the_progress_thread_ends_all_connections_and_not_the_thread() {
 #[test]
 fn a_panic_in_an_applications_thread_ends_the_connection() {
     quietly(|| {
-        let home = home();
+        let table = table();
         for closed in [false, true] {
-            let (connection, _theirs) = connection(&home, true, closed);
+            let (connection, _theirs) = connection(&table, true, closed);
             let memory = [0u8; 64];
-            let mr = home.registry.add(memory.as_ptr() as u64, 64, Place::HOST, crate::types::RemoteAccess::ALL).unwrap();
+            let mr = table.registry.add(memory.as_ptr() as u64, 64, Place::HOST, crate::types::RemoteAccess::ALL).unwrap();
             let id = connection.recv(LocalSegment { mr, addr: memory.as_ptr() as usize, len: 64 });
             let id = id.expect("a receive");
             assert!(catch_unwind(AssertUnwindSafe(|| connection.poll(id))).is_err(), "a defect");
             assert_eq!(kind(&connection), Some(ErrorKind::Internal));
             assert_eq!(connection.poll(id).unwrap_err().kind(), ErrorKind::Internal);
-            assert!(!home.registry.retire(mr).unwrap().in_use(), "nothing touches memory any more");
+            assert!(!table.registry.retire(mr).unwrap().in_use(), "nothing touches memory any more");
         }
     });
 }
 
 #[test]
 fn one_that_ended_before_it_was_watched_wakes_nobody() {
-    let home = home();
-    let (connection, theirs) = connection(&home, false, false);
+    let table = table();
+    let (connection, theirs) = connection(&table, false, false);
     let woken = |wait| {
         let mut tokens = Vec::new();
-        home.bell.wait(wait, &mut tokens);
+        table.bell.wait(wait, &mut tokens);
         tokens
     };
     drop(theirs);
@@ -199,13 +238,13 @@ fn one_that_ended_before_it_was_watched_wakes_nobody() {
 /// The thread that sets up connections asks, and whoever accepts one asks with the queue's lock.
 #[test]
 fn whether_it_is_up_is_known_while_somebody_keeps_it() {
-    let home = home();
-    let (connection, _theirs) = connection(&home, false, false);
+    let table = table();
+    let (connection, _theirs) = connection(&table, false, false);
     let kept = connection.lock();
-    let (tell, told) = std::sync::mpsc::channel();
+    let (sender, receiver) = std::sync::mpsc::channel();
     let asked = connection.clone();
-    let asks = std::thread::spawn(move || tell.send(Waiting::is_up(&*asked)).unwrap());
-    let up = told.recv_timeout(Duration::from_secs(5));
+    let asks = std::thread::spawn(move || sender.send(Waiting::is_up(&*asked)).unwrap());
+    let up = receiver.recv_timeout(Duration::from_secs(5));
     drop(kept);
     asks.join().unwrap();
     assert_eq!(up, Ok(true));
@@ -216,28 +255,28 @@ fn whether_it_is_up_is_known_while_somebody_keeps_it() {
 /// A peer can have something new begin whenever something has ended.
 #[test]
 fn an_application_thread_comes_back_from_what_is_always_about_to_end() {
-    let mut home = Home::new(Bell::new().unwrap(), true, Duration::from_secs(1), 1000);
-    home.cores = Cores::Many;
-    let home = Arc::new(home);
+    let mut table = ConnectionTable::new(Bell::new().unwrap(), true, Duration::from_secs(1), 1000);
+    table.cores = Cores::Many;
+    let table = Arc::new(table);
     let (connection, _theirs) =
-        connection_over(&home, SimulatedDefect { driven: true, closed: false, hasty: true, begins: false });
-    let (tell, told) = std::sync::mpsc::channel();
+        connection_over(&table, SimulatedDefect { driven: true, closed: false, hasty: true, begins: false });
+    let (sender, receiver) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         connection.drive_for_application();
-        tell.send(()).unwrap();
+        sender.send(()).unwrap();
     });
-    assert!(told.recv_timeout(Duration::from_secs(20)).is_ok(), "it drives for ever");
+    assert!(receiver.recv_timeout(Duration::from_secs(20)).is_ok(), "it drives for ever");
 }
 
 /// A path that does nothing.
-fn idle(home: &Arc<Home>) -> (Arc<Connection>, TcpStream) {
-    connection_over(home, SimulatedDefect { driven: false, closed: false, hasty: true, begins: false })
+fn idle(table: &Arc<ConnectionTable>) -> (Arc<Connection>, TcpStream) {
+    connection_over(table, SimulatedDefect { driven: false, closed: false, hasty: true, begins: false })
 }
 
 #[test]
 fn a_region_is_asked_about_without_waiting_for_whoever_has_the_connection() {
-    let home = home();
-    let (connection, _theirs) = idle(&home);
+    let table = table();
+    let (connection, _theirs) = idle(&table);
     let kept = connection.lock();
     let asks = |queue| connection.fail_if_using(1, queue, err!(Canceled, "a test"));
     assert!(!asks(false), "it was not asked");
@@ -253,8 +292,8 @@ fn a_region_is_asked_about_without_waiting_for_whoever_has_the_connection() {
 
 #[test]
 fn whoever_looks_for_notifications_comes_back_to_a_connection_that_another_thread_has() {
-    let home = home();
-    let (connection, _theirs) = idle(&home);
+    let table = table();
+    let (connection, _theirs) = idle(&table);
     assert!(!connection.drive_for_application(), "nothing is under way");
     let kept = connection.lock();
     assert!(connection.drive_for_application(), "another thread is at it");
@@ -265,8 +304,8 @@ fn whoever_looks_for_notifications_comes_back_to_a_connection_that_another_threa
 /// Two threads that come back for a connection all the time leave it to nobody who merely tries.
 #[test]
 fn a_region_is_asked_about_behind_threads_that_come_back_all_the_time() {
-    let home = home();
-    let (connection, _theirs) = idle(&home);
+    let table = table();
+    let (connection, _theirs) = idle(&table);
     let over = AtomicBool::new(false);
     std::thread::scope(|s| {
         for _ in 0..2 {
@@ -287,11 +326,11 @@ fn a_region_is_asked_about_behind_threads_that_come_back_all_the_time() {
 /// The peer is gone, and the first to notice is who starts a transfer: chunks may have left by then.
 #[test]
 fn a_transfer_that_has_begun_has_an_id_that_tells_how_it_ended() {
-    let home = home();
-    let (connection, theirs) = idle(&home);
+    let table = table();
+    let (connection, theirs) = idle(&table);
     let memory = [0u8; 64];
     let addr = memory.as_ptr() as usize;
-    let mr = home.registry.add(addr as u64, 64, Place::HOST, crate::types::RemoteAccess::ALL).unwrap();
+    let mr = table.registry.add(addr as u64, 64, Place::HOST, crate::types::RemoteAccess::ALL).unwrap();
     // With a byte unread the socket of the peer is reset when it is closed.
     connection.notify(b"", b"").expect("a peer that is there");
     drop(theirs);
@@ -301,7 +340,7 @@ fn a_transfer_that_has_begun_has_an_id_that_tells_how_it_ended() {
     assert_eq!(ended.unwrap_err().kind(), ErrorKind::RemoteDisconnect);
     let late = connection.send(std::iter::once(local)).unwrap_err();
     assert_eq!(late.kind(), ErrorKind::RemoteDisconnect, "nothing begins on a connection that is lost");
-    assert!(!home.registry.retire(mr).unwrap().in_use());
+    assert!(!table.registry.retire(mr).unwrap().in_use());
 }
 
 /// Blocks of nothing.
@@ -319,15 +358,15 @@ impl Blocks for NoBlocks {
 /// Within a host bytes move as soon as a transfer starts.
 #[test]
 fn a_transfer_without_chunks_that_fails_as_it_starts_has_an_id() {
-    let home = home();
+    let table = table();
     let path = |begins| SimulatedDefect { driven: false, closed: false, hasty: true, begins };
     let starts = |connection: &Connection| {
         let sketch = Sketch { pairings: Vec::new(), hold: Hold::new(Vec::new()), total: 64, count: 1 };
         connection.transfer_direct(Way::In, sketch, &mut NoBlocks)
     };
-    let (connection, _theirs) = connection_over(&home, path(false));
+    let (connection, _theirs) = connection_over(&table, path(false));
     assert_eq!((starts(&connection).unwrap(), kind(&connection)), (None, None));
-    let (connection, _theirs) = connection_over(&home, path(true));
+    let (connection, _theirs) = connection_over(&table, path(true));
     let id = starts(&connection).unwrap().expect("it has begun");
     assert_eq!(connection.poll(id).unwrap_err().kind(), ErrorKind::RemoteDisconnect);
     assert_eq!(kind(&connection), Some(ErrorKind::RemoteDisconnect));
@@ -336,7 +375,7 @@ fn a_transfer_without_chunks_that_fails_as_it_starts_has_an_id() {
 /// Who is told that a notification did not leave sends it again, and the peer would have it twice.
 #[test]
 fn a_notification_that_has_left_is_no_error_though_its_connection_is_lost() {
-    let home = home();
+    let table = table();
     let lost = || Err(err!(RemoteDisconnect, "a simulated loss of a channel"));
     let queued = |connection: &Connection, message: &[u8]| {
         let now = Instant::now();
@@ -344,11 +383,11 @@ fn a_notification_that_has_left_is_no_error_though_its_connection_is_lost() {
         core.machine.notify(b"", message, now);
         connection.leave(core, lost(), now)
     };
-    let (connection, _theirs) = idle(&home);
+    let (connection, _theirs) = idle(&table);
     assert_eq!(queued(&connection, b"left"), Ok(()));
     assert_eq!(kind(&connection), Some(ErrorKind::RemoteDisconnect));
     // The peer reads nothing.
-    let (connection, _theirs) = idle(&home);
+    let (connection, _theirs) = idle(&table);
     assert_eq!(queued(&connection, &vec![0; 32 << 20]).unwrap_err().kind(), ErrorKind::RemoteDisconnect);
     assert_eq!(kind(&connection), Some(ErrorKind::RemoteDisconnect));
 }

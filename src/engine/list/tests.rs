@@ -1,5 +1,5 @@
-use super::super::request::tests::{item, registry, wrong, ENGINE};
 use super::*;
+use crate::engine::request::tests::{item, registry, wrong, ENGINE};
 use crate::types::{Place, RemoteAccess};
 use proptest::prelude::*;
 

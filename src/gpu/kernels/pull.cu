@@ -8,7 +8,7 @@
 
 #include "bytes.cuh"
 
-// Layout shared with src/gpu/pull.rs, which asserts the same numbers.
+// Layout shared with src/gpu/pull_launcher.rs, which asserts the same numbers.
 struct UcclPiece {
     uccl_u64 src;
     uccl_u64 dst;

@@ -5,7 +5,7 @@ use super::{Area, Export, ExportKind, GpuId, LocalMemory, Manner, Mapping, Piece
 use crate::gpu::{close_later, Gpu, PullOptions, Pulls};
 use crate::status::{bail, Result};
 use crate::types::Place;
-use cuda_driver::{allocation, ipc_handle, posix_handle, shareable, Allocation, Link, Mapped, MemoryKind, Sharing, Stream};
+use cuda_driver::{allocation, ipc_handle, posix_handle, shareable, Allocation, Link, Mapped, Sharing, Stream};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -54,9 +54,9 @@ impl Drop for Counted {
     }
 }
 
-/// What a mapping's id stands for; memory of this process may need none.
+/// What a mapping's id stands for.
 struct Open {
-    _mapped: Option<Mapped>,
+    _mapped: Mapped,
     _counted: Counted,
 }
 
@@ -76,8 +76,6 @@ struct Unit {
 /// Memory of GPUs on a connection within a host.
 pub(crate) struct CudaMemory {
     options: CudaOptions,
-    /// Both ends are in this process.
-    within_process: bool,
     // Dropped before the mappings that its pulls read.
     units: Vec<Unit>,
     open: HashMap<u64, Open>,
@@ -88,7 +86,7 @@ pub(crate) struct CudaMemory {
 impl CudaMemory {
     /// Nothing is opened or allocated before it is needed.
     pub(crate) fn new(options: CudaOptions) -> CudaMemory {
-        CudaMemory { options, within_process: false, units: Vec::new(), open: HashMap::new(), areas: HashMap::new(), next: 0 }
+        CudaMemory { options, units: Vec::new(), open: HashMap::new(), areas: HashMap::new(), next: 0 }
     }
 
     /// The unit that pulls into memory of `place`.
@@ -110,9 +108,9 @@ impl CudaMemory {
         Ok(Some(self.options.manner.unwrap_or(by_link)))
     }
 
-    fn add(&mut self, mapped: Option<Mapped>, at: u64) -> Result<Mapping> {
+    fn add(&mut self, mapped: Mapped) -> Result<Mapping> {
         let counted = Counted::new(&MAPPINGS, MAX_MAPPINGS, "allocations of others mapped")?;
-        let addr = mapped.as_ref().map_or(at, Mapped::ptr);
+        let addr = mapped.ptr();
         self.next += 1;
         self.open.insert(self.next, Open { _mapped: mapped, _counted: counted });
         Ok(Mapping { id: self.next, addr })
@@ -140,11 +138,9 @@ fn gpu(place: Place) -> Result<Arc<Gpu>> {
 }
 
 /// An allocation that can be told to a peer.
-fn export_of(gpu: &Gpu, uuid: GpuId, found: Allocation, within_process: bool) -> Result<Export> {
+fn export_of(gpu: &Gpu, uuid: GpuId, found: Allocation) -> Result<Export> {
     let Allocation { base, len, id, sharing } = found;
     let (kind, handle) = match sharing {
-        // Opened as memory of its own.
-        _ if within_process => (ExportKind::CudaIpc, [0; 64]),
         Sharing::Ipc => (ExportKind::CudaIpc, ipc_handle(gpu.context(), base)?),
         Sharing::Posix => {
             let mut handle = [0; 64];
@@ -154,31 +150,6 @@ fn export_of(gpu: &Gpu, uuid: GpuId, found: Allocation, within_process: bool) ->
         Sharing::No(why) => bail!(Unsupported, "GPU memory at {base:#x} cannot be shared with another process: {why}"),
     };
     Ok(Export { kind, handle, fd: None, base, len, gpu: uuid })
-}
-
-/// Memory of this process: valid as it is, if need be after the GPUs were told so. A mapping where that is not enough.
-fn open_own(export: &Export, to: i32, allowed: impl Fn(i32) -> Result<bool>) -> Result<Option<Mapped>> {
-    let MemoryKind::Device { ordinal: owner } = cuda_driver::memory_kind(export.base)? else {
-        bail!(Gpu, "no memory of a GPU is at {:#x}", export.base)
-    };
-    let (home, here) = (Gpu::open(owner)?, Gpu::open(to)?);
-    let found = allocation(home.context(), export.base)?;
-    if (found.base, found.len) != (export.base, export.len) {
-        bail!(Gpu, "an allocation of {} bytes at {:#x} is gone", export.len, export.base);
-    }
-    if !allowed(owner)? {
-        bail!(Unsupported, "GPU {to} does not reach GPU {owner}");
-    }
-    match found.sharing {
-        _ if owner == to => Ok(None),
-        Sharing::Ipc => Ok(cuda_driver::enable_peer_access(here.context(), home.context()).map(|()| None)?),
-        // What is mapped piece by piece is reached by GPUs that it was mapped for.
-        Sharing::Posix => {
-            let fd = posix_handle(home.context(), found.base)?;
-            Ok(Some(Mapped::posix(here.context(), fd.as_fd(), found.len as usize)?))
-        }
-        Sharing::No(why) => bail!(Unsupported, "GPU memory at {:#x} cannot be shared: {why}", export.base),
-    }
 }
 
 /// A peer's allocation, opened, of the length that the peer says.
@@ -207,7 +178,7 @@ impl LocalMemory for CudaMemory {
             }
             let found = allocation(gpu.context(), at)?;
             let next = found.base.saturating_add(found.len);
-            exports.push(export_of(&gpu, uuid, found, self.within_process)?);
+            exports.push(export_of(&gpu, uuid, found)?);
             at = next;
         }
         Ok(exports)
@@ -217,19 +188,12 @@ impl LocalMemory for CudaMemory {
         Ok(posix_handle(gpu(place)?.context(), export.base)?)
     }
 
-    fn within_process(&mut self) {
-        self.within_process = true;
-    }
-
     fn open(&mut self, export: &Export, place: Place) -> Result<Mapping> {
         let to = ordinal(place)?;
         // What a pull needs is made now, not when data is to move.
         self.unit(place)?;
-        let mapped = match export.kind {
-            ExportKind::Own => open_own(export, to, |owner| Ok(self.manner(to, owner)?.is_some()))?,
-            _ => Some(open_foreign(export, &*Gpu::open(to)?)?),
-        };
-        self.add(mapped, export.base)
+        let mapped = open_foreign(export, &*Gpu::open(to)?)?;
+        self.add(mapped)
     }
 
     fn close(&mut self, mapping: Mapping) {
@@ -260,7 +224,6 @@ impl LocalMemory for CudaMemory {
 
     fn export_area(&mut self, area: &Area) -> Result<Export> {
         let Some(own) = self.areas.get(&area.id) else { bail!(Internal, "an area of nobody") };
-        // Even inside one process the other end has a mapping of its own, which outlives this one.
         let fd = posix_handle(gpu(own.place)?.context(), own.mapped.ptr())?;
         let (base, len) = (own.mapped.ptr(), own.mapped.len() as u64);
         let gpu = cuda_driver::uuid_of(ordinal(own.place)?)?;
@@ -279,7 +242,7 @@ impl LocalMemory for CudaMemory {
             bail!(Protocol, "an area of kind {:?} for a GPU", export.kind)
         };
         let mapped = Mapped::posix_writable(gpu(place)?.context(), fd.as_fd(), len)?;
-        self.add(Some(mapped), export.base)
+        self.add(mapped)
     }
 
     unsafe fn pull(&mut self, place: Place, pieces: &[Piece]) -> Result<Pull> {

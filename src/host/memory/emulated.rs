@@ -27,8 +27,7 @@ pub(crate) struct EmulatedMemory {
     push: bool,
     /// Areas, with their descriptors.
     areas: HashMap<u64, (Shared, OwnedFd, GpuId)>,
-    /// `None`: memory of this process.
-    open: HashMap<u64, Option<Shared>>,
+    open: HashMap<u64, Shared>,
     /// Pulls that were started, and how often somebody has asked for them.
     pulls: HashMap<u64, (Vec<Piece>, u32)>,
 }
@@ -54,7 +53,7 @@ impl EmulatedMemory {
         let shared = Shared::map(fd.as_fd(), end as usize, writable)?;
         let addr = shared.addr() + offset;
         self.last += 1;
-        self.open.insert(self.last, Some(shared));
+        self.open.insert(self.last, shared);
         Ok(Mapping { id: self.last, addr })
     }
 }
@@ -132,13 +131,12 @@ impl LocalMemory for EmulatedMemory {
         }
     }
 
+    fn maps_own(&self) -> bool {
+        true
+    }
+
     fn open(&mut self, export: &Export, _place: Place) -> Result<Mapping> {
-        if export.kind != ExportKind::Own {
-            return self.map(export, false);
-        }
-        self.last += 1;
-        self.open.insert(self.last, None);
-        Ok(Mapping { id: self.last, addr: export.base })
+        self.map(export, false)
     }
 
     fn close(&mut self, mapping: Mapping) {

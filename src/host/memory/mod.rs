@@ -23,8 +23,6 @@ pub(crate) enum ExportKind {
     Posix = 2,
     /// A memory file: emulated device memory.
     SharedMemory = 3,
-    /// Memory of the puller's own process: `base` is valid as it is, and nothing is mapped. Never on the wire.
-    Own = 4,
 }
 
 impl ExportKind {
@@ -118,8 +116,10 @@ pub(crate) trait LocalMemory: Send {
         bail!(Internal, "an export without a descriptor")
     }
 
-    /// Both ends are in this process: from now on exports need no handle, and [`ExportKind::Own`] is what the other end opens.
-    fn within_process(&mut self) {}
+    /// Whether this process can map its own exports as it maps those of another.
+    fn maps_own(&self) -> bool {
+        false
+    }
 
     /// Maps a peer's allocation for pulls into memory of `place`. Everything in `export` is the peer's word; the peer has proved that
     /// it may talk to us, and may still lie.

@@ -3,7 +3,6 @@
 //! that a peer's memory holds up is replaced. They end with the last connection that uses them. Knows nothing of what a slice is.
 
 use crate::status::{Error, ErrorKind, Result};
-use process::thread::block_signals;
 use process::{generation, Condvar, Mutex, PerProcess};
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -385,11 +384,7 @@ impl Pool {
             return;
         }
         let inner = self.inner.clone();
-        let thread = std::thread::Builder::new().name("uccl-pull".to_owned()).spawn(move || {
-            block_signals();
-            work(&inner, number);
-        });
-        match thread {
+        match process::thread::spawn("uccl-pull", move || work(&inner, number)) {
             Ok(thread) => threads.push(thread),
             Err(e) => log::debug!("no thread for pulls: {e}"),
         }

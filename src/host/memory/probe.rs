@@ -2,7 +2,6 @@
 //! that is kept stays behind. Knows nothing of what the work is.
 
 use crate::status::{bail, err, Result};
-use process::thread::block_signals;
 use process::{Condvar, Mutex, PerProcess};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
@@ -82,8 +81,7 @@ impl<T: Send + 'static> Probe<T> {
     fn begin(&mut self) -> Result<()> {
         let Some(turn) = Turn::take() else { return Ok(()) };
         let (Some(work), slot) = (self.work.take(), self.slot.clone()) else { return Ok(()) };
-        let thread = std::thread::Builder::new().name("uccl-reach".to_owned()).spawn(move || {
-            block_signals();
+        let thread = process::thread::spawn("uccl-reach", move || {
             let result = work();
             // Its place is free before anybody knows.
             drop(turn);

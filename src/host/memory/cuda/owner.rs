@@ -307,7 +307,7 @@ impl Owner {
     pub(super) fn new() -> Owner {
         let (socket, theirs) = UnixDatagram::pair().expect("sockets");
         let mut command = Command::new(std::env::current_exe().expect("this program"));
-        command.args(["--exact", "channel::local::cuda::tests::owner_process", "--nocapture", "--test-threads", "1"]);
+        command.args(["--exact", "host::memory::cuda::tests::owner_process", "--nocapture", "--test-threads", "1"]);
         command.env("UCCL_TEST_OWNER", "1").stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null());
         if let Ok(visible) = std::env::var("UCCL_TEST_OWNER_GPUS") {
             command.env("CUDA_VISIBLE_DEVICES", visible);

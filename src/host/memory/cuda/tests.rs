@@ -431,36 +431,6 @@ fn gpu_connections_open_the_same_memory_side_by_side() {
     }
 }
 
-#[test]
-fn gpu_memory_of_this_process_needs_no_mapping() {
-    let Some(_) = gpus("gpu_memory_of_this_process_needs_no_mapping") else { return };
-    let last = cuda_driver::device_count() - 1;
-    for from in [0, last] {
-        for kind in [Kind::Malloc, Kind::Segments, Kind::Pool, Kind::Closed] {
-            let (mut near, mut far) = (memory(), memory());
-            far.within_process();
-            let source = Block::filled(kind, from, &pattern(3 << 20, 8));
-            let place = Place::gpu(from as u8);
-            let mut exports = far.export(place, source.at, source.len as u64).expect("an export");
-            assert!(exports.iter().all(|e| e.fd.is_none()), "no handle is made");
-            exports.iter_mut().for_each(|e| e.kind = ExportKind::Own);
-            if from != 0 && matches!(kind, Kind::Pool | Kind::Closed) {
-                let refused = near.open(&exports[0], Place::gpu(0)).expect_err("memory of another GPU that cannot be shared");
-                assert_eq!(refused.kind(), ErrorKind::Unsupported, "{kind:?}: {refused}");
-                continue;
-            }
-            let view = View::open(&mut near, Exported { at: source.at, number: 0, exports }, Place::gpu(0));
-            all_comes(&mut near, &view, 3 << 20, 8);
-            drop(source);
-            // What comes from a pool goes back to it.
-            if !matches!(kind, Kind::Pool) {
-                let error = near.open(&view.exported.exports[0], Place::gpu(0)).expect_err("freed memory");
-                eprintln!("{error}");
-            }
-        }
-    }
-}
-
 /// An application that captures graphs in global mode on a thread of its own.
 fn capturing(stop: &AtomicBool, captures: &AtomicU32) {
     let context = Context::retain(0).expect("context");

@@ -1,0 +1,56 @@
+//! Flow rules of data sockets, named by the addresses of both ends: made when a socket is accepted, taken back when its comm closes.
+//! TCPX asks the socket for them again then, only warns where it has no peer any more, and hands what was on its stack to a CHECK.
+
+use crate::rules::{counters, down, up, violation};
+use std::mem::ManuallyDrop;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{FromRawFd, RawFd};
+
+/// The rule of a data socket: from where, to where. None where it was reset before there was one.
+type Rule = Option<(SocketAddr, SocketAddr)>;
+
+/// The rules of a receive comm.
+pub(crate) struct Rules(Vec<Rule>);
+
+impl Rules {
+    pub(crate) fn make(data: &[TcpStream]) -> Rules {
+        let rules: Vec<Rule> = data.iter().map(|socket| Some((socket.peer_addr().ok()?, socket.local_addr().ok()?))).collect();
+        up(&counters().flow_rules, None, rules.iter().flatten().count() as u64);
+        Rules(rules)
+    }
+
+    /// Takes back those that the sockets name now. Others stay.
+    pub(crate) fn take_back(&self, data: &[TcpStream]) {
+        for (socket, rule) in data.iter().zip(&self.0) {
+            let peer = socket.peer_addr().unwrap_or_else(|e| violation!("closeRecv on a data socket that has no peer: {e}"));
+            let here = socket.local_addr().unwrap_or_else(|e| violation!("closeRecv on a data socket without an address: {e}"));
+            if *rule == Some((peer, here)) {
+                down(&counters().flow_rules, 1);
+            } else {
+                crate::logger::warn("update flow steering rule: there is no such rule", 0);
+            }
+        }
+    }
+}
+
+/// Resets every TCP connection of this process that `which` names by its own and its peer's address, as `ss -K` does: for tests. How many.
+pub fn reset_connections(which: impl Fn(SocketAddr, SocketAddr) -> bool) -> usize {
+    let numbers = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<RawFd>().ok());
+    numbers.filter(|&fd| ends(fd).is_some_and(|(here, there)| which(here, there)) && reset(fd)).count()
+}
+
+fn ends(fd: RawFd) -> Option<(SocketAddr, SocketAddr)> {
+    // SAFETY: only asked for its addresses, and never closed here; what is no socket answers with an error.
+    let socket = ManuallyDrop::new(unsafe { TcpStream::from_raw_fd(fd) });
+    socket.nodelay().ok()?;
+    Some((socket.local_addr().ok()?, socket.peer_addr().ok()?))
+}
+
+fn reset(fd: RawFd) -> bool {
+    // SAFETY: plain data for which zeros are valid.
+    let mut nowhere: libc::sockaddr = unsafe { std::mem::zeroed() };
+    nowhere.sa_family = libc::AF_UNSPEC as libc::sa_family_t;
+    // SAFETY: an address and its size.
+    unsafe { libc::connect(fd, &nowhere, size_of::<libc::sockaddr>() as libc::socklen_t) == 0 }
+}

@@ -1,0 +1,215 @@
+//! What an application asks of a connection: transfers, messages, notifications. The first chunks leave from its thread. Knows nothing of
+//! how the rest is driven.
+
+use super::core::Core;
+use super::{Connection, Held};
+use crate::direct::{Blocks, Way};
+use crate::engine::fifo::FifoItem;
+use crate::engine::list::List;
+use crate::engine::request::{self, Built, RequestBuilder};
+use crate::engine::transfer::{Direction, LocalSegment};
+use crate::proto::{Sketch, MAX_BACKLOG};
+use crate::segment_pool::MANY;
+use crate::status::{bail, Result};
+use crate::types::{Place, Segment};
+use crate::wire::frame::{MAX_NOTIFICATION, MAX_SEGMENTS};
+use std::borrow::Borrow;
+use std::time::{Duration, Instant};
+
+/// A read of host memory of at most so many bytes is copied before its start returns.
+const AT_ONCE: u64 = 128 << 10;
+
+impl Connection {
+    /// Starts a read or write of several segments as one transfer; gives its id.
+    ///
+    /// # Errors
+    /// `InvalidArgument`, `NotFound` (region), `Resource`, or why the connection is lost. Nothing moves then.
+    pub fn transfer<B: Borrow<FifoItem>>(
+        &self,
+        direction: Direction,
+        items: impl ExactSizeIterator<Item = (LocalSegment, B)> + Clone,
+    ) -> Result<u64> {
+        self.core.check("connection")?;
+        // Before any item is looked at: a wrong count says nothing of what lies behind the lists.
+        request::check_count(items.len())?;
+        if self.one_host.is_some() {
+            if let Some((sketch, known)) = request::sketch(items.clone(), &self.table.registry, self.peer.engine) {
+                let way = direction.way();
+                let mut feed = request::Feed::new(items.clone(), known, way, sketch.count);
+                if let Some(id) = self.transfer_direct(way, sketch, &mut feed)? {
+                    return Ok(id);
+                }
+            }
+        }
+        self.transfer_request(direction.way(), items.len(), items)
+    }
+
+    /// As [`Connection::transfer`], of a list that is kept for several transfers.
+    ///
+    /// # Errors
+    /// As [`Connection::transfer`].
+    pub fn transfer_list(&self, direction: Direction, list: &List) -> Result<u64> {
+        self.core.check("connection")?;
+        if self.one_host.is_some() {
+            let way = direction.way();
+            if let Some((sketch, mut feed)) = list.sketch(way, &self.table.registry, self.peer.engine) {
+                if let Some(id) = self.transfer_direct(way, sketch, &mut feed)? {
+                    return Ok(id);
+                }
+            }
+        }
+        self.transfer_request(direction.way(), list.len(), list.iter())
+    }
+
+    fn transfer_request<B: Borrow<FifoItem>>(
+        &self,
+        way: Way,
+        n: usize,
+        items: impl Iterator<Item = (LocalSegment, B)>,
+    ) -> Result<u64> {
+        let builder = if n < MANY {
+            RequestBuilder::new(n, &self.table.registry, self.peer.engine, None)
+        } else {
+            let pool = &mut self.lock().machine.segment_pool;
+            RequestBuilder::new(n, &self.table.registry, self.peer.engine, Some(pool))
+        }?;
+        let built = builder.build(items)?;
+        let now = Instant::now();
+        let mut core = self.lock();
+        match built {
+            Built::Refused(error) => {
+                self.admit(&core, 0, &[])?;
+                log::error!("{}: {error}", self.peer.name);
+                Ok(core.machine.start_failed(error))
+            }
+            Built::Request(request) => {
+                self.admit(&core, request.segments.len(), &request.pairs)?;
+                let Core { machine, channels, .. } = &mut *core;
+                let started = machine.start(way, request, channels, now);
+                self.started(core, started, now)
+            }
+        }
+    }
+
+    /// Starts a transfer that can go directly at once. `None`: it waits for the peer's answer, or goes in chunks.
+    pub(super) fn transfer_direct(&self, way: Way, sketch: Sketch, blocks: &mut dyn Blocks) -> Result<Option<u64>> {
+        if sketch.count > MAX_SEGMENTS {
+            return Ok(None);
+        }
+        let now = Instant::now();
+        let mut core = self.lock();
+        self.admit(&core, sketch.count, &sketch.places())?;
+        // A small read of host memory is over already.
+        let at_once =
+            way == Way::In && sketch.total <= AT_ONCE && sketch.pairings.iter().all(|pairing| !pairing.here.is_device());
+        let Core { machine, channels, .. } = &mut *core;
+        let (id, begun) = match machine.start_direct(sketch, way, blocks, channels, now) {
+            Ok(None) => return Ok(None),
+            Ok(Some(started)) => started,
+            Err(e) => return self.started(core, Err(e), now),
+        };
+        let before = machine.ended();
+        let looked = begun.and_then(|()| if at_once { machine.drive_channels(channels, now).map(drop) } else { Ok(()) });
+        self.wake_waiters(&core, before);
+        let _ = self.leave(core, looked, now);
+        Ok(Some(id))
+    }
+
+    /// Starts a two-sided send of one message gathered from segments; gives its id.
+    ///
+    /// # Errors
+    /// As [`Connection::transfer`].
+    pub fn send(&self, items: impl ExactSizeIterator<Item = LocalSegment>) -> Result<u64> {
+        self.core.check("connection")?;
+        let (segments, uses) = request::message(items, &self.table.registry)?;
+        let now = Instant::now();
+        let mut core = self.lock();
+        self.admit(&core, segments.len(), &[])?;
+        let Core { machine, channels, .. } = &mut *core;
+        let id = machine.start_send(segments, uses, channels, now);
+        self.started(core, Ok(id), now)
+    }
+
+    /// Starts a receive of one message of at most `local.len` bytes; gives its id.
+    ///
+    /// # Errors
+    /// As [`Connection::transfer`].
+    pub fn recv(&self, local: LocalSegment) -> Result<u64> {
+        self.core.check("connection")?;
+        let region = self.table.registry.local(local.mr)?;
+        let (addr, len) = (local.addr as u64, local.len as u64);
+        region.check(addr, len)?;
+        let segment = Segment { addr, len, region: 0, place: region.place, peer: Place::HOST };
+        let now = Instant::now();
+        let mut core = self.lock();
+        self.admit(&core, 1, &[])?;
+        let Core { machine, channels, .. } = &mut *core;
+        let id = machine.start_receive(segment, region, channels, now);
+        self.started(core, Ok(id), now)
+    }
+
+    /// Queues a notification for the peer. Where a large backlog waits it waits too, until there is room or the connection has failed. One
+    /// that has left is no error, though the connection is lost meanwhile: whoever sends it again would send it twice.
+    ///
+    /// # Errors
+    /// `InvalidArgument` above 64 MiB, `Resource` without memory for it, or why the connection is lost.
+    pub fn notify(&self, name: &[u8], message: &[u8]) -> Result<()> {
+        self.core.check("connection")?;
+        let size = name.len().saturating_add(message.len());
+        if size > MAX_NOTIFICATION {
+            bail!(InvalidArgument, "a notification of {size} bytes, at most {MAX_NOTIFICATION}");
+        }
+        let mut core = self.lock();
+        while core.backlog() + size > MAX_BACKLOG && core.machine.dead().is_none() && !core.closing {
+            self.drive(&mut core, Instant::now());
+            core.pause(Duration::from_micros(100));
+        }
+        self.admit(&core, 0, &[])?;
+        core.machine.tx.make_room(size)?;
+        let now = Instant::now();
+        core.machine.notify(name, message, now);
+        self.leave(core, Ok(()), now)
+    }
+
+    /// Whether a transfer may start. What fails here leaves the connection alive; what fails later ends it.
+    fn admit(&self, core: &Core, segments: usize, pairs: &[(Place, Place)]) -> Result<()> {
+        if core.closing {
+            core.machine.alive()?;
+            bail!(Canceled, "the connection is being closed");
+        }
+        core.machine.admit(segments, pairs, &core.channels).inspect_err(|e| self.table.counters.limit(e.kind()))
+    }
+
+    /// After work was added. What fails from here on is how the work ends: something may have moved, so it has begun.
+    ///
+    /// # Errors
+    /// `started`'s, which ends the connection.
+    fn started<T>(&self, mut core: Held<'_>, started: Result<T>, now: Instant) -> Result<T> {
+        let value = started.map_err(|e| {
+            let e = core.last_words(e, now);
+            self.fail_locked(&mut core, e.clone());
+            e
+        })?;
+        let _ = self.leave(core, Ok(()), now);
+        Ok(value)
+    }
+
+    /// The first chunks leave from here, unless something has failed before, and the progress thread is told when it must poll.
+    ///
+    /// # Errors
+    /// Why the connection has ended, if something that was queued for the peer has not left.
+    pub(super) fn leave(&self, mut core: Held<'_>, before: Result<()>, now: Instant) -> Result<()> {
+        if let Err(e) = before.and_then(|()| core.pump(now)) {
+            let e = core.last_words(e, now);
+            return if self.fail_locked(&mut core, e.clone()) { Ok(()) } else { Err(e) };
+        }
+        let mut needs_help = core.backlog() > 0 || (core.channels.busy() && !self.table.doorbells);
+        // Nobody rings when a device has copied; whoever polls in a loop looks anyway.
+        needs_help |= core.channels.copies_pending() && self.driven_by_application().is_none();
+        drop(core);
+        if needs_help {
+            self.table.request_drive(self.id);
+        }
+        Ok(())
+    }
+}

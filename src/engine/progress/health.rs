@@ -1,0 +1,314 @@
+//! Looks at a connection once a second: rates for statistics, and lines of the log about a channel that runs far below the others,
+//! segments that are sent again, and a peer that keeps silent. Time and numbers are the caller's.
+
+use crate::channel::router::Totals;
+use crate::logging::Limiter;
+use crate::stats::ChannelStats;
+use std::time::{Duration, Instant};
+
+/// Time between looks.
+const LOOK: Duration = Duration::from_secs(1);
+/// A channel is slow when its speed is less than this part of the reference, and no longer when it is more than twice that.
+const FAR_BELOW: f64 = 0.25;
+/// Looks in a row that make a channel slow.
+const LOOKS: u32 = 3;
+/// A channel that sent less than this since the last look, and has nothing under way, tells nothing about its speed.
+const TELLING: u64 = 256 << 10;
+/// Retransmits are worth a line above this share, of at least so many of them.
+const LOSS: f64 = 0.01;
+const LOST: u64 = 50;
+const LOSS_OVER: Duration = Duration::from_secs(5);
+/// A kind of line is written once in this time.
+const QUIET: Duration = Duration::from_secs(60);
+
+/// What is remembered of a channel.
+#[derive(Clone, Debug, Default)]
+struct Seen {
+    sent: u64,
+    received: u64,
+    busy: bool,
+    rates: (f64, f64),
+    below: u32,
+    slow: bool,
+    stalls: u64,
+    segments: u64,
+    retransmits: u64,
+}
+
+/// The state of one connection's looks.
+pub(crate) struct Health {
+    looked: Option<Instant>,
+    totals: Totals,
+    channels: Vec<Seen>,
+    /// The silence, and the transfer, that were told are not over.
+    silence_logged: bool,
+    standstill_logged: bool,
+    slow_answers: u64,
+    loss_logged: Option<Instant>,
+    loss_looked: Option<Instant>,
+    lines: Limiter,
+}
+
+impl Health {
+    pub(crate) fn new() -> Health {
+        Health {
+            looked: None,
+            totals: Totals::default(),
+            channels: Vec::new(),
+            silence_logged: false,
+            standstill_logged: false,
+            slow_answers: 0,
+            loss_logged: None,
+            loss_looked: None,
+            lines: Limiter::new(5),
+        }
+    }
+
+    /// Whether [`Health::look`] wants to be called.
+    pub(crate) fn due(&self, now: Instant) -> bool {
+        self.looked.is_none_or(|looked| now.saturating_duration_since(looked) >= LOOK)
+    }
+
+    /// Whether anything has happened on the channels since the last look, or is under way. An idle connection costs no system call.
+    pub(crate) fn worth_a_look(&mut self, totals: Totals, busy: bool) -> bool {
+        let before = std::mem::replace(&mut self.totals, totals);
+        busy || before != totals
+    }
+
+    /// Looks at the channels; gives what is worth a line.
+    pub(crate) fn look(&mut self, channels: &[ChannelStats], now: Instant) -> Vec<String> {
+        self.channels.resize(channels.len(), Seen::default());
+        let elapsed = self.looked.map_or(0.0, |looked| now.saturating_duration_since(looked).as_secs_f64());
+        let mut telling = vec![false; channels.len()];
+        for ((seen, channel), telling) in self.channels.iter_mut().zip(channels).zip(&mut telling) {
+            let (sent, received) = (channel.sent_bytes - seen.sent, channel.received_bytes - seen.received);
+            if elapsed > 0.0 {
+                seen.rates = (sent as f64 / elapsed, received as f64 / elapsed);
+            }
+            let busy = channel.window_out + channel.window_in > 0;
+            if seen.busy && busy && sent + received == 0 && elapsed > 0.0 {
+                seen.stalls += 1;
+            }
+            *telling = sent >= TELLING || channel.window_out > 0 || channel.avoided;
+            (seen.sent, seen.received, seen.busy) = (channel.sent_bytes, channel.received_bytes, busy);
+        }
+        let mut lines: Vec<String> = self.compare(channels, &telling).into_iter().collect();
+        lines.extend(self.retransmits(channels, now));
+        self.looked = Some(now);
+        lines
+    }
+
+    /// Which channels have become slow.
+    fn compare(&mut self, channels: &[ChannelStats], telling: &[bool]) -> Option<String> {
+        let mut speeds: Vec<f64> = channels.iter().map(|c| c.speed).filter(|&speed| speed > 0.0).collect();
+        speeds.sort_unstable_by(f64::total_cmp);
+        let reference = *speeds.get((3 * speeds.len()).div_ceil(4).checked_sub(1)?)?;
+        let mut fresh = Vec::new();
+        for (i, (seen, channel)) in self.channels.iter_mut().zip(channels).enumerate() {
+            if channel.speed <= 0.0 || !telling[i] {
+                continue;
+            }
+            if channel.speed < FAR_BELOW * reference {
+                seen.below += 1;
+                if seen.below >= LOOKS && !seen.slow {
+                    seen.slow = true;
+                    fresh.push(format!("channel {i} ({}) at {}", place(channel), crate::stats::speed(channel.speed)));
+                }
+            } else {
+                seen.below = 0;
+                seen.slow &= channel.speed < 2.0 * FAR_BELOW * reference;
+            }
+        }
+        (!fresh.is_empty()).then(|| {
+            const MOST: usize = 4;
+            let more = if fresh.len() > MOST { format!(" and {} more", fresh.len() - MOST) } else { String::new() };
+            let named = fresh[..fresh.len().min(MOST)].join(", ");
+            format!(
+                "{named}{more}: far below the others, which run at {}; look at that NIC and its path",
+                crate::stats::speed(reference)
+            )
+        })
+    }
+
+    /// Whether many segments were sent again since the kernel was last asked.
+    fn retransmits(&mut self, channels: &[ChannelStats], now: Instant) -> Option<String> {
+        if self.loss_looked.is_some_and(|looked| now.saturating_duration_since(looked) < LOSS_OVER) {
+            return None;
+        }
+        self.loss_looked = Some(now);
+        let (mut again, mut of, mut worst) = (0, 0, (0, None));
+        for (seen, channel) in self.channels.iter_mut().zip(channels) {
+            let Some(network) = &channel.network else { continue };
+            let first = seen.segments == 0;
+            let (more, lost) =
+                (network.segments.saturating_sub(seen.segments), network.retransmits.saturating_sub(seen.retransmits));
+            (seen.segments, seen.retransmits) = (network.segments, network.retransmits);
+            if first {
+                continue;
+            }
+            (again, of) = (again + lost, of + more);
+            if lost > worst.0 {
+                worst = (lost, Some(channel));
+            }
+        }
+        let logged = self.loss_logged.is_some_and(|logged| now.saturating_duration_since(logged) < QUIET);
+        if logged || again < LOST || (again as f64) < LOSS * of as f64 {
+            return None;
+        }
+        self.loss_logged = Some(now);
+        let share = 100.0 * again as f64 / of.max(1) as f64;
+        let worst = worst.1.map_or(String::new(), |c| format!(", most of them on {}", place(c)));
+        Some(format!("{again} of {of} segments ({share:.1} %) were sent again lately{worst}: the network loses packets"))
+    }
+
+    /// The peer has kept silent for `silent`, of at most `limit`; a transfer stands still, in words. Gives what is worth a line.
+    pub(crate) fn answers(&mut self, silent: Duration, limit: Duration, standstill: Option<String>) -> Vec<String> {
+        let mut lines = Vec::new();
+        let quiet = silent > limit / 2;
+        if quiet && !self.silence_logged {
+            lines.push(format!(
+                "nothing was heard of the peer for {silent:.1?}, not even a heartbeat: it is stopped, overloaded or cut off; \
+                 the connection ends after {limit:.1?}"
+            ));
+        }
+        self.silence_logged = quiet;
+        if let (Some(text), false) = (&standstill, self.standstill_logged) {
+            lines.push(text.clone());
+        }
+        self.standstill_logged = standstill.is_some();
+        self.slow_answers += lines.len() as u64;
+        lines
+    }
+
+    /// Writes lines about the peer.
+    pub(crate) fn tell(&self, peer: &str, lines: &[String], now: Instant) {
+        for line in lines {
+            self.lines.log(log::Level::Warn, now, format_args!("{peer}: {line}"));
+        }
+    }
+
+    /// Fills in what is known here.
+    pub(crate) fn fill(&self, channels: &mut [ChannelStats], now: Instant) {
+        let elapsed = self.looked.map_or(0.0, |looked| now.saturating_duration_since(looked).as_secs_f64());
+        for (channel, seen) in channels.iter_mut().zip(&self.channels) {
+            // Idle connections are not looked at: the time since then has its own rate.
+            (channel.sent_per_second, channel.received_per_second) = if elapsed > 2.0 * LOOK.as_secs_f64() {
+                ((channel.sent_bytes - seen.sent) as f64 / elapsed, (channel.received_bytes - seen.received) as f64 / elapsed)
+            } else {
+                seen.rates
+            };
+            (channel.slow, channel.stalls) = (seen.slow, seen.stalls);
+        }
+    }
+
+    /// Stalls of all channels, and silences.
+    pub(crate) fn counts(&self) -> (u64, u64) {
+        (self.channels.iter().map(|c| c.stalls).sum(), self.slow_answers)
+    }
+}
+
+fn place(channel: &ChannelStats) -> &str {
+    if channel.route.is_empty() {
+        &channel.nic
+    } else {
+        &channel.route
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stats::Network;
+
+    fn channel(nic: &str, sent: u64, speed: f64) -> ChannelStats {
+        ChannelStats { nic: nic.into(), sent_bytes: sent, speed, window_out: 1, window: 16, ..ChannelStats::default() }
+    }
+
+    fn at(start: Instant, seconds: u64) -> Instant {
+        start + Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn a_channel_far_below_the_others_is_told_once_and_may_recover() {
+        let (start, mut health) = (Instant::now(), Health::new());
+        let look = |health: &mut Health, second: u64, slow: f64| {
+            let bytes = second * 1000;
+            health.look(
+                &[channel("eth1", bytes, 1e8), channel("eth2", bytes, slow), channel("eth1", bytes, 9e7)],
+                at(start, second),
+            )
+        };
+        assert!((0..3).all(|s| look(&mut health, s, 2e6).is_empty() || s == 2));
+        let mut health = Health::new();
+        let lines: Vec<String> = (0..10).flat_map(|s| look(&mut health, s, 2e6)).collect();
+        assert_eq!(lines.len(), 1, "{lines:?}");
+        assert!(lines[0].contains("channel 1 (eth2) at 2.0 MB/s") && lines[0].contains("100.0 MB/s"), "{}", lines[0]);
+        let mut stats = [channel("eth1", 0, 0.0), channel("eth2", 0, 0.0)].map(|c| ChannelStats { sent_bytes: 9000, ..c });
+        health.fill(&mut stats, at(start, 9));
+        assert!(!stats[0].slow && stats[1].slow && stats[1].sent_per_second == 1000.0);
+        // Near the others it is slow no more; half as fast as they are is no news.
+        assert!((10..20).all(|s| look(&mut health, s, 6e7).is_empty()));
+        health.fill(&mut stats, at(start, 19));
+        assert!(!stats[1].slow);
+        assert_eq!((20..30).flat_map(|s| look(&mut health, s, 2e6)).count(), 1);
+    }
+
+    #[test]
+    fn a_line_names_a_few_of_many_slow_channels() {
+        let (start, mut health) = (Instant::now(), Health::new());
+        let speed = |i: usize| if i < 5 { 1e6 } else { 1e8 };
+        let all = |s: u64| -> Vec<ChannelStats> { (0..30).map(|i| channel("eth1", s * 1000, speed(i))).collect() };
+        let lines: Vec<String> = (0..10).flat_map(|s| health.look(&all(s), at(start, s))).collect();
+        assert_eq!(lines.len(), 1, "{lines:?}");
+        assert!(lines[0].contains("channel 3 (eth1)") && !lines[0].contains("channel 4 ("), "{}", lines[0]);
+        assert!(lines[0].contains(" and 1 more: far below"), "{}", lines[0]);
+    }
+
+    #[test]
+    fn rates_are_of_the_time_since_the_last_look() {
+        let (start, mut health) = (Instant::now(), Health::new());
+        let both = |bytes: u64| [ChannelStats { received_bytes: 2 * bytes, ..channel("eth1", bytes, 0.0) }];
+        health.look(&both(1000), at(start, 0));
+        health.look(&both(2000), at(start, 1));
+        let mut stats = both(22_000);
+        health.fill(&mut stats, at(start, 11));
+        assert_eq!((stats[0].sent_per_second, stats[0].received_per_second), (2000.0, 4000.0));
+    }
+
+    #[test]
+    fn a_channel_that_moves_nothing_stalls_and_an_idle_one_does_not() {
+        let (start, mut health) = (Instant::now(), Health::new());
+        for second in 0..5 {
+            let idle = ChannelStats { window_out: 0, ..channel("eth2", 7, 0.0) };
+            health.look(&[channel("eth1", 7, 0.0), idle, channel("eth3", 7 + second, 0.0)], at(start, second));
+        }
+        let mut stats = vec![channel("", 7, 0.0), channel("", 7, 0.0), channel("", 11, 0.0)];
+        health.fill(&mut stats, at(start, 4));
+        assert_eq!(stats.iter().map(|c| c.stalls).collect::<Vec<_>>(), [4, 0, 0]);
+        assert_eq!(health.counts(), (4, 0));
+    }
+
+    #[test]
+    fn loss_is_told_once_a_minute() {
+        let (start, mut health) = (Instant::now(), Health::new());
+        let lossy = |second: u64, percent: u64| {
+            let network = Network { segments: second * 10_000, retransmits: second * 100 * percent, ..Network::default() };
+            [ChannelStats { network: Some(network), ..channel("eth1", second, 0.0) }]
+        };
+        assert!((1..30).all(|s| health.look(&lossy(s, 0), at(start, s)).is_empty()));
+        let mut health = Health::new();
+        let lines: Vec<String> = (1..100).flat_map(|s| health.look(&lossy(s, 2), at(start, s))).collect();
+        assert_eq!(lines.len(), 2, "{lines:?}");
+        assert!(lines[0].contains("1000 of 50000 segments (2.0 %)") && lines[0].contains("eth1"), "{}", lines[0]);
+    }
+
+    #[test]
+    fn a_silence_is_told_once_at_half_of_the_limit() {
+        let (mut health, limit) = (Health::new(), Duration::from_secs(10));
+        let silent = |health: &mut Health, s: u64| health.answers(Duration::from_secs(s), limit, None).len();
+        assert_eq!([1, 5, 6, 9, 0, 6].map(|s| silent(&mut health, s)), [0, 0, 1, 0, 0, 1]);
+        assert_eq!(health.counts().1, 2);
+        assert_eq!(health.answers(Duration::ZERO, limit, Some("transfer 3".into())), ["transfer 3"]);
+        assert!(health.answers(Duration::ZERO, limit, Some("transfer 3".into())).is_empty());
+    }
+}

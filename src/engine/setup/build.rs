@@ -1,0 +1,212 @@
+//! From a finished set-up to a connection that the engine drives. Knows nothing of how set-ups run.
+
+use super::channels::Raised;
+use super::context::SetupContext;
+use super::control::{Agreed, Sealed};
+use super::local::Local;
+use crate::channel::cuda::CudaDevice;
+use crate::channel::device::EmulatedDevice;
+use crate::channel::net::{Channel, NetPath, Usage};
+use crate::channel::path::{Copier, Path};
+use crate::channel::router::Channels;
+use crate::direct::Direct;
+use crate::engine::connection::{Connection, Core, Peer};
+use crate::engine::setup::quota::Counted;
+use crate::host::OneHost;
+use crate::net::comm::Doorbell;
+use crate::notify::Inbox;
+use crate::proto::{heartbeat, Machine, Setting};
+use crate::status::Result;
+use crate::types::Place;
+use crate::wire::control::ControlStream;
+use crate::wire::keys::Proof;
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// What a set-up leaves.
+pub(crate) struct Up {
+    pub sock: TcpStream,
+    pub address: SocketAddr,
+    pub agreed: Agreed,
+    /// The control stream from here on.
+    pub sealed: Sealed,
+    /// Channels by set, in the order of their numbers.
+    pub sets: Vec<Raised>,
+    /// What was found on this host.
+    pub local: Local,
+}
+
+/// What copies device memory; none on a machine without a GPU.
+fn copier(context: &SetupContext) -> Copier {
+    if context.config.emulate_device {
+        return Some(Box::new(EmulatedDevice));
+    }
+    match crate::gpu::available() {
+        true => Some(Box::new(CudaDevice::default())),
+        false => None,
+    }
+}
+
+/// A path over the channels of each set that has some.
+fn paths(context: &SetupContext, sets: Vec<Raised>, chunk_bytes: usize, doorbell: &Doorbell) -> Result<Vec<Box<dyn Path>>> {
+    let config = &context.config;
+    let path = |set: Raised| -> Result<Box<dyn Path>> {
+        let channels: Vec<Channel> =
+            set.pairs.into_iter().map(|pair| Channel::new(pair.send, pair.recv, pair.nic, pair.peer_nic)).collect();
+        for channel in &channels {
+            channel.set_doorbell(doorbell)?;
+        }
+        let traits = &set.plan.plugin.traits;
+        let (vectored, stage_sends) = (traits.vectored && config.vectored, traits.stage_sends && config.stage_sends);
+        let alone = context.table.cores.alone();
+        let usage = Usage { vectored, host: traits.host_memory, stage_sends, gpus: set.plan.gpus, chunk_bytes, alone };
+        Ok(Box::new(NetPath::new(channels, usage)))
+    };
+    // A set without channels does not serve; another one carries what it would.
+    sets.into_iter().filter(|set| !set.pairs.is_empty()).map(path).collect()
+}
+
+/// Which channels carry what, and why others do not, in one line.
+fn describe(sets: &[Raised]) -> String {
+    let mut carried: Vec<String> = Vec::new();
+    let mut missed: Vec<String> = Vec::new();
+    for set in sets {
+        let (plan, n) = (&set.plan, set.pairs.len());
+        if n == 0 {
+            let why = set.why.as_deref().unwrap_or("no channels came up");
+            missed.push(format!("{} (not over {}: {why})", plan.purpose(), plan.plugin.name));
+            continue;
+        }
+        let mut nics: Vec<&str> = set.pairs.iter().map(|pair| pair.nic.as_str()).collect();
+        nics.sort_unstable();
+        nics.dedup();
+        let purpose = match plan.gpus {
+            Some(_) => plan.purpose(),
+            None if sets.len() == 1 => "all memory".to_owned(),
+            None => {
+                missed.insert(0, "host memory".to_owned());
+                missed.push("GPUs without registered memory at this time".to_owned());
+                format!("all else: {}", std::mem::take(&mut missed).join(", "))
+            }
+        };
+        carried.push(format!("{n} channels over {} on {} for {purpose}", plan.plugin.name, nics.join(", ")));
+    }
+    carried.append(&mut missed);
+    carried.join("; ")
+}
+
+/// So many connections of an engine have all memory that chunks of a GPU need from the start. A process with more peers than that
+/// mostly talks to few of them: further connections take theirs with the first chunk.
+const READY: usize = 8;
+
+/// An error here comes again, and is told, with the first chunk.
+fn log_unprepared(place: Place, result: Result<()>) {
+    if let Err(e) = result {
+        log::debug!("memory for chunks of {place:?} is left to the first of them: {e}");
+    }
+}
+
+/// Makes the first connections ready for memory of a GPU that was not used before.
+pub(crate) fn ready(context: &SetupContext, place: Place) {
+    let mut all = context.table.connections.all();
+    all.sort_by_key(|connection| connection.id);
+    all.iter().take(READY).for_each(|connection| log_unprepared(place, connection.ready(place)));
+}
+
+/// What the machine of a connection needs of its engine and of what was agreed on.
+fn setting(context: &SetupContext, agreed: &Agreed, address: SocketAddr) -> Setting {
+    let (config, table) = (&context.config, &context.table);
+    let account = context.pool.account(address.ip());
+    Setting {
+        registry: table.registry.clone(),
+        inbox: Inbox::new(&context.notifications, &account),
+        account,
+        lines: table.lines.clone(),
+        eager_bytes: config.eager_bytes,
+        peer: address.to_string(),
+        transfer_timeout: config.transfer_timeout,
+        peer_timeout: agreed.terms.peer_timeout,
+        heartbeat: heartbeat(agreed.terms.peer_timeout),
+        match_timeout: config.match_timeout,
+        doorbells: table.doorbells,
+    }
+}
+
+/// The peer's GPU and what it has proved, in words.
+fn introduced(agreed: &Agreed) -> String {
+    let (proof, gpu) = (&agreed.peer.proof, &agreed.peer.hello.gpu);
+    match (proof, proof.name()) {
+        (_, Some(key)) => format!("GPU {gpu}, key {key}"),
+        (Proof::Nothing, _) => format!("GPU {gpu}, no key"),
+        _ => format!("GPU {gpu}, the key"),
+    }
+}
+
+/// Builds the connection and puts it under the progress thread's care. `counted`: an incoming one's place among those.
+///
+/// # Errors
+/// `Canceled` when the engine ends, `Resource`.
+pub(crate) fn connection(context: &SetupContext, up: Up, counted: Option<Counted>) -> Result<Arc<Connection>> {
+    let table = &context.table;
+    let (terms, theirs) = (&up.agreed.terms, &up.agreed.peer);
+    let chunk_bytes = terms.chunk_bytes as usize;
+    let carried = describe(&up.sets);
+    let slot = table.bell.slot()?;
+    let paths = paths(context, up.sets, chunk_bytes, &slot.doorbell())?;
+    let found = up.local.describe();
+    let registry = table.registry.clone();
+    let lookup = Box::new(move |id, token: &[u8; 16]| registry.remote(id, token));
+    let one_host = up.local.transport(slot.local_bell(), &theirs.hello, lookup);
+    let watched = one_host.as_ref().map(OneHost::watched);
+    let direct = one_host.map(|one_host| Box::new(one_host) as Box<dyn Direct>);
+    let channels = Channels::new(direct, paths, copier(context));
+    let name = up.address.to_string();
+    let setting = setting(context, &up.agreed, up.address);
+    let who = introduced(&up.agreed);
+    let line = format!(
+        "connected with {name}, {who}: {carried}{found}; protection {:?}, chunks of up to {chunk_bytes} bytes",
+        terms.protect
+    );
+    table.lines.log(log::Level::Info, Instant::now(), format_args!("{line}"));
+    let core = Core::new(
+        Machine::new(setting, Instant::now()),
+        channels,
+        ControlStream::new(up.sock, up.sealed.session, up.sealed.plain, up.sealed.raw)?,
+    );
+    let key = theirs.proof.name().map(str::to_owned);
+    let peer = Peer {
+        ip: up.address.ip(),
+        name,
+        gpu_index: theirs.hello.gpu_index,
+        key,
+        engine: theirs.engine,
+        _counted: counted.map(process::ProcessOwned::new),
+    };
+    table.counters.opened.add();
+    let connection = Arc::new(Connection::new(table.clone(), core, peer, slot, watched));
+    if !table.connections.insert(connection.id, &connection) {
+        return Err(super::shutdown::canceled());
+    }
+    connection.watch()?;
+    table.request_drive(connection.id);
+    Ok(connection)
+}
+
+/// Has a new connection ready for memory of GPUs, which may take as long as an application keeps the driver. It is listed before: somebody
+/// says for it that this side is alive, and whoever ends a region has it forget what it was offered.
+pub(crate) fn prepare(context: &SetupContext, connection: &Connection) {
+    let table = &context.table;
+    if let time @ 1.. = context.kept.load(std::sync::atomic::Ordering::Relaxed) {
+        connection.simulate_kept_preparing(std::time::Duration::from_millis(time));
+    }
+    if let Err(e) = context.gpus.warm() {
+        log::debug!("what copies memory of GPUs is left to the first copy: {e}");
+    }
+    if table.connections.count() <= READY {
+        context.gpus.used().into_iter().for_each(|place| log_unprepared(place, connection.ready(place)));
+    }
+    for region in table.registry.on_devices() {
+        connection.offer_region(region);
+    }
+}

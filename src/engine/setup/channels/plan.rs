@@ -1,0 +1,110 @@
+//! Which sets of channels a connection has: one for each plugin, and for a plugin whose comms belong to one GPU further ones for memory
+//! that a side has registered on other GPUs. Both sides come to the same list. Pure.
+
+use crate::engine::setup::context::Plugins;
+use crate::net::plugin::Plugin;
+use crate::types::Place;
+use crate::wire::hello::Hello;
+use crate::wire::setup::MAX_SETS;
+use std::sync::Arc;
+
+/// Channels of a further set at most: each costs threads of the plugin.
+const FURTHER_CHANNELS: usize = 4;
+
+/// A set of channels that a connection should have.
+#[derive(Clone)]
+pub(crate) struct Plan {
+    pub plugin: Arc<Plugin>,
+    /// The GPUs, here and at the peer, whose memory its comms carry; `None` where they take any.
+    pub gpus: Option<(Place, Place)>,
+    /// Channels to offer.
+    pub channels: usize,
+    /// The connection comes up without it: other channels carry what it would.
+    pub spare: bool,
+}
+
+impl Plan {
+    /// This side's GPU.
+    pub(crate) fn own(&self) -> Option<Place> {
+        self.gpus.map(|(here, _)| here)
+    }
+
+    /// What it is for, in words.
+    pub(crate) fn purpose(&self) -> String {
+        let gpu = |place: Place| place.ordinal().unwrap_or(0);
+        self.gpus.map_or("host memory".to_owned(), |(here, there)| format!("GPU {} here and GPU {} there", gpu(here), gpu(there)))
+    }
+}
+
+/// A side that does not say which GPU its engine has was set up with the first one.
+pub(crate) fn own_gpu(hello: &Hello) -> u8 {
+    u8::try_from(hello.gpu_index).unwrap_or(0)
+}
+
+/// The sets of a connection with `channels` channels each, in the order in which both sides number them. The set that carries host
+/// memory too is the last one, since of several that carry something the first does.
+pub(crate) fn plans(plugins: &Plugins, own: &Hello, peer: &Hello, connecting: bool, channels: usize) -> Vec<Plan> {
+    let follows = plugins.device.traits.follows_gpu;
+    let plan = |plugin: &Arc<Plugin>, gpus: Option<(u8, u8)>, channels, spare| {
+        let gpus = gpus.map(|(here, there)| (Place::gpu(here), Place::gpu(there)));
+        Plan { plugin: plugin.clone(), gpus, channels, spare }
+    };
+    let mut all = vec![plan(&plugins.device, follows.then(|| (own_gpu(own), own_gpu(peer))), channels, false)];
+    if follows {
+        let further = further(own, peer, connecting, MAX_SETS - plugins.all().count());
+        all.extend(further.into_iter().map(|pair| plan(&plugins.device, Some(pair), channels.min(FURTHER_CHANNELS), true)));
+    }
+    all.extend(plugins.host.iter().map(|host| plan(host, None, channels, false)));
+    all
+}
+
+/// Pairs of GPUs, here and at the peer, beside those of the engines; the closest numbers first, since GPUs that share a NIC are
+/// neighbours.
+fn further(own: &Hello, peer: &Hello, connecting: bool, most: usize) -> Vec<(u8, u8)> {
+    let gpus = |hello: &Hello| -> Vec<u8> { std::iter::once(own_gpu(hello)).chain(hello.further_gpus.iter().copied()).collect() };
+    let (client, server) = if connecting { (own, peer) } else { (peer, own) };
+    let engines = (own_gpu(client), own_gpu(server));
+    let mut pairs: Vec<(u8, u8)> = gpus(client).into_iter().flat_map(|c| gpus(server).into_iter().map(move |s| (c, s))).collect();
+    pairs.retain(|&pair| pair != engines);
+    pairs.sort_by_key(|&(c, s)| (c.abs_diff(s), c, s));
+    pairs.dedup();
+    pairs.truncate(most);
+    pairs.into_iter().map(|(c, s)| if connecting { (c, s) } else { (s, c) }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::hello::tests::sample;
+    use proptest::prelude::*;
+
+    fn side(own: i32, further: &[u8]) -> Hello {
+        Hello { gpu_index: own, further_gpus: further.to_vec(), ..sample() }
+    }
+
+    #[test]
+    fn gpus_with_registered_memory_get_pairs_of_their_own() {
+        let none: [(u8, u8); 0] = [];
+        assert_eq!(further(&side(0, &[]), &side(3, &[]), true, 14), none);
+        assert_eq!(further(&side(0, &[1]), &side(0, &[1]), true, 14), [(1, 1), (0, 1), (1, 0)]);
+        assert_eq!(further(&side(-1, &[]), &side(0, &[5]), false, 14), [(0, 5)]);
+        let eight = side(0, &[1, 2, 3, 4, 5, 6, 7]);
+        let pairs = further(&eight, &eight, true, 14);
+        assert!((1..8).all(|i| pairs.contains(&(i, i))), "{pairs:?}");
+        assert_eq!(pairs.len(), 14);
+    }
+
+    proptest! {
+        /// Both sides number the same pairs alike.
+        #[test]
+        fn both_sides_agree(
+            a in -1i32..8, b in -1i32..8,
+            more_a in proptest::collection::btree_set(0u8..9, 0..7), more_b in proptest::collection::btree_set(0u8..9, 0..7),
+        ) {
+            let (a, b) = (side(a, &more_a.into_iter().collect::<Vec<_>>()), side(b, &more_b.into_iter().collect::<Vec<_>>()));
+            let (ours, theirs) = (further(&a, &b, true, 14), further(&b, &a, false, 14));
+            let mirrored: Vec<_> = theirs.into_iter().map(|(x, y)| (y, x)).collect();
+            prop_assert_eq!(ours, mirrored);
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! Connecting to a peer engine, in the caller's thread. Knows nothing of what travels on the connection.
+
+use super::build;
+use super::context::SetupContext;
+use super::dial;
+use super::driver::{Progress, SetupDriver};
+use super::machine::Setup;
+use super::shutdown::canceled;
+use crate::engine::connection::Connection;
+use crate::status::{Error, ErrorKind, Result};
+use std::io::Read;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long a peer may take to read why a set-up was given up.
+const LINGER: Duration = Duration::from_millis(200);
+/// Pauses before another try: the first, and the longest.
+const PAUSE: Duration = Duration::from_millis(20);
+const MAX_PAUSE: Duration = Duration::from_millis(500);
+/// How long others are tried where the listening side hangs up without a word.
+const CUT: Duration = Duration::from_secs(2);
+
+/// Connects; blocks until all channels are up, at most for the connect timeout.
+///
+/// # Errors
+/// See [`super::Engine::connect`].
+pub(crate) fn connect(context: &SetupContext, host: &str, gpu: &str, port: u16) -> Result<Arc<Connection>> {
+    let counters = &context.table.counters;
+    let connected = connect_within(context, host, gpu, port);
+    match &connected {
+        Ok(_) => counters.setups_out.add(),
+        Err(e) => {
+            counters.setups_out_failed.add();
+            counters.limit(e.kind());
+        }
+    }
+    connected
+}
+
+fn connect_within(context: &SetupContext, host: &str, gpu: &str, port: u16) -> Result<Arc<Connection>> {
+    let deadline = Instant::now() + context.config.connect_timeout;
+    context.shutdown.check()?;
+    let addresses = dial::resolve(host, port, deadline, &context.shutdown, dial::system_lookup)?;
+    let began = Instant::now();
+    let mut pause = PAUSE;
+    let mut before = None;
+    loop {
+        let (error, again) = match once(context, &addresses, gpu, deadline) {
+            Ok(connection) => {
+                // Others have their turn meanwhile.
+                build::prepare(context, &connection);
+                return Ok(connection);
+            }
+            Err(failed) => failed,
+        };
+        let now = Instant::now();
+        let until = if again == Again::Cut { deadline.min(began + CUT) } else { deadline };
+        if again == Again::Never || now + pause >= until {
+            // What the listening side said is the cause, not that the time was over in the middle of one more try.
+            let cut_short = now >= deadline && error.kind() == ErrorKind::TimedOut;
+            return Err(before.filter(|_| cut_short).unwrap_or(error));
+        }
+        log::debug!("{error}; it is tried again");
+        before = Some(error);
+        rest(context, pause)?;
+        pause = (2 * pause).min(MAX_PAUSE);
+    }
+}
+
+/// One try, when it is its turn; why it failed, and whether to try another.
+fn once(
+    context: &SetupContext,
+    addresses: &[SocketAddr],
+    gpu: &str,
+    deadline: Instant,
+) -> std::result::Result<Arc<Connection>, (Error, Again)> {
+    let never = |e| (e, Again::Never);
+    // Others may go on when it is over.
+    let _turn = context.outgoing.enter(deadline, &context.shutdown).map_err(never)?;
+    let (sock, address) = dial::connect(addresses, deadline, &context.shutdown).map_err(never)?;
+    let connected = run(context, sock, address, gpu, deadline);
+    connected.map_err(|(e, again)| (Error::new(e.kind(), format_args!("connect to {address}: {e}")), again))
+}
+
+/// Whether a set-up that has failed may come up when it is tried again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Again {
+    /// The listening side says that it has no place at present.
+    Soon,
+    /// It hung up before any proof, or is ending: its places may be short, and another engine may come to its port.
+    Cut,
+    Never,
+}
+
+/// What to make of a set-up that has failed.
+fn again(driver: &SetupDriver, error: &Error) -> Again {
+    match error.kind() {
+        _ if !driver.setup().is_stranger() => Again::Never,
+        ErrorKind::Resource => Again::Soon,
+        ErrorKind::RemoteDisconnect => Again::Cut,
+        _ => Again::Never,
+    }
+}
+
+/// Waits for about `time`: many that were sent away together do not come back together.
+fn rest(context: &SetupContext, time: Duration) -> Result<()> {
+    let mut random = [0; 4];
+    let _ = getrandom::fill(&mut random);
+    let part = f64::from(u32::from_le_bytes(random)) / f64::from(u32::MAX);
+    dial::poll(&[(context.shutdown.fd(), libc::POLLIN)], time.mul_f64(0.5 + part))?;
+    context.shutdown.check()
+}
+
+/// One set-up; why it failed, and whether to try another.
+fn run(
+    context: &SetupContext,
+    sock: TcpStream,
+    address: SocketAddr,
+    gpu: &str,
+    deadline: Instant,
+) -> std::result::Result<Arc<Connection>, (Error, Again)> {
+    let now = Instant::now();
+    let never = |e| (e, Again::Never);
+    let setup = Setup::new(context.link(Some(gpu)).map_err(never)?, now, deadline, deadline);
+    let mut driver = SetupDriver::new(sock, address, setup, now);
+    match drive(context, &mut driver) {
+        Ok(()) => driver.finish(context, None).map_err(never),
+        Err(e) => {
+            let again = again(&driver, &e);
+            let sock = driver.give_up(&e);
+            if e.kind() != ErrorKind::RemoteDisconnect && again == Again::Never {
+                linger(sock);
+            }
+            Err((e, again))
+        }
+    }
+}
+
+/// Goes on until all is up.
+pub(crate) fn drive(context: &SetupContext, driver: &mut SetupDriver) -> Result<()> {
+    loop {
+        let now = Instant::now();
+        match driver.step(context, now)? {
+            Progress::Up => return Ok(()),
+            Progress::Proved => driver.admit(context)?,
+            Progress::Wait => {
+                let (read, write) = driver.interest();
+                let events = if read { libc::POLLIN } else { 0 } | if write { libc::POLLOUT } else { 0 };
+                let limit = driver.wake_at().saturating_duration_since(now);
+                let ready = dial::poll(&[(driver.fd(), events), (context.shutdown.fd(), libc::POLLIN)], limit)?;
+                if ready[1] {
+                    return Err(canceled());
+                }
+            }
+        }
+    }
+}
+
+/// Keeps a socket until the peer has read its last bytes and closed, or a short time is over.
+fn linger(mut sock: TcpStream) {
+    let until = Instant::now() + LINGER;
+    let mut sink = [0; 4096];
+    loop {
+        match sock.read(&mut sink) {
+            Ok(1..) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
+                let left = until.saturating_duration_since(Instant::now());
+                if left.is_zero() || dial::poll(&[(sock.as_raw_fd(), libc::POLLIN)], left).is_err() {
+                    return;
+                }
+            }
+            _ => return,
+        }
+        if Instant::now() >= until {
+            return;
+        }
+    }
+}

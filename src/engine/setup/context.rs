@@ -1,0 +1,198 @@
+//! What every set-up of an engine shares: who the engine is, its plugins and GPUs, its limits, and where finished connections go. Knows
+//! nothing of a single set-up.
+
+use super::control::SealedLink;
+use super::quota::ConnectionQuota;
+use super::shutdown::Shutdown;
+use crate::addresses::AllowList;
+use crate::budget::Pool;
+use crate::config::Config;
+use crate::engine::connection::ConnectionTable;
+use crate::engine::gpus::Gpus;
+use crate::engine::limits::Limits;
+use crate::net::plugin::Plugin;
+use crate::net::setup::{channel_count, nics_for};
+use crate::notify::Queue;
+use crate::status::{bail, Result};
+use crate::types::Protect;
+use crate::wire::handshake::{self, Handshake};
+use crate::wire::hello::Hello;
+use crate::wire::keys::KeyStore;
+use process::{Condvar, Mutex};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Who the engine is to its peers.
+pub(crate) struct Identity {
+    own: Arc<handshake::Identity>,
+    keys: KeyStore,
+}
+
+impl Identity {
+    pub(crate) fn new(config: &Config) -> Result<Identity> {
+        Ok(Identity { own: Arc::new(handshake::Identity::generate()?), keys: KeyStore::open(config.auth_key_file.as_deref())? })
+    }
+
+    /// The name of the engine instance.
+    pub(crate) fn engine(&self) -> [u8; 16] {
+        self.own.engine()
+    }
+}
+
+/// The plugins of an engine.
+pub(crate) struct Plugins {
+    /// Carries device memory; the software plugin carries host memory too.
+    pub device: Arc<Plugin>,
+    /// Carries host memory when `device` does not.
+    pub host: Option<Arc<Plugin>>,
+}
+
+impl Plugins {
+    /// Whether this much protection can be kept.
+    ///
+    /// # Errors
+    /// `Unsupported`: the NIC writes into GPU memory, so that nothing can be decrypted on the way.
+    pub(crate) fn can_protect(&self, level: Protect) -> Result<()> {
+        if self.device.traits.secured || level == Protect::Off {
+            return Ok(());
+        }
+        let name = &self.device.name;
+        if level == Protect::Encrypt {
+            bail!(Unsupported, "UCCL_TCPX_PROTECT=encrypt: plugin {name} cannot encrypt; UCCL_TCPX_PLUGIN=soft can");
+        }
+        log::warn!(
+            "UCCL_TCPX_PROTECT=integrity: data of GPU memory goes over plugin {name}, which cannot be checked; the rest is"
+        );
+        Ok(())
+    }
+
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<Plugin>> {
+        std::iter::once(&self.device).chain(&self.host)
+    }
+}
+
+pub(crate) struct SetupContext {
+    pub config: Config,
+    pub identity: Identity,
+    pub plugins: Plugins,
+    pub gpus: Gpus,
+    pub limits: Limits,
+    pub allow: AllowList,
+    pub outgoing: Gate,
+    /// Cores of this process. Finding out takes reading several files: not at each set-up.
+    pub cores: usize,
+    pub shutdown: Shutdown,
+    pub notifications: Arc<Queue>,
+    pub pool: Arc<Pool>,
+    pub quota: Arc<ConnectionQuota>,
+    pub table: Arc<ConnectionTable>,
+    /// Milliseconds for which preparing a new connection is kept, simulated.
+    pub kept: std::sync::atomic::AtomicU64,
+}
+
+impl SetupContext {
+    /// Channels of each set that this side asks for.
+    fn channels(&self) -> usize {
+        let plugin = &self.plugins.device;
+        let nics = nics_for(plugin, &plugin.devices, self.gpus.pci_path(None).as_deref());
+        channel_count(plugin, self.config.num_channels, nics.len().max(1), self.cores)
+    }
+
+    /// This side's part of the wire for a new set-up. `wanted_gpu`: of a connecting side.
+    pub(crate) fn link(&self, wanted_gpu: Option<&str>) -> Result<SealedLink> {
+        let (own, keys) = (&self.identity.own, self.identity.keys.current());
+        let hello = self.hello(wanted_gpu.unwrap_or(""))?;
+        Ok(SealedLink::new(match wanted_gpu {
+            Some(_) => Handshake::connecting(own, hello, keys)?,
+            None => Handshake::listening(own, hello, keys)?,
+        }))
+    }
+
+    /// Largest chunk that every plugin carries as one message.
+    fn chunk_bytes(&self) -> usize {
+        self.plugins.all().fold(self.config.chunk_bytes, |chunk, plugin| chunk.min(plugin.max_message()))
+    }
+
+    fn hello(&self, wanted_gpu: &str) -> Result<Hello> {
+        Ok(Hello {
+            channels: self.channels() as u16,
+            chunk_bytes: self.chunk_bytes() as u32,
+            gpu_index: self.gpus.index(),
+            peer_timeout_ms: Hello::peer_timeout_ms(self.config.peer_timeout),
+            protect: self.config.protect,
+            plugin: self.plugins.device.wire_name().to_owned(),
+            gpu: self.gpus.name(),
+            wanted_gpu: wanted_gpu.to_owned(),
+            further_gpus: self.gpus.further(),
+        })
+    }
+}
+
+/// Lets a limited number of set-ups through at once; the others wait for their turn.
+pub(crate) struct Gate {
+    free: Mutex<usize>,
+    freed: Condvar,
+}
+
+/// A turn; dropping it lets the next one through.
+pub(crate) struct Turn<'a>(&'a Gate);
+
+impl Gate {
+    pub(crate) fn new(limit: usize) -> Gate {
+        Gate { free: Mutex::new(limit), freed: Condvar::new() }
+    }
+
+    /// Waits for a turn.
+    ///
+    /// # Errors
+    /// `TimedOut`, or `Canceled` when the engine ends.
+    pub(crate) fn enter(&self, deadline: Instant, shutdown: &Shutdown) -> Result<Turn<'_>> {
+        let mut free = self.free.lock();
+        while *free == 0 {
+            shutdown.check()?;
+            if self.freed.wait_until(&mut free, deadline).timed_out() && *free == 0 {
+                bail!(Resource, "too many connects of this engine are under way; none of them ended in time");
+            }
+        }
+        shutdown.check()?;
+        *free -= 1;
+        Ok(Turn(self))
+    }
+
+    /// Wakes all that wait, to see that the engine ends.
+    pub(crate) fn wake(&self) {
+        let _held = self.free.lock();
+        self.freed.notify_all();
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        *self.0.free.lock() += 1;
+        self.0.freed.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::ErrorKind;
+    use std::time::Duration;
+
+    #[test]
+    fn a_gate_lets_through_as_many_as_it_should() {
+        let (gate, shutdown) = (Gate::new(2), Shutdown::new().unwrap());
+        let soon = || Instant::now() + Duration::from_millis(20);
+        let first = gate.enter(soon(), &shutdown).unwrap();
+        let _second = gate.enter(soon(), &shutdown).unwrap();
+        assert_eq!(gate.enter(soon(), &shutdown).err().unwrap().kind(), ErrorKind::Resource);
+        drop(first);
+        let _third = gate.enter(soon(), &shutdown).unwrap();
+        std::thread::scope(|s| {
+            let waits = s.spawn(|| gate.enter(Instant::now() + Duration::from_secs(60), &shutdown).err().unwrap().kind());
+            shutdown.begin();
+            gate.wake();
+            assert_eq!(waits.join().unwrap(), ErrorKind::Canceled);
+        });
+    }
+}

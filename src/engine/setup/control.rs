@@ -1,0 +1,382 @@
+//! The control connection while it is set up, as bytes in and bytes out: the handshake, then sealed messages. Knows nothing of sockets.
+
+use crate::host::ProofKeys;
+use crate::net::secure::{ChannelKeys, Guard, HalfKeys};
+use crate::net::setup::Offer;
+use crate::status::{bail, err, Error, Result};
+use crate::types::Protect;
+use crate::wire::handshake::{Handshake, Outcome, Peer};
+use crate::wire::hello::{Hello, Terms};
+use crate::wire::keys::Proof;
+use crate::wire::session::{Opened, Session, MAX_RECORD};
+use crate::wire::setup::{self, Decoded, Invitation, Offered, Verdict};
+use std::collections::VecDeque;
+
+/// Channels of a set at most.
+pub(crate) const PER_SET: usize = crate::wire::hello::MAX_CHANNELS as usize;
+/// Messages that are decoded ahead: an offer, and how it ended.
+const AHEAD: usize = 2;
+
+/// The number of a channel in messages: its set and its number there.
+pub(crate) fn number(set: usize, index: usize) -> u16 {
+    (set * PER_SET + index) as u16
+}
+
+/// What a side offers: listen comms, by set, and where it waits for a peer of its own host.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Offers {
+    pub sets: Vec<Vec<Offer>>,
+    pub local: Option<Invitation>,
+}
+
+/// The numbers of the channels that are up on a side, and whether it has met the peer on this host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Ready {
+    pub numbers: Vec<u16>,
+    pub local: bool,
+}
+
+/// What the sides tell each other after the handshake.
+#[derive(Clone, Debug)]
+pub(crate) enum Message {
+    /// What a side offers.
+    Offer(Offers),
+    /// What is up on a side.
+    Ready(Ready),
+    /// A side gives up.
+    Abort(Error),
+}
+
+/// What the handshake has proved and agreed on.
+#[derive(Clone, Debug)]
+pub(crate) struct Agreed {
+    pub peer: Peer,
+    /// What this side told.
+    pub own: Hello,
+    /// This is the connecting side.
+    pub connecting: bool,
+    pub terms: Terms,
+}
+
+/// The part of the wire protocol that a set-up needs.
+pub(crate) trait Link {
+    /// Most bytes that may be read from the peer now; none once everything was heard.
+    fn wants(&self) -> usize;
+    /// Takes bytes of the peer.
+    ///
+    /// # Errors
+    /// `Protocol`, `Auth`, or the peer's refusal.
+    fn input(&mut self, bytes: &[u8]) -> Result<()>;
+    /// Appends what is to be sent.
+    fn output(&mut self, out: &mut Vec<u8>);
+    /// The other side, once the handshake has proved it.
+    fn proved(&self) -> Option<&Agreed>;
+    /// Queues a message. Before the proof only a failure can be told, and of it as much as a stranger may know.
+    fn send(&mut self, message: &Message);
+    /// The peer's next message.
+    fn receive(&mut self) -> Option<Message>;
+}
+
+/// The sealed stream after the last message of a set-up.
+pub(crate) struct Sealed {
+    pub session: Session,
+    /// Opened bytes that no message took.
+    pub plain: Vec<u8>,
+    /// Received bytes that were not opened.
+    pub raw: Vec<u8>,
+}
+
+/// The handshake of `wire`, and its session.
+pub(crate) struct SealedLink {
+    /// Until it is over and its bytes are sent.
+    handshake: Option<Handshake>,
+    agreed: Option<Agreed>,
+    session: Option<Session>,
+    raw: Vec<u8>,
+    plain: Vec<u8>,
+    out: Vec<u8>,
+    messages: VecDeque<Message>,
+    /// Nothing but frames follows.
+    received_all: bool,
+}
+
+impl SealedLink {
+    pub(crate) fn new(handshake: Handshake) -> SealedLink {
+        SealedLink {
+            handshake: Some(handshake),
+            agreed: None,
+            session: None,
+            raw: Vec::new(),
+            plain: Vec::new(),
+            out: Vec::new(),
+            messages: VecDeque::new(),
+            received_all: false,
+        }
+    }
+
+    /// Drops the handshake when nothing of it is left to send.
+    fn shake(&mut self, bytes: &[u8]) -> Result<usize> {
+        let Some(handshake) = &mut self.handshake else { return Ok(0) };
+        let taken = handshake.input(bytes)?;
+        if let Some(Outcome { peer, terms, session }) = handshake.outcome() {
+            let (own, connecting) = (handshake.hello().clone(), handshake.connects());
+            self.agreed = Some(Agreed { peer, own, connecting, terms });
+            self.session = Some(session);
+        }
+        Ok(taken)
+    }
+
+    /// Opens and decodes what is here, a few messages ahead.
+    fn open(&mut self) -> Result<()> {
+        let Some(session) = &mut self.session else { return Ok(()) };
+        while !self.received_all && self.messages.len() < AHEAD {
+            match setup::decode(&self.plain)? {
+                Decoded::Message(message, n) => {
+                    self.plain.drain(..n);
+                    self.received_all = !matches!(message, setup::Message::Offer(..));
+                    self.messages.push_back(understood(message)?);
+                }
+                Decoded::Need(_) => match session.open(&mut self.raw)? {
+                    Opened::Record { plain, consumed } => {
+                        self.plain.extend_from_slice(&self.raw[..plain]);
+                        self.raw.drain(..consumed);
+                    }
+                    Opened::Need(_) => break,
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// The keys of a channel, by its set and its number there: one for each direction and purpose.
+    ///
+    /// # Errors
+    /// Before the proof.
+    pub(crate) fn channel_keys(&self, set: usize, index: usize) -> Result<ChannelKeys> {
+        let (Some(session), Some(agreed)) = (&self.session, &self.agreed) else {
+            bail!(Internal, "channel keys before the proof")
+        };
+        let number = |n: usize| u8::try_from(n).map_err(|_| err!(Internal, "channel {index} of set {set}"));
+        let (set, index) = (number(set)?, number(index)?);
+        let half = |direction| -> Result<HalfKeys> {
+            let hello = session.exporter.channel_mac_key(set, index.into(), direction)?;
+            let guard = match (agreed.terms.protect, &agreed.peer.proof) {
+                (Protect::Off, _) => Guard::None,
+                (Protect::Integrity, Proof::Nothing) => Guard::Checksum,
+                // A tag alone would cost as much.
+                _ => Guard::Seal(session.exporter.channel_data_key(set, index.into(), direction)?),
+            };
+            Ok(HalfKeys { hello, guard })
+        };
+        Ok(ChannelKeys { send: half(session.ours)?, recv: half(session.ours.other())? })
+    }
+
+    /// The keys that prove this session to a process of the same host.
+    ///
+    /// # Errors
+    /// Before the proof.
+    pub(crate) fn local_keys(&self) -> Result<ProofKeys> {
+        let Some(session) = &self.session else { bail!(Internal, "keys before the proof") };
+        let key = |direction| session.exporter.local_key(direction);
+        Ok(ProofKeys { send: key(session.ours)?, recv: key(session.ours.other())? })
+    }
+
+    /// What is left for the connection.
+    pub(crate) fn finish(self) -> Option<(Agreed, Sealed)> {
+        Some((self.agreed?, Sealed { session: self.session?, plain: self.plain, raw: self.raw }))
+    }
+}
+
+fn understood(message: setup::Message) -> Result<Message> {
+    let offer = |o: Offered| Offer { nic: o.nic, handle: o.handle };
+    Ok(match message {
+        setup::Message::Offer(sets, local) => {
+            Message::Offer(Offers { sets: sets.into_iter().map(|s| s.into_iter().map(offer).collect()).collect(), local })
+        }
+        setup::Message::Ready(verdict, numbers, local) => match verdict.result() {
+            Ok(()) => Message::Ready(Ready { numbers, local }),
+            Err(e) => Message::Abort(e),
+        },
+        setup::Message::Abort(verdict) => match verdict.result() {
+            Err(e) => Message::Abort(e),
+            Ok(()) => bail!(Protocol, "the peer gave up without a reason"),
+        },
+    })
+}
+
+fn announced(message: &Message) -> setup::Message {
+    let offered = |o: &Offer| Offered { nic: o.nic.clone(), handle: o.handle };
+    match message {
+        Message::Offer(Offers { sets, local }) => {
+            setup::Message::Offer(sets.iter().map(|s| s.iter().map(offered).collect()).collect(), *local)
+        }
+        Message::Ready(Ready { numbers, local }) => setup::Message::Ready(Verdict::ok(), numbers.clone(), *local),
+        Message::Abort(e) => setup::Message::Abort(Verdict::from(e)),
+    }
+}
+
+impl Link for SealedLink {
+    fn wants(&self) -> usize {
+        match self.received_all || self.messages.len() >= AHEAD {
+            true => 0,
+            false => MAX_RECORD.saturating_sub(self.raw.len()),
+        }
+    }
+
+    fn input(&mut self, bytes: &[u8]) -> Result<()> {
+        let taken = if self.session.is_none() { self.shake(bytes)? } else { 0 };
+        self.raw.extend_from_slice(&bytes[taken..]);
+        self.open()
+    }
+
+    fn output(&mut self, out: &mut Vec<u8>) {
+        if let Some(handshake) = &mut self.handshake {
+            let bytes = handshake.output();
+            let n = bytes.len();
+            out.extend_from_slice(bytes);
+            handshake.sent(n);
+            if self.session.is_some() {
+                self.handshake = None;
+            }
+        }
+        out.append(&mut self.out);
+    }
+
+    fn proved(&self) -> Option<&Agreed> {
+        self.agreed.as_ref()
+    }
+
+    fn send(&mut self, message: &Message) {
+        match (&mut self.session, &mut self.handshake, message) {
+            (Some(session), _, message) => {
+                let mut plain = Vec::new();
+                setup::encode(&announced(message), &mut plain);
+                // Nothing leaves unsealed; the set-up then ends at its deadline.
+                if let Err(e) = session.seal(&plain, &mut self.out) {
+                    log::error!("a message of a set-up was not sent: {e}");
+                }
+            }
+            (None, Some(handshake), Message::Abort(e)) => handshake.refuse(e),
+            _ => {}
+        }
+    }
+
+    fn receive(&mut self) -> Option<Message> {
+        let message = self.messages.pop_front();
+        // There is room again for what waits.
+        if let Err(e) = self.open() {
+            self.messages.push_back(Message::Abort(e));
+            self.received_all = true;
+        }
+        message
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::{err, ErrorKind};
+    use crate::wire::handshake::Identity;
+    use crate::wire::hello::tests::sample;
+    use crate::wire::keys::Keys;
+    use std::sync::Arc;
+
+    fn both(keys: [Keys; 2]) -> [SealedLink; 2] {
+        let identity = || Arc::new(Identity::generate().unwrap());
+        let [a, b] = keys.map(Arc::new);
+        [
+            SealedLink::new(Handshake::connecting(&identity(), sample(), a).unwrap()),
+            SealedLink::new(Handshake::listening(&identity(), sample(), b).unwrap()),
+        ]
+    }
+
+    /// Passes bytes in pieces of `cut` until nothing moves; the error of each side.
+    fn run(links: &mut [SealedLink; 2], cut: usize) -> [Result<()>; 2] {
+        let mut outcome = [Ok(()), Ok(())];
+        loop {
+            let mut moved = false;
+            for from in 0..2 {
+                let mut bytes = Vec::new();
+                links[from].output(&mut bytes);
+                for piece in bytes.chunks(cut) {
+                    moved = true;
+                    if outcome[1 - from].is_ok() {
+                        outcome[1 - from] = links[1 - from].input(piece);
+                    }
+                }
+            }
+            if !moved {
+                return outcome;
+            }
+        }
+    }
+
+    fn offers(n: usize) -> Offers {
+        let offer = |i| Offer { nic: format!("eth{i}"), handle: [i as u8; 128] };
+        let local = Some(Invitation { host: [7; 16], name: [8; 16] });
+        Offers { sets: vec![(0..n).map(offer).collect(), Vec::new()], local }
+    }
+
+    #[test]
+    fn messages_cross_whatever_the_pieces_and_what_follows_is_kept() {
+        for cut in [1, 7, 1000, 1 << 20] {
+            let mut links = both([Keys::none(), Keys::none()]);
+            assert_eq!(run(&mut links, cut), [Ok(()), Ok(())]);
+            assert!(links.iter().all(|l| l.proved().is_some()));
+            links[0].send(&Message::Offer(offers(64)));
+            links[0].send(&Message::Ready(Ready { numbers: vec![0, 63, 64], local: true }));
+            if let Some(session) = &mut links[0].session {
+                session.seal(b"a frame", &mut links[0].out).unwrap();
+            }
+            assert_eq!(run(&mut links, cut), [Ok(()), Ok(())]);
+            let [_, mut link] = links;
+            assert!(
+                matches!(link.receive(), Some(Message::Offer(o)) if o.sets[0].len() == 64 && o.sets[0][63].nic == "eth63" && o.local.is_some())
+            );
+            assert!(matches!(link.receive(), Some(Message::Ready(up)) if up == Ready { numbers: vec![0, 63, 64], local: true }));
+            assert_eq!(link.wants(), 0);
+            let mut rest = link.finish().unwrap().1;
+            assert!(matches!(rest.session.open(&mut rest.raw), Ok(Opened::Record { plain: 7, .. })));
+            assert!(rest.plain.is_empty() && rest.raw.starts_with(b"a frame"));
+        }
+    }
+
+    #[test]
+    fn without_the_key_nothing_is_proved_and_nothing_is_heard() {
+        let key = |text: &str| Keys::parse(text.as_bytes()).unwrap();
+        let mut links = both([key("0123456789abcdef"), key("fedcba9876543210")]);
+        let outcome = run(&mut links, 100);
+        assert!(outcome.iter().all(|o| o.as_ref().is_err_and(|e| e.kind() == ErrorKind::Auth)), "{outcome:?}");
+        assert!(links.iter().all(|l| l.proved().is_none()));
+    }
+
+    #[test]
+    fn a_flood_of_messages_is_not_taken_in() {
+        let mut links = both([Keys::none(), Keys::none()]);
+        assert_eq!(run(&mut links, 4096), [Ok(()), Ok(())]);
+        let mut bytes = Vec::new();
+        for _ in 0..100 {
+            links[0].send(&Message::Offer(offers(64)));
+        }
+        links[0].output(&mut bytes);
+        let link = &mut links[1];
+        let mut at = 0;
+        while link.wants() > 0 {
+            let n = link.wants().min(4096);
+            link.input(&bytes[at..at + n]).unwrap();
+            at += n;
+        }
+        assert!(link.messages.len() <= AHEAD && link.raw.len() <= MAX_RECORD && at < bytes.len() / 4, "{at} of {}", bytes.len());
+    }
+
+    #[test]
+    fn a_refusal_before_the_proof_reaches_the_peer() {
+        let mut links = both([Keys::none(), Keys::none()]);
+        let mut bytes = Vec::new();
+        links[0].output(&mut bytes);
+        links[1].input(&bytes).unwrap();
+        links[1].send(&Message::Abort(err!(Resource, "too many")));
+        let outcome = run(&mut links, 4096);
+        assert!(outcome[0].as_ref().is_err_and(|e| e.kind() == ErrorKind::Resource), "{outcome:?}");
+    }
+}

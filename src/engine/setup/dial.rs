@@ -1,0 +1,190 @@
+//! From a host name and a port to a connected socket, within one deadline and given up when the engine ends. Knows nothing of what
+//! the socket is for.
+
+use super::shutdown::{canceled, Shutdown};
+use crate::engine::limits;
+use crate::status::{bail, err, Result};
+use socket2::{Domain, Protocol, Socket, Type};
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+/// Look-ups of names under way in this process. The system's resolver cannot be stopped: a look-up whose caller has given up goes on.
+static LOOKUPS: AtomicUsize = AtomicUsize::new(0);
+const MAX_LOOKUPS: usize = 64;
+/// How soon a caller that waits for a name notices the engine's end.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// What resolves names: the system's resolver, or a test's.
+pub(crate) type Lookup = fn(&str, u16) -> std::io::Result<Vec<SocketAddr>>;
+
+/// The system's resolver; may block for as long as it likes.
+pub(crate) fn system_lookup(host: &str, port: u16) -> std::io::Result<Vec<SocketAddr>> {
+    Ok((host, port).to_socket_addrs()?.collect())
+}
+
+/// Waits until one of the descriptors has something, or the time is over. `None` in an entry's place waits for nothing.
+pub(crate) fn poll(fds: &[(RawFd, i16)], limit: Duration) -> Result<Vec<bool>> {
+    let mut entries: Vec<libc::pollfd> = fds.iter().map(|&(fd, events)| libc::pollfd { fd, events, revents: 0 }).collect();
+    let limit = libc::timespec { tv_sec: limit.as_secs().min(1 << 30) as i64, tv_nsec: i64::from(limit.subsec_nanos()) };
+    // SAFETY: the array is writable and has that many entries; the time is readable; no signal mask is given.
+    let n = unsafe { libc::ppoll(entries.as_mut_ptr(), entries.len() as libc::nfds_t, &limit, std::ptr::null()) };
+    if n < 0 {
+        let e = std::io::Error::last_os_error();
+        if e.kind() != std::io::ErrorKind::Interrupted {
+            return Err(limits::system("poll", &e));
+        }
+        return Ok(vec![false; fds.len()]);
+    }
+    Ok(entries.iter().map(|e| e.revents != 0).collect())
+}
+
+/// The addresses of a host. Numbers need no look-up; brackets around an IPv6 address are taken off.
+pub(crate) fn resolve(host: &str, port: u16, deadline: Instant, shutdown: &Shutdown, lookup: Lookup) -> Result<Vec<SocketAddr>> {
+    let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
+    if let Ok(ip) = bare.parse::<IpAddr>() {
+        return Ok(vec![SocketAddr::new(ip, port)]);
+    }
+    if LOOKUPS.fetch_add(1, Ordering::AcqRel) >= MAX_LOOKUPS {
+        LOOKUPS.fetch_sub(1, Ordering::AcqRel);
+        bail!(Resource, "{host}: {MAX_LOOKUPS} look-ups of host names are under way in this process");
+    }
+    let (sender, receiver) = mpsc::channel();
+    let name = bare.to_owned();
+    let started = limits::spawn("uccl-resolve", move || {
+        let found = lookup(&name, port);
+        LOOKUPS.fetch_sub(1, Ordering::AcqRel);
+        // Whoever asked may have given up.
+        let _ = sender.send(found);
+    });
+    if let Err(e) = started {
+        LOOKUPS.fetch_sub(1, Ordering::AcqRel);
+        return Err(e);
+    }
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match receiver.recv_timeout(left.min(LOOK)) {
+            Ok(Ok(found)) if found.is_empty() => bail!(Unreachable, "{host} has no address"),
+            Ok(Ok(found)) => return Ok(found),
+            Ok(Err(e)) => bail!(InvalidArgument, "{host}: {e}"),
+            Err(RecvTimeoutError::Disconnected) => bail!(Internal, "{host}: the look-up of the name panicked"),
+            Err(RecvTimeoutError::Timeout) if shutdown.begun() => return Err(canceled()),
+            Err(RecvTimeoutError::Timeout) if left.is_zero() => bail!(TimedOut, "{host}: the name was not resolved in time"),
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+    }
+}
+
+/// Connects to the first of several addresses that answers; none may use up the time of those after it. The socket does not block.
+pub(crate) fn connect(addresses: &[SocketAddr], deadline: Instant, shutdown: &Shutdown) -> Result<(TcpStream, SocketAddr)> {
+    let mut last = err!(Unreachable, "no address");
+    for (i, address) in addresses.iter().enumerate() {
+        let now = Instant::now();
+        let share = deadline.saturating_duration_since(now) / (addresses.len() - i) as u32;
+        match connect_to(*address, now + share, shutdown) {
+            Ok(sock) => return Ok((sock, *address)),
+            Err(e) if matches!(e.kind(), crate::status::ErrorKind::Canceled | crate::status::ErrorKind::Resource) => {
+                return Err(e)
+            }
+            Err(e) => last = e,
+        }
+    }
+    Err(last)
+}
+
+fn connect_to(address: SocketAddr, deadline: Instant, shutdown: &Shutdown) -> Result<TcpStream> {
+    let what = "socket of the control connection";
+    let socket =
+        Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP)).map_err(|e| limits::system(what, &e))?;
+    socket.set_nonblocking(true).and_then(|()| socket.set_tcp_nodelay(true)).map_err(|e| limits::system(what, &e))?;
+    match socket.connect(&address.into()) {
+        Ok(()) => return Ok(socket.into()),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EINPROGRESS | libc::EINTR)) => {}
+        Err(e) if limits::is_exhaustion(&e) => return Err(limits::system("connect", &e)),
+        Err(e) => bail!(Unreachable, "connect to {address}: {e}"),
+    }
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let ready = poll(&[(socket.as_raw_fd(), libc::POLLOUT), (shutdown.fd(), libc::POLLIN)], left)?;
+        if ready[1] {
+            return Err(canceled());
+        }
+        if ready[0] {
+            break;
+        }
+        if left.is_zero() {
+            bail!(TimedOut, "connect to {address}: no answer in time");
+        }
+    }
+    if let Some(e) = socket.take_error().map_err(|e| limits::system(what, &e))? {
+        bail!(Unreachable, "connect to {address}: {e}");
+    }
+    // TCP can connect a port to itself when nobody listens there.
+    if socket.local_addr().ok().and_then(|a| a.as_socket()) == Some(address) {
+        bail!(Unreachable, "connect to {address}: nobody listens there");
+    }
+    Ok(socket.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::ErrorKind;
+    use std::sync::Arc;
+
+    fn simulated_slow_lookup(_: &str, _: u16) -> std::io::Result<Vec<SocketAddr>> {
+        std::thread::sleep(Duration::from_secs(3));
+        Ok(Vec::new())
+    }
+
+    fn simulated_panic(_: &str, _: u16) -> std::io::Result<Vec<SocketAddr>> {
+        panic!("in the resolver")
+    }
+
+    #[test]
+    fn numbers_need_no_lookup() {
+        let shutdown = Shutdown::new().unwrap();
+        let now = Instant::now();
+        for (host, address) in [("127.0.0.1", "127.0.0.1:7"), ("::1", "[::1]:7"), ("[fd00::2]", "[fd00::2]:7")] {
+            assert_eq!(resolve(host, 7, now, &shutdown, simulated_panic).unwrap(), [address.parse().unwrap()]);
+        }
+    }
+
+    #[test]
+    fn a_slow_resolver_costs_no_more_than_the_deadline() {
+        let shutdown = Shutdown::new().unwrap();
+        let start = Instant::now();
+        let error = resolve("a.name", 7, start + Duration::from_millis(100), &shutdown, simulated_slow_lookup).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TimedOut);
+        assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    }
+
+    #[test]
+    fn the_engines_end_ends_the_wait() {
+        let shutdown = Arc::new(Shutdown::new().unwrap());
+        let other = shutdown.clone();
+        let start = Instant::now();
+        let ends = std::thread::spawn(move || other.begin());
+        let error = resolve("a.name", 7, start + Duration::from_secs(60), &shutdown, simulated_slow_lookup).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Canceled);
+        assert!(start.elapsed() < Duration::from_secs(2));
+        ends.join().unwrap();
+        // Nobody answers at this address: the end comes first here too.
+        let silent = "192.0.2.1:9".parse().unwrap();
+        let error = connect(&[silent], start + Duration::from_secs(60), &shutdown).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::Canceled | ErrorKind::Unreachable), "{error}");
+    }
+
+    #[test]
+    fn an_address_that_answers_is_found_behind_one_that_does_not() {
+        let shutdown = Shutdown::new().unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let good = listener.local_addr().unwrap();
+        let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        assert_eq!(connect(&[closed, good], deadline, &shutdown).unwrap().1, good);
+        assert_eq!(connect(&[closed], deadline, &shutdown).unwrap_err().kind(), ErrorKind::Unreachable);
+    }
+}

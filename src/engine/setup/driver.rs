@@ -1,0 +1,298 @@
+//! A set-up with its socket and its channels: moves bytes between the socket and the machine and does what the machine asks for. The
+//! set-up thread drives the incoming ones, a connecting thread its own. Knows nothing of frames.
+
+use super::build::{self, Up};
+use super::channels::{self, Opened, Raising};
+use super::context::SetupContext;
+use super::control::{Link, SealedLink};
+use super::machine::{Next, Setup};
+use crate::addresses::{plain, AllowList};
+use crate::engine::connection::Connection;
+use crate::engine::limits;
+use crate::engine::setup::quota::Counted;
+use crate::status::{err, Error, ErrorKind, Result};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// The least pause between two looks at channels that are coming up: they report nothing by themselves. On a fast network all of them
+/// are there after two looks.
+const LOOK: Duration = Duration::from_micros(20);
+/// The pause where channels have not come up for this long: somebody does not answer, and there may be many such set-ups.
+const SLOW: Duration = Duration::from_millis(50);
+const SLOW_AFTER: Duration = Duration::from_secs(1);
+/// Bytes read at once.
+const READ: usize = 4096;
+
+enum Channels {
+    None,
+    Opened(Opened),
+    Raising(Raising),
+    Up(channels::Up),
+}
+
+/// What a step came to.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// Call again when the socket has something, or at the time that [`SetupDriver::wake_at`] names.
+    Wait,
+    /// The peer is proved and waits to be admitted: [`SetupDriver::admit`].
+    Proved,
+    /// All is there: [`SetupDriver::finish`].
+    Up,
+}
+
+/// Channels of all sets.
+fn count(up: &channels::Up) -> usize {
+    up.sets.iter().map(|set| set.pairs.len()).sum()
+}
+
+pub(crate) struct SetupDriver {
+    sock: TcpStream,
+    /// The peer.
+    pub address: SocketAddr,
+    setup: Setup<SealedLink>,
+    channels: Channels,
+    /// What may be dialled.
+    allowed: AllowList,
+    out: Vec<u8>,
+    sent: usize,
+    /// The peer's stream has ended; what it said before still counts.
+    ended: Option<Error>,
+    /// When to look at the channels again, and when they began.
+    look_at: Instant,
+    began: Instant,
+    started: Instant,
+    /// What its channels will open.
+    promise: Option<limits::Promise>,
+}
+
+impl SetupDriver {
+    /// Takes over a connected socket that does not block.
+    pub(crate) fn new(sock: TcpStream, address: SocketAddr, setup: Setup<SealedLink>, now: Instant) -> SetupDriver {
+        let address = SocketAddr::new(plain(address.ip()), address.port());
+        SetupDriver {
+            sock,
+            address,
+            setup,
+            channels: Channels::None,
+            allowed: AllowList::default(),
+            out: Vec::new(),
+            sent: 0,
+            ended: None,
+            look_at: now,
+            began: now,
+            started: now,
+            promise: None,
+        }
+    }
+
+    /// One line of the trace level for a step that was made.
+    fn trace(&self, step: std::fmt::Arguments<'_>) {
+        log::trace!("set-up with {}: {step}, {:.1?} after its start", self.address, self.started.elapsed());
+    }
+
+    pub(crate) fn fd(&self) -> RawFd {
+        self.sock.as_raw_fd()
+    }
+
+    pub(crate) fn setup(&self) -> &Setup<SealedLink> {
+        &self.setup
+    }
+
+    /// Whether bytes of the peer are of use now, and whether some of ours wait for room.
+    pub(crate) fn interest(&self) -> (bool, bool) {
+        (self.setup.link.wants() > 0, self.sent < self.out.len())
+    }
+
+    /// When to call [`SetupDriver::step`] next, whatever happens on the socket.
+    pub(crate) fn wake_at(&self) -> Instant {
+        let deadline = self.setup.deadline();
+        match self.channels {
+            Channels::Raising(_) => self.look_at.min(deadline),
+            _ => deadline,
+        }
+    }
+
+    /// Goes as far as it can without waiting.
+    ///
+    /// # Errors
+    /// Why the set-up has failed.
+    pub(crate) fn step(&mut self, context: &SetupContext, now: Instant) -> Result<Progress> {
+        loop {
+            self.read(now)?;
+            self.flush()?;
+            if self.look(now)? {
+                continue;
+            }
+            match self.setup.next(now) {
+                Ok(Next::Wait | Next::Admit) if self.ended.is_some() => {
+                    return Err(self.ended.take().unwrap_or_else(|| self.setup.hung_up()));
+                }
+                Ok(Next::Wait) => return Ok(Progress::Wait),
+                Ok(Next::Admit) => return Ok(Progress::Proved),
+                Ok(Next::Finish(theirs)) => {
+                    self.flush()?;
+                    if let Channels::Up(raised) = std::mem::replace(&mut self.channels, Channels::None) {
+                        let raised = channels::agree(raised, &theirs)?;
+                        self.trace(format_args!("{} channels are up on both sides", count(&raised)));
+                        self.channels = Channels::Up(raised);
+                    }
+                    return Ok(Progress::Up);
+                }
+                Ok(Next::PeerHas(theirs)) => {
+                    if let Channels::Raising(raising) = &mut self.channels {
+                        raising.peer_has(&theirs);
+                        self.look_at = now;
+                    }
+                }
+                Ok(Next::Raise(offers)) => {
+                    self.trace(format_args!("the peer offers {} channels", offers.sets.iter().map(Vec::len).sum::<usize>()));
+                    if let Channels::Opened(opened) = std::mem::replace(&mut self.channels, Channels::None) {
+                        let link = &self.setup.link;
+                        let proof = link.local_keys()?;
+                        let keys = |set, index| link.channel_keys(set, index);
+                        let raising = opened.establish(context, &offers, keys, proof, &self.allowed)?;
+                        self.channels = Channels::Raising(raising);
+                        (self.look_at, self.began) = (now, now);
+                    }
+                }
+                Err(e) => return Err(self.with_missing(e)),
+            }
+        }
+    }
+
+    /// Names the channels that are missing when time is over.
+    fn with_missing(&self, error: Error) -> Error {
+        match (&self.channels, error.kind()) {
+            (Channels::Raising(raising), ErrorKind::TimedOut) => raising.missing().unwrap_or(error),
+            _ => error,
+        }
+    }
+
+    /// Looks at channels that are coming up, when it is time to. Whether they are all up now.
+    fn look(&mut self, now: Instant) -> Result<bool> {
+        let Channels::Raising(raising) = &mut self.channels else { return Ok(false) };
+        if now < self.look_at {
+            return Ok(false);
+        }
+        if raising.poll().map_err(|e| limits::explain(e, self.sock.as_fd()))? {
+            if let Channels::Raising(raising) = std::mem::replace(&mut self.channels, Channels::None) {
+                let (up, ready) = raising.finish()?;
+                self.trace(format_args!("{} channels are up here", ready.numbers.len()));
+                self.channels = Channels::Up(up);
+                self.setup.raised(ready);
+            }
+            return Ok(true);
+        }
+        let slow = now.saturating_duration_since(self.began) > SLOW_AFTER;
+        self.look_at = now + raising.retry_in().max(if slow { SLOW } else { LOOK });
+        Ok(false)
+    }
+
+    fn read(&mut self, now: Instant) -> Result<()> {
+        let mut buffer = [0; READ];
+        while self.ended.is_none() {
+            let wanted = self.setup.link.wants().min(READ);
+            if wanted == 0 {
+                self.ended = self.gone();
+                break;
+            }
+            match self.sock.read(&mut buffer[..wanted]) {
+                Ok(0) => self.ended = Some(self.setup.hung_up()),
+                Ok(n) => self.setup.received(&buffer[..n], now)?,
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => break,
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(e) => self.ended = Some(err!(RemoteDisconnect, "{} ({e})", self.setup.hung_up())),
+            }
+        }
+        Ok(())
+    }
+
+    /// While nothing of the peer's is read: why it is not there any more, if so.
+    fn gone(&self) -> Option<Error> {
+        let there = match (self.sock.take_error(), self.sock.peek(&mut [0])) {
+            (Ok(None), Ok(n)) => n > 0,
+            (Ok(None), Err(e)) => matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted),
+            _ => false,
+        };
+        (!there).then(|| self.setup.hung_up())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        self.setup.link.output(&mut self.out);
+        while self.sent < self.out.len() {
+            match self.sock.write(&self.out[self.sent..]) {
+                Ok(0) => break,
+                Ok(n) => self.sent += n,
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                // What the peer said before it closed tells more than our failed write: reading goes on.
+                Err(e) if matches!(e.kind(), std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset) => break,
+                // Nothing may follow what did not leave.
+                Err(e) if limits::is_exhaustion(&e) => return Err(limits::system("send", &e)),
+                Err(e) => return Err(err!(RemoteDisconnect, "{} ({e})", self.setup.hung_up())),
+            }
+        }
+        self.out.clear();
+        self.sent = 0;
+        Ok(())
+    }
+
+    /// Opens this side's listen comms and offers them to the proved peer.
+    ///
+    /// # Errors
+    /// `Resource` when the descriptors do not suffice; why a plugin cannot listen.
+    pub(crate) fn admit(&mut self, context: &SetupContext) -> Result<()> {
+        let Some(agreed) = self.setup.link.proved() else { return Err(err!(Internal, "admitted before its proof")) };
+        let connecting = agreed.connecting;
+        let mut plans = channels::planned(context, agreed);
+        if limits::room_for(&context.limits, self.sock.as_fd(), channels::cost(&plans)).is_err() {
+            // The connection comes up without those of further GPUs.
+            plans.iter_mut().filter(|plan| plan.spare).for_each(|plan| plan.channels = 0);
+            limits::room_for(&context.limits, self.sock.as_fd(), channels::cost(&plans))?;
+        }
+        let later = channels::later(&plans);
+        let opened = Opened::open(context, plans, connecting).map_err(|e| limits::explain(e, self.sock.as_fd()))?;
+        self.promise = Some(limits::Promise::new(later));
+        let offers = opened.offers();
+        self.trace(format_args!("the peer is proved"));
+        self.trace(format_args!("this side offers {} channels", offers.sets.iter().map(Vec::len).sum::<usize>()));
+        self.setup.offer(offers);
+        self.channels = Channels::Opened(opened);
+        self.allowed = context.config.allow.clone();
+        Ok(())
+    }
+
+    /// Gives up: the channels at once, and the peer is told why. What is left is a socket that may linger until the peer has read it.
+    pub(crate) fn give_up(mut self, error: &Error) -> TcpStream {
+        self.channels = Channels::None;
+        self.setup.fail(error);
+        let _ = self.flush();
+        // Closing a socket with unread bytes resets it, and the peer could lose what it was told.
+        let _ = self.sock.shutdown(std::net::Shutdown::Write);
+        self.sock
+    }
+
+    /// The connection. `counted`: an incoming one's place among those.
+    ///
+    /// # Errors
+    /// `Canceled` when the engine ends, `Resource`.
+    pub(crate) fn finish(self, context: &SetupContext, counted: Option<Counted>) -> Result<Arc<Connection>> {
+        build::connection(context, self.parts()?, counted)
+    }
+
+    /// What a connection is built of.
+    ///
+    /// # Errors
+    /// `Internal` before the end.
+    pub(crate) fn parts(self) -> Result<Up> {
+        let (Channels::Up(channels::Up { sets, local }), Some((agreed, sealed))) = (self.channels, self.setup.link.finish())
+        else {
+            return Err(err!(Internal, "finished before its end"));
+        };
+        Ok(Up { sock: self.sock, address: self.address, agreed, sealed, sets, local })
+    }
+}

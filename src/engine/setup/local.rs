@@ -1,0 +1,125 @@
+//! Meeting the peer on this host while a connection is set up: whether this side takes part, what it brings along, and what came of it.
+//! Nothing here fails a set-up: what is not shared goes over the channels.
+
+use super::channels::plan::own_gpu;
+use super::context::SetupContext;
+use crate::config::LocalGpu;
+use crate::gpu::PullOptions;
+use crate::host::memory::cuda::{CudaMemory, CudaOptions};
+use crate::host::memory::Manner;
+use crate::host::{emulated_gpu, Bell, EmulatedMemory, Have, Linked, Lookup, Meeting, OneHost, Opening, ProofKeys};
+use crate::status::{bail, Error, Result};
+use crate::types::Place;
+use crate::wire::hello::Hello;
+use crate::wire::setup::Invitation;
+use std::time::Instant;
+
+/// This side's part, before the peer's is known.
+///
+/// # Errors
+/// Why this side takes none.
+pub(super) fn opening(context: &SetupContext, connecting: bool) -> Result<Opening> {
+    if context.config.disable_ipc {
+        bail!(Unsupported, "UCCL_P2P_DISABLE_IPC is set");
+    }
+    Opening::new(connecting, context.config.local_dir.clone())
+}
+
+/// What this side can share and pull besides host memory.
+fn have(context: &SetupContext) -> Have {
+    if context.config.emulate_device {
+        let gpus = (0..context.config.emulate_devices).map(|i| (Place::gpu(i), emulated_gpu(i))).collect();
+        return Have { gpus, device: Some(Box::new(EmulatedMemory::new(context.config.local_gpu == LocalGpu::Push))) };
+    }
+    if !crate::gpu::available() {
+        return Have { gpus: Vec::new(), device: None };
+    }
+    let named = |ordinal: i32| Some((Place::gpu(u8::try_from(ordinal).ok()?), cuda_driver::uuid_of(ordinal).ok()?));
+    let gpus = (0..cuda_driver::device_count()).filter_map(named).collect();
+    let pulls = PullOptions { blocks: context.config.local_blocks, ..PullOptions::default() };
+    let manner = match context.config.local_gpu {
+        LocalGpu::Auto => None,
+        LocalGpu::Pull => Some(Manner::Pull),
+        LocalGpu::Push => Some(Manner::Push),
+    };
+    Have { gpus, device: Some(Box::new(CudaMemory::new(CudaOptions { pulls, manner }))) }
+}
+
+/// How far it is.
+pub(crate) enum Local {
+    Meeting(Box<Meeting>),
+    Linked(Box<Linked>),
+    /// Nothing is shared; why, unless that goes without saying.
+    Not(Option<String>),
+}
+
+impl Local {
+    pub(super) fn begin(context: &SetupContext, own: Result<Opening>, peer: Option<&Invitation>, keys: ProofKeys) -> Local {
+        let met = match (own, peer) {
+            (Err(e), _) => Err(e),
+            // It has it turned off, or cannot; if it runs here, its own line says why.
+            (Ok(_), None) => return Local::Not(None),
+            (Ok(own), Some(peer)) if own.invitation().host != peer.host => return Local::Not(None),
+            (Ok(own), Some(peer)) => own.meet(peer, keys, have(context), Instant::now()),
+        };
+        met.map_or_else(Local::failed, |meeting| Local::Meeting(Box::new(meeting)))
+    }
+
+    fn failed(error: Error) -> Local {
+        Local::Not(Some(error.to_str().to_owned()))
+    }
+
+    pub(super) fn poll(&mut self) {
+        if let Local::Meeting(meeting) = self {
+            match meeting.poll(Instant::now()) {
+                Ok(None) => {}
+                Ok(Some(linked)) => *self = Local::Linked(Box::new(linked)),
+                Err(e) => *self = Local::failed(e),
+            }
+        }
+    }
+
+    pub(super) fn is_settled(&self) -> bool {
+        !matches!(self, Local::Meeting(_))
+    }
+
+    pub(super) fn is_linked(&self) -> bool {
+        matches!(self, Local::Linked(_))
+    }
+
+    /// The peer's side has not come to the same.
+    pub(super) fn give_up(&mut self) {
+        if !matches!(self, Local::Not(_)) {
+            *self = Local::Not(Some("the peer does not take part".to_owned()));
+        }
+    }
+
+    /// What it came to, in words behind those on the channels.
+    pub(super) fn describe(&self) -> String {
+        match self {
+            Local::Linked(linked) => {
+                let gpu = |place: Place| place.ordinal().map_or(String::new(), |n| n.to_string());
+                let word = |pair: &(Place, Place)| match (pair.0.is_device(), linked.pushed.contains(pair)) {
+                    (true, pushed) => {
+                        let pushed = if pushed { " (pushed)" } else { "" };
+                        format!("GPU {} here and {} there{pushed}", gpu(pair.0), gpu(pair.1))
+                    }
+                    (false, _) => "host memory".to_owned(),
+                };
+                let all: Vec<String> = linked.pairs.iter().map(word).collect();
+                format!("; before all of them, copied within this host from process {}: {}", linked.who.pid, all.join(", "))
+            }
+            Local::Not(Some(why)) => format!("; nothing is copied within this host: {why}"),
+            _ => String::new(),
+        }
+    }
+
+    /// The transport, where there is one. `lookup` finds registered regions.
+    pub(super) fn transport(self, bell: Bell, peer: &Hello, lookup: Lookup) -> Option<OneHost> {
+        let gpus = std::iter::once(own_gpu(peer)).chain(peer.further_gpus.iter().copied());
+        match self {
+            Local::Linked(linked) => Some(OneHost::new(*linked, bell, gpus.map(Place::gpu).collect(), lookup)),
+            _ => None,
+        }
+    }
+}

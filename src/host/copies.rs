@@ -1,0 +1,151 @@
+//! Copies under way into memory of this side: of its own reads, and of the peer's writes. Knows nothing of grants and of how the other side is
+//! told.
+
+use super::exports::Imports;
+use super::memory::host::HostMemory;
+use super::memory::{LocalMemory, Pull};
+use crate::status::{bail, Result};
+use crate::types::{Key, Piece, Place};
+use std::time::{Duration, Instant};
+
+/// Bytes that are copied in hardly more time than one, and the time in which that should be over.
+const SMALL: u64 = 64 << 10;
+const SOON: Duration = Duration::from_micros(15);
+
+/// What a copy is part of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Owner {
+    /// A read of this side.
+    Read(Key),
+    /// Orders of the peer, and the bytes of each.
+    Orders(Vec<(u64, u64)>),
+}
+
+/// What became of a copy.
+pub(super) enum Done {
+    /// So many more bytes of it are in place.
+    Moved(Owner, u64),
+    /// It has ended: the bytes that [`Done::Moved`] has not told, its pieces and its place.
+    Ended { owner: Owner, rest: u64, pieces: usize },
+}
+
+/// A copy under way.
+struct Running {
+    pull: Pull,
+    place: Place,
+    exports: Vec<u32>,
+    pieces: usize,
+    bytes: u64,
+    /// Bytes of it that were reported.
+    moved: u64,
+    begun: Instant,
+    owner: Owner,
+}
+
+/// All copies of a connection.
+pub(super) struct Copies {
+    pub host: Option<HostMemory>,
+    pub device: Option<Box<dyn LocalMemory>>,
+    running: Vec<Running>,
+    /// Room for the pieces of the next copy.
+    pub pieces: Vec<Piece>,
+}
+
+impl Copies {
+    pub(super) fn new(host: Option<HostMemory>, device: Option<Box<dyn LocalMemory>>) -> Copies {
+        Copies { host, device, running: Vec::new(), pieces: Vec::new() }
+    }
+
+    /// The memory that copies into a place.
+    pub(super) fn memory(&mut self, place: Place) -> Option<&mut dyn LocalMemory> {
+        match place.is_device() {
+            true => self.device.as_mut().map(|device| &mut **device as &mut dyn LocalMemory),
+            false => self.host.as_mut().map(|host| host as &mut dyn LocalMemory),
+        }
+    }
+
+    /// Starts copying the pieces at hand, which have so many bytes, into `place`. `exports`: where their sources lie.
+    ///
+    /// # Safety
+    /// Sources lie in the peer's process or in the open `exports`; whatever `owner` names keeps the destinations until the copy has ended,
+    /// or for ever where it does not end.
+    ///
+    /// # Errors
+    /// When the connection must end.
+    pub(super) unsafe fn start(
+        &mut self,
+        place: Place,
+        exports: Vec<u32>,
+        bytes: u64,
+        owner: Owner,
+        imports: &mut Imports,
+    ) -> Result<()> {
+        for &id in &exports {
+            imports.enter(id, place)?;
+        }
+        let pieces = std::mem::take(&mut self.pieces);
+        let Some(memory) = self.memory(place) else { bail!(Internal, "no memory copies into {place:?}") };
+        memory.belongs_to(match &owner {
+            Owner::Read(key) => key.id << 1,
+            Owner::Orders(parts) => parts.first().map_or(0, |(order, _)| order << 1 | 1),
+        });
+        // SAFETY: by the caller's contract; `exports` are in use from here on.
+        let pull = unsafe { memory.pull(place, &pieces) };
+        let n = pieces.len();
+        self.pieces = pieces;
+        self.running.push(Running { pull: pull?, place, exports, pieces: n, bytes, moved: 0, begun: Instant::now(), owner });
+        Ok(())
+    }
+
+    /// Copies that have moved on or ended since the last call, in any order.
+    ///
+    /// # Errors
+    /// When the bytes of one will never be in place.
+    pub(super) fn poll(&mut self, imports: &mut Imports) -> Result<Vec<Done>> {
+        let (mut done, mut i) = (Vec::new(), 0);
+        while let Some(&Running { pull, place, bytes, moved, .. }) = self.running.get(i) {
+            let Some(memory) = self.memory(place) else { bail!(Internal, "no memory copies into {place:?}") };
+            if !memory.poll(pull)? {
+                // Large ones end together, since all have their turns: what each has moved shows that they go on.
+                let more = memory.copied(pull, bytes).min(bytes).saturating_sub(moved);
+                if more > 0 {
+                    self.running[i].moved += more;
+                    done.push(Done::Moved(self.running[i].owner.clone(), more));
+                }
+                i += 1;
+                continue;
+            }
+            let Running { exports, pieces, owner, .. } = self.running.swap_remove(i);
+            if let Some(device) = &mut self.device {
+                exports.into_iter().for_each(|id| imports.release(id, &mut **device));
+            }
+            done.push(Done::Ended { owner, rest: bytes - moved, pieces });
+        }
+        Ok(done)
+    }
+
+    /// Copies are under way.
+    pub(super) fn any(&self) -> bool {
+        !self.running.is_empty()
+    }
+
+    /// Something small has started so recently that it should end at once.
+    pub(super) fn end_soon(&self, now: Instant) -> bool {
+        let soon = |copy: &Running| copy.bytes <= SMALL && now.saturating_duration_since(copy.begun) < SOON;
+        self.running.last().is_some_and(soon)
+    }
+
+    /// Copies run whose end rings no doorbell.
+    pub(super) fn copying(&self) -> bool {
+        self.device.as_ref().is_some_and(|device| device.busy()) || self.host.as_ref().is_some_and(|host| host.busy())
+    }
+
+    /// Waits, for a bounded time, until no copy touches memory any more.
+    ///
+    /// # Errors
+    /// When some still may.
+    pub(super) fn quiesce(&mut self) -> Result<()> {
+        let host = self.host.as_mut().map_or(Ok(()), |host| host.quiesce());
+        host.and(self.device.as_mut().map_or(Ok(()), |device| device.quiesce()))
+    }
+}

@@ -1,0 +1,610 @@
+//! The direct transport to a process of the same host: what its two flows, its grants and its messages are for, joined. Knows nothing of
+//! channels, frames and transfers but their keys.
+
+use super::copies::{Copies, Done, Owner};
+use super::exports::{Imports, Reach, Shares, Stretch};
+use super::grants::{Claim, Grants, Leases};
+use super::link::Linked;
+use super::locate::cover;
+use super::memory::host;
+use super::memory::pool::Bell;
+use super::messages::{self, Granted, Message, MAX_EXPORTS};
+use super::orders::{self, Orders};
+use super::read::{self, Reads, Source};
+use super::ring::Listening;
+use super::socket::{Received, Socket, MAX_MESSAGE};
+use super::write::{Target, Writes};
+use crate::direct::{Activity, Direct, Event, Pairing, Route, Start, Way};
+use crate::region::{Hold, Region, RegionUse};
+use crate::stats::ChannelStats;
+use crate::status::{bail, err, Error, Result};
+use crate::types::{Key, Landing, Place, RemoteAccess};
+use std::collections::VecDeque;
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Messages of the peer that are read in one round.
+const MESSAGES: usize = 64;
+/// Messages that may wait for a peer that does not read.
+const MAX_WAITING: usize = 1 << 16;
+
+/// Finds a registered region by its id and token.
+pub(crate) type Lookup = Box<dyn Fn(u64, &[u8; 16]) -> Result<RegionUse> + Send>;
+
+/// How the transport's socket is watched.
+pub(crate) struct Watched {
+    /// To be watched for something to read, edges only.
+    pub fd: RawFd,
+    /// To be set whenever there is something.
+    pub news: Arc<AtomicBool>,
+    /// The switch of the peer's doorbell.
+    pub listening: Listening,
+}
+
+/// The peer's process, and what waits to be said to it.
+struct Wire {
+    socket: Socket,
+    pid: i32,
+    /// Pairs of places, here and there, between which both sides can copy.
+    pairs: Vec<(Place, Place)>,
+    /// Answers and rings.
+    outbox: VecDeque<Message>,
+    /// Something came on the socket, or waits to leave.
+    news: Arc<AtomicBool>,
+}
+
+impl Wire {
+    fn joins(&self, here: Place, there: Place) -> bool {
+        self.pairs.contains(&(here, there))
+    }
+
+    fn wake(&self) {
+        self.news.store(true, Ordering::Release);
+    }
+}
+
+/// The transport.
+pub(crate) struct OneHost {
+    wire: Wire,
+    lookup: Lookup,
+    /// GPUs of the peer whose memory is in use: what they may want to reach is told in advance.
+    likely: Vec<Place>,
+    copies: Copies,
+    shares: Shares,
+    imports: Imports,
+    grants: Grants,
+    leases: Leases,
+    reads: Reads,
+    writes: Writes,
+    orders: Orders,
+    /// Bytes that came to this side.
+    received: u64,
+    /// The peer has answered a claim, or said that it can reach an allocation.
+    answered: bool,
+    /// Reads whose region had ended when they were started.
+    late: Vec<Key>,
+}
+
+impl OneHost {
+    /// `bell`: rung when a thread has ended a copy; `likely`: GPUs of the peer whose memory is in use.
+    pub(crate) fn new(linked: Linked, bell: Bell, likely: Vec<Place>, lookup: Lookup) -> OneHost {
+        let Linked { socket, who, mut host, device, inn, out, pairs, .. } = linked;
+        if let Some(host) = &mut host {
+            host.set_bell(bell);
+        }
+        let (grants, leases) = (Grants::new(out.shared()), Leases::new(inn.shared()));
+        let news = Arc::new(AtomicBool::new(true));
+        OneHost {
+            wire: Wire { socket, pid: who.pid, pairs, outbox: VecDeque::new(), news },
+            lookup,
+            likely,
+            copies: Copies::new(host, device),
+            shares: Shares::default(),
+            imports: Imports::default(),
+            grants,
+            leases,
+            reads: Reads::default(),
+            writes: Writes::new(out),
+            orders: Orders::new(inn),
+            received: 0,
+            answered: false,
+            late: Vec::new(),
+        }
+    }
+
+    /// What the engine watches for it.
+    pub(crate) fn watched(&self) -> Watched {
+        Watched { fd: self.wire.socket.fd(), news: self.wire.news.clone(), listening: self.writes.out.listening() }
+    }
+
+    // ---- which way a transfer goes ----
+
+    /// Whether the peer can read a region of this side for its memory at `there`.
+    fn share(&mut self, region: &Region, there: Place) -> Reach<()> {
+        match (region.place.is_device(), &mut self.copies.device) {
+            (false, _) if region.is_readable(host::is_readable) => Reach::Yes(()),
+            (true, Some(device)) if self.wire.joins(region.place, there) => self.shares.share(region, there, &mut **device),
+            _ => Reach::No,
+        }
+    }
+
+    /// Where a pairing's blocks are read from.
+    fn source(&self, pairing: &Pairing, granted: &Granted) -> Reach<Source> {
+        if !granted.direct.read {
+            return Reach::No;
+        }
+        let stretches = match self.imports.range(&granted.exports, pairing.here, pairing.far) {
+            Reach::Yes(stretches) if !pairing.here.is_device() || cover(&stretches, pairing.far) => stretches,
+            Reach::Pending => return Reach::Pending,
+            _ => return Reach::No,
+        };
+        Reach::Yes(Source { slot: granted.slot, generation: granted.generation, stretches })
+    }
+
+    /// Where a pairing's blocks come from, for the peer. `slot`, `generation`: the grant that it writes.
+    fn target(&mut self, pairing: &Pairing, (slot, generation): (u32, u64), hold: &Hold) -> Reach<Target> {
+        let Some(region) = hold.region_to_share(pairing.local) else { return Reach::No };
+        match self.share(region, pairing.there) {
+            Reach::Yes(()) => {}
+            Reach::Pending => {
+                // It is told for the first time.
+                self.wire.wake();
+                return Reach::Pending;
+            }
+            Reach::No => return Reach::No,
+        }
+        let mut stretches: Vec<Stretch> = Vec::new();
+        if pairing.here.is_device() {
+            stretches = self.shares.stretches(region.span.id, pairing.there, pairing.near).to_vec();
+            if !cover(&stretches, pairing.near) {
+                return Reach::No;
+            }
+        }
+        Reach::Yes(Target { slot, generation, stretches })
+    }
+
+    /// How one pairing of a transfer can go.
+    fn route_pairing(&mut self, way: Way, pairing: &Pairing, hold: &Hold) -> Route {
+        let granted = match self.leases.claim(pairing.region, pairing.token, pairing.here) {
+            Claim::Granted(granted) => granted,
+            Claim::Asked => {
+                self.wire.wake();
+                // What the peer is to read is told meanwhile.
+                if way == Way::Out && self.target(pairing, (0, 0), hold) == Reach::No {
+                    return Route::Channels;
+                }
+                return Route::Wait;
+            }
+            Claim::Channels => return Route::Channels,
+            Claim::Refused(error) => return Route::Refused(error),
+        };
+        if let Some(error) = forbidden(way, pairing, &granted) {
+            return Route::Refused(error);
+        }
+        if !self.leases.stands(granted.slot, granted.generation) {
+            return Route::Refused(err!(RemoteAccess, "region {} is not registered any more", granted.region));
+        }
+        let reach = match way {
+            Way::In => self.source(pairing, &granted).drop_value(),
+            Way::Out if !granted.direct.write => Reach::No,
+            Way::Out => self.target(pairing, (granted.slot, granted.generation), hold).drop_value(),
+        };
+        match reach {
+            Reach::Yes(()) => Route::Direct,
+            Reach::Pending => Route::Wait,
+            Reach::No => Route::Channels,
+        }
+    }
+
+    fn start_read(&mut self, transfer: &mut Start<'_>) -> Result<()> {
+        let mut sources = Vec::with_capacity(transfer.pairings.len());
+        for pairing in transfer.pairings {
+            let Claim::Granted(granted) = self.leases.claim(pairing.region, pairing.token, pairing.here) else {
+                bail!(Internal, "a read of region {}, which is not granted", pairing.region)
+            };
+            match self.source(pairing, &granted) {
+                Reach::Yes(source) => sources.push(source),
+                _ => bail!(Internal, "a read of region {}, which cannot be reached", pairing.region),
+            }
+        }
+        let place = transfer.pairings.first().map_or(Place::HOST, |pairing| pairing.here);
+        let mut around = read::Around { copies: &mut self.copies, imports: &mut self.imports, leases: &self.leases };
+        if !self.reads.start(transfer, sources, place, &mut around)? {
+            self.late.push(transfer.key);
+        }
+        Ok(())
+    }
+
+    fn start_write(&mut self, transfer: &mut Start<'_>, landing: Option<Landing>) -> Result<()> {
+        let mut targets = Vec::with_capacity(transfer.pairings.len());
+        for pairing in transfer.pairings {
+            let grant = match (landing, self.leases.claim(pairing.region, pairing.token, pairing.here)) {
+                (Some(landing), _) => (landing.slot, landing.generation),
+                (None, Claim::Granted(granted)) => (granted.slot, granted.generation),
+                _ => bail!(Internal, "a write to region {}, which is not granted", pairing.region),
+            };
+            match self.target(pairing, grant, transfer.hold) {
+                Reach::Yes(target) => targets.push(target),
+                _ => bail!(Internal, "a write from region {}, which the peer cannot read", pairing.local),
+            }
+        }
+        self.writes.start(transfer, targets)?;
+        self.ring_if(true);
+        Ok(())
+    }
+
+    // ---- messages ----
+
+    /// Reads what the peer's process says; whether there may be more.
+    fn hear(&mut self, events: &mut Vec<Event>) -> Result<bool> {
+        let mut buffer = [0; MAX_MESSAGE];
+        for _ in 0..MESSAGES {
+            if self.imports.is_full() {
+                break;
+            }
+            let message = match self.wire.socket.receive(&mut buffer)? {
+                Received::Message(n, fds) => Message::decode(&buffer[..n], fds)?,
+                Received::Cut(n) => {
+                    // Channels carry what it would have shared.
+                    if let Some(id) = messages::share_of(&buffer[..n]) {
+                        self.wire.outbox.push_back(self.imports.missed(id)?);
+                    }
+                    continue;
+                }
+                // At its end the control connection tells why.
+                Received::Nothing | Received::End => return Ok(false),
+            };
+            self.take(message, events)?;
+        }
+        self.wire.wake();
+        Ok(true)
+    }
+
+    fn take(&mut self, message: Message, events: &mut Vec<Event>) -> Result<()> {
+        match (message, &mut self.copies.device) {
+            (Message::Ring, _) => {}
+            (Message::Answer { id, open }, _) => {
+                self.shares.answered(id, open)?;
+                self.answered = true;
+            }
+            (Message::Share { id, there, here, export }, Some(_)) if self.wire.joins(here, there) => {
+                self.imports.told(id, here, export)?;
+            }
+            (Message::End { id }, Some(device)) => self.imports.ended(id, &mut **device)?,
+            (Message::Claim { region, token, place }, _) => self.claimed((region, token, place), events)?,
+            (Message::Grant(granted), _) if self.wire.joins(granted.here, granted.there) => {
+                self.leases.granted(*granted)?;
+                self.answered = true;
+            }
+            (Message::Refuse { region, token, place, why }, _) => {
+                self.leases.refused((region, token, place), why)?;
+                self.answered = true;
+            }
+            (Message::Revoke { slot, generation }, _) => self.leases.revoked(slot, generation)?,
+            (message, _) => bail!(Protocol, "the peer's process says what was not agreed: {message:?}"),
+        }
+        Ok(())
+    }
+
+    /// The peer claims a region for its memory at `there`.
+    fn claimed(&mut self, (region, token, there): (u64, [u8; 16], Place), events: &mut Vec<Event>) -> Result<()> {
+        let why = match (self.lookup)(region, &token) {
+            Ok(used) if self.grants.has(region, there) => {
+                bail!(Protocol, "the peer claims region {} again", used.span.id)
+            }
+            Ok(used) => match self.grant(&used, there) {
+                true => return Ok(()),
+                false => None,
+            },
+            Err(e) => {
+                events.push(Event::Denied(e.clone()));
+                Some((e.code(), e.to_str().to_owned()))
+            }
+        };
+        self.wire.outbox.push_back(Message::Refuse { region, token, place: there, why });
+        Ok(())
+    }
+
+    /// Grants a region whose token the peer has shown; `false` where direct transfers cannot reach it.
+    fn grant(&mut self, region: &RegionUse, there: Place) -> bool {
+        if !self.wire.joins(region.place, there) {
+            return false;
+        }
+        // Its end is to be told.
+        let readable = self.share(region.to_share(), there) != Reach::No;
+        let exports = match region.place.is_device() {
+            true => self.shares.exports(region.span.id, there).filter(|ids| ids.len() <= MAX_EXPORTS),
+            false => Some(Vec::new()),
+        };
+        let direct = RemoteAccess { read: readable && exports.is_some(), write: true };
+        self.grants.give(region.region(), there, direct, exports.filter(|_| readable).unwrap_or_default())
+    }
+
+    /// Opens what the peer shares, one allocation at a time, and sends what waits; whether something was opened.
+    fn answer(&mut self) -> Result<bool> {
+        let mut opened = false;
+        if let (Some(device), true) = (&mut self.copies.device, self.imports.waiting()) {
+            self.wire.outbox.extend(self.imports.open_one(&mut **device));
+            (self.answered, opened) = (true, true);
+        }
+        let OneHost { wire: Wire { socket, outbox, .. }, shares, grants, leases, copies, .. } = self;
+        loop {
+            if let Some(device) = &mut copies.device {
+                shares.prepare(&mut **device);
+            }
+            if !send(socket, &mut shares.outbox)? {
+                break;
+            }
+        }
+        // A grant names exports: the peer learns of them first.
+        if shares.outbox.is_empty() {
+            while send(socket, &mut grants.outbox)? {}
+        }
+        for queue in [&mut leases.outbox, outbox] {
+            while send(socket, queue)? {}
+        }
+        Ok(opened)
+    }
+
+    /// Wakes the peer where it sleeps. `now`: without waiting for the next round.
+    fn ring_if(&mut self, now: bool) {
+        if self.orders.inn.wakes() {
+            self.wire.outbox.push_back(Message::Ring);
+            if now {
+                // What the socket does not take waits for the next round.
+                let _ = self.answer();
+            }
+        }
+    }
+
+    // ---- copies ----
+
+    /// Reports copies that have moved on or ended.
+    fn report_copies(&mut self, events: &mut Vec<Event>) -> Result<bool> {
+        let done = self.copies.poll(&mut self.imports)?;
+        let any = !done.is_empty();
+        for happened in done {
+            let (owner, bytes, ended) = match happened {
+                Done::Moved(owner, bytes) => (owner, bytes, None),
+                Done::Ended { owner, rest, pieces } => (owner, rest, Some(pieces)),
+            };
+            // What was copied counts only if its owner left it alone until here.
+            if ended.is_some() && self.orders.inn.closed() {
+                bail!(RemoteDisconnect, "the peer's process has closed the connection");
+            }
+            self.received += bytes;
+            match (owner, ended) {
+                (Owner::Read(key), ended) => {
+                    self.orders.inn.read(bytes);
+                    if bytes > 0 {
+                        events.push(Event::Moved(key, bytes));
+                    }
+                    if ended.is_some() {
+                        self.reads.copied(key, &self.leases, events);
+                    }
+                }
+                (Owner::Orders(parts), None) => self.orders.moved(&parts, bytes, events),
+                (Owner::Orders(parts), Some(pieces)) => {
+                    self.orders.copied(&parts, bytes, pieces, &mut self.grants, events)?;
+                }
+            }
+        }
+        Ok(any)
+    }
+
+    /// Advances both flows.
+    fn advance(&mut self, events: &mut Vec<Event>) -> Result<bool> {
+        let mut any = false;
+        if self.orders.inn.waiting() {
+            let OneHost { copies, imports, grants, orders, .. } = self;
+            any |= orders.advance(&mut orders::Around { copies, imports, grants }, events)?;
+        }
+        if self.copies.any() {
+            any |= self.report_copies(events)?;
+        }
+        let OneHost { copies, imports, leases, reads, .. } = self;
+        any |= reads.advance(&mut read::Around { copies, imports, leases })?;
+        any |= self.writes.report(events)?;
+        if self.writes.wait() && self.writes.advance()? {
+            self.ring_if(false);
+            any = true;
+        }
+        if self.orders.rings() {
+            self.wire.outbox.push_back(Message::Ring);
+        }
+        Ok(any)
+    }
+}
+
+/// Why the peer refuses a pairing, which its grant tells.
+fn forbidden(way: Way, pairing: &Pairing, granted: &Granted) -> Option<Error> {
+    let (id, (begin, end)) = (granted.region, pairing.far);
+    let (allowed, verb) = match way {
+        Way::In => (granted.access.read, "read"),
+        Way::Out => (granted.access.write, "write"),
+    };
+    if !allowed {
+        return Some(err!(RemoteAccess, "peers may not {verb} region {id}"));
+    }
+    if begin < granted.addr || end > granted.addr.saturating_add(granted.len) {
+        return Some(err!(RemoteAccess, "[{begin:#x}, +{}) is not inside region {id}", end.saturating_sub(begin)));
+    }
+    if granted.there != pairing.there {
+        return Some(err!(RemoteAccess, "region {id} does not lie where the FIFO item says"));
+    }
+    None
+}
+
+/// Sends the first message of a queue; `false` where none waits, or there is no room now.
+fn send(socket: &Socket, queue: &mut VecDeque<Message>) -> Result<bool> {
+    if queue.len() > MAX_WAITING {
+        bail!(Resource, "{} messages wait: the peer's process does not read them", queue.len());
+    }
+    let Some(message) = queue.front() else { return Ok(false) };
+    match socket.send(&message.encode(), message.fd()) {
+        Ok(true) => {
+            queue.pop_front();
+            Ok(true)
+        }
+        Ok(false) => Ok(false),
+        // The control connection tells why it is gone.
+        Err(_) => {
+            queue.clear();
+            Ok(false)
+        }
+    }
+}
+
+impl Direct for OneHost {
+    fn route(&mut self, way: Way, pairings: &[Pairing], hold: &Hold) -> Result<Route> {
+        let place = pairings.first().map_or(Place::HOST, |pairing| pairing.here);
+        let joined = |pairing: &Pairing| self.wire.joins(pairing.here, pairing.there);
+        // One copy writes memory of one place.
+        let mixed = way == Way::In && pairings.iter().any(|pairing| pairing.here != place);
+        if mixed || !pairings.iter().all(joined) {
+            return Ok(Route::Channels);
+        }
+        let mut route = Route::Direct;
+        for pairing in pairings {
+            match self.route_pairing(way, pairing, hold) {
+                Route::Direct => {}
+                Route::Wait => route = Route::Wait,
+                other => return Ok(other),
+            }
+        }
+        Ok(route)
+    }
+
+    fn start(&mut self, transfer: &mut Start<'_>, landing: Option<Landing>) -> Result<()> {
+        match transfer.way {
+            Way::In => self.start_read(transfer),
+            Way::Out => self.start_write(transfer, landing),
+        }
+    }
+
+    fn can_send(&mut self, place: Place, hold: &Hold) -> bool {
+        let there: Vec<Place> = self.wire.pairs.iter().filter(|pair| pair.0 == place).map(|pair| pair.1).collect();
+        let mut open = !there.is_empty();
+        for &there in &there {
+            for region in hold.regions() {
+                open &= self.share(region.to_share(), there) == Reach::Yes(());
+            }
+        }
+        if !open {
+            self.wire.wake();
+        }
+        open
+    }
+
+    fn land(&mut self, key: Key, region: &RegionUse, range: (u64, u64), there: Place) -> Option<Landing> {
+        if !self.wire.joins(region.place, there) {
+            return None;
+        }
+        let (slot, generation) = self.grants.land(key, RegionUse::new(region.region()), there, range)?;
+        Some(Landing { slot, generation, addr: range.0 })
+    }
+
+    fn withdraw(&mut self, key: Key) -> bool {
+        !self.orders.has_landing(key) && self.grants.end_landing(key)
+    }
+
+    fn progress(&mut self, _now: Instant, events: &mut Vec<Event>) -> Result<bool> {
+        let mut any = self.wire.news.swap(false, Ordering::AcqRel) && self.hear(events)?;
+        any |= self.advance(events)?;
+        any |= self.answer()?;
+        events.extend(self.late.drain(..).map(|key| Event::Ended(key, false)));
+        if std::mem::take(&mut self.answered) {
+            events.push(Event::Answered);
+            any = true;
+        }
+        Ok(any)
+    }
+
+    fn activity(&self, now: Instant) -> Activity {
+        let waiting = self.orders.inn.waiting();
+        let queues = [&self.wire.outbox, &self.shares.outbox, &self.grants.outbox, &self.leases.outbox];
+        let busy = !self.reads.is_empty() || !self.late.is_empty() || self.writes.len() > 0 || !self.orders.is_empty();
+        let news = self.wire.news.load(Ordering::Acquire) || self.imports.waiting() || self.answered;
+        Activity {
+            busy,
+            active: busy || waiting || news || queues.iter().any(|queue| !queue.is_empty()),
+            copying: self.copies.copying(),
+            wants_polling: self.writes.len() > 0 || self.copies.any() || waiting,
+            worth_spinning: self.writes.end_soon(now) || self.copies.end_soon(now),
+        }
+    }
+
+    fn offer(&mut self, region: &Region) {
+        for i in 0..self.likely.len() {
+            if region.place.is_device() && self.share(region, self.likely[i]) == Reach::Pending {
+                self.wire.wake();
+            }
+        }
+    }
+
+    fn forget(&mut self, region: u64) {
+        self.grants.forget(region);
+        self.shares.forget(region);
+        if !self.shares.outbox.is_empty() || !self.grants.outbox.is_empty() {
+            // The thread that drives next sends the rest; the mapping at the peer keeps memory until then.
+            let _ = self.answer();
+        }
+    }
+
+    fn uses_region(&self, region: u64) -> bool {
+        self.grants.is_read(region) || self.orders.uses_region(region)
+    }
+
+    fn ready(&mut self, place: Place) -> Result<()> {
+        match &mut self.copies.device {
+            Some(device) if place.is_device() && self.wire.pairs.iter().any(|&(here, _)| here == place) => device.ready(place),
+            _ => Ok(()),
+        }
+    }
+
+    fn flowed(&self) -> (u64, u64) {
+        (self.writes.moved().0, self.received)
+    }
+
+    fn describe(&self, way: Way) -> String {
+        let pid = self.wire.pid;
+        match way {
+            Way::Out if self.writes.len() > 0 => {
+                format!("{} writes that process {pid} of this host is to copy", self.writes.len())
+            }
+            Way::In if self.copies.any() => format!("copies from process {pid} of this host"),
+            _ => String::new(),
+        }
+    }
+
+    fn stats(&self, kernel: bool) -> ChannelStats {
+        ChannelStats {
+            nic: super::NAME.to_owned(),
+            route: if kernel { format!("process {} of this host", self.wire.pid) } else { String::new() },
+            sent_bytes: self.writes.moved().1.saturating_add(self.writes.out.read()),
+            received_bytes: self.received,
+            window_out: self.writes.len() as u32,
+            ..ChannelStats::default()
+        }
+    }
+}
+
+impl Drop for OneHost {
+    fn drop(&mut self) {
+        // Before the holds go: what the peer copies from here on does not count.
+        self.writes.out.close();
+        let ended = self.copies.quiesce();
+        self.reads.end(ended.is_ok(), &self.leases);
+        self.orders.end(ended.is_ok());
+        match (ended, &mut self.copies.device) {
+            (Err(e), _) => {
+                log::error!("a copy from another process has not ended; its memory stays in use: {e}");
+                std::mem::forget((self.copies.host.take(), self.copies.device.take()));
+            }
+            (Ok(()), Some(device)) => self.imports.close_all(&mut **device),
+            (Ok(()), None) => {}
+        }
+    }
+}

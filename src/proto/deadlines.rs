@@ -1,0 +1,403 @@
+//! Which transfers have stopped moving. Progress is counted in bytes, per transfer and per direction of the connection: a transfer is
+//! overdue when it has not moved for the timeout, and meanwhile either nothing else moved in its direction, or more than could
+//! have gone before it if turns were kept. Pure; time is the caller's.
+
+use super::limits::MAX_BACKLOG;
+use crate::direct::Way;
+use crate::hash::Map;
+use crate::types::Key;
+use std::time::{Duration, Instant};
+
+/// Less than this in one timeout is no progress (unless it is all there is): who answers byte by byte does not keep a transfer alive.
+pub(super) const FLOOR: u64 = 64 << 10;
+/// Bytes of one transfer that may be under way before another has its turn.
+const TURN: u64 = 64 << 20;
+/// The same of those that are carried out one behind the other: all of it, more than which no memory has.
+const WHOLE: u64 = 1 << 44;
+/// Slack of the bound on what may go before a transfer.
+const SLACK: u64 = 1 << 20;
+/// Bytes of the control streams that an announcement and the answer to it may wait for: a backlog at either side.
+const CONTROL: u64 = 2 * MAX_BACKLOG as u64;
+
+/// Bytes that moved in one direction of the connection.
+#[derive(Debug)]
+struct Flow {
+    bytes: u64,
+    /// Bytes that show that it lives: what moved, what arrived at the peer, and what it waits for. How many there were when it last
+    /// counted as moving, and when that was.
+    signs: u64,
+    counted: u64,
+    last: Instant,
+    /// Bytes that all of its transfers together may send before another one of it moves.
+    ahead: u64,
+    /// The same of all transfers that ever began.
+    begun: u64,
+}
+
+/// What a transfer with so many bytes to go may send before another one moves: twice what it may have under way, since turns
+/// alternate between small and large ones.
+fn turn(left: u64, most: u64) -> u64 {
+    2 * left.min(most)
+}
+
+impl Flow {
+    fn lives(&mut self, signs: u64, now: Instant) {
+        self.signs += signs;
+        if self.signs - self.counted >= FLOOR {
+            self.counted = self.signs;
+            self.last = now;
+        }
+    }
+}
+
+/// A transfer that must move.
+#[derive(Debug)]
+struct Mark {
+    way: Way,
+    /// When it last moved enough, and what its direction had moved until then.
+    since: Instant,
+    flow: u64,
+    /// Bytes of the control streams, then.
+    control: u64,
+    /// What all transfers of its direction might send first, then.
+    ahead: u64,
+    /// What had begun in its direction then, and what has since, soon enough to go first: the peer may have queued it before it knew of
+    /// this one.
+    begun: u64,
+    late: u64,
+    /// Bytes moved since, and bytes to go.
+    moved: u64,
+    left: u64,
+    /// Bytes of it that go before another one has its turn, at most.
+    most: u64,
+}
+
+impl Mark {
+    /// See [`turn`].
+    fn turn(&self) -> u64 {
+        turn(self.left, self.most)
+    }
+}
+
+/// A transfer that has stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Overdue {
+    pub key: Key,
+    pub way: Way,
+    /// For how long it has not moved.
+    pub still: Duration,
+    /// Others went on in its direction.
+    pub others_moved: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Deadlines {
+    out: Flow,
+    incoming: Flow,
+    /// Bytes of the control streams that transfers may have waited for.
+    control: u64,
+    marks: Map<Key, Mark>,
+}
+
+impl Deadlines {
+    pub(super) fn new(now: Instant) -> Deadlines {
+        let flow = || Flow { bytes: 0, signs: 0, counted: 0, last: now, ahead: 0, begun: 0 };
+        Deadlines { out: flow(), incoming: flow(), control: 0, marks: Map::default() }
+    }
+
+    fn flow(&mut self, way: Way) -> &mut Flow {
+        match way {
+            Way::Out => &mut self.out,
+            Way::In => &mut self.incoming,
+        }
+    }
+
+    /// A transfer of `len` bytes must move from now on.
+    pub(super) fn start(&mut self, key: Key, way: Way, len: u64, now: Instant) {
+        self.mark(key, way, (len, TURN), now);
+    }
+
+    /// The same of one that others wait for to its end, as it waits for them.
+    pub(super) fn start_in_order(&mut self, key: Key, way: Way, len: u64, now: Instant) {
+        self.mark(key, way, (len, WHOLE), now);
+    }
+
+    fn mark(&mut self, key: Key, way: Way, (len, most): (u64, u64), now: Instant) {
+        let control = self.control;
+        let flow = self.flow(way);
+        flow.begun += turn(len, most);
+        let (begun, ahead) = (flow.begun, flow.ahead);
+        let mark = Mark { way, since: now, flow: flow.bytes, control, ahead, begun, late: 0, moved: 0, left: len, most };
+        flow.ahead += turn(len, most);
+        if let Some(old) = self.marks.insert(key, mark) {
+            self.flow(old.way).ahead -= old.turn();
+        }
+    }
+
+    /// Bytes of a transfer moved.
+    pub(super) fn moved(&mut self, key: Key, bytes: u64, now: Instant) {
+        let Deadlines { out, incoming, control, marks } = self;
+        let Some(mark) = marks.get_mut(&key) else { return };
+        let flow = match mark.way {
+            Way::Out => out,
+            Way::In => incoming,
+        };
+        flow.ahead -= mark.turn();
+        mark.moved += bytes;
+        mark.left = mark.left.saturating_sub(bytes);
+        if mark.moved >= FLOOR || mark.left == 0 {
+            (mark.moved, mark.since, mark.flow, mark.control) = (0, now, flow.bytes, *control);
+            (mark.ahead, mark.begun, mark.late) = (flow.ahead, flow.begun, 0);
+        }
+        flow.ahead += mark.turn();
+    }
+
+    /// A transfer has ended.
+    pub(super) fn end(&mut self, key: Key) {
+        if let Some(mark) = self.marks.remove(&key) {
+            self.flow(mark.way).ahead -= mark.turn();
+        }
+    }
+
+    /// Bytes moved in one direction of the connection, whosever they were.
+    pub(super) fn flowed(&mut self, way: Way, bytes: u64, now: Instant) {
+        if bytes > 0 {
+            let flow = self.flow(way);
+            flow.bytes += bytes;
+            flow.lives(bytes, now);
+        }
+    }
+
+    /// Bytes that left have arrived at the peer. They have moved before, and are not counted again.
+    pub(super) fn arrived(&mut self, bytes: u64, now: Instant) {
+        if bytes > 0 {
+            self.out.lives(bytes, now);
+        }
+    }
+
+    /// Bytes of a control stream on which announcements or answers wait.
+    pub(super) fn waited(&mut self, bytes: u64, now: Instant) {
+        if bytes > 0 {
+            self.control += bytes;
+            self.out.lives(bytes, now);
+            self.incoming.lives(bytes, now);
+        }
+    }
+
+    /// Whether anything must move.
+    pub(super) fn any(&self) -> bool {
+        !self.marks.is_empty()
+    }
+
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn has(&self, key: Key) -> bool {
+        self.marks.contains_key(&key)
+    }
+
+    /// Drops all marks.
+    pub(super) fn clear(&mut self) {
+        self.marks.clear();
+        (self.out.ahead, self.incoming.ahead) = (0, 0);
+    }
+
+    /// A transfer that has not moved for `timeout` although it should have. To be asked several times in each timeout.
+    pub(super) fn overdue(&mut self, timeout: Duration, now: Instant) -> Option<Overdue> {
+        let Deadlines { out, incoming, control, marks } = self;
+        marks.iter_mut().find_map(|(&key, mark)| {
+            let flow = match mark.way {
+                Way::Out => &*out,
+                Way::In => &*incoming,
+            };
+            let still = now.saturating_duration_since(mark.since);
+            if still <= timeout / 4 {
+                mark.late = flow.begun - mark.begun;
+            }
+            if still <= timeout {
+                return None;
+            }
+            let idle = now.saturating_duration_since(flow.last) > timeout;
+            // What was there before it, what came soon after it, and what is there now.
+            let passed_by = flow.bytes - mark.flow > SLACK + mark.ahead + mark.late + flow.ahead;
+            let talked = *control - mark.control > CONTROL;
+            (idle || passed_by || talked).then_some(Overdue { key, way: mark.way, still, others_moved: !idle })
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const T: Duration = Duration::from_secs(10);
+    const A: Key = Key { id: 1, mine: true };
+    const B: Key = Key { id: 2, mine: true };
+
+    fn at(start: Instant, seconds: f64) -> Instant {
+        start + Duration::from_secs_f64(seconds)
+    }
+
+    #[test]
+    fn a_transfer_that_never_moves_is_overdue_and_not_before() {
+        let start = Instant::now();
+        let mut d = Deadlines::new(start);
+        d.start(A, Way::In, 100, start);
+        assert!(d.any() && d.overdue(T, at(start, 10.0)).is_none());
+        let overdue = d.overdue(T, at(start, 10.1)).unwrap();
+        assert_eq!((overdue.key, overdue.way, overdue.others_moved), (A, Way::In, false));
+        assert!(overdue.still > T);
+        d.end(A);
+        assert!(!d.any() && d.overdue(T, at(start, 99.0)).is_none());
+    }
+
+    #[test]
+    fn an_idle_connection_does_not_shorten_the_first_deadline() {
+        let start = Instant::now();
+        let mut d = Deadlines::new(start);
+        d.start(A, Way::Out, 100, at(start, 1000.0));
+        assert!(d.overdue(T, at(start, 1009.0)).is_none());
+        assert!(d.overdue(T, at(start, 1011.0)).is_some());
+    }
+
+    #[test]
+    fn slow_and_steady_survives() {
+        let start = Instant::now();
+        let mut d = Deadlines::new(start);
+        // Two transfers of 8 MiB, one behind the other, at 16 KiB a second.
+        d.start(A, Way::Out, 8 << 20, start);
+        d.start(B, Way::Out, 8 << 20, start);
+        for second in 1..1000u32 {
+            let now = at(start, f64::from(second));
+            d.flowed(Way::Out, 16 << 10, now);
+            if second % 32 == 0 {
+                d.moved(if second < 512 { A } else { B }, 512 << 10, now);
+            }
+            assert_eq!(d.overdue(T, now), None, "after {second} s");
+        }
+    }
+
+    #[test]
+    fn what_goes_one_behind_the_other_waits_for_all_before_it() {
+        let start = Instant::now();
+        let mut d = Deadlines::new(start);
+        let keys: Vec<Key> = (1..=10).map(|id| Key { id, mine: true }).collect();
+        keys.iter().for_each(|&key| d.start_in_order(key, Way::Out, 4 << 30, start));
+        for second in 0..40u32 {
+            let now = at(start, f64::from(second));
+            assert_eq!(d.overdue(T, now), None, "after {second} s");
+            let key = keys[second as usize / 4];
+            d.flowed(Way::Out, 1 << 30, now);
+            d.moved(key, 1 << 30, now);
+            if second % 4 == 3 {
+                d.end(key);
+            }
+        }
+        assert_eq!((d.out.ahead, d.any()), (0, false));
+        // One that is passed by is found all the same.
+        d.start_in_order(A, Way::Out, 1 << 20, at(start, 40.0));
+        for second in 40..60u32 {
+            d.start_in_order(B, Way::Out, 1 << 30, at(start, f64::from(second)));
+            d.flowed(Way::Out, 1 << 30, at(start, f64::from(second)));
+            d.end(B);
+        }
+        assert!(d.overdue(T, at(start, 60.0)).is_some_and(|overdue| overdue.key == A && overdue.others_moved));
+    }
+
+    #[test]
+    fn neighbours_hide_nothing_for_long() {
+        let start = Instant::now();
+        for (rate, way) in [(100u64 << 20, Way::Out), (1 << 20, Way::In)] {
+            let mut d = Deadlines::new(start);
+            d.start(A, way, 64 << 10, start);
+            let mut ended = None;
+            for second in 1..100u32 {
+                let now = at(start, f64::from(second));
+                // Another transfer comes and goes every second.
+                d.start(B, way, rate, now);
+                d.flowed(way, rate, now);
+                d.moved(B, rate, now);
+                d.end(B);
+                if let Some(overdue) = d.overdue(T, now) {
+                    assert_eq!((overdue.key, overdue.others_moved), (A, true));
+                    ended = Some(second);
+                    break;
+                }
+            }
+            assert_eq!(ended, Some(11), "at {rate} bytes a second");
+        }
+    }
+
+    #[test]
+    fn what_was_under_way_before_may_go_first() {
+        let start = Instant::now();
+        let mut d = Deadlines::new(start);
+        d.start(B, Way::Out, 32 << 20, start);
+        d.start(A, Way::Out, 64 << 10, start);
+        for second in 1..=32u32 {
+            let now = at(start, f64::from(second));
+            d.flowed(Way::Out, 1 << 20, now);
+            d.moved(B, 1 << 20, now);
+            assert_eq!(d.overdue(T, now), None, "after {second} s");
+        }
+        d.end(B);
+        assert_eq!(d.overdue(T, at(start, 33.0)), None);
+        assert!(d.overdue(T, at(start, 43.0)).is_some());
+        d.end(A);
+        assert_eq!((d.out.ahead, d.incoming.ahead), (0, 0));
+    }
+
+    #[test]
+    fn the_control_streams_hide_nothing_for_ever() {
+        let start = Instant::now();
+        let mut d = Deadlines::new(start);
+        d.start(A, Way::In, 100, start);
+        let mut ended = None;
+        for second in 1..10_000u32 {
+            d.waited(1 << 20, at(start, f64::from(second)));
+            if d.overdue(T, at(start, f64::from(second))).is_some() {
+                ended = Some(u64::from(second));
+                break;
+            }
+        }
+        assert_eq!(ended, Some((CONTROL >> 20) + 1));
+    }
+
+    #[test]
+    fn what_arrives_at_the_peer_shows_life_and_passes_nobody_by() {
+        let start = Instant::now();
+        let mut d = Deadlines::new(start);
+        d.start(A, Way::Out, 100, start);
+        for second in 1..100u32 {
+            d.arrived(100 << 20, at(start, f64::from(second)));
+            assert_eq!(d.overdue(T, at(start, f64::from(second))), None);
+        }
+        assert!(d.overdue(T, at(start, 120.0)).is_some());
+    }
+
+    #[test]
+    fn the_other_direction_does_not_count() {
+        let start = Instant::now();
+        let mut d = Deadlines::new(start);
+        d.start(A, Way::In, 1 << 20, start);
+        d.flowed(Way::Out, 1 << 30, at(start, 9.0));
+        let overdue = d.overdue(T, at(start, 10.5)).unwrap();
+        assert!(!overdue.others_moved);
+    }
+
+    #[test]
+    fn byte_by_byte_is_no_progress() {
+        let start = Instant::now();
+        let mut d = Deadlines::new(start);
+        d.start(A, Way::In, 1 << 20, start);
+        for second in 1..=10u32 {
+            d.moved(A, 100, at(start, f64::from(second)));
+            d.flowed(Way::In, 100, at(start, f64::from(second)));
+        }
+        assert!(d.overdue(T, at(start, 10.5)).is_some());
+        // The end of it always counts.
+        let mut d = Deadlines::new(start);
+        d.start(A, Way::In, 100, start);
+        d.moved(A, 100, at(start, 9.0));
+        assert!(d.overdue(T, at(start, 18.0)).is_none());
+        assert!(d.overdue(T, at(start, 19.5)).is_some());
+    }
+}

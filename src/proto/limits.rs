@@ -1,0 +1,235 @@
+//! What may be in flight on a connection. Each side admits no more of its own; the other side tolerates twice that, since it may learn of
+//! an end later, and takes more for an attack. Pure.
+
+use crate::budget::{Part, Share};
+use crate::status::{bail, Result};
+use crate::types::{Segment, MAX_INLINE};
+
+/// Transfers in flight that one side started.
+const MAX_TRANSFERS: usize = 1 << 16;
+/// Segments of all of them together.
+const MAX_SEGMENTS_IN_FLIGHT: usize = 4 << 20;
+/// Chunks that one side announces before the other says that they have arrived.
+const MAX_ANNOUNCED: u64 = 1 << 17;
+/// So many chunks after its last report a side reports again: a sender at its limit hears in time.
+const REPORTED_AFTER: u64 = MAX_ANNOUNCED / 8;
+/// Bytes of frames that may wait to leave besides notifications of the application: answers to a peer that does not read.
+const MAX_ANSWERS: usize = 64 << 20;
+/// Bytes of the control stream that may wait to leave.
+pub(crate) const MAX_BACKLOG: usize = 256 << 20;
+/// Above this backlog the answer to a read takes the channels and not the control stream.
+pub(super) const MAX_INLINE_BACKLOG: usize = 1 << 20;
+
+/// Whether this side may start one more transfer.
+pub(super) fn admit(transfers: usize, segments: usize, more: usize) -> Result<()> {
+    if transfers >= MAX_TRANSFERS {
+        bail!(Resource, "{MAX_TRANSFERS} transfers are in flight on this connection");
+    }
+    if segments + more > MAX_SEGMENTS_IN_FLIGHT {
+        bail!(Resource, "transfers in flight on this connection would have more than {MAX_SEGMENTS_IN_FLIGHT} segments");
+    }
+    Ok(())
+}
+
+/// How many more chunks this side may announce when `announced` of its chunks have not been reported.
+pub(super) fn may_announce(announced: u64) -> usize {
+    MAX_ANNOUNCED.saturating_sub(announced) as usize
+}
+
+/// Whether the peer has to hear of `fresh` chunks that have arrived since the last report.
+pub(super) fn must_report(fresh: u64) -> bool {
+    fresh >= REPORTED_AFTER
+}
+
+/// An error when the peer announces more chunks than an honest one does.
+pub(super) fn expected(chunks: usize) -> Result<()> {
+    if chunks as u64 >= 2 * MAX_ANNOUNCED {
+        bail!(Protocol, "{chunks} chunks are announced and have not come");
+    }
+    Ok(())
+}
+
+/// An error when messages that this side gave up pile up: the peer does not answer them.
+pub(super) fn withdrawn(waiting: usize) -> Result<()> {
+    if waiting > 2 * MAX_TRANSFERS {
+        bail!(Protocol, "the peer has not answered {waiting} messages");
+    }
+    Ok(())
+}
+
+/// An error when answers to the peer pile up: it does not read them.
+pub(super) fn answers(waiting: usize) -> Result<()> {
+    if waiting > MAX_ANSWERS {
+        bail!(Resource, "{waiting} bytes of answers wait: the peer does not read them");
+    }
+    Ok(())
+}
+
+/// Memory of an announced chunk, and from how many on they count.
+const CHUNK_BYTES: usize = 256;
+const MANY_CHUNKS: usize = 4096;
+/// Memory of a transfer of the peer besides its list, at most.
+const TRANSFER_BYTES: usize = 512;
+
+/// What the peer has in flight.
+#[derive(Debug)]
+pub(super) struct PeerLoad {
+    last_id: u64,
+    transfers: usize,
+    segments: usize,
+    /// Its part of what all peers may take.
+    share: Share,
+}
+
+fn cost(segments: usize) -> usize {
+    segments * size_of::<Segment>()
+}
+
+impl PeerLoad {
+    pub(super) fn new(share: Share) -> PeerLoad {
+        PeerLoad { last_id: 0, transfers: 0, segments: 0, share }
+    }
+
+    /// Answers that wait for the peer to read them.
+    ///
+    /// # Errors
+    /// `Resource` when they are too many.
+    pub(super) fn answers(&mut self, bytes: usize) -> Result<()> {
+        answers(bytes)?;
+        // Few are not worth counting.
+        self.share.set(Part::Answers, if bytes < MAX_INLINE { 0 } else { bytes })
+    }
+
+    /// So many bytes are kept for the frame that is coming in. What was announced of it and has not come costs nothing.
+    ///
+    /// # Errors
+    /// `Resource` when peers take too much memory already.
+    pub(super) fn arriving(&mut self, bytes: usize) -> Result<()> {
+        self.share.set(Part::Frame, if bytes <= 2 * MAX_INLINE { 0 } else { bytes })
+    }
+
+    /// So many chunks are announced and have not come.
+    ///
+    /// # Errors
+    /// As above.
+    pub(super) fn chunks(&mut self, chunks: usize) -> Result<()> {
+        // In steps: they come and go one by one.
+        let steps = if chunks < MANY_CHUNKS { 0 } else { chunks / MANY_CHUNKS };
+        self.share.set(Part::Chunks, steps * MANY_CHUNKS * CHUNK_BYTES)
+    }
+
+    /// The peer names a new transfer. Whether there is room for it; where not, it has to be refused, and still counts as one of this
+    /// connection until it has ended.
+    ///
+    /// # Errors
+    /// `Protocol` when its id does not rise, or it has too much in flight.
+    pub(super) fn begin(&mut self, id: u64, segments: usize) -> Result<Result<()>> {
+        if id <= self.last_id {
+            bail!(Protocol, "transfer {id} is announced after transfer {}", self.last_id);
+        }
+        self.last_id = id;
+        self.transfers += 1;
+        self.segments += segments;
+        if self.transfers > 2 * MAX_TRANSFERS || self.segments > 2 * MAX_SEGMENTS_IN_FLIGHT {
+            bail!(Protocol, "the peer has {} transfers of {} segments in flight", self.transfers, self.segments);
+        }
+        Ok(self.share.begin(TRANSFER_BYTES + cost(segments)).inspect_err(|_| self.segments -= segments))
+    }
+
+    /// A transfer has ended here for which there was no room.
+    pub(super) fn ended_without_room(&mut self) {
+        self.transfers = self.transfers.saturating_sub(1);
+    }
+
+    /// Whether the peer has announced a transfer of this id, or of a later one.
+    pub(super) fn has_named(&self, id: u64) -> bool {
+        id > 0 && id <= self.last_id
+    }
+
+    /// A transfer of the peer has ended here.
+    pub(super) fn ended(&mut self, segments: usize) {
+        self.transfers = self.transfers.saturating_sub(1);
+        self.segments = self.segments.saturating_sub(segments);
+        self.share.end(TRANSFER_BYTES + cost(segments));
+    }
+
+    /// Segments of a transfer are not kept any more, which goes on.
+    pub(super) fn without_list(&mut self, segments: usize) {
+        self.segments = self.segments.saturating_sub(segments);
+        self.share.shrink(cost(segments));
+    }
+
+    /// Transfers and segments.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn load(&self) -> (usize, usize) {
+        (self.transfers, self.segments)
+    }
+
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn is_idle(&self) -> bool {
+        self.transfers == 0 && self.segments == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::budget::Pool;
+    use crate::status::ErrorKind;
+
+    fn unloaded() -> PeerLoad {
+        PeerLoad::new(Share::new(&Pool::endless().account([127, 0, 0, 1].into())))
+    }
+
+    #[test]
+    fn this_side_stops_at_its_limits() {
+        assert!(admit(MAX_TRANSFERS - 1, MAX_SEGMENTS_IN_FLIGHT - 5, 5).is_ok());
+        for (transfers, segments, more) in [(MAX_TRANSFERS, 0, 0), (0, MAX_SEGMENTS_IN_FLIGHT, 1)] {
+            assert_eq!(admit(transfers, segments, more).unwrap_err().kind(), ErrorKind::Resource);
+        }
+    }
+
+    #[test]
+    fn ids_of_the_peer_rise() {
+        let mut load = unloaded();
+        assert!(load.begin(0, 1).is_err());
+        assert!(load.begin(1, 1).is_ok() && load.begin(5, 1).is_ok());
+        for id in [5, 4, 1] {
+            assert_eq!(load.begin(id, 1).unwrap_err().kind(), ErrorKind::Protocol);
+        }
+    }
+
+    #[test]
+    fn a_peer_with_too_much_in_flight_is_refused() {
+        let mut load = unloaded();
+        for id in 1..=2 * MAX_TRANSFERS as u64 {
+            load.begin(id, 1).unwrap().unwrap();
+        }
+        assert!(load.begin(1 << 40, 1).is_err());
+        let mut load = unloaded();
+        assert!(load.begin(1, 2 * MAX_SEGMENTS_IN_FLIGHT).is_ok());
+        load.without_list(1);
+        assert!(load.begin(2, 1).is_ok());
+        assert!(load.begin(3, 1).is_err());
+        load.ended(MAX_SEGMENTS_IN_FLIGHT);
+        assert!(load.begin(4, 1).is_ok());
+    }
+
+    #[test]
+    fn an_honest_sender_of_chunks_never_reaches_what_its_peer_tolerates() {
+        assert_eq!((may_announce(0), may_announce(MAX_ANNOUNCED - 1), may_announce(MAX_ANNOUNCED)), (1 << 17, 1, 0));
+        assert_eq!(may_announce(u64::MAX), 0);
+        // A side that waits at its limit is told: what is not reported there is less than that.
+        assert!(must_report(REPORTED_AFTER) && !must_report(REPORTED_AFTER - 1) && 2 * REPORTED_AFTER < MAX_ANNOUNCED);
+        assert!(expected(MAX_ANNOUNCED as usize + 1).is_ok());
+        assert_eq!(expected(2 * MAX_ANNOUNCED as usize).unwrap_err().kind(), ErrorKind::Protocol);
+    }
+
+    #[test]
+    fn answers_have_a_limit() {
+        assert!(withdrawn(2 * MAX_TRANSFERS).is_ok());
+        assert_eq!(withdrawn(2 * MAX_TRANSFERS + 1).unwrap_err().kind(), ErrorKind::Protocol);
+        assert!(answers(MAX_ANSWERS).is_ok());
+        assert_eq!(answers(MAX_ANSWERS + 1).unwrap_err().kind(), ErrorKind::Resource);
+    }
+}

@@ -1,0 +1,163 @@
+//! Deterministic simulation: two whole machines over simulated channels and a virtual clock, driven by a script of random steps; and one
+//! machine against a peer that speaks correct frames in wrong orders and lies about ids, lengths and verdicts. After every step the
+//! invariants of the protocol are checked with real bytes. A failing script is cut down and printed.
+//!
+//! UCCL_TCPX_SIMULATION_SEEDS: how many seeds (default 20,000); UCCL_TCPX_SIMULATION_FIRST: the first one (default 0).
+
+mod direct;
+#[cfg(test)]
+mod edges;
+mod liar;
+mod net;
+mod paced;
+mod pair;
+mod world;
+
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A step of a script: what kind of step, and numbers that are read as the step needs them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Action {
+    kind: u8,
+    a: u32,
+    b: u32,
+}
+
+/// A small generator: the same numbers for the same seed, on every machine.
+pub(super) struct Rng(u64);
+
+impl Rng {
+    pub(super) fn new(seed: u64) -> Rng {
+        Rng(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0xD1B5_4A32_D192_ED03)
+    }
+
+    pub(super) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    pub(super) fn below(&mut self, n: u64) -> u64 {
+        self.next() % n.max(1)
+    }
+}
+
+/// What a seed plays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Play {
+    /// Two honest sides, no faults: everything succeeds.
+    Healthy,
+    /// Two honest sides, with faults.
+    Faulty,
+    /// One side against a liar.
+    Liar,
+}
+
+fn play_of(seed: u64) -> Play {
+    match seed % 4 {
+        0 => Play::Healthy,
+        1 | 2 => Play::Faulty,
+        _ => Play::Liar,
+    }
+}
+
+fn script_of(seed: u64) -> Vec<Action> {
+    let mut rng = Rng::new(seed);
+    let steps = 20 + rng.below(220);
+    (0..steps).map(|_| Action { kind: rng.next() as u8, a: rng.next() as u32, b: rng.next() as u32 }).collect()
+}
+
+/// Plays a script; what went wrong, if something did.
+fn play(seed: u64, script: &[Action]) -> Result<(), String> {
+    let result = catch_unwind(AssertUnwindSafe(|| match play_of(seed) {
+        Play::Healthy => pair::play(seed, script, false),
+        Play::Faulty => pair::play(seed, script, true),
+        Play::Liar => liar::play(seed, script),
+    }));
+    result.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        Err(format!("panic: {}", text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap_or_default()))
+    })
+}
+
+/// A machine with transfers of its own against a peer that `data` directs: as a script of steps for the liar, or as its raw control stream.
+/// What went wrong, if something did.
+///
+/// `data`: which of the two, seed, and 9 bytes a step or the stream.
+#[cfg(fuzzing)]
+pub(crate) fn attacked(data: &[u8]) -> Result<(), String> {
+    let Some((&[raw, seed], rest)) = data.split_first_chunk::<2>() else { return Ok(()) };
+    if raw % 2 == 1 {
+        return liar::recite(seed.into(), rest);
+    }
+    let word = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+    let script: Vec<Action> = rest.chunks_exact(9).map(|b| Action { kind: b[0], a: word(&b[1..]), b: word(&b[5..]) }).collect();
+    liar::play(seed.into(), &script)
+}
+
+/// Leaves out whatever is not needed for the script to fail.
+fn minimise(seed: u64, mut script: Vec<Action>) -> Vec<Action> {
+    let mut size = script.len() / 2;
+    while size > 0 {
+        let mut at = 0;
+        while at < script.len() {
+            let mut shorter = script.clone();
+            shorter.drain(at..(at + size).min(script.len()));
+            if play(seed, &shorter).is_err() {
+                script = shorter;
+            } else {
+                at += size;
+            }
+        }
+        size /= 2;
+    }
+    script
+}
+
+fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
+}
+
+#[test]
+fn no_seed_breaks_an_invariant() {
+    let first = number("UCCL_TCPX_SIMULATION_FIRST", 0);
+    let end = first + number("UCCL_TCPX_SIMULATION_SEEDS", 20_000);
+    let next = AtomicU64::new(first);
+    let failed = AtomicU64::new(u64::MAX);
+    let quiet = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(2, usize::from) {
+            scope.spawn(|| loop {
+                let seed = next.fetch_add(1, Ordering::Relaxed);
+                if seed >= end || failed.load(Ordering::Relaxed) != u64::MAX {
+                    return;
+                }
+                if play(seed, &script_of(seed)).is_err() {
+                    failed.fetch_min(seed, Ordering::Relaxed);
+                }
+            });
+        }
+    });
+    let seed = failed.load(Ordering::Relaxed);
+    if seed == u64::MAX {
+        std::panic::set_hook(quiet);
+        return;
+    }
+    let script = minimise(seed, script_of(seed));
+    let why = play(seed, &script).unwrap_err();
+    std::panic::set_hook(quiet);
+    panic!("seed {seed} ({:?}): {why}\nscript of {} steps: {script:#?}", play_of(seed), script.len());
+}
+
+/// A check that cannot fail proves nothing: a network that swaps two messages of a channel must be found out.
+#[test]
+fn the_simulation_finds_a_network_that_reorders() {
+    let found = (0..2000u64)
+        .filter(|&seed| play_of(seed) == Play::Healthy)
+        .any(|seed| pair::play_reordering(seed, &script_of(seed)).is_err());
+    assert!(found, "messages of one channel were swapped, and nobody noticed");
+}

@@ -1,0 +1,312 @@
+//! The simulated network of the simulation: channels whose messages move when the scheduler says so, stall, fail, and run out of memory on
+//! demand. Copies real bytes at the moment at which a real network would.
+
+use super::direct::DirectNet;
+use crate::channel::path::{Arrival, Copier, Departure, Dest, Line, Path};
+use crate::channel::plan::{chunk_len, ChunkLimits, MAX_CROSSED, MAX_PARTS};
+use crate::channel::stripe::{Load, Loads};
+use crate::direct::{Event, Way};
+use crate::region::Hold;
+use crate::status::{bail, err, Result};
+use crate::types::{Key, Part, Place};
+use process::Mutex;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Requests of a channel, each way.
+const WINDOW: usize = 16;
+
+/// A message on its way.
+pub(super) struct Message {
+    pub tag: i32,
+    pub bytes: Vec<u8>,
+}
+
+/// A chunk that its sender has posted.
+struct Posted {
+    key: Key,
+    tag: i32,
+    bulk: bool,
+    parts: Vec<Part>,
+    _hold: Hold,
+}
+
+/// One direction of a channel.
+#[derive(Default)]
+pub(super) struct Wire {
+    posted: VecDeque<Posted>,
+    sent: VecDeque<(Key, u64)>,
+    pub flying: VecDeque<Message>,
+    expected: VecDeque<Arrival>,
+    arrived: VecDeque<(Key, u64)>,
+    pub stalled: bool,
+    pub failed: bool,
+    taken: u64,
+    brought: u64,
+    /// Bytes of the oldest posted message that a paced network has moved already.
+    moved: u64,
+}
+
+/// What the two sides share.
+pub(super) struct Net {
+    /// The direct transport.
+    pub direct: DirectNet,
+    /// By channel, then by sending side.
+    pub wires: Vec<[Wire; 2]>,
+    /// Calls until an allocation of a side fails.
+    pub out_of_memory: [Option<u32>; 2],
+    /// Whether the network tells bytes.
+    pub tells: bool,
+    /// Channels take turns on so many NICs, 1 or 2.
+    pub nics: usize,
+    /// Sides that have closed their channels.
+    pub closed: [bool; 2],
+}
+
+impl Net {
+    pub(super) fn new(channels: usize, tells: bool) -> Net {
+        let wires = (0..channels).map(|_| Default::default()).collect();
+        Net { direct: DirectNet::default(), wires, out_of_memory: [None; 2], tells, nics: 1, closed: [false; 2] }
+    }
+
+    pub(super) fn allocate(&mut self, side: usize) -> Result<()> {
+        if let Some(left) = &mut self.out_of_memory[side] {
+            if *left == 0 {
+                self.out_of_memory[side] = None;
+                bail!(Resource, "simulated: no memory");
+            }
+            *left -= 1;
+        }
+        Ok(())
+    }
+
+    /// The network takes the oldest posted message of a wire: its source is read now.
+    /// Whether there was one.
+    pub(super) fn transmit(&mut self, channel: usize, side: usize) -> bool {
+        let wire = &mut self.wires[channel][side];
+        if wire.stalled || wire.failed {
+            return false;
+        }
+        let Some(posted) = wire.posted.pop_front() else { return false };
+        let mut bytes = Vec::new();
+        for part in &posted.parts {
+            // SAFETY: memory of the harness, which outlives the simulation.
+            bytes.extend_from_slice(unsafe { std::slice::from_raw_parts(part.addr as *const u8, part.len as usize) });
+        }
+        wire.taken += bytes.len() as u64 - wire.moved;
+        wire.sent.push_back((posted.key, bytes.len() as u64));
+        wire.flying.push_back(Message { tag: posted.tag, bytes });
+        true
+    }
+
+    /// A paced network moves so many bytes of a side's messages, wire by wire in turns; what is whole is delivered.
+    pub(super) fn flow(&mut self, side: usize, mut bytes: u64) {
+        const TURN: u64 = 16 << 10;
+        loop {
+            let before = bytes;
+            for channel in 0..self.wires.len() {
+                self.deliver(channel, side);
+                let wire = &mut self.wires[channel][side];
+                let Some(posted) = wire.posted.front().filter(|_| !wire.stalled && wire.flying.is_empty()) else { continue };
+                let len: u64 = posted.parts.iter().map(|p| p.len).sum();
+                let n = (len - wire.moved).min(bytes).min(TURN);
+                (wire.moved, wire.taken, wire.brought, bytes) = (wire.moved + n, wire.taken + n, wire.brought + n, bytes - n);
+                if wire.moved == len {
+                    self.transmit(channel, side);
+                    self.deliver(channel, side);
+                }
+            }
+            if bytes == before {
+                return;
+            }
+        }
+    }
+
+    /// The oldest message of a wire reaches the receive that waits for it: memory is written now.
+    /// Whether there was one.
+    pub(super) fn deliver(&mut self, channel: usize, side: usize) -> bool {
+        let wire = &mut self.wires[channel][side];
+        if wire.stalled || wire.failed || wire.expected.is_empty() || wire.flying.is_empty() {
+            return false;
+        }
+        let (Some(message), Some(arrival)) = (wire.flying.pop_front(), wire.expected.pop_front()) else { return false };
+        if message.tag != arrival.tag || message.bytes.len() != arrival.len {
+            wire.failed = true;
+            return true;
+        }
+        if let Dest::Memory { parts, .. } = &arrival.dest {
+            let mut rest = &message.bytes[..];
+            for part in parts {
+                let (head, tail) = rest.split_at(part.len as usize);
+                // SAFETY: memory of the harness, which outlives the simulation.
+                unsafe { std::ptr::copy_nonoverlapping(head.as_ptr(), part.addr as *mut u8, head.len()) };
+                rest = tail;
+            }
+        }
+        wire.brought += arrival.len as u64 - std::mem::take(&mut wire.moved);
+        wire.arrived.push_back((arrival.key, arrival.len as u64));
+        true
+    }
+
+    /// As if no path had been closed yet.
+    pub(super) fn open(&mut self) {
+        self.closed = [false; 2];
+        self.wires.iter_mut().flatten().for_each(|wire| wire.failed = false);
+    }
+}
+
+/// The parts of a chunk lie in regions that it holds itself.
+fn assert_held(parts: &[Part], hold: &Hold) {
+    for part in parts {
+        let span = hold.span_to_register(part.region).expect("a part of a region that its chunk does not hold");
+        assert!(part.addr >= span.addr && part.addr + part.len <= span.addr + span.len, "a part outside of its region");
+    }
+}
+
+/// One side's view of some of the channels.
+pub(super) struct SimulatedPath {
+    net: Arc<Mutex<Net>>,
+    side: usize,
+    first: usize,
+    channels: usize,
+    device: bool,
+    chunk_bytes: usize,
+}
+
+impl SimulatedPath {
+    /// Channels `first..first + channels`; for device memory on both sides, or for everything else.
+    pub(super) fn new(
+        net: &Arc<Mutex<Net>>,
+        side: usize,
+        first: usize,
+        channels: usize,
+        device: bool,
+        chunk_bytes: usize,
+    ) -> SimulatedPath {
+        SimulatedPath { net: net.clone(), side, first, channels, device, chunk_bytes }
+    }
+}
+
+impl Path for SimulatedPath {
+    fn channels(&self) -> usize {
+        self.channels
+    }
+
+    fn stats(&self, _kernel: bool, _now: Instant, _out: &mut Vec<crate::stats::ChannelStats>) {}
+
+    fn limits(&self) -> ChunkLimits {
+        // Routes differ.
+        ChunkLimits { bytes: self.chunk_bytes, pieces: if self.device { 64 } else { MAX_PARTS }, crossed: MAX_CROSSED }
+    }
+
+    fn chunk_len(&self, total: u64) -> usize {
+        chunk_len(total, self.channels, self.chunk_bytes)
+    }
+
+    fn carries(&self, local: Place, peer: Place) -> bool {
+        (local.is_device() && peer.is_device()) == self.device
+    }
+
+    fn carries_local(&self, local: Place) -> bool {
+        local.is_device() || !self.device
+    }
+
+    fn loads(&mut self, _place: Place, bulk: bool, _now: Instant, out: &mut Loads) {
+        let net = self.net.lock();
+        for channel in self.first..self.first + self.channels {
+            let wire = &net.wires[channel][self.side];
+            let taken = wire.posted.len() + wire.sent.len();
+            let free = WINDOW.saturating_sub(taken);
+            let large = wire.posted.iter().filter(|p| p.bulk).count();
+            let free = if bulk { free.min((WINDOW / 2).saturating_sub(large)) } else { free };
+            out.channels.push(Load { free, queued: taken as u64, rate: 0.0, nic: 0 });
+        }
+    }
+
+    fn submit(&mut self, channel: usize, departure: Departure, _copier: &mut Copier, _now: Instant) -> Result<()> {
+        let mut net = self.net.lock();
+        net.allocate(self.side)?;
+        let wire = &mut net.wires[self.first + channel][self.side];
+        assert!(wire.posted.len() + wire.sent.len() < WINDOW, "more requests than the window has places");
+        let Departure { key, chunk, hold, bulk, tag } = departure;
+        assert_held(&chunk.parts, &hold);
+        wire.posted.push_back(Posted { key, tag, bulk, parts: chunk.parts, _hold: hold });
+        Ok(())
+    }
+
+    fn expect(&mut self, channel: usize, arrival: Arrival) -> Result<()> {
+        let mut net = self.net.lock();
+        net.allocate(self.side)?;
+        if let Dest::Memory { parts, hold, .. } = &arrival.dest {
+            assert_held(parts, hold);
+        }
+        net.wires[self.first + channel][1 - self.side].expected.push_back(arrival);
+        Ok(())
+    }
+
+    fn progress(&mut self, _copier: &mut Copier, _now: Instant, events: &mut Vec<Event>) -> Result<bool> {
+        let mut net = self.net.lock();
+        net.allocate(self.side)?;
+        let before = events.len();
+        for channel in self.first..self.first + self.channels {
+            let [a, b] = &mut net.wires[channel];
+            let (out, incoming) = if self.side == 0 { (a, b) } else { (b, a) };
+            events.extend(out.sent.drain(..).map(|(key, len)| Event::Sent(key, len)));
+            events.extend(incoming.arrived.drain(..).map(|(key, len)| Event::Received(key, len)));
+            let waits = !incoming.expected.is_empty() || !out.posted.is_empty();
+            if waits && (out.failed || incoming.failed) {
+                return Err(err!(RemoteDisconnect, "simulated: channel {channel} has failed"));
+            }
+        }
+        Ok(events.len() > before)
+    }
+
+    fn busy(&self) -> bool {
+        let net = self.net.lock();
+        (self.first..self.first + self.channels).any(|channel| {
+            let (out, incoming) = (&net.wires[channel][self.side], &net.wires[channel][1 - self.side]);
+            !out.posted.is_empty() || !out.sent.is_empty() || !incoming.expected.is_empty() || !incoming.arrived.is_empty()
+        })
+    }
+
+    fn network(&self, each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
+        let net = self.net.lock();
+        for channel in self.first..self.first + self.channels {
+            let (out, incoming) = (&net.wires[channel][self.side], &net.wires[channel][1 - self.side]);
+            if out.failed || incoming.failed {
+                bail!(RemoteDisconnect, "simulated: a channel has failed");
+            }
+            each(Line {
+                nic: ["net0", "net1"][channel % net.nics],
+                moved: net.tells.then_some((out.taken, incoming.brought)),
+                under_way: (out.posted.len() + out.sent.len(), incoming.expected.len()),
+                posted: incoming.expected.len().min(WINDOW),
+            });
+        }
+        Ok(())
+    }
+
+    fn describe(&self, channel: usize, way: Way) -> String {
+        format!("simulated channel {channel} {way:?}")
+    }
+
+    fn forget_region(&mut self, _id: u64) {}
+}
+
+impl Drop for SimulatedPath {
+    fn drop(&mut self) {
+        let mut net = self.net.lock();
+        net.closed[self.side] = true;
+        for channel in self.first..self.first + self.channels {
+            let wires = &mut net.wires[channel];
+            let (out, incoming) = (self.side, 1 - self.side);
+            wires[out].posted.clear();
+            wires[out].sent.clear();
+            wires[incoming].expected.clear();
+            wires[incoming].arrived.clear();
+            // The peer finds out when it next sends.
+            wires[incoming].failed = true;
+        }
+    }
+}

@@ -1,0 +1,354 @@
+//! Two honest machines over a network of a known speed, for minutes of virtual time: what is slow and healthy goes on, and what has
+//! stopped ends in its own deadline, whatever goes on beside it.
+
+use super::net::Net;
+use super::world::{Side, DEVICE_CHANNELS, HOST_CHANNELS, PEER_TIMEOUT, TRANSFER_TIMEOUT};
+use crate::engine::request::{Built, RequestBuilder};
+use crate::engine::transfer::{Direction, LocalSegment};
+use crate::proto::TransferState;
+use crate::types::Place;
+use process::Mutex;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const KIB: usize = 1 << 10;
+const MIB: usize = 1 << 20;
+/// Virtual time of a step.
+const STEP: Duration = Duration::from_millis(50);
+
+/// Two sides, each with a piece of host memory and one of device memory that all transfers share.
+struct Paced {
+    net: Arc<Mutex<Net>>,
+    sides: [Side; 2],
+    start: Instant,
+    now: Instant,
+    /// Bytes a second of data and of the control stream, each way.
+    data: u64,
+    control: usize,
+}
+
+/// The shared pieces of memory.
+const HOST: usize = 0;
+const DEVICE: usize = 1;
+
+impl Paced {
+    fn new(data: u64, control: usize, timeouts: [Duration; 2]) -> Paced {
+        let net = Arc::new(Mutex::new(Net::new(DEVICE_CHANNELS + HOST_CHANNELS, true)));
+        let start = Instant::now();
+        let side = |side| {
+            let mut made = Side::with_timeouts(&net, side, [512 * KIB, 8 * KIB], timeouts, start);
+            made.allocate(vec![1; 2 * MIB], Place::HOST);
+            made.allocate(vec![1; 2 * MIB], Place::gpu(0));
+            made
+        };
+        Paced { sides: [side(0), side(1)], net, start, now: start, data, control }
+    }
+
+    fn transfer(&mut self, side: usize, direction: Direction, memory: usize, len: usize) -> (usize, u64) {
+        let item = self.sides[1 - side].item(memory).expect("registered");
+        let (peer, now) = (self.sides[1 - side].engine, self.now);
+        let me = &mut self.sides[side];
+        let local = LocalSegment { mr: me.memory[memory].mr, addr: me.memory[memory].addr() as usize, len };
+        let builder = RequestBuilder::new(1, &me.registry, peer, None).expect("builder");
+        let Ok(Built::Request(request)) = builder.build(std::iter::once((local, item))) else { panic!("a good request") };
+        me.machine.admit(1, &request.pairs, &me.channels).expect("admitted");
+        let id = me.machine.start(direction.way(), request, &mut me.channels, now);
+        (side, id.expect("started"))
+    }
+
+    fn step(&mut self) {
+        self.now += STEP;
+        let portion = |rate: f64| rate * STEP.as_secs_f64();
+        for side in [0, 1] {
+            self.sides[side].poll(self.now);
+            self.net.lock().flow(side, portion(self.data as f64) as u64);
+            self.sides[side].flush(self.now);
+            let n = self.sides[side].out.len().min(portion(self.control as f64) as usize);
+            let bytes: Vec<u8> = self.sides[side].out.drain(..n).collect();
+            if !bytes.is_empty() {
+                let now = self.now;
+                self.sides[1 - side].hear(&bytes, now);
+            }
+            self.sides[side].poll(self.now);
+            while self.sides[side].queue.pop().is_some() {}
+        }
+    }
+
+    fn seconds(&self) -> f64 {
+        (self.now - self.start).as_secs_f64()
+    }
+
+    fn alive(&self) {
+        for side in &self.sides {
+            if let Some(e) = side.machine.dead() {
+                panic!("after {:.1} s: {e}", self.seconds());
+            }
+        }
+    }
+
+    fn complete(&self, (side, id): (usize, u64)) -> bool {
+        matches!(self.sides[side].machine.lookup(id), Ok(TransferState { complete: true, .. }))
+    }
+
+    /// Goes on until all are complete, with `meanwhile` in every step.
+    fn until_complete(&mut self, mut open: Vec<(usize, u64)>, mut meanwhile: impl FnMut(&mut Paced)) {
+        while !open.is_empty() {
+            assert!(self.seconds() < 1000.0, "{} transfers do not end", open.len());
+            meanwhile(self);
+            self.step();
+            self.alive();
+            open.retain(|&t| !self.complete(t));
+        }
+    }
+
+    /// Goes on until the side's connection has ended; how long that took.
+    fn until_dead(&mut self, side: usize, mut meanwhile: impl FnMut(&mut Paced)) -> Duration {
+        let from = self.now;
+        while self.sides[side].machine.dead().is_none() {
+            assert!(self.now - from < Duration::from_secs(500), "nothing ends");
+            meanwhile(self);
+            self.step();
+        }
+        self.now - from
+    }
+}
+
+/// A deadline is missed by so much at most.
+const LATE: Duration = Duration::from_millis(1100);
+
+const DEFAULT: [Duration; 2] = [TRANSFER_TIMEOUT, PEER_TIMEOUT];
+
+#[test]
+fn a_slow_network_moves_many_transfers_to_their_end() {
+    for memory in [HOST, DEVICE] {
+        let mut world = Paced::new(125_000, 125_000, DEFAULT);
+        let mut open: Vec<_> = (0..10).map(|_| world.transfer(0, Direction::Write, memory, MIB)).collect();
+        open.extend((0..10).map(|_| world.transfer(1, Direction::Write, memory, 100 * KIB)));
+        open.extend((0..4).map(|_| world.transfer(1, Direction::Read, memory, MIB)));
+        world.until_complete(open, |_| {});
+    }
+}
+
+#[test]
+fn large_transfers_go_on_beside_a_flood_of_small_ones() {
+    let mut world = Paced::new(2 * MIB as u64, 10 * MIB, DEFAULT);
+    let large: Vec<_> = (0..60).map(|_| world.transfer(0, Direction::Write, HOST, 2 * MIB)).collect();
+    let (mut small, total) = (Vec::new(), 60.0 * 2.0);
+    let ends = large.clone();
+    world.until_complete(large, |world| {
+        small.retain(|&t| !world.complete(t));
+        while small.len() < 64 {
+            small.push(world.transfer(0, Direction::Write, HOST, 64 * KIB));
+        }
+    });
+    // Both kinds have half of the network.
+    let alone = total / 2.0;
+    assert!(ends.len() == 60 && world.seconds() < 3.0 * alone, "{} s, alone {alone} s", world.seconds());
+}
+
+#[test]
+fn a_read_waits_behind_what_the_peer_began_at_the_same_moment() {
+    let mut world = Paced::new(2 * MIB as u64, 10 * MIB, DEFAULT);
+    let mut open = vec![world.transfer(0, Direction::Read, HOST, 2 * MIB)];
+    open.extend((0..200).map(|_| world.transfer(1, Direction::Write, HOST, 300 * KIB)));
+    world.until_complete(open, |_| {});
+}
+
+#[test]
+fn answers_wait_behind_notifications_on_a_slow_network() {
+    for (count, len) in [(1, 8 * MIB), (4, 3 * MIB), (200, 40 * KIB)] {
+        let mut world = Paced::new(125_000, 125_000, DEFAULT);
+        let now = world.now;
+        (0..count).for_each(|_| world.sides[1].machine.notify(b"name", &vec![7; len], now));
+        let mut open = vec![world.transfer(0, Direction::Write, HOST, 4 * KIB)];
+        open.push(world.transfer(0, Direction::Read, HOST, 4 * KIB));
+        open.push(world.transfer(0, Direction::Read, HOST, 100 * KIB));
+        world.until_complete(open, |_| {});
+    }
+}
+
+/// Heartbeats and small talk on the control stream, both ways.
+fn chatter(world: &mut Paced) {
+    let now = world.now;
+    for side in &mut world.sides {
+        if side.machine.alive().is_ok() {
+            side.machine.notify(b"still", b"here", now);
+        }
+    }
+}
+
+#[test]
+fn a_dead_data_path_ends_transfers_although_the_control_stream_lives() {
+    for direction in [Direction::Write, Direction::Read] {
+        let mut world = Paced::new(MIB as u64, MIB, DEFAULT);
+        (0..8).for_each(|_| {
+            world.transfer(0, direction, HOST, 2 * MIB);
+        });
+        for _ in 0..100 {
+            chatter(&mut world);
+            world.step();
+            world.alive();
+        }
+        world.net.lock().wires.iter_mut().for_each(|w| (w[0].stalled, w[1].stalled) = (true, true));
+        for side in [0, 1] {
+            let took = world.until_dead(side, chatter);
+            assert!(took <= TRANSFER_TIMEOUT + LATE, "{direction:?}: side {side} took {took:?}");
+        }
+    }
+}
+
+#[test]
+fn a_dead_nic_ends_the_connection_in_time_although_another_goes_on() {
+    for (direction, deaf) in [(Direction::Write, 1), (Direction::Read, 0)] {
+        let mut world = Paced::new(MIB as u64, MIB, DEFAULT);
+        world.net.lock().nics = 2;
+        (0..60).for_each(|_| {
+            world.transfer(0, direction, HOST, 2 * MIB);
+        });
+        for _ in 0..100 {
+            chatter(&mut world);
+            world.step();
+            world.alive();
+        }
+        // The wires of one NIC; those of the other carry on for a minute.
+        let mut net = world.net.lock();
+        net.wires
+            .iter_mut()
+            .enumerate()
+            .filter(|(i, _)| i % 2 == 1)
+            .for_each(|(_, w)| (w[0].stalled, w[1].stalled) = (true, true));
+        drop(net);
+        let took = world.until_dead(deaf, chatter);
+        assert!(took <= TRANSFER_TIMEOUT + LATE, "{direction:?}: took {took:?}");
+        let why = world.sides[deaf].machine.dead().map(ToString::to_string).unwrap_or_default();
+        assert!(why.contains("over net1 ") && !why.contains("channel 2:") && !why.contains("channel 4:"), "{why}");
+        // The other side hears of it, and of where it was.
+        world.until_dead(1 - deaf, chatter);
+        let heard = world.sides[1 - deaf].machine.dead().map(ToString::to_string).unwrap_or_default();
+        assert!(heard.contains("over net1 "), "{heard}");
+    }
+}
+
+#[test]
+fn one_stuck_transfer_is_found_beside_busy_ones() {
+    let mut world = Paced::new(4 * MIB as u64, MIB, DEFAULT);
+    world.net.lock().wires[..DEVICE_CHANNELS].iter_mut().for_each(|w| w[0].stalled = true);
+    world.transfer(0, Direction::Write, DEVICE, MIB);
+    let mut busy = Vec::new();
+    let took = world.until_dead(0, |world| {
+        chatter(world);
+        busy.retain(|&t| !world.complete(t));
+        while busy.len() < 4 && world.sides[0].machine.alive().is_ok() {
+            busy.push(world.transfer(0, Direction::Write, HOST, 64 * KIB));
+        }
+    });
+    assert!(took <= TRANSFER_TIMEOUT + LATE, "took {took:?}");
+}
+
+#[test]
+fn a_deadline_holds_on_a_connection_that_was_idle() {
+    let timeout = Duration::from_secs(2);
+    for small in [true, false] {
+        let mut world = Paced::new(MIB as u64, MIB, [timeout, Duration::from_secs(120)]);
+        (0..20).for_each(|_| world.step());
+        if small {
+            world.sides[1].mute = true;
+        } else {
+            world.net.lock().wires.iter_mut().for_each(|w| w[0].stalled = true);
+        }
+        world.transfer(0, Direction::Write, HOST, if small { 4 * KIB } else { MIB });
+        let took = world.until_dead(0, |_| {});
+        assert!(took <= timeout + LATE, "took {took:?}");
+    }
+}
+
+#[test]
+fn an_idle_connection_wants_to_be_looked_at_within_its_deadlines() {
+    let timeout = Duration::from_secs(2);
+    let mut world = Paced::new(MIB as u64, MIB, [timeout, Duration::from_secs(120)]);
+    (0..20).for_each(|_| world.step());
+    assert!(world.sides[0].machine.next_tick() <= world.now + timeout / 2, "nobody looks before the deadline");
+}
+
+#[test]
+fn an_idle_connection_wants_to_be_looked_at_once_a_heartbeat() {
+    let mut world = Paced::new(1 << 30, 1 << 30, [4 * PEER_TIMEOUT, PEER_TIMEOUT]);
+    let (mut looks, end) = (0, world.start + 100 * crate::proto::heartbeat(PEER_TIMEOUT));
+    while world.now < end {
+        let due = world.sides.iter().map(|side| side.machine.next_tick()).min().expect("two sides");
+        world.now = world.now.max(due);
+        for side in 0..2 {
+            if world.sides[side].machine.next_tick() <= world.now {
+                looks += 1;
+                world.sides[side].poll(world.now);
+            }
+            let bytes: Vec<u8> = world.sides[side].out.drain(..).collect();
+            if !bytes.is_empty() {
+                world.sides[1 - side].hear(&bytes, world.now);
+            }
+        }
+    }
+    world.alive();
+    assert!((200..=220).contains(&looks), "{looks} looks in 100 heartbeats of two sides");
+}
+
+#[test]
+fn heartbeats_of_both_sides_meet() {
+    let mut world = Paced::new(1 << 30, 1 << 30, [4 * PEER_TIMEOUT, PEER_TIMEOUT]);
+    let every = crate::proto::heartbeat(PEER_TIMEOUT);
+    // One side's is due long before the other's.
+    let late = world.now + every * 2 / 3;
+    world.sides[0].machine.clock.next_tick = late;
+    world.sides[0].machine.clock.report = late;
+    let (mut looks, mut announced, end) = (0, [0; 2], world.start + 30 * every);
+    while world.now < end {
+        let due = world.sides.iter().map(|side| side.machine.next_tick()).min().expect("two sides");
+        looks += usize::from(due > world.now);
+        world.now = world.now.max(due);
+        for side in [0, 1, 0] {
+            if world.sides[side].machine.next_tick() <= world.now {
+                world.sides[side].poll(world.now);
+            }
+            let bytes: Vec<u8> = world.sides[side].out.drain(..).collect();
+            if !bytes.is_empty() {
+                announced[side] += 1;
+                world.sides[1 - side].hear(&bytes, world.now);
+            }
+        }
+    }
+    world.alive();
+    assert!((29..=32).contains(&looks), "{looks} times somebody looked, in 30 heartbeats");
+    assert!(announced.iter().all(|n| (29..=32).contains(n)), "{announced:?} heartbeats in the time of 30");
+}
+
+#[test]
+fn answers_that_have_left_are_not_held_against_the_peer() {
+    let mut world = Paced::new(MIB as u64, 200 * MIB, DEFAULT);
+    // The application always has more to say than the network takes, and the peer writes all the time.
+    for _ in 0..600 {
+        let now = world.now;
+        while world.sides[0].machine.tx.pending() < 200 * KIB {
+            world.sides[0].machine.notify(b"name", &[7; 20 * KIB], now);
+        }
+        for _ in 0..20 {
+            world.transfer(1, Direction::Write, HOST, 16);
+        }
+        world.step();
+        world.alive();
+    }
+    assert!(world.sides[0].machine.tx.answers() < 20 * KIB, "{} bytes", world.sides[0].machine.tx.answers());
+}
+
+#[test]
+fn a_peer_that_pings_and_reads_nothing_is_given_up() {
+    let mut world = Paced::new(MIB as u64, MIB, [TRANSFER_TIMEOUT, Duration::from_secs(1000)]);
+    (0..20).for_each(|_| world.step());
+    world.sides[0].room = 0;
+    let now = world.now;
+    world.sides[0].machine.notify(b"name", b"unread", now);
+    let took = world.until_dead(0, |world| {
+        let now = world.now;
+        world.sides[1].machine.notify(b"still", b"here", now);
+    });
+    assert!(took <= TRANSFER_TIMEOUT + LATE, "took {took:?}");
+}

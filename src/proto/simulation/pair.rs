@@ -1,0 +1,498 @@
+//! Two honest machines. Without faults every transfer succeeds with the right bytes; with faults every transfer ends in time, and
+//! none is OK with a wrong byte, and no memory is touched after it was given back.
+
+use super::net::Net;
+use super::world::{Side, DEVICE_CHANNELS, HOST_CHANNELS, MATCH_TIMEOUT, PEER_TIMEOUT, TRANSFER_TIMEOUT};
+use super::{Action, Rng};
+use crate::engine::fifo::FifoItem;
+use crate::engine::request::{message, sketch, Built, Feed, RequestBuilder};
+use crate::engine::transfer::{Direction, LocalSegment};
+use crate::proto::TransferState;
+use crate::status::{err, ErrorKind};
+use crate::types::{Place, Segment};
+use process::Mutex;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A range of a side's memory, and the bytes that must be there when the transfer is OK.
+struct Expected {
+    side: usize,
+    memory: usize,
+    at: usize,
+    bytes: Vec<u8>,
+}
+
+struct Transfer {
+    side: usize,
+    id: u64,
+    expected: Vec<Expected>,
+    begun: Instant,
+    /// An error that a healthy run may end it with.
+    excused: bool,
+    ended: bool,
+}
+
+struct World {
+    rng: Rng,
+    net: Arc<Mutex<Net>>,
+    sides: [Side; 2],
+    start: Instant,
+    now: Instant,
+    transfers: Vec<Transfer>,
+    /// Sends and receives that wait for each other: by receiving side, (send, receive).
+    sent: [Vec<(usize, Vec<u8>)>; 2],
+    received: [Vec<(usize, usize)>; 2],
+    notified: [Vec<Vec<u8>>; 2],
+    heard: [usize; 2],
+    faulty: bool,
+    reorders: bool,
+}
+
+pub(super) fn play(seed: u64, script: &[Action], faulty: bool) -> Result<(), String> {
+    World::new(seed, faulty).run(script)
+}
+
+/// As without faults, over a network that breaks its promise.
+pub(super) fn play_reordering(seed: u64, script: &[Action]) -> Result<(), String> {
+    let mut world = World::new(seed, false);
+    world.reorders = true;
+    world.run(script)
+}
+
+impl World {
+    fn new(seed: u64, faulty: bool) -> World {
+        let mut rng = Rng::new(seed ^ 0x5EED);
+        let net = Arc::new(Mutex::new(Net::new(DEVICE_CHANNELS + HOST_CHANNELS, rng.below(2) == 0)));
+        let start = Instant::now();
+        let chunk = 4096 << rng.below(3);
+        net.lock().direct.on = rng.below(3) > 0;
+        let mut side = |side| {
+            let eager = if rng.below(2) == 0 { 0 } else { 3000 };
+            let mut made = Side::new(&net, side, chunk as usize, eager, start);
+            // A socket with little room leaves a backlog behind.
+            made.room = 1000 << rng.below(8);
+            made
+        };
+        World {
+            sides: [side(0), side(1)],
+            rng,
+            net,
+            start,
+            now: start,
+            transfers: Vec::new(),
+            sent: Default::default(),
+            received: Default::default(),
+            notified: Default::default(),
+            heard: [0; 2],
+            faulty,
+            reorders: false,
+        }
+    }
+
+    fn run(mut self, script: &[Action]) -> Result<(), String> {
+        for &action in script {
+            self.step(action);
+            self.check()?;
+        }
+        self.finish()
+    }
+
+    fn step(&mut self, Action { kind, a, b }: Action) {
+        let side = (a & 1) as usize;
+        let channel = (b as usize) % (DEVICE_CHANNELS + HOST_CHANNELS);
+        match kind % 32 {
+            0..=2 => self.one_sided(side, Direction::Write, a, b),
+            3..=5 => self.one_sided(side, Direction::Read, a, b),
+            6 => self.send(side, a, b),
+            7 => self.receive(side, a, b),
+            8 => self.notify(side, b),
+            9 => {
+                let count = self.sides[side].memory.len();
+                if count > 0 {
+                    self.sides[side].deregister(b as usize % count);
+                }
+            }
+            10..=14 => self.deliver_control(side, b as usize),
+            15..=18 => {
+                let mut net = self.net.lock();
+                net.transmit(channel, side);
+                net.direct.answer(side, b % 7 == 0, b);
+                net.direct.carry(side, 1 + b as usize % 3);
+            }
+            19..=22 => {
+                self.net.lock().deliver(channel, side);
+                if self.reorders {
+                    let wire = &mut self.net.lock().wires[channel][side];
+                    if wire.flying.len() > 1 {
+                        wire.flying.swap(0, 1);
+                    }
+                }
+            }
+            23..=26 => self.sides[side].poll(self.now),
+            27 => self.busy(20),
+            28 => self.now += Duration::from_millis(u64::from(b % 400)),
+            _ if self.faulty => self.fault(side, channel, a, b),
+            _ => self.busy(5),
+        }
+        self.sides.iter_mut().for_each(Side::reclaim);
+    }
+
+    fn fault(&mut self, side: usize, channel: usize, a: u32, b: u32) {
+        // Most of a script should pass before something breaks.
+        if self.rng.below(4) > 0 {
+            return;
+        }
+        let mut net = self.net.lock();
+        match (a >> 1) % 8 {
+            0 => net.wires[channel][side].stalled = true,
+            1 => net.wires[channel][side].failed = true,
+            2 => net.out_of_memory[side] = Some(b % 6),
+            3 => {
+                drop(net);
+                let now = self.now;
+                self.sides[side].fail(err!(Canceled, "closed"), now);
+            }
+            4 => {
+                drop(net);
+                self.sides[side].mute = true;
+            }
+            5 if b % 2 == 0 => net.direct.stalls = true,
+            5 => net.wires.iter_mut().for_each(|w| w[side].stalled = true),
+            6 => {
+                drop(net);
+                self.now += Duration::from_secs(u64::from(b % 9));
+            }
+            _ => {
+                net.wires.iter_mut().for_each(|w| (w[0].stalled, w[1].stalled) = (true, true));
+            }
+        }
+    }
+
+    fn place(&mut self) -> Place {
+        if self.rng.below(3) == 0 {
+            Place::gpu(0)
+        } else {
+            Place::HOST
+        }
+    }
+
+    fn fill(&mut self, len: usize) -> Vec<u8> {
+        // Never the byte that freed memory is filled with.
+        let words = (0..len.div_ceil(8)).flat_map(|_| (self.rng.next() & 0x7F7F_7F7F_7F7F_7F7F).to_le_bytes());
+        let mut bytes: Vec<u8> = words.collect();
+        bytes.truncate(len);
+        bytes
+    }
+
+    fn len(a: u32) -> usize {
+        match (a >> 4) % 16 {
+            0 => 0,
+            1..=8 => 1 + (a >> 8) as usize % 3000,
+            15 if a % 8 == 0 => 270_000 + (a >> 8) as usize % 10_000,
+            _ => 1 + (a >> 8) as usize % 30_000,
+        }
+    }
+
+    /// A read or write of one to five segments between fresh memory of both sides.
+    fn one_sided(&mut self, side: usize, direction: Direction, a: u32, b: u32) {
+        let (here, there) = (side, 1 - side);
+        let (mut items, mut expected) = (Vec::new(), Vec::new());
+        let mut excused = false;
+        for segment in 0..1 + b % 5 {
+            let len = Self::len(a.rotate_left(segment * 5));
+            let source = self.fill(len.max(1) + 7);
+            let target = vec![0xEE; len.max(1) + 7];
+            let (local, remote) = match direction {
+                Direction::Write => (source.clone(), target),
+                Direction::Read => (target, source.clone()),
+            };
+            let (p, q) = (self.place(), self.place());
+            let local = self.sides[here].allocate(local, p);
+            let remote = self.sides[there].allocate(remote, q);
+            let Some(mut item) = self.sides[there].item(remote) else { return };
+            let at = (b >> 8) as usize % 7;
+            item.addr += at as u64;
+            if b.wrapping_add(segment) % 61 == 0 {
+                // Somebody else's token.
+                item.padding[0] = !item.padding[0];
+                excused = true;
+            }
+            let memory = &self.sides[here].memory[local];
+            items.push((LocalSegment { mr: memory.mr, addr: memory.addr() as usize + at, len }, item));
+            let (to, memory) = if direction == Direction::Write { (there, remote) } else { (here, local) };
+            expected.push(Expected { side: to, memory, at, bytes: source[at..at + len].to_vec() });
+        }
+        let now = self.now;
+        if let Some(id) = self.directly(here, direction, &items) {
+            self.transfers.push(Transfer { side: here, id, expected, begun: now, excused, ended: false });
+            return self.sides[here].poll(now);
+        }
+        let peer_engine = self.sides[there].engine;
+        let me = &mut self.sides[here];
+        let builder = RequestBuilder::new(items.len(), &me.registry, peer_engine, None).expect("builder");
+        let Ok(Built::Request(request)) = builder.build(items.into_iter()) else { return };
+        if me.machine.admit(request.segments.len(), &request.pairs, &me.channels).is_err() {
+            return;
+        }
+        match me.machine.start(direction.way(), request, &mut me.channels, now) {
+            Ok(id) => self.transfers.push(Transfer { side: here, id, expected, begun: now, excused, ended: false }),
+            Err(e) => me.fail(e, now),
+        }
+        self.sides[here].poll(now);
+    }
+
+    /// Starts a transfer directly, where that is possible at once.
+    fn directly(&mut self, side: usize, direction: Direction, items: &[(LocalSegment, FifoItem)]) -> Option<u64> {
+        let (now, peer_engine, me) = (self.now, self.sides[1 - side].engine, &mut self.sides[side]);
+        let (sketch, known) = sketch(items.iter().copied(), &me.registry, peer_engine)?;
+        let mut feed = Feed::new(items.iter().copied(), known, direction.way(), sketch.count);
+        me.machine.admit(sketch.count, &sketch.places(), &me.channels).ok()?;
+        let started = me.machine.start_direct(sketch, direction.way(), &mut feed, &mut me.channels, now);
+        let (id, begun) = match started {
+            Ok(started) => started?,
+            Err(e) => {
+                me.fail(e, now);
+                return None;
+            }
+        };
+        if let Err(e) = begun {
+            me.fail(e, now);
+        }
+        Some(id)
+    }
+
+    fn send(&mut self, side: usize, a: u32, b: u32) {
+        let len = Self::len(a) % 50_000;
+        let bytes = self.fill(len + 3);
+        let place = self.place();
+        let memory = self.sides[side].allocate(bytes.clone(), place);
+        let now = self.now;
+        let me = &mut self.sides[side];
+        let (mr, addr) = (me.memory[memory].mr, me.memory[memory].addr() as usize);
+        let half = if len == 0 { 0 } else { b as usize % len };
+        let items = [LocalSegment { mr, addr, len: half }, LocalSegment { mr, addr: addr + half, len: len - half }];
+        let (segments, uses) = message(items.into_iter(), &me.registry).expect("own memory");
+        if me.machine.admit(segments.len(), &[], &me.channels).is_err() {
+            return;
+        }
+        let id = me.machine.start_send(segments, uses, &mut me.channels, now);
+        self.transfers.push(Transfer { side, id, expected: Vec::new(), begun: now, excused: true, ended: false });
+        self.sent[1 - side].push((self.transfers.len() - 1, bytes[..len].to_vec()));
+        self.sides[side].poll(now);
+    }
+
+    fn receive(&mut self, side: usize, a: u32, b: u32) {
+        let len = if b % 9 == 0 { Self::len(a) % 50_000 } else { 50_000 } + 1;
+        let place = self.place();
+        let memory = self.sides[side].allocate(vec![0xEE; len], place);
+        let now = self.now;
+        let me = &mut self.sides[side];
+        if me.machine.admit(1, &[], &me.channels).is_err() {
+            return;
+        }
+        let region = me.registry.local(me.memory[memory].mr).expect("own memory");
+        let segment = Segment { addr: me.memory[memory].addr(), len: len as u64, region: 0, place, peer: Place::HOST };
+        let id = me.machine.start_receive(segment, region, &mut me.channels, now);
+        self.transfers.push(Transfer { side, id, expected: Vec::new(), begun: now, excused: true, ended: false });
+        self.received[side].push((self.transfers.len() - 1, memory));
+        self.sides[side].poll(now);
+    }
+
+    fn notify(&mut self, side: usize, b: u32) {
+        let now = self.now;
+        let bytes = self.fill(b as usize % 5000);
+        let me = &mut self.sides[side];
+        if me.machine.alive().is_ok() {
+            me.machine.notify(b"name", &bytes, now);
+            self.notified[1 - side].push(bytes);
+        }
+    }
+
+    /// Some bytes of a side's control stream reach the other.
+    fn deliver_control(&mut self, side: usize, limit: usize) {
+        self.sides[side].flush(self.now);
+        let n = self.sides[side].out.len().min(1 + limit % 20_000);
+        let bytes: Vec<u8> = self.sides[side].out.drain(..n).collect();
+        if !bytes.is_empty() {
+            let now = self.now;
+            self.sides[1 - side].hear(&bytes, now);
+        }
+    }
+
+    /// Everything moves for a while.
+    fn busy(&mut self, rounds: usize) {
+        for _ in 0..rounds {
+            for side in [0, 1] {
+                self.deliver_control(side, usize::MAX - 1);
+                self.sides[side].poll(self.now);
+                for channel in 0..DEVICE_CHANNELS + HOST_CHANNELS {
+                    let mut net = self.net.lock();
+                    net.direct.answer(side, false, 0);
+                    net.direct.carry(side, 1);
+                    for _ in 0..4 {
+                        net.transmit(channel, side);
+                        net.deliver(channel, side);
+                    }
+                }
+            }
+            self.sides.iter_mut().for_each(Side::reclaim);
+        }
+    }
+
+    fn check(&mut self) -> Result<(), String> {
+        for (side, world) in self.sides.iter().enumerate() {
+            world.machine.audit().map_err(|e| format!("side {side}: {e}"))?;
+            if let Some(memory) = world.written_after_free() {
+                return Err(format!("memory {memory} of side {side} was written after it had been given back"));
+            }
+            if world.machine.dead().is_some() && !self.net.lock().closed[side] {
+                return Err(format!("side {side} has ended its connection, and its channels are open"));
+            }
+            if let (false, Some(e)) = (self.faulty, world.machine.dead()) {
+                if e.kind() != ErrorKind::RemoteDisconnect {
+                    return Err(format!("side {side} lost the connection without a fault: {e}"));
+                }
+            }
+            if world.machine.dead().is_some() && world.machine.in_flight() > 0 {
+                return Err(format!("side {side} has ended its connection, and transfers are in flight"));
+            }
+        }
+        for index in 0..self.transfers.len() {
+            if !self.transfers[index].ended {
+                self.look_at(index)?;
+            }
+        }
+        self.check_notifications()
+    }
+
+    fn look_at(&mut self, index: usize) -> Result<(), String> {
+        let transfer = &self.transfers[index];
+        let (side, id) = (transfer.side, transfer.id);
+        let what = format!("transfer {id} of side {side}");
+        match self.sides[side].machine.lookup(id) {
+            Ok(TransferState { complete: false, .. }) => return Ok(()),
+            Ok(_) => {
+                for e in &transfer.expected {
+                    let memory = &self.sides[e.side].memory[e.memory];
+                    if !memory.freed && memory.now()[e.at..e.at + e.bytes.len()] != e.bytes[..] {
+                        return Err(format!("{what} is OK with wrong bytes"));
+                    }
+                }
+            }
+            Err(e) if self.faulty => {
+                if e.kind() == ErrorKind::Protocol || e.kind() == ErrorKind::Internal {
+                    return Err(format!("{what}: two honest sides: {e}"));
+                }
+            }
+            Err(e) => {
+                let given_back = transfer.expected.iter().any(|e| !self.sides[e.side].memory[e.memory].is_registered());
+                // The source of a read may have been given back, too.
+                let refused = e.kind() == ErrorKind::RemoteAccess;
+                if !transfer.excused && !given_back && !refused {
+                    let causes: Vec<_> = self.sides.iter().map(|s| s.machine.dead().map(ToString::to_string)).collect();
+                    return Err(format!("{what} failed without a fault: {e}; {causes:?}"));
+                }
+            }
+        }
+        self.transfers[index].ended = true;
+        Ok(())
+    }
+
+    /// Notifications arrive whole, once and in order.
+    fn check_notifications(&mut self) -> Result<(), String> {
+        for side in [0, 1] {
+            while let Some(got) = self.sides[side].queue.pop() {
+                let expected = self.notified[side].get(self.heard[side]);
+                if expected != Some(&got.msg) {
+                    return Err(format!("notification {} of side {side} is not the one that was sent", self.heard[side]));
+                }
+                self.heard[side] += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Messages that met a receive are whole.
+    fn check_messages(&self) -> Result<(), String> {
+        for side in [0, 1] {
+            for (&(send, ref bytes), &(receive, memory)) in self.sent[side].iter().zip(&self.received[side]) {
+                let (send, receive) = (&self.transfers[send], &self.transfers[receive]);
+                let ok =
+                    |t: &Transfer| matches!(self.sides[t.side].machine.lookup(t.id), Ok(TransferState { complete: true, .. }));
+                let memory = &self.sides[side].memory[memory];
+                // Withdrawals shift who meets whom: only the first pairs are compared while nothing has failed.
+                if !(ok(send) && ok(receive)) {
+                    break;
+                }
+                if !memory.freed && memory.now()[..bytes.len()] != bytes[..] {
+                    return Err(format!("message {} to side {side} is OK with wrong bytes", send.id));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets everything go on until all transfers have ended: at once without faults, by their deadlines with.
+    fn finish(mut self) -> Result<(), String> {
+        for _ in 0..12 {
+            if self.transfers.iter().any(|t| !t.ended) {
+                self.busy(5);
+                self.check()?;
+            }
+        }
+        // What is queued arrives, however little the sockets take at once.
+        for _ in 0..1000 {
+            if self.sides.iter().all(|side| side.unheard() == 0 || side.mute) {
+                break;
+            }
+            self.busy(1);
+        }
+        self.busy(2);
+        self.check()?;
+        let limit = self.now + MATCH_TIMEOUT + PEER_TIMEOUT + 3 * TRANSFER_TIMEOUT;
+        while self.transfers.iter().any(|t| !t.ended) {
+            if self.now > limit {
+                let open = self.transfers.iter().find(|t| !t.ended).map(|t| (t.side, t.id, t.begun - self.start));
+                return Err(format!("a transfer (side, id, begun) never ends: {open:?}"));
+            }
+            self.now += Duration::from_millis(250);
+            self.busy(4);
+            self.check()?;
+        }
+        self.check_messages()?;
+        if !self.faulty {
+            for (side, world) in self.sides.iter().enumerate() {
+                if let Some(e) = world.machine.dead() {
+                    return Err(format!("side {side} lost the connection without a fault: {e}"));
+                }
+                if !world.machine.is_idle() {
+                    return Err(format!("side {side} keeps something of transfers that have ended"));
+                }
+            }
+            if self.heard != [self.notified[0].len(), self.notified[1].len()] {
+                return Err("a notification was lost".to_owned());
+            }
+        }
+        self.give_back(limit)?;
+        self.busy(10);
+        self.check()
+    }
+
+    /// All memory is given back, and is free at once without faults. With them a side may not know yet that its peer is gone.
+    fn give_back(&mut self, limit: Instant) -> Result<(), String> {
+        for side in &mut self.sides {
+            (0..side.memory.len()).for_each(|index| side.deregister(index));
+            side.reclaim();
+        }
+        loop {
+            let used = |side: &Side| side.memory.iter().any(|m| !m.freed);
+            let Some(side) = self.sides.iter().position(used) else { return Ok(()) };
+            if !self.faulty || self.now > limit {
+                return Err(format!("side {side} still uses memory although all transfers have ended"));
+            }
+            self.now += Duration::from_millis(250);
+            self.busy(4);
+            self.check()?;
+        }
+    }
+}

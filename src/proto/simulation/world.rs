@@ -1,0 +1,250 @@
+//! One side of a simulated connection: a machine with its channels, memory that remembers when it was given back, and the bytes between
+//! it and its peer.
+
+use super::direct::SimulatedDirect;
+use super::net::{Net, SimulatedPath};
+use crate::budget::Pool;
+use crate::channel::device::EmulatedDevice;
+use crate::channel::router::Channels;
+use crate::engine::fifo::{Access, FifoItem};
+use crate::logging::Limiter;
+use crate::notify::{Inbox, Queue};
+use crate::proto::{Machine, Scheduled, Setting};
+use crate::registry::{Registry, Retired};
+use crate::status::{Error, Result};
+use crate::types::Place;
+use crate::wire::queue::RxBuffer;
+use process::Mutex;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+pub(super) const TRANSFER_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const PEER_TIMEOUT: Duration = Duration::from_secs(12);
+pub(super) const MATCH_TIMEOUT: Duration = Duration::from_secs(30);
+/// Written over memory that its owner may use again.
+const FREED: u8 = 0xDD;
+
+/// A piece of memory, registered until it is given back.
+pub(super) struct Memory {
+    pub bytes: Box<[u8]>,
+    pub mr: u64,
+    pub place: Place,
+    retired: Option<Retired>,
+    pub freed: bool,
+}
+
+impl Memory {
+    pub(super) fn addr(&self) -> u64 {
+        self.bytes.as_ptr() as u64
+    }
+
+    /// The bytes as they are now; others write them through pointers.
+    pub(super) fn now(&self) -> &[u8] {
+        let from = std::hint::black_box(self.bytes.as_ptr());
+        // SAFETY: the box's own memory; nobody writes while the harness looks.
+        unsafe { std::slice::from_raw_parts(from, self.bytes.len()) }
+    }
+
+    pub(super) fn is_registered(&self) -> bool {
+        self.retired.is_none()
+    }
+}
+
+/// One side.
+pub(super) struct Side {
+    pub machine: Machine,
+    pub channels: Channels,
+    pub registry: Arc<Registry>,
+    pub queue: Arc<Queue>,
+    pub engine: [u8; 16],
+    pub memory: Vec<Memory>,
+    rx: RxBuffer,
+    /// Frames that the queue has given up and the socket has not taken.
+    leaving: VecDeque<u8>,
+    /// Bytes of its control stream that the socket has taken and that have not reached the peer, and how many the socket takes.
+    pub out: VecDeque<u8>,
+    pub room: usize,
+    /// Nothing of it reaches the peer any more.
+    pub mute: bool,
+}
+
+/// Which channels a simulated connection has: so many for device memory, so many for the rest.
+pub(super) const DEVICE_CHANNELS: usize = 2;
+pub(super) const HOST_CHANNELS: usize = 3;
+
+impl Side {
+    pub(super) fn new(net: &Arc<Mutex<Net>>, side: usize, chunk_bytes: usize, eager_bytes: usize, now: Instant) -> Side {
+        Side::with_timeouts(net, side, [chunk_bytes, eager_bytes], [TRANSFER_TIMEOUT, PEER_TIMEOUT], now)
+    }
+
+    /// `sizes`: of chunks, and of what travels inside frames; `timeouts`: of transfers, and of the peer.
+    pub(super) fn with_timeouts(
+        net: &Arc<Mutex<Net>>,
+        side: usize,
+        [chunk_bytes, eager_bytes]: [usize; 2],
+        [transfer_timeout, peer_timeout]: [Duration; 2],
+        now: Instant,
+    ) -> Side {
+        let registry = Arc::new(Registry::new());
+        net.lock().direct.registries[side] = Some(registry.clone());
+        let queue = Queue::new(1 << 30, 256 << 20);
+        let account = Pool::endless().account([127, 0, 0, 1].into());
+        let setting = Setting {
+            registry: registry.clone(),
+            inbox: Inbox::new(&queue, &account),
+            account,
+            lines: Arc::new(Limiter::new(1000)),
+            eager_bytes,
+            peer: format!("side {}", 1 - side),
+            transfer_timeout,
+            peer_timeout,
+            heartbeat: crate::proto::heartbeat(peer_timeout),
+            match_timeout: MATCH_TIMEOUT,
+            doorbells: false,
+        };
+        let paths: Vec<Box<dyn crate::channel::path::Path>> = vec![
+            Box::new(SimulatedPath::new(net, side, 0, DEVICE_CHANNELS, true, chunk_bytes)),
+            Box::new(SimulatedPath::new(net, side, DEVICE_CHANNELS, HOST_CHANNELS, false, chunk_bytes)),
+        ];
+        Side {
+            machine: Machine::new(setting, now),
+            channels: Channels::new(Some(Box::new(SimulatedDirect::new(net, side))), paths, Some(Box::new(EmulatedDevice))),
+            registry,
+            queue,
+            engine: [side as u8 + 1; 16],
+            memory: Vec::new(),
+            rx: RxBuffer::default(),
+            leaving: VecDeque::new(),
+            out: VecDeque::new(),
+            room: 64 << 10,
+            mute: false,
+        }
+    }
+
+    /// Registers fresh memory; its index.
+    pub(super) fn allocate(&mut self, bytes: Vec<u8>, place: Place) -> usize {
+        let bytes = bytes.into_boxed_slice();
+        let mr = self
+            .registry
+            .add(bytes.as_ptr() as u64, bytes.len() as u64, place, crate::types::RemoteAccess::ALL)
+            .expect("register");
+        self.memory.push(Memory { bytes, mr, place, retired: None, freed: false });
+        self.memory.len() - 1
+    }
+
+    /// What a peer needs to reach some memory.
+    pub(super) fn item(&self, index: usize) -> Option<FifoItem> {
+        let memory = &self.memory[index];
+        let token = self.registry.local(memory.mr).ok()?.token;
+        let access = Access { region: memory.mr, token, engine: self.engine, place: memory.place };
+        Some(FifoItem::new(memory.addr(), memory.bytes.len() as u64, &access))
+    }
+
+    /// Begins to give memory back.
+    pub(super) fn deregister(&mut self, index: usize) {
+        let memory = &mut self.memory[index];
+        if memory.retired.is_none() {
+            memory.retired = self.registry.retire(memory.mr).ok();
+        }
+    }
+
+    /// Memory that nothing uses any more goes back to its owner, who uses it for something else.
+    pub(super) fn reclaim(&mut self) {
+        for memory in &mut self.memory {
+            if !memory.freed && memory.retired.as_ref().is_some_and(|r| !r.in_use()) {
+                memory.freed = true;
+                memory.bytes.fill(FREED);
+            }
+        }
+    }
+
+    /// Freed memory that somebody has written since.
+    pub(super) fn written_after_free(&self) -> Option<usize> {
+        const BLOCK: [u8; 4096] = [FREED; 4096];
+        let intact = |m: &Memory| m.now().chunks(BLOCK.len()).all(|piece| piece == &BLOCK[..piece.len()]);
+        self.memory.iter().position(|m| m.freed && !intact(m))
+    }
+
+    /// Ends the connection on this side.
+    pub(super) fn fail(&mut self, error: Error, now: Instant) {
+        if self.machine.dead().is_some() {
+            return;
+        }
+        self.machine.fail(error.clone(), &mut self.channels);
+        self.machine.say_bye(Some(&error), now);
+        self.flush(now);
+    }
+
+    /// Bytes of the peer's control stream arrive.
+    pub(super) fn hear(&mut self, bytes: &[u8], now: Instant) {
+        let kept = self.rx.extend(bytes);
+        if self.machine.dead().is_some() {
+            return;
+        }
+        if let Err(e) = kept.and_then(|()| self.frames(bytes.len(), now)) {
+            self.fail(e, now);
+        }
+    }
+
+    fn frames(&mut self, heard: usize, now: Instant) -> Result<()> {
+        self.machine.on_received(heard, self.rx.arriving(), now);
+        while let Some((frame, len)) = self.rx.next()? {
+            self.machine.handle(frame, &mut self.channels, now)?;
+            self.rx.consume(len);
+        }
+        Ok(())
+    }
+
+    /// One look of whoever drives this side.
+    pub(super) fn poll(&mut self, now: Instant) {
+        if self.machine.dead().is_some() {
+            return;
+        }
+        if let Err(e) = self.round(now) {
+            self.fail(e, now);
+        }
+    }
+
+    fn round(&mut self, now: Instant) -> Result<()> {
+        self.machine.drive_channels(&mut self.channels, now)?;
+        while self.machine.schedule(&mut self.channels, 3, now)? == Scheduled::Limit {}
+        if now >= self.machine.next_tick() {
+            self.machine.tick(&mut self.channels, now)?;
+        }
+        self.flush(now);
+        Ok(())
+    }
+
+    /// Bytes of its control stream that are not with the peer.
+    pub(super) fn unheard(&self) -> usize {
+        self.machine.tx.pending() + self.leaving.len() + self.out.len()
+    }
+
+    /// The socket takes of what is queued as much as it has room for.
+    pub(super) fn flush(&mut self, now: Instant) {
+        if self.machine.tx.pending() + self.leaving.len() == 0 {
+            return;
+        }
+        let mut took = 0;
+        loop {
+            if self.leaving.is_empty() {
+                let Some(block) = self.machine.tx.take() else { break };
+                self.leaving.extend(block.frames());
+                self.machine.tx.recycle(block.into_bytes());
+            }
+            let n = self.leaving.len().min(self.room.saturating_sub(self.out.len()));
+            if n == 0 {
+                break;
+            }
+            let taken = self.leaving.drain(..n);
+            if self.mute {
+                drop(taken);
+            } else {
+                self.out.extend(taken);
+            }
+            took += n;
+        }
+        self.machine.on_sent(took, self.leaving.len(), now);
+    }
+}

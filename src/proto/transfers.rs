@@ -1,0 +1,385 @@
+//! Transfers that this side started: ids, kinds, progress, outcome. Decides which verdicts of the peer fit. Pure bookkeeping.
+
+use crate::hash::Map;
+use crate::status::{bail, Error, ErrorKind, Result};
+use std::collections::{BTreeMap, VecDeque};
+
+/// Where a transfer stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TransferState {
+    /// Every byte is in place.
+    pub complete: bool,
+    /// Bytes of the whole transfer; for a receive 0 until the message is known.
+    pub bytes_total: u64,
+    /// Bytes moved so far.
+    pub bytes_done: u64,
+}
+
+/// What kind of transfer an id names: it decides which frames the peer may send about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Write,
+    Read,
+    /// A two-sided send; `pulled` once the peer has asked for its data.
+    Send {
+        pulled: bool,
+    },
+    /// A two-sided receive: the peer does not know the id.
+    Receive,
+    /// A direct transfer, or one that may become one: the peer does not know the id.
+    Direct,
+}
+
+/// A transfer in flight.
+#[derive(Debug)]
+pub(super) struct Running {
+    pub kind: Kind,
+    total: u64,
+    moved: u64,
+    /// Segments of its lists, for the budget.
+    segments: usize,
+    /// The other side's verdict, known while the source is still being sent.
+    verdict: Option<Result<()>>,
+    /// The id that the application knows it by, where that is another one.
+    alias: Option<u64>,
+}
+
+/// Ids of which the number of bytes is remembered once they have ended, and errors of which the text is; older ones report 0 bytes, or
+/// the kind of the error alone.
+const REMEMBERED: usize = 1 << 14;
+
+/// Why a transfer failed.
+#[derive(Debug)]
+struct Failure {
+    error: Error,
+    /// The log has it.
+    reported: bool,
+}
+
+/// Failed transfers beyond [`REMEMBERED`]: ranges of ids with the kind of error, first -> (last, kind).
+#[derive(Debug, Default)]
+struct OldFailures(BTreeMap<u64, (u64, ErrorKind)>);
+
+impl OldFailures {
+    fn add(&mut self, id: u64, kind: ErrorKind) {
+        if let Some((_, (last, known))) = self.0.range_mut(..id).next_back() {
+            if *last + 1 == id && *known == kind {
+                *last = id;
+                return;
+            }
+        }
+        self.0.insert(id, (id, kind));
+    }
+
+    fn get(&self, id: u64) -> Option<ErrorKind> {
+        let (_, &(last, kind)) = self.0.range(..=id).next_back()?;
+        (id <= last).then_some(kind)
+    }
+}
+
+/// Bytes of ended transfers: each id has a place that later ones take over.
+#[derive(Debug, Default)]
+struct Ended(Vec<(u64, u64)>);
+
+impl Ended {
+    fn place(id: u64) -> usize {
+        (id % REMEMBERED as u64) as usize
+    }
+
+    fn set(&mut self, id: u64, total: u64) {
+        let place = Ended::place(id);
+        if self.0.len() <= place {
+            self.0.resize(place + 1, (0, 0));
+        }
+        self.0[place] = (id, total);
+    }
+
+    fn get(&self, id: u64) -> u64 {
+        self.0.get(Ended::place(id)).map_or(0, |&(of, total)| if of == id { total } else { 0 })
+    }
+}
+
+/// All transfers that one side of a connection started. Ids count up from 1; an id that was given out, is not in flight and has no
+/// recorded error has succeeded, so success costs no memory.
+#[derive(Debug, Default)]
+pub(super) struct Transfers {
+    given: u64,
+    running: Map<u64, Running>,
+    segments: usize,
+    failed: Map<u64, Failure>,
+    failed_order: VecDeque<u64>,
+    failed_before: OldFailures,
+    totals: Ended,
+    /// Transfers that were announced under a later id, by the id that the application knows.
+    aliases: Map<u64, u64>,
+    renumbered: u64,
+    ended: u64,
+    failures: u64,
+}
+
+impl Transfers {
+    pub(super) fn start(&mut self, kind: Kind, total: u64, segments: usize) -> u64 {
+        self.given += 1;
+        self.segments += segments;
+        log::trace!("transfer {} starts: {kind:?}, {total} bytes in {segments} segments", self.given);
+        self.running.insert(self.given, Running { kind, total, moved: 0, segments, verdict: None, alias: None });
+        self.given
+    }
+
+    /// The id under which a transfer can be announced: the peer takes them in rising order, and others may have been announced while this
+    /// one waited.
+    pub(super) fn announced_as(&mut self, id: u64) -> u64 {
+        if id == self.given {
+            return id;
+        }
+        let Some(mut running) = self.running.remove(&id) else { return id };
+        running.alias = Some(id);
+        (self.given, self.renumbered) = (self.given + 1, self.renumbered + 1);
+        self.running.insert(self.given, running);
+        self.aliases.insert(id, self.given);
+        self.given
+    }
+
+    /// Transfers in flight.
+    pub(super) fn in_flight(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Segments of all transfers in flight.
+    pub(super) fn segments(&self) -> usize {
+        self.segments
+    }
+
+    /// Number of transfers that have ended; changes when a waiter should look again.
+    pub(super) fn ended(&self) -> u64 {
+        self.ended
+    }
+
+    /// Transfers that were started, that succeeded, and that failed.
+    pub(super) fn outcomes(&self) -> (u64, u64, u64) {
+        (self.given - self.renumbered, self.ended - self.failures, self.failures)
+    }
+
+    pub(super) fn kind(&self, id: u64) -> Option<Kind> {
+        self.running.get(&id).map(|r| r.kind)
+    }
+
+    /// The peer has asked for the data of a send.
+    pub(super) fn pulled(&mut self, id: u64) {
+        if let Some(running) = self.running.get_mut(&id) {
+            running.kind = Kind::Send { pulled: true };
+        }
+    }
+
+    /// A message goes into the buffer that the peer has granted.
+    pub(super) fn goes_directly(&mut self, id: u64) {
+        self.goes_in_chunks(id, Kind::Direct);
+    }
+
+    /// A transfer whose way was open goes in chunks, as one of this kind.
+    pub(super) fn goes_in_chunks(&mut self, id: u64, kind: Kind) {
+        if let Some(running) = self.running.get_mut(&id) {
+            running.kind = kind;
+        }
+    }
+
+    pub(super) fn moved(&mut self, id: u64, bytes: u64) {
+        if let Some(running) = self.running.get_mut(&id) {
+            running.moved += bytes;
+        }
+    }
+
+    pub(super) fn set_total(&mut self, id: u64, total: u64) {
+        if let Some(running) = self.running.get_mut(&id) {
+            running.total = total;
+        }
+    }
+
+    pub(super) fn finish(&mut self, id: u64, result: Result<()>) {
+        let Some(running) = self.running.remove(&id) else { return };
+        let id = running.alias.unwrap_or(id);
+        self.aliases.remove(&id);
+        self.ended += 1;
+        self.segments -= running.segments;
+        log::trace!(
+            "transfer {id} ({:?}, {} bytes) has ended: {}",
+            running.kind,
+            running.total,
+            match &result {
+                Ok(()) => "ok",
+                Err(e) => e.to_str(),
+            }
+        );
+        if let Err(e) = result {
+            self.failures += 1;
+            if self.failed_order.len() == REMEMBERED {
+                if let Some((old, failure)) = self.failed_order.pop_front().and_then(|id| self.failed.remove_entry(&id)) {
+                    self.failed_before.add(old, failure.error.kind());
+                }
+            }
+            self.failed.insert(id, Failure { error: e, reported: false });
+            self.failed_order.push_back(id);
+        }
+        self.totals.set(id, running.total);
+    }
+
+    /// Why a transfer failed, for the log: once, and not for those that failed with their connection, whose end is told.
+    pub(super) fn tell(&mut self, id: u64) -> Option<Error> {
+        let failure = self.failed.get_mut(&id).filter(|failure| !failure.reported)?;
+        failure.reported = true;
+        Some(failure.error.clone())
+    }
+
+    /// The other side's verdict. While `sending`, the source is still in use and the end waits for [`Transfers::source_free`].
+    ///
+    /// # Errors
+    /// `Protocol` for a second verdict.
+    pub(super) fn verdict(&mut self, id: u64, result: Result<()>, sending: bool) -> Result<()> {
+        if !sending {
+            self.finish(id, result);
+        } else if let Some(running) = self.running.get_mut(&id) {
+            if running.verdict.is_some() {
+                bail!(Protocol, "two verdicts on transfer {id}");
+            }
+            running.verdict = Some(result);
+        }
+        Ok(())
+    }
+
+    /// The last byte of the source has left.
+    pub(super) fn source_free(&mut self, id: u64) {
+        if let Some(result) = self.running.get_mut(&id).and_then(|r| r.verdict.take()) {
+            self.finish(id, result);
+        }
+    }
+
+    /// Ends everything with `error`, but what the peer has reported done already.
+    pub(super) fn fail_all(&mut self, error: &Error) {
+        let mut ids: Vec<(u64, u64)> = self.running.iter().map(|(&id, running)| (id, running.alias.unwrap_or(id))).collect();
+        ids.sort_unstable();
+        for (id, known) in ids {
+            // A verdict of success that only waited for the source stands: every byte was in place.
+            let verdict = self.running.get_mut(&id).and_then(|r| r.verdict.take());
+            let alone = verdict.is_some();
+            self.finish(id, verdict.unwrap_or_else(|| Err(error.clone())));
+            if !alone {
+                self.tell(known);
+            }
+        }
+    }
+
+    pub(super) fn lookup(&self, id: u64) -> Result<TransferState> {
+        if let Some(running) = self.running.get(self.aliases.get(&id).unwrap_or(&id)) {
+            let bytes_done = running.moved.min(running.total);
+            return Ok(TransferState { complete: false, bytes_total: running.total, bytes_done });
+        }
+        if let Some(failure) = self.failed.get(&id) {
+            return Err(failure.error.clone());
+        }
+        if id == 0 || id > self.given {
+            bail!(NotFound, "transfer {id} was never started on this connection");
+        }
+        if let Some(kind) = self.failed_before.get(id) {
+            return Err(Error::new(kind, format_args!("transfer {id} failed; the cause is no longer remembered")));
+        }
+        let total = self.totals.get(id);
+        Ok(TransferState { complete: true, bytes_total: total, bytes_done: total })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::err;
+
+    fn write(t: &mut Transfers, total: u64) -> u64 {
+        t.start(Kind::Write, total, 1)
+    }
+
+    #[test]
+    fn answers_stay_the_same_after_the_end() {
+        let mut t = Transfers::default();
+        let (a, b, c) = (write(&mut t, 10), write(&mut t, 20), write(&mut t, 30));
+        t.moved(a, 4);
+        assert_eq!(t.lookup(a), Ok(TransferState { complete: false, bytes_total: 10, bytes_done: 4 }));
+        t.moved(a, 400);
+        assert_eq!(t.lookup(a).unwrap().bytes_done, 10);
+        t.finish(a, Ok(()));
+        t.finish(b, Err(err!(RemoteAccess, "no")));
+        t.verdict(c, Ok(()), true).unwrap();
+        assert!(!t.lookup(c).unwrap().complete);
+        assert!(t.verdict(c, Ok(()), true).is_err(), "a second verdict");
+        t.source_free(c);
+        for _ in 0..3 {
+            assert_eq!(t.lookup(a), Ok(TransferState { complete: true, bytes_total: 10, bytes_done: 10 }));
+            assert!(t.lookup(c).unwrap().complete);
+            assert_eq!(t.lookup(b).unwrap_err().kind(), ErrorKind::RemoteAccess);
+        }
+        for id in [0, 4, u64::MAX] {
+            assert_eq!(t.lookup(id).unwrap_err().kind(), ErrorKind::NotFound);
+        }
+        t.finish(a, Err(err!(Internal, "late")));
+        assert!(t.lookup(a).is_ok());
+        assert_eq!((t.in_flight(), t.segments(), t.ended()), (0, 0, 3));
+    }
+
+    #[test]
+    fn a_failure_is_told_once_unless_the_end_of_the_connection_is() {
+        let mut t = Transfers::default();
+        let (good, bad, lost) = (write(&mut t, 1), write(&mut t, 1), write(&mut t, 1));
+        t.finish(good, Ok(()));
+        t.finish(bad, Err(err!(RemoteAccess, "no")));
+        assert_eq!(t.tell(lost), None);
+        t.fail_all(&err!(RemoteDisconnect, "gone"));
+        assert_eq!(
+            [good, bad, bad, lost, 9].map(|id| t.tell(id).map(|e| e.kind())),
+            [None, Some(ErrorKind::RemoteAccess), None, None, None]
+        );
+        assert_eq!(t.lookup(lost).unwrap_err().kind(), ErrorKind::RemoteDisconnect);
+    }
+
+    #[test]
+    fn a_lost_connection_ends_everything_but_what_had_arrived() {
+        let mut t = Transfers::default();
+        let (a, b) = (write(&mut t, 1), write(&mut t, 1));
+        t.verdict(a, Ok(()), true).unwrap();
+        t.fail_all(&err!(RemoteDisconnect, "gone"));
+        assert!(t.lookup(a).unwrap().complete);
+        assert_eq!(t.lookup(b).unwrap_err().kind(), ErrorKind::RemoteDisconnect);
+        assert_eq!(t.in_flight(), 0);
+    }
+
+    #[test]
+    fn a_failure_is_never_forgotten_and_costs_little_once_it_is_old() {
+        let mut t = Transfers::default();
+        let n = 3 * REMEMBERED as u64;
+        for i in 0..n {
+            let id = write(&mut t, 1);
+            t.finish(id, if i % 1000 == 999 { Ok(()) } else { Err(err!(TimedOut, "late")) });
+        }
+        for id in 1..=n {
+            match t.lookup(id) {
+                Ok(state) => assert!(state.complete && id % 1000 == 0, "{id}"),
+                Err(e) => assert!(e.kind() == ErrorKind::TimedOut && id % 1000 != 0, "{id}"),
+            }
+        }
+        assert_eq!((t.failed.len(), t.totals.0.len()), (REMEMBERED, REMEMBERED));
+        assert!(t.failed_before.0.len() < 50, "{}", t.failed_before.0.len());
+    }
+
+    #[test]
+    fn a_transfer_that_is_announced_late_keeps_its_id() {
+        let mut t = Transfers::default();
+        let (first, second) = (t.start(Kind::Direct, 10, 1), write(&mut t, 20));
+        assert_eq!(t.announced_as(second), second, "the newest");
+        let late = t.announced_as(first);
+        assert!(late > second && t.kind(late) == Some(Kind::Direct) && t.kind(first).is_none());
+        t.moved(late, 4);
+        assert_eq!(t.lookup(first).unwrap(), TransferState { complete: false, bytes_total: 10, bytes_done: 4 });
+        t.finish(late, Err(err!(RemoteAccess, "no")));
+        assert_eq!(t.lookup(first).unwrap_err().to_str(), "no");
+        assert!(t.tell(first).is_some());
+        t.finish(second, Ok(()));
+        assert_eq!((t.outcomes(), t.in_flight()), ((2, 1, 1), 0));
+    }
+}
