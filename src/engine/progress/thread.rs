@@ -22,8 +22,14 @@ const GRIDS: [Duration; 2] = [Duration::from_millis(250), Duration::from_millis(
 const WARM: usize = 4;
 /// What of a socket wakes this thread while another one answers for its connection: the end, once.
 const ELSEWHERE: Interest = Interest::ONCE;
-/// Looks at warm connections between two at everything else.
+/// Looks at warm connections between two at everything else, and the longest time between those: connections that have much to do keep
+/// no other waiting.
 const LOOKS: u32 = 4;
+const LOOK: Duration = Duration::from_micros(50);
+/// A yield that takes longer has let another thread run: the core is shared. For so long afterwards this thread sleeps instead of
+/// spinning, since a thread that wakes gets the core at once, and one that yields waits for others to have had their time.
+const YIELDED: Duration = Duration::from_micros(4);
+const SHARED: Duration = Duration::from_millis(20);
 
 /// Default of UCCL_TCPX_SPIN_US: the time in which a peer's next small request is likely. Sleeping and waking costs tens of
 /// microseconds on virtual machines.
@@ -295,6 +301,24 @@ pub(crate) fn run(table: &ConnectionTable, spin: Option<Duration>) {
     }
 }
 
+/// What comes before the next round that follows at once. `shared`: until when the core is taken to be shared.
+fn give_way(step: Step, shared: &mut Instant) -> Instant {
+    let before = Instant::now();
+    match step {
+        Step::Spin => std::hint::spin_loop(),
+        Step::Yield => {
+            std::thread::yield_now();
+            let now = Instant::now();
+            if now - before > YIELDED {
+                *shared = now + SHARED;
+            }
+            return now;
+        }
+        Step::Again | Step::Sleep(_) => {}
+    }
+    before
+}
+
 fn drive(table: &ConnectionTable, spin: Duration) {
     let mut driving = Driving::new(table, spin);
     // What was there before: after a panic, and connections that came up before this thread.
@@ -302,7 +326,9 @@ fn drive(table: &ConnectionTable, spin: Duration) {
         driving.activate(connection.id);
     }
     let mut last_activity = Instant::now();
-    let (mut tokens, mut looks) = (Vec::new(), 0u32);
+    let (mut tokens, mut looks, mut looked) = (Vec::new(), 0u32, last_activity);
+    // Until when the core is taken to be shared.
+    let mut shared = last_activity;
     while !table.ended() {
         table.asked(|id| {
             driving.activate(id);
@@ -310,19 +336,19 @@ fn drive(table: &ConnectionTable, spin: Duration) {
         let now = Instant::now();
         driving.due(now);
         let round = driving.round(false, now);
+        let spin = if now < shared { Duration::ZERO } else { spin };
         match step(&round, now - last_activity, spin, table.cores) {
-            Step::Again => last_activity = Instant::now(),
-            Step::Spin => {
-                std::hint::spin_loop();
+            again @ (Step::Again | Step::Spin | Step::Yield) => {
+                let now = give_way(again, &mut shared);
+                if again == Step::Again {
+                    last_activity = now;
+                }
                 looks = looks.wrapping_add(1);
-                if looks % LOOKS != 0 && driving.warm() {
+                let warm = again == Step::Again || (looks % LOOKS != 0 && driving.warm());
+                if warm && now - looked < LOOK {
                     continue;
                 }
-                table.bell.wait(Duration::ZERO, &mut tokens);
-                driving.notice(&tokens, false);
-            }
-            Step::Yield => {
-                std::thread::yield_now();
+                looked = now;
                 table.bell.wait(Duration::ZERO, &mut tokens);
                 driving.notice(&tokens, false);
             }
