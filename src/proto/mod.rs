@@ -46,7 +46,7 @@ use crate::segment_pool::SegmentPool;
 use crate::stats::Totals;
 use crate::status::{bail, err, Error, ErrorKind, Result, UCCL_OK};
 use crate::types::{Key, Place, Segment, MAX_INLINE};
-use crate::wire::frame::{Frame, WireRegion, WireSegments};
+use crate::wire::frame::Frame;
 use crate::wire::queue::TxQueue;
 use deadlines::{Deadlines, Overdue};
 use incoming::{Ended, Ending, Incoming};
