@@ -18,7 +18,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -47,13 +46,13 @@ const LINES: u32 = 5;
 
 impl Waiting for Connection {
     fn id(&self) -> u64 {
-        self.id
+        Connection::id(self)
     }
     fn is_up(&self) -> bool {
         Connection::is_up(self)
     }
     fn waits(&self, on: bool) {
-        self.waits.store(on, Ordering::SeqCst);
+        self.set_waits(on);
     }
 }
 
@@ -250,7 +249,7 @@ impl Acceptor {
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return,
                 Err(e) if limits::is_exhaustion(&e) => {
                     let e = limits::system("accepting a connection", &e);
-                    self.context.table.counters.limits_hit.add();
+                    self.context.table.context.counters.limits_hit.add();
                     self.shortage.log(log::Level::Error, now, format_args!("{e}"));
                     self.drop_stranger(now, Duration::ZERO, true);
                     return self.pause(now, PAUSE);
@@ -283,7 +282,7 @@ impl Acceptor {
 
     fn arrived(&mut self, sock: TcpStream, address: SocketAddr, now: Instant) {
         if !self.context.allow.admits(address.ip()) {
-            self.context.table.counters.setups_in_refused.add();
+            self.context.table.context.counters.setups_in_refused.add();
             self.lines.log(log::Level::Warn, now, format_args!("{address}: dropped: not in UCCL_TCPX_ALLOW"));
             return;
         }
@@ -329,7 +328,7 @@ impl Acceptor {
         let slow = || oldest.filter(|id| old(id, silence.max(HESITATION)));
         let Some(id) = silent.or_else(slow) else { return false };
         if let Some(entry) = self.take(id) {
-            self.context.table.counters.setup_failed(ErrorKind::Resource);
+            self.context.table.context.counters.setup_failed(ErrorKind::Resource);
             let address = entry.driver.address;
             self.lines.log(log::Level::Warn, now, format_args!("{address}: dropped: others wait, and it has not said who it is"));
             if !entry.driver.setup().is_silent() {
@@ -408,14 +407,14 @@ impl Acceptor {
         let address = entry.driver.address;
         match entry.driver.finish(&self.context, entry.counted) {
             Ok(connection) => {
-                self.context.table.counters.setups_in.add();
+                self.context.table.context.counters.setups_in.add();
                 // Without a place there it gets what it needs with its first chunk.
-                let _ = self.fresh.try_send(connection.id);
+                let _ = self.fresh.try_send(connection.id());
                 self.accepts.push(connection);
                 self.sweep_at.get_or_insert(now + SWEEP);
             }
             Err(e) => {
-                self.context.table.counters.setup_failed(e.kind());
+                self.context.table.context.counters.setup_failed(e.kind());
                 self.complain(address, &e, now);
             }
         }
@@ -424,7 +423,7 @@ impl Acceptor {
     fn fail(&mut self, id: u64, error: &Error, now: Instant) {
         let Some(entry) = self.take(id) else { return };
         let (address, role) = (entry.driver.address, entry.role);
-        self.context.table.counters.setup_failed(error.kind());
+        self.context.table.context.counters.setup_failed(error.kind());
         if role == Role::Stranger && error.kind() != ErrorKind::Auth {
             self.lines.log(log::Level::Info, now, format_args!("{address}: dropped: {error}"));
         } else {

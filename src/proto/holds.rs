@@ -5,9 +5,9 @@ use crate::region::Hold;
 
 /// Them, by their ids.
 #[derive(Default)]
-pub(super) struct Unasked(Map<u64, Hold>);
+pub(super) struct Holds(Map<u64, Hold>);
 
-impl Unasked {
+impl Holds {
     pub(super) fn insert(&mut self, id: u64, hold: Hold) {
         self.0.insert(id, hold);
     }
