@@ -221,7 +221,7 @@ pub fn ready(device: &Interface) -> Result<(), Failed> {
     let look = || {
         let address = own_address(device);
         let socket = new_socket(&address)?;
-        device.check_link(socket.as_fd())?;
+        crate::interfaces::check_link(device, socket.as_fd())?;
         socket.bind(&address.into())
     };
     look().map_err(|e| Failed::new(format!("use {} ({})", device.name.to_string_lossy(), device.address), e))

@@ -24,12 +24,12 @@ pub(super) struct Kept {
 
 /// Direct transfers under way, and those that wait.
 #[derive(Default)]
-pub(super) struct DirectTransfers {
+pub(super) struct Pending {
     pub kept: Map<Key, Kept>,
     pub waiting: Vec<Waiting>,
 }
 
-impl DirectTransfers {
+impl Pending {
     pub(super) fn uses_region(&self, id: u64) -> bool {
         self.kept.values().any(|kept| kept.hold.holds(id)) || self.waiting.iter().any(|waiting| waiting.hold.holds(id))
     }
@@ -51,7 +51,7 @@ impl DirectTransfers {
     }
 
     pub(super) fn clear(&mut self) {
-        *self = DirectTransfers::default();
+        *self = Pending::default();
     }
 }
 

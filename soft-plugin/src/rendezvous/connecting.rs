@@ -144,7 +144,7 @@ fn begin(device: &Interface, config: &Config, target: SocketAddr, hello: Hello) 
     tune(&socket, config)?;
     socket.set_tcp_nodelay(true)?;
     if device.reaches(target.ip()) {
-        device.check_link(socket.as_fd())?;
+        crate::interfaces::check_link(device, socket.as_fd())?;
         bind_source(&socket, device)?;
     }
     match socket.connect(&target.into()) {

@@ -182,7 +182,7 @@ fn listen_at(device: &Interface, config: &Config, port: u16) -> io::Result<Socke
     let mut address = own_address(device);
     address.set_port(port);
     let socket = new_socket(&address)?;
-    device.check_link(socket.as_fd())?;
+    crate::interfaces::check_link(device, socket.as_fd())?;
     tune(&socket, config)?;
     if port != 0 {
         // Connections that came to the port before do not keep it: they have its number and a peer's.
