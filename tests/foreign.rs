@@ -4,6 +4,7 @@
 mod local;
 
 use local::pair;
+use nccl_net_strict_foreign::flows::reset_connections;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
@@ -22,6 +23,7 @@ const COMMS: usize = 6;
 const PAGES_OUT: usize = 11;
 const WARNINGS: usize = 12;
 const MESSAGES_IN: usize = 14;
+const FLOW_RULES: usize = 15;
 
 fn foreign() -> PathBuf {
     let this = std::env::current_exe().expect("this program");
@@ -147,6 +149,25 @@ fn a_peer_that_dies_in_the_middle_leaves_nothing_behind() {
     }
 }
 
+/// Rounds of the tests in which connections close while data moves; UCCL_FOREIGN_ROUNDS sets more.
+fn rounds() -> u32 {
+    std::env::var("UCCL_FOREIGN_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(12)
+}
+
+#[test]
+fn a_close_in_the_middle_of_transfers_ends_neither_process() {
+    for late in [None, Some(("STRICT_FOREIGN_LATE", "1"))] {
+        let mut environment = vec![("UCCL_TCPX_NUM_CHANNELS", "4")];
+        environment.extend(late);
+        run("closes", &environment);
+    }
+}
+
+#[test]
+fn a_reset_by_the_network_ends_neither_process() {
+    run("network_resets", &[("UCCL_TCPX_NUM_CHANNELS", "4")]);
+}
+
 #[test]
 fn gpus_that_came_too_late_take_the_software_plugins_channels() {
     let log = run("late_gpu", &[("UCCL_TCPX_EMULATE_DEVICES", "2"), ("UCCL_TCPX_NUM_CHANNELS", "2")]);
@@ -228,6 +249,9 @@ fn child() {
         "gpu_of_one_side" => two_gpus(2, 1, Carried::Early),
         "peer_on_eth2" => peer_on_eth2(),
         "peer_dies" => peer_dies(),
+        "closes" => closes(false),
+        "network_resets" => closes(true),
+        "peer_that_closes" => peer_that_closes(),
         "peer_that_dies" => peer_that_dies(),
         other => panic!("no case {other}"),
     }
@@ -317,11 +341,99 @@ fn peer_dies() {
     settles("descriptors are closed", DESCRIPTORS, 0);
 }
 
+/// Two processes send to each other, and one closes its end in the middle, this one in every other round; or all connections of the peer's
+/// are reset first. Both go on with the next round.
+fn closes(resets: bool) {
+    // Memory goes last.
+    let mut memory = vec![1u8; 2 * HALF];
+    let b = engine();
+    let mut peer = Command::new(std::env::current_exe().expect("this program"));
+    peer.args(["--exact", "child", "--nocapture", "--test-threads=1"]).env(CASE, "peer_that_closes");
+    peer.env_remove("STRICT_FOREIGN_COUNTERS").env("PEER", b.metadata()).env("RESETS", if resets { "1" } else { "0" });
+    let mut peer = peer.spawn().expect("peer");
+    let peer = std::thread::spawn(move || {
+        let status = peer.wait().expect("peer");
+        if !status.success() {
+            eprintln!("the peer ended: {status}");
+            std::process::exit(1);
+        }
+    });
+    let mr = b.register(memory.as_mut_ptr() as usize, 2 * HALF).expect("register");
+    let mut cut = 0;
+    for round in 0..rounds() {
+        let connection = b.accept().unwrap_or_else(|e| panic!("round {round}: {e}"));
+        // A connection that ends before it is accepted is never seen: the peer waits for this.
+        let _ = connection.send(std::iter::once(LocalSegment { mr, addr: memory.as_ptr() as usize, len: FIRST }));
+        let ids = both_directions(&connection, mr, memory.as_ptr() as usize);
+        if round % 2 == 0 && !resets {
+            in_the_middle(round);
+        } else {
+            cut += ids.iter().filter(|&&id| connection.wait(id, Some(Duration::from_secs(30))).is_err()).count();
+        }
+        connection.close();
+    }
+    peer.join().expect("the peer ended well");
+    assert!(cut > 0, "all transfers ended well");
+    settles("comms are closed", COMMS, 0);
+    settles("flow rules are taken back", FLOW_RULES, 0);
+    settles("receive pages are given back", PAGES_OUT, 0);
+}
+
+fn peer_that_closes() {
+    let mut memory = vec![2u8; 2 * HALF];
+    let a = engine();
+    let resets = std::env::var("RESETS").is_ok_and(|v| v == "1");
+    let port = port_of_peer();
+    let mr = a.register(memory.as_mut_ptr() as usize, 2 * HALF).expect("register");
+    for round in 0..rounds() {
+        let connection = a.connect("127.0.0.1", "", port).unwrap_or_else(|e| panic!("round {round}: {e}"));
+        let first = connection.recv(LocalSegment { mr, addr: memory.as_ptr() as usize + HALF, len: FIRST });
+        // An error is as good: the other side has the connection, and has closed it.
+        let _ = first.and_then(|id| connection.wait(id, Some(Duration::from_secs(30))));
+        let ids = both_directions(&connection, mr, memory.as_ptr() as usize);
+        if round % 2 != 0 || resets {
+            in_the_middle(round);
+        }
+        if resets {
+            // Data sockets and the control connection, or data sockets alone.
+            let control = |here: u16, there: u16| [here, there].contains(&port);
+            let reset = reset_connections(|here, there| round % 2 == 0 || !control(here.port(), there.port()));
+            // After the first of them the other side may reset some itself.
+            assert!(reset > 0, "round {round}");
+        }
+        if round % 2 == 0 {
+            ids.iter().for_each(|&id| drop(connection.wait(id, Some(Duration::from_secs(30)))));
+        }
+        connection.close();
+    }
+}
+
+const HALF: usize = 16 << 20;
+const FIRST: usize = 64;
+
+/// Far more than there is time for: sends from the lower half, receives into the upper one.
+fn both_directions(connection: &Connection, mr: u64, at: usize) -> Vec<u64> {
+    let pair = |_| {
+        let send = connection.send(std::iter::once(LocalSegment { mr, addr: at, len: HALF }));
+        [send, connection.recv(LocalSegment { mr, addr: at + HALF, len: HALF })]
+    };
+    // The peer may have closed meanwhile.
+    (0..20).flat_map(pair).flatten().collect()
+}
+
+/// Waits until data moves, for another while in each round.
+fn in_the_middle(round: u32) {
+    std::thread::sleep(Duration::from_micros(u64::from(round * 7919 % 40) * 500));
+}
+
+fn port_of_peer() -> u16 {
+    let text = std::env::var("PEER").expect("peer");
+    text.rsplit(':').next().and_then(|p| p.split('?').next()).and_then(|p| p.parse().ok()).expect("port")
+}
+
 fn peer_that_dies() {
     let a = engine();
-    let text = std::env::var("PEER").expect("peer");
-    let port = text.rsplit(':').next().and_then(|p| p.split('?').next()).and_then(|p| p.parse().ok()).expect("port");
-    let connection = a.connect("127.0.0.1", "", port).expect("connect");
+    let connection = a.connect("127.0.0.1", "", port_of_peer()).expect("connect");
     let half = 32 << 20;
     let mut memory = vec![2u8; 2 * half];
     let mr = a.register(memory.as_mut_ptr() as usize, 2 * half).expect("register");
@@ -335,9 +447,7 @@ fn peer_that_dies() {
 
 fn peer_on_eth2() {
     let a = engine();
-    let text = std::env::var("PEER").expect("peer");
-    let port = text.rsplit(':').next().and_then(|p| p.split('?').next()).and_then(|p| p.parse().ok()).expect("port");
-    let connection = a.connect("127.0.0.1", "", port).expect("connect");
+    let connection = a.connect("127.0.0.1", "", port_of_peer()).expect("connect");
     let mut memory = pattern();
     let mr = a.register(memory.as_mut_ptr() as usize, LEN).expect("register");
     let local = LocalSegment { mr, addr: memory.as_ptr() as usize, len: LEN };

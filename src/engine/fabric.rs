@@ -23,13 +23,14 @@ pub(crate) fn planned(site: &Site, agreed: &Agreed) -> Vec<Plan> {
 }
 
 /// Descriptors of the comms of a channel, and of what it listens with: a comm of a plugin of others has a control socket, and one of data
-/// or more.
+/// or more, each of which has a stand-in where it receives from a plugin that asks for peers.
 fn of_a_channel(traits: &Traits, tcpx_sockets: usize) -> (usize, usize) {
     if !traits.lingers {
         return (2, 1);
     }
-    let data = if traits.sends_late { tcpx_sockets } else { 0 };
-    (2 * (1 + data.max(2)), 2)
+    let data = if traits.sends_late { tcpx_sockets } else { 0 }.max(2);
+    let stand_ins = if traits.asks_for_peers { data } else { 0 };
+    (2 * (1 + data) + stand_ins, 2)
 }
 
 /// Of all channels of a set: of the comms, and of what is listened with.
@@ -286,7 +287,7 @@ mod tests {
         let [other, tcpx] = ["Other", "GPUDirectTCPX"].map(Traits::of_others);
         assert_eq!(of_a_channel(&Traits { lingers: false, ..tcpx }, 8), (2, 1));
         assert_eq!(of_a_channel(&other, 8), (6, 2), "whatever TCPX is set to");
-        assert_eq!([1, 2, 8].map(|sockets| of_a_channel(&tcpx, sockets)), [(6, 2), (6, 2), (18, 2)]);
+        assert_eq!([1, 2, 8].map(|sockets| of_a_channel(&tcpx, sockets)), [(8, 2), (8, 2), (26, 2)]);
     }
 
     #[test]

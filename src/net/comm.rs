@@ -52,7 +52,7 @@ struct RawComm {
     kind: CommKind,
     dev: usize,
     gpu: Scope,
-    /// What it sends on, of plugins that send late.
+    /// What it sends on, of plugins that send late, or what it receives on, of plugins that ask for peers.
     sockets: Sockets,
 }
 // SAFETY: NCCL plugins allow a comm to be used from any thread, one at a time; `&mut` of the owners guarantees the latter.
@@ -69,6 +69,12 @@ impl RawComm {
 impl Drop for RawComm {
     fn drop(&mut self) {
         self.plugin.registrations().closing(&*self.plugin, self.dev, self.comm);
+        if matches!(self.kind, CommKind::Recv) {
+            if let Err(why) = self.sockets.replace() {
+                log::warn!("a comm of plugin {} stays open, since its close could end the process: {why}", self.plugin.name);
+                return;
+            }
+        }
         let closed = within(&self.gpu, || {
             // SAFETY: live until here, and dropped once.
             unsafe { self.plugin.close(self.kind, self.comm) };
@@ -144,6 +150,8 @@ struct PendingAccept {
     listen: SharedComm,
     /// Where it listens, as far as the handle tells.
     addresses: Vec<SocketAddr>,
+    /// Where its data sockets will be, how many, and what was there before, for plugins that ask for peers.
+    data: Option<(SocketAddr, usize, Sockets)>,
     dev_handle: Pinned<ncclNetDeviceHandle_v7>,
     /// For the comm.
     guard: Guard,
@@ -166,10 +174,13 @@ impl Accepting {
             // SAFETY: a live listen comm that has not accepted.
             unsafe { raw.plugin.key_listen(raw.comm, hello)? };
         }
-        let addresses = handle::addresses(raw.plugin.traits.handle_check, &listen.handle).collect();
+        let (traits, handle) = (raw.plugin.traits, &listen.handle);
+        let addresses: Vec<SocketAddr> = handle::addresses(traits.handle_check, handle).collect();
         drop(raw);
+        let count = handle::data_sockets(traits.handle_check, handle);
+        let data = addresses.first().filter(|_| traits.asks_for_peers).map(|&at| (at, count, Sockets::at(at)));
         let dev_handle = device_handle();
-        Ok(Accepting(Some(PendingAccept { listen: listen.raw, addresses, dev_handle, guard, begun: false })))
+        Ok(Accepting(Some(PendingAccept { listen: listen.raw, addresses, data, dev_handle, guard, begun: false })))
     }
 
     /// The comm, once the peer has connected. After it or an error, further calls give an error.
@@ -192,7 +203,12 @@ impl Accepting {
             answer.map(|comm| RawComm::open(&listen.plugin, comm, CommKind::Recv, listen.dev, &listen.gpu))
         };
         let Some(pending) = self.0.take() else { bail!(Internal, "accept polled after its end") };
-        RecvComm::start(answer?, pending.dev_handle, &pending.guard).map(Some)
+        let mut raw = answer?;
+        if let Some((at, count, before)) = pending.data {
+            raw.sockets = Sockets::at(at).since(&before);
+            raw.sockets.make_stand_ins(count);
+        }
+        RecvComm::start(raw, pending.dev_handle, &pending.guard).map(Some)
     }
 }
 
@@ -532,7 +548,7 @@ impl Drop for SendComm {
             self.regions.clear();
         } else {
             // Nobody keeps their memory as it is any longer: the peer must not get what comes into it.
-            self.raw.sockets.reset_at_close();
+            self.raw.sockets.reset();
         }
     }
 }

@@ -79,6 +79,14 @@ pub(super) fn address(how: HandleCheck, handle: &Handle) -> Option<SocketAddr> {
     addresses(how, handle).next()
 }
 
+/// Data sockets of a comm of a handle of this side, as far as its layout is known.
+pub(super) fn data_sockets(how: HandleCheck, own: &Handle) -> usize {
+    match how {
+        HandleCheck::Tcpx => u32::from_ne_bytes(word(own, SOCKETS_AT)) as usize,
+        HandleCheck::Own | HandleCheck::Tail => 0,
+    }
+}
+
 /// All addresses that a handle names: for data, and for control.
 pub(super) fn addresses(how: HandleCheck, handle: &Handle) -> impl Iterator<Item = SocketAddr> {
     let both = match how {
@@ -126,6 +134,7 @@ mod tests {
         assert_eq!(admit(HandleCheck::Tcpx, &own, &peer), Ok(peer));
         assert_eq!(address(HandleCheck::Tcpx, &peer), Some("10.128.3.0:512".parse().unwrap()));
         let both: Vec<_> = addresses(HandleCheck::Tcpx, &peer).collect();
+        assert_eq!(data_sockets(HandleCheck::Tcpx, &own), 2);
         assert_eq!(both, ["10.128.3.0:512", "10.128.3.0:513"].map(|a| a.parse().unwrap()));
         assert!(admit(HandleCheck::Tcpx, &own, &fresh([10, 0, 0, 6], 1, 3)).is_err(), "another number of sockets");
         assert!(admit(HandleCheck::Tcpx, &own, &[0xFF; 128]).is_err());

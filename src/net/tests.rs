@@ -10,9 +10,12 @@ use crate::addresses::AllowList;
 use crate::status::ErrorKind;
 use crate::types::Span;
 use nccl_net_abi::NCCL_PTR_CUDA;
+use nccl_net_strict_foreign::flows::reset_connections;
 use nccl_net_strict_foreign::rules::counters;
 use std::io::Read;
+use std::mem::ManuallyDrop;
 use std::net::{TcpListener, TcpStream};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::sync::atomic::Ordering::Acquire;
@@ -22,6 +25,8 @@ use std::time::{Duration, Instant};
 const CASE: &str = "UCCL_NET_TEST_CASE";
 const BREAK: &str = "UCCL_NET_TEST_BREAK";
 const TWO_NICS: &str = "eth1@127.0.0.1,eth2@127.0.0.2";
+const LATE: (&str, &str) = ("STRICT_FOREIGN_LATE", "1");
+const LAST_WORDS: &str = "bytes left the memory after its release";
 const ONE_DEAD: &str = "eth1@127.0.0.1,eth2@127.0.0.2@dead";
 
 fn run(case: &str, devices: &str, more: &[(&str, &str)]) {
@@ -31,10 +36,14 @@ fn run(case: &str, devices: &str, more: &[(&str, &str)]) {
 
 fn output(case: &str, devices: &str, more: &[(&str, &str)]) -> std::process::Output {
     let mut child = Command::new(std::env::current_exe().expect("this program"));
-    child.args(["--exact", "net::tests::child", "--nocapture", "--test-threads=1"]).env(CASE, case);
+    child.args(["--exact", "net::tests::child", "--nocapture", "--test-threads=1"]);
+    environment(&mut child, case, devices, more).output().expect("child")
+}
+
+fn environment<'a>(child: &'a mut Command, case: &str, devices: &str, more: &[(&str, &str)]) -> &'a mut Command {
+    child.env(CASE, case);
     child.env("STRICT_FOREIGN_DEVICES", devices).env("STRICT_FOREIGN_CONNECT_MS", "20").env("STRICT_FOREIGN_ACCEPT_MS", "30");
-    child.env("NCCL_DYNAMIC_CHUNK_SIZE", "524288").envs(more.iter().copied());
-    child.output().expect("child")
+    child.env("NCCL_DYNAMIC_CHUNK_SIZE", "524288").envs(more.iter().copied())
 }
 
 /// Every protection is shown to be what keeps a case alive: without it the process ends.
@@ -46,6 +55,7 @@ fn without_its_protection_each_case_ends_the_process() {
         ("wild_handles", "handle_check", libc::SIGABRT, "connect"),
         ("registrations", "shared_registrations", libc::SIGABRT, "registered twice"),
         ("sigpipe", "raises_sigpipe", libc::SIGPIPE, ""),
+        ("reset_before_the_close", "asks_for_peers", libc::SIGABRT, "closeRecv on a data socket that has no peer"),
     ] {
         let out = output(case, TWO_NICS, &[(BREAK, missing)]);
         let text = String::from_utf8_lossy(&out.stderr);
@@ -89,9 +99,34 @@ fn registrations_are_shared_and_go() {
 
 #[test]
 fn sends_that_end_with_their_comm_send_no_more() {
-    run("sends_under_way", TWO_NICS, &[]);
-    let out = output("sends_under_way", TWO_NICS, &[(BREAK, "sends_late")]);
-    assert!(!out.status.success(), "the memory goes on to the peer where nothing is reset");
+    run("sends_under_way", TWO_NICS, &[LATE]);
+    let out = output("sends_under_way", TWO_NICS, &[LATE, (BREAK, "sends_late")]);
+    let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
+    assert!(text.contains(LAST_WORDS), "the memory goes on to the peer where nothing is reset: {text}");
+}
+
+/// A slow interface holds packets back that read the memory only when they leave.
+#[test]
+fn what_a_slow_interface_holds_back_leaves_before_the_close_ends() {
+    let slow = "ip link set lo up && tc qdisc add dev lo root tbf rate 50mbit burst 64k latency 500ms";
+    let namespace = |command: &str| {
+        let mut shell = Command::new("unshare");
+        shell.args(["--net", "sh", "-c", command]);
+        shell
+    };
+    if !namespace(slow).output().is_ok_and(|out| out.status.success()) {
+        println!("SKIPPED: no slow interface can be made here (unshare, ip, tc)");
+        return;
+    }
+    let this = std::env::current_exe().expect("this program");
+    let command = format!("{slow} && exec {} --exact net::tests::child --nocapture --test-threads=1", this.display());
+    let out = environment(&mut namespace(&command), "sends_under_way", TWO_NICS, &[LATE]).output().expect("child");
+    assert!(out.status.success(), "{}\n{}", out.status, String::from_utf8_lossy(&out.stderr));
+}
+
+#[test]
+fn a_comm_whose_sockets_were_reset_closes() {
+    run("reset_before_the_close", TWO_NICS, &[]);
 }
 
 #[test]
@@ -120,6 +155,7 @@ fn child() {
         "registrations_in_flight" => registrations_in_flight(&plugin),
         "registrations_without_descriptors" => registrations_without_descriptors(&plugin),
         "sends_under_way" => sends_under_way(&plugin),
+        "reset_before_the_close" => reset_before_the_close(&plugin),
         "sigpipe" => sigpipe(&plugin),
         other => panic!("no case {other}"),
     }
@@ -133,6 +169,7 @@ fn foreign() -> Arc<Plugin> {
         Ok("shared_registrations") => t.shared_registrations = false,
         Ok("raises_sigpipe") => t.raises_sigpipe = false,
         Ok("sends_late") => t.sends_late = false,
+        Ok("asks_for_peers") => t.asks_for_peers = false,
         Ok(other) => panic!("no trait {other}"),
         Err(_) => {}
     };
@@ -250,10 +287,19 @@ fn to_a_raw_peer(plugin: &Arc<Plugin>) -> (SendComm, TcpStream, Vec<TcpStream>) 
     }
 }
 
+/// The strict foreign plugin sends as TCPX does here: the kernel reads the memory when the bytes leave.
 fn sends_under_way(plugin: &Arc<Plugin>) {
+    const RELEASED: u8 = 0xEE;
     let memory = Memory::new(512 << 10);
     let span = Span { id: 1, addr: memory.addr(), len: memory.len as u64 };
-    let ends = |mut socket: TcpStream| socket.read_to_end(&mut Vec::new()).map_err(|e| e.kind());
+    let end = |mut socket: TcpStream| {
+        let mut bytes = Vec::new();
+        // Where nothing is reset it never ends: this process has copies.
+        socket.set_read_timeout(Some(Duration::from_secs(5))).expect("timeout");
+        let end = socket.read_to_end(&mut bytes).map_err(|e| e.kind());
+        assert!(!bytes.contains(&RELEASED), "{LAST_WORDS}");
+        end
+    };
     // What was acknowledged has come to the peer: an orderly end.
     let (mut send, _control, data) = to_a_raw_peer(plugin);
     // SAFETY: the memory outlives the comm.
@@ -263,9 +309,11 @@ fn sends_under_way(plugin: &Arc<Plugin>) {
     }
     wait("the send is done", || send.test_oldest().expect("test"));
     drop(send);
-    assert_eq!(data.into_iter().map(ends).collect::<Vec<_>>(), [Ok(500), Ok(500)]);
-    // More than both kernels' buffers hold: the rest never leaves.
+    assert_eq!(data.into_iter().map(end).collect::<Vec<_>>(), [Ok(500), Ok(500)]);
+    // More than both kernels' buffers hold: the rest never leaves, also where a child has copies of the sockets.
     let (mut send, _control, data) = to_a_raw_peer(plugin);
+    let copies: Vec<OwnedFd> = data.iter().flat_map(other_ends).collect();
+    assert_eq!(copies.len(), 2);
     // SAFETY: as above.
     unsafe {
         let mhandle = send.region(span, span.addr).expect("region");
@@ -274,7 +322,33 @@ fn sends_under_way(plugin: &Arc<Plugin>) {
         }
     }
     drop(send);
-    assert_eq!(data.into_iter().map(ends).collect::<Vec<_>>(), [Err(std::io::ErrorKind::ConnectionReset); 2]);
+    // SAFETY: our own memory, to which nothing else has access but what this test is about.
+    unsafe { memory.at.write_bytes(RELEASED, memory.len) };
+    assert_eq!(data.into_iter().map(end).collect::<Vec<_>>(), [Err(std::io::ErrorKind::ConnectionReset); 2]);
+    drop(copies);
+    nothing_is_left();
+}
+
+/// Copies of the sockets of this process that are connected to this one.
+fn other_ends(socket: &TcpStream) -> Vec<OwnedFd> {
+    let there = socket.peer_addr().expect("peer");
+    let numbers = std::fs::read_dir("/proc/self/fd").expect("descriptors").flatten();
+    let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<RawFd>().ok());
+    let is = |fd: &RawFd| {
+        // SAFETY: only asked for its address, and never closed here.
+        let other = ManuallyDrop::new(unsafe { TcpStream::from_raw_fd(*fd) });
+        other.local_addr().is_ok_and(|here| here == there)
+    };
+    // SAFETY: open, as was just seen.
+    numbers.filter(is).map(|fd| unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned().expect("copy")).collect()
+}
+
+fn reset_before_the_close(plugin: &Arc<Plugin>) {
+    let (a, b) = both(open(plugin, 4), open(plugin, 4));
+    assert_eq!(counters().flow_rules.load(Acquire), 16);
+    assert!(reset_connections(|_, _| true) >= 24);
+    drop((a, b));
+    assert_eq!(counters().flow_rules.load(Acquire), 0, "flow rules were left behind");
     nothing_is_left();
 }
 

@@ -47,6 +47,8 @@ pub struct Traits {
     /// The kernel sends from the memory of a send until the peer has acknowledged it, also when its comm was closed meanwhile. A send that
     /// is done was acknowledged.
     pub sends_late: bool,
+    /// A receive comm that closes asks its data sockets for their peers, and ends the process where one has none any more.
+    pub asks_for_peers: bool,
     /// An accept ends the process where a GPU's receive memory cannot be had: without descriptors, or without what gives it out.
     pub imports: bool,
     /// Only equal NIC names can reach each other, and a GPU uses the NICs nearest to it.
@@ -84,6 +86,7 @@ impl Traits {
             small_messages: !soft,
             lingers: !soft,
             sends_late: !soft && tcpx,
+            asks_for_peers: !soft && tcpx,
             imports: !soft && tcpx,
             paired_nics: !soft && tcpx,
             pci_nics: !soft && tcpx,
@@ -128,9 +131,9 @@ mod tests {
             assert_eq!(needs, [true; 4], "{of_others:?}");
             assert!(of_others.small_messages && of_others.lingers, "{of_others:?}");
         }
-        let of_tcpx = |t: Traits| [t.shared_registrations, t.sends_late, t.imports, t.paired_nics, t.pci_nics];
-        assert_eq!((of_tcpx(other), other.handle_check), ([false; 5], HandleCheck::Tail));
-        assert_eq!((of_tcpx(tcpx), tcpx.handle_check), ([true; 5], HandleCheck::Tcpx));
+        let of_tcpx = |t: Traits| [t.shared_registrations, t.sends_late, t.asks_for_peers, t.imports, t.paired_nics, t.pci_nics];
+        assert_eq!((of_tcpx(other), other.handle_check), ([false; 6], HandleCheck::Tail));
+        assert_eq!((of_tcpx(tcpx), tcpx.handle_check), ([true; 6], HandleCheck::Tcpx));
         assert!(Traits::of("Other", None, true, NCCL_PTR_CUDA).shared_registrations, "its devices say so");
         assert!(!Traits::of("Other", None, false, 0).device_memory);
     }
