@@ -5,7 +5,7 @@
 //! lines and lines that start with `#`. A name has 1 to 32 letters, digits, `.`, `_` or `-`; a key is the rest of its line without
 //! blanks around it, 16 to 4096 printable characters. Connects prove the first key; any key of the file is accepted.
 
-use super::guarded::Guarded;
+use super::secret::{apart, guard, zeroed, Guarded};
 use super::text;
 use crate::status::{bail, err, Error, Result};
 use process::{Mutex, PerProcess};
@@ -91,10 +91,8 @@ impl Keys {
             Some(list) => list,
             None => vec![(Proof::Key, single(contents)?)],
         };
-        let mut secrets = Guarded::new([KeySecrets { psk: [0; 32], selector: [0; 32] }; MAX_KEYS])?;
-        for (secret, (_, key)) in secrets.iter_mut().zip(&found) {
-            derive(key, secret)?;
-        }
+        let mut secrets = guard([KeySecrets { psk: [0; 32], selector: [0; 32] }; MAX_KEYS])?;
+        apart(|| secrets.iter_mut().zip(&found).try_for_each(|(secret, (_, key))| derive(key, secret)))?;
         let same = |a: usize, b: usize| secrets[a].psk == secrets[b].psk;
         if let Some(b) = (1..found.len()).find(|&b| (0..b).any(|a| same(a, b))) {
             bail!(InvalidArgument, "key {} stands there twice", b + 1);
@@ -103,6 +101,7 @@ impl Keys {
     }
 }
 
+/// Runs apart: ring passes the pseudo-random key by value.
 fn derive(key: &[u8], out: &mut KeySecrets) -> Result<()> {
     use ring::hkdf::{Salt, HKDF_SHA256};
     let prk = Salt::new(HKDF_SHA256, b"uccl pre-shared key").extract(key);
@@ -230,7 +229,7 @@ fn read(path: &Path) -> Result<(Keys, Metadata)> {
     let mut file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(failed)?;
     let meta = file.metadata().map_err(failed)?;
     admissible(path, &meta)?;
-    let mut contents = Guarded::<[u8; MAX_FILE + 1]>::zeroed()?;
+    let mut contents = zeroed::<{ MAX_FILE + 1 }>()?;
     let len = fill(&mut file, &mut *contents).map_err(failed)?;
     if len > MAX_FILE {
         bail!(InvalidArgument, "more than {MAX_FILE} bytes");

@@ -393,8 +393,9 @@ fn an_answer_tells_a_stranger_nothing() {
 
 #[test]
 fn keys_of_low_order_are_refused() {
-    use snow::types::Dh;
-    let mut mine = X25519::default();
+    use snow::resolvers::CryptoResolver;
+    let dh = snow::params::DHChoice::Curve25519;
+    let mut mine = Primitives { own: [0; KEY] }.resolve_dh(&dh).unwrap();
     mine.set(&[7; KEY]);
     let mut one = [0; KEY];
     one[0] = 1;
