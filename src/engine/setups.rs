@@ -8,6 +8,7 @@ use super::budget::Counted;
 use super::connection::Connection;
 use super::ending::canceled;
 use super::limits;
+use super::listener::BACKLOG;
 use super::setup::Setup;
 use super::site::Site;
 use super::turns::Turns;
@@ -33,9 +34,11 @@ const ACCEPT_BURST: usize = 64;
 const STRANGERS_IN_NEED: usize = 8;
 /// How long no sockets are accepted after descriptors ran out.
 const PAUSE: Duration = Duration::from_millis(100);
-/// How long strangers may stay when others wait for their places: silent ones, and such that have said something.
+/// How long strangers may stay at most when others wait for their places: those whose first message is not complete, and the others.
 const SILENCE: Duration = Duration::from_millis(20);
 const HESITATION: Duration = Duration::from_millis(200);
+/// The strangers that wait in a full queue of the kernel all have had their place after this time.
+const QUEUE_TIME: Duration = Duration::from_millis(500);
 /// How often connections that wait for the application are looked at.
 const SWEEP: Duration = Duration::from_millis(100);
 /// A proved peer that has said nothing for this long gives way when others wait for their turn.
@@ -90,9 +93,9 @@ struct Desk {
     /// By id, which is the order of arrival.
     entries: BTreeMap<u64, Entry>,
     timers: BTreeSet<(Instant, u64)>,
-    /// Strangers, by ids: those that have said nothing, and the others.
-    silent: BTreeSet<u64>,
-    hesitant: BTreeSet<u64>,
+    /// Strangers, by ids: those whose first message is not complete, and the others.
+    beginning: BTreeSet<u64>,
+    answered: BTreeSet<u64>,
     turns: Turns,
     /// Admitted ones, by when their peers last said something while that is all that is missing.
     stale: BTreeSet<(Instant, u64)>,
@@ -132,6 +135,13 @@ pub(crate) fn start(
     })
 }
 
+/// How long strangers may stay, by kind, where there are so many places and others wait. With few places it is short: whoever waits in the
+/// kernel's queue, a legitimate peer among them, gets a place soon, and what it has said meanwhile is there when it does.
+fn patience(places: usize) -> [Duration; 2] {
+    let share = QUEUE_TIME.saturating_mul(u32::try_from(places).unwrap_or(u32::MAX)) / BACKLOG.unsigned_abs();
+    [share.min(SILENCE), share.min(HESITATION)]
+}
+
 fn interest_of(attempt: &Attempt) -> Interest {
     match attempt.interest() {
         (true, true) => Interest::READ | Interest::WRITE,
@@ -162,8 +172,8 @@ impl Desk {
             last: FIRST_SETUP,
             entries: BTreeMap::new(),
             timers: BTreeSet::new(),
-            silent: BTreeSet::new(),
-            hesitant: BTreeSet::new(),
+            beginning: BTreeSet::new(),
+            answered: BTreeSet::new(),
             turns: Turns::new(limits.incoming, limits.per_peer),
             stale: BTreeSet::new(),
             farewells: BTreeMap::new(),
@@ -238,8 +248,8 @@ impl Desk {
 
     fn arrivals(&mut self, listener: usize, now: Instant) {
         for _ in 0..ACCEPT_BURST {
-            if !self.place_for_stranger(listener, now) {
-                return self.pause(now, SILENCE);
+            if let Err(patience) = self.place_for_stranger(listener, now) {
+                return self.pause(now, patience);
             }
             let accepted = match self.listeners.get(listener) {
                 Some(listener) => listener.accept(),
@@ -252,7 +262,7 @@ impl Desk {
                     let e = limits::system("accepting a connection", &e);
                     self.site.home.counters.limits_hit.add();
                     self.shortage.log(log::Level::Error, now, format_args!("{e}"));
-                    self.drop_stranger(now, Duration::ZERO, true);
+                    self.drop_stranger(now, [Duration::ZERO, HESITATION], true);
                     return self.pause(now, PAUSE);
                 }
                 // The peer went away between its connect and our accept.
@@ -267,18 +277,22 @@ impl Desk {
         self.listen(Interest::NONE);
     }
 
-    /// Whether one more stranger may come; the one that has had the most time goes for it.
-    fn place_for_stranger(&mut self, listener: usize, now: Instant) -> bool {
+    /// Makes sure that one more stranger may come; another one gives way for it.
+    ///
+    /// # Errors
+    /// How long to wait where none can give way yet.
+    fn place_for_stranger(&mut self, listener: usize, now: Instant) -> std::result::Result<(), Duration> {
         let limits = &self.site.limits;
-        let Some(listener) = self.listeners.get(listener) else { return false };
+        let Some(listener) = self.listeners.get(listener) else { return Ok(()) };
         let short = limits::lowest_free(listener.as_raw_fd()).map_or(true, |lowest| lowest >= limits.ceiling);
         let most = if short { STRANGERS_IN_NEED.min(limits.strangers) } else { limits.strangers };
+        let patience = patience(most);
         while self.strangers() >= most {
-            if !self.drop_stranger(now, SILENCE, short) {
-                return false;
+            if !self.drop_stranger(now, patience, short) {
+                return Err(patience[0]);
             }
         }
-        true
+        Ok(())
     }
 
     fn arrived(&mut self, sock: TcpStream, address: SocketAddr, now: Instant) {
@@ -311,30 +325,30 @@ impl Desk {
             counted: None,
         };
         self.entries.insert(self.last, entry);
-        self.silent.insert(self.last);
-        // Most say hello with their first packet.
+        self.beginning.insert(self.last);
+        // An engine's first message is one packet, which is here as a rule.
         self.advance(self.last, now);
     }
 
     fn strangers(&self) -> usize {
-        self.silent.len() + self.hesitant.len()
+        self.beginning.len() + self.answered.len()
     }
 
     fn no_stranger(&mut self, id: u64) {
-        if !self.silent.remove(&id) {
-            self.hesitant.remove(&id);
+        if !self.beginning.remove(&id) {
+            self.answered.remove(&id);
         }
     }
 
-    /// Drops the stranger that has been silent the longest, if for longer than `silence`; or else the oldest that has had its time.
-    /// Whether one went. One that speaks this protocol is told that it may try again, unless descriptors are `short`.
-    fn drop_stranger(&mut self, now: Instant, silence: Duration, short: bool) -> bool {
+    /// Drops the oldest stranger whose first message is not complete, or else the oldest of the others, if it has stayed as long as
+    /// `patience` has for its kind. Whether one went. One that speaks this protocol is told that it may try again, unless descriptors are
+    /// `short`.
+    fn drop_stranger(&mut self, now: Instant, patience: [Duration; 2], short: bool) -> bool {
         // Ids are in the order of arrival.
         let old = |id: &u64, least| self.entries.get(id).is_some_and(|e| now.saturating_duration_since(e.since) >= least);
-        let silent = self.silent.first().copied().filter(|id| old(id, silence));
-        let oldest = self.silent.first().into_iter().chain(self.hesitant.first()).min().copied();
-        let slow = || oldest.filter(|id| old(id, silence.max(HESITATION)));
-        let Some(id) = silent.or_else(slow) else { return false };
+        let beginning = self.beginning.first().copied().filter(|id| old(id, patience[0]));
+        let answered = || self.answered.first().copied().filter(|id| old(id, patience[1]));
+        let Some(id) = beginning.or_else(answered) else { return false };
         if let Some(entry) = self.take(id) {
             self.site.home.counters.setup_failed(ErrorKind::Resource);
             let address = entry.attempt.address;
@@ -399,8 +413,8 @@ impl Desk {
         self.timers.remove(&(entry.timer, id));
         entry.timer = entry.attempt.wake_at();
         self.timers.insert((entry.timer, id));
-        if entry.role == Role::Stranger && !entry.attempt.setup().is_silent() && self.silent.remove(&id) {
-            self.hesitant.insert(id);
+        if entry.role == Role::Stranger && entry.attempt.setup().link.was_opened() && self.beginning.remove(&id) {
+            self.answered.insert(id);
         }
         let waits_since = if entry.role == Role::Admitted { entry.attempt.setup().waits_since() } else { None };
         if waits_since != entry.waits_since {

@@ -238,6 +238,11 @@ impl Handshake {
         self.connecting
     }
 
+    /// Whether the peer's first message was complete, at the listening side.
+    pub(crate) fn was_opened(&self) -> bool {
+        self.step != Step::Opening
+    }
+
     /// What this side tells.
     pub(crate) fn hello(&self) -> &Hello {
         &self.hello
