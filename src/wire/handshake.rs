@@ -256,8 +256,7 @@ impl Handshake {
         let header = Header::new(Kind::Opening, self.keyed(), OPENING).encode();
         let mut noise = self.start(&header, true)?;
         self.context.extend_from_slice(&header);
-        self.tx.extend_from_slice(&header);
-        write(&mut noise, &[0; PADDING], &mut self.tx)?;
+        write(&mut noise, &header, &[0; PADDING], &mut self.tx)?;
         self.noise = Some(noise);
         Ok(())
     }
@@ -439,8 +438,7 @@ impl Handshake {
         let header = Header::new(Kind::Answer, self.keyed(), ANSWER).encode();
         self.context.extend_from_slice(opening);
         self.context.extend_from_slice(&header);
-        self.tx.extend_from_slice(&header);
-        write(&mut noise, &[], &mut self.tx)?;
+        write(&mut noise, &header, &[], &mut self.tx)?;
         self.noise = Some(noise);
         self.step = Step::Proof;
         Ok(())
@@ -457,9 +455,7 @@ impl Handshake {
         let mut hello = Vec::with_capacity(MAX_HELLO);
         self.hello.encode(&mut hello);
         let header = Header::new(Kind::Proof, self.keyed(), SELECTOR + KEY + TAG + hello.len() + TAG);
-        self.tx.extend_from_slice(&header.encode());
-        self.tx.extend_from_slice(selector.as_ref());
-        write(&mut noise, &hello, &mut self.tx)?;
+        write(&mut noise, &[&header.encode()[..], selector.as_ref()].concat(), &hello, &mut self.tx)?;
         let session = session(&mut noise, Direction::ToListening, &self.context)?;
         self.session = Some((session, proof.clone(), remote(&noise)?));
         self.step = Step::Welcome;
@@ -560,10 +556,14 @@ fn refused(header: &Header, body: &[u8]) -> Error {
     Error::new(kind, format_args!("refused by the peer: {told}"))
 }
 
-/// Appends the next Noise message to `out`.
-fn write(noise: &mut HandshakeState, payload: &[u8], out: &mut Vec<u8>) -> Result<()> {
+/// Appends `front` and the next Noise message to `out`, or nothing.
+fn write(noise: &mut HandshakeState, front: &[u8], payload: &[u8], out: &mut Vec<u8>) -> Result<()> {
     let mut message = [0; MAX_MESSAGE];
-    let len = noise.write_message(payload, &mut message).map_err(|e| broken(&e))?;
+    let len = noise.write_message(payload, &mut message).map_err(|e| match e {
+        snow::Error::Dh => err!(Protocol, "the peer's key has a low order"),
+        e => broken(&e),
+    })?;
+    out.extend_from_slice(front);
     out.extend_from_slice(&message[..len]);
     Ok(())
 }

@@ -11,6 +11,7 @@ use crate::region::{Hold, RegionUse};
 use crate::status::{bail, err, Error, ErrorKind, Result, StatusCode, UCCL_OK};
 use crate::types::{Key, Part, Place, RemoteAccess, Segment, MAX_INLINE};
 use crate::wire::frame::{Frame, Grant, WireRegion, WireSegment, WireSegments};
+use crate::wire::text;
 use std::time::Instant;
 
 /// A message of the peer may announce this many bytes; its receive is what really bounds it.
@@ -423,7 +424,25 @@ pub(crate) fn is_farewell(error: &Error) -> bool {
     error.to_str().starts_with(GAVE_UP)
 }
 
-/// A peer's text without what would steer a terminal or forge a line.
+/// Bytes of a peer's text in an error.
+const MAX_SHOWN: usize = 512;
+
+/// A peer's text as it may stand in an error or a log line.
 fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+    text::printable(text, MAX_SHOWN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peers_text_is_shown_as_printable_ascii() {
+        let evil = "a\u{202e}b\u{200b}c\u{2028}d\u{2066}e\u{feff}f\u{e000}g\x1b[2Jh\ni\u{ad}j";
+        for status in [ErrorKind::TimedOut, ErrorKind::Internal] {
+            let shown = farewell(status.code(), evil).to_string();
+            assert!(shown.bytes().all(text::is_printable) && shown.contains("a\\u{202e}b"), "{shown:?}");
+        }
+        assert!(farewell(-1, &"\u{202e}".repeat(500)).to_string().len() < 700);
+    }
 }
