@@ -213,7 +213,7 @@ mod tests {
         Connecting {
             socket: new_socket(&address).unwrap(),
             target: address,
-            hello: Invitation { address, cookie: [0; 16] }.hello(Direction::Forth, None),
+            hello: Invitation { address, cookie: [0; 16] }.hello(Direction::Forth, None).unwrap(),
             direction: Direction::Forth,
             connected: false,
             said: 0,
