@@ -178,93 +178,48 @@ unsafe fn call_on(top: *mut u8, perform: unsafe extern "C" fn(*mut u8), job: *mu
 pub struct Cleared;
 
 impl Drop for Cleared {
+    #[cfg(target_arch = "x86_64")]
     fn drop(&mut self) {
-        #[cfg(target_arch = "x86_64")]
-        {
-            if std::arch::is_x86_feature_detected!("avx512f") {
-                // SAFETY: the processor has these registers, and all of them count as clobbered.
-                unsafe {
-                    std::arch::asm!(
-                        "vpxord zmm16, zmm16, zmm16",
-                        "vpxord zmm17, zmm17, zmm17",
-                        "vpxord zmm18, zmm18, zmm18",
-                        "vpxord zmm19, zmm19, zmm19",
-                        "vpxord zmm20, zmm20, zmm20",
-                        "vpxord zmm21, zmm21, zmm21",
-                        "vpxord zmm22, zmm22, zmm22",
-                        "vpxord zmm23, zmm23, zmm23",
-                        "vpxord zmm24, zmm24, zmm24",
-                        "vpxord zmm25, zmm25, zmm25",
-                        "vpxord zmm26, zmm26, zmm26",
-                        "vpxord zmm27, zmm27, zmm27",
-                        "vpxord zmm28, zmm28, zmm28",
-                        "vpxord zmm29, zmm29, zmm29",
-                        "vpxord zmm30, zmm30, zmm30",
-                        "vpxord zmm31, zmm31, zmm31",
-                        clobber_abi("C"),
-                        options(nomem, nostack),
-                    );
-                }
-            }
-            if std::arch::is_x86_feature_detected!("avx") {
-                // SAFETY: as above.
-                unsafe { std::arch::asm!("vzeroall", clobber_abi("C"), options(nomem, nostack)) };
-            } else {
-                // SAFETY: every processor of this kind has these; as above.
-                unsafe {
-                    std::arch::asm!(
-                        "xorps xmm0, xmm0",
-                        "xorps xmm1, xmm1",
-                        "xorps xmm2, xmm2",
-                        "xorps xmm3, xmm3",
-                        "xorps xmm4, xmm4",
-                        "xorps xmm5, xmm5",
-                        "xorps xmm6, xmm6",
-                        "xorps xmm7, xmm7",
-                        "xorps xmm8, xmm8",
-                        "xorps xmm9, xmm9",
-                        "xorps xmm10, xmm10",
-                        "xorps xmm11, xmm11",
-                        "xorps xmm12, xmm12",
-                        "xorps xmm13, xmm13",
-                        "xorps xmm14, xmm14",
-                        "xorps xmm15, xmm15",
-                        clobber_abi("C"),
-                        options(nomem, nostack),
-                    );
-                }
+        if std::arch::is_x86_feature_detected!("avx512f") {
+            // SAFETY: the processor has these registers, and all of them count as clobbered.
+            unsafe {
+                std::arch::asm!(
+                "vpxord zmm16, zmm16, zmm16\n vpxord zmm17, zmm17, zmm17\n vpxord zmm18, zmm18, zmm18\n vpxord zmm19, zmm19, zmm19\n \
+                 vpxord zmm20, zmm20, zmm20\n vpxord zmm21, zmm21, zmm21\n vpxord zmm22, zmm22, zmm22\n vpxord zmm23, zmm23, zmm23\n \
+                 vpxord zmm24, zmm24, zmm24\n vpxord zmm25, zmm25, zmm25\n vpxord zmm26, zmm26, zmm26\n vpxord zmm27, zmm27, zmm27\n \
+                 vpxord zmm28, zmm28, zmm28\n vpxord zmm29, zmm29, zmm29\n vpxord zmm30, zmm30, zmm30\n vpxord zmm31, zmm31, zmm31",
+                clobber_abi("C"), options(nomem, nostack));
             }
         }
-        #[cfg(target_arch = "aarch64")]
-        // SAFETY: every processor of this kind has these. The lower halves of v8 to v15 belong to the caller, who keeps no key of ours there.
+        if std::arch::is_x86_feature_detected!("avx") {
+            // SAFETY: as above.
+            unsafe { std::arch::asm!("vzeroall", clobber_abi("C"), options(nomem, nostack)) };
+        } else {
+            // SAFETY: every processor of this kind has these; as above.
+            unsafe {
+                std::arch::asm!(
+                    "xorps xmm0, xmm0\n xorps xmm1, xmm1\n xorps xmm2, xmm2\n xorps xmm3, xmm3\n xorps xmm4, xmm4\n \
+                 xorps xmm5, xmm5\n xorps xmm6, xmm6\n xorps xmm7, xmm7\n xorps xmm8, xmm8\n xorps xmm9, xmm9\n \
+                 xorps xmm10, xmm10\n xorps xmm11, xmm11\n xorps xmm12, xmm12\n xorps xmm13, xmm13\n xorps xmm14, xmm14\n \
+                 xorps xmm15, xmm15",
+                    clobber_abi("C"),
+                    options(nomem, nostack)
+                );
+            }
+        }
+    }
+
+    #[cfg(target_arch = "aarch64")]
+    fn drop(&mut self) {
+        // SAFETY: every processor of this kind has these, and they count as clobbered. The others belong to the caller, who keeps no key there.
         unsafe {
             std::arch::asm!(
-                "movi v0.2d, #0",
-                "movi v1.2d, #0",
-                "movi v2.2d, #0",
-                "movi v3.2d, #0",
-                "movi v4.2d, #0",
-                "movi v5.2d, #0",
-                "movi v6.2d, #0",
-                "movi v7.2d, #0",
-                "movi v16.2d, #0",
-                "movi v17.2d, #0",
-                "movi v18.2d, #0",
-                "movi v19.2d, #0",
-                "movi v20.2d, #0",
-                "movi v21.2d, #0",
-                "movi v22.2d, #0",
-                "movi v23.2d, #0",
-                "movi v24.2d, #0",
-                "movi v25.2d, #0",
-                "movi v26.2d, #0",
-                "movi v27.2d, #0",
-                "movi v28.2d, #0",
-                "movi v29.2d, #0",
-                "movi v30.2d, #0",
-                "movi v31.2d, #0",
+                "movi v0.2d, #0\n movi v1.2d, #0\n movi v2.2d, #0\n movi v3.2d, #0\n movi v4.2d, #0\n movi v5.2d, #0\n \
+                 movi v6.2d, #0\n movi v7.2d, #0\n movi v16.2d, #0\n movi v17.2d, #0\n movi v18.2d, #0\n movi v19.2d, #0\n \
+                 movi v20.2d, #0\n movi v21.2d, #0\n movi v22.2d, #0\n movi v23.2d, #0\n movi v24.2d, #0\n movi v25.2d, #0\n \
+                 movi v26.2d, #0\n movi v27.2d, #0\n movi v28.2d, #0\n movi v29.2d, #0\n movi v30.2d, #0\n movi v31.2d, #0",
                 clobber_abi("C"),
-                options(nomem, nostack),
+                options(nomem, nostack)
             );
         }
     }
