@@ -12,9 +12,8 @@ use super::ring::{RingIn, RingOut};
 use super::socket::{Listener, Name, Place as Where, Received, Socket, Who, MAX_MESSAGE};
 use crate::status::{bail, Error, ErrorKind, Result};
 use crate::types::Place;
-use crate::wire::session::Secret;
+use crate::wire::secret::{self, Secret};
 use crate::wire::setup::Invitation;
-use ring::hmac;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -428,8 +427,8 @@ fn introduction(gpus: &[(Place, GpuId)], key: &Secret) -> Result<Vec<u8>> {
     }
     out.extend_from_slice(&witness.addr.to_le_bytes());
     out.extend_from_slice(&witness.bytes);
-    let mac = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &key[..]), &out);
-    out.extend_from_slice(mac.as_ref());
+    let mac = secret::sign(key, &out)?;
+    out.extend_from_slice(&mac);
     Ok(out)
 }
 
@@ -464,7 +463,7 @@ impl Rest<'_> {
 /// The introduction in these bytes, if its sender has the session's key.
 fn proved(bytes: &[u8], key: &Secret) -> Result<Introduction> {
     let Some((body, mac)) = bytes.split_last_chunk::<MAC>() else { bail!(Auth, "a process of this host sent no proof") };
-    if hmac::verify(&hmac::Key::new(hmac::HMAC_SHA256, &key[..]), body, mac).is_err() {
+    if !secret::verify(key, body, mac)? {
         bail!(Auth, "a process of this host sent a wrong proof");
     }
     let mut rest = Rest(body);
@@ -538,7 +537,7 @@ pub(crate) mod tests {
     }
 
     fn keys(swap: bool) -> ProofKeys {
-        let (a, b) = (Secret::new([1; 32]), Secret::new([2; 32]));
+        let (a, b) = (Secret::new([1; 32]).unwrap(), Secret::new([2; 32]).unwrap());
         match swap {
             false => ProofKeys { send: a, recv: b },
             true => ProofKeys { send: b, recv: a },
@@ -625,7 +624,7 @@ pub(crate) mod tests {
 
     #[test]
     fn strangers_are_told_nothing_and_do_not_keep_the_peer_out() {
-        let wrong = introduction(&[(Place::gpu(0), [7; 16])], &Secret::new([9; 32])).unwrap();
+        let wrong = introduction(&[(Place::gpu(0), [7; 16])], &Secret::new([9; 32]).unwrap()).unwrap();
         let mut garbled = introduction(&[(Place::gpu(0), [7; 16])], &keys(true).send).unwrap();
         garbled[9] ^= 1;
         let reflected = introduction(&[], &keys(false).send).unwrap();
@@ -684,7 +683,7 @@ pub(crate) mod tests {
         let mut body = introduction(&[(Place::gpu(0), gpu(0))], &keys(true).send)?;
         body.truncate(body.len() - MAC);
         change(&mut body);
-        let mac = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &keys(true).send[..]), &body);
+        let mac = secret::sign(&keys(true).send, &body).unwrap();
         body.extend_from_slice(mac.as_ref());
         assert!(peer.send(&body, ring)?);
         Ok(peer)

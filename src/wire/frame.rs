@@ -228,6 +228,9 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
                 T_WRITE => Frame::Write { id, regions, segments, inline: None },
                 _ => {
                     let total: u64 = segments.iter().map(|s| u64::from(s.len)).sum();
+                    if total > MAX_INLINE as u64 {
+                        bail!(Protocol, "inline write of {total} bytes, {MAX_INLINE} at most");
+                    }
                     if total != r.len() as u64 {
                         bail!(Protocol, "inline write of {total} bytes carries {}", r.len());
                     }
@@ -470,6 +473,22 @@ mod tests {
             buf.extend_from_slice(&[kind, ENVELOPE.magic, 0, 0]);
             buf.extend_from_slice(&payload);
             let _ = decode(&buf);
+        }
+    }
+
+    #[test]
+    fn a_write_carries_its_data_up_to_the_limit_and_no_byte_more() {
+        let write = |bytes: usize| {
+            let segment = WireSegment { addr: 4096, len: bytes as u32, region: 0, initiator: Place::HOST, owner: Place::HOST };
+            let regions = vec![WireRegion { id: 1, token: [7; 16] }];
+            let data = vec![3; bytes];
+            let mut out = Vec::new();
+            encode(&Frame::Write { id: 1, regions, segments: std::iter::once(segment).collect(), inline: Some(&data) }, &mut out);
+            decode(&out).map(|_| ())
+        };
+        assert_eq!(write(MAX_INLINE), Ok(()));
+        for bytes in [MAX_INLINE + 1, 1 << 20] {
+            assert!(write(bytes).unwrap_err().to_string().contains("65536 at most"), "{bytes}");
         }
     }
 

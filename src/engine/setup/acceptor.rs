@@ -6,6 +6,7 @@ use super::accept_queue::{Accepts, Waiting};
 use super::admission::Admission;
 use super::context::SetupContext;
 use super::driver::{Progress, SetupDriver};
+use super::listener::BACKLOG;
 use super::machine::Setup;
 use super::shutdown::canceled;
 use crate::engine::connection::Connection;
@@ -32,9 +33,11 @@ const ACCEPT_BURST: usize = 64;
 const STRANGERS_IN_NEED: usize = 8;
 /// How long no sockets are accepted after descriptors ran out.
 const PAUSE: Duration = Duration::from_millis(100);
-/// How long strangers may stay when others wait for their places: silent ones, and such that have said something.
+/// How long strangers may stay at most when others wait for their places: those whose first message is not complete, and the others.
 const SILENCE: Duration = Duration::from_millis(20);
 const HESITATION: Duration = Duration::from_millis(200);
+/// The strangers that wait in a full queue of the kernel all have had their place after this time.
+const QUEUE_TIME: Duration = Duration::from_millis(500);
 /// How often connections that wait for the application are looked at.
 const SWEEP: Duration = Duration::from_millis(100);
 /// A proved peer that has said nothing for this long gives way when others wait for their turn.
@@ -102,28 +105,28 @@ struct Acceptor {
     logs: Logs,
 }
 
-/// Strangers, by ids: those that have said nothing, and the others.
+/// Strangers, by ids: those whose first message is not complete, and the others.
 #[derive(Default)]
 struct Strangers {
-    silent: BTreeSet<u64>,
-    hesitant: BTreeSet<u64>,
+    beginning: BTreeSet<u64>,
+    answered: BTreeSet<u64>,
 }
 
 impl Strangers {
     fn count(&self) -> usize {
-        self.silent.len() + self.hesitant.len()
+        self.beginning.len() + self.answered.len()
     }
 
     fn remove(&mut self, id: u64) {
-        if !self.silent.remove(&id) {
-            self.hesitant.remove(&id);
+        if !self.beginning.remove(&id) {
+            self.answered.remove(&id);
         }
     }
 
-    /// It has said something, and has not said who it is.
-    fn spoke(&mut self, id: u64) {
-        if self.silent.remove(&id) {
-            self.hesitant.insert(id);
+    /// Its first message is complete, and was answered.
+    fn answered(&mut self, id: u64) {
+        if self.beginning.remove(&id) {
+            self.answered.insert(id);
         }
     }
 }
@@ -157,6 +160,13 @@ pub(crate) fn start(
         }
         acceptor.end();
     })
+}
+
+/// How long strangers may stay, by kind, where there are so many places and others wait. With few places it is short: a peer that waits in
+/// the kernel's queue gets a place soon, and what it has sent meanwhile is there when it does.
+fn stays(places: usize) -> [Duration; 2] {
+    let share = QUEUE_TIME.saturating_mul(u32::try_from(places).unwrap_or(u32::MAX)) / BACKLOG.unsigned_abs();
+    [share.min(SILENCE), share.min(HESITATION)]
 }
 
 fn interest_of(driver: &SetupDriver) -> Interest {
@@ -263,8 +273,8 @@ impl Acceptor {
 
     fn arrivals(&mut self, listener: usize, now: Instant) {
         for _ in 0..ACCEPT_BURST {
-            if !self.place_for_stranger(listener, now) {
-                return self.pause(now, SILENCE);
+            if let Err(wait) = self.place_for_stranger(listener, now) {
+                return self.pause(now, wait);
             }
             let accepted = match self.listeners.get(listener) {
                 Some(listener) => listener.accept(),
@@ -277,7 +287,7 @@ impl Acceptor {
                     let e = limits::system("accepting a connection", &e);
                     self.context.table.context.counters.limits_hit.add();
                     self.logs.shortage.log(log::Level::Error, now, format_args!("{e}"));
-                    self.drop_stranger(now, Duration::ZERO, true);
+                    self.drop_stranger(now, [Duration::ZERO, HESITATION], true);
                     return self.pause(now, PAUSE);
                 }
                 // The peer went away between its connect and our accept.
@@ -292,18 +302,22 @@ impl Acceptor {
         self.listen(Interest::NONE);
     }
 
-    /// Whether one more stranger may come; the one that has had the most time goes for it.
-    fn place_for_stranger(&mut self, listener: usize, now: Instant) -> bool {
+    /// Makes sure that one more stranger may come; another one gives way for it.
+    ///
+    /// # Errors
+    /// How long to wait where none can give way yet.
+    fn place_for_stranger(&mut self, listener: usize, now: Instant) -> std::result::Result<(), Duration> {
         let limits = &self.context.limits;
-        let Some(listener) = self.listeners.get(listener) else { return false };
+        let Some(listener) = self.listeners.get(listener) else { return Ok(()) };
         let short = limits::lowest_free(listener.as_raw_fd()).map_or(true, |lowest| lowest >= limits.ceiling);
         let most = if short { STRANGERS_IN_NEED.min(limits.strangers) } else { limits.strangers };
+        let stays = stays(most);
         while self.strangers.count() >= most {
-            if !self.drop_stranger(now, SILENCE, short) {
-                return false;
+            if !self.drop_stranger(now, stays, short) {
+                return Err(stays[0]);
             }
         }
-        true
+        Ok(())
     }
 
     fn arrived(&mut self, sock: TcpStream, address: SocketAddr, now: Instant) {
@@ -329,20 +343,20 @@ impl Acceptor {
         let entry =
             Entry { driver, role: Role::Stranger, interest: Interest::READ, timer, since: now, waits_since: None, counted: None };
         self.entries.insert(self.last, entry);
-        self.strangers.silent.insert(self.last);
-        // Most say hello with their first packet.
+        self.strangers.beginning.insert(self.last);
+        // An engine's first message is one packet, which is here as a rule.
         self.advance(self.last, now);
     }
 
-    /// Drops the stranger that has been silent the longest, if for longer than `silence`; or else the oldest that has had its time.
-    /// Whether one went. One that speaks this protocol is told that it may try again, unless descriptors are `short`.
-    fn drop_stranger(&mut self, now: Instant, silence: Duration, short: bool) -> bool {
+    /// Drops the oldest stranger whose first message is not complete, or else the oldest of the others, if it has stayed as long as
+    /// `stays` has for its kind. Whether one went. One that speaks this protocol learns that it may try again, unless descriptors are
+    /// `short`.
+    fn drop_stranger(&mut self, now: Instant, stays: [Duration; 2], short: bool) -> bool {
         // Ids are in the order of arrival.
         let old = |id: &u64, least| self.entries.get(id).is_some_and(|e| now.saturating_duration_since(e.since) >= least);
-        let silent = self.strangers.silent.first().copied().filter(|id| old(id, silence));
-        let oldest = self.strangers.silent.first().into_iter().chain(self.strangers.hesitant.first()).min().copied();
-        let slow = || oldest.filter(|id| old(id, silence.max(HESITATION)));
-        let Some(id) = silent.or_else(slow) else { return false };
+        let beginning = self.strangers.beginning.first().copied().filter(|id| old(id, stays[0]));
+        let answered = || self.strangers.answered.first().copied().filter(|id| old(id, stays[1]));
+        let Some(id) = beginning.or_else(answered) else { return false };
         if let Some(entry) = self.take(id) {
             self.context.table.context.counters.setup_failed(ErrorKind::Resource);
             let address = entry.driver.address;
@@ -411,8 +425,8 @@ impl Acceptor {
         self.timers.remove(&(entry.timer, id));
         entry.timer = entry.driver.wake_at();
         self.timers.insert((entry.timer, id));
-        if entry.role == Role::Stranger && !entry.driver.setup().is_silent() {
-            self.strangers.spoke(id);
+        if entry.role == Role::Stranger && entry.driver.setup().link.was_opened() {
+            self.strangers.answered(id);
         }
         let waits_since = if entry.role == Role::Admitted { entry.driver.setup().waits_since() } else { None };
         if waits_since != entry.waits_since {
