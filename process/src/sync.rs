@@ -1,99 +1,99 @@
-//! Locks in the shape of `lock_api`: the standard library's, without poison, and fair among threads that come back for a lock again
-//! and again. Whoever needs to know of a panic under a lock looks for itself.
+//! Locks behind `lock_api`'s interface: words that the kernel waits on, which keep nothing outside of themselves and survive a fork, are
+//! not poisoned by a panic, and are fair to a thread that has waited. A reader that must know of a panic under a lock looks for itself.
 
-use crate::fork::PerProcess;
-use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicU64, Ordering};
+use lock_api::{GuardNoSend, RawMutex};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{self, PoisonError, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 use std::time::{Duration, Instant};
 
-pub use std::sync::WaitTimeoutResult;
+/// A lock for one thread at a time. A thread that unlocks and locks again may overtake one that waits, which is fast, but only for
+/// [`OVERTAKEN`].
+pub type Mutex<T> = lock_api::Mutex<Raw, T>;
+/// Access to what a [`Mutex`] guards, until it is dropped.
+pub type MutexGuard<'a, T> = lock_api::MutexGuard<'a, Raw, T>;
 
 /// A thread that has waited this long for a lock is not overtaken any more.
-const PATIENCE: Duration = Duration::from_micros(500);
-/// Looks at a lock that another thread has, before this one sleeps: some after a moment each, some after others had the CPU.
+const OVERTAKEN: Duration = Duration::from_micros(500);
+/// Attempts at a lock that another thread has, before this one sleeps: some after a moment each, some after others had the CPU.
 const SPINS: u32 = 3;
 const YIELDS: u32 = 7;
-/// Nobody is at the front.
-const NOBODY: u64 = u64::MAX;
 
-/// Microseconds of a clock of this process.
-fn clock() -> u64 {
-    static START: PerProcess<Instant> = PerProcess::new(Instant::now);
-    START.get().elapsed().as_micros() as u64
+const FREE: u32 = 0;
+const HELD: u32 = 1;
+/// Held, and a thread may wait for it.
+const AWAITED: u32 = 2;
+
+/// Sleeps while the word has this value. `false` when `most` is over.
+fn sleep(word: &AtomicU32, value: u32, most: Option<Duration>) -> bool {
+    let most = most.map(|most| libc::timespec {
+        tv_sec: libc::time_t::try_from(most.as_secs()).unwrap_or(libc::time_t::MAX),
+        tv_nsec: most.subsec_nanos() as libc::c_long,
+    });
+    let timeout = most.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    // SAFETY: a word that lives during the call, and a time or null.
+    let result =
+        unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG, value, timeout) };
+    result == 0 || std::io::Error::last_os_error().raw_os_error() != Some(libc::ETIMEDOUT)
 }
 
-/// A lock for one thread at a time. A thread that unlocks and locks at once may do so before one that waits has woken up, which is
-/// fast, but only for so long: then the one that waits comes first.
-#[derive(Debug)]
-pub struct Mutex<T: ?Sized> {
-    /// When the first of those that wait came to the front.
-    front_since: AtomicU64,
-    /// Held by the one at the front, while it waits for `value`.
-    front: sync::Mutex<()>,
-    value: sync::Mutex<T>,
+/// Wakes threads that sleep on the word, as many at most.
+fn wake(word: &AtomicU32, most: i32) {
+    // SAFETY: the kernel takes the address as a name only.
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, most) };
 }
 
-/// Access to what a [`Mutex`] guards, until it is dropped.
-#[derive(Debug)]
-pub struct MutexGuard<'a, T: ?Sized> {
-    mutex: &'a Mutex<T>,
-    /// Taken only for as long as the lock is given to others.
-    held: Option<sync::MutexGuard<'a, T>>,
-}
+/// A lock of one word.
+struct Word(AtomicU32);
 
-impl<T> Mutex<T> {
-    /// An unlocked one.
-    pub const fn new(value: T) -> Mutex<T> {
-        let front_since = AtomicU64::new(NOBODY);
-        Mutex { front_since, front: sync::Mutex::new(()), value: sync::Mutex::new(value) }
-    }
-}
-
-impl<T: ?Sized> Mutex<T> {
-    /// Waits for the lock.
-    pub fn lock(&self) -> MutexGuard<'_, T> {
-        let held = self.attempt().or_else(|| self.persist()).unwrap_or_else(|| self.wait());
-        MutexGuard { mutex: self, held: Some(held) }
+impl Word {
+    fn attempt(&self) -> bool {
+        self.0.compare_exchange(FREE, HELD, Ordering::Acquire, Ordering::Relaxed).is_ok()
     }
 
-    /// The lock, where nobody has it and nobody who has waited for long is before us.
-    pub fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
-        self.attempt().map(|held| MutexGuard { mutex: self, held: Some(held) })
-    }
-
-    /// The value, through the only reference to it.
-    pub fn get_mut(&mut self) -> &mut T {
-        self.value.get_mut().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Whether somebody has the lock at this moment.
-    #[cfg(test)]
-    fn is_locked(&self) -> bool {
-        matches!(self.value.try_lock(), Err(TryLockError::WouldBlock))
-    }
-
-    fn attempt(&self) -> Option<sync::MutexGuard<'_, T>> {
-        if self.is_overdue() {
-            return None;
-        }
-        match self.value.try_lock() {
-            Ok(held) => Some(held),
-            Err(TryLockError::Poisoned(held)) => Some(held.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
+    fn take(&self) {
+        while self.0.swap(AWAITED, Ordering::Acquire) != FREE {
+            sleep(&self.0, AWAITED, None);
         }
     }
 
-    /// Whether the one at the front must not be overtaken any more.
-    fn is_overdue(&self) -> bool {
-        let since = self.front_since.load(Ordering::Relaxed);
-        since != NOBODY && clock().saturating_sub(since) >= PATIENCE.as_micros() as u64
+    /// The same; whether it was free in time.
+    fn take_within(&self, most: Duration) -> bool {
+        let until = Instant::now() + most;
+        while self.0.swap(AWAITED, Ordering::Acquire) != FREE {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            sleep(&self.0, AWAITED, Some(left));
+        }
+        true
+    }
+
+    fn give_back(&self) {
+        if self.0.swap(FREE, Ordering::Release) == AWAITED {
+            wake(&self.0, 1);
+        }
+    }
+}
+
+/// What a [`Mutex`] is made of.
+pub struct Raw {
+    lock: Word,
+    /// Held by the one thread that waits for `lock`; all others wait for this.
+    front: Word,
+    /// The thread at the front has waited long enough: no other takes the lock.
+    overdue: AtomicBool,
+}
+
+impl Raw {
+    fn attempt(&self) -> bool {
+        !self.overdue.load(Ordering::Relaxed) && self.lock.attempt()
     }
 
     /// Most holders are done in less time than it takes to fall asleep and to be woken.
     #[cold]
-    fn persist(&self) -> Option<sync::MutexGuard<'_, T>> {
-        (0..SPINS + YIELDS).find_map(|round| {
+    fn persist(&self) -> bool {
+        (0..SPINS + YIELDS).any(|round| {
             match round {
                 0..SPINS => (0..8 << round).for_each(|_| std::hint::spin_loop()),
                 _ => std::thread::yield_now(),
@@ -103,97 +103,106 @@ impl<T: ?Sized> Mutex<T> {
     }
 
     #[cold]
-    fn wait(&self) -> sync::MutexGuard<'_, T> {
-        let front = self.front.lock().unwrap_or_else(PoisonError::into_inner);
-        self.front_since.store(clock(), Ordering::Relaxed);
-        let held = self.value.lock().unwrap_or_else(PoisonError::into_inner);
-        self.front_since.store(NOBODY, Ordering::Relaxed);
-        drop(front);
-        held
-    }
-}
-
-impl<T: Default> Default for Mutex<T> {
-    fn default() -> Mutex<T> {
-        Mutex::new(T::default())
-    }
-}
-
-impl<T: ?Sized> MutexGuard<'_, T> {
-    /// Gives the lock to others while `work` runs.
-    pub fn unlocked<R>(guard: &mut Self, work: impl FnOnce() -> R) -> R {
-        /// Locks again, whether `work` returns or panics.
-        struct Again<'b, 'a, T: ?Sized>(&'b mut MutexGuard<'a, T>);
-        impl<T: ?Sized> Drop for Again<'_, '_, T> {
-            fn drop(&mut self) {
-                self.0.held = self.0.mutex.lock().held.take();
-            }
+    fn wait(&self) {
+        self.front.take();
+        if !self.lock.take_within(OVERTAKEN) {
+            self.overdue.store(true, Ordering::Relaxed);
+            self.lock.take();
+            self.overdue.store(false, Ordering::Relaxed);
         }
-        guard.held = None;
-        let _again = Again(guard);
-        work()
+        self.front.give_back();
     }
 }
 
-/// What every access finds: only `unlocked` and the waits of a [`Condvar`] take the lock out of its guard, and they put it back before
-/// anybody can look.
-const HELD: &str = "a guard holds its lock";
+// SAFETY: `lock` is one word that a single thread at a time changes from FREE; taking it acquires what giving it back released.
+unsafe impl RawMutex for Raw {
+    #[allow(clippy::declare_interior_mutable_const, reason = "each use is a lock of its own")]
+    const INIT: Raw =
+        Raw { lock: Word(AtomicU32::new(FREE)), front: Word(AtomicU32::new(FREE)), overdue: AtomicBool::new(false) };
 
-impl<T: ?Sized> Deref for MutexGuard<'_, T> {
-    type Target = T;
-    fn deref(&self) -> &T {
-        self.held.as_deref().expect(HELD)
+    type GuardMarker = GuardNoSend;
+
+    #[inline]
+    fn lock(&self) {
+        if !self.attempt() && !self.persist() {
+            self.wait();
+        }
+    }
+
+    #[inline]
+    fn try_lock(&self) -> bool {
+        self.attempt()
+    }
+
+    #[inline]
+    unsafe fn unlock(&self) {
+        self.lock.give_back();
+    }
+
+    fn is_locked(&self) -> bool {
+        self.lock.0.load(Ordering::Relaxed) != FREE
     }
 }
 
-impl<T: ?Sized> DerefMut for MutexGuard<'_, T> {
-    fn deref_mut(&mut self) -> &mut T {
-        self.held.as_deref_mut().expect(HELD)
+/// Whether a wait ended by its time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WaitTimeoutResult(bool);
+
+impl WaitTimeoutResult {
+    /// It did; what was waited for may have come at the same moment.
+    pub fn timed_out(self) -> bool {
+        self.0
     }
 }
 
-/// Waiting for what others do under a [`Mutex`].
+/// Waiting for what other threads do under a [`Mutex`].
 #[derive(Debug, Default)]
-pub struct Condvar(sync::Condvar);
+pub struct Condvar(AtomicU32);
 
 impl Condvar {
-    /// Nobody waits.
+    /// No thread waits.
     pub const fn new() -> Condvar {
-        Condvar(sync::Condvar::new())
+        Condvar(AtomicU32::new(0))
     }
 
     /// Unlocks, waits to be notified and locks again. It may come back without cause.
-    pub fn wait<T>(&self, guard: &mut MutexGuard<'_, T>) {
-        if let Some(held) = guard.held.take() {
-            guard.held = Some(self.0.wait(held).unwrap_or_else(PoisonError::into_inner));
-        }
+    pub fn wait<T: ?Sized>(&self, guard: &mut MutexGuard<'_, T>) {
+        self.wait_at_most(guard, None);
     }
 
     /// As `wait`, until a time at most.
-    pub fn wait_until<T>(&self, guard: &mut MutexGuard<'_, T>, until: Instant) -> WaitTimeoutResult {
+    pub fn wait_until<T: ?Sized>(&self, guard: &mut MutexGuard<'_, T>, until: Instant) -> WaitTimeoutResult {
         self.wait_for(guard, until.saturating_duration_since(Instant::now()))
     }
 
     /// As `wait`, for a time at most.
-    pub fn wait_for<T>(&self, guard: &mut MutexGuard<'_, T>, most: Duration) -> WaitTimeoutResult {
-        let held = guard.held.take().expect(HELD);
-        let (held, result) = self.0.wait_timeout(held, most).unwrap_or_else(PoisonError::into_inner);
-        guard.held = Some(held);
-        result
+    pub fn wait_for<T: ?Sized>(&self, guard: &mut MutexGuard<'_, T>, most: Duration) -> WaitTimeoutResult {
+        self.wait_at_most(guard, Some(most))
+    }
+
+    fn wait_at_most<T: ?Sized>(&self, guard: &mut MutexGuard<'_, T>, most: Option<Duration>) -> WaitTimeoutResult {
+        // Whatever is notified once the lock is free changes the number, and the kernel looks at it again.
+        let seen = self.0.load(Ordering::Relaxed);
+        WaitTimeoutResult(!MutexGuard::unlocked(guard, || sleep(&self.0, seen, most)))
     }
 
     /// Wakes one that waits.
     pub fn notify_one(&self) {
-        self.0.notify_one();
+        self.notify(1);
     }
 
     /// Wakes all that wait.
     pub fn notify_all(&self) {
-        self.0.notify_all();
+        self.notify(i32::MAX);
+    }
+
+    fn notify(&self, most: i32) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        wake(&self.0, most);
     }
 }
 
-/// A lock for one that writes or several that read.
+/// A lock for one that writes or several that read: the standard library's, without poison.
 #[derive(Debug, Default)]
 pub struct RwLock<T: ?Sized>(sync::RwLock<T>);
 
@@ -205,12 +214,12 @@ impl<T> RwLock<T> {
 }
 
 impl<T: ?Sized> RwLock<T> {
-    /// Waits until nobody writes.
+    /// Waits until no thread writes.
     pub fn read(&self) -> RwLockReadGuard<'_, T> {
         self.0.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Where nobody writes, or waits for it.
+    /// The value, where no thread writes or waits to.
     pub fn try_read(&self) -> Option<RwLockReadGuard<'_, T>> {
         match self.0.try_read() {
             Ok(guard) => Some(guard),
@@ -219,7 +228,7 @@ impl<T: ?Sized> RwLock<T> {
         }
     }
 
-    /// Waits until nobody reads or writes.
+    /// Waits until no thread reads or writes.
     pub fn write(&self) -> RwLockWriteGuard<'_, T> {
         self.0.write().unwrap_or_else(PoisonError::into_inner)
     }
@@ -228,7 +237,6 @@ impl<T: ?Sized> RwLock<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::AtomicBool;
     use std::sync::Arc;
 
     #[test]
@@ -238,7 +246,8 @@ mod tests {
         let threads: Vec<_> = (0..8).map(|_| std::thread::spawn(add(count.clone()))).collect();
         threads.into_iter().for_each(|t| t.join().unwrap());
         assert_eq!(*count.lock(), 160_000);
-        assert_eq!(count.front_since.load(Ordering::Relaxed), NOBODY);
+        // SAFETY: not locked or unlocked by it.
+        assert!(!count.is_locked() && !unsafe { count.raw() }.overdue.load(Ordering::Relaxed));
     }
 
     /// Threads that never leave the lock alone for long, and one that wants it: it must get it again and again.
@@ -269,14 +278,16 @@ mod tests {
         let held = lock.lock();
         let other = lock.clone();
         let waits = std::thread::spawn(move || drop(other.lock()));
-        while !lock.is_overdue() {
+        // SAFETY: not locked or unlocked by it.
+        let overdue = || unsafe { lock.raw() }.overdue.load(Ordering::Relaxed);
+        while !overdue() {
             std::thread::yield_now();
         }
         // It has the front now, and the lock next.
-        assert!(lock.attempt().is_none() && lock.try_lock().is_none());
         drop(held);
+        assert!(lock.try_lock().is_none() || !overdue());
         waits.join().unwrap();
-        assert!(lock.try_lock().is_some() && !lock.is_overdue());
+        assert!(lock.try_lock().is_some() && !overdue());
     }
 
     #[test]
