@@ -3,6 +3,7 @@
 
 use crate::error::{Error, Result};
 use crate::sys::{self, Functions};
+use libloading::os::unix::{Library, RTLD_LAZY, RTLD_LOCAL, RTLD_NOW};
 use process::{Mutex, PerProcess};
 use std::ffi::{c_int, c_uint, c_void, CStr};
 use std::marker::PhantomData;
@@ -11,7 +12,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
 /// The driver's name for programs. `libcuda.so` is for linking: where a toolkit is installed, it may be a stub.
-const LIBRARY: &CStr = c"libcuda.so.1";
+const LIBRARY: &str = "libcuda.so.1";
 /// There as soon as the kernel's part of the driver is loaded.
 const KERNEL_DRIVER: &str = "/dev/nvidiactl";
 
@@ -101,24 +102,17 @@ pub fn device_count() -> i32 {
 
 const NOT_INSTALLED: &str = "the CUDA driver library (libcuda.so.1) is not installed";
 
-fn is_loaded(library: &CStr) -> bool {
-    process::whole(|| {
-        // SAFETY: the name is a C string; nothing is loaded.
-        let handle = unsafe { libc::dlopen(library.as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD) };
-        if handle.is_null() {
-            return false;
-        }
-        // SAFETY: gives back the reference just taken.
-        unsafe { libc::dlclose(handle) };
-        true
-    })
+fn is_loaded(library: &str) -> bool {
+    // SAFETY: nothing is loaded that was not; dropped inside, it gives back the reference just taken.
+    process::whole(|| unsafe { Library::open(Some(library), RTLD_LAZY | libc::RTLD_NOLOAD) }.is_ok())
 }
 
 /// Opens and initialises a driver library: the one of that name that the process has, or else the linker's.
-fn open(library: &CStr, kernel_driver: &Path) -> std::result::Result<Driver, Absence> {
-    let handle = load(library)?;
-    // SAFETY: the handle is open, names are C strings, and the library says that it is a CUDA driver.
-    let functions = unsafe { Functions::load(|name| libc::dlsym(handle, name.as_ptr())) };
+fn open(name: &str, kernel_driver: &Path) -> std::result::Result<Driver, Absence> {
+    // A driver that was opened stays, whatever it answers.
+    let library: &'static Library = Box::leak(Box::new(load(name)?));
+    // SAFETY: the library stays open, and says that it is a CUDA driver.
+    let functions = unsafe { Functions::load(|name| symbol(library, name)) };
     let mut devices: c_int = 0;
     // SAFETY: cuInit takes 0 and makes no context; the output is writable.
     let ready = unsafe { functions.cuInit(0).and_then(|()| functions.cuDeviceGetCount(&mut devices)) };
@@ -128,50 +122,45 @@ fn open(library: &CStr, kernel_driver: &Path) -> std::result::Result<Driver, Abs
         Err(e) if e.code() == sys::ERROR_NO_DEVICE => Err(Absence::NoGpu(format!("the CUDA driver sees no GPU: {e}"))),
         Err(e) if e.code() == sys::ERROR_NOT_INITIALIZED => Err(Absence::Forked),
         Err(e) if e.code() == sys::ERROR_STUB_LIBRARY => {
-            let why =
-                format!("{} is a stub of the CUDA toolkit; take its folder out of LD_LIBRARY_PATH", path_of(handle, library));
+            let why = format!("{} is a stub of the CUDA toolkit; take its folder out of LD_LIBRARY_PATH", path_of(library, name));
             // Without the kernel's part nobody has a GPU here, whatever libraries lie around.
             Err(if kernel_driver.exists() { Absence::Failing(why) } else { Absence::NoGpu(why) })
         }
-        Err(e) => Err(Absence::Failing(format!("{}: {e}", path_of(handle, library)))),
+        Err(e) => Err(Absence::Failing(format!("{}: {e}", path_of(library, name)))),
     }
 }
 
-fn load(library: &CStr) -> std::result::Result<*mut c_void, Absence> {
-    for flags in [libc::RTLD_NOLOAD, 0] {
-        // SAFETY: the name is a C string; a driver's initialisers ask nothing of the caller.
-        let open = || unsafe { libc::dlopen(library.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL | flags) };
-        let handle = process::whole(open);
-        if !handle.is_null() {
-            return Ok(handle);
+fn load(name: &str) -> std::result::Result<Library, Absence> {
+    // SAFETY: a driver's initialisers ask nothing of the caller.
+    let open = |flags| process::whole(|| unsafe { Library::open(Some(name), RTLD_NOW | RTLD_LOCAL | flags) });
+    open(libc::RTLD_NOLOAD).or_else(|_| open(0)).map_err(|why| {
+        let why = why.to_string();
+        // Another text names a library that the driver needs, or a file that is none.
+        match why.starts_with(&format!("{name}: cannot open shared object file: No such file")) {
+            true => Absence::NoGpu(NOT_INSTALLED.into()),
+            false => Absence::Failing(why),
         }
-    }
-    // SAFETY: dlerror gives null or a C string that lives until the next call of this thread.
-    let why = unsafe {
-        let text = libc::dlerror();
-        if text.is_null() {
-            "dlopen failed".to_owned()
-        } else {
-            CStr::from_ptr(text).to_string_lossy().into_owned()
-        }
-    };
-    // Another text names a library that the driver needs, or a file that is none.
-    let missing = why.starts_with(&format!("{}: cannot open shared object file: No such file", library.to_string_lossy()));
-    Err(if missing { Absence::NoGpu(NOT_INSTALLED.into()) } else { Absence::Failing(why) })
+    })
+}
+
+/// Where a library has a function; null where it has none.
+pub(crate) fn symbol(library: &Library, name: &CStr) -> *mut c_void {
+    // SAFETY: only the address is taken; `library` is open.
+    unsafe { library.get::<*mut c_void>(name.to_bytes_with_nul()) }.map_or(std::ptr::null_mut(), |found| found.as_raw_ptr())
 }
 
 /// File that a library was loaded from.
-fn path_of(handle: *mut c_void, library: &CStr) -> String {
+fn path_of(library: &Library, name: &str) -> String {
     // SAFETY: plain data, for which zeros are valid.
     let mut info: libc::Dl_info = unsafe { std::mem::zeroed() };
-    // SAFETY: the handle is open, the name is a C string, the output is writable; the file's name lives as long as the library.
+    let symbol = symbol(library, c"cuInit");
+    // SAFETY: an address of this process, a writable output; the file's name lives as long as the library.
     unsafe {
-        let symbol = libc::dlsym(handle, c"cuInit".as_ptr());
         if !symbol.is_null() && libc::dladdr(symbol, &mut info) != 0 && !info.dli_fname.is_null() {
             return CStr::from_ptr(info.dli_fname).to_string_lossy().into_owned();
         }
     }
-    library.to_string_lossy().into_owned()
+    name.to_owned()
 }
 
 impl Driver {
@@ -222,12 +211,11 @@ pub(crate) fn functions() -> Result<Relaxed> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::ffi::CString;
     use std::path::PathBuf;
     use std::process::Command;
 
     /// A simulated driver library whose cuInit and cuDeviceGetCount answer as told.
-    fn simulated(name: &str, init: u32, devices: i32) -> CString {
+    fn simulated(name: &str, init: u32, devices: i32) -> String {
         let dir = std::env::temp_dir().join(format!("cuda-driver-{}", std::process::id()));
         std::fs::create_dir_all(&dir).expect("folder");
         let (source, library) = (dir.join(format!("{name}.c")), dir.join(format!("lib{name}.so")));
@@ -237,10 +225,10 @@ mod tests {
         std::fs::write(&source, text).expect("source");
         let built = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&source).status().expect("cc");
         assert!(built.success());
-        CString::new(library.to_str().expect("path")).expect("path")
+        library.to_str().expect("path").to_owned()
     }
 
-    fn answer(library: &CStr, kernel_driver: &str) -> std::result::Result<i32, Absence> {
+    fn answer(library: &str, kernel_driver: &str) -> std::result::Result<i32, Absence> {
         open(library, &PathBuf::from(kernel_driver)).map(|d| d.devices)
     }
 
@@ -259,11 +247,10 @@ mod tests {
 
     #[test]
     fn a_missing_library_is_no_gpu_and_a_broken_file_is_a_failure() {
-        assert_eq!(answer(c"libcuda-of-nobody.so.1", "/dev/null"), Err(Absence::NoGpu(NOT_INSTALLED.into())));
+        assert_eq!(answer("libcuda-that-is-missing.so.1", "/dev/null"), Err(Absence::NoGpu(NOT_INSTALLED.into())));
         let file = std::env::temp_dir().join(format!("libcuda-no-library-{}", std::process::id()));
         std::fs::write(&file, "no library").expect("file");
-        let name = CString::new(file.to_str().expect("path")).expect("path");
-        assert!(matches!(answer(&name, "/dev/null"), Err(Absence::Failing(_))));
+        assert!(matches!(answer(file.to_str().expect("path"), "/dev/null"), Err(Absence::Failing(_))));
         std::fs::remove_file(file).expect("removed");
     }
 

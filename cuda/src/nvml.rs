@@ -1,5 +1,6 @@
 //! What lies between two GPUs of which CUDA may show this process only one: asked of NVML, where it is installed. Makes no context.
 
+use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use process::PerProcess;
 use std::ffi::{c_char, c_int, c_uint, c_void, CString};
 
@@ -24,23 +25,14 @@ struct Nvml {
 
 impl Nvml {
     fn load() -> Option<Nvml> {
-        // SAFETY: a terminated name.
-        let handle = unsafe { libc::dlopen(c"libnvidia-ml.so.1".as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
-        if handle.is_null() {
-            return None;
-        }
-        let find = |name: &std::ffi::CStr| {
-            // SAFETY: a live handle and a terminated name.
-            let at = unsafe { libc::dlsym(handle, name.as_ptr()) };
-            (!at.is_null()).then_some(at)
-        };
-        let (init, by_uuid) = (find(c"nvmlInit_v2")?, find(c"nvmlDeviceGetHandleByUUID")?);
-        let p2p = find(c"nvmlDeviceGetP2PStatus")?;
-        // SAFETY: these are the signatures of NVML, which promises to keep them.
+        // SAFETY: the initialisers of NVML ask nothing of the caller.
+        let library = process::whole(|| unsafe { Library::open(Some("libnvidia-ml.so.1"), RTLD_NOW | RTLD_LOCAL) }).ok()?;
+        let library: &'static Library = Box::leak(Box::new(library));
+        // SAFETY: these are the signatures of NVML, which promises to keep them; the library stays open.
         unsafe {
-            let init = std::mem::transmute::<*mut c_void, Init>(init);
-            let (by_uuid, p2p) =
-                (std::mem::transmute::<*mut c_void, ByUuid>(by_uuid), std::mem::transmute::<*mut c_void, P2p>(p2p));
+            let init = library.get::<Init>(b"nvmlInit_v2\0").ok()?;
+            let by_uuid = *library.get::<ByUuid>(b"nvmlDeviceGetHandleByUUID\0").ok()?;
+            let p2p = *library.get::<P2p>(b"nvmlDeviceGetP2PStatus\0").ok()?;
             (init() == SUCCESS).then_some(Nvml { by_uuid, p2p })
         }
     }
