@@ -1,7 +1,8 @@
 //! Offers the statistics of a process's engines to whoever asks: over HTTP on a socket, or in a file that is rewritten each second.
 //! Knows nothing of engines beyond a function that gives their statistics.
 
-use super::{prometheus, EngineStats};
+use super::prometheus::{exposition, Format};
+use super::EngineStats;
 use crate::addresses::Target;
 use process::{Mutex, PerProcess};
 use reactor::Waker;
@@ -97,7 +98,7 @@ impl Drop for Exporter {
 }
 
 /// The statistics of all engines that are there.
-fn gather(sources: &Sources) -> String {
+fn gather(sources: &Sources, format: Format) -> String {
     let mut engines = Vec::new();
     sources.lock().retain(|source| match source() {
         Some(stats) => {
@@ -106,7 +107,7 @@ fn gather(sources: &Sources) -> String {
         }
         None => false,
     });
-    prometheus::exposition(engines)
+    exposition(engines, format)
 }
 
 /// Waits for the end, or until `fd` is readable; whether it is the end.
@@ -123,7 +124,7 @@ fn wait(ending: &Waker, fd: RawFd, timeout: Duration) -> bool {
 fn write_each_second(path: &Path, sources: &Sources, ending: &Waker) {
     let mut told = false;
     loop {
-        match rewrite(path, &gather(sources)) {
+        match rewrite(path, &gather(sources, Format::OpenMetrics)) {
             Ok(()) => told = false,
             Err(e) if !told => {
                 told = true;
@@ -292,12 +293,26 @@ fn welcome(listener: &Listener, guests: &mut VecDeque<Guest>) -> io::Result<()> 
     Ok(())
 }
 
+/// The format that a request asks for: OpenMetrics, but for a reader that names plain text and no OpenMetrics.
+fn format_of(request: &[u8]) -> Format {
+    let head = String::from_utf8_lossy(request).to_ascii_lowercase();
+    let accepts: String = head.lines().filter_map(|line| line.strip_prefix("accept:")).collect();
+    if accepts.contains("text/plain") && !accepts.contains("application/openmetrics-text") {
+        Format::Plain
+    } else {
+        Format::OpenMetrics
+    }
+}
+
 fn answer(request: &[u8], sources: &Sources) -> Vec<u8> {
-    let (status, body) =
-        if request.starts_with(b"GET ") { ("200 OK", gather(sources)) } else { ("405 Method Not Allowed", String::new()) };
-    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    let head =
-        format!("HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+    let format = format_of(request);
+    let (status, body) = if request.starts_with(b"GET ") {
+        ("200 OK", gather(sources, format))
+    } else {
+        ("405 Method Not Allowed", String::new())
+    };
+    let (kind, len) = (format.content_type(), body.len());
+    let head = format!("HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len}\r\nConnection: close\r\n\r\n");
     (head + &body).into_bytes()
 }
 
@@ -410,6 +425,25 @@ mod tests {
         // One after the other they would take half a minute.
         assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
         drop(held);
+    }
+
+    #[test]
+    fn a_reader_gets_the_format_that_it_asks_for() {
+        let request = |accept: &str| format!("GET /metrics HTTP/1.1\r\nHost: x\r\n{accept}\r\n\r\n").into_bytes();
+        let sources: Sources = Arc::new(Mutex::new(vec![engine("mine")]));
+        for (accept, plain) in [
+            ("User-Agent: text/plain", false),
+            ("Accept: */*", false),
+            ("Accept: application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.4,*/*;q=0.1", false),
+            ("accept: Text/Plain; version=0.0.4", true),
+            ("ACCEPT:text/html\r\nAccept: text/plain", true),
+        ] {
+            let text = String::from_utf8(answer(&request(accept), &sources)).unwrap();
+            let kind = if plain { Format::Plain } else { Format::OpenMetrics }.content_type();
+            assert!(text.contains(&format!("\r\nContent-Type: {kind}\r\n")), "{accept}: {text}");
+            assert_eq!(text.contains("# TYPE uccl_tcpx_limits_hit_total counter\n"), plain, "{accept}: {text}");
+            assert_eq!(text.ends_with("# EOF\n"), !plain, "{accept}: {text}");
+        }
     }
 
     #[test]

@@ -1,12 +1,29 @@
 //! Statistics as Prometheus and OpenMetrics read them.
 
 use super::{ChannelStats, ConnectionStats, EngineStats};
-use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{text, DescriptorEncoder, EncodeMetric};
-use prometheus_client::metrics::counter::ConstCounter;
-use prometheus_client::metrics::gauge::ConstGauge;
-use prometheus_client::registry::Registry;
-use std::fmt;
+use std::fmt::{self, Write};
+
+/// In front of every name.
+const PREFIX: &str = "uccl_tcpx";
+
+/// The text format of an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Format {
+    /// OpenMetrics 1.0.
+    OpenMetrics,
+    /// The older format of Prometheus, for readers that ask for nothing else.
+    Plain,
+}
+
+impl Format {
+    /// As an HTTP header names it.
+    pub(super) fn content_type(self) -> &'static str {
+        match self {
+            Format::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
+            Format::Plain => "text/plain; version=0.0.4; charset=utf-8",
+        }
+    }
+}
 
 /// Labels of a sample.
 type Labels = Vec<(&'static str, String)>;
@@ -24,31 +41,52 @@ enum Number {
     Gauge(f64),
 }
 
-#[derive(Debug)]
-struct Snapshot(Vec<EngineStats>);
+/// A label's value between its quotes.
+struct Escaped<'a>(&'a str);
+
+impl fmt::Display for Escaped<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.chars().try_for_each(|c| match c {
+            '\\' => f.write_str("\\\\"),
+            '"' => f.write_str("\\\""),
+            '\n' => f.write_str("\\n"),
+            c => f.write_char(c),
+        })
+    }
+}
 
 impl Family {
     fn new(name: impl Into<String>, help: &'static str) -> Family {
         Family { name: name.into(), help, samples: Vec::new() }
     }
 
-    fn encode(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    fn write(&self, format: Format, out: &mut String) -> fmt::Result {
         let Some((_, first)) = self.samples.first() else { return Ok(()) };
-        let kind = match first {
-            Number::Counter(_) => ConstCounter::new(0u64).metric_type(),
-            Number::Gauge(_) => ConstGauge::new(0f64).metric_type(),
+        let (kind, suffix) = match first {
+            Number::Counter(_) => ("counter", "_total"),
+            Number::Gauge(_) => ("gauge", ""),
         };
-        let mut metric = encoder.encode_descriptor(&self.name, self.help, None, kind)?;
+        // OpenMetrics names the family, the older format the sample.
+        let (name, help) = (&self.name, self.help);
+        let family = if format == Format::Plain { suffix } else { "" };
+        writeln!(out, "# HELP {PREFIX}_{name}{family} {help}\n# TYPE {PREFIX}_{name}{family} {kind}")?;
         for (labels, number) in &self.samples {
-            let sample = metric.encode_family(labels)?;
+            write!(out, "{PREFIX}_{name}{suffix}")?;
+            for (i, (label, value)) in labels.iter().enumerate() {
+                write!(out, "{}{label}=\"{}\"", if i == 0 { '{' } else { ',' }, Escaped(value))?;
+            }
             match *number {
-                Number::Counter(n) => ConstCounter::new(n).encode(sample)?,
-                Number::Gauge(n) => ConstGauge::new(n).encode(sample)?,
+                Number::Counter(n) => writeln!(out, "}} {n}")?,
+                Number::Gauge(n) if n.fract() == 0.0 => writeln!(out, "}} {n:.1}")?,
+                Number::Gauge(n) => writeln!(out, "}} {n}")?,
             }
         }
         Ok(())
     }
 }
+
+/// What the engines of a process count.
+struct Snapshot(Vec<EngineStats>);
 
 impl Snapshot {
     /// A family with one sample an engine.
@@ -156,23 +194,19 @@ fn connection_labels(engine: &EngineStats, connection: &ConnectionStats) -> Labe
     vec![("engine", engine.metadata.clone()), ("connection", connection.id.to_string()), ("peer", connection.peer.clone())]
 }
 
-impl Collector for Snapshot {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let families = self.engine_families().into_iter().chain(self.connection_families()).chain(self.channel_families());
-        for family in families {
-            family.encode(&mut encoder)?;
-        }
-        Ok(())
-    }
-}
-
-/// The statistics of engines in OpenMetrics' text format, which Prometheus reads.
-pub(super) fn exposition(engines: Vec<EngineStats>) -> String {
-    let mut registry = Registry::with_prefix("uccl_tcpx");
-    registry.register_collector(Box::new(Snapshot(engines)));
+/// The statistics of engines as text.
+pub(super) fn exposition(engines: Vec<EngineStats>, format: Format) -> String {
+    let snapshot = Snapshot(engines);
+    let families =
+        snapshot.engine_families().into_iter().chain(snapshot.connection_families()).chain(snapshot.channel_families());
     let mut out = String::new();
-    // Writing to a string does not fail.
-    let _ = text::encode(&mut out, &registry);
+    for family in families {
+        // Writing to a string does not fail.
+        let _ = family.write(format, &mut out);
+    }
+    if format == Format::OpenMetrics {
+        out.push_str("# EOF\n");
+    }
     out
 }
 
@@ -197,7 +231,8 @@ mod tests {
 
     #[test]
     fn every_level_has_its_samples() {
-        let text = exposition(vec![engine(), EngineStats { metadata: "other".into(), ..EngineStats::default() }]);
+        let text =
+            exposition(vec![engine(), EngineStats { metadata: "other".into(), ..EngineStats::default() }], Format::OpenMetrics);
         for line in [
             "# TYPE uccl_tcpx_connections_opened counter",
             "uccl_tcpx_connections_opened_total{engine=\"10.0.0.1:4000?-1\"} 4",
@@ -217,6 +252,34 @@ mod tests {
 
     #[test]
     fn nothing_is_well_formed_too() {
-        assert_eq!(exposition(Vec::new()), "# EOF\n");
+        assert_eq!(exposition(Vec::new(), Format::OpenMetrics), "# EOF\n");
+        assert_eq!(exposition(Vec::new(), Format::Plain), "");
+    }
+
+    #[test]
+    fn both_formats_are_written_to_the_letter() {
+        let family = |name: &str, samples| Family { name: name.into(), help: "What it is", samples };
+        let labels = |peer: &str| vec![("engine", "e".to_owned()), ("peer", peer.to_owned())];
+        let counter = family("sent", vec![(labels("a\\b\"c\nd"), Number::Counter(u64::MAX)), (labels(""), Number::Counter(0))]);
+        let gauge = family("speed", [0.0, 1.5, 1e-6, 5e9].map(|n| (labels("p"), Number::Gauge(n))).into());
+        let text = |format| {
+            let mut out = String::new();
+            [&counter, &gauge, &family("none", Vec::new())].iter().for_each(|family| family.write(format, &mut out).unwrap());
+            out
+        };
+        let expected = |family: &str| {
+            format!(
+                "# HELP uccl_tcpx_{family} What it is\n# TYPE uccl_tcpx_{family} counter\n\
+                 uccl_tcpx_sent_total{{engine=\"e\",peer=\"a\\\\b\\\"c\\nd\"}} 18446744073709551615\n\
+                 uccl_tcpx_sent_total{{engine=\"e\",peer=\"\"}} 0\n\
+                 # HELP uccl_tcpx_speed What it is\n# TYPE uccl_tcpx_speed gauge\n\
+                 uccl_tcpx_speed{{engine=\"e\",peer=\"p\"}} 0.0\n\
+                 uccl_tcpx_speed{{engine=\"e\",peer=\"p\"}} 1.5\n\
+                 uccl_tcpx_speed{{engine=\"e\",peer=\"p\"}} 0.000001\n\
+                 uccl_tcpx_speed{{engine=\"e\",peer=\"p\"}} 5000000000.0\n"
+            )
+        };
+        assert_eq!(text(Format::OpenMetrics), expected("sent"));
+        assert_eq!(text(Format::Plain), expected("sent_total"));
     }
 }
