@@ -155,7 +155,7 @@ fn with_target(notified: bool, test: impl FnOnce(&Engine)) {
     });
 }
 
-/// The first bytes of a set-up, as an engine sends them.
+/// The first message of a set-up, as an engine sends it.
 fn opening() -> Vec<u8> {
     let trap = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = trap.local_addr().unwrap().port();
@@ -164,7 +164,7 @@ fn opening() -> Vec<u8> {
         assert!(Engine::new(impatient).unwrap().connect("127.0.0.1", "", port).is_err());
     });
     let mut sock = trap.accept().unwrap().0;
-    let mut bytes = vec![0; 120];
+    let mut bytes = vec![0; 136];
     sock.read_exact(&mut bytes).unwrap();
     drop(sock);
     connects.join().unwrap();
@@ -199,7 +199,8 @@ fn a_thousand_held_hellos() {
             let hold = |_| {
                 let mut sock = stranger(target)?;
                 abrupt(&sock);
-                let _ = sock.write_all(&opening);
+                // It is never complete.
+                let _ = sock.write_all(&opening[..120]);
                 Some(sock)
             };
             let held: Vec<TcpStream> = (0..1000).filter_map(hold).collect();
@@ -221,7 +222,7 @@ fn a_flood_of_resets() {
                 abrupt(&sock);
                 let n = done.fetch_add(1, Ordering::Relaxed);
                 // With nothing said, a part, and a whole opening.
-                let _ = sock.write_all(&opening[..[0, 60, 120][n % 3]]);
+                let _ = sock.write_all(&opening[..[0, 60, 136][n % 3]]);
             }
         });
     });
@@ -387,6 +388,46 @@ fn stranger_process() {
     }
 }
 
+/// A process that opens so many sockets a second to a port, says the same bytes on each and keeps it until the other end closes it. As a
+/// test of its own it does nothing.
+#[test]
+fn talker_process() {
+    const THREADS: u32 = 8;
+    let Ok(part) = std::env::var(CHILD) else { return };
+    let Some(part) = part.strip_prefix("talkers ") else { return };
+    let [port, rate, bytes] = part.split(' ').collect::<Vec<_>>()[..] else { panic!("{part}") };
+    let address = std::net::SocketAddr::from(([127, 0, 0, 1], port.parse().unwrap()));
+    let pause = Duration::from_secs(1) * THREADS / rate.parse().unwrap();
+    let bytes: Vec<u8> = (0..bytes.len()).step_by(2).map(|at| u8::from_str_radix(&bytes[at..at + 2], 16).unwrap()).collect();
+    let _ = config();
+    let done = AtomicUsize::new(0);
+    std::thread::scope(|s| {
+        for _ in 0..THREADS {
+            s.spawn(|| {
+                let (mut held, mut next) = (std::collections::VecDeque::<TcpStream>::new(), Instant::now());
+                let ended = |sock: &TcpStream| !matches!((&mut &*sock).read(&mut [0; 512]), Err(e) if e.kind() == std::io::ErrorKind::WouldBlock);
+                loop {
+                    if let Ok(mut sock) = TcpStream::connect_timeout(&address, Duration::from_millis(100)) {
+                        abrupt(&sock);
+                        let _ = sock.write_all(&bytes).and_then(|()| sock.set_nonblocking(true));
+                        held.push_back(sock);
+                        done.fetch_add(1, Ordering::Relaxed);
+                    }
+                    while held.front().is_some_and(ended) || held.len() > 1000 {
+                        held.pop_front();
+                    }
+                    next += pause;
+                    std::thread::sleep(next.saturating_duration_since(Instant::now()));
+                }
+            });
+        }
+        loop {
+            println!("= {}", done.load(Ordering::Relaxed));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    });
+}
+
 /// Runs the body in a process with a limit of so many descriptors, which attackers of other processes do not share.
 fn with_descriptors(name: &str, limit: u64, body: impl FnOnce()) {
     let own = |part: &str| {
@@ -421,6 +462,55 @@ fn silent_strangers(name: &str, limit: u64, count: usize) {
             });
         });
     });
+}
+
+/// A connect is quick while strangers come as fast as they do and each says this.
+fn talking_strangers(name: &str, limit: u64, rate: usize, bytes: &[u8]) {
+    with_descriptors(name, limit, || {
+        with_target(false, |target| {
+            let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+            let engine = Engine::new(config()).unwrap();
+            let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["talker_process", "--exact", "--nocapture", "--test-threads=1"])
+                .env(CHILD, format!("talkers {} {rate} {hex}", port(target)))
+                .stdout(std::process::Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut lines = std::io::BufReader::new(child.stdout.take().unwrap()).lines();
+            // By then they would fill the kernel's queue.
+            let came = |line: std::io::Result<String>| line.ok()?.split_once("= ")?.1.trim().parse().ok();
+            let attack = lines.by_ref().filter_map(came).any(|done: usize| done > 2 * rate);
+            let connects = |_| {
+                let start = Instant::now();
+                let connected = engine.connect("127.0.0.1", "", port(target)).map(|_| ());
+                (start.elapsed(), connected)
+            };
+            let tries: Vec<Vec<_>> = (0..if attack { TRIES } else { 0 })
+                .map(|_| (0..4).map(connects).collect::<Vec<_>>())
+                .inspect(|times| println!("{name}: {times:?}"))
+                .collect();
+            let _ = (child.kill(), child.wait());
+            let good =
+                |times: &Vec<(Duration, uccl_p2p::status::Result<()>)>| times.iter().all(|(t, c)| *t <= CONNECT && c.is_ok());
+            assert!(attack, "{name}: there was no attack");
+            assert!(tries.iter().filter(|times| good(times)).count() > TRIES / 2, "{name}: {tries:?}");
+        });
+    });
+}
+
+#[test]
+fn eight_hundred_strangers_a_second_with_a_byte_each_at_1024_descriptors() {
+    talking_strangers("eight_hundred_strangers_a_second_with_a_byte_each_at_1024_descriptors", 1024, 800, b"U");
+}
+
+#[test]
+fn eight_hundred_strangers_a_second_with_a_byte_each_at_256_descriptors() {
+    talking_strangers("eight_hundred_strangers_a_second_with_a_byte_each_at_256_descriptors", 256, 800, b"U");
+}
+
+#[test]
+fn eight_hundred_strangers_a_second_with_a_whole_message_each() {
+    talking_strangers("eight_hundred_strangers_a_second_with_a_whole_message_each", 1024, 800, &opening());
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! What a process has of its own, and a child of `fork` gets anew: locks that another thread may hold, handles, tables of threads.
-//! And locks that keep nothing outside of themselves. Knows nothing of what is kept.
+//! And locks that keep nothing outside of themselves, and memory that no core dump has ([`guarded`]). Knows nothing of what is kept.
 //!
 //! # Fork
 //! Of a process with threads, `fork` copies the memory and one thread. A lock that another thread held stays locked in the child, and
@@ -10,6 +10,7 @@
 
 mod fork;
 mod fork_guard;
+pub mod guarded;
 mod space;
 mod sync;
 pub mod thread;

@@ -529,10 +529,10 @@ pub unsafe extern "C" fn info(handle: Opaque, info: *mut ucclCommInfo) -> ncclRe
 /// The 32 bytes at `key`, if there are any.
 ///
 /// # Safety
-/// `key` is null or readable.
-unsafe fn key_at(key: *const u8) -> Option<protect::Key> {
+/// `key` is null or readable, and stays so while the result is used.
+unsafe fn key_at<'a>(key: *const u8) -> Option<&'a protect::Key> {
     // SAFETY: by contract; bytes have no alignment.
-    (!key.is_null()).then(|| unsafe { key.cast::<protect::Key>().read() })
+    unsafe { key.cast::<protect::Key>().as_ref() }
 }
 
 pub unsafe extern "C" fn key_listen(listen_comm: Opaque, key: *const u8) -> ncclResult_t {
@@ -550,7 +550,7 @@ pub unsafe extern "C" fn key_connect(handle: Opaque, key: *const u8) -> ncclResu
         check(!handle.is_null())?;
         // SAFETY: the caller's 128 bytes, and its key.
         let (handle, key) = unsafe { (&mut *handle.cast::<Handle>(), key_at(key)) };
-        rendezvous::set_key(handle, &key.ok_or(NCCL_INVALID_ARGUMENT)?);
+        rendezvous::set_key(handle, key.ok_or(NCCL_INVALID_ARGUMENT)?);
         Ok(())
     })
 }
@@ -559,7 +559,7 @@ pub unsafe extern "C" fn protect(handle: Opaque, level: c_int, key: *const u8) -
     guard(|| {
         // SAFETY: the caller's comm and key.
         let (comm, key) = unsafe { (any_comm(handle)?, key_at(key)) };
-        comm.protect(Guard::new(level, key.as_ref()).ok_or(NCCL_INVALID_ARGUMENT)?)
+        comm.protect(Guard::new(level, key).ok_or(NCCL_INVALID_ARGUMENT)?)
     })
 }
 

@@ -10,14 +10,12 @@ use std::io;
 use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::BorrowedFd;
 
-impl Interface {
-    /// Whether the interface is up and has a carrier at this moment; `socket` is any socket.
-    ///
-    /// # Errors
-    /// `ENETDOWN` when it is not, `ENODEV` when it is gone.
-    pub fn check_link(&self, socket: BorrowedFd<'_>) -> io::Result<()> {
-        system::check_link(&self.name, socket)
-    }
+/// Whether an interface is up and has a carrier at this moment; `socket` is any socket.
+///
+/// # Errors
+/// `ENETDOWN` when it is not, `ENODEV` when it is gone.
+pub fn check_link(interface: &Interface, socket: BorrowedFd<'_>) -> io::Result<()> {
+    system::check_link(&interface.name, socket)
 }
 
 /// A filter in NCCL's form: names or prefixes separated by commas; `=` in front makes them exact, `^` excludes.

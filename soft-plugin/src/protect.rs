@@ -14,8 +14,8 @@ use std::ffi::c_int;
 
 use libc::iovec;
 use nccl_net_abi::{UCCL_PROTECT_CHECKSUM, UCCL_PROTECT_SEAL};
+use process::guarded::{apart, Cleared, Guarded};
 use ring::aead::{Aad, LessSafeKey, Nonce, Tag, UnboundKey, AES_256_GCM};
-use zeroize::Zeroize;
 
 use crate::slot::{Body, Header, HEADER};
 
@@ -42,13 +42,18 @@ const KEY_MESSAGES: u64 = 1 << 14;
 
 /// The key of the messages from `KEY_MESSAGES * turn` on.
 pub struct Sealing {
-    key: LessSafeKey,
+    key: Guarded<LessSafeKey>,
     turn: u64,
+}
+
+fn sealing_key(key: &Key) -> Option<LessSafeKey> {
+    Some(LessSafeKey::new(UnboundKey::new(&AES_256_GCM, key).ok()?))
 }
 
 impl Sealing {
     fn new(key: &Key, turn: u64) -> Option<Sealing> {
-        Some(Sealing { key: LessSafeKey::new(UnboundKey::new(&AES_256_GCM, key).ok()?), turn })
+        let key = apart(|| Guarded::new(sealing_key(key)?).ok()).ok()??;
+        Some(Sealing { key, turn })
     }
 
     /// Makes the key that message `seq` has, which is this one or the next.
@@ -60,10 +65,15 @@ impl Sealing {
         if turn.checked_sub(1)? != self.turn {
             return None;
         }
-        let mut next = Key::default();
-        let _tag = self.key.seal_in_place_separate_tag(nonce(Part::NextKey, seq), Aad::empty(), &mut next).ok()?;
-        *self = Sealing::new(&next, turn)?;
-        next.zeroize();
+        let key = &mut *self.key;
+        apart(|| {
+            let mut next = Key::default();
+            let _tag = key.seal_in_place_separate_tag(nonce(Part::NextKey, seq), Aad::empty(), &mut next).ok()?;
+            *key = sealing_key(&next)?;
+            Some(())
+        })
+        .ok()??;
+        self.turn = turn;
         Some(())
     }
 }
@@ -155,6 +165,7 @@ impl Guard {
             }
             Guard::Sealed(sealing) => {
                 sealing.turn_to(seq).ok_or_else(|| format!("message {seq} has no key"))?;
+                let _cleared = Cleared;
                 let key = &sealing.key;
                 out.resize(SEALED_HEAD, 0);
                 for segment in payload {
@@ -192,6 +203,7 @@ impl Guard {
             }
             Guard::Sealed(sealing) => {
                 sealing.turn_to(seq).ok_or_else(damaged)?;
+                let _cleared = Cleared;
                 sealing.key.open_in_place(nonce(Part::Head, seq), Aad::empty(), plain).map_err(|_| damaged())?;
                 let tag = plain.get(HEADER..).and_then(|rest| rest.first_chunk::<TAG>()).ok_or_else(damaged)?;
                 Proof::Sealed(*tag)
@@ -215,6 +227,7 @@ impl Guard {
                     // SAFETY: by contract.
                     let payload = unsafe { std::slice::from_raw_parts_mut(segment.iov_base.cast::<u8>(), len) };
                     let (nonce, tag) = (nonce(Part::Payload, seq), Tag::from(tag));
+                    let _cleared = Cleared;
                     sealing.key.open_in_place_separate_tag(nonce, Aad::empty(), tag, payload, 0..).is_ok()
                 }
                 _ => false,

@@ -13,8 +13,10 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Duration;
 
 use nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
+use process::guarded::{apart, Guarded};
 use ring::hmac;
 use socket2::{Domain, Protocol, Socket, Type};
+use zeroize::Zeroize;
 
 use crate::config::Config;
 use crate::congestion;
@@ -142,7 +144,7 @@ impl Invitation {
         Ok(Invitation { address, cookie })
     }
 
-    fn hello(&self, direction: Direction, key: Option<&Key>) -> Hello {
+    fn hello(&self, direction: Direction, key: Option<&Key>) -> io::Result<Hello> {
         let mut hello = Hello { bytes: [0; KEYED_HELLO], len: HELLO };
         let bytes = &mut hello.bytes;
         let magic = if key.is_some() { KEYED_MAGIC } else { HELLO_MAGIC };
@@ -151,15 +153,16 @@ impl Invitation {
         bytes[12..HELLO_HEAD].copy_from_slice(&(direction as u32).to_le_bytes());
         bytes[HELLO_HEAD..HELLO].copy_from_slice(&self.cookie);
         if let Some(key) = key {
-            let proof = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, key), &bytes[..HELLO]);
+            let proof = apart(|| hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, key), &bytes[..HELLO]))?;
             bytes[HELLO_HEAD..].copy_from_slice(proof.as_ref());
             hello.len = KEYED_HELLO;
         }
-        hello
+        Ok(hello)
     }
 }
 
 /// What the connecting side says first.
+#[derive(Clone, Copy)]
 struct Hello {
     bytes: [u8; KEYED_HELLO],
     len: usize,
@@ -168,6 +171,11 @@ struct Hello {
 impl Hello {
     fn bytes(&self) -> &[u8] {
         &self.bytes[..self.len]
+    }
+
+    /// Whether it proves a key.
+    fn is_keyed(&self) -> bool {
+        self.len == KEYED_HELLO
     }
 
     /// Whether these are its bytes. Every byte is compared, whatever the first differences.
@@ -188,11 +196,14 @@ pub fn set_key(handle: &mut Handle, key: &Key) {
 }
 
 /// Takes the key out of the handle, if there is one.
-fn take_key(handle: &mut Handle) -> Option<Key> {
-    let (mark, rest) = handle[KEY_AT..].split_first_mut()?;
-    let place = rest.first_chunk_mut::<{ size_of::<Key>() }>()?;
-    let key = std::mem::replace(place, [0; size_of::<Key>()]);
-    (std::mem::take(mark) == KEY_MARK).then_some(key)
+fn take_key(handle: &mut Handle) -> io::Result<Option<Guarded<Key>>> {
+    let place = &mut handle[KEY_AT..KEY_AT + 1 + size_of::<Key>()];
+    let mut key = None;
+    if place[0] == KEY_MARK {
+        key.insert(Guarded::<Key>::zeroed()?).copy_from_slice(&place[1..]);
+    }
+    place.zeroize();
+    Ok(key)
 }
 
 fn word(handle: &Handle, at: usize) -> u64 {
@@ -221,7 +232,7 @@ pub fn ready(device: &Interface) -> Result<(), Failed> {
     let look = || {
         let address = own_address(device);
         let socket = new_socket(&address)?;
-        device.check_link(socket.as_fd())?;
+        crate::interfaces::check_link(device, socket.as_fd())?;
         socket.bind(&address.into())
     };
     look().map_err(|e| Failed::new(format!("use {} ({})", device.name.to_string_lossy(), device.address), e))
@@ -255,16 +266,18 @@ mod tests {
         let invitation = Invitation { address: "10.1.2.3:4567".parse().unwrap(), cookie: *b"0123456789abcdef" };
         let mut handle = [0; NCCL_NET_HANDLE_MAXSIZE];
         invitation.write(&mut handle);
-        assert_eq!(take_key(&mut handle), None);
+        let taken = |handle: &mut Handle| take_key(handle).unwrap().map(|key| *key);
+        assert_eq!(taken(&mut handle), None);
         set_key(&mut handle, &[9; 32]);
         assert_eq!(Invitation::read(&handle).unwrap(), invitation);
-        assert_eq!((take_key(&mut handle), take_key(&mut handle)), (Some([9; 32]), None));
+        assert_eq!((taken(&mut handle), taken(&mut handle)), (Some([9; 32]), None));
         assert!(!handle.contains(&9));
         use Direction::{Back, Forth};
-        let (plain, keyed) = (invitation.hello(Forth, None), invitation.hello(Forth, Some(&[9; 32])));
-        let other = invitation.hello(Forth, Some(&[8; 32]));
+        let hello = |direction, key| invitation.hello(direction, key).unwrap();
+        let (plain, keyed) = (hello(Forth, None), hello(Forth, Some(&[9; 32])));
+        let other = hello(Forth, Some(&[8; 32]));
         for key in [None, Some(&[9; 32])] {
-            let (forth, back) = (invitation.hello(Forth, key), invitation.hello(Back, key));
+            let (forth, back) = (hello(Forth, key), hello(Back, key));
             assert!(!forth.is(back.bytes()) && forth.len == back.len);
             // Another direction in the clear bytes does not go with the proof.
             let mut turned = forth.bytes().to_vec();
@@ -274,7 +287,7 @@ mod tests {
         assert!(plain.is(plain.bytes()) && keyed.is(keyed.bytes()) && !keyed.is(other.bytes()) && !keyed.is(plain.bytes()));
         assert!(plain.bytes().ends_with(b"abcdef") && !keyed.bytes().windows(4).any(|w| w == b"0123"));
         let stranger = Invitation { cookie: [0; COOKIE], ..invitation.clone() };
-        assert!(!keyed.is(stranger.hello(Forth, Some(&[9; 32])).bytes()));
+        assert!(!keyed.is(stranger.hello(Forth, Some(&[9; 32])).unwrap().bytes()));
         assert_eq!((address_of(&handle), address_of(&[0; 128])), (Some(invitation.address), None));
     }
 

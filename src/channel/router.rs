@@ -27,6 +27,13 @@ pub(crate) struct Totals {
 }
 
 /// All channels of a connection.
+///
+/// - A stream that leaves asks [`Channels::route`] once, then [`Channels::pick`] for each chunk and [`Channels::submit`] for what it cut to
+///   the length that it was given; [`Channels::flush`] after a burst.
+/// - A stream that arrives calls [`Channels::expect`] for each announced chunk, in the order of the announcements of its channel.
+/// - [`Channels::progress`] reports what has moved, in order for each channel. An error of it, of `submit` or of `expect` ends the connection.
+/// - [`Channels::close`] comes last. Until it has returned, memory of chunks under way may still be touched; afterwards never.
+/// - Getters never change anything: [`Channels::count`], [`Channels::busy`], [`Channels::totals`], [`Channels::stats`] and the like.
 pub(crate) struct Channels {
     // The direct transport and the paths close before the copier goes (field order).
     direct: Option<Box<dyn Direct>>,

@@ -33,6 +33,7 @@ use crate::stats::{export, EngineStats};
 use crate::status::{bail, err, Result};
 use crate::types::RemoteAccess;
 use process::Mutex;
+use progress::context::DriveContext;
 use progress::{doorbell, heartbeat, thread};
 use setup::accept_queue::Accepts;
 use setup::context::{Gate, Identity, Plugins, SetupContext};
@@ -118,8 +119,13 @@ impl Engine {
         announce(&metadata, &plugins, &gpus);
         let limits = limits::Limits::of_process(&config.budgets);
         let (bell, doorbells) = (doorbell::Bell::new()?, plugins.device.traits.doorbell);
-        let table = Arc::new(connection::ConnectionTable::new(bell, doorbells, config.close_timeout, limits.log_lines));
-        let accepts = Arc::new(Accepts::new(limits.waiting, table.dead.clone()));
+        let table = Arc::new(connection::ConnectionTable::new(DriveContext::new(
+            bell,
+            doorbells,
+            config.close_timeout,
+            limits.log_lines,
+        )));
+        let accepts = Arc::new(Accepts::new(limits.waiting, table.context.dead.clone()));
         let context = Arc::new(SetupContext {
             identity: Identity::new(&config)?,
             plugins,
@@ -245,7 +251,7 @@ impl Engine {
             build::ready(&self.parts.context, place);
         }
         let table = &self.parts.context.table;
-        let id = table.registry.add(addr as u64, len as u64, place, access)?;
+        let id = table.context.registry.add(addr as u64, len as u64, place, access)?;
         if place.is_device() {
             table.connections.all().iter().for_each(|connection| connection.offer_region(id));
         }
@@ -265,7 +271,7 @@ impl Engine {
     pub fn deregister(&self, mr: u64) -> Result<()> {
         self.parts.check("engine")?;
         let table = &self.parts.context.table;
-        let retired = table.registry.retire(mr)?;
+        let retired = table.context.registry.retire(mr)?;
         let deadline = Instant::now() + self.parts.context.config.close_timeout;
         let mut pause = Duration::from_micros(20);
         // Connections that could not be asked yet, since somebody has them, once it is time to ask; and when all were.
@@ -282,11 +288,11 @@ impl Engine {
                 // Closing the channels is the only way to be sure that nothing touches the memory any more. A request that another
                 // thread is about to start may come after the first look.
                 let all = table.connections.all();
-                let left = unasked.get_or_insert_with(|| all.iter().map(|connection| connection.id).collect::<Vec<_>>());
+                let left = unasked.get_or_insert_with(|| all.iter().map(|connection| connection.id()).collect::<Vec<_>>());
                 let reason = || err!(Canceled, "region {mr} was deregistered while transfers used it");
                 // Once all have been asked that could be had.
                 let queue = now >= deadline + STUBBORN;
-                let kept: Vec<u64> = all.iter().filter(|c| !c.fail_if_using(mr, queue, reason())).map(|c| c.id).collect();
+                let kept: Vec<u64> = all.iter().filter(|c| !c.fail_if_using(mr, queue, reason())).map(|c| c.id()).collect();
                 left.retain(|id| kept.contains(id));
                 if left.is_empty() {
                     asked.get_or_insert_with(Instant::now);
@@ -309,7 +315,7 @@ impl Engine {
     /// `NotFound`, `InvalidArgument`.
     pub fn fifo_item(&self, mr: u64, addr: usize, len: usize) -> Result<FifoItem> {
         self.parts.check("engine")?;
-        let region = self.parts.context.table.registry.local(mr)?;
+        let region = self.parts.context.table.context.registry.local(mr)?;
         region.check(addr as u64, len as u64)?;
         let access =
             fifo::Access { region: mr, token: region.token, engine: self.parts.context.identity.engine(), place: region.place };
@@ -318,7 +324,7 @@ impl Engine {
 
     /// Whether some region holds the address.
     pub fn is_registered(&self, addr: usize) -> bool {
-        self.parts.is_here() && self.parts.context.table.registry.holds_address(addr as u64)
+        self.parts.is_here() && self.parts.context.table.context.registry.holds_address(addr as u64)
     }
 
     /// Takes this engine's oldest notification.
@@ -408,12 +414,12 @@ fn stats(context: &SetupContext, metadata: &str) -> EngineStats {
     let mut stats = EngineStats {
         metadata: metadata.to_owned(),
         plugin: context.plugins.device.name.clone(),
-        uptime: table.age(),
+        uptime: table.context.age(),
         notifications_waiting: context.notifications.len() as u64,
-        totals: table.counters.past(),
+        totals: table.context.counters.past(),
         ..EngineStats::default()
     };
-    table.counters.fill(&mut stats);
+    table.context.counters.fill(&mut stats);
     stats.connections = table.connections.all().iter().filter_map(|connection| connection.stats().ok()).collect();
     stats.connections.sort_by_key(|connection| connection.id);
     // Ended ones are counted already.

@@ -92,6 +92,10 @@ impl Copies {
         }
         let pieces = std::mem::take(&mut self.pieces);
         let Some(memory) = self.memory(place) else { bail!(Internal, "no memory copies into {place:?}") };
+        memory.belongs_to(match &owner {
+            Owner::Read(key) => key.id << 1,
+            Owner::Orders(parts) => parts.first().map_or(0, |(order, _)| order << 1 | 1),
+        });
         // SAFETY: by the caller's contract; `exports` are in use from here on.
         let pull = unsafe { memory.pull(place, &pieces) };
         let n = pieces.len();

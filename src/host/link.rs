@@ -10,11 +10,10 @@ use super::memory::probe::Probe;
 use super::memory::{GpuId, LocalMemory, Manner};
 use super::ring::{RingIn, RingOut};
 use super::socket::{Listener, Name, Place as Where, Received, Socket, Who, MAX_MESSAGE};
-use crate::status::{bail, Result};
+use crate::status::{bail, Error, ErrorKind, Result};
 use crate::types::Place;
-use crate::wire::session::Secret;
+use crate::wire::secret::{self, Secret};
 use crate::wire::setup::Invitation;
-use ring::hmac;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -28,6 +27,8 @@ pub(crate) const MAX_GPUS: usize = 32;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Processes that may be at a listening socket and have not proved themselves.
 const MAX_STRANGERS: usize = 8;
+/// How often the connecting side comes back that was sent away.
+const CUTS: usize = 8;
 
 /// Why a message came without its descriptor.
 const CUT: &str = "this process has no file descriptor left for the peer's ring (ulimit -n)";
@@ -111,6 +112,8 @@ impl Opening {
             directory: self.directory,
             listeners: self.listeners,
             strangers: Vec::new(),
+            cut: None,
+            cuts: 0,
             keys,
             have: Some(have),
             outbox: Some(outbox),
@@ -168,7 +171,12 @@ pub(crate) struct Meeting {
     connecting: bool,
     directory: Directory,
     listeners: Vec<Listener>,
+    /// The oldest first.
     strangers: Vec<Stranger>,
+    /// Why the connecting side's last socket ended.
+    cut: Option<Error>,
+    /// How often one has.
+    cuts: usize,
     keys: ProofKeys,
     have: Option<Have>,
     outbox: Option<RingOut>,
@@ -183,7 +191,7 @@ impl Meeting {
     /// Why they do not meet: other channels carry everything then.
     pub(crate) fn poll(&mut self, now: Instant) -> Result<Option<Linked>> {
         if self.met.is_none() {
-            self.approach()?;
+            self.approach(now)?;
         }
         if self.met.is_none() {
             self.listen(now)?;
@@ -199,33 +207,50 @@ impl Meeting {
     }
 
     /// Gets hold of sockets, and introduces this side on each.
-    fn approach(&mut self) -> Result<()> {
+    fn approach(&mut self, now: Instant) -> Result<()> {
         if self.connecting && self.strangers.is_empty() {
-            if let Some(socket) = self.connect()? {
+            let socket = self.connect().map_err(|e| self.cut.take().unwrap_or(e))?;
+            if let Some(socket) = socket {
                 let who = socket.who()?;
                 allowed(who)?;
                 self.strangers.push(Stranger { socket, who, introduced: false });
             }
         }
-        for listener in &self.listeners {
-            // Others may come as fast as they are sent away.
-            for _ in 0..2 * MAX_STRANGERS {
+        // Others may come as fast as they are sent away.
+        for _ in 0..2 * MAX_STRANGERS {
+            let Some(socket) = self.listeners.iter().find_map(Listener::accept) else { break };
+            // No other process can be the peer.
+            if let Some(who) = socket.who().ok().filter(|&who| allowed(who).is_ok()) {
                 if self.strangers.len() >= MAX_STRANGERS {
-                    break;
+                    // The one that has been silent for longest makes room; the peer speaks at once, and comes back if it was slow.
+                    self.listen(now)?;
+                    if self.met.is_some() {
+                        return Ok(());
+                    }
+                    self.strangers.drain(..(self.strangers.len() + 1).saturating_sub(MAX_STRANGERS));
                 }
-                let Some(socket) = listener.accept() else { break };
-                // Nobody else can be the peer.
-                if let Some(who) = socket.who().ok().filter(|&who| allowed(who).is_ok()) {
-                    self.strangers.push(Stranger { socket, who, introduced: false });
-                }
+                self.strangers.push(Stranger { socket, who, introduced: false });
             }
         }
         // A listening side says nothing before it was proved to: its introduction follows the peer's.
         if self.connecting {
             for i in 0..self.strangers.len() {
-                self.introduce(i)?;
+                if let Err(e) = self.introduce(i) {
+                    return self.cut_off(e);
+                }
             }
         }
+        Ok(())
+    }
+
+    /// The connecting side's socket has ended. Where that was for others, who were many, the next attempt succeeds.
+    fn cut_off(&mut self, error: Error) -> Result<()> {
+        self.strangers.clear();
+        self.cuts += 1;
+        if self.cuts > CUTS || !matches!(error.kind(), ErrorKind::RemoteDisconnect | ErrorKind::System) {
+            return Err(error);
+        }
+        self.cut = Some(error);
         Ok(())
     }
 
@@ -271,10 +296,10 @@ impl Meeting {
             };
             match heard {
                 Ok((introduction, fds)) => return self.meet(i, introduction, fds, now),
-                Err(e) if self.connecting => return Err(e),
+                Err(e) if self.connecting => return self.cut_off(e),
                 Err(e) => {
                     log::debug!("a process of this host did not prove itself: {e}");
-                    self.strangers.swap_remove(i);
+                    self.strangers.remove(i);
                 }
             }
         }
@@ -402,8 +427,8 @@ fn introduction(gpus: &[(Place, GpuId)], key: &Secret) -> Result<Vec<u8>> {
     }
     out.extend_from_slice(&witness.addr.to_le_bytes());
     out.extend_from_slice(&witness.bytes);
-    let mac = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &key[..]), &out);
-    out.extend_from_slice(mac.as_ref());
+    let mac = secret::sign(key, &out)?;
+    out.extend_from_slice(&mac);
     Ok(out)
 }
 
@@ -438,7 +463,7 @@ impl Rest<'_> {
 /// The introduction in these bytes, if its sender has the session's key.
 fn proved(bytes: &[u8], key: &Secret) -> Result<Introduction> {
     let Some((body, mac)) = bytes.split_last_chunk::<MAC>() else { bail!(Auth, "a process of this host sent no proof") };
-    if hmac::verify(&hmac::Key::new(hmac::HMAC_SHA256, &key[..]), body, mac).is_err() {
+    if !secret::verify(key, body, mac)? {
         bail!(Auth, "a process of this host sent a wrong proof");
     }
     let mut rest = Rest(body);
@@ -499,7 +524,6 @@ pub(crate) mod tests {
     use super::super::memory::emulated::{gpu, EmulatedMemory};
     use super::super::{shm, socket};
     use super::*;
-    use crate::status::ErrorKind;
     use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd};
 
     #[test]
@@ -513,7 +537,7 @@ pub(crate) mod tests {
     }
 
     fn keys(swap: bool) -> ProofKeys {
-        let (a, b) = (Secret::new([1; 32]), Secret::new([2; 32]));
+        let (a, b) = (Secret::new([1; 32]).unwrap(), Secret::new([2; 32]).unwrap());
         match swap {
             false => ProofKeys { send: a, recv: b },
             true => ProofKeys { send: b, recv: a },
@@ -600,7 +624,7 @@ pub(crate) mod tests {
 
     #[test]
     fn strangers_are_told_nothing_and_do_not_keep_the_peer_out() {
-        let wrong = introduction(&[(Place::gpu(0), [7; 16])], &Secret::new([9; 32])).unwrap();
+        let wrong = introduction(&[(Place::gpu(0), [7; 16])], &Secret::new([9; 32]).unwrap()).unwrap();
         let mut garbled = introduction(&[(Place::gpu(0), [7; 16])], &keys(true).send).unwrap();
         garbled[9] ^= 1;
         let reflected = introduction(&[], &keys(false).send).unwrap();
@@ -624,13 +648,42 @@ pub(crate) mod tests {
         assert_eq!(error.kind(), ErrorKind::TimedOut);
     }
 
+    #[test]
+    fn a_crowd_of_silent_strangers_keeps_the_peer_out_for_no_time() {
+        for crowd in [MAX_STRANGERS, 2 * MAX_STRANGERS, 4 * MAX_STRANGERS] {
+            let (mut a, mut b) = both([1, 1]);
+            let mut silent = Vec::new();
+            for _ in 0..crowd {
+                silent.extend(Socket::connect(&a.id, Where::Abstract).ok().flatten());
+                assert!(a.poll(Instant::now()).unwrap().is_none());
+            }
+            meet(&mut a, &mut b).unwrap();
+            assert!(silent.len() >= MAX_STRANGERS);
+        }
+    }
+
+    #[test]
+    fn a_peer_that_was_sent_away_for_others_comes_back() {
+        let (mut a, mut b) = both([1, 1]);
+        // Connected, and nothing said yet.
+        let who = Who { pid: 1, uid: 0 };
+        b.strangers.push(Stranger { socket: Socket::connect(&a.id, Where::Abstract).unwrap().unwrap(), who, introduced: true });
+        let mut crowd = Vec::new();
+        for _ in 0..2 {
+            crowd.extend((0..MAX_STRANGERS - 1).filter_map(|_| Socket::connect(&a.id, Where::Abstract).ok().flatten()));
+            a.poll(Instant::now()).unwrap();
+        }
+        let (ours, _) = meet(&mut a, &mut b).unwrap();
+        assert!(ours.pairs.len() == 2 && b.cuts == 1 && crowd.len() == 2 * (MAX_STRANGERS - 1));
+    }
+
     /// A peer that proves itself to a listening side, with such changes to what it says and this for its ring.
     fn introduced(to: &Meeting, change: impl Fn(&mut Vec<u8>), ring: Option<BorrowedFd<'_>>) -> Result<Socket> {
         let peer = Socket::connect(&to.id, Where::Abstract)?.unwrap();
         let mut body = introduction(&[(Place::gpu(0), gpu(0))], &keys(true).send)?;
         body.truncate(body.len() - MAC);
         change(&mut body);
-        let mac = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &keys(true).send[..]), &body);
+        let mac = secret::sign(&keys(true).send, &body).unwrap();
         body.extend_from_slice(mac.as_ref());
         assert!(peer.send(&body, ring)?);
         Ok(peer)

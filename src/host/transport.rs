@@ -591,7 +591,6 @@ impl Direct for OneHost {
     fn progress(&mut self, _now: Instant, events: &mut Vec<Event>) -> Result<bool> {
         let mut any = self.wire.news.swap(false, Ordering::AcqRel) && self.hear(events)?;
         any |= self.advance(events)?;
-        any |= self.copies.host.as_mut().is_some_and(|host| host.worked());
         any |= self.answer()?;
         events.extend(self.late.drain(..).map(|key| Event::Ended(key, false)));
         if std::mem::take(&mut self.answered) {

@@ -2,10 +2,10 @@
 //! where keys come from.
 
 use crate::status::Result;
-use zeroize::Zeroizing;
+use process::guarded::Guarded;
 
-/// 32 secret bytes, wiped when dropped.
-pub(crate) type Secret = Zeroizing<[u8; 32]>;
+/// 32 secret bytes.
+pub(crate) type Secret = Guarded<[u8; 32]>;
 
 /// How the messages of a comm are guarded.
 pub(crate) enum Guard {

@@ -18,6 +18,8 @@ const WHOLE: u64 = 1 << 44;
 const SLACK: u64 = 1 << 20;
 /// Bytes of the control streams that an announcement and the answer to it may wait for: a backlog at either side.
 const CONTROL: u64 = 2 * MAX_BACKLOG as u64;
+/// The network's counters are looked at this often while anything must move.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// Bytes that moved in one direction of the connection.
 #[derive(Debug)]
@@ -97,12 +99,15 @@ pub(super) struct Deadlines {
     /// Bytes of the control streams that transfers may have waited for.
     control: u64,
     marks: Map<Key, Mark>,
+    /// Bytes that the network had taken and brought at the last look, and when that was.
+    network: (u64, u64),
+    looked: Instant,
 }
 
 impl Deadlines {
     pub(super) fn new(now: Instant) -> Deadlines {
         let flow = || Flow { bytes: 0, signs: 0, counted: 0, last: now, ahead: 0, begun: 0 };
-        Deadlines { out: flow(), incoming: flow(), control: 0, marks: Map::default() }
+        Deadlines { out: flow(), incoming: flow(), control: 0, marks: Map::default(), network: (0, 0), looked: now }
     }
 
     fn flow(&mut self, way: Way) -> &mut Flow {
@@ -136,7 +141,7 @@ impl Deadlines {
 
     /// Bytes of a transfer moved.
     pub(super) fn moved(&mut self, key: Key, bytes: u64, now: Instant) {
-        let Deadlines { out, incoming, control, marks } = self;
+        let Deadlines { out, incoming, control, marks, .. } = self;
         let Some(mark) = marks.get_mut(&key) else { return };
         let flow = match mark.way {
             Way::Out => out,
@@ -157,6 +162,19 @@ impl Deadlines {
         if let Some(mark) = self.marks.remove(&key) {
             self.flow(mark.way).ahead -= mark.turn();
         }
+    }
+
+    /// Whether it is time to look at the network's counters.
+    pub(super) fn must_look(&self, timeout: Duration, now: Instant) -> bool {
+        now.saturating_duration_since(self.looked) >= LOOK.min(timeout / 8)
+    }
+
+    /// The network has taken and brought so many bytes in all.
+    pub(super) fn note_network(&mut self, (taken, brought): (u64, u64), now: Instant) {
+        self.flowed(Way::Out, taken.saturating_sub(self.network.0), now);
+        self.flowed(Way::In, brought.saturating_sub(self.network.1), now);
+        self.network = (taken.max(self.network.0), brought.max(self.network.1));
+        self.looked = now;
     }
 
     /// Bytes moved in one direction of the connection, whosever they were.
@@ -202,7 +220,7 @@ impl Deadlines {
 
     /// A transfer that has not moved for `timeout` although it should have. To be asked several times in each timeout.
     pub(super) fn overdue(&mut self, timeout: Duration, now: Instant) -> Option<Overdue> {
-        let Deadlines { out, incoming, control, marks } = self;
+        let Deadlines { out, incoming, control, marks, .. } = self;
         marks.iter_mut().find_map(|(&key, mark)| {
             let flow = match mark.way {
                 Way::Out => &*out,

@@ -1,54 +1,64 @@
 //! What each frame of the peer does: transfers announced, chunks granted, verdicts, small transfers inside frames. Whatever does not
 //! fit the state of the transfer that it names is a protocol violation. Knows nothing of sockets.
 
+use super::direct::DirectTransfers;
 use super::incoming::Ending;
+use super::inline;
 use super::limits::MAX_INLINE_BACKLOG;
 use super::matching::{Message, Pulled};
-use super::{Kind, Machine, Way};
-use crate::channel::plan::Walk;
+use super::state::State;
+use super::transfers::Kind;
 use crate::channel::router::Channels;
+use crate::direct::Way;
 use crate::region::{Hold, RegionUse};
 use crate::status::{bail, err, Error, ErrorKind, Result, StatusCode, UCCL_OK};
-use crate::types::{Key, Landing, Part, Place, RemoteAccess, Segment, MAX_INLINE};
+use crate::types::{Key, Landing, Place, RemoteAccess, Segment};
 use crate::wire::frame::{Frame, Grant, WireRegion, WireSegment, WireSegments};
 use std::time::Instant;
 
 /// A message of the peer may announce this many bytes; its receive is what really bounds it.
 const MAX_MESSAGE: u64 = 1 << 50;
 
-impl Machine {
+/// The machine while it takes frames of the peer.
+pub(super) struct PeerFrames<'a> {
+    pub state: &'a mut State,
+    pub channels: &'a mut Channels,
+    pub now: Instant,
+}
+
+impl PeerFrames<'_> {
     /// Takes a frame of the peer. An error means that the connection must end.
-    pub(crate) fn handle(&mut self, frame: Frame<'_>, channels: &mut Channels, now: Instant) -> Result<()> {
+    pub(super) fn handle(&mut self, frame: Frame<'_>) -> Result<()> {
         // Nothing begins with these, and a heartbeat alone must not wake anybody again.
         let begins = !matches!(frame, Frame::Ping { .. } | Frame::Notify { .. });
-        self.tx.answering(true);
-        let handled = self.take_frame(frame, channels, now);
-        self.tx.answering(false);
+        self.state.queue.tx.answering(true);
+        let handled = self.take_frame(frame);
+        self.state.queue.tx.answering(false);
         if begins {
-            self.look_soon(now);
+            self.state.liveness.look_soon(self.now);
         }
         handled?;
-        self.peer.answers(self.tx.answers())
+        self.state.load.answers(self.state.queue.tx.answers())
     }
 
-    fn take_frame(&mut self, frame: Frame<'_>, channels: &mut Channels, now: Instant) -> Result<()> {
+    fn take_frame(&mut self, frame: Frame<'_>) -> Result<()> {
         match &frame {
-            Frame::Write { .. } | Frame::Read { .. } | Frame::Message { .. } => self.counts.peer_transfers += 1,
-            Frame::Notify { .. } => self.counts.notifications_received += 1,
+            Frame::Write { .. } | Frame::Read { .. } | Frame::Message { .. } => self.state.counts.peer_transfers += 1,
+            Frame::Notify { .. } => self.state.counts.notifications_received += 1,
             _ => {}
         }
         match frame {
-            Frame::Write { id, regions, segments, inline } => self.on_write(id, &regions, &segments, inline, channels, now),
-            Frame::Read { id, regions, segments } => self.on_read(id, &regions, &segments, channels, now),
-            Frame::ReadInline { id, data } => self.on_read_inline(id, data, channels),
-            Frame::Chunks { id, by_initiator, grants } => self.on_chunks(Key { id, mine: !by_initiator }, &grants, channels),
-            Frame::Done { id, status, text } => self.on_done(id, status, text, now),
-            Frame::Message { id, len, from } => self.on_message(Message { id, len, from }, channels, now),
-            Frame::Pull { id, status, receiver, landing } => self.on_pull(id, status, (receiver, landing), channels, now),
-            Frame::Withdraw { id, status } => self.on_withdraw(id, status, channels, now),
-            Frame::Cancel { id } => self.on_cancel(id, now),
-            Frame::Notify { name, message } => self.setting.inbox.push(name, message),
-            Frame::Ping { received, chunks } => self.on_ping(received, chunks, channels, now),
+            Frame::Write { id, regions, segments, inline } => self.on_write(id, &regions, &segments, inline),
+            Frame::Read { id, regions, segments } => self.on_read(id, &regions, &segments),
+            Frame::ReadInline { id, data } => self.on_read_inline(id, data),
+            Frame::Chunks { id, by_initiator, grants } => self.on_chunks(Key { id, mine: !by_initiator }, &grants),
+            Frame::Done { id, status, text } => self.on_done(id, status, text),
+            Frame::Message { id, len, from } => self.on_message(Message { id, len, from }),
+            Frame::Pull { id, status, receiver, landing } => self.on_pull(id, status, receiver, landing),
+            Frame::Withdraw { id, status } => self.on_withdraw(id, status),
+            Frame::Cancel { id } => self.on_cancel(id),
+            Frame::Notify { name, message } => self.state.setting.inbox.push(name, message),
+            Frame::Ping { received, chunks } => self.on_ping(received, chunks),
             Frame::Bye { status, text } => Err(farewell(status, text)),
         }
     }
@@ -60,7 +70,7 @@ impl Machine {
         segments: &WireSegments<'_>,
         access: RemoteAccess,
     ) -> Result<(Vec<Segment>, Vec<RegionUse>)> {
-        let uses = regions.iter().map(|r| self.setting.registry.remote(r.id, &r.token)).collect::<Result<Vec<_>>>()?;
+        let uses = regions.iter().map(|r| self.state.setting.registry.remote(r.id, &r.token)).collect::<Result<Vec<_>>>()?;
         uses.iter().try_for_each(|region| region.check_access(access))?;
         let resolve = |s: WireSegment| {
             let Some(region) = uses.get(usize::from(s.region)) else { bail!(Protocol, "segment of region {}", s.region) };
@@ -70,7 +80,7 @@ impl Machine {
             }
             Ok(Segment { addr: s.addr, len: u64::from(s.len), region: s.region, place: region.place, peer: s.initiator })
         };
-        let mut resolved = self.segment_pool.list(segments.count())?;
+        let mut resolved = self.state.segment_pool.list(segments.count())?;
         for segment in segments.iter() {
             resolved.push(resolve(segment)?);
         }
@@ -78,101 +88,70 @@ impl Machine {
     }
 
     /// Tells the peer that its transfer is refused. It learns what it did wrong, and nothing else.
-    fn refuse(&mut self, id: u64, error: &Error, now: Instant) {
-        self.counts.refused += 1;
-        self.log.log(log::Level::Warn, now, format_args!("{}: transfer {id} of the peer refused: {error}", self.setting.peer));
-        self.push(&Frame::Done { id, status: error.code(), text: &error.to_string() }, now);
+    fn refuse(&mut self, id: u64, error: &Error) {
+        self.state.counts.refused += 1;
+        self.state.log.log(
+            log::Level::Warn,
+            self.now,
+            format_args!("{}: transfer {id} of the peer refused: {error}", self.state.setting.peer),
+        );
+        self.state.push(&Frame::Done { id, status: error.code(), text: &error.to_string() }, self.now);
     }
 
-    fn on_write(
-        &mut self,
-        id: u64,
-        regions: &[WireRegion],
-        segments: &WireSegments<'_>,
-        inline: Option<&[u8]>,
-        channels: &mut Channels,
-        now: Instant,
-    ) -> Result<()> {
+    fn on_write(&mut self, id: u64, regions: &[WireRegion], segments: &WireSegments<'_>, inline: Option<&[u8]>) -> Result<()> {
         let count = segments.count();
         let total: u64 = segments.iter().map(|s| u64::from(s.len)).sum();
-        let room = self.peer.begin(id, count)?;
+        let room = self.state.load.begin(id, count)?;
         if total == 0 {
             bail!(Protocol, "write {id} is empty");
         }
         let key = Key { id, mine: false };
         if let Err(e) = room {
             if inline.is_none() {
-                self.deadlines.start(key, Way::In, total, now);
-                self.incoming.refuse(key, total, false);
+                self.state.deadlines.start(key, Way::In, total, self.now);
+                self.state.incoming.refuse(key, total, false);
             } else {
-                self.peer.ended_without_room();
+                self.state.load.ended_without_room();
             }
-            self.refuse(id, &e, now);
+            self.refuse(id, &e);
             return Ok(());
         }
         let resolved = self.resolve(regions, segments, RemoteAccess::WRITE);
         match (resolved, inline) {
             (Ok((segments, uses)), Some(data)) => {
-                self.counts.inline_received_bytes += total;
-                self.store_inline(segments, data, channels)?;
+                self.state.counts.inline_received_bytes += total;
+                inline::store(segments, data, self.channels)?;
                 drop(uses);
-                self.peer.ended(count);
-                self.push(&Frame::Done { id, status: UCCL_OK, text: "" }, now);
+                self.state.load.ended(count);
+                self.state.push(&Frame::Done { id, status: UCCL_OK, text: "" }, self.now);
             }
             (Ok((segments, uses)), None) => {
-                self.deadlines.start(key, Way::In, total, now);
-                self.incoming.start(key, segments, Hold::new(uses), Ending::Write);
+                self.state.deadlines.start(key, Way::In, total, self.now);
+                self.state.incoming.start(key, segments, Hold::new(uses), Ending::Write);
             }
             (Err(e), Some(_)) => {
-                self.peer.ended(count);
-                self.refuse(id, &e, now);
+                self.state.load.ended(count);
+                self.refuse(id, &e);
             }
             (Err(e), None) => {
-                self.peer.without_list(count);
-                self.deadlines.start(key, Way::In, total, now);
-                self.incoming.refuse(key, total, true);
-                self.refuse(id, &e, now);
+                self.state.load.without_list(count);
+                self.state.deadlines.start(key, Way::In, total, self.now);
+                self.state.incoming.refuse(key, total, true);
+                self.refuse(id, &e);
             }
         }
         Ok(())
     }
 
-    /// Puts the bytes of a control frame in place. The caller holds the segments' regions.
-    fn store_inline(&mut self, segments: Vec<Segment>, mut data: &[u8], channels: &mut Channels) -> Result<()> {
-        let total: u64 = segments.iter().map(|s| s.len).sum();
-        if total != data.len() as u64 {
-            bail!(Protocol, "{} bytes inside a frame for {total} bytes of memory", data.len());
-        }
-        if let [Segment { addr, len, region, place, .. }] = segments[..] {
-            // SAFETY: the part lies in a registered region that the caller holds.
-            return unsafe { channels.store(&[Part { addr, len, region }], place, data) };
-        }
-        let mut stream = Walk::new(segments);
-        while let Some(chunk) = stream.take(MAX_INLINE) {
-            let Some((head, tail)) = data.split_at_checked(chunk.len) else { bail!(Protocol, "inline data is too short") };
-            // SAFETY: the parts lie in registered regions that the caller holds.
-            unsafe { channels.store(&chunk.parts, chunk.place, head) }?;
-            data = tail;
-        }
-        Ok(())
-    }
-
-    fn on_read(
-        &mut self,
-        id: u64,
-        regions: &[WireRegion],
-        segments: &WireSegments<'_>,
-        channels: &mut Channels,
-        now: Instant,
-    ) -> Result<()> {
+    fn on_read(&mut self, id: u64, regions: &[WireRegion], segments: &WireSegments<'_>) -> Result<()> {
         let count = segments.count();
-        if let Err(e) = self.peer.begin(id, count)? {
-            self.peer.ended_without_room();
-            self.refuse(id, &e, now);
+        if let Err(e) = self.state.load.begin(id, count)? {
+            self.state.load.ended_without_room();
+            self.refuse(id, &e);
             return Ok(());
         }
         let answered = self.resolve(regions, segments, RemoteAccess::READ).and_then(|(segments, uses)| {
-            let unreachable = segments.iter().find(|s| channels.route(s.place, s.peer).is_none());
+            let unreachable = segments.iter().find(|s| self.channels.route(s.place, s.peer).is_none());
             match unreachable {
                 Some(s) => Err(err!(Unsupported, "no channel carries memory of {:?} to {:?}", s.place, s.peer)),
                 None => Ok((segments, uses)),
@@ -181,8 +160,8 @@ impl Machine {
         let (segments, uses) = match answered {
             Ok(resolved) => resolved,
             Err(e) => {
-                self.peer.ended(count);
-                self.refuse(id, &e, now);
+                self.state.load.ended(count);
+                self.refuse(id, &e);
                 return Ok(());
             }
         };
@@ -191,54 +170,55 @@ impl Machine {
             bail!(Protocol, "read {id} is empty");
         }
         let hold = Hold::new(uses);
-        if self.tx.pending() < MAX_INLINE_BACKLOG {
-            let mut gathered = std::mem::take(&mut self.gathered);
-            if let Some(data) = self.load_inline(&segments, total, channels, &mut gathered)? {
-                self.counts.inline_sent_bytes += total;
-                self.push(&Frame::ReadInline { id, data }, now);
-                self.gathered = gathered;
-                self.peer.ended(count);
+        if self.state.queue.tx.pending() < MAX_INLINE_BACKLOG {
+            if let Some(data) = self.state.inline.load(&segments, total, self.channels)? {
+                self.state.queue.push(&Frame::ReadInline { id, data }, self.now);
+                self.state.liveness.look_soon(self.now);
+                self.state.counts.inline_sent_bytes += total;
+                self.state.load.ended(count);
                 return Ok(());
             }
         }
         let key = Key { id, mine: false };
-        self.deadlines.start(key, Way::Out, total, now);
-        self.outgoing.start(key, segments, hold, channels)
+        self.state.deadlines.start(key, Way::Out, total, self.now);
+        self.state.outgoing.start(key, segments, hold, self.channels)
     }
 
-    fn on_read_inline(&mut self, id: u64, data: &[u8], channels: &mut Channels) -> Result<()> {
-        if self.transfers.kind(id) != Some(Kind::Read) {
+    fn on_read_inline(&mut self, id: u64, data: &[u8]) -> Result<()> {
+        if self.state.transfers.kind(id) != Some(Kind::Read) {
             bail!(Protocol, "data of read {id}, which is not in flight");
         }
         let key = Key { id, mine: true };
-        let (stream, hold, ..) = self.incoming.take_unbegun(key)?;
-        self.counts.inline_received_bytes += data.len() as u64;
-        self.store_inline(stream.into_list(), data, channels)?;
+        let (stream, hold, ..) = self.state.incoming.take_unbegun(key)?;
+        self.state.counts.inline_received_bytes += data.len() as u64;
+        inline::store(stream.into_list(), data, self.channels)?;
         drop(hold);
-        self.deadlines.end(key);
-        self.transfers.moved(id, data.len() as u64);
-        self.transfers.finish(id, Ok(()));
+        self.state.deadlines.end(key);
+        self.state.transfers.moved(id, data.len() as u64);
+        self.state.transfers.finish(id, Ok(()));
         Ok(())
     }
 
-    fn on_chunks(&mut self, key: Key, grants: &[Grant], channels: &mut Channels) -> Result<()> {
-        grants.iter().try_for_each(|&grant| self.incoming.announce(key, grant, channels))?;
-        self.peer.chunks(self.incoming.expected())
+    fn on_chunks(&mut self, key: Key, grants: &[Grant]) -> Result<()> {
+        grants.iter().try_for_each(|&grant| self.state.incoming.announce(key, grant, self.channels))?;
+        self.state.load.chunks(self.state.incoming.expected())
     }
 
     /// The peer's verdict on a transfer of this side. Which ones fit depends on its kind and on how far it is.
-    fn on_done(&mut self, id: u64, status: StatusCode, text: &str, now: Instant) -> Result<()> {
+    fn on_done(&mut self, id: u64, status: StatusCode, text: &str) -> Result<()> {
         let key = Key { id, mine: true };
-        let Some(kind) = self.transfers.kind(id) else { bail!(Protocol, "a verdict on transfer {id}, which is not in flight") };
+        let Some(kind) = self.state.transfers.kind(id) else {
+            bail!(Protocol, "a verdict on transfer {id}, which is not in flight")
+        };
         let ok = status == UCCL_OK;
-        let unsent = self.outgoing.unsent(key);
+        let unsent = self.state.outgoing.unsent(key);
         match (kind, ok) {
             // Done before its data has left, or a verdict that only we can give.
             (Kind::Write | Kind::Send { pulled: true }, true) if unsent.is_none_or(|n| n == 0) => {}
             (Kind::Write, false) => {}
             (Kind::Read, false) => {
                 // The owner answers with data or with a refusal, never with both.
-                self.incoming.take_unbegun(key)?;
+                self.state.incoming.take_unbegun(key)?;
             }
             _ => bail!(Protocol, "a verdict ({status}) on transfer {id} that does not fit its state"),
         }
@@ -248,175 +228,171 @@ impl Machine {
         } else {
             // What was announced is on its way, and the peer drains it.
             if unsent.is_some_and(|n| n > 0) {
-                self.push(&Frame::Cancel { id }, now);
+                self.state.push(&Frame::Cancel { id }, self.now);
             }
-            self.outgoing.cancel(key)
+            self.state.outgoing.cancel(key)
         };
-        self.transfers.verdict(id, result, sending)?;
+        self.state.transfers.verdict(id, result, sending)?;
         if !sending {
-            self.deadlines.end(key);
+            self.state.deadlines.end(key);
         }
         Ok(())
     }
 
     fn refused(&mut self, id: u64, status: StatusCode, text: &str) -> Error {
-        self.counts.refused_by_peer += 1;
-        let peer = &self.setting.peer;
+        self.state.counts.refused_by_peer += 1;
+        let peer = &self.state.setting.peer;
         Error::new(ErrorKind::from_code(status), format_args!("{peer}: transfer {id} refused by the peer: {}", printable(text)))
     }
 
     // ---- two-sided messages ----
 
-    fn on_message(&mut self, message: Message, channels: &mut Channels, now: Instant) -> Result<()> {
+    fn on_message(&mut self, message: Message) -> Result<()> {
         let Message { id, len, .. } = message;
-        let room = self.peer.begin(id, 0)?;
+        let room = self.state.load.begin(id, 0)?;
         if len > MAX_MESSAGE {
             bail!(Protocol, "message {id} of {len} bytes");
         }
         if let Err(e) = room {
-            self.peer.ended_without_room();
-            self.counts.refused += 1;
-            self.log.log(log::Level::Warn, now, format_args!("{}: message {id} of the peer refused: {e}", self.setting.peer));
-            self.push(&Frame::Pull { id, status: e.code(), receiver: Place::HOST, landing: None }, now);
+            self.state.load.ended_without_room();
+            self.state.counts.refused += 1;
+            self.state.log.log(
+                log::Level::Warn,
+                self.now,
+                format_args!("{}: message {id} of the peer refused: {e}", self.state.setting.peer),
+            );
+            self.state.push(&Frame::Pull { id, status: e.code(), receiver: Place::HOST, landing: None }, self.now);
             return Ok(());
         }
-        self.matching.message(message);
-        self.match_receives(channels, now);
+        self.state.matching.message(message);
+        self.match_receives();
         Ok(())
     }
 
-    pub(super) fn match_receives(&mut self, channels: &mut Channels, now: Instant) {
-        while let Some((Message { id: message, len, from }, receive)) = self.matching.next_match() {
-            self.transfers.set_total(receive.id, len);
+    /// Messages meet the receives that wait for them.
+    pub(super) fn match_receives(&mut self) {
+        while let Some((Message { id: message, len, from }, receive)) = self.state.matching.next_match() {
+            self.state.transfers.set_total(receive.id, len);
             if len > receive.segment.len {
                 let error = err!(Truncated, "a message of {len} bytes met a receive of {}", receive.segment.len);
-                self.transfers.finish(receive.id, Err(error));
-                self.peer.ended(0);
+                self.state.transfers.finish(receive.id, Err(error));
+                self.state.load.ended(0);
                 let status = ErrorKind::Truncated.code();
-                self.push(&Frame::Pull { id: message, status, receiver: Place::HOST, landing: None }, now);
+                self.state.push(&Frame::Pull { id: message, status, receiver: Place::HOST, landing: None }, self.now);
                 continue;
             }
             let (key, receiver) = (Key { id: message, mine: false }, receive.segment.place);
             let segment = Segment { len, ..receive.segment };
-            let lands = (receive.id, &segment, &receive.hold);
-            let landing = if len == 0 { None } else { self.land((key, len, from), lands, channels, now) };
-            self.push(&Frame::Pull { id: message, status: UCCL_OK, receiver, landing }, now);
+            let landing = match len {
+                0 => None,
+                _ => self.direct().land((key, len, from), (receive.id, &segment, &receive.hold)),
+            };
+            self.state.push(&Frame::Pull { id: message, status: UCCL_OK, receiver, landing }, self.now);
             if len == 0 {
-                self.peer.ended(0);
-                self.transfers.finish(receive.id, Ok(()));
+                self.state.load.ended(0);
+                self.state.transfers.finish(receive.id, Ok(()));
             } else if landing.is_none() {
-                self.deadlines.start(key, Way::In, len, now);
-                self.incoming.start(key, vec![segment], receive.hold, Ending::Receive(receive.id));
+                self.state.deadlines.start(key, Way::In, len, self.now);
+                self.state.incoming.start(key, vec![segment], receive.hold, Ending::Receive(receive.id));
             }
         }
     }
 
-    fn on_pull(
-        &mut self,
-        id: u64,
-        status: StatusCode,
-        (receiver, landing): (Place, Option<Landing>),
-        channels: &mut Channels,
-        now: Instant,
-    ) -> Result<()> {
-        let Pulled::Waiting(send) = self.matching.pull(id)? else { return Ok(()) };
+    fn direct(&mut self) -> DirectTransfers<'_> {
+        DirectTransfers { state: self.state, channels: self.channels, now: self.now }
+    }
+
+    fn on_pull(&mut self, id: u64, status: StatusCode, receiver: Place, landing: Option<Landing>) -> Result<()> {
+        let Pulled::Waiting(send) = self.state.matching.pull(id)? else { return Ok(()) };
         if status != UCCL_OK {
-            let peer = &self.setting.peer;
+            let peer = &self.state.setting.peer;
             let error =
                 Error::new(ErrorKind::from_code(status), format_args!("{peer}: the peer's receive does not fit message {id}"));
-            self.transfers.finish(id, Err(error));
+            self.state.transfers.finish(id, Err(error));
             return Ok(());
         }
         let mut segments = send.segments;
         segments.iter_mut().for_each(|s| s.peer = receiver);
         if segments.is_empty() {
-            self.transfers.finish(id, Ok(()));
+            self.state.transfers.finish(id, Ok(()));
             return Ok(());
         }
         if let Some(landing) = landing {
             if !send.direct {
                 bail!(Protocol, "a buffer for message {id}, which comes in chunks");
             }
-            return self.send_directly(id, &segments, (send.hold, receiver, landing), channels, now);
+            return self.direct().send(id, &segments, (send.hold, receiver, landing));
         }
-        if let Some(s) = segments.iter().find(|s| channels.route(s.place, receiver).is_none()) {
+        if let Some(s) = segments.iter().find(|s| self.channels.route(s.place, receiver).is_none()) {
             // Where its receive lies was not known before. Nothing was announced: the peer gives up the receive as it would late.
             let error =
                 err!(Unsupported, "no channel carries memory of {:?} here to {receiver:?}, where the receive lies", s.place);
-            self.push(&Frame::Withdraw { id, status: error.code() }, now);
-            self.transfers.finish(id, Err(error));
+            self.state.push(&Frame::Withdraw { id, status: error.code() }, self.now);
+            self.state.transfers.finish(id, Err(error));
             return Ok(());
         }
-        self.transfers.pulled(id);
+        self.state.transfers.pulled(id);
         let key = Key { id, mine: true };
-        self.deadlines.start(key, Way::Out, segments.iter().map(|s| s.len).sum(), now);
-        self.outgoing.start(key, segments, send.hold, channels)
+        self.state.deadlines.start(key, Way::Out, segments.iter().map(|s| s.len).sum(), self.now);
+        self.state.outgoing.start(key, segments, send.hold, self.channels)
     }
 
     /// The peer gave up a message. It is answered like any other; a receive that it was matched with fails.
-    fn on_withdraw(&mut self, id: u64, status: StatusCode, channels: &mut Channels, now: Instant) -> Result<()> {
+    fn on_withdraw(&mut self, id: u64, status: StatusCode) -> Result<()> {
         if status == UCCL_OK {
             bail!(Protocol, "message {id} is withdrawn without a reason");
         }
-        if self.matching.withdraw(id) {
-            self.peer.ended(0);
-            self.push(&Frame::Pull { id, status: ErrorKind::TimedOut.code(), receiver: Place::HOST, landing: None }, now);
+        if self.state.matching.withdraw(id) {
+            self.state.load.ended(0);
+            self.state
+                .push(&Frame::Pull { id, status: ErrorKind::TimedOut.code(), receiver: Place::HOST, landing: None }, self.now);
             return Ok(());
         }
         let key = Key { id, mine: false };
-        if let Some(receive) = self.direct.receive_of(key) {
-            if !channels.direct().is_some_and(|direct| direct.withdraw(key)) {
-                bail!(Protocol, "message {id} is withdrawn, which is being sent");
-            }
-            self.direct_withdrawn(key);
-            self.withdrawn(receive, id, status);
+        if let Some(receive) = self.state.direct.receive_of(key) {
+            self.direct().withdrawn(key)?;
+            self.fail_receive(receive, id, status);
             return Ok(());
         }
-        let Some(receive) = self.incoming.receive_of(key) else {
+        let Some(receive) = self.state.incoming.receive_of(key) else {
             // Matched with a receive that was too small, or empty: our answer and the withdrawal have crossed.
-            return if self.peer.has_named(id) && !self.incoming.contains(key) {
+            return if self.state.load.has_named(id) && !self.state.incoming.contains(key) {
                 Ok(())
             } else {
                 Err(err!(Protocol, "message {id} is withdrawn, which does not wait"))
             };
         };
-        self.incoming.take_unbegun(key)?;
-        self.peer.ended(0);
-        self.deadlines.end(key);
-        self.withdrawn(receive, id, status);
+        self.state.incoming.take_unbegun(key)?;
+        self.state.load.ended(0);
+        self.state.deadlines.end(key);
+        self.fail_receive(receive, id, status);
         Ok(())
     }
 
     /// A receive whose message was withdrawn fails.
-    fn withdrawn(&mut self, receive: u64, id: u64, status: StatusCode) {
+    fn fail_receive(&mut self, receive: u64, id: u64, status: StatusCode) {
         let why = match ErrorKind::from_code(status) {
             ErrorKind::TimedOut => "its send had waited too long for this receive",
             ErrorKind::Unsupported => "no channel connects the memory of its send with that of this receive",
             _ => "its sender could not send it",
         };
         let error = Error::new(ErrorKind::from_code(status), format_args!("message {id} was withdrawn: {why}"));
-        self.transfers.finish(receive, Err(error));
+        self.state.transfers.finish(receive, Err(error));
     }
 
-    fn on_cancel(&mut self, id: u64, now: Instant) -> Result<()> {
+    fn on_cancel(&mut self, id: u64) -> Result<()> {
         let key = Key { id, mine: false };
-        if let Some(ended) = self.incoming.cancel(key)? {
-            self.stream_ended(key, ended, now);
+        if let Some(ended) = self.state.incoming.cancel(key)? {
+            self.state.stream_ended(key, ended, self.now);
         }
         Ok(())
     }
 
-    /// The peer tells how much has arrived there.
-    fn on_ping(&mut self, received: u64, chunks: u64, channels: &Channels, now: Instant) -> Result<()> {
-        let sent = channels.totals().submitted;
-        if received < self.peer_received || received > sent {
-            bail!(Protocol, "the peer has received {received} bytes after {}, of {sent} sent", self.peer_received);
-        }
-        self.outgoing.confirm(chunks)?;
-        self.deadlines.arrived(received - self.peer_received, now);
-        self.clock.ping = now;
-        self.peer_received = received;
-        self.echo(now);
+    /// The peer reports how much has arrived there.
+    fn on_ping(&mut self, received: u64, chunks: u64) -> Result<()> {
+        let news = self.state.liveness.on_ping(received, self.channels.totals().submitted, self.now)?;
+        self.state.outgoing.confirm(chunks)?;
+        self.state.deadlines.arrived(news, self.now);
         Ok(())
     }
 }

@@ -228,6 +228,9 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
                 T_WRITE => Frame::Write { id, regions, segments, inline: None },
                 _ => {
                     let total: u64 = segments.iter().map(|s| u64::from(s.len)).sum();
+                    if total > MAX_INLINE as u64 {
+                        bail!(Protocol, "inline write of {total} bytes, {MAX_INLINE} at most");
+                    }
                     if total != r.len() as u64 {
                         bail!(Protocol, "inline write of {total} bytes carries {}", r.len());
                     }
@@ -252,15 +255,7 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
             Frame::Done { id, status, text: text(r)? }
         }
         T_MESSAGE => Frame::Message { id: r.u64()?, len: r.u64()?, from: place(r.u32()?)? },
-        T_PULL => {
-            let (id, status, receiver) = (r.u64()?, r.u32()? as StatusCode, r.u32()?);
-            let Some(receiver) = place(receiver)? else { bail!(Protocol, "a receive that lies nowhere") };
-            let landing = match r.len() {
-                0 => None,
-                _ => Some(Landing { slot: r.u32()?, generation: r.u64()?, addr: r.u64()? }),
-            };
-            Frame::Pull { id, status, receiver, landing }
-        }
+        T_PULL => decode_pull(r)?,
         T_NOTIFY => {
             let name_len = r.u32()? as usize;
             let name = r.bytes(name_len)?;
@@ -272,6 +267,16 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
         T_BYE => Frame::Bye { status: r.u32()? as StatusCode, text: text(r)? },
         _ => bail!(Protocol, "unknown frame type {kind}"),
     })
+}
+
+fn decode_pull(r: &mut Reader<'_>) -> Result<Frame<'static>> {
+    let (id, status, receiver) = (r.u64()?, r.u32()? as StatusCode, r.u32()?);
+    let Some(receiver) = place(receiver)? else { bail!(Protocol, "a receive that lies nowhere") };
+    let landing = match r.len() {
+        0 => None,
+        _ => Some(Landing { slot: r.u32()?, generation: r.u64()?, addr: r.u64()? }),
+    };
+    Ok(Frame::Pull { id, status, receiver, landing })
 }
 
 /// A number that stands for no place.
@@ -468,6 +473,22 @@ mod tests {
             buf.extend_from_slice(&[kind, ENVELOPE.magic, 0, 0]);
             buf.extend_from_slice(&payload);
             let _ = decode(&buf);
+        }
+    }
+
+    #[test]
+    fn a_write_carries_its_data_up_to_the_limit_and_no_byte_more() {
+        let write = |bytes: usize| {
+            let segment = WireSegment { addr: 4096, len: bytes as u32, region: 0, initiator: Place::HOST, owner: Place::HOST };
+            let regions = vec![WireRegion { id: 1, token: [7; 16] }];
+            let data = vec![3; bytes];
+            let mut out = Vec::new();
+            encode(&Frame::Write { id: 1, regions, segments: std::iter::once(segment).collect(), inline: Some(&data) }, &mut out);
+            decode(&out).map(|_| ())
+        };
+        assert_eq!(write(MAX_INLINE), Ok(()));
+        for bytes in [MAX_INLINE + 1, 1 << 20] {
+            assert!(write(bytes).unwrap_err().to_string().contains("65536 at most"), "{bytes}");
         }
     }
 

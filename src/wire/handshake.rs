@@ -5,19 +5,17 @@
 //! connecting side's proof. The listening side says nothing that depends on a key before it has checked that proof, and a listener on
 //! the wire sees nothing that a guess at the key could be tried on. Without a key the same messages run with a public constant.
 
-use super::guarded::Guarded;
 use super::hello::{Hello, Terms, MAX_HELLO};
 use super::keys::{KeySecrets, Keys, Proof};
+use super::primitives::{self, Primitives, KEY, TAG};
+use super::secret::{apart, guard, zeroed, Guarded};
 use super::session::{Direction, Opened, Session, RECORD_OVERHEAD};
 use super::setup::{self, Verdict};
 use super::text;
 use crate::status::{bail, err, Error, ErrorKind, Result, StatusCode, UCCL_OK};
 use ring::hmac;
-use snow::params::{CipherChoice, DHChoice, HashChoice};
-use snow::resolvers::{CryptoResolver, RingResolver};
 use snow::HandshakeState;
 use std::sync::Arc;
-use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::{Zeroize, Zeroizing};
 
 /// Version of the control protocol. Peers of different versions refuse each other.
@@ -27,8 +25,6 @@ const PATTERN: &str = "Noise_XXpsk3_25519_AESGCM_SHA256";
 /// Position of the pre-shared key in the pattern.
 const PSK: usize = 3;
 const HEADER_BYTES: usize = 16;
-const KEY: usize = 32;
-const TAG: usize = 16;
 const SELECTOR: usize = 32;
 /// Fills the opening up to a hello of version 1, whose listeners answer only after that many bytes.
 const PADDING: usize = 72;
@@ -111,11 +107,9 @@ pub(crate) struct Identity {
 impl Identity {
     /// A fresh one, for one engine instance.
     pub(crate) fn generate() -> Result<Identity> {
-        let mut pair = builder(None)?.generate_keypair().map_err(|e| broken(&e))?;
-        let mut private = Guarded::<[u8; KEY]>::zeroed()?;
-        private.copy_from_slice(&pair.private);
-        pair.private.zeroize();
-        let Some(&public) = pair.public.first_chunk::<KEY>() else { bail!(Internal, "a public key of the wrong length") };
+        let mut private = zeroed::<KEY>()?;
+        getrandom::fill(&mut *private).map_err(|e| err!(Resource, "random bytes: {e}"))?;
+        let public = apart(|| Ok(primitives::public_key(&private)))?;
         Ok(Identity { private, public, engine: engine_id(&public) })
     }
 
@@ -131,88 +125,6 @@ fn engine_id(public: &[u8]) -> [u8; 16] {
     context.update(public);
     let digest = context.finish();
     std::array::from_fn(|i| digest.as_ref()[i])
-}
-
-/// `own`: the public half of the key that will be set, which then need not be computed once more.
-fn builder<'a>(own: Option<[u8; KEY]>) -> Result<snow::Builder<'a>> {
-    let params = PATTERN.parse().map_err(|e| broken(&e))?;
-    Ok(snow::Builder::with_resolver(params, Box::new(Primitives { ring: RingResolver, own })))
-}
-
-/// ring for everything but the key exchange, for which snow's binding to ring has nothing.
-struct Primitives {
-    ring: RingResolver,
-    own: Option<[u8; KEY]>,
-}
-
-impl CryptoResolver for Primitives {
-    fn resolve_rng(&self) -> Option<Box<dyn snow::types::Random>> {
-        self.ring.resolve_rng()
-    }
-    fn resolve_dh(&self, choice: &DHChoice) -> Option<Box<dyn snow::types::Dh>> {
-        matches!(choice, DHChoice::Curve25519).then(|| Box::new(X25519 { own: self.own, ..X25519::default() }) as _)
-    }
-    fn resolve_hash(&self, choice: &HashChoice) -> Option<Box<dyn snow::types::Hash>> {
-        self.ring.resolve_hash(choice)
-    }
-    fn resolve_cipher(&self, choice: &CipherChoice) -> Option<Box<dyn snow::types::Cipher>> {
-        self.ring.resolve_cipher(choice)
-    }
-}
-
-/// X25519 whose private key is wiped when it is dropped.
-#[derive(Default)]
-struct X25519 {
-    private: Zeroizing<[u8; KEY]>,
-    public: [u8; KEY],
-    /// The public half of the key that is set rather than generated, where it is known.
-    own: Option<[u8; KEY]>,
-}
-
-impl X25519 {
-    fn derive(&mut self) {
-        self.public = PublicKey::from(&StaticSecret::from(*self.private)).to_bytes();
-    }
-}
-
-impl snow::types::Dh for X25519 {
-    fn name(&self) -> &'static str {
-        "25519"
-    }
-    fn pub_len(&self) -> usize {
-        KEY
-    }
-    fn priv_len(&self) -> usize {
-        KEY
-    }
-    fn set(&mut self, private: &[u8]) {
-        self.private.copy_from_slice(private);
-        match self.own {
-            Some(public) => self.public = public,
-            None => self.derive(),
-        }
-    }
-    fn generate(&mut self, rng: &mut dyn snow::types::Random) -> std::result::Result<(), snow::Error> {
-        rng.try_fill_bytes(&mut *self.private)?;
-        self.derive();
-        Ok(())
-    }
-    fn pubkey(&self) -> &[u8] {
-        &self.public
-    }
-    fn privkey(&self) -> &[u8] {
-        &*self.private
-    }
-    fn dh(&self, public: &[u8], out: &mut [u8]) -> std::result::Result<(), snow::Error> {
-        let public = public.first_chunk::<KEY>().ok_or(snow::Error::Dh)?;
-        let shared = StaticSecret::from(*self.private).diffie_hellman(&PublicKey::from(*public));
-        // A peer's key of low order would make the result known to everybody.
-        if !shared.was_contributory() {
-            return Err(snow::Error::Dh);
-        }
-        out[..KEY].copy_from_slice(shared.as_bytes());
-        Ok(())
-    }
 }
 
 /// A failure of the library, not of the peer.
@@ -290,12 +202,7 @@ impl Handshake {
     /// When the hello is out of range, or without memory or random bytes.
     pub(crate) fn connecting(identity: &Arc<Identity>, hello: Hello, keys: Arc<Keys>) -> Result<Handshake> {
         let mut handshake = Handshake::new(Step::Answer, identity, hello, keys)?;
-        let header = Header::new(Kind::Opening, handshake.keyed(), OPENING).encode();
-        let mut noise = handshake.start(&header, true)?;
-        handshake.context.extend_from_slice(&header);
-        handshake.tx.extend_from_slice(&header);
-        write(&mut noise, &[0; PADDING], &mut handshake.tx)?;
-        handshake.noise = Some(noise);
+        apart(|| handshake.open())?;
         Ok(handshake)
     }
 
@@ -331,6 +238,11 @@ impl Handshake {
         self.connecting
     }
 
+    /// Whether the peer's first message was complete, at the listening side.
+    pub(crate) fn was_opened(&self) -> bool {
+        self.step != Step::Opening
+    }
+
     /// What this side tells.
     pub(crate) fn hello(&self) -> &Hello {
         &self.hello
@@ -340,12 +252,22 @@ impl Handshake {
         !self.keys.is_empty()
     }
 
+    fn open(&mut self) -> Result<()> {
+        let header = Header::new(Kind::Opening, self.keyed(), OPENING).encode();
+        let mut noise = self.start(&header, true)?;
+        self.context.extend_from_slice(&header);
+        write(&mut noise, &header, &[0; PADDING], &mut self.tx)?;
+        self.noise = Some(noise);
+        Ok(())
+    }
+
     fn start(&self, opening: &[u8; HEADER_BYTES], initiator: bool) -> Result<Guarded<HandshakeState>> {
-        let ready = builder(Some(self.identity.public))?
+        let params = PATTERN.parse().map_err(|e| broken(&e))?;
+        let ready = snow::Builder::with_resolver(params, Box::new(Primitives { own: self.identity.public }))
             .local_private_key(&*self.identity.private)
             .and_then(|b| b.prologue(opening))
             .and_then(|b| if initiator { b.build_initiator() } else { b.build_responder() });
-        Guarded::new(ready.map_err(|e| broken(&e))?)
+        guard(ready.map_err(|e| broken(&e))?)
     }
 
     /// Takes in what the peer sent. Returns how many of the bytes belonged to the handshake; what is left after its end belongs to
@@ -454,13 +376,14 @@ impl Handshake {
         let (head, body) = message.split_at(HEADER_BYTES);
         // Kept for the refusal, which depends on it.
         self.rx.extend_from_slice(head);
-        match kind {
+        let handle = || match kind {
             Kind::Opening => self.on_opening(head, body),
             Kind::Answer => self.on_answer(head, body),
             Kind::Proof => self.on_proof(body),
             Kind::Welcome => self.on_welcome(body),
             Kind::Refusal => Err(refused(&header, body)),
-        }?;
+        };
+        apart(handle)?;
         self.rx.clear();
         Ok(())
     }
@@ -515,8 +438,7 @@ impl Handshake {
         let header = Header::new(Kind::Answer, self.keyed(), ANSWER).encode();
         self.context.extend_from_slice(opening);
         self.context.extend_from_slice(&header);
-        self.tx.extend_from_slice(&header);
-        write(&mut noise, &[], &mut self.tx)?;
+        write(&mut noise, &header, &[], &mut self.tx)?;
         self.noise = Some(noise);
         self.step = Step::Proof;
         Ok(())
@@ -533,9 +455,7 @@ impl Handshake {
         let mut hello = Vec::with_capacity(MAX_HELLO);
         self.hello.encode(&mut hello);
         let header = Header::new(Kind::Proof, self.keyed(), SELECTOR + KEY + TAG + hello.len() + TAG);
-        self.tx.extend_from_slice(&header.encode());
-        self.tx.extend_from_slice(selector.as_ref());
-        write(&mut noise, &hello, &mut self.tx)?;
+        write(&mut noise, &[&header.encode()[..], selector.as_ref()].concat(), &hello, &mut self.tx)?;
         let session = session(&mut noise, Direction::ToListening, &self.context)?;
         self.session = Some((session, proof.clone(), remote(&noise)?));
         self.step = Step::Welcome;
@@ -636,10 +556,14 @@ fn refused(header: &Header, body: &[u8]) -> Error {
     Error::new(kind, format_args!("refused by the peer: {text}"))
 }
 
-/// Appends the next Noise message to `out`.
-fn write(noise: &mut HandshakeState, payload: &[u8], out: &mut Vec<u8>) -> Result<()> {
+/// Appends `front` and the next Noise message to `out`, or nothing.
+fn write(noise: &mut HandshakeState, front: &[u8], payload: &[u8], out: &mut Vec<u8>) -> Result<()> {
     let mut message = [0; MAX_MESSAGE];
-    let len = noise.write_message(payload, &mut message).map_err(|e| broken(&e))?;
+    let len = noise.write_message(payload, &mut message).map_err(|e| match e {
+        snow::Error::Dh => err!(Protocol, "the peer's key has a low order"),
+        e => broken(&e),
+    })?;
+    out.extend_from_slice(front);
     out.extend_from_slice(&message[..len]);
     Ok(())
 }

@@ -1,11 +1,11 @@
 //! Pre-shared keys: reading the key file, telling its keys apart by name, and noticing that it changed. Knows nothing of the handshake
 //! that uses them. Keys live in guarded memory and are never shown.
 //!
-//! The file is either one key (16 to 4096 bytes of anything, a final newline of a text not counted), or a list: lines `NAME:KEY`, empty
-//! lines and lines that start with `#`. A name has 1 to 32 letters, digits, `.`, `_` or `-`; a key is the rest of its line without
+//! The file is either one key (16 to 4096 bytes of anything but text, or one line of text without a colon, whose newline does not count), or
+//! a list: lines `NAME:KEY`, empty lines and lines that start with `#`. A name has 1 to 32 letters, digits, `.`, `_` or `-`; a key is the rest of its line without
 //! blanks around it, 16 to 4096 printable characters. Connects prove the first key; any key of the file is accepted.
 
-use super::guarded::Guarded;
+use super::secret::{apart, guard, zeroed, Guarded};
 use super::text;
 use crate::status::{bail, err, Error, Result};
 use process::{Mutex, PerProcess};
@@ -91,10 +91,8 @@ impl Keys {
             Some(list) => list,
             None => vec![(Proof::Key, single(contents)?)],
         };
-        let mut secrets = Guarded::new([KeySecrets { psk: [0; 32], selector: [0; 32] }; MAX_KEYS])?;
-        for (secret, (_, key)) in secrets.iter_mut().zip(&found) {
-            derive(key, secret)?;
-        }
+        let mut secrets = guard([KeySecrets { psk: [0; 32], selector: [0; 32] }; MAX_KEYS])?;
+        apart(|| secrets.iter_mut().zip(&found).try_for_each(|(secret, (_, key))| derive(key, secret)))?;
         let same = |a: usize, b: usize| secrets[a].psk == secrets[b].psk;
         if let Some(b) = (1..found.len()).find(|&b| (0..b).any(|a| same(a, b))) {
             bail!(InvalidArgument, "key {} stands there twice", b + 1);
@@ -103,6 +101,7 @@ impl Keys {
     }
 }
 
+/// Runs apart: ring passes the pseudo-random key by value.
 fn derive(key: &[u8], out: &mut KeySecrets) -> Result<()> {
     use ring::hkdf::{Salt, HKDF_SHA256};
     let prk = Salt::new(HKDF_SHA256, b"uccl pre-shared key").extract(key);
@@ -113,15 +112,23 @@ fn derive(key: &[u8], out: &mut KeySecrets) -> Result<()> {
     Ok(())
 }
 
+/// Whether a person has written this: UTF-8 without control characters but those that end lines and set tabs.
+fn is_text(contents: &[u8]) -> bool {
+    let blank = |c: char| c.is_ascii_whitespace();
+    std::str::from_utf8(contents).is_ok_and(|text| text.chars().all(|c| blank(c) || !c.is_control()))
+}
+
 /// The file as one key.
 fn single(contents: &[u8]) -> Result<&[u8]> {
-    let is_text = contents.iter().all(|&b| text::is_printable(b) || b.is_ascii_whitespace());
     let key = match contents {
-        [key @ .., b'\r', b'\n'] | [key @ .., b'\n'] if is_text => key,
+        [key @ .., b'\r', b'\n'] | [key @ .., b'\n'] if is_text(contents) => key,
         key => key,
     };
     if !KEY_BYTES.contains(&key.len()) {
         bail!(InvalidArgument, "a key of {} bytes, expected {} to {}", key.len(), KEY_BYTES.start(), KEY_BYTES.end());
+    }
+    if key.iter().all(u8::is_ascii_whitespace) {
+        bail!(InvalidArgument, "a key of nothing but blanks");
     }
     Ok(key)
 }
@@ -134,8 +141,15 @@ fn is_name(name: &[u8]) -> bool {
 /// A key as it stands in the file, and how its holder will be called.
 type Found<'a> = (Proof, &'a [u8]);
 
-/// The file as a list; `None` when it is not one.
+/// The file as a list; `None` when it is one key: no text, or a text of one line without a colon.
 fn list(contents: &[u8]) -> Result<Option<Vec<Found<'_>>>> {
+    let lines = || contents.split(|&b| b == b'\n').map(<[u8]>::trim_ascii);
+    let plain = |line: &[u8]| !line.starts_with(b"#") && !line.contains(&b':');
+    let mut told = lines().filter(|line| !line.is_empty());
+    let one_key = told.next().is_none_or(plain) && told.next().is_none();
+    if one_key || !is_text(contents) {
+        return Ok(None);
+    }
     let mut found: Vec<Found<'_>> = Vec::new();
     for (i, line) in contents.split(|&b| b == b'\n').enumerate() {
         let line = line.trim_ascii();
@@ -143,11 +157,11 @@ fn list(contents: &[u8]) -> Result<Option<Vec<Found<'_>>>> {
             continue;
         }
         let Some(colon) = line.iter().position(|&b| b == b':').filter(|&at| is_name(&line[..at])) else {
-            // The first line decides: only a list has named lines.
-            match found.is_empty() {
-                true => return Ok(None),
-                false => bail!(InvalidArgument, "line {}: expected NAME:KEY", i + 1),
-            }
+            bail!(
+                InvalidArgument,
+                "line {}: expected NAME:KEY, a name has 1 to {MAX_NAME} letters, digits, '.', '_' and '-'",
+                i + 1
+            );
         };
         let (name, key) = (&line[..colon], line[colon + 1..].trim_ascii());
         if !key.iter().copied().all(text::is_printable) {
@@ -172,7 +186,10 @@ fn list(contents: &[u8]) -> Result<Option<Vec<Found<'_>>>> {
         }
         found.push((proof, key));
     }
-    Ok(Some(found).filter(|f| !f.is_empty()))
+    if found.is_empty() {
+        bail!(InvalidArgument, "no key");
+    }
+    Ok(Some(found))
 }
 
 /// What tells one state of a file from the next.
@@ -230,7 +247,7 @@ fn read(path: &Path) -> Result<(Keys, Metadata)> {
     let mut file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(failed)?;
     let meta = file.metadata().map_err(failed)?;
     admissible(path, &meta)?;
-    let mut contents = Guarded::<[u8; MAX_FILE + 1]>::zeroed()?;
+    let mut contents = zeroed::<{ MAX_FILE + 1 }>()?;
     let len = fill(&mut file, &mut *contents).map_err(failed)?;
     if len > MAX_FILE {
         bail!(InvalidArgument, "more than {MAX_FILE} bytes");
@@ -359,7 +376,8 @@ mod tests {
         let named = |names: &[&str]| Ok(names.iter().map(|&n| Proof::Named(n.into())).collect::<Vec<_>>());
         assert_eq!(proofs(A.as_bytes()), Ok(vec![Proof::Key]));
         assert_eq!(proofs(&[0xff; 4096]), Ok(vec![Proof::Key]));
-        assert_eq!(proofs(b"my very secret: 0123456789"), Ok(vec![Proof::Key]), "no name has a blank");
+        assert_eq!(proofs(b"my very secret 0123456789\n"), Ok(vec![Proof::Key]));
+        assert_eq!(proofs(b"\n\x80:0123456789abcdef\nx:0123456789abcdef\n"), Ok(vec![Proof::Key]), "no text is no list");
         assert_eq!(proofs(b"# two\n\n a: 0123456789abcdef \r\nb.c_d-9:fedcba9876543210"), named(&["a", "b.c_d-9"]));
         // The key of a line is the key of a file that holds nothing else, with or without its newline.
         for file in ["0123456789abcdef\n", "0123456789abcdef\r\n", "x:0123456789abcdef", "x: 0123456789abcdef\n"] {
@@ -373,6 +391,7 @@ mod tests {
     #[test]
     fn what_is_wrong_is_said_without_the_key() {
         let long = "k".repeat(4097);
+        let blanks = " ".repeat(100);
         let many: String = (0..17).map(|i| format!("n{i}:{A}{i}\n")).collect();
         for (contents, part) in [
             ("", "0 bytes"),
@@ -382,7 +401,14 @@ mod tests {
             ("a:0123456789abcdef\nSECRETSECRETSECRET\n", "line 2: expected NAME:KEY"),
             ("a:0123456789abcdef\na:SECRETSECRETSECRET\n", "line 2: a second key"),
             ("a:0123456789abcdef\nb:0123456789abcdef\n", "key 2 stands there twice"),
-            ("a:SECRETSECRET\u{1b}SECRET\n", "not printable"),
+            ("a:SECRETSECRET\u{e9}SECRET\n", "not printable"),
+            ("my very name:SECRETSECRETSECRET", "line 1: expected NAME:KEY"),
+            ("node a:SECRETSECRETSECRET\nb:0123456789abcdef\n", "line 1: expected NAME:KEY"),
+            ("n\u{f6}de:SECRETSECRETSECRET\nb:0123456789abcdef\n", "line 1: expected NAME:KEY"),
+            ("# two\nSECRETSECRETSECRET\n", "line 2: expected NAME:KEY"),
+            ("SECRETSECRETSECRET\nSECRETSECRETSECRET\n", "line 1: expected NAME:KEY"),
+            ("# nothing", "no key"),
+            (blanks.as_str(), "nothing but blanks"),
             (many.as_str(), "more than 16"),
         ] {
             let error = Keys::parse(contents.as_bytes()).unwrap_err();

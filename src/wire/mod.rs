@@ -1,15 +1,17 @@
 //! The control protocol: the handshake (`handshake`, `hello`, `keys`), the sealed stream after it (`session`), messages that set up the
-//! channels (`setup`), frames (`frame`), what these two have alike (`envelope`) and the non-blocking control stream (`control`). Knows
+//! channels (`setup`), frames (`frame`), what these two have alike (`envelope`) and the non-blocking control stream (`control`). Keys lie in
+//! guarded memory (`secret`). Knows
 //! sockets and bytes, nothing of regions, channels or transfers.
 
 pub(crate) mod control;
 mod envelope;
 pub(crate) mod frame;
-mod guarded;
 pub(crate) mod handshake;
 pub(crate) mod hello;
 pub(crate) mod keys;
+mod primitives;
 pub(crate) mod queue;
+pub(crate) mod secret;
 pub(crate) mod session;
 pub(crate) mod setup;
 pub(crate) mod text;

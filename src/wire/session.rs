@@ -5,11 +5,10 @@
 //! A record is a 2-byte little-endian length of the plain bytes, that many sealed bytes, and a 16-byte tag. The length is covered by
 //! the tag.
 
-use super::guarded::Guarded;
+use super::secret::{apart, guard, zeroed, Cleared, Guarded, Secret};
 use crate::status::{bail, err, Error, Result};
 use ring::aead::{Aad, LessSafeKey, Nonce, UnboundKey, AES_256_GCM};
 use ring::hkdf;
-use zeroize::Zeroizing;
 
 /// Bytes of a record in front of the sealed ones.
 pub(crate) const RECORD_HEADER: usize = 2;
@@ -49,9 +48,6 @@ impl Direction {
     }
 }
 
-/// 32 secret bytes, wiped when dropped.
-pub(crate) type Secret = Zeroizing<[u8; 32]>;
-
 /// Keys of the connection's other streams, derived from the handshake's secret.
 #[derive(Debug)]
 pub(crate) struct Exporter {
@@ -60,9 +56,11 @@ pub(crate) struct Exporter {
 
 impl Exporter {
     fn derive(&self, parts: &[&[u8]]) -> Result<Secret> {
-        let mut key = Secret::default();
-        let filled = self.prk.expand(parts, hkdf::HKDF_SHA256).and_then(|okm| okm.fill(&mut *key));
-        filled.map_err(|_| err!(Internal, "a key could not be derived"))?;
+        let mut key = zeroed()?;
+        apart(|| {
+            let filled = self.prk.expand(parts, hkdf::HKDF_SHA256).and_then(|okm| okm.fill(&mut *key));
+            filled.map_err(|_| err!(Internal, "a key could not be derived"))
+        })?;
         Ok(key)
     }
 
@@ -94,8 +92,11 @@ struct Numbered {
 impl Numbered {
     fn new(exporter: &Exporter, direction: Direction) -> Result<Numbered> {
         let key = exporter.derive(&[b"uccl control", direction.label()])?;
-        let key = UnboundKey::new(&AES_256_GCM, &*key).map_err(|_| err!(Internal, "a key of the wrong length"))?;
-        Ok(Numbered { key: Guarded::new(LessSafeKey::new(key))?, next: 0 })
+        let key = apart(|| {
+            let key = UnboundKey::new(&AES_256_GCM, &*key).map_err(|_| err!(Internal, "a key of the wrong length"))?;
+            guard(LessSafeKey::new(key))
+        })?;
+        Ok(Numbered { key, next: 0 })
     }
 
     /// The next record's number as a nonce; each is given out once. The key is the next one where its turn has come.
@@ -111,11 +112,15 @@ impl Numbered {
 
     /// Replaces the key by what it makes of zeros under a nonce that no record has.
     fn renew(&mut self) -> Result<()> {
-        let mut next = Secret::default();
-        let sealed = self.key.seal_in_place_separate_tag(numbered(1, self.next), Aad::empty(), &mut *next);
-        let key = sealed.and_then(|_| UnboundKey::new(&AES_256_GCM, &*next));
-        *self.key = LessSafeKey::new(key.map_err(|_| err!(Internal, "the next key of the control stream could not be made"))?);
-        Ok(())
+        let nonce = numbered(1, self.next);
+        let key = &mut *self.key;
+        apart(|| {
+            let mut next = [0; 32];
+            let sealed = key.seal_in_place_separate_tag(nonce, Aad::empty(), &mut next);
+            let made = sealed.and_then(|_| UnboundKey::new(&AES_256_GCM, &next));
+            *key = LessSafeKey::new(made.map_err(|_| err!(Internal, "the next key of the control stream could not be made"))?);
+            Ok(())
+        })
     }
 }
 
@@ -137,6 +142,7 @@ impl Sealer {
     /// Never below 2^64 records. After an error the stream must not be used.
     pub(crate) fn seal(&mut self, plain: &[u8], out: &mut Vec<u8>) -> Result<()> {
         out.reserve(Sealer::sealed_len(plain.len()));
+        let _cleared = Cleared;
         for piece in plain.chunks(MAX_PLAIN) {
             let nonce = self.0.nonce()?;
             let header = (piece.len() as u16).to_le_bytes();
@@ -178,6 +184,7 @@ impl Sealer {
         }
         *header = (plain.len() as u16).to_le_bytes();
         let nonce = self.0.nonce()?;
+        let _cleared = Cleared;
         match self.0.key.seal_in_place_separate_tag(nonce, Aad::from(*header), plain) {
             Ok(tag) => record.extend_from_slice(tag.as_ref()),
             Err(_) => bail!(Internal, "{} bytes could not be sealed", plain.len()),
@@ -246,6 +253,7 @@ impl Opener {
         let consumed = plain + RECORD_OVERHEAD;
         let Some(record) = buf.get_mut(..at + consumed) else { return Ok(Opened::Need(consumed)) };
         let nonce = self.numbered.nonce()?;
+        let _cleared = Cleared;
         match self.numbered.key.open_within(nonce, Aad::from(header), record, at + RECORD_HEADER..) {
             Ok(_) => Ok(Opened::Record { plain, consumed }),
             Err(_) => bail!(Protocol, "the control stream was changed on its way"),
@@ -271,7 +279,7 @@ impl Session {
     ///
     /// `secret`: what only the two sides know, at least 32 bytes of full entropy; `context`: what both saw of the handshake.
     pub(crate) fn new(ours: Direction, secret: &[u8], context: &[u8]) -> Result<Session> {
-        let exporter = Exporter { prk: Guarded::new(hkdf::Salt::new(hkdf::HKDF_SHA256, context).extract(secret))? };
+        let exporter = Exporter { prk: apart(|| guard(hkdf::Salt::new(hkdf::HKDF_SHA256, context).extract(secret)))? };
         Ok(Session {
             sealer: Sealer(Numbered::new(&exporter, ours)?),
             opener: Opener { numbered: Numbered::new(&exporter, ours.other())?, failed: None },
@@ -456,7 +464,7 @@ mod tests {
             for index in [0, 1, 256] {
                 for direction in [Direction::ToListening, Direction::ToConnecting] {
                     let key = a.exporter.channel_mac_key(set, index, direction).unwrap();
-                    assert_eq!(key, b.exporter.channel_mac_key(set, index, direction).unwrap());
+                    assert_eq!(*key, *b.exporter.channel_mac_key(set, index, direction).unwrap());
                     assert!(seen.insert(*key));
                     assert!(seen.insert(*a.exporter.channel_data_key(set, index, direction).unwrap()));
                 }

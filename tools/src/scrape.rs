@@ -6,14 +6,16 @@ use crate::fail;
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-const SOCKET_TIMEOUT: Duration = Duration::from_secs(2);
+/// A source has said all that it has to say after this time.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Files are replaced each second.
 const STALE: Duration = Duration::from_secs(10);
 /// No process has more to say.
-const MOST: u64 = 64 << 20;
+const MOST: usize = 64 << 20;
 
 /// One number with its name and labels.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,18 +30,16 @@ pub struct Sample {
 
 /// Fetches the text from unix:PATH, ADDRESS:PORT, PORT or a file.
 pub fn fetch(source: &str) -> Result<String> {
-    let mut text = String::new();
+    let text;
     if let Some(path) = source.strip_prefix("unix:") {
         let stream = UnixStream::connect(path).context(format_args!("cannot connect to {path}"))?;
-        stream.set_read_timeout(Some(SOCKET_TIMEOUT)).context("cannot set a deadline")?;
-        ask(stream, &mut text).context(format_args!("{path} does not answer"))?;
+        text = ask(&stream, |left| stream.set_read_timeout(left)).context(format_args!("{path} does not answer"))?;
     } else if source.contains('/') {
         return read(source);
     } else {
         let address = if source.contains(':') { source.to_owned() } else { format!("127.0.0.1:{source}") };
         let stream = connect(&address).context(format_args!("cannot connect to {address}"))?;
-        stream.set_read_timeout(Some(SOCKET_TIMEOUT)).context("cannot set a deadline")?;
-        ask(stream, &mut text).context(format_args!("{address} does not answer"))?;
+        text = ask(&stream, |left| stream.set_read_timeout(left)).context(format_args!("{address} does not answer"))?;
     }
     match text.split_once("\r\n\r\n") {
         Some((head, body)) if head.starts_with("HTTP/1.1 200") => Ok(body.to_owned()),
@@ -49,10 +49,14 @@ pub fn fetch(source: &str) -> Result<String> {
 
 /// A file that a process replaces each second.
 fn read(path: &str) -> Result<String> {
+    if std::fs::metadata(path).context(format_args!("cannot read {path}"))?.file_type().is_fifo() {
+        // Opening one waits for its other end.
+        fail!("{path} is a FIFO");
+    }
     let file = std::fs::File::open(path).context(format_args!("cannot read {path}"))?;
     let written = file.metadata().and_then(|about| about.modified()).context(format_args!("cannot read {path}"))?;
     let mut text = String::new();
-    file.take(MOST).read_to_string(&mut text).context(format_args!("cannot read {path}"))?;
+    file.take(MOST as u64).read_to_string(&mut text).context(format_args!("cannot read {path}"))?;
     if !text.ends_with("# EOF\n") {
         fail!("{path} gives no statistics");
     }
@@ -67,7 +71,7 @@ fn read(path: &str) -> Result<String> {
 fn connect(address: &str) -> std::io::Result<TcpStream> {
     let mut last = std::io::Error::from(std::io::ErrorKind::NotFound);
     for to in address.to_socket_addrs()? {
-        match TcpStream::connect_timeout(&to, SOCKET_TIMEOUT) {
+        match TcpStream::connect_timeout(&to, ANSWER_TIMEOUT) {
             Ok(stream) => return Ok(stream),
             Err(e) => last = e,
         }
@@ -75,9 +79,25 @@ fn connect(address: &str) -> std::io::Result<TcpStream> {
     Err(last)
 }
 
-fn ask(mut stream: impl Read + Write, text: &mut String) -> std::io::Result<()> {
+/// Asks, and reads to the end. `limit` sets how long one read may take: a source that says a little now and then is waited for no longer
+/// than one that is silent.
+fn ask(mut stream: impl Read + Write, limit: impl Fn(Option<Duration>) -> std::io::Result<()>) -> std::io::Result<String> {
+    use std::io::ErrorKind::{InvalidData, TimedOut};
+    let deadline = Instant::now() + ANSWER_TIMEOUT;
     stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
-    stream.take(MOST).read_to_string(text).map(|_| ())
+    let (mut bytes, mut buffer) = (Vec::new(), [0; 64 << 10]);
+    while bytes.len() < MOST {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(TimedOut.into());
+        }
+        limit(Some(left))?;
+        match stream.read(&mut buffer)? {
+            0 => break,
+            n => bytes.extend_from_slice(&buffer[..n]),
+        }
+    }
+    String::from_utf8(bytes).map_err(|_| InvalidData.into())
 }
 
 /// Takes the text apart; lines that are no samples of the library are passed over.
@@ -122,6 +142,25 @@ fn quoted(text: &str) -> Option<(String, &str)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_source_that_drips_is_given_up() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let drips = std::thread::spawn(move || {
+            let mut stream = listener.accept().unwrap().0;
+            let mut said = 0;
+            // Until the reader gives up, or this is too much.
+            while said < 200 && stream.write_all(b"H").is_ok() {
+                said += 1;
+                std::thread::sleep(ANSWER_TIMEOUT / 40);
+            }
+            said
+        });
+        let error = fetch(&address).unwrap_err().to_string();
+        assert!(error.contains("does not answer"), "{error}");
+        assert!(drips.join().unwrap() < 200, "the reader waited to the end");
+    }
 
     #[test]
     fn samples_are_taken_apart() {

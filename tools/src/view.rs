@@ -109,9 +109,9 @@ fn rate(bytes_per_second: f64) -> String {
     }
 }
 
-/// A peer's or interface's name without what would steer a terminal.
+/// A peer's or interface's name without what would steer a terminal or change the order of what it shows.
 fn clean(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+    text.chars().map(|c| if matches!(c, ' '..='~') { c } else { '?' }).collect()
 }
 
 /// Most lines of the summary.

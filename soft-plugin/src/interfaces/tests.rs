@@ -155,7 +155,7 @@ fn this_machine_has_a_usable_interface_and_knows_its_own_network() {
 fn the_link_is_looked_at_again() {
     let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     let lo = usable(Some("=lo")).unwrap().remove(0);
-    lo.check_link(std::os::fd::AsFd::as_fd(&socket)).unwrap();
+    check_link(&lo, std::os::fd::AsFd::as_fd(&socket)).unwrap();
     let gone = Interface { name: CString::new("nosuch0").unwrap(), ..lo };
-    assert_eq!(gone.check_link(std::os::fd::AsFd::as_fd(&socket)).unwrap_err().raw_os_error(), Some(libc::ENODEV));
+    assert_eq!(check_link(&gone, std::os::fd::AsFd::as_fd(&socket)).unwrap_err().raw_os_error(), Some(libc::ENODEV));
 }

@@ -123,9 +123,9 @@ pub fn connect(
 /// Begins; true when the I/O threads have to be told that there is something to sweep.
 fn start(device: &Interface, config: &Config, handle: &mut Handle, direction: Direction) -> Result<bool, Failed> {
     let invitation = Invitation::read(handle).map_err(|e| Failed::new("connect", e))?;
-    let secret = take_key(handle);
-    let hello = invitation.hello(direction, secret.as_ref());
     let what = format!("connect to {} on {}", invitation.address, device.name.to_string_lossy());
+    let secret = take_key(handle).map_err(|e| Failed::new(&what, e))?;
+    let hello = invitation.hello(direction, secret.as_deref()).map_err(|e| Failed::new(&what, e))?;
     let attempt = || -> io::Result<(u64, bool)> {
         let [a, b, c, d, e, f, g, h, ..] = random()?;
         let key = u64::from_le_bytes([a, b, c, d, e, f, g, h]) | 1;
@@ -144,7 +144,7 @@ fn begin(device: &Interface, config: &Config, target: SocketAddr, hello: Hello) 
     tune(&socket, config)?;
     socket.set_tcp_nodelay(true)?;
     if device.reaches(target.ip()) {
-        device.check_link(socket.as_fd())?;
+        crate::interfaces::check_link(device, socket.as_fd())?;
         bind_source(&socket, device)?;
     }
     match socket.connect(&target.into()) {
@@ -213,7 +213,7 @@ mod tests {
         Connecting {
             socket: new_socket(&address).unwrap(),
             target: address,
-            hello: Invitation { address, cookie: [0; 16] }.hello(Direction::Forth, None),
+            hello: Invitation { address, cookie: [0; 16] }.hello(Direction::Forth, None).unwrap(),
             direction: Direction::Forth,
             connected: false,
             said: 0,

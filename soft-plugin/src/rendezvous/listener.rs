@@ -61,12 +61,12 @@ impl ListenComm {
     }
 
     /// The peer has to prove this key. Whether it was in time.
-    pub fn expect_key(&self, key: Key) -> bool {
+    pub fn expect_key(&self, key: &Key) -> bool {
         self.listener.lock().expect(Direction::Forth, Some(key))
     }
 
     /// A connection back is expected too, with a key where there is one. Whether it was in time, and both directions have a key or none.
-    pub fn expect_back(&self, key: Option<Key>) -> bool {
+    pub fn expect_back(&self, key: Option<&Key>) -> bool {
         self.listener.lock().expect(Direction::Back, key)
     }
 
@@ -86,8 +86,8 @@ impl ListenComm {
 enum Awaited {
     /// None is expected, or it was handed out.
     Nobody,
-    /// It proves this key besides the cookie.
-    Peer(Option<Key>),
+    /// It says this, which proves the cookie, and a key where there is one.
+    Peer(Hello),
     Here(Socket, SocketAddr),
 }
 
@@ -182,7 +182,7 @@ fn listen_at(device: &Interface, config: &Config, port: u16) -> io::Result<Socke
     let mut address = own_address(device);
     address.set_port(port);
     let socket = new_socket(&address)?;
-    device.check_link(socket.as_fd())?;
+    crate::interfaces::check_link(device, socket.as_fd())?;
     tune(&socket, config)?;
     if port != 0 {
         // Connections that came to the port before do not keep it: they have its number and a peer's.
@@ -200,21 +200,22 @@ impl Listener {
         let invitation = Invitation { address, cookie: random()? };
         invitation.write(handle);
         let nic = device.name.to_string_lossy().into_owned();
-        let awaited = [Awaited::Peer(None), Awaited::Nobody];
+        let awaited = [Awaited::Peer(invitation.hello(Direction::Forth, None)?), Awaited::Nobody];
         Ok(Listener { socket: Some(socket), nic, invitation, awaited, silent: Vec::new() })
     }
 
     /// Expects a connection; `false` when that makes no sense now.
-    fn expect(&mut self, direction: Direction, key: Option<Key>) -> bool {
+    fn expect(&mut self, direction: Direction, key: Option<&Key>) -> bool {
         let keyed = match &self.awaited[Direction::Forth as usize] {
             _ if direction == Direction::Forth => key.is_some(),
-            Awaited::Peer(key) => key.is_some(),
+            Awaited::Peer(hello) => hello.is_keyed(),
             _ => return false,
         };
         let fresh =
             self.socket.is_some() && self.silent.is_empty() && !matches!(self.awaited[direction as usize], Awaited::Here(..));
+        let Ok(hello) = self.invitation.hello(direction, key) else { return false };
         if fresh && keyed == key.is_some() {
-            self.awaited[direction as usize] = Awaited::Peer(key);
+            self.awaited[direction as usize] = Awaited::Peer(hello);
             return true;
         }
         false
@@ -222,8 +223,8 @@ impl Listener {
 
     /// What is still to come.
     fn expected(&self) -> Expected {
-        [Direction::Forth, Direction::Back].map(|direction| match &self.awaited[direction as usize] {
-            Awaited::Peer(key) => Some(self.invitation.hello(direction, key.as_ref())),
+        [Direction::Forth, Direction::Back].map(|direction| match self.awaited[direction as usize] {
+            Awaited::Peer(hello) => Some(hello),
             _ => None,
         })
     }

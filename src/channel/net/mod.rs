@@ -1,6 +1,7 @@
 //! The path over the comms of a network plugin: a window of chunks on each channel. Knows comms and device copiers, nothing of transfers.
 
 mod channel;
+mod copying;
 mod receiving;
 mod sending;
 mod staging;

@@ -1,22 +1,80 @@
 //! The receiving half of a channel: posting receives, unpacking what arrived, consuming in order. Knows nothing of who
 //! announced the chunks.
 
-use super::channel::{device, iov, register, within, Channel, Copying, Finishing, Posted};
+use super::copying::{device, iov, register, within, Copying, Counts};
 use super::staging::Staging;
 use super::Usage;
-use crate::channel::device::{spread, View};
+use crate::channel::device::{spread, StagingMemory, View};
 use crate::channel::memory::{HostBlock, PAGE};
 use crate::channel::path::{Arrival, Copier, Dest};
 use crate::direct::Event;
-use crate::net::comm::{Done, MHandle};
+use crate::net::comm::{Done, MHandle, RecvComm};
+use crate::net::registrations::Registration;
 use crate::status::{bail, Result};
 use crate::types::Place;
 use nccl_net_abi::{ucclIoVec, MAX_REQUESTS, NCCL_PTR_CUDA, NCCL_PTR_HOST};
+use std::collections::VecDeque;
 
-impl Channel {
-    pub(super) fn progress_receives(&mut self, copier: &mut Copier, usage: &Usage, events: &mut Vec<Event>) -> Result<bool> {
+/// A receive that is posted.
+pub(super) struct Posted {
+    arrival: Arrival,
+    /// Staging place of a host receive without the extension.
+    staged: Option<*mut u8>,
+}
+
+/// A chunk that is here and not yet in place.
+struct Finishing {
+    arrival: Arrival,
+    copying: Copying,
+}
+
+/// The receive comm and what it is to bring.
+pub(super) struct Receiving {
+    // Field order is drop order, as of the sending half.
+    pub comm: RecvComm,
+    expected: VecDeque<Arrival>,
+    pub posted: VecDeque<Posted>,
+    finishing: VecDeque<Finishing>,
+    view: Option<View>,
+    host_in: Option<Staging>,
+    device_in: Option<(Registration, Box<dyn StagingMemory>)>,
+    discard: Option<HostBlock>,
+    pub counts: Counts,
+}
+
+impl Receiving {
+    pub(super) fn new(comm: RecvComm) -> Receiving {
+        Receiving {
+            comm,
+            expected: VecDeque::new(),
+            posted: VecDeque::new(),
+            finishing: VecDeque::new(),
+            view: None,
+            host_in: None,
+            device_in: None,
+            discard: None,
+            counts: Counts::default(),
+        }
+    }
+
+    /// The peer announced a chunk.
+    pub(super) fn expect(&mut self, arrival: Arrival) {
+        self.expected.push_back(arrival);
+    }
+
+    /// Chunks that were announced and are not in place.
+    pub(super) fn under_way(&self) -> usize {
+        self.expected.len() + self.posted.len() + self.finishing.len()
+    }
+
+    /// Lets registrations go while their comm is open. Only while nothing is under way.
+    pub(super) fn drop_staging(&mut self) {
+        (self.host_in, self.device_in) = (None, None);
+    }
+
+    pub(super) fn progress(&mut self, copier: &mut Copier, usage: &Usage, events: &mut Vec<Event>) -> Result<bool> {
         let mut any = self.post_receives(copier, usage)?;
-        while let Some(done) = self.recv.test_oldest()? {
+        while let Some(done) = self.comm.test_oldest()? {
             // The chunk leaves the queue only when its copy has been handed over: whatever fails before leaves its memory in use until the
             // channel is closed.
             let copying = self.put_in_place(done, copier)?;
@@ -25,12 +83,12 @@ impl Channel {
             any = true;
         }
         while let Some(first) = self.finishing.front_mut() {
-            if !first.copying.over(copier, &mut self.counts.unpacking)? {
+            if !first.copying.over(copier, &mut self.counts.copying)? {
                 break;
             }
-            self.recv.consume_oldest()?;
-            self.counts.received_chunks += 1;
-            self.counts.received_bytes += first.arrival.len as u64;
+            self.comm.consume_oldest()?;
+            self.counts.chunks += 1;
+            self.counts.bytes += first.arrival.len as u64;
             events.push(Event::Received(first.arrival.key, first.arrival.len as u64));
             self.finishing.pop_front();
             any = true;
@@ -58,7 +116,7 @@ impl Channel {
                 // SAFETY: the receive is done and not consumed; the arrival holds the parts' regions.
                 let unpack = || unsafe { device(copier)?.unpack(&view, done.slot, arrival.len, parts, *place) };
                 let copying = Copying::begin(unpack)?;
-                self.counts.unpacked += 1;
+                self.counts.copied += 1;
                 Ok(copying)
             }
             (Dest::Memory { parts, .. }, None, Some(staged)) => {
@@ -72,7 +130,7 @@ impl Channel {
 
     fn post_receives(&mut self, copier: &mut Copier, usage: &Usage) -> Result<bool> {
         let mut any = false;
-        while self.recv.window_free() > 0 {
+        while self.comm.window_free() > 0 {
             let Some(next) = self.expected.pop_front() else { break };
             let (taken, staged) = self.post_receive(&next, copier, usage)?;
             if !taken {
@@ -90,7 +148,7 @@ impl Channel {
             Dest::Memory { place, .. } if place.is_device() => Ok((self.post_device(next, *place, copier)?, None)),
             Dest::Memory { parts, .. } if usage.vectored => {
                 // SAFETY: the arrival holds the parts' regions until the chunk is in place or the channel is closed.
-                Ok((unsafe { self.recv.recv_vectored(&iov(parts), next.len, next.tag) }?, None))
+                Ok((unsafe { self.comm.recv_vectored(&iov(parts), next.len, next.tag) }?, None))
             }
             Dest::Discard if usage.vectored => {
                 let discard = match &self.discard {
@@ -99,7 +157,7 @@ impl Channel {
                 };
                 let iov = [ucclIoVec { base: discard.as_ptr().cast(), len: next.len }];
                 // SAFETY: the discard block holds a chunk and outlives the comm; nobody reads it.
-                Ok((unsafe { self.recv.recv_vectored(&iov, next.len, next.tag) }?, None))
+                Ok((unsafe { self.comm.recv_vectored(&iov, next.len, next.tag) }?, None))
             }
             _ if usage.host => self.post_staged(next, usage),
             Dest::Memory { .. } => bail!(Internal, "host memory on a channel that carries device memory only"),
@@ -115,7 +173,7 @@ impl Channel {
     fn post_staged(&mut self, next: &Arrival, usage: &Usage) -> Result<(bool, Option<*mut u8>)> {
         if self.host_in.is_none() {
             let stride = usage.chunk_bytes.next_multiple_of(PAGE);
-            let recv = &self.recv;
+            let recv = &self.comm;
             // SAFETY: the staging memory is dropped after the comm (field order).
             let register = |p: *mut u8, n| unsafe { recv.register(p.cast(), n, NCCL_PTR_HOST) };
             let block = Box::new(HostBlock::new(stride * MAX_REQUESTS)?);
@@ -124,7 +182,7 @@ impl Channel {
         let Some(staging) = &mut self.host_in else { bail!(Internal, "no staging") };
         let data = staging.next();
         // SAFETY: the staging place holds a chunk and outlives the comm.
-        let taken = unsafe { self.recv.recv(data.cast(), next.len, next.tag, staging.mhandle()) }?;
+        let taken = unsafe { self.comm.recv(data.cast(), next.len, next.tag, staging.mhandle()) }?;
         if !taken {
             staging.undo();
         }
@@ -133,7 +191,7 @@ impl Channel {
 
     fn post_device(&mut self, next: &Arrival, place: Place, copier: &mut Copier) -> Result<bool> {
         let (data, mhandle) = self.device_in(place, copier)?;
-        let recv = &mut self.recv;
+        let recv = &mut self.comm;
         // SAFETY: for a CUDA mhandle the destination is not touched; it is the small block's own address.
         within(copier, place, &mut || unsafe { recv.recv(data.cast(), next.len, next.tag, mhandle) })
     }
@@ -144,7 +202,7 @@ impl Channel {
             return Ok((block.ptr(), registration.mhandle()));
         }
         let block = device(copier)?.staging(PAGE, place)?;
-        let (data, recv) = (block.ptr(), &self.recv);
+        let (data, recv) = (block.ptr(), &self.comm);
         // SAFETY: the block is dropped after the comm (field order).
         let registration = register(copier, place, || unsafe { recv.register(data.cast(), PAGE, NCCL_PTR_CUDA) })?;
         let mhandle = registration.mhandle();
@@ -156,7 +214,7 @@ impl Channel {
         if let Some(view) = self.view {
             return Ok(view);
         }
-        let handle = self.recv.device_handle();
+        let handle = self.comm.device_handle();
         if handle.netDeviceType != nccl_net_abi::NCCL_NET_DEVICE_UNPACK
             || handle.netDeviceVersion != nccl_net_abi::NCCL_NET_DEVICE_UNPACK_VERSION
         {

@@ -1,28 +1,123 @@
 //! The sending half of a channel: where a chunk's bytes are handed to the plugin from, and in which order. Knows nothing of
 //! streams: a chunk bears all that it needs.
 
-use super::channel::{device, iov, register, within, Channel, Copying, Leaving, Source, ToPost};
+use super::copying::{device, iov, register, within, Copying, Counts};
 use super::staging::{Staging, STAGED_WINDOW};
 use super::Usage;
 use crate::channel::device::gather;
 use crate::channel::memory::{HostBlock, PAGE};
 use crate::channel::path::{Copier, Departure};
 use crate::channel::plan::Chunk;
-use crate::direct::{Event, Way};
+use crate::channel::stripe::{Load, Rate};
+use crate::direct::Event;
+use crate::net::comm::{MHandle, SendComm};
 use crate::region::Hold;
 use crate::status::{bail, Result};
-use crate::types::Place;
-use nccl_net_abi::{MAX_REQUESTS, NCCL_PTR_CUDA, NCCL_PTR_HOST};
-use std::time::Instant;
+use crate::types::{Key, Place};
+use nccl_net_abi::{ucclIoVec, MAX_REQUESTS, NCCL_PTR_CUDA, NCCL_PTR_HOST};
+use std::collections::{HashMap, VecDeque};
+use std::time::{Duration, Instant};
 
-impl Channel {
-    /// Takes a chunk for sending. The caller announces it to the peer. There must be a free place ([`Channel::load`]). The departure's
-    /// hold keeps the chunk's memory registered, and so mapped, until the chunk is gone or the channel closed.
-    pub(super) fn submit(&mut self, departure: Departure, copier: &mut Copier, usage: &Usage, now: Instant) -> Result<()> {
-        self.take(departure, copier, usage, now).map_err(|e| self.blame(Way::Out, &e))
+/// Places of the window that chunks of large transfers take at most: small ones find one soon.
+const BULK_WINDOW: usize = MAX_REQUESTS / 2;
+/// Bytes of large transfers on a channel from which on no more of them are taken: a small one on the same channel waits for all of them.
+const BULK_BYTES: u64 = 2 << 20;
+
+/// Of the free places of a window, those that the next chunk may use. `bulk`: of a large transfer, and how many chunks and bytes of large
+/// ones are under way.
+fn free(free: usize, bulk: Option<(usize, u64)>) -> usize {
+    match bulk {
+        None => free,
+        Some((_, bytes)) if bytes >= BULK_BYTES => 0,
+        // What small ones take does not count against large ones: they would never have a turn.
+        Some((chunks, _)) => free.min(BULK_WINDOW.saturating_sub(chunks)),
+    }
+}
+
+/// A chunk on its way out; dropped when its memory may change.
+pub(super) struct Leaving {
+    key: Key,
+    len: usize,
+    bulk: bool,
+    _hold: Hold,
+}
+
+/// A chunk announced and not yet taken by the plugin.
+struct ToPost {
+    source: Source,
+    len: usize,
+    tag: i32,
+}
+
+enum Source {
+    Contiguous { data: *mut u8, mhandle: MHandle, packing: Copying, place: Place },
+    Vectored(Vec<ucclIoVec>),
+}
+
+/// The send comm and what waits for it.
+pub(super) struct Sending {
+    // Field order is drop order: the comm closes before what its requests may use.
+    pub comm: SendComm,
+    host_out: Option<Staging>,
+    device_out: HashMap<Place, Staging>,
+    pub outgoing: VecDeque<Leaving>,
+    to_post: VecDeque<ToPost>,
+    pub queued: u64,
+    /// Chunks of large transfers among the outgoing ones.
+    bulk: usize,
+    bulk_bytes: u64,
+    pub rate: Rate,
+    pub counts: Counts,
+}
+
+impl Sending {
+    pub(super) fn new(comm: SendComm) -> Sending {
+        Sending {
+            comm,
+            host_out: None,
+            device_out: HashMap::new(),
+            outgoing: VecDeque::new(),
+            to_post: VecDeque::new(),
+            queued: 0,
+            bulk: 0,
+            bulk_bytes: 0,
+            rate: Rate::default(),
+            counts: Counts::default(),
+        }
     }
 
-    fn take(&mut self, departure: Departure, copier: &mut Copier, usage: &Usage, now: Instant) -> Result<()> {
+    /// For a chunk from `place`; `nic`: the number of its NIC.
+    pub(super) fn load(&self, place: Place, bulk: bool, usage: &Usage, nic: usize, now: Instant) -> Load {
+        let oldest = self.oldest();
+        let window = if place.is_device() && usage.stage_sends { STAGED_WINDOW } else { MAX_REQUESTS };
+        let free = free(window.saturating_sub(self.outgoing.len()), bulk.then_some((self.bulk, self.bulk_bytes)));
+        Load { free, queued: self.queued, rate: self.rate.get(oldest, now), nic }
+    }
+
+    /// Bytes of the chunk that has been under way the longest.
+    pub(super) fn oldest(&self) -> u64 {
+        self.outgoing.front().map_or(0, |o| o.len as u64)
+    }
+
+    /// Bytes that have come to the peer, those that were handed over and have not, and the round trip, as far as the plugin tells; `None`
+    /// when it cannot tell now.
+    pub(super) fn flow(&self) -> Option<(u64, u64, Duration)> {
+        match self.comm.flow() {
+            Some(flow) if flow.stale != 0 => None,
+            Some(flow) => Some((flow.acknowledged, self.queued + flow.waiting, Duration::from_micros(flow.min_rtt_us.into()))),
+            None => Some((self.counts.bytes, self.queued, Duration::ZERO)),
+        }
+    }
+
+    /// Lets registrations go while their comm is open. Only while nothing is under way.
+    pub(super) fn drop_staging(&mut self) {
+        self.host_out = None;
+        self.device_out.clear();
+    }
+
+    /// Takes a chunk for sending. The caller announces it to the peer. There must be a free place ([`Sending::load`]). The departure's hold
+    /// keeps the chunk's memory registered, and so mapped, until the chunk is gone or the channel closed.
+    pub(super) fn take(&mut self, departure: Departure, copier: &mut Copier, usage: &Usage, now: Instant) -> Result<()> {
         let Departure { key, chunk, hold, bulk, tag } = departure;
         let len = chunk.len;
         // First of all, so that a failure from here on leaves the chunk's memory in use until the channel is closed.
@@ -49,7 +144,7 @@ impl Channel {
     fn device_source(&mut self, chunk: &Chunk, hold: &Hold, copier: &mut Copier, usage: &Usage) -> Result<Source> {
         let place = chunk.place;
         if let ([part], false) = (&chunk.parts[..], usage.stage_sends) {
-            let (span, send) = (hold.span_to_register(part.region)?, &mut self.send);
+            let (span, send) = (hold.span_to_register(part.region)?, &mut self.comm);
             // SAFETY: the region stays mapped while it is held; registrations go before it does (forget_region).
             let mhandle = register(copier, place, || unsafe { send.region(span, part.addr) })?;
             return Ok(Source::Contiguous { data: part.addr as *mut u8, mhandle, packing: Copying::none(), place });
@@ -58,7 +153,7 @@ impl Channel {
         let (data, mhandle) = (staging.next(), staging.mhandle());
         // SAFETY: the chunk is at most a stride long; parts are registered device memory by the caller's contract.
         let packing = Copying::begin(|| unsafe { device(copier)?.pack(&chunk.parts, data, place) })?;
-        self.counts.packed += 1;
+        self.counts.copied += 1;
         Ok(Source::Contiguous { data, mhandle, packing, place: if usage.stage_sends { Place::HOST } else { place } })
     }
 
@@ -71,7 +166,7 @@ impl Channel {
             } else {
                 (device(copier)?.staging(stride * MAX_REQUESTS, place)?, MAX_REQUESTS, NCCL_PTR_CUDA)
             };
-            let send = &self.send;
+            let send = &self.comm;
             let staging = Staging::new(memory, stride, places, |p, n| {
                 // SAFETY: the staging memory is dropped after the comm (field order).
                 register(copier, place, || unsafe { send.register(p.cast(), n, kind) })
@@ -84,15 +179,10 @@ impl Channel {
         }
     }
 
-    /// Drops the plugin's registrations of a region that no transfer uses any more.
-    pub(crate) fn forget_region(&mut self, id: u64) {
-        self.send.forget_region(id);
-    }
-
     fn host_out(&mut self, usage: &Usage) -> Result<&mut Staging> {
         if self.host_out.is_none() {
             let stride = usage.chunk_bytes.next_multiple_of(PAGE);
-            let send = &self.send;
+            let send = &self.comm;
             // SAFETY: the staging memory is dropped after the comm (field order).
             let register = |p: *mut u8, n| unsafe { send.register(p.cast(), n, NCCL_PTR_HOST) };
             self.host_out = Some(Staging::new(Box::new(HostBlock::new(stride * MAX_REQUESTS)?), stride, MAX_REQUESTS, register)?);
@@ -109,12 +199,12 @@ impl Channel {
         while let Some(next) = self.to_post.front_mut() {
             let taken = match &mut next.source {
                 // SAFETY: the source's memory is kept by the chunk's hold, or it is a place of the staging ring.
-                Source::Vectored(iov) => unsafe { self.send.send_vectored(iov, next.len, next.tag) }?,
+                Source::Vectored(iov) => unsafe { self.comm.send_vectored(iov, next.len, next.tag) }?,
                 Source::Contiguous { data, mhandle, packing, place } => {
-                    if !packing.over(copier, &mut self.counts.packing)? {
+                    if !packing.over(copier, &mut self.counts.copying)? {
                         break;
                     }
-                    let send = &mut self.send;
+                    let send = &mut self.comm;
                     // SAFETY: as above.
                     within(copier, *place, &mut || unsafe { send.send(data.cast(), next.len, next.tag, *mhandle) })?
                 }
@@ -129,26 +219,62 @@ impl Channel {
         Ok(any)
     }
 
-    pub(super) fn progress_sends(&mut self, copier: &mut Copier, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
+    pub(super) fn progress(&mut self, copier: &mut Copier, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
         let mut done = 0;
         let mut any = false;
-        while self.send.inflight() > 0 && self.send.test_oldest()? {
+        while self.comm.inflight() > 0 && self.comm.test_oldest()? {
             let Some(sent) = self.outgoing.pop_front() else { bail!(Internal, "a send without a chunk") };
             done += sent.len as u64;
             self.bulk -= usize::from(sent.bulk);
             self.bulk_bytes -= if sent.bulk { sent.len as u64 } else { 0 };
-            self.counts.sent_chunks += 1;
+            self.counts.chunks += 1;
             events.push(Event::Sent(sent.key, sent.len as u64));
         }
         if done > 0 {
             self.queued -= done;
-            self.counts.sent_bytes += done;
-            self.rate.done(done, now, self.send.inflight() > 0);
+            self.counts.bytes += done;
+            self.rate.done(done, now, self.comm.inflight() > 0);
             any = true;
         }
         if !self.to_post.is_empty() {
             any |= self.post_sends(copier, now)?;
         }
         Ok(any)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Chunks of large transfers that a channel takes one after the other, and the bytes that a small one then waits for.
+    fn taken(len: u64) -> (usize, u64) {
+        let mut chunks = 0;
+        while free(MAX_REQUESTS - chunks, Some((chunks, chunks as u64 * len))) > 0 {
+            chunks += 1;
+        }
+        (chunks, chunks as u64 * len)
+    }
+
+    #[test]
+    fn large_transfers_leave_places_and_bytes_to_small_ones() {
+        // Of large chunks the bytes are the bound, of smaller ones the places.
+        assert_eq!(taken(512 << 10), (4, BULK_BYTES));
+        assert_eq!(taken(1 << 20), (2, BULK_BYTES));
+        assert_eq!(taken(4 << 20), (1, 4 << 20));
+        assert_eq!(taken(64 << 10), (BULK_WINDOW, 512 << 10));
+        // One byte less is not enough to wait.
+        assert_eq!(free(5, Some((1, BULK_BYTES - 1))), 5);
+        assert_eq!(free(5, Some((1, BULK_BYTES))), 0);
+    }
+
+    #[test]
+    fn large_transfers_bound_themselves_alone() {
+        for places in 0..=MAX_REQUESTS {
+            assert_eq!(free(places, None), places);
+            // Small ones in the window take nothing of the large ones' part but the places that they have.
+            assert_eq!(free(places, Some((0, 0))), places.min(BULK_WINDOW));
+            assert_eq!(free(places, Some((BULK_WINDOW, 1))), 0);
+        }
     }
 }

@@ -134,7 +134,7 @@ impl Core {
         if self.backlog() == 0 || most == 0 {
             return Ok(0);
         }
-        let sent = self.control.flush(&mut self.machine.tx, most)?;
+        let sent = self.control.flush(self.machine.tx(), most)?;
         self.machine.on_sent(sent, self.control.pending(), now);
         Ok(sent)
     }
@@ -172,6 +172,6 @@ impl Core {
 
     /// Bytes that wait to leave on the control stream.
     pub(super) fn backlog(&self) -> usize {
-        self.machine.tx.pending() + self.control.pending()
+        self.machine.unsent() + self.control.pending()
     }
 }

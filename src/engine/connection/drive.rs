@@ -1,7 +1,7 @@
 //! A connection as the progress thread drives it: a round, a timer's tick, a look at channels that rang for nothing.
 
 use super::core::Core;
-use super::Connection;
+use super::shared::Shared;
 use crate::engine::progress::pacing::NAP_BYTES;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -42,15 +42,18 @@ impl Progress {
     }
 }
 
-impl Connection {
+/// A connection as the progress thread drives it.
+pub(crate) struct Driver<'a>(pub(super) &'a Shared);
+
+impl Driver<'_> {
     /// A round of the progress thread. `must`: waits for the lock; otherwise leaves the round to whoever holds it.
     pub(crate) fn progress(&self, must: bool) -> Progress {
-        if self.preparing.load(Ordering::SeqCst) > 0 {
+        if self.0.preparing.load(Ordering::SeqCst) > 0 {
             return Progress { channels_busy: false, busy: false, kept: true, ..Progress::left_alone() };
         }
-        let held = if must { Some(self.core.lock()) } else { self.core.try_lock() };
-        let Some(mut core) = held.map(|core| self.hold(core)) else { return Progress::left_alone() };
-        let any = self.drive(&mut core, Instant::now());
+        let held = if must { Some(self.0.core.lock()) } else { self.0.core.try_lock() };
+        let Some(mut core) = held.map(|core| self.0.hold(core)) else { return Progress::left_alone() };
+        let any = self.0.drive(&mut core, Instant::now());
         Progress {
             any,
             channels_busy: core.channels.busy(),
@@ -67,17 +70,17 @@ impl Connection {
     /// Whether something is under way, or waits to leave.
     pub(crate) fn is_active(&self) -> bool {
         // It asks for the progress thread afterwards.
-        if self.preparing.load(Ordering::SeqCst) > 0 {
+        if self.0.preparing.load(Ordering::SeqCst) > 0 {
             return false;
         }
-        let core = self.lock();
+        let core = self.0.lock();
         core.machine.dead().is_none() && core.is_active()
     }
 
     /// The timer of a connection that rests: its heartbeat leaves and its deadlines are looked at, without a look at anything else. When
     /// to do it again; none where the connection needs a whole round.
     pub(crate) fn tick_at_rest(&self, now: Instant) -> Option<Instant> {
-        let mut core = self.hold(self.core.try_lock()?);
+        let mut core = self.0.hold(self.0.core.try_lock()?);
         let (silent, limit) = core.machine.silence(now);
         // What the peer has said may lie unread, where this process did not run for a while.
         if core.machine.dead().is_some() || core.closing || core.is_active() || silent > limit / 2 {
@@ -89,10 +92,10 @@ impl Connection {
 
     /// A channel rang and nothing moved: it may have failed.
     pub(crate) fn look_for_failure(&self) {
-        if self.preparing.load(Ordering::SeqCst) > 0 {
+        if self.0.preparing.load(Ordering::SeqCst) > 0 {
             return;
         }
-        let mut core = self.lock();
+        let mut core = self.0.lock();
         let now = Instant::now();
         if core.machine.dead().is_some() || core.closing || now - core.looked < LOOK {
             return;
@@ -101,7 +104,7 @@ impl Connection {
         let Core { machine, channels, .. } = &mut *core;
         if let Err(e) = machine.note_network(channels, now) {
             let e = core.last_words(e, now);
-            self.fail_locked(&mut core, e);
+            self.0.fail_locked(&mut core, e);
         }
     }
 }

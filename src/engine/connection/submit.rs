@@ -2,7 +2,7 @@
 //! how the rest is driven.
 
 use super::core::Core;
-use super::{Connection, Held};
+use super::shared::{Held, Shared};
 use crate::direct::{Blocks, Way};
 use crate::engine::fifo::FifoItem;
 use crate::engine::list::List;
@@ -19,21 +19,24 @@ use std::time::{Duration, Instant};
 /// A read of host memory of at most so many bytes is copied before its start returns.
 const AT_ONCE: u64 = 128 << 10;
 
-impl Connection {
+/// A connection as an application asks it for something.
+pub(super) struct Submission<'a>(pub &'a Shared);
+
+impl Submission<'_> {
     /// Starts a read or write of several segments as one transfer; gives its id.
     ///
     /// # Errors
     /// `InvalidArgument`, `NotFound` (region), `Resource`, or why the connection is lost. Nothing moves then.
-    pub fn transfer<B: Borrow<FifoItem>>(
+    pub(super) fn transfer<B: Borrow<FifoItem>>(
         &self,
         direction: Direction,
         items: impl ExactSizeIterator<Item = (LocalSegment, B)> + Clone,
     ) -> Result<u64> {
-        self.core.check("connection")?;
+        self.0.core.check("connection")?;
         // Before any item is looked at: a wrong count says nothing of what lies behind the lists.
         request::check_count(items.len())?;
-        if self.one_host.is_some() {
-            if let Some((sketch, known)) = request::sketch(items.clone(), &self.table.registry, self.peer.engine) {
+        if self.0.one_host.is_some() {
+            if let Some((sketch, known)) = request::sketch(items.clone(), &self.0.context.registry, self.0.peer.engine) {
                 let way = direction.way();
                 let mut feed = request::Feed::new(items.clone(), known, way, sketch.count);
                 if let Some(id) = self.transfer_direct(way, sketch, &mut feed)? {
@@ -44,15 +47,15 @@ impl Connection {
         self.transfer_request(direction.way(), items.len(), items)
     }
 
-    /// As [`Connection::transfer`], of a list that is kept for several transfers.
+    /// As [`Submission::transfer`], of a list that is kept for several transfers.
     ///
     /// # Errors
-    /// As [`Connection::transfer`].
-    pub fn transfer_list(&self, direction: Direction, list: &List) -> Result<u64> {
-        self.core.check("connection")?;
-        if self.one_host.is_some() {
+    /// As [`Submission::transfer`].
+    pub(super) fn transfer_list(&self, direction: Direction, list: &List) -> Result<u64> {
+        self.0.core.check("connection")?;
+        if self.0.one_host.is_some() {
             let way = direction.way();
-            if let Some((sketch, mut feed)) = list.sketch(way, &self.table.registry, self.peer.engine) {
+            if let Some((sketch, mut feed)) = list.sketch(way, &self.0.context.registry, self.0.peer.engine) {
                 if let Some(id) = self.transfer_direct(way, sketch, &mut feed)? {
                     return Ok(id);
                 }
@@ -68,18 +71,19 @@ impl Connection {
         items: impl Iterator<Item = (LocalSegment, B)>,
     ) -> Result<u64> {
         let builder = if n < MANY {
-            RequestBuilder::new(n, &self.table.registry, self.peer.engine, None)
+            RequestBuilder::new(n, &self.0.context.registry, self.0.peer.engine, None)
         } else {
-            let pool = &mut self.lock().machine.segment_pool;
-            RequestBuilder::new(n, &self.table.registry, self.peer.engine, Some(pool))
+            let mut core = self.0.lock();
+            let pool = core.machine.segment_pool();
+            RequestBuilder::new(n, &self.0.context.registry, self.0.peer.engine, Some(pool))
         }?;
         let built = builder.build(items)?;
         let now = Instant::now();
-        let mut core = self.lock();
+        let mut core = self.0.lock();
         match built {
             Built::Refused(error) => {
                 self.admit(&core, 0, &[])?;
-                log::error!("{}: {error}", self.peer.name);
+                log::error!("{}: {error}", self.0.peer.name);
                 Ok(core.machine.start_failed(error))
             }
             Built::Request(request) => {
@@ -97,7 +101,7 @@ impl Connection {
             return Ok(None);
         }
         let now = Instant::now();
-        let mut core = self.lock();
+        let mut core = self.0.lock();
         self.admit(&core, sketch.count, &sketch.places())?;
         // A small read of host memory is over already.
         let at_once =
@@ -110,7 +114,7 @@ impl Connection {
         };
         let before = machine.ended();
         let looked = begun.and_then(|()| if at_once { machine.drive_channels(channels, now).map(drop) } else { Ok(()) });
-        self.wake_waiters(&core, before);
+        self.0.wake_waiters(&core, before);
         let _ = self.leave(core, looked, now);
         Ok(Some(id))
     }
@@ -118,12 +122,12 @@ impl Connection {
     /// Starts a two-sided send of one message gathered from segments; gives its id.
     ///
     /// # Errors
-    /// As [`Connection::transfer`].
-    pub fn send(&self, items: impl ExactSizeIterator<Item = LocalSegment>) -> Result<u64> {
-        self.core.check("connection")?;
-        let (segments, uses) = request::message(items, &self.table.registry)?;
+    /// As [`Submission::transfer`].
+    pub(super) fn send(&self, items: impl ExactSizeIterator<Item = LocalSegment>) -> Result<u64> {
+        self.0.core.check("connection")?;
+        let (segments, uses) = request::message(items, &self.0.context.registry)?;
         let now = Instant::now();
-        let mut core = self.lock();
+        let mut core = self.0.lock();
         self.admit(&core, segments.len(), &[])?;
         let Core { machine, channels, .. } = &mut *core;
         let id = machine.start_send(segments, uses, channels, now);
@@ -133,15 +137,15 @@ impl Connection {
     /// Starts a receive of one message of at most `local.len` bytes; gives its id.
     ///
     /// # Errors
-    /// As [`Connection::transfer`].
-    pub fn recv(&self, local: LocalSegment) -> Result<u64> {
-        self.core.check("connection")?;
-        let region = self.table.registry.local(local.mr)?;
+    /// As [`Submission::transfer`].
+    pub(super) fn recv(&self, local: LocalSegment) -> Result<u64> {
+        self.0.core.check("connection")?;
+        let region = self.0.context.registry.local(local.mr)?;
         let (addr, len) = (local.addr as u64, local.len as u64);
         region.check(addr, len)?;
         let segment = Segment { addr, len, region: 0, place: region.place, peer: Place::HOST };
         let now = Instant::now();
-        let mut core = self.lock();
+        let mut core = self.0.lock();
         self.admit(&core, 1, &[])?;
         let Core { machine, channels, .. } = &mut *core;
         let id = machine.start_receive(segment, region, channels, now);
@@ -153,19 +157,19 @@ impl Connection {
     ///
     /// # Errors
     /// `InvalidArgument` above 64 MiB, `Resource` without memory for it, or why the connection is lost.
-    pub fn notify(&self, name: &[u8], message: &[u8]) -> Result<()> {
-        self.core.check("connection")?;
+    pub(super) fn notify(&self, name: &[u8], message: &[u8]) -> Result<()> {
+        self.0.core.check("connection")?;
         let size = name.len().saturating_add(message.len());
         if size > MAX_NOTIFICATION {
             bail!(InvalidArgument, "a notification of {size} bytes, at most {MAX_NOTIFICATION}");
         }
-        let mut core = self.lock();
+        let mut core = self.0.lock();
         while core.backlog() + size > MAX_BACKLOG && core.machine.dead().is_none() && !core.closing {
-            self.drive(&mut core, Instant::now());
+            self.0.drive(&mut core, Instant::now());
             core.pause(Duration::from_micros(100));
         }
         self.admit(&core, 0, &[])?;
-        core.machine.tx.make_room(size)?;
+        core.machine.tx().make_room(size)?;
         let now = Instant::now();
         core.machine.notify(name, message, now);
         self.leave(core, Ok(()), now)
@@ -177,7 +181,7 @@ impl Connection {
             core.machine.alive()?;
             bail!(Canceled, "the connection is being closed");
         }
-        core.machine.admit(segments, pairs, &core.channels).inspect_err(|e| self.table.counters.limit(e.kind()))
+        core.machine.admit(segments, pairs, &core.channels).inspect_err(|e| self.0.context.counters.limit(e.kind()))
     }
 
     /// After work was added. What fails from here on is how the work ends: something may have moved, so it has begun.
@@ -187,7 +191,7 @@ impl Connection {
     fn started<T>(&self, mut core: Held<'_>, started: Result<T>, now: Instant) -> Result<T> {
         let value = started.map_err(|e| {
             let e = core.last_words(e, now);
-            self.fail_locked(&mut core, e.clone());
+            self.0.fail_locked(&mut core, e.clone());
             e
         })?;
         let _ = self.leave(core, Ok(()), now);
@@ -201,14 +205,14 @@ impl Connection {
     pub(super) fn leave(&self, mut core: Held<'_>, before: Result<()>, now: Instant) -> Result<()> {
         if let Err(e) = before.and_then(|()| core.pump(now)) {
             let e = core.last_words(e, now);
-            return if self.fail_locked(&mut core, e.clone()) { Ok(()) } else { Err(e) };
+            return if self.0.fail_locked(&mut core, e.clone()) { Ok(()) } else { Err(e) };
         }
-        let mut needs_help = core.backlog() > 0 || (core.channels.busy() && !self.table.doorbells);
+        let mut needs_help = core.backlog() > 0 || (core.channels.busy() && !self.0.context.doorbells);
         // Nobody rings when a device has copied; whoever polls in a loop looks anyway.
-        needs_help |= core.channels.copies_pending() && self.driven_by_application().is_none();
+        needs_help |= core.channels.copies_pending() && self.0.driven_by_application().is_none();
         drop(core);
         if needs_help {
-            self.table.request_drive(self.id);
+            self.0.context.request_drive(self.0.id);
         }
         Ok(())
     }

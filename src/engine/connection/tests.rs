@@ -7,6 +7,7 @@ use crate::channel::plan::ChunkLimits;
 use crate::channel::router::Channels;
 use crate::channel::stripe::Loads;
 use crate::direct::{Activity, Blocks, Direct, Event, Pairing, Route, Start, Way};
+use crate::engine::progress::context::DriveContext;
 use crate::engine::progress::doorbell::Bell;
 use crate::engine::progress::pacing::Cores;
 use crate::engine::progress::thread;
@@ -21,6 +22,7 @@ use crate::status::{err, ErrorKind};
 use crate::types::{Key, Landing, Piece, Place};
 use crate::wire::control::ControlStream;
 use crate::wire::session::{Direction, Session};
+use process::Mutex;
 use std::net::{TcpListener, TcpStream};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
@@ -127,7 +129,7 @@ impl Drop for SimulatedDefect {
 }
 
 fn table() -> Arc<ConnectionTable> {
-    Arc::new(ConnectionTable::new(Bell::new().unwrap(), true, Duration::from_secs(1), 1000))
+    Arc::new(ConnectionTable::new(DriveContext::new(Bell::new().unwrap(), true, Duration::from_secs(1), 1000)))
 }
 
 /// A connection over such a path, and its peer's socket.
@@ -143,7 +145,7 @@ fn connection_over(table: &Arc<ConnectionTable>, path: SimulatedDefect) -> (Arc<
     let timeout = Duration::from_secs(60);
     let account = Pool::endless().account([127, 0, 0, 1].into());
     let setting = Setting {
-        registry: table.registry.clone(),
+        registry: table.context.registry.clone(),
         inbox: Inbox::new(&Queue::new(1 << 30, 256 << 20), &account),
         account,
         lines: Arc::new(Limiter::new(1000)),
@@ -160,8 +162,8 @@ fn connection_over(table: &Arc<ConnectionTable>, path: SimulatedDefect) -> (Arc<
     let core = Core::new(Machine::new(setting, Instant::now()), channels, control);
     let peer =
         Peer { ip: [127, 0, 0, 1].into(), name: "a peer".to_owned(), gpu_index: -1, key: None, engine: [1; 16], _counted: None };
-    let connection = Arc::new(Connection::new(table.clone(), core, peer, table.bell.slot().unwrap(), None));
-    assert!(table.connections.insert(connection.id, &connection));
+    let connection = Arc::new(Connection::new(table.clone(), core, peer, table.context.queue.bell.slot().unwrap(), None));
+    assert!(table.connections.insert(connection.id(), &connection));
     (connection, theirs)
 }
 
@@ -208,13 +210,14 @@ fn a_panic_in_an_applications_thread_ends_the_connection() {
         for closed in [false, true] {
             let (connection, _theirs) = connection(&table, true, closed);
             let memory = [0u8; 64];
-            let mr = table.registry.add(memory.as_ptr() as u64, 64, Place::HOST, crate::types::RemoteAccess::ALL).unwrap();
+            let mr =
+                table.context.registry.add(memory.as_ptr() as u64, 64, Place::HOST, crate::types::RemoteAccess::ALL).unwrap();
             let id = connection.recv(LocalSegment { mr, addr: memory.as_ptr() as usize, len: 64 });
             let id = id.expect("a receive");
             assert!(catch_unwind(AssertUnwindSafe(|| connection.poll(id))).is_err(), "a defect");
             assert_eq!(kind(&connection), Some(ErrorKind::Internal));
             assert_eq!(connection.poll(id).unwrap_err().kind(), ErrorKind::Internal);
-            assert!(!table.registry.retire(mr).unwrap().in_use(), "nothing touches memory any more");
+            assert!(!table.context.registry.retire(mr).unwrap().in_use(), "nothing touches memory any more");
         }
     });
 }
@@ -225,7 +228,7 @@ fn one_that_ended_before_it_was_watched_wakes_nobody() {
     let (connection, theirs) = connection(&table, false, false);
     let woken = |wait| {
         let mut tokens = Vec::new();
-        table.bell.wait(wait, &mut tokens);
+        table.context.queue.bell.wait(wait, &mut tokens);
         tokens
     };
     drop(theirs);
@@ -240,7 +243,7 @@ fn one_that_ended_before_it_was_watched_wakes_nobody() {
 fn whether_it_is_up_is_known_while_somebody_keeps_it() {
     let table = table();
     let (connection, _theirs) = connection(&table, false, false);
-    let kept = connection.lock();
+    let kept = connection.shared.lock();
     let (sender, receiver) = std::sync::mpsc::channel();
     let asked = connection.clone();
     let asks = std::thread::spawn(move || sender.send(Waiting::is_up(&*asked)).unwrap());
@@ -255,9 +258,9 @@ fn whether_it_is_up_is_known_while_somebody_keeps_it() {
 /// A peer can have something new begin whenever something has ended.
 #[test]
 fn an_application_thread_comes_back_from_what_is_always_about_to_end() {
-    let mut table = ConnectionTable::new(Bell::new().unwrap(), true, Duration::from_secs(1), 1000);
-    table.cores = Cores::Many;
-    let table = Arc::new(table);
+    let mut context = DriveContext::new(Bell::new().unwrap(), true, Duration::from_secs(1), 1000);
+    context.cores = Cores::Many;
+    let table = Arc::new(ConnectionTable::new(context));
     let (connection, _theirs) =
         connection_over(&table, SimulatedDefect { driven: true, closed: false, hasty: true, begins: false });
     let (sender, receiver) = std::sync::mpsc::channel();
@@ -277,10 +280,10 @@ fn idle(table: &Arc<ConnectionTable>) -> (Arc<Connection>, TcpStream) {
 fn a_region_is_asked_about_without_waiting_for_whoever_has_the_connection() {
     let table = table();
     let (connection, _theirs) = idle(&table);
-    let kept = connection.lock();
+    let kept = connection.shared.lock();
     let asks = |queue| connection.fail_if_using(1, queue, err!(Canceled, "a test"));
     assert!(!asks(false), "it was not asked");
-    let preparing = Preparing::new(&connection);
+    let preparing = Preparing::new(&connection.shared);
     assert!(!asks(true), "somebody keeps it");
     drop(preparing);
     assert!(!connection.say_goodbye(Instant::now()), "nothing can be said");
@@ -295,7 +298,7 @@ fn whoever_looks_for_notifications_comes_back_to_a_connection_that_another_threa
     let table = table();
     let (connection, _theirs) = idle(&table);
     assert!(!connection.drive_for_application(), "nothing is under way");
-    let kept = connection.lock();
+    let kept = connection.shared.lock();
     assert!(connection.drive_for_application(), "another thread is at it");
     drop(kept);
     assert!(!connection.drive_for_application());
@@ -311,7 +314,7 @@ fn a_region_is_asked_about_behind_threads_that_come_back_all_the_time() {
         for _ in 0..2 {
             s.spawn(|| {
                 while !over.load(Ordering::Relaxed) {
-                    let _held = connection.lock();
+                    let _held = connection.shared.lock();
                     std::thread::sleep(Duration::from_millis(2));
                 }
             });
@@ -330,7 +333,7 @@ fn a_transfer_that_has_begun_has_an_id_that_tells_how_it_ended() {
     let (connection, theirs) = idle(&table);
     let memory = [0u8; 64];
     let addr = memory.as_ptr() as usize;
-    let mr = table.registry.add(addr as u64, 64, Place::HOST, crate::types::RemoteAccess::ALL).unwrap();
+    let mr = table.context.registry.add(addr as u64, 64, Place::HOST, crate::types::RemoteAccess::ALL).unwrap();
     // With a byte unread the socket of the peer is reset when it is closed.
     connection.notify(b"", b"").expect("a peer that is there");
     drop(theirs);
@@ -340,7 +343,7 @@ fn a_transfer_that_has_begun_has_an_id_that_tells_how_it_ended() {
     assert_eq!(ended.unwrap_err().kind(), ErrorKind::RemoteDisconnect);
     let late = connection.send(std::iter::once(local)).unwrap_err();
     assert_eq!(late.kind(), ErrorKind::RemoteDisconnect, "nothing begins on a connection that is lost");
-    assert!(!table.registry.retire(mr).unwrap().in_use());
+    assert!(!table.context.registry.retire(mr).unwrap().in_use());
 }
 
 /// Blocks of nothing.
@@ -362,7 +365,7 @@ fn a_transfer_without_chunks_that_fails_as_it_starts_has_an_id() {
     let path = |begins| SimulatedDefect { driven: false, closed: false, hasty: true, begins };
     let starts = |connection: &Connection| {
         let sketch = Sketch { pairings: Vec::new(), hold: Hold::new(Vec::new()), total: 64, count: 1 };
-        connection.transfer_direct(Way::In, sketch, &mut NoBlocks)
+        Submission(&connection.shared).transfer_direct(Way::In, sketch, &mut NoBlocks)
     };
     let (connection, _theirs) = connection_over(&table, path(false));
     assert_eq!((starts(&connection).unwrap(), kind(&connection)), (None, None));
@@ -379,9 +382,9 @@ fn a_notification_that_has_left_is_no_error_though_its_connection_is_lost() {
     let lost = || Err(err!(RemoteDisconnect, "a simulated loss of a channel"));
     let queued = |connection: &Connection, message: &[u8]| {
         let now = Instant::now();
-        let mut core = connection.lock();
+        let mut core = connection.shared.lock();
         core.machine.notify(b"", message, now);
-        connection.leave(core, lost(), now)
+        Submission(&connection.shared).leave(core, lost(), now)
     };
     let (connection, _theirs) = idle(&table);
     assert_eq!(queued(&connection, b"left"), Ok(()));

@@ -170,7 +170,7 @@ pub(crate) enum Step {
     Again,
     /// Another round at once, since spinning is cheaper than waking.
     Spin,
-    /// Another round after others have had the core.
+    /// The same, after others have had the core.
     Yield,
     /// Waits for an event, at most so long.
     Sleep(Duration),
@@ -195,7 +195,8 @@ pub(crate) fn step(round: &Round, quiet: Duration, spin: Duration, cores: Cores)
     // With doorbells the channels' threads wake us; where cores are short spinning would only take theirs.
     let rung = (round.channels_busy || round.driven.is_some()) && !round.polled && cores.are_short(round.large);
     if !rung && quiet < spin && round.watched {
-        return Step::Spin;
+        // A peer of this host may need this very core to go on.
+        return if cores == Cores::Few { Step::Yield } else { Step::Spin };
     }
     if round.polled {
         return Step::Yield;
@@ -290,7 +291,8 @@ mod tests {
         let cases = [
             (Round { any: true, ..idle }, later, few, Step::Again),
             (Round { copying: true, ..idle }, later, few, Step::Spin),
-            (idle, now, few, Step::Spin),
+            (idle, now, few, Step::Yield),
+            (idle, now, Cores::Some, Step::Spin),
             (idle, later, many, Step::Sleep(IDLE_SLEEP)),
             (Round { watched: false, ..idle }, now, many, Step::Sleep(IDLE_SLEEP)),
             (Round { active: true, ..idle }, later, many, Step::Sleep(BUSY_SLEEP)),
@@ -298,7 +300,7 @@ mod tests {
             (busy, now, Cores::Some, Step::Spin),
             (full, now, Cores::Some, Step::Sleep(BUSY_SLEEP)),
             (busy, now, few, Step::Sleep(BUSY_SLEEP)),
-            (Round { polled: true, ..busy }, now, few, Step::Spin),
+            (Round { polled: true, ..busy }, now, few, Step::Yield),
             (Round { polled: true, ..busy }, later, few, Step::Yield),
             (Round { driven: Some(now), ..idle }, now, few, Step::Sleep(STAND_BY[0])),
             (Round { driven: Some(later), ..idle }, later, many, Step::Sleep(later)),

@@ -1,18 +1,12 @@
-//! What a connection needs of its engine while it lives: the registry, the bell of the progress thread, the list that it leaves at its
-//! end, and a clock. Knows of connections only that they can be driven.
+//! The connections of an engine, and how a thread that looks for notifications drives them. Knows of connections only that they can be
+//! driven.
 
 use super::connections::Connections;
-use super::counters::Counters;
-use super::doorbell::{named, Bell, Named};
-use super::pacing::Cores;
-use crate::engine::setup::accept_queue::Dead;
-use crate::logging::Limiter;
-use crate::registry::Registry;
+use super::context::DriveContext;
+use super::doorbell::{named, Named};
 use process::Mutex;
-use std::collections::HashSet;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
 
 /// A connection without anything to read for so long is left to the progress thread again, microseconds.
 const RECENT_US: u64 = 1000;
@@ -41,68 +35,22 @@ struct Looking<T> {
     tokens: Vec<u64>,
 }
 
+/// The connections of an engine, and what each of them needs of it.
 pub(crate) struct ConnectionTable<T> {
-    pub registry: Arc<Registry>,
+    pub context: Arc<DriveContext>,
     pub connections: Connections<T>,
-    pub bell: Bell,
-    pub counters: Counters,
-    /// Those that died while they waited for accept.
-    pub dead: Arc<Dead>,
-    /// The channels ring the bell; without, the progress thread must poll while work is in flight.
-    pub doorbells: bool,
-    pub cores: Cores,
-    pub close_timeout: Duration,
-    /// Lines of the log that peers cause.
-    pub lines: Arc<Limiter>,
-    /// The connection and transfer that was polled last, as one number.
-    last_polled: AtomicU64,
-    /// Connections that the progress thread is asked to drive.
-    asked: Mutex<HashSet<u64>>,
-    any_asked: AtomicBool,
     looking: Mutex<Looking<T>>,
     /// The progress thread is to end.
     ended: AtomicBool,
-    start: Instant,
 }
 
 impl<T: Driven> ConnectionTable<T> {
-    pub(crate) fn new(bell: Bell, doorbells: bool, close_timeout: Duration, log_lines: usize) -> ConnectionTable<T> {
+    pub(crate) fn new(context: DriveContext) -> ConnectionTable<T> {
         ConnectionTable {
-            registry: Arc::new(Registry::new()),
+            context: Arc::new(context),
             connections: Connections::new(),
-            bell,
-            counters: Counters::default(),
-            dead: Arc::default(),
-            doorbells,
-            cores: Cores::here(),
-            close_timeout,
-            lines: Arc::new(Limiter::new(u32::try_from(log_lines).unwrap_or(u32::MAX))),
-            last_polled: AtomicU64::new(0),
-            asked: Mutex::default(),
-            any_asked: AtomicBool::new(false),
             looking: Mutex::new(Looking { list: Vec::new(), tokens: Vec::new() }),
             ended: AtomicBool::new(false),
-            start: Instant::now(),
-        }
-    }
-
-    /// Asks the progress thread to drive a connection.
-    pub(crate) fn request_drive(&self, id: u64) {
-        self.asked.lock().insert(id);
-        self.any_asked.store(true, Ordering::SeqCst);
-        self.bell.ring();
-    }
-
-    /// Whether some connection is to be driven.
-    pub(crate) fn has_asked(&self) -> bool {
-        self.any_asked.load(Ordering::SeqCst)
-    }
-
-    /// Takes the connections that are to be driven.
-    pub(crate) fn asked(&self, mut each: impl FnMut(u64)) {
-        if self.any_asked.swap(false, Ordering::SeqCst) {
-            let ids = std::mem::take(&mut *self.asked.lock());
-            ids.into_iter().for_each(&mut each);
         }
     }
 
@@ -110,10 +58,10 @@ impl<T: Driven> ConnectionTable<T> {
     /// those that had something before.
     pub(crate) fn drive_ready(&self) {
         let Some(mut looking) = self.looking.try_lock() else { return };
-        let now = self.clock();
+        let now = self.context.clock();
         let Looking { list, tokens } = &mut *looking;
         tokens.clear();
-        self.bell.ready(tokens);
+        self.context.queue.bell.ready(tokens);
         for &token in tokens.iter() {
             let id = match named(token) {
                 Named::Connection(id) => id,
@@ -121,7 +69,7 @@ impl<T: Driven> ConnectionTable<T> {
                     // The event came once, and here: the progress thread looks, too.
                     if let Some(connection) = self.connections.get(id) {
                         connection.on_host_message();
-                        self.request_drive(id);
+                        self.context.request_drive(id);
                     }
                     id
                 }
@@ -141,35 +89,14 @@ impl<T: Driven> ConnectionTable<T> {
         });
     }
 
-    /// Notes a poll; whether the one before was of the same transfer.
-    pub(crate) fn polled_again(&self, connection: u64, transfer: u64) -> bool {
-        let this = connection.rotate_right(16) ^ transfer;
-        self.last_polled.swap(this, Ordering::Relaxed) == this
-    }
-
     /// Ends the progress thread.
     pub(crate) fn end(&self) {
         self.ended.store(true, Ordering::Release);
-        self.bell.arm(true);
-        self.bell.ring();
+        self.context.queue.bell.arm(true);
+        self.context.queue.bell.ring();
     }
 
     pub(crate) fn ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
-    }
-
-    /// Since the engine started.
-    pub(crate) fn age(&self) -> Duration {
-        self.start.elapsed()
-    }
-
-    /// Microseconds since the engine started, from 1.
-    pub(crate) fn clock(&self) -> u64 {
-        self.at(Instant::now())
-    }
-
-    /// A time on [`ConnectionTable::clock`].
-    pub(crate) fn at(&self, now: Instant) -> u64 {
-        now.saturating_duration_since(self.start).as_micros() as u64 + 1
     }
 }

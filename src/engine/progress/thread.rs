@@ -22,8 +22,14 @@ const GRIDS: [Duration; 2] = [Duration::from_millis(250), Duration::from_millis(
 const WARM: usize = 4;
 /// What of a socket wakes this thread while another one answers for its connection: the end, once.
 const ELSEWHERE: Interest = Interest::ONCE;
-/// Looks at warm connections between two at everything else.
+/// Looks at warm connections between two at everything else, and the longest time between those: connections that have much to do keep
+/// no other waiting.
 const LOOKS: u32 = 4;
+const LOOK: Duration = Duration::from_micros(50);
+/// A yield that takes longer has let another thread run: the core is shared. For so long afterwards this thread sleeps instead of
+/// spinning, since a thread that wakes gets the core at once, and one that yields waits for others to have had their time.
+const YIELDED: Duration = Duration::from_micros(4);
+const SHARED: Duration = Duration::from_millis(20);
 
 /// Default of UCCL_TCPX_SPIN_US: the time in which a peer's next small request is likely. Sleeping and waking costs tens of
 /// microseconds on virtual machines.
@@ -127,7 +133,7 @@ impl<'a> Driving<'a> {
                 self.timers.push(Reverse((known.next, id)));
                 continue;
             }
-            match self.table.connections.get(id).and_then(|connection| connection.tick_at_rest(now)) {
+            match self.table.connections.get(id).and_then(|connection| connection.driver().tick_at_rest(now)) {
                 Some(next) => self.set_timer(id, next),
                 None => {
                     self.activate(id);
@@ -174,7 +180,7 @@ impl<'a> Driving<'a> {
                 watch(table, active, ELSEWHERE);
                 continue;
             }
-            let found = active.connection.progress(must);
+            let found = active.connection.driver().progress(must);
             if found.kept {
                 // What comes waits until whoever keeps it asks for this thread.
                 watch(table, active, ELSEWHERE);
@@ -182,11 +188,11 @@ impl<'a> Driving<'a> {
             }
             round.any |= found.any;
             round.channels_busy |= found.channels_busy;
-            round.polled |= found.channels_busy && !table.doorbells;
+            round.polled |= found.channels_busy && !table.context.doorbells;
             round.large |= found.large;
             round.copying |= found.copying;
             if std::mem::take(&mut active.rang) && !found.any {
-                active.connection.look_for_failure();
+                active.connection.driver().look_for_failure();
             }
             if found.dead {
                 resting.push((id, None));
@@ -221,7 +227,7 @@ impl<'a> Driving<'a> {
         match (next, self.known.contains_key(&id)) {
             (Some(at), true) => {
                 active.connection.arm(true);
-                if active.connection.is_active() {
+                if active.connection.driver().is_active() {
                     // Work began after the last look, and what happened to it before the arming rang nobody.
                     self.active.insert(id, active);
                     return;
@@ -245,7 +251,7 @@ impl<'a> Driving<'a> {
         for active in self.active.values() {
             active.connection.arm(on && !active.driven);
         }
-        self.table.bell.arm(on);
+        self.table.context.queue.bell.arm(on);
     }
 
     /// Until the next timer.
@@ -276,7 +282,7 @@ impl<'a> Driving<'a> {
 fn watch(table: &ConnectionTable, active: &mut Active, interest: Interest) {
     if active.interest != interest {
         active.interest = interest;
-        table.bell.change(active.connection.fd, active.connection.id, interest);
+        table.context.queue.bell.change(active.connection.fd(), active.connection.id(), interest);
     }
 }
 
@@ -295,52 +301,72 @@ pub(crate) fn run(table: &ConnectionTable, spin: Option<Duration>) {
     }
 }
 
+/// What comes before the next round that follows at once. `shared`: until when the core is taken to be shared.
+fn give_way(step: Step, shared: &mut Instant) -> Instant {
+    let before = Instant::now();
+    match step {
+        Step::Spin => std::hint::spin_loop(),
+        Step::Yield => {
+            std::thread::yield_now();
+            let now = Instant::now();
+            if now - before > YIELDED {
+                *shared = now + SHARED;
+            }
+            return now;
+        }
+        Step::Again | Step::Sleep(_) => {}
+    }
+    before
+}
+
 fn drive(table: &ConnectionTable, spin: Duration) {
     let mut driving = Driving::new(table, spin);
     // What was there before: after a panic, and connections that came up before this thread.
     for connection in table.connections.all() {
-        driving.activate(connection.id);
+        driving.activate(connection.id());
     }
     let mut last_activity = Instant::now();
-    let (mut tokens, mut looks) = (Vec::new(), 0u32);
+    let (mut tokens, mut looks, mut looked) = (Vec::new(), 0u32, last_activity);
+    // Until when the core is taken to be shared.
+    let mut shared = last_activity;
     while !table.ended() {
-        table.asked(|id| {
+        table.context.queue.asked(|id| {
             driving.activate(id);
         });
         let now = Instant::now();
         driving.due(now);
         let round = driving.round(false, now);
-        match step(&round, now - last_activity, spin, table.cores) {
-            Step::Again => last_activity = Instant::now(),
-            Step::Spin => {
-                std::hint::spin_loop();
+        let spin = if now < shared { Duration::ZERO } else { spin };
+        match step(&round, now - last_activity, spin, table.context.cores) {
+            again @ (Step::Again | Step::Spin | Step::Yield) => {
+                let now = give_way(again, &mut shared);
+                if again == Step::Again {
+                    last_activity = now;
+                }
                 looks = looks.wrapping_add(1);
-                if looks % LOOKS != 0 && driving.warm() {
+                let warm = again == Step::Again || (looks % LOOKS != 0 && driving.warm());
+                if warm && now - looked < LOOK {
                     continue;
                 }
-                table.bell.wait(Duration::ZERO, &mut tokens);
-                driving.notice(&tokens, false);
-            }
-            Step::Yield => {
-                std::thread::yield_now();
-                table.bell.wait(Duration::ZERO, &mut tokens);
+                looked = now;
+                table.context.queue.bell.wait(Duration::ZERO, &mut tokens);
                 driving.notice(&tokens, false);
             }
             Step::Sleep(limit) => {
                 driving.arm(true);
                 // What happened before the arming rang nobody.
                 let again = driving.round(true, now);
-                if again.any || table.has_asked() {
+                if again.any || table.context.queue.has_asked() {
                     driving.arm(false);
                     last_activity = Instant::now();
                     continue;
                 }
                 // Who drives may have changed since.
-                let limit = match step(&again, Duration::MAX, spin, table.cores) {
+                let limit = match step(&again, Duration::MAX, spin, table.context.cores) {
                     Step::Sleep(now) => limit.min(now),
                     _ => Duration::ZERO,
                 };
-                table.bell.wait(limit.min(driving.until_timer(Instant::now())), &mut tokens);
+                table.context.queue.bell.wait(limit.min(driving.until_timer(Instant::now())), &mut tokens);
                 driving.notice(&tokens, true);
                 driving.arm(false);
             }

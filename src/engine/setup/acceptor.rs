@@ -6,6 +6,7 @@ use super::accept_queue::{Accepts, Waiting};
 use super::admission::Admission;
 use super::context::SetupContext;
 use super::driver::{Progress, SetupDriver};
+use super::listener::BACKLOG;
 use super::machine::Setup;
 use super::shutdown::canceled;
 use crate::engine::connection::Connection;
@@ -18,7 +19,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::SyncSender;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -33,9 +33,11 @@ const ACCEPT_BURST: usize = 64;
 const STRANGERS_IN_NEED: usize = 8;
 /// How long no sockets are accepted after descriptors ran out.
 const PAUSE: Duration = Duration::from_millis(100);
-/// How long strangers may stay when others wait for their places: silent ones, and such that have said something.
+/// How long strangers may stay at most when others wait for their places: those whose first message is not complete, and the others.
 const SILENCE: Duration = Duration::from_millis(20);
 const HESITATION: Duration = Duration::from_millis(200);
+/// The strangers that wait in a full queue of the kernel all have had their place after this time.
+const QUEUE_TIME: Duration = Duration::from_millis(500);
 /// How often connections that wait for the application are looked at.
 const SWEEP: Duration = Duration::from_millis(100);
 /// A proved peer that has said nothing for this long gives way when others wait for their turn.
@@ -47,13 +49,13 @@ const LINES: u32 = 5;
 
 impl Waiting for Connection {
     fn id(&self) -> u64 {
-        self.id
+        Connection::id(self)
     }
     fn is_up(&self) -> bool {
         Connection::is_up(self)
     }
     fn waits(&self, on: bool) {
-        self.waits.store(on, Ordering::SeqCst);
+        self.set_waits(on);
     }
 }
 
@@ -90,9 +92,7 @@ struct Acceptor {
     /// By id, which is the order of arrival.
     entries: BTreeMap<u64, Entry>,
     timers: BTreeSet<(Instant, u64)>,
-    /// Strangers, by ids: those that have said nothing, and the others.
-    silent: BTreeSet<u64>,
-    hesitant: BTreeSet<u64>,
+    strangers: Strangers,
     admission: Admission,
     /// Admitted ones, by when their peers last said something while that is all that is missing.
     stale: BTreeSet<(Instant, u64)>,
@@ -102,6 +102,37 @@ struct Acceptor {
     fresh: SyncSender<u64>,
     paused_until: Option<Instant>,
     sweep_at: Option<Instant>,
+    logs: Logs,
+}
+
+/// Strangers, by ids: those whose first message is not complete, and the others.
+#[derive(Default)]
+struct Strangers {
+    beginning: BTreeSet<u64>,
+    answered: BTreeSet<u64>,
+}
+
+impl Strangers {
+    fn count(&self) -> usize {
+        self.beginning.len() + self.answered.len()
+    }
+
+    fn remove(&mut self, id: u64) {
+        if !self.beginning.remove(&id) {
+            self.answered.remove(&id);
+        }
+    }
+
+    /// Its first message is complete, and was answered.
+    fn answered(&mut self, id: u64) {
+        if self.beginning.remove(&id) {
+            self.answered.insert(id);
+        }
+    }
+}
+
+/// Lines about peers, and about what this process is short of.
+struct Logs {
     lines: Limiter,
     shortage: Limiter,
 }
@@ -129,6 +160,13 @@ pub(crate) fn start(
         }
         acceptor.end();
     })
+}
+
+/// How long strangers may stay, by kind, where there are so many places and others wait. With few places it is short: a peer that waits in
+/// the kernel's queue gets a place soon, and what it has sent meanwhile is there when it does.
+fn stays(places: usize) -> [Duration; 2] {
+    let share = QUEUE_TIME.saturating_mul(u32::try_from(places).unwrap_or(u32::MAX)) / BACKLOG.unsigned_abs();
+    [share.min(SILENCE), share.min(HESITATION)]
 }
 
 fn interest_of(driver: &SetupDriver) -> Interest {
@@ -161,16 +199,14 @@ impl Acceptor {
             last: FIRST_SETUP,
             entries: BTreeMap::new(),
             timers: BTreeSet::new(),
-            silent: BTreeSet::new(),
-            hesitant: BTreeSet::new(),
+            strangers: Strangers::default(),
             admission: Admission::new(limits.incoming, limits.per_peer),
             stale: BTreeSet::new(),
             farewells: BTreeMap::new(),
             fresh,
             paused_until: None,
             sweep_at: None,
-            lines: Limiter::new(LINES),
-            shortage: Limiter::new(1),
+            logs: Logs { lines: Limiter::new(LINES), shortage: Limiter::new(1) },
         })
     }
 
@@ -178,7 +214,7 @@ impl Acceptor {
         let mut events = Events::with_capacity(256);
         while !self.context.shutdown.begun() {
             if let Err(e) = self.poller.wait(&mut events, self.timeout()) {
-                self.shortage.log(log::Level::Error, Instant::now(), format_args!("waiting for set-ups: {e}"));
+                self.logs.shortage.log(log::Level::Error, Instant::now(), format_args!("waiting for set-ups: {e}"));
                 std::thread::sleep(PAUSE);
             }
             let now = Instant::now();
@@ -237,8 +273,8 @@ impl Acceptor {
 
     fn arrivals(&mut self, listener: usize, now: Instant) {
         for _ in 0..ACCEPT_BURST {
-            if !self.place_for_stranger(listener, now) {
-                return self.pause(now, SILENCE);
+            if let Err(wait) = self.place_for_stranger(listener, now) {
+                return self.pause(now, wait);
             }
             let accepted = match self.listeners.get(listener) {
                 Some(listener) => listener.accept(),
@@ -249,9 +285,9 @@ impl Acceptor {
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return,
                 Err(e) if limits::is_exhaustion(&e) => {
                     let e = limits::system("accepting a connection", &e);
-                    self.context.table.counters.limits_hit.add();
-                    self.shortage.log(log::Level::Error, now, format_args!("{e}"));
-                    self.drop_stranger(now, Duration::ZERO, true);
+                    self.context.table.context.counters.limits_hit.add();
+                    self.logs.shortage.log(log::Level::Error, now, format_args!("{e}"));
+                    self.drop_stranger(now, [Duration::ZERO, HESITATION], true);
                     return self.pause(now, PAUSE);
                 }
                 // The peer went away between its connect and our accept.
@@ -266,71 +302,69 @@ impl Acceptor {
         self.listen(Interest::NONE);
     }
 
-    /// Whether one more stranger may come; the one that has had the most time goes for it.
-    fn place_for_stranger(&mut self, listener: usize, now: Instant) -> bool {
+    /// Makes sure that one more stranger may come; another one gives way for it.
+    ///
+    /// # Errors
+    /// How long to wait where none can give way yet.
+    fn place_for_stranger(&mut self, listener: usize, now: Instant) -> std::result::Result<(), Duration> {
         let limits = &self.context.limits;
-        let Some(listener) = self.listeners.get(listener) else { return false };
+        let Some(listener) = self.listeners.get(listener) else { return Ok(()) };
         let short = limits::lowest_free(listener.as_raw_fd()).map_or(true, |lowest| lowest >= limits.ceiling);
         let most = if short { STRANGERS_IN_NEED.min(limits.strangers) } else { limits.strangers };
-        while self.strangers() >= most {
-            if !self.drop_stranger(now, SILENCE, short) {
-                return false;
+        let stays = stays(most);
+        while self.strangers.count() >= most {
+            if !self.drop_stranger(now, stays, short) {
+                return Err(stays[0]);
             }
         }
-        true
+        Ok(())
     }
 
     fn arrived(&mut self, sock: TcpStream, address: SocketAddr, now: Instant) {
         if !self.context.allow.admits(address.ip()) {
-            self.context.table.counters.setups_in_refused.add();
-            self.lines.log(log::Level::Warn, now, format_args!("{address}: dropped: not in UCCL_TCPX_ALLOW"));
+            self.context.table.context.counters.setups_in_refused.add();
+            self.logs.lines.log(log::Level::Warn, now, format_args!("{address}: dropped: not in UCCL_TCPX_ALLOW"));
             return;
         }
         let context = &self.context;
         let prepared = sock.set_nonblocking(true).and_then(|()| sock.set_nodelay(true));
         let link = match prepared.map_err(|e| limits::system("control socket", &e)).and_then(|()| context.link(None)) {
             Ok(link) => link,
-            Err(e) => return self.lines.log(log::Level::Warn, now, format_args!("{address}: {e}")),
+            Err(e) => return self.logs.lines.log(log::Level::Warn, now, format_args!("{address}: {e}")),
         };
         let setup = Setup::new(link, now, now + context.config.handshake_timeout, now + context.config.connect_timeout);
         let driver = SetupDriver::new(sock, address, setup, now);
         self.last += 1;
         if let Err(e) = self.poller.add(driver.fd(), self.last, Interest::READ) {
-            return self.shortage.log(log::Level::Error, now, format_args!("{address}: {}", limits::system("epoll", &e)));
+            return self.logs.shortage.log(log::Level::Error, now, format_args!("{address}: {}", limits::system("epoll", &e)));
         }
         let timer = driver.wake_at();
         self.timers.insert((timer, self.last));
         let entry =
             Entry { driver, role: Role::Stranger, interest: Interest::READ, timer, since: now, waits_since: None, counted: None };
         self.entries.insert(self.last, entry);
-        self.silent.insert(self.last);
-        // Most say hello with their first packet.
+        self.strangers.beginning.insert(self.last);
+        // An engine's first message is one packet, which is here as a rule.
         self.advance(self.last, now);
     }
 
-    fn strangers(&self) -> usize {
-        self.silent.len() + self.hesitant.len()
-    }
-
-    fn no_stranger(&mut self, id: u64) {
-        if !self.silent.remove(&id) {
-            self.hesitant.remove(&id);
-        }
-    }
-
-    /// Drops the stranger that has been silent the longest, if for longer than `silence`; or else the oldest that has had its time.
-    /// Whether one went. One that speaks this protocol is told that it may try again, unless descriptors are `short`.
-    fn drop_stranger(&mut self, now: Instant, silence: Duration, short: bool) -> bool {
+    /// Drops the oldest stranger whose first message is not complete, or else the oldest of the others, if it has stayed as long as
+    /// `stays` has for its kind. Whether one went. One that speaks this protocol learns that it may try again, unless descriptors are
+    /// `short`.
+    fn drop_stranger(&mut self, now: Instant, stays: [Duration; 2], short: bool) -> bool {
         // Ids are in the order of arrival.
         let old = |id: &u64, least| self.entries.get(id).is_some_and(|e| now.saturating_duration_since(e.since) >= least);
-        let silent = self.silent.first().copied().filter(|id| old(id, silence));
-        let oldest = self.silent.first().into_iter().chain(self.hesitant.first()).min().copied();
-        let slow = || oldest.filter(|id| old(id, silence.max(HESITATION)));
-        let Some(id) = silent.or_else(slow) else { return false };
+        let beginning = self.strangers.beginning.first().copied().filter(|id| old(id, stays[0]));
+        let answered = || self.strangers.answered.first().copied().filter(|id| old(id, stays[1]));
+        let Some(id) = beginning.or_else(answered) else { return false };
         if let Some(entry) = self.take(id) {
-            self.context.table.counters.setup_failed(ErrorKind::Resource);
+            self.context.table.context.counters.setup_failed(ErrorKind::Resource);
             let address = entry.driver.address;
-            self.lines.log(log::Level::Warn, now, format_args!("{address}: dropped: others wait, and it has not said who it is"));
+            self.logs.lines.log(
+                log::Level::Warn,
+                now,
+                format_args!("{address}: dropped: others wait, and it has not said who it is"),
+            );
             if !entry.driver.setup().is_silent() {
                 let sock = entry.driver.give_up(&err!(Resource, "too many others are being set up: try again"));
                 if !short {
@@ -349,7 +383,7 @@ impl Acceptor {
         self.timers.remove(&(entry.timer, id));
         let _ = self.poller.remove(entry.driver.fd());
         match entry.role {
-            Role::Stranger => self.no_stranger(id),
+            Role::Stranger => self.strangers.remove(id),
             Role::Queued => self.admission.leave(id, entry.driver.address.ip()),
             Role::Admitted => {
                 self.admission.done(entry.driver.address.ip());
@@ -366,7 +400,7 @@ impl Acceptor {
             Ok(Progress::Proved) if entry.role == Role::Stranger => {
                 entry.role = Role::Queued;
                 let ip = entry.driver.address.ip();
-                self.no_stranger(id);
+                self.strangers.remove(id);
                 self.admission.wait(id, ip);
                 let most = self.context.limits.incoming;
                 if self.admission.waiting() > most {
@@ -391,8 +425,8 @@ impl Acceptor {
         self.timers.remove(&(entry.timer, id));
         entry.timer = entry.driver.wake_at();
         self.timers.insert((entry.timer, id));
-        if entry.role == Role::Stranger && !entry.driver.setup().is_silent() && self.silent.remove(&id) {
-            self.hesitant.insert(id);
+        if entry.role == Role::Stranger && entry.driver.setup().link.was_opened() {
+            self.strangers.answered(id);
         }
         let waits_since = if entry.role == Role::Admitted { entry.driver.setup().waits_since() } else { None };
         if waits_since != entry.waits_since {
@@ -407,14 +441,14 @@ impl Acceptor {
         let address = entry.driver.address;
         match entry.driver.finish(&self.context, entry.counted) {
             Ok(connection) => {
-                self.context.table.counters.setups_in.add();
+                self.context.table.context.counters.setups_in.add();
                 // Without a place there it gets what it needs with its first chunk.
-                let _ = self.fresh.try_send(connection.id);
+                let _ = self.fresh.try_send(connection.id());
                 self.accepts.push(connection);
                 self.sweep_at.get_or_insert(now + SWEEP);
             }
             Err(e) => {
-                self.context.table.counters.setup_failed(e.kind());
+                self.context.table.context.counters.setup_failed(e.kind());
                 self.complain(address, &e, now);
             }
         }
@@ -423,9 +457,9 @@ impl Acceptor {
     fn fail(&mut self, id: u64, error: &Error, now: Instant) {
         let Some(entry) = self.take(id) else { return };
         let (address, role) = (entry.driver.address, entry.role);
-        self.context.table.counters.setup_failed(error.kind());
+        self.context.table.context.counters.setup_failed(error.kind());
         if role == Role::Stranger && error.kind() != ErrorKind::Auth {
-            self.lines.log(log::Level::Info, now, format_args!("{address}: dropped: {error}"));
+            self.logs.lines.log(log::Level::Info, now, format_args!("{address}: dropped: {error}"));
         } else {
             self.complain(address, error, now);
         }
@@ -447,7 +481,7 @@ impl Acceptor {
     }
 
     fn complain(&self, address: SocketAddr, error: &Error, now: Instant) {
-        let lines = if error.kind() == ErrorKind::Resource { &self.shortage } else { &self.lines };
+        let lines = if error.kind() == ErrorKind::Resource { &self.logs.shortage } else { &self.logs.lines };
         lines.log(log::Level::Warn, now, format_args!("{address}: connection not set up: {error}"));
     }
 
@@ -519,7 +553,7 @@ impl Acceptor {
                 drop(entry.driver.give_up(&canceled()));
             }
         }
-        for limiter in [&self.lines, &self.shortage] {
+        for limiter in [&self.logs.lines, &self.logs.shortage] {
             if let Some(held) = limiter.rest(now) {
                 log::warn!("{held} more lines about connections that were not set up were not written");
             }

@@ -59,7 +59,7 @@ fn paths(context: &SetupContext, sets: Vec<Raised>, chunk_bytes: usize, doorbell
         }
         let traits = &set.plan.plugin.traits;
         let (vectored, stage_sends) = (traits.vectored && config.vectored, traits.stage_sends && config.stage_sends);
-        let alone = context.table.cores.alone();
+        let alone = context.table.context.cores.alone();
         let usage = Usage { vectored, host: traits.host_memory, stage_sends, gpus: set.plan.gpus, chunk_bytes, alone };
         Ok(Box::new(NetPath::new(channels, usage)))
     };
@@ -110,7 +110,7 @@ fn log_unprepared(place: Place, result: Result<()>) {
 /// Makes the first connections ready for memory of a GPU that was not used before.
 pub(crate) fn ready(context: &SetupContext, place: Place) {
     let mut all = context.table.connections.all();
-    all.sort_by_key(|connection| connection.id);
+    all.sort_by_key(|connection| connection.id());
     all.iter().take(READY).for_each(|connection| log_unprepared(place, connection.ready(place)));
 }
 
@@ -119,17 +119,17 @@ fn setting(context: &SetupContext, agreed: &Agreed, address: SocketAddr) -> Sett
     let (config, table) = (&context.config, &context.table);
     let account = context.pool.account(address.ip());
     Setting {
-        registry: table.registry.clone(),
+        registry: table.context.registry.clone(),
         inbox: Inbox::new(&context.notifications, &account),
         account,
-        lines: table.lines.clone(),
+        lines: table.context.lines.clone(),
         eager_bytes: config.eager_bytes,
         peer: address.to_string(),
         transfer_timeout: config.transfer_timeout,
         peer_timeout: agreed.terms.peer_timeout,
         heartbeat: heartbeat(agreed.terms.peer_timeout),
         match_timeout: config.match_timeout,
-        doorbells: table.doorbells,
+        doorbells: table.context.doorbells,
     }
 }
 
@@ -152,10 +152,10 @@ pub(crate) fn connection(context: &SetupContext, up: Up, counted: Option<Counted
     let (terms, theirs) = (&up.agreed.terms, &up.agreed.peer);
     let chunk_bytes = terms.chunk_bytes as usize;
     let carried = describe(&up.sets);
-    let slot = table.bell.slot()?;
+    let slot = table.context.queue.bell.slot()?;
     let paths = paths(context, up.sets, chunk_bytes, &slot.doorbell())?;
     let found = up.local.describe();
-    let registry = table.registry.clone();
+    let registry = table.context.registry.clone();
     let lookup = Box::new(move |id, token: &[u8; 16]| registry.remote(id, token));
     let one_host = up.local.transport(slot.local_bell(), &theirs.hello, lookup);
     let watched = one_host.as_ref().map(OneHost::watched);
@@ -168,7 +168,7 @@ pub(crate) fn connection(context: &SetupContext, up: Up, counted: Option<Counted
         "connected with {name}, {who}: {carried}{found}; protection {:?}, chunks of up to {chunk_bytes} bytes",
         terms.protect
     );
-    table.lines.log(log::Level::Info, Instant::now(), format_args!("{line}"));
+    table.context.lines.log(log::Level::Info, Instant::now(), format_args!("{line}"));
     let core = Core::new(
         Machine::new(setting, Instant::now()),
         channels,
@@ -183,13 +183,13 @@ pub(crate) fn connection(context: &SetupContext, up: Up, counted: Option<Counted
         engine: theirs.engine,
         _counted: counted.map(process::ProcessOwned::new),
     };
-    table.counters.opened.add();
+    table.context.counters.opened.add();
     let connection = Arc::new(Connection::new(table.clone(), core, peer, slot, watched));
-    if !table.connections.insert(connection.id, &connection) {
+    if !table.connections.insert(connection.id(), &connection) {
         return Err(super::shutdown::canceled());
     }
     connection.watch()?;
-    table.request_drive(connection.id);
+    table.context.request_drive(connection.id());
     Ok(connection)
 }
 
@@ -206,7 +206,7 @@ pub(crate) fn prepare(context: &SetupContext, connection: &Connection) {
     if table.connections.count() <= READY {
         context.gpus.used().into_iter().for_each(|place| log_unprepared(place, connection.ready(place)));
     }
-    for region in table.registry.on_devices() {
+    for region in table.context.registry.on_devices() {
         connection.offer_region(region);
     }
 }

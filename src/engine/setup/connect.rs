@@ -27,7 +27,7 @@ const CUT: Duration = Duration::from_secs(2);
 /// # Errors
 /// See [`super::Engine::connect`].
 pub(crate) fn connect(context: &SetupContext, host: &str, gpu: &str, port: u16) -> Result<Arc<Connection>> {
-    let counters = &context.table.counters;
+    let counters = &context.table.context.counters;
     let connected = connect_within(context, host, gpu, port);
     match &connected {
         Ok(_) => counters.setups_out.add(),

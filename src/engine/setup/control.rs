@@ -114,6 +114,11 @@ impl SealedLink {
         }
     }
 
+    /// Whether the peer's first message was complete, and one of this protocol.
+    pub(crate) fn was_opened(&self) -> bool {
+        self.handshake.as_ref().is_none_or(Handshake::was_opened)
+    }
+
     /// Drops the handshake when nothing of it is left to send.
     fn shake(&mut self, bytes: &[u8]) -> Result<usize> {
         let Some(handshake) = &mut self.handshake else { return Ok(0) };

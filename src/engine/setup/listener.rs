@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 /// How often another port is tried when the system's choice is taken on the loopback address.
 const TRIES: usize = 16;
 /// Connects that the kernel holds ready.
-const BACKLOG: i32 = 1024;
+pub(crate) const BACKLOG: i32 = 1024;
 
 /// The ports that an engine listens on.
 #[derive(Debug)]

@@ -1,25 +1,30 @@
 //! Host memory of another process, read by the kernel on behalf of this one (process_vm_readv): small pulls at once, large ones in
-//! slices by a few threads of the process and by whoever asks for their end. Every call reads the peer's witness too, so that bytes of
+//! slices by a few threads of the process. Every call reads the peer's witness too, so that bytes of
 //! another process that has come to the same number, or of another program in the same process, are never taken for the peer's. Knows
 //! nothing of chunks and transfers.
 
-use super::pool::{Bell, Job, Pool, Work};
+use super::pool::{Bell, Flow, Job, Pool, Work};
 use super::{Export, GpuId, LocalMemory, Manner, Mapping, Piece, Pull};
-use crate::status::{bail, err, Result};
+use crate::status::{bail, err, Error, Result};
 use crate::types::{Place, Span};
 use process::PerProcess;
 use std::collections::HashMap;
+use std::mem::MaybeUninit;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// Bytes of a witness.
 const WITNESS: usize = 32;
-/// A pull of at most so many bytes and pieces is done at once: waking a thread takes longer.
-const AT_ONCE: u64 = 128 << 10;
-const AT_ONCE_PIECES: usize = 64;
-/// Bytes and pieces of a slice.
-const SLICE: u64 = 256 << 10;
-const SLICE_PIECES: usize = 128;
+/// Bytes of a slice, and stretches of the peer's memory. A pull of one slice is done at once: waking a thread takes longer.
+const SLICE: u64 = 128 << 10;
+const STRETCHES: usize = 128;
+/// A pull of no more slices than this is short: the thread that waits for it copies, too, while others wake.
+const FEW_SLICES: usize = 8;
+/// Entries of a list for the kernel.
+const PARTS: usize = 512;
+/// Bytes between two sources that are read, too, and thrown away: another stretch costs more. Less than a page, so that none lies
+/// between them that is not there.
+const NEAR: usize = 512;
 /// How long the end of a connection waits for slices that are under way. A kernel that copies takes microseconds.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(5);
 
@@ -91,85 +96,241 @@ struct Peer {
 }
 
 impl Peer {
-    /// Copies all pieces, at most [`SLICE_PIECES`].
+    /// Copies all pieces, of one [`slice`] at most.
     ///
     /// # Safety
     /// Destinations are writable memory of this process.
-    unsafe fn read(&self, pieces: &[Piece]) -> Result<()> {
-        const EMPTY: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
-        let mut witness = [0u8; WITNESS];
-        let (mut here, mut there) = ([EMPTY; SLICE_PIECES + 1], [EMPTY; SLICE_PIECES + 1]);
-        let n = pieces.len();
-        if n > SLICE_PIECES {
-            bail!(Internal, "a slice of {n} pieces");
-        }
-        let mut sum = WITNESS;
-        for (i, piece) in pieces.iter().enumerate() {
-            here[i] = libc::iovec { iov_base: piece.dst as *mut _, iov_len: piece.len as usize };
-            there[i] = libc::iovec { iov_base: piece.src as *mut _, iov_len: piece.len as usize };
-            sum += piece.len as usize;
+    unsafe fn read(&self, pieces: impl Iterator<Item = Piece> + Clone) -> Result<()> {
+        // SAFETY: by the caller's contract.
+        unsafe { self.try_read(pieces.clone()) }.map_err(|failed| self.blame(failed, pieces))
+    }
+
+    /// One system call. Pieces whose sources touch are one stretch there, and pieces whose destinations touch are one here. What lies
+    /// between near sources is read and thrown away: another stretch costs more than some bytes. It is on the pages of the two.
+    unsafe fn try_read(&self, pieces: impl Iterator<Item = Piece>) -> std::result::Result<(), Failed> {
+        let (mut here, mut there) = (Parts::new(), Parts::new());
+        let (mut witness, mut between) = ([0u8; WITNESS], [MaybeUninit::<u8>::uninit(); NEAR]);
+        let mut sum = 0;
+        let mut last: Option<Piece> = None;
+        for piece in pieces {
+            match last.and_then(|last| gap(&last, &piece)) {
+                Some(0) => there.extend(piece.len),
+                Some(gap) => {
+                    here.push(between.as_mut_ptr() as u64, gap);
+                    there.extend(gap + piece.len);
+                    sum += gap;
+                }
+                None => there.push(piece.src, piece.len),
+            }
+            here.add(piece.dst, piece.len);
+            sum += piece.len;
+            last = Some(piece);
         }
         // Last: the kernel holds on to the one address space for the whole call.
-        here[n] = libc::iovec { iov_base: witness.as_mut_ptr().cast(), iov_len: WITNESS };
-        there[n] = libc::iovec { iov_base: self.witness.addr as *mut _, iov_len: WITNESS };
-        let count = n as libc::c_ulong + 1;
+        here.push(witness.as_mut_ptr() as u64, WITNESS as u64);
+        there.push(self.witness.addr, WITNESS as u64);
+        sum += WITNESS as u64;
+        let (Some((here, here_count)), Some((there, there_count))) = (here.list(), there.list()) else {
+            return Err(Failed::TooMany);
+        };
         // SAFETY: both lists live; the kernel checks every address, here as there.
-        let got = unsafe { libc::process_vm_readv(self.pid, here.as_ptr(), count, there.as_ptr(), count, 0) };
+        let got = unsafe { libc::process_vm_readv(self.pid, here, here_count, there, there_count, 0) };
         if got < 0 {
             let error = std::io::Error::last_os_error();
-            bail!(RemoteDisconnect, "memory of process {} cannot be read: {error}", self.pid);
+            return Err(match error.raw_os_error() {
+                Some(libc::EFAULT) => Failed::Partly { got: 0, of: sum },
+                _ => Failed::Call(error),
+            });
         }
-        if got as usize != sum {
-            bail!(RemoteDisconnect, "process {} gave {got} of {sum} bytes: its memory is gone", self.pid);
+        if got as u64 != sum {
+            return Err(Failed::Partly { got: got as u64, of: sum });
         }
-        if witness != self.witness.bytes {
-            bail!(RemoteDisconnect, "process {} is not the peer any more", self.pid);
+        match witness == self.witness.bytes {
+            true => Ok(()),
+            false => Err(Failed::Stranger),
         }
-        Ok(())
     }
+
+    /// The error that names the process whose memory failed.
+    fn blame(&self, failed: Failed, pieces: impl Iterator<Item = Piece>) -> Error {
+        match failed {
+            Failed::TooMany => err!(Internal, "a slice has too many pieces"),
+            Failed::Call(e) => err!(RemoteDisconnect, "memory of process {} cannot be read: {e}", self.pid),
+            Failed::Stranger => err!(RemoteDisconnect, "process {} is not the peer any more", self.pid),
+            Failed::Partly { got, of } => match self.is_readable(pieces) {
+                // A place here that the kernel cannot write: the caller has unmapped it, or made it read-only.
+                true => err!(
+                    InvalidArgument,
+                    "registered memory of this process (process {}) cannot be written any more: {got} of {of} bytes came from process {}",
+                    std::process::id(),
+                    self.pid
+                ),
+                false => {
+                    err!(RemoteDisconnect, "process {} gave {got} of {of} bytes: its memory cannot be read any more", self.pid)
+                }
+            },
+        }
+    }
+
+    /// Whether all sources can be read: a byte of each page is.
+    fn is_readable(&self, pieces: impl Iterator<Item = Piece>) -> bool {
+        const PAGE: u64 = 4096;
+        for piece in pieces {
+            let (first, end) = (piece.src, piece.src.saturating_add(piece.len));
+            let mut at = first;
+            while at < end {
+                let mut byte = 0u8;
+                let here = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+                let there = libc::iovec { iov_base: at as *mut _, iov_len: 1 };
+                // SAFETY: one byte into a byte; the kernel checks the other address.
+                if unsafe { libc::process_vm_readv(self.pid, &here, 1, &there, 1, 0) } != 1 {
+                    return false;
+                }
+                at = (at / PAGE + 1) * PAGE;
+            }
+        }
+        true
+    }
+}
+
+/// Why a read failed.
+enum Failed {
+    /// The lists have no room. No slice is so long.
+    TooMany,
+    Call(std::io::Error),
+    /// An address is not there, here or at the peer.
+    Partly {
+        got: u64,
+        of: u64,
+    },
+    /// The witness is another.
+    Stranger,
+}
+
+/// Bytes between two sources if both are one stretch there.
+fn gap(last: &Piece, next: &Piece) -> Option<u64> {
+    let gap = next.src.wrapping_sub(last.src.wrapping_add(last.len));
+    (gap <= NEAR as u64).then_some(gap)
+}
+
+/// A list for the kernel, without what it does not use: most have few entries.
+struct Parts {
+    parts: [MaybeUninit<libc::iovec>; PARTS],
+    len: usize,
+    end: u64,
+    full: bool,
+}
+
+impl Parts {
+    fn new() -> Parts {
+        Parts { parts: [const { MaybeUninit::uninit() }; PARTS], len: 0, end: 0, full: false }
+    }
+
+    fn push(&mut self, addr: u64, len: u64) {
+        match self.parts.get_mut(self.len) {
+            Some(part) => {
+                part.write(libc::iovec { iov_base: addr as *mut _, iov_len: len as usize });
+                (self.len, self.end) = (self.len + 1, addr.wrapping_add(len));
+            }
+            None => self.full = true,
+        }
+    }
+
+    /// Makes the last part longer.
+    fn extend(&mut self, len: u64) {
+        if let Some(part) = self.len.checked_sub(1).map(|at| &mut self.parts[at]) {
+            // SAFETY: entries below `len` are written.
+            unsafe { part.assume_init_mut() }.iov_len += len as usize;
+            self.end = self.end.wrapping_add(len);
+        }
+    }
+
+    fn add(&mut self, addr: u64, len: u64) {
+        match self.len > 0 && self.end == addr {
+            true => self.extend(len),
+            false => self.push(addr, len),
+        }
+    }
+
+    /// For the call; `None` where not all had room.
+    fn list(&self) -> Option<(*const libc::iovec, libc::c_ulong)> {
+        (!self.full).then(|| (self.parts.as_ptr().cast(), self.len as libc::c_ulong))
+    }
+}
+
+/// A place in a list of pieces: the piece, and bytes of it that lie before.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Mark {
+    piece: usize,
+    at: u64,
+}
+
+/// Where the slice that begins at `from` ends: so many bytes, and no more stretches than a system call of usual length reads. `None` at
+/// the end of the list.
+fn slice(pieces: &[Piece], from: Mark) -> Option<Mark> {
+    let (mut bytes, mut stretches, mut parts) = (0, 0, 0);
+    let mut last: Option<Piece> = None;
+    let mut end = from;
+    while let Some(&whole) = pieces.get(end.piece) {
+        let piece = Piece { src: whole.src + end.at, dst: whole.dst + end.at, len: whole.len - end.at };
+        let near = last.and_then(|last| gap(&last, &piece));
+        let touches = near == Some(0) && last.is_some_and(|last| last.dst + last.len == piece.dst);
+        stretches += usize::from(near.is_none());
+        parts += if touches { 0 } else { 1 + usize::from(near.is_some_and(|gap| gap > 0)) };
+        if stretches > STRETCHES || parts > PARTS - 2 {
+            break;
+        }
+        let len = piece.len.min(SLICE - bytes);
+        bytes += len;
+        end = if len == piece.len { Mark { piece: end.piece + 1, at: 0 } } else { Mark { at: end.at + len, ..end } };
+        if bytes >= SLICE {
+            break;
+        }
+        last = Some(piece);
+    }
+    (end != from).then_some(end)
+}
+
+/// The pieces between two marks.
+fn between(pieces: &[Piece], from: Mark, to: Mark) -> impl Iterator<Item = Piece> + Clone + '_ {
+    let last = pieces.len().min(to.piece + usize::from(to.at > 0));
+    pieces[from.piece.min(last)..last].iter().enumerate().map(move |(i, piece)| {
+        let begin = if i == 0 { from.at } else { 0 };
+        let end = if from.piece + i == to.piece { to.at } else { piece.len };
+        Piece { src: piece.src + begin, dst: piece.dst + begin, len: end - begin }
+    })
 }
 
 /// Slices of a large pull.
 struct Slices {
     peer: Peer,
     pieces: Vec<Piece>,
-    /// Where each slice ends.
-    ends: Vec<usize>,
+    /// Where each begins, and the last one ends.
+    marks: Vec<Mark>,
+}
+
+impl Slices {
+    fn new(peer: Peer, pieces: &[Piece]) -> Slices {
+        let mut marks = vec![Mark::default()];
+        let mut at = Mark::default();
+        while let Some(end) = slice(pieces, at) {
+            marks.push(end);
+            at = end;
+        }
+        Slices { peer, pieces: pieces.to_vec(), marks }
+    }
 }
 
 impl Work for Slices {
     fn len(&self) -> usize {
-        self.ends.len()
+        self.marks.len() - 1
     }
 
     fn run(&self, index: usize) -> Result<()> {
-        let from = index.checked_sub(1).map_or(0, |before| self.ends[before]);
-        // SAFETY: whoever started the pull keeps the destinations until it has ended or was quiesced.
-        unsafe { self.peer.read(&self.pieces[from..self.ends[index]]) }
+        let (from, to) = (self.marks[index], self.marks[index + 1]);
+        // SAFETY: the caller of `pull` keeps the destinations until it has ended or was quiesced.
+        unsafe { self.peer.read(between(&self.pieces, from, to)) }
     }
-}
-
-/// Cuts pieces so that each slice has its share of bytes.
-fn slices(peer: Peer, pieces: &[Piece]) -> Slices {
-    let (mut cut, mut ends) = (Vec::with_capacity(pieces.len() + 64), Vec::new());
-    let (mut bytes, mut begin) = (0, 0);
-    for piece in pieces {
-        let mut rest = *piece;
-        while rest.len > 0 {
-            let n = rest.len.min(SLICE - bytes);
-            cut.push(Piece { len: n, ..rest });
-            rest = Piece { src: rest.src + n, dst: rest.dst + n, len: rest.len - n };
-            bytes += n;
-            if bytes == SLICE || cut.len() - begin == SLICE_PIECES {
-                ends.push(cut.len());
-                (bytes, begin) = (0, cut.len());
-            }
-        }
-    }
-    if cut.len() > begin {
-        ends.push(cut.len());
-    }
-    Slices { peer, pieces: cut, ends }
 }
 
 /// Host memory of a peer's process.
@@ -179,8 +340,8 @@ pub(crate) struct HostMemory {
     bell: Option<Bell>,
     jobs: HashMap<u64, Arc<Job>>,
     last: u64,
-    /// This thread has copied something since it was last asked.
-    worked: bool,
+    /// What the next pulls belong to.
+    flow: Flow,
 }
 
 /// A pull that had ended when it was started.
@@ -197,13 +358,9 @@ impl HostMemory {
         }
         let peer = Peer { pid, witness };
         // SAFETY: nothing but the witness is read.
-        unsafe { peer.read(&[]) }?;
-        Ok(HostMemory { peer, pool: Pool::of_process()?, bell: None, jobs: HashMap::new(), last: ENDED, worked: false })
-    }
-
-    /// Whether a poll has copied something since the last call.
-    pub(crate) fn worked(&mut self) -> bool {
-        std::mem::take(&mut self.worked)
+        unsafe { peer.read(std::iter::empty()) }?;
+        let flow = Flow { connection: Flow::connection(), transfer: 0 };
+        Ok(HostMemory { peer, pool: Pool::of_process()?, bell: None, jobs: HashMap::new(), last: ENDED, flow })
     }
 
     /// Rung when a large pull has ended.
@@ -224,15 +381,20 @@ impl LocalMemory for HostMemory {
     fn close(&mut self, _mapping: Mapping) {}
 
     unsafe fn pull(&mut self, _place: Place, pieces: &[Piece]) -> Result<Pull> {
-        let bytes: u64 = pieces.iter().map(|p| p.len).sum();
-        if bytes <= AT_ONCE && pieces.len() <= AT_ONCE_PIECES {
+        let Some(end) = slice(pieces, Mark::default()) else { return Ok(Pull { unit: 0, job: ENDED }) };
+        if end.piece == pieces.len() {
             // SAFETY: by the caller's contract.
-            unsafe { self.peer.read(pieces) }?;
+            unsafe { self.peer.read(pieces.iter().copied()) }?;
             return Ok(Pull { unit: 0, job: ENDED });
         }
         self.last += 1;
-        let job = Job::new(Box::new(slices(self.peer, pieces)), self.bell.clone());
+        let slices = Slices::new(self.peer, pieces);
+        let few = slices.len() <= FEW_SLICES && self.jobs.is_empty();
+        let job = Job::new(Box::new(slices), self.flow, self.bell.clone());
         self.pool.start(&job);
+        if few {
+            job.help();
+        }
         self.jobs.insert(self.last, job);
         Ok(Pull { unit: 0, job: self.last })
     }
@@ -242,13 +404,21 @@ impl LocalMemory for HostMemory {
             return Ok(true);
         }
         let Some(job) = self.jobs.get(&pull.job) else { bail!(Internal, "pull {} was never started", pull.job) };
-        // Whoever waits may as well work.
-        self.worked |= job.help();
-        let ended = job.ended()?;
-        if ended {
-            self.jobs.remove(&pull.job);
+        // Waiting for a thread to wake takes longer than the rest of something short. Longer ones are left to the threads: a connection's
+        // lock is held meanwhile, and other connections wait.
+        if (self.jobs.len() == 1 && job.len() <= FEW_SLICES) || self.pool.is_without_threads() {
+            job.help();
         }
-        Ok(ended)
+        let ended = job.ended();
+        match ended {
+            Ok(false) => self.pool.look(),
+            _ => drop(self.jobs.remove(&pull.job)),
+        }
+        ended
+    }
+
+    fn belongs_to(&mut self, transfer: u64) {
+        self.flow.transfer = transfer;
     }
 
     fn copied(&self, pull: Pull, bytes: u64) -> u64 {
@@ -256,8 +426,8 @@ impl LocalMemory for HostMemory {
     }
 
     fn busy(&self) -> bool {
-        // The threads ring.
-        self.bell.is_none() && !self.jobs.is_empty()
+        // Threads ring.
+        (self.bell.is_none() || self.pool.is_without_threads()) && !self.jobs.is_empty()
     }
 
     fn quiesce(&mut self) -> Result<()> {
@@ -278,6 +448,7 @@ impl LocalMemory for HostMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::status::ErrorKind;
     use proptest::prelude::*;
     use std::time::Instant;
 
@@ -338,17 +509,169 @@ mod tests {
         }
     }
 
-    #[test]
-    fn memory_that_is_gone_is_an_error_at_either_end() {
-        let mut memory = own();
-        let mut buffer = vec![0u8; 1 << 20];
-        for len in [64, 1 << 20] {
-            for (src, dst) in [(8, buffer.as_mut_ptr() as u64), (buffer.as_ptr() as u64, 8)] {
-                // SAFETY: address 8 is nobody's; the kernel finds out.
-                let result =
-                    unsafe { memory.pull(Place::HOST, &[Piece { src, dst, len }]) }.and_then(|pull| finish(&mut memory, pull));
-                assert!(result.is_err(), "{len} bytes from {src:#x} to {dst:#x}");
+    /// Pages of which every second one is there.
+    struct Holes(*mut u8, usize);
+
+    const PAGE: usize = 4096;
+
+    impl Holes {
+        fn new(pages: usize) -> Holes {
+            let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+            // SAFETY: fresh pages; every second one is made unreadable.
+            unsafe {
+                let at = libc::mmap(std::ptr::null_mut(), pages * PAGE, protection, flags, -1, 0);
+                assert_ne!(at, libc::MAP_FAILED);
+                let at: *mut u8 = at.cast();
+                for page in 0..pages {
+                    at.add(page * PAGE).write_bytes(page as u8 + 1, PAGE);
+                    if page % 2 == 1 {
+                        assert_eq!(libc::mprotect(at.add(page * PAGE).cast(), PAGE, libc::PROT_NONE), 0);
+                    }
+                }
+                Holes(at, pages)
             }
+        }
+        fn at(&self, offset: usize) -> u64 {
+            self.0 as u64 + offset as u64
+        }
+    }
+
+    impl Drop for Holes {
+        fn drop(&mut self) {
+            // SAFETY: our mapping.
+            unsafe { libc::munmap(self.0.cast(), self.1 * PAGE) };
+        }
+    }
+
+    fn copy(memory: &mut HostMemory, pieces: &[Piece]) -> Result<()> {
+        // SAFETY: memory of the test, or such as the kernel refuses.
+        unsafe { memory.pull(Place::HOST, pieces) }.and_then(|pull| finish(memory, pull))
+    }
+
+    #[test]
+    fn what_lies_between_pieces_need_not_be_there() {
+        let (holes, mut memory) = (Holes::new(3), own());
+        let mut dest = vec![0u8; 400];
+        let to = dest.as_mut_ptr() as u64;
+        // The last bytes of a page, and nothing of the next one although it is near.
+        let pieces = [
+            Piece { src: holes.at(PAGE - 300), dst: to, len: 100 },
+            Piece { src: holes.at(PAGE - 100), dst: to + 100, len: 100 },
+            Piece { src: holes.at(2 * PAGE), dst: to + 200, len: 100 },
+        ];
+        copy(&mut memory, &pieces).unwrap();
+        assert!(std::hint::black_box(&dest)[..200].iter().all(|&b| b == 1) && dest[200..300].iter().all(|&b| b == 3));
+        let next = Piece { src: holes.at(2 * PAGE + PAGE - 200), dst: to, len: 100 };
+        let far = Piece { src: holes.at(0), dst: to + 100, len: 100 };
+        copy(&mut memory, &[next, far]).unwrap();
+        assert_eq!((dest[0], dest[99], dest[100], dest[200], dest[300]), (3, 3, 1, 3, 0));
+    }
+
+    #[test]
+    fn the_process_whose_memory_failed_is_named() {
+        let mut memory = own();
+        let (good, read_only) = (vec![0u8; 1 << 20], Holes::new(512));
+        // SAFETY: our pages.
+        unsafe { assert_eq!(libc::mprotect(read_only.0.cast(), 512 * PAGE, libc::PROT_READ), 0) };
+        for len in [64, 1 << 20] {
+            let good = good.as_ptr() as u64;
+            // SAFETY of all: address 8 is not mapped, and read-only pages are not written; the kernel finds out.
+            let source = copy(&mut memory, &[Piece { src: 8, dst: good, len }]).unwrap_err();
+            assert_eq!(source.kind(), ErrorKind::RemoteDisconnect, "{source}");
+            for dst in [8, read_only.at(0)] {
+                let own = copy(&mut memory, &[Piece { src: good, dst, len }]).unwrap_err();
+                assert_eq!(own.kind(), ErrorKind::InvalidArgument, "{own}");
+                assert!(own.to_str().starts_with("registered memory of this process"), "{own}");
+            }
+            // Among others that are well, too.
+            let mixed = [(good, good + 128), (good + 100, 8), (good + 64, good + 300)];
+            let pieces = mixed.map(|(src, dst)| Piece { src, dst, len: 32 });
+            assert_eq!(copy(&mut memory, &pieces).unwrap_err().kind(), ErrorKind::InvalidArgument);
+        }
+        assert!(memory.jobs.is_empty());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(60))]
+        /// Sources in any order, touching, near or far, over each other or not; destinations that touch or not: every byte lands in its
+        /// place, and nothing else is written.
+        #[test]
+        fn scattered_pieces_arrive(
+            lens in proptest::collection::vec(prop_oneof![8 => 1usize..700, 1 => 1usize..9000, 1 => 100_000usize..300_000], 1..700),
+            gaps in proptest::collection::vec((prop_oneof![Just(0usize), 1usize..600, 0usize..5000], prop_oneof![Just(0usize), 1usize..50]), 1..50),
+            rotate in 0usize..700, every in 1usize..5,
+        ) {
+            let mut places = Vec::new();
+            let (mut src, mut dst) = (64, 64);
+            for (i, &len) in lens.iter().enumerate() {
+                places.push((src, dst, len));
+                let (there, here) = gaps[i % gaps.len()];
+                (src, dst) = (src + len + there, dst + len + here);
+            }
+            let source: Vec<u8> = (0..src + 64).map(|i| (i * 31 % 251) as u8).collect();
+            let mut dest = vec![0xEE; dst + 64];
+            let mut expected = dest.clone();
+            // In rising order, or out of it.
+            let by = rotate % places.len();
+            places.rotate_left(by);
+            if every > 2 {
+                let at = places.len() / 2;
+                let (front, back) = places.split_at_mut(at);
+                front.iter_mut().zip(back).step_by(every).for_each(|(a, b)| std::mem::swap(a, b));
+            }
+            for &(src, dst, len) in &places {
+                expected[dst..dst + len].copy_from_slice(&source[src..src + len]);
+            }
+            let (from, to) = (source.as_ptr() as u64, dest.as_mut_ptr() as u64);
+            let pieces: Vec<Piece> = places.iter().map(|&(src, dst, len)| Piece { src: from + src as u64, dst: to + dst as u64, len: len as u64 }).collect();
+            copy(&mut own(), &pieces).unwrap();
+            prop_assert!(std::hint::black_box(&dest) == &expected);
+        }
+
+        /// Slices follow each other, hold all, and fit into a call.
+        #[test]
+        fn slices_fit(lens in proptest::collection::vec((1u64..2000, 0u64..1500, 0u64..3), 1..3000)) {
+            let (mut src, mut dst) = (1 << 20, 1 << 30);
+            let pieces: Vec<Piece> = lens.iter().map(|&(len, gap, more)| {
+                let piece = Piece { src, dst, len: len * (1 + 100 * more) };
+                (src, dst) = (src + piece.len + gap, dst + piece.len + gap % 2);
+                piece
+            }).collect();
+            let slices = Slices::new(Peer { pid: 0, witness: Witness { addr: 0, bytes: [0; WITNESS] } }, &pieces);
+            let mut all = Vec::new();
+            for index in 0..slices.len() {
+                let part: Vec<Piece> = between(&slices.pieces, slices.marks[index], slices.marks[index + 1]).collect();
+                prop_assert!(part.iter().map(|p| p.len).sum::<u64>() <= SLICE && !part.is_empty());
+                // SAFETY: there is no process 0.
+                let failed = unsafe { slices.peer.try_read(part.iter().copied()) };
+                prop_assert!(matches!(failed, Err(Failed::Call(_))));
+                for piece in part {
+                    match all.last_mut() {
+                        Some(Piece { src, dst, len }) if (*src + *len, *dst + *len) == (piece.src, piece.dst) => *len += piece.len,
+                        _ => all.push(piece),
+                    }
+                }
+            }
+            let mut joined: Vec<Piece> = Vec::new();
+            for &piece in &pieces {
+                match joined.last_mut() {
+                    Some(last) if (last.src + last.len, last.dst + last.len) == (piece.src, piece.dst) => last.len += piece.len,
+                    _ => joined.push(piece),
+                }
+            }
+            prop_assert_eq!(all, joined);
+        }
+    }
+
+    /// Counted, not timed: how often the kernel is asked for what lies side by side.
+    #[test]
+    fn neighbours_are_one_stretch() {
+        let blocks = |stride: u64| -> Vec<Piece> {
+            (0..200).map(|i| Piece { src: (1 << 20) + i * stride, dst: (1 << 30) + i * 1000, len: 64 }).collect()
+        };
+        for (stride, calls) in [(64, 1), (128, 1), (576, 1), (577, 2), (4096, 2)] {
+            let slices = Slices::new(Peer { pid: 0, witness: Witness { addr: 0, bytes: [0; WITNESS] } }, &blocks(stride));
+            assert_eq!(slices.len(), calls, "blocks every {stride} bytes");
         }
     }
 

@@ -157,12 +157,16 @@ pub(crate) trait LocalMemory: Send {
     }
 
     /// Starts copying all pieces into memory of `place`, or from there into an open area; they do not overlap. The list may be changed once it returns. The pull runs
-    /// even if nobody polls; many may be under way, and they end in any order.
+    /// without polls; many may be under way, and they end in any order.
     ///
     /// # Safety
     /// Sources lie in open mappings of this object, in its areas or in registered memory of `place`, destinations in registered memory of
     /// `place` or in open areas of the peer; all stay until the pull has ended.
     unsafe fn pull(&mut self, place: Place, pieces: &[Piece]) -> Result<Pull>;
+
+    /// Pulls that start from now on belong to this transfer: where many compete for threads, each transfer has its share, however many
+    /// pulls it has.
+    fn belongs_to(&mut self, _transfer: u64) {}
 
     /// Whether a pull has ended. After `true` or an error its number is forgotten.
     ///
@@ -175,7 +179,7 @@ pub(crate) trait LocalMemory: Send {
         0
     }
 
-    /// Pulls are under way, and nobody is woken when they end.
+    /// Pulls are under way whose end wakes no thread.
     fn busy(&self) -> bool;
 
     /// Waits, for a bounded time, until no pull touches memory any more. After an error some may still run: then this object, its

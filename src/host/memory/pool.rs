@@ -1,24 +1,31 @@
-//! A few threads of the process that copy slices of large pulls; all connections share them, slice by slice in turns. They end with the
-//! last connection that uses them. Knows nothing of what a slice is.
+//! A few threads of the process that copy large pulls in slices. Each free thread takes a slice of the connection that has had the
+//! least of the threads' time, and there of the transfer that has had the least: many or large pulls take nothing from others. A thread
+//! that a peer's memory holds up is replaced. They end with the last connection that uses them. Knows nothing of what a slice is.
 
 use crate::status::{Error, ErrorKind, Result};
 use process::{generation, Condvar, Mutex, PerProcess};
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Threads at most: pieces of a page each take so many to fill the memory's bandwidth.
 const MOST: usize = 16;
+/// Threads at most, those that are held up among them.
+const MOST_IN_ALL: usize = 64;
 /// Slices that are worth another thread.
 const SLICES_PER_THREAD: usize = 4;
+/// A slice that takes longer than this holds its thread up. A usual one takes microseconds.
+const HELD_UP: Duration = Duration::from_millis(20);
+/// What a slice is taken to cost until it has ended, nanoseconds.
+const EXPECTED: u64 = 20_000;
 
-/// Wakes whoever sleeps for a connection. It owns what it writes to: a thread may ring after the connection has ended.
+/// Wakes the thread that sleeps for a connection. It owns what it writes to: a thread may ring after the connection has ended.
 #[derive(Clone)]
 pub(crate) struct Bell {
-    /// 1 while somebody sleeps.
+    /// 1 while a thread sleeps.
     pub armed: Arc<AtomicU32>,
     /// An eventfd.
     pub fd: Arc<OwnedFd>,
@@ -42,10 +49,26 @@ pub(crate) trait Work: Send + Sync {
     fn run(&self, index: usize) -> Result<()>;
 }
 
+/// Which connection and which of its transfers a job belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Flow {
+    pub connection: u64,
+    pub transfer: u64,
+}
+
+impl Flow {
+    /// A number for a connection, which no other one of the process has.
+    pub(crate) fn connection() -> u64 {
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        LAST.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
 /// Work under way.
 pub(crate) struct Job {
     work: Box<dyn Work>,
-    /// The next slice that nobody has.
+    flow: Flow,
+    /// The next slice that no thread has.
     next: AtomicUsize,
     /// Slices that are not done.
     left: AtomicUsize,
@@ -59,10 +82,11 @@ pub(crate) struct Job {
 
 impl Job {
     /// `bell`: rung when it ends.
-    pub(crate) fn new(work: Box<dyn Work>, bell: Option<Bell>) -> Arc<Job> {
+    pub(crate) fn new(work: Box<dyn Work>, flow: Flow, bell: Option<Bell>) -> Arc<Job> {
         let left = AtomicUsize::new(work.len());
         Arc::new(Job {
             work,
+            flow,
             next: AtomicUsize::new(0),
             left,
             running: AtomicUsize::new(0),
@@ -74,23 +98,43 @@ impl Job {
         })
     }
 
-    /// Does a slice, if one is left that nobody has. Whether it did.
+    /// How many slices it has.
+    pub(crate) fn len(&self) -> usize {
+        self.work.len()
+    }
+
+    /// Does a slice, if one is left that no thread has. Whether it did.
     pub(crate) fn help(&self) -> bool {
+        let index = self.claim();
+        index.map(|index| self.run(index)).is_some()
+    }
+
+    /// Takes the next slice, which [`Job::run`] must follow.
+    fn claim(&self) -> Option<usize> {
         self.running.fetch_add(1, Ordering::SeqCst);
-        let index = match self.cancelled.load(Ordering::SeqCst) {
-            true => usize::MAX,
-            false => self.next.fetch_add(1, Ordering::SeqCst),
-        };
-        let mine = index < self.work.len();
-        let mut last = false;
-        if mine {
-            if let Err(e) = self.work.run(index) {
-                self.error.lock().get_or_insert(e);
-                self.cancelled.store(true, Ordering::SeqCst);
-                last = true;
+        if !self.cancelled.load(Ordering::SeqCst) {
+            let index = self.next.fetch_add(1, Ordering::SeqCst);
+            if index < self.work.len() {
+                return Some(index);
             }
-            last |= self.left.fetch_sub(1, Ordering::SeqCst) == 1;
         }
+        self.leave(false);
+        None
+    }
+
+    fn run(&self, index: usize) {
+        let mut last = false;
+        if let Err(e) = self.work.run(index) {
+            self.error.lock().get_or_insert(e);
+            self.cancelled.store(true, Ordering::SeqCst);
+            last = true;
+        }
+        last |= self.left.fetch_sub(1, Ordering::SeqCst) == 1;
+        self.leave(last);
+    }
+
+    /// This thread is no longer at it. `last`: it may have ended.
+    fn leave(&self, mut last: bool) {
         if self.running.fetch_sub(1, Ordering::SeqCst) == 1 && self.cancelled.load(Ordering::SeqCst) {
             drop(self.waiting.lock());
             self.rests.notify_all();
@@ -99,7 +143,6 @@ impl Job {
         if let (true, Some(bell)) = (last, &self.bell) {
             bell.ring();
         }
-        mine
     }
 
     /// The part of `bytes` that those slices have that are done, if all are alike.
@@ -109,7 +152,7 @@ impl Job {
         (u128::from(bytes) * done as u128 / all.max(1) as u128) as u64
     }
 
-    /// Slices that nobody has.
+    /// Slices that no thread has.
     fn unclaimed(&self) -> usize {
         self.work.len().saturating_sub(self.next.load(Ordering::Relaxed))
     }
@@ -117,7 +160,7 @@ impl Job {
     /// Whether all of it is done.
     ///
     /// # Errors
-    /// Of the first slice that failed, once nobody is at any slice.
+    /// Of the first slice that failed, once no thread is at any slice.
     pub(crate) fn ended(&self) -> Result<bool> {
         if self.left.load(Ordering::SeqCst) == 0 && !self.cancelled.load(Ordering::SeqCst) {
             return Ok(true);
@@ -134,7 +177,7 @@ impl Job {
         self.cancelled.store(true, Ordering::SeqCst);
     }
 
-    /// Waits until nobody is at any slice, after [`Job::cancel`]; `false` when somebody still is at the deadline.
+    /// Waits until no thread is at any slice, after [`Job::cancel`]; `false` when one still is at the deadline.
     pub(crate) fn wait(&self, deadline: Instant) -> bool {
         let mut held = self.waiting.lock();
         while self.running.load(Ordering::SeqCst) > 0 {
@@ -146,12 +189,107 @@ impl Job {
     }
 }
 
+/// Things that have a share of the threads each.
+struct Shares<K, T>(Vec<Share<K, T>>);
+
+struct Share<K, T> {
+    key: K,
+    /// Nanoseconds of the threads' time that it has had. One that comes begins at the least of the others.
+    had: u64,
+    what: T,
+}
+
+impl<K, T> Default for Shares<K, T> {
+    fn default() -> Self {
+        Shares(Vec::new())
+    }
+}
+
+impl<K: Copy + PartialEq, T: Default> Shares<K, T> {
+    fn find(&mut self, key: K) -> Option<&mut Share<K, T>> {
+        self.0.iter_mut().find(|share| share.key == key)
+    }
+
+    fn enter(&mut self, key: K) -> &mut T {
+        let at = self.0.iter().position(|share| share.key == key).unwrap_or_else(|| {
+            let had = self.0.iter().map(|share| share.had).min().unwrap_or(0);
+            self.0.push(Share { key, had, what: T::default() });
+            self.0.len() - 1
+        });
+        &mut self.0[at].what
+    }
+
+    /// Where the one is that has had the least of those that are `fit`; among equals the newest.
+    fn least(&self, fit: impl Fn(K) -> bool) -> Option<usize> {
+        let fitting = self.0.iter().enumerate().rev().filter(|(_, share)| fit(share.key));
+        fitting.min_by_key(|(_, share)| share.had).map(|(at, _)| at)
+    }
+}
+
+type Transfers = Shares<u64, VecDeque<Arc<Job>>>;
+
+/// A slice that a thread is at.
+struct UnderWay {
+    thread: usize,
+    connection: u64,
+    since: Instant,
+}
+
 #[derive(Default)]
 struct Queue {
-    jobs: VecDeque<Arc<Job>>,
+    connections: Shares<u64, Transfers>,
+    under_way: Vec<UnderWay>,
     /// Threads that wait for work.
     idle: usize,
     ended: bool,
+}
+
+impl Queue {
+    fn push(&mut self, job: &Arc<Job>) {
+        self.connections.enter(job.flow.connection).enter(job.flow.transfer).push_back(job.clone());
+    }
+
+    /// The slice that comes next. A connection that holds a thread up has no other.
+    fn take(&mut self, thread: usize) -> Option<(Arc<Job>, usize)> {
+        let now = Instant::now();
+        loop {
+            let held = |id| self.under_way.iter().any(|one| one.connection == id && now - one.since >= HELD_UP);
+            let at = self.connections.least(|id| !held(id))?;
+            let transfers = &mut self.connections.0[at].what;
+            let Some(of) = transfers.least(|_| true) else {
+                self.connections.0.swap_remove(at);
+                continue;
+            };
+            let job = transfers.0[of].what.front().cloned();
+            let Some((job, index)) = job.and_then(|job| job.claim().map(|index| (job, index))) else {
+                let jobs = &mut transfers.0[of].what;
+                jobs.pop_front();
+                if jobs.is_empty() {
+                    transfers.0.swap_remove(of);
+                }
+                continue;
+            };
+            transfers.0[of].had += EXPECTED;
+            self.connections.0[at].had += EXPECTED;
+            self.under_way.push(UnderWay { thread, connection: job.flow.connection, since: now });
+            return Some((job, index));
+        }
+    }
+
+    /// A thread has done its slice.
+    fn done(&mut self, thread: usize, flow: Flow, took: Duration) {
+        self.under_way.retain(|one| one.thread != thread);
+        let more = (took.as_nanos() as u64).saturating_sub(EXPECTED);
+        if let Some(connection) = self.connections.find(flow.connection) {
+            connection.had += more;
+            connection.what.find(flow.transfer).into_iter().for_each(|transfer| transfer.had += more);
+        }
+    }
+
+    /// Threads that are held up.
+    fn held_up(&self) -> usize {
+        self.under_way.iter().filter(|one| one.since.elapsed() >= HELD_UP).count()
+    }
 }
 
 #[derive(Default)]
@@ -164,6 +302,11 @@ struct Inner {
 pub(crate) struct Pool {
     inner: Arc<Inner>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// No thread could be made: waiting threads do the work.
+    without: AtomicBool,
+    /// When threads that are held up were last looked for, milliseconds after the start.
+    looked: AtomicU64,
+    start: Instant,
     most: usize,
     generation: u64,
 }
@@ -180,51 +323,79 @@ impl Pool {
             return Ok(pool);
         }
         let cores = std::thread::available_parallelism().map_or(2, usize::from);
-        let fresh = Arc::new(Pool {
-            inner: Arc::default(),
-            threads: Mutex::default(),
-            // Whoever waits for the end works, too.
-            most: (cores * 3 / 4).clamp(1, MOST),
-            generation: generation(),
-        });
+        // Of many cores some are left to the application.
+        let fresh = Arc::new(Pool::new((cores * 3 / 4).max(cores.min(2)).min(MOST)));
         *pool = Arc::downgrade(&fresh);
         Ok(fresh)
     }
 
-    /// Has the threads work at a job. Without threads whoever waits for its end does it all.
+    fn new(most: usize) -> Pool {
+        Pool {
+            inner: Arc::default(),
+            threads: Mutex::default(),
+            without: AtomicBool::new(false),
+            looked: AtomicU64::new(0),
+            start: Instant::now(),
+            most,
+            generation: generation(),
+        }
+    }
+
+    /// Has the threads work at a job.
     pub(crate) fn start(&self, job: &Arc<Job>) {
         let mut queue = self.inner.queue.lock();
-        queue.jobs.push_back(job.clone());
-        let wanted = job.work.len().div_ceil(SLICES_PER_THREAD).min(self.most);
-        let idle = queue.idle;
+        queue.push(job);
+        let (idle, held) = (queue.idle, queue.held_up());
         drop(queue);
+        let wanted = job.work.len().div_ceil(SLICES_PER_THREAD).min(self.most);
         // Each that wakes wakes the next.
         if idle > 0 {
             self.inner.comes.notify_one();
         }
         if idle < wanted {
-            self.more(wanted);
+            self.more(wanted + held);
+        }
+    }
+
+    /// Whether there are no threads, so that the thread that waits for a job has to do it.
+    pub(crate) fn is_without_threads(&self) -> bool {
+        self.without.load(Ordering::Relaxed)
+    }
+
+    /// To be called while a job does not end: replaces threads that are held up.
+    pub(crate) fn look(&self) {
+        let now = self.start.elapsed().as_millis() as u64;
+        if self.looked.swap(now, Ordering::Relaxed) == now {
+            return;
+        }
+        let queue = self.inner.queue.lock();
+        let (idle, held, waits) = (queue.idle, queue.held_up(), !queue.connections.0.is_empty());
+        drop(queue);
+        if waits && idle == 0 && held > 0 {
+            self.more(self.most + held);
         }
     }
 
     /// One thread more, up to as many as are wanted.
     fn more(&self, wanted: usize) {
         let mut threads = self.threads.lock();
-        if threads.len() >= wanted {
+        let number = threads.len();
+        if number >= wanted.min(MOST_IN_ALL) {
             return;
         }
         let inner = self.inner.clone();
-        match process::thread::spawn("uccl-pull", move || work(&inner)) {
+        match process::thread::spawn("uccl-pull", move || work(&inner, number)) {
             Ok(thread) => threads.push(thread),
             Err(e) => log::debug!("no thread for pulls: {e}"),
         }
+        self.without.store(threads.is_empty(), Ordering::Relaxed);
     }
 }
 
-fn work(inner: &Inner) {
+fn work(inner: &Inner, number: usize) {
     let mut queue = inner.queue.lock();
     loop {
-        let Some(job) = queue.jobs.pop_front() else {
+        let Some((job, index)) = queue.take(number) else {
             if queue.ended {
                 return;
             }
@@ -233,17 +404,15 @@ fn work(inner: &Inner) {
             queue.idle -= 1;
             continue;
         };
-        // Others may work at it, too; those that wait have their turn after each slice.
-        queue.jobs.push_back(job.clone());
         if queue.idle > 0 && job.unclaimed() > SLICES_PER_THREAD {
             inner.comes.notify_one();
         }
         drop(queue);
-        job.help();
+        let (flow, begun) = (job.flow, Instant::now());
+        job.run(index);
+        drop(job);
         queue = inner.queue.lock();
-        if job.next.load(Ordering::SeqCst) >= job.work.len() || job.cancelled.load(Ordering::SeqCst) {
-            queue.jobs.retain(|other| !Arc::ptr_eq(other, &job));
-        }
+        queue.done(number, flow, begun.elapsed());
     }
 }
 
@@ -267,7 +436,6 @@ impl Drop for Pool {
 mod tests {
     use super::*;
     use crate::status::err;
-    use std::time::Duration;
 
     struct Counting {
         done: Vec<AtomicUsize>,
@@ -277,7 +445,7 @@ mod tests {
     impl Counting {
         fn job(n: usize, fails_at: Option<usize>) -> (Arc<Counting>, Arc<Job>) {
             let work = Arc::new(Counting { done: (0..n).map(|_| AtomicUsize::new(0)).collect(), fails_at });
-            let job = Job::new(Box::new(work.clone()), None);
+            let job = Job::new(Box::new(work.clone()), Flow { connection: Flow::connection(), transfer: 0 }, None);
             (work, job)
         }
     }
@@ -338,7 +506,7 @@ mod tests {
     }
 
     #[test]
-    fn after_the_wait_nobody_is_at_it() {
+    fn after_the_wait_no_thread_is_at_it() {
         let pool = Pool::of_process().unwrap();
         for _ in 0..50 {
             let (work, job) = Counting::job(100_000, None);
@@ -350,5 +518,100 @@ mod tests {
             std::thread::yield_now();
             assert_eq!(count(), before);
         }
+    }
+
+    /// Slices that note their turn and end when the test says so.
+    struct Turns {
+        number: usize,
+        slices: usize,
+        order: Arc<Mutex<Vec<usize>>>,
+        gate: Option<Arc<AtomicBool>>,
+    }
+
+    impl Work for Turns {
+        fn len(&self) -> usize {
+            self.slices
+        }
+        fn run(&self, _index: usize) -> Result<()> {
+            while self.gate.as_ref().is_some_and(|gate| !gate.load(Ordering::SeqCst)) {
+                std::thread::yield_now();
+            }
+            self.order.lock().push(self.number);
+            Ok(())
+        }
+    }
+
+    fn turns(
+        number: usize,
+        slices: usize,
+        flow: Flow,
+        order: &Arc<Mutex<Vec<usize>>>,
+        gate: Option<&Arc<AtomicBool>>,
+    ) -> Arc<Job> {
+        Job::new(Box::new(Turns { number, slices, order: order.clone(), gate: gate.cloned() }), flow, None)
+    }
+
+    /// A queue without threads: whose slices come when each takes as long as the next.
+    fn order_of(jobs: &[Arc<Job>], takes: usize) -> Vec<u64> {
+        let mut queue = Queue::default();
+        jobs.iter().for_each(|job| queue.push(job));
+        let mut order = Vec::new();
+        for _ in 0..takes {
+            let Some((job, index)) = queue.take(0) else { break };
+            job.run(index);
+            order.push(job.flow.transfer);
+            queue.done(0, job.flow, Duration::ZERO);
+        }
+        order
+    }
+
+    #[test]
+    fn a_short_transfer_behind_a_long_one_has_its_share() {
+        let order = Arc::default();
+        let flow = |connection, transfer| Flow { connection, transfer };
+        // 16 pulls of a long transfer are under way before 40 slices of a short one come.
+        for (connection, same) in [(1, true), (2, false)] {
+            let mut jobs: Vec<_> = (0..16).map(|_| turns(0, 512, flow(1, 1), &order, None)).collect();
+            jobs.push(turns(1, 40, flow(connection, 2), &order, None));
+            let order = order_of(&jobs, 100);
+            let short = order.iter().filter(|&&transfer| transfer == 2).count();
+            assert_eq!(short, 40, "same connection: {same}; {order:?}");
+        }
+        // Many transfers of one connection take nothing from another one's.
+        let mut jobs: Vec<_> = (0..50).map(|n| turns(0, 512, flow(1, 10 + n), &order, None)).collect();
+        jobs.push(turns(1, 40, flow(2, 2), &order, None));
+        let order = order_of(&jobs, 100);
+        assert_eq!(order.iter().filter(|&&transfer| transfer == 2).count(), 40, "{order:?}");
+    }
+
+    #[test]
+    fn all_that_was_pushed_is_taken_once() {
+        let order: Arc<Mutex<Vec<usize>>> = Arc::default();
+        let flow = |n: usize| Flow { connection: n as u64 % 3, transfer: n as u64 % 7 };
+        let jobs: Vec<_> = (0..40).map(|n| turns(n, n % 5 + 1, flow(n), &order, None)).collect();
+        let total: usize = (0..40).map(|n| n % 5 + 1).sum();
+        assert_eq!(order_of(&jobs, 1000).len(), total);
+        assert!((0..40).all(|n| order.lock().iter().filter(|&&m| m == n).count() == n % 5 + 1));
+    }
+
+    #[test]
+    fn a_thread_that_is_held_up_is_replaced_and_its_connection_gets_no_other() {
+        let (pool, order) = (Pool::new(1), Arc::default());
+        let (gate, hostile) = (Arc::new(AtomicBool::new(false)), Flow { connection: Flow::connection(), transfer: 0 });
+        let held: Vec<_> = (0..30).map(|_| turns(0, 100, hostile, &order, Some(&gate))).collect();
+        held.iter().for_each(|job| pool.start(job));
+        for round in 0..5 {
+            let job = turns(1, 100, Flow { connection: Flow::connection(), transfer: 0 }, &order, None);
+            pool.start(&job);
+            let start = Instant::now();
+            while !job.ended().unwrap() {
+                pool.look();
+                assert!(start.elapsed() < Duration::from_secs(60), "round {round}");
+                std::thread::yield_now();
+            }
+        }
+        assert!(pool.threads.lock().len() <= 4 && order.lock().iter().all(|&n| n == 1));
+        gate.store(true, Ordering::SeqCst);
+        held.iter().for_each(|job| finish(job).unwrap());
     }
 }

@@ -298,8 +298,8 @@ fn heartbeats_of_both_sides_meet() {
     let every = crate::proto::heartbeat(PEER_TIMEOUT);
     // One side's is due long before the other's.
     let late = world.now + every * 2 / 3;
-    world.sides[0].machine.clock.next_tick = late;
-    world.sides[0].machine.clock.report = late;
+    world.sides[0].machine.state.liveness.next_tick = late;
+    world.sides[0].machine.state.liveness.report = late;
     let (mut looks, mut announced, end) = (0, [0; 2], world.start + 30 * every);
     while world.now < end {
         let due = world.sides.iter().map(|side| side.machine.next_tick()).min().expect("two sides");
@@ -327,7 +327,7 @@ fn answers_that_have_left_are_not_held_against_the_peer() {
     // The application always has more to say than the network takes, and the peer writes all the time.
     for _ in 0..600 {
         let now = world.now;
-        while world.sides[0].machine.tx.pending() < 200 * KIB {
+        while world.sides[0].machine.unsent() < 200 * KIB {
             world.sides[0].machine.notify(b"name", &[7; 20 * KIB], now);
         }
         for _ in 0..20 {
@@ -336,7 +336,7 @@ fn answers_that_have_left_are_not_held_against_the_peer() {
         world.step();
         world.alive();
     }
-    assert!(world.sides[0].machine.tx.answers() < 20 * KIB, "{} bytes", world.sides[0].machine.tx.answers());
+    assert!(world.sides[0].machine.tx().answers() < 20 * KIB, "{} bytes", world.sides[0].machine.tx().answers());
 }
 
 #[test]

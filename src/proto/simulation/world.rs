@@ -218,20 +218,20 @@ impl Side {
 
     /// Bytes of its control stream that are not with the peer.
     pub(super) fn unheard(&self) -> usize {
-        self.machine.tx.pending() + self.leaving.len() + self.out.len()
+        self.machine.unsent() + self.leaving.len() + self.out.len()
     }
 
     /// The socket takes of what is queued as much as it has room for.
     pub(super) fn flush(&mut self, now: Instant) {
-        if self.machine.tx.pending() + self.leaving.len() == 0 {
+        if self.machine.unsent() + self.leaving.len() == 0 {
             return;
         }
         let mut took = 0;
         loop {
             if self.leaving.is_empty() {
-                let Some(block) = self.machine.tx.take() else { break };
+                let Some(block) = self.machine.tx().take() else { break };
                 self.leaving.extend(block.frames());
-                self.machine.tx.recycle(block.into_bytes());
+                self.machine.tx().recycle(block.into_bytes());
             }
             let n = self.leaving.len().min(self.room.saturating_sub(self.out.len()));
             if n == 0 {

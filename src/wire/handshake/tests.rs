@@ -393,13 +393,79 @@ fn an_answer_tells_a_stranger_nothing() {
 
 #[test]
 fn keys_of_low_order_are_refused() {
-    use snow::types::Dh;
-    let mut mine = X25519::default();
+    use snow::resolvers::CryptoResolver;
+    let dh = snow::params::DHChoice::Curve25519;
+    let mut mine = Primitives { own: [0; KEY] }.resolve_dh(&dh).unwrap();
     mine.set(&[7; KEY]);
+    for public in LOW_ORDER {
+        assert!(mine.dh(&public, &mut [0; 64]).is_err());
+    }
+}
+
+const LOW_ORDER: [[u8; KEY]; 2] = {
     let mut one = [0; KEY];
     one[0] = 1;
-    for public in [[0; KEY], one] {
-        assert!(mine.dh(&public, &mut [0; 64]).is_err());
+    [[0; KEY], one]
+};
+
+/// A key exchange whose generated public key is this one.
+struct Forged([u8; KEY]);
+
+impl snow::types::Dh for Forged {
+    fn name(&self) -> &'static str {
+        "25519"
+    }
+    fn pub_len(&self) -> usize {
+        KEY
+    }
+    fn priv_len(&self) -> usize {
+        KEY
+    }
+    fn set(&mut self, _private: &[u8]) {}
+    fn generate(&mut self, _rng: &mut dyn snow::types::Random) -> std::result::Result<(), snow::Error> {
+        Ok(())
+    }
+    fn pubkey(&self) -> &[u8] {
+        &self.0
+    }
+    fn privkey(&self) -> &[u8] {
+        &[7; KEY]
+    }
+    fn dh(&self, _public: &[u8], _out: &mut [u8]) -> std::result::Result<(), snow::Error> {
+        Err(snow::Error::Dh)
+    }
+}
+
+impl snow::resolvers::CryptoResolver for Forged {
+    fn resolve_rng(&self) -> Option<Box<dyn snow::types::Random>> {
+        Primitives { own: self.0 }.resolve_rng()
+    }
+    fn resolve_dh(&self, _choice: &snow::params::DHChoice) -> Option<Box<dyn snow::types::Dh>> {
+        Some(Box::new(Forged(self.0)))
+    }
+    fn resolve_hash(&self, choice: &snow::params::HashChoice) -> Option<Box<dyn snow::types::Hash>> {
+        Primitives { own: self.0 }.resolve_hash(choice)
+    }
+    fn resolve_cipher(&self, choice: &snow::params::CipherChoice) -> Option<Box<dyn snow::types::Cipher>> {
+        Primitives { own: self.0 }.resolve_cipher(choice)
+    }
+}
+
+/// The listening side answers nothing but a refusal that says what is wrong.
+#[test]
+fn an_opening_with_a_key_of_low_order_is_refused_before_any_answer() {
+    for public in LOW_ORDER {
+        let header = Header::new(Kind::Opening, true, OPENING).encode();
+        let builder = snow::Builder::with_resolver(PATTERN.parse().unwrap(), Box::new(Forged(public)));
+        let builder = builder.local_private_key(&[7; KEY]).unwrap().prologue(&header).unwrap();
+        let mut opening = Vec::new();
+        write(&mut builder.build_initiator().unwrap(), &header, &[0; PADDING], &mut opening).unwrap();
+        let mut s = server(A);
+        assert_eq!(s.input(&opening).unwrap_err().kind(), ErrorKind::Protocol);
+        let said = take(&mut s);
+        let refusal = Header::decode(said.first_chunk().unwrap());
+        assert_eq!((refusal.kind, usize::from(refusal.body)), (Kind::Refusal as u8, said.len() - HEADER_BYTES));
+        assert!(said.ends_with(b"the peer's key has a low order"), "{said:?}");
     }
 }
 

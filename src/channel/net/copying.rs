@@ -1,0 +1,79 @@
+//! What both halves of a channel do with a device: copies that it carries out, and calls that need its GPU current. Knows nothing of comms.
+
+use crate::channel::device::{DeviceCopier, Ticket};
+use crate::channel::path::Copier;
+use crate::status::{bail, Result};
+use crate::types::{Part, Place};
+use nccl_net_abi::ucclIoVec;
+use std::time::{Duration, Instant};
+
+/// The copier, where a chunk of device memory needs it.
+pub(super) fn device(copier: &mut Copier) -> Result<&mut dyn DeviceCopier> {
+    match copier {
+        Some(copier) => Ok(&mut **copier),
+        None => bail!(Gpu, "a chunk of device memory on a connection without a device"),
+    }
+}
+
+/// Runs a plugin call with the GPU of `place` current.
+pub(super) fn within(copier: &mut Copier, place: Place, body: &mut dyn FnMut() -> Result<bool>) -> Result<bool> {
+    if place.is_device() {
+        device(copier)?.within(place, body)
+    } else {
+        body()
+    }
+}
+
+/// Registers memory with the GPU of `place` current.
+pub(super) fn register<R>(copier: &mut Copier, place: Place, mut register: impl FnMut() -> Result<R>) -> Result<R> {
+    let mut registered = None;
+    within(copier, place, &mut || {
+        registered = Some(register()?);
+        Ok(true)
+    })?;
+    registered.ok_or_else(|| crate::status::err!(Internal, "nothing was registered"))
+}
+
+/// A copy by the device, if one is needed.
+pub(super) struct Copying {
+    ticket: Ticket,
+    /// When it was handed over; none once its time was counted.
+    since: Option<Instant>,
+}
+
+impl Copying {
+    /// None is needed.
+    pub(super) fn none() -> Copying {
+        Copying { ticket: Ticket::Done, since: None }
+    }
+
+    /// What `hand_over` gives to the device.
+    pub(super) fn begin(hand_over: impl FnOnce() -> Result<Ticket>) -> Result<Copying> {
+        let since = Some(Instant::now());
+        Ok(Copying { ticket: hand_over()?, since })
+    }
+
+    /// Whether it is over; its time then goes to `spent`.
+    pub(super) fn over(&mut self, copier: &mut Copier, spent: &mut Duration) -> Result<bool> {
+        if self.ticket != Ticket::Done && !device(copier)?.poll(self.ticket)? {
+            return Ok(false);
+        }
+        self.ticket = Ticket::Done;
+        *spent += self.since.take().map_or(Duration::ZERO, |since| since.elapsed());
+        Ok(true)
+    }
+}
+
+/// What one half of a channel has done.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Counts {
+    pub bytes: u64,
+    pub chunks: u64,
+    /// Chunks that the device has copied, and how long that took.
+    pub copied: u64,
+    pub copying: Duration,
+}
+
+pub(super) fn iov(parts: &[Part]) -> Vec<ucclIoVec> {
+    parts.iter().map(|p| ucclIoVec { base: p.addr as *mut _, len: p.len as usize }).collect()
+}

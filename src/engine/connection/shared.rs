@@ -1,0 +1,295 @@
+//! What the threads of a connection share: its lock, what is known of the peer, what rings, and how it ends for all of them. Knows nothing
+//! of what an application asks for, nor of the other connections.
+
+use super::core::{Core, FLUSH};
+use crate::engine::progress::context::DriveContext;
+use crate::engine::progress::doorbell::DoorbellSlot;
+use crate::engine::progress::pacing::Polls;
+use crate::engine::setup::quota::Counted;
+use crate::host::Watched;
+use crate::status::{err, Error, ErrorKind, Result};
+use process::{Condvar, Mutex, MutexGuard, ProcessOwned};
+use std::net::IpAddr;
+use std::ops::{Deref, DerefMut};
+use std::os::fd::RawFd;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Bytes of the control stream that leave at the end of a connection: what waits before the reason, as far as the socket takes it.
+const FAREWELL: usize = 16 << 20;
+
+/// Facts about a peer from the handshake.
+pub(crate) struct Peer {
+    pub ip: IpAddr,
+    pub name: String,
+    pub gpu_index: i32,
+    /// Name of the key that it has proved.
+    pub key: Option<String>,
+    pub engine: [u8; 16],
+    /// Of an incoming connection: its place among those.
+    pub _counted: Option<ProcessOwned<Counted>>,
+}
+
+/// What the threads of a connection share.
+pub(super) struct Shared {
+    pub id: u64,
+    pub fd: RawFd,
+    pub context: Arc<DriveContext>,
+    /// Of the process that made the connection: a forked child neither uses nor ends it.
+    pub core: ProcessOwned<Mutex<Core>>,
+    pub ended: Condvar,
+    pub waiters: AtomicU32,
+    pub polls: Polls,
+    /// Threads that have the lock, or are about to, and may be kept for long: the progress thread has others to drive.
+    pub preparing: AtomicU32,
+    /// What the channels ring.
+    pub slot: ProcessOwned<Arc<DoorbellSlot>>,
+    /// The path to a process of this host, where there is one.
+    pub one_host: Option<Watched>,
+    /// Its socket is watched.
+    watching: AtomicBool,
+    pub peer: Peer,
+    /// It waits for the application's accept.
+    pub waits: AtomicBool,
+    /// It has ended: for whoever must not wait for its lock.
+    pub gone: AtomicBool,
+}
+
+/// The core, locked. A panic while it is held has left it half done: then the connection ends before anybody else gets it.
+pub(super) struct Held<'a> {
+    shared: &'a Shared,
+    pub core: MutexGuard<'a, Core>,
+    /// The thread was unwinding already.
+    unwinding: bool,
+}
+
+impl Held<'_> {
+    /// Gives the lock to others for a while.
+    pub(super) fn pause(&mut self, time: Duration) {
+        MutexGuard::unlocked(&mut self.core, || std::thread::sleep(time));
+    }
+}
+
+impl Deref for Held<'_> {
+    type Target = Core;
+    fn deref(&self) -> &Core {
+        &self.core
+    }
+}
+
+impl DerefMut for Held<'_> {
+    fn deref_mut(&mut self) -> &mut Core {
+        &mut self.core
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        if !self.unwinding && std::thread::panicking() {
+            self.shared.abandon_locked(&mut self.core);
+        }
+    }
+}
+
+/// Meanwhile the progress thread does not wait for the connection; then it looks at it.
+pub(super) struct Preparing<'a>(&'a Shared);
+
+impl Preparing<'_> {
+    pub(super) fn new(shared: &Shared) -> Preparing<'_> {
+        shared.preparing.fetch_add(1, Ordering::SeqCst);
+        Preparing(shared)
+    }
+}
+
+impl Drop for Preparing<'_> {
+    fn drop(&mut self) {
+        self.0.preparing.fetch_sub(1, Ordering::SeqCst);
+        self.0.context.request_drive(self.0.id);
+    }
+}
+
+impl Shared {
+    pub(super) fn new(
+        id: u64,
+        context: &Arc<DriveContext>,
+        core: Core,
+        peer: Peer,
+        slot: Arc<DoorbellSlot>,
+        one_host: Option<Watched>,
+    ) -> Shared {
+        Shared {
+            id,
+            fd: core.control.fd(),
+            context: context.clone(),
+            core: ProcessOwned::new(Mutex::new(core)),
+            ended: Condvar::new(),
+            waiters: AtomicU32::new(0),
+            polls: Polls::default(),
+            preparing: AtomicU32::new(0),
+            slot: ProcessOwned::new(slot),
+            one_host,
+            watching: AtomicBool::new(false),
+            peer,
+            waits: AtomicBool::new(false),
+            gone: AtomicBool::new(false),
+        }
+    }
+
+    pub(super) fn lock(&self) -> Held<'_> {
+        self.hold(self.core.lock())
+    }
+
+    pub(super) fn hold<'a>(&'a self, core: MutexGuard<'a, Core>) -> Held<'a> {
+        Held { shared: self, core, unwinding: std::thread::panicking() }
+    }
+
+    /// The lock, unless the deadline comes first or somebody keeps the connection, which may be for long.
+    pub(super) fn lock_unless_kept(&self, deadline: Instant) -> Option<Held<'_>> {
+        loop {
+            if let Some(core) = self.core.try_lock() {
+                return Some(self.hold(core));
+            }
+            if self.preparing.load(Ordering::SeqCst) > 0 || Instant::now() >= deadline {
+                return None;
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    }
+    /// A round of progress; wakes waiters when a transfer has ended. `true` when something moved.
+    pub(super) fn drive(&self, core: &mut Core, now: Instant) -> bool {
+        if core.machine.dead().is_some() {
+            return false;
+        }
+        if core.closing {
+            let _ = core.flush(now, FLUSH);
+            return false;
+        }
+        let before = core.machine.ended();
+        let any = match core.round(now) {
+            Ok(any) => any,
+            Err(e) => {
+                self.fail_locked(core, e);
+                true
+            }
+        };
+        self.wake_waiters(core, before);
+        any
+    }
+
+    /// Transfers may have ended since there were `before`.
+    pub(super) fn wake_waiters(&self, core: &Core, before: u64) {
+        if core.machine.ended() != before && self.waiters.load(Ordering::Acquire) > 0 {
+            self.ended.notify_all();
+        }
+    }
+
+    /// For how long an application thread has been driving it, if one does at present.
+    pub(super) fn driven_by_application(&self) -> Option<Duration> {
+        self.polls.active(self.context.clock()).map(Duration::from_micros)
+    }
+
+    /// Lets the channels ring, or no longer.
+    pub(super) fn arm(&self, on: bool) {
+        self.slot.arm(on);
+        if let Some(one_host) = &self.one_host {
+            one_host.listening.set(on);
+        }
+    }
+
+    /// Has the progress thread watch its sockets. One that has ended meanwhile has closed them, and others may have got their numbers.
+    pub(super) fn watch(&self) -> Result<()> {
+        let core = self.lock();
+        if core.machine.dead().is_some() || core.closing {
+            return Ok(());
+        }
+        self.context.queue.bell.watch(self.fd, self.id)?;
+        if let Some(one_host) = &self.one_host {
+            self.context.queue.bell.watch_local(one_host.fd, self.id)?;
+            self.watching.store(true, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    /// Before the socket to a process of this host is closed.
+    pub(super) fn unwatch_local(&self) {
+        if let (Some(one_host), true) = (&self.one_host, self.watching.swap(false, Ordering::SeqCst)) {
+            self.context.queue.bell.unwatch(one_host.fd);
+        }
+    }
+
+    /// A defect of this library has left the connection in an unknown state.
+    pub(super) fn abandon(&self) {
+        let mut core = self.core.lock();
+        self.unwatch_local();
+        self.abandon_locked(&mut core);
+    }
+
+    /// What is done first is done, whatever of it panics once more: nothing touches memory from here on, and nobody waits for ever.
+    pub(super) fn abandon_locked(&self, core: &mut Core) {
+        let error = || err!(Internal, "{}: a defect of the library; the log has its place", self.peer.name);
+        let steps: [&mut dyn FnMut(&mut Core); 4] = [
+            &mut |core| core.channels.close(),
+            &mut |core| {
+                self.fail_locked(core, error());
+            },
+            &mut |core| core.machine.fail(error(), &mut core.channels),
+            &mut |core| core.machine.give_up(error()),
+        ];
+        for step in steps {
+            let _ = catch_unwind(AssertUnwindSafe(|| step(core)));
+        }
+        self.gone.store(true, Ordering::SeqCst);
+        self.context.queue.bell.unwatch(self.fd);
+        core.control.shutdown_write();
+        self.ended.notify_all();
+    }
+
+    /// Ends the connection, unless it has ended. Whether all that was queued for the peer has left.
+    pub(super) fn fail_locked(&self, core: &mut Core, error: Error) -> bool {
+        if core.machine.dead().is_some() {
+            return false;
+        }
+        let lost = core.machine.in_flight();
+        let error = Error::new(error.kind(), format_args!("{}: {error}", self.peer.name));
+        let totals = core.totals(&core.channels.stats(false, Instant::now()));
+        core.past = Some(totals);
+        let (silent, limit) = core.machine.silence(Instant::now());
+        let in_order = match error.kind() {
+            ErrorKind::Canceled => true,
+            ErrorKind::RemoteDisconnect => lost == 0 && silent <= limit,
+            _ => false,
+        };
+        self.context.counters.ended(totals, error.kind(), in_order || core.closing, silent > limit);
+        let (lines, now) = (&self.context.lines, Instant::now());
+        match (error.kind(), lost) {
+            (ErrorKind::Canceled, 0) => log::debug!("{error}"),
+            (ErrorKind::Canceled, n) => log::info!("{n} transfers canceled: {error}"),
+            // A peer may come and go as often as it likes.
+            (ErrorKind::RemoteDisconnect, 0) => lines.log(log::Level::Info, now, format_args!("{error}")),
+            (_, n) => {
+                lines.log(log::Level::Error, now, format_args!("connection failed with {n} transfers in flight: {error}"));
+            }
+        }
+        self.context.queue.bell.unwatch(self.fd);
+        self.unwatch_local();
+        // Whoever has it wait for accept asks afterwards.
+        self.gone.store(true, Ordering::SeqCst);
+        if self.waits.load(Ordering::SeqCst) {
+            self.context.dead.tell(self.id);
+        }
+        // The peer learns what this side knows, as far as the socket takes it, before it sees its channels end.
+        let now = Instant::now();
+        if !core.closing {
+            core.machine.say_bye(Some(&error), now);
+        }
+        core.control.end();
+        let _ = core.flush(now, FAREWELL);
+        let left = core.backlog() == 0;
+        core.machine.fail(error, &mut core.channels);
+        core.control.shutdown_write();
+        self.ended.notify_all();
+        left
+    }
+}

@@ -1,0 +1,253 @@
+//! What the protocol of a connection knows: the parts, each of which owns its fields, and the steps that several of them take together.
+//! Knows nothing of who asks for a step: the application, the peer ([`super::peer`]), or the time.
+
+use super::deadlines::{Deadlines, Overdue};
+use super::incoming::{Ended, Ending, Incoming};
+use super::inline::Inline;
+use super::limits::PeerLoad;
+use super::listed::Pending;
+use super::liveness::Liveness;
+use super::matching::Matching;
+use super::outgoing::{Gone, Outgoing};
+use super::queue::ControlQueue;
+use super::transfers::Transfers;
+use crate::budget::{Account, Share};
+use crate::channel::router::Channels;
+use crate::direct::Way;
+use crate::logging::Limiter;
+use crate::notify::Inbox;
+use crate::registry::Registry;
+use crate::segment_pool::SegmentPool;
+use crate::stats::Totals;
+use crate::status::{err, Error, ErrorKind, Result, UCCL_OK};
+use crate::types::Key;
+use crate::wire::frame::Frame;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Log lines a second that the peer of one connection can cause.
+const PEER_LINES: u32 = 5;
+
+/// What both sides agreed on, and what the machine needs of its engine.
+pub(crate) struct Setting {
+    pub registry: Arc<Registry>,
+    pub inbox: Inbox,
+    /// What peers of this address may take, and how many lines of the log all peers of the engine may cause.
+    pub account: Arc<Account>,
+    pub lines: Arc<Limiter>,
+    /// Largest transfer inside a control frame, bytes.
+    pub eager_bytes: usize,
+    /// Names the peer in errors.
+    pub peer: String,
+    pub transfer_timeout: Duration,
+    /// Silence after which the peer is lost; the smaller of both sides' values sets the heartbeat.
+    pub peer_timeout: Duration,
+    pub heartbeat: Duration,
+    pub match_timeout: Duration,
+    /// Whoever drives is told when a channel fails.
+    pub doorbells: bool,
+}
+
+/// The parts of a machine.
+pub(super) struct State {
+    pub setting: Setting,
+    pub queue: ControlQueue,
+    pub liveness: Liveness,
+    pub transfers: Transfers,
+    pub outgoing: Outgoing,
+    pub incoming: Incoming,
+    pub matching: Matching,
+    /// Direct transfers.
+    pub direct: Pending,
+    pub deadlines: Deadlines,
+    /// What the peer has in flight.
+    pub load: PeerLoad,
+    /// Lists of ended transfers for the next ones.
+    pub segment_pool: SegmentPool,
+    pub inline: Inline,
+    pub log: Limiter,
+    pub counts: Totals,
+}
+
+impl State {
+    pub(super) fn new(setting: Setting, now: Instant) -> State {
+        State {
+            queue: ControlQueue::new(now),
+            liveness: Liveness::new(setting.peer_timeout, setting.heartbeat, now),
+            transfers: Transfers::default(),
+            outgoing: Outgoing::default(),
+            incoming: Incoming::default(),
+            matching: Matching::default(),
+            direct: Pending::default(),
+            deadlines: Deadlines::new(now),
+            load: PeerLoad::new(Share::new(&setting.account)),
+            segment_pool: SegmentPool::default(),
+            inline: Inline::new(setting.eager_bytes),
+            log: Limiter::within(&setting.lines, PEER_LINES),
+            counts: Totals::default(),
+            setting,
+        }
+    }
+
+    /// Queues a frame.
+    pub(super) fn push(&mut self, frame: &Frame<'_>, now: Instant) {
+        self.queue.push(frame, now);
+        self.liveness.look_soon(now);
+    }
+
+    /// Something waits for the network or the peer.
+    pub(super) fn busy(&self) -> bool {
+        self.transfers.in_flight() > 0 || !self.incoming.is_empty() || !self.outgoing.is_empty()
+    }
+
+    /// Whether a transfer of this connection uses a region of this side.
+    pub(super) fn uses_region(&self, id: u64) -> bool {
+        let direct = self.direct.uses_region(id);
+        direct || self.outgoing.uses_region(id) || self.incoming.uses_region(id) || self.matching.uses_region(id)
+    }
+
+    /// Nothing is kept of transfers that have ended, on either side's account.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn is_idle(&self) -> bool {
+        let empty = self.incoming.is_empty() && self.outgoing.is_empty() && !self.outgoing.waiting();
+        let matched = self.matching.waiting() == 0 && self.matching.messages() == 0;
+        empty
+            && matched
+            && self.direct.is_empty()
+            && !self.deadlines.any()
+            && self.load.is_idle()
+            && self.transfers.segments() == 0
+    }
+
+    /// Whether every account agrees with what is really there, and every stream has a deadline.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn audit(&self) -> std::result::Result<(), String> {
+        let theirs = |keys: Vec<(Key, usize)>| keys.into_iter().filter(|(key, _)| !key.mine).collect::<Vec<_>>();
+        let (incoming, outgoing) = (self.incoming.keys(), self.outgoing.keys());
+        if let Some((key, _)) = incoming.iter().chain(&outgoing).find(|(key, _)| !self.deadlines.has(*key)) {
+            return Err(format!("{key:?} has no deadline"));
+        }
+        let streams: Vec<_> = theirs(incoming).into_iter().chain(theirs(outgoing)).collect();
+        let messages = self.matching.messages() + self.direct.landings();
+        let (transfers, segments) = (messages + streams.len(), streams.iter().map(|(_, n)| n).sum::<usize>());
+        if self.load.load() != (transfers, segments) {
+            return Err(format!("the peer's account says {:?}, of {:?}", self.load.load(), (transfers, segments)));
+        }
+        self.incoming.audit()
+    }
+
+    /// Queues the announcement of a transfer and keeps the memory of its list.
+    pub(super) fn announce(&mut self, frame: Frame<'static>, now: Instant) {
+        self.push(&frame, now);
+        if let Frame::Write { segments, .. } | Frame::Read { segments, .. } = frame {
+            self.segment_pool.give_wire(segments);
+        }
+    }
+
+    pub(super) fn chunk_sent(&mut self, key: Key, len: u64, now: Instant) -> Result<()> {
+        self.deadlines.moved(key, len, now);
+        if key.mine {
+            self.transfers.moved(key.id, len);
+        }
+        let segments = self.outgoing.segments(key);
+        if let Gone::Last(list) = self.outgoing.gone(key, len)? {
+            self.segment_pool.give_list(list);
+            if key.mine {
+                self.transfers.source_free(key.id);
+                if self.transfers.kind(key.id).is_none() {
+                    self.deadlines.end(key);
+                }
+            } else {
+                self.load.ended(segments);
+                self.deadlines.end(key);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn chunk_received(&mut self, key: Key, len: u64, now: Instant) -> Result<()> {
+        self.deadlines.moved(key, len, now);
+        if let Some(receive) = self.incoming.receive_of(key) {
+            self.transfers.moved(receive, len);
+        } else if key.mine {
+            self.transfers.moved(key.id, len);
+        }
+        if let Some(ended) = self.incoming.arrived(key, len)? {
+            self.stream_ended(key, ended, now);
+        }
+        Ok(())
+    }
+
+    /// Tells the peer how much has arrived.
+    pub(super) fn ping(&mut self, received: u64, now: Instant) {
+        let chunks = self.incoming.chunks();
+        self.liveness.on_ping_sent(received, chunks, now);
+        self.push(&Frame::Ping { received, chunks }, now);
+    }
+
+    /// Everything of an incoming stream is in place, or drained.
+    pub(super) fn stream_ended(&mut self, key: Key, ended: Ended, now: Instant) {
+        let Ended { ending, list, segments } = ended;
+        self.segment_pool.give_list(list);
+        self.deadlines.end(key);
+        match ending {
+            Ending::Read => self.transfers.finish(key.id, Ok(())),
+            Ending::Refused(true) => self.load.ended(0),
+            Ending::Refused(false) => self.load.ended_without_room(),
+            Ending::Write => {
+                self.load.ended(segments);
+                self.push(&Frame::Done { id: key.id, status: UCCL_OK, text: "" }, now);
+            }
+            Ending::Receive(id) => {
+                self.load.ended(0);
+                self.transfers.finish(id, Ok(()));
+                self.push(&Frame::Done { id: key.id, status: UCCL_OK, text: "" }, now);
+            }
+        }
+    }
+
+    /// A heartbeat where one is due. None where a backlog waits.
+    pub(super) fn report(&mut self, channels: &Channels, now: Instant) {
+        let received = channels.totals().received;
+        if self.liveness.must_ping(received, self.setting.transfer_timeout, now) && self.queue.backlog() == 0 {
+            self.ping(received, now);
+        }
+    }
+
+    /// Which transfer stands still, in which direction, and on which channels.
+    pub(super) fn describe(&self, overdue: Overdue, channels: &Channels, now: Instant) -> Error {
+        let Overdue { key, way, still, others_moved } = overdue;
+        let whose = if key.mine { "transfer" } else { "the peer's transfer" };
+        let direction = match way {
+            Way::Out => "to",
+            Way::In => "from",
+        };
+        let rest = if others_moved { ", while others went on" } else { "" };
+        let on = channels.describe_busy(way, now);
+        let on = if on.is_empty() { "nothing is under way on the channels".to_owned() } else { format!("under way: {on}") };
+        err!(TimedOut, "{whose} {} {direction} the peer has not moved for {still:.1?}{rest}; {on}", key.id)
+    }
+
+    pub(super) fn expire_matches(&mut self, now: Instant) {
+        let timeout = self.setting.match_timeout;
+        for id in self.matching.expire_sends(timeout, now) {
+            self.push(&Frame::Withdraw { id, status: ErrorKind::TimedOut.code() }, now);
+            self.transfers.finish(id, Err(err!(TimedOut, "no receive was posted for message {id} within {timeout:?}")));
+        }
+        for id in self.matching.expire_receives(timeout, now) {
+            self.transfers.finish(id, Err(err!(TimedOut, "no message came for receive {id} within {timeout:?}")));
+        }
+    }
+
+    /// Ends every transfer with `error`, and lets go of all that they held. The channels are closed by then.
+    pub(super) fn fail(&mut self, error: &Error) {
+        self.outgoing.clear();
+        self.incoming.clear();
+        self.matching.clear();
+        self.direct.clear();
+        self.deadlines.clear();
+        // What the peer took is free for others, whenever the application closes its handle.
+        self.load = PeerLoad::new(Share::new(&self.setting.account));
+        self.transfers.fail_all(error);
+    }
+}
