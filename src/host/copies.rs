@@ -93,8 +93,9 @@ impl Copies {
         let pieces = std::mem::take(&mut self.pieces);
         let Some(memory) = self.memory(place) else { bail!(Internal, "no memory copies into {place:?}") };
         memory.belongs_to(match &owner {
-            Owner::Read(key) => key.id << 1,
-            Owner::Orders(parts) => parts.first().map_or(0, |(order, _)| order << 1 | 1),
+            Owner::Read(key) | Owner::Answer(_, key) => key.id << 1,
+            Owner::Gather(slot) => slot.number << 1,
+            Owner::Orders(parts) | Owner::Staged(_, parts) => parts.first().map_or(0, |(order, _)| order << 1 | 1),
         });
         // SAFETY: by the caller's contract; `exports` are in use from here on.
         let pull = unsafe { memory.pull(place, &pieces) };

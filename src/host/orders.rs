@@ -63,8 +63,7 @@ pub(super) struct Orders {
     pub inn: RingIn,
     /// By place in the window.
     open: Map<usize, Order>,
-    newest: u64,
-    /// The newest of each place in the window: staged ones come in another sequence than they were numbered.
+    /// The newest number of each place in the window: staged orders come in another sequence than they were numbered.
     seen: Box<[u64; WINDOW]>,
     /// Orders of which more is to come.
     unfinished: usize,
@@ -76,16 +75,7 @@ pub(super) struct Orders {
 
 impl Orders {
     pub(super) fn new(inn: RingIn) -> Orders {
-        Orders {
-            inn,
-            open: Map::default(),
-            newest: 0,
-            seen: Box::new([0; WINDOW]),
-            unfinished: 0,
-            pieces: 0,
-            copies: 0,
-            rings: false,
-        }
+        Orders { inn, open: Map::default(), seen: Box::new([0; WINDOW]), unfinished: 0, pieces: 0, copies: 0, rings: false }
     }
 
     /// Whether the peer is to be woken, asked once.
@@ -243,11 +233,10 @@ impl Orders {
         let number = head.order;
         let seen = &mut self.seen[place(number)];
         if number > *seen {
-            if number > self.newest.saturating_add(WINDOW as u64) || self.open.contains_key(&place(number)) {
-                bail!(Protocol, "order {number} after {}, with {} under way", self.newest, self.open.len());
+            if self.open.contains_key(&place(number)) {
+                bail!(Protocol, "order {number} after {seen}, which has not ended");
             }
-            *seen = number;
-            (self.newest, self.unfinished) = (self.newest.max(number), self.unfinished + 1);
+            (*seen, self.unfinished) = (number, self.unfinished + 1);
             self.inn.begin(number);
             let order = Order { number, copies: 0, last: false, refused: false, reads, moved: 0, told: 0, targets: Vec::new() };
             self.open.insert(place(number), order);
