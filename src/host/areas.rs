@@ -22,6 +22,7 @@ pub(super) const AREA: u64 = SLOT * SLOTS;
 
 /// What a record that uses an area says in place of an export, with the GPU whose area it is. Exports never have such numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
 pub(super) enum Kind {
     /// Its sources lie in the next slot of the receiver's area.
     Write = 0xFFFF_FF00,

@@ -2,8 +2,9 @@
 //! owner of memory ever writes it. Knows nothing of channels and frames.
 //!
 //! `link` finds out whether both sides share a host and prove it, over a `socket`, with `messages`; `transport` is what comes of it. `exports`
-//! and `grants` keep who may touch what. Blocks move in two flows over one `ring` in shared memory (`shm`, `layout`): `read`, and `write`,
-//! which the peer carries out as `orders`; `copies` are under way for either. `memory` is what each kind of memory must do.
+//! and `grants` keep who may touch what. Blocks move in flows over one `ring` in shared memory (`shm`, `layout`): `read`, and `write`,
+//! which the peer carries out as `orders`; where reading is
+//! slow, in a third, `staged` through `areas` (`gather`, `fetch`, `queue`); `copies` are under way for either. `memory` is what each kind of memory must do.
 
 mod areas;
 mod blocks;

@@ -605,8 +605,7 @@ impl LocalMemory for HalfStarted {
 
 #[test]
 fn memory_of_a_copy_whose_start_failed_is_kept_until_nothing_runs() {
-    let broken =
-        |end: &mut End| std::mem::replace(&mut end.host.copies.device, Some(Box::new(HalfStarted(EmulatedMemory::new(true)))));
+    let broken = |end: &mut End| end.host.copies.device.replace(Box::new(HalfStarted(EmulatedMemory::new(true))));
     for way in [Way::In, Way::Out] {
         let (here, there) = two(way, 1000);
         let (mut a, mut b) = ends([1, 1]);
