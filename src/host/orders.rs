@@ -177,10 +177,7 @@ impl Orders {
         };
         if !self.begin(&head, false, around.grants)? {
             self.inn.skip();
-            if let Some((slot, _)) = slot {
-                around.staged.leave(slot, &self.inn)?;
-            }
-            return Ok(true);
+            return slot.map_or(Ok(()), |(slot, _)| around.staged.leave(slot, &self.inn)).map(|()| true);
         }
         let Orders { open, inn, .. } = self;
         let Some(order) = open.get_mut(&place(head.order)) else { bail!(Internal, "a record of no order") };
