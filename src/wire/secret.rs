@@ -8,7 +8,7 @@ use ring::hmac;
 pub(crate) type Secret = Guarded<[u8; 32]>;
 
 fn no_memory(e: std::io::Error) -> Error {
-    err!(Resource, "memory for a key: {e}")
+    err!(Resource, "memory for a key: {e}; the address space has no room (ulimit -v), or the machine no memory")
 }
 
 /// [`process::guarded::apart`] for work that can fail.
