@@ -1,5 +1,5 @@
-//! Words of the configuration about addresses: what the listening port is bound to, which networks may connect, and where statistics are
-//! offered. Pure.
+//! Addresses in the configuration: what the listening port is bound to, which networks may connect, and where statistics are exported.
+//! Pure.
 
 use crate::status::{bail, Result};
 use std::fmt;
@@ -42,7 +42,7 @@ struct Network {
     bits: u32,
 }
 
-/// Networks that may connect; none listed means everyone.
+/// Networks that may connect; an empty list allows all.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AllowList(Vec<Network>);
 
@@ -54,7 +54,7 @@ fn bits_of(ip: IpAddr) -> (u128, u32) {
     }
 }
 
-/// An IPv4 address that came over an IPv6 socket is the IPv4 address.
+/// Maps an IPv4 address from an IPv6 socket back to IPv4.
 pub(crate) fn plain(ip: IpAddr) -> IpAddr {
     match ip {
         IpAddr::V6(v6) => v6.to_ipv4_mapped().map_or(ip, IpAddr::V4),
@@ -89,13 +89,13 @@ impl AllowList {
     /// Reads a list of networks in CIDR form, separated by commas; an address without a length is one host.
     ///
     /// # Errors
-    /// `InvalidArgument` names what is no network.
+    /// `InvalidArgument` names the invalid item.
     pub fn parse(text: &str) -> Result<AllowList> {
         let mut list = Vec::new();
         for item in text.split(',').map(str::trim).filter(|item| !item.is_empty()) {
             match Network::parse(item) {
                 Some(network) => list.push(network),
-                None => bail!(InvalidArgument, "\"{item}\" is no network (such as 10.0.0.0/8 or fd00::/8)"),
+                None => bail!(InvalidArgument, "\"{item}\" is not a network (such as 10.0.0.0/8 or fd00::/8)"),
             }
         }
         Ok(AllowList(list))
@@ -107,7 +107,7 @@ impl AllowList {
     }
 }
 
-/// Where statistics are offered.
+/// Where statistics are exported.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Target {
     /// A Unix socket.
@@ -119,7 +119,7 @@ pub enum Target {
 }
 
 impl Target {
-    /// Reads unix:PATH, HOST:PORT, PORT or FILE. %p in a path stands for the number of the process.
+    /// Reads unix:PATH, HOST:PORT, PORT or FILE. %p in a path is the process id.
     ///
     /// # Errors
     /// `InvalidArgument`.
@@ -186,7 +186,7 @@ mod tests {
         assert!(admits("0.0.0.0/0", "203.0.113.7") && !admits("0.0.0.0/0", "fd00::1"));
         assert!(admits("fd00::/8, 10.0.0.0/8", "fdff::1") && !admits("fd00::/8", "fe00::1") && !admits("fd00::/8", "10.0.0.1"));
         assert!(admits("::/0", "2001:db8::1") && admits("[::1]/128", "::1") && !admits("::1", "::2"));
-        // What a socket for both families reports.
+        // As a dual-stack socket reports it.
         assert!(admits("10.0.0.0/8", "::ffff:10.1.1.1") && admits("::ffff:10.0.0.0", "10.0.0.0"));
     }
 

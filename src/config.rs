@@ -1,5 +1,5 @@
-//! The settings of an engine, from the environment or from the caller. Values are read once, when an engine is created; a value that
-//! cannot be understood fails the creation. `table` declares the variables, and docs/configuration.md is generated from it.
+//! The settings of an engine, from the environment or from the caller. Values are read once, when an engine is created; an
+//! invalid value fails the creation. `table` declares the variables, and docs/configuration.md is generated from it.
 
 mod docs;
 mod source;
@@ -27,7 +27,7 @@ pub enum PluginChoice {
     Soft,
 }
 
-/// What peers may take; where nothing is set, the limits of the process decide. Fields are documented at their variable in [`VARIABLES`].
+/// Budgets of the peers; where one is unset, the limits of the process decide. Fields are documented at their variable in [`VARIABLES`].
 #[derive(Clone, Copy, Debug, Default)]
 #[allow(missing_docs)]
 pub struct Budgets {
@@ -57,15 +57,15 @@ impl Budgets {
     }
 }
 
-/// Which side copies between GPUs of one host.
+/// Which engine copies between GPUs on one host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LocalGpu {
-    /// As the link between them wants it.
+    /// Decided by the link between the GPUs.
     #[default]
     Auto,
-    /// The destination's.
+    /// The engine at the destination reads.
     Pull,
-    /// The source's, into memory of the destination's library.
+    /// Staged: the engine at the source writes into a buffer of the destination's library.
     Push,
 }
 
@@ -79,7 +79,7 @@ pub struct Config {
     pub chunk_bytes: usize,
     /// NCCL_DYNAMIC_CHUNK_SIZE as the plugin reads it, where it is set and not 0.
     pub plugin_limit: Option<usize>,
-    /// UCCL_P2P_TRANSPORT asks for TCPX where it is there.
+    /// UCCL_P2P_TRANSPORT asks for GPUDirect-TCPX if it is installed.
     pub transport_tcpx: bool,
     pub eager_bytes: usize,
     pub port: u16,
@@ -89,18 +89,18 @@ pub struct Config {
     pub auth_key_file: Option<PathBuf>,
     pub protect: Protect,
     pub emulate_device: bool,
-    /// GPUs that are simulated.
+    /// Number of simulated GPUs.
     pub emulate_devices: u8,
-    /// Device memory leaves through host memory that a kernel fills, where the plugin carries host memory.
+    /// A kernel copies device memory to host memory before it is sent, if the plugin carries host memory.
     pub stage_sends: bool,
     pub vectored: bool,
-    /// Memory is never copied within a host.
+    /// No direct transfers.
     pub disable_ipc: bool,
-    /// Where processes of one host find each other that share no network namespace.
+    /// Where processes on one host meet that share no network namespace.
     pub local_dir: Option<PathBuf>,
-    /// Which side copies between GPUs of one host.
+    /// Which engine copies between GPUs on one host.
     pub local_gpu: LocalGpu,
-    /// Blocks of threads that a pull takes of a GPU.
+    /// Thread blocks that a copy uses on a GPU.
     pub local_blocks: u32,
     pub spin: Option<Duration>,
     pub connect_timeout: Duration,
@@ -109,13 +109,13 @@ pub struct Config {
     pub peer_timeout: Duration,
     pub match_timeout: Duration,
     pub close_timeout: Duration,
-    /// What peers may take.
+    /// Budgets of the peers.
     pub budgets: Budgets,
-    /// Where statistics are offered.
+    /// Where statistics are exported.
     pub metrics: Option<Target>,
 }
 
-/// NCCL_DYNAMIC_CHUNK_SIZE, read as the plugin reads it: what it would misunderstand is refused. 0 counts as unset.
+/// NCCL_DYNAMIC_CHUNK_SIZE, parsed as the plugin parses it. Refuses what the plugin would misread. 0 counts as unset.
 fn plugin_limit(source: Source<'_>) -> Result<Option<usize>> {
     let Some(text) = source.get(&table::PLUGIN_LIMIT)? else { return Ok(None) };
     let name = table::PLUGIN_LIMIT.name;
@@ -124,8 +124,8 @@ fn plugin_limit(source: Source<'_>) -> Result<Option<usize>> {
         (n, "") if (4096..=i64::from(i32::MAX)).contains(&n) => Ok(Some(n as usize)),
         (n, "") => bail!(InvalidArgument, "{name}={text}: {n} bytes, expected 4096 to {}", i32::MAX),
         (n, _) => {
-            let meant = parse_number(&text).map_or(String::new(), |n| format!("; {n} would be what {text} means"));
-            bail!(InvalidArgument, "{name}={text}: the plugin takes this for {n} bytes, since it knows no suffixes{meant}")
+            let meant = parse_number(&text).map_or(String::new(), |n| format!("; for {text} write {n}"));
+            bail!(InvalidArgument, "{name}={text}: the plugin does not know suffixes and reads this as {n} bytes{meant}")
         }
     }
 }
@@ -135,19 +135,19 @@ pub(crate) fn check_tcpx() -> Result<()> {
     let name = table::INLINE_THRESHOLD.name;
     match Source::default().get(&table::INLINE_THRESHOLD)? {
         Some(text) if strtoll(&text).0 != 0 => {
-            bail!(InvalidArgument, "{name}={text}: GPUDirect-TCPX would read memory of a GPU on the CPU; unset it")
+            bail!(InvalidArgument, "{name}={text}: GPUDirect-TCPX would read GPU memory on the CPU; unset it")
         }
         _ => Ok(()),
     }
 }
 
-/// Data sockets of a TCPX comm, as the plugin reads NCCL_NSOCKS_PERTHREAD and NCCL_SOCKET_NTHREADS: what it does not take counts as 1.
+/// Data sockets of a TCPX comm, as the plugin reads NCCL_NSOCKS_PERTHREAD and NCCL_SOCKET_NTHREADS: an invalid value counts as 1.
 pub(crate) fn tcpx_sockets() -> usize {
     let number = |name: &str| std::env::var(name).ok().map_or(1, |text| strtoll(text.trim_start()).0);
     sockets_of(number("NCCL_NSOCKS_PERTHREAD"), number("NCCL_SOCKET_NTHREADS"))
 }
 
-/// Sockets of a comm at most.
+/// Most sockets of a comm.
 const MOST_SOCKETS: usize = 8;
 
 fn sockets_of(per_thread: i64, threads: i64) -> usize {
@@ -156,8 +156,8 @@ fn sockets_of(per_thread: i64, threads: i64) -> usize {
     per_thread.min(MOST_SOCKETS / threads) * threads
 }
 
-/// Largest message of a plugin that starts now: what the user gave, else 512 KiB, or the chunks that the environment asks for where the
-/// plugin `follows` them.
+/// Largest message of a plugin that starts now: the user's value, else 512 KiB, or the larger chunk size of the environment if the
+/// plugin `follows` it.
 pub(crate) fn message_limit(follows: bool) -> Result<usize> {
     let source = Source::default();
     let usual = table::CHUNK_BYTES.number.unwrap_or(0) as usize;
@@ -168,7 +168,7 @@ pub(crate) fn message_limit(follows: bool) -> Result<usize> {
 /// Largest chunk the library accepts.
 pub const MAX_CHUNK_BYTES: usize = 16 << 20;
 
-/// Which plugin is asked for, and whether UCCL_P2P_TRANSPORT asks for TCPX where it is there.
+/// The requested plugin, and whether UCCL_P2P_TRANSPORT asks for GPUDirect-TCPX if it is installed.
 fn plugin_choice(source: Source<'_>) -> Result<(PluginChoice, bool)> {
     let (transport, tcpx) = match source.get(&table::TRANSPORT)?.map(|v| v.to_ascii_lowercase()).as_deref() {
         Some("tcpx") => (PluginChoice::Auto, true),
@@ -184,7 +184,7 @@ fn plugin_choice(source: Source<'_>) -> Result<(PluginChoice, bool)> {
     Ok((choice, tcpx))
 }
 
-/// How data is protected on its way.
+/// How data is protected on the network.
 fn protect(source: Source<'_>) -> Result<Protect> {
     Ok(match source.word(&table::PROTECT)? {
         Some("integrity") => Protect::Integrity,
@@ -193,7 +193,7 @@ fn protect(source: Source<'_>) -> Result<Protect> {
     })
 }
 
-/// Which side copies between GPUs of one host.
+/// Which engine copies between GPUs on one host.
 fn local_gpu(source: Source<'_>) -> Result<LocalGpu> {
     Ok(match source.word(&table::LOCAL_GPU)? {
         Some("pull") => LocalGpu::Pull,
@@ -202,12 +202,12 @@ fn local_gpu(source: Source<'_>) -> Result<LocalGpu> {
     })
 }
 
-/// Says once a process which variables of the environment nobody reads.
-fn tell_unknown() {
-    static TOLD: process::PerProcess<process::Mutex<HashSet<String>>> = process::PerProcess::new(Default::default);
+/// Warns about unknown variables in the environment, once a process.
+fn warn_unknown() {
+    static WARNED: process::PerProcess<process::Mutex<HashSet<String>>> = process::PerProcess::new(Default::default);
     let names: Vec<String> = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()).collect();
     for line in source::unknown(names.iter().map(String::as_str)) {
-        if TOLD.get().lock().insert(line.clone()) {
+        if WARNED.get().lock().insert(line.clone()) {
             crate::logging::init(log_level());
             log::warn!("{line}");
         }
@@ -218,20 +218,20 @@ impl Config {
     /// Reads the environment.
     ///
     /// # Errors
-    /// `InvalidArgument` names the variable whose value cannot be understood.
+    /// `InvalidArgument` names the variable whose value is invalid.
     pub fn from_env() -> Result<Config> {
         Config::from_env_with(&[])
     }
 
-    /// Reads the environment, where `settings` (name, value) stand before variables of the same name; an empty value unsets one.
+    /// Reads the environment. `settings` (name, value) override variables of the same name; an empty value unsets one.
     ///
     /// # Errors
-    /// `InvalidArgument` names the variable or setting that is not known, holds for the whole process, or cannot be understood.
+    /// `InvalidArgument` names the variable or setting that is unknown, invalid, or applies to the whole process.
     pub fn from_env_with(settings: &[(&str, &str)]) -> Result<Config> {
         for (name, _) in settings {
             match VARIABLES.iter().find(|v| v.name == *name) {
                 Some(v) if v.of_the_process => {
-                    bail!(InvalidArgument, "{name} holds for the whole process and cannot be a setting of one engine")
+                    bail!(InvalidArgument, "{name} applies to the whole process and cannot be set for one engine")
                 }
                 Some(_) => {}
                 None => bail!(InvalidArgument, "no variable is named {name:?}"),
@@ -295,16 +295,16 @@ impl Config {
     }
 }
 
-/// Refuses values of variables of the whole process that cannot be understood, and says which names nobody reads.
+/// Refuses invalid values of variables that apply to the whole process, and warns about unknown names.
 fn check_process(source: Source<'_>) -> Result<()> {
-    tell_unknown();
+    warn_unknown();
     source.word(&table::LOG_LEVEL)?;
     source.flag(&table::DEBUG)?;
     soft_plugin::check_environment().map_err(|e| crate::status::err!(InvalidArgument, "{e}"))
 }
 
-/// Level of the log, from UCCL_P2P_LOG_LEVEL and UCCL_TCPX_DEBUG. What cannot be understood is the default here, and refused when an
-/// engine is created.
+/// Level of the log, from UCCL_P2P_LOG_LEVEL and UCCL_TCPX_DEBUG. An invalid value counts as the default here; creating an
+/// engine refuses it.
 pub(crate) fn log_level() -> log::LevelFilter {
     if matches!(Source::default().flag(&table::DEBUG), Ok(true)) {
         return log::LevelFilter::Debug;
@@ -331,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_stand_before_the_environment() {
+    fn settings_override_the_environment() {
         let read = |settings: &[(&str, &str)]| Config::from_env_with(settings);
         let plain = read(&[]).expect("the environment of the tests is understood");
         let set = read(&[("UCCL_TCPX_NUM_CHANNELS", "3"), ("UCCL_TCPX_CHUNK_BYTES", "64K"), ("UCCL_TCPX_NUM_CHANNELS", " 5 ")]);

@@ -1,5 +1,5 @@
 //! The seam between a connection and a direct transport: one that moves a transfer by itself, without chunks and frames, because each
-//! side can copy the other's memory. Knows nothing of how that is done.
+//! process can copy the other's memory. Knows nothing of how it copies.
 //!
 //! A transfer goes one way from its first byte to its last, and [`Direct::route`] decides which before it starts. Where the peer has to
 //! be asked first, the transfer waits, and is routed again at each [`Event::Answered`].
@@ -10,7 +10,7 @@ use crate::status::{Error, Result};
 use crate::types::{Key, Landing, Piece, Place};
 use std::time::Instant;
 
-/// Direction of data, from this side.
+/// Direction of data, as this engine sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
     Out,
@@ -34,10 +34,10 @@ pub(crate) enum Event {
     Denied(Error),
 }
 
-/// A region of each side in which blocks of a transfer lie.
+/// The two regions, one of each engine, that blocks of a transfer lie in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Pairing {
-    /// Index of this side's region in the transfer's table, and where it lies.
+    /// Index of this engine's region in the transfer's table, and where it lies.
     pub local: u16,
     pub here: Place,
     /// The peer's region, its token, and where it lies.
@@ -69,7 +69,7 @@ pub(crate) struct Start<'a> {
     pub count: usize,
     /// Every block lies in the regions of its pairing.
     pub pairings: &'a [Pairing],
-    /// Keeps this side's regions.
+    /// Holds this engine's regions.
     pub hold: &'a Hold,
     pub blocks: &'a mut dyn Blocks,
 }
@@ -79,7 +79,7 @@ pub(crate) struct Start<'a> {
 pub(crate) enum Route {
     /// Directly, from now on.
     Direct,
-    /// The peer was asked: decide again at the next [`Event::Answered`].
+    /// The engine has asked the peer: decide again at the next [`Event::Answered`].
     Wait,
     /// In chunks over channels.
     Channels,
@@ -90,7 +90,7 @@ pub(crate) enum Route {
 /// What a direct transport is doing, for the thread that decides whether to poll, spin or sleep.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Activity {
-    /// Transfers are under way.
+    /// Transfers are in flight.
     pub busy: bool,
     /// [`Direct::progress`] has something to do, transfers or not.
     pub active: bool,
@@ -145,7 +145,7 @@ pub(crate) trait Direct: Send {
     /// A region has ended: nothing uses it any more.
     fn forget(&mut self, region: u64);
 
-    /// Whether a transfer of the peer uses a region of this side.
+    /// Whether a transfer of the peer uses a region of this engine.
     fn uses_region(&self, region: u64) -> bool;
 
     /// Allocates what copies into memory of `place` need.
@@ -154,12 +154,12 @@ pub(crate) trait Direct: Send {
     /// Of the GPU's driver.
     fn ready(&mut self, place: Place) -> Result<()>;
 
-    /// Bytes that have moved out of this side and into it.
+    /// Bytes sent and received.
     fn flowed(&self) -> (u64, u64);
 
-    /// What is under way in a direction, for an error text; empty when nothing is.
+    /// Transfers in flight in a direction, for an error text; empty if there are none.
     fn describe(&self, way: Way) -> String;
 
-    /// What it counts.
+    /// Its statistics.
     fn stats(&self, kernel: bool) -> ChannelStats;
 }

@@ -1,4 +1,4 @@
-//! libuccl_p2p: moves host and GPU memory between nodes without RDMA, over several channels of a NCCL net plugin: GPUDirect-TCPX
+//! libuccl_p2p: moves host and GPU memory between hosts without RDMA, over several channels of a NCCL net plugin: GPUDirect-TCPX
 //! with a CUDA unpack kernel, or ordinary TCP. The C ABI is `include/uccl_engine.h`; docs/architecture.md explains the whole.
 //!
 //! | module | what it is |
@@ -10,13 +10,13 @@
 //! | [`net`] | network plugins: their tables and traits, comms that keep the contract's rules, the set-up of channels, the host's interfaces |
 //! | `wire` | the control connection as bytes: handshake, keys, sealed records, set-up messages, frames |
 //! | `gpu` | the copy kernel and its launchers, over the crate `cuda-driver` |
-//! | `registry`, `region` | registered memory and its uses |
-//! | `notify`, `budget`, `segment_pool` | notifications that wait for the application; what peers may take; segment lists that are used again |
-//! | [`types`] | words that all layers share: places, spans, segments, keys |
-//! | [`config`], [`addresses`] | every environment variable; what the port is bound to and who may connect |
+//! | `registry`, `region` | registered memory and its use counts |
+//! | `notify`, `budget`, `segment_pool` | notifications queued for the application; budgets of the peers; reuse of segment lists |
+//! | [`types`] | types that all layers share: places, spans, segments, keys |
+//! | [`config`], [`addresses`] | every environment variable; the listening address and the allowed networks |
 //! | `logging`, [`status`] | the log and its limits; the error type and the status numbers |
-//! | `hash` | a quick hash for maps |
-//! | [`stats`] | what is counted, in words and for Prometheus |
+//! | `hash` | a fast hash for maps |
+//! | [`stats`] | statistics, as text and for Prometheus |
 //!
 //! Calls go one way: ffi -> engine -> proto -> channel -> {net, wire, gpu} -> the words below. Crates: `nccl-net-abi` has the layouts of the plugin
 //! interface, `soft-plugin` the plugin over ordinary TCP, `reactor` waits for descriptors, `cuda-driver` opens the CUDA driver.

@@ -1,5 +1,5 @@
 //! The log: lines go to standard error through env_logger, or to a function of the application
-//! (`delivery`); where the process has a logger of its own, that one gets them. And the limit on lines that a peer can cause. Knows
+//! (`delivery`); a process with its own logger gets them there. Also limits the lines that a peer can cause. Knows
 //! nothing of settings, engines and connections.
 
 mod delivery;
@@ -14,10 +14,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
-/// The logger of the process, where it is this library's.
+/// The logger of the process, if it is this library's.
 struct Log;
 
-/// Writes lines to standard error. A child of fork has one of its own: a thread of the parent may have been writing a line.
+/// Writes lines to standard error. A child of fork has its own, because a thread of the parent may have been writing a line.
 static STDERR: PerProcess<env_logger::Logger> = PerProcess::new(to_stderr);
 /// The level that the first engine asked for.
 static LEVEL: AtomicUsize = AtomicUsize::new(0);
@@ -26,7 +26,7 @@ fn to_stderr() -> env_logger::Logger {
     let mut builder = env_logger::Builder::new();
     let asked = log::LevelFilter::iter().nth(LEVEL.load(Ordering::Acquire));
     builder.filter_level(asked.unwrap_or(log::LevelFilter::Off));
-    // RUST_LOG, where it is set, narrows modules further.
+    // RUST_LOG takes precedence, module by module.
     if std::env::var_os("RUST_LOG").is_some() {
         builder.parse_env(env_logger::Env::default());
     }
@@ -37,7 +37,7 @@ fn to_stderr() -> env_logger::Logger {
     builder.build()
 }
 
-/// Standard error without the lock that the standard library puts before it, which a child of fork may find locked for ever.
+/// Standard error without the standard library's lock, which may stay locked in a child of fork.
 struct Unlocked;
 
 impl Write for Unlocked {
@@ -68,18 +68,18 @@ impl log::Log for Log {
     fn flush(&self) {}
 }
 
-/// Puts another callback in force, or none; `level` as for [`init`]. What was logged before reaches the one before, if that takes it soon; on return no call of
-/// it runs.
+/// Sets or clears the callback; `level` as for [`init`]. The previous callback first gets the queued lines, for a limited time. On return
+/// no call of it is running.
 ///
 /// # Errors
-/// `InvalidArgument` inside a callback, `Unsupported` where the process has a logger of its own, `Resource` without a thread.
+/// `InvalidArgument` inside a callback, `Unsupported` if the process has its own logger, `Resource` if no thread can be started.
 pub(crate) fn set_callback(callback: Option<Callback>, level: log::LevelFilter) -> Result<()> {
     init(level);
     if delivery::inside() {
         bail!(InvalidArgument, "the log callback cannot be changed inside a log callback");
     }
     if !OURS.load(Ordering::Acquire) {
-        bail!(Unsupported, "the process has a logger of its own, which gets the lines");
+        bail!(Unsupported, "the process has its own logger, which gets the lines");
     }
     delivery::set(callback)
 }
@@ -106,8 +106,8 @@ pub(crate) fn init(level: log::LevelFilter) {
 /// The time in which a [`Limiter`] lets its lines through.
 const WINDOW: Duration = Duration::from_secs(1);
 
-/// Lets a few log lines a second through and counts the others: for every line that a peer, a stranger or an exhausted resource can
-/// cause again and again. One object for each kind of line, for as long as the lines can come (a connection, an engine, a static).
+/// Passes a few log lines per second and counts the others: for every line that a peer, an unauthenticated connection or an exhausted
+/// resource can cause repeatedly. One object for each kind of line, for as long as the lines can come (a connection, an engine, a static).
 pub(crate) struct Limiter {
     lines: u32,
     state: Mutex<Window>,
@@ -125,7 +125,7 @@ struct Window {
 }
 
 impl Limiter {
-    /// At most `lines` lines a second.
+    /// At most `lines` lines per second.
     pub(crate) const fn new(lines: u32) -> Limiter {
         Limiter { lines, state: Mutex::new(Window { since: None, shown: 0, held: 0 }), within: None }
     }
@@ -142,7 +142,7 @@ impl Limiter {
             window.since = Some(now);
             window.shown = 0;
         }
-        // What the others have held back is told once, by whoever writes next.
+        // The next writer reports the lines that all of them suppressed, once.
         let others = match &self.within {
             _ if window.shown >= self.lines => None,
             Some(all) => all.admit(now),
@@ -156,7 +156,7 @@ impl Limiter {
         Some(std::mem::take(&mut window.held).saturating_add(others))
     }
 
-    /// What was held back when the lines have stopped coming: for whoever looks in now and then, and at the end.
+    /// The count of suppressed lines after they have stopped; for periodic checks and the end.
     pub(crate) fn rest(&self, now: Instant) -> Option<u64> {
         let mut window = self.state.lock();
         let over = window.since.is_some_and(|since| now.saturating_duration_since(since) >= WINDOW);

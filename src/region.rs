@@ -1,4 +1,4 @@
-//! Registered regions and the counting of their uses. A region that something uses is never let go. Knows nothing of who uses it.
+//! Registered regions and their use counts. A region in use is never released. Knows nothing of its users.
 
 use crate::status::{bail, Result};
 use crate::types::{Place, RemoteAccess, Span};
@@ -6,13 +6,13 @@ use process::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::Arc;
 
-/// A peer's leave to read a region by itself, without asking each time.
+/// Permission for a peer to access a region without a request per transfer.
 pub(crate) trait AccessGrant: Send + Sync + std::fmt::Debug {
-    /// From now on no read begins.
+    /// No access starts any more.
     fn end(&self);
-    /// The peer reads.
+    /// The peer is accessing the region.
     fn in_use(&self) -> bool;
-    /// The connection that it was given on has ended.
+    /// Its connection has ended.
     fn is_over(&self) -> bool;
 }
 
@@ -24,12 +24,12 @@ pub(crate) struct Region {
     pub place: Place,
     access: RemoteAccess,
     uses: AtomicUsize,
-    /// Some network plugin knows it.
+    /// A network plugin has registered it.
     registered: AtomicBool,
-    /// Its registration has ended: nothing more begins to use it.
+    /// Deregistered: no new use starts.
     ended: AtomicBool,
     grants: Mutex<Vec<Arc<dyn AccessGrant>>>,
-    /// Whether other processes can read it: [`UNKNOWN`] until somebody has found out, then 0 or 1.
+    /// Whether other processes can read it: [`UNKNOWN`] until probed, then 0 or 1.
     readable: AtomicU8,
 }
 
@@ -55,7 +55,7 @@ impl Region {
         self.access
     }
 
-    /// Whether other processes can read it; `probe` finds out, once.
+    /// Whether other processes can read it; calls `probe` the first time.
     pub(crate) fn is_readable(&self, probe: impl FnOnce(&Span) -> bool) -> bool {
         match self.readable.load(Ordering::Relaxed) {
             UNKNOWN => {
@@ -67,14 +67,14 @@ impl Region {
         }
     }
 
-    /// A use that begins by itself, unless the registration has ended.
+    /// Starts a use, unless the region is deregistered.
     pub(crate) fn enter(self: &Arc<Region>) -> Option<RegionUse> {
         let used = RegionUse::new(self);
-        // After the count: whoever ends the registration looks at both in the other order.
+        // After the count: deregistration reads the two in the opposite order.
         (!self.ended.load(Ordering::SeqCst)).then_some(used)
     }
 
-    /// Notes a peer's grant; `false` once the registration has ended.
+    /// Records a peer's grant; `false` if the region is deregistered.
     pub(crate) fn allow(&self, grant: Arc<dyn AccessGrant>) -> bool {
         let mut grants = self.grants.lock();
         grants.retain(|grant| !grant.is_over());
@@ -85,12 +85,12 @@ impl Region {
         true
     }
 
-    /// Keeps nothing of connections that have ended.
+    /// Drops the grants of connections that have ended.
     pub(crate) fn prune(&self) {
         self.grants.lock().retain(|grant| !grant.is_over());
     }
 
-    /// Its registration ends: what uses it is still to be waited for.
+    /// Deregisters it. The caller still waits for its uses to end.
     pub(crate) fn end(&self) {
         let grants = self.grants.lock();
         self.ended.store(true, Ordering::SeqCst);
@@ -106,7 +106,7 @@ impl Region {
         self.uses.load(Ordering::SeqCst) > 0 || self.grants.lock().iter().any(|grant| grant.in_use())
     }
 
-    /// Whether a network plugin was told of it and must forget it at its end.
+    /// Whether a network plugin registered it and must deregister it.
     pub(crate) fn is_registered(&self) -> bool {
         self.registered.load(Ordering::Acquire)
     }
@@ -122,12 +122,12 @@ impl RegionUse {
         RegionUse(region.clone())
     }
 
-    /// The region, for a peer that may use it later on its own.
+    /// The region, for a grant to a peer.
     pub(crate) fn region(&self) -> &Arc<Region> {
         &self.0
     }
 
-    /// To be shared with a process of this host, which has to be told of its end.
+    /// The region, for an export to a process on this host, which must learn when it ends.
     pub(crate) fn to_share(&self) -> &Region {
         self.0.registered.store(true, Ordering::Release);
         &self.0
@@ -159,7 +159,7 @@ impl RegionUse {
         Ok(())
     }
 
-    /// As [`RegionUse::check`] for a peer, who learns nothing of where the region lies.
+    /// As [`RegionUse::check`] for a peer. The error does not reveal the region's address.
     #[inline]
     pub(crate) fn check_remote(&self, addr: u64, len: u64) -> Result<()> {
         if !self.0.holds(addr, len) {
@@ -183,7 +183,7 @@ impl Drop for RegionUse {
 }
 
 /// The regions that a transfer uses. Every posted chunk carries a clone, so that they stay in use until the last posted chunk is done
-/// or its channel is closed, whatever becomes of the transfer.
+/// or its channel is closed, even if the transfer has failed.
 #[derive(Clone, Debug)]
 pub(crate) struct Hold(Arc<Vec<RegionUse>>);
 
@@ -200,7 +200,7 @@ impl Hold {
                 used.registered.store(true, Ordering::Release);
                 Ok(used.span)
             }
-            None => bail!(Internal, "a part of region {region} of {}", self.0.len()),
+            None => bail!(Internal, "no region {region}: the transfer has {}", self.0.len()),
         }
     }
 
@@ -209,7 +209,7 @@ impl Hold {
         &self.0
     }
 
-    /// A region that is to be shared with a process of this host, which has to be told of its end.
+    /// A region, for an export to a process on this host, which must learn when it ends.
     pub(crate) fn region_to_share(&self, region: u16) -> Option<&Region> {
         self.0.get(usize::from(region)).map(RegionUse::to_share)
     }

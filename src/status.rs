@@ -2,23 +2,23 @@
 
 use std::fmt;
 
-/// Status numbers of the C ABI: 0 success, positive in progress, negative an error, grouped by what broke.
+/// Status numbers of the C ABI: 0 success, positive in progress, negative an error, grouped by what failed.
 /// The numbers are fixed: a release never renumbers them.
 pub type StatusCode = i32;
 
-/// Success; for a transfer: complete, every byte in place at the remote side (write, send) or here (read, receive).
+/// Success; for a transfer: complete, with every byte in place at the destination.
 pub const UCCL_OK: StatusCode = 0;
 /// Not finished yet; not an error.
 pub const UCCL_IN_PROGRESS: StatusCode = 1;
 /// An argument is null, out of range, outside its region, or malformed.
 pub const UCCL_ERR_INVALID_ARGUMENT: StatusCode = -1;
-/// No such engine, connection, region or transfer: never existed, or already destroyed.
+/// No such engine, connection, region or transfer; it never existed or was destroyed.
 pub const UCCL_ERR_NOT_FOUND: StatusCode = -2;
 /// Memory, file descriptors or another resource ran out, or a limit of the library was reached.
 pub const UCCL_ERR_RESOURCE: StatusCode = -3;
 /// The operation is not supported in this configuration.
 pub const UCCL_ERR_UNSUPPORTED: StatusCode = -4;
-/// The object was closed on this side while the operation was waiting or in flight.
+/// The application closed the object while the operation was waiting or in flight.
 pub const UCCL_ERR_CANCELED: StatusCode = -5;
 /// A deadline passed (see the UCCL_TCPX_*_TIMEOUT_MS variables).
 pub const UCCL_ERR_TIMED_OUT: StatusCode = -10;
@@ -26,23 +26,23 @@ pub const UCCL_ERR_TIMED_OUT: StatusCode = -10;
 pub const UCCL_ERR_UNREACHABLE: StatusCode = -11;
 /// The connection is lost: the peer died, closed it, or the network failed.
 pub const UCCL_ERR_REMOTE_DISCONNECT: StatusCode = -12;
-/// The pre-shared keys of the two sides differ.
+/// The peer does not have the pre-shared key.
 pub const UCCL_ERR_AUTH: StatusCode = -13;
-/// The peer does not speak this protocol, or broke it.
+/// The peer does not speak this protocol, or violated it.
 pub const UCCL_ERR_PROTOCOL: StatusCode = -14;
-/// The remote side refused the access: unknown or deregistered region, wrong token, or out of bounds.
+/// The peer refused the access: unknown or deregistered region, wrong token, or out of bounds.
 pub const UCCL_ERR_REMOTE_ACCESS: StatusCode = -20;
-/// The message is larger than the posted receive; both sides get this.
+/// The message is larger than the posted receive; both engines get this status.
 pub const UCCL_ERR_TRUNCATED: StatusCode = -21;
 /// The NCCL net plugin cannot be found or loaded.
 pub const UCCL_ERR_PLUGIN_LOAD: StatusCode = -30;
 /// The NCCL net plugin returned an error.
 pub const UCCL_ERR_PLUGIN: StatusCode = -31;
-/// A CUDA call failed, or a GPU is needed and none can be used.
+/// A CUDA call failed, or no usable GPU was found.
 pub const UCCL_ERR_GPU: StatusCode = -32;
 /// A system call failed.
 pub const UCCL_ERR_SYSTEM: StatusCode = -33;
-/// A defect of the library (a panic was caught, an invariant is broken). Please report it.
+/// A bug in the library. Please report it.
 pub const UCCL_ERR_INTERNAL: StatusCode = -99;
 
 /// What went wrong, by kind; [`Error`] carries the text.
@@ -126,7 +126,7 @@ impl ErrorKind {
             ErrorKind::NotFound => c"no such engine, connection, region or transfer",
             ErrorKind::Resource => c"out of resources",
             ErrorKind::Unsupported => c"not supported in this configuration",
-            ErrorKind::Canceled => c"closed on this side",
+            ErrorKind::Canceled => c"closed by the application",
             ErrorKind::TimedOut => c"deadline passed",
             ErrorKind::Unreachable => c"peer unreachable",
             ErrorKind::RemoteDisconnect => c"connection lost",

@@ -1,7 +1,7 @@
-//! Words that every layer shares: where memory lies, extents of regions, the segments of a transfer and the pieces of a chunk. Knows
+//! Types that every layer shares: where memory lies, extents of regions, the segments of a transfer and the pieces of a chunk. Knows
 //! nothing of wires, channels or plugins.
 
-/// Where memory lies: host memory, or a GPU of its host.
+/// Where memory lies: the host, or one of its GPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Place(pub u8);
 
@@ -23,7 +23,7 @@ impl Place {
     }
 }
 
-/// Bytes of a transfer that travels inside a control frame at most.
+/// Largest eager transfer, bytes.
 pub(crate) const MAX_INLINE: usize = 64 << 10;
 
 /// What peers may do with a registered region.
@@ -44,24 +44,24 @@ impl RemoteAccess {
     pub const WRITE: RemoteAccess = RemoteAccess { read: false, write: true };
 }
 
-/// How much the data of the software plugin is protected on its way. The stricter level of the two sides counts.
+/// How the software plugin protects data on the network. The stricter of the two engines' levels applies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Protect {
     /// By TCP's checksum.
     #[default]
     Off,
-    /// What was changed on its way is never taken for right: a checksum, or AES-256-GCM between sides with a key.
+    /// Detects changed data: a checksum, or AES-256-GCM if the engines share a key.
     Integrity,
-    /// Nobody else can read it either: AES-256-GCM.
+    /// Also keeps it secret: AES-256-GCM.
     Encrypt,
 }
 
-/// Names a data stream of a connection: the transfer id and which side chose it.
+/// Names a data stream of a connection: the transfer id and which engine chose it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Key {
     /// The initiator's transfer id.
     pub id: u64,
-    /// This side is the initiator.
+    /// This engine is the initiator.
     pub mine: bool,
 }
 
@@ -94,7 +94,7 @@ pub(crate) struct Segment {
     pub region: u16,
     /// Where it lies.
     pub place: Place,
-    /// Where the peer's side of it lies.
+    /// Where the peer's memory of it lies.
     pub peer: Place,
 }
 
@@ -113,7 +113,7 @@ pub(crate) struct Part {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub(crate) struct Piece {
-    /// First byte of the source, by its name for whoever copies.
+    /// First byte of the source, as the copying process or GPU addresses it.
     pub src: u64,
     /// First byte of the destination, in memory of this process.
     pub dst: u64,

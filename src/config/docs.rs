@@ -2,16 +2,16 @@
 
 use super::table::VARIABLES;
 
-/// What stands before, between and behind the tables.
+/// The text before, between and after the tables.
 const HEAD: &str = "# Configuration
 
 <!-- Generated from src/config/table.rs: `UPDATE_DOCS=1 cargo test --release --test lints` renews it. -->
 
-Everything is configured through the environment, read when an engine is created; uccl_engine_create_with takes the same names as
-settings of one engine, but for those of the process: PROCESS
-and what the software plugin has of its own. A value that cannot be understood fails the creation with a message that names the variable. A name that
-begins with UCCL_TCPX_ or UCCL_P2P_ and is none of these is a line of the log, with the nearest name there is. `tcpx-info --settings`
-prints what is in effect. Numbers take the suffixes K, M and G (powers of 1024).
+The library reads its configuration from the environment when an engine is created. uccl_engine_create_with sets the same variables for
+one engine, except those that apply to the whole process: PROCESS
+and the software plugin's own. An invalid value fails the creation with a message that names the variable. The log warns about unknown names
+that begin with UCCL_TCPX_ or UCCL_P2P_ and suggests the nearest known one. `tcpx-info --settings` prints the values in effect.
+Numbers may have the suffixes K, M and G (powers of 1024).
 
 ## The library
 
@@ -19,8 +19,8 @@ prints what is in effect. Numbers take the suffixes K, M and G (powers of 1024).
 |---|---|---|---|
 ";
 const MIDDLE: &str = "
-`RUST_LOG`, where it is set, stands before `UCCL_P2P_LOG_LEVEL`, by module: `RUST_LOG=uccl_p2p::engine=trace` shows every transfer of
-the engine, and of the other modules what the level says; a level without a module, as in `RUST_LOG=info`, takes the level's place.
+`RUST_LOG` takes precedence over `UCCL_P2P_LOG_LEVEL`, module by module: `RUST_LOG=uccl_p2p::engine=trace` shows every transfer of the
+engine and leaves the other modules at `UCCL_P2P_LOG_LEVEL`; a level without a module, as in `RUST_LOG=info`, applies to all of them.
 Modules are `engine`, `channel`, `net`, `wire`, `gpu` and `stats`; the syntax is that of the crate env_logger.
 
 ## The software plugin

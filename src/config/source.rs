@@ -1,4 +1,4 @@
-//! Where values come from: settings of one engine, by name, and behind them the environment. Refuses what a variable does not take.
+//! Where values come from: the settings of one engine, else the environment. Refuses invalid values.
 
 use super::table::{Kind, Variable, VARIABLES};
 use crate::status::{bail, Error, Result};
@@ -21,7 +21,7 @@ impl Source<'_> {
         }
     }
 
-    /// A number that was set.
+    /// A number, if one is set.
     pub(super) fn number(self, variable: &Variable) -> Result<Option<u64>> {
         let Some(text) = self.get(variable)? else { return Ok(None) };
         match (parse_number(&text), variable.kind) {
@@ -35,7 +35,7 @@ impl Source<'_> {
         Ok(self.number(variable)?.or(variable.number).unwrap_or(0))
     }
 
-    /// A yes or no, or the default.
+    /// A flag, or the default.
     pub(super) fn flag(self, variable: &Variable) -> Result<bool> {
         match self.get(variable)?.map(|v| v.to_ascii_lowercase()).as_deref() {
             None => Ok(variable.number == Some(1)),
@@ -45,7 +45,7 @@ impl Source<'_> {
         }
     }
 
-    /// One of the variable's words that was set.
+    /// One of the variable's words, if one is set.
     pub(super) fn word(self, variable: &Variable) -> Result<Option<&'static str>> {
         let Some(text) = self.get(variable)? else { return Ok(None) };
         let Kind::Word(words) = variable.kind else { bail!(Internal, "{} takes no words", variable.name) };
@@ -60,7 +60,7 @@ impl Source<'_> {
         Ok(Duration::from_millis(self.number_or_default(variable)?))
     }
 
-    /// A value that another module reads.
+    /// A value that `parse` reads.
     pub(super) fn parsed<T>(self, variable: &Variable, parse: impl FnOnce(&str) -> Result<T>) -> Result<Option<T>> {
         let Some(text) = self.get(variable)? else { return Ok(None) };
         match parse(&text) {
@@ -105,7 +105,7 @@ pub(super) fn strtoll(text: &str) -> (i64, &str) {
 
 /// Beginnings of names that belong to this library, or to UCCL.
 const OURS: [&str; 2] = ["UCCL_TCPX_", "UCCL_P2P_"];
-/// Variables of the build and the tests of this repository, and of its NIXL plugin, which nobody mistakes for settings.
+/// Variables of this repository's build, tests and NIXL plugin, which are no settings of the library.
 const OTHERS: [&str; 8] = [
     "UCCL_P2P_LIBRARY",
     "UCCL_P2P_INCLUDE",
@@ -116,10 +116,10 @@ const OTHERS: [&str; 8] = [
     "UCCL_TCPX_NIXL",
     "UCCL_TCPX_TEST",
 ];
-/// Names that differ by more than this part of their length are no slip of the pen.
+/// Names less similar than this are not suggested.
 const NEAR: f64 = 0.8;
 
-/// What to say about names of the environment that look like ours and are read by nobody.
+/// Warnings about names in the environment that look like ours and are unknown.
 pub(super) fn unknown<'a>(names: impl Iterator<Item = &'a str>) -> Vec<String> {
     let known: Vec<&str> = VARIABLES.iter().map(|v| v.name).chain(soft_plugin::VARIABLES.iter().map(|v| v.name)).collect();
     let ours = |name: &&str| {
@@ -131,8 +131,8 @@ pub(super) fn unknown<'a>(names: impl Iterator<Item = &'a str>) -> Vec<String> {
         let near = |other: &&str| strsim::normalized_damerau_levenshtein(name, other);
         let nearest = known.iter().copied().max_by(|a, b| near(a).total_cmp(&near(b))).filter(|other| near(other) >= NEAR);
         let meant = nearest.map_or(String::new(), |other| format!("; did you mean {other}?"));
-        // A terminal shows the name: nothing in it may steer it.
-        format!("{} is set, and no variable of this library has that name{meant}", name.escape_debug())
+        // Escaped, because a terminal may show the name.
+        format!("{} is set, but the library has no variable of that name{meant}", name.escape_debug())
     };
     names.filter(ours).map(line).collect()
 }
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_names_are_told_with_the_nearest_known_one() {
+    fn unknown_names_suggest_the_nearest_known_one() {
         let warnings = unknown(
             [
                 "UCCL_TCPX_NUM_CHANELS",

@@ -7,23 +7,23 @@ use crate::status::{bail, UCCL_OK};
 use std::ffi::{c_char, c_int};
 use std::sync::atomic::Ordering;
 
-/// A connection to a peer engine: one control connection and several data channels.
+/// A connection to a peer engine: one control connection and one or more channels.
 #[allow(non_camel_case_types)]
 pub struct uccl_conn_t {
     _opaque: [u8; 0],
 }
 
-/// Connects to a peer engine. Blocks until all channels are up; needs no call of the peer's application.
+/// Connects to a peer engine. Blocks until all channels are up. The peer's application does not need to call accept.
 ///
 /// @param engine        [in] The engine.
 /// @param ip_addr       [in] The peer's IPv4 or IPv6 address or host name, NUL-terminated.
 /// @param remote_gpu    [in] The peer's GPU as its metadata names it: a PCI address ("0000:4a:00.0", any case, 4- or 8-digit domain),
 ///                      a CUDA index ("0"), or "-1" for a host without a GPU. NULL or "": not given.
 /// @param remote_port   [in] The peer's port, 1 to 65535.
-/// @param same_process  [in] The peer is an engine of this process; accepted for compatibility, data takes the same path.
-/// @return The connection, owned by the caller, to be ended with uccl_engine_conn_destroy; NULL on failure (uccl_engine_last_error).
+/// @param same_process  [in] Ignored; accepted for compatibility.
+/// @return The connection; the caller owns it and ends it with uccl_engine_conn_destroy. NULL on failure (uccl_engine_last_error).
 ///
-/// Threads: any; several connects may run at once. Deadline: UCCL_TCPX_CONNECT_TIMEOUT_MS.
+/// Threads: any; several connects may run in parallel. Deadline: UCCL_TCPX_CONNECT_TIMEOUT_MS.
 #[no_mangle]
 pub unsafe extern "C" fn uccl_engine_connect(
     engine: *mut uccl_engine_t,
@@ -45,16 +45,16 @@ pub unsafe extern "C" fn uccl_engine_connect(
     })
 }
 
-/// Takes the next connection that a peer opened. Blocks until there is one or uccl_engine_stop_accept is called.
+/// Returns the next connection that a peer opened. Blocks until there is one or uccl_engine_stop_accept is called.
 ///
 /// @param engine          [in]  The engine.
 /// @param ip_addr_buf     [out] The peer's address as text, always NUL-terminated, cut to fit.
 /// @param ip_addr_buf_len [in]  Size of ip_addr_buf in bytes, at least 1; 46 holds every address.
-/// @param remote_gpu_idx  [out] CUDA index of the peer's GPU as the peer counts, -1 when it has none.
-/// @return The connection, owned by the caller, to be ended with uccl_engine_conn_destroy; NULL after uccl_engine_stop_accept or on
-///         failure, and then the outputs are untouched except that ip_addr_buf holds an empty string.
+/// @param remote_gpu_idx  [out] CUDA index of the peer's GPU in the peer's process, -1 if it has none.
+/// @return The connection; the caller owns it and ends it with uccl_engine_conn_destroy. NULL after uccl_engine_stop_accept or on
+///         failure; ip_addr_buf then contains an empty string and remote_gpu_idx is unchanged.
 ///
-/// Threads: any. Data moves over a connection from the moment the peer's connect returned, accepted or not.
+/// Threads: any. The peer can transfer data as soon as its connect returned, before this call.
 #[no_mangle]
 pub unsafe extern "C" fn uccl_engine_accept(
     engine: *mut uccl_engine_t,
@@ -83,9 +83,9 @@ pub unsafe extern "C" fn uccl_engine_accept(
     })
 }
 
-/// Wakes every blocked uccl_engine_accept of the engine; these and later ones return NULL. Connections that exist stay.
+/// Wakes every blocked uccl_engine_accept of the engine; these and later ones return NULL. Open connections stay open.
 ///
-/// @param engine  The engine; NULL is a no-op, and so is an engine of the parent process after a fork.
+/// @param engine  The engine. NULL and an engine of the parent process after a fork are no-ops.
 ///
 /// Threads: any.
 #[no_mangle]
@@ -101,7 +101,7 @@ pub extern "C" fn uccl_engine_stop_accept(engine: *mut uccl_engine_t) {
 /// Marks the connection as listened to. Kept for compatibility: notifications and data arrive without it.
 ///
 /// @param conn  The connection.
-/// @return UCCL_OK; -1 when it was started already; another negative status for a bad handle or a lost connection.
+/// @return UCCL_OK; -1 if it was already started; another negative status for a bad handle or a lost connection.
 ///
 /// Threads: any.
 #[no_mangle]
@@ -110,13 +110,13 @@ pub extern "C" fn uccl_engine_start_listener(conn: *mut uccl_conn_t) -> c_int {
         let conn = connections().get(conn.cast())?;
         conn.status()?;
         if conn.listener_started.swap(true, Ordering::AcqRel) {
-            bail!(InvalidArgument, "the listener of this connection was started already");
+            bail!(InvalidArgument, "the listener of this connection is already started");
         }
         Ok(UCCL_OK)
     })
 }
 
-/// Undoes uccl_engine_start_listener. Stopping what was not started is not an error.
+/// Undoes uccl_engine_start_listener. Stopping a listener that was not started is not an error.
 ///
 /// @param conn  The connection.
 /// @return UCCL_OK, or a negative status for a bad handle or a lost connection.
@@ -134,10 +134,10 @@ pub extern "C" fn uccl_engine_stop_listener(conn: *mut uccl_conn_t) -> c_int {
 
 /// Closes a connection. Transfers in flight end with UCCL_ERR_CANCELED here and UCCL_ERR_REMOTE_DISCONNECT at the peer.
 ///
-/// @param conn  The connection; NULL is a no-op, and so is a connection of the parent process after a fork, which stays as it is; a
-///              handle already destroyed is an error that is logged, nothing else.
+/// @param conn  The connection. NULL and a connection of the parent process after a fork are no-ops; the latter stays open in the parent.
+///              A handle already destroyed only logs an error.
 ///
-/// Threads: any, once, in any order with engine and regions. On return nothing of this connection touches registered memory.
+/// Threads: any, once, before or after its engine and regions. On return this connection no longer touches registered memory.
 #[no_mangle]
 pub extern "C" fn uccl_engine_conn_destroy(conn: *mut uccl_conn_t) {
     guard((), || {
@@ -148,13 +148,13 @@ pub extern "C" fn uccl_engine_conn_destroy(conn: *mut uccl_conn_t) {
     })
 }
 
-/// Tells whether a connection is up.
+/// Returns whether a connection is open.
 ///
 /// @param conn  [in] The connection.
-/// @return UCCL_OK while it is; why not once it is lost or closed: UCCL_ERR_REMOTE_DISCONNECT, UCCL_ERR_TIMED_OUT, UCCL_ERR_CANCELED,
-///         UCCL_ERR_PROTOCOL and so on; UCCL_ERR_NOT_FOUND or UCCL_ERR_INVALID_ARGUMENT for a bad handle. A lost connection stays lost:
-///         destroy it and connect anew. Until then it keeps a descriptor and, where the peer had opened it, its place among
-///         UCCL_TCPX_MAX_CONNECTIONS.
+/// @return UCCL_OK while it is open; the cause once it is lost or closed: UCCL_ERR_REMOTE_DISCONNECT, UCCL_ERR_TIMED_OUT,
+///         UCCL_ERR_CANCELED, UCCL_ERR_PROTOCOL and so on; UCCL_ERR_NOT_FOUND or UCCL_ERR_INVALID_ARGUMENT for a bad handle. A lost
+///         connection does not recover: destroy it and connect again. Until it is destroyed it keeps a file descriptor, and an incoming
+///         one counts towards UCCL_TCPX_MAX_CONNECTIONS.
 ///
 /// Threads: any.
 #[no_mangle]
@@ -165,12 +165,12 @@ pub extern "C" fn uccl_engine_conn_status(conn: *mut uccl_conn_t) -> c_int {
     })
 }
 
-/// Names the key that the peer has proved: the word of this side's key file for it (docs/security.md), never the peer's own.
+/// Returns the name of the pre-shared key that the peer proved, as this engine's key file names it (docs/security.md).
 ///
 /// @param conn  [in]  The connection.
-/// @param buf   [out] The name, NUL-terminated, cut to fit; an empty string for a peer without a key, or with a key that has no name.
+/// @param buf   [out] The name, NUL-terminated, cut to fit; empty if the peer has no key or the key has no name.
 /// @param len   [in]  Bytes of buf, at least 1; 33 hold every name.
-/// @return UCCL_OK, also for a connection that is lost; UCCL_ERR_NOT_FOUND or UCCL_ERR_INVALID_ARGUMENT, and then buf is untouched.
+/// @return UCCL_OK, also for a lost connection; UCCL_ERR_NOT_FOUND or UCCL_ERR_INVALID_ARGUMENT, and then buf is unchanged.
 ///
 /// Threads: any.
 #[no_mangle]
@@ -193,10 +193,10 @@ pub unsafe extern "C" fn uccl_engine_conn_peer_name(conn: *mut uccl_conn_t, buf:
     })
 }
 
-/// Tells whether the peer runs on this host (its address is one of this host's).
+/// Returns whether the peer runs on this host, which means that its address is one of this host's.
 ///
 /// @param conn  The connection.
-/// @return true when it does; false otherwise, for a bad handle, and once the connection is lost or closed.
+/// @return true if it does; false otherwise, for a bad handle, and once the connection is lost or closed.
 ///
 /// Threads: any.
 #[no_mangle]

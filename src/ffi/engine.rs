@@ -1,4 +1,4 @@
-//! Engines of the C ABI: creation with the environment's settings or with the caller's, and the end. Translates only.
+//! Engines of the C ABI: creating one with the environment's settings or the caller's, and destroying it. Translates only.
 
 use super::guard::{array_arg, guard, out_arg, status, str_arg};
 use super::handles::engines;
@@ -7,7 +7,7 @@ use crate::engine::Engine;
 use crate::status::{Result, UCCL_OK};
 use std::ffi::{c_char, c_int};
 
-/// An engine: a listening port, a registry of memory, connections, and the threads that move data.
+/// An engine: a listening port, registered memory, connections, and the threads that move data.
 #[allow(non_camel_case_types)]
 pub struct uccl_engine_t {
     _opaque: [u8; 0],
@@ -15,12 +15,12 @@ pub struct uccl_engine_t {
 
 /// Creates an engine: loads the network plugin, finds the NICs, opens the listening port and starts the progress thread.
 ///
-/// @param num_cpus   Accepted for compatibility, as upstream; the library decides by the machine (UCCL_TCPX_SOFT_THREADS overrides).
-/// @param in_python  The caller is a Python process. Accepted for compatibility; the library installs no signal handlers either way.
-/// @return The engine, owned by the caller, to be ended with uccl_engine_destroy; NULL on failure (uccl_engine_last_error tells why:
-///         the plugin cannot be loaded, the port is taken, an environment variable cannot be understood).
+/// @param num_cpus   Ignored; accepted for compatibility. The library counts the cores itself (UCCL_TCPX_SOFT_THREADS overrides).
+/// @param in_python  Ignored; accepted for compatibility. The library never installs signal handlers.
+/// @return The engine; the caller owns it and ends it with uccl_engine_destroy. NULL on failure; uccl_engine_last_error has the cause,
+///         such as a plugin that cannot be loaded, a port in use or an invalid environment variable.
 ///
-/// Threads: any. Configuration comes from the environment (docs/configuration.md), read at this call.
+/// Threads: any. This call reads the configuration from the environment (docs/configuration.md).
 #[no_mangle]
 pub extern "C" fn uccl_engine_create(num_cpus: c_int, in_python: bool) -> *mut uccl_engine_t {
     guard(std::ptr::null_mut(), || {
@@ -29,26 +29,25 @@ pub extern "C" fn uccl_engine_create(num_cpus: c_int, in_python: bool) -> *mut u
     })
 }
 
-/// A setting of an engine: an environment variable, by its name, and the text that stands for it.
+/// A setting of an engine: the name of an environment variable, and the value that overrides it.
 #[allow(non_camel_case_types)]
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct uccl_option_t {
     /// Name of a variable of docs/configuration.md, NUL-terminated, such as "UCCL_TCPX_NUM_CHANNELS".
     pub name: *const c_char,
-    /// What the variable would hold, NUL-terminated. NULL or "": as if the variable were not set.
+    /// Its value, NUL-terminated. NULL or "" means that the variable is not set.
     pub value: *const c_char,
 }
 
-/// Creates an engine as uccl_engine_create does, with settings that override the environment. The environment itself is not changed,
-/// so engines of one process may have different settings.
+/// Creates an engine like uccl_engine_create, with settings that override the environment. The environment itself does not change, so
+/// the engines of one process may have different settings.
 ///
-/// @param options      [in]  num_options settings; the last one of a name counts. Copied. May be NULL when num_options is 0.
+/// @param options      [in]  num_options settings; the last one of a name counts. Copied. May be NULL if num_options is 0.
 /// @param num_options  [in]  Number of settings.
-/// @param engine       [out] The engine, owned by the caller, to be ended with uccl_engine_destroy.
-/// @return UCCL_OK; UCCL_ERR_INVALID_ARGUMENT for a name that no variable has, a variable of the process (the log's, and what only the
-///         network plugin reads: these cannot differ between engines) or a value that cannot be understood; another negative status
-///         when the engine cannot be created.
+/// @param engine       [out] The engine; the caller owns it and ends it with uccl_engine_destroy.
+/// @return UCCL_OK; UCCL_ERR_INVALID_ARGUMENT for an unknown name, an invalid value, or a variable that applies to the whole process
+///         (the log's, and those that only the network plugin reads); another negative status if the engine cannot be created.
 ///
 /// Threads: any.
 #[no_mangle]
@@ -76,14 +75,14 @@ fn setting(option: &uccl_option_t) -> Result<(&str, &str)> {
 }
 
 /// Ends an engine: wakes blocked accepts, fails transfers in flight with UCCL_ERR_CANCELED, closes its connections, and joins its
-/// threads. Connection handles of this engine stay valid (every call on them fails) until uccl_engine_conn_destroy.
+/// threads. Its connection handles stay valid until uccl_engine_conn_destroy, but every call on them fails.
 ///
-/// @param engine  The engine; NULL is a no-op, and so is an engine of the parent process after a fork; a handle already destroyed is an
-///                error that is logged, nothing else.
+/// @param engine  The engine. NULL and an engine of the parent process after a fork are no-ops. A handle already destroyed only logs an
+///                error.
 ///
-/// Threads: any, once. Returns within the close deadline (UCCL_TCPX_CLOSE_TIMEOUT_MS, one second at most). Connections that a call of the
-/// CUDA driver or of the network plugin keeps are waited for, and have a deadline of their own then. On return nothing touches
-/// registered memory.
+/// Threads: any, once. Returns within the close deadline (UCCL_TCPX_CLOSE_TIMEOUT_MS, but at most one second), except that it also waits
+/// for connections that are inside a call of the CUDA driver or of the network plugin; these have their own deadline. On return the
+/// library no longer touches registered memory.
 #[no_mangle]
 pub extern "C" fn uccl_engine_destroy(engine: *mut uccl_engine_t) {
     guard((), || {

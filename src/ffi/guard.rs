@@ -1,4 +1,4 @@
-//! The boundary: catches panics, holds off cancellation, turns errors into status numbers and the thread's last-error text, checks
+//! The C boundary: catches panics, defers cancellation, turns errors into status numbers and the thread's last error, and checks
 //! pointers. Knows nothing of engines.
 
 use crate::status::{bail, Error, ErrorKind, Result, StatusCode, UCCL_OK};
@@ -6,11 +6,11 @@ use std::cell::{Cell, UnsafeCell};
 use std::ffi::{c_char, c_void, CStr};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
-/// Longest text of a last error, with its NUL; what is longer is cut.
+/// Longest text of a last error, with its NUL; longer ones are cut.
 const TEXT_BYTES: usize = 2048;
 
-// Neither has a destructor, so they are there as long as the thread is: programs call the library from destructors of static objects
-// and of thread-specific data, which run after the destructors of thread locals.
+// Neither has a destructor, so both live as long as the thread: programs call the library from destructors of static objects and of
+// thread-specific data, which run after the destructors of thread locals.
 thread_local! {
     static LAST_ERROR: UnsafeCell<[u8; TEXT_BYTES]> = const { UnsafeCell::new([0; TEXT_BYTES]) };
     static LAST_STATUS: Cell<StatusCode> = const { Cell::new(UCCL_OK) };
@@ -32,8 +32,8 @@ fn remember(error: &Error) {
         len -= 1;
     }
     let _ = LAST_ERROR.try_with(|kept| {
-        // SAFETY: only this thread has the array, and no reference to it lives beyond this closure; what the application holds is a
-        // raw pointer that this call makes stale, as its documentation says.
+        // SAFETY: only this thread has the array, and no reference to it outlives this closure. The application holds a
+        // raw pointer, whose text this call replaces, as its documentation says.
         let kept = unsafe { &mut *kept.get() };
         for (to, from) in kept.iter_mut().zip(&text.as_bytes()[..len]) {
             *to = if *from == 0 { b' ' } else { *from };
@@ -59,7 +59,7 @@ fn run<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
     let result = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
         let error = Error::new(ErrorKind::Internal, format_args!("panic: {}", text.unwrap_or("no message")));
-        // A payload may be anything, and its destructor too.
+        // The payload's destructor may panic too.
         let _ = catch_unwind(AssertUnwindSafe(move || drop(panic)));
         let _ = catch_unwind(AssertUnwindSafe(|| log::error!("{error}")));
         Err(error)
@@ -97,7 +97,7 @@ pub(super) unsafe fn out_arg<'a, T>(ptr: *mut T, name: &str) -> Result<&'a mut T
     }
 }
 
-/// An output argument that may be left out by giving NULL.
+/// An output argument that may be NULL.
 ///
 /// # Safety
 /// As [`out_arg`].

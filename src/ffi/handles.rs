@@ -1,8 +1,8 @@
 //! Handles of the C ABI. A handle is a number that looks like a pointer, is never dereferenced and never reused, so a stale
 //! or foreign one is an error and not undefined behaviour, whatever order and thread objects are destroyed in.
 //!
-//! A child of fork has tables of its own. Handles that it inherited are numbers from before the fork: what would touch their objects
-//! is an error, what would end them does nothing.
+//! A child of fork has its own tables. Handles that it inherited are numbers from before the fork: destroying one does nothing, and any
+//! other use is an error.
 
 use crate::engine::{Connection, Engine, List, Notification};
 use crate::hash::Map;
@@ -40,12 +40,12 @@ pub(super) fn connections() -> &'static Handles<Connection> {
     &TABLES.get().connections
 }
 
-/// Notifications that this process took and did not free yet.
+/// Notifications that this process has taken and not freed.
 pub(super) fn notifications() -> &'static Handles<Notification> {
     &TABLES.get().notifications
 }
 
-/// Lists of segments that this process made and did not free yet.
+/// Lists of segments that this process has created and not freed.
 pub(super) fn lists() -> &'static Handles<List> {
     &TABLES.get().lists
 }
@@ -60,7 +60,7 @@ pub(super) struct Handles<T> {
 
 struct Objects<T> {
     live: Map<usize, Arc<T>>,
-    /// Their handles have ended, they themselves not yet.
+    /// Objects that are still ending although their handles are gone.
     ending: Map<usize, Arc<T>>,
 }
 
@@ -98,7 +98,7 @@ impl<T> Handles<T> {
         }
     }
 
-    /// The object of a call that accepts NULL and inherited handles and then does nothing.
+    /// The object; `None` for NULL and for inherited handles, with which the call does nothing.
     pub(super) fn get_if_mine(&self, handle: *const c_void) -> Result<Option<Arc<T>>> {
         if handle.is_null() || self.inherited(handle) {
             return Ok(None);
@@ -106,7 +106,7 @@ impl<T> Handles<T> {
         self.get(handle).map(Some)
     }
 
-    /// The same, while the object is being ended, too.
+    /// The same, and also finds an object that is being ended.
     pub(super) fn get_if_mine_or_ending(&self, handle: *const c_void) -> Result<Option<Arc<T>>> {
         if handle.is_null() || self.inherited(handle) {
             return Ok(None);
@@ -115,7 +115,7 @@ impl<T> Handles<T> {
         found.map_or_else(|| self.unknown(handle), |object| Ok(Some(object)))
     }
 
-    /// Ends a handle, and gives its object unless the handle is NULL or the parent's.
+    /// Ends a handle and returns its object; `None` if the handle is NULL or the parent's.
     pub(super) fn remove(&self, handle: *const c_void) -> Result<Option<Arc<T>>> {
         self.take(handle, false)
     }
@@ -134,7 +134,7 @@ impl<T> Handles<T> {
         if handle.is_null() || self.inherited(handle) {
             return Ok(None);
         }
-        // The guard of the table ends with this statement: the log may call the application.
+        // The lock of the table is released here, because the log may call the application.
         let removed = self.objects.write().end(handle as usize, stays);
         if removed.is_none() {
             log::error!("{} {handle:?} destroyed twice, or never created", self.what);
@@ -156,7 +156,11 @@ impl<T> Handles<T> {
             bail!(InvalidArgument, "the {} is NULL", self.what);
         }
         if self.inherited(handle) {
-            bail!(NotFound, "{} {handle:?}: this handle belongs to the parent process, which made it before the fork", self.what);
+            bail!(
+                NotFound,
+                "{} {handle:?}: this handle belongs to the parent process, which created it before the fork",
+                self.what
+            );
         }
         bail!(NotFound, "{handle:?} is not a live {}", self.what)
     }

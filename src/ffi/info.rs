@@ -1,13 +1,13 @@
-//! What the library says about itself: statuses in words, the last error of a thread, the version. Translates only.
+//! Status texts, the last error of a thread, and the version. Translates only.
 
 use super::guard::{self, guard};
 use crate::status::{ErrorKind, StatusCode, UCCL_IN_PROGRESS, UCCL_OK};
 use std::ffi::{c_char, c_int, CStr};
 
-/// A sentence for a status number.
+/// Returns a text for a status number.
 ///
 /// @param status  UCCL_OK, UCCL_IN_PROGRESS or UCCL_ERR_*; any other number gives "unknown status".
-/// @return Static text, never NULL, never to be freed.
+/// @return Static text, never NULL. Do not free it.
 ///
 /// Threads: any.
 #[no_mangle]
@@ -25,9 +25,10 @@ pub extern "C" fn uccl_engine_strerror(status: StatusCode) -> *const c_char {
     })
 }
 
-/// The cause of the last failed call of this thread, in words, with addresses and names.
+/// Returns the cause of the last failed call of this thread, as text with addresses and names.
 ///
-/// @return NUL-terminated text, empty when no call failed yet, cut to 2047 bytes. Valid until this thread's next failing call or its end; never to be freed.
+/// @return NUL-terminated text, cut to 2047 bytes; empty if no call failed yet. Valid until the next failing call of this thread, or the
+///         thread's end. Do not free it.
 ///
 /// Threads: each has its own.
 #[no_mangle]
@@ -35,9 +36,9 @@ pub extern "C" fn uccl_engine_last_error() -> *const c_char {
     guard(c"".as_ptr(), || Ok(guard::last_error()))
 }
 
-/// The status of the last failed call of this thread: what a function that returns a handle, a bool or nothing could not say.
+/// Returns the status of the last failed call of this thread, for functions that return a handle, a bool or nothing.
 ///
-/// @return UCCL_OK when no call failed yet, else a negative UCCL_ERR_*.
+/// @return UCCL_OK if no call failed yet, else a negative UCCL_ERR_*.
 ///
 /// Threads: each has its own.
 #[no_mangle]
@@ -45,9 +46,9 @@ pub extern "C" fn uccl_engine_last_status() -> c_int {
     guard(UCCL_OK, || Ok(guard::last_status()))
 }
 
-/// Version of the library.
+/// Returns the version of the library.
 ///
-/// @return "major.minor.patch", static text, never to be freed.
+/// @return "major.minor.patch", static text. Do not free it.
 ///
 /// Threads: any.
 #[no_mangle]

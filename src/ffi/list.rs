@@ -1,4 +1,4 @@
-//! Lists of segments that are kept for several transfers. Translates only.
+//! Lists of the C ABI: segments of a transfer that is started several times. Translates only.
 
 use super::connection::uccl_conn_t;
 use super::guard::{array_arg, guard, out_arg, status};
@@ -11,24 +11,24 @@ use crate::wire::frame::MAX_SEGMENTS;
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
 
-/// Segments of a transfer, kept for several.
+/// The segments of a transfer that is started several times.
 #[allow(non_camel_case_types)]
 pub struct uccl_list_t {
     _opaque: [u8; 0],
 }
 
-/// Keeps the segments of a transfer, so that starting it takes less time, every time that it is started. For lists that are moved
-/// again and again, and for those that are known before they are to be moved.
+/// Prepares the segments of a transfer, so that each start takes less time. Use it for segments that are transferred repeatedly, or that
+/// are known before the transfer is to start.
 ///
 /// @param mr_ids      [in]  num_iovs local regions.
 /// @param data_v      [in]  num_iovs local addresses, each inside its region.
 /// @param size_v      [in]  num_iovs lengths in bytes.
 /// @param fifo_items  [in]  num_iovs remote addresses.
 /// @param num_iovs    [in]  Segments, 1 to 1,048,576.
-/// @param list        [out] The list, owned by the caller, to be freed with uccl_engine_list_free.
-/// @return UCCL_OK, UCCL_ERR_INVALID_ARGUMENT, UCCL_ERR_RESOURCE. The arrays are copied. What is wrong with a region, a range or an
-///         item shows when the list is started: a list belongs to no engine and keeps no region. Memory that was registered anew
-///         since, here or at the peer, needs a new list.
+/// @param list        [out] The list; the caller owns it and frees it with uccl_engine_list_free.
+/// @return UCCL_OK, UCCL_ERR_INVALID_ARGUMENT, UCCL_ERR_RESOURCE. The arrays are copied. Regions, ranges and items are checked
+///         when the list is started: a list belongs to no engine and holds no region. After memory is registered again, here or at
+///         the peer, create a new list.
 ///
 /// Threads: any.
 #[no_mangle]
@@ -43,7 +43,7 @@ pub unsafe extern "C" fn uccl_engine_list_create(
     status(|| {
         let n = count(num_iovs)?;
         if n == 0 || n > MAX_SEGMENTS {
-            bail!(InvalidArgument, "a list of {n} segments, 1 to {MAX_SEGMENTS}");
+            bail!(InvalidArgument, "a list of {n} segments: 1 to {MAX_SEGMENTS} are allowed");
         }
         // SAFETY: the caller passes arrays of n values and a writable pointer, or null.
         let (mrs, data, sizes, items, list) = unsafe {
@@ -61,10 +61,9 @@ pub unsafe extern "C" fn uccl_engine_list_create(
     })
 }
 
-/// Frees a list. Transfers that were started with it go on.
+/// Frees a list. Transfers that were started with it continue.
 ///
-/// @param list  The list; NULL is a no-op, and so is one of the parent process after a fork; one already freed is an error that is
-///              logged, nothing else.
+/// @param list  The list. NULL and a list of the parent process after a fork are no-ops. One already freed only logs an error.
 ///
 /// Threads: any, once per list.
 #[no_mangle]
@@ -75,7 +74,7 @@ pub extern "C" fn uccl_engine_list_free(list: *mut uccl_list_t) {
     })
 }
 
-/// Starts a read of a list as one transfer: remote memory into local memory.
+/// Starts a read of a list as one transfer, from the peer's memory into local memory.
 ///
 /// @param conn         [in]  The connection.
 /// @param list         [in]  The segments; may be started again at once, on this connection or another.
@@ -89,7 +88,7 @@ pub unsafe extern "C" fn uccl_engine_list_read(conn: *mut uccl_conn_t, list: *co
     unsafe { start(conn, Direction::Read, list, transfer_id) }
 }
 
-/// Starts a write of a list as one transfer: local memory into remote memory.
+/// Starts a write of a list as one transfer, from local memory into the peer's memory.
 ///
 /// @param conn         [in]  The connection.
 /// @param list         [in]  The segments; may be started again at once, on this connection or another.

@@ -1,4 +1,4 @@
-//! Registered memory of the C ABI, and what peers need to reach it: FIFO items and (empty) IPC descriptors. Translates only.
+//! Registered memory of the C ABI, and how peers reach it: FIFO items and (empty) IPC descriptors. Translates only.
 
 use super::engine::uccl_engine_t;
 use super::guard::{guard, out_arg, status};
@@ -25,15 +25,15 @@ pub const UCCL_ACCESS_REMOTE_WRITE: u32 = 2;
 
 const _: () = assert!(std::mem::size_of::<FifoItem>() == UCCL_FIFO_SIZE);
 
-/// Registers memory for transfers, both as local side and as target of the peers that get its FIFO item.
+/// Registers memory for transfers of this engine, and for reads and writes of peers that hold a FIFO item of the region.
 ///
 /// @param engine  [in]  The engine.
-/// @param data    [in]  First byte, host or CUDA device memory, any alignment.
+/// @param data    [in]  First byte, in host or GPU memory, any alignment.
 /// @param size    [in]  Bytes, at least 1.
 /// @param mr      [out] The region. Regions may overlap and repeat; each registration is a region of its own.
 /// @return UCCL_OK, UCCL_ERR_INVALID_ARGUMENT (null, empty, wraps around), UCCL_ERR_GPU, UCCL_ERR_RESOURCE.
 ///
-/// The memory stays the caller's and must stay mapped until uccl_engine_mr_destroy returns. Threads: any.
+/// The caller keeps the memory mapped until uccl_engine_mr_destroy returns. Threads: any.
 #[no_mangle]
 pub unsafe extern "C" fn uccl_engine_reg(engine: *mut uccl_engine_t, data: usize, size: usize, mr: *mut uccl_mr_t) -> c_int {
     status(|| {
@@ -44,19 +44,19 @@ pub unsafe extern "C" fn uccl_engine_reg(engine: *mut uccl_engine_t, data: usize
     })
 }
 
-/// Registers memory that peers may use only so far as the flags say.
+/// Registers memory with the access that the flags give to peers.
 ///
 /// @param engine  [in]  The engine.
-/// @param data    [in]  First byte, host or CUDA device memory, any alignment.
+/// @param data    [in]  First byte, in host or GPU memory, any alignment.
 /// @param size    [in]  Bytes, at least 1.
-/// @param access  [in]  Or of UCCL_ACCESS_REMOTE_READ and UCCL_ACCESS_REMOTE_WRITE; 0: the region is only a local side of transfers.
-/// @param mr      [out] The region, as of uccl_engine_reg, which allows peers both.
+/// @param access  [in]  UCCL_ACCESS_REMOTE_READ, UCCL_ACCESS_REMOTE_WRITE, or both; 0: peers have no access.
+/// @param mr      [out] The region. uccl_engine_reg gives peers both rights.
 /// @return As uccl_engine_reg; UCCL_ERR_INVALID_ARGUMENT for unknown flags.
 ///
-/// A peer that does more gets UCCL_ERR_REMOTE_ACCESS, whatever FIFO item it has, and nothing moves. What this side does itself, receives
-/// into the region among it, is not limited.
+/// Any other access by a peer fails with UCCL_ERR_REMOTE_ACCESS and moves nothing. The flags do not limit this engine's own transfers,
+/// receives included.
 ///
-/// The memory stays the caller's and must stay mapped until uccl_engine_mr_destroy returns. Threads: any.
+/// The caller keeps the memory mapped until uccl_engine_mr_destroy returns. Threads: any.
 #[no_mangle]
 pub unsafe extern "C" fn uccl_engine_reg_with(
     engine: *mut uccl_engine_t,
@@ -70,7 +70,7 @@ pub unsafe extern "C" fn uccl_engine_reg_with(
         let out = unsafe { out_arg(mr, "mr")? };
         let known = UCCL_ACCESS_REMOTE_READ | UCCL_ACCESS_REMOTE_WRITE;
         if access & !known != 0 {
-            bail!(InvalidArgument, "access {access:#x} has flags that are not known");
+            bail!(InvalidArgument, "access {access:#x} has unknown flags");
         }
         let access = RemoteAccess { read: access & UCCL_ACCESS_REMOTE_READ != 0, write: access & UCCL_ACCESS_REMOTE_WRITE != 0 };
         *out = engines().get(engine.cast())?.register_with(data, size, access)?;
@@ -78,15 +78,16 @@ pub unsafe extern "C" fn uccl_engine_reg_with(
     })
 }
 
-/// Ends a registration. Waits for transfers that use the region; what is not finished within UCCL_TCPX_CLOSE_TIMEOUT_MS is failed
-/// together with its connection. Peers that use the region afterwards get UCCL_ERR_REMOTE_ACCESS.
+/// Deregisters a region. Waits for transfers that use it; after UCCL_TCPX_CLOSE_TIMEOUT_MS it fails those left and their connections.
+/// Peers that use the region afterwards get UCCL_ERR_REMOTE_ACCESS.
 ///
-/// @param engine  The engine; NULL is a no-op, and so is an engine of the parent process after a fork. One already destroyed
-///                has no regions any more: nothing is done. One that another thread is destroying still has them.
-/// @param mr      The region; an unknown one is an error that is logged, nothing else.
+/// @param engine  The engine. NULL, an engine of the parent process after a fork and a destroyed engine are no-ops. An engine that
+///                another thread is destroying still has its regions.
+/// @param mr      The region; an unknown one only logs an error.
 ///
-/// Threads: any. On return the library touches this memory no more, and the caller may free it. Where a device does not end its copies
-/// even then, an error is logged and uccl_engine_last_status() is UCCL_ERR_RESOURCE: such memory must stay until the process ends.
+/// Threads: any. On return the library no longer touches this memory, and the caller may free it. The exception is a GPU that does not
+/// end its copies: the library then logs an error, uccl_engine_last_status() is UCCL_ERR_RESOURCE, and the caller must keep the memory
+/// until the process ends.
 #[no_mangle]
 pub extern "C" fn uccl_engine_mr_destroy(engine: *mut uccl_engine_t, mr: uccl_mr_t) {
     guard((), || match engines().get_if_mine_or_ending(engine.cast())? {
@@ -95,15 +96,15 @@ pub extern "C" fn uccl_engine_mr_destroy(engine: *mut uccl_engine_t, mr: uccl_mr
     })
 }
 
-/// Serialises a FIFO item for [data, data + size) of a region: what a peer needs to read or write it.
+/// Writes a FIFO item for [data, data + size) of a region. A peer that has it can read or write the region.
 ///
 /// @param engine    [in]  The engine.
 /// @param mr        [in]  The region.
 /// @param data      [in]  First byte, inside the region.
 /// @param size      [in]  Bytes; the range must lie inside the region. A size over 4 GiB - 1 is stored as 4 GiB - 1: the field has 32
 ///                  bits, and transfers take their length from their own argument.
-/// @param fifo_buf  [out] UCCL_FIFO_SIZE (64) bytes: a FifoItem in memory order. It carries the region's secret token: whoever has it may
-///                  access the whole region until the region is deregistered.
+/// @param fifo_buf  [out] UCCL_FIFO_SIZE (64) bytes: a FifoItem in memory order. It contains the region's secret token: every holder
+///                  can access the whole region, within its access rights, until the region is deregistered.
 /// @return UCCL_OK, UCCL_ERR_NOT_FOUND, UCCL_ERR_INVALID_ARGUMENT.
 ///
 /// Threads: any.
@@ -125,12 +126,12 @@ pub unsafe extern "C" fn uccl_engine_prepare_fifo(
     })
 }
 
-/// Points a FIFO item at another range of its region. Changes addr and size, nothing else; needs no engine and no connection.
+/// Points a FIFO item at another range of its region. Changes addr and size only; needs no engine and no connection.
 ///
 /// @param fifo_item    [in,out] The item.
-/// @param remote_addr  [in] New address in the peer's address space; checked by the peer when it is used.
+/// @param remote_addr  [in] New address in the peer's address space; the peer checks it when it is used.
 /// @param size         [in] New size in bytes.
-/// @return UCCL_OK, or UCCL_ERR_INVALID_ARGUMENT for an item that is NULL or does not lie at a multiple of 8.
+/// @return UCCL_OK, or UCCL_ERR_INVALID_ARGUMENT for an item that is NULL or not aligned to 8 bytes.
 ///
 /// Threads: any, one at a time per item.
 #[no_mangle]
@@ -144,14 +145,14 @@ pub unsafe extern "C" fn uccl_engine_update_fifo(fifo_item: *mut FifoItem, remot
     })
 }
 
-/// IPC descriptor of a registered buffer. There is none to pass on: engines of one host find out by themselves what each can copy from the
-/// other (see UCCL_P2P_DISABLE_IPC), and ordinary reads and writes take that way.
+/// Returns an empty IPC descriptor, for compatibility. No descriptor is needed: between engines on one host, ordinary reads and writes are
+/// direct transfers where the memory allows it (see UCCL_P2P_DISABLE_IPC).
 ///
 /// @param engine   [in]  The engine.
 /// @param addr     [in]  Address inside a registered region.
 /// @param ipc_buf  [out] UCCL_IPC_INFO_SIZE (128) bytes, zeroed.
 /// @param has_ipc  [out] false.
-/// @return UCCL_OK, UCCL_ERR_NOT_FOUND when no region holds addr, UCCL_ERR_INVALID_ARGUMENT.
+/// @return UCCL_OK, UCCL_ERR_NOT_FOUND if no region contains addr, UCCL_ERR_INVALID_ARGUMENT.
 ///
 /// Threads: any.
 #[no_mangle]
@@ -165,7 +166,7 @@ pub unsafe extern "C" fn uccl_engine_get_ipc_info(
         // SAFETY: the caller passes 128 writable bytes and a writable bool, or null.
         let (buf, flag) = unsafe { (out_arg(ipc_buf, "ipc_buf")? as *mut c_char, out_arg(has_ipc, "has_ipc")?) };
         if !engines().get(engine.cast())?.is_registered(addr) {
-            bail!(NotFound, "no registered region holds address {addr:#x}");
+            bail!(NotFound, "no registered region contains address {addr:#x}");
         }
         // SAFETY: as above.
         unsafe { std::ptr::write_bytes(buf, 0, UCCL_IPC_INFO_SIZE) };
@@ -174,7 +175,7 @@ pub unsafe extern "C" fn uccl_engine_get_ipc_info(
     })
 }
 
-/// Points an IPC descriptor at a sub-range. Descriptors of this library are empty; the range is checked, the buffer stays as it is.
+/// Checks a sub-range for an IPC descriptor. Descriptors of this library are empty, so the buffer does not change.
 ///
 /// @param ipc_buf    [in,out] UCCL_IPC_INFO_SIZE (128) bytes.
 /// @param addr       [in] Address inside the registered buffer.

@@ -1,4 +1,4 @@
-//! The text by which peers find an engine, "ip:port?gpu": made for an engine, and taken apart. Knows nothing of addresses' meaning.
+//! Metadata, "ip:port?gpu", with which peers find an engine: writes it and parses it. Does not interpret the addresses.
 
 use super::engine::uccl_engine_t;
 use super::guard::{guard, optional_out_arg, out_arg, status, str_arg};
@@ -7,13 +7,13 @@ use crate::status::{bail, Error, ErrorKind, Result, UCCL_OK};
 use std::ffi::{c_char, c_int};
 use std::net::Ipv6Addr;
 
-/// Describes the engine to peers as "ip:port?gpu": gpu is the PCI address of the engine's GPU, or "-1" without one.
+/// Returns the engine's metadata, "ip:port?gpu". gpu is the PCI address of the engine's GPU, or "-1" without one.
 ///
 /// @param engine    [in]  The engine.
-/// @param metadata  [out] NUL-terminated text, owned by the caller, to be freed with uccl_engine_free_metadata.
-/// @return UCCL_OK or a negative status; on failure *metadata is untouched.
+/// @param metadata  [out] NUL-terminated text; the caller owns it and frees it with uccl_engine_free_metadata.
+/// @return UCCL_OK or a negative status; on failure *metadata is unchanged.
 ///
-/// Threads: any. C++: the overload of the same name allocates with new[], to be freed with delete[].
+/// Threads: any. C++: the overload of the same name allocates with new[]; free it with delete[].
 #[no_mangle]
 pub unsafe extern "C" fn uccl_engine_get_metadata(engine: *mut uccl_engine_t, metadata: *mut *mut c_char) -> c_int {
     status(|| {
@@ -26,7 +26,7 @@ pub unsafe extern "C" fn uccl_engine_get_metadata(engine: *mut uccl_engine_t, me
     })
 }
 
-/// Frees what uccl_engine_get_metadata of the C face returned.
+/// Frees the text that uccl_engine_get_metadata returned to C.
 ///
 /// @param metadata  The text; NULL is a no-op.
 ///
@@ -42,13 +42,13 @@ pub unsafe extern "C" fn uccl_engine_free_metadata(metadata: *mut c_char) {
     })
 }
 
-/// The text of uccl_engine_get_metadata, written into the caller's buffer.
+/// Writes the engine's metadata into the caller's buffer.
 ///
 /// @param engine  [in]  The engine.
-/// @param buf     [out] NUL-terminated text. May be NULL when len is 0.
+/// @param buf     [out] NUL-terminated text. May be NULL if len is 0.
 /// @param len     [in]  Size of buf in bytes.
-/// @param needed  [out] Bytes needed with the NUL, written on success and when buf is too small. May be NULL.
-/// @return UCCL_OK; UCCL_ERR_RESOURCE when buf is too small (nothing is written to it); another negative status.
+/// @param needed  [out] Bytes needed with the NUL, also written if buf is too small. May be NULL.
+/// @return UCCL_OK; UCCL_ERR_RESOURCE if buf is too small (buf is unchanged); another negative status.
 ///
 /// Threads: any.
 #[no_mangle]
@@ -87,16 +87,16 @@ pub(super) unsafe fn copy_text(text: &str, buf: *mut c_char, len: usize, needed:
     Ok(UCCL_OK)
 }
 
-/// Takes metadata apart: what uccl_engine_connect wants.
+/// Splits metadata into the arguments of uccl_engine_connect.
 ///
-/// @param metadata  [in]  Text of uccl_engine_get_metadata, NUL-terminated: "ip:port?gpu". An IPv6 address stands in brackets.
-/// @param ip_buf    [out] The address, NUL-terminated, without brackets. May be NULL: not wanted.
+/// @param metadata  [in]  Text of uccl_engine_get_metadata, NUL-terminated: "ip:port?gpu". An IPv6 address is in brackets.
+/// @param ip_buf    [out] The address, NUL-terminated, without brackets. May be NULL.
 /// @param ip_len    [in]  Size of ip_buf in bytes; 64 holds every address.
-/// @param port      [out] The port, 1 to 65535. May be NULL: not wanted.
-/// @param gpu_buf   [out] The GPU, NUL-terminated. May be NULL: not wanted.
-/// @param gpu_len   [in]  Size of gpu_buf in bytes; 64 holds every GPU of this library.
-/// @return UCCL_OK; UCCL_ERR_INVALID_ARGUMENT for text that is not metadata; UCCL_ERR_RESOURCE when a buffer is too small. On failure
-///         the outputs are untouched.
+/// @param port      [out] The port, 1 to 65535. May be NULL.
+/// @param gpu_buf   [out] The GPU, NUL-terminated. May be NULL.
+/// @param gpu_len   [in]  Size of gpu_buf in bytes; 64 holds every GPU that this library writes.
+/// @return UCCL_OK; UCCL_ERR_INVALID_ARGUMENT for text that is not metadata; UCCL_ERR_RESOURCE if a buffer is too small. On failure
+///         the outputs are unchanged.
 ///
 /// Threads: any; needs no engine.
 #[no_mangle]
@@ -146,7 +146,7 @@ struct Parts<'a> {
     gpu: &'a str,
 }
 
-/// "ip:port?gpu", where ip is an address or a name, and an IPv6 address stands in brackets.
+/// "ip:port?gpu", where ip is an address or a name, and an IPv6 address is in brackets.
 fn parse(text: &str) -> Result<Parts<'_>> {
     let wrong = |what: &str| Error::new(ErrorKind::InvalidArgument, format_args!("metadata {text:?}: {what}"));
     let (place, gpu) = text.split_once('?').ok_or_else(|| wrong("no '?' before the GPU"))?;
@@ -184,7 +184,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn metadata_is_taken_apart() {
+    fn metadata_is_split() {
         for (text, ip, port, gpu) in [
             ("10.0.0.1:4791?0000:4a:00.0", "10.0.0.1", 4791, "0000:4a:00.0"),
             ("127.0.0.1:1?-1", "127.0.0.1", 1, "-1"),
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_metadata_is_refused() {
+    fn invalid_metadata_is_refused() {
         for text in [
             "",
             "?",

@@ -1,6 +1,5 @@
-//! The C ABI: `extern "C"` functions only, by what they work on, each type beside its functions. Every export's body is one call of
-//! a guard of `guard.rs` (null checks and panics end there); handles are looked up in `handles.rs`. Nothing outside this module
-//! knows C.
+//! The C ABI: `extern "C"` functions only, one file per type. Every export's body is one call of a guard from `guard.rs`, which checks
+//! for null and catches panics. `handles.rs` looks up handles. Nothing outside this module knows C.
 //!
 //! The doc comments here are the documentation of `include/uccl_engine.h`.
 

@@ -17,13 +17,13 @@ pub const UCCL_MSG_SIZE: usize = 256;
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct notify_msg_t {
-    /// Name of the sender as the sender gave it; NUL-terminated.
+    /// Name that the sender gave, NUL-terminated.
     pub name: [c_char; UCCL_MSG_SIZE],
-    /// Bytes; always 256, filled up with zeros.
+    /// The message: 256 bytes, padded with zeros.
     pub msg: [c_char; UCCL_MSG_SIZE],
 }
 
-/// Kept for compatibility with code that names it; the library itself never makes one.
+/// Unused; kept for compatibility with code that names it.
 #[allow(non_camel_case_types)]
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -43,9 +43,9 @@ pub struct uccl_notif_t {
 ///
 /// @param conn        [in] The connection.
 /// @param notify_msg  [in] name up to its first NUL, and all 256 bytes of msg. Copied; may be reused at once.
-/// @return UCCL_OK when it is queued for the peer; a negative status when the connection is lost or an argument is bad.
+/// @return UCCL_OK once it is queued for the peer; a negative status if the connection is lost or an argument is bad.
 ///
-/// Threads: any; notifications of one thread arrive in order.
+/// Threads: any; the notifications of one thread arrive in order.
 #[no_mangle]
 pub unsafe extern "C" fn uccl_engine_send_notif(conn: *mut uccl_conn_t, notify_msg: *const notify_msg_t) -> c_int {
     status(|| {
@@ -67,13 +67,14 @@ pub unsafe extern "C" fn uccl_engine_send_notif(conn: *mut uccl_conn_t, notify_m
 /// Sends a notification of any length up to 64 MiB (name and message together). Ordering as uccl_engine_send_notif.
 ///
 /// @param conn      [in] The connection.
-/// @param name      [in] Bytes of the name; may be NULL when name_len is 0.
+/// @param name      [in] Bytes of the name; may be NULL if name_len is 0.
 /// @param name_len  [in] Bytes.
-/// @param msg       [in] Bytes of the message; may be NULL when msg_len is 0.
+/// @param msg       [in] Bytes of the message; may be NULL if msg_len is 0.
 /// @param msg_len   [in] Bytes.
-/// @return UCCL_OK when it is queued for the peer; -1 (UCCL_ERR_INVALID_ARGUMENT) above 64 MiB; another negative status.
+/// @return UCCL_OK once it is queued for the peer; -1 (UCCL_ERR_INVALID_ARGUMENT) above 64 MiB; another negative status.
 ///
-/// The bytes are copied and may be reused at once. Threads: any. Blocks only while more than 256 MiB wait to leave on this connection.
+/// The bytes are copied; the caller may reuse them at once. Blocks only while more than 256 MiB of this connection wait to be sent.
+/// Threads: any.
 #[no_mangle]
 pub unsafe extern "C" fn uccl_engine_send_notif_bytes(
     conn: *mut uccl_conn_t,
@@ -90,13 +91,13 @@ pub unsafe extern "C" fn uccl_engine_send_notif_bytes(
     })
 }
 
-/// Takes up to max notifications that arrived at any engine of this process, oldest first. Longer ones are cut: a name to 255 bytes, a
-/// message to 256; use uccl_engine_notif_next to get them whole.
+/// Takes up to max notifications of any engine of this process, oldest first. Names are cut to 255 bytes and messages to 256;
+/// uccl_engine_notif_next returns them whole.
 ///
-/// @param out    [out] Array of max items. May be NULL when max is 0.
+/// @param out    [out] Array of max items. May be NULL if max is 0.
 /// @param max    [in]  Items in out.
 /// @param count  [out] Items written, 0 to max.
-/// @return UCCL_OK, or UCCL_ERR_INVALID_ARGUMENT. What did not fit stays for the next call.
+/// @return UCCL_OK, or UCCL_ERR_INVALID_ARGUMENT. The rest stays for the next call.
 ///
 /// Threads: any; each notification is handed out once.
 #[no_mangle]
@@ -123,7 +124,7 @@ pub unsafe extern "C" fn uccl_engine_get_notifs(out: *mut notify_msg_t, max: usi
     })
 }
 
-/// The oldest notification of any engine; drives them once where none waits.
+/// The oldest notification of any engine. If there is none, drives all engines once and looks again.
 fn next_of_process() -> Option<Notification> {
     crate::engine::next_notification_of_process().or_else(|| {
         engines().all().iter().for_each(|e| e.drive());
@@ -137,11 +138,11 @@ fn copy_prefix(to: &mut [c_char], from: &[u8]) {
     }
 }
 
-/// Takes the oldest notification, whole.
+/// Takes the oldest notification.
 ///
 /// @param engine  [in]  The engine to take from; NULL: any engine of this process.
-/// @param notif   [out] The notification, owned by the caller, to be freed with uccl_engine_notif_free; NULL when none waits.
-/// @return UCCL_OK (also when none waits), or a negative status; on failure *notif is untouched.
+/// @param notif   [out] The notification; the caller owns it and frees it with uccl_engine_notif_free. NULL if there is none.
+/// @return UCCL_OK (also if there is none), or a negative status; on failure *notif is unchanged.
 ///
 /// Threads: any; each notification is handed out once, by this call or by uccl_engine_get_notifs.
 #[no_mangle]
@@ -158,13 +159,13 @@ pub unsafe extern "C" fn uccl_engine_notif_next(engine: *mut uccl_engine_t, noti
     })
 }
 
-/// The name of a notification.
+/// Returns the name of a notification.
 ///
 /// @param notif  [in]  The notification.
 /// @param len    [out] Bytes of the name.
 /// @return The bytes, not NUL-terminated, valid until uccl_engine_notif_free; NULL for bad arguments.
 ///
-/// Threads: any that holds the notification.
+/// Threads: any, but not while another thread frees the notification.
 #[no_mangle]
 pub unsafe extern "C" fn uccl_engine_notif_name(notif: *const uccl_notif_t, len: *mut usize) -> *const c_char {
     guard(std::ptr::null(), || {
@@ -177,13 +178,13 @@ pub unsafe extern "C" fn uccl_engine_notif_name(notif: *const uccl_notif_t, len:
     })
 }
 
-/// The bytes of a notification.
+/// Returns the message of a notification.
 ///
 /// @param notif  [in]  The notification.
 /// @param len    [out] Bytes of the message.
 /// @return The bytes, valid until uccl_engine_notif_free; NULL for bad arguments.
 ///
-/// Threads: any that holds the notification.
+/// Threads: any, but not while another thread frees the notification.
 #[no_mangle]
 pub unsafe extern "C" fn uccl_engine_notif_msg(notif: *const uccl_notif_t, len: *mut usize) -> *const c_void {
     guard(std::ptr::null(), || {
@@ -195,9 +196,10 @@ pub unsafe extern "C" fn uccl_engine_notif_msg(notif: *const uccl_notif_t, len: 
     })
 }
 
-/// Frees a notification of uccl_engine_notif_next.
+/// Frees a notification that uccl_engine_notif_next returned.
 ///
-/// @param notif  The notification; NULL is a no-op, and so is one of the parent process after a fork; one already freed is an error that is logged, nothing else.
+/// @param notif  The notification. NULL and a notification of the parent process after a fork are no-ops. One already freed only logs an
+///               error.
 ///
 /// Threads: any, once per notification.
 #[no_mangle]

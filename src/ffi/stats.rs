@@ -1,4 +1,4 @@
-//! Statistics of the C ABI: of an engine, a connection and a channel, and as text.
+//! Statistics of the C ABI, as structures and as text. Translates only.
 
 use super::connection::uccl_conn_t;
 use super::engine::uccl_engine_t;
@@ -9,22 +9,21 @@ use crate::stats::{ChannelStats, ConnectionStats, EngineStats};
 use crate::status::{bail, Result, UCCL_OK};
 use std::ffi::{c_char, c_int};
 
-/// What an engine counts. Set `size` to sizeof(uccl_stats_t) before the call: that is how the library knows what the caller has room for.
-/// Later versions only append members. Counters begin at 0 with the engine and never fall; those of connections include the
-/// connections that have ended.
+/// Statistics of an engine. Set `size` to sizeof(uccl_stats_t) before the call; the library fills no more than that. Later versions only
+/// append members. Counters start at 0 when the engine is created and never decrease; they include connections that have ended.
 #[allow(non_camel_case_types)]
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct uccl_stats_t {
-    /// In: bytes of the caller's structure. Out: bytes that were filled.
+    /// In: size of the caller's structure, bytes. Out: bytes filled.
     pub size: usize,
     /// Milliseconds since the engine was created.
     pub uptime_ms: u64,
-    /// Connections that are there.
+    /// Open connections.
     pub connections: u64,
-    /// Connections that came up.
+    /// Connections opened so far.
     pub connections_opened: u64,
-    /// Connections that one of the sides closed.
+    /// Connections closed by either engine.
     pub connections_closed: u64,
     /// Connections that failed.
     pub connections_lost: u64,
@@ -32,17 +31,17 @@ pub struct uccl_stats_t {
     pub setups_in: u64,
     /// Incoming set-ups that failed.
     pub setups_in_failed: u64,
-    /// Incoming set-ups refused for lack of a permission or of room.
+    /// Incoming set-ups refused, because the peer was not authorised or a limit was reached.
     pub setups_in_refused: u64,
     /// Outgoing set-ups that succeeded.
     pub setups_out: u64,
     /// Outgoing set-ups that failed.
     pub setups_out_failed: u64,
-    /// Times that a limit was hit: of set-ups, descriptors, transfers, notifications.
+    /// Times that a limit was reached: on set-ups, file descriptors, transfers or notifications.
     pub limits_hit: u64,
-    /// Connections that ended at a deadline.
+    /// Connections that failed at a deadline.
     pub timeouts: u64,
-    /// Notifications that the application has not taken.
+    /// Notifications that the application has not taken yet.
     pub notifications_waiting: u64,
     /// Bytes that channels have sent.
     pub sent_bytes: u64,
@@ -56,60 +55,60 @@ pub struct uccl_stats_t {
     pub inline_sent_bytes: u64,
     /// Bytes of small transfers received inside control frames.
     pub inline_received_bytes: u64,
-    /// Transfers that this side started.
+    /// Transfers that this engine started.
     pub transfers_started: u64,
-    /// Transfers of this side that succeeded.
+    /// Transfers of this engine that succeeded.
     pub transfers_completed: u64,
-    /// Transfers of this side that failed.
+    /// Transfers of this engine that failed.
     pub transfers_failed: u64,
-    /// Transfers that the peer announced.
+    /// Transfers that peers started.
     pub peer_transfers: u64,
-    /// Transfers of the peer that this side refused.
+    /// Transfers of peers that this engine refused.
     pub refused: u64,
-    /// Transfers of this side that the peer refused.
+    /// Transfers of this engine that peers refused.
     pub refused_by_peer: u64,
-    /// Bytes sent on the control stream.
+    /// Bytes sent on the control connection.
     pub control_sent_bytes: u64,
-    /// Bytes received on the control stream.
+    /// Bytes received on the control connection.
     pub control_received_bytes: u64,
     /// Notifications sent.
     pub notifications_sent: u64,
     /// Notifications received.
     pub notifications_received: u64,
-    /// Seconds in which a channel with chunks under way moved none.
+    /// Seconds in which a channel had chunks in flight and moved none.
     pub stalls: u64,
-    /// Times that the peer, or a transfer, kept silent for half of its timeout.
+    /// Times that a peer was silent, or a transfer moved nothing, for half of its timeout.
     pub slow_answers: u64,
-    /// Chunks gathered from device memory.
+    /// Chunks packed from GPU memory.
     pub packed_chunks: u64,
-    /// Chunks scattered to device memory.
+    /// Chunks unpacked into GPU memory.
     pub unpacked_chunks: u64,
-    /// Microseconds from handing a chunk over for gathering until it was gathered, of all chunks together.
+    /// Time from submitting a chunk until it was packed, summed over all chunks, microseconds.
     pub pack_us: u64,
-    /// Microseconds from handing a chunk over for scattering until it was in place, of all chunks together.
+    /// Time from submitting a chunk until it was unpacked, summed over all chunks, microseconds.
     pub unpack_us: u64,
 }
 
-/// What a connection counts. `size`: as in uccl_stats_t.
+/// Statistics of a connection. `size`: as in uccl_stats_t.
 #[allow(non_camel_case_types)]
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct uccl_conn_stats_t {
-    /// In: bytes of the caller's structure. Out: bytes that were filled.
+    /// In: size of the caller's structure, bytes. Out: bytes filled.
     pub size: usize,
-    /// Number of the connection within the engine, from 1.
+    /// Number of the connection in its engine, from 1.
     pub id: u64,
-    /// 1 while the connection is up, 0 once it has ended.
+    /// 1 while the connection is open, 0 once it has ended.
     pub up: u64,
-    /// Milliseconds since it came up.
+    /// Milliseconds since it was opened.
     pub age_ms: u64,
-    /// Milliseconds since anything was heard of the peer; heartbeats count.
+    /// Milliseconds since the last frame of the peer, heartbeats included.
     pub silent_ms: u64,
-    /// Data channels; 0 once it has ended.
+    /// Channels; 0 once it has ended.
     pub channels: u64,
-    /// Transfers of this side that are under way.
+    /// Transfers of this engine in flight.
     pub transfers_in_flight: u64,
-    /// Bytes of the control stream that wait to leave.
+    /// Bytes queued on the control connection.
     pub backlog_bytes: u64,
     /// Bytes that channels have sent.
     pub sent_bytes: u64,
@@ -123,46 +122,46 @@ pub struct uccl_conn_stats_t {
     pub inline_sent_bytes: u64,
     /// Bytes of small transfers received inside control frames.
     pub inline_received_bytes: u64,
-    /// Transfers that this side started.
+    /// Transfers that this engine started.
     pub transfers_started: u64,
-    /// Transfers of this side that succeeded.
+    /// Transfers of this engine that succeeded.
     pub transfers_completed: u64,
-    /// Transfers of this side that failed.
+    /// Transfers of this engine that failed.
     pub transfers_failed: u64,
-    /// Transfers that the peer announced.
+    /// Transfers that peers started.
     pub peer_transfers: u64,
-    /// Transfers of the peer that this side refused.
+    /// Transfers of peers that this engine refused.
     pub refused: u64,
-    /// Transfers of this side that the peer refused.
+    /// Transfers of this engine that peers refused.
     pub refused_by_peer: u64,
-    /// Bytes sent on the control stream.
+    /// Bytes sent on the control connection.
     pub control_sent_bytes: u64,
-    /// Bytes received on the control stream.
+    /// Bytes received on the control connection.
     pub control_received_bytes: u64,
     /// Notifications sent.
     pub notifications_sent: u64,
     /// Notifications received.
     pub notifications_received: u64,
-    /// Seconds in which a channel with chunks under way moved none.
+    /// Seconds in which a channel had chunks in flight and moved none.
     pub stalls: u64,
-    /// Times that the peer, or a transfer, kept silent for half of its timeout.
+    /// Times that a peer was silent, or a transfer moved nothing, for half of its timeout.
     pub slow_answers: u64,
-    /// Chunks gathered from device memory.
+    /// Chunks packed from GPU memory.
     pub packed_chunks: u64,
-    /// Chunks scattered to device memory.
+    /// Chunks unpacked into GPU memory.
     pub unpacked_chunks: u64,
-    /// Microseconds from handing a chunk over for gathering until it was gathered, of all chunks together.
+    /// Time from submitting a chunk until it was packed, summed over all chunks, microseconds.
     pub pack_us: u64,
-    /// Microseconds from handing a chunk over for scattering until it was in place, of all chunks together.
+    /// Time from submitting a chunk until it was unpacked, summed over all chunks, microseconds.
     pub unpack_us: u64,
 }
 
-/// What a data channel counts. `size`: as in uccl_stats_t.
+/// Statistics of a channel. `size`: as in uccl_stats_t.
 #[allow(non_camel_case_types)]
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct uccl_channel_stats_t {
-    /// In: bytes of the caller's structure. Out: bytes that were filled.
+    /// In: size of the caller's structure, bytes. Out: bytes filled.
     pub size: usize,
     /// Bytes sent.
     pub sent_bytes: u64,
@@ -172,51 +171,51 @@ pub struct uccl_channel_stats_t {
     pub received_bytes: u64,
     /// Chunks received.
     pub received_chunks: u64,
-    /// Bytes sent per second, over the last second or so.
+    /// Bytes sent per second, averaged over about one second.
     pub sent_bytes_per_second: u64,
-    /// Bytes received per second, over the last second or so.
+    /// Bytes received per second, averaged over about one second.
     pub received_bytes_per_second: u64,
-    /// Bytes per second while the channel was busy sending; 0 while unknown.
+    /// Bytes per second while the channel is busy sending; 0 if unknown.
     pub speed_bytes_per_second: u64,
-    /// Bytes handed to the channel and not sent.
+    /// Bytes queued on the channel and not sent yet.
     pub queued_bytes: u64,
-    /// Places of the window in use for sending.
+    /// Chunks in the send window.
     pub window_out: u64,
-    /// Places of the window in use for receiving.
+    /// Chunks in the receive window.
     pub window_in: u64,
-    /// Places of the window.
+    /// Size of each window, chunks.
     pub window: u64,
-    /// Seconds in which the channel had chunks under way and moved none.
+    /// Seconds in which the channel had chunks in flight and moved none.
     pub stalls: u64,
-    /// Chunks gathered from device memory.
+    /// Chunks packed from GPU memory.
     pub packed_chunks: u64,
-    /// Chunks scattered to device memory.
+    /// Chunks unpacked into GPU memory.
     pub unpacked_chunks: u64,
-    /// 1 while the channel runs far below the others.
+    /// 1 while the channel is much slower than the others.
     pub slow: u64,
-    /// TCP segments sent; 0 where the plugin does not tell, as the following.
+    /// TCP segments sent. 0 if the plugin does not report it; the same holds for the next three.
     pub segments: u64,
-    /// TCP segments sent again.
+    /// TCP segments retransmitted.
     pub retransmits: u64,
-    /// Smoothed round trip, microseconds.
+    /// Smoothed round-trip time, microseconds.
     pub rtt_us: u64,
-    /// Smallest round trip, microseconds.
+    /// Smallest round-trip time, microseconds.
     pub min_rtt_us: u64,
     /// Name of the channel's NIC, NUL-terminated, cut to 31 bytes.
     pub nic: [c_char; 32],
-    /// Microseconds from handing a chunk over for gathering until it was gathered, of all chunks together.
+    /// Time from submitting a chunk until it was packed, summed over all chunks, microseconds.
     pub pack_us: u64,
-    /// Microseconds from handing a chunk over for scattering until it was in place, of all chunks together.
+    /// Time from submitting a chunk until it was unpacked, summed over all chunks, microseconds.
     pub unpack_us: u64,
 }
 
-/// What an engine and its connections count.
+/// Returns the statistics of an engine, summed over its connections.
 ///
 /// @param engine  [in]     The engine.
-/// @param stats   [in,out] The numbers; its member size is set by the caller.
-/// @return UCCL_OK; UCCL_ERR_INVALID_ARGUMENT for a size without room for one number; another negative status.
+/// @param stats   [in,out] The statistics; the caller sets the member size.
+/// @return UCCL_OK; UCCL_ERR_INVALID_ARGUMENT for a size below 16; another negative status.
 ///
-/// Threads: any. Looks at every connection; the kernel is asked about each channel.
+/// Threads: any. The cost grows with the number of channels: each one takes a system call.
 #[no_mangle]
 pub unsafe extern "C" fn uccl_engine_stats(engine: *mut uccl_engine_t, stats: *mut uccl_stats_t) -> c_int {
     status(|| {
@@ -226,11 +225,11 @@ pub unsafe extern "C" fn uccl_engine_stats(engine: *mut uccl_engine_t, stats: *m
     })
 }
 
-/// What a connection counts. One that has ended still tells its totals.
+/// Returns the statistics of a connection, also of one that has ended.
 ///
 /// @param conn   [in]     The connection.
-/// @param stats  [in,out] The numbers; its member size is set by the caller.
-/// @return UCCL_OK; UCCL_ERR_INVALID_ARGUMENT for a size without room for one number; another negative status.
+/// @param stats  [in,out] The statistics; the caller sets the member size.
+/// @return UCCL_OK; UCCL_ERR_INVALID_ARGUMENT for a size below 16; another negative status.
 ///
 /// Threads: any.
 #[no_mangle]
@@ -242,13 +241,13 @@ pub unsafe extern "C" fn uccl_engine_conn_stats(conn: *mut uccl_conn_t, stats: *
     })
 }
 
-/// What a data channel counts, and what the kernel knows of it.
+/// Returns the statistics of a channel, including those that the kernel keeps.
 ///
 /// @param conn     [in]     The connection.
-/// @param channel  [in]     Number of the channel, from 0; uccl_conn_stats_t has how many there are.
-/// @param stats    [in,out] The numbers; its member size is set by the caller.
-/// @return UCCL_OK; UCCL_ERR_NOT_FOUND for a channel that does not exist, or no longer;
-///         UCCL_ERR_INVALID_ARGUMENT for a size without room for one number; another negative status.
+/// @param channel  [in]     Number of the channel, from 0; uccl_conn_stats_t has the number of channels.
+/// @param stats    [in,out] The statistics; the caller sets the member size.
+/// @return UCCL_OK; UCCL_ERR_NOT_FOUND if there is no such channel (any more);
+///         UCCL_ERR_INVALID_ARGUMENT for a size below 16; another negative status.
 ///
 /// Threads: any.
 #[no_mangle]
@@ -264,13 +263,13 @@ pub unsafe extern "C" fn uccl_engine_channel_stats(
     })
 }
 
-/// What an engine, its connections and their channels count, in words for people: a line for each channel.
+/// Writes the statistics of an engine, its connections and their channels as text for people.
 ///
 /// @param engine  [in]  The engine.
-/// @param buf     [out] NUL-terminated text. May be NULL when len is 0.
+/// @param buf     [out] NUL-terminated text. May be NULL if len is 0.
 /// @param len     [in]  Size of buf in bytes.
-/// @param needed  [out] Bytes needed with the NUL, written on success and when buf is too small. May be NULL.
-/// @return UCCL_OK; UCCL_ERR_RESOURCE when buf is too small (nothing is written to it; the text may be longer the next time);
+/// @param needed  [out] Bytes needed with the NUL, also written if buf is too small. May be NULL.
+/// @return UCCL_OK; UCCL_ERR_RESOURCE if buf is too small (buf is unchanged; the next text may be longer);
 ///         another negative status.
 ///
 /// Threads: any.
@@ -291,7 +290,7 @@ pub unsafe extern "C" fn uccl_engine_stats_text(
 fn nth(channels: Vec<ChannelStats>, channel: usize) -> Result<uccl_channel_stats_t> {
     match channels.get(channel) {
         Some(found) => Ok(found.into()),
-        None => bail!(NotFound, "channel {channel} of a connection with {}", channels.len()),
+        None => bail!(NotFound, "no channel {channel}: the connection has {}", channels.len()),
     }
 }
 
@@ -301,14 +300,14 @@ fn nth(channels: Vec<ChannelStats>, channel: usize) -> Result<uccl_channel_stats
 /// `stats` is null, badly aligned, or points to a structure that begins with its size in bytes and is that large. `T` is plain numbers
 /// after a usize.
 unsafe fn fill<T: Copy>(stats: *mut T, value: impl FnOnce() -> Result<T>) -> Result<c_int> {
-    // SAFETY: by the caller's contract; the size is there however old the caller's structure is.
+    // SAFETY: by the caller's contract; every version of the structure begins with its size.
     let size = *unsafe { out_arg(stats.cast::<usize>(), "stats")? };
     if size < 2 * size_of::<u64>() {
         bail!(InvalidArgument, "stats->size is {size}: set it to the size of the structure");
     }
     let value = value()?;
     let n = size.min(size_of::<T>());
-    // SAFETY: n bytes are there on both sides, plain numbers, of which the first is the size.
+    // SAFETY: both structures have n bytes, all plain numbers, and the first is the size.
     unsafe {
         std::ptr::copy_nonoverlapping((&raw const value).cast::<u8>(), stats.cast::<u8>(), n);
         stats.cast::<usize>().write(n);
@@ -316,7 +315,7 @@ unsafe fn fill<T: Copy>(stats: *mut T, value: impl FnOnce() -> Result<T>) -> Res
     Ok(UCCL_OK)
 }
 
-/// A structure of the C ABI: its own numbers, then the totals, which its engine or connection has under the same names.
+/// Builds a structure of the C ABI: its own numbers, then the totals, which have the same names in the engine or connection.
 macro_rules! with_totals {
     ($type:ident, $totals:expr, { $($own:ident: $value:expr,)* }) => {
         with_totals!(@ $type, $totals, { $($own: $value,)* },

@@ -16,12 +16,12 @@ use std::time::Duration;
 pub struct uccl_xfer_info_t {
     /// UCCL_OK, UCCL_IN_PROGRESS or the error, as uccl_engine_poll returns it.
     pub status: i32,
-    /// 0; for later use.
+    /// 0; reserved.
     pub reserved: u32,
-    /// Bytes of the whole transfer; for a receive the length of the message once it is known, before that 0. 0 for a transfer that failed,
-    /// and for one that is complete after 16,384 others of its connection have begun and ended.
+    /// Bytes of the whole transfer. For a receive: the length of the message, 0 until it is known. 0 for a failed transfer, and for a
+    /// completed one after 16,384 later transfers of its connection have ended.
     pub bytes_total: u64,
-    /// Bytes that have left (write, send) or arrived (read, receive) so far; bytes_total when complete.
+    /// Bytes sent (write, send) or received (read, receive) so far; bytes_total when complete.
     pub bytes_done: u64,
 }
 
@@ -84,19 +84,20 @@ pub(super) fn count(n: c_int) -> Result<usize> {
     }
 }
 
-/// Starts a read: remote memory into local memory.
+/// Starts a read, from the peer's memory into local memory.
 ///
 /// @param conn         [in]  The connection.
-/// @param mr           [in]  Local region that holds [data, data + size).
+/// @param mr           [in]  Local region that contains [data, data + size).
 /// @param data         [in]  Local destination.
 /// @param size         [in]  Bytes; 0 completes at once.
-/// @param fifo_item    [in]  Remote source: addr and the region's token. Its size field does not count.
+/// @param fifo_item    [in]  Remote source: addr and the region's token. Its size field is ignored.
 /// @param transfer_id  [out] Id for uccl_engine_poll, uccl_engine_wait and uccl_engine_xfer_status.
-/// @return UCCL_OK when it is under way; UCCL_ERR_INVALID_ARGUMENT, UCCL_ERR_NOT_FOUND (region), UCCL_ERR_RESOURCE (too many
-///         transfers in flight), UCCL_ERR_UNSUPPORTED (no channel carries such memory), or what uccl_engine_conn_status says of a
-///         connection that is lost. On failure *transfer_id is untouched and nothing moves.
+/// @return UCCL_OK when it has started; UCCL_ERR_INVALID_ARGUMENT, UCCL_ERR_NOT_FOUND (region), UCCL_ERR_RESOURCE (too many
+///         transfers in flight), UCCL_ERR_UNSUPPORTED (no channel carries such memory), or the status of a lost connection
+///         (uccl_engine_conn_status). On failure *transfer_id is unchanged and nothing moves.
 ///
-/// Destination bytes are undefined until the transfer is complete, and after a failure. Threads: any.
+/// The destination is undefined until the transfer is complete, and after a failure. Keep the region registered until it has ended.
+/// Threads: any.
 #[no_mangle]
 pub unsafe extern "C" fn uccl_engine_read(
     conn: *mut uccl_conn_t,
@@ -116,10 +117,10 @@ pub unsafe extern "C" fn uccl_engine_read(
 /// @param dst_v        [in]  num_iovs local destinations, each inside its region.
 /// @param size_v       [in]  num_iovs lengths in bytes; zero lengths are skipped.
 /// @param fifo_items   [in]  num_iovs remote sources.
-/// @param num_iovs     [in]  Segments, 1 to 1,048,576 of at most 65,536 remote regions; one of more than 1 GiB counts for each GiB begun. 0
-///                     is UCCL_ERR_INVALID_ARGUMENT; a transfer of nothing has segments of length 0.
+/// @param num_iovs     [in]  Segments, 1 to 1,048,576 in at most 65,536 remote regions. A segment above 1 GiB counts once for each GiB or
+///                     part of one. 0 is UCCL_ERR_INVALID_ARGUMENT; for an empty transfer give a segment of length 0.
 /// @param transfer_id  [out] Id of the transfer.
-/// @return As uccl_engine_read. The arrays are copied. Overlapping destinations give undefined bytes where they overlap.
+/// @return As uccl_engine_read. The arrays are copied. Where destinations overlap, the bytes are undefined.
 ///
 /// Threads: any.
 #[no_mangle]
@@ -136,13 +137,13 @@ pub unsafe extern "C" fn uccl_engine_read_vector(
     unsafe { one_sided_vector(conn, Direction::Read, mr_ids, dst_v, size_v, fifo_items, num_iovs, transfer_id) }
 }
 
-/// Starts a write: local memory into remote memory. Complete only when every byte is in place at the remote side.
+/// Starts a write, from local memory into the peer's memory. It is complete when every byte is in place at the peer.
 ///
 /// @param conn         [in]  The connection.
-/// @param mr           [in]  Local region that holds [data, data + size).
-/// @param data         [in]  Local source; must not change until the transfer has ended.
+/// @param mr           [in]  Local region that contains [data, data + size).
+/// @param data         [in]  Local source; must not change until the transfer ends.
 /// @param size         [in]  Bytes; 0 completes at once.
-/// @param fifo_item    [in]  Remote destination: addr and the region's token. Its size field does not count.
+/// @param fifo_item    [in]  Remote destination: addr and the region's token. Its size field is ignored.
 /// @param transfer_id  [out] Id of the transfer.
 /// @return As uccl_engine_read.
 ///
@@ -166,10 +167,10 @@ pub unsafe extern "C" fn uccl_engine_write(
 /// @param src_v        [in]  num_iovs local sources, each inside its region.
 /// @param size_v       [in]  num_iovs lengths in bytes; zero lengths are skipped.
 /// @param fifo_items   [in]  num_iovs remote destinations.
-/// @param num_iovs     [in]  Segments, 1 to 1,048,576 of at most 65,536 remote regions; one of more than 1 GiB counts for each GiB begun. 0
-///                     is UCCL_ERR_INVALID_ARGUMENT; a transfer of nothing has segments of length 0.
+/// @param num_iovs     [in]  Segments, 1 to 1,048,576 in at most 65,536 remote regions. A segment above 1 GiB counts once for each GiB or
+///                     part of one. 0 is UCCL_ERR_INVALID_ARGUMENT; for an empty transfer give a segment of length 0.
 /// @param transfer_id  [out] Id of the transfer.
-/// @return As uccl_engine_read. The arrays are copied. Overlapping destinations give undefined bytes where they overlap.
+/// @return As uccl_engine_read. The arrays are copied. Where destinations overlap, the bytes are undefined.
 ///
 /// Threads: any.
 #[no_mangle]
@@ -186,18 +187,18 @@ pub unsafe extern "C" fn uccl_engine_write_vector(
     unsafe { one_sided_vector(conn, Direction::Write, mr_ids, src_v, size_v, fifo_items, num_iovs, transfer_id) }
 }
 
-/// Starts a two-sided send. It is matched with the peer's receives in posting order, one message to one receive, and complete when
-/// the peer has every byte.
+/// Starts a two-sided send. Sends and the peer's receives match one to one, in the order of the calls. The send is complete when the peer
+/// has every byte.
 ///
 /// @param conn         [in]  The connection.
-/// @param mr           [in]  Local region that holds [data, data + size).
-/// @param data         [in]  Source; must not change until the transfer has ended.
-/// @param size         [in]  Bytes; 0 is a message too.
-/// @param transfer_id  [out] Id of the transfer. Ends with UCCL_ERR_TRUNCATED when the peer's receive is smaller, and with
-///                     UCCL_ERR_TIMED_OUT when no receive is posted within UCCL_TCPX_MATCH_TIMEOUT_MS.
+/// @param mr           [in]  Local region that contains [data, data + size).
+/// @param data         [in]  Source; must not change until the transfer ends.
+/// @param size         [in]  Bytes; 0 sends an empty message.
+/// @param transfer_id  [out] Id of the transfer. Ends with UCCL_ERR_TRUNCATED if the peer's receive is smaller, and with
+///                     UCCL_ERR_TIMED_OUT if no receive is posted within UCCL_TCPX_MATCH_TIMEOUT_MS.
 /// @return As uccl_engine_read.
 ///
-/// Threads: any; order is that of the calls.
+/// Threads: any; the order is that of the calls.
 #[no_mangle]
 pub unsafe extern "C" fn uccl_engine_send(
     conn: *mut uccl_conn_t,
@@ -209,7 +210,7 @@ pub unsafe extern "C" fn uccl_engine_send(
     send(conn, mr, data, size, transfer_id)
 }
 
-/// The same as uccl_engine_send, under the name that says what it does.
+/// The same as uccl_engine_send.
 ///
 /// @param conn         [in]  The connection.
 /// @param mr           [in]  Local region.
@@ -275,17 +276,17 @@ pub unsafe extern "C" fn uccl_engine_send_vector(
     })
 }
 
-/// Receives one message; blocks until it is here.
+/// Receives one message. Blocks until it has arrived.
 ///
 /// @param conn      [in] The connection.
-/// @param mr        [in] Local region that holds [data, data + max_size).
+/// @param mr        [in] Local region that contains [data, data + max_size).
 /// @param data      [in] Destination.
 /// @param max_size  [in] Largest message to take, bytes.
-/// @return UCCL_OK; UCCL_ERR_TRUNCATED when the message is larger (the sender gets it too); UCCL_ERR_TIMED_OUT when none came within
-///         UCCL_TCPX_MATCH_TIMEOUT_MS; otherwise as uccl_engine_read. A shorter message leaves the rest of the destination untouched;
-///         uccl_engine_recv_async tells its length.
+/// @return UCCL_OK; UCCL_ERR_TRUNCATED if the message is larger (the sender gets it too); UCCL_ERR_TIMED_OUT if none arrives within
+///         UCCL_TCPX_MATCH_TIMEOUT_MS; otherwise as uccl_engine_read. A shorter message leaves the rest of the destination unchanged;
+///         use uccl_engine_recv_async to learn its length.
 ///
-/// Threads: any; receives of one connection are served in the order of the calls.
+/// Threads: any; receives of one connection match in the order of the calls.
 #[no_mangle]
 pub unsafe extern "C" fn uccl_engine_recv(conn: *mut uccl_conn_t, mr: uccl_mr_t, data: *mut c_void, max_size: usize) -> c_int {
     status(|| {
@@ -299,13 +300,13 @@ pub unsafe extern "C" fn uccl_engine_recv(conn: *mut uccl_conn_t, mr: uccl_mr_t,
 /// Starts a receive of one message.
 ///
 /// @param conn         [in]  The connection.
-/// @param mr           [in]  Local region that holds [data, data + max_size).
+/// @param mr           [in]  Local region that contains [data, data + max_size).
 /// @param data         [in]  Destination.
 /// @param max_size     [in]  Largest message to take, bytes.
 /// @param transfer_id  [out] Id of the transfer; uccl_engine_poll's bytes_total is the length of the message.
 /// @return As uccl_engine_read.
 ///
-/// Threads: any; order is that of the calls.
+/// Threads: any; the order is that of the calls.
 #[no_mangle]
 pub unsafe extern "C" fn uccl_engine_recv_async(
     conn: *mut uccl_conn_t,
@@ -322,15 +323,15 @@ pub unsafe extern "C" fn uccl_engine_recv_async(
     })
 }
 
-/// Asks for the state of a transfer and drives progress meanwhile. Does not block.
+/// Returns the state of a transfer, and drives the connection. Does not block.
 ///
 /// @param conn         [in]  The connection that started it.
 /// @param transfer_id  [in]  Its id.
 /// @param info         [out] Details; may be NULL.
 /// @return UCCL_OK when complete; UCCL_IN_PROGRESS; the error it ended with; UCCL_ERR_NOT_FOUND for an id that this connection never
-///         gave. The answer for an ended transfer stays the same however often it is asked.
+///         returned. Repeated calls for an ended transfer return the same.
 ///
-/// With any answer but UCCL_IN_PROGRESS the library touches the transfer's memory no more. Threads: any.
+/// Unless this returns UCCL_IN_PROGRESS, the library no longer touches the transfer's memory. Threads: any.
 #[no_mangle]
 pub unsafe extern "C" fn uccl_engine_poll(conn: *mut uccl_conn_t, transfer_id: u64, info: *mut uccl_xfer_info_t) -> c_int {
     status(|| {
@@ -356,8 +357,8 @@ fn describe(state: TransferState) -> uccl_xfer_info_t {
 ///
 /// @param conn         [in] The connection that started it.
 /// @param transfer_id  [in] Its id.
-/// @param timeout_ms   [in] Longest wait in milliseconds; negative: until it ends (every transfer has a deadline of its own).
-/// @return As uccl_engine_poll; UCCL_IN_PROGRESS when timeout_ms passed first.
+/// @param timeout_ms   [in] Longest wait in milliseconds; negative: until it ends (every transfer has its own deadline).
+/// @return As uccl_engine_poll; UCCL_IN_PROGRESS if timeout_ms passed first.
 ///
 /// Threads: any.
 #[no_mangle]
@@ -368,12 +369,12 @@ pub unsafe extern "C" fn uccl_engine_wait(conn: *mut uccl_conn_t, transfer_id: u
     })
 }
 
-/// Tells whether a transfer is complete, and drives progress. Does not block.
+/// Returns whether a transfer is complete, and drives the connection. Does not block.
 ///
 /// @param conn         [in] The connection that started it.
 /// @param transfer_id  [in] Its id.
-/// @return true only for success, and true again whenever it is asked later; false while it runs, after a failure (logged once;
-///         uccl_engine_poll tells which), and for bad arguments.
+/// @return true once it succeeded, also in later calls; false while it runs, after a failure (logged once; uccl_engine_poll returns
+///         the error), and for bad arguments.
 ///
 /// Threads: any.
 #[no_mangle]

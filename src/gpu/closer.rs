@@ -14,7 +14,7 @@ const MAX_DELAY: Duration = Duration::from_secs(2);
 /// How often the thread looks.
 const NAP: Duration = Duration::from_millis(10);
 
-/// What is to be ended: dropping it does.
+/// Something that dropping ends.
 type Closing = Box<dyn Send>;
 
 #[derive(Default)]

@@ -29,7 +29,7 @@ pub(crate) struct Gpu {
 /// A first piece of work that takes longer than this will not end.
 const REHEARSAL_LIMIT: Duration = Duration::from_secs(30);
 
-/// GPUs by ordinal. Each has a lock of its own: while one is made ready, which may wait for its application, the others are at hand.
+/// GPUs by ordinal. Each has its own lock: initialising one may take long and must not block the others.
 static IN_USE: PerProcess<Mutex<BTreeMap<i32, Arc<Seat>>>> = PerProcess::new(Mutex::default);
 
 /// The place of one GPU.
@@ -58,7 +58,7 @@ impl Gpu {
         Ok(gpu)
     }
 
-    /// Runs every kind of work that transfers are made of once: what the driver makes at its first use is made now, and not in the middle
+    /// Runs every kind of work of a transfer once, so that the driver creates its state for them now and not in the middle
     /// of a transfer, where it could wait for the application.
     fn rehearse(&self) -> Result<()> {
         const LEN: usize = 1 << 20;
@@ -73,7 +73,7 @@ impl Gpu {
                 .fill(far.ptr(), 0, LEN)
                 .and_then(|()| stream.host_to_device(far.ptr(), near.mapped().host, LEN))
                 .and_then(|()| stream.device_to_host(near.mapped().host, far.ptr(), LEN));
-            // Not every driver can write a word from a stream; whoever needs it has another way.
+            // Not every driver can write a word from a stream; callers have a fallback.
             copies.map(|()| drop(stream.signal(word, 1)))
         };
         let mut result = queued.map_err(crate::status::Error::from);
@@ -82,7 +82,7 @@ impl Gpu {
             let segments: Vec<Extent> =
                 (0..pieces).map(|i| Extent { addr: far.ptr() + (i * 2 * PIECE) as u64, len: PIECE as u64 }).collect();
             let job = Job::gather(&segments, near.mapped().device, (pieces * PIECE) as u64);
-            // SAFETY: the pieces lie in the blocks, which nobody else uses.
+            // SAFETY: the pieces lie in the blocks, which have no other user.
             result = result.and_then(|()| unsafe { launcher.submit(&[job]) }.map(drop));
         }
         if let Err(e) = launcher.quiesce(REHEARSAL_LIMIT) {

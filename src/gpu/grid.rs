@@ -1,4 +1,4 @@
-//! How the work of a job is cut over the blocks of a launch. Pure arithmetic; the kernel is right for every cut, only its speed depends
+//! Divides the work of a job among the blocks of a launch. Pure arithmetic; the kernel is correct for every division, only its speed depends
 //! on it.
 
 use super::job::Extent;

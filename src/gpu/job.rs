@@ -1,4 +1,4 @@
-//! Copy jobs: messages between a flat side and a scattered side. What the host can check of one is checked here; knows nothing of
+//! Copy jobs: messages between a flat buffer and scattered segments. Checks all that the host can check; knows nothing of
 //! launches.
 
 use super::layout::MAX_ENTRIES;
@@ -8,7 +8,7 @@ use nccl_net_abi::{loadMeta, netUnpackMeta};
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A piece of the scattered side, in message order.
+/// A scattered segment, in message order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Extent {
     /// First byte: device memory, or mapped host memory by its device name.
@@ -17,7 +17,7 @@ pub(crate) struct Extent {
     pub len: u64,
 }
 
-/// How the flat side holds the message.
+/// How the flat buffer holds the message.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Fragments {
     /// In one piece, in order.
@@ -34,18 +34,18 @@ pub(crate) enum Fragments {
     },
 }
 
-/// One message to copy between a flat side and a scattered side.
+/// One message to copy between a flat buffer and scattered segments.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Job<'a> {
-    /// How the flat side is cut.
+    /// How the flat buffer is divided.
     pub fragments: Fragments,
-    /// First byte of the flat side: device memory, or mapped host memory by its device name.
+    /// First byte of the flat buffer: device memory, or mapped host memory by its device name.
     pub flat: u64,
     /// Bytes of the message, as announced.
     pub len: u64,
-    /// The scattered side; lengths add up to `len`.
+    /// The scattered segments; their lengths add up to `len`.
     pub segments: &'a [Extent],
-    /// From the segments to the flat side; otherwise from the flat side to the segments.
+    /// From the segments to the flat buffer; otherwise from the flat buffer to the segments.
     pub gather: bool,
 }
 
@@ -100,14 +100,14 @@ pub(super) fn checked_count(job: &Job<'_>) -> Result<u32> {
     }
 }
 
-/// The entries of a checked job; `whole` is that of a flat side in one piece.
+/// The entries of a checked job; `whole` is that of a flat buffer in one piece.
 ///
 /// # Safety
 /// A row is live and holds `count` entries.
 pub(super) unsafe fn entries_of<'a>(job: &Job<'a>, count: u32, whole: &'a [loadMeta; 1]) -> &'a [loadMeta] {
     match job.fragments {
         Fragments::Whole => whole,
-        // SAFETY: by the caller's contract. The plugin may be wrong about them: whoever uses them checks them, join or the kernel, which
+        // SAFETY: by the caller's contract. The plugin may be wrong about them: their users check them, join or the kernel, which
         // may read them again.
         Fragments::Row { row, .. } => unsafe { std::slice::from_raw_parts(row.host.cast::<loadMeta>(), count as usize) },
     }

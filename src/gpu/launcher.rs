@@ -38,7 +38,7 @@ pub(crate) struct Launched {
     jobs: u32,
 }
 
-/// What a slot's latest job came to.
+/// The result of a slot's latest job.
 #[derive(Clone, Default)]
 struct Slot {
     sequence: u32,
@@ -48,7 +48,7 @@ struct Slot {
     failure: Option<Error>,
 }
 
-/// What the kernel writes and reads besides the messages.
+/// Memory that the kernel uses besides the messages.
 struct Buffers {
     status: PinnedBuffer,
     tables: PinnedBuffer,
@@ -79,14 +79,14 @@ pub(crate) struct CopyLauncher {
 struct Room {
     /// Its part of the table ring.
     place: u64,
-    /// Jobs that share what is left of the parameters, this one included.
+    /// Jobs that share the rest of the parameters, this one included.
     share: usize,
     /// Bytes of all jobs of the launch.
     launch_bytes: u64,
 }
 
 impl CopyLauncher {
-    /// A launcher with a stream of its own.
+    /// A launcher with its own stream.
     pub(super) fn new(context: &Arc<Context>, kernels: &Arc<Kernels>) -> Result<CopyLauncher> {
         let stream = Stream::new(context)?;
         let buffers = Buffers {
@@ -121,8 +121,8 @@ impl CopyLauncher {
     /// that nothing of the call was submitted, unless the GPU itself failed.
     ///
     /// # Safety
-    /// Until they are done: flat sides and segments are valid memory of this GPU (or mapped host memory), sources are not
-    /// written and destinations are used by nobody else, other jobs in flight included (they may run at the same time), and rows
+    /// Until they are done: flat buffers and segments are valid memory of this GPU (or mapped host memory), sources are not
+    /// written and destinations have no other user, other jobs in flight included (they may run at the same time), and rows
     /// and counts are a live meta queue whose receive is done and not consumed.
     pub(crate) unsafe fn submit(&mut self, jobs: &[Job<'_>]) -> Result<Option<Launched>> {
         if let Some(error) = &self.broken {
@@ -156,7 +156,7 @@ impl CopyLauncher {
             let at = i * MAX_JOBS..i * MAX_JOBS + batch.len();
             // SAFETY: by the caller's contract.
             if let Err(error) = unsafe { self.launch(batch, &counts[at.clone()], &places[at]) } {
-                // Earlier batches of this call may run; without a launched nobody waits for them, so the launcher stops here.
+                // Earlier batches of this call may run; without a launch number no caller waits for them, so the launcher stops here.
                 self.broken = Some(error.clone());
                 return Err(error);
             }
@@ -186,7 +186,7 @@ impl CopyLauncher {
     /// After an error jobs may still run.
     pub(crate) fn quiesce(&mut self, limit: Duration) -> Result<()> {
         super::quiesce(&self.stream, limit, "copies", &mut self.broken)?;
-        // What came of them is of no interest here.
+        // Their results do not matter here.
         let _ = self.retire();
         Ok(())
     }
@@ -199,7 +199,7 @@ impl CopyLauncher {
         while self.tail < self.head {
             let index = self.tail as usize % SLOTS;
             let word = self.buffers.status.mapped().host.wrapping_add(index * STATUS).cast::<u64>();
-            // SAFETY: inside the status buffer, 8-byte aligned; only the kernel writes it, and atomics are how both sides use it.
+            // SAFETY: inside the status buffer, 8-byte aligned; only the kernel writes it, and host and kernel both access it atomically.
             let status = unsafe { AtomicU64::from_ptr(word) }.load(Ordering::Acquire);
             let slot = &mut self.slots[index];
             if (status >> 32) as u32 != slot.sequence {
@@ -269,7 +269,7 @@ impl CopyLauncher {
         Ok(())
     }
 
-    /// What the kernel is told of a job, less its entries and segments.
+    /// The job as the kernel reads it, without its entries and segments.
     fn describe(&self, job: &Job<'_>, count: u32, number: u64) -> Result<JobArgs> {
         let index = number as usize % SLOTS;
         Ok(JobArgs {
@@ -299,12 +299,12 @@ impl CopyLauncher {
         if joined && cut(args, room.launch_bytes, inline, items) {
             args.entries = *used as u64;
             args.flags |= ENTRIES_INLINE;
-            // SAFETY: inside the blob, which has room for so many.
+            // SAFETY: inside the blob, which has room for them.
             unsafe { std::ptr::copy_nonoverlapping(items.as_ptr(), self.args.blob.as_mut_ptr().add(*used).cast(), items.len()) };
             *used += size_of_val(&items[..]);
         } else if joined && args.size as usize / items.len() >= 1024 && cut(args, room.launch_bytes, far, items) {
             let place = self.buffers.tables.mapped().offset(room.place as usize);
-            // SAFETY: the place was taken with room for so many, and is 16-byte aligned.
+            // SAFETY: the place was taken with room for them, and is 16-byte aligned.
             unsafe { std::ptr::copy_nonoverlapping(items.as_ptr(), place.host.cast(), items.len()) };
             args.entries = place.device;
         } else {
@@ -413,7 +413,7 @@ fn table_bytes(entries: usize, segments: usize) -> u64 {
     (segments * 12 + 4).max(far_room(entries, segments) * size_of::<Item>()).next_multiple_of(64) as u64
 }
 
-/// What a status word says.
+/// The meaning of a status word.
 fn failure(code: u32, bytes: u64, len: u32) -> Option<Error> {
     match code & 255 {
         0 => None,

@@ -6,7 +6,7 @@ use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
-/// What can be handed on.
+/// Something that can be reused.
 pub(crate) trait Reusable: Sized {
     /// Ready for another user, with nothing left of the last one; `None` when it is not fit for one.
     fn reset(self) -> Option<Self>;
@@ -63,7 +63,7 @@ impl<T: Reusable> DerefMut for PooledLauncher<T> {
 
 impl<T: Reusable> Drop for PooledLauncher<T> {
     fn drop(&mut self) {
-        // SAFETY: taken once, here; nobody sees self afterwards.
+        // SAFETY: taken once, here; self is not used afterwards.
         let launcher = unsafe { ManuallyDrop::take(&mut self.launcher) };
         if let Some(launcher) = launcher.reset() {
             self.idle.put(launcher);

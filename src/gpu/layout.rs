@@ -10,7 +10,7 @@ pub(super) const ARGS: usize = 4096;
 pub(super) const ARGS_SMALL: usize = 1024;
 /// Bytes of parameters before the blob.
 pub(super) const HEADER: usize = 16;
-/// Jobs of a launch at most.
+/// Most jobs of a launch.
 pub(super) const MAX_JOBS: usize = (ARGS - HEADER) / size_of::<JobArgs>();
 
 /// `UCCL_GATHER`: segments to flat.
@@ -21,7 +21,7 @@ pub(super) const ENTRIES_INLINE: u32 = 2;
 pub(super) const SEGMENTS_INLINE: u32 = 4;
 /// `UCCL_ITEMS`: the host has joined entries and segments to [`Item`]s.
 pub(super) const ITEMS: u32 = 8;
-/// `UCCL_UNIT_SHIFT`: where the size of a unit of work stands in the flags.
+/// `UCCL_UNIT_SHIFT`: bit position of the unit size in the flags.
 pub(super) const UNIT_SHIFT: u32 = 8;
 
 /// `UCCL_ERROR_RANGE`: an entry leaves the message; its index is in bits 8..31.

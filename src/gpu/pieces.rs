@@ -1,4 +1,4 @@
-//! How a list of pieces is cut for the pull kernel: neighbours joined, long ones split, very long ones told apart for the copy engine.
+//! How a list of pieces is cut for the pull kernel: joins neighbours, splits long pieces, and picks very long ones for the copy engine.
 //! Pure arithmetic; knows nothing of launches.
 
 use crate::types::Piece;
@@ -31,7 +31,7 @@ pub(super) struct Cutter<'a> {
 
 const NOTHING: Piece = Piece { src: 0, dst: 0, len: 0 };
 
-/// Whether `next` begins where `run` ends, on both sides.
+/// Whether `next` begins where `run` ends, in source and destination.
 #[inline]
 fn joins(run: &Piece, next: &Piece) -> bool {
     next.src == run.src.wrapping_add(run.len) && next.dst == run.dst.wrapping_add(run.len)
@@ -105,7 +105,7 @@ impl<'a> Cutter<'a> {
         n
     }
 
-    /// What comes next, if it is for the copy engine.
+    /// The next piece, if it is for the copy engine.
     pub(super) fn long(&mut self) -> Option<Piece> {
         let long = (self.run.len > 0 || self.join()) && self.run.len >= self.engine;
         long.then(|| std::mem::replace(&mut self.run, NOTHING))
@@ -116,7 +116,7 @@ impl<'a> Cutter<'a> {
         self.run.len == 0 && self.rest.iter().all(|p| p.len == 0)
     }
 
-    /// What has not been given, as a list of its own.
+    /// The pieces not yet returned, as a new list.
     pub(super) fn remainder(&self) -> Vec<Piece> {
         let run = (self.run.len > 0).then_some(self.run);
         run.into_iter().chain(self.rest.iter().copied().filter(|p| p.len > 0)).collect()
@@ -172,7 +172,7 @@ mod tests {
         let blocks: Vec<Piece> =
             (0..2048).map(|i| Piece { src: 0x1000 + i * 4096, dst: 0x90_0000 + i * 4096, len: 4096 }).collect();
         assert_eq!(cut(&blocks), [Cut::Long(Piece { src: 0x1000, dst: 0x90_0000, len: 8 << 20 })]);
-        // One side scattered: nothing joins, and no block is cut.
+        // Source or destination scattered: nothing joins, and no block is cut.
         let apart: Vec<Piece> = blocks.iter().map(|p| Piece { src: p.src * 2, ..*p }).collect();
         assert_eq!(cut(&apart), apart.iter().map(|&p| Cut::Unit(p)).collect::<Vec<_>>());
     }

@@ -1,4 +1,4 @@
-//! Pulls lists of pieces into memory of a GPU: the kernel reads the list from mapped memory, long runs take the copy engine, and the end is
+//! Copies lists of pieces into GPU memory: the kernel reads the list from mapped memory, long runs take the copy engine, and the end is
 //! a word in mapped memory. One stream and one ring of lists, used by one thread. Knows addresses, not whose they are.
 
 use super::closer;
@@ -22,10 +22,10 @@ const WARPS: u32 = THREADS / 32;
 /// Pieces that the smaller kernel takes, and bytes of one.
 const FEW: usize = 8;
 const FEW_UNIT: u64 = 2048;
-/// Pieces in the ring of lists, and those of a launch at most.
+/// Pieces in the ring of lists, and most pieces of a launch.
 const RING: usize = 64 << 10;
 pub(super) const LAUNCH: usize = RING / 2;
-/// Launches and copies under way.
+/// Launches and copies in flight.
 const DEPTH: usize = 256;
 /// Unfinished polls between two looks at the stream, where a failed kernel shows.
 const POLLS_PER_CHECK: u32 = 8192;
@@ -78,7 +78,7 @@ pub(crate) struct PullLauncher {
     /// Number of the next launch, and of the oldest that is not known to be over.
     head: u64,
     tail: u64,
-    /// Pieces written to the ring since the beginning, those of launches that are over, and where each launch under way ends.
+    /// Pieces written to the ring since the beginning, those of launches that are over, and where each launch in flight ends.
     written: u64,
     freed: u64,
     ends: VecDeque<u64>,
@@ -96,7 +96,7 @@ fn grid(count: u32, blocks: u32, short: bool) -> (u32, u32) {
 }
 
 impl PullLauncher {
-    /// A launcher with a stream of its own.
+    /// A launcher with its own stream.
     pub(super) fn new(context: &Arc<Context>, kernels: &Arc<Kernels>) -> Result<PullLauncher> {
         let stream = Stream::new(context)?;
         let buffers = Buffers {
@@ -136,13 +136,13 @@ impl PullLauncher {
     /// [`PullLauncher::is_over`]; `None` when there is no room now: poll, then try again. An error ends the launcher.
     ///
     /// # Safety
-    /// Until it is over: sources are readable by this GPU, destinations are its memory and used by nobody else, and they do not overlap.
+    /// Until it is over: sources are readable by this GPU, destinations are its memory and have no other user, and they do not overlap.
     pub(super) unsafe fn submit(&mut self, cutter: &mut Cutter<'_>, blocks: u32, most: usize) -> Result<Option<u64>> {
         self.retire()?;
         let Some(first) = self.place().filter(|_| self.ends.len() < DEPTH) else { return Ok(None) };
         let begin = (first % RING as u64) as usize;
         let room = most.min(LAUNCH).min(RING - begin).min((RING as u64 - (first - self.freed)) as usize);
-        // SAFETY: the ring's pieces from `begin` on, which no launch under way reads.
+        // SAFETY: the ring's pieces from `begin` on, which no launch in flight reads.
         let list = unsafe {
             let at = self.buffers.lists.mapped().host.cast::<Piece>().add(begin);
             std::slice::from_raw_parts_mut(at, room)
@@ -233,7 +233,7 @@ impl PullLauncher {
         self.note(started)
     }
 
-    /// Counts what was started. What failed may have started in part, so nothing follows it.
+    /// Counts a launch. A failed one may have started in part, so no other follows it.
     fn note(&mut self, started: cuda_driver::Result<()>) -> Result<u64> {
         if let Err(error) = started {
             let error = Error::from(error);
@@ -255,7 +255,7 @@ impl PullLauncher {
     /// After an error launches may still run.
     pub(super) fn quiesce(&mut self, limit: Duration) -> Result<()> {
         super::quiesce(&self.stream, limit, "pulls", &mut self.broken)?;
-        // What came of them is of no interest here.
+        // Their results do not matter here.
         let _ = self.retire();
         Ok(())
     }
@@ -268,7 +268,7 @@ impl PullLauncher {
         if self.tail == self.head {
             return Ok(());
         }
-        // SAFETY: inside the status buffer, 4-byte aligned; only the GPU writes it, and atomics are how both sides use it.
+        // SAFETY: inside the status buffer, 4-byte aligned; only the GPU writes it, and host and GPU both access it atomically.
         let status = unsafe { AtomicU32::from_ptr(self.buffers.status.mapped().host.cast()) }.load(Ordering::Acquire);
         let over = status.wrapping_sub(self.tail as u32);
         if over == 0 {
@@ -293,7 +293,7 @@ impl PullLauncher {
         if self.unfinished_polls < POLLS_PER_CHECK {
             return Ok(());
         }
-        // The driver would let this thread wait.
+        // The driver would block this thread.
         if closer::is_closing() {
             return Ok(());
         }

@@ -1,4 +1,4 @@
-//! Pulls under way on one GPU, over a few streams, so that one list's start hides behind another's end. Knows addresses, not whose they
+//! Pulls in flight on one GPU, over a few streams, so that one list's start hides behind another's end. Knows addresses, not whose they
 //! are.
 
 use super::closer;
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 /// Streams that launches take in turn.
 const STREAMS: usize = 2;
-/// Pieces of a long list's first launch where nothing else is under way; each further one takes twice as many. The GPU is at work while
+/// Pieces of a long list's first launch where nothing else is in flight; each further one takes twice as many. The GPU is at work while
 /// the rest is prepared.
 const FIRST: usize = 2048;
 
@@ -23,18 +23,18 @@ const FEW_RUNS: usize = 2;
 
 struct Lane {
     launcher: PooledLauncher<PullLauncher>,
-    /// Launches under way, in order, each with its pull.
+    /// Launches in flight, in order, each with its pull.
     launches: VecDeque<(u64, u64)>,
 }
 
-/// A pull, from its start until its end has been told.
+/// A pull, from its start until its end was reported.
 struct Job {
-    /// Launches under way, and lists that wait for room.
+    /// Launches in flight, and lists that wait for room.
     left: u32,
     reported: bool,
 }
 
-/// A list that waits for room, or what is left of one.
+/// A list that waits for room, or the rest of one.
 struct Waiting {
     job: u64,
     pieces: Vec<Piece>,
@@ -85,10 +85,10 @@ impl Pulls {
         })
     }
 
-    /// Starts a pull: its number, to be given to [`Pulls::poll`]. What finds no room starts when something is polled.
+    /// Starts a pull: its number, to be given to [`Pulls::poll`]. Lists without room start at a later poll.
     ///
     /// # Safety
-    /// Until it has ended: sources are readable by this GPU, destinations are its memory and used by nobody else, and they do not overlap.
+    /// Until it has ended: sources are readable by this GPU, destinations are its memory and have no other user, and they do not overlap.
     pub(crate) unsafe fn start(&mut self, pieces: &[Piece]) -> Result<u64> {
         closer::stir();
         let total = pieces.iter().map(|p| p.len).fold(0, u64::saturating_add);
@@ -131,7 +131,7 @@ impl Pulls {
         Ok(())
     }
 
-    /// Contiguous bytes from which on a list's run takes the copy engine. What is all in a few runs ends sooner that way.
+    /// Contiguous bytes from which on a list's run takes the copy engine. Lists of few runs end sooner that way.
     fn engine_from(&self, pieces: usize) -> u64 {
         if pieces <= self.grid.few_runs {
             1
@@ -170,7 +170,7 @@ impl Pulls {
         }
         while let Some(Waiting { job, pieces, total }) = self.waiting.pop_front() {
             let mut cutter = Cutter::new(&pieces, total, self.grid.engine);
-            // SAFETY: whoever started the pull keeps its memory until it has ended.
+            // SAFETY: the caller of start keeps the memory until the pull has ended.
             unsafe { self.hand_out(&mut cutter, job) }?;
             if !cutter.is_done() {
                 let pieces = cutter.remainder();
@@ -187,7 +187,7 @@ impl Pulls {
     pub(crate) fn poll(&mut self, job: u64) -> Result<bool> {
         let known = job.checked_sub(self.first).is_some_and(|i| self.jobs.get(i as usize).is_some_and(|j| !j.reported));
         if !known {
-            bail!(Internal, "pull {job} is not under way");
+            bail!(Internal, "internal error: unknown pull {job}");
         }
         closer::stir();
         self.advance()?;
@@ -202,7 +202,7 @@ impl Pulls {
         Ok(true)
     }
 
-    /// Whether pulls are under way.
+    /// Whether pulls are in flight.
     pub(crate) fn busy(&self) -> bool {
         self.under_way > 0
     }

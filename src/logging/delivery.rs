@@ -10,7 +10,7 @@ use std::fmt::Arguments;
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::time::{Duration, Instant};
 
-/// Lines and bytes that wait for the function at most. What comes beyond is counted, and told in a line.
+/// Most lines and bytes that wait for the callback. Further ones are counted, and a line reports the count.
 const MAX_LINES: usize = 4096;
 const MAX_BYTES: usize = 1 << 20;
 /// How long a new function, or the end of an engine, waits for the function before to take what was logged.
@@ -25,11 +25,11 @@ pub(crate) struct Callback {
 
 /// The function in force, or null. Read and freed under the lock of [`LINES`]; a child of fork begins with its parent's.
 static CALLBACK: AtomicPtr<Callback> = AtomicPtr::new(std::ptr::null_mut());
-/// What waits in this process.
+/// The queue of this process.
 static LINES: PerProcess<Delivery> = PerProcess::new(Delivery::default);
 
 thread_local! {
-    /// This thread is inside the function. Has no destructor, so it is there to the thread's end.
+    /// This thread is inside the callback. Has no destructor, so it lives until the thread ends.
     static INSIDE: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -45,7 +45,7 @@ struct Delivery {
 struct Waiting {
     lines: VecDeque<(log::Level, String)>,
     bytes: usize,
-    /// Lines that found no room since the function was last told.
+    /// Lines dropped since the last report.
     missed: u64,
     /// The thread runs; it is inside the function.
     thread: bool,
@@ -64,7 +64,7 @@ impl Waiting {
         self.lines.push_back((level, text));
     }
 
-    /// The next line. What was missed came after all that wait.
+    /// The next line. The report of dropped lines comes after all that wait.
     fn pop(&mut self) -> Option<(log::Level, String)> {
         if let Some(line) = self.lines.pop_front() {
             self.bytes -= line.1.len();
@@ -72,9 +72,7 @@ impl Waiting {
         }
         match std::mem::take(&mut self.missed) {
             0 => None,
-            missed => {
-                Some((log::Level::Warn, format!("{missed} lines were not handed to the log callback: it is too slow for them")))
-            }
+            missed => Some((log::Level::Warn, format!("dropped {missed} lines: the log callback is too slow"))),
         }
     }
 
@@ -152,7 +150,7 @@ fn run(delivery: &Delivery) {
     }
 }
 
-/// Waits until everything that was logged before was handed over, or `until`. What others go on logging is not waited for.
+/// Waits until all lines that are queued now have been delivered, or `until`. Does not wait for lines logged meanwhile.
 fn settle(delivery: &Delivery, waiting: &mut MutexGuard<'_, Waiting>, until: Instant) {
     let all = waiting.all();
     while waiting.over < all && waiting.thread {

@@ -1,4 +1,4 @@
-//! Offers the statistics of a process's engines to whoever asks: over HTTP on a socket, or in a file that is rewritten each second.
+//! Exports the statistics of a process's engines: over HTTP on a socket, or in a file that is replaced every second.
 //! Knows nothing of engines beyond a function that gives their statistics.
 
 use super::prometheus::{exposition, Format};
@@ -97,7 +97,7 @@ impl Drop for Exporter {
     }
 }
 
-/// The statistics of all engines that are there.
+/// The statistics of all engines.
 fn gather(sources: &Sources, format: Format) -> String {
     let mut engines = Vec::new();
     sources.lock().retain(|source| match source() {
@@ -197,7 +197,7 @@ impl Listener {
     }
 }
 
-/// Opens a Unix socket, in place of one that nobody serves any more.
+/// Opens a Unix socket. Replaces one whose process has ended.
 fn listen_unix(path: &Path) -> io::Result<UnixListener> {
     let left_over =
         std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket()) && UnixStream::connect(path).is_err();
@@ -207,7 +207,7 @@ fn listen_unix(path: &Path) -> io::Result<UnixListener> {
     UnixListener::bind(path)
 }
 
-/// A client with its request, or what is left of its answer.
+/// A client with its request, or the rest of its answer.
 struct Guest {
     stream: Box<dyn Stream>,
     request: Vec<u8>,
@@ -222,7 +222,7 @@ impl Guest {
         libc::pollfd { fd: self.stream.as_raw_fd(), events, revents: 0 }
     }
 
-    /// Goes on as far as the socket lets it. `false` when it is over: answered, gone, no request of ours, or too slow.
+    /// Reads or writes until the socket would block. `false` when it has ended: answered, closed, no valid request, or too slow.
     fn advance(&mut self, sources: &Sources, now: Instant) -> bool {
         match self.try_advance(sources) {
             Ok(over) => !over && now < self.until,
@@ -250,7 +250,7 @@ impl Guest {
     }
 }
 
-/// Answers all who ask, side by side; each has a moment, so that nobody who holds the port keeps others from their answer.
+/// Serves all clients concurrently. Each has a deadline, so that no client keeps the others from their answers.
 fn serve(listener: &Listener, sources: &Sources, ending: &Waker) {
     if let Err(e) = listener.nonblocking() {
         return log::warn!("statistics are not offered: {e}");
@@ -383,7 +383,7 @@ mod tests {
         assert!(text.starts_with("HTTP/1.1 405"), "{text}");
         drop((first, second));
         assert!(!path.exists());
-        // What a killed process left is taken over; what is served is not.
+        // Takes over a socket that a killed process left, but not one that is served.
         drop(UnixListener::bind(&path).unwrap());
         let third = offer(&target, engine("third")).unwrap();
         assert_eq!(listen_unix(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse);
@@ -417,7 +417,7 @@ mod tests {
         let _exporter = offer(&Target::parse(&port.to_string()).unwrap(), engine("mine")).unwrap();
         let connect = || std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
         let held: Vec<_> = (0..3 * GUESTS).map(|_| connect()).collect();
-        // Bytes that never become a request, and answers that nobody reads.
+        // Bytes that never form a request, and answers that the client does not read.
         held.iter().step_by(2).for_each(|mut stream| drop(stream.write_all(b"G")));
         held.iter().skip(1).step_by(2).for_each(|mut stream| drop(stream.write_all(b"GET / HTTP/1.1\r\n\r\n")));
         let begun = Instant::now();

@@ -1,4 +1,4 @@
-//! What the library counts: of a channel, a connection, an engine; in words, and for Prometheus. Knows nothing of how it is counted.
+//! Statistics of a channel, a connection and an engine, as text and for Prometheus. Knows nothing of how they are counted.
 
 pub(crate) mod export;
 mod prometheus;
@@ -12,7 +12,7 @@ use std::time::Duration;
 /// The totals, declared once: the structure, the list of them with names and meanings, and their sum.
 macro_rules! totals {
     ($($name:ident: $meaning:literal,)*) => {
-        /// What is counted from the beginning and never falls.
+        /// Counters that start at 0 and never decrease.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
         pub struct Totals {
             $(#[doc = $meaning] pub $name: u64,)*
@@ -44,17 +44,17 @@ totals! {
     received_chunks: "Chunks that channels have received",
     inline_sent_bytes: "Bytes of small transfers sent inside control frames",
     inline_received_bytes: "Bytes of small transfers received inside control frames",
-    transfers_started: "Transfers that this side started",
-    transfers_completed: "Transfers of this side that succeeded",
-    transfers_failed: "Transfers of this side that failed",
+    transfers_started: "Transfers that this engine started",
+    transfers_completed: "Transfers of this engine that succeeded",
+    transfers_failed: "Transfers of this engine that failed",
     peer_transfers: "Transfers that the peer announced",
-    refused: "Transfers of the peer that this side refused",
-    refused_by_peer: "Transfers of this side that the peer refused",
+    refused: "Transfers of the peer that this engine refused",
+    refused_by_peer: "Transfers of this engine that the peer refused",
     control_sent_bytes: "Bytes sent on the control stream",
     control_received_bytes: "Bytes received on the control stream",
     notifications_sent: "Notifications sent",
     notifications_received: "Notifications received",
-    stalls: "Seconds in which a channel with chunks under way moved none",
+    stalls: "Seconds in which a channel had chunks in flight and moved none",
     slow_answers: "Times that the peer, or a transfer, kept silent for half of its timeout",
     packed_chunks: "Chunks gathered from device memory",
     unpacked_chunks: "Chunks scattered to device memory",
@@ -62,7 +62,7 @@ totals! {
     unpack_us: "Microseconds from handing a chunk over for scattering until it was in place, of all chunks together",
 }
 
-/// What the kernel tells of the TCP connection that a channel sends on.
+/// TCP statistics of the connection that a channel sends on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Network {
     /// Segments sent.
@@ -100,7 +100,7 @@ pub struct ChannelStats {
     pub received_per_second: f64,
     /// Bytes per second while it was busy sending; 0 while unknown.
     pub speed: f64,
-    /// Bytes handed to the channel and not sent yet.
+    /// Bytes queued on the channel and not sent yet.
     pub queued_bytes: u64,
     /// Places of the window in use for sending, and for receiving.
     pub window_out: u32,
@@ -108,7 +108,7 @@ pub struct ChannelStats {
     pub window_in: u32,
     /// Places of the window.
     pub window: u32,
-    /// Seconds in which it had chunks under way and moved none.
+    /// Seconds in which it had chunks in flight and moved none.
     pub stalls: u64,
     /// Chunks gathered from device memory, and scattered to it.
     pub packed_chunks: u64,
@@ -122,7 +122,7 @@ pub struct ChannelStats {
     pub slow: bool,
     /// Its NIC is so slow that it is hardly used.
     pub avoided: bool,
-    /// What the kernel knows. Filled only when statistics are read.
+    /// The kernel's statistics. Filled only when statistics are read.
     pub network: Option<Network>,
 }
 
@@ -137,11 +137,11 @@ pub struct ConnectionStats {
     pub error: Option<String>,
     /// Since it came up.
     pub age: Duration,
-    /// Since anything was heard of the peer.
+    /// Since the last frame of the peer.
     pub silent: Duration,
-    /// Transfers of this side that are under way.
+    /// Transfers of this engine in flight.
     pub in_flight: u64,
-    /// Bytes of the control stream that wait to leave.
+    /// Bytes queued on the control connection.
     pub backlog_bytes: u64,
     /// Counters.
     pub totals: Totals,
@@ -164,7 +164,7 @@ pub struct EngineStats {
     pub closed: u64,
     /// See `opened`.
     pub lost: u64,
-    /// Incoming set-ups that succeeded, failed, and were refused for lack of a permission or of room.
+    /// Incoming set-ups that succeeded, failed, and were refused because the peer was not authorised or a limit was reached.
     pub setups_in: u64,
     /// See `setups_in`.
     pub setups_in_failed: u64,
@@ -174,7 +174,7 @@ pub struct EngineStats {
     pub setups_out: u64,
     /// See `setups_out`.
     pub setups_out_failed: u64,
-    /// Times that a limit was hit: of set-ups, descriptors, transfers, notifications.
+    /// Times that a limit was reached: on set-ups, file descriptors, transfers or notifications.
     pub limits_hit: u64,
     /// Connections that ended at a deadline.
     pub timeouts: u64,
@@ -182,7 +182,7 @@ pub struct EngineStats {
     pub notifications_waiting: u64,
     /// Counters of all connections, those that have ended included.
     pub totals: Totals,
-    /// Connections that are there.
+    /// Open connections.
     pub connections: Vec<ConnectionStats>,
 }
 
@@ -191,11 +191,15 @@ impl EngineStats {
     pub fn counters(&self) -> [(&'static str, u64, &'static str); 10] {
         [
             ("connections_opened", self.opened, "Connections that came up"),
-            ("connections_closed", self.closed, "Connections that one of the sides closed"),
+            ("connections_closed", self.closed, "Connections closed by either engine"),
             ("connections_lost", self.lost, "Connections that failed"),
             ("setups_in", self.setups_in, "Incoming set-ups that succeeded"),
             ("setups_in_failed", self.setups_in_failed, "Incoming set-ups that failed"),
-            ("setups_in_refused", self.setups_in_refused, "Incoming set-ups refused for lack of a permission or of room"),
+            (
+                "setups_in_refused",
+                self.setups_in_refused,
+                "Incoming set-ups refused, because the peer was not authorised or a limit was reached",
+            ),
             ("setups_out", self.setups_out, "Outgoing set-ups that succeeded"),
             ("setups_out_failed", self.setups_out_failed, "Outgoing set-ups that failed"),
             ("limits_hit", self.limits_hit, "Times that a limit was hit"),

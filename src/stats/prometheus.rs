@@ -85,7 +85,7 @@ impl Family {
     }
 }
 
-/// What the engines of a process count.
+/// Statistics of the engines of a process.
 struct Snapshot(Vec<EngineStats>);
 
 impl Snapshot {
@@ -124,7 +124,7 @@ impl Snapshot {
         let Some(first) = self.0.first() else { return Vec::new() };
         let mut all = vec![
             self.of_engines("up_seconds", "Since the engine was created", |e| Gauge(e.uptime.as_secs_f64())),
-            self.of_engines("connections", "Connections that are there", |e| Gauge(e.connections.len() as f64)),
+            self.of_engines("connections", "Open connections", |e| Gauge(e.connections.len() as f64)),
             self.of_engines("notifications_waiting", "Notifications that the application has not taken", |e| {
                 Gauge(e.notifications_waiting as f64)
             }),
@@ -142,11 +142,9 @@ impl Snapshot {
         use Number::{Counter, Gauge};
         let mut all = vec![
             self.of_connections("up", "1 while the connection is up", |c| Gauge(f64::from(u8::from(c.error.is_none())))),
-            self.of_connections("silent_seconds", "Since anything was heard of the peer", |c| Gauge(c.silent.as_secs_f64())),
-            self.of_connections("transfers_in_flight", "Transfers of this side under way", |c| Gauge(c.in_flight as f64)),
-            self.of_connections("backlog_bytes", "Bytes of the control stream that wait to leave", |c| {
-                Gauge(c.backlog_bytes as f64)
-            }),
+            self.of_connections("silent_seconds", "Time since the last frame of the peer", |c| Gauge(c.silent.as_secs_f64())),
+            self.of_connections("transfers_in_flight", "Transfers of this engine in flight", |c| Gauge(c.in_flight as f64)),
+            self.of_connections("backlog_bytes", "Bytes queued on the control connection", |c| Gauge(c.backlog_bytes as f64)),
         ];
         for (i, (name, _, help)) in super::Totals::default().each().into_iter().enumerate() {
             all.push(self.of_connections(name, help, |c| Counter(c.totals.each()[i].1)));
@@ -165,7 +163,7 @@ impl Snapshot {
             counter("sent_chunks", "Chunks sent", |c| c.sent_chunks),
             counter("received_bytes", "Bytes received", |c| c.received_bytes),
             counter("received_chunks", "Chunks received", |c| c.received_chunks),
-            counter("stalls", "Seconds in which the channel had chunks under way and moved none", |c| c.stalls),
+            counter("stalls", "Seconds in which the channel had chunks in flight and moved none", |c| c.stalls),
             counter("packed_chunks", "Chunks gathered from device memory", |c| c.packed_chunks),
             counter("unpacked_chunks", "Chunks scattered to device memory", |c| c.unpacked_chunks),
             counter("pack_us", "Microseconds that gathering took, of all chunks together", |c| c.pack_us),
@@ -173,7 +171,7 @@ impl Snapshot {
             gauge("sent_bytes_per_second", "Over the last second or so", |c| c.sent_per_second),
             gauge("received_bytes_per_second", "Over the last second or so", |c| c.received_per_second),
             gauge("speed_bytes_per_second", "While the channel was busy sending; 0: unknown", |c| c.speed),
-            gauge("queued_bytes", "Bytes handed to the channel and not sent", |c| c.queued_bytes as f64),
+            gauge("queued_bytes", "Bytes queued on the channel and not sent yet", |c| c.queued_bytes as f64),
             gauge("window_out", "Places of the window in use for sending", |c| f64::from(c.window_out)),
             gauge("window_in", "Places of the window in use for receiving", |c| f64::from(c.window_in)),
             gauge("window", "Places of the window", |c| f64::from(c.window)),

@@ -1,4 +1,4 @@
-//! Statistics in words.
+//! Statistics as text.
 
 use super::{ChannelStats, ConnectionStats, EngineStats};
 use std::fmt;
@@ -50,7 +50,11 @@ impl fmt::Display for ConnectionStats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let t = &self.totals;
         let state = self.error.as_ref().map_or("up".to_owned(), |e| format!("ended: {e}"));
-        writeln!(f, "  connection {} to {}: {state}, {:.1?} old, heard {:.1?} ago", self.id, self.peer, self.age, self.silent)?;
+        writeln!(
+            f,
+            "  connection {} to {}: {state}, {:.1?} old, last frame {:.1?} ago",
+            self.id, self.peer, self.age, self.silent
+        )?;
         writeln!(
             f,
             "    transfers: {} in flight, {} done, {} failed, {} refused by the peer; the peer's: {}, {} refused",

@@ -179,7 +179,7 @@ fn stray_settings(host: &Host) -> Vec<Check> {
         ("NCCL_GPUDIRECTTCPX_SOCKET_ENABLE", |n| n == 0, "unset it: the plugin does not start with 0"),
         ("NCCL_GPUDIRECTTCPX_FLOW_STEERING_STRATEGY", |n| n >= 0 && n != 3, "unset it: the plugin has no other strategy than 3"),
         ("NCCL_USE_DMA_BUF", |n| n == 0, "unset it: the plugin registers no memory without DMA-BUF"),
-        ("NCCL_INLINE_THRESHOLD", |n| n != 0, "unset it: the plugin would read memory of a GPU on the CPU"),
+        ("NCCL_INLINE_THRESHOLD", |n| n != 0, "unset it: the plugin would read GPU memory on the CPU"),
         ("NCCL_GPUDIRECTTCPX_RECV_SYNC", |n| n == 1, "unset it on both hosts: with differing values nothing arrives"),
     ];
     let found = |(name, bad, todo): &Harmful| match host.number(name) {
