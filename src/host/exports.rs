@@ -206,23 +206,6 @@ impl Shares {
         Some(shared.stretches.iter().map(|stretch| stretch.id).collect())
     }
 
-    /// Simulated: a region that lies in so many allocations of equal length; their exports, which the peer has not opened.
-    #[cfg(test)]
-    pub(crate) fn pretend(&mut self, region: &Region, there: Place, count: u64) -> Vec<(u32, u64, u64)> {
-        let len = region.span.len / count;
-        let key = |i| (region.span.addr + i * len, len, region.place, there);
-        let mut told = Vec::new();
-        for key in (0..count).map(key) {
-            self.last += 1;
-            self.allocations.insert(key, Allocation { id: self.last, state: State::Told, regions: 1 });
-            self.ids.insert(self.last, key);
-            told.push((self.last, key.0, len));
-        }
-        let shared = self.shared((0..count).map(key).collect());
-        self.regions.insert((region.span.id, there), Some(shared));
-        told
-    }
-
     /// A region has ended: nothing uses it any more.
     pub(crate) fn forget(&mut self, region: u64) {
         let names: Vec<(u64, Place)> = self.regions.keys().copied().filter(|&(id, _)| id == region).collect();
