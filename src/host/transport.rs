@@ -704,3 +704,5 @@ impl Drop for OneHost {
 
 #[cfg(test)]
 mod staged_tests;
+#[cfg(test)]
+mod tests;

@@ -19,43 +19,43 @@ const GPU: Place = Place(1);
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// Registered memory of a simulated GPU.
-struct Memory {
-    bytes: Vec<u8>,
-    region: Arc<Region>,
+pub(super) struct Memory {
+    pub bytes: Vec<u8>,
+    pub region: Arc<Region>,
 }
 
 impl Memory {
-    fn new(id: u64, place: Place, len: usize, fill: u8) -> Memory {
+    pub(super) fn new(id: u64, place: Place, len: usize, fill: u8) -> Memory {
         Memory::with(id, place, vec![fill; len], RemoteAccess::ALL)
     }
 
-    fn numbered(id: u64, place: Place, len: usize) -> Memory {
+    pub(super) fn numbered(id: u64, place: Place, len: usize) -> Memory {
         let bytes = (0..len).map(|i| (i * 31 + i / 509) as u8).collect();
         Memory::with(id, place, bytes, RemoteAccess::ALL)
     }
 
-    fn with(id: u64, place: Place, bytes: Vec<u8>, access: RemoteAccess) -> Memory {
+    pub(super) fn with(id: u64, place: Place, bytes: Vec<u8>, access: RemoteAccess) -> Memory {
         let span = Span { id, addr: bytes.as_ptr() as u64, len: bytes.len() as u64 };
         Memory { bytes, region: Arc::new(Region::new(span, [id as u8; 16], place, access)) }
     }
 
-    fn hold(&self) -> Hold {
+    pub(super) fn hold(&self) -> Hold {
         Hold::new(vec![RegionUse::new(&self.region)])
     }
 
-    fn seen(&self) -> &[u8] {
+    pub(super) fn seen(&self) -> &[u8] {
         std::hint::black_box(&self.bytes)
     }
 }
 
 /// An end, and the regions that it has.
-struct End {
-    host: OneHost,
+pub(super) struct End {
+    pub host: OneHost,
     regions: Arc<Mutex<Vec<Arc<Region>>>>,
 }
 
 impl End {
-    fn new(linked: super::super::Linked) -> End {
+    pub(super) fn new(linked: super::super::Linked) -> End {
         let regions: Arc<Mutex<Vec<Arc<Region>>>> = Arc::default();
         let of = regions.clone();
         let lookup = Box::new(move |id: u64, token: &[u8; 16]| {
@@ -69,28 +69,28 @@ impl End {
         End { host: OneHost::new(linked, bell, Vec::new(), lookup), regions }
     }
 
-    fn register(&self, memory: &Memory) {
+    pub(super) fn register(&self, memory: &Memory) {
         self.regions.lock().unwrap().push(memory.region.clone());
     }
 
-    fn step(&mut self, events: &mut Vec<Event>) -> Result<()> {
+    pub(super) fn step(&mut self, events: &mut Vec<Event>) -> Result<()> {
         self.host.wire.wake();
         self.host.progress(Instant::now(), events).map(drop)
     }
 
-    fn busy(&self) -> bool {
+    pub(super) fn busy(&self) -> bool {
         self.host.activity(Instant::now()).busy
     }
 }
 
 /// Both ends of a connection of two processes, as it were, whose transfers are staged.
-fn ends(gpus: [u8; 2]) -> (End, End) {
+pub(super) fn ends(gpus: [u8; 2]) -> (End, End) {
     let (a, b) = pushing(gpus, [true; 2]);
     (End::new(a), End::new(b))
 }
 
 /// Blocks of this many bytes, of `here` and of `there`, in an order of their own on either side.
-struct Scattered {
+pub(super) struct Scattered {
     way: Way,
     here: u64,
     there: u64,
@@ -117,7 +117,7 @@ impl Blocks for Scattered {
 }
 
 /// The bytes of both sides are the same in the sequence of the blocks.
-fn same(a: &Memory, b: &Memory, block: usize) -> bool {
+pub(super) fn same(a: &Memory, b: &Memory, block: usize) -> bool {
     let count = a.bytes.len() / block;
     (0..count).all(|i| {
         let (x, y) = (i * 7919 % count * block, i * 104_729 % count * block);
@@ -125,7 +125,7 @@ fn same(a: &Memory, b: &Memory, block: usize) -> bool {
     })
 }
 
-fn pairing(here: &Memory, there: &Memory) -> Pairing {
+pub(super) fn pairing(here: &Memory, there: &Memory) -> Pairing {
     let range = |memory: &Memory| (memory.region.span.addr, memory.region.span.addr + memory.region.span.len);
     let Region { span, token, place, .. } = &*there.region;
     let (region, token, there_place) = (span.id, *token, *place);
@@ -133,7 +133,7 @@ fn pairing(here: &Memory, there: &Memory) -> Pairing {
 }
 
 /// How a transfer of all of both would go, once the peer has answered.
-fn route(a: &mut End, b: &mut End, way: Way, here: &Memory, there: &Memory) -> Route {
+pub(super) fn route(a: &mut End, b: &mut End, way: Way, here: &Memory, there: &Memory) -> Route {
     let begin = Instant::now();
     loop {
         let route = a.host.route(way, &[pairing(here, there)], &here.hold()).unwrap();
@@ -147,7 +147,7 @@ fn route(a: &mut End, b: &mut End, way: Way, here: &Memory, there: &Memory) -> R
 }
 
 /// Starts a transfer of all of both.
-fn start(a: &mut End, way: Way, id: u64, here: &Memory, there: &Memory, block: u64) -> Result<()> {
+pub(super) fn start(a: &mut End, way: Way, id: u64, here: &Memory, there: &Memory, block: u64) -> Result<()> {
     let total = here.bytes.len() as u64;
     let (at, remote, count) = (here.region.span.addr, there.region.span.addr, total / block);
     let mut blocks = Scattered { way, here: at, there: remote, block, count, next: 0 };
@@ -157,7 +157,7 @@ fn start(a: &mut End, way: Way, id: u64, here: &Memory, there: &Memory, block: u
 }
 
 /// Both go on until this many transfers have ended; bytes that moved, and how each ended.
-fn run(a: &mut End, b: &mut End, ends: usize) -> Result<(u64, Vec<(u64, bool)>)> {
+pub(super) fn run(a: &mut End, b: &mut End, ends: usize) -> Result<(u64, Vec<(u64, bool)>)> {
     let (mut events, begin) = (Vec::new(), Instant::now());
     let ended = |events: &[Event]| events.iter().filter(|e| matches!(e, Event::Ended(..))).count();
     while ended(&events) < ends {
