@@ -39,7 +39,7 @@ fn use_it(library: *mut c_void) {
 }
 
 #[test]
-fn it_stays_where_it_is_after_dlclose() {
+fn it_stays_mapped_after_dlclose() {
     std::env::set_var("NCCL_SOCKET_IFNAME", "lo");
     std::env::set_var("UCCL_TCPX_PLUGIN", "soft");
     let object = object();

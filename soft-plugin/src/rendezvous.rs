@@ -1,4 +1,4 @@
-//! Listening, connecting and accepting: how two processes come by one connected socket, step by step without blocking.
+//! Listening, connecting and accepting, in non-blocking steps.
 //! Knows the 128-byte handle and the hello; knows nothing of requests.
 
 mod connecting;
@@ -27,26 +27,26 @@ const HELLO_MAGIC: u64 = 0x4F4C_4C45_4854_4653;
 const VERSION: u32 = 3;
 const COOKIE: usize = 16;
 /// A hello with the cookie: magic, version, direction, cookie. With a key: magic, version, direction, HMAC-SHA256 over these and the
-/// cookie, which stays secret.
+/// cookie, which is not sent.
 const HELLO: usize = HELLO_HEAD + COOKIE;
 const HELLO_HEAD: usize = 8 + 4 + 4;
 const KEYED_MAGIC: u64 = u64::from_le_bytes(*b"SFTKEYED");
 const KEYED_HELLO: usize = HELLO_HEAD + 32;
-/// Bytes of a handle that `listen` writes; the word behind them is where `connect` keeps its state.
+/// Bytes of a handle that `listen` writes; `connect` keeps its state in the word behind them.
 const STATE_AT: usize = 64;
-/// Where a key waits for the connect that proves it: a mark, then the key.
+/// Where the key of a connect is kept: a mark, then the key.
 const KEY_AT: usize = 72;
 const KEY_MARK: u8 = 0x6B;
 
 /// The handle buffer.
 pub type Handle = [u8; NCCL_NET_HANDLE_MAXSIZE];
 
-/// Who sends on a connection.
+/// Which engine sends on a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
-    /// The side that connects.
+    /// The connector.
     Forth = 0,
-    /// The side that accepts.
+    /// The listener.
     Back = 1,
 }
 
@@ -69,11 +69,11 @@ fn invalid(what: &str) -> io::Error {
     io::Error::new(ErrorKind::InvalidInput, what.to_owned())
 }
 
-/// Adds to an error what was tried; the error keeps its number, which tells descriptors that ran out from peers that are gone.
+/// An error with the operation that failed; it keeps its errno, which distinguishes exhausted descriptors from a lost peer.
 pub struct Failed {
-    /// What was tried.
+    /// The operation.
     pub what: String,
-    /// How it ended.
+    /// Its error.
     pub error: io::Error,
 }
 
@@ -89,7 +89,7 @@ fn random() -> io::Result<[u8; COOKIE]> {
     Ok(bytes)
 }
 
-/// Descriptors this process may have.
+/// The process's limit of descriptors.
 fn descriptors() -> usize {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: `limit` is writable.
@@ -99,7 +99,7 @@ fn descriptors() -> usize {
     }
 }
 
-/// What a handle says.
+/// The content of a handle.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Invitation {
     address: SocketAddr,
@@ -159,7 +159,7 @@ impl Invitation {
     }
 }
 
-/// What the connecting side says first.
+/// The connector's first bytes.
 struct Hello {
     bytes: [u8; KEYED_HELLO],
     len: usize,
@@ -170,24 +170,24 @@ impl Hello {
         &self.bytes[..self.len]
     }
 
-    /// Whether these are its bytes. Every byte is compared, whatever the first differences.
+    /// Whether these are its bytes, compared in constant time.
     fn is(&self, bytes: &[u8]) -> bool {
         bytes.len() == self.len && self.bytes().iter().zip(bytes).fold(0, |acc, (a, b)| acc | (a ^ b)) == 0
     }
 }
 
-/// The address that a handle names.
+/// The address in a handle.
 pub fn address_of(handle: &Handle) -> Option<SocketAddr> {
     Some(Invitation::read(handle).ok()?.address)
 }
 
-/// Puts the key into the handle that the connect with it proves.
+/// Stores the key that the connect with this handle proves.
 pub fn set_key(handle: &mut Handle, key: &Key) {
     handle[KEY_AT] = KEY_MARK;
     handle[KEY_AT + 1..KEY_AT + 1 + key.len()].copy_from_slice(key);
 }
 
-/// Takes the key out of the handle, if there is one.
+/// Removes the key from the handle, if it has one.
 fn take_key(handle: &mut Handle) -> Option<Key> {
     let (mark, rest) = handle[KEY_AT..].split_first_mut()?;
     let place = rest.first_chunk_mut::<{ size_of::<Key>() }>()?;
@@ -205,7 +205,7 @@ fn new_socket(address: &SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Options that matter before the connection exists (window scale follows the buffers), and those that accepted sockets inherit.
+/// Options that must be set before the connection exists (window scale follows the buffers), and those that accepted sockets inherit.
 fn tune(socket: &Socket, config: &Config) -> io::Result<()> {
     if config.socket_buffer > 0 {
         socket.set_send_buffer_size(config.socket_buffer)?;
@@ -216,7 +216,7 @@ fn tune(socket: &Socket, config: &Config) -> io::Result<()> {
     congestion::prepare(socket.as_raw_fd(), config)
 }
 
-/// Whether the device can carry new connections now: its link is there, and its address can be had.
+/// Whether the device can carry new connections now: it has a carrier, and its address can be bound.
 pub fn ready(device: &Interface) -> Result<(), Failed> {
     let look = || {
         let address = own_address(device);
@@ -239,7 +239,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn invitations_survive_the_handle() {
+    fn invitations_round_trip_through_the_handle() {
         for address in ["10.1.2.3:4567", "[fd00::12]:9", "[fe80::1%3]:77"] {
             let invitation = Invitation { address: address.parse().unwrap(), cookie: *b"0123456789abcdef" };
             let mut handle = [0xFF; NCCL_NET_HANDLE_MAXSIZE];
@@ -266,15 +266,15 @@ mod tests {
         for key in [None, Some(&[9; 32])] {
             let (forth, back) = (invitation.hello(Forth, key), invitation.hello(Back, key));
             assert!(!forth.is(back.bytes()) && forth.len == back.len);
-            // Another direction in the clear bytes does not go with the proof.
+            // The proof does not match another direction in the clear bytes.
             let mut turned = forth.bytes().to_vec();
             turned[12] = 1;
             assert_eq!(back.is(&turned), key.is_none());
         }
         assert!(plain.is(plain.bytes()) && keyed.is(keyed.bytes()) && !keyed.is(other.bytes()) && !keyed.is(plain.bytes()));
         assert!(plain.bytes().ends_with(b"abcdef") && !keyed.bytes().windows(4).any(|w| w == b"0123"));
-        let stranger = Invitation { cookie: [0; COOKIE], ..invitation.clone() };
-        assert!(!keyed.is(stranger.hello(Forth, Some(&[9; 32])).bytes()));
+        let unknown = Invitation { cookie: [0; COOKIE], ..invitation.clone() };
+        assert!(!keyed.is(unknown.hello(Forth, Some(&[9; 32])).bytes()));
         assert_eq!((address_of(&handle), address_of(&[0; 128])), (Some(invitation.address), None));
     }
 
