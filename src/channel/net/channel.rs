@@ -1,5 +1,5 @@
-//! One channel: a send comm and a receive comm with their queues. Chunks leave in the order they were announced; receives are posted in
-//! the order of the peer's announcements, unpacked, and consumed in that order. Every chunk keeps its regions in use until it is done
+//! One channel: a send comm and a receive comm with their queues. Chunks are sent in the order they were announced; receives are posted,
+//! unpacked and consumed in the order of the peer's announcements. Every chunk holds its regions until it is done
 //! or the channel is closed. Knows nothing of transfers.
 
 use super::staging::{Staging, STAGED_WINDOW};
@@ -20,7 +20,7 @@ use nccl_net_abi::{ucclCommInfo, ucclIoVec, MAX_REQUESTS};
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-/// The copier, where a chunk of device memory needs it.
+/// The copier, which chunks of device memory need.
 pub(super) fn device(copier: &mut Copier) -> Result<&mut dyn DeviceCopier> {
     match copier {
         Some(copier) => Ok(&mut **copier),
@@ -44,26 +44,26 @@ pub(super) fn register<R>(copier: &mut Copier, place: Place, mut register: impl 
         registered = Some(register()?);
         Ok(true)
     })?;
-    registered.ok_or_else(|| crate::status::err!(Internal, "nothing was registered"))
+    registered.ok_or_else(|| crate::status::err!(Internal, "the registration did not run"))
 }
 
-/// Places of the window that chunks of large transfers take at most: small ones find one soon.
+/// Most window slots for chunks of large transfers, so that small ones find a slot soon.
 const BULK_WINDOW: usize = MAX_REQUESTS / 2;
-/// Bytes of large transfers on a channel from which on no more of them are taken: a small one on the same channel waits for all of them.
+/// At this many bytes of large transfers a channel takes no more of them: a small one on the same channel waits for all of them.
 const BULK_BYTES: u64 = 2 << 20;
 
-/// Of the free places of a window, those that the next chunk may use. `bulk`: of a large transfer, and how many chunks and bytes of large
-/// ones are under way.
+/// How many free window slots the next chunk may use. `bulk`: for a chunk of a large transfer, the chunks and bytes of large
+/// transfers in flight.
 fn free(free: usize, bulk: Option<(usize, u64)>) -> usize {
     match bulk {
         None => free,
         Some((_, bytes)) if bytes >= BULK_BYTES => 0,
-        // What small ones take does not count against large ones: they would never have a turn.
+        // Slots of small transfers do not count against large ones, which would otherwise starve.
         Some((chunks, _)) => free.min(BULK_WINDOW.saturating_sub(chunks)),
     }
 }
 
-/// A chunk on its way out; dropped when its memory may change.
+/// A chunk being sent; dropped when its memory may change.
 pub(super) struct Leaving {
     pub key: Key,
     pub len: usize,
@@ -86,11 +86,11 @@ pub(super) enum Source {
 /// A receive that is posted.
 pub(super) struct Posted {
     pub arrival: Arrival,
-    /// Staging place of a host receive without the extension.
+    /// Staging buffer of a host receive without the extension.
     pub staged: Option<*mut u8>,
 }
 
-/// A chunk that is here and not yet in place.
+/// A chunk that has arrived but is not yet in place.
 pub(super) struct Finishing {
     pub arrival: Arrival,
     pub copying: Copying,
@@ -99,23 +99,23 @@ pub(super) struct Finishing {
 /// A copy by the device, if one is needed.
 pub(super) struct Copying {
     ticket: Ticket,
-    /// When it was handed over; none once its time was counted.
+    /// When it was submitted; none once its time was counted.
     since: Option<Instant>,
 }
 
 impl Copying {
-    /// None is needed.
+    /// No copy is needed.
     pub(super) fn none() -> Copying {
         Copying { ticket: Ticket::Done, since: None }
     }
 
-    /// What `hand_over` gives to the device.
+    /// The device job.
     pub(super) fn begin(hand_over: impl FnOnce() -> Result<Ticket>) -> Result<Copying> {
         let since = Some(Instant::now());
         Ok(Copying { ticket: hand_over()?, since })
     }
 
-    /// Whether it is over; its time then goes to `spent`.
+    /// Whether it is complete; its time is then added to `spent`.
     pub(super) fn over(&mut self, copier: &mut Copier, spent: &mut Duration) -> Result<bool> {
         if self.ticket != Ticket::Done && !device(copier)?.poll(self.ticket)? {
             return Ok(false);
@@ -128,8 +128,8 @@ impl Copying {
 
 /// One channel.
 pub(crate) struct Channel {
-    // Field order is drop order: each comm closes before what its requests may use, and the receive comm last, through which the
-    // registrations of sends are dropped.
+    // Field order is drop order: each comm closes before the memory of its requests is freed. The receive comm comes last: the
+    // registrations of sends are dropped through it.
     pub(super) send: SendComm,
     pub(super) host_out: Option<Staging>,
     pub(super) device_out: HashMap<Place, Staging>,
@@ -148,13 +148,13 @@ pub(crate) struct Channel {
     pub(super) host_in: Option<Staging>,
     pub(super) device_in: Option<(Registration, Box<dyn StagingMemory>)>,
     pub(super) discard: Option<HostBlock>,
-    /// The names of its NICs, here and there, and what it has done, for statistics.
+    /// The names of its NICs, here and at the peer, and its counters, for statistics.
     nic: String,
     peer_nic: String,
     pub(super) counts: Counts,
 }
 
-/// What a channel has done.
+/// A channel's counters.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Counts {
     pub sent_bytes: u64,
@@ -195,7 +195,7 @@ impl Channel {
         }
     }
 
-    /// Asks for a doorbell; `false` when the plugin has none and must be polled.
+    /// Sets a doorbell; `false` when the plugin has none and must be polled.
     pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
         Ok(self.send.set_doorbell(doorbell)? && self.recv.set_doorbell(doorbell)?)
     }
@@ -205,18 +205,18 @@ impl Channel {
         self.send.quiet()
     }
 
-    /// Anything announced, in flight or expected.
+    /// Whether chunks are announced, in flight or expected.
     pub(super) fn busy(&self) -> bool {
         !self.outgoing.is_empty() || !self.expected.is_empty() || !self.posted.is_empty() || !self.finishing.is_empty()
     }
 
-    /// Its NIC here and the peer's: what these carry is measured together.
+    /// Its NIC here and the peer's: channels of one pair are measured together.
     pub(super) fn nics(&self) -> (&str, &str) {
         (&self.nic, &self.peer_nic)
     }
 
-    /// Bytes that have come to the peer, those that were handed over and have not, and the round trip, as far as the plugin tells; `None`
-    /// when it cannot tell now.
+    /// Bytes that the peer has acknowledged, bytes still in flight, and the round trip, as far as the plugin reports them; `None`
+    /// when it cannot now.
     pub(super) fn flow(&self) -> Option<(u64, u64, Duration)> {
         match self.send.flow() {
             Some(flow) if flow.stale != 0 => None,
@@ -246,7 +246,7 @@ impl Channel {
         self.expected.push_back(arrival);
     }
 
-    /// Advances everything that can advance. Returns whether something did.
+    /// Advances sends and receives. Returns whether anything advanced.
     pub(super) fn progress(&mut self, copier: &mut Copier, usage: &Usage, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
         let mut any = false;
         if !self.outgoing.is_empty() {
@@ -258,7 +258,7 @@ impl Channel {
         Ok(any)
     }
 
-    /// What the network has done.
+    /// The network's progress.
     pub(super) fn network(&self) -> Result<Line<'_>> {
         let sent = self.send.network_bytes().map_err(|e| self.blame(Way::Out, &e))?;
         let received = self.recv.network_bytes().map_err(|e| self.blame(Way::In, &e))?;
@@ -267,13 +267,13 @@ impl Channel {
         Ok(Line { nic: &self.nic, moved: sent.zip(received), under_way, posted: self.posted.len() })
     }
 
-    /// What it counts; `kernel`: with what the kernel knows, which takes a system call.
+    /// Its statistics; `kernel`: with the kernel's, which takes a system call.
     pub(super) fn stats(&self, kernel: bool, now: Instant) -> ChannelStats {
         let Counts { sent_bytes, sent_chunks, received_bytes, received_chunks, packed, unpacked, packing, unpacking } =
             self.counts;
         let oldest = self.outgoing.front().map_or(0, |o| o.len as u64);
         let network = if kernel { self.send.info().map(network) } else { None };
-        // Sends end when the kernel has them: what the peer acknowledges says how fast the line is.
+        // Sends end when the kernel has them: the peer's acknowledgements show the speed of the network.
         let delivered = network.as_ref().map(|n| n.delivery_rate as f64).filter(|&rate| rate > 0.0 && sent_bytes > 0);
         ChannelStats {
             nic: self.nic.clone(),
@@ -296,7 +296,7 @@ impl Channel {
         }
     }
 
-    /// Its ends in a direction and its NIC, in words.
+    /// Its addresses in a direction and its NIC, as text.
     pub(super) fn describe(&self, way: Way) -> String {
         self.ends(way).unwrap_or_else(|| format!("NIC {}", self.nic))
     }
@@ -308,7 +308,7 @@ impl Channel {
         }
     }
 
-    /// An error with the channel that it happened on.
+    /// An error with the channel's description.
     pub(super) fn blame(&self, way: Way, error: &Error) -> Error {
         let ends = self.ends(way).unwrap_or_else(|| format!("on NIC {}", self.nic));
         Error::new(error.kind(), format_args!("channel {ends}: {error}"))
@@ -317,7 +317,7 @@ impl Channel {
 
 impl Drop for Channel {
     fn drop(&mut self) {
-        // Registrations go while their comm is open, unless its requests may still use them: then they go after it.
+        // Registrations are dropped while their comm is open, unless its requests may still use them: then after it.
         if !self.busy() {
             (self.host_out, self.host_in, self.device_in) = (None, None, None);
             self.device_out.clear();
@@ -345,7 +345,7 @@ pub(super) fn iov(parts: &[Part]) -> Vec<ucclIoVec> {
 mod tests {
     use super::*;
 
-    /// Chunks of large transfers that a channel takes one after the other, and the bytes that a small one then waits for.
+    /// How many chunks of large transfers a channel takes, and the bytes that a small one then waits for.
     fn taken(len: u64) -> (usize, u64) {
         let mut chunks = 0;
         while free(MAX_REQUESTS - chunks, Some((chunks, chunks as u64 * len))) > 0 {
@@ -355,22 +355,22 @@ mod tests {
     }
 
     #[test]
-    fn large_transfers_leave_places_and_bytes_to_small_ones() {
-        // Of large chunks the bytes are the bound, of smaller ones the places.
+    fn large_transfers_leave_room_for_small_ones() {
+        // Bytes limit large chunks, slots limit smaller ones.
         assert_eq!(taken(512 << 10), (4, BULK_BYTES));
         assert_eq!(taken(1 << 20), (2, BULK_BYTES));
         assert_eq!(taken(4 << 20), (1, 4 << 20));
         assert_eq!(taken(64 << 10), (BULK_WINDOW, 512 << 10));
-        // One byte less is not enough to wait.
+        // One byte less, and the channel takes another chunk.
         assert_eq!(free(5, Some((1, BULK_BYTES - 1))), 5);
         assert_eq!(free(5, Some((1, BULK_BYTES))), 0);
     }
 
     #[test]
-    fn large_transfers_bound_themselves_alone() {
+    fn small_transfers_do_not_count_against_large_ones() {
         for places in 0..=MAX_REQUESTS {
             assert_eq!(free(places, None), places);
-            // Small ones in the window take nothing of the large ones' part but the places that they have.
+            // Small chunks in the window take only their own slots.
             assert_eq!(free(places, Some((0, 0))), places.min(BULK_WINDOW));
             assert_eq!(free(places, Some((BULK_WINDOW, 1))), 0);
         }

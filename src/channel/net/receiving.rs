@@ -1,5 +1,5 @@
-//! The receiving half of a channel: posting receives, unpacking what arrived, consuming in order. Knows nothing of who
-//! announced the chunks.
+//! The receiving half of a channel: posting receives, unpacking arrived chunks, consuming in order. Knows nothing of the
+//! control connection.
 
 use super::channel::{device, iov, register, within, Channel, Copying, Finishing, Posted};
 use super::staging::Staging;
@@ -17,7 +17,7 @@ impl Channel {
     pub(super) fn progress_receives(&mut self, copier: &mut Copier, usage: &Usage, events: &mut Vec<Event>) -> Result<bool> {
         let mut any = self.post_receives(copier, usage)?;
         while let Some(done) = self.recv.test_oldest()? {
-            // The chunk leaves the queue only when its copy has been handed over: whatever fails before leaves its memory in use until the
+            // The chunk leaves the queue only when its copy was submitted: after an earlier failure its memory stays held until the
             // channel is closed.
             let copying = self.put_in_place(done, copier)?;
             let Some(Posted { arrival, .. }) = self.posted.pop_front() else { bail!(Internal, "a receive without a chunk") };
@@ -41,7 +41,7 @@ impl Channel {
         Ok(any)
     }
 
-    /// Hands the oldest receive, which is done, to whoever copies it to where it belongs.
+    /// Starts the copy of the oldest receive, which is done, to its destination.
     fn put_in_place(&mut self, done: Done, copier: &mut Copier) -> Result<Copying> {
         let view = match self.posted.front() {
             Some(Posted { arrival: Arrival { dest: Dest::Memory { place, .. }, .. }, .. }) if place.is_device() => {
@@ -51,7 +51,7 @@ impl Channel {
         };
         let Some(Posted { arrival, staged }) = self.posted.front() else { bail!(Internal, "a receive without a chunk") };
         if done.len.is_some_and(|len| len != arrival.len) {
-            bail!(Protocol, "a chunk announced with {} bytes came with {}", arrival.len, done.len.unwrap_or(0));
+            bail!(Protocol, "a chunk announced with {} bytes arrived with {}", arrival.len, done.len.unwrap_or(0));
         }
         match (&arrival.dest, view, staged) {
             (Dest::Memory { place, parts, .. }, Some(view), _) => {
@@ -62,7 +62,7 @@ impl Channel {
                 Ok(copying)
             }
             (Dest::Memory { parts, .. }, None, Some(staged)) => {
-                // SAFETY: the staging place holds the message; the arrival holds the parts' regions.
+                // SAFETY: the staging buffer holds the message; the arrival holds the parts' regions.
                 unsafe { spread(*staged, parts) };
                 Ok(Copying::none())
             }
@@ -98,12 +98,12 @@ impl Channel {
                     None => self.discard.insert(HostBlock::new(usage.chunk_bytes)?),
                 };
                 let iov = [ucclIoVec { base: discard.as_ptr().cast(), len: next.len }];
-                // SAFETY: the discard block holds a chunk and outlives the comm; nobody reads it.
+                // SAFETY: the discard block holds a chunk and outlives the comm; it is never read.
                 Ok((unsafe { self.recv.recv_vectored(&iov, next.len, next.tag) }?, None))
             }
             _ if usage.host => self.post_staged(next, usage),
-            Dest::Memory { .. } => bail!(Internal, "host memory on a channel that carries device memory only"),
-            // What is discarded arrives for the comms' own GPU.
+            Dest::Memory { .. } => bail!(Internal, "host memory on a channel for device memory only"),
+            // Discarded chunks are received for the comms' own GPU.
             Dest::Discard => {
                 let place = usage.gpus.map_or(Place::gpu(0), |(here, _)| here);
                 Ok((self.post_device(next, place, copier)?, None))
@@ -111,7 +111,7 @@ impl Channel {
         }
     }
 
-    /// A receive into host memory without the extension: the message lands in staging memory.
+    /// A receive into host memory without the extension: the message arrives in staging memory.
     fn post_staged(&mut self, next: &Arrival, usage: &Usage) -> Result<(bool, Option<*mut u8>)> {
         if self.host_in.is_none() {
             let stride = usage.chunk_bytes.next_multiple_of(PAGE);
@@ -123,7 +123,7 @@ impl Channel {
         }
         let Some(staging) = &mut self.host_in else { bail!(Internal, "no staging") };
         let data = staging.next();
-        // SAFETY: the staging place holds a chunk and outlives the comm.
+        // SAFETY: the staging buffer holds a chunk and outlives the comm.
         let taken = unsafe { self.recv.recv(data.cast(), next.len, next.tag, staging.mhandle()) }?;
         if !taken {
             staging.undo();
@@ -134,11 +134,11 @@ impl Channel {
     fn post_device(&mut self, next: &Arrival, place: Place, copier: &mut Copier) -> Result<bool> {
         let (data, mhandle) = self.device_in(place, copier)?;
         let recv = &mut self.recv;
-        // SAFETY: for a CUDA mhandle the destination is not touched; it is the small block's own address.
+        // SAFETY: for a CUDA mhandle the plugin does not touch the destination, which is the small block's address.
         within(copier, place, &mut || unsafe { recv.recv(data.cast(), next.len, next.tag, mhandle) })
     }
 
-    /// The mhandle that marks a receive as one of device memory; its memory is never written.
+    /// The mhandle that marks a receive as device memory; the plugin never writes to its memory.
     pub(super) fn device_in(&mut self, place: Place, copier: &mut Copier) -> Result<(*mut u8, MHandle)> {
         if let Some((registration, block)) = &self.device_in {
             return Ok((block.ptr(), registration.mhandle()));

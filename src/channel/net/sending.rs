@@ -1,5 +1,5 @@
-//! The sending half of a channel: where a chunk's bytes are handed to the plugin from, and in which order. Knows nothing of
-//! streams: a chunk bears all that it needs.
+//! The sending half of a channel: the source of a chunk's bytes and the order of sends. Knows nothing of transfers: a chunk has
+//! everything it needs.
 
 use super::channel::{device, iov, register, within, Channel, Copying, Leaving, Source, ToPost};
 use super::staging::{Staging, STAGED_WINDOW};
@@ -16,8 +16,8 @@ use nccl_net_abi::{MAX_REQUESTS, NCCL_PTR_CUDA, NCCL_PTR_HOST};
 use std::time::Instant;
 
 impl Channel {
-    /// Takes a chunk for sending. The caller announces it to the peer. There must be a free place ([`Channel::load`]). The departure's
-    /// hold keeps the chunk's memory registered, and so mapped, until the chunk is gone or the channel closed.
+    /// Takes a chunk for sending. The caller announces it to the peer. The window must have a free slot ([`Channel::load`]). The departure's
+    /// hold keeps the chunk's memory registered, and so mapped, until the chunk is sent or the channel closed.
     pub(super) fn submit(&mut self, departure: Departure, copier: &mut Copier, usage: &Usage, now: Instant) -> Result<()> {
         self.take(departure, copier, usage, now).map_err(|e| self.blame(Way::Out, &e))
     }
@@ -25,7 +25,7 @@ impl Channel {
     fn take(&mut self, departure: Departure, copier: &mut Copier, usage: &Usage, now: Instant) -> Result<()> {
         let Departure { key, chunk, hold, bulk, tag } = departure;
         let len = chunk.len;
-        // First of all, so that a failure from here on leaves the chunk's memory in use until the channel is closed.
+        // First, so that after a later failure the chunk's memory stays held until the channel is closed.
         self.outgoing.push_back(Leaving { key, len, bulk, _hold: hold.clone() });
         self.bulk += usize::from(bulk);
         self.bulk_bytes += if bulk { len as u64 } else { 0 };
@@ -50,7 +50,7 @@ impl Channel {
         let place = chunk.place;
         if let ([part], false) = (&chunk.parts[..], usage.stage_sends) {
             let (span, send) = (hold.span_to_register(part.region)?, &mut self.send);
-            // SAFETY: the region stays mapped while it is held; registrations go before it does (forget_region).
+            // SAFETY: the region stays mapped while it is held; its registrations are dropped first (forget_region).
             let mhandle = register(copier, place, || unsafe { send.region(span, part.addr) })?;
             return Ok(Source::Contiguous { data: part.addr as *mut u8, mhandle, packing: Copying::none(), place });
         }
@@ -84,7 +84,7 @@ impl Channel {
         }
     }
 
-    /// Drops the plugin's registrations of a region that no transfer uses any more.
+    /// Drops the plugin's registrations of a region that no transfer uses.
     pub(crate) fn forget_region(&mut self, id: u64) {
         self.send.forget_region(id);
     }
@@ -103,12 +103,12 @@ impl Channel {
         }
     }
 
-    /// Hands announced chunks to the plugin, in order, as far as they are packed and it takes them.
+    /// Posts announced chunks to the plugin in order, as far as they are packed and it accepts them.
     fn post_sends(&mut self, copier: &mut Copier, now: Instant) -> Result<bool> {
         let mut any = false;
         while let Some(next) = self.to_post.front_mut() {
             let taken = match &mut next.source {
-                // SAFETY: the source's memory is kept by the chunk's hold, or it is a place of the staging ring.
+                // SAFETY: the chunk's hold keeps the source's memory, or it is a buffer of the staging ring.
                 Source::Vectored(iov) => unsafe { self.send.send_vectored(iov, next.len, next.tag) }?,
                 Source::Contiguous { data, mhandle, packing, place } => {
                     if !packing.over(copier, &mut self.counts.packing)? {
