@@ -23,7 +23,7 @@ fn folder(name: &str) -> PathBuf {
     dir
 }
 
-/// Runs the application of this file with the libraries of `dir`: what it says of its registration.
+/// Runs this file's application with the libraries of `dir`, and returns its output about the registration.
 fn application(dir: &Path) -> String {
     let run = Command::new(std::env::current_exe().expect("this program"))
         .args(["the_application", "--exact", "--nocapture", "--include-ignored"])

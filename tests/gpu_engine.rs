@@ -322,7 +322,7 @@ fn calls_beside_a_busy_stream<const LEN: usize>(context: &Arc<cuda_driver::Conte
     time("pinned memory", &mut || kept.1.push(PinnedBuffer::new(context, LEN + 4096 * (1 + kept.1.len())).expect("pinned")));
     time("device memory", &mut || kept.2.push(DeviceBuffer::new(context, LEN + 4096 * (1 + kept.2.len()), 1).expect("device")));
     let finish = || stream.finish(Duration::from_secs(20)).expect("finish");
-    // SAFETY: blocks of LEN bytes that nobody else uses; every call is waited for.
+    // SAFETY: blocks of LEN bytes not otherwise used; the test waits for every call.
     unsafe {
         time("copy to the host", &mut || stream.device_to_host(pinned.mapped().host, device.ptr(), LEN).expect("copy"));
         time("its end", &mut || finish());

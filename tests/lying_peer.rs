@@ -239,7 +239,7 @@ fn refused_chunks_do_not_count_for_a_later_write() {
 }
 
 #[test]
-fn every_transfer_ends_while_the_liar_only_chatters() {
+fn every_transfer_ends_while_the_attacker_sends_only_notifications() {
     const LEN: usize = 1 << 20;
     let mut scene = Scene::new();
     let bait = scene.bait();
@@ -360,7 +360,7 @@ fn announcements_without_data_end_the_connection() {
 }
 
 #[test]
-fn notifications_that_nobody_takes_end_the_connection_or_stop() {
+fn untaken_notifications_end_the_connection_or_stop() {
     let mut scene = Scene::new();
     let mut full = 0;
     let ended = flood(&mut scene, "empty notifications", 700, |liar, _| {
@@ -414,7 +414,7 @@ fn refusals_are_cheap_and_quiet() {
 }
 
 #[test]
-fn connections_that_nobody_accepts_are_bounded() {
+fn unaccepted_connections_are_bounded() {
     let engine = own_engine();
     let mut victim = Victim::start("victim_process", &[]);
     victim.ask("connections");

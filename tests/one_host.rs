@@ -11,7 +11,7 @@ use victim::{pair, text_of, until, Outcome, Victim, SHARED_MEMORY};
 const LIMIT: Duration = Duration::from_secs(60);
 const MIB: usize = 1 << 20;
 
-/// Told to a child: the kernel refuses it to read other processes' memory, or it becomes another user.
+/// For a child: the kernel forbids it to read other processes' memory, or it becomes another user.
 const FORBID: &str = "UCCL_TEST_FORBID";
 const USER: &str = "UCCL_TEST_USER";
 
@@ -198,7 +198,7 @@ fn simulated_gpu_memory_is_mapped_once_and_let_go_with_its_region() {
     }
     assert_eq!(carried(&mut a)[2..], before[2..], "nothing more goes over the channels");
     assert!(until(LIMIT, || b.number("mappings") == 1));
-    // The other way, with the memory of the other side.
+    // The other direction, with the memory of the other engine.
     assert!(until(LIMIT, || {
         assert_eq!(again(&mut a, &mut b, "read", 3 * MIB, 5, local, remote, &item), Outcome::Done(3 * MIB as u64));
         carried(&mut a)[1] > 0
@@ -218,7 +218,7 @@ fn simulated_gpu_memory_is_mapped_once_and_let_go_with_its_region() {
 }
 
 #[test]
-fn memory_is_told_in_advance_whenever_it_is_registered() {
+fn memory_is_announced_in_advance_whenever_it_is_registered() {
     const LEN: usize = 2 * MIB;
     let (mut a, mut b) = (start(&EMULATED), start(&EMULATED));
     let (local, _) = a.buffer(LEN, 5);
@@ -287,7 +287,7 @@ fn host_memory_that_no_other_process_can_read_keeps_its_channels() {
     }
 }
 
-/// Told to a child: how many descriptors it may have.
+/// For a child: its limit of descriptors.
 const NOFILE: &str = "UCCL_TEST_NOFILE";
 
 /// A process that shares many allocations with one that may not have as many descriptors, and that does not run for a while.
@@ -342,10 +342,10 @@ fn a_process_without_descriptors_loses_no_connection() {
     assert!(a.end(LIMIT) && b.end(LIMIT));
 }
 
-/// Told to a child: how long files may be that it makes.
+/// For a child: its limit of file lengths.
 const FSIZE: &str = "UCCL_TEST_FSIZE";
 
-/// The limit counts for memory files too, and who goes beyond it is killed (SIGXFSZ).
+/// The limit applies to memory files too, and a process that exceeds it is killed (SIGXFSZ).
 #[test]
 fn a_process_that_may_make_no_large_files_uses_its_channels() {
     let small = [ON, (FSIZE, "65536")];
@@ -520,7 +520,7 @@ fn what_is_pushed_stays_within_the_host_and_maps_nothing_of_the_application() {
 /// A source that is stopped while it pushes, and goes on after the other side has given it up and has a new connection with another
 /// process: nothing of the application's changes, nor what the new connection brings.
 #[test]
-fn a_stopped_source_writes_to_nobodys_memory() {
+fn a_stopped_source_writes_to_no_foreign_memory() {
     let timeouts = [("UCCL_TCPX_TRANSFER_TIMEOUT_MS", "1500"), ("UCCL_TCPX_PEER_TIMEOUT_MS", "1500")];
     let environment = [&PUSHED[..], &timeouts].concat();
     const LEN: usize = 32 * MIB;
@@ -617,7 +617,7 @@ fn a_stopped_process_is_given_up_in_time_and_does_nothing_late() {
         for id in [write, read] {
             assert_ne!(a.wait(0, id, LIMIT), Outcome::Pending);
         }
-        // It has its memory again, and nobody else writes it.
+        // It has its memory again, and no other process writes to it.
         for buffer in [source, sink] {
             assert_eq!(a.ask(&format!("destroy {buffer}")), "given back");
         }
@@ -798,7 +798,7 @@ fn containers_with_networks_of_their_own_share_memory_through_a_directory() {
     shared_in_the_end(&mut a, &mut b);
     drop((a, b));
     assert!(until(LIMIT, || std::fs::read_dir(&directory.0).unwrap().count() == 0), "sockets are left in the directory");
-    // Process numbers of their own, too: nobody can name the other's process, but memory of GPUs does not need it.
+    // Separate PID namespaces, too: neither process can name the other, but GPU memory does not need that.
     let own_numbers = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"];
     let (mut a, mut b) = spaces.two(&own_numbers, &[ON, shared]);
     assert_eq!(moves(&mut a, &mut b, "write", MIB, 3), Outcome::Done(MIB as u64));

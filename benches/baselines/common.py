@@ -58,7 +58,7 @@ def report(op, total, block, times, used, posts=()):
 
 
 def run_pair(target, initiator, *args):
-    """Runs both sides in two spawned processes joined by a pipe; true when the initiator ended well."""
+    """Runs both ends in two spawned processes joined by a pipe; true when the initiator succeeded."""
     import multiprocessing as mp
 
     mp.set_start_method("spawn")

@@ -44,7 +44,7 @@ def measure(dist, torch, size, rank, device):
     want = pattern(torch, size, device)
     tensor = want.clone() if rank == 0 else torch.zeros_like(want)
     turn(dist, torch, tensor, rank)
-    # Rank 0 could have kept what it had; rank 1 got it from nowhere else.
+    # Rank 0 could have kept its own bytes; rank 1 can only have received them.
     if not torch.equal(tensor, want):
         raise SystemExit(f"{size} bytes: other bytes arrived")
     del want

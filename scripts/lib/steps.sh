@@ -101,7 +101,7 @@ publishable() {
   for part in config config.toml registry/index registry/cache; do
     [ ! -e "$users/$part" ] || ln -s "$users/$part" "$home/$part"
   done
-  # That they compile is what is asked.
+  # They only have to compile.
   CARGO_PROFILE_DEV_OPT_LEVEL=0 CARGO_PROFILE_DEV_DEBUG=false CARGO_HOME=$home CARGO_TARGET_DIR=$work/publish \
     cargo publish --dry-run --workspace --locked --allow-dirty
 }

@@ -171,7 +171,7 @@ struct Peer {
   Hello hello;
 };
 
-/* Peers are started by this program anew, so that they are no children of a process with threads. */
+/* This program starts itself again as the peer, so that no peer is forked from a process with threads. */
 Peer start_peer(char const* program) {
   int ends[2];
   CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0);
@@ -212,7 +212,7 @@ size_t finish(Tasks const& tasks) {
   return failed;
 }
 
-/* How often this thread gave its core away by itself. */
+/* How often this thread yielded its core voluntarily. */
 long pauses() {
   rusage use{};
   CHECK(getrusage(RUSAGE_THREAD, &use) == 0);

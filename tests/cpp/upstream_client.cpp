@@ -137,7 +137,7 @@ int main() {
   CHECK(uccl_engine_update_ipc_info(ipc_buf, reinterpret_cast<uintptr_t>(there.data()) + 5,
                                     reinterpret_cast<uintptr_t>(there.data()), 10) == 0);
 
-  // As clients do it: a thread that accepts until it is told to stop.
+  // As clients do: a thread that accepts until it is stopped.
   std::mutex mutex;
   std::condition_variable arrived;
   std::vector<uccl_conn_t*> accepted;

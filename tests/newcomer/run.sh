@@ -56,7 +56,7 @@ mkdir "$root/src"
 git -C "$here/../.." archive HEAD | tar -x -C "$root/src"
 for name in proc sys dev dev/pts; do bind "$name"; done
 cp /etc/resolv.conf "$root/etc/resolv.conf"
-# Where a network has an authority of its own, whoever set up the machine has told it.
+# A network with its own certificate authority: the machine's administrator has installed it.
 mkdir -p "$root/usr/local/share/ca-certificates"
 cp /usr/local/share/ca-certificates/*.crt "$root/usr/local/share/ca-certificates/" 2>/dev/null || true
 [ ! -x "$root/usr/sbin/update-ca-certificates" ] || chroot "$root" update-ca-certificates >/dev/null 2>&1

@@ -1,4 +1,4 @@
-"""What the NIXL tests share: an agent with buffers, the same in another process, and a runner that gives every case a process of its own."""
+"""Shared by the NIXL tests: an agent with buffers, the same in another process, and a runner that gives every case its own process."""
 
 import argparse
 import ctypes
@@ -311,7 +311,7 @@ class RemoteNode:
         self.pipe.close()
 
     def close(self):
-        """Lets the other process end by itself and insists that it ends well."""
+        """Lets the other process end and checks that it succeeded."""
         self.pipe.send(None)
         self.process.join(30)
         code = self.process.exitcode
@@ -404,7 +404,7 @@ def main(doc):
 
 
 def run_case(name, verbose):
-    """Runs a case in a process of its own. The verdict and the lines to show."""
+    """Runs a case in its own process. Returns the verdict and the lines to show."""
     _, timeout, environment = CASES[name]
     begin = time.monotonic()
     process = subprocess.Popen(

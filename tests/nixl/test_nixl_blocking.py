@@ -62,7 +62,7 @@ def release_stalled(operation):
     there.kill()
 
 
-# Within a host a read needs nothing of a peer that is stopped, and is soon done.
+# On one host a read does not need the stopped peer, and is soon done.
 @case(timeout=90, UCCL_P2P_DISABLE_IPC=1)
 def release_of_a_stalled_read_returns_at_once():
     release_stalled("READ")
@@ -147,7 +147,7 @@ def work_for_a_host_that_stays_silent_fails_in_time():
 
 
 @case(timeout=120)
-def peer_that_takes_no_notifications_keeps_nobody():
+def peer_that_takes_no_notifications_blocks_no_other():
     here, there, _ = pair(4096)
     there.signal(signal.SIGSTOP)
     taken = []

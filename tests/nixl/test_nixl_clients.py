@@ -142,7 +142,7 @@ def decode(pipe, index, requests):
         for name, message in cache.notes():
             verb, request, generation, blocks = message.split(b":")
             if asked.pop(request, None) != name:
-                wrong.append(f"unasked or doubled: {name} {message}")
+                wrong.append(f"unexpected or duplicate: {name} {message}")
                 continue
             blocks = [int(b) for b in blocks.split(b",")]
             chance.shuffle(free)
@@ -360,7 +360,7 @@ def hundred_thousand_descriptors():
         check(here.get("data", 0, count * block) == expected.tobytes(), "blocks differ")
         check_equal(there.notifications(1), [("here", b"all")], "notification")
         agent.release_xfer_handle(handle)
-    check(there.matches("data", 2), "what was read and written back differs")
+    check(there.matches("data", 2), "the data read and written back differs")
     there.close()
 
 
@@ -455,7 +455,7 @@ def region_ends_while_a_peer_writes():
 
 
 def blocks_are_read_again():
-    """A request was given up and its blocks go to the next one while bytes for the first still come, as after an abort."""
+    """A request is abandoned and its blocks go to the next one while bytes for the first still arrive, as after an abort."""
     size = 32 * MIB
     here, there, remote = pair(size, 1, 2)
     for turn in range(10):
@@ -610,11 +610,11 @@ def partial_metadata():
     check_equal(here.connect(connection), "two", "name")
     here.notify("two", b"no memory yet")
     check_equal(two.notifications(1), [("here", b"no memory yet")], "notification")
-    check(raised(here.move, "READ", "data", [(0, MIB)], at(a, [(0, MIB)]), "two") == "nixlNotFoundError", "memory that was not told")
+    check(raised(here.move, "READ", "data", [(0, MIB)], at(a, [(0, MIB)]), "two") == "nixlNotFoundError", "unknown memory")
     check_equal(here.connect(only_a), "two", "name")
     check_equal(here.move("READ", "data", [(0, MIB)], at(a, [(0, MIB)]), "two"), "DONE", "read a")
     check(here.matches("data", 3), "data differs")
-    check(raised(here.move, "READ", "data", [(0, MIB)], at(b, [(0, MIB)]), "two") == "nixlNotFoundError", "memory that was not told")
+    check(raised(here.move, "READ", "data", [(0, MIB)], at(b, [(0, MIB)]), "two") == "nixlNotFoundError", "unknown memory")
     only_b = agent.get_partial_agent_metadata(two.registrations["b"], False, ["TCPX"])
     check_equal(here.connect(only_b), "two", "name")
     check_equal(here.move("READ", "data", [(0, MIB)], at(b, [(0, MIB)]), "two"), "DONE", "read b")
@@ -878,7 +878,7 @@ def notifications_of_every_kind():
     check_equal(there.notifications(1), [(long_name, b"\0\xff\n")], "from a long name")
     empty = raised(here.notify, "there", b"")
     print("note: empty:", empty, there.notifications(1, 0.3))
-    check(raised(here.notify, "nobody", b"x") == "nixlNotFoundError", "an unknown agent")
+    check(raised(here.notify, "unknown", b"x") == "nixlNotFoundError", "an unknown agent")
     for n in range(5000):
         here.notify("there", b"%d" % n)
     got = there.notifications(5000)

@@ -294,7 +294,7 @@ def another_instance_is_refused_until_its_metadata_is_loaded():
             time.sleep(0.7)
         try:
             here.notify("there", b"for the old one")
-            raise harness.Failure("a notification for an instance that is gone was taken")
+            raise harness.Failure("a notification for an instance that has ended was accepted")
         except RuntimeError:
             pass
         check(there.matches("data", 3), "the new instance's memory was written with old metadata")

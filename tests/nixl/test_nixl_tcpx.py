@@ -20,7 +20,7 @@ DEADLINE_S = 4.0 + 6.0
 
 
 def free_port():
-    """A port below those that the system gives to whoever asks for any, so that nobody takes it meanwhile."""
+    """A port below the ephemeral ports, so that no other program takes it meanwhile."""
     for port in random.sample(range(15000, 30000), 100):
         with socket.socket() as listener:
             try:
@@ -338,7 +338,7 @@ def parameters_reach_the_engine():
 
 
 def experience(here, there, remote, size):
-    """Times of transfers, and what is then estimated of one: median measured, estimate and margin, in microseconds."""
+    """Measures transfers and estimates one: median measured, estimate and margin, in microseconds."""
     handle = here.prepare("WRITE", here.local("data", [(0, size)]), at(remote, [(0, size)]), "there")
     refused = None
     try:
@@ -360,7 +360,7 @@ def experience(here, there, remote, size):
 
 
 def plausible(typical, duration, margin):
-    """Whether what was measured is near what was estimated, as near as a busy machine lets it be."""
+    """Whether the measurement is near the estimate, with the tolerance of a busy machine."""
     check(0 < margin <= 2 * duration, f"estimate {duration} +- {margin} us")
     near = duration < typical * 4 and typical / 4 < duration + min(margin, duration)
     check(near, f"estimate {duration} +- {margin} us, measured {typical:.0f} us")
@@ -401,7 +401,7 @@ def cost_within_a_host_is_that_of_its_path():
 
 
 def within_host(path, wanted):
-    """Bytes that the engine says it has sent within the host, once they are so many or some time has passed."""
+    """Bytes that the engine reports as sent on one host, once they reach the number or some time has passed."""
     deadline = time.monotonic() + 10
     while True:
         sent = 0
@@ -415,7 +415,7 @@ def within_host(path, wanted):
 
 
 def metrics(path):
-    """The engine's statistics as it offers them to Prometheus, summed over what they are told apart by."""
+    """The engine's Prometheus statistics, summed over their labels."""
     sums = {}
     with open(path, encoding="utf-8") as file:
         for line in file:
@@ -437,8 +437,8 @@ def telemetry_of_nixl_beside_the_engines_own():
             check_equal(here.finish(handle) if state == "PROC" else state, "DONE", f"write of {size} bytes")
             if hasattr(here.agent, "get_xfer_telemetry"):
                 told = here.agent.get_xfer_telemetry(handle)
-                check_equal(told.totalBytes, size, "bytes that NIXL's telemetry tells")
-                check(told.xferDuration > 0, f"duration that NIXL's telemetry tells: {told.xferDuration}")
+                check_equal(told.totalBytes, size, "bytes in NIXL's telemetry")
+                check(told.xferDuration > 0, f"duration in NIXL's telemetry: {told.xferDuration}")
             handle.release()
             moved += size
         deadline = time.monotonic() + 20
@@ -448,7 +448,7 @@ def telemetry_of_nixl_beside_the_engines_own():
             if sent >= moved or time.monotonic() > deadline:
                 break
             time.sleep(0.2)
-        check(moved <= sent < 2 * moved, f"the engine has sent {sent:.0f} bytes of {moved}; it tells {sorted(sums)}")
+        check(moved <= sent < 2 * moved, f"the engine has sent {sent:.0f} bytes of {moved}; it reports {sorted(sums)}")
     finally:
         if os.path.exists(path):
             os.remove(path)
@@ -510,7 +510,7 @@ def connections_of_gone_peers_do_not_pile_up():
 
 
 def lose_peer(operation, number):
-    # Copies within a host take milliseconds: on a busy machine all may be over before the signal is out.
+    # Copies on one host take milliseconds: on a busy machine all may be over before the signal is sent.
     for _ in range(5):
         if lost_in_flight(operation, number):
             return
@@ -641,7 +641,7 @@ def unreachable_peer_is_an_error():
     begin = time.monotonic()
     try:
         here.connect(metadata)
-        raise Failure("connected to a process that is gone")
+        raise Failure("connected to a process that has ended")
     except Failure:
         raise
     except Exception as error:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Which interfaces are used when nobody names one. Hosts with IPv6 alone: control and data go over their global addresses. Hosts full of
+# Which interfaces are used when no setting names one. Hosts with IPv6 alone: control and data go over their global addresses. Hosts full of
 # interfaces of pods, containers and tunnels, without a carrier, with tentative and with link-local addresses: control and data use the one
-# good NIC, and nothing waits for the others. A speed that nobody knows is called unknown. Exit status 77: skipped.
+# good NIC, and nothing waits for the others. An unknown speed is reported as unknown. Exit status 77: skipped.
 #
 # usage: interfaces.sh TCPX_PERF
 . "$(dirname "$0")/lib.sh"

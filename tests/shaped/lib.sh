@@ -52,7 +52,7 @@ nics() {
         skip "$name needs the qdisc tbf: $(head -1 "$scratch/tc")"
     done
   done
-  # The kernel tells of a carrier a while after the other end has come up, and a NIC without one is left out.
+  # The kernel reports a carrier a while after the other end is up, and a NIC without one is left out.
   for host in $a $b; do
     for i in $(seq $#); do
       timeout 10 bash -c "until ip -n $host link show dev eth$i | grep -q LOWER_UP; do sleep 0.05; done" || skip "$name: eth$i gets no carrier"

@@ -62,7 +62,7 @@ case $rc in
 124) verdict="no end" failed=1 ;;
 *) verdict="error: $cause"; [ -n "$cause" ] || failed=1 ;;
 esac
-# What is said of the loss names the NIC that is lost, and no other.
+# The messages name only the lost NIC.
 case $fault-$rc in
 drop-1 | down-1 | delete-1 | reset-1)
   case $cause in
@@ -72,7 +72,7 @@ drop-1 | down-1 | delete-1 | reset-1)
   esac
   ;;
 esac
-# What goes on slowly may take longer; what stands still may not.
+# Slow transfers may take longer; stalled ones may not.
 [ $fault = rate ] && [ $rc = 0 ] || [ $took -le $((limit * 1000)) ] || { failed=1; verdict="$verdict, too late"; }
 wrong && { failed=1; verdict="$verdict, WRONG BYTES"; }
 echo "$name: $fault, $op: $took ms: $verdict"

@@ -1,4 +1,4 @@
-//! An engine in a process of its own that does what it is told, line by line.
+//! An engine in its own process that takes commands, line by line.
 #![allow(dead_code)] // each test target uses its part
 
 use std::io::{BufRead, BufReader, Write};
@@ -287,7 +287,7 @@ struct Inside {
     taken: Vec<std::fs::File>,
 }
 
-/// Standard error becomes a pipe that is full: whoever writes a line of the log waits. The pipe's other end, and what there was before.
+/// Replaces standard error by a full pipe: a thread that logs a line blocks. Returns the pipe's other end and the old descriptor.
 fn hold_the_log() -> (OwnedFd, OwnedFd) {
     let mut ends = [0; 2];
     // SAFETY: room for two descriptors; all that come are fresh.
@@ -303,7 +303,7 @@ fn hold_the_log() -> (OwnedFd, OwnedFd) {
     }
 }
 
-/// Standard error is what it was, and who waits to write goes on.
+/// Restores standard error, and unblocks waiting writers.
 fn let_the_log_go((out, before): (OwnedFd, OwnedFd)) {
     // SAFETY: plain system calls on open descriptors, into memory of this call.
     unsafe {
@@ -432,7 +432,7 @@ impl Inside {
                 }
                 "let go".to_owned()
             }
-            // Other memory at the place of a buffer, registered anew.
+            // New memory at a buffer's address, registered again.
             "replace" => {
                 let buffer = &mut self.buffers[n(1)];
                 self.engine.deregister(buffer.mr)?;
@@ -494,7 +494,7 @@ impl Inside {
                 let maps = std::fs::read_to_string("/proc/self/maps")?;
                 maps.lines().filter(|line| line.contains("/memfd:test-gpu") && line.contains("r--s")).count().to_string()
             }
-            // Mappings of memory that a side pushes into: this process's own, and others'.
+            // Mappings of buffers of staged transfers: this process's own, and other processes'.
             "areas" => {
                 let maps = std::fs::read_to_string("/proc/self/maps")?;
                 maps.lines().filter(|line| line.contains("/memfd:uccl-area")).count().to_string()

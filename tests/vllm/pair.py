@@ -22,7 +22,7 @@ EOS = 2
 
 
 def free_port():
-    """A port below those that the system gives to whoever asks for any."""
+    """A port below the ephemeral ports."""
     for port in random.sample(range(15000, 30000), 100):
         with socket.socket() as listener:
             try:
@@ -148,7 +148,7 @@ class Instance:
                     data[blocks] = self.content(mark, layer, full)
             elif name not in self.finished and request.num_output_tokens == 0:
                 if count > BLOCK:
-                    raise SystemExit(f"{name}: decode was told to compute {count} tokens: the transfer was given up")
+                    raise SystemExit(f"{name}: decode had to compute {count} tokens: the transfer was abandoned")
                 for layer, data in enumerate(self.bytes):
                     if not self.torch.equal(data[blocks], self.content(mark, layer, full)):
                         raise SystemExit(f"{name}: wrong bytes in layer {layer}")

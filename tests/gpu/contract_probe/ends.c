@@ -1,4 +1,4 @@
-/* Scenarios of what is missing or ends: no device handle, ranges that the driver refuses, a process that is killed. */
+/* Failure scenarios: no device handle, ranges that the driver refuses, a process that is killed. */
 #include "probe.h"
 
 void sc_no_device_handle(void) { /* accept without a device handle */

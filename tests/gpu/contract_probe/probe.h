@@ -69,13 +69,13 @@ void die(const char *fmt, ...) __attribute__((format(printf, 1, 2), noreturn));
 double now(void);
 void cu_must(int rc, const char *what);
 void load(const char *role);
-/* Message m has words of its own, and a size of its own where sizes are random. */
+/* Each message m has distinct words, and a distinct size if sizes are random. */
 void fill(char *b, uint32_t m, uint32_t n);
 uint32_t size_of(uint32_t m);
 /* The software plugin. Where it is deliberately stricter than Google's, the checks say so. */
 int is_soft(void);
 
-/* ---- sender.c: a process that does what it is told over a socket pair ---- */
+/* ---- sender.c: a process that takes commands over a socket pair ---- */
 enum op {
   OP_CONNECT,      /* connect to the handle, register device and host memory */
   OP_REGISTER,     /* register b bytes at base + a, and deregister them */

@@ -1,4 +1,4 @@
-/* The sender: a process that does what it is told over a socket pair. */
+/* The sender: a process that takes commands over a socket pair. */
 #include "probe.h"
 
 /* What the sender has. */
@@ -94,7 +94,7 @@ static void do_window(const struct command *c, struct reply *r) {
 
 static void do_close(struct reply *r) {
   r->rc = P->closeSend(tx.comm);
-  tx.comm = tx.mhandle = tx.host_mhandle = NULL;        /* left registered on purpose: the comm is gone */
+  tx.comm = tx.mhandle = tx.host_mhandle = NULL;        /* left registered on purpose: the comm is closed */
 }
 
 void sender(int s) {
