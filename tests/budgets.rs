@@ -1,4 +1,4 @@
-//! A hundred peers that all keep to the protocol, and together want more than an engine gives: each budget holds in all, what is beyond is
+//! A hundred peers that all follow the protocol, and together want more than an engine's budgets: each budget holds in all, what is beyond is
 //! refused or fails alone, and the others go on.
 
 mod local;

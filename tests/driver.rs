@@ -39,7 +39,7 @@ fn application(dir: &Path) -> String {
 }
 
 #[test]
-#[ignore = "the other tests run it in a process of its own"]
+#[ignore = "the other tests run it in its own process"]
 fn the_application() {
     if std::env::var_os(APPLICATION).is_none() {
         return;

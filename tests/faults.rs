@@ -58,7 +58,7 @@ fn isolated(name: &str) -> bool {
     }
 }
 
-/// The address space of this process may grow by so much and no more.
+/// Limits the growth of this process's address space.
 fn limit_address_space(more: u64) {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
     let pages: u64 = statm.split_whitespace().next().unwrap().parse().unwrap();
@@ -139,7 +139,7 @@ fn memory_that_runs_out_gives_errors_and_never_wrong_bytes() {
 const SPACES: std::ops::Range<u64> = 32..160;
 const LITTLE: &str = "UCCL_TEST_ADDRESS_SPACE";
 
-/// What a process with little address space does: two engines, a connection, a write.
+/// The work of a process with little address space: two engines, a connection, a write.
 fn live_with_little() -> uccl_p2p::status::Result<()> {
     let (a, b) = (Engine::new(config())?, Engine::new(config())?);
     let out = a.connect("127.0.0.1", "", port(&b))?;
@@ -637,7 +637,7 @@ fn reset_data(hosts: &Hosts, host: usize, control: u16) -> bool {
 fn a_reset_of_the_data_channels_is_noticed_at_once() {
     let Some(hosts) = Hosts::new() else { return };
     const LEN: usize = 600 << 10;
-    // Long deadlines: what is noticed is the reset.
+    // Long deadlines, so that only the reset is noticed.
     let environment =
         [("UCCL_TCPX_TRANSFER_TIMEOUT_MS", "60000"), ("UCCL_TCPX_PEER_TIMEOUT_MS", "60000"), ("UCCL_TCPX_NUM_CHANNELS", "2")];
     for what in ["idle", "in flight"] {
@@ -723,7 +723,7 @@ fn one_lost_channel_of_several_ends_the_transfer_and_says_which() {
         // The lost one carried nothing of it.
         Outcome::Done(_) => assert_eq!(b.ask(&format!("holds 0 {LEN} 2")), "true"),
         Outcome::Failed(error) => assert!(names_the_path(&error) && error.contains(&lost[0]), "{error}; lost: {lost:?}"),
-        Outcome::Pending => panic!("the write goes on after {:?}", start.elapsed()),
+        Outcome::Pending => panic!("the write is still pending after {:?}", start.elapsed()),
     }
     assert!(a.end(LIMIT) && b.end(LIMIT));
 }

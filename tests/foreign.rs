@@ -180,7 +180,7 @@ fn gpus_that_came_too_late_take_the_software_plugins_channels() {
 
 #[test]
 fn a_connection_lives_without_the_channels_of_further_gpus() {
-    // One side opens all of its eight, the other its own two, and some of the rest.
+    // One engine opens all of its eight, the other its own two and some of the rest.
     for listens in ["10", "11", "13"] {
         let more = [("UCCL_TCPX_EMULATE_DEVICES", "2"), ("UCCL_TCPX_NUM_CHANNELS", "2"), ("STRICT_FOREIGN_LISTENS", listens)];
         let log = run("few_listens", &more);
@@ -618,7 +618,7 @@ fn registrations() {
             out.wait(id, None).expect("done");
         }
     }
-    // Beside those of the regions each receiving comm has one small block of its own.
+    // Besides those of the regions each receive comm has one small block.
     let comms = counter(COMMS);
     let most = counter(REGISTRATIONS_MOST) - before;
     assert!(most >= regions as u64 && most <= 2 * regions as u64 + comms, "{most} registrations, {comms} comms");

@@ -163,12 +163,12 @@ fn two_gpus_of_one_process_have_comms_of_their_own() {
         }
     }
     let [imports, messages] = foreign_counts();
-    assert_eq!(imports, 2, "each GPU has receive memory of its own");
+    assert_eq!(imports, 2, "each GPU has its own receive memory");
     println!("{messages} messages over two GPUs' comms");
     let _ = std::fs::remove_file(counters());
 }
 
-/// Work of the application that occupies the legacy default stream until it is told to end.
+/// Work of the application that occupies the legacy default stream until it is stopped.
 struct Busy(Arc<Hold>);
 
 struct Hold {
@@ -318,7 +318,7 @@ fn calls_beside_a_busy_stream<const LEN: usize>(context: &Arc<cuda_driver::Conte
         all.push((call, took, waited));
     };
     time("create a stream", &mut || kept.0.push(Stream::new(context).expect("stream")));
-    // Lengths of their own, so that nothing is taken from the shelf.
+    // Unique lengths, so that no kept allocation is reused.
     time("pinned memory", &mut || kept.1.push(PinnedBuffer::new(context, LEN + 4096 * (1 + kept.1.len())).expect("pinned")));
     time("device memory", &mut || kept.2.push(DeviceBuffer::new(context, LEN + 4096 * (1 + kept.2.len()), 1).expect("device")));
     let finish = || stream.finish(Duration::from_secs(20)).expect("finish");

@@ -258,7 +258,7 @@ fn memory_that_takes_the_place_of_other_during_a_set_up_is_not_mistaken_for_it()
     assert!(until(LIMIT, || b.number("connections") == 1));
     for _ in 0..5 {
         assert_eq!(again(&mut a, &mut b, "read", LEN, 2, sink, source, &item), Outcome::Done(LEN as u64));
-        // What the sides say to each other is on its way.
+        // The engines' messages to each other are in flight.
         std::thread::sleep(Duration::from_millis(100));
     }
     assert!(carried(&mut a)[1] > 0, "{}", a.log());
@@ -317,7 +317,7 @@ fn more_allocations_than_descriptors_are_shared_one_after_the_other() {
     assert!(a.end(LIMIT) && b.end(LIMIT));
 }
 
-/// What is shared with a process that has no descriptor left goes over the channels, and the connection stays.
+/// Transfers with a process that has no descriptor left go over the channels, and the connection stays.
 #[test]
 fn a_process_without_descriptors_loses_no_connection() {
     let few = [&EMULATED[..], &[(NOFILE, "160"), ("UCCL_P2P_LOG_LEVEL", "debug")]].concat();
@@ -383,7 +383,7 @@ fn granted(a: &mut Victim, b: &mut Victim, len: usize, fill: u8) -> (usize, usiz
     let (source, item) = b.buffer(len, fill);
     for _ in 0..3 {
         assert_eq!(again(a, b, "read", len, fill, sink, source, &item), Outcome::Done(len as u64));
-        // What the sides say to each other is on its way.
+        // The engines' messages to each other are in flight.
         std::thread::sleep(Duration::from_millis(100));
     }
     (sink, source, item)
@@ -485,7 +485,7 @@ fn memory_that_cannot_be_shared_keeps_its_channels() {
 
 #[test]
 fn what_is_pushed_stays_within_the_host_and_maps_nothing_of_the_application() {
-    // One side that wants it is enough. Memory that cannot be shared is pushed as well.
+    // One engine that asks for it is enough. Memory that cannot be shared uses staged transfers as well.
     let alone = [PUSHED[0], PUSHED[1], PUSHED[3]];
     for (first, second) in [(&PUSHED[..], &EMULATED[..]), (&EMULATED[..], &PUSHED[..]), (&alone[..], &alone[..])] {
         let (mut a, mut b) = two(first, second);
@@ -537,7 +537,7 @@ fn a_stopped_source_writes_to_no_foreign_memory() {
             assert_ne!(a.wait(0, id, LIMIT), Outcome::Pending);
         }
         assert_eq!(a.ask(&format!("destroy {sink}")), "given back");
-        // Somebody else fills what that side has for the purpose.
+        // Another process fills the areas of that engine.
         let mut c = start(&environment);
         c.ask("accept");
         assert_eq!(a.ask(&format!("connect 127.0.0.1 {}", c.port)), "1", "{}", a.log());
@@ -611,7 +611,7 @@ fn a_stopped_process_is_given_up_in_time_and_does_nothing_late() {
         let (target, item) = b.buffer(LEN, 0);
         let (sink, _) = a.buffer(LEN, 0);
         let read = a.start_transfer(&format!("read 0 {sink} {LEN} {}", text_of(&item))).unwrap();
-        // Before the write, which it could have done by now: when it goes on, what it was asked for is there, and must not be done.
+        // Before the write, which it could have done by now: when it continues, the request is there, and must not be carried out.
         b.signal(libc::SIGSTOP);
         let write = a.start_transfer(&format!("write 0 {source} {LEN} {}", text_of(&item))).unwrap();
         for id in [write, read] {

@@ -1,5 +1,5 @@
 //! Finding and loading plugins, as an application meets it: places and their order, broken files, tables of both versions, the
-//! environment. Each case has a process of its own. The plugins are simulated: the strict foreign plugin, and one of version 8 in C.
+//! environment. Each case has its own process. The plugins are simulated: the strict foreign plugin, and one of version 8 in C.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

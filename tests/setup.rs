@@ -1,4 +1,4 @@
-//! Set-ups of connections under attack and in need, over real sockets and between real processes: unauthenticated connections, peers that die or
+//! Set-ups of connections under attack and with few resources, over real sockets and between real processes: unauthenticated connections, peers that die or
 //! freeze, limits of descriptors, many connects at once, fork.
 
 mod local;
@@ -50,7 +50,7 @@ fn isolated(name: &str, nofile: u64) -> bool {
     false
 }
 
-// ---- an engine in a process of its own ----
+// ---- an engine in its own process ----
 
 /// A process with an engine that takes commands.
 struct Server {
@@ -115,7 +115,7 @@ impl Drop for Server {
     }
 }
 
-/// The body of a [`Server`]'s process. As a test of its own it does nothing.
+/// The body of a [`Server`]'s process. Run as a test it does nothing.
 #[test]
 fn server_process() {
     if std::env::var(CHILD).as_deref() != Ok("server_process") {
@@ -540,7 +540,7 @@ fn a_peer_that_is_cut_off_anywhere_in_the_set_up_is_noticed_at_once() {
     let (here, there) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
     let relay = TcpListener::bind("127.0.0.1:0").unwrap();
     let (at, target) = (relay.local_addr().unwrap().port(), port(&there));
-    // Closer and closer to the end of what one side says to the other.
+    // Closer and closer to the end of the handshake bytes.
     for (most, forth) in (0..13).flat_map(|k| [(k * 120, true), (k * 120, false)]) {
         let over = AtomicBool::new(false);
         std::thread::scope(|s| {
@@ -620,7 +620,7 @@ fn set_ups_that_hang_cost_little() {
 
 #[test]
 fn set_ups_that_hang_give_way_to_others() {
-    // More than the budget of proved set-ups.
+    // More than the budget of authenticated set-ups.
     let mut server = Server::start(1024, &[("UCCL_TCPX_NUM_CHANNELS", "1")]);
     server.ask("accept");
     while_set_ups_hang(server.port, 100, 1, || {
@@ -652,7 +652,7 @@ fn frozen_peers_do_not_add_up_at_the_end() {
 fn connects_of_a_frozen_peer_do_not_keep_others_out() {
     let mut server = Server::start(8192, &[("UCCL_TCPX_NUM_CHANNELS", "1")]);
     server.ask("accept");
-    // A process whose connects are under way when it freezes.
+    // A process with pending connects when it freezes.
     let frozen: Vec<Server> = (0..8).map(|_| Server::start(4096, &[("UCCL_TCPX_NUM_CHANNELS", "1")])).collect();
     for peer in &frozen {
         let mut input = &peer.input;
@@ -860,7 +860,7 @@ fn a_forked_child_leaves_the_parents_connections_alone() {
         }),
         "the child could not end"
     );
-    // The child had four counted references of its own; here they are still ours.
+    // The child had its own four counted references; here they are still ours.
     std::thread::sleep(Duration::from_millis(300));
     out.status().expect("the parent's connection lives on");
     inc.status().expect("the parent's connection lives on");

@@ -234,7 +234,7 @@ impl Arena {
     }
 
     fn end_of_round(&mut self, start: Instant) {
-        // What was given back in the round before has had the time to be written to.
+        // Memory released in the previous round has had time for a late write.
         self.late_writes();
         for buffer in self.exposed.drain(..) {
             self.survivor.ask(&format!("destroy {buffer}"));

@@ -22,7 +22,7 @@ fn write(connection: &Connection, local: (u64, &[u8]), mut item: FifoItem, spoil
     connection.wait(id, Some(Duration::from_secs(30))).is_ok_and(|state| state.complete)
 }
 
-/// Waits until it holds; counters follow what they count by a moment.
+/// Waits until it holds: counters lag behind by a moment.
 fn soon(what: &str, mut holds: impl FnMut() -> bool) {
     let until = Instant::now() + Duration::from_secs(30);
     while !holds() {

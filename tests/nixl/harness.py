@@ -273,7 +273,7 @@ def _serve(pipe, arguments, environment, namespace):
 
 
 class RemoteNode:
-    """A Node in a process of its own: every method of Node, called through a pipe. `environment`: variables to set, or to unset (None);
+    """A Node in its own process: every method of Node, called through a pipe. `environment`: variables to set, or to unset (None);
     `namespace`: the network namespace it lives in."""
 
     def __init__(self, environment=None, namespace=None, **arguments):
@@ -386,7 +386,7 @@ def main(doc):
             sys.exit(SKIPPED)
         except Failure as failure:
             print("failed:", failure)
-            # One that was stopped would not end by itself.
+            # A stopped process would not end.
             for child in multiprocessing.active_children():
                 child.kill()
             sys.exit(1)

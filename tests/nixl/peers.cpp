@@ -75,7 +75,7 @@ void silent_hosts_leave_the_others_alone() {
   peers->stop();
   uccl_engine_destroy(here);
   uccl_engine_destroy(there);
-  need(peers->wait(std::chrono::seconds(10)), "the end of what was tried");
+  need(peers->wait(std::chrono::seconds(10)), "the end of the attempt");
   ::close(fd);
 }
 
@@ -108,7 +108,7 @@ void notifications_wait_for_a_connection_each_for_its_own_time() {
   need(waiting() == 0, "none waits for ever");
   peers->stop();
   uccl_engine_destroy(here);
-  need(peers->wait(std::chrono::seconds(10)), "the end of what was tried");
+  need(peers->wait(std::chrono::seconds(10)), "the end of the attempt");
   ::close(fd);
   unsetenv("UCCL_TCPX_TRANSFER_TIMEOUT_MS");
 }

@@ -480,7 +480,7 @@ def blocks_of_a_released_read_are_read_again_encrypted():
 # ---- Agents that come and go -------------------------------------------------------------------------------------------------
 
 def settled(measure):
-    """What is closed in the background has its time."""
+    """Waits for closes in the background."""
     last, deadline = measure(), time.monotonic() + 15
     while time.monotonic() < deadline:
         time.sleep(1.5)
@@ -685,7 +685,7 @@ def peers_killed_and_started_again_under_their_name():
 
 @case(timeout=150, UCCL_TCPX_PEER_TIMEOUT_MS=3000, UCCL_TCPX_TRANSFER_TIMEOUT_MS=3000)
 def a_stopped_peer_keeps_no_other():
-    """One peer of three is stopped in the middle of transfers; the others go on, and it takes part again when it goes on."""
+    """One peer of three is stopped in the middle of transfers; the others continue, and so does it once it is resumed."""
     size = 32 * MIB
     here = Node("here")
     for i in range(3):
@@ -710,7 +710,7 @@ def a_stopped_peer_keeps_no_other():
         deadline = time.monotonic() + 20
         state = ""
         while state != "DONE":
-            check(time.monotonic() < deadline, f"the peer that goes on is not reached: {state}")
+            check(time.monotonic() < deadline, f"the resumed peer is not reached: {state}")
             raised(here.connect, peers[0].metadata())
             state = here.try_move("READ", "data0", [(0, size)], at(remotes[0], [(0, size)]), "p0")
         check(all(here.matches(f"data{i}", 10 + i) for i in range(3)), "data differs")

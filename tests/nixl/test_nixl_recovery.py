@@ -138,7 +138,7 @@ def all_well(pair, seed, reads=6):
 
 
 def answer_in_time(pair, message):
-    """The other direction has a connection of its own, which may come back a moment later."""
+    """The other direction has its own connection, which may come back a moment later."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:

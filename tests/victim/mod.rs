@@ -164,7 +164,7 @@ pub fn item_of(text: &str) -> FifoItem {
 
 // ---- the inside of it ----
 
-/// Set: buffers lie in memory files, which an engine with UCCL_TCPX_EMULATE_DEVICE=1 can share as a GPU's memory.
+/// Set: buffers are in memory files, which an engine with UCCL_TCPX_EMULATE_DEVICE=1 can share like GPU memory.
 pub const SHARED_MEMORY: &str = "UCCL_TEST_SHARED_MEMORY";
 
 /// Memory of a buffer.
@@ -210,7 +210,7 @@ impl Bytes {
         Bytes::File { at, len, fd: fd.clone() }
     }
 
-    /// So many parts of one memory file, none of them beside another.
+    /// Parts of one memory file, none adjacent to another.
     fn many(count: usize, len: usize, fill: u8) -> Vec<Bytes> {
         let fd = memory_file(2 * count * len);
         (0..count).map(|i| Bytes::of_file(&fd, 2 * i * len, len, fill)).collect()
@@ -265,7 +265,7 @@ struct Buffer {
     mr: u64,
     /// None once it was freed.
     bytes: Option<Bytes>,
-    /// What it held when it was given back.
+    /// Its content when it was deregistered.
     last: Option<Vec<u8>>,
 }
 
@@ -441,7 +441,7 @@ impl Inside {
                 buffer.mr = self.engine.register(bytes.as_ptr() as usize, bytes.len())?;
                 text_of(&self.engine.fifo_item(buffer.mr, bytes.as_ptr() as usize, bytes.len())?)
             }
-            // So many buffers that are allocations of their own, in one memory file.
+            // Separate allocations in one memory file.
             "allocations" => {
                 for bytes in Bytes::many(n(1), n(2), n(3) as u8) {
                     let mr = self.engine.register(bytes.as_ptr() as usize, bytes.len())?;
