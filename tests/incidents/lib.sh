@@ -4,7 +4,7 @@
 top=$(dirname "$perf")/tcpx-top
 metrics=$scratch/metrics.sock
 
-# client SECONDS [options]: measures in the background for so long; its log and error go to $scratch/client
+# client SECONDS [options]: measures in the background for that time; its log and error go to $scratch/client
 client() {
   local seconds=$1
   shift

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # packaging/Dockerfile as buildah builds it, on a base that debootstrap makes: no daemon, no registry of images. The image runs its demo and
-# says its verdict. Exit status 77: skipped.
+# prints the result. Exit status 77: skipped.
 #
 # usage: image.sh [FOLDER]     FOLDER: where the base is kept for the next run; default: a temporary one
 set -euo pipefail
