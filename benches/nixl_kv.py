@@ -121,13 +121,13 @@ class GpuRegion:
 
 
 def prepare_device(job, side):
-    """The engine looks for the GPU that is current when it is made."""
+    """The engine uses the GPU that is current when it is created."""
     if job["memory"] == "VRAM":
         GpuRegion(1, side)
 
 
 class Cache:
-    """The regions of all layers in one registration each, `blocks` blocks in a region. Every block has a content of its own."""
+    """The regions of all layers in one registration each, `blocks` blocks in a region. Every block has distinct content."""
 
     def __init__(self, job, side):
         shape = job["shape"]
@@ -189,7 +189,7 @@ class Requests:
         self.posted = 0
 
     def settle(self, seconds):
-        """Some rounds before the measurement; fewer where a round is long."""
+        """Warm-up rounds; fewer if a round is long."""
         until = time.monotonic() + seconds
         for _ in range(SETTLE):
             self.run(0)
@@ -311,7 +311,7 @@ def initiator(pipe, results, backend, variables, job):
 
 
 def measure(backend, plugin_dir, job):
-    """The rows of one shape in a fresh pair of processes, those before it failed if it did."""
+    """The rows of one shape in a new pair of processes; after a failure, those measured before it."""
     name, variables = environment(backend, plugin_dir, job["memory"])
     context = multiprocessing.get_context("spawn")
     a, b = context.Pipe()
@@ -346,7 +346,7 @@ def plugin_directory(chosen):
 
 
 def jobs(options):
-    """One job a shape, with its rows: what a pair of processes measures."""
+    """One job per shape, with the rows that a pair of processes measures."""
     found = []
     for name in ["single"] if options.small else options.shapes.split(","):
         shape, rows = SHAPES[name], []
@@ -377,7 +377,7 @@ def table(rows, backends):
 
 
 def write(options, rows):
-    """The whole file again, so that one that is stopped leaves what it has."""
+    """Writes the whole file again, so that a stopped run keeps its results."""
     with open(options.json, "w", encoding="utf-8") as file:
         json.dump({"host": platform.node(), "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%dT%H:%M:%S"), "memory": options.memory, "rows": rows},
                   file, indent=1)

@@ -51,7 +51,7 @@ def serve(pipe, work):
 
 
 def conclude(sides, requests, failed, bytes_each, seconds):
-    """Ends the sides, prints the verdict and ends the program with it."""
+    """Ends the processes, prints the result and ends the program with it."""
     for side in sides:
         side.send(None)
     print("\n".join(failed))

@@ -1,5 +1,5 @@
 /* Calls that come when almost everything is over: from destructors of static objects, from atexit, from destructors of thread-specific
- * data (pthread keys) and of thread-local objects. By then the library's own thread locals may be gone. A call must still fail with a
+ * data (pthread keys) and of thread-local objects. By then the library's own thread locals may be destroyed. A call must still fail with a
  * status, or work, and never end the process. usage: late_calls [static|atexit|key|local|engine]; without a word all, each in a
  * process of its own. */
 #include "uccl_engine.h"
@@ -38,7 +38,7 @@ void fail_calls() {
   CHECK(uccl_engine_get_notifs().empty());
 }
 
-/* What a client that cleans up late does. */
+/* The calls of a client that cleans up late. */
 void end_engine() {
   uint64_t id = 0;
   char item_bytes[UCCL_FIFO_SIZE];

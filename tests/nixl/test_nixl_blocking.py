@@ -1,5 +1,5 @@
-"""The NIXL backend TCPX keeps no caller waiting, and says what happened: releases in flight, hosts that are silent, floods of
-notifications, ends in good order and keys that differ. Run it with run.sh: NIXL_TEST=test_nixl_blocking.py."""
+"""The NIXL backend TCPX blocks no caller, and reports errors: releases in flight, silent hosts, floods of
+notifications, orderly closes and different keys. Run it with run.sh: NIXL_TEST=test_nixl_blocking.py."""
 
 import gc
 import multiprocessing
@@ -51,7 +51,7 @@ def release_stalled(operation):
     begin = time.monotonic()
     handle.release()
     took(begin, AT_ONCE_S, "release of a stalled " + operation)
-    # What waits is the deregistration, and not for ever; from then on the memory is the caller's alone.
+    # The deregistration waits, for a bounded time; afterwards only the caller uses the memory.
     begin = time.monotonic()
     here.deregister("data")
     took(begin, 30, "deregistration")
@@ -278,7 +278,7 @@ def refused_memory_is_not_allowed():
 
 
 def keys(folder, mine, theirs):
-    """Key files for the two sides; None: no key."""
+    """Key files for the two agents; None: no key."""
     paths = []
     for name, key in (("mine", mine), ("theirs", theirs)):
         paths.append(os.path.join(folder, name) if key else None)

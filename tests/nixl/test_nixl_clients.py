@@ -41,7 +41,7 @@ def until(condition, seconds, what):
 
 
 def stamp(owner, generation, block, size):
-    """What a block holds in one life."""
+    """The content of a block in one life."""
     base = np.uint64((owner << 48) ^ (generation << 24) ^ block)
     return (np.arange(size // 8, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + base).view(np.uint8)
 
@@ -62,7 +62,7 @@ LAYERS, BLOCKS, BLOCK = 4, 128, 16384
 
 
 class Cache:
-    """An agent with a paged cache of several layers, each registered for itself."""
+    """An agent with a paged cache of several layers, each registered separately."""
 
     def __init__(self, name, config=None):
         api = nixl_api()
@@ -221,7 +221,7 @@ def writer(pipe, index, rooms):
         for number, layer in enumerate(cache.layers):
             layer[block] = stamp(index * 16 + number, room, block, BLOCK)
         handles = []
-        # Each layer is a transfer with its notification; they are posted without a look at those before.
+        # Each layer is a transfer with its notification; they are posted without polling earlier ones.
         for number in range(LAYERS):
             local = agent.get_xfer_descs([(cache.layers[number].ctypes.data + block * BLOCK, BLOCK, 0)], "DRAM")
             remote = agent.get_xfer_descs([descriptors[number * BLOCKS + block]], "DRAM")
@@ -235,7 +235,7 @@ def writer(pipe, index, rooms):
             if state != "DONE":
                 pipe.send(state)
             agent.release_xfer_handle(handle)
-        # The block may be written again once the reader has said that it has looked.
+        # The block may be written again once the reader has confirmed.
         until(lambda: any(message == b"seen" for _, message in cache.notes()), 30, "no answer")
     pipe.send("well")
     pipe.recv()
@@ -333,7 +333,7 @@ def blocks_of_unequal_lengths():
     there.close()
 
 
-# A heartbeat is not to be what makes it go on, nor is a caller that asks all the time.
+# Neither a heartbeat nor a caller that polls all the time may be what drives it.
 @case(timeout=120, UCCL_TCPX_PEER_TIMEOUT_MS=60000, UCCL_TCPX_TRANSFER_TIMEOUT_MS=60000)
 def hundred_thousand_descriptors():
     count, block = 100_000, 256
@@ -499,7 +499,7 @@ def grown(before, after, what, bytes_allowed):
 
 
 def leave_nothing(there, cycle, cycles, bytes_allowed):
-    """Runs cycles, after some that are not counted; neither this process nor that of `there` holds more afterwards. Ends `there`."""
+    """Runs cycles, after some warm-up; neither this process nor that of `there` holds more resources afterwards. Ends `there`."""
     def held():
         return settled(usage), settled(lambda: (there.descriptors(), there.threads(), 0))
 

@@ -13,9 +13,9 @@ import harness
 from harness import Failure, Node, RemoteNode, at, case, check, check_equal, pair, pattern
 
 MIB = 1 << 20
-# Seconds for which a machine that is busy with other things may keep a process from a core.
+# Seconds for which a busy machine may keep a process off the CPU.
 SHORT = {"UCCL_TCPX_PEER_TIMEOUT_MS": 4000, "UCCL_TCPX_TRANSFER_TIMEOUT_MS": 4000}
-# A loss must show within the deadline; the rest is for such a machine, too.
+# A loss must be reported within the deadline; the rest is a margin for a busy machine.
 DEADLINE_S = 4.0 + 6.0
 
 
@@ -388,7 +388,7 @@ def cost_within_a_host_is_that_of_its_path():
             print(f"note: 16 MiB {way}: estimated {duration} +- {margin} us, median measured {typical:.0f} us")
             plausible(typical, duration, margin)
             local = within_host(path, 30 * size if disabled == "0" else 0)
-            check((local >= 30 * size) == (disabled == "0"), f"{way}: {local:.0f} bytes stayed within the host")
+            check((local >= 30 * size) == (disabled == "0"), f"{way}: {local:.0f} bytes stayed on the host")
             there.close()
             here.agent = None
             if os.path.exists(path):
@@ -518,7 +518,7 @@ def lose_peer(operation, number):
 
 
 def lost_in_flight(operation, number):
-    """Loses a peer to a signal while transfers run and checks what comes of them; False if they were over by then."""
+    """Kills or stops a peer by a signal while transfers run and checks their results; False if they were already over."""
     size = 256 * MIB
     here, there, remote = pair(size, 1)
     check_equal(here.move(operation, "data", [(0, size)], at(remote, [(0, size)]), "there"), "DONE", "first transfer")
@@ -591,7 +591,7 @@ def restart(how, **params):
         there = RemoteNode(name="there", params=params)
         remote = there.allocate("data", MIB, 50 + life)
         if life:
-            # What the agent keeps of a peer that was lost differs between NIXL versions; removing it first works with all.
+            # NIXL versions differ in the state that an agent keeps of a lost peer; removing it first works with all.
             try:
                 here.forget("there")
             except Exception:
@@ -608,7 +608,7 @@ def restart(how, **params):
         else:
             there.close()
         if how == "killed" and life == 0:
-            # This time a transfer finds out.
+            # This time a transfer detects it.
             handle_state = "PROC"
             try:
                 handle_state = here.move("WRITE", "data", [(0, MIB)], at(remote, [(0, MIB)]), "there")

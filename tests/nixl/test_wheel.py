@@ -1,4 +1,4 @@
-"""What an installed wheel nixl-tcpx gives. Run by wheel.sh, in an environment that has it and NIXL's wheels."""
+"""Tests an installed wheel nixl-tcpx. Run by wheel.sh, in an environment that has it and NIXL's wheels."""
 
 import importlib.metadata
 import os
@@ -80,7 +80,7 @@ def directory_is_absolute():
 
 
 def ucx_alone():
-    """How a process ends that has UCX alone, from NIXL's own wheel."""
+    """The exit status of a process with only UCX, from NIXL's own wheel."""
     package = os.environ.get("NIXL_PACKAGE", "nixl")
     program = f"import {package}._api as api; agent = api.nixl_agent('alone', api.nixl_agent_config(backends=['UCX']))"
     return subprocess.run([sys.executable, "-c", program], capture_output=True, env=PLAIN, timeout=60).returncode
@@ -161,7 +161,7 @@ def doctor_names_the_trouble():
 
 
 def alone():
-    """A directory with nothing but this module."""
+    """A directory with only this module."""
     directory = pathlib.Path(os.environ["WHEEL_SCRATCH"]) / "alone"
     directory.mkdir(exist_ok=True)
     link = directory / "nixl_tcpx"

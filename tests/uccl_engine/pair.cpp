@@ -124,7 +124,7 @@ int measure(const std::string& metadata, double seconds) {
         link.move(false, size);
       }
       if (std::count(link.side.memory, link.side.memory + size, wanted) != static_cast<long>(size)) fail("wrong bytes");
-      // What the next write of this size must bring back.
+      // The expected bytes of the next write of this size.
       if (write && size != kBytes) std::memset(link.side.memory, kClient, size);
       std::sort(times.begin(), times.end());
       const double median = times[times.size() / 2];

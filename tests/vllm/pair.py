@@ -115,7 +115,7 @@ class Instance:
         return caches
 
     def content(self, mark, layer, blocks):
-        """What the model would have written: bytes that tell request, layer, block and place."""
+        """The model's output: bytes that identify request, layer, block and offset."""
         torch = self.torch
         first = ((torch.arange(blocks) * 7 + layer * 31 + mark * 131) % 251).to(torch.uint8)
         return first[:, None] + self.places[None, :]
@@ -155,7 +155,7 @@ class Instance:
                 self.checked += full * self.page * len(self.bytes)
 
     def step(self):
-        """One step of the engine. Requests that finished, with the parameters for the other side."""
+        """One step of the engine. Returns finished requests, with the parameters for the other instance."""
         from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
         scheduled = self.scheduler.schedule()
@@ -219,7 +219,7 @@ def main():
 
 
 def run(options, prefill, decode):
-    """Sends every request through prefill and then, with what prefill says, through decode. Four at a time."""
+    """Sends every request through prefill and then, with the parameters from prefill, through decode. Four at a time."""
     begin, failures, batch = time.monotonic(), 0, 4
     for first in range(0, options.requests, batch):
         numbers = range(first, min(first + batch, options.requests))
