@@ -218,8 +218,8 @@ fn impatient(transfer_timeout: Duration) -> [std::sync::Arc<Engine>; 2] {
     })
 }
 
-/// A thread is kept for long while it has a connection, as by the driver of a GPU while the application copies: the peer goes on hearing
-/// of this side, the engine's other connections go on, and so does the kept one afterwards.
+/// A thread is delayed for long while it holds a connection, as by a GPU driver while the application copies: the peer still receives
+/// heartbeats, the engine's other connections continue, and so does the held one afterwards.
 #[test]
 fn a_held_connection_stays_alive_and_delays_no_other() {
     const KEPT: Duration = Duration::from_secs(3);

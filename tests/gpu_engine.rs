@@ -147,7 +147,7 @@ fn two_gpus_of_one_process_have_comms_of_their_own() {
         return;
     }
     const LEN: usize = (4 << 20) + 100;
-    // The plugin is to carry it, not the path within the host.
+    // The plugin must carry it, not direct transfers.
     let [a, b] = [(); 2].map(|()| engine_with(|config| config.disable_ipc = true));
     let places = [Place::FirstGpu, Place::LastGpu];
     let near: Vec<Buffer> = places.iter().map(|&place| Buffer::new(&a, place, pattern(LEN, 3))).collect();
@@ -182,7 +182,7 @@ struct Hold {
 const BUSY_LIMIT: Duration = Duration::from_secs(30);
 
 unsafe extern "C" fn hold(argument: *mut c_void) {
-    // SAFETY: the Arc was given up for this call.
+    // SAFETY: the Arc was leaked for this call.
     let hold = unsafe { Arc::from_raw(argument.cast_const().cast::<Hold>()) };
     hold.begun.store(true, Ordering::SeqCst);
     let start = Instant::now();

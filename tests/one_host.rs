@@ -54,7 +54,7 @@ fn forbid_reading_processes() {
     }
 }
 
-/// The path within the host is used.
+/// Direct transfers are used.
 const ON: (&str, &str) = ("UCCL_P2P_DISABLE_IPC", "0");
 const EMULATED: [(&str, &str); 3] = [ON, ("UCCL_TCPX_EMULATE_DEVICE", "1"), (SHARED_MEMORY, "1")];
 
@@ -106,7 +106,7 @@ fn again(
     outcome
 }
 
-/// Bytes that the first side has sent and received within the host, and over channels.
+/// Bytes that the first engine has sent and received by direct transfers, and over channels.
 fn carried(a: &mut Victim) -> [u64; 4] {
     let answer = a.ask("carried 0");
     let mut numbers = answer.split(' ').map(|n| n.parse().unwrap_or_else(|_| panic!("{answer}")));
@@ -278,7 +278,7 @@ fn host_memory_that_no_other_process_can_read_keeps_its_channels() {
         };
         let (plain, there) = one.buffer(LEN, 0);
         for _ in 0..4 {
-            // Out of it, asked for by either side; then into it.
+            // Out of it, started by either engine; then into it.
             assert_eq!(again(one, other, "read", LEN, 9, plain, secret, &item), Outcome::Done(LEN as u64), "{}", one.log());
             assert_eq!(again(other, one, "write", LEN, 9, secret, plain, &there), Outcome::Done(LEN as u64), "{}", one.log());
             assert_eq!(again(one, other, "write", LEN, 9, plain, secret, &item), Outcome::Done(LEN as u64), "{}", one.log());
@@ -517,7 +517,7 @@ fn what_is_pushed_stays_within_the_host_and_maps_nothing_of_the_application() {
     }
 }
 
-/// A source that is stopped while it pushes, and goes on after the other side has given it up and has a new connection with another
+/// A source that is stopped during a staged transfer, and resumes after its peer has closed the connection and has a new one with another
 /// process: nothing of the application's changes, nor what the new connection brings.
 #[test]
 fn a_stopped_source_writes_to_no_foreign_memory() {

@@ -89,7 +89,7 @@ pub(crate) fn with<R>(call: &str, dev: usize, id: usize, body: impl FnOnce(&mut 
     match live.get_or_insert_default().get_mut(&id) {
         Some(mr) if mr.dev == dev => body(mr),
         Some(mr) => violation!("{call} on device {dev} with a registration of device {}", mr.dev),
-        None => violation!("{call} with registration {id:#x}, which does not exist (any more)"),
+        None => violation!("{call} with registration {id:#x}, which does not exist (or was dropped)"),
     }
 }
 

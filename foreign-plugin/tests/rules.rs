@@ -60,7 +60,7 @@ fn a_contract_violation_ends_the_process() {
         ("misaligned_size", "not whole pages"),
         ("beyond_the_end", "reaches beyond"),
         ("registered_twice", "registered twice"),
-        ("used_after_deregistration", "does not exist (any more)"),
+        ("used_after_deregistration", "does not exist (or was dropped)"),
         ("deregistered_in_flight", "requests in flight"),
         ("outside_of_registration", "outside of the registration"),
         ("no_device_handle", "without a device handle"),

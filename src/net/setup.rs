@@ -278,7 +278,7 @@ impl On<'_> {
         let how = self.plugin.traits.handle_check;
         let admitted = handle::admit(how, own, peer)?;
         match handle::addresses(how, &admitted).find(|address| !self.allowed.admits(address.ip())) {
-            Some(_) => bail!(Unreachable, "the address is not in UCCL_TCPX_ALLOW of this side"),
+            Some(_) => bail!(Unreachable, "the address is not in UCCL_TCPX_ALLOW of this host"),
             None => Ok(admitted),
         }
     }

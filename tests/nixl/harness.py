@@ -330,7 +330,7 @@ def joined(here, there, size, mine_seed=None, theirs_seed=None):
     here.allocate("data", size, mine_seed)
     remote = there.allocate("data", size, theirs_seed)
     check_equal(here.connect(there.metadata()), "there", "name of the remote agent")
-    check_equal(there.connect(here.metadata()), "here", "name of the remote agent, other side")
+    check_equal(there.connect(here.metadata()), "here", "name of the remote agent, at the peer")
     return here, there, remote
 
 

@@ -377,17 +377,17 @@ def cost_is_estimated_from_experience():
 
 
 @case(UCCL_P2P_DISABLE_IPC="0", UCCL_TCPX_METRICS="/tmp/nixl-tcpx-cost-%p")
-def cost_within_a_host_is_that_of_its_path():
+def cost_on_one_host_is_that_of_its_path():
     size, path = 16 * MIB, f"/tmp/nixl-tcpx-cost-{os.getpid()}"
     told = {}
     try:
-        for way, disabled in (("within the host", "0"), ("over channels", "1")):
+        for way, disabled in (("on one host", "0"), ("over channels", "1")):
             os.environ["UCCL_P2P_DISABLE_IPC"] = disabled
             here, there, remote = pair(size, 1)
             told[way] = typical, duration, margin = experience(here, there, remote, size)
             print(f"note: 16 MiB {way}: estimated {duration} +- {margin} us, median measured {typical:.0f} us")
             plausible(typical, duration, margin)
-            local = within_host(path, 30 * size if disabled == "0" else 0)
+            local = sent_on_one_host(path, 30 * size if disabled == "0" else 0)
             check((local >= 30 * size) == (disabled == "0"), f"{way}: {local:.0f} bytes stayed on the host")
             there.close()
             here.agent = None
@@ -400,7 +400,7 @@ def cost_within_a_host_is_that_of_its_path():
     check(inside[1:] != channels[1:], f"both are estimated alike: {told}")
 
 
-def within_host(path, wanted):
+def sent_on_one_host(path, wanted):
     """Bytes that the engine reports as sent on one host, once they reach the number or some time has passed."""
     deadline = time.monotonic() + 10
     while True:

@@ -63,7 +63,7 @@ pub struct Address {
     pub prefix: u32,
     /// Scope of a link-local IPv6 address.
     pub scope: u32,
-    /// Duplicate address detection is under way or has failed: it cannot be bound.
+    /// Duplicate address detection is running or has failed: it cannot be bound.
     pub tentative: bool,
     /// Deprecated: not for new connections.
     pub deprecated: bool,

@@ -48,7 +48,7 @@ pub fn list() -> io::Result<Vec<Found>> {
         let (tentative, deprecated) = (flags & (TENTATIVE | DADFAILED) != 0, flags & DEPRECATED != 0);
         found[at].addresses.push(Address { ip, prefix, scope, tentative, deprecated });
     }
-    // SAFETY: the list came from getifaddrs, and no node is used any more.
+    // SAFETY: the list came from getifaddrs, and no node is used afterwards.
     unsafe { libc::freeifaddrs(head) };
     Ok(found)
 }

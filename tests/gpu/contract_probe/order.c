@@ -31,7 +31,7 @@ static void receives_arrive(void) {
   }
   report(ok, "b %d receives of 1 B to 1 MiB: receive k in slot k %% 16, lengths add up, bytes right; %lu entries, %lu not 16-aligned %s", n, entries, odd, why);
   report(ok, "f the mhandle was a 64 KiB buffer's and the destination no memory at all%s", "");
-  report(untouched, "j test wrote nothing to size, on either side");
+  report(untouched, "j test wrote nothing to size, at both ends");
   if (!ok) die("cannot go on");
 }
 
