@@ -29,7 +29,7 @@ fn config(channels: Option<usize>) -> Config {
 
 fn main() -> ExitCode {
     let mut words: VecDeque<String> = std::env::args().skip(1).filter(|w| w != "--bench").collect();
-    // Both sides live on this host, and channels are what is measured.
+    // Both processes are on this host; the bench measures channels.
     for (name, value) in [("NCCL_SOCKET_IFNAME", "lo"), ("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "lo"), ("UCCL_P2P_DISABLE_IPC", "1")]
     {
         if std::env::var_os(name).is_none() {
@@ -80,7 +80,7 @@ fn main() -> ExitCode {
 
 // ---- the passive side ----
 
-/// Accepts connections and lends one buffer to all of them. A line on standard input that says `echo` makes it send notifications
+/// Accepts connections and shares one buffer among them. A line on standard input that says `echo` makes it send notifications
 /// back until one says stop; the end of standard input ends it.
 fn serve(channels: Option<usize>) -> ExitCode {
     let engine = Engine::new(config(channels)).expect("engine");
@@ -263,7 +263,7 @@ fn connect(seconds: f64) {
     );
 }
 
-/// Resident memory per connection, of both sides, with 1 and with 8 channels, after each connection has moved data both ways; what a
+/// Resident memory per connection, at both engines, with 1 and with 8 channels, after each connection has moved data both ways; what a
 /// channel adds is the difference over seven.
 fn memory() {
     const CONNECTIONS: usize = 32;

@@ -6,12 +6,12 @@ and, with --json, writes one object a measurement.
 
 scripts/nixl-bench builds and installs what it needs and starts it; scripts/gpu-bench-kv starts it from a bundle on a GPU machine.
 
-What vLLM's NixlConnector does: both sides register one cache a layer, all blocks are prepared once, a request reads the blocks of its
+What vLLM's NixlConnector does: both agents register one cache per layer, all blocks are prepared once, a request reads the blocks of its
 tokens in every layer by index into blocks that lie elsewhere, and carries a notification. `--in-flight` such requests run at a time. The
 bytes of every request are compared after each measurement. The shape `single` measures single operations of 4 KiB, 64 KiB and 1 MiB, one at
 a time, and beside them what NIXL's own calls cost with nothing to move; `--small` is that shape alone.
 
-A backend is its name and, after a slash, a way: UCX/tcp is UCX_TLS=tcp, UCX/shm leaves UCX its choice on one host; TCPX copies within a host,
+A backend is its name and, after a slash, a way: UCX/tcp is UCX_TLS=tcp, UCX/shm leaves UCX its choice on one host; TCPX uses direct transfers on one host,
 TCPX/channels moves everything over network channels, as between hosts. In each turn each backend is measured once, in a pair of fresh processes for
 each shape; the tables have medians over the turns, and the spread. After `--minutes` no pair is started. `--memory vram` moves memory of
 the last GPU to the first one, and needs torch.
@@ -49,7 +49,7 @@ def arguments():
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2)
     parser.add_argument("--in-flight", type=int, default=32)
-    parser.add_argument("--gib", type=float, default=6, help="memory of both sides together; fewer requests are in flight where it is too little")
+    parser.add_argument("--gib", type=float, default=6, help="memory of both processes together; fewer requests are in flight if it is too small")
     parser.add_argument("--memory", choices=("dram", "vram"), default="dram")
     parser.add_argument("--small", action="store_true", help="the shape `single` alone")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no pair of processes is started afterwards")
@@ -121,13 +121,13 @@ class GpuRegion:
 
 
 def prepare_device(job, side):
-    """The engine looks for the GPU that is current when it is made."""
+    """The engine uses the GPU that is current when it is created."""
     if job["memory"] == "VRAM":
         GpuRegion(1, side)
 
 
 class Cache:
-    """The regions of all layers in one registration each, `blocks` blocks in a region. Every block has a content of its own."""
+    """The regions of all layers in one registration each, `blocks` blocks in a region. Every block has distinct content."""
 
     def __init__(self, job, side):
         shape = job["shape"]
@@ -189,7 +189,7 @@ class Requests:
         self.posted = 0
 
     def settle(self, seconds):
-        """Some rounds before the measurement; fewer where a round is long."""
+        """Warm-up rounds; fewer if a round is long."""
         until = time.monotonic() + seconds
         for _ in range(SETTLE):
             self.run(0)
@@ -311,7 +311,7 @@ def initiator(pipe, results, backend, variables, job):
 
 
 def measure(backend, plugin_dir, job):
-    """The rows of one shape in a fresh pair of processes, those before it failed if it did."""
+    """The rows of one shape in a new pair of processes; after a failure, those measured before it."""
     name, variables = environment(backend, plugin_dir, job["memory"])
     context = multiprocessing.get_context("spawn")
     a, b = context.Pipe()
@@ -346,7 +346,7 @@ def plugin_directory(chosen):
 
 
 def jobs(options):
-    """One job a shape, with its rows: what a pair of processes measures."""
+    """One job per shape, with the rows that a pair of processes measures."""
     found = []
     for name in ["single"] if options.small else options.shapes.split(","):
         shape, rows = SHAPES[name], []
@@ -377,7 +377,7 @@ def table(rows, backends):
 
 
 def write(options, rows):
-    """The whole file again, so that one that is stopped leaves what it has."""
+    """Writes the whole file again, so that a stopped run keeps its results."""
     with open(options.json, "w", encoding="utf-8") as file:
         json.dump({"host": platform.node(), "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%dT%H:%M:%S"), "memory": options.memory, "rows": rows},
                   file, indent=1)

@@ -1,4 +1,4 @@
-//! A hundred peers that all keep to the protocol, and together want more than an engine gives: each budget holds in all, what is beyond is
+//! A hundred peers that all follow the protocol, and together want more than an engine's budgets: each budget holds in all, what is beyond is
 //! refused or fails alone, and the others go on.
 
 mod local;
@@ -123,7 +123,7 @@ fn connections_have_a_limit_in_all_and_by_address() {
         // One that goes makes room for one.
         drop((up.pop(), kept.pop()));
         assert!(until(LIMIT, || peers.connect("127.0.0.1", "", port(&target)).is_ok()));
-        // This side's own connects are its own matter.
+        // The engine's own connects do not count.
         let back: Vec<_> = (0..40).map(|_| target.connect("127.0.0.1", "", port(&peers)).expect("an own connect")).collect();
         assert_eq!(back.len(), 40);
     }
@@ -134,7 +134,7 @@ fn transfers_of_all_peers_together_have_a_limit_and_what_is_beyond_fails_alone()
     // Three quarters of all, since the peers have one address.
     const MOST: usize = 1000;
     let mut crowd = Crowd::new(Budgets { transfers: Some(MOST / 3 * 4 + 1), ..Budgets::default() });
-    // Messages that nobody receives stay in flight.
+    // Messages without a posted receive stay in flight.
     let send = |crowd: &Crowd, peer: usize| crowd.out[peer].send(std::iter::once(crowd.local(100))).unwrap();
     let sent: Vec<(usize, u64)> = (0..20).flat_map(|_| 0..PEERS).map(|peer| (peer, send(&crowd, peer))).collect();
     let state = |crowd: &Crowd, (peer, id): (usize, u64)| crowd.out[peer].poll(id).map(|s| s.complete).map_err(|e| e.kind());
@@ -173,7 +173,7 @@ fn one_address_leaves_something_of_each_budget_to_others() {
     let there = vec![0u8; 1 << 16];
     let region = crowd.target.register(there.as_ptr() as usize, there.len()).unwrap();
     let item = crowd.target.fifo_item(region, there.as_ptr() as usize, there.len()).unwrap();
-    // Messages that nobody receives and notifications that nobody takes, from a hundred connections of one address.
+    // Messages without a receive and notifications that are never taken, from a hundred connections of one address.
     let sent: Vec<(usize, u64)> = (0..20)
         .flat_map(|_| 0..PEERS / 2)
         .map(|peer| (peer, crowd.out[peer].send(std::iter::once(crowd.local(100))).unwrap()))
@@ -184,8 +184,8 @@ fn one_address_leaves_something_of_each_budget_to_others() {
         (0..20).for_each(|_| drop(connection.notify(b"name", &[7; 10_000])));
     }
     let failed = || crowd.inc.iter().filter(|c| c.status().is_err_and(|e| e.kind() == ErrorKind::Resource)).count();
-    assert!(until(LIMIT, || failed() > 0), "nobody is stopped");
-    // Somebody at another address is served.
+    assert!(until(LIMIT, || failed() > 0), "no peer is refused");
+    // A peer at another address is served.
     let late = crowd.peers.connect(&other, "", port(&crowd.target)).expect("a connect from another address");
     let late_in = crowd.target.accept().unwrap();
     for direction in [Direction::Write, Direction::Read] {
@@ -221,7 +221,7 @@ fn lists_of_all_peers_together_have_a_limit_in_bytes() {
     let fits = crowd.peers.connect("127.0.0.1", "", port(&crowd.target)).unwrap();
     let _inc = crowd.target.accept().unwrap();
     let id = fits.transfer(Direction::Write, list(1000)).unwrap();
-    assert!(fits.wait(id, Some(LIMIT)).unwrap().complete, "what was taken is given back");
+    assert!(fits.wait(id, Some(LIMIT)).unwrap().complete, "the budget is released");
     // More than one connection may have is refused whatever the others do.
     let id = fits.transfer(Direction::Write, list(200_000)).and_then(|id| fits.wait(id, Some(LIMIT)));
     assert!(id.is_err(), "{id:?}");
@@ -239,7 +239,7 @@ fn notifications_of_all_peers_together_have_a_limit() {
         }
     }
     let failed = || crowd.inc.iter().filter(|c| c.status().is_err_and(|e| e.kind() == ErrorKind::Resource)).count();
-    assert!(until(LIMIT, || failed() > 0), "nobody is stopped");
+    assert!(until(LIMIT, || failed() > 0), "no peer is refused");
     // Those that were not stopped yet bring no more than fits either.
     let mut most = 0;
     until(Duration::from_secs(1), || {
@@ -274,7 +274,7 @@ fn a_hundred_peers_cause_no_more_lines_than_their_budget() {
 
 #[test]
 fn budgets_are_settings_and_can_be_asked_for() {
-    // Before the engine takes a logger of its own.
+    // Before the engine installs its own logger.
     let _ = config(Budgets::default());
     let settings = [("UCCL_TCPX_PLUGIN", "soft"), ("UCCL_TCPX_MAX_CONNECTIONS", "40"), ("UCCL_TCPX_PEER_BYTES", "1M")];
     let engine = Engine::new(Config::from_env_with(&settings).unwrap()).unwrap();

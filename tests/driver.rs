@@ -23,7 +23,7 @@ fn folder(name: &str) -> PathBuf {
     dir
 }
 
-/// Runs the application of this file with the libraries of `dir`: what it says of its registration.
+/// Runs this file's application with the libraries of `dir`, and returns its output about the registration.
 fn application(dir: &Path) -> String {
     let run = Command::new(std::env::current_exe().expect("this program"))
         .args(["the_application", "--exact", "--nocapture", "--include-ignored"])
@@ -39,7 +39,7 @@ fn application(dir: &Path) -> String {
 }
 
 #[test]
-#[ignore = "the other tests run it in a process of its own"]
+#[ignore = "the other tests run it in its own process"]
 fn the_application() {
     if std::env::var_os(APPLICATION).is_none() {
         return;

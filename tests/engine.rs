@@ -1,4 +1,4 @@
-//! The engine through its Rust API, inside one process over loopback: strangers on the port, limits, ends in any order.
+//! The engine through its Rust API, inside one process over loopback: unauthenticated connections, limits, closing in any order.
 
 mod local;
 mod memory;
@@ -82,7 +82,7 @@ fn write_all(conn: &Connection, from: &Buffer, to: &Buffer) -> Result<(), ErrorK
 }
 
 #[test]
-fn strangers_neither_crash_nor_delay() {
+fn unauthenticated_connections_neither_crash_nor_delay() {
     let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
     let address = ("127.0.0.1", port(&b));
     let silent: Vec<TcpStream> = (0..20).map(|_| TcpStream::connect(address).unwrap()).collect();
@@ -202,7 +202,7 @@ fn a_transfer_may_mix_regions_and_sizes() {
             moved.for_each(|range| assert!(back[range.clone()] == fresh[range]));
         }
     }
-    // A region that is gone is found when the list is started, whether it moves bytes or not.
+    // A deregistered region is detected when the list is started, whether it moves bytes or not.
     let gone = sources[0].local(0, 0);
     a.deregister(sources[0].mr).unwrap();
     for len in [0, 16] {
@@ -216,7 +216,7 @@ fn five_gibibytes_in_one_transfer() {
     const LEN: usize = 5 << 30;
     let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
     let (out, _inc) = pair(&a, &b);
-    // A few places that tell, on both sides of every 1 GiB and 4 GiB boundary; the rest is compared too.
+    // A few significant offsets, on both sides of every 1 GiB and 4 GiB boundary; the rest is compared too.
     let mut bytes = vec![0u8; LEN];
     let marks: Vec<usize> = (0..5).flat_map(|g| [(g << 30) + 7, ((g + 1) << 30) - 1]).collect();
     for (i, &m) in marks.iter().enumerate() {
@@ -243,7 +243,7 @@ fn deregistration_waits_for_the_peers_transfers() {
     let result = std::thread::scope(|s| {
         let waiting = s.spawn(|| out.wait(id, None));
         b.deregister(to.mr).unwrap();
-        // From here on nobody may write to it, whether the transfer made it or not.
+        // From here on nothing may write to it, whether the transfer completed or not.
         let before = to.bytes().into_owned();
         let result = waiting.join().unwrap();
         assert!(before == *to.bytes());
@@ -270,8 +270,8 @@ fn keys_must_match() {
     let (out, _inc) = pair(&client, &server);
     out.notify(b"a", b"b").unwrap();
     for config in [bad, config()] {
-        let stranger = Engine::new(config).unwrap();
-        assert_eq!(stranger.connect("127.0.0.1", "", port(&server)).unwrap_err().kind(), ErrorKind::Auth);
+        let other = Engine::new(config).unwrap();
+        assert_eq!(other.connect("127.0.0.1", "", port(&server)).unwrap_err().kind(), ErrorKind::Auth);
     }
     assert!(Engine::new(key("short", "short")).is_err());
 }
@@ -414,7 +414,7 @@ fn one_engine_moves_memory_of_the_host_and_of_two_gpus() {
     move_between_places(&a, &b, &out, LEN, &mixed);
 }
 
-/// Whoever looks for notifications drives connections for a moment; nobody may look again.
+/// A thread that looks for notifications drives connections for a moment, and may never look again.
 #[test]
 fn a_connection_ends_although_it_was_looked_at_just_before() {
     let (a, b) = (Engine::new(config()).expect("engine"), Engine::new(config()).expect("engine"));
@@ -428,7 +428,7 @@ fn a_connection_ends_although_it_was_looked_at_just_before() {
     drop(inc);
     let limit = std::time::Instant::now() + std::time::Duration::from_secs(20);
     while left.upgrade().is_some() {
-        assert!(std::time::Instant::now() < limit, "somebody keeps the connection");
+        assert!(std::time::Instant::now() < limit, "another thread keeps the connection");
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
 }

@@ -58,7 +58,7 @@ fn isolated(name: &str) -> bool {
     }
 }
 
-/// The address space of this process may grow by so much and no more.
+/// Limits the growth of this process's address space.
 fn limit_address_space(more: u64) {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
     let pages: u64 = statm.split_whitespace().next().unwrap().parse().unwrap();
@@ -94,7 +94,7 @@ fn memory_that_runs_out_gives_errors_and_never_wrong_bytes() {
         let (target, item) = victim.buffer(LEN, 0);
         let mut source = Buffer::new(&engine, vec![0; LEN]);
         let out = engine.connect("127.0.0.1", "", victim.port).unwrap();
-        // All threads are there when it is over, and their number stays.
+        // All threads exist when it is over, and their number stays.
         let id = out.transfer(Direction::Write, std::iter::once((source.local(100), item))).unwrap();
         assert!(out.wait(id, Some(LIMIT)).unwrap().complete);
         let mut running = 0;
@@ -139,7 +139,7 @@ fn memory_that_runs_out_gives_errors_and_never_wrong_bytes() {
 const SPACES: std::ops::Range<u64> = 32..160;
 const LITTLE: &str = "UCCL_TEST_ADDRESS_SPACE";
 
-/// What a process with little address space does: two engines, a connection, a write.
+/// The work of a process with little address space: two engines, a connection, a write.
 fn live_with_little() -> uccl_p2p::status::Result<()> {
     let (a, b) = (Engine::new(config())?, Engine::new(config())?);
     let out = a.connect("127.0.0.1", "", port(&b))?;
@@ -168,7 +168,7 @@ fn process_with_little_address_space() {
     println!("= {}", result.map_or_else(|e| format!("{:?}: {e}", e.kind()), |()| "done".to_owned()));
 }
 
-/// Wherever the address space ends, calls fail and the process goes on; and the error names the address space, not a limit of threads.
+/// Wherever the address space ends, calls fail and the process continues; and the error names the address space, not a limit of threads.
 #[test]
 fn no_limit_of_the_address_space_ends_the_process() {
     if std::env::var_os("UCCL_TEST_SANITIZED").is_some() {
@@ -197,7 +197,7 @@ fn no_limit_of_the_address_space_ends_the_process() {
 // ---- threads ----
 
 #[test]
-fn connections_that_nobody_drives_keep_each_other_alive() {
+fn undriven_connections_keep_each_other_alive() {
     let timeout = Duration::from_secs(5);
     let config = || Config { num_channels: Some(1), peer_timeout: timeout, ..config() };
     let (a, b) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
@@ -218,10 +218,10 @@ fn impatient(transfer_timeout: Duration) -> [std::sync::Arc<Engine>; 2] {
     })
 }
 
-/// A thread is kept for long while it has a connection, as by the driver of a GPU while the application copies: the peer goes on hearing
-/// of this side, the engine's other connections go on, and so does the kept one afterwards.
+/// A thread is delayed for long while it holds a connection, as by a GPU driver while the application copies: the peer still receives
+/// heartbeats, the engine's other connections continue, and so does the held one afterwards.
 #[test]
-fn a_connection_that_somebody_keeps_stays_alive_and_keeps_no_other_up() {
+fn a_held_connection_stays_alive_and_delays_no_other() {
     const KEPT: Duration = Duration::from_secs(3);
     let [a, b] = impatient(Duration::from_secs(30));
     let ((kept, inc), (other, other_inc)) = (pair(&a, &b), pair(&a, &b));
@@ -248,9 +248,9 @@ fn a_connection_that_somebody_keeps_stays_alive_and_keeps_no_other_up() {
     assert_eq!(to.bytes, from.bytes);
 }
 
-/// The same while connections come up: neither those that are made ready nor those that come up beside them are given up by their peers.
+/// The same during set-up: peers abandon neither the connections being set up nor those set up beside them.
 #[test]
-fn connections_whose_set_up_somebody_keeps_stay_alive() {
+fn connections_stay_alive_while_a_set_up_is_held() {
     const KEPT: Duration = Duration::from_millis(1500);
     const COUNT: usize = 4;
     let [a, b] = impatient(Duration::from_secs(30));
@@ -275,9 +275,9 @@ fn connections_whose_set_up_somebody_keeps_stay_alive() {
     assert_eq!(to.bytes, from.bytes);
 }
 
-/// Nor does who makes one connection ready keep another one from coming up, and from being used.
+/// Nor does a thread that sets one connection up block the set-up or use of another.
 #[test]
-fn a_set_up_that_somebody_keeps_keeps_no_other_up() {
+fn a_held_set_up_delays_no_other() {
     const KEPT: Duration = Duration::from_secs(3);
     let [a, b] = impatient(Duration::from_secs(30));
     b.simulate_kept_set_ups(KEPT);
@@ -292,14 +292,14 @@ fn a_set_up_that_somebody_keeps_keeps_no_other_up() {
     assert!(begun.elapsed() < KEPT / 2, "another set-up was kept for {:?}", begun.elapsed());
     assert_eq!(to.bytes, from.bytes);
     kept.0.status().unwrap();
-    // Whoever asks for its state waits for whoever makes it ready.
+    // A query of its state waits for the thread that sets it up.
     kept.1.status().unwrap();
-    assert!(since.elapsed() >= KEPT, "nobody made it ready");
+    assert!(since.elapsed() >= KEPT, "no thread set it up");
 }
 
 /// Transfers that keep a region from its end are failed, whatever keeps a connection that has nothing to do with it.
 #[test]
-fn a_region_ends_while_somebody_keeps_another_connection() {
+fn a_region_ends_while_another_connection_is_held() {
     const KEPT: Duration = Duration::from_secs(4);
     set_environment();
     let config = || Config { close_timeout: Duration::from_millis(300), ..config() };
@@ -317,9 +317,9 @@ fn a_region_ends_while_somebody_keeps_another_connection() {
     kept.status().unwrap();
 }
 
-/// Where an engine ends while somebody keeps one of its connections, the peers of the others hear of it at once.
+/// When an engine ends while a thread holds one of its connections, the peers of the others learn of it at once.
 #[test]
-fn an_engine_that_ends_while_somebody_keeps_a_connection_tells_the_peers_of_the_others() {
+fn an_engine_with_a_held_connection_closes_the_others_when_it_ends() {
     const KEPT: Duration = Duration::from_secs(4);
     let [a, b] = impatient(Duration::from_secs(30));
     let (kept, _inc) = pair(&a, &b);
@@ -337,7 +337,7 @@ fn an_engine_that_ends_while_somebody_keeps_a_connection_tells_the_peers_of_the_
     assert!(until(LIMIT, || kept.status().is_err()));
 }
 
-/// Clock ticks that this process uses while somebody keeps a connection to which something happens meanwhile, and those of a second.
+/// Clock ticks that this process uses while a thread holds a connection that has an event meanwhile, and those of a second.
 fn ticks_while_kept(kept: &Connection, time: Duration, happens: impl FnOnce()) -> (u64, u64) {
     let before = ticks(std::process::id());
     std::thread::scope(|scope| {
@@ -350,10 +350,10 @@ fn ticks_while_kept(kept: &Connection, time: Duration, happens: impl FnOnce()) -
     (used, unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as u64)
 }
 
-/// What the peer sends to a connection that somebody keeps waits, and costs no processor time while it does.
+/// Data that the peer sends to a held connection waits, and costs no CPU time meanwhile.
 #[test]
-fn what_comes_to_a_connection_that_somebody_keeps_waits_without_a_cost() {
-    const NAME: &str = "what_comes_to_a_connection_that_somebody_keeps_waits_without_a_cost";
+fn data_for_a_held_connection_waits_without_cost() {
+    const NAME: &str = "data_for_a_held_connection_waits_without_cost";
     const KEPT: Duration = Duration::from_secs(3);
     if !isolated(NAME) {
         return;
@@ -367,10 +367,10 @@ fn what_comes_to_a_connection_that_somebody_keeps_waits_without_a_cost() {
     assert!(until(LIMIT, || a.next_notification().is_some()));
 }
 
-/// A socket that has hung up always has an event: it costs a connection that somebody keeps no processor time either.
+/// A socket that has hung up always has an event: that costs a held connection no CPU time either.
 #[test]
-fn a_peer_that_is_gone_from_a_connection_that_somebody_keeps_costs_nothing() {
-    const NAME: &str = "a_peer_that_is_gone_from_a_connection_that_somebody_keeps_costs_nothing";
+fn a_lost_peer_of_a_held_connection_costs_nothing() {
+    const NAME: &str = "a_lost_peer_of_a_held_connection_costs_nothing";
     const KEPT: Duration = Duration::from_secs(5);
     if !isolated(NAME) {
         return;
@@ -385,7 +385,7 @@ fn a_peer_that_is_gone_from_a_connection_that_somebody_keeps_costs_nothing() {
     assert!(until(LIMIT, || kept.status().is_err()));
 }
 
-/// Nobody vouches for ever for a thread that does not come back.
+/// Heartbeats do not continue for ever for a thread that does not return.
 #[test]
 fn a_connection_that_stays_kept_is_given_up_by_its_peer() {
     let [a, b] = impatient(Duration::from_secs(1));
@@ -613,7 +613,7 @@ fn a_transfer_whose_data_path_is_lost_ends_although_the_control_path_lives() {
         println!("{operation}: {outcome:?} after {:?}", start.elapsed());
         let Outcome::Failed(error) = outcome else { panic!("{operation}: {outcome:?}") };
         assert!(names_the_path(&error), "{operation}: {error}");
-        // The other side has heard of it, too.
+        // The peer has learnt of it, too.
         assert!(until(LIMIT, || b.ask("status 0").starts_with("error")));
         let _ = target;
         assert!(hosts.on(1, "iptables -F"));
@@ -637,7 +637,7 @@ fn reset_data(hosts: &Hosts, host: usize, control: u16) -> bool {
 fn a_reset_of_the_data_channels_is_noticed_at_once() {
     let Some(hosts) = Hosts::new() else { return };
     const LEN: usize = 600 << 10;
-    // Long deadlines: what is noticed is the reset.
+    // Long deadlines, so that only the reset is noticed.
     let environment =
         [("UCCL_TCPX_TRANSFER_TIMEOUT_MS", "60000"), ("UCCL_TCPX_PEER_TIMEOUT_MS", "60000"), ("UCCL_TCPX_NUM_CHANNELS", "2")];
     for what in ["idle", "in flight"] {
@@ -674,7 +674,7 @@ fn a_reset_of_the_data_channels_is_noticed_at_once() {
         assert!(start.elapsed() < Duration::from_secs(5), "{what}: {:?}", start.elapsed());
         b.signal(libc::SIGCONT);
         assert!(until(LIMIT, || b.ask("status 0").starts_with("error")));
-        // Neither side reads no more than that the other one is gone.
+        // Both errors say more than that the peer is lost.
         let error = b.ask("status 0");
         assert!(names_the_path(&error), "{error}");
         assert!(a.end(LIMIT) && b.end(LIMIT));
@@ -723,7 +723,7 @@ fn one_lost_channel_of_several_ends_the_transfer_and_says_which() {
         // The lost one carried nothing of it.
         Outcome::Done(_) => assert_eq!(b.ask(&format!("holds 0 {LEN} 2")), "true"),
         Outcome::Failed(error) => assert!(names_the_path(&error) && error.contains(&lost[0]), "{error}; lost: {lost:?}"),
-        Outcome::Pending => panic!("the write goes on after {:?}", start.elapsed()),
+        Outcome::Pending => panic!("the write is still pending after {:?}", start.elapsed()),
     }
     assert!(a.end(LIMIT) && b.end(LIMIT));
 }

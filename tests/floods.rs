@@ -88,7 +88,7 @@ impl Drop for Stop<'_> {
     }
 }
 
-/// Runs `attack` (repeated until it is told to stop; it counts what it has done) beside a legitimate peer.
+/// Runs `attack` (repeated until it is stopped; it counts its attempts) beside a legitimate peer.
 fn endured(name: &str, target: &Engine, attack: &(dyn Fn(&AtomicBool, &AtomicUsize) + Sync)) {
     let engine = Engine::new(config()).unwrap();
     let peer = Legitimate::connect(&engine, target);
@@ -160,8 +160,8 @@ fn opening() -> Vec<u8> {
     let trap = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = trap.local_addr().unwrap().port();
     let connects = std::thread::spawn(move || {
-        let impatient = Config { connect_timeout: Duration::from_millis(500), ..config() };
-        assert!(Engine::new(impatient).unwrap().connect("127.0.0.1", "", port).is_err());
+        let short_deadline = Config { connect_timeout: Duration::from_millis(500), ..config() };
+        assert!(Engine::new(short_deadline).unwrap().connect("127.0.0.1", "", port).is_err());
     });
     let mut sock = trap.accept().unwrap().0;
     let mut bytes = vec![0; 136];
@@ -171,8 +171,8 @@ fn opening() -> Vec<u8> {
     bytes
 }
 
-/// A stranger's socket; a machine that has run out of ports gives none for a moment.
-fn stranger(target: &Engine) -> Option<TcpStream> {
+/// An unauthenticated connection; a host that has run out of ports gives none for a moment.
+fn raw_connection(target: &Engine) -> Option<TcpStream> {
     let sock = TcpStream::connect(("127.0.0.1", port(target))).ok();
     if sock.is_none() {
         std::thread::sleep(Duration::from_millis(1));
@@ -197,7 +197,7 @@ fn a_thousand_held_hellos() {
     with_target(false, |target| {
         endured("1,000 held hellos", target, &|stop, done| {
             let hold = |_| {
-                let mut sock = stranger(target)?;
+                let mut sock = raw_connection(target)?;
                 abrupt(&sock);
                 // It is never complete.
                 let _ = sock.write_all(&opening[..120]);
@@ -218,7 +218,7 @@ fn a_flood_of_resets() {
     with_target(false, |target| {
         endured("resets", target, &|stop, done| {
             while !stop.load(Ordering::Relaxed) {
-                let Some(mut sock) = stranger(target) else { continue };
+                let Some(mut sock) = raw_connection(target) else { continue };
                 abrupt(&sock);
                 let n = done.fetch_add(1, Ordering::Relaxed);
                 // With nothing said, a part, and a whole opening.
@@ -240,7 +240,7 @@ fn slow_loris() {
                     opening.get(*said - 1..*said).is_some_and(|byte| sock.write_all(byte).is_ok())
                 });
                 while all.len() < 200 {
-                    let Some(sock) = stranger(target) else { break };
+                    let Some(sock) = raw_connection(target) else { break };
                     abrupt(&sock);
                     all.push((sock, 0));
                     done.fetch_add(1, Ordering::Relaxed);
@@ -306,8 +306,8 @@ fn loris_after(fast: usize) {
         endured(&format!("byte by byte after {fast}"), target, &|stop, done| {
             let relay = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
             let (at, there) = (relay.local_addr().unwrap().port(), port(target));
-            let impatient = Config { connect_timeout: Duration::from_secs(3), num_channels: Some(1), ..config() };
-            let slow = Engine::new(impatient).unwrap();
+            let short_deadline = Config { connect_timeout: Duration::from_secs(3), num_channels: Some(1), ..config() };
+            let slow = Engine::new(short_deadline).unwrap();
             std::thread::scope(|s| {
                 for _ in 0..PEERS {
                     s.spawn(|| {
@@ -362,17 +362,17 @@ fn slow_loris_in_the_frames() {
 /// Names the part that a child process plays, and is not set in the test's own process.
 const CHILD: &str = "UCCL_TEST_CHILD";
 
-/// A process that keeps so many silent sockets to a port for as long as it lives. As a test of its own it does nothing.
+/// A process that keeps a number of silent connections to a port while it lives. Run as a test it does nothing.
 #[test]
-fn stranger_process() {
+fn silent_process() {
     let Ok(part) = std::env::var(CHILD) else { return };
-    let Some((port, count)) = part.strip_prefix("strangers ").and_then(|p| p.split_once(' ')) else { return };
+    let Some((port, count)) = part.strip_prefix("silent ").and_then(|p| p.split_once(' ')) else { return };
     let (port, count): (u16, usize) = (port.parse().unwrap(), count.parse().unwrap());
     let _ = config();
     let mut held: Vec<TcpStream> = Vec::new();
     let mut ended = [0; 1];
     loop {
-        // Those that were hung up on come again.
+        // Closed ones connect again.
         held.retain(|sock| {
             let _ = sock.set_nonblocking(true);
             matches!((&mut &*sock).read(&mut ended), Err(e) if e.kind() == std::io::ErrorKind::WouldBlock)
@@ -442,13 +442,13 @@ fn with_descriptors(name: &str, limit: u64, body: impl FnOnce()) {
     }
 }
 
-fn silent_strangers(name: &str, limit: u64, count: usize) {
+fn silent_connections(name: &str, limit: u64, count: usize) {
     with_descriptors(name, limit, || {
         with_target(false, |target| {
-            endured(&format!("{count} silent strangers at {limit} descriptors"), target, &|stop, done| {
+            endured(&format!("{count} silent connections at {limit} descriptors"), target, &|stop, done| {
                 let mut child = std::process::Command::new(std::env::current_exe().unwrap())
-                    .args(["stranger_process", "--exact", "--nocapture", "--test-threads=1"])
-                    .env(CHILD, format!("strangers {} {count}", port(target)))
+                    .args(["silent_process", "--exact", "--nocapture", "--test-threads=1"])
+                    .env(CHILD, format!("silent {} {count}", port(target)))
                     .stdout(std::process::Stdio::piped())
                     .spawn()
                     .unwrap();
@@ -514,13 +514,13 @@ fn eight_hundred_strangers_a_second_with_a_whole_message_each() {
 }
 
 #[test]
-fn three_hundred_silent_strangers_at_256_descriptors() {
-    silent_strangers("three_hundred_silent_strangers_at_256_descriptors", 256, 300);
+fn three_hundred_silent_connections_at_256_descriptors() {
+    silent_connections("three_hundred_silent_connections_at_256_descriptors", 256, 300);
 }
 
 #[test]
-fn eleven_hundred_silent_strangers_at_1024_descriptors() {
-    silent_strangers("eleven_hundred_silent_strangers_at_1024_descriptors", 1024, 1100);
+fn eleven_hundred_silent_connections_at_1024_descriptors() {
+    silent_connections("eleven_hundred_silent_connections_at_1024_descriptors", 1024, 1100);
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! The engine over a plugin of others, whole: the strict foreign plugin, which simulates GPUDirect-TCPX and ends the process at the first
-//! breach of its contract, with emulated device memory. Each case has a process of its own.
+//! The whole engine over a foreign plugin: the strict foreign plugin, which simulates GPUDirect-TCPX and ends the process at the first
+//! violation of its contract, with emulated device memory. Each case has its own process.
 
 mod local;
 
@@ -172,7 +172,7 @@ fn a_reset_by_the_network_ends_neither_process() {
 fn gpus_that_came_too_late_take_the_software_plugins_channels() {
     let log = run("late_gpu", &[("UCCL_TCPX_EMULATE_DEVICES", "2"), ("UCCL_TCPX_NUM_CHANNELS", "2")]);
     assert!(!connected(&log).contains("GPU 1"), "{log}");
-    // Where a side has nothing on that GPU, only the pairs that exist get channels.
+    // If an engine has no region on that GPU, only the pairs that exist get channels.
     let log = run("gpu_of_one_side", &[("UCCL_TCPX_EMULATE_DEVICES", "2"), ("UCCL_TCPX_NUM_CHANNELS", "2")]);
     let pair = |here, there| log.contains(&format!("GPU {here} here and GPU {there} there"));
     assert!(pair(1, 0) && pair(0, 1) && !pair(1, 1), "{log}");
@@ -180,7 +180,7 @@ fn gpus_that_came_too_late_take_the_software_plugins_channels() {
 
 #[test]
 fn a_connection_lives_without_the_channels_of_further_gpus() {
-    // One side opens all of its eight, the other its own two, and some of the rest.
+    // One engine opens all of its eight, the other its own two and some of the rest.
     for listens in ["10", "11", "13"] {
         let more = [("UCCL_TCPX_EMULATE_DEVICES", "2"), ("UCCL_TCPX_NUM_CHANNELS", "2"), ("STRICT_FOREIGN_LISTENS", listens)];
         let log = run("few_listens", &more);
@@ -276,7 +276,7 @@ fn failing_send() {
         .and_then(|id| connection.wait(id, Some(Duration::from_secs(30))));
     let why = ended.expect_err("sends fail").to_string();
     assert!(why.contains("channel on NIC lo: ") && why.contains("isend returned 2"), "{why}");
-    // The peer may still be placing what has come.
+    // The peer may still be unpacking.
     a.deregister(near).expect("deregister");
     b.deregister(far).expect("deregister");
     drop(other);
@@ -398,7 +398,7 @@ fn peer_that_closes() {
             // Data sockets and the control connection, or data sockets alone.
             let control = |here: u16, there: u16| [here, there].contains(&port);
             let reset = reset_connections(|here, there| round % 2 == 0 || !control(here.port(), there.port()));
-            // After the first of them the other side may reset some itself.
+            // After the first of them the other engine may reset some itself.
             assert!(reset > 0, "round {round}");
         }
         if round % 2 == 0 {
@@ -584,7 +584,7 @@ fn ready() {
         let (out, _inc) = pair(&a, &b);
         let (source, target) = before.unwrap_or_else(|| (register(&a, &mut from), register(&b, &mut to)));
         if early {
-            // A thread of its own does it for the side that was called.
+            // A separate thread does it for the engine that was called.
             settles("the second connection has as many as the first", REGISTRATIONS_EVER, 2 * first);
         }
         let registered = counter(REGISTRATIONS_EVER);
@@ -624,7 +624,7 @@ fn registrations() {
             out.wait(id, None).expect("done");
         }
     }
-    // Beside those of the regions each receiving comm has one small block of its own.
+    // Besides those of the regions each receive comm has one small block.
     let comms = counter(COMMS);
     let most = counter(REGISTRATIONS_MOST) - before;
     assert!(most >= regions as u64 && most <= 2 * regions as u64 + comms, "{most} registrations, {comms} comms");

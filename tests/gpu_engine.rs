@@ -147,7 +147,7 @@ fn two_gpus_of_one_process_have_comms_of_their_own() {
         return;
     }
     const LEN: usize = (4 << 20) + 100;
-    // The plugin is to carry it, not the path within the host.
+    // The plugin must carry it, not direct transfers.
     let [a, b] = [(); 2].map(|()| engine_with(|config| config.disable_ipc = true));
     let places = [Place::FirstGpu, Place::LastGpu];
     let near: Vec<Buffer> = places.iter().map(|&place| Buffer::new(&a, place, pattern(LEN, 3))).collect();
@@ -163,12 +163,12 @@ fn two_gpus_of_one_process_have_comms_of_their_own() {
         }
     }
     let [imports, messages] = foreign_counts();
-    assert_eq!(imports, 2, "each GPU has receive memory of its own");
+    assert_eq!(imports, 2, "each GPU has its own receive memory");
     println!("{messages} messages over two GPUs' comms");
     let _ = std::fs::remove_file(counters());
 }
 
-/// Work of the application that occupies the legacy default stream until it is told to end.
+/// Work of the application that occupies the legacy default stream until it is stopped.
 struct Busy(Arc<Hold>);
 
 struct Hold {
@@ -182,7 +182,7 @@ struct Hold {
 const BUSY_LIMIT: Duration = Duration::from_secs(30);
 
 unsafe extern "C" fn hold(argument: *mut c_void) {
-    // SAFETY: the Arc was given up for this call.
+    // SAFETY: the Arc was leaked for this call.
     let hold = unsafe { Arc::from_raw(argument.cast_const().cast::<Hold>()) };
     hold.begun.store(true, Ordering::SeqCst);
     let start = Instant::now();
@@ -318,11 +318,11 @@ fn calls_beside_a_busy_stream<const LEN: usize>(context: &Arc<cuda_driver::Conte
         all.push((call, took, waited));
     };
     time("create a stream", &mut || kept.0.push(Stream::new(context).expect("stream")));
-    // Lengths of their own, so that nothing is taken from the shelf.
+    // Unique lengths, so that no kept allocation is reused.
     time("pinned memory", &mut || kept.1.push(PinnedBuffer::new(context, LEN + 4096 * (1 + kept.1.len())).expect("pinned")));
     time("device memory", &mut || kept.2.push(DeviceBuffer::new(context, LEN + 4096 * (1 + kept.2.len()), 1).expect("device")));
     let finish = || stream.finish(Duration::from_secs(20)).expect("finish");
-    // SAFETY: blocks of LEN bytes that nobody else uses; every call is waited for.
+    // SAFETY: blocks of LEN bytes not otherwise used; the test waits for every call.
     unsafe {
         time("copy to the host", &mut || stream.device_to_host(pinned.mapped().host, device.ptr(), LEN).expect("copy"));
         time("its end", &mut || finish());

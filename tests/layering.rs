@@ -90,7 +90,7 @@ impl Crate {
             }
             self.imports.insert((module.clone(), known_as.to_string()), full.clone());
             if public {
-                // What is no module of this one is of another crate, and leads nowhere.
+                // A name that is not a module of this crate belongs to another one.
                 let target = absolute(module, &full).unwrap_or_else(|| [module.as_slice(), &full].concat());
                 self.exports.insert((module.clone(), known_as.to_string()), target);
             } else {

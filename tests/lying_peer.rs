@@ -1,5 +1,5 @@
-//! A victim in a process of its own against a peer that does the real handshake and set-up and then speaks correct frames in wrong orders,
-//! lies about ids, lengths, tags and verdicts, or floods. The victim may lose the connection. It never reports OK for bytes that did
+//! A victim in its own process against a malicious peer that does the real handshake and set-up and then sends valid frames in wrong orders,
+//! false ids, lengths, tags and verdicts, or floods. The victim may lose the connection. It never reports OK for bytes that did
 //! not come, never lets memory be touched that it has given back, ends every transfer by its deadline, and stays small.
 
 mod victim;
@@ -11,7 +11,7 @@ use uccl_p2p::engine::Engine;
 use uccl_p2p::types::Place;
 use victim::{descriptors, resident, text_of, threads, until, Outcome, Rng, Victim};
 
-/// What the liar sends, and what the victim's memory holds before.
+/// The bytes that the malicious peer sends, and those of the victim's memory before.
 const LIE: u8 = 0x11;
 const BEFORE: u8 = 0xEE;
 /// The victim's limits, and what a loaded machine may add to them.
@@ -73,14 +73,14 @@ impl Scene {
         Scene { victim, engine, liar }
     }
 
-    /// An item of memory that the liar says it has, for the victim's own transfers.
+    /// A FIFO item of memory that the malicious peer claims to have, for the victim's own transfers.
     fn bait(&self) -> String {
         static MEMORY: [u8; 1 << 20] = [LIE; 1 << 20];
         let mr = self.engine.register(MEMORY.as_ptr() as usize, MEMORY.len()).unwrap();
         text_of(&self.engine.fifo_item(mr, MEMORY.as_ptr() as usize, MEMORY.len()).unwrap())
     }
 
-    /// Says something, and gives the victim the time to act on it.
+    /// Sends a frame, and gives the victim time to act on it.
     fn say(&mut self, frames: &[Frame<'_>]) {
         for frame in frames {
             let _ = self.liar.say(frame);
@@ -239,12 +239,12 @@ fn refused_chunks_do_not_count_for_a_later_write() {
 }
 
 #[test]
-fn every_transfer_ends_while_the_liar_only_chatters() {
+fn every_transfer_ends_while_the_attacker_sends_only_notifications() {
     const LEN: usize = 1 << 20;
     let mut scene = Scene::new();
     let bait = scene.bait();
     let (buffer, item) = scene.victim.buffer(LEN, BEFORE);
-    // The peer's own write that never goes on, and one transfer of each kind of the victim's.
+    // The peer's own write, which never continues, and one transfer of each kind by the victim.
     let _ = scene.liar.say(&write_of(1, &item, LEN));
     let _ = scene.liar.say(&chunk(1, true, 4096, 1));
     let ids: Vec<(String, u64)> = [
@@ -360,7 +360,7 @@ fn announcements_without_data_end_the_connection() {
 }
 
 #[test]
-fn notifications_that_nobody_takes_end_the_connection_or_stop() {
+fn untaken_notifications_end_the_connection_or_stop() {
     let mut scene = Scene::new();
     let mut full = 0;
     let ended = flood(&mut scene, "empty notifications", 700, |liar, _| {
@@ -414,7 +414,7 @@ fn refusals_are_cheap_and_quiet() {
 }
 
 #[test]
-fn connections_that_nobody_accepts_are_bounded() {
+fn unaccepted_connections_are_bounded() {
     let engine = own_engine();
     let mut victim = Victim::start("victim_process", &[]);
     victim.ask("connections");
@@ -511,7 +511,7 @@ fn storm(victim: &mut Victim, engine: &std::sync::Arc<Engine>, bait: &str, numbe
     finish(victim, &mut liar, number, own, seed);
 }
 
-/// The liar goes on with notifications alone: everything ends, and what is OK has its bytes.
+/// The malicious peer continues with only notifications: everything ends, and transfers reported OK have their bytes.
 fn finish(victim: &mut Victim, liar: &mut Liar, number: usize, mut own: Vec<Own>, seed: u64) {
     let start = Instant::now();
     while !own.is_empty() {

@@ -11,7 +11,7 @@ use victim::{pair, text_of, until, Outcome, Victim, SHARED_MEMORY};
 const LIMIT: Duration = Duration::from_secs(60);
 const MIB: usize = 1 << 20;
 
-/// Told to a child: the kernel refuses it to read other processes' memory, or it becomes another user.
+/// For a child: the kernel forbids it to read other processes' memory, or it becomes another user.
 const FORBID: &str = "UCCL_TEST_FORBID";
 const USER: &str = "UCCL_TEST_USER";
 
@@ -54,7 +54,7 @@ fn forbid_reading_processes() {
     }
 }
 
-/// The path within the host is used.
+/// Direct transfers are used.
 const ON: (&str, &str) = ("UCCL_P2P_DISABLE_IPC", "0");
 const EMULATED: [(&str, &str); 3] = [ON, ("UCCL_TCPX_EMULATE_DEVICE", "1"), (SHARED_MEMORY, "1")];
 
@@ -106,7 +106,7 @@ fn again(
     outcome
 }
 
-/// Bytes that the first side has sent and received within the host, and over channels.
+/// Bytes that the first engine has sent and received by direct transfers, and over channels.
 fn carried(a: &mut Victim) -> [u64; 4] {
     let answer = a.ask("carried 0");
     let mut numbers = answer.split(' ').map(|n| n.parse().unwrap_or_else(|_| panic!("{answer}")));
@@ -198,7 +198,7 @@ fn simulated_gpu_memory_is_mapped_once_and_let_go_with_its_region() {
     }
     assert_eq!(carried(&mut a)[2..], before[2..], "nothing more goes over the channels");
     assert!(until(LIMIT, || b.number("mappings") == 1));
-    // The other way, with the memory of the other side.
+    // The other direction, with the memory of the other engine.
     assert!(until(LIMIT, || {
         assert_eq!(again(&mut a, &mut b, "read", 3 * MIB, 5, local, remote, &item), Outcome::Done(3 * MIB as u64));
         carried(&mut a)[1] > 0
@@ -218,7 +218,7 @@ fn simulated_gpu_memory_is_mapped_once_and_let_go_with_its_region() {
 }
 
 #[test]
-fn memory_is_told_in_advance_whenever_it_is_registered() {
+fn memory_is_announced_in_advance_whenever_it_is_registered() {
     const LEN: usize = 2 * MIB;
     let (mut a, mut b) = (start(&EMULATED), start(&EMULATED));
     let (local, _) = a.buffer(LEN, 5);
@@ -258,7 +258,7 @@ fn memory_that_takes_the_place_of_other_during_a_set_up_is_not_mistaken_for_it()
     assert!(until(LIMIT, || b.number("connections") == 1));
     for _ in 0..5 {
         assert_eq!(again(&mut a, &mut b, "read", LEN, 2, sink, source, &item), Outcome::Done(LEN as u64));
-        // What the sides say to each other is on its way.
+        // The engines' messages to each other are in flight.
         std::thread::sleep(Duration::from_millis(100));
     }
     assert!(carried(&mut a)[1] > 0, "{}", a.log());
@@ -278,7 +278,7 @@ fn host_memory_that_no_other_process_can_read_keeps_its_channels() {
         };
         let (plain, there) = one.buffer(LEN, 0);
         for _ in 0..4 {
-            // Out of it, asked for by either side; then into it.
+            // Out of it, started by either engine; then into it.
             assert_eq!(again(one, other, "read", LEN, 9, plain, secret, &item), Outcome::Done(LEN as u64), "{}", one.log());
             assert_eq!(again(other, one, "write", LEN, 9, secret, plain, &there), Outcome::Done(LEN as u64), "{}", one.log());
             assert_eq!(again(one, other, "write", LEN, 9, plain, secret, &item), Outcome::Done(LEN as u64), "{}", one.log());
@@ -287,7 +287,7 @@ fn host_memory_that_no_other_process_can_read_keeps_its_channels() {
     }
 }
 
-/// Told to a child: how many descriptors it may have.
+/// For a child: its limit of descriptors.
 const NOFILE: &str = "UCCL_TEST_NOFILE";
 
 /// A process that shares many allocations with one that may not have as many descriptors, and that does not run for a while.
@@ -317,7 +317,7 @@ fn more_allocations_than_descriptors_are_shared_one_after_the_other() {
     assert!(a.end(LIMIT) && b.end(LIMIT));
 }
 
-/// What is shared with a process that has no descriptor left goes over the channels, and the connection stays.
+/// Transfers with a process that has no descriptor left go over the channels, and the connection stays.
 #[test]
 fn a_process_without_descriptors_loses_no_connection() {
     let few = [&EMULATED[..], &[(NOFILE, "160"), ("UCCL_P2P_LOG_LEVEL", "debug")]].concat();
@@ -346,10 +346,10 @@ fn a_process_without_descriptors_loses_no_connection() {
     assert!(a.end(LIMIT) && b.end(LIMIT));
 }
 
-/// Told to a child: how long files may be that it makes.
+/// For a child: its limit of file lengths.
 const FSIZE: &str = "UCCL_TEST_FSIZE";
 
-/// The limit counts for memory files too, and who goes beyond it is killed (SIGXFSZ).
+/// The limit applies to memory files too, and a process that exceeds it is killed (SIGXFSZ).
 #[test]
 fn a_process_that_may_make_no_large_files_uses_its_channels() {
     let small = [ON, (FSIZE, "65536")];
@@ -387,7 +387,7 @@ fn granted(a: &mut Victim, b: &mut Victim, len: usize, fill: u8) -> (usize, usiz
     let (source, item) = b.buffer(len, fill);
     for _ in 0..3 {
         assert_eq!(again(a, b, "read", len, fill, sink, source, &item), Outcome::Done(len as u64));
-        // What the sides say to each other is on its way.
+        // The engines' messages to each other are in flight.
         std::thread::sleep(Duration::from_millis(100));
     }
     (sink, source, item)
@@ -489,7 +489,7 @@ fn memory_that_cannot_be_shared_keeps_its_channels() {
 
 #[test]
 fn what_is_pushed_stays_within_the_host_and_maps_nothing_of_the_application() {
-    // One side that wants it is enough. Memory that cannot be shared is pushed as well.
+    // One engine that asks for it is enough. Memory that cannot be shared uses staged transfers as well.
     let alone = [PUSHED[0], PUSHED[1], PUSHED[3]];
     for (first, second) in [(&PUSHED[..], &EMULATED[..]), (&EMULATED[..], &PUSHED[..]), (&alone[..], &alone[..])] {
         let (mut a, mut b) = two(first, second);
@@ -521,10 +521,10 @@ fn what_is_pushed_stays_within_the_host_and_maps_nothing_of_the_application() {
     }
 }
 
-/// A source that is stopped while it pushes, and goes on after the other side has given it up and has a new connection with another
+/// A source that is stopped during a staged transfer, and resumes after its peer has closed the connection and has a new one with another
 /// process: nothing of the application's changes, nor what the new connection brings.
 #[test]
-fn a_stopped_source_writes_to_nobodys_memory() {
+fn a_stopped_source_writes_to_no_foreign_memory() {
     let timeouts = [("UCCL_TCPX_TRANSFER_TIMEOUT_MS", "1500"), ("UCCL_TCPX_PEER_TIMEOUT_MS", "1500")];
     let environment = [&PUSHED[..], &timeouts].concat();
     const LEN: usize = 32 * MIB;
@@ -541,7 +541,7 @@ fn a_stopped_source_writes_to_nobodys_memory() {
             assert_ne!(a.wait(0, id, LIMIT), Outcome::Pending);
         }
         assert_eq!(a.ask(&format!("destroy {sink}")), "given back");
-        // Somebody else fills what that side has for the purpose.
+        // Another process fills the areas of that engine.
         let mut c = start(&environment);
         c.ask("accept");
         assert_eq!(a.ask(&format!("connect 127.0.0.1 {}", c.port)), "1", "{}", a.log());
@@ -615,13 +615,13 @@ fn a_stopped_process_is_given_up_in_time_and_does_nothing_late() {
         let (target, item) = b.buffer(LEN, 0);
         let (sink, _) = a.buffer(LEN, 0);
         let read = a.start_transfer(&format!("read 0 {sink} {LEN} {}", text_of(&item))).unwrap();
-        // Before the write, which it could have done by now: when it goes on, what it was asked for is there, and must not be done.
+        // Before the write, which it could have done by now: when it continues, the request is there, and must not be carried out.
         b.signal(libc::SIGSTOP);
         let write = a.start_transfer(&format!("write 0 {source} {LEN} {}", text_of(&item))).unwrap();
         for id in [write, read] {
             assert_ne!(a.wait(0, id, LIMIT), Outcome::Pending);
         }
-        // It has its memory again, and nobody else writes it.
+        // It has its memory again, and no other process writes to it.
         for buffer in [source, sink] {
             assert_eq!(a.ask(&format!("destroy {buffer}")), "given back");
         }
@@ -802,7 +802,7 @@ fn containers_with_networks_of_their_own_share_memory_through_a_directory() {
     shared_in_the_end(&mut a, &mut b);
     drop((a, b));
     assert!(until(LIMIT, || std::fs::read_dir(&directory.0).unwrap().count() == 0), "sockets are left in the directory");
-    // Process numbers of their own, too: nobody can name the other's process, but memory of GPUs does not need it.
+    // Separate PID namespaces, too: neither process can name the other, but GPU memory does not need that.
     let own_numbers = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"];
     let (mut a, mut b) = spaces.two(&own_numbers, &[ON, shared]);
     assert_eq!(moves(&mut a, &mut b, "write", MIB, 3), Outcome::Done(MIB as u64));

@@ -1,5 +1,5 @@
 //! Finding and loading plugins, as an application meets it: places and their order, broken files, tables of both versions, the
-//! environment. Each case has a process of its own. The plugins are simulated: the strict foreign plugin, and one of version 8 in C.
+//! environment. Each case has its own process. The plugins are simulated: the strict foreign plugin, and one of version 8 in C.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -110,7 +110,7 @@ fn candidates_are_tried_in_turn() {
     // A plugin that is not TCPX is taken only where it is named.
     passes("is_soft", &[("LD_LIBRARY_PATH", &other)], &["not GPUDirect-TCPX"]);
     passes("load_error", &[("LD_LIBRARY_PATH", &other), ("UCCL_TCPX_PLUGIN", "tcpx")], &["not installed"]);
-    // One without devices serves nobody.
+    // A plugin without devices is not used.
     passes("is_soft", &[("LD_LIBRARY_PATH", &good), ("STRICT_FOREIGN_DEVICES", "none")], &["found no network device"]);
 }
 
@@ -141,7 +141,7 @@ fn the_software_plugin_carries_chunks_as_large_as_the_environment_asks_for() {
             passes("chunks", &[soft, few, ("UCCL_TCPX_CHUNK_BYTES", chunk), device], &[&line]);
         }
     }
-    // What the plugin was told when it started counts, whatever an engine asks for later.
+    // The plugin's value at its start counts, whatever an engine sets later.
     passes("chunk_setting", &[soft, few], &["chunks of up to 524288 bytes"]);
     let limit = ("NCCL_DYNAMIC_CHUNK_SIZE", "1048576");
     passes("chunks", &[soft, few, ("UCCL_TCPX_CHUNK_BYTES", "4M"), limit], &["chunks of up to 1048576 bytes"]);
@@ -198,7 +198,7 @@ fn engine() -> std::sync::Arc<Engine> {
 
 fn chunk_size() -> Option<String> {
     // What C code sees, not what Rust remembers.
-    // SAFETY: a C string; nobody changes the environment now.
+    // SAFETY: a C string; no thread changes the environment now.
     let value = unsafe { libc::getenv(c"NCCL_DYNAMIC_CHUNK_SIZE".as_ptr()) };
     // SAFETY: null or a C string.
     (!value.is_null()).then(|| unsafe { std::ffi::CStr::from_ptr(value) }.to_string_lossy().into_owned())

@@ -20,7 +20,7 @@ static CONTROL: Mutex<Vec<u16>> = Mutex::new(Vec::new());
 /// Whether relays change bytes, and how many they have changed.
 static DAMAGE: AtomicBool = AtomicBool::new(false);
 static DAMAGED: AtomicU64 = AtomicU64::new(0);
-/// All bytes that passed relays, while somebody wants to see them.
+/// All bytes that passed relays, while a test records them.
 static SEEN: Mutex<Option<Vec<u8>>> = Mutex::new(None);
 /// The tests share all of this: one at a time.
 static ONE: Mutex<()> = Mutex::new(());
@@ -64,7 +64,7 @@ fn relay(port: u16) -> u16 {
         DIRECT.set(true);
         let near = listener.accept().unwrap().0;
         let Ok(far) = TcpStream::connect((Ipv4Addr::LOCALHOST, port)) else { return };
-        // Data goes one way on a channel's connection, whichever side dialled it.
+        // Data goes one way on a channel's connection, whichever engine dialled it.
         let (back, end) = (far.try_clone().unwrap(), near.try_clone().unwrap());
         std::thread::spawn(move || pass(&back, &end, u64::from(port) << 1));
         pass(&near, &far, u64::from(port) | 1);
@@ -195,7 +195,7 @@ fn a_damaging_relay_makes_no_transfer_ok_with_wrong_bytes() {
 #[test]
 fn the_stricter_side_decides_what_a_listener_sees() {
     let _one = ONE.lock().unwrap_or_else(|e| e.into_inner());
-    const MARK: &[u8] = b"somebody's conversation";
+    const MARK: &[u8] = b"a private conversation";
     for (ours, theirs, shown) in [
         (Protect::Off, Protect::Off, true),
         (Protect::Integrity, Protect::Off, true),
@@ -268,7 +268,7 @@ fn a_connection_outlives_its_keys() {
     assert!(out.status().is_ok() && inc.status().is_ok());
 }
 
-/// Bytes where destinations overlap are undefined, and that is all: nobody has changed anything on its way.
+/// Bytes where destinations overlap are undefined, and nothing else: no message was altered in transit.
 #[test]
 fn destinations_that_overlap_spoil_no_connection() {
     let _one = ONE.lock().unwrap();

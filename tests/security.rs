@@ -18,7 +18,7 @@ fn config() -> Config {
     Config { num_channels: Some(1), ..local::config() }
 }
 
-/// A key file of its owner's, removed at the end.
+/// A key file that only its owner can read, removed at the end.
 struct KeyFile(PathBuf);
 
 impl KeyFile {
@@ -46,7 +46,7 @@ impl Drop for KeyFile {
     }
 }
 
-/// Passes one control connection on, keeps a copy of all bytes, and changes the byte of the connecting side that it is told to.
+/// Relays one control connection, keeps a copy of all bytes, and alters a given byte of the connector.
 struct Relay {
     port: u16,
     /// All bytes, and those of the connecting side alone.
@@ -106,7 +106,7 @@ fn pair(client: &Engine, server: &Engine, port: u16) -> (Arc<Connection>, Arc<Co
     (out, server.accept().expect("accept"))
 }
 
-const WORDS: &[u8] = b"what nobody on the way may read";
+const WORDS: &[u8] = b"a secret that no relay may read";
 
 #[test]
 fn a_relay_reads_nothing_with_or_without_a_key() {
@@ -145,7 +145,7 @@ fn a_relay_that_changes_a_byte_after_the_set_up_ends_the_connection() {
     let why = inc.status().unwrap_err();
     assert!(why.kind() == ErrorKind::Protocol && why.to_string().contains("changed on its way"), "{why}");
     assert!(server.next_notification().is_none());
-    until("the end at the other side", || out.status().is_err());
+    until("the end at the peer", || out.status().is_err());
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Set-ups of connections under attack and in need, over real sockets and between real processes: strangers, peers that die or
+//! Set-ups of connections under attack and with few resources, over real sockets and between real processes: unauthenticated connections, peers that die or
 //! freeze, limits of descriptors, many connects at once, fork.
 
 mod local;
@@ -50,9 +50,9 @@ fn isolated(name: &str, nofile: u64) -> bool {
     false
 }
 
-// ---- an engine in a process of its own ----
+// ---- an engine in its own process ----
 
-/// A process with an engine that does what it is told.
+/// A process with an engine that takes commands.
 struct Server {
     child: Child,
     input: ChildStdin,
@@ -115,7 +115,7 @@ impl Drop for Server {
     }
 }
 
-/// The body of a [`Server`]'s process. As a test of its own it does nothing.
+/// The body of a [`Server`]'s process. Run as a test it does nothing.
 #[test]
 fn server_process() {
     if std::env::var(CHILD).as_deref() != Ok("server_process") {
@@ -185,10 +185,10 @@ fn key_file(text: &str) -> std::path::PathBuf {
     path
 }
 
-// ---- strangers ----
+// ---- unauthenticated connections ----
 
-/// Strangers that hold their sockets and say `words` neither shut out a peer nor take the application's descriptors.
-fn strangers_take_little(nofile: u64, strangers: usize, key: bool) {
+/// Unauthenticated connections that send `words` and stay open neither block a peer nor use up the application's descriptors.
+fn unauthenticated_connections_take_little(nofile: u64, count: usize, key: bool) {
     let path = key_file("0123456789abcdef0123456789abcdef");
     let environment = [("UCCL_TCPX_AUTH_KEY_FILE", path.to_str().unwrap()), ("UCCL_TCPX_NUM_CHANNELS", "2")];
     let mut server = Server::start(nofile, &environment[if key { 0 } else { 1 }..]);
@@ -197,7 +197,7 @@ fn strangers_take_little(nofile: u64, strangers: usize, key: bool) {
     let engine = Engine::new(mine.clone()).unwrap();
     let words = if key { opening(mine) } else { Vec::new() };
     let attack = |server: &Server| -> Vec<TcpStream> {
-        (0..strangers)
+        (0..count)
             .filter_map(|_| {
                 let mut sock = TcpStream::connect(("127.0.0.1", server.port)).ok()?;
                 let _ = sock.write_all(&words);
@@ -207,30 +207,30 @@ fn strangers_take_little(nofile: u64, strangers: usize, key: bool) {
     };
     let held = attack(&server);
     let start = Instant::now();
-    let connection = engine.connect("127.0.0.1", "", server.port).expect("a peer among strangers");
-    assert!(start.elapsed() < Duration::from_secs(3), "a peer among strangers waited {:?}", start.elapsed());
+    let connection = engine.connect("127.0.0.1", "", server.port).expect("a peer beside unauthenticated connections");
+    assert!(start.elapsed() < Duration::from_secs(3), "a peer beside unauthenticated connections waited {:?}", start.elapsed());
     assert_eq!(server.number("files 32"), 32, "the application has descriptors left");
     connection.status().unwrap();
     drop(held);
 }
 
 #[test]
-fn silent_strangers_at_a_limit_of_256_descriptors() {
-    strangers_take_little(256, 300, false);
+fn silent_connections_at_a_limit_of_256_descriptors() {
+    unauthenticated_connections_take_little(256, 300, false);
 }
 
 #[test]
-fn silent_strangers_at_a_limit_of_1024_descriptors() {
-    strangers_take_little(1024, 1100, false);
+fn silent_connections_at_a_limit_of_1024_descriptors() {
+    unauthenticated_connections_take_little(1024, 1100, false);
 }
 
 #[test]
-fn strangers_that_say_hello_and_do_not_prove_a_key() {
-    strangers_take_little(1024, 300, true);
+fn connections_that_say_hello_but_prove_no_key() {
+    unauthenticated_connections_take_little(1024, 300, true);
 }
 
 #[test]
-fn strangers_cannot_fill_the_log() {
+fn unauthenticated_connections_cannot_fill_the_log() {
     let mut server = Server::start(1024, &[("UCCL_P2P_LOG_LEVEL", "info")]);
     for _ in 0..2000 {
         if let Ok(mut sock) = TcpStream::connect(("127.0.0.1", server.port)) {
@@ -239,7 +239,7 @@ fn strangers_cannot_fill_the_log() {
     }
     server.number("descriptors");
     let lines = server.log().lines().count();
-    assert!(lines < 200, "{lines} lines about 2000 strangers");
+    assert!(lines < 200, "{lines} lines about 2000 unauthenticated connections");
 }
 
 // ---- many at once ----
@@ -282,10 +282,10 @@ fn a_thousand_connects_each_way_come_up() {
 }
 
 #[test]
-fn a_burst_of_honest_peers_is_not_taken_for_strangers() {
-    // More than the places for strangers, 256 here: who is sent away tries again.
+fn a_burst_of_peers_is_not_refused() {
+    // More than the limit of unauthenticated connections, 256 here: a refused connector tries again.
     const BURST: usize = 600;
-    if !isolated("a_burst_of_honest_peers_is_not_taken_for_strangers", 1 << 20) {
+    if !isolated("a_burst_of_peers_is_not_refused", 1 << 20) {
         return;
     }
     own_ports();
@@ -350,7 +350,7 @@ fn a_connect_is_tried_again_where_places_were_short_and_after_no_refusal() {
             engine.connect("127.0.0.1", "", port).unwrap_err().kind()
         }
     };
-    // Hung up on without a word: for a moment.
+    // Closed without an answer: a temporary error.
     let (kind, came, took) = listener_that(vec![drop], connect(30_000));
     assert!(kind == ErrorKind::RemoteDisconnect && came > 3 && took < Duration::from_secs(8), "{kind:?}, {came} in {took:?}");
     // No place at present: to the end.
@@ -376,7 +376,7 @@ fn too_few_threads_are_a_resource_error() {
     let _ = config();
     // SAFETY: a plain system call; the limit counts for the user that this process becomes.
     let lowered = |most: u64| unsafe { libc::setrlimit(libc::RLIMIT_NPROC, &libc::rlimit { rlim_cur: most, rlim_max: 64 }) == 0 };
-    // SAFETY: plain system calls; nobody's rights suffice from here on.
+    // SAFETY: plain system calls; the rights of user nobody suffice from here on.
     if !lowered(64) || unsafe { libc::setresuid(65_533, 65_533, 65_533) } != 0 {
         println!("SKIPPED: this process cannot become another user");
         return;
@@ -396,7 +396,7 @@ fn too_few_threads_are_a_resource_error() {
     assert!(came_up);
 }
 
-// ---- connections that nobody accepts ----
+// ---- connections that the application does not accept ----
 
 #[test]
 fn connections_that_die_before_accept_give_back_their_descriptors() {
@@ -485,7 +485,7 @@ fn kills_during_set_up_leave_no_descriptors() {
         assert_eq!(first.ask(&format!("connect {}", port(&engine))), "true");
         drop(first);
         let mut before = 0;
-        // The connection that was up is gone too.
+        // The open connection is closed too.
         assert!(until(Duration::from_secs(10), || std::mem::replace(&mut before, descriptors(std::process::id()))
             == descriptors(std::process::id())
             && before < 100));
@@ -494,7 +494,7 @@ fn kills_during_set_up_leave_no_descriptors() {
             let delay = Duration::from_micros(k * 53 % 12_000);
             let start = Instant::now();
             if k % 2 == 0 {
-                // It dies while this side connects.
+                // It dies while this engine connects.
                 let connects = s.spawn({
                     let (engine, port) = (&engine, server.port);
                     move || drop(engine.connect("127.0.0.1", "", port))
@@ -503,7 +503,7 @@ fn kills_during_set_up_leave_no_descriptors() {
                 drop(server);
                 connects.join().unwrap();
             } else {
-                // It dies while it connects to this side.
+                // It dies while it connects to this engine.
                 writeln!(server.input, "connect {}", port(&engine)).unwrap();
                 std::thread::sleep(delay);
                 drop(server);
@@ -540,7 +540,7 @@ fn a_peer_that_is_cut_off_anywhere_in_the_set_up_is_noticed_at_once() {
     let (here, there) = (Engine::new(config()).unwrap(), Engine::new(config()).unwrap());
     let relay = TcpListener::bind("127.0.0.1:0").unwrap();
     let (at, target) = (relay.local_addr().unwrap().port(), port(&there));
-    // Closer and closer to the end of what one side says to the other.
+    // Closer and closer to the end of the handshake bytes.
     for (most, forth) in (0..13).flat_map(|k| [(k * 120, true), (k * 120, false)]) {
         let over = AtomicBool::new(false);
         std::thread::scope(|s| {
@@ -620,7 +620,7 @@ fn set_ups_that_hang_cost_little() {
 
 #[test]
 fn set_ups_that_hang_give_way_to_others() {
-    // More than the budget of proved set-ups.
+    // More than the budget of authenticated set-ups.
     let mut server = Server::start(1024, &[("UCCL_TCPX_NUM_CHANNELS", "1")]);
     server.ask("accept");
     while_set_ups_hang(server.port, 100, 1, || {
@@ -652,7 +652,7 @@ fn frozen_peers_do_not_add_up_at_the_end() {
 fn connects_of_a_frozen_peer_do_not_keep_others_out() {
     let mut server = Server::start(8192, &[("UCCL_TCPX_NUM_CHANNELS", "1")]);
     server.ask("accept");
-    // A process whose connects are under way when it freezes.
+    // A process with pending connects when it freezes.
     let frozen: Vec<Server> = (0..8).map(|_| Server::start(4096, &[("UCCL_TCPX_NUM_CHANNELS", "1")])).collect();
     for peer in &frozen {
         let mut input = &peer.input;
@@ -696,7 +696,7 @@ fn ip(command: &str) -> bool {
     Command::new("ip").args(command.split(' ')).status().is_ok_and(|status| status.success())
 }
 
-/// Puts this process into a network of its own, with these interfaces. `false`, said loudly, where that is not possible.
+/// Moves this process to a new network namespace with these interfaces. Prints a message and returns `false` if that is not possible.
 fn own_network(interfaces: &[&str], commands: &[&str]) -> bool {
     // SAFETY: a plain system call; this process has no other threads that open sockets yet.
     if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
@@ -723,7 +723,7 @@ fn own_network(interfaces: &[&str], commands: &[&str]) -> bool {
     true
 }
 
-/// Gives this process ports of its own where that is possible: closed connections keep theirs for a minute.
+/// Gives this process its own ports if possible: closed connections keep theirs for a minute.
 fn own_ports() {
     // SAFETY: a plain system call; this process has no sockets yet.
     if unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0 {
@@ -732,8 +732,8 @@ fn own_ports() {
 }
 
 #[test]
-fn a_nic_that_is_gone_costs_its_channels_and_not_the_connection() {
-    if !isolated("a_nic_that_is_gone_costs_its_channels_and_not_the_connection", 1024) {
+fn a_lost_nic_costs_its_channels_but_not_the_connection() {
+    if !isolated("a_lost_nic_costs_its_channels_but_not_the_connection", 1024) {
         return;
     }
     let addresses = ["addr add 10.77.0.1/24 dev eth0", "addr add 10.77.1.1/24 dev eth1"];
@@ -801,7 +801,7 @@ fn only_networks_of_the_list_may_connect() {
     let error = engine.connect("127.0.0.1", "", server.port).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::RemoteDisconnect, "{error}");
     assert!(server.log().contains("UCCL_TCPX_ALLOW"), "{}", server.log());
-    // From an address of the list a stranger is listened to: it is not hung up on at once.
+    // An unauthenticated connection from a listed address is not closed at once.
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     socket.bind(&"127.0.0.2:0".parse::<std::net::SocketAddr>().unwrap().into()).unwrap();
     socket.connect(&std::net::SocketAddr::from(([127, 0, 0, 1], server.port)).into()).unwrap();
@@ -860,7 +860,7 @@ fn a_forked_child_leaves_the_parents_connections_alone() {
         }),
         "the child could not end"
     );
-    // The child had four counted references of its own; here they are still ours.
+    // The child had its own four counted references; here they are still ours.
     std::thread::sleep(Duration::from_millis(300));
     out.status().expect("the parent's connection lives on");
     inc.status().expect("the parent's connection lives on");

@@ -54,7 +54,7 @@ fn bad(what: &'static str, why: &str) {
     count(what, 1);
 }
 
-/// A configuration that both sides share.
+/// A configuration that both processes share.
 fn configuration(rng: &mut Rng) -> Vec<(&'static str, String)> {
     let mut all = vec![
         ("UCCL_TCPX_TRANSFER_TIMEOUT_MS", TIMEOUT_MS.to_owned()),
@@ -100,7 +100,7 @@ struct Arena {
 }
 
 impl Arena {
-    /// Transfers of one side; `mine`: of the survivor, over its newest connection.
+    /// Transfers of one process; `mine`: of the survivor, over its newest connection.
     fn start(&mut self, peer: &mut Victim, mine: bool) -> Vec<Running> {
         let mut all = Vec::new();
         for _ in 0..1 + self.rng.below(6) {
@@ -234,7 +234,7 @@ impl Arena {
     }
 
     fn end_of_round(&mut self, start: Instant) {
-        // What was given back in the round before has had the time to be written to.
+        // Memory released in the previous round has had time for a late write.
         self.late_writes();
         for buffer in self.exposed.drain(..) {
             self.survivor.ask(&format!("destroy {buffer}"));

@@ -1,4 +1,4 @@
-//! What engines count, over loopback: transfers, refusals, set-ups, ends; and that it is offered while they live.
+//! The statistics of engines over loopback: transfers, refusals, set-ups, closes; and their export while the engines live.
 
 mod local;
 
@@ -22,7 +22,7 @@ fn write(connection: &Connection, local: (u64, &[u8]), mut item: FifoItem, spoil
     connection.wait(id, Some(Duration::from_secs(30))).is_ok_and(|state| state.complete)
 }
 
-/// Waits until it holds; counters follow what they count by a moment.
+/// Waits until it holds: counters lag behind by a moment.
 fn soon(what: &str, mut holds: impl FnMut() -> bool) {
     let until = Instant::now() + Duration::from_secs(30);
     while !holds() {
@@ -74,11 +74,11 @@ fn transfers_refusals_and_set_ups_are_counted_and_outlive_their_connection() {
     assert_eq!(mine.channels.iter().map(|c| c.sent_bytes).sum::<u64>(), 4 << 20);
     assert!(mine.channels.iter().all(|c| c.nic == "lo" && c.network.as_ref().is_some_and(|n| n.segments > 0)));
 
-    // A stranger who says nothing that can be understood.
+    // An unauthenticated connection that sends garbage.
     use std::io::{Read, Write};
-    let mut stranger = TcpStream::connect(("127.0.0.1", port(&b))).unwrap();
-    stranger.write_all(&[0; 4096]).unwrap();
-    let _ = stranger.read(&mut [0; 64]);
+    let mut unauthenticated = TcpStream::connect(("127.0.0.1", port(&b))).unwrap();
+    unauthenticated.write_all(&[0; 4096]).unwrap();
+    let _ = unauthenticated.read(&mut [0; 64]);
     soon("the failed set-up is counted", || b.stats().unwrap().setups_in_failed == 1);
     assert!(a.connect("127.0.0.1", "", 1).is_err());
     let (at_a, at_b) = (a.stats().unwrap(), b.stats().unwrap());
@@ -97,10 +97,10 @@ fn transfers_refusals_and_set_ups_are_counted_and_outlive_their_connection() {
 /// Simulated device memory: the processor packs and unpacks. The plugin reads that it does when the process begins, so the test has
 /// a process of its own.
 #[test]
-fn packing_and_unpacking_take_time_that_is_told() {
+fn packing_and_unpacking_time_is_reported() {
     if std::env::var_os("UCCL_TCPX_EMULATE_DEVICE").is_none() {
         let mut alone = std::process::Command::new(std::env::current_exe().unwrap());
-        alone.args(["--exact", "packing_and_unpacking_take_time_that_is_told", "--nocapture"]);
+        alone.args(["--exact", "packing_and_unpacking_time_is_reported", "--nocapture"]);
         assert!(alone.env("UCCL_TCPX_EMULATE_DEVICE", "1").status().unwrap().success());
         return;
     }
@@ -125,7 +125,7 @@ fn statistics_are_offered_while_the_engine_lives() {
     let config = Config { plugin: PluginChoice::Soft, ..Config::from_env_with(&setting).unwrap() };
     let engine = Engine::new(config).unwrap();
     let line = format!("uccl_tcpx_connections{{engine=\"{}\"}} 0", engine.metadata());
-    soon("the file tells of the engine", || std::fs::read_to_string(&path).unwrap().contains(&line));
+    soon("the file lists the engine", || std::fs::read_to_string(&path).unwrap().contains(&line));
     drop(engine);
     std::fs::remove_file(&path).unwrap();
 }

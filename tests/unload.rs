@@ -39,7 +39,7 @@ fn use_it(library: *mut c_void) {
 }
 
 #[test]
-fn it_stays_where_it_is_after_dlclose() {
+fn it_stays_mapped_after_dlclose() {
     std::env::set_var("NCCL_SOCKET_IFNAME", "lo");
     std::env::set_var("UCCL_TCPX_PLUGIN", "soft");
     let object = object();
@@ -47,14 +47,14 @@ fn it_stays_where_it_is_after_dlclose() {
         let library = load(&object, 0);
         assert!(!library.is_null(), "{object:?} cannot be loaded");
         if round > 0 {
-            // In a thread that ends: what it leaves to its end does not keep the library.
+            // In a thread that ends: its thread-local destructors do not keep the library loaded.
             let library = library as usize;
             std::thread::spawn(move || use_it(library as *mut c_void)).join().expect("used");
         }
         // SAFETY: nothing of the library is used afterwards, by this program.
         assert_eq!(unsafe { libc::dlclose(library) }, 0);
         let still = load(&object, libc::RTLD_NOLOAD);
-        assert!(!still.is_null(), "the code is gone");
+        assert!(!still.is_null(), "the code was unmapped");
         // SAFETY: as above.
         unsafe { libc::dlclose(still) };
         std::thread::sleep(Duration::from_millis(50));

@@ -1,4 +1,4 @@
-"""What the programs of the baselines share: the rows, the timed loop, CPU time of both processes. One JSON object a row on standard output.
+"""Shared by the baselines: the rows, the timed loop, CPU time of both processes. One JSON object per row on standard output.
 
 Rows are read from the command line as OP:TOTAL:BLOCK (bytes), or `notify`. Blocks smaller than the total lie in random order at the
 target. Each row has fresh buffers, is warmed up, and then repeated for the given time.
@@ -58,7 +58,7 @@ def report(op, total, block, times, used, posts=()):
 
 
 def run_pair(target, initiator, *args):
-    """Runs both sides in two spawned processes joined by a pipe; true when the initiator ended well."""
+    """Runs both ends in two spawned processes joined by a pipe; true when the initiator succeeded."""
     import multiprocessing as mp
 
     mp.set_start_method("spawn")

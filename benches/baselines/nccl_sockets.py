@@ -1,4 +1,4 @@
-"""NCCL's send and receive between GPU 0 and GPU 1 in two processes, over its socket transport alone. Needs torch and two GPUs.
+"""NCCL's send and receive between GPU 0 and GPU 1 in two processes, over only its socket transport. Needs torch and two GPUs.
 
 A message goes there and comes back; its time is half of that, the median of the repetitions. Prints NCCL BYTES MICROSECONDS GB/S.
 
@@ -26,12 +26,12 @@ ENVIRONMENT = {
 
 
 def pattern(torch, size, device):
-    """Bytes that depend on their place."""
+    """Bytes that depend on their offset."""
     return (torch.arange(size, device=device) * 2654435761 >> 13).to(torch.uint8)
 
 
 def turn(dist, torch, tensor, rank):
-    """There and back again."""
+    """One round trip."""
     for sender in (0, 1):
         if rank == sender:
             dist.send(tensor, 1 - rank)
@@ -44,7 +44,7 @@ def measure(dist, torch, size, rank, device):
     want = pattern(torch, size, device)
     tensor = want.clone() if rank == 0 else torch.zeros_like(want)
     turn(dist, torch, tensor, rank)
-    # Rank 0 could have kept what it had; rank 1 got it from nowhere else.
+    # Rank 0 could have kept its own bytes; rank 1 can only have received them.
     if not torch.equal(tensor, want):
         raise SystemExit(f"{size} bytes: other bytes arrived")
     del want

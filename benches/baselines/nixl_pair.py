@@ -16,13 +16,13 @@ import common
 import numpy as np
 
 BACKEND = os.environ.get("BACKEND", "UCX")
-# Without the thread both sides poll, which is what NIXL does fastest on two cores: its spinning threads take none from the data.
+# Without the thread both processes poll, which is fastest on two cores: no spinning thread takes a core from the data.
 PROGRESS_THREAD = os.environ.get("PROGRESS_THREAD", "0") == "1"
-# Left alone, both ends sometimes poll on the same core for a whole row, and an operation takes 8 ms. Such a row is measured again with
-# each end on a core of its own; not every row, since that costs rate and p99 elsewhere.
+# Sometimes the scheduler lets both ends poll on the same core for a whole row, and an operation takes 8 ms. Such a row is measured again
+# with each end on its own core; not every row, since that costs rate and p99 elsewhere.
 CORES = sorted(os.sched_getaffinity(0))
 SHARED_CORE_SECONDS = 1e-3
-# What the buffers hold before: each row ends with a look at where the bytes went.
+# Initial contents of the buffers: each row ends with a check of where the bytes went.
 MINE, THEIRS = 1, 2
 
 

@@ -18,7 +18,7 @@ class GpuBuffer:
         import torch
 
         self.tensor = torch.full((max(total, 4096),), value, dtype=torch.uint8, device=f"cuda:{device}")
-        # NIXL moves what is in memory when a transfer is posted; it knows nothing of streams.
+        # NIXL moves the memory's content at the time of the post; it knows nothing of streams.
         torch.cuda.synchronize(device)
         self.address, self.nbytes, self.device = self.tensor.data_ptr(), self.tensor.numel(), device
 

@@ -1,10 +1,10 @@
-/* What the kernel's TCP gives over loopback: the ceiling that the library is measured against. Two processes, no protocol beyond an
+/* The kernel's TCP over loopback: the ceiling that the library is measured against. Two processes, no protocol beyond an
  * acknowledgement; source and destination memory are distinct and touched before. Prints one JSON object a line.
  *
- *   raw_tcp streams  STREAMS TOTAL SECONDS    TOTAL bytes cut over STREAMS sockets, one thread each on either side; an iteration ends
+ *   raw_tcp streams  STREAMS TOTAL SECONDS    TOTAL bytes cut over STREAMS sockets, one thread each at both ends; an iteration ends
  *                                             when every receiver has acknowledged
- *   raw_tcp pingpong BYTES SPIN SECONDS       BYTES one way, 16 bytes back; SPIN 1: both sides poll, 0: both sides sleep
- *   raw_tcp cores                             what a word takes from core to core and back, for the nearest and the farthest two of up to
+ *   raw_tcp pingpong BYTES SPIN SECONDS       BYTES one way, 16 bytes back; SPIN 1: both ends poll, 0: both ends sleep
+ *   raw_tcp cores                             the round trip of a word from core to core, for the nearest and the farthest two of up to
  *                                             8 cores. A virtual machine does not know that its cores lie on several sockets, but its
  *                                             latencies have several speeds then, and change as the host moves them
  *

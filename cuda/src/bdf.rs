@@ -1,8 +1,8 @@
-//! PCI addresses as people, the driver and sysfs write them: "0000:4a:00.0", any case, domain of 4 or 8 digits. Pure.
+//! PCI addresses in the forms of users, the driver and sysfs: "0000:4a:00.0", any case, domain of 4 or 8 digits. Pure.
 
 use std::fmt;
 
-/// A PCI address; prints in lower case with a domain of four digits (more only where the domain needs them).
+/// A PCI address; prints in lower case with a domain of four digits (more only if needed).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Bdf {
     domain: u32,

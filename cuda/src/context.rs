@@ -1,4 +1,4 @@
-//! Contexts: a GPU's primary one, retained while it is in use, or the one that a thread has current. Names of GPUs. Knows nothing of
+//! Contexts: a GPU's primary context, retained while in use, or the thread's current context. GPU names. Knows nothing of
 //! memory and kernels.
 
 use crate::bdf::Bdf;
@@ -9,11 +9,11 @@ use std::ops::Deref;
 use std::ptr;
 use std::sync::Arc;
 
-/// A context that stays as long as this value.
+/// A context that lives as long as this value.
 pub struct Context {
     raw: CUcontext,
     device: CUdevice,
-    /// It is its GPU's primary context and retained here.
+    /// It is its GPU's primary context, retained here.
     retained: bool,
 }
 // SAFETY: contexts are handles that the driver lets any thread use.
@@ -36,13 +36,13 @@ impl Context {
         Ok(Arc::new(Context { raw, device, retained: true }))
     }
 
-    /// The context that the calling thread has current. Where it is not its GPU's primary context, the application must keep it
-    /// until everything made in it is gone.
+    /// The calling thread's current context. If it is not its GPU's primary context, the application must keep it
+    /// until everything made in it is freed.
     pub fn current() -> Result<Arc<Context>> {
         let cuda = functions()?;
         let (raw, device) = current(&cuda)?;
         let mut primary = ptr::null_mut();
-        // SAFETY: the device is valid, the output writable. What is retained is released here or in drop.
+        // SAFETY: the device is valid, the output writable. A retained context is released here or in drop.
         let retained = unsafe {
             if cuda.cuDevicePrimaryCtxRetain(&mut primary, device).is_ok() && primary != raw {
                 let _ = cuda.cuDevicePrimaryCtxRelease(device);
@@ -52,13 +52,13 @@ impl Context {
         Ok(Arc::new(Context { raw, device, retained }))
     }
 
-    /// Names the context that the calling thread has current, for look-ups.
+    /// The id of the calling thread's current context, for look-ups.
     pub fn current_id() -> Result<usize> {
         let cuda = functions()?;
         Ok(current(&cuda)?.0 as usize)
     }
 
-    /// A name for look-ups, as [`Context::current_id`] gives it.
+    /// The context's id for look-ups, as from [`Context::current_id`].
     pub fn id(&self) -> usize {
         self.raw as usize
     }
@@ -82,7 +82,7 @@ impl Context {
         Ok(major)
     }
 
-    /// Makes it current in this thread until the value is dropped; that must happen in the reverse order of entering.
+    /// Makes it current in this thread until the value is dropped; drop in the reverse order of entering.
     pub fn enter(&self) -> Result<Entered<'_>> {
         let cuda = functions()?;
         let mut now = ptr::null_mut();
@@ -108,10 +108,10 @@ impl Drop for Context {
     }
 }
 
-/// A context that is current in this thread, and the driver's functions. What was current comes back when it is dropped.
+/// A context that is current in this thread, and the driver's functions. Dropping it restores the previous context.
 pub struct Entered<'a> {
     cuda: Relaxed,
-    /// Something else was current.
+    /// Another context was current.
     pushed: bool,
     _context: &'a Context,
 }
@@ -135,7 +135,7 @@ impl Drop for Entered<'_> {
     }
 }
 
-/// Runs `f` and puts back what was current in this thread, whatever `f` left: code of others may push a context and not pop it.
+/// Runs `f` and restores this thread's current context: third-party code may push a context and not pop it.
 pub fn restoring<R>(f: impl FnOnce() -> R) -> R {
     let now = || -> Result<CUcontext> {
         let mut raw = ptr::null_mut();
@@ -146,7 +146,7 @@ pub fn restoring<R>(f: impl FnOnce() -> R) -> R {
     let before = now();
     let result = f();
     let Ok(before) = before else { return result };
-    // More than that is not pushed by mistake.
+    // More than these are not pushed by mistake.
     for _ in 0..4 {
         let (Ok(cuda), Ok(left)) = (functions(), now()) else { return result };
         if left == before {
@@ -190,7 +190,7 @@ fn bdf_of(cuda: &Functions, device: CUdevice) -> Result<Bdf> {
     Bdf::parse(&text).ok_or_else(|| Error::Invalid(format!("the driver names a PCI address {text:?}")))
 }
 
-/// A GPU by name, without touching it.
+/// A GPU's ordinal and PCI address.
 #[derive(Clone, Copy, Debug)]
 pub struct GpuName {
     /// CUDA ordinal.
@@ -199,14 +199,14 @@ pub struct GpuName {
     pub bdf: Bdf,
 }
 
-/// The name of the GPU with this CUDA ordinal. Makes no context.
+/// The name of the GPU with this CUDA ordinal. Creates no context.
 pub fn gpu_name(ordinal: i32) -> Result<GpuName> {
     let cuda = functions()?;
     let bdf = bdf_of(&cuda, device_of(&cuda, ordinal)?)?;
     Ok(GpuName { ordinal, bdf })
 }
 
-/// Ordinals of the GPUs whose primary context somebody in this process uses. Makes no context.
+/// Ordinals of the GPUs whose primary context is active in this process. Creates no context.
 pub fn in_use() -> Vec<i32> {
     let Ok(driver) = driver() else { return Vec::new() };
     let cuda = driver.relaxed();
@@ -220,7 +220,7 @@ pub fn in_use() -> Vec<i32> {
     (0..driver.devices()).filter(active).collect()
 }
 
-/// CUDA ordinal of the GPU at a PCI address; `None` when no visible GPU is there. Makes no context.
+/// CUDA ordinal of the GPU at a PCI address; `None` if no visible GPU has it. Creates no context.
 pub fn ordinal_of(bdf: Bdf) -> Result<Option<i32>> {
     for ordinal in 0..driver()?.devices() {
         if gpu_name(ordinal)?.bdf == bdf {
@@ -230,7 +230,7 @@ pub fn ordinal_of(bdf: Bdf) -> Result<Option<i32>> {
     Ok(None)
 }
 
-/// The GPU of the calling thread's current context, else the first one; `None` without a GPU. Makes no context.
+/// The GPU of the calling thread's current context, else the first one; `None` without a GPU. Creates no context.
 pub fn current_name() -> Option<GpuName> {
     let cuda = functions().ok()?;
     let Ok((_, device)) = current(&cuda) else { return gpu_name(0).ok() };

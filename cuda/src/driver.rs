@@ -1,4 +1,4 @@
-//! Opens the process's CUDA driver, and tells a machine without one from one whose driver fails. Every call goes through [`Relaxed`].
+//! Opens the CUDA driver, and distinguishes a missing driver from one that fails. Every call goes through [`Relaxed`].
 //! Knows nothing of contexts.
 
 use crate::error::{Error, Result};
@@ -11,12 +11,12 @@ use std::ops::Deref;
 use std::path::Path;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
-/// The driver's name for programs. `libcuda.so` is for linking: where a toolkit is installed, it may be a stub.
+/// The driver's name at run time. `libcuda.so` is for linking: with a toolkit installed it may be a stub.
 const LIBRARY: &str = "libcuda.so.1";
-/// There as soon as the kernel's part of the driver is loaded.
+/// Exists once the driver's kernel module is loaded.
 const KERNEL_DRIVER: &str = "/dev/nvidiactl";
 
-/// The driver, ready.
+/// The initialised driver.
 pub struct Driver {
     functions: Functions,
     devices: i32,
@@ -24,14 +24,14 @@ pub struct Driver {
     generation: u64,
 }
 
-/// Why there is no driver to use.
+/// Why no driver can be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Absence {
-    /// No driver is installed, or it sees no GPU: no memory of this process is a GPU's.
+    /// No driver is installed, or it sees no GPU: this process has no GPU memory.
     NoGpu(String),
-    /// A driver is there and fails: memory of this process may be a GPU's, which nobody can tell.
+    /// A driver is installed and fails: this process may have GPU memory, and nothing can tell.
     Failing(String),
-    /// A process initialised the driver and was forked: in the child CUDA does not work, and no memory is a GPU's.
+    /// The parent initialised the driver before the fork: CUDA does not work in the child, and the child has no GPU memory.
     Forked,
 }
 
@@ -41,7 +41,7 @@ impl From<Absence> for Error {
             Absence::NoGpu(why) => Error::Unavailable(why),
             Absence::Failing(why) => Error::Unavailable(format!("the CUDA driver fails: {why}")),
             Absence::Forked => {
-                Error::Unavailable("CUDA was in use before this process was forked, and does not work in it".into())
+                Error::Unavailable("CUDA was in use before this process was forked, so it does not work here".into())
             }
         }
     }
@@ -49,7 +49,7 @@ impl From<Absence> for Error {
 
 /// Set once, and never freed.
 static DRIVER: AtomicPtr<Driver> = AtomicPtr::new(std::ptr::null_mut());
-/// The last answer without a driver, and whether it is final.
+/// The last reason for having no driver.
 static ABSENT: PerProcess<Mutex<Option<Absence>>> = PerProcess::new(Mutex::default);
 
 fn known() -> Option<std::result::Result<&'static Driver, Absence>> {
@@ -58,7 +58,7 @@ fn known() -> Option<std::result::Result<&'static Driver, Absence>> {
     Some(if driver.generation == process::generation() { Ok(driver) } else { Err(Absence::Forked) })
 }
 
-/// The driver, or why there is none. Makes no context.
+/// The driver, or why there is none. Creates no context.
 pub fn driver() -> std::result::Result<&'static Driver, Absence> {
     if let Some(known) = known() {
         return known;
@@ -68,7 +68,7 @@ pub fn driver() -> std::result::Result<&'static Driver, Absence> {
         return known;
     }
     if let Some(known) = &*absent {
-        // The application may have loaded a driver from a folder of its own since.
+        // The application may have loaded a driver from its own folder since.
         let later = matches!(known, Absence::NoGpu(why) if why == NOT_INSTALLED) && is_loaded(LIBRARY);
         if !later {
             return Err(known.clone());
@@ -82,7 +82,7 @@ pub fn driver() -> std::result::Result<&'static Driver, Absence> {
         }
         Err(why) => {
             if let Absence::Failing(why) = &why {
-                log::warn!("the CUDA driver is there and fails: {why}; memory cannot be registered");
+                log::warn!("the CUDA driver fails: {why}; memory cannot be registered");
             }
             *absent = Some(why.clone());
             Err(why)
@@ -90,7 +90,7 @@ pub fn driver() -> std::result::Result<&'static Driver, Absence> {
     }
 }
 
-/// Whether the driver is there and sees at least one GPU. Makes no context.
+/// Whether the driver works and sees at least one GPU. Creates no context.
 pub fn available() -> bool {
     driver().is_ok()
 }
@@ -103,15 +103,15 @@ pub fn device_count() -> i32 {
 const NOT_INSTALLED: &str = "the CUDA driver library (libcuda.so.1) is not installed";
 
 fn is_loaded(library: &str) -> bool {
-    // SAFETY: nothing is loaded that was not; dropped inside, it gives back the reference just taken.
+    // SAFETY: RTLD_NOLOAD loads nothing; the drop releases the reference just taken.
     process::without_fork(|| unsafe { Library::open(Some(library), RTLD_LAZY | libc::RTLD_NOLOAD) }.is_ok())
 }
 
-/// Opens and initialises a driver library: the one of that name that the process has, or else the linker's.
+/// Opens and initialises a driver library: the loaded one of that name, or else the one that the loader finds.
 fn open(name: &str, kernel_driver: &Path) -> std::result::Result<Driver, Absence> {
-    // A driver that was opened stays, whatever it answers.
+    // An opened driver stays loaded, whatever its result.
     let library: &'static Library = Box::leak(Box::new(load(name)?));
-    // SAFETY: the library stays open, and says that it is a CUDA driver.
+    // SAFETY: the library stays open, and has the name of the CUDA driver.
     let functions = unsafe { Functions::load(|name| symbol(library, name)) };
     let mut devices: c_int = 0;
     // SAFETY: cuInit takes 0 and makes no context; the output is writable.
@@ -122,8 +122,8 @@ fn open(name: &str, kernel_driver: &Path) -> std::result::Result<Driver, Absence
         Err(e) if e.code() == sys::ERROR_NO_DEVICE => Err(Absence::NoGpu(format!("the CUDA driver sees no GPU: {e}"))),
         Err(e) if e.code() == sys::ERROR_NOT_INITIALIZED => Err(Absence::Forked),
         Err(e) if e.code() == sys::ERROR_STUB_LIBRARY => {
-            let why = format!("{} is a stub of the CUDA toolkit; take its folder out of LD_LIBRARY_PATH", path_of(library, name));
-            // Without the kernel's part nobody has a GPU here, whatever libraries lie around.
+            let why = format!("{} is a stub of the CUDA toolkit; remove its folder from LD_LIBRARY_PATH", path_of(library, name));
+            // Without the kernel module there is no GPU, whatever libraries are installed.
             Err(if kernel_driver.exists() { Absence::Failing(why) } else { Absence::NoGpu(why) })
         }
         Err(e) => Err(Absence::Failing(format!("{}: {e}", path_of(library, name)))),
@@ -131,11 +131,11 @@ fn open(name: &str, kernel_driver: &Path) -> std::result::Result<Driver, Absence
 }
 
 fn load(name: &str) -> std::result::Result<Library, Absence> {
-    // SAFETY: a driver's initialisers ask nothing of the caller.
+    // SAFETY: a driver's initialisers have no requirements.
     let open = |flags| process::without_fork(|| unsafe { Library::open(Some(name), RTLD_NOW | RTLD_LOCAL | flags) });
     open(libc::RTLD_NOLOAD).or_else(|_| open(0)).map_err(|why| {
         let why = why.to_string();
-        // Another text names a library that the driver needs, or a file that is none.
+        // Another text names a missing dependency of the driver, or a file that is not a library.
         match why.starts_with(&format!("{name}: cannot open shared object file: No such file")) {
             true => Absence::NoGpu(NOT_INSTALLED.into()),
             false => Absence::Failing(why),
@@ -143,13 +143,13 @@ fn load(name: &str) -> std::result::Result<Library, Absence> {
     })
 }
 
-/// Where a library has a function; null where it has none.
+/// The address of a library's function; null if it has none.
 pub(crate) fn symbol(library: &Library, name: &CStr) -> *mut c_void {
     // SAFETY: only the address is taken; `library` is open.
     unsafe { library.get::<*mut c_void>(name.to_bytes_with_nul()) }.map_or(std::ptr::null_mut(), |found| found.as_raw_ptr())
 }
 
-/// File that a library was loaded from.
+/// The file that a library was loaded from.
 fn path_of(library: &Library, name: &str) -> String {
     // SAFETY: plain data, for which zeros are valid.
     let mut info: libc::Dl_info = unsafe { std::mem::zeroed() };
@@ -164,22 +164,22 @@ fn path_of(library: &Library, name: &str) -> String {
 }
 
 impl Driver {
-    /// GPUs that it sees, at least one.
+    /// The number of visible GPUs, at least one.
     pub fn devices(&self) -> i32 {
         self.devices
     }
 
-    /// The way to the driver's functions.
+    /// Access to the driver's functions.
     pub fn relaxed(&'static self) -> Relaxed {
         let mut mode: c_uint = sys::CAPTURE_RELAXED;
-        // SAFETY: the mode is writable; it is this thread's own.
+        // SAFETY: the mode is writable, and this thread's own.
         let changed = unsafe { self.functions.cuThreadExchangeStreamCaptureMode(&mut mode) }.is_ok();
         Relaxed { functions: &self.functions, before: changed.then_some(mode), _of_this_thread: PhantomData }
     }
 }
 
-/// While it lives, this thread's calls neither fail because another thread captures a CUDA graph nor spoil that capture. Puts the
-/// thread's own mode back when dropped.
+/// While it lives, this thread's calls neither fail because another thread captures a CUDA graph nor invalidate that capture.
+/// Dropping it restores the thread's mode.
 pub struct Relaxed {
     functions: &'static Functions,
     before: Option<c_uint>,
@@ -214,7 +214,7 @@ mod tests {
     use std::path::PathBuf;
     use std::process::Command;
 
-    /// A simulated driver library whose cuInit and cuDeviceGetCount answer as told.
+    /// A simulated driver library with given results of cuInit and cuDeviceGetCount.
     fn simulated(name: &str, init: u32, devices: i32) -> String {
         let dir = std::env::temp_dir().join(format!("cuda-driver-{}", std::process::id()));
         std::fs::create_dir_all(&dir).expect("folder");

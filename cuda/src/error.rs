@@ -10,22 +10,22 @@ pub enum Error {
     Unavailable(String),
     /// A call failed.
     Call {
-        /// Its name.
+        /// The function's name.
         call: &'static str,
         /// The driver's number.
         code: u32,
-        /// The driver's words for it.
+        /// The driver's text for it.
         text: &'static str,
     },
     /// A request that no driver can fulfil.
     Invalid(String),
 }
 
-/// What most functions of this crate give.
+/// The result of most functions of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// The driver's number, 0 where no call was made.
+    /// The driver's number, 0 if no call was made.
     pub fn code(&self) -> u32 {
         match self {
             Error::Call { code, .. } => *code,
@@ -38,7 +38,7 @@ impl Error {
         self.code() == codes::ERROR_OUT_OF_MEMORY
     }
 
-    /// The context is gone or broken for good: the driver has ended everything that ran in it, so that nothing touches memory any more.
+    /// The context is destroyed or permanently broken: the driver has ended all its work, so nothing touches memory.
     pub fn context_is_dead(&self) -> bool {
         codes::FATAL.contains(&self.code())
     }

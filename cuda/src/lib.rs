@@ -1,7 +1,7 @@
-//! The CUDA driver API: the driver is opened at run time, and its absence is a normal state. What is called here leaves the
-//! application's GPU alone: no call breaks a capture of a CUDA graph, and none waits for the application's streams but the loading of
-//! kernels and the first use of each kind of work, once a process and GPU. To that end memory and kernels are kept for the next user instead of freed: the driver waits for all
-//! work of a GPU when it frees, and holds up everybody meanwhile.
+//! The CUDA driver API: the driver is opened at run time, and its absence is a normal state. Calls do not disturb the
+//! application's work on the GPU: none breaks a capture of a CUDA graph, and none waits for the application's streams, except loading
+//! kernels and the first use of each kind of work, once per process and GPU. For this reason memory and kernels are kept for the next
+//! user instead of freed: a free waits for all work of the GPU and blocks other calls to the driver meanwhile.
 //! Knows nothing of plugins, connections or kernels.
 
 mod bdf;

@@ -1,5 +1,4 @@
-//! What kind of memory an address is, and memory the library owns on a GPU or pinned and mapped for one. Knows nothing of what it is
-//! used for.
+//! The kind of memory at an address; GPU memory and pinned, mapped host memory that the library owns. Knows nothing of its use.
 
 use crate::context::{in_use, Context};
 use crate::driver::{driver, Absence};
@@ -11,43 +10,43 @@ use std::mem::ManuallyDrop;
 use std::ptr;
 use std::sync::Arc;
 
-/// Where an address lives.
+/// The kind of memory at an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MemoryKind {
-    /// Ordinary host memory, unknown to CUDA (or there is no CUDA).
+    /// Ordinary host memory, unknown to CUDA (or CUDA is absent).
     Host,
     /// Pinned host memory.
     PinnedHost,
     /// Managed memory: the driver moves it.
     Managed,
-    /// Memory of the GPU with this CUDA ordinal, however it was allocated.
+    /// GPU memory, however it was allocated.
     Device {
         /// CUDA ordinal.
         ordinal: i32,
     },
 }
 
-/// The kind of memory at `ptr`. Asks the driver only where there is one; an error where a driver is there and fails, since then nobody
-/// can tell. Makes no context. In the child of a process that used CUDA all memory that is there is the host's.
+/// The kind of memory at `ptr`. Asks the driver if there is one; an error if the driver fails, since then the kind is
+/// unknown. Creates no context. In the child of a process that used CUDA all accessible memory is host memory.
 pub fn memory_kind(ptr: u64) -> Result<MemoryKind> {
     let cuda = match driver() {
         Ok(driver) => driver.relaxed(),
         Err(Absence::NoGpu(_)) => return Ok(MemoryKind::Host),
-        // Addresses of the parent's GPU memory mean nothing here, and who touches them dies.
+        // The parent's GPU memory is not mapped here: an access would crash.
         Err(Absence::Forked) if is_readable(ptr) => return Ok(MemoryKind::Host),
         Err(failing) => return Err(failing.into()),
     };
     match kind_of(&cuda, ptr) {
-        // The driver wants a context to look the address up in: any that the process has will do.
+        // The driver looks the address up in a context: any context of the process will do.
         Err(e) if e.code() == sys::ERROR_INVALID_CONTEXT => in_any_context(ptr),
         kind => kind,
     }
 }
 
-/// Whether this process has memory at an address that it may read: the kernel tells, who is asked to copy a byte of it.
+/// Whether this process can read the memory at an address: a system call copies a byte of it.
 fn is_readable(ptr: u64) -> bool {
     let mut ends = [-1; 2];
-    // SAFETY: the output is writable; the kernel looks at the address and fails where nothing is; both ends are closed once.
+    // SAFETY: the output is writable; the kernel checks the address and fails if nothing is mapped; both ends are closed once.
     unsafe {
         if libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) != 0 {
             return false;
@@ -59,7 +58,7 @@ fn is_readable(ptr: u64) -> bool {
 }
 
 fn in_any_context(ptr: u64) -> Result<MemoryKind> {
-    // Without any context there is no memory of a GPU.
+    // Without any context there is no GPU memory.
     let Some(&ordinal) = in_use().first() else { return Ok(MemoryKind::Host) };
     let context = Context::retain(ordinal)?;
     let cuda = context.enter()?;
@@ -88,7 +87,7 @@ fn kind_of(cuda: &Functions, ptr: u64) -> Result<MemoryKind> {
     }
 }
 
-/// Mapped host memory by its two names. With unified addressing they are equal for what `cuMemHostAlloc` made, not for
+/// The two addresses of mapped host memory. With unified addressing they are equal for memory of `cuMemHostAlloc`, but not for
 /// memory that was registered later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MappedPtr {
@@ -97,16 +96,16 @@ pub struct MappedPtr {
     /// For kernels.
     pub device: u64,
 }
-// SAFETY: two addresses; whoever dereferences one owes the proof.
+// SAFETY: two addresses; code that dereferences one must justify it.
 unsafe impl Send for MappedPtr {}
 // SAFETY: as above.
 unsafe impl Sync for MappedPtr {}
 
 impl MappedPtr {
-    /// Both names of mapped host memory, given either. Fails for memory that is not mapped. Once per comm, not per chunk.
+    /// Both addresses of mapped host memory, given either. Fails for memory that is not mapped. Called once per comm, not per chunk.
     pub fn resolve(context: &Context, ptr: u64) -> Result<MappedPtr> {
         let (mut host, mut device) = (0u64, 0u64);
-        // The device's name for host memory is asked for in a context.
+        // The device address of host memory can only be queried in a context.
         let cuda = context.enter()?;
         let known = attribute(&cuda, sys::POINTER_HOST_POINTER, ptr, &mut host)?
             && attribute(&cuda, sys::POINTER_DEVICE_POINTER, ptr, &mut device)?;
@@ -116,13 +115,13 @@ impl MappedPtr {
         Ok(MappedPtr { host: host as *mut u8, device })
     }
 
-    /// The place `bytes` further on.
+    /// The addresses `bytes` further on.
     pub fn offset(self, bytes: usize) -> MappedPtr {
         MappedPtr { host: self.host.wrapping_add(bytes), device: self.device + bytes as u64 }
     }
 }
 
-/// Pinned host memory, mapped for every GPU; page-aligned. Kept for the next user when dropped; by then nobody uses it any more.
+/// Pinned host memory, mapped for every GPU; page-aligned. Dropping it keeps it for the next user; it must be unused by then.
 pub struct PinnedBuffer {
     kept: Kept,
     ptr: MappedPtr,
@@ -146,7 +145,7 @@ impl PinnedBuffer {
             }
         };
         let host = kept.at as *mut u8;
-        // SAFETY: pinned, mapped memory of len bytes that nobody else has.
+        // SAFETY: pinned, mapped memory of len bytes not in use elsewhere.
         let named = unsafe {
             ptr::write_bytes(host, 0, len);
             cuda.cuMemHostGetDevicePointer(&mut device, host.cast(), 0)
@@ -161,7 +160,7 @@ impl PinnedBuffer {
         }
     }
 
-    /// First byte, by both names.
+    /// First byte, by both addresses.
     pub fn mapped(&self) -> MappedPtr {
         self.ptr
     }
@@ -172,7 +171,7 @@ impl PinnedBuffer {
         self.kept.len
     }
 
-    /// Whether the driver still knows it: not after the application has reset the GPU.
+    /// Whether the driver still knows it: false after the application has reset the GPU.
     pub fn is_known(&self) -> bool {
         self.kept.context.enter().is_ok_and(|cuda| self.kept.is_known(&cuda))
     }
@@ -184,7 +183,7 @@ impl Drop for PinnedBuffer {
     }
 }
 
-/// Device memory. Kept for the next user when dropped; by then nobody uses it any more.
+/// GPU memory. Dropping it keeps it for the next user; it must be unused by then.
 pub struct DeviceBuffer {
     kept: Kept,
     base: u64,
@@ -192,9 +191,9 @@ pub struct DeviceBuffer {
 }
 
 impl DeviceBuffer {
-    /// `len` bytes, more than 0, of any content; the first one's address is a multiple of `align`, a power of two.
+    /// `len` bytes, more than 0, uninitialised, aligned to `align`, a power of two.
     pub fn new(context: &Arc<Context>, len: usize, align: usize) -> Result<DeviceBuffer> {
-        // Small blocks do not start on a page: take that much more.
+        // Small blocks are not page-aligned: allocate that much more.
         let whole = len + if align > 256 { align } else { 0 };
         let cuda = context.enter()?;
         let kept = match shelf::take(&cuda, context, whole, Sort::Device) {
@@ -221,7 +220,7 @@ impl DeviceBuffer {
         self.len
     }
 
-    /// Gives it back to the driver, which waits for all work of the GPU: for programs whose GPU it is.
+    /// Frees it, which waits for all work of the GPU: only for programs that own the GPU.
     pub fn free(self) -> Result<()> {
         let kept = ManuallyDrop::new(self).kept.clone();
         let cuda = kept.context.enter()?;
@@ -252,11 +251,11 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_is_not_there_is_not_readable() {
+    fn unmapped_memory_is_not_readable() {
         let value = 7u64;
         assert!(is_readable((&raw const value) as u64));
         assert!(!is_readable(8));
-        // SAFETY: a mapping of its own, which is given back.
+        // SAFETY: the test's own mapping, unmapped once.
         unsafe {
             let reserved = libc::mmap(ptr::null_mut(), 4096, libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0);
             assert!(reserved != libc::MAP_FAILED && !is_readable(reserved as u64));

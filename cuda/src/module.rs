@@ -1,4 +1,4 @@
-//! Kernels loaded into a context, for the life of the process. Knows nothing of what they do.
+//! Kernels loaded into a context, for the life of the process. Knows nothing of their work.
 
 use crate::context::Context;
 use crate::error::Result;
@@ -18,8 +18,8 @@ unsafe impl Send for Module {}
 unsafe impl Sync for Module {}
 
 impl Module {
-    /// Loads an image. The one call here that waits for the application's streams: the driver puts code into a context only while the
-    /// context is at rest, however it is loaded.
+    /// Loads an image. The only call here that waits for the application's streams: the driver loads code only while the
+    /// context is idle.
     ///
     /// # Safety
     /// `image` is a complete cubin, or PTX that ends in a NUL.
@@ -30,7 +30,7 @@ impl Module {
         Ok(Module { context: context.clone(), raw })
     }
 
-    /// A kernel of the module, loaded now: the first launch finds it ready.
+    /// A kernel of the module, loaded now rather than at the first launch.
     pub fn function(&self, name: &CStr) -> Result<CUfunction> {
         let cuda = self.context.enter()?;
         let (mut function, mut registers) = (ptr::null_mut(), 0);

@@ -1,4 +1,4 @@
-//! What lies between two GPUs of which CUDA may show this process only one: asked of NVML, where it is installed. Makes no context.
+//! The link between two GPUs, of which CUDA may show this process only one: from NVML, if installed. Creates no context.
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use process::PerProcess;
@@ -16,7 +16,7 @@ type Init = unsafe extern "C" fn() -> c_int;
 type ByUuid = unsafe extern "C" fn(*const c_char, *mut Device) -> c_int;
 type P2p = unsafe extern "C" fn(Device, Device, c_uint, *mut c_uint) -> c_int;
 
-/// What is used of NVML, which stays loaded.
+/// The NVML functions in use. NVML stays loaded.
 #[derive(Clone, Copy)]
 struct Nvml {
     by_uuid: ByUuid,
@@ -25,7 +25,7 @@ struct Nvml {
 
 impl Nvml {
     fn load() -> Option<Nvml> {
-        // SAFETY: the initialisers of NVML ask nothing of the caller.
+        // SAFETY: NVML's initialisers have no requirements.
         let library =
             process::without_fork(|| unsafe { Library::open(Some("libnvidia-ml.so.1"), RTLD_NOW | RTLD_LOCAL) }).ok()?;
         let library: &'static Library = Box::leak(Box::new(library));
@@ -60,7 +60,7 @@ fn name_of(uuid: &[u8; 16]) -> String {
     format!("GPU-{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
 }
 
-/// Whether NVLink joins two GPUs of this host that reach each other's memory; `None` where nobody can tell.
+/// Whether NVLink connects two GPUs of this host that reach each other's memory; `None` if unknown.
 pub fn joined_by_nvlink(a: &[u8; 16], b: &[u8; 16]) -> Option<bool> {
     static NVML: PerProcess<Option<Nvml>> = PerProcess::new(Nvml::load);
     let nvml = (*NVML.get())?;

@@ -1,11 +1,11 @@
-//! How GPUs of one host reach each other. Makes no context but where it says so; knows nothing of what moves between them.
+//! How GPUs of one host reach each other. Creates no context unless documented; knows nothing of transfers.
 
 use crate::context::{device_of, Context};
 use crate::driver::{driver, functions};
 use crate::error::Result;
 use crate::sys::{self, CUuuid};
 
-/// UUID of the GPU with this CUDA ordinal; a slice of a partitioned GPU has one of its own.
+/// UUID of the GPU with this CUDA ordinal; each MIG slice has its own.
 pub fn uuid_of(ordinal: i32) -> Result<[u8; 16]> {
     let cuda = functions()?;
     let mut uuid = CUuuid::default();
@@ -14,7 +14,7 @@ pub fn uuid_of(ordinal: i32) -> Result<[u8; 16]> {
     Ok(uuid.0)
 }
 
-/// CUDA ordinal of the GPU with this UUID; `None` when this process does not see it.
+/// CUDA ordinal of the GPU with this UUID; `None` if not visible to this process.
 pub fn ordinal_of_uuid(uuid: &[u8; 16]) -> Result<Option<i32>> {
     for ordinal in 0..driver()?.devices() {
         if uuid_of(ordinal)? == *uuid {
@@ -24,20 +24,20 @@ pub fn ordinal_of_uuid(uuid: &[u8; 16]) -> Result<Option<i32>> {
     Ok(None)
 }
 
-/// What lies between two GPUs.
+/// The link between two GPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Link {
     /// They are the same.
     Same,
-    /// One reads the other's memory by a link that does atomics, as NVLink.
+    /// One reads the other's memory over a link with atomics, such as NVLink.
     Fast,
-    /// One reads the other's memory over the bus, where reads are slow.
+    /// One reads the other's memory over PCIe, where reads are slow.
     Bus,
     /// Neither reaches the other's memory.
     None,
 }
 
-/// How the GPU `from` reaches memory of the GPU `to`.
+/// How the GPU `from` reaches the memory of the GPU `to`.
 pub fn link(from: i32, to: i32) -> Result<Link> {
     if from == to {
         return Ok(Link::Same);
@@ -55,7 +55,7 @@ pub fn link(from: i32, to: i32) -> Result<Link> {
     Ok(if atomics != 0 { Link::Fast } else { Link::Bus })
 }
 
-/// Lets kernels of `from` use what this process allocates on the GPU of `to`; for as long as both contexts live.
+/// Lets kernels of `from` use this process's allocations on the GPU of `to`, as long as both contexts live.
 pub fn enable_peer_access(from: &Context, to: &Context) -> Result<()> {
     let cuda = from.enter()?;
     // SAFETY: both contexts are live.

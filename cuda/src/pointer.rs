@@ -1,4 +1,4 @@
-//! What the driver says of an address. Knows nothing of who owns the memory there.
+//! The driver's pointer attributes. Knows nothing of the memory's owner.
 
 use crate::error::Result;
 use crate::sys::{self, Functions};

@@ -1,5 +1,5 @@
-//! Device memory that two processes share: what tells another process of an allocation, and allocations of other processes mapped here.
-//! Knows nothing of how handles travel and of who may have them.
+//! GPU memory that two processes share: exporting an allocation, and mapping the allocations of other processes.
+//! Knows nothing of how handles reach other processes or which of them may have one.
 
 use crate::context::Context;
 use crate::error::{Error, Result};
@@ -17,11 +17,11 @@ pub type IpcHandle = [u8; 64];
 /// How an allocation can be shared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sharing {
-    /// By an IPC handle, as memory of `cudaMalloc`.
+    /// By an IPC handle: memory of `cudaMalloc`.
     Ipc,
-    /// By a file descriptor, as memory of `cuMemCreate` that was made for it.
+    /// By a file descriptor: memory of `cuMemCreate` that was created for sharing.
     Posix,
-    /// Not at all, for this reason.
+    /// Cannot be shared, for this reason.
     No(&'static str),
 }
 
@@ -32,13 +32,13 @@ pub struct Allocation {
     pub base: u64,
     /// Bytes.
     pub len: u64,
-    /// The driver's number for it, which no later allocation of this process has.
+    /// The driver's id for it, unique in this process.
     pub id: u64,
-    /// How others can map it.
+    /// How other processes can map it.
     pub sharing: Sharing,
 }
 
-/// The allocation that `addr` lies in, device memory of the context's GPU.
+/// The allocation that `addr` lies in, memory of the context's GPU.
 pub fn allocation(context: &Context, addr: u64) -> Result<Allocation> {
     let cuda = context.enter()?;
     let (mut base, mut len, mut id) = (0, 0, 0u64);
@@ -67,7 +67,7 @@ fn sharing(cuda: &Functions, addr: u64) -> Result<Sharing> {
     Ok(Sharing::No("it was allocated without a handle type that can be shared"))
 }
 
-/// A handle of the allocation that begins at `base`, one of [`Sharing::Ipc`].
+/// A handle of the allocation at `base`, which is [`Sharing::Ipc`].
 pub fn ipc_handle(context: &Context, base: u64) -> Result<IpcHandle> {
     let mut handle = CUipcMemHandle([0; 64]);
     // SAFETY: the output is writable; the address is only looked up.
@@ -75,12 +75,12 @@ pub fn ipc_handle(context: &Context, base: u64) -> Result<IpcHandle> {
     Ok(handle.0)
 }
 
-/// A descriptor of the memory mapped at `base`, one of [`Sharing::Posix`].
+/// A descriptor of the memory mapped at `base`, which is [`Sharing::Posix`].
 pub fn posix_handle(context: &Context, base: u64) -> Result<OwnedFd> {
     let cuda = context.enter()?;
     let mut handle = 0;
     let mut fd = -1i32;
-    // SAFETY: the output is writable; what is retained is released by the guard.
+    // SAFETY: the output is writable; the guard releases the handle.
     unsafe { cuda.cuMemRetainAllocationHandle(&mut handle, base as *mut c_void) }?;
     let physical = Physical { cuda: &cuda, handle };
     // SAFETY: the handle is retained; the driver writes an int.
@@ -92,7 +92,7 @@ pub fn posix_handle(context: &Context, base: u64) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Physical memory, retained.
+/// A retained handle of physical memory.
 struct Physical<'a> {
     cuda: &'a Functions,
     handle: CUmemGenericAllocationHandle,
@@ -110,10 +110,10 @@ enum How {
     Posix,
 }
 
-/// Maps physical memory at an address of the driver's choice.
+/// Maps physical memory at an address that the driver chooses.
 fn map(cuda: &Functions, handle: CUmemGenericAllocationHandle, len: usize) -> Result<u64> {
     let mut at = 0;
-    // SAFETY: the output is writable, the handle live; what was reserved is given back where mapping fails.
+    // SAFETY: the output is writable, the handle live; the reservation is released if mapping fails.
     unsafe {
         cuda.cuMemAddressReserve(&mut at, len, 0, 0, 0)?;
         if let Err(e) = cuda.cuMemMap(at, len, 0, handle, 0) {
@@ -124,8 +124,8 @@ fn map(cuda: &Functions, handle: CUmemGenericAllocationHandle, len: usize) -> Re
     Ok(at)
 }
 
-/// New memory of a context's GPU that other processes can map by [`posix_handle`]. Its pages are used for nothing else before the last
-/// mapping of theirs has ended, even where this one went long before.
+/// New memory of a context's GPU that other processes can map by [`posix_handle`]. Its pages are reused only after the last mapping
+/// in any process has ended, even if this one ended long before.
 pub fn shareable(context: &Arc<Context>, len: usize) -> Result<Mapped> {
     let cuda = context.enter()?;
     let location = CUmemLocation { kind: sys::LOCATION_DEVICE, id: context.device() };
@@ -133,11 +133,11 @@ pub fn shareable(context: &Arc<Context>, len: usize) -> Result<Mapped> {
     let mut prop: CUmemAllocationProp = unsafe { std::mem::zeroed() };
     (prop.kind, prop.location, prop.handle_types) = (sys::ALLOCATION_PINNED, location, sys::HANDLE_POSIX);
     let (mut step, mut handle) = (0, 0);
-    // SAFETY: outputs are writable, the description complete; what is made is released by the guard.
+    // SAFETY: outputs are writable, the description complete; the guard releases the handle.
     unsafe {
         cuda.cuMemGetAllocationGranularity(&mut step, &prop, 0)?;
         if step == 0 || len % step != 0 {
-            return Err(Error::Invalid(format!("{len} bytes of memory that comes in steps of {step}")));
+            return Err(Error::Invalid(format!("{len} bytes of memory: not a multiple of the granularity {step}")));
         }
         cuda.cuMemCreate(&mut handle, len, &prop, 0)?;
     }
@@ -150,7 +150,8 @@ pub fn shareable(context: &Arc<Context>, len: usize) -> Result<Mapped> {
     Ok(mapped)
 }
 
-/// Memory of another process, or new memory that others can map, mapped into a context of this one until dropped. It stays as long, whatever becomes of its owner.
+/// Memory of another process, or new memory that other processes can map, mapped into a context of this process until dropped. It
+/// stays valid even if its owner ends.
 pub struct Mapped {
     context: Arc<Context>,
     at: u64,
@@ -159,8 +160,8 @@ pub struct Mapped {
 }
 
 impl Mapped {
-    /// Opens an IPC handle of another process for kernels and copies of the context's GPU. The driver counts: a handle may be open
-    /// several times, and gives the same address.
+    /// Opens an IPC handle of another process for kernels and copies of the context's GPU. The driver counts references: a handle may be
+    /// opened several times, and has one address.
     pub fn ipc(context: &Arc<Context>, handle: &IpcHandle) -> Result<Mapped> {
         let cuda = context.enter()?;
         let (mut at, mut base, mut len) = (0, 0, 0);
@@ -168,11 +169,11 @@ impl Mapped {
         unsafe { cuda.cuIpcOpenMemHandle(&mut at, CUipcMemHandle(*handle), sys::IPC_LAZY_PEER_ACCESS) }?;
         drop(cuda);
         let mut mapped = Mapped { context: context.clone(), at, len: 0, how: How::Ipc };
-        // The other side's word about its length is not enough: a kernel that goes beyond ends the application's context.
+        // The peer's length cannot be trusted: a kernel that accesses memory beyond the end destroys the application's context.
         // SAFETY: outputs are writable.
         unsafe { context.enter()?.cuMemGetAddressRange(&mut base, &mut len, at) }?;
         if at < base || at - base >= len as u64 {
-            return Err(Error::Invalid("the driver knows no length of memory that it has opened".into()));
+            return Err(Error::Invalid("the driver reports no length for opened memory".into()));
         }
         mapped.len = len - (at - base) as usize;
         Ok(mapped)
@@ -180,7 +181,7 @@ impl Mapped {
 
     /// Maps `len` bytes of the memory behind a descriptor of another process, or of this one, for reading by the context's GPU.
     pub fn posix(context: &Arc<Context>, fd: BorrowedFd<'_>, len: usize) -> Result<Mapped> {
-        // Not every driver maps memory for reading alone.
+        // Not every driver supports read-only mappings.
         Mapped::posix_for(context, fd, len, &[sys::ACCESS_READ, sys::ACCESS_READ_WRITE])
     }
 
@@ -189,7 +190,7 @@ impl Mapped {
         Mapped::posix_for(context, fd, len, &[sys::ACCESS_READ_WRITE])
     }
 
-    /// With the first access of these that the driver gives.
+    /// Maps with the first of these access modes that the driver supports.
     fn posix_for(context: &Arc<Context>, fd: BorrowedFd<'_>, len: usize, access: &[c_uint]) -> Result<Mapped> {
         let cuda = context.enter()?;
         let mut handle = 0;
@@ -202,7 +203,7 @@ impl Mapped {
         // SAFETY: the output is writable, the handle imported.
         unsafe { cuda.cuMemGetAllocationPropertiesFromHandle(&mut prop, physical.handle) }?;
         if prop.location.kind != sys::LOCATION_DEVICE || len == 0 {
-            return Err(Error::Invalid(format!("{len} bytes of a descriptor that is not memory of a GPU")));
+            return Err(Error::Invalid(format!("{len} bytes of a descriptor that is not GPU memory")));
         }
         let at = map(&cuda, physical.handle, len)?;
         drop(physical);
@@ -212,7 +213,7 @@ impl Mapped {
         Ok(mapped)
     }
 
-    /// Lets the context's GPU use the mapping, with the first access of these that the driver gives.
+    /// Lets the context's GPU use the mapping, with the first of these access modes that the driver supports.
     fn allow(&self, access: &[c_uint]) -> Result<()> {
         let cuda = self.context.enter()?;
         let location = CUmemLocation { kind: sys::LOCATION_DEVICE, id: self.context.device() };
@@ -233,7 +234,7 @@ impl Mapped {
         self.at
     }
 
-    /// Bytes that are there.
+    /// Its length in bytes.
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.len
@@ -243,7 +244,7 @@ impl Mapped {
 impl Drop for Mapped {
     fn drop(&mut self) {
         let Ok(cuda) = self.context.enter() else { return };
-        // SAFETY: opened or mapped once, in this context; nobody uses it any more.
+        // SAFETY: opened or mapped once, in this context, and no longer used.
         let _ = unsafe {
             match self.how {
                 How::Ipc => cuda.cuIpcCloseMemHandle(self.at),

@@ -1,6 +1,6 @@
-//! Memory that waits for its next user. Freeing it would wait for all work of the GPU, the application's included, and hold up every
-//! other call to the driver meanwhile; so what was once taken is kept until the process ends, and taken again. Knows nothing of what
-//! the memory is for.
+//! Free allocations that wait for their next user. Freeing memory would wait for all work of the GPU, including the application's, and
+//! block every other call to the driver meanwhile; so an allocation is kept until the process ends, and reused. Knows nothing of the
+//! memory's use.
 
 use crate::context::Context;
 use crate::pointer::attribute;
@@ -11,13 +11,13 @@ use std::sync::Arc;
 /// How memory was allocated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sort {
-    /// By `cuMemHostAlloc`, portable: of use in every context.
+    /// By `cuMemHostAlloc`, portable: usable in every context.
     Pinned,
     /// By `cuMemAlloc`.
     Device,
 }
 
-/// An allocation, with the context that it lives as long as.
+/// An allocation, with the context it belongs to.
 #[derive(Clone)]
 pub(crate) struct Kept {
     pub(crate) context: Arc<Context>,
@@ -37,12 +37,13 @@ impl Kept {
 
 static SHELF: PerProcess<Mutex<Vec<Kept>>> = PerProcess::new(Mutex::default);
 
-/// Puts an allocation back that nobody uses any more.
+/// Puts an unused allocation back.
 pub(crate) fn put(kept: Kept) {
     SHELF.get().lock().push(kept);
 }
 
-/// An allocation of exactly this length that `context` can use. The last one put back is taken first: the CPU's caches know it.
+/// An allocation of exactly this length that `context` can use. The last one put back is taken first: it may still be in the CPU's
+/// caches.
 pub(crate) fn take(cuda: &Functions, context: &Context, len: usize, sort: Sort) -> Option<Kept> {
     let suits = |k: &Kept| k.len == len && k.sort == sort && (sort == Sort::Pinned || k.context.id() == context.id());
     loop {
@@ -51,7 +52,7 @@ pub(crate) fn take(cuda: &Functions, context: &Context, len: usize, sort: Sort) 
             let i = shelf.iter().rposition(suits)?;
             shelf.swap_remove(i)
         };
-        // Where the application has reset its GPU or destroyed the context, the memory is gone.
+        // If the application has reset its GPU or destroyed the context, the memory no longer exists.
         if kept.is_known(cuda) {
             return Some(kept);
         }

@@ -1,5 +1,5 @@
-//! Streams of our own, which neither wait for the application's streams nor make them wait, and what runs on them. Knows nothing of
-//! what the memory holds.
+//! The library's own streams, which neither wait for the application's streams nor delay them, and their operations. Knows nothing of
+//! the memory's content.
 
 use crate::context::{Context, Entered};
 use crate::error::{Error, Result};
@@ -8,7 +8,7 @@ use std::ptr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Time for which a wait asks without pause; after it, it sleeps in between.
+/// How long a wait polls before it sleeps between polls.
 const SPIN: Duration = Duration::from_micros(200);
 const NAP: Duration = Duration::from_micros(20);
 
@@ -23,7 +23,7 @@ unsafe impl Send for Stream {}
 unsafe impl Sync for Stream {}
 
 impl Stream {
-    /// A new stream, of the highest priority: where the application's kernels fill the GPU, ours get the next free place.
+    /// A new stream of the highest priority: when the application's kernels fill the GPU, ours get the next free slot.
     pub fn new(context: &Arc<Context>) -> Result<Stream> {
         let cuda = context.enter()?;
         let (mut raw, mut least, mut greatest) = (ptr::null_mut(), 0, 0);
@@ -36,7 +36,7 @@ impl Stream {
         Ok(Stream { context: context.clone(), raw })
     }
 
-    /// The context it belongs to.
+    /// Its context.
     pub fn context(&self) -> &Arc<Context> {
         &self.context
     }
@@ -60,7 +60,7 @@ impl Stream {
         }
     }
 
-    /// Waits for everything submitted so far, at most `limit`; false when that was not enough.
+    /// Waits at most `limit` for everything submitted so far; false on time-out.
     pub fn wait(&self, limit: Duration) -> Result<bool> {
         let cuda = self.context.enter()?;
         let start = Instant::now();
@@ -78,12 +78,12 @@ impl Stream {
         }
     }
 
-    /// As [`Stream::wait`], with an error when the time was not enough.
+    /// As [`Stream::wait`], with an error on time-out.
     pub fn finish(&self, limit: Duration) -> Result<()> {
         if self.wait(limit)? {
             return Ok(());
         }
-        Err(Error::Invalid(format!("the GPU has not finished its work in {limit:?}")))
+        Err(Error::Invalid(format!("the GPU has not finished its work within {limit:?}")))
     }
 
     /// Queues a copy from device to host memory.
@@ -104,7 +104,7 @@ impl Stream {
         unsafe { self.context.enter()?.cuMemcpyHtoDAsync(dst, src.cast(), len, self.raw) }
     }
 
-    /// Queues a copy between device memory, of other GPUs too where they are mapped here.
+    /// Queues a copy between GPU memory, also of other GPUs if mapped here.
     ///
     /// # Safety
     /// Both ranges are valid and stay untouched until the stream has done it.
@@ -113,19 +113,19 @@ impl Stream {
         unsafe { self.context.enter()?.cuMemcpyDtoDAsync(dst, src, len, self.raw) }
     }
 
-    /// Queues a word: whoever sees it sees everything that the stream did before.
+    /// Queues the write of a word: a thread that sees it also sees everything that the stream did before.
     ///
     /// # Safety
-    /// `at` is the device's name of a word of mapped memory, 4-byte aligned, that stays until the stream has written it.
+    /// `at` is the device address of a word of mapped memory, 4-byte aligned, that stays valid until the stream has written it.
     pub unsafe fn signal(&self, at: u64, value: u32) -> Result<()> {
         // SAFETY: by the caller's contract.
         unsafe { self.context.enter()?.cuStreamWriteValue32(self.raw, at, value, 0) }
     }
 
-    /// As [`Stream::device_to_device`], and after it a word as of [`Stream::signal`].
+    /// [`Stream::device_to_device`] followed by [`Stream::signal`].
     ///
     /// # Safety
-    /// As of both.
+    /// As for both.
     pub unsafe fn device_to_device_with_signal(&self, dst: u64, src: u64, len: usize, at: u64, value: u32) -> Result<()> {
         let cuda = self.context.enter()?;
         // SAFETY: by the caller's contract.
@@ -138,7 +138,7 @@ impl Stream {
     /// Queues setting `len` bytes of device memory.
     ///
     /// # Safety
-    /// The range is valid and nobody else uses it until the stream has done it.
+    /// The range is valid and not otherwise used until the stream has done it.
     pub unsafe fn fill(&self, dst: u64, value: u8, len: usize) -> Result<()> {
         // SAFETY: by the caller's contract.
         unsafe { self.context.enter()?.cuMemsetD8Async(dst, value, len, self.raw) }

@@ -1,4 +1,4 @@
-//! Types and functions of the driver's C interface, as far as they are used here. A function that the installed driver does not have
+//! Types and functions of the driver's C interface that the library uses. A function that the installed driver lacks
 //! fails when it is called, not when the driver is opened.
 #![allow(non_snake_case)]
 
@@ -8,7 +8,7 @@ use std::ffi::{c_char, c_int, c_uint, c_void, CStr};
 
 /// A GPU.
 pub type CUdevice = c_int;
-/// An address in device memory, or the device's name of mapped host memory.
+/// An address in device memory, or the device address of mapped host memory.
 pub type CUdeviceptr = u64;
 /// A context.
 pub type CUcontext = *mut c_void;
@@ -155,14 +155,14 @@ const _: () = {
     assert!(size_of::<CUmemAllocationProp>() == 32 && size_of::<CUmemAccessDesc>() == 12);
 };
 
-/// Declares the table of functions: a field each, and a method that makes the call and turns its result into ours.
+/// Declares the table of functions: for each a field, and a method that calls it and converts the result.
 macro_rules! functions {
     ($($name:ident = $symbol:literal ($($arg:ident: $type:ty),*);)*) => {
         struct Raw {
             $($name: unsafe extern "C" fn($($type),*) -> CUresult,)*
         }
 
-        /// Stand-ins for functions that the driver does not have.
+        /// Stand-ins for functions that the driver lacks.
         mod missing {
             use super::*;
             $(pub unsafe extern "C" fn $name($(_: $type),*) -> CUresult {
@@ -170,7 +170,7 @@ macro_rules! functions {
             })*
         }
 
-        /// The driver's functions. Each fails with the driver's number and words; requirements are those of NVIDIA's documentation.
+        /// The driver's functions. Each fails with the driver's number and text; requirements are those of NVIDIA's documentation.
         pub struct Functions {
             raw: Raw,
         }
@@ -180,7 +180,7 @@ macro_rules! functions {
             /// Looks up every function.
             ///
             /// # Safety
-            /// `find` gives null, or the function of that name in a CUDA driver.
+            /// `find` returns null, or the function of that name in a CUDA driver.
             pub(crate) unsafe fn load(find: impl Fn(&CStr) -> *mut c_void) -> Functions {
                 let raw = Raw {
                     $($name: match find($symbol) {

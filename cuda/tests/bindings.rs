@@ -1,10 +1,10 @@
-//! Constants and layouts of `sys` against those that cudarc generates from NVIDIA's header. Nothing of cudarc is called or linked elsewhere.
+//! Compares the constants and layouts of `sys` with those that cudarc generates from NVIDIA's header. Only this test links cudarc.
 
 use cuda_driver::sys;
 use cudarc::driver::sys as theirs;
 use std::mem::{offset_of, size_of};
 
-/// Each constant of ours with its value, and NVIDIA's.
+/// Our constants, with NVIDIA's values.
 macro_rules! beside {
     ($($ours:ident = $type:ident::$theirs:ident,)*) => {
         [$((stringify!($ours), i64::from(sys::$ours), theirs::$type::$theirs as i64),)*]
@@ -60,7 +60,7 @@ fn constants_have_the_values_of_the_header() {
 }
 
 #[test]
-fn a_dead_context_is_known_by_the_numbers_of_the_header() {
+fn errors_of_a_dead_context_have_the_numbers_of_the_header() {
     use theirs::CUresult as E;
     let fatal = [
         E::CUDA_ERROR_DEINITIALIZED,
@@ -81,7 +81,7 @@ fn a_dead_context_is_known_by_the_numbers_of_the_header() {
     assert_eq!(sys::FATAL, fatal.map(|code| code as u32));
 }
 
-/// Structures of ours and of cudarc's have one size, and their fields the same offsets.
+/// Asserts that our structure and cudarc's have the same size and field offsets.
 macro_rules! same_layout {
     ($($ours:ident = $theirs:ident { $($field:ident = $their_field:ident),* })*) => {
         $(

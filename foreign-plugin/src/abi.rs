@@ -1,4 +1,4 @@
-//! The C entries: what they are given goes to the other modules, which say what is wrong with it.
+//! The C entries: they pass their arguments to the other modules, which check them.
 
 use crate::comm::{live, request, Comm};
 use crate::logger::{self, warn};
@@ -15,7 +15,7 @@ fn code(result: Result<(), ncclResult_t>) -> ncclResult_t {
     result.err().unwrap_or(NCCL_SUCCESS)
 }
 
-/// Writes a request, or the code of what went wrong.
+/// Writes a request, or returns the error code.
 unsafe fn give(out: *mut Opaque, result: Result<Opaque, ncclResult_t>) -> ncclResult_t {
     code(result.map(|request| {
         // SAFETY: the caller's pointer.

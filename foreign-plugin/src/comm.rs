@@ -15,11 +15,11 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Mutex;
 
-/// Fragments of a message at most; more end the process.
+/// Most fragments of a message; more end the process.
 const MAX_FRAGMENTS: usize = MAX_SLOT_ENTRIES - 1;
 const HEADER: usize = 8;
 
-/// What a request handle points at.
+/// The target of a request handle.
 pub(crate) struct Slot {
     comm: *const Comm,
     index: usize,
@@ -44,7 +44,7 @@ pub(crate) fn live<'a>(call: &str, comm: *mut c_void) -> &'a Comm {
     if !lock(&LIVE).get_or_insert_default().contains(&(comm as usize)) {
         violation!("{call} on {comm:?}, which is no open comm");
     }
-    // SAFETY: live, as was just looked up; the caller closes it last.
+    // SAFETY: live, as just checked; the caller closes it last.
     unsafe { &*comm.cast::<Comm>() }
 }
 
@@ -52,7 +52,7 @@ pub(crate) fn live<'a>(call: &str, comm: *mut c_void) -> &'a Comm {
 pub(crate) fn request<'a>(call: &str, request: *mut c_void) -> (&'a Comm, usize) {
     let mut all = lock(&LIVE);
     for &comm in all.get_or_insert_default().iter() {
-        // SAFETY: live, and nobody closes it while the lock is held.
+        // SAFETY: live, and not closed while the lock is held.
         let comm = unsafe { &*(comm as *const Comm) };
         let range = comm.slots.as_ptr_range();
         if range.contains(&request.cast_const().cast()) {
@@ -69,7 +69,7 @@ impl Comm {
     fn build(dev: usize, inner: Inner) -> *mut Comm {
         let receives = matches!(inner, Inner::Recv(_));
         let comm = Box::into_raw(Box::new(Comm { dev, receives, slots: Vec::new(), inner: Mutex::new(inner) }));
-        // SAFETY: just made, known to nobody else.
+        // SAFETY: just made, not shared yet.
         unsafe { (*comm).slots = (0..MAX_REQUESTS).map(|index| Slot { comm, index }).collect() };
         lock(&LIVE).get_or_insert_default().insert(comm as usize);
         up(&counters().comms, None, 1);
@@ -83,7 +83,7 @@ impl Comm {
         )
     }
 
-    /// A receive comm, with the address of its device handle: none where the caller gave no memory for one.
+    /// A receive comm, with the address of its device handle: `None` if the caller gave no memory for one.
     pub(crate) fn recv(dev: usize, sockets: Sockets, unpack: bool) -> (*mut Comm, *mut unpackNetDeviceHandle) {
         let pool = memory::import();
         let recv = Recv::new(sockets, pool, unpack);
@@ -92,7 +92,7 @@ impl Comm {
     }
 
     /// # Safety
-    /// A live comm, used by nobody else, and never again.
+    /// A live comm, not in use, and never used again.
     pub(crate) unsafe fn close(comm: *mut c_void) {
         lock(&LIVE).get_or_insert_default().remove(&(comm as usize));
         down(&counters().comms, 1);
@@ -168,7 +168,7 @@ fn release(dev: usize, mr: usize) {
     memory::with("the end of a request", dev, mr, |mr| mr.in_flight -= 1);
 }
 
-/// What each data socket carries of a message: contiguous shares.
+/// The share of a message that each data socket carries: contiguous.
 fn share(len: usize, socket: usize) -> std::ops::Range<usize> {
     len * socket / SOCKETS..len * (socket + 1) / SOCKETS
 }
@@ -188,16 +188,16 @@ struct SendRequest {
     data: usize,
     len: usize,
     mr: usize,
-    /// The bytes of a real GPU's memory, to which `data` then points.
+    /// A host copy of real GPU memory; `data` then points to it.
     _bytes: Vec<u8>,
     header: usize,
     sent: [usize; SOCKETS],
-    /// What each socket had been given with its last bytes.
+    /// The number of calls on each socket, including its last bytes.
     given: [u32; SOCKETS],
 }
 
 impl SendRequest {
-    /// All is sent, and the kernel needs its memory no more.
+    /// Everything is sent, and the kernel no longer needs the memory.
     fn done(&self, lent: &[Lent; SOCKETS]) -> bool {
         self.header == HEADER && (0..SOCKETS).all(|s| self.sent[s] == share(self.len, s).len() && lent[s].past(self.given[s]))
     }
@@ -272,7 +272,7 @@ impl Send {
                 request.header += write(&self.sockets.control, rest.as_ptr() as usize, rest.len())?;
                 control_open = request.header == HEADER;
             }
-            // Of a message that is too long only one piece leaves.
+            // Only one piece of a message that is too long is sent.
             let reach = request.len.min(chunk);
             for (socket, open) in open.iter_mut().enumerate() {
                 let part = share(request.len, socket);
@@ -325,7 +325,7 @@ struct Recv {
     unpack: bool,
     meta: *mut netUnpackMeta,
     handle: *mut unpackNetDeviceHandle,
-    /// Where both lie on a real GPU.
+    /// The GPU memory of both, on a real GPU.
     real: Option<(PinnedBuffer, DeviceBuffer)>,
     /// Posted and not consumed, oldest first.
     requests: VecDeque<RecvRequest>,
@@ -334,7 +334,7 @@ struct Recv {
     dead: bool,
     seed: u64,
 }
-// SAFETY: its pointers are its own mappings.
+// SAFETY: the pointers are its own mappings.
 unsafe impl std::marker::Send for Recv {}
 
 struct RecvRequest {
@@ -363,7 +363,7 @@ fn map(len: usize) -> *mut c_void {
     at
 }
 
-/// Bytes of the mapping that holds a comm's meta queue and device handle. Unmapped at the close: who reads them later dies.
+/// Bytes of the mapping that holds a comm's meta queue and device handle. Unmapped at the close: a later read crashes.
 const META: usize = (size_of::<netUnpackMeta>() + size_of::<unpackNetDeviceHandle>()).next_multiple_of(PAGE);
 
 impl Recv {
@@ -421,7 +421,7 @@ impl Recv {
         Ok(number)
     }
 
-    /// Takes announcements for receives that have none.
+    /// Reads announcements for receives that have none.
     fn read_control(&mut self) {
         while !self.dead && self.requests.iter().any(|r| r.len.is_none()) {
             let mut buffer = [0u8; HEADER];
@@ -444,7 +444,7 @@ impl Recv {
         }
     }
 
-    /// Reads one fragment of a socket's share; `false` when nothing came.
+    /// Reads one fragment of a socket's share; `false` when there is none.
     fn read_fragment(&mut self, socket: usize) -> bool {
         let current = self.requests.iter().position(|r| r.len.is_none_or(|len| r.got[socket] != share(len, socket).len()));
         let Some((at, len)) = current.and_then(|at| self.requests[at].len.map(|len| (at, len))) else { return false };
@@ -479,7 +479,7 @@ impl Recv {
         self.read_control();
         let mut any = true;
         while any {
-            // Turn and turn about: fragments of the two shares mix.
+            // Alternates, so that fragments of the two shares mix.
             any = (0..SOCKETS).fold(false, |any, s| self.read_fragment(s) | any);
         }
     }
@@ -524,7 +524,7 @@ impl Recv {
         let request = &mut self.requests[at];
         request.reported = true;
         let slot = (request.number % MAX_REQUESTS as u64) as usize;
-        // SAFETY: at most MAX_FRAGMENTS entries in a row that nobody reads before the count is there.
+        // SAFETY: at most MAX_FRAGMENTS entries in a row that is not read before the count is written.
         unsafe {
             let row = (&raw mut (*self.meta).mem[slot]).cast::<loadMeta>();
             std::ptr::copy_nonoverlapping(entries.as_ptr(), row, entries.len());

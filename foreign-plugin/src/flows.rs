@@ -1,12 +1,12 @@
-//! Flow rules of data sockets, named by the addresses of both ends: made when a socket is accepted, taken back when its comm closes.
-//! TCPX asks the socket for them again then, only warns where it has no peer any more, and hands what was on its stack to a CHECK.
+//! Flow rules of data sockets, identified by the addresses of both ends: added when a socket is accepted, removed when its comm closes.
+//! TCPX then asks the socket for its addresses again, only warns if it has no peer, and passes uninitialised stack memory to a CHECK.
 
 use crate::rules::{counters, down, up, violation};
 use std::mem::ManuallyDrop;
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{FromRawFd, RawFd};
 
-/// The rule of a data socket: from where, to where. None where it was reset before there was one.
+/// The rule of a data socket: source and destination. None if it was reset before a rule was added.
 type Rule = Option<(SocketAddr, SocketAddr)>;
 
 /// The rules of a receive comm.
@@ -19,7 +19,7 @@ impl Rules {
         Rules(rules)
     }
 
-    /// Takes back those that the sockets name now. Others stay.
+    /// Removes the rules with the sockets' current addresses. Others stay.
     pub(crate) fn take_back(&self, data: &[TcpStream]) {
         for (socket, rule) in data.iter().zip(&self.0) {
             let peer = socket.peer_addr().unwrap_or_else(|e| violation!("closeRecv on a data socket that has no peer: {e}"));
@@ -33,7 +33,7 @@ impl Rules {
     }
 }
 
-/// Resets every TCP connection of this process that `which` names by its own and its peer's address, as `ss -K` does: for tests. How many.
+/// Resets every TCP connection of this process whose own and peer's address `which` selects, as `ss -K` does: for tests. Returns how many.
 pub fn reset_connections(which: impl Fn(SocketAddr, SocketAddr) -> bool) -> usize {
     let numbers = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
     let numbers = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<RawFd>().ok());
@@ -41,7 +41,7 @@ pub fn reset_connections(which: impl Fn(SocketAddr, SocketAddr) -> bool) -> usiz
 }
 
 fn ends(fd: RawFd) -> Option<(SocketAddr, SocketAddr)> {
-    // SAFETY: only asked for its addresses, and never closed here; what is no socket answers with an error.
+    // SAFETY: only its addresses are read, and it is never closed here; other files give an error.
     let socket = ManuallyDrop::new(unsafe { TcpStream::from_raw_fd(fd) });
     socket.nodelay().ok()?;
     Some((socket.local_addr().ok()?, socket.peer_addr().ok()?))

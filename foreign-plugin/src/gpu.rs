@@ -1,5 +1,5 @@
-//! Memory of real GPUs, where `STRICT_FOREIGN_CUDA=1` asks for it: registrations, receive memory and device handles are then as real as
-//! without the kernel's device memory sockets they can be. Knows nothing of comms.
+//! Memory of real GPUs, with `STRICT_FOREIGN_CUDA=1`: registrations, receive memory and device handles are then as real as possible
+//! without the kernel's device memory sockets. Knows nothing of comms.
 
 use crate::rules::{lock, violation};
 use cuda_driver::{current_name, memory_kind, Context, DeviceBuffer, MemoryKind, PinnedBuffer, Stream};
@@ -7,19 +7,19 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// Copies of one message that take longer will not end.
+/// Copies of one message that take longer have failed.
 const LIMIT: Duration = Duration::from_secs(20);
-/// Bytes that pass the staging memory at once.
+/// Bytes of the staging memory.
 const STAGE: usize = 1 << 20;
 
-/// A GPU, as the thread that set up a comm had it current.
+/// The GPU that was current in the thread that set up a comm.
 pub(crate) struct Gpu {
     pub context: Arc<Context>,
     pub ordinal: i32,
-    lane: Mutex<Lane>,
+    queue: Mutex<CopyQueue>,
 }
 
-struct Lane {
+struct CopyQueue {
     stream: Stream,
     stage: PinnedBuffer,
 }
@@ -30,21 +30,22 @@ fn must<T>(what: &str, result: cuda_driver::Result<T>) -> T {
 
 static KNOWN: Mutex<Option<HashMap<usize, &'static Gpu>>> = Mutex::new(None);
 
-/// The calling thread's current GPU, or the end of the process: TCPX takes it from there.
+/// The calling thread's current GPU, which TCPX uses; ends the process without one.
 pub(crate) fn current(call: &str) -> &'static Gpu {
     let id = must(&format!("{call} without a current GPU"), Context::current_id());
     let mut known = lock(&KNOWN);
     known.get_or_insert_default().entry(id).or_insert_with(|| {
         let context = must(call, Context::current());
         let Some(name) = current_name() else { violation!("{call}: the current GPU has no name") };
-        let lane = Lane { stream: must(call, Stream::new(&context)), stage: must(call, PinnedBuffer::new(&context, STAGE)) };
-        Box::leak(Box::new(Gpu { context, ordinal: name.ordinal, lane: Mutex::new(lane) }))
+        let queue =
+            CopyQueue { stream: must(call, Stream::new(&context)), stage: must(call, PinnedBuffer::new(&context, STAGE)) };
+        Box::leak(Box::new(Gpu { context, ordinal: name.ordinal, queue: Mutex::new(queue) }))
     })
 }
 
 impl Gpu {
-    /// Ends the process unless all of a range is memory of this GPU. The driver exports whole granules: what lies behind an allocation's
-    /// end in its last one may be named, too.
+    /// Ends the process unless the whole range is memory of this GPU. The driver exports whole granules: the range may also reach past an
+    /// allocation's end within its last granule.
     pub(crate) fn check(&self, call: &str, base: usize, size: usize) {
         const GRANULE: usize = 2 << 20;
         let last = base + size - 1;
@@ -60,15 +61,15 @@ impl Gpu {
 
     /// The bytes at a device address.
     pub(crate) fn fetch(&self, at: usize, len: usize) -> Vec<u8> {
-        let lane = lock(&self.lane);
-        let host = lane.stage.mapped().host;
+        let queue = lock(&self.queue);
+        let host = queue.stage.mapped().host;
         let mut bytes = Vec::with_capacity(len);
         for start in (0..len).step_by(STAGE) {
             let n = STAGE.min(len - start);
-            // SAFETY: registered memory of this GPU; the stage holds so many bytes and the copy is waited for.
+            // SAFETY: registered memory of this GPU; the stage holds that many bytes and `finish` waits for the copy.
             unsafe {
-                must("a send", lane.stream.device_to_host(host, (at + start) as u64, n));
-                must("a send", lane.stream.finish(LIMIT));
+                must("a send", queue.stream.device_to_host(host, (at + start) as u64, n));
+                must("a send", queue.stream.finish(LIMIT));
                 bytes.extend_from_slice(std::slice::from_raw_parts(host, n));
             }
         }
@@ -78,27 +79,27 @@ impl Gpu {
     /// Queues copies from pinned memory and waits for them.
     ///
     /// # Safety
-    /// Sources are pinned memory, destinations this GPU's, of those lengths and nobody else's.
+    /// Sources are pinned memory, destinations this GPU's memory, of those lengths and not otherwise used.
     pub(crate) unsafe fn store(&self, copies: impl Iterator<Item = (u64, *const u8, usize)>) {
-        let lane = lock(&self.lane);
+        let queue = lock(&self.queue);
         for (to, from, len) in copies {
             // SAFETY: by the contract.
-            must("a receive", unsafe { lane.stream.host_to_device(to, from, len) });
+            must("a receive", unsafe { queue.stream.host_to_device(to, from, len) });
         }
-        must("a receive", lane.stream.finish(LIMIT));
+        must("a receive", queue.stream.finish(LIMIT));
     }
 
     /// Sets pages of its memory.
     ///
     /// # Safety
-    /// They are this GPU's and nobody else's.
+    /// They are this GPU's and not otherwise used.
     pub(crate) unsafe fn fill(&self, at: impl Iterator<Item = u64>, value: u8, len: usize) {
-        let lane = lock(&self.lane);
+        let queue = lock(&self.queue);
         for at in at {
             // SAFETY: by the contract.
-            must("a page", unsafe { lane.stream.fill(at, value, len) });
+            must("a page", unsafe { queue.stream.fill(at, value, len) });
         }
-        must("pages", lane.stream.finish(LIMIT));
+        must("pages", queue.stream.finish(LIMIT));
     }
 
     pub(crate) fn device(&self, len: usize) -> DeviceBuffer {

@@ -1,10 +1,10 @@
-//! Sends that the kernel takes from the memory itself, now or later, and its notices of those it is done with.
+//! Zero-copy sends, which the kernel may read from the memory later, and its completion notices.
 
 use std::io::{Error, ErrorKind, Result};
 use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 
-/// What a data socket has been given to send, and how much of it the kernel is done with: numbers of calls.
+/// How many zero-copy sends a data socket was given, and how many the kernel has completed.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Lent {
     pub given: u32,
@@ -12,13 +12,13 @@ pub(crate) struct Lent {
 }
 
 impl Lent {
-    /// Whether the kernel is done with the first `calls`.
+    /// Whether the kernel has completed the first `calls`.
     pub(crate) fn past(self, calls: u32) -> bool {
         self.done.wrapping_sub(calls) as i32 >= 0
     }
 }
 
-/// Lets a socket send so.
+/// Enables zero-copy sends on a socket.
 pub(crate) fn allow(stream: &TcpStream) -> Result<()> {
     let one: libc::c_int = 1;
     // SAFETY: an int and its size.
@@ -33,36 +33,36 @@ pub(crate) fn allow(stream: &TcpStream) -> Result<()> {
     }
 }
 
-/// Gives memory to the kernel, which sends from it. Bytes taken.
+/// Sends from the memory without a copy. Returns the bytes accepted.
 pub(crate) fn lend(stream: &TcpStream, data: usize, len: usize, lent: &mut Lent) -> Result<usize> {
-    // SAFETY: registered memory of that length; what the kernel reads later is what TCPX lets it read.
+    // SAFETY: registered memory of that length; the kernel may read it later, as with TCPX.
     let n = unsafe { libc::send(stream.as_raw_fd(), data as *const _, len, libc::MSG_DONTWAIT | libc::MSG_ZEROCOPY) };
     if let Ok(n) = usize::try_from(n) {
         lent.given = lent.given.wrapping_add(1);
         return Ok(n);
     }
     match Error::last_os_error() {
-        // No room for more notices, or for more locked memory, until the kernel is done with some.
+        // No room for more notices or locked memory until the kernel completes some.
         e if e.kind() == ErrorKind::WouldBlock || e.raw_os_error() == Some(libc::ENOBUFS) => Ok(0),
         e => Err(e),
     }
 }
 
-/// Takes the kernel's notices.
+/// Reads the kernel's notices.
 pub(crate) fn settle(stream: &TcpStream, lent: &mut Lent) {
     while let Some(calls) = notice(stream) {
         lent.done = lent.done.wrapping_add(calls);
     }
 }
 
-/// So many calls that one notice is about.
+/// The number of calls that one notice covers.
 fn notice(stream: &TcpStream) -> Option<u32> {
     let mut control = [0u64; 16];
     // SAFETY: plain data for which zeros are valid.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_control = control.as_mut_ptr().cast();
     message.msg_controllen = size_of_val(&control) as _;
-    // SAFETY: a message without a place for bytes, and room for what the kernel says.
+    // SAFETY: a message without data buffers, and room for the kernel's notice.
     let result = unsafe { libc::recvmsg(stream.as_raw_fd(), &mut message, libc::MSG_ERRQUEUE | libc::MSG_DONTWAIT) };
     if result < 0 {
         return None;

@@ -1,14 +1,14 @@
-//! A plugin for tests that behaves as GPUDirect-TCPX does towards its caller, and ends the process where that would crash, corrupt or
-//! hang. It exports `ncclNetPlugin_v7` under Google's table name and nothing else. Device memory is simulated: host memory serves as
-//! such, and the bounce buffers are host memory too.
+//! A plugin for tests that behaves towards its caller like GPUDirect-TCPX, and ends the process where that would crash, corrupt data
+//! or hang. It exports only `ncclNetPlugin_v7`, with Google's table name. Device memory is simulated by host memory, and so are the
+//! bounce buffers.
 //!
-//! - `rules`: the end of the process, the one-thread rule of set-up, settings and counters
-//! - `setup`: listen, connect and accept, with threads of their own
+//! - `rules`: violations, the one-thread rule of set-up, settings and counters
+//! - `setup`: listen, connect and accept, with their own threads
 //! - `memory`: registrations, and the receive memory that comms share
 //! - `comm`: requests and their bytes
 //! - `late`: sends from memory that the kernel reads until the peer has acknowledged them
 //! - `flows`: the flow rule of each data socket
-//! - `logger`: the logger that it was given
+//! - `logger`: the caller's logger
 //! - `abi`: the C entries
 
 #[allow(missing_docs, clippy::missing_safety_doc, reason = "the entries are documented by the tables of nccl-net-abi")]

@@ -1,4 +1,4 @@
-//! The logger that the plugin was given, used as TCPX uses it. Knows nothing of who logs.
+//! The caller's logger, used as TCPX uses it.
 
 use crate::rules::{counters, lock, up, violation};
 use nccl_net_abi::{ncclDebugLogger_t, NCCL_LOG_WARN};
@@ -7,7 +7,7 @@ use std::sync::Mutex;
 
 static LOGGER: Mutex<ncclDebugLogger_t> = Mutex::new(None);
 
-/// Takes the logger of `init`.
+/// Sets the logger of `init`.
 pub(crate) fn set(logger: ncclDebugLogger_t) {
     *lock(&LOGGER) = logger;
 }
@@ -34,7 +34,7 @@ pub(crate) fn log(level: c_int, what: &str, number: i32) {
     };
 }
 
-/// A warning, which is counted.
+/// Logs and counts a warning.
 pub(crate) fn warn(what: &str, number: i32) {
     up(&counters().warnings, None, 1);
     log(NCCL_LOG_WARN, what, number);

@@ -17,9 +17,9 @@ pub(crate) struct Mr {
     pub size: usize,
     pub device: bool,
     pub in_flight: usize,
-    /// Whose memory it is, where GPUs are real.
+    /// Its GPU, if GPUs are real.
     pub gpu: Option<&'static Gpu>,
-    /// What a DMA-BUF costs.
+    /// The descriptor that a DMA-BUF costs.
     _descriptors: Vec<OwnedFd>,
 }
 
@@ -32,7 +32,7 @@ fn mapped(base: usize, size: usize) -> bool {
     unsafe { libc::mincore(base as *mut _, size, state.as_mut_ptr()) == 0 }
 }
 
-/// Registers; the number is the mhandle. `None` where the process is out of descriptors.
+/// Registers memory; the number is the mhandle. `None` if the process is out of descriptors.
 pub(crate) fn register(dev: usize, base: usize, size: usize, device: bool) -> Option<usize> {
     let mut descriptors = Vec::new();
     if device {
@@ -45,7 +45,7 @@ pub(crate) fn register(dev: usize, base: usize, size: usize, device: bool) -> Op
         if settings().cuda {
             gpu::current("regMr").check("regMr", base, size);
         } else if !mapped(base, size) {
-            violation!("regMr of {size} bytes at {base:#x}: reaches beyond the memory that is there");
+            violation!("regMr of {size} bytes at {base:#x}: reaches beyond mapped memory");
         }
         for _ in 0..2 {
             // SAFETY: a plain system call.
@@ -89,15 +89,15 @@ pub(crate) fn with<R>(call: &str, dev: usize, id: usize, body: impl FnOnce(&mut 
     match live.get_or_insert_default().get_mut(&id) {
         Some(mr) if mr.dev == dev => body(mr),
         Some(mr) => violation!("{call} on device {dev} with a registration of device {}", mr.dev),
-        None => violation!("{call} with registration {id:#x}, which does not exist (any more)"),
+        None => violation!("{call} with registration {id:#x}, which does not exist (or was dropped)"),
     }
 }
 
 /// The receive memory.
 pub(crate) struct Pool {
-    /// As its readers see it.
+    /// At the readers' address.
     pub base: *mut u8,
-    /// As this plugin writes it: on a real GPU a mirror, from which pages are copied.
+    /// At the address that this plugin writes: on a real GPU a mirror, from which pages are copied.
     pub mirror: *mut u8,
     pub gpu: Option<&'static Gpu>,
     pages: usize,
@@ -113,7 +113,7 @@ static POOL: AtomicPtr<Pool> = AtomicPtr::new(std::ptr::null_mut());
 /// Threads inside an import.
 static IMPORTING: AtomicUsize = AtomicUsize::new(0);
 
-/// The pool, imported if it is not there yet: looked up and stored in two steps, as TCPX does.
+/// The pool, imported on first use: looked up and stored in two steps, as in TCPX.
 pub(crate) fn import() -> &'static Pool {
     if settings().cuda {
         return import_of(gpu::current("accept"));
@@ -125,7 +125,7 @@ pub(crate) fn import() -> &'static Pool {
     }
     let pool = Box::into_raw(Box::new(Pool::new(settings().pages)));
     IMPORTING.fetch_add(1, Ordering::AcqRel);
-    // Whoever else comes now imports as well; where calls are not kept apart, somebody must.
+    // A thread that comes now imports as well; if calls are not serialised, the test needs one to.
     let end = Instant::now() + if settings().unlocked { Duration::from_secs(10) } else { Duration::from_millis(5) };
     while Instant::now() < end && IMPORTING.load(Ordering::Acquire) < 2 {
         std::thread::sleep(Duration::from_millis(1));
@@ -133,7 +133,7 @@ pub(crate) fn import() -> &'static Pool {
     up(&counters().imports, None, 1);
     let before = POOL.swap(pool, Ordering::AcqRel);
     if !before.is_null() {
-        // SAFETY: never freed; comms that point at it are to notice that it was unmapped.
+        // SAFETY: never freed; comms that point to it must crash on the unmapped memory.
         unsafe { (*before).unmap() };
     }
     // SAFETY: made above, and never freed.
@@ -166,7 +166,7 @@ impl Pool {
     }
 
     /// # Safety
-    /// Nobody may use the memory any more; who does dies.
+    /// The memory is not used afterwards; an access crashes.
     unsafe fn unmap(&self) {
         // SAFETY: the own mapping.
         unsafe { libc::mprotect(self.base.cast(), self.pages * PAGE, libc::PROT_NONE) };
@@ -180,11 +180,11 @@ impl Pool {
         page
     }
 
-    /// Gives pages back; what was in them is overwritten, as the next message would.
+    /// Returns pages to the pool and overwrites them, as the next message would.
     pub(crate) fn give_back(&self, pages: &[u32]) {
         let place = |page: u32| self.base.wrapping_add(page as usize * PAGE);
         match self.gpu {
-            // SAFETY: pages of the pool that their taker is done with.
+            // SAFETY: pages of the pool that their comm no longer uses.
             Some(gpu) => unsafe { gpu.fill(pages.iter().map(|&page| place(page) as u64), 0xDD, PAGE) },
             None => {
                 for &page in pages {

@@ -1,5 +1,5 @@
-//! What the plugin insists on: the end of the process with a line on standard error, the one-thread rule of set-up calls, its settings
-//! and its counters.
+//! Enforces the contract: ends the process with a line on standard error. The one-thread rule of set-up calls, the settings
+//! and the counters.
 
 use nccl_net_abi::{ncclResult_t, NCCL_INTERNAL_ERROR};
 use std::net::Ipv4Addr;
@@ -18,7 +18,7 @@ pub(crate) fn abort_with(what: std::fmt::Arguments<'_>) -> ! {
     std::process::abort()
 }
 
-/// A call that TCPX answers with an error: its error where the plugin is lenient, else the end of the process.
+/// A call for which TCPX returns an error: returns it if the plugin is lenient, else ends the process.
 macro_rules! refused {
     ($($arg:tt)*) => { $crate::rules::refuse(format_args!($($arg)*)) };
 }
@@ -31,13 +31,13 @@ pub(crate) fn refuse(what: std::fmt::Arguments<'_>) -> ncclResult_t {
     NCCL_INTERNAL_ERROR
 }
 
-/// What a write to a peer that is gone does to the thread that writes.
+/// Raises SIGPIPE in the calling thread, as a write to a closed connection does.
 pub(crate) fn raise_sigpipe() {
     // SAFETY: the calling thread's own signal.
     unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGPIPE) };
 }
 
-/// A lock that a panic elsewhere does not take away.
+/// Locks, ignoring poison.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
@@ -45,7 +45,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// The thread inside a set-up call, 0 for none.
 static INSIDE: AtomicI32 = AtomicI32::new(0);
 
-/// A set-up call under way.
+/// A running set-up call.
 pub(crate) struct SetupCall;
 
 impl SetupCall {
@@ -58,7 +58,7 @@ impl SetupCall {
         if let Err(other) = INSIDE.compare_exchange(0, me, Ordering::AcqRel, Ordering::Acquire) {
             violation!("thread {me} is inside {name} while thread {other} is inside another set-up call");
         }
-        // Two calls that are not kept apart meet here.
+        // Unserialised calls meet here.
         std::thread::sleep(Duration::from_micros(30));
         SetupCall
     }
@@ -72,13 +72,13 @@ impl Drop for SetupCall {
     }
 }
 
-/// A device: a name and a loopback address, or an interface of the host.
+/// A device: a name and a loopback address, or a network interface.
 #[derive(Clone, Debug)]
 pub(crate) struct Device {
     pub name: std::ffi::CString,
     pub pci_path: Option<std::ffi::CString>,
     pub address: Ipv4Addr,
-    /// Nothing that is sent through it arrives.
+    /// It drops everything sent through it.
     pub dead: bool,
 }
 
@@ -92,21 +92,21 @@ pub(crate) struct Settings {
     /// `STRICT_FOREIGN_DEVICES`: `name@address[@pci path][@nopci][@dead],...`; default one device `lo`. TCPX registers memory for the
     /// PCI device of a NIC, and crashes where there is none.
     pub devices: Vec<Device>,
-    /// `STRICT_FOREIGN_LISTENS`: so many listens succeed.
+    /// `STRICT_FOREIGN_LISTENS`: the number of listens that succeed.
     pub listens: u64,
-    /// `STRICT_FOREIGN_SENDS`: so many sends of the process succeed.
+    /// `STRICT_FOREIGN_SENDS`: the number of sends that succeed.
     pub sends: u64,
     /// `STRICT_FOREIGN_PAGES`: pages of the receive memory.
     pub pages: usize,
     /// `STRICT_FOREIGN_FRAGMENT`: largest fragment, bytes.
     pub fragment: usize,
-    /// `STRICT_FOREIGN_LENIENT=1`: what TCPX answers with an error, or by never moving anything, does not end the process.
+    /// `STRICT_FOREIGN_LENIENT=1`: calls that make TCPX fail or hang do not end the process.
     pub lenient: bool,
-    /// `STRICT_FOREIGN_CUDA=1`: device memory is that of real GPUs.
+    /// `STRICT_FOREIGN_CUDA=1`: use the memory of real GPUs.
     pub cuda: bool,
     /// `STRICT_FOREIGN_LATE=1`: the kernel sends from the memory of a send until the peer has acknowledged it, as with TCPX.
     pub late: bool,
-    /// `STRICT_FOREIGN_UNLOCKED=1`: set-up calls of several threads run into each other instead of ending the process.
+    /// `STRICT_FOREIGN_UNLOCKED=1`: set-up calls of several threads race instead of ending the process.
     pub unlocked: bool,
 }
 
@@ -138,7 +138,7 @@ pub(crate) fn settings() -> &'static Settings {
     SETTINGS.get_or_init(|| {
         let chunk = text("NCCL_DYNAMIC_CHUNK_SIZE").map_or(0, |v| {
             let v = std::ffi::CString::new(v).unwrap_or_default();
-            // SAFETY: a C string; no end pointer is asked for.
+            // SAFETY: a C string; the end pointer is null.
             unsafe { libc::strtoll(v.as_ptr(), std::ptr::null_mut(), 0) }
         });
         Settings {
@@ -158,7 +158,7 @@ pub(crate) fn settings() -> &'static Settings {
     })
 }
 
-/// What a test can read while or after the plugin runs, from the file that `STRICT_FOREIGN_COUNTERS` names: these numbers, eight bytes
+/// Counters that a test can read while or after the plugin runs, from the file that `STRICT_FOREIGN_COUNTERS` names: eight bytes
 /// each, in this order.
 #[repr(C)]
 #[derive(Default)]
@@ -199,14 +199,14 @@ fn map(path: &str) -> Option<*mut Counters> {
     use std::os::fd::AsRawFd;
     let file = std::fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).ok()?;
     file.set_len(4096).ok()?;
-    // SAFETY: a shared mapping of a file that is as long.
+    // SAFETY: a shared mapping of a file of that length.
     let at = unsafe {
         libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, file.as_raw_fd(), 0)
     };
     (at != libc::MAP_FAILED).then_some(at.cast())
 }
 
-/// Adds to a counter and keeps its maximum in another.
+/// Adds to a counter and records its maximum in another.
 pub(crate) fn up(counter: &AtomicU64, most: Option<&AtomicU64>, by: u64) {
     let now = counter.fetch_add(by, Ordering::AcqRel) + by;
     if let Some(most) = most {

@@ -1,5 +1,5 @@
-//! Listening, connecting and accepting. The waiting is done on threads of the plugin's own, which keep using the listen comm and the
-//! handle; connect keeps a pointer in the handle. What TCPX would take on trust is checked here.
+//! Listening, connecting and accepting. The plugin's own threads wait, and keep using the listen comm and the
+//! handle; connect keeps a pointer in the handle. Checks here what TCPX would trust.
 
 use crate::rules::{counters, lock, settings, up, violation};
 use nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
@@ -14,14 +14,14 @@ use std::time::{Duration, Instant};
 /// Data sockets of a comm, and threads that serve them.
 pub(crate) const SOCKETS: usize = 2;
 const THREADS: u32 = 1;
-/// Where TCPX has numbers that it does not use, -1 each.
+/// Offset of numbers that TCPX does not use, -1 each.
 const UNUSED_AT: usize = 28;
 const SOCKETS_AT: usize = 36;
 const THREADS_AT: usize = 40;
-/// Whether control sockets use an interface of their own, and the address that they connect to.
+/// Offsets of the flag for a separate control interface, and of the control address.
 const REDIRECT_AT: usize = 44;
 const CONTROL_AT: usize = 48;
-/// Where connect keeps its pointer.
+/// Offset at which connect keeps its pointer.
 const STATE_AT: usize = 80;
 const MAGIC: u32 = 0x5453_5258;
 
@@ -33,7 +33,7 @@ pub(crate) struct Sockets {
     pub data: Vec<TcpStream>,
 }
 
-/// What a thread of set-up leaves for the poller.
+/// The result that a set-up thread leaves for the poller.
 type Outcome = Arc<Mutex<Option<Result<Sockets, String>>>>;
 
 pub(crate) struct ListenComm {
@@ -43,13 +43,13 @@ pub(crate) struct ListenComm {
     accepted: bool,
 }
 
-/// Where a peer connects to: with its control socket first, then with the data sockets.
+/// The listening sockets: a peer connects its control socket first, then the data sockets.
 struct Listeners {
     control: TcpListener,
     data: TcpListener,
 }
 
-/// Connects under way, by the value in the handle.
+/// Pending connects, by the value in the handle.
 struct Connect {
     outcome: Outcome,
     buffer: usize,
@@ -60,10 +60,10 @@ fn put(handle: &mut Handle, at: usize, bytes: &[u8]) {
     handle[at..at + bytes.len()].copy_from_slice(bytes);
 }
 
-/// Bytes of a socket address, of which an IPv4 one uses the first eight.
+/// Bytes of a socket address; IPv4 uses the first eight.
 const ADDRESS: usize = 28;
 
-/// What was on the stack when TCPX took down the addresses of its interfaces: another thing in every process.
+/// Uninitialised stack bytes in the addresses of TCPX's interfaces: different in every process.
 fn litter() -> &'static [u8; ADDRESS] {
     static LITTER: OnceLock<[u8; ADDRESS]> = OnceLock::new();
     LITTER.get_or_init(|| {
@@ -103,7 +103,7 @@ impl ListenComm {
     /// One step of the accept: the sockets, once the peer has connected.
     pub(crate) fn accept(&mut self) -> Result<Option<Sockets>, String> {
         if self.accepted {
-            violation!("a listen comm accepts once; this one was asked again");
+            violation!("a listen comm accepts once; this one was polled again");
         }
         let Some(outcome) = &self.outcome else {
             let outcome = Outcome::default();
@@ -111,7 +111,7 @@ impl ListenComm {
             up(&counters().accepts_begun, None, 1);
             let (listeners, dead) = (self.listeners.clone(), settings().devices[self.dev].dead);
             std::thread::spawn(move || {
-                // These threads write to sockets too, with the signal mask of the caller that made them.
+                // These threads write to sockets too, with the signal mask of the calling thread.
                 crate::rules::raise_sigpipe();
                 std::thread::sleep(settings().accept_time);
                 if !dead {
@@ -135,7 +135,7 @@ impl ListenComm {
     }
 }
 
-/// Takes the connections of one peer: the control socket, then the data sockets.
+/// Accepts the connections of one peer: the control socket, then the data sockets.
 fn gather(listeners: &Listeners) -> Result<Sockets, String> {
     let mut all: Vec<Option<TcpStream>> = (0..=SOCKETS).map(|_| None).collect();
     while all.iter().any(Option::is_none) {
@@ -143,7 +143,7 @@ fn gather(listeners: &Listeners) -> Result<Sockets, String> {
         let (mut stream, _) = listener.accept().map_err(|e| e.to_string())?;
         let mut intro = [0u8; 8];
         if stream.read_exact(&mut intro).is_err() {
-            return Err("the peer went away during the accept".to_owned());
+            return Err("the peer disconnected during the accept".to_owned());
         }
         let [a, b, c, d, e, f, g, h] = intro;
         let (magic, index) = (u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h]) as usize);
@@ -203,7 +203,7 @@ pub(crate) fn connect(dev: usize, handle: &mut Handle) -> Result<Option<Sockets>
     result.map(Some)
 }
 
-/// A fresh handle of this plugin, or the end of the process.
+/// The addresses of a fresh handle of this plugin; ends the process for any other bytes.
 fn check_fresh(handle: &Handle) -> [SocketAddr; 2] {
     let u32_at = |at: usize| handle[at..].first_chunk().map_or(0, |b| u32::from_ne_bytes(*b));
     let inet = |at: usize| i32::from(u16::from_ne_bytes([handle[at], handle[at + 1]])) == libc::AF_INET;
@@ -223,7 +223,7 @@ fn check_fresh(handle: &Handle) -> [SocketAddr; 2] {
     })
 }
 
-/// Connects all sockets. The peer may be slow to listen, so a refusal is tried again for a while, as TCPX does.
+/// Connects all sockets. The peer may be slow to listen, so a refused connect is retried for a while, as TCPX does.
 fn dial(_from: Ipv4Addr, [data, control]: [SocketAddr; 2]) -> Result<Sockets, String> {
     let until = Instant::now() + Duration::from_secs(2);
     let mut all = Vec::new();

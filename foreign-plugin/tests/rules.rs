@@ -1,4 +1,4 @@
-//! Every rule of the strict foreign plugin is shown failing once: each case runs in a process of its own, which must end as told.
+//! Breaks every rule of the strict foreign plugin once: each case runs in its own process, which must end as expected.
 
 use nccl_net_abi::*;
 use nccl_net_strict_foreign::flows::reset_connections;
@@ -43,7 +43,7 @@ fn passes(case: &str, environment: &[(&str, &str)]) {
 }
 
 #[test]
-fn what_breaks_the_contract_ends_the_process() {
+fn a_contract_violation_ends_the_process() {
     for (case, why) in [
         ("null_logger", "the logger is NULL"),
         ("two_threads", "is inside another set-up call"),
@@ -60,7 +60,7 @@ fn what_breaks_the_contract_ends_the_process() {
         ("misaligned_size", "not whole pages"),
         ("beyond_the_end", "reaches beyond"),
         ("registered_twice", "registered twice"),
-        ("used_after_deregistration", "does not exist (any more)"),
+        ("used_after_deregistration", "does not exist (or was dropped)"),
         ("deregistered_in_flight", "requests in flight"),
         ("outside_of_registration", "outside of the registration"),
         ("no_device_handle", "without a device handle"),
@@ -96,7 +96,7 @@ fn a_double_import_unmaps_what_the_first_comm_reads() {
 }
 
 #[test]
-fn a_meta_queue_goes_with_its_comm() {
+fn a_meta_queue_is_unmapped_with_its_comm() {
     let out = run("meta_after_close", &[]);
     assert_eq!(out.status.signal(), Some(libc::SIGSEGV), "{}", String::from_utf8_lossy(&out.stderr));
 }
@@ -112,7 +112,7 @@ fn sigpipe_reaches_the_caller() {
 }
 
 #[test]
-fn the_rest_behaves_as_tcpx() {
+fn other_behaviour_matches_tcpx() {
     passes("one_message", &[]);
     passes("one_message", &[("STRICT_FOREIGN_LATE", "1")]);
     passes("windows_and_order", &[LENIENT]);
@@ -223,7 +223,7 @@ fn child() {
         "reset" => {
             let pair = Pair::new();
             assert_eq!(counters().flow_rules.load(Acquire), 2);
-            assert_eq!(reset_connections(|_, _| true), 3, "of 6: each takes the other end with it");
+            assert_eq!(reset_connections(|_, _| true), 3, "of 6: each reset also closes the other end");
             pair.close_recv();
         }
         "sigpipe_of_set_up" => drop(Pair::new()),
@@ -267,7 +267,7 @@ fn receives(n: usize) -> (Pair, Vec<*mut c_void>) {
     (pair, requests)
 }
 
-/// A logger that is no variadic: on the systems this runs on a caller may pass more arguments than are taken.
+/// A logger that is not variadic: on supported systems a caller may pass more arguments than it takes.
 unsafe extern "C" fn quiet(_level: c_int, _flags: c_ulong, _file: *const c_char, _line: c_int, _format: *const c_char) {}
 
 fn unsafe_init(logger: ncclDebugLogger_t) -> c_int {
@@ -276,7 +276,7 @@ fn unsafe_init(logger: ncclDebugLogger_t) -> c_int {
 }
 
 fn init() {
-    // SAFETY: the arguments that are taken are the same.
+    // SAFETY: the fixed arguments are the same.
     let logger = unsafe { std::mem::transmute::<*const (), ncclDebugLogger_t>(quiet as *const ()) };
     assert_eq!(unsafe_init(logger), 0);
 }
@@ -312,7 +312,7 @@ fn listen(handle: &mut [u8; 128]) -> *mut c_void {
     comm
 }
 
-/// Calls with SIGPIPE blocked, as threads that the plugin makes have it then.
+/// Calls with SIGPIPE blocked; threads that the plugin starts inherit the mask.
 fn quietly<R>(call: impl FnOnce() -> R) -> R {
     if std::env::var(CASE).as_deref() == Ok("sigpipe_of_set_up") {
         return call();
@@ -453,7 +453,7 @@ fn test(request: *mut c_void) -> Result<bool, c_int> {
     }
 }
 
-/// Tests until it is done; `false` after a while without.
+/// Tests until it is done; `false` on time-out.
 fn finish(request: *mut c_void, partner: Option<*mut c_void>) -> bool {
     let mut partner = partner;
     let until = Instant::now() + Duration::from_secs(2);
@@ -548,7 +548,7 @@ fn one_message() {
         // SAFETY: LEN bytes of the test.
         assert!(bytes == unsafe { std::slice::from_raw_parts(memory.0, LEN) });
         assert_eq!(pair.consumed(recv), 0);
-        // What was consumed is overwritten.
+        // Consumed memory is overwritten.
         assert!(pair.message(round % 16).0.iter().all(|&b| b == 0xDD));
     }
     assert_eq!(counters().pages_out.load(Acquire), 0);
@@ -570,7 +570,7 @@ fn double_import() {
             });
         }
     });
-    assert_eq!(counters().imports.load(Acquire), 2, "the threads did not meet");
+    assert_eq!(counters().imports.load(Acquire), 2, "the threads did not race");
 }
 
 fn meta_after_close() {
@@ -592,7 +592,7 @@ fn sigpipe_of_the_sender() {
     }
 }
 
-/// The sender dies. `silent`: every posted receive is announced, and none ends; else one is not, and the plugin says so with a signal.
+/// The sender dies. `silent`: every posted receive is announced, and none ends; else one is not, and the plugin raises SIGPIPE.
 fn death(silent: bool) {
     let pair = Pair::new();
     let memory = Memory::new();

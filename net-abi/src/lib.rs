@@ -15,17 +15,17 @@ pub const NCCL_PTR_HOST: c_int = 1;
 pub const NCCL_PTR_CUDA: c_int = 2;
 /// Pointer type: DMA-BUF.
 pub const NCCL_PTR_DMABUF: c_int = 4;
-/// `netDeviceType`: receives land where the caller asked.
+/// `netDeviceType`: receives land in the posted memory.
 pub const NCCL_NET_DEVICE_HOST: c_int = 0;
 /// `netDeviceType`: receives land in a bounce buffer and must be unpacked.
 pub const NCCL_NET_DEVICE_UNPACK: c_int = 1;
 /// Version of the unpack device handle.
 pub const NCCL_NET_DEVICE_UNPACK_VERSION: c_int = 7;
-/// Requests in flight (or awaiting consumption) a comm holds at most.
+/// Most requests of a comm in flight or awaiting consumption.
 pub const MAX_REQUESTS: usize = 16;
-/// Alignment that plugins ask of memory that is registered.
+/// Alignment that plugins require of registered memory.
 pub const PAGE: usize = 4096;
-/// `loadMeta` entries a receive slot holds.
+/// `loadMeta` entries of a receive slot.
 pub const MAX_SLOT_ENTRIES: usize = 2048;
 
 /// `ncclResult_t`.
@@ -34,9 +34,9 @@ pub type ncclResult_t = c_int;
 pub const NCCL_SUCCESS: ncclResult_t = 0;
 /// A CUDA call failed.
 pub const NCCL_UNHANDLED_CUDA_ERROR: ncclResult_t = 1;
-/// A system call failed, or the peer is gone.
+/// A system call failed, or the connection was lost.
 pub const NCCL_SYSTEM_ERROR: ncclResult_t = 2;
-/// The contract of the plugin was broken, or a defect inside it.
+/// A violation of the plugin's contract, or an internal error.
 pub const NCCL_INTERNAL_ERROR: ncclResult_t = 3;
 /// Invalid argument.
 pub const NCCL_INVALID_ARGUMENT: ncclResult_t = 4;
@@ -71,13 +71,13 @@ macro_rules! net_properties {
             /// Or of the `NCCL_PTR_*` kinds that can be registered.
             pub ptrSupport: c_int,
             $($(#[$extra_doc])* pub $extra: c_int,)?
-            /// Mbit/s; 0 or less where it is unknown.
+            /// Mbit/s; 0 or less if unknown.
             pub speed: c_int,
             /// Port number.
             pub port: c_int,
             /// Network latency, us.
             pub latency: f32,
-            /// Comms the device can hold.
+            /// Most comms of the device.
             pub maxComms: c_int,
             /// Receives that can be grouped (1 for TCPX).
             pub maxRecvs: c_int,
@@ -131,11 +131,11 @@ pub struct ncclNetDeviceHandle_v7 {
     pub handle: *mut c_void,
     /// Bytes behind `handle`.
     pub size: usize,
-    /// The proxy must keep calling `test`.
+    /// The caller must keep calling `test`.
     pub needsProxyProgress: c_int,
 }
 
-// SAFETY: plain data; whoever dereferences the pointer owes the proof.
+// SAFETY: plain data; code that dereferences the pointer must justify it.
 unsafe impl Send for ncclNetDeviceHandle_v7 {}
 
 /// One fragment of a receive: `len` bytes at `src_off` of the bounce buffer belong at `dst_off` of the message.
@@ -150,7 +150,7 @@ pub struct loadMeta {
     pub dst_off: u64,
 }
 
-/// The meta queue: one row of descriptors a receive slot, then their counts. Mapped host memory.
+/// The meta queue: one row of descriptors per receive slot, then their counts. Mapped host memory.
 #[repr(C)]
 pub struct netUnpackMeta {
     /// Descriptors of each slot.
@@ -258,12 +258,12 @@ macro_rules! net_table {
             pub closeRecv: Option<CloseFn>,
             /// Closes a listen comm.
             pub closeListen: Option<CloseFn>,
-            /// Device view of a registration.
+            /// Device handle of a registration.
             pub getDeviceMr: Option<GetDeviceMrFn>,
-            /// Tells that a receive has been unpacked; in order.
+            /// Releases a receive that has been unpacked; in order.
             pub irecvConsumed: Option<ConsumedFn>,
         }
-        // SAFETY: the table is immutable data and function pointers; the plugin's functions carry their own thread rules.
+        // SAFETY: the table is immutable data and function pointers; the plugin's functions have their own thread rules.
         unsafe impl Sync for $name {}
         // SAFETY: as above.
         unsafe impl Send for $name {}
@@ -292,11 +292,11 @@ pub const SYMBOL_V8: &[u8] = b"ncclNetPlugin_v8\0";
 /// Name of the data symbol of the software plugin's extension table.
 pub const SYMBOL_EXT: &[u8] = b"ucclNetExt_v2\0";
 
-/// The software plugin's extension: what it offers beyond v7. Comms are those of the plugin's own tables.
+/// The software plugin's extension of v7. Comms are those of the plugin's own tables.
 ///
-/// Two more promises of its plugin. The `tag` of a send travels with the message, and the receive that the message meets must have
-/// been posted with the same tag; otherwise the receive comm fails. And after `NCCL_SYSTEM_ERROR` of `listen`, `connect`, `accept` or
-/// `regMr`, `errno` tells the cause (`EMFILE` and `ENFILE`: out of descriptors), 0 when it has none.
+/// The plugin makes two more guarantees. The `tag` of a send travels with the message, and the matching receive must have
+/// been posted with the same tag; otherwise the receive comm fails. After `NCCL_SYSTEM_ERROR` of `listen`, `connect`, `accept` or
+/// `regMr`, `errno` has the cause (`EMFILE` and `ENFILE`: out of descriptors), or 0.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct ucclNetExt_v2 {
@@ -308,42 +308,41 @@ pub struct ucclNetExt_v2 {
         unsafe extern "C" fn(comm: Opaque, n: c_int, iov: *const ucclIoVec, tag: c_int, request: *mut Opaque) -> ncclResult_t,
     >,
     /// Vectored receive into host memory: one message scattered to `n` segments. The message must have exactly the sum of their
-    /// lengths, otherwise the comm fails. One of the 16 requests; same rules as `irecv`, and it is consumed with `irecvConsumed`
-    /// like any other.
+    /// lengths, otherwise the comm fails. One of the 16 requests; same rules as `irecv`, including `irecvConsumed`.
     pub irecvv: Option<
         unsafe extern "C" fn(comm: Opaque, n: c_int, iov: *const ucclIoVec, tag: c_int, request: *mut Opaque) -> ncclResult_t,
     >,
     /// Doorbell of a comm: whenever a request of the comm becomes done, or the comm fails (with requests or idle), the plugin swaps
     /// `*armed` to 0 and, if it was 1, writes 1 to eventfd `fd`. Both stay valid until the comm is closed. `fd` -1 removes it.
     pub setDoorbell: Option<unsafe extern "C" fn(comm: Opaque, armed: *mut u32, fd: c_int) -> ncclResult_t>,
-    /// How far the network has come with a comm: bytes that the peer's kernel has acknowledged (send comm), or that were taken from
-    /// the socket (receive comm). Grows within messages too, counts a few bytes of framing, and never falls. On a comm that has
-    /// failed it is the result that requests of the comm end in, and `*bytes` is untouched. One system call at most.
+    /// Network progress of a comm: bytes that the peer's kernel has acknowledged (send comm), or that were read from
+    /// the socket (receive comm). Grows within messages too, counts a few bytes of framing, and never falls. For a failed comm
+    /// returns the result of its requests and leaves `*bytes` untouched. One system call at most.
     pub progress: Option<unsafe extern "C" fn(comm: Opaque, bytes: *mut u64) -> ncclResult_t>,
-    /// Gives up the connect under way whose 128-byte handle buffer this is: its socket is closed before the call returns, and the
-    /// buffer is of no more use. Success also when no connect is under way.
+    /// Abandons the pending connect with this 128-byte handle buffer: closes its socket before the call returns; the
+    /// buffer cannot be used afterwards. Also succeeds when no connect is pending.
     pub abandonConnect: Option<unsafe extern "C" fn(handle: Opaque) -> ncclResult_t>,
-    /// Writes "local-address -> peer-address on NIC" for texts of errors, terminated, cut to `len` bytes.
+    /// Writes "local-address -> peer-address on NIC" for error texts, NUL-terminated, truncated to `len` bytes.
     pub describe: Option<unsafe extern "C" fn(comm: Opaque, text: *mut c_char, len: usize) -> ncclResult_t>,
-    /// What the kernel knows of the comm's connection, for statistics. `size` of the structure is set by the caller.
+    /// The kernel's statistics of the comm's connection. The caller sets `size` of the structure.
     pub info: Option<unsafe extern "C" fn(comm: Opaque, info: *mut ucclCommInfo) -> ncclResult_t>,
     /// Before the first `accept`: the listen comm accepts only a peer that proves the 32 bytes at `key`.
     pub keyListen: Option<unsafe extern "C" fn(listen_comm: Opaque, key: *const u8) -> ncclResult_t>,
-    /// Before the first `connect` with this 128-byte handle buffer: the connect proves the 32 bytes at `key`. They are kept inside the
-    /// buffer until then, whatever the buffer held there.
+    /// Before the first `connect` with this 128-byte handle buffer: the connect proves the 32 bytes at `key`. They are stored in the
+    /// buffer until then.
     pub keyConnect: Option<unsafe extern "C" fn(handle: Opaque, key: *const u8) -> ncclResult_t>,
-    /// Before the first request of a comm, on both ends alike: its messages are guarded by [`UCCL_PROTECT_CHECKSUM`], or by
-    /// [`UCCL_PROTECT_SEAL`] under the 32 bytes at `key` (ignored otherwise), which no other comm or direction may have. A message that
-    /// was changed, repeated, left out or cut fails the receiving comm, before the receive is done and its descriptors are published.
+    /// Before the first request of a comm, and equally at both ends: protects its messages by [`UCCL_PROTECT_CHECKSUM`], or by
+    /// [`UCCL_PROTECT_SEAL`] under the 32 bytes at `key` (ignored otherwise), which no other comm or direction may use. A message that
+    /// was altered, repeated, dropped or truncated fails the receiving comm before the receive is done and its descriptors are published.
     pub protect: Option<unsafe extern "C" fn(comm: Opaque, level: c_int, key: *const u8) -> ncclResult_t>,
-    /// Success when the device can carry new connections at this moment; else as `listen` on it.
+    /// Success when the device can carry new connections now; else the result of `listen` on it.
     pub ready: Option<unsafe extern "C" fn(dev: c_int) -> ncclResult_t>,
-    /// Before the first `accept`, and behind `keyListen` where there is a key: the listen comm also serves one `acceptSend`, of a peer
-    /// that proves the 32 bytes at `key`; null exactly where `keyListen` was not called.
+    /// Before the first `accept`, and after `keyListen` if that is called: the listen comm also serves one `acceptSend`, of a peer
+    /// that proves the 32 bytes at `key`; null if and only if `keyListen` was not called.
     pub listenBoth: Option<unsafe extern "C" fn(listen_comm: Opaque, key: *const u8) -> ncclResult_t>,
-    /// Accepts a peer's `connectRecv`: as `accept`, with the direction turned round. In any order with `accept` of the same listen comm.
+    /// Accepts a peer's `connectRecv`: as `accept`, with the direction reversed. In any order with `accept` of the same listen comm.
     pub acceptSend: Option<unsafe extern "C" fn(listen_comm: Opaque, send_comm: *mut Opaque) -> ncclResult_t>,
-    /// Connects to a handle to receive from there: as `connect`, with the direction turned round, and a device handle as for `accept`.
+    /// Connects to a handle to receive from it: as `connect`, with the direction reversed, and a device handle as for `accept`.
     pub connectRecv: Option<
         unsafe extern "C" fn(
             dev: c_int,
@@ -352,12 +351,12 @@ pub struct ucclNetExt_v2 {
             dev_handle: *mut *mut ncclNetDeviceHandle_v7,
         ) -> ncclResult_t,
     >,
-    /// How far the kernel has come with what a send comm gave it. `size` of the structure is set by the caller. It never waits: while the
-    /// comm is at work it tells what it knew last.
+    /// The kernel's progress with a send comm's bytes. The caller sets `size` of the structure. Never waits: while the
+    /// comm is busy it returns the last known values.
     pub flow: Option<unsafe extern "C" fn(comm: Opaque, flow: *mut ucclFlow) -> ncclResult_t>,
 }
 
-/// How far a send comm's bytes have come.
+/// Progress of a send comm's bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ucclFlow {
@@ -365,21 +364,21 @@ pub struct ucclFlow {
     pub size: usize,
     /// Bytes that the peer's kernel has acknowledged, with a little framing.
     pub acknowledged: u64,
-    /// Bytes that the kernel has and the peer's has not acknowledged.
+    /// Bytes in the kernel that the peer's kernel has not acknowledged.
     pub waiting: u64,
     /// Smallest round trip seen, microseconds; 0 while unknown.
     pub min_rtt_us: u32,
-    /// 1: the comm is at work, and this is what was known before.
+    /// 1: the comm is busy, and these are the last known values.
     pub stale: u32,
 }
 
-/// What the kernel knows of a comm's connection. What it does not tell is 0.
+/// The kernel's statistics of a comm's connection. Unknown values are 0.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ucclCommInfo {
     /// `sizeof` this structure; a writer fills only members that lie inside.
     pub size: usize,
-    /// Segments sent, and how many of them were sent again.
+    /// Segments sent, and how many of them were retransmitted.
     pub segments: u64,
     /// See `segments`.
     pub retransmits: u64,
@@ -387,9 +386,9 @@ pub struct ucclCommInfo {
     pub rtt_us: u32,
     /// Smallest round trip seen, microseconds.
     pub min_rtt_us: u32,
-    /// Bytes per second that the peer acknowledged lately.
+    /// Bytes per second that the peer acknowledged recently.
     pub delivery_rate: u64,
-    /// Name of the congestion control, terminated.
+    /// Name of the congestion control, NUL-terminated.
     pub congestion: [c_char; 16],
 }
 
@@ -412,7 +411,7 @@ pub struct ucclIoVec {
     /// Length, bytes.
     pub len: usize,
 }
-// SAFETY: a pointer and a length; whoever dereferences it owes the proof.
+// SAFETY: a pointer and a length; code that dereferences it must justify it.
 unsafe impl Send for ucclIoVec {}
 
 const _: () = {

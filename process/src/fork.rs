@@ -1,4 +1,4 @@
-//! A number that a fork changes, and values that belong to the process that made them.
+//! A counter of forks, and values that belong to the process that made them.
 
 use crate::fork_guard;
 use std::fmt;
@@ -14,12 +14,12 @@ extern "C" fn in_child() {
     fork_guard::in_child();
 }
 
-/// Nobody has asked for forks to be counted; they are counted. Any other value is the process that is about to ask.
+/// States of fork counting: off, on. Any other value is the process that is turning it on.
 const NOT_WATCHED: u64 = 0;
 const WATCHED: u64 = u64::MAX;
 static WATCH: AtomicU64 = AtomicU64::new(NOT_WATCHED);
 
-/// A number that differs between a process and its parent, from the first call on. Costs no system call.
+/// A number that differs between a process and its parent, starting with the first call. Costs no system call.
 pub fn generation() -> u64 {
     if WATCH.load(Ordering::Acquire) != WATCHED {
         watch();
@@ -27,7 +27,7 @@ pub fn generation() -> u64 {
     GENERATION.load(Ordering::Relaxed)
 }
 
-/// Has forks counted. What a thread of the parent had begun, and will not end in this process, is begun anew.
+/// Turns fork counting on. Starts over if a thread of the parent had begun and does not exist in this process.
 #[cold]
 fn watch() {
     let own = u64::from(std::process::id());
@@ -37,8 +37,8 @@ fn watch() {
             begun if begun == own => std::thread::yield_now(),
             before => {
                 if WATCH.compare_exchange(before, own, Ordering::AcqRel, Ordering::Acquire).is_ok() {
-                    // SAFETY: the handlers count, store and sleep, which is allowed around a fork. It fails only where memory runs out,
-                    // and then a child is not told apart. Twice counts twice, which differs too.
+                    // SAFETY: the handlers count, store and sleep, which is allowed around a fork. It fails only when memory runs out,
+                    // and then a child is not distinguished. Registered twice they count twice, which differs too.
                     unsafe { libc::pthread_atfork(Some(fork_guard::before), Some(fork_guard::in_parent), Some(in_child)) };
                     WATCH.store(WATCHED, Ordering::Release);
                     return;
@@ -48,8 +48,8 @@ fn watch() {
     }
 }
 
-/// A value of the process: made at the first use, and anew at the first use in a child. What the parent had is left as it is in the
-/// child, never looked at and never dropped: its locks may be held for ever, and its sockets are the parent's.
+/// A per-process value: made at the first use, and made again at the first use in a child. The child never reads or drops the
+/// parent's value: its locks may be held for ever, and its sockets are the parent's.
 pub struct PerProcess<T> {
     current: AtomicPtr<(u64, T)>,
     make: fn() -> T,
@@ -76,7 +76,7 @@ impl<T: Send + Sync + 'static> PerProcess<T> {
                 // SAFETY: just leaked, and never freed from here on.
                 Ok(_) => return unsafe { &(*fresh).1 },
                 Err(other) => {
-                    // SAFETY: nobody else saw it.
+                    // SAFETY: no other thread saw it.
                     drop(unsafe { Box::from_raw(fresh) });
                     seen = other;
                 }
@@ -85,7 +85,7 @@ impl<T: Send + Sync + 'static> PerProcess<T> {
     }
 }
 
-/// What is looked at belongs to the process that this one was forked from.
+/// The error of using a value of the parent process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Parents {
     what: &'static str,
@@ -94,14 +94,14 @@ pub struct Parents {
 
 impl fmt::Display for Parents {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "this {} belongs to process {}; a forked child has to make its own", self.what, self.pid)
+        write!(f, "this {} belongs to process {}; a forked child must make its own", self.what, self.pid)
     }
 }
 
 impl std::error::Error for Parents {}
 
-/// A value of the process that made it. A forked child can look at it, and never drops it: what it holds stays as it is, down to
-/// the descriptors, which the child closes when it ends.
+/// A value of the process that made it. A forked child can read it but never drops it: everything in it stays as it is, including
+/// the descriptors, which are closed when the child ends.
 pub struct ProcessOwned<T> {
     generation: u64,
     pid: u32,
@@ -114,7 +114,7 @@ impl<T> ProcessOwned<T> {
         ProcessOwned { generation: generation(), pid: std::process::id(), value: ManuallyDrop::new(value) }
     }
 
-    /// Whether the calling process made it. Where not, none of its locks may be taken: who held one may not be in this process.
+    /// Whether the calling process made it. If not, none of its locks may be taken: the thread that held one may not exist here.
     pub fn is_here(&self) -> bool {
         self.generation == generation()
     }
@@ -122,7 +122,7 @@ impl<T> ProcessOwned<T> {
     /// An error in a forked child; `what` names the value in its text.
     ///
     /// # Errors
-    /// Whose it is.
+    /// The value belongs to the parent.
     pub fn check(&self, what: &'static str) -> Result<(), Parents> {
         if self.is_here() {
             return Ok(());
@@ -147,7 +147,7 @@ impl<T> DerefMut for ProcessOwned<T> {
 impl<T> Drop for ProcessOwned<T> {
     fn drop(&mut self) {
         if self.is_here() {
-            // SAFETY: dropped once, here; nobody uses the value after drop.
+            // SAFETY: dropped once, here; not used after drop.
             unsafe { ManuallyDrop::drop(&mut self.value) };
         }
     }
@@ -178,9 +178,9 @@ mod tests {
     }
 
     #[test]
-    fn what_a_thread_of_the_parent_had_begun_is_begun_anew() {
+    fn a_child_finishes_what_a_thread_of_the_parent_had_begun() {
         generation();
-        // As a child finds it whose parent was about to ask.
+        // The state in a child whose parent was turning it on.
         WATCH.store(u64::from(std::process::id()) + 1, Ordering::Release);
         generation();
         assert_eq!(WATCH.load(Ordering::Acquire), WATCHED);
@@ -197,7 +197,7 @@ mod tests {
         let child = unsafe { libc::fork() };
         assert!(child >= 0);
         if child == 0 {
-            // The lock that is held here would never be given back.
+            // The lock that is held here would never be released.
             let fresh = generation() != before && VALUE.get().try_lock().is_ok_and(|v| v.is_empty());
             // SAFETY: ends the child at once.
             unsafe { libc::_exit(if fresh { 0 } else { 1 }) };

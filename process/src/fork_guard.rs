@@ -1,30 +1,30 @@
-//! What a fork must not cut in half: the loading of a library (the dynamic loader's tables, copied at that moment, make the child's first
-//! look for a library crash), and calls into libraries of others that have locks and state of their own.
+//! Critical sections that fork() waits for: loading a library (a copy of the dynamic loader's tables at that moment makes the child's
+//! first library look-up crash), and calls into third-party libraries that have their own locks and state.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// Threads inside [`run`]; forks that are about to happen.
+/// Threads inside [`run`]; forks that are waiting or running.
 static RUNNING: AtomicU32 = AtomicU32::new(0);
 static FORKING: AtomicU32 = AtomicU32::new(0);
-/// A fork that has waited this long happens.
+/// A fork waits at most this long.
 const FORK_WAIT: Duration = Duration::from_secs(10);
 const NAP: Duration = Duration::from_micros(100);
 
 thread_local! {
-    /// How often this thread is inside [`run`]. Has no destructor, so it is there to the thread's end.
+    /// How deep this thread is inside [`run`]. Has no destructor, so it exists until the thread's end.
     static DEPTH: Cell<u32> = const { Cell::new(0) };
 }
 
-/// Runs what a fork of another thread waits for; forks are watched.
+/// Runs a section that a fork in another thread waits for; fork handlers must be registered.
 pub(crate) fn run<R>(work: impl FnOnce() -> R) -> R {
     struct Inside;
     impl Drop for Inside {
         fn drop(&mut self) {
             DEPTH.set(DEPTH.get() - 1);
             if DEPTH.get() == 0 {
-                // A child of what runs has begun anew.
+                // A child forked inside the section has reset its state.
                 let _ = RUNNING.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
             }
         }
@@ -42,7 +42,7 @@ pub(crate) fn run<R>(work: impl FnOnce() -> R) -> R {
     work()
 }
 
-/// Called before a fork, by the thread that forks.
+/// Called before a fork, in the forking thread.
 pub(crate) extern "C" fn before() {
     FORKING.fetch_add(1, Ordering::SeqCst);
     let until = Instant::now() + FORK_WAIT;
@@ -82,7 +82,7 @@ mod tests {
         assert_eq!(status, 0);
     }
 
-    /// These count what runs in the process.
+    /// Serialises the tests, since the counters belong to the process.
     static ONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
     fn one_at_a_time() -> std::sync::MutexGuard<'static, ()> {
@@ -110,7 +110,7 @@ mod tests {
                     std::thread::yield_now();
                 }
                 fork_and_reap();
-                assert!(done.load(Ordering::SeqCst), "the fork came into the middle of it");
+                assert!(done.load(Ordering::SeqCst), "the fork interrupted the section");
             });
             without_fork(fork_and_reap);
             fork_and_reap();
@@ -120,9 +120,9 @@ mod tests {
     }
 
     #[test]
-    fn what_would_begin_waits_for_a_fork_that_is_about_to_happen() {
+    fn a_new_section_waits_for_a_pending_fork() {
         let _one = one_at_a_time();
-        // Forks are watched from here on.
+        // Registers the fork handlers.
         without_fork(|| ());
         before();
         let begun = AtomicBool::new(false);

@@ -1,12 +1,11 @@
-//! What a process has of its own, and a child of `fork` gets anew: locks that another thread may hold, handles, tables of threads.
-//! And locks that keep nothing outside of themselves, and memory that no core dump has ([`guarded`]). Knows nothing of what is kept.
+//! Per-process values, which a child of `fork` makes again: locks that another thread may hold, handles, tables of threads.
+//! And locks whose whole state is inside them, and memory that no core dump contains ([`guarded`]). Knows nothing of the values.
 //!
 //! # Fork
-//! Of a process with threads, `fork` copies the memory and one thread. A lock that another thread held stays locked in the child, and
-//! where threads wait in a table of the process, the child's table names threads that are not there; new ones, whose stacks take the
-//! old places, then break its lists. So values are made anew in each process ([`PerProcess`], [`ProcessOwned`]), and nothing here or in the
-//! crates above takes locks that share a table: those of this crate are the standard library's, which keep all that they need in
-//! themselves.
+//! `fork` copies the memory of a process and one thread. A lock that another thread held stays locked in the child. Where waiting
+//! threads are in a table of the process, the child's table lists threads that do not exist; new threads, whose stacks have the same
+//! addresses, then corrupt its lists. So each process makes its own values ([`PerProcess`], [`ProcessOwned`]), and nothing here or in
+//! the crates above uses locks that share a table: this crate's locks keep all their state inside themselves.
 
 mod fork;
 mod fork_guard;
@@ -21,7 +20,7 @@ pub use sync::{Condvar, Mutex, MutexGuard, RwLock, WaitTimeoutResult};
 
 /// Runs a critical section that `fork` in other threads waits for, at most 10 s. The section itself may fork.
 pub fn without_fork<R>(work: impl FnOnce() -> R) -> R {
-    // From here on forks are watched.
+    // Registers the fork handlers.
     generation();
     fork_guard::run(work)
 }

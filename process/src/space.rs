@@ -1,19 +1,19 @@
-//! Room in the address space of the process. Knows nothing of what takes it.
+//! Room in the address space of the process. Knows nothing of its use.
 
 use std::io;
 
-/// What large takers leave. Small allocations live on it, and a process that has no room for those ends.
+/// Room that large allocations must leave free. Small allocations need it, and a process aborts when one of those fails.
 const RESERVE: usize = 4 << 20;
 
-/// Whether the address space has room for `len` bytes beside the reserve. To be asked before anything large is taken, a thread's stack
-/// among it.
+/// Checks that the address space has room for `len` bytes beside the reserve. Call it before every large allocation, including a
+/// thread's stack.
 ///
 /// # Errors
-/// `OutOfMemory` where it has not.
+/// `OutOfMemory` if it has not.
 pub fn ensure_space(len: usize) -> io::Result<()> {
     let len = len.checked_add(RESERVE).ok_or(io::ErrorKind::OutOfMemory)?;
     let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
-    // SAFETY: a fresh mapping where the kernel chooses, which is given back unused.
+    // SAFETY: a new mapping at an address that the kernel chooses, unmapped unused.
     unsafe {
         let at = libc::mmap(std::ptr::null_mut(), len, access, flags, -1, 0);
         if at == libc::MAP_FAILED {

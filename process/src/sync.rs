@@ -1,29 +1,29 @@
-//! Locks behind `lock_api`'s interface: words that the kernel waits on, which keep nothing outside of themselves and survive a fork, are
-//! not poisoned by a panic, and are fair to a thread that has waited. A reader that must know of a panic under a lock looks for itself.
+//! Futex locks behind `lock_api`'s interface: their whole state is inside them, so they survive a fork; a panic does not poison them,
+//! and they are fair to a thread that has waited. Code that must know of a panic under a lock checks for it.
 
 use lock_api::{GuardNoSend, RawMutex};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{self, PoisonError, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 use std::time::{Duration, Instant};
 
-/// A lock for one thread at a time. A thread that unlocks and locks again may overtake one that waits, which is fast, but only for
+/// A mutual exclusion lock. A thread that unlocks and locks again may overtake a waiting one, which is fast, but only for
 /// [`OVERTAKEN`].
 pub type Mutex<T> = lock_api::Mutex<Raw, T>;
 /// Access to what a [`Mutex`] guards, until it is dropped.
 pub type MutexGuard<'a, T> = lock_api::MutexGuard<'a, Raw, T>;
 
-/// A thread that has waited this long for a lock is not overtaken any more.
+/// A thread that has waited this long for a lock is no longer overtaken.
 const OVERTAKEN: Duration = Duration::from_micros(500);
-/// Attempts at a lock that another thread has, before this one sleeps: some after a moment each, some after others had the CPU.
+/// Attempts at a held lock before a thread sleeps: first spinning, then yielding the CPU.
 const SPINS: u32 = 3;
 const YIELDS: u32 = 7;
 
 const FREE: u32 = 0;
 const HELD: u32 = 1;
-/// Held, and a thread may wait for it.
+/// Held, and a thread may be waiting.
 const AWAITED: u32 = 2;
 
-/// Sleeps while the word has this value. `false` when `most` is over.
+/// Sleeps while the word has this value. `false` when `most` has passed.
 fn sleep(word: &AtomicU32, value: u32, most: Option<Duration>) -> bool {
     let most = most.map(|most| libc::timespec {
         tv_sec: libc::time_t::try_from(most.as_secs()).unwrap_or(libc::time_t::MAX),
@@ -36,9 +36,9 @@ fn sleep(word: &AtomicU32, value: u32, most: Option<Duration>) -> bool {
     result == 0 || std::io::Error::last_os_error().raw_os_error() != Some(libc::ETIMEDOUT)
 }
 
-/// Wakes threads that sleep on the word, as many at most.
+/// Wakes at most this many threads that sleep on the word.
 fn wake(word: &AtomicU32, most: i32) {
-    // SAFETY: the kernel takes the address as a name only.
+    // SAFETY: the kernel uses the address only as a key.
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, most) };
 }
 
@@ -56,7 +56,7 @@ impl Word {
         }
     }
 
-    /// The same; whether it was free in time.
+    /// The same with a time-out; whether the lock was taken.
     fn take_within(&self, most: Duration) -> bool {
         let until = Instant::now() + most;
         while self.0.swap(AWAITED, Ordering::Acquire) != FREE {
@@ -76,10 +76,10 @@ impl Word {
     }
 }
 
-/// What a [`Mutex`] is made of.
+/// The raw lock of a [`Mutex`].
 pub struct Raw {
     lock: Word,
-    /// Held by the one thread that waits for `lock`; all others wait for this.
+    /// Held by the one thread that waits for `lock`; all other waiters wait for this.
     front: Word,
     /// The thread at the front has waited long enough: no other takes the lock.
     overdue: AtomicBool,
@@ -90,7 +90,7 @@ impl Raw {
         !self.overdue.load(Ordering::Relaxed) && self.lock.attempt()
     }
 
-    /// Most holders are done in less time than it takes to fall asleep and to be woken.
+    /// Most holders finish in less time than it takes to sleep and wake.
     #[cold]
     fn persist(&self) -> bool {
         (0..SPINS + YIELDS).any(|round| {
@@ -114,7 +114,7 @@ impl Raw {
     }
 }
 
-// SAFETY: `lock` is one word that a single thread at a time changes from FREE; taking it acquires what giving it back released.
+// SAFETY: `lock` is one word that a single thread at a time changes from FREE; locking acquires what unlocking released.
 unsafe impl RawMutex for Raw {
     #[allow(clippy::declare_interior_mutable_const, reason = "each use is a lock of its own")]
     const INIT: Raw =
@@ -144,54 +144,54 @@ unsafe impl RawMutex for Raw {
     }
 }
 
-/// Whether a wait ended by its time.
+/// Whether a wait timed out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WaitTimeoutResult(bool);
 
 impl WaitTimeoutResult {
-    /// It did; what was waited for may have come at the same moment.
+    /// The wait timed out; a notification may have come at the same moment.
     pub fn timed_out(self) -> bool {
         self.0
     }
 }
 
-/// Waiting for what other threads do under a [`Mutex`].
+/// A condition variable for a [`Mutex`].
 #[derive(Debug, Default)]
 pub struct Condvar(AtomicU32);
 
 impl Condvar {
-    /// No thread waits.
+    /// One without waiters.
     pub const fn new() -> Condvar {
         Condvar(AtomicU32::new(0))
     }
 
-    /// Unlocks, waits to be notified and locks again. It may come back without cause.
+    /// Unlocks, waits for a notification and locks again. It may wake spuriously.
     pub fn wait<T: ?Sized>(&self, guard: &mut MutexGuard<'_, T>) {
         self.wait_at_most(guard, None);
     }
 
-    /// As `wait`, until a time at most.
+    /// As `wait`, with a deadline.
     pub fn wait_until<T: ?Sized>(&self, guard: &mut MutexGuard<'_, T>, until: Instant) -> WaitTimeoutResult {
         self.wait_for(guard, until.saturating_duration_since(Instant::now()))
     }
 
-    /// As `wait`, for a time at most.
+    /// As `wait`, with a time-out.
     pub fn wait_for<T: ?Sized>(&self, guard: &mut MutexGuard<'_, T>, most: Duration) -> WaitTimeoutResult {
         self.wait_at_most(guard, Some(most))
     }
 
     fn wait_at_most<T: ?Sized>(&self, guard: &mut MutexGuard<'_, T>, most: Option<Duration>) -> WaitTimeoutResult {
-        // Whatever is notified once the lock is free changes the number, and the kernel looks at it again.
+        // A notification after the unlock changes the number, and the kernel compares it again.
         let seen = self.0.load(Ordering::Relaxed);
         WaitTimeoutResult(!MutexGuard::unlocked(guard, || sleep(&self.0, seen, most)))
     }
 
-    /// Wakes one that waits.
+    /// Wakes one waiter.
     pub fn notify_one(&self) {
         self.notify(1);
     }
 
-    /// Wakes all that wait.
+    /// Wakes all waiters.
     pub fn notify_all(&self) {
         self.notify(i32::MAX);
     }
@@ -202,24 +202,24 @@ impl Condvar {
     }
 }
 
-/// A lock for one that writes or several that read: the standard library's, without poison.
+/// A reader-writer lock: the standard library's, without poisoning.
 #[derive(Debug, Default)]
 pub struct RwLock<T: ?Sized>(sync::RwLock<T>);
 
 impl<T> RwLock<T> {
-    /// An unlocked one.
+    /// An unlocked lock.
     pub const fn new(value: T) -> RwLock<T> {
         RwLock(sync::RwLock::new(value))
     }
 }
 
 impl<T: ?Sized> RwLock<T> {
-    /// Waits until no thread writes.
+    /// Locks for reading.
     pub fn read(&self) -> RwLockReadGuard<'_, T> {
         self.0.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The value, where no thread writes or waits to.
+    /// Locks for reading unless a thread writes or waits to.
     pub fn try_read(&self) -> Option<RwLockReadGuard<'_, T>> {
         match self.0.try_read() {
             Ok(guard) => Some(guard),
@@ -228,7 +228,7 @@ impl<T: ?Sized> RwLock<T> {
         }
     }
 
-    /// Waits until no thread reads or writes.
+    /// Locks for writing.
     pub fn write(&self) -> RwLockWriteGuard<'_, T> {
         self.0.write().unwrap_or_else(PoisonError::into_inner)
     }
@@ -250,9 +250,9 @@ mod tests {
         assert!(!count.is_locked() && !unsafe { count.raw() }.overdue.load(Ordering::Relaxed));
     }
 
-    /// Threads that never leave the lock alone for long, and one that wants it: it must get it again and again.
+    /// Several threads lock all the time, and one more wants the lock: it must get it again and again.
     #[test]
-    fn one_that_waits_is_not_overtaken_for_ever() {
+    fn a_waiting_thread_is_not_overtaken_for_ever() {
         let lock = Arc::new(Mutex::new(()));
         let stop = Arc::new(AtomicBool::new(false));
         let greedy = |lock: Arc<Mutex<()>>, stop: Arc<AtomicBool>| {
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_has_waited_comes_before_those_that_try() {
+    fn a_thread_that_has_waited_comes_before_try_lock() {
         let lock = Arc::new(Mutex::new(()));
         let held = lock.lock();
         let other = lock.clone();
@@ -283,7 +283,7 @@ mod tests {
         while !overdue() {
             std::thread::yield_now();
         }
-        // It has the front now, and the lock next.
+        // It is at the front now, and gets the lock next.
         drop(held);
         assert!(lock.try_lock().is_none() || !overdue());
         waits.join().unwrap();
@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn unlocked_gives_the_lock_to_others_and_takes_it_back() {
+    fn unlocked_releases_the_lock_and_takes_it_again() {
         let lock = Mutex::new(1);
         let mut guard = lock.lock();
         assert!(lock.is_locked());
@@ -319,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_ends_when_notified_or_at_its_time() {
+    fn a_wait_ends_when_notified_or_at_its_time_out() {
         let shared = Arc::new((Mutex::new(false), Condvar::new()));
         let other = shared.clone();
         let mut set = shared.0.lock();

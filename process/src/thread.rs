@@ -1,4 +1,4 @@
-//! How every thread of the library starts. Knows nothing of what they do then.
+//! Starts every thread of the library. Knows nothing of their work.
 
 use std::io;
 use std::thread::JoinHandle;
@@ -6,10 +6,11 @@ use std::thread::JoinHandle;
 /// Bytes of a thread's stack.
 const STACK: usize = 2 << 20;
 
-/// Starts a thread that takes no signals. Its first steps allocate, and the process ends where they cannot: there is room for them.
+/// Starts a thread with all signals blocked. Its first steps allocate, and a failed allocation aborts the process, so this first
+/// checks that there is room.
 ///
 /// # Errors
-/// `OutOfMemory` where the address space has no room for it; else what the system says, `EAGAIN` where there are too many threads.
+/// `OutOfMemory` if the address space has no room for it; else the system's error, `EAGAIN` for too many threads.
 pub fn spawn(name: impl Into<String>, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
     crate::ensure_space(STACK)?;
     std::thread::Builder::new().name(name.into()).stack_size(STACK).spawn(|| {
@@ -18,7 +19,7 @@ pub fn spawn(name: impl Into<String>, body: impl FnOnce() + Send + 'static) -> i
     })
 }
 
-/// Blocks every signal in the calling thread: plugins raise SIGPIPE, and handlers are the application's.
+/// Blocks every signal in the calling thread: plugins raise SIGPIPE, and signal handlers belong to the application.
 fn block_signals() {
     // SAFETY: a local, fully initialised set.
     unsafe {
@@ -28,11 +29,11 @@ fn block_signals() {
     }
 }
 
-/// Keeps the calling thread from being cancelled (`pthread_cancel`) while it lives: a cancelled thread is unwound from wherever it waits,
-/// through frames that cannot be unwound so, which ends the process. Whoever cancelled it is heard afterwards.
+/// Defers cancellation (`pthread_cancel`) of the calling thread while it lives: cancellation unwinds a thread from where it waits,
+/// through Rust frames that do not allow it, which aborts the process. A pending cancellation takes effect afterwards.
 pub struct Uncancelled {
     before: libc::c_int,
-    /// The state is the thread's own.
+    /// Not Send: the state is the thread's own.
     _here: std::marker::PhantomData<*const ()>,
 }
 
@@ -44,7 +45,7 @@ extern "C" {
 const PTHREAD_CANCEL_DISABLE: libc::c_int = 1;
 
 impl Uncancelled {
-    /// From here on, until it is dropped.
+    /// Defers cancellation until dropped.
     #[allow(clippy::new_without_default, reason = "it does something")]
     pub fn new() -> Uncancelled {
         let mut before = 0;
@@ -56,15 +57,15 @@ impl Uncancelled {
 
 impl Drop for Uncancelled {
     fn drop(&mut self) {
-        // SAFETY: the state that the calling thread had; the one that comes back is not wanted, for which a place is given all the same.
+        // SAFETY: the calling thread's previous state; the returned state is written to a local and ignored.
         unsafe { pthread_setcancelstate(self.before, &raw mut self.before) };
     }
 }
 
-/// Asks for short turns on the core: a thread that works for moments only then gets one soon where others work for long. Takes nothing
-/// from them in all. A kernel that cannot do it leaves things as they are.
+/// Asks the scheduler for short time slices: a thread with short bursts of work then runs soon beside CPU-bound threads, without taking
+/// a larger share. An older kernel ignores it.
 pub fn ask_for_short_turns() {
-    /// `struct sched_attr`, as long as it was at first.
+    /// `struct sched_attr` in its first version.
     #[repr(C)]
     #[derive(Default)]
     struct Attributes {
@@ -80,7 +81,7 @@ pub fn ask_for_short_turns() {
     const SHORTEST_NS: u64 = 100_000;
     let size = size_of::<Attributes>() as u32;
     let mut attributes = Attributes { size, ..Attributes::default() };
-    // SAFETY: the calling thread's attributes, into a struct of the size that is told; then the same with another length of turns.
+    // SAFETY: reads the calling thread's attributes into a struct of the given size; then writes them with another time slice.
     unsafe {
         if libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size, 0) == 0
             && attributes.policy == libc::SCHED_OTHER as u32
@@ -96,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_signal_comes_through() {
+    fn every_signal_is_blocked() {
         let (tell, told) = std::sync::mpsc::channel();
         let thread = spawn("test", move || {
             // SAFETY: a local set, filled by the call.
@@ -113,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_cancels_a_thread_in_between() {
+    fn cancellation_is_deferred() {
         let state = || {
             let mut now = -1;
             // SAFETY: sets what it reads back, in the calling thread.
@@ -132,16 +133,16 @@ mod tests {
         assert!(before != PTHREAD_CANCEL_DISABLE && state() == before);
     }
 
-    /// What the kernel says of the calling thread: policy, nice value, length of its turns (0 from one that cannot tell).
+    /// The calling thread's policy, nice value and time slice (0 if the kernel does not tell).
     fn attributes() -> (u32, i32, u64) {
         let mut words = [0u32; 12];
-        // SAFETY: room for the 48 bytes that are told.
+        // SAFETY: room for the 48 bytes.
         assert_eq!(unsafe { libc::syscall(libc::SYS_sched_getattr, 0, words.as_mut_ptr(), 48, 0) }, 0);
         (words[1], words[4] as i32, u64::from(words[6]) | u64::from(words[7]) << 32)
     }
 
     #[test]
-    fn short_turns_change_nothing_else() {
+    fn short_time_slices_change_nothing_else() {
         let thread = std::thread::spawn(|| {
             // SAFETY: a plain call; a higher nice value than before is always allowed.
             assert_eq!(unsafe { libc::setpriority(libc::PRIO_PROCESS, libc::syscall(libc::SYS_gettid) as libc::id_t, 15) }, 0);
@@ -149,7 +150,7 @@ mod tests {
             ask_for_short_turns();
             let after = attributes();
             assert_eq!((after.0, after.1), (policy, nice));
-            // An older kernel keeps what it had.
+            // An older kernel keeps the old value.
             assert!(after.2 == 100_000 || after.2 == turn, "{} ns after {turn}", after.2);
         });
         thread.join().unwrap();

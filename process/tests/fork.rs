@@ -1,5 +1,5 @@
-//! A process forks while its threads wait for locks and unlock them. What the child makes must work: threads, locks and waits of its own,
-//! at addresses that the parent's had. (The parent's threads neither start nor end meanwhile: in programs whose `main` is Rust, the
+//! A process forks while its threads lock and unlock. The child's own threads, locks and waits must work,
+//! at the same addresses as the parent's. (The parent's threads neither start nor end meanwhile: in programs whose `main` is Rust, the
 //! standard library does both under a lock of its own.)
 
 use process::{Condvar, Mutex};
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 const CHILDREN: usize = 150;
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// Threads that hand a number to each other, so that all of them wait and wake, until it has come to `rounds` or `stop` is set.
+/// Threads that pass a number to each other, so that all of them wait and wake, until it reaches `rounds` or `stop` is set.
 fn relay(threads: usize, rounds: usize, stop: &Arc<AtomicBool>) -> Vec<JoinHandle<()>> {
     let baton = Arc::new((Mutex::new(0usize), Condvar::new()));
     let run = |mine: usize| {
@@ -46,7 +46,7 @@ fn awaited(child: libc::pid_t) -> Option<i32> {
             _ => return Some(status),
         }
     }
-    // SAFETY: the child hangs; it is this process's to end and to reap.
+    // SAFETY: our own child, which hangs: ended and reaped here.
     unsafe {
         libc::kill(child, libc::SIGKILL);
         libc::waitpid(child, &mut status, 0);
@@ -58,7 +58,7 @@ fn awaited(child: libc::pid_t) -> Option<i32> {
 fn children_of_a_busy_process_have_locks_that_work() {
     let stop = Arc::new(AtomicBool::new(false));
     let threads: Vec<_> = (0..4).flat_map(|_| relay(5, usize::MAX, &stop)).collect();
-    // They have all begun.
+    // All have begun.
     std::thread::sleep(Duration::from_millis(500));
     for number in 0..CHILDREN {
         // SAFETY: the child makes threads and locks of its own, which is what is tested, and ends by _exit.

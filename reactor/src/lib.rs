@@ -1,8 +1,8 @@
-//! Waiting for descriptors (`Poller`, over epoll) and waking the one who waits (`Waker`, over an eventfd).
-//! Knows nothing of connections, comms or threads; a token is the caller's business.
+//! Waiting for descriptors (`Poller`, over epoll) and waking the waiting thread (`Waker`, over an eventfd).
+//! Knows nothing of connections, comms or threads; the caller chooses the tokens.
 //!
 //! # Fork
-//! A child of `fork` shares the parent's epoll set and eventfds. It must not change or use them: it makes its own. Dropping a
+//! A child of `fork` shares the parent's epoll set and eventfds. It must neither change nor use them, but make its own. Dropping a
 //! `Poller` or a `Waker` in the child only closes the child's descriptor.
 
 mod poller;
@@ -19,6 +19,6 @@ fn owned(fd: i32) -> io::Result<OwnedFd> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: a descriptor just created, owned by nobody else.
+    // SAFETY: a descriptor just created, without another owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

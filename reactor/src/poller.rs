@@ -1,4 +1,4 @@
-//! An epoll set with tokens and timeouts of any fineness. Knows nothing of who owns the descriptors.
+//! An epoll set with tokens and time-outs of microsecond precision. Knows nothing of the descriptors' owners.
 
 use std::io;
 use std::ops::BitOr;
@@ -7,22 +7,22 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// What to report of a descriptor; combine with `|`. Errors and full hang-ups are always reported.
+/// The events to report for a descriptor; combine with `|`. Errors and full hang-ups are always reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Interest(u32);
 
 impl Interest {
     /// Nothing but errors and full hang-ups.
     pub const NONE: Interest = Interest(0);
-    /// There is something to read, or to accept.
+    /// There are bytes to read, or a connection to accept.
     pub const READ: Interest = Interest(libc::EPOLLIN as u32);
     /// There is room to write.
     pub const WRITE: Interest = Interest(libc::EPOLLOUT as u32);
     /// The peer will send no more.
     pub const HANG_UP: Interest = Interest(libc::EPOLLRDHUP as u32);
-    /// Report changes only, not states.
+    /// Edge-triggered: report changes only.
     pub const EDGE: Interest = Interest(libc::EPOLLET as u32);
-    /// Report once, and nothing more, errors and hang-ups neither, until the descriptor is modified.
+    /// Report once, then nothing, not even errors and hang-ups, until the descriptor is modified.
     pub const ONCE: Interest = Interest(libc::EPOLLONESHOT as u32);
 }
 
@@ -34,7 +34,7 @@ impl BitOr for Interest {
     }
 }
 
-/// What the kernel reported of one descriptor.
+/// An event of one descriptor.
 #[derive(Clone, Copy, Debug)]
 pub struct Event {
     token: u64,
@@ -47,17 +47,17 @@ impl Event {
         self.token
     }
 
-    /// A read will not block: data, an end or an error is there.
+    /// A read will not block: there is data, an end or an error.
     pub fn readable(&self) -> bool {
         self.has(libc::EPOLLIN | libc::EPOLLRDHUP | libc::EPOLLHUP | libc::EPOLLERR)
     }
 
-    /// A write will not block: room or an error is there.
+    /// A write will not block: there is room or an error.
     pub fn writable(&self) -> bool {
         self.has(libc::EPOLLOUT | libc::EPOLLHUP | libc::EPOLLERR)
     }
 
-    /// The peer has ended at least its direction, or the descriptor is in error.
+    /// The peer has closed at least its direction, or the descriptor has an error.
     pub fn hung_up(&self) -> bool {
         self.has(libc::EPOLLRDHUP | libc::EPOLLHUP | libc::EPOLLERR)
     }
@@ -80,7 +80,7 @@ impl std::fmt::Debug for Events {
 }
 
 impl Events {
-    /// Room for `capacity` events a wait, at least one; further ones come with the next wait.
+    /// Room for `capacity` events per wait, at least one; further events come with the next wait.
     pub fn with_capacity(capacity: usize) -> Events {
         Events { list: vec![libc::epoll_event { events: 0, u64: 0 }; capacity.clamp(1, 1 << 16)], filled: 0 }
     }
@@ -105,7 +105,7 @@ impl Events {
 #[derive(Debug)]
 pub struct Poller {
     epoll: OwnedFd,
-    /// `epoll_pwait2` has failed here: the kernel is too old, or a filter forbids it.
+    /// `epoll_pwait2` has failed: the kernel is too old, or a filter forbids it.
     milliseconds_only: AtomicBool,
 }
 
@@ -120,7 +120,7 @@ impl Poller {
         Ok(Poller { epoll, milliseconds_only: AtomicBool::new(false) })
     }
 
-    /// Watches a descriptor. It leaves the set by [`Poller::remove`], or when its last duplicate is closed.
+    /// Watches a descriptor, until [`Poller::remove`] or until its last duplicate is closed.
     ///
     /// # Errors
     /// The descriptor is in the set already, is not open or cannot be watched, or the limit of watches is reached.
@@ -154,11 +154,11 @@ impl Poller {
         }
     }
 
-    /// Waits for events, at most for `timeout` (`None`: for ever), and leaves them in `events`. A signal ends the wait early with
-    /// no event. Where only whole milliseconds are possible the timeout is rounded up.
+    /// Waits for events, at most for `timeout` (`None`: for ever), and stores them in `events`. A signal ends the wait early without
+    /// an event. If only whole milliseconds are possible, the time-out is rounded up.
     ///
     /// # Errors
-    /// The kernel refuses every way of waiting, which a poller that works does not meet.
+    /// The kernel refuses every wait call, which does not happen to a working poller.
     pub fn wait(&self, events: &mut Events, timeout: Option<Duration>) -> io::Result<()> {
         events.filled = 0;
         let fine = timeout.filter(|t| t.subsec_nanos() % 1_000_000 != 0);
@@ -168,7 +168,7 @@ impl Poller {
                     events.filled = filled;
                     return Ok(());
                 }
-                // A filter of system calls answers with whichever error it likes: the older call decides.
+                // A system call filter may return any error: the older call decides.
                 Err(_) => {
                     events.filled = collect(self.wait_coarse(events, Some(timeout)))?;
                     self.milliseconds_only.store(true, Ordering::Relaxed);
@@ -184,8 +184,8 @@ impl Poller {
         let limit = libc::timespec { tv_sec: timeout.as_secs().min(1 << 30) as _, tv_nsec: timeout.subsec_nanos().into() };
         let (list, room) = (events.list.as_mut_ptr(), events.list.len() as libc::c_int);
         let no_mask: *const libc::sigset_t = ptr::null();
-        // SAFETY: `list` has `room` entries, `limit` lives through the call, and a null mask leaves the signals as they are. Called by
-        // number: C libraries have a function for it only lately.
+        // SAFETY: `list` has `room` entries, `limit` lives through the call, and a null mask keeps the signal mask. Called by
+        // number: only recent C libraries have a function for it.
         unsafe { libc::syscall(libc::SYS_epoll_pwait2, self.epoll.as_raw_fd(), list, room, &raw const limit, no_mask, 0usize) }
     }
 
@@ -238,12 +238,12 @@ mod tests {
         poller.modify(far.as_raw_fd(), 7, Interest::READ | Interest::WRITE).unwrap();
         assert_eq!(tokens(&poller, None), [7]);
         poller.remove(far.as_raw_fd()).unwrap();
-        assert!(poller.remove(far.as_raw_fd()).is_err(), "it has left the set");
+        assert!(poller.remove(far.as_raw_fd()).is_err(), "it is not in the set");
         assert!(tokens(&poller, Some(Duration::from_micros(10))).is_empty());
     }
 
     #[test]
-    fn events_say_what_happened() {
+    fn events_have_the_right_flags() {
         let poller = Poller::new().unwrap();
         let (near, far) = UnixStream::pair().unwrap();
         poller.add(far.as_raw_fd(), 3, Interest::WRITE | Interest::HANG_UP | Interest::EDGE).unwrap();
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_lasts_as_long_as_it_should() {
+    fn a_wait_lasts_for_its_time_out() {
         let poller = Poller::new().unwrap();
         for micros in [0, 1, 300, 1000, 2500, 20_000] {
             let (start, limit) = (Instant::now(), Duration::from_micros(micros));

@@ -1,16 +1,16 @@
-//! An eventfd that makes a poller's wait return. Knows nothing of what the waiting thread then does.
+//! An eventfd that makes a poller's wait return. Knows nothing of the waiting thread's work.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
-/// Wakes whoever waits for its descriptor to become readable. Any thread may wake.
+/// Wakes the threads that wait for its descriptor to become readable. Any thread may wake.
 #[derive(Debug)]
 pub struct Waker {
     eventfd: OwnedFd,
 }
 
 impl Waker {
-    /// A waker that nobody has woken.
+    /// A waker that is not signalled.
     ///
     /// # Errors
     /// The process or the system is out of descriptors.
@@ -35,7 +35,7 @@ impl Waker {
     /// Makes the descriptor unreadable. Without edge-triggered interest, call it before looking for work.
     pub fn drain(&self) {
         let mut count = [0u8; 8];
-        // SAFETY: room for eight bytes. It fails only when nobody has woken.
+        // SAFETY: room for eight bytes. It fails only when the waker is not signalled.
         unsafe { libc::read(self.fd(), count.as_mut_ptr().cast(), count.len()) };
     }
 }

@@ -1,4 +1,4 @@
-//! Waiting under a filter of system calls that forbids `epoll_pwait2`, as old container runtimes have it.
+//! Waiting under a system call filter that forbids `epoll_pwait2`, as in old container runtimes.
 #![cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 
 use std::io;
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use reactor::{Events, Interest, Poller, Waker};
 
-/// From now on `epoll_pwait2` of this thread answers `errno`; every other call is let through.
+/// From now on `epoll_pwait2` fails in this thread with `errno`; every other call is allowed.
 fn forbid_pwait2(errno: i32) -> io::Result<()> {
     let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
     let mut program = [
@@ -37,7 +37,7 @@ fn cpu() -> Duration {
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
-fn waits_by_the_older_call() {
+fn waits_with_the_older_call() {
     let (poller, waker) = (Poller::new().unwrap(), Waker::new().unwrap());
     poller.add(waker.fd(), 5, Interest::READ).unwrap();
     let mut events = Events::with_capacity(4);
@@ -49,18 +49,18 @@ fn waits_by_the_older_call() {
         waits += 1;
     }
     assert!(waits <= 200, "{waits} waits of 1.5 ms in 200 ms: they do not wait");
-    assert!(cpu() - before < Duration::from_millis(100), "waiting burns the processor");
+    assert!(cpu() - before < Duration::from_millis(100), "waiting burns CPU");
     waker.wake();
     poller.wait(&mut events, Some(Duration::from_micros(1500))).unwrap();
     assert_eq!(events.iter().map(|e| e.token()).collect::<Vec<_>>(), [5]);
 }
 
 #[test]
-fn any_error_of_the_newer_call_leads_to_the_older_one() {
+fn any_error_of_the_newer_call_selects_the_older_one() {
     // A filter holds for its thread, and a poller remembers for itself.
     for errno in [libc::EPERM, libc::ENOSYS, libc::EACCES, libc::EINVAL] {
         let checked = std::thread::spawn(move || match forbid_pwait2(errno) {
-            Ok(()) => waits_by_the_older_call(),
+            Ok(()) => waits_with_the_older_call(),
             Err(error) => eprintln!("SKIPPED: no seccomp filter can be installed here: {error}"),
         });
         assert!(checked.join().is_ok(), "errno {errno}");

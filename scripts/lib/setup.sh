@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Installs what building and testing need, where it is missing, and puts a Rust toolchain that is new enough first in PATH.
-# Sourced by demo and test; `MODE` is demo or test. Packages come from apt; elsewhere it names what is missing.
+# Installs missing packages for building and testing, and puts a recent enough Rust toolchain first in PATH.
+# Sourced by demo and test; `MODE` is demo or test. Packages come from apt; on other systems it lists the missing ones.
 set -euo pipefail
 
 required_rust=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml | head -1)
@@ -20,7 +20,7 @@ find_rust() {
   return 1
 }
 
-# What follows "rustc" in the package names of the oldest toolchain that apt offers and that is new enough: nothing for the default
+# The suffix of "rustc" in the package name of the oldest recent enough toolchain in apt: empty for the default
 # one, -web for Debian's toolchain for browsers, the version for Ubuntu's.
 rust_suffix() {
   local suffix version
@@ -60,7 +60,7 @@ if [ "${MODE:-test}" = test ]; then
   python3 -c 'import venv, ensurepip' 2>/dev/null || need+=(python3-venv)
 fi
 rust_bin=$(find_rust) || rust_bin=""
-# A toolchain of the distribution, installed for the demo alone.
+# A toolchain of the distribution, installed only for the demo.
 if [ "${MODE:-test}" = test ] && [ -n "$rust_bin" ] && [ ! -x "$rust_bin/cargo-fmt" ] && owner=$(dpkg-query -S "$rust_bin/rustc" 2>/dev/null); then
   mapfile -t -O ${#need[@]} need < <(lint_packages "$(sed -n 's/^rustc\(-[^:]*\|\):.*/\1/p' <<<"$owner")")
 fi

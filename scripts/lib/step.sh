@@ -1,10 +1,10 @@
 # shellcheck shell=bash
 # Steps of a test script: run, counted, with a log each. Sourced by scripts/test and scripts/gpu-test, which set `logs`, the folder of
-# the logs, and `only`, the words of the command line. Knows nothing of what the steps do.
+# the logs, and `only`, the words of the command line. Knows nothing of the steps.
 passed=0 failed=0 skipped=0 failures=() lane='' lane_names=()
 STEP_SECONDS=${STEP_SECONDS:-900}
 
-# wanted NAME: whether the words of the command line, if any, choose it
+# wanted NAME: whether the words of the command line, if any, select it
 wanted() {
   local word
   [ ${#only[@]} -gt 0 ] || return 0
@@ -37,7 +37,7 @@ step() {
   report "$name"
 }
 
-# beside NAME COMMAND...: as step, but next to the steps that follow and with less of the processors: one after another, in the order given.
+# beside NAME COMMAND...: as step, but in the background of later steps and at lower CPU priority: one after another, in the order given.
 # `join` waits for all of them and counts them.
 beside() {
   local name=$1 before=$lane
@@ -59,7 +59,7 @@ join() {
   lane='' lane_names=()
 }
 
-# report NAME: counts what `measured` left and prints a line
+# report NAME: counts the result of `measured` and prints a line
 report() {
   local log status=1 seconds=0 user=0 system=0
   log=$(log_of "$1")
@@ -72,7 +72,7 @@ report() {
     77) skip "$1" "$(grep -a SKIPPED "$log" | head -1 | sed 's/^SKIPPED[: ]*//')" ;;
     *) fail "$1" "status $status after $seconds s, end of $log:" "$log" ;;
   esac
-  # Tests inside a step that were skipped show here too, by the reason and how many.
+  # Skipped tests inside a step are listed too, by reason and number.
   [ "$status" = 77 ] || sed -nE 's/^ *SKIPPED:? +([a-z0-9]+_[a-z0-9_]+ )?/SKIPPED inside: /p' "$log" | sort | uniq -c
 }
 
@@ -94,7 +94,7 @@ fail() {
   failures+=("$1")
   echo "FAILED   $1 ($2)"
   tail -n 60 "$3"
-  # What went wrong may be far above the end of the log.
+  # The error may be far above the end of the log.
   while IFS= read -r line; do failures+=("  $line"); done < <(grep -aE -A 4 -m 3 '^ *(FAIL|failed:|error)|FAILED$|panicked at' "$3" | cut -c 1-300 | head -n 12)
 }
 

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# What the steps of scripts/test run. Sourced by it, with `target`, `release` and `work`: the folders of cargo, of the build, of logs and
-# whatever steps build. Status 77: skipped.
+# The steps of scripts/test. Sourced by it, with `target`, `release` and `work`: the folders of cargo, of the build, and of logs and
+# the steps' own builds. Status 77: skipped.
 
-# rust_tests SELECTION...: in cargo nextest where there is one: a process for each test, and the test programs side by side.
+# rust_tests SELECTION...: in cargo nextest if installed: a process for each test, and the test programs side by side.
 rust_tests() {
   if cargo nextest --version >/dev/null 2>&1; then
     cargo nextest run --release --no-fail-fast --success-output final "$@"
@@ -42,7 +42,7 @@ wheel() {
   CARGO_TARGET_DIR=$target scripts/build-wheel "$work/wheel" && tests/nixl/wheel.sh "$work"/wheel/*.whl
 }
 
-# The C++ face, the endpoint, the headers alone with gcc and clang, an installation that was moved and its consumers, exported
+# The C++ interface, the endpoint, the headers alone with gcc and clang, an installation that was moved and its consumers, exported
 # symbols and SONAME of the installed files.
 installation() {
   cmake -S . -B "$work/cmake" -DUCCL_P2P_CARGO_TARGET_DIR="$target" -DUCCL_P2P_PREBUILT=ON -DCMAKE_BUILD_TYPE=Debug &&
@@ -55,12 +55,12 @@ gates() {
   cmake --install "$work/cmake" --prefix "$work/prefix" >/dev/null && tests/packaging/gates_fail.sh "$work/prefix"
 }
 
-# An old clippy raises alarms that newer ones took back.
+# An old clippy has lints with false positives that newer ones fixed.
 clippy() {
   local version
   version=$(cargo clippy --version 2>/dev/null | sed -n 's/^clippy 0\.\([0-9.]*\).*/\1/p')
   [ -n "$version" ] || { echo "SKIPPED: this toolchain has no cargo clippy"; return 77; }
-  at_least "$version" 1.95 || { echo "SKIPPED: clippy $version is older than 1.95, the oldest whose verdict counts"; return 77; }
+  at_least "$version" 1.95 || { echo "SKIPPED: clippy $version is older than 1.95, the oldest supported version"; return 77; }
   CARGO_TARGET_DIR=$work/check cargo clippy --workspace --all-targets -- -D warnings
 }
 
@@ -81,7 +81,7 @@ minimum_rust() {
   "${cargo[@]}" --version && CARGO_TARGET_DIR=$work/minimum_rust "${cargo[@]}" check --workspace --all-targets --locked
 }
 
-# Another processor and another C library at once: type-checked, not run. The compiler of the one serves for the other, since nothing is linked.
+# Another architecture and another C library: type-checked, not run. One C compiler serves for both, since nothing is linked.
 other_target() {
   local triple=aarch64-unknown-linux-musl
   command -v aarch64-linux-gnu-gcc >/dev/null || { echo "SKIPPED: no aarch64-linux-gnu-gcc here"; return 77; }
@@ -92,7 +92,7 @@ other_target() {
 }
 
 # Every crate as crates.io would get it, built from its package. Cargo orders the crates of a workspace since 1.90. It unpacks them below
-# its home by name and version, and takes what lies there from an earlier run: so it gets a home without unpacked crates.
+# its home by name and version, and would reuse those of an earlier run: so it gets a home without unpacked crates.
 publishable() {
   local users=${CARGO_HOME:-$HOME/.cargo} home=$work/publish-home part
   at_least "$(cargo --version | sed 's/cargo \([0-9.]*\).*/\1/')" 1.90 || { echo "SKIPPED: this cargo cannot publish a workspace"; return 77; }
@@ -101,12 +101,12 @@ publishable() {
   for part in config config.toml registry/index registry/cache; do
     [ ! -e "$users/$part" ] || ln -s "$users/$part" "$home/$part"
   done
-  # That they compile is what is asked.
+  # They only have to compile.
   CARGO_PROFILE_DEV_OPT_LEVEL=0 CARGO_PROFILE_DEV_DEBUG=false CARGO_HOME=$home CARGO_TARGET_DIR=$work/publish \
     cargo publish --dry-run --workspace --locked --allow-dirty
 }
 
-# sanitized KIND CARGO_OPTION... TARGET...: tests under a sanitizer of nightly Rust. The system's libraries are not, so leaks are not judged.
+# sanitized KIND CARGO_OPTION... TARGET...: tests under a sanitizer of nightly Rust. The system's libraries are not instrumented, so leaks are not reported.
 # Other crates are compiled without optimisation, which takes a third off the time.
 sanitized() {
   local kind=$1 triple=x86_64-unknown-linux-gnu
@@ -119,14 +119,14 @@ sanitized() {
     cargo +nightly test --release --locked -p uccl-tcpx --target $triple --config 'profile.release.package."*".opt-level=0' "$@"
 }
 
-# ThreadSanitizer takes what the standard library does for races unless that is instrumented too: it needs its sources.
+# ThreadSanitizer reports false races in the standard library unless that is instrumented too: this needs its sources.
 thread_sanitized() {
   [ -e "$(rustc +nightly --print sysroot 2>/dev/null)/lib/rustlib/src/rust/library/Cargo.lock" ] ||
     { echo "SKIPPED: no nightly Rust with its sources (rustup component add rust-src --toolchain nightly)"; return 77; }
   sanitized thread -Zbuild-std --test engine
 }
 
-# What the targets in fuzz/ call; the targets themselves need cargo-fuzz.
+# The functions behind the targets in fuzz/; the targets themselves need cargo-fuzz.
 fuzzing() { CARGO_TARGET_DIR=$work/check cargo rustc --locked -p uccl-tcpx --lib --profile check -- --cfg fuzzing; }
 
 # The tables and plots of docs/performance.d again, from their rows.

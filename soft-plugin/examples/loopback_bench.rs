@@ -1,6 +1,6 @@
 //! Throughput of the software plugin between two processes on this machine:
 //! `loopback_bench CHANNELS BYTES_PER_ROUND ROUNDS [CHUNK_BYTES]`. Prints the median round and its GB/s, and with
-//! `CHUNK_BYTES` of 0 the latency of a small message instead. `PROTECT=1` in the environment guards the messages by checksums,
+//! `CHUNK_BYTES` of 0 the latency of a small message instead. `PROTECT=1` in the environment protects messages by checksums,
 //! `PROTECT=2` by AES-256-GCM. CPU seconds are those of both processes.
 
 #[path = "../tests/common/mod.rs"]
@@ -42,11 +42,11 @@ fn init() {
     assert_eq!(unsafe { soft_plugin::table().init.unwrap()(None) }, NCCL_SUCCESS);
 }
 
-/// Guards a comm as the environment says.
+/// Sets the protection of a comm from the environment.
 fn protect(comm: Opaque) {
     let level = std::env::var("PROTECT").ok().and_then(|level| level.parse().ok()).unwrap_or(0);
     if level > 0 {
-        // One key for all comms is good enough for the same bytes over and over; never elsewhere.
+        // One key for all comms is safe only because the bytes are always the same.
         let key = [7u8; 32];
         // SAFETY: a live comm and key.
         assert_eq!(unsafe { soft_plugin::ext().protect.unwrap()(comm, level, key.as_ptr()) }, NCCL_SUCCESS);
@@ -76,7 +76,7 @@ fn flows(comms: Vec<Opaque>, buffer: &[u8], share: usize) -> Vec<Flow> {
     comms.into_iter().enumerate().map(flow).collect()
 }
 
-/// Moves `share` bytes over every flow.
+/// Moves `share` bytes over every channel.
 fn round(flows: &mut [Flow], share: usize, chunk: usize, base: *mut u8, bell: &Doorbell, receiving: bool) {
     for flow in flows.iter_mut() {
         flow.left = share;

@@ -1,4 +1,4 @@
-//! The plugin keeps threads of its own: its code must stay where it is after `dlclose`.
+//! The plugin runs its own threads, so its code must stay mapped after `dlclose`.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");

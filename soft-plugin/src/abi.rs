@@ -1,4 +1,4 @@
-//! The C side: the entries for devices, comms and registrations, behind one panic guard and null checks; `requests` has the
+//! The C entries for devices, comms and registrations, behind one panic guard and null checks; `requests` has the
 //! entries for requests. Translates to calls on the inner modules and back to result codes; decides nothing about moving bytes.
 
 pub mod requests;
@@ -23,7 +23,7 @@ use crate::state::{self, Global};
 type Opaque = *mut c_void;
 type Outcome = Result<(), ncclResult_t>;
 
-/// A registration: what kind of memory it is, and where.
+/// A registration: the kind of memory, and its address.
 struct Mr {
     device: bool,
     base: usize,
@@ -35,7 +35,7 @@ thread_local! {
     static CAUSE: Cell<c_int> = const { Cell::new(0) };
 }
 
-/// Runs an entry: no panic gets out, and after a system error `errno` tells the cause.
+/// Runs an entry: catches panics, and sets `errno` after a system error.
 fn guard(entry: impl FnOnce() -> Outcome) -> ncclResult_t {
     CAUSE.set(0);
     let code = match catch_unwind(AssertUnwindSafe(entry)) {
@@ -44,7 +44,7 @@ fn guard(entry: impl FnOnce() -> Outcome) -> ncclResult_t {
         Err(_) => NCCL_INTERNAL_ERROR,
     };
     if code == NCCL_SYSTEM_ERROR {
-        // SAFETY: the C library's errno of this thread. Last of all, since dropping what the entry held may have changed it.
+        // SAFETY: the C library's errno of this thread. Set last, since dropping the entry's values may change it.
         unsafe { *libc::__errno_location() = CAUSE.get() };
     }
     code
@@ -58,7 +58,7 @@ fn check(holds: bool) -> Outcome {
     }
 }
 
-/// Logs the cause of a failed system call, once, here.
+/// Logs the cause of a failed system call. The only place that does.
 fn system(what: &str, error: &std::io::Error) -> ncclResult_t {
     static LINE: Limited = Limited::new();
     static DESCRIPTORS: Limited = Limited::new();
@@ -84,10 +84,10 @@ fn interface(global: &'static Global, dev: c_int) -> Result<&'static Interface, 
     usize::try_from(dev).ok().and_then(|d| global.devices.get(d)).ok_or(NCCL_INVALID_ARGUMENT)
 }
 
-/// The comm behind a handle of the caller, of the given direction, whichever process made it.
+/// The comm behind the caller's handle, if it has this direction. It may belong to the parent process.
 ///
 /// # Safety
-/// Null, or a comm of this plugin that is not closed.
+/// `handle` is null, or a comm of this plugin that is not closed.
 unsafe fn comm_or_copy<'a>(handle: Opaque, receives: bool) -> Result<&'a Comm, ncclResult_t> {
     check(!handle.is_null())?;
     // SAFETY: by contract a live comm.
@@ -112,7 +112,7 @@ unsafe fn any_comm<'a>(handle: Opaque) -> Result<&'a Comm, ncclResult_t> {
     Ok(comm)
 }
 
-/// A child of `fork` uses nothing of its parent.
+/// Refuses objects that the parent process made before a `fork`.
 fn own(holds: bool) -> Outcome {
     if holds {
         Ok(())
@@ -191,12 +191,12 @@ pub unsafe extern "C" fn listen(dev: c_int, handle: Opaque, listen_comm: *mut Op
     })
 }
 
-/// The I/O threads, with what they do besides.
+/// The I/O threads, started on first use, with their chores.
 fn pool(global: &'static Global) -> Result<&'static Pool, ncclResult_t> {
     pool::get(&global.config, rendezvous::sweep).map_err(|e| system("I/O threads", &e))
 }
 
-/// A step of a connect in either direction; the socket, once it is there.
+/// One step of a connect in either direction; the socket once it is connected.
 ///
 /// # Safety
 /// `handle` is null or the caller's 128 bytes, `comm` null or writable.
@@ -252,7 +252,7 @@ pub unsafe extern "C" fn connect_recv(
     })
 }
 
-/// Makes a send comm of a socket.
+/// Makes a send comm from a socket.
 ///
 /// # Safety
 /// `comm` is writable.
@@ -263,7 +263,7 @@ unsafe fn start_send(global: &'static Global, pool: &Pool, connected: Connected,
     Ok(())
 }
 
-/// The caller's memory for a device handle, which a strict plugin insists on.
+/// The caller's memory for a device handle; strict mode requires it.
 ///
 /// # Safety
 /// `dev_handle` is null, or points to null or to a writable device handle.
@@ -277,10 +277,10 @@ unsafe fn device_handle<'a>(
     Ok(target)
 }
 
-/// Makes a receive comm of a socket. The unpack queue is built when device memory is first used: host memory needs none.
+/// Makes a receive comm from a socket. The unpack queue is built when device memory is first used: host memory needs none.
 ///
 /// # Safety
-/// `comm` is writable; the device handle stays where it is as long as the comm.
+/// `comm` is writable; the device handle keeps its address as long as the comm lives.
 unsafe fn start_recv(
     global: &'static Global,
     pool: &Pool,
@@ -301,7 +301,7 @@ unsafe fn start_recv(
     Ok(())
 }
 
-/// A look for a peer of either direction; its socket, once it is there.
+/// One step of an accept in either direction; the socket once the peer has connected.
 ///
 /// # Safety
 /// `listen_comm` is null or a listen comm that is not closed, `comm` null or writable.
@@ -435,7 +435,7 @@ unsafe fn close(handle: Opaque, receives: bool) -> ncclResult_t {
             return Ok(());
         }
         comm.close();
-        // SAFETY: the reference that `connect` or `accept` gave to the caller, who gives it back once.
+        // SAFETY: the reference that `connect` or `accept` gave to the caller, returned once.
         drop(unsafe { Arc::from_raw(handle.cast_const().cast::<Comm>()) });
         Ok(())
     })
@@ -460,7 +460,7 @@ pub unsafe extern "C" fn close_listen(listen_comm: Opaque) -> ncclResult_t {
             listening.close_copy();
             return Ok(());
         }
-        // SAFETY: as above; the caller gives it back once.
+        // SAFETY: as above; the caller returns it once.
         drop(unsafe { Box::from_raw(listen_comm.cast::<ListenComm>()) });
         Ok(())
     })
@@ -471,7 +471,7 @@ pub unsafe extern "C" fn get_device_mr(comm: Opaque, mhandle: Opaque, device_mha
         // SAFETY: the caller's comm.
         unsafe { any_comm(comm)? };
         check(!mhandle.is_null() && !device_mhandle.is_null())?;
-        // Kernels need nothing of a registration.
+        // Kernels do not use registrations.
         // SAFETY: not null; the caller's pointer.
         unsafe { *device_mhandle = ptr::null_mut() };
         Ok(())
@@ -504,7 +504,7 @@ pub unsafe extern "C" fn describe(handle: Opaque, text: *mut c_char, len: usize)
         let comm = unsafe { any_comm(handle)? };
         check(!text.is_null() && len > 0)?;
         let path = &comm.path.as_bytes()[..comm.path.len().min(len - 1)];
-        // SAFETY: the caller's `len` bytes, of which one is left for the end.
+        // SAFETY: the caller's `len` bytes; one is left for the NUL.
         unsafe {
             ptr::copy_nonoverlapping(path.as_ptr(), text.cast::<u8>(), path.len());
             *text.add(path.len()) = 0;
@@ -526,7 +526,7 @@ pub unsafe extern "C" fn info(handle: Opaque, info: *mut ucclCommInfo) -> ncclRe
     })
 }
 
-/// The 32 bytes at `key`, if there are any.
+/// The 32 bytes at `key`; `None` for null.
 ///
 /// # Safety
 /// `key` is null or readable, and stays so while the result is used.

@@ -1,5 +1,5 @@
-//! A send or receive comm: its ledger, its socket, its place with an I/O thread, failure, doorbell and closing.
-//! Moving bytes is the business of `send` and `recv`; threads are that of `pool`; C is that of `abi`.
+//! A send or receive comm: its ledger, its socket, its I/O thread, failure, doorbell and closing.
+//! `send` and `recv` move the bytes, `pool` has the threads, `abi` the C entries.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{fence, AtomicBool, AtomicI32, AtomicPtr, AtomicU32, Ordering};
@@ -14,9 +14,9 @@ use process::Mutex;
 use crate::device::{self, SendSource, UnpackQueue};
 use crate::ledger::{Failure, Ledger};
 use crate::logger::Limited;
-use crate::pool::{Member, Pool, Seat};
+use crate::pool::{Assignment, Member, Pool};
 use crate::protect::Guard;
-use crate::quantum::{Line, Turn};
+use crate::quantum::{DataSocket, Turn};
 use crate::recv::RecvIo;
 use crate::rendezvous::Connected;
 use crate::send::{SendIo, Source};
@@ -24,7 +24,7 @@ use crate::slot::{Body, Slot, NO_REGION};
 use crate::state::Global;
 use crate::tcp;
 
-/// Completions that share a ring while a comm has more to move at once.
+/// Completions per doorbell signal while a comm has more to move.
 const RING_EVERY: u64 = MAX_REQUESTS as u64 / 4;
 
 const ALIVE: u32 = 0x534F_4654;
@@ -36,14 +36,14 @@ enum Side {
     Recv(Box<RecvIo>),
 }
 
-/// What only the holder of the I/O lock touches.
+/// State under the I/O lock.
 struct Io {
     /// The data socket; none once the comm is closed.
     socket: Option<OwnedFd>,
     hung_up: bool,
     side: Side,
     doorbell: Option<Doorbell>,
-    /// Completions that have been rung for.
+    /// Completions signalled so far.
     rung: u64,
 }
 
@@ -51,13 +51,13 @@ struct Doorbell {
     armed: *const AtomicU32,
     fd: i32,
 }
-// SAFETY: the pointer is the caller's promise of setDoorbell: valid until the comm is closed.
+// SAFETY: the caller of setDoorbell keeps the pointer valid until the comm is closed.
 unsafe impl Send for Doorbell {}
 
 /// A comm.
 pub struct Comm {
     alive: AtomicU32,
-    /// The process that made it; a child of it has no more than a copy.
+    /// The process that made it; a forked child only has a copy.
     generation: u64,
     /// The socket's descriptor, for a child that closes its copy; -1 once closed.
     fd: AtomicI32,
@@ -67,19 +67,19 @@ pub struct Comm {
     pub global: &'static Global,
     /// Requests and their state.
     pub ledger: Ledger,
-    /// Its I/O thread has it in the list of comms to serve.
+    /// It is in its I/O thread's list of comms to serve.
     scheduled: AtomicBool,
-    /// The kernel reported a hang-up or an error that no turn has seen.
+    /// The kernel reported a hang-up or an error that no turn has handled yet.
     hung_up: AtomicBool,
     io: Mutex<Io>,
     source: Source,
-    /// What was known last of the sent bytes.
+    /// The last known progress of the sent bytes.
     flow: Mutex<ucclFlow>,
-    /// Where device receives land.
+    /// The unpack queue that device receives use.
     queue: Mutex<Option<Arc<UnpackQueue>>>,
-    /// The caller's device handle, to be filled by the first use of device memory; null once it is, or when there is none.
+    /// The caller's device handle, which the first use of device memory fills; null once filled, or without one.
     late_handle: AtomicPtr<ncclNetDeviceHandle_v7>,
-    seat: Seat,
+    assignment: Assignment,
 }
 
 impl Comm {
@@ -92,9 +92,9 @@ impl Comm {
         late_handle: *mut ncclNetDeviceHandle_v7,
         receives: bool,
     ) -> std::io::Result<Arc<Comm>> {
-        let seat = pool.assign(receives);
+        let assignment = pool.assign(receives);
         let side = if receives {
-            Side::Recv(Box::new(RecvIo::new(&global.config, seat.number)))
+            Side::Recv(Box::new(RecvIo::new(&global.config, assignment.number)))
         } else {
             Side::Send(SendIo::new(&global.config))
         };
@@ -113,26 +113,26 @@ impl Comm {
             flow: Mutex::default(),
             queue: Mutex::new(queue.map(Arc::new)),
             late_handle: AtomicPtr::new(late_handle),
-            seat,
+            assignment,
         });
         for slot in comm.ledger.slots() {
             slot.owner.store(Arc::as_ptr(&comm).cast_mut().cast(), Ordering::Release);
         }
-        comm.seat.take(comm.clone(), fd)?;
+        comm.assignment.add(comm.clone(), fd)?;
         Ok(comm)
     }
 
-    /// Whether this is a live comm of that direction; the first check of every entry that receives one from C.
+    /// Whether this is a live comm of this direction; the first check of every C entry that takes a comm.
     pub fn is(&self, receives: bool) -> bool {
         self.alive.load(Ordering::Acquire) == ALIVE && self.ledger.receives() == receives
     }
 
-    /// Whether another process made it, of which this one is a child.
+    /// Whether a parent process made it.
     pub fn is_inherited(&self) -> bool {
         self.generation != process::generation()
     }
 
-    /// Makes device receives possible, where the caller gave a device handle for them.
+    /// Prepares device receives, if the caller gave a device handle.
     pub fn prepare_unpack(&self) -> Result<(), ncclResult_t> {
         let mut queue = self.queue.lock();
         if queue.is_some() {
@@ -145,14 +145,14 @@ impl Comm {
             LINE.warn(&format!("cannot set up device receives of {}: {e}", self.path));
             NCCL_SYSTEM_ERROR
         })?;
-        // SAFETY: by contract the caller's device handle stays where it is as long as the comm.
+        // SAFETY: by contract the caller's device handle keeps its address as long as the comm lives.
         unsafe { *handle = device::handle(true, Some(&built)) };
         self.late_handle.store(std::ptr::null_mut(), Ordering::Release);
         *queue = Some(Arc::new(built));
         Ok(())
     }
 
-    /// Device memory was registered: makes device receives possible now, so that the device handle can be read before the first.
+    /// Device memory was registered: prepares device receives now, so that the device handle can be read before the first.
     pub fn expect_device_receives(&self) -> Result<(), ncclResult_t> {
         let wanted = self.ledger.receives() && !self.late_handle.load(Ordering::Acquire).is_null();
         let can = self.global.device.as_ref().is_some_and(|memory| memory.in_context());
@@ -163,7 +163,7 @@ impl Comm {
         }
     }
 
-    /// Device memory was registered: makes device sends from the current GPU possible now, so that the first need not.
+    /// Device memory was registered: prepares device sends from the current GPU now rather than at the first send.
     pub fn expect_device_sends(&self) -> Result<(), ncclResult_t> {
         let can = self.global.device.as_ref().is_some_and(|memory| memory.in_context());
         if self.ledger.receives() || !can {
@@ -185,7 +185,7 @@ impl Comm {
         Ok(Some(posted.slot))
     }
 
-    /// The comm was idle: a small send goes out at once, anything else is the I/O thread's.
+    /// The comm was idle: a small send goes out at once; the I/O thread handles anything else.
     fn start_moving(&self, bytes: usize) {
         if !self.ledger.receives() && bytes <= self.global.config.inline_bytes {
             if let Some(mut io) = self.io.try_lock() {
@@ -194,7 +194,7 @@ impl Comm {
                 }
             }
         }
-        self.seat.ask();
+        self.assignment.schedule();
     }
 
     /// `irecvConsumed` of request `slot`.
@@ -215,7 +215,7 @@ impl Comm {
         self.ledger.consume(seq)
     }
 
-    /// The send side's device memory, built by the first registration of device memory, or else by the first send of it.
+    /// The source of device sends, built by the first registration of device memory, or else by the first send of it.
     pub fn send_source(&self) -> Result<&Arc<dyn SendSource>, ncclResult_t> {
         if let Some(source) = self.source.get() {
             return Ok(source);
@@ -229,7 +229,7 @@ impl Comm {
         Ok(self.source.get_or_init(|| source))
     }
 
-    /// Bytes the network has taken over, or the result that the comm has failed with.
+    /// Bytes that the network has taken or delivered, or the result that the comm has failed with.
     pub fn progress(&self) -> Result<u64, ncclResult_t> {
         self.ledger.check()?;
         if self.ledger.receives() {
@@ -240,7 +240,7 @@ impl Comm {
         tcp::bytes_acked(socket.as_raw_fd()).ok_or(NCCL_INTERNAL_ERROR)
     }
 
-    /// How far the sent bytes have come; as it was known last while a turn is under way.
+    /// How far the sent bytes have come; the last known value while a turn is running.
     pub fn flow(&self) -> Result<ucclFlow, ncclResult_t> {
         if let Some(io) = self.io.try_lock() {
             let socket = io.socket.as_ref().ok_or(NCCL_INVALID_ARGUMENT)?;
@@ -258,19 +258,21 @@ impl Comm {
     }
 
     fn turn(&self, io: &mut Io) -> Turn {
-        let Some(fd) = io.socket.as_ref().map(AsRawFd::as_raw_fd).filter(|_| !self.ledger.leave()) else { return Turn::Wait };
+        let Some(fd) = io.socket.as_ref().map(AsRawFd::as_raw_fd).filter(|_| !self.ledger.should_stop()) else {
+            return Turn::Wait;
+        };
         io.hung_up |= self.hung_up.swap(false, Ordering::AcqRel);
-        self.ledger.look();
-        let line = Line { fd, hung_up: io.hung_up };
+        self.ledger.begin_turn();
+        let socket = DataSocket { fd, hung_up: io.hung_up };
         let turn = match &mut io.side {
-            Side::Send(send) => send.turn(&self.ledger, line, &self.source),
-            Side::Recv(recv) => recv.turn(&self.ledger, line, &|| self.queue.lock().clone()),
+            Side::Send(send) => send.turn(&self.ledger, socket, &self.source),
+            Side::Recv(recv) => recv.turn(&self.ledger, socket, &|| self.queue.lock().clone()),
         };
         let turn = turn.unwrap_or_else(|failure| {
             self.fail(io, &failure);
             Turn::Wait
         });
-        // Waking the caller costs as much as moving a small message: while more moves at once, several completions share a ring.
+        // Waking the caller costs as much as moving a small message: while more is moving, several completions share a signal.
         let completed = self.ledger.completed();
         if completed - io.rung >= if turn == Turn::More { RING_EVERY } else { 1 } {
             io.rung = completed;
@@ -279,7 +281,7 @@ impl Comm {
         turn
     }
 
-    /// The comm is finished: every request that is not done ends in the failure's result. Rings, whether requests are open or not.
+    /// Fails the comm: every unfinished request ends in the failure's result. Rings the doorbell even if no request is open.
     fn fail(&self, io: &Io, failure: &Failure) {
         static LINE: Limited = Limited::new();
         if !self.ledger.fail(failure.result) {
@@ -303,7 +305,7 @@ impl Comm {
         ring(&io);
     }
 
-    /// Guards the messages from the first one on.
+    /// Protects the messages, starting with the first.
     pub fn protect(&self, guard: Guard) -> Result<(), ncclResult_t> {
         let mut io = self.io.lock();
         if self.ledger.posted() > 0 {
@@ -316,7 +318,7 @@ impl Comm {
         Ok(())
     }
 
-    /// Closes: on return no thread of ours touches the caller's memory. Bytes already in the kernel are still delivered.
+    /// Closes the comm: on return no thread of ours touches the caller's memory. Bytes already in the kernel are still delivered.
     pub fn close(&self) {
         self.alive.store(CLOSED, Ordering::Release);
         self.ledger.close();
@@ -327,7 +329,7 @@ impl Comm {
         }
         if let Some(socket) = io.socket.take() {
             self.fd.store(-1, Ordering::Release);
-            self.seat.leave(socket.as_raw_fd());
+            self.assignment.remove(socket.as_raw_fd());
         }
         if let Side::Recv(recv) = &mut io.side {
             recv.release();
@@ -335,8 +337,8 @@ impl Comm {
         *self.queue.lock() = None;
     }
 
-    /// Closes a child's copy of the parent's comm: the child's descriptor only. Takes no lock, since a thread of the parent may have
-    /// held it, and leaves the poller alone, since the two share it.
+    /// Closes a child's copy of the parent's comm: only the child's descriptor. Takes no lock, since a thread of the parent may have
+    /// held it at the fork, and leaves the poller alone, since the two processes share it.
     pub fn close_copy(&self) {
         self.alive.store(CLOSED, Ordering::Release);
         process::close_copy(&self.fd);
@@ -363,14 +365,14 @@ impl Member for Comm {
     }
 }
 
-/// Overwrites consumed bounce memory, so that a late reader finds out.
+/// Overwrites consumed bounce memory, to expose a reader that comes too late.
 fn poison(queue: &UnpackQueue, place: usize, extent: usize) {
     let region = queue.bounce_len / MAX_REQUESTS;
-    // SAFETY: inside the place's region, which no message has before it is freed.
+    // SAFETY: inside the slot's region, which no message uses before it is freed.
     unsafe { std::ptr::write_bytes(queue.bounce.add(place * region), 0xDB, extent.min(region)) };
 }
 
-/// Rings the doorbell after a change was published.
+/// Rings the doorbell after a published change.
 fn ring(io: &Io) {
     let Some(bell) = &io.doorbell else { return };
     fence(Ordering::SeqCst);
@@ -378,7 +380,7 @@ fn ring(io: &Io) {
     let armed = unsafe { &*bell.armed };
     if armed.load(Ordering::Relaxed) == 1 && armed.swap(0, Ordering::AcqRel) == 1 {
         let one = 1u64.to_ne_bytes();
-        // SAFETY: eight bytes to an eventfd. A full counter means it is readable, which is all that is wanted.
+        // SAFETY: eight bytes to an eventfd. A full counter already makes it readable.
         unsafe { libc::write(bell.fd, one.as_ptr().cast(), one.len()) };
     }
 }

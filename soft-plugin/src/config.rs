@@ -1,5 +1,5 @@
-//! Every environment variable of the software plugin: each is declared once, with what it takes, its default and its meaning; read at `init`.
-//! A value that cannot be understood is an error. Nothing else in the crate reads the environment.
+//! Every environment variable of the software plugin: each is declared once, with its values, default and meaning; read at `init`.
+//! An invalid value is an error. Nothing else in the crate reads the environment.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -14,7 +14,7 @@ const DEFAULT_MESSAGE: usize = 512 << 10;
 /// What UCCL_TCPX_CHUNK_BYTES can raise the default to.
 const MAX_CHUNK: usize = 16 << 20;
 
-/// What a variable takes.
+/// The values that a variable takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// A number in this range, with an optional suffix K, M or G.
@@ -23,7 +23,7 @@ pub enum Kind {
     Flag,
     /// One of these words.
     Word(&'static [&'static str]),
-    /// A text that its own module understands.
+    /// A text that another module parses.
     Text,
 }
 
@@ -43,13 +43,13 @@ impl fmt::Display for Kind {
 pub struct Variable {
     /// Its name.
     pub name: &'static str,
-    /// What it takes.
+    /// Its values.
     pub kind: Kind,
     /// Its default, in words or as a value.
     pub default: &'static str,
     /// Its default as a number, where it has one.
     pub number: Option<u64>,
-    /// What it means.
+    /// Its meaning.
     pub doc: &'static str,
 }
 
@@ -78,7 +78,7 @@ const STRICT: Variable = var(
     "UCCL_TCPX_SOFT_STRICT",
     Kind::Flag,
     "0",
-    "1: refuse what TCPX would crash or corrupt on, and poison consumed bounce memory.",
+    "1: refuse calls on which TCPX would crash or corrupt data, and poison consumed bounce memory.",
 );
 const THREADS: Variable =
     var("UCCL_TCPX_SOFT_THREADS", Kind::Number(1, 256), "by cores", "I/O threads of the process; default: cores, at most 16.");
@@ -86,7 +86,7 @@ const SPIN_US: Variable = var(
     "UCCL_TCPX_SOFT_SPIN_US",
     Kind::Number(0, 1_000_000),
     "by cores",
-    "How long an I/O thread polls before it sleeps, microseconds; default 20, or 100 while requests come that often and few threads are awake; 0 with fewer than 4 cores.",
+    "How long an I/O thread polls before it sleeps, microseconds; default 20, or 100 while requests come at that rate and few threads are awake; 0 with fewer than 4 cores.",
 );
 const INLINE: Variable = var("UCCL_TCPX_SOFT_INLINE", Kind::Number(0, 1 << 20), "8192", "Sends of up to this many bytes on an idle comm are handed to the kernel by the caller's thread, without waking an I/O thread; 0 turns it off.");
 const CONGESTION: Variable = var("UCCL_TCPX_SOFT_CONGESTION", Kind::Text, "by the path", "Congestion control of the data sockets by name, or `system`. Default: below 1 ms of round trip the system's, but cubic for bbr; above, the system's, but bbr for cubic and reno where it is available.");
@@ -96,16 +96,16 @@ const SOCKBUF: Variable = var(
     "0",
     "Socket buffer size, bytes; the system caps it at net.core.{r,w}mem_max; 0: the kernel tunes it.",
 );
-const KEEPALIVE_S: Variable = var("UCCL_TCPX_SOFT_KEEPALIVE_S", Kind::Number(0, 32_000), "15", "An idle data socket is asked after this many seconds whether its peer is there, and given up after three more questions in as long again; 0 turns it off.");
+const KEEPALIVE_S: Variable = var("UCCL_TCPX_SOFT_KEEPALIVE_S", Kind::Number(0, 32_000), "15", "Idle seconds after which TCP keepalive probes the peer of a data socket; the connection fails when three more probes in as long again have no answer; 0 turns it off.");
 const USER_TIMEOUT_MS: Variable = var("UCCL_TCPX_SOFT_USER_TIMEOUT_MS", Kind::Number(0, i32::MAX as u64), "0", "TCP_USER_TIMEOUT of the data sockets: how long sent bytes may stay unacknowledged, and how long a receiver may leave its window closed; 0: the system's limit.");
 const FRAGMENT: Variable = var(
     "UCCL_TCPX_SOFT_FRAGMENT",
     Kind::Text,
     "0",
-    "How receives of device memory are cut up, for tests: `random`, or a fragment size in bytes; 0: one fragment a message.",
+    "How receives of device memory are split into fragments, for tests: `random`, or a fragment size in bytes; 0: one fragment per message.",
 );
 
-/// Those that the library declares and this plugin reads too.
+/// Variables that the library declares and this plugin reads too.
 const MESSAGE: Variable = var("NCCL_DYNAMIC_CHUNK_SIZE", Kind::Number(0, i32::MAX as u64), "0", "");
 const EMULATE: Variable = var("UCCL_TCPX_EMULATE_DEVICE", Kind::Flag, "0", "");
 
@@ -122,13 +122,13 @@ pub struct Config {
     pub interfaces: Option<String>,
     /// `NCCL_DYNAMIC_CHUNK_SIZE`: message limit, bytes (0 counts as unset; default 524288, or `UCCL_TCPX_CHUNK_BYTES` where that is more).
     pub message_limit: usize,
-    /// `UCCL_TCPX_PORT_RANGE`: where listen comms find their ports; `None`: the system chooses.
+    /// `UCCL_TCPX_PORT_RANGE`: ports of listen comms; `None`: the system chooses.
     pub ports: Option<RangeInclusive<u16>>,
     /// `UCCL_TCPX_SOFT_STRICT`.
     pub strict: bool,
     /// `UCCL_TCPX_SOFT_THREADS`.
     pub threads: usize,
-    /// `UCCL_TCPX_SOFT_SPIN_US`: always, and while requests come that often.
+    /// `UCCL_TCPX_SOFT_SPIN_US`: the usual limit, and the limit while requests come at that rate.
     pub spin_us: [u64; 2],
     /// `UCCL_TCPX_SOFT_INLINE`.
     pub inline_bytes: usize,
@@ -142,14 +142,14 @@ pub struct Config {
     pub user_timeout_ms: u64,
     /// `UCCL_TCPX_SOFT_FRAGMENT`.
     pub fragmentation: Fragmentation,
-    /// `UCCL_TCPX_EMULATE_DEVICE=1`: host memory is treated as device memory.
+    /// `UCCL_TCPX_EMULATE_DEVICE=1`: host memory serves as device memory.
     pub emulate_device: bool,
 }
 
-/// The environment, or a test's idea of it.
+/// Looks a variable up in the environment, or in a test's table.
 type Lookup<'a> = &'a dyn Fn(&str) -> Option<String>;
 
-/// Reads variables and remembers nothing.
+/// Parses variables.
 struct Reader<'a>(Lookup<'a>);
 
 impl Reader<'_> {
@@ -157,7 +157,7 @@ impl Reader<'_> {
         self.0(name).map(|v| v.trim().to_owned()).filter(|v| !v.is_empty())
     }
 
-    /// What is set, or the default where it is a number.
+    /// The value that is set, or a numeric default.
     fn number(&self, variable: &Variable) -> Result<Option<u64>, String> {
         let Some(text) = self.text(variable.name) else { return Ok(variable.number) };
         match (parse_number(&text), variable.kind) {
@@ -166,7 +166,7 @@ impl Reader<'_> {
         }
     }
 
-    /// As [`Reader::number`]; `usual` where the default is no number.
+    /// As [`Reader::number`]; `usual` where the default is not a number.
     fn size(&self, variable: &Variable, usual: usize) -> Result<usize, String> {
         Ok(self.number(variable)?.map_or(usual, |n| n as usize))
     }
@@ -201,8 +201,8 @@ impl Reader<'_> {
         }
     }
 
-    /// The limit where NCCL_DYNAMIC_CHUNK_SIZE does not set one: enough for the chunks that the library above is told to send. Whether
-    /// its variable makes sense is for the library to say.
+    /// The limit where NCCL_DYNAMIC_CHUNK_SIZE does not set one: enough for the chunks that UCCL_TCPX_CHUNK_BYTES makes the library send.
+    /// The library validates that variable.
     fn default_limit(&self) -> usize {
         let chunk = self.text("UCCL_TCPX_CHUNK_BYTES").and_then(|text| parse_number(&text)).unwrap_or(0);
         DEFAULT_MESSAGE.max(usize::try_from(chunk).unwrap_or(0).min(MAX_CHUNK))
@@ -244,17 +244,17 @@ fn parse_number(text: &str) -> Option<u64> {
     digits.bytes().all(|b| b.is_ascii_digit()).then(|| digits.parse::<u64>().ok()?.checked_mul(factor))?
 }
 
-/// The names among these that look like variables of the software plugin and are none.
+/// Names with the software plugin's prefix that are not variables of it.
 fn unknown<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     names.filter(|n| n.starts_with("UCCL_TCPX_SOFT_") && !VARIABLES.iter().any(|v| v.name == *n)).collect()
 }
 
 impl Config {
-    /// Reads the environment. The error names the variable and what it should be.
+    /// Reads the environment. The error names the variable and the expected values.
     pub fn from_env() -> Result<Config, String> {
         let names: Vec<String> = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok()).collect();
         for name in unknown(names.iter().map(String::as_str)) {
-            crate::logger::warn(&format!("{name} is set, but the software plugin has no such variable"));
+            crate::logger::warn(&format!("{name} is set, but the software plugin has no such variable; it is ignored"));
         }
         let lookup = |name: &str| std::env::var_os(name).map(|v| v.to_string_lossy().into_owned());
         Reader(&lookup).config()
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_that_cannot_be_understood_is_an_error_that_names_it() {
+    fn an_invalid_value_is_an_error_that_names_it() {
         let numbers = ["THREADS", "SPIN_US", "INLINE", "SOCKBUF", "KEEPALIVE_S", "USER_TIMEOUT_MS", "FRAGMENT", "STRICT"];
         for name in numbers.map(|n| format!("UCCL_TCPX_SOFT_{n}")) {
             for value in ["many", "-1", "1.5", "+1", "99999999999999999999", "1 2", "K", "0x"] {
@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn a_range_of_ports_is_two_ports_the_lower_first() {
+    fn a_port_range_is_two_ports_the_lower_first() {
         let read = |text| with("UCCL_TCPX_PORT_RANGE", text).map(|config| config.ports);
         assert_eq!((read("40000-40999"), read(" 7 - 7 "), read("")), (Ok(Some(40000..=40999)), Ok(Some(7..=7)), Ok(None)));
         for bad in ["40000", "40999-40000", "0-10", "1-65536", "-5", "5-", "a-b", "1-2-3", "+1-5", "1:2"] {
@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_are_misspelt_are_found() {
+    fn misspelt_names_are_found() {
         let names = ["UCCL_TCPX_SOFT_THREAD", "UCCL_TCPX_SOFT_THREADS", "UCCL_TCPX_PLUGIN", "HOME"];
         assert_eq!(unknown(names.into_iter()), ["UCCL_TCPX_SOFT_THREAD"]);
     }

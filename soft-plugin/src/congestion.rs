@@ -1,6 +1,6 @@
 //! Which congestion control a data socket uses. By default it depends on the path: on a short one cubic instead of bbr, whose pacing
-//! (done by TCP itself without an fq queue) costs most of the rate there; on a long one bbr instead of cubic and reno, which take every
-//! lost packet for a full queue. What else an administrator has chosen (dctcp, say) stays.
+//! (done by TCP itself without an fq queue) costs most of the rate there; on a long one bbr instead of cubic and reno, which read every
+//! lost packet as congestion. Any other choice of the administrator (dctcp, say) stays.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -10,36 +10,36 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::config::Config;
 use crate::tcp::min_rtt;
 
-/// Paths with a round trip below this are inside a host or a data centre.
+/// Paths with a shorter round trip are on one host or in one data centre.
 const SHORT_PATH_US: u32 = 1000;
-/// The path is judged when this many bytes were sent: the first round trip alone may be long because a core was busy.
+/// The path is judged after this many bytes: the first round trip alone may be long because a core was busy.
 const JUDGED_AFTER: usize = 256 << 10;
 
-/// The default rule on one socket, until it has judged.
+/// The default rule on one socket, until it has decided.
 #[derive(Debug, Default)]
 pub struct Rule {
-    /// Bytes still to be sent before it judges; none when it has, or when the user chose.
+    /// Bytes still to send before it decides; none once it has, or when the user chose.
     wait: Option<usize>,
 }
 
 impl Rule {
-    /// The rule of a fresh socket.
+    /// The rule of a new socket.
     pub fn new(config: &Config) -> Rule {
         Rule { wait: config.congestion.is_none().then_some(JUDGED_AFTER) }
     }
 
-    /// `sent` more bytes were sent: judges once.
+    /// `sent` more bytes were sent: decides once.
     pub fn sent(&mut self, fd: i32, sent: usize) {
         let Some(wait) = self.wait else { return };
         self.wait = wait.checked_sub(sent).filter(|&left| left > 0);
         if self.wait.is_none() && min_rtt(fd).is_some_and(|us| us >= SHORT_PATH_US) && uses(fd, &["cubic", "reno"]) {
-            // Where bbr is missing, or not allowed to this user, the path keeps what it has.
+            // Where bbr is missing or not permitted, the socket keeps its congestion control.
             let _ = set(fd, "bbr");
         }
     }
 }
 
-/// Sets a socket up before it is connected: bbr that was set once leaves its pacing on, so a path is taken for short at first.
+/// Configures a socket before it connects. Every path counts as short at first, because pacing stays on after bbr was set once.
 pub fn prepare(fd: i32, config: &Config) -> io::Result<()> {
     match config.congestion.as_deref() {
         Some("system") => Ok(()),
@@ -54,7 +54,7 @@ pub fn prepare(fd: i32, config: &Config) -> io::Result<()> {
     }
 }
 
-/// Whether the configured choice can be had here.
+/// Whether this system offers the configured choice.
 pub fn check(config: &Config) -> io::Result<()> {
     if config.congestion.is_none() {
         return Ok(());
@@ -91,7 +91,7 @@ mod tests {
     use std::os::fd::AsRawFd;
 
     #[test]
-    fn a_short_path_is_known_as_one_and_keeps_cubic() {
+    fn a_short_path_keeps_cubic() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut a = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let mut b = listener.accept().unwrap().0;

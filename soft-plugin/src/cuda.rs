@@ -16,10 +16,10 @@ use process::{Mutex, PerProcess};
 
 use crate::device::{DeviceMemory, SendSource, UnpackQueue};
 
-/// Copies of one message that take longer than this will not end.
+/// Copies of one message that take longer have failed.
 const COPY_LIMIT: Duration = Duration::from_secs(5);
 
-/// CUDA as this process has it.
+/// CUDA device memory.
 pub struct Cuda;
 
 fn failed(error: cuda_driver::Error) -> io::Error {
@@ -27,13 +27,13 @@ fn failed(error: cuda_driver::Error) -> io::Error {
 }
 
 impl Cuda {
-    /// CUDA, when its driver is here and finds a GPU. Creates no context.
+    /// CUDA, if the driver is installed and finds a GPU. Creates no context.
     pub fn probe() -> Option<Cuda> {
         match cuda_driver::driver() {
             Ok(_) => Some(Cuda),
             Err(Absence::NoGpu(_) | Absence::Forked) => None,
             Err(Absence::Failing(why)) => {
-                crate::logger::warn(&format!("no device memory: the CUDA driver fails: {why}"));
+                crate::logger::warn(&format!("device memory is off: the CUDA driver fails: {why}"));
                 None
             }
         }
@@ -54,8 +54,8 @@ impl DeviceMemory for Cuda {
         let (meta_at, bounce_at) = (meta.mapped().host, bounce.mapped().host);
         let content = unpackNetDeviceHandle { meta: meta_at.cast(), bounce_buf: bounce_at.cast(), head: u64::MAX };
         let stream = Stream::new(&context).map_err(failed)?;
-        // SAFETY: a fresh device allocation of that size; the source is a local value that outlives the copy, whose end is waited for.
-        // After a time-out nothing refers to the destination any more, and the driver has staged the source.
+        // SAFETY: a new device allocation of that size; the source is a local value that outlives the copy, which the next line waits for.
+        // After a time-out nothing uses the destination, and the driver has staged the source.
         unsafe { stream.host_to_device(handle.ptr(), (&raw const content).cast(), len) }.map_err(failed)?;
         stream.finish(COPY_LIMIT).map_err(failed)?;
         let handle_at = handle.ptr() as *mut c_void;
@@ -79,33 +79,33 @@ impl DeviceMemory for Cuda {
     }
 }
 
-/// Pinned memory of a send side.
+/// Pinned memory of a send comm.
 struct Ring {
     places: PinnedBuffer,
-    /// One word a slot: 1 once the copy has arrived. Written by the GPU behind the copy.
+    /// One word per slot: 1 once the copy is complete. The GPU writes it after the copy.
     flags: PinnedBuffer,
 }
 
-/// The send side of a comm: a pinned place for each request slot.
+/// The source of device sends of a comm: a pinned buffer for each request slot.
 struct Source {
-    /// Never given back while a copy may write to it.
+    /// Never freed while a copy may write to it.
     memory: ManuallyDrop<Ring>,
     stride: usize,
     places: Mutex<Places>,
-    /// The stream of each context that sends.
+    /// The stream of each sending context.
     streams: Mutex<HashMap<usize, Arc<Stream>>>,
-    /// A copy did not end in time.
+    /// A copy timed out.
     stuck: AtomicBool,
 }
 
-/// Which place of the ring a slot uses. The last one freed is taken first: it is still in the CPU's cache.
+/// Which buffer of the ring a slot uses. The last one freed is taken first: it is still in the CPU's cache.
 struct Places {
     free: Vec<usize>,
     of_slot: [Option<usize>; MAX_REQUESTS],
 }
 
 impl Places {
-    /// A place for `slot`, whose request is new: what its last request used is free.
+    /// A buffer for `slot`, whose request is new: the buffer of its last request is free.
     fn take(&mut self, slot: usize) -> Option<usize> {
         self.give_back(slot);
         let place = self.free.pop()?;
@@ -124,7 +124,7 @@ impl Source {
         unsafe { &*self.memory.flags.mapped().host.cast::<AtomicU32>().add(slot) }
     }
 
-    /// Queues the copy of a message, and behind it the flag of its slot.
+    /// Queues the copy of a message, followed by the flag of its slot.
     ///
     /// # Safety
     /// As [`SendSource::begin`]; `place` holds `len` bytes.
@@ -133,17 +133,17 @@ impl Source {
         flag.store(0, Ordering::Release);
         // SAFETY: by the caller's contract.
         unsafe { stream.device_to_host(place, data as u64, len) }?;
-        // SAFETY: the flag is pinned, mapped memory that is given back only once the stream has ended.
+        // SAFETY: the flag is pinned, mapped memory that is freed only after the stream has ended.
         let queued = unsafe { stream.signal(flag.as_ptr() as u64, 1) };
         if queued.is_err() {
-            // A driver without stream memory operations: right, if slower.
+            // The driver has no stream memory operations: correct, but slower.
             stream.finish(COPY_LIMIT)?;
             flag.store(1, Ordering::Release);
         }
         Ok(())
     }
 
-    /// Waits until no copy runs; whether that came to pass.
+    /// Waits until no copy runs; false on time-out.
     fn settle(&self) -> bool {
         self.streams.lock().drain().fold(true, |quiet, (_, stream)| {
             let ended = match stream.wait(COPY_LIMIT) {
@@ -151,7 +151,7 @@ impl Source {
                 Err(e) => e.context_is_dead(),
             };
             if !ended {
-                crate::logger::warn("a GPU's copies of a closed send comm have not ended: its pinned memory stays");
+                crate::logger::warn("GPU copies of a closed send comm have not ended: its pinned memory is leaked");
                 std::mem::forget(stream);
             }
             quiet && ended
@@ -159,7 +159,7 @@ impl Source {
     }
 }
 
-/// One stream for each context, for all send comms together: beyond a few streams the driver makes one only while the GPU is at rest.
+/// One stream for each context, shared by all send comms: beyond a few streams the driver creates one only while the GPU is idle.
 static SHARED: PerProcess<Mutex<BTreeMap<usize, Weak<Stream>>>> = PerProcess::new(Mutex::default);
 
 fn shared(id: usize) -> cuda_driver::Result<Arc<Stream>> {
@@ -172,7 +172,7 @@ fn shared(id: usize) -> cuda_driver::Result<Arc<Stream>> {
     Ok(stream)
 }
 
-/// The stream for the calling thread's context, made where it is missing.
+/// The stream for the calling thread's context, created if missing.
 fn stream_of(streams: &mut HashMap<usize, Arc<Stream>>) -> cuda_driver::Result<&Stream> {
     let id = Context::current_id()?;
     match streams.entry(id) {
@@ -188,13 +188,13 @@ impl SendSource for Source {
 
     fn begin(&self, slot: usize, data: *const u8, len: usize) -> io::Result<*const u8> {
         if len > self.stride {
-            return Err(io::Error::other("a message longer than its staging place"));
+            return Err(io::Error::other("a message longer than its staging buffer"));
         }
         let mut streams = self.streams.lock();
         let stream = stream_of(&mut streams).map_err(failed)?;
-        let place = self.places.lock().take(slot).ok_or_else(|| io::Error::other("no staging place is free"))?;
+        let place = self.places.lock().take(slot).ok_or_else(|| io::Error::other("no staging buffer is free"))?;
         let place = self.memory.places.mapped().host.wrapping_add(place * self.stride);
-        // SAFETY: the caller keeps `len` bytes of device memory at `data` until the send is done; the place is free, since its slot is,
+        // SAFETY: the caller keeps `len` bytes of device memory at `data` until the send is done; the buffer is free, since its slot is,
         // and lies inside the ring of 16 strides.
         unsafe { self.copy(stream, slot, data, len, place) }.map_err(failed)?;
         Ok(place)
@@ -217,9 +217,9 @@ impl SendSource for Source {
 
 impl Drop for Source {
     fn drop(&mut self) {
-        // Copies under way write into the ring: they end before it goes.
+        // Running copies write into the ring, so they must end before it is freed.
         if self.settle() && !self.stuck.load(Ordering::Acquire) {
-            // SAFETY: dropped once, here; no copy runs any more.
+            // SAFETY: dropped once, here; no copy runs.
             unsafe { ManuallyDrop::drop(&mut self.memory) };
         }
     }

@@ -1,5 +1,5 @@
-//! Device memory behind one narrow seam: the unpack queue of a receive comm and the source of a device send.
-//! Knows nothing of sockets, slots' life cycles or devices' names; what it hands out, the I/O threads use as host memory.
+//! Device memory behind one narrow interface: the unpack queue of a receive comm and the source of device sends.
+//! Knows nothing of sockets, slot life cycles or device names; the I/O threads use what it returns as host memory.
 
 use std::ffi::c_void;
 use std::io;
@@ -14,58 +14,58 @@ use process::Mutex;
 
 /// Memory that device receives and device sends pass through.
 pub trait DeviceMemory: Send + Sync {
-    /// Whether the calling thread is set up for an unpack queue (a GPU is current).
+    /// Whether the calling thread can build an unpack queue (a GPU is current).
     fn in_context(&self) -> bool {
         true
     }
 
     /// Builds the unpack queue of a receive comm: meta queue, `bounce_len` bytes of bounce buffer, and the device handle.
-    /// Called on the caller's thread (whose current GPU counts) at the first use of device memory: a registration, or else a receive.
-    /// Connections of host memory touch no GPU.
+    /// Called on the caller's thread (whose current GPU it uses) at the first use of device memory: a registration, or else a receive.
+    /// Connections that only move host memory touch no GPU.
     fn unpack_queue(&self, bounce_len: usize) -> io::Result<UnpackQueue>;
 
-    /// Builds the send side of a comm with messages of up to `limit` bytes. Called by the first registration of device memory, or else
+    /// Builds the source of device sends of up to `limit` bytes for a comm. Called by the first registration of device memory, or else
     /// by the first device send of the comm.
     fn send_source(&self, limit: usize) -> io::Result<Arc<dyn SendSource>>;
 }
 
 /// Turns device memory into bytes that an I/O thread can hand to the kernel.
 pub trait SendSource: Send + Sync {
-    /// Makes what sends from the calling thread's current GPU need: from then on [`SendSource::begin`] allocates nothing.
+    /// Allocates everything for sends from the calling thread's current GPU: afterwards [`SendSource::begin`] allocates nothing.
     fn prepare(&self) -> io::Result<()>;
 
-    /// Called by `isend` on the caller's thread: where the `len` bytes at device address `data` can be read from once
-    /// [`SendSource::ready`] says so. The place stays valid until the slot is used again.
+    /// Called by `isend` on the caller's thread. Returns the host address of the `len` bytes at device address `data`, readable once
+    /// [`SendSource::ready`] is true and valid until the slot is used again.
     fn begin(&self, slot: usize, data: *const u8, len: usize) -> io::Result<*const u8>;
 
     /// Called by the I/O thread, repeatedly: whether the bytes of `slot` have arrived.
     fn ready(&self, slot: usize) -> io::Result<bool>;
 
-    /// Called by the I/O thread when the last byte of `slot` is in the kernel: its place is free for another.
+    /// Called by the I/O thread when the last byte of `slot` is in the kernel: its buffer is free for another slot.
     fn release(&self, slot: usize);
 
-    /// Waits until no copy reads the poster's memory any more.
+    /// Waits until no copy reads the caller's memory.
     fn quiesce(&self);
 }
 
-/// The receive side of a comm in device memory. Pointers stay valid as long as this value.
+/// The unpack queue of a receive comm. Pointers stay valid as long as this value.
 pub struct UnpackQueue {
-    /// The meta queue, as the CPU writes it.
+    /// The meta queue, at the CPU's address.
     pub meta: *mut netUnpackMeta,
-    /// The bounce buffer, as the CPU writes it.
+    /// The bounce buffer, at the CPU's address.
     pub bounce: *mut u8,
     /// Bytes of the bounce buffer.
     pub bounce_len: usize,
     /// Regions of the bounce buffer that hold no message. The last one freed is taken first: it is still in the CPU's cache.
     pub free: Mutex<Vec<usize>>,
-    /// A bus master reads the bounce buffer: received bytes are better off in the cache that all cores share (see [`demote`]).
+    /// A device reads the bounce buffer by DMA: received bytes belong in the cache that all cores share (see [`demote`]).
     pub read_by_bus: bool,
-    /// What `ncclNetDeviceHandle_v7::handle` becomes: the address of an [`unpackNetDeviceHandle`] in device memory.
+    /// The value of `ncclNetDeviceHandle_v7::handle`: the address of an [`unpackNetDeviceHandle`] in device memory.
     pub handle: *mut c_void,
     /// Frees all of the above when dropped.
     _owner: Box<dyn Send>,
 }
-// SAFETY: the pointers refer to memory owned by `_owner`, which is Send; who writes when is the comm's protocol.
+// SAFETY: the pointers refer to memory owned by `_owner`, which is Send; the comm orders accesses.
 unsafe impl Send for UnpackQueue {}
 // SAFETY: as above; `_owner` is only dropped.
 unsafe impl Sync for UnpackQueue {}
@@ -85,7 +85,7 @@ impl UnpackQueue {
     }
 }
 
-/// The device handle of a comm, whose queue may still be to come.
+/// The device handle of a comm, whose queue may not exist yet.
 pub fn handle(unpack: bool, queue: Option<&UnpackQueue>) -> ncclNetDeviceHandle_v7 {
     ncclNetDeviceHandle_v7 {
         netDeviceType: if unpack { NCCL_NET_DEVICE_UNPACK } else { NCCL_NET_DEVICE_HOST },
@@ -96,7 +96,7 @@ pub fn handle(unpack: bool, queue: Option<&UnpackQueue>) -> ncclNetDeviceHandle_
     }
 }
 
-/// Moves `[at, at + len)`, just written by this core, from its own cache to the shared one. A GPU that reads over PCIe then need not ask
+/// Moves `[at, at + len)`, just written by this core, from its own cache to the shared one. A GPU's PCIe reads then need not snoop
 /// this core for each line. A hint; processors without CLDEMOTE ignore it.
 pub fn demote(at: *const u8, len: usize) {
     #[cfg(target_arch = "x86_64")]
@@ -114,7 +114,7 @@ pub fn demote(at: *const u8, len: usize) {
     let _ = (at, len);
 }
 
-/// Host memory that plays the part of device memory.
+/// Host memory that serves as device memory.
 pub struct Emulated;
 
 impl DeviceMemory for Emulated {
@@ -152,7 +152,7 @@ impl SendSource for Emulated {
     fn quiesce(&self) {}
 }
 
-/// Zeroed anonymous memory that costs no physical page before it is touched.
+/// Zeroed anonymous memory; pages are allocated on first touch.
 struct Mapping {
     base: *mut c_void,
     len: usize,
@@ -164,7 +164,7 @@ impl Mapping {
     fn new(len: usize) -> io::Result<Mapping> {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        // SAFETY: a fresh anonymous mapping at an address of the kernel's choice.
+        // SAFETY: a new anonymous mapping at an address that the kernel chooses.
         let base = unsafe { libc::mmap(ptr::null_mut(), len, protection, flags, -1, 0) };
         if base == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());

@@ -1,4 +1,4 @@
-//! Where the bytes of a device receive go inside its slot's bounce region: pure planning, no memory is touched.
+//! Plans where the bytes of a device receive go inside its slot's bounce region. Pure: touches no memory.
 //! Knows nothing of sockets.
 
 use nccl_net_abi::{loadMeta, MAX_SLOT_ENTRIES, PAGE};
@@ -6,23 +6,23 @@ use nccl_net_abi::{loadMeta, MAX_SLOT_ENTRIES, PAGE};
 /// How the payload of a device receive is cut into bounce-buffer fragments.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fragmentation {
-    /// One descriptor a message.
+    /// One descriptor per message.
     Whole,
-    /// Fragments of this many bytes, laid out one behind the other.
+    /// Contiguous fragments of this many bytes.
     Fixed(usize),
-    /// Fragments of random size, alignment and place, described in random order.
+    /// Fragments of random size, alignment and offset, described in random order.
     Random,
 }
 
-/// Most fragments a message may have; the contract calls 2,048 too many.
+/// Most fragments of a message; by the contract 2,048 are too many.
 pub const MAX_FRAGMENTS: usize = MAX_SLOT_ENTRIES - 1;
 const MAX_GAP: usize = 16;
 
-/// A small generator (xorshift64*), for test fragmentation only.
+/// A small random number generator (xorshift64*), for test fragmentation only.
 pub struct Rng(u64);
 
 impl Rng {
-    /// A generator of its own sequence for each seed.
+    /// A generator with a distinct sequence for each seed.
     pub fn new(seed: u64) -> Rng {
         Rng(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
     }
@@ -80,7 +80,7 @@ pub fn plan(mode: Fragmentation, len: usize, region: usize, rng: &mut Rng, plan:
     }
 }
 
-/// Puts descriptors into the order in which they are published.
+/// Puts descriptors into publishing order.
 pub fn publish_order(mode: Fragmentation, rng: &mut Rng, plan: &mut [loadMeta]) {
     if mode == Fragmentation::Random {
         rng.shuffle(plan);

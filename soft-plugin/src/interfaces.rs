@@ -1,5 +1,5 @@
-//! The machine's network interfaces: which of them can carry data, and their properties from /sys. The rules are pure functions over
-//! [`Found`], so that the control connection can follow the same list. Knows nothing of comms.
+//! The host's network interfaces: which of them can carry data, and their properties from /sys. The rules are pure functions over
+//! [`Found`], so that the control connection uses the same list. Knows nothing of comms.
 
 mod kinds;
 mod system;
@@ -27,7 +27,7 @@ pub struct NameFilter {
 }
 
 impl NameFilter {
-    /// Reads a filter.
+    /// Parses a filter.
     pub fn parse(text: &str) -> NameFilter {
         let text = text.trim();
         let (exclude, text) = text.strip_prefix('^').map_or((false, text), |t| (true, t));
@@ -36,12 +36,12 @@ impl NameFilter {
         NameFilter { exclude, exact, names }
     }
 
-    /// Whether it lets a name through.
+    /// Whether it admits a name.
     pub fn admits(&self, name: &str) -> bool {
         self.place(name).is_some() != self.exclude
     }
 
-    /// Whether it asks for this name, rather than only not excluding it.
+    /// Whether it asks for this name, not only fails to exclude it.
     fn asks_for(&self, name: &str) -> bool {
         !self.exclude && self.admits(name)
     }
@@ -51,7 +51,7 @@ impl NameFilter {
     }
 }
 
-/// Names that container, pod, tunnel and virtual machine software gives to interfaces of its own.
+/// Name prefixes of interfaces that container, pod, tunnel and virtual machine software creates.
 const VIRTUAL: [&str; 29] = [
     "azv",
     "br-",
@@ -99,7 +99,7 @@ fn defect(found: &Found) -> Option<&'static str> {
     }
 }
 
-/// Which address of an interface is taken: IPv4, else IPv6, global ones before link-local ones.
+/// The address to use of an interface: IPv4, else IPv6, global before link-local.
 fn best_address(found: &Found) -> Option<Address> {
     let rank = |a: &Address| (is_link_local(a.ip), a.deprecated, a.ip.is_ipv6());
     found.addresses.iter().filter(|a| !a.tentative).copied().min_by_key(rank)
@@ -116,7 +116,7 @@ fn is_link_local_v6(ip: Ipv6Addr) -> bool {
     ip.segments()[0] & 0xFFC0 == 0xFE80
 }
 
-/// How little an interface recommends itself when nobody asked for it by name: only those of the lowest class found are taken.
+/// The rank of an interface that no filter names: only interfaces of the lowest rank found are used.
 fn reserve(found: &Found) -> u32 {
     let link_local = best_address(found).is_none_or(|a| is_link_local(a.ip));
     match () {
@@ -127,17 +127,17 @@ fn reserve(found: &Found) -> u32 {
     }
 }
 
-/// What the rules make of the interfaces found.
+/// The interfaces that the rules select.
 #[derive(Clone, Debug)]
 pub struct Selection<'a> {
     /// Those to use, each with its address.
     pub taken: Vec<(&'a Found, Address)>,
-    /// Those that were asked for and cannot be used, with the reason.
+    /// Those that the filter names and that cannot be used, with the reason.
     pub refused: Vec<(&'a str, &'static str)>,
 }
 
-/// The interfaces that can be used, each with its address, in the order of the filter where it gives one and else in the kernel's; and
-/// for each that was asked for and cannot be used, its name and why.
+/// The interfaces that can be used, each with its address, in the order of the filter if it gives one, else the kernel's; and
+/// the name of each that the filter names and that cannot be used, with the reason.
 pub fn select<'a>(all: &'a [Found], filter: Option<&NameFilter>) -> Selection<'a> {
     let admitted: Vec<&Found> = all.iter().filter(|f| filter.is_none_or(|filter| filter.admits(&f.name))).collect();
     let asked = |f: &Found| filter.is_some_and(|filter| filter.asks_for(&f.name));
@@ -151,11 +151,11 @@ pub fn select<'a>(all: &'a [Found], filter: Option<&NameFilter>) -> Selection<'a
     Selection { taken: taken.into_iter().filter_map(|f| Some((f, best_address(f)?))).collect(), refused }
 }
 
-/// The interfaces of this machine that can carry data now: those that `filter` (in the form of [`NameFilter`]) lets through, else
-/// those that the rules recommend. Looks anew at each call; one that was asked for and cannot be used is logged.
+/// The interfaces of this host that can carry data now: those that `filter` (in the form of [`NameFilter`]) admits, else
+/// those that the rules select. Each call asks the kernel again and logs interfaces that the filter names and that cannot be used.
 ///
 /// # Errors
-/// The kernel does not list its interfaces.
+/// The kernel cannot list its interfaces.
 pub fn usable(filter: Option<&str>) -> io::Result<Vec<Interface>> {
     static REFUSED: crate::logger::Limited = crate::logger::Limited::new();
     let filter = filter.map(NameFilter::parse);

@@ -1,5 +1,5 @@
-//! The books of a comm: sixteen slots, the counters that order caller and I/O thread, and how it failed.
-//! Moving bytes is the business of `send` and `recv`, waking that of `comm`; nothing here knows sockets or threads.
+//! The ledger of a comm: sixteen slots, the counters that order caller and I/O thread, and the failure.
+//! `send` and `recv` move bytes, `comm` wakes threads; nothing here knows sockets or threads.
 
 use std::sync::atomic::{fence, AtomicBool, AtomicI32, AtomicU64, Ordering};
 
@@ -14,33 +14,33 @@ use crate::slot::{Body, Slot};
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    /// Its value, with everything that led to it.
+    /// Loads the value, with acquire ordering.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Acquire)
     }
 
-    /// Publishes a value, with everything that led to it.
+    /// Publishes a value, with release ordering.
     pub fn set(&self, value: u64) {
         self.0.store(value, Ordering::Release);
     }
 
-    /// One step from `from`; false when another thread took it.
+    /// Advances by one from `from`; false when another thread did.
     fn step(&self, from: u64) -> bool {
         self.0.compare_exchange(from, from + 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 }
 
-/// Why a comm is finished.
+/// Why a comm has failed.
 #[derive(Debug)]
 pub struct Failure {
-    /// The result that every unfinished request ends in.
+    /// The result of every unfinished request.
     pub result: ncclResult_t,
     /// For the log.
     pub why: String,
 }
 
 impl Failure {
-    /// A failure with its cause in words.
+    /// A failure with its cause as text.
     pub fn new(result: ncclResult_t, why: impl Into<String>) -> Failure {
         Failure { result, why: why.into() }
     }
@@ -52,16 +52,16 @@ pub struct Posted<'a> {
     pub slot: &'a Slot,
     /// Bytes to move.
     pub bytes: usize,
-    /// Nobody looks at the comm: the poster must see to it.
+    /// The comm is resting: the poster must start it.
     pub was_idle: bool,
 }
 
-/// The books of a comm. Requests are numbered from 0; request k uses slot k % 16. Always
+/// The ledger of a comm. Requests are numbered from 0; request k uses slot k % 16. Always
 /// `freed <= reported <= completed <= posted <= freed + 16`, where a send is freed when it is reported and a receive when it is
 /// consumed.
 pub struct Ledger {
     receives: bool,
-    /// A window that is full is an error, not a retry.
+    /// A full window is an error, not a retry.
     strict: bool,
     /// Requests the caller posted.
     posted: Counter,
@@ -71,11 +71,11 @@ pub struct Ledger {
     reported: Counter,
     /// Receives that were consumed.
     consumed: Counter,
-    /// Bytes that came from the socket.
+    /// Bytes read from the socket.
     pub received: Counter,
-    /// 0, or the result every unfinished request ends in.
+    /// 0, or the result of every unfinished request.
     failed: AtomicI32,
-    /// Nobody looks at this comm until a post or the kernel says so.
+    /// The comm is resting until a post or a kernel event.
     idle: AtomicBool,
     closing: AtomicBool,
     post: Mutex<()>,
@@ -83,7 +83,7 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// The books of a fresh comm.
+    /// The ledger of a new comm.
     pub fn new(receives: bool, strict: bool) -> Ledger {
         Ledger {
             receives,
@@ -172,7 +172,7 @@ impl Ledger {
         Ok(None)
     }
 
-    /// The number of the receive in `slot`, when its turn to be consumed has come.
+    /// The number of the receive in `slot`, if it is the next to consume.
     pub fn consumable(&self, slot: &Slot) -> Result<u64, ncclResult_t> {
         let seq = slot.seq();
         if seq != self.consumed.get() || seq >= self.reported.get() {
@@ -190,12 +190,12 @@ impl Ledger {
         }
     }
 
-    /// Publishes that every request below `completed` is done. The I/O lock is held.
+    /// Publishes that every request below `completed` is done. The caller holds the I/O lock.
     pub fn complete(&self, completed: u64) {
         self.completed.set(completed);
     }
 
-    /// Whether the comm has not failed; else the result its requests end in.
+    /// Ok unless the comm has failed; then the result of its requests.
     pub fn check(&self) -> Result<(), ncclResult_t> {
         match self.failed.load(Ordering::Acquire) {
             NCCL_SUCCESS => Ok(()),
@@ -203,7 +203,7 @@ impl Ledger {
         }
     }
 
-    /// Marks the comm failed; false when it had failed before.
+    /// Marks the comm as failed; false when it already was.
     pub fn fail(&self, result: ncclResult_t) -> bool {
         self.failed.compare_exchange(NCCL_SUCCESS, result, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
@@ -214,20 +214,20 @@ impl Ledger {
     }
 
     /// Whether a turn should end at once: the comm is being closed or has failed.
-    pub fn leave(&self) -> bool {
+    pub fn should_stop(&self) -> bool {
         self.closing.load(Ordering::Acquire) || self.check().is_err()
     }
 
-    /// A turn begins: posts need not wake anybody.
-    pub fn look(&self) {
+    /// A turn begins: posts need not wake a thread.
+    pub fn begin_turn(&self) {
         self.idle.store(false, Ordering::Release);
     }
 
-    /// Nothing is posted beyond `completed`: true when the comm may rest, false when a post came in between.
+    /// Nothing is posted beyond `completed`: true when the comm may rest, false when a post came in the meantime.
     pub fn rest(&self, completed: u64) -> bool {
         self.idle.store(true, Ordering::SeqCst);
         fence(Ordering::SeqCst);
-        // If the poster saw the flag first, it has submitted the comm again.
+        // If the poster saw the flag first, it has scheduled the comm again.
         self.posted.get() == completed || !self.idle.swap(false, Ordering::AcqRel)
     }
 }
@@ -254,7 +254,7 @@ mod tests {
         ledger.complete(2);
         assert_eq!(ledger.consumable(ledger.slot(0)), Err(NCCL_INTERNAL_ERROR), "not reported");
         assert_eq!(ledger.test(ledger.slot(0)), Ok(Some(0)));
-        assert!(ledger.post(fill).unwrap().is_none(), "a receive is free when it is consumed");
+        assert!(ledger.post(fill).unwrap().is_none(), "a receive slot is free only when consumed");
         let seq = ledger.consumable(ledger.slot(0)).unwrap();
         ledger.consume(seq).unwrap();
         assert!(ledger.consume(seq).is_err());
@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_is_final_and_spares_what_was_completed() {
+    fn a_failure_is_final_and_keeps_completed_requests() {
         let ledger = Ledger::new(false, true);
         ledger.post(fill).unwrap();
         ledger.post(fill).unwrap();
@@ -270,13 +270,13 @@ mod tests {
         assert!(ledger.fail(7) && !ledger.fail(8));
         assert_eq!(ledger.test(ledger.slot(0)), Ok(Some(0)));
         assert_eq!(ledger.test(ledger.slot(1)), Err(7));
-        assert!(matches!(ledger.post(fill), Err(7)) && ledger.leave());
+        assert!(matches!(ledger.post(fill), Err(7)) && ledger.should_stop());
     }
 
     #[test]
     fn a_post_before_the_rest_is_not_lost() {
         let ledger = Ledger::new(false, false);
-        ledger.look();
+        ledger.begin_turn();
         assert!(!ledger.post(fill).unwrap().unwrap().was_idle);
         assert!(!ledger.rest(0), "a request is waiting");
         ledger.complete(1);

@@ -1,16 +1,15 @@
 //! The NCCL net plugin ABI over ordinary kernel TCP, with the request semantics of GPUDirect-TCPX: sixteen requests a comm,
 //! FIFO completion, bounce buffers with descriptors for device memory, `irecvConsumed`.
 //!
-//! - `abi`: the entries of the C tables; `state`, `config`, `logger`: what the process has once
-//! - `interfaces`, `rendezvous`, `tcp`, `congestion`: devices, and how two of them come by a connected socket
-//! - `slot`, `ledger`: requests and their life; `send`, `recv`, `turn`, `fragment`: moving their bytes; `pool`: the I/O threads;
-//!   `comm` puts them together
-//! - `protect`: checksums and encryption of messages on their way
-//! - `device`, `cuda`: the seam to device memory
-//! - `fork`: what parent and child do not share
+//! - `abi`: the entries of the C tables; `state`, `config`, `logger`: per-process state
+//! - `interfaces`, `rendezvous`, `tcp`, `congestion`: devices, and connecting two of them
+//! - `slot`, `ledger`: requests and their states; `send`, `recv`, `quantum`, `fragment`: moving their bytes; `pool`,
+//!   `adaptive_spin`: the I/O threads; `comm` combines them
+//! - `protect`: checksums and encryption of messages
+//! - `device`, `cuda`: the interface to device memory
 //!
 //! # Fork
-//! A child may make comms of its own. Calls on those of the parent are errors there, and closing them closes the child's copy only.
+//! A forked child may make its own comms. Calls on its parent's comms are errors there, and closing them closes only the child's copy.
 //!
 //! # Thread rules
 //! Any thread may post to, test or consume a comm. Closing a comm must be the last call on it and its requests.
@@ -44,15 +43,15 @@ pub fn address_of(handle: &[u8; nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE]) -> Optio
     rendezvous::address_of(handle)
 }
 
-/// The range of UCCL_TCPX_PORT_RANGE as the environment has it now; `None` where it has none that can be understood.
+/// The range of UCCL_TCPX_PORT_RANGE in the environment now; `None` if unset or invalid.
 pub fn port_range() -> Option<std::ops::RangeInclusive<u16>> {
     config::Config::from_env().ok()?.ports
 }
 
-/// Whether every variable of the software plugin can be understood, and had here. The error names the variable.
+/// Checks every variable of the software plugin. The error names the variable.
 ///
 /// # Errors
-/// What `init` would refuse.
+/// Those of `init`.
 pub fn check_environment() -> Result<(), String> {
     let config = config::Config::from_env()?;
     congestion::check(&config).map_err(|e| format!("UCCL_TCPX_SOFT_CONGESTION: {e}"))

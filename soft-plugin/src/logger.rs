@@ -1,5 +1,5 @@
-//! Log lines go to the logger that `init` received, else to the `log` crate. What a peer or a loop can repeat is limited.
-//! Knows nothing of comms; callers say who and why.
+//! Log lines go to the logger that `init` received, else to the `log` crate. Lines that a peer or a loop can repeat are rate-limited.
+//! Knows nothing of comms; callers supply the context.
 
 use std::ffi::CString;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -14,73 +14,73 @@ const SUBSYSTEM_NET: std::ffi::c_ulong = 16;
 /// A limited line appears at most once in this time.
 const QUIET_MS: u64 = 1000;
 
-/// The logger's address, 0 when there is none.
+/// The logger's address, 0 without one.
 static LOGGER: AtomicUsize = AtomicUsize::new(0);
 
-/// Takes the logger of `init`; none leaves the current one.
+/// Sets the logger of `init`; `None` keeps the current one.
 pub fn set(logger: ncclDebugLogger_t) {
     if let Some(function) = logger {
         LOGGER.store(function as usize, Ordering::Release);
     }
 }
 
-/// Something went wrong.
+/// Logs a warning.
 pub fn warn(message: &str) {
     if !foreign(NCCL_LOG_WARN, message) {
         log::warn!(target: "soft_plugin", "{message}");
     }
 }
 
-/// Something worth a line.
+/// Logs information.
 pub fn info(message: &str) {
     if !foreign(NCCL_LOG_INFO, message) {
         log::info!(target: "soft_plugin", "{message}");
     }
 }
 
-/// Lines of one kind that somebody else can cause again and again: one a second, with the number of those left out.
+/// A rate limit for one kind of line that a peer can cause repeatedly: one per second, with the number suppressed.
 pub struct Limited {
     /// Milliseconds of [`now`] from which the next line may appear.
     next: AtomicU64,
-    left_out: AtomicU64,
+    suppressed: AtomicU64,
 }
 
 impl Limited {
-    /// No line yet.
+    /// A limit with no line yet.
     pub const fn new() -> Limited {
-        Limited { next: AtomicU64::new(0), left_out: AtomicU64::new(0) }
+        Limited { next: AtomicU64::new(0), suppressed: AtomicU64::new(0) }
     }
 
-    /// As [`warn`], if it is time.
+    /// As [`warn`], unless suppressed.
     pub fn warn(&self, message: &str) {
         if let Some(count) = self.admit(now()) {
             warn(&with_count(message, count));
         }
     }
 
-    /// As [`info`], if it is time.
+    /// As [`info`], unless suppressed.
     pub fn info(&self, message: &str) {
         if let Some(count) = self.admit(now()) {
             info(&with_count(message, count));
         }
     }
 
-    /// How many lines were left out before this one, when it may appear.
+    /// How many lines were suppressed before this one, if it may appear.
     fn admit(&self, now: u64) -> Option<u64> {
         let next = self.next.load(Ordering::Relaxed);
         let due = now >= next && self.next.compare_exchange(next, now + QUIET_MS, Ordering::Relaxed, Ordering::Relaxed).is_ok();
         if !due {
-            self.left_out.fetch_add(1, Ordering::Relaxed);
+            self.suppressed.fetch_add(1, Ordering::Relaxed);
             return None;
         }
-        Some(self.left_out.swap(0, Ordering::Relaxed))
+        Some(self.suppressed.swap(0, Ordering::Relaxed))
     }
 }
 
-fn with_count(message: &str, left_out: u64) -> String {
-    match left_out {
+fn with_count(message: &str, suppressed: u64) -> String {
+    match suppressed {
         0 => message.to_owned(),
-        n => format!("{message} ({n} like it were not logged)"),
+        n => format!("{message} (suppressed {n} similar lines)"),
     }
 }
 
@@ -116,6 +116,6 @@ mod tests {
         }
         assert_eq!(limited.admit(1005), Some(999));
         assert_eq!(limited.admit(9000), Some(0));
-        assert_eq!(with_count("x", 2), "x (2 like it were not logged)");
+        assert_eq!(with_count("x", 2), "x (suppressed 2 similar lines)");
     }
 }

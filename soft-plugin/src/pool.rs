@@ -1,5 +1,5 @@
-//! The I/O threads of this process: each serves its members over one edge-triggered poller, and sleeps when none has anything
-//! to move. The first one also does the chores that need a clock. Knows members only as things that take turns.
+//! The I/O threads of this process: each serves its members over one edge-triggered poller, and sleeps when none has bytes
+//! to move. The first one also runs the periodic chores. Knows members only as things that take turns.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -19,36 +19,36 @@ use crate::quantum::Turn;
 const WAKE: u64 = 0;
 const EVENTS: usize = 64;
 
-/// Something that takes turns on an I/O thread.
+/// A comm as its I/O thread sees it.
 pub trait Member: Send + Sync {
-    /// Serves it for a turn.
+    /// Runs one turn.
     fn serve(&self) -> Turn;
-    /// Ends it after a panic of its turn.
+    /// Fails it after its turn panicked.
     fn fail_now(&self, why: &str);
-    /// The kernel reported something; `hung_up` when it was an end or an error.
+    /// The kernel reported an event; `hung_up`: a hang-up or an error.
     fn report(&self, hung_up: bool);
-    /// Set while its thread has it in the list of members to serve.
+    /// Set while it is in its thread's list of members to serve.
     fn scheduled(&self) -> &AtomicBool;
 }
 
-/// Work that is due now and then: does it, and says when it is due again, if ever.
+/// Periodic work: does what is due, and returns when it is due again, if ever.
 pub type Chores = fn() -> Option<Duration>;
 
 /// The threads of the process.
 pub struct Pool {
     workers: Vec<Arc<Worker>>,
-    /// The number given last.
+    /// The last number assigned.
     last: Mutex<u64>,
 }
 
 #[derive(Default)]
 struct Registry {
     members: HashMap<u64, Arc<dyn Member>>,
-    /// Members of each direction (senders, receivers), promised ones included.
+    /// Members of each direction (senders, receivers), including those assigned but not yet added.
     load: [usize; 2],
 }
 
-/// One I/O thread, as the others see it.
+/// One I/O thread, as other threads see it.
 pub struct Worker {
     poller: Poller,
     waker: Waker,
@@ -56,21 +56,21 @@ pub struct Worker {
     has_mail: AtomicBool,
     asleep: AtomicBool,
     registry: Mutex<Registry>,
-    crew: Arc<Crew>,
+    shared: Arc<Shared>,
     chores: Option<Chores>,
 }
 
-/// What the threads know of each other.
-struct Crew {
+/// State that the threads share.
+struct Shared {
     /// How long each polls before it sleeps; see [`AdaptiveSpin`].
     spin: [Duration; 2],
-    /// Threads that are not asleep, and how many of them leave cores to others even while they poll.
+    /// Threads that are not asleep, and how many of them may poll without crowding the cores.
     awake: AtomicUsize,
     few: usize,
 }
 
-/// A member's place with its I/O thread.
-pub struct Seat {
+/// A member's assignment to its I/O thread.
+pub struct Assignment {
     worker: Arc<Worker>,
     /// Its number.
     pub number: u64,
@@ -92,9 +92,9 @@ impl Pool {
         let mut workers = Vec::new();
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let spin = config.spin_us.map(Duration::from_micros);
-        let crew = Arc::new(Crew { spin, awake: AtomicUsize::new(0), few: (cores / 4).max(1) });
+        let shared = Arc::new(Shared { spin, awake: AtomicUsize::new(0), few: (cores / 4).max(1) });
         for number in 0..config.threads {
-            match Worker::launch(number, crew.clone(), (number == 0).then_some(chores)) {
+            match Worker::launch(number, shared.clone(), (number == 0).then_some(chores)) {
                 Ok(worker) => workers.push(worker),
                 Err(error) if workers.is_empty() => return Err(error),
                 Err(error) => {
@@ -106,8 +106,8 @@ impl Pool {
         Ok(Pool { workers, last: Mutex::new(WAKE) })
     }
 
-    /// A seat for a new member: with the thread that has the fewest of that direction, then the fewest at all.
-    pub fn assign(&self, receives: bool) -> Seat {
+    /// Assigns a new member to the thread that has the fewest of its direction, then the fewest overall.
+    pub fn assign(&self, receives: bool) -> Assignment {
         let mut last = self.last.lock();
         *last += 1;
         let load = |w: &Arc<Worker>| {
@@ -117,42 +117,42 @@ impl Pool {
         // `threads` is at least one.
         let best = self.workers.iter().min_by_key(|w| load(w)).unwrap_or(&self.workers[0]);
         best.registry.lock().load[usize::from(receives)] += 1;
-        Seat { worker: best.clone(), number: *last, receives }
+        Assignment { worker: best.clone(), number: *last, receives }
     }
 
-    /// Something was left that the chores will have to look after.
+    /// Wakes the first thread because the chores have new work.
     pub fn remind(&self) {
         self.workers[0].nudge();
     }
 }
 
-impl Seat {
+impl Assignment {
     /// Hands the member and its socket over to the thread.
-    pub fn take(&self, member: Arc<dyn Member>, fd: i32) -> io::Result<()> {
+    pub fn add(&self, member: Arc<dyn Member>, fd: i32) -> io::Result<()> {
         self.worker.registry.lock().members.insert(self.number, member);
         let direction = if self.receives { Interest::READ } else { Interest::WRITE };
         let interest = direction | Interest::HANG_UP | Interest::EDGE;
-        self.worker.poller.add(fd, self.number, interest).inspect_err(|_| self.leave(fd))
+        self.worker.poller.add(fd, self.number, interest).inspect_err(|_| self.remove(fd))
     }
 
-    /// The thread forgets the member, once. A turn that is under way ends before the caller (who holds its I/O lock) gets here.
-    pub fn leave(&self, fd: i32) {
-        // It is not in the set when adding it failed.
+    /// Removes the member from its thread, once. A running turn ends before the caller (who holds the I/O lock) gets here.
+    pub fn remove(&self, fd: i32) {
+        // It is not in the set if adding it failed.
         let _ = self.worker.poller.remove(fd);
         let mut registry = self.worker.registry.lock();
         registry.load[usize::from(self.receives)] -= 1;
         registry.members.remove(&self.number);
     }
 
-    /// Asks for a turn.
-    pub fn ask(&self) {
+    /// Schedules a turn.
+    pub fn schedule(&self) {
         self.worker.inbox.lock().push(self.number);
         self.worker.nudge();
     }
 }
 
 impl Worker {
-    fn launch(number: usize, crew: Arc<Crew>, chores: Option<Chores>) -> io::Result<Arc<Worker>> {
+    fn launch(number: usize, shared: Arc<Shared>, chores: Option<Chores>) -> io::Result<Arc<Worker>> {
         let worker = Arc::new(Worker {
             poller: Poller::new()?,
             waker: Waker::new()?,
@@ -160,7 +160,7 @@ impl Worker {
             has_mail: AtomicBool::new(false),
             asleep: AtomicBool::new(false),
             registry: Mutex::new(Registry::default()),
-            crew,
+            shared,
             chores,
         });
         worker.poller.add(worker.waker.fd(), WAKE, Interest::READ | Interest::EDGE)?;
@@ -169,7 +169,7 @@ impl Worker {
         Ok(worker)
     }
 
-    /// There is mail; also wakes a thread whose chores have changed.
+    /// Wakes the thread for new mail or chores.
     fn nudge(&self) {
         self.has_mail.store(true, Ordering::SeqCst);
         if self.asleep.load(Ordering::SeqCst) && self.asleep.swap(false, Ordering::SeqCst) {
@@ -180,15 +180,15 @@ impl Worker {
     fn run(&self) {
         let mut ready: VecDeque<Arc<dyn Member>> = VecDeque::new();
         let (mut mail, mut events) = (Vec::new(), Events::with_capacity(EVENTS));
-        let mut spin = AdaptiveSpin::new(self.crew.spin);
-        self.crew.awake.fetch_add(1, Ordering::Relaxed);
+        let mut spin = AdaptiveSpin::new(self.shared.spin);
+        self.shared.awake.fetch_add(1, Ordering::Relaxed);
         loop {
             self.collect_mail(&mut mail, &mut ready);
             for _ in 0..ready.len() {
                 let Some(member) = ready.pop_front() else { break };
                 member.scheduled().store(false, Ordering::Relaxed);
                 let turn = catch_unwind(AssertUnwindSafe(|| member.serve())).unwrap_or_else(|_| {
-                    member.fail_now("a defect in the software plugin");
+                    member.fail_now("internal error in the software plugin (a panic)");
                     Turn::Wait
                 });
                 if turn == Turn::More {
@@ -211,11 +211,11 @@ impl Worker {
     fn sleep(&self, events: &mut Events, ready: &mut VecDeque<Arc<dyn Member>>) {
         let due = self.chores.and_then(|chores| catch_unwind(chores).unwrap_or(None));
         self.asleep.store(true, Ordering::SeqCst);
-        // Mail that came before the flag was visible rang no bell.
+        // Mail that came before the flag was visible did not wake the thread.
         let timeout = if self.has_mail.load(Ordering::SeqCst) { Some(Duration::ZERO) } else { due };
-        self.crew.awake.fetch_sub(1, Ordering::Relaxed);
+        self.shared.awake.fetch_sub(1, Ordering::Relaxed);
         self.poll(timeout, events, ready);
-        self.crew.awake.fetch_add(1, Ordering::Relaxed);
+        self.shared.awake.fetch_add(1, Ordering::Relaxed);
         self.asleep.store(false, Ordering::SeqCst);
     }
 
@@ -239,7 +239,7 @@ impl Worker {
         events: &mut Events,
         ready: &mut VecDeque<Arc<dyn Member>>,
     ) -> bool {
-        while begun.elapsed() < spin.limit(self.crew.awake.load(Ordering::Relaxed) > self.crew.few) {
+        while begun.elapsed() < spin.limit(self.shared.awake.load(Ordering::Relaxed) > self.shared.few) {
             self.poll(Some(Duration::ZERO), events, ready);
             if !ready.is_empty() || self.has_mail.load(Ordering::Acquire) {
                 return true;
@@ -260,7 +260,7 @@ impl Worker {
         }
         let registry = self.registry.lock();
         for event in events.iter() {
-            // The waker's token is no member's number.
+            // The waker's token is not a member's number.
             if let Some(member) = registry.members.get(&event.token()) {
                 member.report(event.hung_up());
                 schedule(ready, member);

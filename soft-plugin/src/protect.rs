@@ -1,13 +1,13 @@
-//! What guards the messages of a comm on their way: a checksum against damage, or AES-256-GCM against anybody without the key.
-//! Knows memory and message numbers, no sockets, and not where keys come from.
+//! Protects the messages of a comm: a checksum against damage, or AES-256-GCM against everyone without the key.
+//! Knows memory and message numbers; knows nothing of sockets or of the origin of keys.
 //!
-//! A guarded message has a longer head in place of the plain header; the payload keeps its length:
+//! A protected message has a longer head in place of the plain header; the payload keeps its length:
 //! - checksum: header (12), CRC-32C of the payload (4), CRC-32C of these 16 bytes (4);
 //! - sealed: header and the payload's tag (12 + 16) encrypted, their own tag (16), then the encrypted payload.
 //!
 //! Head and payload of message k have the nonces (0, k) and (1, k). A key belongs to one comm in one direction, and numbers only rise: no
-//! nonce comes twice, and a message that is repeated, left out or out of order does not open. After so many messages a key makes the next
-//! one, under the nonce (2, k) of its first message.
+//! nonce repeats, and a message that is repeated, missing or out of order fails to open. After `KEY_MESSAGES` messages the key
+//! derives the next one, under the nonce (2, k) of its first message.
 
 use std::collections::VecDeque;
 use std::ffi::c_int;
@@ -29,21 +29,21 @@ pub const MAX_HEAD: usize = SEALED_HEAD;
 /// The key of a comm.
 pub type Key = [u8; 32];
 
-/// How the messages of a comm are guarded.
+/// How the messages of a comm are protected.
 pub enum Guard {
     /// Against damage.
     Checksum,
-    /// Against whoever lacks the key.
+    /// Against everyone without the key.
     Sealed(Box<Sealing>),
 }
 
-/// Messages that a key seals: 256 GiB at most, before AES-GCM gets weaker.
+/// Messages per key: 256 GiB at most, before AES-GCM weakens.
 const KEY_MESSAGES: u64 = 1 << 14;
 
-/// The key of the messages from `KEY_MESSAGES * turn` on.
+/// The key of the messages from `KEY_MESSAGES * generation` on.
 pub struct Sealing {
     key: Guarded<LessSafeKey>,
-    turn: u64,
+    generation: u64,
 }
 
 fn sealing_key(key: &Key) -> Option<LessSafeKey> {
@@ -51,18 +51,18 @@ fn sealing_key(key: &Key) -> Option<LessSafeKey> {
 }
 
 impl Sealing {
-    fn new(key: &Key, turn: u64) -> Option<Sealing> {
+    fn new(key: &Key, generation: u64) -> Option<Sealing> {
         let key = apart(|| Guarded::new(sealing_key(key)?).ok()).ok()??;
-        Some(Sealing { key, turn })
+        Some(Sealing { key, generation })
     }
 
-    /// Makes the key that message `seq` has, which is this one or the next.
-    fn turn_to(&mut self, seq: u64) -> Option<()> {
-        let turn = seq / KEY_MESSAGES;
-        if turn == self.turn {
+    /// Advances to the key of message `seq`, which is this one or the next.
+    fn advance_to(&mut self, seq: u64) -> Option<()> {
+        let generation = seq / KEY_MESSAGES;
+        if generation == self.generation {
             return Some(());
         }
-        if turn.checked_sub(1)? != self.turn {
+        if generation.checked_sub(1)? != self.generation {
             return None;
         }
         let key = &mut *self.key;
@@ -73,7 +73,7 @@ impl Sealing {
             Some(())
         })
         .ok()??;
-        self.turn = turn;
+        self.generation = generation;
         Some(())
     }
 }
@@ -87,7 +87,7 @@ pub enum Proof {
     Sealed([u8; TAG]),
 }
 
-/// What of a message a nonce is for.
+/// The part of a message that a nonce is for.
 #[derive(Clone, Copy)]
 enum Part {
     Head = 0,
@@ -105,7 +105,7 @@ fn nonce(part: Part, seq: u64) -> Nonce {
 /// A segment as bytes.
 ///
 /// # Safety
-/// It is readable memory that nobody writes while the result is used.
+/// It is readable memory that is not written while the result is used.
 unsafe fn bytes<'a>(segment: &iovec, len: usize) -> &'a [u8] {
     // SAFETY: by contract; `len` is at most the segment's length.
     unsafe { std::slice::from_raw_parts(segment.iov_base.cast_const().cast(), len.min(segment.iov_len)) }
@@ -130,7 +130,7 @@ unsafe fn checksum(segments: &[iovec], mut len: usize) -> u32 {
 }
 
 impl Guard {
-    /// The guard of this level; `None` when there is no such level, or no key for it.
+    /// The guard of this level; `None` for an unknown level or a missing key.
     pub fn new(level: c_int, key: Option<&Key>) -> Option<Guard> {
         match level {
             UCCL_PROTECT_CHECKSUM => Some(Guard::Checksum),
@@ -147,7 +147,7 @@ impl Guard {
         }
     }
 
-    /// Writes the head of message `seq` into `out`, and behind it the payload where that does not leave as it is (then true).
+    /// Writes the head of message `seq` into `out`, followed by the payload if it must be encrypted (then true).
     ///
     /// # Safety
     /// The segments are readable and not written meanwhile.
@@ -164,7 +164,7 @@ impl Guard {
                 Ok(false)
             }
             Guard::Sealed(sealing) => {
-                sealing.turn_to(seq).ok_or_else(|| format!("message {seq} has no key"))?;
+                sealing.advance_to(seq).ok_or_else(|| format!("message {seq} has no key"))?;
                 let _cleared = Cleared;
                 let key = &sealing.key;
                 out.resize(SEALED_HEAD, 0);
@@ -185,10 +185,11 @@ impl Guard {
         }
     }
 
-    /// Opens the head of message `seq`, which is [`Guard::head`] bytes. Nothing of it is used before it is known to be good. Messages come in
+    /// Opens the head of message `seq`, which is [`Guard::head`] bytes, and verifies it before any of it is used. Messages come in
     /// order, each finished before the next.
     pub fn open(&mut self, seq: u64, head: &[u8]) -> Result<(Header, Proof), String> {
-        let damaged = || format!("message {seq} was expected; what came was changed on its way, or is another message");
+        let damaged =
+            || format!("expected message {seq}, but the bytes that came were altered in transit or belong to another message");
         let mut plain = [0; SEALED_HEAD];
         let plain = plain.get_mut(..head.len()).ok_or_else(damaged)?;
         plain.copy_from_slice(head);
@@ -202,7 +203,7 @@ impl Guard {
                 Proof::Checksum(u32::from_le_bytes(*sum))
             }
             Guard::Sealed(sealing) => {
-                sealing.turn_to(seq).ok_or_else(damaged)?;
+                sealing.advance_to(seq).ok_or_else(damaged)?;
                 let _cleared = Cleared;
                 sealing.key.open_in_place(nonce(Part::Head, seq), Aad::empty(), plain).map_err(|_| damaged())?;
                 let tag = plain.get(HEADER..).and_then(|rest| rest.first_chunk::<TAG>()).ok_or_else(damaged)?;
@@ -213,11 +214,11 @@ impl Guard {
         Ok((Header::parse(*header), proof))
     }
 
-    /// Checks the payload of message `seq`, which fills the first `len` bytes of the segments, and turns it into plain bytes where it is
-    /// not. A sealed payload has one segment.
+    /// Checks the payload of message `seq`, which fills the first `len` bytes of the segments, and decrypts it in place if it is
+    /// sealed. A sealed payload has one segment.
     ///
     /// # Safety
-    /// The segments have that many bytes, which nobody else uses meanwhile.
+    /// The segments have that many bytes, which nothing else uses meanwhile.
     pub unsafe fn finish(&self, seq: u64, proof: Proof, segments: &[iovec], len: usize) -> Result<(), String> {
         let good = match (self, proof) {
             // SAFETY: by contract.
@@ -237,12 +238,12 @@ impl Guard {
         if good {
             Ok(())
         } else {
-            Err(format!("message {seq} was changed on its way"))
+            Err(format!("message {seq} was altered in transit"))
         }
     }
 }
 
-/// A message as it leaves.
+/// An outgoing message.
 struct Wrapped {
     seq: u64,
     /// The head, and the payload when that is sealed.
@@ -252,7 +253,7 @@ struct Wrapped {
     total: usize,
 }
 
-/// The guard of a send comm, with the messages that are on their way out. Each is wrapped once, however often the socket is full.
+/// The guard of a send comm, with its unsent messages. Each is wrapped once, however often the socket is full.
 pub struct Outgoing {
     guard: Guard,
     wrapped: VecDeque<Wrapped>,
@@ -263,12 +264,12 @@ pub struct Outgoing {
 unsafe impl Send for Outgoing {}
 
 impl Outgoing {
-    /// Nothing is on its way.
+    /// No message is pending.
     pub fn new(guard: Guard) -> Outgoing {
         Outgoing { guard, wrapped: VecDeque::new(), spare: Vec::new() }
     }
 
-    /// The segments of message `seq`, which is wrapped if it is not yet; messages come in order.
+    /// The segments of message `seq`, wrapped on first use; messages come in order.
     ///
     /// # Safety
     /// `body` is that message's, whose memory is readable and not written until it is done.
@@ -296,13 +297,13 @@ impl Outgoing {
         }
     }
 
-    /// Segments and bytes of the oldest message on its way.
+    /// Segments and bytes of the oldest pending message.
     pub fn oldest(&self) -> (&[iovec], usize) {
         self.wrapped.front().map_or((&[], 0), |w| (&w.iov, w.total))
     }
 
-    /// The oldest message has left.
-    pub fn left(&mut self) {
+    /// The oldest message was sent.
+    pub fn oldest_sent(&mut self) {
         self.spare.extend(self.wrapped.pop_front());
     }
 }
@@ -346,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_sent_comes_out() {
+    fn a_message_opens_to_what_was_sent() {
         for guard in &mut guards() {
             for len in [1, 3, 10, 4096, 100_003] {
                 let payload: Vec<u8> = (0..len).map(|i| (i * 7) as u8).collect();
@@ -360,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn every_changed_bit_is_noticed() {
+    fn every_changed_bit_is_detected() {
         for guard in &mut guards() {
             let good = sent(guard, 3, b"attack at dawn");
             for bit in 0..good.len() * 8 {
@@ -372,26 +373,26 @@ mod tests {
     }
 
     #[test]
-    fn a_sealed_message_opens_at_its_place_only() {
+    fn a_sealed_message_opens_only_at_its_number() {
         let [_, mut guard] = guards();
         let wire = sent(&mut guard, 3, b"attack at dawn");
         for other in [0, 2, 4, 3 + (1 << 32), u64::MAX] {
             assert!(received(&mut guard, other, &wire).is_err(), "{other}");
         }
-        let mut stranger = Guard::new(UCCL_PROTECT_SEAL, Some(&[8; 32])).unwrap();
-        assert!(received(&mut stranger, 3, &wire).is_err());
-        // The head of one message does not vouch for the payload of another.
+        let mut unknown = Guard::new(UCCL_PROTECT_SEAL, Some(&[8; 32])).unwrap();
+        assert!(received(&mut unknown, 3, &wire).is_err());
+        // The head of one message does not authenticate the payload of another.
         let other = sent(&mut guard, 4, b"attack at noon");
         let mixed = [&wire[..SEALED_HEAD], &other[SEALED_HEAD..]].concat();
         assert!(received(&mut guard, 3, &mixed).is_err());
     }
 
     #[test]
-    fn nonces_never_meet() {
+    fn nonces_never_repeat() {
         let [_, guard] = guards();
         let mut seen = std::collections::HashSet::new();
         for seq in [0, 1, 2, 1 << 32, u64::MAX] {
-            // Of equal plain bytes, equal sealed ones would show a nonce used twice.
+            // Equal ciphertext of equal plaintext would show a repeated nonce.
             let Guard::Sealed(sealing) = &guard else { panic!() };
             for part in [Part::Head, Part::Payload, Part::NextKey] {
                 let mut zeros = [0; 16];
@@ -402,20 +403,20 @@ mod tests {
     }
 
     #[test]
-    fn a_key_seals_so_many_messages_and_the_next_one_goes_on() {
+    fn keys_change_after_a_fixed_number_of_messages() {
         let [[_, mut from], [_, mut to], [_, mut first]] = [guards(), guards(), guards()];
         for seq in 0..2 * KEY_MESSAGES + 2 {
             let wire = sent(&mut from, seq, b"attack at dawn");
             if seq == KEY_MESSAGES {
-                // What the first key would make of the same message.
+                // The same message under the first key.
                 let Guard::Sealed(sealing) = &mut first else { panic!() };
-                sealing.turn = 1;
+                sealing.generation = 1;
                 assert_ne!(sent(&mut first, seq, b"attack at dawn"), wire);
             }
             assert_eq!(received(&mut to, seq, &wire).unwrap(), b"attack at dawn", "message {seq}");
         }
-        assert!(received(&mut to, 4 * KEY_MESSAGES, &[0; SEALED_HEAD]).is_err(), "a turn cannot be left out");
-        assert!(received(&mut to, 0, &[0; SEALED_HEAD]).is_err(), "nor taken back");
+        assert!(received(&mut to, 4 * KEY_MESSAGES, &[0; SEALED_HEAD]).is_err(), "a key cannot be skipped");
+        assert!(received(&mut to, 0, &[0; SEALED_HEAD]).is_err(), "nor reused");
     }
 
     #[test]
@@ -432,9 +433,9 @@ mod tests {
             assert!(outgoing.message(7, &body).is_err());
             assert_ne!(outgoing.message(6, &body).unwrap()[0].iov_base, first);
             assert_eq!(outgoing.oldest().1, SEALED_HEAD + 10);
-            outgoing.left();
+            outgoing.oldest_sent();
             assert!(outgoing.message(5, &body).is_err());
-            assert_eq!(outgoing.message(7, &body).unwrap()[0].iov_base, first, "memory is used again");
+            assert_eq!(outgoing.message(7, &body).unwrap()[0].iov_base, first, "memory is reused");
         }
     }
 

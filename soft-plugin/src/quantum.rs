@@ -1,24 +1,24 @@
-//! What a turn of a comm is: the terms on which sending, receiving and the I/O threads meet.
+//! A turn of a comm: the types that sending, receiving and the I/O threads share.
 
-/// Bytes a comm moves before another comm of its thread has its turn.
+/// Bytes that a comm moves before another comm of its thread gets a turn.
 pub const TURN_BYTES: usize = 1 << 20;
-/// Segments of one system call.
+/// Most segments of one system call.
 pub const IOV_MAX: usize = 1024;
 
 /// How a turn of a comm ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Turn {
-    /// There is more to move at once.
+    /// More can be moved at once.
     More,
-    /// Nothing is posted, or the kernel has to report first.
+    /// Nothing is posted, or the socket is not ready.
     Wait,
 }
 
-/// The data socket as a turn sees it.
+/// The data socket during a turn.
 #[derive(Clone, Copy, Debug)]
-pub struct Line {
+pub struct DataSocket {
     /// Its descriptor.
     pub fd: i32,
-    /// The kernel reported a hang-up or an error: read on until it says which.
+    /// The kernel reported a hang-up or an error: read on to find out which.
     pub hung_up: bool,
 }

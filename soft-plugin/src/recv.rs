@@ -1,5 +1,5 @@
-//! Moves arriving bytes straight to their place: posted host memory, or the bounce region of a slot with its descriptors.
-//! Stops at a message that has no posted receive, so that TCP slows the sender down.
+//! Moves arriving bytes straight to their destination: posted host memory, or the bounce region of a slot with its descriptors.
+//! Stops at a message without a posted receive, so that TCP slows the sender down.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,23 +13,23 @@ use crate::device::{demote, UnpackQueue};
 use crate::fragment::{self, Fragmentation, Rng};
 use crate::ledger::{Failure, Ledger};
 use crate::protect::{Guard, Proof, MAX_HEAD};
-use crate::quantum::{Line, Turn, IOV_MAX, TURN_BYTES};
+use crate::quantum::{DataSocket, Turn, IOV_MAX, TURN_BYTES};
 use crate::slot::{Body, Cursor, Header, HEADER};
 
-/// Bytes read ahead of a header, so that small messages share system calls.
+/// Size of the read-ahead buffer: small messages share system calls.
 const AHEAD: usize = 16 << 10;
-/// From this size on a message is read without reading ahead more than the next header.
+/// Behind a message of this size or more, only the next header is read ahead.
 const LARGE: usize = 64 << 10;
 
 const ORDERLY_END: &str = "the peer closed the connection";
 
-/// Progress of a receive comm.
+/// Receive state of a comm.
 pub struct RecvIo {
     ahead: Box<[u8; AHEAD]>,
     start: usize,
     end: usize,
     cursor: Cursor,
-    /// Bytes that the current message still lacks; none between messages.
+    /// Bytes still missing from the current message; none between messages.
     missing: Option<usize>,
     /// Why no more bytes will come.
     ended: Option<String>,
@@ -43,17 +43,17 @@ pub struct RecvIo {
     head: usize,
 }
 
-/// What a guarded comm needs for the current message.
+/// State of a protected comm for the current message.
 struct Guarded {
     guard: Guard,
     proof: Proof,
-    /// Where a sealed message arrives that is opened apart; empty when it arrives in place.
+    /// Buffer for a sealed message that is not opened in place; else empty.
     through: Vec<iovec>,
     scratch: Vec<u8>,
 }
 
 impl Guarded {
-    /// Where the bytes of the message for these segments arrive.
+    /// Where the bytes of the message for these segments are received.
     fn landing<'a>(&'a self, iov: &'a [iovec]) -> &'a [iovec] {
         if self.through.is_empty() {
             iov
@@ -62,9 +62,9 @@ impl Guarded {
         }
     }
 
-    /// The message of `len` bytes for these segments begins. A sealed one is opened in place only in a segment of the plugin's own: into
-    /// memory of the application others may write at the same time, an earlier read that nobody waits for any more among them, and what they
-    /// write would look like a message that was changed.
+    /// A message of `len` bytes for these segments begins. A sealed one is opened in place only in the plugin's own memory: other
+    /// writers may write to the application's memory at the same time (an abandoned earlier read among them), which would look like an
+    /// altered message.
     fn begin(&mut self, proof: Proof, body: &Body, len: usize) {
         self.proof = proof;
         self.through.clear();
@@ -74,7 +74,7 @@ impl Guarded {
         }
     }
 
-    /// Checks message `seq` of `len` bytes and puts it in place.
+    /// Checks message `seq` of `len` bytes and copies it to its destination.
     ///
     /// # Safety
     /// The segments are the request's, writable, with room for `len` bytes.
@@ -90,19 +90,19 @@ impl Guarded {
 }
 
 enum Read {
-    /// All that was asked for.
+    /// Everything requested.
     Full,
-    /// Less: the socket is empty for now.
+    /// Less: the socket is empty.
     Short,
-    /// The peer sends no more.
+    /// The peer has ended its direction.
     End,
 }
 
-// SAFETY: `batch` is scratch of one turn; its pointers mean nothing between turns.
+// SAFETY: `batch` is scratch of one turn; its pointers are not used between turns.
 unsafe impl Send for RecvIo {}
 
 impl RecvIo {
-    /// The state of a fresh comm.
+    /// The state of a new comm.
     pub fn new(config: &Config, seed: u64) -> RecvIo {
         RecvIo {
             ahead: Box::new([0; AHEAD]),
@@ -121,7 +121,7 @@ impl RecvIo {
         }
     }
 
-    /// Guards all messages; no receive has been posted, so that nothing was read ahead.
+    /// Protects all messages. No receive was posted yet, so nothing was read ahead.
     pub fn protect(&mut self, guard: Guard) {
         self.head = guard.head();
         let (through, scratch) = (Vec::with_capacity(1), Vec::new());
@@ -133,8 +133,13 @@ impl RecvIo {
         self.queue = None;
     }
 
-    /// One turn. `queue` tells where device receives land, once there was one.
-    pub fn turn(&mut self, ledger: &Ledger, line: Line, queue: &dyn Fn() -> Option<Arc<UnpackQueue>>) -> Result<Turn, Failure> {
+    /// One turn. `queue` gives the unpack queue of device receives, once one was posted.
+    pub fn turn(
+        &mut self,
+        ledger: &Ledger,
+        socket: DataSocket,
+        queue: &dyn Fn() -> Option<Arc<UnpackQueue>>,
+    ) -> Result<Turn, Failure> {
         let mut budget = TURN_BYTES;
         let mut drained = false;
         loop {
@@ -143,10 +148,10 @@ impl RecvIo {
                 if !ledger.rest(seq) {
                     continue;
                 }
-                self.watch_for_end(seq, line)?;
+                self.watch_for_end(seq, socket)?;
                 return Ok(Turn::Wait);
             }
-            if ledger.leave() {
+            if ledger.should_stop() {
                 return Ok(Turn::Wait);
             }
             // SAFETY: posted, not completed, and the I/O lock is held.
@@ -167,15 +172,15 @@ impl RecvIo {
             if let Some(why) = &self.ended {
                 return Err(Failure::new(NCCL_SYSTEM_ERROR, why.as_str()));
             }
-            if drained && !line.hung_up {
+            if drained && !socket.hung_up {
                 return Ok(Turn::Wait);
             }
             if budget == 0 {
                 return Ok(Turn::More);
             }
-            match self.read(ledger, line.fd, body, &mut budget) {
+            match self.read(ledger, socket.fd, body, &mut budget) {
                 Ok(Read::Full) => {}
-                // The next arrival is a new event of the edge-triggered epoll.
+                // The next arrival raises a new event of the edge-triggered epoll.
                 Ok(Read::Short) => drained = true,
                 Ok(Read::End) => self.ended = Some(ORDERLY_END.to_owned()),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Turn::Wait),
@@ -185,12 +190,12 @@ impl RecvIo {
         }
     }
 
-    /// Nothing is posted: finds out whether anything can still come. It is a failure when no whole message `seq` is left.
-    fn watch_for_end(&mut self, seq: u64, line: Line) -> Result<(), Failure> {
-        if line.hung_up && self.ended.is_none() {
+    /// Nothing is posted: checks whether anything can still come. Fails if the stream has ended before a whole message `seq`.
+    fn watch_for_end(&mut self, seq: u64, socket: DataSocket) -> Result<(), Failure> {
+        if socket.hung_up && self.ended.is_none() {
             let mut byte = 0u8;
             // SAFETY: one byte of room.
-            let got = unsafe { libc::recv(line.fd, (&raw mut byte).cast(), 1, libc::MSG_PEEK | libc::MSG_DONTWAIT) };
+            let got = unsafe { libc::recv(socket.fd, (&raw mut byte).cast(), 1, libc::MSG_PEEK | libc::MSG_DONTWAIT) };
             let error = io::Error::last_os_error();
             if got == 0 {
                 self.ended = Some(ORDERLY_END.to_owned());
@@ -202,7 +207,7 @@ impl RecvIo {
             return Ok(());
         }
         let left = self.end - self.start;
-        // A head that does not open is no message.
+        // A head that does not open is not a message.
         let whole = match self.peek_header(seq) {
             Ok(Some((header, _))) => header.seq == seq as u32 && left - self.head >= header.len,
             Ok(None) | Err(_) => false,
@@ -213,7 +218,7 @@ impl RecvIo {
         Err(Failure::new(NCCL_SYSTEM_ERROR, self.ended.as_deref().unwrap_or(ORDERLY_END)))
     }
 
-    /// The header of message `seq`, once all of its head is here, and what its payload must match.
+    /// The header of message `seq`, once its head is complete, and what its payload must match.
     fn peek_header(&mut self, seq: u64) -> Result<Option<(Header, Proof)>, String> {
         let bytes = &self.ahead[self.start..self.end];
         match &mut self.guarded {
@@ -222,7 +227,7 @@ impl RecvIo {
         }
     }
 
-    /// A header is there: checks it against the posted receive and lays out a device receive.
+    /// Checks a complete header against the posted receive and lays out a device receive.
     fn begin(
         &mut self,
         ledger: &Ledger,
@@ -257,7 +262,7 @@ impl RecvIo {
         Ok(())
     }
 
-    /// Moves bytes that were read ahead to their place; true when the message is complete.
+    /// Copies read-ahead bytes to their destination; true when the message is complete.
     fn take_ahead(&mut self, body: &Body) -> bool {
         let missing = self.missing.unwrap_or(0);
         let len = missing.min(self.end - self.start);
@@ -270,7 +275,7 @@ impl RecvIo {
         missing == len
     }
 
-    /// One system call: the rest of the message as far as the budget goes, and what follows it into the read-ahead buffer.
+    /// One system call: the rest of the message up to the budget, and what follows it into the read-ahead buffer.
     fn read(&mut self, ledger: &Ledger, fd: i32, body: &Body, budget: &mut usize) -> io::Result<Read> {
         debug_assert!(self.head <= MAX_HEAD && MAX_HEAD < AHEAD);
         self.ahead.copy_within(self.start..self.end, 0);
@@ -318,12 +323,12 @@ impl RecvIo {
         })
     }
 
-    /// The message is here: checks it where it is guarded, publishes its descriptors, then its completion.
+    /// The message is complete: verifies it if protected, publishes its descriptors, then its completion.
     fn finish(&mut self, ledger: &Ledger, seq: u64, body: &Body) -> Result<(), String> {
         self.missing = None;
         if let Some(guarded) = &mut self.guarded {
             let len = ledger.slot(seq).received.load(Ordering::Relaxed);
-            // SAFETY: the request's own memory, which has room for the message; the poster leaves it alone until the request is done.
+            // SAFETY: the request's own memory, which has room for the message; the poster does not touch it until the request is done.
             unsafe { guarded.finish(seq, &body.iov, len)? };
         }
         if let (true, Some(queue)) = (body.device, &self.queue) {
@@ -342,17 +347,17 @@ impl RecvIo {
     }
 }
 
-/// Whether the message that comes is the one the receive was posted for.
+/// Whether the message matches the posted receive.
 fn admit(header: Header, seq: u64, body: &Body) -> Result<(), String> {
     let Header { len, tag, .. } = header;
     if header.seq != seq as u32 {
-        return Err(format!("message {seq} was expected, a message {} or something else came", header.seq));
+        return Err(format!("expected message {seq}, got message {} or other bytes", header.seq));
     }
     if tag != body.tag {
-        return Err(format!("message {seq} has tag {tag}, the receive was posted for tag {}", body.tag));
+        return Err(format!("message {seq} has tag {tag}, but the receive was posted for tag {}", body.tag));
     }
     if len == 0 || len > body.total || (body.exact && len != body.total) {
-        return Err(format!("message {seq} has {len} bytes, the receive was posted for {}", body.total));
+        return Err(format!("message {seq} has {len} bytes, but the receive was posted for {}", body.total));
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Listening, connecting and accepting: how two processes come by one connected socket, step by step without blocking.
+//! Listening, connecting and accepting, in non-blocking steps.
 //! Knows the 128-byte handle and the hello; knows nothing of requests.
 
 mod connecting;
@@ -29,26 +29,26 @@ const HELLO_MAGIC: u64 = 0x4F4C_4C45_4854_4653;
 const VERSION: u32 = 3;
 const COOKIE: usize = 16;
 /// A hello with the cookie: magic, version, direction, cookie. With a key: magic, version, direction, HMAC-SHA256 over these and the
-/// cookie, which stays secret.
+/// cookie, which is not sent.
 const HELLO: usize = HELLO_HEAD + COOKIE;
 const HELLO_HEAD: usize = 8 + 4 + 4;
 const KEYED_MAGIC: u64 = u64::from_le_bytes(*b"SFTKEYED");
 const KEYED_HELLO: usize = HELLO_HEAD + 32;
-/// Bytes of a handle that `listen` writes; the word behind them is where `connect` keeps its state.
+/// Bytes of a handle that `listen` writes; `connect` keeps its state in the word behind them.
 const STATE_AT: usize = 64;
-/// Where a key waits for the connect that proves it: a mark, then the key.
+/// Where the key of a connect is kept: a mark, then the key.
 const KEY_AT: usize = 72;
 const KEY_MARK: u8 = 0x6B;
 
 /// The handle buffer.
 pub type Handle = [u8; NCCL_NET_HANDLE_MAXSIZE];
 
-/// Who sends on a connection.
+/// Which engine sends on a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
-    /// The side that connects.
+    /// The connector.
     Forth = 0,
-    /// The side that accepts.
+    /// The listener.
     Back = 1,
 }
 
@@ -71,11 +71,11 @@ fn invalid(what: &str) -> io::Error {
     io::Error::new(ErrorKind::InvalidInput, what.to_owned())
 }
 
-/// Adds to an error what was tried; the error keeps its number, which tells descriptors that ran out from peers that are gone.
+/// An error with the operation that failed; it keeps its errno, which distinguishes exhausted descriptors from a lost peer.
 pub struct Failed {
-    /// What was tried.
+    /// The operation.
     pub what: String,
-    /// How it ended.
+    /// Its error.
     pub error: io::Error,
 }
 
@@ -91,7 +91,7 @@ fn random() -> io::Result<[u8; COOKIE]> {
     Ok(bytes)
 }
 
-/// Descriptors this process may have.
+/// The process's limit of descriptors.
 fn descriptors() -> usize {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: `limit` is writable.
@@ -101,7 +101,7 @@ fn descriptors() -> usize {
     }
 }
 
-/// What a handle says.
+/// The content of a handle.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Invitation {
     address: SocketAddr,
@@ -184,12 +184,12 @@ impl Hello {
     }
 }
 
-/// The address that a handle names.
+/// The address in a handle.
 pub fn address_of(handle: &Handle) -> Option<SocketAddr> {
     Some(Invitation::read(handle).ok()?.address)
 }
 
-/// Puts the key into the handle that the connect with it proves.
+/// Stores the key that the connect with this handle proves.
 pub fn set_key(handle: &mut Handle, key: &Key) {
     handle[KEY_AT] = KEY_MARK;
     handle[KEY_AT + 1..KEY_AT + 1 + key.len()].copy_from_slice(key);
@@ -216,7 +216,7 @@ fn new_socket(address: &SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Options that matter before the connection exists (window scale follows the buffers), and those that accepted sockets inherit.
+/// Options that must be set before the connection exists (window scale follows the buffers), and those that accepted sockets inherit.
 fn tune(socket: &Socket, config: &Config) -> io::Result<()> {
     if config.socket_buffer > 0 {
         socket.set_send_buffer_size(config.socket_buffer)?;
@@ -227,7 +227,7 @@ fn tune(socket: &Socket, config: &Config) -> io::Result<()> {
     congestion::prepare(socket.as_raw_fd(), config)
 }
 
-/// Whether the device can carry new connections now: its link is there, and its address can be had.
+/// Whether the device can carry new connections now: it has a carrier, and its address can be bound.
 pub fn ready(device: &Interface) -> Result<(), Failed> {
     let look = || {
         let address = own_address(device);
@@ -250,7 +250,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn invitations_survive_the_handle() {
+    fn invitations_round_trip_through_the_handle() {
         for address in ["10.1.2.3:4567", "[fd00::12]:9", "[fe80::1%3]:77"] {
             let invitation = Invitation { address: address.parse().unwrap(), cookie: *b"0123456789abcdef" };
             let mut handle = [0xFF; NCCL_NET_HANDLE_MAXSIZE];
@@ -279,7 +279,7 @@ mod tests {
         for key in [None, Some(&[9; 32])] {
             let (forth, back) = (hello(Forth, key), hello(Back, key));
             assert!(!forth.is(back.bytes()) && forth.len == back.len);
-            // Another direction in the clear bytes does not go with the proof.
+            // The proof does not match another direction in the clear bytes.
             let mut turned = forth.bytes().to_vec();
             turned[12] = 1;
             assert_eq!(back.is(&turned), key.is_none());

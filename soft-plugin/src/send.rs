@@ -1,5 +1,5 @@
-//! Moves the bytes of posted sends into the kernel, many messages a system call.
-//! Knows nothing of who posted them; a message is done when its last byte is in the kernel.
+//! Moves the bytes of posted sends into the kernel, many messages per system call.
+//! A message is done when its last byte is in the kernel. Knows nothing of the caller.
 
 use std::io;
 use std::sync::{Arc, OnceLock};
@@ -12,16 +12,16 @@ use crate::congestion::Rule;
 use crate::device::SendSource;
 use crate::ledger::{Failure, Ledger};
 use crate::protect::{Guard, Outgoing};
-use crate::quantum::{Line, Turn, IOV_MAX, TURN_BYTES};
+use crate::quantum::{DataSocket, Turn, IOV_MAX, TURN_BYTES};
 use crate::slot::Cursor;
 
-/// Where device sends come from, once there was one.
+/// The source of device sends, once built.
 pub type Source = OnceLock<Arc<dyn SendSource>>;
 
-/// Progress of a send comm.
+/// Send state of a comm.
 #[derive(Default)]
 pub struct SendIo {
-    /// Place in the oldest unfinished message, and its bytes that are in the kernel already.
+    /// Position in the oldest unfinished message, and how many of its bytes are in the kernel.
     cursor: Cursor,
     sent: usize,
     batch: Vec<iovec>,
@@ -29,24 +29,24 @@ pub struct SendIo {
     guard: Option<Box<Outgoing>>,
 }
 
-// SAFETY: `batch` is scratch of one turn; its pointers mean nothing between turns.
+// SAFETY: `batch` is scratch of one turn; its pointers are not used between turns.
 unsafe impl Send for SendIo {}
 
 impl SendIo {
-    /// The state of a fresh comm.
+    /// The state of a new comm.
     pub fn new(config: &Config) -> SendIo {
         SendIo { congestion: Rule::new(config), ..SendIo::default() }
     }
 
-    /// Guards all messages; none has been posted.
+    /// Protects all messages; none has been posted.
     pub fn protect(&mut self, guard: Guard) {
         self.guard = Some(Box::new(Outgoing::new(guard)));
     }
 
     /// One turn.
-    pub fn turn(&mut self, ledger: &Ledger, line: Line, source: &Source) -> Result<Turn, Failure> {
-        if line.hung_up {
-            return Err(Failure::new(NCCL_SYSTEM_ERROR, hang_up_cause(line.fd)));
+    pub fn turn(&mut self, ledger: &Ledger, socket: DataSocket, source: &Source) -> Result<Turn, Failure> {
+        if socket.hung_up {
+            return Err(Failure::new(NCCL_SYSTEM_ERROR, hang_up_cause(socket.fd)));
         }
         let mut budget = TURN_BYTES;
         loop {
@@ -60,17 +60,17 @@ impl SendIo {
             if budget == 0 {
                 return Ok(Turn::More);
             }
-            if ledger.leave() {
+            if ledger.should_stop() {
                 return Ok(Turn::Wait);
             }
             let bytes = self.gather(ledger, source, completed, posted, budget)?;
             if bytes == 0 {
                 return Ok(Turn::More);
             }
-            match send(line.fd, &mut self.batch) {
+            match send(socket.fd, &mut self.batch) {
                 Ok(sent) => {
                     self.account(ledger, source, completed, sent);
-                    self.congestion.sent(line.fd, sent);
+                    self.congestion.sent(socket.fd, sent);
                     budget = budget.saturating_sub(sent);
                     // A short write means that the socket buffer is full; the kernel reports when it is not.
                     if sent < bytes {
@@ -84,7 +84,7 @@ impl SendIo {
         }
     }
 
-    /// Collects what follows in messages `completed..posted`. 0 bytes: the next message is not in host memory yet.
+    /// Collects unsent segments of messages `completed..posted`. 0 bytes: the next message is not in host memory yet.
     fn gather(&mut self, ledger: &Ledger, source: &Source, completed: u64, posted: u64, budget: usize) -> Result<usize, Failure> {
         self.batch.clear();
         let mut bytes = 0;
@@ -99,7 +99,7 @@ impl SendIo {
             }
             let iov = match &mut self.guard {
                 None => &body.iov[..],
-                // SAFETY: the message's own memory, which the poster leaves alone until the request is done or the comm is closed.
+                // SAFETY: the message's own memory, which the poster does not touch until the request is done or the comm is closed.
                 Some(guard) => unsafe { guard.message(seq, body) }.map_err(|why| Failure::new(NCCL_INTERNAL_ERROR, why))?,
             };
             let cursor = if seq == completed { self.cursor } else { Cursor::default() };
@@ -111,7 +111,7 @@ impl SendIo {
         Ok(bytes)
     }
 
-    /// Steps over `sent` bytes and completes the messages they finish.
+    /// Advances by `sent` bytes and completes the messages that they finish.
     fn account(&mut self, ledger: &Ledger, source: &Source, mut seq: u64, mut sent: usize) {
         let first = seq;
         while sent > 0 {
@@ -132,7 +132,7 @@ impl SendIo {
                 source.release((seq % MAX_REQUESTS as u64) as usize);
             }
             if let Some(guard) = &mut self.guard {
-                guard.left();
+                guard.oldest_sent();
             }
             (self.cursor, self.sent) = (Cursor::default(), 0);
             seq += 1;
@@ -153,7 +153,7 @@ fn send(fd: i32, batch: &mut [iovec]) -> io::Result<usize> {
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
 
-/// Why the kernel reported a hang-up.
+/// The cause of a hang-up.
 fn hang_up_cause(fd: i32) -> String {
     let mut code: libc::c_int = 0;
     let mut len = size_of::<libc::c_int>() as libc::socklen_t;

@@ -1,5 +1,5 @@
 //! One of the sixteen request slots of a comm, the header of a message, and the cursor that walks a slot's segments.
-//! Who may touch a slot when is decided by the ledger; nothing here knows sockets, comms or completion.
+//! The ledger decides which thread may touch a slot; nothing here knows sockets, comms or completion.
 
 use std::cell::UnsafeCell;
 use std::ffi::c_void;
@@ -12,7 +12,7 @@ use libc::iovec;
 pub const HEADER: usize = 12;
 const WIRE_MARK: u32 = 0x7C9A_51E3;
 
-/// What the header of a message says.
+/// The header of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
     /// Bytes of the message.
@@ -29,7 +29,7 @@ impl Header {
         Header { len, seq: seq as u32, tag }
     }
 
-    /// As it goes over the wire.
+    /// Its wire form.
     pub fn bytes(&self) -> [u8; HEADER] {
         let mut bytes = [0; HEADER];
         bytes[..4].copy_from_slice(&(self.len as u32).to_le_bytes());
@@ -38,7 +38,7 @@ impl Header {
         bytes
     }
 
-    /// What twelve bytes of the wire say. Nothing is checked.
+    /// Decodes twelve bytes, unchecked.
     pub fn parse(bytes: [u8; HEADER]) -> Header {
         let [a, b, c, d, e, f, g, h, i, j, k, l] = bytes;
         Header {
@@ -51,7 +51,7 @@ impl Header {
 
 /// The memory a request reads from or writes to.
 pub struct Body {
-    /// Header of a send, as it goes out.
+    /// Header of a send, in wire form.
     pub header: [u8; HEADER],
     /// Segments: of a send, the header first; of a device receive, filled in when the message's length is known.
     pub iov: Vec<iovec>,
@@ -70,7 +70,7 @@ pub const NO_REGION: usize = usize::MAX;
 
 /// A request slot. A request handed to the caller is the address of its slot.
 pub struct Slot {
-    /// The comm it belongs to, for whoever gets the slot as a request; set once, when the comm is built.
+    /// Its comm, for code that gets the slot as a request; set once, when the comm is built.
     pub owner: AtomicPtr<c_void>,
     /// Number of the request that uses or last used it.
     pub seq: AtomicU64,
@@ -111,7 +111,7 @@ impl Slot {
         unsafe { &mut *self.body.get() }
     }
 
-    /// Address the caller knows it by.
+    /// The request handle: the slot's address.
     pub fn as_request(&self) -> *mut c_void {
         ptr::from_ref(self).cast_mut().cast()
     }
@@ -122,7 +122,7 @@ impl Slot {
     }
 }
 
-/// A place in a list of segments.
+/// A position in a list of segments.
 #[derive(Clone, Copy, Default)]
 pub struct Cursor {
     segment: usize,
@@ -130,7 +130,7 @@ pub struct Cursor {
 }
 
 impl Cursor {
-    /// Steps over `bytes`, which the list must still have.
+    /// Advances by `bytes`, which the list must still have.
     pub fn advance(&mut self, iov: &[iovec], mut bytes: usize) {
         while bytes > 0 {
             let left = iov[self.segment].iov_len - self.offset;
@@ -161,7 +161,7 @@ impl Cursor {
         added
     }
 
-    /// Copies `bytes` into the segments that follow and steps over them.
+    /// Copies `bytes` into the following segments and advances past them.
     ///
     /// # Safety
     /// The segments are writable and have room for `bytes`.
@@ -169,7 +169,7 @@ impl Cursor {
         while !bytes.is_empty() {
             let segment = &iov[self.segment];
             let len = (segment.iov_len - self.offset).min(bytes.len());
-            // SAFETY: inside the segment, which the caller vouches for; the source is our own buffer.
+            // SAFETY: inside the segment, writable by contract; the source is our own buffer.
             unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), segment.iov_base.cast::<u8>().add(self.offset), len) };
             self.advance(iov, len);
             bytes = &bytes[len..];

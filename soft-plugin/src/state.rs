@@ -1,5 +1,5 @@
-//! What the process has once: settings, devices, device memory.
-//! Built by the first `init` (or the first call that needs it) and kept for good; a child of `fork` builds its own.
+//! Per-process state: settings, devices, device memory.
+//! Built by the first `init` (or the first call that needs it) and kept until the process ends; a forked child builds its own.
 
 use std::ffi::CStr;
 use std::sync::atomic::{AtomicPtr, Ordering};
@@ -19,14 +19,14 @@ use crate::logger;
 pub struct Global {
     /// Settings.
     pub config: Config,
-    /// Devices by their numbers.
+    /// Devices by number.
     pub devices: Devices,
-    /// Device memory, if the process has any.
+    /// Device memory, if available.
     pub device: Option<Arc<dyn DeviceMemory>>,
 }
 
-/// The devices found so far. A device keeps its number for good: new ones are added behind, and one that has got another address is
-/// replaced. What is handed out stays valid; the old form of a device that has changed is not freed.
+/// The devices found so far. A device keeps its number: new ones are appended, and one whose address has changed is replaced.
+/// References stay valid: the old value of a changed device is never freed.
 pub struct Devices {
     list: RwLock<Vec<&'static Interface>>,
 }
@@ -48,7 +48,7 @@ impl Devices {
         self.list.read().len()
     }
 
-    /// Takes in what the machine has now.
+    /// Merges the interfaces that the host has now.
     fn merge(&self, found: Vec<Interface>) {
         let mut list = self.list.write();
         for interface in found {
@@ -63,7 +63,7 @@ impl Devices {
 }
 
 impl Global {
-    /// Looks at the machine's interfaces again.
+    /// Lists the host's interfaces again.
     pub fn refresh(&self) {
         if let Ok(found) = interfaces::usable(self.config.interfaces.as_deref()) {
             self.devices.merge(found);
@@ -71,16 +71,16 @@ impl Global {
     }
 }
 
-/// The state, built if need be.
+/// The state, built on first use.
 pub fn get() -> Result<&'static Global, ncclResult_t> {
     static GLOBAL: PerProcess<Mutex<Option<&'static Global>>> = PerProcess::new(Mutex::default);
-    /// What was built last, by this process or its parent.
+    /// The last state built, by this process or its parent.
     static LAST: AtomicPtr<Global> = AtomicPtr::new(std::ptr::null_mut());
     let mut global = GLOBAL.get().lock();
     if let Some(global) = *global {
         return Ok(global);
     }
-    // SAFETY: what was built is never freed, in the copy of a child neither.
+    // SAFETY: a built state is never freed, nor is a child's copy.
     let built = match unsafe { LAST.load(Ordering::Acquire).as_ref() } {
         Some(parent) => inherit(parent),
         None => build().map_err(|why| {
@@ -117,18 +117,18 @@ fn build() -> Result<Global, String> {
     Ok(Global { config, devices: Devices::new(devices), device })
 }
 
-/// The state of a child: settings and device numbers are the parent's, whose callers live on in the child. Device memory is looked
-/// for anew, since a GPU does not survive a fork.
+/// The state of a child: settings and device numbers are the parent's, because the parent's callers still use them in the child.
+/// Device memory is detected again, since CUDA does not survive a fork.
 fn inherit(parent: &Global) -> Global {
     let config = parent.config.clone();
-    // A thread of the parent may have held the lock.
+    // A thread of the parent may have held the lock at the fork.
     let known = parent.devices.list.try_read().map(|list| list.clone()).unwrap_or_default();
     let child = Global { device: device_memory(&config), devices: Devices { list: RwLock::new(known) }, config };
     child.refresh();
     child
 }
 
-/// The device memory of this process, if it has any.
+/// The device memory of this process, if available.
 fn device_memory(config: &Config) -> Option<Arc<dyn DeviceMemory>> {
     if config.emulate_device {
         return Some(Arc::new(Emulated));

@@ -1,5 +1,4 @@
-//! What the kernel tells of a TCP socket, and the options of data sockets beyond `socket2`.
-//! Knows nothing of who uses the socket.
+//! TCP socket statistics from the kernel, and the options of data sockets that `socket2` lacks.
 
 use std::ffi::c_char;
 use std::io;
@@ -12,14 +11,14 @@ use socket2::{Socket, TcpKeepalive};
 /// Linux 4.6).
 const BYTES_ACKED: usize = 120;
 const MIN_RTT: usize = 148;
-/// The smoothed round trip, all retransmitted segments (both u32, Linux 2.6), segments sent (u32, Linux 4.2), and the rate at which
-/// the peer acknowledged lately (u64, Linux 4.9).
+/// The smoothed round trip, all retransmitted segments (both u32, Linux 2.6), segments sent (u32, Linux 4.2), and the recent
+/// delivery rate (u64, Linux 4.9).
 const RTT: usize = 68;
 const RETRANSMITS: usize = 100;
 const SEGMENTS: usize = 136;
 const DELIVERY_RATE: usize = 160;
 
-/// The kernel's tcp_info, as far as the kernel filled it.
+/// The part of tcp_info that the kernel filled.
 struct Info {
     bytes: [u8; 256],
     len: usize,
@@ -50,7 +49,7 @@ pub fn min_rtt(fd: i32) -> Option<u32> {
     Info::read(fd)?.field(MIN_RTT).map(u32::from_ne_bytes).filter(|&us| us > 0 && us < u32::MAX)
 }
 
-/// How far the bytes of a socket have come; what the kernel is too old for is 0.
+/// Progress of a socket's bytes; 0 for values that an old kernel lacks.
 pub fn flow(fd: i32) -> Option<ucclFlow> {
     let info = Info::read(fd)?;
     let mut waiting: libc::c_int = 0;
@@ -65,7 +64,7 @@ pub fn flow(fd: i32) -> Option<ucclFlow> {
     })
 }
 
-/// What statistics tell of a socket; what the kernel is too old for is 0.
+/// Statistics of a socket; 0 for values that an old kernel lacks.
 pub fn describe(fd: i32) -> Option<ucclCommInfo> {
     let info = Info::read(fd)?;
     let number = |at| info.field(at).map_or(0, u32::from_ne_bytes);
@@ -84,7 +83,7 @@ pub fn describe(fd: i32) -> Option<ucclCommInfo> {
     })
 }
 
-/// Makes the kernel ask an idle peer whether it is there, after `idle` and then three times. Zero leaves it off.
+/// Turns on TCP keepalive: the first probe after `idle`, then three more. Zero leaves it off.
 pub fn keep_alive(socket: &Socket, idle: Duration) -> io::Result<()> {
     if idle.is_zero() {
         return Ok(());
@@ -93,7 +92,7 @@ pub fn keep_alive(socket: &Socket, idle: Duration) -> io::Result<()> {
     socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(3))
 }
 
-/// Bounds how long sent bytes may stay unacknowledged. Zero leaves it to the system.
+/// Bounds how long sent bytes may stay unacknowledged. Zero keeps the system's default.
 pub fn limit_silence(socket: &Socket, limit: Duration) -> io::Result<()> {
     if limit.is_zero() {
         return Ok(());

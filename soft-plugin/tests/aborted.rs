@@ -1,4 +1,4 @@
-//! Set-ups that are given up, by a caller that says so and by one that just goes away: no descriptor stays behind.
+//! Abandoned set-ups, by `abandonConnect` and by a caller that simply stops polling: no descriptor leaks.
 #![allow(missing_docs)]
 
 mod common;
@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use common::*;
 
-/// One test, since it counts the descriptors of the whole process.
+/// One test, since it counts the descriptors of the process.
 #[test]
-fn aborted_setups_leave_no_descriptor_behind() {
+fn aborted_setups_leak_no_descriptors() {
     setup(&[("UCCL_TCPX_SOFT_THREADS", "2")]);
     drop(pair());
     let before = descriptors();
@@ -18,18 +18,18 @@ fn aborted_setups_leave_no_descriptor_behind() {
         abort_a_setup(round);
     }
     assert_eq!(descriptors(), before, "300 set-ups were aborted");
-    an_accept_gives_back_everything_but_the_comm(before);
+    an_accept_closes_everything_but_the_comm(before);
     forgotten_connects_are_swept(before);
-    strangers_cost_a_bounded_number(before);
+    unauthenticated_connections_cost_a_bounded_number(before);
 }
 
-/// Two listeners and two connects on their way, in a different state each round, and strangers; then all is given up.
+/// Two listeners and two pending connects, in a different state each round, and unauthenticated connections; then all are abandoned.
 fn abort_a_setup(round: usize) {
     let mut halves: Vec<_> = (0..2).map(|_| listen()).collect();
-    let strangers: Vec<_> = halves.iter().map(|(_, handle)| stranger(handle)).collect();
+    let others: Vec<_> = halves.iter().map(|(_, handle)| unauthenticated(handle)).collect();
     for (listener, handle) in &mut halves {
         for _ in 0..round % 3 {
-            // Null, or up after the second step: then it is closed like any other.
+            // Null, or connected after the second step: then it is closed like any other.
             let comm = connect_step(handle).unwrap();
             if !comm.is_null() {
                 drop(Sender(comm));
@@ -50,11 +50,11 @@ fn abort_a_setup(round: usize) {
         abandon(&mut handle);
         abandon(&mut handle);
         if round % 3 != 0 {
-            assert!(connect_step(&mut handle).is_err(), "what was given up is over");
+            assert!(connect_step(&mut handle).is_err(), "an abandoned connect is over");
         }
         close_listen(listener);
     }
-    drop(strangers);
+    drop(others);
 }
 
 fn accepted(comm: Opaque) -> Receiver {
@@ -62,19 +62,19 @@ fn accepted(comm: Opaque) -> Receiver {
     Receiver { comm, unpack }
 }
 
-fn stranger(handle: &Handle) -> TcpStream {
+fn unauthenticated(handle: &Handle) -> TcpStream {
     TcpStream::connect((Ipv4Addr::LOCALHOST, u16::from_le_bytes([handle[12], handle[13]]))).unwrap()
 }
 
-fn an_accept_gives_back_everything_but_the_comm(before: usize) {
+fn an_accept_closes_everything_but_the_comm(before: usize) {
     let (listener, mut handle) = listen();
-    let strangers: Vec<_> = (0..40).map(|_| stranger(&handle)).collect();
+    let others: Vec<_> = (0..40).map(|_| unauthenticated(&handle)).collect();
     assert!(accept_step(listener, &mut { NO_DEVICE }).unwrap().is_null());
     let sender = connect(&mut handle);
     let receiver = accept(listener);
-    assert_eq!(descriptors(), before + strangers.len() + 2, "the listener holds strangers, or its own socket");
+    assert_eq!(descriptors(), before + others.len() + 2, "the listener still holds other connections, or its own socket");
     close_listen(listener);
-    drop((sender, receiver, strangers));
+    drop((sender, receiver, others));
     assert_eq!(descriptors(), before);
 }
 
@@ -85,24 +85,24 @@ fn forgotten_connects_are_swept(before: usize) {
     }
     halves.into_iter().for_each(|(listener, _)| close_listen(listener));
     assert_eq!(descriptors(), before + 5);
-    // Nobody calls the plugin any more.
+    // The plugin is not called again.
     until("the forgotten connects", || {
         std::thread::sleep(Duration::from_millis(100));
         (descriptors() == before).then_some(())
     });
 }
 
-fn strangers_cost_a_bounded_number(before: usize) {
+fn unauthenticated_connections_cost_a_bounded_number(before: usize) {
     let listeners: Vec<_> = (0..4).map(|_| listen()).collect();
     let mut held = Vec::new();
     for (listener, handle) in &listeners {
-        held.extend((0..200).map(|_| stranger(handle)));
+        held.extend((0..200).map(|_| unauthenticated(handle)));
         for _ in 0..10 {
             assert!(accept_step(*listener, &mut { NO_DEVICE }).unwrap().is_null());
         }
     }
     let kept = descriptors() - before - listeners.len() - held.len();
-    assert!(kept <= 4 * 64, "{kept} connections of strangers are kept");
+    assert!(kept <= 4 * 64, "{kept} unauthenticated connections are kept");
     listeners.into_iter().for_each(|(listener, _)| close_listen(listener));
     assert_eq!(descriptors(), before + held.len());
 }

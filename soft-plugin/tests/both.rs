@@ -1,4 +1,4 @@
-//! One side dials the connections of both directions of a channel: either order, keys, strangers, and what is refused.
+//! The connector dials both directions of a channel: either order, keys, other connections, and refusals.
 #![allow(missing_docs)]
 
 mod common;
@@ -46,7 +46,7 @@ fn moves(sender: &Sender, receiver: &Receiver) {
 }
 
 #[test]
-fn one_side_dials_both_directions_in_any_order() {
+fn the_connector_dials_both_directions_in_any_order() {
     start();
     for keyed in [false, true] {
         for order in 0..4 {
@@ -55,7 +55,7 @@ fn one_side_dials_both_directions_in_any_order() {
             assert!(forth.is_none_or(|key| key_listen(listener, key) == NCCL_SUCCESS));
             assert_eq!(listen_both(listener, back), NCCL_SUCCESS);
             let (mut for_send, mut for_recv) = (with_key(&handle, forth), with_key(&handle, back));
-            // Who dials first, and who is asked for first.
+            // The direction that is dialled first, and the one that is accepted first.
             let (here, there) = if order % 2 == 0 {
                 let send = connect(&mut for_send);
                 (send, connect_recv(&mut for_recv))
@@ -72,7 +72,7 @@ fn one_side_dials_both_directions_in_any_order() {
             };
             assert_eq!(accept_step(listener, &mut { NO_DEVICE }), Err(NCCL_INVALID_USAGE));
             assert_eq!(accept_send_step(listener), Err(NCCL_INVALID_USAGE));
-            assert!(TcpStream::connect((Ipv4Addr::LOCALHOST, port(&handle))).is_err(), "nobody else is expected");
+            assert!(TcpStream::connect((Ipv4Addr::LOCALHOST, port(&handle))).is_err(), "no other connection is expected");
             close_listen(listener);
             moves(&here, &recv);
             moves(&send, &there);
@@ -98,7 +98,7 @@ fn device_memory_travels_back_too() {
     dereg(receiver.comm, mhandle);
 }
 
-/// Whether the listen comm hands anything out within a while.
+/// Whether the listen comm accepts anything within a while.
 fn comes(listener: Opaque) -> bool {
     (0..50).any(|_| {
         std::thread::sleep(std::time::Duration::from_millis(1));
@@ -107,17 +107,17 @@ fn comes(listener: Opaque) -> bool {
 }
 
 #[test]
-fn a_connection_of_the_other_direction_or_key_is_a_strangers() {
+fn a_connection_of_the_other_direction_or_key_is_dropped() {
     start();
-    // A hello of one direction with the key of the other, none, or another: nobody joins.
+    // A hello of one direction with the key of the other, none, or another: not accepted.
     let (listener, handle) = listen();
     assert_eq!((key_listen(listener, &KEYS[0]), listen_both(listener, Some(&KEYS[1]))), (NCCL_SUCCESS, NCCL_SUCCESS));
     let others: [Option<&[u8; 32]>; 3] = [Some(&[9; 32]), None, Some(&KEYS[1])];
     let _forth: Vec<Sender> = others.map(|key| connect(&mut with_key(&handle, key))).into();
     let others: [Option<&[u8; 32]>; 3] = [Some(&[9; 32]), None, Some(&KEYS[0])];
     let _back: Vec<Receiver> = others.map(|key| connect_recv(&mut with_key(&handle, key))).into();
-    assert!(!comes(listener), "a stranger was accepted");
-    // A second genuine one of a direction is too many, and does not shut out the other direction.
+    assert!(!comes(listener), "a wrong connection was accepted");
+    // A second valid one of a direction is too many, and does not block the other direction.
     let recv = connect_recv(&mut with_key(&handle, Some(&KEYS[1])));
     let _late = connect_recv(&mut with_key(&handle, Some(&KEYS[1])));
     let back = accept_send(listener);
@@ -127,7 +127,7 @@ fn a_connection_of_the_other_direction_or_key_is_a_strangers() {
     moves(&send, &forth);
     moves(&back, &recv);
     close_listen(listener);
-    // Who did not ask for a connection back gets none.
+    // Without `listenBoth` the other direction is not accepted.
     let (listener, handle) = listen();
     let _uninvited = connect_recv(&mut handle.clone());
     for _ in 0..20 {
@@ -139,10 +139,10 @@ fn a_connection_of_the_other_direction_or_key_is_a_strangers() {
 }
 
 #[test]
-fn a_hello_cannot_be_turned_round_on_its_way() {
+fn the_direction_of_a_hello_cannot_be_altered() {
     start();
     let (listener, mut handle) = listen();
-    // With one key for both, which nobody should have, the direction is still part of the proof.
+    // Even with one key for both directions (a misuse) the direction is part of the proof.
     assert_eq!((key_listen(listener, &KEYS[0]), listen_both(listener, Some(&KEYS[0]))), (NCCL_SUCCESS, NCCL_SUCCESS));
     let (target, between) = (port(&handle), TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
     handle[12..14].copy_from_slice(&between.local_addr().unwrap().port().to_le_bytes());
@@ -158,11 +158,11 @@ fn a_hello_cannot_be_turned_round_on_its_way() {
 }
 
 #[test]
-fn what_makes_no_sense_is_refused() {
+fn invalid_calls_are_refused() {
     start();
     let ext = soft_plugin::ext();
     let (null, mut out) = (std::ptr::null_mut(), std::ptr::null_mut());
-    // SAFETY: null pointers and numbers of no device are refused.
+    // SAFETY: null pointers and invalid device numbers are refused.
     unsafe {
         assert_eq!(ext.listenBoth.unwrap()(null, std::ptr::null()), NCCL_INVALID_ARGUMENT);
         assert_eq!(ext.acceptSend.unwrap()(null, &mut out), NCCL_INVALID_ARGUMENT);
@@ -188,7 +188,7 @@ fn what_makes_no_sense_is_refused() {
 }
 
 #[test]
-fn the_flow_of_a_comm_tells_what_the_peer_has() {
+fn the_flow_of_a_comm_reports_what_the_peer_has() {
     start();
     let (sender, receiver) = pair();
     let flow = || {

@@ -1,4 +1,4 @@
-//! Many peers at once in a process with few descriptors: their connections are accepted before they have said who they are.
+//! Many peers at once in a process with few descriptors: their connections are accepted before their hello.
 #![allow(missing_docs)]
 
 mod common;
@@ -6,11 +6,11 @@ mod common;
 use common::*;
 use nccl_net_abi::*;
 
-/// More listeners than silent connections have places in common.
+/// More listeners than the shared limit of connections without a hello.
 const LISTENERS: usize = 24;
 
 #[test]
-fn peers_that_are_silent_for_a_moment_do_not_shut_each_other_out() {
+fn peers_that_are_silent_for_a_moment_do_not_displace_each_other() {
     setup(&[("UCCL_TCPX_SOFT_THREADS", "1")]);
     drop(pair());
     let limits = libc::rlimit { rlim_cur: 256, rlim_max: 256 };
@@ -23,7 +23,7 @@ fn peers_that_are_silent_for_a_moment_do_not_shut_each_other_out() {
             (listener, handle, handle)
         })
         .collect();
-    // Connected, and nothing said.
+    // Connected, without a hello.
     for (_, forth, back) in &mut channels {
         assert!(connect_step(forth).expect("connect").is_null());
         assert!(connect_recv_step(back, &mut { NO_DEVICE }).expect("connect").is_null());

@@ -1,4 +1,4 @@
-//! A process without descriptors: the cause is told apart from a peer that is gone, in one line, and everything works afterwards.
+//! A process without descriptors: one line names the cause, unlike that of a lost peer, and everything works afterwards.
 #![allow(missing_docs)]
 
 mod common;
@@ -27,7 +27,7 @@ fn errno() -> i32 {
 }
 
 #[test]
-fn running_out_of_descriptors_is_told_as_such() {
+fn running_out_of_descriptors_is_reported_as_such() {
     collect();
     setup(&[("UCCL_TCPX_SOFT_THREADS", "1")]);
     drop(pair());
@@ -50,10 +50,10 @@ fn running_out_of_descriptors_is_told_as_such() {
     drop(hoard);
     let lines = lines().iter().filter(|l| l.contains("out of file descriptors")).count();
     assert!(lines >= 1 && lines <= 1 + start.elapsed().as_secs() as usize, "{lines} lines for 600 calls");
-    // A peer that is gone is something else.
-    let (gone, mut nobody) = listen();
+    // A lost peer has another cause.
+    let (gone, mut closed) = listen();
     close_listen(gone);
-    let refused = until("refusal", || connect_step(&mut nobody).err());
+    let refused = until("refusal", || connect_step(&mut closed).err());
     assert_eq!((refused, errno()), (NCCL_SYSTEM_ERROR, libc::ECONNREFUSED));
     let (sender, receiver) = (connect(&mut early), accept(listener));
     let mut landing = [0u8; 3];

@@ -1,4 +1,4 @@
-//! A child of `fork`: comms of its own work, those of the parent are out of bounds, and closing its copies leaves the parent alone.
+//! A child of `fork`: its own comms work, calls on its parent's fail, and closing its copies does not affect the parent.
 #![allow(missing_docs)]
 
 mod common;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use common::*;
 use nccl_net_abi::*;
 
-/// Moves a few messages, of which some need the I/O threads.
+/// Moves a few messages, some of which need the I/O threads.
 fn exchange(sender: &Sender, receiver: &Receiver, first: usize) {
     for number in first..first + 20 {
         let data = pattern(number, 1 + number * 9000 % 400_000);
@@ -73,7 +73,7 @@ fn parent_and_child_do_not_disturb_each_other() {
     let mut landing = [0u8; 4];
     let request = receiver.irecvv(&mut [&mut landing]).unwrap();
     for _ in 0..3 {
-        // SAFETY: the child uses what a child may use, and leaves with _exit.
+        // SAFETY: the child uses only what a child may use, and ends with _exit.
         let child = unsafe { libc::fork() };
         assert!(child >= 0);
         if child == 0 {
@@ -85,7 +85,7 @@ fn parent_and_child_do_not_disturb_each_other() {
         let status = wait_for(child);
         assert!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0, "the child failed: {status:x}");
     }
-    // All of the parent's is as it was.
+    // Everything of the parent still works.
     wait(sender.isendv(&[&[5; 4]]).unwrap()).unwrap();
     assert_eq!(wait(request), Ok(4));
     receiver.consumed(request).unwrap();

@@ -1,4 +1,4 @@
-//! Emulated device memory with fixed-size fragments, not strict.
+//! Emulated device memory with fixed-size fragments, without strict mode.
 #![allow(missing_docs)]
 
 mod common;
@@ -7,7 +7,7 @@ use common::*;
 use nccl_net_abi::*;
 
 #[test]
-fn fixed_fragments_are_contiguous_and_consumed_memory_is_left_alone() {
+fn fixed_fragments_are_contiguous_and_consumed_memory_is_untouched() {
     setup(&[("UCCL_TCPX_EMULATE_DEVICE", "1"), ("UCCL_TCPX_SOFT_FRAGMENT", "4096")]);
     let (sender, receiver) = pair();
     let memory = vec![0u8; 4096];

@@ -49,7 +49,7 @@ fn nulls_are_refused() {
     start();
     let (net, ext, null) = (soft_plugin::table(), soft_plugin::ext(), ptr::null_mut());
     let (mut out, mut handle) = (ptr::null_mut(), [0u8; 128]);
-    // SAFETY: null is what is being tried; the rest is live.
+    // SAFETY: nulls are the test; the rest is live.
     let codes = unsafe {
         [
             net.devices.unwrap()(ptr::null_mut()),
@@ -87,7 +87,7 @@ fn connect_polls_in_place_and_listen_serves_one_accept() {
     start();
     let (listener, mut handle) = listen();
     let mut device = NO_DEVICE;
-    assert!(accept_step(listener, &mut device).unwrap().is_null(), "nobody has connected");
+    assert!(accept_step(listener, &mut device).unwrap().is_null(), "no peer has connected");
     let sender = connect(&mut handle);
     let receiver = accept(listener);
     assert_eq!(accept_step(listener, &mut device), Err(NCCL_INVALID_USAGE));
@@ -121,7 +121,7 @@ fn a_forged_connect_state_is_refused() {
 }
 
 #[test]
-fn strangers_do_not_block_the_genuine_peer() {
+fn other_connections_do_not_block_the_peer() {
     start();
     let (listener, mut handle) = listen();
     let address = (Ipv4Addr::LOCALHOST, port(&handle));
@@ -147,7 +147,7 @@ fn strangers_do_not_block_the_genuine_peer() {
     drop((sender, receiver, silent, rude));
 }
 
-/// Sends `messages` and checks them on the other side, windows full on both.
+/// Sends `messages` and checks them at the receiver, with full windows at both ends.
 fn exchange(messages: &[Vec<u8>], mut post: impl FnMut(&Sender, &[u8]) -> Opaque) {
     let (sender, receiver) = pair();
     let mut landing = vec![vec![0u8; LIMIT]; MAX_REQUESTS];
@@ -274,13 +274,13 @@ fn the_seventeenth_request_is_a_retry() {
         wait(send).unwrap();
         assert_eq!(wait(*recv), Ok(LIMIT));
     }
-    assert!(receiver.irecvv(&mut [&mut extra]).unwrap().is_null(), "done is not yet consumed");
+    assert!(receiver.irecvv(&mut [&mut extra]).unwrap().is_null(), "done but not consumed");
     receiver.consumed(receives[0]).unwrap();
     assert!(!receiver.irecvv(&mut [&mut extra]).unwrap().is_null());
 }
 
 #[test]
-fn back_pressure_holds_the_sender_and_loses_nothing() {
+fn back_pressure_stops_the_sender_and_loses_nothing() {
     start();
     let (sender, receiver) = pair();
     let mut round = 0;
@@ -306,7 +306,7 @@ fn back_pressure_holds_the_sender_and_loses_nothing() {
             assert!(wait(request).is_ok());
             return;
         }
-        assert!(round < 4096, "the sender is never held back");
+        assert!(round < 4096, "the sender was never blocked");
     }
 }
 
@@ -351,7 +351,7 @@ fn a_dead_sender_fails_receives_after_the_data() {
 }
 
 #[test]
-fn small_messages_before_the_end_arrive_although_posted_late() {
+fn small_messages_before_the_end_arrive_even_if_posted_late() {
     start();
     let (sender, receiver) = pair();
     let bell = Doorbell::new();
@@ -373,7 +373,7 @@ fn small_messages_before_the_end_arrive_although_posted_late() {
 }
 
 #[test]
-fn the_bell_rings_for_a_dead_peer_with_nothing_posted() {
+fn the_doorbell_rings_for_a_dead_peer_with_nothing_posted() {
     start();
     let (sender, receiver) = pair();
     let bell = Doorbell::new();
@@ -435,7 +435,7 @@ fn a_post_while_the_io_thread_goes_to_rest_is_seen() {
     let (sender, receiver) = pair();
     let mut byte = [0u8; 16];
     for _ in 0..300 {
-        // All of it is in the kernel before the first receive, so no arriving data covers up for a lost wake-up.
+        // Everything is in the kernel before the first receive, so no arriving data hides a lost wake-up.
         for i in 0..400 {
             wait(sender.isendv(&[&[i as u8; 16]]).unwrap()).unwrap();
         }
@@ -464,7 +464,7 @@ fn closing_with_open_requests_is_prompt_and_final() {
             sender.isendv(&[&data]).unwrap();
         }
         drop(receiver);
-        // From here on nobody writes to the posted memory.
+        // From here on nothing writes to the posted memory.
         let before = landing.clone();
         std::thread::sleep(Duration::from_millis(1));
         assert!(before == landing);

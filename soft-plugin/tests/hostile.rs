@@ -1,4 +1,4 @@
-//! A peer that speaks the protocol over a socket of its own, and lies: every lie ends in an error of the comm, never in wrong bytes.
+//! A malicious peer that speaks the protocol over its own socket: every violation ends in an error of the comm, never in wrong bytes.
 #![allow(missing_docs)]
 
 mod common;
@@ -15,19 +15,19 @@ fn start() {
     setup(&[("UCCL_TCPX_SOFT_THREADS", "2")]);
 }
 
-/// The peer of a receive comm, which has said hello as the handle demands.
-fn lying_sender() -> (TcpStream, Receiver) {
+/// The malicious peer of a receive comm, after a valid hello.
+fn malicious_sender() -> (TcpStream, Receiver) {
     let (listener, handle) = listen();
-    let mut liar = TcpStream::connect((Ipv4Addr::LOCALHOST, u16::from_le_bytes([handle[12], handle[13]]))).unwrap();
-    liar.set_nodelay(true).unwrap();
+    let mut peer = TcpStream::connect((Ipv4Addr::LOCALHOST, u16::from_le_bytes([handle[12], handle[13]]))).unwrap();
+    peer.set_nodelay(true).unwrap();
     let mut hello = b"SFTHELLO".to_vec();
     hello.extend_from_slice(&handle[8..12]);
     hello.extend_from_slice(&[0; 4]);
     hello.extend_from_slice(&handle[36..52]);
-    liar.write_all(&hello).unwrap();
+    peer.write_all(&hello).unwrap();
     let receiver = accept(listener);
     close_listen(listener);
-    (liar, receiver)
+    (peer, receiver)
 }
 
 fn header(len: u32, seq: u32, tag: i32) -> Vec<u8> {
@@ -38,22 +38,22 @@ fn message(seq: u32, tag: i32, payload: &[u8]) -> Vec<u8> {
     [header(payload.len() as u32, seq, tag), payload.to_vec()].concat()
 }
 
-/// Posts three receives of ten bytes with tags 7, 8 and 9, lets the peer send `lie`, and expects `good` of them to be done and the
-/// others to fail, with nothing written beyond the good ones and the bell rung.
-fn expect_failure(what: &str, lie: &[u8], end: bool, good: usize, code: ncclResult_t) {
+/// Posts three receives of ten bytes with tags 7, 8 and 9, lets the peer send `bad`, and expects the first `good` to be done and the
+/// others to fail, with nothing written beyond the good ones and the doorbell rung.
+fn expect_failure(what: &str, bad: &[u8], end: bool, good: usize, code: ncclResult_t) {
     start();
-    let (mut liar, receiver) = lying_sender();
+    let (mut peer, receiver) = malicious_sender();
     let bell = Doorbell::new();
     bell.attach(receiver.comm);
     let mut landing = [[0xEEu8; 10]; 3];
     let requests: Vec<_> =
         landing.iter_mut().zip(7..).map(|(place, tag)| receiver.irecvv_tagged(&mut [place], tag).unwrap()).collect();
     bell.armed.store(1, Ordering::SeqCst);
-    liar.write_all(lie).unwrap();
+    peer.write_all(bad).unwrap();
     if end {
-        drop(liar);
+        drop(peer);
     } else {
-        std::mem::forget(liar);
+        std::mem::forget(peer);
     }
     for (k, request) in requests.iter().enumerate() {
         let expected = if k < good { Ok(10) } else { Err(code) };
@@ -62,18 +62,18 @@ fn expect_failure(what: &str, lie: &[u8], end: bool, good: usize, code: ncclResu
     until("bell", || (bell.armed.load(Ordering::SeqCst) == 0).then_some(()));
     for (k, place) in landing.iter().enumerate() {
         let written = place.iter().any(|b| *b != 0xEE);
-        // A message that is cut short may have begun to arrive.
+        // A truncated message may have begun to arrive.
         assert!(k < good || !written || (end && k == good), "{what}: receive {k} was written: {place:?}");
     }
-    assert_eq!(progress(receiver.comm), Err(code), "{what}: progress tells of the failure");
+    assert_eq!(progress(receiver.comm), Err(code), "{what}: progress reports the failure");
     assert_eq!(receiver.irecvv(&mut [&mut [0; 4]]), Err(code), "{what}: the comm is finished");
 }
 
 #[test]
-fn honest_messages_pass() {
+fn valid_messages_pass() {
     let all = [message(0, 7, &[1; 10]), message(1, 8, &[2; 10]), message(2, 9, &[3; 10])].concat();
     start();
-    let (mut peer, receiver) = lying_sender();
+    let (mut peer, receiver) = malicious_sender();
     let mut landing = [[0u8; 10]; 3];
     let requests: Vec<_> =
         landing.iter_mut().zip(7..).map(|(place, tag)| receiver.irecvv_tagged(&mut [place], tag).unwrap()).collect();
@@ -95,8 +95,8 @@ fn a_wrong_tag() {
 #[test]
 fn a_wrong_length() {
     for len in [0, 1, 9, 11, 512 << 10, u32::MAX] {
-        let lie = [header(len, 0, 7), vec![1; 64]].concat();
-        expect_failure(&format!("length {len}"), &lie, false, 0, NCCL_INTERNAL_ERROR);
+        let bad = [header(len, 0, 7), vec![1; 64]].concat();
+        expect_failure(&format!("length {len}"), &bad, false, 0, NCCL_INTERNAL_ERROR);
     }
     let second = [message(0, 7, &[1; 10]), header(9, 1, 8), vec![1; 64]].concat();
     expect_failure("second length", &second, false, 1, NCCL_INTERNAL_ERROR);
@@ -110,7 +110,7 @@ fn a_wrong_sequence() {
     let twice = [message(0, 7, &[1; 10]), message(0, 7, &[1; 10])].concat();
     expect_failure("the same message twice", &twice, false, 1, NCCL_INTERNAL_ERROR);
     let skipped = [message(0, 7, &[1; 10]), message(2, 9, &[1; 10])].concat();
-    expect_failure("a message left out", &skipped, false, 1, NCCL_INTERNAL_ERROR);
+    expect_failure("a missing message", &skipped, false, 1, NCCL_INTERNAL_ERROR);
 }
 
 #[test]
@@ -131,7 +131,7 @@ fn garbage() {
 #[test]
 fn a_shorter_message_is_an_error_for_a_vectored_receive_only() {
     start();
-    let (mut peer, receiver) = lying_sender();
+    let (mut peer, receiver) = malicious_sender();
     let mut landing = [0xEEu8; 10];
     let mhandle = receiver.reg(&landing, NCCL_PTR_HOST);
     let request = receiver.irecv(landing.as_mut_ptr(), 10, mhandle).unwrap();
@@ -157,17 +157,17 @@ fn tags_travel_between_our_own_comms() {
     assert_eq!(wait(request), Err(NCCL_INTERNAL_ERROR));
 }
 
-/// The peer of a send comm.
-fn lying_receiver() -> (TcpStream, Sender) {
+/// The malicious peer of a send comm.
+fn malicious_receiver() -> (TcpStream, Sender) {
     start();
     let (listener, mut handle) = listen();
     close_listen(listener);
     let stand_in = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     handle[12..14].copy_from_slice(&stand_in.local_addr().unwrap().port().to_le_bytes());
     let sender = connect(&mut handle);
-    let mut liar = stand_in.accept().unwrap().0;
-    liar.read_exact(&mut [0; 28]).unwrap();
-    (liar, sender)
+    let mut peer = stand_in.accept().unwrap().0;
+    peer.read_exact(&mut [0; 28]).unwrap();
+    (peer, sender)
 }
 
 /// Ends a connection with a reset.
@@ -187,16 +187,16 @@ fn reset(stream: TcpStream) {
 }
 
 #[test]
-fn a_reset_of_an_idle_comm_rings_and_is_told() {
-    let (liar, sender) = lying_receiver();
+fn a_reset_of_an_idle_comm_rings_and_is_reported() {
+    let (peer, sender) = malicious_receiver();
     let bell = Doorbell::new();
     bell.attach(sender.0);
     bell.armed.store(1, Ordering::SeqCst);
-    reset(liar);
+    reset(peer);
     until("bell", || (bell.armed.load(Ordering::SeqCst) == 0).then_some(()));
     assert_eq!(progress(sender.0), Err(NCCL_SYSTEM_ERROR));
 
-    let (peer, receiver) = lying_sender();
+    let (peer, receiver) = malicious_sender();
     let bell = Doorbell::new();
     bell.attach(receiver.comm);
     bell.armed.store(1, Ordering::SeqCst);
@@ -207,13 +207,13 @@ fn a_reset_of_an_idle_comm_rings_and_is_told() {
 
 #[test]
 fn a_reset_after_the_last_byte_is_in_the_kernel_is_noticed_without_another_post() {
-    let (liar, sender) = lying_receiver();
+    let (peer, sender) = malicious_receiver();
     let bell = Doorbell::new();
     bell.attach(sender.0);
-    // It is done for the sender, and the peer has not read it.
+    // The send is done, but the peer has not read the message.
     wait(sender.isendv(&[&[7; 4000]]).unwrap()).unwrap();
     bell.armed.store(1, Ordering::SeqCst);
-    reset(liar);
+    reset(peer);
     until("bell", || (bell.armed.load(Ordering::SeqCst) == 0).then_some(()));
     assert_eq!(progress(sender.0), Err(NCCL_SYSTEM_ERROR));
     assert_eq!(sender.isendv(&[&[7; 4]]), Err(NCCL_SYSTEM_ERROR));
@@ -221,11 +221,11 @@ fn a_reset_after_the_last_byte_is_in_the_kernel_is_noticed_without_another_post(
 
 #[test]
 fn progress_counts_what_the_peer_has_and_only_that() {
-    let (mut peer, sender) = lying_receiver();
+    let (mut peer, sender) = malicious_receiver();
     let before = progress(sender.0).unwrap();
     let data = vec![1u8; 512 << 10];
     let requests: Vec<_> = (0..16).map(|_| sender.isendv(&[&data]).unwrap()).collect();
-    // The peer reads nothing: its kernel takes what fits, and then nothing moves any more.
+    // The peer reads nothing: its kernel takes what fits, and then nothing moves.
     let mut last = until("some bytes", || progress(sender.0).ok().filter(|b| *b > before));
     loop {
         std::thread::sleep(Duration::from_millis(300));
@@ -243,14 +243,14 @@ fn progress_counts_what_the_peer_has_and_only_that() {
     for request in requests {
         wait(request).unwrap();
     }
-    // The connecting side counts the opening of the connection as a byte.
+    // The connector's kernel counts the SYN as a byte.
     until("all acknowledged", || progress(sender.0).ok().filter(|b| *b >= total - 29 && *b <= total + 29));
 }
 
 #[test]
 fn a_partial_message_counts_as_progress_of_the_receiver() {
     start();
-    let (mut peer, receiver) = lying_sender();
+    let (mut peer, receiver) = malicious_sender();
     let mut landing = vec![0u8; 100_000];
     receiver.irecvv(&mut [&mut landing]).unwrap();
     peer.write_all(&header(100_000, 0, 0)).unwrap();

@@ -1,4 +1,4 @@
-//! Interfaces as the kernel has them, in a network namespace of this test's own: IPv6 only, tentative, without a carrier.
+//! Real interfaces in a network namespace of the test: IPv6 only, tentative, without a carrier.
 #![allow(missing_docs)]
 
 mod common;
@@ -14,7 +14,7 @@ fn ip(commands: &[&str]) -> bool {
 }
 
 fn prepare() -> bool {
-    // SAFETY: moves this thread, and those that it starts, to a namespace of their own.
+    // SAFETY: moves this thread, and those that it starts, to a new namespace.
     if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
         return false;
     }
@@ -26,7 +26,7 @@ fn prepare() -> bool {
         "link add eth8 type veth peer name px8",
         "link add eth9 type veth peer name px9",
     ]);
-    // Its duplicate address detection does not end while this test runs.
+    // Its duplicate address detection does not end during the test.
     let slow = std::fs::write("/proc/sys/net/ipv6/conf/eth8/dad_transmits", "100000").is_ok();
     made && slow
         && ip(&[
@@ -70,7 +70,7 @@ fn only_interfaces_that_can_carry_data_are_devices() {
     sender.isendv(&[b"hello"]).unwrap();
     assert_eq!(wait(request), Ok(5));
 
-    // A link that comes up later is found, behind the known ones; one that goes down is an error at once.
+    // A link that comes up later is appended to the devices; one that goes down is an error at once.
     assert!(ip(&["link set px7 up"]));
     until("eth7", || (devices() == ["eth9", "eth7"]).then_some(()));
     assert!(ip(&["link set px9 down"]));

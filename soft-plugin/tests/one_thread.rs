@@ -24,7 +24,7 @@ fn start() {
     ]);
 }
 
-struct Line {
+struct Channel {
     landing: Vec<Vec<u8>>,
     messages: Vec<Vec<u8>>,
     sends: VecDeque<Opaque>,
@@ -37,8 +37,8 @@ struct Line {
     device: Opaque,
 }
 
-impl Line {
-    fn new(number: usize, count: usize) -> Line {
+impl Channel {
+    fn new(number: usize, count: usize) -> Channel {
         let mut rng = Rng(number as u64 + 40);
         let message = |i: usize| {
             let size = 1 + if rng.below(3) == 0 { rng.below(LIMIT) } else { rng.below(3000) };
@@ -48,7 +48,7 @@ impl Line {
         let landing = vec![vec![0; LIMIT]; MAX_REQUESTS];
         let (sender, receiver) = pair();
         let device = receiver.reg(&landing[0], NCCL_PTR_CUDA);
-        Line {
+        Channel {
             landing,
             messages,
             sends: VecDeque::new(),
@@ -66,7 +66,7 @@ impl Line {
         self.got == self.messages.len() && self.sends.is_empty()
     }
 
-    /// One look at everything; true when something moved.
+    /// Polls everything once; true when something moved.
     fn step(&mut self) -> bool {
         let mut moved = false;
         if self.sent < self.messages.len() && self.sends.len() < MAX_REQUESTS {
@@ -112,22 +112,22 @@ impl Line {
 #[test]
 fn eight_comms_share_a_thread_and_a_doorbell() {
     start();
-    let mut lines: Vec<_> = (0..8).map(|i| Line::new(i, 400)).collect();
+    let mut channels: Vec<_> = (0..8).map(|i| Channel::new(i, 400)).collect();
     let bell = Doorbell::new();
-    for line in &lines {
-        bell.attach(line.sender.0);
-        bell.attach(line.receiver.comm);
+    for channel in &channels {
+        bell.attach(channel.sender.0);
+        bell.attach(channel.receiver.comm);
     }
     let start = Instant::now();
-    while !lines.iter().all(Line::finished) {
+    while !channels.iter().all(Channel::finished) {
         assert!(start.elapsed() < HANG, "hang");
-        let mut step = || lines.iter_mut().fold(false, |moved, line| line.step() | moved);
+        let mut step = || channels.iter_mut().fold(false, |moved, channel| channel.step() | moved);
         if !step() {
             bell.sleep_unless(step);
         }
     }
-    for line in lines {
-        dereg(line.receiver.comm, line.device);
+    for channel in channels {
+        dereg(channel.receiver.comm, channel.device);
     }
 }
 
@@ -139,12 +139,12 @@ fn a_stalled_comm_does_not_stop_the_others() {
     for _ in 0..16 {
         stalled.0.isendv(&[&data]).unwrap();
     }
-    let mut line = Line::new(99, 200);
+    let mut channel = Channel::new(99, 200);
     let start = Instant::now();
-    while !line.finished() {
+    while !channel.finished() {
         assert!(start.elapsed() < HANG, "hang");
-        line.step();
+        channel.step();
     }
-    dereg(line.receiver.comm, line.device);
+    dereg(channel.receiver.comm, channel.device);
     drop(stalled);
 }

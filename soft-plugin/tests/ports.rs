@@ -1,4 +1,4 @@
-//! Listen comms find their ports in UCCL_TCPX_PORT_RANGE, use them again, and say so when none is free.
+//! Listen comms take their ports from UCCL_TCPX_PORT_RANGE, reuse them, and report when none is free.
 #![allow(missing_docs)]
 
 mod common;
@@ -9,7 +9,7 @@ use std::net::{Ipv4Addr, TcpListener};
 use common::*;
 use nccl_net_abi::*;
 
-/// Below the ports that the system gives out.
+/// Below the system's ephemeral ports.
 const RANGE: std::ops::RangeInclusive<u16> = 21_700..=21_715;
 
 fn port(handle: &Handle) -> u16 {
@@ -31,14 +31,14 @@ fn every_port_of_the_range_serves_and_no_other() {
     let range = format!("{}-{}", RANGE.start(), RANGE.end());
     setup(&[("UCCL_TCPX_SOFT_THREADS", "1"), ("UCCL_TCPX_PORT_RANGE", &range)]);
     assert_eq!(soft_plugin::port_range(), Some(RANGE));
-    // Somebody else has one of them.
+    // Another program uses one of them.
     let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, *RANGE.start() + 3)).unwrap();
     let mut all: Vec<_> = (1..RANGE.len()).map(|_| try_listen().expect("a free port")).collect();
     let ports: HashSet<u16> = all.iter().map(|(_, handle)| port(handle)).collect();
     assert_eq!(ports.len(), RANGE.len() - 1);
     assert!(ports.iter().all(|port| RANGE.contains(port) && *port != RANGE.start() + 3));
     assert_eq!(try_listen().map(|_| ()), Err((NCCL_SYSTEM_ERROR, Some(libc::EADDRINUSE))));
-    // A port is free again when its channel is up, closed or not.
+    // A port is free again once its channel is up, closed or not.
     let (listener, mut handle) = all.pop().unwrap();
     let sender = connect(&mut handle);
     let receiver = accept(listener);
@@ -48,7 +48,7 @@ fn every_port_of_the_range_serves_and_no_other() {
         assert_eq!(port(&same), port(&handle));
         let pair = (connect(&mut same), accept(again));
         close_listen(again);
-        // The side that accepted closes first: the kernel remembers such a connection for a minute.
+        // The listener closes first: its connections stay in TIME_WAIT for a minute.
         drop(pair.1);
         drop(pair.0);
     }

@@ -1,4 +1,4 @@
-//! Guarded comms: who may join, and what becomes of messages that a relay between honest ends changes, repeats, drops or cuts.
+//! Protected comms: which peers are accepted, and the fate of messages that a relay alters, repeats, drops or truncates.
 #![allow(missing_docs)]
 
 mod common;
@@ -58,13 +58,13 @@ fn through(relay: impl FnOnce(TcpStream, TcpStream) + Send + 'static) -> (Sender
 
 const HELLO: usize = 48;
 
-/// Passes `n` bytes on.
+/// Forwards `n` bytes.
 fn pass(from: &mut TcpStream, to: &mut TcpStream, n: usize) -> bool {
     let mut bytes = vec![0; n];
     from.read_exact(&mut bytes).is_ok() && to.write_all(&bytes).is_ok()
 }
 
-/// Passes all bytes on; byte number `at` (behind the hello) has its lowest bit changed.
+/// Forwards all bytes, with the lowest bit of byte number `at` (after the hello) flipped.
 fn damage(at: usize) -> impl FnOnce(TcpStream, TcpStream) + Send + 'static {
     move |mut from, mut to| {
         let mut byte = [0];
@@ -75,7 +75,7 @@ fn damage(at: usize) -> impl FnOnce(TcpStream, TcpStream) + Send + 'static {
     }
 }
 
-/// What became of a 64-byte message whose bytes took `relay`.
+/// The fate of a 64-byte message through `relay`.
 #[derive(Debug, PartialEq)]
 enum Fate {
     Right,
@@ -93,7 +93,7 @@ fn fate(level: i32, relay: impl FnOnce(TcpStream, TcpStream) + Send + 'static) -
     let request = receiver.irecvv(&mut [&mut landing]).unwrap();
     let second = receiver.irecvv(&mut [&mut behind]).unwrap();
     sender.isendv(&[&good]).unwrap();
-    // More bytes follow, so that a longer message than was sent is found out.
+    // More bytes follow, so that a forged greater length is detected.
     sender.isendv(&[&more]).unwrap();
     match (wait(request), wait(second)) {
         (Ok(64), Ok(4096)) if landing[..] == good && behind == more => Fate::Right,
@@ -105,10 +105,10 @@ fn fate(level: i32, relay: impl FnOnce(TcpStream, TcpStream) + Send + 'static) -
 }
 
 #[test]
-fn a_damaging_relay_is_found_out_at_every_byte() {
+fn damage_by_a_relay_is_detected_at_every_byte() {
     start();
     let fates = |level| -> Vec<Fate> { (0..130).map(|at| fate(level, damage(at))).collect() };
-    // The test can fail: without a guard most of these bytes arrive as if they were right.
+    // Shows that the test can fail: without protection most of these bytes arrive undetected.
     assert!(fates(0).iter().filter(|f| **f == Fate::Wrong).count() >= 64);
     for level in LEVELS {
         assert!(fates(level).iter().all(|f| *f == Fate::Failed), "level {level}");
@@ -116,7 +116,7 @@ fn a_damaging_relay_is_found_out_at_every_byte() {
     }
 }
 
-/// Sends three messages of 100 bytes over a relay that sees each as one piece, and tells how many arrive as they were.
+/// Sends three messages of 100 bytes through a relay that sees each as one piece, and returns how many arrive intact.
 fn right(relay: impl FnOnce(Vec<Vec<u8>>, &mut TcpStream) + Send + 'static) -> usize {
     const WIRE: usize = 100 + 44;
     let (sender, receiver) = through(move |mut from, mut to| {
@@ -138,7 +138,7 @@ fn right(relay: impl FnOnce(Vec<Vec<u8>>, &mut TcpStream) + Send + 'static) -> u
 }
 
 #[test]
-fn sealed_messages_are_not_repeated_reordered_left_out_or_cut() {
+fn sealed_messages_cannot_be_repeated_reordered_dropped_or_truncated() {
     start();
     assert_eq!(right(|m, to| m.iter().for_each(|m| to.write_all(m).unwrap())), 3);
     for (order, good) in [([0, 0, 1], 1), ([1, 0, 2], 0), ([0, 2, 1], 1), ([2, 1, 0], 0)] {
@@ -151,7 +151,7 @@ fn sealed_messages_are_not_repeated_reordered_left_out_or_cut() {
 }
 
 #[test]
-fn all_kinds_of_messages_pass_a_guarded_comm() {
+fn all_kinds_of_messages_pass_a_protected_comm() {
     start();
     for level in LEVELS {
         let (sender, receiver) = pair();
@@ -209,9 +209,9 @@ fn windows_full_of_large_messages_pass() {
     }
 }
 
-/// Another transfer may go to the same bytes at the same time: which of them stay is the application's affair, and no damage.
+/// Another transfer may write to the same bytes at the same time: the application decides on such races; they are not damage.
 #[test]
-fn a_sealed_message_bears_that_others_write_where_it_goes() {
+fn a_sealed_message_tolerates_other_writes_to_its_destination() {
     start();
     let (go, gone) = std::sync::mpsc::channel();
     let (sender, receiver) = through(move |mut from, mut to| {
@@ -225,7 +225,7 @@ fn a_sealed_message_bears_that_others_write_where_it_goes() {
     let request = receiver.irecvv(&mut [&mut landing]).unwrap();
     sender.isendv(&[&good]).unwrap();
     std::thread::sleep(std::time::Duration::from_millis(200));
-    assert!(landing.iter().all(|&byte| byte == 0), "bytes that nobody has vouched for");
+    assert!(landing.iter().all(|&byte| byte == 0), "unauthenticated bytes were written");
     landing.fill(0xEE);
     go.send(()).unwrap();
     assert_eq!(wait(request), Ok(100_000));
@@ -250,7 +250,7 @@ fn a_damaged_device_receive_publishes_no_descriptors() {
 }
 
 #[test]
-fn a_stolen_cookie_does_not_join() {
+fn a_stolen_cookie_is_not_accepted() {
     start();
     let (listener, mut handle) = listen();
     key_listen(listener, &KEY);
@@ -281,7 +281,7 @@ fn a_stolen_cookie_does_not_join() {
 }
 
 #[test]
-fn a_guarded_receiver_takes_nothing_from_another_kind_of_sender() {
+fn a_protected_receiver_takes_nothing_from_another_kind_of_sender() {
     start();
     for (ours, theirs, key) in [(0, 1, KEY), (2, 1, KEY), (1, 2, KEY), (0, 2, KEY), (2, 2, [1; 32])] {
         let (sender, receiver) = pair();
@@ -290,7 +290,7 @@ fn a_guarded_receiver_takes_nothing_from_another_kind_of_sender() {
         let mut landing = [0; 64];
         let request = receiver.irecvv(&mut [&mut landing]).unwrap();
         sender.isendv(&[&[7; 64]]).unwrap();
-        // Enough bytes for any head that is waited for.
+        // Enough bytes for any head.
         let _ = sender.isendv(&[&[7; 64]]);
         assert_eq!(wait(request), Err(NCCL_INTERNAL_ERROR), "{ours} and {theirs}");
         assert_eq!(landing, [0; 64]);

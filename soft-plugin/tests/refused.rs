@@ -1,4 +1,4 @@
-//! Settings that cannot be understood fail `init`, with a line that names them.
+//! Invalid settings fail `init`, with a line that names them.
 #![allow(missing_docs)]
 
 #[path = "common/lines.rs"]
@@ -9,7 +9,7 @@ use nccl_net_abi::*;
 
 /// One test: there is one environment.
 #[test]
-fn init_fails_until_the_settings_are_understood() {
+fn init_fails_until_the_settings_are_valid() {
     collect();
     std::env::set_var("NCCL_SOCKET_IFNAME", "lo");
     std::env::set_var("UCCL_TCPX_SOFT_TREADS", "4");
@@ -35,5 +35,5 @@ fn init_fails_until_the_settings_are_understood() {
     }
     // SAFETY: no logger.
     assert_eq!(unsafe { init(None) }, NCCL_SUCCESS);
-    assert!(lines().iter().any(|l| l.contains("UCCL_TCPX_SOFT_TREADS")), "a misspelt name is told");
+    assert!(lines().iter().any(|l| l.contains("UCCL_TCPX_SOFT_TREADS")), "a misspelt name is logged");
 }

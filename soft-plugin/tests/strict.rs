@@ -1,4 +1,4 @@
-//! The strict configuration with emulated device memory and random fragments: every rule broken once, and the unpack path.
+//! Strict mode with emulated device memory and random fragments: breaks every rule once, and tests the unpack path.
 #![allow(missing_docs)]
 
 mod common;
@@ -64,7 +64,7 @@ fn the_seventeenth_request_is_an_error() {
 }
 
 #[test]
-fn testing_another_than_the_head_is_an_error() {
+fn testing_a_request_that_is_not_the_oldest_is_an_error() {
     start();
     let (mut a, mut b) = ([0u8; 4], [0u8; 4]);
     let (sender, receiver) = pair();
@@ -74,7 +74,7 @@ fn testing_another_than_the_head_is_an_error() {
     sender.isendv(&[&[1; 4]]).unwrap();
     sender.isendv(&[&[2; 4]]).unwrap();
     assert_eq!(wait(first).map(drop), Ok(()));
-    assert_eq!(test(first), Err(NCCL_INTERNAL_ERROR), "it has been reported");
+    assert_eq!(test(first), Err(NCCL_INTERNAL_ERROR), "already reported");
     assert_eq!(wait(second).map(drop), Ok(()));
 }
 
@@ -94,7 +94,7 @@ fn consuming_out_of_turn_is_an_error() {
     receiver.consumed(first).unwrap();
     receiver.consumed(second).unwrap();
     assert_eq!(receiver.consumed(second), Err(NCCL_INTERNAL_ERROR), "twice");
-    assert_eq!(receiver.consumed(send), Err(NCCL_INVALID_ARGUMENT), "not of this comm");
+    assert_eq!(receiver.consumed(send), Err(NCCL_INVALID_ARGUMENT), "of another comm");
 }
 
 #[test]
@@ -133,7 +133,7 @@ fn sizes_and_counts_are_checked() {
     for n in [-1, 0, 2] {
         assert_eq!(receiver.irecv_n(n, base, 10, back), Err(NCCL_INVALID_ARGUMENT));
     }
-    // Nothing of this has harmed the comms.
+    // The comms still work.
     let request = receiver.irecv(base, LIMIT, back).unwrap();
     let source = pattern(4, LIMIT);
     sender.isend(source.as_ptr(), LIMIT, out).unwrap();
@@ -144,7 +144,7 @@ fn sizes_and_counts_are_checked() {
 }
 
 #[test]
-fn device_messages_are_put_together_from_random_fragments() {
+fn device_messages_are_assembled_from_random_fragments() {
     start();
     let (sender, receiver) = pair();
     let memory = page();
@@ -158,7 +158,7 @@ fn device_messages_are_put_together_from_random_fragments() {
             _ => 1 + rng.below(LIMIT),
         };
         let data = pattern(k, size);
-        // The destination is not even memory: the plugin must not touch it.
+        // The destination is not mapped: the plugin must not touch it.
         let request = receiver.irecv(16 as *mut u8, LIMIT, mhandle).unwrap();
         let send = sender.isendv(&[&data]).unwrap();
         wait(request).expect("received");
@@ -178,7 +178,7 @@ fn device_messages_are_put_together_from_random_fragments() {
 }
 
 #[test]
-fn slots_follow_the_request_number_whatever_its_kind() {
+fn slots_follow_the_request_number_for_every_kind() {
     start();
     let (sender, receiver) = pair();
     let memory = page();

@@ -1,4 +1,4 @@
-//! A peer that disappears without a word, as a host that loses power does: keepalive finds out, for comms that are idle.
+//! A peer that disappears silently, like a host that loses power: keepalive detects it on idle comms.
 #![allow(missing_docs)]
 
 mod common;
@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use common::*;
 use nccl_net_abi::*;
 
-/// Closes a connection without telling the peer; false where this process may not.
+/// Closes a connection without telling the peer; false if not permitted.
 fn vanish(stream: TcpStream) -> bool {
     let on: libc::c_int = 1;
     // SAFETY: a live socket and an int.
@@ -22,7 +22,7 @@ fn vanish(stream: TcpStream) -> bool {
 }
 
 #[test]
-fn keepalive_finds_out_about_a_vanished_peer_of_an_idle_comm() {
+fn keepalive_detects_a_vanished_peer_of_an_idle_comm() {
     setup(&[("UCCL_TCPX_SOFT_THREADS", "1"), ("UCCL_TCPX_SOFT_KEEPALIVE_S", "1")]);
     let port = |handle: &Handle| u16::from_le_bytes([handle[12], handle[13]]);
     let (listener, handle) = listen();

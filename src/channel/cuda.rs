@@ -1,4 +1,4 @@
-//! Device memory through CUDA: unpack and pack jobs of a round are launched together, completion is read from mapped memory.
+//! GPU memory through CUDA: the unpack and pack jobs of a round are launched together, and completion is read from mapped memory.
 //! Knows jobs and places, nothing of connections and plugins.
 
 use super::device::{DeviceCopier, StagingMemory, Ticket, View};
@@ -14,9 +14,9 @@ use std::ffi::c_void;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A copy of a few bytes that takes longer than this will not end.
+/// A small copy that takes longer has failed.
 const SMALL_COPY_LIMIT: Duration = Duration::from_secs(5);
-/// Time that a connection's end leaves to jobs under way, which copy a few chunks.
+/// How long a closing connection waits for running jobs, which copy a few chunks.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(5);
 
 /// A job waiting for the end of the round.
@@ -52,16 +52,16 @@ struct Unit {
     scratch: PinnedBuffer,
 }
 
-/// Jobs of one direction, launched in the order they came. The two directions have streams of their own: an unpack does not wait for
-/// the packs ahead of it.
+/// Jobs of one direction, launched in submission order. Each direction has its own streams: an unpack does not wait for
+/// earlier packs.
 struct Jobs {
     launchers: Vec<PooledLauncher<CopyLauncher>>,
     turn: usize,
-    /// Jobs of a launch at most.
+    /// Most jobs of a launch.
     batch: usize,
     queued: Vec<Queued>,
     launched: VecDeque<Batch>,
-    /// Number of the next job, and of the oldest whose end is not known.
+    /// Number of the next job, and of the oldest not known to be complete.
     next: u64,
     finished: u64,
 }
@@ -74,13 +74,13 @@ struct Batch {
     launched: Launched,
 }
 
-/// Streams that launches take in turn: one launch of a chunk over PCIe is mostly latency, and several at once hide it.
+/// Streams that launches use in turn: a launch of one chunk over PCIe is mostly latency, and several at once hide it.
 const UNPACK_STREAMS: usize = 4;
 const PACK_STREAMS: usize = 2;
-/// Jobs of a launch. Packs are launched few at a time: chunks of one launch share the bus, and the first should leave soon.
+/// Most jobs per launch. Packs are launched few at a time: chunks of one launch share the bus, and the first should be sent soon.
 const UNPACK_BATCH: usize = 16;
 const PACK_BATCH: usize = 2;
-/// Pieces of a small copy that the copy engine takes one by one; more are one kernel.
+/// Most pieces of a small copy that go to the copy engine one by one; more become one kernel.
 const FEW: usize = 2;
 
 impl Jobs {
@@ -115,13 +115,13 @@ impl Jobs {
         self.queued.iter().take(self.batch).take_while(fits).count().max(1)
     }
 
-    /// Launches what is queued, as far as the launchers have room.
+    /// Launches queued jobs as far as the launchers have room.
     fn flush(&mut self) -> Result<()> {
         while !self.queued.is_empty() {
             let n = self.next_batch();
             let jobs: Vec<Job<'_>> = self.queued[..n].iter().map(Queued::job).collect();
             let launcher = self.turn % self.launchers.len();
-            // SAFETY: whoever queued the jobs keeps their memory until they are done (contract of `unpack` and `pack`).
+            // SAFETY: the caller of `unpack` or `pack` keeps the jobs' memory until they are done.
             let Some(launched) = (unsafe { self.launchers[launcher].submit(&jobs) })? else { return Ok(()) };
             drop(jobs);
             self.turn += 1;
@@ -148,7 +148,7 @@ impl Jobs {
         !self.queued.is_empty() || !self.launched.is_empty()
     }
 
-    /// Drops what was not launched and waits for the rest until `deadline`.
+    /// Drops jobs not yet launched and waits for the rest until `deadline`.
     fn quiesce(&mut self, deadline: Instant) -> Result<()> {
         self.queued.clear();
         let each =
@@ -160,7 +160,7 @@ impl Jobs {
 
 impl Unit {
     fn new(place: Place) -> Result<Unit> {
-        let Some(ordinal) = place.ordinal() else { bail!(Internal, "host memory is not copied by a GPU") };
+        let Some(ordinal) = place.ordinal() else { bail!(Internal, "a GPU copy of host memory") };
         let gpu = Gpu::open(i32::from(ordinal))?;
         Ok(Unit {
             place,
@@ -179,7 +179,7 @@ impl Unit {
         }
     }
 
-    /// Where small copies run, which are waited for.
+    /// The stream of small, synchronous copies.
     fn small(&mut self) -> &mut CopyLauncher {
         &mut self.unpacking.launchers[0]
     }
@@ -187,12 +187,12 @@ impl Unit {
     /// The scratch buffer, which holds `len` bytes.
     fn scratch_for(&self, len: usize) -> Result<*mut u8> {
         if len > self.scratch.len() {
-            bail!(Internal, "{len} bytes of a small copy");
+            bail!(Internal, "a small copy of {len} bytes is too large");
         }
         Ok(self.scratch.mapped().host)
     }
 
-    /// Copies `len` bytes between `parts` and the scratch buffer, from the parts with `fetch`, and waits.
+    /// Copies `len` bytes between `parts` and the scratch buffer (from the parts if `fetch`), and waits.
     ///
     /// # Safety
     /// `parts` are registered memory of this GPU and hold `len` bytes, as the scratch buffer does.
@@ -202,10 +202,10 @@ impl Unit {
             let list = segments(parts);
             let len = len as u64;
             let job = if fetch { Job::gather(&list, scratch.device, len) } else { Job::scatter(scratch.device, &list, len) };
-            // SAFETY: by the caller's contract; the job is waited for.
+            // SAFETY: by the caller's contract; this waits for the job.
             return unsafe { self.run(job) };
         }
-        // The copy engine starts sooner than a kernel, and does not wait for a busy GPU.
+        // The copy engine starts sooner than a kernel, and does not wait for busy multiprocessors.
         let (stream, mut at) = (self.small().stream(), scratch.host);
         for part in parts {
             let n = part.len as usize;
@@ -222,7 +222,7 @@ impl Unit {
         Ok(stream.finish(SMALL_COPY_LIMIT)?)
     }
 
-    /// Reads a plain value from memory of this GPU, and waits for it.
+    /// Reads a plain value from this GPU's memory, and waits for it.
     ///
     /// # Safety
     /// `src` holds a `T`, and any bytes there are a valid `T`.
@@ -236,7 +236,7 @@ impl Unit {
         Ok(unsafe { scratch.cast::<T>().read() })
     }
 
-    /// Runs one small job to its end.
+    /// Runs one small job to completion.
     ///
     /// # Safety
     /// As `CopyLauncher::submit`.
@@ -251,25 +251,25 @@ impl Unit {
                 Some(_) => std::hint::spin_loop(),
             }
             if Instant::now() > deadline {
-                bail!(Gpu, "the GPU has not copied {} bytes in {SMALL_COPY_LIMIT:?}", job.len);
+                bail!(Gpu, "the GPU has not copied {} bytes within {SMALL_COPY_LIMIT:?}", job.len);
             }
         }
     }
 }
 
-/// Device memory of a connection, on as many GPUs as its transfers touch.
+/// The device copier of a connection, with state for each GPU that its transfers touch.
 #[derive(Default)]
 pub(crate) struct CudaDevice {
     units: Vec<Unit>,
 }
 
-/// Has what a connection needs of a GPU made before it needs it. For registrations and for the set-up of connections, with no lock of a
-/// connection held.
+/// Allocates a GPU's state before a connection needs it. For registrations and for the set-up of connections; the caller holds no
+/// connection lock.
 pub(crate) fn warm(gpu: &Arc<Gpu>) -> Result<()> {
     gpu.reserve_launchers(UNPACK_STREAMS + PACK_STREAMS)
 }
 
-/// Where memory lies that a kernel reads.
+/// The place of memory that a kernel reads.
 fn place_of(addr: u64) -> Result<Place> {
     match crate::gpu::memory_kind(addr)? {
         MemoryKind::Device { ordinal } => match u8::try_from(ordinal) {
@@ -313,7 +313,7 @@ impl DeviceCopier for CudaDevice {
     }
 
     unsafe fn view(&mut self, handle: *const c_void, place: Place) -> Result<View> {
-        // The handle lies where the comm belongs, which may be another GPU than the one that receives.
+        // The handle is in the memory of the comm's GPU, which may differ from the receiving GPU.
         let home = place_of(handle as u64)?;
         let reader = if home.is_device() { home } else { place };
         // SAFETY: by the caller's contract the handle is device memory that holds this structure.
@@ -327,13 +327,13 @@ impl DeviceCopier for CudaDevice {
 
     unsafe fn unpack(&mut self, view: &View, slot: usize, len: usize, parts: &[Part], place: Place) -> Result<Ticket> {
         if !view.reaches(place) {
-            bail!(Unsupported, "a receive of the comms of {:?} into memory of {place:?}", view.home);
+            bail!(Unsupported, "comms of {:?} cannot receive into memory of {place:?}", view.home);
         }
         let meta = MappedPtr { host: view.meta.cast_mut().cast(), device: view.meta_device };
         // SAFETY: the meta queue is live and the receive is done.
         let count = unsafe { super::device::entry_count(view.meta, slot) };
         if count > MAX_SLOT_ENTRIES as u64 {
-            bail!(Plugin, "the plugin describes a receive by {count} fragments");
+            bail!(Plugin, "the plugin describes a receive with {count} fragments");
         }
         let kind = Kind::Unpack { meta, slot, bounce: view.bounce, read_count: view.read_count };
         let unit = self.index(place)?;
@@ -361,7 +361,7 @@ impl DeviceCopier for CudaDevice {
             Ticket::Done => Ok(true),
             Ticket::Job { unit, pack, job } => match self.units.get_mut(unit) {
                 Some(unit) => unit.jobs(pack).poll(job),
-                None => bail!(Internal, "a job of no GPU"),
+                None => bail!(Internal, "internal error: a job without a GPU"),
             },
         }
     }
@@ -401,7 +401,7 @@ impl DeviceCopier for CudaDevice {
     fn host_staging(&mut self, len: usize, place: Place) -> Result<Box<dyn StagingMemory>> {
         let memory = self.gpu(place)?.pinned(len)?;
         if memory.mapped().host as u64 != memory.mapped().device {
-            bail!(Gpu, "pinned memory has another address on the GPU than on the host");
+            bail!(Gpu, "pinned memory has different addresses on the GPU and the host");
         }
         Ok(Box::new(memory))
     }

@@ -1,4 +1,4 @@
-//! Moving bytes of device memory: unpacking a bounce buffer to its destinations, gathering segments into staging. One trait, so that
+//! Copies of device memory: unpacking a bounce buffer to its destinations, packing segments into staging memory. One trait, so that
 //! the rest of the engine is the same for CUDA and for emulated device memory, where the CPU does both. Knows nothing of comms and
 //! transfers.
 
@@ -7,7 +7,7 @@ use crate::types::{Part, Place};
 use nccl_net_abi::{loadMeta, netUnpackMeta, unpackNetDeviceHandle, MAX_SLOT_ENTRIES};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Work handed to a device; asked for with [`DeviceCopier::poll`].
+/// A job of a device; checked with [`DeviceCopier::poll`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ticket {
     /// Finished when it was submitted.
@@ -16,23 +16,23 @@ pub(crate) enum Ticket {
     Job {
         /// Index of the GPU among those of the copier.
         unit: usize,
-        /// Packing; otherwise unpacking. Each finishes in its own order.
+        /// Packing; otherwise unpacking. Each kind completes in its own order.
         pack: bool,
-        /// Number of the job there.
+        /// Its number there.
         job: u64,
     },
 }
 
-/// The plugin's unpack structure of a comm, as this side reads it.
+/// The plugin's unpack structure of a comm.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct View {
     /// The meta queue, for the CPU.
     pub meta: *const netUnpackMeta,
-    /// The same, for kernels.
+    /// The meta queue, for kernels.
     pub meta_device: u64,
-    /// Base of the bounce buffer, for whoever copies.
+    /// Base of the bounce buffer, for the copier.
     pub bounce: u64,
-    /// Where the bounce buffer lies: host memory, which every GPU reads, or the GPU that the comm belongs to.
+    /// The place of the bounce buffer: host memory, which every GPU reads, or the comm's GPU.
     pub home: Place,
     /// The count must be read before the data (a NIC writes the bounce buffer).
     pub read_count: bool,
@@ -45,15 +45,15 @@ impl View {
     }
 }
 
-/// Copies on a device. Only `store`, `fetch` and `quiesce` wait.
+/// Copies on a device. Only `store`, `fetch` and `quiesce` block.
 pub(crate) trait DeviceCopier: Send {
-    /// Runs `body` with the GPU of `place` current in this thread, as plugin calls for its memory ask, and puts back what was.
+    /// Runs `body` with the GPU of `place` current in this thread, as plugin calls on its memory require, and restores the old one.
     fn within(&mut self, place: Place, body: &mut dyn FnMut() -> Result<bool>) -> Result<bool>;
 
     /// The plugin's unpack structure, read once per comm.
     ///
     /// # Safety
-    /// `handle` is what `accept` of a live comm filled in.
+    /// `handle` was filled by `accept` of a live comm.
     unsafe fn view(&mut self, handle: *const std::ffi::c_void, place: Place) -> Result<View>;
 
     /// Copies the receive in `slot` to `parts`, in stream order; every entry is checked against `len`. Starts at the next `flush`.
@@ -69,19 +69,19 @@ pub(crate) trait DeviceCopier: Send {
     /// `parts` lie in registered memory of `place`, `staging` holds their sum, and both stay until the job is done.
     unsafe fn pack(&mut self, parts: &[Part], staging: *mut u8, place: Place) -> Result<Ticket>;
 
-    /// Starts what was handed over since the last flush.
+    /// Starts the jobs submitted since the last flush.
     fn flush(&mut self) -> Result<()>;
 
     /// Whether a job has finished.
     fn poll(&mut self, ticket: Ticket) -> Result<bool>;
 
-    /// Jobs are under way; nobody is woken when they end.
+    /// Whether jobs are running; their end wakes no thread.
     fn busy(&self) -> bool;
 
-    /// Up to this many bytes `store` and `fetch` beat a chunk.
+    /// Up to this many bytes `store` and `fetch` are faster than a chunk.
     fn inline_bytes(&self) -> usize;
 
-    /// Puts a few bytes in place and returns when they are there.
+    /// Writes a few bytes and returns when they are in place.
     ///
     /// # Safety
     /// `parts` lie in registered memory of `place` and hold `bytes`.
@@ -99,14 +99,14 @@ pub(crate) trait DeviceCopier: Send {
     /// Page-aligned host memory that the device writes directly.
     fn host_staging(&mut self, len: usize, place: Place) -> Result<Box<dyn StagingMemory>>;
 
-    /// Waits, for a bounded time, until no job touches memory any more; jobs that were not started never will be. After an error some
-    /// may still run: then comms, staging and this copier must stay, and so must the memory of their transfers.
+    /// Waits, for a bounded time, until no job touches memory; jobs not yet started never will. After an error some
+    /// may still run: then comms, staging memory, this copier and the memory of their transfers must stay.
     fn quiesce(&mut self) -> Result<()>;
 }
 
 /// Memory of a staging ring.
 pub(crate) trait StagingMemory: Send {
-    /// First byte, page-aligned, in the address space of its kind.
+    /// First byte, page-aligned, as an address of its place.
     fn ptr(&self) -> *mut u8;
 }
 
@@ -116,7 +116,7 @@ impl StagingMemory for super::memory::HostBlock {
     }
 }
 
-/// Device memory that is really host memory: the CPU copies.
+/// Host memory that emulates device memory: the CPU copies.
 pub(crate) struct EmulatedDevice;
 
 impl DeviceCopier for EmulatedDevice {
@@ -175,7 +175,7 @@ impl DeviceCopier for EmulatedDevice {
     }
 
     fn inline_bytes(&self) -> usize {
-        // Emulation exists to exercise the bounce buffers, for small transfers too.
+        // Emulation must exercise the bounce buffers, for small transfers too.
         0
     }
 
@@ -223,13 +223,13 @@ unsafe fn entries<'a>(meta: *const netUnpackMeta, slot: usize) -> Result<&'a [lo
     // SAFETY: by the caller's contract.
     let count = unsafe { entry_count(meta, slot) };
     if count > MAX_SLOT_ENTRIES as u64 {
-        bail!(Plugin, "the plugin describes a receive by {count} fragments");
+        bail!(Plugin, "the plugin describes a receive with {count} fragments");
     }
     // SAFETY: count is within the row.
     Ok(unsafe { std::slice::from_raw_parts((&raw const (*meta).mem[slot]).cast::<loadMeta>(), count as usize) })
 }
 
-/// Every entry inside the message, and all of the message described.
+/// Checks that every entry lies inside the message, and that the entries cover it.
 fn check_entries(entries: &[loadMeta], len: usize) -> Result<()> {
     let mut sum = 0u64;
     for e in entries {
@@ -245,7 +245,7 @@ fn check_entries(entries: &[loadMeta], len: usize) -> Result<()> {
     Ok(())
 }
 
-/// Message offset at which each part begins.
+/// The message offset of each part.
 fn starts(parts: &[Part]) -> Vec<usize> {
     parts
         .iter()
@@ -257,7 +257,7 @@ fn starts(parts: &[Part]) -> Vec<usize> {
         .collect()
 }
 
-/// Copies `len` bytes that belong at message offset `at` to the parts they fall into.
+/// Copies `len` bytes at message offset `at` to the parts that they fall into.
 ///
 /// # Safety
 /// `src` holds `len` bytes, `at + len` is at most the parts' sum, and the parts are writable.
@@ -334,7 +334,7 @@ mod tests {
                 at += n;
                 src += n + (at % 2);
             }
-            // Whatever the cuts left over goes last.
+            // The rest after the cuts comes last.
             if at < len {
                 bounce[src..src + len - at].copy_from_slice(&message[at..]);
                 list.push(entry(src, len - at, at));
@@ -368,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn receives_of_a_gpu_reach_its_own_memory_alone() {
+    fn receives_of_a_gpu_reach_only_its_own_memory() {
         let view = |home| View { meta: std::ptr::null(), meta_device: 0, bounce: 0, home, read_count: false };
         let (first, second) = (Place::gpu(0), Place::gpu(1));
         assert!(view(Place::HOST).reaches(first) && view(Place::HOST).reaches(second));

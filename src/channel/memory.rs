@@ -1,4 +1,4 @@
-//! Page-aligned host memory owned by a channel: staging rings and discard buffers. Knows nothing of what lies in it.
+//! Page-aligned host memory owned by a channel: staging rings and discard buffers. Knows nothing of its content.
 
 use crate::status::{bail, Result};
 use std::alloc::{alloc_zeroed, dealloc, Layout};
@@ -20,7 +20,7 @@ impl HostBlock {
             bail!(Resource, "block of {len} bytes")
         };
         if process::ensure_space(layout.size()).is_err() {
-            bail!(Resource, "{len} bytes of staging memory: the address space has no room (ulimit -v), or the machine no memory")
+            bail!(Resource, "{len} bytes of staging memory: the address space (ulimit -v) or the host's memory is exhausted")
         }
         // SAFETY: the layout's size is not 0.
         let Some(ptr) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { bail!(Resource, "{len} bytes of staging memory") };

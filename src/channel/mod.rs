@@ -1,6 +1,6 @@
-//! Channels: how a transfer's segments are cut into chunks (`plan`), the way to the peer as the engine sees it (`router` over the seam
-//! `path`), which channel carries a chunk (`stripe`), the path over a network plugin's comms (`net`), and where device memory is unpacked
-//! and packed (`device`). Knows nothing of the control protocol.
+//! Channels: cutting a transfer's segments into chunks (`plan`), choosing the path of a chunk (`router`, over the trait `path`) and its
+//! channel (`stripe`), the path over a network plugin's comms (`net`), and unpacking and packing device memory (`device`). Knows
+//! nothing of the control protocol.
 
 pub(crate) mod cuda;
 pub(crate) mod device;

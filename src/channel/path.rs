@@ -1,5 +1,5 @@
-//! The seam below the router: a path is one way from this engine to the peer, made of channels that carry chunks in order. Knows
-//! nothing of transfers beyond the key and tag that a chunk bears.
+//! The interface below the router: a path is a set of channels to the peer over one plugin, each of which carries chunks in order. Knows
+//! nothing of transfers beyond a chunk's key and tag.
 
 use super::device::DeviceCopier;
 use super::plan::{Chunk, ChunkLimits};
@@ -13,113 +13,113 @@ use std::time::Instant;
 
 /// A chunk to send.
 pub(crate) struct Departure {
-    /// Its stream.
+    /// Its transfer.
     pub key: Key,
     /// Its bytes.
     pub chunk: Chunk,
-    /// What keeps its memory registered; dropped when the chunk is gone or its channel is closed.
+    /// Keeps its memory registered; dropped when the chunk is sent or its channel is closed.
     pub hold: Hold,
     /// Part of a large transfer.
     pub bulk: bool,
-    /// Names stream and place in the stream; both sides compute the same.
+    /// Identifies the transfer and the position in it; both engines compute the same.
     pub tag: i32,
 }
 
 /// A chunk to receive.
 pub(crate) struct Arrival {
-    /// Its stream.
+    /// Its transfer.
     pub key: Key,
     /// Bytes, exactly.
     pub len: usize,
-    /// As the sender's.
+    /// As in the departure.
     pub tag: i32,
-    /// Where it goes.
+    /// Its destination.
     pub dest: Dest,
 }
 
-/// Where a chunk goes.
+/// The destination of a chunk.
 pub(crate) enum Dest {
     /// Registered memory of one place; the hold is dropped when the chunk is in place or its channel is closed.
     Memory {
-        /// Where the parts lie.
+        /// The place of the parts.
         place: Place,
         /// The pieces, in order.
         parts: Vec<Part>,
-        /// What keeps them registered; nobody looks at it.
+        /// Keeps them registered; never read.
         #[allow(dead_code)]
         hold: Hold,
     },
-    /// Nowhere: the transfer was refused, but its data is on its way and must be drained.
+    /// None: the transfer was refused, but its data is in flight and must be drained.
     Discard,
 }
 
-/// What the network has done on a channel.
+/// The network's progress on a channel.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Line<'a> {
-    /// This side's NIC.
+    /// The NIC of this engine.
     pub nic: &'a str,
-    /// Bytes that it took from this side and brought to it, parts of chunks included; `None` where the plugin does not tell.
+    /// Bytes sent and received, including partial chunks; `None` if the plugin does not report them.
     pub moved: Option<(u64, u64)>,
-    /// Chunks under way, out and in.
+    /// Chunks in flight, out and in.
     pub under_way: (usize, usize),
-    /// Of those that come, how many the plugin could put in place at once.
+    /// How many of the incoming chunks have a posted receive.
     pub posted: usize,
 }
 
-/// The device copier of a connection, absent where no device memory can be registered.
+/// The device copier of a connection; absent if device memory cannot be registered.
 pub(crate) type Copier = Option<Box<dyn DeviceCopier>>;
 
-/// One way to the peer. Dropping it closes its channels: afterwards nothing of it touches registered memory.
+/// A path to the peer. Dropping it closes its channels: afterwards it does not touch registered memory.
 pub(crate) trait Path: Send {
-    /// How many channels it has.
+    /// The number of its channels.
     fn channels(&self) -> usize;
 
-    /// What its chunks are at most.
+    /// The limits of its chunks.
     fn limits(&self) -> ChunkLimits;
 
-    /// Bytes of the chunks that a transfer of `total` bytes should be cut into.
+    /// The chunk length for a transfer of `total` bytes.
     fn chunk_len(&self, total: u64) -> usize;
 
-    /// Whether it carries memory of this side's `local` to or from the peer's `peer`.
+    /// Whether it carries memory between the place `local` here and the place `peer` at the peer.
     fn carries(&self, local: Place, peer: Place) -> bool;
 
-    /// Whether it carries memory of this side's `local` to or from anywhere.
+    /// Whether it carries memory of the place `local` here at all.
     fn carries_local(&self, local: Place) -> bool;
 
     /// The load of each channel for a chunk from `place`, and of the NICs, into empty lists. `bulk`: the chunk is part of a large
     /// transfer, and all of those together leave room in the window for small ones, which do not count against them.
     fn loads(&mut self, place: Place, bulk: bool, now: Instant, out: &mut Loads);
 
-    /// Takes a chunk for sending on a channel that has a free place.
+    /// Takes a chunk for sending on a channel with a free window slot.
     fn submit(&mut self, channel: usize, departure: Departure, copier: &mut Copier, now: Instant) -> Result<()>;
 
-    /// Takes a chunk that the peer has announced on a channel.
+    /// Takes a chunk that the peer announced on a channel.
     fn expect(&mut self, channel: usize, arrival: Arrival) -> Result<()>;
 
-    /// Advances everything that can advance; whether something did.
+    /// Advances all channels; returns whether anything advanced.
     fn progress(&mut self, copier: &mut Copier, now: Instant, events: &mut Vec<Event>) -> Result<bool>;
 
-    /// Chunks are announced, in flight or expected.
+    /// Whether chunks are announced, in flight or expected.
     fn busy(&self) -> bool;
 
-    /// What the network has done on each channel so far, in the order of their numbers.
+    /// The network's progress on each channel, in the order of their numbers.
     ///
     /// # Errors
-    /// When a channel has failed, idle or not.
+    /// A channel has failed, idle or not.
     fn network(&self, each: &mut dyn FnMut(Line<'_>)) -> Result<()>;
 
-    /// The two ends of a channel in a direction, for an error text.
+    /// The two addresses of a channel in a direction, for an error text.
     fn describe(&self, channel: usize, way: Way) -> String;
 
-    /// What each channel counts. `kernel`: with what the kernel knows of it.
+    /// The statistics of each channel. `kernel`: including the kernel's.
     fn stats(&self, kernel: bool, now: Instant, out: &mut Vec<ChannelStats>);
 
-    /// Has what chunks of `place` need here allocated and registered: from then on no chunk of it makes a GPU's driver allocate. For
-    /// memory that the path does not carry it does nothing.
+    /// Allocates and registers everything for chunks of `place`, so that later chunks make no GPU driver allocate. Does nothing for
+    /// memory that the path does not carry.
     fn ready(&mut self, _place: Place, _copier: &mut Copier) -> Result<()> {
         Ok(())
     }
 
-    /// Drops registrations of a region that nothing uses any more.
+    /// Drops the registrations of a region that is no longer used.
     fn forget_region(&mut self, id: u64);
 }

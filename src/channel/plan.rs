@@ -1,38 +1,38 @@
-//! The chunk plan: a transfer is a stream of bytes laid over a list of segments; chunks are cut off its front. Both sides walk
-//! their own list in the same order by the same lengths, so a chunk is described by its length alone. Pure.
+//! The chunk plan: a transfer is a stream of bytes laid over a list of segments; chunks are cut off its front. Both engines walk
+//! their own list in the same order by the same lengths, so a chunk's length alone describes it. Pure.
 
 use crate::types::{Part, Place, Segment};
 
-/// What one chunk is made of.
+/// A chunk and its pieces.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Chunk {
     /// Its pieces, in stream order; neighbours in memory are merged.
     pub parts: Vec<Part>,
     /// Bytes of all pieces.
     pub len: usize,
-    /// Where the local side lies.
+    /// The place of its memory here.
     pub place: Place,
-    /// Where the peer's side lies; meaningless where it was not known (see [`Walk::take_exact`]).
+    /// The place of its memory at the peer; meaningless if unknown (see [`Walk::take_exact`]).
     pub peer: Place,
 }
 
-/// What a chunk of a path is at most. Both sides of a connection come to the same limits.
+/// The limits of a path's chunks. Both engines compute the same limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ChunkLimits {
     /// Bytes.
     pub bytes: usize,
-    /// Pieces on the sending side.
+    /// Pieces at the sender.
     pub pieces: usize,
-    /// Segments that it crosses, and so its pieces at most on the receiving side, where fewer may merge.
+    /// Segments that it crosses: the most pieces at the receiver, where neighbours may not merge.
     pub crossed: usize,
 }
 
-/// Pieces of one chunk at most on the sending side: a chunk that scatters further is cut shorter.
+/// Most pieces of one chunk at the sender: a more scattered chunk is cut shorter.
 pub(crate) const MAX_PARTS: usize = 512;
-/// Segments that one chunk crosses at most, merged or not, and so its pieces at most on the receiving side, where fewer may merge.
+/// Most segments that one chunk crosses, merged or not, and so the most pieces at the receiver, where neighbours may not merge.
 pub(crate) const MAX_CROSSED: usize = 4096;
 
-/// The way along a transfer's stream: what is not yet cut into chunks.
+/// A walk along a transfer's stream: the part not yet cut into chunks.
 #[derive(Debug)]
 pub(crate) struct Walk {
     segments: Vec<Segment>,
@@ -49,7 +49,7 @@ impl Walk {
         Walk { segments, next: 0, taken: 0, total, remaining: total }
     }
 
-    /// Bytes taken so far: where the next chunk begins.
+    /// Bytes taken so far: the offset of the next chunk.
     pub(crate) fn offset(&self) -> u64 {
         self.total - self.remaining
     }
@@ -59,7 +59,7 @@ impl Walk {
         self.segments.len()
     }
 
-    /// The list of segments, for its memory.
+    /// The list of segments, to reuse its memory.
     pub(crate) fn into_list(self) -> Vec<Segment> {
         self.segments
     }
@@ -69,23 +69,23 @@ impl Walk {
         self.remaining
     }
 
-    /// Where the next chunk lies: here, and at the peer.
+    /// The places of the next chunk: here, and at the peer.
     pub(crate) fn next_places(&self) -> Option<(Place, Place)> {
         self.segments.get(self.next).map(|s| (s.place, s.peer))
     }
 
-    /// Cuts the next chunk: at most `max` bytes and [`MAX_PARTS`] pieces, of one place on both sides.
+    /// Cuts the next chunk: at most `max` bytes and [`MAX_PARTS`] pieces, of one place at each engine.
     pub(crate) fn take(&mut self, max: usize) -> Option<Chunk> {
         self.take_within(ChunkLimits { bytes: max, pieces: MAX_PARTS, crossed: MAX_CROSSED })
     }
 
-    /// Cuts the next chunk within these limits, of one place on both sides.
+    /// Cuts the next chunk within these limits, of one place at each engine.
     pub(crate) fn take_within(&mut self, limits: ChunkLimits) -> Option<Chunk> {
         self.cut(limits.bytes as u64, limits.pieces, limits.crossed, true)
     }
 
-    /// Cuts exactly `len` bytes, as the sender announced; the peer's place is the sender's business. `None` when fewer remain, or when
-    /// the chunk would mix places of local memory or cross more than `crossed` segments, which no sender that follows the plan does.
+    /// Cuts exactly `len` bytes, as the sender announced, whatever the peer's place. `None` if fewer remain, or if the chunk
+    /// would mix places of local memory or cross more than `crossed` segments, which a correct sender never announces.
     pub(crate) fn take_exact(&mut self, len: usize, crossed: usize) -> Option<Chunk> {
         if len as u64 > self.remaining {
             return None;
@@ -96,7 +96,7 @@ impl Walk {
 
     fn cut(&mut self, max: u64, max_parts: usize, max_crossed: usize, split_on_peer: bool) -> Option<Chunk> {
         let first = *self.segments.get(self.next)?;
-        // Blocks are mostly alike.
+        // Blocks mostly have the same length.
         let alike = (max.div_ceil(first.len) as usize).min(max_parts.min(max_crossed)).min(self.segments.len() - self.next);
         let mut chunk = Chunk { parts: Vec::with_capacity(alike), len: 0, place: first.place, peer: first.peer };
         let mut left = max;
@@ -131,8 +131,8 @@ impl Walk {
     }
 }
 
-/// Length of the chunks that a transfer of `total` bytes is cut into: small enough that every channel gets its share twice over, not
-/// so small that per-message cost counts.
+/// The chunk length of a transfer of `total` bytes: small enough that every channel gets at least two chunks, large enough that the
+/// cost per message stays small.
 pub(crate) fn chunk_len(total: u64, channels: usize, max: usize) -> usize {
     const SMALLEST: u64 = 64 << 10;
     const PAGE: u64 = nccl_net_abi::PAGE as u64;
@@ -145,7 +145,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Segments of both sides of one transfer: the same lengths, different places and kinds.
+    /// Segments of one transfer at both engines: the same lengths, different addresses and places.
     fn sides() -> impl Strategy<Value = (Vec<Segment>, Vec<Segment>)> {
         proptest::collection::vec((0u64..1 << 40, 0u64..1 << 40, 1u64..70_000, 0u8..3, 0u8..3, any::<bool>()), 0..200).prop_map(
             |items| {
@@ -167,7 +167,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn both_sides_cut_the_same_plan((sender, receiver) in sides(), max in 1usize..200_000) {
+        fn both_engines_cut_the_same_plan((sender, receiver) in sides(), max in 1usize..200_000) {
             let total: u64 = sender.iter().map(|s| s.len).sum();
             let (mut out, mut inc) = (Walk::new(sender.clone()), Walk::new(receiver.clone()));
             let (mut sent, mut got) = (Vec::new(), Vec::new());
@@ -203,9 +203,9 @@ mod tests {
         }
     }
 
-    /// A peer chooses the lengths: what it announces must not cost more memory than it has parts.
+    /// The peer chooses the lengths: an announcement must not cost more memory than its parts need.
     #[test]
-    fn a_chunk_takes_memory_for_its_own_parts_only() {
+    fn a_chunk_allocates_only_for_its_own_parts() {
         let segment = |addr, len| Segment { addr, len, region: 0, place: Place::HOST, peer: Place::HOST };
         let pair = |i: u64| [segment(i << 21, 1), segment((i << 21) + 4096, (512 << 10) - 1)];
         let mut stream = Walk::new((0..100_000).flat_map(pair).collect());
@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chunk_crosses_only_so_many_segments_on_both_sides() {
+    fn both_engines_limit_the_segments_of_a_chunk() {
         let segment = |i: u64| Segment { addr: 10 * i, len: 10, region: 0, place: Place::HOST, peer: Place::HOST };
         let list: Vec<Segment> = (0..2 * MAX_CROSSED as u64).map(segment).collect();
         assert_eq!(Walk::new(list.clone()).take(1 << 20).unwrap().len, 10 * MAX_CROSSED);
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn every_channel_gets_its_share_twice_over() {
+    fn every_channel_gets_two_chunks() {
         const K: usize = 1 << 10;
         let cases =
             [(64 << 20, 4, 512), (2 << 20, 4, 256), (1 << 20, 4, 128), (1 << 20, 1, 512), (100, 4, 64), (1 << 20, 16, 64)];
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chunk_crosses_only_so_many_segments_on_either_side() {
+    fn the_receiver_limits_the_segments_of_a_chunk() {
         // One byte each: neighbours for the sender, scattered for the receiver.
         let segment = |addr| Segment { addr, len: 1, region: 0, place: Place::HOST, peer: Place::HOST };
         let n = MAX_CROSSED as u64 + 7;

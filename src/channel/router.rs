@@ -1,6 +1,6 @@
-//! The channels of a connection over all its paths: which path carries what, which channel takes the next chunk, and the device copier
-//! that all of them share; and beside them the direct transport, where there is one. Channels are numbered over the paths in order; both
-//! sides have the same paths in the same order. Knows nothing of plugins, and of transfers only the keys of chunks.
+//! The channels of a connection over all its paths: which path carries a chunk, which channel takes the next one, and the device copier
+//! that they share; also the direct transport on one host, if any. Channels are numbered over the paths in order; both
+//! engines have the same paths in the same order. Knows nothing of plugins, and of transfers only the keys of chunks.
 
 use super::device::spread;
 use super::path::{Arrival, Copier, Departure, Dest, Path};
@@ -13,12 +13,12 @@ use crate::status::{bail, Result};
 use crate::types::{Part, Place, Segment};
 use std::time::{Duration, Instant};
 
-/// Bytes that have passed the channels so far, counted in whole chunks.
+/// Bytes moved by the channels so far, in whole chunks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Totals {
-    /// Handed to channels for sending.
+    /// Taken by channels for sending.
     pub submitted: u64,
-    /// Gone.
+    /// Sent.
     pub sent: u64,
     /// Announced by the peer.
     pub expected: u64,
@@ -35,7 +35,7 @@ pub(crate) struct Totals {
 /// - [`Channels::close`] comes last. Until it has returned, memory of chunks under way may still be touched; afterwards never.
 /// - Getters never change anything: [`Channels::count`], [`Channels::busy`], [`Channels::totals`], [`Channels::stats`] and the like.
 pub(crate) struct Channels {
-    // The direct transport and the paths close before the copier goes (field order).
+    // The direct transport and the paths close before the copier is dropped (field order).
     direct: Option<Box<dyn Direct>>,
     paths: Vec<Box<dyn Path>>,
     copier: Copier,
@@ -45,12 +45,12 @@ pub(crate) struct Channels {
 }
 
 impl Channels {
-    /// Channels over `paths`; of several that carry a pair of places the first is taken.
+    /// Channels over `paths`; the first path that carries a pair of places is used.
     pub(crate) fn new(direct: Option<Box<dyn Direct>>, paths: Vec<Box<dyn Path>>, copier: Copier) -> Channels {
         Channels { direct, paths, copier, loads: Loads::default(), totals: Totals::default(), stillness: Stillness::default() }
     }
 
-    /// Number of paths: each route is blocked on its own.
+    /// Number of paths: each route blocks on its own.
     pub(crate) fn routes(&self) -> usize {
         self.paths.len()
     }
@@ -60,12 +60,12 @@ impl Channels {
         self.paths.iter().position(|path| path.carries(local, peer))
     }
 
-    /// The direct transport, where there is one.
+    /// The direct transport, if any.
     pub(crate) fn direct(&mut self) -> Option<&mut (dyn Direct + 'static)> {
         self.direct.as_deref_mut()
     }
 
-    /// What the direct transport is doing.
+    /// The state of the direct transport.
     pub(crate) fn activity(&self, now: Instant) -> Activity {
         self.direct.as_ref().map_or_else(Activity::default, |direct| direct.activity(now))
     }
@@ -75,7 +75,7 @@ impl Channels {
         self.direct.as_ref().is_some_and(|direct| direct.uses_region(id))
     }
 
-    /// What chunks of a channel are at most; `None` where it does not exist.
+    /// The chunk limits of a channel; `None` if it does not exist.
     pub(crate) fn limits(&self, channel: u16) -> Option<ChunkLimits> {
         let mut index = usize::from(channel);
         self.paths.iter().find_map(|path| match index.checked_sub(path.channels()) {
@@ -87,7 +87,7 @@ impl Channels {
         })
     }
 
-    /// What the next chunk of a transfer of `total` bytes should be at most on a route.
+    /// The limits for the next chunk of a transfer of `total` bytes on a route.
     pub(crate) fn cut(&self, route: usize, total: u64) -> ChunkLimits {
         match self.paths.get(route) {
             Some(path) => {
@@ -103,7 +103,7 @@ impl Channels {
         self.paths.iter().map(|p| p.channels()).sum()
     }
 
-    /// The channel for the next chunk from `place` on a route, and the chunk's bytes at most; `None` when none should take one now.
+    /// The channel for the next chunk from `place` on a route, and the chunk's maximum bytes; `None` when none should take one now.
     pub(crate) fn pick(&mut self, route: usize, place: Place, want: Want, bulk: bool, now: Instant) -> Option<(u16, usize)> {
         let base: usize = self.paths.iter().take(route).map(|p| p.channels()).sum();
         self.loads.channels.clear();
@@ -134,8 +134,8 @@ impl Channels {
         Ok(())
     }
 
-    /// Expects a chunk that the peer announced. A channel that does not exist, or that cannot carry the chunk's destination, is the
-    /// peer's fault.
+    /// Expects a chunk that the peer announced. A channel that does not exist, or that cannot carry the chunk's destination, is a
+    /// protocol violation.
     pub(crate) fn expect(&mut self, channel: u16, arrival: Arrival) -> Result<()> {
         let Some((path, index, _)) = self.path(channel) else { bail!(Protocol, "channel {channel} does not exist") };
         if let Dest::Memory { place, .. } = &arrival.dest {
@@ -149,12 +149,12 @@ impl Channels {
         Ok(())
     }
 
-    /// Bytes of chunks that are under way in either direction.
+    /// Bytes of chunks in flight in both directions.
     pub(crate) fn under_way(&self) -> u64 {
         self.totals.submitted.saturating_sub(self.totals.sent) + self.totals.expected.saturating_sub(self.totals.received)
     }
 
-    /// Advances all channels; gives what happened.
+    /// Advances all channels; returns their events.
     pub(crate) fn progress(&mut self, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
         let mut any = false;
         if let Some(direct) = self.direct.as_mut().filter(|direct| direct.activity(now).active) {
@@ -174,7 +174,7 @@ impl Channels {
         Ok(any)
     }
 
-    /// Starts the copies that were handed over since the last flush.
+    /// Starts the copies submitted since the last flush.
     pub(crate) fn flush(&mut self) -> Result<()> {
         match &mut self.copier {
             Some(copier) => copier.flush(),
@@ -182,17 +182,17 @@ impl Channels {
         }
     }
 
-    /// Chunks are announced, in flight or expected, or direct transfers under way.
+    /// Whether chunks are announced, in flight or expected, or direct transfers are running.
     pub(crate) fn busy(&self) -> bool {
         self.paths.iter().any(|path| path.busy()) || self.activity(Instant::now()).busy
     }
 
-    /// [`Channels::progress`] has something to do, chunks or not.
+    /// Whether [`Channels::progress`] has work, chunks or not.
     pub(crate) fn is_active(&self, now: Instant) -> bool {
         self.paths.iter().any(|path| path.busy()) || self.activity(now).active
     }
 
-    /// A device copies for this connection, which rings no doorbell at its end.
+    /// Whether a device is copying for this connection; its completion rings no doorbell.
     pub(crate) fn copies_pending(&self) -> bool {
         self.copier.as_ref().is_some_and(|copier| copier.busy()) || self.activity(Instant::now()).copying
     }
@@ -202,11 +202,11 @@ impl Channels {
         self.totals
     }
 
-    /// Looks at what the network has done: the bytes that it took and brought, as finely as all plugins tell; else in whole chunks. To be
-    /// called several times in a timeout while something must move.
+    /// Samples the network's progress: bytes sent and received if all plugins report them, else whole chunks. Call it
+    /// several times per time-out while something must move.
     ///
     /// # Errors
-    /// When a channel has failed, idle or not.
+    /// A channel has failed, idle or not.
     pub(crate) fn look(&mut self, now: Instant) -> Result<(u64, u64)> {
         let (mut sum, mut number) = (Some((0, 0)), 0);
         let stillness = &mut self.stillness;
@@ -222,20 +222,21 @@ impl Channels {
         Ok((out.saturating_add(more_out), incoming.saturating_add(more_in)))
     }
 
-    /// A NIC that has brought nothing for `timeout` although chunks are announced on it, whatever others do; in words.
+    /// A text about a NIC that has received nothing for `timeout` although chunks are announced on it, even if other NICs do.
     pub(crate) fn dead_nic(&self, timeout: Duration, now: Instant) -> Option<String> {
         let (nic, still, channels) = self.stillness.dead_nic(timeout, now)?;
         Some(format!("nothing has come over {nic} for {still:.1?}; under way: {}", self.describe(&channels, Way::In, now)))
     }
 
-    /// What the direct transport counts, then each channel in the order of their numbers; none after the end. `kernel`: with what the kernel knows.
+    /// The statistics of the direct transport, then of each channel in the order of their numbers; none after the end. `kernel`: including
+    /// the kernel's.
     pub(crate) fn stats(&self, kernel: bool, now: Instant) -> Vec<ChannelStats> {
         let mut out: Vec<ChannelStats> = self.direct.iter().map(|direct| direct.stats(kernel)).collect();
         self.paths.iter().for_each(|path| path.stats(kernel, now, &mut out));
         out
     }
 
-    /// What is under way in a direction and where, for an error text: the channels that have stood still the longest.
+    /// The chunks in flight in a direction, for an error text: the channels that have been stalled the longest.
     pub(crate) fn describe_busy(&self, way: Way, now: Instant) -> String {
         let channels = self.describe(&self.stillness.stillest(way, now), way, now);
         let direct = self.direct.as_ref().map_or(String::new(), |direct| direct.describe(way));
@@ -268,7 +269,7 @@ impl Channels {
         String::new()
     }
 
-    /// Up to how many bytes a transfer of these segments should travel inside a control frame.
+    /// Up to how many bytes a transfer of these segments should be eager: sent inside a control frame.
     pub(crate) fn inline_bytes(&self, segments: &[Segment]) -> usize {
         let device = segments.iter().any(|s| s.place.is_device());
         match &self.copier {
@@ -297,7 +298,7 @@ impl Channels {
         }
     }
 
-    /// Puts the bytes of a few pieces of one place there.
+    /// Writes bytes to a few pieces of one place.
     ///
     /// # Safety
     /// The parts lie in registered regions that the caller holds.
@@ -318,23 +319,23 @@ impl Channels {
         }
     }
 
-    /// Drops registrations of a region that nothing uses any more.
+    /// Drops the registrations of a region that is no longer used.
     pub(crate) fn forget_region(&mut self, id: u64) {
         self.direct.iter_mut().for_each(|direct| direct.forget(id));
         self.paths.iter_mut().for_each(|p| p.forget_region(id));
     }
 
-    /// Allocates and registers what copies and chunks of `place` need.
+    /// Allocates and registers everything that copies and chunks of `place` need.
     pub(crate) fn ready(&mut self, place: Place) -> Result<()> {
         self.direct.iter_mut().try_for_each(|direct| direct.ready(place))?;
         self.paths.iter_mut().try_for_each(|p| p.ready(place, &mut self.copier))
     }
 
-    /// Ends all copies and closes all channels: afterwards nothing touches registered memory on this connection's behalf. Where a GPU
-    /// does not end its copies, channels and regions stay as they are until the process ends.
+    /// Ends all copies and closes all channels: afterwards nothing touches registered memory for this connection. If a GPU
+    /// does not end its copies, channels and regions are leaked until the process ends.
     pub(crate) fn close(&mut self) {
         if let Some(Err(e)) = self.copier.as_mut().map(|copier| copier.quiesce()) {
-            log::error!("channels of a connection stay open, and its regions in use: {e}");
+            log::error!("a connection's channels stay open and its regions in use, since GPU copies have not ended: {e}");
             std::mem::forget((std::mem::take(&mut self.paths), self.copier.take()));
         }
         self.direct = None;
@@ -354,7 +355,7 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
     use std::sync::Arc;
 
-    /// What a stub path was asked, shared with the test.
+    /// The calls on a stub path, shared with the test.
     #[derive(Default)]
     struct Asked {
         submitted: AtomicU64,
@@ -390,7 +391,7 @@ mod tests {
             !self.device || local.is_device()
         }
         fn loads(&mut self, _place: Place, bulk: bool, _now: Instant, out: &mut Loads) {
-            // The last channel is the free one; large transfers leave it alone.
+            // The last channel is free; large transfers do not use it.
             let free = |i| usize::from(i + 1 == self.channels && !self.full && !bulk);
             out.channels.extend((0..self.channels).map(|i| Load { free: free(i), queued: 0, rate: 0.0, nic: 0 }));
         }
@@ -463,7 +464,7 @@ mod tests {
             [Some(300), Some(200), Some(200), None]
         );
         assert_eq!([0, 1, 2].map(|route| channels.pick(route, gpu, want, false, now)), [Some((2, 1)), Some((4, 1)), None]);
-        assert_eq!(channels.pick(0, gpu, want, true, now), None, "no room for large ones");
+        assert_eq!(channels.pick(0, gpu, want, true, now), None, "no room for large transfers");
         channels.submit(4, departure(10), now).unwrap();
         channels.submit(2, departure(5), now).unwrap();
         assert_eq!((d.submitted.load(Ordering::Relaxed), h.submitted.load(Ordering::Relaxed)), (3, 2));
@@ -492,7 +493,7 @@ mod tests {
     }
 
     #[test]
-    fn what_happens_is_counted() {
+    fn progress_is_counted() {
         let ((mut device, _), (mut host, _)) = (stub(true, 1), stub(false, 1));
         device.happens = vec![Event::Sent(KEY, 7), Event::Received(KEY, 11)];
         host.happens = vec![Event::Received(KEY, 100)];
@@ -505,7 +506,7 @@ mod tests {
         assert_eq!((events.len(), channels.busy()), (3, false));
         assert_eq!(channels.totals(), Totals { submitted: 0, sent: 7, received: 111, expected: 0 });
         assert_eq!(channels.look(Instant::now()).unwrap(), (11, 22));
-        // One plugin that does not tell, and whole chunks are all there is.
+        // If one plugin does not report bytes, only whole chunks count.
         let (mut silent, _) = stub(false, 1);
         (silent.bytes, silent.happens) = (None, vec![Event::Sent(KEY, 3)]);
         let mut channels = Channels::new(None, vec![stub(true, 1).0, silent], None);
@@ -514,7 +515,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_copier_only_host_memory_travels_inside_frames() {
+    fn without_a_copier_only_host_memory_is_eager() {
         let mut channels = Channels::new(None, Vec::new(), None);
         let inline = |place| {
             let segment = Segment { addr: 1, len: 1, region: 0, place, peer: Place::HOST };

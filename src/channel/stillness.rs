@@ -1,4 +1,5 @@
-//! Since when channels stand still: bytes that the network moved on each, and chunks that wait for it. Pure; time is the caller's.
+//! How long channels have been stalled: the bytes that the network moved on each, and the chunks that wait for it. Pure; the caller
+//! supplies the time.
 
 use super::path::Line;
 use crate::direct::Way;
@@ -11,7 +12,7 @@ struct Half {
     bytes: u64,
     /// When bytes last moved.
     moved: Instant,
-    /// When they moved, or chunks began to wait, whichever is later; none while nothing waits.
+    /// The later of the last movement and the start of the wait; none while nothing waits.
     since: Option<Instant>,
     chunks: usize,
 }
@@ -35,7 +36,7 @@ struct Seen {
     nic: String,
     out: Half,
     incoming: Half,
-    /// The plugin tells bytes.
+    /// The plugin reports bytes.
     reports_moved: bool,
 }
 
@@ -44,7 +45,7 @@ struct Seen {
 pub(crate) struct Stillness(Vec<Seen>);
 
 impl Stillness {
-    /// Takes a look at a channel.
+    /// Samples a channel.
     pub(crate) fn note(&mut self, channel: usize, line: &Line<'_>, now: Instant) {
         if self.0.len() <= channel {
             let half = Half { bytes: 0, moved: now, since: None, chunks: 0 };
@@ -54,7 +55,7 @@ impl Stillness {
         let (taken, brought) = line.moved.unwrap_or((seen.out.bytes, seen.incoming.bytes));
         let (out, incoming) = line.under_way;
         seen.out.note(taken, out, out > 0, now);
-        // What waits for this side's own copies does not wait for the network.
+        // Chunks that wait for this engine's own copies do not wait for the network.
         seen.incoming.note(brought, incoming, line.posted > 0, now);
     }
 
@@ -65,13 +66,13 @@ impl Stillness {
         })
     }
 
-    /// Chunks under way on a channel, and for how long they stand still.
+    /// Chunks in flight on a channel, and how long they have been stalled.
     pub(crate) fn of(&self, channel: usize, way: Way, now: Instant) -> (usize, Duration) {
         self.half(channel, way).map_or((0, Duration::ZERO), |half| (half.chunks, half.still(now)))
     }
 
-    /// The channels with chunks under way in a direction, the ones that stand still the longest first. Those that moved a moment ago are
-    /// left out where others stand still: they are not the cause.
+    /// The channels with chunks in flight in a direction, the longest stalled first. If some are stalled, those that moved a moment ago
+    /// are left out: they are not the cause.
     pub(crate) fn stillest(&self, way: Way, now: Instant) -> Vec<usize> {
         let busy = |&channel: &usize| self.half(channel, way).is_some_and(|half| half.chunks > 0);
         let mut all: Vec<usize> = (0..self.0.len()).filter(busy).collect();
@@ -81,8 +82,8 @@ impl Stillness {
         all
     }
 
-    /// A NIC over which nothing has come for longer than `timeout` although the peer has announced it for as long: its name, for how long,
-    /// and the channels that wait, the longest first.
+    /// A NIC that has received nothing for longer than `timeout` although the peer had announced chunks for as long: its name, for how long,
+    /// and the waiting channels, the longest first.
     pub(crate) fn dead_nic(&self, timeout: Duration, now: Instant) -> Option<(&str, Duration, Vec<usize>)> {
         let waits = |seen: &Seen| seen.reports_moved && seen.incoming.still(now) > timeout;
         self.0.iter().find(|seen| waits(seen))?;
@@ -108,7 +109,7 @@ mod tests {
 
     const T: Duration = Duration::from_secs(10);
 
-    /// Looks once a second: bytes come over eth1 always, over the first channel of eth2 until `until`.
+    /// Samples once a second: bytes always come over eth1, over the first channel of eth2 until `until`.
     fn looks(until: u64, seconds: u64, reports_moved: bool) -> (Stillness, Instant) {
         let (mut stillness, start) = (Stillness::default(), Instant::now());
         let mut now = start;
@@ -125,8 +126,8 @@ mod tests {
     }
 
     #[test]
-    fn the_nic_that_is_dead_is_named_and_no_other() {
-        // A channel that stands still beside one of the same NIC that moves has to wait for its turn.
+    fn only_the_dead_nic_is_named() {
+        // A stalled channel beside a moving one of the same NIC waits for its turn.
         let (stillness, now) = looks(u64::MAX, 30, true);
         assert_eq!(stillness.dead_nic(T, now), None);
         let (stillness, now) = looks(5, 15, true);
@@ -134,13 +135,13 @@ mod tests {
         let (stillness, now) = looks(5, 16, true);
         let (nic, still, channels) = stillness.dead_nic(T, now).expect("eth2 is dead");
         assert_eq!((nic, still, channels), ("eth2", Duration::from_secs(16), vec![2, 1]));
-        // Without figures nothing is known.
+        // Without byte counts nothing is known.
         let (stillness, now) = looks(5, 100, false);
         assert_eq!(stillness.dead_nic(T, now), None);
     }
 
     #[test]
-    fn the_stillest_come_first_and_those_that_move_are_not_named() {
+    fn the_longest_stalled_come_first_and_moving_ones_are_not_named() {
         let (stillness, now) = looks(5, 20, true);
         assert_eq!(stillness.stillest(Way::In, now), [2, 1]);
         assert_eq!(
@@ -151,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn what_waits_for_this_side_is_not_the_networks_fault() {
+    fn waits_for_own_copies_are_not_the_networks_fault() {
         let (mut stillness, start) = (Stillness::default(), Instant::now());
         for second in 0..100 {
             let line = Line { nic: "eth1", moved: Some((0, 0)), under_way: (0, 3), posted: 0 };

@@ -1,13 +1,13 @@
-//! Connects and accepts that were given up while the plugin's own threads still use their memory: one background thread polls them
+//! Connects and accepts that were abandoned while the plugin's own threads still use their memory: one background thread polls them
 //! until they end. Knows nothing of what it polls.
 
 use process::{Condvar, Mutex, PerProcess};
 use std::time::{Duration, Instant};
 
-/// Something to poll, which is told how long it has been kept: `true` when it has ended.
+/// A poll function, given how long it has been polled: `true` when it has ended.
 pub(super) type Abandoned = Box<dyn FnMut(Duration) -> bool + Send>;
 
-/// How often a young one is polled; older ones are polled more and more rarely, down to once in [`SLOW`].
+/// The first poll interval; it grows with age up to [`SLOW`].
 const FAST: Duration = Duration::from_millis(5);
 const SLOW: Duration = Duration::from_millis(500);
 
@@ -23,7 +23,7 @@ struct Polled {
     running: bool,
 }
 
-/// Those of this process, and the bell for new ones. A forked child has a thread of its own for its own.
+/// Those of this process, and the condition for new ones. A forked child has its own list and thread.
 static POLLED: PerProcess<(Mutex<Polled>, Condvar)> = PerProcess::new(Default::default);
 
 /// Polls `abandoned` in the background until it has ended.
@@ -35,8 +35,8 @@ pub(super) fn keep(abandoned: Abandoned) {
     if !polled.running {
         match process::thread::spawn("uccl-abandoned", run) {
             Ok(_) => polled.running = true,
-            // It is kept in memory, and the next arrival tries again.
-            Err(e) => log::warn!("no thread for connects that were given up: {e}"),
+            // The entry stays in memory, and the next one tries again.
+            Err(e) => log::warn!("cannot start the thread for abandoned connects: {e}"),
         }
     }
     arrived.notify_one();
@@ -61,7 +61,7 @@ fn run() {
             continue;
         };
         let mut kept = polled.kept.swap_remove(at);
-        // The plugin's call runs without the lock: givers do not wait for it.
+        // The plugin's call runs without the lock, so that `abandon` does not wait for it.
         process::MutexGuard::unlocked(&mut polled, || {
             if !(kept.abandoned)(kept.since.elapsed()) {
                 let pause = (kept.since.elapsed() / 16).clamp(FAST, SLOW);

@@ -1,5 +1,5 @@
 //! Comms with the contract's rules built in: at most 16 requests, only the oldest unfinished one is tested, receives are
-//! consumed in order, a listen comm accepts once, the memory that the plugin keeps pointers to keeps its place. Callers above
+//! consumed in order, a listen comm accepts once, memory that the plugin keeps pointers to does not move. Callers above
 //! cannot break them. Set-up, registration and close run with the comm's GPU current.
 
 use super::plugin::{CommKind, Plugin};
@@ -23,10 +23,10 @@ use std::sync::atomic::AtomicU32;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A value at an address of its own, for plugins that keep a pointer to it: moving the owner does not move it, and no reference to it
+/// A value at a stable address, for plugins that keep a pointer to it: moving the owner does not move it, and no reference to it
 /// exists while the plugin may write.
 struct Pinned<T>(NonNull<T>);
-// SAFETY: owned plain memory; whoever uses the pointer owes the order of accesses.
+// SAFETY: owned plain memory; users of the pointer must order accesses.
 unsafe impl<T: Send> Send for Pinned<T> {}
 
 impl<T> Pinned<T> {
@@ -52,7 +52,7 @@ struct RawComm {
     kind: CommKind,
     dev: usize,
     gpu: Scope,
-    /// What it sends on, of plugins that send late, or what it receives on, of plugins that ask for peers.
+    /// Its data sockets: the sending ones for plugins that send late, the receiving ones for plugins that ask for peers.
     sockets: Sockets,
 }
 // SAFETY: NCCL plugins allow a comm to be used from any thread, one at a time; `&mut` of the owners guarantees the latter.
@@ -93,7 +93,7 @@ pub(crate) struct ListenComm {
     pub handle: Handle,
 }
 
-/// A listen comm while accepts of it are under way; it closes with the last of them.
+/// A listen comm with pending accepts; it closes with the last of them.
 type SharedComm = Arc<Mutex<RawComm>>;
 
 impl ListenComm {
@@ -105,7 +105,7 @@ impl ListenComm {
         Ok(ListenComm { raw: Arc::new(Mutex::new(raw)), handle })
     }
 
-    /// Accepts of both directions: of a peer that dials them all. With keys it proves each direction's.
+    /// Accepts of both directions, from a peer that dials both. With keys the peer proves one for each direction.
     ///
     /// # Errors
     /// When the plugin cannot do that.
@@ -121,7 +121,7 @@ impl ListenComm {
     }
 }
 
-/// An accept under way of a connection on which this side sends. Only of plugins whose accepts can be given up at once.
+/// A pending accept of a connection on which this engine sends. Only for plugins whose accepts can be abandoned at once.
 pub(crate) struct Answering {
     listen: Option<SharedComm>,
     /// For the comm.
@@ -148,9 +148,9 @@ impl Answering {
 
 struct PendingAccept {
     listen: SharedComm,
-    /// Where it listens, as far as the handle tells.
+    /// The listening address, if the handle shows it.
     addresses: Vec<SocketAddr>,
-    /// Where its data sockets will be, how many, and what was there before, for plugins that ask for peers.
+    /// The address and number of its data sockets, and the sockets that had the address before, for plugins that ask for peers.
     data: Option<(SocketAddr, usize, Sockets)>,
     dev_handle: Pinned<ncclNetDeviceHandle_v7>,
     /// For the comm.
@@ -159,11 +159,11 @@ struct PendingAccept {
     begun: bool,
 }
 
-/// An accept under way. Given up before its end it is polled on in the background, where the plugin asks for that.
+/// A pending accept. If dropped early it is polled on in the background, for plugins that need that.
 pub(crate) struct Accepting(Option<PendingAccept>);
 
 impl Accepting {
-    /// The accept that a listen comm serves: of a peer that proves the key, where there is one.
+    /// The accept of a listen comm; with a key, of a peer that proves it.
     ///
     /// # Errors
     /// When the plugin cannot check keys.
@@ -191,7 +191,7 @@ impl Accepting {
             if !listen.plugin.may_accept(&listen.gpu, !*begun)? {
                 return Ok(None);
             }
-            // Where the GPU cannot be made current the accept stays as it is.
+            // If the GPU cannot be made current the accept stays pending.
             let answer = within(&listen.gpu, || {
                 *begun = true;
                 // SAFETY: the listen comm is live and has not accepted yet (it is there); the device handle goes on with the comm.
@@ -218,14 +218,14 @@ fn device_handle() -> Pinned<ncclNetDeviceHandle_v7> {
     Pinned::new(unsafe { std::mem::zeroed() })
 }
 
-/// How long an accept that was given up waits for its peer before it is ended, and between further tries.
+/// How long an abandoned accept waits for its peer before it is ended, and between further tries.
 const POKE_AFTER: Duration = if cfg!(test) { Duration::from_millis(300) } else { Duration::from_secs(30) };
 
-/// Ends an accept that waits for a peer that does not come: somebody connects, says nothing and goes. For control and for data, since it
+/// Ends an accept whose peer does not come: connects to it and closes at once. For control and for data, since it
 /// may wait for either.
 fn poke(addresses: &[SocketAddr]) {
     for address in addresses {
-        // Whether it could connect does not matter: the accept is polled on.
+        // A failed connect does not matter: the accept is polled on.
         let _ = TcpStream::connect_timeout(address, Duration::from_millis(200));
     }
 }
@@ -248,8 +248,8 @@ impl Drop for Accepting {
     }
 }
 
-/// A connect under way. The plugin keeps its state inside the handle, which stays where it is. Given up before its end it is ended at
-/// once, or polled on in the background, as the plugin asks.
+/// A pending connect. The plugin keeps its state inside the handle, which does not move. If dropped early it is ended at
+/// once, or polled on in the background, as the plugin requires.
 struct Dialling {
     plugin: Arc<Plugin>,
     dev: usize,
@@ -258,7 +258,7 @@ struct Dialling {
     /// For the comm.
     guard: Guard,
     begun: bool,
-    /// Where its data goes and what was connected there before, for plugins that send late.
+    /// The address of its data sockets and the sockets connected there before, for plugins that send late.
     late: Option<(SocketAddr, Sockets)>,
 }
 
@@ -272,7 +272,7 @@ impl Dialling {
         Ok(Dialling { plugin: plugin.clone(), dev, gpu: gpu.clone(), handle: Some(handle), guard, begun: false, late: None })
     }
 
-    /// One step by `call`, whose argument is the handle; the comm, once it is up.
+    /// One step with `call`, whose argument is the handle; the comm once connected.
     fn step(
         &mut self,
         kind: CommKind,
@@ -285,7 +285,7 @@ impl Dialling {
             let address = handle::address(plugin.traits.handle_check, unsafe { &*handle });
             self.late = address.map(|address| (address, Sockets::connected_to(address)));
         }
-        // Where the GPU cannot be made current the connect stays as it is.
+        // If the GPU cannot be made current the connect stays pending.
         let answer = within(&self.gpu, || {
             *begun = true;
             Ok(call(plugin, dev, handle.cast()))
@@ -314,7 +314,7 @@ impl Drop for Dialling {
             let mut rest = Connecting(rest);
             abandoned_connects::keep(Box::new(move |_| !matches!(rest.poll(), Ok(None))));
         } else {
-            // SAFETY: a connect under way that is not polled again.
+            // SAFETY: a pending connect that is not polled again.
             unsafe { self.plugin.abandon_connect(handle.as_ptr().cast()) };
         }
     }
@@ -324,7 +324,7 @@ impl Drop for Dialling {
 pub(crate) struct Connecting(Dialling);
 
 impl Connecting {
-    /// A connect to this handle, which proves the key where there is one.
+    /// A connect to this handle; it proves the key, if given.
     ///
     /// # Errors
     /// When the plugin cannot prove keys.
@@ -340,13 +340,13 @@ impl Connecting {
 
     /// The comm, once it is up. After it or an error, further calls give an error.
     pub(crate) fn poll(&mut self) -> Result<Option<SendComm>> {
-        // SAFETY: the handle keeps its address while its owner moves; it is given up after an error.
+        // SAFETY: the handle keeps its address while its owner moves; it is not used after an error.
         let raw = self.0.step(CommKind::Send, |plugin, dev, handle| unsafe { plugin.connect(dev, handle) })?;
         raw.map(|raw| SendComm::start(raw, &self.0.guard)).transpose()
     }
 }
 
-/// A connect to receive, where one side dials both directions.
+/// A connect to receive, when one engine dials both directions.
 pub(crate) struct Calling {
     // Dropped, and so ended, before the device handle.
     dialling: Dialling,
@@ -378,7 +378,7 @@ impl Calling {
 /// A completion doorbell: see `setDoorbell` of the extension table.
 #[derive(Clone)]
 pub(crate) struct Doorbell {
-    /// 1 while somebody sleeps on `fd`.
+    /// 1 while a thread sleeps on `fd`.
     pub armed: Arc<AtomicU32>,
     /// The eventfd to write.
     pub fd: c_int,
@@ -418,7 +418,7 @@ impl RawComm {
 pub(crate) struct SendComm {
     // Field order is drop order: with requests in flight the registrations go after the comm.
     raw: RawComm,
-    /// Shares in the registrations of regions that this comm has sent from, by region and piece.
+    /// Shared registrations of regions that this comm has sent from, by region and piece.
     regions: HashMap<(u64, u64), Registration>,
     inflight: VecDeque<*mut c_void>,
 }
@@ -432,7 +432,7 @@ impl SendComm {
         Ok(SendComm { raw, regions: HashMap::new(), inflight: VecDeque::new() })
     }
 
-    /// How far its bytes have come, where the plugin tells.
+    /// Progress of its bytes, if the plugin reports it.
     pub(crate) fn flow(&self) -> Option<ucclFlow> {
         // SAFETY: the comm is live.
         unsafe { self.raw.plugin.flow(self.raw.comm) }
@@ -442,18 +442,18 @@ impl SendComm {
     pub(crate) fn network_bytes(&self) -> Result<Option<u64>> {
         self.raw.progress_bytes()
     }
-    /// What the kernel knows of its connection, where the plugin tells.
+    /// The kernel's statistics of its connection, if the plugin reports them.
     pub(crate) fn info(&self) -> Option<ucclCommInfo> {
         self.raw.info()
     }
-    /// Its two ends and its NIC, in words, where the plugin tells.
+    /// Its two addresses and its NIC as text, if the plugin reports them.
     pub(crate) fn describe(&self) -> Option<String> {
         self.raw.describe()
     }
     pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
         self.raw.set_doorbell(doorbell)
     }
-    /// What the plugin's calls need around them, where it needs something: held over many calls it costs once.
+    /// The guard that the plugin's calls need, if any: hold it over many calls to pay once.
     pub(crate) fn quiet(&self) -> Option<Quiet> {
         self.raw.plugin.traits.raises_sigpipe.then(Quiet::begin)
     }
@@ -488,7 +488,7 @@ impl SendComm {
         Ok(mhandle)
     }
 
-    /// Gives back the shares in a region's registrations: no request of this comm uses the region any more.
+    /// Releases a region's registrations: no request of this comm uses the region.
     pub(crate) fn forget_region(&mut self, id: u64) {
         self.regions.retain(|&(region, _), _| region != id);
     }
@@ -547,7 +547,7 @@ impl Drop for SendComm {
         if self.inflight.is_empty() {
             self.regions.clear();
         } else {
-            // Nobody keeps their memory as it is any longer: the peer must not get what comes into it.
+            // Their memory may change from now on: the peer must not receive the new content.
             self.raw.sockets.reset();
         }
     }
@@ -558,7 +558,7 @@ impl Drop for SendComm {
 pub(crate) struct Done {
     /// Its slot of the meta queue.
     pub slot: usize,
-    /// Bytes that came, where the plugin tells.
+    /// Received bytes, if the plugin reports them.
     pub len: Option<usize>,
 }
 
@@ -585,7 +585,7 @@ impl RecvComm {
     pub(crate) fn network_bytes(&self) -> Result<Option<u64>> {
         self.raw.progress_bytes()
     }
-    /// Its two ends and its NIC, in words, where the plugin tells.
+    /// Its two addresses and its NIC as text, if the plugin reports them.
     pub(crate) fn describe(&self) -> Option<String> {
         self.raw.describe()
     }
@@ -653,7 +653,7 @@ impl RecvComm {
         true
     }
 
-    /// Tests the oldest unfinished receive. When it is done gives its slot of the meta queue; its window place stays taken until
+    /// Tests the oldest unfinished receive. When done, returns its slot of the meta queue; its window slot stays taken until
     /// [`RecvComm::consume_oldest`].
     pub(crate) fn test_oldest(&mut self) -> Result<Option<Done>> {
         let Some(&(request, slot)) = self.posted.front() else { return Ok(None) };
@@ -664,7 +664,7 @@ impl RecvComm {
         Ok(Some(Done { slot, len }))
     }
 
-    /// Gives the oldest finished receive back to the plugin. Its bounce memory must not be read any more.
+    /// Returns the oldest finished receive to the plugin. Its bounce memory must not be read afterwards.
     pub(crate) fn consume_oldest(&mut self) -> Result<()> {
         let Some(request) = self.finished.pop_front() else { bail!(Internal, "nothing to consume") };
         // SAFETY: the front is the oldest finished request.

@@ -1,5 +1,5 @@
-//! The 128 bytes that name a listen comm: what of a peer's the plugin gets to see, and the address inside. TCPX keeps pointers and an
-//! index in them, so a peer's bytes go no further than they must.
+//! The 128-byte handle of a listen comm: which of a peer's bytes the plugin sees, and the address inside. TCPX keeps pointers and an
+//! index in them, so no more of a peer's bytes reach the plugin than necessary.
 
 use super::traits::HandleCheck;
 use crate::status::{bail, Result};
@@ -9,8 +9,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 /// The 128 bytes that name a listen comm to the peer.
 pub(crate) type Handle = [u8; NCCL_NET_HANDLE_MAXSIZE];
 
-/// Bytes of a socket address in a TCPX handle: one for data at its beginning, one for control behind the numbers of sockets and threads
-/// and a flag.
+/// Bytes of a socket address in a TCPX handle: the data address is at its beginning, the control address after the numbers of sockets
+/// and threads and a flag.
 const ADDRESS: usize = 28;
 const SOCKETS_AT: usize = 36;
 const THREADS_AT: usize = 40;
@@ -25,7 +25,7 @@ fn family(handle: &Handle, at: usize) -> i32 {
     i32::from(u16::from_ne_bytes([handle[at], handle[at + 1]]))
 }
 
-/// The handle to connect with: what a peer's names, in the form of `own`, a fresh one of ours. Refuses one that is not made alike.
+/// The handle to connect with: the peer's addresses in the form of `own`, a fresh handle of ours. Refuses a handle of another form.
 pub(super) fn admit(how: HandleCheck, own: &Handle, peer: &Handle) -> Result<Handle> {
     match how {
         HandleCheck::Own => Ok(*peer),
@@ -45,8 +45,8 @@ fn fresh_from(used: usize, peer: &Handle) -> Result<()> {
     }
 }
 
-/// Takes the two addresses from the peer and everything else from `own`. Bytes behind an IPv4 address are what was on the plugin's
-/// stack: they differ from process to process and mean nothing.
+/// Takes the two addresses from the peer and everything else from `own`. Bytes behind an IPv4 address are uninitialised stack memory
+/// of the plugin: they differ from process to process and mean nothing.
 fn admit_tcpx(own: &Handle, peer: &Handle) -> Result<Handle> {
     let mut admitted = *own;
     for at in [0, CONTROL_AT] {
@@ -64,22 +64,25 @@ fn admit_tcpx(own: &Handle, peer: &Handle) -> Result<Handle> {
     for (at, what) in [(SOCKETS_AT, "sockets"), (THREADS_AT, "threads")] {
         let [a, b] = [own, peer].map(|handle| u32::from_ne_bytes(word(handle, at)));
         if a != b {
-            bail!(Protocol, "the peer uses {b} {what} a channel (NCCL_NSOCKS_PERTHREAD, NCCL_SOCKET_NTHREADS), this side {a}");
+            bail!(
+                Protocol,
+                "the peer uses {b} {what} per channel (NCCL_NSOCKS_PERTHREAD, NCCL_SOCKET_NTHREADS), this engine {a}"
+            );
         }
     }
     if own[REDIRECT_AT] != peer[REDIRECT_AT] {
-        bail!(Protocol, "NCCL_GPUDIRECTTCPX_CTRL_DEV is set on one side only");
+        bail!(Protocol, "NCCL_GPUDIRECTTCPX_CTRL_DEV is set at one end only");
     }
     fresh_from(CONTROL_AT + ADDRESS, peer)?;
     Ok(admitted)
 }
 
-/// The address for data that a handle names, as far as its layout is known.
+/// The data address of a handle, if its layout is known.
 pub(super) fn address(how: HandleCheck, handle: &Handle) -> Option<SocketAddr> {
     addresses(how, handle).next()
 }
 
-/// Data sockets of a comm of a handle of this side, as far as its layout is known.
+/// The number of data sockets of a comm of our handle, if its layout is known.
 pub(super) fn data_sockets(how: HandleCheck, own: &Handle) -> usize {
     match how {
         HandleCheck::Tcpx => u32::from_ne_bytes(word(own, SOCKETS_AT)) as usize,
@@ -87,7 +90,7 @@ pub(super) fn data_sockets(how: HandleCheck, own: &Handle) -> usize {
     }
 }
 
-/// All addresses that a handle names: for data, and for control.
+/// All addresses of a handle: data and control.
 pub(super) fn addresses(how: HandleCheck, handle: &Handle) -> impl Iterator<Item = SocketAddr> {
     let both = match how {
         HandleCheck::Own => [soft_plugin::address_of(handle), None],
@@ -139,13 +142,13 @@ mod tests {
         assert!(admit(HandleCheck::Tcpx, &own, &fresh([10, 0, 0, 6], 1, 3)).is_err(), "another number of sockets");
         assert!(admit(HandleCheck::Tcpx, &own, &[0xFF; 128]).is_err());
         assert!(admit(HandleCheck::Tcpx, &[0; 128], &[0; 128]).is_err(), "no address at all");
-        // What says how the comm is made, or becomes a pointer, is refused.
+        // Bytes that define the comm's form or become a pointer are refused.
         for at in (0..2).chain(36..45).chain(48..50).chain(76..128) {
             let mut bad = peer;
             bad[at] ^= 0x80;
             assert!(admit(HandleCheck::Tcpx, &own, &bad).is_err(), "byte {at}");
         }
-        // The rest is ours, whatever the peer's stack left there.
+        // The rest is ours, whatever the peer's stack memory had.
         for at in (8..36).chain(45..48).chain(56..76) {
             let mut odd = peer;
             odd[at] ^= 0x80;

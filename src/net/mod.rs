@@ -1,6 +1,6 @@
 //! The boundary to the network: NCCL net plugins (`plugin`, with their `table`s and `traits`), comms whose types keep the
 //! contract's rules (`comm`), the set-up of channels (`setup`), and the host's interfaces (`topology`). The ABI itself is crate
-//! `nccl-net-abi`. Knows nothing of transfers, and of GPUs only that a plugin may want one to be current.
+//! `nccl-net-abi`. Knows nothing of transfers, and of GPUs only that a plugin may need one to be current.
 
 mod abandoned_connects;
 pub(crate) mod comm;
@@ -24,15 +24,15 @@ pub mod traits;
 use crate::status::Result;
 use std::sync::Arc;
 
-/// A GPU that some plugins want to be current in the calling thread.
+/// A GPU that some plugins need to be current in the calling thread.
 pub(crate) trait OnGpu: Send + Sync {
-    /// Runs `body` with the GPU current and puts back what was. An error means that `body` may not have run.
+    /// Runs `body` with the GPU current and restores the previous one. An error means that `body` may not have run.
     fn on(&self, body: &mut dyn FnMut()) -> Result<()>;
-    /// Its PCI address, where that is known.
+    /// Its PCI address, if known.
     fn address(&self) -> Option<String>;
 }
 
-/// The GPU that a plugin's calls follow; none for memory of the host, and for plugins that take the GPU from each request.
+/// The GPU that must be current in a plugin's calls; none for host memory, and for plugins that take the GPU from each request.
 pub(crate) type Scope = Option<Arc<dyn OnGpu>>;
 
 /// Runs `body` with the GPU of `scope` current.

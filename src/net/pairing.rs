@@ -1,16 +1,16 @@
-//! Which NICs serve a GPU, how many channels they get, and which NIC of ours is joined to which of the peer's. Pure functions, computed
-//! alike on both sides. Knows no plugin.
+//! Which NICs serve a GPU, how many channels they get, and which of our NICs is paired with which of the peer's. Pure functions with the
+//! same results at both engines. Knows no plugin.
 
 use super::plugin::Device;
 use std::collections::BTreeMap;
 
-/// Components that two PCI paths share from the root: the more, the closer.
+/// Components that two PCI paths share from the root: more means closer.
 pub(super) fn shared_depth(a: &str, b: &str) -> usize {
     a.split('/').zip(b.split('/')).take_while(|(x, y)| x == y).count()
 }
 
-/// The devices whose PCI path shares most with the GPU's: those of its own PCIe switch, where there are such. All, in the plugin's order,
-/// without a GPU or when nothing is known about distances.
+/// The devices whose PCI path shares most with the GPU's: those of its own PCIe switch, if any. All, in the plugin's order,
+/// without a GPU or if distances are unknown.
 pub(crate) fn closest(devices: &[Device], gpu_pci_path: Option<&str>) -> Vec<usize> {
     let depth = |d: &Device| match (gpu_pci_path, d.pci_path.as_deref()) {
         (Some(gpu), Some(nic)) => shared_depth(gpu, nic),
@@ -25,8 +25,8 @@ pub(crate) fn channels_of_a_nic(cores: usize) -> usize {
     (cores / 16).clamp(2, 4)
 }
 
-/// Joins the offers of two sides, given as NIC names: the k-th of a name to the other side's k-th of that name, and, unless only equal
-/// names can reach each other, what is left over in order. Both sides compute the same list, whose index is the channel's number:
+/// Joins the offers of two engines, given as NIC names: the k-th of a name to the peer's k-th of that name, and, unless only equal
+/// names can reach each other, the rest in order. Both engines compute the same list, whose index is the channel's number:
 /// (index of ours, index of theirs).
 pub(crate) fn join(ours: &[&str], theirs: &[&str], equal_only: bool) -> Vec<(usize, usize)> {
     let by_name = |names: &[&str]| {
@@ -113,8 +113,8 @@ mod tests {
         let path = |slot: usize| format!("/sys/devices/pci0000:00/0000:00:0{slot}.0");
         let nics = [device("ens3", &path(3)), device("ens4", &path(4))];
         assert_eq!(closest(&nics, None), [0, 1]);
-        assert_eq!(closest(&nics, Some(&path(5))), [0, 1], "as near as each other");
-        // Where one is nearer, it alone serves.
+        assert_eq!(closest(&nics, Some(&path(5))), [0, 1], "equally near");
+        // If one is nearer, only that one is used.
         let nics = [device("ens3", &path(3)), device("ens4", &format!("{}/0000:04:00.0", path(5)))];
         assert_eq!(closest(&nics, Some(&format!("{}/0000:05:00.0", path(5)))), [1]);
         let unknown = [device("a", ""), device("b", "")];
@@ -142,9 +142,9 @@ mod tests {
     }
 
     proptest! {
-        /// Both sides come to the same channels; no offer is used twice; where other names may be joined, nothing is left on both sides.
+        /// Both engines compute the same channels; no offer is used twice; if other names may be joined, at most one engine has offers left.
         #[test]
-        fn both_sides_agree(ours in proptest::collection::vec(0usize..4, 0..20), theirs in proptest::collection::vec(0usize..4, 0..20), equal_only in any::<bool>()) {
+        fn both_engines_agree(ours in proptest::collection::vec(0usize..4, 0..20), theirs in proptest::collection::vec(0usize..4, 0..20), equal_only in any::<bool>()) {
             const NAMES: [&str; 4] = ["eth1", "eth2", "eth3", "eth4"];
             let a: Vec<&str> = ours.iter().map(|&i| NAMES[i]).collect();
             let b: Vec<&str> = theirs.iter().map(|&i| NAMES[i]).collect();

@@ -1,5 +1,5 @@
 //! Loading a NCCL net plugin and calling its table. A plugin is initialised once per process and never unloaded. Every call of a
-//! plugin goes through here, with the locks and the signal mask that its traits ask for; rules of order live in `comm`.
+//! plugin goes through here, with the locks and the signal mask that its traits require; `comm` keeps the order of calls.
 
 use super::registrations::{MHandle, Registrar, Registrations};
 use super::search;
@@ -18,17 +18,17 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, Once};
 
-/// Folders and file names under which GPUDirect-TCPX is looked for, in the order of trying; LD_LIBRARY_PATH follows.
+/// Folders and file names searched for GPUDirect-TCPX, in order; LD_LIBRARY_PATH follows.
 pub const TCPX_PLACES: ([&str; 3], [&str; 2]) = (search::TCPX_DIRS, search::TCPX_FILES);
 
-/// Largest message of a plugin that is not ours: more could be described by more fragments than TCPX has room for, and it then ends the
+/// Largest message of a foreign plugin: a larger one could need more fragments than TCPX has room for, and it then ends the
 /// process.
 const FOREIGN_CHUNK: usize = 512 << 10;
 
-/// Descriptors that TCPX opens at most to import a GPU's receive memory.
+/// Most descriptors that TCPX opens to import a GPU's receive memory.
 const IMPORT: usize = 4;
 
-/// What TCPX is given as NCCL_DYNAMIC_CHUNK_SIZE where it is not set.
+/// The value of NCCL_DYNAMIC_CHUNK_SIZE for TCPX if it is not set.
 const DEFAULT_LIMIT: usize = 512 << 10;
 
 /// The variable that limits the messages of TCPX.
@@ -41,7 +41,7 @@ pub struct Device {
     pub name: String,
     /// Directory of the PCI device under /sys, if it is one.
     pub pci_path: Option<String>,
-    /// Mbit/s; 0 where it is unknown.
+    /// Mbit/s; 0 if unknown.
     pub speed_mbps: i32,
     /// Or of NCCL_PTR_HOST (1), NCCL_PTR_CUDA (2), NCCL_PTR_DMABUF (4).
     pub ptr_support: i32,
@@ -55,15 +55,15 @@ pub struct Plugin {
     ext: Option<Ext>,
     /// Name of the plugin's table.
     pub name: String,
-    /// Where it was loaded from; `None` for the built-in software plugin.
+    /// The file it was loaded from; `None` for the built-in software plugin.
     pub path: Option<PathBuf>,
     /// Version of the table, 7 or 8.
     pub abi_version: u32,
     /// Its devices.
     pub devices: Vec<Device>,
-    /// What it can do and asks for.
+    /// Its traits.
     pub traits: Traits,
-    /// Largest message, as it was set when the plugin started.
+    /// Largest message, as set when the plugin started.
     limit: usize,
     registrations: PerProcess<Registrations>,
 }
@@ -80,7 +80,7 @@ fn check(plugin: &str, call: &str, result: ncclResult_t) -> Result<()> {
         abi::NCCL_REMOTE_ERROR => "remote error",
         _ => "unknown error",
     };
-    // Once a comm is up, a system or remote error of a request is how a plugin says that the peer is gone.
+    // Once a comm is up, a plugin reports a lost peer as a system or remote error of a request.
     let asks_a_comm = matches!(call, "test" | "isend" | "irecv" | "irecvConsumed" | "progress");
     if asks_a_comm && matches!(result, abi::NCCL_SYSTEM_ERROR | abi::NCCL_REMOTE_ERROR) {
         return Err(err!(RemoteDisconnect, "plugin {plugin}: {call} returned {result} ({why})"));
@@ -88,7 +88,7 @@ fn check(plugin: &str, call: &str, result: ncclResult_t) -> Result<()> {
     Err(err!(Plugin, "plugin {plugin}: {call} returned {result} ({why})"))
 }
 
-/// As [`check`], where the table may lack the call.
+/// As [`check`], for a call that the table may lack.
 fn answered(plugin: &str, call: &str, answer: Answer) -> Result<()> {
     match answer {
         Some(result) => check(plugin, call, result),
@@ -96,7 +96,7 @@ fn answered(plugin: &str, call: &str, answer: Answer) -> Result<()> {
     }
 }
 
-/// Held during set-up calls of plugins that want them one at a time.
+/// Held during set-up calls of plugins that need them serialised.
 static SETUP: PerProcess<Mutex<()>> = PerProcess::new(Mutex::default);
 
 impl Plugin {
@@ -105,7 +105,7 @@ impl Plugin {
         load_once(None, || Plugin::start(soft_plugin::table(), Some(Ext::built_in()), None, &None))
     }
 
-    /// A plugin of others whose table is linked into a test, with its traits as the test wants them. Called once per process.
+    /// A foreign plugin whose table is linked into a test, with traits that the test may change. Called once per process.
     #[cfg(test)]
     pub(super) fn for_test(table: &'static dyn NetTable, change: impl FnOnce(&mut Traits)) -> Result<Arc<Plugin>> {
         let mut plugin = Plugin::start(table, None, Some("linked".into()), &None)?;
@@ -115,7 +115,7 @@ impl Plugin {
 
     /// The plugin that the configuration chooses for device memory. `gpu` gives the GPU that should be current when it is initialised.
     pub(crate) fn choose(config: &Config, gpu: &dyn Fn() -> Result<Scope>) -> Result<Arc<Plugin>> {
-        // An explicit path is taken at its word, whichever plugin it holds.
+        // An explicit path is used, whichever plugin it holds.
         if let Some(path) = &config.plugin_path {
             if !path.exists() {
                 bail!(PluginLoad, "UCCL_TCPX_PLUGIN_PATH={} does not exist", path.display());
@@ -151,7 +151,7 @@ impl Plugin {
                 Ok(library) => library,
                 Err(e) => bail!(PluginLoad, "{}: {e}", path.display()),
             };
-            // A plugin has threads of its own and cannot be unloaded.
+            // A plugin has its own threads and cannot be unloaded.
             let library: &'static libloading::Library = Box::leak(Box::new(library));
             // SAFETY: it is a NCCL net plugin; the library is never unloaded.
             let (table, ext) = unsafe { (super::table::find(library), Ext::find(library)) };
@@ -194,7 +194,7 @@ impl Plugin {
             registrations: PerProcess::new(Registrations::default),
         };
         within(scope, || {
-            // A plugin calls its logger unchecked. The built-in one writes to this library's log by itself.
+            // A plugin calls its logger unchecked. The built-in one writes to this library's log directly.
             let logger = if plugin.path.is_some() { super::plugin_log::logger() } else { None };
             // SAFETY: called once per process (load_once), first.
             plugin.set_up("init", || unsafe { table.init(logger) })
@@ -221,7 +221,7 @@ impl Plugin {
         (0..n).map(properties).collect()
     }
 
-    /// The devices to set up channels on: those of the start, or what the plugin lists now where that may change.
+    /// The devices to set up channels on: those of the start, or the plugin's current list if that may change.
     pub(crate) fn current_devices(&self) -> Result<Vec<Device>> {
         if !self.traits.devices_change {
             return Ok(self.devices.clone());
@@ -229,7 +229,7 @@ impl Plugin {
         Ok(self.list()?.into_iter().enumerate().map(|(dev, p)| Device::new(dev, p)).collect())
     }
 
-    /// "soft", "tcpx" or the table's name: what both sides of a connection must agree on.
+    /// "soft", "tcpx" or the table's name: both engines of a connection must have the same.
     pub fn wire_name(&self) -> &str {
         if self.ext.is_some() {
             "soft"
@@ -245,7 +245,7 @@ impl Plugin {
         let _quiet = self.traits.raises_sigpipe.then(Quiet::begin);
         let answer = if self.traits.serial_setup {
             let _one = SETUP.get().lock();
-            // A child of a fork in the middle of it would find the plugin's own locks taken, for ever.
+            // A child forked during the call would find the plugin's own locks held for ever.
             process::without_fork(call)
         } else {
             call()
@@ -280,7 +280,7 @@ impl Plugin {
 }
 
 impl Device {
-    /// Its speed, in words.
+    /// Its speed as text.
     pub fn speed(&self) -> String {
         match self.speed_mbps {
             mbps @ 1.. => format!("{mbps} Mbit/s"),
@@ -353,7 +353,7 @@ impl Plugin {
     }
 
     /// # Safety
-    /// `handle` is the buffer of a connect under way, which is not polled again.
+    /// `handle` is the buffer of a pending connect, which is not polled again.
     pub(super) unsafe fn abandon_connect(&self, handle: *mut c_void) {
         let Some(call) = self.ext.and_then(|e| e.abandon_connect) else { return };
         // SAFETY: by the caller's contract.
@@ -362,7 +362,7 @@ impl Plugin {
         }
     }
 
-    /// Whether an accept can be polled now; `first`: it was not before. Where it would end the process it waits, or fails.
+    /// Whether an accept can be polled now; `first`: for the first time. If it would end the process, it must wait, or fails.
     pub(super) fn may_accept(&self, gpu: &Scope, first: bool) -> Result<bool> {
         if !self.traits.imports {
             return Ok(true);
@@ -382,7 +382,7 @@ impl Plugin {
         Ok(comm)
     }
 
-    /// An error unless the device can carry new connections at this moment; success also where the plugin does not tell.
+    /// An error unless the device can carry new connections now; success also if the plugin cannot tell.
     pub(super) fn ready(&self, dev: usize) -> Result<()> {
         // SAFETY: the plugin is initialised, and checks the number.
         let call = || Some(self.ext.and_then(|e| e.ready).map_or(abi::NCCL_SUCCESS, |call| unsafe { call(dev as c_int) }));
@@ -422,7 +422,7 @@ impl Plugin {
         Ok(comm)
     }
 
-    /// How far a send comm's bytes have come; `None` where the plugin does not tell.
+    /// Progress of a send comm's bytes; `None` if the plugin does not report it.
     ///
     /// # Safety
     /// `comm` is a live send comm.
@@ -486,7 +486,7 @@ impl Plugin {
         Ok(request)
     }
 
-    /// Whether the request is done, and the size that the plugin reports for it, if any.
+    /// Whether the request is done, and the size that the plugin reports, if any.
     ///
     /// # Safety
     /// `request` is the oldest unfinished request of its comm.
@@ -499,14 +499,14 @@ impl Plugin {
     }
 
     /// # Safety
-    /// `request` is the oldest completed and unconsumed receive of `comm`, and nothing reads its bounce memory any more.
+    /// `request` is the oldest completed and unconsumed receive of `comm`, and nothing reads its bounce memory afterwards.
     pub(super) unsafe fn consumed(&self, comm: *mut c_void, request: *mut c_void) -> Result<()> {
         // Plugins without a device side have no such call, and nothing to consume.
         // SAFETY: by the caller's contract.
         self.request("irecvConsumed", || Some(unsafe { self.table.consumed(comm, request) }.unwrap_or(abi::NCCL_SUCCESS)))
     }
 
-    /// Asks for a doorbell; `false` when the plugin has none.
+    /// Sets a doorbell; `false` when the plugin has none.
     ///
     /// # Safety
     /// `comm` is live; `armed` and `fd` stay valid until it is closed.
@@ -517,7 +517,7 @@ impl Plugin {
         Ok(true)
     }
 
-    /// Bytes of the comm that the network has taken over (send) or delivered (receive); `None` where the plugin cannot say.
+    /// Bytes of the comm that the peer has acknowledged (send) or that were delivered (receive); `None` if the plugin cannot tell.
     ///
     /// # Safety
     /// `comm` is live.
@@ -529,7 +529,7 @@ impl Plugin {
         Ok(Some(bytes))
     }
 
-    /// A line about the comm for error texts; `None` where the plugin has none.
+    /// A line about the comm for error texts; `None` if the plugin has none.
     ///
     /// # Safety
     /// `comm` is live.
@@ -542,7 +542,7 @@ impl Plugin {
         (result == abi::NCCL_SUCCESS).then(|| text.to_string_lossy().into_owned())
     }
 
-    /// What the kernel knows of the comm's connection; `None` where the plugin cannot say.
+    /// The kernel's statistics of the comm's connection; `None` if the plugin cannot tell.
     ///
     /// # Safety
     /// `comm` is live.
@@ -570,7 +570,7 @@ impl Plugin {
         self.request("keyConnect", || call.map(|call| unsafe { call(handle, key.as_ptr()) }))
     }
 
-    /// Guards the messages of a comm.
+    /// Protects the messages of a comm.
     ///
     /// # Safety
     /// `comm` is live and has had no request.
@@ -610,11 +610,11 @@ pub(super) enum CommKind {
     Listen,
 }
 
-/// What came of loading each path (`None`: the built-in plugin). An error after the library was loaded is final: init runs once.
+/// The result of loading each path (`None`: the built-in plugin). An error after the library was loaded is final: init runs once.
 type Loaded = Vec<(Option<PathBuf>, Arc<Plugin>)>;
 
 fn load_once(path: Option<&Path>, load: impl FnOnce() -> Result<Plugin>) -> Result<Arc<Plugin>> {
-    /// The list as it was last, in this process or its parent: plugins stay loaded in a child, and are not initialised again.
+    /// The latest list of this process or its parent: plugins stay loaded in a child, and are not initialised again.
     static LAST: AtomicPtr<Loaded> = AtomicPtr::new(std::ptr::null_mut());
     // SAFETY: null, or a list that was leaked below.
     static LOADED: PerProcess<Mutex<Loaded>> =
@@ -630,7 +630,7 @@ fn load_once(path: Option<&Path>, load: impl FnOnce() -> Result<Plugin>) -> Resu
     Ok(plugin)
 }
 
-/// The first candidate that is GPUDirect-TCPX and starts. One that does not is an error where it `must` be, else left out with a WARN.
+/// The first candidate that is GPUDirect-TCPX and starts. One that fails is an error if it `must` start, else skipped with a warning.
 fn first_usable<P: std::ops::Deref<Target = Plugin>>(
     candidates: &[PathBuf],
     must: bool,
@@ -656,11 +656,11 @@ fn first_usable<P: std::ops::Deref<Target = Plugin>>(
     Ok(None)
 }
 
-/// Ordinary TCP serves although TCPX may have been meant: said once.
+/// Warns once that ordinary TCP is used although TCPX may have been intended.
 fn tell_about_soft(config: &Config) {
     static ONCE: PerProcess<Once> = PerProcess::new(Once::new);
     ONCE.get().call_once(|| {
-        // Where it is by Google's instructions, and by the plugin's default.
+        // The folder of Google's instructions, and the plugin's default.
         let prefix = std::env::var("NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX");
         let managers = prefix.as_deref().map_or(vec!["/run/tcpx", "/tmp"], |prefix| vec![prefix]);
         let signs = search::signs(Path::new("/"), &managers);
@@ -677,13 +677,13 @@ fn tell_about_soft(config: &Config) {
     });
 }
 
-/// Sets the message limit that TCPX reads in its `init`, unless the user did: with its default of 0 it never moves anything.
+/// Sets the message limit that TCPX reads in its `init`, unless the user did: with its default of 0 TCPX never moves data.
 fn set_chunk_size(config: &Config) {
     static ONCE: PerProcess<Once> = PerProcess::new(Once::new);
     ONCE.get().call_once(|| {
         if config.plugin_limit.is_none() {
             let value = CString::new(DEFAULT_LIMIT.to_string()).unwrap_or_default();
-            // Not with std: its lock of the environment, copied by a fork while another thread reads, would never be free in the child.
+            // Not with std: a fork while another thread holds its environment lock would leave that locked in the child.
             // SAFETY: two texts, once per process, before a foreign plugin is initialised. Another thread that reads the environment
             // through the C library at this very moment is the user's to avoid, as with NCCL itself.
             if unsafe { libc::setenv(CHUNK_VARIABLE.as_ptr(), value.as_ptr(), 1) } != 0 {
@@ -707,7 +707,7 @@ mod tests {
     use std::sync::atomic::AtomicBool;
 
     #[test]
-    fn a_comm_whose_peer_is_gone_says_so_whatever_it_is_asked() {
+    fn every_call_on_a_comm_reports_a_lost_peer() {
         let kind = |call, result| check("one", call, result).unwrap_err().kind();
         for call in ["test", "isend", "irecv", "irecvConsumed", "progress"] {
             for result in [abi::NCCL_SYSTEM_ERROR, abi::NCCL_REMOTE_ERROR] {
@@ -718,7 +718,7 @@ mod tests {
         assert_eq!(kind("listen", abi::NCCL_SYSTEM_ERROR), ErrorKind::Plugin);
     }
 
-    /// What another thread has of a lock at a fork it has for ever in the child.
+    /// A lock that another thread holds at a fork stays locked in the child.
     #[test]
     fn the_chunk_size_is_set_in_children_of_processes_whose_threads_read_the_environment() {
         let config = Config { plugin_limit: None, ..Config::from_env().unwrap() };
@@ -742,7 +742,7 @@ mod tests {
                     unsafe { libc::_exit(0) };
                 }
                 let mut status = 0;
-                // SAFETY: our own child, which nobody else waits for.
+                // SAFETY: our own child, waited for only here.
                 (unsafe { libc::waitpid(child, &mut status, 0) }, status) == (child, 0)
             });
             over.store(true, Ordering::Relaxed);

@@ -1,5 +1,5 @@
-//! Log lines of foreign plugins: the C logger that they are given, levels, and lines that repeat. A plugin writes some lines thousands
-//! of times a second; one text gets through at most once a second, with a count of those held back.
+//! Log lines of foreign plugins: the C logger that they get, levels, and repeated lines. A plugin writes some lines thousands
+//! of times a second; each text is logged at most once a second, with a count of those suppressed.
 
 use nccl_net_abi::ncclDebugLogger_t;
 use process::{Mutex, PerProcess};
@@ -36,7 +36,7 @@ fn level(nccl: c_int) -> log::Level {
 }
 
 extern "C" fn wanted(nccl: c_int) -> c_int {
-    // What no logger would take is not even formatted; warnings explain failures.
+    // Lines that are not enabled are not formatted, except warnings, which explain failures.
     c_int::from(level(nccl) <= log::max_level().max(log::LevelFilter::Warn))
 }
 
@@ -55,7 +55,7 @@ unsafe extern "C" fn take(nccl: c_int, file: *const c_char, line: c_int, text: *
     let _ = catch_unwind(|| report(level(nccl), &file, line, &text));
 }
 
-/// What a plugin warned of last, if that was a short while ago: it says more than the result code of the call that then fails.
+/// A plugin's last warnings, if recent: they say more than the result code of the failing call.
 pub(super) fn last_warnings() -> Option<String> {
     SEEN.get().lock().warnings.recent(Instant::now())
 }
@@ -77,14 +77,14 @@ fn report(level: log::Level, file: &str, line: c_int, text: &str) {
 
 static SEEN: PerProcess<Mutex<Repeats>> = PerProcess::new(Mutex::default);
 
-/// How old a warning may be that explains a failure: the plugin's own threads write some of them.
+/// Greatest age of a warning that explains a failure: the plugin's own threads write some of them.
 const RECENT: Duration = Duration::from_secs(5);
-/// Warnings that explain a failure at most, and characters of each.
+/// Most warnings for a failure, and most characters of each.
 const CAUSES: usize = 2;
 const CAUSE_CHARS: usize = 240;
-/// How long one text stays quiet after it was written.
+/// How long a text is suppressed after it was written.
 const QUIET: Duration = Duration::from_secs(1);
-/// Texts of one place in the plugin's source that may be written in that time.
+/// Most texts of one line of the plugin's source in that time.
 const TEXTS_OF_A_SITE: u32 = 20;
 /// Texts remembered at once.
 const REMEMBERED: usize = 256;
@@ -96,7 +96,7 @@ struct Line {
     text: String,
 }
 
-/// What was written when, and what was held back since.
+/// When each text was written, and how many were suppressed since.
 #[derive(Default)]
 struct Repeats {
     texts: HashMap<(String, String), Written>,
@@ -104,7 +104,7 @@ struct Repeats {
     warnings: Warnings,
 }
 
-/// The last warnings and errors, each of another place in the plugin's source: the last alone may only say that something failed, and the
+/// The last warnings and errors, each of another line of the plugin's source: the last one may only say that something failed, and the
 /// one before it why.
 #[derive(Default)]
 struct Warnings(VecDeque<(Instant, String, String)>);
@@ -118,7 +118,7 @@ impl Warnings {
         self.0.push_back((now, site.to_owned(), text.to_owned()));
     }
 
-    /// Those of a short while ago, oldest first.
+    /// The recent ones, oldest first.
     fn recent(&self, now: Instant) -> Option<String> {
         let fresh = self.0.iter().filter(|(at, ..)| now.saturating_duration_since(*at) < RECENT);
         let texts: Vec<String> = fresh.map(|(_, _, text)| text.chars().take(CAUSE_CHARS).collect()).collect();
@@ -139,7 +139,7 @@ struct Site {
 }
 
 impl Repeats {
-    /// The lines to write now that this one has come: itself, and counts of what was held back.
+    /// The lines to write for a new one: itself, and counts of suppressed lines.
     fn admit(&mut self, now: Instant, level: log::Level, site: &str, text: &str) -> Vec<Line> {
         let mut out = Vec::new();
         self.settle(now, &mut out);
@@ -159,7 +159,7 @@ impl Repeats {
         out
     }
 
-    /// Forgets what is older than a second, and says how often it came.
+    /// Forgets texts older than a second, and reports how often they were suppressed.
     fn settle(&mut self, now: Instant, out: &mut Vec<Line>) {
         let over = |since: Instant| now.saturating_duration_since(since) >= QUIET;
         self.texts.retain(|(site, text), written| {
@@ -176,7 +176,7 @@ impl Repeats {
         });
         self.sites.retain(|site, place| {
             if over(place.since) && place.held > 0 {
-                let text = format!("({} other lines were not written)", place.held);
+                let text = format!("(suppressed {} other lines)", place.held);
                 out.push(Line { level: log::Level::Info, site: site.clone(), text });
             }
             !over(place.since)
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_repeats_comes_once_a_second_with_a_count() {
+    fn a_repeated_line_appears_once_a_second_with_a_count() {
         let mut seen = Repeats::default();
         let start = Instant::now();
         let mut written = Vec::new();
@@ -216,7 +216,7 @@ mod tests {
         }
         assert_eq!(written, TEXTS_OF_A_SITE as usize);
         let rest = texts(seen.admit(start + Duration::from_secs(5), Level::Warn, "other", "y"));
-        assert_eq!(rest, ["(99980 other lines were not written)", "y"]);
+        assert_eq!(rest, ["(suppressed 99980 other lines)", "y"]);
     }
 
     #[test]
@@ -229,7 +229,7 @@ mod tests {
             warnings.note(start, &format!("connect.cc:{line}"), text);
         }
         assert_eq!(warnings.recent(start).as_deref(), Some("the manager refused again; then: accept failed"));
-        // The same place once more is the last one now.
+        // A new warning of the same source line is now the last one.
         warnings.note(start + RECENT / 2, "connect.cc:581", &"x".repeat(1000));
         let text = warnings.recent(start + RECENT / 2).unwrap();
         assert!(text.starts_with("accept failed; then: xxx") && text.len() < 300, "{text}");

@@ -1,5 +1,5 @@
-//! Registered memory of a plugin: one registration a NIC and range, shared by everyone who asks for it and dropped after the last use. A
-//! plugin drops registrations through some open comm of the NIC; where none is open the next one does it. Knows of a plugin only that it
+//! Registered memory of a plugin: one registration per NIC and range, shared by all users and dropped after the last use. A
+//! registration is dropped through any open comm of the NIC; if none is open, the next one does it. Knows of a plugin only that it
 //! registers.
 
 use super::{within, Scope};
@@ -15,13 +15,13 @@ use std::sync::Arc;
 /// Registered memory of a comm.
 pub(crate) type MHandle = *mut c_void;
 
-/// A plugin, as far as it registers memory.
+/// A plugin's registration calls.
 pub(super) trait Registrar: Send + Sync {
     /// For messages.
     fn name(&self) -> &str;
     /// A registration serves every comm of its NIC, not only the one it was made through.
     fn shared(&self) -> bool;
-    /// The registrations of this process: those of a parent are its own.
+    /// The registrations of this process; a parent's belong to the parent.
     fn registrations(&self) -> &Registrations;
     /// # Safety
     /// `comm` is live; `[data, data + size)` stays mapped until the registration is dropped.
@@ -31,7 +31,7 @@ pub(super) trait Registrar: Send + Sync {
     unsafe fn dereg_mr(&self, comm: *mut c_void, mhandle: MHandle);
 }
 
-/// What plugins ask of the base and the size of device memory.
+/// Alignment that plugins require of the base and the size of device memory.
 const PAGE: u64 = nccl_net_abi::PAGE as u64;
 
 /// Regions are registered in pieces that start this far apart, since plugins address by 31-bit offsets. Pieces overlap by a chunk, so that
@@ -48,7 +48,7 @@ pub(super) fn piece(span: Span, addr: u64) -> (u64, u64, u64) {
     (piece, start, (PIECE + OVERLAP).min(end.saturating_sub(start)))
 }
 
-/// A range as it is registered. Where a plugin ties registrations to comms, the comm too.
+/// A registered range. With the comm, if the plugin ties registrations to comms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
     dev: usize,
@@ -82,7 +82,7 @@ struct Table {
 #[derive(Default)]
 pub(super) struct Registrations(Mutex<Table>);
 
-/// A share in a registration, given back when dropped. It may outlive the comm it came from.
+/// A shared registration, released when dropped. It may outlive the comm it came from.
 pub(crate) struct Registration {
     plugin: Arc<dyn Registrar>,
     key: Key,
@@ -90,31 +90,31 @@ pub(crate) struct Registration {
 }
 
 impl Registration {
-    /// What requests name the memory by.
+    /// The mhandle for requests.
     pub(crate) fn mhandle(&self) -> MHandle {
         self.mhandle as MHandle
     }
 }
 
 impl Registrations {
-    /// A comm was opened: it drops what waited for one.
+    /// A comm was opened: drops registrations that waited for one.
     pub(super) fn opened(&self, plugin: &dyn Registrar, dev: usize, comm: *mut c_void, gpu: &Scope) {
         let mut table = self.0.lock();
         table.open.push(Open { dev, comm: comm as usize, gpu: gpu.clone() });
         table.settle(plugin, dev);
     }
 
-    /// A comm is about to be closed: nothing is dropped through it any more.
+    /// A comm is about to be closed: nothing is dropped through it from now on.
     pub(super) fn closing(&self, plugin: &dyn Registrar, dev: usize, comm: *mut c_void) {
         let mut table = self.0.lock();
         table.settle(plugin, dev);
         table.open.retain(|o| o.comm != comm as usize);
     }
 
-    /// A share in the registration of a range, made through `comm` if there is none yet.
+    /// The shared registration of a range, made through `comm` on first use.
     ///
     /// # Safety
-    /// `comm` is open. The memory stays mapped until the registration and all comms that use it are gone.
+    /// `comm` is open. The memory stays mapped until the registration and all comms that use it are dropped.
     pub(super) unsafe fn acquire(
         &self,
         plugin: &Arc<impl Registrar + 'static>,
@@ -149,7 +149,7 @@ impl Registrations {
         }
         let mhandle = entry.mhandle;
         table.entries.remove(key);
-        // Registrations that are tied to a comm went with it when it was closed.
+        // Registrations that are tied to a comm ended when it was closed.
         if key.comm == 0 || table.open.iter().any(|o| o.comm == key.comm) {
             table.left.push((key.dev, mhandle));
             table.settle(plugin, key.dev);
@@ -158,7 +158,7 @@ impl Registrations {
 }
 
 impl Table {
-    /// Drops what nobody uses any more, if the NIC has an open comm.
+    /// Drops unused registrations, if the NIC has an open comm.
     fn settle(&mut self, plugin: &dyn Registrar, dev: usize) {
         let Some(open) = self.open.iter().find(|o| o.dev == dev) else { return };
         let drop_one = |mhandle: usize| {

@@ -1,22 +1,22 @@
-//! The receive manager of GPUDirect-TCPX, as far as the plugin ends the process where it does not answer: the plugin asks it for the receive
-//! memory of a GPU at the first accept there. Knows nothing of what it answers.
+//! Checks the receive manager of GPUDirect-TCPX: at the first accept for a GPU the plugin asks it for the GPU's receive memory, and ends
+//! the process if there is no answer. Knows nothing of the answer.
 
 use crate::status::{bail, Result};
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Names the folder of its sockets, and where the plugin looks when nobody does.
+/// The variable that names the folder of its sockets, and the plugin's default.
 const FOLDER: (&str, &str) = ("NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX", "/tmp");
-/// Its socket for flow rules: the plugin asks there first, and fails in order where there is none.
+/// Its socket for flow rules: the plugin asks there first, and fails cleanly if it does not exist.
 const RULES: &str = "rx_rule_manager";
-/// Its sockets of a GPU, before the GPU's PCI address.
+/// Prefixes of its sockets for a GPU, before the GPU's PCI address.
 const OF_GPU: [&str; 2] = ["get_gpu_fd_", "get_gpu_metadata_"];
 
-/// Whether it serves the receive memory of a GPU, by PCI address; of any where none is known.
+/// Checks that it serves the receive memory of a GPU, by PCI address; of any GPU if the address is unknown.
 ///
 /// # Errors
-/// What is missing: the plugin must not be asked to accept.
+/// What is missing: the plugin must not accept.
 pub(super) fn serves(gpu: Option<&str>) -> Result<()> {
     let folder = std::env::var_os(FOLDER.0).map_or(PathBuf::from(FOLDER.1), PathBuf::from);
     serves_from(&folder, gpu)
@@ -42,11 +42,11 @@ fn serves_from(folder: &Path, gpu: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-/// Connects to a socket without waiting, and hangs up.
+/// Connects to a socket without waiting, and closes it.
 fn knock(path: &Path) -> io::Result<()> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking().cloexec(), None)?;
     match socket.connect(&SockAddr::unix(path)?) {
-        // Many wait for it: it is there.
+        // Its backlog is full: it exists.
         Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(()),
         result => result,
     }
@@ -58,7 +58,7 @@ mod tests {
     use std::os::unix::net::UnixListener;
 
     #[test]
-    fn a_manager_without_a_gpus_sockets_is_told_apart_from_none() {
+    fn a_manager_without_a_gpus_sockets_differs_from_none() {
         let folder = std::env::temp_dir().join(format!("uccl-manager-{}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("folder");
         let gpu = Some("0000:0A:00.0");
@@ -75,7 +75,7 @@ mod tests {
         missing(gpu, "get_gpu_metadata_0000:0a:00.0");
         let metadata = serve("get_gpu_metadata_0000:0a:00.0");
         assert_eq!((serves_from(&folder, gpu), serves_from(&folder, None)), (Ok(()), Ok(())));
-        // Its file is there, and nobody listens.
+        // The file exists, but no process listens.
         drop(metadata);
         missing(gpu, "refused");
         let _ = std::fs::remove_dir_all(&folder);

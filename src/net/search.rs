@@ -1,11 +1,11 @@
-//! Where GPUDirect-TCPX may be installed, in the order of trying, and what on a host says that it should be. Looks at files only.
+//! Where GPUDirect-TCPX may be installed, in search order, and signs that a host is made for it. Reads files only.
 
 use std::path::{Path, PathBuf};
 
 /// Where Google's installers and container images put the plugin.
 pub const TCPX_DIRS: [&str; 3] = ["/usr/local/nvidia/lib64", "/usr/local/tcpx/lib64", "/var/lib/tcpx/lib64"];
 
-/// Names of the plugin's file, the unmistakable one first.
+/// Names of the plugin's file, the unambiguous one first.
 pub const TCPX_FILES: [&str; 2] = ["libnccl-net-tcpx.so", "libnccl-net.so"];
 
 /// Existing files that may be the plugin: those of `dirs`, then those of the colon-separated `library_path`.
@@ -33,7 +33,7 @@ pub(super) fn signs(root: &Path, managers: &[&str]) -> Vec<String> {
         let driver = std::fs::read_link(root.join("sys/class/net").join(nic).join("device/driver"));
         driver.is_ok_and(|d| d.file_name().is_some_and(|n| n == "gve"))
     });
-    // Every VM of Google has one; more are data NICs.
+    // Every Google VM has one; more are data NICs.
     if gvnics.len() > 1 {
         signs.push(format!("gVNIC data NICs ({})", gvnics.join(", ")));
     }

@@ -1,5 +1,5 @@
-//! What ties a channel to the session that set it up: a key that its first bytes prove, and how its messages are guarded. Knows nothing of
-//! where keys come from.
+//! Ties a channel to its control connection: a key that its first bytes prove, and the protection of its messages. Knows nothing of
+//! the origin of keys.
 
 use crate::status::Result;
 use process::guarded::Guarded;
@@ -7,7 +7,7 @@ use process::guarded::Guarded;
 /// 32 secret bytes.
 pub(crate) type Secret = Guarded<[u8; 32]>;
 
-/// How the messages of a comm are guarded.
+/// How the messages of a comm are protected.
 pub(crate) enum Guard {
     /// Not at all.
     None,
@@ -17,9 +17,9 @@ pub(crate) enum Guard {
     Seal(Secret),
 }
 
-/// What one direction of a channel is secured with.
+/// The keys of one direction of a channel.
 pub(crate) struct HalfKeys {
-    /// The connecting side proves it in its first bytes.
+    /// The connector proves it in its first bytes.
     pub hello: Secret,
     /// For the messages.
     pub guard: Guard,

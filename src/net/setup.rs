@@ -1,6 +1,7 @@
 //! Setting up channels with a peer, without blocking: listen comms and their offers, then connects and accepts polled until they are up.
-//! Where a plugin can do that, one side listens and the other dials the connections of both directions. A NIC that cannot be used is left out; the two sides agree afterwards on the channels that both have. Knows nothing of what travels
-//! on a channel, and of time only how long to wait for a NIC when others are up.
+//! If the plugin supports it, the listener listens and the connector dials the connections of both directions. A NIC that cannot be used
+//! is left out; afterwards the two engines agree on the channels that both have. Knows nothing of chunks, and of time only how long to
+//! wait for a NIC when others are up.
 
 use super::comm::{Accepting, Answering, Calling, Connecting, Handle, ListenComm, RecvComm, SendComm};
 use super::pairing;
@@ -16,19 +17,19 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Where a peer can connect one channel to.
+/// The address to which the peer can connect one channel.
 #[derive(Clone, Debug)]
 pub(crate) struct Offer {
-    /// The NIC's name on the side that offers.
+    /// The NIC's name at the engine that offers it.
     pub nic: String,
-    /// Its connect handle; zeros of a side that dials.
+    /// Its connect handle; zeros from an engine that dials.
     pub handle: Handle,
 }
 
-/// What a side does for its channels.
+/// What an engine does for its channels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Role {
-    /// Listens, and dials what it sends on.
+    /// Listens, and dials the comms that it sends on.
     Both,
     /// Dials all.
     Dials,
@@ -37,7 +38,7 @@ pub(crate) enum Role {
 }
 
 impl Role {
-    /// Of the side that made the control connection, or of the other one.
+    /// The role of the connector, or of the listener.
     pub(crate) fn of(plugin: &Plugin, connecting: bool) -> Role {
         match (plugin.traits.dials_both, connecting) {
             (false, _) => Role::Both,
@@ -49,18 +50,18 @@ impl Role {
 
 /// A channel that is up: both directions.
 pub(crate) struct Pair {
-    /// The channel's number, the same on both sides.
+    /// The channel's number, the same at both engines.
     pub index: usize,
     /// Towards the peer.
     pub send: SendComm,
     /// From the peer.
     pub recv: RecvComm,
-    /// This side's NIC, and the peer's.
+    /// The NICs of this engine and of the peer.
     pub nic: String,
     pub peer_nic: String,
 }
 
-/// What is left of the channels that came up here when the peer has named those that came up there. Both sides call it; the rest is
+/// Keeps the channels that came up at both engines, once the peer has named its own. Both engines call it; the rest is
 /// closed.
 pub(crate) fn agree(pairs: Vec<Pair>, theirs: &[usize]) -> Vec<Pair> {
     pairs.into_iter().filter(|p| theirs.contains(&p.index)).collect()
@@ -70,12 +71,12 @@ pub(crate) fn agree(pairs: Vec<Pair>, theirs: &[usize]) -> Vec<Pair> {
 struct Listener {
     dev: usize,
     nic: String,
-    /// None of a side that dials.
+    /// None if this engine dials.
     comm: Option<ListenComm>,
 }
 
 impl Listener {
-    /// `looked`: a look at this NIC, just before, found that it can be used.
+    /// `looked`: this NIC was just found usable.
     fn open(plugin: &Arc<Plugin>, dev: usize, nic: &str, gpu: &Scope, role: Role, looked: bool) -> Result<Listener> {
         let comm = match role {
             Role::Dials if looked => Ok(None),
@@ -99,7 +100,7 @@ pub(crate) struct Listening {
 }
 
 impl Listening {
-    /// Opens `n` listen comms, in turn over the NICs of `choice`, which are indexes into `devices`. A NIC that refuses is left out; one
+    /// Opens `n` listen comms, in turn over the NICs of `choice`, which are indexes into `devices`. A NIC that fails is left out; one
     /// whose ports are all in use keeps the channels that it has.
     ///
     /// `gpu`: the GPU whose memory the channels will carry, for plugins that follow the current GPU.
@@ -140,14 +141,14 @@ impl Listening {
         Ok(Listening { plugin: plugin.clone(), gpu, role, listeners })
     }
 
-    /// What to tell the peer.
+    /// The offers for the peer.
     pub(crate) fn offers(&self) -> Vec<Offer> {
         self.listeners.iter().map(|l| Offer { nic: l.nic.clone(), handle: l.handle() }).collect()
     }
 
-    /// Joins the offers of both sides to channels and starts them. Where nothing can be joined the result is up at once, empty, with a
-    /// reason. With `keys` they are tied to a session, where the plugin can do that. Nothing outside `allowed` is dialled, as far as
-    /// the peer's handles can be read.
+    /// Joins the offers of both engines to channels and starts them. If nothing can be joined the result is complete at once, empty, with a
+    /// reason. With `keys` they are tied to the control connection, if the plugin can do that. Addresses outside `allowed` are not dialled,
+    /// as far as the peer's handles can be read.
     pub(crate) fn establish(self, peer: &[Offer], keys: Option<KeysOf<'_>>, allowed: &AllowList) -> Establishing {
         let keys = keys.filter(|_| self.plugin.traits.secured);
         let names: Vec<&str> = self.listeners.iter().map(|l| l.nic.as_str()).collect();
@@ -174,7 +175,7 @@ impl Listening {
     }
 }
 
-/// Distinct names in order, for people. What a peer sent is cut and cleaned.
+/// Distinct names in order, for log lines. A peer's names are truncated and sanitised.
 fn list(names: &[&str]) -> String {
     let mut seen: Vec<String> = Vec::new();
     for name in names.iter().take(64) {
@@ -186,16 +187,16 @@ fn list(names: &[&str]) -> String {
     seen.join(", ")
 }
 
-/// A name from a peer as it may stand in a log line.
+/// A peer's name, sanitised for a log line.
 fn printable(name: &str) -> String {
     name.chars().take(32).map(|c| if c.is_ascii_graphic() { c } else { '?' }).collect()
 }
 
-/// Set-ups come as often as peers like.
+/// Peers can repeat set-ups at will, so these lines are rate-limited.
 static LEFT_OUT: Limiter = Limiter::new(8);
 static NO_CARRIER: Limiter = Limiter::new(2);
 
-/// Writes a line about channels that are missing, as often as is good.
+/// Logs missing channels, rate-limited.
 pub(crate) fn warn_of_fewer(what: std::fmt::Arguments<'_>) {
     LEFT_OUT.log(log::Level::Warn, Instant::now(), what);
 }
@@ -204,12 +205,12 @@ fn left_out(nic: &str, cause: &Error) {
     LEFT_OUT.log(log::Level::Warn, Instant::now(), format_args!("NIC {nic} is left out of a connection: {cause}"));
 }
 
-/// One direction of a channel on its way up.
+/// One direction of a channel during set-up.
 enum Half<P, U> {
     Pending(P),
     Up(U),
     Failed(Error),
-    /// Given up, or handed over.
+    /// Abandoned, or handed over.
     Gone,
 }
 
@@ -233,7 +234,7 @@ impl<P, U> Half<P, U> {
     }
 }
 
-/// The way to a send comm.
+/// A send comm during set-up.
 enum Outward {
     Dial(Connecting),
     Answer(Answering),
@@ -248,7 +249,7 @@ impl Outward {
     }
 }
 
-/// The way to a receive comm.
+/// A receive comm during set-up.
 enum Inward {
     Accept(Accepting),
     Call(Calling),
@@ -263,7 +264,7 @@ impl Inward {
     }
 }
 
-/// What the channels of one set-up share.
+/// State that the channels of one set-up share.
 struct On<'a> {
     plugin: &'a Arc<Plugin>,
     gpu: &'a Scope,
@@ -272,12 +273,12 @@ struct On<'a> {
 }
 
 impl On<'_> {
-    /// The handle to connect with, where the peer's may be dialled.
+    /// The handle to connect with, if the peer's address may be dialled.
     fn admit(&self, own: &Handle, peer: &Handle) -> Result<Handle> {
         let how = self.plugin.traits.handle_check;
         let admitted = handle::admit(how, own, peer)?;
         match handle::addresses(how, &admitted).find(|address| !self.allowed.admits(address.ip())) {
-            Some(_) => bail!(Unreachable, "the address is not in UCCL_TCPX_ALLOW of this side"),
+            Some(_) => bail!(Unreachable, "the address is not in UCCL_TCPX_ALLOW of this host"),
             None => Ok(admitted),
         }
     }
@@ -310,12 +311,12 @@ struct Channel {
     nic: String,
     peer_nic: String,
     role: Role,
-    /// Where the peer listens, and where this side does.
+    /// The listening addresses of the peer and of this engine.
     address: Option<SocketAddr>,
     own: Option<SocketAddr>,
     send: Half<Outward, SendComm>,
     recv: Half<Inward, RecvComm>,
-    /// What was missing when the peer gave it up.
+    /// What was missing when the peer abandoned it.
     lost: Option<String>,
     /// Its failure was reported.
     reported: bool,
@@ -366,7 +367,7 @@ impl Channel {
         matches!(self.send, Half::Failed(_) | Half::Gone) || matches!(self.recv, Half::Failed(_) | Half::Gone)
     }
 
-    /// The peer's side in words.
+    /// The peer's end as text.
     fn target(&self) -> String {
         match self.address {
             Some(address) => format!("{address} ({})", self.peer_nic),
@@ -374,7 +375,7 @@ impl Channel {
         }
     }
 
-    /// What is done for data to the peer, and for data from it, in words.
+    /// The pending step for data to the peer, and for data from it, as text.
     fn doing(&self) -> (String, String) {
         let dial = format!("connect to {}", self.target());
         let wait = match self.own {
@@ -399,7 +400,7 @@ impl Channel {
         }
     }
 
-    /// The directions that are still pending, in words.
+    /// The directions that are still pending, as text.
     fn missing(&self) -> Option<String> {
         let (out, inward) = self.doing();
         let what = match (self.send.pending(), self.recv.pending()) {
@@ -412,7 +413,7 @@ impl Channel {
         Some(format!("{}: {what}", self.nic))
     }
 
-    /// Lets go of both directions. A failure keeps its cause.
+    /// Drops both directions. A failure keeps its cause.
     fn give_up(&mut self) {
         if !matches!(self.send, Half::Failed(_)) {
             self.send = Half::Gone;
@@ -423,8 +424,8 @@ impl Channel {
     }
 }
 
-/// Channels on their way up. Dropped before its end it gives everything back: at once where the plugin can do that, else from a
-/// background thread when the plugin is done with it.
+/// Channels during set-up. If dropped early it releases everything: at once if the plugin supports that, else on a
+/// background thread when the plugin is finished with it.
 pub(crate) struct Establishing {
     plugin: Arc<Plugin>,
     channels: Vec<Channel>,
@@ -433,14 +434,14 @@ pub(crate) struct Establishing {
     reason: Option<String>,
 }
 
-/// How long other NICs are waited for when the first channel is up: so many times as long as that took, within bounds.
+/// How long to wait for other NICs after the first channel is up: this many times its duration, within bounds.
 const STRAGGLER_WAIT_FACTOR: u32 = 4;
 const MIN_STRAGGLER_WAIT: Duration = Duration::from_secs(3);
 
 impl Establishing {
-    /// Takes what has happened so far. `Some` once it is settled which channels are up, by number; it may be fewer than were offered, and
-    /// none where nothing could be joined (then [`Establishing::reason`] says why). An error: all that was tried has failed. After an
-    /// end further calls give no channels.
+    /// One step. `Some` once it is settled which channels are up, by number; it may be fewer than were offered, and
+    /// none if nothing could be joined (then [`Establishing::reason`] says why). An error: every channel has failed. After the
+    /// end further calls return no channels.
     pub(crate) fn poll(&mut self) -> Result<Option<Vec<Pair>>> {
         self.poll_at(Instant::now())
     }
@@ -460,7 +461,7 @@ impl Establishing {
             self.first_up = Some(now);
         }
         let pending = self.channels.iter().any(Channel::pending);
-        if pending && !self.patience_ended(now) {
+        if pending && !self.straggler_wait_is_over(now) {
             return Ok(None);
         }
         if up == 0 && !self.channels.is_empty() {
@@ -469,18 +470,18 @@ impl Establishing {
         Ok(Some(self.finish()))
     }
 
-    /// Running out of descriptors or memory is no NIC's fault.
+    /// Exhausted descriptors or memory are not a NIC's fault.
     fn exhausted(&self) -> Option<Error> {
         self.channels.iter().filter_map(Channel::cause).find(|e| e.kind() == ErrorKind::Resource)
     }
 
-    fn patience_ended(&self, now: Instant) -> bool {
+    fn straggler_wait_is_over(&self, now: Instant) -> bool {
         let Some(first) = self.first_up else { return false };
         let patience = (first.saturating_duration_since(self.began) * STRAGGLER_WAIT_FACTOR).max(MIN_STRAGGLER_WAIT);
         now.saturating_duration_since(first) >= patience
     }
 
-    /// Hands out what is up and gives up the rest, with a WARN for each NIC.
+    /// Returns the channels that are up and abandons the rest, with a warning for each NIC.
     pub(crate) fn finish(&mut self) -> Vec<Pair> {
         self.report();
         let mut pairs = Vec::new();
@@ -521,7 +522,7 @@ impl Establishing {
         }
     }
 
-    /// The peer has said which channels came up on its side: the others are not waited for any more.
+    /// The peer has named its channels: this engine stops waiting for the others.
     pub(crate) fn peer_has(&mut self, theirs: &[usize]) {
         for channel in &mut self.channels {
             if !theirs.contains(&channel.index) {
@@ -531,7 +532,7 @@ impl Establishing {
         }
     }
 
-    /// Why there are no channels, where nothing could be joined.
+    /// Why there are no channels, if nothing could be joined.
     pub(crate) fn reason(&self) -> Option<&str> {
         self.reason.as_deref()
     }
@@ -551,15 +552,16 @@ impl Establishing {
         )
     }
 
-    /// When it makes sense to poll again: soon at first, more and more rarely later.
+    /// When to poll again: soon at first, later more and more rarely.
     pub(crate) fn retry_in(&self) -> Duration {
         let slowest = if self.plugin.traits.lingers { 5 } else { 10 };
         (self.began.elapsed() / 8).clamp(Duration::from_micros(20), Duration::from_millis(slowest))
     }
 }
 
-/// Channels to ask for on `nics` NICs with so many `cores`: as configured, else as many as help. A channel of a plugin with threads of its own is worth a
-/// thread, so cores bound the number: all of few, half of many. Every NIC gets at least one; where NICs are paired each gets 2 to 4.
+/// The number of channels for `nics` NICs and `cores` cores: as configured, else as many as help. A plugin with its own threads can use
+/// one thread per channel, so cores limit the number: all of few, half of many. Every NIC gets at least one; if NICs are paired each
+/// gets 2 to 4.
 pub(crate) fn channel_count(plugin: &Plugin, configured: Option<usize>, nics: usize, cores: usize) -> usize {
     let default = if plugin.traits.paired_nics {
         pairing::channels_of_a_nic(cores) * nics
@@ -569,8 +571,8 @@ pub(crate) fn channel_count(plugin: &Plugin, configured: Option<usize>, nics: us
     configured.unwrap_or(default).min(64)
 }
 
-/// The devices that serve a GPU, or memory of the host where none is given: those whose name can reach the peer and that have a carrier.
-/// Where NICs are paired a GPU uses those of its own PCIe switch; else those of its NUMA node, nearest first.
+/// The devices that serve a GPU, or host memory if none is given: those whose name can reach the peer and that have a carrier.
+/// If NICs are paired a GPU uses those of its own PCIe switch; else those of its NUMA node, nearest first.
 pub(crate) fn nics_for(plugin: &Plugin, devices: &[Device], gpu_pci_path: Option<&str>) -> Vec<usize> {
     let mut chosen = if plugin.traits.paired_nics {
         pairing::closest(devices, gpu_pci_path)
@@ -589,7 +591,7 @@ pub(crate) fn nics_for(plugin: &Plugin, devices: &[Device], gpu_pci_path: Option
         }
         chosen.retain(named);
     }
-    // Plugins of others list their devices once; the software plugin leaves such NICs out by itself.
+    // Foreign plugins list their devices once; the software plugin leaves such NICs out by itself.
     if !plugin.traits.devices_change {
         let all = chosen.len();
         chosen.retain(|&i| topology::has_carrier(Path::new("/"), &devices[i].name));

@@ -1,19 +1,19 @@
-//! SIGPIPE around calls of plugins that write to sockets without MSG_NOSIGNAL: blocked in the calling thread, and taken off when the
-//! call has raised it. A signal that was pending before, or that the thread blocks for its own reasons, stays as it was.
+//! SIGPIPE around calls of plugins that write to sockets without MSG_NOSIGNAL: blocked in the calling thread, and consumed if the
+//! call raised it. A signal that was pending before, or that the application blocks, stays as it was.
 
 use std::cell::Cell;
 use std::marker::PhantomData;
 
 thread_local! {
-    /// Guards alive in this thread; only the outermost one does something.
+    /// Guards alive in this thread; only the outermost one acts.
     static DEPTH: Cell<u32> = const { Cell::new(0) };
 }
 
-/// Keeps SIGPIPE of the calls made while it lives from the process. Nests at no cost: a caller with many calls holds one around them.
+/// While it lives, SIGPIPE of the thread's calls does not reach the process. Nesting is free: hold one around many calls.
 pub(crate) struct Quiet {
-    /// The outermost guard's: the mask before, and whether a SIGPIPE was pending already.
+    /// In the outermost guard: the previous mask, and whether a SIGPIPE was already pending.
     before: Option<(libc::sigset_t, bool)>,
-    /// The mask belongs to the thread.
+    /// Not Send: the mask belongs to the thread.
     _thread: PhantomData<*const ()>,
 }
 
@@ -59,10 +59,10 @@ impl Drop for Quiet {
         let Some((mask, was_pending)) = self.before else { return };
         if !was_pending && pending() {
             let none = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-            // SAFETY: the set and the time are readable; the information is not asked for.
+            // SAFETY: the set and the time are readable; the info pointer is null.
             unsafe { libc::sigtimedwait(&sigpipe(), std::ptr::null_mut(), &none) };
         }
-        // SAFETY: puts back the mask of this thread.
+        // SAFETY: restores the mask of this thread.
         unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &mask, std::ptr::null_mut()) };
     }
 }
@@ -72,7 +72,7 @@ mod tests {
     use super::*;
 
     /// Raises SIGPIPE as a plugin's write does.
-    fn write_to_nobody() {
+    fn write_to_closed_socket() {
         let mut ends = [0; 2];
         // SAFETY: two writable descriptors, closed here; one byte is readable.
         unsafe {
@@ -101,11 +101,11 @@ mod tests {
     }
 
     #[test]
-    fn a_sigpipe_of_the_call_vanishes() {
+    fn a_sigpipe_of_the_call_is_consumed() {
         with_default_action(|| {
             let quiet = Quiet::begin();
             let inner = Quiet::begin();
-            write_to_nobody();
+            write_to_closed_socket();
             drop(inner);
             drop(quiet);
             if pending() {
@@ -125,7 +125,7 @@ mod tests {
             }
             {
                 let _quiet = Quiet::begin();
-                write_to_nobody();
+                write_to_closed_socket();
             }
             if !pending() {
                 // SAFETY: ends the child.
@@ -135,13 +135,13 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_that_blocks_it_sees_nothing_new() {
+    fn a_thread_that_blocks_it_sees_no_change() {
         with_default_action(|| {
             // SAFETY: this thread's mask.
             unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &sigpipe(), std::ptr::null_mut()) };
             {
                 let _quiet = Quiet::begin();
-                write_to_nobody();
+                write_to_closed_socket();
             }
             if pending() {
                 // SAFETY: ends the child.

@@ -1,19 +1,20 @@
-//! The data sockets that a plugin keeps to itself: found once a comm is up, and made ready for its close. Knows nothing of comms.
+//! The data sockets inside a plugin: found once a comm is up, and prepared for its close. Knows nothing of comms.
 //!
-//! GPUDirect-TCPX needs two things at a close, and this file is where both are kept.
+//! GPUDirect-TCPX has two requirements at a close, which this file ensures.
 //!
 //! 1. **No byte leaves memory after its region was released.** The kernel sends from the memory of a send until the peer has acknowledged
-//!    it, and a plain close leaves it to that. So a send comm that closes with sends under way has its connections reset: the kernel drops
-//!    what it had still to send. The reset is asked for with a connect to no address, which acts on the connection itself. SO_LINGER would
-//!    act on the close of its last descriptor, and a child that was forked meanwhile may keep one for long. What the interface had in its
-//!    queue by then still leaves, and is read from memory only then: the close waits until that has left.
-//! 2. **No receive comm closes with a socket that was reset.** The plugin takes the flow rule of each data socket back at the close, asks the
-//!    socket for its peer's address to do so, and ends the process where there is no peer any more. Resets cannot be kept away from it:
-//!    the peer's side of the first rule is one, and networks reset connections too, also between any check and the close. So every data
-//!    socket gets a stand-in when its comm comes up: a UDP socket that is bound and connected to the same two addresses, and that no network
-//!    can reset. It takes the socket's number just before the close: the plugin finds the peer's address and takes the right rule
-//!    back, and what the connection had in receive memory goes with the connection. It is made early because later there may be neither
-//!    descriptors nor a route to the peer. A comm with a socket that has no stand-in stays open: memory is lost, and not the process.
+//!    it, even after a plain close. So a send comm that closes with sends in flight has its connections reset: the kernel drops
+//!    unsent data. The reset is a connect to AF_UNSPEC, which acts on the connection itself. SO_LINGER would act on the close of the
+//!    last descriptor, and a forked child may keep one for long. Packets already in the interface's queue are still sent, and read from
+//!    memory only then: the close waits for them.
+//! 2. **No receive comm closes with a socket that was reset.** At the close the plugin removes the flow rule of each data socket, asks the
+//!    socket for its peer's address to do so, and ends the process if the socket has no peer. Resets cannot be prevented:
+//!    the first rule causes them at the peer, and networks reset connections too, also between any check and the close. So every data
+//!    socket gets a stand-in when its comm comes up: a UDP socket that is bound and connected to the same two addresses, and that no
+//!    network can reset. It takes the socket's descriptor number just before the close: the plugin finds the peer's address and removes
+//!    the right rule, and the connection's data in receive memory is freed with the connection. It is made early because later there may
+//!    be neither descriptors nor a route to the peer. A comm with a socket without a stand-in stays open: that leaks memory, but keeps
+//!    the process alive.
 
 use socket2::{Domain, Protocol, SockAddr, SockFilter, SockRef, Socket, Type};
 use std::io::{Error, ErrorKind, Result};
@@ -21,27 +22,27 @@ use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::{Duration, Instant};
 
-/// Of the kernel's socket.h: what memory a socket has taken.
+/// From the kernel's socket.h: a socket's memory use.
 const SO_MEMINFO: libc::c_int = 55;
 
-/// How long a close waits for what its interface has queued: some milliseconds on links of 100 Mbit/s and more.
+/// How long a close waits for the interface's queue: a few milliseconds on links of 100 Mbit/s and more.
 const LEAVES_WITHIN: Duration = Duration::from_secs(1);
 
-/// A connection of this process, as it was when it was found.
+/// A connection of this process, as it was when found.
 struct Found {
     fd: RawFd,
-    /// Tells the socket from another that has its number later.
+    /// Distinguishes the socket from a later one with the same number.
     cookie: u64,
     here: SocketAddr,
-    /// None where it had been reset by then.
+    /// None if it was already reset.
     there: Option<SocketAddr>,
     stand_in: Option<Socket>,
 }
 
 impl Found {
-    /// What has this number, where that is a TCP socket.
+    /// The TCP socket with this number, if any.
     fn look(fd: RawFd) -> Option<Found> {
-        // SAFETY: only asked about itself, and not kept; what is no socket answers with an error.
+        // SAFETY: only queried, and not kept; other files give an error.
         let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
         let socket = SockRef::from(&borrowed);
         let here = socket.local_addr().ok()?.as_socket()?;
@@ -62,39 +63,39 @@ impl Found {
             return Ok(());
         }
         let socket = Socket::new(Domain::for_address(self.here), Type::DGRAM, Some(Protocol::UDP))?;
-        // The plugin's threads may still read from the number, and take what they get for data: nothing arrives.
+        // The plugin's threads may still read from the number, and would take any bytes for data: nothing may arrive.
         let nothing = SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0);
         socket.attach_filter(&[nothing])?;
         socket.set_nonblocking(true)?;
         // All data sockets of a comm have one address here.
         socket.set_reuse_address(true)?;
         match socket.bind(&self.here.into()) {
-            // A UDP socket of another program has the port. The receive manager then keeps a rule that no connection uses.
+            // Another program's UDP socket has the port. The receive manager then keeps a rule that no connection uses.
             Err(e) if e.kind() == ErrorKind::AddrInUse => socket.bind(&SocketAddr::new(self.here.ip(), 0).into())?,
             result => result?,
         }
-        // No connection has one address at both of its ends, so no rule is that of a socket whose peer is unknown.
+        // No connection has the same address at both ends, so the pair of a socket with an unknown peer matches no rule.
         socket.connect(&self.there.unwrap_or(self.here).into())?;
         self.stand_in = Some(socket);
         Ok(())
     }
 
-    /// Puts the stand-in where the socket was.
+    /// Replaces the socket by the stand-in.
     fn replace(&mut self) -> Result<()> {
         self.make_stand_in()?;
         let Some(stand_in) = self.stand_in.take().filter(|_| self.is_open()) else { return Ok(()) };
-        // SAFETY: the number is the plugin's, which closes it; what it was is closed here, and its user finds a socket in its place.
+        // SAFETY: the plugin owns and closes the number; dup2 closes the old socket, and users of the number find the stand-in.
         if unsafe { libc::dup3(stand_in.as_raw_fd(), self.fd, libc::O_CLOEXEC) } < 0 {
             return Err(Error::last_os_error());
         }
         Ok(())
     }
 
-    /// Bytes of memory that packets in the interface's queue still take.
+    /// Bytes of memory of packets in the interface's queue.
     fn queued(&self) -> u32 {
         let mut memory = [0u32; 9];
         let mut size = size_of_val(&memory) as libc::socklen_t;
-        // SAFETY: as many bytes as are told.
+        // SAFETY: a buffer of the given length.
         let result = unsafe { libc::getsockopt(self.fd, libc::SOL_SOCKET, SO_MEMINFO, memory.as_mut_ptr().cast(), &mut size) };
         if result == 0 {
             memory[libc::SK_MEMINFO_WMEM_ALLOC as usize]
@@ -119,46 +120,46 @@ impl Found {
 #[derive(Default)]
 pub(super) struct Sockets {
     found: Vec<Found>,
-    /// So many more there should have been.
+    /// How many sockets were not found.
     missing: usize,
 }
 
-/// A scope or a flow label is no part of what a plugin's handle names.
+/// A plugin's handle has no scope or flow label.
 fn same(a: SocketAddr, b: SocketAddr) -> bool {
     (a.ip(), a.port()) == (b.ip(), b.port())
 }
 
 impl Sockets {
-    /// Those of which the end that `ask` asks for is `address`.
+    /// Those for which `ask` returns `address`.
     fn with(address: SocketAddr, ask: fn(&Socket) -> Result<SockAddr>) -> Sockets {
         let Ok(descriptors) = std::fs::read_dir("/proc/self/fd") else { return Sockets::default() };
         let numbers = descriptors.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<RawFd>().ok());
         let is = |fd: &RawFd| {
-            // SAFETY: only asked for an address, and not kept; what is no socket answers with an error.
+            // SAFETY: only queried for an address, and not kept; other files give an error.
             let borrowed = unsafe { BorrowedFd::borrow_raw(*fd) };
             ask(&SockRef::from(&borrowed)).ok().and_then(|found| found.as_socket()).is_some_and(|found| same(found, address))
         };
         Sockets { found: numbers.filter(is).filter_map(Found::look).collect(), missing: 0 }
     }
 
-    /// Those that are connected to this address now.
+    /// Those connected to this address now.
     pub(super) fn connected_to(there: SocketAddr) -> Sockets {
         Sockets::with(there, Socket::peer_addr)
     }
 
-    /// Those that have this address at their own end, reset or not.
+    /// Those with this local address, reset or not.
     pub(super) fn at(here: SocketAddr) -> Sockets {
         Sockets::with(here, Socket::local_addr)
     }
 
-    /// Without those that were there before: what the peer's handle names may be an address to which the application is connected, and a
-    /// port may be listened at again while connections of earlier comms live.
+    /// Removes those that existed before: the application may be connected to the address in the peer's handle, and a
+    /// port may be reused for listening while connections of earlier comms live.
     pub(super) fn since(mut self, before: &Sockets) -> Sockets {
         self.found.retain(|found| !before.found.iter().any(|old| old.cookie == found.cookie));
         self
     }
 
-    /// Makes the stand-ins for a comm of so many data sockets. What fails now is tried again at the close.
+    /// Makes the stand-ins for a comm with `count` data sockets. Failures are retried at the close.
     pub(super) fn make_stand_ins(&mut self, count: usize) {
         self.missing = count.saturating_sub(self.found.len());
         for found in &mut self.found {
@@ -168,7 +169,7 @@ impl Sockets {
         }
     }
 
-    /// Puts the stand-ins in the sockets' places. An error, in words: the comm must not be closed.
+    /// Replaces the sockets by their stand-ins. An error means that the comm must not be closed.
     pub(super) fn replace(&mut self) -> std::result::Result<(), String> {
         if self.missing > 0 {
             return Err(format!("{} of its data sockets were not found", self.missing));
@@ -179,7 +180,7 @@ impl Sockets {
         Ok(())
     }
 
-    /// Resets them: the kernel drops what it still has to send, or to send again. When this returns nothing leaves any more.
+    /// Resets them: the kernel drops unsent and unacknowledged data. When this returns nothing more is sent.
     pub(super) fn reset(&self) {
         let open = || self.found.iter().filter(|found| found.is_open());
         for found in open() {
@@ -191,7 +192,7 @@ impl Sockets {
         while let Some(found) = open().find(|found| found.queued() > 0) {
             if Instant::now() > until {
                 log::warn!(
-                    "the interface with {} holds up what a channel has sent; it may leave after the channel's close",
+                    "the interface with {} still queues data of a channel, which may be sent after the channel's close",
                     found.here.ip()
                 );
                 break;
@@ -238,7 +239,7 @@ mod tests {
         let (mut reset, mut there) = (TcpStream::connect(address).expect("connect"), listener.accept().expect("accept").0);
         let found = Sockets::connected_to(address).since(&before);
         assert_eq!(numbers(&found), [reset.as_raw_fd()]);
-        // More than both kernels' buffers hold. A copy, as in a child, keeps nothing alive.
+        // More than both kernels' buffers hold. A copy of the descriptor, as in a child, does not keep the connection alive.
         reset.set_nonblocking(true).expect("nonblocking");
         while reset.write(&[7; 65536]).is_ok() {}
         kept.write_all(b"all of it").expect("write");
@@ -253,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_that_is_anothers_by_now_is_left_alone() {
+    fn a_reused_descriptor_number_is_left_alone() {
         let (listener, mut here, mut there) = pair("127.0.0.1:0");
         let mut found = Sockets::connected_to(listener.local_addr().expect("address"));
         found.make_stand_ins(1);
@@ -267,14 +268,14 @@ mod tests {
     }
 
     #[test]
-    fn a_stand_in_names_both_ends_whatever_became_of_the_socket() {
+    fn a_stand_in_has_both_addresses_whatever_happened_to_the_socket() {
         for address in ["127.0.0.1:0", "[::1]:0"] {
             let (listener, peer, mut socket) = pair(address);
             let here = listener.local_addr().expect("address");
             let second = (TcpStream::connect(here).expect("connect"), listener.accept().expect("accept").0);
             let ends = [&socket, &second.1].map(|s| (s.peer_addr().expect("peer"), s.local_addr().expect("address")));
             let mut found = Sockets::at(here);
-            // The listening one has the address too.
+            // The listening socket has the address too.
             let listening = Sockets { found: vec![Found::look(listener.as_raw_fd()).expect("listener")], missing: 0 };
             found = found.since(&listening);
             assert_eq!(found.found.len(), 2, "{address}");
@@ -288,7 +289,7 @@ mod tests {
                 let flags = unsafe { libc::fcntl(socket.as_raw_fd(), libc::F_GETFD) };
                 assert_eq!(flags & libc::FD_CLOEXEC, libc::FD_CLOEXEC);
             }
-            // The connection went with the number.
+            // The connection was closed with the number.
             assert_eq!((&second.0).read(&mut [0]).map_err(|e| e.kind()), Ok(0));
         }
     }
@@ -337,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn a_comm_whose_sockets_are_not_all_known_says_so() {
+    fn a_comm_with_missing_sockets_reports_it() {
         let (listener, _peer, _socket) = pair("127.0.0.1:0");
         let mut found = Sockets::connected_to(listener.local_addr().expect("address"));
         found.make_stand_ins(2);

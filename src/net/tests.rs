@@ -1,5 +1,5 @@
-//! Plugins of others as the rest of this folder uses them, over the strict foreign plugin, which ends the process at the first breach of
-//! the contract; and a table of version 8. Each case has a process of its own, since a plugin is initialised once.
+//! This folder's code with foreign plugins: over the strict foreign plugin, which ends the process at the first violation of
+//! the contract, and over a table of version 8. Each case has its own process, since a plugin is initialised once.
 
 use super::comm::{Connecting, ListenComm, RecvComm, SendComm};
 use super::plugin::Plugin;
@@ -26,7 +26,7 @@ const CASE: &str = "UCCL_NET_TEST_CASE";
 const BREAK: &str = "UCCL_NET_TEST_BREAK";
 const TWO_NICS: &str = "eth1@127.0.0.1,eth2@127.0.0.2";
 const LATE: (&str, &str) = ("STRICT_FOREIGN_LATE", "1");
-const LAST_WORDS: &str = "bytes left the memory after its release";
+const LEAKED: &str = "bytes left the memory after its release";
 const ONE_DEAD: &str = "eth1@127.0.0.1,eth2@127.0.0.2@dead";
 
 fn run(case: &str, devices: &str, more: &[(&str, &str)]) {
@@ -46,12 +46,12 @@ fn environment<'a>(child: &'a mut Command, case: &str, devices: &str, more: &[(&
     child.env("NCCL_DYNAMIC_CHUNK_SIZE", "524288").envs(more.iter().copied())
 }
 
-/// Every protection is shown to be what keeps a case alive: without it the process ends.
+/// Shows that every protection is needed: without it the case's process ends.
 #[test]
 fn without_its_protection_each_case_ends_the_process() {
     for (case, missing, signal, why) in [
         ("many_set_ups_at_once", "serial_setup", libc::SIGABRT, "inside another set-up call"),
-        ("given_up", "lingers", libc::SIGABRT, "while an accept is pending"),
+        ("abandoned", "lingers", libc::SIGABRT, "while an accept is pending"),
         ("wild_handles", "handle_check", libc::SIGABRT, "connect"),
         ("registrations", "shared_registrations", libc::SIGABRT, "registered twice"),
         ("sigpipe", "raises_sigpipe", libc::SIGPIPE, ""),
@@ -68,19 +68,19 @@ fn without_its_protection_each_case_ends_the_process() {
 fn set_up_of_a_foreign_plugin_is_serial() {
     run("two_nics", TWO_NICS, &[]);
     run("many_set_ups_at_once", TWO_NICS, &[]);
-    run("as_slow_as_it_is", TWO_NICS, &[("STRICT_FOREIGN_CONNECT_MS", "300"), ("STRICT_FOREIGN_ACCEPT_MS", "500")]);
+    run("real_delays", TWO_NICS, &[("STRICT_FOREIGN_CONNECT_MS", "300"), ("STRICT_FOREIGN_ACCEPT_MS", "500")]);
 }
 
 #[test]
-fn what_cannot_be_used_is_left_out() {
+fn unusable_nics_are_left_out() {
     run("dead_nic", ONE_DEAD, &[]);
     run("peer_says_less", TWO_NICS, &[]);
     run("nothing_in_common", TWO_NICS, &[]);
 }
 
 #[test]
-fn set_ups_that_are_given_up_leave_nothing() {
-    run("given_up", TWO_NICS, &[]);
+fn abandoned_set_ups_leave_nothing() {
+    run("abandoned", TWO_NICS, &[]);
     run("never_begun", TWO_NICS, &[]);
     run("the_peer_never_comes", TWO_NICS, &[]);
 }
@@ -91,7 +91,7 @@ fn a_peers_handle_is_checked() {
 }
 
 #[test]
-fn registrations_are_shared_and_go() {
+fn registrations_are_shared_and_dropped() {
     run("registrations", TWO_NICS, &[]);
     run("registrations_in_flight", TWO_NICS, &[]);
     run("registrations_without_descriptors", TWO_NICS, &[]);
@@ -102,12 +102,12 @@ fn sends_that_end_with_their_comm_send_no_more() {
     run("sends_under_way", TWO_NICS, &[LATE]);
     let out = output("sends_under_way", TWO_NICS, &[LATE, (BREAK, "sends_late")]);
     let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
-    assert!(text.contains(LAST_WORDS), "the memory goes on to the peer where nothing is reset: {text}");
+    assert!(text.contains(LEAKED), "without the reset the memory is sent to the peer: {text}");
 }
 
-/// A slow interface holds packets back that read the memory only when they leave.
+/// A slow interface queues packets that read the memory only when they are sent.
 #[test]
-fn what_a_slow_interface_holds_back_leaves_before_the_close_ends() {
+fn packets_queued_by_a_slow_interface_are_sent_before_the_close_ends() {
     let slow = "ip link set lo up && tc qdisc add dev lo root tbf rate 50mbit burst 64k latency 500ms";
     let namespace = |command: &str| {
         let mut shell = Command::new("unshare");
@@ -143,11 +143,11 @@ fn child() {
     match case.as_str() {
         "two_nics" => two_nics(&plugin),
         "many_set_ups_at_once" => many_set_ups_at_once(&plugin),
-        "as_slow_as_it_is" => as_slow_as_it_is(&plugin),
+        "real_delays" => real_delays(&plugin),
         "dead_nic" => dead_nic(&plugin),
         "peer_says_less" => peer_says_less(&plugin),
         "nothing_in_common" => nothing_in_common(&plugin),
-        "given_up" => given_up(&plugin),
+        "abandoned" => abandoned(&plugin),
         "never_begun" => never_begun(&plugin),
         "the_peer_never_comes" => the_peer_never_comes(&plugin),
         "wild_handles" => wild_handles(&plugin),
@@ -185,7 +185,7 @@ fn open(plugin: &Arc<Plugin>, n: usize) -> Listening {
     Listening::open(plugin, &devices, &nics_for(plugin, &devices, None), n, Scope::None, Role::Both).expect("listen")
 }
 
-/// Both sides of a set-up, polled until they are up.
+/// Both ends of a set-up, polled until they are up.
 fn both(a: Listening, b: Listening) -> (Vec<Pair>, Vec<Pair>) {
     let (ours, theirs) = (a.offers(), b.offers());
     let (mut a, mut b) = (a.establish(&theirs, None, &AllowList::default()), b.establish(&ours, None, &AllowList::default()));
@@ -238,7 +238,7 @@ fn two_nics(plugin: &Arc<Plugin>) {
     nothing_is_left();
 }
 
-/// A message arrives in a bounce buffer, whole.
+/// Moves a message and checks it in the bounce buffer.
 fn move_some(mut send: SendComm, mut recv: RecvComm) {
     let memory = Memory::new(64 << 10);
     let span = Span { id: 1, addr: memory.addr(), len: memory.len as u64 };
@@ -252,7 +252,7 @@ fn move_some(mut send: SendComm, mut recv: RecvComm) {
     let mut sent = false;
     while recv.test_oldest().expect("test").is_none() {
         sent = sent || send.test_oldest().expect("test");
-        assert!(Instant::now() < until, "nothing came");
+        assert!(Instant::now() < until, "nothing arrived");
     }
     recv.consume_oldest().expect("consumed");
     while !sent {
@@ -272,7 +272,7 @@ fn to_a_raw_peer(plugin: &Arc<Plugin>) -> (SendComm, TcpStream, Vec<TcpStream>) 
     assert!(connecting.poll().expect("begun").is_none());
     let accept = |listener: &TcpListener| {
         let (mut socket, _) = listener.accept().expect("accept");
-        socket.read_exact(&mut [0; 8]).expect("what it says first");
+        socket.read_exact(&mut [0; 8]).expect("its first bytes");
         socket
     };
     let control = accept(&listeners[1]);
@@ -282,25 +282,25 @@ fn to_a_raw_peer(plugin: &Arc<Plugin>) -> (SendComm, TcpStream, Vec<TcpStream>) 
         if let Some(send) = connecting.poll().expect("poll") {
             return (send, control, data);
         }
-        assert!(Instant::now() < until, "the connect does not end");
+        assert!(Instant::now() < until, "the connect hangs");
         std::thread::sleep(Duration::from_millis(2));
     }
 }
 
-/// The strict foreign plugin sends as TCPX does here: the kernel reads the memory when the bytes leave.
+/// The strict foreign plugin sends like TCPX here: the kernel reads the memory when the bytes are sent.
 fn sends_under_way(plugin: &Arc<Plugin>) {
     const RELEASED: u8 = 0xEE;
     let memory = Memory::new(512 << 10);
     let span = Span { id: 1, addr: memory.addr(), len: memory.len as u64 };
     let end = |mut socket: TcpStream| {
         let mut bytes = Vec::new();
-        // Where nothing is reset it never ends: this process has copies.
+        // Without a reset the connection never ends: this process has copies.
         socket.set_read_timeout(Some(Duration::from_secs(5))).expect("timeout");
         let end = socket.read_to_end(&mut bytes).map_err(|e| e.kind());
-        assert!(!bytes.contains(&RELEASED), "{LAST_WORDS}");
+        assert!(!bytes.contains(&RELEASED), "{LEAKED}");
         end
     };
-    // What was acknowledged has come to the peer: an orderly end.
+    // Everything was acknowledged: an orderly end.
     let (mut send, _control, data) = to_a_raw_peer(plugin);
     // SAFETY: the memory outlives the comm.
     unsafe {
@@ -310,7 +310,7 @@ fn sends_under_way(plugin: &Arc<Plugin>) {
     wait("the send is done", || send.test_oldest().expect("test"));
     drop(send);
     assert_eq!(data.into_iter().map(end).collect::<Vec<_>>(), [Ok(500), Ok(500)]);
-    // More than both kernels' buffers hold: the rest never leaves, also where a child has copies of the sockets.
+    // More than both kernels' buffers hold: the rest is never sent, even if a child has copies of the sockets.
     let (mut send, _control, data) = to_a_raw_peer(plugin);
     let copies: Vec<OwnedFd> = data.iter().flat_map(other_ends).collect();
     assert_eq!(copies.len(), 2);
@@ -322,7 +322,7 @@ fn sends_under_way(plugin: &Arc<Plugin>) {
         }
     }
     drop(send);
-    // SAFETY: our own memory, to which nothing else has access but what this test is about.
+    // SAFETY: our own memory; only the kernel's late sends, which this test checks for, also read it.
     unsafe { memory.at.write_bytes(RELEASED, memory.len) };
     assert_eq!(data.into_iter().map(end).collect::<Vec<_>>(), [Err(std::io::ErrorKind::ConnectionReset); 2]);
     drop(copies);
@@ -339,7 +339,7 @@ fn other_ends(socket: &TcpStream) -> Vec<OwnedFd> {
         let other = ManuallyDrop::new(unsafe { TcpStream::from_raw_fd(*fd) });
         other.local_addr().is_ok_and(|here| here == there)
     };
-    // SAFETY: open, as was just seen.
+    // SAFETY: open, as just checked.
     numbers.filter(is).map(|fd| unsafe { BorrowedFd::borrow_raw(fd) }.try_clone_to_owned().expect("copy")).collect()
 }
 
@@ -386,7 +386,7 @@ fn many_set_ups_at_once(plugin: &Arc<Plugin>) {
     nothing_is_left();
 }
 
-fn as_slow_as_it_is(plugin: &Arc<Plugin>) {
+fn real_delays(plugin: &Arc<Plugin>) {
     let begun = Instant::now();
     let (a, _b) = both(open(plugin, 16), open(plugin, 16));
     assert_eq!(a.len(), 16);
@@ -399,7 +399,7 @@ fn dead_nic(plugin: &Arc<Plugin>) {
     for side in [&a, &b] {
         assert_eq!(side.iter().map(|p| (p.index, p.nic.as_str())).collect::<Vec<_>>(), [(0, "eth1"), (2, "eth1")]);
     }
-    // What did not come up is still the plugin's: nothing was closed under it (it would have ended the process).
+    // The plugin still uses channels that did not come up: nothing was closed under it (it would have ended the process).
     assert!(abandoned_connects::kept() > 0);
 }
 
@@ -433,7 +433,7 @@ fn nothing_in_common(plugin: &Arc<Plugin>) {
     nothing_is_left();
 }
 
-fn given_up(plugin: &Arc<Plugin>) {
+fn abandoned(plugin: &Arc<Plugin>) {
     for millis in [0, 1, 5, 15, 25, 35, 60, 100] {
         let (a, b) = (open(plugin, 4), open(plugin, 4));
         let (ours, theirs) = (a.offers(), b.offers());
@@ -523,7 +523,7 @@ fn registrations(plugin: &Arc<Plugin>) {
             unsafe { pair.send.region(span, span.addr + 100) }.expect("region");
         }
     }
-    assert_eq!(live(), 16 * 2, "one a region and NIC");
+    assert_eq!(live(), 16 * 2, "one per region and NIC");
     let unaligned = Span { id: 99, addr: memory.addr() + 5000, len: 1000 };
     let nic = a[0].nic.clone();
     for pair in a.iter_mut().filter(|p| p.nic == nic) {
@@ -536,7 +536,7 @@ fn registrations(plugin: &Arc<Plugin>) {
         pair.send.forget_region(3);
     }
     assert_eq!(live(), 30);
-    // The last user's end is the registration's.
+    // The registration ends with its last user.
     a.truncate(2);
     assert_eq!(live(), 30);
     a.truncate(1);
@@ -555,7 +555,7 @@ fn registrations_in_flight(plugin: &Arc<Plugin>) {
         // SAFETY: the memory stays.
         unsafe {
             let mhandle = pair.send.region(span, span.addr).expect("region");
-            // More than the peer, which receives nothing, lets through.
+            // More than fits, since the peer receives nothing.
             let mut posted = 0;
             while posted < 16 && pair.send.send(memory.at.cast(), 512 << 10, 0, mhandle).expect("send") {
                 posted += 1;
@@ -563,7 +563,7 @@ fn registrations_in_flight(plugin: &Arc<Plugin>) {
         }
         assert!(pair.send.inflight() > 0);
     }
-    // The comm goes with requests in flight, and with it the last of its NIC: the registration waits for the next one.
+    // The last comm of its NIC closes with requests in flight: the registration waits for the next comm.
     drop(b);
     let Pair { send, recv, .. } = a.remove(0);
     drop(recv);
@@ -599,7 +599,7 @@ fn sigpipe(plugin: &Arc<Plugin>) {
     let memory = Memory::new(1 << 20);
     let span = Span { id: 1, addr: memory.addr(), len: 1 << 20 };
     let (mut a, mut b) = both(open(plugin, 2), open(plugin, 2));
-    // A sender whose peer is gone.
+    // A sender whose peer has closed.
     drop(b.remove(0));
     let first = &mut a[0];
     // SAFETY: the memory stays.

@@ -41,16 +41,16 @@ fn addresses() -> Vec<IpAddr> {
     found
 }
 
-/// The addresses of the interfaces that `filter` (in NCCL's form) lets through and that can be used, one each: by the rules that the
-/// software plugin chooses its devices by.
+/// The addresses of usable interfaces that `filter` (in NCCL's form) admits, one each, by the same rules as the
+/// software plugin's devices.
 ///
 /// # Errors
-/// The kernel does not list its interfaces.
+/// The kernel cannot list its interfaces.
 pub(crate) fn usable(filter: Option<&str>) -> std::io::Result<Vec<IpAddr>> {
     Ok(soft_plugin::interfaces::usable(filter)?.iter().map(|i| i.address).collect())
 }
 
-/// What could be named instead of a filter that lets nothing through, for an error text.
+/// The interfaces that a filter could name, for an error text.
 pub(crate) fn others() -> String {
     let all = soft_plugin::interfaces::usable(None).unwrap_or_default();
     let names: Vec<_> = all.iter().take(16).map(|i| i.name.to_string_lossy()).collect();
@@ -71,15 +71,15 @@ pub(crate) fn numa_node(pci_path: Option<&str>) -> Option<i32> {
     text.trim().parse().ok().filter(|&n| n >= 0)
 }
 
-/// Whether an interface has a link. `true` where nothing is known of it: names of plugins need not be those of the host.
+/// Whether an interface has a carrier. `true` if unknown: a plugin's names need not be the host's.
 pub(crate) fn has_carrier(root: &Path, name: &str) -> bool {
     let at = root.join("sys/class/net").join(name);
     // An interface that is down refuses the read.
     !at.exists() || std::fs::read_to_string(at.join("carrier")).is_ok_and(|text| text.trim() == "1")
 }
 
-/// The devices to use for a GPU whose PCI directory is given, nearest first: those of its NUMA node, sorted by how much of the PCI
-/// path they share. Without a GPU, or when nothing is known about distances, all devices in the plugin's order.
+/// The devices to use for the GPU with this PCI directory, nearest first: those of its NUMA node, sorted by the shared length of the PCI
+/// path. Without a GPU, or if distances are unknown, all devices in the plugin's order.
 pub(crate) fn nearest(devices: &[Device], gpu_pci_path: Option<&str>) -> Vec<usize> {
     let all: Vec<usize> = (0..devices.len()).collect();
     let Some(gpu) = gpu_pci_path else { return all };
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn a_carrier_is_asked_for_where_the_host_knows_the_name() {
+    fn the_carrier_is_checked_if_the_host_has_the_interface() {
         let root = std::env::temp_dir().join(format!("uccl-net-carrier-{}", std::process::id()));
         for (nic, text) in [("eth1", "1\n"), ("eth2", "0\n")] {
             std::fs::create_dir_all(root.join("sys/class/net").join(nic)).expect("folder");

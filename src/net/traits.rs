@@ -1,21 +1,21 @@
-//! What a plugin can do and what it asks of its caller, decided once when it is loaded. Code above `net` asks these and never
-//! which plugin it has.
+//! What a plugin can do and what it requires of its caller, decided once when it is loaded. Code above `net` checks these and never
+//! the plugin's name.
 
 use super::table::Ext;
 use nccl_net_abi::NCCL_PTR_CUDA;
 
-/// How far bytes of a peer's handle can be checked before the plugin sees them.
+/// How the bytes of a peer's handle are checked before the plugin sees them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HandleCheck {
-    /// The plugin checks by itself and keeps nothing but a key in the handle.
+    /// The plugin checks them itself and keeps only a key in the handle.
     Own,
     /// A socket address, a socket count, and room for the plugin's state that is zero in a fresh handle.
     Tcpx,
-    /// Unknown layout: what lies behind the last byte of a fresh handle of ours must be zero.
+    /// Unknown layout: bytes behind the last non-zero byte of our fresh handle must be zero.
     Tail,
 }
 
-/// Properties of a plugin that its callers act on.
+/// Properties of a plugin that its callers depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Traits {
     /// Comms carry host memory.
@@ -26,30 +26,30 @@ pub struct Traits {
     pub vectored: bool,
     /// A doorbell rings when a request ends or a comm fails.
     pub doorbell: bool,
-    /// Nothing moves unless requests are tested.
+    /// Data moves only while requests are tested.
     pub polled: bool,
-    /// A comm can say how many bytes the network has taken over or delivered.
+    /// A comm can report how many bytes were acknowledged or delivered.
     pub progress_bytes: bool,
-    /// Calls need the GPU of the memory current in the calling thread, from set-up on; comms belong to one GPU.
+    /// Calls need the memory's GPU current in the calling thread, starting with set-up; comms belong to one GPU.
     pub follows_gpu: bool,
     /// Listen, connect, accept, registration and close run one at a time in the process.
     pub serial_setup: bool,
     /// Calls may raise SIGPIPE in the calling thread.
     pub raises_sigpipe: bool,
-    /// Device memory may leave through host memory that the GPU fills, instead of through the plugin's device sends.
+    /// Device memory may be sent from host memory that the GPU fills, instead of by the plugin's device sends.
     pub stage_sends: bool,
     /// One registration serves all comms of a NIC.
     pub shared_registrations: bool,
-    /// Messages above 512 KiB may end the process, whatever its limit is set to.
+    /// Messages above 512 KiB may end the process, whatever the limit.
     pub small_messages: bool,
-    /// Connects and accepts that are given up must be polled on until they end.
+    /// Abandoned connects and accepts must be polled until they end.
     pub lingers: bool,
-    /// The kernel sends from the memory of a send until the peer has acknowledged it, also when its comm was closed meanwhile. A send that
-    /// is done was acknowledged.
+    /// The kernel sends from the memory of a send until the peer has acknowledged it, even if the comm was closed meanwhile. A send is
+    /// done once acknowledged.
     pub sends_late: bool,
-    /// A receive comm that closes asks its data sockets for their peers, and ends the process where one has none any more.
+    /// A closing receive comm asks its data sockets for their peers, and ends the process if one has none.
     pub asks_for_peers: bool,
-    /// An accept ends the process where a GPU's receive memory cannot be had: without descriptors, or without what gives it out.
+    /// An accept ends the process if it cannot get a GPU's receive memory: without descriptors, or without the receive manager.
     pub imports: bool,
     /// Only equal NIC names can reach each other, and a GPU uses the NICs nearest to it.
     pub paired_nics: bool,
@@ -57,17 +57,17 @@ pub struct Traits {
     pub pci_nics: bool,
     /// The devices may change from one set-up to the next.
     pub devices_change: bool,
-    /// Channels prove a key of the session that set them up, and their messages can be guarded.
+    /// Channels prove a key of their control connection, and their messages can be protected.
     pub secured: bool,
-    /// One side can dial the connections of both directions.
+    /// One engine can dial the connections of both directions.
     pub dials_both: bool,
     /// How a peer's handle is checked.
     pub handle_check: HandleCheck,
 }
 
 impl Traits {
-    /// Traits of a plugin with this table name, with or without the extension of the software plugin. `global`: its devices say that
-    /// registrations are global. `ptr_support`: the kinds of memory that its devices can register.
+    /// Traits of a plugin with this table name, with or without the extension of the software plugin. `global`: its devices report
+    /// global registrations. `ptr_support`: the kinds of memory that its devices can register.
     pub(super) fn of(name: &str, ext: Option<&Ext>, global: bool, ptr_support: i32) -> Traits {
         let soft = ext.is_some();
         let tcpx = is_tcpx(name);
@@ -103,7 +103,7 @@ impl Traits {
         }
     }
 
-    /// Those of a plugin of others with this name.
+    /// The traits of a foreign plugin with this name.
     #[cfg(test)]
     pub(crate) fn of_others(name: &str) -> Traits {
         Traits::of(name, None, false, NCCL_PTR_CUDA)
@@ -120,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_plugin_of_others_needs_is_read_off_its_table() {
+    fn needs_of_a_foreign_plugin_follow_from_its_table() {
         let [other, tcpx] = ["Other", "GPUDirectTCPX"].map(Traits::of_others);
         for of_others in [other, tcpx] {
             let can = [of_others.host_memory, of_others.vectored, of_others.doorbell, of_others.progress_bytes];
@@ -134,7 +134,7 @@ mod tests {
         let of_tcpx = |t: Traits| [t.shared_registrations, t.sends_late, t.asks_for_peers, t.imports, t.paired_nics, t.pci_nics];
         assert_eq!((of_tcpx(other), other.handle_check), ([false; 6], HandleCheck::Tail));
         assert_eq!((of_tcpx(tcpx), tcpx.handle_check), ([true; 6], HandleCheck::Tcpx));
-        assert!(Traits::of("Other", None, true, NCCL_PTR_CUDA).shared_registrations, "its devices say so");
+        assert!(Traits::of("Other", None, true, NCCL_PTR_CUDA).shared_registrations, "its devices report it");
         assert!(!Traits::of("Other", None, false, 0).device_memory);
     }
 }

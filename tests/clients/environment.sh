@@ -3,7 +3,7 @@
 # that all of them need. Sourced. Knows no program by name.
 #   client_python NAME PACKAGE...   sets `python`; exit status 77, loudly, when the packages cannot be installed
 #   NAME_PYTHON=python3     (NAME in capitals) an interpreter that has everything already; nothing is installed then
-#   overrides="A>=1 B<2"    (a variable of the caller's) packages whose versions others prescribe in vain; uv installs these instead
+#   overrides="A>=1 B<2"    (a variable of the caller's) overrides of version constraints between packages, for uv
 #   CLIENT_VENVS=DIR        where environments are kept; default .venv. Each takes up to 10 GB.
 #   NIXL_VERSION=1.5.1
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)

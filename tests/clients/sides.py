@@ -1,4 +1,4 @@
-"""The two processes of a test above NIXL, and what its main program says to them. Knows nothing of what they do."""
+"""The two processes of a test above NIXL, and the messages of its main program to them. Knows nothing of their work."""
 
 import multiprocessing
 import os
@@ -42,7 +42,7 @@ class Side:
 
 
 def serve(pipe, work):
-    """In a side: answers each message with what `work` makes of it. None ends the process, without the end of the libraries in it."""
+    """In a process: answers each message with the result of `work`. None ends the process without unloading its libraries."""
     pipe.send("ready")
     while (message := pipe.recv()) is not None:
         pipe.send(work(message))
@@ -51,7 +51,7 @@ def serve(pipe, work):
 
 
 def conclude(sides, requests, failed, bytes_each, seconds):
-    """Ends the sides, prints the verdict and ends the program with it."""
+    """Ends the processes, prints the result and ends the program with it."""
     for side in sides:
         side.send(None)
     print("\n".join(failed))

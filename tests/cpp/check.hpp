@@ -16,5 +16,5 @@
     }                                                                                                           \
   } while (0)
 
-/* Each test says where the library's last error is to be had. */
+/* Each test defines how to get the library's last error. */
 static char const* check_last_error();

@@ -1,5 +1,5 @@
 /* TcpxEndpoint under threads like those of UCCL's engine: a send proxy and a receive proxy that take tasks and spin, and an application
- * thread that polls; with a peer, a process of its own, that is killed before, during and after the posts. A failed transfer is never
+ * thread that polls; with a peer in its own process that is killed before, during and after the posts. A failed transfer is never
  * reported as done, every transfer ends, nothing terminates, and nothing is kept per failed request.
  *
  * The proxies follow docs/uccl-engine.md: they catch, they mark a failed transfer, and polling says so. */
@@ -34,7 +34,7 @@ using Endpoint = uccl_tcpx::TcpxEndpoint<Traits>;
 using Region = std::shared_ptr<uccl_tcpx::TcpxMemoryRegion>;
 using Clock = std::chrono::steady_clock;
 
-/* A transfer as the engine's asynchronous calls start it. */
+/* A transfer as started by the engine's asynchronous calls. */
 struct Task {
   ReqType type = ReqWrite;
   ConnID conn{};
@@ -50,7 +50,7 @@ class Engine {
   explicit Engine(Endpoint& endpoint) : endpoint_(endpoint) {
     send_ = std::thread([this] { proxy(writes_, false); });
     recv_ = std::thread([this] { proxy(reads_, true); });
-    // The third one watches events of the GPU, of which there are none here.
+    // The third one watches GPU events, of which there are none here.
     third_ = std::thread([this] {
       while (!stop_.load(std::memory_order_acquire)) endpoint_.idle_routine();
     });
@@ -171,7 +171,7 @@ struct Peer {
   Hello hello;
 };
 
-/* Peers are started by this program anew, so that they are no children of a process with threads. */
+/* This program starts itself again as the peer, so that no peer is forked from a process with threads. */
 Peer start_peer(char const* program) {
   int ends[2];
   CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0);
@@ -197,7 +197,7 @@ void kill_peer(Peer const& peer) {
 
 using Tasks = std::vector<std::shared_ptr<Task>>;
 
-/* Waits for the end of all; the number that failed. What is done holds the right bytes. */
+/* Waits for all; returns the number that failed. Completed ones have the right bytes. */
 size_t finish(Tasks const& tasks) {
   auto const deadline = Clock::now() + std::chrono::seconds(40);
   size_t failed = 0;
@@ -212,7 +212,7 @@ size_t finish(Tasks const& tasks) {
   return failed;
 }
 
-/* How often this thread gave its core away by itself. */
+/* How often this thread yielded its core voluntarily. */
 long pauses() {
   rusage use{};
   CHECK(getrusage(RUSAGE_THREAD, &use) == 0);
@@ -380,7 +380,7 @@ int main(int argc, char** argv) {
     CHECK(endpoint.uccl_write_async(conn, region, out, 64, peer.hello.item, &one) >= 0 && wait(one) == 0);
   };
   check_that_ends_are_waited_for(end_one);
-  // A thread of the engine tells when it comes back, having marked its transfer as done.
+  // A thread of the engine marks its transfer as done before it returns.
   for (void (Endpoint::*comes_back)() : {&Endpoint::idle_routine, &Endpoint::recv_routine}) {
     check_that_ends_are_waited_for([&] {
       std::thread([&] {
@@ -400,7 +400,7 @@ int main(int argc, char** argv) {
   CHECK(endpoint.uccl_write_async(conn, region, out, 64, peer.hello.item, &good) >= 0);
   CHECK(wait(good) == 0 && wait(good) == 0);
 
-  // What runs when its connection is closed has failed; what was complete stays complete, asked for or not.
+  // Transfers in flight when their connection is closed have failed; completed ones stay complete, polled or not.
   UcclRequest running{};
   CHECK(endpoint.uccl_recv_async(conn, region, in, 64, &running) >= 0);
   CHECK(endpoint.request_status(running.engine_idx) == 1);

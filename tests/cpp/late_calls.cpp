@@ -1,5 +1,5 @@
 /* Calls that come when almost everything is over: from destructors of static objects, from atexit, from destructors of thread-specific
- * data (pthread keys) and of thread-local objects. By then the library's own thread locals may be gone. A call must still fail with a
+ * data (pthread keys) and of thread-local objects. By then the library's own thread locals may be destroyed. A call must still fail with a
  * status, or work, and never end the process. usage: late_calls [static|atexit|key|local|engine]; without a word all, each in a
  * process of its own. */
 #include "uccl_engine.h"
@@ -24,21 +24,21 @@ uccl_mr_t mr = 0;
 
 /* Calls that fail, so that the library keeps a text and a status for this thread. */
 void fail_calls() {
-  static char nobody;
+  static char unknown;
   uint64_t id = 0;
-  CHECK(uccl_engine_conn_status(reinterpret_cast<uccl_conn_t*>(&nobody)) == UCCL_ERR_NOT_FOUND);
+  CHECK(uccl_engine_conn_status(reinterpret_cast<uccl_conn_t*>(&unknown)) == UCCL_ERR_NOT_FOUND);
   CHECK(uccl_engine_last_status() == UCCL_ERR_NOT_FOUND);
   CHECK(std::strstr(uccl_engine_last_error(), "is not a live connection") != nullptr);
   CHECK(uccl_engine_update_fifo(static_cast<FifoItem*>(nullptr), 0, 0) == UCCL_ERR_INVALID_ARGUMENT);
   CHECK(std::strstr(uccl_engine_last_error(), "fifo_item is NULL") != nullptr);
   CHECK(uccl_engine_write(nullptr, 0, memory, 1, FifoItem{}, &id) < 0);
   CHECK(!uccl_engine_xfer_status(nullptr, 1));
-  uccl_engine_conn_destroy(reinterpret_cast<uccl_conn_t*>(&nobody));
+  uccl_engine_conn_destroy(reinterpret_cast<uccl_conn_t*>(&unknown));
   uccl_engine_destroy(nullptr);
   CHECK(uccl_engine_get_notifs().empty());
 }
 
-/* What a client that cleans up late does. */
+/* The calls of a client that cleans up late. */
 void end_engine() {
   uint64_t id = 0;
   char item_bytes[UCCL_FIFO_SIZE];
@@ -98,7 +98,7 @@ void in_a_thread() {
 }
 
 int run() {
-  // Failing calls first: what the library keeps per thread then exists, and is gone when the late calls come.
+  // Failing calls first: the library's per-thread state then exists, and is destroyed before the late calls.
   fail_calls();
   local.used = true;
   CHECK(std::atexit(at_exit) == 0);

@@ -1,4 +1,4 @@
-/* No exception leaves the overlay: operator new fails at every point in turn, and the functions return errors or what they have. */
+/* No exception leaves the overlay: operator new fails at every point in turn, and the functions return errors or partial results. */
 #include "uccl_engine.h"
 
 #include "check.hpp"
@@ -74,7 +74,7 @@ int main() {
   }
   CHECK(taken == kCount);
 
-  // Of any length: what arrives is whole and in order, and the call after the shortage delivers again.
+  // Of any length: messages arrive whole and in order, and the call after the shortage delivers again.
   notify_msg_v_t note;
   note.msg = std::string(1000, 'm');
   for (size_t i = 0; i < kCount; ++i) {

@@ -1,5 +1,5 @@
 /* A client as one writes it for upstream's header: one include, and every function with the declarations that upstream gives it.
- * Two engines of this process connect and move data. Runs under AddressSanitizer too, which tells apart memory of new[] and malloc. */
+ * Two engines of this process connect and move data. Runs under AddressSanitizer too, which distinguishes memory of new[] and malloc. */
 #include "uccl_engine.h"
 
 #include "check.hpp"
@@ -52,7 +52,7 @@ using VectorCall = int(uccl_conn_t*, std::vector<uccl_mr_t>, std::vector<void*>,
 [[maybe_unused]] void (*const sig_serialize)(FifoItem const&, char*) = &serialize_fifo_item;
 [[maybe_unused]] void (*const sig_deserialize)(char const*, FifoItem*) = &deserialize_fifo_item;
 
-/* What upstream's header lacks: const where nothing is written. */
+/* Differences from upstream's header: const for memory that is not written. */
 [[maybe_unused]] int (*const sig_send_notif_const)(uccl_conn_t*, notify_msg_t const*) = &uccl_engine_send_notif;
 [[maybe_unused]] int (*const sig_read_mutable)(uccl_conn_t*, uccl_mr_t, void*, size_t, FifoItem, uint64_t*) = &uccl_engine_read;
 
@@ -137,7 +137,7 @@ int main() {
   CHECK(uccl_engine_update_ipc_info(ipc_buf, reinterpret_cast<uintptr_t>(there.data()) + 5,
                                     reinterpret_cast<uintptr_t>(there.data()), 10) == 0);
 
-  // As clients do it: a thread that accepts until it is told to stop.
+  // As clients do: a thread that accepts until it is stopped.
   std::mutex mutex;
   std::condition_variable arrived;
   std::vector<uccl_conn_t*> accepted;
@@ -277,7 +277,7 @@ int main() {
   CHECK(uccl_engine_send_vector(conn, mr_ids, {}, size_v, kCount, &id) < 0);
   CHECK(id == 4711 && before == there);
 
-  // Two-sided: gathered here, whole there. The receive blocks, so it has a thread of its own.
+  // Two-sided: gathered here, contiguous there. The receive blocks, so it has its own thread.
   std::vector<void const*> src_v(addr_v.begin(), addr_v.end());
   std::vector<char> gathered(kCount * kBlock + 100, 'x');
   uccl_mr_t mr_gathered;
@@ -294,7 +294,7 @@ int main() {
   receiving_one.join();
   CHECK(std::memcmp(gathered.data(), here.data() + 10, 50) == 0);
 
-  // Notifications are of the process: both engines' arrive in the same list.
+  // Notifications belong to the process: both engines' arrive in the same list.
   notify_msg_t hello{};
   std::strncpy(hello.name, "client", sizeof(hello.name) - 1);
   std::memcpy(hello.msg, "hello", 5);

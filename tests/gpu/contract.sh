@@ -12,5 +12,5 @@ gcc -O2 -Wall -Wextra -Werror -shared -fPIC -o "$work/libcuda.so.1" "$here/simul
 export LD_LIBRARY_PATH=$work UCCL_TCPX_EMULATE_DEVICE=1 NCCL_DYNAMIC_CHUNK_SIZE=1048576
 export NCCL_SOCKET_IFNAME=lo NCCL_GPUDIRECTTCPX_SOCKET_IFNAME=lo
 "$work/probe" main stress bench sender_killed receiver_killed "$release/libnccl_net_tcpx_soft.so"
-# The others try what the strict plugin ends the process for.
+# The other cases do things for which the strict plugin ends the process.
 "$work/probe" stress "$release/libnccl_net_strict_foreign.so"

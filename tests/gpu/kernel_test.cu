@@ -55,8 +55,8 @@ struct Spec {
     std::vector<UcclEntry> entries;  // empty: one whole fragment
     std::vector<Seg> segs;
     Place place = INLINE;
-    long long count = -1;  // what the plugin's counter says; -1: the truth
-    long long hint = -1;   // what the host believes; -1: the counter
+    long long count = -1;  // the plugin's counter; -1: the true value
+    long long hint = -1;   // the host's hint; -1: the counter
 };
 
 struct Bump {  // host view and device view of one block of memory
@@ -81,7 +81,7 @@ struct Gpu {
     volatile u64* status;
     Bump mapped, device;  // device: filled on the host side, uploaded before the launch
     u64 device_dev;
-    std::vector<u8> source;  // what both bounce buffers hold
+    std::vector<u8> source;  // the content of both bounce buffers
 } g;
 
 struct Kernel {
@@ -175,7 +175,7 @@ static bool cut(UcclJob& j, u64 launch_bytes, size_t room, std::vector<UcclItem>
 }
 static size_t far_room(size_t entries, size_t segments) { return entries + segments <= 4096 ? entries + segments : 0; }
 
-// Launches of one test need slots of their own, filled from 0 on.
+// Launches of one test need separate slots, filled from 0.
 static Launch prepare(const std::vector<Spec>& specs, u32 slot = 0) {
     Launch l;
     memset(l.args, 0, sizeof l.args);

@@ -5,7 +5,7 @@
 #include <string.h>
 
 typedef unsigned long long dptr;
-/* What the real driver gives memory of this size. */
+/* The alignment of the real driver for this size. */
 #define ALIGN 65536
 
 int cuInit(unsigned flags) { return flags != 0; }

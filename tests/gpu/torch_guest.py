@@ -85,7 +85,7 @@ class Engine:
 
 
 class Region:
-    """A registered tensor. Asks torch for nothing but its address, so that a capture may be under way."""
+    """A registered tensor. Uses only its address of torch, so that a capture may be active."""
 
     def __init__(self, engine, address, size):
         self.engine, self.address, self.size = engine, address, size
@@ -164,7 +164,7 @@ def case_busy(torch, lib):
     places = [place(t) for t in tensors]
     end = torch.cuda.Event()
     torch.cuda.synchronize()
-    # What the library has once a process and GPU is there before the stream gets busy.
+    # The library's state per process and GPU exists before the stream gets busy.
     first = Engine(lib)
     Region(first, *places[2])
     first.destroy()
@@ -211,7 +211,7 @@ def case_expandable(torch, lib):
     torch.cuda.synchronize()
     a, b = Engine(lib), Engine(lib)
     out, _inbound = a.connect(b)
-    # Neither end lies on a page, as tensors in a segment do not.
+    # Neither end is page-aligned, like tensors in a segment.
     n = near.numel() - 1000
     regions = [Region(a, near.data_ptr() + 512, n), Region(b, far.data_ptr() + 512, n)]
     move(out, "write", *regions)

@@ -1,10 +1,10 @@
-# Sourced by the tests of this directory: two hosts as in tests/shaped, and what somebody at night can read: the log of the client, its
+# Sourced by the tests of this directory: two hosts as in tests/shaped, and what an operator can read: the log of the client, its
 # error, and its statistics.
 . "$(dirname "${BASH_SOURCE[0]}")/../shaped/lib.sh"
 top=$(dirname "$perf")/tcpx-top
 metrics=$scratch/metrics.sock
 
-# client SECONDS [options]: measures in the background for so long; its log and error go to $scratch/client
+# client SECONDS [options]: measures in the background for that time; its log and error go to $scratch/client
 client() {
   local seconds=$1
   shift
@@ -26,7 +26,7 @@ reads() {
     fi
     sleep 0.3
   done
-  echo "$name: somebody reads: $("$@" 2>&1 | grep -aE "$what" | head -1)"
+  echo "$name: an operator reads: $("$@" 2>&1 | grep -aE "$what" | head -1)"
 }
 
 statistics() { "$top" --once "unix:$metrics"; }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A path loses packets: the log says how many segments were sent again, and where. The lines of the trace level tell each transfer from its
-# start to its end, and each step of the set-up. Exit status 77: skipped.
+# A network loses packets: the log says how many segments were retransmitted, and where. The trace level logs each transfer from
+# start to end, and each step of the set-up. Exit status 77: skipped.
 #
 # usage: lossy_path.sh TCPX_PERF
 . "$(dirname "$0")/lib.sh"
@@ -10,7 +10,7 @@ hosts
 nics 1000
 ip netns exec $b iptables -A INPUT -p tcp -m statistic --mode random --probability 0.03 -j DROP 2>"$scratch/iptables" ||
   skip "$name needs iptables with statistic: $(head -1 "$scratch/iptables")"
-# One segment a packet, so that a lost packet is one.
+# One segment per packet, so that each lost packet counts once.
 for host in $a $b; do ip -n $host link set eth1 gso_max_segs 1; done
 serve
 UCCL_P2P_LOG_LEVEL=trace client 60 --wait

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Channels that do not come up: data ports that are dropped, refused, not let out, all in use, or behind the wrong network. On either
-# side the error, or the line of the log, names NIC, address, port, direction and the cause, in time. Where another NIC is left the
-# connection lives on it, and the line says which NIC is left out. Exit status 77: skipped.
+# Channels that cannot be set up: data ports that are dropped, refused, blocked outbound, all in use, or in the wrong network. At both
+# ends the error or log line names NIC, address, port, direction and cause, in time. If another NIC works, the
+# connection uses it, and the line says which NIC is left out. Exit status 77: skipped.
 #
 # usage: set_up_errors.sh TCPX_PERF
 . "$(dirname "$0")/lib.sh"
@@ -93,7 +93,7 @@ try "no port of the range is free on one NIC of two"
 works
 reads 5 "WARN .*eth1.*every port of UCCL_TCPX_PORT_RANGE=21000-21000 is in use" server_log
 
-# What cannot be understood, and what may not be dialled.
+# An invalid setting, and an address that may not be dialled.
 for range in 5 0-9 9-5 ports; do
   UCCL_TCPX_PORT_RANGE=$range try "UCCL_TCPX_PORT_RANGE=$range"
   fails

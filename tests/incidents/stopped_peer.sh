@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The peer's process stops in the middle of transfers (SIGSTOP): before the connection is given up the log and the statistics say that
-# nothing is heard of that peer, and the error names it and the silence. Exit status 77: skipped.
+# The peer's process stops in the middle of transfers (SIGSTOP): before the connection is closed the log and the statistics report
+# that the peer is silent, and the error names the peer and the silence. Exit status 77: skipped.
 #
 # usage: stopped_peer.sh TCPX_PERF
 . "$(dirname "$0")/lib.sh"

@@ -1,4 +1,4 @@
-//! The documentation against the repository: links lead somewhere, and the messages that docs/troubleshooting.md explains are still said.
+//! Checks the documentation against the repository: links resolve, and the code still has the messages that docs/troubleshooting.md explains.
 
 use std::collections::HashMap;
 use std::fs::read_to_string;
@@ -44,7 +44,7 @@ fn plain(path: &Path) -> PathBuf {
 }
 
 #[test]
-fn links_lead_somewhere() {
+fn links_resolve() {
     let mut pages = Vec::new();
     files(Path::new(ROOT), ".md", &mut pages);
     assert!(pages.len() > 20, "{pages:?}");
@@ -67,7 +67,7 @@ fn links_lead_somewhere() {
     assert!(dead.is_empty(), "{dead:#?}");
 }
 
-/// What of a message is the same each time, cut into threes of words: without what bears a number or a name.
+/// The constant parts of a message in groups of three words: without numbers and names.
 fn threes(message: &str) -> Vec<Vec<String>> {
     let name = |word: &str| word.chars().filter(char::is_ascii_uppercase).count() > 1;
     let varies = |word: &&str| name(word) || word.contains(|c: char| c.is_ascii_digit() || matches!(c, '"' | '=' | '.' | '\''));
@@ -79,7 +79,7 @@ fn threes(message: &str) -> Vec<Vec<String>> {
 }
 
 #[test]
-fn messages_that_are_explained_are_still_said() {
+fn explained_messages_exist_in_the_code() {
     let mut sources = Vec::new();
     for folder in ["src", "soft-plugin/src"] {
         files(&Path::new(ROOT).join(folder), ".rs", &mut sources);
@@ -95,7 +95,7 @@ fn messages_that_are_explained_are_still_said() {
         // Fewer than four words say too little.
         for threes in threes(message).iter().filter(|threes| threes.len() > 1) {
             judged += 1;
-            // What is filled in breaks some of them.
+            // Formatted values break some of them.
             if threes.iter().filter(|three| said.contains(*three)).count() * 3 < threes.len() * 2 {
                 gone.push(format!("{threes:?} of {message}"));
             }

@@ -50,7 +50,7 @@ impl Abi {
         self.functions.iter().filter(|(_, f)| exported(f)).map(|(name, _)| name.as_str()).collect()
     }
 
-    /// What is wrong with the exports.
+    /// The faults of the exports.
     fn faults(&self) -> Vec<String> {
         let mut faults = Vec::new();
         for name in self.exports() {

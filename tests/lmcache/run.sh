@@ -2,7 +2,7 @@
 # LMCache's disaggregated prefill over TCPX between two processes on CPUs. Outside scripts/test: LMCache brings torch, 7 GB. Exit status 77:
 # skipped.
 #   run.sh [PAIR-OPTIONS]       see pair.py
-#   LMCACHE_VERSION=0.5.6       and what tests/clients/environment.sh reads
+#   LMCACHE_VERSION=0.5.6       and the variables of tests/clients/environment.sh
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/../clients/environment.sh"

@@ -1,4 +1,4 @@
-//! Engines of this process over one interface; what a test does to its children, and what /proc tells of a process.
+//! Engines of this process over one interface; control of child processes, and figures from /proc.
 #![allow(dead_code)] // each test target uses its part
 
 use std::process::Child;
@@ -18,7 +18,7 @@ pub fn set_environment() {
             // SAFETY: before any engine exists; tests wait for this Once.
             unsafe { std::env::set_var(name, &nic) };
         }
-        // Most tests are about channels. Those about paths within a host say so.
+        // Most tests are about channels. Tests of direct transfers turn them on.
         if std::env::var_os("UCCL_P2P_DISABLE_IPC").is_none() {
             // SAFETY: as above.
             unsafe { std::env::set_var("UCCL_P2P_DISABLE_IPC", "1") };
@@ -83,7 +83,7 @@ impl Rng {
     }
 }
 
-// ---- what /proc tells ----
+// ---- figures from /proc ----
 
 /// Resident memory of a process in KiB.
 pub fn resident(process: u32) -> usize {

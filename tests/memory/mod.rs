@@ -1,4 +1,4 @@
-//! Memory for tests: host memory, or memory of GPUs with UCCL_TEST_MEMORY=gpu, allocated in every way that applications do.
+//! Memory for tests: host memory, or GPU memory with UCCL_TEST_MEMORY=gpu, allocated in every way that applications do.
 #![allow(dead_code)] // each test target uses its part
 
 use cuda_driver::{sys, Context, Stream};
@@ -77,7 +77,7 @@ pub fn enter(ordinal: i32) -> Arc<Context> {
     context
 }
 
-/// Physical memory of a GPU, mapped: handle, length and address.
+/// Mapped physical GPU memory: handle, length and address.
 ///
 /// # Safety
 /// The GPU's context is current.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # packaging/Dockerfile as buildah builds it, on a base that debootstrap makes: no daemon, no registry of images. The image runs its demo and
-# says its verdict. Exit status 77: skipped.
+# prints the result. Exit status 77: skipped.
 #
 # usage: image.sh [FOLDER]     FOLDER: where the base is kept for the next run; default: a temporary one
 set -euo pipefail
@@ -26,7 +26,7 @@ if [ ! -e "$folder/base.tar" ]; then
   debootstrap --variant=minbase bookworm "$scratch/root" http://deb.debian.org/debian >"$scratch/log" 2>&1 ||
     skip "debootstrap failed: $(tail -1 "$scratch/log")"
   echo "deb http://deb.debian.org/debian-security bookworm-security main" >"$scratch/root/etc/apt/sources.list.d/corrections.list"
-  # Where a network has an authority of its own, whoever set up the machine has told it.
+  # A network with its own certificate authority: the machine's administrator has installed it.
   mkdir -p "$scratch/root/usr/local/share/ca-certificates"
   cp /usr/local/share/ca-certificates/*.crt "$scratch/root/usr/local/share/ca-certificates/" 2>/dev/null || true
   mkdir -p "$folder"

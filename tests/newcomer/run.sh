@@ -4,8 +4,8 @@
 #
 # usage: run.sh debian-12|debian-13|ubuntu-24.04 [FOLDER]     FOLDER: where the file system is made and kept; default: a temporary one
 #
-# With the folder kept, the next run begins where the packages are installed already. UBUNTU_KEYRING names the keyring of Ubuntu's archive
-# where the system has none. The log, without the progress of packages, goes to standard output.
+# If the folder is kept, the next run reuses the installed packages. UBUNTU_KEYRING names the keyring of Ubuntu's archive
+# if the system has none. The log, without the progress of packages, goes to standard output.
 set -euo pipefail
 distribution=${1:?usage: $0 debian-12|debian-13|ubuntu-24.04 [FOLDER]}
 here=$(cd "$(dirname "$0")" && pwd)
@@ -20,7 +20,7 @@ case $distribution in
   ubuntu-24.04)
     suite=noble mirror=http://archive.ubuntu.com/ubuntu
     options+=("--components=main,universe")
-    # Without the keyring debootstrap says so and goes on.
+    # Without the keyring debootstrap warns and continues.
     keyring=${UBUNTU_KEYRING:-/usr/share/keyrings/ubuntu-archive-keyring.gpg}
     [ ! -e "$keyring" ] || options+=("--keyring=$keyring")
     ;;
@@ -56,7 +56,7 @@ mkdir "$root/src"
 git -C "$here/../.." archive HEAD | tar -x -C "$root/src"
 for name in proc sys dev dev/pts; do bind "$name"; done
 cp /etc/resolv.conf "$root/etc/resolv.conf"
-# Where a network has an authority of its own, whoever set up the machine has told it.
+# A network with its own certificate authority: the machine's administrator has installed it.
 mkdir -p "$root/usr/local/share/ca-certificates"
 cp /usr/local/share/ca-certificates/*.crt "$root/usr/local/share/ca-certificates/" 2>/dev/null || true
 [ ! -x "$root/usr/sbin/update-ca-certificates" ] || chroot "$root" update-ca-certificates >/dev/null 2>&1

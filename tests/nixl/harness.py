@@ -1,4 +1,4 @@
-"""What the NIXL tests share: an agent with buffers, the same in another process, and a runner that gives every case a process of its own."""
+"""Shared by the NIXL tests: an agent with buffers, the same in another process, and a runner that gives every case its own process."""
 
 import argparse
 import ctypes
@@ -17,12 +17,12 @@ import numpy as np
 
 
 def nixl_api():
-    """The Python API of the NIXL wheel; NIXL_PACKAGE picks one (nixl_cu12, nixl_cu13) where several are installed."""
+    """The Python API of the NIXL wheel; NIXL_PACKAGE selects one (nixl_cu12, nixl_cu13) if several are installed."""
     return importlib.import_module(os.environ.get("NIXL_PACKAGE", "nixl") + "._api")
 
 
 def pattern(seed, size):
-    """Bytes that depend on their place, so that a block in the wrong place shows."""
+    """Bytes that depend on their offset, so that a misplaced block is detected."""
     return np.random.Generator(np.random.SFC64(seed)).integers(0, 256, size, dtype=np.uint8)
 
 
@@ -54,7 +54,7 @@ class GpuBuffer:
     def write(self, offset, data):
         source = self.torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
         self.tensor[offset : offset + len(data)].copy_(source)
-        # NIXL moves what is in memory when a transfer is posted; it knows nothing of streams.
+        # NIXL moves the memory's content at the time of the post; it knows nothing of streams.
         self.torch.cuda.synchronize(self.device)
 
     def read(self, offset, size):
@@ -157,14 +157,14 @@ class Node:
         return self.run(operation, self.local(key, blocks), remote, agent, message)
 
     def try_move(self, operation, key, blocks, remote, agent, message=b""):
-        """move() that gives the name of whatever the agent raised on the way."""
+        """move() that returns the name of an exception that the agent raised."""
         try:
             return self.move(operation, key, blocks, remote, agent, message)
         except Exception as error:
             return type(error).__name__
 
     def move_until(self, operation, key, blocks, remote, agent, seconds):
-        """Moves again and again until a transfer fails or the time is over. The last state and how many were well."""
+        """Moves repeatedly until a transfer fails or the time is over. Returns the last state and the number of successes."""
         good, deadline = 0, time.monotonic() + seconds
         while time.monotonic() < deadline:
             state = self.try_move(operation, key, blocks, remote, agent)
@@ -197,7 +197,7 @@ class Node:
         return sorted(seconds[2:])[iterations // 2]
 
     def compute(self, key, value):
-        """Fills a GPU buffer by a kernel on a stream of its own and waits for it, as a caller of NIXL must."""
+        """Fills a GPU buffer by a kernel on a separate stream and waits for it, as a caller of NIXL must."""
         torch, tensor = self.buffers[key].torch, self.buffers[key].tensor
         stream = torch.cuda.Stream(device=tensor.device)
         with torch.cuda.stream(stream):
@@ -207,7 +207,7 @@ class Node:
         stream.synchronize()
 
     def all_equal(self, key, value):
-        """Whether every byte of a GPU buffer is `value`, judged by a kernel on a fresh stream that waits for nothing."""
+        """Whether every byte of a GPU buffer is `value`, checked by a kernel on a new stream that waits for nothing."""
         torch, tensor = self.buffers[key].torch, self.buffers[key].tensor
         stream = torch.cuda.Stream(device=tensor.device)
         with torch.cuda.stream(stream):
@@ -217,7 +217,7 @@ class Node:
         self.agent.send_notif(agent, message)
 
     def notifications(self, count, timeout=20.0):
-        """Waits until `count` notifications are here; all of them as (agent name, message), oldest first per agent."""
+        """Waits for `count` notifications; returns all of them as (agent name, message), oldest first per agent."""
         deadline = time.monotonic() + timeout
         while len(self.notes) < count and time.monotonic() < deadline:
             for name, messages in self.agent.get_new_notifs().items():
@@ -273,7 +273,7 @@ def _serve(pipe, arguments, environment, namespace):
 
 
 class RemoteNode:
-    """A Node in a process of its own: every method of Node, called through a pipe. `environment`: variables to set, or to unset (None);
+    """A Node in its own process: every method of Node, called through a pipe. `environment`: variables to set, or to unset (None);
     `namespace`: the network namespace it lives in."""
 
     def __init__(self, environment=None, namespace=None, **arguments):
@@ -311,7 +311,7 @@ class RemoteNode:
         self.pipe.close()
 
     def close(self):
-        """Lets the other process end by itself and insists that it ends well."""
+        """Lets the other process end and checks that it succeeded."""
         self.pipe.send(None)
         self.process.join(30)
         code = self.process.exitcode
@@ -330,7 +330,7 @@ def joined(here, there, size, mine_seed=None, theirs_seed=None):
     here.allocate("data", size, mine_seed)
     remote = there.allocate("data", size, theirs_seed)
     check_equal(here.connect(there.metadata()), "there", "name of the remote agent")
-    check_equal(there.connect(here.metadata()), "here", "name of the remote agent, other side")
+    check_equal(there.connect(here.metadata()), "here", "name of the remote agent, at the peer")
     return here, there, remote
 
 
@@ -386,7 +386,7 @@ def main(doc):
             sys.exit(SKIPPED)
         except Failure as failure:
             print("failed:", failure)
-            # One that was stopped would not end by itself.
+            # A stopped process would not end.
             for child in multiprocessing.active_children():
                 child.kill()
             sys.exit(1)
@@ -404,7 +404,7 @@ def main(doc):
 
 
 def run_case(name, verbose):
-    """Runs a case in a process of its own. The verdict and the lines to show."""
+    """Runs a case in its own process. Returns the verdict and the lines to show."""
     _, timeout, environment = CASES[name]
     begin = time.monotonic()
     process = subprocess.Popen(

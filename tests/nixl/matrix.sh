@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The same plugin under every NIXL whose plugin interface it shares: wheels from PyPI. Exit status 77: no version could be downloaded.
-# Versions that could not are named, and do not fail the rest. The recovery tests of all versions run at the same time: they mostly wait.
+# Versions that could not be downloaded are listed, and do not fail the rest. The recovery tests of all versions run at the same time: they mostly wait.
 #   matrix.sh LIBDIR PLUGINDIR [VERSION...]
 #   NIXL_JOBS=4   cases of the other tests that run side by side
 set -uo pipefail

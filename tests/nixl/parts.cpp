@@ -45,7 +45,7 @@ void connection_info_round_trips() {
 void bad_connection_info_is_refused() {
   const std::string good = tcpx::ConnInfo::text("10.0.0.1:7777?-1", item());
   for (size_t length = 0; length < good.size(); ++length) {
-    // Whatever is left of it when the end is missing: an error, or metadata without an identity.
+    // Any truncation: an error, or metadata without an identity.
     const auto info = tcpx::ConnInfo::parse(good.substr(0, length));
     check(!info || !info->identity, "a text that was cut");
   }

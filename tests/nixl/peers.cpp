@@ -1,4 +1,4 @@
-// Connections to peers, some of which never answer: these cost the others nothing.
+// Connections to peers, some of which never answer: these do not delay the others.
 //
 // SPDX-License-Identifier: Apache-2.0
 
@@ -36,7 +36,7 @@ std::string metadata(uccl_engine_t *engine) {
   return text;
 }
 
-/// A host whose kernel accepts and whose program says nothing.
+/// A host whose kernel accepts and whose program never answers.
 int silent_host(std::string &text) {
   sockaddr_in address{};
   socklen_t size = sizeof address;
@@ -75,11 +75,11 @@ void silent_hosts_leave_the_others_alone() {
   peers->stop();
   uccl_engine_destroy(here);
   uccl_engine_destroy(there);
-  need(peers->wait(std::chrono::seconds(10)), "the end of what was tried");
+  need(peers->wait(std::chrono::seconds(10)), "the end of the attempt");
   ::close(fd);
 }
 
-/// One notification that has waited too long does not take along those that were sent after it.
+/// A notification that times out does not fail those that were sent after it.
 void notifications_wait_for_a_connection_each_for_its_own_time() {
   using std::chrono::milliseconds;
   setenv("UCCL_TCPX_TRANSFER_TIMEOUT_MS", "2000", 1);
@@ -108,7 +108,7 @@ void notifications_wait_for_a_connection_each_for_its_own_time() {
   need(waiting() == 0, "none waits for ever");
   peers->stop();
   uccl_engine_destroy(here);
-  need(peers->wait(std::chrono::seconds(10)), "the end of what was tried");
+  need(peers->wait(std::chrono::seconds(10)), "the end of the attempt");
   ::close(fd);
   unsetenv("UCCL_TCPX_TRANSFER_TIMEOUT_MS");
 }

@@ -32,7 +32,7 @@ if [ -z "$interpreter" ]; then
     if [ ! -e "$stamp" ]; then
         rm -rf "$venv"
         "$python" -m venv "$venv"
-        # --no-deps: the wheels name torch and both CUDA builds, and none of that is needed.
+        # --no-deps: the wheels depend on torch and both CUDA builds, which the tests do not need.
         if ! "$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps "nixl==$version" "nixl-cu$cuda==$version" numpy; then
             echo "SKIPPED: NIXL $version could not be downloaded"
             exit 77
@@ -43,12 +43,12 @@ if [ -z "$interpreter" ]; then
 fi
 [ -z "${NIXL_INSTALL_ONLY:-}" ] || exit 0
 
-# The plugin asks for the library by its SONAME, which the build directory of cargo does not have as a file.
+# The plugin links to the library by its SONAME, which cargo's build directory does not have as a file.
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 [ -e "$libdir/libuccl_p2p.so.0" ] || ln -s "$library" "$scratch/libuccl_p2p.so.0"
 
-# NIXL_PLUGIN_DIR replaces the wheel's own directory, so the wheel's plugins are not to be seen unless a test asks for them.
+# NIXL_PLUGIN_DIR replaces the wheel's own directory, so the wheel's plugins are hidden unless a test adds them.
 export NIXL_PLUGIN_DIR=$plugindir
 export LD_LIBRARY_PATH=$scratch:$libdir${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 export NIXL_PACKAGE=nixl_cu$cuda

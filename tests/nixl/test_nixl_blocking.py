@@ -1,5 +1,5 @@
-"""The NIXL backend TCPX keeps no caller waiting, and says what happened: releases in flight, hosts that are silent, floods of
-notifications, ends in good order and keys that differ. Run it with run.sh: NIXL_TEST=test_nixl_blocking.py."""
+"""The NIXL backend TCPX blocks no caller, and reports errors: releases in flight, silent hosts, floods of
+notifications, orderly closes and different keys. Run it with run.sh: NIXL_TEST=test_nixl_blocking.py."""
 
 import gc
 import multiprocessing
@@ -51,7 +51,7 @@ def release_stalled(operation):
     begin = time.monotonic()
     handle.release()
     took(begin, AT_ONCE_S, "release of a stalled " + operation)
-    # What waits is the deregistration, and not for ever; from then on the memory is the caller's alone.
+    # The deregistration waits, for a bounded time; afterwards only the caller uses the memory.
     begin = time.monotonic()
     here.deregister("data")
     took(begin, 30, "deregistration")
@@ -62,7 +62,7 @@ def release_stalled(operation):
     there.kill()
 
 
-# Within a host a read needs nothing of a peer that is stopped, and is soon done.
+# On one host a read does not need the stopped peer, and is soon done.
 @case(timeout=90, UCCL_P2P_DISABLE_IPC=1)
 def release_of_a_stalled_read_returns_at_once():
     release_stalled("READ")
@@ -147,7 +147,7 @@ def work_for_a_host_that_stays_silent_fails_in_time():
 
 
 @case(timeout=120)
-def peer_that_takes_no_notifications_keeps_nobody():
+def peer_that_takes_no_notifications_blocks_no_other():
     here, there, _ = pair(4096)
     there.signal(signal.SIGSTOP)
     taken = []
@@ -278,7 +278,7 @@ def refused_memory_is_not_allowed():
 
 
 def keys(folder, mine, theirs):
-    """Key files for the two sides; None: no key."""
+    """Key files for the two agents; None: no key."""
     paths = []
     for name, key in (("mine", mine), ("theirs", theirs)):
         paths.append(os.path.join(folder, name) if key else None)

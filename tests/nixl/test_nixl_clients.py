@@ -41,7 +41,7 @@ def until(condition, seconds, what):
 
 
 def stamp(owner, generation, block, size):
-    """What a block holds in one life."""
+    """The content of a block in one life."""
     base = np.uint64((owner << 48) ^ (generation << 24) ^ block)
     return (np.arange(size // 8, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + base).view(np.uint8)
 
@@ -62,7 +62,7 @@ LAYERS, BLOCKS, BLOCK = 4, 128, 16384
 
 
 class Cache:
-    """An agent with a paged cache of several layers, each registered for itself."""
+    """An agent with a paged cache of several layers, each registered separately."""
 
     def __init__(self, name, config=None):
         api = nixl_api()
@@ -142,7 +142,7 @@ def decode(pipe, index, requests):
         for name, message in cache.notes():
             verb, request, generation, blocks = message.split(b":")
             if asked.pop(request, None) != name:
-                wrong.append(f"unasked or doubled: {name} {message}")
+                wrong.append(f"unexpected or duplicate: {name} {message}")
                 continue
             blocks = [int(b) for b in blocks.split(b",")]
             chance.shuffle(free)
@@ -221,7 +221,7 @@ def writer(pipe, index, rooms):
         for number, layer in enumerate(cache.layers):
             layer[block] = stamp(index * 16 + number, room, block, BLOCK)
         handles = []
-        # Each layer is a transfer with its notification; they are posted without a look at those before.
+        # Each layer is a transfer with its notification; they are posted without polling earlier ones.
         for number in range(LAYERS):
             local = agent.get_xfer_descs([(cache.layers[number].ctypes.data + block * BLOCK, BLOCK, 0)], "DRAM")
             remote = agent.get_xfer_descs([descriptors[number * BLOCKS + block]], "DRAM")
@@ -235,7 +235,7 @@ def writer(pipe, index, rooms):
             if state != "DONE":
                 pipe.send(state)
             agent.release_xfer_handle(handle)
-        # The block may be written again once the reader has said that it has looked.
+        # The block may be written again once the reader has confirmed.
         until(lambda: any(message == b"seen" for _, message in cache.notes()), 30, "no answer")
     pipe.send("well")
     pipe.recv()
@@ -333,7 +333,7 @@ def blocks_of_unequal_lengths():
     there.close()
 
 
-# A heartbeat is not to be what makes it go on, nor is a caller that asks all the time.
+# Neither a heartbeat nor a caller that polls all the time may be what drives it.
 @case(timeout=120, UCCL_TCPX_PEER_TIMEOUT_MS=60000, UCCL_TCPX_TRANSFER_TIMEOUT_MS=60000)
 def hundred_thousand_descriptors():
     count, block = 100_000, 256
@@ -360,7 +360,7 @@ def hundred_thousand_descriptors():
         check(here.get("data", 0, count * block) == expected.tobytes(), "blocks differ")
         check_equal(there.notifications(1), [("here", b"all")], "notification")
         agent.release_xfer_handle(handle)
-    check(there.matches("data", 2), "what was read and written back differs")
+    check(there.matches("data", 2), "the data read and written back differs")
     there.close()
 
 
@@ -455,7 +455,7 @@ def region_ends_while_a_peer_writes():
 
 
 def blocks_are_read_again():
-    """A request was given up and its blocks go to the next one while bytes for the first still come, as after an abort."""
+    """A request is abandoned and its blocks go to the next one while bytes for the first still arrive, as after an abort."""
     size = 32 * MIB
     here, there, remote = pair(size, 1, 2)
     for turn in range(10):
@@ -480,7 +480,7 @@ def blocks_of_a_released_read_are_read_again_encrypted():
 # ---- Agents that come and go -------------------------------------------------------------------------------------------------
 
 def settled(measure):
-    """What is closed in the background has its time."""
+    """Waits for closes in the background."""
     last, deadline = measure(), time.monotonic() + 15
     while time.monotonic() < deadline:
         time.sleep(1.5)
@@ -499,7 +499,7 @@ def grown(before, after, what, bytes_allowed):
 
 
 def leave_nothing(there, cycle, cycles, bytes_allowed):
-    """Runs cycles, after some that are not counted; neither this process nor that of `there` holds more afterwards. Ends `there`."""
+    """Runs cycles, after some warm-up; neither this process nor that of `there` holds more resources afterwards. Ends `there`."""
     def held():
         return settled(usage), settled(lambda: (there.descriptors(), there.threads(), 0))
 
@@ -610,11 +610,11 @@ def partial_metadata():
     check_equal(here.connect(connection), "two", "name")
     here.notify("two", b"no memory yet")
     check_equal(two.notifications(1), [("here", b"no memory yet")], "notification")
-    check(raised(here.move, "READ", "data", [(0, MIB)], at(a, [(0, MIB)]), "two") == "nixlNotFoundError", "memory that was not told")
+    check(raised(here.move, "READ", "data", [(0, MIB)], at(a, [(0, MIB)]), "two") == "nixlNotFoundError", "unknown memory")
     check_equal(here.connect(only_a), "two", "name")
     check_equal(here.move("READ", "data", [(0, MIB)], at(a, [(0, MIB)]), "two"), "DONE", "read a")
     check(here.matches("data", 3), "data differs")
-    check(raised(here.move, "READ", "data", [(0, MIB)], at(b, [(0, MIB)]), "two") == "nixlNotFoundError", "memory that was not told")
+    check(raised(here.move, "READ", "data", [(0, MIB)], at(b, [(0, MIB)]), "two") == "nixlNotFoundError", "unknown memory")
     only_b = agent.get_partial_agent_metadata(two.registrations["b"], False, ["TCPX"])
     check_equal(here.connect(only_b), "two", "name")
     check_equal(here.move("READ", "data", [(0, MIB)], at(b, [(0, MIB)]), "two"), "DONE", "read b")
@@ -685,7 +685,7 @@ def peers_killed_and_started_again_under_their_name():
 
 @case(timeout=150, UCCL_TCPX_PEER_TIMEOUT_MS=3000, UCCL_TCPX_TRANSFER_TIMEOUT_MS=3000)
 def a_stopped_peer_keeps_no_other():
-    """One peer of three is stopped in the middle of transfers; the others go on, and it takes part again when it goes on."""
+    """One peer of three is stopped in the middle of transfers; the others continue, and so does it once it is resumed."""
     size = 32 * MIB
     here = Node("here")
     for i in range(3):
@@ -710,7 +710,7 @@ def a_stopped_peer_keeps_no_other():
         deadline = time.monotonic() + 20
         state = ""
         while state != "DONE":
-            check(time.monotonic() < deadline, f"the peer that goes on is not reached: {state}")
+            check(time.monotonic() < deadline, f"the resumed peer is not reached: {state}")
             raised(here.connect, peers[0].metadata())
             state = here.try_move("READ", "data0", [(0, size)], at(remotes[0], [(0, size)]), "p0")
         check(all(here.matches(f"data{i}", 10 + i) for i in range(3)), "data differs")
@@ -878,7 +878,7 @@ def notifications_of_every_kind():
     check_equal(there.notifications(1), [(long_name, b"\0\xff\n")], "from a long name")
     empty = raised(here.notify, "there", b"")
     print("note: empty:", empty, there.notifications(1, 0.3))
-    check(raised(here.notify, "nobody", b"x") == "nixlNotFoundError", "an unknown agent")
+    check(raised(here.notify, "unknown", b"x") == "nixlNotFoundError", "an unknown agent")
     for n in range(5000):
         here.notify("there", b"%d" % n)
     got = there.notifications(5000)

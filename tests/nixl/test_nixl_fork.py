@@ -17,12 +17,12 @@ CHILD_S = 40
 
 
 def fork_child(work):
-    """Runs `work` in a forked child that ends like a program does. Its process id."""
+    """Runs `work` in a forked child that ends like a program. Returns its process id."""
     sys.stdout.flush()
     child = os.fork()
     if child != 0:
         return child
-    # The parent's other processes are not this one's to end.
+    # This process must not end the parent's other processes.
     multiprocessing.process._children.clear()
     status = 1
     try:
@@ -35,7 +35,7 @@ def fork_child(work):
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Through the interpreter's end, where inherited agents are destroyed.
+    # Ends the interpreter, which destroys inherited agents.
     raise SystemExit(status)
 
 
@@ -206,7 +206,7 @@ def scheduler_of_sglang(metadata, remote, seed, answers):
 
 @case(timeout=150)
 def schedulers_as_sglang_starts_them():
-    # A launcher that has an agent of its own spawns one scheduler a rank, all at the same time.
+    # A launcher with its own agent spawns one scheduler per rank, all at the same time.
     launcher = Node("launcher")
     launcher.allocate("data", MIB)
     context = multiprocessing.get_context("spawn")
@@ -216,7 +216,7 @@ def schedulers_as_sglang_starts_them():
         schedulers.append(context.Process(target=scheduler_of_sglang, args=(there.metadata(), remote, 10 * (rank + 1), answers), daemon=True))
         schedulers[-1].start()
     told = sorted(answers.get(timeout=100) for _ in schedulers)
-    check_equal(told, [(10 * (rank + 1), "DONE", "DONE", True) for rank in range(3)], "what the schedulers say")
+    check_equal(told, [(10 * (rank + 1), "DONE", "DONE", True) for rank in range(3)], "the schedulers' results")
     for scheduler in schedulers:
         scheduler.join(30)
         check_equal(scheduler.exitcode, 0, "a scheduler")

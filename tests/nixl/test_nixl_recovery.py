@@ -1,4 +1,4 @@
-"""Recovery of the NIXL backend TCPX: agents in two network namespaces, the link between them goes down, the peer stands still, dies,
+"""Recovery of the NIXL backend TCPX: agents in two network namespaces, the link between them goes down, the peer is stopped, dies,
 comes back as another instance. Needs root. Run it with run.sh: NIXL_TEST=test_nixl_recovery.py NIXL_JOBS=8."""
 
 import os
@@ -47,7 +47,7 @@ class Link:
             raise
 
     def wait_for_carrier(self):
-        """The kernel sees a moment later that a pair is up, and the library takes no interface without a carrier."""
+        """Waits for the carrier: the kernel reports it a moment later, and the library uses no interface without one."""
         deadline = time.monotonic() + 10
         for name in self.names:
             while "state UP" not in subprocess.run(["ip", "-n", name, "link", "show", "dev", "eth0"], capture_output=True, text=True).stdout:
@@ -59,7 +59,7 @@ class Link:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
     def silence(self, on):
-        """Everything that arrives at the second host is dropped without a word."""
+        """Everything that arrives at the second host is dropped silently."""
         for chain in ("INPUT", "OUTPUT"):
             shell("ip", "netns", "exec", self.names[1], "iptables", "-A" if on else "-D", chain, "-i" if chain == "INPUT" else "-o", "eth0", "-j", "DROP")
 
@@ -73,7 +73,7 @@ class Link:
 
 
 class Pair:
-    """An agent on each side of a link, a buffer each. `cut` and `mend` are the link's end and its return."""
+    """An agent at each end of a link, with a buffer each. `cut` and `mend` break and restore the link."""
 
     def __init__(self, size=8 * MIB):
         self.size = size
@@ -125,7 +125,7 @@ def with_pair(function):
 
 
 def all_well(pair, seed, reads=6):
-    """From now on nothing fails: reads, writes and notifications, in both directions."""
+    """Checks that reads, writes and notifications succeed in both directions."""
     pair.there.fill("data", seed)
     for turn in range(reads):
         check_equal(pair.move("READ"), "DONE", f"read {turn} after the recovery")
@@ -138,7 +138,7 @@ def all_well(pair, seed, reads=6):
 
 
 def answer_in_time(pair, message):
-    """The other direction has a connection of its own, which may come back a moment later."""
+    """The other direction has its own connection, which may come back a moment later."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
@@ -177,7 +177,7 @@ def busy(cut, seconds=25):
         failed = time.monotonic() - down
         print(f"note: {good} reads, then {state} {failed:.1f} s after the link went down")
         check_equal(state, LOST, "the transfer in flight")
-        # What failed is not done later behind the caller's back.
+        # Failed transfers are not carried out later.
         pair.here.fill("data", 99)
         posted = time.monotonic()
         state = pair.move("READ", 4096)
@@ -260,7 +260,7 @@ def peer_stands_still_for_15_s_while_busy():
 def many_short_outages():
     def run(pair):
         check_equal(pair.move("READ"), "DONE", "read before")
-        # Shorter than every deadline: TCP alone mends these, and no transfer fails.
+        # Shorter than every deadline: TCP recovers, and no transfer fails.
         for _ in range(5):
             pair.link.silence(True)
             time.sleep(random.uniform(0.2, 1.5))
@@ -294,7 +294,7 @@ def another_instance_is_refused_until_its_metadata_is_loaded():
             time.sleep(0.7)
         try:
             here.notify("there", b"for the old one")
-            raise harness.Failure("a notification for an instance that is gone was taken")
+            raise harness.Failure("a notification for an instance that has ended was accepted")
         except RuntimeError:
             pass
         check(there.matches("data", 3), "the new instance's memory was written with old metadata")

@@ -13,14 +13,14 @@ import harness
 from harness import Failure, Node, RemoteNode, at, case, check, check_equal, pair, pattern
 
 MIB = 1 << 20
-# Seconds for which a machine that is busy with other things may keep a process from a core.
+# Seconds for which a busy machine may keep a process off the CPU.
 SHORT = {"UCCL_TCPX_PEER_TIMEOUT_MS": 4000, "UCCL_TCPX_TRANSFER_TIMEOUT_MS": 4000}
-# A loss must show within the deadline; the rest is for such a machine, too.
+# A loss must be reported within the deadline; the rest is a margin for a busy machine.
 DEADLINE_S = 4.0 + 6.0
 
 
 def free_port():
-    """A port below those that the system gives to whoever asks for any, so that nobody takes it meanwhile."""
+    """A port below the ephemeral ports, so that no other program takes it meanwhile."""
     for port in random.sample(range(15000, 30000), 100):
         with socket.socket() as listener:
             try:
@@ -338,7 +338,7 @@ def parameters_reach_the_engine():
 
 
 def experience(here, there, remote, size):
-    """Times of transfers, and what is then estimated of one: median measured, estimate and margin, in microseconds."""
+    """Measures transfers and estimates one: median measured, estimate and margin, in microseconds."""
     handle = here.prepare("WRITE", here.local("data", [(0, size)]), at(remote, [(0, size)]), "there")
     refused = None
     try:
@@ -360,7 +360,7 @@ def experience(here, there, remote, size):
 
 
 def plausible(typical, duration, margin):
-    """Whether what was measured is near what was estimated, as near as a busy machine lets it be."""
+    """Whether the measurement is near the estimate, with the tolerance of a busy machine."""
     check(0 < margin <= 2 * duration, f"estimate {duration} +- {margin} us")
     near = duration < typical * 4 and typical / 4 < duration + min(margin, duration)
     check(near, f"estimate {duration} +- {margin} us, measured {typical:.0f} us")
@@ -377,18 +377,18 @@ def cost_is_estimated_from_experience():
 
 
 @case(UCCL_P2P_DISABLE_IPC="0", UCCL_TCPX_METRICS="/tmp/nixl-tcpx-cost-%p")
-def cost_within_a_host_is_that_of_its_path():
+def cost_on_one_host_is_that_of_its_path():
     size, path = 16 * MIB, f"/tmp/nixl-tcpx-cost-{os.getpid()}"
     told = {}
     try:
-        for way, disabled in (("within the host", "0"), ("over channels", "1")):
+        for way, disabled in (("on one host", "0"), ("over channels", "1")):
             os.environ["UCCL_P2P_DISABLE_IPC"] = disabled
             here, there, remote = pair(size, 1)
             told[way] = typical, duration, margin = experience(here, there, remote, size)
             print(f"note: 16 MiB {way}: estimated {duration} +- {margin} us, median measured {typical:.0f} us")
             plausible(typical, duration, margin)
-            local = within_host(path, 30 * size if disabled == "0" else 0)
-            check((local >= 30 * size) == (disabled == "0"), f"{way}: {local:.0f} bytes stayed within the host")
+            local = sent_on_one_host(path, 30 * size if disabled == "0" else 0)
+            check((local >= 30 * size) == (disabled == "0"), f"{way}: {local:.0f} bytes stayed on the host")
             there.close()
             here.agent = None
             if os.path.exists(path):
@@ -400,8 +400,8 @@ def cost_within_a_host_is_that_of_its_path():
     check(inside[1:] != channels[1:], f"both are estimated alike: {told}")
 
 
-def within_host(path, wanted):
-    """Bytes that the engine says it has sent within the host, once they are so many or some time has passed."""
+def sent_on_one_host(path, wanted):
+    """Bytes that the engine reports as sent on one host, once they reach the number or some time has passed."""
     deadline = time.monotonic() + 10
     while True:
         sent = 0
@@ -415,7 +415,7 @@ def within_host(path, wanted):
 
 
 def metrics(path):
-    """The engine's statistics as it offers them to Prometheus, summed over what they are told apart by."""
+    """The engine's Prometheus statistics, summed over their labels."""
     sums = {}
     with open(path, encoding="utf-8") as file:
         for line in file:
@@ -437,8 +437,8 @@ def telemetry_of_nixl_beside_the_engines_own():
             check_equal(here.finish(handle) if state == "PROC" else state, "DONE", f"write of {size} bytes")
             if hasattr(here.agent, "get_xfer_telemetry"):
                 told = here.agent.get_xfer_telemetry(handle)
-                check_equal(told.totalBytes, size, "bytes that NIXL's telemetry tells")
-                check(told.xferDuration > 0, f"duration that NIXL's telemetry tells: {told.xferDuration}")
+                check_equal(told.totalBytes, size, "bytes in NIXL's telemetry")
+                check(told.xferDuration > 0, f"duration in NIXL's telemetry: {told.xferDuration}")
             handle.release()
             moved += size
         deadline = time.monotonic() + 20
@@ -448,7 +448,7 @@ def telemetry_of_nixl_beside_the_engines_own():
             if sent >= moved or time.monotonic() > deadline:
                 break
             time.sleep(0.2)
-        check(moved <= sent < 2 * moved, f"the engine has sent {sent:.0f} bytes of {moved}; it tells {sorted(sums)}")
+        check(moved <= sent < 2 * moved, f"the engine has sent {sent:.0f} bytes of {moved}; it reports {sorted(sums)}")
     finally:
         if os.path.exists(path):
             os.remove(path)
@@ -510,7 +510,7 @@ def connections_of_gone_peers_do_not_pile_up():
 
 
 def lose_peer(operation, number):
-    # Copies within a host take milliseconds: on a busy machine all may be over before the signal is out.
+    # Copies on one host take milliseconds: on a busy machine all may be over before the signal is sent.
     for _ in range(5):
         if lost_in_flight(operation, number):
             return
@@ -518,7 +518,7 @@ def lose_peer(operation, number):
 
 
 def lost_in_flight(operation, number):
-    """Loses a peer to a signal while transfers run and checks what comes of them; False if they were over by then."""
+    """Kills or stops a peer by a signal while transfers run and checks their results; False if they were already over."""
     size = 256 * MIB
     here, there, remote = pair(size, 1)
     check_equal(here.move(operation, "data", [(0, size)], at(remote, [(0, size)]), "there"), "DONE", "first transfer")
@@ -591,7 +591,7 @@ def restart(how, **params):
         there = RemoteNode(name="there", params=params)
         remote = there.allocate("data", MIB, 50 + life)
         if life:
-            # What the agent keeps of a peer that was lost differs between NIXL versions; removing it first works with all.
+            # NIXL versions differ in the state that an agent keeps of a lost peer; removing it first works with all.
             try:
                 here.forget("there")
             except Exception:
@@ -608,7 +608,7 @@ def restart(how, **params):
         else:
             there.close()
         if how == "killed" and life == 0:
-            # This time a transfer finds out.
+            # This time a transfer detects it.
             handle_state = "PROC"
             try:
                 handle_state = here.move("WRITE", "data", [(0, MIB)], at(remote, [(0, MIB)]), "there")
@@ -641,7 +641,7 @@ def unreachable_peer_is_an_error():
     begin = time.monotonic()
     try:
         here.connect(metadata)
-        raise Failure("connected to a process that is gone")
+        raise Failure("connected to a process that has ended")
     except Failure:
         raise
     except Exception as error:

@@ -152,7 +152,7 @@ def vram_peer_killed_and_started_again():
     handles = [here.prepare("WRITE", here.local("data", [(0, size)]), at(remote, [(0, size)]), "there") for _ in range(4)]
     for handle in handles:
         check_equal(here.post(handle), "PROC", "post")
-    # At once: copies within a host take milliseconds.
+    # At once: copies on one host take milliseconds.
     there.signal(signal.SIGKILL)
     begin = time.monotonic()
     states = [here.finish(handle) for handle in handles]

@@ -1,4 +1,4 @@
-"""What an installed wheel nixl-tcpx gives. Run by wheel.sh, in an environment that has it and NIXL's wheels."""
+"""Tests an installed wheel nixl-tcpx. Run by wheel.sh, in an environment that has it and NIXL's wheels."""
 
 import importlib.metadata
 import os
@@ -48,9 +48,9 @@ def directory_survives_without_a_home():
 
 
 @case()
-def directory_is_nobody_elses():
+def directory_belongs_to_no_other_user():
     if os.getuid() != 0:
-        raise harness.Skip("only root can be somebody else")
+        raise harness.Skip("only root can become another user")
     with tempfile.TemporaryDirectory() as shared:
         os.chmod(shared, 0o1777)
         environment = {**PLAIN, "HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere", "TMPDIR": shared}
@@ -58,7 +58,7 @@ def directory_is_nobody_elses():
         check_equal(code, 0, text)
         first = pathlib.Path(text.strip()).relative_to(shared).parts[0]
         check_equal(stat.S_IMODE(os.stat(os.path.join(shared, first)).st_mode), 0o700, "mode of the directory in a directory of all")
-        # Whoever was first with that name could put other plugins there later.
+        # Another user who creates that name first could put other plugins there later.
         for prepare in (lambda place: (os.mkdir(place), os.chown(place, 65534, 65534)), lambda place: (os.mkdir(place), os.chmod(place, 0o777)),
                         lambda place: os.symlink(os.path.join(shared, "other"), place)):
             for name in os.listdir(shared):
@@ -80,7 +80,7 @@ def directory_is_absolute():
 
 
 def ucx_alone():
-    """How a process ends that has UCX alone, from NIXL's own wheel."""
+    """The exit status of a process with only UCX, from NIXL's own wheel."""
     package = os.environ.get("NIXL_PACKAGE", "nixl")
     program = f"import {package}._api as api; agent = api.nixl_agent('alone', api.nixl_agent_config(backends=['UCX']))"
     return subprocess.run([sys.executable, "-c", program], capture_output=True, env=PLAIN, timeout=60).returncode
@@ -100,7 +100,7 @@ def both_back_ends_in_one_program():
 
 
 def scraped(port):
-    """What NIXL's Prometheus exporter tells, summed over what it is told apart by."""
+    """The values of NIXL's Prometheus exporter, summed over their labels."""
     sums = {}
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
         for line in page.read().decode().splitlines():
@@ -161,7 +161,7 @@ def doctor_names_the_trouble():
 
 
 def alone():
-    """A directory with nothing but this module."""
+    """A directory with only this module."""
     directory = pathlib.Path(os.environ["WHEEL_SCRATCH"]) / "alone"
     directory.mkdir(exist_ok=True)
     link = directory / "nixl_tcpx"

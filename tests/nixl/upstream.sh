@@ -17,7 +17,7 @@ libs=$site/.nixl_cu$cuda.mesonpy.libs
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-# The name of the back end, and the parameters that only UCX has.
+# The name of the NIXL backend, and the parameters that only UCX has.
 sed -e 's/std::make_tuple("UCX", [0-9], [0-9])/std::make_tuple("TCPX", 1, 0)/' -e '/EXPECT_EQ(ucx_/d' -e '/^#ifdef HAVE_UCX_BACKEND/,/^#endif/d' \
   -e 's/params\["num_workers"\] = .*/(void)num_workers;/; s/params\["num_threads"\] = .*/(void)num_threads;/' \
   -e '/params\["split_batch_size"\]/d' "$source/test/gtest/error_handling.cpp" >"$scratch/error_handling.cpp"

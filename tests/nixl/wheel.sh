@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the wheel in a fresh environment beside NIXL from PyPI and tries what it promises. Exit status 77: skipped.
+# Installs the wheel in a fresh environment beside NIXL from PyPI and tests its features. Exit status 77: skipped.
 #   wheel.sh WHEEL
 #   NIXL_VERSION=1.5.1   NIXL_CUDA=12
 set -euo pipefail

@@ -13,7 +13,7 @@ flags="-Wall -Wextra -Wpedantic -Werror -I$include"
 # Compiled in full: some warnings come only with code.
 failed=0 count=0
 check() { # language compiler standard header
-    # Twice: a header must also stand being included again.
+    # Twice: a header must also allow a second inclusion.
     try "$1" "$2" "$3" "$4" "#include \"$4\"\n#include \"$4\"\n"
 }
 try() { # language compiler standard header source
@@ -23,7 +23,7 @@ try() { # language compiler standard header source
         failed=1
     fi
 }
-# Names that the program has itself stay its own.
+# A program may define these names itself.
 try c $cc c11 "uccl_engine.h without short names" '#define UCCL_P2P_NO_SHORT_NAMES\nenum { MSG_SIZE, FIFO_SIZE, IPC_INFO_SIZE };\n#include "uccl_engine.h"\n'
 # A program may do without exceptions.
 try c++ "$cxx -fno-exceptions -fno-rtti" c++17 "uccl_engine.h without exceptions" '#include "uccl_engine.h"\nsize_t f() { return uccl_engine_get_notifs().size() + uccl_engine_get_notifs_v().size(); }\n'
@@ -33,14 +33,14 @@ for header in "$include"/*.h "$include"/*.hpp; do
     case $name in
         *.h) for standard in c11 c17; do check c $cc $standard "$name"; done ;;
     esac
-    # The endpoint is for an engine that is C++17 itself.
+    # The endpoint is for an engine in C++17.
     case $name in
         *endpoint*) standards="c++17 c++20" ;;
         *) standards="c++11 c++14 c++17 c++20" ;;
     esac
     for standard in $standards; do
         check c++ $cxx $standard "$name"
-        # As C++ programs include C headers that they do not trust to know C++.
+        # As C++ programs include C headers without C++ guards.
         case $name in
             *.h) try c++ $cxx $standard "$name in extern C" "extern \"C\" {\n#include \"$name\"\n}\n" ;;
         esac

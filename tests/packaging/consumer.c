@@ -2,7 +2,7 @@
 
 int main(int argc, char **argv)
 {
-    /* Of the C face alone. */
+    /* Only in the C interface. */
     uccl_engine_t *engine = uccl_engine_create(0, false);
     char *metadata = NULL;
     NEED(engine != NULL);

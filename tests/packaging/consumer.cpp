@@ -3,7 +3,7 @@
 #include <string>
 
 int main(int argc, char** argv) {
-  // Of the C++ face alone.
+  // Only in the C++ interface.
   uccl_engine_t* engine = uccl_engine_create(0, false);
   char* metadata = nullptr;
   NEED(engine != nullptr);

@@ -1,5 +1,5 @@
 /* Two engines of this process, one write and one read between them: the smallest program that shows that a linked library works.
- * In the common part of C and C++, so that both faces compile it; the text comes from the call that both have. */
+ * In the common part of C and C++, so that it compiles as both; the error text comes from a call that both have. */
 #pragma once
 
 #include "uccl_engine.h"

@@ -1,6 +1,6 @@
 #!/bin/bash
-# deb.sh CARGO_TARGET_DIR: builds the Debian package, installs it into an empty folder with a dpkg database of its own, uses what is
-# there, and removes it again.
+# deb.sh CARGO_TARGET_DIR: builds the Debian package, installs it into an empty folder with a separate dpkg database, uses it,
+# and removes it again.
 # Exit status: 0 all passed, 77 no dpkg here, else something failed.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -39,4 +39,4 @@ timeout 120 "$system/usr/bin/tcpx-info" --no-probe >"$work/info" || { cat "$work
 
 as_package --purge uccl-tcpx
 [ -z "$(files)" ] || { files; fail "files stay after the removal"; }
-echo "the package installs, works and goes without a trace"
+echo "the package installs, works, and removes all its files"

@@ -1,5 +1,5 @@
 #!/bin/bash
-# gates_fail.sh PREFIX: shows that the checks of run.sh fail when what they guard is broken. For each case a copy of the installed
+# gates_fail.sh PREFIX: shows that the checks of run.sh can fail. For each case a copy of the installed
 # PREFIX is broken in one way, and run.sh must report the named check as failed.
 # Exit status: 0 every gate failed as it must, 1 one let its case through.
 set -uo pipefail

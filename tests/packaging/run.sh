@@ -1,12 +1,12 @@
 #!/bin/bash
-# run.sh PREFIX_OR_BUILD: tests an installed libuccl_p2p as its users meet it.
+# run.sh PREFIX_OR_BUILD: tests an installed libuccl_p2p as its users do.
 #
 #   PREFIX_OR_BUILD  a folder that `cmake --install` filled, or a build folder of the root project, which is then installed first
 #
 # The installation is moved to another folder before anything uses it. Checks the files, exports, SONAME and headers, then builds and
 # runs consumers: CMake (shared and static, C and C++), pkg-config (shared and static), the bare compiler, add_subdirectory and
 # FetchContent. UCCL_P2P_CARGO_TARGET_DIR names a finished cargo build for the last two, when the argument is a prefix; without
-# one they build the library. ONLY=NAME runs the check of that name alone.
+# one they build the library. ONLY=NAME runs only the check of that name.
 # Exit status: 0 all passed, 1 something failed, or there is no check of that name; every check runs either way.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -20,7 +20,7 @@ mkdir -p "$(dirname "$prefix")"
 failed=0 ran=0
 
 export UCCL_TCPX_PLUGIN=soft UCCL_TCPX_SOFT_STRICT=1 NCCL_SOCKET_IFNAME=lo NCCL_GPUDIRECTTCPX_SOCKET_IFNAME=lo
-# Nothing but the moved prefix may help to find the library.
+# The library must be found only through the moved prefix.
 unset LD_LIBRARY_PATH LIBRARY_PATH CPATH CMAKE_PREFIX_PATH PKG_CONFIG_PATH
 
 # check NAME COMMAND...: runs the command, if NAME is wanted, and shows its output when it fails.
@@ -70,7 +70,7 @@ files_present() {
 }
 exports() { nm -D --defined-only "$1" | awk '{print $3}' | LC_ALL=C sort; }
 exported_symbols() { diff <(LC_ALL=C sort "$root/cmake/exported-symbols.txt") <(exports "$so"); }
-# What the archive offers to a linker beside the list would clash with a program's own names only under these prefixes.
+# Other global symbols of the archive could clash with a program's names only under these prefixes.
 archive_symbols() {
     diff <(LC_ALL=C sort "$root/cmake/exported-symbols.txt") \
         <(readelf -sW "$prefix/lib/libuccl_p2p.a" 2>/dev/null | awk '$5 != "LOCAL" && $6 != "HIDDEN" && $7 != "UND" && $8 ~ /^uccl_/ {print $8}' | LC_ALL=C sort -u)
@@ -169,7 +169,7 @@ plain_cpp() {
     g++ -std=c++17 -Wall -Wextra -Werror -I"$prefix/include" "$here/consumer.cpp" -o "$work/plain_cpp" -L"$prefix/lib" -luccl_p2p &&
         LD_LIBRARY_PATH=$prefix/lib run "$work/plain_cpp" "$version" && LD_LIBRARY_PATH=$prefix/lib loads "$work/plain_cpp" "$prefix/lib"
 }
-# The software plugin as a loaded object, as the TCPX plugin is.
+# The software plugin as a shared object, like the TCPX plugin.
 loaded_plugin() {
     [ -e "$work/plain_c" ] || plain_c || return 1
     LD_LIBRARY_PATH=$prefix/lib UCCL_TCPX_PLUGIN=tcpx UCCL_TCPX_PLUGIN_PATH=$plugin UCCL_TCPX_EMULATE_DEVICE=1 run "$work/plain_c" "$version"
@@ -183,7 +183,7 @@ check "tcpx-top --help" run "$prefix/bin/tcpx-top" --help
 
 subdirectory() { # FETCH
     local build=$work/subdirectory_$1 target=${cargo_target:-$work/cargo} prebuilt=OFF
-    # What the prefix was installed from is finished; cargo is not needed again.
+    # The build of the prefix is complete; cargo is not needed again.
     [ -e "$target/release/libuccl_p2p.a" ] && prebuilt=ON
     cmake -S "$here/subdirectory_consumer" -B "$build" -DUCCL_P2P_SOURCE="$root" -DFETCH="$1" \
         -DUCCL_P2P_CARGO_TARGET_DIR="$target" -DUCCL_P2P_PREBUILT=$prebuilt && cmake --build "$build" || return 1

@@ -1,5 +1,5 @@
-/* A simulated NCCL net plugin with a table of version 8 and, beside it, one of version 7 that must not be taken. It lists one device and
- * carries nothing. Its logger is called at once, unchecked, with arguments. */
+/* A simulated NCCL net plugin with a table of version 8 and, beside it, one of version 7 that must not be used. It lists one device and
+* carries no data. Its logger is called at once, unchecked, with arguments. */
 #include <stddef.h>
 #include <stdint.h>
 

@@ -2,7 +2,7 @@
 # SGLang's disaggregated prefill over TCPX between two processes on CPUs, the model left out. Outside scripts/test: SGLang brings torch and
 # more, 10 GB. Exit status 77: skipped.
 #   run.sh [PAIR-OPTIONS]       see pair.py
-#   SGLANG_VERSION=0.5.23       and what tests/clients/environment.sh reads
+#   SGLANG_VERSION=0.5.23       and the variables of tests/clients/environment.sh
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/../clients/environment.sh"

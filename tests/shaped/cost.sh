@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What an engine costs: idle with 8 connections it uses less than half a percent of a core, by the kernel's CPU clock of both processes.
-# Time to connect and memory are printed beside it; they are figures, not gates. Exit status 77: skipped.
+# The cost of an engine: idle with 8 connections it uses less than half a percent of a core, by the kernel's CPU clock of both processes.
+# Time to connect and memory are printed, without limits. Exit status 77: skipped.
 #
 # usage: cost.sh [COST_BINARY]      without it, cargo builds benches/cost.rs
 set -euo pipefail

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Which interfaces are used when nobody names one. Hosts with IPv6 alone: control and data go over their global addresses. Hosts full of
+# Which interfaces are used when no setting names one. Hosts with only IPv6: control and data go over their global addresses. Hosts full of
 # interfaces of pods, containers and tunnels, without a carrier, with tentative and with link-local addresses: control and data use the one
-# good NIC, and nothing waits for the others. A speed that nobody knows is called unknown. Exit status 77: skipped.
+# good NIC, and nothing waits for the others. An unknown speed is reported as unknown. Exit status 77: skipped.
 #
 # usage: interfaces.sh TCPX_PERF
 . "$(dirname "$0")/lib.sh"
@@ -56,7 +56,7 @@ for host in $a $b; do
     ip -n $host link set "$nic" up
     ip -n $host link set "p-$nic" up
   done
-  # A bridge of a lab, a NIC whose cable is out, and one whose address is not yet known to be its own.
+  # A bridge without a physical port, a NIC without a carrier, and one with a tentative address.
   ip -n $host link add lab0 type bridge
   ip -n $host addr add 192.168.50.1/24 dev lab0
   ip -n $host link set lab0 up
@@ -77,5 +77,5 @@ grep -A1 '^network devices *1$' "$scratch/info" | grep -q 'eth1: 10000 Mbit/s' |
 NCCL_GPUDIRECTTCPX_SOCKET_IFNAME=lo UCCL_TCPX_PORT_RANGE=42000-42001 ip netns exec $a "$info" >"$scratch/info" 2>&1 || { failed=1; cat "$scratch/info"; }
 grep -q 'lo: speed unknown' "$scratch/info" && grep -qE '^data ports +42000-42001 ' "$scratch/info" ||
   { echo "$name: nothing of an unknown speed, or of the data ports:"; cat "$scratch/info"; failed=1; }
-[ $failed = 0 ] && echo "$name: an unknown speed is called unknown, and the range of data ports is shown"
+[ $failed = 0 ] && echo "$name: an unknown speed is reported as unknown, and the range of data ports is shown"
 exit $failed

@@ -1,6 +1,6 @@
 # Sourced by the tests of this directory: two hosts as network namespaces, shaped NICs, measuring with tcpx-perf, cleaning up.
 #
-# Rates are judged as goodput. tc counts Ethernet frames: of a full frame's 1514 bytes, 14 are Ethernet's, 20 IPv4's and 32 TCP's
+# Rates are compared as goodput. tc counts Ethernet frames: of a full frame's 1514 bytes, 14 are Ethernet's, 20 IPv4's and 32 TCP's
 # (with timestamps), so 1448 of 1514 bytes are payload and a 1 Gbit/s shaper lets 119.55 MB/s of payload through. A figure of 95 %
 # means 95 % of that. A token bucket of 128 KiB a NIC adds at most 0.2 % to a transfer of 256 MiB over four NICs.
 set -euo pipefail
@@ -52,7 +52,7 @@ nics() {
         skip "$name needs the qdisc tbf: $(head -1 "$scratch/tc")"
     done
   done
-  # The kernel tells of a carrier a while after the other end has come up, and a NIC without one is left out.
+  # The kernel reports a carrier a while after the other end is up, and a NIC without one is left out.
   for host in $a $b; do
     for i in $(seq $#); do
       timeout 10 bash -c "until ip -n $host link show dev eth$i | grep -q LOWER_UP; do sleep 0.05; done" || skip "$name: eth$i gets no carrier"
@@ -101,7 +101,7 @@ serve() { # serve [PATTERN]: starts tcpx-perf's server on host b; sets address, 
 gbytes() { sed -n "s/.*\"${rate_by:-gbytes_per_s}\": \([0-9.]*\).*/\1/p" "$scratch/row.json"; }
 
 # judge OP PERCENT MBIT PAYLOAD FRAME [tcpx-perf options]: measures, and compares with MBIT of which PAYLOAD of FRAME bytes are payload.
-# Other work on the machine makes single figures worse: one that misses is measured again, twice at most.
+# Other load on the machine lowers single results: a miss is measured again, twice at most.
 judge() {
   local op=$1 percent=$2 mbit=$3 payload=$4 frame=$5 rate
   shift 5

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Which congestion control pays on which path: the rate of one connection over paths of two delays and three rates of loss, under cubic,
-# bbr, and the library's own choice where the system's is the one or the other. Prints the table. To reach: the own choice has at least
-# 40 % of the better one's rate on every path that is judged, in one of three attempts. Losses hit single packets, both ways.
+# bbr, and the library's own choice when the system's is either. Prints the table. Target: the own choice reaches at least
+# 40 % of the better rate on every compared path, in one of three attempts. Losses hit single packets, in both directions.
 # Exit status 77: skipped.
 #
 # usage: lossy.sh TCPX_PERF      LOSSES, RELAY_MBIT, RELAY_DELAY_MS, RELAY_QUEUE_BYTES
@@ -27,7 +27,7 @@ for nic in eth1 wire0; do
   subnet=$((subnet + 1))
   ip -n $a addr add 10.78.$subnet.1/24 dev $nic
   ip -n $b addr add 10.78.$subnet.2/24 dev $nic
-  # One segment a packet, so that a lost packet is one.
+  # One segment per packet, so that each lost packet counts once.
   for host in $a $b; do ip -n $host link set $nic mtu 1500 txqueuelen 10000 gso_max_segs 1 up; done
 done
 
@@ -58,12 +58,12 @@ for nic in eth1 wire0; do
     done
     judged=1
     case $nic-$loss in
-    # A loss-based control creeps on the long path: less to move.
+    # A loss-based control is very slow on the long path: move less.
     wire0-0.01) options="--total 2M --warmup 1 --iters 3" ;;
-    # Time-outs of 200 ms decide, whatever the control: shown only.
+    # Retransmission time-outs of 200 ms dominate, whatever the control: shown only.
     eth1-0.01) judged=0 ;;
     esac
-    # Random losses make single figures differ by half: a row that misses is measured again, twice at most.
+    # Random losses make single results differ by half: a row that misses is measured again, twice at most.
     for attempt in 1 2 3; do
       rates=
       for kind in "cubic cubic" "bbr bbr" "bbr own" "cubic own"; do

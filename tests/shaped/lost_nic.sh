@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One of two NICs is lost in mid transfer: packets dropped, link down, device deleted, connections reset, rate cut to a tenth; writes and
+# One of two NICs is lost in the middle of a transfer: packets dropped, link down, device deleted, connections reset, rate cut to a tenth; writes and
 # reads; default deadlines. The transfer ends in OK or in an error that names a cause, in time, and never with wrong bytes; then a
-# new connection moves data over what is left. All cases run side by side.
+# new connection moves data over the other NIC. All cases run in parallel.
 # Exit status 77: skipped.
 #
 # usage: lost_nic.sh TCPX_PERF [FAULT OP]
@@ -26,7 +26,7 @@ if [ $# -eq 1 ]; then
 fi
 
 fault=$2 op=$3
-# The default deadline of a transfer, a second for the looks, and what a busy machine adds.
+# The default deadline of a transfer, a second for polling, and a margin for a busy machine.
 limit=13
 hosts
 nics 100 100
@@ -62,7 +62,7 @@ case $rc in
 124) verdict="no end" failed=1 ;;
 *) verdict="error: $cause"; [ -n "$cause" ] || failed=1 ;;
 esac
-# What is said of the loss names the NIC that is lost, and no other.
+# The messages name only the lost NIC.
 case $fault-$rc in
 drop-1 | down-1 | delete-1 | reset-1)
   case $cause in
@@ -72,7 +72,7 @@ drop-1 | down-1 | delete-1 | reset-1)
   esac
   ;;
 esac
-# What goes on slowly may take longer; what stands still may not.
+# Slow transfers may take longer; stalled ones may not.
 [ $fault = rate ] && [ $rc = 0 ] || [ $took -le $((limit * 1000)) ] || { failed=1; verdict="$verdict, too late"; }
 wrong && { failed=1; verdict="$verdict, WRONG BYTES"; }
 echo "$name: $fault, $op: $took ms: $verdict"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A firewall, or address translation: the listening host may open no connection, and lets in its control port and the data ports that
-# UCCL_TCPX_PORT_RANGE names. Connections come up, and data moves both ways. Exit status 77: skipped.
+# A firewall, or address translation: the listener's host may open no connection, and admits its control port and the data ports of
+# UCCL_TCPX_PORT_RANGE. Connections are set up, and data moves both ways. Exit status 77: skipped.
 #
 # usage: one_way.sh TCPX_PERF
 . "$(dirname "$0")/lib.sh"
@@ -14,7 +14,7 @@ ip netns exec $b sh -ec '
   iptables -A INPUT -p tcp --syn --dport 21000:21007 -j ACCEPT
   iptables -A INPUT -p tcp --syn -j DROP
   iptables -A OUTPUT -p tcp --syn -j DROP'
-# Nothing comes in on the other host, whatever it listens on.
+# The other host admits no incoming connection.
 ip netns exec $a iptables -A INPUT -p tcp --syn ! -i lo -j DROP
 serve
 for op in write read; do

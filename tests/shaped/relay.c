@@ -2,7 +2,7 @@
  *
  *   relay NETNS_A NETNS_B DEVICE MBIT DELAY_MS QUEUE_BYTES
  *
- * Packets come with a virtio header, so that one may stand for many segments; on the wire it counts as all of them with their headers.
+ * Packets come with a virtio header, so that one may represent many segments; on the wire it counts as all of them with their headers.
  * A packet that would wait behind more than QUEUE_BYTES is dropped, as a router does. */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A slow line is no fault: both ways at once over a line so slow that the deadlines hold no more than a fraction of a transfer. 4 Mbit/s and
+# A slow network is not a fault: both directions at once over one so slow that only a fraction of a transfer fits the deadlines. 4 Mbit/s and
 # deadlines of a quarter of the default stand for 1 Mbit/s and the defaults.
 # Exit status 77: skipped.
 #

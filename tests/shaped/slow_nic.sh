@@ -30,7 +30,7 @@ for mbit in 100 20 5; do
   speed eth2 $mbit
   for channels in 2 8; do
     export UCCL_TCPX_NUM_CHANNELS=$channels
-    # What the fast NIC does alone at this moment: on a busy machine that is less than its line.
+    # The rate of the fast NIC alone now: on a busy machine it is below its line rate.
     only eth1
     restart
     declare -A alone=()
@@ -41,7 +41,7 @@ for mbit in 100 20 5; do
     only eth1 eth2
     restart
     for op in write read; do
-      # Other work on the machine makes single figures worse: measured again, twice at most.
+      # Other load on the machine lowers single results: measured again, twice at most.
       for attempt in 1 2 3; do
         echo "$name: beside $mbit Mbit/s, $channels channels, attempt $attempt:"
         missed=0
@@ -81,7 +81,7 @@ if [[ $cases == *" recovers "* ]]; then
     }'
   }
   for op in write read; do
-    # Seconds that other work or the machine's host takes make figures worse: measured again, twice at most.
+    # CPU time taken by other work or the hypervisor lowers results: measured again, twice at most.
     recovers $op || recovers $op || recovers $op || { failed=1; cat "$scratch/intervals"; }
   done
 fi

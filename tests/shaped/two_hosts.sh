@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Two hosts joined by four NIC pairs, each its own subnet: transfers must run over all four NICs, each carrying its share, and the
-# listening side must see the peer's real address. Exit status 77: skipped.
+# listener must see the peer's real address. Exit status 77: skipped.
 #
 # usage: two_hosts.sh TCPX_PERF
 . "$(dirname "$0")/lib.sh"
 hosts
-# A line has a speed, as with real NICs. Without one a veth pair is as fast as the scheduler happens to serve its threads, and on few
-# cores the spread would show that and not the striping.
+# The NICs have a fixed speed, like real ones. An unshaped veth pair is as fast as the scheduler happens to run its threads, and on few
+# cores the shares would show that and not the striping.
 nics 2000 2000 2000 2000
 export UCCL_TCPX_SOFT_STRICT=1 UCCL_TCPX_NUM_CHANNELS=4
 
@@ -15,7 +15,7 @@ received() { ip netns exec $a cat /sys/class/net/eth$1/statistics/rx_bytes; }
 spread() { # spread NAME COUNTER COMMAND...: each NIC's counter must grow by a quarter of the sum, within 20 % of it
   local name=$1 counter=$2 attempt i share before grown sum even
   shift 2
-  # A NIC whose first chunk had to wait long, as on a busy machine, is left out for a while. That is its right, but not three times.
+  # On a busy machine a NIC whose first chunk waited long may be left out for a while, but not in three attempts.
   for attempt in 1 2 3; do
     before=() grown=() sum=0 even=1
     for i in 1 2 3 4; do before[i]=$($counter $i); done

@@ -18,7 +18,7 @@ class Page:
         self.used = set()
 
     def block(self, words):
-        """The one block that has these words."""
+        """The one block that contains these words."""
         found = [number for number, block in enumerate(self.blocks) if words in block]
         if len(found) != 1:
             sys.exit(f"{len(found)} blocks of the page have '{words}'")
@@ -48,7 +48,7 @@ class File:
 
 
 def literally(text):
-    """A replacement that means itself."""
+    """A literal replacement."""
     return text.replace("\\", r"\\")
 
 
@@ -108,7 +108,7 @@ def engine(page, root):
 
 
 def proxies(page, file):
-    """The error path of the two threads, and what they do when there is nothing to do."""
+    """The error path of the two threads, and their idle path."""
     block = page.block("switch (task->type)")
     before, after = block[:block.index("  switch (task->type)")], block[block.index("} catch"):]
     place = r"^(      switch \(task->type\) \{.*?^      \}\n)      auto\* status = task->status_ptr;\n.*?memory_order_release\);\n"

@@ -18,7 +18,7 @@ ENGINE = {**os.environ, "UCCL_P2P_TRANSPORT": "tcpx"}
 
 @contextlib.contextmanager
 def server(command, prefix, **options):
-    """A server process and what it prints after the prefix."""
+    """A server process and its output after the prefix."""
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, **options)
     try:
         for line in process.stdout:

@@ -1,4 +1,4 @@
-/* Two processes over UCCL's engine, through its own uccl_engine.h: how fast a transfer is, and what is reported when the peer dies.
+/* Two processes over UCCL's engine, through its own uccl_engine.h: the speed of a transfer, and the error when the peer dies.
  *
  *   pair server               prints the engine's metadata, then serves until its input ends
  *   pair client META SECONDS  writes and reads of 64 KiB to 64 MiB, one at a time; a line of JSON each, the bytes compared
@@ -124,7 +124,7 @@ int measure(const std::string& metadata, double seconds) {
         link.move(false, size);
       }
       if (std::count(link.side.memory, link.side.memory + size, wanted) != static_cast<long>(size)) fail("wrong bytes");
-      // What the next write of this size must bring back.
+      // The expected bytes of the next write of this size.
       if (write && size != kBytes) std::memset(link.side.memory, kClient, size);
       std::sort(times.begin(), times.end());
       const double median = times[times.size() / 2];

@@ -1,4 +1,4 @@
-//! An engine in a process of its own that does what it is told, line by line.
+//! An engine in its own process that takes commands, line by line.
 #![allow(dead_code)] // each test target uses its part
 
 use std::io::{BufRead, BufReader, Write};
@@ -164,7 +164,7 @@ pub fn item_of(text: &str) -> FifoItem {
 
 // ---- the inside of it ----
 
-/// Set: buffers lie in memory files, which an engine with UCCL_TCPX_EMULATE_DEVICE=1 can share as a GPU's memory.
+/// Set: buffers are in memory files, which an engine with UCCL_TCPX_EMULATE_DEVICE=1 can share like GPU memory.
 pub const SHARED_MEMORY: &str = "UCCL_TEST_SHARED_MEMORY";
 
 /// Memory of a buffer.
@@ -210,7 +210,7 @@ impl Bytes {
         Bytes::File { at, len, fd: fd.clone() }
     }
 
-    /// So many parts of one memory file, none of them beside another.
+    /// Parts of one memory file, none adjacent to another.
     fn many(count: usize, len: usize, fill: u8) -> Vec<Bytes> {
         let fd = memory_file(2 * count * len);
         (0..count).map(|i| Bytes::of_file(&fd, 2 * i * len, len, fill)).collect()
@@ -265,7 +265,7 @@ struct Buffer {
     mr: u64,
     /// None once it was freed.
     bytes: Option<Bytes>,
-    /// What it held when it was given back.
+    /// Its content when it was deregistered.
     last: Option<Vec<u8>>,
 }
 
@@ -287,7 +287,7 @@ struct Inside {
     taken: Vec<std::fs::File>,
 }
 
-/// Standard error becomes a pipe that is full: whoever writes a line of the log waits. The pipe's other end, and what there was before.
+/// Replaces standard error by a full pipe: a thread that logs a line blocks. Returns the pipe's other end and the old descriptor.
 fn hold_the_log() -> (OwnedFd, OwnedFd) {
     let mut ends = [0; 2];
     // SAFETY: room for two descriptors; all that come are fresh.
@@ -303,7 +303,7 @@ fn hold_the_log() -> (OwnedFd, OwnedFd) {
     }
 }
 
-/// Standard error is what it was, and who waits to write goes on.
+/// Restores standard error, and unblocks waiting writers.
 fn let_the_log_go((out, before): (OwnedFd, OwnedFd)) {
     // SAFETY: plain system calls on open descriptors, into memory of this call.
     unsafe {
@@ -432,7 +432,7 @@ impl Inside {
                 }
                 "let go".to_owned()
             }
-            // Other memory at the place of a buffer, registered anew.
+            // New memory at a buffer's address, registered again.
             "replace" => {
                 let buffer = &mut self.buffers[n(1)];
                 self.engine.deregister(buffer.mr)?;
@@ -441,7 +441,7 @@ impl Inside {
                 buffer.mr = self.engine.register(bytes.as_ptr() as usize, bytes.len())?;
                 text_of(&self.engine.fifo_item(buffer.mr, bytes.as_ptr() as usize, bytes.len())?)
             }
-            // So many buffers that are allocations of their own, in one memory file.
+            // Separate allocations in one memory file.
             "allocations" => {
                 for bytes in Bytes::many(n(1), n(2), n(3) as u8) {
                     let mr = self.engine.register(bytes.as_ptr() as usize, bytes.len())?;
@@ -494,7 +494,7 @@ impl Inside {
                 let maps = std::fs::read_to_string("/proc/self/maps")?;
                 maps.lines().filter(|line| line.contains("/memfd:test-gpu") && line.contains("r--s")).count().to_string()
             }
-            // Mappings of memory that a side pushes into: this process's own, and others'.
+            // Mappings of buffers of staged transfers: this process's own, and other processes'.
             "areas" => {
                 let maps = std::fs::read_to_string("/proc/self/maps")?;
                 maps.lines().filter(|line| line.contains("/memfd:uccl-area")).count().to_string()

@@ -22,7 +22,7 @@ EOS = 2
 
 
 def free_port():
-    """A port below those that the system gives to whoever asks for any."""
+    """A port below the ephemeral ports."""
     for port in random.sample(range(15000, 30000), 100):
         with socket.socket() as listener:
             try:
@@ -115,7 +115,7 @@ class Instance:
         return caches
 
     def content(self, mark, layer, blocks):
-        """What the model would have written: bytes that tell request, layer, block and place."""
+        """The model's output: bytes that identify request, layer, block and offset."""
         torch = self.torch
         first = ((torch.arange(blocks) * 7 + layer * 31 + mark * 131) % 251).to(torch.uint8)
         return first[:, None] + self.places[None, :]
@@ -148,14 +148,14 @@ class Instance:
                     data[blocks] = self.content(mark, layer, full)
             elif name not in self.finished and request.num_output_tokens == 0:
                 if count > BLOCK:
-                    raise SystemExit(f"{name}: decode was told to compute {count} tokens: the transfer was given up")
+                    raise SystemExit(f"{name}: decode had to compute {count} tokens: the transfer was abandoned")
                 for layer, data in enumerate(self.bytes):
                     if not self.torch.equal(data[blocks], self.content(mark, layer, full)):
                         raise SystemExit(f"{name}: wrong bytes in layer {layer}")
                 self.checked += full * self.page * len(self.bytes)
 
     def step(self):
-        """One step of the engine. Requests that finished, with the parameters for the other side."""
+        """One step of the engine. Returns finished requests, with the parameters for the other instance."""
         from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
         scheduled = self.scheduler.schedule()
@@ -219,7 +219,7 @@ def main():
 
 
 def run(options, prefill, decode):
-    """Sends every request through prefill and then, with what prefill says, through decode. Four at a time."""
+    """Sends every request through prefill and then, with the parameters from prefill, through decode. Four at a time."""
     begin, failures, batch = time.monotonic(), 0, 4
     for first in range(0, options.requests, batch):
         numbers = range(first, min(first + batch, options.requests))

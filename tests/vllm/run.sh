@@ -2,11 +2,11 @@
 # vLLM's NixlConnector over TCPX between two processes on CPUs, the model replaced. Outside scripts/test: vLLM and torch are 10 GB.
 # Exit status 77: skipped.
 #   run.sh [PAIR-OPTIONS]       see pair.py
-#   VLLM_VERSION=0.33.0         and what tests/clients/environment.sh reads
+#   VLLM_VERSION=0.33.0         and the variables of tests/clients/environment.sh
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/../clients/environment.sh"
-# It asks for a newer certifi than every index has.
+# It requires a newer certifi than some indexes have.
 overrides="certifi>=2026" client_python vllm "vllm==${VLLM_VERSION:-0.33.0}"
 # Only GPUs use it, and it does not load without one.
 [ -n "${VLLM_PYTHON:-}" ] || "$python" -m pip uninstall --quiet --yes flashinfer-python

@@ -1,4 +1,4 @@
-//! A program that loads the plugin, uses it and unloads it, as NCCL and bootstrap code of frameworks do.
+//! Loads the plugin, uses it and unloads it, as NCCL and the bootstrap code of frameworks do.
 
 use std::ffi::{c_void, CString};
 use std::path::PathBuf;
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nccl_net_abi::{ncclNetDeviceHandle_v7, ncclNet_v7, ucclNetExt_v2, NCCL_NET_HANDLE_MAXSIZE, NCCL_SUCCESS};
 
-/// The shared object, built as it is now: cargo does not build one for the tests of its package.
+/// The shared object, built from the current sources: cargo does not build it for the tests of its package.
 fn object() -> CString {
     let mut path: PathBuf = std::env::current_exe().expect("a path");
     path.pop();
@@ -23,7 +23,7 @@ fn object() -> CString {
     if path.ends_with("release") {
         build.arg("--release");
     }
-    // Of this test's package; a build script that looks at one would run again, here and in the next build without it.
+    // Variables of this test's package: a build script that reads one would run again, here and in the next build without it.
     let of_the_package = |name: &str| ["CARGO_PKG_", "CARGO_MANIFEST_", "OUT_DIR"].iter().any(|prefix| name.starts_with(prefix));
     for (name, _) in std::env::vars().filter(|(name, _)| of_the_package(name)) {
         build.env_remove(name);
@@ -37,7 +37,7 @@ fn symbol<T>(library: *mut c_void, name: &[u8]) -> &'static T {
     unsafe { libc::dlsym(library, name.as_ptr().cast()).cast::<T>().as_ref() }.expect("the symbol")
 }
 
-/// Connects two comms, moves a message of device-less memory through them, and closes all.
+/// Connects two comms, moves a message of host memory through them, and closes everything.
 fn use_it(net: &ncclNet_v7) {
     let mut handle = [0u8; NCCL_NET_HANDLE_MAXSIZE];
     let (mut listener, mut sender, mut receiver): (*mut c_void, *mut c_void, *mut c_void) =
@@ -71,7 +71,7 @@ fn load(object: &CString, flags: i32) -> *mut c_void {
 }
 
 #[test]
-fn it_stays_where_it_is_after_dlclose() {
+fn it_stays_mapped_after_dlclose() {
     std::env::set_var("NCCL_SOCKET_IFNAME", "lo");
     std::env::set_var("UCCL_TCPX_SOFT_SPIN_US", "2000");
     let object = object();
@@ -82,10 +82,10 @@ fn it_stays_where_it_is_after_dlclose() {
         if round > 0 {
             use_it(symbol(library, nccl_net_abi::SYMBOL_V7));
         }
-        // SAFETY: nothing of the library is used afterwards, by this program.
+        // SAFETY: this program uses nothing of the library afterwards.
         assert_eq!(unsafe { libc::dlclose(library) }, 0);
         assert!(!load(&object, libc::RTLD_NOLOAD).is_null(), "the code is gone");
-        // The plugin's threads go from polling to sleep and, since their code is there, nothing happens.
+        // The plugin's threads stop polling and sleep. This crashes if their code is unmapped.
         std::thread::sleep(Duration::from_millis(50));
     }
 }

@@ -1,5 +1,5 @@
-//! The C side of requests: posting, testing, consuming, and the doorbell that tells of their completion.
-//! Checks arguments and lays out segments; slots and counters are the comm's business.
+//! The C entries for requests: posting, testing, consuming, and the doorbell that signals completion.
+//! Checks arguments and lays out segments; the comm manages slots and counters.
 
 use std::ffi::c_int;
 use std::ptr;
@@ -12,10 +12,10 @@ use super::{any_comm, check, comm, guard, own, system, Mr, Opaque, Outcome};
 use crate::comm::Comm;
 use crate::slot::{Body, Header, Slot, HEADER};
 
-/// Posts a request and writes it out; no free slot gives a null request.
+/// Posts a request and writes its handle; null when no slot is free.
 fn post(comm: &Comm, request: *mut Opaque, fill: impl FnOnce(u64, &mut Body) -> Result<(), ncclResult_t>) -> Outcome {
     let slot = comm.post(fill)?;
-    // SAFETY: every caller has checked that it is not null; the caller's pointer.
+    // SAFETY: every caller has checked that the pointer is not null.
     unsafe { *request = slot.map_or(ptr::null_mut(), Slot::as_request) };
     Ok(())
 }
@@ -109,7 +109,7 @@ pub unsafe extern "C" fn irecv(
     })
 }
 
-/// The non-empty segments of a vector, and their sum.
+/// The non-empty segments of a vector, and their total length.
 ///
 /// # Safety
 /// `iov` points at `n` segments, or is null.
@@ -178,7 +178,7 @@ pub unsafe extern "C" fn iflush(
         // SAFETY: the caller's comm.
         unsafe { comm(recv_comm, true)? };
         check(!request.is_null())?;
-        // Done data is visible already: there is nothing to wait for.
+        // Data of done requests is already visible: no wait is needed.
         // SAFETY: not null; the caller's pointer.
         unsafe { *request = ptr::null_mut() };
         Ok(())

@@ -1,14 +1,14 @@
-//! What an interface is: as the kernel has it, and as it is used. Plain values.
+//! An interface as the kernel reports it, and as the plugin uses it. Plain values.
 
 use std::ffi::CString;
 use std::net::IpAddr;
 
-/// One usable interface, with one address of it.
+/// A usable interface with one of its addresses.
 #[derive(Clone, Debug)]
 pub struct Interface {
     /// Name.
     pub name: CString,
-    /// Where the PCI device lives under /sys, if it has one.
+    /// Path of its PCI device under /sys, if it has one.
     pub pci_path: Option<CString>,
     /// The address to listen on.
     pub address: IpAddr,
@@ -18,9 +18,9 @@ pub struct Interface {
     pub scope: u32,
     /// Whether it is the loopback interface.
     pub loopback: bool,
-    /// From the MAC address.
+    /// Derived from the MAC address.
     pub guid: u64,
-    /// Mbit/s; 0 where it is unknown.
+    /// Mbit/s; 0 if unknown.
     pub speed: i32,
 }
 
@@ -37,14 +37,14 @@ impl Interface {
     }
 }
 
-/// What the kernel says of an interface, before any rule.
+/// An interface as the kernel reports it, before any rule.
 #[derive(Clone, Debug, Default)]
 pub struct Found {
     /// Name.
     pub name: String,
-    /// The administrator has switched it on.
+    /// It is administratively up.
     pub up: bool,
-    /// There is a link.
+    /// It has a carrier.
     pub carrier: bool,
     /// It is the loopback interface.
     pub loopback: bool,
@@ -63,8 +63,8 @@ pub struct Address {
     pub prefix: u32,
     /// Scope of a link-local IPv6 address.
     pub scope: u32,
-    /// Duplicate address detection is under way or has failed: it cannot be bound.
+    /// Duplicate address detection is running or has failed: it cannot be bound.
     pub tentative: bool,
-    /// No longer meant for new connections.
+    /// Deprecated: not for new connections.
     pub deprecated: bool,
 }

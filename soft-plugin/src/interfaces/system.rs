@@ -1,4 +1,4 @@
-//! Reads interfaces from the kernel: getifaddrs, /proc/thread-self/net/if_inet6 and /sys/class/net. Decides nothing.
+//! Reads interfaces from the kernel: getifaddrs, /proc/thread-self/net/if_inet6 and /sys/class/net. Applies no rules.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
@@ -22,7 +22,7 @@ pub fn list() -> io::Result<Vec<Found>> {
     if unsafe { libc::getifaddrs(&mut head) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    // A thread may live in another network namespace than its process.
+    // A thread may be in another network namespace than its process.
     let flags_v6 = flags(&fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap_or_default());
     let mut found: Vec<Found> = Vec::new();
     let mut cursor = head;
@@ -48,7 +48,7 @@ pub fn list() -> io::Result<Vec<Found>> {
         let (tentative, deprecated) = (flags & (TENTATIVE | DADFAILED) != 0, flags & DEPRECATED != 0);
         found[at].addresses.push(Address { ip, prefix, scope, tentative, deprecated });
     }
-    // SAFETY: the list came from getifaddrs, and no node is used any more.
+    // SAFETY: the list came from getifaddrs, and no node is used afterwards.
     unsafe { libc::freeifaddrs(head) };
     Ok(found)
 }
@@ -125,7 +125,7 @@ pub fn flags(text: &str) -> HashMap<(Ipv6Addr, String), u32> {
     text.lines().filter_map(line).collect()
 }
 
-/// The properties of an interface that was chosen.
+/// The properties of a selected interface.
 pub fn describe(found: &Found, address: Address) -> Interface {
     let sys = format!("/sys/class/net/{}", found.name);
     let read = |file: &str| fs::read_to_string(format!("{sys}/{file}")).unwrap_or_default().trim().to_owned();
@@ -142,7 +142,7 @@ pub fn describe(found: &Found, address: Address) -> Interface {
     }
 }
 
-/// Mbit/s of a speed file; 0 for the forms of "unknown", which are nothing, -1 and its unsigned twin.
+/// Mbit/s from a speed file; 0 if unknown: empty, -1 or -1 as an unsigned number.
 pub fn speed(text: &str) -> i32 {
     text.parse::<i32>().ok().filter(|s| *s > 0).unwrap_or(0)
 }

@@ -1,4 +1,4 @@
-//! The rules over machines as they are found: hosts of containers and pods, hosts with IPv6 only, NICs in bad shape.
+//! The rules on typical hosts: with containers and pods, with IPv6 only, with unusable NICs.
 
 use super::*;
 use std::ffi::CString;
@@ -35,7 +35,7 @@ fn lo() -> Found {
 }
 
 #[test]
-fn a_host_of_containers_and_pods() {
+fn a_host_with_containers_and_pods() {
     let all = [
         lo(),
         nic("eth0", &["10.128.0.5/32", "fe80::1/64"]),
@@ -54,7 +54,7 @@ fn a_host_of_containers_and_pods() {
     ];
     assert_eq!(names(&all, None), ["eth0", "ens6"]);
     assert_eq!(names(&all, Some("^ens")), ["eth0"]);
-    assert_eq!(names(&all, Some("docker,lab")), ["docker0", "lab"], "what is named is taken");
+    assert_eq!(names(&all, Some("docker,lab")), ["docker0", "lab"], "named interfaces are used");
     assert_eq!(names(&all, Some("=ens6,lo,eth0")), ["ens6", "lo", "eth0"], "in the order of the names");
     assert_eq!(names(&all, Some("^=eth0,ens6,docker0"))[..2], ["podman1", "cni0"]);
     assert!(names(&all, Some("ib")).is_empty());
@@ -63,13 +63,13 @@ fn a_host_of_containers_and_pods() {
 #[test]
 fn a_pod_and_a_container_keep_their_interface() {
     assert_eq!(names(&[lo(), nic("eth0", &["10.244.3.7/24"])], None), ["eth0"]);
-    assert_eq!(names(&[lo(), nic("veth7", &["10.0.0.2/24"])], None), ["veth7"], "the only one there is");
+    assert_eq!(names(&[lo(), nic("veth7", &["10.0.0.2/24"])], None), ["veth7"], "the only interface");
     assert_eq!(names(&[lo()], None), ["lo"], "a machine without a network");
     assert_eq!(names(&[lo(), nic("eth0", &["169.254.7.7/16"])], None), ["eth0"]);
 }
 
 #[test]
-fn a_bridge_with_a_physical_port_is_the_hosts_own() {
+fn a_bridge_with_a_physical_port_is_used() {
     let bridge = nic("br0", &["192.168.1.10/24"]);
     assert_eq!(names(&[lo(), nic("eth0", &[]), bridge.clone()], None), ["br0"]);
     let sys = std::env::temp_dir().join(format!("interfaces-{}", std::process::id()));
@@ -82,7 +82,7 @@ fn a_bridge_with_a_physical_port_is_the_hosts_own() {
 }
 
 #[test]
-fn a_nic_in_bad_shape_is_left_out_even_when_named() {
+fn an_unusable_nic_is_left_out_even_when_named() {
     let mut tentative = nic("eth3", &["fd00::3/64"]);
     tentative.addresses[0].tentative = true;
     let all = [
@@ -104,11 +104,11 @@ fn a_nic_in_bad_shape_is_left_out_even_when_named() {
         ("eth4", "it has no address"),
     ];
     assert_eq!(refused, expected);
-    assert!(select(&all, None).refused.is_empty(), "nobody asked for them");
+    assert!(select(&all, None).refused.is_empty(), "no filter names them");
 }
 
 #[test]
-fn an_interface_with_ipv6_only_serves_by_its_global_address() {
+fn an_interface_with_ipv6_only_uses_its_global_address() {
     let mut renewed = nic("eth1", &["fe80::7/64", "2001:db8::1/64", "2001:db8::2/64"]);
     renewed.addresses[1].deprecated = true;
     let all = [lo(), nic("eth0", &["fe80::5/64", "fd00::5/64"]), renewed, nic("eth2", &["fe80::9/64"])];
@@ -128,12 +128,12 @@ fn tentative_addresses_are_read_from_the_kernels_table() {
 }
 
 #[test]
-fn an_unknown_speed_is_not_invented() {
+fn an_unknown_speed_is_zero() {
     assert_eq!(["100000", "-1", "", "4294967295", "0"].map(system::speed), [100_000, 0, 0, 0, 0]);
 }
 
 #[test]
-fn filters_take_the_forms_of_nccl() {
+fn filters_have_the_forms_of_nccl() {
     let admits = |f: &str, n: &str| NameFilter::parse(f).admits(n);
     assert!(admits("eth", "eth0") && admits("eth", "eth10") && !admits("eth", "lo"));
     assert!(admits("=eth1", "eth1") && !admits("=eth1", "eth10"));
@@ -152,7 +152,7 @@ fn this_machine_has_a_usable_interface_and_knows_its_own_network() {
 }
 
 #[test]
-fn the_link_is_looked_at_again() {
+fn the_link_is_checked_again() {
     let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     let lo = usable(Some("=lo")).unwrap().remove(0);
     check_link(&lo, std::os::fd::AsFd::as_fd(&socket)).unwrap();

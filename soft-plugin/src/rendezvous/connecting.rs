@@ -1,5 +1,5 @@
-//! Connects under way: how many there may be, who polls them, and when they are given up.
-//! They live here and not in the handle, whose bytes came over the network; the handle holds a key.
+//! Pending connects: their limit, the table that polls find them in, and when they are abandoned.
+//! They are kept here rather than in the handle, whose bytes came over the network; the handle holds only their number.
 
 use std::collections::HashMap;
 use std::io::{self, ErrorKind};
@@ -16,14 +16,14 @@ use crate::config::Config;
 use crate::interfaces::Interface;
 use crate::pool::Pool;
 
-/// A connect that nobody asked about for this long is given up; the listening side does the same.
+/// A connect that was not polled for this long is abandoned; the listener does the same.
 const IDLE: Duration = Duration::from_secs(10);
-/// How often to look for such ones.
+/// How often to look for idle connects.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
-/// When there are too many, this long is enough.
+/// The limit when there are too many.
 const IDLE_WHEN_FULL: Duration = Duration::from_secs(1);
 
-/// A connect under way.
+/// A pending connect.
 struct Connecting {
     socket: Socket,
     target: SocketAddr,
@@ -37,7 +37,7 @@ struct Connecting {
 #[derive(Default)]
 struct Table {
     all: HashMap<u64, Connecting>,
-    /// When to look for forgotten ones; none while nobody has been asked to look.
+    /// When to look for idle ones; none while no sweep is scheduled.
     due: Option<Instant>,
 }
 
@@ -55,13 +55,13 @@ impl Table {
         Some(self.due?.saturating_duration_since(now))
     }
 
-    /// True when somebody has to be asked to look, which the caller then does.
+    /// True when the caller must schedule a sweep.
     fn insert(&mut self, key: u64, attempt: Connecting) -> bool {
         self.all.insert(key, attempt);
         self.due.is_none() && self.due.replace(Instant::now() + SWEEP_EVERY).is_none()
     }
 
-    /// Makes room for one more; connects take at most half of the process's descriptors.
+    /// Makes room for one more; connects use at most half of the process's descriptors.
     fn make_room(&mut self, most: usize) -> io::Result<()> {
         if self.all.len() >= most {
             self.drop_idle(IDLE_WHEN_FULL);
@@ -78,19 +78,19 @@ fn table() -> &'static Mutex<Table> {
     TABLE.get()
 }
 
-/// Gives up what nobody asks about any more; tells when to look again, if there is anything left.
+/// Abandons idle connects; returns when to look again, if any are left.
 pub fn sweep() -> Option<Duration> {
     table().lock().sweep(Instant::now())
 }
 
-/// Gives up the connect whose handle this is, if one is under way. After it the buffer is of no more use.
+/// Abandons the pending connect with this handle, if any. The handle cannot be used afterwards.
 pub fn abandon(handle: &Handle) {
     let key = word(handle, STATE_AT);
     let given_up = table().lock().all.remove(&key);
     drop(given_up);
 }
 
-/// One step of a connect: `None` means call again with the same buffer. After an error the buffer is of no more use.
+/// One step of a connect: `None` means call again with the same buffer. After an error the buffer cannot be used.
 pub fn connect(
     device: &Interface,
     config: &Config,
@@ -103,11 +103,11 @@ pub fn connect(
         if start(device, config, handle, direction)? {
             pool.remind();
         }
-        // Like TCPX, the first call never finishes: what polls is then exercised on the fastest network too.
+        // Like TCPX, the first call never finishes: this exercises the caller's polling on the fastest network too.
         return Ok(None);
     }
     let known = table().lock().all.remove(&key).filter(|attempt| attempt.direction == direction);
-    let nothing = || invalid("the handle's connect has failed, is finished, was given up, or was never started here");
+    let nothing = || invalid("the handle's connect has failed, is finished, was abandoned, or was never started here");
     let mut attempt = known.ok_or_else(|| Failed::new("connect", nothing()))?;
     let (peer, nic) = (attempt.target, device.name.to_string_lossy());
     if attempt.step().map_err(|e| Failed::new(format!("connect to {peer} on {nic}"), e))? {
@@ -120,7 +120,7 @@ pub fn connect(
     Ok(None)
 }
 
-/// Begins; true when the I/O threads have to be told that there is something to sweep.
+/// Begins; true when the caller must schedule a sweep.
 fn start(device: &Interface, config: &Config, handle: &mut Handle, direction: Direction) -> Result<bool, Failed> {
     let invitation = Invitation::read(handle).map_err(|e| Failed::new("connect", e))?;
     let what = format!("connect to {} on {}", invitation.address, device.name.to_string_lossy());
@@ -155,7 +155,7 @@ fn begin(device: &Interface, config: &Config, target: SocketAddr, hello: Hello) 
     Ok(Connecting { socket, target, hello, direction: Direction::Forth, connected: false, said: 0, asked: Instant::now() })
 }
 
-/// Leaves through the device itself. The port stays open until the connect, so that ports do not run out.
+/// Binds the socket to the device. The port is chosen only at the connect, so that ports do not run out.
 fn bind_source(socket: &Socket, device: &Interface) -> io::Result<()> {
     let one: libc::c_int = 1;
     // SAFETY: an int of that size.
@@ -169,7 +169,7 @@ fn bind_source(socket: &Socket, device: &Interface) -> io::Result<()> {
         )
     };
     if set < 0 {
-        crate::logger::info("IP_BIND_ADDRESS_NO_PORT is not available");
+        crate::logger::info("IP_BIND_ADDRESS_NO_PORT is not available; each connect reserves a port");
     }
     socket.bind(&own_address(device).into())
 }
@@ -186,7 +186,7 @@ impl Connecting {
             if let Some(error) = self.socket.take_error()? {
                 return Err(error);
             }
-            // TCP can connect an ephemeral port to itself when nobody listens there.
+            // TCP can connect an ephemeral port to itself when no socket listens there.
             if self.socket.local_addr()?.as_socket() == Some(self.target) {
                 return Err(io::Error::from_raw_os_error(libc::ECONNREFUSED));
             }
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_asks_about_makes_room() {
+    fn idle_connects_make_room() {
         let mut table = Table::default();
         table.all.insert(1, attempt(Duration::ZERO));
         table.all.insert(3, attempt(Duration::from_secs(2)));
@@ -230,15 +230,15 @@ mod tests {
         assert_eq!(table.all.len(), 2, "there is room");
         table.make_room(2).unwrap();
         assert_eq!(table.all.keys().collect::<Vec<_>>(), [&1]);
-        assert_eq!(table.make_room(1).unwrap_err().raw_os_error(), Some(libc::EMFILE), "the one that is asked about stays");
+        assert_eq!(table.make_room(1).unwrap_err().raw_os_error(), Some(libc::EMFILE), "the one that is polled stays");
     }
 
     #[test]
-    fn sweeping_goes_on_while_there_is_something() {
+    fn sweeping_continues_while_connects_are_left() {
         let mut table = Table::default();
         let start = Instant::now();
         assert_eq!(table.sweep(start), None);
-        assert!(table.insert(1, attempt(IDLE)), "the first one asks for a look");
+        assert!(table.insert(1, attempt(IDLE)), "the first one schedules a sweep");
         assert!(!table.insert(3, attempt(Duration::ZERO)));
         assert!(table.sweep(start).is_some_and(|wait| wait <= SWEEP_EVERY + Duration::from_secs(1)) && table.all.len() == 2);
         let later = start + 2 * SWEEP_EVERY;

@@ -1,5 +1,5 @@
-//! A listen comm: one accept of each direction, which finds the genuine peer among strangers by the hello.
-//! Strangers cost a bounded number of descriptors, for a bounded time.
+//! A listen comm: one accept of each direction, which recognises the peer among other connections by its hello.
+//! Other connections cost a bounded number of descriptors, for a bounded time.
 
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
@@ -17,18 +17,18 @@ use crate::interfaces::Interface;
 use crate::logger::Limited;
 use crate::protect::Key;
 
-/// A connection that has not said hello is dropped after this.
+/// A connection without a complete hello is dropped after this time.
 const HELLO_TIME: Duration = Duration::from_secs(10);
-/// Silent connections that a listener keeps at once; the oldest goes first.
+/// Connections without a hello that a listener keeps at once; it drops the oldest first.
 const MAX_SILENT: usize = 64;
-/// Connections that one call accepts.
+/// Connections accepted per call.
 const ACCEPTS_A_CALL: usize = 128;
 
-/// What C holds of a listener.
+/// A listener as C code holds it.
 pub struct ListenComm {
     /// The process that made it.
     generation: u64,
-    /// For a child that closes its copy.
+    /// Its descriptor, for a child that closes its copy.
     fd: AtomicI32,
     listener: Mutex<Listener>,
 }
@@ -45,17 +45,17 @@ impl ListenComm {
         Ok(ListenComm { generation: process::generation(), fd: AtomicI32::new(fd), listener: Mutex::new(listener) })
     }
 
-    /// Whether another process made it, of which this one is a child.
+    /// Whether a parent process made it.
     pub fn is_inherited(&self) -> bool {
         self.generation != process::generation()
     }
 
-    /// Closes a child's copy of the parent's listener: the child's descriptor only, without a lock.
+    /// Closes a child's copy of the parent's listener: only the child's descriptor, without a lock.
     pub fn close_copy(&self) {
         process::close_copy(&self.fd);
     }
 
-    /// Whether a connection of this direction cannot come any more, or was never expected.
+    /// Whether no connection of this direction is expected.
     pub fn is_used(&self, direction: Direction) -> bool {
         matches!(self.listener.lock().awaited[direction as usize], Awaited::Nobody)
     }
@@ -70,12 +70,12 @@ impl ListenComm {
         self.listener.lock().expect(Direction::Back, key)
     }
 
-    /// One look for the peer's connection of a direction.
+    /// One step of an accept.
     pub fn accept(&self, direction: Direction) -> Result<Option<Connected>, Failed> {
         let mut listener = self.listener.lock();
         let connected = listener.accept(direction).map_err(|e| Failed::new(format!("accept on {}", listener.nic), e))?;
         if listener.socket.is_none() {
-            // The number may belong to another file from now on.
+            // From now on the number may belong to another file.
             self.fd.store(-1, Ordering::Release);
         }
         Ok(connected)
@@ -84,19 +84,19 @@ impl ListenComm {
 
 /// The peer's connection of one direction.
 enum Awaited {
-    /// None is expected, or it was handed out.
+    /// None is expected, or it was returned already.
     Nobody,
     /// It says this, which proves the cookie, and a key where there is one.
     Peer(Hello),
     Here(Socket, SocketAddr),
 }
 
-/// The hello of each direction that is still to come.
+/// The expected hello of each direction.
 type Expected = [Option<Hello>; 2];
 
-/// A listening socket with the connections that have not said who they are.
+/// A listening socket with its connections that have not sent a complete hello.
 struct Listener {
-    /// None once the peer's connections are here: nobody else is expected.
+    /// None once all of the peer's connections have come.
     socket: Option<Socket>,
     nic: String,
     invitation: Invitation,
@@ -105,40 +105,40 @@ struct Listener {
     silent: Vec<Silent>,
 }
 
-/// A connection that has not said all of its hello.
+/// A connection without a complete hello.
 struct Silent {
     socket: Socket,
     peer: SocketAddr,
     got: usize,
     hello: [u8; KEYED_HELLO],
     since: Instant,
-    _place: Place,
+    _permit: Permit,
 }
 
-/// Counts one silent connection of the process.
-struct Place(&'static AtomicUsize);
+/// Counts one connection without a hello.
+struct Permit(&'static AtomicUsize);
 
-impl Place {
-    /// All listeners together keep a sixteenth of the process's descriptors for silent connections. What a listener keeps, up to as many as it
-    /// still awaits, always has a place: its peer's may be silent for a moment, and those at other listeners do not shut them out.
-    fn take(own: bool) -> Option<Place> {
+impl Permit {
+    /// All listeners together keep a sixteenth of the process's descriptors for connections without a hello. Each listener may always
+    /// keep as many as it still awaits: its peer's may be silent for a moment, and connections at other listeners must not displace them.
+    fn take(own: bool) -> Option<Permit> {
         static TAKEN: PerProcess<AtomicUsize> = PerProcess::new(AtomicUsize::default);
         let taken = TAKEN.get();
         let most = if own { usize::MAX } else { (descriptors() / 16).max(8) };
-        taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < most).then_some(n + 1)).ok().map(|_| Place(taken))
+        taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < most).then_some(n + 1)).ok().map(|_| Permit(taken))
     }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 impl Silent {
-    /// Reads on: `None` while the hello is incomplete, else the direction of the expected one that it is, if any.
-    fn listen(&mut self, expected: &Expected) -> Option<Option<Direction>> {
-        // Both are of one length.
+    /// Reads more: `None` while the hello is incomplete, else the direction whose expected hello it matches, if any.
+    fn read_hello(&mut self, expected: &Expected) -> Option<Option<Direction>> {
+        // Both have the same length.
         let len = expected.iter().flatten().map(|hello| hello.len).max().unwrap_or(0);
         while self.got < len {
             let rest = &mut self.hello[self.got..len];
@@ -158,9 +158,9 @@ impl Silent {
     }
 }
 
-/// A socket that listens on the device's address: at a port of the configured range, if there is one.
-fn listening(device: &Interface, config: &Config) -> io::Result<Socket> {
-    /// Where the search begins: behind the port that was taken last, and in each process somewhere else.
+/// A socket that listens on the device's address, at a port of the configured range, if any.
+fn bind_in_range(device: &Interface, config: &Config) -> io::Result<Socket> {
+    /// Where the search begins: behind the last port used, and at a different port in each process.
     static NEXT: PerProcess<AtomicUsize> = PerProcess::new(|| {
         let [a, b, ..] = random().unwrap_or_default();
         AtomicUsize::new(u16::from_le_bytes([a, b]).into())
@@ -185,7 +185,7 @@ fn listen_at(device: &Interface, config: &Config, port: u16) -> io::Result<Socke
     crate::interfaces::check_link(device, socket.as_fd())?;
     tune(&socket, config)?;
     if port != 0 {
-        // Connections that came to the port before do not keep it: they have its number and a peer's.
+        // Allows the port to be reused while earlier connections to it still exist.
         socket.set_reuse_address(true)?;
     }
     socket.bind(&address.into())?;
@@ -195,7 +195,7 @@ fn listen_at(device: &Interface, config: &Config, port: u16) -> io::Result<Socke
 
 impl Listener {
     fn new(device: &Interface, config: &Config, handle: &mut Handle) -> io::Result<Listener> {
-        let socket = listening(device, config)?;
+        let socket = bind_in_range(device, config)?;
         let address = socket.local_addr()?.as_socket().ok_or_else(|| invalid("no address"))?;
         let invitation = Invitation { address, cookie: random()? };
         invitation.write(handle);
@@ -221,7 +221,7 @@ impl Listener {
         false
     }
 
-    /// What is still to come.
+    /// The connections still expected.
     fn expected(&self) -> Expected {
         [Direction::Forth, Direction::Back].map(|direction| match self.awaited[direction as usize] {
             Awaited::Peer(hello) => Some(hello),
@@ -229,12 +229,11 @@ impl Listener {
         })
     }
 
-    /// The genuine peer's connection of a direction, once it has said hello. When all have come everything else of the listener is given
-    /// back.
+    /// The peer's connection of a direction, once its hello is complete. When all have come, the listener closes everything else.
     fn accept(&mut self, direction: Direction) -> io::Result<Option<Connected>> {
         while matches!(self.awaited[direction as usize], Awaited::Peer(_)) {
             let expected = self.expected();
-            let found = match self.hear_silent(&expected) {
+            let found = match self.read_silent(&expected) {
                 Some(genuine) => Some(genuine),
                 None => self.accept_new(&expected)?,
             };
@@ -256,23 +255,23 @@ impl Listener {
         }
     }
 
-    /// Listens to those that were silent, and drops strangers and those that were silent for too long.
-    fn hear_silent(&mut self, expected: &Expected) -> Option<(Direction, Socket, SocketAddr)> {
+    /// Reads from connections without a hello, and drops those with a wrong hello or none for too long.
+    fn read_silent(&mut self, expected: &Expected) -> Option<(Direction, Socket, SocketAddr)> {
         static LINE: Limited = Limited::new();
         let mut at = 0;
         while at < self.silent.len() {
             let late = self.silent[at].since.elapsed() > HELLO_TIME;
-            match self.silent[at].listen(expected) {
+            match self.silent[at].read_hello(expected) {
                 Some(Some(direction)) => {
                     let genuine = self.silent.remove(at);
                     return Some((direction, genuine.socket, genuine.peer));
                 }
                 Some(None) => {
-                    LINE.info(&format!("dropped a stranger's connection from {}", self.silent[at].peer));
+                    LINE.info(&format!("dropped a connection from {}: its hello is not the peer's", self.silent[at].peer));
                     self.silent.remove(at);
                 }
                 None if late => {
-                    LINE.info(&format!("dropped a silent connection from {}", self.silent[at].peer));
+                    LINE.info(&format!("dropped a connection from {}: no hello in time", self.silent[at].peer));
                     self.silent.remove(at);
                 }
                 None => at += 1,
@@ -281,7 +280,7 @@ impl Listener {
         None
     }
 
-    /// Takes new connections; one that does not say hello at once goes to the silent ones.
+    /// Accepts new connections; one without a complete hello joins `silent`.
     fn accept_new(&mut self, expected: &Expected) -> io::Result<Option<(Direction, Socket, SocketAddr)>> {
         for _ in 0..ACCEPTS_A_CALL {
             let Some(listening) = &self.socket else { return Ok(None) };
@@ -289,9 +288,9 @@ impl Listener {
                 Ok((socket, peer)) => (socket, peer),
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EAGAIN) => return Ok(None),
-                    // The kernel passes on what became of the connection: the next one may be well.
+                    // The error is the connection's own: the next one may be fine.
                     Some(code) if PASSED_ON.contains(&code) => continue,
-                    // Strangers make way.
+                    // Make room by dropping a connection without a hello.
                     Some(libc::EMFILE | libc::ENFILE) if !self.silent.is_empty() => {
                         self.silent.remove(0);
                         continue;
@@ -313,14 +312,14 @@ impl Listener {
             self.silent.remove(0);
         }
         let awaited = self.awaited.iter().filter(|awaited| matches!(awaited, Awaited::Peer(_))).count().max(1);
-        let mut place = Place::take(self.silent.len() < awaited);
-        while place.is_none() {
-            // The oldest makes way.
+        let mut permit = Permit::take(self.silent.len() < awaited);
+        while permit.is_none() {
+            // Drop the oldest.
             self.silent.remove(0);
-            place = Place::take(self.silent.len() < awaited);
+            permit = Permit::take(self.silent.len() < awaited);
         }
-        let mut fresh = Silent { socket, peer, got: 0, hello: [0; KEYED_HELLO], since: Instant::now(), _place: place? };
-        match fresh.listen(expected) {
+        let mut fresh = Silent { socket, peer, got: 0, hello: [0; KEYED_HELLO], since: Instant::now(), _permit: permit? };
+        match fresh.read_hello(expected) {
             Some(direction) => direction.map(|direction| (direction, fresh.socket, fresh.peer)),
             None => {
                 self.silent.push(fresh);
@@ -330,7 +329,7 @@ impl Listener {
     }
 }
 
-/// Errors of `accept` that are those of one connection.
+/// Errors of `accept` that concern one connection only.
 const PASSED_ON: [i32; 10] = [
     libc::EINTR,
     libc::ECONNABORTED,

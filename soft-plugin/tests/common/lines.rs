@@ -18,13 +18,13 @@ impl log::Log for Collect {
     fn flush(&self) {}
 }
 
-/// From here on, lines of level info and worse are kept.
+/// Starts keeping lines of level info and above.
 pub fn collect() {
     log::set_logger(&Collect).unwrap();
     log::set_max_level(log::LevelFilter::Info);
 }
 
-/// Those so far.
+/// The lines so far.
 pub fn lines() -> MutexGuard<'static, Vec<String>> {
     LINES.lock().unwrap()
 }

@@ -1,5 +1,5 @@
 //! A C client's view of the plugin for tests and benchmarks: every call goes through the tables.
-//! Knows nothing of the crate's inside.
+//! Knows nothing of the crate's internals.
 #![allow(dead_code, missing_docs)]
 
 use std::ffi::{c_int, c_void};
@@ -14,7 +14,7 @@ use nccl_net_abi::*;
 pub type Opaque = *mut c_void;
 pub type Outcome<T> = Result<T, ncclResult_t>;
 
-/// No step of a test takes this long; a hang does.
+/// A step that takes this long hangs.
 pub const HANG: Duration = Duration::from_secs(60);
 
 /// Sets the environment of a test binary and initialises the plugin, once.
@@ -22,7 +22,7 @@ pub fn setup(env: &[(&str, &str)]) {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         std::env::set_var("NCCL_SOCKET_IFNAME", "lo");
-        // A test that wants strict mode says so itself.
+        // Tests of strict mode set it themselves.
         std::env::remove_var("UCCL_TCPX_SOFT_STRICT");
         for (name, value) in env {
             std::env::set_var(name, value);
@@ -87,7 +87,7 @@ pub fn accept_step(listener: Opaque, device: &mut ncclNetDeviceHandle_v7) -> Out
     outcome(code, comm)
 }
 
-/// Memory that a strict plugin registers.
+/// Memory aligned for a strict plugin.
 #[repr(align(4096))]
 struct Page(#[allow(dead_code)] [u8; PAGE]);
 
@@ -130,7 +130,7 @@ fn receiver(what: &str, mut step: impl FnMut(&mut ncclNetDeviceHandle_v7) -> Out
     if device.netDeviceType == NCCL_NET_DEVICE_UNPACK {
         assert_eq!(device.netDeviceVersion, NCCL_NET_DEVICE_UNPACK_VERSION);
         assert_eq!(device.size, size_of::<unpackNetDeviceHandle>());
-        assert!(device.handle.is_null(), "device memory was made before anybody used it");
+        assert!(device.handle.is_null(), "device memory was allocated before its first use");
         let page = [Page([0; PAGE])];
         let mhandle = reg(comm, page.as_ptr().cast(), PAGE, NCCL_PTR_CUDA).expect("registration");
         dereg(comm, mhandle);
@@ -201,13 +201,13 @@ pub fn describe(comm: Opaque) -> String {
     std::ffi::CStr::from_bytes_until_nul(&text).unwrap().to_str().unwrap().to_owned()
 }
 
-/// Gives up a connect under way.
+/// Abandons a pending connect.
 pub fn abandon(handle: &mut Handle) {
     // SAFETY: a live buffer.
     assert_eq!(unsafe { soft_plugin::ext().abandonConnect.unwrap()(handle.as_mut_ptr().cast()) }, NCCL_SUCCESS);
 }
 
-/// Descriptors that the process has open.
+/// The process's open descriptors.
 pub fn descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
@@ -303,14 +303,14 @@ impl Receiver {
         }
     }
 
-    /// The reference unpacker: puts a done receive together, checking that the entries cover it exactly.
+    /// The reference unpacker: assembles a done receive, and checks that the entries cover it exactly.
     pub fn unpack(&self, slot: usize, size: usize) -> Vec<u8> {
         let mut message = vec![0; size];
         let mut covered = vec![false; size];
         for e in self.entries(slot) {
             let at = e.dst_off as usize;
             let target = &mut message[at..at + e.len as usize];
-            // SAFETY: what the descriptor points at is inside the bounce buffer by contract.
+            // SAFETY: the descriptor's range is inside the bounce buffer by contract.
             unsafe {
                 let source = self.unpack.bounce_buf.cast::<u8>().add(e.src_off as usize);
                 ptr::copy_nonoverlapping(source, target.as_mut_ptr(), target.len());
@@ -342,17 +342,17 @@ impl Doorbell {
         // SAFETY: a plain system call.
         let fd = unsafe { libc::eventfd(0, libc::EFD_NONBLOCK) };
         assert!(fd >= 0);
-        // A test that fails drops its locals in any order; the flag stays valid for the comms.
+        // A failing test drops its locals in any order; the flag must stay valid for the comms.
         Doorbell { armed: Box::leak(Box::new(AtomicU32::new(0))), fd }
     }
 
     pub fn attach(&self, comm: Opaque) {
-        // SAFETY: the bell outlives the comm in every test.
+        // SAFETY: the doorbell outlives the comm in every test.
         let code = unsafe { soft_plugin::ext().setDoorbell.unwrap()(comm, self.armed.as_ptr(), self.fd) };
         assert_eq!(code, NCCL_SUCCESS);
     }
 
-    /// Arms, lets `look` check once more, and sleeps until the bell rings unless `look` found something.
+    /// Arms the doorbell, calls `look` once more, and sleeps until the doorbell rings unless `look` found something.
     pub fn sleep_unless(&self, look: impl FnOnce() -> bool) {
         self.armed.swap(1, Ordering::SeqCst);
         if look() {

@@ -34,7 +34,7 @@ impl Channel {
         Channel { sending: Sending::new(send), receiving: Receiving::new(recv), nic, peer_nic }
     }
 
-    /// Asks for a doorbell; `false` when the plugin has none and must be polled.
+    /// Sets a doorbell; `false` when the plugin has none and must be polled.
     pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
         Ok(self.sending.comm.set_doorbell(doorbell)? && self.receiving.comm.set_doorbell(doorbell)?)
     }
@@ -44,18 +44,18 @@ impl Channel {
         self.sending.comm.quiet()
     }
 
-    /// Anything announced, in flight or expected.
+    /// Whether chunks are announced, in flight or expected.
     pub(super) fn busy(&self) -> bool {
         !self.sending.outgoing.is_empty() || self.receiving.under_way() > 0
     }
 
-    /// Its NIC here and the peer's: what these carry is measured together.
+    /// Its NIC here and the peer's: channels of one pair are measured together.
     pub(super) fn nics(&self) -> (&str, &str) {
         (&self.nic, &self.peer_nic)
     }
 
-    /// Bytes that have come to the peer, those that were handed over and have not, and the round trip, as far as the plugin tells; `None`
-    /// when it cannot tell now.
+    /// Bytes that the peer has acknowledged, bytes still in flight, and the round trip, as far as the plugin reports them; `None`
+    /// when it cannot now.
     pub(super) fn flow(&self) -> Option<(u64, u64, Duration)> {
         self.sending.flow()
     }
@@ -88,7 +88,7 @@ impl Channel {
         self.receiving.expect(arrival);
     }
 
-    /// Advances everything that can advance. Returns whether something did.
+    /// Advances sends and receives. Returns whether anything advanced.
     pub(super) fn progress(&mut self, copier: &mut Copier, usage: &Usage, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
         let mut any = false;
         if !self.sending.outgoing.is_empty() {
@@ -100,7 +100,7 @@ impl Channel {
         Ok(any)
     }
 
-    /// What the network has done.
+    /// The network's progress.
     pub(super) fn network(&self) -> Result<Line<'_>> {
         let sent = self.sending.comm.network_bytes().map_err(|e| self.blame(Way::Out, &e))?;
         let received = self.receiving.comm.network_bytes().map_err(|e| self.blame(Way::In, &e))?;
@@ -108,7 +108,7 @@ impl Channel {
         Ok(Line { nic: &self.nic, moved: sent.zip(received), under_way, posted: self.receiving.posted.len() })
     }
 
-    /// What it counts; `kernel`: with what the kernel knows, which takes a system call.
+    /// Its statistics; `kernel`: with the kernel's, which takes a system call.
     pub(super) fn stats(&self, kernel: bool, now: Instant) -> ChannelStats {
         let (sending, receiving) = (&self.sending, &self.receiving);
         let (sent, received) = (sending.counts, receiving.counts);
@@ -136,7 +136,7 @@ impl Channel {
         }
     }
 
-    /// Its ends in a direction and its NIC, in words.
+    /// Its addresses in a direction and its NIC, as text.
     pub(super) fn describe(&self, way: Way) -> String {
         self.ends(way).unwrap_or_else(|| format!("NIC {}", self.nic))
     }
@@ -148,7 +148,7 @@ impl Channel {
         }
     }
 
-    /// An error with the channel that it happened on.
+    /// An error with the channel's description.
     pub(super) fn blame(&self, way: Way, error: &Error) -> Error {
         let ends = self.ends(way).unwrap_or_else(|| format!("on NIC {}", self.nic));
         Error::new(error.kind(), format_args!("channel {ends}: {error}"))
@@ -157,7 +157,7 @@ impl Channel {
 
 impl Drop for Channel {
     fn drop(&mut self) {
-        // Registrations go while their comm is open, unless its requests may still use them: then they go after it.
+        // Registrations are dropped while their comm is open, unless its requests may still use them: then after it.
         if !self.busy() {
             self.sending.drop_staging();
             self.receiving.drop_staging();

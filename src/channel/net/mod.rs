@@ -17,16 +17,16 @@ use crate::status::{bail, Result};
 use crate::types::Place;
 use std::time::{Duration, Instant};
 
-/// How the channels of a path are used: what their plugin can do, and what both sides agreed on.
+/// How the channels of a path are used: the plugin's traits, and what both engines agreed on.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Usage {
-    /// Host memory goes through the vectored extension.
+    /// Host memory uses the vectored extension.
     pub vectored: bool,
     /// The comms carry host memory.
     pub host: bool,
-    /// Device memory leaves through host memory that the GPU fills, not through the plugin's device sends.
+    /// Device memory is sent from host memory that the GPU fills, not by the plugin's device sends.
     pub stage_sends: bool,
-    /// The GPU whose memory the comms receive into, here and at the peer; `None` where they take any.
+    /// The GPU whose memory the comms receive into, here and at the peer; `None` if any.
     pub gpus: Option<(Place, Place)>,
     /// Largest chunk, bytes.
     pub chunk_bytes: usize,
@@ -38,7 +38,7 @@ pub(crate) struct Usage {
 pub(crate) struct NetPath {
     channels: Vec<Channel>,
     usage: Usage,
-    /// The pairs of NICs that the channels use, and the number of each channel's.
+    /// The pairs of NICs that the channels use, and the pair of each channel.
     nics: Vec<Nic>,
     nic_of: Vec<usize>,
 }
@@ -58,12 +58,12 @@ impl NetPath {
         NetPath { channels, usage, nics, nic_of }
     }
 
-    /// Whether there are NICs to compare.
+    /// Whether there are several NICs to compare.
     fn compares(&self) -> bool {
         self.nics.len() > 1
     }
 
-    /// Looks at how far each NIC is, when it is time to.
+    /// Samples the progress of each NIC, when due.
     fn look(&mut self, now: Instant) {
         for (number, nic) in self.nics.iter_mut().enumerate().filter(|(_, nic)| nic.due(now)) {
             let mine = self.channels.iter().zip(&self.nic_of).filter(|(_, &nic)| nic == number);
@@ -161,7 +161,7 @@ impl Path for NetPath {
         if !self.compares() {
             return;
         }
-        // Short chunks pass a slow NIC in bursts: what it carries in the long run is known here.
+        // Short chunks pass a slow NIC in bursts: the long-term speed is measured here.
         let fastest = self.nics.iter().map(Nic::speed).fold(0.0, f64::max);
         for (stats, &number) in out[first..].iter_mut().zip(&self.nic_of) {
             let speed = self.nics[number].speed();

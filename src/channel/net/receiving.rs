@@ -1,5 +1,5 @@
-//! The receiving half of a channel: posting receives, unpacking what arrived, consuming in order. Knows nothing of who
-//! announced the chunks.
+//! The receiving half of a channel: posting receives, unpacking arrived chunks, consuming in order. Knows nothing of the
+//! control connection.
 
 use super::copying::{device, iov, register, within, Copying, Counts};
 use super::staging::Staging;
@@ -99,7 +99,7 @@ impl Receiving {
         Ok(any)
     }
 
-    /// Hands the oldest receive, which is done, to whoever copies it to where it belongs.
+    /// Starts the copy of the oldest receive, which is done, to its destination.
     fn put_in_place(&mut self, done: Done, copier: &mut Copier) -> Result<Copying> {
         let view = match self.posted.front() {
             Some(Posted { arrival: Arrival { dest: Dest::Memory { place, .. }, .. }, .. }) if place.is_device() => {
@@ -109,7 +109,7 @@ impl Receiving {
         };
         let Some(Posted { arrival, staged }) = self.posted.front() else { bail!(Internal, "a receive without a chunk") };
         if done.len.is_some_and(|len| len != arrival.len) {
-            bail!(Protocol, "a chunk announced with {} bytes came with {}", arrival.len, done.len.unwrap_or(0));
+            bail!(Protocol, "a chunk announced with {} bytes arrived with {}", arrival.len, done.len.unwrap_or(0));
         }
         match (&arrival.dest, view, staged) {
             (Dest::Memory { place, parts, .. }, Some(view), _) => {
@@ -120,7 +120,7 @@ impl Receiving {
                 Ok(copying)
             }
             (Dest::Memory { parts, .. }, None, Some(staged)) => {
-                // SAFETY: the staging place holds the message; the arrival holds the parts' regions.
+                // SAFETY: the staging buffer holds the message; the arrival holds the parts' regions.
                 unsafe { spread(*staged, parts) };
                 Ok(Copying::none())
             }
@@ -160,8 +160,8 @@ impl Receiving {
                 Ok((unsafe { self.comm.recv_vectored(&iov, next.len, next.tag) }?, None))
             }
             _ if usage.host => self.post_staged(next, usage),
-            Dest::Memory { .. } => bail!(Internal, "host memory on a channel that carries device memory only"),
-            // What is discarded arrives for the comms' own GPU.
+            Dest::Memory { .. } => bail!(Internal, "host memory on a channel for device memory only"),
+            // Discarded chunks are received for the comms' own GPU.
             Dest::Discard => {
                 let place = usage.gpus.map_or(Place::gpu(0), |(here, _)| here);
                 Ok((self.post_device(next, place, copier)?, None))
@@ -169,7 +169,7 @@ impl Receiving {
         }
     }
 
-    /// A receive into host memory without the extension: the message lands in staging memory.
+    /// A receive into host memory without the extension: the message arrives in staging memory.
     fn post_staged(&mut self, next: &Arrival, usage: &Usage) -> Result<(bool, Option<*mut u8>)> {
         if self.host_in.is_none() {
             let stride = usage.chunk_bytes.next_multiple_of(PAGE);
@@ -196,7 +196,7 @@ impl Receiving {
         within(copier, place, &mut || unsafe { recv.recv(data.cast(), next.len, next.tag, mhandle) })
     }
 
-    /// The mhandle that marks a receive as one of device memory; its memory is never written.
+    /// The mhandle that marks a receive as device memory; the plugin never writes to its memory.
     pub(super) fn device_in(&mut self, place: Place, copier: &mut Copier) -> Result<(*mut u8, MHandle)> {
         if let Some((registration, block)) = &self.device_in {
             return Ok((block.ptr(), registration.mhandle()));

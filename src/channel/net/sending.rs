@@ -1,5 +1,5 @@
-//! The sending half of a channel: where a chunk's bytes are handed to the plugin from, and in which order. Knows nothing of
-//! streams: a chunk bears all that it needs.
+//! The sending half of a channel: the source of a chunk's bytes and the order of sends. Knows nothing of transfers: a chunk has
+//! everything it needs.
 
 use super::copying::{device, iov, register, within, Copying, Counts};
 use super::staging::{Staging, STAGED_WINDOW};
@@ -120,7 +120,7 @@ impl Sending {
     pub(super) fn take(&mut self, departure: Departure, copier: &mut Copier, usage: &Usage, now: Instant) -> Result<()> {
         let Departure { key, chunk, hold, bulk, tag } = departure;
         let len = chunk.len;
-        // First of all, so that a failure from here on leaves the chunk's memory in use until the channel is closed.
+        // First, so that after a later failure the chunk's memory stays held until the channel is closed.
         self.outgoing.push_back(Leaving { key, len, bulk, _hold: hold.clone() });
         self.bulk += usize::from(bulk);
         self.bulk_bytes += if bulk { len as u64 } else { 0 };
@@ -193,7 +193,7 @@ impl Sending {
         }
     }
 
-    /// Hands announced chunks to the plugin, in order, as far as they are packed and it takes them.
+    /// Posts announced chunks to the plugin in order, as far as they are packed and it accepts them.
     fn post_sends(&mut self, copier: &mut Copier, now: Instant) -> Result<bool> {
         let mut any = false;
         while let Some(next) = self.to_post.front_mut() {

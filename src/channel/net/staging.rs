@@ -1,16 +1,16 @@
-//! Staging buffers of a channel: a ring of places in registered memory. Knows nothing of who sends or receives from them.
+//! Staging buffers of a channel: a ring in registered memory. Knows nothing of chunks.
 
 use crate::channel::device::StagingMemory;
 use crate::net::comm::MHandle;
 use crate::net::registrations::Registration;
 use crate::status::Result;
 
-/// Chunks of device memory in flight on a channel when they leave through host memory: enough to keep copies and socket busy, few enough
-/// for the memory of all channels to stay in the processor's cache.
+/// Chunks of device memory in flight on a channel that sends from host memory: enough to keep copies and socket busy, few enough
+/// for the memory of all channels to fit the CPU's cache.
 pub(super) const STAGED_WINDOW: usize = 8;
 
-/// A ring of staging buffers, registered with the plugin. Messages use the places in turn; since no more are in flight than there are
-/// places, and they complete in order, a place is free again when its turn comes.
+/// A ring of staging buffers, registered with the plugin. Messages use the buffers in turn; no more are in flight than there are
+/// buffers, and they complete in order, so the next buffer is always free.
 pub(super) struct Staging {
     // Dropped before the memory.
     registration: Registration,
@@ -35,7 +35,7 @@ impl Staging {
         self.registration.mhandle()
     }
 
-    /// The next place.
+    /// The next buffer.
     pub(super) fn next(&mut self) -> *mut u8 {
         let place = self.turn % self.places;
         self.turn += 1;
@@ -43,7 +43,7 @@ impl Staging {
         unsafe { self.memory.ptr().add(place * self.stride) }
     }
 
-    /// The place that [`Staging::next`] gave last was not used.
+    /// Returns the last buffer of [`Staging::next`] unused.
     pub(super) fn undo(&mut self) {
         self.turn -= 1;
     }

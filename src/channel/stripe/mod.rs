@@ -1,6 +1,6 @@
-//! Striping: which channel carries the next chunk, and how long it is. NICs run at their own speed: the one that would finish the chunk
-//! first gets it, and none gets what it would finish after all others could have finished everything. Among the channels of a NIC the
-//! same rule holds. Pure.
+//! Striping: which channel carries the next chunk, and how long the chunk is. NICs differ in speed: the one that would finish the chunk
+//! first gets it, but a NIC gets no chunk that the others, finishing all that is left, would still beat. The same rule applies among
+//! the channels of a NIC. Pure.
 
 mod nic;
 #[cfg(test)]
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 /// State of a channel as striping sees it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Load {
-    /// Free places of its window.
+    /// Free slots of its window.
     pub free: usize,
     /// Bytes posted and not yet done.
     pub queued: u64,
@@ -26,54 +26,54 @@ pub(crate) struct Load {
 /// State of a NIC, with all of its channels.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct NicLoad {
-    /// Bytes that were handed to its channels and that the peer has not acknowledged, as far as is known.
+    /// Bytes that its channels took and the peer has not acknowledged, as far as known.
     pub backlog: u64,
     /// Measured speed, bytes per second; 0 while unknown.
     pub speed: f64,
-    /// While its speed is unknown: bytes that it may have under way.
+    /// While its speed is unknown: bytes that it may have in flight.
     pub trust: u64,
     /// Bytes that have been acknowledged so far.
     pub moved: u64,
-    /// How long it takes until something is known of what it was given: some times between looks, and some round trips.
+    /// The delay until the result of a chunk is known: some sampling intervals plus some round trips.
     pub delay: Duration,
-    /// How it should be tried now, where it is slow.
+    /// How to probe it now, if it is slow.
     pub probe: Option<Probe>,
 }
 
-/// A chunk that finds out whether a slow NIC has recovered.
+/// A chunk that probes whether a slow NIC has recovered.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Probe {
     pub len: u64,
-    /// It has been so long that it may cost something.
+    /// The last probe was so long ago that this one may cost something.
     pub at_any_cost: bool,
 }
 
-/// State of all channels of a path. One NIC or none: nobody compares NICs.
+/// State of all channels of a path. With one NIC or none, NICs are not compared.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Loads {
     pub channels: Vec<Load>,
     pub nics: Vec<NicLoad>,
-    /// Bytes of a transfer up to which one channel takes all, while no more than half as many of others are under way or these and they
-    /// come to no more; 0: channels share from the first chunk on.
+    /// One channel carries a whole transfer of up to this many bytes, while at most half as many bytes of others are in flight or all
+    /// together are not more; 0: channels share from the first chunk on.
     pub alone: u64,
 }
 
 /// What is to be sent.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Want {
-    /// Bytes of the next chunk at most.
+    /// Most bytes of the next chunk.
     pub len: u64,
-    /// Bytes that wait for channels altogether, with the next chunk.
+    /// All bytes that wait for channels, including the next chunk.
     pub rest: u64,
     /// Bytes of its whole transfer.
     pub total: u64,
 }
 
-/// Where the next chunk goes.
+/// The decision for the next chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Pick {
     pub channel: usize,
-    /// Its bytes at most.
+    /// Its maximum bytes.
     pub len: u64,
 }
 
@@ -83,26 +83,26 @@ const WORTH_WAITING_FACTOR: f64 = 2.0;
 /// A channel counts as slow when its speed is less than this part of the reference: smaller differences are noise, and acting on noise
 /// would make the busier one look ever faster.
 const SLOW: f64 = 0.5;
-/// The same of a NIC, whose speed is measured only while it surely has enough to do.
+/// The same for a NIC, whose speed is measured only while it is certainly busy.
 const SLOW_NIC: f64 = 0.7;
 
-/// A NIC below this part of the fastest one's speed is hardly worth what a lost packet on it costs: it is only tried now and then.
+/// A NIC below this part of the fastest one's speed is not worth the cost of a lost packet on it: it is only probed now and then.
 pub(crate) const LEFT_ALONE: f64 = 1.0 / 12.0;
-/// A chunk that tries it does no harm where it would take this part of the time that the others need for the rest.
+/// A probe is harmless if it takes at most this part of the time that the others need for the rest.
 const HARMLESS: f64 = 0.125;
 /// Chunks of a slow NIC are shorter in proportion, but not shorter than this.
 const SHORTEST: u64 = 64 << 10;
 const PAGE: u64 = nccl_net_abi::PAGE as u64;
-/// What a NIC has under way beside others takes it so long, or its delay, or is one chunk: enough to keep it busy, and no more to wait
-/// for. Less of a slow one.
+/// The backlog of a NIC beside others: this long, or its delay, or one chunk. Enough to keep it busy, and no more to wait for. Less for
+/// a slow one.
 const BACKLOG: Duration = Duration::from_millis(50);
 const SLOW_BACKLOG: Duration = Duration::from_millis(20);
-/// Estimates of slow NICs may be wrong by this factor before anybody waits for one.
+/// Estimates of slow NICs may be wrong by this factor before a transfer waits for one.
 const CAUTION: f64 = 1.5;
-/// A slow NIC is tried only by transfers of at least this size.
+/// Only transfers of at least this size probe a slow NIC.
 const WORTH_A_PROBE: u64 = 1 << 20;
 
-/// Where the next chunk goes. `None`: wait until something on these channels is done.
+/// Chooses the channel of the next chunk. `None`: wait until something on these channels is done.
 pub(crate) fn pick(loads: &Loads, want: Want) -> Option<Pick> {
     match loads.nics.len() {
         0 | 1 => pick_alone(loads, want)
@@ -112,10 +112,10 @@ pub(crate) fn pick(loads: &Loads, want: Want) -> Option<Pick> {
     }
 }
 
-/// The channel that has begun with what one should take alone, while it has a place and is not slow.
+/// The channel that has begun a transfer to carry alone, while it has a free slot and is not slow.
 fn pick_alone(loads: &Loads, want: Want) -> Option<usize> {
     let queued: u64 = loads.channels.iter().map(|load| load.queued).sum();
-    // What the transfer before has left may still count, although the peer has it.
+    // Bytes of the previous transfer may still count, although the peer has them.
     let most = loads.alone.max(want.total.saturating_add(loads.alone / 2));
     if queued == 0 || want.total > loads.alone || queued + want.rest > most {
         return None;
@@ -126,10 +126,10 @@ fn pick_alone(loads: &Loads, want: Want) -> Option<usize> {
     (busiest.queued > 0 && !slow).then_some(index)
 }
 
-/// A NIC with a free channel, while one is chosen. Times are in bytes at the reference's speed.
+/// A candidate NIC with a free channel. Times are in bytes at the reference speed.
 struct Candidate {
     nic: usize,
-    /// Its part of the reference's speed.
+    /// Its speed relative to the reference.
     share: f64,
     len: u64,
     finish: f64,
@@ -185,7 +185,7 @@ fn pick_nic(loads: &Loads, want: Want) -> Option<Pick> {
     if let Some(pick) = candidates().filter(fits).min_by(by_finish).and_then(|c| within(c.nic, c.len)) {
         return Some(pick);
     }
-    // While nothing is under way nobody would look again: the NIC that has done most goes on.
+    // With nothing in flight no later event would retry: the NIC that has done most continues.
     if loads.channels.iter().any(|load| load.queued > 0) {
         return None;
     }
@@ -196,9 +196,9 @@ fn pick_nic(loads: &Loads, want: Want) -> Option<Pick> {
     candidates().max_by(by_merit).and_then(|c| within(c.nic, c.len))
 }
 
-/// When the others of `n` NICs would have finished what they have and `rest`.
+/// When the other NICs of `n` would have finished their backlog and `rest`.
 fn without(nic: usize, n: usize, backlog: &impl Fn(usize) -> u64, share: &impl Fn(usize) -> f64, rest: u64) -> f64 {
-    // Water that is poured into vessels of different width, filled to different heights: the level rises over one after the other.
+    // Like pouring water into vessels of different width, filled to different heights: the level rises over one after the other.
     let others = || (0..n).filter(|&other| other != nic);
     let height = |other: usize| backlog(other) as f64 / share(other);
     let level = |top: usize| {
@@ -209,13 +209,13 @@ fn without(nic: usize, n: usize, backlog: &impl Fn(usize) -> u64, share: &impl F
     others().map(level).fold(f64::INFINITY, f64::min)
 }
 
-/// The channel for a chunk of `len` bytes among those that `admitted` lets through: of those with a free place the one that would finish
-/// it first. `None` when none is free, or only channels so slow that waiting for a fast one beats them.
+/// The channel for a chunk of `len` bytes among those that `admitted` selects: the one with a free slot that would finish
+/// first. `None` when none is free, or only channels so slow that waiting for a fast one is quicker.
 fn pick_channel(loads: &[Load], admitted: impl Fn(&Load) -> bool, len: u64) -> Option<usize> {
     let admitted = || loads.iter().enumerate().filter(|(_, load)| admitted(load));
     let reference = reference(admitted().map(|(_, load)| load.rate));
     let finish = |l: &Load| {
-        // A channel without a measurement is taken to be as fast as the others.
+        // A channel without a measurement counts as fast as the others.
         let slow = l.rate > 0.0 && l.rate < SLOW * reference;
         (l.queued + len) as f64 / if slow { l.rate / reference } else { 1.0 }
     };
@@ -225,7 +225,7 @@ fn pick_channel(loads: &[Load], admitted: impl Fn(&Load) -> bool, len: u64) -> O
     (finish(load) <= WORTH_WAITING_FACTOR * soonest).then_some(index)
 }
 
-/// The speed that others are compared with: the upper quartile of the measured ones, so that one lucky measurement slows nobody down.
+/// The reference speed: the upper quartile of the measured ones, so that one lucky measurement slows no other channel down.
 fn reference(rates: impl Iterator<Item = f64>) -> f64 {
     const MOST: usize = 64;
     let mut known = [0.0f64; MOST];
@@ -245,7 +245,7 @@ pub(crate) struct Rate {
     bytes_per_second: f64,
     /// When the current busy interval began; `None` while idle.
     since: Option<Instant>,
-    /// Bytes and time of the sample at hand.
+    /// Bytes and time of the current sample.
     bytes: u64,
     busy: Duration,
     /// The last completion.
@@ -275,7 +275,7 @@ impl Rate {
         }
     }
 
-    /// The speed as it was last measured, or less for a channel that has stalled since.
+    /// The last measured speed, or less for a channel that has stalled since.
     pub(crate) fn last(&self, oldest: u64, now: Instant) -> f64 {
         match self.since {
             Some(_) => self.get(oldest, now),
@@ -283,7 +283,7 @@ impl Rate {
         }
     }
 
-    /// A request was handed to the channel.
+    /// The channel took a request.
     pub(crate) fn posted(&mut self, now: Instant) {
         self.since.get_or_insert(now);
     }
@@ -368,20 +368,20 @@ mod tests {
     }
 
     #[test]
-    fn one_channel_takes_a_small_transfer_alone_where_it_should() {
+    fn one_channel_takes_a_small_transfer_alone() {
         const K: u64 = 1 << 10;
         let idle = Load { free: 16, queued: 0, rate: 0.0, nic: 0 };
-        assert_eq!(handed_out(0, vec![idle; 4], 1024 * K, 128 * K), [2, 2, 2, 2], "nothing is said");
+        assert_eq!(handed_out(0, vec![idle; 4], 1024 * K, 128 * K), [2, 2, 2, 2], "not configured");
         assert_eq!(handed_out(1024 * K, vec![idle; 4], 1024 * K, 128 * K), [8, 0, 0, 0]);
         assert_eq!(handed_out(1024 * K, vec![idle; 4], 2048 * K, 256 * K), [2, 2, 2, 2], "too much for one");
         let left = |queued| [vec![idle, Load { queued, ..idle }], vec![idle; 2]].concat();
-        assert_eq!(handed_out(1024 * K, left(512 * K), 1024 * K, 512 * K), [0, 2, 0, 0], "the one before is not over yet");
-        assert_eq!(handed_out(1024 * K, left(513 * K), 1024 * K, 512 * K), [1, 0, 1, 0], "nor will it be soon");
-        assert_eq!(handed_out(1024 * K, left(700 * K), 700 * K, 350 * K), [1, 0, 1, 0], "two that are under way together");
+        assert_eq!(handed_out(1024 * K, left(512 * K), 1024 * K, 512 * K), [0, 2, 0, 0], "the previous one is not complete");
+        assert_eq!(handed_out(1024 * K, left(513 * K), 1024 * K, 512 * K), [1, 0, 1, 0], "with too much left");
+        assert_eq!(handed_out(1024 * K, left(700 * K), 700 * K, 350 * K), [1, 0, 1, 0], "two at once");
         assert_eq!(handed_out(1024 * K, left(960 * K), 64 * K, 64 * K), [0, 1, 0, 0]);
         assert_eq!(handed_out(1024 * K, left(961 * K), 64 * K, 64 * K), [1, 0, 0, 0], "a small one behind much");
         assert_eq!(handed_out(1024 * K, vec![idle; 4], 1280 * K, 160 * K), [2, 2, 2, 2], "a little too much for one");
-        assert_eq!(handed_out(1024 * K, vec![Load { free: 3, ..idle }; 4], 1024 * K, 128 * K), [3, 3, 2, 0], "no place is left");
+        assert_eq!(handed_out(1024 * K, vec![Load { free: 3, ..idle }; 4], 1024 * K, 128 * K), [3, 3, 2, 0], "no slot is left");
         let slow = Load { rate: 1e6, queued: 64 * K, ..idle };
         let fast = Load { rate: 1e9, ..idle };
         assert_eq!(handed_out(1024 * K, vec![slow, fast, fast, fast], 512 * K, 128 * K)[0], 0, "a slow one");
@@ -399,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lucky_or_noisy_measurement_slows_nobody_down() {
+    fn a_lucky_or_noisy_measurement_slows_no_channel_down() {
         // One channel looks ten times as fast, the others differ by less than a factor of two: all are used alike.
         let rates = [1.0, 1.1, 1.4, 0.9, 10.0, 1.0, 1.2, 1.3];
         let mut queued = [0u64; 8];
@@ -424,7 +424,7 @@ mod tests {
         }
         let measured = rate.get(0, at(53));
         assert!((measured - 1e6).abs() < 1.0, "{measured}");
-        assert_eq!(rate.get(0, at(53) + FORGET), 0.0, "idle for long");
+        assert_eq!(rate.get(0, at(53) + FORGET), 0.0, "idle for a long time");
         // In flight for 100 ms where 1 ms was to be expected: at most a quarter of what the time says.
         rate.posted(at(60));
         assert_eq!(rate.get(1000, at(62)), measured);

@@ -1,62 +1,62 @@
-//! The speed of a NIC as its acknowledgements show it, over all of its channels: what is handed to the system is not yet sent. Pure.
+//! The speed of a NIC over all its channels, from acknowledgements: bytes in the kernel are not yet sent. Pure.
 
 use super::{NicLoad, Probe, SHORTEST};
 use std::time::{Duration, Instant};
 
-/// Looks further apart than this say nothing about what happened between them.
+/// Samples further apart than this say nothing about the time between them.
 const GAP: Duration = Duration::from_millis(100);
-/// A sample spans this much busy time and volume, or, of a NIC that hardly moves, this much time.
+/// A sample spans this much busy time and volume or, for a NIC that hardly moves, `LONG`.
 const SPAN: Duration = Duration::from_millis(20);
 const VOLUME: u64 = 64 << 10;
 const LONG: Duration = Duration::from_millis(200);
-/// A NIC that was idle in between shows that it is at least so fast: believed after this volume, since a shaper lets bursts through, and
-/// by a factor of two at a time.
+/// A NIC that was idle in between still shows a lower bound: it is used after this volume, since a shaper lets bursts through, and
+/// raises the estimate by a factor of two at a time.
 const BURST: u64 = 256 << 10;
-/// A NIC of unknown speed may have so much under way; twice as much each time when all of it was gone at the next look.
+/// A NIC of unknown speed may have this much in flight; twice as much each time all of it was acknowledged at the next sample.
 const TRUST: u64 = 256 << 10;
-/// How far a sample moves the estimate: soon down, slowly up.
+/// How far a sample moves the estimate: quickly down, slowly up.
 const DOWN: f64 = 0.6;
 const UP: f64 = 0.3;
-/// Looks at a NIC of unknown speed, and at others, are so far apart at least.
+/// Shortest time between samples of a NIC of unknown speed, and of other NICs.
 const FIRST_LOOKS: Duration = Duration::from_micros(100);
 const LOOKS: Duration = Duration::from_millis(1);
-/// What tells how fast a NIC is takes so many times between looks, and so many round trips.
+/// A NIC's speed is known after this many sampling intervals plus this many round trips.
 const DELAY_LOOKS: u32 = 3;
 const ROUND_TRIPS: u32 = 4;
-/// A slow NIC is tried with one short chunk, which takes it this part of the time at most. Its length is what the NIC would take for so many
-/// times the time between looks: what is gone by then shows that the NIC is faster.
+/// A slow NIC is probed with one short chunk, which takes at most this part of its time. At the known speed the chunk would take this
+/// many sampling intervals: if it is acknowledged sooner, the NIC is faster.
 const PROBE_LOOKS: f64 = 4.0;
 const PROBE_SHARE: f64 = 64.0;
 const PROBE_LEAST: Duration = Duration::from_secs(1);
 const PROBE_MOST: Duration = Duration::from_secs(60);
 
-/// One NIC, or rather a pair of them.
+/// A pair of NICs, one at each engine.
 #[derive(Debug, Default)]
 pub(crate) struct Nic {
     speed: f64,
-    /// How often it was trusted with twice as much.
+    /// How often its limit was doubled.
     trusted: u32,
     looked: Option<Instant>,
     postponed: Option<Instant>,
     acknowledged: u64,
-    /// What it had to do then, and what it was given since.
+    /// Its backlog at the last sample, and the bytes added since.
     backlog: u64,
     given: u64,
-    /// Of the busy time since the last sample.
+    /// Busy time since the last sample.
     bytes: u64,
     busy: Duration,
-    /// Of times with a pause since then.
+    /// Time with pauses since then.
     least_bytes: u64,
     least_time: Duration,
-    /// The time between the last two looks that belong together.
+    /// The interval between the last two related samples.
     gap: Duration,
-    /// When it was last tried, or measured.
+    /// When it was last probed or measured.
     tried: Option<Instant>,
     round_trip: Duration,
 }
 
 impl Nic {
-    /// Whether [`Nic::look`] wants to be called.
+    /// Whether [`Nic::look`] is due.
     pub(crate) fn due(&self, now: Instant) -> bool {
         let pause = if self.speed == 0.0 { FIRST_LOOKS } else { LOOKS };
         let again = self.postponed.is_none_or(|at| now.saturating_duration_since(at) >= FIRST_LOOKS);
@@ -68,12 +68,12 @@ impl Nic {
         self.speed
     }
 
-    /// Nothing can be known at this moment.
+    /// The plugin cannot report progress now.
     pub(crate) fn postpone(&mut self, now: Instant) {
         self.postponed = Some(now);
     }
 
-    /// A chunk was handed to one of its channels.
+    /// One of its channels took a chunk.
     pub(crate) fn gave(&mut self, len: u64, now: Instant) {
         if self.backlog + self.given == 0 && self.load(now).probe.is_some() {
             self.tried = Some(now);
@@ -81,8 +81,8 @@ impl Nic {
         self.given += len;
     }
 
-    /// By `now` so many bytes have been acknowledged since the beginning, and so many that were handed to its channels wait for it.
-    /// `round_trip`: of its path; zero while unknown.
+    /// Takes a sample: all bytes acknowledged by `now`, and the bytes that its channels took and that are not acknowledged.
+    /// `round_trip`: zero while unknown.
     pub(crate) fn look(&mut self, acknowledged: u64, backlog: u64, round_trip: Duration, now: Instant) {
         self.round_trip = round_trip;
         let before = self.looked.replace(now);
@@ -96,7 +96,7 @@ impl Nic {
         if gap <= GAP {
             self.gap = gap;
         }
-        // What moved was there before, and there is more: it never ran dry.
+        // The moved bytes were there before, and more are left: it was busy all the time.
         if had > 0 && moved <= had && backlog > 0 && gap <= GAP {
             (self.bytes, self.busy) = (self.bytes + moved, self.busy + gap);
             if (self.busy >= SPAN && self.bytes >= VOLUME) || self.busy >= LONG {
@@ -129,7 +129,7 @@ impl Nic {
         }
     }
 
-    /// As striping sees it.
+    /// Its load for striping.
     pub(crate) fn load(&self, now: Instant) -> NicLoad {
         let probe = ((PROBE_LOOKS * self.speed * self.gap.as_secs_f64()) as u64).max(SHORTEST);
         let pause = match self.speed {
@@ -165,7 +165,7 @@ mod tests {
             nic.look(1000 * ms, 5000, Duration::ZERO, at(start, ms));
         }
         assert!((nic.speed() - 1e6).abs() < 1e4, "{}", nic.speed());
-        // A long time without a look says nothing; nor does a chunk that was alone, as long as it was no faster.
+        // A long time without a sample says nothing; nor does a single chunk that was no faster.
         nic.look(201_000, 5, Duration::ZERO, at(start, 5000));
         nic.look(300_000, 0, Duration::ZERO, at(start, 5090));
         nic.look(900_000, 0, Duration::ZERO, at(start, 6090));
@@ -179,9 +179,9 @@ mod tests {
     }
 
     #[test]
-    fn what_a_nic_was_given_is_not_taken_for_what_it_can_do() {
+    fn the_offered_load_does_not_count_as_the_speed() {
         let (start, mut nic) = (Instant::now(), Nic::default());
-        // A chunk each millisecond, gone by the next one.
+        // A chunk each millisecond, acknowledged before the next.
         for ms in 0..500 {
             nic.look(512_000 * ms, if ms % 2 == 0 { 0 } else { 100 }, Duration::ZERO, at(start, ms));
             nic.gave(512_000, at(start, ms));
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_burst_convinces_nobody_and_volume_does() {
+    fn a_burst_does_not_raise_the_estimate_but_volume_does() {
         let (start, mut nic) = (Instant::now(), Nic::default());
         for ms in 0..200 {
             nic.look(1000 * ms, 5000, Duration::ZERO, at(start, ms));
@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn a_nic_is_tried_the_more_rarely_the_slower_it_is() {
+    fn slower_nics_are_probed_more_rarely() {
         let start = Instant::now();
         let pause = |speed: f64| {
             let mut nic = Nic { speed, ..Nic::default() };

@@ -1,5 +1,5 @@
-//! Striping over simulated NICs, in whole bytes and microseconds: a shaper with a token bucket, socket buffers that swallow what they can,
-//! and windows of chunks. The scheduler is asked only when a chunk has gone to the system, as in reality.
+//! Striping over simulated NICs, in whole bytes and microseconds: a shaper with a token bucket, socket buffers that take what they can,
+//! and windows of chunks. As in reality, the scheduler runs only when a chunk has gone to the kernel.
 
 use super::{pick, Load, Loads, Nic, Want};
 use std::collections::VecDeque;
@@ -12,17 +12,17 @@ const MIB: u64 = 1 << 20;
 
 struct SimulatedChannel {
     nic: usize,
-    /// Chunks that the system has not taken whole: what is left of each.
+    /// Chunks that the kernel has not fully taken: the bytes left of each.
     chunks: VecDeque<u64>,
     queued: u64,
-    /// Bytes that the system has.
+    /// Bytes in the kernel.
     buffer: u64,
 }
 
 struct SimulatedNic {
     /// Bytes a second.
     rate: u64,
-    /// What it may send at once, in millionths of a byte, and what the bucket holds at most.
+    /// The tokens in the bucket, in millionths of a byte, and the bucket's size.
     tokens: u64,
     bucket: u64,
     sent: u64,
@@ -77,7 +77,7 @@ impl World {
         }
     }
 
-    /// Hands out what has room.
+    /// Hands out chunks while there is room.
     fn schedule(&mut self, rest: &mut u64, bulk: bool) {
         while *rest > 0 {
             let loads = self.loads(bulk);
@@ -94,7 +94,7 @@ impl World {
         }
     }
 
-    /// Lets time pass; whether a chunk has gone.
+    /// Lets time pass; returns whether a chunk was sent.
     fn step(&mut self) -> bool {
         self.us += STEP_US;
         for (n, nic) in self.nics.iter_mut().enumerate() {
@@ -129,7 +129,7 @@ impl World {
         gone
     }
 
-    /// One transfer, from its start until all of it has arrived; microseconds.
+    /// The time of one transfer from start to complete arrival, in microseconds.
     fn transfer(&mut self, bytes: u64) -> u64 {
         let (began, mut rest) = (self.us, bytes);
         let bulk = bytes > 256 << 10;
@@ -137,7 +137,7 @@ impl World {
         while rest > 0 || self.channels.iter().any(|c| c.queued + c.buffer > 0) {
             assert!(
                 rest == 0 || self.channels.iter().any(|c| !c.chunks.is_empty()),
-                "nothing is under way and nobody looks again"
+                "nothing is in flight and nothing would retry"
             );
             assert!(self.us - began < 600_000_000, "no end");
             if self.step() {
@@ -148,12 +148,12 @@ impl World {
         self.us - began
     }
 
-    /// Seconds that `n` transfers of this size took.
+    /// Seconds for `n` transfers of this size.
     fn transfers(&mut self, n: u64, bytes: u64) -> f64 {
         (0..n).map(|_| self.transfer(bytes)).sum::<u64>() as f64 / 1e6
     }
 
-    /// Seconds that these bytes take all NICs together.
+    /// Seconds for these bytes over all NICs together.
     fn ideal(&self, bytes: u64) -> f64 {
         bytes as f64 / self.nics.iter().map(|nic| nic.rate).sum::<u64>() as f64
     }
@@ -165,7 +165,7 @@ impl World {
     }
 }
 
-/// Each of these, with so many channels a NIC and such socket buffers.
+/// Runs each case with these channels per NIC and socket buffers.
 fn each(slow: &[u64], mut body: impl FnMut(&mut World, String)) {
     for &slow in slow {
         for channels in [1, 2, 4] {
@@ -194,7 +194,7 @@ fn simulated_slow_nics_cost_little_at_other_sizes() {
         world.transfers(1, 64 * MIB);
         for (n, bytes, least) in [(400, 256 << 10, 0.8), (200, MIB, 0.8), (60, 8 * MIB, 0.8), (2, 512 * MIB, 0.9)] {
             let took = world.transfers(n, bytes);
-            // What the fast one alone would do.
+            // The time of the fast one alone.
             let part = (n * bytes) as f64 / mbit(1000) as f64 / took;
             println!("{what}: {} KiB: {:.1} % of the fast one", bytes >> 10, 100.0 * part);
             assert!(part >= least, "{what}: {} KiB: {:.1} %", bytes >> 10, 100.0 * part);

@@ -9,34 +9,34 @@ type VectoredFn = unsafe extern "C" fn(*mut c_void, c_int, *const ucclIoVec, c_i
 type ConnectRecvFn =
     unsafe extern "C" fn(c_int, *mut c_void, *mut *mut c_void, *mut *mut abi::ncclNetDeviceHandle_v7) -> ncclResult_t;
 
-/// What the software plugin offers beyond the NCCL contract.
+/// The software plugin's extension of the NCCL contract.
 #[derive(Clone, Copy)]
 pub(in crate::net) struct Ext {
     pub isendv: Option<VectoredFn>,
     pub irecvv: Option<VectoredFn>,
     pub set_doorbell: Option<unsafe extern "C" fn(*mut c_void, *mut u32, c_int) -> ncclResult_t>,
-    /// Bytes of a comm that the network has taken over or delivered.
+    /// Bytes of a comm that were acknowledged or delivered.
     pub progress: Option<unsafe extern "C" fn(*mut c_void, *mut u64) -> ncclResult_t>,
-    /// Gives up the connect whose handle buffer this is.
+    /// Abandons the connect with this handle buffer.
     pub abandon_connect: Option<unsafe extern "C" fn(*mut c_void) -> ncclResult_t>,
-    /// What the kernel knows of a comm's connection.
+    /// The kernel's statistics of a comm's connection.
     pub info: Option<unsafe extern "C" fn(*mut c_void, *mut abi::ucclCommInfo) -> ncclResult_t>,
     /// A line about a comm, for error texts.
     pub describe: Option<unsafe extern "C" fn(*mut c_void, *mut c_char, usize) -> ncclResult_t>,
-    /// A listen comm accepts only who proves a key.
+    /// A listen comm accepts only a peer that proves a key.
     pub key_listen: Option<unsafe extern "C" fn(*mut c_void, *const u8) -> ncclResult_t>,
     /// The connect with a handle buffer proves a key.
     pub key_connect: Option<unsafe extern "C" fn(*mut c_void, *const u8) -> ncclResult_t>,
-    /// Guards the messages of a comm.
+    /// Protects the messages of a comm.
     pub protect: Option<unsafe extern "C" fn(*mut c_void, c_int, *const u8) -> ncclResult_t>,
     /// Whether a device can carry new connections.
     pub ready: Option<unsafe extern "C" fn(c_int) -> ncclResult_t>,
     /// A listen comm serves a connection of each direction.
     pub listen_both: Option<unsafe extern "C" fn(*mut c_void, *const u8) -> ncclResult_t>,
-    /// Accept and connect with the direction turned round.
+    /// Accept and connect with the direction reversed.
     pub accept_send: Option<unsafe extern "C" fn(*mut c_void, *mut *mut c_void) -> ncclResult_t>,
     pub connect_recv: Option<ConnectRecvFn>,
-    /// How far a send comm's bytes have come.
+    /// Progress of a send comm's bytes.
     pub flow: Option<unsafe extern "C" fn(*mut c_void, *mut abi::ucclFlow) -> ncclResult_t>,
 }
 

@@ -1,5 +1,5 @@
-//! The tables of NCCL net plugins behind one versionless trait; `v7` and `v8` adapt what differs. Calls only: rules of order are
-//! those of `comm`, locks and signals those of `plugin`.
+//! The tables of NCCL net plugins behind one versionless trait; `v7` and `v8` adapt what differs. Calls only: `comm` keeps their
+//! order, `plugin` handles locks and signals.
 
 mod ext;
 mod v7;
@@ -14,7 +14,7 @@ use std::ffi::{c_char, c_int, c_void, CStr};
 /// A result code, or `None` when the table lacks the call.
 pub(super) type Answer = Option<ncclResult_t>;
 
-/// What a table says about a device.
+/// A device's properties from a table.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Properties {
     pub name: Option<String>,
@@ -71,7 +71,7 @@ fn text(p: *const c_char) -> Option<String> {
     (!p.is_null()).then(|| unsafe { CStr::from_ptr(p) }.to_string_lossy().into_owned())
 }
 
-/// The calls that all versions have alike.
+/// The calls that are the same in all versions.
 macro_rules! calls_alike {
     () => {
         fn name(&self) -> String {
@@ -90,7 +90,7 @@ macro_rules! calls_alike {
             self.listen.map(|call| unsafe { call(dev, handle, comm) })
         }
         unsafe fn connect(&self, dev: c_int, handle: *mut c_void, comm: &mut *mut c_void) -> Answer {
-            // Senders have nothing to unpack: the argument is ignored, and must be there.
+            // Senders have nothing to unpack: the argument is ignored, but required.
             let mut dev_handle: *mut ncclNetDeviceHandle_v7 = std::ptr::null_mut();
             // SAFETY: as above.
             self.connect.map(|call| unsafe { call(dev, handle, comm, &mut dev_handle) })

@@ -29,7 +29,7 @@ impl NetTable for ncclNet_v7 {
     }
 
     unsafe fn reg_mr(&self, comm: *mut c_void, data: *mut c_void, size: usize, kind: c_int, out: &mut *mut c_void) -> Answer {
-        // The size is an int here: what does not fit is refused.
+        // The size is an int here: larger sizes are refused.
         let Ok(size) = c_int::try_from(size) else { return Some(nccl_net_abi::NCCL_INVALID_ARGUMENT) };
         // SAFETY: by the trait's contract.
         self.regMr.map(|call| unsafe { call(comm, data, size, kind, out) })

@@ -1,4 +1,4 @@
-/* Scenarios of what is missing or ends: no device handle, ranges that the driver refuses, a process that is killed. */
+/* Failure scenarios: no device handle, ranges that the driver refuses, a process that is killed. */
 #include "probe.h"
 
 void sc_no_device_handle(void) { /* accept without a device handle */
@@ -21,7 +21,7 @@ void sc_no_device_handle(void) { /* accept without a device handle */
   waitpid(p, &st, 0);
   report(-1, "q a receive on it: %s %d", WIFSIGNALED(st) ? "the process dies of signal" : "exit status", WIFSIGNALED(st) ? WTERMSIG(st) : WEXITSTATUS(st));
 }
-void sc_driver_ranges(void) { /* what the driver itself answers */
+void sc_driver_ranges(void) { /* the driver's own results */
   int (*real)(void *, dptr, size_t, int, dptr);
   *(void **)&real = dlsym(dlopen("libcuda.so.1", RTLD_NOW), "cuMemGetHandleForAddressRange");
   dptr b;
@@ -54,7 +54,7 @@ void sc_sender_killed(void) {
 }
 static volatile int pipes;
 static void on_pipe(int s) { pipes++; }
-void sc_receiver_killed(void) { /* roles the other way round: the child receives and dies; this process sends */
+void sc_receiver_killed(void) { /* reversed roles: the child receives and dies; this process sends */
   signal(SIGPIPE, on_pipe);
   load("sender");
   unsigned char h[128];

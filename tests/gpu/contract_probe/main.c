@@ -1,5 +1,5 @@
 /* contract_probe: runs a NCCL net plugin's ncclNetPlugin_v7 (GPUDirect-TCPX, or the software plugin) between two processes with GPU memory
- * and checks what an engine has to rely on. Prints PASS, FAIL or INFO lines; exit status 1 if any FAIL. Letters in front of a check name
+ ** and checks the behaviour that an engine relies on. Prints PASS, FAIL or INFO lines; exit status 1 if any FAIL. Letters in front of a check name
  * its group. Without arguments it lists the scenarios.
  *
  *   gcc -O2 -o contract_probe *.c -ldl -lpthread
@@ -18,7 +18,7 @@ static void describe(void) {
 static const struct scenario {
   const char *name;
   void (*play)(void);
-  void (*other)(int);       /* what the other process is; the sender where nothing else is said */
+  void (*other)(int);       /* the role of the other process; by default the sender */
   const char *chunk_size;   /* NCCL_DYNAMIC_CHUNK_SIZE; "" takes it out of the environment */
   const char *about;
 } scenarios[] = {

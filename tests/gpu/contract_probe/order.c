@@ -1,7 +1,7 @@
 /* Scenario main: set-up, order of tests and consumes, windows, sizes, registrations. */
 #include "probe.h"
 
-static char why[600];   /* what check found */
+static char why[600];   /* the result of check */
 static uint64_t odd;    /* entries that are not 16-aligned */
 
 /* b, f, j: one receive after the other */
@@ -31,7 +31,7 @@ static void receives_arrive(void) {
   }
   report(ok, "b %d receives of 1 B to 1 MiB: receive k in slot k %% 16, lengths add up, bytes right; %lu entries, %lu not 16-aligned %s", n, entries, odd, why);
   report(ok, "f the mhandle was a 64 KiB buffer's and the destination no memory at all%s", "");
-  report(untouched, "j test wrote nothing to size, on either side");
+  report(untouched, "j test wrote nothing to size, at both ends");
   if (!ok) die("cannot go on");
 }
 
@@ -50,14 +50,14 @@ static void sends_before_receives(void) {
   report(!rc && !r.rc && !r.a && e > 0 && !P->irecvConsumed(recv_comm, 1, q), "n the message arrives all the same: test %d, %ld entries %s", rc, e, why);
 }
 
-/* d: testing another one than the head */
+/* d: testing a request that is not the oldest */
 static void tests_out_of_order(void) {
   void *qs[20];
   uint32_t ms[20];
   for (int i = 0; i < 3; i++) { ms[i] = m_next++; ask(OP_SEND_DEVICE, ms[i], 8192); if (post(8192, &qs[i])) die("irecv"); }
   int done = 0;
   int rc1 = P->test(qs[1], &done, NULL);
-  /* The software plugin refuses it always, TCPX only once the head has been announced. */
+  /* The software plugin always refuses it, TCPX only once the oldest has been announced. */
   report((rc1 == 0 || (is_soft() && rc1 == 3)) && !done, "d1 test of the second request before anything of the head arrived: %d, done %d", rc1, done);
   int rc2 = 0, d2 = 0;
   tell(OP_TEST_ALL, 10000, 0, NULL);
@@ -73,7 +73,7 @@ static void tests_out_of_order(void) {
   report(!bad && !r.rc && !r.a, "d4 all three arrive right afterwards %s", why);
 }
 
-/* c: 16 requests of each side, and no more; they are left tested and not consumed */
+/* c: 16 requests at each end, and no more; they are left tested and not consumed */
 static void windows_are_full(void *qs[16], uint32_t ms[16]) {
   struct reply r;
   void *q;
@@ -90,7 +90,7 @@ static void windows_are_full(void *qs[16], uint32_t ms[16]) {
   report(!bad && !r.rc && !r.a, "c3 the 16 of each side complete (posted 8192, announced 4096..4111)");
 }
 
-/* e: what windows_are_full left */
+/* e: the requests that windows_are_full left */
 static void consumes_in_order(void *qs[16], const uint32_t ms[16]) {
   void *q;
   int rc = post(100, &q), bad = 0;
@@ -130,7 +130,7 @@ static void small_receive(void) {
   report(!rc && e > 0 && !P->irecvConsumed(recv_comm, 1, q), "p irecv posted with 100 B for a message of 8192 B: no error, entries for all 8192 B: the posted size counts for nothing %s", why);
 }
 
-/* g: what can be registered */
+/* g: registrations */
 static void registrations(void) {
   struct reply r = ask(OP_REGISTER, 512, 65536);
   report(r.rc == 3 || (is_soft() && r.rc == 4), "g1 regMr of a base at +512: %d (%s)", r.rc, r.text);

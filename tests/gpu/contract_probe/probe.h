@@ -1,5 +1,5 @@
-/* What the parts of contract_probe share: the plugin's table, the driver's functions that they call, the two processes, and the means
- * to report. main.c says what the program is. */
+/* Shared by the parts of contract_probe: the plugin's table, the driver's functions, the two processes, and reporting.
+* main.c describes the program. */
 #pragma once
 
 #include <dlfcn.h>
@@ -54,7 +54,7 @@ typedef struct {
 } net_t;
 struct meta { uint32_t src_off, len; uint64_t dst_off; };
 
-/* The plugin's description of receives: 16 of them, with so many entries each. */
+/* The plugin's meta queue: 16 receives, with this many entries each. */
 #define SLOTS 16
 #define ENTRIES 2048
 
@@ -69,13 +69,13 @@ void die(const char *fmt, ...) __attribute__((format(printf, 1, 2), noreturn));
 double now(void);
 void cu_must(int rc, const char *what);
 void load(const char *role);
-/* Message m has words of its own, and a size of its own where sizes are random. */
+/* Each message m has distinct words, and a distinct size if sizes are random. */
 void fill(char *b, uint32_t m, uint32_t n);
 uint32_t size_of(uint32_t m);
 /* The software plugin. Where it is deliberately stricter than Google's, the checks say so. */
 int is_soft(void);
 
-/* ---- sender.c: a process that does what it is told over a socket pair ---- */
+/* ---- sender.c: a process that takes commands over a socket pair ---- */
 enum op {
   OP_CONNECT,      /* connect to the handle, register device and host memory */
   OP_REGISTER,     /* register b bytes at base + a, and deregister them */
@@ -105,7 +105,7 @@ extern uint32_t m_next;     /* number of the next message */
 void tell(enum op op, int a, int b, const void *h);
 struct reply hear(void);
 struct reply ask(enum op op, int a, int b);
-void open_conn(int check);  /* check: report what set-up must keep to */
+void open_conn(int check);  /* check: report violations of the set-up rules */
 void close_conn(void);
 int post(int size, void **q);
 int wait_done(void *q, double limit, int *size);

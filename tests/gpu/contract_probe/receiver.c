@@ -1,4 +1,4 @@
-/* The receiver: sets the connection up, posts receives, and checks what the plugin says of them. */
+/* The receiver: sets the connection up, posts receives, and checks the plugin's descriptions of them. */
 #include "probe.h"
 
 int S;
@@ -14,7 +14,7 @@ void tell(enum op op, int a, int b, const void *h) {
   memset(&c, 0, sizeof c);
   c.op = op; c.a = a; c.b = b;
   if (h) memcpy(c.handle, h, 128);
-  if (write(S, &c, sizeof c) != sizeof c) die("the sender is gone");
+  if (write(S, &c, sizeof c) != sizeof c) die("the sender has ended");
 }
 struct reply hear(void) {
   struct reply r;
@@ -42,7 +42,7 @@ void open_conn(int check) {
   if (rc || !recv_comm) die("accept: %d (%s)", rc, last_warn);
   struct reply r = hear();
   if (r.rc) die("connect: %d (%s)", r.rc, r.text);
-  /* The software plugin makes what the handle names when device memory is first registered. */
+  /* The software plugin allocates the handle's memory when device memory is first registered. */
   cu_must(cuMemAlloc(&small_buf, 65536 + 4096), "cuMemAlloc");
   if (check) report(-1, "a small cuMemAlloc lies at +%llu of a page: round up before regMr", small_buf % 4096);
   small_buf = (small_buf + 4095) & ~4095ull;

@@ -1,7 +1,7 @@
-/* The sender: a process that does what it is told over a socket pair. */
+/* The sender: a process that takes commands over a socket pair. */
 #include "probe.h"
 
-/* What the sender has. */
+/* The sender's state. */
 static struct {
   void *comm, *mhandle, *host_mhandle;
   dptr device;
@@ -18,7 +18,7 @@ static void do_connect(struct command *c, struct reply *r) {
   double t0 = now();
   int calls = 1;
   r->rc = P->connect(0, c->handle, &tx.comm, NULL);
-  r->a = tx.comm == NULL && r->rc == 0;                 /* what the first call gave */
+  r->a = tx.comm == NULL && r->rc == 0;                 /* the result of the first call */
   r->b = memcmp(before, c->handle, 128) != 0;           /* state in the handle */
   for (; !r->rc && !tx.comm && now() - t0 < 30; calls++) {
     usleep(1000);
@@ -94,7 +94,7 @@ static void do_window(const struct command *c, struct reply *r) {
 
 static void do_close(struct reply *r) {
   r->rc = P->closeSend(tx.comm);
-  tx.comm = tx.mhandle = tx.host_mhandle = NULL;        /* left registered on purpose: the comm is gone */
+  tx.comm = tx.mhandle = tx.host_mhandle = NULL;        /* left registered on purpose: the comm is closed */
 }
 
 void sender(int s) {

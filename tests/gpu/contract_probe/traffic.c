@@ -1,4 +1,4 @@
-/* Scenarios that move much, or move it in another way: rates, random sizes, several chunks, host memory, no chunk size. */
+/* Traffic scenarios: rates, random sizes, several chunks, host memory, no chunk size. */
 #include "probe.h"
 
 void sc_bench(void) {

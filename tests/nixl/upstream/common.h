@@ -1,5 +1,5 @@
 /* Stands in for the common.h of NIXL's own tests, which needs abseil and CUDA: what error_handling.cpp uses of it. The plugin directory is the
- * caller's choice, and lines in the log are nobody's failure here. */
+ * caller's choice, and lines in the log are no failures here. */
 #pragma once
 
 #include <cstdlib>

@@ -2,4 +2,4 @@
 
 
 class Tensor:
-    """Nothing is one."""
+    """Never a tensor."""
