@@ -94,7 +94,7 @@ int main() {
   CHECK(metadata.find("?") != std::string::npos && metadata.back() != '\0');
   std::string const ip = metadata.substr(0, metadata.rfind(':', metadata.find('?')));
 
-  // The engine accepts in a future while the other side connects.
+  // The engine accepts in a future while the peer connects.
   std::string accepted_ip;
   int accepted_gpu = 99;
   std::future<ConnID> accepting =
@@ -103,7 +103,7 @@ int main() {
   CHECK(conn.peer_id != UINT64_MAX && conn.context != nullptr && conn.sock_fd >= 0 && conn.dev == 3);
   ConnID const back = accepting.get();
   CHECK(back.peer_id != UINT64_MAX && back.sock_fd >= 0);
-  // The engine closes what it finds there: it must be nobody's descriptor.
+  // The engine closes what it finds there: it must not be an open descriptor.
   CHECK(close(back.sock_fd) == -1 && close(conn.sock_fd) == -1);
   CHECK(accepted_ip == ip && accepted_gpu != 99);
   ConnID const second = client->uccl_connect(-1, ip, server->get_p2p_listen_port());

@@ -1,5 +1,5 @@
 /* Calls that come when almost everything is over: from destructors of static objects, from atexit, from destructors of thread-specific
- * data (pthread keys) and of thread-local objects. By then the library's own thread locals may be gone. A call must still fail with a
+ * data (pthread keys) and of thread-local objects. By then the library's own thread locals may be destroyed. A call must still fail with a
  * status, or work, and never end the process. usage: late_calls [static|atexit|key|local|engine]; without a word all, each in a
  * process of its own. */
 #include "uccl_engine.h"
@@ -98,7 +98,7 @@ void in_a_thread() {
 }
 
 int run() {
-  // Failing calls first: what the library keeps per thread then exists, and is gone when the late calls come.
+  // Failing calls first: what the library keeps per thread then exists, and is destroyed before the late calls.
   fail_calls();
   local.used = true;
   CHECK(std::atexit(at_exit) == 0);
