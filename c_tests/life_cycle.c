@@ -448,7 +448,7 @@ CASE(any_order_target_idle) { end_in_every_order(end_target, IDLE); }
 CASE(any_order_target_started) { end_in_every_order(end_target, STARTED); }
 CASE(any_order_target_moving) { end_in_every_order(end_target, MOVING); }
 
-/* What waiting threads and transfers in flight say when their connection or engine is closed on this side or on the other. */
+/* What waiting threads and transfers in flight say when their connection or engine is closed here or by the peer. */
 
 typedef struct waiter {
     const side *s;
@@ -631,7 +631,7 @@ CASE(deregistration_waits_for_the_transfers_of_peers)
     local_pair_close(&a, &b);
 }
 
-/* A receive that nothing answers would hold its region for ever: it is failed with its connection, and no other with it. */
+/* A receive that nothing answers would hold its region indefinitely: it is failed with its connection, and no other with it. */
 CASE(deregistration_gives_up_waiting)
 {
     side a, b;
@@ -667,7 +667,7 @@ static int stranger(int port, const char *words)
     return fd;
 }
 
-/* Who speaks another protocol, or is silent, delays nobody and is never handed out by accept. */
+/* A client that speaks another protocol, or is silent, delays no other, and accept never returns it. */
 CASE(strangers_are_ignored)
 {
     uccl_engine_t *engine = engine_start();
@@ -684,7 +684,7 @@ CASE(strangers_are_ignored)
     close(web);
 }
 
-/* Settings given at creation are the engine's own: they stand before the environment, leave it as it is, and do not reach others. */
+/* Settings given at creation override the environment for this engine alone and do not change it. */
 CASE(settings_of_one_engine)
 {
     /* A port that was free a moment ago; another process may take it first, so a few are tried. */

@@ -222,7 +222,7 @@ static void sleep_long(int level, const char *text, void *user)
     sleep_ms(2000);
 }
 
-/* Lines that a peer causes are handed to a callback that sleeps: neither the peer nor this side's own transfers wait for it. */
+/* Lines that a peer causes are handed to a callback that sleeps: neither the peer nor this process's own transfers wait for it. */
 CASE(a_callback_that_sleeps_holds_nobody_up)
 {
     log_from("warn");
@@ -261,15 +261,15 @@ static void count_slowly(int level, const char *text, void *user)
         atomic_store((atomic_bool *)user, true);
 }
 
-/* A callback that is too slow for its lines is told how many it has missed; they take no memory. */
+/* A callback that is too slow learns how many lines it has missed; they take no memory. */
 CASE(a_flood_of_lines_is_bounded_and_counted)
 {
     log_from("warn");
-    atomic_bool told = false;
-    CHECK_OK(uccl_engine_set_log_callback(count_slowly, &told));
+    atomic_bool reported = false;
+    CHECK_OK(uccl_engine_set_log_callback(count_slowly, &reported));
     for (int i = 0; i < 20000; i++)
         log_a_line();
-    for (int64_t deadline = now_ms() + HANG_MS; !atomic_load(&told); sleep_ms(1))
+    for (int64_t deadline = now_ms() + HANG_MS; !atomic_load(&reported); sleep_ms(1))
         CHECK(now_ms() < deadline);
     CHECK_OK(uccl_engine_set_log_callback(NULL, NULL));
     CHECK_MSG(atomic_load(&flood_lines) < 10000, "%d lines were kept", atomic_load(&flood_lines));

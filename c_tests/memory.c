@@ -105,7 +105,7 @@ static const struct gpu *gpu_of(int number)
     return &gpus[number % 2 ? LAST : FIRST];
 }
 
-/* The memory of a GPU that p lies in, or NULL. */
+/* The GPU memory that p lies in, or NULL. */
 static struct area *area_of(const uint8_t *p)
 {
     for (struct area *a = areas; a < areas + AREAS_N; a++)
@@ -224,7 +224,7 @@ void memory_allow(uint8_t *p, size_t len)
         CHECK(mprotect(p, len, PROT_READ | PROT_WRITE) == 0);
         return;
     }
-    CHECK_MSG(a->forbidden && is_wiped(p, len), "memory was written that nobody may touch");
+    CHECK_MSG(a->forbidden && is_wiped(p, len), "memory was written after access was forbidden");
     a->forbidden = false;
 }
 
@@ -245,7 +245,7 @@ memory_handle memory_lend(const uint8_t *p)
     int error = cuIpcGetMemHandle(&handle, (uintptr_t)p);
     leave();
     if (error != 0)
-        SKIP("processes cannot share memory of GPUs here: cuIpcGetMemHandle says %s", error_name(error));
+        SKIP("processes cannot share GPU memory here: cuIpcGetMemHandle says %s", error_name(error));
     return handle;
 }
 
@@ -257,7 +257,7 @@ uint8_t *memory_borrow(const memory_handle *handle, int number, size_t len)
     int error = cuIpcOpenMemHandle_v2(&p, *handle, CUDA_IPC_LAZY_PEER_ACCESS);
     leave();
     if (error != 0)
-        SKIP("processes cannot share memory of GPUs here: cuIpcOpenMemHandle says %s", error_name(error));
+        SKIP("processes cannot share GPU memory here: cuIpcOpenMemHandle says %s", error_name(error));
     area_add(p, len, gpu);
     return (uint8_t *)(uintptr_t)p;
 }
@@ -313,7 +313,7 @@ uint8_t *copy_of(const uint8_t *p, size_t len)
     return copy;
 }
 
-/* The bytes for the CPU: memory of a GPU is copied, host memory read in place. */
+/* The bytes for the CPU: GPU memory is copied, host memory read in place. */
 typedef struct view {
     const uint8_t *bytes;
     uint8_t *copy;

@@ -23,7 +23,7 @@ bool memory_is_gpu(void);
 /* Memory to register. GPUs: an even number gets the first, an odd one the last. */
 uint8_t *memory_new(int number, size_t len);
 void memory_free(uint8_t *p, size_t len);
-/* From here on nobody may touch the memory. A page fault tells, or for a GPU, where only writes can be told, memory_allow or memory_free. */
+/* From here on nothing may touch the memory. A page fault tells, or for a GPU, where only writes can be told, memory_allow or memory_free. */
 void memory_forbid(uint8_t *p, size_t len);
 void memory_allow(uint8_t *p, size_t len);
 /* The FIFO item's name of where p lies. */

@@ -380,7 +380,7 @@ CASE(uccl_engine_channel_stats)
         for (size_t i = 0; i < all.channels; i++) {
             CHECK_OK(uccl_engine_channel_stats(f.conn, i, &stats));
             CHECK(stats.nic[0] && stats.window > 0);
-            /* The software plugin always tells what TCP counts; within a host there is nothing to count. */
+            /* The software plugin always reports TCP statistics; on one host there are none. */
             const char *plugin = getenv("UCCL_TCPX_PLUGIN_PATH");
             CHECK(stats.segments > 0 || strcmp(stats.nic, "local") == 0 || (plugin && !strstr(plugin, "tcpx_soft")));
         }
@@ -820,7 +820,7 @@ CASE(uccl_engine_notif_next)
         uccl_engine_t *engine;
         FOR_EACH(engine, f.bad_engines)
         {
-            if (engine) /* NULL stands for the process here */
+            if (engine) /* here NULL means the whole process */
                 CHECK_MISUSE(uccl_engine_notif_next(engine, &notif));
         }
         CHECK(notif == (void *)&mark);
@@ -1049,7 +1049,7 @@ CASE(uccl_engine_send_vector)
 {
     check_starter(do_one_send_vector);
     check_vector_starter(do_send_vector, false);
-    /* Two segments of a region that nobody has the memory for, which together have as many bytes as 64 bits can count, and one more. */
+    /* Two segments of a region larger than any memory, which together have as many bytes as 64 bits can count, and one more. */
     WITH_FIXTURE(f)
     {
         uccl_mr_t huge;

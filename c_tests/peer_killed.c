@@ -28,7 +28,7 @@ static void set_deadlines(const char *silence)
     CHECK(setenv("UCCL_TCPX_CLOSE_TIMEOUT_MS", DEADLINE, 1) == 0);
 }
 
-/* A block each, and a send and a receive that nobody answers. */
+/* A block each, and a send and a receive without an answer. */
 static void take_off(const side *s, direction d, flight *f)
 {
     f->d = d;
@@ -74,7 +74,7 @@ static void check_crash(const side *s, const flight *f, bool readable)
     }
 }
 
-/* On a connection that is lost, what is started anew fails as well, whether at the call or later. */
+/* On a connection that is lost, new transfers fail as well, whether at the call or later. */
 static void check_lost(const side *s)
 {
     uint64_t id;
@@ -231,7 +231,7 @@ CASE(region_of_an_engine_that_ends)
     end_child(&s);
 }
 
-/* A sender of notifications must not wait for ever for a peer that takes none. */
+/* A sender of notifications must not wait indefinitely for a peer that takes none. */
 CASE(notifications_to_a_frozen_peer)
 {
     side s;

@@ -3,13 +3,12 @@
  * Included by uccl_engine.h in C++; a client written for upstream's header includes uccl_engine.h and compiles unchanged.
  *
  * Conventions
- *  - No function here throws: each is noexcept, and memory that runs out becomes a status or a shorter result. Copies of vectors
- *    that the caller passes by value are made by the caller, outside of these functions. Compiles with exceptions turned off, too;
- *    what memory that runs out then does is up to the program's allocator.
+ *  - No function here throws: each is noexcept, and running out of memory gives a status or a shorter result. The caller copies the
+ *    vectors that it passes by value, outside these functions. Compiles without exceptions too; the program's allocator then
+ *    decides what happens when memory runs out.
  *  - C++11 or newer.
  *  - No state: everything lives behind the C ABI, so programs built by different compilers may share one library.
- *  - Unless a function says otherwise, what uccl_engine.h says about the C function of the same name holds: parameters, statuses,
- *    threads, and when memory may be reused.
+ *  - Unless a function says otherwise, the documentation of the C function of the same name in uccl_engine.h applies.
  *
  * SPDX-License-Identifier: Apache-2.0
  */
@@ -33,7 +32,7 @@
 #define UCCL_P2P_CATCH else
 #endif
 
-/* Some programs include every C header inside extern "C", where templates and overloads cannot stand. */
+/* Some programs include every C header inside extern "C", where templates and overloads are not allowed. */
 extern "C++" {
 
 #include <cstddef>
@@ -53,9 +52,9 @@ static_assert(sizeof(notify_msg_t) == 2 * UCCL_MSG_SIZE, "fixed-size notificatio
 
 /** A notification of any length up to 64 MiB, name and message together. */
 typedef struct notify_msg_v {
-  /** Name of the sender as the sender gave it. */
+  /** Name that the sender gave. */
   std::string name;
-  /** Bytes of the message; may hold zeros. */
+  /** Bytes of the message; may contain zeros. */
   std::string msg;
 } notify_msg_v_t;
 
@@ -104,9 +103,9 @@ inline uccl_conn_t* uccl_engine_connect(uccl_engine_t* engine, char const* ip_ad
  * Registers memory.
  *
  * @param engine  [in]  The engine.
- * @param data    [in]  Address of the first byte, host or CUDA device memory.
+ * @param data    [in]  Address of the first byte, in host or GPU memory.
  * @param size    [in]  Bytes, at least 1.
- * @param mr_id   [out] The region; untouched on failure.
+ * @param mr_id   [out] The region; unchanged on failure.
  * @return As the C function.
  */
 inline int uccl_engine_reg(uccl_engine_t* engine, uintptr_t data, size_t size, uccl_mr_t& mr_id) noexcept {
@@ -134,10 +133,10 @@ inline int uccl_engine_read(uccl_conn_t* conn, uccl_mr_t mr, T const* data, size
  * @param size_v       [in]  Lengths in bytes.
  * @param fifo_items   [in]  Remote sources.
  * @param num_iovs     [in]  Segments, 1 to 1,048,576; no vector but ipc_bufs may hold fewer elements, more are ignored.
- * @param transfer_id  [out] Id of the transfer; untouched on failure.
- * @param ipc_bufs     [in]  IPC descriptors. Not read: engines of one host find their way by themselves.
- * @return As the C function; UCCL_ERR_INVALID_ARGUMENT when a vector is too short: then nothing moves, and
- *         uccl_engine_last_error says nothing of it.
+ * @param transfer_id  [out] Id of the transfer; unchanged on failure.
+ * @param ipc_bufs     [in]  IPC descriptors; ignored, because direct transfers on one host do not need them.
+ * @return As the C function; UCCL_ERR_INVALID_ARGUMENT if a vector is too short. Nothing moves then, and
+ *         uccl_engine_last_error is unchanged.
  */
 inline int uccl_engine_read_vector(uccl_conn_t* conn, std::vector<uccl_mr_t> mr_ids, std::vector<void*> dst_v,
                                    std::vector<size_t> size_v, std::vector<FifoItem> fifo_items, int num_iovs,
@@ -152,14 +151,14 @@ inline int uccl_engine_read_vector(uccl_conn_t* conn, std::vector<uccl_mr_t> mr_
  *
  * @param conn         [in]  The connection.
  * @param mr_ids       [in]  Local regions.
- * @param src_v        [in]  Local sources, each inside its region; the memory must not change until the transfer has ended.
+ * @param src_v        [in]  Local sources, each inside its region; the memory must not change until the transfer ends.
  * @param size_v       [in]  Lengths in bytes.
  * @param fifo_items   [in]  Remote destinations.
  * @param num_iovs     [in]  Segments, 1 to 1,048,576; no vector but ipc_bufs may hold fewer elements, more are ignored.
- * @param transfer_id  [out] Id of the transfer; untouched on failure.
- * @param ipc_bufs     [in]  IPC descriptors. Not read: engines of one host find their way by themselves.
- * @return As the C function; UCCL_ERR_INVALID_ARGUMENT when a vector is too short: then nothing moves, and
- *         uccl_engine_last_error says nothing of it.
+ * @param transfer_id  [out] Id of the transfer; unchanged on failure.
+ * @param ipc_bufs     [in]  IPC descriptors; ignored, because direct transfers on one host do not need them.
+ * @return As the C function; UCCL_ERR_INVALID_ARGUMENT if a vector is too short. Nothing moves then, and
+ *         uccl_engine_last_error is unchanged.
  */
 inline int uccl_engine_write_vector(uccl_conn_t* conn, std::vector<uccl_mr_t> mr_ids, std::vector<void*> src_v,
                                     std::vector<size_t> size_v, std::vector<FifoItem> fifo_items, int num_iovs,
@@ -174,12 +173,12 @@ inline int uccl_engine_write_vector(uccl_conn_t* conn, std::vector<uccl_mr_t> mr
  *
  * @param conn         [in]  The connection.
  * @param mr_ids       [in]  Local regions.
- * @param src_v        [in]  Sources, each inside its region; the memory must not change until the transfer has ended.
+ * @param src_v        [in]  Sources, each inside its region; the memory must not change until the transfer ends.
  * @param size_v       [in]  Lengths in bytes.
  * @param num_iovs     [in]  Segments, 0 to 1,048,576; no vector may hold fewer elements, more are ignored.
- * @param transfer_id  [out] Id of the transfer; untouched on failure.
- * @return As the C function; UCCL_ERR_INVALID_ARGUMENT when a vector is too short: then nothing moves, and
- *         uccl_engine_last_error says nothing of it.
+ * @param transfer_id  [out] Id of the transfer; unchanged on failure.
+ * @return As the C function; UCCL_ERR_INVALID_ARGUMENT if a vector is too short. Nothing moves then, and
+ *         uccl_engine_last_error is unchanged.
  */
 inline int uccl_engine_send_vector(uccl_conn_t* conn, std::vector<uccl_mr_t> mr_ids, std::vector<void const*> src_v,
                                    std::vector<size_t> size_v, int num_iovs, uint64_t* transfer_id) noexcept {
@@ -188,11 +187,11 @@ inline int uccl_engine_send_vector(uccl_conn_t* conn, std::vector<uccl_mr_t> mr_
 }
 
 /**
- * Describes the engine to peers as "ip:port?gpu".
+ * Returns the engine's metadata, "ip:port?gpu".
  *
  * @param engine        [in]  The engine.
- * @param metadata_str  [out] NUL-terminated text, owned by the caller, to be freed with delete[] (or with the
- *                      uccl_engine_free_metadata of C++, which does that); untouched on failure.
+ * @param metadata_str  [out] NUL-terminated text; the caller owns it and frees it with delete[] (or with the
+ *                      C++ uccl_engine_free_metadata, which does that); unchanged on failure.
  * @return UCCL_OK; UCCL_ERR_INVALID_ARGUMENT for NULL; UCCL_ERR_RESOURCE when memory runs out; the status of
  *         uccl_engine_metadata_into.
  */
@@ -213,16 +212,16 @@ inline int uccl_engine_get_metadata(uccl_engine_t* engine, char** metadata_str) 
 }
 
 /**
- * Frees what uccl_engine_get_metadata of C++ returned.
+ * Frees the text that the C++ uccl_engine_get_metadata returned.
  *
- * @param metadata  The text; NULL is a no-op. Not text that came from a C caller of the library.
+ * @param metadata  The text; NULL is a no-op. Do not pass text that C code got from the library.
  */
 inline void uccl_engine_free_metadata(char* metadata) noexcept { delete[] metadata; }
 
 /**
- * Takes all notifications that arrived at any engine of this process, oldest first, cut to the fixed size.
+ * Takes all notifications of any engine of this process, oldest first, cut to the fixed size.
  *
- * @return The notifications; empty when none waits. When memory runs out, those that fit: the rest stays for the next call.
+ * @return The notifications; empty if there are none. If memory runs out, those that fit; the rest stays for the next call.
  *
  * Threads: any; each notification is handed out once.
  */
@@ -246,10 +245,10 @@ inline std::vector<notify_msg_t> uccl_engine_get_notifs() noexcept {
 }
 
 /**
- * Takes all notifications that arrived at any engine of this process, oldest first, whole.
+ * Takes all notifications of any engine of this process, oldest first, whole.
  *
- * @return The notifications; empty when none waits. When memory runs out, those taken before: the one whose bytes did not fit is
- *         lost, the rest stays for the next call.
+ * @return The notifications; empty if there are none. If memory runs out, those taken so far; the one that did not fit is
+ *         lost, and the rest stays for the next call.
  *
  * Threads: any; each notification is handed out once.
  */
@@ -258,7 +257,7 @@ inline std::vector<notify_msg_v_t> uccl_engine_get_notifs_v() noexcept {
   for (;;) {
     uccl_notif_t* notif = nullptr;
     UCCL_P2P_TRY {
-      // The slot comes first, so that a notification is never taken without a place for it.
+      // The slot comes first, so that there is room for each notification that is taken.
       taken.emplace_back();
       if (uccl_engine_notif_next(nullptr, &notif) != UCCL_OK || notif == nullptr) {
         taken.pop_back();
@@ -297,7 +296,7 @@ inline int uccl_engine_send_notif(uccl_conn_t* conn, Message* notify_msg) noexce
  * Sends a notification of any length up to 64 MiB, name and message together.
  *
  * @param conn        [in] The connection.
- * @param notify_msg  [in] The notification; copied, may be reused at once.
+ * @param notify_msg  [in] The notification. Copied; may be reused at once.
  * @return As uccl_engine_send_notif_bytes; -1 for NULL and above 64 MiB.
  */
 inline int uccl_engine_send_notif_v(uccl_conn_t* conn, notify_msg_v_t const* notify_msg) noexcept {
@@ -310,7 +309,7 @@ inline int uccl_engine_send_notif_v(uccl_conn_t* conn, notify_msg_v_t const* not
  * Points a FIFO item at another range of its region.
  *
  * @param fifo_item    [in,out] The item; only addr and size change.
- * @param remote_addr  [in] New address in the peer's address space; checked by the peer when it is used.
+ * @param remote_addr  [in] New address in the peer's address space; the peer checks it when it is used.
  * @param size         [in] New size in bytes; informative.
  * @return As the C function.
  */

@@ -1,7 +1,7 @@
 /* uccl_tcpx_endpoint.hpp - an endpoint for UCCL's C++ engine, beside its RDMA, NCCL and CXI endpoints, over the C ABI of libuccl_p2p.
  *
  * It knows neither the engine's headers nor uccl_engine.h: the engine declares functions and structures of the same names, so the
- * functions used here are declared in a namespace of their own, and the engine's types come in through a traits parameter.
+ * functions used here are declared in their own namespace, and the engine's types come in through a traits parameter.
  *
  *   struct TcpxTraits {
  *     using ConnID = ::ConnID;            // members context (void*), sock_fd, dev (int), peer_id (uint64_t)
@@ -49,7 +49,7 @@
 #include <utility>
 #include <vector>
 
-/* The tags of uccl_engine.h. Never dereferenced, so whatever else a program calls by these names does not matter. */
+/* The tags of uccl_engine.h. Never dereferenced, so other uses of these names in a program do not matter. */
 struct uccl_engine;
 struct uccl_conn;
 struct uccl_notif;
@@ -98,19 +98,19 @@ inline constexpr int kStatusNotFound = -2;
 inline constexpr int kStatusResource = -3;
 inline constexpr int kStatusCanceled = -5;
 
-/** How long a thread that finds nothing to do goes on looking at full speed after it found or did something. */
+/** How long an idle thread spins after its last activity. */
 inline constexpr std::chrono::milliseconds kStayAwake{1};
-/** It sleeps after that, before it looks again: an eighth of the time for which it has found nothing, but within these limits. */
+/** Then it sleeps between polls: an eighth of its idle time, within these limits. */
 inline constexpr std::chrono::microseconds kIdleNap{50};
 inline constexpr std::chrono::microseconds kLongestNap{1000};
-/** How long a thread that waits for a request looks at full speed, before it sleeps until the request has ended. */
+/** How long a thread that waits for a request spins before it sleeps until the request ends. */
 inline constexpr std::chrono::microseconds kLookHard{500};
 /** How long it sleeps at a time. */
 inline constexpr int64_t kWaitMs = 1;
-/** Of an application's thread that is woken when a request has ended: how long it looks at full speed, and how long it sleeps at a time. */
+/** For an application thread that wakes when a request ends: how long it spins, and how long it sleeps at a time. */
 inline constexpr std::chrono::microseconds kLookBriefly{40};
 inline constexpr std::chrono::microseconds kWaitForEnd{200};
-/** Threads that check requests look for notifications every so many calls of recv_routine. */
+/** Threads that check requests look for notifications once in this many calls of recv_routine. */
 inline constexpr uint32_t kLookEvery = 64;
 /** Returned instead of a request id when nothing was started, but the same call may succeed later: too many transfers in flight. */
 inline constexpr int kPostTransient = -2;
@@ -121,7 +121,7 @@ inline constexpr size_t kFailuresKept = 4096;
 /** peer_id of a connection that could not be made. */
 inline constexpr uint64_t kNoPeer = UINT64_MAX;
 
-/** A registered region. Held by the engine in its memory handle; registered until uccl_deregmr or the end of the endpoint. */
+/** A registered region. The engine keeps it in its memory handle; it is registered until uccl_deregmr or the end of the endpoint. */
 struct TcpxMemoryRegion {
   /** First byte. */
   void* addr = nullptr;
@@ -162,8 +162,8 @@ class TcpxEndpoint {
   static_assert(std::is_trivially_copyable<FifoItem>::value, "FIFO items are copied as bytes");
 
   /**
-   * Creates an engine of the C ABI: from here on it listens and peers can connect. UCCL_P2P_TRANSPORT is not read: it chose this
-   * endpoint, and says nothing about the network plugin under it (UCCL_TCPX_PLUGIN does).
+   * Creates an engine of the C ABI: it listens, and peers can connect. Ignores UCCL_P2P_TRANSPORT, which chose this endpoint;
+   * UCCL_TCPX_PLUGIN chooses the network plugin.
    *
    * @param gpu_index  CUDA index of the GPU, or a negative number when it is not known yet. Reported by gpu_index() and in ConnID::dev.
    * @param port       Port to listen on; 0: that of UCCL_TCPX_OOB_PORT, or any.
@@ -181,8 +181,8 @@ class TcpxEndpoint {
   }
 
   /**
-   * Stops accepting, closes all connections (requests in flight fail at both sides), ends all registrations and the engine.
-   * Returns when uccl_engine_destroy does, whose deadline holds. No other call may be running except a uccl_accept that
+   * Stops accepting, closes all connections (requests in flight fail here and at the peers), deregisters all memory and ends the engine.
+   * Returns within the deadline of uccl_engine_destroy. No other call may be running except a uccl_accept that
    * stop_accept() has been called for.
    */
   ~TcpxEndpoint() {
@@ -194,10 +194,10 @@ class TcpxEndpoint {
   TcpxEndpoint& operator=(TcpxEndpoint const&) = delete;
 
   /**
-   * Tells which GPU the endpoint serves. The network is up since construction, so there is nothing else to initialise.
+   * Sets the GPU of the endpoint. Construction has already initialised the network.
    *
    * @param gpu_index   CUDA index.
-   * @param device_ids  Network devices; not read: the library takes those nearest to the memory (UCCL_TCPX_* choose others).
+   * @param device_ids  Network devices; ignored: the library uses those nearest to the memory (UCCL_TCPX_* choose others).
    * @return true.
    */
   bool initialize_rdma_ctx_for_gpu(int gpu_index, std::vector<size_t> const& device_ids = std::vector<size_t>()) {
@@ -215,22 +215,22 @@ class TcpxEndpoint {
   /** @return The port that peers connect to. */
   uint16_t get_p2p_listen_port() const { return port_; }
 
-  /** @return -1: the listening socket belongs to the library. uccl_accept blocks until a connection is there. */
+  /** @return -1: the listening socket belongs to the library. uccl_accept blocks until there is a connection. */
   int get_p2p_listen_fd() const { return -1; }
 
-  /** @return Empty: there is no side channel of the engine's kind; notifications go through send_notification. */
+  /** @return Empty: there is no out-of-band client; send_notification carries notifications. */
   std::shared_ptr<EpollClient> get_oob_client() const { return nullptr; }
 
   /**
    * @param peer_id  Any.
-   * @return Empty, as there is no side channel of the engine's kind.
+   * @return Empty: there is no out-of-band client.
    */
   std::string get_oob_conn_key(uint64_t peer_id) const {
     static_cast<void>(peer_id);
     return std::string();
   }
 
-  /** @return The engine's description for peers, "ip:port?gpu". @throws std::runtime_error when the engine is gone. */
+  /** @return The engine's metadata, "ip:port?gpu". @throws std::runtime_error if the engine has ended. */
   std::string metadata() const {
     size_t len = 0;
     abi::uccl_engine_metadata_into(engine_.get(), nullptr, 0, &len);
@@ -244,13 +244,13 @@ class TcpxEndpoint {
 
   /**
    * Connects to a peer engine. Blocks until all channels are up or the connect deadline (UCCL_TCPX_CONNECT_TIMEOUT_MS) has passed;
-   * needs no call of the peer.
+   * the peer's application need not call accept.
    *
    * @param remote_gpuidx  CUDA index of the peer's GPU; negative: not given.
    * @param remote_ip      The peer's address or host name.
    * @param remote_port    The peer's port.
-   * @return The connection, held by the endpoint until disconnect or its end, with a sock_fd that is no descriptor; on failure peer_id is UINT64_MAX, context NULL and
-   *         sock_fd -1, and last_error() of this thread has the cause.
+   * @return The connection, which the endpoint keeps until disconnect or its own end; its sock_fd is not a file descriptor. On failure
+   *         peer_id is UINT64_MAX, context NULL and sock_fd -1, and last_error() of this thread has the cause.
    */
   ConnID uccl_connect(int remote_gpuidx, std::string remote_ip, uint16_t remote_port) {
     std::string const gpu = remote_gpuidx < 0 ? std::string() : std::to_string(remote_gpuidx);
@@ -261,9 +261,9 @@ class TcpxEndpoint {
    * Takes the next connection that a peer opened. Blocks until there is one or stop_accept is called.
    *
    * @param remote_ip      [out] The peer's address as text.
-   * @param remote_gpuidx  [out] CUDA index of the peer's GPU as the peer counts, -1 when it has none; may be NULL.
-   * @return The connection, held by the endpoint until disconnect or its end; after stop_accept and on failure peer_id is
-   *         UINT64_MAX, context NULL and sock_fd -1, and the outputs are untouched.
+   * @param remote_gpuidx  [out] CUDA index of the peer's GPU in the peer's process, -1 if it has none; may be NULL.
+   * @return The connection, which the endpoint keeps until disconnect or its own end; after stop_accept and on failure peer_id is
+   *         UINT64_MAX, context NULL and sock_fd -1, and the outputs are unchanged.
    */
   ConnID uccl_accept(std::string& remote_ip, int* remote_gpuidx) {
     char ip[64];
@@ -281,11 +281,11 @@ class TcpxEndpoint {
     return adopt(conn);
   }
 
-  /** Wakes every uccl_accept; these and later ones return no connection. Connections that exist stay. */
+  /** Wakes every uccl_accept; these and later ones return no connection. Open connections stay open. */
   void stop_accept() { abi::uccl_engine_stop_accept(engine_.get()); }
 
   /**
-   * Closes a connection: requests in flight on it fail here and at the peer. The endpoint closes what is left at its end.
+   * Closes a connection: requests in flight on it fail here and at the peer. The endpoint closes the remaining connections at its end.
    *
    * @param peer_id  ConnID::peer_id; an unknown one is ignored.
    */
@@ -303,11 +303,11 @@ class TcpxEndpoint {
   }
 
   /**
-   * Registers memory, as local side of transfers and as target of the peers that get its FIFO item.
+   * Registers memory for transfers of this endpoint, and for reads and writes of peers that hold a FIFO item of the region.
    *
-   * @param data    [in]  First byte, host or CUDA device memory; stays the caller's, mapped until uccl_deregmr.
+   * @param data    [in]  First byte, in host or GPU memory. The caller keeps it mapped until uccl_deregmr.
    * @param len     [in]  Bytes, at least 1.
-   * @param region  [out] The region; untouched on failure.
+   * @param region  [out] The region; unchanged on failure.
    * @return 0, or a negative status of the C ABI.
    */
   int uccl_regmr(void* data, size_t len, std::shared_ptr<TcpxMemoryRegion>& region) {
@@ -323,7 +323,7 @@ class TcpxEndpoint {
   }
 
   /**
-   * Ends a registration: waits for transfers that use it, within the close deadline. Afterwards the memory may be freed.
+   * Deregisters a region. Waits for transfers that use it, within the close deadline. Afterwards the memory may be freed.
    *
    * @param region  The region; empty or deregistered is a no-op.
    */
@@ -333,12 +333,12 @@ class TcpxEndpoint {
   }
 
   /**
-   * Serialises a FIFO item: what a peer needs to read or write [data, data + size).
+   * Writes a FIFO item, with which a peer can read or write [data, data + size).
    *
    * @param region   [in]  The region.
    * @param data     [in]  First byte, inside the region.
    * @param size     [in]  Bytes, inside the region.
-   * @param out_buf  [out] 64 bytes; untouched on failure.
+   * @param out_buf  [out] 64 bytes; unchanged on failure.
    * @return 0, or a negative number.
    */
   int prepare_fifo_metadata(std::shared_ptr<TcpxMemoryRegion> const& region, void const* data, size_t size, char* out_buf) const {
@@ -348,14 +348,14 @@ class TcpxEndpoint {
   }
 
   /**
-   * Starts a read: remote memory into local memory.
+   * Starts a read, from the peer's memory into local memory.
    *
    * @param conn       [in]  The connection.
-   * @param local_mr   [in]  Region that holds [dst, dst + size).
+   * @param local_mr   [in]  Region that contains [dst, dst + size).
    * @param dst        [in]  Destination; undefined until the request is complete, and after a failure.
    * @param size       [in]  Bytes.
-   * @param fifo_item  [in]  The peer's item; addr is the source, its size does not count.
-   * @param ureq       [out] The request: type, peer_id and engine_idx; untouched on failure.
+   * @param fifo_item  [in]  The peer's item; addr is the source, its size is ignored.
+   * @param ureq       [out] The request: type, peer_id and engine_idx; unchanged on failure.
    * @return The request's id, 0 or more, also in engine_idx; kPostTransient or kPostFailed.
    */
   int uccl_read_async(ConnID const& conn, std::shared_ptr<TcpxMemoryRegion> const& local_mr, void* dst, size_t size,
@@ -366,14 +366,14 @@ class TcpxEndpoint {
   }
 
   /**
-   * Starts a write: local memory into remote memory. Complete only when every byte is in place at the remote side.
+   * Starts a write, from local memory into the peer's memory. It is complete when every byte is in place at the peer.
    *
    * @param conn       [in]  The connection.
-   * @param local_mr   [in]  Region that holds [src, src + size).
-   * @param src        [in]  Source; must not change until the request has ended.
+   * @param local_mr   [in]  Region that contains [src, src + size).
+   * @param src        [in]  Source; must not change until the request ends.
    * @param size       [in]  Bytes.
-   * @param fifo_item  [in]  The peer's item; addr is the destination, its size does not count.
-   * @param ureq       [out] The request: type, peer_id and engine_idx; untouched on failure.
+   * @param fifo_item  [in]  The peer's item; addr is the destination, its size is ignored.
+   * @param ureq       [out] The request: type, peer_id and engine_idx; unchanged on failure.
    * @return As uccl_read_async.
    */
   int uccl_write_async(ConnID const& conn, std::shared_ptr<TcpxMemoryRegion> const& local_mr, void* src, size_t size,
@@ -387,10 +387,10 @@ class TcpxEndpoint {
    * Starts a two-sided send, matched with the peer's receives in order of the calls.
    *
    * @param conn      [in]  The connection.
-   * @param local_mr  [in]  Region that holds [src, src + size).
-   * @param src       [in]  Source; must not change until the request has ended.
+   * @param local_mr  [in]  Region that contains [src, src + size).
+   * @param src       [in]  Source; must not change until the request ends.
    * @param size      [in]  Bytes.
-   * @param ureq      [out] peer_id and engine_idx; type stays as it is; untouched on failure.
+   * @param ureq      [out] peer_id and engine_idx; type does not change; unchanged on failure.
    * @return As uccl_read_async.
    */
   int uccl_send_async(ConnID const& conn, std::shared_ptr<TcpxMemoryRegion> const& local_mr, void const* src, size_t size,
@@ -404,10 +404,10 @@ class TcpxEndpoint {
    * Starts a receive of one message.
    *
    * @param conn      [in]  The connection.
-   * @param local_mr  [in]  Region that holds [dst, dst + max_size).
+   * @param local_mr  [in]  Region that contains [dst, dst + max_size).
    * @param dst       [in]  Destination.
-   * @param max_size  [in]  Largest message to take, bytes; a larger one fails the request at both sides.
-   * @param ureq      [out] peer_id and engine_idx; type stays as it is; untouched on failure.
+   * @param max_size  [in]  Largest message to take, bytes; a larger one fails the request here and at the peer.
+   * @param ureq      [out] peer_id and engine_idx; type does not change; unchanged on failure.
    * @return As uccl_read_async.
    */
   int uccl_recv_async(ConnID const& conn, std::shared_ptr<TcpxMemoryRegion> const& local_mr, void* dst, size_t max_size,
@@ -418,12 +418,13 @@ class TcpxEndpoint {
   }
 
   /**
-   * Asks whether a request is complete, and drives progress. Does not block, but for threads of the engine, which call recv_routine or
-   * idle_routine: one that has asked for this request alone for kLookHard sleeps until it has ended, kWaitMs at most.
+   * Returns whether a request is complete, and drives the connection. Does not block, except in threads of the engine, which call
+   * recv_routine or idle_routine: such a thread sleeps after it has checked this request alone for kLookHard, until the request ends or
+   * for kWaitMs.
    *
    * @param peer_id     The request's peer_id; named in the report of a failure.
    * @param request_id  The request's id.
-   * @return true when it is complete, and true again however often it is asked; false while it runs. A failed request is never
+   * @return true once it is complete, also in later calls; false while it runs. A failed request is never
    *         true: Traits::transfer_failed is called, and false returned if that returns.
    * @throws std::runtime_error for a failed request, when Traits has no transfer_failed. The text has the cause.
    */
@@ -442,7 +443,7 @@ class TcpxEndpoint {
   }
 
   /**
-   * The same for the request itself, under the name that older engines call.
+   * The same, under the name that older engines call.
    *
    * @param ureq  The request.
    * @return As check_send_complete_once.
@@ -452,7 +453,7 @@ class TcpxEndpoint {
   }
 
   /**
-   * The status of a request in numbers of the C ABI, and drives progress. Does not block and does not throw for failures.
+   * Returns the status of a request as a number of the C ABI, and drives the connection. Does not block and does not throw for failures.
    *
    * @param request_id  The request's id.
    * @return 0 complete, 1 in progress, negative the error it ended with. The answer for an ended request stays the same; but once
@@ -467,14 +468,14 @@ class TcpxEndpoint {
     return requests_.size() + failed_.size();
   }
 
-  /** Does nothing: the library sends by itself. */
+  /** Does nothing: the library sends on its own. */
   void send_routine() {}
 
   /**
-   * Hands notifications that arrived to Traits::deliver_notification, when Traits has one. Data arrives by itself.
+   * Passes received notifications to Traits::deliver_notification, if Traits has one. Data does not need this call.
    *
-   * The engine calls this without a pause, and would take a core from the threads that move the data: a thread that asks for nothing
-   * else gives way as in idle_routine.
+   * The engine calls this in a loop, which would take a core from the threads that move the data. A thread that does nothing else
+   * therefore yields as in idle_routine.
    */
   void recv_routine() {
     Caller& caller = caller_of_engine();
@@ -491,7 +492,7 @@ class TcpxEndpoint {
   }
 
   /**
-   * For threads of the engine that found nothing to do, in each of their rounds: gives way, and after kStayAwake without a request started
+   * For idle threads of the engine, in each of their rounds: yields, and after kStayAwake without a request started
    * or checked by this thread sleeps, longer the longer it lasts, kLongestNap at most.
    */
   void idle_routine() {
@@ -505,7 +506,7 @@ class TcpxEndpoint {
   }
 
   /**
-   * For an application's thread that polls a transfer which a thread of the engine carries out, in each of its polls: gives way. One that
+   * For an application's thread that polls a transfer which a thread of the engine carries out, in each of its polls: yields. One that
    * has polled the same transfer for kLookHard sleeps for kIdleNap at a time, or until a request ends. Where one ended during the
    * transfer that it polled before, so that ends can be waited for, it sleeps from kLookBriefly on, or from the first poll on if that
    * transfer took longer, for kWaitForEnd at a time. Several transfers polled in turns never make it sleep.
@@ -542,7 +543,7 @@ class TcpxEndpoint {
     }
   }
 
-  /** Does nothing: nothing is held back. */
+  /** Does nothing: the library does not hold data back. */
   void flush_all_sends() {}
 
   /**
@@ -550,7 +551,7 @@ class TcpxEndpoint {
    *
    * @param peer_id       ConnID::peer_id.
    * @param notification  Its name and msg are sent; copied, may be reused at once.
-   * @return 0 when it is queued for the peer; a negative number when the connection is lost or unknown.
+   * @return 0 once it is queued for the peer; a negative number if the connection is lost or unknown.
    */
   int send_notification(uint64_t peer_id, NotifyMsg const& notification) const {
     ::uccl_conn* const conn = find(peer_id);
@@ -562,7 +563,7 @@ class TcpxEndpoint {
   /**
    * Takes the oldest notification that arrived at this endpoint.
    *
-   * @param out  [out] Its name and msg are set; untouched when none waits.
+   * @param out  [out] Its name and msg are set; unchanged if there is none.
    * @return Whether there was one; each is handed out once, here or by recv_routine.
    */
   bool next_notification(NotifyMsg& out) {
@@ -577,7 +578,7 @@ class TcpxEndpoint {
     return true;
   }
 
-  /** @return The cause of the last call of this thread that failed, in words; valid until its next failing call. */
+  /** @return The cause of the last failed call of this thread, as text; valid until its next failing call. */
   static char const* last_error() { return abi::uccl_engine_last_error(); }
 
  private:
@@ -605,7 +606,7 @@ class TcpxEndpoint {
     return static_cast<uint16_t>(std::strtoul(metadata.c_str() + colon + 1, nullptr, 10));
   }
 
-  /* What a thread does between its calls of recv_routine. */
+  /* The state of a thread between its calls of recv_routine. */
   struct Caller {
     /* It calls recv_routine or idle_routine. */
     bool of_engine = false;
@@ -624,7 +625,7 @@ class TcpxEndpoint {
     bool told = false;
     /* The one before was over soon. */
     bool brief = false;
-    /* It has found a request ended, and those who sleep do not know. */
+    /* It has found a request ended, and has not woken the sleeping threads yet. */
     bool owes = false;
 
     bool waits_for(int64_t request_id) const {
@@ -641,7 +642,7 @@ class TcpxEndpoint {
     return caller;
   }
 
-  /* A thread of the engine comes back from whatever it did. */
+  /* A thread of the engine returns from its other work. */
   static Caller& caller_of_engine() {
     Caller& caller = caller_state();
     caller.of_engine = true;
@@ -704,7 +705,7 @@ class TcpxEndpoint {
       // Another thread may have seen the end first; its answer stands.
       verdict = requests_.erase(request_id) != 0 ? end_request(request_id, status) : status_of_ended(request_id);
     }
-    // A thread of the engine marks its transfer as done before it comes here again, and whoever sleeps looks for that mark.
+    // A thread of the engine marks its transfer as done before it comes here again, and sleeping threads check that mark.
     caller.owes = true;
     if (!caller.of_engine) tell_ends(caller);
     return verdict;
@@ -748,7 +749,7 @@ class TcpxEndpoint {
     return status;
   }
 
-  /* Before a connection is closed: what runs on it has failed, what is complete stays so. */
+  /* Before a connection is closed: its requests in flight have failed, complete ones stay complete. */
   void end_requests(::uccl_conn* conn) {
     std::vector<std::pair<int64_t, uint64_t>> running;
     {
@@ -811,7 +812,7 @@ class TcpxEndpoint {
     Caller& caller = caller_state();
     caller.busy = true;
     tell_ends(caller);
-    // The place in the table comes first: a transfer that is under way must not lose its id to memory that ran out.
+    // The place in the table comes first: a transfer in flight must not lose its id if memory runs out.
     int64_t const id = new_request(peer);
     uint64_t transfer = 0;
     int const status = call(peer, mr, &transfer);
@@ -846,7 +847,7 @@ class TcpxEndpoint {
   mutable std::shared_mutex peers_mutex_;
   std::unordered_map<uint64_t, ::uccl_conn*> peers_;
   std::mutex requests_mutex_;
-  /* In flight, and ended ones that nobody asked for yet. */
+  /* Requests in flight, and ended ones that have not been checked. */
   std::unordered_map<int64_t, Request> requests_;
   /* The last failures that were seen. */
   std::unordered_map<int64_t, int> failed_;

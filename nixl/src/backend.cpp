@@ -19,7 +19,7 @@ namespace tcpx {
 
 namespace {
 
-/// Parameters that stand for environment variables of the engine.
+/// Parameters that set environment variables of the engine.
 constexpr struct {
   const char *parameter;
   const char *variable;
@@ -166,7 +166,7 @@ void Backend::Core::tend_loop() {
   }
 }
 
-/// Nobody else looks after incoming connections: those whose peer has gone are let go here.
+/// Destroys accepted connections whose peers have disconnected. No other code does.
 void Backend::Core::reap() {
   std::vector<uccl_conn_t *> gone;
   {

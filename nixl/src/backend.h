@@ -1,4 +1,4 @@
-// The NIXL backend "TCPX": NIXL's calls on one side, the C API of libuccl_p2p on the other. One object per agent.
+// The NIXL backend "TCPX": implements NIXL's calls with the C API of libuccl_p2p. One object per agent.
 //
 // SPDX-License-Identifier: Apache-2.0
 
@@ -57,7 +57,7 @@ class Backend final : public nixlBackendEngine {
  private:
   struct Core;
 
-  /// Whether this object came into a forked child, where it has no threads and its locks may be held for ever.
+  /// Whether this object came into a forked child, where it has no threads and its locks may stay locked.
   bool unusable() const;
   nixl_status_t peer_of(const std::string &agent, std::shared_ptr<Peer> &out) const;
 

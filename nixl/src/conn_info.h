@@ -17,7 +17,7 @@ struct ConnInfo {
   std::string host;
   int port = 0;
   std::string gpu;
-  /// Absent in text that is the engine's metadata alone; the instance cannot be told then.
+  /// Absent if the text is the engine's metadata alone; the instance is then unknown.
   std::optional<FifoItem> identity;
 
   static std::optional<ConnInfo> parse(const std::string &text);

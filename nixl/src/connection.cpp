@@ -66,7 +66,7 @@ nixl_status_t Connection::outcome(int status) {
     default: break;
   }
   if (check_alive()) return result;
-  // How a network plugin reports that the peer is gone depends on the plugin. If the connection ended with it, that is what it means.
+  // Plugins report a disconnected peer in different ways. If the connection ended with the error, the peer has disconnected.
   return status == UCCL_ERR_PLUGIN || status == UCCL_ERR_SYSTEM ? NIXL_ERR_REMOTE_DISCONNECT : result;
 }
 

@@ -26,7 +26,7 @@ bool alive(uccl_conn_t *conn);
 /// for what only the plugin knows.
 void log_line(const char *level, const std::string &text);
 
-/// A connection. Request handles share it; whoever closes it first closes it for all, after which transfers end and memory is left
+/// A connection. Request handles share it; the first to close it closes it for all, after which transfers end and memory is left
 /// alone. Once lost it stays lost: a new one takes its place, and what was in flight here has failed.
 class Connection {
  public:

@@ -21,7 +21,7 @@ class CostModel {
 
   /// @param bytes        Size of a transfer that ended well.
   /// @param seconds      How long it took.
-  /// @param uncertainty  Half-width of `seconds`: the end was only seen when somebody asked.
+  /// @param uncertainty  Half-width of `seconds`: the end was only seen at the next poll.
   void add(double bytes, double seconds, double uncertainty) {
     // The error is judged against what would have been predicted without this sample; the first one had no prediction.
     if (auto before = predict(bytes); before && seconds > 0) {

@@ -39,7 +39,7 @@ bool Jobs::run(std::function<void()> job) {
     std::thread(work, shared_).detach();
     ++shared_->threads;
   } catch (const std::system_error &) {
-    // A running thread takes it later; without one nobody would.
+    // A running thread takes it later; without one it would never run.
     if (shared_->threads == 0) {
       shared_->waiting.pop_back();
       return false;

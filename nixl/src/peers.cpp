@@ -359,7 +359,7 @@ Peers::Outcome Peers::make(const std::string &name, const ConnInfo &info, bool m
     const int status = uccl_engine_last_status();
     outcome.text = std::string("cannot connect: ") + uccl_engine_last_error();
     outcome.status = connect_failure(status);
-    // Waiting helps where nobody has answered yet. What an answer said will be said again.
+    // Waiting helps if no host has answered yet. An answer would be the same again.
     outcome.hopeless = !met || status == UCCL_ERR_AUTH;
     return outcome;
   }

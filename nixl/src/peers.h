@@ -35,7 +35,7 @@ struct Identity {
 class Peer : public std::enable_shared_from_this<Peer> {
  public:
   enum class State {
-    kIdle,      ///< Not connected, and nobody has asked for it.
+    kIdle,      ///< Not connected, and not requested.
     kDown,      ///< No connection: one is being made, or will be tried again.
     kUp,        ///< Connected.
     kReplaced,  ///< At its address there is another instance: only new metadata helps.

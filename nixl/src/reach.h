@@ -11,7 +11,7 @@ namespace tcpx {
 
 enum class Reach {
   kAnswers,  ///< Something listens there.
-  kRefused,  ///< The host is there and nothing listens: the process is gone.
+  kRefused,  ///< The host answers and nothing listens: the process has ended.
   kSilent,   ///< No answer, or no way to the host.
 };
 

@@ -29,11 +29,11 @@ struct LocalMemory final : nixlBackendMD {
   const Range range;
   uccl_mr_t region = 0;
   FifoItem item{};
-  /// Guarded by whoever hands it out.
+  /// Guarded by its owner.
   size_t uses = 1;
 };
 
-/// Memory as the other side of a transfer sees it: another agent's, or this agent's own for a transfer to itself.
+/// Memory that a transfer reads or writes remotely: another agent's, or this agent's own for a transfer to itself.
 struct RemoteMemory final : nixlBackendMD {
   RemoteMemory() : nixlBackendMD(false) {}
   FifoItem item{};
@@ -47,7 +47,7 @@ class Transfer final : public nixlBackendReqH {
  public:
   Transfer(nixl_xfer_op_t operation, std::shared_ptr<Peer> peer) : operation_(operation), peer_(std::move(peer)) {}
 
-  /// Takes over the descriptors. Neighbours that continue each other on both sides become one segment.
+  /// Takes over the descriptors. Descriptors that are contiguous in both memories become one segment.
   nixl_status_t describe(const nixl_meta_dlist_t &local, const nixl_meta_dlist_t &remote);
 
   /// Works with `peer` from now on; false when it did so already.

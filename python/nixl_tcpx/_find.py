@@ -58,7 +58,7 @@ def _plugins_of(package) -> Optional[pathlib.Path]:
 
 
 def _preferred():
-    """NIXL's packages in the order in which NIXL itself would take them, as far as that can be told."""
+    """NIXL's packages in the order in which NIXL itself would take them, as far as that is known."""
     chosen = os.environ.get("NIXL_PACKAGE")
     if chosen:
         return (chosen,)
@@ -117,7 +117,7 @@ def _build(nixl, root):
 
 
 def _is_own(folder, links=False):
-    """Whether it is a directory of this user, in which nobody else can write; `links`: or a link to one."""
+    """Whether it is a directory of this user, in which no other user can write; `links`: or a link to one."""
     found = os.stat(folder, follow_symlinks=links)
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
@@ -132,7 +132,7 @@ def _places():
     for place in (os.environ.get("XDG_CACHE_HOME"), os.path.join(home, ".cache")):
         if place and os.path.isabs(place):
             yield pathlib.Path(place), False
-    # In a directory that others can write to, somebody else may have been first.
+    # In a directory that others can write to, another user may have been first.
     yield pathlib.Path(tempfile.gettempdir()) / f"nixl-tcpx-{os.getuid()}", True
 
 
@@ -167,7 +167,7 @@ def plugin_dir(package=None):
         scratch = pathlib.Path(tempfile.mkdtemp(dir=cache))
         _build(nixl, scratch)
         try:
-            # Another process may do the same: whoever is first wins, and both have the same links.
+            # Another process may do the same: the first one wins, and both have the same links.
             scratch.rename(root)
         except OSError:
             import shutil

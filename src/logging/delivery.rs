@@ -205,7 +205,7 @@ mod tests {
         assert_eq!((waiting.lines.len(), waiting.missed), (MAX_LINES, 10_000 - MAX_LINES as u64));
         let taken: Vec<_> = std::iter::from_fn(|| waiting.pop()).collect();
         assert_eq!(taken.len(), MAX_LINES + 1);
-        assert!(taken[0].1 == "line 0" && taken[MAX_LINES].1.starts_with("5904 lines were not handed"), "{:?}", taken.last());
+        assert!(taken[0].1 == "line 0" && taken[MAX_LINES].1.starts_with("dropped 5904 lines"), "{:?}", taken.last());
         assert!(waiting.all() == 0 && waiting.bytes == 0);
         (0..10).for_each(|_| waiting.push(log::Level::Info, "x".repeat(MAX_BYTES / 4)));
         assert_eq!((waiting.lines.len(), waiting.missed), (4, 6));

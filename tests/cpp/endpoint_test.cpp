@@ -1,5 +1,5 @@
 /* Drives TcpxEndpoint the way UCCL's engine drives its endpoints, with stand-ins for the engine's types. Like the engine's own source,
- * this file declares functions and structures of the names that uccl_engine.h uses, and so shows that they do not collide. */
+ * this file declares functions and structures of the names that uccl_engine.h uses, and so shows that they do not meet. */
 #include "check.hpp"
 #include "engine_types.hpp"
 
@@ -94,7 +94,7 @@ int main() {
   CHECK(metadata.find("?") != std::string::npos && metadata.back() != '\0');
   std::string const ip = metadata.substr(0, metadata.rfind(':', metadata.find('?')));
 
-  // The engine accepts in a future while the other engine connects.
+  // The engine accepts in a future while the peer connects.
   std::string accepted_ip;
   int accepted_gpu = 99;
   std::future<ConnID> accepting =
@@ -103,7 +103,7 @@ int main() {
   CHECK(conn.peer_id != UINT64_MAX && conn.context != nullptr && conn.sock_fd >= 0 && conn.dev == 3);
   ConnID const back = accepting.get();
   CHECK(back.peer_id != UINT64_MAX && back.sock_fd >= 0);
-  // The engine closes the descriptor it finds there: it must not be in use.
+  // The engine closes what it finds there: it must not be an open descriptor.
   CHECK(close(back.sock_fd) == -1 && close(conn.sock_fd) == -1);
   CHECK(accepted_ip == ip && accepted_gpu != 99);
   ConnID const second = client->uccl_connect(-1, ip, server->get_p2p_listen_port());
@@ -111,7 +111,7 @@ int main() {
   ConnID const second_back = server->uccl_accept(accepted_ip, nullptr);
   CHECK(second_back.peer_id != back.peer_id);
 
-  // A connect that fails.
+  // A connection that cannot be made.
   ConnID const none = client->uccl_connect(0, ip, 1);
   CHECK(none.peer_id == UINT64_MAX && none.context == nullptr && none.sock_fd < 0);
   CHECK(*Endpoint::last_error() != '\0');
@@ -146,7 +146,7 @@ int main() {
   while (!client->uccl_poll_ureq_once(&request)) CHECK(std::chrono::steady_clock::now() < deadline);
   CHECK(std::memcmp(here.data() + 500, there.data() + 1000, kSize - 2000) == 0);
   CHECK(client->request_status(request.engine_idx) == 0);
-  // The result of a failed start does not count as a complete request.
+  // What a start that failed returned is no request that is complete.
   CHECK(client->request_status(uccl_tcpx::kPostFailed) < 0 && client->request_status(uccl_tcpx::kPostTransient) < 0);
 
   // Several threads post and poll at once.
@@ -179,7 +179,7 @@ int main() {
   finish(*server, recv);
   CHECK(std::memcmp(there.data(), here.data() + 7, 100) == 0);
 
-  // A transfer that cannot be started reports it, and leaves the request as it was.
+  // What cannot be started says so, and leaves the request as it was.
   UcclRequest untouched{ReqRead, 7, 8};
   ConnID unknown = conn;
   unknown.peer_id = 12345;
@@ -238,7 +238,7 @@ int main() {
   while (!client->next_notification(answer)) CHECK(std::chrono::steady_clock::now() < note_deadline);
   CHECK(answer.name == "server" && answer.msg == note.msg);
 
-  // stop_accept wakes the waiting accept, and applies to later ones.
+  // stop_accept wakes the one that waits, and holds for later ones.
   std::future<ConnID> waiting = std::async(std::launch::async, [&] {
     std::string text = "untouched";
     int gpu = 5;
@@ -278,7 +278,7 @@ int main() {
   Endpoint other(-1, port);
   CHECK(other.get_p2p_listen_port() == port);
 
-  // The choice of this endpoint in the engine is independent of the plugin under it.
+  // What chooses this endpoint in the engine says nothing about the plugin under it.
   CHECK(setenv("UCCL_P2P_TRANSPORT", "tcpx", 1) == 0 && unsetenv("UCCL_TCPX_PLUGIN") == 0);
   Endpoint chosen;
   CHECK(chosen.get_p2p_listen_port() != 0);

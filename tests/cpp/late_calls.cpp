@@ -24,21 +24,21 @@ uccl_mr_t mr = 0;
 
 /* Calls that fail, so that the library keeps a text and a status for this thread. */
 void fail_calls() {
-  static char unknown;
+  static char nobody;
   uint64_t id = 0;
-  CHECK(uccl_engine_conn_status(reinterpret_cast<uccl_conn_t*>(&unknown)) == UCCL_ERR_NOT_FOUND);
+  CHECK(uccl_engine_conn_status(reinterpret_cast<uccl_conn_t*>(&nobody)) == UCCL_ERR_NOT_FOUND);
   CHECK(uccl_engine_last_status() == UCCL_ERR_NOT_FOUND);
   CHECK(std::strstr(uccl_engine_last_error(), "is not a live connection") != nullptr);
   CHECK(uccl_engine_update_fifo(static_cast<FifoItem*>(nullptr), 0, 0) == UCCL_ERR_INVALID_ARGUMENT);
   CHECK(std::strstr(uccl_engine_last_error(), "fifo_item is NULL") != nullptr);
   CHECK(uccl_engine_write(nullptr, 0, memory, 1, FifoItem{}, &id) < 0);
   CHECK(!uccl_engine_xfer_status(nullptr, 1));
-  uccl_engine_conn_destroy(reinterpret_cast<uccl_conn_t*>(&unknown));
+  uccl_engine_conn_destroy(reinterpret_cast<uccl_conn_t*>(&nobody));
   uccl_engine_destroy(nullptr);
   CHECK(uccl_engine_get_notifs().empty());
 }
 
-/* The calls of a client that cleans up late. */
+/* What a client that cleans up late does. */
 void end_engine() {
   uint64_t id = 0;
   char item_bytes[UCCL_FIFO_SIZE];
@@ -98,7 +98,7 @@ void in_a_thread() {
 }
 
 int run() {
-  // Failing calls first: the library's per-thread state then exists, and is destroyed before the late calls.
+  // Failing calls first: what the library keeps per thread then exists, and is destroyed before the late calls.
   fail_calls();
   local.used = true;
   CHECK(std::atexit(at_exit) == 0);

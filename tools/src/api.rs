@@ -47,7 +47,7 @@ pub struct Budget {
     pub counts: String,
 }
 
-/// The budgets in effect; none where a setting cannot be understood.
+/// The budgets in effect; `None` if a setting is invalid.
 pub fn budgets() -> Vec<Budget> {
     let all = Config::from_env().map(|config| uccl_p2p::engine::budgets(&config)).unwrap_or_default();
     all.into_iter()
@@ -262,7 +262,7 @@ impl Link {
         self.conn.notify(name, msg).map_err(Failure::new)
     }
 
-    /// What the kernel counts of the channels that this side sends on.
+    /// The kernel's statistics of the channels that this process sends on.
     pub fn network(&self) -> Network {
         let mut sum = Network::default();
         for network in self.conn.stats().map_or_else(|_| Vec::new(), |stats| stats.channels).into_iter().filter_map(|c| c.network)

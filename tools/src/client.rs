@@ -1,4 +1,4 @@
-//! The active side's half of the conversation with a tcpx-perf server: requests, replies, echoes. It measures nothing.
+//! The client of a tcpx-perf server: requests, replies, echoes. It measures nothing.
 
 use crate::api::{FifoItem, Link, Node};
 use crate::error::{Context, Result};
@@ -19,7 +19,7 @@ pub struct Client {
     pub node: Arc<Node>,
     /// The connection under test.
     pub link: Link,
-    /// Memory on both sides.
+    /// Memory of client and server.
     pub memory: Kind,
     number: u64,
     next_buffer: u32,
@@ -36,7 +36,7 @@ pub struct RemoteBuffer {
 }
 
 impl Client {
-    /// Connects to the server at `address` ("ip:port"), and makes sure that both sides use the same kind of memory.
+    /// Connects to the server at `address` ("ip:port"), and checks that both use the same memory.
     pub fn connect(node: &Arc<Node>, address: &str, memory: Kind) -> Result<Client> {
         let link = node.connect(address)?;
         let mut client = Client { node: node.clone(), link, memory, number: 0, next_buffer: 0 };
@@ -48,11 +48,11 @@ impl Client {
             other => fail!("the server began with {other:?}"),
         };
         if protocol != PROTOCOL {
-            fail!("the server speaks version {protocol} of the protocol, this program version {PROTOCOL}: use the same release on both sides");
+            fail!("the server speaks version {protocol} of the protocol, this program version {PROTOCOL}: use the same release for both");
         }
         if theirs != memory {
             client.bye();
-            fail!("the server was started with --memory {theirs}, this program with --memory {memory}: both sides need the same");
+            fail!("the server was started with --memory {theirs}, this program with --memory {memory}: both need the same");
         }
         Ok(client)
     }
@@ -94,7 +94,7 @@ impl Client {
 
     /// Tells the server that this client is done.
     pub fn bye(&self) {
-        // A server that is gone needs no goodbye.
+        // A server that has ended needs no goodbye.
         let _ = self.tell(&Request::Bye);
     }
 
@@ -117,7 +117,7 @@ impl Client {
     /// The next notification of one channel; replies that say `Alive` may come in between.
     fn receive_from(&self, wanted: Channel) -> Result<Vec<u8>> {
         let started = Instant::now();
-        let mut told = started;
+        let mut reported = started;
         loop {
             if let Some((name, msg)) = self.node.next_notification() {
                 match Channel::parse(&name) {
@@ -128,8 +128,8 @@ impl Client {
                 }
                 continue;
             }
-            if told.elapsed() > ALIVE_EVERY {
-                told = Instant::now();
+            if reported.elapsed() > ALIVE_EVERY {
+                reported = Instant::now();
                 self.tell(&Request::Alive)?;
             }
             if started.elapsed() > ANSWER_DEADLINE {

@@ -63,7 +63,7 @@ pub struct Host {
 /// Official values.
 const CHUNK: &str = "524288";
 const MANAGER: &str = "/run/tcpx";
-/// Where the plugin looks for the manager when nobody says.
+/// Where the plugin looks for the manager by default.
 const PLUGINS_MANAGER: &str = "/tmp";
 /// Longest folder of the manager's sockets: the plugin copies their paths unchecked into 108 bytes.
 const LONGEST_FOLDER: usize = 76;
@@ -172,7 +172,7 @@ fn chunk_size(host: &Host) -> Check {
     }
 }
 
-/// Settings with which the plugin does not start, crashes, or waits for ever.
+/// Settings with which the plugin does not start, crashes, or hangs.
 fn stray_settings(host: &Host) -> Vec<Check> {
     type Harmful = (&'static str, fn(i64) -> bool, &'static str);
     let harmful: [Harmful; 5] = [
@@ -190,7 +190,7 @@ fn stray_settings(host: &Host) -> Vec<Check> {
     harmful.iter().filter_map(found).collect()
 }
 
-/// Sockets and threads of a comm: both sides must have the same.
+/// Sockets and threads of a comm: both hosts must have the same.
 fn sockets(host: &Host) -> Check {
     const NAME: &str = "NCCL_NSOCKS_PERTHREAD x NCCL_SOCKET_NTHREADS";
     let value = |name| host.number(name).map_or(Ok(1), |n| n.map_err(str::to_owned));

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// What went wrong, in words.
+/// The cause as text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure(String);
 

@@ -155,7 +155,7 @@ fn look(args: &Args, report: &mut Report) -> Result<String> {
     Ok(format!("{verdict}; with {address} over {memory} memory: {}, every byte right", rates.join(", ")))
 }
 
-/// Whether data between processes of this host goes without the network, in words.
+/// Whether data between processes on this host avoids the network, as text.
 fn within_host(node: &Arc<Node>, memory: Kind) -> Result<String> {
     Ok(match probe::within_host(node, memory)? {
         0 => format!("{memory} memory takes the network also between processes of this host (UCCL_P2P_LOG_LEVEL=info tells why)"),

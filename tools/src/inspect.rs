@@ -81,7 +81,7 @@ pub struct Environment {
     pub passed_through: Vec<Variable>,
     /// `UCCL_TCPX_SOFT_*`: read by the software plugin.
     pub soft_plugin: Vec<Variable>,
-    /// Other `UCCL_*`: nobody here reads them; perhaps a slip of the pen.
+    /// Other `UCCL_*`: unknown here, perhaps a typing error.
     pub unknown: Vec<Variable>,
 }
 

@@ -4,7 +4,7 @@
 //! - `memory`: the buffers that transfers move
 //! - `pattern`, `units`, `stats`, `case`: pure logic: contents and block order, sizes, percentiles, what a row measures
 //! - `proto`: what tcpx-perf's client and server tell each other
-//! - `server`, `client`, `measure`, `suite`: the two sides, one measured row, the lists of rows
+//! - `server`, `client`, `measure`, `suite`: the two programs, one measured row, the lists of rows
 //! - `host`, `out`: what belongs beside a measurement, standard output and Ctrl-C
 //! - `report`, `plot`: table, JSON, CSV and SVG
 //! - `scrape`, `view`, `picture`: what tcpx-top reads, shows, and draws into a file

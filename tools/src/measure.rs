@@ -1,4 +1,4 @@
-//! One measured row: buffers on both sides, a timed loop, and the check of contents outside of it.
+//! One measured row: buffers at client and server, a timed loop, and the check of contents outside of it.
 
 use crate::api::{Direction, FifoItem, LocalSegment};
 use crate::case::{Case, Op};
@@ -98,7 +98,7 @@ impl Way {
     }
 }
 
-/// One direction: a buffer on each side and the transfers between them.
+/// One direction: a buffer at each end and the transfers between them.
 struct Flow {
     way: Way,
     shape: Shape,
@@ -157,7 +157,7 @@ impl Flow {
         }
     }
 
-    /// Compares the whole target on the side that received.
+    /// Compares the whole target where it was received.
     fn check(&self, client: &Client, seed: u64) -> Result<u64> {
         let side = self.way.target();
         let result = match side {

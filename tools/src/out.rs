@@ -1,4 +1,4 @@
-//! Standard output as other Unix tools treat it: whoever reads no more ends the program without a word. And Ctrl-C as a question.
+//! Standard output as other Unix tools treat it: when the reader closes it, the program ends silently. Also handles Ctrl-C.
 
 use std::fmt;
 use std::io::Write;
@@ -18,7 +18,7 @@ pub fn line(text: fmt::Arguments<'_>) {
     }
 }
 
-/// `println!` that ends the program quietly when nobody reads.
+/// `println!` that ends the program quietly when the reader has closed the pipe.
 #[macro_export]
 macro_rules! say {
     ($($arg:tt)*) => { $crate::out::line(format_args!($($arg)*)) };

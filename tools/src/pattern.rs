@@ -1,4 +1,4 @@
-//! What buffers hold and in which order blocks travel. Pure: both sides compute the same from a seed.
+//! The contents of buffers and the order of blocks. Pure: client and server compute the same from a seed.
 
 use serde::{Deserialize, Serialize};
 
@@ -45,7 +45,7 @@ pub fn permutation(n: usize, seed: u64) -> Vec<usize> {
     order
 }
 
-/// How the bytes of one transfer lie on the two sides.
+/// How the bytes of one transfer lie in the two buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shape {
     /// Bytes of one transfer.
@@ -58,12 +58,12 @@ pub struct Shape {
     pub order: Option<u64>,
 }
 
-/// A block: where it lies on the local and on the remote side of one transfer.
+/// A block: its offsets in the local and the remote buffer of one transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Piece {
-    /// Offset on the side that starts transfers.
+    /// Offset at the initiator.
     pub local: u64,
-    /// Offset on the other side.
+    /// Offset at the target.
     pub remote: u64,
     /// Bytes.
     pub len: u64,
@@ -112,17 +112,17 @@ impl Shape {
     }
 }
 
-/// Which side of a [`Piece`] a buffer is.
+/// Which buffer of a [`Piece`] is meant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Side {
-    /// The side that starts transfers.
+    /// The initiator's.
     Local,
     /// The other one.
     Remote,
 }
 
-/// Compares a whole target buffer with what the source's pattern `seed` must have become in it. `target` tells which side received.
+/// Compares a whole target buffer with what the source's pattern `seed` must have become in it. `target` is the buffer that received.
 /// Returns the bytes compared, or a sentence about the first difference.
 pub fn compare(contents: &[u8], shape: &Shape, target: Side, seed: u64) -> Result<u64, String> {
     const STEP: usize = 256 << 10;

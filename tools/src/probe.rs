@@ -28,12 +28,12 @@ pub struct Proof {
 /// Writes 1 MiB from `node` to a second engine, in scattered blocks, reads it back, and compares both.
 /// `memory` is what this process registers: host memory, emulated as device memory or not.
 pub fn loopback(node: &Arc<Node>, memory: Kind) -> Result<Proof> {
-    // Its purpose is the network: nothing is copied within the host.
+    // Its purpose is the network: no direct transfers.
     let peer = Arc::new(Node::start_for_the_network().context("a second engine does not start")?);
     between(node, &peer, memory).map(|(proof, _)| proof)
 }
 
-/// The same as two processes of one host do it. Bytes that were copied without the network.
+/// The same as a direct transfer between two processes on one host. Returns the bytes that moved without the network.
 pub fn within_host(node: &Arc<Node>, memory: Kind) -> Result<u64> {
     let peer = Arc::new(Node::start().context("a second engine does not start")?);
     between(node, &peer, memory).map(|(_, within)| within)

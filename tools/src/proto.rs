@@ -6,7 +6,7 @@ use crate::memory::Kind;
 use crate::pattern::{Shape, Side};
 use serde::{Deserialize, Serialize};
 
-/// Version of this protocol; both sides must speak the same.
+/// Version of this protocol; client and server must speak the same.
 pub const PROTOCOL: u32 = 1;
 
 const REQUEST: &str = "tcpx-perf";
@@ -32,7 +32,7 @@ impl Channel {
         .into_bytes()
     }
 
-    /// The channel with this name; none for a notification of somebody else.
+    /// The channel with this name; `None` for a foreign notification.
     pub fn parse(name: &[u8]) -> Option<Channel> {
         let (kind, number) = std::str::from_utf8(name).ok()?.split_once(':')?;
         let number = number.parse().ok()?;

@@ -15,7 +15,7 @@ use std::path::Path;
 pub struct Row {
     /// Operation.
     pub op: Op,
-    /// Memory on both sides.
+    /// Memory of client and server.
     pub memory: Kind,
     /// Bytes of a transfer.
     pub total_bytes: u64,
@@ -53,7 +53,7 @@ pub struct Row {
     pub gbytes_per_s_avg: f64,
     /// Processor time of this process meanwhile, seconds.
     pub cpu_s: f64,
-    /// TCP segments that this side sent again meanwhile.
+    /// TCP segments that this host retransmitted meanwhile.
     pub retransmits: u64,
     /// Contents were checked, and right.
     pub verified: bool,
@@ -103,7 +103,7 @@ impl Row {
         self.max_us = times.most();
     }
 
-    /// What was measured, in words.
+    /// The measurement as text.
     pub fn name(&self) -> String {
         format!("{} of {} in blocks of {}", self.operation(), show_size(self.total_bytes), show_size(self.block_bytes))
     }

@@ -1,4 +1,4 @@
-//! The passive side of tcpx-perf: buffers for clients, their contents checked here, and the other end of two-sided messages.
+//! The server of tcpx-perf: holds buffers for clients, checks their contents, and is the peer of two-sided messages.
 //! It measures nothing.
 
 use crate::api::{Link, Node};
@@ -13,7 +13,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// How often each side tells the other that it is there; a lost connection is noticed at the latest then.
+/// Interval of the keep-alives between client and server; a lost connection is noticed within it.
 pub const ALIVE_EVERY: Duration = Duration::from_secs(1);
 /// Receives posted ahead of a client that sends one message at a time.
 const RECEIVES_AHEAD: u64 = 16;
@@ -187,7 +187,7 @@ impl Session {
         let slice = |buffer: u32, k: u64| buffers[&buffer].segment(shape.slice(k), shape.total);
         let mut receives = Window::new(receive.map_or(0, |_| messages), RECEIVES_AHEAD.max(2 * u64::from(shape.inflight)));
         let mut sends = Window::new(send.map_or(0, |_| messages), u64::from(shape.inflight));
-        // The first receives are posted before the client is told to start.
+        // The first receives are posted before the client may start.
         let post = |k| link.recv(slice(receive.unwrap_or_default(), k));
         receives.top_up(post)?;
         self.reply(&Reply::Done)?;

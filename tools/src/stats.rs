@@ -87,7 +87,7 @@ pub fn gbytes_per_s(bytes: u64, us: f64) -> f64 {
     }
 }
 
-/// How many timed iterations fill `budget_us`, within bounds that give a median and a p99 a meaning without taking for ever.
+/// How many timed iterations fill `budget_us`, within bounds that give a median and a p99 a meaning without taking too long.
 pub fn iterations_for(budget_us: f64, one_us: f64) -> u64 {
     ((budget_us / one_us.max(0.1)) as u64).clamp(10, 10_000)
 }

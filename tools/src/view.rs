@@ -203,7 +203,7 @@ pub fn text(view: &View) -> String {
     out.join("\n")
 }
 
-/// The last line of a screen that somebody watches.
+/// The last line of an interactive screen.
 pub const KEYS: &str = "q: quit, arrows: scroll; red: slower than the others, stalled, silent or ended";
 
 /// A screen that is large enough for everything.
