@@ -180,7 +180,7 @@ impl RingOut {
         }
         let ring: &[_; RING] = self.shared.words(RECORDS);
         let (front, rest) = ring[at..at + words].split_at(HEAD_WORDS);
-        let flags = u64::from(head.last) * LAST | u64::from(head.bulk) * BULK;
+        let flags = (u64::from(head.last) * LAST) | (u64::from(head.bulk) * BULK);
         let values =
             [words as u64 | flags << 32, head.order, head.generation, u64::from(head.slot) | u64::from(head.export) << 32];
         front.iter().zip(values).for_each(|(word, value)| word.store(value, Ordering::Relaxed));
