@@ -359,9 +359,14 @@ CASE(uccl_engine_conn_stats)
         CHECK_OK(outcome(f.conn, id));
         CHECK_OK(uccl_engine_conn_stats(f.conn, &stats));
         CHECK(stats.up == 1 && stats.channels > 0 && stats.transfers_completed == 1);
-        /* Over channels, or inside the control stream. */
+        /* Directly, over channels, or inside the control stream. */
         CHECK_EQ(stats.sent_bytes + stats.inline_sent_bytes, LEN / 2);
-        CHECK(stats.control_sent_bytes > 0 && stats.refused_by_peer == 0);
+        CHECK_EQ(stats.refused_by_peer, 0);
+        /* A direct transfer needs no control stream, a notification does. */
+        notify_msg_t message = {.name = "name", .msg = "message"};
+        CHECK_OK(uccl_engine_send_notif(f.conn, &message));
+        CHECK_OK(uccl_engine_conn_stats(f.conn, &stats));
+        CHECK(stats.control_sent_bytes > 0);
     }
 }
 

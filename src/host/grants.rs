@@ -276,6 +276,11 @@ impl Leases {
         }
     }
 
+    /// Claims that the peer has not answered.
+    pub(crate) fn asked(&self) -> usize {
+        self.claims.values().filter(|claim| **claim == Claim::Asked).count()
+    }
+
     /// The peer grants a region that was claimed.
     ///
     /// # Errors

@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 const MAGIC: u32 = 0x4C43_4355;
-const VERSION: u16 = 3;
+const VERSION: u16 = 4;
 const MAC: usize = 32;
 /// GPUs of a process at most.
 pub(crate) const MAX_GPUS: usize = 32;

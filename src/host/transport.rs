@@ -5,6 +5,7 @@ use super::copies::{Copies, Done, Owner};
 use super::exports::{Imports, Reach, Shares, Stretch};
 use super::gather;
 use super::grants::{Claim, Grants, Leases};
+use super::layout::WINDOW;
 use super::link::Linked;
 use super::locate::cover;
 use super::memory::host;
@@ -663,7 +664,10 @@ impl Direct for OneHost {
             }
             Way::In if staged.reads > 0 => format!("{} reads that process {pid} of this host is to answer", staged.reads),
             Way::In if self.copies.any() => format!("copies from process {pid} of this host"),
-            _ => String::new(),
+            _ => match self.leases.asked() {
+                0 => String::new(),
+                asked => format!("{asked} claims of regions that process {pid} of this host has not answered"),
+            },
         }
     }
 
@@ -675,6 +679,7 @@ impl Direct for OneHost {
             sent_bytes: (self.writes.moved().1 + staged.moved.1).saturating_add(self.writes.out.read()),
             received_bytes: self.received,
             window_out: (self.writes.len() + staged.writes) as u32,
+            window: WINDOW as u32,
             ..ChannelStats::default()
         }
     }

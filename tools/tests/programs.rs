@@ -118,7 +118,7 @@ fn a_server_serves_several_clients_and_refuses_other_memory() {
             });
         }
     });
-    must_fail(PERF, &format!("client {address} --memory emulated"), &[], "both sides need the same");
+    must_fail(PERF, &format!("client {address} --memory emulated"), &[], "both need the same");
 }
 
 #[test]
