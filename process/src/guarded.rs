@@ -31,9 +31,8 @@ const fn mapped<T>() -> usize {
     }
 }
 
-/// Fresh pages of zeros, out of core dumps. The process keeps its reserve of address space.
+/// Fresh pages of zeros, out of core dumps. They come out of the reserve that [`crate::ensure_space`] keeps.
 fn map(bytes: usize) -> Result<NonNull<u8>> {
-    crate::ensure_space(bytes)?;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     // SAFETY: a new anonymous mapping touches no memory of others.
     let pages = unsafe { libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };

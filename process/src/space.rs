@@ -3,7 +3,7 @@
 use std::io;
 
 /// Room that large allocations must leave free. Small allocations need it, and a process aborts when one of those fails.
-const RESERVE: usize = 4 << 20;
+const RESERVE: usize = 8 << 20;
 
 /// Checks that the address space has room for `len` bytes beside the reserve. Call it before every large allocation, including a
 /// thread's stack.
