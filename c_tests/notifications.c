@@ -11,20 +11,6 @@ typedef struct text {
     size_t len;
 } text;
 
-/* The next notification of an engine (NULL: of the process), waiting for it. */
-static uccl_notif_t *next_notif(uccl_engine_t *engine)
-{
-    uccl_notif_t *notif = NULL;
-    int64_t end = now_ms() + HANG_MS;
-    for (;;) {
-        CHECK_OK(uccl_engine_notif_next(engine, &notif));
-        if (notif)
-            return notif;
-        CHECK_MSG(now_ms() < end, "no notification came");
-        sleep_ms(1);
-    }
-}
-
 static text notif_name(const uccl_notif_t *notif)
 {
     text t = {.len = 99};

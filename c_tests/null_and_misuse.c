@@ -838,13 +838,8 @@ CASE(uccl_engine_notif_next)
 
 static uccl_notif_t *some_notif(const fixture *f)
 {
-    uccl_notif_t *notif = NULL;
-    int64_t end = now_ms() + HANG_MS;
     CHECK_OK(uccl_engine_send_notif_bytes(f->conn, "n", 1, "m", 1));
-    while (!notif && now_ms() < end)
-        CHECK_OK(uccl_engine_notif_next(f->engine, &notif));
-    CHECK(notif);
-    return notif;
+    return next_notif(f->engine);
 }
 
 CASE(uccl_engine_notif_name)

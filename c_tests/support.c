@@ -253,3 +253,16 @@ int outcome(uccl_conn_t *conn, uint64_t id)
     CHECK_MSG(status != UCCL_IN_PROGRESS, "transfer %llu hangs", (unsigned long long)id);
     return status;
 }
+
+uccl_notif_t *next_notif(uccl_engine_t *engine)
+{
+    uccl_notif_t *notif = NULL;
+    int64_t end = now_ms() + HANG_MS;
+    for (;;) {
+        CHECK_OK(uccl_engine_notif_next(engine, &notif));
+        if (notif)
+            return notif;
+        CHECK_MSG(now_ms() < end, "no notification came");
+        sleep_ms(1);
+    }
+}

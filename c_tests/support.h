@@ -90,3 +90,6 @@ struct FifoItem their_item(const side *s, size_t there, size_t len);
 int start(const side *s, direction d, size_t here, size_t there, size_t len, uint64_t *id);
 /* The status a transfer ends with; it must end within HANG_MS. */
 int outcome(uccl_conn_t *conn, uint64_t id);
+
+/* The next notification of an engine (NULL: of the process), waiting for it at most HANG_MS. Its caller frees it. */
+uccl_notif_t *next_notif(uccl_engine_t *engine);

@@ -12,8 +12,7 @@ const HANG_UP: Duration = Duration::from_millis(100);
 pub(super) struct Closing<'a>(pub &'a Shared);
 
 impl Closing<'_> {
-    /// Tells the peer that no more comes, without waiting for it. [`Closing::finish`] does the rest. `false` where somebody
-    /// keeps the connection, or has it until the deadline: nothing was said.
+    /// See `Connection::say_goodbye`.
     pub(super) fn say_goodbye(&self, deadline: Instant) -> bool {
         if !self.0.core.is_here() {
             return true;
@@ -23,7 +22,7 @@ impl Closing<'_> {
         true
     }
 
-    /// The same; whoever keeps the connection is waited for.
+    /// See `Connection::insist_on_goodbye`.
     pub(super) fn insist_on_goodbye(&self) {
         if self.0.core.is_here() {
             let mut core = self.0.lock();
@@ -45,8 +44,7 @@ impl Closing<'_> {
         }
     }
 
-    /// Ends the connection, which has said goodbye: once what is queued has left and the peer has hung up, or at the deadline. `false` in a
-    /// child of fork, where nothing is done.
+    /// See `Connection::finish_close`. `false` in a child of fork, where nothing is done.
     pub(super) fn finish(&self, deadline: Instant) -> bool {
         if !self.0.core.is_here() {
             return false;
@@ -74,8 +72,7 @@ impl Closing<'_> {
         true
     }
 
-    /// Fails the connection if a transfer of it still uses the region. `false`: it was not asked, since somebody keeps it, or has it at
-    /// this moment. `queue`: only the former; who merely tries can be overtaken for ever.
+    /// See `Connection::fail_if_using`.
     pub(super) fn fail_if_using(&self, region: u64, queue: bool, error: Error) -> bool {
         let mut core = match self.0.core.try_lock() {
             Some(core) => self.0.hold(core),
@@ -88,8 +85,7 @@ impl Closing<'_> {
         true
     }
 
-    /// Drops the plugin's registrations of a region that has ended, and what a process of this host was told of it. That is waited for,
-    /// whoever keeps the connection: other memory may come to lie there next, and must not be taken for it.
+    /// See `Connection::forget_region`.
     pub(super) fn forget_region(&self, id: u64) {
         self.0.lock().channels.forget_region(id);
     }

@@ -254,7 +254,7 @@ impl Connection {
     }
 
     /// Queues a notification for the peer. Where a large backlog waits it waits too, until there is room or the connection has failed. One
-    /// that has left is no error, though the connection is lost meanwhile: whoever sends it again would send it twice.
+    /// that has left is no error, though the connection is lost meanwhile: a caller that sends it again would send it twice.
     ///
     /// # Errors
     /// `InvalidArgument` above 64 MiB, `Resource` without memory for it, or why the connection is lost.
@@ -313,13 +313,13 @@ impl Connection {
         self.finish_close(Instant::now() + CLOSING.min(self.shared.context.close_timeout));
     }
 
-    /// Tells the peer that no more comes, without waiting for it. [`Connection::finish_close`] does the rest. `false` where somebody
-    /// keeps the connection, or has it until the deadline: nothing was said.
+    /// Tells the peer that no more comes, without waiting for it. [`Connection::finish_close`] does the rest. `false` where a
+    /// thread keeps the connection, or holds its lock until the deadline: nothing was said.
     pub(crate) fn say_goodbye(&self, deadline: Instant) -> bool {
         Closing(&self.shared).say_goodbye(deadline)
     }
 
-    /// The same; whoever keeps the connection is waited for.
+    /// The same, but waits for a thread that keeps the connection.
     pub(crate) fn insist_on_goodbye(&self) {
         Closing(&self.shared).insist_on_goodbye();
     }
@@ -331,14 +331,15 @@ impl Connection {
         }
     }
 
-    /// Fails the connection if a transfer of it still uses the region. `false`: it was not asked, since somebody keeps it, or has it at
-    /// this moment. `queue`: only the former; who merely tries can be overtaken for ever.
+    /// Fails the connection if a transfer of it still uses the region. `false`: the connection was not asked, since a thread keeps it or holds
+    /// its lock at this moment. `queue`: waits for the lock, and gives up only where a thread keeps the connection; a caller that merely
+    /// tries can be overtaken for ever.
     pub(crate) fn fail_if_using(&self, region: u64, queue: bool, error: Error) -> bool {
         Closing(&self.shared).fail_if_using(region, queue, error)
     }
 
-    /// Drops the plugin's registrations of a region that has ended, and what a process of this host was told of it. That is waited for,
-    /// whoever keeps the connection: other memory may come to lie there next, and must not be taken for it.
+    /// Drops the plugin's registrations of a region that has ended, and what a process of this host was told of it. Waits even for a thread
+    /// that keeps the connection: other memory may come to lie there next, and must not be taken for it.
     pub(crate) fn forget_region(&self, id: u64) {
         Closing(&self.shared).forget_region(id);
     }

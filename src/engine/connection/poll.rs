@@ -18,10 +18,7 @@ const LINGER: Duration = Duration::from_micros(20);
 pub(super) struct Waiter<'a>(pub &'a Shared);
 
 impl Waiter<'_> {
-    /// Asks for a transfer's state, after driving progress once.
-    ///
-    /// # Errors
-    /// The error the transfer ended with, or `NotFound`.
+    /// See `Connection::poll`.
     pub(super) fn poll(&self, id: u64) -> Result<TransferState> {
         self.0.core.check("connection")?;
         let mut core = self.0.lock();
@@ -84,10 +81,7 @@ impl Waiter<'_> {
         }
     }
 
-    /// Waits until a transfer has ended, at most `timeout`; `complete` tells whether it has.
-    ///
-    /// # Errors
-    /// As [`Waiter::poll`].
+    /// See `Connection::wait`.
     pub(super) fn wait(&self, id: u64, timeout: Option<Duration>) -> Result<TransferState> {
         self.0.core.check("connection")?;
         let started = Instant::now();

@@ -23,10 +23,7 @@ const AT_ONCE: u64 = 128 << 10;
 pub(super) struct Submission<'a>(pub &'a Shared);
 
 impl Submission<'_> {
-    /// Starts a read or write of several segments as one transfer; gives its id.
-    ///
-    /// # Errors
-    /// `InvalidArgument`, `NotFound` (region), `Resource`, or why the connection is lost. Nothing moves then.
+    /// See `Connection::transfer`.
     pub(super) fn transfer<B: Borrow<FifoItem>>(
         &self,
         direction: Direction,
@@ -47,10 +44,7 @@ impl Submission<'_> {
         self.transfer_request(direction.way(), items.len(), items)
     }
 
-    /// As [`Submission::transfer`], of a list that is kept for several transfers.
-    ///
-    /// # Errors
-    /// As [`Submission::transfer`].
+    /// See `Connection::transfer_list`.
     pub(super) fn transfer_list(&self, direction: Direction, list: &List) -> Result<u64> {
         self.0.core.check("connection")?;
         if self.0.one_host.is_some() {
@@ -119,10 +113,7 @@ impl Submission<'_> {
         Ok(Some(id))
     }
 
-    /// Starts a two-sided send of one message gathered from segments; gives its id.
-    ///
-    /// # Errors
-    /// As [`Submission::transfer`].
+    /// See `Connection::send`.
     pub(super) fn send(&self, items: impl ExactSizeIterator<Item = LocalSegment>) -> Result<u64> {
         self.0.core.check("connection")?;
         let (segments, uses) = request::message(items, &self.0.context.registry)?;
@@ -134,10 +125,7 @@ impl Submission<'_> {
         self.started(core, Ok(id), now)
     }
 
-    /// Starts a receive of one message of at most `local.len` bytes; gives its id.
-    ///
-    /// # Errors
-    /// As [`Submission::transfer`].
+    /// See `Connection::recv`.
     pub(super) fn recv(&self, local: LocalSegment) -> Result<u64> {
         self.0.core.check("connection")?;
         let region = self.0.context.registry.local(local.mr)?;
@@ -152,11 +140,7 @@ impl Submission<'_> {
         self.started(core, Ok(id), now)
     }
 
-    /// Queues a notification for the peer. Where a large backlog waits it waits too, until there is room or the connection has failed. One
-    /// that has left is no error, though the connection is lost meanwhile: whoever sends it again would send it twice.
-    ///
-    /// # Errors
-    /// `InvalidArgument` above 64 MiB, `Resource` without memory for it, or why the connection is lost.
+    /// See `Connection::notify`.
     pub(super) fn notify(&self, name: &[u8], message: &[u8]) -> Result<()> {
         self.0.core.check("connection")?;
         let size = name.len().saturating_add(message.len());
