@@ -1,6 +1,7 @@
 //! Who drives the connections: the engine's thread, who sleeps and who wakes it, and what is watched meanwhile.
 
 pub(crate) mod connections;
+pub(crate) mod contention;
 pub(crate) mod context;
 pub(crate) mod counters;
 pub(crate) mod doorbell;

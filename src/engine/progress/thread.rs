@@ -2,6 +2,7 @@
 //! sleeps in epoll. Only what a socket, a bell, a timer or another thread names is driven; a connection that an application thread
 //! polls is left to that thread. Knows nothing of frames and channels.
 
+use super::contention::Contention;
 use super::doorbell::{named, DoorbellSlot, Named};
 use super::pacing::{step, Round, Step};
 use super::table::Driven;
@@ -26,10 +27,8 @@ const ELSEWHERE: Interest = Interest::ONCE;
 /// no other waiting.
 const LOOKS: u32 = 4;
 const LOOK: Duration = Duration::from_micros(50);
-/// A yield that takes longer has let another thread run: the core is shared. For so long afterwards this thread sleeps instead of
-/// spinning, since a thread that wakes gets the core at once, and one that yields waits for others to have had their time.
-const YIELDED: Duration = Duration::from_micros(4);
-const SHARED: Duration = Duration::from_millis(20);
+/// Rounds between two yields of a thread that spins: a yield costs about as much as a round.
+const YIELDS: u32 = 8;
 
 /// Default of UCCL_TCPX_SPIN_US: the time in which a peer's next small request is likely. Sleeping and waking costs tens of
 /// microseconds on virtual machines.
@@ -301,19 +300,17 @@ pub(crate) fn run(table: &ConnectionTable, spin: Option<Duration>) {
     }
 }
 
-/// What comes before the next round that follows at once. `shared`: until when the core is taken to be shared.
-fn give_way(step: Step, shared: &mut Instant) -> Instant {
+/// What comes before the next round that follows at once, the `looks`th.
+fn give_way(step: Step, looks: u32, contention: &mut Contention) -> Instant {
     let before = Instant::now();
     match step {
-        Step::Spin => std::hint::spin_loop(),
-        Step::Yield => {
+        Step::Yield if looks % YIELDS == 0 => {
             std::thread::yield_now();
             let now = Instant::now();
-            if now - before > YIELDED {
-                *shared = now + SHARED;
-            }
+            contention.yielded(before, now);
             return now;
         }
+        Step::Spin | Step::Yield => std::hint::spin_loop(),
         Step::Again | Step::Sleep(_) => {}
     }
     before
@@ -327,8 +324,7 @@ fn drive(table: &ConnectionTable, spin: Duration) {
     }
     let mut last_activity = Instant::now();
     let (mut tokens, mut looks, mut looked) = (Vec::new(), 0u32, last_activity);
-    // Until when the core is taken to be shared.
-    let mut shared = last_activity;
+    let mut contention = Contention::new(last_activity);
     while !table.ended() {
         table.context.queue.asked(|id| {
             driving.activate(id);
@@ -336,14 +332,14 @@ fn drive(table: &ConnectionTable, spin: Duration) {
         let now = Instant::now();
         driving.due(now);
         let round = driving.round(false, now);
-        let spin = if now < shared { Duration::ZERO } else { spin };
+        let spin = if contention.may_spin(now) { spin } else { Duration::ZERO };
         match step(&round, now - last_activity, spin, table.context.cores) {
             again @ (Step::Again | Step::Spin | Step::Yield) => {
-                let now = give_way(again, &mut shared);
+                looks = looks.wrapping_add(1);
+                let now = give_way(again, looks, &mut contention);
                 if again == Step::Again {
                     last_activity = now;
                 }
-                looks = looks.wrapping_add(1);
                 let warm = again == Step::Again || (looks % LOOKS != 0 && driving.warm());
                 if warm && now - looked < LOOK {
                     continue;
