@@ -381,6 +381,6 @@ pub unsafe extern "C" fn uccl_engine_wait(conn: *mut uccl_conn_t, transfer_id: u
 pub unsafe extern "C" fn uccl_engine_xfer_status(conn: *mut uccl_conn_t, transfer_id: u64) -> bool {
     guard(false, || {
         let conn = connections().get(conn.cast())?;
-        Ok(conn.poll(transfer_id).inspect_err(|_| conn.tell_failure(transfer_id))?.complete)
+        Ok(conn.poll(transfer_id).inspect_err(|_| conn.log_failure(transfer_id))?.complete)
     })
 }

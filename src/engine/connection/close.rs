@@ -1,4 +1,4 @@
-//! How a connection ends: closed on this side, failed with a cause that both sides are told, or given up after a defect.
+//! How a connection ends: by a local close, by an error, or by a panic in this library.
 
 use super::core::{Core, FLUSH};
 use super::shared::Shared;
@@ -6,9 +6,9 @@ use crate::status::{err, Error};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// How much of a close waits for the peer to hang up.
+/// How long a close waits for the peer to close its end.
 const HANG_UP: Duration = Duration::from_millis(100);
-/// A connection as its owner ends it.
+/// Ends a connection on behalf of its owner.
 pub(super) struct Closing<'a>(pub &'a Shared);
 
 impl Closing<'_> {
@@ -17,7 +17,7 @@ impl Closing<'_> {
         if !self.0.core.is_here() {
             return true;
         }
-        let Some(mut core) = self.0.lock_unless_kept(deadline) else { return false };
+        let Some(mut core) = self.0.lock_unless_preparing(deadline) else { return false };
         self.goodbye(&mut core);
         true
     }
@@ -32,19 +32,19 @@ impl Closing<'_> {
 
     fn goodbye(&self, core: &mut Core) {
         if core.machine.dead().is_none() && !core.closing {
-            // What has arrived still counts.
+            // Data that has arrived still counts.
             let now = Instant::now();
             self.0.drive(core, now);
             core.machine.say_bye(None, now);
             core.control.end();
             core.closing = true;
-            // Nothing is read any more; what still comes must not wake anybody.
+            // Nothing is read from here on; later arrivals must not wake the progress thread.
             self.0.context.queue.bell.unwatch(self.0.fd);
             let _ = core.flush(now, FLUSH);
         }
     }
 
-    /// See `Connection::finish_close`. `false` in a child of fork, where nothing is done.
+    /// See `Connection::finish_close`. `false` in a forked child, where it does nothing.
     pub(super) fn finish(&self, deadline: Instant) -> bool {
         if !self.0.core.is_here() {
             return false;
@@ -59,10 +59,11 @@ impl Closing<'_> {
         if core.machine.dead().is_none() {
             let left = core.backlog();
             if left > 0 {
-                log::warn!("{}: closed with {left} bytes of the control stream unsent", self.0.peer.name);
+                log::warn!("{}: closed with {left} bytes of the control connection unsent", self.0.peer.name);
             }
             core.control.shutdown_write();
-            // Closing a socket with unread bytes resets it, and the peer could lose what was sent last: read on until it hangs up.
+            // Closing a socket with unread bytes resets it, and the peer could lose our last frames: read until it closes its
+            // end.
             let until = deadline.min(Instant::now() + HANG_UP);
             while !core.control.hung_up() && Instant::now() < until {
                 core.pause(Duration::from_micros(50));

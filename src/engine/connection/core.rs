@@ -1,5 +1,5 @@
-//! What the lock of a connection guards: the machine, its channels and its socket, and how a round moves them on. Knows nothing of threads,
-//! of who drives, nor of the application.
+//! The state behind a connection's lock: the protocol machine, its channels and its control socket, and one round that moves them
+//! on. Knows nothing about threads, about who drives, or about the application.
 
 use crate::channel::router::Channels;
 use crate::engine::progress::health::Health;
@@ -11,30 +11,31 @@ use crate::wire::frame::Frame;
 use crate::wire::queue::RxBuffer;
 use std::time::{Duration, Instant};
 
-/// Chunks handed out before what they announce is flushed: the receiver can post nothing before it knows.
+/// Chunks scheduled before their announcements are flushed: the receiver can post nothing until it knows of them.
 const BURST: usize = 8;
-/// While something goes without chunks, its end is looked for in between and the control stream is read this often.
+/// During a direct transfer, which is polled continuously, the control connection is read only this often.
 const READ_PAUSE: Duration = Duration::from_micros(10);
-/// Reads of the control stream in one round, so that a peer that floods it does not starve the channels.
+/// Reads of the control connection in one round, so that a peer that floods it does not starve the channels.
 const READS: usize = 16;
-/// Bytes of the control stream that leave in one hold of the lock: a large notification is sealed piece by piece, and others have their
-/// turn at the lock meanwhile.
+/// Bytes of the control connection sent under one hold of the lock: a large notification is sealed piece by piece, and other
+/// threads get the lock in between.
 pub(super) const FLUSH: usize = 1 << 20;
 
-/// What the lock guards.
+/// What the connection's lock guards.
 pub(crate) struct Core {
     pub(super) machine: Machine,
     pub(super) channels: Channels,
     pub(super) control: ControlStream,
     rx: RxBuffer,
-    /// When it was last read.
+    /// When the control connection was last read.
     read: Instant,
-    /// This side has said goodbye: nothing is read or started any more.
+    /// This engine has sent its goodbye: nothing is read or started any more.
     pub(super) closing: bool,
+    /// When the channels were last checked for a failure.
     pub(super) looked: Instant,
     pub(super) health: Health,
     pub(super) born: Instant,
-    /// What was counted, once the connection has ended.
+    /// The totals at the end of the connection, once it has ended.
     pub(super) past: Option<Totals>,
 }
 
@@ -45,16 +46,16 @@ impl Core {
         Core { machine, channels, control, rx, read: now, closing: false, looked: now, health, born: now, past: None }
     }
 
-    /// Reads the control stream, advances the channels, hands out chunks, flushes, looks at deadlines. `true` when something moved; an
-    /// error means that the connection must end.
+    /// One round: reads the control connection, advances the channels, schedules chunks, flushes, checks deadlines. `true` when
+    /// something moved; an error means that the connection must end.
     pub(super) fn round(&mut self, now: Instant) -> Result<bool> {
         let hurries = self.channels.activity(now).wants_polling && now.saturating_duration_since(self.read) < READ_PAUSE;
         let heard = !hurries && self.read(now)?;
-        let moved = self.advance(now).map_err(|e| self.last_words(e, now))?;
+        let moved = self.advance(now).map_err(|e| self.prefer_goodbye(e, now))?;
         Ok(heard || moved)
     }
 
-    /// Everything of a round but reading.
+    /// A round without the read.
     fn advance(&mut self, now: Instant) -> Result<bool> {
         let any = self.channels.is_active(now) && self.machine.drive_channels(&mut self.channels, now)?;
         let more = self.pump(now)?;
@@ -62,7 +63,7 @@ impl Core {
         Ok(any || more)
     }
 
-    /// Heartbeat and deadlines, where it is time to look at them.
+    /// Sends a heartbeat and checks deadlines, when due.
     pub(super) fn tick(&mut self, now: Instant) -> Result<()> {
         if now >= self.machine.next_tick() {
             self.machine.tick(&mut self.channels, now)?;
@@ -72,18 +73,18 @@ impl Core {
         Ok(())
     }
 
-    /// Whether something is under way, or waits to leave.
+    /// Whether work is in progress or data waits to be sent.
     pub(super) fn is_active(&self) -> bool {
         self.machine.busy() || self.channels.is_active(Instant::now()) || self.backlog() > 0
     }
 
-    /// A channel that the peer has closed tells less than the peer's farewell, which may be here.
-    pub(super) fn last_words(&mut self, error: Error, now: Instant) -> Error {
+    /// When a channel fails because the peer closed it, the peer's goodbye, which may have arrived, gives the better cause.
+    pub(super) fn prefer_goodbye(&mut self, error: Error, now: Instant) -> Error {
         if !matches!(error.kind(), ErrorKind::RemoteDisconnect | ErrorKind::Plugin) {
             return error;
         }
         match self.read(now) {
-            // What a plugin says of a failure counts for more than a bare end of the stream.
+            // An error from a plugin says more than a bare end of the connection.
             Err(e) if is_farewell(&e) || error.kind() == ErrorKind::RemoteDisconnect => match e.kind() {
                 ErrorKind::RemoteDisconnect | ErrorKind::TimedOut => e,
                 _ => error,
@@ -99,12 +100,12 @@ impl Core {
             let (n, more) = self.control.read(&mut self.rx)?;
             if n > 0 {
                 self.machine.on_received(n, self.rx.arriving(), now);
-                // Part of a large frame.
+                // A large frame has arrived in part.
                 any |= self.rx.arriving() > 0;
             }
-            // Frames may be there that came with the end of the set-up.
+            // The buffer may hold frames that arrived with the end of the set-up.
             while let Some((frame, len)) = self.rx.next()? {
-                // A heartbeat is nothing that more would follow soon.
+                // After a heartbeat no further frame is expected soon.
                 any |= !matches!(frame, Frame::Ping { .. });
                 self.machine.handle(frame, &mut self.channels, now)?;
                 self.rx.consume(len);
@@ -117,7 +118,7 @@ impl Core {
         Ok(any)
     }
 
-    /// Hands out chunks as far as windows allow, and flushes. `true` when the socket would take more of a backlog.
+    /// Schedules chunks as far as the windows allow, and flushes. `true` when a backlog is left that the socket would take.
     pub(super) fn pump(&mut self, now: Instant) -> Result<bool> {
         let mut room = FLUSH;
         loop {
@@ -129,7 +130,7 @@ impl Core {
         }
     }
 
-    /// Sends of the control stream what the socket takes, about `most` bytes of it. Returns the bytes that left.
+    /// Sends what the socket takes of the control connection, about `most` bytes. Returns the bytes sent.
     pub(super) fn flush(&mut self, now: Instant, most: usize) -> Result<usize> {
         if self.backlog() == 0 || most == 0 {
             return Ok(0);
@@ -139,7 +140,7 @@ impl Core {
         Ok(sent)
     }
 
-    /// Looks at how the connection fares, once a second at most; what is worth it becomes a line of the log.
+    /// Checks the connection's health, at most once a second, and logs what is worth a line.
     fn check_health(&mut self, now: Instant) {
         if !self.health.due(now) {
             return;
@@ -150,10 +151,10 @@ impl Core {
         };
         let (silent, limit) = self.machine.silence(now);
         lines.extend(self.health.answers(silent, limit, self.machine.standstill(&self.channels, now)));
-        self.health.tell(self.machine.peer(), &lines, now);
+        self.health.log(self.machine.peer(), &lines, now);
     }
 
-    /// What is counted up to now.
+    /// The totals up to now.
     pub(super) fn totals(&self, channels: &[ChannelStats]) -> Totals {
         let mut totals = self.machine.counts();
         for c in channels {
@@ -170,7 +171,7 @@ impl Core {
         totals
     }
 
-    /// Bytes that wait to leave on the control stream.
+    /// Bytes of the control connection that wait to be sent.
     pub(super) fn backlog(&self) -> usize {
         self.machine.unsent() + self.control.pending()
     }

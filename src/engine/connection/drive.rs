@@ -1,4 +1,4 @@
-//! A connection as the progress thread drives it: a round, a timer's tick, a look at channels that rang for nothing.
+//! How the progress thread drives a connection: a round, a timer tick, a check of channels that rang without effect.
 
 use super::core::Core;
 use super::shared::Shared;
@@ -6,28 +6,28 @@ use crate::engine::progress::pacing::NAP_BYTES;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// A channel that rang for nothing is looked at for a failure this often at most.
+/// A channel that rang without effect is checked for a failure at most this often.
 const LOOK: Duration = Duration::from_millis(5);
 
 /// What a round of the progress thread found.
 pub(crate) struct Progress {
     pub any: bool,
     pub channels_busy: bool,
-    /// So much is under way that the channels' threads are busy.
+    /// Enough bytes are in flight to keep the I/O threads busy.
     pub large: bool,
     pub copying: bool,
     pub backlog: bool,
     /// Something waits for the network or the peer.
     pub busy: bool,
     pub dead: bool,
-    /// Somebody keeps it for long, and asks for the progress thread afterwards.
-    pub kept: bool,
+    /// Another thread may hold the connection for long; it requests a drive when it is done.
+    pub preparing: bool,
     pub next_tick: Option<Instant>,
 }
 
 impl Progress {
-    /// Another thread is at it.
-    fn left_alone() -> Progress {
+    /// Another thread drives the connection.
+    fn driven_elsewhere() -> Progress {
         Progress {
             any: false,
             channels_busy: true,
@@ -36,7 +36,7 @@ impl Progress {
             backlog: false,
             busy: true,
             dead: false,
-            kept: false,
+            preparing: false,
             next_tick: None,
         }
     }
@@ -46,13 +46,13 @@ impl Progress {
 pub(crate) struct Driver<'a>(pub(super) &'a Shared);
 
 impl Driver<'_> {
-    /// A round of the progress thread. `must`: waits for the lock; otherwise leaves the round to whoever holds it.
+    /// A round of the progress thread. With `must` it waits for the lock; otherwise it leaves the round to the lock's holder.
     pub(crate) fn progress(&self, must: bool) -> Progress {
         if self.0.preparing.load(Ordering::SeqCst) > 0 {
-            return Progress { channels_busy: false, busy: false, kept: true, ..Progress::left_alone() };
+            return Progress { channels_busy: false, busy: false, preparing: true, ..Progress::driven_elsewhere() };
         }
         let held = if must { Some(self.0.core.lock()) } else { self.0.core.try_lock() };
-        let Some(mut core) = held.map(|core| self.0.hold(core)) else { return Progress::left_alone() };
+        let Some(mut core) = held.map(|core| self.0.hold(core)) else { return Progress::driven_elsewhere() };
         let any = self.0.drive(&mut core, Instant::now());
         Progress {
             any,
@@ -62,14 +62,14 @@ impl Driver<'_> {
             backlog: core.backlog() > 0,
             busy: core.machine.busy() || core.channels.busy(),
             dead: core.machine.dead().is_some(),
-            kept: false,
+            preparing: false,
             next_tick: Some(core.machine.next_tick()),
         }
     }
 
-    /// Whether something is under way, or waits to leave.
+    /// Whether work is in progress or data waits to be sent.
     pub(crate) fn is_active(&self) -> bool {
-        // It asks for the progress thread afterwards.
+        // The preparing thread requests a drive when it is done.
         if self.0.preparing.load(Ordering::SeqCst) > 0 {
             return false;
         }
@@ -77,12 +77,12 @@ impl Driver<'_> {
         core.machine.dead().is_none() && core.is_active()
     }
 
-    /// The timer of a connection that rests: its heartbeat leaves and its deadlines are looked at, without a look at anything else. When
-    /// to do it again; none where the connection needs a whole round.
+    /// The timer of an idle connection: sends its heartbeat and checks its deadlines, nothing else. Returns when the next tick is
+    /// due; `None` where the connection needs a full round.
     pub(crate) fn tick_at_rest(&self, now: Instant) -> Option<Instant> {
         let mut core = self.0.hold(self.0.core.try_lock()?);
         let (silent, limit) = core.machine.silence(now);
-        // What the peer has said may lie unread, where this process did not run for a while.
+        // This process may not have run for a while: frames from the peer may lie unread.
         if core.machine.dead().is_some() || core.closing || core.is_active() || silent > limit / 2 {
             return None;
         }
@@ -90,7 +90,7 @@ impl Driver<'_> {
         (core.backlog() == 0).then(|| core.machine.next_tick())
     }
 
-    /// A channel rang and nothing moved: it may have failed.
+    /// A channel rang and nothing moved: checks whether it has failed.
     pub(crate) fn look_for_failure(&self) {
         if self.0.preparing.load(Ordering::SeqCst) > 0 {
             return;
@@ -103,7 +103,7 @@ impl Driver<'_> {
         core.looked = now;
         let Core { machine, channels, .. } = &mut *core;
         if let Err(e) = machine.note_network(channels, now) {
-            let e = core.last_words(e, now);
+            let e = core.prefer_goodbye(e, now);
             self.0.fail_locked(&mut core, e);
         }
     }

@@ -1,6 +1,6 @@
-//! A connection as the application holds it. What its threads share is `shared`, and what the lock among that guards is `core`. What is
-//! asked of a connection (`submit`), how it is waited for (`poll`), driven (`drive`) and ended (`close`) borrow that. Knows nothing of how a
-//! connection was set up.
+//! A connection as the application holds it. Its threads share `shared`; the lock in there guards `core`. `submit`, `poll`,
+//! `drive` and `close` borrow those to start transfers, wait for them, make progress and end the connection. Knows nothing about
+//! how a connection was set up.
 
 mod close;
 mod core;
@@ -35,21 +35,25 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use submit::Submission;
 
-/// Where connections live.
+/// The connections of an engine.
 pub(crate) type ConnectionTable = table::ConnectionTable<Connection>;
 
-/// How long a close takes at most.
+/// The longest that a close takes.
 pub(crate) const CLOSING: Duration = Duration::from_secs(1);
 
 /// A connection to a peer engine. All methods may be called from any thread.
 ///
-/// - Getters take no part in the protocol: [`Connection::peer_ip`] and those after it, [`Connection::stats`], [`Connection::status`].
-/// - [`Connection::transfer`], [`Connection::transfer_list`], [`Connection::send`], [`Connection::recv`] and [`Connection::notify`] begin
-///   something. An error leaves the connection as it was, unless [`Connection::status`] says that it is lost. Memory that a transfer names
-///   belongs to the transfer from there on.
-/// - [`Connection::poll`] or [`Connection::wait`], with the id, until the transfer is complete or has failed: then the memory is free again.
-///   They drive the connection, but need not be called for it to move: the progress thread drives it meanwhile.
-/// - [`Connection::close`], or dropping it, comes last: what has not ended by then has failed.
+/// - Getters take no part in the protocol: [`Connection::peer_ip`] and the following, [`Connection::stats`],
+/// [`Connection::status`].
+/// - [`Connection::transfer`], [`Connection::transfer_list`], [`Connection::send`], [`Connection::recv`] and
+/// [`Connection::notify`] start
+/// something. An error leaves the connection as it was, unless [`Connection::status`] says that it is lost. The transfer owns the
+/// memory
+/// that it names from there on.
+/// - [`Connection::poll`] or [`Connection::wait`], with the id, until the transfer is complete or has failed: then the memory is
+/// free again.
+/// They drive the connection, but it moves without them: the progress thread drives it meanwhile.
+/// - [`Connection::close`], or dropping it, comes last: transfers that have not ended by then fail.
 pub struct Connection {
     shared: Shared,
     table: Arc<ConnectionTable>,
@@ -60,11 +64,11 @@ pub struct Connection {
     pub listener_started: AtomicBool,
 }
 
-/// What says that this side is alive, whoever has the lock.
+/// Sends heartbeats for a connection whose lock is held by another thread.
 struct Pulse {
     voice: Arc<Voice>,
     heartbeat: Duration,
-    /// For how long that goes on without the lock.
+    /// For how long heartbeats are sent without the lock.
     limit: Duration,
 }
 
@@ -107,11 +111,11 @@ impl Connection {
     pub fn peer_ip(&self) -> IpAddr {
         self.shared.peer.ip
     }
-    /// CUDA index of the peer's GPU as it counts, -1 without one.
+    /// CUDA index of the peer's GPU on its host, -1 without one.
     pub fn peer_gpu_index(&self) -> i32 {
         self.shared.peer.gpu_index
     }
-    /// This side's name of the key that the peer has proved; none for a peer without a key, and for keys without names.
+    /// Local name of the key that the peer has proved; none for a peer without a key, and for keys without names.
     pub fn peer_key(&self) -> Option<&str> {
         self.shared.peer.key.as_deref()
     }
@@ -124,10 +128,11 @@ impl Connection {
         self.channels
     }
 
-    /// What the connection counts, and what the kernel knows of its channels. An ended one still tells its totals.
+    /// Statistics of the connection, and what the kernel reports about its channels. A connection that has ended keeps its
+    /// totals.
     ///
     /// # Errors
-    /// In a child of fork.
+    /// In a forked child.
     pub fn stats(&self) -> Result<ConnectionStats> {
         self.shared.core.check("connection")?;
         let core = self.shared.lock();
@@ -156,22 +161,22 @@ impl Connection {
         self.shared.lock().machine.alive()
     }
 
-    /// From now on it waits for the application's accept, or no longer.
+    /// Whether the connection waits for the application's accept.
     pub(crate) fn set_waits(&self, on: bool) {
         self.shared.waits.store(on, Ordering::SeqCst);
     }
 
-    /// Whether it has not ended, without its lock: somebody may keep that for long.
+    /// Whether the connection is up. Does not take its lock, which another thread may hold for long.
     pub(crate) fn is_up(&self) -> bool {
         self.shared.core.is_here() && !self.shared.gone.load(Ordering::SeqCst)
     }
 
-    /// What the channels ring with.
+    /// The doorbell slot of the channels.
     pub(crate) fn slot(&self) -> &Arc<DoorbellSlot> {
         &self.shared.slot
     }
 
-    /// Has what chunks of `place` need allocated, which may take as long as the application keeps the driver.
+    /// Allocates what chunks of `place` need. This can block for as long as the application keeps the CUDA driver busy.
     pub(crate) fn ready(&self, place: Place) -> Result<()> {
         let _preparing = Preparing::new(&self.shared);
         let mut core = self.shared.lock();
@@ -181,12 +186,12 @@ impl Connection {
         core.channels.ready(place)
     }
 
-    /// Has the peer hear of this side, where whoever should speak is kept. Whether something was said.
-    pub(crate) fn keep(&self) -> bool {
+    /// Sends a heartbeat if one is overdue because the thread that should send it is blocked. Returns whether one was sent.
+    pub(crate) fn keep_alive(&self) -> bool {
         self.shared.core.is_here() && self.pulse.voice.keep(self.pulse.heartbeat * 3 / 2, self.pulse.limit)
     }
 
-    /// Simulates a thread that the driver of a GPU keeps while it prepares the connection.
+    /// Simulates a thread that the CUDA driver blocks while it prepares the connection.
     #[doc(hidden)]
     pub fn simulate_kept_preparing(&self, time: Duration) {
         let _preparing = Preparing::new(&self.shared);
@@ -194,18 +199,17 @@ impl Connection {
         std::thread::sleep(time);
     }
 
-    /// How often the peer hears of this side.
+    /// The interval of the heartbeats.
     pub(crate) fn heartbeat(&self) -> Duration {
         self.pulse.heartbeat
     }
 
-    /// Tells a peer on this host of a region that it may want to reach soon.
+    /// Exports a region to a peer on this host, which may want to reach it soon.
     pub(crate) fn offer_region(&self, region: u64) {
         if self.shared.one_host.is_some() && self.shared.core.is_here() {
-            // It attends to it afterwards.
             let _preparing = Preparing::new(&self.shared);
             let mut core = self.shared.lock();
-            // Only now: who waits for the lock keeps no region from its end.
+            // Looked up under the lock: a thread that waits for the lock must not keep a region from being deregistered.
             match self.shared.context.registry.local(region) {
                 Ok(region) if !core.closing => {
                     let region = region.to_share();
@@ -215,12 +219,13 @@ impl Connection {
             }
         }
     }
-    // ---- what an application asks for ----
 
-    /// Starts a read or write of several segments as one transfer; gives its id.
+    // // ---- transfers and notifications ----
+
+    /// Starts a read or write of several segments as one transfer; returns its id.
     ///
     /// # Errors
-    /// `InvalidArgument`, `NotFound` (region), `Resource`, or why the connection is lost. Nothing moves then.
+    /// `InvalidArgument`, `NotFound` (region), `Resource`, or why the connection is lost. Nothing has moved then.
     pub fn transfer<B: Borrow<FifoItem>>(
         &self,
         direction: Direction,
@@ -229,40 +234,41 @@ impl Connection {
         Submission(&self.shared).transfer(direction, items)
     }
 
-    /// As [`Connection::transfer`], of a list that is kept for several transfers.
+    /// Like [`Connection::transfer`], with a prepared list.
     ///
     /// # Errors
-    /// As [`Connection::transfer`].
+    /// As for [`Connection::transfer`].
     pub fn transfer_list(&self, direction: Direction, list: &List) -> Result<u64> {
         Submission(&self.shared).transfer_list(direction, list)
     }
 
-    /// Starts a two-sided send of one message gathered from segments; gives its id.
+    /// Starts a two-sided send of one message gathered from segments; returns its id.
     ///
     /// # Errors
-    /// As [`Connection::transfer`].
+    /// As for [`Connection::transfer`].
     pub fn send(&self, items: impl ExactSizeIterator<Item = LocalSegment>) -> Result<u64> {
         Submission(&self.shared).send(items)
     }
 
-    /// Starts a receive of one message of at most `local.len` bytes; gives its id.
+    /// Starts a receive of one message of at most `local.len` bytes; returns its id.
     ///
     /// # Errors
-    /// As [`Connection::transfer`].
+    /// As for [`Connection::transfer`].
     pub fn recv(&self, local: LocalSegment) -> Result<u64> {
         Submission(&self.shared).recv(local)
     }
 
-    /// Queues a notification for the peer. Where a large backlog waits it waits too, until there is room or the connection has failed. One
-    /// that has left is no error, though the connection is lost meanwhile: a caller that sends it again would send it twice.
+    /// Queues a notification for the peer. Behind a large backlog it waits until there is room or the connection has failed. A
+    /// notification that has been sent is no error even if the connection is lost meanwhile: a caller that retries would send it
+    /// twice.
     ///
     /// # Errors
-    /// `InvalidArgument` above 64 MiB, `Resource` without memory for it, or why the connection is lost.
+    /// `InvalidArgument` above 64 MiB, `Resource` when memory is short, or why the connection is lost.
     pub fn notify(&self, name: &[u8], message: &[u8]) -> Result<()> {
         Submission(&self.shared).notify(name, message)
     }
 
-    /// Asks for a transfer's state, after driving progress once.
+    /// Drives progress once and returns the state of a transfer.
     ///
     /// # Errors
     /// The error the transfer ended with, or `NotFound`.
@@ -270,81 +276,81 @@ impl Connection {
         Waiter(&self.shared).poll(id)
     }
 
-    /// Waits until a transfer has ended, at most `timeout`; `complete` tells whether it has.
+    /// Waits until a transfer has ended, at most for `timeout`; `complete` says whether it has.
     ///
     /// # Errors
-    /// As [`Connection::poll`].
+    /// As for [`Connection::poll`].
     pub fn wait(&self, id: u64, timeout: Option<Duration>) -> Result<TransferState> {
         Waiter(&self.shared).wait(id, timeout)
     }
 
-    /// Has the log say why a transfer failed, unless it has done so.
-    pub fn tell_failure(&self, id: u64) {
-        Waiter(&self.shared).tell_failure(id);
+    /// Logs why a transfer failed, once.
+    pub fn log_failure(&self, id: u64) {
+        Waiter(&self.shared).log_failure(id);
     }
 
-    // ---- who drives it ----
+    // // ---- driving ----
 
-    /// As the progress thread drives it.
+    /// The progress thread's view.
     pub(crate) fn driver(&self) -> Driver<'_> {
         Driver(&self.shared)
     }
 
-    /// For how long an application thread has been driving it, if one does at present.
+    /// How long an application thread has been driving the connection, if one is.
     pub(crate) fn driven_by_application(&self) -> Option<Duration> {
         self.shared.driven_by_application()
     }
 
-    /// Lets the channels ring, or no longer.
+    /// Arms or disarms the doorbell of the channels.
     pub(crate) fn arm(&self, on: bool) {
         self.shared.arm(on);
     }
 
-    /// Has the progress thread watch its sockets.
+    /// Adds the sockets to those that the progress thread watches.
     pub(crate) fn watch(&self) -> Result<()> {
         self.shared.watch()
     }
 
-    // ---- the end ----
+    // // ---- closing ----
 
-    /// Closes the connection: what is queued for the peer leaves first (for a second at most), then transfers in flight are canceled.
+    /// Closes the connection: queued data is sent first (for at most a second), then transfers in flight are canceled.
     pub fn close(&self) {
         self.insist_on_goodbye();
         self.finish_close(Instant::now() + CLOSING.min(self.shared.context.close_timeout));
     }
 
-    /// Tells the peer that no more comes, without waiting for it. [`Connection::finish_close`] does the rest. `false` where a
-    /// thread keeps the connection, or holds its lock until the deadline: nothing was said.
+    /// Sends the goodbye without waiting for the peer. [`Connection::finish_close`] does the rest. `false` where a thread
+    /// prepares the connection, or holds its lock until the deadline: nothing was sent.
     pub(crate) fn say_goodbye(&self, deadline: Instant) -> bool {
         Closing(&self.shared).say_goodbye(deadline)
     }
 
-    /// The same, but waits for a thread that keeps the connection.
+    /// Like [`Connection::say_goodbye`], but waits for a thread that holds the connection.
     pub(crate) fn insist_on_goodbye(&self) {
         Closing(&self.shared).insist_on_goodbye();
     }
 
-    /// Ends the connection, which has said goodbye: once what is queued has left and the peer has hung up, or at the deadline.
+    /// Ends the connection after its goodbye: once queued data is sent and the peer has closed its end, or at the deadline.
     pub(crate) fn finish_close(&self, deadline: Instant) {
         if Closing(&self.shared).finish(deadline) {
             self.table.connections.remove(self.shared.id);
         }
     }
 
-    /// Fails the connection if a transfer of it still uses the region. `false`: the connection was not asked, since a thread keeps it or holds
-    /// its lock at this moment. `queue`: waits for the lock, and gives up only where a thread keeps the connection; a caller that merely
-    /// tries can be overtaken for ever.
+    /// Fails the connection if a transfer on it still uses the region. `false`: not checked, because another thread prepares the
+    /// connection or holds its lock. With `queue` it waits for the lock, and gives up only where a thread prepares the
+    /// connection; a caller that merely tries can be starved.
     pub(crate) fn fail_if_using(&self, region: u64, queue: bool, error: Error) -> bool {
         Closing(&self.shared).fail_if_using(region, queue, error)
     }
 
-    /// Drops the plugin's registrations of a region that has ended, and what a process of this host was told of it. Waits even for a thread
-    /// that keeps the connection: other memory may come to lie there next, and must not be taken for it.
+    /// Drops the plugin's registrations of a deregistered region, and withdraws it from the peer on this host. Waits even for a
+    /// thread that prepares the connection: other memory may be mapped there next, and must not be mistaken for the region.
     pub(crate) fn forget_region(&self, id: u64) {
         Closing(&self.shared).forget_region(id);
     }
 
-    /// A defect of this library has left the connection in an unknown state.
+    /// Ends the connection after a panic in this library left it in an unknown state.
     pub(crate) fn abandon(&self) {
         self.shared.abandon();
     }
@@ -364,7 +370,7 @@ impl Driven for Connection {
     }
 
     fn drive_for_application(&self) -> bool {
-        Waiter(&self.shared).look_in()
+        Waiter(&self.shared).drive_for_notifications()
     }
 }
 

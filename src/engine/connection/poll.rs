@@ -1,5 +1,5 @@
-//! An application thread that asks for a transfer or waits for it: it drives the connection meanwhile, or leaves the core to others. Knows
-//! nothing of the progress thread but that it can be asked to drive.
+//! An application thread that polls a transfer or waits for it: it drives the connection meanwhile, or leaves the lock to others.
+//! Knows nothing about the progress thread except that it can be asked to drive.
 
 use super::core::Core;
 use super::shared::Shared;
@@ -9,12 +9,12 @@ use crate::status::Result;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// A thread that waits for a transfer drives this long before it sleeps.
+/// A waiting thread drives for this long before it sleeps.
 const WAIT_SPIN: Duration = Duration::from_micros(50);
-/// For so long an application thread that looks in stays for the end of something small.
+/// How long an application thread spins for the end of a small transfer.
 const LINGER: Duration = Duration::from_micros(20);
 
-/// A connection as an application thread waits for it.
+/// A connection as seen by a waiting application thread.
 pub(super) struct Waiter<'a>(pub &'a Shared);
 
 impl Waiter<'_> {
@@ -30,7 +30,7 @@ impl Waiter<'_> {
         let planned = pause(&situation);
         if let Pause::HandOver(nap) = planned {
             drop(core);
-            // Rung by the channels, the progress thread does the same with fewer rounds, and this core is theirs.
+            // Woken by doorbells, the progress thread needs fewer rounds, and the I/O threads need this core.
             if self.0.polls.stop() {
                 self.0.context.request_drive(self.0.id);
             }
@@ -40,11 +40,11 @@ impl Waiter<'_> {
         }
         let now = Instant::now();
         self.0.polls.enter(self.0.context.at(now));
-        let any = self.drive_on(&mut core, now);
+        let any = self.drive_and_linger(&mut core, now);
         let after = core.machine.lookup(id)?;
         drop(core);
         match planned {
-            // A poll that found nothing took no time.
+            // A poll that found nothing took no time worth counting.
             Pause::None if !any => {
                 self.0.polls.leave(self.0.context.at(now));
                 return Ok(after);
@@ -58,8 +58,8 @@ impl Waiter<'_> {
         Ok(after)
     }
 
-    /// Has the log say why a transfer failed, unless it has done so.
-    pub(super) fn tell_failure(&self, id: u64) {
+    /// See `Connection::log_failure`.
+    pub(super) fn log_failure(&self, id: u64) {
         if !self.0.core.is_here() {
             return;
         }
@@ -95,7 +95,7 @@ impl Waiter<'_> {
             if now - started < WAIT_SPIN {
                 continue;
             }
-            // Sleep; the progress thread drives from here and wakes us when something has ended.
+            // The progress thread drives from here on and wakes this thread when a transfer has ended.
             self.0.polls.stop();
             self.0.context.request_drive(self.0.id);
             let mut core = self.0.lock();
@@ -107,9 +107,9 @@ impl Waiter<'_> {
         }
     }
 
-    /// A round of progress by an application thread, and further ones while something small is about to end: going away and coming back
-    /// takes longer. Whatever a peer orders meanwhile keeps nobody here.
-    fn drive_on(&self, core: &mut Core, now: Instant) -> bool {
+    /// A round by an application thread, and further rounds while a small transfer is about to end: returning to the caller and
+    /// coming back takes longer. Work that a peer starts meanwhile does not keep the thread here.
+    fn drive_and_linger(&self, core: &mut Core, now: Instant) -> bool {
         let ended = core.machine.ended();
         let mut any = self.0.drive(core, now);
         while core.machine.ended() == ended && self.0.context.cores == Cores::Many {
@@ -123,12 +123,12 @@ impl Waiter<'_> {
         any
     }
 
-    /// A round by an application thread that looks for notifications. Whether something moved, or is under way.
-    pub(super) fn look_in(&self) -> bool {
+    /// A round by an application thread that looks for notifications. Whether something moved or is in flight.
+    pub(super) fn drive_for_notifications(&self) -> bool {
         let Some(mut core) = self.0.core.try_lock().map(|core| self.0.hold(core)) else { return true };
         let now = Instant::now();
         self.0.polls.enter(self.0.context.at(now));
-        let any = self.drive_on(&mut core, now) || (core.machine.busy() && core.machine.dead().is_none());
+        let any = self.drive_and_linger(&mut core, now) || (core.machine.busy() && core.machine.dead().is_none());
         drop(core);
         self.0.polls.leave(self.0.context.clock());
         any

@@ -1,5 +1,5 @@
-//! What the threads of a connection share: its lock, what is known of the peer, what rings, and how it ends for all of them. Knows nothing
-//! of what an application asks for, nor of the other connections.
+//! What the threads of a connection share: its lock, facts about the peer, its doorbell, and the end of the connection. Knows
+//! nothing about transfers of the application or about other connections.
 
 use super::core::{Core, FLUSH};
 use crate::engine::progress::context::DriveContext;
@@ -17,18 +17,18 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Bytes of the control stream that leave at the end of a connection: what waits before the reason, as far as the socket takes it.
-const FAREWELL: usize = 16 << 20;
+/// Bytes of the control connection flushed at its end: the frames queued before the goodbye, as far as the socket takes them.
+const GOODBYE_BYTES: usize = 16 << 20;
 
 /// Facts about a peer from the handshake.
 pub(crate) struct Peer {
     pub ip: IpAddr,
     pub name: String,
     pub gpu_index: i32,
-    /// Name of the key that it has proved.
+    /// Name of the key that the peer has proved.
     pub key: Option<String>,
     pub engine: [u8; 16],
-    /// Of an incoming connection: its place among those.
+    /// An incoming connection's place in the quota.
     pub _counted: Option<ProcessOwned<Counted>>,
 }
 
@@ -37,36 +37,36 @@ pub(super) struct Shared {
     pub id: u64,
     pub fd: RawFd,
     pub context: Arc<DriveContext>,
-    /// Of the process that made the connection: a forked child neither uses nor ends it.
+    /// Bound to the process that made the connection: a forked child neither uses nor ends it.
     pub core: ProcessOwned<Mutex<Core>>,
     pub ended: Condvar,
     pub waiters: AtomicU32,
     pub polls: Polls,
-    /// Threads that have the lock, or are about to, and may be kept for long: the progress thread has others to drive.
+    /// Threads that hold the lock or wait for it, and may block for long: the progress thread does not wait for them.
     pub preparing: AtomicU32,
-    /// What the channels ring.
+    /// The doorbell slot of the channels.
     pub slot: ProcessOwned<Arc<DoorbellSlot>>,
-    /// The path to a process of this host, where there is one.
+    /// The direct path to a peer on this host, if any.
     pub one_host: Option<Watched>,
-    /// Its socket is watched.
+    /// The socket of that path is watched.
     watching: AtomicBool,
     pub peer: Peer,
-    /// It waits for the application's accept.
+    /// The connection waits for the application's accept.
     pub waits: AtomicBool,
-    /// It has ended: for whoever must not wait for its lock.
+    /// The connection has ended; read without the lock.
     pub gone: AtomicBool,
 }
 
-/// The core, locked. A panic while it is held has left it half done: then the connection ends before anybody else gets it.
+/// The locked core. If the holder panics, the connection ends before another thread gets the lock.
 pub(super) struct Held<'a> {
     shared: &'a Shared,
     pub core: MutexGuard<'a, Core>,
-    /// The thread was unwinding already.
+    /// The thread was already unwinding when it took the lock.
     unwinding: bool,
 }
 
 impl Held<'_> {
-    /// Gives the lock to others for a while.
+    /// Releases the lock for a while.
     pub(super) fn pause(&mut self, time: Duration) {
         MutexGuard::unlocked(&mut self.core, || std::thread::sleep(time));
     }
@@ -93,7 +93,7 @@ impl Drop for Held<'_> {
     }
 }
 
-/// Meanwhile the progress thread does not wait for the connection; then it looks at it.
+/// While this exists the progress thread does not wait for the connection; when dropped it requests a drive.
 pub(super) struct Preparing<'a>(&'a Shared);
 
 impl Preparing<'_> {
@@ -145,8 +145,8 @@ impl Shared {
         Held { shared: self, core, unwinding: std::thread::panicking() }
     }
 
-    /// The lock, unless the deadline comes first or somebody keeps the connection, which may be for long.
-    pub(super) fn lock_unless_kept(&self, deadline: Instant) -> Option<Held<'_>> {
+    /// Takes the lock, unless the deadline comes first or a thread prepares the connection, which may take long.
+    pub(super) fn lock_unless_preparing(&self, deadline: Instant) -> Option<Held<'_>> {
         loop {
             if let Some(core) = self.core.try_lock() {
                 return Some(self.hold(core));
@@ -157,6 +157,7 @@ impl Shared {
             std::thread::sleep(Duration::from_micros(50));
         }
     }
+
     /// A round of progress; wakes waiters when a transfer has ended. `true` when something moved.
     pub(super) fn drive(&self, core: &mut Core, now: Instant) -> bool {
         if core.machine.dead().is_some() {
@@ -178,19 +179,19 @@ impl Shared {
         any
     }
 
-    /// Transfers may have ended since there were `before`.
+    /// Wakes waiters if a transfer has ended since the count was `before`.
     pub(super) fn wake_waiters(&self, core: &Core, before: u64) {
         if core.machine.ended() != before && self.waiters.load(Ordering::Acquire) > 0 {
             self.ended.notify_all();
         }
     }
 
-    /// For how long an application thread has been driving it, if one does at present.
+    /// How long an application thread has been driving the connection, if one is.
     pub(super) fn driven_by_application(&self) -> Option<Duration> {
         self.polls.active(self.context.clock()).map(Duration::from_micros)
     }
 
-    /// Lets the channels ring, or no longer.
+    /// Arms or disarms the doorbell of the channels.
     pub(super) fn arm(&self, on: bool) {
         self.slot.arm(on);
         if let Some(one_host) = &self.one_host {
@@ -198,7 +199,8 @@ impl Shared {
         }
     }
 
-    /// Has the progress thread watch its sockets. One that has ended meanwhile has closed them, and others may have got their numbers.
+    /// Adds the sockets to those that the progress thread watches. A connection that has ended has closed them, and their numbers
+    /// may already belong to other descriptors.
     pub(super) fn watch(&self) -> Result<()> {
         let core = self.lock();
         if core.machine.dead().is_some() || core.closing {
@@ -212,21 +214,22 @@ impl Shared {
         Ok(())
     }
 
-    /// Before the socket to a process of this host is closed.
+    /// Called before the socket to a peer on this host is closed.
     pub(super) fn unwatch_local(&self) {
         if let (Some(one_host), true) = (&self.one_host, self.watching.swap(false, Ordering::SeqCst)) {
             self.context.queue.bell.unwatch(one_host.fd);
         }
     }
 
-    /// A defect of this library has left the connection in an unknown state.
+    /// Ends the connection after a panic in this library left it in an unknown state.
     pub(super) fn abandon(&self) {
         let mut core = self.core.lock();
         self.unwatch_local();
         self.abandon_locked(&mut core);
     }
 
-    /// What is done first is done, whatever of it panics once more: nothing touches memory from here on, and nobody waits for ever.
+    /// Each step runs even if an earlier one panics: afterwards nothing touches the application's memory and no thread waits
+    /// forever.
     pub(super) fn abandon_locked(&self, core: &mut Core) {
         let error = || err!(Internal, "{}: a defect of the library; the log has its place", self.peer.name);
         let steps: [&mut dyn FnMut(&mut Core); 4] = [
@@ -246,7 +249,7 @@ impl Shared {
         self.ended.notify_all();
     }
 
-    /// Ends the connection, unless it has ended. Whether all that was queued for the peer has left.
+    /// Ends the connection, unless it has ended. Returns whether everything queued for the peer was sent.
     pub(super) fn fail_locked(&self, core: &mut Core, error: Error) -> bool {
         if core.machine.dead().is_some() {
             return false;
@@ -266,7 +269,7 @@ impl Shared {
         match (error.kind(), lost) {
             (ErrorKind::Canceled, 0) => log::debug!("{error}"),
             (ErrorKind::Canceled, n) => log::info!("{n} transfers canceled: {error}"),
-            // A peer may come and go as often as it likes.
+            // Rate-limited: a peer may connect and disconnect as often as it likes.
             (ErrorKind::RemoteDisconnect, 0) => lines.log(log::Level::Info, now, format_args!("{error}")),
             (_, n) => {
                 lines.log(log::Level::Error, now, format_args!("connection failed with {n} transfers in flight: {error}"));
@@ -274,18 +277,18 @@ impl Shared {
         }
         self.context.queue.bell.unwatch(self.fd);
         self.unwatch_local();
-        // Whoever has it wait for accept asks afterwards.
+        // The accept queue checks this flag after it sets `waits`.
         self.gone.store(true, Ordering::SeqCst);
         if self.waits.load(Ordering::SeqCst) {
             self.context.dead.tell(self.id);
         }
-        // The peer learns what this side knows, as far as the socket takes it, before it sees its channels end.
+        // Send the cause, as far as the socket takes it, before the channels close and the peer sees only their end.
         let now = Instant::now();
         if !core.closing {
             core.machine.say_bye(Some(&error), now);
         }
         core.control.end();
-        let _ = core.flush(now, FAREWELL);
+        let _ = core.flush(now, GOODBYE_BYTES);
         let left = core.backlog() == 0;
         core.machine.fail(error, &mut core.channels);
         core.control.shutdown_write();

@@ -1,5 +1,5 @@
-//! What an application asks of a connection: transfers, messages, notifications. The first chunks leave from its thread. Knows nothing of
-//! how the rest is driven.
+//! Starts transfers, messages and notifications for the application. The first chunks are sent from its thread. Knows nothing
+//! about how the rest is driven.
 
 use super::core::Core;
 use super::shared::{Held, Shared};
@@ -16,10 +16,10 @@ use crate::wire::frame::{MAX_NOTIFICATION, MAX_SEGMENTS};
 use std::borrow::Borrow;
 use std::time::{Duration, Instant};
 
-/// A read of host memory of at most so many bytes is copied before its start returns.
+/// A read of host memory of at most this many bytes is copied before the call that starts it returns.
 const AT_ONCE: u64 = 128 << 10;
 
-/// A connection as an application asks it for something.
+/// A connection as seen by a caller that starts something.
 pub(super) struct Submission<'a>(pub &'a Shared);
 
 impl Submission<'_> {
@@ -30,7 +30,7 @@ impl Submission<'_> {
         items: impl ExactSizeIterator<Item = (LocalSegment, B)> + Clone,
     ) -> Result<u64> {
         self.0.core.check("connection")?;
-        // Before any item is looked at: a wrong count says nothing of what lies behind the lists.
+        // Checked before any item is read: with a wrong count the arrays cannot be trusted.
         request::check_count(items.len())?;
         if self.0.one_host.is_some() {
             if let Some((sketch, known)) = request::sketch(items.clone(), &self.0.context.registry, self.0.peer.engine) {
@@ -89,7 +89,7 @@ impl Submission<'_> {
         }
     }
 
-    /// Starts a transfer that can go directly at once. `None`: it waits for the peer's answer, or goes in chunks.
+    /// Starts a direct transfer if that is possible at once. `None`: the transfer waits for a grant or goes over channels.
     pub(super) fn transfer_direct(&self, way: Way, sketch: Sketch, blocks: &mut dyn Blocks) -> Result<Option<u64>> {
         if sketch.count > MAX_SEGMENTS {
             return Ok(None);
@@ -97,7 +97,7 @@ impl Submission<'_> {
         let now = Instant::now();
         let mut core = self.0.lock();
         self.admit(&core, sketch.count, &sketch.places())?;
-        // A small read of host memory is over already.
+        // A small read of host memory is complete when this returns.
         let at_once =
             way == Way::In && sketch.total <= AT_ONCE && sketch.pairings.iter().all(|pairing| !pairing.here.is_device());
         let Core { machine, channels, .. } = &mut *core;
@@ -159,7 +159,7 @@ impl Submission<'_> {
         self.leave(core, Ok(()), now)
     }
 
-    /// Whether a transfer may start. What fails here leaves the connection alive; what fails later ends it.
+    /// Whether a transfer may start. An error here leaves the connection alive; a later one ends it.
     fn admit(&self, core: &Core, segments: usize, pairs: &[(Place, Place)]) -> Result<()> {
         if core.closing {
             core.machine.alive()?;
@@ -168,13 +168,13 @@ impl Submission<'_> {
         core.machine.admit(segments, pairs, &core.channels).inspect_err(|e| self.0.context.counters.limit(e.kind()))
     }
 
-    /// After work was added. What fails from here on is how the work ends: something may have moved, so it has begun.
+    /// Finishes a start. From here on a failure is the result of the transfer: bytes may have moved, so it has an id.
     ///
     /// # Errors
-    /// `started`'s, which ends the connection.
+    /// The error in `started`, which ends the connection.
     fn started<T>(&self, mut core: Held<'_>, started: Result<T>, now: Instant) -> Result<T> {
         let value = started.map_err(|e| {
-            let e = core.last_words(e, now);
+            let e = core.prefer_goodbye(e, now);
             self.0.fail_locked(&mut core, e.clone());
             e
         })?;
@@ -182,17 +182,17 @@ impl Submission<'_> {
         Ok(value)
     }
 
-    /// The first chunks leave from here, unless something has failed before, and the progress thread is told when it must poll.
+    /// Sends the first chunks, unless `before` failed, and wakes the progress thread if it must poll.
     ///
     /// # Errors
-    /// Why the connection has ended, if something that was queued for the peer has not left.
+    /// Why the connection has ended, if queued frames could not be sent.
     pub(super) fn leave(&self, mut core: Held<'_>, before: Result<()>, now: Instant) -> Result<()> {
         if let Err(e) = before.and_then(|()| core.pump(now)) {
-            let e = core.last_words(e, now);
+            let e = core.prefer_goodbye(e, now);
             return if self.0.fail_locked(&mut core, e.clone()) { Ok(()) } else { Err(e) };
         }
         let mut needs_help = core.backlog() > 0 || (core.channels.busy() && !self.0.context.doorbells);
-        // Nobody rings when a device has copied; whoever polls in a loop looks anyway.
+        // A device copy rings no doorbell; an application thread that polls checks for it anyway.
         needs_help |= core.channels.copies_pending() && self.0.driven_by_application().is_none();
         drop(core);
         if needs_help {

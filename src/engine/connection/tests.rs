@@ -1,4 +1,4 @@
-//! A connection when the code below it panics: it ends, whoever drove it, and whatever else does not work any more.
+//! A connection when code below it panics: it ends, whichever thread drove it and whatever else fails while it ends.
 
 use super::*;
 use crate::budget::Pool;
@@ -26,13 +26,13 @@ use process::Mutex;
 use std::net::{TcpListener, TcpStream};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
-/// A path that panics when it is driven, and when it is closed.
+/// A path that panics when driven, when closed, or not at all.
 struct SimulatedDefect {
     driven: bool,
     closed: bool,
-    /// No defect when driven: its direct transport is always about to end something, and never does.
+    /// Does not panic when driven; a direct transport always claims to be about to end a transfer.
     hasty: bool,
-    /// No defect: direct transfers begin, and fail.
+    /// Direct transfers start, and fail.
     begins: bool,
 }
 
@@ -76,7 +76,7 @@ impl Path for SimulatedDefect {
     fn forget_region(&mut self, _id: u64) {}
 }
 
-/// A direct transport that is always about to end something, or whose transfers begin and fail.
+/// A direct transport that always claims to be about to end a transfer, or whose transfers start and fail.
 struct SimulatedHaste {
     begins: bool,
 }
@@ -132,7 +132,7 @@ fn table() -> Arc<ConnectionTable> {
     Arc::new(ConnectionTable::new(DriveContext::new(Bell::new().unwrap(), true, Duration::from_secs(1), 1000)))
 }
 
-/// A connection over such a path, and its peer's socket.
+/// A connection over such a path, and the peer's socket.
 fn connection(table: &Arc<ConnectionTable>, driven: bool, closed: bool) -> (Arc<Connection>, TcpStream) {
     connection_over(table, SimulatedDefect { driven, closed, hasty: false, begins: false })
 }
@@ -167,7 +167,7 @@ fn connection_over(table: &Arc<ConnectionTable>, path: SimulatedDefect) -> (Arc<
     (connection, theirs)
 }
 
-/// Runs `body` without the lines of its panics.
+/// Runs `body` with panic messages silenced.
 fn quietly<T>(body: impl FnOnce() -> T) -> T {
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock();
@@ -223,7 +223,7 @@ fn a_panic_in_an_applications_thread_ends_the_connection() {
 }
 
 #[test]
-fn one_that_ended_before_it_was_watched_wakes_nobody() {
+fn a_connection_that_ended_before_it_was_watched_causes_no_wake_up() {
     let table = table();
     let (connection, theirs) = connection(&table, false, false);
     let woken = |wait| {
@@ -233,14 +233,14 @@ fn one_that_ended_before_it_was_watched_wakes_nobody() {
     };
     drop(theirs);
     connection.abandon();
-    connection.watch().expect("that it has ended is told by its use");
+    connection.watch().expect("its next use reports that it has ended");
     assert_eq!(woken(Duration::from_millis(50)), []);
     assert_eq!(kind(&connection), Some(ErrorKind::Internal));
 }
 
-/// The thread that sets up connections asks, and whoever accepts one asks with the queue's lock.
+/// The set-up thread checks this, and accept checks it under the queue's lock.
 #[test]
-fn whether_it_is_up_is_known_while_somebody_keeps_it() {
+fn is_up_does_not_wait_for_the_lock() {
     let table = table();
     let (connection, _theirs) = connection(&table, false, false);
     let kept = connection.shared.lock();
@@ -255,9 +255,9 @@ fn whether_it_is_up_is_known_while_somebody_keeps_it() {
     assert!(!Waiting::is_up(&*connection));
 }
 
-/// A peer can have something new begin whenever something has ended.
+/// A peer can start something new whenever something has ended.
 #[test]
-fn an_application_thread_comes_back_from_what_is_always_about_to_end() {
+fn an_application_thread_returns_from_transfers_that_never_end() {
     let mut context = DriveContext::new(Bell::new().unwrap(), true, Duration::from_secs(1), 1000);
     context.cores = Cores::Many;
     let table = Arc::new(ConnectionTable::new(context));
@@ -268,7 +268,7 @@ fn an_application_thread_comes_back_from_what_is_always_about_to_end() {
         connection.drive_for_application();
         sender.send(()).unwrap();
     });
-    assert!(receiver.recv_timeout(Duration::from_secs(20)).is_ok(), "it drives for ever");
+    assert!(receiver.recv_timeout(Duration::from_secs(20)).is_ok(), "it drives forever");
 }
 
 /// A path that does nothing.
@@ -277,14 +277,14 @@ fn idle(table: &Arc<ConnectionTable>) -> (Arc<Connection>, TcpStream) {
 }
 
 #[test]
-fn a_region_is_asked_about_without_waiting_for_whoever_has_the_connection() {
+fn a_check_for_a_region_does_not_wait_for_the_lock_unless_asked_to() {
     let table = table();
     let (connection, _theirs) = idle(&table);
     let kept = connection.shared.lock();
     let asks = |queue| connection.fail_if_using(1, queue, err!(Canceled, "a test"));
-    assert!(!asks(false), "it was not asked");
+    assert!(!asks(false), "it was not checked");
     let preparing = Preparing::new(&connection.shared);
-    assert!(!asks(true), "somebody keeps it");
+    assert!(!asks(true), "a thread prepares it");
     drop(preparing);
     assert!(!connection.say_goodbye(Instant::now()), "nothing can be said");
     drop(kept);
@@ -294,19 +294,19 @@ fn a_region_is_asked_about_without_waiting_for_whoever_has_the_connection() {
 }
 
 #[test]
-fn whoever_looks_for_notifications_comes_back_to_a_connection_that_another_thread_has() {
+fn a_look_for_notifications_does_not_wait_for_the_lock() {
     let table = table();
     let (connection, _theirs) = idle(&table);
     assert!(!connection.drive_for_application(), "nothing is under way");
     let kept = connection.shared.lock();
-    assert!(connection.drive_for_application(), "another thread is at it");
+    assert!(connection.drive_for_application(), "another thread drives it");
     drop(kept);
     assert!(!connection.drive_for_application());
 }
 
-/// Two threads that come back for a connection all the time leave it to nobody who merely tries.
+/// Two threads that take the lock in a loop starve a caller that only tries.
 #[test]
-fn a_region_is_asked_about_behind_threads_that_come_back_all_the_time() {
+fn a_check_for_a_region_queues_behind_threads_that_take_the_lock_in_a_loop() {
     let table = table();
     let (connection, _theirs) = idle(&table);
     let over = AtomicBool::new(false);
@@ -326,16 +326,16 @@ fn a_region_is_asked_about_behind_threads_that_come_back_all_the_time() {
     });
 }
 
-/// The peer is gone, and the first to notice is who starts a transfer: chunks may have left by then.
+/// The peer has disconnected, and the thread that starts a transfer is the first to notice: chunks may already be sent.
 #[test]
-fn a_transfer_that_has_begun_has_an_id_that_tells_how_it_ended() {
+fn a_transfer_that_fails_as_it_starts_reports_the_failure_by_its_id() {
     let table = table();
     let (connection, theirs) = idle(&table);
     let memory = [0u8; 64];
     let addr = memory.as_ptr() as usize;
     let mr = table.context.registry.add(addr as u64, 64, Place::HOST, crate::types::RemoteAccess::ALL).unwrap();
     // With a byte unread the socket of the peer is reset when it is closed.
-    connection.notify(b"", b"").expect("a peer that is there");
+    connection.notify(b"", b"").expect("a connected peer");
     drop(theirs);
     let local = LocalSegment { mr, addr, len: 64 };
     let id = connection.send(std::iter::once(local)).expect("it has begun");
@@ -346,7 +346,7 @@ fn a_transfer_that_has_begun_has_an_id_that_tells_how_it_ended() {
     assert!(!table.context.registry.retire(mr).unwrap().in_use());
 }
 
-/// Blocks of nothing.
+/// No blocks.
 struct NoBlocks;
 
 impl Blocks for NoBlocks {
@@ -358,9 +358,9 @@ impl Blocks for NoBlocks {
     }
 }
 
-/// Within a host bytes move as soon as a transfer starts.
+/// A direct transfer moves bytes as soon as it starts.
 #[test]
-fn a_transfer_without_chunks_that_fails_as_it_starts_has_an_id() {
+fn a_direct_transfer_that_fails_as_it_starts_has_an_id() {
     let table = table();
     let path = |begins| SimulatedDefect { driven: false, closed: false, hasty: true, begins };
     let starts = |connection: &Connection| {
@@ -375,9 +375,9 @@ fn a_transfer_without_chunks_that_fails_as_it_starts_has_an_id() {
     assert_eq!(kind(&connection), Some(ErrorKind::RemoteDisconnect));
 }
 
-/// Who is told that a notification did not leave sends it again, and the peer would have it twice.
+/// A caller that gets an error sends the notification again, and the peer would have it twice.
 #[test]
-fn a_notification_that_has_left_is_no_error_though_its_connection_is_lost() {
+fn a_notification_that_was_sent_is_no_error_though_its_connection_is_lost() {
     let table = table();
     let lost = || Err(err!(RemoteDisconnect, "a simulated loss of a channel"));
     let queued = |connection: &Connection, message: &[u8]| {
