@@ -1,4 +1,4 @@
-//! The connections of an engine, by id. Does not keep them alive, and knows nothing of what they do.
+//! The connections of an engine, by id. Does not keep them alive, and knows nothing about what they do.
 
 use crate::hash::Map;
 use process::Mutex;
@@ -7,11 +7,11 @@ use std::sync::{Arc, Weak};
 
 struct Live<T> {
     by_id: Map<u64, Weak<T>>,
-    /// No more are taken in: the engine ends.
+    /// The engine is closing and accepts no more connections.
     closed: bool,
 }
 
-/// The connections, `T` each.
+/// The connections of an engine, of type `T`.
 pub(crate) struct Connections<T> {
     live: Mutex<Live<T>>,
     last: AtomicU64,
@@ -27,7 +27,7 @@ impl<T> Connections<T> {
         self.last.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    /// Takes a connection in; `false` when the engine ends.
+    /// Adds a connection; `false` when the engine is closing.
     pub(crate) fn insert(&self, id: u64, connection: &Arc<T>) -> bool {
         let mut live = self.live.lock();
         if live.closed {
@@ -37,27 +37,27 @@ impl<T> Connections<T> {
         true
     }
 
-    /// Takes a connection out; it may be out already.
+    /// Removes a connection, if it is still there.
     pub(crate) fn remove(&self, id: u64) {
         self.live.lock().by_id.remove(&id);
     }
 
-    /// From now on nothing is taken in.
+    /// Rejects all further connections.
     pub(crate) fn close(&self) {
         self.live.lock().closed = true;
     }
 
-    /// A connection by its id.
+    /// Looks up a connection by its id.
     pub(crate) fn get(&self, id: u64) -> Option<Arc<T>> {
         self.live.lock().by_id.get(&id).and_then(Weak::upgrade)
     }
 
-    /// How many there are.
+    /// The number of connections.
     pub(crate) fn count(&self) -> usize {
         self.live.lock().by_id.len()
     }
 
-    /// All that are alive.
+    /// All connections that are alive.
     pub(crate) fn all(&self) -> Vec<Arc<T>> {
         self.live.lock().by_id.values().filter_map(Weak::upgrade).collect()
     }

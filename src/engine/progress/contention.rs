@@ -1,9 +1,9 @@
-//! Whether other threads want the core on which the progress thread spins. Pure; time is the caller's.
+//! Whether other threads want the core on which the progress thread spins. Pure; time comes from the caller.
 //!
 //! On a shared core, a thread that spins delays the thread that it waits for: a 4 KiB write between two processes bound to one core took
-//! three to four times as long as with a thread that sleeps. But a thread that sleeps pays for each wake-up, and the kernel tends to wake it on the
-//! core of the thread that woke it, where both then stay. So the progress thread spins until other threads have taken a share of its core
-//! over a whole window, which is longer than the kernel takes to move one of two busy threads to an idle core.
+//! three to four times as long as with a thread that sleeps. But each wake-up has a cost, and the kernel tends to wake a thread on
+//! the core of the thread that woke it, where both then stay. So the progress thread spins until other threads have taken a share of
+//! its core over a whole window, which is longer than the kernel takes to move one of two busy threads to an idle core.
 
 use std::time::{Duration, Instant};
 
@@ -11,20 +11,20 @@ use std::time::{Duration, Instant};
 const YIELDED: Duration = Duration::from_micros(4);
 /// The time over which yields are judged. Linux 6.18 needed 20 to 50 ms to separate two threads.
 const WINDOW: Duration = Duration::from_millis(50);
-/// A window is contended if other threads ran for more than 1 / SHARE of it. A thread that had its core to itself lost 1 %, one that shared
-/// it 10 %: it yields after every few rounds only, and a yield often returns at once although another thread could run.
+/// A window is contended if other threads ran for more than 1 / SHARE of it. A thread alone on its core lost 1 %, one that shared
+/// it 10 %: the thread yields only every few rounds, and a yield often returns at once although another thread could run.
 const SHARE: u32 = 20;
 /// How long the thread sleeps instead of spinning after a contended window: at first, and at most.
 const PAUSE: [Duration; 2] = [Duration::from_millis(200), Duration::from_millis(3200)];
 
 #[derive(Debug)]
 pub(crate) struct Contention {
-    /// When the window began, and how much of it other threads have run.
+    /// When the window began, and for how long other threads ran in it.
     began: Instant,
     lost: Duration,
     /// The thread does not spin before then.
     until: Instant,
-    /// The next pause. It grows while each window is contended.
+    /// The next pause; it doubles with each contended window in a row.
     pause: Duration,
 }
 
@@ -33,7 +33,7 @@ impl Contention {
         Contention { began: now, lost: Duration::ZERO, until: now, pause: PAUSE[0] }
     }
 
-    /// Spinning is worth while.
+    /// Whether spinning is worthwhile.
     pub(crate) fn may_spin(&self, now: Instant) -> bool {
         now >= self.until
     }
@@ -48,7 +48,7 @@ impl Contention {
         if elapsed < WINDOW {
             return;
         }
-        // A thread that has not yielded for long starts anew.
+        // After a long time without yields the window starts anew.
         if elapsed < 2 * WINDOW + took && self.lost > elapsed / SHARE {
             self.until = after + self.pause;
             self.pause = (self.pause * 2).min(PAUSE[1]);

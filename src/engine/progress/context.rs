@@ -1,5 +1,5 @@
-//! What a connection needs of its engine while it lives: the registry, the queue of the progress thread, the counters, and a clock. Knows
-//! nothing of connections.
+//! What a connection needs from its engine: the registry, the queue of the progress thread, the counters, and a clock. Knows
+//! nothing about connections.
 
 use super::counters::Counters;
 use super::doorbell::Bell;
@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Connections that the progress thread is asked to drive, and what wakes it.
+/// Connections that the progress thread is asked to drive, and the doorbell that wakes it.
 pub(crate) struct DriveQueue {
     pub bell: Bell,
     asked: Mutex<HashSet<u64>>,
@@ -32,12 +32,12 @@ impl DriveQueue {
         self.bell.ring();
     }
 
-    /// Whether some connection is to be driven.
+    /// Whether a connection waits to be driven.
     pub(crate) fn has_asked(&self) -> bool {
         self.any_asked.load(Ordering::SeqCst)
     }
 
-    /// Takes the connections that are to be driven.
+    /// Takes the connections that wait to be driven.
     pub(crate) fn asked(&self, mut each: impl FnMut(u64)) {
         if self.any_asked.swap(false, Ordering::SeqCst) {
             let ids = std::mem::take(&mut *self.asked.lock());
@@ -46,20 +46,20 @@ impl DriveQueue {
     }
 }
 
-/// What an engine's connections share.
+/// What the connections of an engine share.
 pub(crate) struct DriveContext {
     pub registry: Arc<Registry>,
     pub queue: DriveQueue,
     pub counters: Counters,
-    /// Those that died while they waited for accept.
+    /// Connections that ended while they waited for accept.
     pub dead: Arc<Dead>,
-    /// The channels ring the bell; without, the progress thread must poll while work is in flight.
+    /// The channels ring the doorbell; otherwise the progress thread must poll while work is in flight.
     pub doorbells: bool,
     pub cores: Cores,
     pub close_timeout: Duration,
-    /// Lines of the log that peers cause.
+    /// Limits the log lines that peers can cause.
     pub lines: Arc<Limiter>,
-    /// The connection and transfer that was polled last, as one number.
+    /// The connection and transfer that were polled last, folded into one number.
     last_polled: AtomicU64,
     start: Instant,
 }
@@ -85,13 +85,13 @@ impl DriveContext {
         self.queue.request(id);
     }
 
-    /// Notes a poll; whether the one before was of the same transfer.
+    /// Records a poll. Returns whether the previous poll was of the same transfer.
     pub(crate) fn polled_again(&self, connection: u64, transfer: u64) -> bool {
         let this = connection.rotate_right(16) ^ transfer;
         self.last_polled.swap(this, Ordering::Relaxed) == this
     }
 
-    /// Since the engine started.
+    /// Time since the engine started.
     pub(crate) fn age(&self) -> Duration {
         self.start.elapsed()
     }

@@ -1,11 +1,11 @@
-//! What an engine counts besides its connections, and the totals of connections that have ended.
+//! Counters of an engine that no single connection keeps, and the totals of connections that have ended.
 
 use crate::stats::{EngineStats, Totals};
 use crate::status::ErrorKind;
 use process::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A number that only rises.
+/// A counter that only rises.
 #[derive(Debug, Default)]
 pub(crate) struct Counter(AtomicU64);
 
@@ -36,8 +36,8 @@ pub(crate) struct Counters {
 }
 
 impl Counters {
-    /// A connection has ended with this kind of error, in order if `closed`, of a peer that was `silent` for too long; what it counted is
-    /// kept.
+    /// Adds the totals of a connection that has ended: with an error of this kind, orderly if `closed`, with a peer that was
+    /// `silent` for too long.
     pub(crate) fn ended(&self, totals: Totals, kind: ErrorKind, closed: bool, silent: bool) {
         *self.past.lock() += totals;
         if closed { &self.closed } else { &self.lost }.add();
@@ -49,7 +49,7 @@ impl Counters {
         }
     }
 
-    /// An incoming set-up did not come up.
+    /// Counts an incoming set-up that failed.
     pub(crate) fn setup_failed(&self, kind: ErrorKind) {
         match kind {
             ErrorKind::Auth | ErrorKind::Resource => self.setups_in_refused.add(),
@@ -58,20 +58,20 @@ impl Counters {
         self.limit(kind);
     }
 
-    /// Counts an error that tells of a limit.
+    /// Counts an error that reports a limit.
     pub(crate) fn limit(&self, kind: ErrorKind) {
         if kind == ErrorKind::Resource {
             self.limits_hit.add();
         }
     }
 
-    /// The totals of connections that have ended. Read before those of connections that are there, a connection that ends meanwhile
-    /// is missing for a moment and never counted twice.
+    /// The totals of connections that have ended. Read it before the totals of open connections: one that ends in between is then
+    /// missed for a moment, and never counted twice.
     pub(crate) fn past(&self) -> Totals {
         *self.past.lock()
     }
 
-    /// Fills in what is counted here.
+    /// Fills in the counters kept here.
     pub(crate) fn fill(&self, stats: &mut EngineStats) {
         stats.opened = self.opened.get();
         stats.closed = self.closed.get();

@@ -1,5 +1,6 @@
-//! How the progress thread sleeps and is woken: the set of descriptors that it watches, its own bell, and those that the channels of a few
-//! connections share, so that a ring names few. Knows nothing of connections but their descriptors and ids.
+//! How the progress thread sleeps and is woken: the descriptors that it watches, its own doorbell, and descriptors that the
+//! channels of a few connections share, so that a ring points to few. Knows nothing about connections but their descriptors and
+//! ids.
 
 use crate::engine::limits;
 use crate::host;
@@ -13,29 +14,29 @@ use std::sync::atomic::{fence, AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Token of the bell itself; connections use their ids, from 1.
+/// Token of the progress thread's own doorbell; connections use their ids, from 1.
 pub(crate) const WAKE: u64 = 0;
-/// Marks the token of a connection's socket to a process of this host.
+/// Marks the token of a connection's socket to a peer on this host.
 pub(crate) const LOCAL: u64 = 1 << 62;
-/// Events of one wait.
+/// Events taken by one wait.
 const EVENTS: usize = 64;
-/// Connections that share a descriptor for their channels' rings.
+/// Connections that share a descriptor for their channels' doorbells.
 const SLOTS: usize = 16;
-/// Marks the tokens of such descriptors.
+/// Marks the tokens of these descriptors.
 const GROUP: u64 = 1 << 63;
 
-/// Descriptors that channels ring, and how many connections each serves. They stay open for the next ones.
+/// Descriptors that channels ring, and how many connections use each. They stay open for later connections.
 #[derive(Default)]
 struct Groups {
     wakers: Vec<Waker>,
-    /// Duplicates of their descriptors, which live as long as somebody has them.
+    /// Duplicates of the descriptors, which live as long as any thread holds them.
     rings: Vec<Arc<OwnedFd>>,
     served: Vec<usize>,
     /// Groups with a free slot.
     free: BTreeSet<usize>,
 }
 
-/// A connection's place in a group of those whose channels share a descriptor; free again once it is dropped.
+/// A connection's place in a group whose channels share a descriptor; freed when dropped.
 pub(crate) struct DoorbellSlot {
     armed: Arc<AtomicU32>,
     pub group: usize,
@@ -45,24 +46,25 @@ pub(crate) struct DoorbellSlot {
 }
 
 impl DoorbellSlot {
-    /// What threads ring that may do so after the connection, or the engine, has ended.
+    /// The doorbell for threads that may ring after the connection, or the engine, has ended.
     pub(crate) fn local_bell(&self) -> host::Bell {
         host::Bell { armed: self.armed.clone(), fd: self.rings.clone() }
     }
 
-    /// What comms ring: only while the progress thread sleeps and answers for the connection.
+    /// The doorbell for comms: rings only while the progress thread sleeps and is responsible for the connection.
     pub(crate) fn doorbell(&self) -> Doorbell {
         Doorbell { armed: self.armed.clone(), fd: self.fd }
     }
 
-    /// Lets the channels ring once, or no longer. What the caller looks at afterwards is not older than that.
+    /// Arms the doorbell for one ring, or disarms it. What the caller reads afterwards is at least as new as the arming.
     pub(crate) fn arm(&self, on: bool) {
         self.armed.store(u32::from(on), Ordering::SeqCst);
-        // Whoever rings publishes, has a fence, and looks whether the bell is armed: one of the two sees the other on every processor.
+        // A ringing thread publishes its result, passes a fence, and checks whether the doorbell is armed. With this fence one of
+        // the two always sees the other's store.
         fence(Ordering::SeqCst);
     }
 
-    /// Whether they may have rung: they were not armed, or have.
+    /// Whether the channels may have rung: the doorbell is disarmed.
     pub(crate) fn rang(&self) -> bool {
         self.armed.load(Ordering::SeqCst) == 0
     }
@@ -78,20 +80,20 @@ impl Drop for DoorbellSlot {
     }
 }
 
-/// What a token names.
+/// What a token stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Named {
     /// The bell itself.
     Bell,
-    /// A group whose channels have rung.
+    /// A group of which some channel has rung.
     Group(usize),
-    /// A connection, whose socket has something.
+    /// A connection whose control socket has an event.
     Connection(u64),
-    /// A connection, whose socket to a process of this host has something.
+    /// A connection whose socket to a peer on this host has an event.
     Local(u64),
 }
 
-/// Reads a token.
+/// Decodes a token.
 pub(crate) fn named(token: u64) -> Named {
     match token {
         WAKE => Named::Bell,
@@ -106,9 +108,9 @@ pub(crate) struct Bell {
     waker: Waker,
     armed: AtomicU32,
     groups: Arc<Mutex<Groups>>,
-    /// Room for the events of the one thread that waits.
+    /// The event buffer of the thread that waits.
     events: Mutex<Events>,
-    /// The same for others, who only look.
+    /// The event buffer of threads that only check.
     ready_events: Mutex<Events>,
 }
 
@@ -128,32 +130,32 @@ impl Bell {
         })
     }
 
-    /// Watches a connection's socket from now on.
+    /// Adds a connection's socket.
     pub(crate) fn watch(&self, fd: RawFd, id: u64) -> Result<()> {
         self.poller.add(fd, id, Interest::READ).map_err(|e| limits::system("epoll", &e))
     }
 
-    /// Watches a connection's socket to a process of this host: each message is one event.
+    /// Adds a connection's socket to a peer on this host: each message is one event.
     pub(crate) fn watch_local(&self, fd: RawFd, id: u64) -> Result<()> {
         self.poller.add(fd, id | LOCAL, Interest::READ | Interest::EDGE).map_err(|e| limits::system("epoll", &e))
     }
 
-    /// Changes what of a connection's socket wakes the progress thread.
+    /// Changes which events of a connection's socket wake the progress thread.
     pub(crate) fn change(&self, fd: RawFd, id: u64, interest: Interest) {
         let _ = self.poller.modify(fd, id, interest);
     }
 
-    /// Takes a connection's socket out; it may be out already.
+    /// Removes a connection's socket, if it is still watched.
     pub(crate) fn unwatch(&self, fd: RawFd) {
         let _ = self.poller.remove(fd);
     }
 
-    /// Waits for events; gives the tokens that have some.
+    /// Waits for events; returns the tokens that have some.
     pub(crate) fn wait(&self, timeout: Duration, tokens: &mut Vec<u64>) {
         let mut events = self.events.lock();
         tokens.clear();
         if self.poller.wait(&mut events, Some(timeout)).is_err() {
-            // The kernel refuses to wait: sleep instead of spinning.
+            // The kernel refused to wait: sleep instead of spinning.
             std::thread::sleep(Duration::from_millis(1));
             return;
         }
@@ -167,7 +169,7 @@ impl Bell {
         }
     }
 
-    /// The tokens that have events now, for a thread other than the one that waits. A ring stays for that one.
+    /// The tokens that have events now, for a thread other than the waiting one. Rings are left to that one.
     pub(crate) fn ready(&self, tokens: &mut Vec<u64>) {
         let mut events = self.ready_events.lock();
         tokens.clear();
@@ -176,7 +178,7 @@ impl Bell {
         }
     }
 
-    /// A slot for one more connection.
+    /// A slot for a new connection.
     ///
     /// # Errors
     /// `Resource`.
@@ -227,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ring_names_a_few_connections_however_many_there_are() {
+    fn a_ring_points_to_a_few_connections_however_many_there_are() {
         let bell = Bell::new().unwrap();
         let slots: Vec<Arc<DoorbellSlot>> = (0..1000).map(|_| bell.slot().unwrap()).collect();
         let mut tokens = Vec::new();
@@ -237,9 +239,9 @@ mod tests {
             let named: Vec<Named> = tokens.iter().map(|&token| named(token)).collect();
             assert_eq!(named, [Named::Group(slots[rung].group)]);
             let few = slots.iter().filter(|s| s.group == slots[rung].group).count();
-            assert!(few <= SLOTS, "{few} connections are looked at");
+            assert!(few <= SLOTS, "{few} connections are checked");
             bell.wait(Duration::ZERO, &mut tokens);
-            assert_eq!(tokens, [], "a ring is heard once");
+            assert_eq!(tokens, [], "a ring is reported once");
         }
         bell.arm(true);
         bell.ring();
@@ -248,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn seats_are_given_out_again() {
+    fn slots_are_reused() {
         let bell = Bell::new().unwrap();
         for _ in 0..100 {
             let slots: Vec<Arc<DoorbellSlot>> = (0..3 * SLOTS).map(|_| bell.slot().unwrap()).collect();

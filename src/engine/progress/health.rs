@@ -1,27 +1,27 @@
-//! Looks at a connection once a second: rates for statistics, and lines of the log about a channel that runs far below the others,
-//! segments that are sent again, and a peer that keeps silent. Time and numbers are the caller's.
+//! Checks a connection once a second: rates for statistics, and log lines about a channel far slower than the others,
+//! retransmits, and a peer that keeps silent. Time and numbers come from the caller.
 
 use crate::channel::router::Totals;
 use crate::logging::Limiter;
 use crate::stats::ChannelStats;
 use std::time::{Duration, Instant};
 
-/// Time between looks.
+/// Time between checks.
 const LOOK: Duration = Duration::from_secs(1);
-/// A channel is slow when its speed is less than this part of the reference, and no longer when it is more than twice that.
+/// A channel becomes slow below this fraction of the reference speed, and recovers above twice that.
 const FAR_BELOW: f64 = 0.25;
-/// Looks in a row that make a channel slow.
+/// Checks in a row that make a channel slow.
 const LOOKS: u32 = 3;
-/// A channel that sent less than this since the last look, and has nothing under way, tells nothing about its speed.
-const TELLING: u64 = 256 << 10;
-/// Retransmits are worth a line above this share, of at least so many of them.
+/// A channel that sent less than this since the last check, and has nothing in flight, says nothing about its speed.
+const SIGNIFICANT: u64 = 256 << 10;
+/// Retransmits are logged above this share and this number.
 const LOSS: f64 = 0.01;
 const LOST: u64 = 50;
 const LOSS_OVER: Duration = Duration::from_secs(5);
-/// A kind of line is written once in this time.
+/// Time between two lines about retransmits.
 const QUIET: Duration = Duration::from_secs(60);
 
-/// What is remembered of a channel.
+/// What the last check saw of a channel.
 #[derive(Clone, Debug, Default)]
 struct Seen {
     sent: u64,
@@ -35,12 +35,12 @@ struct Seen {
     retransmits: u64,
 }
 
-/// The state of one connection's looks.
+/// The health checks of one connection.
 pub(crate) struct Health {
     looked: Option<Instant>,
     totals: Totals,
     channels: Vec<Seen>,
-    /// The silence, and the transfer, that were told are not over.
+    /// The silence, and the stalled transfer, were logged and are not over.
     silence_logged: bool,
     standstill_logged: bool,
     slow_answers: u64,
@@ -64,23 +64,23 @@ impl Health {
         }
     }
 
-    /// Whether [`Health::look`] wants to be called.
+    /// Whether [`Health::look`] is due.
     pub(crate) fn due(&self, now: Instant) -> bool {
         self.looked.is_none_or(|looked| now.saturating_duration_since(looked) >= LOOK)
     }
 
-    /// Whether anything has happened on the channels since the last look, or is under way. An idle connection costs no system call.
+    /// Whether the channels have moved since the last check, or have work in flight. An idle connection costs no system call.
     pub(crate) fn worth_a_look(&mut self, totals: Totals, busy: bool) -> bool {
         let before = std::mem::replace(&mut self.totals, totals);
         busy || before != totals
     }
 
-    /// Looks at the channels; gives what is worth a line.
+    /// Checks the channels; returns the lines to log.
     pub(crate) fn look(&mut self, channels: &[ChannelStats], now: Instant) -> Vec<String> {
         self.channels.resize(channels.len(), Seen::default());
         let elapsed = self.looked.map_or(0.0, |looked| now.saturating_duration_since(looked).as_secs_f64());
-        let mut telling = vec![false; channels.len()];
-        for ((seen, channel), telling) in self.channels.iter_mut().zip(channels).zip(&mut telling) {
+        let mut significant = vec![false; channels.len()];
+        for ((seen, channel), significant) in self.channels.iter_mut().zip(channels).zip(&mut significant) {
             let (sent, received) = (channel.sent_bytes - seen.sent, channel.received_bytes - seen.received);
             if elapsed > 0.0 {
                 seen.rates = (sent as f64 / elapsed, received as f64 / elapsed);
@@ -89,23 +89,23 @@ impl Health {
             if seen.busy && busy && sent + received == 0 && elapsed > 0.0 {
                 seen.stalls += 1;
             }
-            *telling = sent >= TELLING || channel.window_out > 0 || channel.avoided;
+            *significant = sent >= SIGNIFICANT || channel.window_out > 0 || channel.avoided;
             (seen.sent, seen.received, seen.busy) = (channel.sent_bytes, channel.received_bytes, busy);
         }
-        let mut lines: Vec<String> = self.compare(channels, &telling).into_iter().collect();
+        let mut lines: Vec<String> = self.compare(channels, &significant).into_iter().collect();
         lines.extend(self.retransmits(channels, now));
         self.looked = Some(now);
         lines
     }
 
-    /// Which channels have become slow.
-    fn compare(&mut self, channels: &[ChannelStats], telling: &[bool]) -> Option<String> {
+    /// The line about channels that have become slow, if any.
+    fn compare(&mut self, channels: &[ChannelStats], significant: &[bool]) -> Option<String> {
         let mut speeds: Vec<f64> = channels.iter().map(|c| c.speed).filter(|&speed| speed > 0.0).collect();
         speeds.sort_unstable_by(f64::total_cmp);
         let reference = *speeds.get((3 * speeds.len()).div_ceil(4).checked_sub(1)?)?;
         let mut fresh = Vec::new();
         for (i, (seen, channel)) in self.channels.iter_mut().zip(channels).enumerate() {
-            if channel.speed <= 0.0 || !telling[i] {
+            if channel.speed <= 0.0 || !significant[i] {
                 continue;
             }
             if channel.speed < FAR_BELOW * reference {
@@ -130,7 +130,7 @@ impl Health {
         })
     }
 
-    /// Whether many segments were sent again since the kernel was last asked.
+    /// The line about retransmits since the kernel was last asked, if they are many.
     fn retransmits(&mut self, channels: &[ChannelStats], now: Instant) -> Option<String> {
         if self.loss_looked.is_some_and(|looked| now.saturating_duration_since(looked) < LOSS_OVER) {
             return None;
@@ -158,16 +158,17 @@ impl Health {
         self.loss_logged = Some(now);
         let share = 100.0 * again as f64 / of.max(1) as f64;
         let worst = worst.1.map_or(String::new(), |c| format!(", most of them on {}", place(c)));
-        Some(format!("{again} of {of} segments ({share:.1} %) were sent again lately{worst}: the network loses packets"))
+        Some(format!("{again} of {of} segments ({share:.1} %) were retransmitted recently{worst}: the network loses packets"))
     }
 
-    /// The peer has kept silent for `silent`, of at most `limit`; a transfer stands still, in words. Gives what is worth a line.
+    /// The peer has been silent for `silent`, of at most `limit`; `standstill` describes a stalled transfer. Returns the lines to
+    /// log.
     pub(crate) fn answers(&mut self, silent: Duration, limit: Duration, standstill: Option<String>) -> Vec<String> {
         let mut lines = Vec::new();
         let quiet = silent > limit / 2;
         if quiet && !self.silence_logged {
             lines.push(format!(
-                "nothing was heard of the peer for {silent:.1?}, not even a heartbeat: it is stopped, overloaded or cut off; \
+                "nothing was heard from the peer for {silent:.1?}, not even a heartbeat: it is stopped, overloaded or cut off; \
                  the connection ends after {limit:.1?}"
             ));
         }
@@ -180,18 +181,18 @@ impl Health {
         lines
     }
 
-    /// Writes lines about the peer.
-    pub(crate) fn tell(&self, peer: &str, lines: &[String], now: Instant) {
+    /// Logs lines about the peer.
+    pub(crate) fn log(&self, peer: &str, lines: &[String], now: Instant) {
         for line in lines {
             self.lines.log(log::Level::Warn, now, format_args!("{peer}: {line}"));
         }
     }
 
-    /// Fills in what is known here.
+    /// Fills in rates, slow channels and stalls.
     pub(crate) fn fill(&self, channels: &mut [ChannelStats], now: Instant) {
         let elapsed = self.looked.map_or(0.0, |looked| now.saturating_duration_since(looked).as_secs_f64());
         for (channel, seen) in channels.iter_mut().zip(&self.channels) {
-            // Idle connections are not looked at: the time since then has its own rate.
+            // Idle connections are not checked: the time since the last check has its own rate.
             (channel.sent_per_second, channel.received_per_second) = if elapsed > 2.0 * LOOK.as_secs_f64() {
                 ((channel.sent_bytes - seen.sent) as f64 / elapsed, (channel.received_bytes - seen.received) as f64 / elapsed)
             } else {
@@ -201,7 +202,7 @@ impl Health {
         }
     }
 
-    /// Stalls of all channels, and silences.
+    /// Stalls of all channels, and log lines about slow answers.
     pub(crate) fn counts(&self) -> (u64, u64) {
         (self.channels.iter().map(|c| c.stalls).sum(), self.slow_answers)
     }
@@ -229,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn a_channel_far_below_the_others_is_told_once_and_may_recover() {
+    fn a_channel_far_below_the_others_is_logged_once_and_may_recover() {
         let (start, mut health) = (Instant::now(), Health::new());
         let look = |health: &mut Health, second: u64, slow: f64| {
             let bytes = second * 1000;
@@ -246,7 +247,7 @@ mod tests {
         let mut stats = [channel("eth1", 0, 0.0), channel("eth2", 0, 0.0)].map(|c| ChannelStats { sent_bytes: 9000, ..c });
         health.fill(&mut stats, at(start, 9));
         assert!(!stats[0].slow && stats[1].slow && stats[1].sent_per_second == 1000.0);
-        // Near the others it is slow no more; half as fast as they are is no news.
+        // Near the others it is no longer slow; half their speed is not worth a line.
         assert!((10..20).all(|s| look(&mut health, s, 6e7).is_empty()));
         health.fill(&mut stats, at(start, 19));
         assert!(!stats[1].slow);
@@ -265,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn rates_are_of_the_time_since_the_last_look() {
+    fn rates_cover_the_time_since_the_last_look() {
         let (start, mut health) = (Instant::now(), Health::new());
         let both = |bytes: u64| [ChannelStats { received_bytes: 2 * bytes, ..channel("eth1", bytes, 0.0) }];
         health.look(&both(1000), at(start, 0));
@@ -289,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn loss_is_told_once_a_minute() {
+    fn loss_is_logged_once_a_minute() {
         let (start, mut health) = (Instant::now(), Health::new());
         let lossy = |second: u64, percent: u64| {
             let network = Network { segments: second * 10_000, retransmits: second * 100 * percent, ..Network::default() };
@@ -303,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn a_silence_is_told_once_at_half_of_the_limit() {
+    fn a_silence_is_logged_once_at_half_of_the_limit() {
         let (mut health, limit) = (Health::new(), Duration::from_secs(10));
         let silent = |health: &mut Health, s: u64| health.answers(Duration::from_secs(s), limit, None).len();
         assert_eq!([1, 5, 6, 9, 0, 6].map(|s| silent(&mut health, s)), [0, 0, 1, 0, 0, 1]);

@@ -1,17 +1,17 @@
-//! The thread that says for connections that this side is alive, while those who drive them are kept: by the CUDA driver, where the
-//! application copies for seconds, by memory that has to be found, by a plugin. Knows nothing of what keeps them.
+//! The thread that sends heartbeats for connections whose own threads are blocked: in the CUDA driver while the application
+//! copies for seconds, in a page fault, in a plugin. Knows nothing about what blocks them.
 
 use crate::engine::connection::Connection;
 use crate::engine::setup::context::SetupContext;
 use crate::engine::setup::dial;
 use std::time::Duration;
 
-/// Time between two rounds, whatever the peers agreed on.
+/// Bounds of the time between two rounds.
 const ROUND: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
 /// Runs until the engine ends.
 pub(crate) fn run(context: &SetupContext) {
-    // A new connection may be kept from its first moment on.
+    // A new connection may be blocked from its first moment on.
     let most = context.config.peer_timeout / 12;
     let mut pause = most;
     loop {
@@ -26,16 +26,16 @@ pub(crate) fn run(context: &SetupContext) {
             .connections
             .all()
             .iter()
-            .map(|connection| keep(connection))
+            .map(|connection| keep_alive(connection))
             .min()
             .map_or(most, |soonest| soonest.min(most));
     }
 }
 
-/// Has a connection heard of, if its time has come; how soon to look again.
-fn keep(connection: &Connection) -> Duration {
-    if connection.keep() {
-        log::debug!("{connection:?}: a heartbeat left although whoever drives it is kept");
+/// Sends a heartbeat if one is overdue; returns how soon to check again.
+fn keep_alive(connection: &Connection) -> Duration {
+    if connection.keep_alive() {
+        log::debug!("{connection:?}: sent a heartbeat although the thread that drives the connection is blocked");
     }
     connection.heartbeat() / 4
 }

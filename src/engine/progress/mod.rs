@@ -1,4 +1,4 @@
-//! Who drives the connections: the engine's thread, who sleeps and who wakes it, and what is watched meanwhile.
+//! Who drives the connections: the progress thread, how it sleeps and is woken, and what it watches.
 
 pub(crate) mod connections;
 pub(crate) mod contention;

@@ -1,13 +1,13 @@
-//! Who drives a connection: the progress thread, or an application thread that polls in a loop; and what either does when there is
-//! nothing to do. Pure; time is the caller's. Knows nothing of sockets, channels or transfers but what it is told of them.
+//! Who drives a connection, the progress thread or an application thread that polls in a loop, and what either does when there is
+//! nothing to do. Pure; time comes from the caller. Knows nothing about sockets, channels or transfers but the numbers passed in.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// A poll within this time after the last one returned is part of a loop that drives the connection. A thread that looks in less often
-/// must not keep the progress thread away: the connection would move only when it looks in.
+/// A poll within this time after the last one returned belongs to a loop that drives the connection. A thread that polls less
+/// often must not keep the progress thread away: the connection would move only when it polls.
 const TIGHT_US: u64 = 50;
-/// How long after such a poll the thread is taken to go on polling.
+/// How long after such a poll the thread is expected to go on polling.
 const WINDOW_US: u64 = 400;
 
 /// The polls of application threads, as the progress thread sees them; times in microseconds.
@@ -31,37 +31,36 @@ impl Polls {
         }
     }
 
-    /// A poll returns. The time in it does not count: a poll may do much work, or give way to the channels' threads.
+    /// A poll returns. The time inside the poll does not count: it may do much work, or yield to the I/O threads.
     pub(crate) fn leave(&self, now: u64) {
         self.returned.store(now, Ordering::Relaxed);
     }
 
-    /// The thread that polled waits from now on. Whether it had been polling in a loop.
+    /// The polling thread now sleeps. Returns whether it had been polling in a loop.
     pub(crate) fn stop(&self) -> bool {
         self.looping.swap(0, Ordering::Relaxed) != 0
     }
 
-    /// An application thread has polled in a loop just now and is taken to go on: the progress thread leaves the connection to it. Gives
-    /// for how long it has done so.
+    /// For how long an application thread has been polling in a loop, if one is: the progress thread leaves the connection to it.
     pub(crate) fn active(&self, now: u64) -> Option<u64> {
         let at = self.looping.load(Ordering::Relaxed);
         (at != 0 && now.saturating_sub(at) < WINDOW_US).then(|| now.saturating_sub(self.begun.load(Ordering::Relaxed)))
     }
 }
 
-/// What threads that spin take from those that work.
+/// Whether a spinning thread takes a core from a working one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cores {
-    /// Threads always compete for cores: nobody spins while another could work.
+    /// Threads always compete for cores: no thread spins while another could work.
     Few,
-    /// There is one for each of the channels' threads. While a large transfer keeps all of them busy, nobody spins.
+    /// One core for each I/O thread. No thread spins while a large transfer keeps all of them busy.
     Some,
-    /// Nobody lacks the core of one that spins.
+    /// Spinning costs no other thread its core.
     Many,
 }
 
 impl Cores {
-    /// What this process may run on.
+    /// The class of this machine, by the cores that this process may use.
     pub(crate) fn here() -> Cores {
         match std::thread::available_parallelism().map_or(2, usize::from) {
             ..=2 => Cores::Few,
@@ -70,7 +69,8 @@ impl Cores {
         }
     }
 
-    /// Bytes that one channel should take alone: where threads compete for cores, the threads of more channels only take each other's.
+    /// Bytes up to which a transfer uses one channel: where threads compete for cores, more channels only add threads that
+    /// compete.
     pub(crate) fn alone(self) -> u64 {
         match self {
             Cores::Few | Cores::Some => NAP_BYTES,
@@ -78,7 +78,7 @@ impl Cores {
         }
     }
 
-    /// Whether a thread that spins takes the core of one that works. `large`: a large transfer is under way.
+    /// Whether a spinning thread takes the core of a working one. `large`: a large transfer is in flight.
     fn are_short(self, large: bool) -> bool {
         self == Cores::Few || (self == Cores::Some && large)
     }
@@ -88,42 +88,42 @@ impl Cores {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Situation {
     pub cores: Cores,
-    /// The channels' threads ring when something is done.
+    /// The I/O threads ring when a request has ended.
     pub doorbell: bool,
-    /// The same transfer was polled last.
+    /// The previous poll was of the same transfer.
     pub only_this: bool,
-    /// Chunks are under way on the channels.
+    /// The channels have chunks in flight.
     pub channels_busy: bool,
-    /// A device copies; nobody rings when it is done.
+    /// A device copies, which rings no doorbell.
     pub copying: bool,
-    /// Bytes that the transfer lacks.
+    /// Bytes of the transfer that are not yet moved.
     pub missing: u64,
-    /// Bytes of the transfer.
+    /// Size of the transfer.
     pub total: u64,
 }
 
-/// What a poll does besides looking.
+/// What a poll does besides driving.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pause {
-    /// Drives, and returns at once.
+    /// Drives and returns at once.
     None,
-    /// Drives, and lets another thread have the core if nothing moved.
+    /// Drives, and yields the core if nothing moved.
     Yield,
     /// Drives, and sleeps if nothing moved.
     Nap(Duration),
-    /// Leaves the driving to the progress thread and sleeps: the channels' threads need the core.
+    /// Leaves driving to the progress thread and sleeps: the I/O threads need the core.
     HandOver(Duration),
 }
 
-/// A transfer that still lacks this many bytes is large: its poll may sleep.
+/// A transfer that still lacks more bytes than this is large: its poll may sleep.
 pub(crate) const NAP_BYTES: u64 = 1 << 20;
-/// Bytes that no channel moves in a microsecond: a nap as long as they would take ends before the transfer does.
+/// More bytes than a channel moves in a microsecond: a nap of the missing bytes divided by this ends before the transfer does.
 const NAP_BYTES_PER_US: u64 = 32 << 10;
 /// Longest nap, microseconds; the nap where several transfers are polled in turn.
 const NAP_MAX_US: u64 = 300;
 const NAP_AMONG_US: u64 = 20;
 
-/// What a poll does when the transfer is not done.
+/// What a poll does while the transfer is incomplete.
 pub(crate) fn pause(s: &Situation) -> Pause {
     let large = s.missing > NAP_BYTES;
     if !s.cores.are_short(large) || s.copying {
@@ -132,8 +132,8 @@ pub(crate) fn pause(s: &Situation) -> Pause {
     if large && s.only_this && s.channels_busy && s.doorbell {
         return Pause::HandOver(Duration::from_micros((s.missing / NAP_BYTES_PER_US).min(NAP_MAX_US)));
     }
-    // The channels' threads, or those of a peer on this host, are at work. Of several transfers polled in turn none may hold up the
-    // others for long.
+    // The I/O threads, or a peer on this host, are working. Among several transfers polled in turn, none may hold up the others
+    // for long.
     match (s.channels_busy || s.total > NAP_BYTES, large) {
         _ if s.cores != Cores::Few => Pause::None,
         (true, true) => Pause::Nap(Duration::from_micros(NAP_AMONG_US)),
@@ -147,19 +147,19 @@ pub(crate) fn pause(s: &Situation) -> Pause {
 pub(crate) struct Round {
     /// Something moved.
     pub any: bool,
-    /// Some connection waits for channels that nobody rings for.
+    /// A connection waits for channels that have no doorbell.
     pub polled: bool,
-    /// Chunks are under way on some channel.
+    /// A channel has chunks in flight.
     pub channels_busy: bool,
-    /// So many of them that the channels' threads are busy.
+    /// Enough bytes are in flight to keep the I/O threads busy.
     pub large: bool,
     /// A device copies.
     pub copying: bool,
-    /// An application thread drives some connection; the shortest time for which one does.
+    /// The shortest time for which an application thread has been driving a connection, if any is.
     pub driven: Option<Duration>,
-    /// Some connection has something to do, or waits for its peer.
+    /// A connection has work, or waits for its peer.
     pub active: bool,
-    /// Connections are in the engine's care.
+    /// The engine has connections.
     pub watched: bool,
 }
 
@@ -170,32 +170,32 @@ pub(crate) enum Step {
     Again,
     /// Another round at once, since spinning is cheaper than waking.
     Spin,
-    /// The same, after others have had the core.
+    /// Another round after yielding the core.
     Yield,
-    /// Waits for an event, at most so long.
+    /// Waits for an event, at most this long.
     Sleep(Duration),
 }
 
-/// Bounds of the sleep while an application thread drives a connection. Each look takes the application's core for a moment, so the
-/// sleep is as long as the application has already been driving, clamped to these.
+/// Bounds of the sleep while an application thread drives a connection. Each check takes the application's core for a moment, so
+/// the sleep is as long as the application has been driving, within these bounds.
 const STAND_BY: [Duration; 2] = [Duration::from_micros(400), Duration::from_millis(2)];
-/// Longest sleep while something is under way, and with nothing to do.
+/// Longest sleep with work in flight, and without.
 const BUSY_SLEEP: Duration = Duration::from_millis(50);
 const IDLE_SLEEP: Duration = Duration::from_secs(10);
 
-/// What the progress thread does after a round. `quiet`: time since something last moved; `spin`: how long to spin after that.
+/// What the progress thread does after a round. `quiet`: time since something moved; `spin`: how long to spin after that.
 pub(crate) fn step(round: &Round, quiet: Duration, spin: Duration, cores: Cores) -> Step {
     if round.any {
         return Step::Again;
     }
-    // Nobody rings when a device has finished a copy.
+    // A finished device copy rings no doorbell.
     if round.copying {
         return Step::Spin;
     }
-    // With doorbells the channels' threads wake us; where cores are short spinning would only take theirs.
+    // The doorbells wake this thread; where cores are short, spinning would only take them from the I/O threads.
     let rung = (round.channels_busy || round.driven.is_some()) && !round.polled && cores.are_short(round.large);
     if !rung && quiet < spin && round.watched {
-        // A peer of this host may need this very core to go on.
+        // A peer on this host may need this very core.
         return if cores == Cores::Few { Step::Yield } else { Step::Spin };
     }
     if round.polled {
@@ -221,7 +221,7 @@ mod tests {
     fn a_loop_drives_until_it_stops() {
         let polls = Polls::default();
         poll(&polls, 1000, 1001);
-        assert_eq!(polls.active(1001), None, "one poll is no loop");
+        assert_eq!(polls.active(1001), None, "one poll is not a loop");
         // Long polls, short pauses.
         poll(&polls, 1010, 1500);
         poll(&polls, 1501, 2000);
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn looking_in_now_and_then_never_drives() {
+    fn occasional_polls_never_count_as_driving() {
         for pause in [TIGHT_US + 1, 100, 500, 1000, 1_000_000] {
             let polls = Polls::default();
             for i in 1..100 {

@@ -1,5 +1,5 @@
-//! The connections of an engine, and how a thread that looks for notifications drives them. Knows of connections only that they can be
-//! driven.
+//! The connections of an engine, and how a thread that looks for notifications drives them. Knows about connections only that
+//! they can be driven.
 
 use super::connections::Connections;
 use super::context::DriveContext;
@@ -8,39 +8,38 @@ use process::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
-/// A connection without anything to read for so long is left to the progress thread again, microseconds.
+/// A connection without anything to read for this many microseconds is left to the progress thread again.
 const RECENT_US: u64 = 1000;
 
-/// What lives here.
+/// A connection, as the table sees it.
 pub(crate) trait Driven {
-    /// A round of progress by an application thread that waits for something other than a transfer. Whether something moved, or is
-    /// under way.
+    /// A round by an application thread that waits for something other than a transfer. Whether something moved or is in flight.
     fn drive_for_application(&self) -> bool;
 
-    /// A process of this host has said something.
+    /// A peer on this host has sent a message.
     fn on_host_message(&self) {}
 }
 
-/// A connection that a thread drives while it looks for notifications. Not kept alive: nobody may ask again.
+/// A connection driven by a thread that looks for notifications. Held weakly: the thread may never come back.
 struct Recent<T> {
     id: u64,
     connection: Weak<T>,
-    /// When it last had something.
+    /// When the connection last had something to read.
     last: u64,
 }
 
-/// All of them.
+/// The state of threads that look for notifications.
 struct Looking<T> {
     list: Vec<Recent<T>>,
     tokens: Vec<u64>,
 }
 
-/// The connections of an engine, and what each of them needs of it.
+/// The connections of an engine, and the context that they share.
 pub(crate) struct ConnectionTable<T> {
     pub context: Arc<DriveContext>,
     pub connections: Connections<T>,
     looking: Mutex<Looking<T>>,
-    /// The progress thread is to end.
+    /// The progress thread shall end.
     ended: AtomicBool,
 }
 
@@ -54,8 +53,8 @@ impl<T: Driven> ConnectionTable<T> {
         }
     }
 
-    /// A round by an application thread that looks for notifications: drives the connections with something to read, and for a while
-    /// those that had something before.
+    /// A round by an application thread that looks for notifications: drives the connections with something to read, and for a
+    /// while those that recently had something.
     pub(crate) fn drive_ready(&self) {
         let Some(mut looking) = self.looking.try_lock() else { return };
         let now = self.context.clock();
@@ -66,7 +65,7 @@ impl<T: Driven> ConnectionTable<T> {
             let id = match named(token) {
                 Named::Connection(id) => id,
                 Named::Local(id) => {
-                    // The event came once, and here: the progress thread looks, too.
+                    // The edge-triggered event was taken here: have the progress thread check as well.
                     if let Some(connection) = self.connections.get(id) {
                         connection.on_host_message();
                         self.context.request_drive(id);

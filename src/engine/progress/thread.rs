@@ -1,6 +1,6 @@
-//! The progress thread of an engine: drives the connections that have something to do, spins briefly for the next piece of it, then
-//! sleeps in epoll. Only what a socket, a bell, a timer or another thread names is driven; a connection that an application thread
-//! polls is left to that thread. Knows nothing of frames and channels.
+//! The progress thread of an engine: drives connections that have work, spins briefly for more, then sleeps in epoll. Only
+//! connections named by a socket, doorbell, timer or another thread are driven; a connection that an application thread polls is
+//! left to that thread. Knows nothing about frames and channels.
 
 use super::contention::Contention;
 use super::doorbell::{named, DoorbellSlot, Named};
@@ -16,59 +16,59 @@ use std::collections::BinaryHeap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Timers go off together: those that are at least four times so far off this often. The rest is exact.
+/// Timers at least four times this far away are rounded up to such a grid, so that they expire together; nearer ones are exact.
 const GRIDS: [Duration; 2] = [Duration::from_millis(250), Duration::from_millis(50)];
 
-/// Connections that are looked at while this thread spins, because something just moved on them; the others are left to epoll.
+/// Recently active connections that are driven in each round while this thread spins; the others are left to epoll.
 const WARM: usize = 4;
-/// What of a socket wakes this thread while another one answers for its connection: the end, once.
+/// The events that wake this thread while another thread is responsible for the connection: its end, once.
 const ELSEWHERE: Interest = Interest::ONCE;
-/// Looks at warm connections between two at everything else, and the longest time between those: connections that have much to do keep
-/// no other waiting.
+/// Rounds over warm connections between two checks of epoll, and the longest time between those: busy connections must not starve
+/// others.
 const LOOKS: u32 = 4;
 const LOOK: Duration = Duration::from_micros(50);
 /// Rounds between two yields of a thread that spins: a yield costs about as much as a round.
 const YIELDS: u32 = 8;
 
-/// Default of UCCL_TCPX_SPIN_US: the time in which a peer's next small request is likely. Sleeping and waking costs tens of
+/// Default of UCCL_TCPX_SPIN_US: the peer's next small request is likely within this time. Sleeping and waking costs tens of
 /// microseconds on virtual machines.
 fn default_spin() -> Duration {
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
     Duration::from_micros(if cores > 2 { 100 } else { 50 })
 }
 
-/// A connection that has something to do.
+/// A connection that has work.
 struct Active {
     connection: Arc<Connection>,
-    /// What of its socket wakes this thread.
+    /// The socket events that wake this thread.
     interest: Interest,
-    /// An application thread drives it at present.
+    /// An application thread currently drives it.
     driven: bool,
     /// A channel rang; if nothing moves, it may have failed.
     rang: bool,
-    /// When something last moved. While this thread spins it goes on looking at such a connection by itself, since that is quicker than
-    /// asking epoll: whoever sends small requests sends one after the other.
+    /// When something last moved. While this thread spins it drives such a connection without asking epoll, which is quicker:
+    /// small requests often come one after another.
     moved: Option<Instant>,
 }
 
-/// A connection in this thread's care.
+/// A connection that this thread has seen.
 struct Known {
-    /// What its channels ring.
+    /// The doorbell slot of its channels.
     slot: Arc<DoorbellSlot>,
-    /// It has an entry among the timers.
+    /// It has an entry in the timers.
     timed: bool,
-    /// When it is to be looked at, as it was last settled: its entry may be older than that.
+    /// When its timer is due; the entry in the timers may be earlier.
     next: Instant,
 }
 
-/// What the thread keeps between rounds.
+/// The state of the progress thread between rounds.
 struct Driving<'a> {
     table: &'a ConnectionTable,
     known: Map<u64, Known>,
-    /// Those that share a descriptor for their rings.
+    /// Connections by the group whose descriptor they share.
     groups: Map<usize, Vec<u64>>,
     active: Map<u64, Active>,
-    /// When connections next want to be looked at, at the earliest; at most one entry a connection.
+    /// When connections next need a check, earliest first; at most one entry per connection.
     timers: BinaryHeap<Reverse<(Instant, u64)>>,
     start: Instant,
     /// How long the thread spins.
@@ -88,7 +88,7 @@ impl<'a> Driving<'a> {
         }
     }
 
-    /// Something happened to a connection: it is driven from now on until it is idle.
+    /// Adds a connection to the active ones, until it is idle.
     fn activate(&mut self, id: u64) -> Option<&mut Active> {
         let fresh = if self.active.contains_key(&id) { None } else { self.table.connections.get(id) };
         if fresh.is_none() && !self.active.contains_key(&id) {
@@ -115,7 +115,7 @@ impl<'a> Driving<'a> {
         }
     }
 
-    /// Looks at the connections whose time has come. Those at rest do what is due and go on resting; others are activated.
+    /// Handles expired timers. Idle connections do what is due and stay idle; others are activated.
     fn due(&mut self, now: Instant) {
         while let Some(Reverse((at, id))) = self.timers.peek().copied() {
             if at > now {
@@ -141,7 +141,7 @@ impl<'a> Driving<'a> {
         }
     }
 
-    /// A connection at rest wants to be looked at then, unless it has an entry already: that one comes first.
+    /// Sets the timer of an idle connection. An entry that exists already is earlier and is moved when it expires.
     fn set_timer(&mut self, id: u64, next: Instant) {
         let at = self.on_grid(next);
         let Some(known) = self.known.get_mut(&id) else { return };
@@ -151,7 +151,8 @@ impl<'a> Driving<'a> {
         }
     }
 
-    /// Activates the connections of a group whose channels have rung. `armed`: bells of active ones are armed, too.
+    /// Activates the connections of a group whose channels have rung. `armed`: active connections have their doorbells armed,
+    /// too.
     fn listen(&mut self, group: usize, armed: bool) {
         let rang = |id: &u64| self.known.get(id).is_some_and(|known| known.slot.rang());
         let rung: Vec<u64> = self.groups.get(&group).into_iter().flatten().copied().filter(rang).collect();
@@ -163,8 +164,8 @@ impl<'a> Driving<'a> {
         }
     }
 
-    /// One round over the active connections but those that an application thread drives. `must`: waits for their locks, and lets
-    /// those rest that have nothing to do.
+    /// One round over the active connections, except those that an application thread drives. `must`: waits for their locks, and
+    /// deactivates those without work.
     fn round(&mut self, must: bool, now: Instant) -> Round {
         let mut round = Round { watched: !self.known.is_empty(), ..Round::default() };
         let table = self.table;
@@ -180,8 +181,8 @@ impl<'a> Driving<'a> {
                 continue;
             }
             let found = active.connection.driver().progress(must);
-            if found.kept {
-                // What comes waits until whoever keeps it asks for this thread.
+            if found.preparing {
+                // The thread that prepares the connection requests a drive when it is done.
                 watch(table, active, ELSEWHERE);
                 continue;
             }
@@ -215,19 +216,19 @@ impl<'a> Driving<'a> {
         round
     }
 
-    /// Something may come soon on a connection that is looked at in each round.
+    /// Whether a recently active connection is driven in each round.
     fn warm(&self) -> bool {
         self.active.values().any(|active| active.moved.is_some() && !active.driven)
     }
 
-    /// A connection has nothing to do until a socket, a bell or its timer says so; without a time it has ended.
+    /// Deactivates a connection until a socket, doorbell or timer names it; without a time it has ended.
     fn rest(&mut self, id: u64, next: Option<Instant>) {
         let Some(active) = self.active.remove(&id) else { return };
         match (next, self.known.contains_key(&id)) {
             (Some(at), true) => {
                 active.connection.arm(true);
                 if active.connection.driver().is_active() {
-                    // Work began after the last look, and what happened to it before the arming rang nobody.
+                    // Work was added after the last round; events before the arming rang no doorbell.
                     self.active.insert(id, active);
                     return;
                 }
@@ -237,7 +238,7 @@ impl<'a> Driving<'a> {
         }
     }
 
-    /// A distant time, put off to where others are: a thousand heartbeats then share a few wake-ups.
+    /// Rounds a distant time up to a grid: a thousand heartbeats then share a few wake-ups.
     fn on_grid(&self, at: Instant) -> Instant {
         let left = at.saturating_duration_since(Instant::now());
         let Some(grid) = GRIDS.into_iter().find(|&grid| left >= 4 * grid) else { return at };
@@ -245,7 +246,7 @@ impl<'a> Driving<'a> {
         self.start + Duration::from_millis((since / grid.as_millis() as u64 + 1) * grid.as_millis() as u64)
     }
 
-    /// Lets the bells of active connections ring that this thread answers for, or silences them.
+    /// Arms or disarms the doorbells of the active connections that this thread is responsible for.
     fn arm(&self, on: bool) {
         for active in self.active.values() {
             active.connection.arm(on && !active.driven);
@@ -253,16 +254,16 @@ impl<'a> Driving<'a> {
         self.table.context.queue.bell.arm(on);
     }
 
-    /// Until the next timer.
+    /// Time until the next timer.
     fn until_timer(&self, now: Instant) -> Duration {
         self.timers.peek().map_or(Duration::MAX, |Reverse((at, _))| at.saturating_duration_since(now))
     }
 
-    /// Activates whoever has an event.
+    /// Activates the connections that have events.
     fn notice(&mut self, tokens: &[u64], armed: bool) {
         for &token in tokens {
             match named(token) {
-                // Whoever rang has left word: see `ConnectionTable::asked`.
+                // The connections to drive are in `DriveQueue::asked`.
                 Named::Bell => {}
                 Named::Group(group) => self.listen(group, armed),
                 Named::Connection(id) => {
@@ -285,7 +286,7 @@ fn watch(table: &ConnectionTable, active: &mut Active, interest: Interest) {
     }
 }
 
-/// Runs until the engine closes. A panic in a round ends the connections that it may have left half done, and not the thread.
+/// Runs until the engine closes. A panic in a round closes the connections, which may be half done, and keeps the thread.
 pub(crate) fn run(table: &ConnectionTable, spin: Option<Duration>) {
     ask_for_short_turns();
     let spin = spin.unwrap_or_else(default_spin);
@@ -300,7 +301,7 @@ pub(crate) fn run(table: &ConnectionTable, spin: Option<Duration>) {
     }
 }
 
-/// What comes before the next round that follows at once, the `looks`th.
+/// Passes the time before round number `looks`, which follows at once.
 fn give_way(step: Step, looks: u32, contention: &mut Contention) -> Instant {
     let before = Instant::now();
     match step {
@@ -318,7 +319,7 @@ fn give_way(step: Step, looks: u32, contention: &mut Contention) -> Instant {
 
 fn drive(table: &ConnectionTable, spin: Duration) {
     let mut driving = Driving::new(table, spin);
-    // What was there before: after a panic, and connections that came up before this thread.
+    // Connections from before a panic, and those opened before this thread started.
     for connection in table.connections.all() {
         driving.activate(connection.id());
     }
@@ -350,14 +351,14 @@ fn drive(table: &ConnectionTable, spin: Duration) {
             }
             Step::Sleep(limit) => {
                 driving.arm(true);
-                // What happened before the arming rang nobody.
+                // Events before the arming rang no doorbell.
                 let again = driving.round(true, now);
                 if again.any || table.context.queue.has_asked() {
                     driving.arm(false);
                     last_activity = Instant::now();
                     continue;
                 }
-                // Who drives may have changed since.
+                // An application thread may have started or stopped driving since.
                 let limit = match step(&again, Duration::MAX, spin, table.context.cores) {
                     Step::Sleep(now) => limit.min(now),
                     _ => Duration::ZERO,
