@@ -108,7 +108,7 @@ fn chunks_stay_within_what_the_plugin_carries() {
 fn encryption_is_refused_and_integrity_says_what_it_leaves_out() {
     run("refuses_encryption", &[("UCCL_TCPX_PROTECT", "encrypt")]);
     let log = run("moves", &[("UCCL_TCPX_PROTECT", "integrity")]);
-    assert!(log.contains("which cannot be checked"), "{log}");
+    assert!(log.contains("whose data cannot be checked"), "{log}");
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! A peer that keeps no rule, for tests/lying_peer.rs: the real handshake and set-up with real channels, and then any frame and any
-//! data in any order. Knows nothing of what is right. No part of the API: it changes whenever the protocol does.
+//! A peer that breaks every rule, for tests/lying_peer.rs: it does the real handshake and set-up with real channels, then sends
+//! any frames and data in any order. Not part of the API: it changes whenever the protocol does.
 
 use super::setup::{connect, dial};
 use super::Engine;
@@ -16,11 +16,11 @@ use std::time::{Duration, Instant};
 pub use crate::engine::fifo::FifoItem;
 pub use crate::wire::frame::{Frame, Grant, WireRegion, WireSegment, WireSegments};
 
-/// Bytes that a liar sends at once at most.
+/// Most bytes that a liar sends in one message.
 pub const MOST: usize = 16 << 20;
 const SET_UP: Duration = Duration::from_secs(30);
 
-/// The tag of a chunk at `offset` of a stream, as honest sides compute it. `by_initiator`: the sender chose the id.
+/// The tag of a chunk at `offset` of a stream, as an honest engine computes it. `by_initiator`: the sender chose the id.
 pub fn tag(id: u64, by_initiator: bool, offset: u64) -> i32 {
     crate::proto::tag(Key { id, mine: by_initiator }, true, offset)
 }
@@ -37,29 +37,30 @@ pub fn access(item: &FifoItem) -> Result<WireRegion> {
 struct Pair {
     send: SendComm,
     recv: RecvComm,
-    /// Takes whatever arrives; nobody reads it.
+    /// Receives any data; never read.
     sink: &'static mut [u8],
 }
 
 /// One connection to a victim.
 pub struct Liar {
-    // The comms close before anything that they write to goes; what they read and write is never freed.
+    // The comms are dropped before the memory that they use; that memory is never freed.
     channels: Vec<Pair>,
     control: ControlStream,
     tx: TxQueue,
     rx: RxBuffer,
     data: &'static [u8],
-    /// The id of the victim's engine and what both sides agreed on.
+    /// The id of the victim's engine.
     pub victim: [u8; 16],
     /// Largest chunk.
     pub chunk_bytes: usize,
 }
 
 impl Liar {
-    /// Connects to a victim on this host with the identity, the keys and the NICs of `engine`. All data that it will ever send is `lie`.
+    /// Connects to a victim on this host with the identity, the keys and the NICs of `engine`. All data that it sends consists of
+    /// the byte `lie`.
     ///
     /// # Errors
-    /// As [`Engine::connect`].
+    /// As for [`Engine::connect`].
     pub fn connect(engine: &Engine, port: u16, lie: u8) -> Result<Liar> {
         let context = &engine.parts.context;
         let now = Instant::now();
@@ -82,12 +83,12 @@ impl Liar {
         })
     }
 
-    /// How many channels came up.
+    /// The number of channels that came up.
     pub fn channels(&self) -> usize {
         self.channels.len()
     }
 
-    /// Queues a frame and sends what the socket takes; the bytes that wait.
+    /// Queues a frame and sends what the socket takes; returns the bytes left.
     ///
     /// # Errors
     /// When the victim has ended the connection.
@@ -96,19 +97,19 @@ impl Liar {
         self.flush()
     }
 
-    /// Sends what the socket takes; the bytes that wait.
+    /// Sends what the socket takes; returns the bytes left.
     ///
     /// # Errors
-    /// As [`Liar::say`].
+    /// As for [`Liar::say`].
     pub fn flush(&mut self) -> Result<usize> {
         self.control.flush(&mut self.tx, usize::MAX)?;
         Ok(self.tx.pending() + self.control.pending())
     }
 
-    /// Reads what is there and hands out the frames.
+    /// Reads the available bytes and passes the frames to `each`.
     ///
     /// # Errors
-    /// As [`Liar::say`].
+    /// As for [`Liar::say`].
     pub fn hear(&mut self, mut each: impl FnMut(&Frame<'_>)) -> Result<usize> {
         let (n, _) = self.control.read(&mut self.rx)?;
         while let Some((frame, len)) = self.rx.next()? {
@@ -142,7 +143,7 @@ impl Liar {
         unsafe { pair.send.send_vectored(&iov, len, tag) }
     }
 
-    /// Takes a message of `len` bytes from a channel, at some time. `false`: its window is full.
+    /// Posts a receive of `len` bytes on a channel. `false`: its window is full.
     ///
     /// # Errors
     /// When the victim has closed the channel, or sent something else.
@@ -155,14 +156,14 @@ impl Liar {
             return Ok(false);
         }
         let iov = [ucclIoVec { base: pair.sink.as_mut_ptr().cast(), len }];
-        // SAFETY: the sink is never freed, and nobody reads it.
+        // The sink is never freed, and never read.
         unsafe { pair.recv.recv_vectored(&iov, len, tag) }
     }
 
-    /// What became of the data: an error once a channel has ended.
+    /// Checks the channels for failures.
     ///
     /// # Errors
-    /// Why it has.
+    /// Why a channel has ended.
     pub fn look(&mut self) -> Result<()> {
         for pair in &mut self.channels {
             while pair.send.test_oldest()? {}
@@ -178,7 +179,7 @@ impl std::fmt::Debug for Liar {
     }
 }
 
-/// Why a connection of the victim's has ended, as it says in its last frame.
+/// The reason that the victim gives in its goodbye.
 pub fn reason(frame: &Frame<'_>) -> Option<Error> {
     match frame {
         Frame::Bye { text, .. } => Some(err!(RemoteDisconnect, "{text}")),

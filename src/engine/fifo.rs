@@ -1,5 +1,5 @@
-//! The FIFO item: what a peer needs to reach a region. 64 bytes in memory order, as upstream's clients exchange it.
-//! Knows nothing of regions but what it says about one.
+//! The FIFO item: what a peer needs to reach a region. 64 bytes in memory order, as upstream's clients exchange them. Knows
+//! nothing about regions but what an item says about one.
 
 use crate::status::{bail, Result};
 use crate::types::Place;
@@ -34,10 +34,10 @@ const _: () = {
 
 /// Version of the opaque bytes, in `rid`.
 const LAYOUT: u32 = 0x7C_01;
-/// `rkey` of host memory; GPU n follows at 1 above.
+/// `rkey` of host memory; GPU n is `RKEY_HOST + 1 + n`.
 const RKEY_HOST: u32 = 1;
 
-/// What the opaque bytes say.
+/// The content of the opaque bytes, and of `rkey`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Access {
     pub region: u64,
@@ -60,13 +60,13 @@ impl FifoItem {
         }
     }
 
-    /// Whether both say the same about everything but the range.
+    /// Whether both items describe the same region, whatever the range.
     #[inline]
     pub(crate) fn same_region(&self, other: &FifoItem) -> bool {
         self.idx == other.idx && self.rkey == other.rkey && self.rid == other.rid && self.padding == other.padding
     }
 
-    /// An item of nothing.
+    /// An item for no region.
     pub(crate) const EMPTY: FifoItem = FifoItem { addr: 0, size: 0, rkey: 0, nmsgs: 0, rid: 0, idx: 0, padding: [0; 32] };
 
     pub(crate) fn access(&self) -> Result<Access> {

@@ -1,4 +1,4 @@
-//! Which GPU is the engine's, and on which one memory lies. Knows nothing of connections.
+//! Which GPU the engine uses, and on which GPU memory lies. Knows nothing about connections.
 
 use crate::gpu::{Gpu, GpuName, MemoryKind};
 use crate::net::plugin::Plugin;
@@ -17,7 +17,7 @@ impl OnGpu for Gpu {
     }
 
     fn on(&self, body: &mut dyn FnMut()) -> Result<()> {
-        // A registration that TCPX refuses leaves a context pushed.
+        // A registration that TCPX refuses leaves a CUDA context pushed.
         cuda_driver::restoring(|| {
             self.with(|| {
                 body();
@@ -28,22 +28,23 @@ impl OnGpu for Gpu {
 }
 
 pub(crate) struct Gpus {
-    /// The engine's GPU, where there is one. Named, not touched.
+    /// The engine's GPU, if any. Only its name; no context is created.
     own: Option<GpuName>,
-    /// Host memory is treated as memory of so many GPUs, region by region in turn.
+    /// Host memory is treated as memory of this many GPUs, region by region in turn.
     emulated: Option<u8>,
-    /// Regions registered so far, where GPUs are emulated.
+    /// Regions registered so far, if GPUs are emulated.
     emulated_regions: AtomicU64,
-    /// GPUs of registered memory: their contexts stay until the engine's end.
+    /// GPUs with registered memory: their contexts stay until the engine is destroyed.
     opened: Mutex<HashMap<u8, Arc<Gpu>>>,
 }
 
-/// Loads the kernels on GPUs that the application uses: the driver waits for its work then, and not at a registration. Other GPUs are left
-/// alone, since a context there would cost memory. What fails here fails again, and is told, at the registration that needs it.
+/// Loads the kernels on GPUs that the application already uses, so that the driver waits for the application's work now and not
+/// at a registration. Other GPUs are left alone: a context there would cost memory. An error recurs, and is reported, at the
+/// registration that needs the GPU.
 fn load_where_in_use() {
     for ordinal in crate::gpu::in_use() {
         if let Err(e) = Gpu::open(ordinal) {
-            log::debug!("GPU {ordinal} is not made ready yet: {e}");
+            log::debug!("GPU {ordinal} is not initialised yet: {e}");
         }
     }
 }
@@ -62,12 +63,12 @@ impl Gpus {
         self.own.as_ref().map_or(-1, |g| g.ordinal)
     }
 
-    /// PCI address of the engine's GPU for peers, "-1" without one.
+    /// PCI address of the engine's GPU, as announced to peers; "-1" without one.
     pub(crate) fn name(&self) -> String {
         self.own.as_ref().map_or("-1".to_owned(), |g| g.bdf.to_string())
     }
 
-    /// Directory of a GPU under /sys, of the engine's where none is given.
+    /// Directory under /sys of a GPU, or of the engine's GPU where none is given.
     pub(crate) fn pci_path(&self, gpu: Option<Place>) -> Option<String> {
         let own = self.own.as_ref()?;
         let bdf = match gpu.and_then(Place::ordinal).map(i32::from).filter(|&ordinal| ordinal != own.ordinal) {
@@ -78,7 +79,7 @@ impl Gpus {
         Some(path.to_string_lossy().into_owned())
     }
 
-    /// CUDA indexes of GPUs beside the engine's on which memory has been registered, rising.
+    /// CUDA indices of other GPUs than the engine's that have registered memory, in ascending order.
     pub(crate) fn further(&self) -> Vec<u8> {
         let own = u8::try_from(self.index()).unwrap_or(0);
         let mut used: Vec<u8> = match self.emulated {
@@ -91,7 +92,7 @@ impl Gpus {
         used
     }
 
-    /// The engine's GPU, opened; for the start of a plugin.
+    /// The engine's GPU, opened; used to start a plugin.
     pub(crate) fn own(&self) -> Result<Scope> {
         match &self.own {
             Some(gpu) => Ok(Some(Gpu::open(gpu.ordinal)?)),
@@ -99,7 +100,8 @@ impl Gpus {
         }
     }
 
-    /// The GPU that a plugin's calls for memory of `gpu` follow; none for the software plugin, which takes it from each device request.
+    /// The GPU whose context a plugin needs for memory of `gpu`; none for the software plugin, which takes the GPU from each
+    /// device request.
     pub(crate) fn followed_by(&self, plugin: &Plugin, gpu: Option<Place>) -> Result<Scope> {
         match (gpu.and_then(Place::ordinal), &self.own) {
             (Some(ordinal), Some(_)) if plugin.traits.follows_gpu => Ok(Some(Gpu::open(ordinal.into())?)),
@@ -107,7 +109,7 @@ impl Gpus {
         }
     }
 
-    /// The GPUs on which memory has been registered.
+    /// The GPUs that have registered memory.
     pub(crate) fn used(&self) -> Vec<Place> {
         match self.emulated {
             Some(n) => {
@@ -117,8 +119,8 @@ impl Gpus {
         }
     }
 
-    /// Where the memory at `addr` lies, and whether it is the first there. Makes the GPU it lies on ready, which waits for the
-    /// application's work there the first time.
+    /// Where the memory at `addr` lies, and whether it is the first region there. Initialises the GPU at its first region, which
+    /// waits for the application's work there.
     pub(crate) fn place_of(&self, addr: u64) -> Result<(Place, bool)> {
         if let Some(n) = self.emulated {
             let (n, region) = (u64::from(n.max(1)), self.emulated_regions.fetch_add(1, Ordering::Relaxed));
@@ -129,7 +131,7 @@ impl Gpus {
         let Ok(index) = u8::try_from(ordinal) else { bail!(Unsupported, "GPU {ordinal}") };
         let known = self.opened.lock().contains_key(&index);
         if !known {
-            // Without the lock, which set-ups of connections take.
+            // The lock is not held: set-ups take it.
             let gpu = Gpu::open(ordinal)?;
             crate::channel::cuda::warm(&gpu)?;
             self.opened.lock().insert(index, gpu);
@@ -137,7 +139,7 @@ impl Gpus {
         Ok((Place::gpu(index), !known))
     }
 
-    /// Has what the next connection needs of the GPUs in use ready: nothing is allocated in the middle of a transfer.
+    /// Initialises what the next connection needs of the GPUs in use, so that nothing is allocated in the middle of a transfer.
     pub(crate) fn warm(&self) -> Result<()> {
         let gpus: Vec<Arc<Gpu>> = self.opened.lock().values().cloned().collect();
         gpus.iter().try_for_each(crate::channel::cuda::warm)

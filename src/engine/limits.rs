@@ -1,5 +1,5 @@
-//! How much of the process's descriptors and memory the engine may take for peers: shares of the limits, with a reserve for the
-//! application. Knows nothing of sockets' contents, set-ups or connections.
+//! How many of the process's descriptors and how much of its memory the engine may take for peers: shares of the limits, with a
+//! reserve for the application. Knows nothing about set-ups, connections or what travels on sockets.
 
 use crate::config::Budgets;
 use crate::status::{err, Error, ErrorKind, Result};
@@ -7,44 +7,44 @@ use process::PerProcess;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// What the engine may have open and under way. All but `ceiling` count objects.
+/// What the engine may have open or in progress. All but `ceiling` count objects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Limits {
-    /// Incoming sockets whose handshake is not proved.
-    pub strangers: usize,
-    /// Incoming set-ups after their proof.
+    /// Incoming connections whose handshake is not complete.
+    pub unauthenticated: usize,
+    /// Incoming set-ups of authenticated peers.
     pub incoming: usize,
-    /// Of these, how many one peer address may have before it has to give way to others.
+    /// How many of these one address may have before it must give way to others.
     pub per_peer: usize,
     /// Outgoing set-ups.
     pub outgoing: usize,
     /// Connections that wait for the application's accept.
     pub waiting: usize,
-    /// Incoming connections that are up, and those of one address.
+    /// Incoming connections that are up, in total and from one address.
     pub connections: usize,
     pub of_address: usize,
-    /// Transfers that all peers together have in flight.
+    /// Transfers of all peers in flight.
     pub transfers: usize,
-    /// Memory that all peers together may take, and one connection: lists, unread answers, parts of frames.
+    /// Memory that all peers may take, and one connection: lists, unread answers, incomplete frames.
     pub peer_bytes: usize,
     pub peer_bytes_of_one: usize,
-    /// Notifications that wait for the application, and those of one connection.
+    /// Bytes of notifications that wait for the application, in total and from one connection.
     pub notif_bytes: usize,
     pub notif_bytes_of_one: usize,
-    /// Log lines a second that all peers together can cause.
+    /// Log lines per second that all peers can cause.
     pub log_lines: usize,
-    /// The engine opens nothing for a peer when the descriptor numbers in use reach this: the rest is the application's.
+    /// The engine opens nothing for a peer when the descriptor numbers in use reach this; the rest is left to the application.
     pub ceiling: usize,
 }
 
-/// Memory that a connection under way or waiting is taken to cost at most, before any data moves.
+/// Assumed cost of a connection that is being set up or waits for accept, at most.
 const CONNECTION_BYTES: u64 = 1 << 20;
-/// Memory that a connection costs while it is idle, and a transfer of a peer without its list, at most.
+/// Assumed cost of an idle connection, and of a peer's transfer without its list, at most.
 const IDLE_BYTES: u64 = 256 << 10;
 const TRANSFER_BYTES: u64 = 1 << 10;
-/// Notifications that wait at most, however much memory there is.
+/// Upper bound for waiting notifications, however much memory there is.
 const MAX_NOTIF_BYTES: u64 = 1 << 30;
-/// Log lines a second that peers can cause.
+/// Log lines per second that peers can cause.
 const LOG_LINES: usize = 50;
 
 impl Limits {
@@ -52,13 +52,13 @@ impl Limits {
     pub(crate) fn from(nofile: u64, memory: u64) -> Limits {
         let nofile = usize::try_from(nofile.clamp(64, 1 << 24)).unwrap_or(64);
         let affordable = usize::try_from(memory / 16 / CONNECTION_BYTES).unwrap_or(usize::MAX).max(8);
-        // Numbers are given out from the lowest free one: staying below a ceiling leaves the rest to the application.
+        // The kernel allocates the lowest free number: staying below a ceiling leaves the rest to the application.
         let reserve = (nofile / 4).clamp(32, 4096);
         let ceiling = nofile - reserve;
         let incoming = (ceiling / 8).clamp(8, 4096).min(affordable);
         let bytes = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
         let (peer_bytes, notif_bytes) = (bytes((memory / 8).max(32 << 20)), bytes((memory / 8).clamp(16 << 20, MAX_NOTIF_BYTES)));
-        // A connection has three descriptors at least.
+        // A connection has at least three descriptors.
         let connections = (ceiling / 3).min(bytes(memory / 4 / IDLE_BYTES)).max(16);
         Limits {
             connections,
@@ -69,7 +69,7 @@ impl Limits {
             notif_bytes,
             notif_bytes_of_one: notif_bytes / 4,
             log_lines: LOG_LINES,
-            strangers: (ceiling / 12).clamp(8, 1024),
+            unauthenticated: (ceiling / 12).clamp(8, 1024),
             incoming,
             per_peer: incoming.div_ceil(2),
             outgoing: (ceiling / 8).clamp(8, 4096).min(affordable),
@@ -78,11 +78,11 @@ impl Limits {
         }
     }
 
-    /// The shares of this process's limits as they are now, and what the settings say instead.
+    /// The shares of this process's current limits, overridden by the settings.
     pub(crate) fn of_process(budgets: &Budgets) -> Limits {
         let usual = Limits::from(descriptor_limit(), memory_limit());
         let or = |setting: Option<usize>, usual: usize| setting.unwrap_or(usual);
-        // Where only the total is set, one peer's part follows it.
+        // If only the total is set, the part of one peer is derived from it.
         let part = |own: Option<usize>, total: Option<usize>, usual: usize, part: fn(usize) -> usize| {
             own.or(total.map(part)).unwrap_or(usual)
         };
@@ -99,21 +99,21 @@ impl Limits {
         }
     }
 
-    /// Each budget with its name and what it counts.
+    /// Each budget: its name, its value and what it counts.
     pub(crate) fn list(&self) -> Vec<(&'static str, usize, &'static str)> {
         vec![
             ("UCCL_TCPX_MAX_CONNECTIONS", self.connections, "incoming connections"),
-            ("UCCL_TCPX_MAX_CONNECTIONS_OF_PEER", self.of_address, "of them of one address"),
-            ("UCCL_TCPX_MAX_PEER_TRANSFERS", self.transfers, "transfers that peers have begun; one address three quarters"),
-            ("UCCL_TCPX_PEER_BYTES", self.peer_bytes, "bytes of memory that peers take; one address three quarters"),
-            ("UCCL_TCPX_PEER_BYTES_OF_ONE", self.peer_bytes_of_one, "of them of one connection"),
-            ("UCCL_TCPX_NOTIF_BYTES", self.notif_bytes, "bytes of notifications that wait; one address three quarters"),
-            ("UCCL_TCPX_NOTIF_BYTES_OF_ONE", self.notif_bytes_of_one, "of them of one connection"),
-            ("UCCL_TCPX_PEER_LOG_LINES", self.log_lines, "log lines a second that peers cause"),
-            ("strangers", self.strangers, "incoming sockets without a proof"),
+            ("UCCL_TCPX_MAX_CONNECTIONS_OF_PEER", self.of_address, "of them from one address"),
+            ("UCCL_TCPX_MAX_PEER_TRANSFERS", self.transfers, "transfers of peers in flight; one address may use three quarters"),
+            ("UCCL_TCPX_PEER_BYTES", self.peer_bytes, "bytes of memory that peers take; one address may use three quarters"),
+            ("UCCL_TCPX_PEER_BYTES_OF_ONE", self.peer_bytes_of_one, "of them from one connection"),
+            ("UCCL_TCPX_NOTIF_BYTES", self.notif_bytes, "bytes of waiting notifications; one address may use three quarters"),
+            ("UCCL_TCPX_NOTIF_BYTES_OF_ONE", self.notif_bytes_of_one, "of them from one connection"),
+            ("UCCL_TCPX_PEER_LOG_LINES", self.log_lines, "log lines per second that peers can cause"),
+            ("unauthenticated", self.unauthenticated, "incoming connections whose handshake is not complete"),
             ("set-ups", self.incoming, "incoming set-ups, and as many outgoing ones"),
             ("accept", self.waiting, "connections that wait for accept"),
-            ("descriptors", self.ceiling, "descriptors; the rest is the application's"),
+            ("descriptors", self.ceiling, "descriptor numbers; the rest is the application's"),
         ]
     }
 }
@@ -128,7 +128,7 @@ fn descriptor_limit() -> u64 {
     limit.rlim_cur
 }
 
-/// Memory of the machine, of the control group, or of the address space (RLIMIT_AS), whichever is least.
+/// Memory of the machine, of the control group, or of the address space (RLIMIT_AS), whichever is smallest.
 fn memory_limit() -> u64 {
     // SAFETY: plain system calls.
     let (pages, size) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
@@ -143,7 +143,7 @@ fn memory_limit() -> u64 {
     group.map_or(machine, |group: u64| group.min(machine)).min(space).max(64 << 20)
 }
 
-/// The lowest descriptor number that is free, by taking and giving back one; as many are in use at least.
+/// The lowest free descriptor number, found by opening and closing one; at least as many are in use.
 ///
 /// # Errors
 /// `Resource` when none is free.
@@ -153,15 +153,15 @@ pub(crate) fn lowest_free(fd: RawFd) -> Result<usize> {
     if got < 0 {
         return Err(exhausted("descriptors", &std::io::Error::last_os_error()));
     }
-    // SAFETY: fresh, and owned by nobody else.
+    // SAFETY: fresh, with no other owner.
     let _own = unsafe { OwnedFd::from_raw_fd(got) };
     Ok(got as usize)
 }
 
-/// Descriptors that set-ups of this process have room for and have not opened yet.
+/// Descriptors reserved by set-ups of this process and not opened yet.
 static PROMISED: PerProcess<AtomicUsize> = PerProcess::new(AtomicUsize::default);
 
-/// Descriptors that a set-up opens later: no other takes their room until it has ended.
+/// Reserves descriptors that a set-up opens later, until it has ended.
 #[derive(Debug)]
 pub(crate) struct Promise(usize);
 
@@ -174,17 +174,17 @@ impl Promise {
 
 impl Drop for Promise {
     fn drop(&mut self) {
-        // A child's count does not hold what its parent promised.
+        // The count of a forked child does not include what its parent reserved.
         let less = |n: usize| Some(n.saturating_sub(self.0));
         let _ = PROMISED.get().fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
     }
 }
 
-/// Whether `more` descriptors fit below the ceiling beside those that are promised, by taking and giving back as many. `fd` is any open
-/// descriptor. Counting from the lowest free number would not do: numbers above it may be in use.
+/// Checks that `more` descriptors fit below the ceiling in addition to the reserved ones, by opening and closing as many. `fd` is
+/// any open descriptor. Counting from the lowest free number would not do: numbers above it may be in use.
 ///
 /// # Errors
-/// `Resource` with the numbers when they do not.
+/// `Resource`, with the numbers.
 pub(crate) fn room_for(limits: &Limits, fd: BorrowedFd<'_>, more: usize) -> Result<()> {
     let promised = PROMISED.get().load(Ordering::Relaxed);
     let mut taken = Vec::new();
@@ -194,9 +194,9 @@ pub(crate) fn room_for(limits: &Limits, fd: BorrowedFd<'_>, more: usize) -> Resu
         if got < 0 {
             return Err(exhausted("descriptors", &std::io::Error::last_os_error()));
         }
-        // SAFETY: fresh, and owned by nobody else.
+        // SAFETY: fresh, with no other owner.
         let own = unsafe { OwnedFd::from_raw_fd(got) };
-        // Nothing of the reserve is held, not even for a moment.
+        // Never hold descriptors of the reserve, not even for a moment.
         if got as usize >= limits.ceiling {
             drop(own);
             return Err(err!(
@@ -211,12 +211,12 @@ pub(crate) fn room_for(limits: &Limits, fd: BorrowedFd<'_>, more: usize) -> Resu
     Ok(())
 }
 
-/// Whether a failed system call means that descriptors, memory or threads ran out, here or on the whole machine.
+/// Whether a failed system call ran out of descriptors, memory or threads, in this process or on the machine.
 pub(crate) fn is_exhaustion(e: &std::io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS))
 }
 
-/// An error of a call that ran out of something.
+/// The error of a call that ran out of a resource.
 fn exhausted(what: &str, e: &std::io::Error) -> Error {
     let hint = match e.raw_os_error() {
         Some(libc::EMFILE) => "; raise RLIMIT_NOFILE (ulimit -n)",
@@ -237,12 +237,12 @@ pub(crate) fn system(what: &str, e: &std::io::Error) -> Error {
     Error::system(what, e)
 }
 
-/// A plugin's error says little of its cause. When this process has run out of descriptors or threads, that is the cause.
+/// A plugin's error says little about its cause. If this process has run out of descriptors or threads, that is the cause.
 pub(crate) fn explain(error: Error, fd: BorrowedFd<'_>) -> Error {
     if !matches!(error.kind(), ErrorKind::Plugin | ErrorKind::System | ErrorKind::Unreachable | ErrorKind::RemoteDisconnect) {
         return error;
     }
-    // A plugin may need threads of its own as well.
+    // Some plugins start threads.
     let probe = || spawn("uccl-probe", || {}).map(|thread| drop(thread.join()));
     match lowest_free(fd.as_raw_fd()).and_then(|_| probe()) {
         Ok(()) => error,
@@ -253,7 +253,7 @@ pub(crate) fn explain(error: Error, fd: BorrowedFd<'_>) -> Error {
 /// Starts a thread of the library.
 ///
 /// # Errors
-/// `Resource` when there are too many threads or the address space has no room for one more.
+/// `Resource` when there are too many threads or the address space is full.
 pub(crate) fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<std::thread::JoinHandle<()>> {
     process::thread::spawn(name, body).map_err(|e| {
         if e.raw_os_error() == Some(libc::EAGAIN) || is_exhaustion(&e) {
@@ -277,30 +277,33 @@ mod tests {
                 let l = Limits::from(nofile, memory);
                 let given = usize::try_from(nofile.clamp(64, 1 << 24)).unwrap();
                 assert!(given - l.ceiling >= 32, "{nofile}: {l:?}");
-                assert!(l.strangers >= 8 && l.incoming >= 8 && l.outgoing >= 8 && l.waiting >= 8 && l.per_peer >= 4, "{l:?}");
-                // One descriptor each: strangers alone take a small part.
-                assert!(l.strangers <= given / 8, "{nofile}: {l:?}");
-                // With three descriptors each, which is one channel, all budgets together stay below the ceiling of usual limits.
+                assert!(
+                    l.unauthenticated >= 8 && l.incoming >= 8 && l.outgoing >= 8 && l.waiting >= 8 && l.per_peer >= 4,
+                    "{l:?}"
+                );
+                // One descriptor each: unauthenticated connections alone take a small part.
+                assert!(l.unauthenticated <= given / 8, "{nofile}: {l:?}");
+                // With three descriptors each, for one channel, all budgets together stay below the ceiling of usual limits.
                 if nofile >= 256 {
-                    assert!(l.strangers + 3 * l.incoming + 3 * l.outgoing <= l.ceiling, "{nofile}: {l:?}");
+                    assert!(l.unauthenticated + 3 * l.incoming + 3 * l.outgoing <= l.ceiling, "{nofile}: {l:?}");
                 }
             }
         }
     }
 
-    /// Tests that count the free numbers of this process, one at a time.
+    /// Serialises tests that count free descriptor numbers.
     static COUNTING: process::Mutex<()> = process::Mutex::new(());
 
     #[test]
-    fn what_is_promised_has_its_room() {
+    fn promised_descriptors_are_reserved() {
         use std::os::fd::AsFd;
         let _alone = COUNTING.lock();
         let file = std::fs::File::open("/dev/null").expect("file");
-        let used = lowest_free(file.as_raw_fd()).expect("a free one");
+        let used = lowest_free(file.as_raw_fd()).expect("a free number");
         let limits = Limits { ceiling: used + 800, ..Limits::from(1 << 20, 16 * GIB) };
         assert!(room_for(&limits, file.as_fd(), 100).is_ok());
         let promise = Promise::new(800);
-        let error = room_for(&limits, file.as_fd(), 100).expect_err("no room beside it").to_string();
+        let error = room_for(&limits, file.as_fd(), 100).expect_err("no room beside the promise").to_string();
         assert!(error.starts_with("100 more file descriptors") && error.contains("; 0 are free"), "{error}");
         drop(promise);
         let promise = Promise::new(400);
@@ -313,18 +316,18 @@ mod tests {
     #[test]
     fn usual_limits() {
         let l = Limits::from(256, 16 * GIB);
-        assert_eq!((l.strangers, l.incoming, l.outgoing, l.waiting, l.ceiling), (16, 24, 24, 24, 192));
+        assert_eq!((l.unauthenticated, l.incoming, l.outgoing, l.waiting, l.ceiling), (16, 24, 24, 24, 192));
         let l = Limits::from(1024, 16 * GIB);
-        assert_eq!((l.strangers, l.incoming, l.outgoing, l.waiting, l.ceiling), (64, 96, 96, 96, 768));
+        assert_eq!((l.unauthenticated, l.incoming, l.outgoing, l.waiting, l.ceiling), (64, 96, 96, 96, 768));
         let l = Limits::from(1 << 20, 64 * GIB);
-        assert_eq!((l.strangers, l.incoming, l.outgoing, l.waiting, l.ceiling), (1024, 4096, 4096, 2048, (1 << 20) - 4096));
+        assert_eq!((l.unauthenticated, l.incoming, l.outgoing, l.waiting, l.ceiling), (1024, 4096, 4096, 2048, (1 << 20) - 4096));
         // Little memory, many descriptors.
         let l = Limits::from(1 << 20, GIB);
         assert_eq!((l.incoming, l.waiting), (64, 64));
     }
 
     #[test]
-    fn budgets_follow_the_limits_and_settings_stand_before_them() {
+    fn budgets_follow_the_limits_and_settings_override_them() {
         for memory in [0, 64 << 20, GIB, 64 * GIB, u64::MAX] {
             let l = Limits::from(1024, memory);
             assert!(
@@ -343,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn exhaustion_is_told_apart_and_explained() {
+    fn exhaustion_is_recognised_and_explained() {
         for (errno, kind) in [
             (libc::EMFILE, ErrorKind::Resource),
             (libc::ENFILE, ErrorKind::Resource),
@@ -357,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn room_is_what_is_free_below_the_ceiling() {
+    fn room_is_counted_below_the_ceiling() {
         use std::os::fd::AsFd;
         let _alone = COUNTING.lock();
         let any = std::fs::File::open("/dev/null").unwrap();
@@ -368,11 +371,11 @@ mod tests {
     }
 
     #[test]
-    fn numbers_in_use_above_a_free_one_are_no_room() {
+    fn free_numbers_below_used_ones_are_counted_one_by_one() {
         use std::os::fd::AsFd;
         let _alone = COUNTING.lock();
         let any = std::fs::File::open("/dev/null").unwrap();
-        // All numbers up to the ceiling are taken but for a few low ones, as where an application has closed what it opened first.
+        // All numbers up to the ceiling are taken except a few low ones, as after an application closed what it opened first.
         let mut many: Vec<OwnedFd> = (0..400).map(|_| any.as_fd().try_clone_to_owned().unwrap()).collect();
         let ceiling = many.iter().map(AsRawFd::as_raw_fd).max().unwrap() as usize + 1;
         let limits = Limits { ceiling, ..Limits::from(1 << 20, GIB) };

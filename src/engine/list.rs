@@ -1,5 +1,5 @@
-//! A list of segments that is kept for several transfers: what can be known of it before a transfer starts is worked out once. Knows
-//! regions by their numbers and items only; whether they exist and hold the segments is seen at every start.
+//! A list of segments that is prepared once for several transfers. It knows regions only by their ids and items; each start
+//! checks that they exist and contain the segments.
 
 use crate::direct::{Blocks, Way};
 use crate::engine::fifo::FifoItem;
@@ -11,7 +11,7 @@ use crate::status::{err, Result};
 use crate::types::Piece;
 use std::collections::TryReserveError;
 
-/// A segment: where it begins here and there, and its bytes.
+/// A segment: its addresses here and at the peer, and its length.
 #[derive(Clone, Copy, Debug)]
 struct Block {
     near: u64,
@@ -19,7 +19,7 @@ struct Block {
     len: u64,
 }
 
-/// A region here and what an item says of one there, with the begin and end of what blocks take of either.
+/// A local region and the item of a peer's region, with the ranges that the blocks use of each.
 #[derive(Clone, Copy, Debug)]
 struct Pair {
     mr: u64,
@@ -28,7 +28,7 @@ struct Pair {
     far: (u64, u64),
 }
 
-/// Blocks of one pair that follow each other, up to this one.
+/// Consecutive blocks of one pair; `end` is the index after the last.
 #[derive(Clone, Copy, Debug)]
 struct Run {
     pair: usize,
@@ -41,19 +41,19 @@ pub struct List {
     pairs: Vec<Pair>,
     runs: Vec<Run>,
     blocks: Vec<Block>,
-    /// Segments without bytes, which move nothing and are checked all the same.
+    /// Segments of zero bytes: they move nothing, but are checked.
     empty: Vec<(usize, Block)>,
     total: u64,
     longest: u64,
-    /// Some segment wraps around.
+    /// A segment wraps around the address space.
     wraps: bool,
 }
 
 impl List {
-    /// Of `n` segments.
+    /// Makes a list of `n` segments.
     ///
     /// # Errors
-    /// `Resource` without memory for them.
+    /// `Resource` when memory is short.
     pub fn new<'a>(n: usize, items: impl Iterator<Item = (LocalSegment, &'a FifoItem)>) -> Result<List> {
         List::gather(n, items).map_err(|_| err!(Resource, "no memory for a list of {n} segments"))
     }
@@ -103,13 +103,13 @@ impl List {
         Ok(())
     }
 
-    /// Segments.
+    /// The number of segments.
     pub(super) fn len(&self) -> usize {
         self.blocks.len() + self.empty.len()
     }
 
-    /// For a transfer that may go without chunks, as [`crate::engine::request::sketch`] does it: with it what hands out the blocks. `None` for
-    /// whatever is wrong, empty or unusual.
+    /// Prepares a transfer that may go directly, like [`crate::engine::request::sketch`]: the sketch, and the feed that hands out
+    /// the blocks. `None` if anything is wrong, empty or unusual.
     pub(super) fn sketch(&self, way: Way, registry: &Registry, peer_engine: [u8; 16]) -> Option<(Sketch, ListFeed<'_>)> {
         if self.wraps || self.blocks.is_empty() || !self.empty.is_empty() {
             return None;
@@ -123,7 +123,7 @@ impl List {
         Some((sketching.finish(self.total, self.blocks.len())?, feed))
     }
 
-    /// The segments, those without bytes last.
+    /// The segments; those of zero bytes come last.
     pub(super) fn iter(&self) -> impl Iterator<Item = (LocalSegment, FifoItem)> + '_ {
         let mut runs = self.runs.iter().copied();
         let mut run = Run { pair: 0, end: 0 };
@@ -156,12 +156,12 @@ impl Pair {
 /// Hands out the blocks of a list.
 pub(super) struct ListFeed<'a> {
     list: &'a List,
-    /// Of the list's pairs.
+    /// The pairings of the list's pairs.
     pairings: Vec<usize>,
     way: Way,
     run: usize,
     at: usize,
-    /// Bytes of a long block that were given.
+    /// Bytes already handed out of a long block.
     given: u64,
 }
 
@@ -174,7 +174,7 @@ impl ListFeed<'_> {
         }
     }
 
-    /// The next part of a block that is too long to be given at once.
+    /// Hands out the next part of a block longer than [`MAX_BLOCK`].
     fn part(&mut self, block: &Block, out: &mut Vec<Piece>) {
         let len = (block.len - self.given).min(MAX_BLOCK);
         out.push(Self::piece(self.way, &Block { near: block.near + self.given, far: block.far + self.given, len }));

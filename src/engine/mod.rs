@@ -1,9 +1,9 @@
-//! The engine: connections and what they share. Knows nothing of C.
+//! The engine: connections and what they share. Knows nothing about C.
 //!
-//! - `connection`: what an application holds, and how it is asked, polled, driven and closed. `request` checks what an application asks
-//!   for, `list` keeps that for later, `fifo` is what gives a peer access. The protocol itself is `crate::proto`.
-//! - `progress`: who drives the connections, who sleeps and who wakes, and the table of an engine's connections.
-//! - `setup`: bringing connections up, incoming and outgoing ones.
+//! - `connection`: the application's view of a connection: transfers, polling, driving, closing. `request` checks what an
+//!   application starts, `list` prepares it for later, `fifo` gives a peer access. The protocol itself is `crate::proto`.
+//! - `progress`: who drives the connections, sleeping and waking, and the table of an engine's connections.
+//! - `setup`: sets up connections, incoming and outgoing.
 //! - `gpus` and `limits`: the GPUs and the budgets of an engine.
 
 #[doc(hidden)]
@@ -42,41 +42,41 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// What peers of an engine with these settings may take in this process: name, number, and what it counts.
+/// What peers of an engine with these settings may take in this process: name, value, and what it counts.
 pub fn budgets(config: &Config) -> Vec<(&'static str, usize, &'static str)> {
     limits::Limits::of_process(&config.budgets).list()
 }
 
-/// How long a deregistration waits for what holds a region although its connections are closed.
-const STUBBORN: Duration = Duration::from_secs(1);
-/// How long each connection is waited for at least, at the engine's end, where somebody has it.
+/// How long a deregistration waits for a device that still uses a region although its connections are closed.
+const DEVICE_GRACE: Duration = Duration::from_secs(1);
+/// The minimum time that a shutdown waits for each connection whose lock is held.
 const TURN: Duration = Duration::from_millis(10);
 
 /// A network interface that a plugin offers.
 #[derive(Clone, Debug)]
 pub struct NicInfo {
-    /// Plugin that offers it.
+    /// The plugin that offers it.
     pub plugin: String,
     /// Its name.
     pub name: String,
     /// Directory of its PCI device under /sys.
     pub pci_path: Option<String>,
-    /// Mbit/s.
+    /// Speed in Mbit/s.
     pub speed_mbps: i32,
     /// NUMA node, when known.
     pub numa_node: Option<i32>,
-    /// Or of 1 (host), 2 (CUDA), 4 (DMA-BUF).
+    /// Bitmask of 1 (host), 2 (CUDA), 4 (DMA-BUF).
     pub ptr_support: i32,
 }
 
-/// An engine. All methods may be called from any thread. Dropping it shuts it down. In a child of fork an engine of the parent does
-/// nothing: what gives a result gives an error, and dropping it leaves the parent's alone.
+/// An engine. All methods may be called from any thread. Dropping it shuts it down. In a forked child an engine of the parent
+/// does nothing: its methods return errors, and dropping it leaves the parent's engine alone.
 pub struct Engine {
     metadata: String,
     parts: process::ProcessOwned<Parts>,
 }
 
-/// What an engine is made of.
+/// The parts of an engine.
 struct Parts {
     context: Arc<SetupContext>,
     accepts: Arc<Accepts<Connection>>,
@@ -139,7 +139,7 @@ impl Engine {
             pool: budget::Pool::new(limits.peer_bytes, limits.peer_bytes_of_one, limits.transfers),
             quota: quota::ConnectionQuota::new(limits.connections, limits.of_address),
             table: table.clone(),
-            kept: Default::default(),
+            simulated_delay_ms: Default::default(),
             config,
         });
         let spin = context.config.spin;
@@ -148,11 +148,11 @@ impl Engine {
         let engine = Engine { metadata, parts: process::ProcessOwned::new(parts) };
         let mut threads = engine.parts.threads.lock();
         threads.progress = Some(limits::spawn("uccl-progress", move || thread::run(&table, spin))?);
-        let kept = context.clone();
-        threads.heartbeat = Some(limits::spawn("uccl-heartbeat", move || heartbeat::run(&kept))?);
-        let (fresh, named) = std::sync::mpsc::sync_channel(warmup::WAITING);
+        let watched = context.clone();
+        threads.heartbeat = Some(limits::spawn("uccl-heartbeat", move || heartbeat::run(&watched))?);
+        let (fresh, ids) = std::sync::mpsc::sync_channel(warmup::WAITING);
         let prepared = context.clone();
-        threads.warmup = Some(limits::spawn("uccl-warmup", move || warmup::run(&prepared, &named))?);
+        threads.warmup = Some(limits::spawn("uccl-warmup", move || warmup::run(&prepared, &ids))?);
         threads.setup = Some(acceptor::start(context, accepts, ports.sockets, fresh)?);
         drop(threads);
         Ok(Arc::new(engine))
@@ -163,25 +163,25 @@ impl Engine {
         self.metadata.clone()
     }
 
-    /// Name of the plugin that carries device memory.
+    /// Name of the plugin that carries GPU memory.
     pub fn plugin_name(&self) -> &str {
         &self.parts.context.plugins.device.name
     }
 
-    /// The plugin that carries device memory.
+    /// The plugin that carries GPU memory.
     pub fn plugin(&self) -> &Plugin {
         &self.parts.context.plugins.device
     }
 
-    /// What peers may take: name, number, and what it counts.
+    /// What peers may take: name, value, and what it counts.
     pub fn budgets(&self) -> Vec<(&'static str, usize, &'static str)> {
         self.parts.context.limits.list()
     }
 
-    /// What the engine and its connections count.
+    /// Statistics of the engine and its connections.
     ///
     /// # Errors
-    /// In a child of fork.
+    /// In a forked child.
     pub fn stats(&self) -> Result<EngineStats> {
         self.parts.check("engine")?;
         Ok(stats(&self.parts.context, &self.metadata))
@@ -221,14 +221,14 @@ impl Engine {
         self.parts.accepts.take()
     }
 
-    /// Wakes blocked accepts; they and later ones end.
+    /// Wakes blocked accepts; they and later ones fail.
     pub fn stop_accept(&self) {
         if self.parts.is_here() {
             self.parts.accepts.stop();
         }
     }
 
-    /// Registers memory; gives the region's id.
+    /// Registers memory; returns the region's id.
     ///
     /// # Errors
     /// `InvalidArgument` for an empty or wrapping range, `Gpu`, `System`.
@@ -236,10 +236,10 @@ impl Engine {
         self.register_with(addr, len, RemoteAccess::ALL)
     }
 
-    /// Registers memory that peers may use only so far. Its owner may use all of it, also as the target of a receive.
+    /// Registers memory with limited access for peers. The owner may use all of it, also as the destination of a receive.
     ///
     /// # Errors
-    /// As [`Engine::register`].
+    /// As for [`Engine::register`].
     pub fn register_with(&self, addr: usize, len: usize, access: RemoteAccess) -> Result<u64> {
         if addr == 0 || len == 0 || addr.checked_add(len).is_none() {
             bail!(InvalidArgument, "cannot register {len} bytes at {addr:#x}");
@@ -247,7 +247,7 @@ impl Engine {
         self.alive()?;
         let (place, first) = self.parts.context.gpus.place_of(addr as u64)?;
         if first {
-            // Connections that are there already could not prepare for this GPU.
+            // Existing connections have not prepared for this GPU.
             build::ready(&self.parts.context, place);
         }
         let table = &self.parts.context.table;
@@ -258,42 +258,42 @@ impl Engine {
         Ok(id)
     }
 
-    /// Simulates a driver of a GPU that keeps who makes new connections ready, each for so long.
+    /// Simulates a CUDA driver that blocks the preparation of each new connection for `time`.
     #[doc(hidden)]
     pub fn simulate_kept_set_ups(&self, time: Duration) {
-        self.parts.context.kept.store(time.as_millis() as u64, std::sync::atomic::Ordering::Relaxed);
+        self.parts.context.simulated_delay_ms.store(time.as_millis() as u64, std::sync::atomic::Ordering::Relaxed);
     }
 
-    /// Ends a registration. Waits for transfers that use it; what has not ended by the close deadline is failed with its connection.
+    /// Deregisters a region. Waits for transfers that use it; after the close deadline, connections with such transfers fail.
     ///
     /// # Errors
-    /// `NotFound`; `Resource` where even that does not end its use: the memory must stay as it is.
+    /// `NotFound`; `Resource` where even that does not end its use: the memory must stay mapped.
     pub fn deregister(&self, mr: u64) -> Result<()> {
         self.parts.check("engine")?;
         let table = &self.parts.context.table;
         let retired = table.context.registry.retire(mr)?;
         let deadline = Instant::now() + self.parts.context.config.close_timeout;
         let mut pause = Duration::from_micros(20);
-        // Connections that could not be asked yet, since somebody has them, once it is time to ask; and when all were.
+        // After the deadline: ids of connections not checked yet, because another thread holds them; and when all were checked.
         let (mut unasked, mut asked) = (None, None);
         while retired.in_use() {
             let now = Instant::now();
-            if asked.is_some_and(|at| now >= at + STUBBORN) {
+            if asked.is_some_and(|at| now >= at + DEVICE_GRACE) {
                 bail!(
                     Resource,
                     "region {mr} is still in use after its connections were closed: a device does not end its copies"
                 );
             }
             if now >= deadline {
-                // Closing the channels is the only way to be sure that nothing touches the memory any more. A request that another
-                // thread is about to start may come after the first look.
+                // Closing the channels is the only way to be sure that nothing touches the memory any more. A request that
+                // another thread is about to start may appear after the first check.
                 let all = table.connections.all();
                 let left = unasked.get_or_insert_with(|| all.iter().map(|connection| connection.id()).collect::<Vec<_>>());
                 let reason = || err!(Canceled, "region {mr} was deregistered while transfers used it");
-                // Once all have been asked that could be had.
-                let queue = now >= deadline + STUBBORN;
-                let kept: Vec<u64> = all.iter().filter(|c| !c.fail_if_using(mr, queue, reason())).map(|c| c.id()).collect();
-                left.retain(|id| kept.contains(id));
+                // Queue for the locks once the free connections have been checked.
+                let queue = now >= deadline + DEVICE_GRACE;
+                let held: Vec<u64> = all.iter().filter(|c| !c.fail_if_using(mr, queue, reason())).map(|c| c.id()).collect();
+                left.retain(|id| held.contains(id));
                 if left.is_empty() {
                     asked.get_or_insert_with(Instant::now);
                 }
@@ -322,7 +322,7 @@ impl Engine {
         Ok(FifoItem::new(addr as u64, len as u64, &access))
     }
 
-    /// Whether some region holds the address.
+    /// Whether the address lies in a registered region.
     pub fn is_registered(&self, addr: usize) -> bool {
         self.parts.is_here() && self.parts.context.table.context.registry.holds_address(addr as u64)
     }
@@ -338,7 +338,7 @@ impl Engine {
         })
     }
 
-    /// Drives what has something to read: whoever asks for notifications and finds none is about to ask again.
+    /// Drives connections with something to read: an application that finds no notification is about to ask again.
     pub(crate) fn drive(&self) {
         if !self.parts.is_here() {
             return;
@@ -364,28 +364,28 @@ impl Engine {
         if context.shutdown.begin() {
             return;
         }
-        // First nothing new comes: connects and set-ups under way end.
+        // First, nothing new starts: connects and set-ups in progress end.
         context.outgoing.wake();
         context.table.connections.close();
         let mut threads = std::mem::take(&mut *threads.lock());
         join(threads.setup.take());
         join(threads.heartbeat.take());
-        // Then all say goodbye, and share one deadline.
+        // Then all connections say goodbye and share one deadline.
         let waiting = accepts.drain();
         let time = connection::CLOSING.min(context.config.close_timeout);
         let until = Instant::now() + time;
         let says = |c: &Arc<Connection>| c.say_goodbye(until.max(Instant::now() + TURN));
-        let (free, kept): (Vec<_>, Vec<_>) = context.table.connections.all().into_iter().partition(says);
+        let (free, held): (Vec<_>, Vec<_>) = context.table.connections.all().into_iter().partition(says);
         let finish = |all: &[Arc<Connection>]| {
             let deadline = Instant::now() + time;
             all.iter().for_each(|connection| connection.finish_close(deadline));
         };
         finish(&free);
-        // Those that somebody keeps come last, and have as much time from then on: no other peer waits for that.
-        let (late, kept): (Vec<_>, Vec<_>) = kept.into_iter().partition(|c| c.say_goodbye(Instant::now() + TURN));
+        // Connections held by other threads come last, with a deadline of their own, so that no other peer waits for them.
+        let (late, held): (Vec<_>, Vec<_>) = held.into_iter().partition(|c| c.say_goodbye(Instant::now() + TURN));
         finish(&late);
-        kept.iter().for_each(|connection| connection.insist_on_goodbye());
-        finish(&kept);
+        held.iter().for_each(|connection| connection.insist_on_goodbye());
+        finish(&held);
         drop(waiting);
         join(threads.warmup.take());
         context.table.end();
@@ -397,13 +397,13 @@ impl Engine {
     }
 }
 
-/// Which variable chooses the data NICs, for an error text.
+/// Names the variable that chooses the data NICs, for an error text.
 fn chosen_nics() -> String {
     let set = |name: &&str| std::env::var(name).is_ok_and(|value| !value.trim().is_empty());
     match ["NCCL_GPUDIRECTTCPX_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"].into_iter().find(set) {
         Some(name) => {
             let value = std::env::var(name).unwrap_or_default();
-            format!(": {name}={value} matches none that can be used{}", crate::net::topology::others())
+            format!(": {name}={value} matches no usable interface{}", crate::net::topology::others())
         }
         None => String::new(),
     }
@@ -422,12 +422,12 @@ fn stats(context: &SetupContext, metadata: &str) -> EngineStats {
     table.context.counters.fill(&mut stats);
     stats.connections = table.connections.all().iter().filter_map(|connection| connection.stats().ok()).collect();
     stats.connections.sort_by_key(|connection| connection.id);
-    // Ended ones are counted already.
+    // Ended connections are in the totals already.
     stats.connections.iter().filter(|c| c.error.is_none()).for_each(|c| stats.totals += c.totals);
     stats
 }
 
-/// Offers the statistics where UCCL_TCPX_METRICS says. An engine works without, too.
+/// Exports the statistics as UCCL_TCPX_METRICS says. An engine works without them.
 fn offer(context: &Arc<SetupContext>, metadata: &str) -> Option<Arc<export::Exporter>> {
     let target = context.config.metrics.as_ref()?;
     let (weak, metadata) = (Arc::downgrade(context), metadata.to_owned());

@@ -1,6 +1,6 @@
-//! From what the application names to what the machine takes: local segments with their regions, and the remote side's as they stand on
-//! the wire. Everything that can be checked on this side is checked here, before anything is admitted. Knows
-//! nothing of sockets, channels or the machine's state.
+//! From the arguments of an application to a request for the protocol machine: local segments with their regions, and the peer's
+//! segments in wire format. Everything that can be checked locally is checked here, before a transfer is admitted. Knows nothing
+//! about sockets, channels or the machine's state.
 
 use crate::direct::{Blocks, Pairing, Way};
 use crate::engine::fifo::{Access, FifoItem};
@@ -16,10 +16,10 @@ use crate::wire::frame::{WireRegion, WireSegment, WireSegments, MAX_REGIONS, MAX
 use std::borrow::Borrow;
 use std::collections::TryReserveError;
 
-/// What became of a list of segments.
+/// The result of building a request.
 pub(crate) enum Built {
     Request(Request),
-    /// Understood, and known to be refused by the peer: becomes a transfer that has failed.
+    /// Valid, but the peer would refuse it: becomes a transfer that has failed.
     Refused(Error),
 }
 
@@ -30,15 +30,15 @@ pub(crate) struct RequestBuilder<'a> {
     locals: Numbered<u64>,
     remotes: Numbered<([u8; 16], u64)>,
     request: Request,
-    /// Blocks of one region follow each other: what the last item said about the region need not be worked out again.
+    /// The last item's region: consecutive items of one region are decoded once.
     last: Option<(FifoItem, Access, u16)>,
 }
 
 impl<'a> RequestBuilder<'a> {
-    /// For `n` items to an engine of that id.
+    /// For `n` items that belong to the engine with the given id.
     ///
     /// # Errors
-    /// `InvalidArgument` for too many, `Resource` without memory for the lists.
+    /// `InvalidArgument` for too many, `Resource` when memory is short.
     pub(crate) fn new(n: usize, registry: &'a Registry, peer_engine: [u8; 16], pool: Option<&mut SegmentPool>) -> Result<Self> {
         check_count(n)?;
         let (segments, remote) = match pool {
@@ -49,7 +49,7 @@ impl<'a> RequestBuilder<'a> {
         Ok(RequestBuilder { registry, peer_engine, locals: Numbered::new(), remotes: Numbered::new(), request, last: None })
     }
 
-    /// All items.
+    /// Adds all items.
     ///
     /// # Errors
     /// `NotFound`, `InvalidArgument`.
@@ -62,7 +62,7 @@ impl<'a> RequestBuilder<'a> {
         Ok(Built::Request(self.request))
     }
 
-    /// One item; an error value when the peer would refuse it.
+    /// Adds one item; returns an error value if the peer would refuse it.
     fn add(&mut self, local: LocalSegment, item: &FifoItem) -> Result<Option<Error>> {
         let len = local.len as u64;
         let RequestBuilder { request, registry, .. } = self;
@@ -87,7 +87,7 @@ impl<'a> RequestBuilder<'a> {
         Ok(None)
     }
 
-    /// What an item says about its region.
+    /// Decodes an item's region.
     fn remote(&mut self, item: &FifoItem) -> Result<std::result::Result<(Access, u16), Error>> {
         let access = item.access()?;
         if access.engine != self.peer_engine {
@@ -106,7 +106,7 @@ impl<'a> RequestBuilder<'a> {
         Ok(Ok((access, region)))
     }
 
-    /// Appends a segment on both sides, in pieces that fit the wire.
+    /// Appends a segment, split into parts that fit the wire format.
     fn push(&mut self, segment: Segment, remote_addr: u64, remote_region: u16) -> Result<()> {
         let request = &mut self.request;
         let pair = (segment.place, segment.peer);
@@ -134,12 +134,12 @@ impl<'a> RequestBuilder<'a> {
     }
 }
 
-/// Pairs of regions that a transfer without chunks has at most.
+/// Most pairs of regions in a direct transfer.
 const MAX_PAIRINGS: usize = 4096;
-/// Longer blocks are handed out piece by piece.
+/// Longer blocks are handed out in parts.
 pub(crate) const MAX_BLOCK: u64 = 256 << 20;
 
-/// Begin and end of what blocks take, here and there.
+/// The ranges that blocks use, here and at the peer.
 #[derive(Clone, Copy)]
 struct Taken {
     near: (u64, u64),
@@ -150,8 +150,8 @@ impl Taken {
     const NOTHING: Taken = Taken { near: (u64::MAX, 0), far: (u64::MAX, 0) };
 }
 
-/// Looks at all items without copying them: for a transfer that may go without chunks. `None` for whatever is wrong, empty or unusual; then
-/// [`RequestBuilder`] tells.
+/// Checks all items without copying them, for a transfer that may go directly. `None` if anything is wrong, empty or unusual;
+/// then [`RequestBuilder`] reports it.
 pub(crate) fn sketch<B: Borrow<FifoItem>>(
     items: impl Iterator<Item = (LocalSegment, B)>,
     registry: &Registry,
@@ -159,12 +159,12 @@ pub(crate) fn sketch<B: Borrow<FifoItem>>(
 ) -> Option<(Sketch, Known)> {
     let mut sketching = Sketching::new(registry, peer_engine);
     let (mut mr, mut last) = (0, FifoItem::EMPTY);
-    // In registers as long as the regions stay the same.
+    // Kept in registers as long as the regions stay the same.
     let (mut taken, mut total, mut count, mut wraps) = (Taken::NOTHING, 0u64, 0, false);
     for (local, item) in items {
         let item = item.borrow();
         let (addr, len) = (local.addr as u64, local.len as u64);
-        // Moves nothing, and must be allowed all the same.
+        // Moves nothing, but must be checked.
         if len == 0 {
             return None;
         }
@@ -189,7 +189,7 @@ pub(crate) fn sketch<B: Borrow<FifoItem>>(
     Some((sketching.finish(total, count)?, known))
 }
 
-/// What a sketch collects.
+/// Collects the pairings of a sketch.
 pub(crate) struct Sketching<'a> {
     registry: &'a Registry,
     peer_engine: [u8; 16],
@@ -205,7 +205,7 @@ impl<'a> Sketching<'a> {
         Sketching { registry, peer_engine, locals: Numbered::new(), uses: Vec::new(), pairings: Vec::new(), known }
     }
 
-    /// Blocks of these regions take so much here and there: their pairing; `None` where there can be none.
+    /// Extends the ranges of a pairing; returns its index, or `None` where the regions cannot be paired.
     pub(crate) fn note(&mut self, mr: u64, item: &FifoItem, near: (u64, u64), far: (u64, u64)) -> Option<usize> {
         let at = self.pairing(mr, item)?;
         let pairing = self.pairings.get_mut(at)?;
@@ -214,14 +214,14 @@ impl<'a> Sketching<'a> {
         Some(at)
     }
 
-    /// The sketch of so many bytes and blocks, if all of them lie inside of this side's regions.
+    /// The sketch, if all blocks lie inside the local regions.
     pub(crate) fn finish(self, total: u64, count: usize) -> Option<Sketch> {
         let Sketching { uses, pairings, .. } = self;
         let inside = |p: &Pairing| uses[usize::from(p.local)].check(p.near.0, p.near.1 - p.near.0).is_ok();
         pairings.iter().all(inside).then(|| Sketch { pairings, hold: Hold::new(uses), total, count })
     }
 
-    /// The pairing of an item; `None` where there can be none.
+    /// The index of an item's pairing; `None` where the regions cannot be paired.
     fn pairing(&mut self, mr: u64, item: &FifoItem) -> Option<usize> {
         if let Some(at) = self.known.find(mr, item) {
             return Some(at);
@@ -240,11 +240,11 @@ impl<'a> Sketching<'a> {
     }
 }
 
-/// Which pairing an item belongs to.
+/// Maps items to their pairings.
 #[derive(Default)]
 pub(crate) struct Known {
     list: Vec<(u64, FifoItem)>,
-    /// By the two regions, where there are several; items of the same may still differ.
+    /// By the two region ids, once there are several entries; items of the same region may still differ.
     all: Map<(u64, u64), usize>,
 }
 
@@ -254,11 +254,11 @@ impl Known {
             return (*only == mr && known.same_region(item)).then_some(0);
         }
         let &at = self.all.get(&(mr, item.idx))?;
-        // Another item of the same region becomes a pairing of its own, which the peer's grant then does not match.
+        // A different item of the same region becomes another pairing, which the peer's grant then does not match.
         self.list.get(at).filter(|(_, known)| known.same_region(item)).map(|_| at)
     }
 
-    /// The number of another one.
+    /// Adds an item; returns its index.
     pub(crate) fn add(&mut self, mr: u64, item: &FifoItem) -> std::result::Result<usize, TryReserveError> {
         self.list.try_reserve(1)?;
         self.all.try_reserve(2)?;
@@ -274,14 +274,14 @@ impl Known {
     }
 }
 
-/// Hands out the blocks of items that [`sketch`] has looked at.
+/// Hands out the blocks of items that [`sketch`] has checked.
 pub(crate) struct Feed<I> {
     items: I,
     known: Known,
     way: Way,
-    /// What was taken and not handed out: the pairing and the block.
+    /// A block that was read but not handed out, with its pairing.
     held: Option<(usize, Piece)>,
-    /// Blocks that were not taken.
+    /// Blocks not read yet.
     left: usize,
 }
 
@@ -356,7 +356,7 @@ pub(crate) fn check_count(n: usize) -> Result<()> {
     Ok(())
 }
 
-/// The segments of a two-sided message, without the peer's places.
+/// The segments of a two-sided message; the peer's places are unknown.
 ///
 /// # Errors
 /// `NotFound`, `InvalidArgument`.
@@ -376,7 +376,7 @@ pub(crate) fn message(
         used.check(local.addr as u64, local.len as u64)?;
         if local.len > 0 {
             let (addr, len) = (local.addr as u64, local.len as u64);
-            // Segments may overlap, so that together they may have more bytes than there are addresses.
+            // Segments may overlap, so their sum may exceed the address space.
             total = match total.checked_add(len) {
                 Some(sum) => sum,
                 None => bail!(InvalidArgument, "a message of more than {} bytes", u64::MAX),
@@ -387,11 +387,11 @@ pub(crate) fn message(
     Ok((segments, uses))
 }
 
-/// Numbers distinct keys in the order they appear; made for the common case of the same key again and again.
+/// Numbers distinct keys in order of appearance; fast when the same key repeats.
 struct Numbered<K> {
     last: Option<(K, u16)>,
     count: usize,
-    /// Of all keys, once there are two.
+    /// All keys, once there are two.
     all: Option<Map<K, u16>>,
 }
 

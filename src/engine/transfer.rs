@@ -1,20 +1,20 @@
-//! What an application names when it asks for a transfer. Types only.
+//! The arguments of a transfer. Types only.
 
 pub use crate::proto::TransferState;
 
 use crate::direct::Way;
 
-/// Direction of a one-sided transfer, from the caller's view.
+/// Direction of a one-sided transfer, seen from the initiator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
-    /// Remote memory into local memory.
+    /// From the peer's memory to local memory.
     Read,
-    /// Local memory into remote memory.
+    /// From local memory to the peer's memory.
     Write,
 }
 
 impl Direction {
-    /// Where the data goes.
+    /// The direction of the data.
     pub(crate) fn way(self) -> Way {
         match self {
             Direction::Read => Way::In,

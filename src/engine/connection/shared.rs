@@ -280,7 +280,7 @@ impl Shared {
         // The accept queue checks this flag after it sets `waits`.
         self.gone.store(true, Ordering::SeqCst);
         if self.waits.load(Ordering::SeqCst) {
-            self.context.dead.tell(self.id);
+            self.context.dead.report(self.id);
         }
         // Send the cause, as far as the socket takes it, before the channels close and the peer sees only their end.
         let now = Instant::now();

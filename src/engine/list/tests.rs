@@ -20,8 +20,8 @@ fn fed(mut feed: ListFeed<'_>, most: usize, bytes: u64) -> Vec<(usize, Piece)> {
 }
 
 proptest! {
-    /// Whatever the order of regions: what a list keeps are its segments, and each block is handed out once, in order, with its own
-    /// pairing, which holds it.
+    /// Whatever the order of regions: a list keeps its segments, and each block is handed out once, in order, with its own
+    /// pairing, which contains it.
     #[test]
     fn a_list_is_its_segments(
         blocks in proptest::collection::vec((0usize..2, 0u64..3, 0u64..1000, 0usize..1000, any::<bool>()), 1..100),
@@ -30,7 +30,7 @@ proptest! {
         let (registry, ids) = registry();
         let items: Vec<(LocalSegment, FifoItem)> = blocks.iter().map(|&(mine, region, at, len, odd)| {
             let addr = [1 << 20, 8 << 20][mine] + at as usize * 7;
-            // Another item of the same region.
+            // A different item of the same region.
             let rkey = item(region + 1, 0).rkey + u32::from(odd && at % 5 == 0);
             (LocalSegment { mr: ids[mine], addr, len }, FifoItem { rkey, ..item(region + 1, 5000 + at * 3) })
         }).collect();
@@ -59,7 +59,7 @@ proptest! {
 }
 
 #[test]
-fn what_is_wrong_is_left_to_the_builder() {
+fn invalid_segments_are_left_to_the_builder() {
     let (registry, [mr, _]) = registry();
     for segments in wrong(mr) {
         assert!(list(&segments).sketch(Way::In, &registry, ENGINE).is_none(), "{segments:?}");
@@ -67,7 +67,7 @@ fn what_is_wrong_is_left_to_the_builder() {
 }
 
 #[test]
-fn a_segment_without_bytes_is_checked_too() {
+fn a_segment_of_zero_bytes_is_checked_too() {
     let (registry, [mr, _]) = registry();
     let local = |mr, len| LocalSegment { mr, addr: 1 << 20, len };
     let segments = [(local(mr, 16), item(1, 100)), (local(u64::MAX, 0), item(1, 100))];
@@ -76,7 +76,7 @@ fn a_segment_without_bytes_is_checked_too() {
 }
 
 #[test]
-fn a_region_that_has_ended_is_found_no_more() {
+fn a_deregistered_region_is_not_found() {
     let (registry, [mr, _]) = registry();
     let list = list(&[(LocalSegment { mr, addr: 1 << 20, len: 16 }, item(1, 100))]);
     assert!(list.sketch(Way::Out, &registry, ENGINE).is_some());
@@ -102,7 +102,7 @@ fn long_blocks_are_handed_out_in_parts() {
     assert_eq!(at, (5 << 28) + 7);
 }
 
-/// What starting a list costs for each block; UCCL_TEST_BENCH=1 runs it.
+/// Cost of starting a list, for each block; UCCL_TEST_BENCH=1 runs it.
 #[test]
 fn cost_of_a_block() {
     if !crate::benchmarks::wanted("cost_of_a_block") {

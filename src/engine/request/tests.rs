@@ -10,7 +10,7 @@ pub(in super::super) fn item(region: u64, addr: u64) -> FifoItem {
     FifoItem::new(addr, 0, &access)
 }
 
-/// Two regions here, of 1 MiB from 1 MiB on and of 1 MiB from 8 MiB on.
+/// Two local regions of 1 MiB, at 1 MiB and at 8 MiB.
 pub(in super::super) fn registry() -> (Registry, [u64; 2]) {
     let registry = Registry::new();
     let add = |addr| registry.add(addr, 1 << 20, Place::HOST, RemoteAccess::ALL).unwrap();
@@ -29,7 +29,7 @@ fn fed<I: Iterator<Item = (LocalSegment, FifoItem)>>(mut feed: Feed<I>, most: us
 }
 
 proptest! {
-    /// Whatever the order of regions: every block is handed out once, in order, with its own pairing, which holds it.
+    /// Whatever the order of regions: each block is handed out once, in order, with its own pairing, which contains it.
     #[test]
     fn a_feed_is_the_list(
         blocks in proptest::collection::vec((0usize..2, 0u64..3, 0u64..1000, 1usize..1000), 1..100), most in 1usize..40, read in any::<bool>(),
@@ -56,7 +56,7 @@ proptest! {
     }
 }
 
-/// Lists that no sketch is made of, over the first region of [`registry`].
+/// Lists that cannot be sketched, over the first region of [`registry`].
 pub(in super::super) fn wrong(mr: u64) -> Vec<Vec<(LocalSegment, FifoItem)>> {
     let local = |addr, len| LocalSegment { mr, addr, len };
     let good = (local(1 << 20, 16), item(1, 100));
@@ -79,7 +79,7 @@ pub(in super::super) fn wrong(mr: u64) -> Vec<Vec<(LocalSegment, FifoItem)>> {
 }
 
 #[test]
-fn what_is_wrong_is_left_to_the_builder() {
+fn invalid_segments_are_left_to_the_builder() {
     let (registry, [mr, _]) = registry();
     for list in wrong(mr) {
         assert!(sketch(list.iter().copied(), &registry, ENGINE).is_none(), "{list:?}");
@@ -103,7 +103,7 @@ fn long_blocks_are_handed_out_in_parts() {
     assert_eq!(at, (5 << 28) + 7);
 }
 
-/// What looking at a block and handing it out cost; UCCL_TEST_BENCH=1 runs it.
+/// Cost of checking a block and handing it out; UCCL_TEST_BENCH=1 runs it.
 #[test]
 fn cost_of_a_block() {
     if !crate::benchmarks::wanted("cost_of_a_block") {
@@ -135,11 +135,11 @@ fn cost_of_a_block() {
 }
 
 #[test]
-fn a_helping_ends_by_blocks_and_by_bytes() {
+fn a_fill_ends_by_blocks_and_by_bytes() {
     let (registry, ids) = registry();
     let items: Vec<_> =
         (0..10).map(|i| (LocalSegment { mr: ids[0], addr: (1 << 20) + i * 60, len: 60 }, item(1, i as u64 * 60))).collect();
-    let helpings = |most: usize, bytes: u64| {
+    let fills = |most: usize, bytes: u64| {
         let (sketch, known) = sketch(items.iter().copied(), &registry, ENGINE).unwrap();
         let mut feed = Feed::new(items.iter().copied(), known, Way::Out, sketch.count);
         let mut out = Vec::new();
@@ -149,8 +149,8 @@ fn a_helping_ends_by_blocks_and_by_bytes() {
         }
         sizes
     };
-    assert_eq!(helpings(100, 1 << 30), [10]);
-    assert_eq!(helpings(4, 1 << 30), [4, 4, 2]);
-    assert_eq!(helpings(100, 100), [2; 5], "the block that reaches the limit is the last");
-    assert_eq!(helpings(100, 1), [1; 10]);
+    assert_eq!(fills(100, 1 << 30), [10]);
+    assert_eq!(fills(4, 1 << 30), [4, 4, 2]);
+    assert_eq!(fills(100, 100), [2; 5], "the block that reaches the limit is the last");
+    assert_eq!(fills(100, 1), [1; 10]);
 }

@@ -1,28 +1,28 @@
-//! Incoming connections that are up and wait for the application: a bounded queue that the dead leave, each in logarithmic time. Knows
-//! nothing of sockets.
+//! Incoming connections that are up and wait for the application's accept: a bounded queue. Connections that end while they wait
+//! are removed in logarithmic time each. Knows nothing about sockets.
 
 use crate::status::{bail, err, Result};
 use process::{Condvar, Mutex};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// What can wait: something that may die while it does.
+/// An item of the queue, which may end while it waits.
 pub(crate) trait Waiting {
-    /// Its number, which rises in the order of arrival.
+    /// Its id, which rises in the order of arrival.
     fn id(&self) -> u64;
-    /// Whether an application could still use it.
+    /// Whether an application can still use it.
     fn is_up(&self) -> bool;
-    /// From now on its death is told by [`Dead::tell`], or no longer.
+    /// Whether it is in the queue: if so, its end is reported to [`Dead::report`].
     fn waits(&self, on: bool);
 }
 
-/// Numbers of connections that died while they waited.
+/// Ids of connections that ended while they waited.
 #[derive(Default)]
 pub(crate) struct Dead(Mutex<Vec<u64>>);
 
 impl Dead {
-    /// One that waits has died.
-    pub(crate) fn tell(&self, id: u64) {
+    /// Reports that a waiting connection has ended.
+    pub(crate) fn report(&self, id: u64) {
         self.0.lock().push(id);
     }
 }
@@ -32,7 +32,7 @@ struct Queue<T> {
     stopped: bool,
 }
 
-/// The queue.
+/// Connections that wait for accept.
 pub(crate) struct Accepts<T> {
     limit: usize,
     dead: Arc<Dead>,
@@ -46,16 +46,16 @@ impl<T: Waiting> Accepts<T> {
         Accepts { limit, dead, queue: Mutex::new(Queue { ready: BTreeMap::new(), stopped: false }), changed: Condvar::new() }
     }
 
-    /// Whether one more connection may come to wait when `coming` others are on their way.
+    /// Checks that one more connection may be queued, with `coming` others being set up.
     ///
     /// # Errors
-    /// `Resource` for the peer to read.
+    /// `Resource`, sent to the peer.
     pub(crate) fn room(&self, coming: usize) -> Result<()> {
         let full = |queue: &Queue<T>| queue.ready.len() + coming >= self.limit;
         if full(&self.queue.lock()) {
             self.sweep();
             if full(&self.queue.lock()) {
-                bail!(Resource, "{} connections wait for the application's accept already", self.limit);
+                bail!(Resource, "{} connections already wait for the application's accept", self.limit);
             }
         }
         Ok(())
@@ -65,7 +65,7 @@ impl<T: Waiting> Accepts<T> {
     pub(crate) fn push(&self, connection: Arc<T>) {
         connection.waits(true);
         if !connection.is_up() {
-            // It died before anybody was told of it.
+            // It ended before its end could be reported.
             return;
         }
         self.queue.lock().ready.insert(connection.id(), connection);
@@ -88,7 +88,7 @@ impl<T: Waiting> Accepts<T> {
                     return Ok(connection);
                 }
                 Some((_, dead)) => {
-                    // Closing takes its time, outside of the lock; and it is not put off until another one comes.
+                    // Closing takes time: do it now, and outside the lock.
                     drop(queue);
                     drop(dead);
                     queue = self.queue.lock();
@@ -98,25 +98,25 @@ impl<T: Waiting> Accepts<T> {
         }
     }
 
-    /// Drops the connections that have died while they waited, and with them their descriptors. Whether any wait.
+    /// Drops connections that ended while they waited, which frees their descriptors. Returns whether others still wait.
     pub(crate) fn sweep(&self) -> bool {
         let reported = std::mem::take(&mut *self.dead.0.lock());
         let mut queue = self.queue.lock();
         let dead: Vec<_> = reported.iter().filter_map(|id| queue.ready.remove(id)).collect();
         let any = !queue.ready.is_empty();
         drop(queue);
-        // Closing takes its time, outside of the lock.
+        // Closing takes time: do it outside the lock.
         drop(dead);
         any
     }
 
-    /// Wakes blocked takers; they and later ones get an error.
+    /// Wakes blocked calls of [`Accepts::take`]; they and later ones fail.
     pub(crate) fn stop(&self) {
         self.queue.lock().stopped = true;
         self.changed.notify_all();
     }
 
-    /// Takes all that wait.
+    /// Takes all waiting connections.
     pub(crate) fn drain(&self) -> Vec<Arc<T>> {
         std::mem::take(&mut self.queue.lock().ready).into_values().collect()
     }
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn the_dead_leave_and_make_room() {
+    fn ended_connections_leave_and_make_room() {
         let dead = Arc::<Dead>::default();
         let accepts = Accepts::new(3, dead.clone());
         let all = simulated(3);
@@ -159,16 +159,16 @@ mod tests {
         all.iter().for_each(|c| accepts.push(c.clone()));
         assert_eq!(accepts.room(0).unwrap_err().kind(), ErrorKind::Resource);
         all[0].dead.store(true, Ordering::SeqCst);
-        dead.tell(0);
+        dead.report(0);
         accepts.room(0).unwrap();
-        assert_eq!(Arc::strong_count(&all[0]), 1, "given up while it waited");
+        assert_eq!(Arc::strong_count(&all[0]), 1, "dropped while it waited");
         all[1].dead.store(true, Ordering::SeqCst);
-        assert!(Arc::ptr_eq(&accepts.take().unwrap(), &all[2]), "the dead are not handed out");
+        assert!(Arc::ptr_eq(&accepts.take().unwrap(), &all[2]), "ended connections are not handed out");
         assert!(!accepts.sweep());
     }
 
     #[test]
-    fn the_living_are_not_looked_at_for_the_dead() {
+    fn a_sweep_touches_only_ended_connections() {
         let dead = Arc::<Dead>::default();
         let accepts = Accepts::new(2000, dead.clone());
         let all = simulated(1000);
@@ -176,11 +176,11 @@ mod tests {
         let looked = || all.iter().map(|c| c.looked_at.load(Ordering::SeqCst)).sum::<usize>();
         let before = looked();
         all[7].dead.store(true, Ordering::SeqCst);
-        dead.tell(7);
+        dead.report(7);
         assert!(accepts.sweep() && Arc::strong_count(&all[7]) == 1);
         (0..100).for_each(|_| assert!(accepts.sweep()));
         assert_eq!(looked(), before);
-        // One that is dead already does not come to wait.
+        // A connection that has already ended is not queued.
         all[8].dead.store(true, Ordering::SeqCst);
         let held = Arc::strong_count(&all[8]);
         accepts.push(all[8].clone());
@@ -188,11 +188,11 @@ mod tests {
     }
 
     #[test]
-    fn whoever_waits_keeps_none_of_the_dead() {
+    fn a_blocked_take_drops_ended_connections() {
         let accepts = Arc::new(Accepts::new(3, Arc::default()));
         let all = simulated(2);
         all.iter().for_each(|c| accepts.push(c.clone()));
-        // They die before anybody looks for them.
+        // They end without a report.
         all.iter().for_each(|c| c.dead.store(true, Ordering::SeqCst));
         let other = accepts.clone();
         let waits = std::thread::spawn(move || other.take().map(|_| ()));
@@ -204,11 +204,11 @@ mod tests {
         let kept = kept();
         accepts.stop();
         assert_eq!(waits.join().unwrap().unwrap_err().kind(), ErrorKind::Canceled);
-        assert_eq!(kept, Some(1), "a descriptor, and a place among the connections, until somebody else comes");
+        assert_eq!(kept, Some(1), "it keeps a descriptor and a connection's place until the next connection arrives");
     }
 
     #[test]
-    fn stopping_wakes_whoever_waits() {
+    fn stop_wakes_blocked_takes() {
         let accepts = Arc::new(Accepts::<Simulated>::new(1, Arc::default()));
         let other = accepts.clone();
         let waits = std::thread::spawn(move || other.take().map(|_| ()));

@@ -1,6 +1,6 @@
-//! The thread that brings up all incoming connections of an engine, driven by what their sockets report. Strangers, whose handshake is
-//! not proved, have a small budget and little time; proved peers have theirs, shared between their addresses. Knows nothing of what the
-//! bytes mean.
+//! The thread that sets up all incoming connections of an engine, driven by epoll. Unauthenticated connections have a small
+//! budget and little time; authenticated peers have their own budget, shared fairly between addresses. Knows nothing about the
+//! protocol.
 
 use super::accept_queue::{Accepts, Waiting};
 use super::admission::Admission;
@@ -23,28 +23,29 @@ use std::sync::mpsc::SyncSender;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Token of the engine's end; the listening sockets follow it, then the set-ups.
+/// Token of the engine's shutdown; the listening sockets follow, then the set-ups.
 const ENDING: u64 = 0;
 const FIRST_LISTENER: u64 = 1;
 const FIRST_SETUP: u64 = 16;
-/// Sockets taken from one listening socket before the others have their turn.
+/// Sockets accepted from one listening socket before the others get their turn.
 const ACCEPT_BURST: usize = 64;
-/// Strangers that may be there while the process is short of descriptors: enough to tell peers why they are refused.
-const STRANGERS_IN_NEED: usize = 8;
-/// How long no sockets are accepted after descriptors ran out.
+/// Unauthenticated connections allowed while descriptors are short: enough to tell peers why they are refused.
+const UNAUTHENTICATED_WHEN_SHORT: usize = 8;
+/// How long accepting pauses after descriptors ran out.
 const PAUSE: Duration = Duration::from_millis(100);
-/// How long strangers may stay at most when others wait for their places: those whose first message is not complete, and the others.
-const SILENCE: Duration = Duration::from_millis(20);
-const HESITATION: Duration = Duration::from_millis(200);
-/// The strangers that wait in a full queue of the kernel all have had their place after this time.
+/// The longest that unauthenticated connections may stay when others wait for their places: without a complete first message, and
+/// with one.
+const SILENT_STAY: Duration = Duration::from_millis(20);
+const ANSWERED_STAY: Duration = Duration::from_millis(200);
+/// Within this time every connection in a full backlog of the kernel gets its place.
 const QUEUE_TIME: Duration = Duration::from_millis(500);
-/// How often connections that wait for the application are looked at.
+/// How often connections that wait for accept are checked.
 const SWEEP: Duration = Duration::from_millis(100);
-/// A proved peer that has said nothing for this long gives way when others wait for their turn.
+/// An authenticated peer that has been silent for this long gives way to waiting ones.
 const STALE: Duration = Duration::from_secs(2);
-/// How long a refused peer may take to read why.
-const FAREWELL: Duration = Duration::from_secs(1);
-/// Lines a second about set-ups that failed, and about descriptors that ran out.
+/// How long a refused peer may take to read the reason.
+const LINGER: Duration = Duration::from_secs(1);
+/// Log lines per second about failed set-ups, and about a shortage of descriptors.
 const LINES: u32 = 5;
 
 impl Waiting for Connection {
@@ -61,11 +62,11 @@ impl Waiting for Connection {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
-    /// The handshake is not proved.
-    Stranger,
-    /// Proved, and waits for its turn.
+    /// The handshake is not complete.
+    Unauthenticated,
+    /// Authenticated, waits for its turn.
     Queued,
-    /// Its channels may come up.
+    /// Admitted: its channels may come up.
     Admitted,
 }
 
@@ -74,45 +75,45 @@ struct Entry {
     role: Role,
     interest: Interest,
     timer: Instant,
-    /// When it came.
+    /// When it arrived.
     since: Instant,
-    /// Its place among the stale ones.
+    /// Its key in `stale`.
     waits_since: Option<Instant>,
-    /// Its place among connections.
+    /// Its place in the quota.
     counted: Option<Counted>,
 }
 
-/// The thread's things.
+/// The state of the thread.
 struct Acceptor {
     context: Arc<SetupContext>,
     accepts: Arc<Accepts<Connection>>,
     listeners: Vec<TcpListener>,
     poller: Poller,
     last: u64,
-    /// By id, which is the order of arrival.
+    /// By id, in the order of arrival.
     entries: BTreeMap<u64, Entry>,
     timers: BTreeSet<(Instant, u64)>,
-    strangers: Strangers,
+    unauthenticated: Unauthenticated,
     admission: Admission,
-    /// Admitted ones, by when their peers last said something while that is all that is missing.
+    /// Admitted set-ups that wait for their peers alone, by the time of the peer's last bytes.
     stale: BTreeSet<(Instant, u64)>,
-    /// Refused peers that may still read why.
-    farewells: BTreeMap<u64, (TcpStream, Instant)>,
-    /// Connections that are to be made ready for memory of GPUs.
+    /// Sockets of refused peers, which may still read the reason.
+    lingering: BTreeMap<u64, (TcpStream, Instant)>,
+    /// Connections whose GPU memory is to be prepared.
     fresh: SyncSender<u64>,
     paused_until: Option<Instant>,
     sweep_at: Option<Instant>,
     logs: Logs,
 }
 
-/// Strangers, by ids: those whose first message is not complete, and the others.
+/// Unauthenticated connections by id: without a complete first message, and with one.
 #[derive(Default)]
-struct Strangers {
+struct Unauthenticated {
     beginning: BTreeSet<u64>,
     answered: BTreeSet<u64>,
 }
 
-impl Strangers {
+impl Unauthenticated {
     fn count(&self) -> usize {
         self.beginning.len() + self.answered.len()
     }
@@ -123,7 +124,7 @@ impl Strangers {
         }
     }
 
-    /// Its first message is complete, and was answered.
+    /// Its first message is complete and has been answered.
     fn answered(&mut self, id: u64) {
         if self.beginning.remove(&id) {
             self.answered.insert(id);
@@ -131,13 +132,13 @@ impl Strangers {
     }
 }
 
-/// Lines about peers, and about what this process is short of.
+/// Limiters for log lines about peers, and about shortages in this process.
 struct Logs {
     lines: Limiter,
     shortage: Limiter,
 }
 
-/// Starts the thread. It names the connections that are up to `fresh`.
+/// Starts the thread. It sends the ids of connections that are up to `fresh`.
 ///
 /// # Errors
 /// `Resource`.
@@ -150,10 +151,10 @@ pub(crate) fn start(
     let mut acceptor = Acceptor::new(context, accepts, listeners, fresh).map_err(|e| limits::system("epoll", &e))?;
     limits::spawn("uccl-setup", move || {
         while !acceptor.context.shutdown.begun() {
-            // A defect in one set-up must not close the port for good.
+            // A panic in one set-up must not close the port for good.
             let round = std::panic::AssertUnwindSafe(|| acceptor.run());
             if std::panic::catch_unwind(round).is_err() {
-                log::error!("a set-up of a connection panicked; all that were under way are dropped");
+                log::error!("a connection set-up panicked: all incoming set-ups in progress are dropped");
                 acceptor.forget_all();
                 std::thread::sleep(PAUSE);
             }
@@ -162,11 +163,11 @@ pub(crate) fn start(
     })
 }
 
-/// How long strangers may stay, by kind, where there are so many places and others wait. With few places it is short: a peer that waits in
-/// the kernel's queue gets a place soon, and what it has sent meanwhile is there when it does.
+/// How long unauthenticated connections may stay, by kind, with this many places and others waiting. With few places the time is
+/// short: a peer in the kernel's backlog soon gets a place, and finds its bytes already received.
 fn stays(places: usize) -> [Duration; 2] {
     let share = QUEUE_TIME.saturating_mul(u32::try_from(places).unwrap_or(u32::MAX)) / BACKLOG.unsigned_abs();
-    [share.min(SILENCE), share.min(HESITATION)]
+    [share.min(SILENT_STAY), share.min(ANSWERED_STAY)]
 }
 
 fn interest_of(driver: &SetupDriver) -> Interest {
@@ -199,10 +200,10 @@ impl Acceptor {
             last: FIRST_SETUP,
             entries: BTreeMap::new(),
             timers: BTreeSet::new(),
-            strangers: Strangers::default(),
+            unauthenticated: Unauthenticated::default(),
             admission: Admission::new(limits.incoming, limits.per_peer),
             stale: BTreeSet::new(),
-            farewells: BTreeMap::new(),
+            lingering: BTreeMap::new(),
             fresh,
             paused_until: None,
             sweep_at: None,
@@ -214,7 +215,7 @@ impl Acceptor {
         let mut events = Events::with_capacity(256);
         while !self.context.shutdown.begun() {
             if let Err(e) = self.poller.wait(&mut events, self.timeout()) {
-                self.logs.shortage.log(log::Level::Error, Instant::now(), format_args!("waiting for set-ups: {e}"));
+                self.logs.shortage.log(log::Level::Error, Instant::now(), format_args!("cannot wait for set-ups: {e}"));
                 std::thread::sleep(PAUSE);
             }
             let now = Instant::now();
@@ -222,7 +223,7 @@ impl Acceptor {
                 match event.token() {
                     ENDING => return,
                     token if token < FIRST_SETUP => self.arrivals((token - FIRST_LISTENER) as usize, now),
-                    id if self.farewells.contains_key(&id) => self.farewell(id, now),
+                    id if self.lingering.contains_key(&id) => self.on_lingering(id, now),
                     id => self.advance(id, now),
                 }
             }
@@ -231,14 +232,14 @@ impl Acceptor {
         }
     }
 
-    /// Until when nothing happens without an event.
+    /// How long to wait for events before a timer is due.
     fn timeout(&self) -> Option<Duration> {
         let timer = self.timers.first().map(|(at, _)| *at);
-        // Farewells are as old as their ids.
-        let farewell = self.farewells.first_key_value().map(|(_, (_, until))| *until);
-        let first = [timer, farewell, self.paused_until, self.sweep_at].into_iter().flatten().min()?;
+        // Ids are in the order of age.
+        let lingering = self.lingering.first_key_value().map(|(_, (_, until))| *until);
+        let first = [timer, lingering, self.paused_until, self.sweep_at].into_iter().flatten().min()?;
         let left = first.saturating_duration_since(Instant::now());
-        // Whoever waits for a turn gets it when another set-up has become stale.
+        // A waiting set-up may be admitted when another becomes stale, which has no timer.
         Some(if self.admission.waiting() == 0 { left } else { left.min(STALE / 4) })
     }
 
@@ -247,12 +248,12 @@ impl Acceptor {
             if at > now {
                 break;
             }
-            // Whatever comes of it, this timer is over.
+            // The timer has expired, whatever comes of it.
             self.timers.remove(&(at, id));
             self.advance(id, now);
         }
-        while self.farewells.first_key_value().is_some_and(|(_, (_, until))| *until <= now) {
-            self.farewells.pop_first();
+        while self.lingering.first_key_value().is_some_and(|(_, (_, until))| *until <= now) {
+            self.lingering.pop_first();
         }
         if self.paused_until.is_some_and(|until| until <= now) {
             self.paused_until = None;
@@ -269,11 +270,11 @@ impl Acceptor {
         }
     }
 
-    // ---- strangers ----
+    // // ---- unauthenticated connections ----
 
     fn arrivals(&mut self, listener: usize, now: Instant) {
         for _ in 0..ACCEPT_BURST {
-            if let Err(wait) = self.place_for_stranger(listener, now) {
+            if let Err(wait) = self.make_room(listener, now) {
                 return self.pause(now, wait);
             }
             let accepted = match self.listeners.get(listener) {
@@ -287,33 +288,33 @@ impl Acceptor {
                     let e = limits::system("accepting a connection", &e);
                     self.context.table.context.counters.limits_hit.add();
                     self.logs.shortage.log(log::Level::Error, now, format_args!("{e}"));
-                    self.drop_stranger(now, [Duration::ZERO, HESITATION], true);
+                    self.drop_unauthenticated(now, [Duration::ZERO, ANSWERED_STAY], true);
                     return self.pause(now, PAUSE);
                 }
-                // The peer went away between its connect and our accept.
+                // The peer disconnected between its connect and our accept.
                 Err(_) => {}
             }
         }
     }
 
-    /// Accepts nothing for a while; the kernel keeps those who come.
+    /// Stops accepting for a while; connections wait in the kernel's backlog.
     fn pause(&mut self, now: Instant, time: Duration) {
         self.paused_until = Some(now + time);
         self.listen(Interest::NONE);
     }
 
-    /// Makes sure that one more stranger may come; another one gives way for it.
+    /// Makes room for one more unauthenticated connection, dropping another if need be.
     ///
     /// # Errors
-    /// How long to wait where none can give way yet.
-    fn place_for_stranger(&mut self, listener: usize, now: Instant) -> std::result::Result<(), Duration> {
+    /// How long to wait when none can be dropped yet.
+    fn make_room(&mut self, listener: usize, now: Instant) -> std::result::Result<(), Duration> {
         let limits = &self.context.limits;
         let Some(listener) = self.listeners.get(listener) else { return Ok(()) };
         let short = limits::lowest_free(listener.as_raw_fd()).map_or(true, |lowest| lowest >= limits.ceiling);
-        let most = if short { STRANGERS_IN_NEED.min(limits.strangers) } else { limits.strangers };
+        let most = if short { UNAUTHENTICATED_WHEN_SHORT.min(limits.unauthenticated) } else { limits.unauthenticated };
         let stays = stays(most);
-        while self.strangers.count() >= most {
-            if !self.drop_stranger(now, stays, short) {
+        while self.unauthenticated.count() >= most {
+            if !self.drop_unauthenticated(now, stays, short) {
                 return Err(stays[0]);
             }
         }
@@ -340,22 +341,29 @@ impl Acceptor {
         }
         let timer = driver.wake_at();
         self.timers.insert((timer, self.last));
-        let entry =
-            Entry { driver, role: Role::Stranger, interest: Interest::READ, timer, since: now, waits_since: None, counted: None };
+        let entry = Entry {
+            driver,
+            role: Role::Unauthenticated,
+            interest: Interest::READ,
+            timer,
+            since: now,
+            waits_since: None,
+            counted: None,
+        };
         self.entries.insert(self.last, entry);
-        self.strangers.beginning.insert(self.last);
-        // An engine's first message is one packet, which is here as a rule.
+        self.unauthenticated.beginning.insert(self.last);
+        // An engine's first message is one packet, which has usually arrived with the connection.
         self.advance(self.last, now);
     }
 
-    /// Drops the oldest stranger whose first message is not complete, or else the oldest of the others, if it has stayed as long as
-    /// `stays` has for its kind. Whether one went. One that speaks this protocol learns that it may try again, unless descriptors are
-    /// `short`.
-    fn drop_stranger(&mut self, now: Instant, stays: [Duration; 2], short: bool) -> bool {
+    /// Drops the oldest connection without a complete first message, or else the oldest with one, if it has stayed as long as
+    /// `stays` allows for its kind. Returns whether one was dropped. A peer that speaks the protocol is told to try again, unless
+    /// descriptors are `short`.
+    fn drop_unauthenticated(&mut self, now: Instant, stays: [Duration; 2], short: bool) -> bool {
         // Ids are in the order of arrival.
         let old = |id: &u64, least| self.entries.get(id).is_some_and(|e| now.saturating_duration_since(e.since) >= least);
-        let beginning = self.strangers.beginning.first().copied().filter(|id| old(id, stays[0]));
-        let answered = || self.strangers.answered.first().copied().filter(|id| old(id, stays[1]));
+        let beginning = self.unauthenticated.beginning.first().copied().filter(|id| old(id, stays[0]));
+        let answered = || self.unauthenticated.answered.first().copied().filter(|id| old(id, stays[1]));
         let Some(id) = beginning.or_else(answered) else { return false };
         if let Some(entry) = self.take(id) {
             self.context.table.context.counters.setup_failed(ErrorKind::Resource);
@@ -363,12 +371,12 @@ impl Acceptor {
             self.logs.lines.log(
                 log::Level::Warn,
                 now,
-                format_args!("{address}: dropped: others wait, and it has not said who it is"),
+                format_args!("{address}: dropped before it completed the handshake: other connections wait"),
             );
             if !entry.driver.setup().is_silent() {
-                let sock = entry.driver.give_up(&err!(Resource, "too many others are being set up: try again"));
+                let sock = entry.driver.give_up(&err!(Resource, "too many other connections are being set up: try again"));
                 if !short {
-                    self.part(sock, now);
+                    self.linger(sock, now);
                 }
             }
         }
@@ -377,13 +385,13 @@ impl Acceptor {
 
     // ---- one set-up ----
 
-    /// Takes a set-up out of all tables.
+    /// Removes a set-up from all tables.
     fn take(&mut self, id: u64) -> Option<Entry> {
         let entry = self.entries.remove(&id)?;
         self.timers.remove(&(entry.timer, id));
         let _ = self.poller.remove(entry.driver.fd());
         match entry.role {
-            Role::Stranger => self.strangers.remove(id),
+            Role::Unauthenticated => self.unauthenticated.remove(id),
             Role::Queued => self.admission.leave(id, entry.driver.address.ip()),
             Role::Admitted => {
                 self.admission.done(entry.driver.address.ip());
@@ -397,14 +405,14 @@ impl Acceptor {
         let Some(entry) = self.entries.get_mut(&id) else { return };
         match entry.driver.step(&self.context, now) {
             Ok(Progress::Wait) => {}
-            Ok(Progress::Proved) if entry.role == Role::Stranger => {
+            Ok(Progress::Proved) if entry.role == Role::Unauthenticated => {
                 entry.role = Role::Queued;
                 let ip = entry.driver.address.ip();
-                self.strangers.remove(id);
+                self.unauthenticated.remove(id);
                 self.admission.wait(id, ip);
                 let most = self.context.limits.incoming;
                 if self.admission.waiting() > most {
-                    return self.fail(id, &err!(Resource, "{most} set-ups of connections wait for their turn already"), now);
+                    return self.fail(id, &err!(Resource, "{most} connection set-ups already wait for their turn"), now);
                 }
             }
             Ok(Progress::Proved) => {}
@@ -414,7 +422,7 @@ impl Acceptor {
         self.rearm(id);
     }
 
-    /// Brings what wakes us for a set-up up to date.
+    /// Updates the events, the timer and the tables of a set-up.
     fn rearm(&mut self, id: u64) {
         let Some(entry) = self.entries.get_mut(&id) else { return };
         let interest = interest_of(&entry.driver);
@@ -425,8 +433,8 @@ impl Acceptor {
         self.timers.remove(&(entry.timer, id));
         entry.timer = entry.driver.wake_at();
         self.timers.insert((entry.timer, id));
-        if entry.role == Role::Stranger && entry.driver.setup().link.was_opened() {
-            self.strangers.answered(id);
+        if entry.role == Role::Unauthenticated && entry.driver.setup().link.was_opened() {
+            self.unauthenticated.answered(id);
         }
         let waits_since = if entry.role == Role::Admitted { entry.driver.setup().waits_since() } else { None };
         if waits_since != entry.waits_since {
@@ -442,14 +450,14 @@ impl Acceptor {
         match entry.driver.finish(&self.context, entry.counted) {
             Ok(connection) => {
                 self.context.table.context.counters.setups_in.add();
-                // Without a place there it gets what it needs with its first chunk.
+                // If the queue is full, GPU memory is prepared with the first chunk.
                 let _ = self.fresh.try_send(connection.id());
                 self.accepts.push(connection);
                 self.sweep_at.get_or_insert(now + SWEEP);
             }
             Err(e) => {
                 self.context.table.context.counters.setup_failed(e.kind());
-                self.complain(address, &e, now);
+                self.log_failure(address, &e, now);
             }
         }
     }
@@ -458,50 +466,50 @@ impl Acceptor {
         let Some(entry) = self.take(id) else { return };
         let (address, role) = (entry.driver.address, entry.role);
         self.context.table.context.counters.setup_failed(error.kind());
-        if role == Role::Stranger && error.kind() != ErrorKind::Auth {
+        if role == Role::Unauthenticated && error.kind() != ErrorKind::Auth {
             self.logs.lines.log(log::Level::Info, now, format_args!("{address}: dropped: {error}"));
         } else {
-            self.complain(address, error, now);
+            self.log_failure(address, error, now);
         }
         let sock = entry.driver.give_up(error);
         if error.kind() != ErrorKind::RemoteDisconnect {
-            self.part(sock, now);
+            self.linger(sock, now);
         }
     }
 
-    /// Keeps a socket until the peer has read its last bytes.
-    fn part(&mut self, sock: TcpStream, now: Instant) {
-        while self.farewells.len() >= self.context.limits.strangers {
-            self.farewells.pop_first();
+    /// Keeps a socket open until the peer has read its last bytes.
+    fn linger(&mut self, sock: TcpStream, now: Instant) {
+        while self.lingering.len() >= self.context.limits.unauthenticated {
+            self.lingering.pop_first();
         }
         self.last += 1;
         if self.poller.add(sock.as_raw_fd(), self.last, Interest::READ).is_ok() {
-            self.farewells.insert(self.last, (sock, now + FAREWELL));
+            self.lingering.insert(self.last, (sock, now + LINGER));
         }
     }
 
-    fn complain(&self, address: SocketAddr, error: &Error, now: Instant) {
+    fn log_failure(&self, address: SocketAddr, error: &Error, now: Instant) {
         let lines = if error.kind() == ErrorKind::Resource { &self.logs.shortage } else { &self.logs.lines };
         lines.log(log::Level::Warn, now, format_args!("{address}: connection not set up: {error}"));
     }
 
-    /// A refused peer said something, or closed.
-    fn farewell(&mut self, id: u64, now: Instant) {
+    /// A refused peer has sent something, or closed.
+    fn on_lingering(&mut self, id: u64, now: Instant) {
         let mut sink = [0; 4096];
-        if let Some((sock, until)) = self.farewells.get_mut(&id) {
+        if let Some((sock, until)) = self.lingering.get_mut(&id) {
             let over = match sock.read(&mut sink) {
                 Ok(n) => n == 0 || *until <= now,
                 Err(e) => !matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted),
             };
             if over {
-                self.farewells.remove(&id);
+                self.lingering.remove(&id);
             }
         }
     }
 
-    // ---- proved peers ----
+    // // ---- authenticated peers ----
 
-    /// Lets proved peers begin, in their order, as far as the budgets reach.
+    /// Admits authenticated peers in their order, as far as the budgets reach.
     fn admit(&mut self, now: Instant) {
         while self.admission.waiting() > 0 {
             let coming = self.admission.admitted();
@@ -513,7 +521,7 @@ impl Acceptor {
         }
     }
 
-    /// It is the turn of one; `coming` others are under way.
+    /// Starts the set-up of an admitted peer; `coming` others are in progress.
     fn begin(&mut self, id: u64, coming: usize, now: Instant) {
         let Some(entry) = self.entries.get_mut(&id) else { return };
         entry.role = Role::Admitted;
@@ -525,11 +533,11 @@ impl Acceptor {
         }
     }
 
-    /// Drops the admitted set-up whose peer has been silent the longest, if that is too long while others wait.
+    /// Drops the admitted set-up whose peer has been silent the longest, if it is stale.
     fn drop_stale(&mut self, now: Instant) -> bool {
         match self.stale.first().copied() {
             Some((heard, id)) if now.saturating_duration_since(heard) > STALE => {
-                let error = err!(TimedOut, "the peer said nothing for {} s while others waited for their turn", STALE.as_secs());
+                let error = err!(TimedOut, "the peer was silent for {} s while other set-ups waited", STALE.as_secs());
                 self.fail(id, &error, now);
                 true
             }
@@ -537,11 +545,11 @@ impl Acceptor {
         }
     }
 
-    // ---- the end ----
+    // // ---- shutdown ----
 
     fn forget_all(&mut self) {
         for id in self.entries.keys().copied().collect::<Vec<_>>() {
-            // What has panicked once may do so again.
+            // A set-up that has panicked may do so again.
             let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(self.take(id))));
         }
     }
@@ -555,7 +563,7 @@ impl Acceptor {
         }
         for limiter in [&self.logs.lines, &self.logs.shortage] {
             if let Some(held) = limiter.rest(now) {
-                log::warn!("{held} more lines about connections that were not set up were not written");
+                log::warn!("suppressed {held} further messages about failed connection set-ups");
             }
         }
     }

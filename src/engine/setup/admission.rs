@@ -1,36 +1,36 @@
-//! Whose turn it is among proved peers that wait to be admitted: in the order of arrival, and no address gets more than its share.
-//! Pure; every step takes logarithmic time, whoever waits.
+//! The order in which authenticated peers are admitted: by arrival, and no address gets more than its share. Pure; every step
+//! takes logarithmic time.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
-/// What waits of one address, and what of it was admitted.
+/// Set-ups from one address: waiting, and admitted.
 #[derive(Debug, Default)]
 struct Address {
     waiting: BTreeSet<u64>,
     admitted: usize,
 }
 
-/// All of them, by ids that rise in the order of arrival.
+/// All set-ups, by ids that rise in the order of arrival.
 #[derive(Debug)]
 pub(crate) struct Admission {
-    /// Admitted ones at once, and of one address.
+    /// How many may be admitted at once, and how many of them from one address.
     most: usize,
     share: usize,
     addresses: HashMap<IpAddr, Address>,
-    /// The oldest of each address that has not got its share.
+    /// The oldest of each address below its share.
     next: BTreeSet<(u64, IpAddr)>,
     waiting: usize,
     admitted: usize,
 }
 
 impl Admission {
-    /// At most `most` at once, `share` of them of one address.
+    /// Admits at most `most` at once, `share` of them from one address.
     pub(crate) fn new(most: usize, share: usize) -> Admission {
         Admission { most, share, addresses: HashMap::new(), next: BTreeSet::new(), waiting: 0, admitted: 0 }
     }
 
-    /// How many wait, and how many were admitted.
+    /// How many wait.
     pub(crate) fn waiting(&self) -> usize {
         self.waiting
     }
@@ -39,7 +39,7 @@ impl Admission {
         self.admitted
     }
 
-    /// Changes what is known of an address, and whether it is its turn.
+    /// Changes the entry of an address, and its place in `next`.
     fn change<T>(&mut self, ip: IpAddr, change: impl FnOnce(&mut Address) -> T) -> T {
         let address = self.addresses.entry(ip).or_default();
         if let Some(&oldest) = address.waiting.first() {
@@ -58,17 +58,17 @@ impl Admission {
         value
     }
 
-    /// One of this address waits from now on.
+    /// Adds a waiting set-up.
     pub(crate) fn wait(&mut self, id: u64, ip: IpAddr) {
         self.waiting += usize::from(self.change(ip, |address| address.waiting.insert(id)));
     }
 
-    /// One that waited has gone.
+    /// Removes a waiting set-up.
     pub(crate) fn leave(&mut self, id: u64, ip: IpAddr) {
         self.waiting -= usize::from(self.change(ip, |address| address.waiting.remove(&id)));
     }
 
-    /// Admits the next one, if there is room for it.
+    /// Admits the next set-up, if there is room.
     pub(crate) fn admit(&mut self) -> Option<u64> {
         if self.admitted >= self.most {
             return None;
@@ -82,7 +82,7 @@ impl Admission {
         Some(id)
     }
 
-    /// An admitted one of this address is up, or has failed.
+    /// An admitted set-up from this address is up or has failed.
     pub(crate) fn done(&mut self, ip: IpAddr) {
         self.change(ip, |address| address.admitted = address.admitted.saturating_sub(1));
         self.admitted = self.admitted.saturating_sub(1);
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_gets_more_than_its_share_and_others_do_not_wait_for_it() {
+    fn no_address_gets_more_than_its_share_and_others_do_not_wait_for_it() {
         let mut admission = Admission::new(4, 2);
         (1..=5).for_each(|id| admission.wait(id, ip(1)));
         admission.wait(6, ip(2));
@@ -121,7 +121,7 @@ mod tests {
     }
 
     proptest! {
-        /// The same as a plain list that is looked through.
+        /// It behaves like a linear search through a list.
         #[test]
         fn it_is_the_order_of_arrival(steps in proptest::collection::vec((0u8..4, 0u8..5), 1..300)) {
             let (most, share) = (5, 2);

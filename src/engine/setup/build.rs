@@ -1,4 +1,4 @@
-//! From a finished set-up to a connection that the engine drives. Knows nothing of how set-ups run.
+//! From a finished set-up to a connection that the engine drives. Knows nothing about how set-ups run.
 
 use super::channels::Raised;
 use super::context::SetupContext;
@@ -24,20 +24,20 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// What a set-up leaves.
+/// The result of a set-up.
 pub(crate) struct Up {
     pub sock: TcpStream,
     pub address: SocketAddr,
     pub agreed: Agreed,
-    /// The control stream from here on.
+    /// The control connection from here on.
     pub sealed: Sealed,
-    /// Channels by set, in the order of their numbers.
+    /// Channels by set, ordered by number.
     pub sets: Vec<Raised>,
-    /// What was found on this host.
+    /// The direct path, if the peer is on this host.
     pub local: Local,
 }
 
-/// What copies device memory; none on a machine without a GPU.
+/// The copier of GPU memory; none on a machine without a GPU.
 fn copier(context: &SetupContext) -> Copier {
     if context.config.emulate_device {
         return Some(Box::new(EmulatedDevice));
@@ -48,7 +48,7 @@ fn copier(context: &SetupContext) -> Copier {
     }
 }
 
-/// A path over the channels of each set that has some.
+/// A path over the channels of each set that has any.
 fn paths(context: &SetupContext, sets: Vec<Raised>, chunk_bytes: usize, doorbell: &Doorbell) -> Result<Vec<Box<dyn Path>>> {
     let config = &context.config;
     let path = |set: Raised| -> Result<Box<dyn Path>> {
@@ -63,11 +63,11 @@ fn paths(context: &SetupContext, sets: Vec<Raised>, chunk_bytes: usize, doorbell
         let usage = Usage { vectored, host: traits.host_memory, stage_sends, gpus: set.plan.gpus, chunk_bytes, alone };
         Ok(Box::new(NetPath::new(channels, usage)))
     };
-    // A set without channels does not serve; another one carries what it would.
+    // A set without channels is skipped; another set carries its traffic.
     sets.into_iter().filter(|set| !set.pairs.is_empty()).map(path).collect()
 }
 
-/// Which channels carry what, and why others do not, in one line.
+/// One line: which channels carry what, and why others do not.
 fn describe(sets: &[Raised]) -> String {
     let mut carried: Vec<String> = Vec::new();
     let mut missed: Vec<String> = Vec::new();
@@ -96,25 +96,25 @@ fn describe(sets: &[Raised]) -> String {
     carried.join("; ")
 }
 
-/// So many connections of an engine have all memory that chunks of a GPU need from the start. A process with more peers than that
-/// mostly talks to few of them: further connections take theirs with the first chunk.
+/// This many connections of an engine allocate everything that chunks of GPU memory need from the start. A process with more
+/// peers mostly talks to few of them: further connections allocate with the first chunk.
 const READY: usize = 8;
 
-/// An error here comes again, and is told, with the first chunk.
+/// An error here recurs with the first chunk, and is reported there.
 fn log_unprepared(place: Place, result: Result<()>) {
     if let Err(e) = result {
-        log::debug!("memory for chunks of {place:?} is left to the first of them: {e}");
+        log::debug!("memory for chunks of {place:?} will be allocated with the first one: {e}");
     }
 }
 
-/// Makes the first connections ready for memory of a GPU that was not used before.
+/// Prepares the first connections for a GPU that was not used before.
 pub(crate) fn ready(context: &SetupContext, place: Place) {
     let mut all = context.table.connections.all();
     all.sort_by_key(|connection| connection.id());
     all.iter().take(READY).for_each(|connection| log_unprepared(place, connection.ready(place)));
 }
 
-/// What the machine of a connection needs of its engine and of what was agreed on.
+/// The settings of a connection's protocol machine, from the engine and from the agreed terms.
 fn setting(context: &SetupContext, agreed: &Agreed, address: SocketAddr) -> Setting {
     let (config, table) = (&context.config, &context.table);
     let account = context.pool.account(address.ip());
@@ -133,8 +133,8 @@ fn setting(context: &SetupContext, agreed: &Agreed, address: SocketAddr) -> Sett
     }
 }
 
-/// The peer's GPU and what it has proved, in words.
-fn introduced(agreed: &Agreed) -> String {
+/// The peer's GPU and key, for the log.
+fn describe_peer(agreed: &Agreed) -> String {
     let (proof, gpu) = (&agreed.peer.proof, &agreed.peer.hello.gpu);
     match (proof, proof.name()) {
         (_, Some(key)) => format!("GPU {gpu}, key {key}"),
@@ -143,10 +143,10 @@ fn introduced(agreed: &Agreed) -> String {
     }
 }
 
-/// Builds the connection and puts it under the progress thread's care. `counted`: an incoming one's place among those.
+/// Builds the connection and hands it to the progress thread. `counted`: an incoming connection's place in the quota.
 ///
 /// # Errors
-/// `Canceled` when the engine ends, `Resource`.
+/// `Canceled` when the engine is being destroyed, `Resource`.
 pub(crate) fn connection(context: &SetupContext, up: Up, counted: Option<Counted>) -> Result<Arc<Connection>> {
     let table = &context.table;
     let (terms, theirs) = (&up.agreed.terms, &up.agreed.peer);
@@ -163,7 +163,7 @@ pub(crate) fn connection(context: &SetupContext, up: Up, counted: Option<Counted
     let channels = Channels::new(direct, paths, copier(context));
     let name = up.address.to_string();
     let setting = setting(context, &up.agreed, up.address);
-    let who = introduced(&up.agreed);
+    let who = describe_peer(&up.agreed);
     let line = format!(
         "connected with {name}, {who}: {carried}{found}; protection {:?}, chunks of up to {chunk_bytes} bytes",
         terms.protect
@@ -193,15 +193,15 @@ pub(crate) fn connection(context: &SetupContext, up: Up, counted: Option<Counted
     Ok(connection)
 }
 
-/// Has a new connection ready for memory of GPUs, which may take as long as an application keeps the driver. It is listed before: somebody
-/// says for it that this side is alive, and whoever ends a region has it forget what it was offered.
+/// Prepares a new connection for GPU memory, which can block for as long as the application keeps the CUDA driver busy. The
+/// connection is in the table by then: the heartbeat thread covers for it, and deregistering a region withdraws it from the peer.
 pub(crate) fn prepare(context: &SetupContext, connection: &Connection) {
     let table = &context.table;
-    if let time @ 1.. = context.kept.load(std::sync::atomic::Ordering::Relaxed) {
+    if let time @ 1.. = context.simulated_delay_ms.load(std::sync::atomic::Ordering::Relaxed) {
         connection.simulate_kept_preparing(std::time::Duration::from_millis(time));
     }
     if let Err(e) = context.gpus.warm() {
-        log::debug!("what copies memory of GPUs is left to the first copy: {e}");
+        log::debug!("GPU copies will be initialised by the first one: {e}");
     }
     if table.connections.count() <= READY {
         context.gpus.used().into_iter().for_each(|place| log_unprepared(place, connection.ready(place)));

@@ -1,5 +1,5 @@
-//! The channels of one set-up on their way up, over all plugins of the engine: one set of channels for each. Knows nothing of the
-//! control connection.
+//! The channels of one set-up while they come up: one set for each plugin of the engine, and for further GPUs. Knows nothing
+//! about the control connection.
 
 pub(super) mod plan;
 
@@ -15,18 +15,18 @@ use crate::net::traits::Traits;
 use crate::status::{bail, Error, Result};
 use std::time::{Duration, Instant};
 
-/// How long sets that are not needed are waited for when the others are up.
+/// How long to wait for spare sets once the others are up.
 const SPARE_SETS_DEADLINE: Duration = Duration::from_secs(5);
 
-/// The sets of a connection, here.
+/// The sets of a connection, as this engine numbers them.
 pub(crate) fn planned(context: &SetupContext, agreed: &Agreed) -> Vec<Plan> {
     let channels = agreed.terms.channels.into();
     plans(&context.plugins, &agreed.own, &agreed.peer.hello, agreed.connecting, channels)
 }
 
-/// Descriptors of the comms of a channel, and of what it listens with: a comm of a plugin of others has a control socket, and one of data
-/// or more, each of which has a stand-in where it receives from a plugin that asks for peers.
-fn of_a_channel(traits: &Traits, tcpx_sockets: usize) -> (usize, usize) {
+/// Descriptors of a channel's comms, and of its listening. A comm of a foreign plugin has a control socket and one or more data
+/// sockets; each data socket has a stand-in where comms receive from a plugin that asks for peers.
+fn channel_cost(traits: &Traits, tcpx_sockets: usize) -> (usize, usize) {
     if !traits.lingers {
         return (2, 1);
     }
@@ -35,33 +35,33 @@ fn of_a_channel(traits: &Traits, tcpx_sockets: usize) -> (usize, usize) {
     (2 * (1 + data) + stand_ins, 2)
 }
 
-/// Of all channels of a set: of the comms, and of what is listened with.
-fn of_a_set(plan: &Plan) -> (usize, usize) {
-    let (comms, listening) = of_a_channel(&plan.plugin.traits, crate::config::tcpx_sockets());
+/// The same for all channels of a set.
+fn set_cost(plan: &Plan) -> (usize, usize) {
+    let (comms, listening) = channel_cost(&plan.plugin.traits, crate::config::tcpx_sockets());
     (plan.channels * comms, plan.channels * listening)
 }
 
 /// Descriptors that a set-up of these sets opens: two directions and a listening socket for each channel.
 pub(crate) fn cost(plans: &[Plan]) -> usize {
-    LOCAL_COST + plans.iter().map(of_a_set).map(|(comms, listening)| comms + listening).sum::<usize>()
+    LOCAL_COST + plans.iter().map(set_cost).map(|(comms, listening)| comms + listening).sum::<usize>()
 }
 
-/// Those of them that plugins of others open in their own time, once all is listened at.
+/// The part of them that foreign plugins open later, once all listening sockets are open.
 pub(crate) fn later(plans: &[Plan]) -> usize {
-    plans.iter().filter(|plan| plan.plugin.traits.lingers).map(|plan| of_a_set(plan).0).sum()
+    plans.iter().filter(|plan| plan.plugin.traits.lingers).map(|plan| set_cost(plan).0).sum()
 }
 
-/// Descriptors that meeting a peer on this host opens: sockets, rings, and what waits at the listening socket.
+/// Descriptors opened to meet a peer on this host: sockets, rings, and connections waiting at the listening socket.
 const LOCAL_COST: usize = 6;
 
-/// Listen comms of all sets, offered and not yet connected, and where a peer of this host is waited for.
+/// Listen comms of all sets, offered and not yet connected, and the meeting point for a peer on this host.
 pub(crate) struct Opened {
     sets: Vec<(Plan, Result<Listening>)>,
     local: Result<Opening>,
 }
 
 impl Opened {
-    /// Opens the listen comms of each set, spread over the NICs near its GPU. `connecting`: this side made the control connection.
+    /// Opens the listen comms of each set, spread over the NICs near its GPU. `connecting`: this engine is the connector.
     pub(crate) fn open(context: &SetupContext, plans: Vec<Plan>, connecting: bool) -> Result<Opened> {
         let mut sets = Vec::new();
         for plan in plans {
@@ -73,17 +73,17 @@ impl Opened {
         Ok(Opened { sets, local: local::opening(context, connecting) })
     }
 
-    /// What the peer is told, by set.
+    /// The offers to send to the peer, by set.
     pub(crate) fn offers(&self) -> Offers {
         let sets = self.sets.iter().map(|(_, set)| set.as_ref().map_or_else(|_| Vec::new(), Listening::offers)).collect();
         Offers { sets, local: self.local.as_ref().ok().map(Opening::invitation) }
     }
 
-    /// Connects to the peer's offers and accepts the peer's connects from now on. `keys` gives those of a channel by set and number,
-    /// `proof` those of a process of this host; nothing outside `allowed` is dialled.
+    /// Connects to the peer's offers and accepts its connects. `keys` returns the keys of a channel by set and number, `proof`
+    /// those for a peer on this host; nothing outside `allowed` is dialled.
     ///
     /// # Errors
-    /// `Protocol` when the peer has other sets.
+    /// `Protocol` when the peer has a different number of sets.
     pub(crate) fn establish(
         self,
         context: &SetupContext,
@@ -94,7 +94,7 @@ impl Opened {
     ) -> Result<Raising> {
         let peers = &offers.sets;
         if peers.len() != self.sets.len() {
-            bail!(Protocol, "the peer offers {} sets of channels, this side {}", peers.len(), self.sets.len());
+            bail!(Protocol, "the peer offers {} sets of channels, this engine {}", peers.len(), self.sets.len());
         }
         let mut sets = Vec::new();
         for (number, ((plan, set), peer)) in self.sets.into_iter().zip(peers).enumerate() {
@@ -116,7 +116,7 @@ fn listen(context: &SetupContext, plan: &Plan, connecting: bool) -> Result<Liste
     if plan.channels == 0 {
         bail!(Resource, "too few file descriptors (ulimit -n)");
     }
-    // A NIC may have come or gone since the last set-up.
+    // A NIC may have appeared or disappeared since the last set-up.
     let devices = plugin.current_devices()?;
     let near = setup::nics_for(plugin, &devices, context.gpus.pci_path(plan.own()).as_deref());
     let gpu = context.gpus.followed_by(plugin, plan.own())?;
@@ -125,11 +125,11 @@ fn listen(context: &SetupContext, plan: &Plan, connecting: bool) -> Result<Liste
 
 struct Set {
     plan: Plan,
-    /// `None` where this side could not listen.
+    /// `None` where this engine could not listen.
     coming: Option<Establishing>,
-    /// What came up, once that is settled.
+    /// The channels that came up, once settled.
     up: Option<Vec<Pair>>,
-    /// Why nothing did.
+    /// Why none did.
     why: Option<String>,
 }
 
@@ -150,7 +150,7 @@ impl Set {
         Ok(())
     }
 
-    /// Leaves what has not come up.
+    /// Gives up on channels that have not come up.
     fn settle(&mut self) {
         if let (None, Some(coming)) = (&self.up, &mut self.coming) {
             self.why = Some(coming.missing().to_string());
@@ -159,7 +159,7 @@ impl Set {
     }
 }
 
-/// Channels on their way up. Dropping it gives up those that are not there yet.
+/// Channels coming up. Dropping it gives up those that are not up yet.
 pub(crate) struct Raising {
     sets: Vec<Set>,
     local: Local,
@@ -170,17 +170,17 @@ pub(crate) struct Raising {
 /// A set that came up.
 pub(crate) struct Raised {
     pub plan: Plan,
-    /// Its channels; none where other sets carry what it would.
+    /// Its channels; none where other sets carry its traffic.
     pub pairs: Vec<Pair>,
-    /// Why there are none.
+    /// Why it has none.
     pub why: Option<String>,
 }
 
 impl Raising {
-    /// Goes on; whether it is settled what is up.
+    /// Makes progress. Returns whether it is settled which channels are up.
     ///
     /// # Errors
-    /// Why nothing of a set could come up that the connection needs.
+    /// Why a set that the connection needs could not come up.
     pub(crate) fn poll(&mut self) -> Result<bool> {
         self.sets.iter_mut().try_for_each(Set::poll)?;
         self.local.poll();
@@ -193,7 +193,7 @@ impl Raising {
         Ok(self.sets.iter().all(|s| s.up.is_some()) && self.local.is_settled())
     }
 
-    /// The peer has said what came up on its side: nothing else is waited for.
+    /// The peer's channels are settled: stops waiting for any others.
     pub(crate) fn peer_has(&mut self, up: &Ready) {
         if !up.local {
             self.local.give_up();
@@ -214,15 +214,15 @@ impl Raising {
         self.pending().map(Establishing::retry_in).min().unwrap_or(Duration::ZERO)
     }
 
-    /// The error at the deadline: what is missing.
+    /// The error at the deadline: which channels are missing.
     pub(crate) fn missing(&self) -> Option<Error> {
         self.pending().next().map(Establishing::missing)
     }
 
-    /// What came up, and what of it the peer is told.
+    /// The channels that came up, and the message about them for the peer.
     ///
     /// # Errors
-    /// When nothing could be joined at all.
+    /// When no channel came up at all.
     pub(crate) fn finish(self) -> Result<(Up, Ready)> {
         let raise = |s: Set| Raised { plan: s.plan, pairs: s.up.unwrap_or_default(), why: s.why };
         let raised: Vec<Raised> = self.sets.into_iter().map(raise).collect();
@@ -238,15 +238,15 @@ impl Raising {
     }
 }
 
-/// What a set-up has raised.
+/// The channels that a set-up brought up.
 pub(crate) struct Up {
-    /// Channels by set, in the order of their numbers.
+    /// Channels by set, ordered by number.
     pub sets: Vec<Raised>,
-    /// What was found on this host.
+    /// The direct path, if the peer is on this host.
     pub local: Local,
 }
 
-/// Leaves what is up on both sides.
+/// Keeps the channels that are up in both engines.
 ///
 /// # Errors
 /// `Unreachable` when a set that the connection needs has lost all of its channels.
@@ -274,7 +274,7 @@ pub(crate) fn agree(mut up: Up, theirs: &Ready) -> Result<Up> {
     Ok(up)
 }
 
-/// Channel numbers, apart by set.
+/// Splits channel numbers by set.
 fn by_set(numbers: &[u16]) -> impl Iterator<Item = Vec<usize>> + '_ {
     let of = |set: usize| numbers.iter().filter(move |&&n| usize::from(n) / PER_SET == set);
     (0..).map(move |set| of(set).map(|&n| usize::from(n) % PER_SET).collect())
@@ -285,23 +285,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_channel_of_a_plugin_of_others_has_a_control_socket_each_way() {
+    fn a_channel_of_a_foreign_plugin_has_a_control_socket_each_way() {
         let [other, tcpx] = ["Other", "GPUDirectTCPX"].map(Traits::of_others);
-        assert_eq!(of_a_channel(&Traits { lingers: false, ..tcpx }, 8), (2, 1));
-        assert_eq!(of_a_channel(&other, 8), (6, 2), "whatever TCPX is set to");
-        assert_eq!([1, 2, 8].map(|sockets| of_a_channel(&tcpx, sockets)), [(8, 2), (8, 2), (26, 2)]);
+        assert_eq!(channel_cost(&Traits { lingers: false, ..tcpx }, 8), (2, 1));
+        assert_eq!(channel_cost(&other, 8), (6, 2), "whatever the TCPX setting");
+        assert_eq!([1, 2, 8].map(|sockets| channel_cost(&tcpx, sockets)), [(8, 2), (8, 2), (26, 2)]);
     }
 
     #[test]
-    fn a_set_up_costs_the_descriptors_of_all_its_channels_and_those_of_a_peer_on_this_host() {
+    fn a_set_up_costs_the_descriptors_of_its_channels_and_of_meeting_a_peer_on_this_host() {
         let set = |channels| Plan { plugin: crate::net::plugin::Plugin::soft().unwrap(), gpus: None, channels, spare: false };
-        assert_eq!((of_a_set(&set(4)), of_a_set(&set(1))), ((8, 4), (2, 1)));
+        assert_eq!((set_cost(&set(4)), set_cost(&set(1))), ((8, 4), (2, 1)));
         assert_eq!((cost(&[]), cost(&[set(4), set(1)])), (LOCAL_COST, LOCAL_COST + 12 + 3));
-        assert_eq!(later(&[set(4)]), 0, "all of its own are open at once");
+        assert_eq!(later(&[set(4)]), 0, "the software plugin opens all at once");
     }
 
     #[test]
-    fn numbers_name_set_and_channel() {
+    fn numbers_encode_set_and_channel() {
         let numbers = [number(0, 0), number(0, 63), number(1, 0), number(3, 7)];
         let sets: Vec<Vec<usize>> = by_set(&numbers).take(4).collect();
         assert_eq!(sets, [vec![0, 63], vec![0], vec![], vec![7]]);

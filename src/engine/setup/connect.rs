@@ -1,4 +1,4 @@
-//! Connecting to a peer engine, in the caller's thread. Knows nothing of what travels on the connection.
+//! Connecting to a peer engine, in the caller's thread. Knows nothing about the protocol on the connection.
 
 use super::build;
 use super::context::SetupContext;
@@ -14,12 +14,12 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long a peer may take to read why a set-up was given up.
+/// How long a peer may take to read why the set-up failed.
 const LINGER: Duration = Duration::from_millis(200);
-/// Pauses before another try: the first, and the longest.
+/// Pauses before a retry: the first, and the longest.
 const PAUSE: Duration = Duration::from_millis(20);
 const MAX_PAUSE: Duration = Duration::from_millis(500);
-/// How long others are tried where the listening side hangs up without a word.
+/// How long to retry where the listener closes the connection without a reason.
 const CUT: Duration = Duration::from_secs(2);
 
 /// Connects; blocks until all channels are up, at most for the connect timeout.
@@ -49,7 +49,7 @@ fn connect_within(context: &SetupContext, host: &str, gpu: &str, port: u16) -> R
     loop {
         let (error, again) = match once(context, &addresses, gpu, deadline) {
             Ok(connection) => {
-                // Others have their turn meanwhile.
+                // The turn is over: other connects may go on meanwhile.
                 build::prepare(context, &connection);
                 return Ok(connection);
             }
@@ -58,18 +58,18 @@ fn connect_within(context: &SetupContext, host: &str, gpu: &str, port: u16) -> R
         let now = Instant::now();
         let until = if again == Again::Cut { deadline.min(began + CUT) } else { deadline };
         if again == Again::Never || now + pause >= until {
-            // What the listening side said is the cause, not that the time was over in the middle of one more try.
+            // Report the listener's own error, not the timeout that cut the last retry short.
             let cut_short = now >= deadline && error.kind() == ErrorKind::TimedOut;
             return Err(before.filter(|_| cut_short).unwrap_or(error));
         }
-        log::debug!("{error}; it is tried again");
+        log::debug!("{error}; retrying");
         before = Some(error);
         rest(context, pause)?;
         pause = (2 * pause).min(MAX_PAUSE);
     }
 }
 
-/// One try, when it is its turn; why it failed, and whether to try another.
+/// One attempt, when it is its turn; why it failed, and whether to retry.
 fn once(
     context: &SetupContext,
     addresses: &[SocketAddr],
@@ -77,34 +77,35 @@ fn once(
     deadline: Instant,
 ) -> std::result::Result<Arc<Connection>, (Error, Again)> {
     let never = |e| (e, Again::Never);
-    // Others may go on when it is over.
+    // Released at the end, so that others may go on.
     let _turn = context.outgoing.enter(deadline, &context.shutdown).map_err(never)?;
     let (sock, address) = dial::connect(addresses, deadline, &context.shutdown).map_err(never)?;
     let connected = run(context, sock, address, gpu, deadline);
     connected.map_err(|(e, again)| (Error::new(e.kind(), format_args!("connect to {address}: {e}")), again))
 }
 
-/// Whether a set-up that has failed may come up when it is tried again.
+/// Whether a failed set-up is worth another attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Again {
-    /// The listening side says that it has no place at present.
+    /// The listener says that it has no room at present.
     Soon,
-    /// It hung up before any proof, or is ending: its places may be short, and another engine may come to its port.
+    /// It closed before authentication, or is shutting down: it may be short of places, and another engine may take over its
+    /// port.
     Cut,
     Never,
 }
 
-/// What to make of a set-up that has failed.
+/// Whether to retry after an error.
 fn again(driver: &SetupDriver, error: &Error) -> Again {
     match error.kind() {
-        _ if !driver.setup().is_stranger() => Again::Never,
+        _ if !driver.setup().is_unauthenticated() => Again::Never,
         ErrorKind::Resource => Again::Soon,
         ErrorKind::RemoteDisconnect => Again::Cut,
         _ => Again::Never,
     }
 }
 
-/// Waits for about `time`: many that were sent away together do not come back together.
+/// Sleeps for about `time`; the jitter keeps connectors that were refused together from returning together.
 fn rest(context: &SetupContext, time: Duration) -> Result<()> {
     let mut random = [0; 4];
     let _ = getrandom::fill(&mut random);
@@ -113,7 +114,7 @@ fn rest(context: &SetupContext, time: Duration) -> Result<()> {
     context.shutdown.check()
 }
 
-/// One set-up; why it failed, and whether to try another.
+/// One set-up; why it failed, and whether to retry.
 fn run(
     context: &SetupContext,
     sock: TcpStream,
@@ -138,7 +139,7 @@ fn run(
     }
 }
 
-/// Goes on until all is up.
+/// Drives a set-up until it is up.
 pub(crate) fn drive(context: &SetupContext, driver: &mut SetupDriver) -> Result<()> {
     loop {
         let now = Instant::now();
@@ -158,7 +159,7 @@ pub(crate) fn drive(context: &SetupContext, driver: &mut SetupDriver) -> Result<
     }
 }
 
-/// Keeps a socket until the peer has read its last bytes and closed, or a short time is over.
+/// Keeps a socket until the peer has read its last bytes and closed, or a short time has passed.
 fn linger(mut sock: TcpStream) {
     let until = Instant::now() + LINGER;
     let mut sink = [0; 4096];

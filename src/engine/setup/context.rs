@@ -1,5 +1,5 @@
-//! What every set-up of an engine shares: who the engine is, its plugins and GPUs, its limits, and where finished connections go. Knows
-//! nothing of a single set-up.
+//! What all set-ups of an engine share: its identity, plugins and GPUs, its limits, and the table of connections. Knows nothing
+//! about a single set-up.
 
 use super::control::SealedLink;
 use super::quota::ConnectionQuota;
@@ -22,7 +22,7 @@ use process::{Condvar, Mutex};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Who the engine is to its peers.
+/// The engine's identity towards its peers.
 pub(crate) struct Identity {
     own: Arc<handshake::Identity>,
     keys: KeyStore,
@@ -33,7 +33,7 @@ impl Identity {
         Ok(Identity { own: Arc::new(handshake::Identity::generate()?), keys: KeyStore::open(config.auth_key_file.as_deref())? })
     }
 
-    /// The name of the engine instance.
+    /// The id of the engine instance.
     pub(crate) fn engine(&self) -> [u8; 16] {
         self.own.engine()
     }
@@ -41,17 +41,17 @@ impl Identity {
 
 /// The plugins of an engine.
 pub(crate) struct Plugins {
-    /// Carries device memory; the software plugin carries host memory too.
+    /// Carries GPU memory; the software plugin carries host memory too.
     pub device: Arc<Plugin>,
     /// Carries host memory when `device` does not.
     pub host: Option<Arc<Plugin>>,
 }
 
 impl Plugins {
-    /// Whether this much protection can be kept.
+    /// Whether this level of protection is possible.
     ///
     /// # Errors
-    /// `Unsupported`: the NIC writes into GPU memory, so that nothing can be decrypted on the way.
+    /// `Unsupported`: the NIC writes into GPU memory, so nothing can be decrypted on the way.
     pub(crate) fn can_protect(&self, level: Protect) -> Result<()> {
         if self.device.traits.secured || level == Protect::Off {
             return Ok(());
@@ -61,7 +61,7 @@ impl Plugins {
             bail!(Unsupported, "UCCL_TCPX_PROTECT=encrypt: plugin {name} cannot encrypt; UCCL_TCPX_PLUGIN=soft can");
         }
         log::warn!(
-            "UCCL_TCPX_PROTECT=integrity: data of GPU memory goes over plugin {name}, which cannot be checked; the rest is"
+            "UCCL_TCPX_PROTECT=integrity: GPU memory goes over plugin {name}, whose data cannot be checked; all other data is"
         );
         Ok(())
     }
@@ -79,26 +79,26 @@ pub(crate) struct SetupContext {
     pub limits: Limits,
     pub allow: AllowList,
     pub outgoing: Gate,
-    /// Cores of this process. Finding out takes reading several files: not at each set-up.
+    /// Cores of this process; read once, since it takes several files.
     pub cores: usize,
     pub shutdown: Shutdown,
     pub notifications: Arc<Queue>,
     pub pool: Arc<Pool>,
     pub quota: Arc<ConnectionQuota>,
     pub table: Arc<ConnectionTable>,
-    /// Milliseconds for which preparing a new connection is kept, simulated.
-    pub kept: std::sync::atomic::AtomicU64,
+    /// Simulated delay of preparing a new connection, milliseconds.
+    pub simulated_delay_ms: std::sync::atomic::AtomicU64,
 }
 
 impl SetupContext {
-    /// Channels of each set that this side asks for.
+    /// Channels of each set that this engine asks for.
     fn channels(&self) -> usize {
         let plugin = &self.plugins.device;
         let nics = nics_for(plugin, &plugin.devices, self.gpus.pci_path(None).as_deref());
         channel_count(plugin, self.config.num_channels, nics.len().max(1), self.cores)
     }
 
-    /// This side's part of the wire for a new set-up. `wanted_gpu`: of a connecting side.
+    /// The handshake of a new set-up. `wanted_gpu`: the GPU that a connector asks for.
     pub(crate) fn link(&self, wanted_gpu: Option<&str>) -> Result<SealedLink> {
         let (own, keys) = (&self.identity.own, self.identity.keys.current());
         let hello = self.hello(wanted_gpu.unwrap_or(""))?;
@@ -108,7 +108,7 @@ impl SetupContext {
         }))
     }
 
-    /// Largest chunk that every plugin carries as one message.
+    /// Largest chunk that every plugin can carry as one message.
     fn chunk_bytes(&self) -> usize {
         self.plugins.all().fold(self.config.chunk_bytes, |chunk, plugin| chunk.min(plugin.max_message()))
     }
@@ -128,13 +128,13 @@ impl SetupContext {
     }
 }
 
-/// Lets a limited number of set-ups through at once; the others wait for their turn.
+/// Limits how many outgoing set-ups run at once; the others wait for their turn.
 pub(crate) struct Gate {
     free: Mutex<usize>,
     freed: Condvar,
 }
 
-/// A turn; dropping it lets the next one through.
+/// A turn; dropping it admits the next set-up.
 pub(crate) struct Turn<'a>(&'a Gate);
 
 impl Gate {
@@ -145,13 +145,13 @@ impl Gate {
     /// Waits for a turn.
     ///
     /// # Errors
-    /// `TimedOut`, or `Canceled` when the engine ends.
+    /// `Resource` at the deadline, or `Canceled` when the engine is being destroyed.
     pub(crate) fn enter(&self, deadline: Instant, shutdown: &Shutdown) -> Result<Turn<'_>> {
         let mut free = self.free.lock();
         while *free == 0 {
             shutdown.check()?;
             if self.freed.wait_until(&mut free, deadline).timed_out() && *free == 0 {
-                bail!(Resource, "too many connects of this engine are under way; none of them ended in time");
+                bail!(Resource, "too many connects of this engine are in progress; none of them ended in time");
             }
         }
         shutdown.check()?;
@@ -159,7 +159,7 @@ impl Gate {
         Ok(Turn(self))
     }
 
-    /// Wakes all that wait, to see that the engine ends.
+    /// Wakes all waiting threads when the engine is being destroyed.
     pub(crate) fn wake(&self) {
         let _held = self.free.lock();
         self.freed.notify_all();
@@ -180,7 +180,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn a_gate_lets_through_as_many_as_it_should() {
+    fn a_gate_admits_as_many_as_its_limit() {
         let (gate, shutdown) = (Gate::new(2), Shutdown::new().unwrap());
         let soon = || Instant::now() + Duration::from_millis(20);
         let first = gate.enter(soon(), &shutdown).unwrap();

@@ -1,4 +1,5 @@
-//! The control connection while it is set up, as bytes in and bytes out: the handshake, then sealed messages. Knows nothing of sockets.
+//! The control connection during set-up, as bytes in and bytes out: the handshake, then sealed messages. Knows nothing about
+//! sockets.
 
 use crate::host::ProofKeys;
 use crate::net::secure::{ChannelKeys, Guard, HalfKeys};
@@ -12,83 +13,83 @@ use crate::wire::session::{Opened, Session, MAX_RECORD};
 use crate::wire::setup::{self, Decoded, Invitation, Offered, Verdict};
 use std::collections::VecDeque;
 
-/// Channels of a set at most.
+/// Most channels of a set.
 pub(crate) const PER_SET: usize = crate::wire::hello::MAX_CHANNELS as usize;
-/// Messages that are decoded ahead: an offer, and how it ended.
+/// Messages decoded ahead: an offer and its outcome.
 const AHEAD: usize = 2;
 
-/// The number of a channel in messages: its set and its number there.
+/// The number of a channel in messages: combines its set and its index there.
 pub(crate) fn number(set: usize, index: usize) -> u16 {
     (set * PER_SET + index) as u16
 }
 
-/// What a side offers: listen comms, by set, and where it waits for a peer of its own host.
+/// What an engine offers: listen comms by set, and the meeting point for a peer on its host.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Offers {
     pub sets: Vec<Vec<Offer>>,
     pub local: Option<Invitation>,
 }
 
-/// The numbers of the channels that are up on a side, and whether it has met the peer on this host.
+/// The numbers of the channels that are up, and whether the engine has met its peer on this host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Ready {
     pub numbers: Vec<u16>,
     pub local: bool,
 }
 
-/// What the sides tell each other after the handshake.
+/// Messages between the engines after the handshake.
 #[derive(Clone, Debug)]
 pub(crate) enum Message {
-    /// What a side offers.
+    /// The sender's offer.
     Offer(Offers),
-    /// What is up on a side.
+    /// The sender's channels that are up.
     Ready(Ready),
-    /// A side gives up.
+    /// The sender gives up.
     Abort(Error),
 }
 
-/// What the handshake has proved and agreed on.
+/// What the handshake has proved and agreed.
 #[derive(Clone, Debug)]
 pub(crate) struct Agreed {
     pub peer: Peer,
-    /// What this side told.
+    /// The hello that this engine sent.
     pub own: Hello,
-    /// This is the connecting side.
+    /// This engine is the connector.
     pub connecting: bool,
     pub terms: Terms,
 }
 
 /// The part of the wire protocol that a set-up needs.
 pub(crate) trait Link {
-    /// Most bytes that may be read from the peer now; none once everything was heard.
+    /// How many bytes may be read from the peer now; 0 once its last message has arrived.
     fn wants(&self) -> usize;
-    /// Takes bytes of the peer.
+    /// Takes bytes from the peer.
     ///
     /// # Errors
     /// `Protocol`, `Auth`, or the peer's refusal.
     fn input(&mut self, bytes: &[u8]) -> Result<()>;
-    /// Appends what is to be sent.
+    /// Appends the bytes to send.
     fn output(&mut self, out: &mut Vec<u8>);
-    /// The other side, once the handshake has proved it.
+    /// The authenticated peer, once the handshake is complete.
     fn proved(&self) -> Option<&Agreed>;
-    /// Queues a message. Before the proof only a failure can be told, and of it as much as a stranger may know.
+    /// Queues a message. Before authentication only a failure is sent, with no more detail than an unauthenticated peer may see.
     fn send(&mut self, message: &Message);
     /// The peer's next message.
     fn receive(&mut self) -> Option<Message>;
 }
 
-/// The sealed stream after the last message of a set-up.
+/// The encrypted connection after the last message of a set-up.
 pub(crate) struct Sealed {
     pub session: Session,
-    /// Opened bytes that no message took.
+    /// Decrypted bytes after the last message.
     pub plain: Vec<u8>,
-    /// Received bytes that were not opened.
+    /// Received bytes that are not decrypted yet.
     pub raw: Vec<u8>,
 }
 
 /// The handshake of `wire`, and its session.
 pub(crate) struct SealedLink {
-    /// Until it is over and its bytes are sent.
+    /// Until it is complete and its bytes are sent.
     handshake: Option<Handshake>,
     agreed: Option<Agreed>,
     session: Option<Session>,
@@ -96,7 +97,7 @@ pub(crate) struct SealedLink {
     plain: Vec<u8>,
     out: Vec<u8>,
     messages: VecDeque<Message>,
-    /// Nothing but frames follows.
+    /// The last message has arrived; only frames follow.
     received_all: bool,
 }
 
@@ -114,13 +115,13 @@ impl SealedLink {
         }
     }
 
-    /// Whether the peer's first message was complete, and one of this protocol.
+    /// Whether the peer's first message is complete and valid.
     pub(crate) fn was_opened(&self) -> bool {
         self.handshake.as_ref().is_none_or(Handshake::was_opened)
     }
 
-    /// Drops the handshake when nothing of it is left to send.
-    fn shake(&mut self, bytes: &[u8]) -> Result<usize> {
+    /// Passes bytes to the handshake; returns how many it took.
+    fn feed_handshake(&mut self, bytes: &[u8]) -> Result<usize> {
         let Some(handshake) = &mut self.handshake else { return Ok(0) };
         let taken = handshake.input(bytes)?;
         if let Some(Outcome { peer, terms, session }) = handshake.outcome() {
@@ -131,7 +132,7 @@ impl SealedLink {
         Ok(taken)
     }
 
-    /// Opens and decodes what is here, a few messages ahead.
+    /// Decrypts and decodes received bytes, a few messages ahead.
     fn open(&mut self) -> Result<()> {
         let Some(session) = &mut self.session else { return Ok(()) };
         while !self.received_all && self.messages.len() < AHEAD {
@@ -139,7 +140,7 @@ impl SealedLink {
                 Decoded::Message(message, n) => {
                     self.plain.drain(..n);
                     self.received_all = !matches!(message, setup::Message::Offer(..));
-                    self.messages.push_back(understood(message)?);
+                    self.messages.push_back(from_wire(message)?);
                 }
                 Decoded::Need(_) => match session.open(&mut self.raw)? {
                     Opened::Record { plain, consumed } => {
@@ -153,10 +154,10 @@ impl SealedLink {
         Ok(())
     }
 
-    /// The keys of a channel, by its set and its number there: one for each direction and purpose.
+    /// The keys of a channel, by its set and its index there: one for each direction and purpose.
     ///
     /// # Errors
-    /// Before the proof.
+    /// Before authentication.
     pub(crate) fn channel_keys(&self, set: usize, index: usize) -> Result<ChannelKeys> {
         let (Some(session), Some(agreed)) = (&self.session, &self.agreed) else {
             bail!(Internal, "channel keys before the proof")
@@ -168,7 +169,7 @@ impl SealedLink {
             let guard = match (agreed.terms.protect, &agreed.peer.proof) {
                 (Protect::Off, _) => Guard::None,
                 (Protect::Integrity, Proof::Nothing) => Guard::Checksum,
-                // A tag alone would cost as much.
+                // A tag alone would cost as much as encryption.
                 _ => Guard::Seal(session.exporter.channel_data_key(set, index.into(), direction)?),
             };
             Ok(HalfKeys { hello, guard })
@@ -176,23 +177,23 @@ impl SealedLink {
         Ok(ChannelKeys { send: half(session.ours)?, recv: half(session.ours.other())? })
     }
 
-    /// The keys that prove this session to a process of the same host.
+    /// The keys that prove this session to a peer on this host.
     ///
     /// # Errors
-    /// Before the proof.
+    /// Before authentication.
     pub(crate) fn local_keys(&self) -> Result<ProofKeys> {
         let Some(session) = &self.session else { bail!(Internal, "keys before the proof") };
         let key = |direction| session.exporter.local_key(direction);
         Ok(ProofKeys { send: key(session.ours)?, recv: key(session.ours.other())? })
     }
 
-    /// What is left for the connection.
+    /// The parts that the connection takes over.
     pub(crate) fn finish(self) -> Option<(Agreed, Sealed)> {
         Some((self.agreed?, Sealed { session: self.session?, plain: self.plain, raw: self.raw }))
     }
 }
 
-fn understood(message: setup::Message) -> Result<Message> {
+fn from_wire(message: setup::Message) -> Result<Message> {
     let offer = |o: Offered| Offer { nic: o.nic, handle: o.handle };
     Ok(match message {
         setup::Message::Offer(sets, local) => {
@@ -209,7 +210,7 @@ fn understood(message: setup::Message) -> Result<Message> {
     })
 }
 
-fn announced(message: &Message) -> setup::Message {
+fn to_wire(message: &Message) -> setup::Message {
     let offered = |o: &Offer| Offered { nic: o.nic.clone(), handle: o.handle };
     match message {
         Message::Offer(Offers { sets, local }) => {
@@ -229,7 +230,7 @@ impl Link for SealedLink {
     }
 
     fn input(&mut self, bytes: &[u8]) -> Result<()> {
-        let taken = if self.session.is_none() { self.shake(bytes)? } else { 0 };
+        let taken = if self.session.is_none() { self.feed_handshake(bytes)? } else { 0 };
         self.raw.extend_from_slice(&bytes[taken..]);
         self.open()
     }
@@ -255,8 +256,8 @@ impl Link for SealedLink {
         match (&mut self.session, &mut self.handshake, message) {
             (Some(session), _, message) => {
                 let mut plain = Vec::new();
-                setup::encode(&announced(message), &mut plain);
-                // Nothing leaves unsealed; the set-up then ends at its deadline.
+                setup::encode(&to_wire(message), &mut plain);
+                // Nothing is sent unencrypted; the set-up then ends at its deadline.
                 if let Err(e) = session.seal(&plain, &mut self.out) {
                     log::error!("a message of a set-up was not sent: {e}");
                 }
@@ -268,7 +269,7 @@ impl Link for SealedLink {
 
     fn receive(&mut self) -> Option<Message> {
         let message = self.messages.pop_front();
-        // There is room again for what waits.
+        // There is room again for bytes that waited.
         if let Err(e) = self.open() {
             self.messages.push_back(Message::Abort(e));
             self.received_all = true;
@@ -295,7 +296,7 @@ mod tests {
         ]
     }
 
-    /// Passes bytes in pieces of `cut` until nothing moves; the error of each side.
+    /// Passes bytes in pieces of `cut` until nothing moves; returns the error of each engine.
     fn run(links: &mut [SealedLink; 2], cut: usize) -> [Result<()>; 2] {
         let mut outcome = [Ok(()), Ok(())];
         loop {
@@ -323,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_cross_whatever_the_pieces_and_what_follows_is_kept() {
+    fn messages_arrive_whatever_the_pieces_and_later_bytes_are_kept() {
         for cut in [1, 7, 1000, 1 << 20] {
             let mut links = both([Keys::none(), Keys::none()]);
             assert_eq!(run(&mut links, cut), [Ok(()), Ok(())]);
@@ -347,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn without_the_key_nothing_is_proved_and_nothing_is_heard() {
+    fn without_the_key_nothing_is_proved() {
         let key = |text: &str| Keys::parse(text.as_bytes()).unwrap();
         let mut links = both([key("0123456789abcdef"), key("fedcba9876543210")]);
         let outcome = run(&mut links, 100);
@@ -356,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_of_messages_is_not_taken_in() {
+    fn a_flood_of_messages_is_not_read() {
         let mut links = both([Keys::none(), Keys::none()]);
         assert_eq!(run(&mut links, 4096), [Ok(()), Ok(())]);
         let mut bytes = Vec::new();

@@ -1,5 +1,5 @@
-//! From a host name and a port to a connected socket, within one deadline and given up when the engine ends. Knows nothing of what
-//! the socket is for.
+//! From a host name and a port to a connected socket, within one deadline; canceled when the engine is being destroyed. Knows
+//! nothing about the use of the socket.
 
 use super::shutdown::{canceled, Shutdown};
 use crate::engine::limits;
@@ -11,21 +11,22 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-/// Look-ups of names under way in this process. The system's resolver cannot be stopped: a look-up whose caller has given up goes on.
+/// Name look-ups in progress in this process. The system's resolver cannot be stopped: a look-up goes on after its caller has
+/// given up.
 static LOOKUPS: AtomicUsize = AtomicUsize::new(0);
 const MAX_LOOKUPS: usize = 64;
-/// How soon a caller that waits for a name notices the engine's end.
+/// How soon a caller that waits for a name notices the shutdown.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// What resolves names: the system's resolver, or a test's.
+/// Resolves names: the system's resolver, or a test's.
 pub(crate) type Lookup = fn(&str, u16) -> std::io::Result<Vec<SocketAddr>>;
 
-/// The system's resolver; may block for as long as it likes.
+/// The system's resolver; may block for any time.
 pub(crate) fn system_lookup(host: &str, port: u16) -> std::io::Result<Vec<SocketAddr>> {
     Ok((host, port).to_socket_addrs()?.collect())
 }
 
-/// Waits until one of the descriptors has something, or the time is over. `None` in an entry's place waits for nothing.
+/// Waits until one of the descriptors is ready, or for `limit`.
 pub(crate) fn poll(fds: &[(RawFd, i16)], limit: Duration) -> Result<Vec<bool>> {
     let mut entries: Vec<libc::pollfd> = fds.iter().map(|&(fd, events)| libc::pollfd { fd, events, revents: 0 }).collect();
     let limit = libc::timespec { tv_sec: limit.as_secs().min(1 << 30) as i64, tv_nsec: i64::from(limit.subsec_nanos()) };
@@ -41,7 +42,7 @@ pub(crate) fn poll(fds: &[(RawFd, i16)], limit: Duration) -> Result<Vec<bool>> {
     Ok(entries.iter().map(|e| e.revents != 0).collect())
 }
 
-/// The addresses of a host. Numbers need no look-up; brackets around an IPv6 address are taken off.
+/// The addresses of a host. Numeric addresses need no look-up; brackets around an IPv6 address are removed.
 pub(crate) fn resolve(host: &str, port: u16, deadline: Instant, shutdown: &Shutdown, lookup: Lookup) -> Result<Vec<SocketAddr>> {
     let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
     if let Ok(ip) = bare.parse::<IpAddr>() {
@@ -49,14 +50,14 @@ pub(crate) fn resolve(host: &str, port: u16, deadline: Instant, shutdown: &Shutd
     }
     if LOOKUPS.fetch_add(1, Ordering::AcqRel) >= MAX_LOOKUPS {
         LOOKUPS.fetch_sub(1, Ordering::AcqRel);
-        bail!(Resource, "{host}: {MAX_LOOKUPS} look-ups of host names are under way in this process");
+        bail!(Resource, "{host}: {MAX_LOOKUPS} look-ups of host names are already in progress in this process");
     }
     let (sender, receiver) = mpsc::channel();
     let name = bare.to_owned();
     let started = limits::spawn("uccl-resolve", move || {
         let found = lookup(&name, port);
         LOOKUPS.fetch_sub(1, Ordering::AcqRel);
-        // Whoever asked may have given up.
+        // The caller may have given up.
         let _ = sender.send(found);
     });
     if let Err(e) = started {
@@ -77,7 +78,7 @@ pub(crate) fn resolve(host: &str, port: u16, deadline: Instant, shutdown: &Shutd
     }
 }
 
-/// Connects to the first of several addresses that answers; none may use up the time of those after it. The socket does not block.
+/// Connects to the first address that answers; each address gets an equal share of the remaining time. The socket does not block.
 pub(crate) fn connect(addresses: &[SocketAddr], deadline: Instant, shutdown: &Shutdown) -> Result<(TcpStream, SocketAddr)> {
     let mut last = err!(Unreachable, "no address");
     for (i, address) in addresses.iter().enumerate() {
@@ -121,9 +122,9 @@ fn connect_to(address: SocketAddr, deadline: Instant, shutdown: &Shutdown) -> Re
     if let Some(e) = socket.take_error().map_err(|e| limits::system(what, &e))? {
         bail!(Unreachable, "connect to {address}: {e}");
     }
-    // TCP can connect a port to itself when nobody listens there.
+    // TCP can connect a port to itself when no socket listens there.
     if socket.local_addr().ok().and_then(|a| a.as_socket()) == Some(address) {
-        bail!(Unreachable, "connect to {address}: nobody listens there");
+        bail!(Unreachable, "connect to {address}: no listener on that port");
     }
     Ok(socket.into())
 }
@@ -162,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn the_engines_end_ends_the_wait() {
+    fn a_shutdown_ends_the_wait() {
         let shutdown = Arc::new(Shutdown::new().unwrap());
         let other = shutdown.clone();
         let start = Instant::now();
@@ -171,7 +172,7 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::Canceled);
         assert!(start.elapsed() < Duration::from_secs(2));
         ends.join().unwrap();
-        // Nobody answers at this address: the end comes first here too.
+        // No host answers at this address: the shutdown ends this wait, too.
         let silent = "192.0.2.1:9".parse().unwrap();
         let error = connect(&[silent], start + Duration::from_secs(60), &shutdown).unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::Canceled | ErrorKind::Unreachable), "{error}");

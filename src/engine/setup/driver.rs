@@ -1,5 +1,5 @@
-//! A set-up with its socket and its channels: moves bytes between the socket and the machine and does what the machine asks for. The
-//! set-up thread drives the incoming ones, a connecting thread its own. Knows nothing of frames.
+//! A set-up with its socket and its channels: moves bytes between the socket and the machine and does what the machine asks for.
+//! The set-up thread drives incoming set-ups, a connecting thread its own. Knows nothing about frames.
 
 use super::build::{self, Up};
 use super::channels::{self, Opened, Raising};
@@ -17,10 +17,10 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The least pause between two looks at channels that are coming up: they report nothing by themselves. On a fast network all of them
-/// are there after two looks.
+/// The shortest pause between two polls of channels that are coming up: they send no events. On a fast network all of them are up
+/// after two polls.
 const LOOK: Duration = Duration::from_micros(20);
-/// The pause where channels have not come up for this long: somebody does not answer, and there may be many such set-ups.
+/// The pause once channels have been missing for `SLOW_AFTER`: a peer does not answer, and there may be many such set-ups.
 const SLOW: Duration = Duration::from_millis(50);
 const SLOW_AFTER: Duration = Duration::from_secs(1);
 /// Bytes read at once.
@@ -33,14 +33,14 @@ enum Channels {
     Up(channels::Up),
 }
 
-/// What a step came to.
+/// The result of a step.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Progress {
-    /// Call again when the socket has something, or at the time that [`SetupDriver::wake_at`] names.
+    /// Call again when the socket is ready, or at [`SetupDriver::wake_at`].
     Wait,
-    /// The peer is proved and waits to be admitted: [`SetupDriver::admit`].
+    /// The peer is authenticated and waits for [`SetupDriver::admit`].
     Proved,
-    /// All is there: [`SetupDriver::finish`].
+    /// Everything is up: call [`SetupDriver::finish`].
     Up,
 }
 
@@ -51,26 +51,26 @@ fn count(up: &channels::Up) -> usize {
 
 pub(crate) struct SetupDriver {
     sock: TcpStream,
-    /// The peer.
+    /// The peer's address.
     pub address: SocketAddr,
     setup: Setup<SealedLink>,
     channels: Channels,
-    /// What may be dialled.
+    /// Addresses that may be dialled.
     allowed: AllowList,
     out: Vec<u8>,
     sent: usize,
-    /// The peer's stream has ended; what it said before still counts.
+    /// The peer has closed the connection; what it sent before still counts.
     ended: Option<Error>,
-    /// When to look at the channels again, and when they began.
+    /// When to poll the channels again, and when they began to come up.
     look_at: Instant,
     began: Instant,
     started: Instant,
-    /// What its channels will open.
+    /// Descriptors that its channels will still open.
     promise: Option<limits::Promise>,
 }
 
 impl SetupDriver {
-    /// Takes over a connected socket that does not block.
+    /// Takes over a connected, non-blocking socket.
     pub(crate) fn new(sock: TcpStream, address: SocketAddr, setup: Setup<SealedLink>, now: Instant) -> SetupDriver {
         let address = SocketAddr::new(plain(address.ip()), address.port());
         SetupDriver {
@@ -89,7 +89,7 @@ impl SetupDriver {
         }
     }
 
-    /// One line of the trace level for a step that was made.
+    /// Logs a step at trace level.
     fn trace(&self, step: std::fmt::Arguments<'_>) {
         log::trace!("set-up with {}: {step}, {:.1?} after its start", self.address, self.started.elapsed());
     }
@@ -102,12 +102,12 @@ impl SetupDriver {
         &self.setup
     }
 
-    /// Whether bytes of the peer are of use now, and whether some of ours wait for room.
+    /// Whether to wait for readability, and for writability.
     pub(crate) fn interest(&self) -> (bool, bool) {
         (self.setup.link.wants() > 0, self.sent < self.out.len())
     }
 
-    /// When to call [`SetupDriver::step`] next, whatever happens on the socket.
+    /// When to call [`SetupDriver::step`] even without an event.
     pub(crate) fn wake_at(&self) -> Instant {
         let deadline = self.setup.deadline();
         match self.channels {
@@ -116,7 +116,7 @@ impl SetupDriver {
         }
     }
 
-    /// Goes as far as it can without waiting.
+    /// Goes as far as possible without waiting.
     ///
     /// # Errors
     /// Why the set-up has failed.
@@ -164,7 +164,7 @@ impl SetupDriver {
         }
     }
 
-    /// Names the channels that are missing when time is over.
+    /// Names the missing channels when the deadline has passed.
     fn with_missing(&self, error: Error) -> Error {
         match (&self.channels, error.kind()) {
             (Channels::Raising(raising), ErrorKind::TimedOut) => raising.missing().unwrap_or(error),
@@ -172,7 +172,7 @@ impl SetupDriver {
         }
     }
 
-    /// Looks at channels that are coming up, when it is time to. Whether they are all up now.
+    /// Polls channels that are coming up, when due. Whether they are all up now.
     fn look(&mut self, now: Instant) -> Result<bool> {
         let Channels::Raising(raising) = &mut self.channels else { return Ok(false) };
         if now < self.look_at {
@@ -211,7 +211,7 @@ impl SetupDriver {
         Ok(())
     }
 
-    /// While nothing of the peer's is read: why it is not there any more, if so.
+    /// While the connection is not read: the error if the peer has closed it.
     fn gone(&self) -> Option<Error> {
         let there = match (self.sock.take_error(), self.sock.peek(&mut [0])) {
             (Ok(None), Ok(n)) => n > 0,
@@ -229,9 +229,9 @@ impl SetupDriver {
                 Ok(n) => self.sent += n,
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Ok(()),
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                // What the peer said before it closed tells more than our failed write: reading goes on.
+                // What the peer sent before it closed says more than our failed write: keep reading.
                 Err(e) if matches!(e.kind(), std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset) => break,
-                // Nothing may follow what did not leave.
+                // Nothing may follow bytes that were not sent.
                 Err(e) if limits::is_exhaustion(&e) => return Err(limits::system("send", &e)),
                 Err(e) => return Err(err!(RemoteDisconnect, "{} ({e})", self.setup.hung_up())),
             }
@@ -241,16 +241,16 @@ impl SetupDriver {
         Ok(())
     }
 
-    /// Opens this side's listen comms and offers them to the proved peer.
+    /// Opens this engine's listen comms and offers them to the authenticated peer.
     ///
     /// # Errors
-    /// `Resource` when the descriptors do not suffice; why a plugin cannot listen.
+    /// `Resource` when descriptors are short; why a plugin cannot listen.
     pub(crate) fn admit(&mut self, context: &SetupContext) -> Result<()> {
         let Some(agreed) = self.setup.link.proved() else { return Err(err!(Internal, "admitted before its proof")) };
         let connecting = agreed.connecting;
         let mut plans = channels::planned(context, agreed);
         if limits::room_for(&context.limits, self.sock.as_fd(), channels::cost(&plans)).is_err() {
-            // The connection comes up without those of further GPUs.
+            // The connection comes up without the channels of further GPUs.
             plans.iter_mut().filter(|plan| plan.spare).for_each(|plan| plan.channels = 0);
             limits::room_for(&context.limits, self.sock.as_fd(), channels::cost(&plans))?;
         }
@@ -259,35 +259,36 @@ impl SetupDriver {
         self.promise = Some(limits::Promise::new(later));
         let offers = opened.offers();
         self.trace(format_args!("the peer is proved"));
-        self.trace(format_args!("this side offers {} channels", offers.sets.iter().map(Vec::len).sum::<usize>()));
+        self.trace(format_args!("this engine offers {} channels", offers.sets.iter().map(Vec::len).sum::<usize>()));
         self.setup.offer(offers);
         self.channels = Channels::Opened(opened);
         self.allowed = context.config.allow.clone();
         Ok(())
     }
 
-    /// Gives up: the channels at once, and the peer is told why. What is left is a socket that may linger until the peer has read it.
+    /// Gives up: drops the channels and sends the peer the reason. Returns the socket, which may stay open until the peer has
+    /// read it.
     pub(crate) fn give_up(mut self, error: &Error) -> TcpStream {
         self.channels = Channels::None;
         self.setup.fail(error);
         let _ = self.flush();
-        // Closing a socket with unread bytes resets it, and the peer could lose what it was told.
+        // Closing a socket with unread bytes resets it, and the peer could lose the reason.
         let _ = self.sock.shutdown(std::net::Shutdown::Write);
         self.sock
     }
 
-    /// The connection. `counted`: an incoming one's place among those.
+    /// Builds the connection. `counted`: an incoming connection's place in the quota.
     ///
     /// # Errors
-    /// `Canceled` when the engine ends, `Resource`.
+    /// `Canceled` when the engine is being destroyed, `Resource`.
     pub(crate) fn finish(self, context: &SetupContext, counted: Option<Counted>) -> Result<Arc<Connection>> {
         build::connection(context, self.parts()?, counted)
     }
 
-    /// What a connection is built of.
+    /// The parts of a connection.
     ///
     /// # Errors
-    /// `Internal` before the end.
+    /// `Internal` before the set-up is complete.
     pub(crate) fn parts(self) -> Result<Up> {
         let (Channels::Up(channels::Up { sets, local }), Some((agreed, sealed))) = (self.channels, self.setup.link.finish())
         else {

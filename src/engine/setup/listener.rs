@@ -1,4 +1,5 @@
-//! The listening ports of an engine: which addresses they are bound to, and which address peers learn. Knows nothing of handshakes.
+//! The listening ports of an engine: the addresses they are bound to, and the address announced to peers. Knows nothing about
+//! handshakes.
 
 use crate::addresses::Bind;
 use crate::engine::limits;
@@ -7,17 +8,17 @@ use crate::status::{bail, Error, Result};
 use socket2::{Domain, Protocol, Socket, Type};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 
-/// How often another port is tried when the system's choice is taken on the loopback address.
+/// How many ports are tried when the system's choice is taken on the loopback address.
 const TRIES: usize = 16;
-/// Connects that the kernel holds ready.
+/// Length of the kernel's accept backlog.
 pub(crate) const BACKLOG: i32 = 1024;
 
 /// The ports that an engine listens on.
 #[derive(Debug)]
 pub(crate) struct Listeners {
-    /// Non-blocking; all of the same port.
+    /// Non-blocking; all on the same port.
     pub sockets: Vec<TcpListener>,
-    /// The address that peers learn.
+    /// The address announced to peers.
     pub address: SocketAddr,
 }
 
@@ -26,22 +27,22 @@ pub(crate) fn metadata(address: SocketAddr, gpu: &str) -> String {
     format!("{address}?{gpu}")
 }
 
-/// The address of the control interface among those that can be used: IPv4 where there is one, else IPv6. A link-local IPv6 address
-/// does not serve, since metadata has no place for its scope.
+/// The address of the control interface among the usable ones: IPv4 if there is one, else IPv6. A link-local IPv6 address does
+/// not do, since metadata has no place for its scope.
 fn control_address(usable: &[IpAddr]) -> Option<IpAddr> {
     let link_local = |ip: IpAddr| matches!(ip, IpAddr::V6(v6) if v6.segments()[0] & 0xFFC0 == 0xFE80);
     usable.iter().copied().filter(|&ip| !link_local(ip)).min_by_key(IpAddr::is_ipv6)
 }
 
-/// The address that peers learn.
+/// The address announced to peers.
 ///
 /// # Errors
-/// `InvalidArgument` when the interfaces that were asked for have none.
+/// `InvalidArgument` when the requested interfaces have none.
 fn announced_address(filter: Option<&str>) -> Result<IpAddr> {
     announced_of(&topology::usable(filter).map_err(|e| limits::system("network interfaces", &e))?, filter)
 }
 
-/// The one of these addresses that peers learn.
+/// The one of these addresses to announce.
 fn announced_of(usable: &[IpAddr], filter: Option<&str>) -> Result<IpAddr> {
     match (control_address(usable), filter) {
         (Some(ip), Some(_)) => Ok(ip),
@@ -76,13 +77,13 @@ pub(crate) fn open(bind: Bind, filter: Option<&str>, port: u16) -> Result<Listen
         if bind != Bind::Interface || announced.is_loopback() {
             return Ok(Listeners { sockets: vec![main], address });
         }
-        // Processes of this host may connect by the loopback address.
+        // Peers on this host may connect to the loopback address.
         match listen(SocketAddr::new(loopback, local.port()), true) {
             Ok(local) => return Ok(Listeners { sockets: vec![main, local], address }),
             Err(_) if port == 0 && attempt < TRIES => {}
             Err(e) => {
                 log::info!(
-                    "port {} is not available on {loopback}: {e}; peers of this host connect to {announced}",
+                    "port {} is not available on {loopback}: {e}; peers on this host connect to {announced}",
                     local.port()
                 );
                 return Ok(Listeners { sockets: vec![main], address });

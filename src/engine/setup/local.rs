@@ -1,5 +1,5 @@
-//! Meeting the peer on this host while a connection is set up: whether this side takes part, what it brings along, and what came of it.
-//! Nothing here fails a set-up: what is not shared goes over the channels.
+//! Meeting a peer on the same host during set-up: whether this engine takes part, what it offers, and the result. Nothing here
+//! fails a set-up: memory that is not shared goes over the channels.
 
 use super::channels::plan::own_gpu;
 use super::context::SetupContext;
@@ -14,10 +14,10 @@ use crate::wire::hello::Hello;
 use crate::wire::setup::Invitation;
 use std::time::Instant;
 
-/// This side's part, before the peer's is known.
+/// This engine's part, before the peer's is known.
 ///
 /// # Errors
-/// Why this side takes none.
+/// Why this engine takes no part.
 pub(super) fn opening(context: &SetupContext, connecting: bool) -> Result<Opening> {
     if context.config.disable_ipc {
         bail!(Unsupported, "UCCL_P2P_DISABLE_IPC is set");
@@ -25,7 +25,7 @@ pub(super) fn opening(context: &SetupContext, connecting: bool) -> Result<Openin
     Opening::new(connecting, context.config.local_dir.clone())
 }
 
-/// What this side can share and pull besides host memory.
+/// The GPU memory that this engine can share and pull.
 fn have(context: &SetupContext) -> Have {
     if context.config.emulate_device {
         let gpus = (0..context.config.emulate_devices).map(|i| (Place::gpu(i), emulated_gpu(i))).collect();
@@ -45,11 +45,11 @@ fn have(context: &SetupContext) -> Have {
     Have { gpus, device: Some(Box::new(CudaMemory::new(CudaOptions { pulls, manner }))) }
 }
 
-/// How far it is.
+/// The state of the meeting.
 pub(crate) enum Local {
     Meeting(Box<Meeting>),
     Linked(Box<Linked>),
-    /// Nothing is shared; why, unless that goes without saying.
+    /// Nothing is shared; the reason, unless it is obvious.
     Not(Option<String>),
 }
 
@@ -57,7 +57,7 @@ impl Local {
     pub(super) fn begin(context: &SetupContext, own: Result<Opening>, peer: Option<&Invitation>, keys: ProofKeys) -> Local {
         let met = match (own, peer) {
             (Err(e), _) => Err(e),
-            // It has it turned off, or cannot; if it runs here, its own line says why.
+            // The peer has disabled it or cannot take part; on this host, its own log line says why.
             (Ok(_), None) => return Local::Not(None),
             (Ok(own), Some(peer)) if own.invitation().host != peer.host => return Local::Not(None),
             (Ok(own), Some(peer)) => own.meet(peer, keys, have(context), Instant::now()),
@@ -87,14 +87,14 @@ impl Local {
         matches!(self, Local::Linked(_))
     }
 
-    /// The peer's side has not come to the same.
+    /// The peer has not met this engine.
     pub(super) fn give_up(&mut self) {
         if !matches!(self, Local::Not(_)) {
             *self = Local::Not(Some("the peer does not take part".to_owned()));
         }
     }
 
-    /// What it came to, in words behind those on the channels.
+    /// The result, to follow the description of the channels in the log.
     pub(super) fn describe(&self) -> String {
         match self {
             Local::Linked(linked) => {
@@ -107,14 +107,14 @@ impl Local {
                     (false, _) => "host memory".to_owned(),
                 };
                 let all: Vec<String> = linked.pairs.iter().map(word).collect();
-                format!("; before all of them, copied within this host from process {}: {}", linked.who.pid, all.join(", "))
+                format!("; direct transfers with process {}, preferred to channels: {}", linked.who.pid, all.join(", "))
             }
-            Local::Not(Some(why)) => format!("; nothing is copied within this host: {why}"),
+            Local::Not(Some(why)) => format!("; no direct transfers: {why}"),
             _ => String::new(),
         }
     }
 
-    /// The transport, where there is one. `lookup` finds registered regions.
+    /// The transport for direct transfers, if there is one. `lookup` finds registered regions.
     pub(super) fn transport(self, bell: Bell, peer: &Hello, lookup: Lookup) -> Option<OneHost> {
         let gpus = std::iter::once(own_gpu(peer)).chain(peer.further_gpus.iter().copied());
         match self {

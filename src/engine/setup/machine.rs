@@ -1,5 +1,5 @@
-//! One set-up of a connection as a machine: what it waits for, what it does next, when it has taken too long. Time comes in, bytes
-//! go through its link; no sockets, no plugins, no threads.
+//! One connection set-up as a state machine: what it waits for, what comes next, when it has taken too long. Time is passed in,
+//! bytes go through its link; no sockets, plugins or threads.
 
 use super::control::{Link, Message, Offers, Ready};
 use crate::status::{bail, err, Error, Result};
@@ -7,51 +7,51 @@ use std::time::Instant;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
-    /// The handshake runs; nothing the peer says is acted on.
+    /// The handshake is in progress; no message of the peer is acted on.
     Proving,
-    /// Proved; waits to be admitted.
+    /// Authenticated; waits to be admitted.
     Proved,
-    /// Our offer is out; waits for the peer's.
+    /// Our offer is sent; waits for the peer's.
     Offered,
-    /// Channels come up.
+    /// Channels are coming up.
     Raising,
-    /// Our channels are up; waits to hear the same of the peer.
+    /// Our channels are up; waits for the peer's.
     Raised,
     Ended,
 }
 
-/// What the owner of a set-up has to do.
+/// What the owner of a set-up has to do next.
 #[derive(Debug)]
 pub(crate) enum Next {
-    /// Nothing until the peer says more, or time passes.
+    /// Nothing, until the peer sends more or time passes.
     Wait,
-    /// The peer is proved: open listen comms and call [`Setup::offer`], or [`Setup::fail`].
+    /// The peer is authenticated: open listen comms and call [`Setup::offer`], or [`Setup::fail`].
     Admit,
-    /// Bring up the channels to these, and call [`Setup::raised`].
+    /// Bring up channels to these offers, and call [`Setup::raised`].
     Raise(Offers),
-    /// The peer's channels that are up, while ours come up: nothing else is worth waiting for.
+    /// The peer's channels that are up, while ours still come up: stop waiting for any others.
     PeerHas(Ready),
-    /// Both sides are done; these of the peer's are up. Send what is left and build the connection.
+    /// Both engines are done; these channels of the peer are up. Send what is left and build the connection.
     Finish(Ready),
 }
 
-/// The machine.
+/// The state machine.
 pub(crate) struct Setup<L> {
     pub link: L,
     stage: Stage,
-    /// The handshake ends by then.
+    /// Deadline of the handshake.
     proof_by: Instant,
-    /// All of it ends by then.
+    /// Deadline of the set-up.
     deadline: Instant,
-    /// When the peer last said something.
+    /// When bytes last arrived.
     received: Instant,
-    /// Something was heard at all.
+    /// Some bytes have arrived.
     spoke: bool,
-    /// The peer's offer, when it came before ours was out.
+    /// The peer's offer, if it came before ours was sent.
     early: Option<Offers>,
     /// The peer's channels that are up, once it has said so.
     theirs: Option<Ready>,
-    /// The owner knows of them.
+    /// They were returned as [`Next::PeerHas`].
     announced: bool,
 }
 
@@ -70,31 +70,31 @@ impl<L: Link> Setup<L> {
         }
     }
 
-    /// Whether the handshake has not been proved yet.
-    pub(crate) fn is_stranger(&self) -> bool {
+    /// Whether the handshake is not complete.
+    pub(crate) fn is_unauthenticated(&self) -> bool {
         self.stage == Stage::Proving
     }
 
-    /// Whether the peer has said nothing at all.
+    /// Whether the peer has sent nothing at all.
     pub(crate) fn is_silent(&self) -> bool {
         !self.spoke
     }
 
-    /// Since when it has waited for the peer alone; `None` while it is our turn too.
+    /// Since when it has waited for the peer alone; `None` while this engine has work to do.
     pub(crate) fn waits_since(&self) -> Option<Instant> {
         matches!(self.stage, Stage::Offered | Stage::Raised | Stage::Raising).then_some(self.received)
     }
 
-    /// When something has to happen at the latest.
+    /// The next deadline.
     pub(crate) fn deadline(&self) -> Instant {
-        if self.is_stranger() {
+        if self.is_unauthenticated() {
             self.proof_by
         } else {
             self.deadline
         }
     }
 
-    /// The peer's bytes.
+    /// Takes bytes from the peer.
     ///
     /// # Errors
     /// `Protocol`, `Auth`, or the peer's refusal.
@@ -104,7 +104,7 @@ impl<L: Link> Setup<L> {
         self.link.input(bytes)
     }
 
-    /// Why the set-up fails when the peer's stream ends.
+    /// The error when the peer closes the connection.
     pub(crate) fn hung_up(&self) -> Error {
         err!(RemoteDisconnect, "the peer closed the connection {}", self.doing())
     }
@@ -118,7 +118,7 @@ impl<L: Link> Setup<L> {
         }
     }
 
-    /// What to do next. Call it after every input and whenever time has passed.
+    /// The next action. Call it after every input and whenever time has passed.
     ///
     /// # Errors
     /// `TimedOut`, `Protocol`, or why the peer gave up.
@@ -134,12 +134,16 @@ impl<L: Link> Setup<L> {
                     self.early = Some(offers);
                 }
                 Message::Offer(_) => {
-                    bail!(Protocol, "the peer offered channels {}", if self.is_stranger() { "before its proof" } else { "twice" })
+                    bail!(
+                        Protocol,
+                        "the peer offered channels {}",
+                        if self.is_unauthenticated() { "before its proof" } else { "twice" }
+                    )
                 }
             }
         }
         if self.theirs.is_some() && !matches!(self.stage, Stage::Raising | Stage::Raised | Stage::Ended) {
-            // It cannot have connected to what it does not know, or without telling us of its own.
+            // It cannot have connected to channels that it does not know of, or without offering its own.
             if self.stage == Stage::Proved || self.early.is_none() {
                 bail!(Protocol, "the peer says that its channels are up before they can be");
             }
@@ -179,14 +183,14 @@ impl<L: Link> Setup<L> {
         match self.stage {
             Stage::Proving if !self.spoke => "the peer said nothing",
             Stage::Proving => "the peer did not complete the handshake",
-            Stage::Proved => "too many other set-ups were under way: this one was not begun",
+            Stage::Proved => "too many other set-ups were in progress: this one was not started",
             Stage::Offered => "the peer did not offer channels",
             Stage::Raising => "channels did not come up",
             Stage::Raised | Stage::Ended => "the peer's channels did not come up",
         }
     }
 
-    /// Our listen comms are open.
+    /// Sends our offer once the listen comms are open.
     pub(crate) fn offer(&mut self, offers: Offers) {
         if self.stage == Stage::Proved {
             self.stage = Stage::Offered;
@@ -194,7 +198,7 @@ impl<L: Link> Setup<L> {
         }
     }
 
-    /// It is settled which of our channels are up: these.
+    /// Reports which of our channels are up.
     pub(crate) fn raised(&mut self, up: Ready) {
         if self.stage == Stage::Raising {
             self.stage = Stage::Raised;
@@ -202,7 +206,7 @@ impl<L: Link> Setup<L> {
         }
     }
 
-    /// It has failed on this side: the peer is told why.
+    /// Reports a failure in this engine to the peer.
     pub(crate) fn fail(&mut self, error: &Error) {
         if self.stage != Stage::Ended {
             self.stage = Stage::Ended;
@@ -223,7 +227,7 @@ mod tests {
     use std::collections::VecDeque;
     use std::time::Duration;
 
-    /// Messages without a wire; proved after the given number of input bytes.
+    /// Messages without a wire; authenticated after the given number of input bytes.
     struct SimulatedLink {
         agreed: Agreed,
         missing: usize,
@@ -265,7 +269,7 @@ mod tests {
         Offers { sets: vec![vec![Offer { nic: "eth0".into(), handle: [n; 128] }]], local: None }
     }
 
-    /// What was sent or is to be done, in short.
+    /// The variant's name.
     fn short(x: impl std::fmt::Debug) -> String {
         let text = format!("{x:?}");
         text.split(['(', ' ']).next().unwrap_or_default().to_owned()
@@ -305,10 +309,10 @@ mod tests {
     fn it_goes_up_step_by_step() {
         let mut w = World::new();
         assert_eq!(short(w.next(0).unwrap()), "Wait");
-        assert!(w.setup.is_stranger() && w.setup.is_silent());
+        assert!(w.setup.is_unauthenticated() && w.setup.is_silent());
         w.setup.received(b"a", w.start).unwrap();
         assert_eq!(short(w.next(1).unwrap()), "Wait");
-        assert!(w.setup.is_stranger() && !w.setup.is_silent());
+        assert!(w.setup.is_unauthenticated() && !w.setup.is_silent());
         w.raise();
         assert_eq!(short(w.next(3).unwrap()), "Wait");
         w.setup.raised(up(&[0]));
@@ -322,7 +326,7 @@ mod tests {
     fn a_faster_peer_is_not_lost() {
         let mut w = World::new();
         w.prove();
-        // Its offer comes while ours waits for admission, its verdict while our channels are on their way.
+        // Its offer arrives while ours waits for admission, its `Ready` while our channels come up.
         w.say(Message::Offer(offer(2)));
         assert_eq!(short(w.next(1).unwrap()), "Admit");
         assert_eq!(short(w.next(2).unwrap()), "Admit");
@@ -345,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_here_is_told_once() {
+    fn a_failure_here_is_sent_once() {
         let mut w = World::new();
         w.raise();
         let error = err!(Plugin, "eth0 is down");
@@ -377,7 +381,7 @@ mod tests {
             w.prove();
             w.say(Message::Ready(up(&[0])));
         });
-        // Nothing of a peer without proof is acted on.
+        // Nothing is accepted from an unauthenticated peer.
         violates(&|w| w.say(Message::Offer(offer(2))));
         violates(&|w| {
             w.raise();
@@ -397,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn an_end_of_the_stream_says_where_it_came() {
+    fn an_end_of_the_connection_names_the_stage() {
         let mut w = World::new();
         assert!(w.setup.hung_up().to_string().contains("handshake"));
         w.raise();

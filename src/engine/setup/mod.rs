@@ -1,6 +1,6 @@
-//! Bringing connections up: `machine` is one set-up without sockets, `control` its bytes, `channels` its channels, `driver` joins them with
-//! a socket, `build` makes the connection. `listener`, `acceptor`, `admission`, `accept_queue` and `warmup` serve incoming connections,
-//! `dial` and `connect` outgoing ones. `context`, `quota` and `shutdown` are what all set-ups share.
+//! Connection set-up. `machine` is one set-up without sockets, `control` its bytes, `channels` its channels; `driver` joins them
+//! with a socket, and `build` makes the connection. `listener`, `acceptor`, `admission`, `accept_queue` and `warmup` serve
+//! incoming connections, `dial` and `connect` outgoing ones. All set-ups share `context`, `quota` and `shutdown`.
 
 pub(crate) mod accept_queue;
 pub(crate) mod acceptor;

@@ -1,4 +1,4 @@
-//! How many connections of peers are up, in all and by address. Knows nothing of what they do.
+//! How many incoming connections are up, in total and by address. Knows nothing about what they do.
 
 use crate::status::{bail, Result};
 use process::Mutex;
@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-/// Incoming connections that are up, in all and by address.
+/// Incoming connections that are up, in total and by address.
 #[derive(Debug)]
 pub(crate) struct ConnectionQuota {
     most: usize,
@@ -14,7 +14,7 @@ pub(crate) struct ConnectionQuota {
     up: Mutex<(usize, HashMap<IpAddr, usize>)>,
 }
 
-/// A connection that is counted; no more once it is dropped.
+/// A counted connection; dropping it frees its place.
 #[derive(Debug)]
 pub(crate) struct Counted {
     quota: Arc<ConnectionQuota>,
@@ -22,15 +22,15 @@ pub(crate) struct Counted {
 }
 
 impl ConnectionQuota {
-    /// At most `most`, `of_one` of them of one address.
+    /// At most `most`, `of_one` of them from one address.
     pub(crate) fn new(most: usize, of_one: usize) -> Arc<ConnectionQuota> {
         Arc::new(ConnectionQuota { most, of_one, up: Mutex::default() })
     }
 
-    /// Counts one more.
+    /// Counts one more connection.
     ///
     /// # Errors
-    /// `Resource` for the peer to read.
+    /// `Resource`, sent to the peer.
     pub(crate) fn count(self: &Arc<ConnectionQuota>, ip: IpAddr) -> Result<Counted> {
         let mut up = self.up.lock();
         let (all, by_address) = &mut *up;
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn connections_are_counted_by_address_and_in_all() {
+    fn connections_are_counted_by_address_and_in_total() {
         let quota = ConnectionQuota::new(3, 2);
         let first = quota.count(ip(1)).unwrap();
         let _second = quota.count(ip(1)).unwrap();

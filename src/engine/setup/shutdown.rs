@@ -1,4 +1,4 @@
-//! The engine's end as something to wait for: a flag, and a descriptor that stays readable from then on. Knows nothing of engines.
+//! The engine's shutdown as an event: a flag, and a descriptor that stays readable afterwards. Knows nothing about engines.
 
 use crate::status::{err, Error, Result};
 use reactor::Waker;
@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 pub(crate) struct Shutdown {
     begun: AtomicBool,
-    /// Never drained: once woken it ends every wait, for ever.
+    /// Never drained: once woken it ends every wait, forever.
     waker: Waker,
 }
 
@@ -17,7 +17,7 @@ impl Shutdown {
         Ok(Shutdown { begun: AtomicBool::new(false), waker })
     }
 
-    /// Begins the end; whether it had begun before.
+    /// Begins the shutdown; returns whether it had already begun.
     pub(crate) fn begin(&self) -> bool {
         let before = self.begun.swap(true, Ordering::AcqRel);
         self.waker.wake();
@@ -28,13 +28,13 @@ impl Shutdown {
         self.begun.load(Ordering::Acquire)
     }
 
-    /// Readable once the end has begun.
+    /// Readable once the shutdown has begun.
     pub(crate) fn fd(&self) -> RawFd {
         self.waker.fd()
     }
 
     /// # Errors
-    /// `Canceled` once the end has begun.
+    /// `Canceled` once the shutdown has begun.
     pub(crate) fn check(&self) -> Result<()> {
         if self.begun() {
             return Err(canceled());
@@ -43,7 +43,7 @@ impl Shutdown {
     }
 }
 
-/// The error of whoever waits when the engine ends.
+/// The error of calls that wait when the engine is destroyed.
 pub(crate) fn canceled() -> Error {
     err!(Canceled, "the engine is being destroyed")
 }

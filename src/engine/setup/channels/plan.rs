@@ -1,5 +1,5 @@
-//! Which sets of channels a connection has: one for each plugin, and for a plugin whose comms belong to one GPU further ones for memory
-//! that a side has registered on other GPUs. Both sides come to the same list. Pure.
+//! Which sets of channels a connection has: one for each plugin, and further ones for a plugin whose comms belong to one GPU, for
+//! memory registered on other GPUs. Both engines compute the same list. Pure.
 
 use crate::engine::setup::context::Plugins;
 use crate::net::plugin::Plugin;
@@ -8,41 +8,41 @@ use crate::wire::hello::Hello;
 use crate::wire::setup::MAX_SETS;
 use std::sync::Arc;
 
-/// Channels of a further set at most: each costs threads of the plugin.
+/// Most channels of a further set: each costs threads of the plugin.
 const FURTHER_CHANNELS: usize = 4;
 
 /// A set of channels that a connection should have.
 #[derive(Clone)]
 pub(crate) struct Plan {
     pub plugin: Arc<Plugin>,
-    /// The GPUs, here and at the peer, whose memory its comms carry; `None` where they take any.
+    /// The GPUs, here and at the peer, whose memory its comms carry; `None` where they carry any.
     pub gpus: Option<(Place, Place)>,
     /// Channels to offer.
     pub channels: usize,
-    /// The connection comes up without it: other channels carry what it would.
+    /// The connection comes up without it: other channels carry its traffic.
     pub spare: bool,
 }
 
 impl Plan {
-    /// This side's GPU.
+    /// This engine's GPU.
     pub(crate) fn own(&self) -> Option<Place> {
         self.gpus.map(|(here, _)| here)
     }
 
-    /// What it is for, in words.
+    /// Its purpose, for the log.
     pub(crate) fn purpose(&self) -> String {
         let gpu = |place: Place| place.ordinal().unwrap_or(0);
         self.gpus.map_or("host memory".to_owned(), |(here, there)| format!("GPU {} here and GPU {} there", gpu(here), gpu(there)))
     }
 }
 
-/// A side that does not say which GPU its engine has was set up with the first one.
+/// The engine's GPU; the first one where the hello names none.
 pub(crate) fn own_gpu(hello: &Hello) -> u8 {
     u8::try_from(hello.gpu_index).unwrap_or(0)
 }
 
-/// The sets of a connection with `channels` channels each, in the order in which both sides number them. The set that carries host
-/// memory too is the last one, since of several that carry something the first does.
+/// The sets of a connection with `channels` channels each, in the order in which both engines number them. The set that also
+/// carries host memory comes last, since the first set that can carry a transfer does.
 pub(crate) fn plans(plugins: &Plugins, own: &Hello, peer: &Hello, connecting: bool, channels: usize) -> Vec<Plan> {
     let follows = plugins.device.traits.follows_gpu;
     let plan = |plugin: &Arc<Plugin>, gpus: Option<(u8, u8)>, channels, spare| {
@@ -58,7 +58,7 @@ pub(crate) fn plans(plugins: &Plugins, own: &Hello, peer: &Hello, connecting: bo
     all
 }
 
-/// Pairs of GPUs, here and at the peer, beside those of the engines; the closest numbers first, since GPUs that share a NIC are
+/// Pairs of GPUs, here and at the peer, other than the engines' own; the closest numbers first, since GPUs that share a NIC are
 /// neighbours.
 fn further(own: &Hello, peer: &Hello, connecting: bool, most: usize) -> Vec<(u8, u8)> {
     let gpus = |hello: &Hello| -> Vec<u8> { std::iter::once(own_gpu(hello)).chain(hello.further_gpus.iter().copied()).collect() };
@@ -95,7 +95,7 @@ mod tests {
     }
 
     proptest! {
-        /// Both sides number the same pairs alike.
+        /// Both engines number the pairs in the same order.
         #[test]
         fn both_sides_agree(
             a in -1i32..8, b in -1i32..8,
