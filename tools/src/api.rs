@@ -1,5 +1,5 @@
-//! The only module that names the library's types; everything else in the tools goes through it. Adds no behaviour of its own
-//! beyond words for errors.
+//! The only module that uses the library's types; everything else in the tools goes through it. Adds no behaviour except context
+//! for errors.
 
 use crate::error::{Context, Failure, Result};
 use crate::fail;
@@ -14,16 +14,15 @@ pub use uccl_p2p::engine::{Direction, FifoItem, LocalSegment};
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Variable with the number of channels of a connection.
 pub const CHANNELS_VARIABLE: &str = "UCCL_TCPX_NUM_CHANNELS";
-/// Variable that turns device emulation on.
+/// Variable that turns emulation of GPU memory on.
 pub const EMULATE_VARIABLE: &str = "UCCL_TCPX_EMULATE_DEVICE";
-/// Variables with the listening port.
 /// Variable with the address that the listening port is bound to.
 pub const BIND_VARIABLE: &str = "UCCL_TCPX_BIND";
 /// Variable with the listening port.
 pub const PORT_VARIABLE: &str = "UCCL_TCPX_OOB_PORT";
 const PORT_VARIABLES: [&str; 2] = ["UCCL_TCPX_OOB_PORT", "UCCL_TCP_OOB_PORT"];
 
-/// One environment variable of the library, as it is in effect.
+/// An environment variable of the library and its value in effect.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct Setting {
     /// Name of the variable.
@@ -36,18 +35,18 @@ pub struct Setting {
     pub doc: String,
 }
 
-/// What peers may take of something.
+/// A budget: how much of something peers may take.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct Budget {
-    /// Name of its variable, or a word for what follows from the limits of the process.
+    /// Name of its variable, or a word for a budget that follows from the process's limits.
     pub name: String,
-    /// The number in effect.
+    /// The value in effect.
     pub number: u64,
     /// What it counts.
     pub counts: String,
 }
 
-/// The budgets in effect; `None` if a setting is invalid.
+/// The budgets in effect; empty if a setting is invalid.
 pub fn budgets() -> Vec<Budget> {
     let all = Config::from_env().map(|config| uccl_p2p::engine::budgets(&config)).unwrap_or_default();
     all.into_iter()
@@ -55,35 +54,35 @@ pub fn budgets() -> Vec<Budget> {
         .collect()
 }
 
-/// The network plugin that carries device memory (and host memory, where there is no second one for it).
+/// The network plugin that carries GPU memory (and host memory, unless a second plugin does).
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct Plugin {
-    /// Name of its table.
+    /// The plugin's name.
     pub name: String,
     /// File it was loaded from; none for the built-in software plugin.
     pub path: Option<String>,
-    /// Version of the NCCL net ABI that it speaks.
+    /// Version of the NCCL net ABI that it implements.
     pub abi_version: u32,
 }
 
 /// A network device of the plugin.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct Nic {
-    /// Plugin that offers it.
+    /// The plugin that offers it.
     pub plugin: String,
     /// Name of the interface.
     pub name: String,
-    /// Path under /sys, when it is a PCI device.
+    /// Path under /sys of a PCI device.
     pub pci_path: Option<String>,
-    /// Mbit/s, when the system tells.
+    /// Speed in Mbit/s, if known.
     pub speed_mbps: Option<i64>,
-    /// NUMA node, when the system tells.
+    /// NUMA node, if known.
     pub numa_node: Option<i32>,
     /// Kinds of memory it carries: `host`, `cuda`, `dmabuf`.
     pub pointers: Vec<String>,
 }
 
-/// Every variable of the library as it is in effect.
+/// Every variable of the library, with its value in effect.
 pub fn settings() -> Vec<Setting> {
     let setting = |(name, value, source, doc): (&str, String, &str, &str)| Setting {
         name: name.into(),
@@ -94,19 +93,20 @@ pub fn settings() -> Vec<Setting> {
     Config::describe().into_iter().map(setting).collect()
 }
 
-/// Lets engines of this process listen on any port: a service with the fixed one may run on this host. Before there are threads.
+/// Lets engines of this process listen on any port: a service may use the configured one on this host. Call it before threads
+/// exist.
 pub fn listen_on_any_port() {
     for name in PORT_VARIABLES {
         std::env::remove_var(name);
     }
 }
 
-/// Whether the library understands the environment.
+/// Checks that the library accepts the environment.
 pub fn check_environment() -> Result<()> {
-    Config::from_env().map(|_| ()).context("the environment cannot be understood")
+    Config::from_env().map(|_| ()).context("invalid setting in the environment")
 }
 
-/// Whether the environment asks the library to treat host memory as device memory.
+/// Whether the environment asks the library to treat host memory as GPU memory.
 pub fn emulation_is_on() -> bool {
     let value = std::env::var(EMULATE_VARIABLE).unwrap_or_default();
     matches!(value.trim().to_ascii_lowercase().as_str(), "1" | "true" | "yes" | "on")
@@ -126,12 +126,12 @@ pub struct Node {
 }
 
 impl Node {
-    /// Starts an engine with the configuration of the environment.
+    /// Starts an engine, configured by the environment.
     pub fn start() -> Result<Node> {
         Ok(Node { engine: Engine::new(Config::from_env().map_err(Failure::new)?).map_err(Failure::new)? })
     }
 
-    /// The same for an engine that takes the network, also to peers on its own host.
+    /// The same, for an engine that uses the network even with peers on its own host.
     pub fn start_for_the_network() -> Result<Node> {
         let config = Config { disable_ipc: true, ..Config::from_env().map_err(Failure::new)? };
         Ok(Node { engine: Engine::new(config).map_err(Failure::new)? })
@@ -149,7 +149,7 @@ impl Node {
         Ok(Link { conn })
     }
 
-    /// Takes the next connection that a peer opened; blocks until there is one or [`Node::stop_accept`] is called.
+    /// Takes the next incoming connection; blocks until there is one or [`Node::stop_accept`] is called.
     pub fn accept(&self) -> Result<Link> {
         Ok(Link { conn: self.engine.accept().map_err(Failure::new)? })
     }
@@ -164,12 +164,12 @@ impl Node {
         self.engine.register(addr, len).context(format_args!("cannot register {len} bytes"))
     }
 
-    /// Ends a registration; afterwards the library touches the memory no more.
+    /// Deregisters memory; afterwards the library does not touch it.
     pub fn deregister(&self, mr: u64) -> Result<()> {
-        self.engine.deregister(mr).context("cannot end a registration")
+        self.engine.deregister(mr).context("cannot deregister memory")
     }
 
-    /// What a peer needs to read or write a registered range.
+    /// The FIFO item that lets a peer read or write a registered range.
     pub fn item(&self, mr: u64, addr: usize, len: usize) -> Result<FifoItem> {
         self.engine.fifo_item(mr, addr, len).map_err(Failure::new)
     }
@@ -217,12 +217,12 @@ impl Drop for Node {
     }
 }
 
-/// What the kernel counts of a connection's channels.
+/// The kernel's statistics of a connection's channels.
 #[derive(Clone, Debug, Default)]
 pub struct Network {
-    /// TCP segments sent again.
+    /// Retransmitted TCP segments.
     pub retransmits: u64,
-    /// Congestion control of the last channel; empty where the plugin does not tell.
+    /// Congestion control of the last channel; empty where the plugin does not report it.
     pub congestion: String,
 }
 
@@ -252,7 +252,7 @@ impl Link {
         Ok(self.conn.poll(id).map_err(Failure::new)?.complete)
     }
 
-    /// Blocks until a transfer has ended, or for `timeout`; tells whether it is complete.
+    /// Blocks until a transfer has ended, or for `timeout`; returns whether it is complete.
     pub fn wait(&self, id: u64, timeout: Option<Duration>) -> Result<bool> {
         Ok(self.conn.wait(id, timeout).map_err(Failure::new)?.complete)
     }
@@ -278,13 +278,13 @@ impl Link {
         self.conn.peer_ip().to_string()
     }
 
-    /// Bytes that went between the two processes without the network.
+    /// Bytes moved by direct transfers between two processes on one host.
     pub fn copied_within_host(&self) -> u64 {
         let channels = self.conn.stats().map(|stats| stats.channels).unwrap_or_default();
         channels.iter().filter(|c| c.nic == "local").map(|c| c.sent_bytes + c.received_bytes).sum()
     }
 
-    /// Data channels of this connection.
+    /// The number of data channels.
     pub fn channels(&self) -> usize {
         self.conn.channels()
     }
@@ -296,7 +296,7 @@ impl Drop for Link {
     }
 }
 
-/// Splits "ip:port" or "ip:port?gpu" into its parts; the address may be an IPv6 one, in brackets or not.
+/// Splits "ip:port" or "ip:port?gpu" into its parts; an IPv6 address may be in brackets.
 fn split_address(address: &str) -> Result<(String, u16, String)> {
     let (endpoint, gpu) = address.split_once('?').unwrap_or((address, ""));
     let Some((ip, port)) = endpoint.rsplit_once(':') else {

@@ -27,18 +27,18 @@ impl fmt::Display for Op {
     }
 }
 
-/// What is measured.
+/// A measurement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Case {
     /// Operation.
     pub op: Op,
-    /// Bytes of a transfer.
+    /// Bytes per transfer.
     pub total: u64,
-    /// Bytes of a block.
+    /// Bytes per block.
     pub block: u64,
     /// Transfers in flight.
     pub inflight: u32,
-    /// The same amount goes the other way at the same time.
+    /// The same amount moves in the other direction at the same time.
     pub bidirectional: bool,
 }
 

@@ -1,4 +1,4 @@
-//! What the programs' command lines share, and the manual pages that are generated from them.
+//! The command lines of the programs, and the manual pages generated from them.
 
 use clap::{CommandFactory, Parser};
 use std::path::PathBuf;
@@ -12,18 +12,18 @@ pub struct Top {
     /// The value of UCCL_TCPX_METRICS in the process: unix:PATH, ADDRESS:PORT, PORT (of the loopback address), or the path of a file.
     #[arg(required = true, value_name = "SOURCE")]
     pub sources: Vec<String>,
-    /// Seconds between readings.
+    /// Seconds between two readings.
     #[arg(long, default_value = "1", value_parser = parse_interval)]
     pub interval: Duration,
-    /// Print one reading as text and end; this is the default if standard output is not a terminal.
+    /// Print one reading as text and exit; the default if standard output is not a terminal.
     #[arg(long)]
     pub once: bool,
-    /// Draw one reading into this file, as a picture for a report, and end.
+    /// Draw one reading into this file, as a picture for a report, and exit.
     #[arg(long, value_name = "FILE.svg", conflicts_with = "once")]
     pub svg: Option<PathBuf>,
 }
 
-/// Seconds between two looks, with fractions.
+/// Seconds between two readings, with fractions.
 fn parse_interval(text: &str) -> Result<Duration, String> {
     match text.parse::<f64>() {
         Ok(seconds) if (0.1..=3600.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
@@ -52,7 +52,7 @@ fn manual_page(mut command: clap::Command) -> String {
     String::from_utf8_lossy(&page).into_owned()
 }
 
-/// The sections of a program's manual page that do not follow from its options.
+/// The sections of a program's manual page that are not generated from its options.
 fn sections(program: &str) -> &'static str {
     match program {
         "tcpx-info" => include_str!("man/tcpx-info.roff"),

@@ -1,4 +1,4 @@
-//! The client of a tcpx-perf server: requests, replies, echoes. It measures nothing.
+//! The client of a tcpx-perf server: requests, replies, echoes. It measures nothing itself.
 
 use crate::api::{FifoItem, Link, Node};
 use crate::error::{Context, Result};
@@ -10,7 +10,7 @@ use crate::server::ALIVE_EVERY;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Longest wait for an answer; allocating and checking large buffers takes a while.
+/// Longest wait for a reply; allocating and checking large buffers takes a while.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(120);
 
 /// A connection to a server.
@@ -19,7 +19,7 @@ pub struct Client {
     pub node: Arc<Node>,
     /// The connection under test.
     pub link: Link,
-    /// Memory of client and server.
+    /// Kind of memory of client and server.
     pub memory: Kind,
     number: u64,
     next_buffer: u32,
@@ -31,12 +31,12 @@ pub struct RemoteBuffer {
     pub number: u32,
     /// Address of its first byte.
     pub addr: u64,
-    /// Access to it.
+    /// Grants access to it.
     pub item: FifoItem,
 }
 
 impl Client {
-    /// Connects to the server at `address` ("ip:port"), and checks that both use the same memory.
+    /// Connects to the server at `address` ("ip:port"), and checks that both use the same kind of memory.
     pub fn connect(node: &Arc<Node>, address: &str, memory: Kind) -> Result<Client> {
         let link = node.connect(address)?;
         let mut client = Client { node: node.clone(), link, memory, number: 0, next_buffer: 0 };
@@ -45,19 +45,21 @@ impl Client {
                 client.number = number;
                 (protocol, memory)
             }
-            other => fail!("the server began with {other:?}"),
+            other => fail!("the server's first message is {other:?}, not Welcome"),
         };
         if protocol != PROTOCOL {
-            fail!("the server speaks version {protocol} of the protocol, this program version {PROTOCOL}: use the same release for both");
+            fail!(
+                "the server speaks protocol version {protocol}, this program version {PROTOCOL}: use the same release for both"
+            );
         }
         if theirs != memory {
             client.bye();
-            fail!("the server was started with --memory {theirs}, this program with --memory {memory}: both need the same");
+            fail!("the server was started with --memory {theirs}, this program with --memory {memory}: both must use the same");
         }
         Ok(client)
     }
 
-    /// Asks for a buffer.
+    /// Requests a buffer.
     pub fn open(&mut self, bytes: u64) -> Result<RemoteBuffer> {
         let number = self.next_buffer;
         self.next_buffer += 1;
@@ -86,27 +88,27 @@ impl Client {
         }
     }
 
-    /// Sends a request and returns its reply, unless that is a failure.
+    /// Sends a request and returns its reply; an error if the server reports a failure.
     pub fn ask(&self, request: &Request) -> Result<Reply> {
-        self.tell(request)?;
+        self.send(request)?;
         self.receive()
     }
 
     /// Tells the server that this client is done.
     pub fn bye(&self) {
         // A server that has ended needs no goodbye.
-        let _ = self.tell(&Request::Bye);
+        let _ = self.send(&Request::Bye);
     }
 
-    fn tell(&self, request: &Request) -> Result<()> {
-        let text = serde_json::to_vec(request).context("cannot write a request")?;
-        self.link.notify(&Channel::Control(self.number).name(), &text).context("the server is gone")
+    fn send(&self, request: &Request) -> Result<()> {
+        let text = serde_json::to_vec(request).context("cannot encode a request")?;
+        self.link.notify(&Channel::Control(self.number).name(), &text).context("lost the server")
     }
 
     fn receive(&self) -> Result<Reply> {
         loop {
             let text = self.receive_from(Channel::Control(0))?;
-            match serde_json::from_slice(&text).context("a reply of the server cannot be understood")? {
+            match serde_json::from_slice(&text).context("cannot decode the server's reply")? {
                 Reply::Alive => {}
                 Reply::Failed { message } => fail!("the server reports: {message}"),
                 reply => return Ok(reply),
@@ -114,7 +116,7 @@ impl Client {
         }
     }
 
-    /// The next notification of one channel; replies that say `Alive` may come in between.
+    /// The next notification on a channel; `Alive` replies may come in between.
     fn receive_from(&self, wanted: Channel) -> Result<Vec<u8>> {
         let started = Instant::now();
         let mut reported = started;
@@ -130,17 +132,17 @@ impl Client {
             }
             if reported.elapsed() > ALIVE_EVERY {
                 reported = Instant::now();
-                self.tell(&Request::Alive)?;
+                self.send(&Request::Alive)?;
             }
             if started.elapsed() > ANSWER_DEADLINE {
-                fail!("no answer within {} s", ANSWER_DEADLINE.as_secs());
+                fail!("no reply within {} s", ANSWER_DEADLINE.as_secs());
             }
             std::thread::sleep(Duration::from_micros(100));
         }
     }
 
-    /// Sends notifications of these lengths with random contents and checks that the server's echoes come back unchanged and in order.
-    /// Returns the bytes that went one way.
+    /// Sends notifications of these lengths with random contents and checks that the server's echoes return unchanged and in
+    /// order. Returns the bytes sent in one direction.
     pub fn echo(&self, lengths: &[usize], seed: u64) -> Result<u64> {
         let contents = |i: usize, len: usize| {
             let mut bytes = vec![0; len];

@@ -1,4 +1,4 @@
-//! Device memory of a chosen GPU, for the programs here. Copies run on a stream of their own and are waited for.
+//! Memory of a chosen GPU. Copies run on a stream of the block and are awaited.
 
 use crate::error::{Failure, Result};
 use crate::fail;
@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Duration;
 
 static ORDINAL: AtomicI32 = AtomicI32::new(0);
-/// Work that takes longer than this will not end.
+/// Work that takes longer than this has hung.
 const LIMIT: Duration = Duration::from_secs(60);
 
 impl From<cuda_driver::Error> for Failure {
@@ -22,12 +22,12 @@ pub fn choose(ordinal: i32) {
     ORDINAL.store(ordinal, Ordering::Relaxed);
 }
 
-/// GPUs of this machine; 0 without a driver.
+/// The number of GPUs of this machine; 0 without a driver.
 pub fn count() -> i32 {
     cuda_driver::device_count()
 }
 
-/// Fails, saying why, where there is no GPU to use.
+/// Fails with the reason where no GPU can be used.
 pub fn require() -> Result<()> {
     match cuda_driver::driver() {
         Ok(_) => Ok(()),
@@ -35,7 +35,7 @@ pub fn require() -> Result<()> {
     }
 }
 
-/// A block of device memory.
+/// A block of GPU memory.
 pub struct Block {
     stream: Stream,
     memory: ManuallyDrop<DeviceBuffer>,
@@ -47,7 +47,7 @@ impl Block {
         let ordinal = ORDINAL.load(Ordering::Relaxed);
         require()?;
         if ordinal >= count() {
-            fail!("--memory gpu: GPU {ordinal} was asked for, the CUDA driver sees {}", count());
+            fail!("--memory gpu: no GPU {ordinal}; the CUDA driver sees {}", count());
         }
         let context = Context::retain(ordinal)?;
         Ok(Block {
@@ -66,14 +66,14 @@ impl Block {
         self.memory.ptr() + offset as u64
     }
 
-    /// Copies to device memory and waits until it is there.
+    /// Copies to GPU memory and waits for the end.
     pub fn store(&mut self, offset: usize, bytes: &[u8]) -> Result<()> {
-        // SAFETY: the range lies inside the block (at); the copy is waited for.
+        // SAFETY: the range lies inside the block (see `at`); the copy is awaited.
         unsafe { self.stream.host_to_device(self.at(offset, bytes.len()), bytes.as_ptr(), bytes.len()) }?;
         Ok(self.stream.finish(LIMIT)?)
     }
 
-    /// Copies the block's beginning to the host.
+    /// Copies the start of the block to the host.
     pub fn load(&self, out: &mut [u8]) -> Result<()> {
         // SAFETY: as in store.
         unsafe { self.stream.device_to_host(out.as_mut_ptr(), self.at(0, out.len()), out.len()) }?;

@@ -1,5 +1,5 @@
-//! tcpx-info --doctor: every precondition of GPUDirect-TCPX in order, and for each that is missing what to do. Reads files and
-//! variables, and knocks at the receive manager's sockets; moves no data.
+//! tcpx-info --doctor: checks every precondition of GPUDirect-TCPX in order, and says how to fix each that is missing. Reads
+//! files and variables, and connects to the receive manager's sockets; moves no data.
 
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -7,13 +7,13 @@ use std::fs;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-/// How a precondition stands.
+/// The result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
     /// It is met.
     Ok,
-    /// Transfers work without, but slower.
+    /// Transfers work without it, but slower.
     Advice,
     /// It is not met.
     Missing,
@@ -22,13 +22,13 @@ pub enum Status {
 /// A precondition.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Check {
-    /// What it is about.
+    /// The precondition.
     pub name: &'static str,
-    /// How it stands.
+    /// The result.
     pub status: Status,
-    /// What was found.
+    /// What the check found.
     pub found: String,
-    /// What to do; empty where nothing is.
+    /// How to fix it; empty if there is nothing to do.
     pub todo: String,
 }
 
@@ -48,13 +48,13 @@ fn advice(name: &'static str, found: impl Into<String>, todo: impl Into<String>)
     check(name, Status::Advice, found, todo)
 }
 
-/// A host to look at: its file system and the variables of the process.
+/// A host to examine: its file system and the variables of the process.
 pub struct Host {
-    /// Root of the file system; / but in tests.
+    /// Root of the file system; not / only in tests.
     pub root: PathBuf,
     /// The environment.
     pub variables: BTreeMap<String, String>,
-    /// Name and file of the plugin that an engine takes here, or why it takes none.
+    /// Name and file of the plugin that an engine uses here, or why it uses none.
     pub plugin: Result<(String, Option<String>), String>,
     /// PCI addresses of the GPUs, such as 0000:4a:00.0.
     pub gpus: Vec<String>,
@@ -63,17 +63,17 @@ pub struct Host {
 /// Official values.
 const CHUNK: &str = "524288";
 const MANAGER: &str = "/run/tcpx";
-/// Where the plugin looks for the manager by default.
+/// The plugin's default directory of the manager's sockets.
 const PLUGINS_MANAGER: &str = "/tmp";
-/// Longest folder of the manager's sockets: the plugin copies their paths unchecked into 108 bytes.
+/// Longest directory name of the manager's sockets: the plugin copies their paths unchecked into 108 bytes.
 const LONGEST_FOLDER: usize = 76;
-/// Data sockets of a comm, and ranges of processors of a NIC, that the plugin has room for.
+/// Limits of the plugin: data sockets of a comm, and processor ranges of a NIC.
 const MAX_SOCKETS: i64 = 8;
 const MAX_RANGES: usize = 8;
-/// Option memory of a socket, in which zero-copy sends are accounted.
+/// Option memory of a socket, to which zero-copy sends are charged.
 const OPTMEM: u64 = 128 << 10;
 const STEERING_US: u64 = 50_000;
-/// Smallest MTU and socket buffers that keep up with a data NIC.
+/// Smallest MTU and socket buffers that suit a data NIC.
 const MTU: u64 = 8000;
 const BUFFER: u64 = 16 << 20;
 
@@ -97,7 +97,8 @@ impl Host {
         names
     }
 
-    /// A number as the plugin reads it: decimal, hexadecimal with 0x, octal with 0; what it cannot read in full is no number here.
+    /// A number as the plugin parses it: decimal, hexadecimal with 0x, octal with 0; anything that does not parse in full is an
+    /// error.
     fn number(&self, name: &str) -> Option<Result<i64, &str>> {
         let text = self.var(name)?;
         let parsed = match (text.strip_prefix("0x"), text.strip_prefix('0')) {
@@ -108,7 +109,7 @@ impl Host {
         Some(parsed.map_err(|_| text))
     }
 
-    /// NICs that a list of names or prefixes chooses ('=' exact, '^' all but).
+    /// NICs chosen by a list of names or prefixes ('=' exact, '^' all but).
     fn nics(&self, list: &str) -> Vec<String> {
         let (exact, but) = (list.starts_with('='), list.starts_with('^'));
         let words: Vec<&str> = list.trim_start_matches(['=', '^']).split(',').map(str::trim).filter(|w| !w.is_empty()).collect();
@@ -120,14 +121,14 @@ impl Host {
         self.var("NCCL_GPUDIRECTTCPX_SOCKET_IFNAME").map_or_else(Vec::new, |list| self.nics(list))
     }
 
-    /// The PCI path of a device, its bridges from the root complex down.
+    /// The PCI path of a device: its bridges, from the root complex down.
     fn pci_path(&self, device: &Path) -> Vec<String> {
         let Ok(path) = fs::canonicalize(device) else { return Vec::new() };
         path.components().map(|c| c.as_os_str().to_string_lossy().into_owned()).filter(|c| c.contains(':')).collect()
     }
 }
 
-/// Every precondition, in the order in which they build on each other.
+/// Checks every precondition, in order of dependence.
 pub fn examine(host: &Host) -> Vec<Check> {
     let mut all = vec![plugin(host), chunk_size(host)];
     all.extend(settings(host));
@@ -147,12 +148,12 @@ fn plugin(host: &Host) -> Check {
         Ok((name, Some(file))) if name.to_ascii_lowercase().contains("tcpx") => ok(NAME, format!("{name} from {file}")),
         Ok((name, file)) => missing(
             NAME,
-            format!("an engine takes {name} ({})", file.as_deref().unwrap_or("built in")),
+            format!("an engine uses {name} ({})", file.as_deref().unwrap_or("built in")),
             "install libnccl-net.so in /usr/local/nvidia/lib64, /usr/local/tcpx/lib64 or /var/lib/tcpx/lib64 (Google's image \
              nccl-plugin-gpudirecttcpx-dev has it), or name its file in UCCL_TCPX_PLUGIN_PATH; UCCL_TCPX_PLUGIN=tcpx says why it cannot \
              be loaded",
         ),
-        Err(e) => missing(NAME, format!("no engine starts: {e}"), "mend this first; the message names the variable or the file"),
+        Err(e) => missing(NAME, format!("no engine starts: {e}"), "fix this first; the message names the variable or the file"),
     }
 }
 
@@ -190,7 +191,7 @@ fn stray_settings(host: &Host) -> Vec<Check> {
     harmful.iter().filter_map(found).collect()
 }
 
-/// Sockets and threads of a comm: both hosts must have the same.
+/// Sockets and threads of a comm: both hosts must use the same numbers.
 fn sockets(host: &Host) -> Check {
     const NAME: &str = "NCCL_NSOCKS_PERTHREAD x NCCL_SOCKET_NTHREADS";
     let value = |name| host.number(name).map_or(Ok(1), |n| n.map_err(str::to_owned));
@@ -199,7 +200,7 @@ fn sockets(host: &Host) -> Check {
         (Ok(sockets), Ok(threads)) if sockets >= 1 && threads >= 1 && sockets.saturating_mul(threads) <= MAX_SOCKETS => {
             let found = format!("{sockets} x {threads}");
             if (sockets, threads) == (1, 1) {
-                return advice(NAME, found, format!("{todo}: one flow of a NIC is slower than two"));
+                return advice(NAME, found, format!("{todo}: one flow per NIC is slower than two"));
             }
             ok(NAME, found)
         }
@@ -222,12 +223,12 @@ fn settings(host: &Host) -> Vec<Check> {
     const CONTROL: &str = "NCCL_GPUDIRECTTCPX_CTRL_DEV";
     all.push(match host.var(CONTROL) {
         None => missing(CONTROL, "unset", "name the control NIC, eth0 on A3"),
-        // The plugin takes it for a list of beginnings, as it does with the data NICs.
+        // The plugin treats the value as a list of prefixes, as for the data NICs.
         Some(nic) if host.nics(nic).is_empty() => {
             missing(CONTROL, format!("{nic}: no NIC of this host"), "name the control NIC, eth0 on A3")
         }
         Some(nic) if host.nics(nic).iter().any(|control| nics.contains(control)) => {
-            missing(CONTROL, format!("{nic} is a data NIC"), "the control NIC carries no data: take the first one, eth0 on A3")
+            missing(CONTROL, format!("{nic} is a data NIC"), "the control NIC carries no data: use the first NIC, eth0 on A3")
         }
         Some(nic) => ok(CONTROL, nic),
     });
@@ -237,7 +238,7 @@ fn settings(host: &Host) -> Vec<Check> {
             Some(value) => match bad_binding(value, &nics) {
                 Some(part) => missing(
                     name,
-                    format!("{value}: cannot understand '{part}'"),
+                    format!("{value}: cannot parse '{part}'"),
                     "write NIC:FIRST-LAST,FIRST-LAST for each data NIC, separated by semicolons; a single processor is 8-8",
                 ),
                 None => ok(name, value),
@@ -247,7 +248,7 @@ fn settings(host: &Host) -> Vec<Check> {
     all
 }
 
-/// The first part of NIC:CORES;NIC:CORES that is none.
+/// The first part of NIC:CORES;NIC:CORES that is invalid.
 fn bad_binding(value: &str, nics: &[String]) -> Option<String> {
     let number = |n: &str| n.parse::<u32>().ok();
     let range = |text: &str| text.split_once('-').is_some_and(|(a, b)| number(a).zip(number(b)).is_some_and(|(a, b)| a <= b));
@@ -258,7 +259,7 @@ fn bad_binding(value: &str, nics: &[String]) -> Option<String> {
     value.split(';').map(str::trim).filter(|part| !part.is_empty()).find(|part| !fine(part)).map(str::to_owned)
 }
 
-/// The receive manager's sockets: two for each GPU, and two for flow rules. Each must take a connection.
+/// The receive manager's sockets: two for each GPU, and two for flow rules. Each must accept a connection.
 fn manager(host: &Host) -> Check {
     const NAME: &str = "receive manager";
     const PREFIX: &str = "NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX";
@@ -268,7 +269,7 @@ fn manager(host: &Host) -> Check {
         return missing(
             NAME,
             format!("{PREFIX} has {} characters", folder.len()),
-            format!("{LONGEST_FOLDER} at most: {MANAGER} is usual"),
+            format!("at most {LONGEST_FOLDER}; {MANAGER} is usual"),
         );
     }
     let of_gpus = |folder: &str| host.names(folder).into_iter().filter(|n| n.starts_with("get_gpu_fd_")).count();
@@ -277,7 +278,7 @@ fn manager(host: &Host) -> Check {
             None if of_gpus(MANAGER) > 0 => format!("set {PREFIX}={MANAGER}, where the manager's sockets are"),
             _ => format!("{start}; {PREFIX} names the folder"),
         };
-        let unset = if host.var(PREFIX).is_none() { " (the plugin's own choice)" } else { "" };
+        let unset = if host.var(PREFIX).is_none() { " (the plugin's default)" } else { "" };
         return missing(NAME, format!("no sockets get_gpu_fd_* in {folder}{unset}"), todo);
     }
     let gpus = host.gpus.iter().map(|gpu| gpu.to_lowercase());
@@ -293,7 +294,7 @@ fn manager(host: &Host) -> Check {
         return missing(
             NAME,
             format!("no sockets {} in {folder}", absent.join(", ")),
-            "the manager must serve every GPU and the flow rules: look at its --gpu_nic_preset, its version and its log",
+            "the manager must serve every GPU and the flow rules: check its --gpu_nic_preset, its version and its log",
         );
     }
     let silent: Vec<&str> =
@@ -301,8 +302,8 @@ fn manager(host: &Host) -> Check {
     if !silent.is_empty() {
         return missing(
             NAME,
-            format!("nobody answers at {} in {folder}", silent.join(", ")),
-            format!("{start}; these sockets are left over, or belong to another user"),
+            format!("no process answers at {} in {folder}", silent.join(", ")),
+            format!("{start}; these sockets are stale, or belong to another user"),
         );
     }
     ok(NAME, format!("{} sockets in {folder} answer", expected.len()))
@@ -320,11 +321,11 @@ fn pairing(host: &Host) -> Check {
     if !virtual_ones.is_empty() {
         return missing(
             NAME,
-            format!("{} are no PCI devices", virtual_ones.join(", ")),
+            format!("{} are not PCI devices", virtual_ones.join(", ")),
             "the plugin registers memory for the PCI device of a NIC: name gVNIC NICs in NCCL_GPUDIRECTTCPX_SOCKET_IFNAME",
         );
     }
-    // The plugin knows nodes 0 and 1, and crashes at the start without the file of the one it takes.
+    // The plugin knows NUMA nodes 0 and 1, and crashes at start if the cpulist of a NIC's node is missing.
     let node =
         |nic: &String| host.read(&format!("/sys/class/net/{nic}/device/numa_node")).map(|n| usize::from(!n.starts_with('0')));
     let lost = |n: &usize| !host.path(&format!("/sys/devices/system/node/node{n}/cpulist")).exists();
@@ -332,7 +333,7 @@ fn pairing(host: &Host) -> Check {
         return missing(
             NAME,
             format!("a data NIC on NUMA node {n}, which this machine lacks"),
-            "the plugin cannot start here: take an A3 machine",
+            "the plugin cannot start here: use an A3 machine",
         );
     }
     let nics: Vec<(String, Vec<String>)> = host
@@ -347,7 +348,7 @@ fn pairing(host: &Host) -> Check {
     let (mut pairs, mut alone) = (Vec::new(), Vec::new());
     for gpu in &host.gpus {
         let path = host.pci_path(&host.path("/sys/bus/pci/devices").join(gpu.to_lowercase()));
-        // The root complex alone is no switch.
+        // Sharing only the root complex does not count.
         let near = nics.iter().map(|(nic, p)| (shared(&path, p), nic)).filter(|(depth, _)| *depth > 1).max();
         match near {
             Some((_, nic)) => pairs.push(format!("{gpu}: {nic}")),
@@ -360,7 +361,7 @@ fn pairing(host: &Host) -> Check {
     missing(
         NAME,
         format!("no data NIC on the PCIe switch of {}", alone.join(", ")),
-        "such a GPU takes ordinary TCP: check NCCL_GPUDIRECTTCPX_SOCKET_IFNAME, and that the machine is an A3 with all its data NICs",
+        "such a GPU uses ordinary TCP: check NCCL_GPUDIRECTTCPX_SOCKET_IFNAME, and that the machine is an A3 with all its data NICs",
     )
 }
 
@@ -369,7 +370,7 @@ fn flow_steering(host: &Host) -> Vec<Check> {
     let wait = match host.var(WAIT).map(str::parse::<u64>) {
         None | Some(Ok(0)) => advice(WAIT, "unset or 0: each accept waits for 5 s", format!("set {STEERING_US}")),
         Some(Ok(us)) if us <= 1_000_000 => ok(WAIT, us.to_string()),
-        Some(Ok(us)) => advice(WAIT, us.to_string(), format!("set {STEERING_US}: each accept of a channel waits so long")),
+        Some(Ok(us)) => advice(WAIT, us.to_string(), format!("set {STEERING_US}: each accept of a channel waits this long")),
         Some(Err(_)) => missing(WAIT, host.var(WAIT).unwrap_or_default(), format!("set {STEERING_US}")),
     };
     const ACK: &str = "NCCL_GPUDIRECTTCPX_FORCE_ACK";
@@ -430,8 +431,8 @@ fn network(host: &Host) -> Vec<Check> {
     const OPTIONS: &str = "net.core.optmem_max";
     all.push(match number("/proc/sys/net/core/optmem_max") {
         Some(n) if n >= OPTMEM => ok(OPTIONS, n.to_string()),
-        Some(n) => advice(OPTIONS, n.to_string(), format!("sysctl -w {OPTIONS}={OPTMEM}: zero-copy sends are accounted in it")),
-        None => advice(OPTIONS, "unreadable", "look at it outside of this container"),
+        Some(n) => advice(OPTIONS, n.to_string(), format!("sysctl -w {OPTIONS}={OPTMEM}: zero-copy sends are charged to it")),
+        None => advice(OPTIONS, "unreadable", "check it outside of this container"),
     });
     for (name, path) in
         [("net.ipv4.tcp_rmem", "/proc/sys/net/ipv4/tcp_rmem"), ("net.ipv4.tcp_wmem", "/proc/sys/net/ipv4/tcp_wmem")]
@@ -439,13 +440,13 @@ fn network(host: &Host) -> Vec<Check> {
         all.push(match number(path) {
             Some(n) if n >= BUFFER => ok(name, format!("up to {n} bytes")),
             Some(n) => advice(name, format!("up to {n} bytes"), format!("sysctl -w {name}='4096 1048576 {}'", 4 * BUFFER)),
-            None => advice(name, "unreadable", "look at it outside of this container"),
+            None => advice(name, "unreadable", "check it outside of this container"),
         });
     }
     all
 }
 
-/// The checks as lines of text: the first thing that is missing is the first thing to mend.
+/// The checks as lines of text, in the order in which to fix them.
 pub fn text(checks: &[Check]) -> String {
     let mut out = String::new();
     for c in checks {
@@ -473,7 +474,7 @@ mod tests {
     use std::os::unix::fs::symlink;
     use std::os::unix::net::UnixListener;
 
-    /// A simulated A3 host with 2 GPUs and 1 data NIC beside them, and what keeps its sockets open.
+    /// A simulated A3 host with 2 GPUs and 1 data NIC on their switch, and the listeners behind its sockets.
     struct Simulated {
         host: Host,
         sockets: Vec<UnixListener>,
@@ -529,16 +530,16 @@ mod tests {
     }
 
     #[test]
-    fn a_host_that_has_everything_passes() {
+    fn a_complete_host_passes() {
         let it = simulated("whole");
         assert_eq!(failing(&it.host), [""; 0], "{}", text(&examine(&it.host)));
         assert!(text(&examine(&it.host)).ends_with("every precondition of GPUDirect-TCPX is met\n"));
         fs::remove_dir_all(&it.host.root).unwrap();
     }
 
-    /// Each precondition, broken alone, is named alone, with what to do.
+    /// Each precondition, when it alone is broken, is the only one reported, with a fix.
     #[test]
-    fn each_missing_piece_is_named() {
+    fn each_missing_piece_is_reported() {
         type Break = fn(&mut Simulated);
         fn set(it: &mut Simulated, name: &str, value: &str) {
             it.host.variables.insert(name.to_owned(), value.to_owned());
@@ -593,7 +594,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gpu_without_a_nic_on_its_switch_is_named() {
+    fn a_gpu_without_a_nic_on_its_switch_is_reported() {
         let mut it = simulated("far");
         it.host.gpus.push("0000:84:00.0".into());
         let checks = examine(&it.host);

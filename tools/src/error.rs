@@ -1,8 +1,8 @@
-//! The tools' error: a sentence for people. Knows nothing of where it came from.
+//! The tools' error: a sentence for people.
 
 use std::fmt;
 
-/// The cause as text.
+/// The error text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure(String);
 
@@ -24,7 +24,7 @@ impl fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
-/// Says what was being done when something failed.
+/// Adds what the program was doing when an error occurred.
 pub trait Context<T> {
     /// Puts `what` in front of the error's own text.
     fn context(self, what: impl fmt::Display) -> Result<T>;
@@ -36,7 +36,7 @@ impl<T, E: fmt::Display> Context<T> for std::result::Result<T, E> {
     }
 }
 
-/// Leaves the function with a [`Failure`] of this text.
+/// Returns a [`Failure`] with this text from the function.
 #[macro_export]
 macro_rules! fail {
     ($($arg:tt)*) => {

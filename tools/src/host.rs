@@ -1,11 +1,11 @@
-//! What belongs beside a measurement: which host, when, and how much processor time. Knows nothing of measuring.
+//! Circumstances of a measurement: host name, date and processor time.
 
 /// Name of this host.
 pub fn name() -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname").map_or("unknown".to_owned(), |name| name.trim().to_owned())
 }
 
-/// Now, in UTC, such as 2026-01-31T23:59:58Z.
+/// The current time in UTC, such as 2026-01-31T23:59:58Z.
 pub fn date() -> String {
     // SAFETY: a null argument is allowed.
     let now = unsafe { libc::time(std::ptr::null_mut()) };
@@ -16,7 +16,7 @@ pub fn date() -> String {
     format!("{:04}-{:02}-{:02}T{:02}:{:02}:{:02}Z", t.tm_year + 1900, t.tm_mon + 1, t.tm_mday, t.tm_hour, t.tm_min, t.tm_sec)
 }
 
-/// Processor time of this process so far, seconds.
+/// Processor time used by this process, in seconds.
 pub fn cpu_seconds() -> f64 {
     // SAFETY: plain numbers; zero is a value of each.
     let mut usage: libc::rusage = unsafe { std::mem::zeroed() };

@@ -1,4 +1,4 @@
-//! tcpx-info: what the library sees on this host, and whether it can move data.
+//! tcpx-info: what the library finds on this host, and whether it can move data.
 
 use clap::Parser;
 use serde::Serialize;
@@ -17,28 +17,28 @@ use tcpx_tools::probe::{self, Proof};
 use tcpx_tools::report::Row;
 use tcpx_tools::{cuda, fail, say};
 
-/// Shows plugin, network devices, GPUs and settings in effect, and proves by a loop-back transfer of 1 MiB that data moves.
+/// Shows plugin, network devices, GPUs and settings in effect, and checks with a loop-back transfer of 1 MiB that data moves.
 ///
-/// Exit status: 0 when transfers work (with --no-probe: when an engine starts), 1 when not.
+/// Exit status: 0 if transfers work (with --no-probe: if an engine starts), else 1.
 #[derive(Parser)]
 #[command(version, name = "tcpx-info")]
 struct Args {
     /// Print one JSON object instead of text.
     #[arg(long)]
     json: bool,
-    /// Do not move data; only show what is there.
+    /// Do not move data; only show the configuration.
     #[arg(long)]
     no_probe: bool,
-    /// Show every setting, and variables that go to the plugin.
+    /// Show every setting, and the variables that are passed to the plugin.
     #[arg(long)]
     settings: bool,
-    /// Check every precondition of GPUDirect-TCPX, in order, and say what to do about those that are missing; then move data as without.
+    /// Check every precondition of GPUDirect-TCPX in order and say how to fix what is missing; then move data as usual.
     #[arg(long)]
     doctor: bool,
-    /// Move data to and from this host too, contents checked: the address that `tcpx-perf server` printed there.
+    /// Also move data to and from another host, with contents checked: the address that `tcpx-perf server` printed there.
     #[arg(long, value_name = "ADDRESS")]
     peer: Option<String>,
-    /// Move memory of this kind [default: GPU memory where --doctor finds TCPX and a GPU, else host memory].
+    /// Kind of memory to move [default: GPU memory if --doctor finds TCPX and a GPU, else host memory].
     #[arg(long)]
     memory: Option<Kind>,
 }
@@ -113,7 +113,7 @@ fn examine(args: &Args) -> Report {
     report
 }
 
-/// Starts an engine and looks at it; the verdict when all is well.
+/// Starts an engine and examines it; returns the verdict if all is well.
 fn look(args: &Args, report: &mut Report) -> Result<String> {
     let started = api::check_environment().and_then(|()| {
         api::listen_on_any_port();
@@ -136,36 +136,36 @@ fn look(args: &Args, report: &mut Report) -> Result<String> {
         fail!("plugin {} finds no network device", node.plugin());
     }
     if args.no_probe {
-        return Ok("an engine starts; that data moves was not tried (--no-probe)".to_string());
+        return Ok("an engine starts; a transfer was not tried (--no-probe)".to_string());
     }
     let memory = memory(args, &node);
     memory.prepare_process()?;
     let proof = probe::loopback(&node, memory).context("the loop-back transfer failed")?;
     let verdict = format!(
-        "WORKING: 1 MiB of {memory} memory written and read back over {} channels of plugin {}, every byte right",
+        "WORKING: 1 MiB of {memory} memory written and read back over {} channels of plugin {}, every byte correct",
         proof.channels,
         node.plugin()
     );
     report.proof = Some(proof);
-    report.within_host = Some(within_host(&node, memory).context("within this host")?);
+    report.within_host = Some(within_host(&node, memory).context("on one host")?);
     let Some(address) = &args.peer else { return Ok(verdict) };
     let rows = with_peer(&node, address, memory).context(format_args!("with {address}"))?;
     let rates: Vec<String> = rows.iter().map(|row| format!("{} {:.3} GB/s", row.op, row.gbytes_per_s)).collect();
     report.peer = Some(rows);
-    Ok(format!("{verdict}; with {address} over {memory} memory: {}, every byte right", rates.join(", ")))
+    Ok(format!("{verdict}; with {address} over {memory} memory: {}, every byte correct", rates.join(", ")))
 }
 
-/// Whether data between processes on this host avoids the network, as text.
+/// Whether data between processes on this host bypasses the network, as text.
 fn within_host(node: &Arc<Node>, memory: Kind) -> Result<String> {
     Ok(match probe::within_host(node, memory)? {
-        0 => format!("{memory} memory takes the network also between processes of this host (UCCL_P2P_LOG_LEVEL=info tells why)"),
-        _ => format!(
-            "{memory} memory of a process is copied straight to another of the same user (UCCL_P2P_DISABLE_IPC=1 prevents it)"
+        0 => format!(
+            "{memory} memory uses the network even between processes on this host (UCCL_P2P_LOG_LEVEL=info logs the reason)"
         ),
+        _ => format!("direct transfers of {memory} memory between processes of one user (UCCL_P2P_DISABLE_IPC=1 disables them)"),
     })
 }
 
-/// Which memory shows what was asked.
+/// The kind of memory to move.
 fn memory(args: &Args, node: &Node) -> Kind {
     let tcpx = node.plugin_details().path.is_some();
     match args.memory {
@@ -176,7 +176,7 @@ fn memory(args: &Args, node: &Node) -> Kind {
     }
 }
 
-/// Writes to another host and reads back, contents checked.
+/// Writes to another host and reads back, with contents checked.
 fn with_peer(node: &Arc<Node>, address: &str, memory: Kind) -> Result<Vec<Row>> {
     let mut client = Client::connect(node, address, memory)?;
     let options = Options {
@@ -195,14 +195,14 @@ fn with_peer(node: &Arc<Node>, address: &str, memory: Kind) -> Result<Vec<Row>> 
     rows.into_iter().collect()
 }
 
-/// The report line by line: what a line is about, and what it says.
+/// The report, line by line: a title and a text each.
 fn text(report: &Report, settings: bool) -> String {
     let mut lines = vec![("verdict", report.verdict.clone()), ("library", format!("uccl-tcpx {}", report.version))];
     lines.extend(devices(report));
     if let Some(proof) = &report.proof {
         lines.push(("proof", format!("{} bytes verified, {:.0} us for write and read", proof.verified_bytes, proof.elapsed_us)));
     }
-    lines.extend(report.within_host.iter().map(|within_host| ("within this host", within_host.clone())));
+    lines.extend(report.within_host.iter().map(|within_host| ("on one host", within_host.clone())));
     for row in report.peer.iter().flatten() {
         lines.push(("peer", row.line().trim().to_owned()));
     }
@@ -210,11 +210,11 @@ fn text(report: &Report, settings: bool) -> String {
     let variables =
         |title, found: &[Variable]| -> Vec<Line> { found.iter().map(|v| (title, format!("{}={}", v.name, v.value))).collect() };
     if settings {
-        lines.extend(variables("left to the plugin", &report.environment.passed_through));
+        lines.extend(variables("passed to the plugin", &report.environment.passed_through));
     }
     if !report.environment.unknown.is_empty() {
         lines.extend(variables("UNKNOWN", &report.environment.unknown));
-        lines.push(("warning", "nothing reads the UNKNOWN variables: a misspelt name, or one of another program".to_owned()));
+        lines.push(("warning", "no program here reads the UNKNOWN variables: check their spelling".to_owned()));
     }
     let mut out: String = lines.iter().map(|(name, value)| format!("{name:<20} {value}\n")).collect();
     if let Some(checks) = &report.doctor {

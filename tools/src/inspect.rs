@@ -1,19 +1,19 @@
-//! What tcpx-info can tell without moving a byte: GPUs, congestion control, the environment. Knows no engine.
+//! What tcpx-info finds without moving data: GPUs, congestion control, the environment. Does not use an engine.
 
 use serde::Serialize;
 use std::fs;
 use std::path::Path;
 
-/// A GPU as the NVIDIA driver names it.
+/// A GPU as the NVIDIA driver reports it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Gpu {
-    /// PCI address, when the driver tells.
+    /// PCI address, if the driver reports it.
     pub pci: Option<String>,
     /// Model, or the device file.
     pub name: String,
 }
 
-/// The GPUs of this host: from /proc/driver/nvidia/gpus, else from the device files; none is normal.
+/// The GPUs of this host, from /proc/driver/nvidia/gpus or else from the device files; there may be none.
 pub fn gpus() -> Vec<Gpu> {
     let mut gpus = gpus_of_driver(Path::new("/proc/driver/nvidia/gpus"));
     if gpus.is_empty() {
@@ -51,13 +51,13 @@ fn gpus_of_device_files(folder: &Path) -> Vec<Gpu> {
 /// TCP congestion control of this host's network namespace.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Congestion {
-    /// What new sockets get.
+    /// The default of new sockets.
     pub default: String,
     /// What a socket may choose.
     pub available: Vec<String>,
 }
 
-/// Reads the congestion control; none where the system does not tell.
+/// Reads the congestion control; none where the system does not report it.
 pub fn congestion() -> Option<Congestion> {
     let read = |name: &str| fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).ok();
     let default = read("tcp_congestion_control")?.trim().to_string();
@@ -74,14 +74,14 @@ pub struct Variable {
     pub value: String,
 }
 
-/// Variables that are set and not among `known`, in three groups.
+/// Variables that are set but not in `known`, in three groups.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Environment {
-    /// `NCCL_*` and `CUDA_*`: left to the plugin and the driver.
+    /// `NCCL_*` and `CUDA_*`: passed to the plugin and the driver.
     pub passed_through: Vec<Variable>,
     /// `UCCL_TCPX_SOFT_*`: read by the software plugin.
     pub soft_plugin: Vec<Variable>,
-    /// Other `UCCL_*`: unknown here, perhaps a typing error.
+    /// Other `UCCL_*`: unknown, perhaps misspelt.
     pub unknown: Vec<Variable>,
 }
 

@@ -1,14 +1,14 @@
-//! What tcpx-info and tcpx-perf share.
+//! The library behind tcpx-info, tcpx-perf and tcpx-top.
 //!
-//! - `api`: the only module that names the library's types
+//! - `api`: the only module that uses the library's types
 //! - `memory`: the buffers that transfers move
 //! - `pattern`, `units`, `stats`, `case`: pure logic: contents and block order, sizes, percentiles, what a row measures
-//! - `proto`: what tcpx-perf's client and server tell each other
+//! - `proto`: the messages between tcpx-perf's client and server
 //! - `server`, `client`, `measure`, `suite`: the two programs, one measured row, the lists of rows
-//! - `host`, `out`: what belongs beside a measurement, standard output and Ctrl-C
+//! - `host`, `out`: circumstances of a measurement; standard output and Ctrl-C
 //! - `report`, `plot`: table, JSON, CSV and SVG
 //! - `scrape`, `view`, `picture`: what tcpx-top reads, shows, and draws into a file
-//! - `inspect`, `doctor`, `probe`: what tcpx-info finds out, the preconditions of TCPX, and the loop-back transfer that proves it
+//! - `inspect`, `doctor`, `probe`: what tcpx-info finds, the preconditions of TCPX, and the loop-back transfer
 
 pub mod api;
 pub mod case;

@@ -1,4 +1,4 @@
-//! One measured row: buffers at client and server, a timed loop, and the check of contents outside of it.
+//! One measured row: buffers at client and server, a timed loop, and the check of contents outside the timed part.
 
 use crate::api::{Direction, FifoItem, LocalSegment};
 use crate::case::{Case, Op};
@@ -15,12 +15,12 @@ use crate::{host, out};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::time::{Duration, Instant};
 
-/// How it is measured.
+/// How to measure.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// Timed iterations; none: as many as fit `budget`.
     pub iters: Option<u64>,
-    /// Iterations before them; none: a few.
+    /// Untimed iterations before them; none: a few.
     pub warmup: Option<u64>,
     /// Time for the timed iterations of a row, when their number is not given.
     pub budget: Duration,
@@ -28,23 +28,23 @@ pub struct Options {
     pub verify: bool,
     /// Block in the library instead of polling.
     pub wait: bool,
-    /// Measure for this long, however many iterations that are.
+    /// Measure for this long, whatever the number of iterations.
     pub time: Option<Duration>,
-    /// Print a line this often meanwhile.
+    /// Print a line at this interval while measuring.
     pub interval: Option<Duration>,
     /// Show progress when standard error is a terminal.
     pub progress: bool,
 }
 
-/// A row, and the times that it is made of.
+/// A row, and the times behind it.
 pub struct Measured {
     /// The row.
     pub row: Row,
-    /// Of its iterations.
+    /// The times of its iterations.
     pub times: Times,
 }
 
-/// One row of the same case measured by several clients at once.
+/// Merges rows of the same case measured by several clients at once.
 pub fn together(all: Vec<Measured>) -> Option<Measured> {
     let clients = all.len() as u32;
     all.into_iter()
@@ -55,7 +55,7 @@ pub fn together(all: Vec<Measured>) -> Option<Measured> {
             sum.row.gbytes_per_s_avg += one.row.gbytes_per_s_avg;
             sum.row.verified_bytes += one.row.verified_bytes;
             sum.row.retransmits += one.row.retransmits;
-            // Of the whole process, for each of them.
+            // Each client reports the time of the whole process.
             sum.row.cpu_s = sum.row.cpu_s.max(one.row.cpu_s);
             sum.row.seconds = sum.row.seconds.max(one.row.seconds);
             sum.row.interrupted |= one.row.interrupted;
@@ -68,7 +68,7 @@ pub fn together(all: Vec<Measured>) -> Option<Measured> {
         })
 }
 
-/// What a direction does at the client.
+/// A direction, from the client's view.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Way {
     Write,
@@ -89,7 +89,7 @@ impl Way {
         }
     }
 
-    /// The side whose memory changes.
+    /// The side whose memory is written.
     fn target(self) -> Side {
         match self {
             Way::Write | Way::Send => Side::Remote,
@@ -142,7 +142,7 @@ impl Flow {
         }
     }
 
-    /// Puts a fresh pattern into the source and poison into the target.
+    /// Fills the source with a fresh pattern and poisons the destination.
     fn arm(&mut self, client: &Client, seed: u64) -> Result<()> {
         let buffer = self.remote.number;
         match self.way.target() {
@@ -157,7 +157,7 @@ impl Flow {
         }
     }
 
-    /// Compares the whole target where it was received.
+    /// Compares the whole destination buffer, at the receiver.
     fn check(&self, client: &Client, seed: u64) -> Result<u64> {
         let side = self.way.target();
         let result = match side {
@@ -173,12 +173,12 @@ impl Flow {
     }
 }
 
-/// A random number; seeds need no more than being different each time.
+/// A random seed; it only has to differ each time.
 pub fn random_seed() -> Result<u64> {
-    getrandom::u64().context("the system gives no random numbers")
+    getrandom::u64().context("the system provides no random numbers")
 }
 
-/// A row under way.
+/// A row in progress.
 struct Run<'a> {
     client: &'a Client,
     flows: Vec<Flow>,
@@ -211,7 +211,7 @@ impl Run<'_> {
         Ok(started.elapsed())
     }
 
-    /// `count` iterations; the server takes part where messages are two-sided.
+    /// `count` iterations; with two-sided messages the server takes part.
     fn repeat(&mut self, count: u64, mut each: impl FnMut(Duration)) -> Result<()> {
         let with_way = |way| self.flows.iter().find(|flow| flow.way == way).map(|flow| flow.remote.number);
         let (receive, send) = (with_way(Way::Send), with_way(Way::Receive));
@@ -233,19 +233,19 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Iterations that are not timed; how long the last one took.
+    /// Untimed iterations; returns the duration of the last one.
     fn warm_up(&mut self, options: &Options) -> Result<Duration> {
         let mut last = Duration::ZERO;
         self.repeat(options.warmup.unwrap_or(5).max(u64::from(options.iters.is_none())), |t| last = t)?;
         if options.warmup.is_none() {
-            // Small transfers need more than a few iterations until caches, windows and frequencies have settled.
+            // Small transfers need more than a few iterations until caches, windows and clock rates have settled.
             let more = iterations_for(options.budget.as_secs_f64() * 1e5, last.as_secs_f64() * 1e6).min(1000) - 10;
             self.repeat(more, |t| last = t)?;
         }
         Ok(last)
     }
 
-    /// One for each direction.
+    /// One seed per direction.
     fn fresh_seeds(&self) -> Result<Vec<u64>> {
         self.flows.iter().map(|_| random_seed()).collect()
     }
@@ -259,7 +259,8 @@ impl Run<'_> {
         self.flows.iter().zip(seeds).map(|(flow, &seed)| flow.check(self.client, seed)).sum()
     }
 
-    /// Checks what the timed iterations left, then one alone: nothing an earlier one left can pass for its data. Bytes that were checked.
+    /// Checks the result of the timed iterations, then of a single one into poisoned memory: stale data cannot pass for new.
+    /// Returns the bytes checked.
     fn verify(&mut self, seeds: &[u64]) -> Result<u64> {
         let checked = self.check(seeds)?;
         let seeds = self.fresh_seeds()?;
@@ -269,7 +270,7 @@ impl Run<'_> {
     }
 }
 
-/// Measures one row. `ready` is called before the timed part: several clients may wait for each other there.
+/// Measures one row. `ready` is called before the timed part, so that several clients can start it together.
 pub fn measure(client: &mut Client, case: &Case, options: &Options, ready: &dyn Fn()) -> Result<Measured> {
     measure_case(client, case, options, ready).context(case)
 }
@@ -285,7 +286,7 @@ fn measure_case(client: &mut Client, case: &Case, options: &Options, ready: &dyn
     }
     let client = &*client;
     let mut run = Run { client, flows, shape, wait: options.wait, ids: Vec::new() };
-    // First round: the target is poisoned once, and checked after everything that was timed.
+    // The destination is poisoned once, and checked after all timed iterations.
     let seeds = run.fresh_seeds()?;
     run.arm(&seeds)?;
     let last = run.warm_up(options)?;
@@ -334,12 +335,12 @@ struct Timed<'a> {
     case: &'a Case,
     options: &'a Options,
     iters: u64,
-    /// Bytes of an iteration, and about how long one takes.
+    /// Bytes of an iteration, and its approximate duration.
     moved: u64,
     one: Duration,
 }
 
-/// What it brought.
+/// The result of the timed part.
 struct Outcome {
     times: Times,
     seconds: f64,
@@ -347,8 +348,8 @@ struct Outcome {
 }
 
 impl Timed<'_> {
-    /// Iterations between looks at the clock and at Ctrl-C, where `one` takes so long at present. Few: on a busy machine the next ones
-    /// may take many times as long.
+    /// Iterations between two checks of the clock and of Ctrl-C, when one currently takes `one`. Few: on a busy machine the next
+    /// ones may take many times as long.
     fn batch(&self, one: Duration, left: u64) -> u64 {
         let pause = self.options.interval.unwrap_or(Duration::from_millis(400)).as_secs_f64() / 32.0;
         ((pause / one.as_secs_f64().max(1e-7)) as u64).clamp(1, left.max(1))
@@ -371,7 +372,7 @@ impl Timed<'_> {
             one = begin.elapsed().div_f64(batch as f64);
             bar.set_position(times.count());
             if self.options.interval.is_some_and(|every| interval.0.elapsed() >= every) {
-                self.tell(started, &interval.1, interval.0.elapsed());
+                self.print_interval(started, &interval.1, interval.0.elapsed());
                 interval = (Instant::now(), Times::new());
             }
         }
@@ -383,8 +384,8 @@ impl Timed<'_> {
         Ok(Outcome { seconds: times.seconds(), times, interrupted })
     }
 
-    /// A line about the last interval, beside the table.
-    fn tell(&self, started: Instant, times: &Times, elapsed: Duration) {
+    /// Prints a line about the last interval to standard error.
+    fn print_interval(&self, started: Instant, times: &Times, elapsed: Duration) {
         let mut row = Row::default();
         row.set_times(times);
         let rate = gbytes_per_s(self.moved * times.count(), elapsed.as_secs_f64() * 1e6);
@@ -398,7 +399,7 @@ impl Timed<'_> {
 }
 
 fn progress_bar(case: &Case, iters: u64, wanted: bool) -> ProgressBar {
-    // Standard error that is not a terminal shows nothing: indicatif sees to that.
+    // If standard error is not a terminal, indicatif shows nothing.
     let bar = if wanted { ProgressBar::new(iters) } else { ProgressBar::hidden() };
     if let Ok(style) = ProgressStyle::with_template("{msg} [{bar:30}] {pos}/{len}") {
         bar.set_style(style);

@@ -1,5 +1,5 @@
-//! The buffers that transfers move: page-aligned, touched before anything is timed. The only module that knows kinds of memory;
-//! device memory belongs into [`Buffer`] and nowhere else.
+//! The buffers that transfers move: page-aligned, touched before the timed part. The only module that knows kinds of memory; GPU
+//! memory is handled in [`Buffer`] and nowhere else.
 
 use crate::api::{FifoItem, LocalSegment, Node, EMULATE_VARIABLE};
 use crate::cuda;
@@ -12,7 +12,7 @@ use std::fmt;
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
-/// What poisoned memory holds.
+/// The value of poisoned bytes.
 pub const POISON: u8 = 0xa5;
 /// Bytes written at a time.
 const STEP: usize = 1 << 20;
@@ -24,9 +24,9 @@ pub enum Kind {
     /// Ordinary memory.
     #[default]
     Host,
-    /// Ordinary memory that the library treats as device memory: bounce buffers, descriptors, unpacking on the CPU.
+    /// Ordinary memory that the library treats as GPU memory: bounce buffers, descriptors, unpacking on the CPU.
     Emulated,
-    /// CUDA device memory.
+    /// GPU memory.
     Gpu,
 }
 
@@ -41,8 +41,8 @@ impl fmt::Display for Kind {
 }
 
 impl Kind {
-    /// Makes this process treat registered memory as this kind. To be called before the engine starts; fails for a kind that this
-    /// program cannot provide.
+    /// Makes this process treat registered memory as this kind. Call it before the engine starts; fails for a kind that is not
+    /// available here.
     pub fn prepare_process(self) -> Result<()> {
         match self {
             Kind::Host => std::env::remove_var(EMULATE_VARIABLE),
@@ -56,11 +56,11 @@ impl Kind {
     }
 }
 
-/// Memory of one kind. Its contents are read and written here only while no transfer uses it.
+/// Memory of one kind. The methods access its contents only while no transfer uses it.
 pub struct Buffer {
     addr: *mut u8,
     len: usize,
-    /// Device memory: `addr` is no address of this process.
+    /// GPU memory: `addr` is not an address of this process.
     gpu: Option<cuda::Block>,
 }
 
@@ -72,7 +72,7 @@ impl Buffer {
     pub fn allocate(kind: Kind, len: u64) -> Result<Buffer> {
         let Ok(size) = usize::try_from(len) else { fail!("{len} bytes do not fit the address space") };
         if size == 0 {
-            fail!("a buffer of 0 bytes was asked for");
+            fail!("a buffer of 0 bytes was requested");
         }
         if kind == Kind::Gpu {
             let block = cuda::Block::new(size)?;
@@ -141,7 +141,7 @@ impl Buffer {
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.addr.add(offset), bytes.len()) };
     }
 
-    /// Everything the buffer holds.
+    /// The contents of the buffer.
     pub fn contents(&self) -> Cow<'_, [u8]> {
         if let Some(block) = &self.gpu {
             let mut copy = vec![!POISON; self.len];
@@ -163,7 +163,7 @@ impl Drop for Buffer {
     }
 }
 
-/// A CUDA call on memory that this process allocated fails only when the GPU itself has failed: there is nothing left to measure.
+/// A CUDA call on memory of this process fails only if the GPU itself has failed: there is nothing left to measure.
 fn expect(result: Result<()>) {
     if let Err(e) = result {
         eprintln!("error: {e}");
@@ -203,12 +203,12 @@ impl Region {
         &mut self.buffer
     }
 
-    /// `len` bytes at `offset`, as the local side of a transfer.
+    /// `len` bytes at `offset`, as the local segment of a transfer.
     pub fn segment(&self, offset: u64, len: u64) -> LocalSegment {
         LocalSegment { mr: self.mr, addr: self.buffer.addr() + offset as usize, len: len as usize }
     }
 
-    /// What a peer needs to access the region.
+    /// The FIFO item of the whole region.
     pub fn item(&self) -> Result<FifoItem> {
         self.node.item(self.mr, self.buffer.addr(), self.buffer.len())
     }

@@ -1,16 +1,17 @@
-//! Standard output as other Unix tools treat it: when the reader closes it, the program ends silently. Also handles Ctrl-C.
+//! Standard output with the conventions of Unix filters: when the reader closes it, the program ends silently. Also handles
+//! Ctrl-C.
 
 use std::fmt;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Writes a line to standard output, at once.
+/// Writes a line to standard output and flushes it.
 pub fn line(text: fmt::Arguments<'_>) {
     let mut out = std::io::stdout().lock();
     match writeln!(out, "{text}").and_then(|()| out.flush()) {
         Ok(()) => {}
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => end_by_sigpipe(),
-        // A result that is lost must not look like success.
+        // A lost result must not look like success.
         Err(e) => {
             let _ = writeln!(std::io::stderr(), "error: cannot write to standard output: {e}");
             std::process::exit(1);
@@ -24,7 +25,7 @@ macro_rules! say {
     ($($arg:tt)*) => { $crate::out::line(format_args!($($arg)*)) };
 }
 
-/// Ends the process by SIGPIPE, as its callers expect of a filter. Until here the signal stays ignored: sockets report it as an error.
+/// Ends the process by SIGPIPE, as callers of a filter expect. Until here the signal is ignored: sockets report an error instead.
 fn end_by_sigpipe() -> ! {
     // SAFETY: plain system calls.
     unsafe {
@@ -38,11 +39,11 @@ static STOPPING: AtomicBool = AtomicBool::new(false);
 
 extern "C" fn on_interrupt(signal: libc::c_int) {
     STOPPING.store(true, Ordering::Release);
-    // SAFETY: safe in a handler. Whoever asks twice does not want to wait.
+    // SAFETY: async-signal-safe. The second signal ends the process at once.
     unsafe { libc::signal(signal, libc::SIG_DFL) };
 }
 
-/// From now on Ctrl-C and SIGTERM set [`stopping`]; a second one ends the process.
+/// Makes Ctrl-C and SIGTERM set [`stopping`]; a second one ends the process.
 pub fn stop_on_interrupt() {
     for signal in [libc::SIGINT, libc::SIGTERM] {
         // SAFETY: the handler stores to an atomic and calls signal, both safe there.
@@ -50,12 +51,12 @@ pub fn stop_on_interrupt() {
     }
 }
 
-/// Set once the user has asked for the end.
+/// Set once the user has asked to stop.
 pub fn stopping() -> &'static AtomicBool {
     &STOPPING
 }
 
-/// Whether the user has asked for the end.
+/// Whether the user has asked to stop.
 pub fn is_stopping() -> bool {
     STOPPING.load(Ordering::Acquire)
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Segments of a transfer, and of all transfers in flight on a connection, that the library takes at most.
+/// The library's limits: segments of a transfer, and of all transfers in flight on a connection.
 const MAX_SEGMENTS: u64 = 1 << 20;
 const MAX_IN_FLIGHT: u64 = 4 << 20;
 
@@ -45,16 +45,16 @@ pub fn permutation(n: usize, seed: u64) -> Vec<usize> {
     order
 }
 
-/// How the bytes of one transfer lie in the two buffers.
+/// The layout of a transfer's bytes in the two buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shape {
     /// Bytes of one transfer.
     pub total: u64,
     /// Bytes of a block; the last one may be shorter.
     pub block: u64,
-    /// Transfers in flight, each with `total` bytes of its own, one behind the other.
+    /// Transfers in flight, each with its own `total` bytes, one after the other.
     pub inflight: u32,
-    /// Seed of the remote order; none: remote blocks lie in order.
+    /// Seed of the remote order; none: remote blocks are in order.
     pub order: Option<u64>,
 }
 
@@ -80,10 +80,10 @@ impl Shape {
         self.total * (k % u64::from(self.inflight))
     }
 
-    /// The blocks of one transfer, local side in order. Whole blocks change places among themselves; a shorter last one stays last.
+    /// The blocks of one transfer, in local order. Whole blocks are permuted remotely; a shorter last one stays last.
     ///
     /// # Errors
-    /// Blocks of nothing, or more blocks than the library takes.
+    /// Blocks of zero bytes, or more blocks than the library takes.
     pub fn pieces(&self) -> Result<Vec<Piece>, String> {
         let block = self.block.min(self.total);
         if block == 0 {
@@ -112,17 +112,17 @@ impl Shape {
     }
 }
 
-/// Which buffer of a [`Piece`] is meant.
+/// One of the two buffers of a [`Piece`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Side {
     /// The initiator's.
     Local,
-    /// The other one.
+    /// The target's.
     Remote,
 }
 
-/// Compares a whole target buffer with what the source's pattern `seed` must have become in it. `target` is the buffer that received.
+/// Compares a whole destination buffer with the source's pattern after the transfer. `target` names the buffer that received.
 /// Returns the bytes compared, or a sentence about the first difference.
 pub fn compare(contents: &[u8], shape: &Shape, target: Side, seed: u64) -> Result<u64, String> {
     const STEP: usize = 256 << 10;
@@ -169,7 +169,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pattern_does_not_depend_on_how_it_is_cut() {
+    fn the_pattern_does_not_depend_on_how_it_is_split() {
         let mut whole = vec![0; 1000];
         fill(42, 0, &mut whole);
         for (start, len) in [(0, 1), (1, 2), (3, 5), (7, 1), (7, 2), (8, 8), (13, 987), (999, 1), (5, 0)] {
@@ -202,7 +202,7 @@ mod tests {
                 let pieces = Shape { total, block, inflight: 1, order }.pieces().unwrap();
                 let mut local = 0;
                 for p in &pieces {
-                    assert_eq!(p.local, local, "the local side is in order");
+                    assert_eq!(p.local, local, "the local blocks are in order");
                     local += p.len;
                 }
                 assert_eq!(local, total);
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn shapes_that_no_transfer_has_are_refused_before_memory_is_taken() {
+    fn impossible_shapes_are_refused_before_memory_is_allocated() {
         let shape = |total, block, inflight| Shape { total, block, inflight, order: Some(1) };
         assert_eq!(shape(1 << 20, 1, 1).pieces().map(|p| p.len()), Ok(1 << 20));
         for (total, block, inflight, why) in [
@@ -227,7 +227,7 @@ mod tests {
             let refused = shape(total, block, inflight).pieces().unwrap_err();
             assert!(refused.contains(why), "{refused}");
         }
-        // As a peer may ask for it.
+        // A peer may send such a shape.
         assert!(compare(&[0; 8], &shape(u64::MAX, 1 << 60, 1024), Side::Local, 1).is_err());
         assert!(compare(&[0; 8], &shape(8, 0, 1), Side::Local, 1).is_err());
     }

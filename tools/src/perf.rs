@@ -1,4 +1,4 @@
-//! tcpx-perf: measures transfers between two engines and checks what they moved.
+//! tcpx-perf: measures transfers between two engines and checks the data.
 
 use clap::{Args, Parser, Subcommand};
 use std::io::{BufRead, BufReader};
@@ -18,12 +18,12 @@ use tcpx_tools::units::{parse_size, show_size};
 use tcpx_tools::{cuda, fail, out, say};
 use tcpx_tools::{plot, server, suite};
 
-/// Measures transfers between two engines and checks what they moved.
+/// Measures transfers between two engines and checks the data.
 ///
-/// GB/s is that of the median iteration, 1e9 bytes a second. On a machine with other work the rate over all of the time is lower: --json and --csv
-/// have it too (gbytes_per_s_avg).
+/// GB/s is the rate of the median iteration, in 1e9 bytes per second. On a busy machine the average rate is lower: --json and
+/// --csv include it (gbytes_per_s_avg).
 ///
-/// Exit status: 0 when everything worked and every checked byte was right, 1 when not, 2 for a wrong command line.
+/// Exit status: 0 if everything worked and every checked byte was correct, 1 if not, 2 for a wrong command line.
 #[derive(Parser)]
 #[command(version, name = "tcpx-perf")]
 struct Cli {
@@ -33,41 +33,43 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Starts both ends on this host and measures between them, contents checked: writes, reads, scattered blocks, notifications.
+    /// Start both ends on this host and measure between them with contents checked: writes, reads, scattered blocks,
+    /// notifications.
     Demo(DemoArgs),
-    /// Serves clients until Ctrl-C. Prints its address, "ip:port", as the first line.
+    /// Serve clients until Ctrl-C. Prints the server's address, "ip:port", as the first line.
     Server(ServerArgs),
-    /// Measures against a server.
+    /// Measure against a server.
     Client(ClientArgs),
 }
 
 #[derive(Args, Clone)]
 struct Common {
-    /// Memory of the buffers; the same on both sides [default: host, or emulated where UCCL_TCPX_EMULATE_DEVICE is set].
+    /// Kind of memory of the buffers, the same at client and server [default: host, or emulated if UCCL_TCPX_EMULATE_DEVICE is
+    /// set].
     #[arg(long)]
     memory: Option<Kind>,
-    /// GPU of the buffers, by CUDA index; with `demo` that of the client, the server takes the next one where there are several.
+    /// GPU of the buffers, by CUDA index; with `demo` the client's, and the server uses the next GPU if there is one.
     #[arg(long, default_value_t = 0)]
     gpu: i32,
-    /// Data channels of a connection [default: UCCL_TCPX_NUM_CHANNELS, else 4 for `demo` and the library's choice for the others].
+    /// Data channels of a connection [default: UCCL_TCPX_NUM_CHANNELS, else 4 for `demo` and the library's choice otherwise].
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=64))]
     channels: Option<u16>,
-    /// Address that this side's port is bound to, or "any" [default: UCCL_TCPX_BIND].
+    /// Address to bind the listening port to, or "any" [default: UCCL_TCPX_BIND].
     #[arg(long, value_name = "ADDRESS")]
     bind: Option<String>,
 }
 
-/// Channels of a demo, where neither option nor environment tells.
+/// Channels of a demo, unless an option or the environment sets them.
 const DEMO_CHANNELS: u16 = 4;
 
 #[derive(Args)]
 struct ServerArgs {
     #[command(flatten)]
     common: Common,
-    /// Port to listen on [default: UCCL_TCPX_OOB_PORT, else one that the system chooses].
+    /// Port to listen on [default: UCCL_TCPX_OOB_PORT, else chosen by the system].
     #[arg(long)]
     port: Option<u16>,
-    /// End when the first client has left.
+    /// Exit when the first client has left.
     #[arg(long)]
     once: bool,
 }
@@ -80,10 +82,10 @@ struct ClientArgs {
     common: Common,
     #[command(flatten)]
     measuring: Measuring,
-    /// Clients that measure at once, each with an engine and a connection of its own; a row is their sum.
+    /// Clients that measure at once, each with its own engine and connection; a row is their sum.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
     clients: u32,
-    /// Check contents, outside the timed region: fresh random pattern, poisoned target, the whole buffer compared where it arrived.
+    /// Check contents, outside the timed part: fresh random pattern, poisoned destination, whole buffer compared at the receiver.
     #[arg(long)]
     verify: bool,
 }
@@ -104,22 +106,22 @@ struct Measuring {
     /// Operation.
     #[arg(long)]
     op: Option<Op>,
-    /// Bytes of a transfer; suffixes K, M, G are powers of 1024 [default: 64M].
+    /// Bytes per transfer; suffixes K, M, G are powers of 1024 [default: 64M].
     #[arg(long, value_parser = parse_size)]
     total: Option<u64>,
-    /// Bytes of a block; blocks smaller than the total lie in random order at the server [default: one block].
+    /// Bytes per block; blocks smaller than the total are in random order at the server [default: one block].
     #[arg(long, value_parser = parse_size)]
     block: Option<u64>,
-    /// Timed iterations [default: as many as fit about a second].
+    /// Timed iterations [default: as many as fit into about a second].
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     iters: Option<u64>,
-    /// Iterations before the timed ones [default: a tenth of the time].
+    /// Untimed iterations before the timed ones [default: a tenth of the time].
     #[arg(long)]
     warmup: Option<u64>,
     /// Transfers in flight: an iteration starts this many and ends with the last of them.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     inflight: u32,
-    /// Move the same amount the other way at the same time: a read beside each write, a message beside each message.
+    /// Also move the same amount in the other direction: a read with each write, a message with each message.
     #[arg(long)]
     bidirectional: bool,
     /// Block in the library until transfers have ended, instead of polling.
@@ -134,10 +136,10 @@ struct Measuring {
     /// Measure each row for this many seconds.
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, conflicts_with = "iters")]
     time: Option<Duration>,
-    /// Print rate and latency this often while a row is measured, seconds; to standard error.
+    /// Print rate and latency to standard error at this interval, in seconds, while a row is measured.
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
     interval: Option<Duration>,
-    /// Fail (exit status 1) when a row is slower than this, GB/s of the median iteration.
+    /// Fail (exit status 1) if a row is slower than this, in GB/s of the median iteration.
     #[arg(long, value_name = "GBPS")]
     expect_gbps: Option<f64>,
     /// Write the rows to this file as CSV; - is standard output.
@@ -156,7 +158,7 @@ impl Common {
         self.memory.unwrap_or_else(|| if emulation_is_on() { Kind::Emulated } else { Kind::Host })
     }
 
-    /// Puts the options where the engine reads them. To be called before there are threads.
+    /// Passes the options to the engine through the environment. Call it before threads exist.
     fn prepare_process(&self) -> Result<Kind> {
         if let Some(bind) = &self.bind {
             std::env::set_var(BIND_VARIABLE, bind);
@@ -171,7 +173,7 @@ impl Common {
 }
 
 impl Measuring {
-    /// The rows asked for; `default_rows` when none are named.
+    /// The requested rows; `default_rows` if none are named.
     fn cases(&self, default_rows: fn() -> Vec<Case>) -> Vec<Case> {
         let named = self.op.is_some() || self.total.is_some() || self.block.is_some();
         let sized = |total| Case {
@@ -202,12 +204,12 @@ impl Measuring {
         Options { iters: self.iters, warmup: self.warmup, budget, verify, wait: self.wait, time, interval, progress: true }
     }
 
-    /// Standard output has the rows in a form for programs: the table goes to standard error.
+    /// Whether standard output carries JSON or CSV: the table then goes to standard error.
     fn for_programs(&self) -> bool {
         [&self.json, &self.csv].into_iter().flatten().any(|path| path.as_os_str() == "-")
     }
 
-    /// A line of the table, or beside it.
+    /// Prints a line of the table.
     fn print(&self, line: &str) {
         if self.for_programs() {
             eprintln!("{line}");
@@ -216,8 +218,8 @@ impl Measuring {
         }
     }
 
-    /// Measures all cases, printing each row as it is there; files get what was measured even when a later row fails, or the user ends
-    /// it.
+    /// Measures all cases and prints each row when it is done. Files get the rows measured so far even if a later row fails or
+    /// the user stops.
     fn run(&self, clients: &mut [Client], cases: &[Case], options: &Options) -> Result<Vec<Row>> {
         out::stop_on_interrupt();
         self.print(&headline());
@@ -229,7 +231,7 @@ impl Measuring {
                     self.print(&measured.row.line());
                     rows.push(measured.row);
                 }
-                // What was measured until then is told below.
+                // The rows measured so far are reported below.
                 Err(_) if out::is_stopping() => {}
                 Err(e) => result = Err(e),
             }
@@ -249,7 +251,7 @@ impl Measuring {
         result?;
         if let Some(expected) = self.expect_gbps {
             if let Some(slow) = rows.iter().find(|row| row.gbytes_per_s < expected) {
-                fail!("{}: {:.3} GB/s where {expected} were expected", slow.name(), slow.gbytes_per_s);
+                fail!("{}: {:.3} GB/s, expected at least {expected}", slow.name(), slow.gbytes_per_s);
             }
         }
         Ok(rows)
@@ -261,7 +263,7 @@ fn measure_all(clients: &mut [Client], case: &Case, options: &Options) -> Result
     if let [client] = clients {
         return measure(client, case, options, &|| ());
     }
-    // A client that fails before the timed part must not leave the others waiting: they wait for a number of arrivals, whoever arrives.
+    // A client that fails before the timed part must still arrive at the barrier, or the others would wait forever.
     let (barrier, options) = (Barrier::new(clients.len()), Options { progress: false, interval: None, ..*options });
     let results: Vec<Result<Measured>> = std::thread::scope(|scope| {
         let one = |client| {
@@ -289,7 +291,7 @@ fn measure_all(clients: &mut [Client], case: &Case, options: &Options) -> Result
     }
 }
 
-/// "FROM..TO", sizes.
+/// Parses "FROM..TO", two sizes.
 fn parse_range(text: &str) -> std::result::Result<(u64, u64), String> {
     let (from, to) = text.split_once("..").ok_or_else(|| format!("'{text}' is not a range: write FROM..TO, such as 4K..64M"))?;
     match (parse_size(from)?, parse_size(to)?) {
@@ -298,7 +300,7 @@ fn parse_range(text: &str) -> std::result::Result<(u64, u64), String> {
     }
 }
 
-/// Seconds, with fractions.
+/// Parses seconds, with fractions.
 fn parse_seconds(text: &str) -> std::result::Result<Duration, String> {
     match text.parse::<f64>() {
         Ok(seconds) if (0.01..=86_400.0).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
@@ -411,13 +413,13 @@ fn run_demo(args: &DemoArgs) -> Result<()> {
     Ok(())
 }
 
-/// The other end of a demo; killed when the demo ends early.
+/// The server process of a demo; killed if the demo ends early.
 struct ServerProcess {
     child: Child,
 }
 
 impl ServerProcess {
-    /// Starts this program as server; it inherits the environment, and with it the options. Returns it and its address.
+    /// Starts this program as server; it inherits the environment and with it the options. Returns it and its address.
     fn start(memory: Kind, client_gpu: i32) -> Result<(ServerProcess, String)> {
         let program = std::env::current_exe().context("cannot find this program's file")?;
         let mut command = Command::new(program);
@@ -445,7 +447,7 @@ impl ServerProcess {
         Ok((server, address.trim().to_string()))
     }
 
-    /// Waits for the server to end by itself.
+    /// Waits for the server to exit.
     fn finish(&mut self) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
@@ -462,7 +464,7 @@ impl ServerProcess {
 impl Drop for ServerProcess {
     fn drop(&mut self) {
         if let Ok(None) = self.child.try_wait() {
-            // It may just have ended by itself; then there is nothing to kill.
+            // It may just have exited; then there is nothing to kill.
             let _ = self.child.kill();
             let _ = self.child.wait();
         }

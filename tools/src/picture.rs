@@ -4,13 +4,13 @@ use ratatui::buffer::{Buffer, Cell};
 use ratatui::style::{Color, Modifier};
 use std::fmt::Write;
 
-/// A character's place, in pixels, and the size of a letter that is as wide in the usual fonts.
+/// The size of a cell in pixels, and the font size at which usual fonts fit it.
 const WIDE: usize = 8;
 const HIGH: usize = 17;
 const LETTER: f32 = 13.3;
-/// From the top of a place to the line that letters stand on.
+/// From the top of a cell to the baseline.
 const LINE: usize = 13;
-/// Around everything.
+/// Margin around the screen.
 const MARGIN: usize = 10;
 const INK: &str = "#d8dee9";
 const PAPER: &str = "#20242c";
@@ -24,7 +24,7 @@ fn colour(colour: Color) -> &'static str {
     }
 }
 
-/// How a cell is drawn: letters that look alike are one piece of text.
+/// The look of a cell: adjacent cells that look alike become one piece of text.
 fn look(cell: &Cell) -> (&'static str, bool, bool) {
     (colour(cell.fg), cell.modifier.contains(Modifier::BOLD), cell.modifier.contains(Modifier::REVERSED))
 }
@@ -33,7 +33,7 @@ fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
-/// The screen as it is.
+/// Draws the screen.
 pub fn svg(screen: &Buffer) -> String {
     let (columns, rows) = (usize::from(screen.area.width), usize::from(screen.area.height));
     let (width, height) = (columns * WIDE + 2 * MARGIN, rows * HIGH + 2 * MARGIN);
@@ -52,7 +52,7 @@ pub fn svg(screen: &Buffer) -> String {
     out + "</svg>\n"
 }
 
-/// Cells that look alike, at a column and a row.
+/// Draws cells that look alike, at a column and a row.
 fn write_piece(out: &mut String, (x, y): (usize, usize), piece: &[Cell]) {
     let ((ink, bold, reversed), n) = (look(&piece[0]), piece.len());
     let text: String = piece.iter().map(Cell::symbol).collect();
@@ -62,7 +62,7 @@ fn write_piece(out: &mut String, (x, y): (usize, usize), piece: &[Cell]) {
         let _ = writeln!(out, "<rect x=\"{left}\" y=\"{top}\" width=\"{}\" height=\"{HIGH}\" fill=\"{ink}\"/>", n * WIDE);
         ink = PAPER;
     }
-    // Each word has a place of its own, so that columns stand below each other whatever font there is.
+    // Each word is positioned by itself, so that columns align whatever the font.
     let mut column = 0;
     for word in text.split_inclusive("  ") {
         let (skipped, shown) = (word.chars().take_while(|c| *c == ' ').count(), word.trim());
@@ -82,7 +82,7 @@ mod tests {
     use ratatui::style::Style;
 
     #[test]
-    fn looks_and_places_are_kept() {
+    fn looks_and_positions_are_kept() {
         let mut screen = Buffer::empty(Rect::new(0, 0, 12, 2));
         screen.set_string(2, 0, "a<b", Style::new());
         screen.set_string(6, 0, "SLOW", Style::new().fg(Color::Red).add_modifier(Modifier::BOLD));

@@ -29,8 +29,8 @@ struct Point {
     p99: f64,
 }
 
-/// Sorts rows into lines by operation and mode, ascending. Where transfers come in blocks the size is the block's, and each total has a
-/// line.
+/// Sorts rows into lines by operation and mode, ascending. If transfers consist of blocks, the size is the block's, and each
+/// total has its own line.
 fn lines(rows: &[Row]) -> BTreeMap<String, Vec<Point>> {
     let in_blocks = rows.iter().any(|row| row.block_bytes < row.total_bytes);
     let mut lines: BTreeMap<String, Vec<Point>> = BTreeMap::new();
@@ -67,13 +67,13 @@ pub fn write_svg(path: &Path, rows: &[Row]) -> Result<()> {
 type Drawn = std::result::Result<(), Box<dyn std::error::Error>>;
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-/// Size of one chart, and of a letter of the legend.
+/// Size of one chart, and of a letter and a row of the legend.
 const CHART: (u32, u32) = (860, 400);
 const LETTER: u32 = 9;
 const ROW: i32 = 22;
 
 fn draw(svg: &mut String, title: &str, lines: &BTreeMap<String, Vec<Point>>) -> Drawn {
-    // The legend has as much room as its longest name needs.
+    // The legend is as wide as its longest name.
     let longest = lines.keys().map(|name| name.chars().count()).max().unwrap_or(0) as u32;
     let (legend, head) = (longest * LETTER + 60, 40);
     let height = head + 2 * CHART.1.max(lines.len() as u32 * ROW as u32 / 2 + 20);
@@ -101,7 +101,7 @@ fn span(lines: &BTreeMap<String, Vec<Point>>) -> std::ops::Range<f64> {
     least - 0.5..most + 0.5
 }
 
-/// A tick of the axis of sizes: whole powers of 2, and nothing between them.
+/// A tick of the size axis: whole powers of 2 only.
 fn tick(power: &f64) -> String {
     let whole = power.round();
     if (power - whole).abs() > 1e-6 || !(0.0..63.0).contains(&whole) {
@@ -110,7 +110,7 @@ fn tick(power: &f64) -> String {
     show_size(1 << whole as u32)
 }
 
-/// Ticks that the axis of sizes has room for.
+/// The number of ticks that fit on the size axis.
 fn ticks(span: &std::ops::Range<f64>) -> usize {
     let powers = (span.end - span.start) as usize + 1;
     if powers <= 12 {
@@ -120,7 +120,7 @@ fn ticks(span: &std::ops::Range<f64>) -> usize {
     }
 }
 
-/// Whole times for an axis with these ends, us: few enough to be read.
+/// Round times in us for an axis of this range, few enough to be readable.
 fn time_ticks(range: &std::ops::Range<f64>) -> Vec<f64> {
     let of = |steps: &[f64]| -> Vec<f64> {
         let decades = range.start.log10().floor() as i32..=range.end.log10().ceil() as i32;
@@ -131,7 +131,7 @@ fn time_ticks(range: &std::ops::Range<f64>) -> Vec<f64> {
     fine.into_iter().map(of).find(|ticks| ticks.len() <= 9).unwrap_or_else(|| of(&[1.0]))
 }
 
-/// A tick of the axis of times, in a unit that keeps it short.
+/// A tick of the time axis, in a unit that keeps it short.
 fn time(us: &f64) -> String {
     match *us {
         us if us < 0.999e3 => format!("{} us", (us * 10.0).round() / 10.0),
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chart_has_whole_names_and_whole_ticks() {
+    fn a_chart_has_complete_names_and_round_ticks() {
         let mut svg = String::new();
         let long = Row { inflight: 1000, bidirectional: true, block_bytes: 64 << 20, op: Op::Send, ..row() };
         draw(&mut svg, "title", &lines(&[row(), long, Row { block_bytes: 64 << 20, ..row() }])).unwrap();
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn the_axis_of_times_has_a_few_whole_ticks_whatever_its_range() {
+    fn the_time_axis_has_a_few_round_ticks_whatever_its_range() {
         let words = |range| time_ticks(&range).iter().map(time).collect::<Vec<_>>();
         assert_eq!(words(12.0..90.0), ["20 us", "50 us"]);
         assert_eq!(words(12.0..90_000.0), ["30 us", "100 us", "300 us", "1 ms", "3 ms", "10 ms", "30 ms"]);

@@ -1,4 +1,4 @@
-//! The proof of tcpx-info: a transfer between two engines of this process, over the network stack, with its contents checked.
+//! The test of tcpx-info: a transfer between two engines of this process through the network stack, with contents checked.
 
 use crate::api::{Direction, Link, Node};
 use crate::error::{Context, Failure, Result};
@@ -10,11 +10,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const BYTES: u64 = 1 << 20;
-/// Notifications come quickly or not at all.
+/// Notifications arrive quickly or not at all.
 const NOTIFICATION_DEADLINE: Duration = Duration::from_secs(10);
 const NOTE: (&[u8], &[u8]) = (b"tcpx-info", b"all data of the write is here");
 
-/// What the transfer showed.
+/// The result of the transfer.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct Proof {
     /// Bytes compared.
@@ -25,23 +25,23 @@ pub struct Proof {
     pub elapsed_us: f64,
 }
 
-/// Writes 1 MiB from `node` to a second engine, in scattered blocks, reads it back, and compares both.
-/// `memory` is what this process registers: host memory, emulated as device memory or not.
+/// Writes 1 MiB from `node` to a second engine in scattered blocks, reads it back, and compares both. `memory` is the kind of
+/// memory that this process registers.
 pub fn loopback(node: &Arc<Node>, memory: Kind) -> Result<Proof> {
-    // Its purpose is the network: no direct transfers.
-    let peer = Arc::new(Node::start_for_the_network().context("a second engine does not start")?);
+    // This tests the network: no direct transfers.
+    let peer = Arc::new(Node::start_for_the_network().context("cannot start a second engine")?);
     between(node, &peer, memory).map(|(proof, _)| proof)
 }
 
-/// The same as a direct transfer between two processes on one host. Returns the bytes that moved without the network.
+/// The same with direct transfers, as between two processes on one host. Returns the bytes that bypassed the network.
 pub fn within_host(node: &Arc<Node>, memory: Kind) -> Result<u64> {
-    let peer = Arc::new(Node::start().context("a second engine does not start")?);
+    let peer = Arc::new(Node::start().context("cannot start a second engine")?);
     between(node, &peer, memory).map(|(_, within)| within)
 }
 
 fn between(node: &Arc<Node>, peer: &Arc<Node>, memory: Kind) -> Result<(Proof, u64)> {
     let link = node.connect(&peer.metadata())?;
-    // Held until the end: closing it would end the connection.
+    // Kept until the end: dropping it would close the connection.
     let _accepted: Link = peer.accept().context("the connection was not accepted")?;
 
     let seed = random_seed()?;
@@ -69,11 +69,11 @@ fn between(node: &Arc<Node>, peer: &Arc<Node>, memory: Kind) -> Result<(Proof, u
     let elapsed_us = started.elapsed().as_secs_f64() * 1e6;
 
     let mut verified_bytes = compare(&target.buffer().contents(), &shape, Side::Remote, seed)
-        .map_err(|e| Failure::new(format_args!("the write brought WRONG DATA: {e}")))?;
-    // Written with the same order and read back with it, the bytes must be where they were.
+        .map_err(|e| Failure::new(format_args!("the write delivered WRONG DATA: {e}")))?;
+    // The read uses the order of the write, so the bytes must be back in place.
     let in_order = Shape { order: None, ..shape };
     verified_bytes += compare(&back.buffer().contents(), &in_order, Side::Local, seed)
-        .map_err(|e| Failure::new(format_args!("the read brought WRONG DATA: {e}")))?;
+        .map_err(|e| Failure::new(format_args!("the read delivered WRONG DATA: {e}")))?;
     let waited = Instant::now();
     let (name, msg) = loop {
         if let Some(note) = peer.next_notification() {
@@ -85,7 +85,7 @@ fn between(node: &Arc<Node>, peer: &Arc<Node>, memory: Kind) -> Result<(Proof, u
         std::thread::sleep(Duration::from_millis(1));
     };
     if (&name[..], &msg[..]) != NOTE {
-        fail!("the notification arrived changed");
+        fail!("the notification arrived with wrong contents");
     }
     Ok((Proof { verified_bytes, channels: link.channels(), elapsed_us }, link.copied_within_host()))
 }

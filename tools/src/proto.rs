@@ -1,29 +1,29 @@
-//! What tcpx-perf's client and server tell each other, as notifications of the connection under test: JSON requests and replies,
-//! and raw bytes to be echoed. Knows formats and names only.
+//! The messages between tcpx-perf's client and server, sent as notifications of the connection under test: JSON requests and
+//! replies, and raw bytes to echo. Only formats and names.
 
 use crate::api::FifoItem;
 use crate::memory::Kind;
 use crate::pattern::{Shape, Side};
 use serde::{Deserialize, Serialize};
 
-/// Version of this protocol; client and server must speak the same.
+/// Version of this protocol; client and server must use the same.
 pub const PROTOCOL: u32 = 1;
 
 const REQUEST: &str = "tcpx-perf";
 const ECHO: &str = "tcpx-perf-echo";
 
-/// What a notification is, by its name. Notifications belong to an engine, not to a connection; so the server gives each
-/// connection a number (in [`Reply::Welcome`]) that the client puts into the name of everything it sends.
+/// The purpose of a notification, encoded in its name. Notifications belong to an engine, not to a connection; so the server
+/// gives each connection a number (in [`Reply::Welcome`]) that the client puts into the name of everything it sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Channel {
     /// JSON: a [`Request`] from the client with this number, or (number 0) a [`Reply`].
     Control(u64),
-    /// Bytes to be sent back as they are, or bytes sent back.
+    /// Bytes to echo, or echoed bytes.
     Echo(u64),
 }
 
 impl Channel {
-    /// The name of notifications.
+    /// The name of this channel's notifications.
     pub fn name(self) -> Vec<u8> {
         match self {
             Channel::Control(n) => format!("{REQUEST}:{n}"),
@@ -32,7 +32,7 @@ impl Channel {
         .into_bytes()
     }
 
-    /// The channel with this name; `None` for a foreign notification.
+    /// The channel with this name; `None` for another program's notification.
     pub fn parse(name: &[u8]) -> Option<Channel> {
         let (kind, number) = std::str::from_utf8(name).ok()?.split_once(':')?;
         let number = number.parse().ok()?;
@@ -55,19 +55,19 @@ pub enum Request {
         /// Bytes.
         bytes: u64,
     },
-    /// Fill it with the pattern of a seed. Reply: `Done`.
+    /// Fill the buffer with the pattern of a seed. Reply: `Done`.
     Fill {
         /// Number of the buffer.
         buffer: u32,
         /// Seed of the pattern.
         seed: u64,
     },
-    /// Overwrite it, so that nothing older can pass for received data. Reply: `Done`.
+    /// Overwrite the buffer, so that stale data cannot pass for received data. Reply: `Done`.
     Poison {
         /// Number of the buffer.
         buffer: u32,
     },
-    /// Compare it with what the source's pattern must have become. Reply: `Checked`.
+    /// Compare the buffer with the expected result of a transfer. Reply: `Checked`.
     Check {
         /// Number of the buffer.
         buffer: u32,
@@ -84,17 +84,17 @@ pub enum Request {
         receive: Option<u32>,
         /// Buffer that sends.
         send: Option<u32>,
-        /// Length of a message, and how many in flight.
+        /// Length of a message, and the number in flight.
         shape: Shape,
-        /// Messages each way.
+        /// Messages in each direction.
         messages: u64,
     },
-    /// Deregister and free it. Reply: `Done`.
+    /// Deregister and free the buffer. Reply: `Done`.
     Close {
         /// Number of the buffer.
         buffer: u32,
     },
-    /// The client is there.
+    /// The client is alive.
     Alive,
     /// The client is done.
     Bye,
@@ -110,10 +110,10 @@ pub enum Reply {
         protocol: u32,
         /// Number of this client.
         client: u64,
-        /// Memory that the server's buffers are.
+        /// Kind of memory of the server's buffers.
         memory: Kind,
     },
-    /// The buffer is there.
+    /// The buffer is allocated and registered.
     Opened {
         /// Address of its first byte.
         addr: u64,
@@ -124,17 +124,17 @@ pub enum Reply {
     Done,
     /// The buffer was compared.
     Checked {
-        /// Bytes that are right.
+        /// Correct bytes.
         bytes: u64,
         /// The first difference.
         mismatch: Option<String>,
     },
-    /// The request could not be served.
+    /// The request failed.
     Failed {
-        /// Why.
+        /// The reason.
         message: String,
     },
-    /// The server is there, and busy.
+    /// The server is alive and busy.
     Alive,
 }
 
@@ -160,7 +160,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_round_trip_and_strangers_are_ignored() {
+    fn names_round_trip_and_foreign_names_are_ignored() {
         for channel in [Channel::Control(0), Channel::Control(7), Channel::Echo(u64::MAX)] {
             assert_eq!(Channel::parse(&channel.name()), Some(channel));
         }

@@ -1,4 +1,4 @@
-//! Measured rows as a table for people, as JSON and as CSV for programs. Pure, but for writing.
+//! Measured rows as a table for people, and as JSON and CSV for programs. Pure, except for writing.
 
 use crate::case::Op;
 use crate::error::{Context, Result};
@@ -10,16 +10,16 @@ use serde::{Deserialize, Serialize};
 use std::io::Write;
 use std::path::Path;
 
-/// One measured row. Times are of an iteration, in us.
+/// One measured row. Times are per iteration, in us.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Row {
     /// Operation.
     pub op: Op,
     /// Memory of client and server.
     pub memory: Kind,
-    /// Bytes of a transfer.
+    /// Bytes per transfer.
     pub total_bytes: u64,
-    /// Bytes of a block; equal to `total_bytes` when the transfer is one piece.
+    /// Bytes per block; equal to `total_bytes` when the transfer is one block.
     pub block_bytes: u64,
     /// Data channels of the connection.
     pub channels: usize,
@@ -47,21 +47,21 @@ pub struct Row {
     pub p999_us: f64,
     /// Longest.
     pub max_us: f64,
-    /// 1e9 bytes a second, of the median iteration.
+    /// Rate of the median iteration, in 1e9 bytes per second.
     pub gbytes_per_s: f64,
-    /// 1e9 bytes a second, of all iterations together.
+    /// Rate of all iterations together, in 1e9 bytes per second.
     pub gbytes_per_s_avg: f64,
-    /// Processor time of this process meanwhile, seconds.
+    /// Processor time used by this process meanwhile, in seconds.
     pub cpu_s: f64,
     /// TCP segments that this host retransmitted meanwhile.
     pub retransmits: u64,
-    /// Contents were checked, and right.
+    /// Contents were checked and correct.
     pub verified: bool,
     /// Bytes checked.
     pub verified_bytes: u64,
-    /// The user ended it early.
+    /// The user stopped it early.
     pub interrupted: bool,
-    /// This host.
+    /// Name of this host.
     pub host: String,
     /// The server's address.
     pub peer: String,
@@ -95,7 +95,7 @@ pub fn headline() -> String {
 }
 
 impl Row {
-    /// Takes what these iterations took; NaN-free: without any all is 0.
+    /// Sets the times from those of the iterations; 0 without any, never NaN.
     pub fn set_times(&mut self, times: &Times) {
         self.min_us = times.least();
         self.avg_us = times.mean();
@@ -103,7 +103,7 @@ impl Row {
         self.max_us = times.most();
     }
 
-    /// The measurement as text.
+    /// The measurement in words.
     pub fn name(&self) -> String {
         format!("{} of {} in blocks of {}", self.operation(), show_size(self.total_bytes), show_size(self.block_bytes))
     }

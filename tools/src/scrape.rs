@@ -1,5 +1,5 @@
-//! Reads the statistics that a process offers (UCCL_TCPX_METRICS): from a Unix socket, an HTTP address or a file; and takes the text
-//! apart.
+//! Reads the statistics that a process exports (UCCL_TCPX_METRICS), from a Unix socket, an HTTP address or a file, and parses
+//! them.
 
 use crate::error::{Context, Result};
 use crate::fail;
@@ -10,17 +10,17 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-/// A source has said all that it has to say after this time.
+/// A source must have sent everything within this time.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
-/// Files are replaced each second.
+/// The file is replaced every second; older than this it is stale.
 const STALE: Duration = Duration::from_secs(10);
-/// No process has more to say.
+/// More than any process exports.
 const MOST: usize = 64 << 20;
 
-/// One number with its name and labels.
+/// A named number with labels.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sample {
-    /// Name, without the prefix of the library.
+    /// Name, without the library's prefix.
     pub name: String,
     /// Labels.
     pub labels: BTreeMap<String, String>,
@@ -43,14 +43,14 @@ pub fn fetch(source: &str) -> Result<String> {
     }
     match text.split_once("\r\n\r\n") {
         Some((head, body)) if head.starts_with("HTTP/1.1 200") => Ok(body.to_owned()),
-        _ => fail!("{source} gives no statistics"),
+        _ => fail!("{source} provides no statistics"),
     }
 }
 
-/// A file that a process replaces each second.
+/// Reads a file that a process replaces every second.
 fn read(path: &str) -> Result<String> {
     if std::fs::metadata(path).context(format_args!("cannot read {path}"))?.file_type().is_fifo() {
-        // Opening one waits for its other end.
+        // Opening a FIFO blocks until its other end is opened.
         fail!("{path} is a FIFO");
     }
     let file = std::fs::File::open(path).context(format_args!("cannot read {path}"))?;
@@ -58,16 +58,16 @@ fn read(path: &str) -> Result<String> {
     let mut text = String::new();
     file.take(MOST as u64).read_to_string(&mut text).context(format_args!("cannot read {path}"))?;
     if !text.ends_with("# EOF\n") {
-        fail!("{path} gives no statistics");
+        fail!("{path} provides no statistics");
     }
-    // A clock that was set back makes no file old.
+    // After the clock was set back, no file counts as old.
     match written.elapsed().unwrap_or_default() {
-        age if age > STALE => fail!("{path} was written {} s ago: its process has ended, or stands still", age.as_secs()),
+        age if age > STALE => fail!("{path} was written {} s ago: its process has ended, or hangs", age.as_secs()),
         _ => Ok(text),
     }
 }
 
-/// As TcpStream::connect, but a host that is silent is waited for no longer than one that has connected.
+/// Like TcpStream::connect, with a timeout.
 fn connect(address: &str) -> std::io::Result<TcpStream> {
     let mut last = std::io::Error::from(std::io::ErrorKind::NotFound);
     for to in address.to_socket_addrs()? {
@@ -79,8 +79,8 @@ fn connect(address: &str) -> std::io::Result<TcpStream> {
     Err(last)
 }
 
-/// Asks, and reads to the end. `limit` sets how long one read may take: a source that says a little now and then is waited for no longer
-/// than one that is silent.
+/// Sends the request and reads to the end. `limit` sets the timeout of one read: the deadline covers all reads, so a source that
+/// sends slowly is given up as well.
 fn ask(mut stream: impl Read + Write, limit: impl Fn(Option<Duration>) -> std::io::Result<()>) -> std::io::Result<String> {
     use std::io::ErrorKind::{InvalidData, TimedOut};
     let deadline = Instant::now() + ANSWER_TIMEOUT;
@@ -100,7 +100,7 @@ fn ask(mut stream: impl Read + Write, limit: impl Fn(Option<Duration>) -> std::i
     String::from_utf8(bytes).map_err(|_| InvalidData.into())
 }
 
-/// Takes the text apart; lines that are no samples of the library are passed over.
+/// Parses the text; lines that are not samples of the library are skipped.
 pub fn parse(text: &str) -> Vec<Sample> {
     text.lines().filter_map(sample).collect()
 }
@@ -123,7 +123,7 @@ fn sample(line: &str) -> Option<Sample> {
     Some(Sample { name: name.to_owned(), labels, value })
 }
 
-/// A text up to its closing quote, and what follows.
+/// A quoted text up to its closing quote, and the rest of the line.
 fn quoted(text: &str) -> Option<(String, &str)> {
     let (mut out, mut chars) = (String::new(), text.char_indices());
     while let Some((at, c)) = chars.next() {
@@ -144,13 +144,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_source_that_drips_is_given_up() {
+    fn a_source_that_sends_too_slowly_is_given_up() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let drips = std::thread::spawn(move || {
             let mut stream = listener.accept().unwrap().0;
             let mut said = 0;
-            // Until the reader gives up, or this is too much.
+            // Until the reader gives up, or this limit is reached.
             while said < 200 && stream.write_all(b"H").is_ok() {
                 said += 1;
                 std::thread::sleep(ANSWER_TIMEOUT / 40);
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn samples_are_taken_apart() {
+    fn samples_are_parsed() {
         let text = "# TYPE uccl_tcpx_channel_slow gauge\nuccl_tcpx_channel_slow{engine=\"a:1?-1\",peer=\"x\\\"y\\\\\\n,}\",channel=\"0\"} 1.0\n\
                     uccl_tcpx_up_seconds 2.5\nother 3\nuccl_tcpx_bad{x 1\nuccl_tcpx_none{} 4\n# EOF\n";
         let samples = parse(text);

@@ -1,5 +1,5 @@
-//! The server of tcpx-perf: holds buffers for clients, checks their contents, and is the peer of two-sided messages.
-//! It measures nothing.
+//! The server of tcpx-perf: holds buffers for clients, checks their contents, and is the peer of two-sided messages. It measures
+//! nothing itself.
 
 use crate::api::{Link, Node};
 use crate::error::{Context, Result};
@@ -65,9 +65,9 @@ fn accept_clients(node: &Arc<Node>, memory: Kind, once: bool, stopping: &AtomicB
     }
 }
 
-/// Hands notifications of the engine to the sessions they are for.
+/// Passes notifications of the engine to their sessions.
 fn deliver(node: &Node, inboxes: &Inboxes, finished: &AtomicBool) {
-    // Looking takes a core for a moment, and this host's client measures meanwhile: rarely while nothing comes.
+    // Each poll takes a core for a moment while a client on this host may be measuring: poll rarely while nothing arrives.
     const PAUSE: [Duration; 2] = [Duration::from_micros(100), Duration::from_millis(5)];
     let mut pause = PAUSE[0];
     while !finished.load(Ordering::Acquire) {
@@ -81,12 +81,12 @@ fn deliver(node: &Node, inboxes: &Inboxes, finished: &AtomicBool) {
             Some(Channel::Control(n)) => (n, Incoming::Request(msg)),
             Some(Channel::Echo(n)) => (n, Incoming::Echo(msg)),
             None => {
-                eprintln!("a notification named '{}' is not of this program; ignored", String::from_utf8_lossy(&name));
+                eprintln!("ignored a notification of another program, named '{}'", String::from_utf8_lossy(&name));
                 continue;
             }
         };
         if let Some(inbox) = inboxes.lock().expect("no holder panics").get(&number) {
-            // A session that has ended needs no more messages.
+            // The session may have ended.
             let _ = inbox.send(incoming);
         }
     }
@@ -111,11 +111,11 @@ impl Session {
                     self.reply(&Reply::Alive)?;
                     continue;
                 }
-                Err(RecvTimeoutError::Disconnected) => fail!("this program is ending"),
+                Err(RecvTimeoutError::Disconnected) => fail!("the server is shutting down"),
             };
             match incoming {
-                Incoming::Echo(bytes) => self.link.notify(&Channel::Echo(0).name(), &bytes).context("the client is gone")?,
-                Incoming::Request(text) => match serde_json::from_slice(&text).context("a request cannot be understood")? {
+                Incoming::Echo(bytes) => self.link.notify(&Channel::Echo(0).name(), &bytes).context("lost the client")?,
+                Incoming::Request(text) => match serde_json::from_slice(&text).context("cannot decode a request")? {
                     Request::Bye => return Ok(()),
                     Request::Alive => {}
                     request => {
@@ -131,8 +131,8 @@ impl Session {
     }
 
     fn reply(&self, reply: &Reply) -> Result<()> {
-        let text = serde_json::to_vec(reply).context("cannot write a reply")?;
-        self.link.notify(&Channel::Control(0).name(), &text).context("the client is gone")
+        let text = serde_json::to_vec(reply).context("cannot encode a reply")?;
+        self.link.notify(&Channel::Control(0).name(), &text).context("lost the client")
     }
 
     fn serve(&mut self, request: Request) -> Result<Reply> {
@@ -172,7 +172,7 @@ impl Session {
     fn region(&mut self, buffer: u32) -> Result<&mut Region> {
         match self.buffers.get_mut(&buffer) {
             Some(region) => Ok(region),
-            None => fail!("there is no buffer {buffer}"),
+            None => fail!("no buffer {buffer}"),
         }
     }
 
@@ -194,17 +194,17 @@ impl Session {
         while !receives.is_done() || !sends.is_done() {
             receives.top_up(post)?;
             sends.top_up(|k| link.send(std::iter::once(slice(send.unwrap_or_default(), k))))?;
-            // With only one direction there is nothing else to look after meanwhile.
-            let patience =
+            // With a single direction there is nothing else to do while waiting.
+            let timeout =
                 if receives.is_done() || sends.is_done() { Duration::from_millis(100) } else { Duration::from_millis(1) };
-            receives.retire(link, patience).context("a receive failed")?;
-            sends.retire(link, patience).context("a send failed")?;
+            receives.retire(link, timeout).context("a receive failed")?;
+            sends.retire(link, timeout).context("a send failed")?;
         }
         Ok(())
     }
 }
 
-/// A number of operations, some of them in flight, oldest first.
+/// A series of operations with a limited number in flight, oldest first.
 struct Window {
     ids: VecDeque<u64>,
     started: u64,
@@ -229,10 +229,10 @@ impl Window {
         Ok(())
     }
 
-    /// Takes out what is complete, waiting for the oldest at most for `patience`.
-    fn retire(&mut self, link: &Link, patience: Duration) -> Result<()> {
+    /// Removes complete operations; waits for the oldest one for at most `timeout`.
+    fn retire(&mut self, link: &Link, timeout: Duration) -> Result<()> {
         if let Some(&oldest) = self.ids.front() {
-            if link.wait(oldest, Some(patience))? {
+            if link.wait(oldest, Some(timeout))? {
                 self.ids.pop_front();
             }
         }

@@ -3,10 +3,10 @@
 use hdrhistogram::Histogram;
 use std::time::Duration;
 
-/// Longest time that is told from a longer one.
+/// Longer times are recorded as this.
 const MOST_NS: u64 = 3_600_000_000_000;
 
-/// Times of iterations, to three digits, in a memory that does not grow with their number.
+/// Times of iterations, to three digits, in constant memory.
 #[derive(Clone, Debug)]
 pub struct Times {
     histogram: Histogram<u64>,
@@ -20,41 +20,41 @@ impl Default for Times {
 }
 
 impl Times {
-    /// None yet.
+    /// No times yet.
     pub fn new() -> Times {
         // The bounds are constants that the crate accepts.
         Times { histogram: Histogram::new_with_bounds(1, MOST_NS, 3).expect("good bounds"), sum: Duration::ZERO }
     }
 
-    /// One more.
+    /// Adds a time.
     pub fn record(&mut self, time: Duration) {
         self.histogram.saturating_record((time.as_nanos() as u64).clamp(1, MOST_NS));
         self.sum += time;
     }
 
-    /// Those of others.
+    /// Adds the times of another series.
     pub fn add(&mut self, other: &Times) {
         // Equal bounds always fit.
         let _ = self.histogram.add(&other.histogram);
         self.sum += other.sum;
     }
 
-    /// How many.
+    /// The number of times.
     pub fn count(&self) -> u64 {
         self.histogram.len()
     }
 
-    /// All together, seconds.
+    /// The sum, in seconds.
     pub fn seconds(&self) -> f64 {
         self.sum.as_secs_f64()
     }
 
-    /// The time, us, within which this part of them lies; 0 of none.
+    /// The quantile, in us; 0 without times.
     pub fn at(&self, quantile: f64) -> f64 {
         us(self.histogram.value_at_quantile(quantile))
     }
 
-    /// The shortest, us; 0 of none.
+    /// The shortest, in us; 0 without times.
     pub fn least(&self) -> f64 {
         if self.count() == 0 {
             0.0
@@ -63,12 +63,12 @@ impl Times {
         }
     }
 
-    /// The longest, us; 0 of none.
+    /// The longest, in us; 0 without times.
     pub fn most(&self) -> f64 {
         us(self.histogram.max())
     }
 
-    /// The mean, us; 0 of none.
+    /// The mean, in us; 0 without times.
     pub fn mean(&self) -> f64 {
         self.sum.as_secs_f64() * 1e6 / self.count().max(1) as f64
     }
@@ -78,7 +78,7 @@ fn us(ns: u64) -> f64 {
     ns as f64 / 1e3
 }
 
-/// Bytes in microseconds as GB/s (1e9).
+/// The rate of `bytes` in `us` microseconds, in GB/s (1e9).
 pub fn gbytes_per_s(bytes: u64, us: f64) -> f64 {
     if us > 0.0 {
         bytes as f64 / us / 1e3
@@ -87,7 +87,7 @@ pub fn gbytes_per_s(bytes: u64, us: f64) -> f64 {
     }
 }
 
-/// How many timed iterations fill `budget_us`, within bounds that give a median and a p99 a meaning without taking too long.
+/// The number of timed iterations that fill `budget_us`: enough for a meaningful p99, and not so many that they take too long.
 pub fn iterations_for(budget_us: f64, one_us: f64) -> u64 {
     ((budget_us / one_us.max(0.1)) as u64).clamp(10, 10_000)
 }

@@ -1,4 +1,4 @@
-//! Which rows `--suite` and `demo` measure. Pure.
+//! The rows that `--suite` and `demo` measure. Pure.
 
 use crate::case::{Case, Op};
 
@@ -9,7 +9,7 @@ fn case(op: Op, total: u64, block: u64) -> Case {
     Case { op, total, block, inflight: 1, bidirectional: false }
 }
 
-/// The rows of `--suite`: one piece, 64 x 1 MiB, 2048 x 32 KiB, 16384 x 4 KiB, a single 4 KiB, a message of 1 MiB.
+/// The rows of `--suite`: one block, 64 x 1 MiB, 2048 x 32 KiB, 16384 x 4 KiB, a single 4 KiB, a message of 1 MiB.
 pub fn suite() -> Vec<Case> {
     let one_sided = |total, block| [case(Op::Write, total, block), case(Op::Read, total, block)];
     let mut cases = Vec::new();
@@ -33,7 +33,7 @@ pub fn demo() -> Vec<Case> {
     ]
 }
 
-/// Lengths of the notifications that `demo` has echoed.
+/// Lengths of the notifications that `demo` sends.
 pub fn demo_notifications() -> Vec<usize> {
     let mut lengths: Vec<usize> = (0..64).map(|i| i * 37).collect();
     lengths.extend([0, 1, 255, 256, 257, 4096, 65_537, 1 << 20, 8 << 20]);
@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_suite_covers_what_it_says() {
+    fn the_suite_covers_its_description() {
         let counts: Vec<(Op, u64)> = suite().iter().map(|c| (c.op, c.total / c.block)).collect();
         for count in [1, 64, 2048, 16384] {
             assert!(counts.contains(&(Op::Write, count)) && counts.contains(&(Op::Read, count)), "{count}");

@@ -1,4 +1,4 @@
-//! tcpx-top: what the connections of a running process do, from the statistics that it offers.
+//! tcpx-top: shows what the connections of a running process do, from its exported statistics.
 
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyModifiers};
 use std::io::IsTerminal;
@@ -49,10 +49,10 @@ fn draw_into(path: &Path, args: &Top) -> Result<()> {
     std::fs::write(path, svg(&screen)).context(format_args!("cannot write {}", path.display()))
 }
 
-/// Draws until the user has seen enough.
+/// Redraws until the user quits.
 fn watch(args: &Top) -> Result<()> {
     let first = read(&args.sources)?;
-    let mut terminal = ratatui::try_init().context("this is no terminal to draw on; try --once")?;
+    let mut terminal = ratatui::try_init().context("cannot draw on this terminal; try --once")?;
     let result = run(&mut terminal, args, first);
     ratatui::restore();
     result
@@ -81,7 +81,7 @@ fn run(terminal: &mut ratatui::DefaultTerminal, args: &Top, mut shown: View) -> 
                 shown = view;
                 view::KEYS.to_owned()
             }
-            // What was seen last stays: the process may have ended.
+            // The last reading stays on the screen: the process may have ended.
             Err(e) => e.to_string(),
         };
     }

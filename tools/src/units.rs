@@ -1,4 +1,4 @@
-//! Sizes and times as people write and read them. Pure.
+//! Parsing and printing of sizes and times. Pure.
 
 /// Parses bytes: a whole number with an optional suffix K, M or G (powers of 1024; `KiB`, `kb` and the like mean the same).
 pub fn parse_size(text: &str) -> Result<u64, String> {
@@ -16,12 +16,12 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         number.parse().map_err(|_| format!("'{text}' is not a size: it must start with a whole number that fits 64 bits"))?;
     let bytes = number.checked_mul(1 << shift).ok_or_else(|| format!("'{text}' is too large"))?;
     if bytes == 0 {
-        return Err("a size of 0 bytes moves nothing".to_string());
+        return Err("a size must be larger than 0".to_string());
     }
     Ok(bytes)
 }
 
-/// Bytes with the largest binary unit that divides them: `64 MiB`, `4 KiB`, `1000 B`.
+/// Bytes in the largest binary unit that divides them: `64 MiB`, `4 KiB`, `1000 B`.
 pub fn show_size(bytes: u64) -> String {
     for (shift, unit) in [(30, "GiB"), (20, "MiB"), (10, "KiB")] {
         if bytes >= 1 << shift && bytes % (1 << shift) == 0 {
@@ -31,7 +31,7 @@ pub fn show_size(bytes: u64) -> String {
     format!("{bytes} B")
 }
 
-/// Microseconds with a precision that fits their size.
+/// Microseconds with a precision that suits their magnitude.
 pub fn show_us(us: f64) -> String {
     match us {
         us if us < 100.0 => format!("{us:.2}"),

@@ -1,4 +1,4 @@
-//! What tcpx-top shows: connections and their channels with rates, from two readings of the statistics; and how it is drawn.
+//! What tcpx-top shows: connections and their channels with rates, from the exported statistics; and how it is drawn.
 
 use crate::scrape::Sample;
 use ratatui::backend::TestBackend;
@@ -11,34 +11,34 @@ use ratatui::{Frame, Terminal};
 use std::collections::BTreeMap;
 use std::io;
 
-/// A channel as it is shown.
+/// A channel as displayed.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Channel {
-    /// Its number, for order.
+    /// Its number, which sorts it.
     pub number: u64,
     /// Its NIC.
     pub nic: String,
-    /// Numbers by name.
+    /// Values by name.
     pub values: BTreeMap<String, f64>,
 }
 
-/// A connection as it is shown.
+/// A connection as displayed.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Connection {
     /// The peer's address.
     pub peer: String,
-    /// Numbers by name.
+    /// Values by name.
     pub values: BTreeMap<String, f64>,
     /// Its channels.
     pub channels: Vec<Channel>,
 }
 
-/// All that was read at once.
+/// All data of one reading.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct View {
-    /// Engines: numbers by name.
+    /// Engines: values by name.
     pub engines: BTreeMap<String, BTreeMap<String, f64>>,
-    /// By engine and number.
+    /// Connections by engine and id.
     pub connections: BTreeMap<(String, u64), Connection>,
 }
 
@@ -88,7 +88,7 @@ impl Channel {
         self.values.get(name).copied().unwrap_or(0.0)
     }
 
-    /// Why it deserves a look; empty where nothing is wrong.
+    /// A warning word; empty if all is well.
     fn mark(&self) -> &'static str {
         if self.get("slow") > 0.0 {
             "SLOW"
@@ -109,7 +109,7 @@ fn rate(bytes_per_second: f64) -> String {
     }
 }
 
-/// A peer's or interface's name without what would steer a terminal or change the order of what it shows.
+/// A peer's or interface's name without characters that would control the terminal or reorder its text.
 fn clean(text: &str) -> String {
     text.chars().map(|c| if matches!(c, ' '..='~') { c } else { '?' }).collect()
 }
@@ -119,7 +119,7 @@ const TOP: usize = 12;
 const HEAD: [&str; 11] = ["connection", "channel", "NIC", "out", "in", "speed", "window", "queue", "rtt", "resent", ""];
 const WIDTHS: [u16; 11] = [24, 8, 10, 12, 12, 12, 8, 10, 10, 14, 8];
 
-/// The cells of all lines, and whether each is a channel that deserves a look.
+/// The cells of all lines, and whether to highlight each.
 fn lines(view: &View) -> Vec<([String; 11], bool)> {
     let mut out = Vec::new();
     for ((_, id), connection) in &view.connections {
@@ -203,10 +203,10 @@ pub fn text(view: &View) -> String {
     out.join("\n")
 }
 
-/// The last line of an interactive screen.
+/// The help line of the interactive screen.
 pub const KEYS: &str = "q: quit, arrows: scroll; red: slower than the others, stalled, silent or ended";
 
-/// A screen that is large enough for everything.
+/// A screen large enough for everything.
 pub fn screen(view: &View) -> io::Result<Buffer> {
     let width = WIDTHS.iter().sum::<u16>() + WIDTHS.len() as u16 + 1;
     let height = summary(view).len().min(TOP) + lines(view).len() + 6;
@@ -216,7 +216,7 @@ pub fn screen(view: &View) -> io::Result<Buffer> {
     Ok(terminal.backend().buffer().clone())
 }
 
-/// Draws it from line `offset` on; `note` is the last line.
+/// Draws the view, scrolled to line `offset`; `note` is the last line.
 pub fn draw(frame: &mut Frame<'_>, view: &View, offset: usize, note: &str) {
     let top = summary(view);
     let areas = Layout::vertical([Constraint::Length(top.len().min(TOP) as u16 + 2), Constraint::Min(3), Constraint::Length(1)])

@@ -72,7 +72,7 @@ fn info_proves_a_transfer_or_says_why_not() {
     assert!(must_work(INFO, "--no-probe", "was not tried").starts_with("verdict"));
     assert!(!must_work(INFO, "--no-probe", "--settings shows all").contains("Network plugin:"));
     let settings = must_work(INFO, "--no-probe --settings", "Network plugin:");
-    assert!(settings.contains("budgets") && settings.contains("bytes of notifications that wait"), "{settings}");
+    assert!(settings.contains("budgets") && settings.contains("bytes of waiting notifications"), "{settings}");
     let report: serde_json::Value = serde_json::from_str(&must_work(INFO, "--json", "WORKING")).unwrap();
     assert_eq!(report["works"], true);
     assert!(!report["nics"].as_array().unwrap().is_empty());
@@ -85,7 +85,7 @@ fn fixed_ports_do_not_matter_and_what_cannot_work_fails_with_a_reason() {
     let output = run(PERF, "demo --op write --iters 2 --warmup 1", &[("UCCL_TCPX_OOB_PORT", "1")]);
     assert!(output.status.success(), "{}", text(&output.stderr));
     must_fail(PERF, "client 127.0.0.1:1 --op write", &[], "cannot connect to 127.0.0.1:1");
-    must_fail(PERF, "demo --total 0", &[], "moves nothing");
+    must_fail(PERF, "demo --total 0", &[], "must be larger than 0");
     must_fail(PERF, "demo --total 100000G --block 1G", &[], "too large");
     must_fail(PERF, "demo --total 1G --block 3", &[], "at most 1048576 segments");
     must_fail(PERF, "demo --total 1M --block 1 --inflight 1024", &[], "at most 4194304 are in flight");
@@ -118,7 +118,7 @@ fn a_server_serves_several_clients_and_refuses_other_memory() {
             });
         }
     });
-    must_fail(PERF, &format!("client {address} --memory emulated"), &[], "both need the same");
+    must_fail(PERF, &format!("client {address} --memory emulated"), &[], "both must use the same");
 }
 
 #[test]
@@ -249,7 +249,7 @@ fn a_server_is_seen_from_everywhere() {
     assert!(rows.len() == 1 && rows[0].clients == 3 && rows[0].verified, "{rows:?}");
     let picture = std::fs::read_to_string(svg).unwrap();
     assert!(picture.starts_with("<svg") && picture.contains(">resent<"), "{picture}");
-    must_work(INFO, &format!("--memory host --peer {address}"), "every byte right");
+    must_work(INFO, &format!("--memory host --peer {address}"), "every byte correct");
     must_fail(INFO, "--memory host --peer 127.0.0.1:1", &[], "with 127.0.0.1:1");
     must_fail(TOP, "unix:/nonexistent.sock", &[], "cannot connect");
     std::fs::remove_dir_all(&folder).unwrap();
@@ -260,7 +260,7 @@ fn top_refuses_what_are_no_statistics() {
     for interval in ["nan", "inf", "0", "-1", "x"] {
         must_fail(TOP, &format!("--once --interval={interval} /dev/null"), &[], "from 0.1 to 3600");
     }
-    must_fail(TOP, "/proc/version", &[], "/proc/version gives no statistics");
+    must_fail(TOP, "/proc/version", &[], "/proc/version provides no statistics");
     must_fail(TOP, "/nonexistent/file", &[], "cannot read");
     // What a process has left that has ended.
     let folder = std::env::temp_dir().join(format!("tcpx-top-file-{}", std::process::id()));
@@ -270,7 +270,7 @@ fn top_refuses_what_are_no_statistics() {
     must_work(TOP, &path.display().to_string(), "engine e: up 9 s");
     let hour = std::time::SystemTime::now() - std::time::Duration::from_secs(3600);
     std::fs::File::options().write(true).open(&path).unwrap().set_modified(hour).unwrap();
-    must_fail(TOP, &path.display().to_string(), &[], "its process has ended, or stands still");
+    must_fail(TOP, &path.display().to_string(), &[], "its process has ended, or hangs");
     std::fs::remove_dir_all(&folder).unwrap();
 }
 
