@@ -220,7 +220,7 @@ impl Connection {
         }
     }
 
-    // // ---- transfers and notifications ----
+    // ---- transfers and notifications ----
 
     /// Starts a read or write of several segments as one transfer; returns its id.
     ///
@@ -289,7 +289,7 @@ impl Connection {
         Waiter(&self.shared).log_failure(id);
     }
 
-    // // ---- driving ----
+    // ---- driving ----
 
     /// The progress thread's view.
     pub(crate) fn driver(&self) -> Driver<'_> {
@@ -311,7 +311,7 @@ impl Connection {
         self.shared.watch()
     }
 
-    // // ---- closing ----
+    // ---- closing ----
 
     /// Closes the connection: queued data is sent first (for at most a second), then transfers in flight are canceled.
     pub fn close(&self) {

@@ -270,7 +270,7 @@ impl Acceptor {
         }
     }
 
-    // // ---- unauthenticated connections ----
+    // ---- unauthenticated connections ----
 
     fn arrivals(&mut self, listener: usize, now: Instant) {
         for _ in 0..ACCEPT_BURST {
@@ -507,7 +507,7 @@ impl Acceptor {
         }
     }
 
-    // // ---- authenticated peers ----
+    // ---- authenticated peers ----
 
     /// Admits authenticated peers in their order, as far as the budgets reach.
     fn admit(&mut self, now: Instant) {
@@ -545,7 +545,7 @@ impl Acceptor {
         }
     }
 
-    // // ---- shutdown ----
+    // ---- shutdown ----
 
     fn forget_all(&mut self) {
         for id in self.entries.keys().copied().collect::<Vec<_>>() {
