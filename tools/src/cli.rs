@@ -4,12 +4,13 @@ use clap::{CommandFactory, Parser};
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Shows the connections of a running process: rate, window, round-trip time and retransmits of every channel, with slow ones marked.
-/// The process needs UCCL_TCPX_METRICS in its environment.
+/// Shows the connections of a running process: rate, window, round-trip time and retransmits of every channel, with slow ones
+/// marked. The process needs UCCL_TCPX_METRICS in its environment.
 #[derive(Parser)]
 #[command(version, name = "tcpx-top")]
 pub struct Top {
-    /// The value of UCCL_TCPX_METRICS in the process: unix:PATH, ADDRESS:PORT, PORT (of the loopback address), or the path of a file.
+    /// The value of UCCL_TCPX_METRICS in the process: unix:PATH, ADDRESS:PORT, PORT (of the loopback address), or the path of
+    /// a file.
     #[arg(required = true, value_name = "SOURCE")]
     pub sources: Vec<String>,
     /// Seconds between two readings.
