@@ -343,6 +343,12 @@ CASE(uccl_engine_stats)
     }
 }
 
+/* Bytes sent directly, over channels, or inside control frames. */
+static uint64_t data_sent(const uccl_totals_t *totals)
+{
+    return totals->sent_bytes + totals->inline_sent_bytes;
+}
+
 CASE(uccl_engine_conn_stats)
 {
     WITH_FIXTURE(f)
@@ -358,15 +364,19 @@ CASE(uccl_engine_conn_stats)
         CHECK_OK(uccl_engine_write(f.conn, f.mr, f.mem, LEN / 2, item_at(f.item, f.mem + LEN / 2, LEN / 2), &id));
         CHECK_OK(outcome(f.conn, id));
         CHECK_OK(uccl_engine_conn_stats(f.conn, &stats));
-        CHECK(stats.up == 1 && stats.channels > 0 && stats.transfers_completed == 1);
-        /* Directly, over channels, or inside the control stream. */
-        CHECK_EQ(stats.sent_bytes + stats.inline_sent_bytes, LEN / 2);
-        CHECK_EQ(stats.refused_by_peer, 0);
+        CHECK(stats.up == 1 && stats.channels > 0 && stats.totals.transfers_completed == 1);
+        CHECK_EQ(data_sent(&stats.totals), LEN / 2);
+        CHECK_EQ(stats.totals.refused_by_peer, 0);
+        /* The engine has no other transfer. */
+        uccl_stats_t all = {.size = sizeof all};
+        CHECK_OK(uccl_engine_stats(f.engine, &all));
+        CHECK_EQ(all.totals.transfers_completed, 1);
+        CHECK_EQ(data_sent(&all.totals), LEN / 2);
         /* A direct transfer needs no control stream, a notification does. */
         notify_msg_t message = {.name = "name", .msg = "message"};
         CHECK_OK(uccl_engine_send_notif(f.conn, &message));
         CHECK_OK(uccl_engine_conn_stats(f.conn, &stats));
-        CHECK(stats.control_sent_bytes > 0);
+        CHECK(stats.totals.control_sent_bytes > 0);
     }
 }
 

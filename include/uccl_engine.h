@@ -154,8 +154,60 @@ typedef struct notify_msg {
 typedef void (*uccl_log_callback_t)(int level, const char *text, void *user);
 
 /**
+ * What an engine or a connection has counted. Each counter starts at 0 and never decreases. This structure never changes: later versions
+ * append new counters to the structures that contain it.
+ */
+typedef struct uccl_totals_t {
+  /** Bytes that channels have sent. */
+  uint64_t sent_bytes;
+  /** Chunks that channels have sent. */
+  uint64_t sent_chunks;
+  /** Bytes that channels have received. */
+  uint64_t received_bytes;
+  /** Chunks that channels have received. */
+  uint64_t received_chunks;
+  /** Bytes of small transfers sent inside control frames. */
+  uint64_t inline_sent_bytes;
+  /** Bytes of small transfers received inside control frames. */
+  uint64_t inline_received_bytes;
+  /** Transfers that this engine started. */
+  uint64_t transfers_started;
+  /** Transfers of this engine that succeeded. */
+  uint64_t transfers_completed;
+  /** Transfers of this engine that failed. */
+  uint64_t transfers_failed;
+  /** Transfers that peers started. */
+  uint64_t peer_transfers;
+  /** Transfers of peers that this engine refused. */
+  uint64_t refused;
+  /** Transfers of this engine that peers refused. */
+  uint64_t refused_by_peer;
+  /** Bytes sent on control connections. */
+  uint64_t control_sent_bytes;
+  /** Bytes received on control connections. */
+  uint64_t control_received_bytes;
+  /** Notifications sent. */
+  uint64_t notifications_sent;
+  /** Notifications received. */
+  uint64_t notifications_received;
+  /** Seconds in which a channel had chunks in flight and moved none. */
+  uint64_t stalls;
+  /** Times that a peer was silent, or a transfer moved nothing, for half of its timeout. */
+  uint64_t slow_answers;
+  /** Chunks packed from GPU memory. */
+  uint64_t packed_chunks;
+  /** Chunks unpacked into GPU memory. */
+  uint64_t unpacked_chunks;
+  /** Time from submitting a chunk until it was packed, summed over all chunks, microseconds. */
+  uint64_t pack_us;
+  /** Time from submitting a chunk until it was unpacked, summed over all chunks, microseconds. */
+  uint64_t unpack_us;
+} uccl_totals_t;
+
+/**
  * Statistics of an engine. Set `size` to sizeof(uccl_stats_t) before the call; the library fills no more than that. Later versions only
- * append members. Counters start at 0 when the engine is created and never decrease; they include connections that have ended.
+ * append members. The library copies numbers into the structure and keeps no pointer to it. Counters start when the engine is created and
+ * include connections that have ended.
  */
 typedef struct uccl_stats_t {
   /** In: size of the caller's structure, bytes. Out: bytes filled. */
@@ -186,50 +238,8 @@ typedef struct uccl_stats_t {
   uint64_t timeouts;
   /** Notifications that the application has not taken yet. */
   uint64_t notifications_waiting;
-  /** Bytes that channels have sent. */
-  uint64_t sent_bytes;
-  /** Chunks that channels have sent. */
-  uint64_t sent_chunks;
-  /** Bytes that channels have received. */
-  uint64_t received_bytes;
-  /** Chunks that channels have received. */
-  uint64_t received_chunks;
-  /** Bytes of small transfers sent inside control frames. */
-  uint64_t inline_sent_bytes;
-  /** Bytes of small transfers received inside control frames. */
-  uint64_t inline_received_bytes;
-  /** Transfers that this engine started. */
-  uint64_t transfers_started;
-  /** Transfers of this engine that succeeded. */
-  uint64_t transfers_completed;
-  /** Transfers of this engine that failed. */
-  uint64_t transfers_failed;
-  /** Transfers that peers started. */
-  uint64_t peer_transfers;
-  /** Transfers of peers that this engine refused. */
-  uint64_t refused;
-  /** Transfers of this engine that peers refused. */
-  uint64_t refused_by_peer;
-  /** Bytes sent on the control connection. */
-  uint64_t control_sent_bytes;
-  /** Bytes received on the control connection. */
-  uint64_t control_received_bytes;
-  /** Notifications sent. */
-  uint64_t notifications_sent;
-  /** Notifications received. */
-  uint64_t notifications_received;
-  /** Seconds in which a channel had chunks in flight and moved none. */
-  uint64_t stalls;
-  /** Times that a peer was silent, or a transfer moved nothing, for half of its timeout. */
-  uint64_t slow_answers;
-  /** Chunks packed from GPU memory. */
-  uint64_t packed_chunks;
-  /** Chunks unpacked into GPU memory. */
-  uint64_t unpacked_chunks;
-  /** Time from submitting a chunk until it was packed, summed over all chunks, microseconds. */
-  uint64_t pack_us;
-  /** Time from submitting a chunk until it was unpacked, summed over all chunks, microseconds. */
-  uint64_t unpack_us;
+  /** Sums over all connections. */
+  struct uccl_totals_t totals;
 } uccl_stats_t;
 
 /** Statistics of a connection. `size`: as in uccl_stats_t. */
@@ -250,50 +260,8 @@ typedef struct uccl_conn_stats_t {
   uint64_t transfers_in_flight;
   /** Bytes queued on the control connection. */
   uint64_t backlog_bytes;
-  /** Bytes that channels have sent. */
-  uint64_t sent_bytes;
-  /** Chunks that channels have sent. */
-  uint64_t sent_chunks;
-  /** Bytes that channels have received. */
-  uint64_t received_bytes;
-  /** Chunks that channels have received. */
-  uint64_t received_chunks;
-  /** Bytes of small transfers sent inside control frames. */
-  uint64_t inline_sent_bytes;
-  /** Bytes of small transfers received inside control frames. */
-  uint64_t inline_received_bytes;
-  /** Transfers that this engine started. */
-  uint64_t transfers_started;
-  /** Transfers of this engine that succeeded. */
-  uint64_t transfers_completed;
-  /** Transfers of this engine that failed. */
-  uint64_t transfers_failed;
-  /** Transfers that peers started. */
-  uint64_t peer_transfers;
-  /** Transfers of peers that this engine refused. */
-  uint64_t refused;
-  /** Transfers of this engine that peers refused. */
-  uint64_t refused_by_peer;
-  /** Bytes sent on the control connection. */
-  uint64_t control_sent_bytes;
-  /** Bytes received on the control connection. */
-  uint64_t control_received_bytes;
-  /** Notifications sent. */
-  uint64_t notifications_sent;
-  /** Notifications received. */
-  uint64_t notifications_received;
-  /** Seconds in which a channel had chunks in flight and moved none. */
-  uint64_t stalls;
-  /** Times that a peer was silent, or a transfer moved nothing, for half of its timeout. */
-  uint64_t slow_answers;
-  /** Chunks packed from GPU memory. */
-  uint64_t packed_chunks;
-  /** Chunks unpacked into GPU memory. */
-  uint64_t unpacked_chunks;
-  /** Time from submitting a chunk until it was packed, summed over all chunks, microseconds. */
-  uint64_t pack_us;
-  /** Time from submitting a chunk until it was unpacked, summed over all chunks, microseconds. */
-  uint64_t unpack_us;
+  /** Counters of the connection. */
+  struct uccl_totals_t totals;
 } uccl_conn_stats_t;
 
 /** Statistics of a channel. `size`: as in uccl_stats_t. */

@@ -5,12 +5,68 @@ use super::engine::uccl_engine_t;
 use super::guard::{out_arg, status};
 use super::handles::{connections, engines};
 use super::metadata::copy_text;
-use crate::stats::{ChannelStats, ConnectionStats, EngineStats};
+use crate::stats::{ChannelStats, ConnectionStats, EngineStats, Totals};
 use crate::status::{bail, Result, UCCL_OK};
 use std::ffi::{c_char, c_int};
 
+/// What an engine or a connection has counted. Each counter starts at 0 and never decreases. This structure never changes: later versions
+/// append new counters to the structures that contain it.
+#[allow(non_camel_case_types)]
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct uccl_totals_t {
+    /// Bytes that channels have sent.
+    pub sent_bytes: u64,
+    /// Chunks that channels have sent.
+    pub sent_chunks: u64,
+    /// Bytes that channels have received.
+    pub received_bytes: u64,
+    /// Chunks that channels have received.
+    pub received_chunks: u64,
+    /// Bytes of small transfers sent inside control frames.
+    pub inline_sent_bytes: u64,
+    /// Bytes of small transfers received inside control frames.
+    pub inline_received_bytes: u64,
+    /// Transfers that this engine started.
+    pub transfers_started: u64,
+    /// Transfers of this engine that succeeded.
+    pub transfers_completed: u64,
+    /// Transfers of this engine that failed.
+    pub transfers_failed: u64,
+    /// Transfers that peers started.
+    pub peer_transfers: u64,
+    /// Transfers of peers that this engine refused.
+    pub refused: u64,
+    /// Transfers of this engine that peers refused.
+    pub refused_by_peer: u64,
+    /// Bytes sent on control connections.
+    pub control_sent_bytes: u64,
+    /// Bytes received on control connections.
+    pub control_received_bytes: u64,
+    /// Notifications sent.
+    pub notifications_sent: u64,
+    /// Notifications received.
+    pub notifications_received: u64,
+    /// Seconds in which a channel had chunks in flight and moved none.
+    pub stalls: u64,
+    /// Times that a peer was silent, or a transfer moved nothing, for half of its timeout.
+    pub slow_answers: u64,
+    /// Chunks packed from GPU memory.
+    pub packed_chunks: u64,
+    /// Chunks unpacked into GPU memory.
+    pub unpacked_chunks: u64,
+    /// Time from submitting a chunk until it was packed, summed over all chunks, microseconds.
+    pub pack_us: u64,
+    /// Time from submitting a chunk until it was unpacked, summed over all chunks, microseconds.
+    pub unpack_us: u64,
+}
+
+// Members of later versions lie behind it and must not move.
+const _: () = assert!(size_of::<uccl_totals_t>() == 22 * size_of::<u64>());
+
 /// Statistics of an engine. Set `size` to sizeof(uccl_stats_t) before the call; the library fills no more than that. Later versions only
-/// append members. Counters start at 0 when the engine is created and never decrease; they include connections that have ended.
+/// append members. The library copies numbers into the structure and keeps no pointer to it. Counters start when the engine is created and
+/// include connections that have ended.
 #[allow(non_camel_case_types)]
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -43,50 +99,8 @@ pub struct uccl_stats_t {
     pub timeouts: u64,
     /// Notifications that the application has not taken yet.
     pub notifications_waiting: u64,
-    /// Bytes that channels have sent.
-    pub sent_bytes: u64,
-    /// Chunks that channels have sent.
-    pub sent_chunks: u64,
-    /// Bytes that channels have received.
-    pub received_bytes: u64,
-    /// Chunks that channels have received.
-    pub received_chunks: u64,
-    /// Bytes of small transfers sent inside control frames.
-    pub inline_sent_bytes: u64,
-    /// Bytes of small transfers received inside control frames.
-    pub inline_received_bytes: u64,
-    /// Transfers that this engine started.
-    pub transfers_started: u64,
-    /// Transfers of this engine that succeeded.
-    pub transfers_completed: u64,
-    /// Transfers of this engine that failed.
-    pub transfers_failed: u64,
-    /// Transfers that peers started.
-    pub peer_transfers: u64,
-    /// Transfers of peers that this engine refused.
-    pub refused: u64,
-    /// Transfers of this engine that peers refused.
-    pub refused_by_peer: u64,
-    /// Bytes sent on the control connection.
-    pub control_sent_bytes: u64,
-    /// Bytes received on the control connection.
-    pub control_received_bytes: u64,
-    /// Notifications sent.
-    pub notifications_sent: u64,
-    /// Notifications received.
-    pub notifications_received: u64,
-    /// Seconds in which a channel had chunks in flight and moved none.
-    pub stalls: u64,
-    /// Times that a peer was silent, or a transfer moved nothing, for half of its timeout.
-    pub slow_answers: u64,
-    /// Chunks packed from GPU memory.
-    pub packed_chunks: u64,
-    /// Chunks unpacked into GPU memory.
-    pub unpacked_chunks: u64,
-    /// Time from submitting a chunk until it was packed, summed over all chunks, microseconds.
-    pub pack_us: u64,
-    /// Time from submitting a chunk until it was unpacked, summed over all chunks, microseconds.
-    pub unpack_us: u64,
+    /// Sums over all connections.
+    pub totals: uccl_totals_t,
 }
 
 /// Statistics of a connection. `size`: as in uccl_stats_t.
@@ -110,50 +124,8 @@ pub struct uccl_conn_stats_t {
     pub transfers_in_flight: u64,
     /// Bytes queued on the control connection.
     pub backlog_bytes: u64,
-    /// Bytes that channels have sent.
-    pub sent_bytes: u64,
-    /// Chunks that channels have sent.
-    pub sent_chunks: u64,
-    /// Bytes that channels have received.
-    pub received_bytes: u64,
-    /// Chunks that channels have received.
-    pub received_chunks: u64,
-    /// Bytes of small transfers sent inside control frames.
-    pub inline_sent_bytes: u64,
-    /// Bytes of small transfers received inside control frames.
-    pub inline_received_bytes: u64,
-    /// Transfers that this engine started.
-    pub transfers_started: u64,
-    /// Transfers of this engine that succeeded.
-    pub transfers_completed: u64,
-    /// Transfers of this engine that failed.
-    pub transfers_failed: u64,
-    /// Transfers that peers started.
-    pub peer_transfers: u64,
-    /// Transfers of peers that this engine refused.
-    pub refused: u64,
-    /// Transfers of this engine that peers refused.
-    pub refused_by_peer: u64,
-    /// Bytes sent on the control connection.
-    pub control_sent_bytes: u64,
-    /// Bytes received on the control connection.
-    pub control_received_bytes: u64,
-    /// Notifications sent.
-    pub notifications_sent: u64,
-    /// Notifications received.
-    pub notifications_received: u64,
-    /// Seconds in which a channel had chunks in flight and moved none.
-    pub stalls: u64,
-    /// Times that a peer was silent, or a transfer moved nothing, for half of its timeout.
-    pub slow_answers: u64,
-    /// Chunks packed from GPU memory.
-    pub packed_chunks: u64,
-    /// Chunks unpacked into GPU memory.
-    pub unpacked_chunks: u64,
-    /// Time from submitting a chunk until it was packed, summed over all chunks, microseconds.
-    pub pack_us: u64,
-    /// Time from submitting a chunk until it was unpacked, summed over all chunks, microseconds.
-    pub unpack_us: u64,
+    /// Counters of the connection.
+    pub totals: uccl_totals_t,
 }
 
 /// Statistics of a channel. `size`: as in uccl_stats_t.
@@ -315,23 +287,25 @@ unsafe fn fill<T: Copy>(stats: *mut T, value: impl FnOnce() -> Result<T>) -> Res
     Ok(UCCL_OK)
 }
 
-/// Builds a structure of the C ABI: its own numbers, then the totals, which have the same names in the engine or connection.
-macro_rules! with_totals {
-    ($type:ident, $totals:expr, { $($own:ident: $value:expr,)* }) => {
-        with_totals!(@ $type, $totals, { $($own: $value,)* },
+impl From<&Totals> for uccl_totals_t {
+    fn from(totals: &Totals) -> uccl_totals_t {
+        // Both have the same names.
+        macro_rules! members {
+            ($($name:ident)*) => { uccl_totals_t { $($name: totals.$name,)* } };
+        }
+        members!(
             sent_bytes sent_chunks received_bytes received_chunks inline_sent_bytes inline_received_bytes
             transfers_started transfers_completed transfers_failed peer_transfers refused refused_by_peer
             control_sent_bytes control_received_bytes notifications_sent notifications_received stalls slow_answers
-            packed_chunks unpacked_chunks pack_us unpack_us)
-    };
-    (@ $type:ident, $totals:expr, { $($own:ident: $value:expr,)* }, $($name:ident)*) => {
-        $type { size: size_of::<$type>(), $($own: $value,)* $($name: $totals.$name,)* }
-    };
+            packed_chunks unpacked_chunks pack_us unpack_us
+        )
+    }
 }
 
 impl From<&EngineStats> for uccl_stats_t {
     fn from(stats: &EngineStats) -> uccl_stats_t {
-        with_totals!(uccl_stats_t, stats.totals, {
+        uccl_stats_t {
+            size: size_of::<uccl_stats_t>(),
             uptime_ms: stats.uptime.as_millis() as u64,
             connections: stats.connections.len() as u64,
             connections_opened: stats.opened,
@@ -345,13 +319,15 @@ impl From<&EngineStats> for uccl_stats_t {
             limits_hit: stats.limits_hit,
             timeouts: stats.timeouts,
             notifications_waiting: stats.notifications_waiting,
-        })
+            totals: (&stats.totals).into(),
+        }
     }
 }
 
 impl From<&ConnectionStats> for uccl_conn_stats_t {
     fn from(stats: &ConnectionStats) -> uccl_conn_stats_t {
-        with_totals!(uccl_conn_stats_t, stats.totals, {
+        uccl_conn_stats_t {
+            size: size_of::<uccl_conn_stats_t>(),
             id: stats.id,
             up: stats.error.is_none().into(),
             age_ms: stats.age.as_millis() as u64,
@@ -359,7 +335,8 @@ impl From<&ConnectionStats> for uccl_conn_stats_t {
             channels: stats.channels.len() as u64,
             transfers_in_flight: stats.in_flight,
             backlog_bytes: stats.backlog_bytes,
-        })
+            totals: (&stats.totals).into(),
+        }
     }
 }
 

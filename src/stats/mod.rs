@@ -36,7 +36,7 @@ macro_rules! totals {
     };
 }
 
-// The names are those of uccl_engine.h.
+// Names and meanings are those of uccl_totals_t in uccl_engine.h.
 totals! {
     sent_bytes: "Bytes that channels have sent",
     sent_chunks: "Chunks that channels have sent",
@@ -47,19 +47,19 @@ totals! {
     transfers_started: "Transfers that this engine started",
     transfers_completed: "Transfers of this engine that succeeded",
     transfers_failed: "Transfers of this engine that failed",
-    peer_transfers: "Transfers that the peer announced",
-    refused: "Transfers of the peer that this engine refused",
-    refused_by_peer: "Transfers of this engine that the peer refused",
-    control_sent_bytes: "Bytes sent on the control stream",
-    control_received_bytes: "Bytes received on the control stream",
+    peer_transfers: "Transfers that peers started",
+    refused: "Transfers of peers that this engine refused",
+    refused_by_peer: "Transfers of this engine that peers refused",
+    control_sent_bytes: "Bytes sent on control connections",
+    control_received_bytes: "Bytes received on control connections",
     notifications_sent: "Notifications sent",
     notifications_received: "Notifications received",
     stalls: "Seconds in which a channel had chunks in flight and moved none",
-    slow_answers: "Times that the peer, or a transfer, kept silent for half of its timeout",
-    packed_chunks: "Chunks gathered from device memory",
-    unpacked_chunks: "Chunks scattered to device memory",
-    pack_us: "Microseconds from handing a chunk over for gathering until it was gathered, of all chunks together",
-    unpack_us: "Microseconds from handing a chunk over for scattering until it was in place, of all chunks together",
+    slow_answers: "Times that a peer was silent, or a transfer moved nothing, for half of its timeout",
+    packed_chunks: "Chunks packed from GPU memory",
+    unpacked_chunks: "Chunks unpacked into GPU memory",
+    pack_us: "Time from submitting a chunk until it was packed, summed over all chunks, microseconds",
+    unpack_us: "Time from submitting a chunk until it was unpacked, summed over all chunks, microseconds",
 }
 
 /// TCP statistics of the connection that a channel sends on.
@@ -110,13 +110,13 @@ pub struct ChannelStats {
     pub window: u32,
     /// Seconds in which it had chunks in flight and moved none.
     pub stalls: u64,
-    /// Chunks gathered from device memory, and scattered to it.
+    /// Chunks packed from GPU memory, and unpacked into it.
     pub packed_chunks: u64,
     /// See `packed_chunks`.
     pub unpacked_chunks: u64,
-    /// Microseconds that gathering took, from handing a chunk over until it was seen done, of all chunks together.
+    /// Time from submitting a chunk until it was packed, summed over all chunks, microseconds.
     pub pack_us: u64,
-    /// As `pack_us`, for scattering.
+    /// As `pack_us`, until it was unpacked.
     pub unpack_us: u64,
     /// It runs far below the others.
     pub slow: bool,
