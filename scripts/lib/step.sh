@@ -37,6 +37,15 @@ step() {
   report "$name"
 }
 
+# prepare NAME COMMAND...: makes what the steps use, whichever of them are selected: with what an earlier run left they would test another
+# revision. Its failure ends the script. It counts as passed if it is selected itself.
+prepare() {
+  measured "$1" "$STEP_SECONDS" "${@:2}"
+  report "$1"
+  [ $failed = 0 ] || { conclude; exit 1; }
+  wanted "$1" || passed=$((passed - 1))
+}
+
 # beside NAME COMMAND...: as step, but in the background of later steps and at lower CPU priority: one after another, in the order given.
 # `join` waits for all of them and counts them.
 beside() {
