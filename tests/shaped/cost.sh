@@ -2,7 +2,7 @@
 # The cost of an engine: idle with 8 connections it uses less than half a percent of a core, by the kernel's CPU clock of both processes.
 # Time to connect and memory are printed, without limits. Exit status 77: skipped.
 #
-# usage: cost.sh [COST_BINARY]      without it, cargo builds benches/cost.rs
+# usage: cost.sh [COST_BINARY]      without it, cargo builds the bench cost
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ -r /proc/self/smaps_rollup ] || { echo "SKIPPED: cost needs /proc/self/smaps_rollup"; exit 77; }

@@ -1,31 +1,29 @@
 //! What the engine costs beside moving bytes: CPU while idle, time to connect, memory of connections and channels, the round trip of a
-//! notification, the rate over many connections, a small operation beside a thousand idle connections, and one behind a large transfer. Two
-//! processes; this program starts itself again as the passive side.
+//! notification, the rate over many connections, a small operation beside a thousand idle connections, and one beside a large transfer. Two
+//! or three processes; this program starts itself again as the passive side.
 //!
-//! usage: cargo bench --bench cost -- [idle] [connect] [memory] [notify] [connections] [crowd] [line] [--seconds S]     default: all of them
+//! usage: cargo bench --bench cost -- [idle] [connect] [memory] [notify] [connections] [crowd] [line] [reads] [neighbour] [--seconds S]
+//!
+//! Default: all of them, over channels; UCCL_P2P_DISABLE_IPC=0 measures direct transfers.
 //!
 //! Prints one JSON object a row. Exit status 1 when an idle engine uses more than half a percent of a core.
 
+mod fairness;
+mod figures;
+mod server;
+
+use figures::{cpu_seconds, percentile, resident, time_all};
+use server::{config, Server, STOP, TOTAL};
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::io::BufRead;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
-use uccl_p2p::config::{Config, PluginChoice};
 use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, LocalSegment};
 
-const TOTAL: usize = 64 << 20;
 const IDLE_SECONDS: u64 = 5;
 /// Some times of the time between heartbeats: a thousand connections that came up together are heard of together.
 const CROWD_SECONDS: u64 = 20;
 const IDLE_LIMIT_PERCENT: f64 = 0.5;
-const STOP: &[u8] = b"stop";
-
-fn config(channels: Option<usize>) -> Config {
-    let config = Config::from_env().expect("the environment is understood");
-    Config { plugin: PluginChoice::Soft, port: 0, num_channels: channels.or(config.num_channels), ..config }
-}
 
 fn main() -> ExitCode {
     let mut words: VecDeque<String> = std::env::args().skip(1).filter(|w| w != "--bench").collect();
@@ -36,8 +34,10 @@ fn main() -> ExitCode {
             std::env::set_var(name, value);
         }
     }
-    if words.front().is_some_and(|w| w == "serve") {
-        return serve(words.get(1).and_then(|w| w.parse().ok()));
+    match words.make_contiguous() {
+        [what, rest @ ..] if what == "serve" => return server::serve(rest.first().and_then(|w| w.parse().ok())),
+        [what, address, seconds] if what == "flood" => return fairness::flood(address, seconds.parse().expect("seconds")),
+        _ => {}
     }
     let mut seconds = 1.0;
     let mut parts = Vec::new();
@@ -63,7 +63,13 @@ fn main() -> ExitCode {
         many_connections(seconds);
     }
     if wanted("line") {
-        line(seconds);
+        fairness::line(seconds);
+    }
+    if wanted("reads") {
+        fairness::reads(seconds);
+    }
+    if wanted("neighbour") {
+        fairness::neighbour(seconds);
     }
     if wanted("crowd") {
         crowd(seconds);
@@ -77,132 +83,6 @@ fn main() -> ExitCode {
         ExitCode::FAILURE
     }
 }
-
-// ---- the passive side ----
-
-/// Accepts connections and shares one buffer among them. A line on standard input that says `echo` makes it send notifications
-/// back until one says stop; the end of standard input ends it.
-fn serve(channels: Option<usize>) -> ExitCode {
-    let engine = Engine::new(config(channels)).expect("engine");
-    let buffer = vec![1u8; TOTAL];
-    let mr = engine.register(buffer.as_ptr() as usize, TOTAL).expect("register");
-    let item = engine.fifo_item(mr, buffer.as_ptr() as usize, TOTAL).expect("item");
-    let hex: String = item.to_bytes().iter().map(|b| format!("{b:02x}")).collect();
-    let port = engine.metadata().split([':', '?']).nth(1).and_then(|p| p.parse::<u16>().ok()).expect("port");
-    println!("{port} {hex}");
-    let accepted: Arc<Mutex<Vec<Arc<Connection>>>> = Arc::default();
-    let ending = Arc::new(AtomicBool::new(false));
-    let acceptor = {
-        let (engine, accepted, ending) = (engine.clone(), accepted.clone(), ending.clone());
-        std::thread::spawn(move || {
-            while !ending.load(Ordering::Acquire) {
-                if let Ok(connection) = engine.accept() {
-                    let mut all = accepted.lock().expect("no holder panics");
-                    all.retain(|c: &Arc<Connection>| c.status().is_ok());
-                    all.push(connection);
-                }
-            }
-        })
-    };
-    for line in std::io::stdin().lock().lines() {
-        if !matches!(line.as_deref(), Ok("echo")) {
-            continue;
-        }
-        let initiator = loop {
-            if let Some(connection) = accepted.lock().expect("no holder panics").last() {
-                break connection.clone();
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        };
-        println!("echoing");
-        loop {
-            match engine.next_notification() {
-                Some(n) if n.msg == STOP => break,
-                Some(n) => initiator.notify(&n.name, &n.msg).expect("the initiator is there"),
-                None => std::thread::yield_now(),
-            }
-        }
-    }
-    ending.store(true, Ordering::Release);
-    engine.stop_accept();
-    engine.shutdown();
-    let _ = acceptor.join();
-    ExitCode::SUCCESS
-}
-
-struct Server {
-    child: Child,
-    input: Option<ChildStdin>,
-    output: BufReader<ChildStdout>,
-    port: u16,
-    item: FifoItem,
-}
-
-impl Server {
-    fn start(channels: Option<usize>) -> Server {
-        let mut command = Command::new(std::env::current_exe().expect("own path"));
-        command.arg("serve").args(channels.map(|c| c.to_string())).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = command.spawn().expect("server process");
-        let mut output = BufReader::new(child.stdout.take().expect("piped"));
-        let mut line = String::new();
-        output.read_line(&mut line).expect("the server's address");
-        let (port, hex) = line.trim().split_once(' ').expect("port and item");
-        let mut bytes = [0; 64];
-        for (byte, digits) in bytes.iter_mut().zip(hex.as_bytes().chunks(2)) {
-            *byte = u8::from_str_radix(std::str::from_utf8(digits).expect("hex"), 16).expect("hex");
-        }
-        Server { input: child.stdin.take(), output, port: port.parse().expect("port"), item: FifoItem::from_bytes(&bytes), child }
-    }
-    fn pid(&self) -> u32 {
-        self.child.id()
-    }
-    fn connect(&self, engine: &Engine) -> Arc<Connection> {
-        engine.connect("127.0.0.1", "", self.port).expect("connect")
-    }
-    fn tell(&mut self, line: &str) {
-        let input = self.input.as_mut().expect("open until the drop");
-        writeln!(input, "{line}").and_then(|()| input.flush()).expect("the server reads");
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        drop(self.input.take());
-        let until = Instant::now() + Duration::from_secs(10);
-        while matches!(self.child.try_wait(), Ok(None)) {
-            if Instant::now() > until {
-                // It may end by itself meanwhile; then there is nothing to kill.
-                let _ = self.child.kill();
-                let _ = self.child.wait();
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-}
-
-// ---- figures of the system ----
-
-/// CPU seconds of a process: the kernel's CPU clock of it, in nanoseconds.
-fn cpu_seconds(pid: u32) -> f64 {
-    let clock = (!(pid as libc::clockid_t) << 3) | 2;
-    let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: t is writable.
-    assert_eq!(unsafe { libc::clock_gettime(clock, &mut t) }, 0, "CPU clock of process {pid}");
-    t.tv_sec as f64 + 1e-9 * t.tv_nsec as f64
-}
-
-/// Resident bytes of a process.
-fn resident(pid: u32) -> f64 {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("smaps_rollup");
-    let line = text.lines().find(|l| l.starts_with("Rss:")).expect("Rss");
-    line.split_whitespace().nth(1).and_then(|n| n.parse::<f64>().ok()).expect("a number") * 1024.0
-}
-
-fn percentile(sorted: &[f64], p: f64) -> f64 {
-    sorted[((sorted.len() as f64 * p / 100.0).ceil() as usize).clamp(1, sorted.len()) - 1]
-}
-
-// ---- the rows ----
 
 fn idle() -> bool {
     const CONNECTIONS: usize = 8;
@@ -393,20 +273,6 @@ fn many_connections(seconds: f64) {
     }
 }
 
-/// Sorted durations of an operation in microseconds, for `seconds` at least.
-fn time_all(seconds: f64, mut once: impl FnMut()) -> Vec<f64> {
-    (0..50).for_each(|_| once());
-    let mut times = Vec::new();
-    let began = Instant::now();
-    while times.len() < 200 || began.elapsed().as_secs_f64() < seconds {
-        let started = Instant::now();
-        once();
-        times.push(started.elapsed().as_secs_f64() * 1e6);
-    }
-    times.sort_by(f64::total_cmp);
-    times
-}
-
 /// A 4 KiB write that is polled, and a look for notifications that finds none, on one connection: alone, and beside 1,000 idle ones of
 /// the same engines. And what those cost while nothing happens.
 fn crowd(seconds: f64) {
@@ -429,12 +295,12 @@ fn crowd(seconds: f64) {
         std::thread::sleep(Duration::from_secs(CROWD_SECONDS));
         let percent = [0, 1].map(|i| (cpu_seconds(ids[i]) - used[i]) / began.elapsed().as_secs_f64() * 100.0);
         let used = cpu_seconds(ids[1]);
-        let ops = time_all(seconds, || {
+        let ops = time_all(seconds, Duration::ZERO, || {
             let id = connection.transfer(Direction::Write, std::iter::once((local, server.item))).expect("transfer");
             while !connection.poll(id).expect("poll").complete {}
         });
         let server_us = (cpu_seconds(ids[1]) - used) * 1e6 / (ops.len() + 50) as f64;
-        let looks = time_all(seconds, || assert!(engine.next_notification().is_none()));
+        let looks = time_all(seconds, Duration::ZERO, || assert!(engine.next_notification().is_none()));
         println!(
             "{{\"row\": \"crowd\", \"idle_connections\": {count}, \"write_4k_p50_us\": {:.2}, \"write_4k_p99_us\": {:.2}, \
              \"target_cpu_us_per_write\": {server_us:.2}, \"no_notification_us\": {:.3}, \"idle_percent\": [{:.3}, {:.3}]}}",
@@ -443,49 +309,6 @@ fn crowd(seconds: f64) {
             percentile(&looks, 50.0),
             percent[0],
             percent[1]
-        );
-    }
-}
-
-/// A small write behind one of 1 GiB on the same connection: how long it takes, beside what the large one takes and what it takes alone.
-fn line(seconds: f64) {
-    const TIMES: usize = 16;
-    let server = Server::start(None);
-    let engine = Engine::new(config(None)).expect("engine");
-    let buffer = vec![6u8; TOTAL];
-    let mr = engine.register(buffer.as_ptr() as usize, TOTAL).expect("register");
-    let local = |len| LocalSegment { mr, addr: buffer.as_ptr() as usize, len };
-    let connection = server.connect(&engine);
-    let start =
-        |items: Vec<(LocalSegment, FifoItem)>| connection.transfer(Direction::Write, items.into_iter()).expect("transfer");
-    let finish = |id| while !connection.poll(id).expect("poll").complete {};
-    for len in [4096usize, 64 << 10] {
-        let alone = time_all(seconds / 4.0, || finish(start(vec![(local(len), server.item)])));
-        let (mut behind, mut large) = (Vec::new(), Vec::new());
-        let began = Instant::now();
-        while large.len() < 3 || began.elapsed().as_secs_f64() < seconds {
-            let started = Instant::now();
-            let big = start(vec![(local(TOTAL), server.item); TIMES]);
-            // Small ones as long as the large one runs.
-            while !connection.poll(big).expect("poll").complete {
-                let posted = Instant::now();
-                finish(start(vec![(local(len), server.item)]));
-                behind.push(posted.elapsed().as_secs_f64() * 1e6);
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            large.push(started.elapsed().as_secs_f64() * 1e3);
-        }
-        behind.sort_by(f64::total_cmp);
-        large.sort_by(f64::total_cmp);
-        println!(
-            "{{\"row\": \"line\", \"bytes\": {len}, \"alone_p50_us\": {:.1}, \"behind_p50_us\": {:.1}, \"behind_p99_us\": {:.1}, \
-             \"behind_max_us\": {:.1}, \"large_p50_ms\": {:.1}, \"samples\": {}}}",
-            percentile(&alone, 50.0),
-            percentile(&behind, 50.0),
-            percentile(&behind, 99.0),
-            behind[behind.len() - 1],
-            percentile(&large, 50.0),
-            behind.len()
         );
     }
 }
