@@ -5,7 +5,7 @@ mod victim;
 
 use std::time::Duration;
 use uccl_p2p::config::Config;
-use uccl_p2p::engine::{Direction, Engine, FifoItem, LocalSegment};
+use uccl_p2p::engine::{Connection, Direction, Engine, FifoItem, LocalSegment};
 use victim::{pair, text_of, until, Outcome, Victim, SHARED_MEMORY};
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -214,6 +214,61 @@ fn simulated_gpu_memory_is_mapped_once_and_let_go_with_its_region() {
     drop(a);
     assert!(until(LIMIT, || b.ask("status 0").starts_with("error")));
     assert!(until(LIMIT, || b.number("mappings") == 0));
+    assert!(b.end(LIMIT));
+}
+
+/// Bytes that a connection has sent and received by direct transfers.
+fn directly(connection: &Connection) -> [u64; 2] {
+    let stats = connection.stats().unwrap();
+    let local = stats.channels.iter().filter(|channel| channel.nic == "local");
+    local.fold([0; 2], |[sent, received], channel| [sent + channel.sent_bytes, received + channel.received_bytes])
+}
+
+/// Transfers until one goes directly.
+fn until_direct(connection: &Connection, way: Direction, local: LocalSegment, item: FifoItem) {
+    let before = directly(connection);
+    assert!(until(LIMIT, || {
+        let id = connection.transfer(way, std::iter::once((local, item))).unwrap();
+        connection.wait(id, Some(LIMIT)).unwrap().complete && directly(connection) != before
+    }));
+}
+
+/// Two engines here, with three connections to one process.
+#[test]
+fn connections_of_a_pair_of_processes_map_an_allocation_once() {
+    const LEN: usize = MIB;
+    let mut b = start(&EMULATED);
+    b.ask("accept");
+    let config = || Config { disable_ipc: false, emulate_device: true, ..victim::config() };
+    let engines = [Engine::new(config()).unwrap(), Engine::new(config()).unwrap()];
+    let mut connections = [0, 0, 1].map(|i| engines[i].connect("127.0.0.1", "", b.port).unwrap()).to_vec();
+    let mut ours = victim::Bytes::shared(LEN, 5);
+    let addr = ours.as_ptr() as usize;
+    let [first, second] = std::array::from_fn(|i| engines[i].register(addr, LEN).unwrap());
+    let (theirs, item) = b.buffer(LEN, 0);
+    for (connection, mr) in connections.iter().zip([first, first, second]) {
+        for way in [Direction::Write, Direction::Read] {
+            until_direct(connection, way, LocalSegment { mr, addr, len: LEN }, item);
+        }
+    }
+    assert_eq!((b.number("mappings"), victim::mappings()), (1, 1));
+    // It stays for those that are left: another connection of that engine, then one of another engine.
+    drop(connections.remove(0));
+    until_direct(&connections[0], Direction::Write, LocalSegment { mr: first, addr, len: LEN }, item);
+    engines[0].deregister(first).unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!((b.number("mappings"), victim::mappings()), (1, 1));
+    // Other memory at its place is not mistaken for it.
+    ours.replace(6);
+    let third = engines[0].register(addr, LEN).unwrap();
+    until_direct(&connections[0], Direction::Write, LocalSegment { mr: third, addr, len: LEN }, item);
+    assert_eq!((b.ask(&format!("holds {theirs} {LEN} 6")).as_str(), b.number("mappings")), ("true", 2));
+    // It ends with the last region, or with the last connection.
+    engines[0].deregister(third).unwrap();
+    engines[1].deregister(second).unwrap();
+    assert!(until(LIMIT, || b.number("mappings") == 0), "a mapping outlives its regions");
+    drop(connections);
+    assert!(until(LIMIT, || victim::mappings() == 0), "a mapping outlives its connections");
     assert!(b.end(LIMIT));
 }
 

@@ -1,6 +1,7 @@
 //! Which GPU allocations of this side the peer can read from, and which of the peer's this side has mapped. An allocation is told once and
 //! used only after the peer has said that it can reach it. Knows nothing of sockets and of what is copied.
 
+use super::memory::witness::Process;
 use super::memory::{Export, LocalMemory, Mapping};
 use super::messages::Message;
 use crate::hash::Map;
@@ -247,9 +248,16 @@ pub(crate) struct Imports {
     /// Told, and not opened yet: opening takes long.
     waiting: VecDeque<(u32, Place, Export)>,
     last: u32,
+    /// The peer's process, if it is proved.
+    owner: Option<Process>,
 }
 
 impl Imports {
+    /// Of a peer's process, if it is proved.
+    pub(crate) fn of(owner: Option<Process>) -> Imports {
+        Imports { owner, ..Imports::default() }
+    }
+
     /// The peer shares an allocation.
     ///
     /// # Errors
@@ -294,7 +302,7 @@ impl Imports {
     /// Opens one allocation; the answer for the peer.
     pub(crate) fn open_one(&mut self, memory: &mut dyn LocalMemory) -> Option<Message> {
         let (id, here, export) = self.waiting.pop_front()?;
-        let open = match memory.open(&export, here) {
+        let open = match memory.open(&export, here, self.owner) {
             Ok(mapping) => {
                 let import = Import { mapping, base: export.base, len: export.len, here, copies: 0, ended: false };
                 self.open.insert(id, import);
@@ -413,7 +421,7 @@ mod tests {
                 false => bail!(Resource, "no descriptor is left"),
             }
         }
-        fn open(&mut self, _export: &Export, _place: Place) -> Result<Mapping> {
+        fn open(&mut self, _export: &Export, _place: Place, _owner: Option<Process>) -> Result<Mapping> {
             bail!(Unsupported, "nothing is opened")
         }
         fn close(&mut self, _mapping: Mapping) {}

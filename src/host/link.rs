@@ -7,6 +7,7 @@
 
 use super::memory::host::{self, HostMemory};
 use super::memory::probe::Probe;
+use super::memory::witness::Witness;
 use super::memory::{GpuId, LocalMemory, Manner};
 use super::ring::{RingIn, RingOut};
 use super::socket::{Listener, Name, Place as Where, Received, Socket, Who, MAX_MESSAGE};
@@ -411,12 +412,12 @@ fn allowed(who: Who) -> Result<()> {
 /// What the peer says of itself.
 struct Introduction {
     gpus: Vec<(Place, GpuId)>,
-    witness: host::Witness,
+    witness: Witness,
 }
 
 fn introduction(gpus: &[(Place, GpuId)], key: &Secret) -> Result<Vec<u8>> {
     let mut out = Vec::with_capacity(1024);
-    let witness = host::Witness::own()?;
+    let witness = Witness::own()?;
     out.extend_from_slice(&MAGIC.to_le_bytes());
     out.extend_from_slice(&VERSION.to_le_bytes());
     let gpus = &gpus[..gpus.len().min(MAX_GPUS)];
@@ -475,7 +476,7 @@ fn proved(bytes: &[u8], key: &Secret) -> Result<Introduction> {
     if gpus.iter().any(|(place, _)| !place.is_device()) {
         bail!(Protocol, "a process has host memory on a GPU");
     }
-    let witness = host::Witness { addr: u64::from_le_bytes(rest.take()?), bytes: rest.take()? };
+    let witness = Witness { addr: u64::from_le_bytes(rest.take()?), bytes: rest.take()? };
     rest.end()?;
     Ok(Introduction { gpus, witness })
 }
@@ -515,8 +516,8 @@ fn found(bytes: &[u8]) -> Result<Vec<Found>> {
 
 /// Whether a peer is this very process: the kernel says so, and the peer knows what lies in its memory. Neither alone is enough: another
 /// process may have been told the one, and have the same number in another namespace.
-fn is_this_process(pid: i32, witness: host::Witness) -> Result<bool> {
-    Ok(pid == std::process::id() as i32 && witness == host::Witness::own()?)
+fn is_this_process(pid: i32, witness: Witness) -> Result<bool> {
+    Ok(pid == std::process::id() as i32 && witness == Witness::own()?)
 }
 
 #[cfg(test)]
@@ -528,10 +529,10 @@ pub(crate) mod tests {
 
     #[test]
     fn a_process_is_this_one_by_its_number_and_by_what_it_knows() {
-        let (me, own) = (std::process::id() as i32, host::Witness::own().unwrap());
+        let (me, own) = (std::process::id() as i32, Witness::own().unwrap());
         let mut other = own;
         other.bytes[0] ^= 1;
-        let moved = host::Witness { addr: own.addr + 1, ..own };
+        let moved = Witness { addr: own.addr + 1, ..own };
         let is = |pid, witness| is_this_process(pid, witness).unwrap();
         assert_eq!([is(me, own), is(me + 1, own), is(0, own), is(me, other), is(me, moved)], [true, false, false, false, false]);
     }

@@ -8,7 +8,7 @@ use super::grants::{Claim, Grants, Leases};
 use super::layout::WINDOW;
 use super::link::Linked;
 use super::locate::cover;
-use super::memory::host;
+use super::memory::host::{self, HostMemory};
 use super::memory::pool::Bell;
 use super::messages::{self, Granted, Message, MAX_EXPORTS};
 use super::orders::{self, Orders};
@@ -100,6 +100,7 @@ impl OneHost {
             host.set_bell(bell);
         }
         let (grants, leases) = (Grants::new(out.shared()), Leases::new(inn.shared()));
+        let imports = Imports::of(host.as_ref().map(HostMemory::process));
         let news = Arc::new(AtomicBool::new(true));
         OneHost {
             wire: Wire { socket, pid: who.pid, pairs, outbox: VecDeque::new(), news },
@@ -107,7 +108,7 @@ impl OneHost {
             likely,
             copies: Copies::new(host, device),
             shares: Shares::default(),
-            imports: Imports::default(),
+            imports,
             grants,
             leases,
             reads: Reads::default(),

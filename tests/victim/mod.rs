@@ -199,6 +199,11 @@ impl Bytes {
         if std::env::var(SHARED_MEMORY).as_deref() != Ok("1") {
             return Bytes::Heap(vec![fill; len]);
         }
+        Bytes::shared(len, fill)
+    }
+
+    /// A memory file of its own.
+    pub fn shared(len: usize, fill: u8) -> Bytes {
         let fd = memory_file(len);
         Bytes::of_file(&fd, 0, len, fill)
     }
@@ -231,7 +236,7 @@ impl Bytes {
     }
 
     /// Another memory file at the same place.
-    fn replace(&mut self, fill: u8) {
+    pub fn replace(&mut self, fill: u8) {
         let Bytes::File { at, len, fd: own } = self else { panic!("no memory file") };
         let fd = memory_file(*len);
         map(&fd, 0, *len, *at);
@@ -259,6 +264,12 @@ impl Drop for Bytes {
             unsafe { libc::munmap(at.cast(), *len) };
         }
     }
+}
+
+/// Mappings of other processes' memory files in this process.
+pub fn mappings() -> usize {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    maps.lines().filter(|line| line.contains("/memfd:test-gpu") && line.contains("r--s")).count()
 }
 
 struct Buffer {
@@ -489,11 +500,7 @@ impl Inside {
                 };
                 "trimmed".to_owned()
             }
-            // Mappings of other processes' memory files.
-            "mappings" => {
-                let maps = std::fs::read_to_string("/proc/self/maps")?;
-                maps.lines().filter(|line| line.contains("/memfd:test-gpu") && line.contains("r--s")).count().to_string()
-            }
+            "mappings" => mappings().to_string(),
             // Mappings of buffers of staged transfers: this process's own, and other processes'.
             "areas" => {
                 let maps = std::fs::read_to_string("/proc/self/maps")?;

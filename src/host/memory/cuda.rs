@@ -1,11 +1,14 @@
 //! Memory of GPUs that peers of one host share: CUDA IPC handles for memory of `cudaMalloc`, descriptors for memory that is mapped piece by
 //! piece, areas for peers that push, and pulls by kernel or copy engine. Whatever else there is, is refused. Knows nothing of sockets, rings and transfers.
 
+use super::mappings::Mappings;
+use super::witness::Process;
 use super::{Area, Export, ExportKind, GpuId, LocalMemory, Manner, Mapping, Piece, Pull};
 use crate::gpu::{close_later, Gpu, PullOptions, Pulls};
 use crate::status::{bail, Result};
 use crate::types::Place;
 use cuda_driver::{allocation, ipc_handle, posix_handle, shareable, Allocation, Link, Mapped, Sharing, Stream};
+use process::PerProcess;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -30,6 +33,8 @@ pub(crate) struct CudaOptions {
     pub manner: Option<Manner>,
 }
 
+/// Exports of other processes that this one has mapped.
+static MAPPED: PerProcess<Mappings<Open>> = PerProcess::new(Mappings::default);
 /// Mappings of this process, and its areas.
 static MAPPINGS: AtomicUsize = AtomicUsize::new(0);
 static AREAS: AtomicUsize = AtomicUsize::new(0);
@@ -55,9 +60,22 @@ impl Drop for Counted {
 }
 
 /// What a mapping's id stands for.
-struct Open {
-    _mapped: Mapped,
-    _counted: Counted,
+struct Open(Option<(Mapped, Counted)>);
+
+impl Open {
+    fn new(mapped: Mapped) -> Result<Open> {
+        Ok(Open(Some((mapped, Counted::new(&MAPPINGS, MAX_MAPPINGS, "allocations of others mapped")?))))
+    }
+
+    fn ptr(&self) -> u64 {
+        self.0.as_ref().map_or(0, |(mapped, _)| mapped.ptr())
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        close_later(self.0.take());
+    }
 }
 
 /// What an area's id stands for.
@@ -78,7 +96,7 @@ pub(crate) struct CudaMemory {
     options: CudaOptions,
     // Dropped before the mappings that its pulls read.
     units: Vec<Unit>,
-    open: HashMap<u64, Open>,
+    open: HashMap<u64, Arc<Open>>,
     areas: HashMap<u64, OwnArea>,
     next: u64,
 }
@@ -108,12 +126,11 @@ impl CudaMemory {
         Ok(Some(self.options.manner.unwrap_or(by_link)))
     }
 
-    fn add(&mut self, mapped: Mapped) -> Result<Mapping> {
-        let counted = Counted::new(&MAPPINGS, MAX_MAPPINGS, "allocations of others mapped")?;
-        let addr = mapped.ptr();
+    fn add(&mut self, open: Arc<Open>) -> Mapping {
+        let addr = open.ptr();
         self.next += 1;
-        self.open.insert(self.next, Open { _mapped: mapped, _counted: counted });
-        Ok(Mapping { id: self.next, addr })
+        self.open.insert(self.next, open);
+        Mapping { id: self.next, addr }
     }
 }
 
@@ -188,18 +205,16 @@ impl LocalMemory for CudaMemory {
         Ok(posix_handle(gpu(place)?.context(), export.base)?)
     }
 
-    fn open(&mut self, export: &Export, place: Place) -> Result<Mapping> {
+    fn open(&mut self, export: &Export, place: Place, owner: Option<Process>) -> Result<Mapping> {
         let to = ordinal(place)?;
         // What a pull needs is made now, not when data is to move.
         self.unit(place)?;
-        let mapped = open_foreign(export, &*Gpu::open(to)?)?;
-        self.add(mapped)
+        let open = MAPPED.get().open(owner, export, place, || Open::new(open_foreign(export, &*Gpu::open(to)?)?))?;
+        Ok(self.add(open))
     }
 
     fn close(&mut self, mapping: Mapping) {
-        if let Some(open) = self.open.remove(&mapping.id) {
-            close_later(open);
-        }
+        self.open.remove(&mapping.id);
     }
 
     fn area(&mut self, place: Place, len: usize) -> Result<Area> {
@@ -242,7 +257,7 @@ impl LocalMemory for CudaMemory {
             bail!(Protocol, "an area of kind {:?} for a GPU", export.kind)
         };
         let mapped = Mapped::posix_writable(gpu(place)?.context(), fd.as_fd(), len)?;
-        self.add(mapped)
+        Ok(self.add(Arc::new(Open::new(mapped)?)))
     }
 
     unsafe fn pull(&mut self, place: Place, pieces: &[Piece]) -> Result<Pull> {
@@ -289,8 +304,8 @@ impl Drop for CudaMemory {
         let quiet = self.units.iter_mut().all(|u| u.pulls.quiesce(Duration::ZERO).is_ok());
         let (open, areas) = (std::mem::take(&mut self.open), std::mem::take(&mut self.areas));
         match quiet {
-            true if open.is_empty() && areas.is_empty() => {}
-            true => close_later((open, areas)),
+            true if areas.is_empty() => {}
+            true => close_later(areas),
             false => std::mem::forget((open, areas)),
         }
     }

@@ -2,13 +2,20 @@
 //! descriptors, as a driver does with allocations; all else cannot be shared. Copies end later than they begin, as on a GPU. Knows
 //! nothing of chunks.
 
+use super::mappings::Mappings;
+use super::witness::Process;
 use super::{Area, Export, ExportKind, GpuId, LocalMemory, Manner, Mapping, Piece, Pull};
 use crate::host::shm::{self, Shared};
 use crate::status::{bail, Result};
 use crate::types::Place;
+use process::PerProcess;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+
+/// Exports of other processes that this one has mapped.
+static MAPPED: PerProcess<Mappings<Shared>> = PerProcess::new(Mappings::default);
 
 const ID: &[u8; 15] = b"simulated GPU  ";
 
@@ -27,7 +34,7 @@ pub(crate) struct EmulatedMemory {
     push: bool,
     /// Areas, with their descriptors.
     areas: HashMap<u64, (Shared, OwnedFd, GpuId)>,
-    open: HashMap<u64, Shared>,
+    open: HashMap<u64, Arc<Shared>>,
     /// Pulls that were started, and how often somebody has asked for them.
     pulls: HashMap<u64, (Vec<Piece>, u32)>,
 }
@@ -39,7 +46,7 @@ impl EmulatedMemory {
     }
 
     /// Maps an export of another process, or of an area.
-    fn map(&mut self, export: &Export, writable: bool) -> Result<Mapping> {
+    fn map(&mut self, export: &Export, (place, writable): (Place, bool), owner: Option<Process>) -> Result<Mapping> {
         let (ExportKind::SharedMemory, Some(fd)) = (export.kind, &export.fd) else {
             bail!(Unsupported, "simulated: an export of kind {:?}", export.kind)
         };
@@ -49,8 +56,10 @@ impl EmulatedMemory {
         let Some(end) = offset.checked_add(export.len).filter(|&end| end <= 1 << 40) else {
             bail!(Protocol, "simulated: {} bytes at {offset} of a memory file", export.len)
         };
-        shm::check(fd.as_fd(), end)?;
-        let shared = Shared::map(fd.as_fd(), end as usize, writable)?;
+        let shared = MAPPED.get().open(owner, export, place, || {
+            shm::check(fd.as_fd(), end)?;
+            Shared::map(fd.as_fd(), end as usize, writable)
+        })?;
         let addr = shared.addr() + offset;
         self.last += 1;
         self.open.insert(self.last, shared);
@@ -119,6 +128,7 @@ impl LocalMemory for EmulatedMemory {
         shm::check(fd.as_fd(), found.offset + (found.end - found.start))?;
         let mut handle = [0; 64];
         handle[..8].copy_from_slice(&found.offset.to_le_bytes());
+        handle[8..16].copy_from_slice(&found.inode.to_le_bytes());
         let (base, len) = (found.start, found.end - found.start);
         let gpu = gpu(place.ordinal().unwrap_or(0));
         Ok(vec![Export { kind: ExportKind::SharedMemory, handle, fd: None, base, len, gpu }])
@@ -135,8 +145,8 @@ impl LocalMemory for EmulatedMemory {
         true
     }
 
-    fn open(&mut self, export: &Export, _place: Place) -> Result<Mapping> {
-        self.map(export, false)
+    fn open(&mut self, export: &Export, place: Place, owner: Option<Process>) -> Result<Mapping> {
+        self.map(export, (place, false), owner)
     }
 
     fn close(&mut self, mapping: Mapping) {
@@ -165,8 +175,8 @@ impl LocalMemory for EmulatedMemory {
         self.areas.remove(&area.id);
     }
 
-    fn open_area(&mut self, export: &Export, _place: Place) -> Result<Mapping> {
-        self.map(export, true)
+    fn open_area(&mut self, export: &Export, place: Place) -> Result<Mapping> {
+        self.map(export, (place, true), None)
     }
 
     unsafe fn pull(&mut self, _place: Place, pieces: &[Piece]) -> Result<Pull> {
@@ -248,10 +258,10 @@ mod tests {
         unsafe { application.0.add(5000).write(42) };
         let (mut owner, mut puller) = (EmulatedMemory::default(), EmulatedMemory::default());
         let mut export = owner.export(Place::gpu(1), at + 4999, 1000).unwrap().pop().unwrap();
-        assert!(export.fd.is_none() && puller.open(&export, Place::gpu(0)).is_err());
+        assert!(export.fd.is_none() && puller.open(&export, Place::gpu(0), None).is_err());
         export.fd = Some(owner.descriptor(Place::gpu(1), &export).unwrap());
         assert!(export.base == at && export.len == 16384 && puller.reaches(Place::gpu(0), &export.gpu) == Some(Manner::Pull));
-        let mapping = puller.open(&export, Place::gpu(0)).unwrap();
+        let mapping = puller.open(&export, Place::gpu(0), None).unwrap();
         drop((application, export));
         let mut byte = 0u8;
         pull(&mut puller, Piece { src: mapping.addr + 5000, dst: &raw mut byte as u64, len: 1 });
@@ -272,10 +282,10 @@ mod tests {
         for (len, offset) in [(8193, 0u64), (8192, 4096), (u64::MAX, 1), (1 << 50, 0)] {
             export.len = len;
             export.handle[..8].copy_from_slice(&offset.to_le_bytes());
-            assert!(memory.open(&export, Place::gpu(0)).is_err(), "{len} at {offset}");
+            assert!(memory.open(&export, Place::gpu(0), None).is_err(), "{len} at {offset}");
         }
         export.fd = None;
-        assert!(memory.open(&export, Place::gpu(0)).is_err());
+        assert!(memory.open(&export, Place::gpu(0), None).is_err());
         assert_eq!((memory.reaches(Place::gpu(0), &[0; 16]), memory.reaches(Place::HOST, &gpu(0))), (None, None));
     }
 

@@ -4,17 +4,15 @@
 //! nothing of chunks and transfers.
 
 use super::pool::{Bell, Flow, Job, Pool, Work};
+use super::witness::{Process, Witness, WITNESS};
 use super::{Export, GpuId, LocalMemory, Manner, Mapping, Piece, Pull};
 use crate::status::{bail, err, Error, Result};
 use crate::types::{Place, Span};
-use process::PerProcess;
 use std::collections::HashMap;
 use std::mem::MaybeUninit;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Bytes of a witness.
-const WITNESS: usize = 32;
 /// Bytes of a slice, and stretches of the peer's memory. A pull of one slice is done at once: waking a thread takes longer.
 const SLICE: u64 = 128 << 10;
 const STRETCHES: usize = 128;
@@ -27,46 +25,6 @@ const PARTS: usize = 512;
 const NEAR: usize = 512;
 /// How long the end of a connection waits for slices that are under way. A kernel that copies takes microseconds.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(5);
-
-/// A few bytes of a process that no other has, and where they lie.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Witness {
-    /// First byte.
-    pub addr: u64,
-    /// The bytes: random.
-    pub bytes: [u8; WITNESS],
-}
-
-impl Witness {
-    /// This process's.
-    ///
-    /// # Errors
-    /// `Unsupported` where the kernel cannot keep it from children.
-    pub(crate) fn own() -> Result<Witness> {
-        static OWN: PerProcess<Option<Witness>> = PerProcess::new(|| make().ok());
-        match *OWN.get() {
-            Some(witness) => Ok(witness),
-            None => bail!(Unsupported, "no page can be kept from children of this process"),
-        }
-    }
-}
-
-/// A page with random bytes that a forked child finds empty.
-fn make() -> Result<Witness> {
-    const PAGE: usize = 4096;
-    let mut bytes = [0; WITNESS];
-    getrandom::fill(&mut bytes).map_err(|e| err!(System, "random bytes: {e}"))?;
-    // SAFETY: a fresh private page; it is never unmapped.
-    unsafe {
-        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        let page = libc::mmap(std::ptr::null_mut(), PAGE, protection, flags, -1, 0);
-        if page == libc::MAP_FAILED || libc::madvise(page, PAGE, libc::MADV_WIPEONFORK) != 0 {
-            bail!(Unsupported, "a page of its own: {}", std::io::Error::last_os_error());
-        }
-        std::ptr::copy_nonoverlapping(bytes.as_ptr(), page.cast(), WITNESS);
-        Ok(Witness { addr: page as u64, bytes })
-    }
-}
 
 /// What often keeps one process from reading another, as it is on this machine; for a line of the log.
 pub(crate) fn hint() -> String {
@@ -90,10 +48,7 @@ pub(crate) fn is_readable(region: &Span) -> bool {
 
 /// A process whose memory is read.
 #[derive(Clone, Copy)]
-struct Peer {
-    pid: i32,
-    witness: Witness,
-}
+struct Peer(Process);
 
 impl Peer {
     /// Copies all pieces, of one [`slice`] at most.
@@ -128,13 +83,13 @@ impl Peer {
         }
         // Last: the kernel holds on to the one address space for the whole call.
         here.push(witness.as_mut_ptr() as u64, WITNESS as u64);
-        there.push(self.witness.addr, WITNESS as u64);
+        there.push(self.0.witness.addr, WITNESS as u64);
         sum += WITNESS as u64;
         let (Some((here, here_count)), Some((there, there_count))) = (here.list(), there.list()) else {
             return Err(Failed::TooMany);
         };
         // SAFETY: both lists live; the kernel checks every address, here as there.
-        let got = unsafe { libc::process_vm_readv(self.pid, here, here_count, there, there_count, 0) };
+        let got = unsafe { libc::process_vm_readv(self.0.pid, here, here_count, there, there_count, 0) };
         if got < 0 {
             let error = std::io::Error::last_os_error();
             return Err(match error.raw_os_error() {
@@ -145,7 +100,7 @@ impl Peer {
         if got as u64 != sum {
             return Err(Failed::Partly { got: got as u64, of: sum });
         }
-        match witness == self.witness.bytes {
+        match witness == self.0.witness.bytes {
             true => Ok(()),
             false => Err(Failed::Stranger),
         }
@@ -155,18 +110,18 @@ impl Peer {
     fn blame(&self, failed: Failed, pieces: impl Iterator<Item = Piece>) -> Error {
         match failed {
             Failed::TooMany => err!(Internal, "a slice has too many pieces"),
-            Failed::Call(e) => err!(RemoteDisconnect, "memory of process {} cannot be read: {e}", self.pid),
-            Failed::Stranger => err!(RemoteDisconnect, "process {} is not the peer any more", self.pid),
+            Failed::Call(e) => err!(RemoteDisconnect, "memory of process {} cannot be read: {e}", self.0.pid),
+            Failed::Stranger => err!(RemoteDisconnect, "process {} is not the peer any more", self.0.pid),
             Failed::Partly { got, of } => match self.is_readable(pieces) {
                 // A place here that the kernel cannot write: the caller has unmapped it, or made it read-only.
                 true => err!(
                     InvalidArgument,
                     "registered memory of this process (process {}) cannot be written any more: {got} of {of} bytes came from process {}",
                     std::process::id(),
-                    self.pid
+                    self.0.pid
                 ),
                 false => {
-                    err!(RemoteDisconnect, "process {} gave {got} of {of} bytes: its memory cannot be read any more", self.pid)
+                    err!(RemoteDisconnect, "process {} gave {got} of {of} bytes: its memory cannot be read any more", self.0.pid)
                 }
             },
         }
@@ -183,7 +138,7 @@ impl Peer {
                 let here = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
                 let there = libc::iovec { iov_base: at as *mut _, iov_len: 1 };
                 // SAFETY: one byte into a byte; the kernel checks the other address.
-                if unsafe { libc::process_vm_readv(self.pid, &here, 1, &there, 1, 0) } != 1 {
+                if unsafe { libc::process_vm_readv(self.0.pid, &here, 1, &there, 1, 0) } != 1 {
                     return false;
                 }
                 at = (at / PAGE + 1) * PAGE;
@@ -356,11 +311,16 @@ impl HostMemory {
         if pid <= 0 {
             bail!(Unsupported, "the peer's process has no number in this PID namespace");
         }
-        let peer = Peer { pid, witness };
+        let peer = Peer(Process { pid, witness });
         // SAFETY: nothing but the witness is read.
         unsafe { peer.read(std::iter::empty()) }?;
         let flow = Flow { connection: Flow::connection(), transfer: 0 };
         Ok(HostMemory { peer, pool: Pool::of_process()?, bell: None, jobs: HashMap::new(), last: ENDED, flow })
+    }
+
+    /// The process, as the kernel and its own memory say.
+    pub(crate) fn process(&self) -> Process {
+        self.peer.0
     }
 
     /// Rung when a large pull has ended.
@@ -374,7 +334,7 @@ impl LocalMemory for HostMemory {
         bail!(Internal, "host memory needs no export")
     }
 
-    fn open(&mut self, _export: &Export, _place: Place) -> Result<Mapping> {
+    fn open(&mut self, _export: &Export, _place: Place, _owner: Option<Process>) -> Result<Mapping> {
         bail!(Internal, "host memory needs no export")
     }
 
@@ -435,7 +395,7 @@ impl LocalMemory for HostMemory {
         let deadline = std::time::Instant::now() + QUIESCE_LIMIT;
         self.jobs.retain(|_, job| !job.wait(deadline));
         if !self.jobs.is_empty() {
-            bail!(System, "the kernel has been copying from process {} for {QUIESCE_LIMIT:?}", self.peer.pid);
+            bail!(System, "the kernel has been copying from process {} for {QUIESCE_LIMIT:?}", self.peer.0.pid);
         }
         Ok(())
     }
@@ -499,7 +459,7 @@ mod tests {
         other.bytes[0] ^= 1;
         assert!(HostMemory::new(std::process::id() as i32, other).is_err());
         let mut memory = own();
-        memory.peer.witness = other;
+        memory.peer.0.witness = other;
         let (source, mut dest) = (vec![1u8; 1 << 20], vec![0u8; 1 << 20]);
         for len in [100, 1 << 20] {
             let piece = Piece { src: source.as_ptr() as u64, dst: dest.as_mut_ptr() as u64, len };
@@ -637,7 +597,7 @@ mod tests {
                 (src, dst) = (src + piece.len + gap, dst + piece.len + gap % 2);
                 piece
             }).collect();
-            let slices = Slices::new(Peer { pid: 0, witness: Witness { addr: 0, bytes: [0; WITNESS] } }, &pieces);
+            let slices = Slices::new(Peer(Process { pid: 0, witness: Witness { addr: 0, bytes: [0; WITNESS] } }), &pieces);
             let mut all = Vec::new();
             for index in 0..slices.len() {
                 let part: Vec<Piece> = between(&slices.pieces, slices.marks[index], slices.marks[index + 1]).collect();
@@ -670,7 +630,8 @@ mod tests {
             (0..200).map(|i| Piece { src: (1 << 20) + i * stride, dst: (1 << 30) + i * 1000, len: 64 }).collect()
         };
         for (stride, calls) in [(64, 1), (128, 1), (576, 1), (577, 2), (4096, 2)] {
-            let slices = Slices::new(Peer { pid: 0, witness: Witness { addr: 0, bytes: [0; WITNESS] } }, &blocks(stride));
+            let slices =
+                Slices::new(Peer(Process { pid: 0, witness: Witness { addr: 0, bytes: [0; WITNESS] } }), &blocks(stride));
             assert_eq!(slices.len(), calls, "blocks every {stride} bytes");
         }
     }

@@ -5,16 +5,19 @@
 pub(crate) mod cuda;
 pub(crate) mod emulated;
 pub(crate) mod host;
+mod mappings;
 pub(crate) mod pool;
 pub(crate) mod probe;
+pub(crate) mod witness;
 
 use crate::status::{bail, Result};
 pub(crate) use crate::types::Piece;
 use crate::types::Place;
 use std::os::fd::OwnedFd;
+use witness::Process;
 
 /// How an export is opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub(crate) enum ExportKind {
     /// A CUDA IPC handle: memory of `cudaMalloc`.
@@ -122,11 +125,12 @@ pub(crate) trait LocalMemory: Send {
     }
 
     /// Maps a peer's allocation for pulls into memory of `place`. Everything in `export` is the peer's word; the peer has proved that
-    /// it may talk to us, and may still lie.
+    /// it may talk to us, and may still lie. `owner`: which process it has proved to be; what others of its connections have opened is
+    /// not mapped again.
     ///
     /// # Errors
     /// `Unsupported` where it cannot be reached from here.
-    fn open(&mut self, export: &Export, place: Place) -> Result<Mapping>;
+    fn open(&mut self, export: &Export, place: Place, owner: Option<Process>) -> Result<Mapping>;
 
     /// Ends a mapping; no pull uses it any more.
     fn close(&mut self, mapping: Mapping);

@@ -2,6 +2,7 @@ use super::super::areas::Kind;
 use super::super::areas::{count, AREA, SLOT, SLOTS};
 use super::super::link::tests::pushing;
 use super::super::memory::emulated::{self, EmulatedMemory};
+use super::super::memory::witness::Process;
 use super::super::memory::{Export, LocalMemory};
 use super::super::memory::{ExportKind, GpuId, Manner, Mapping, Pull};
 use super::super::ring::Head;
@@ -580,8 +581,8 @@ impl LocalMemory for HalfStarted {
     fn export(&mut self, place: Place, addr: u64, len: u64) -> Result<Vec<Export>> {
         self.0.export(place, addr, len)
     }
-    fn open(&mut self, export: &Export, place: Place) -> Result<Mapping> {
-        self.0.open(export, place)
+    fn open(&mut self, export: &Export, place: Place, owner: Option<Process>) -> Result<Mapping> {
+        self.0.open(export, place, owner)
     }
     fn close(&mut self, mapping: Mapping) {
         self.0.close(mapping);

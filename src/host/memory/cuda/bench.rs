@@ -140,7 +140,7 @@ fn gpu_benchmark() {
                 pulls: PullOptions { blocks, engine: engine_from, ..PullOptions::default() },
                 manner: Some(Manner::Pull),
             });
-            let mapping = memory.open(&exported.exports[0], Place::gpu(0)).expect("a mapping");
+            let mapping = memory.open(&exported.exports[0], Place::gpu(0), None).expect("a mapping");
             let name = format!("GPU {gpu} to 0, {blocks} blocks, engine {} MiB", engine_from / MIB);
             measure(&mut memory, &name, mapping.addr, block.at);
             if (blocks, engine_from) == (66, 4 * MIB) {
@@ -151,7 +151,7 @@ fn gpu_benchmark() {
         // Small ones by the kernel, beside the copy engine above.
         let pulls = PullOptions { few_runs: 0, ..PullOptions::default() };
         let mut memory = CudaMemory::new(CudaOptions { pulls, manner: Some(Manner::Pull) });
-        let mapping = memory.open(&exported.exports[0], Place::gpu(0)).expect("a mapping");
+        let mapping = memory.open(&exported.exports[0], Place::gpu(0), None).expect("a mapping");
         for len in [16, 2 << 10, 4 << 10, 8 << 10, 16 << 10, 64 << 10, 256 << 10] {
             let list = [Piece { src: mapping.addr, dst: block.at, len }];
             line(&format!("GPU {gpu} to 0, one piece, by the kernel"), len, timed(400, || pull_lists(&mut memory, &[&list], 1)));

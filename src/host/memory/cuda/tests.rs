@@ -43,7 +43,7 @@ struct View {
 
 impl View {
     fn open(memory: &mut CudaMemory, exported: Exported, place: Place) -> View {
-        let mappings = exported.exports.iter().map(|e| memory.open(e, place).expect("a mapping")).collect();
+        let mappings = exported.exports.iter().map(|e| memory.open(e, place, None).expect("a mapping")).collect();
         View { exported, mappings }
     }
 
@@ -196,7 +196,7 @@ fn gpu_lies_about_an_allocation_are_errors_and_harm_nothing() {
     let (owner, mut memory) = (Owner::new(), memory());
     let mut failed = |mut exported: Exported, lie: &dyn Fn(&mut Export)| {
         lie(&mut exported.exports[0]);
-        let error = memory.open(&exported.exports[0], Place::gpu(0)).expect_err("a lie");
+        let error = memory.open(&exported.exports[0], Place::gpu(0), None).expect_err("a lie");
         eprintln!("{error}");
     };
     for &gpu in &gpus {
@@ -220,7 +220,7 @@ fn gpu_lies_about_an_allocation_are_errors_and_harm_nothing() {
         // A handle with one byte changed opens or does not; either way this process goes on.
         let mut exported = owner.export_again(gpus[gpus.len() - 1]);
         exported.exports[0].handle[i] ^= 0x41;
-        if let Ok(mapping) = memory.open(&exported.exports[0], Place::gpu(0)) {
+        if let Ok(mapping) = memory.open(&exported.exports[0], Place::gpu(0), None) {
             eprintln!("byte {i} of a handle says nothing");
             memory.close(mapping);
         }
@@ -238,11 +238,11 @@ fn gpu_handles_of_freed_memory_and_of_dead_owners_are_errors() {
         let owner = Owner::new();
         let freed = owner.allocate(Kind::Malloc, gpu, 8 << 20, 1);
         owner.free(freed.number);
-        eprintln!("freed: {}", memory.open(&freed.exports[0], Place::gpu(0)).expect_err("freed memory"));
+        eprintln!("freed: {}", memory.open(&freed.exports[0], Place::gpu(0), None).expect_err("freed memory"));
         let orphaned = owner.allocate(Kind::Malloc, gpu, 8 << 20, 2);
         let unused = owner.allocate(Kind::Segments, gpu, 4 << 20, 4);
         drop(owner);
-        eprintln!("dead: {}", memory.open(&orphaned.exports[0], Place::gpu(0)).expect_err("a dead owner"));
+        eprintln!("dead: {}", memory.open(&orphaned.exports[0], Place::gpu(0), None).expect_err("a dead owner"));
         // A descriptor keeps what it names.
         let view = View::open(&mut memory, unused, Place::gpu(0));
         all_comes(&mut memory, &view, 4 << 20, 4);
@@ -472,7 +472,7 @@ fn gpu_captures_in_global_mode_neither_fail_nor_break_pulls() {
             let mut memory = memory();
             for e in &exported {
                 let mappings: Vec<Mapping> =
-                    e.exports.iter().map(|e| memory.open(e, Place::gpu(0)).expect("a mapping")).collect();
+                    e.exports.iter().map(|e| memory.open(e, Place::gpu(0), None).expect("a mapping")).collect();
                 let mut pieces = Vec::new();
                 for (export, mapping) in e.exports.iter().zip(&mappings) {
                     pieces.push(Piece {
