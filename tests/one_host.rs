@@ -342,6 +342,51 @@ fn host_memory_that_no_other_process_can_read_keeps_its_channels() {
     }
 }
 
+/// A page that does not come while the first process copies from it. docs/security.md says what waits for it.
+#[test]
+fn memory_that_does_not_answer_holds_no_transfer_that_is_waited_for() {
+    for len in [64 << 10, 512 << 10, 8 * MIB] {
+        let (mut a, mut slow) = two(&[ON], &[ON]);
+        let mut c = start(&[ON]);
+        c.ask("accept");
+        assert_eq!(a.ask(&format!("connect 127.0.0.1 {}", c.port)), "1");
+        assert!(until(LIMIT, || c.number("connections") == 1));
+        let (sink, item) = a.buffer(len, 0);
+        let (there, there_item) = a.buffer(MIB, 0);
+        let (source, source_item) = c.buffer(MIB, 3);
+        let write = format!("write 0 {source} {MIB} {}", text_of(&there_item));
+        let read = format!("read 1 {there} {MIB} {}", text_of(&source_item));
+        // Both are granted before.
+        let id = c.start_transfer(&write).unwrap();
+        assert_eq!(c.wait(0, id, LIMIT), Outcome::Done(MIB as u64));
+        let id = a.start_transfer(&read).unwrap();
+        assert_eq!(a.wait(1, id, LIMIT), Outcome::Done(MIB as u64));
+        let answer = slow.ask(&format!("absent-page {len} 7"));
+        let Ok(absent) = answer.parse::<usize>() else {
+            println!("SKIPPED: no userfaultfd for this user");
+            return;
+        };
+        let held = slow.start_transfer(&format!("write 0 {absent} {len} {}", text_of(&item))).unwrap();
+        assert_eq!(slow.wait(0, held, Duration::from_millis(500)), Outcome::Pending);
+        // A thread that waits for a transfer drives its connection.
+        for _ in 0..3 {
+            let id = a.start_transfer(&read).unwrap();
+            assert_eq!(a.wait(1, id, LIMIT), Outcome::Done(MIB as u64), "beside {len} bytes");
+        }
+        // What the progress thread is to do waits where it copies itself, and never behind threads of the pool.
+        let id = c.start_transfer(&write).unwrap();
+        if len > MIB {
+            assert_eq!(c.wait(0, id, LIMIT), Outcome::Done(MIB as u64), "beside {len} bytes");
+        }
+        slow.ask("let-page-come");
+        assert_eq!(slow.wait(0, held, LIMIT), Outcome::Done(len as u64));
+        assert_eq!(c.wait(0, id, LIMIT), Outcome::Done(MIB as u64));
+        assert_eq!(a.ask(&format!("holds {sink} {} 7", len / 2)), "true");
+        assert_eq!([a.ask("status 0"), a.ask("status 1")], ["up", "up"]);
+        assert!(a.end(LIMIT) && slow.end(LIMIT) && c.end(LIMIT));
+    }
+}
+
 /// For a child: its limit of descriptors.
 const NOFILE: &str = "UCCL_TEST_NOFILE";
 

@@ -235,6 +235,29 @@ impl Bytes {
         Some(Bytes::of_file(&fd, 0, len, fill))
     }
 
+    /// Takes away the page at an offset; who reads it waits until the descriptor is closed, and finds zeros. `None` where this user may not.
+    fn keep_from(&self, offset: usize) -> Option<OwnedFd> {
+        const API: libc::Ioctl = 0xC018_AA3F_u32 as libc::Ioctl;
+        const REGISTER: libc::Ioctl = 0xC020_AA00_u32 as libc::Ioctl;
+        const MISSING: u64 = 1;
+        let Bytes::File { at, fd: file, .. } = self else { return None };
+        let page = *at as u64 + offset as u64 / 4096 * 4096;
+        // SAFETY: a page of our mapping, and structures as the kernel's userfaultfd.h has them.
+        unsafe {
+            let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK);
+            if fd < 0 {
+                return None;
+            }
+            let fd = OwnedFd::from_raw_fd(fd as i32);
+            let (mut api, mut range) = ([0xAAu64, 0, 0], [page, 4096, MISSING, 0]);
+            let hole = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            let done = libc::ioctl(fd.as_raw_fd(), API, api.as_mut_ptr()) == 0
+                && libc::ioctl(fd.as_raw_fd(), REGISTER, range.as_mut_ptr()) == 0
+                && libc::fallocate(file.as_raw_fd(), hole, (page - *at as u64) as i64, 4096) == 0;
+            done.then_some(fd)
+        }
+    }
+
     /// Another memory file at the same place.
     pub fn replace(&mut self, fill: u8) {
         let Bytes::File { at, len, fd: own } = self else { panic!("no memory file") };
@@ -296,6 +319,8 @@ struct Inside {
     held: Option<(OwnedFd, OwnedFd)>,
     /// Descriptors that the application has taken.
     taken: Vec<std::fs::File>,
+    /// Keeps a page from being there.
+    keeper: Option<OwnedFd>,
 }
 
 /// Replaces standard error by a full pipe: a thread that logs a line blocks. Returns the pipe's other end and the old descriptor.
@@ -334,8 +359,15 @@ pub fn serve(test: &str, change: impl FnOnce(Config) -> Config) {
     }
     let engine = Engine::new(change(config())).unwrap();
     println!("= {}", port(&engine));
-    let mut inside =
-        Inside { engine, connections: Arc::default(), buffers: Vec::new(), transfers: 0, held: None, taken: Vec::new() };
+    let mut inside = Inside {
+        engine,
+        connections: Arc::default(),
+        buffers: Vec::new(),
+        transfers: 0,
+        held: None,
+        taken: Vec::new(),
+        keeper: None,
+    };
     for line in std::io::stdin().lines() {
         let line = line.unwrap();
         if line == "end" {
@@ -471,6 +503,19 @@ impl Inside {
                 let item = self.engine.fifo_item(mr, bytes.as_ptr() as usize, bytes.len())?;
                 self.buffers.push(Buffer { mr, bytes: Some(bytes), last: None });
                 format!("{} {}", self.buffers.len() - 1, text_of(&item))
+            }
+            // A buffer whose middle page is not there until "let-page-come": the kernel waits where it reads that for another process.
+            "absent-page" => {
+                let bytes = Bytes::shared(n(1), n(2) as u8);
+                let mr = self.engine.register(bytes.as_ptr() as usize, bytes.len())?;
+                let Some(keeper) = bytes.keep_from(n(1) / 2) else { return Ok("none".to_owned()) };
+                self.keeper = Some(keeper);
+                self.buffers.push(Buffer { mr, bytes: Some(bytes), last: None });
+                (self.buffers.len() - 1).to_string()
+            }
+            "let-page-come" => {
+                self.keeper = None;
+                "let come".to_owned()
             }
             // The application takes all descriptors that there are, and gives them back.
             "exhaust" => {

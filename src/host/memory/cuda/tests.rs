@@ -1,6 +1,7 @@
 //! On GPUs: memory of another process is pulled byte for byte, what cannot be shared is refused, and nothing that its owner does harms this
 //! process. Without a GPU every test says that it was skipped. UCCL_TEST_OWNER_GPUS: what the owner sees (CUDA_VISIBLE_DEVICES).
 
+use super::super::witness::{Witness, WITNESS};
 use super::owner::{byte, pattern, Block, Exported, Kind, Owner};
 use super::*;
 use crate::status::ErrorKind;
@@ -43,7 +44,11 @@ struct View {
 
 impl View {
     fn open(memory: &mut CudaMemory, exported: Exported, place: Place) -> View {
-        let mappings = exported.exports.iter().map(|e| memory.open(e, place, None).expect("a mapping")).collect();
+        View::of(memory, exported, place, None)
+    }
+
+    fn of(memory: &mut CudaMemory, exported: Exported, place: Place, owner: Option<Process>) -> View {
+        let mappings = exported.exports.iter().map(|e| memory.open(e, place, owner).expect("a mapping")).collect();
         View { exported, mappings }
     }
 
@@ -111,6 +116,36 @@ fn gpu_memory_of_another_process_is_pulled_byte_for_byte() {
         }
     }
     assert!(memory.open.is_empty() && !memory.busy());
+}
+
+#[test]
+fn gpu_connections_with_a_process_share_mappings_and_take_none_for_another() {
+    let Some(gpus) = gpus("gpu_connections_with_a_process_share_mappings_and_take_none_for_another") else { return };
+    const LEN: usize = 4 << 20;
+    let (owner, mut first, mut second) = (Owner::new(), memory(), memory());
+    let (place, process) = (Place::gpu(0), Some(Process { pid: 7, witness: Witness { addr: 0, bytes: [7; WITNESS] } }));
+    for gpu in gpus {
+        for kind in [Kind::Malloc, Kind::Segments] {
+            let exported = owner.allocate(kind, gpu, LEN, 1);
+            let number = exported.number;
+            let one = View::of(&mut first, exported, place, process);
+            let two = View::of(&mut second, owner.export_again(gpu), place, process);
+            let addresses = |view: &View| view.mappings.iter().map(|mapping| mapping.addr).collect::<Vec<_>>();
+            assert_eq!(addresses(&one), addresses(&two), "{kind:?}");
+            one.close(&mut first);
+            all_comes(&mut second, &two, LEN, 1);
+            // What lies at its address next, while a connection has it open.
+            owner.free(number);
+            let exported = owner.allocate(kind, gpu, LEN, 2);
+            let number = exported.number;
+            let next = View::of(&mut first, exported, place, process);
+            all_comes(&mut first, &next, LEN, 2);
+            two.close(&mut second);
+            all_comes(&mut first, &next, LEN, 2);
+            next.close(&mut first);
+            owner.free(number);
+        }
+    }
 }
 
 #[test]
