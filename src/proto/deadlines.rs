@@ -1,6 +1,6 @@
-//! Which transfers have stopped moving. Progress is counted in bytes, per transfer and per direction of the connection: a transfer is
-//! overdue when it has not moved for the timeout, and meanwhile either nothing else moved in its direction, or more than could
-//! have gone before it if turns were kept. Pure; time is the caller's.
+//! Finds transfers that have stopped moving. Progress is counted in bytes, per transfer and per direction of the connection. A
+//! transfer is overdue when it has not moved for the timeout and, in that time, either nothing else moved in its direction or
+//! more moved than fair turns would have let go before it. Pure; the caller passes the time.
 
 use super::limits::MAX_BACKLOG;
 use crate::direct::Way;
@@ -8,42 +8,43 @@ use crate::hash::Map;
 use crate::types::Key;
 use std::time::{Duration, Instant};
 
-/// Less than this in one timeout is no progress (unless it is all there is): who answers byte by byte does not keep a transfer alive.
+/// Fewer bytes than this in one timeout are no progress, unless they are all that is left: a peer cannot keep a transfer alive
+/// byte by byte.
 pub(super) const FLOOR: u64 = 64 << 10;
-/// Bytes of one transfer that may be under way before another has its turn.
+/// Bytes of one transfer that may be in flight before another has its turn.
 const TURN: u64 = 64 << 20;
-/// The same of those that are carried out one behind the other: all of it, more than which no memory has.
+/// The same for transfers that run one after the other: the whole transfer, and more than any memory holds.
 const WHOLE: u64 = 1 << 44;
-/// Slack of the bound on what may go before a transfer.
+/// Slack in the bound on what may go before a transfer.
 const SLACK: u64 = 1 << 20;
-/// Bytes of the control streams that an announcement and the answer to it may wait for: a backlog at either side.
+/// Bytes on the control connection that an announcement and its answer may wait behind: a full backlog at either engine.
 const CONTROL: u64 = 2 * MAX_BACKLOG as u64;
-/// The network's counters are looked at this often while anything must move.
+/// How often the network's counters are read while any transfer must move.
 const LOOK: Duration = Duration::from_millis(500);
 
 /// Bytes that moved in one direction of the connection.
 #[derive(Debug)]
 struct Flow {
     bytes: u64,
-    /// Bytes that show that it lives: what moved, what arrived at the peer, and what it waits for. How many there were when it last
-    /// counted as moving, and when that was.
+    /// Bytes that show that the direction is alive: what moved, what arrived at the peer, and what it waits for. Then their
+    /// number when it last counted as moving, and the time of that.
     signs: u64,
     counted: u64,
     last: Instant,
-    /// Bytes that all of its transfers together may send before another one of it moves.
+    /// Bytes that all transfers of this direction together may send before another one of it moves.
     ahead: u64,
-    /// The same of all transfers that ever began.
+    /// The same, summed over all transfers that ever started.
     begun: u64,
 }
 
-/// What a transfer with so many bytes to go may send before another one moves: twice what it may have under way, since turns
-/// alternate between small and large ones.
+/// What a transfer with `left` bytes to go may send before another one moves. Twice what it may have in flight, since small and
+/// large transfers alternate.
 fn turn(left: u64, most: u64) -> u64 {
     2 * left.min(most)
 }
 
 impl Flow {
-    fn lives(&mut self, signs: u64, now: Instant) {
+    fn note_alive(&mut self, signs: u64, now: Instant) {
         self.signs += signs;
         if self.signs - self.counted >= FLOOR {
             self.counted = self.signs;
@@ -56,21 +57,21 @@ impl Flow {
 #[derive(Debug)]
 struct Mark {
     way: Way,
-    /// When it last moved enough, and what its direction had moved until then.
+    /// When it last moved enough, and how much its direction had moved by then.
     since: Instant,
     flow: u64,
-    /// Bytes of the control streams, then.
+    /// Bytes on the control connection at that time.
     control: u64,
-    /// What all transfers of its direction might send first, then.
+    /// What all transfers of its direction might send first, at that time.
     ahead: u64,
-    /// What had begun in its direction then, and what has since, soon enough to go first: the peer may have queued it before it knew of
-    /// this one.
+    /// What had started in its direction by then, and what has started since and early enough to go first: the peer may have
+    /// queued it before it learned of this transfer.
     begun: u64,
     late: u64,
-    /// Bytes moved since, and bytes to go.
+    /// Bytes moved since then, and bytes to go.
     moved: u64,
     left: u64,
-    /// Bytes of it that go before another one has its turn, at most.
+    /// The most bytes of it that go before another transfer has its turn.
     most: u64,
 }
 
@@ -86,9 +87,9 @@ impl Mark {
 pub(super) struct Overdue {
     pub key: Key,
     pub way: Way,
-    /// For how long it has not moved.
+    /// How long it has not moved.
     pub still: Duration,
-    /// Others went on in its direction.
+    /// Other transfers moved in its direction.
     pub others_moved: bool,
 }
 
@@ -96,10 +97,10 @@ pub(super) struct Overdue {
 pub(super) struct Deadlines {
     out: Flow,
     incoming: Flow,
-    /// Bytes of the control streams that transfers may have waited for.
+    /// Bytes on the control connection that transfers may have waited behind.
     control: u64,
     marks: Map<Key, Mark>,
-    /// Bytes that the network had taken and brought at the last look, and when that was.
+    /// Bytes that the network had sent and received at the last look, and the time of that look.
     network: (u64, u64),
     looked: Instant,
 }
@@ -122,7 +123,7 @@ impl Deadlines {
         self.mark(key, way, (len, TURN), now);
     }
 
-    /// The same of one that others wait for to its end, as it waits for them.
+    /// The same for a transfer that runs in a queue: later ones wait until it has ended, as it waits for those before it.
     pub(super) fn start_in_order(&mut self, key: Key, way: Way, len: u64, now: Instant) {
         self.mark(key, way, (len, WHOLE), now);
     }
@@ -139,7 +140,7 @@ impl Deadlines {
         }
     }
 
-    /// Bytes of a transfer moved.
+    /// `bytes` of a transfer have moved.
     pub(super) fn moved(&mut self, key: Key, bytes: u64, now: Instant) {
         let Deadlines { out, incoming, control, marks, .. } = self;
         let Some(mark) = marks.get_mut(&key) else { return };
@@ -169,7 +170,7 @@ impl Deadlines {
         now.saturating_duration_since(self.looked) >= LOOK.min(timeout / 8)
     }
 
-    /// The network has taken and brought so many bytes in all.
+    /// The network has sent and received so many bytes in all.
     pub(super) fn note_network(&mut self, (taken, brought): (u64, u64), now: Instant) {
         self.flowed(Way::Out, taken.saturating_sub(self.network.0), now);
         self.flowed(Way::In, brought.saturating_sub(self.network.1), now);
@@ -177,32 +178,32 @@ impl Deadlines {
         self.looked = now;
     }
 
-    /// Bytes moved in one direction of the connection, whosever they were.
+    /// `bytes` of any transfer moved in one direction of the connection.
     pub(super) fn flowed(&mut self, way: Way, bytes: u64, now: Instant) {
         if bytes > 0 {
             let flow = self.flow(way);
             flow.bytes += bytes;
-            flow.lives(bytes, now);
+            flow.note_alive(bytes, now);
         }
     }
 
-    /// Bytes that left have arrived at the peer. They have moved before, and are not counted again.
+    /// Sent bytes have arrived at the peer. They count as a sign of life only: [`Deadlines::flowed`] has counted them before.
     pub(super) fn arrived(&mut self, bytes: u64, now: Instant) {
         if bytes > 0 {
-            self.out.lives(bytes, now);
+            self.out.note_alive(bytes, now);
         }
     }
 
-    /// Bytes of a control stream on which announcements or answers wait.
+    /// Bytes moved on the control connection while announcements or answers waited behind them.
     pub(super) fn waited(&mut self, bytes: u64, now: Instant) {
         if bytes > 0 {
             self.control += bytes;
-            self.out.lives(bytes, now);
-            self.incoming.lives(bytes, now);
+            self.out.note_alive(bytes, now);
+            self.incoming.note_alive(bytes, now);
         }
     }
 
-    /// Whether anything must move.
+    /// Whether any transfer must move.
     pub(super) fn any(&self) -> bool {
         !self.marks.is_empty()
     }
@@ -218,7 +219,7 @@ impl Deadlines {
         (self.out.ahead, self.incoming.ahead) = (0, 0);
     }
 
-    /// A transfer that has not moved for `timeout` although it should have. To be asked several times in each timeout.
+    /// A transfer that has not moved for `timeout` although it should have. Call it several times in each timeout.
     pub(super) fn overdue(&mut self, timeout: Duration, now: Instant) -> Option<Overdue> {
         let Deadlines { out, incoming, control, marks, .. } = self;
         marks.iter_mut().find_map(|(&key, mark)| {
@@ -234,7 +235,7 @@ impl Deadlines {
                 return None;
             }
             let idle = now.saturating_duration_since(flow.last) > timeout;
-            // What was there before it, what came soon after it, and what is there now.
+            // What was in flight before it, what started soon after it, and what is in flight now.
             let passed_by = flow.bytes - mark.flow > SLACK + mark.ahead + mark.late + flow.ahead;
             let talked = *control - mark.control > CONTROL;
             (idle || passed_by || talked).then_some(Overdue { key, way: mark.way, still, others_moved: !idle })
@@ -280,7 +281,7 @@ mod tests {
     fn slow_and_steady_survives() {
         let start = Instant::now();
         let mut d = Deadlines::new(start);
-        // Two transfers of 8 MiB, one behind the other, at 16 KiB a second.
+        // Two transfers of 8 MiB, one after the other, at 16 KiB a second.
         d.start(A, Way::Out, 8 << 20, start);
         d.start(B, Way::Out, 8 << 20, start);
         for second in 1..1000u32 {
@@ -310,7 +311,7 @@ mod tests {
             }
         }
         assert_eq!((d.out.ahead, d.any()), (0, false));
-        // One that is passed by is found all the same.
+        // A transfer that others overtake is found all the same.
         d.start_in_order(A, Way::Out, 1 << 20, at(start, 40.0));
         for second in 40..60u32 {
             d.start_in_order(B, Way::Out, 1 << 30, at(start, f64::from(second)));
@@ -329,7 +330,7 @@ mod tests {
             let mut ended = None;
             for second in 1..100u32 {
                 let now = at(start, f64::from(second));
-                // Another transfer comes and goes every second.
+                // Another transfer starts and ends every second.
                 d.start(B, way, rate, now);
                 d.flowed(way, rate, now);
                 d.moved(B, rate, now);
@@ -380,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn what_arrives_at_the_peer_shows_life_and_passes_nobody_by() {
+    fn what_arrives_at_the_peer_shows_life_and_overtakes_nothing() {
         let start = Instant::now();
         let mut d = Deadlines::new(start);
         d.start(A, Way::Out, 100, start);
@@ -411,7 +412,7 @@ mod tests {
             d.flowed(Way::In, 100, at(start, f64::from(second)));
         }
         assert!(d.overdue(T, at(start, 10.5)).is_some());
-        // The end of it always counts.
+        // The last bytes always count.
         let mut d = Deadlines::new(start);
         d.start(A, Way::In, 100, start);
         d.moved(A, 100, at(start, 9.0));

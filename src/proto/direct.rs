@@ -1,6 +1,6 @@
-//! How transfers start and what becomes of direct ones: a transport carries all of each, without chunks and frames, and says how far it is.
-//! The peer has no say in them on the control stream. One whose regions the peer has not granted yet waits, and may go in chunks in the
-//! end. Knows nothing of how bytes are moved.
+//! How transfers start, and what becomes of direct ones. The direct transport moves a whole transfer without chunks and frames,
+//! and reports its progress; the peer has no say in it on the control connection. A transfer whose regions the peer has not
+//! granted yet waits, and may go in chunks in the end. Knows nothing of how bytes are moved.
 
 use super::incoming::Ending;
 use super::listed::{listed, pairings, Kept, Waiting};
@@ -15,7 +15,7 @@ use crate::types::{Key, Landing, Piece, Place, Segment};
 use crate::wire::frame::Frame;
 use std::time::Instant;
 
-/// The machine as those transfers move it on.
+/// The machine while it starts transfers or moves direct ones on.
 pub(super) struct DirectTransfers<'a> {
     pub state: &'a mut State,
     pub channels: &'a mut Channels,
@@ -23,7 +23,7 @@ pub(super) struct DirectTransfers<'a> {
 }
 
 impl DirectTransfers<'_> {
-    /// Starts a transfer that can go directly at once.
+    /// Starts a transfer, provided that it can go directly at once.
     pub(super) fn start_at_once(
         mut self,
         sketch: Sketch,
@@ -54,7 +54,7 @@ impl DirectTransfers<'_> {
         self.state.liveness.look_soon(self.now);
     }
 
-    /// Starts a one-sided transfer, whichever way it goes.
+    /// Starts a one-sided transfer on whichever route it takes.
     pub(super) fn start(mut self, way: Way, mut request: Request) -> Result<u64> {
         let id = self.state.transfers.start(Kind::Direct, request.total, request.segments.len());
         if request.total == 0 {
@@ -66,7 +66,7 @@ impl DirectTransfers<'_> {
         Ok(id)
     }
 
-    /// Takes a transfer on the way that it can go now.
+    /// Starts a transfer on the route that it can take now, or lets it wait.
     fn proceed(&mut self, waiting: Waiting) -> Result<()> {
         let (id, way) = (waiting.id, waiting.way);
         let (key, total) = (Key { id, mine: true }, waiting.request.total);
@@ -99,7 +99,7 @@ impl DirectTransfers<'_> {
         Ok(())
     }
 
-    /// Starts a transfer in chunks, or inside a frame.
+    /// Starts a transfer in chunks, or with its data in a frame.
     fn start_chunks(&mut self, waiting: Waiting) -> Result<()> {
         let Waiting { id, way, request, hold } = waiting;
         self.state.deadlines.end(Key { id, mine: true });
@@ -125,12 +125,12 @@ impl DirectTransfers<'_> {
         self.state.outgoing.start(key, segments, hold, self.channels)
     }
 
-    /// Takes what happened on the direct transport.
+    /// Takes an event of the direct transport.
     pub(super) fn take(mut self, event: Event) -> Result<()> {
         match event {
             Event::Moved(key, len) => self.moved(key, len),
             Event::Ended(key, done) => self.ended(key, done),
-            // Transfers that waited for this go on.
+            // Transfers that waited for this answer go on.
             Event::Answered => {
                 let waiting = std::mem::take(&mut self.state.direct.waiting);
                 waiting.into_iter().try_for_each(|waiting| self.proceed(waiting))?;
@@ -138,7 +138,7 @@ impl DirectTransfers<'_> {
             Event::Denied(error) => {
                 let State { counts, log, setting, .. } = self.state;
                 counts.refused += 1;
-                log.log(log::Level::Warn, self.now, format_args!("{}: a claim of the peer refused: {error}", setting.peer));
+                log.log(log::Level::Warn, self.now, format_args!("{}: refused a claim of the peer: {error}", setting.peer));
             }
             Event::Sent(..) | Event::Received(..) => bail!(Internal, "a chunk of the direct transport"),
         }
@@ -169,19 +169,19 @@ impl DirectTransfers<'_> {
         }
         match done {
             true => self.state.transfers.finish(key.id, Ok(())),
-            false => self.refused(key.id, &err!(RemoteAccess, "its region is not registered any more")),
+            false => self.refused(key.id, &err!(RemoteAccess, "its region is no longer registered")),
         }
     }
 
     // ---- two-sided messages ----
 
-    /// The peer gives up a message that was to land in a posted buffer.
+    /// The peer withdraws a message that was to go into a posted buffer.
     ///
     /// # Errors
-    /// `Protocol` when it has begun to send it.
+    /// `Protocol` when the peer is already sending it.
     pub(super) fn withdrawn(self, key: Key) -> Result<()> {
         if !self.channels.direct().is_some_and(|direct| direct.withdraw(key)) {
-            bail!(Protocol, "message {} is withdrawn, which is being sent", key.id);
+            bail!(Protocol, "message {} is withdrawn while it is being sent", key.id);
         }
         self.state.direct.kept.remove(&key);
         self.state.load.ended(0);
@@ -189,14 +189,14 @@ impl DirectTransfers<'_> {
         Ok(())
     }
 
-    /// Where a message comes from, if it can be sent into whatever buffer the peer grants.
+    /// Where a message comes from, if it can be sent directly into any buffer that the peer grants.
     pub(super) fn sends_from(self, segments: &[Segment], hold: &Hold) -> Option<Place> {
         let place = segments.first()?.place;
         let one = segments.iter().all(|segment| segment.place == place);
         (one && self.channels.direct()?.can_send(place, hold)).then_some(place)
     }
 
-    /// Grants the buffer of a receive for one message of the peer; `None` where it comes in chunks.
+    /// Grants the buffer of a receive for one message of the peer; `None` if the message comes in chunks.
     pub(super) fn land(
         mut self,
         (key, len, from): (Key, u64, Option<Place>),

@@ -1,5 +1,5 @@
-//! Data that arrives: streams that the peer announced or this side asked for, and the chunks of them that are under way. A chunk that
-//! fits no stream is the peer's fault. Knows nothing of frames' bytes, sockets or time.
+//! Data that arrives: streams that the peer announced or this engine asked for, and their chunks in flight. A chunk that fits no
+//! stream is a violation. Knows nothing of the bytes of frames, of sockets or of time.
 
 use super::limits;
 use super::outgoing::tag;
@@ -15,13 +15,13 @@ use crate::wire::frame::Grant;
 /// What the end of a stream means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ending {
-    /// The peer's write: tell it.
+    /// The peer's write: the peer gets a verdict.
     Write,
-    /// Our read.
+    /// A read of this engine.
     Read,
-    /// Our receive `id` of the peer's message: tell the peer too.
+    /// A receive of this engine, with its id, that a message of the peer has met: the peer gets a verdict too.
     Receive(u64),
-    /// A refused write of the peer, drained to the end; whether there had been room for it.
+    /// A refused write of the peer, drained to the end. `true` if the budgets had room for it.
     Refused(bool),
 }
 
@@ -32,7 +32,7 @@ enum Target {
         hold: Hold,
         ending: Ending,
     },
-    /// Nowhere; so many bytes may still be announced.
+    /// The data is dropped; `left` bytes may still be announced.
     Nowhere {
         total: u64,
         left: u64,
@@ -44,7 +44,7 @@ struct InStream {
     target: Target,
     /// Bytes announced and not yet in place.
     arriving: u64,
-    /// Some chunk was announced.
+    /// Whether a chunk was announced.
     begun: bool,
     segments: usize,
 }
@@ -62,7 +62,7 @@ impl InStream {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Ended {
     pub ending: Ending,
-    /// Its list, for its memory.
+    /// Its list of segments, so that its memory can be used again.
     pub list: Vec<Segment>,
     pub segments: usize,
 }
@@ -70,13 +70,13 @@ pub(super) struct Ended {
 #[derive(Default)]
 pub(super) struct Incoming {
     streams: Map<Key, InStream>,
-    /// Chunks under way, and chunks that have arrived.
+    /// Chunks in flight, and chunks that have arrived.
     expected: usize,
     arrived: u64,
 }
 
 impl Incoming {
-    /// A stream into memory. There must be none of this key.
+    /// Starts a stream into memory. There must be none with this key.
     pub(super) fn start(&mut self, key: Key, segments: Vec<Segment>, hold: Hold, ending: Ending) {
         let stream = Walk::new(segments);
         let segments = stream.segments();
@@ -84,7 +84,7 @@ impl Incoming {
         self.streams.insert(key, InStream { target, arriving: 0, begun: false, segments });
     }
 
-    /// A stream of at most `total` bytes that must be drained. `had_room`: the budgets count it.
+    /// Starts a stream of at most `total` bytes that is drained. `had_room`: the budgets count it.
     pub(super) fn refuse(&mut self, key: Key, total: u64, had_room: bool) {
         let target = Target::Nowhere { total, left: total, had_room };
         self.streams.insert(key, InStream { target, arriving: 0, begun: false, segments: 0 });
@@ -101,21 +101,23 @@ impl Incoming {
 
     /// The peer announces a chunk.
     ///
-    /// # Errors
+    /// `Protocol` when it does not fit its stream, its channel or a limit.
     /// `Protocol` when it fits no stream, no channel or no limit.
     pub(super) fn announce(&mut self, key: Key, grant: Grant, channels: &mut Channels) -> Result<()> {
         let len = grant.len as usize;
         let Some(limits) = channels.limits(grant.channel) else { bail!(Protocol, "channel {} does not exist", grant.channel) };
         if len == 0 || len > limits.bytes {
-            bail!(Protocol, "chunk of {len} bytes, at most {} were agreed", limits.bytes);
+            bail!(Protocol, "a chunk of {len} bytes; the agreed limit is {}", limits.bytes);
         }
         limits::expected(self.expected)?;
-        let Some(inc) = self.streams.get_mut(&key) else { bail!(Protocol, "a chunk of transfer {}, which expects none", key.id) };
+        let Some(inc) = self.streams.get_mut(&key) else {
+            bail!(Protocol, "a chunk of transfer {}, which expects no data", key.id)
+        };
         let (tag, dest) = match &mut inc.target {
             Target::Memory { stream, hold, .. } => {
                 let tag = tag(key, false, stream.offset());
                 let Some(chunk) = stream.take_exact(len, limits.crossed) else {
-                    bail!(Protocol, "chunk of {len} bytes of transfer {} is outside the plan", key.id)
+                    bail!(Protocol, "a chunk of {len} bytes does not fit the plan of transfer {}", key.id)
                 };
                 (tag, Dest::Memory { place: chunk.place, parts: chunk.parts, hold: hold.clone() })
             }
@@ -132,12 +134,12 @@ impl Incoming {
         channels.expect(grant.channel, Arrival { key, len, tag, dest })
     }
 
-    /// A chunk is in place, or drained; the end of the stream when that was all of it.
+    /// A chunk is in place or drained. Returns the end of the stream if it was the last one.
     ///
     /// # Errors
-    /// `Internal` for a chunk that nobody expected.
+    /// `Internal` for a chunk that was not expected.
     pub(super) fn arrived(&mut self, key: Key, len: u64) -> Result<Option<Ended>> {
-        let Some(inc) = self.streams.get_mut(&key) else { bail!(Internal, "a chunk of no stream has arrived") };
+        let Some(inc) = self.streams.get_mut(&key) else { bail!(Internal, "a chunk has arrived that belongs to no stream") };
         let Some(left) = inc.arriving.checked_sub(len) else { bail!(Internal, "more bytes have arrived than were announced") };
         inc.arriving = left;
         self.expected -= 1;
@@ -145,7 +147,7 @@ impl Incoming {
         Ok(self.ended(key))
     }
 
-    /// Chunks under way.
+    /// Chunks in flight.
     pub(super) fn expected(&self) -> usize {
         self.expected
     }
@@ -155,13 +157,13 @@ impl Incoming {
         self.arrived
     }
 
-    /// The end of a stream of which nothing is under way or to come.
+    /// Ends a stream of which nothing is in flight or still to come.
     fn ended(&mut self, key: Key) -> Option<Ended> {
         let inc = self.streams.get(&key)?;
         (inc.arriving == 0 && inc.unannounced() == 0).then(|| self.remove(key)).flatten()
     }
 
-    /// Takes a stream out, whatever is missing. Chunks of it must not be under way.
+    /// Removes a stream, however much of it is missing. No chunk of it may be in flight.
     fn remove(&mut self, key: Key) -> Option<Ended> {
         let inc = self.streams.remove(&key)?;
         Some(match inc.target {
@@ -170,19 +172,19 @@ impl Incoming {
         })
     }
 
-    /// The peer announces no more of a refused write; its end when nothing is under way.
+    /// The peer announces no more of a refused write. Returns its end if nothing is in flight.
     ///
     /// # Errors
     /// `Protocol` when there is no such write, or it was cancelled before.
     pub(super) fn cancel(&mut self, key: Key) -> Result<Option<Ended>> {
         match self.streams.get_mut(&key).map(|inc| &mut inc.target) {
             Some(Target::Nowhere { left, .. }) if *left > 0 => *left = 0,
-            _ => bail!(Protocol, "transfer {} was not refused, and its initiator cancels it", key.id),
+            _ => bail!(Protocol, "the peer cancels transfer {}, which was not refused", key.id),
         }
         Ok(self.ended(key))
     }
 
-    /// Takes out a stream of which no chunk was ever announced: its end is a verdict, or data inside a frame.
+    /// Removes a stream of which no chunk was announced: a verdict or data in a frame ends it.
     ///
     /// # Errors
     /// `Protocol` when chunks were announced, or there is no such stream.
@@ -198,7 +200,7 @@ impl Incoming {
         }
     }
 
-    /// Our receive that the peer's message `key` was matched with.
+    /// The receive of this engine that the peer's message `key` was matched with.
     pub(super) fn receive_of(&self, key: Key) -> Option<u64> {
         match self.streams.get(&key)?.target {
             Target::Memory { ending: Ending::Receive(id), .. } => Some(id),
@@ -210,7 +212,7 @@ impl Incoming {
         self.streams.values().any(|s| matches!(&s.target, Target::Memory { hold, .. } if hold.holds(id)))
     }
 
-    /// Streams and the segments that each keeps of what the peer announced.
+    /// The keys of all streams, each with the number of segments that it keeps of the peer's announcement.
     #[cfg(any(test, fuzzing))]
     pub(super) fn keys(&self) -> Vec<(Key, usize)> {
         let announced = |inc: &InStream| match inc.target {
@@ -220,12 +222,12 @@ impl Incoming {
         self.streams.iter().map(|(&key, inc)| (key, announced(inc))).collect()
     }
 
-    /// Chunks are counted as long as bytes are under way.
+    /// Checks that chunks are counted exactly while bytes are in flight.
     #[cfg(any(test, fuzzing))]
     pub(super) fn audit(&self) -> std::result::Result<(), String> {
         let arriving: u64 = self.streams.values().map(|inc| inc.arriving).sum();
         if (self.expected == 0) != (arriving == 0) {
-            return Err(format!("{} chunks are under way with {arriving} bytes", self.expected));
+            return Err(format!("{} chunks are in flight with {arriving} bytes", self.expected));
         }
         Ok(())
     }

@@ -1,4 +1,5 @@
-//! Small transfers whose bytes travel inside a control frame: where they are taken from, and where they are put. Knows nothing of frames.
+//! Eager transfers, whose data travels in a control frame: where the bytes are taken from and where they go. Knows nothing of
+//! frames.
 
 use crate::channel::plan::Walk;
 use crate::channel::router::Channels;
@@ -17,7 +18,8 @@ impl Inline {
         Inline { limit: limit.min(MAX_INLINE), gathered: Vec::new() }
     }
 
-    /// The bytes of a transfer that is small enough: where they lie, if that is one piece of host memory, else gathered here.
+    /// The bytes of a transfer that is small enough: where they lie if that is one piece of host memory, otherwise gathered in
+    /// this buffer.
     pub(super) fn load<'a>(
         &'a mut self,
         segments: &'a [Segment],

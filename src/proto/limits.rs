@@ -1,26 +1,26 @@
-//! What may be in flight on a connection. Each side admits no more of its own; the other side tolerates twice that, since it may learn of
-//! an end later, and takes more for an attack. Pure.
+//! What may be in flight on a connection. An engine admits no more than this of its own. It tolerates twice as much of its peer,
+//! which may learn of an end later, and treats more as an attack. Pure.
 
 use crate::budget::{Part, Share};
 use crate::status::{bail, Result};
 use crate::types::{Segment, MAX_INLINE};
 
-/// Transfers in flight that one side started.
+/// Transfers in flight that one engine started.
 const MAX_TRANSFERS: usize = 1 << 16;
 /// Segments of all of them together.
 const MAX_SEGMENTS_IN_FLIGHT: usize = 4 << 20;
-/// Chunks that one side announces before the other says that they have arrived.
+/// Chunks that an engine may announce before the peer reports that they have arrived.
 const MAX_ANNOUNCED: u64 = 1 << 17;
-/// So many chunks after its last report a side reports again: a sender at its limit hears in time.
+/// After so many new chunks an engine reports again, early enough for a sender at its limit.
 const REPORTED_AFTER: u64 = MAX_ANNOUNCED / 8;
-/// Bytes of frames that may wait to leave besides notifications of the application: answers to a peer that does not read.
+/// Bytes of frames that may wait to be sent, apart from the application's notifications: answers to a peer that does not read.
 const MAX_ANSWERS: usize = 64 << 20;
-/// Bytes of the control stream that may wait to leave.
+/// Bytes of the control connection that may wait to be sent.
 pub(crate) const MAX_BACKLOG: usize = 256 << 20;
-/// Above this backlog the answer to a read takes the channels and not the control stream.
+/// With a larger backlog than this, the answer to a read goes over the channels and not over the control connection.
 pub(super) const MAX_INLINE_BACKLOG: usize = 1 << 20;
 
-/// Whether this side may start one more transfer.
+/// Whether this engine may start one more transfer.
 pub(super) fn admit(transfers: usize, segments: usize, more: usize) -> Result<()> {
     if transfers >= MAX_TRANSFERS {
         bail!(Resource, "{MAX_TRANSFERS} transfers are in flight on this connection");
@@ -31,25 +31,25 @@ pub(super) fn admit(transfers: usize, segments: usize, more: usize) -> Result<()
     Ok(())
 }
 
-/// How many more chunks this side may announce when `announced` of its chunks have not been reported.
+/// How many more chunks this engine may announce while `announced` of its chunks have not been reported.
 pub(super) fn may_announce(announced: u64) -> usize {
     MAX_ANNOUNCED.saturating_sub(announced) as usize
 }
 
-/// Whether the peer has to hear of `fresh` chunks that have arrived since the last report.
+/// Whether to report `fresh` chunks that have arrived since the last report.
 pub(super) fn must_report(fresh: u64) -> bool {
     fresh >= REPORTED_AFTER
 }
 
-/// An error when the peer announces more chunks than an honest one does.
+/// Fails when the peer announces more chunks than an honest one does.
 pub(super) fn expected(chunks: usize) -> Result<()> {
     if chunks as u64 >= 2 * MAX_ANNOUNCED {
-        bail!(Protocol, "{chunks} chunks are announced and have not come");
+        bail!(Protocol, "the peer has announced {chunks} chunks that have not arrived");
     }
     Ok(())
 }
 
-/// An error when messages that this side gave up pile up: the peer does not answer them.
+/// Fails when too many messages that this engine withdrew are unanswered.
 pub(super) fn withdrawn(waiting: usize) -> Result<()> {
     if waiting > 2 * MAX_TRANSFERS {
         bail!(Protocol, "the peer has not answered {waiting} messages");
@@ -57,7 +57,7 @@ pub(super) fn withdrawn(waiting: usize) -> Result<()> {
     Ok(())
 }
 
-/// An error when answers to the peer pile up: it does not read them.
+/// Fails when too many answers wait: the peer does not read them.
 pub(super) fn answers(waiting: usize) -> Result<()> {
     if waiting > MAX_ANSWERS {
         bail!(Resource, "{waiting} bytes of answers wait: the peer does not read them");
@@ -65,10 +65,10 @@ pub(super) fn answers(waiting: usize) -> Result<()> {
     Ok(())
 }
 
-/// Memory of an announced chunk, and from how many on they count.
+/// Memory of an announced chunk, and the number of chunks from which on they count.
 const CHUNK_BYTES: usize = 256;
 const MANY_CHUNKS: usize = 4096;
-/// Memory of a transfer of the peer besides its list, at most.
+/// Memory of a transfer of the peer, apart from its list, at most.
 const TRANSFER_BYTES: usize = 512;
 
 /// What the peer has in flight.
@@ -77,7 +77,7 @@ pub(super) struct PeerLoad {
     last_id: u64,
     transfers: usize,
     segments: usize,
-    /// Its part of what all peers may take.
+    /// Its share of what all peers may take.
     share: Share,
 }
 
@@ -93,36 +93,36 @@ impl PeerLoad {
     /// Answers that wait for the peer to read them.
     ///
     /// # Errors
-    /// `Resource` when they are too many.
+    /// `Resource` when there are too many.
     pub(super) fn answers(&mut self, bytes: usize) -> Result<()> {
         answers(bytes)?;
-        // Few are not worth counting.
+        // Small amounts are not worth counting.
         self.share.set(Part::Answers, if bytes < MAX_INLINE { 0 } else { bytes })
     }
 
-    /// So many bytes are kept for the frame that is coming in. What was announced of it and has not come costs nothing.
+    /// Counts the bytes that are kept of an incomplete frame. What was announced of it and has not arrived costs nothing.
     ///
     /// # Errors
-    /// `Resource` when peers take too much memory already.
+    /// `Resource` when peers use too much memory already.
     pub(super) fn arriving(&mut self, bytes: usize) -> Result<()> {
         self.share.set(Part::Frame, if bytes <= 2 * MAX_INLINE { 0 } else { bytes })
     }
 
-    /// So many chunks are announced and have not come.
+    /// Counts the chunks that are announced and have not arrived.
     ///
     /// # Errors
     /// As above.
     pub(super) fn chunks(&mut self, chunks: usize) -> Result<()> {
-        // In steps: they come and go one by one.
+        // In steps, since chunks come and go one by one.
         let steps = if chunks < MANY_CHUNKS { 0 } else { chunks / MANY_CHUNKS };
         self.share.set(Part::Chunks, steps * MANY_CHUNKS * CHUNK_BYTES)
     }
 
-    /// The peer names a new transfer. Whether there is room for it; where not, it has to be refused, and still counts as one of this
-    /// connection until it has ended.
+    /// The peer announces a new transfer. The inner result says whether there is room for it. If not, the transfer has to be
+    /// refused, and counts as one of this connection until it has ended.
     ///
     /// # Errors
-    /// `Protocol` when its id does not rise, or it has too much in flight.
+    /// `Protocol` when its id does not rise, or the peer has too much in flight.
     pub(super) fn begin(&mut self, id: u64, segments: usize) -> Result<Result<()>> {
         if id <= self.last_id {
             bail!(Protocol, "transfer {id} is announced after transfer {}", self.last_id);
@@ -136,12 +136,12 @@ impl PeerLoad {
         Ok(self.share.begin(TRANSFER_BYTES + cost(segments)).inspect_err(|_| self.segments -= segments))
     }
 
-    /// A transfer has ended here for which there was no room.
+    /// A transfer for which there was no room has ended here.
     pub(super) fn ended_without_room(&mut self) {
         self.transfers = self.transfers.saturating_sub(1);
     }
 
-    /// Whether the peer has announced a transfer of this id, or of a later one.
+    /// Whether the peer has announced a transfer with this id or a later one.
     pub(super) fn has_named(&self, id: u64) -> bool {
         id > 0 && id <= self.last_id
     }
@@ -153,7 +153,7 @@ impl PeerLoad {
         self.share.end(TRANSFER_BYTES + cost(segments));
     }
 
-    /// Segments of a transfer are not kept any more, which goes on.
+    /// The segments of a transfer are no longer kept, although it goes on.
     pub(super) fn without_list(&mut self, segments: usize) {
         self.segments = self.segments.saturating_sub(segments);
         self.share.shrink(cost(segments));
@@ -219,7 +219,7 @@ mod tests {
     fn an_honest_sender_of_chunks_never_reaches_what_its_peer_tolerates() {
         assert_eq!((may_announce(0), may_announce(MAX_ANNOUNCED - 1), may_announce(MAX_ANNOUNCED)), (1 << 17, 1, 0));
         assert_eq!(may_announce(u64::MAX), 0);
-        // A side that waits at its limit is told: what is not reported there is less than that.
+        // A sender that waits at its limit gets a report: what its peer leaves unreported is less than the limit.
         assert!(must_report(REPORTED_AFTER) && !must_report(REPORTED_AFTER - 1) && 2 * REPORTED_AFTER < MAX_ANNOUNCED);
         assert!(expected(MAX_ANNOUNCED as usize + 1).is_ok());
         assert_eq!(expected(2 * MAX_ANNOUNCED as usize).unwrap_err().kind(), ErrorKind::Protocol);

@@ -1,4 +1,5 @@
-//! Direct transfers under way and those that wait, and the blocks of a request as a direct transport takes them. Pure bookkeeping.
+//! Direct transfers in flight and those that wait, and the blocks of a request in the form that a direct transport takes. Pure
+//! bookkeeping.
 
 use super::request::Request;
 use crate::direct::{Blocks, Pairing, Way};
@@ -7,7 +8,7 @@ use crate::region::Hold;
 use crate::types::{Key, Piece};
 use std::iter::Peekable;
 
-/// A transfer that waits for the peer's answer.
+/// A transfer that waits for the peer's answer to a claim.
 pub(super) struct Waiting {
     pub id: u64,
     pub way: Way,
@@ -15,14 +16,14 @@ pub(super) struct Waiting {
     pub hold: Hold,
 }
 
-/// What a direct transfer keeps.
+/// What is kept for a direct transfer in flight.
 pub(super) struct Kept {
     pub hold: Hold,
     /// The receive that a message of the peer has met.
     pub receive: Option<u64>,
 }
 
-/// Direct transfers under way, and those that wait.
+/// Direct transfers in flight, and those that wait.
 #[derive(Default)]
 pub(super) struct Pending {
     pub kept: Map<Key, Kept>,
@@ -44,7 +45,7 @@ impl Pending {
         self.kept.is_empty() && self.waiting.is_empty()
     }
 
-    /// Messages of the peer that go to posted buffers.
+    /// Messages of the peer that go into posted buffers.
     #[cfg(any(test, fuzzing))]
     pub(super) fn landings(&self) -> usize {
         self.kept.values().filter(|kept| kept.receive.is_some()).count()
@@ -55,7 +56,7 @@ impl Pending {
     }
 }
 
-/// Hands out listed blocks.
+/// Hands out blocks from a list.
 pub(super) struct Listed<I: Iterator<Item = (usize, Piece)>> {
     items: Peekable<I>,
 }
@@ -74,7 +75,7 @@ impl<I: Iterator<Item = (usize, Piece)>> Blocks for Listed<I> {
     }
 
     fn is_done(&self) -> bool {
-        // Peeking needs a unique reference; what was peeked is what is left.
+        // Peeking needs a unique reference; a peeked item still counts in the size hint.
         self.items.size_hint().0 == 0
     }
 }
@@ -83,7 +84,7 @@ pub(super) fn listed<I: ExactSizeIterator<Item = (usize, Piece)>>(items: I) -> L
     Listed { items: items.peekable() }
 }
 
-/// The pairings of a request, and that of each of its segments.
+/// The pairings of a request, and for each of its segments the index of its pairing.
 pub(super) fn pairings(request: &Request) -> (Vec<Pairing>, Vec<u16>) {
     let (mut pairings, mut of): (Vec<Pairing>, Vec<u16>) = (Vec::new(), Vec::with_capacity(request.segments.len()));
     let mut known: Map<(u64, u64), u16> = Map::default();

@@ -1,37 +1,37 @@
-//! Whether the peer is alive and knows that this side is: silence, heartbeats, and the totals that they report. Pure; time is the
-//! caller's. Knows nothing of transfers.
+//! Whether the peer is alive and knows that this engine is: silence, heartbeats, and the totals that they report. Pure; the
+//! caller passes the time. Knows nothing of transfers.
 
 use super::limits;
 use crate::status::{bail, Result};
 use std::time::{Duration, Instant};
 
-/// Deadlines of transfers are looked at this often while there are any.
+/// How often the deadlines of transfers are checked while there are any.
 const TICK: Duration = Duration::from_millis(50);
-/// The peer learns this often how much has arrived, while data arrives.
+/// How often the peer learns how much has arrived, while data arrives.
 const REPORT: Duration = Duration::from_secs(1);
 
-/// How often a heartbeat goes to a peer that gives this side up after so much silence: two may be late.
+/// The heartbeat interval for a peer that gives up after `peer_timeout` of silence: two heartbeats may be late.
 pub(crate) fn heartbeat(peer_timeout: Duration) -> Duration {
     peer_timeout / 3
 }
 
-/// When what last happened, and when to look again.
+/// When each event last happened, and when to check again.
 #[derive(Debug)]
 pub(super) struct Liveness {
-    /// Silence after which the peer is lost, and how often it hears of this side.
+    /// Silence after which the peer is lost, and the interval of this engine's heartbeats.
     peer_timeout: Duration,
     heartbeat: Duration,
-    /// When anything of the peer came last.
+    /// When the peer last sent anything.
     received: Instant,
-    /// The last heartbeat of the peer, and of this side.
+    /// The last heartbeat of the peer, and of this engine.
     ping: Instant,
     pub report: Instant,
     pub next_tick: Instant,
-    /// The peer's heartbeat has come, and this side's is due before long: it goes along, so that one look serves both.
+    /// The peer's heartbeat has arrived and this engine's is due soon: it is sent now, so that both engines wake up once.
     echo: bool,
-    /// Bytes that the peer says have arrived there.
+    /// Bytes that the peer has reported as arrived.
     peer_received: u64,
-    /// Bytes and chunks that this side's last heartbeat has reported.
+    /// Bytes and chunks that this engine's last heartbeat reported.
     reported: (u64, u64),
 }
 
@@ -50,22 +50,22 @@ impl Liveness {
         }
     }
 
-    /// Something of the peer came.
+    /// The peer sent something.
     pub(super) fn on_received(&mut self, now: Instant) {
         self.received = now;
     }
 
-    /// The peer's heartbeat says that `received` bytes have arrived there, of `sent`. How many of them are new.
+    /// The peer's heartbeat says that `received` of `sent` bytes have arrived. Returns how many of them are new.
     ///
     /// # Errors
-    /// `Protocol` for a number that cannot be.
+    /// `Protocol` for a number that is impossible.
     pub(super) fn on_ping(&mut self, received: u64, sent: u64, now: Instant) -> Result<u64> {
         if received < self.peer_received || received > sent {
-            bail!(Protocol, "the peer has received {received} bytes after {}, of {sent} sent", self.peer_received);
+            bail!(Protocol, "the peer reports {received} bytes received after {}, of {sent} sent", self.peer_received);
         }
         let news = received - self.peer_received;
         (self.ping, self.peer_received) = (now, received);
-        // This side's goes with the same look if it has waited for half of its time.
+        // This engine's heartbeat goes along if half of its interval has passed.
         if now.saturating_duration_since(self.report) >= self.heartbeat / 2 {
             self.echo = true;
             self.next_tick = self.next_tick.min(now);
@@ -73,12 +73,12 @@ impl Liveness {
         Ok(news)
     }
 
-    /// The peer's heartbeats stay away, since all that it sends waits.
+    /// The peer's heartbeats are late: everything that it sends waits behind other data.
     pub(super) fn is_late(&self, now: Instant) -> bool {
         now.saturating_duration_since(self.ping) > self.peer_timeout / 2
     }
 
-    /// Since when nothing was heard of the peer, and how long that may last.
+    /// How long the peer has been silent, and how long it may be.
     pub(super) fn silence(&self, now: Instant) -> (Duration, Duration) {
         (now.saturating_duration_since(self.received), self.peer_timeout)
     }
@@ -93,23 +93,23 @@ impl Liveness {
         Ok(())
     }
 
-    /// Something began: its deadlines are looked at soon.
+    /// Something started: its deadlines are checked soon.
     pub(super) fn look_soon(&mut self, now: Instant) {
         self.next_tick = self.next_tick.min(now + TICK);
     }
 
-    /// Plans the next look: soon while something is `active`, else when a heartbeat is due, and after `at_most`.
+    /// Plans the next check: soon if anything is `active`, otherwise when a heartbeat is due, but within `at_most`.
     pub(super) fn plan(&mut self, active: bool, at_most: Duration, now: Instant) {
         self.next_tick = if active {
             now + TICK
         } else {
-            // Whoever drives learns of what begins meanwhile at this time at the latest.
+            // The driving thread learns of what starts meanwhile at this time at the latest.
             let heartbeat = self.report + self.heartbeat;
             heartbeat.min(self.received + self.peer_timeout).min(now + at_most).max(now + TICK)
         };
     }
 
-    /// Whether a heartbeat is due, whatever else is said, or one with the progress of incoming data.
+    /// Whether a heartbeat is due, either by its interval or to report incoming data.
     pub(super) fn must_ping(&mut self, received: u64, transfer_timeout: Duration, now: Instant) -> bool {
         let since = now.saturating_duration_since(self.report);
         let news = received > self.reported.0 && since >= REPORT.min(transfer_timeout / 4);
@@ -117,12 +117,12 @@ impl Liveness {
         news || since >= due
     }
 
-    /// Whether so many chunks have arrived since the last heartbeat that the peer must hear of them now.
+    /// Whether enough chunks have arrived since the last heartbeat that the peer needs a report now.
     pub(super) fn must_report(&self, chunks: u64) -> bool {
         limits::must_report(chunks - self.reported.1)
     }
 
-    /// A heartbeat goes out that reports so many bytes and chunks.
+    /// A heartbeat that reports so many bytes and chunks is being sent.
     pub(super) fn on_ping_sent(&mut self, received: u64, chunks: u64, now: Instant) {
         self.reported = (received, chunks);
         self.report = now;

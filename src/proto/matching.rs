@@ -1,5 +1,5 @@
-//! Two-sided messages: sends wait for receives and receives for sends, in order. Each message of either side is answered exactly once.
-//! Pure; deadlines are asked for with the time.
+//! Two-sided messages: sends wait for receives and receives for sends, in order. Each message is answered exactly once. Pure; the
+//! caller passes the time.
 
 use crate::region::Hold;
 use crate::status::{bail, Result};
@@ -7,7 +7,7 @@ use crate::types::{Place, Segment};
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
-/// A send of this side that the peer has not answered.
+/// A send of this engine that the peer has not answered.
 pub(super) struct WaitingSend {
     pub segments: Vec<Segment>,
     pub hold: Hold,
@@ -16,7 +16,7 @@ pub(super) struct WaitingSend {
     since: Instant,
 }
 
-/// A message of the peer.
+/// A message that the peer announced.
 pub(super) struct Message {
     pub id: u64,
     pub len: u64,
@@ -24,7 +24,7 @@ pub(super) struct Message {
     pub from: Option<Place>,
 }
 
-/// A receive of this side that no message has met.
+/// A receive of this engine that no message has met.
 pub(super) struct WaitingReceive {
     pub id: u64,
     pub segment: Segment,
@@ -32,11 +32,11 @@ pub(super) struct WaitingReceive {
     since: Instant,
 }
 
-/// How the peer's answer meets a send.
+/// What the peer's answer to a send meets.
 pub(super) enum Pulled {
-    /// It waited.
+    /// The send was waiting.
     Waiting(WaitingSend),
-    /// It had been given up.
+    /// The send had been withdrawn.
     Withdrawn,
 }
 
@@ -44,10 +44,10 @@ pub(super) enum Pulled {
 pub(super) struct Matching {
     /// By id, and so by age.
     sends: BTreeMap<u64, WaitingSend>,
-    /// Given up here; the peer's answer is on its way.
+    /// Withdrawn here; the peer's answer has not arrived yet.
     withdrawn: HashSet<u64>,
     receives: VecDeque<WaitingReceive>,
-    /// Messages of the peer without a receive, by id. Ids rise, so this is their order too.
+    /// Messages of the peer that no receive has met, by id. Ids rise, so this is their order too.
     messages: BTreeMap<u64, Message>,
 }
 
@@ -77,7 +77,7 @@ impl Matching {
     /// The peer answers send `id`.
     ///
     /// # Errors
-    /// `Protocol` when there is nothing to answer.
+    /// `Protocol` when no such send waits for an answer.
     pub(super) fn pull(&mut self, id: u64) -> Result<Pulled> {
         if let Some(send) = self.sends.remove(&id) {
             return Ok(Pulled::Waiting(send));
@@ -85,31 +85,31 @@ impl Matching {
         if self.withdrawn.remove(&id) {
             return Ok(Pulled::Withdrawn);
         }
-        bail!(Protocol, "an answer to message {id}, which waits for none")
+        bail!(Protocol, "an answer to message {id}, which is not waiting for one")
     }
 
-    /// The peer gave up a message; whether it still waited here.
+    /// The peer withdraws a message. Returns whether it was still waiting here.
     pub(super) fn withdraw(&mut self, id: u64) -> bool {
         self.messages.remove(&id).is_some()
     }
 
-    /// Messages of the peer that wait.
+    /// Messages of the peer that wait for a receive.
     #[cfg(any(test, fuzzing))]
     pub(super) fn messages(&self) -> usize {
         self.messages.len()
     }
 
-    /// Sends and receives of this side that wait.
+    /// Sends and receives of this engine that wait.
     pub(super) fn waiting(&self) -> usize {
         self.sends.len() + self.receives.len()
     }
 
-    /// Sends of this side that were given up and that the peer has not answered.
+    /// Sends of this engine that were withdrawn and that the peer has not answered.
     pub(super) fn withdrawn(&self) -> usize {
         self.withdrawn.len()
     }
 
-    /// Gives up the sends that have waited too long: their ids.
+    /// Withdraws the sends that have waited too long, and returns their ids.
     pub(super) fn expire_sends(&mut self, timeout: Duration, now: Instant) -> Vec<u64> {
         let mut late = Vec::new();
         while let Some(first) = self.sends.first_entry() {
@@ -123,7 +123,7 @@ impl Matching {
         late
     }
 
-    /// Gives up the receives that have waited too long: their ids.
+    /// Removes the receives that have waited too long, and returns their ids.
     pub(super) fn expire_receives(&mut self, timeout: Duration, now: Instant) -> Vec<u64> {
         let mut late = Vec::new();
         while self.receives.front().is_some_and(|r| now.saturating_duration_since(r.since) > timeout) {

@@ -1,15 +1,15 @@
-//! The protocol of one connection as a machine without sockets, threads or clocks. In: requests of the application, the peer's frames,
-//! what happened on channels, the time. Out: frames to send ([`Machine::tx`]), chunks handed to [`Channels`], verdicts
-//! ([`Machine::lookup`]), and an error when the connection must end.
+//! The protocol of one connection as a machine without sockets, threads or clocks. It takes the application's requests, the
+//! peer's frames, the events of the channels, and the time. It produces frames to send ([`Machine::tx`]), chunks for
+//! [`Channels`], verdicts ([`Machine::lookup`]), and an error when the connection must end.
 //!
 //! Invariants, which `simulation` tries to break:
-//! - I1: a transfer is OK only when every byte of it is in place. Chunks bear a tag of transfer and place that both sides compute; what
-//!   fits no announcement is an error, never a shift.
-//! - I2: every posted chunk holds the use of its regions. A verdict, withdrawal or announcement that does not fit the state of its
-//!   transfer fails the connection, channels first.
-//! - I3: every transfer ends within its deadline, whatever the peer, its neighbours or the network do (`deadlines`).
-//! - I4: whatever a peer can feed has a limit (`limits`).
-//! - I5: only [`Machine::admit`] may fail and leave the connection alive. Every later error ends it.
+//! - I1: a transfer succeeds only when every byte of it is in place. Each chunk carries a tag that both engines compute from the
+//!   transfer and the chunk's position. A chunk that fits no announcement is an error and never lands elsewhere.
+//! - I2: every posted chunk keeps its regions in use. A verdict, withdrawal or announcement that does not fit the state of its
+//!   transfer fails the connection, and the channels close first.
+//! - I3: every transfer ends within its deadline, whatever the peer, other transfers or the network do (`deadlines`).
+//! - I4: everything that a peer can make this engine keep has a limit (`limits`).
+//! - I5: only [`Machine::admit`] may fail and leave the connection open. Every later error ends it.
 
 mod deadlines;
 mod direct;
@@ -57,21 +57,21 @@ use transfers::Kind;
 
 /// The protocol of a connection.
 ///
-/// Whoever drives it calls, in this order, and at most one thread at a time:
-/// 1. [`Machine::on_received`] for bytes that came, and [`Machine::handle`] for each frame among them;
-/// 2. [`Machine::drive_channels`] for what happened on the channels;
-/// 3. [`Machine::schedule`] until it says [`Scheduled::Blocked`], and after each call sends what [`Machine::tx`] has, and reports that by
-///    [`Machine::on_sent`]: the peer can post nothing before it knows of it;
-/// 4. [`Machine::tick`] once [`Machine::next_tick`] has come, which any of the above may have moved.
+/// One thread at a time drives it, with these calls in this order:
+/// 1. [`Machine::on_received`] for bytes that arrived, and [`Machine::handle`] for each frame in them;
+/// 2. [`Machine::drive_channels`] for the events of the channels;
+/// 3. [`Machine::schedule`] until it returns [`Scheduled::Blocked`]. After each call, send what is in [`Machine::tx`] and report
+///    it with [`Machine::on_sent`]: the peer can post nothing that it does not know of;
+/// 4. [`Machine::tick`] once [`Machine::next_tick`] has passed, which each of the calls above may change.
 ///
-/// An error of any of them means that the connection must end: [`Machine::say_bye`] queues the reason for the peer, and
-/// [`Machine::fail`] closes the channels and ends every transfer. Afterwards nothing but the getters may be called.
+/// An error of any of them means that the connection must end. [`Machine::say_bye`] queues the goodbye, and [`Machine::fail`]
+/// closes the channels and ends every transfer. Only the getters may be called after that.
 ///
-/// The application's requests come in between. [`Machine::admit`] goes before every `start_*` and is the only one that may fail and leave
-/// the connection alive. After a start, step 3 hands out the first chunks.
+/// The application's requests come in between. [`Machine::admit`] comes before every `start_*`; it alone may fail and leave the
+/// connection open. After a start, step 3 hands out the first chunks.
 ///
-/// Getters never change anything: [`Machine::dead`], [`Machine::alive`], [`Machine::lookup`], [`Machine::in_flight`], [`Machine::busy`],
-/// [`Machine::counts`], [`Machine::silence`], [`Machine::next_tick`].
+/// The getters are [`Machine::dead`], [`Machine::alive`], [`Machine::lookup`], [`Machine::in_flight`], [`Machine::busy`],
+/// [`Machine::counts`], [`Machine::silence`] and [`Machine::next_tick`].
 pub(crate) struct Machine {
     state: State,
     events: Vec<Event>,
@@ -85,12 +85,12 @@ impl Machine {
 
     // ---- getters ----
 
-    /// Why the connection ended, once it has.
+    /// Why the connection ended; `None` while it is open.
     pub(crate) fn dead(&self) -> Option<&Error> {
         self.dead.as_ref()
     }
 
-    /// An error once the connection has ended.
+    /// Fails once the connection has ended.
     pub(crate) fn alive(&self) -> Result<()> {
         match &self.dead {
             Some(e) => Err(e.clone()),
@@ -98,32 +98,32 @@ impl Machine {
         }
     }
 
-    /// Something waits for the network or the peer.
+    /// Whether anything waits for the network or the peer.
     pub(crate) fn busy(&self) -> bool {
         self.state.busy()
     }
 
-    /// Whether a transfer of this connection uses a region of this side.
+    /// Whether a transfer of this connection uses a region of this engine.
     pub(crate) fn uses_region(&self, id: u64) -> bool {
         self.state.uses_region(id)
     }
 
-    /// Transfers that this side started and that have not ended.
+    /// Transfers that this engine started and that have not ended.
     pub(crate) fn in_flight(&self) -> usize {
         self.state.transfers.in_flight()
     }
 
-    /// A number that changes whenever a transfer of this side ends.
+    /// How many transfers of this engine have ended; a change tells a waiter to look again.
     pub(crate) fn ended(&self) -> u64 {
         self.state.transfers.ended()
     }
 
-    /// Why a transfer of this side failed, where the log does not have it yet: for the log.
+    /// Why a transfer of this engine failed, if the log does not have it yet.
     pub(crate) fn tell(&mut self, id: u64) -> Option<Error> {
         self.state.transfers.tell(id)
     }
 
-    /// Where a transfer of this side stands, or what it failed with.
+    /// Where a transfer of this engine stands, or why it failed.
     pub(crate) fn lookup(&self, id: u64) -> Result<TransferState> {
         let state = self.state.transfers.lookup(id)?;
         match &self.dead {
@@ -132,13 +132,13 @@ impl Machine {
         }
     }
 
-    /// Nothing is kept of transfers that have ended, on either side's account.
+    /// Whether nothing is kept of ended transfers of either engine.
     #[cfg(any(test, fuzzing))]
     fn is_idle(&self) -> bool {
         self.state.is_idle()
     }
 
-    /// Whether every account agrees with what is really there, and every stream has a deadline.
+    /// Whether every count agrees with what it counts, and every stream has a deadline.
     #[cfg(any(test, fuzzing))]
     fn audit(&self) -> std::result::Result<(), String> {
         match self.dead {
@@ -147,38 +147,38 @@ impl Machine {
         }
     }
 
-    /// Frames that wait to leave.
+    /// Frames that wait to be sent.
     pub(crate) fn tx(&mut self) -> &mut TxQueue {
         &mut self.state.queue.tx
     }
 
-    /// Bytes of them.
+    /// How many bytes wait to be sent.
     pub(crate) fn unsent(&self) -> usize {
         self.state.queue.tx.pending()
     }
 
-    /// Lists of ended transfers for the next ones.
+    /// Segment lists of ended transfers, to be used again.
     pub(crate) fn segment_pool(&mut self) -> &mut SegmentPool {
         &mut self.state.segment_pool
     }
 
     // ---- starting transfers ----
 
-    /// Whether one more transfer of this many segments between these places may start. The only step that can fail and leave the
-    /// connection alive.
+    /// Whether one more transfer with `segments` segments between these places may start. Only this step may fail and leave the
+    /// connection open.
     ///
     /// # Errors
-    /// Why the connection has ended; `Resource` at a limit; `Unsupported` for places that no channel connects.
+    /// The error that ended the connection; `Resource` at a limit; `Unsupported` for places that no channel connects.
     pub(crate) fn admit(&self, segments: usize, pairs: &[(Place, Place)], channels: &Channels) -> Result<()> {
         self.alive()?;
         limits::admit(self.state.transfers.in_flight(), self.state.transfers.segments(), segments)?;
         match pairs.iter().find(|&&(local, peer)| channels.route(local, peer).is_none()) {
-            Some((local, peer)) => Err(err!(Unsupported, "no channel carries memory of {local:?} here and {peer:?} at the peer")),
+            Some((local, peer)) => Err(err!(Unsupported, "no channel connects {local:?} here with {peer:?} at the peer")),
             None => Ok(()),
         }
     }
 
-    /// Starts a one-sided transfer that was admitted, whichever way it goes. An error ends the connection, here as below.
+    /// Starts an admitted one-sided transfer on whichever route it takes. An error ends the connection.
     pub(crate) fn start(&mut self, way: Way, request: Request, channels: &mut Channels, now: Instant) -> Result<u64> {
         DirectTransfers { state: &mut self.state, channels, now }.start(way, request)
     }
@@ -187,12 +187,12 @@ impl Machine {
     pub(crate) fn start_failed(&mut self, error: Error) -> u64 {
         let id = self.state.transfers.start(Kind::Write, 0, 0);
         self.state.transfers.finish(id, Err(error));
-        // Whoever starts it says so.
+        // The caller reports the failure.
         self.state.transfers.tell(id);
         id
     }
 
-    /// Starts a two-sided send that was admitted. The peer's places are known when it answers.
+    /// Starts an admitted two-sided send. The peer's answer names its place.
     pub(crate) fn start_send(
         &mut self,
         segments: Vec<Segment>,
@@ -209,7 +209,7 @@ impl Machine {
         id
     }
 
-    /// Starts a two-sided receive that was admitted.
+    /// Starts an admitted two-sided receive.
     pub(crate) fn start_receive(&mut self, segment: Segment, region: RegionUse, channels: &mut Channels, now: Instant) -> u64 {
         let id = self.state.transfers.start(Kind::Receive, 0, 1);
         self.state.matching.receive(id, segment, Hold::new(vec![region]), now);
@@ -224,8 +224,8 @@ impl Machine {
         self.state.push(&Frame::Notify { name, message }, now);
     }
 
-    /// Starts a transfer that was admitted, if it can go directly at once: its id, and why the connection must end if it must. Some of it may
-    /// have moved by then. `None`: nothing has begun, and [`Machine::start`] is to be called.
+    /// Starts an admitted transfer if it can go directly at once. Returns its id, and the error if the connection must end; some
+    /// of it may have moved by then. `None`: nothing has started, and the caller uses [`Machine::start`].
     ///
     /// # Errors
     /// When the connection must end.
@@ -247,7 +247,7 @@ impl Machine {
         PeerFrames { state: &mut self.state, channels, now }.handle(frame)
     }
 
-    /// Takes what happened on the channels. `true` when something did.
+    /// Takes the events of the channels. Returns whether there were any.
     pub(crate) fn drive_channels(&mut self, channels: &mut Channels, now: Instant) -> Result<bool> {
         let mut events = std::mem::take(&mut self.events);
         let any = channels.progress(now, &mut events)?;
@@ -259,7 +259,7 @@ impl Machine {
             }
         }
         self.events = events;
-        // Fewer than before never fails.
+        // A decrease never fails.
         let _ = self.state.load.chunks(self.state.incoming.expected());
         if self.state.liveness.must_report(self.state.incoming.chunks()) {
             self.state.ping(channels.totals().received, now);
@@ -278,41 +278,41 @@ impl Machine {
         Ok(scheduled)
     }
 
-    /// How often the peer hears of this side.
+    /// The interval of this engine's heartbeats.
     pub(crate) fn heartbeat(&self) -> Duration {
         self.state.setting.heartbeat
     }
 
-    /// How long a transfer may stand still.
+    /// How long a transfer may go without progress.
     pub(crate) fn patience(&self) -> Duration {
         self.state.setting.transfer_timeout
     }
 
     // ---- time ----
 
-    /// So many bytes are kept of frames that have not come as a whole.
+    /// `bytes` are kept of incomplete frames.
     ///
     /// # Errors
-    /// `Resource` when that is more memory than peers may take.
+    /// `Resource` when that exceeds the memory that peers may use.
     pub(crate) fn keeps(&mut self, bytes: usize) -> Result<()> {
         self.state.load.arriving(bytes)
     }
 
-    /// Bytes came in on the control stream; `arriving`: size of the frame they belong to.
+    /// Bytes arrived on the control connection. `arriving`: the size of the frame that they belong to.
     pub(crate) fn on_received(&mut self, bytes: usize, arriving: usize, now: Instant) {
         self.state.liveness.on_received(now);
         self.state.counts.control_received_bytes += bytes as u64;
-        // Answers wait behind a large frame that is on its way, and behind all that comes while the peer has a backlog: then its
-        // heartbeats stay away.
+        // Answers wait behind a large frame that is arriving. They also wait behind everything that arrives while the peer has a
+        // backlog; the peer's heartbeats are late then.
         if arriving > MAX_INLINE || self.state.liveness.is_late(now) {
             self.state.deadlines.waited(bytes as u64, now);
         }
     }
 
-    /// The control socket took bytes; `leaving`: bytes taken from the queue that it has not.
+    /// The control socket took bytes. `leaving`: bytes that were taken from the queue and not by the socket.
     pub(crate) fn on_sent(&mut self, bytes: usize, leaving: usize, now: Instant) {
         self.state.queue.on_sent(bytes, leaving, now);
-        // Fewer than before never fails.
+        // A decrease never fails.
         let _ = self.state.load.answers(self.state.queue.tx.answers());
         self.state.counts.control_sent_bytes += bytes as u64;
         if self.state.queue.backlog() > 0 {
@@ -321,7 +321,7 @@ impl Machine {
         }
     }
 
-    /// When [`Machine::tick`] wants to be called next.
+    /// When to call [`Machine::tick`] next.
     pub(crate) fn next_tick(&self) -> Instant {
         self.state.liveness.next_tick
     }
@@ -331,7 +331,7 @@ impl Machine {
         let timeout = self.state.setting.transfer_timeout;
         self.state.liveness.check(now)?;
         self.state.queue.check(timeout, now)?;
-        // While nothing must move, a channel that fails says so by itself where its plugin can.
+        // While nothing must move, a plugin with doorbells reports a failed channel by itself.
         if self.state.deadlines.must_look(timeout, now) && (self.state.deadlines.any() || !self.state.setting.doorbells) {
             self.note_network(channels, now)?;
             if let Some(why) = channels.dead_nic(timeout, now) {
@@ -344,13 +344,13 @@ impl Machine {
         self.state.expire_matches(now);
         limits::withdrawn(self.state.matching.withdrawn())?;
         let active = self.state.deadlines.any() || self.state.queue.backlog() > 0 || self.state.matching.waiting() > 0;
-        // A heartbeat needs another look only if it stays in the queue, see [`Machine::on_sent`].
+        // A heartbeat needs another check only if it stays in the queue, see [`Machine::on_sent`].
         self.state.report(channels, now);
         self.state.liveness.plan(active, timeout.min(self.state.setting.match_timeout) / 3, now);
         Ok(())
     }
 
-    /// Counts what the network has moved since the last look. An error when a channel has failed.
+    /// Counts what the network has moved since the last look. Fails when a channel has failed.
     pub(crate) fn note_network(&mut self, channels: &mut Channels, now: Instant) -> Result<()> {
         self.state.deadlines.note_network(channels.look(now)?, now);
         Ok(())
@@ -358,23 +358,23 @@ impl Machine {
 
     // ---- statistics ----
 
-    /// What the machine counts.
+    /// The machine's counters.
     pub(crate) fn counts(&self) -> Totals {
         let (transfers_started, transfers_completed, transfers_failed) = self.state.transfers.outcomes();
         Totals { transfers_started, transfers_completed, transfers_failed, ..self.state.counts }
     }
 
-    /// Names the peer.
+    /// The peer's name.
     pub(crate) fn peer(&self) -> &str {
         &self.state.setting.peer
     }
 
-    /// Since when nothing was heard of the peer, and how long that may last.
+    /// How long the peer has been silent, and how long it may be.
     pub(crate) fn silence(&self, now: Instant) -> (Duration, Duration) {
         self.state.liveness.silence(now)
     }
 
-    /// A transfer that has not moved for half of its timeout, in words.
+    /// Describes a transfer that has not moved for half of its timeout.
     pub(crate) fn standstill(&mut self, channels: &Channels, now: Instant) -> Option<String> {
         let overdue = self.state.deadlines.overdue(self.state.setting.transfer_timeout / 2, now)?;
         let limit = self.state.setting.transfer_timeout;
@@ -383,13 +383,14 @@ impl Machine {
 
     // ---- the end ----
 
-    /// Says that this side ends the connection, and why.
+    /// Queues the goodbye, with the cause.
     pub(crate) fn say_bye(&mut self, error: Option<&Error>, now: Instant) {
         let (status, text) = error.map_or((UCCL_OK, String::new()), |e| (e.code(), e.to_string()));
         self.state.push(&Frame::Bye { status, text: &text }, now);
     }
 
-    /// Ends the connection: closes the channels first, so that nothing touches memory any more, then ends every transfer with `error`.
+    /// Ends the connection. The channels close first, so that nothing touches memory any more; then every transfer ends with
+    /// `error`.
     pub(crate) fn fail(&mut self, error: Error, channels: &mut Channels) {
         if self.dead.is_some() {
             return;
@@ -399,7 +400,7 @@ impl Machine {
         self.dead = Some(error);
     }
 
-    /// It has ended, whatever of it is in order: only for a defect that even [`Machine::fail`] met.
+    /// Marks the connection as ended without any clean-up: only for a defect that [`Machine::fail`] itself ran into.
     pub(crate) fn give_up(&mut self, error: Error) {
         self.dead.get_or_insert(error);
     }

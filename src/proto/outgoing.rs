@@ -1,6 +1,6 @@
-//! Data that leaves: streams take turns on the routes to the peer. On each route small transfers and large ones alternate, a stream
-//! that is blocked holds up only its own route, and every chunk that is handed to a channel is announced. Knows nothing of frames'
-//! bytes and sockets.
+//! Data that is sent: streams take turns on the routes to the peer. On each route small and large transfers alternate, and a
+//! blocked stream holds up only its own route. Every chunk handed to a channel is announced. Knows nothing of the bytes of frames
+//! and of sockets.
 
 use super::limits;
 use crate::channel::path::Departure;
@@ -16,16 +16,16 @@ use crate::wire::queue::TxQueue;
 use std::collections::VecDeque;
 use std::time::Instant;
 
-/// A transfer of at most this many bytes goes before large ones.
+/// The largest transfer that goes before large ones.
 const SMALL: u64 = 256 << 10;
-/// Bytes that small transfers are ahead of the large ones that wait at most: both then have half of the route.
+/// How many bytes small transfers may be ahead of waiting large ones: both then get half of the route.
 const SMALL_TURN: u64 = 1 << 20;
-/// Chunks of a large stream before the next large one has its turn.
+/// Chunks of one large stream before the next has its turn.
 const BULK_TURN: usize = 4;
-/// Chunks that one frame announces.
+/// Chunks that one frame announces, at most.
 const ANNOUNCE: usize = 8;
 
-/// A stream of data that leaves.
+/// A stream of data that is sent.
 struct OutStream {
     stream: Walk,
     hold: Hold,
@@ -33,16 +33,16 @@ struct OutStream {
     total: u64,
     small: bool,
     segments: usize,
-    /// Bytes handed to channels and not yet gone.
+    /// Bytes that channels have and have not sent.
     inflight: u64,
 }
 
-/// What became of a stream when a chunk of it had gone.
+/// What remains of a stream when a chunk of it has been sent.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Gone {
+pub(super) enum AfterChunk {
     /// There is more to send.
     More,
-    /// That was the last chunk; the list is given back.
+    /// That was the last chunk; here is its list.
     Last(Vec<Segment>),
 }
 
@@ -51,7 +51,7 @@ pub(super) enum Gone {
 struct Turns {
     small: VecDeque<Key>,
     bulk: VecDeque<Key>,
-    /// Bytes by which small ones are ahead.
+    /// How many bytes small ones are ahead.
     small_bytes: u64,
     /// Chunks that the large stream at the front has sent in this turn.
     chunks: usize,
@@ -66,7 +66,7 @@ impl Turns {
         }
     }
 
-    /// Whether a small stream is next; `None` when nobody who waits may go. `blocked`: large ones, small ones.
+    /// Whether a small stream is next; `None` when no waiting stream may go. `blocked`: large ones, small ones.
     fn next(&self, blocked: [bool; 2]) -> Option<bool> {
         let may = |queue: &VecDeque<Key>, blocked: bool| !queue.is_empty() && !blocked;
         match (may(&self.small, blocked[1]), may(&self.bulk, blocked[0])) {
@@ -77,7 +77,7 @@ impl Turns {
         }
     }
 
-    /// A chunk of the stream at the front has left; the stream goes on in this class or not.
+    /// A chunk of the stream at the front was sent. `goes_on`: the stream has more on this route.
     fn took(&mut self, small: bool, len: u64, goes_on: bool) {
         if small {
             self.small_bytes += len;
@@ -103,19 +103,19 @@ impl Turns {
 pub(super) struct Outgoing {
     streams: Map<Key, OutStream>,
     routes: Vec<Turns>,
-    /// Bytes of large streams that no channel has.
+    /// Bytes of large streams that no channel has yet.
     bulk_left: u64,
-    /// Chunks announced, and those of them that the peer says have arrived.
+    /// Chunks announced, and how many of them the peer has reported as arrived.
     announced: u64,
     confirmed: u64,
 }
 
-/// How far a round of scheduling came.
+/// How a round of scheduling ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Scheduled {
-    /// As many chunks as were allowed; there may be more.
+    /// It handed out as many chunks as it was allowed to; there may be more.
     Limit,
-    /// Nothing more can leave now.
+    /// Nothing more can be sent now.
     Blocked,
 }
 
@@ -125,7 +125,7 @@ impl Outgoing {
         let stream = Walk::new(segments);
         let Some((place, peer)) = stream.next_places() else { bail!(Internal, "an empty stream") };
         let Some(route) = channels.route(place, peer) else {
-            bail!(Unsupported, "no channel carries memory of {place:?} to {peer:?} of the peer")
+            bail!(Unsupported, "no channel connects {place:?} here with {peer:?} at the peer")
         };
         self.routes.resize_with(channels.routes(), Turns::default);
         let (total, segments) = (stream.remaining(), stream.segments());
@@ -188,7 +188,7 @@ impl Outgoing {
         let Some((channel, most)) = channels.pick(route, place, want, !small, now) else { return Ok(false) };
         let tag = tag(key, true, out.stream.offset());
         let limits = ChunkLimits { bytes: most.min(limits.bytes), ..limits };
-        let Some(chunk) = out.stream.take_within(limits) else { bail!(Internal, "a stream that ended early") };
+        let Some(chunk) = out.stream.take_within(limits) else { bail!(Internal, "a stream ended early") };
         debug_assert_eq!((chunk.place, chunk.peer), (place, peer));
         let len = chunk.len as u64;
         channels.submit(channel, Departure { key, chunk, hold: out.hold.clone(), bulk: !small, tag }, now)?;
@@ -210,38 +210,38 @@ impl Outgoing {
         Ok(true)
     }
 
-    /// A chunk of a stream has gone.
+    /// A channel has sent a chunk of a stream.
     ///
     /// # Errors
     /// `Internal` for a chunk that was never sent.
-    pub(super) fn gone(&mut self, key: Key, len: u64) -> Result<Gone> {
-        let Some(out) = self.streams.get_mut(&key) else { bail!(Internal, "a chunk of no stream has gone") };
-        let Some(left) = out.inflight.checked_sub(len) else { bail!(Internal, "more bytes have gone than were sent") };
+    pub(super) fn chunk_sent(&mut self, key: Key, len: u64) -> Result<AfterChunk> {
+        let Some(out) = self.streams.get_mut(&key) else { bail!(Internal, "a chunk was sent that belongs to no stream") };
+        let Some(left) = out.inflight.checked_sub(len) else { bail!(Internal, "more bytes were sent than channels had") };
         out.inflight = left;
         if left > 0 || out.stream.remaining() > 0 {
-            return Ok(Gone::More);
+            return Ok(AfterChunk::More);
         }
-        Ok(Gone::Last(self.streams.remove(&key).map(|out| out.stream.into_list()).unwrap_or_default()))
+        Ok(AfterChunk::Last(self.streams.remove(&key).map(|out| out.stream.into_list()).unwrap_or_default()))
     }
 
-    /// The peer says that so many chunks have arrived in all.
+    /// The peer reports how many chunks have arrived in all.
     ///
     /// # Errors
-    /// `Protocol` when these are fewer than before, or more than were announced.
+    /// `Protocol` when that is fewer than before, or more than were announced.
     pub(super) fn confirm(&mut self, chunks: u64) -> Result<()> {
         if chunks < self.confirmed || chunks > self.announced {
-            bail!(Protocol, "the peer has received {chunks} chunks after {}, of {} sent", self.confirmed, self.announced);
+            bail!(Protocol, "the peer reports {chunks} chunks received after {}, of {} sent", self.confirmed, self.announced);
         }
         self.confirmed = chunks;
         Ok(())
     }
 
-    /// Bytes of a stream that no channel has; `None` when all has gone or there is no such stream.
+    /// Bytes of a stream that no channel has yet; `None` when all have been sent or there is no such stream.
     pub(super) fn unsent(&self, key: Key) -> Option<u64> {
         self.streams.get(&key).map(|out| out.stream.remaining())
     }
 
-    /// Sends no more of a stream; whether chunks of it are still under way.
+    /// Stops a stream. Returns whether chunks of it are still in flight.
     pub(super) fn cancel(&mut self, key: Key) -> bool {
         if let Some(out) = self.streams.get(&key).filter(|out| !out.small) {
             self.bulk_left -= out.stream.remaining();
@@ -259,7 +259,7 @@ impl Outgoing {
         }
     }
 
-    /// Something waits for room on a channel.
+    /// Whether a stream waits for room on a channel.
     pub(super) fn waiting(&self) -> bool {
         self.routes.iter().any(|turns| !turns.small.is_empty() || !turns.bulk.is_empty())
     }
@@ -288,7 +288,7 @@ impl Outgoing {
     }
 }
 
-/// Announcements that are being collected: chunks of one stream share a frame.
+/// Announcements being collected: chunks of one stream share a frame.
 #[derive(Default)]
 struct Announcing {
     key: Option<Key>,
@@ -314,8 +314,8 @@ impl Announcing {
     }
 }
 
-/// Names a chunk on its channel: both sides compute the same number from the stream and the place of the chunk in it, and a plugin
-/// that compares tags finds out when they disagree about what comes next. `sending`: this side sends it.
+/// The tag of a chunk on its channel. Both engines compute the same number from the stream and the chunk's offset, and a plugin
+/// that compares tags detects a disagreement. `sending`: this engine sends it.
 pub(crate) fn tag(key: Key, sending: bool, offset: u64) -> i32 {
     let by_initiator = key.mine == sending;
     let mut x = key.id.wrapping_mul(2).wrapping_add(u64::from(by_initiator)).wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ offset;

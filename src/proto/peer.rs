@@ -1,5 +1,5 @@
-//! What each frame of the peer does: transfers announced, chunks granted, verdicts, small transfers inside frames. Whatever does not
-//! fit the state of the transfer that it names is a protocol violation. Knows nothing of sockets.
+//! What each frame of the peer does: it announces transfers or chunks, gives a verdict, or carries an eager transfer. A frame
+//! that does not fit the state of its transfer is a violation. Knows nothing of sockets.
 
 use super::direct::DirectTransfers;
 use super::incoming::Ending;
@@ -16,7 +16,7 @@ use crate::types::{Key, Landing, Place, RemoteAccess, Segment};
 use crate::wire::frame::{Frame, Grant, WireRegion, WireSegment, WireSegments};
 use std::time::Instant;
 
-/// A message of the peer may announce this many bytes; its receive is what really bounds it.
+/// The largest message that a peer may announce; its receive is the real bound.
 const MAX_MESSAGE: u64 = 1 << 50;
 
 /// The machine while it takes frames of the peer.
@@ -29,7 +29,7 @@ pub(super) struct PeerFrames<'a> {
 impl PeerFrames<'_> {
     /// Takes a frame of the peer. An error means that the connection must end.
     pub(super) fn handle(&mut self, frame: Frame<'_>) -> Result<()> {
-        // Nothing begins with these, and a heartbeat alone must not wake anybody again.
+        // These start nothing, and a heartbeat alone must not wake the engine again.
         let begins = !matches!(frame, Frame::Ping { .. } | Frame::Notify { .. });
         self.state.queue.tx.answering(true);
         let handled = self.take_frame(frame);
@@ -63,7 +63,7 @@ impl PeerFrames<'_> {
         }
     }
 
-    /// Resolves a peer's segments to memory of this side; every one is checked before anything moves.
+    /// Resolves the peer's segments to memory of this engine. Every one is checked before anything moves.
     fn resolve(
         &mut self,
         regions: &[WireRegion],
@@ -73,7 +73,9 @@ impl PeerFrames<'_> {
         let uses = regions.iter().map(|r| self.state.setting.registry.remote(r.id, &r.token)).collect::<Result<Vec<_>>>()?;
         uses.iter().try_for_each(|region| region.check_access(access))?;
         let resolve = |s: WireSegment| {
-            let Some(region) = uses.get(usize::from(s.region)) else { bail!(Protocol, "segment of region {}", s.region) };
+            let Some(region) = uses.get(usize::from(s.region)) else {
+                bail!(Protocol, "a segment names region {}, which the frame does not list", s.region)
+            };
             region.check_remote(s.addr, u64::from(s.len))?;
             if region.place != s.owner {
                 bail!(RemoteAccess, "region {} does not lie where the FIFO item says", region.span.id);
@@ -87,13 +89,13 @@ impl PeerFrames<'_> {
         Ok((resolved, uses))
     }
 
-    /// Tells the peer that its transfer is refused. It learns what it did wrong, and nothing else.
+    /// Refuses a transfer of the peer. The peer learns what it did wrong, and nothing else.
     fn refuse(&mut self, id: u64, error: &Error) {
         self.state.counts.refused += 1;
         self.state.log.log(
             log::Level::Warn,
             self.now,
-            format_args!("{}: transfer {id} of the peer refused: {error}", self.state.setting.peer),
+            format_args!("{}: refused transfer {id} of the peer: {error}", self.state.setting.peer),
         );
         self.state.push(&Frame::Done { id, status: error.code(), text: &error.to_string() }, self.now);
     }
@@ -153,7 +155,7 @@ impl PeerFrames<'_> {
         let answered = self.resolve(regions, segments, RemoteAccess::READ).and_then(|(segments, uses)| {
             let unreachable = segments.iter().find(|s| self.channels.route(s.place, s.peer).is_none());
             match unreachable {
-                Some(s) => Err(err!(Unsupported, "no channel carries memory of {:?} to {:?}", s.place, s.peer)),
+                Some(s) => Err(err!(Unsupported, "no channel connects {:?} here with {:?} at the peer", s.place, s.peer)),
                 None => Ok((segments, uses)),
             }
         });
@@ -204,7 +206,7 @@ impl PeerFrames<'_> {
         self.state.load.chunks(self.state.incoming.expected())
     }
 
-    /// The peer's verdict on a transfer of this side. Which ones fit depends on its kind and on how far it is.
+    /// The peer's verdict on a transfer of this engine. Which ones fit depends on the transfer's kind and progress.
     fn on_done(&mut self, id: u64, status: StatusCode, text: &str) -> Result<()> {
         let key = Key { id, mine: true };
         let Some(kind) = self.state.transfers.kind(id) else {
@@ -213,11 +215,11 @@ impl PeerFrames<'_> {
         let ok = status == UCCL_OK;
         let unsent = self.state.outgoing.unsent(key);
         match (kind, ok) {
-            // Done before its data has left, or a verdict that only we can give.
+            // Successful before its data was sent, or a verdict that only this engine can give.
             (Kind::Write | Kind::Send { pulled: true }, true) if unsent.is_none_or(|n| n == 0) => {}
             (Kind::Write, false) => {}
             (Kind::Read, false) => {
-                // The owner answers with data or with a refusal, never with both.
+                // The target answers with data or with a refusal, never with both.
                 self.state.incoming.take_unbegun(key)?;
             }
             _ => bail!(Protocol, "a verdict ({status}) on transfer {id} that does not fit its state"),
@@ -226,7 +228,7 @@ impl PeerFrames<'_> {
         let sending = if ok {
             unsent.is_some()
         } else {
-            // What was announced is on its way, and the peer drains it.
+            // The chunks that were announced are in flight, and the peer drains them.
             if unsent.is_some_and(|n| n > 0) {
                 self.state.push(&Frame::Cancel { id }, self.now);
             }
@@ -259,7 +261,7 @@ impl PeerFrames<'_> {
             self.state.log.log(
                 log::Level::Warn,
                 self.now,
-                format_args!("{}: message {id} of the peer refused: {e}", self.state.setting.peer),
+                format_args!("{}: refused message {id} of the peer: {e}", self.state.setting.peer),
             );
             self.state.push(&Frame::Pull { id, status: e.code(), receiver: Place::HOST, landing: None }, self.now);
             return Ok(());
@@ -269,12 +271,12 @@ impl PeerFrames<'_> {
         Ok(())
     }
 
-    /// Messages meet the receives that wait for them.
+    /// Matches messages with the receives that wait for them.
     pub(super) fn match_receives(&mut self) {
         while let Some((Message { id: message, len, from }, receive)) = self.state.matching.next_match() {
             self.state.transfers.set_total(receive.id, len);
             if len > receive.segment.len {
-                let error = err!(Truncated, "a message of {len} bytes met a receive of {}", receive.segment.len);
+                let error = err!(Truncated, "a message of {len} bytes met a receive of {} bytes", receive.segment.len);
                 self.state.transfers.finish(receive.id, Err(error));
                 self.state.load.ended(0);
                 let status = ErrorKind::Truncated.code();
@@ -324,9 +326,9 @@ impl PeerFrames<'_> {
             return self.direct().send(id, &segments, (send.hold, receiver, landing));
         }
         if let Some(s) = segments.iter().find(|s| self.channels.route(s.place, receiver).is_none()) {
-            // Where its receive lies was not known before. Nothing was announced: the peer gives up the receive as it would late.
-            let error =
-                err!(Unsupported, "no channel carries memory of {:?} here to {receiver:?}, where the receive lies", s.place);
+            // The place of the receive was not known before. Nothing was announced: the peer ends the receive as if this send had
+            // timed out.
+            let error = err!(Unsupported, "no channel connects {:?} here with {receiver:?}, where the receive lies", s.place);
             self.state.push(&Frame::Withdraw { id, status: error.code() }, self.now);
             self.state.transfers.finish(id, Err(error));
             return Ok(());
@@ -337,7 +339,7 @@ impl PeerFrames<'_> {
         self.state.outgoing.start(key, segments, send.hold, self.channels)
     }
 
-    /// The peer gave up a message. It is answered like any other; a receive that it was matched with fails.
+    /// The peer withdraws a message. It is answered like any other, and a receive that it was matched with fails.
     fn on_withdraw(&mut self, id: u64, status: StatusCode) -> Result<()> {
         if status == UCCL_OK {
             bail!(Protocol, "message {id} is withdrawn without a reason");
@@ -355,11 +357,11 @@ impl PeerFrames<'_> {
             return Ok(());
         }
         let Some(receive) = self.state.incoming.receive_of(key) else {
-            // Matched with a receive that was too small, or empty: our answer and the withdrawal have crossed.
+            // The message was matched with a receive that was too small or empty: the answer and the withdrawal have crossed.
             return if self.state.load.has_named(id) && !self.state.incoming.contains(key) {
                 Ok(())
             } else {
-                Err(err!(Protocol, "message {id} is withdrawn, which does not wait"))
+                Err(err!(Protocol, "message {id} is withdrawn, but is not waiting"))
             };
         };
         self.state.incoming.take_unbegun(key)?;
@@ -374,7 +376,7 @@ impl PeerFrames<'_> {
         let why = match ErrorKind::from_code(status) {
             ErrorKind::TimedOut => "its send had waited too long for this receive",
             ErrorKind::Unsupported => "no channel connects the memory of its send with that of this receive",
-            _ => "its sender could not send it",
+            _ => "the peer could not send it",
         };
         let error = Error::new(ErrorKind::from_code(status), format_args!("message {id} was withdrawn: {why}"));
         self.state.transfers.finish(receive, Err(error));
@@ -397,7 +399,7 @@ impl PeerFrames<'_> {
     }
 }
 
-/// The error that a peer's farewell means.
+/// The error that the peer's goodbye stands for.
 fn farewell(status: StatusCode, text: &str) -> Error {
     match status {
         UCCL_OK => err!(RemoteDisconnect, "the peer closed the connection"),
@@ -406,14 +408,14 @@ fn farewell(status: StatusCode, text: &str) -> Error {
     }
 }
 
-const GAVE_UP: &str = "the peer gave the connection up";
+const GAVE_UP: &str = "the peer gave up the connection";
 
-/// Whether an error is a peer's farewell with a cause.
+/// Whether an error is a goodbye of the peer with a cause.
 pub(crate) fn is_farewell(error: &Error) -> bool {
     error.to_str().starts_with(GAVE_UP)
 }
 
-/// A peer's text without what would steer a terminal or forge a line.
+/// The peer's text without characters that could steer a terminal or forge a line.
 fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }

@@ -1,4 +1,4 @@
-//! Frames that leave, and how long they have waited for the peer to read. Knows nothing of what they say.
+//! Frames that wait to be sent, and how long they have waited for the peer to read. Knows nothing of their content.
 
 use super::deadlines;
 use crate::status::{bail, Result};
@@ -6,12 +6,12 @@ use crate::wire::frame::Frame;
 use crate::wire::queue::TxQueue;
 use std::time::{Duration, Instant};
 
-/// The queue of frames, and what the socket has taken of it.
+/// The queue of frames, and how much of it the socket has taken.
 pub(super) struct ControlQueue {
     pub tx: TxQueue,
-    /// Bytes of frames that are neither queued any more nor with the socket.
+    /// Bytes that were taken from the queue and that the socket has not taken.
     leaving: usize,
-    /// When the socket had last taken enough of the queued frames, or had nothing to take; and what it has taken since.
+    /// When the socket had last taken enough of the queued frames, or nothing was queued; and the bytes that it has taken since.
     drained: Instant,
     trickled: u64,
 }
@@ -33,7 +33,7 @@ impl ControlQueue {
         self.tx.push(frame);
     }
 
-    /// Lets another part append frames.
+    /// Lets another module append frames.
     pub(super) fn append<R>(&mut self, now: Instant, append: impl FnOnce(&mut TxQueue) -> R) -> R {
         let (before, backlog) = (self.tx.pending(), self.backlog());
         let result = append(&mut self.tx);
@@ -43,11 +43,11 @@ impl ControlQueue {
         result
     }
 
-    /// The socket took bytes; `leaving`: bytes taken from the queue that it has not.
+    /// The socket took bytes. `leaving`: bytes that were taken from the queue and not by the socket.
     pub(super) fn on_sent(&mut self, bytes: usize, leaving: usize, now: Instant) {
         self.leaving = leaving;
         self.trickled += bytes as u64;
-        // A peer that reads byte by byte keeps nobody who waits for room.
+        // A peer that reads byte by byte does not hold up what waits for room.
         if bytes > 0 && (self.backlog() == 0 || self.trickled >= deadlines::FLOOR) {
             (self.drained, self.trickled) = (now, 0);
         }

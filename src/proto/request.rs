@@ -5,7 +5,7 @@ use crate::region::{Hold, RegionUse};
 use crate::types::{Place, Segment};
 use crate::wire::frame::{WireRegion, WireSegments};
 
-/// A one-sided transfer as the caller describes it: local segments with their regions, and the remote side's.
+/// A one-sided transfer: local segments with their regions, and the peer's.
 pub(crate) struct Request {
     pub segments: Vec<Segment>,
     pub uses: Vec<RegionUse>,
@@ -16,13 +16,13 @@ pub(crate) struct Request {
     pub pairs: Vec<(Place, Place)>,
 }
 
-/// A transfer as the caller describes it, if it is to go directly.
+/// A transfer that is to go directly, as its caller describes it.
 pub(crate) struct Sketch {
     pub pairings: Vec<Pairing>,
-    /// Keeps this side's regions.
+    /// Keeps this engine's regions in use.
     pub hold: Hold,
     pub total: u64,
-    /// Blocks.
+    /// Number of blocks.
     pub count: usize,
 }
 

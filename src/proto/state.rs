@@ -1,5 +1,5 @@
-//! What the protocol of a connection knows: the parts, each of which owns its fields, and the steps that several of them take together.
-//! Knows nothing of who asks for a step: the application, the peer ([`super::peer`]), or the time.
+//! The state of a connection's protocol: parts that each own their fields, and the steps that several parts take together. Knows
+//! nothing of who asks for a step: the application, the peer ([`super::peer`]), or the time.
 
 use super::deadlines::{Deadlines, Overdue};
 use super::incoming::{Ended, Ending, Incoming};
@@ -8,7 +8,7 @@ use super::limits::PeerLoad;
 use super::listed::Pending;
 use super::liveness::Liveness;
 use super::matching::Matching;
-use super::outgoing::{Gone, Outgoing};
+use super::outgoing::{AfterChunk, Outgoing};
 use super::queue::ControlQueue;
 use super::transfers::Transfers;
 use crate::budget::{Account, Share};
@@ -25,26 +25,26 @@ use crate::wire::frame::Frame;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Log lines a second that the peer of one connection can cause.
+/// Log lines a second that the peer of one connection may cause.
 const PEER_LINES: u32 = 5;
 
-/// What both sides agreed on, and what the machine needs of its engine.
+/// What both engines agreed on, and what the machine needs from its engine.
 pub(crate) struct Setting {
     pub registry: Arc<Registry>,
     pub inbox: Inbox,
-    /// What peers of this address may take, and how many lines of the log all peers of the engine may cause.
+    /// The budget of peers at this address, and the log lines that all peers of the engine may cause.
     pub account: Arc<Account>,
     pub lines: Arc<Limiter>,
-    /// Largest transfer inside a control frame, bytes.
+    /// The largest eager transfer, in bytes.
     pub eager_bytes: usize,
     /// Names the peer in errors.
     pub peer: String,
     pub transfer_timeout: Duration,
-    /// Silence after which the peer is lost; the smaller of both sides' values sets the heartbeat.
+    /// Silence after which the peer is lost; the smaller of both engines' values sets the heartbeat.
     pub peer_timeout: Duration,
     pub heartbeat: Duration,
     pub match_timeout: Duration,
-    /// Whoever drives is told when a channel fails.
+    /// The plugin rings a doorbell when a channel fails.
     pub doorbells: bool,
 }
 
@@ -62,7 +62,7 @@ pub(super) struct State {
     pub deadlines: Deadlines,
     /// What the peer has in flight.
     pub load: PeerLoad,
-    /// Lists of ended transfers for the next ones.
+    /// Segment lists of ended transfers, to be used again.
     pub segment_pool: SegmentPool,
     pub inline: Inline,
     pub log: Limiter,
@@ -95,18 +95,18 @@ impl State {
         self.liveness.look_soon(now);
     }
 
-    /// Something waits for the network or the peer.
+    /// Whether anything waits for the network or the peer.
     pub(super) fn busy(&self) -> bool {
         self.transfers.in_flight() > 0 || !self.incoming.is_empty() || !self.outgoing.is_empty()
     }
 
-    /// Whether a transfer of this connection uses a region of this side.
+    /// Whether a transfer of this connection uses a region of this engine.
     pub(super) fn uses_region(&self, id: u64) -> bool {
         let direct = self.direct.uses_region(id);
         direct || self.outgoing.uses_region(id) || self.incoming.uses_region(id) || self.matching.uses_region(id)
     }
 
-    /// Nothing is kept of transfers that have ended, on either side's account.
+    /// Whether nothing is kept of ended transfers of either engine.
     #[cfg(any(test, fuzzing))]
     pub(super) fn is_idle(&self) -> bool {
         let empty = self.incoming.is_empty() && self.outgoing.is_empty() && !self.outgoing.waiting();
@@ -119,7 +119,7 @@ impl State {
             && self.transfers.segments() == 0
     }
 
-    /// Whether every account agrees with what is really there, and every stream has a deadline.
+    /// Whether every count agrees with what it counts, and every stream has a deadline.
     #[cfg(any(test, fuzzing))]
     pub(super) fn audit(&self) -> std::result::Result<(), String> {
         let theirs = |keys: Vec<(Key, usize)>| keys.into_iter().filter(|(key, _)| !key.mine).collect::<Vec<_>>();
@@ -131,12 +131,12 @@ impl State {
         let messages = self.matching.messages() + self.direct.landings();
         let (transfers, segments) = (messages + streams.len(), streams.iter().map(|(_, n)| n).sum::<usize>());
         if self.load.load() != (transfers, segments) {
-            return Err(format!("the peer's account says {:?}, of {:?}", self.load.load(), (transfers, segments)));
+            return Err(format!("the peer's load is {:?}, expected {:?}", self.load.load(), (transfers, segments)));
         }
         self.incoming.audit()
     }
 
-    /// Queues the announcement of a transfer and keeps the memory of its list.
+    /// Queues the announcement of a transfer and keeps its list for the next one.
     pub(super) fn announce(&mut self, frame: Frame<'static>, now: Instant) {
         self.push(&frame, now);
         if let Frame::Write { segments, .. } | Frame::Read { segments, .. } = frame {
@@ -150,7 +150,7 @@ impl State {
             self.transfers.moved(key.id, len);
         }
         let segments = self.outgoing.segments(key);
-        if let Gone::Last(list) = self.outgoing.gone(key, len)? {
+        if let AfterChunk::Last(list) = self.outgoing.chunk_sent(key, len)? {
             self.segment_pool.give_list(list);
             if key.mine {
                 self.transfers.source_free(key.id);
@@ -178,14 +178,14 @@ impl State {
         Ok(())
     }
 
-    /// Tells the peer how much has arrived.
+    /// Reports to the peer how much has arrived.
     pub(super) fn ping(&mut self, received: u64, now: Instant) {
         let chunks = self.incoming.chunks();
         self.liveness.on_ping_sent(received, chunks, now);
         self.push(&Frame::Ping { received, chunks }, now);
     }
 
-    /// Everything of an incoming stream is in place, or drained.
+    /// Everything of an incoming stream is in place or drained.
     pub(super) fn stream_ended(&mut self, key: Key, ended: Ended, now: Instant) {
         let Ended { ending, list, segments } = ended;
         self.segment_pool.give_list(list);
@@ -206,7 +206,7 @@ impl State {
         }
     }
 
-    /// A heartbeat where one is due. None where a backlog waits.
+    /// Sends a heartbeat if one is due and no backlog waits.
     pub(super) fn report(&mut self, channels: &Channels, now: Instant) {
         let received = channels.totals().received;
         if self.liveness.must_ping(received, self.setting.transfer_timeout, now) && self.queue.backlog() == 0 {
@@ -214,7 +214,7 @@ impl State {
         }
     }
 
-    /// Which transfer stands still, in which direction, and on which channels.
+    /// Describes a transfer that stands still, with its direction and channels.
     pub(super) fn describe(&self, overdue: Overdue, channels: &Channels, now: Instant) -> Error {
         let Overdue { key, way, still, others_moved } = overdue;
         let whose = if key.mine { "transfer" } else { "the peer's transfer" };
@@ -222,9 +222,9 @@ impl State {
             Way::Out => "to",
             Way::In => "from",
         };
-        let rest = if others_moved { ", while others went on" } else { "" };
+        let rest = if others_moved { ", while others moved" } else { "" };
         let on = channels.describe_busy(way, now);
-        let on = if on.is_empty() { "nothing is under way on the channels".to_owned() } else { format!("under way: {on}") };
+        let on = if on.is_empty() { "nothing is in flight on the channels".to_owned() } else { format!("in flight: {on}") };
         err!(TimedOut, "{whose} {} {direction} the peer has not moved for {still:.1?}{rest}; {on}", key.id)
     }
 
@@ -232,21 +232,21 @@ impl State {
         let timeout = self.setting.match_timeout;
         for id in self.matching.expire_sends(timeout, now) {
             self.push(&Frame::Withdraw { id, status: ErrorKind::TimedOut.code() }, now);
-            self.transfers.finish(id, Err(err!(TimedOut, "no receive was posted for message {id} within {timeout:?}")));
+            self.transfers.finish(id, Err(err!(TimedOut, "the peer posted no receive for message {id} within {timeout:?}")));
         }
         for id in self.matching.expire_receives(timeout, now) {
-            self.transfers.finish(id, Err(err!(TimedOut, "no message came for receive {id} within {timeout:?}")));
+            self.transfers.finish(id, Err(err!(TimedOut, "the peer sent no message for receive {id} within {timeout:?}")));
         }
     }
 
-    /// Ends every transfer with `error`, and lets go of all that they held. The channels are closed by then.
+    /// Ends every transfer with `error` and releases all that they held. The channels are closed by then.
     pub(super) fn fail(&mut self, error: &Error) {
         self.outgoing.clear();
         self.incoming.clear();
         self.matching.clear();
         self.direct.clear();
         self.deadlines.clear();
-        // What the peer took is free for others, whenever the application closes its handle.
+        // The peer's share is free for others at once, even if the application closes its handle later.
         self.load = PeerLoad::new(Share::new(&self.setting.account));
         self.transfers.fail_all(error);
     }

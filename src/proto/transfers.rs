@@ -1,4 +1,4 @@
-//! Transfers that this side started: ids, kinds, progress, outcome. Decides which verdicts of the peer fit. Pure bookkeeping.
+//! Transfers that this engine started: ids, kinds, progress, outcome. Decides which verdicts of the peer fit. Pure bookkeeping.
 
 use crate::hash::Map;
 use crate::status::{bail, Error, ErrorKind, Result};
@@ -15,7 +15,7 @@ pub struct TransferState {
     pub bytes_done: u64,
 }
 
-/// What kind of transfer an id names: it decides which frames the peer may send about it.
+/// The kind of a transfer. It decides which frames the peer may send about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Write,
@@ -38,14 +38,14 @@ pub(super) struct Running {
     moved: u64,
     /// Segments of its lists, for the budget.
     segments: usize,
-    /// The other side's verdict, known while the source is still being sent.
+    /// The peer's verdict, if it arrived while the source was still being sent.
     verdict: Option<Result<()>>,
-    /// The id that the application knows it by, where that is another one.
+    /// The id that the application knows, if it is a different one.
     alias: Option<u64>,
 }
 
-/// Ids of which the number of bytes is remembered once they have ended, and errors of which the text is; older ones report 0 bytes, or
-/// the kind of the error alone.
+/// For so many ended transfers the number of bytes is remembered, and for so many failed ones the text of the error. Older ones
+/// report 0 bytes, or the kind of the error alone.
 const REMEMBERED: usize = 1 << 14;
 
 /// Why a transfer failed.
@@ -77,7 +77,7 @@ impl OldFailures {
     }
 }
 
-/// Bytes of ended transfers: each id has a place that later ones take over.
+/// Bytes of ended transfers. Each id has an entry that later ids overwrite.
 #[derive(Debug, Default)]
 struct Ended(Vec<(u64, u64)>);
 
@@ -99,8 +99,8 @@ impl Ended {
     }
 }
 
-/// All transfers that one side of a connection started. Ids count up from 1; an id that was given out, is not in flight and has no
-/// recorded error has succeeded, so success costs no memory.
+/// All transfers that this engine started on one connection. Ids count up from 1. An id that was given out, is not in flight and
+/// has no recorded error has succeeded, so success costs no memory.
 #[derive(Debug, Default)]
 pub(super) struct Transfers {
     given: u64,
@@ -110,7 +110,7 @@ pub(super) struct Transfers {
     failed_order: VecDeque<u64>,
     failed_before: OldFailures,
     totals: Ended,
-    /// Transfers that were announced under a later id, by the id that the application knows.
+    /// For transfers that were announced under a later id: that id, by the id that the application knows.
     aliases: Map<u64, u64>,
     renumbered: u64,
     ended: u64,
@@ -126,8 +126,8 @@ impl Transfers {
         self.given
     }
 
-    /// The id under which a transfer can be announced: the peer takes them in rising order, and others may have been announced while this
-    /// one waited.
+    /// The id under which a transfer can be announced. The peer takes ids in rising order, and other transfers may have been
+    /// announced while this one waited.
     pub(super) fn announced_as(&mut self, id: u64) -> u64 {
         if id == self.given {
             return id;
@@ -150,12 +150,12 @@ impl Transfers {
         self.segments
     }
 
-    /// Number of transfers that have ended; changes when a waiter should look again.
+    /// How many transfers have ended; a change tells a waiter to look again.
     pub(super) fn ended(&self) -> u64 {
         self.ended
     }
 
-    /// Transfers that were started, that succeeded, and that failed.
+    /// The numbers of transfers that were started, that succeeded, and that failed.
     pub(super) fn outcomes(&self) -> (u64, u64, u64) {
         (self.given - self.renumbered, self.ended - self.failures, self.failures)
     }
@@ -171,12 +171,12 @@ impl Transfers {
         }
     }
 
-    /// A message goes into the buffer that the peer has granted.
+    /// The message goes straight into the buffer that the peer has granted.
     pub(super) fn goes_directly(&mut self, id: u64) {
         self.goes_in_chunks(id, Kind::Direct);
     }
 
-    /// A transfer whose way was open goes in chunks, as one of this kind.
+    /// A transfer whose route was undecided goes in chunks, as one of this kind.
     pub(super) fn goes_in_chunks(&mut self, id: u64, kind: Kind) {
         if let Some(running) = self.running.get_mut(&id) {
             running.kind = kind;
@@ -202,7 +202,7 @@ impl Transfers {
         self.ended += 1;
         self.segments -= running.segments;
         log::trace!(
-            "transfer {id} ({:?}, {} bytes) has ended: {}",
+            "transfer {id} ({:?}, {} bytes) ended: {}",
             running.kind,
             running.total,
             match &result {
@@ -223,14 +223,15 @@ impl Transfers {
         self.totals.set(id, running.total);
     }
 
-    /// Why a transfer failed, for the log: once, and not for those that failed with their connection, whose end is told.
+    /// Why a transfer failed, for the log. Returned once, and not if the transfer failed with its connection: the log has the end
+    /// of that.
     pub(super) fn tell(&mut self, id: u64) -> Option<Error> {
         let failure = self.failed.get_mut(&id).filter(|failure| !failure.reported)?;
         failure.reported = true;
         Some(failure.error.clone())
     }
 
-    /// The other side's verdict. While `sending`, the source is still in use and the end waits for [`Transfers::source_free`].
+    /// The peer's verdict. While `sending`, the source is still in use and the transfer ends with [`Transfers::source_free`].
     ///
     /// # Errors
     /// `Protocol` for a second verdict.
@@ -246,14 +247,14 @@ impl Transfers {
         Ok(())
     }
 
-    /// The last byte of the source has left.
+    /// The last byte of the source was sent.
     pub(super) fn source_free(&mut self, id: u64) {
         if let Some(result) = self.running.get_mut(&id).and_then(|r| r.verdict.take()) {
             self.finish(id, result);
         }
     }
 
-    /// Ends everything with `error`, but what the peer has reported done already.
+    /// Ends everything with `error`, except transfers that the peer has already reported done.
     pub(super) fn fail_all(&mut self, error: &Error) {
         let mut ids: Vec<(u64, u64)> = self.running.iter().map(|(&id, running)| (id, running.alias.unwrap_or(id))).collect();
         ids.sort_unstable();
@@ -324,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_is_told_once_unless_the_end_of_the_connection_is() {
+    fn a_failure_is_reported_once_and_not_after_the_connection_ended() {
         let mut t = Transfers::default();
         let (good, bad, lost) = (write(&mut t, 1), write(&mut t, 1), write(&mut t, 1));
         t.finish(good, Ok(()));

@@ -1,5 +1,5 @@
-//! The simulated direct transport of the simulation: claims are answered and blocks are copied when the scheduler says so; it stalls on
-//! demand, and its peer may lie.
+//! The simulated direct transport: it answers claims and copies blocks when the scheduler says so, stalls on demand, and its peer
+//! may lie.
 
 use super::net::Net;
 use crate::direct::{Activity, Direct, Event, Pairing, Route, Start, Way};
@@ -14,19 +14,19 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// What a liar's memory holds.
+/// The byte that a liar's memory is full of.
 const LIE: u8 = 0xAA;
 
-/// A transfer under way: its blocks, and how far it is.
+/// A transfer in flight: its blocks and its progress.
 struct Carried {
     side: usize,
     key: Key,
     way: Way,
     blocks: VecDeque<Piece>,
-    /// Bytes that were not reported.
+    /// Bytes moved and not yet reported.
     moved: u64,
     _hold: Hold,
-    /// Keeps the peer's memory, while the peer is there; and names it.
+    /// Keeps the peer's memory in use while the peer is there, and names it.
     uses: Option<Vec<RegionUse>>,
     far: Vec<(u64, [u8; 16])>,
     landing: Option<u32>,
@@ -40,7 +40,7 @@ struct Lands {
     key: Key,
     _used: RegionUse,
     len: u64,
-    /// Bytes that have come, and those that were not reported.
+    /// Bytes that have arrived, and those not yet reported.
     got: u64,
     moved: u64,
 }
@@ -56,10 +56,10 @@ enum Claim {
 /// What the two sides share.
 #[derive(Default)]
 pub(super) struct DirectNet {
-    /// Whether there is such a transport at all; nothing moves once it is stalled.
+    /// Whether the transport exists; nothing moves once it is stalled.
     pub on: bool,
     pub stalls: bool,
-    /// Registered memory of the sides; none of a liar.
+    /// The registered memory of each side; `None` for a liar.
     pub registries: [Option<Arc<Registry>>; 2],
     carried: Vec<Carried>,
     landings: Map<u32, Lands>,
@@ -71,7 +71,7 @@ pub(super) struct DirectNet {
 }
 
 impl DirectNet {
-    /// The claims of a side are answered; `channels`: some of the regions cannot be reached. A liar answers as `lie` says.
+    /// Answers the claims of a side. `channels`: some of the regions cannot be reached directly. A liar answers as `lie` says.
     pub(super) fn answer(&mut self, side: usize, channels: bool, lie: u32) {
         if self.stalls || self.closed[1 - side] {
             return;
@@ -94,8 +94,8 @@ impl DirectNet {
         }
     }
 
-    /// Up to so many blocks of what a side has under way are copied. A transfer whose memory the peer has given back before its first
-    /// block is refused.
+    /// Copies up to `blocks` blocks of the transfers that a side has in flight. A transfer whose memory the peer gave back before
+    /// the first block is refused.
     pub(super) fn carry(&mut self, side: usize, blocks: usize) {
         if self.stalls {
             return;
@@ -128,7 +128,7 @@ impl DirectNet {
         }
     }
 
-    /// A liar writes some of a buffer that it was granted.
+    /// The liar writes into a buffer that it was granted.
     pub(super) fn lie(&mut self, bytes: u64) {
         if let Some(lands) = self.landings.values_mut().find(|lands| lands.got < lands.len) {
             let more = bytes.min(lands.len - lands.got);

@@ -1,4 +1,4 @@
-//! Two honest machines at the edges: more chunks under way than either side wants, and memory that no channel connects.
+//! Two honest machines in corner cases: more chunks in flight than either wants, and memory that no channel connects.
 
 use super::net::{Net, SimulatedPath};
 use super::world::{Side, DEVICE_CHANNELS, HOST_CHANNELS};
@@ -29,7 +29,7 @@ impl Both {
         Both { sides: [0, 1].map(|side| Side::new(&net, side, 8192, 0, now)), net, now }
     }
 
-    /// Everything moves until nothing does but the data that `hold` keeps on its way.
+    /// Moves everything until nothing is left but the data that `hold` keeps in flight.
     fn settle(&mut self, hold: bool) {
         loop {
             let mut moved = false;
@@ -86,7 +86,7 @@ impl Both {
     }
 }
 
-/// A write of `pieces` bytes that are a chunk each, since they lie on two devices in turn.
+/// A write of `pieces` bytes. Each is a chunk, since they alternate between two devices.
 fn tiny_chunks(both: &mut Both, pieces: usize) -> u64 {
     let places = [Place::HOST, Place::gpu(0)];
     let here = places.map(|place| both.sides[0].allocate(vec![7; pieces], place));
@@ -112,7 +112,7 @@ fn tiny_chunks(both: &mut Both, pieces: usize) -> u64 {
 #[test]
 fn a_sender_of_tiny_chunks_stays_below_what_its_peer_keeps() {
     let mut both = Both::new();
-    // More than any side expects at once, and the data does not come while they are announced.
+    // More than either side expects at once, and no data arrives while they are announced.
     let id = tiny_chunks(&mut both, 300_000);
     both.settle(true);
     both.alive();
@@ -126,7 +126,7 @@ fn a_sender_of_tiny_chunks_stays_below_what_its_peer_keeps() {
 #[test]
 fn a_message_that_no_channel_carries_fails_alone_at_both_sides() {
     let mut both = Both::new();
-    // What joins host memory is missing.
+    // The channels for host memory are missing.
     for side in [0, 1] {
         let device = SimulatedPath::new(&both.net, side, 0, DEVICE_CHANNELS, true, 4096);
         both.sides[side].channels = Channels::new(None, vec![Box::new(device)], Some(Box::new(EmulatedDevice)));
@@ -146,7 +146,7 @@ fn a_message_that_no_channel_carries_fails_alone_at_both_sides() {
     assert!(both.sides.iter().all(|side| side.machine.is_idle()));
 }
 
-/// For how many seconds, at most a thousand, the connection of a side stays up whose peer reads so many bytes a second of a notification.
+/// How many seconds, at most a thousand, a connection stays open whose peer reads `rate` bytes a second of a notification.
 fn read_at(rate: usize) -> (u64, Option<ErrorKind>) {
     let mut both = Both::new();
     let (start, me) = (both.now, &mut both.sides[0]);
@@ -154,7 +154,7 @@ fn read_at(rate: usize) -> (u64, Option<ErrorKind>) {
     me.machine.notify(b"name", &[7; 1 << 20], start);
     for second in 1..1000 {
         let now = start + Duration::from_secs(second);
-        // The peer's heartbeats go on.
+        // The peer's heartbeats still arrive.
         me.machine.on_received(1, 0, now);
         me.room += rate;
         me.flush(now);
@@ -167,7 +167,7 @@ fn read_at(rate: usize) -> (u64, Option<ErrorKind>) {
 }
 
 #[test]
-fn a_notification_ends_whose_peer_reads_byte_by_byte() {
+fn a_peer_that_reads_a_notification_byte_by_byte_loses_the_connection() {
     for rate in [0, 1, 1000] {
         let (lasted, end) = read_at(rate);
         assert!(lasted <= 40 && end == Some(ErrorKind::TimedOut), "{rate} bytes a second: {lasted} s, {end:?}");

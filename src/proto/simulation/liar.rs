@@ -1,6 +1,6 @@
-//! One machine against a peer that speaks correct frames in wrong orders and lies about ids, lengths, sizes and verdicts. The victim may
-//! lose its connection; it never reports a transfer OK whose bytes did not come, touches memory it has given back, keeps a
-//! transfer for ever, or grows without limit.
+//! One machine against a peer that speaks correct frames in wrong orders and lies about ids, lengths, sizes and verdicts. The
+//! victim may lose its connection. It never reports success for bytes that did not arrive, touches memory that it has given back,
+//! keeps a transfer for ever, or grows without limit.
 
 use super::net::{Message, Net};
 use super::world::{Side, DEVICE_CHANNELS, HOST_CHANNELS, MATCH_TIMEOUT, PEER_TIMEOUT, TRANSFER_TIMEOUT};
@@ -17,13 +17,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const CHUNK: usize = 8192;
-/// What the liar sends as data; what the victim's memory holds before.
+/// What the liar sends as data, and what the victim's memory holds before.
 const LIE: u8 = 0x11;
 const BEFORE: u8 = 0xEE;
 
 struct Mine {
     id: u64,
-    /// Memory that must be full of the liar's bytes when a read or receive is OK; its length, or that of the message.
+    /// Memory that must be full of the liar's bytes when a read or receive succeeds, with its length or that of the message.
     target: Option<(usize, usize)>,
     ended: bool,
 }
@@ -34,9 +34,9 @@ struct World {
     victim: Side,
     now: Instant,
     mine: Vec<Mine>,
-    /// The next id that the liar gives to a transfer of its own, and lengths that it has announced.
+    /// The next id of a transfer that the liar starts, and lengths that it has announced.
     next: u64,
-    /// Offsets that the liar believes each stream to be at, for tags that fit.
+    /// Offset of each stream as far as the liar knows, so that its tags can fit.
     offsets: Vec<(Key, u64)>,
 }
 
@@ -49,7 +49,7 @@ pub(super) fn play(seed: u64, script: &[Action]) -> Result<(), String> {
     world.finish()
 }
 
-/// Transfers of the victim's own of every kind, and then these bytes on its control stream.
+/// The victim starts transfers of every kind and then receives these bytes on its control connection.
 #[cfg(fuzzing)]
 pub(super) fn recite(seed: u64, bytes: &[u8]) -> Result<(), String> {
     let mut world = World::new(seed);
@@ -83,7 +83,7 @@ impl World {
                 self.say(&frame);
             }
             18..=20 => {
-                // A grant, and data that fits it or not.
+                // A grant, and data that may fit it.
                 self.say_chunk(a, b, channel);
             }
             21 => self.fly(a, b, channel),
@@ -109,7 +109,7 @@ impl World {
         self.victim.reclaim();
     }
 
-    /// A transfer of the victim's own.
+    /// The victim starts a transfer.
     fn own(&mut self, a: u32, b: u32) {
         let len = 1 + (a >> 8) as usize % 30_000;
         let place = if b % 3 == 0 { Place::gpu(0) } else { Place::HOST };
@@ -156,7 +156,7 @@ impl World {
         }
     }
 
-    /// A well-formed frame with contents that may or may not fit.
+    /// A well-formed frame whose content may or may not fit.
     fn lie(&mut self, a: u32, b: u32) -> Frame<'static> {
         const DATA: [u8; 4096] = [LIE; 4096];
         let id = self.id(b);
@@ -189,7 +189,7 @@ impl World {
         }
     }
 
-    /// A write or read of the victim's memory, mostly with its true token.
+    /// A write or read of the victim's memory, mostly with the right token.
     fn announce(&mut self, a: u32, b: u32) -> Frame<'static> {
         if self.victim.memory.is_empty() {
             return Frame::Ping { received: 0, chunks: 0 };
@@ -229,7 +229,7 @@ impl World {
         self.victim.hear(&bytes, now);
     }
 
-    /// Grants a chunk of some stream and sends what fits it, mostly.
+    /// Announces a chunk of some stream, and sends what mostly fits it.
     fn say_chunk(&mut self, a: u32, b: u32, channel: usize) {
         let id = self.id(b);
         let by_initiator = a % 2 == 0;
@@ -250,7 +250,7 @@ impl World {
         self.net.lock().wires[channel][1].flying.push_back(message);
     }
 
-    /// Data that nobody asked for.
+    /// Sends data that was not announced.
     fn fly(&mut self, a: u32, b: u32, channel: usize) {
         let message = Message { tag: (b & 0x7FFF_FFFF) as i32, bytes: vec![LIE; 1 + a as usize % CHUNK] };
         self.net.lock().wires[channel][1].flying.push_back(message);
@@ -259,10 +259,10 @@ impl World {
     fn check(&mut self) -> Result<(), String> {
         self.victim.machine.audit()?;
         if let Some(memory) = self.victim.written_after_free() {
-            return Err(format!("memory {memory} was written after it had been given back"));
+            return Err(format!("memory {memory} was written after it was given back"));
         }
         if self.victim.machine.dead().is_some() && !self.net.lock().closed[0] {
-            return Err("the connection has ended, and its channels are open".to_owned());
+            return Err("the connection has ended, but its channels are open".to_owned());
         }
         for mine in self.mine.iter_mut().filter(|m| !m.ended) {
             match self.victim.machine.lookup(mine.id) {
@@ -272,12 +272,12 @@ impl World {
                         let memory = &self.victim.memory[memory];
                         let len = if state.bytes_total > 0 { state.bytes_total as usize } else { 0 }.min(len);
                         if !memory.freed && memory.now()[..len].iter().any(|&b| b != LIE) {
-                            return Err(format!("transfer {} is OK, and its bytes never came", mine.id));
+                            return Err(format!("transfer {} is OK, but its bytes never arrived", mine.id));
                         }
                     }
                 }
                 Err(e) if e.to_string().contains(|c: char| c.is_control()) => {
-                    return Err(format!("an error text carries the peer's control characters: {e:?}"));
+                    return Err(format!("an error text contains the peer's control characters: {e:?}"));
                 }
                 Err(_) => {}
             }
@@ -286,7 +286,7 @@ impl World {
         Ok(())
     }
 
-    /// The liar goes on with heartbeats alone: everything ends all the same.
+    /// The liar sends only heartbeats from now on: everything must end all the same.
     fn finish(mut self) -> Result<(), String> {
         let limit = self.now + MATCH_TIMEOUT + PEER_TIMEOUT + 3 * TRANSFER_TIMEOUT;
         while self.mine.iter().any(|m| !m.ended) {
@@ -306,7 +306,7 @@ impl World {
             self.victim.reclaim();
             self.check()?;
         }
-        // The application closes, and takes its memory back.
+        // The application closes the connection and takes its memory back.
         let now = self.now;
         self.victim.fail(crate::status::err!(Canceled, "closed"), now);
         (0..self.victim.memory.len()).for_each(|index| self.victim.deregister(index));
@@ -323,12 +323,12 @@ impl World {
     }
 }
 
-/// A transfer of the victim's own: 0 a write, 1 a read, 2 a send, 3 a receive, of 30,000 bytes.
+/// The victim starts a transfer of 30,000 bytes: 0 a write, 1 a read, 2 a send, 3 a receive.
 fn own(world: &mut World, kind: u32) {
     world.own((29_999 << 8) + kind, 1);
 }
 
-/// Says frames of which the last one must end the connection as a violation, and no other.
+/// Sends frames of which only the last must end the connection, as a violation.
 fn violates(what: &str, world: &mut World, frames: &[Frame<'_>]) {
     for frame in frames {
         assert!(world.victim.machine.alive().is_ok(), "{what}: too early: {:?}", world.victim.machine.dead());
@@ -346,7 +346,7 @@ fn frames_that_fit_in_another_state_only_are_violations() {
 
     let mut world = World::new(1);
     (0..40).for_each(|_| own(&mut world, 0));
-    violates("a verdict on what has not left", &mut world, &[done(40)]);
+    violates("a verdict on data that was not sent", &mut world, &[done(40)]);
 
     let mut world = World::new(1);
     own(&mut world, 1);
@@ -366,10 +366,10 @@ fn frames_that_fit_in_another_state_only_are_violations() {
 
     let mut world = World::new(1);
     let ping = |received, chunks| Frame::Ping { received, chunks };
-    violates("more than was sent has arrived", &mut world, &[ping(0, 0), ping(1, 0)]);
+    violates("more bytes reported than were sent", &mut world, &[ping(0, 0), ping(1, 0)]);
 
     let mut world = World::new(1);
-    violates("more chunks than were sent have arrived", &mut world, &[ping(0, 0), ping(0, 1)]);
+    violates("more chunks reported than were sent", &mut world, &[ping(0, 0), ping(0, 1)]);
 
     let mut world = World::new(1);
     own(&mut world, 3);
@@ -384,7 +384,7 @@ fn frames_that_fit_in_another_state_only_are_violations() {
     violates("a write cancelled twice", &mut world, &[refused(), chunk(1), cancel(), cancel()]);
 
     let mut world = World::new(1);
-    violates("more of a refused write than it has", &mut world, &[refused(), cancel(), chunk(1)]);
+    violates("more data than a refused write has", &mut world, &[refused(), cancel(), chunk(1)]);
 
     let mut world = World::new(1);
     violates(
@@ -395,7 +395,7 @@ fn frames_that_fit_in_another_state_only_are_violations() {
 }
 
 #[test]
-fn what_lies_beside_a_region_is_not_written() {
+fn memory_beside_a_region_is_not_written() {
     let mut world = World::new(1);
     own(&mut world, 3);
     let access = world.victim.item(0).and_then(|item| item.access().ok()).expect("registered");
@@ -407,6 +407,6 @@ fn what_lies_beside_a_region_is_not_written() {
         let segments = std::iter::once(segment).collect();
         world.say(&Frame::Write { id, regions: regions(), segments, inline: Some(&data) });
     }
-    assert!(world.victim.machine.alive().is_ok(), "a refusal ends no connection");
+    assert!(world.victim.machine.alive().is_ok(), "a refusal does not end the connection");
     assert!(world.victim.memory[0].now().iter().all(|&b| b == BEFORE));
 }

@@ -1,6 +1,6 @@
-//! Deterministic simulation: two whole machines over simulated channels and a virtual clock, driven by a script of random steps; and one
-//! machine against a peer that speaks correct frames in wrong orders and lies about ids, lengths and verdicts. After every step the
-//! invariants of the protocol are checked with real bytes. A failing script is cut down and printed.
+//! Deterministic simulation. Two whole machines run over simulated channels and a virtual clock, driven by a script of random
+//! steps; or one machine runs against a peer that speaks correct frames in wrong orders and lies about ids, lengths and verdicts.
+//! After every step the invariants of the protocol are checked with real bytes. A failing script is minimised and printed.
 //!
 //! UCCL_TCPX_SIMULATION_SEEDS: how many seeds (default 20,000); UCCL_TCPX_SIMULATION_FIRST: the first one (default 0).
 
@@ -16,7 +16,7 @@ mod world;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A step of a script: what kind of step, and numbers that are read as the step needs them.
+/// A step of a script: its kind, and numbers that each kind of step uses as it needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Action {
     kind: u8,
@@ -24,7 +24,7 @@ pub(super) struct Action {
     b: u32,
 }
 
-/// A small generator: the same numbers for the same seed, on every machine.
+/// A small generator that gives the same numbers for the same seed on every machine.
 pub(super) struct Rng(u64);
 
 impl Rng {
@@ -45,14 +45,14 @@ impl Rng {
     }
 }
 
-/// What a seed plays.
+/// The kind of run that a seed selects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Play {
     /// Two honest sides, no faults: everything succeeds.
     Healthy,
     /// Two honest sides, with faults.
     Faulty,
-    /// One side against a liar.
+    /// A machine against a liar.
     Liar,
 }
 
@@ -70,7 +70,7 @@ fn script_of(seed: u64) -> Vec<Action> {
     (0..steps).map(|_| Action { kind: rng.next() as u8, a: rng.next() as u32, b: rng.next() as u32 }).collect()
 }
 
-/// Plays a script; what went wrong, if something did.
+/// Plays a script; the error says what went wrong.
 fn play(seed: u64, script: &[Action]) -> Result<(), String> {
     let result = catch_unwind(AssertUnwindSafe(|| match play_of(seed) {
         Play::Healthy => pair::play(seed, script, false),
@@ -83,10 +83,10 @@ fn play(seed: u64, script: &[Action]) -> Result<(), String> {
     })
 }
 
-/// A machine with transfers of its own against a peer that `data` directs: as a script of steps for the liar, or as its raw control stream.
-/// What went wrong, if something did.
+/// A machine with transfers of its own against a peer that `data` directs, either as a script of the liar's steps or as its raw
+/// control connection. The error says what went wrong.
 ///
-/// `data`: which of the two, seed, and 9 bytes a step or the stream.
+/// `data`: which of the two, the seed, then 9 bytes a step or the stream.
 #[cfg(fuzzing)]
 pub(crate) fn attacked(data: &[u8]) -> Result<(), String> {
     let Some((&[raw, seed], rest)) = data.split_first_chunk::<2>() else { return Ok(()) };
@@ -98,7 +98,7 @@ pub(crate) fn attacked(data: &[u8]) -> Result<(), String> {
     liar::play(seed.into(), &script)
 }
 
-/// Leaves out whatever is not needed for the script to fail.
+/// Drops every step that the script does not need to fail.
 fn minimise(seed: u64, mut script: Vec<Action>) -> Vec<Action> {
     let mut size = script.len() / 2;
     while size > 0 {
@@ -153,11 +153,11 @@ fn no_seed_breaks_an_invariant() {
     panic!("seed {seed} ({:?}): {why}\nscript of {} steps: {script:#?}", play_of(seed), script.len());
 }
 
-/// A check that cannot fail proves nothing: a network that swaps two messages of a channel must be found out.
+/// A check that cannot fail proves nothing: it must detect a network that swaps two messages of a channel.
 #[test]
 fn the_simulation_finds_a_network_that_reorders() {
     let found = (0..2000u64)
         .filter(|&seed| play_of(seed) == Play::Healthy)
         .any(|seed| pair::play_reordering(seed, &script_of(seed)).is_err());
-    assert!(found, "messages of one channel were swapped, and nobody noticed");
+    assert!(found, "messages of one channel were swapped, and no check failed");
 }

@@ -1,5 +1,5 @@
-//! The simulated network of the simulation: channels whose messages move when the scheduler says so, stall, fail, and run out of memory on
-//! demand. Copies real bytes at the moment at which a real network would.
+//! The simulated network: channels whose messages move when the scheduler says so, and that stall, fail or run out of memory on
+//! demand. Bytes are copied at the moment at which a real network would copy them.
 
 use super::direct::DirectNet;
 use crate::channel::path::{Arrival, Copier, Departure, Dest, Line, Path};
@@ -14,10 +14,10 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Requests of a channel, each way.
+/// Requests in flight on a channel, each way.
 const WINDOW: usize = 16;
 
-/// A message on its way.
+/// A message in flight.
 pub(super) struct Message {
     pub tag: i32,
     pub bytes: Vec<u8>,
@@ -44,11 +44,11 @@ pub(super) struct Wire {
     pub failed: bool,
     taken: u64,
     brought: u64,
-    /// Bytes of the oldest posted message that a paced network has moved already.
+    /// Bytes of the oldest posted message that a paced network has moved.
     moved: u64,
 }
 
-/// What the two sides share.
+/// State that the two sides share.
 pub(super) struct Net {
     /// The direct transport.
     pub direct: DirectNet,
@@ -56,18 +56,18 @@ pub(super) struct Net {
     pub wires: Vec<[Wire; 2]>,
     /// Calls until an allocation of a side fails.
     pub out_of_memory: [Option<u32>; 2],
-    /// Whether the network tells bytes.
-    pub tells: bool,
-    /// Channels take turns on so many NICs, 1 or 2.
+    /// Whether the network reports bytes.
+    pub reports_moved: bool,
+    /// Channels alternate over so many NICs, 1 or 2.
     pub nics: usize,
     /// Sides that have closed their channels.
     pub closed: [bool; 2],
 }
 
 impl Net {
-    pub(super) fn new(channels: usize, tells: bool) -> Net {
+    pub(super) fn new(channels: usize, reports_moved: bool) -> Net {
         let wires = (0..channels).map(|_| Default::default()).collect();
-        Net { direct: DirectNet::default(), wires, out_of_memory: [None; 2], tells, nics: 1, closed: [false; 2] }
+        Net { direct: DirectNet::default(), wires, out_of_memory: [None; 2], reports_moved, nics: 1, closed: [false; 2] }
     }
 
     pub(super) fn allocate(&mut self, side: usize) -> Result<()> {
@@ -81,8 +81,8 @@ impl Net {
         Ok(())
     }
 
-    /// The network takes the oldest posted message of a wire: its source is read now.
-    /// Whether there was one.
+    /// The network takes the oldest posted message of a wire and reads its source.
+    /// Returns whether there was one.
     pub(super) fn transmit(&mut self, channel: usize, side: usize) -> bool {
         let wire = &mut self.wires[channel][side];
         if wire.stalled || wire.failed {
@@ -100,7 +100,7 @@ impl Net {
         true
     }
 
-    /// A paced network moves so many bytes of a side's messages, wire by wire in turns; what is whole is delivered.
+    /// A paced network moves so many bytes of a side's messages, over the wires in turn, and delivers what is complete.
     pub(super) fn flow(&mut self, side: usize, mut bytes: u64) {
         const TURN: u64 = 16 << 10;
         loop {
@@ -123,8 +123,8 @@ impl Net {
         }
     }
 
-    /// The oldest message of a wire reaches the receive that waits for it: memory is written now.
-    /// Whether there was one.
+    /// The oldest message of a wire reaches the receive that waits for it, and memory is written.
+    /// Returns whether there was one.
     pub(super) fn deliver(&mut self, channel: usize, side: usize) -> bool {
         let wire = &mut self.wires[channel][side];
         if wire.stalled || wire.failed || wire.expected.is_empty() || wire.flying.is_empty() {
@@ -149,22 +149,22 @@ impl Net {
         true
     }
 
-    /// As if no path had been closed yet.
+    /// Marks all paths as open again.
     pub(super) fn open(&mut self) {
         self.closed = [false; 2];
         self.wires.iter_mut().flatten().for_each(|wire| wire.failed = false);
     }
 }
 
-/// The parts of a chunk lie in regions that it holds itself.
+/// Asserts that the parts of a chunk lie in regions that the chunk holds.
 fn assert_held(parts: &[Part], hold: &Hold) {
     for part in parts {
         let span = hold.span_to_register(part.region).expect("a part of a region that its chunk does not hold");
-        assert!(part.addr >= span.addr && part.addr + part.len <= span.addr + span.len, "a part outside of its region");
+        assert!(part.addr >= span.addr && part.addr + part.len <= span.addr + span.len, "a part outside its region");
     }
 }
 
-/// One side's view of some of the channels.
+/// One side's end of some of the channels.
 pub(super) struct SimulatedPath {
     net: Arc<Mutex<Net>>,
     side: usize,
@@ -175,7 +175,7 @@ pub(super) struct SimulatedPath {
 }
 
 impl SimulatedPath {
-    /// Channels `first..first + channels`; for device memory on both sides, or for everything else.
+    /// Channels `first..first + channels`: for device memory on both sides, or for everything else.
     pub(super) fn new(
         net: &Arc<Mutex<Net>>,
         side: usize,
@@ -196,7 +196,7 @@ impl Path for SimulatedPath {
     fn stats(&self, _kernel: bool, _now: Instant, _out: &mut Vec<crate::stats::ChannelStats>) {}
 
     fn limits(&self) -> ChunkLimits {
-        // Routes differ.
+        // The limits differ by route.
         ChunkLimits { bytes: self.chunk_bytes, pieces: if self.device { 64 } else { MAX_PARTS }, crossed: MAX_CROSSED }
     }
 
@@ -228,7 +228,7 @@ impl Path for SimulatedPath {
         let mut net = self.net.lock();
         net.allocate(self.side)?;
         let wire = &mut net.wires[self.first + channel][self.side];
-        assert!(wire.posted.len() + wire.sent.len() < WINDOW, "more requests than the window has places");
+        assert!(wire.posted.len() + wire.sent.len() < WINDOW, "more requests than the window has slots");
         let Departure { key, chunk, hold, bulk, tag } = departure;
         assert_held(&chunk.parts, &hold);
         wire.posted.push_back(Posted { key, tag, bulk, parts: chunk.parts, _hold: hold });
@@ -279,7 +279,7 @@ impl Path for SimulatedPath {
             }
             each(Line {
                 nic: ["net0", "net1"][channel % net.nics],
-                moved: net.tells.then_some((out.taken, incoming.brought)),
+                moved: net.reports_moved.then_some((out.taken, incoming.brought)),
                 under_way: (out.posted.len() + out.sent.len(), incoming.expected.len()),
                 posted: incoming.expected.len().min(WINDOW),
             });
@@ -305,7 +305,7 @@ impl Drop for SimulatedPath {
             wires[out].sent.clear();
             wires[incoming].expected.clear();
             wires[incoming].arrived.clear();
-            // The peer finds out when it next sends.
+            // The peer notices when it next sends.
             wires[incoming].failed = true;
         }
     }

@@ -1,5 +1,5 @@
-//! Two honest machines over a network of a known speed, for minutes of virtual time: what is slow and healthy goes on, and what has
-//! stopped ends in its own deadline, whatever goes on beside it.
+//! Two honest machines over a network of known speed, for minutes of virtual time. A slow and healthy transfer goes on, and one
+//! that has stopped fails by its own deadline, whatever else moves.
 
 use super::net::Net;
 use super::world::{Side, DEVICE_CHANNELS, HOST_CHANNELS, PEER_TIMEOUT, TRANSFER_TIMEOUT};
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
-/// Virtual time of a step.
+/// The virtual time that one step takes.
 const STEP: Duration = Duration::from_millis(50);
 
 /// Two sides, each with a piece of host memory and one of device memory that all transfers share.
@@ -22,7 +22,7 @@ struct Paced {
     sides: [Side; 2],
     start: Instant,
     now: Instant,
-    /// Bytes a second of data and of the control stream, each way.
+    /// Bytes a second of data and of the control connection, each way.
     data: u64,
     control: usize,
 }
@@ -90,7 +90,7 @@ impl Paced {
         matches!(self.sides[side].machine.lookup(id), Ok(TransferState { complete: true, .. }))
     }
 
-    /// Goes on until all are complete, with `meanwhile` in every step.
+    /// Runs until all are complete, with `meanwhile` in every step.
     fn until_complete(&mut self, mut open: Vec<(usize, u64)>, mut meanwhile: impl FnMut(&mut Paced)) {
         while !open.is_empty() {
             assert!(self.seconds() < 1000.0, "{} transfers do not end", open.len());
@@ -101,11 +101,11 @@ impl Paced {
         }
     }
 
-    /// Goes on until the side's connection has ended; how long that took.
+    /// Runs until the side's connection has ended, and returns how long that took.
     fn until_dead(&mut self, side: usize, mut meanwhile: impl FnMut(&mut Paced)) -> Duration {
         let from = self.now;
         while self.sides[side].machine.dead().is_none() {
-            assert!(self.now - from < Duration::from_secs(500), "nothing ends");
+            assert!(self.now - from < Duration::from_secs(500), "the connection does not end");
             meanwhile(self);
             self.step();
         }
@@ -113,7 +113,7 @@ impl Paced {
     }
 }
 
-/// A deadline is missed by so much at most.
+/// How late a deadline may fire.
 const LATE: Duration = Duration::from_millis(1100);
 
 const DEFAULT: [Duration; 2] = [TRANSFER_TIMEOUT, PEER_TIMEOUT];
@@ -141,13 +141,13 @@ fn large_transfers_go_on_beside_a_flood_of_small_ones() {
             small.push(world.transfer(0, Direction::Write, HOST, 64 * KIB));
         }
     });
-    // Both kinds have half of the network.
+    // Both kinds get half of the network.
     let alone = total / 2.0;
     assert!(ends.len() == 60 && world.seconds() < 3.0 * alone, "{} s, alone {alone} s", world.seconds());
 }
 
 #[test]
-fn a_read_waits_behind_what_the_peer_began_at_the_same_moment() {
+fn a_read_waits_behind_what_the_peer_started_at_the_same_moment() {
     let mut world = Paced::new(2 * MIB as u64, 10 * MIB, DEFAULT);
     let mut open = vec![world.transfer(0, Direction::Read, HOST, 2 * MIB)];
     open.extend((0..200).map(|_| world.transfer(1, Direction::Write, HOST, 300 * KIB)));
@@ -167,7 +167,7 @@ fn answers_wait_behind_notifications_on_a_slow_network() {
     }
 }
 
-/// Heartbeats and small talk on the control stream, both ways.
+/// Heartbeats and small talk on the control connection, both ways.
 fn chatter(world: &mut Paced) {
     let now = world.now;
     for side in &mut world.sides {
@@ -178,7 +178,7 @@ fn chatter(world: &mut Paced) {
 }
 
 #[test]
-fn a_dead_data_path_ends_transfers_although_the_control_stream_lives() {
+fn a_dead_data_path_ends_transfers_although_the_control_connection_lives() {
     for direction in [Direction::Write, Direction::Read] {
         let mut world = Paced::new(MIB as u64, MIB, DEFAULT);
         (0..8).for_each(|_| {
@@ -210,7 +210,7 @@ fn a_dead_nic_ends_the_connection_in_time_although_another_goes_on() {
             world.step();
             world.alive();
         }
-        // The wires of one NIC; those of the other carry on for a minute.
+        // Stops the wires of one NIC. Those of the other carry on for a minute.
         let mut net = world.net.lock();
         net.wires
             .iter_mut()
@@ -222,7 +222,7 @@ fn a_dead_nic_ends_the_connection_in_time_although_another_goes_on() {
         assert!(took <= TRANSFER_TIMEOUT + LATE, "{direction:?}: took {took:?}");
         let why = world.sides[deaf].machine.dead().map(ToString::to_string).unwrap_or_default();
         assert!(why.contains("over net1 ") && !why.contains("channel 2:") && !why.contains("channel 4:"), "{why}");
-        // The other side hears of it, and of where it was.
+        // The peer learns that it happened, and where.
         world.until_dead(1 - deaf, chatter);
         let heard = world.sides[1 - deaf].machine.dead().map(ToString::to_string).unwrap_or_default();
         assert!(heard.contains("over net1 "), "{heard}");
@@ -263,15 +263,15 @@ fn a_deadline_holds_on_a_connection_that_was_idle() {
 }
 
 #[test]
-fn an_idle_connection_wants_to_be_looked_at_within_its_deadlines() {
+fn an_idle_connection_asks_for_a_tick_within_its_deadlines() {
     let timeout = Duration::from_secs(2);
     let mut world = Paced::new(MIB as u64, MIB, [timeout, Duration::from_secs(120)]);
     (0..20).for_each(|_| world.step());
-    assert!(world.sides[0].machine.next_tick() <= world.now + timeout / 2, "nobody looks before the deadline");
+    assert!(world.sides[0].machine.next_tick() <= world.now + timeout / 2, "no tick comes before the deadline");
 }
 
 #[test]
-fn an_idle_connection_wants_to_be_looked_at_once_a_heartbeat() {
+fn an_idle_connection_asks_for_one_tick_a_heartbeat() {
     let mut world = Paced::new(1 << 30, 1 << 30, [4 * PEER_TIMEOUT, PEER_TIMEOUT]);
     let (mut looks, end) = (0, world.start + 100 * crate::proto::heartbeat(PEER_TIMEOUT));
     while world.now < end {
@@ -296,7 +296,7 @@ fn an_idle_connection_wants_to_be_looked_at_once_a_heartbeat() {
 fn heartbeats_of_both_sides_meet() {
     let mut world = Paced::new(1 << 30, 1 << 30, [4 * PEER_TIMEOUT, PEER_TIMEOUT]);
     let every = crate::proto::heartbeat(PEER_TIMEOUT);
-    // One side's is due long before the other's.
+    // One side's heartbeat is due long before the other's.
     let late = world.now + every * 2 / 3;
     world.sides[0].machine.state.liveness.next_tick = late;
     world.sides[0].machine.state.liveness.report = late;
@@ -317,14 +317,14 @@ fn heartbeats_of_both_sides_meet() {
         }
     }
     world.alive();
-    assert!((29..=32).contains(&looks), "{looks} times somebody looked, in 30 heartbeats");
+    assert!((29..=32).contains(&looks), "{looks} looks in 30 heartbeats");
     assert!(announced.iter().all(|n| (29..=32).contains(n)), "{announced:?} heartbeats in the time of 30");
 }
 
 #[test]
 fn answers_that_have_left_are_not_held_against_the_peer() {
     let mut world = Paced::new(MIB as u64, 200 * MIB, DEFAULT);
-    // The application always has more to say than the network takes, and the peer writes all the time.
+    // The application always has more to send than the network takes, and the peer writes all the time.
     for _ in 0..600 {
         let now = world.now;
         while world.sides[0].machine.unsent() < 200 * KIB {
@@ -340,7 +340,7 @@ fn answers_that_have_left_are_not_held_against_the_peer() {
 }
 
 #[test]
-fn a_peer_that_pings_and_reads_nothing_is_given_up() {
+fn a_peer_that_pings_and_reads_nothing_loses_the_connection() {
     let mut world = Paced::new(MIB as u64, MIB, [TRANSFER_TIMEOUT, Duration::from_secs(1000)]);
     (0..20).for_each(|_| world.step());
     world.sides[0].room = 0;

@@ -1,5 +1,5 @@
-//! Two honest machines. Without faults every transfer succeeds with the right bytes; with faults every transfer ends in time, and
-//! none is OK with a wrong byte, and no memory is touched after it was given back.
+//! Two honest machines. Without faults every transfer succeeds with the right bytes. With faults every transfer ends in time,
+//! none succeeds with a wrong byte, and no memory is touched after it was given back.
 
 use super::net::Net;
 use super::world::{Side, DEVICE_CHANNELS, HOST_CHANNELS, MATCH_TIMEOUT, PEER_TIMEOUT, TRANSFER_TIMEOUT};
@@ -14,7 +14,7 @@ use process::Mutex;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A range of a side's memory, and the bytes that must be there when the transfer is OK.
+/// A range of a side's memory, and the bytes that it must hold when the transfer succeeds.
 struct Expected {
     side: usize,
     memory: usize,
@@ -27,7 +27,7 @@ struct Transfer {
     id: u64,
     expected: Vec<Expected>,
     begun: Instant,
-    /// An error that a healthy run may end it with.
+    /// A healthy run may end it with an error.
     excused: bool,
     ended: bool,
 }
@@ -39,7 +39,7 @@ struct World {
     start: Instant,
     now: Instant,
     transfers: Vec<Transfer>,
-    /// Sends and receives that wait for each other: by receiving side, (send, receive).
+    /// Sends and receives that wait for each other, by receiving side: (send, receive).
     sent: [Vec<(usize, Vec<u8>)>; 2],
     received: [Vec<(usize, usize)>; 2],
     notified: [Vec<Vec<u8>>; 2],
@@ -52,7 +52,7 @@ pub(super) fn play(seed: u64, script: &[Action], faulty: bool) -> Result<(), Str
     World::new(seed, faulty).run(script)
 }
 
-/// As without faults, over a network that breaks its promise.
+/// A run without faults, but over a network that reorders.
 pub(super) fn play_reordering(seed: u64, script: &[Action]) -> Result<(), String> {
     let mut world = World::new(seed, false);
     world.reorders = true;
@@ -69,7 +69,7 @@ impl World {
         let mut side = |side| {
             let eager = if rng.below(2) == 0 { 0 } else { 3000 };
             let mut made = Side::new(&net, side, chunk as usize, eager, start);
-            // A socket with little room leaves a backlog behind.
+            // A socket with little room makes a backlog.
             made.room = 1000 << rng.below(8);
             made
         };
@@ -138,7 +138,7 @@ impl World {
     }
 
     fn fault(&mut self, side: usize, channel: usize, a: u32, b: u32) {
-        // Most of a script should pass before something breaks.
+        // Most of a script should run before something breaks.
         if self.rng.below(4) > 0 {
             return;
         }
@@ -177,7 +177,7 @@ impl World {
     }
 
     fn fill(&mut self, len: usize) -> Vec<u8> {
-        // Never the byte that freed memory is filled with.
+        // Never the byte that fills freed memory.
         let words = (0..len.div_ceil(8)).flat_map(|_| (self.rng.next() & 0x7F7F_7F7F_7F7F_7F7F).to_le_bytes());
         let mut bytes: Vec<u8> = words.collect();
         bytes.truncate(len);
@@ -193,7 +193,7 @@ impl World {
         }
     }
 
-    /// A read or write of one to five segments between fresh memory of both sides.
+    /// A read or write of one to five segments between new memory of both sides.
     fn one_sided(&mut self, side: usize, direction: Direction, a: u32, b: u32) {
         let (here, there) = (side, 1 - side);
         let (mut items, mut expected) = (Vec::new(), Vec::new());
@@ -213,7 +213,7 @@ impl World {
             let at = (b >> 8) as usize % 7;
             item.addr += at as u64;
             if b.wrapping_add(segment) % 61 == 0 {
-                // Somebody else's token.
+                // A token of another region.
                 item.padding[0] = !item.padding[0];
                 excused = true;
             }
@@ -241,7 +241,7 @@ impl World {
         self.sides[here].poll(now);
     }
 
-    /// Starts a transfer directly, where that is possible at once.
+    /// Starts a transfer directly if that is possible at once.
     fn directly(&mut self, side: usize, direction: Direction, items: &[(LocalSegment, FifoItem)]) -> Option<u64> {
         let (now, peer_engine, me) = (self.now, self.sides[1 - side].engine, &mut self.sides[side]);
         let (sketch, known) = sketch(items.iter().copied(), &me.registry, peer_engine)?;
@@ -308,7 +308,7 @@ impl World {
         }
     }
 
-    /// Some bytes of a side's control stream reach the other.
+    /// Moves some bytes of a side's control connection to the other side.
     fn deliver_control(&mut self, side: usize, limit: usize) {
         self.sides[side].flush(self.now);
         let n = self.sides[side].out.len().min(1 + limit % 20_000);
@@ -319,7 +319,7 @@ impl World {
         }
     }
 
-    /// Everything moves for a while.
+    /// Moves everything for a while.
     fn busy(&mut self, rounds: usize) {
         for _ in 0..rounds {
             for side in [0, 1] {
@@ -343,10 +343,10 @@ impl World {
         for (side, world) in self.sides.iter().enumerate() {
             world.machine.audit().map_err(|e| format!("side {side}: {e}"))?;
             if let Some(memory) = world.written_after_free() {
-                return Err(format!("memory {memory} of side {side} was written after it had been given back"));
+                return Err(format!("memory {memory} of side {side} was written after it was given back"));
             }
             if world.machine.dead().is_some() && !self.net.lock().closed[side] {
-                return Err(format!("side {side} has ended its connection, and its channels are open"));
+                return Err(format!("side {side} has ended its connection, but its channels are open"));
             }
             if let (false, Some(e)) = (self.faulty, world.machine.dead()) {
                 if e.kind() != ErrorKind::RemoteDisconnect {
@@ -354,7 +354,7 @@ impl World {
                 }
             }
             if world.machine.dead().is_some() && world.machine.in_flight() > 0 {
-                return Err(format!("side {side} has ended its connection, and transfers are in flight"));
+                return Err(format!("side {side} has ended its connection, but transfers are in flight"));
             }
         }
         for index in 0..self.transfers.len() {
@@ -381,12 +381,12 @@ impl World {
             }
             Err(e) if self.faulty => {
                 if e.kind() == ErrorKind::Protocol || e.kind() == ErrorKind::Internal {
-                    return Err(format!("{what}: two honest sides: {e}"));
+                    return Err(format!("{what}: a violation between two honest sides: {e}"));
                 }
             }
             Err(e) => {
                 let given_back = transfer.expected.iter().any(|e| !self.sides[e.side].memory[e.memory].is_registered());
-                // The source of a read may have been given back, too.
+                // The source of a read may have been given back too.
                 let refused = e.kind() == ErrorKind::RemoteAccess;
                 if !transfer.excused && !given_back && !refused {
                     let causes: Vec<_> = self.sides.iter().map(|s| s.machine.dead().map(ToString::to_string)).collect();
@@ -412,7 +412,7 @@ impl World {
         Ok(())
     }
 
-    /// Messages that met a receive are whole.
+    /// Checks that messages that met a receive are whole.
     fn check_messages(&self) -> Result<(), String> {
         for side in [0, 1] {
             for (&(send, ref bytes), &(receive, memory)) in self.sent[side].iter().zip(&self.received[side]) {
@@ -420,7 +420,7 @@ impl World {
                 let ok =
                     |t: &Transfer| matches!(self.sides[t.side].machine.lookup(t.id), Ok(TransferState { complete: true, .. }));
                 let memory = &self.sides[side].memory[memory];
-                // Withdrawals shift who meets whom: only the first pairs are compared while nothing has failed.
+                // Withdrawals change which send meets which receive, so only the pairs before the first failure are compared.
                 if !(ok(send) && ok(receive)) {
                     break;
                 }
@@ -432,7 +432,7 @@ impl World {
         Ok(())
     }
 
-    /// Lets everything go on until all transfers have ended: at once without faults, by their deadlines with.
+    /// Runs until all transfers have ended: at once without faults, by their deadlines with them.
     fn finish(mut self) -> Result<(), String> {
         for _ in 0..12 {
             if self.transfers.iter().any(|t| !t.ended) {
@@ -466,7 +466,7 @@ impl World {
                     return Err(format!("side {side} lost the connection without a fault: {e}"));
                 }
                 if !world.machine.is_idle() {
-                    return Err(format!("side {side} keeps something of transfers that have ended"));
+                    return Err(format!("side {side} keeps state of transfers that have ended"));
                 }
             }
             if self.heard != [self.notified[0].len(), self.notified[1].len()] {
@@ -478,7 +478,7 @@ impl World {
         self.check()
     }
 
-    /// All memory is given back, and is free at once without faults. With them a side may not know yet that its peer is gone.
+    /// Gives back all memory. Without faults it is free at once; with them a side may not know yet that its peer is dead.
     fn give_back(&mut self, limit: Instant) -> Result<(), String> {
         for side in &mut self.sides {
             (0..side.memory.len()).for_each(|index| side.deregister(index));

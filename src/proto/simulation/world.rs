@@ -1,5 +1,5 @@
-//! One side of a simulated connection: a machine with its channels, memory that remembers when it was given back, and the bytes between
-//! it and its peer.
+//! One side of a simulated connection: a machine with its channels, memory that knows when it was given back, and the bytes
+//! between it and its peer.
 
 use super::direct::SimulatedDirect;
 use super::net::{Net, SimulatedPath};
@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 pub(super) const TRANSFER_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) const PEER_TIMEOUT: Duration = Duration::from_secs(12);
 pub(super) const MATCH_TIMEOUT: Duration = Duration::from_secs(30);
-/// Written over memory that its owner may use again.
+/// Fills memory that was given back to its owner.
 const FREED: u8 = 0xDD;
 
 /// A piece of memory, registered until it is given back.
@@ -39,10 +39,10 @@ impl Memory {
         self.bytes.as_ptr() as u64
     }
 
-    /// The bytes as they are now; others write them through pointers.
+    /// The current bytes; the network writes them through pointers.
     pub(super) fn now(&self) -> &[u8] {
         let from = std::hint::black_box(self.bytes.as_ptr());
-        // SAFETY: the box's own memory; nobody writes while the harness looks.
+        // SAFETY: the box's own memory, and nothing writes it while the harness looks.
         unsafe { std::slice::from_raw_parts(from, self.bytes.len()) }
     }
 
@@ -51,7 +51,7 @@ impl Memory {
     }
 }
 
-/// One side.
+/// One side of the connection.
 pub(super) struct Side {
     pub machine: Machine,
     pub channels: Channels,
@@ -60,16 +60,17 @@ pub(super) struct Side {
     pub engine: [u8; 16],
     pub memory: Vec<Memory>,
     rx: RxBuffer,
-    /// Frames that the queue has given up and the socket has not taken.
+    /// Bytes of frames that were taken from the queue and not by the socket.
     leaving: VecDeque<u8>,
-    /// Bytes of its control stream that the socket has taken and that have not reached the peer, and how many the socket takes.
+    /// Bytes of its control connection that the socket has taken and that have not reached the peer, and how many the socket
+    /// takes.
     pub out: VecDeque<u8>,
     pub room: usize,
     /// Nothing of it reaches the peer any more.
     pub mute: bool,
 }
 
-/// Which channels a simulated connection has: so many for device memory, so many for the rest.
+/// How many channels a simulated connection has for device memory, and how many for the rest.
 pub(super) const DEVICE_CHANNELS: usize = 2;
 pub(super) const HOST_CHANNELS: usize = 3;
 
@@ -78,7 +79,7 @@ impl Side {
         Side::with_timeouts(net, side, [chunk_bytes, eager_bytes], [TRANSFER_TIMEOUT, PEER_TIMEOUT], now)
     }
 
-    /// `sizes`: of chunks, and of what travels inside frames; `timeouts`: of transfers, and of the peer.
+    /// `sizes`: of chunks and of eager transfers. `timeouts`: of transfers, and of the peer.
     pub(super) fn with_timeouts(
         net: &Arc<Mutex<Net>>,
         side: usize,
@@ -122,7 +123,7 @@ impl Side {
         }
     }
 
-    /// Registers fresh memory; its index.
+    /// Registers new memory and returns its index.
     pub(super) fn allocate(&mut self, bytes: Vec<u8>, place: Place) -> usize {
         let bytes = bytes.into_boxed_slice();
         let mr = self
@@ -133,7 +134,7 @@ impl Side {
         self.memory.len() - 1
     }
 
-    /// What a peer needs to reach some memory.
+    /// The FIFO item by which the peer reaches some memory.
     pub(super) fn item(&self, index: usize) -> Option<FifoItem> {
         let memory = &self.memory[index];
         let token = self.registry.local(memory.mr).ok()?.token;
@@ -141,7 +142,7 @@ impl Side {
         Some(FifoItem::new(memory.addr(), memory.bytes.len() as u64, &access))
     }
 
-    /// Begins to give memory back.
+    /// Starts to give memory back.
     pub(super) fn deregister(&mut self, index: usize) {
         let memory = &mut self.memory[index];
         if memory.retired.is_none() {
@@ -149,7 +150,7 @@ impl Side {
         }
     }
 
-    /// Memory that nothing uses any more goes back to its owner, who uses it for something else.
+    /// Returns memory that is no longer used to its owner, who may use it for something else.
     pub(super) fn reclaim(&mut self) {
         for memory in &mut self.memory {
             if !memory.freed && memory.retired.as_ref().is_some_and(|r| !r.in_use()) {
@@ -159,7 +160,7 @@ impl Side {
         }
     }
 
-    /// Freed memory that somebody has written since.
+    /// Freed memory that was written since.
     pub(super) fn written_after_free(&self) -> Option<usize> {
         const BLOCK: [u8; 4096] = [FREED; 4096];
         let intact = |m: &Memory| m.now().chunks(BLOCK.len()).all(|piece| piece == &BLOCK[..piece.len()]);
@@ -176,7 +177,7 @@ impl Side {
         self.flush(now);
     }
 
-    /// Bytes of the peer's control stream arrive.
+    /// Bytes of the peer's control connection arrive.
     pub(super) fn hear(&mut self, bytes: &[u8], now: Instant) {
         let kept = self.rx.extend(bytes);
         if self.machine.dead().is_some() {
@@ -196,7 +197,7 @@ impl Side {
         Ok(())
     }
 
-    /// One look of whoever drives this side.
+    /// Drives this side once.
     pub(super) fn poll(&mut self, now: Instant) {
         if self.machine.dead().is_some() {
             return;
@@ -216,12 +217,12 @@ impl Side {
         Ok(())
     }
 
-    /// Bytes of its control stream that are not with the peer.
+    /// Bytes of its control connection that have not reached the peer.
     pub(super) fn unheard(&self) -> usize {
         self.machine.unsent() + self.leaving.len() + self.out.len()
     }
 
-    /// The socket takes of what is queued as much as it has room for.
+    /// The socket takes as much of the queue as it has room for.
     pub(super) fn flush(&mut self, now: Instant) {
         if self.machine.unsent() + self.leaving.len() == 0 {
             return;
