@@ -61,7 +61,7 @@ struct Jobs {
     batch: usize,
     queued: Vec<Queued>,
     launched: VecDeque<Batch>,
-    /// Number of the next job, and of the oldest not known to be complete.
+    /// The number of the next job, and of the oldest one not known to be complete.
     next: u64,
     finished: u64,
 }
@@ -263,13 +263,13 @@ pub(crate) struct CudaDevice {
     units: Vec<Unit>,
 }
 
-/// Allocates a GPU's state before a connection needs it. For registrations and for the set-up of connections; the caller holds no
-/// connection lock.
+/// Allocates a GPU's state before a connection needs it: at registration and during set-up. The caller must hold no connection
+/// lock.
 pub(crate) fn warm(gpu: &Arc<Gpu>) -> Result<()> {
     gpu.reserve_launchers(UNPACK_STREAMS + PACK_STREAMS)
 }
 
-/// The place of memory that a kernel reads.
+/// The GPU whose memory contains `addr`, for a kernel to read there.
 fn place_of(addr: u64) -> Result<Place> {
     match crate::gpu::memory_kind(addr)? {
         MemoryKind::Device { ordinal } => match u8::try_from(ordinal) {
@@ -313,7 +313,7 @@ impl DeviceCopier for CudaDevice {
     }
 
     unsafe fn view(&mut self, handle: *const c_void, place: Place) -> Result<View> {
-        // The handle is in the memory of the comm's GPU, which may differ from the receiving GPU.
+        // The handle lies in the memory of the comm's GPU, which may differ from the receiving GPU.
         let home = place_of(handle as u64)?;
         let reader = if home.is_device() { home } else { place };
         // SAFETY: by the caller's contract the handle is device memory that holds this structure.
@@ -361,7 +361,7 @@ impl DeviceCopier for CudaDevice {
             Ticket::Done => Ok(true),
             Ticket::Job { unit, pack, job } => match self.units.get_mut(unit) {
                 Some(unit) => unit.jobs(pack).poll(job),
-                None => bail!(Internal, "internal error: a job without a GPU"),
+                None => bail!(Internal, "a job without a GPU"),
             },
         }
     }

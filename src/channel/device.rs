@@ -1,6 +1,5 @@
-//! Copies of device memory: unpacking a bounce buffer to its destinations, packing segments into staging memory. One trait, so that
-//! the rest of the engine is the same for CUDA and for emulated device memory, where the CPU does both. Knows nothing of comms and
-//! transfers.
+//! Copies of device memory: unpacking a bounce buffer to its destinations, and packing segments into staging memory. One trait
+//! serves CUDA and emulated device memory, where the CPU does both. Knows nothing of comms and transfers.
 
 use crate::status::{bail, Result};
 use crate::types::{Part, Place};
@@ -18,7 +17,7 @@ pub(crate) enum Ticket {
         unit: usize,
         /// Packing; otherwise unpacking. Each kind completes in its own order.
         pack: bool,
-        /// Its number there.
+        /// Its number among the jobs of its kind.
         job: u64,
     },
 }
@@ -47,7 +46,8 @@ impl View {
 
 /// Copies on a device. Only `store`, `fetch` and `quiesce` block.
 pub(crate) trait DeviceCopier: Send {
-    /// Runs `body` with the GPU of `place` current in this thread, as plugin calls on its memory require, and restores the old one.
+    /// Runs `body` with the GPU of `place` current in this thread, as plugin calls on its memory require, then restores the
+    /// previous GPU.
     fn within(&mut self, place: Place, body: &mut dyn FnMut() -> Result<bool>) -> Result<bool>;
 
     /// The plugin's unpack structure, read once per comm.
@@ -235,12 +235,12 @@ fn check_entries(entries: &[loadMeta], len: usize) -> Result<()> {
     for e in entries {
         let inside = e.dst_off.checked_add(u64::from(e.len)).is_some_and(|end| end <= len as u64);
         if !inside {
-            bail!(Plugin, "fragment of {} bytes at {} in a message of {len}", e.len, e.dst_off);
+            bail!(Plugin, "a fragment of {} bytes at {} in a message of {len} bytes", e.len, e.dst_off);
         }
         sum += u64::from(e.len);
     }
     if sum != len as u64 {
-        bail!(Plugin, "fragments hold {sum} bytes of a message of {len}");
+        bail!(Plugin, "the fragments hold {sum} bytes of a message of {len} bytes");
     }
     Ok(())
 }
@@ -334,7 +334,7 @@ mod tests {
                 at += n;
                 src += n + (at % 2);
             }
-            // The rest after the cuts comes last.
+            // The last fragment takes what the cuts leave.
             if at < len {
                 bounce[src..src + len - at].copy_from_slice(&message[at..]);
                 list.push(entry(src, len - at, at));
@@ -354,7 +354,7 @@ mod tests {
             let base = dest.as_mut_ptr() as u64;
             let targets: Vec<Part> = parts.iter().map(|&(o, n)| Part { addr: base + o as u64, len: n as u64, region: 0 }).collect();
             let view = View { meta: &*meta, meta_device: 0, bounce: bounce.as_ptr() as u64, home: Place::HOST, read_count: false };
-            // SAFETY: all memory is this test's own.
+            // SAFETY: this test owns all the memory.
             let done = unsafe { EmulatedDevice.unpack(&view, slot, len, &targets, Place::gpu(0)) };
             prop_assert_eq!(done, Ok(Ticket::Done));
             let mut expected = vec![0xAAu8; dest.len()];

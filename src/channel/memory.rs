@@ -1,4 +1,4 @@
-//! Page-aligned host memory owned by a channel: staging rings and discard buffers. Knows nothing of its content.
+//! Page-aligned host memory of a channel: staging rings and discard buffers. Knows nothing of its content.
 
 use crate::status::{bail, Result};
 use std::alloc::{alloc_zeroed, dealloc, Layout};
@@ -17,13 +17,13 @@ unsafe impl Send for HostBlock {}
 impl HostBlock {
     pub(crate) fn new(len: usize) -> Result<HostBlock> {
         let Ok(layout) = Layout::from_size_align(len.max(1).next_multiple_of(PAGE), PAGE) else {
-            bail!(Resource, "block of {len} bytes")
+            bail!(Resource, "a block of {len} bytes is impossible")
         };
         if process::ensure_space(layout.size()).is_err() {
-            bail!(Resource, "{len} bytes of staging memory: the address space (ulimit -v) or the host's memory is exhausted")
+            bail!(Resource, "no {len} bytes for staging: the address space (ulimit -v) or the host's memory is exhausted")
         }
         // SAFETY: the layout's size is not 0.
-        let Some(ptr) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { bail!(Resource, "{len} bytes of staging memory") };
+        let Some(ptr) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { bail!(Resource, "no {len} bytes for staging") };
         Ok(HostBlock { ptr, layout })
     }
     pub(crate) fn as_ptr(&self) -> *mut u8 {

@@ -1,6 +1,6 @@
-//! Channels: cutting a transfer's segments into chunks (`plan`), choosing the path of a chunk (`router`, over the trait `path`) and its
-//! channel (`stripe`), the path over a network plugin's comms (`net`), and unpacking and packing device memory (`device`). Knows
-//! nothing of the control protocol.
+//! Channels: cutting a transfer's segments into chunks (`plan`), choosing a chunk's path (`router`, over the trait `path`) and
+//! channel (`stripe`), the path over a plugin's comms (`net`), and unpacking and packing device memory (`device`). Knows nothing
+//! of the control protocol.
 
 pub(crate) mod cuda;
 pub(crate) mod device;

@@ -1,5 +1,5 @@
-//! The interface below the router: a path is a set of channels to the peer over one plugin, each of which carries chunks in order. Knows
-//! nothing of transfers beyond a chunk's key and tag.
+//! The interface below the router: a path is a set of channels to the peer over one plugin. Each channel carries chunks in order.
+//! Knows nothing of transfers beyond a chunk's key and tag.
 
 use super::device::DeviceCopier;
 use super::plan::{Chunk, ChunkLimits};
@@ -49,7 +49,7 @@ pub(crate) enum Dest {
         #[allow(dead_code)]
         hold: Hold,
     },
-    /// None: the transfer was refused, but its data is in flight and must be drained.
+    /// The transfer was refused, but its data is in flight and must be drained.
     Discard,
 }
 
@@ -60,7 +60,7 @@ pub(crate) struct Line<'a> {
     pub nic: &'a str,
     /// Bytes sent and received, including partial chunks; `None` if the plugin does not report them.
     pub moved: Option<(u64, u64)>,
-    /// Chunks in flight, out and in.
+    /// Chunks in flight, sent and received.
     pub under_way: (usize, usize),
     /// How many of the incoming chunks have a posted receive.
     pub posted: usize,
@@ -86,8 +86,8 @@ pub(crate) trait Path: Send {
     /// Whether it carries memory of the place `local` here at all.
     fn carries_local(&self, local: Place) -> bool;
 
-    /// The load of each channel for a chunk from `place`, and of the NICs, into empty lists. `bulk`: the chunk is part of a large
-    /// transfer, and all of those together leave room in the window for small ones, which do not count against them.
+    /// Fills empty lists with the load of each channel for a chunk from `place`, and of the NICs. `bulk`: the chunk is part of a
+    /// large transfer. All of those together leave room in the window for small ones, which do not count against them.
     fn loads(&mut self, place: Place, bulk: bool, now: Instant, out: &mut Loads);
 
     /// Takes a chunk for sending on a channel with a free window slot.
@@ -111,11 +111,11 @@ pub(crate) trait Path: Send {
     /// The two addresses of a channel in a direction, for an error text.
     fn describe(&self, channel: usize, way: Way) -> String;
 
-    /// The statistics of each channel. `kernel`: including the kernel's.
+    /// Appends the statistics of each channel. `kernel`: including the kernel's.
     fn stats(&self, kernel: bool, now: Instant, out: &mut Vec<ChannelStats>);
 
-    /// Allocates and registers everything for chunks of `place`, so that later chunks make no GPU driver allocate. Does nothing for
-    /// memory that the path does not carry.
+    /// Allocates and registers everything for chunks of `place`, so that later chunks cause no allocation in the GPU driver. Does
+    /// nothing for memory that the path does not carry.
     fn ready(&mut self, _place: Place, _copier: &mut Copier) -> Result<()> {
         Ok(())
     }

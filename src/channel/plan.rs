@@ -1,4 +1,4 @@
-//! The chunk plan: a transfer is a stream of bytes laid over a list of segments; chunks are cut off its front. Both engines walk
+//! The chunk plan: a transfer is a stream of bytes over a list of segments, and chunks are cut off its front. Both engines walk
 //! their own list in the same order by the same lengths, so a chunk's length alone describes it. Pure.
 
 use crate::types::{Part, Place, Segment};
@@ -23,16 +23,16 @@ pub(crate) struct ChunkLimits {
     pub bytes: usize,
     /// Pieces at the sender.
     pub pieces: usize,
-    /// Segments that it crosses: the most pieces at the receiver, where neighbours may not merge.
+    /// Segments that a chunk crosses: the most pieces at the receiver, where adjacent ones may not merge.
     pub crossed: usize,
 }
 
-/// Most pieces of one chunk at the sender: a more scattered chunk is cut shorter.
+/// Most pieces of one chunk at the sender; a more scattered chunk is cut shorter.
 pub(crate) const MAX_PARTS: usize = 512;
-/// Most segments that one chunk crosses, merged or not, and so the most pieces at the receiver, where neighbours may not merge.
+/// Most segments that one chunk crosses, merged or not, and so the most pieces at the receiver.
 pub(crate) const MAX_CROSSED: usize = 4096;
 
-/// A walk along a transfer's stream: the part not yet cut into chunks.
+/// A walk along a transfer's stream: what is not yet cut into chunks.
 #[derive(Debug)]
 pub(crate) struct Walk {
     segments: Vec<Segment>,
@@ -59,7 +59,7 @@ impl Walk {
         self.segments.len()
     }
 
-    /// The list of segments, to reuse its memory.
+    /// The list of segments, so that its memory can be used again.
     pub(crate) fn into_list(self) -> Vec<Segment> {
         self.segments
     }
@@ -96,7 +96,7 @@ impl Walk {
 
     fn cut(&mut self, max: u64, max_parts: usize, max_crossed: usize, split_on_peer: bool) -> Option<Chunk> {
         let first = *self.segments.get(self.next)?;
-        // Blocks mostly have the same length.
+        // Most transfers have blocks of one length.
         let alike = (max.div_ceil(first.len) as usize).min(max_parts.min(max_crossed)).min(self.segments.len() - self.next);
         let mut chunk = Chunk { parts: Vec::with_capacity(alike), len: 0, place: first.place, peer: first.peer };
         let mut left = max;
@@ -131,8 +131,8 @@ impl Walk {
     }
 }
 
-/// The chunk length of a transfer of `total` bytes: small enough that every channel gets at least two chunks, large enough that the
-/// cost per message stays small.
+/// The chunk length of a transfer of `total` bytes: small enough that every channel gets at least two chunks, large enough to
+/// keep the cost per message small.
 pub(crate) fn chunk_len(total: u64, channels: usize, max: usize) -> usize {
     const SMALLEST: u64 = 64 << 10;
     const PAGE: u64 = nccl_net_abi::PAGE as u64;
@@ -151,7 +151,7 @@ mod tests {
             |items| {
                 let (mut a, mut b): (Vec<Segment>, Vec<Segment>) = (Vec::new(), Vec::new());
                 for (i, (x, y, len, dx, dy, near)) in items.into_iter().enumerate() {
-                    // Neighbouring blocks are common and exercise the merging.
+                    // Adjacent blocks are common and exercise the merging.
                     let x = if near && i > 0 { a[i - 1].addr + a[i - 1].len } else { x };
                     a.push(Segment { addr: x, len, region: 0, place: Place(dx), peer: Place(dy) });
                     b.push(Segment { addr: y, len, region: 0, place: Place(dy), peer: Place(dx) });
@@ -254,7 +254,7 @@ mod tests {
 
     #[test]
     fn the_receiver_limits_the_segments_of_a_chunk() {
-        // One byte each: neighbours for the sender, scattered for the receiver.
+        // One byte each: adjacent at the sender, scattered at the receiver.
         let segment = |addr| Segment { addr, len: 1, region: 0, place: Place::HOST, peer: Place::HOST };
         let n = MAX_CROSSED as u64 + 7;
         let mut out = Walk::new((0..n).map(segment).collect());

@@ -1,6 +1,6 @@
-//! The channels of a connection over all its paths: which path carries a chunk, which channel takes the next one, and the device copier
-//! that they share; also the direct transport on one host, if any. Channels are numbered over the paths in order; both
-//! engines have the same paths in the same order. Knows nothing of plugins, and of transfers only the keys of chunks.
+//! The channels of a connection over all its paths: which path carries a chunk, which channel takes the next one, and the device
+//! copier that they share; also the direct transport on one host, if any. Both engines have the same paths in the same order and
+//! number the channels over them. Knows nothing of plugins, and of transfers only the keys of chunks.
 
 use super::device::spread;
 use super::path::{Arrival, Copier, Departure, Dest, Path};
@@ -28,12 +28,14 @@ pub(crate) struct Totals {
 
 /// All channels of a connection.
 ///
-/// - A stream that leaves asks [`Channels::route`] once, then [`Channels::pick`] for each chunk and [`Channels::submit`] for what it cut to
-///   the length that it was given; [`Channels::flush`] after a burst.
-/// - A stream that arrives calls [`Channels::expect`] for each announced chunk, in the order of the announcements of its channel.
-/// - [`Channels::progress`] reports what has moved, in order for each channel. An error of it, of `submit` or of `expect` ends the connection.
-/// - [`Channels::close`] comes last. Until it has returned, memory of chunks under way may still be touched; afterwards never.
-/// - Getters never change anything: [`Channels::count`], [`Channels::busy`], [`Channels::totals`], [`Channels::stats`] and the like.
+/// - An outgoing stream calls [`Channels::route`] once. For each chunk it calls [`Channels::pick`], then [`Channels::submit`]
+///   with what it cut to the given length, and [`Channels::flush`] after a burst.
+/// - An incoming stream calls [`Channels::expect`] for each announced chunk, in the order of the announcements on its channel.
+/// - [`Channels::progress`] reports what has moved, in order for each channel. An error of it, of `submit` or of `expect` ends
+///   the connection.
+/// - [`Channels::close`] comes last. Until it returns, memory of chunks in flight may still be touched; afterwards never.
+/// - The getters, such as [`Channels::count`], [`Channels::busy`], [`Channels::totals`] and [`Channels::stats`], never change
+///   anything.
 pub(crate) struct Channels {
     // The direct transport and the paths close before the copier is dropped (field order).
     direct: Option<Box<dyn Direct>>,
@@ -135,7 +137,7 @@ impl Channels {
     }
 
     /// Expects a chunk that the peer announced. A channel that does not exist, or that cannot carry the chunk's destination, is a
-    /// protocol violation.
+    /// violation.
     pub(crate) fn expect(&mut self, channel: u16, arrival: Arrival) -> Result<()> {
         let Some((path, index, _)) = self.path(channel) else { bail!(Protocol, "channel {channel} does not exist") };
         if let Dest::Memory { place, .. } = &arrival.dest {
@@ -202,8 +204,8 @@ impl Channels {
         self.totals
     }
 
-    /// Samples the network's progress: bytes sent and received if all plugins report them, else whole chunks. Call it
-    /// several times per time-out while something must move.
+    /// Samples the network's progress: bytes sent and received if all plugins report them, otherwise whole chunks. Call it
+    /// several times in each timeout while something must move.
     ///
     /// # Errors
     /// A channel has failed, idle or not.
@@ -222,21 +224,21 @@ impl Channels {
         Ok((out.saturating_add(more_out), incoming.saturating_add(more_in)))
     }
 
-    /// A text about a NIC that has received nothing for `timeout` although chunks are announced on it, even if other NICs do.
+    /// Describes a NIC that has received nothing for `timeout` although chunks are announced on it, even if other NICs receive.
     pub(crate) fn dead_nic(&self, timeout: Duration, now: Instant) -> Option<String> {
         let (nic, still, channels) = self.stillness.dead_nic(timeout, now)?;
-        Some(format!("nothing has come over {nic} for {still:.1?}; under way: {}", self.describe(&channels, Way::In, now)))
+        Some(format!("nothing has arrived over {nic} for {still:.1?}; in flight: {}", self.describe(&channels, Way::In, now)))
     }
 
-    /// The statistics of the direct transport, then of each channel in the order of their numbers; none after the end. `kernel`: including
-    /// the kernel's.
+    /// The statistics of the direct transport, then of each channel in the order of their numbers; none after the close.
+    /// `kernel`: including the kernel's.
     pub(crate) fn stats(&self, kernel: bool, now: Instant) -> Vec<ChannelStats> {
         let mut out: Vec<ChannelStats> = self.direct.iter().map(|direct| direct.stats(kernel)).collect();
         self.paths.iter().for_each(|path| path.stats(kernel, now, &mut out));
         out
     }
 
-    /// The chunks in flight in a direction, for an error text: the channels that have been stalled the longest.
+    /// Describes the chunks in flight in a direction, for an error text: the channels that have been stalled the longest.
     pub(crate) fn describe_busy(&self, way: Way, now: Instant) -> String {
         let channels = self.describe(&self.stillness.stillest(way, now), way, now);
         let direct = self.direct.as_ref().map_or(String::new(), |direct| direct.describe(way));
@@ -252,7 +254,7 @@ impl Channels {
         let words = |&number: &usize| {
             let (chunks, still) = self.stillness.of(number, way, now);
             let direction = if way == Way::Out { "out" } else { "in" };
-            format!("channel {number}: {chunks} chunks {direction} on {}, still for {still:.1?}", self.ends(number, way))
+            format!("channel {number}: {chunks} chunks {direction} on {}, stalled for {still:.1?}", self.ends(number, way))
         };
         let named: Vec<String> = channels.iter().take(MOST).map(words).collect();
         let more = if channels.len() > MOST { format!(" and {} more", channels.len() - MOST) } else { String::new() };
@@ -269,7 +271,7 @@ impl Channels {
         String::new()
     }
 
-    /// Up to how many bytes a transfer of these segments should be eager: sent inside a control frame.
+    /// The largest transfer of these segments that should be eager, in bytes.
     pub(crate) fn inline_bytes(&self, segments: &[Segment]) -> usize {
         let device = segments.iter().any(|s| s.place.is_device());
         match &self.copier {
@@ -305,7 +307,7 @@ impl Channels {
     pub(crate) unsafe fn store(&mut self, parts: &[Part], place: Place, bytes: &[u8]) -> Result<()> {
         let len: u64 = parts.iter().map(|part| part.len).sum();
         if bytes.len() as u64 != len {
-            bail!(Internal, "{} bytes for pieces of {len}", bytes.len());
+            bail!(Internal, "{} bytes for pieces of {len} bytes", bytes.len());
         }
         match &mut self.copier {
             // SAFETY: by the caller's contract.
@@ -331,11 +333,11 @@ impl Channels {
         self.paths.iter_mut().try_for_each(|p| p.ready(place, &mut self.copier))
     }
 
-    /// Ends all copies and closes all channels: afterwards nothing touches registered memory for this connection. If a GPU
-    /// does not end its copies, channels and regions are leaked until the process ends.
+    /// Ends all copies and closes all channels. Nothing touches registered memory for this connection afterwards. If a GPU does
+    /// not end its copies, channels and regions are leaked until the process ends.
     pub(crate) fn close(&mut self) {
         if let Some(Err(e)) = self.copier.as_mut().map(|copier| copier.quiesce()) {
-            log::error!("a connection's channels stay open and its regions in use, since GPU copies have not ended: {e}");
+            log::error!("GPU copies have not ended, so the connection's channels stay open and its regions in use: {e}");
             std::mem::forget((std::mem::take(&mut self.paths), self.copier.take()));
         }
         self.direct = None;
@@ -355,7 +357,7 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
     use std::sync::Arc;
 
-    /// The calls on a stub path, shared with the test.
+    /// The calls that a stub path received, shared with the test.
     #[derive(Default)]
     struct Asked {
         submitted: AtomicU64,
@@ -481,13 +483,13 @@ mod tests {
         channels.look(now).unwrap();
         let text = channels.describe_busy(Way::Out, now + Duration::from_secs(2));
         assert!(
-            text.starts_with("channel 0: 1 chunks out on d0, still for 2.0s; channel 1: ") && text.ends_with(" and 1 more"),
+            text.starts_with("channel 0: 1 chunks out on d0, stalled for 2.0s; channel 1: ") && text.ends_with(" and 1 more"),
             "{text}"
         );
         let later = now + Duration::from_secs(11);
         assert_eq!(channels.dead_nic(Duration::from_secs(11), later), None);
         let dead = channels.dead_nic(Duration::from_secs(10), later).expect("nothing moves");
-        assert!(dead.starts_with("nothing has come over stub for 11.0s; under way: channel 0: 1 chunks in on d0"), "{dead}");
+        assert!(dead.starts_with("nothing has arrived over stub for 11.0s; in flight: channel 0: 1 chunks in on d0"), "{dead}");
         channels.close();
         assert_eq!((d.dropped.load(Ordering::Relaxed), h.dropped.load(Ordering::Relaxed), channels.routes()), (1, 1, 0));
     }

@@ -1,5 +1,5 @@
-//! How long channels have been stalled: the bytes that the network moved on each, and the chunks that wait for it. Pure; the caller
-//! supplies the time.
+//! How long channels have been stalled: the bytes that the network moved on each, and the chunks that wait for it. Pure; the
+//! caller passes the time.
 
 use super::path::Line;
 use crate::direct::Way;
@@ -12,7 +12,7 @@ struct Half {
     bytes: u64,
     /// When bytes last moved.
     moved: Instant,
-    /// The later of the last movement and the start of the wait; none while nothing waits.
+    /// The later of the last movement and the start of the wait; `None` while nothing waits.
     since: Option<Instant>,
     chunks: usize,
 }
@@ -71,8 +71,8 @@ impl Stillness {
         self.half(channel, way).map_or((0, Duration::ZERO), |half| (half.chunks, half.still(now)))
     }
 
-    /// The channels with chunks in flight in a direction, the longest stalled first. If some are stalled, those that moved a moment ago
-    /// are left out: they are not the cause.
+    /// The channels with chunks in flight in a direction, the longest stalled first. If some are stalled, those that moved a
+    /// moment ago are left out, since they are not the cause.
     pub(crate) fn stillest(&self, way: Way, now: Instant) -> Vec<usize> {
         let busy = |&channel: &usize| self.half(channel, way).is_some_and(|half| half.chunks > 0);
         let mut all: Vec<usize> = (0..self.0.len()).filter(busy).collect();
@@ -82,8 +82,8 @@ impl Stillness {
         all
     }
 
-    /// A NIC that has received nothing for longer than `timeout` although the peer had announced chunks for as long: its name, for how long,
-    /// and the waiting channels, the longest first.
+    /// A NIC that has received nothing for longer than `timeout` although the peer announced chunks that long ago: its name, the
+    /// time, and the waiting channels, the longest first.
     pub(crate) fn dead_nic(&self, timeout: Duration, now: Instant) -> Option<(&str, Duration, Vec<usize>)> {
         let waits = |seen: &Seen| seen.reports_moved && seen.incoming.still(now) > timeout;
         self.0.iter().find(|seen| waits(seen))?;
@@ -109,7 +109,7 @@ mod tests {
 
     const T: Duration = Duration::from_secs(10);
 
-    /// Samples once a second: bytes always come over eth1, over the first channel of eth2 until `until`.
+    /// Samples once a second: bytes always arrive over eth1, and until `until` over the first channel of eth2.
     fn looks(until: u64, seconds: u64, reports_moved: bool) -> (Stillness, Instant) {
         let (mut stillness, start) = (Stillness::default(), Instant::now());
         let mut now = start;
@@ -127,7 +127,7 @@ mod tests {
 
     #[test]
     fn only_the_dead_nic_is_named() {
-        // A stalled channel beside a moving one of the same NIC waits for its turn.
+        // A stalled channel beside a moving one on the same NIC waits for its turn.
         let (stillness, now) = looks(u64::MAX, 30, true);
         assert_eq!(stillness.dead_nic(T, now), None);
         let (stillness, now) = looks(5, 15, true);
@@ -135,7 +135,7 @@ mod tests {
         let (stillness, now) = looks(5, 16, true);
         let (nic, still, channels) = stillness.dead_nic(T, now).expect("eth2 is dead");
         assert_eq!((nic, still, channels), ("eth2", Duration::from_secs(16), vec![2, 1]));
-        // Without byte counts nothing is known.
+        // Without byte counts no NIC can be called dead.
         let (stillness, now) = looks(5, 100, false);
         assert_eq!(stillness.dead_nic(T, now), None);
     }
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn waits_for_own_copies_are_not_the_networks_fault() {
+    fn waits_for_own_copies_are_not_blamed_on_the_network() {
         let (mut stillness, start) = (Stillness::default(), Instant::now());
         for second in 0..100 {
             let line = Line { nic: "eth1", moved: Some((0, 0)), under_way: (0, 3), posted: 0 };

@@ -1,6 +1,6 @@
-//! One channel: its sending and its receiving half. Chunks leave in the order they were announced; receives are posted in the order of the
-//! peer's announcements, unpacked, and consumed in that order. Every chunk keeps its regions in use until it is done or the channel is
-//! closed. Knows nothing of transfers.
+//! One channel, with its sending and its receiving half. Chunks are sent in the order of their announcements. Receives are
+//! posted, unpacked and consumed in the order of the peer's. Every chunk keeps its regions in use until it is done or the channel
+//! is closed. Knows nothing of transfers.
 
 use super::receiving::Receiving;
 use super::sending::Sending;
@@ -18,15 +18,15 @@ use std::time::{Duration, Instant};
 
 /// One channel.
 pub(crate) struct Channel {
-    // Field order is drop order: the receive comm goes last, through which the registrations of sends are dropped.
+    // Field order is drop order: registrations of sends are dropped through the receive comm, so it goes last.
     sending: Sending,
     receiving: Receiving,
-    /// The names of its NICs, here and there.
+    /// The name of its NIC here, and of the peer's.
     nic: String,
     peer_nic: String,
 }
 
-// SAFETY: raw pointers inside point to memory that this channel or a held region owns; a channel is used by one thread at a time.
+// SAFETY: the raw pointers point to memory that this channel or a held region owns, and one thread at a time uses a channel.
 unsafe impl Send for Channel {}
 
 impl Channel {
@@ -34,7 +34,7 @@ impl Channel {
         Channel { sending: Sending::new(send), receiving: Receiving::new(recv), nic, peer_nic }
     }
 
-    /// Sets a doorbell; `false` when the plugin has none and must be polled.
+    /// Sets a doorbell; `false` if the plugin has none and must be polled.
     pub(crate) fn set_doorbell(&self, doorbell: &Doorbell) -> Result<bool> {
         Ok(self.sending.comm.set_doorbell(doorbell)? && self.receiving.comm.set_doorbell(doorbell)?)
     }
@@ -54,13 +54,13 @@ impl Channel {
         (&self.nic, &self.peer_nic)
     }
 
-    /// Bytes that the peer has acknowledged, bytes still in flight, and the round trip, as far as the plugin reports them; `None`
-    /// when it cannot now.
+    /// Bytes that the peer has acknowledged, bytes in flight, and the round trip, as far as the plugin reports them; `None` if it
+    /// cannot report now.
     pub(super) fn flow(&self) -> Option<(u64, u64, Duration)> {
         self.sending.flow()
     }
 
-    /// For a chunk from `place`; `nic`: the number of its NIC.
+    /// Its load for a chunk from `place`; `nic`: the index of its NIC.
     pub(super) fn load(&self, place: Place, bulk: bool, usage: &Usage, nic: usize, now: Instant) -> Load {
         self.sending.load(place, bulk, usage, nic, now)
     }
@@ -73,17 +73,17 @@ impl Channel {
         Ok(())
     }
 
-    /// Takes a chunk for sending; see [`Sending::take`].
+    /// Takes a chunk to send; see [`Sending::take`].
     pub(super) fn submit(&mut self, departure: Departure, copier: &mut Copier, usage: &Usage, now: Instant) -> Result<()> {
         self.sending.take(departure, copier, usage, now).map_err(|e| self.blame(Way::Out, &e))
     }
 
-    /// Drops the plugin's registrations of a region that no transfer uses any more.
+    /// Drops the plugin's registrations of a region that is no longer used.
     pub(super) fn forget_region(&mut self, id: u64) {
         self.sending.comm.forget_region(id);
     }
 
-    /// The peer announced a chunk on this channel.
+    /// Takes a chunk that the peer announced on this channel.
     pub(super) fn expect(&mut self, arrival: Arrival) {
         self.receiving.expect(arrival);
     }
@@ -100,7 +100,7 @@ impl Channel {
         Ok(any)
     }
 
-    /// The network's progress.
+    /// The network's progress on this channel.
     pub(super) fn network(&self) -> Result<Line<'_>> {
         let sent = self.sending.comm.network_bytes().map_err(|e| self.blame(Way::Out, &e))?;
         let received = self.receiving.comm.network_bytes().map_err(|e| self.blame(Way::In, &e))?;
@@ -108,12 +108,12 @@ impl Channel {
         Ok(Line { nic: &self.nic, moved: sent.zip(received), under_way, posted: self.receiving.posted.len() })
     }
 
-    /// Its statistics; `kernel`: with the kernel's, which takes a system call.
+    /// Its statistics. `kernel`: including the kernel's, which takes a system call.
     pub(super) fn stats(&self, kernel: bool, now: Instant) -> ChannelStats {
         let (sending, receiving) = (&self.sending, &self.receiving);
         let (sent, received) = (sending.counts, receiving.counts);
         let network = if kernel { self.sending.comm.info().map(network) } else { None };
-        // Sends end when the kernel has them: what the peer acknowledges says how fast the line is.
+        // A send ends when the kernel has the data, so only acknowledgements show the speed of the network.
         let delivered = network.as_ref().map(|n| n.delivery_rate as f64).filter(|&rate| rate > 0.0 && sent.bytes > 0);
         ChannelStats {
             nic: self.nic.clone(),
@@ -136,7 +136,7 @@ impl Channel {
         }
     }
 
-    /// Its addresses in a direction and its NIC, as text.
+    /// Its addresses in a direction and its NIC, for an error text.
     pub(super) fn describe(&self, way: Way) -> String {
         self.ends(way).unwrap_or_else(|| format!("NIC {}", self.nic))
     }
@@ -148,7 +148,7 @@ impl Channel {
         }
     }
 
-    /// An error with the channel's description.
+    /// Adds the channel's description to an error.
     pub(super) fn blame(&self, way: Way, error: &Error) -> Error {
         let ends = self.ends(way).unwrap_or_else(|| format!("on NIC {}", self.nic));
         Error::new(error.kind(), format_args!("channel {ends}: {error}"))
@@ -157,7 +157,7 @@ impl Channel {
 
 impl Drop for Channel {
     fn drop(&mut self) {
-        // Registrations are dropped while their comm is open, unless its requests may still use them: then after it.
+        // Registrations are dropped while their comm is open. If requests may still use them, they are dropped after it.
         if !self.busy() {
             self.sending.drop_staging();
             self.receiving.drop_staging();

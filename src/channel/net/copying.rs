@@ -1,4 +1,4 @@
-//! What both halves of a channel do with a device: copies that it carries out, and calls that need its GPU current. Knows nothing of comms.
+//! What both halves of a channel need from a device: copies, and plugin calls with its GPU current. Knows nothing of comms.
 
 use crate::channel::device::{DeviceCopier, Ticket};
 use crate::channel::path::Copier;
@@ -7,7 +7,7 @@ use crate::types::{Part, Place};
 use nccl_net_abi::ucclIoVec;
 use std::time::{Duration, Instant};
 
-/// The copier, where a chunk of device memory needs it.
+/// The copier, for a chunk of device memory.
 pub(super) fn device(copier: &mut Copier) -> Result<&mut dyn DeviceCopier> {
     match copier {
         Some(copier) => Ok(&mut **copier),
@@ -31,29 +31,29 @@ pub(super) fn register<R>(copier: &mut Copier, place: Place, mut register: impl 
         registered = Some(register()?);
         Ok(true)
     })?;
-    registered.ok_or_else(|| crate::status::err!(Internal, "nothing was registered"))
+    registered.ok_or_else(|| crate::status::err!(Internal, "the registration was not attempted"))
 }
 
-/// A copy by the device, if one is needed.
+/// A copy on the device, if the chunk needs one.
 pub(super) struct Copying {
     ticket: Ticket,
-    /// When it was handed over; none once its time was counted.
+    /// When it was submitted; `None` once its time is counted.
     since: Option<Instant>,
 }
 
 impl Copying {
-    /// None is needed.
+    /// For a chunk that needs no copy.
     pub(super) fn none() -> Copying {
         Copying { ticket: Ticket::Done, since: None }
     }
 
-    /// What `hand_over` gives to the device.
+    /// Submits a copy with `hand_over`.
     pub(super) fn begin(hand_over: impl FnOnce() -> Result<Ticket>) -> Result<Copying> {
         let since = Some(Instant::now());
         Ok(Copying { ticket: hand_over()?, since })
     }
 
-    /// Whether it is over; its time then goes to `spent`.
+    /// Whether it has finished; its time is then added to `spent`.
     pub(super) fn over(&mut self, copier: &mut Copier, spent: &mut Duration) -> Result<bool> {
         if self.ticket != Ticket::Done && !device(copier)?.poll(self.ticket)? {
             return Ok(false);
@@ -64,12 +64,12 @@ impl Copying {
     }
 }
 
-/// What one half of a channel has done.
+/// Counters of one half of a channel.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Counts {
     pub bytes: u64,
     pub chunks: u64,
-    /// Chunks that the device has copied, and how long that took.
+    /// Chunks that the device has copied, and how long it took.
     pub copied: u64,
     pub copying: Duration,
 }

@@ -1,4 +1,4 @@
-//! The path over the comms of a network plugin: a window of chunks on each channel. Knows comms and device copiers, nothing of transfers.
+//! The path over a plugin's comms: a window of chunks on each channel. Knows comms and device copiers, nothing of transfers.
 
 mod channel;
 mod copying;
@@ -38,7 +38,7 @@ pub(crate) struct Usage {
 pub(crate) struct NetPath {
     channels: Vec<Channel>,
     usage: Usage,
-    /// The pairs of NICs that the channels use, and the pair of each channel.
+    /// The pairs of NICs in use, and the index of each channel's pair.
     nics: Vec<Nic>,
     nic_of: Vec<usize>,
 }
@@ -63,7 +63,7 @@ impl NetPath {
         self.nics.len() > 1
     }
 
-    /// Samples the progress of each NIC, when due.
+    /// Samples the progress of each NIC that is due.
     fn look(&mut self, now: Instant) {
         for (number, nic) in self.nics.iter_mut().enumerate().filter(|(_, nic)| nic.due(now)) {
             let mine = self.channels.iter().zip(&self.nic_of).filter(|(_, &nic)| nic == number);
@@ -161,7 +161,7 @@ impl Path for NetPath {
         if !self.compares() {
             return;
         }
-        // Short chunks pass a slow NIC in bursts: the long-term speed is measured here.
+        // Short chunks can pass a slow NIC in bursts, so the speed over a longer time counts here.
         let fastest = self.nics.iter().map(Nic::speed).fold(0.0, f64::max);
         for (stats, &number) in out[first..].iter_mut().zip(&self.nic_of) {
             let speed = self.nics[number].speed();

@@ -1,4 +1,4 @@
-//! The receiving half of a channel: posting receives, unpacking arrived chunks, consuming in order. Knows nothing of the
+//! The receiving half of a channel: posting receives, unpacking arrived chunks, consuming them in order. Knows nothing of the
 //! control connection.
 
 use super::copying::{device, iov, register, within, Copying, Counts};
@@ -15,22 +15,22 @@ use crate::types::Place;
 use nccl_net_abi::{ucclIoVec, MAX_REQUESTS, NCCL_PTR_CUDA, NCCL_PTR_HOST};
 use std::collections::VecDeque;
 
-/// A receive that is posted.
+/// A posted receive.
 pub(super) struct Posted {
     arrival: Arrival,
-    /// Staging place of a host receive without the extension.
+    /// The staging buffer of a host receive that is not vectored.
     staged: Option<*mut u8>,
 }
 
-/// A chunk that is here and not yet in place.
+/// A chunk that has arrived and is not yet in place.
 struct Finishing {
     arrival: Arrival,
     copying: Copying,
 }
 
-/// The receive comm and what it is to bring.
+/// The receive comm and the chunks that it expects.
 pub(super) struct Receiving {
-    // Field order is drop order, as of the sending half.
+    // Field order is drop order, as in the sending half.
     pub comm: RecvComm,
     expected: VecDeque<Arrival>,
     pub posted: VecDeque<Posted>,
@@ -57,7 +57,7 @@ impl Receiving {
         }
     }
 
-    /// The peer announced a chunk.
+    /// Takes a chunk that the peer announced.
     pub(super) fn expect(&mut self, arrival: Arrival) {
         self.expected.push_back(arrival);
     }
@@ -67,7 +67,7 @@ impl Receiving {
         self.expected.len() + self.posted.len() + self.finishing.len()
     }
 
-    /// Lets registrations go while their comm is open. Only while nothing is under way.
+    /// Drops the registrations while their comm is open. Only while nothing is in flight.
     pub(super) fn drop_staging(&mut self) {
         (self.host_in, self.device_in) = (None, None);
     }
@@ -75,8 +75,8 @@ impl Receiving {
     pub(super) fn progress(&mut self, copier: &mut Copier, usage: &Usage, events: &mut Vec<Event>) -> Result<bool> {
         let mut any = self.post_receives(copier, usage)?;
         while let Some(done) = self.comm.test_oldest()? {
-            // The chunk leaves the queue only when its copy has been handed over: whatever fails before leaves its memory in use until the
-            // channel is closed.
+            // The chunk leaves the queue only when its copy has been submitted. After an earlier failure its memory stays in use
+            // until the channel is closed.
             let copying = self.put_in_place(done, copier)?;
             let Some(Posted { arrival, .. }) = self.posted.pop_front() else { bail!(Internal, "a receive without a chunk") };
             self.finishing.push_back(Finishing { arrival, copying });
@@ -99,7 +99,7 @@ impl Receiving {
         Ok(any)
     }
 
-    /// Starts the copy of the oldest receive, which is done, to its destination.
+    /// Starts to copy the oldest receive, which is done, to its destination.
     fn put_in_place(&mut self, done: Done, copier: &mut Copier) -> Result<Copying> {
         let view = match self.posted.front() {
             Some(Posted { arrival: Arrival { dest: Dest::Memory { place, .. }, .. }, .. }) if place.is_device() => {
@@ -109,7 +109,7 @@ impl Receiving {
         };
         let Some(Posted { arrival, staged }) = self.posted.front() else { bail!(Internal, "a receive without a chunk") };
         if done.len.is_some_and(|len| len != arrival.len) {
-            bail!(Protocol, "a chunk announced with {} bytes arrived with {}", arrival.len, done.len.unwrap_or(0));
+            bail!(Protocol, "a chunk was announced with {} bytes and arrived with {}", arrival.len, done.len.unwrap_or(0));
         }
         match (&arrival.dest, view, staged) {
             (Dest::Memory { place, parts, .. }, Some(view), _) => {
@@ -156,12 +156,12 @@ impl Receiving {
                     None => self.discard.insert(HostBlock::new(usage.chunk_bytes)?),
                 };
                 let iov = [ucclIoVec { base: discard.as_ptr().cast(), len: next.len }];
-                // SAFETY: the discard block holds a chunk and outlives the comm; nobody reads it.
+                // SAFETY: the discard block holds a chunk and outlives the comm, and its content is never read.
                 Ok((unsafe { self.comm.recv_vectored(&iov, next.len, next.tag) }?, None))
             }
             _ if usage.host => self.post_staged(next, usage),
             Dest::Memory { .. } => bail!(Internal, "host memory on a channel for device memory only"),
-            // Discarded chunks are received for the comms' own GPU.
+            // Discarded chunks are received for the comm's own GPU.
             Dest::Discard => {
                 let place = usage.gpus.map_or(Place::gpu(0), |(here, _)| here);
                 Ok((self.post_device(next, place, copier)?, None))
@@ -169,7 +169,7 @@ impl Receiving {
         }
     }
 
-    /// A receive into host memory without the extension: the message arrives in staging memory.
+    /// Posts a receive of host memory that is not vectored: the chunk arrives in staging memory.
     fn post_staged(&mut self, next: &Arrival, usage: &Usage) -> Result<(bool, Option<*mut u8>)> {
         if self.host_in.is_none() {
             let stride = usage.chunk_bytes.next_multiple_of(PAGE);
@@ -181,7 +181,7 @@ impl Receiving {
         }
         let Some(staging) = &mut self.host_in else { bail!(Internal, "no staging") };
         let data = staging.next();
-        // SAFETY: the staging place holds a chunk and outlives the comm.
+        // SAFETY: the staging buffer holds a chunk and outlives the comm.
         let taken = unsafe { self.comm.recv(data.cast(), next.len, next.tag, staging.mhandle()) }?;
         if !taken {
             staging.undo();
@@ -192,11 +192,11 @@ impl Receiving {
     fn post_device(&mut self, next: &Arrival, place: Place, copier: &mut Copier) -> Result<bool> {
         let (data, mhandle) = self.device_in(place, copier)?;
         let recv = &mut self.comm;
-        // SAFETY: for a CUDA mhandle the destination is not touched; it is the small block's own address.
+        // SAFETY: for a CUDA mhandle the plugin does not touch the destination, which is the small block.
         within(copier, place, &mut || unsafe { recv.recv(data.cast(), next.len, next.tag, mhandle) })
     }
 
-    /// The mhandle that marks a receive as device memory; the plugin never writes to its memory.
+    /// The mhandle that marks a receive as device memory; the plugin never writes to the memory behind it.
     pub(super) fn device_in(&mut self, place: Place, copier: &mut Copier) -> Result<(*mut u8, MHandle)> {
         if let Some((registration, block)) = &self.device_in {
             return Ok((block.ptr(), registration.mhandle()));

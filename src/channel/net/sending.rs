@@ -1,5 +1,5 @@
-//! The sending half of a channel: the source of a chunk's bytes and the order of sends. Knows nothing of transfers: a chunk has
-//! everything it needs.
+//! The sending half of a channel: where a chunk's bytes come from, and the order of sends. Knows nothing of transfers: a chunk
+//! carries everything it needs.
 
 use super::copying::{device, iov, register, within, Copying, Counts};
 use super::staging::{Staging, STAGED_WINDOW};
@@ -18,23 +18,24 @@ use nccl_net_abi::{ucclIoVec, MAX_REQUESTS, NCCL_PTR_CUDA, NCCL_PTR_HOST};
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-/// Places of the window that chunks of large transfers take at most: small ones find one soon.
+/// Window slots that chunks of large transfers take at most, so that small ones soon find one.
 const BULK_WINDOW: usize = MAX_REQUESTS / 2;
-/// Bytes of large transfers on a channel from which on no more of them are taken: a small one on the same channel waits for all of them.
+/// With this many bytes of large transfers in flight, a channel takes no more of them: a small transfer on it waits for all of
+/// these bytes.
 const BULK_BYTES: u64 = 2 << 20;
 
-/// Of the free places of a window, those that the next chunk may use. `bulk`: of a large transfer, and how many chunks and bytes of large
-/// ones are under way.
+/// How many of the `free` window slots the next chunk may use. `bulk`: the chunk is part of a large transfer, and so many chunks
+/// and bytes of large transfers are in flight.
 fn free(free: usize, bulk: Option<(usize, u64)>) -> usize {
     match bulk {
         None => free,
         Some((_, bytes)) if bytes >= BULK_BYTES => 0,
-        // What small ones take does not count against large ones: they would never have a turn.
+        // Slots of small transfers do not count against large ones, which would otherwise starve.
         Some((chunks, _)) => free.min(BULK_WINDOW.saturating_sub(chunks)),
     }
 }
 
-/// A chunk on its way out; dropped when its memory may change.
+/// A chunk being sent; dropped when its memory may change.
 pub(super) struct Leaving {
     key: Key,
     len: usize,
@@ -42,7 +43,7 @@ pub(super) struct Leaving {
     _hold: Hold,
 }
 
-/// A chunk announced and not yet taken by the plugin.
+/// A chunk that was announced and that the plugin has not taken.
 struct ToPost {
     source: Source,
     len: usize,
@@ -54,16 +55,16 @@ enum Source {
     Vectored(Vec<ucclIoVec>),
 }
 
-/// The send comm and what waits for it.
+/// The send comm and the chunks that wait for it.
 pub(super) struct Sending {
-    // Field order is drop order: the comm closes before what its requests may use.
+    // Field order is drop order: the comm closes before the memory that its requests may use.
     pub comm: SendComm,
     host_out: Option<Staging>,
     device_out: HashMap<Place, Staging>,
     pub outgoing: VecDeque<Leaving>,
     to_post: VecDeque<ToPost>,
     pub queued: u64,
-    /// Chunks of large transfers among the outgoing ones.
+    /// Chunks of large transfers in `outgoing`.
     bulk: usize,
     bulk_bytes: u64,
     pub rate: Rate,
@@ -86,7 +87,7 @@ impl Sending {
         }
     }
 
-    /// For a chunk from `place`; `nic`: the number of its NIC.
+    /// Its load for a chunk from `place`; `nic`: the index of its NIC.
     pub(super) fn load(&self, place: Place, bulk: bool, usage: &Usage, nic: usize, now: Instant) -> Load {
         let oldest = self.oldest();
         let window = if place.is_device() && usage.stage_sends { STAGED_WINDOW } else { MAX_REQUESTS };
@@ -94,13 +95,13 @@ impl Sending {
         Load { free, queued: self.queued, rate: self.rate.get(oldest, now), nic }
     }
 
-    /// Bytes of the chunk that has been under way the longest.
+    /// Bytes of the chunk that has been in flight the longest.
     pub(super) fn oldest(&self) -> u64 {
         self.outgoing.front().map_or(0, |o| o.len as u64)
     }
 
-    /// Bytes that have come to the peer, those that were handed over and have not, and the round trip, as far as the plugin tells; `None`
-    /// when it cannot tell now.
+    /// Bytes that the peer has acknowledged, bytes in flight, and the round trip, as far as the plugin reports them; `None` if it
+    /// cannot report now.
     pub(super) fn flow(&self) -> Option<(u64, u64, Duration)> {
         match self.comm.flow() {
             Some(flow) if flow.stale != 0 => None,
@@ -109,14 +110,14 @@ impl Sending {
         }
     }
 
-    /// Lets registrations go while their comm is open. Only while nothing is under way.
+    /// Drops the registrations while their comm is open. Only while nothing is in flight.
     pub(super) fn drop_staging(&mut self) {
         self.host_out = None;
         self.device_out.clear();
     }
 
-    /// Takes a chunk for sending. The caller announces it to the peer. There must be a free place ([`Sending::load`]). The departure's hold
-    /// keeps the chunk's memory registered, and so mapped, until the chunk is gone or the channel closed.
+    /// Takes a chunk to send, which the caller announces to the peer. There must be a free slot ([`Sending::load`]). The
+    /// departure's hold keeps the memory registered, and so mapped, until the chunk is sent or the channel closed.
     pub(super) fn take(&mut self, departure: Departure, copier: &mut Copier, usage: &Usage, now: Instant) -> Result<()> {
         let Departure { key, chunk, hold, bulk, tag } = departure;
         let len = chunk.len;
@@ -145,7 +146,7 @@ impl Sending {
         let place = chunk.place;
         if let ([part], false) = (&chunk.parts[..], usage.stage_sends) {
             let (span, send) = (hold.span_to_register(part.region)?, &mut self.comm);
-            // SAFETY: the region stays mapped while it is held; registrations go before it does (forget_region).
+            // SAFETY: the region stays mapped while it is held, and its registrations are dropped before it is (forget_region).
             let mhandle = register(copier, place, || unsafe { send.region(span, part.addr) })?;
             return Ok(Source::Contiguous { data: part.addr as *mut u8, mhandle, packing: Copying::none(), place });
         }
@@ -193,12 +194,12 @@ impl Sending {
         }
     }
 
-    /// Posts announced chunks to the plugin in order, as far as they are packed and it accepts them.
+    /// Posts announced chunks to the plugin in order, as long as they are packed and it accepts them.
     fn post_sends(&mut self, copier: &mut Copier, now: Instant) -> Result<bool> {
         let mut any = false;
         while let Some(next) = self.to_post.front_mut() {
             let taken = match &mut next.source {
-                // SAFETY: the source's memory is kept by the chunk's hold, or it is a place of the staging ring.
+                // SAFETY: the chunk's hold keeps the source's memory, or it is a buffer of the staging ring.
                 Source::Vectored(iov) => unsafe { self.comm.send_vectored(iov, next.len, next.tag) }?,
                 Source::Contiguous { data, mhandle, packing, place } => {
                     if !packing.over(copier, &mut self.counts.copying)? {
@@ -257,13 +258,13 @@ mod tests {
     }
 
     #[test]
-    fn large_transfers_leave_places_and_bytes_to_small_ones() {
-        // Of large chunks the bytes are the bound, of smaller ones the places.
+    fn large_transfers_leave_slots_and_bytes_to_small_ones() {
+        // Bytes limit large chunks, slots limit smaller ones.
         assert_eq!(taken(512 << 10), (4, BULK_BYTES));
         assert_eq!(taken(1 << 20), (2, BULK_BYTES));
         assert_eq!(taken(4 << 20), (1, 4 << 20));
         assert_eq!(taken(64 << 10), (BULK_WINDOW, 512 << 10));
-        // One byte less is not enough to wait.
+        // One byte less, and the next chunk need not wait.
         assert_eq!(free(5, Some((1, BULK_BYTES - 1))), 5);
         assert_eq!(free(5, Some((1, BULK_BYTES))), 0);
     }
@@ -272,7 +273,7 @@ mod tests {
     fn large_transfers_bound_themselves_alone() {
         for places in 0..=MAX_REQUESTS {
             assert_eq!(free(places, None), places);
-            // Small ones in the window take nothing of the large ones' part but the places that they have.
+            // Small ones in the window take only the slots that they have from the large ones' share.
             assert_eq!(free(places, Some((0, 0))), places.min(BULK_WINDOW));
             assert_eq!(free(places, Some((BULK_WINDOW, 1))), 0);
         }

@@ -5,11 +5,11 @@ use crate::net::comm::MHandle;
 use crate::net::registrations::Registration;
 use crate::status::Result;
 
-/// Chunks of device memory in flight on a channel that sends from host memory: enough to keep copies and socket busy, few enough
-/// for the memory of all channels to fit the CPU's cache.
+/// Chunks of device memory in flight on a channel that sends from host memory. Enough to keep copies and socket busy, and few
+/// enough that the memory of all channels fits the CPU's cache.
 pub(super) const STAGED_WINDOW: usize = 8;
 
-/// A ring of staging buffers, registered with the plugin. Messages use the buffers in turn; no more are in flight than there are
+/// A ring of staging buffers, registered with the plugin. Messages use the buffers in turn. No more are in flight than there are
 /// buffers, and they complete in order, so the next buffer is always free.
 pub(super) struct Staging {
     // Dropped before the memory.
@@ -43,7 +43,7 @@ impl Staging {
         unsafe { self.memory.ptr().add(place * self.stride) }
     }
 
-    /// Returns the last buffer of [`Staging::next`] unused.
+    /// Takes back the last [`Staging::next`]: its buffer was not used.
     pub(super) fn undo(&mut self) {
         self.turn -= 1;
     }

@@ -1,6 +1,6 @@
-//! Striping: which channel carries the next chunk, and how long the chunk is. NICs differ in speed: the one that would finish the chunk
-//! first gets it, but a NIC gets no chunk that the others, finishing all that is left, would still beat. The same rule applies among
-//! the channels of a NIC. Pure.
+//! Striping: which channel carries the next chunk, and how long the chunk is. NICs differ in speed. The one that would finish the
+//! chunk first gets it, unless the others, finishing all that is left, would still be sooner. The same rule applies among the
+//! channels of a NIC. Pure.
 
 mod nic;
 #[cfg(test)]
@@ -10,7 +10,7 @@ pub(crate) use nic::Nic;
 
 use std::time::{Duration, Instant};
 
-/// State of a channel as striping sees it.
+/// A channel's state as striping sees it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Load {
     /// Free slots of its window.
@@ -23,14 +23,14 @@ pub(crate) struct Load {
     pub nic: usize,
 }
 
-/// State of a NIC, with all of its channels.
+/// A NIC's state, over all of its channels.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct NicLoad {
     /// Bytes that its channels took and the peer has not acknowledged, as far as known.
     pub backlog: u64,
     /// Measured speed, bytes per second; 0 while unknown.
     pub speed: f64,
-    /// While its speed is unknown: bytes that it may have in flight.
+    /// While its speed is unknown: the bytes that it may have in flight.
     pub trust: u64,
     /// Bytes that have been acknowledged so far.
     pub moved: u64,
@@ -48,13 +48,13 @@ pub(crate) struct Probe {
     pub at_any_cost: bool,
 }
 
-/// State of all channels of a path. With one NIC or none, NICs are not compared.
+/// The state of all channels of a path. With one NIC or none, NICs are not compared.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Loads {
     pub channels: Vec<Load>,
     pub nics: Vec<NicLoad>,
-    /// One channel carries a whole transfer of up to this many bytes, while at most half as many bytes of others are in flight or all
-    /// together are not more; 0: channels share from the first chunk on.
+    /// One channel carries a whole transfer of up to this many bytes, as long as at most half as many bytes of others are in
+    /// flight or all together are not more. 0: channels share from the first chunk on.
     pub alone: u64,
 }
 
@@ -77,24 +77,25 @@ pub(crate) struct Pick {
     pub len: u64,
 }
 
-/// A free channel is passed over when it would finish a chunk this many times later than the best one: then waiting is faster.
+/// A free channel is passed over if it would finish a chunk this many times later than the best one: then waiting is faster.
 const WORTH_WAITING_FACTOR: f64 = 2.0;
 
-/// A channel counts as slow when its speed is less than this part of the reference: smaller differences are noise, and acting on noise
-/// would make the busier one look ever faster.
+/// A channel counts as slow below this fraction of the reference speed. Smaller differences are noise, and acting on noise would
+/// make the busier channel look ever faster.
 const SLOW: f64 = 0.5;
 /// The same for a NIC, whose speed is measured only while it is certainly busy.
 const SLOW_NIC: f64 = 0.7;
 
-/// A NIC below this part of the fastest one's speed is not worth the cost of a lost packet on it: it is only probed now and then.
+/// A NIC below this fraction of the fastest one's speed is not worth the cost of a lost packet on it; it is only probed now and
+/// then.
 pub(crate) const LEFT_ALONE: f64 = 1.0 / 12.0;
-/// A probe is harmless if it takes at most this part of the time that the others need for the rest.
+/// A probe is harmless if it takes at most this fraction of the time that the others need for the rest.
 const HARMLESS: f64 = 0.125;
 /// Chunks of a slow NIC are shorter in proportion, but not shorter than this.
 const SHORTEST: u64 = 64 << 10;
 const PAGE: u64 = nccl_net_abi::PAGE as u64;
-/// The backlog of a NIC beside others: this long, or its delay, or one chunk. Enough to keep it busy, and no more to wait for. Less for
-/// a slow one.
+/// The backlog of a NIC beside others: this long, or its delay, or one chunk. Enough to keep it busy, and little to wait for.
+/// Less for a slow one.
 const BACKLOG: Duration = Duration::from_millis(50);
 const SLOW_BACKLOG: Duration = Duration::from_millis(20);
 /// Estimates of slow NICs may be wrong by this factor before a transfer waits for one.
@@ -102,7 +103,7 @@ const CAUTION: f64 = 1.5;
 /// Only transfers of at least this size probe a slow NIC.
 const WORTH_A_PROBE: u64 = 1 << 20;
 
-/// Chooses the channel of the next chunk. `None`: wait until something on these channels is done.
+/// Chooses the channel of the next chunk. `None`: wait until a chunk on these channels is done.
 pub(crate) fn pick(loads: &Loads, want: Want) -> Option<Pick> {
     match loads.nics.len() {
         0 | 1 => pick_alone(loads, want)
@@ -112,10 +113,10 @@ pub(crate) fn pick(loads: &Loads, want: Want) -> Option<Pick> {
     }
 }
 
-/// The channel that has begun a transfer to carry alone, while it has a free slot and is not slow.
+/// The channel that is carrying this transfer alone, while it has a free slot and is not slow.
 fn pick_alone(loads: &Loads, want: Want) -> Option<usize> {
     let queued: u64 = loads.channels.iter().map(|load| load.queued).sum();
-    // Bytes of the previous transfer may still count, although the peer has them.
+    // Bytes of the previous transfer may still count although they have arrived.
     let most = loads.alone.max(want.total.saturating_add(loads.alone / 2));
     if queued == 0 || want.total > loads.alone || queued + want.rest > most {
         return None;
@@ -185,7 +186,7 @@ fn pick_nic(loads: &Loads, want: Want) -> Option<Pick> {
     if let Some(pick) = candidates().filter(fits).min_by(by_finish).and_then(|c| within(c.nic, c.len)) {
         return Some(pick);
     }
-    // With nothing in flight no later event would retry: the NIC that has done most continues.
+    // With nothing in flight no later event would retry, so the NIC that has moved most continues.
     if loads.channels.iter().any(|load| load.queued > 0) {
         return None;
     }
@@ -198,7 +199,8 @@ fn pick_nic(loads: &Loads, want: Want) -> Option<Pick> {
 
 /// When the other NICs of `n` would have finished their backlog and `rest`.
 fn without(nic: usize, n: usize, backlog: &impl Fn(usize) -> u64, share: &impl Fn(usize) -> f64, rest: u64) -> f64 {
-    // Like pouring water into vessels of different width, filled to different heights: the level rises over one after the other.
+    // Like pouring water into vessels of different widths that are filled to different heights: the level rises over one after
+    // another.
     let others = || (0..n).filter(|&other| other != nic);
     let height = |other: usize| backlog(other) as f64 / share(other);
     let level = |top: usize| {
@@ -209,8 +211,8 @@ fn without(nic: usize, n: usize, backlog: &impl Fn(usize) -> u64, share: &impl F
     others().map(level).fold(f64::INFINITY, f64::min)
 }
 
-/// The channel for a chunk of `len` bytes among those that `admitted` selects: the one with a free slot that would finish
-/// first. `None` when none is free, or only channels so slow that waiting for a fast one is quicker.
+/// The channel for a chunk of `len` bytes among those that `admitted` selects: the one with a free slot that would finish first.
+/// `None` if no slot is free, or only on channels so slow that waiting for a fast one is quicker.
 fn pick_channel(loads: &[Load], admitted: impl Fn(&Load) -> bool, len: u64) -> Option<usize> {
     let admitted = || loads.iter().enumerate().filter(|(_, load)| admitted(load));
     let reference = reference(admitted().map(|(_, load)| load.rate));
@@ -225,7 +227,7 @@ fn pick_channel(loads: &[Load], admitted: impl Fn(&Load) -> bool, len: u64) -> O
     (finish(load) <= WORTH_WAITING_FACTOR * soonest).then_some(index)
 }
 
-/// The reference speed: the upper quartile of the measured ones, so that one lucky measurement slows no other channel down.
+/// The reference speed: the upper quartile of the measured ones, so that one lucky measurement makes no other channel look slow.
 fn reference(rates: impl Iterator<Item = f64>) -> f64 {
     const MOST: usize = 64;
     let mut known = [0.0f64; MOST];
@@ -239,7 +241,7 @@ fn reference(rates: impl Iterator<Item = f64>) -> f64 {
     known.get((3 * n).div_ceil(4).saturating_sub(1)).copied().unwrap_or(0.0)
 }
 
-/// Measures a channel's speed while it has requests in flight: idle time is not slowness.
+/// Measures a channel's speed while it has requests in flight; idle time does not count.
 #[derive(Debug, Default)]
 pub(crate) struct Rate {
     bytes_per_second: f64,
@@ -256,7 +258,7 @@ pub(crate) struct Rate {
 const SAMPLE: Duration = Duration::from_millis(2);
 /// After this much idle time a measurement is forgotten.
 const FORGET: Duration = Duration::from_millis(100);
-/// A request this many times slower than predicted marks the channel stalled.
+/// A request that takes this many times longer than predicted marks the channel as stalled.
 const STALL: f64 = 4.0;
 
 impl Rate {
@@ -275,7 +277,7 @@ impl Rate {
         }
     }
 
-    /// The last measured speed, or less for a channel that has stalled since.
+    /// The last measured speed, or less if the channel has stalled since.
     pub(crate) fn last(&self, oldest: u64, now: Instant) -> f64 {
         match self.since {
             Some(_) => self.get(oldest, now),
@@ -311,14 +313,14 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// As with one NIC.
+    /// Picks a channel as if there were one NIC.
     fn pick(channels: &[Load], len: u64) -> Option<usize> {
         super::pick(&Loads { channels: channels.to_vec(), ..Loads::default() }, Want { len, rest: len, total: len })
             .map(|pick| pick.channel)
     }
 
     proptest! {
-        /// Over a long transfer every channel is used in proportion to its speed, whatever the speeds.
+        /// Over a long transfer every channel carries a share in proportion to its speed.
         #[test]
         fn shares_follow_speed(rates in proptest::collection::vec(1u32..50, 1..8)) {
             const CHUNK: u64 = 1;
@@ -354,7 +356,7 @@ mod tests {
         }
     }
 
-    /// Hands out `total` bytes in chunks of `len`, none of which is done meanwhile: how many each channel gets.
+    /// Hands out `total` bytes in chunks of `len` of which none completes, and returns how many each channel gets.
     fn handed_out(alone: u64, mut channels: Vec<Load>, total: u64, len: u64) -> Vec<u64> {
         let mut chunks = vec![0; channels.len()];
         for sent in 0..total / len {
@@ -400,7 +402,7 @@ mod tests {
 
     #[test]
     fn a_lucky_or_noisy_measurement_slows_no_channel_down() {
-        // One channel looks ten times as fast, the others differ by less than a factor of two: all are used alike.
+        // One channel looks ten times as fast, and the others differ by less than a factor of two: all are used alike.
         let rates = [1.0, 1.1, 1.4, 0.9, 10.0, 1.0, 1.2, 1.3];
         let mut queued = [0u64; 8];
         for _ in 0..32 {
@@ -425,7 +427,7 @@ mod tests {
         let measured = rate.get(0, at(53));
         assert!((measured - 1e6).abs() < 1.0, "{measured}");
         assert_eq!(rate.get(0, at(53) + FORGET), 0.0, "idle for a long time");
-        // In flight for 100 ms where 1 ms was to be expected: at most a quarter of what the time says.
+        // In flight for 100 ms instead of the expected 1 ms: at most a quarter of the speed that this time implies.
         rate.posted(at(60));
         assert_eq!(rate.get(1000, at(62)), measured);
         let stalled = rate.get(1000, at(160));

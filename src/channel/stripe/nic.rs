@@ -1,30 +1,31 @@
-//! The speed of a NIC over all its channels, from acknowledgements: bytes in the kernel are not yet sent. Pure.
+//! The speed of a NIC over all its channels, from acknowledgements: bytes that the kernel holds are not yet sent. Pure.
 
 use super::{NicLoad, Probe, SHORTEST};
 use std::time::{Duration, Instant};
 
-/// Samples further apart than this say nothing about the time between them.
+/// Samples further apart than this say nothing about the time in between.
 const GAP: Duration = Duration::from_millis(100);
-/// A sample spans this much busy time and volume or, for a NIC that hardly moves, `LONG`.
+/// A sample spans this much busy time and volume, or `LONG` for a NIC that hardly moves.
 const SPAN: Duration = Duration::from_millis(20);
 const VOLUME: u64 = 64 << 10;
 const LONG: Duration = Duration::from_millis(200);
-/// A NIC that was idle in between still shows a lower bound: it is used after this volume, since a shaper lets bursts through, and
-/// raises the estimate by a factor of two at a time.
+/// A NIC with idle time in between still gives a lower bound on its speed. It is used only after this volume, since a shaper lets
+/// bursts through, and raises the estimate by at most a factor of two at a time.
 const BURST: u64 = 256 << 10;
-/// A NIC of unknown speed may have this much in flight; twice as much each time all of it was acknowledged at the next sample.
+/// A NIC of unknown speed may have this much in flight. The amount doubles each time all of it is acknowledged by the next
+/// sample.
 const TRUST: u64 = 256 << 10;
-/// How far a sample moves the estimate: quickly down, slowly up.
+/// The weight of a new sample: falling speeds count quickly, rising ones slowly.
 const DOWN: f64 = 0.6;
 const UP: f64 = 0.3;
-/// Shortest time between samples of a NIC of unknown speed, and of other NICs.
+/// The shortest time between samples of a NIC of unknown speed, and of other NICs.
 const FIRST_LOOKS: Duration = Duration::from_micros(100);
 const LOOKS: Duration = Duration::from_millis(1);
 /// A NIC's speed is known after this many sampling intervals plus this many round trips.
 const DELAY_LOOKS: u32 = 3;
 const ROUND_TRIPS: u32 = 4;
-/// A slow NIC is probed with one short chunk, which takes at most this part of its time. At the known speed the chunk would take this
-/// many sampling intervals: if it is acknowledged sooner, the NIC is faster.
+/// A slow NIC is probed with one short chunk, which takes at most this fraction of its time. At the known speed the chunk would
+/// take this many sampling intervals; if it is acknowledged sooner, the NIC is faster.
 const PROBE_LOOKS: f64 = 4.0;
 const PROBE_SHARE: f64 = 64.0;
 const PROBE_LEAST: Duration = Duration::from_secs(1);
@@ -45,7 +46,7 @@ pub(crate) struct Nic {
     /// Busy time since the last sample.
     bytes: u64,
     busy: Duration,
-    /// Time with pauses since then.
+    /// Time since then, idle time included, and the bytes in it.
     least_bytes: u64,
     least_time: Duration,
     /// The interval between the last two related samples.
@@ -68,7 +69,7 @@ impl Nic {
         self.speed
     }
 
-    /// The plugin cannot report progress now.
+    /// Puts off the next sample: the plugin cannot report progress now.
     pub(crate) fn postpone(&mut self, now: Instant) {
         self.postponed = Some(now);
     }
@@ -81,7 +82,7 @@ impl Nic {
         self.given += len;
     }
 
-    /// Takes a sample: all bytes acknowledged by `now`, and the bytes that its channels took and that are not acknowledged.
+    /// Takes a sample: the bytes acknowledged by `now`, and those that its channels took and that are not acknowledged.
     /// `round_trip`: zero while unknown.
     pub(crate) fn look(&mut self, acknowledged: u64, backlog: u64, round_trip: Duration, now: Instant) {
         self.round_trip = round_trip;
@@ -96,7 +97,7 @@ impl Nic {
         if gap <= GAP {
             self.gap = gap;
         }
-        // The moved bytes were there before, and more are left: it was busy all the time.
+        // The moved bytes were queued before and more are left, so it was busy all the time.
         if had > 0 && moved <= had && backlog > 0 && gap <= GAP {
             (self.bytes, self.busy) = (self.bytes + moved, self.busy + gap);
             if (self.busy >= SPAN && self.bytes >= VOLUME) || self.busy >= LONG {
@@ -113,7 +114,7 @@ impl Nic {
         let weight = match self.speed {
             0.0 => 1.0,
             speed if sample < speed => DOWN,
-            // Perhaps a burst.
+            // It may be a burst.
             _ if self.bytes < BURST => return,
             _ => UP,
         };
@@ -129,7 +130,7 @@ impl Nic {
         }
     }
 
-    /// Its load for striping.
+    /// Its state for striping.
     pub(crate) fn load(&self, now: Instant) -> NicLoad {
         let probe = ((PROBE_LOOKS * self.speed * self.gap.as_secs_f64()) as u64).max(SHORTEST);
         let pause = match self.speed {
@@ -165,12 +166,12 @@ mod tests {
             nic.look(1000 * ms, 5000, Duration::ZERO, at(start, ms));
         }
         assert!((nic.speed() - 1e6).abs() < 1e4, "{}", nic.speed());
-        // A long time without a sample says nothing; nor does a single chunk that was no faster.
+        // A long time without a sample says nothing, and neither does a single chunk that was no faster.
         nic.look(201_000, 5, Duration::ZERO, at(start, 5000));
         nic.look(300_000, 0, Duration::ZERO, at(start, 5090));
         nic.look(900_000, 0, Duration::ZERO, at(start, 6090));
         assert!((nic.speed() - 1e6).abs() < 1e4, "{}", nic.speed());
-        // A standstill shows soon.
+        // A standstill shows quickly.
         nic.look(900_000, 9000, Duration::ZERO, at(start, 7000));
         for ms in (7050..7500).step_by(50) {
             nic.look(900_000, 9000, Duration::ZERO, at(start, ms));
@@ -197,7 +198,7 @@ mod tests {
             nic.look(1000 * ms, 5000, Duration::ZERO, at(start, ms));
         }
         let before = nic.speed();
-        // 192 KiB in no time, now and then.
+        // Bursts of 192 KiB now and then.
         let mut all = 200_000;
         nic.look(all, 0, Duration::ZERO, at(start, 200));
         for burst in 0..3 {

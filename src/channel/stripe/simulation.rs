@@ -1,5 +1,5 @@
-//! Striping over simulated NICs, in whole bytes and microseconds: a shaper with a token bucket, socket buffers that take what they can,
-//! and windows of chunks. As in reality, the scheduler runs only when a chunk has gone to the kernel.
+//! Striping over simulated NICs, in whole bytes and microseconds: shapers with token buckets, socket buffers of limited size, and
+//! windows of chunks. As in reality, the scheduler runs only when the kernel has taken a chunk.
 
 use super::{pick, Load, Loads, Nic, Want};
 use std::collections::VecDeque;
@@ -12,7 +12,7 @@ const MIB: u64 = 1 << 20;
 
 struct SimulatedChannel {
     nic: usize,
-    /// Chunks that the kernel has not fully taken: the bytes left of each.
+    /// For each chunk that the kernel has not fully taken, the bytes that are left of it.
     chunks: VecDeque<u64>,
     queued: u64,
     /// Bytes in the kernel.
@@ -94,7 +94,7 @@ impl World {
         }
     }
 
-    /// Lets time pass; returns whether a chunk was sent.
+    /// Advances the time by one step; returns whether a chunk was sent.
     fn step(&mut self) -> bool {
         self.us += STEP_US;
         for (n, nic) in self.nics.iter_mut().enumerate() {
@@ -139,7 +139,7 @@ impl World {
                 rest == 0 || self.channels.iter().any(|c| !c.chunks.is_empty()),
                 "nothing is in flight and nothing would retry"
             );
-            assert!(self.us - began < 600_000_000, "no end");
+            assert!(self.us - began < 600_000_000, "the transfer never ends");
             if self.step() {
                 self.loads(bulk);
                 self.schedule(&mut rest, bulk);
@@ -148,12 +148,12 @@ impl World {
         self.us - began
     }
 
-    /// Seconds for `n` transfers of this size.
+    /// Seconds that `n` transfers of this size take.
     fn transfers(&mut self, n: u64, bytes: u64) -> f64 {
         (0..n).map(|_| self.transfer(bytes)).sum::<u64>() as f64 / 1e6
     }
 
-    /// Seconds for these bytes over all NICs together.
+    /// Seconds that these bytes would take over all NICs together.
     fn ideal(&self, bytes: u64) -> f64 {
         bytes as f64 / self.nics.iter().map(|nic| nic.rate).sum::<u64>() as f64
     }
@@ -165,7 +165,7 @@ impl World {
     }
 }
 
-/// Runs each case with these channels per NIC and socket buffers.
+/// Runs each case with several numbers of channels per NIC and sizes of socket buffers.
 fn each(slow: &[u64], mut body: impl FnMut(&mut World, String)) {
     for &slow in slow {
         for channels in [1, 2, 4] {
@@ -194,7 +194,7 @@ fn simulated_slow_nics_cost_little_at_other_sizes() {
         world.transfers(1, 64 * MIB);
         for (n, bytes, least) in [(400, 256 << 10, 0.8), (200, MIB, 0.8), (60, 8 * MIB, 0.8), (2, 512 * MIB, 0.9)] {
             let took = world.transfers(n, bytes);
-            // The time of the fast one alone.
+            // Relative to the time of the fast NIC alone.
             let part = (n * bytes) as f64 / mbit(1000) as f64 / took;
             println!("{what}: {} KiB: {:.1} % of the fast one", bytes >> 10, 100.0 * part);
             assert!(part >= least, "{what}: {} KiB: {:.1} %", bytes >> 10, 100.0 * part);
@@ -217,7 +217,7 @@ fn simulated_nics_that_recover_are_used_again() {
         let part = world.ideal(4 * 64 * MIB) / took;
         println!("{what}, recovered: {:.1} %", 100.0 * part);
         assert!(part >= 0.9, "{what}: {:.1} %", 100.0 * part);
-        // And slow again.
+        // It becomes slow again.
         let slow = world.nics[0].rate / 50;
         world.nics[1].rate = slow;
         world.transfers(2, 64 * MIB);
