@@ -143,7 +143,7 @@ fn a_relay_that_changes_a_byte_after_the_set_up_ends_the_connection() {
     out.notify(b"name", WORDS).unwrap();
     until("the end of the connection", || inc.status().is_err());
     let why = inc.status().unwrap_err();
-    assert!(why.kind() == ErrorKind::Protocol && why.to_string().contains("changed on its way"), "{why}");
+    assert!(why.kind() == ErrorKind::Protocol && why.to_string().contains("changed in transit"), "{why}");
     assert!(server.next_notification().is_none());
     until("the end at the peer", || out.status().is_err());
 }

@@ -59,7 +59,11 @@ impl ControlQueue {
         let stuck = now.saturating_duration_since(self.drained);
         if self.backlog() > 0 && stuck > timeout {
             let read = self.trickled;
-            bail!(TimedOut, "the peer has read {read} bytes of the control stream in {stuck:.1?}; {} bytes wait", self.backlog());
+            bail!(
+                TimedOut,
+                "the peer has read {read} bytes of the control connection in {stuck:.1?}; {} bytes wait",
+                self.backlog()
+            );
         }
         Ok(())
     }

@@ -1,5 +1,5 @@
-//! The non-blocking control stream: a socket, and the session that seals what leaves through it and opens what comes. Knows nothing of
-//! what frames mean.
+//! The non-blocking control connection: a socket, and the session that seals what is sent and opens what arrives. Knows nothing
+//! of the meaning of frames.
 
 use super::frame::Frame;
 use super::queue::{Block, RxBuffer, TxQueue};
@@ -13,39 +13,39 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The sending side of a control stream. Apart from the rest, so that somebody else can say that this side is alive while whoever has
-/// the connection is kept.
+/// The sending half of a control connection. It is a separate object so that another thread can send heartbeats while the driving
+/// thread is busy.
 pub(crate) struct Voice {
     sock: TcpStream,
     out: Mutex<Out>,
     born: Instant,
-    /// When bytes last left, and when they were those of the connection's own frames: milliseconds since `born`.
+    /// When bytes were last sent, and when the driving thread last sent frames: milliseconds since `born`.
     spoke: AtomicU64,
     driven: AtomicU64,
 }
 
-/// What is on its way to the socket.
+/// Data on its way to the socket.
 struct Out {
     sealer: Sealer,
-    /// A record on its way; `sent` bytes of it have left.
+    /// The record being sent; the socket has taken `sent` bytes of it.
     leaving: Vec<u8>,
     sent: usize,
-    /// A block of frames that is too long for one record, and how much of it was sealed.
+    /// A block of frames that is too long for one record, and how much of it is sealed.
     long: Option<(Block, usize)>,
-    /// What the last heartbeat said that was sealed: see [`Frame::Ping`].
+    /// The content of the last sealed heartbeat: see [`Frame::Ping`].
     reported: (u64, u64),
-    /// Bytes that left while whoever drives the connection was kept, and that it does not know of.
+    /// Bytes sent without the driving thread, which it has not counted yet.
     kept: usize,
     /// The last frame was sent.
     ended: bool,
 }
 
 impl Out {
-    /// Writes the rest of the record. Whether all of it has left.
+    /// Writes the rest of the record. Returns whether all of it was sent.
     fn write(&mut self, mut sock: &TcpStream, total: &mut usize) -> Result<bool> {
         while self.sent < self.leaving.len() {
             match sock.write(&self.leaving[self.sent..]) {
-                Ok(0) => return Err(err!(RemoteDisconnect, "control connection: nothing can be written")),
+                Ok(0) => return Err(err!(RemoteDisconnect, "control connection: the socket takes no data")),
                 Ok(n) => {
                     self.sent += n;
                     *total += n;
@@ -58,7 +58,7 @@ impl Out {
         Ok(true)
     }
 
-    /// Seals the next record; `false` when nothing waits. No more is sealed than the socket is given next.
+    /// Seals the next record; `false` if nothing waits. Seals no more than the socket is given next.
     fn seal_next(&mut self, tx: &mut TxQueue) -> Result<bool> {
         self.sent = 0;
         self.leaving.clear();
@@ -95,15 +95,16 @@ impl Out {
 }
 
 impl Voice {
-    /// Says that this side is alive, where nothing has left for `silent` and the connection was driven less than `most` ago: the rest of
-    /// what is under way, or a heartbeat. What goes wrong is found by whoever drives the connection. Whether something was said.
+    /// Shows the peer that this engine is alive, if nothing was sent for `silent` and the connection was driven less than `most`
+    /// ago. Sends the rest of what is being sent, or a heartbeat. Errors are left to the driving thread. Returns whether anything
+    /// was sent.
     pub(crate) fn keep(&self, silent: Duration, most: Duration) -> bool {
         let now = self.clock();
         let since = |time: &AtomicU64| Duration::from_millis(now.saturating_sub(time.load(Ordering::Relaxed)));
         if since(&self.spoke) < silent || since(&self.driven) >= most {
             return false;
         }
-        // Whoever has it is about to speak.
+        // The thread that holds the lock is about to send.
         let Some(mut out) = self.out.try_lock() else { return false };
         if out.ended {
             return false;
@@ -122,7 +123,7 @@ impl Voice {
             return Ok(());
         }
         let mut tx = TxQueue::default();
-        // A frame has to be whole before the next one begins: of a long one the next piece leaves.
+        // A frame must be complete before the next one starts, so of a long one the next piece is sent.
         if out.long.is_none() {
             let (received, chunks) = out.reported;
             tx.push(&Frame::Ping { received, chunks });
@@ -136,24 +137,24 @@ impl Voice {
     }
 }
 
-/// Room for what arrives, at first.
+/// The size of the receive buffer at first.
 const ROOM: usize = 8 << 10;
 
 pub(crate) struct ControlStream {
     voice: Arc<Voice>,
     opener: Opener,
-    /// Opened bytes that came before the first read.
+    /// Opened bytes that arrived before the first read.
     early: Vec<u8>,
-    /// Records that have arrived; `arrived` bytes of it.
+    /// Records that have arrived: `arrived` bytes of this buffer.
     sealed: Vec<u8>,
     arrived: usize,
-    /// Bytes that were taken from the queue and that the socket had not at the last look.
+    /// Bytes that were taken from the queue and not by the socket, as of the last flush.
     pending: usize,
 }
 
 impl ControlStream {
-    /// Takes over a connected socket and its session after the set-up, with the bytes that came behind its last message: opened ones,
-    /// and received ones that were not opened.
+    /// Takes over a connected socket and its session after the set-up, with the bytes that arrived behind its last message:
+    /// opened ones, and those still sealed.
     pub(crate) fn new(sock: TcpStream, session: Session, plain: Vec<u8>, raw: Vec<u8>) -> Result<ControlStream> {
         sock.set_nonblocking(true).map_err(|e| Error::system("control socket", &e))?;
         let arrived = raw.len();
@@ -166,7 +167,7 @@ impl ControlStream {
         Ok(ControlStream { voice, opener, early: plain, sealed, arrived, pending: 0 })
     }
 
-    /// Its sending side, for somebody who keeps it alive.
+    /// Its sending half, for the thread that sends heartbeats.
     pub(crate) fn voice(&self) -> Arc<Voice> {
         self.voice.clone()
     }
@@ -175,13 +176,13 @@ impl ControlStream {
         self.voice.sock.as_raw_fd()
     }
 
-    /// Reads what is there. Returns the bytes read, and whether there may be more.
+    /// Reads what has arrived. Returns the number of bytes, and whether there may be more.
     ///
     /// # Errors
-    /// `RemoteDisconnect` at the end of the stream and on socket errors, `Protocol` when the stream was changed on its way.
+    /// `RemoteDisconnect` at the end of the stream and on socket errors, `Protocol` when the data was changed in transit.
     pub(crate) fn read(&mut self, rx: &mut RxBuffer) -> Result<(usize, bool)> {
         rx.extend(&std::mem::take(&mut self.early))?;
-        // The first records may have come with the set-up's last message.
+        // The first records may have arrived with the set-up's last message.
         self.open(rx)?;
         let room = &mut self.sealed[self.arrived..];
         let len = room.len();
@@ -200,13 +201,13 @@ impl ControlStream {
         }
     }
 
-    /// More comes than there is room for: most connections never need as much as two records.
+    /// Grows the buffer when more arrives than fits: most connections never need room for two records.
     fn make_room(&mut self) {
         let len = (2 * self.sealed.len()).min((2 * MAX_RECORD).max(self.sealed.len()));
         self.sealed.resize(len, 0);
     }
 
-    /// Opens all whole records.
+    /// Opens all complete records.
     fn open(&mut self, rx: &mut RxBuffer) -> Result<()> {
         let mut at = 0;
         while let Opened::Record { plain, consumed } = self.opener.open(&mut self.sealed[at..self.arrived])? {
@@ -220,8 +221,8 @@ impl ControlStream {
         Ok(())
     }
 
-    /// Sends of `tx` what the socket takes, until `most` bytes have left or a record more. Returns the bytes that left since the last
-    /// call.
+    /// Sends what the socket takes of `tx`, until `most` bytes or one record more have been sent. Returns the bytes sent since
+    /// the last call.
     pub(crate) fn flush(&mut self, tx: &mut TxQueue, most: usize) -> Result<usize> {
         let mut out = self.voice.out.lock();
         let mut total = 0;
@@ -248,23 +249,23 @@ impl ControlStream {
         flushed.map(|()| total + kept)
     }
 
-    /// Bytes taken from the queue that the socket has not.
+    /// Bytes that were taken from the queue and not by the socket.
     pub(crate) fn pending(&self) -> usize {
         self.pending
     }
 
-    /// What was queued is the last that this side says.
+    /// What is queued now is the last data that this engine sends.
     pub(crate) fn end(&self) {
         self.voice.out.lock().ended = true;
     }
 
-    /// Ends the sending direction: the peer sees the end of the stream after everything that was sent.
+    /// Shuts down the sending direction: the peer sees the end of the stream after all data.
     pub(crate) fn shutdown_write(&self) {
         self.end();
         let _ = self.voice.sock.shutdown(Shutdown::Write);
     }
 
-    /// Reads and drops what the peer still sends; whether it has hung up.
+    /// Reads and drops what the peer still sends. Returns whether it has closed its end.
     pub(crate) fn hung_up(&mut self) -> bool {
         let mut sink = [0; 4096];
         for _ in 0..256 {
@@ -310,7 +311,7 @@ mod tests {
         while got.len() < 3 {
             let sent = a.flush(&mut tx, MOST).unwrap();
             assert!(sent <= MOST + MAX_RECORD, "{sent} bytes in one go");
-            // Nothing is sealed long before it leaves.
+            // Records are sealed only shortly before they are sent.
             let sealed = a.voice.out.lock().leaving.len();
             assert!(sealed <= MAX_RECORD, "{sealed} bytes are sealed");
             left += sent;
@@ -326,9 +327,9 @@ mod tests {
         assert!(got[1] == body && (a.pending(), tx.pending()) == (0, 0));
     }
 
-    /// Whoever drives a connection may be kept at any moment, also in the middle of a frame.
+    /// The driving thread may be held up at any moment, also in the middle of a frame.
     #[test]
-    fn a_side_that_is_kept_is_heard_of_between_frames_and_inside_of_a_long_one() {
+    fn heartbeats_go_out_between_frames_and_inside_a_long_one_while_the_driver_is_held_up() {
         const LEN: usize = 1 << 20;
         const LONG: Duration = Duration::from_secs(3600);
         let [mut a, mut b] = pair();
@@ -357,7 +358,7 @@ mod tests {
             }
         }
         assert!(whole && heard > 3);
-        // Whoever drives goes on where that was.
+        // The driving thread continues where it stopped.
         tx.push(&Frame::Notify { name: b"n", message: b"after" });
         a.flush(&mut tx, usize::MAX).unwrap();
         assert_eq!((a.pending(), tx.pending()), (0, 0));
@@ -379,9 +380,9 @@ mod tests {
         panic!("a heartbeat after the last frame");
     }
 
-    /// What a kept side says of itself is never less than what it has said, nor more than what is still to be said before it.
+    /// A heartbeat sent for a busy driving thread reports no less than the last one, and no more than the next queued one.
     #[test]
-    fn a_heartbeat_of_a_side_that_is_kept_says_what_the_last_one_did() {
+    fn a_heartbeat_sent_for_a_busy_driver_repeats_the_last_one() {
         const LONG: Duration = Duration::from_secs(3600);
         let [mut a, mut b] = pair();
         let voice = a.voice();
@@ -409,17 +410,17 @@ mod tests {
     }
 
     #[test]
-    fn what_came_with_the_set_up_leaves_room_for_the_rest() {
+    fn data_that_arrived_with_the_set_up_leaves_room_for_the_rest() {
         for early in [1, ROOM - 1, ROOM, ROOM + 1, 40_000] {
             let [mut a, b] = pair();
             let mut tx = TxQueue::default();
             tx.push(&Frame::Notify { name: b"n", message: &[7; 60_000] });
             let Voice { out, .. } = &*a.voice;
             assert!(out.lock().seal_next(&mut tx).unwrap());
-            // The first bytes of the record come with the set-up's last message.
+            // The first bytes of the record arrive with the set-up's last message.
             let raw = out.lock().leaving[..early].to_vec();
             out.lock().sent = early;
-            let Ok(Voice { sock, .. }) = Arc::try_unwrap(b.voice) else { panic!("somebody has it") };
+            let Ok(Voice { sock, .. }) = Arc::try_unwrap(b.voice) else { panic!("another reference is left") };
             let session = Session::new(Direction::ToConnecting, &[7; 32], b"test").unwrap();
             let mut b = ControlStream::new(sock, session, Vec::new(), raw).unwrap();
             let mut rx = RxBuffer::default();

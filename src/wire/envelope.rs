@@ -1,7 +1,7 @@
-//! What frames and set-up messages have alike: the header in front of a payload, and fields read one behind the other. Pure: bytes in,
-//! fields out; every length is checked before it is used.
+//! What frames and set-up messages share: the header in front of a payload, and a reader of consecutive fields. Pure: bytes in,
+//! fields out. Every length is checked before it is used.
 //!
-//! A header has 8 bytes: payload length u32, type u8, magic u8, zero u16; little-endian as all numbers.
+//! A header has 8 bytes: payload length u32, type u8, magic u8, zero u16. All numbers are little-endian.
 
 use crate::status::{bail, Result};
 
@@ -10,9 +10,9 @@ pub(crate) const HEADER_BYTES: usize = 8;
 
 /// The messages of one stream.
 pub(super) struct Envelope {
-    /// What a type of message is called in errors.
+    /// The name of the messages in errors.
     pub name: &'static str,
-    /// Tells this stream's messages from others.
+    /// Distinguishes this stream's messages from others.
     pub magic: u8,
     /// Largest payload of a type; `None` for an unknown type.
     pub limit: fn(u8) -> Option<usize>,
@@ -20,14 +20,14 @@ pub(super) struct Envelope {
 
 /// What [`Envelope::open`] found at the front of a buffer.
 pub(super) enum Opened<'a> {
-    /// A message's type and payload, and the bytes that the whole took.
+    /// A message's type and payload, and the bytes of the whole message.
     Payload(u8, Reader<'a>, usize),
-    /// More bytes are needed: the whole message's size, or at least the header's.
+    /// More bytes are needed: the size of the whole message, or at least of the header.
     Need(usize),
 }
 
 impl Envelope {
-    /// Opens the message at the front of `buf`. Once its payload is read, see [`Envelope::end`].
+    /// Opens the message at the front of `buf`. Call [`Envelope::end`] once its payload is read.
     ///
     /// # Errors
     /// `Protocol` when the bytes can never become a message.
@@ -36,11 +36,11 @@ impl Envelope {
         let len = u32::from_le_bytes([header[0], header[1], header[2], header[3]]) as usize;
         let (name, kind) = (self.name, header[4]);
         if header[5] != self.magic || header[6..8] != [0, 0] {
-            bail!(Protocol, "bad magic of a {name}");
+            bail!(Protocol, "a {name} has the wrong magic number");
         }
         match (self.limit)(kind) {
             None => bail!(Protocol, "unknown {name} {kind}"),
-            Some(limit) if len > limit => bail!(Protocol, "{name} {kind} of {len} bytes is over its limit of {limit}"),
+            Some(limit) if len > limit => bail!(Protocol, "{name} {kind} has {len} bytes, more than its limit of {limit}"),
             Some(_) => {}
         }
         let total = HEADER_BYTES + len;
@@ -48,7 +48,7 @@ impl Envelope {
         Ok(Opened::Payload(kind, Reader { left: payload, name }, total))
     }
 
-    /// The payload of a message of this type has been read.
+    /// Checks that the payload of a message of this type was read to its end.
     ///
     /// # Errors
     /// `Protocol` when bytes are left.
@@ -59,7 +59,7 @@ impl Envelope {
         }
     }
 
-    /// Appends a message: `payload` appends the payload and gives its type.
+    /// Appends a message: `payload` appends the payload and returns its type.
     pub(super) fn seal(&self, out: &mut Vec<u8>, payload: impl FnOnce(&mut Vec<u8>) -> u8) {
         let start = out.len();
         out.extend_from_slice(&[0; HEADER_BYTES]);
@@ -79,7 +79,7 @@ pub(super) struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    /// Bytes that were not read yet.
+    /// Bytes not yet read.
     pub(super) fn len(&self) -> usize {
         self.left.len()
     }

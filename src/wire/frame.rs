@@ -1,5 +1,5 @@
-//! Frames of the control stream and their codec. Pure: bytes in, frames out; every length is checked before it is used or
-//! allocated, and every decode error is a value, never a panic.
+//! Frames of the control connection and their codec. Pure: bytes in, frames out. Every length is checked before it is used or
+//! allocated, and a decode error is a value, never a panic.
 //!
 //! A frame is a header (`envelope`) and its payload; numbers are little-endian.
 
@@ -9,13 +9,13 @@ use crate::types::{Landing, Place, MAX_INLINE};
 use std::borrow::Cow;
 
 const ENVELOPE: Envelope = Envelope { name: "frame", magic: 0xC7, limit: payload_limit };
-/// Segments of one transfer at most.
+/// Most segments of one transfer.
 pub const MAX_SEGMENTS: usize = 1 << 20;
-/// Distinct regions of one transfer at most.
+/// Most distinct regions of one transfer.
 pub const MAX_REGIONS: usize = 1 << 16;
-/// Name and message of a notification together, bytes at most.
+/// Most bytes of a notification, name and message together.
 pub const MAX_NOTIFICATION: usize = 64 << 20;
-/// Length of one wire segment at most; longer ones are split.
+/// Most bytes of one wire segment; longer ones are split.
 pub const MAX_SEGMENT_BYTES: u64 = 1 << 30;
 const MAX_GRANTS: usize = 1 << 12;
 const MAX_TEXT: usize = 512;
@@ -23,16 +23,16 @@ const REGION_BYTES: usize = 24;
 const SEGMENT_BYTES: usize = 16;
 const GRANT_BYTES: usize = 8;
 
-/// A region of the receiver of the frame, with the token that proves access.
+/// A region of the frame's receiver, with the token that proves access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WireRegion {
-    /// Id of the region at its owner.
+    /// The region's id at its owner.
     pub id: u64,
     /// Its token.
     pub token: [u8; 16],
 }
 
-/// One segment of remote memory.
+/// One segment of the target's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WireSegment {
     /// First byte at the owner.
@@ -41,29 +41,29 @@ pub struct WireSegment {
     pub len: u32,
     /// Index into the frame's regions.
     pub region: u16,
-    /// Where the initiator's side of this segment lies.
+    /// Where the initiator's memory of this segment lies.
     pub initiator: Place,
-    /// Where the owner's side lies, as the FIFO item says; the owner checks it.
+    /// Where the target's memory lies, as the FIFO item says; the target checks it.
     pub owner: Place,
 }
 
-/// The segments of a transfer, kept as they stand on the wire: a transfer has many thousands, and each copy of the list would cost as
+/// The segments of a transfer in their encoded form. A transfer may have many thousands, and each copy of the list would cost as
 /// much as the rest of its handling.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WireSegments<'a>(Cow<'a, [u8]>);
 
 impl<'a> WireSegments<'a> {
-    /// Makes room for `n` more.
+    /// Makes room for `n` more segments.
     pub fn reserve(&mut self, n: usize) {
         self.0.to_mut().reserve(n * SEGMENT_BYTES);
     }
 
-    /// Drops the segments and keeps their room.
+    /// Drops the segments and keeps the memory.
     pub fn clear(&mut self) {
         self.0.to_mut().clear();
     }
 
-    /// How many there is room for.
+    /// How many segments fit the memory.
     pub fn room(&self) -> usize {
         match &self.0 {
             Cow::Borrowed(_) => 0,
@@ -71,12 +71,12 @@ impl<'a> WireSegments<'a> {
         }
     }
 
-    /// How many.
+    /// The number of segments.
     pub fn count(&self) -> usize {
         self.0.len() / SEGMENT_BYTES
     }
 
-    /// Appends one.
+    /// Appends a segment.
     #[inline]
     pub fn push(&mut self, segment: WireSegment) {
         let mut b = [0; SEGMENT_BYTES];
@@ -99,12 +99,12 @@ impl<'a> WireSegments<'a> {
         })
     }
 
-    /// The list in `bytes`, checked against the number of regions.
+    /// The list in `bytes`; checks each segment's length and region.
     fn decode(bytes: &'a [u8], regions: usize) -> Result<WireSegments<'a>> {
         let segments = WireSegments(Cow::Borrowed(bytes));
         let wrong = |s: &WireSegment| s.len == 0 || u64::from(s.len) > MAX_SEGMENT_BYTES || usize::from(s.region) >= regions;
         if let Some(s) = segments.iter().find(wrong) {
-            bail!(Protocol, "segment of {} bytes in region {} of {regions}", s.len, s.region);
+            bail!(Protocol, "a segment of {} bytes in region {} of {regions}", s.len, s.region);
         }
         Ok(segments)
     }
@@ -118,52 +118,52 @@ impl FromIterator<WireSegment> for WireSegments<'_> {
     }
 }
 
-/// The next chunk of a data stream: the sender announces channel and length, in the order of the stream.
+/// The next chunk of a stream. The sender announces channel and length, in the order of the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grant {
     /// Bytes.
     pub len: u32,
-    /// Channel that carries it.
+    /// The channel that carries it.
     pub channel: u16,
 }
 
-/// A message of the control stream. Ids are the initiator's transfer ids.
+/// A frame. Ids are the initiator's transfer ids.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(missing_docs)] // fields are named after what they are; units are bytes
 pub enum Frame<'a> {
-    /// Initiator announces a write; with `inline`, the data is right here and no chunk follows.
+    /// The initiator announces a write; with `inline`, the frame contains the data and no chunk follows.
     Write { id: u64, regions: Vec<WireRegion>, segments: WireSegments<'a>, inline: Option<&'a [u8]> },
-    /// Initiator asks for a read.
+    /// The initiator asks for a read.
     Read { id: u64, regions: Vec<WireRegion>, segments: WireSegments<'a> },
-    /// The owner's whole answer to a small read.
+    /// The target's whole answer to a small read.
     ReadInline { id: u64, data: &'a [u8] },
-    /// Sender of data announces its next chunks. `by_initiator`: the sender is the side that chose the id.
+    /// The sender of data announces its next chunks. `by_initiator`: the sender chose the id.
     Chunks { id: u64, by_initiator: bool, grants: Vec<Grant> },
-    /// The other side's verdict on a transfer that the receiver of this frame initiated.
+    /// The peer's verdict on a transfer that the receiver of this frame started.
     Done { id: u64, status: StatusCode, text: &'a str },
     /// A two-sided message waits for a receive. `from`: where it lies, if it can be sent directly.
     Message { id: u64, len: u64, from: Option<Place> },
-    /// The one answer to message `id`: a receive was matched with it (status 0: send it), or why there is none. With a `landing` it is
-    /// sent directly, else in chunks.
+    /// The one answer to message `id`: a receive was matched with it (status 0: send it), or why none was. With a `landing` it is
+    /// sent directly, otherwise in chunks.
     Pull { id: u64, status: StatusCode, receiver: Place, landing: Option<Landing> },
-    /// The sender of message `id` gives it up, and why.
+    /// The sender of message `id` withdraws it, and why.
     Withdraw { id: u64, status: StatusCode },
     /// A notification.
     Notify { name: &'a [u8], message: &'a [u8] },
     /// The initiator of refused write `id` announces no more chunks of it.
     Cancel { id: u64 },
-    /// Heartbeat; `received`: bytes of data that have come in over the channels so far, in `chunks` chunks.
+    /// Heartbeat. `received`: bytes of data that have arrived over the channels so far, in `chunks` chunks.
     Ping { received: u64, chunks: u64 },
-    /// The end of the connection: orderly with status 0, else why the sender of the frame gave it up.
+    /// The goodbye: orderly with status 0, otherwise why the sender of the frame ends the connection.
     Bye { status: StatusCode, text: &'a str },
 }
 
-/// Declares the frame types: number and largest payload, in one table.
+/// Declares the frame types in one table: number and largest payload.
 macro_rules! kinds {
     ($($name:ident = $number:literal, $limit:expr;)*) => {
         $(const $name: u8 = $number;)*
 
-        /// Largest payload of a frame type; `None` for an unknown type.
+        /// The largest payload of a frame type; `None` for an unknown type.
         fn payload_limit(kind: u8) -> Option<usize> {
             match kind {
                 $($name => Some($limit),)*
@@ -192,9 +192,9 @@ kinds! {
 /// What [`decode`] found at the front of a buffer.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Decoded<'a> {
-    /// A frame and the bytes it took.
+    /// A frame and its number of bytes.
     Frame(Frame<'a>, usize),
-    /// More bytes are needed: the whole frame's size, or at least the header's.
+    /// More bytes are needed: the size of the whole frame, or at least of the header.
     Need(usize),
 }
 
@@ -229,10 +229,10 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
                 _ => {
                     let total: u64 = segments.iter().map(|s| u64::from(s.len)).sum();
                     if total > MAX_INLINE as u64 {
-                        bail!(Protocol, "inline write of {total} bytes, {MAX_INLINE} at most");
+                        bail!(Protocol, "an inline write of {total} bytes, {MAX_INLINE} at most");
                     }
                     if total != r.len() as u64 {
-                        bail!(Protocol, "inline write of {total} bytes carries {}", r.len());
+                        bail!(Protocol, "an inline write of {total} bytes carries {} bytes", r.len());
                     }
                     Frame::Write { id, regions, segments, inline: Some(r.rest()) }
                 }
@@ -271,7 +271,7 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
 
 fn decode_pull(r: &mut Reader<'_>) -> Result<Frame<'static>> {
     let (id, status, receiver) = (r.u64()?, r.u32()? as StatusCode, r.u32()?);
-    let Some(receiver) = place(receiver)? else { bail!(Protocol, "a receive that lies nowhere") };
+    let Some(receiver) = place(receiver)? else { bail!(Protocol, "a matched receive has no place") };
     let landing = match r.len() {
         0 => None,
         _ => Some(Landing { slot: r.u32()?, generation: r.u64()?, addr: r.u64()? }),
@@ -279,14 +279,14 @@ fn decode_pull(r: &mut Reader<'_>) -> Result<Frame<'static>> {
     Ok(Frame::Pull { id, status, receiver, landing })
 }
 
-/// A number that stands for no place.
+/// The number that stands for no place.
 const NOWHERE: u32 = u32::MAX;
 
 fn place(number: u32) -> Result<Option<Place>> {
     match (number, u8::try_from(number)) {
         (NOWHERE, _) => Ok(None),
         (_, Ok(number)) => Ok(Some(Place(number))),
-        _ => bail!(Protocol, "memory of place {number}"),
+        _ => bail!(Protocol, "place {number} does not exist"),
     }
 }
 
@@ -305,12 +305,12 @@ pub fn encode(frame: &Frame<'_>, out: &mut Vec<u8>) {
     ENVELOPE.seal(out, |out| encode_payload(frame, out));
 }
 
-/// Appends fields one behind the other.
+/// Appends fields one after another.
 fn put(out: &mut Vec<u8>, fields: &[&[u8]]) {
     fields.iter().for_each(|field| out.extend_from_slice(field));
 }
 
-/// Appends the payload; gives the type.
+/// Appends the payload and returns its type.
 fn encode_payload(frame: &Frame<'_>, out: &mut Vec<u8>) -> u8 {
     match frame {
         Frame::Write { id, regions, segments, inline } => {
@@ -347,7 +347,7 @@ fn encode_payload(frame: &Frame<'_>, out: &mut Vec<u8>) -> u8 {
     type_of(frame)
 }
 
-/// The type of a frame; of a write the one without data.
+/// The type of a frame; for a write the type without data.
 fn type_of(frame: &Frame<'_>) -> u8 {
     match frame {
         Frame::Write { .. } => T_WRITE,
@@ -365,7 +365,7 @@ fn type_of(frame: &Frame<'_>) -> u8 {
     }
 }
 
-/// As much of a text as a frame carries.
+/// As much of a text as a frame can carry.
 fn cut_text(text: &str) -> &str {
     let mut end = text.len().min(MAX_TEXT);
     while !text.is_char_boundary(end) {
@@ -443,7 +443,7 @@ mod tests {
             }
             let mut at = 0;
             for frame in &all {
-                // Every proper prefix asks for more, never errs.
+                // Every proper prefix asks for more and never fails.
                 if let Decoded::Frame(_, n) = decode(&buf[at..]).unwrap() {
                     for cut in [0, 1, HEADER_BYTES - 1, HEADER_BYTES, n / 2, n - 1] {
                         if cut < n {

@@ -1,9 +1,9 @@
-//! The handshake of a control connection: which protocol, who speaks, proof of the pre-shared key, and the keys of everything after.
-//! Bytes in, bytes out: it knows no sockets and no clocks. docs/protocol.md shows the messages.
+//! The handshake of a control connection: the protocol version, proof of identity and of the pre-shared key, and the keys of
+//! everything after. Bytes in, bytes out: it knows no sockets and no clocks. docs/protocol.md shows the messages.
 //!
 //! The cryptography is Noise XXpsk3 (`snow`): ephemeral keys first, then the two engines' own keys, and the pre-shared key in the
-//! connecting side's proof. The listening side says nothing that depends on a key before it has checked that proof, and a listener on
-//! the wire sees nothing that a guess at the key could be tried on. Without a key the same messages run with a public constant.
+//! connector's proof. The listener sends nothing that depends on a key before it has checked that proof, and an eavesdropper gets
+//! nothing to test a guessed key with. Without a key the same messages run with a public constant.
 
 use super::hello::{Hello, Terms, MAX_HELLO};
 use super::keys::{KeySecrets, Keys, Proof};
@@ -18,7 +18,7 @@ use snow::HandshakeState;
 use std::sync::Arc;
 use zeroize::{Zeroize, Zeroizing};
 
-/// Version of the control protocol. Peers of different versions refuse each other.
+/// Version of the control protocol. Engines of different versions refuse each other.
 pub(crate) const VERSION: u16 = 3;
 const MAGIC: [u8; 8] = *b"UCCLTCPX";
 const PATTERN: &str = "Noise_XXpsk3_25519_AESGCM_SHA256";
@@ -26,16 +26,16 @@ const PATTERN: &str = "Noise_XXpsk3_25519_AESGCM_SHA256";
 const PSK: usize = 3;
 const HEADER_BYTES: usize = 16;
 const SELECTOR: usize = 32;
-/// Fills the opening up to a hello of version 1, whose listeners answer only after that many bytes.
+/// Pads the opening to the length of a version 1 hello, since listeners of version 1 answer only after that many bytes.
 const PADDING: usize = 72;
 const OPENING: usize = KEY + PADDING + TAG;
 const ANSWER: usize = KEY + KEY + TAG + TAG;
 const MAX_REFUSAL_TEXT: usize = 240;
 const FLAG_KEY: u8 = 1;
-/// Bytes of one message at most, and so the memory that a peer can take before it has proved itself.
+/// Most bytes of one message, and so the memory that a peer can use before it has proved itself.
 pub(crate) const MAX_MESSAGE: usize = HEADER_BYTES + 1024;
 
-/// Messages, in their order. The numbers of an opening and a refusal are the same in all versions.
+/// The messages, in order. Openings and refusals have the same numbers in all versions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Opening = 1,
@@ -58,7 +58,7 @@ impl Kind {
     }
 }
 
-/// The clear bytes in front of each message. Magic, version, kind and length stand where they are in all versions.
+/// The plaintext header in front of each message. Magic, version, kind and length have the same position in all versions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Header {
     version: u16,
@@ -84,19 +84,20 @@ impl Header {
         out
     }
 
-    /// The header in these bytes, whose magic was checked.
+    /// Decodes the header in these bytes, whose magic was checked.
     fn decode(b: &[u8; HEADER_BYTES]) -> Header {
         let u16_at = |at: usize| u16::from_le_bytes([b[at], b[at + 1]]);
         Header { version: u16_at(8), kind: b[10], flags: b[11], body: u16_at(12), zero: u16_at(14) }
     }
 }
 
-/// Whether the first bytes of a stream can be an opening. For a listener that drops strangers early.
+/// Whether a stream that starts with these bytes can be an opening. Lets a listener drop other clients early.
 pub(crate) fn plausible(prefix: &[u8]) -> bool {
     prefix.iter().zip(&MAGIC).all(|(a, b)| a == b)
 }
 
-/// An engine's own key pair. Its public half names the engine instance; nobody else can prove that name.
+/// An engine's own key pair. The public half names the engine instance, and only the holder of the private half can prove the
+/// name.
 #[derive(Debug)]
 pub(crate) struct Identity {
     private: Guarded<[u8; KEY]>,
@@ -105,10 +106,10 @@ pub(crate) struct Identity {
 }
 
 impl Identity {
-    /// A fresh one, for one engine instance.
+    /// Generates the identity of one engine instance.
     pub(crate) fn generate() -> Result<Identity> {
         let mut private = zeroed::<KEY>()?;
-        getrandom::fill(&mut *private).map_err(|e| err!(Resource, "random bytes: {e}"))?;
+        getrandom::fill(&mut *private).map_err(|e| err!(Resource, "no random bytes: {e}"))?;
         let public = apart(|| Ok(primitives::public_key(&private)))?;
         Ok(Identity { private, public, engine: engine_id(&public) })
     }
@@ -127,38 +128,38 @@ fn engine_id(public: &[u8]) -> [u8; 16] {
     std::array::from_fn(|i| digest.as_ref()[i])
 }
 
-/// A failure of the library, not of the peer.
+/// An error of the library, not of the peer.
 fn broken(e: &snow::Error) -> Error {
     err!(Internal, "handshake: {e}")
 }
 
 fn damaged() -> Error {
-    err!(Protocol, "the handshake was changed on its way")
+    err!(Protocol, "the handshake was changed in transit")
 }
 
-/// The other side, as far as it proved it.
+/// The peer, as far as it has proved itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Peer {
-    /// What it told.
+    /// The peer's hello.
     pub hello: Hello,
-    /// Its engine instance; proved.
+    /// The peer's engine instance, proved.
     pub engine: [u8; 16],
-    /// The key that it proved.
+    /// The key that the peer proved.
     pub proof: Proof,
 }
 
-/// What a completed handshake yields.
+/// The result of a completed handshake.
 #[derive(Debug)]
 pub(crate) struct Outcome {
-    /// The other side.
+    /// The peer.
     pub peer: Peer,
-    /// What both agreed on.
+    /// What both engines agreed on.
     pub terms: Terms,
-    /// The sealed stream that follows.
+    /// The encrypted stream that follows.
     pub session: Session,
 }
 
-/// What this side waits for.
+/// What this engine waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
     Opening,
@@ -168,22 +169,22 @@ enum Step {
     Done,
 }
 
-/// One side of a handshake.
+/// One engine's part in a handshake.
 pub(crate) struct Handshake {
     step: Step,
     connecting: bool,
     hello: Hello,
     keys: Arc<Keys>,
     identity: Arc<Identity>,
-    /// Made when the opening's header is known, which it covers.
+    /// Made once the opening's header is known, since it covers that header.
     noise: Option<Guarded<HandshakeState>>,
-    /// The message that is coming in.
+    /// The message that is arriving.
     rx: Vec<u8>,
     tx: Vec<u8>,
     sent: usize,
-    /// The clear headers of opening and answer.
+    /// The plaintext headers of opening and answer.
     context: Vec<u8>,
-    /// Between proof and welcome, at the connecting side.
+    /// The connector's, between proof and welcome.
     session: Option<(Session, Proof, [u8; 16])>,
     outcome: Option<Outcome>,
     failed: Option<Error>,
@@ -196,17 +197,17 @@ impl std::fmt::Debug for Handshake {
 }
 
 impl Handshake {
-    /// The connecting side; its first bytes are ready to be sent.
+    /// The connector's part; its first bytes are ready to be sent.
     ///
     /// # Errors
-    /// When the hello is out of range, or without memory or random bytes.
+    /// When the hello is out of range, or memory or random bytes are missing.
     pub(crate) fn connecting(identity: &Arc<Identity>, hello: Hello, keys: Arc<Keys>) -> Result<Handshake> {
         let mut handshake = Handshake::new(Step::Answer, identity, hello, keys)?;
         apart(|| handshake.open())?;
         Ok(handshake)
     }
 
-    /// The listening side. It costs next to nothing until a whole opening is here.
+    /// The listener's part. It costs next to nothing until a whole opening has arrived.
     ///
     /// # Errors
     /// When the hello is out of range.
@@ -233,17 +234,17 @@ impl Handshake {
         })
     }
 
-    /// Whether this is the connecting side.
+    /// Whether this is the connector.
     pub(crate) fn connects(&self) -> bool {
         self.connecting
     }
 
-    /// Whether the peer's first message was complete, at the listening side.
+    /// For a listener: whether the peer's first message was complete.
     pub(crate) fn was_opened(&self) -> bool {
         self.step != Step::Opening
     }
 
-    /// What this side tells.
+    /// The hello of this engine.
     pub(crate) fn hello(&self) -> &Hello {
         &self.hello
     }
@@ -270,12 +271,12 @@ impl Handshake {
         guard(ready.map_err(|e| broken(&e))?)
     }
 
-    /// Takes in what the peer sent. Returns how many of the bytes belonged to the handshake; what is left after its end belongs to
-    /// the session.
+    /// Takes bytes of the peer. Returns how many of them belonged to the handshake; the rest, after its end, belongs to the
+    /// session.
     ///
     /// # Errors
-    /// When the handshake failed, here or at the peer. What [`Handshake::output`] then holds tells the peer why: send it before the
-    /// connection is closed. Every later call repeats the error.
+    /// When the handshake failed, here or at the peer. Send what [`Handshake::output`] then holds before closing the connection:
+    /// it gives the peer the reason. Every later call repeats the error.
     pub(crate) fn input(&mut self, bytes: &[u8]) -> Result<usize> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
@@ -293,7 +294,7 @@ impl Handshake {
         Ok(at)
     }
 
-    /// Bytes of the peer that are missing to the end of its next message or header; none after the end.
+    /// Bytes of the peer that are missing from its next message or header; 0 after the end.
     pub(crate) fn wants(&self) -> usize {
         if self.failed.is_some() || self.step == Step::Done {
             return 0;
@@ -305,7 +306,7 @@ impl Handshake {
         whole - self.rx.len()
     }
 
-    /// Bytes to send, before anything of the session.
+    /// Bytes to send before anything of the session.
     pub(crate) fn output(&self) -> &[u8] {
         &self.tx[self.sent..]
     }
@@ -315,19 +316,20 @@ impl Handshake {
         self.sent = (self.sent + n).min(self.tx.len());
     }
 
-    /// The result, once: when the peer has proved itself and both hellos fit. There may still be output.
+    /// The result, once, when the peer has proved itself and both hellos fit. There may still be output.
     pub(crate) fn outcome(&mut self) -> Option<Outcome> {
         self.outcome.take()
     }
 
-    /// Gives up, and tells the peer of a listening side why. For limits of the caller; the text must tell a stranger nothing.
+    /// Ends the handshake; a listener sends the peer the reason. For limits of the caller; the text must reveal nothing to
+    /// unauthenticated peers.
     pub(crate) fn refuse(&mut self, error: &Error) {
         if self.failed.is_none() && self.step != Step::Done {
             self.fail(error);
         }
     }
 
-    /// Remembers the failure. Before the peer's proof a listening side says it in clear, to peers that speak this protocol.
+    /// Remembers the failure. Before the peer's proof, a listener sends it in plaintext to peers that speak this protocol.
     fn fail(&mut self, error: &Error) {
         if matches!(self.step, Step::Opening | Step::Proof) && plausible(&self.rx) {
             self.put_refusal(error);
@@ -340,12 +342,12 @@ impl Handshake {
     fn put_refusal(&mut self, error: &Error) {
         let text = match error.kind() {
             ErrorKind::Auth | ErrorKind::Protocol | ErrorKind::Resource | ErrorKind::TimedOut => error.to_string(),
-            ErrorKind::Canceled => "it is ending".to_owned(),
+            ErrorKind::Canceled => "the engine is shutting down".to_owned(),
             _ => "internal error".to_owned(),
         };
         let text = text::printable(&text, MAX_REFUSAL_TEXT);
         if self.rx.first_chunk().map(|b| Header::decode(b).version) == Some(1) {
-            // As version 1 reads it: the status and 252 bytes of text.
+            // The form of version 1: the status and 252 bytes of text.
             let start = self.tx.len();
             self.tx.extend_from_slice(&error.code().to_le_bytes());
             self.tx.extend_from_slice(text.as_bytes());
@@ -355,13 +357,13 @@ impl Handshake {
         let header = Header::new(Kind::Refusal, self.keyed(), 8 + text.len());
         self.tx.extend_from_slice(&header.encode());
         self.tx.extend_from_slice(&error.code().to_le_bytes());
-        // The oldest and the newest version that is spoken here.
+        // The oldest and the newest supported version.
         self.tx.extend_from_slice(&VERSION.to_le_bytes());
         self.tx.extend_from_slice(&VERSION.to_le_bytes());
         self.tx.extend_from_slice(text.as_bytes());
     }
 
-    /// Looks at the incoming message as soon as there is something to see.
+    /// Handles the incoming message as soon as enough of it has arrived.
     fn advance(&mut self) -> Result<()> {
         if !plausible(&self.rx) {
             return self.stranger();
@@ -374,7 +376,7 @@ impl Handshake {
         }
         let message = std::mem::take(&mut self.rx);
         let (head, body) = message.split_at(HEADER_BYTES);
-        // Kept for the refusal, which depends on it.
+        // Kept because the refusal depends on it.
         self.rx.extend_from_slice(head);
         let handle = || match kind {
             Kind::Opening => self.on_opening(head, body),
@@ -388,11 +390,11 @@ impl Handshake {
         Ok(())
     }
 
-    /// The peer does not begin as this protocol does.
+    /// Handles first bytes that are not those of this protocol.
     fn stranger(&self) -> Result<()> {
         let verdict = self.rx.first_chunk().map(|b| StatusCode::from_le_bytes(*b));
         match verdict {
-            // A connecting side may have met version 1, which answers with a bare status.
+            // The connector may be talking to version 1, which answers with a bare status.
             None if self.step == Step::Answer => Ok(()),
             Some(code) if self.step == Step::Answer && ErrorKind::ALL.iter().any(|k| k.code() == code) => {
                 bail!(Protocol, "the peer speaks version 1 of the control protocol, this library {VERSION}")
@@ -401,7 +403,7 @@ impl Handshake {
         }
     }
 
-    /// Whether a message with this header may come now.
+    /// Whether a message with this header is allowed now.
     fn admit(&self, header: &Header) -> Result<Kind> {
         let expected = match self.step {
             Step::Opening => Kind::Opening,
@@ -423,7 +425,7 @@ impl Handshake {
             bail!(Protocol, "the peer's {expected:?} is malformed");
         }
         if (header.flags & FLAG_KEY != 0) != self.keyed() {
-            bail!(Auth, "only one side has a pre-shared key (UCCL_TCPX_AUTH_KEY_FILE)");
+            bail!(Auth, "only one engine has a pre-shared key (UCCL_TCPX_AUTH_KEY_FILE)");
         }
         if !expected.body().contains(&header.body.into()) {
             bail!(Protocol, "the peer's {expected:?} is {} bytes long", header.body);
@@ -479,7 +481,7 @@ impl Handshake {
         let hello = read(&mut noise, body)?;
         let mut session = session(&mut noise, Direction::ToConnecting, &self.context)?;
         let engine = remote(&noise)?;
-        // The peer has proved itself: from here on it hears more than strangers do.
+        // The peer has proved itself: from here on it gets full error texts.
         self.step = Step::Done;
         let checked = Hello::decode(&hello).and_then(|theirs| Ok((self.hello.agree(&theirs)?, theirs)));
         let mut welcome = Vec::new();
@@ -523,7 +525,7 @@ impl Handshake {
                 Ok(())
             }
             Err(e) => {
-                // The listening side takes the connection for good; tell it in the session.
+                // The listener considers the connection open, so the refusal goes through the session.
                 let mut abort = Vec::new();
                 setup::encode(&setup::Message::Abort(Verdict::from(&e)), &mut abort);
                 session.seal(&abort, &mut self.tx)?;
@@ -533,10 +535,10 @@ impl Handshake {
     }
 }
 
-/// Stands for the key where none is configured. Public, so that it proves nothing.
+/// Replaces the key if none is configured. It is public, so it proves nothing.
 const NO_KEY: KeySecrets = KeySecrets { psk: [0; KEY], selector: [0; 32] };
 
-/// What a refusal in clear says. Anybody on the path can have written it.
+/// The error in a plaintext refusal. Anyone on the network path can have written it.
 fn refused(header: &Header, body: &[u8]) -> Error {
     let Some((fixed, text)) = body.split_first_chunk::<8>() else { return err!(Protocol, "a short refusal") };
     if header.version != VERSION {
@@ -549,7 +551,7 @@ fn refused(header: &Header, body: &[u8]) -> Error {
     };
     let kind = match ErrorKind::from_code(StatusCode::from_le_bytes([fixed[0], fixed[1], fixed[2], fixed[3]])) {
         kind @ (ErrorKind::Auth | ErrorKind::Resource | ErrorKind::TimedOut) => kind,
-        // What was canceled there was not canceled here.
+        // The cancellation happened at the peer, not here.
         ErrorKind::Canceled => ErrorKind::RemoteDisconnect,
         _ => ErrorKind::Protocol,
     };
@@ -568,7 +570,7 @@ fn write(noise: &mut HandshakeState, front: &[u8], payload: &[u8], out: &mut Vec
     Ok(())
 }
 
-/// Reads the next Noise message; its payload.
+/// Reads the next Noise message and returns its payload.
 fn read(noise: &mut HandshakeState, message: &[u8]) -> Result<Vec<u8>> {
     let mut payload = vec![0; message.len()];
     let len = noise.read_message(message, &mut payload).map_err(|_| damaged())?;
@@ -576,8 +578,8 @@ fn read(noise: &mut HandshakeState, message: &[u8]) -> Result<Vec<u8>> {
     Ok(payload)
 }
 
-/// What a selector is computed over: a secret that only the two sides of this exchange know, whoever they are, and all they said. So
-/// nobody else can try a guess at the key on a selector, and none fits a second time.
+/// The input of a selector: a secret that only the two ends of this exchange know, and all that they sent. So a third party
+/// cannot test a guessed key on a selector, and no selector fits twice.
 fn selected(noise: &mut HandshakeState) -> Zeroizing<[u8; 96]> {
     let (mut a, mut b) = noise.dangerously_get_raw_split();
     let mut out = Zeroizing::new([0; 96]);
@@ -589,7 +591,7 @@ fn selected(noise: &mut HandshakeState) -> Zeroizing<[u8; 96]> {
     out
 }
 
-/// The session of a completed exchange. Noise's own transport keys are not used; the session derives its own from them, so that data
+/// The session of a completed exchange. Noise's own transport keys are not used; the session derives its own, so that data
 /// channels can have keys too.
 fn session(noise: &mut HandshakeState, ours: Direction, context: &[u8]) -> Result<Session> {
     if !noise.is_handshake_finished() {

@@ -1,5 +1,5 @@
-//! What the two sides of a connection tell each other inside the handshake, and what they agree on. Pure; every value of the peer is
-//! checked against its range here.
+//! What two engines send each other inside the handshake, and what they agree on. Pure; every value of the peer is checked
+//! against its range here.
 
 use super::text;
 use crate::config::MAX_CHUNK_BYTES;
@@ -10,7 +10,7 @@ use std::time::Duration;
 /// The plugin that can protect data.
 pub(crate) const SOFT: &str = "soft";
 
-/// Channels of one kind at most.
+/// Most channels of one kind.
 pub(crate) const MAX_CHANNELS: u16 = 64;
 const MIN_CHUNK_BYTES: u32 = 4096;
 const MIN_PEER_TIMEOUT_MS: u32 = 100;
@@ -19,42 +19,42 @@ const MAX_GPU_INDEX: i32 = 1023;
 const MAX_PLUGIN: usize = 16;
 const MAX_GPU: usize = 32;
 const MAX_WANTED_GPU: usize = 64;
-/// Further GPUs that a hello names at most.
+/// Most further GPUs that a hello names.
 pub(crate) const MAX_FURTHER: usize = 7;
-/// Bytes of an encoded hello at most.
+/// Most bytes of an encoded hello.
 pub(crate) const MAX_HELLO: usize = 2 + 4 + 4 + 4 + 1 + 1 + MAX_PLUGIN + 1 + MAX_GPU + 1 + MAX_WANTED_GPU + 1 + MAX_FURTHER;
 
-/// What each side tells.
+/// An engine's hello.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Hello {
-    /// Channels of each kind this side wants, 1 to [`MAX_CHANNELS`].
+    /// Channels of each kind that the engine wants, 1 to [`MAX_CHANNELS`].
     pub channels: u16,
     /// Largest chunk, bytes.
     pub chunk_bytes: u32,
-    /// CUDA index of this side's GPU, -1 without one.
+    /// CUDA index of the engine's GPU, -1 without one.
     pub gpu_index: i32,
-    /// After this much silence this side takes the other for lost.
+    /// Silence after which the engine takes its peer for lost.
     pub peer_timeout_ms: u32,
-    /// How much this side wants the data protected.
+    /// How much the engine wants the data protected.
     pub protect: Protect,
-    /// Plugin that carries device memory.
+    /// The plugin that carries device memory.
     pub plugin: String,
-    /// PCI address of this side's GPU, or "-1".
+    /// PCI address of the engine's GPU, or "-1".
     pub gpu: String,
-    /// GPU that the connecting side asked for, as it was given; informative.
+    /// The GPU that the connector asked for, as it was given; informative.
     pub wanted_gpu: String,
-    /// CUDA indexes of further GPUs whose memory this side has registered, rising.
+    /// CUDA indexes of further GPUs whose memory the engine has registered, rising.
     pub further_gpus: Vec<u8>,
 }
 
-/// What counts for the connection.
+/// What the two engines agreed on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Terms {
     /// Channels of each kind.
     pub channels: u16,
     /// Largest chunk, bytes.
     pub chunk_bytes: u32,
-    /// Both sides take each other for lost after this much silence, and send heartbeats to suit.
+    /// Silence after which each engine takes its peer for lost; heartbeats are sent to suit.
     pub peer_timeout: Duration,
     /// How much the data is protected.
     pub protect: Protect,
@@ -113,7 +113,7 @@ impl Hello {
         out.extend_from_slice(further);
     }
 
-    /// The hello in exactly these bytes, every value in its range.
+    /// Decodes the hello in exactly these bytes and checks the range of every value.
     ///
     /// # Errors
     /// `Protocol` names the value.
@@ -137,22 +137,22 @@ impl Hello {
         Ok(hello)
     }
 
-    /// Whether every number is in its range; for this side's hello too, before it is sent.
+    /// Checks that every number is in its range; used for the own hello too, before it is sent.
     pub(crate) fn check(&self) -> Result<()> {
         if !(1..=MAX_CHANNELS).contains(&self.channels) {
-            bail!(Protocol, "a hello wants {} channels, 1 to {MAX_CHANNELS} are possible", self.channels);
+            bail!(Protocol, "a hello asks for {} channels, expected 1 to {MAX_CHANNELS}", self.channels);
         }
         if !(MIN_CHUNK_BYTES..=MAX_CHUNK_BYTES as u32).contains(&self.chunk_bytes) {
             bail!(
                 Protocol,
-                "a hello wants chunks of {} bytes, {MIN_CHUNK_BYTES} to {MAX_CHUNK_BYTES} are possible",
+                "a hello asks for chunks of {} bytes, expected {MIN_CHUNK_BYTES} to {MAX_CHUNK_BYTES}",
                 self.chunk_bytes
             );
         }
         if !(MIN_PEER_TIMEOUT_MS..=MAX_PEER_TIMEOUT_MS).contains(&self.peer_timeout_ms) {
             bail!(
                 Protocol,
-                "a hello wants a peer timeout of {} ms, {MIN_PEER_TIMEOUT_MS} to {MAX_PEER_TIMEOUT_MS} are possible",
+                "a hello asks for a peer timeout of {} ms, expected {MIN_PEER_TIMEOUT_MS} to {MAX_PEER_TIMEOUT_MS}",
                 self.peer_timeout_ms
             );
         }
@@ -161,7 +161,7 @@ impl Hello {
         }
         let further = &self.further_gpus;
         if further.len() > MAX_FURTHER || further.windows(2).any(|w| w[0] >= w[1]) || further.contains(&u8::MAX) {
-            bail!(Protocol, "the further GPUs of a hello do not rise");
+            bail!(Protocol, "the further GPUs of a hello are not in rising order");
         }
         if self.plugin.is_empty() {
             bail!(Protocol, "a hello names no plugin");
@@ -169,23 +169,23 @@ impl Hello {
         Ok(())
     }
 
-    /// `timeout` as a hello may carry it.
+    /// The timeout in the range that a hello allows.
     pub(crate) fn peer_timeout_ms(timeout: Duration) -> u32 {
         u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX).clamp(MIN_PEER_TIMEOUT_MS, MAX_PEER_TIMEOUT_MS)
     }
 
-    /// What the two sides agree on.
+    /// What the two engines agree on.
     ///
     /// # Errors
     /// `Unsupported` when their plugins differ.
     pub(crate) fn agree(&self, theirs: &Hello) -> Result<Terms> {
         if self.plugin != theirs.plugin {
-            bail!(Unsupported, "the sides use different network plugins: {} and {}", self.plugin, theirs.plugin);
+            bail!(Unsupported, "the engines use different network plugins: {} and {}", self.plugin, theirs.plugin);
         }
-        // The stricter side decides; NICs that write into GPU memory cannot decrypt.
+        // The stricter engine decides; NICs that write into GPU memory cannot decrypt.
         let protect = self.protect.max(theirs.protect);
         if protect == Protect::Encrypt && self.plugin != SOFT {
-            bail!(Unsupported, "a side asks for encryption of the data, which network plugin {} cannot do", self.plugin);
+            bail!(Unsupported, "one engine asks for encryption of the data, which network plugin {} cannot do", self.plugin);
         }
         Ok(Terms {
             protect,
@@ -201,7 +201,7 @@ pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// A hello as an ordinary engine sends it.
+    /// A hello of an ordinary engine.
     pub(crate) fn sample() -> Hello {
         Hello {
             channels: 4,
@@ -260,7 +260,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_smaller_value_counts() {
+    fn the_smaller_value_wins() {
         let other = Hello { channels: 9, chunk_bytes: 4096, peer_timeout_ms: 20_000, ..sample() };
         let terms = Terms { channels: 4, chunk_bytes: 4096, peer_timeout: Duration::from_secs(10), protect: Protect::Off };
         assert_eq!(sample().agree(&other), Ok(terms));
@@ -270,7 +270,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_stricter_protection_counts_where_the_plugin_can_do_it() {
+    fn the_stricter_protection_wins_if_the_plugin_can_do_it() {
         let with = |protect, plugin: &str| Hello { protect, plugin: plugin.into(), ..sample() };
         let levels = [Protect::Off, Protect::Integrity, Protect::Encrypt];
         for (a, b) in levels.into_iter().flat_map(|a| levels.map(|b| (a, b))) {
@@ -293,7 +293,7 @@ pub(crate) mod tests {
             let error = Hello::decode(&bytes).unwrap_err().to_string();
             assert!(error.bytes().all(text::is_printable), "{error:?}");
         }
-        // Ours are escaped and cut instead of failing a connect.
+        // Texts of this engine are escaped and cut instead of failing a connect.
         let odd = Hello { wanted_gpu: "\n".repeat(500), ..sample() };
         assert_eq!(Hello::decode(&encoded(&odd)).unwrap().wanted_gpu.len(), 64);
         assert!(encoded(&odd).len() <= MAX_HELLO);

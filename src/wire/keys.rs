@@ -1,9 +1,10 @@
-//! Pre-shared keys: reading the key file, telling its keys apart by name, and noticing that it changed. Knows nothing of the handshake
-//! that uses them. Keys live in guarded memory and are never shown.
+//! Pre-shared keys: reading the key file, naming its keys, and noticing changes. Knows nothing of the handshake that uses them.
+//! Keys live in guarded memory and are never shown.
 //!
-//! The file is either one key (16 to 4096 bytes of anything but text, or one line of text without a colon, whose newline does not count), or
-//! a list: lines `NAME:KEY`, empty lines and lines that start with `#`. A name has 1 to 32 letters, digits, `.`, `_` or `-`; a key is the rest of its line without
-//! blanks around it, 16 to 4096 printable characters. Connects prove the first key; any key of the file is accepted.
+//! The file is either one key or a list. One key is 16 to 4096 bytes that are not text, or one line of text without a colon,
+//! whose newline does not count. A list has lines `NAME:KEY`, empty lines and lines that start with `#`. A name has 1 to 32
+//! letters, digits, `.`, `_` or `-`; a key is the rest of its line without surrounding blanks, 16 to 4096 printable characters. A
+//! connector proves the first key; a listener accepts any key of the file.
 
 use super::secret::{apart, guard, zeroed, Guarded};
 use super::text;
@@ -16,31 +17,31 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Once};
 use std::time::{Duration, SystemTime};
 
-/// Keys of one file at most.
+/// Most keys of one file.
 pub(crate) const MAX_KEYS: usize = 16;
 const MAX_FILE: usize = 64 << 10;
 const KEY_BYTES: std::ops::RangeInclusive<usize> = 16..=4096;
 const MAX_NAME: usize = 32;
-/// A file that changed this recently may change again without a new time stamp.
+/// A file that changed this recently may change again with the same time stamp.
 const SETTLED: Duration = Duration::from_secs(2);
 
-/// What the handshake uses of a key.
+/// The secrets that the handshake derives from a key.
 #[derive(Clone, Copy)]
 pub(crate) struct KeySecrets {
     /// The pre-shared key of the Noise handshake.
     pub psk: [u8; 32],
-    /// Lets the two sides find out which of their keys is meant.
+    /// Lets the listener find out which of its keys the connector uses.
     pub selector: [u8; 32],
 }
 
 /// How a peer proved itself.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Proof {
-    /// Not at all: no key is configured.
+    /// No key is configured.
     Nothing,
-    /// With the only key of a file without names.
+    /// The only key of a file without names.
     Key,
-    /// With the key that this side's file calls so.
+    /// The key that has this name in this engine's file.
     Named(Arc<str>),
 }
 
@@ -54,7 +55,7 @@ impl Proof {
     }
 }
 
-/// The keys of a file at one moment. Empty where no key is configured.
+/// The keys of a file at one moment. Empty if no key is configured.
 pub(crate) struct Keys {
     proofs: Vec<Proof>,
     secrets: Option<Guarded<[KeySecrets; MAX_KEYS]>>,
@@ -77,15 +78,15 @@ impl Keys {
         self.proofs.is_empty()
     }
 
-    /// The keys in the order of the file; the first one is used for connecting.
+    /// The keys in the order of the file; connects use the first one.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&Proof, &KeySecrets)> {
         self.proofs.iter().zip(self.secrets.iter().flat_map(|s| s.iter()))
     }
 
-    /// The keys in the contents of a key file.
+    /// Parses the contents of a key file.
     ///
     /// # Errors
-    /// `InvalidArgument` says what is wrong; it never shows a part of a key.
+    /// `InvalidArgument` says what is wrong; it never shows any part of a key.
     pub(crate) fn parse(contents: &[u8]) -> Result<Keys> {
         let found = match list(contents)? {
             Some(list) => list,
@@ -95,13 +96,13 @@ impl Keys {
         apart(|| secrets.iter_mut().zip(&found).try_for_each(|(secret, (_, key))| derive(key, secret)))?;
         let same = |a: usize, b: usize| secrets[a].psk == secrets[b].psk;
         if let Some(b) = (1..found.len()).find(|&b| (0..b).any(|a| same(a, b))) {
-            bail!(InvalidArgument, "key {} stands there twice", b + 1);
+            bail!(InvalidArgument, "key {} is a duplicate", b + 1);
         }
         Ok(Keys { proofs: found.into_iter().map(|(proof, _)| proof).collect(), secrets: Some(secrets) })
     }
 }
 
-/// Runs apart: ring passes the pseudo-random key by value.
+/// Must run inside [`apart`]: ring passes the pseudo-random key by value.
 fn derive(key: &[u8], out: &mut KeySecrets) -> Result<()> {
     use ring::hkdf::{Salt, HKDF_SHA256};
     let prk = Salt::new(HKDF_SHA256, b"uccl pre-shared key").extract(key);
@@ -112,13 +113,13 @@ fn derive(key: &[u8], out: &mut KeySecrets) -> Result<()> {
     Ok(())
 }
 
-/// Whether a person has written this: UTF-8 without control characters but those that end lines and set tabs.
+/// Whether the contents are text: UTF-8 without control characters other than line ends and tabs.
 fn is_text(contents: &[u8]) -> bool {
     let blank = |c: char| c.is_ascii_whitespace();
     std::str::from_utf8(contents).is_ok_and(|text| text.chars().all(|c| blank(c) || !c.is_control()))
 }
 
-/// The file as one key.
+/// The contents as one key.
 fn single(contents: &[u8]) -> Result<&[u8]> {
     let key = match contents {
         [key @ .., b'\r', b'\n'] | [key @ .., b'\n'] if is_text(contents) => key,
@@ -128,7 +129,7 @@ fn single(contents: &[u8]) -> Result<&[u8]> {
         bail!(InvalidArgument, "a key of {} bytes, expected {} to {}", key.len(), KEY_BYTES.start(), KEY_BYTES.end());
     }
     if key.iter().all(u8::is_ascii_whitespace) {
-        bail!(InvalidArgument, "a key of nothing but blanks");
+        bail!(InvalidArgument, "a key of blanks only");
     }
     Ok(key)
 }
@@ -138,10 +139,10 @@ fn is_name(name: &[u8]) -> bool {
     (1..=MAX_NAME).contains(&name.len()) && name.iter().all(fits)
 }
 
-/// A key as it stands in the file, and how its holder will be called.
+/// A key of the file, and the proof that stands for it.
 type Found<'a> = (Proof, &'a [u8]);
 
-/// The file as a list; `None` when it is one key: no text, or a text of one line without a colon.
+/// The contents as a list; `None` if they are one key: not text, or one line of text without a colon.
 fn list(contents: &[u8]) -> Result<Option<Vec<Found<'_>>>> {
     let lines = || contents.split(|&b| b == b'\n').map(<[u8]>::trim_ascii);
     let plain = |line: &[u8]| !line.starts_with(b"#") && !line.contains(&b':');
@@ -179,7 +180,7 @@ fn list(contents: &[u8]) -> Result<Option<Vec<Found<'_>>>> {
         }
         let proof = Proof::Named(String::from_utf8_lossy(name).into());
         if found.iter().any(|(other, _)| *other == proof) {
-            bail!(InvalidArgument, "line {}: a second key of the same name", i + 1);
+            bail!(InvalidArgument, "line {}: a second key with the same name", i + 1);
         }
         if found.len() == MAX_KEYS {
             bail!(InvalidArgument, "more than {MAX_KEYS} keys");
@@ -192,7 +193,7 @@ fn list(contents: &[u8]) -> Result<Option<Vec<Found<'_>>>> {
     Ok(Some(found))
 }
 
-/// What tells one state of a file from the next.
+/// Distinguishes the states of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stamp {
     device: u64,
@@ -216,7 +217,7 @@ impl Stamp {
     }
 }
 
-/// Whether the file may be read as a key file.
+/// Whether the file may be used as a key file.
 fn admissible(path: &Path, meta: &Metadata) -> Result<()> {
     let kind = meta.file_type();
     if !kind.is_file() {
@@ -230,7 +231,7 @@ fn admissible(path: &Path, meta: &Metadata) -> Result<()> {
     }
     if meta.mode() & 0o077 != 0 {
         let mode = meta.mode() & 0o7777;
-        bail!(InvalidArgument, "others than its owner may use it (mode {mode:04o}); run: chmod 600 '{}'", path.display());
+        bail!(InvalidArgument, "users other than its owner can access it (mode {mode:04o}); run: chmod 600 '{}'", path.display());
     }
     if meta.size() > MAX_FILE as u64 {
         bail!(InvalidArgument, "{} bytes, {MAX_FILE} at most", meta.size());
@@ -238,10 +239,10 @@ fn admissible(path: &Path, meta: &Metadata) -> Result<()> {
     Ok(())
 }
 
-/// Reads the file once. The stamp is that of the file that was read.
+/// Reads the file once. The metadata are those of the file that was read.
 fn read(path: &Path) -> Result<(Keys, Metadata)> {
     let failed = |e: std::io::Error| err!(InvalidArgument, "{e}");
-    // Opening a device or a FIFO can have effects of its own.
+    // Opening a device or a FIFO can have side effects.
     admissible(path, &std::fs::metadata(path).map_err(failed)?)?;
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC;
     let mut file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(failed)?;
@@ -255,7 +256,7 @@ fn read(path: &Path) -> Result<(Keys, Metadata)> {
     Ok((Keys::parse(&contents[..len])?, meta))
 }
 
-/// Reads until the end of the file or of `buf`.
+/// Reads to the end of the file or of `buf`.
 fn fill(file: &mut File, buf: &mut [u8]) -> std::io::Result<usize> {
     let mut at = 0;
     while at < buf.len() {
@@ -271,14 +272,15 @@ fn fill(file: &mut File, buf: &mut [u8]) -> std::io::Result<usize> {
 
 struct Loaded {
     keys: Arc<Keys>,
-    /// State of the file that the keys are from; `None`: read it again.
+    /// State of the file that the keys are from; `None`: read the file again.
     stamp: Option<Stamp>,
-    /// The last failure to read it again, so that it is told once.
+    /// The last failure to read it again, so that it is logged once.
     failure: Option<Error>,
 }
 
 impl Loaded {
-    /// The stamp to compare with next time: a file changed just now may change again within the same tick of its time stamps.
+    /// The stamp to compare with next time. `None` if the file changed so recently that it may change again with the same time
+    /// stamp.
     fn settled(meta: &Metadata) -> Option<Stamp> {
         let age = |t: SystemTime| SystemTime::now().duration_since(t).unwrap_or_default();
         let old = meta.modified().is_ok_and(|t| age(t) > SETTLED);
@@ -286,7 +288,7 @@ impl Loaded {
     }
 }
 
-/// The key file of an engine. Read again when it changes, so that keys can be added and withdrawn while the engine runs.
+/// The key file of an engine. It is read again when it changes, so that keys can be added and removed while the engine runs.
 pub(crate) struct KeyStore {
     path: Option<PathBuf>,
     loaded: Mutex<Loaded>,
@@ -305,8 +307,8 @@ impl KeyStore {
     /// `InvalidArgument` names the file and what is wrong with it.
     pub(crate) fn open(path: Option<&Path>) -> Result<KeyStore> {
         let Some(path) = path else {
-            static TOLD: PerProcess<Once> = PerProcess::new(Once::new);
-            TOLD.get().call_once(|| {
+            static LOGGED: PerProcess<Once> = PerProcess::new(Once::new);
+            LOGGED.get().call_once(|| {
                 log::info!("no pre-shared key (UCCL_TCPX_AUTH_KEY_FILE): connections are encrypted, but any engine may connect")
             });
             let loaded = Loaded { keys: Arc::new(Keys::none()), stamp: None, failure: None };
@@ -321,7 +323,7 @@ impl KeyStore {
         Error::new(error.kind(), format_args!("UCCL_TCPX_AUTH_KEY_FILE={}: {error}", path.display()))
     }
 
-    /// The keys that count now. A file that cannot be read any more leaves the keys as they were and is told once.
+    /// The current keys. If the file can no longer be read, the keys stay as they were and the log says so once.
     pub(crate) fn current(&self) -> Arc<Keys> {
         let mut loaded = self.loaded.lock();
         if let Some(path) = &self.path {
@@ -344,7 +346,7 @@ impl KeyStore {
             }
             Err(e) => {
                 if loaded.failure.as_ref() != Some(&e) {
-                    log::warn!("{}; the keys stay as they were", KeyStore::named(path, &e));
+                    log::warn!("{}; the previous keys stay in use", KeyStore::named(path, &e));
                     loaded.failure = Some(e);
                 }
                 loaded.stamp = None;
@@ -377,9 +379,13 @@ mod tests {
         assert_eq!(proofs(A.as_bytes()), Ok(vec![Proof::Key]));
         assert_eq!(proofs(&[0xff; 4096]), Ok(vec![Proof::Key]));
         assert_eq!(proofs(b"my very secret 0123456789\n"), Ok(vec![Proof::Key]));
-        assert_eq!(proofs(b"\n\x80:0123456789abcdef\nx:0123456789abcdef\n"), Ok(vec![Proof::Key]), "no text is no list");
+        assert_eq!(
+            proofs(b"\n\x80:0123456789abcdef\nx:0123456789abcdef\n"),
+            Ok(vec![Proof::Key]),
+            "what is not text is not a list"
+        );
         assert_eq!(proofs(b"# two\n\n a: 0123456789abcdef \r\nb.c_d-9:fedcba9876543210"), named(&["a", "b.c_d-9"]));
-        // The key of a line is the key of a file that holds nothing else, with or without its newline.
+        // A key in a list equals the key of a file that holds nothing else, with or without its newline.
         for file in ["0123456789abcdef\n", "0123456789abcdef\r\n", "x:0123456789abcdef", "x: 0123456789abcdef\n"] {
             assert_eq!(psk(file.as_bytes()), psk(A.as_bytes()), "{file:?}");
         }
@@ -389,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said_without_the_key() {
+    fn errors_never_show_the_key() {
         let long = "k".repeat(4097);
         let blanks = " ".repeat(100);
         let many: String = (0..17).map(|i| format!("n{i}:{A}{i}\n")).collect();
@@ -400,7 +406,7 @@ mod tests {
             ("a:0123456789\n", "line 1: a key of 10 bytes"),
             ("a:0123456789abcdef\nSECRETSECRETSECRET\n", "line 2: expected NAME:KEY"),
             ("a:0123456789abcdef\na:SECRETSECRETSECRET\n", "line 2: a second key"),
-            ("a:0123456789abcdef\nb:0123456789abcdef\n", "key 2 stands there twice"),
+            ("a:0123456789abcdef\nb:0123456789abcdef\n", "key 2 is a duplicate"),
             ("a:SECRETSECRET\u{e9}SECRET\n", "not printable"),
             ("my very name:SECRETSECRETSECRET", "line 1: expected NAME:KEY"),
             ("node a:SECRETSECRETSECRET\nb:0123456789abcdef\n", "line 1: expected NAME:KEY"),
@@ -408,7 +414,7 @@ mod tests {
             ("# two\nSECRETSECRETSECRET\n", "line 2: expected NAME:KEY"),
             ("SECRETSECRETSECRET\nSECRETSECRETSECRET\n", "line 1: expected NAME:KEY"),
             ("# nothing", "no key"),
-            (blanks.as_str(), "nothing but blanks"),
+            (blanks.as_str(), "blanks only"),
             (many.as_str(), "more than 16"),
         ] {
             let error = Keys::parse(contents.as_bytes()).unwrap_err();
@@ -419,7 +425,7 @@ mod tests {
         assert!(shown.contains("alice") && !shown.contains("0123456789"), "{shown}");
     }
 
-    /// A directory of its own, removed at the end.
+    /// A temporary directory, removed at the end.
     struct Dir(PathBuf);
 
     impl Dir {
@@ -470,7 +476,7 @@ mod tests {
         for path in [&good, &link] {
             assert!(!KeyStore::open(Some(path)).unwrap().current().is_empty());
         }
-        // None of these may block or be read to an end that never comes.
+        // None of these may block, or be read without an end.
         let fifo = dir.0.join("fifo");
         let c_path = std::ffi::CString::new(fifo.to_str().unwrap()).unwrap();
         // SAFETY: a NUL-terminated path.
@@ -485,7 +491,7 @@ mod tests {
     }
 
     #[test]
-    fn a_changed_file_counts_at_once_and_a_broken_one_not() {
+    fn a_changed_file_takes_effect_at_once_and_a_broken_one_does_not() {
         let dir = Dir::new();
         let path = dir.write("keys", &format!("old:{A}\n"), 0o600);
         let store = KeyStore::open(Some(&path)).unwrap();
@@ -493,7 +499,7 @@ mod tests {
         assert_eq!(names(), ["old"]);
         dir.replace(&path, &format!("new:{B}\nold:{A}\n"));
         assert_eq!(names(), ["new", "old"]);
-        // In place, of the same length, within one tick of the file system's clock.
+        // Changed in place, with the same length, within one tick of the file system's clock.
         for name in ["one", "two", "six"] {
             dir.write("keys", &format!("{name}:{B}\n"), 0o600);
             assert_eq!(names(), [name]);

@@ -1,7 +1,6 @@
-//! The control protocol: the handshake (`handshake`, `hello`, `keys`), the sealed stream after it (`session`), messages that set up the
-//! channels (`setup`), frames (`frame`), what these two have alike (`envelope`) and the non-blocking control stream (`control`). Keys lie in
-//! guarded memory (`secret`). Knows
-//! sockets and bytes, nothing of regions, channels or transfers.
+//! The control protocol: the handshake (`handshake`, `hello`, `keys`), the encrypted stream after it (`session`), messages that
+//! set up the channels (`setup`), frames (`frame`), what these two share (`envelope`), and the non-blocking control connection
+//! (`control`). Keys lie in guarded memory (`secret`). Knows sockets and bytes, nothing of regions, channels or transfers.
 
 pub(crate) mod control;
 mod envelope;

@@ -1,5 +1,6 @@
-//! What the handshake computes with: X25519, AES-256-GCM and SHA-256 as `snow` asks for them, with their secrets in guarded memory. Knows
-//! nothing of messages. Call it inside [`process::guarded::apart`]: `snow` and the libraries below keep copies on the stack.
+//! The cryptography of the handshake: X25519, AES-256-GCM and SHA-256 in the form that `snow` asks for, with their secrets in
+//! guarded memory. Knows nothing of messages. Call it inside [`process::guarded::apart`]: `snow` and the libraries below it leave
+//! copies on the stack.
 
 use process::guarded::Guarded;
 use ring::aead::{Aad, LessSafeKey, Nonce, UnboundKey, AES_256_GCM};
@@ -15,7 +16,8 @@ pub(crate) const KEY: usize = 32;
 /// Bytes of a tag.
 pub(crate) const TAG: usize = 16;
 
-/// The implementations for one handshake. `own`: the public half of the key that will be set, which then need not be computed once more.
+/// The implementations for one handshake. `own`: the public half of the key that will be set, so that it need not be computed
+/// again.
 pub(crate) struct Primitives {
     pub own: [u8; KEY],
 }
@@ -60,7 +62,7 @@ impl Dh for X25519 {
     fn priv_len(&self) -> usize {
         KEY
     }
-    /// Takes the engine's own key, whose public half is here already.
+    /// Takes the engine's own key, whose public half is already known.
     fn set(&mut self, private: &[u8]) {
         self.private.copy_from_slice(private);
     }
@@ -140,13 +142,13 @@ impl Cipher for AesGcm {
         sealed.copy_from_slice(plaintext);
         match self.key.seal_in_place_separate_tag(nonce(number), Aad::from(authtext), sealed) {
             Ok(tag) => rest[..TAG].copy_from_slice(tag.as_ref()),
-            // Only beyond 64 GiB, which no message has. No plain byte may leave.
+            // Only beyond 64 GiB, longer than any message. No plaintext may be sent.
             Err(_) => sealed.fill(0),
         }
         plaintext.len() + TAG
     }
     fn decrypt(&self, number: u64, authtext: &[u8], ciphertext: &[u8], out: &mut [u8]) -> Result<usize, Error> {
-        // `snow` gives room for the plain bytes alone where a static key is decrypted.
+        // For a static key `snow` gives a buffer with room for the plaintext only.
         let mut buffer = ciphertext.to_vec();
         let opened = self.key.open_in_place(nonce(number), Aad::from(authtext), &mut buffer);
         let plain = opened.map_err(|_| Error::Decrypt)?;

@@ -1,5 +1,5 @@
-//! The two ends of a control stream as bytes in memory: frames that wait to leave, and bytes that have arrived and are not yet
-//! decoded. Pure; sockets and sealing are `control`'s business, but for the room that a record needs in front of what it seals.
+//! The two ends of a control connection as bytes in memory: frames that wait to be sent, and bytes that have arrived and are not
+//! yet decoded. Pure; sockets and sealing are in `control`, except for the room that a record's header needs.
 
 use super::envelope::HEADER_BYTES;
 use super::frame::{self, Frame};
@@ -9,43 +9,43 @@ use std::collections::VecDeque;
 
 /// A block takes more frames until it has this many bytes.
 const BLOCK: usize = 32 << 10;
-/// A buffer that grew beyond this is given back once it is empty.
+/// A buffer that grew beyond this is freed once it is empty.
 const KEEP_BYTES: usize = 1 << 20;
 
-/// Room for more bytes.
+/// Makes room for more bytes.
 ///
 /// # Errors
-/// `Resource` without memory for them.
+/// `Resource` if there is no memory.
 fn make_room(bytes: &mut Vec<u8>, more: usize) -> Result<()> {
     match bytes.try_reserve(more).or_else(|_| bytes.try_reserve_exact(more)) {
         Ok(()) => Ok(()),
-        Err(_) => bail!(Resource, "no memory for {} bytes of a control stream", bytes.len() + more),
+        Err(_) => bail!(Resource, "no memory for {} bytes of a control connection", bytes.len() + more),
     }
 }
 
-/// Frames that wait to leave, in order, in blocks: no byte is moved twice however long the queue is.
+/// Frames that wait to be sent, in order, in blocks: no byte is moved twice however long the queue is.
 #[derive(Default)]
 pub(crate) struct TxQueue {
     blocks: VecDeque<Block>,
     bytes: usize,
-    /// Bytes of frames that were pushed as answers to the peer, and whether the next ones are.
+    /// Bytes of frames that were pushed as answers to the peer, and whether the next ones are answers.
     answers: usize,
     answering: bool,
-    /// Memory of a block that has left.
+    /// Memory of a block that was sent, to be used again.
     spare: Vec<u8>,
 }
 
-/// Whole frames, behind the room for a record's header: a block that fits into one record is sealed where it lies.
+/// Complete frames, behind the room for a record's header: a block that fits into one record is sealed in place.
 #[derive(Default)]
 pub(crate) struct Block {
     bytes: Vec<u8>,
     answers: usize,
-    /// What the last heartbeat among its frames says: see [`Frame::Ping`].
+    /// The content of the last heartbeat among its frames: see [`Frame::Ping`].
     reported: Option<(u64, u64)>,
 }
 
 impl Block {
-    /// Over the memory of `bytes`.
+    /// A block that uses the memory of `bytes`.
     fn new(mut bytes: Vec<u8>) -> Block {
         bytes.clear();
         bytes.resize(RECORD_HEADER, 0);
@@ -57,19 +57,19 @@ impl Block {
         self.bytes.get(RECORD_HEADER..).unwrap_or_default()
     }
 
-    /// What the last heartbeat among them says.
+    /// The content of the last heartbeat among them.
     pub(crate) fn reported(&self) -> Option<(u64, u64)> {
         self.reported
     }
 
-    /// Room of [`RECORD_HEADER`] bytes, and the frames.
+    /// [`RECORD_HEADER`] bytes of room, then the frames.
     pub(crate) fn into_bytes(self) -> Vec<u8> {
         self.bytes
     }
 }
 
 impl TxQueue {
-    /// The frames pushed from now on are answers to the peer, or not.
+    /// Sets whether the frames pushed from now on are answers to the peer.
     pub(crate) fn answering(&mut self, on: bool) {
         self.answering = on;
     }
@@ -79,10 +79,10 @@ impl TxQueue {
         self.answers
     }
 
-    /// Makes room for a frame with so many bytes that the application gave.
+    /// Makes room for a frame with so many bytes of the application.
     ///
     /// # Errors
-    /// `Resource` without memory for them; nothing has changed then.
+    /// `Resource` if there is no memory; nothing has changed then.
     pub(crate) fn make_room(&mut self, bytes: usize) -> Result<()> {
         let more = HEADER_BYTES + size_of::<u32>() + bytes;
         match self.blocks.back_mut().filter(|block| block.bytes.len() < BLOCK) {
@@ -119,7 +119,7 @@ impl TxQueue {
         self.bytes
     }
 
-    /// Takes the oldest block of whole frames.
+    /// Takes the oldest block of complete frames.
     pub(crate) fn take(&mut self) -> Option<Block> {
         let block = self.blocks.pop_front()?;
         self.bytes -= block.frames().len();
@@ -127,7 +127,7 @@ impl TxQueue {
         Some(block)
     }
 
-    /// Gives a block's memory back.
+    /// Takes a block's memory to use it again.
     pub(crate) fn recycle(&mut self, bytes: Vec<u8>) {
         if (self.spare.capacity() + 1..=KEEP_BYTES).contains(&bytes.capacity()) {
             self.spare = bytes;
@@ -139,13 +139,13 @@ impl TxQueue {
 #[derive(Default)]
 pub(crate) struct RxBuffer {
     bytes: Vec<u8>,
-    /// Bytes at the front that have been handled.
+    /// Bytes at the front that were handled.
     consumed: usize,
     need: usize,
 }
 
 impl RxBuffer {
-    /// The next whole frame's bytes as a decoded frame, if there is one. The caller consumes it with [`RxBuffer::consume`].
+    /// The next complete frame and its length, if there is one. The caller consumes it with [`RxBuffer::consume`].
     pub(crate) fn next(&mut self) -> Result<Option<(Frame<'_>, usize)>> {
         if self.bytes.len() - self.consumed < self.need.max(HEADER_BYTES) {
             return Ok(None);
@@ -159,7 +159,7 @@ impl RxBuffer {
         }
     }
 
-    /// The frame of `len` bytes at the front has been handled.
+    /// The frame of `len` bytes at the front was handled.
     pub(crate) fn consume(&mut self, len: usize) {
         self.consumed += len;
         self.need = 0;
@@ -172,21 +172,20 @@ impl RxBuffer {
         }
     }
 
-    /// Bytes of memory that are kept.
+    /// Bytes of memory in use.
     pub(crate) fn kept(&self) -> usize {
         self.bytes.len()
     }
 
-    /// Bytes of the frame that is arriving, 0 while its header is not here.
+    /// Bytes of the frame that is arriving; 0 until its header has arrived.
     pub(crate) fn arriving(&self) -> usize {
         self.need
     }
 
-    /// Appends bytes. The memory grows by what has arrived, so that neither an announced length nor a connection that says little
-    /// costs any.
+    /// Appends bytes. The memory grows with what has arrived, so an announced length or an idle connection costs none.
     ///
     /// # Errors
-    /// `Resource` where there is none: a peer decides how much it is.
+    /// `Resource` if there is no memory: the peer decides how much it takes.
     pub(crate) fn extend(&mut self, bytes: &[u8]) -> Result<()> {
         if self.consumed > 0 {
             self.bytes.drain(..self.consumed);
@@ -219,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_that_was_made_room_for_takes_no_more_memory() {
+    fn a_frame_with_reserved_room_takes_no_more_memory() {
         let mut tx = TxQueue::default();
         for message in [vec![1; 1000], vec![2; 20_000], vec![3; 100_000]] {
             tx.make_room(1 + message.len()).unwrap();
@@ -232,7 +231,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the sizes and however the bytes are cut on their way, the same frames come out in order, and nothing is left.
+        /// Whatever the sizes and however the stream is cut, the same frames come out in order and nothing is left.
         #[test]
         fn frames_survive_any_cut(sizes in proptest::collection::vec(prop_oneof![0usize..200, 60_000usize..70_000], 1..20), cut in 1usize..100_000) {
             let bodies: Vec<Vec<u8>> = sizes.iter().map(|&n| (0..n).map(|i| (i * 31 + n) as u8).collect()).collect();

@@ -1,4 +1,4 @@
-//! Secrets of the control protocol, in guarded memory and computed apart from the stacks that core dumps contain.
+//! Secrets of the control protocol: in guarded memory, and computed away from the stacks that core dumps contain.
 
 use crate::status::{err, Error, Result};
 pub(crate) use process::guarded::{Cleared, Guarded};
@@ -8,7 +8,7 @@ use ring::hmac;
 pub(crate) type Secret = Guarded<[u8; 32]>;
 
 fn no_memory(e: std::io::Error) -> Error {
-    err!(Resource, "memory for a key: {e}; the address space has no room (ulimit -v), or the machine no memory")
+    err!(Resource, "no memory for a key: {e}; the address space (ulimit -v) or the host's memory is exhausted")
 }
 
 /// [`process::guarded::apart`] for work that can fail.

@@ -1,9 +1,9 @@
-//! The sealed control stream after the handshake: bytes in, records out, and back. Each record is encrypted and authenticated with
-//! AES-256-GCM under a key of its direction and numbered, so that nothing can be changed, repeated, reordered or left out. Knows
-//! nothing of sockets, frames or how the keys were agreed.
+//! The encrypted control connection after the handshake: bytes in, records out, and back. Each record is encrypted and
+//! authenticated with AES-256-GCM under a key of its direction, and numbered, so that none can be changed, repeated, reordered or
+//! left out. Knows nothing of sockets, frames or how the keys were agreed.
 //!
-//! A record is a 2-byte little-endian length of the plain bytes, that many sealed bytes, and a 16-byte tag. The length is covered by
-//! the tag.
+//! A record is a 2-byte little-endian length of the plaintext, that many sealed bytes, and a 16-byte tag. The tag covers the
+//! length.
 
 use super::secret::{apart, guard, zeroed, Cleared, Guarded, Secret};
 use crate::status::{bail, err, Error, Result};
@@ -13,26 +13,26 @@ use ring::hkdf;
 /// Bytes of a record in front of the sealed ones.
 pub(crate) const RECORD_HEADER: usize = 2;
 const TAG: usize = 16;
-/// Bytes that a record adds.
+/// Bytes that a record adds to its plaintext.
 pub(crate) const RECORD_OVERHEAD: usize = RECORD_HEADER + TAG;
-/// Bytes of a record at most.
+/// Most bytes of a record.
 pub(crate) const MAX_RECORD: usize = 64 << 10;
-/// Plain bytes of a record at most.
+/// Most plaintext bytes of a record.
 pub(crate) const MAX_PLAIN: usize = MAX_RECORD - RECORD_OVERHEAD;
-/// Records that a key seals: 4 GiB at most, far from where AES-GCM gets weaker.
+/// Records that one key seals: 4 GiB at most, far below the limits of AES-GCM.
 const KEY_RECORDS: u64 = 1 << 16;
 
-/// Who sends, seen from the set-up of the connection.
+/// The direction of a stream, by the roles in the set-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Direction {
-    /// From the side that connected to the side that listened.
+    /// From the connector to the listener.
     ToListening,
-    /// The other way.
+    /// From the listener to the connector.
     ToConnecting,
 }
 
 impl Direction {
-    /// The other way.
+    /// The opposite direction.
     pub(crate) fn other(self) -> Direction {
         match self {
             Direction::ToListening => Direction::ToConnecting,
@@ -48,7 +48,7 @@ impl Direction {
     }
 }
 
-/// Keys of the connection's other streams, derived from the handshake's secret.
+/// Derives the keys of the connection's other streams from the handshake's secret.
 #[derive(Debug)]
 pub(crate) struct Exporter {
     prk: Guarded<hkdf::Prk>,
@@ -64,19 +64,19 @@ impl Exporter {
         Ok(key)
     }
 
-    /// Key that authenticates the first bytes of a data channel.
+    /// The key that authenticates the first bytes of a data channel.
     ///
     /// `set`: number of the plugin set; `index`: channel in it.
     pub(crate) fn channel_mac_key(&self, set: u8, index: u16, direction: Direction) -> Result<Secret> {
         self.derive(&[b"uccl channel mac", direction.label(), &[set], &index.to_le_bytes()])
     }
 
-    /// Key that proves the session to a process of the same host.
+    /// The key that proves the session to a process on the same host.
     pub(crate) fn local_key(&self, direction: Direction) -> Result<Secret> {
         self.derive(&[b"uccl local", direction.label()])
     }
 
-    /// Key that protects the data of a data channel (AES-256-GCM). Never use it for two streams.
+    /// The key that protects the data of a data channel (AES-256-GCM). Never use it for two streams.
     pub(crate) fn channel_data_key(&self, set: u8, index: u16, direction: Direction) -> Result<Secret> {
         self.derive(&[b"uccl channel data", direction.label(), &[set], &index.to_le_bytes()])
     }
@@ -99,18 +99,20 @@ impl Numbered {
         Ok(Numbered { key, next: 0 })
     }
 
-    /// The next record's number as a nonce; each is given out once. The key is the next one where its turn has come.
+    /// The next record's number as a nonce; each is given out once. Switches to the next key when it is due.
     fn nonce(&mut self) -> Result<Nonce> {
         if self.next > 0 && self.next % KEY_RECORDS == 0 {
             self.renew()?;
         }
-        let Some(after) = self.next.checked_add(1) else { bail!(Resource, "the control stream has used up its record numbers") };
+        let Some(after) = self.next.checked_add(1) else {
+            bail!(Resource, "the control connection has used up its record numbers")
+        };
         let nonce = numbered(0, self.next);
         self.next = after;
         Ok(nonce)
     }
 
-    /// Replaces the key by what it makes of zeros under a nonce that no record has.
+    /// Replaces the key by the encryption of zeros under a nonce that no record uses.
     fn renew(&mut self) -> Result<()> {
         let nonce = numbered(1, self.next);
         let key = &mut *self.key;
@@ -118,7 +120,8 @@ impl Numbered {
             let mut next = [0; 32];
             let sealed = key.seal_in_place_separate_tag(nonce, Aad::empty(), &mut next);
             let made = sealed.and_then(|_| UnboundKey::new(&AES_256_GCM, &next));
-            *key = LessSafeKey::new(made.map_err(|_| err!(Internal, "the next key of the control stream could not be made"))?);
+            *key =
+                LessSafeKey::new(made.map_err(|_| err!(Internal, "the next key of the control connection could not be made"))?);
             Ok(())
         })
     }
@@ -136,10 +139,10 @@ fn numbered(what: u32, number: u64) -> Nonce {
 pub(crate) struct Sealer(Numbered);
 
 impl Sealer {
-    /// Appends `plain` to `out` as sealed records, each as long as possible. Nothing for no bytes.
+    /// Appends `plain` to `out` as sealed records, each as long as possible. Appends nothing for no bytes.
     ///
     /// # Errors
-    /// Never below 2^64 records. After an error the stream must not be used.
+    /// Only after 2^64 records. After an error the stream must not be used.
     pub(crate) fn seal(&mut self, plain: &[u8], out: &mut Vec<u8>) -> Result<()> {
         out.reserve(Sealer::sealed_len(plain.len()));
         let _cleared = Cleared;
@@ -153,7 +156,7 @@ impl Sealer {
             match sealed {
                 Ok(tag) => out.extend_from_slice(tag.as_ref()),
                 Err(_) => {
-                    // No plain byte may leave.
+                    // No plaintext may be sent.
                     out.truncate(start - RECORD_HEADER);
                     bail!(Internal, "{} bytes could not be sealed", piece.len());
                 }
@@ -162,14 +165,14 @@ impl Sealer {
         Ok(())
     }
 
-    /// Seals a record where its plain bytes lie, behind [`RECORD_HEADER`] bytes of room. There must be 1 to [`MAX_PLAIN`] of them.
+    /// Seals a record in place, behind [`RECORD_HEADER`] bytes of room. There must be 1 to [`MAX_PLAIN`] bytes of plaintext.
     ///
     /// # Errors
     /// As [`Sealer::seal`]; `record` is then empty.
     pub(crate) fn seal_in_place(&mut self, record: &mut Vec<u8>) -> Result<()> {
         let sealed = self.try_seal_in_place(record);
         if sealed.is_err() {
-            // No plain byte may leave.
+            // No plaintext may be sent.
             record.clear();
         }
         sealed
@@ -192,7 +195,7 @@ impl Sealer {
         Ok(())
     }
 
-    /// Bytes that `plain` bytes become.
+    /// The sealed length of `plain` bytes.
     pub(crate) fn sealed_len(plain: usize) -> usize {
         plain + plain.div_ceil(MAX_PLAIN) * RECORD_OVERHEAD
     }
@@ -201,11 +204,11 @@ impl Sealer {
 /// What [`Opener::open`] found at the front of a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Opened {
-    /// More bytes are needed: the whole record's size, or the header's.
+    /// More bytes are needed: the size of the whole record, or of the header.
     Need(usize),
-    /// A record: its `plain` bytes lie at the front of the buffer; `consumed` bytes of the stream are done with.
+    /// A record: its `plain` bytes are at the front of the buffer, and it took `consumed` bytes of the stream.
     Record {
-        /// Plain bytes.
+        /// Plaintext bytes.
         plain: usize,
         /// Bytes of the record.
         consumed: usize,
@@ -220,7 +223,7 @@ pub(crate) struct Opener {
 }
 
 impl Opener {
-    /// Opens the record at the front of `buf`; its plain bytes replace it there.
+    /// Opens the record at the front of `buf` and replaces it by its plaintext.
     ///
     /// # Errors
     /// `Protocol` when the bytes are not the stream's next record. Every later call repeats the error.
@@ -228,11 +231,11 @@ impl Opener {
         self.open_within(buf, 0)
     }
 
-    /// Opens the record at `buf[at..]` and puts its plain bytes at the front of `buf`: with the end of what was opened before at the
-    /// front, the plain bytes of several records become one piece without a copy.
+    /// Opens the record at `buf[at..]` and puts its plaintext at the front of `buf`. If the plaintext of the previous record ends
+    /// there, several records become one piece without a copy.
     ///
     /// # Errors
-    /// As [`Opener::open`]; what `buf` held is then lost.
+    /// As [`Opener::open`]; the content of `buf` is then lost.
     pub(crate) fn open_within(&mut self, buf: &mut [u8], at: usize) -> Result<Opened> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
@@ -248,7 +251,7 @@ impl Opener {
         };
         let plain = usize::from(u16::from_le_bytes(header));
         if plain == 0 || plain > MAX_PLAIN {
-            bail!(Protocol, "a record of {plain} bytes on the control stream");
+            bail!(Protocol, "a record of {plain} bytes on the control connection");
         }
         let consumed = plain + RECORD_OVERHEAD;
         let Some(record) = buf.get_mut(..at + consumed) else { return Ok(Opened::Need(consumed)) };
@@ -256,7 +259,7 @@ impl Opener {
         let _cleared = Cleared;
         match self.numbered.key.open_within(nonce, Aad::from(header), record, at + RECORD_HEADER..) {
             Ok(_) => Ok(Opened::Record { plain, consumed }),
-            Err(_) => bail!(Protocol, "the control stream was changed on its way"),
+            Err(_) => bail!(Protocol, "the control connection's data was changed in transit"),
         }
     }
 }
@@ -270,14 +273,14 @@ pub(crate) struct Session {
     pub opener: Opener,
     /// Keys for the data channels.
     pub exporter: Exporter,
-    /// The direction that this side sends in.
+    /// The direction in which this engine sends.
     pub ours: Direction,
 }
 
 impl Session {
-    /// The session of the side that sends in direction `ours`.
+    /// The session of the engine that sends in direction `ours`.
     ///
-    /// `secret`: what only the two sides know, at least 32 bytes of full entropy; `context`: what both saw of the handshake.
+    /// `secret`: known to the two engines alone, at least 32 bytes of full entropy; `context`: what both saw of the handshake.
     pub(crate) fn new(ours: Direction, secret: &[u8], context: &[u8]) -> Result<Session> {
         let exporter = Exporter { prk: apart(|| guard(hkdf::Salt::new(hkdf::HKDF_SHA256, context).extract(secret)))? };
         Ok(Session {
@@ -317,7 +320,7 @@ mod tests {
         out
     }
 
-    /// Opens a stream of records so that their plain bytes become one piece at the front of the buffer.
+    /// Opens a stream of records so that their plaintext becomes one piece at the front of the buffer.
     fn open_all(to: &mut Session, buf: &mut [u8]) -> Result<usize> {
         let (mut end, mut at) = (0, 0);
         while at < buf.len() {
@@ -355,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_sealed_where_it_lies_is_the_same_record() {
+    fn a_record_sealed_in_place_is_the_same_record() {
         for len in [1, 100, MAX_PLAIN] {
             let ((mut a, mut b), plain) = (pair(), vec![7; len]);
             let mut record = [&[0; RECORD_HEADER], &plain[..]].concat();
@@ -381,7 +384,7 @@ mod tests {
             bad[at] ^= flip;
             bad.resize(bad.len() + MAX_RECORD, 0);
             assert_eq!(b.open(&mut bad).unwrap_err().kind(), ErrorKind::Protocol, "byte {at}");
-            // And nothing opens afterwards.
+            // Nothing opens afterwards.
             assert!(b.open(&mut good.clone()).is_err());
         }
     }
@@ -396,7 +399,7 @@ mod tests {
             assert!(!opened.iter().all(|&ok| ok), "{order:?}");
             assert!(!opened[2], "{order:?}");
         }
-        assert!(a.open(&mut records[0].clone()).is_err(), "a side took its own record for its peer's");
+        assert!(a.open(&mut records[0].clone()).is_err(), "an engine took its own record for its peer's");
         let mut other = Session::new(Direction::ToConnecting, &[7; 64], b"another context").unwrap();
         assert!(other.open(&mut records[0].clone()).is_err());
     }
@@ -457,7 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn exported_keys_are_shared_by_the_sides_and_by_nothing_else() {
+    fn exported_keys_are_shared_by_the_two_engines_alone() {
         let (a, b) = pair();
         let mut seen = std::collections::HashSet::new();
         for set in 0..2 {

@@ -1,5 +1,5 @@
-//! Messages that set up the channels of a connection: after the handshake, inside the session, before the first frame. Pure: bytes
-//! in, messages out; every length is checked before it is used or allocated.
+//! Messages that set up the channels of a connection: after the handshake, inside the session, before the first frame. Pure:
+//! bytes in, messages out. Every length is checked before it is used or allocated.
 //!
 //! A message is a header (`envelope`) and its payload; numbers are little-endian.
 
@@ -11,14 +11,14 @@ use crate::status::{bail, Error, ErrorKind, Result, StatusCode, UCCL_OK};
 const ENVELOPE: Envelope = Envelope { name: "set-up message", magic: 0xC8, limit: payload_limit };
 /// Bytes of a plugin's connect handle.
 pub(crate) const HANDLE_BYTES: usize = nccl_net_abi::NCCL_NET_HANDLE_MAXSIZE;
-/// Sets of channels of a connection at most.
+/// Most sets of channels of a connection.
 pub(crate) const MAX_SETS: usize = 16;
-/// Channels of all sets at most: two sets may be full.
+/// Most channels of all sets together.
 pub(crate) const MAX_ALL: usize = 3 * MAX_CHANNELS as usize;
-/// Numbers of channels are below this.
+/// All channel numbers are below this.
 const NUMBERS: usize = MAX_SETS * MAX_CHANNELS as usize;
 const MAX_NIC: usize = 31;
-/// Bytes of a text at most.
+/// Most bytes of a text.
 pub(crate) const MAX_TEXT: usize = 512;
 
 /// A plugin's connect handle.
@@ -33,37 +33,37 @@ pub(crate) struct Offered {
     pub handle: Handle,
 }
 
-/// Where a side waits for a peer of its own host.
+/// Where an engine waits for a peer on the same host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Invitation {
-    /// Names the host as it runs now; nobody learns anything else from it.
+    /// Identifies the running host and reveals nothing else.
     pub host: [u8; 16],
-    /// Names the listening side's Unix socket.
+    /// Names the listener's Unix socket.
     pub name: [u8; 16],
 }
 
-/// What a side says about its part of the set-up.
+/// An engine's verdict on its part of the set-up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Verdict {
     /// `UCCL_OK`, or the negative number of an error.
     pub status: StatusCode,
-    /// Why, for people; printable.
+    /// The reason, for people; printable.
     pub text: String,
 }
 
 impl Verdict {
-    /// Everything is well.
+    /// The verdict of success.
     pub(crate) fn ok() -> Verdict {
         Verdict { status: UCCL_OK, text: String::new() }
     }
 
-    /// What the receiver of the verdict reports.
+    /// The result that the receiver of the verdict reports.
     pub(crate) fn result(&self) -> Result<()> {
         match self.status {
             UCCL_OK => Ok(()),
             code => {
                 let kind = match ErrorKind::from_code(code) {
-                    // What was canceled there was not canceled here.
+                    // The cancellation happened at the peer, not here.
                     ErrorKind::Canceled => ErrorKind::RemoteDisconnect,
                     kind => kind,
                 };
@@ -82,12 +82,13 @@ impl From<&Error> for Verdict {
 /// A message of the set-up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Message {
-    /// The listen comms of the sender, by plugin set, and where it waits for a peer of its own host.
+    /// The listen comms of the sender, by plugin set, and where it waits for a peer on the same host.
     Offer(Vec<Vec<Offered>>, Option<Invitation>),
-    /// The sender's part is done: with status OK the numbers of the channels that are up on its side, rising: 64 times the
-    /// number of its set, plus its place in the set's offer; and whether it has met the peer on this host. The sender's last message.
+    /// The sender's part is done. With status OK: the numbers of the channels that are up at the sender, rising (64 times the
+    /// number of the set plus the position in the set's offer), and whether it has met the peer on this host. The sender's last
+    /// message.
     Ready(Verdict, Vec<u16>, bool),
-    /// The sender gives the set-up up. Its last message.
+    /// The sender ends the set-up. Its last message.
     Abort(Verdict),
 }
 
@@ -95,7 +96,7 @@ const T_OFFER: u8 = 1;
 const T_READY: u8 = 2;
 const T_ABORT: u8 = 3;
 
-/// Largest payload of a message type; `None` for an unknown type.
+/// The largest payload of a message type; `None` for an unknown type.
 fn payload_limit(kind: u8) -> Option<usize> {
     Some(match kind {
         T_OFFER => 1 + MAX_SETS * 2 + MAX_ALL * (1 + MAX_NIC + HANDLE_BYTES) + 1 + 32,
@@ -108,9 +109,9 @@ fn payload_limit(kind: u8) -> Option<usize> {
 /// What [`decode`] found at the front of a buffer.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Decoded {
-    /// A message and the bytes it took.
+    /// A message and its number of bytes.
     Message(Message, usize),
-    /// More bytes are needed: the whole message's size, or at least the header's.
+    /// More bytes are needed: the size of the whole message, or at least of the header.
     Need(usize),
 }
 
@@ -130,7 +131,7 @@ pub(crate) fn decode(buf: &[u8]) -> Result<Decoded> {
             Message::Ready(verdict, channels(&mut reader)?, flag(&mut reader)?)
         }
         _ => match verdict(&mut reader)? {
-            Verdict { status: UCCL_OK, .. } => bail!(Protocol, "a set-up was given up without a reason"),
+            Verdict { status: UCCL_OK, .. } => bail!(Protocol, "a set-up was aborted without a reason"),
             verdict => Message::Abort(verdict),
         },
     };
@@ -164,7 +165,7 @@ fn flag(reader: &mut Reader<'_>) -> Result<bool> {
     match reader.fixed()? {
         [0] => Ok(false),
         [1] => Ok(true),
-        [other] => bail!(Protocol, "{other} where a set-up message says yes or no"),
+        [other] => bail!(Protocol, "a flag of a set-up message is {other}, expected 0 or 1"),
     }
 }
 
@@ -172,7 +173,7 @@ fn offered(reader: &mut Reader<'_>) -> Result<Offered> {
     let [len] = reader.fixed()?;
     let nic = text::checked(reader.bytes(len.into())?, MAX_NIC, "a NIC's name")?;
     if nic.is_empty() {
-        bail!(Protocol, "an offer of a NIC without a name");
+        bail!(Protocol, "an offer names a NIC without a name");
     }
     Ok(Offered { nic: nic.to_owned(), handle: reader.fixed()? })
 }
@@ -190,11 +191,11 @@ fn verdict(reader: &mut Reader<'_>) -> Result<Verdict> {
 fn channels(reader: &mut Reader<'_>) -> Result<Vec<u16>> {
     let n = reader.u16()?;
     if usize::from(n) > MAX_ALL {
-        bail!(Protocol, "{n} channels are said to be up");
+        bail!(Protocol, "a verdict lists {n} channels");
     }
     let up = (0..n).map(|_| reader.u16()).collect::<Result<Vec<_>>>()?;
     if up.last().is_some_and(|&last| usize::from(last) >= NUMBERS) || up.windows(2).any(|w| w[0] >= w[1]) {
-        bail!(Protocol, "the numbers of the channels that are up do not rise");
+        bail!(Protocol, "the numbers of the channels that are up are not in rising order");
     }
     Ok(up)
 }
@@ -206,7 +207,8 @@ fn put_verdict(verdict: &Verdict, out: &mut Vec<u8>) {
     out.extend_from_slice(text.as_bytes());
 }
 
-/// Appends `message` to `out`. Texts and names are escaped and cut to their limits; counts over the limits are the caller's mistake.
+/// Appends `message` to `out`. Texts and names are escaped and cut to their limits. The caller must keep counts within the
+/// limits.
 pub(crate) fn encode(message: &Message, out: &mut Vec<u8>) {
     ENVELOPE.seal(out, |out| match message {
         Message::Offer(sets, invitation) => {
@@ -266,7 +268,7 @@ mod tests {
                 match decode(&buf[at..]).unwrap() {
                     Decoded::Message(got, n) => {
                         prop_assert_eq!(&got, message);
-                        // Every proper prefix asks for more, never errs.
+                        // Every proper prefix asks for more and never fails.
                         for cut in [0, 1, HEADER_BYTES - 1, HEADER_BYTES, n / 2, n - 1] {
                             if cut < n {
                                 let more = matches!(decode(&buf[at..at + cut]).unwrap(), Decoded::Need(need) if need > cut);
@@ -344,7 +346,7 @@ mod tests {
             ("a NIC without a name", T_OFFER, &[&[1, 1, 0, 0][..], &[0; HANDLE_BYTES]].concat()),
             ("a NIC's name with an escape", T_OFFER, &[&[1, 1, 0, 1, 27][..], &[0; HANDLE_BYTES]].concat()),
             ("a positive status", T_ABORT, &[1, 0, 0, 0, 0, 0]),
-            ("given up with OK", T_ABORT, &[0, 0, 0, 0, 0, 0]),
+            ("aborted with OK", T_ABORT, &[0, 0, 0, 0, 0, 0]),
             ("a newline in a text", T_ABORT, &[255, 255, 255, 255, 1, 0, b'\n']),
             ("a channel twice", T_READY, &[0, 0, 0, 0, 0, 0, 2, 0, 1, 0, 1, 0]),
             ("neither met nor not", T_READY, &[0, 0, 0, 0, 0, 0, 0, 0, 2]),
@@ -367,6 +369,6 @@ mod tests {
         assert_eq!((got.kind(), got.to_string().as_str()), (ErrorKind::Plugin, "refused by the peer: eth1 \\u{1b}[31m refused"));
         assert_eq!(Verdict::ok().result(), Ok(()));
         let canceled = Verdict::from(&crate::status::err!(Canceled, "the engine is being destroyed"));
-        assert_eq!(canceled.result().unwrap_err().kind(), ErrorKind::RemoteDisconnect, "it was not canceled on this side");
+        assert_eq!(canceled.result().unwrap_err().kind(), ErrorKind::RemoteDisconnect, "it was not canceled here");
     }
 }

@@ -1,13 +1,14 @@
-//! Text that crosses the wire: printable ASCII and nothing else, so that a peer's words can stand in a log line or an error. Pure.
+//! Text that crosses the wire: printable ASCII and nothing else, so that a peer's text can appear in a log line or an error.
+//! Pure.
 
 use crate::status::{bail, Result};
 
-/// Whether `byte` may stand in a text of the wire.
+/// Whether `byte` may appear in a text of the wire.
 pub(crate) fn is_printable(byte: u8) -> bool {
     matches!(byte, b' '..=b'~')
 }
 
-/// `text` as it may be sent or logged: what is not printable ASCII escaped, `max` bytes at most.
+/// `text` in the form that may be sent or logged: anything but printable ASCII is escaped, and it has at most `max` bytes.
 pub(crate) fn printable(text: &str, max: usize) -> String {
     let mut out = String::with_capacity(text.len().min(max));
     for c in text.chars() {
@@ -24,10 +25,10 @@ pub(crate) fn printable(text: &str, max: usize) -> String {
     out
 }
 
-/// The text that a peer sent.
+/// Checks a text that the peer sent.
 ///
 /// # Errors
-/// `Protocol` when it is longer than `max` or holds anything but printable ASCII.
+/// `Protocol` when it is longer than `max` or contains anything but printable ASCII.
 pub(crate) fn checked<'a>(bytes: &'a [u8], max: usize, what: &str) -> Result<&'a str> {
     if bytes.len() > max {
         bail!(Protocol, "{what} of {} bytes, {max} at most", bytes.len());

@@ -1,4 +1,5 @@
-//! Two sides joined by the test itself, so that it can change, cut, repeat and reflect what goes between them; and once over a socket.
+//! Two handshakes joined by the test, so that it can change, cut, repeat and reflect what passes between them; and once over a
+//! socket.
 
 use super::*;
 use crate::wire::hello::tests::sample;
@@ -23,14 +24,14 @@ fn server(file: &str) -> Handshake {
     Handshake::listening(&identity(), Hello { gpu_index: 2, channels: 3, ..sample() }, keys(file)).unwrap()
 }
 
-/// All output, taken.
+/// Takes all output.
 fn take(side: &mut Handshake) -> Vec<u8> {
     let out = side.output().to_vec();
     side.sent(out.len());
     out
 }
 
-/// The error of a side that failed.
+/// The error of a failed handshake.
 fn error(side: &mut Handshake) -> Option<Error> {
     side.input(&[]).err()
 }
@@ -54,9 +55,7 @@ fn run(client_file: &str, server_file: &str) -> std::result::Result<(Outcome, Ou
     join(&mut c, &mut s, |_, _| {});
     match (c.outcome(), s.outcome()) {
         (Some(c), Some(s)) => Ok((c, s)),
-        (None, None) => {
-            Err((error(&mut c).expect("the connecting side waits"), error(&mut s).expect("the listening side waits")))
-        }
+        (None, None) => Err((error(&mut c).expect("the connector waits"), error(&mut s).expect("the listener waits"))),
         (c, s) => panic!("one side is done: {} {}", c.is_some(), s.is_some()),
     }
 }
@@ -74,7 +73,7 @@ fn talk(c: &mut Session, s: &mut Session) {
 }
 
 #[test]
-fn both_sides_learn_the_same_and_can_talk() {
+fn both_engines_learn_the_same_and_can_talk() {
     for file in ["", A] {
         let (me, you) = (identity(), identity());
         let mut c = Handshake::connecting(&me, Hello { gpu_index: 1, ..sample() }, keys(file)).unwrap();
@@ -92,7 +91,7 @@ fn both_sides_learn_the_same_and_can_talk() {
 }
 
 #[test]
-fn keys_must_match_on_both_sides() {
+fn keys_must_match() {
     for (c, s) in [(A, B), (A, ""), ("", A), ("one:0123456789abcdef\n", "one:0123456789abcdeF\n")] {
         let (ce, se) = run(c, s).unwrap_err();
         assert_eq!((ce.kind(), se.kind()), (ErrorKind::Auth, ErrorKind::Auth), "{c} {s}: {ce}, {se}");
@@ -100,7 +99,7 @@ fn keys_must_match_on_both_sides() {
 }
 
 #[test]
-fn any_key_of_the_listening_side_counts_and_its_name_is_reported() {
+fn any_key_of_the_listener_is_accepted_and_its_name_reported() {
     let both = "# rotation\nnew:0123456789abcdeF\n\nold: 0123456789abcdef \n";
     let named = |n: &str| Proof::Named(n.into());
     for (file, name) in [(A, "old"), (B, "new"), ("mine:0123456789abcdef\n", "old"), (both, "new")] {
@@ -110,13 +109,13 @@ fn any_key_of_the_listening_side_counts_and_its_name_is_reported() {
     }
     let (c, s) = run("mine:0123456789abcdef\n", A).unwrap();
     assert_eq!((c.peer.proof, s.peer.proof), (named("mine"), Proof::Key));
-    // A connecting side proves its first key only, and a withdrawn key counts no longer.
+    // A connector proves its first key only, and a removed key is no longer accepted.
     for (c, s) in [(both, A), (A, "new:0123456789abcdeF\n")] {
         assert_eq!(run(c, s).unwrap_err().0.kind(), ErrorKind::Auth);
     }
 }
 
-/// Bytes of each flight of an undisturbed handshake.
+/// The lengths of the flights of an undisturbed handshake.
 fn flights(file: &str) -> Vec<usize> {
     let mut lens = Vec::new();
     join(&mut client(file), &mut server(file), |_, bytes| lens.push(bytes.len()));
@@ -138,7 +137,7 @@ fn no_changed_byte_of_any_message_goes_unnoticed() {
             });
             let what = format!("flight {flight}, byte {at}, {flip:#x}");
             assert!(c.outcome().is_none(), "{what}");
-            // The listening side is done before the last flight; then the connecting side leaves.
+            // The listener is done before the last flight, so the connector's output is what is left.
             assert_eq!(s.outcome().is_some(), flight == 3, "{what}");
         }
     }
@@ -173,7 +172,7 @@ fn single_bytes_work_and_what_follows_the_handshake_is_left() {
     let (mut c1, s1) = (c.outcome().unwrap(), s.outcome());
     assert_eq!(c.input(b"more").unwrap(), 0);
     drop(s1);
-    // The first sealed bytes may come with the last message.
+    // The first sealed bytes may arrive with the last message.
     let (mut c, mut s) = (client(A), server(A));
     for f in 0..3 {
         let (from, to) = if f % 2 == 0 { (&mut c, &mut s) } else { (&mut s, &mut c) };
@@ -209,8 +208,8 @@ fn a_recorded_client_cannot_be_played_again() {
 }
 
 #[test]
-fn nobody_is_its_own_peer() {
-    // A relay sends each side its own messages, relabelled as what it waits for.
+fn an_engine_does_not_accept_itself_as_its_peer() {
+    // A relay sends each engine its own messages, relabelled as those that it waits for.
     for file in ["", A] {
         let mut c = client(file);
         let mut opening = take(&mut c);
@@ -230,7 +229,7 @@ fn nobody_is_its_own_peer() {
 }
 
 #[test]
-fn other_versions_are_refused_in_words() {
+fn other_versions_are_refused_with_a_text() {
     for version in [0u16, VERSION - 1, VERSION + 1, 0xffff] {
         // A client of that version.
         let (mut c, mut s) = (client(A), server(A));
@@ -241,7 +240,7 @@ fn other_versions_are_refused_in_words() {
         assert!(refused.to_string().contains(&format!("version {version} ")), "{refused}");
         let heard = c.input(&take(&mut s)).unwrap_err();
         assert!(heard.to_string().starts_with("refused by the peer: the peer speaks version"), "{heard}");
-        // A listening side of that version says so in the form that all versions share.
+        // A listener of that version says so in the form that all versions share.
         let mut refusal = Header { version, kind: 255, flags: 0, body: 12, zero: 7 }.encode().to_vec();
         refusal.extend_from_slice(&(-14i32).to_le_bytes());
         refusal.extend_from_slice(&version.to_le_bytes());
@@ -255,9 +254,10 @@ fn other_versions_are_refused_in_words() {
     }
 }
 
-/// Version 1 opened with 136 bytes, of which the first ten are understood by all, and answered with a status and 252 bytes of text.
+/// Version 1 opened with 136 bytes, of which all versions understand the first ten, and answered with a status and 252 bytes of
+/// text.
 #[test]
-fn version_1_hears_why_and_is_understood() {
+fn version_1_gets_the_reason_and_is_understood() {
     let mut verdict = [0; 256];
     let text = b"the peer speaks version 2 of the control protocol, this library 1";
     verdict[..4].copy_from_slice(&ErrorKind::Protocol.code().to_le_bytes());
@@ -266,7 +266,7 @@ fn version_1_hears_why_and_is_understood() {
     assert_eq!(take(&mut c).len(), 136);
     let heard = c.input(&verdict).unwrap_err();
     assert_eq!((heard.kind(), heard.to_string().contains("version 1 ")), (ErrorKind::Protocol, true), "{heard}");
-    // And a client of version 1 hears it in its own form.
+    // A connector of version 1 gets the refusal in its own form.
     let mut opening = [0; 136];
     opening[..8].copy_from_slice(b"UCCLTCPX");
     opening[8] = 1;
@@ -282,7 +282,7 @@ fn version_1_hears_why_and_is_understood() {
 
 #[test]
 fn flags_cannot_be_talked_down() {
-    // Without the flag a listening side with a key refuses; one without a key would not hold what the client proves.
+    // Without the flag, a listener with a key refuses. A listener without a key cannot confirm what the connector proves.
     for (file, other) in [(A, A), (A, ""), ("", A), ("", "")] {
         let (mut c, mut s) = (client(file), server(other));
         join(&mut c, &mut s, |f, bytes| {
@@ -295,12 +295,12 @@ fn flags_cannot_be_talked_down() {
 }
 
 #[test]
-fn strangers_are_dropped_at_the_first_wrong_byte() {
+fn other_protocols_are_dropped_at_the_first_wrong_byte() {
     let mut s = server(A);
     assert_eq!(s.input(b"UCCL").unwrap(), 4);
     assert!(s.input(b"GET / HTTP/1.1\r\n").is_err());
     assert!(s.output().is_empty());
-    // Lengths count from the header alone.
+    // The length in the header decides; the body need not arrive.
     for body in [0, 1, OPENING as u16 - 1, OPENING as u16 + 1, u16::MAX] {
         let mut s = server(A);
         let header = Header { version: VERSION, kind: 1, flags: FLAG_KEY, body, zero: 0 };
@@ -310,14 +310,14 @@ fn strangers_are_dropped_at_the_first_wrong_byte() {
 
 type Change = fn(&mut Hello);
 
-/// A side whose hello is not what it may be.
+/// A handshake whose hello was changed after the check.
 fn unchecked(mut side: Handshake, change: Change) -> Handshake {
     change(&mut side.hello);
     side
 }
 
 #[test]
-fn hellos_are_checked_by_both_sides_and_both_hear_why() {
+fn both_engines_check_hellos_and_learn_the_reason() {
     let cases: [(Change, ErrorKind, &str); 4] = [
         (|h| h.channels = 0, ErrorKind::Protocol, "0 channels"),
         (|h| h.chunk_bytes = 0, ErrorKind::Protocol, "chunks of 0 bytes"),
@@ -326,7 +326,7 @@ fn hellos_are_checked_by_both_sides_and_both_hear_why() {
     ];
     for (change, kind, text) in cases {
         assert!(Handshake::listening(&identity(), Hello { channels: 0, ..sample() }, keys(A)).is_err());
-        // The listening side refuses, in the session.
+        // The listener refuses, in the session.
         let (mut c, mut s) = (unchecked(client(A), change), server(A));
         join(&mut c, &mut s, |_, bytes| assert!(!String::from_utf8_lossy(bytes).contains(text)));
         let (ce, se) = (error(&mut c).unwrap(), error(&mut s).unwrap());
@@ -334,7 +334,7 @@ fn hellos_are_checked_by_both_sides_and_both_hear_why() {
         assert!(se.to_string().contains(text) && ce.to_string() == format!("refused by the peer: {se}"), "{ce}, {se}");
     }
     for (change, kind, text) in &cases[..3] {
-        // The connecting side refuses: the listening side finds an Abort in its session.
+        // The connector refuses: the listener finds an Abort in its session.
         let (mut c, mut s) = (client(A), unchecked(server(A), *change));
         for f in 0..3 {
             let (from, to) = if f % 2 == 0 { (&mut c, &mut s) } else { (&mut s, &mut c) };
@@ -367,20 +367,23 @@ fn limits_of_the_caller_reach_the_peer() {
             (ErrorKind::Resource, "refused by the peer: too many connections are being set up".into())
         );
     }
-    // An engine that is destroyed is a peer that has gone.
+    // An engine that is being destroyed looks like a closed peer.
     let mut s = server(A);
     s.refuse(&err!(Canceled, "the engine is being destroyed"));
     let heard = client(A).input(&take(&mut s)).unwrap_err();
-    assert_eq!((heard.kind(), heard.to_string()), (ErrorKind::RemoteDisconnect, "refused by the peer: it is ending".into()));
-    // What happens inside stays inside.
+    assert_eq!(
+        (heard.kind(), heard.to_string()),
+        (ErrorKind::RemoteDisconnect, "refused by the peer: the engine is shutting down".into())
+    );
+    // The texts of internal errors are not sent.
     let mut s = server(A);
     s.refuse(&err!(System, "mmap at 0x7f0000000000"));
     assert_eq!(client(A).input(&take(&mut s)).unwrap_err().to_string(), "refused by the peer: internal error");
 }
 
 #[test]
-fn an_answer_tells_a_stranger_nothing() {
-    // With another key, other plugins and other numbers, the answers are as long, and their clear bytes are equal.
+fn an_answer_reveals_nothing_before_the_proof() {
+    // With another key, plugin or numbers, the answers have the same length and the same plaintext bytes.
     let answer = |file: &str, change: Change| {
         let mut s = unchecked(server(file), change);
         s.input(client(A).output()).unwrap();
@@ -408,7 +411,7 @@ const LOW_ORDER: [[u8; KEY]; 2] = {
     [[0; KEY], one]
 };
 
-/// A key exchange whose generated public key is this one.
+/// A key exchange that generates this public key.
 struct Forged([u8; KEY]);
 
 impl snow::types::Dh for Forged {
@@ -451,7 +454,7 @@ impl snow::resolvers::CryptoResolver for Forged {
     }
 }
 
-/// The listening side answers nothing but a refusal that says what is wrong.
+/// The listener answers with a refusal that names the reason, and nothing else.
 #[test]
 fn an_opening_with_a_key_of_low_order_is_refused_before_any_answer() {
     for public in LOW_ORDER {
@@ -470,7 +473,7 @@ fn an_opening_with_a_key_of_low_order_is_refused_before_any_answer() {
 }
 
 #[test]
-fn only_the_holder_of_an_engines_key_has_its_name() {
+fn only_the_holder_of_an_engines_key_can_use_its_name() {
     let me = identity();
     let name = |identity: &Arc<Identity>| {
         let mut c = Handshake::connecting(identity, sample(), keys(A)).unwrap();
@@ -482,7 +485,7 @@ fn only_the_holder_of_an_engines_key_has_its_name() {
     assert_ne!(name(&identity()), me.engine());
 }
 
-/// Completes a handshake over a blocking socket. Returns the outcome and bytes of the session that came with its end.
+/// Completes a handshake over a blocking socket. Returns the outcome and the bytes of the session that arrived with its end.
 pub(crate) fn drive_blocking(sock: &TcpStream, mut handshake: Handshake, deadline: Instant) -> Result<(Outcome, Vec<u8>)> {
     let io = |e: std::io::Error| err!(RemoteDisconnect, "handshake: {e}");
     let mut buf = [0; 4096];
@@ -540,7 +543,7 @@ proptest! {
             to.input(&bytes).unwrap();
         }
         let (from, to) = if step % 2 == 0 { (&mut c, &mut s) } else { (&mut s, &mut c) };
-        // A real beginning, so that not only the magic is tried.
+        // A real beginning, so that not only the magic is tested.
         let mut bytes = take(from);
         let whole = keep >= bytes.len();
         bytes.truncate(keep);
