@@ -23,7 +23,7 @@ struct Polled {
     running: bool,
 }
 
-/// Those of this process, and the condition for new ones. A forked child has its own list and thread.
+/// The entries of this process, and the condition for new ones. A forked child has its own list and thread.
 static POLLED: PerProcess<(Mutex<Polled>, Condvar)> = PerProcess::new(Default::default);
 
 /// Polls `abandoned` in the background until it has ended.
@@ -35,14 +35,14 @@ pub(super) fn keep(abandoned: Abandoned) {
     if !polled.running {
         match process::thread::spawn("uccl-abandoned", run) {
             Ok(_) => polled.running = true,
-            // The entry stays in memory, and the next one tries again.
+            // The entry stays in memory, and the next call tries again.
             Err(e) => log::warn!("cannot start the thread for abandoned connects: {e}"),
         }
     }
     arrived.notify_one();
 }
 
-/// Number of those that have not ended.
+/// Number of entries that have not ended.
 #[cfg(test)]
 pub(super) fn kept() -> usize {
     POLLED.get().0.lock().kept.len()

@@ -1,6 +1,6 @@
-//! Comms with the contract's rules built in: at most 16 requests, only the oldest unfinished one is tested, receives are
-//! consumed in order, a listen comm accepts once, memory that the plugin keeps pointers to does not move. Callers above
-//! cannot break them. Set-up, registration and close run with the comm's GPU current.
+//! Comms with the rules of the plugin contract built in: at most 16 requests, only the oldest unfinished one is tested, receives
+//! are consumed in order, a listen comm accepts once, and memory that the plugin keeps pointers to does not move. Callers cannot
+//! break these rules. Set-up, registration and close run with the comm's GPU current.
 
 use super::plugin::{CommKind, Plugin};
 use super::registrations::{piece, Registrar, Registration};
@@ -52,7 +52,7 @@ struct RawComm {
     kind: CommKind,
     dev: usize,
     gpu: Scope,
-    /// Its data sockets: the sending ones for plugins that send late, the receiving ones for plugins that ask for peers.
+    /// Its data sockets: of send comms for plugins that send late, of receive comms for plugins that ask for peers.
     sockets: Sockets,
 }
 // SAFETY: NCCL plugins allow a comm to be used from any thread, one at a time; `&mut` of the owners guarantees the latter.
@@ -93,7 +93,7 @@ pub(crate) struct ListenComm {
     pub handle: Handle,
 }
 
-/// A listen comm with pending accepts; it closes with the last of them.
+/// A listen comm with pending accepts; it closes when the last of them is dropped.
 type SharedComm = Arc<Mutex<RawComm>>;
 
 impl ListenComm {
@@ -105,10 +105,10 @@ impl ListenComm {
         Ok(ListenComm { raw: Arc::new(Mutex::new(raw)), handle })
     }
 
-    /// Accepts of both directions, from a peer that dials both. With keys the peer proves one for each direction.
+    /// Accepts for both directions, from a peer that dials both. With keys, the peer proves one for each direction.
     ///
     /// # Errors
-    /// When the plugin cannot do that.
+    /// When the plugin cannot do this.
     pub(crate) fn both(self, send: Option<HalfKeys>, recv: Option<HalfKeys>) -> Result<(Answering, Accepting)> {
         let (listen, (hello, guard)) = (self.raw.clone(), HalfKeys::parts(send));
         let accepting = Accepting::new(self, recv)?;
@@ -124,7 +124,7 @@ impl ListenComm {
 /// A pending accept of a connection on which this engine sends. Only for plugins whose accepts can be abandoned at once.
 pub(crate) struct Answering {
     listen: Option<SharedComm>,
-    /// For the comm.
+    /// The protection of the comm.
     guard: Guard,
 }
 
@@ -153,17 +153,17 @@ struct PendingAccept {
     /// The address and number of its data sockets, and the sockets that had the address before, for plugins that ask for peers.
     data: Option<(SocketAddr, usize, Sockets)>,
     dev_handle: Pinned<ncclNetDeviceHandle_v7>,
-    /// For the comm.
+    /// The protection of the comm.
     guard: Guard,
     /// The plugin has seen the accept.
     begun: bool,
 }
 
-/// A pending accept. If dropped early it is polled on in the background, for plugins that need that.
+/// A pending accept. If it is dropped early and the plugin requires it, it is polled on in the background.
 pub(crate) struct Accepting(Option<PendingAccept>);
 
 impl Accepting {
-    /// The accept of a listen comm; with a key, of a peer that proves it.
+    /// The accept of a listen comm. With keys, the peer must prove one.
     ///
     /// # Errors
     /// When the plugin cannot check keys.
@@ -194,7 +194,8 @@ impl Accepting {
             // If the GPU cannot be made current the accept stays pending.
             let answer = within(&listen.gpu, || {
                 *begun = true;
-                // SAFETY: the listen comm is live and has not accepted yet (it is there); the device handle goes on with the comm.
+                // SAFETY: the listen comm is live and has not accepted yet (it is still here); the comm takes over the device
+                // handle.
                 Ok(unsafe { listen.plugin.accept(listen.comm, dev_handle) })
             })?;
             if matches!(answer, Ok(comm) if comm.is_null()) {
@@ -221,8 +222,8 @@ fn device_handle() -> Pinned<ncclNetDeviceHandle_v7> {
 /// How long an abandoned accept waits for its peer before it is ended, and between further tries.
 const POKE_AFTER: Duration = if cfg!(test) { Duration::from_millis(300) } else { Duration::from_secs(30) };
 
-/// Ends an accept whose peer does not come: connects to it and closes at once. For control and for data, since it
-/// may wait for either.
+/// Ends an accept whose peer does not connect: connects to it and closes at once. Uses all addresses, since the accept may wait
+/// for control or for data.
 fn poke(addresses: &[SocketAddr]) {
     for address in addresses {
         // A failed connect does not matter: the accept is polled on.
@@ -248,14 +249,14 @@ impl Drop for Accepting {
     }
 }
 
-/// A pending connect. The plugin keeps its state inside the handle, which does not move. If dropped early it is ended at
+/// A pending connect. The plugin keeps its state inside the handle, which does not move. If it is dropped early it is ended at
 /// once, or polled on in the background, as the plugin requires.
 struct Dialling {
     plugin: Arc<Plugin>,
     dev: usize,
     gpu: Scope,
     handle: Option<Pinned<Handle>>,
-    /// For the comm.
+    /// The protection of the comm.
     guard: Guard,
     begun: bool,
     /// The address of its data sockets and the sockets connected there before, for plugins that send late.
@@ -272,7 +273,7 @@ impl Dialling {
         Ok(Dialling { plugin: plugin.clone(), dev, gpu: gpu.clone(), handle: Some(handle), guard, begun: false, late: None })
     }
 
-    /// One step with `call`, whose argument is the handle; the comm once connected.
+    /// One step with `call`, whose argument is the handle. Returns the comm once it is connected.
     fn step(
         &mut self,
         kind: CommKind,
@@ -281,7 +282,7 @@ impl Dialling {
         let Some(handle) = self.handle.as_ref().map(Pinned::as_ptr) else { bail!(Internal, "connect polled after its end") };
         let (plugin, dev, begun) = (&self.plugin, self.dev, &mut self.begun);
         if !*begun && plugin.traits.sends_late && matches!(kind, CommKind::Send) {
-            // SAFETY: live memory, which the plugin has not seen yet.
+            // SAFETY: live memory that the plugin has not seen yet.
             let address = handle::address(plugin.traits.handle_check, unsafe { &*handle });
             self.late = address.map(|address| (address, Sockets::connected_to(address)));
         }
@@ -346,7 +347,7 @@ impl Connecting {
     }
 }
 
-/// A connect to receive, when one engine dials both directions.
+/// A connect to receive, for engines that dial both directions.
 pub(crate) struct Calling {
     // Dropped, and so ended, before the device handle.
     dialling: Dialling,
@@ -357,7 +358,7 @@ impl Calling {
     /// As [`Connecting::new`].
     ///
     /// # Errors
-    /// As there.
+    /// As [`Connecting::new`].
     pub(crate) fn new(plugin: &Arc<Plugin>, dev: usize, gpu: &Scope, handle: Handle, keys: Option<HalfKeys>) -> Result<Calling> {
         Ok(Calling { dialling: Dialling::new(plugin, dev, gpu, handle, keys)?, dev_handle: Some(device_handle()) })
     }
@@ -367,7 +368,7 @@ impl Calling {
         let Some(dev_handle) = self.dev_handle.as_ref().map(Pinned::as_ptr) else {
             bail!(Internal, "connect polled after its end")
         };
-        // SAFETY: as for a connect to send; the device handle goes on with the comm.
+        // SAFETY: as for a connect to send; the comm takes over the device handle.
         let step = |plugin: &Plugin, dev, handle| unsafe { plugin.connect_recv(dev, handle, dev_handle) };
         let Some(raw) = self.dialling.step(CommKind::Recv, step)? else { return Ok(None) };
         let Some(dev_handle) = self.dev_handle.take() else { bail!(Internal, "connect polled after its end") };
@@ -416,7 +417,7 @@ impl RawComm {
 
 /// The sending half of a channel.
 pub(crate) struct SendComm {
-    // Field order is drop order: with requests in flight the registrations go after the comm.
+    // Field order is drop order: registrations are dropped after the comm if requests are in flight.
     raw: RawComm,
     /// Shared registrations of regions that this comm has sent from, by region and piece.
     regions: HashMap<(u64, u64), Registration>,
@@ -438,7 +439,7 @@ impl SendComm {
         unsafe { self.raw.plugin.flow(self.raw.comm) }
     }
 
-    /// As the plugin's `progress`; an error when the comm has failed, idle or not.
+    /// The plugin's `progress`. Fails when the comm has failed, idle or not.
     pub(crate) fn network_bytes(&self) -> Result<Option<u64>> {
         self.raw.progress_bytes()
     }
@@ -462,7 +463,7 @@ impl SendComm {
         self.inflight.len()
     }
 
-    /// Registers memory for requests of this comm. The share is dropped after the requests have ended, or after the comm.
+    /// Registers memory for requests of this comm. Drop the registration after the requests have ended, or after the comm.
     ///
     /// # Safety
     /// The memory stays mapped until then.
@@ -471,8 +472,8 @@ impl SendComm {
         unsafe { self.raw.register(data, len, kind) }
     }
 
-    /// The registration of device memory that a chunk starting at `addr` of a region is sent with. It is shared by all comms of the NIC
-    /// and kept until [`SendComm::forget_region`] or the comm's end.
+    /// The registration of device memory for a chunk that starts at `addr` of a region. All comms of the NIC share it, and it is
+    /// kept until [`SendComm::forget_region`] or the comm's end.
     ///
     /// # Safety
     /// The region stays mapped until then.
@@ -488,7 +489,7 @@ impl SendComm {
         Ok(mhandle)
     }
 
-    /// Releases a region's registrations: no request of this comm uses the region.
+    /// Releases a region's registrations. No request of this comm may use the region.
     pub(crate) fn forget_region(&mut self, id: u64) {
         self.regions.retain(|&(region, _), _| region != id);
     }
@@ -496,7 +497,8 @@ impl SendComm {
     /// Posts one message. `false`: the plugin takes none now, try again.
     ///
     /// # Safety
-    /// `[data, data + len)` is registered under `mhandle`, and neither changes nor goes away until the send is done or the comm closed.
+    /// `[data, data + len)` is registered under `mhandle`, and stays valid and unchanged until the send is done or the comm
+    /// closed.
     pub(crate) unsafe fn send(&mut self, data: *mut c_void, len: usize, tag: c_int, mhandle: MHandle) -> Result<bool> {
         self.admit(len)?;
         // SAFETY: by the caller's contract; the window was checked.
@@ -547,7 +549,7 @@ impl Drop for SendComm {
         if self.inflight.is_empty() {
             self.regions.clear();
         } else {
-            // Their memory may change from now on: the peer must not receive the new content.
+            // The memory may change from now on, and the peer must not receive the new content.
             self.raw.sockets.reset();
         }
     }
@@ -581,7 +583,7 @@ impl RecvComm {
         Ok(comm)
     }
 
-    /// As the plugin's `progress`; an error when the comm has failed, idle or not.
+    /// The plugin's `progress`. Fails when the comm has failed, idle or not.
     pub(crate) fn network_bytes(&self) -> Result<Option<u64>> {
         self.raw.progress_bytes()
     }
@@ -608,7 +610,7 @@ impl RecvComm {
     /// As [`SendComm::register`].
     ///
     /// # Safety
-    /// As there.
+    /// As [`SendComm::register`].
     pub(crate) unsafe fn register(&self, data: *mut c_void, len: usize, kind: c_int) -> Result<Registration> {
         // SAFETY: by the caller's contract.
         unsafe { self.raw.register(data, len, kind) }
@@ -618,7 +620,7 @@ impl RecvComm {
     ///
     /// # Safety
     /// For a host mhandle `[data, data + len)` stays writable and unread until the receive is done or the comm closed. For a CUDA
-    /// mhandle the destination is not touched by the plugin.
+    /// mhandle the plugin does not touch the destination.
     pub(crate) unsafe fn recv(&mut self, data: *mut c_void, len: usize, tag: c_int, mhandle: MHandle) -> Result<bool> {
         self.admit(len)?;
         // SAFETY: by the caller's contract; the window was checked.

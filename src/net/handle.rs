@@ -1,5 +1,5 @@
-//! The 128-byte handle of a listen comm: which of a peer's bytes the plugin sees, and the address inside. TCPX keeps pointers and an
-//! index in them, so no more of a peer's bytes reach the plugin than necessary.
+//! The 128-byte handle of a listen comm: which of the peer's bytes the plugin sees, and the address inside. TCPX keeps pointers
+//! and an index in handles, so the plugin sees as few of the peer's bytes as possible.
 
 use super::traits::HandleCheck;
 use crate::status::{bail, Result};
@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 /// The 128 bytes that name a listen comm to the peer.
 pub(crate) type Handle = [u8; NCCL_NET_HANDLE_MAXSIZE];
 
-/// Bytes of a socket address in a TCPX handle: the data address is at its beginning, the control address after the numbers of sockets
+/// Bytes of a socket address in a TCPX handle. The data address is at the start, the control address after the numbers of sockets
 /// and threads and a flag.
 const ADDRESS: usize = 28;
 const SOCKETS_AT: usize = 36;
@@ -25,7 +25,8 @@ fn family(handle: &Handle, at: usize) -> i32 {
     i32::from(u16::from_ne_bytes([handle[at], handle[at + 1]]))
 }
 
-/// The handle to connect with: the peer's addresses in the form of `own`, a fresh handle of ours. Refuses a handle of another form.
+/// The handle to connect with: the peer's addresses in the form of `own`, a new handle of this engine. Refuses a handle of
+/// another form.
 pub(super) fn admit(how: HandleCheck, own: &Handle, peer: &Handle) -> Result<Handle> {
     match how {
         HandleCheck::Own => Ok(*peer),
@@ -40,13 +41,13 @@ pub(super) fn admit(how: HandleCheck, own: &Handle, peer: &Handle) -> Result<Han
 
 fn fresh_from(used: usize, peer: &Handle) -> Result<()> {
     match peer[used..].iter().position(|&b| b != 0) {
-        Some(at) => bail!(Protocol, "the peer's handle is not a fresh one: byte {} is set", used + at),
+        Some(at) => bail!(Protocol, "the peer's handle is not a new one: byte {} is set", used + at),
         None => Ok(()),
     }
 }
 
-/// Takes the two addresses from the peer and everything else from `own`. Bytes behind an IPv4 address are uninitialised stack memory
-/// of the plugin: they differ from process to process and mean nothing.
+/// Takes the two addresses from the peer and everything else from `own`. The bytes behind an IPv4 address are uninitialised stack
+/// memory of the plugin and mean nothing.
 fn admit_tcpx(own: &Handle, peer: &Handle) -> Result<Handle> {
     let mut admitted = *own;
     for at in [0, CONTROL_AT] {
@@ -71,7 +72,7 @@ fn admit_tcpx(own: &Handle, peer: &Handle) -> Result<Handle> {
         }
     }
     if own[REDIRECT_AT] != peer[REDIRECT_AT] {
-        bail!(Protocol, "NCCL_GPUDIRECTTCPX_CTRL_DEV is set at one end only");
+        bail!(Protocol, "NCCL_GPUDIRECTTCPX_CTRL_DEV is set on one engine only");
     }
     fresh_from(CONTROL_AT + ADDRESS, peer)?;
     Ok(admitted)
@@ -82,7 +83,7 @@ pub(super) fn address(how: HandleCheck, handle: &Handle) -> Option<SocketAddr> {
     addresses(how, handle).next()
 }
 
-/// The number of data sockets of a comm of our handle, if its layout is known.
+/// The number of data sockets of a comm of this engine's handle, if its layout is known.
 pub(super) fn data_sockets(how: HandleCheck, own: &Handle) -> usize {
     match how {
         HandleCheck::Tcpx => u32::from_ne_bytes(word(own, SOCKETS_AT)) as usize,
@@ -142,13 +143,13 @@ mod tests {
         assert!(admit(HandleCheck::Tcpx, &own, &fresh([10, 0, 0, 6], 1, 3)).is_err(), "another number of sockets");
         assert!(admit(HandleCheck::Tcpx, &own, &[0xFF; 128]).is_err());
         assert!(admit(HandleCheck::Tcpx, &[0; 128], &[0; 128]).is_err(), "no address at all");
-        // Bytes that define the comm's form or become a pointer are refused.
+        // Bytes that define the form of the comm or become a pointer are refused.
         for at in (0..2).chain(36..45).chain(48..50).chain(76..128) {
             let mut bad = peer;
             bad[at] ^= 0x80;
             assert!(admit(HandleCheck::Tcpx, &own, &bad).is_err(), "byte {at}");
         }
-        // The rest is ours, whatever the peer's stack memory had.
+        // The rest comes from our own handle, whatever the peer's stack memory had.
         for at in (8..36).chain(45..48).chain(56..76) {
             let mut odd = peer;
             odd[at] ^= 0x80;

@@ -1,6 +1,6 @@
-//! The boundary to the network: NCCL net plugins (`plugin`, with their `table`s and `traits`), comms whose types keep the
-//! contract's rules (`comm`), the set-up of channels (`setup`), and the host's interfaces (`topology`). The ABI itself is crate
-//! `nccl-net-abi`. Knows nothing of transfers, and of GPUs only that a plugin may need one to be current.
+//! The boundary to the network: NCCL net plugins (`plugin`, with their `table`s and `traits`), comms whose types keep the rules
+//! of the plugin contract (`comm`), the set-up of channels (`setup`), and the host's interfaces (`topology`). The ABI itself is
+//! crate `nccl-net-abi`. Knows nothing of transfers, and of GPUs only that a plugin may need one to be current.
 
 mod abandoned_connects;
 pub(crate) mod comm;
@@ -32,7 +32,7 @@ pub(crate) trait OnGpu: Send + Sync {
     fn address(&self) -> Option<String>;
 }
 
-/// The GPU that must be current in a plugin's calls; none for host memory, and for plugins that take the GPU from each request.
+/// The GPU that must be current in a plugin's calls; `None` for host memory, and for plugins that take the GPU from each request.
 pub(crate) type Scope = Option<Arc<dyn OnGpu>>;
 
 /// Runs `body` with the GPU of `scope` current.

@@ -1,5 +1,5 @@
-//! Which NICs serve a GPU, how many channels they get, and which of our NICs is paired with which of the peer's. Pure functions with the
-//! same results at both engines. Knows no plugin.
+//! Which NICs serve a GPU, how many channels they get, and which NIC is paired with which of the peer's. Pure functions that give
+//! both engines the same results. Knows no plugin.
 
 use super::plugin::Device;
 use std::collections::BTreeMap;
@@ -9,8 +9,8 @@ pub(super) fn shared_depth(a: &str, b: &str) -> usize {
     a.split('/').zip(b.split('/')).take_while(|(x, y)| x == y).count()
 }
 
-/// The devices whose PCI path shares most with the GPU's: those of its own PCIe switch, if any. All, in the plugin's order,
-/// without a GPU or if distances are unknown.
+/// The devices whose PCI path shares most with the GPU's: those of its own PCIe switch, if any. All devices in the plugin's order
+/// if there is no GPU or distances are unknown.
 pub(crate) fn closest(devices: &[Device], gpu_pci_path: Option<&str>) -> Vec<usize> {
     let depth = |d: &Device| match (gpu_pci_path, d.pci_path.as_deref()) {
         (Some(gpu), Some(nic)) => shared_depth(gpu, nic),
@@ -20,14 +20,14 @@ pub(crate) fn closest(devices: &[Device], gpu_pci_path: Option<&str>) -> Vec<usi
     (0..devices.len()).filter(|&i| depth(&devices[i]) == most).collect()
 }
 
-/// Channels a NIC pair gets by default where a plugin keeps a core busy for each: 2 to 4.
+/// Channels of a NIC pair by default if the plugin keeps a core busy for each: 2 to 4.
 pub(crate) fn channels_of_a_nic(cores: usize) -> usize {
     (cores / 16).clamp(2, 4)
 }
 
-/// Joins the offers of two engines, given as NIC names: the k-th of a name to the peer's k-th of that name, and, unless only equal
-/// names can reach each other, the rest in order. Both engines compute the same list, whose index is the channel's number:
-/// (index of ours, index of theirs).
+/// Joins the offers of two engines, given as NIC names. The k-th offer of a name is joined to the peer's k-th of that name. The
+/// rest is joined in order, unless only equal names can reach each other. Both engines compute the same list of (own index,
+/// peer's index); its index is the channel's number.
 pub(crate) fn join(ours: &[&str], theirs: &[&str], equal_only: bool) -> Vec<(usize, usize)> {
     let by_name = |names: &[&str]| {
         let mut map: BTreeMap<String, Vec<usize>> = BTreeMap::new();
@@ -43,7 +43,7 @@ pub(crate) fn join(ours: &[&str], theirs: &[&str], equal_only: bool) -> Vec<(usi
             equal.push((k, name, a, b));
         }
     }
-    // In turn over the NICs, so that few channels use all of them.
+    // Alternate between the NICs, so that a few channels use all of them.
     equal.sort();
     let mut joined: Vec<(usize, usize)> = equal.into_iter().map(|(_, _, a, b)| (a, b)).collect();
     if !equal_only {

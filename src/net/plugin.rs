@@ -1,5 +1,5 @@
-//! Loading a NCCL net plugin and calling its table. A plugin is initialised once per process and never unloaded. Every call of a
-//! plugin goes through here, with the locks and the signal mask that its traits require; `comm` keeps the order of calls.
+//! Loading a NCCL net plugin and calling its table. A plugin is initialised once per process and never unloaded. All calls go
+//! through here, with the locks and the signal mask that the plugin's traits require; `comm` keeps the order of calls.
 
 use super::registrations::{MHandle, Registrar, Registrations};
 use super::search;
@@ -21,7 +21,7 @@ use std::sync::{Arc, Once};
 /// Folders and file names searched for GPUDirect-TCPX, in order; LD_LIBRARY_PATH follows.
 pub const TCPX_PLACES: ([&str; 3], [&str; 2]) = (search::TCPX_DIRS, search::TCPX_FILES);
 
-/// Largest message of a foreign plugin: a larger one could need more fragments than TCPX has room for, and it then ends the
+/// Largest message of a foreign plugin. A larger one could need more fragments than TCPX has room for, and TCPX would end the
 /// process.
 const FOREIGN_CHUNK: usize = 512 << 10;
 
@@ -45,7 +45,7 @@ pub struct Device {
     pub speed_mbps: i32,
     /// Or of NCCL_PTR_HOST (1), NCCL_PTR_CUDA (2), NCCL_PTR_DMABUF (4).
     pub ptr_support: i32,
-    /// Receives of CUDA memory must be unpacked from a bounce buffer.
+    /// Received CUDA memory must be unpacked from a bounce buffer.
     pub unpack: bool,
 }
 
@@ -113,9 +113,10 @@ impl Plugin {
         Ok(Arc::new(plugin))
     }
 
-    /// The plugin that the configuration chooses for device memory. `gpu` gives the GPU that should be current when it is initialised.
+    /// The plugin that the configuration chooses for device memory. `gpu` returns the GPU that should be current when it is
+    /// initialised.
     pub(crate) fn choose(config: &Config, gpu: &dyn Fn() -> Result<Scope>) -> Result<Arc<Plugin>> {
-        // An explicit path is used, whichever plugin it holds.
+        // An explicit path is used, whatever plugin it holds.
         if let Some(path) = &config.plugin_path {
             if !path.exists() {
                 bail!(PluginLoad, "UCCL_TCPX_PLUGIN_PATH={} does not exist", path.display());
@@ -138,7 +139,7 @@ impl Plugin {
                 search::TCPX_DIRS.join(", ")
             ),
             None => {
-                tell_about_soft(config);
+                warn_about_soft(config);
                 Plugin::soft()
             }
         }
@@ -165,7 +166,7 @@ impl Plugin {
                 crate::config::check_tcpx()?;
             }
             set_chunk_size(config);
-            // Google's plugin follows the current GPU from its init on.
+            // Google's plugin uses the current GPU from its init on.
             Plugin::start(table, ext, Some(path.to_owned()), &gpu()?)
         })
     }
@@ -221,7 +222,7 @@ impl Plugin {
         (0..n).map(properties).collect()
     }
 
-    /// The devices to set up channels on: those of the start, or the plugin's current list if that may change.
+    /// The devices to set up channels on: those found at the start, or the plugin's current list if it may change.
     pub(crate) fn current_devices(&self) -> Result<Vec<Device>> {
         if !self.traits.devices_change {
             return Ok(self.devices.clone());
@@ -314,7 +315,7 @@ impl Registrar for Plugin {
 
     unsafe fn reg_mr(&self, comm: *mut c_void, data: *mut c_void, size: usize, kind: c_int) -> Result<MHandle> {
         let mut mhandle = std::ptr::null_mut();
-        // Without free descriptors TCPX closes one that is not its own.
+        // Without free descriptors, TCPX closes a descriptor that it does not own.
         if self.traits.serial_setup && !descriptors_left(4) {
             bail!(Resource, "plugin {}: no file descriptors left to register memory (ulimit -n)", self.name);
         }
@@ -338,7 +339,7 @@ impl Plugin {
         // SAFETY: handle is 128 writable bytes.
         self.set_up("listen", || unsafe { self.table.listen(dev as c_int, handle.as_mut_ptr().cast(), &mut comm) })?;
         if comm.is_null() {
-            bail!(Plugin, "plugin {}: listen gave no comm", self.name);
+            bail!(Plugin, "plugin {}: listen returned no comm", self.name);
         }
         Ok(comm)
     }
@@ -362,7 +363,7 @@ impl Plugin {
         }
     }
 
-    /// Whether an accept can be polled now; `first`: for the first time. If it would end the process, it must wait, or fails.
+    /// Whether an accept can be polled now; `first`: for the first time. `false` or an error if polling would end the process.
     pub(super) fn may_accept(&self, gpu: &Scope, first: bool) -> Result<bool> {
         if !self.traits.imports {
             return Ok(true);
@@ -382,14 +383,14 @@ impl Plugin {
         Ok(comm)
     }
 
-    /// An error unless the device can carry new connections now; success also if the plugin cannot tell.
+    /// Fails unless the device can carry new connections now. Succeeds if the plugin cannot tell.
     pub(super) fn ready(&self, dev: usize) -> Result<()> {
         // SAFETY: the plugin is initialised, and checks the number.
         let call = || Some(self.ext.and_then(|e| e.ready).map_or(abi::NCCL_SUCCESS, |call| unsafe { call(dev as c_int) }));
         self.set_up("ready", call)
     }
 
-    /// The listen comm serves a connection of each direction; with a key, which both prove, or without.
+    /// Lets the listen comm serve a connection of each direction, with a key that both prove or without one.
     ///
     /// # Safety
     /// `listen` is a live listen comm that was not asked to accept yet.
@@ -517,7 +518,8 @@ impl Plugin {
         Ok(true)
     }
 
-    /// Bytes of the comm that the peer has acknowledged (send) or that were delivered (receive); `None` if the plugin cannot tell.
+    /// Bytes of the comm that the peer has acknowledged (send) or that were delivered (receive); `None` if the plugin does not
+    /// report them.
     ///
     /// # Safety
     /// `comm` is live.
@@ -542,7 +544,7 @@ impl Plugin {
         (result == abi::NCCL_SUCCESS).then(|| text.to_string_lossy().into_owned())
     }
 
-    /// The kernel's statistics of the comm's connection; `None` if the plugin cannot tell.
+    /// The kernel's statistics of the comm's connection; `None` if the plugin does not report them.
     ///
     /// # Safety
     /// `comm` is live.
@@ -630,7 +632,8 @@ fn load_once(path: Option<&Path>, load: impl FnOnce() -> Result<Plugin>) -> Resu
     Ok(plugin)
 }
 
-/// The first candidate that is GPUDirect-TCPX and starts. One that fails is an error if it `must` start, else skipped with a warning.
+/// The first candidate that is GPUDirect-TCPX and starts. One that fails is an error if it `must` start, and otherwise skipped
+/// with a warning.
 fn first_usable<P: std::ops::Deref<Target = Plugin>>(
     candidates: &[PathBuf],
     must: bool,
@@ -648,7 +651,7 @@ fn first_usable<P: std::ops::Deref<Target = Plugin>>(
             }
             Ok(plugin) => log::info!("{}: holds plugin {}, which is not GPUDirect-TCPX", path.display(), plugin.name),
             Err(e) if must => {
-                bail!(PluginLoad, "UCCL_TCPX_PLUGIN=tcpx, but {e} (UCCL_TCPX_PLUGIN_PATH names another file)")
+                bail!(PluginLoad, "UCCL_TCPX_PLUGIN=tcpx, but {e} (set UCCL_TCPX_PLUGIN_PATH to use another file)")
             }
             Err(e) => log::warn!("the TCPX plugin cannot be used and is left out: {e}"),
         }
@@ -657,7 +660,7 @@ fn first_usable<P: std::ops::Deref<Target = Plugin>>(
 }
 
 /// Warns once that ordinary TCP is used although TCPX may have been intended.
-fn tell_about_soft(config: &Config) {
+fn warn_about_soft(config: &Config) {
     static ONCE: PerProcess<Once> = PerProcess::new(Once::new);
     ONCE.get().call_once(|| {
         // The folder of Google's instructions, and the plugin's default.
@@ -668,7 +671,7 @@ fn tell_about_soft(config: &Config) {
             "GPUDirect-TCPX is not installed (no libnccl-net-tcpx.so in the usual places; UCCL_TCPX_PLUGIN_PATH names it)";
         if !signs.is_empty() {
             log::warn!(
-                "this host looks made for GPUDirect-TCPX ({}), but data goes over ordinary TCP: {missing}",
+                "this host looks prepared for GPUDirect-TCPX ({}), but data goes over ordinary TCP: {missing}",
                 signs.join(", ")
             );
         } else if config.transport_tcpx {
@@ -683,9 +686,9 @@ fn set_chunk_size(config: &Config) {
     ONCE.get().call_once(|| {
         if config.plugin_limit.is_none() {
             let value = CString::new(DEFAULT_LIMIT.to_string()).unwrap_or_default();
-            // Not with std: a fork while another thread holds its environment lock would leave that locked in the child.
-            // SAFETY: two texts, once per process, before a foreign plugin is initialised. Another thread that reads the environment
-            // through the C library at this very moment is the user's to avoid, as with NCCL itself.
+            // Not with std: a fork while another thread holds std's environment lock would leave it locked in the child.
+            // SAFETY: two C strings, once per process, before a foreign plugin is initialised. The user must not read the
+            // environment through the C library in another thread at the same moment, as with NCCL itself.
             if unsafe { libc::setenv(CHUNK_VARIABLE.as_ptr(), value.as_ptr(), 1) } != 0 {
                 log::warn!("{} cannot be set: {}", CHUNK_VARIABLE.to_string_lossy(), std::io::Error::last_os_error());
             }
@@ -718,7 +721,7 @@ mod tests {
         assert_eq!(kind("listen", abi::NCCL_SYSTEM_ERROR), ErrorKind::Plugin);
     }
 
-    /// A lock that another thread holds at a fork stays locked in the child.
+    /// A lock that another thread holds during a fork stays locked in the child.
     #[test]
     fn the_chunk_size_is_set_in_children_of_processes_whose_threads_read_the_environment() {
         let config = Config { plugin_limit: None, ..Config::from_env().unwrap() };
@@ -732,7 +735,7 @@ mod tests {
                 });
             }
             let ended = (0..20).all(|_| {
-                // SAFETY: the child does what is tried, and ends; a signal kills it when it hangs.
+                // SAFETY: the child makes the call under test and ends; a signal kills it if it hangs.
                 let child = unsafe { libc::fork() };
                 if child == 0 {
                     // SAFETY: as above.

@@ -1,5 +1,5 @@
-//! Log lines of foreign plugins: the C logger that they get, levels, and repeated lines. A plugin writes some lines thousands
-//! of times a second; each text is logged at most once a second, with a count of those suppressed.
+//! Log lines of foreign plugins: the C logger that they get, levels, and repeated lines. A plugin may write a line thousands of
+//! times a second; each text is logged at most once a second, with a count of those suppressed.
 
 use nccl_net_abi::ncclDebugLogger_t;
 use process::{Mutex, PerProcess};
@@ -77,7 +77,7 @@ fn report(level: log::Level, file: &str, line: c_int, text: &str) {
 
 static SEEN: PerProcess<Mutex<Repeats>> = PerProcess::new(Mutex::default);
 
-/// Greatest age of a warning that explains a failure: the plugin's own threads write some of them.
+/// The greatest age of a warning that can explain a failure: some come from the plugin's own threads, before or after the call.
 const RECENT: Duration = Duration::from_secs(5);
 /// Most warnings for a failure, and most characters of each.
 const CAUSES: usize = 2;
@@ -104,8 +104,8 @@ struct Repeats {
     warnings: Warnings,
 }
 
-/// The last warnings and errors, each of another line of the plugin's source: the last one may only say that something failed, and the
-/// one before it why.
+/// The last warnings and errors, each from a different line of the plugin's source. The last one may only say that something
+/// failed, and the one before it why.
 #[derive(Default)]
 struct Warnings(VecDeque<(Instant, String, String)>);
 
@@ -139,7 +139,7 @@ struct Site {
 }
 
 impl Repeats {
-    /// The lines to write for a new one: itself, and counts of suppressed lines.
+    /// The lines to write for a new one: the line itself, and counts of suppressed lines.
     fn admit(&mut self, now: Instant, level: log::Level, site: &str, text: &str) -> Vec<Line> {
         let mut out = Vec::new();
         self.settle(now, &mut out);
@@ -170,7 +170,7 @@ impl Repeats {
                 return false;
             }
             out.push(Line { level: written.level, site: site.clone(), text: format!("{text} ({} times more)", written.held) });
-            // It was just written again.
+            // The text was just written again.
             (written.at, written.held) = (now, 0);
             true
         });

@@ -1,6 +1,5 @@
-//! Registered memory of a plugin: one registration per NIC and range, shared by all users and dropped after the last use. A
-//! registration is dropped through any open comm of the NIC; if none is open, the next one does it. Knows of a plugin only that it
-//! registers.
+//! Registered memory of a plugin: one registration per NIC and range, shared by all users and dropped after the last use. Any
+//! open comm of the NIC can drop it; if none is open, the next one does. Knows of a plugin only its registration calls.
 
 use super::{within, Scope};
 use crate::config::MAX_CHUNK_BYTES;
@@ -19,7 +18,7 @@ pub(crate) type MHandle = *mut c_void;
 pub(super) trait Registrar: Send + Sync {
     /// For messages.
     fn name(&self) -> &str;
-    /// A registration serves every comm of its NIC, not only the one it was made through.
+    /// A registration serves every comm of its NIC, not only the one through which it was made.
     fn shared(&self) -> bool;
     /// The registrations of this process; a parent's belong to the parent.
     fn registrations(&self) -> &Registrations;
@@ -34,12 +33,12 @@ pub(super) trait Registrar: Send + Sync {
 /// Alignment that plugins require of the base and the size of device memory.
 const PAGE: u64 = nccl_net_abi::PAGE as u64;
 
-/// Regions are registered in pieces that start this far apart, since plugins address by 31-bit offsets. Pieces overlap by a chunk, so that
-/// every chunk lies in one of them.
+/// Regions are registered in pieces that start this far apart, since plugins address by 31-bit offsets. Pieces overlap by a
+/// chunk, so that every chunk lies within one piece.
 const PIECE: u64 = 1 << 30;
 const OVERLAP: u64 = MAX_CHUNK_BYTES as u64;
 
-/// The piece of a region that a chunk starting at `addr` lies in: its number and its range in whole pages.
+/// The piece of a region that contains a chunk starting at `addr`: its number and its range in whole pages.
 pub(super) fn piece(span: Span, addr: u64) -> (u64, u64, u64) {
     let first = span.addr & !(PAGE - 1);
     let end = (span.addr + span.len).next_multiple_of(PAGE);
@@ -48,7 +47,7 @@ pub(super) fn piece(span: Span, addr: u64) -> (u64, u64, u64) {
     (piece, start, (PIECE + OVERLAP).min(end.saturating_sub(start)))
 }
 
-/// A registered range. With the comm, if the plugin ties registrations to comms.
+/// A registered range, with the comm if the plugin ties registrations to comms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
     dev: usize,
@@ -127,7 +126,7 @@ impl Registrations {
         let tied = if plugin.shared() { 0 } else { comm as usize };
         let key = Key { dev, base, len, kind, comm: tied };
         if kind == NCCL_PTR_CUDA && (base as u64 % PAGE != 0 || len as u64 % PAGE != 0) {
-            bail!(Internal, "registration of {len} bytes of device memory at {base:#x}: not whole pages");
+            bail!(Internal, "{len} bytes of device memory at {base:#x} are not whole pages and cannot be registered");
         }
         let mut table = self.0.lock();
         if let Some(entry) = table.entries.get_mut(&key) {
@@ -195,7 +194,8 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// Every chunk of a region lies in its piece; pieces are whole pages, below 2 GiB, and reach no further than the region's last page.
+        /// Every chunk of a region lies in its piece. Pieces are whole pages, below 2 GiB, and end at the region's last page at
+        /// most.
         #[test]
         fn chunks_lie_in_their_piece(addr in 1u64..1 << 40, len in 1u64..5 << 30, at in any::<prop::sample::Index>(), chunk in 1u64..=OVERLAP) {
             let span = Span { id: 1, addr, len };

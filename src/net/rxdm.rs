@@ -1,14 +1,14 @@
-//! Checks the receive manager of GPUDirect-TCPX: at the first accept for a GPU the plugin asks it for the GPU's receive memory, and ends
-//! the process if there is no answer. Knows nothing of the answer.
+//! Checks the receive manager of GPUDirect-TCPX. At the first accept for a GPU the plugin asks it for the GPU's receive memory,
+//! and ends the process if there is no answer. Knows nothing of the answer.
 
 use crate::status::{bail, Result};
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// The variable that names the folder of its sockets, and the plugin's default.
+/// The variable that names the folder of its sockets, and its default in the plugin.
 const FOLDER: (&str, &str) = ("NCCL_GPUDIRECTTCPX_UNIX_CLIENT_PREFIX", "/tmp");
-/// Its socket for flow rules: the plugin asks there first, and fails cleanly if it does not exist.
+/// Its socket for flow rules. The plugin asks there first, and fails cleanly if it does not exist.
 const RULES: &str = "rx_rule_manager";
 /// Prefixes of its sockets for a GPU, before the GPU's PCI address.
 const OF_GPU: [&str; 2] = ["get_gpu_fd_", "get_gpu_metadata_"];
@@ -16,7 +16,7 @@ const OF_GPU: [&str; 2] = ["get_gpu_fd_", "get_gpu_metadata_"];
 /// Checks that it serves the receive memory of a GPU, by PCI address; of any GPU if the address is unknown.
 ///
 /// # Errors
-/// What is missing: the plugin must not accept.
+/// What is missing. The plugin must not accept then.
 pub(super) fn serves(gpu: Option<&str>) -> Result<()> {
     let folder = std::env::var_os(FOLDER.0).map_or(PathBuf::from(FOLDER.1), PathBuf::from);
     serves_from(&folder, gpu)
@@ -46,7 +46,7 @@ fn serves_from(folder: &Path, gpu: Option<&str>) -> Result<()> {
 fn knock(path: &Path) -> io::Result<()> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking().cloexec(), None)?;
     match socket.connect(&SockAddr::unix(path)?) {
-        // Its backlog is full: it exists.
+        // The backlog is full, so a process listens.
         Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(()),
         result => result,
     }

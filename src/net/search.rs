@@ -1,4 +1,4 @@
-//! Where GPUDirect-TCPX may be installed, in search order, and signs that a host is made for it. Reads files only.
+//! Where GPUDirect-TCPX may be installed, in search order, and signs that a host is prepared for it. Reads files only.
 
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,7 @@ pub(super) fn candidates(dirs: &[&Path], library_path: Option<&str>) -> Vec<Path
     let mut found: Vec<PathBuf> = Vec::new();
     for dir in dirs.iter().copied().chain(more) {
         for file in TCPX_FILES.map(|f| dir.join(f)) {
-            // One file under two names is tried once.
+            // A file under two names is tried once.
             let same = |other: &PathBuf| other == &file || (other.canonicalize().ok() == file.canonicalize().ok());
             if file.exists() && !found.iter().any(same) {
                 found.push(file);
@@ -24,8 +24,8 @@ pub(super) fn candidates(dirs: &[&Path], library_path: Option<&str>) -> Vec<Path
     found
 }
 
-/// Signs that a host is made for TCPX: data NICs of Google's gVNIC driver besides the first NIC, sockets of the receive manager.
-/// `root` is the root of the file system; `managers` the folders in which the manager's sockets may be.
+/// Signs that a host is prepared for TCPX: NICs of Google's gVNIC driver besides the first, and sockets of the receive manager.
+/// `root` is the root of the file system, `managers` the folders in which the manager's sockets may be.
 pub(super) fn signs(root: &Path, managers: &[&str]) -> Vec<String> {
     let mut signs = Vec::new();
     let mut gvnics = names(&root.join("sys/class/net"));

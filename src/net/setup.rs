@@ -1,7 +1,7 @@
-//! Setting up channels with a peer, without blocking: listen comms and their offers, then connects and accepts polled until they are up.
-//! If the plugin supports it, the listener listens and the connector dials the connections of both directions. A NIC that cannot be used
-//! is left out; afterwards the two engines agree on the channels that both have. Knows nothing of chunks, and of time only how long to
-//! wait for a NIC when others are up.
+//! Setting up channels with a peer, without blocking: first listen comms and their offers, then connects and accepts that are
+//! polled until the channels are up. If the plugin supports it, the listener listens for the connections of both directions and
+//! the connector dials them. An unusable NIC is left out; in the end the two engines agree on the channels that both have. Knows
+//! nothing of chunks, and of time only how long to wait for a NIC when others are up.
 
 use super::comm::{Accepting, Answering, Calling, Connecting, Handle, ListenComm, RecvComm, SendComm};
 use super::pairing;
@@ -17,7 +17,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The address to which the peer can connect one channel.
+/// Where the peer can connect one channel.
 #[derive(Clone, Debug)]
 pub(crate) struct Offer {
     /// The NIC's name at the engine that offers it.
@@ -26,7 +26,7 @@ pub(crate) struct Offer {
     pub handle: Handle,
 }
 
-/// What an engine does for its channels.
+/// Which comms an engine dials and for which it listens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Role {
     /// Listens, and dials the comms that it sends on.
@@ -61,8 +61,7 @@ pub(crate) struct Pair {
     pub peer_nic: String,
 }
 
-/// Keeps the channels that came up at both engines, once the peer has named its own. Both engines call it; the rest is
-/// closed.
+/// Keeps the channels that came up at both engines, once the peer has named its own, and closes the rest. Both engines call it.
 pub(crate) fn agree(pairs: Vec<Pair>, theirs: &[usize]) -> Vec<Pair> {
     pairs.into_iter().filter(|p| theirs.contains(&p.index)).collect()
 }
@@ -100,8 +99,8 @@ pub(crate) struct Listening {
 }
 
 impl Listening {
-    /// Opens `n` listen comms, in turn over the NICs of `choice`, which are indexes into `devices`. A NIC that fails is left out; one
-    /// whose ports are all in use keeps the channels that it has.
+    /// Opens `n` listen comms, alternating between the NICs of `choice`, which are indexes into `devices`. A NIC that fails is
+    /// left out; one whose ports are all in use keeps the channels that it has.
     ///
     /// `gpu`: the GPU whose memory the channels will carry, for plugins that follow the current GPU.
     pub(crate) fn open(
@@ -127,7 +126,7 @@ impl Listening {
                     last = Error::new(e.kind(), format_args!("{what} on {nic}: {e}"));
                     nics.remove(at);
                     if e.kind() == ErrorKind::System {
-                        warn_of_fewer(format_args!("NIC {nic} has fewer channels than wanted: {last}"));
+                        warn_of_fewer(format_args!("NIC {nic} has fewer channels than requested: {last}"));
                     } else {
                         left_out(&nic, &last);
                         listeners.retain(|l: &Listener| l.dev != dev);
@@ -146,9 +145,9 @@ impl Listening {
         self.listeners.iter().map(|l| Offer { nic: l.nic.clone(), handle: l.handle() }).collect()
     }
 
-    /// Joins the offers of both engines to channels and starts them. If nothing can be joined the result is complete at once, empty, with a
-    /// reason. With `keys` they are tied to the control connection, if the plugin can do that. Addresses outside `allowed` are not dialled,
-    /// as far as the peer's handles can be read.
+    /// Joins the offers of both engines to channels and starts them. If nothing can be joined, the result is complete at once,
+    /// empty, with a reason. With `keys` the channels are tied to the control connection if the plugin supports that. Addresses
+    /// outside `allowed` are not dialled, as far as the peer's handles can be read.
     pub(crate) fn establish(self, peer: &[Offer], keys: Option<KeysOf<'_>>, allowed: &AllowList) -> Establishing {
         let keys = keys.filter(|_| self.plugin.traits.secured);
         let names: Vec<&str> = self.listeners.iter().map(|l| l.nic.as_str()).collect();
@@ -210,7 +209,7 @@ enum Half<P, U> {
     Pending(P),
     Up(U),
     Failed(Error),
-    /// Abandoned, or handed over.
+    /// Abandoned, or already returned to the caller.
     Gone,
 }
 
@@ -219,7 +218,7 @@ impl<P, U> Half<P, U> {
         pending.map_or_else(Half::Failed, Half::Pending)
     }
 
-    /// One step of a pending half.
+    /// Polls a pending half once.
     fn step(&mut self, poll: impl FnOnce(&mut P) -> Result<Option<U>>) {
         if let Half::Pending(pending) = self {
             match poll(pending) {
@@ -278,7 +277,7 @@ impl On<'_> {
         let how = self.plugin.traits.handle_check;
         let admitted = handle::admit(how, own, peer)?;
         match handle::addresses(how, &admitted).find(|address| !self.allowed.admits(address.ip())) {
-            Some(_) => bail!(Unreachable, "the address is not in UCCL_TCPX_ALLOW of this host"),
+            Some(_) => bail!(Unreachable, "the address is not in UCCL_TCPX_ALLOW on this host"),
             None => Ok(admitted),
         }
     }
@@ -316,9 +315,9 @@ struct Channel {
     own: Option<SocketAddr>,
     send: Half<Outward, SendComm>,
     recv: Half<Inward, RecvComm>,
-    /// What was missing when the peer abandoned it.
+    /// The steps that were pending when the peer abandoned it.
     lost: Option<String>,
-    /// Its failure was reported.
+    /// Its failure was logged.
     reported: bool,
 }
 
@@ -367,7 +366,7 @@ impl Channel {
         matches!(self.send, Half::Failed(_) | Half::Gone) || matches!(self.recv, Half::Failed(_) | Half::Gone)
     }
 
-    /// The peer's end as text.
+    /// The peer's end, as text.
     fn target(&self) -> String {
         match self.address {
             Some(address) => format!("{address} ({})", self.peer_nic),
@@ -375,7 +374,7 @@ impl Channel {
         }
     }
 
-    /// The pending step for data to the peer, and for data from it, as text.
+    /// The pending steps for data to the peer and from it, as text.
     fn doing(&self) -> (String, String) {
         let dial = format!("connect to {}", self.target());
         let wait = match self.own {
@@ -424,8 +423,8 @@ impl Channel {
     }
 }
 
-/// Channels during set-up. If dropped early it releases everything: at once if the plugin supports that, else on a
-/// background thread when the plugin is finished with it.
+/// Channels during set-up. If it is dropped early it releases everything: at once if the plugin supports that, otherwise on a
+/// background thread when the plugin no longer uses it.
 pub(crate) struct Establishing {
     plugin: Arc<Plugin>,
     channels: Vec<Channel>,
@@ -434,14 +433,14 @@ pub(crate) struct Establishing {
     reason: Option<String>,
 }
 
-/// How long to wait for other NICs after the first channel is up: this many times its duration, within bounds.
+/// How long to wait for other NICs once the first channel is up: this many times what that took, within bounds.
 const STRAGGLER_WAIT_FACTOR: u32 = 4;
 const MIN_STRAGGLER_WAIT: Duration = Duration::from_secs(3);
 
 impl Establishing {
-    /// One step. `Some` once it is settled which channels are up, by number; it may be fewer than were offered, and
-    /// none if nothing could be joined (then [`Establishing::reason`] says why). An error: every channel has failed. After the
-    /// end further calls return no channels.
+    /// One step. `Some` once it is settled which channels are up, by number. They may be fewer than were offered, and none if
+    /// nothing could be joined (then [`Establishing::reason`] says why). An error means that every channel has failed. After the
+    /// end, further calls return no channels.
     pub(crate) fn poll(&mut self) -> Result<Option<Vec<Pair>>> {
         self.poll_at(Instant::now())
     }
@@ -470,7 +469,7 @@ impl Establishing {
         Ok(Some(self.finish()))
     }
 
-    /// Exhausted descriptors or memory are not a NIC's fault.
+    /// A lack of descriptors or memory is not the fault of a NIC.
     fn exhausted(&self) -> Option<Error> {
         self.channels.iter().filter_map(Channel::cause).find(|e| e.kind() == ErrorKind::Resource)
     }
@@ -510,7 +509,7 @@ impl Establishing {
         }
     }
 
-    /// The error when nothing came up.
+    /// The error for a set-up in which no channel came up.
     fn failure(&self) -> Error {
         let causes: Vec<Error> = self.channels.iter().filter_map(Channel::cause).collect();
         match causes.first() {
@@ -522,7 +521,7 @@ impl Establishing {
         }
     }
 
-    /// The peer has named its channels: this engine stops waiting for the others.
+    /// The peer has named its channels, so this engine stops waiting for the others.
     pub(crate) fn peer_has(&mut self, theirs: &[usize]) {
         for channel in &mut self.channels {
             if !theirs.contains(&channel.index) {
@@ -537,7 +536,7 @@ impl Establishing {
         self.reason.as_deref()
     }
 
-    /// What is still missing, for the error at the caller's deadline: NIC, address and direction of each channel.
+    /// What is still pending, for the error at the caller's deadline: NIC, address and direction of each channel.
     pub(crate) fn missing(&self) -> Error {
         let missing: Vec<String> = self.channels.iter().filter_map(Channel::missing).collect();
         let more = missing.len().saturating_sub(4);
@@ -552,16 +551,16 @@ impl Establishing {
         )
     }
 
-    /// When to poll again: soon at first, later more and more rarely.
+    /// When to poll again: soon at first, then less and less often.
     pub(crate) fn retry_in(&self) -> Duration {
         let slowest = if self.plugin.traits.lingers { 5 } else { 10 };
         (self.began.elapsed() / 8).clamp(Duration::from_micros(20), Duration::from_millis(slowest))
     }
 }
 
-/// The number of channels for `nics` NICs and `cores` cores: as configured, else as many as help. A plugin with its own threads can use
-/// one thread per channel, so cores limit the number: all of few, half of many. Every NIC gets at least one; if NICs are paired each
-/// gets 2 to 4.
+/// The number of channels for `nics` NICs and `cores` cores: as configured, otherwise as many as help. A plugin with its own
+/// threads can use one thread per channel, so it gets one channel per core if there are few cores, and one per two if there are
+/// many. Every NIC gets at least one channel; if NICs are paired, each gets 2 to 4.
 pub(crate) fn channel_count(plugin: &Plugin, configured: Option<usize>, nics: usize, cores: usize) -> usize {
     let default = if plugin.traits.paired_nics {
         pairing::channels_of_a_nic(cores) * nics
@@ -571,8 +570,8 @@ pub(crate) fn channel_count(plugin: &Plugin, configured: Option<usize>, nics: us
     configured.unwrap_or(default).min(64)
 }
 
-/// The devices that serve a GPU, or host memory if none is given: those whose name can reach the peer and that have a carrier.
-/// If NICs are paired a GPU uses those of its own PCIe switch; else those of its NUMA node, nearest first.
+/// The devices that serve a GPU, or host memory if none is given: those whose name can reach the peer and that have a carrier. If
+/// NICs are paired, a GPU uses those of its own PCIe switch, otherwise those of its NUMA node, nearest first.
 pub(crate) fn nics_for(plugin: &Plugin, devices: &[Device], gpu_pci_path: Option<&str>) -> Vec<usize> {
     let mut chosen = if plugin.traits.paired_nics {
         pairing::closest(devices, gpu_pci_path)
@@ -586,7 +585,10 @@ pub(crate) fn nics_for(plugin: &Plugin, devices: &[Device], gpu_pci_path: Option
             NO_CARRIER.log(
                 log::Level::Warn,
                 Instant::now(),
-                format_args!("NIC {nic} is no PCI device and is left out: plugin {} cannot register memory for it", plugin.name),
+                format_args!(
+                    "NIC {nic} is not a PCI device and is left out: plugin {} cannot register memory for it",
+                    plugin.name
+                ),
             );
         }
         chosen.retain(named);

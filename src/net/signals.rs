@@ -1,5 +1,5 @@
 //! SIGPIPE around calls of plugins that write to sockets without MSG_NOSIGNAL: blocked in the calling thread, and consumed if the
-//! call raised it. A signal that was pending before, or that the application blocks, stays as it was.
+//! call raised it. A SIGPIPE that was pending before, or that the application blocks, stays as it was.
 
 use std::cell::Cell;
 use std::marker::PhantomData;
@@ -9,9 +9,9 @@ thread_local! {
     static DEPTH: Cell<u32> = const { Cell::new(0) };
 }
 
-/// While it lives, SIGPIPE of the thread's calls does not reach the process. Nesting is free: hold one around many calls.
+/// While it exists, SIGPIPE raised by the thread's calls does not reach the process. Nesting is free: hold one around many calls.
 pub(crate) struct Quiet {
-    /// In the outermost guard: the previous mask, and whether a SIGPIPE was already pending.
+    /// In the outermost guard: the previous mask, and whether a SIGPIPE was pending.
     before: Option<(libc::sigset_t, bool)>,
     /// Not Send: the mask belongs to the thread.
     _thread: PhantomData<*const ()>,
@@ -71,7 +71,7 @@ impl Drop for Quiet {
 mod tests {
     use super::*;
 
-    /// Raises SIGPIPE as a plugin's write does.
+    /// Raises SIGPIPE, as a plugin's write does.
     fn write_to_closed_socket() {
         let mut ends = [0; 2];
         // SAFETY: two writable descriptors, closed here; one byte is readable.

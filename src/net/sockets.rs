@@ -1,20 +1,20 @@
 //! The data sockets inside a plugin: found once a comm is up, and prepared for its close. Knows nothing of comms.
 //!
-//! GPUDirect-TCPX has two requirements at a close, which this file ensures.
+//! Closing a comm of GPUDirect-TCPX has two requirements, which this file ensures.
 //!
-//! 1. **No byte leaves memory after its region was released.** The kernel sends from the memory of a send until the peer has acknowledged
-//!    it, even after a plain close. So a send comm that closes with sends in flight has its connections reset: the kernel drops
-//!    unsent data. The reset is a connect to AF_UNSPEC, which acts on the connection itself. SO_LINGER would act on the close of the
-//!    last descriptor, and a forked child may keep one for long. Packets already in the interface's queue are still sent, and read from
-//!    memory only then: the close waits for them.
-//! 2. **No receive comm closes with a socket that was reset.** At the close the plugin removes the flow rule of each data socket, asks the
-//!    socket for its peer's address to do so, and ends the process if the socket has no peer. Resets cannot be prevented:
-//!    the first rule causes them at the peer, and networks reset connections too, also between any check and the close. So every data
-//!    socket gets a stand-in when its comm comes up: a UDP socket that is bound and connected to the same two addresses, and that no
-//!    network can reset. It takes the socket's descriptor number just before the close: the plugin finds the peer's address and removes
-//!    the right rule, and the connection's data in receive memory is freed with the connection. It is made early because later there may
-//!    be neither descriptors nor a route to the peer. A comm with a socket without a stand-in stays open: that leaks memory, but keeps
-//!    the process alive.
+//! 1. **No byte is sent from memory after its region was released.** The kernel sends from the memory of a send until the peer
+//!    has acknowledged it, even after a plain close. So a send comm that closes with sends in flight has its connections reset,
+//!    and the kernel drops unsent data. The reset is a connect to AF_UNSPEC, which acts on the connection itself. SO_LINGER would
+//!    act on the close of the last descriptor, and a forked child may keep one for long. Packets already in the interface's queue
+//!    are still sent, and their memory is read only then, so the close waits for them.
+//! 2. **No receive comm closes with a socket that was reset.** At the close the plugin removes the flow rule of each data socket.
+//!    To do so it asks the socket for its peer's address, and ends the process if the socket has no peer. Resets cannot be
+//!    prevented: the first rule causes them at the peer, and networks reset connections too, also between any check and the
+//!    close. So every data socket gets a stand-in when its comm comes up: a UDP socket that is bound and connected to the same
+//!    two addresses, and that no network can reset. It takes over the socket's descriptor number just before the close. The
+//!    plugin then finds the peer's address and removes the right rule, and the connection's data in receive memory is freed with
+//!    the connection. The stand-in is made early because later there may be neither descriptors nor a route to the peer. A comm
+//!    with a socket without a stand-in stays open: that leaks memory, but keeps the process alive.
 
 use socket2::{Domain, Protocol, SockAddr, SockFilter, SockRef, Socket, Type};
 use std::io::{Error, ErrorKind, Result};
@@ -25,16 +25,16 @@ use std::time::{Duration, Instant};
 /// From the kernel's socket.h: a socket's memory use.
 const SO_MEMINFO: libc::c_int = 55;
 
-/// How long a close waits for the interface's queue: a few milliseconds on links of 100 Mbit/s and more.
+/// How long a close waits for the interface's queue. It takes a few milliseconds on links of 100 Mbit/s and more.
 const LEAVES_WITHIN: Duration = Duration::from_secs(1);
 
-/// A connection of this process, as it was when found.
+/// A connection of this process, in the state in which it was found.
 struct Found {
     fd: RawFd,
     /// Distinguishes the socket from a later one with the same number.
     cookie: u64,
     here: SocketAddr,
-    /// None if it was already reset.
+    /// `None` if it was already reset.
     there: Option<SocketAddr>,
     stand_in: Option<Socket>,
 }
@@ -53,7 +53,7 @@ impl Found {
         Some(Found { fd, cookie: socket.cookie().ok()?, here, there, stand_in: None })
     }
 
-    /// Whether it still has its number: the plugin may have closed it.
+    /// Whether the number still belongs to it: the plugin may have closed it.
     fn is_open(&self) -> bool {
         Found::look(self.fd).is_some_and(|now| now.cookie == self.cookie)
     }
@@ -63,11 +63,11 @@ impl Found {
             return Ok(());
         }
         let socket = Socket::new(Domain::for_address(self.here), Type::DGRAM, Some(Protocol::UDP))?;
-        // The plugin's threads may still read from the number, and would take any bytes for data: nothing may arrive.
+        // The plugin's threads may still read from the number and would take any bytes for data, so nothing may arrive.
         let nothing = SockFilter::new((libc::BPF_RET | libc::BPF_K) as u16, 0, 0, 0);
         socket.attach_filter(&[nothing])?;
         socket.set_nonblocking(true)?;
-        // All data sockets of a comm have one address here.
+        // All data sockets of a comm have the same local address.
         socket.set_reuse_address(true)?;
         match socket.bind(&self.here.into()) {
             // Another program's UDP socket has the port. The receive manager then keeps a rule that no connection uses.
@@ -84,7 +84,7 @@ impl Found {
     fn replace(&mut self) -> Result<()> {
         self.make_stand_in()?;
         let Some(stand_in) = self.stand_in.take().filter(|_| self.is_open()) else { return Ok(()) };
-        // SAFETY: the plugin owns and closes the number; dup2 closes the old socket, and users of the number find the stand-in.
+        // SAFETY: the plugin owns and closes the number; dup3 closes the old socket, and users of the number find the stand-in.
         if unsafe { libc::dup3(stand_in.as_raw_fd(), self.fd, libc::O_CLOEXEC) } < 0 {
             return Err(Error::last_os_error());
         }
@@ -108,7 +108,7 @@ impl Found {
         // SAFETY: plain data for which zeros are valid.
         let mut nowhere: libc::sockaddr = unsafe { std::mem::zeroed() };
         nowhere.sa_family = libc::AF_UNSPEC as libc::sa_family_t;
-        // SAFETY: an address and its size; the descriptor is the plugin's, which finds a connection that was reset.
+        // SAFETY: an address and its size; the descriptor is the plugin's, which then finds a reset connection.
         if unsafe { libc::connect(self.fd, &nowhere, size_of::<libc::sockaddr>() as libc::socklen_t) } < 0 {
             return Err(Error::last_os_error());
         }
@@ -116,21 +116,21 @@ impl Found {
     }
 }
 
-/// Connections of this process that have one address at one of their ends.
+/// Connections of this process that have a given address at one end.
 #[derive(Default)]
 pub(super) struct Sockets {
     found: Vec<Found>,
-    /// How many sockets were not found.
+    /// How many expected sockets were not found.
     missing: usize,
 }
 
-/// A plugin's handle has no scope or flow label.
+/// Compares IP and port only: a plugin's handle has no scope or flow label.
 fn same(a: SocketAddr, b: SocketAddr) -> bool {
     (a.ip(), a.port()) == (b.ip(), b.port())
 }
 
 impl Sockets {
-    /// Those for which `ask` returns `address`.
+    /// The connections for which `ask` returns `address`.
     fn with(address: SocketAddr, ask: fn(&Socket) -> Result<SockAddr>) -> Sockets {
         let Ok(descriptors) = std::fs::read_dir("/proc/self/fd") else { return Sockets::default() };
         let numbers = descriptors.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<RawFd>().ok());
@@ -142,18 +142,18 @@ impl Sockets {
         Sockets { found: numbers.filter(is).filter_map(Found::look).collect(), missing: 0 }
     }
 
-    /// Those connected to this address now.
+    /// The connections to this address.
     pub(super) fn connected_to(there: SocketAddr) -> Sockets {
         Sockets::with(there, Socket::peer_addr)
     }
 
-    /// Those with this local address, reset or not.
+    /// The connections with this local address, reset or not.
     pub(super) fn at(here: SocketAddr) -> Sockets {
         Sockets::with(here, Socket::local_addr)
     }
 
-    /// Removes those that existed before: the application may be connected to the address in the peer's handle, and a
-    /// port may be reused for listening while connections of earlier comms live.
+    /// Removes those that existed before. The application may be connected to the address in the peer's handle, and a port may be
+    /// reused for listening while connections of earlier comms live.
     pub(super) fn since(mut self, before: &Sockets) -> Sockets {
         self.found.retain(|found| !before.found.iter().any(|old| old.cookie == found.cookie));
         self
@@ -180,7 +180,7 @@ impl Sockets {
         Ok(())
     }
 
-    /// Resets them: the kernel drops unsent and unacknowledged data. When this returns nothing more is sent.
+    /// Resets the connections: the kernel drops unsent and unacknowledged data. Nothing more is sent after this returns.
     pub(super) fn reset(&self) {
         let open = || self.found.iter().filter(|found| found.is_open());
         for found in open() {

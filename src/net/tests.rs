@@ -1,5 +1,5 @@
-//! This folder's code with foreign plugins: over the strict foreign plugin, which ends the process at the first violation of
-//! the contract, and over a table of version 8. Each case has its own process, since a plugin is initialised once.
+//! The code of this folder over foreign plugins: the strict foreign plugin, which ends the process at the first violation of the
+//! contract, and a table of version 8. Each case has its own process, since a plugin is initialised once.
 
 use super::comm::{Connecting, ListenComm, RecvComm, SendComm};
 use super::plugin::Plugin;
@@ -46,7 +46,7 @@ fn environment<'a>(child: &'a mut Command, case: &str, devices: &str, more: &[(&
     child.env("NCCL_DYNAMIC_CHUNK_SIZE", "524288").envs(more.iter().copied())
 }
 
-/// Shows that every protection is needed: without it the case's process ends.
+/// Shows that every protection is needed: without it the process of the case ends.
 #[test]
 fn without_its_protection_each_case_ends_the_process() {
     for (case, missing, signal, why) in [
@@ -294,13 +294,13 @@ fn sends_under_way(plugin: &Arc<Plugin>) {
     let span = Span { id: 1, addr: memory.addr(), len: memory.len as u64 };
     let end = |mut socket: TcpStream| {
         let mut bytes = Vec::new();
-        // Without a reset the connection never ends: this process has copies.
+        // Without a reset the connection never ends, since this process has copies of its socket.
         socket.set_read_timeout(Some(Duration::from_secs(5))).expect("timeout");
         let end = socket.read_to_end(&mut bytes).map_err(|e| e.kind());
         assert!(!bytes.contains(&RELEASED), "{LEAKED}");
         end
     };
-    // Everything was acknowledged: an orderly end.
+    // Everything was acknowledged, so the end is orderly.
     let (mut send, _control, data) = to_a_raw_peer(plugin);
     // SAFETY: the memory outlives the comm.
     unsafe {
@@ -329,7 +329,7 @@ fn sends_under_way(plugin: &Arc<Plugin>) {
     nothing_is_left();
 }
 
-/// Copies of the sockets of this process that are connected to this one.
+/// Copies of the sockets in this process that are connected to `socket`.
 fn other_ends(socket: &TcpStream) -> Vec<OwnedFd> {
     let there = socket.peer_addr().expect("peer");
     let numbers = std::fs::read_dir("/proc/self/fd").expect("descriptors").flatten();
@@ -399,7 +399,7 @@ fn dead_nic(plugin: &Arc<Plugin>) {
     for side in [&a, &b] {
         assert_eq!(side.iter().map(|p| (p.index, p.nic.as_str())).collect::<Vec<_>>(), [(0, "eth1"), (2, "eth1")]);
     }
-    // The plugin still uses channels that did not come up: nothing was closed under it (it would have ended the process).
+    // The plugin still uses the channels that did not come up. Closing them would have ended the process.
     assert!(abandoned_connects::kept() > 0);
 }
 
@@ -420,7 +420,7 @@ fn peer_says_less(plugin: &Arc<Plugin>) {
         poll(&mut a, &mut up_a);
         poll(&mut b, &mut up_b);
     }
-    let up = up_a.expect("side a");
+    let up = up_a.expect("engine a");
     assert_eq!(up.iter().map(|p| p.index).collect::<Vec<_>>(), [3]);
 }
 
@@ -563,7 +563,7 @@ fn registrations_in_flight(plugin: &Arc<Plugin>) {
         }
         assert!(pair.send.inflight() > 0);
     }
-    // The last comm of its NIC closes with requests in flight: the registration waits for the next comm.
+    // The last comm of its NIC closes with requests in flight, so the registration waits for the next comm.
     drop(b);
     let Pair { send, recv, .. } = a.remove(0);
     drop(recv);
@@ -617,11 +617,11 @@ fn sigpipe(plugin: &Arc<Plugin>) {
     assert_eq!(error.kind(), ErrorKind::RemoteDisconnect);
     // A receiver with an unannounced receive.
     let second = &mut a[1];
-    // SAFETY: as above; nothing comes.
+    // SAFETY: as above; nothing arrives.
     unsafe {
         let registration = second.recv.register(memory.at.cast(), 4096, NCCL_PTR_CUDA).expect("register");
         assert!(second.recv.recv(memory.at.cast(), 4096, 0, registration.mhandle()).expect("recv"));
-        // It goes after the comm.
+        // It must be dropped after the comm, or never.
         std::mem::forget(registration);
     }
     drop(b);

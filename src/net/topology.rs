@@ -41,8 +41,8 @@ fn addresses() -> Vec<IpAddr> {
     found
 }
 
-/// The addresses of usable interfaces that `filter` (in NCCL's form) admits, one each, by the same rules as the
-/// software plugin's devices.
+/// One address of each usable interface that `filter` (in NCCL's form) admits, by the same rules as the software plugin's
+/// devices.
 ///
 /// # Errors
 /// The kernel cannot list its interfaces.
@@ -71,15 +71,15 @@ pub(crate) fn numa_node(pci_path: Option<&str>) -> Option<i32> {
     text.trim().parse().ok().filter(|&n| n >= 0)
 }
 
-/// Whether an interface has a carrier. `true` if unknown: a plugin's names need not be the host's.
+/// Whether an interface has a carrier. `true` if unknown: a plugin's device names need not be the host's.
 pub(crate) fn has_carrier(root: &Path, name: &str) -> bool {
     let at = root.join("sys/class/net").join(name);
     // An interface that is down refuses the read.
     !at.exists() || std::fs::read_to_string(at.join("carrier")).is_ok_and(|text| text.trim() == "1")
 }
 
-/// The devices to use for the GPU with this PCI directory, nearest first: those of its NUMA node, sorted by the shared length of the PCI
-/// path. Without a GPU, or if distances are unknown, all devices in the plugin's order.
+/// The devices to use for the GPU with this PCI directory, nearest first: those of its NUMA node, sorted by the shared length of
+/// the PCI path. All devices in the plugin's order if there is no GPU or distances are unknown.
 pub(crate) fn nearest(devices: &[Device], gpu_pci_path: Option<&str>) -> Vec<usize> {
     let all: Vec<usize> = (0..devices.len()).collect();
     let Some(gpu) = gpu_pci_path else { return all };

@@ -1,5 +1,5 @@
-//! What a plugin can do and what it requires of its caller, decided once when it is loaded. Code above `net` checks these and never
-//! the plugin's name.
+//! What a plugin can do and what it requires of its caller, decided once when it is loaded. Code above `net` checks these and
+//! never the plugin's name.
 
 use super::table::Ext;
 use nccl_net_abi::NCCL_PTR_CUDA;
@@ -11,7 +11,7 @@ pub enum HandleCheck {
     Own,
     /// A socket address, a socket count, and room for the plugin's state that is zero in a fresh handle.
     Tcpx,
-    /// Unknown layout: bytes behind the last non-zero byte of our fresh handle must be zero.
+    /// Unknown layout: bytes behind the last non-zero byte of this engine's new handle must be zero.
     Tail,
 }
 
@@ -44,8 +44,8 @@ pub struct Traits {
     pub small_messages: bool,
     /// Abandoned connects and accepts must be polled until they end.
     pub lingers: bool,
-    /// The kernel sends from the memory of a send until the peer has acknowledged it, even if the comm was closed meanwhile. A send is
-    /// done once acknowledged.
+    /// The kernel sends from the memory of a send until the peer has acknowledged it, even if the comm was closed meanwhile. A
+    /// send is done once it is acknowledged.
     pub sends_late: bool,
     /// A closing receive comm asks its data sockets for their peers, and ends the process if one has none.
     pub asks_for_peers: bool,

@@ -1,4 +1,4 @@
-//! The extension table of the software plugin, versionless: a call that the plugin's table lacks is `None`.
+//! The extension table of the software plugin, independent of its version: a call that the plugin's table lacks is `None`.
 
 use nccl_net_abi as abi;
 use nccl_net_abi::{ncclResult_t, ucclIoVec, ucclNetExt_v2};
@@ -23,15 +23,15 @@ pub(in crate::net) struct Ext {
     pub info: Option<unsafe extern "C" fn(*mut c_void, *mut abi::ucclCommInfo) -> ncclResult_t>,
     /// A line about a comm, for error texts.
     pub describe: Option<unsafe extern "C" fn(*mut c_void, *mut c_char, usize) -> ncclResult_t>,
-    /// A listen comm accepts only a peer that proves a key.
+    /// Lets a listen comm accept only a peer that proves a key.
     pub key_listen: Option<unsafe extern "C" fn(*mut c_void, *const u8) -> ncclResult_t>,
-    /// The connect with a handle buffer proves a key.
+    /// Lets the connect with a handle buffer prove a key.
     pub key_connect: Option<unsafe extern "C" fn(*mut c_void, *const u8) -> ncclResult_t>,
     /// Protects the messages of a comm.
     pub protect: Option<unsafe extern "C" fn(*mut c_void, c_int, *const u8) -> ncclResult_t>,
     /// Whether a device can carry new connections.
     pub ready: Option<unsafe extern "C" fn(c_int) -> ncclResult_t>,
-    /// A listen comm serves a connection of each direction.
+    /// Lets a listen comm serve a connection of each direction.
     pub listen_both: Option<unsafe extern "C" fn(*mut c_void, *const u8) -> ncclResult_t>,
     /// Accept and connect with the direction reversed.
     pub accept_send: Option<unsafe extern "C" fn(*mut c_void, *mut *mut c_void) -> ncclResult_t>,

@@ -1,5 +1,5 @@
-//! The tables of NCCL net plugins behind one versionless trait; `v7` and `v8` adapt what differs. Calls only: `comm` keeps their
-//! order, `plugin` handles locks and signals.
+//! The tables of NCCL net plugins behind one trait for all versions; `v7` and `v8` adapt what differs. Calls only: `comm` keeps
+//! their order, `plugin` handles locks and signals.
 
 mod ext;
 mod v7;
@@ -25,7 +25,7 @@ pub(super) struct Properties {
     pub device_type: i32,
 }
 
-/// A plugin's table of some version.
+/// A plugin's table, of any version.
 ///
 /// The unsafe calls carry the contract of the NCCL net plugin: live comms, writable outputs, the order of calls.
 #[allow(clippy::missing_safety_doc, reason = "one contract for all, stated above")]
@@ -90,7 +90,7 @@ macro_rules! calls_alike {
             self.listen.map(|call| unsafe { call(dev, handle, comm) })
         }
         unsafe fn connect(&self, dev: c_int, handle: *mut c_void, comm: &mut *mut c_void) -> Answer {
-            // Senders have nothing to unpack: the argument is ignored, but required.
+            // Senders have nothing to unpack: the plugin requires the argument and ignores it.
             let mut dev_handle: *mut ncclNetDeviceHandle_v7 = std::ptr::null_mut();
             // SAFETY: as above.
             self.connect.map(|call| unsafe { call(dev, handle, comm, &mut dev_handle) })
