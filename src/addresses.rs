@@ -22,7 +22,7 @@ impl Bind {
     /// Reads UCCL_TCPX_BIND.
     ///
     /// # Errors
-    /// `InvalidArgument` for what is neither `any` nor an address.
+    /// `InvalidArgument` for text that is neither `any` nor an address.
     pub fn parse(text: &str) -> Result<Bind> {
         if text.eq_ignore_ascii_case("any") {
             return Ok(Bind::Any);
@@ -35,7 +35,7 @@ impl Bind {
     }
 }
 
-/// A network: an address and how many of its first bits count.
+/// A network: an address and the length of its prefix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Network {
     first: IpAddr,
@@ -46,7 +46,7 @@ struct Network {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AllowList(Vec<Network>);
 
-/// Bits of an address, at the upper end, and their number.
+/// The bits of an address, left-aligned, and their number.
 fn bits_of(ip: IpAddr) -> (u128, u32) {
     match ip {
         IpAddr::V4(v4) => (u128::from(u32::from(v4)) << 96, 32),
@@ -71,7 +71,7 @@ impl Network {
         let first: IpAddr = plain(ip.trim().trim_start_matches('[').trim_end_matches(']').parse().ok()?);
         let width = bits_of(first).1;
         let bits = match bits.map(str::trim) {
-            // "+8" would parse.
+            // The standard parser would accept "+8".
             Some(bits) if bits.bytes().all(|b| b.is_ascii_digit()) => bits.parse().ok().filter(|&n| n <= width)?,
             Some(_) => return None,
             None => width,
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_network_is_refused() {
+    fn invalid_networks_are_refused() {
         for bad in ["10.0.0.0/33", "10.0.0/8", "eth0", "10.0.0.0/-1", "10.0.0.0/+8", "::/129", "10.0.0.0/", "10.0.0.1/8/8", "/8"]
         {
             assert!(AllowList::parse(bad).is_err(), "{bad}");
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn targets_are_read() {
+    fn targets_are_parsed() {
         let ok = |text: &str| Target::parse(text).unwrap();
         assert_eq!(ok("9400").to_string(), "127.0.0.1:9400");
         assert_eq!(ok(":9400"), ok("localhost:9400"));

@@ -1,11 +1,11 @@
-//! What benches/pure measures of the private modules. No part of the API: it changes whenever they do.
+//! Private functions for benches/pure. Not part of the API: it changes whenever they do.
 
 use crate::channel::plan::Walk;
 use crate::types::Place;
 use crate::types::Segment;
 use crate::wire::frame::{self, Decoded, Frame, Grant, WireRegion, WireSegment};
 
-/// A transfer of `count` blocks of `block` bytes, no two of them neighbours.
+/// A transfer of `count` blocks of `block` bytes, none adjacent to another.
 pub struct Plan(Vec<Segment>);
 
 impl Plan {
@@ -15,14 +15,14 @@ impl Plan {
         Plan((0..count).map(segment).collect())
     }
 
-    /// Cuts all chunks; how many there are.
+    /// Cuts all chunks and returns their number.
     pub fn cut(&self, chunk_bytes: usize) -> usize {
         let mut stream = Walk::new(self.0.clone());
         std::iter::from_fn(|| stream.take(chunk_bytes)).count()
     }
 }
 
-/// A frame of the control stream with what it borrows.
+/// A frame of the control connection, with the data that it borrows.
 pub struct OwnFrame(Frame<'static>);
 
 impl OwnFrame {
@@ -52,7 +52,7 @@ impl OwnFrame {
     }
 }
 
-/// Decodes the frame at the front of `bytes`; the bytes it took, or `None` when there is no whole, valid frame.
+/// Decodes the frame at the front of `bytes` and returns its length, or `None` if there is no whole, valid frame.
 pub fn decode(bytes: &[u8]) -> Option<usize> {
     match frame::decode(bytes) {
         Ok(Decoded::Frame(frame, taken)) => {

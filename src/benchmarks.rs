@@ -1,6 +1,6 @@
-//! What the unit tests that measure share: they print and assert no times. Knows nothing of what is measured.
+//! Helpers for the unit tests that measure: they print and assert no times. Knows nothing of what is measured.
 
-/// Whether measurements were asked for; says so where not.
+/// Whether measurements were asked for; prints a line if not.
 pub(crate) fn wanted(test: &str) -> bool {
     let wanted = std::env::var_os("UCCL_TEST_BENCH").is_some();
     if !wanted {
@@ -9,7 +9,7 @@ pub(crate) fn wanted(test: &str) -> bool {
     wanted
 }
 
-/// Median and least of some times.
+/// The median and the smallest of some times.
 pub(crate) fn median_and_least(mut times: Vec<f64>) -> (f64, f64) {
     times.sort_by(f64::total_cmp);
     (times[times.len() / 2], times[0])

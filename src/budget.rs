@@ -1,5 +1,5 @@
-//! What all peers of an engine together may take, the peers of one address, and each connection: memory, transfers and connections. Pure
-//! counting, shared by connections; knows nothing of what is counted.
+//! The budgets of peers: memory, transfers and connections that all peers of an engine, the peers at one address, and each
+//! connection may use. Pure counting, shared by connections; knows nothing of what is counted.
 
 use crate::status::{bail, Result};
 use process::Mutex;
@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
-/// A number that several share, with a limit.
+/// A shared counter with a limit.
 #[derive(Debug)]
 struct Shared {
     used: AtomicUsize,
@@ -20,7 +20,7 @@ impl Shared {
         Shared { used: AtomicUsize::new(0), limit }
     }
 
-    /// Whether `more` fitted, and were taken.
+    /// Takes `more` if it fits; returns whether it did.
     fn take(&self, more: usize) -> bool {
         let took = self
             .used
@@ -33,35 +33,35 @@ impl Shared {
     }
 }
 
-/// What is left to an address of what all share: somebody else always finds a quarter.
+/// The part of a budget that one address may use: a quarter is always left to the others.
 pub(crate) fn part_of_address(all: usize) -> usize {
     (all - all / 4).max(1)
 }
 
-/// What the peers of an engine share.
+/// The budget of all peers of an engine.
 #[derive(Debug)]
 pub(crate) struct Pool {
     bytes: Shared,
     transfers: Shared,
-    /// Bytes of one connection at most.
+    /// Most bytes of one connection.
     of_one: usize,
     accounts: Mutex<HashMap<IpAddr, Weak<Account>>>,
 }
 
 impl Pool {
-    /// `bytes` and `transfers` of all, and bytes `of_one` connection.
+    /// `bytes` and `transfers` of all peers, and the bytes `of_one` connection.
     pub(crate) fn new(bytes: usize, of_one: usize, transfers: usize) -> Arc<Pool> {
         let (bytes, transfers, of_one) = (Shared::new(bytes), Shared::new(transfers), of_one.min(bytes));
         Arc::new(Pool { bytes, transfers, of_one, accounts: Mutex::default() })
     }
 
-    /// One that nobody reaches.
+    /// A budget without limits.
     #[cfg(any(test, fuzzing))]
     pub(crate) fn endless() -> Arc<Pool> {
         Pool::new(usize::MAX, usize::MAX, usize::MAX)
     }
 
-    /// The account of the connections of an address.
+    /// The account of the connections from an address.
     pub(crate) fn account(self: &Arc<Pool>, ip: IpAddr) -> Arc<Account> {
         let mut accounts = self.accounts.lock();
         if let Some(account) = accounts.get(&ip).and_then(Weak::upgrade) {
@@ -85,25 +85,25 @@ impl Pool {
     }
 }
 
-/// What the connections of one address have of the pool. It lives as long as one of them.
+/// What the connections from one address use of the pool. It lives as long as one of them.
 #[derive(Debug)]
 pub(crate) struct Account {
     pool: Arc<Pool>,
     ip: IpAddr,
     bytes: Shared,
     transfers: Shared,
-    /// Bytes of notifications that wait for the application; their queue knows the limit.
+    /// Bytes of notifications that wait for the application; their queue has the limit.
     pub notifications: AtomicUsize,
 }
 
 impl Account {
     fn take_bytes(&self, more: usize) -> Result<()> {
         if !self.bytes.take(more) {
-            bail!(Resource, "peers of this address take {} bytes of memory already", self.bytes.limit);
+            bail!(Resource, "peers at this address already use {} bytes of memory", self.bytes.limit);
         }
         if !self.pool.bytes.take(more) {
             self.bytes.give(more);
-            bail!(Resource, "all peers of the engine together take {} bytes of memory already", self.pool.bytes.limit);
+            bail!(Resource, "the peers of this engine already use {} bytes of memory", self.pool.bytes.limit);
         }
         Ok(())
     }
@@ -115,11 +115,11 @@ impl Account {
 
     fn take_transfer(&self) -> Result<()> {
         if !self.transfers.take(1) {
-            bail!(Resource, "peers of this address have {} transfers in flight already", self.transfers.limit);
+            bail!(Resource, "peers at this address already have {} transfers in flight", self.transfers.limit);
         }
         if !self.pool.transfers.take(1) {
             self.transfers.give(1);
-            bail!(Resource, "all peers of the engine together have {} transfers in flight already", self.pool.transfers.limit);
+            bail!(Resource, "the peers of this engine already have {} transfers in flight", self.pool.transfers.limit);
         }
         Ok(())
     }
@@ -133,27 +133,27 @@ impl Account {
 impl Drop for Account {
     fn drop(&mut self) {
         let mut accounts = self.pool.accounts.lock();
-        // Another one of the same address may stand there already.
+        // A new account of the same address may be in its place already.
         if accounts.get(&self.ip).is_some_and(|account| account.strong_count() == 0) {
             accounts.remove(&self.ip);
         }
     }
 }
 
-/// What bytes of a connection are for.
+/// What a connection uses memory for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Part {
-    /// Lists of transfers that the peer has begun.
+    /// Lists of transfers that the peer has started.
     Lists,
     /// Answers that the peer has not read.
     Answers,
-    /// The frame that is coming in.
+    /// The frame that is arriving.
     Frame,
-    /// Chunks that were announced and have not come.
+    /// Chunks that were announced and have not arrived.
     Chunks,
 }
 
-/// A connection's part of the pool; given back when it is dropped.
+/// A connection's share of the pool; given back when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Share {
     account: Arc<Account>,
@@ -166,10 +166,10 @@ impl Share {
         Share { account: account.clone(), bytes: [0; 4], transfers: 0 }
     }
 
-    /// Sets how many bytes a part takes.
+    /// Sets how many bytes a part uses.
     ///
     /// # Errors
-    /// `Resource` when there are too many, of this connection, of its address or of all; then the part stays as it was.
+    /// `Resource` when there are too many, of this connection, of its address or of all; the part is unchanged then.
     pub(crate) fn set(&mut self, part: Part, bytes: usize) -> Result<()> {
         let before = self.bytes[part as usize];
         if bytes <= before {
@@ -188,10 +188,10 @@ impl Share {
         Ok(())
     }
 
-    /// The peer begins one more transfer, whose list takes so many bytes.
+    /// The peer starts one more transfer, whose list uses so many bytes.
     ///
     /// # Errors
-    /// `Resource` when all peers together, or those of this address, have too many; nothing is taken then.
+    /// `Resource` when all peers, or those at this address, have too many; nothing is taken then.
     pub(crate) fn begin(&mut self, bytes: usize) -> Result<()> {
         self.account.take_transfer()?;
         self.transfers += 1;
@@ -199,7 +199,7 @@ impl Share {
         self.set(Part::Lists, lists.saturating_add(bytes)).inspect_err(|_| self.end(0))
     }
 
-    /// A transfer has ended, whose list took so many bytes.
+    /// A transfer has ended, whose list used so many bytes.
     pub(crate) fn end(&mut self, bytes: usize) {
         if self.transfers > 0 {
             self.transfers -= 1;
@@ -208,10 +208,10 @@ impl Share {
         self.shrink(bytes);
     }
 
-    /// The list of a transfer that goes on is not kept any more.
+    /// The list of a transfer is no longer kept, although the transfer goes on.
     pub(crate) fn shrink(&mut self, bytes: usize) {
         let lists = self.bytes[Part::Lists as usize];
-        // Less never fails.
+        // A decrease never fails.
         let _ = self.set(Part::Lists, lists.saturating_sub(bytes));
     }
 }
@@ -249,7 +249,7 @@ mod tests {
             }
         }
         assert!(pool.used().0 <= 10_000 && taken == 111 && refused == 1889, "{taken}, {refused}, {:?}", pool.used());
-        // One that ends makes room for one, whoever comes.
+        // When one ends, another one fits, from whichever address.
         shares[0].end(90);
         assert!(shares[99].begin(90).is_ok() && shares[50].begin(90).is_err());
         assert!(shares[3].set(Part::Answers, 901).is_err() && shares[3].set(Part::Frame, 5).is_ok());
@@ -285,12 +285,12 @@ mod tests {
         let mut other = Share::new(&pool.account(ip(2)));
         assert!((0..25).all(|_| other.begin(1).is_ok()) && other.set(Part::Frame, 900).is_ok());
         assert!(other.begin(1).is_err());
-        // An address that has gone is forgotten, and begins anew when it comes back.
+        // An address without connections is forgotten, and starts anew when it comes back.
         drop(greedy);
         assert_eq!((pool.used(), pool.accounts.lock().len()), ((925, 25), 1));
         let mut back = Share::new(&pool.account(ip(1)));
         assert_eq!((0..100).filter(|_| back.begin(1).is_ok()).count(), 75);
-        // One connection may have what it may have.
+        // One connection may use its whole limit.
         let pool = Pool::new(1000, 1000, 1);
         assert!(Share::new(&pool.account(ip(1))).set(Part::Frame, 1000).is_ok());
     }

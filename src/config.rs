@@ -19,7 +19,7 @@ use std::time::Duration;
 /// Which NCCL net plugin carries the data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PluginChoice {
-    /// TCPX where its library is found, else the software plugin.
+    /// TCPX if its library is found, otherwise the software plugin.
     Auto,
     /// Google's plugin; failing to load it is an error.
     Tcpx,
@@ -27,7 +27,8 @@ pub enum PluginChoice {
     Soft,
 }
 
-/// Budgets of the peers; where one is unset, the limits of the process decide. Fields are documented at their variable in [`VARIABLES`].
+/// Budgets of the peers; a budget that is unset follows the limits of the process. Fields are documented at their variable in
+/// [`VARIABLES`].
 #[derive(Clone, Copy, Debug, Default)]
 #[allow(missing_docs)]
 pub struct Budgets {
@@ -77,7 +78,7 @@ pub struct Config {
     pub plugin_path: Option<PathBuf>,
     pub num_channels: Option<usize>,
     pub chunk_bytes: usize,
-    /// NCCL_DYNAMIC_CHUNK_SIZE as the plugin reads it, where it is set and not 0.
+    /// NCCL_DYNAMIC_CHUNK_SIZE as the plugin reads it, if it is set and not 0.
     pub plugin_limit: Option<usize>,
     /// UCCL_P2P_TRANSPORT asks for GPUDirect-TCPX if it is installed.
     pub transport_tcpx: bool,
@@ -96,7 +97,7 @@ pub struct Config {
     pub vectored: bool,
     /// No direct transfers.
     pub disable_ipc: bool,
-    /// Where processes on one host meet that share no network namespace.
+    /// Where processes on one host without a common network namespace meet.
     pub local_dir: Option<PathBuf>,
     /// Which engine copies between GPUs on one host.
     pub local_gpu: LocalGpu,
@@ -156,8 +157,8 @@ fn sockets_of(per_thread: i64, threads: i64) -> usize {
     per_thread.min(MOST_SOCKETS / threads) * threads
 }
 
-/// Largest message of a plugin that starts now: the user's value, else 512 KiB, or the larger chunk size of the environment if the
-/// plugin `follows` it.
+/// Largest message of a plugin that starts now: the user's value, otherwise 512 KiB, or the larger chunk size of the environment
+/// if the plugin `follows` it.
 pub(crate) fn message_limit(follows: bool) -> Result<usize> {
     let source = Source::default();
     let usual = table::CHUNK_BYTES.number.unwrap_or(0) as usize;
@@ -333,7 +334,7 @@ mod tests {
     #[test]
     fn settings_override_the_environment() {
         let read = |settings: &[(&str, &str)]| Config::from_env_with(settings);
-        let plain = read(&[]).expect("the environment of the tests is understood");
+        let plain = read(&[]).expect("the environment of the tests is valid");
         let set = read(&[("UCCL_TCPX_NUM_CHANNELS", "3"), ("UCCL_TCPX_CHUNK_BYTES", "64K"), ("UCCL_TCPX_NUM_CHANNELS", " 5 ")]);
         let set = set.expect("good settings");
         assert_eq!((set.num_channels, set.chunk_bytes, set.port), (Some(5), 65536, plain.port));
@@ -345,7 +346,7 @@ mod tests {
         }
     }
 
-    /// Whatever takes a number, a flag or a word refuses everything else, and says what it takes.
+    /// Every variable that takes a number, a flag or a word refuses everything else, and the error names what it takes.
     #[test]
     fn every_value_is_checked() {
         for v in VARIABLES.iter().filter(|v| !v.of_the_process && v.kind != Kind::Text) {

@@ -1,8 +1,8 @@
-//! The seam between a connection and a direct transport: one that moves a transfer by itself, without chunks and frames, because each
+//! The interface between a connection and a direct transport, which moves a whole transfer without chunks and frames because each
 //! process can copy the other's memory. Knows nothing of how it copies.
 //!
-//! A transfer goes one way from its first byte to its last, and [`Direct::route`] decides which before it starts. Where the peer has to
-//! be asked first, the transfer waits, and is routed again at each [`Event::Answered`].
+//! A transfer takes one route from its first byte to its last, and [`Direct::route`] decides it before the transfer starts. If
+//! the peer has to be asked first, the transfer waits and is routed again at each [`Event::Answered`].
 
 use crate::region::{Hold, Region, RegionUse};
 use crate::stats::ChannelStats;
@@ -10,17 +10,17 @@ use crate::status::{Error, Result};
 use crate::types::{Key, Landing, Piece, Place};
 use std::time::Instant;
 
-/// Direction of data, as this engine sees it.
+/// Direction of data, seen from this engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Way {
     Out,
     In,
 }
 
-/// What happened on a transport.
+/// An event of a transport.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Event {
-    /// A chunk left: its source may change.
+    /// A chunk was sent: its source may change.
     Sent(Key, u64),
     /// A chunk is in place.
     Received(Key, u64),
@@ -28,7 +28,7 @@ pub(crate) enum Event {
     Moved(Key, u64),
     /// A direct transfer has ended: all bytes are in place, or the peer refused it.
     Ended(Key, bool),
-    /// The peer has answered: transfers that wait are to be routed again.
+    /// The peer has answered: route the waiting transfers again.
     Answered,
     /// The peer claimed a region and was refused.
     Denied(Error),
@@ -37,34 +37,34 @@ pub(crate) enum Event {
 /// The two regions, one of each engine, that blocks of a transfer lie in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Pairing {
-    /// Index of this engine's region in the transfer's table, and where it lies.
+    /// Index of this engine's region in the transfer's table, and its place.
     pub local: u16,
     pub here: Place,
-    /// The peer's region, its token, and where it lies.
+    /// The peer's region, its token, and its place.
     pub region: u64,
     pub token: [u8; 16],
     pub there: Place,
-    /// First byte and end of what all blocks take, here and there.
+    /// First byte and end of the range that all blocks cover, here and at the peer.
     pub near: (u64, u64),
     pub far: (u64, u64),
 }
 
 /// The blocks of a transfer, handed out once.
 pub(crate) trait Blocks {
-    /// Appends the next blocks, at most `most` of them and not many more than `bytes`, all of one pairing, whose index it returns. `None`
-    /// at the end. Sources and destinations are addresses in their owners' processes.
+    /// Appends the next blocks, at most `most` of them and not many more than `bytes`, all of one pairing, and returns its index.
+    /// `None` at the end. Sources and destinations are addresses in their owners' processes.
     fn fill(&mut self, most: usize, bytes: u64, out: &mut Vec<Piece>) -> Option<usize>;
 
-    /// No block is left.
+    /// Whether no block is left.
     fn is_done(&self) -> bool;
 }
 
-/// A transfer that is to start.
+/// A transfer to start.
 pub(crate) struct Start<'a> {
     /// Its name.
     pub key: Key,
     pub way: Way,
-    /// Bytes and blocks of it.
+    /// Its bytes and blocks.
     pub total: u64,
     pub count: usize,
     /// Every block lies in the regions of its pairing.
@@ -74,16 +74,16 @@ pub(crate) struct Start<'a> {
     pub blocks: &'a mut dyn Blocks,
 }
 
-/// How a transfer goes.
+/// The route of a transfer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Route {
-    /// Directly, from now on.
+    /// Directly, starting now.
     Direct,
-    /// The engine has asked the peer: decide again at the next [`Event::Answered`].
+    /// The peer has been asked: decide again at the next [`Event::Answered`].
     Wait,
     /// In chunks over channels.
     Channels,
-    /// Not at all: the peer refuses it.
+    /// None: the peer refuses it.
     Refused(Error),
 }
 
@@ -94,55 +94,55 @@ pub(crate) struct Activity {
     pub busy: bool,
     /// [`Direct::progress`] has something to do, transfers or not.
     pub active: bool,
-    /// Copies run whose end rings no doorbell.
+    /// Copies are running whose end rings no doorbell.
     pub copying: bool,
-    /// The end of something shows in memory: look as often as possible.
+    /// The end of a copy shows in memory only: poll as often as possible.
     pub wants_polling: bool,
-    /// Something small has just started: spinning briefly beats returning to the caller.
+    /// A small direct transfer has just started; spinning briefly beats returning to the caller.
     pub worth_spinning: bool,
 }
 
 /// A transport that moves whole transfers.
 ///
-/// Use: [`Direct::route`], then [`Direct::start`] where it says so; [`Direct::progress`] as long as [`Activity::active`] holds. Dropping it ends all
-/// access to registered memory on the connection's behalf.
+/// Call [`Direct::route`], then [`Direct::start`] if the answer allows it, and [`Direct::progress`] as long as
+/// [`Activity::active`] holds. Dropping it ends all access to registered memory on the connection's behalf.
 pub(crate) trait Direct: Send {
-    /// Decides how a transfer goes. Asks the peer where it must.
+    /// Decides the route of a transfer. Asks the peer if necessary.
     ///
     /// # Errors
     /// When the connection must end.
     fn route(&mut self, way: Way, pairings: &[Pairing], hold: &Hold) -> Result<Route>;
 
-    /// Starts a transfer that [`Direct::route`] has let through, or one into the buffer of a `landing`. [`Event::Moved`] and [`Event::Ended`]
-    /// tell what becomes of it.
+    /// Starts a transfer that [`Direct::route`] lets go directly, or one into the buffer of a `landing`. [`Event::Moved`] and
+    /// [`Event::Ended`] report its progress.
     ///
     /// # Errors
     /// When the connection must end.
     fn start(&mut self, transfer: &mut Start<'_>, landing: Option<Landing>) -> Result<()>;
 
-    /// Whether a message from memory of `place`, in regions that `hold` has, can be sent into whatever landing the peer gives.
+    /// Whether a message from memory of `place`, in regions of `hold`, can be sent to any landing that the peer grants.
     fn can_send(&mut self, place: Place, hold: &Hold) -> bool;
 
-    /// Grants a buffer in a region, its first byte and length, for one message from the peer's memory at `there`; `None` where that is
-    /// impossible.
+    /// Grants a buffer in a region, given by its first byte and length, for one message from the peer's memory at `there`; `None`
+    /// if that is impossible.
     fn land(&mut self, key: Key, region: &RegionUse, buffer: (u64, u64), there: Place) -> Option<Landing>;
 
-    /// The peer gave up the message of a landing. `false` when it has begun to write.
+    /// The peer withdrew the message of a landing. `false` if it has already begun to write.
     fn withdraw(&mut self, key: Key) -> bool;
 
-    /// Advances everything; whether something moved.
+    /// Advances everything. Returns whether anything moved.
     ///
     /// # Errors
     /// When the connection must end.
     fn progress(&mut self, now: Instant, events: &mut Vec<Event>) -> Result<bool>;
 
-    /// What it is doing.
+    /// Its current activity.
     fn activity(&self, now: Instant) -> Activity;
 
-    /// Prepares the peer for a region that it may want to reach soon.
+    /// Prepares the peer for a region that it may soon want to reach.
     fn offer(&mut self, region: &Region);
 
-    /// A region has ended: nothing uses it any more.
+    /// A region has ended and is no longer used.
     fn forget(&mut self, region: u64);
 
     /// Whether a transfer of the peer uses a region of this engine.
@@ -151,7 +151,7 @@ pub(crate) trait Direct: Send {
     /// Allocates what copies into memory of `place` need.
     ///
     /// # Errors
-    /// Of the GPU's driver.
+    /// Errors of the GPU's driver.
     fn ready(&mut self, place: Place) -> Result<()>;
 
     /// Bytes sent and received.

@@ -1,5 +1,5 @@
-//! What the targets in fuzz/ call of the private modules. Each takes any bytes and panics when a property does not hold. Built with
-//! `--cfg fuzzing` only, as cargo-fuzz does; no part of the API.
+//! Entry points for the targets in fuzz/. Each takes any bytes and panics if a property does not hold. Built with `--cfg fuzzing`
+//! only, as cargo-fuzz does; not part of the API.
 
 use crate::wire::frame;
 use crate::wire::handshake::{Handshake, Identity, MAX_MESSAGE};
@@ -10,7 +10,7 @@ use crate::wire::setup::{self, Decoded};
 use crate::wire::text;
 use std::sync::{Arc, OnceLock};
 
-/// Whatever is taken for a hello is in range, printable, and means the same when it is sent on.
+/// Every hello that is accepted is in range, printable, and means the same when it is sent on.
 pub fn hello(data: &[u8]) {
     let Ok(hello) = Hello::decode(data) else { return };
     assert!((1..=64).contains(&hello.channels) && (4096..=16 << 20).contains(&hello.chunk_bytes));
@@ -22,7 +22,7 @@ pub fn hello(data: &[u8]) {
     assert_eq!(out, data);
 }
 
-/// Whatever is taken for a set-up message means the same when it is sent on; a prefix asks for more or is refused.
+/// Every set-up message that is accepted means the same when it is sent on; a prefix asks for more or is refused.
 pub fn setup(data: &[u8]) {
     match setup::decode(data) {
         Ok(Decoded::Message(message, taken)) => {
@@ -36,7 +36,7 @@ pub fn setup(data: &[u8]) {
     }
 }
 
-/// Whatever is taken for a frame means the same when it is sent on; a prefix asks for more.
+/// Every frame that is accepted means the same when it is sent on; a prefix asks for more.
 pub fn frames(data: &[u8]) {
     let mut rest = data;
     loop {
@@ -57,14 +57,14 @@ pub fn frames(data: &[u8]) {
     }
 }
 
-/// A whole machine against a peer that the bytes direct keeps its invariants.
+/// A whole machine keeps its invariants against a peer that the bytes direct.
 pub fn stream(data: &[u8]) {
     if let Err(e) = crate::proto::attacked(data) {
         panic!("{e}");
     }
 }
 
-/// A key file's contents never reach an error or what is shown.
+/// The contents of a key file never appear in an error or in debug output.
 pub fn keys(data: &[u8]) {
     match Keys::parse(data) {
         Ok(keys) => assert!(!keys.is_empty() && keys.iter().count() <= 16),
@@ -89,13 +89,13 @@ fn start() -> (Handshake, Handshake, bool) {
         wanted_gpu: String::new(),
         further_gpus: Vec::new(),
     };
-    let connecting = Handshake::connecting(identity, hello(), keys.clone()).expect("a connecting side");
-    (connecting, Handshake::listening(identity, hello(), keys.clone()).expect("a listening side"), true)
+    let connecting = Handshake::connecting(identity, hello(), keys.clone()).expect("a connector");
+    (connecting, Handshake::listening(identity, hello(), keys.clone()).expect("a listener"), true)
 }
 
-/// A real handshake up to a step; then a part of the real message with bytes laid over it, and more bytes.
+/// A real handshake up to a step, then part of the real message with some bytes replaced, and more bytes.
 ///
-/// `data`: step, bytes kept, offset laid over, size of pieces, and the bytes.
+/// `data`: step, bytes kept, offset of the replaced bytes, size of pieces, and the bytes.
 pub fn handshake(data: &[u8]) {
     let Some((&[step, keep, offset, piece], bytes)) = data.split_first_chunk::<4>() else { return };
     let (mut c, mut s, mut to_server) = start();
@@ -133,9 +133,9 @@ pub fn handshake(data: &[u8]) {
     assert!(to.outcome().is_none() || message.starts_with(&honest));
 }
 
-/// Honest records with bytes laid over them: nothing opens but what was sealed, in its order.
+/// Honest records with some bytes replaced: only what was sealed opens, in its order.
 ///
-/// `data`: length of the records, offset laid over (2 bytes), and the bytes.
+/// `data`: length of the records, offset of the replaced bytes (2 bytes), and the bytes.
 pub fn session(data: &[u8]) {
     let Some((&[len, low, high], bytes)) = data.split_first_chunk::<3>() else { return };
     let new = |direction| Session::new(direction, &[7; 64], b"fuzz").expect("a session");

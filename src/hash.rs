@@ -1,4 +1,4 @@
-//! The maps that every operation looks up several times. Peers choose some of the keys, so each map has a seed of its own: a peer that
+//! The maps that every operation looks up several times. Peers choose some of the keys, so each map has its own seed: a peer that
 //! does not know it cannot choose keys that collide. Knows nothing of what is hashed.
 
 /// A map with a quick hash.

@@ -1,7 +1,7 @@
 //! libuccl_p2p: moves host and GPU memory between hosts without RDMA, over several channels of a NCCL net plugin: GPUDirect-TCPX
 //! with a CUDA unpack kernel, or ordinary TCP. The C ABI is `include/uccl_engine.h`; docs/architecture.md explains the whole.
 //!
-//! | module | what it is |
+//! | module | what it does |
 //! |---|---|
 //! | `ffi` | the C ABI: null and panic guard, handles, status numbers |
 //! | [`engine`] | engines, connections, set-up, progress |
@@ -18,8 +18,9 @@
 //! | `hash` | a fast hash for maps |
 //! | [`stats`] | statistics, as text and for Prometheus |
 //!
-//! Calls go one way: ffi -> engine -> proto -> channel -> {net, wire, gpu} -> the words below. Crates: `nccl-net-abi` has the layouts of the plugin
-//! interface, `soft-plugin` the plugin over ordinary TCP, `reactor` waits for descriptors, `cuda-driver` opens the CUDA driver.
+//! Calls go one way: ffi -> engine -> proto -> channel -> {net, wire, gpu} -> the modules after them. Crates: `nccl-net-abi` has
+//! the layouts of the plugin interface, `soft-plugin` is the plugin over ordinary TCP, `reactor` waits for descriptors,
+//! `cuda-driver` opens the CUDA driver.
 
 pub mod addresses;
 #[doc(hidden)]

@@ -1,6 +1,5 @@
-//! The log: lines go to standard error through env_logger, or to a function of the application
-//! (`delivery`); a process with its own logger gets them there. Also limits the lines that a peer can cause. Knows
-//! nothing of settings, engines and connections.
+//! The log: lines go to standard error through env_logger, or to a function of the application (`delivery`). A process with its
+//! own logger gets them there. Also limits the lines that a peer can cause. Knows nothing of settings, engines and connections.
 
 mod delivery;
 
@@ -17,7 +16,7 @@ use std::time::{Duration, Instant};
 /// The logger of the process, if it is this library's.
 struct Log;
 
-/// Writes lines to standard error. A child of fork has its own, because a thread of the parent may have been writing a line.
+/// Writes lines to standard error. A forked child has its own, since a thread of the parent may have been writing a line.
 static STDERR: PerProcess<env_logger::Logger> = PerProcess::new(to_stderr);
 /// The level that the first engine asked for.
 static LEVEL: AtomicUsize = AtomicUsize::new(0);
@@ -37,7 +36,7 @@ fn to_stderr() -> env_logger::Logger {
     builder.build()
 }
 
-/// Standard error without the standard library's lock, which may stay locked in a child of fork.
+/// Standard error without the standard library's lock, which may stay locked in a forked child.
 struct Unlocked;
 
 impl Write for Unlocked {
@@ -68,8 +67,8 @@ impl log::Log for Log {
     fn flush(&self) {}
 }
 
-/// Sets or clears the callback; `level` as for [`init`]. The previous callback first gets the queued lines, for a limited time. On return
-/// no call of it is running.
+/// Sets or clears the callback; `level` as for [`init`]. The previous callback first gets the queued lines, for a limited time,
+/// and is no longer running when this returns.
 ///
 /// # Errors
 /// `InvalidArgument` inside a callback, `Unsupported` if the process has its own logger, `Resource` if no thread can be started.
@@ -87,7 +86,7 @@ pub(crate) fn set_callback(callback: Option<Callback>, level: log::LevelFilter) 
 /// Whether this library's logger is the one of the process.
 static OURS: AtomicBool = AtomicBool::new(false);
 
-/// Installs the logger at this level, once. Done by the first engine.
+/// Installs the logger at this level, once. The first engine does it.
 pub(crate) fn init(level: log::LevelFilter) {
     static ONCE: PerProcess<Once> = PerProcess::new(Once::new);
     ONCE.get().call_once(|| {
@@ -95,7 +94,7 @@ pub(crate) fn init(level: log::LevelFilter) {
             return;
         }
         LEVEL.store(level as usize, Ordering::Release);
-        // An embedding Rust program may have installed its logger first; that one then serves.
+        // An embedding Rust program may have installed its logger first; the lines then go there.
         if log::set_logger(&Log).is_ok() {
             log::set_max_level(STDERR.get().filter());
             OURS.store(true, Ordering::Release);
@@ -103,24 +102,25 @@ pub(crate) fn init(level: log::LevelFilter) {
     });
 }
 
-/// The time in which a [`Limiter`] lets its lines through.
+/// The period over which a [`Limiter`] counts its lines.
 const WINDOW: Duration = Duration::from_secs(1);
 
-/// Passes a few log lines per second and counts the others: for every line that a peer, an unauthenticated connection or an exhausted
-/// resource can cause repeatedly. One object for each kind of line, for as long as the lines can come (a connection, an engine, a static).
+/// Passes a few log lines per second and counts the others: for every line that a peer, an unauthenticated connection or an
+/// exhausted resource can cause repeatedly. Use one object for each kind of line, for as long as the lines can come (a
+/// connection, an engine, a static).
 pub(crate) struct Limiter {
     lines: u32,
     state: Mutex<Window>,
-    /// Another limit, which many share.
+    /// A limit shared with others.
     within: Option<Arc<Limiter>>,
 }
 
 struct Window {
-    /// When the current window began; none before the first line.
+    /// When the current window began; `None` before the first line.
     since: Option<Instant>,
-    /// Lines let through in it.
+    /// Lines that passed in it.
     shown: u32,
-    /// Lines held back since the last one that was let through.
+    /// Lines suppressed since the last one that passed.
     held: u64,
 }
 
@@ -130,12 +130,12 @@ impl Limiter {
         Limiter { lines, state: Mutex::new(Window { since: None, shown: 0, held: 0 }), within: None }
     }
 
-    /// The same inside of a limit that many share.
+    /// The same, also bounded by a shared limit.
     pub(crate) fn within(all: &Arc<Limiter>, lines: u32) -> Limiter {
         Limiter { within: Some(all.clone()), ..Limiter::new(lines) }
     }
 
-    /// Asks for a line at `now`. `Some(n)`: write it, and say that `n` others were held back before it. `None`: it was counted.
+    /// Asks for a line at `now`. `Some(n)`: write it, and say that `n` others were suppressed before it. `None`: it was counted.
     pub(crate) fn admit(&self, now: Instant) -> Option<u64> {
         let mut window = self.state.lock();
         if window.since.is_none_or(|since| now.saturating_duration_since(since) >= WINDOW) {
@@ -170,7 +170,7 @@ impl Limiter {
         }
         match self.admit(now) {
             Some(0) => log::log!(level, "{line}"),
-            Some(held) => log::log!(level, "{line} (and {held} more such lines that were not written)"),
+            Some(held) => log::log!(level, "{line} (suppressed {held} similar lines)"),
             None => {}
         }
     }
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn time_that_runs_back_is_no_new_window() {
+    fn a_clock_that_runs_back_opens_no_new_window() {
         let limiter = Limiter::new(1);
         let start = Instant::now() + Duration::from_secs(100);
         assert_eq!(limiter.admit(start), Some(0));

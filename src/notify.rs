@@ -27,10 +27,10 @@ struct Waiting {
 }
 
 struct Item {
-    /// Number of its arrival in the process.
+    /// Its number in the process's order of arrival.
     number: u64,
     notification: Notification,
-    /// What its connection and its address have waiting.
+    /// The bytes that its connection and its address have waiting.
     of_one: Arc<AtomicUsize>,
     account: Arc<Account>,
 }
@@ -45,7 +45,7 @@ fn cost(notification: &Notification) -> usize {
     notification.name.len() + notification.msg.len() + OVERHEAD
 }
 
-/// Bytes of a peer, which decides how many they are.
+/// Copies bytes of a peer, whose number the peer decides.
 fn copy(bytes: &[u8]) -> Result<Vec<u8>> {
     let mut copy = Vec::new();
     if copy.try_reserve_exact(bytes.len()).is_err() {
@@ -58,8 +58,8 @@ fn copy(bytes: &[u8]) -> Result<Vec<u8>> {
 /// The queue of an engine.
 pub(crate) struct Queue {
     waiting: Mutex<Waiting>,
-    /// Bytes that may wait, of one address, and of one connection. An application that drains nothing loses the connection that goes beyond, with an
-    /// error, and not its notifications.
+    /// Most bytes that may wait: of all, of one address, and of one connection. If the application drains nothing, the connection
+    /// that exceeds its limit fails with an error; no notification is dropped.
     most: usize,
     of_address: usize,
     of_one: usize,
@@ -82,15 +82,15 @@ impl Queue {
         let cost = cost(&notification);
         let (of_one, account) = (&inbox.waiting, &inbox.account);
         let mut waiting = self.waiting.lock();
-        // These numbers change under the queue's lock alone.
+        // These numbers change only under the queue's lock.
         let fits = |used: &AtomicUsize, limit| used.load(Ordering::Relaxed) + cost <= limit;
         if !fits(of_one, self.of_one) || !fits(&account.notifications, self.of_address) || waiting.bytes + cost > self.most {
-            bail!(Resource, "the application takes no notifications, and {} bytes of them wait", waiting.bytes);
+            bail!(Resource, "the application does not take its notifications: {} bytes of them wait", waiting.bytes);
         }
         waiting.bytes += cost;
         of_one.fetch_add(cost, Ordering::Relaxed);
         account.notifications.fetch_add(cost, Ordering::Relaxed);
-        // The number is drawn under the queue's lock, so the numbers of one queue rise.
+        // The number is drawn under the queue's lock, so numbers rise within a queue.
         let number = ARRIVALS.fetch_add(1, Ordering::Relaxed);
         waiting.items.push_back(Item { number, notification, of_one: of_one.clone(), account: account.clone() });
         Ok(())
@@ -114,7 +114,7 @@ impl Queue {
     }
 }
 
-/// One connection's way into the queue of its engine.
+/// A connection's access to the queue of its engine.
 pub(crate) struct Inbox {
     queue: Arc<Queue>,
     waiting: Arc<AtomicUsize>,
@@ -122,7 +122,7 @@ pub(crate) struct Inbox {
 }
 
 impl Inbox {
-    /// Of a connection of the account's address.
+    /// For a connection of the account's address.
     pub(crate) fn new(queue: &Arc<Queue>, account: &Arc<Account>) -> Inbox {
         Inbox { queue: queue.clone(), waiting: Arc::default(), account: account.clone() }
     }
@@ -130,7 +130,7 @@ impl Inbox {
     /// Adds a notification of this connection.
     ///
     /// # Errors
-    /// `Resource` when too much waits, or without memory for it.
+    /// `Resource` when too much waits, or there is no memory.
     pub(crate) fn push(&self, name: &[u8], message: &[u8]) -> Result<()> {
         self.queue.push(Notification { name: copy(name)?, msg: copy(message)? }, self)
     }
@@ -139,7 +139,7 @@ impl Inbox {
 /// The oldest notification of any engine of the process.
 pub fn next_notification_of_process() -> Option<Notification> {
     let queues: Vec<Arc<Queue>> = QUEUES.get().lock().iter().filter_map(Weak::upgrade).collect();
-    // Another thread may take the oldest first; then look again.
+    // If another thread takes the oldest first, look again.
     loop {
         let (_, queue) = queues.iter().filter_map(|q| Some((q.oldest()?, q))).min_by_key(|(n, _)| *n)?;
         if let Some(notification) = queue.pop() {
@@ -198,7 +198,7 @@ mod tests {
         let most = (3 << 18) / (1000 + OVERHEAD);
         assert_eq!(fill(&greedy), most);
         inbox(&queue, &pool, 2).push(b"", &[0; 1000]).unwrap();
-        // Connections that have gone left theirs in the queue, and come back to an account that knows.
+        // The notifications of closed connections stay in the queue and count for their address.
         drop(greedy);
         assert!(inbox(&queue, &pool, 1).push(b"", &[0; 1000]).is_err());
         while queue.pop().is_some() {}

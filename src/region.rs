@@ -8,11 +8,11 @@ use std::sync::Arc;
 
 /// Permission for a peer to access a region without a request per transfer.
 pub(crate) trait AccessGrant: Send + Sync + std::fmt::Debug {
-    /// No access starts any more.
+    /// Ends the grant: no access starts any more.
     fn end(&self);
-    /// The peer is accessing the region.
+    /// Whether the peer is accessing the region.
     fn in_use(&self) -> bool;
-    /// Its connection has ended.
+    /// Whether its connection has ended.
     fn is_over(&self) -> bool;
 }
 
@@ -90,7 +90,7 @@ impl Region {
         self.grants.lock().retain(|grant| !grant.is_over());
     }
 
-    /// Deregisters it. The caller still waits for its uses to end.
+    /// Deregisters it. The caller then waits for its uses to end.
     pub(crate) fn end(&self) {
         let grants = self.grants.lock();
         self.ended.store(true, Ordering::SeqCst);
@@ -127,13 +127,13 @@ impl RegionUse {
         &self.0
     }
 
-    /// The region, for an export to a process on this host, which must learn when it ends.
+    /// The region, for an export to a process on this host, which must learn when the region ends.
     pub(crate) fn to_share(&self) -> &Region {
         self.0.registered.store(true, Ordering::Release);
         &self.0
     }
 
-    /// An error unless `[addr, addr + len)` lies inside the region.
+    /// Fails unless `[addr, addr + len)` lies inside the region.
     #[inline]
     pub(crate) fn check(&self, addr: u64, len: u64) -> Result<()> {
         if !self.0.holds(addr, len) {
@@ -148,7 +148,7 @@ impl RegionUse {
         Ok(())
     }
 
-    /// An error unless peers may do all of `wanted` with the region.
+    /// Fails unless peers may do all of `wanted` with the region.
     #[inline]
     pub(crate) fn check_access(&self, wanted: RemoteAccess) -> Result<()> {
         let RemoteAccess { read, write } = self.0.access;
@@ -182,8 +182,8 @@ impl Drop for RegionUse {
     }
 }
 
-/// The regions that a transfer uses. Every posted chunk carries a clone, so that they stay in use until the last posted chunk is done
-/// or its channel is closed, even if the transfer has failed.
+/// The regions that a transfer uses. Every posted chunk carries a clone, so that they stay in use until the last posted chunk is
+/// done or its channel is closed, even if the transfer has failed.
 #[derive(Clone, Debug)]
 pub(crate) struct Hold(Arc<Vec<RegionUse>>);
 
@@ -209,7 +209,7 @@ impl Hold {
         &self.0
     }
 
-    /// A region, for an export to a process on this host, which must learn when it ends.
+    /// A region, for an export to a process on this host, which must learn when the region ends.
     pub(crate) fn region_to_share(&self, region: u16) -> Option<&Region> {
         self.0.get(usize::from(region)).map(RegionUse::to_share)
     }

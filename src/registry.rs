@@ -1,5 +1,5 @@
-//! Registered memory: regions with unguessable tokens, and the count of transfers that use each. A region that is in use is
-//! never let go; one that is deregistered is found no more. Knows nothing of transfers.
+//! Registered memory: regions with unguessable tokens, and the count of transfers that use each. A region in use is never
+//! released, and a deregistered one is no longer found. Knows nothing of transfers.
 
 use crate::hash::Map;
 use crate::region::{Region, RegionUse};
@@ -20,13 +20,13 @@ impl Retired {
     pub(crate) fn in_use(&self) -> bool {
         self.0.in_use()
     }
-    /// Connections may have told their plugins of it.
+    /// Whether plugins of connections may have registered it.
     pub(crate) fn is_registered(&self) -> bool {
         self.0.is_registered()
     }
 }
 
-/// Which ranges are registered, and how often each: regions may overlap and repeat. Every operation is logarithmic.
+/// Which ranges are registered, and how often each, since regions may overlap and repeat. Every operation is logarithmic.
 #[derive(Debug, Default)]
 struct Cover(IntervalMap<u64, usize>);
 
@@ -40,7 +40,7 @@ impl Cover {
         }
     }
 
-    /// Takes out what was added before.
+    /// Removes a range that was added before.
     fn remove(&mut self, start: u64, end: u64) {
         match self.0.get_mut(start..end) {
             Some(count) if *count > 1 => *count -= 1,
@@ -61,7 +61,7 @@ struct Regions {
     cover: Cover,
 }
 
-/// Regions of an engine.
+/// The regions of an engine.
 pub(crate) struct Registry {
     regions: RwLock<Regions>,
     next: AtomicU64,
@@ -72,7 +72,7 @@ impl Registry {
         Registry { regions: RwLock::default(), next: AtomicU64::new(1) }
     }
 
-    /// Adds a region with which peers may do as much as `access` says.
+    /// Adds a region that peers may use as `access` allows.
     pub(crate) fn add(&self, addr: u64, len: u64, place: Place, access: RemoteAccess) -> Result<u64> {
         let mut token = [0; 16];
         if let Err(e) = getrandom::fill(&mut token) {
@@ -86,7 +86,7 @@ impl Registry {
         Ok(id)
     }
 
-    /// A region of this engine for a transfer started here.
+    /// A region of this engine, for a transfer that this engine starts.
     pub(crate) fn local(&self, id: u64) -> Result<RegionUse> {
         match self.regions.read().by_id.get(&id) {
             Some(region) => Ok(RegionUse::new(region)),
@@ -94,15 +94,15 @@ impl Registry {
         }
     }
 
-    /// The regions that do not lie in host memory. Whoever wants one takes it when its turn comes: what is used cannot be deregistered.
+    /// The ids of the regions in GPU memory. Take the use of each one only when needed: a region in use cannot be deregistered.
     pub(crate) fn on_devices(&self) -> Vec<u64> {
         self.regions.read().by_id.iter().filter(|(_, region)| region.place.is_device()).map(|(&id, _)| id).collect()
     }
 
-    /// A region for a peer that shows a token. Unknown region and wrong token give the same answer.
+    /// A region for a peer that presents a token. An unknown region and a wrong token give the same answer.
     pub(crate) fn remote(&self, id: u64, token: &[u8; 16]) -> Result<RegionUse> {
         if let Some(region) = self.regions.read().by_id.get(&id) {
-            // Every byte is compared, whatever the first differences.
+            // Compares every byte, so that the time reveals nothing.
             if region.token.iter().zip(token).fold(0, |acc, (a, b)| acc | (a ^ b)) == 0 {
                 return Ok(RegionUse::new(region));
             }
@@ -110,7 +110,7 @@ impl Registry {
         bail!(RemoteAccess, "region {id} is not registered, or the token is wrong")
     }
 
-    /// Removes a region: from now on it is found no more.
+    /// Removes a region, which is no longer found.
     pub(crate) fn retire(&self, id: u64) -> Result<Retired> {
         let mut regions = self.regions.write();
         let Some(region) = regions.by_id.remove(&id) else { bail!(NotFound, "region {id} is not registered") };
@@ -119,7 +119,7 @@ impl Registry {
         Ok(Retired(region))
     }
 
-    /// Whether some region holds the address.
+    /// Whether some region contains the address.
     pub(crate) fn holds_address(&self, addr: u64) -> bool {
         self.regions.read().cover.holds(addr)
     }
@@ -132,7 +132,7 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// The same answer as looking at every region, whatever overlaps, repeats and goes again; and nothing is left in the end.
+        /// The answer is that of a search through all regions, however they overlap and repeat, and nothing is left in the end.
         #[test]
         fn addresses_are_found_as_by_looking_at_every_region(
             spans in proptest::collection::vec((1u64..60, 1u64..20, any::<prop::sample::Index>(), 0u8..3), 1..40)
@@ -157,7 +157,8 @@ mod tests {
         }
     }
 
-    /// Registering, looking up and retiring regions that all overlap takes a step more among 64 times as many, not 64 times as long.
+    /// With 64 times as many overlapping regions, registering, looking up and retiring take a few steps more, not 64 times as
+    /// long.
     #[test]
     fn the_cost_grows_as_the_logarithm_of_the_overlaps() {
         let fastest = |overlaps: u64| {
@@ -205,7 +206,7 @@ mod tests {
             assert_eq!(region.check_access(RemoteAccess::READ).is_ok(), access.read);
             assert_eq!(region.check_access(RemoteAccess::WRITE).is_ok(), access.write);
             assert_eq!(region.check_access(RemoteAccess::ALL).is_ok(), access == RemoteAccess::ALL);
-            assert!(region.check(0x1000, 10).is_ok(), "its owner may do all");
+            assert!(region.check(0x1000, 10).is_ok(), "its owner may do everything");
         }
     }
 

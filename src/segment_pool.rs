@@ -1,17 +1,17 @@
-//! Memory of ended transfers, kept for the next ones: the lists of a transfer of many thousand segments are so large that fresh memory
-//! for them costs more in page faults than filling them. Knows nothing of what is in them.
+//! Memory of ended transfers, kept for the next ones. The lists of a transfer of many thousand segments are so large that new
+//! memory for them costs more in page faults than filling them. Knows nothing of their content.
 
 use crate::status::{bail, Result};
 use crate::types::Segment;
 use crate::wire::frame::WireSegments;
 
-/// From so many segments on it pays: shorter lists are neither asked for nor kept, where they would take the place of long ones.
+/// The length from which on reuse pays. Shorter lists are not kept, since they would take the place of long ones.
 pub(crate) const MANY: usize = 1 << 10;
-/// Lists kept at most, and the most segments of one that is kept.
+/// Most lists kept, and the most segments of a kept list.
 const LISTS: usize = 4;
 const SEGMENTS: usize = 1 << 16;
 
-/// Lists without content.
+/// Empty lists.
 #[derive(Default)]
 pub(crate) struct SegmentPool {
     lists: Vec<Vec<Segment>>,
@@ -38,7 +38,7 @@ impl SegmentPool {
         wire
     }
 
-    /// A list that nobody needs any more.
+    /// Takes a list that is no longer needed.
     pub(crate) fn give_list(&mut self, mut list: Vec<Segment>) {
         if self.lists.len() < LISTS && (MANY..=SEGMENTS).contains(&list.capacity()) {
             list.clear();
@@ -46,7 +46,7 @@ impl SegmentPool {
         }
     }
 
-    /// A list of wire segments that nobody needs any more.
+    /// Takes a list of wire segments that is no longer needed.
     pub(crate) fn give_wire(&mut self, mut wire: WireSegments<'static>) {
         wire.clear();
         if wire.room() <= SEGMENTS {

@@ -45,7 +45,7 @@ pub const UCCL_ERR_SYSTEM: StatusCode = -33;
 /// A bug in the library. Please report it.
 pub const UCCL_ERR_INTERNAL: StatusCode = -99;
 
-/// What went wrong, by kind; [`Error`] carries the text.
+/// The kind of an error; [`Error`] carries the text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 #[allow(missing_docs)] // each is documented at its UCCL_ERR_* number
@@ -119,7 +119,7 @@ impl ErrorKind {
         ErrorKind::ALL.into_iter().find(|k| k.code() == code).unwrap_or(ErrorKind::Internal)
     }
 
-    /// A short sentence for the number.
+    /// A short text for the number.
     pub const fn describe(self) -> &'static std::ffi::CStr {
         match self {
             ErrorKind::InvalidArgument => c"invalid argument",
@@ -143,7 +143,7 @@ impl ErrorKind {
     }
 }
 
-/// An error with its cause in words.
+/// An error with its cause as text.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct Error {
@@ -166,11 +166,11 @@ impl Error {
     pub fn system(what: impl fmt::Display, source: &std::io::Error) -> Error {
         Error::new(ErrorKind::System, format_args!("{what}: {source}"))
     }
-    /// The cause in words.
+    /// The cause as text.
     pub fn to_str(&self) -> &str {
         &self.message
     }
-    /// What kind of error this is.
+    /// The kind of the error.
     pub fn kind(&self) -> ErrorKind {
         self.kind
     }

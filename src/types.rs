@@ -1,5 +1,5 @@
-//! Types that every layer shares: where memory lies, extents of regions, the segments of a transfer and the pieces of a chunk. Knows
-//! nothing of wires, channels or plugins.
+//! Types that every layer shares: places of memory, extents of regions, the segments of a transfer and the pieces of a chunk.
+//! Knows nothing of wires, channels or plugins.
 
 /// Where memory lies: the host, or one of its GPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -56,7 +56,7 @@ pub enum Protect {
     Encrypt,
 }
 
-/// Names a data stream of a connection: the transfer id and which engine chose it.
+/// Identifies a data stream of a connection: the transfer id, and which engine chose it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Key {
     /// The initiator's transfer id.
@@ -66,7 +66,7 @@ pub(crate) struct Key {
 }
 
 impl std::hash::Hash for Key {
-    /// As one word.
+    /// Hashed as one word.
     fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
         state.write_u64(self.id.rotate_left(1) ^ u64::from(self.mine));
     }
@@ -124,7 +124,7 @@ pub(crate) struct Piece {
 /// A grant of one posted buffer for one message. Its owner sends it when a receive has met the message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Landing {
-    /// Names the grant, together with its generation.
+    /// Identifies the grant, together with its generation.
     pub slot: u32,
     /// Which of the grants in this slot it is.
     pub generation: u64,
