@@ -83,7 +83,7 @@ fn a_send_that_fails_names_its_channel() {
 fn a_nic_that_is_no_pci_device_is_left_out() {
     let devices = "eth1@127.0.0.1,eth2@127.0.0.1@nopci";
     let log = run("moves", &[("STRICT_FOREIGN_DEVICES", devices), ("UCCL_TCPX_NUM_CHANNELS", "4")]);
-    assert!(log.contains("NIC eth2 is no PCI device and is left out"), "{log}");
+    assert!(log.contains("NIC eth2 is not a PCI device and is left out"), "{log}");
 }
 
 #[test]
