@@ -476,8 +476,8 @@ impl Establishing {
 
     fn straggler_wait_is_over(&self, now: Instant) -> bool {
         let Some(first) = self.first_up else { return false };
-        let patience = (first.saturating_duration_since(self.began) * STRAGGLER_WAIT_FACTOR).max(MIN_STRAGGLER_WAIT);
-        now.saturating_duration_since(first) >= patience
+        let wait = (first.saturating_duration_since(self.began) * STRAGGLER_WAIT_FACTOR).max(MIN_STRAGGLER_WAIT);
+        now.saturating_duration_since(first) >= wait
     }
 
     /// Returns the channels that are up and abandons the rest, with a warning for each NIC.
