@@ -1,0 +1,410 @@
+"""A peer of libuccl_p2p in Python, written from docs/protocol.md: a connector or a listener that reads, writes, and sends messages and
+notifications over the software plugin's channels. This file has the section "Frames"; session.py and channels.py have the others. The
+peer does one thing at a time: it reads a frame with the chunks that the frame announces, and blocks meanwhile. It leaves out what
+processes of one host do.
+"""
+
+import hmac
+import os
+import select
+import socket
+import struct
+import time
+from collections import deque
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from channels import set_up_channels
+from session import (
+    ERR_REMOTE_ACCESS,
+    ERR_TIMED_OUT,
+    ERR_TRUNCATED,
+    OK,
+    SECONDS,
+    Failed,
+    Hello,
+    Reader,
+    accept_handshake,
+    connect_handshake,
+    instance_of,
+    need,
+    public_of,
+)
+
+FRAME = 0xC7
+(F_WRITE, F_WRITE_DATA, F_READ, F_READ_DATA, F_CHUNKS, F_DONE, F_MESSAGE, F_PULL, F_NOTIFY, F_PING, F_BYE, F_WITHDRAW, F_CANCEL) = range(1, 14)
+READ, WRITE = 1, 2  # access of a region
+HOST = 0  # place
+NOT_DIRECT = 0xFFFFFFFF
+CHUNKS_IN_A_FRAME, SEGMENTS_IN_A_CHUNK = 4096, 4096
+
+
+def tag_of(transfer, sender_is_initiator, offset):
+    whole = (1 << 64) - 1
+    x1 = ((2 * transfer + sender_is_initiator) * 0x9E3779B97F4A7C15 & whole) ^ offset
+    return ((x1 ^ x1 >> 31) * 0xBF58476D1CE4E5B9 & whole) >> 33
+
+
+class Item:
+    """A FIFO item: memory of a region."""
+
+    LAYOUT, VERSION, HOST_MEMORY = "<QIIIIQ16s16s", 0x7C01, 1
+
+    def __init__(self, data):
+        self.address, self.size, self.memory, _, self.version, self.region, self.token, self.instance = struct.unpack(self.LAYOUT, data)
+
+
+class Region:
+    """Memory of this peer, under an address that only names it."""
+
+    def __init__(self, number, memory, access, instance):
+        self.id, self.memory, self.access, self.instance = number, memory, access, instance
+        self.address, self.token = number << 32, os.urandom(16)
+
+    def item(self, offset=0):
+        size = len(self.memory) - offset
+        fields = (self.address + offset, size, Item.HOST_MEMORY, 0, Item.VERSION, self.id, self.token, self.instance)
+        return struct.pack(Item.LAYOUT, *fields)
+
+
+class Stream:
+    """Data that comes in for a transfer. `finish` gets the bytes once all are here; None: they are dropped."""
+
+    def __init__(self, size, finish):
+        self.size, self.finish, self.data, self.taken = size, finish, bytearray(), 0
+
+
+class Connection:
+    """Frames both ways. `results` has (status, text or bytes) of this peer's transfers that ended, by id; `received` the messages that met
+    receives, None for those that failed."""
+
+    def __init__(self, peer, session, records, agreed, channels):
+        self.peer, self.session, self.records, self.agreed, self.channels = peer, session, records, agreed, channels
+        self.last_id, self.results, self.sending = 0, {}, {}
+        self.mine, self.theirs = {}, {}  # streams that come in, by id: of this peer's transfers, and of the library's
+        self.messages, self.receives, self.received, self.notifications = deque(), deque(), [], []
+        self.arrived, self.chunks_arrived, self.pings, self.next_channel, self.bye = 0, 0, 0, 0, None
+        self.said = time.monotonic()
+        for sock in (records.sock, *(channel.out.sock for channel in channels)):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.handlers = {
+            F_WRITE: self.on_write,
+            F_WRITE_DATA: self.on_write_data,
+            F_READ: self.on_read,
+            F_READ_DATA: self.on_read_data,
+            F_CHUNKS: self.on_chunks,
+            F_DONE: self.on_done,
+            F_MESSAGE: self.on_message,
+            F_PULL: self.on_pull,
+            F_NOTIFY: self.on_notify,
+            F_PING: self.on_ping,
+            F_BYE: self.on_bye,
+            F_WITHDRAW: self.on_withdraw,
+            F_CANCEL: self.on_cancel,
+        }
+
+    def send(self, kind, *parts):
+        self.records.send_message(kind, FRAME, b"".join(parts))
+        self.said = time.monotonic()
+
+    # What this peer starts.
+
+    def new_id(self):
+        self.last_id += 1
+        return self.last_id
+
+    def request(self, kind, segments, data=b""):
+        """Write or Read of segments (item, offset in it, length); its id."""
+        number, regions = self.new_id(), list(dict.fromkeys((item.region, item.token) for item, _, _ in segments))
+        parts = [struct.pack("<QII", number, len(regions), len(segments))]
+        parts += [struct.pack("<Q16s", *region) for region in regions]
+        index = {region: i for i, region in enumerate(regions)}
+        for item, offset, length in segments:
+            parts.append(struct.pack("<QIHBB", item.address + offset, length, index[item.region, item.token], HOST, HOST))
+        self.send(kind, *parts, data)
+        return number
+
+    def write(self, segments, data):
+        number = self.request(F_WRITE, segments)
+        self.send_chunks(number, True, data, [length for _, _, length in segments])
+        return number
+
+    def write_with_data(self, segments, data):
+        return self.request(F_WRITE_DATA, segments, data)
+
+    def read(self, segments):
+        number = self.request(F_READ, segments)
+        size = sum(length for _, _, length in segments)
+        self.mine[number] = Stream(size, lambda data: self.results.update({number: (OK, data)}))
+        return number
+
+    def send_message(self, data):
+        number = self.new_id()
+        self.sending[number] = data
+        self.send(F_MESSAGE, struct.pack("<QQI", number, len(data), NOT_DIRECT))
+        return number
+
+    def withdraw(self, number, status):
+        self.sending[number] = None  # the Pull that still comes asks for nothing
+        self.send(F_WITHDRAW, struct.pack("<Qi", number, status))
+
+    def cancel(self, number):
+        self.send(F_CANCEL, struct.pack("<Q", number))
+
+    def receive_message(self, most):
+        self.receives.append(most)
+        self.match()
+
+    def notify(self, name, message):
+        self.send(F_NOTIFY, struct.pack("<I", len(name)), name, message)
+
+    def ping(self):
+        self.send(F_PING, struct.pack("<QQ", self.arrived, self.chunks_arrived))
+
+    def close(self, status=OK, text=b""):
+        self.send(F_BYE, struct.pack("<i", status), text)
+        self.drop()
+
+    def drop(self):
+        for channel in self.channels:
+            channel.close()
+        self.records.sock.close()
+
+    def cuts(self, segments):
+        """Lengths of the chunks of a stream over segments of these lengths."""
+        length, crossed = 0, 0
+        for left in segments:
+            crossed += 1
+            while length + left >= self.agreed.chunk:
+                yield self.agreed.chunk
+                left -= self.agreed.chunk - length
+                length, crossed = 0, int(left > 0)
+            length += left
+            if crossed == SEGMENTS_IN_A_CHUNK:
+                yield length
+                length, crossed = 0, 0
+        if length:
+            yield length
+
+    def send_chunks(self, number, initiator, data, segments, most=None):
+        """Announces a stream, or its first `most` chunks, and sends them on the channels in turn."""
+        lengths, at = list(self.cuts(segments))[:most], 0
+        for first in range(0, len(lengths), CHUNKS_IN_A_FRAME):
+            batch = []
+            for length in lengths[first : first + CHUNKS_IN_A_FRAME]:
+                batch.append((length, self.next_channel))
+                self.next_channel = (self.next_channel + 1) % len(self.channels)
+            parts = [struct.pack("<IHH", *chunk, 0) for chunk in batch]
+            self.send(F_CHUNKS, struct.pack("<QII", number, initiator, len(batch)), *parts)
+            for length, channel in batch:
+                self.channels[channel].out.send(data[at : at + length], tag_of(number, initiator, at))
+                at += length
+
+    # What the library sends.
+
+    def step(self, seconds):
+        """Handles one frame, if one comes in that time."""
+        if not self.records.plain and not select.select([self.records.sock], [], [], seconds)[0]:
+            return
+        kind, payload = self.records.read_message(FRAME)
+        need(kind in self.handlers, f"a frame of the unknown type {kind}")
+        fields = Reader(payload)
+        self.handlers[kind](fields)
+        fields.end()
+
+    def until(self, done):
+        """Handles frames until the condition holds."""
+        end = time.monotonic() + SECONDS
+        while not done():
+            if self.bye:
+                raise Failed(*self.bye)
+            if time.monotonic() > end:
+                raise Failed(ERR_TIMED_OUT, "waited too long")
+            if time.monotonic() - self.said > self.agreed.timeout_ms / 3000:
+                self.ping()
+            self.step(0.001)
+
+    def result(self, number):
+        self.until(lambda: number in self.results)
+        return self.results.pop(number)
+
+    def views(self, regions, segments, access):
+        """The memory of the segments; None if some of it may not be accessed."""
+        found = []
+        for number, token in regions:
+            region = self.peer.regions.get(number)
+            if not region or not hmac.compare_digest(token, region.token) or not region.access & access:
+                return None
+            found.append(region)
+        views = []
+        for address, length, index, _, place in segments:
+            start = address - found[index].address
+            if start < 0 or start + length > len(found[index].memory) or place != HOST:
+                return None
+            views.append(memoryview(found[index].memory)[start : start + length])
+        return views
+
+    def request_of(self, fields, access):
+        """(id, memory or None, bytes) of a Write or a Read."""
+        number, n, m = fields.unpack("QII")
+        regions = [fields.unpack("Q16s") for _ in range(n)]
+        segments = [fields.unpack("QIHBB") for _ in range(m)]
+        need(m and all(1 <= length <= 1 << 30 and index < n for _, length, index, _, _ in segments), "a segment")
+        return number, self.views(regions, segments, access), sum(length for _, length, _, _, _ in segments)
+
+    def done(self, number, status, text=b""):
+        self.send(F_DONE, struct.pack("<Qi", number, status), text)
+
+    def refuse_access(self, number):
+        self.done(number, ERR_REMOTE_ACCESS, b"the region does not exist, or does not give this access")
+
+    def store(self, number, views, data):
+        at = 0
+        for view in views:
+            view[:] = data[at : at + len(view)]
+            at += len(view)
+        self.done(number, OK)
+
+    def on_write(self, fields):
+        number, views, size = self.request_of(fields, WRITE)
+        self.theirs[number] = Stream(size, views and (lambda data: self.store(number, views, data)))
+        if not views:
+            self.refuse_access(number)
+
+    def on_write_data(self, fields):
+        number, views, size = self.request_of(fields, WRITE)
+        data = fields.bytes(size)
+        if views:
+            self.store(number, views, data)
+        else:
+            self.refuse_access(number)
+
+    def on_read(self, fields):
+        number, views, size = self.request_of(fields, READ)
+        if not views:
+            self.refuse_access(number)
+        elif size <= self.peer.eager_bytes:
+            self.send(F_READ_DATA, struct.pack("<Q", number), *views)
+        else:
+            self.send_chunks(number, False, b"".join(views), [len(view) for view in views])
+
+    def on_read_data(self, fields):
+        stream = self.mine.pop(fields.unpack("Q"))
+        data = fields.rest()
+        need(len(data) == stream.size, "Read's data of a wrong length")
+        stream.finish(data)
+
+    def on_chunks(self, fields):
+        number, initiator, n = fields.unpack("QII")
+        streams = self.theirs if initiator else self.mine
+        for _ in range(n):
+            length, channel, _ = fields.unpack("IHH")
+            need(number in streams, f"a chunk of transfer {number}, which expects none")
+            stream = streams[number]
+            need(1 <= length <= min(self.agreed.chunk, stream.size - stream.taken), "the length of a chunk")
+            data = self.channels[channel].into.receive(length, tag_of(number, initiator, stream.taken))
+            stream.taken += length
+            self.arrived += length
+            self.chunks_arrived += 1
+            if stream.finish:
+                stream.data += data
+            if stream.taken == stream.size:
+                del streams[number]
+                if stream.finish:
+                    stream.finish(bytes(stream.data))
+
+    def on_done(self, fields):
+        number, status = fields.unpack("Qi")
+        self.mine.pop(number, None)
+        self.results[number] = (status, fields.rest().decode())
+
+    def on_message(self, fields):
+        number, size, _ = fields.unpack("QQI")
+        self.messages.append((number, size))
+        self.match()
+
+    def match(self):
+        """Messages and receives match in order."""
+        while self.messages and self.receives:
+            (number, size), most = self.messages.popleft(), self.receives.popleft()
+            if size > most:
+                self.received.append(None)
+                self.pull(number, ERR_TRUNCATED)
+                continue
+            if size:
+                self.theirs[number] = Stream(size, lambda data, number=number: (self.received.append(data), self.done(number, OK)))
+            else:
+                self.received.append(b"")  # the Pull ends it
+            self.pull(number, OK)
+
+    def pull(self, number, status):
+        self.send(F_PULL, struct.pack("<QiI", number, status, HOST))
+
+    def on_pull(self, fields):
+        number, status, _ = fields.unpack("QiI")
+        data = self.sending.pop(number)
+        if status == OK and data:
+            self.send_chunks(number, True, data, [len(data)])
+        else:
+            self.results[number] = (status, "")
+
+    def on_notify(self, fields):
+        name = fields.bytes(fields.unpack("I"))
+        self.notifications.append((name, fields.rest()))
+
+    def on_ping(self, fields):
+        fields.unpack("QQ")
+        self.pings += 1
+
+    def on_bye(self, fields):
+        self.bye = (fields.unpack("i"), fields.rest().decode())
+
+    def on_withdraw(self, fields):
+        number, status = fields.unpack("Qi")
+        need(status != OK, "a Withdraw without a status")
+        for message in [message for message in self.messages if message[0] == number]:
+            self.messages.remove(message)
+            self.pull(number, status)
+        if self.theirs.pop(number, None):
+            self.received.append(None)
+
+    def on_cancel(self, fields):
+        stream = self.theirs.pop(fields.unpack("Q"))
+        need(not stream.finish, "a Cancel of a write that was not refused")
+
+
+class Peer:
+    """What an engine is to the protocol: a static key, the keys of a key file, a hello, regions. `nics`: a channel is offered on each;
+    `up`: the numbers of the channels that it brings up."""
+
+    def __init__(self, keys=(), eager_bytes=8192, nics=None, up=lambda number: True, **hello):
+        self.static, self.keys, self.hello, self.eager_bytes = X25519PrivateKey.generate(), list(keys), Hello(**hello), eager_bytes
+        self.nics, self.up, self.regions = nics, up, {}
+        self.instance = instance_of(public_of(self.static))
+
+    def register(self, memory, access=READ | WRITE):
+        region = Region(len(self.regions) + 1, memory, access, self.instance)
+        self.regions[region.id] = region
+        return region
+
+    def connect(self, address):
+        sock = socket.create_connection(address, SECONDS)
+        try:
+            return self.set_up(*connect_handshake(sock, self.static, self.keys[0] if self.keys else None, self.hello))
+        except Exception:
+            sock.close()
+            raise
+
+    def accept(self, listener):
+        listener.settimeout(SECONDS)
+        sock = listener.accept()[0]
+        sock.settimeout(SECONDS)
+        try:
+            return self.set_up(*accept_handshake(sock, self.static, self.keys, self.hello))
+        except Exception:
+            sock.close()
+            raise
+
+    def set_up(self, session, records, agreed):
+        nics = self.nics or [b"lo"] * agreed.channels
+        return Connection(self, session, records, agreed, set_up_channels(session, records, agreed, nics, self.up))
