@@ -65,6 +65,17 @@ impl Drop for Uncancelled {
 /// Asks the scheduler for short time slices: a thread with short bursts of work then runs soon beside CPU-bound threads, without taking
 /// a larger share. An older kernel ignores it.
 pub fn ask_for_short_turns() {
+    ask_for_turns(100_000);
+}
+
+/// Asks the scheduler for long time slices: threads that wake then run before this one, which keeps its share. An older kernel ignores
+/// it.
+pub fn ask_for_long_turns() {
+    ask_for_turns(5_000_000);
+}
+
+/// Asks for time slices of so many nanoseconds.
+fn ask_for_turns(runtime: u64) {
     /// `struct sched_attr` in its first version.
     #[repr(C)]
     #[derive(Default)]
@@ -78,7 +89,6 @@ pub fn ask_for_short_turns() {
         deadline: u64,
         period: u64,
     }
-    const SHORTEST_NS: u64 = 100_000;
     let size = size_of::<Attributes>() as u32;
     let mut attributes = Attributes { size, ..Attributes::default() };
     // SAFETY: reads the calling thread's attributes into a struct of the given size; then writes them with another time slice.
@@ -86,7 +96,7 @@ pub fn ask_for_short_turns() {
         if libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size, 0) == 0
             && attributes.policy == libc::SCHED_OTHER as u32
         {
-            attributes.runtime = SHORTEST_NS;
+            attributes.runtime = runtime;
             libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0);
         }
     }
@@ -142,17 +152,19 @@ mod tests {
     }
 
     #[test]
-    fn short_time_slices_change_nothing_else() {
-        let thread = std::thread::spawn(|| {
-            // SAFETY: a plain call; a higher nice value than before is always allowed.
-            assert_eq!(unsafe { libc::setpriority(libc::PRIO_PROCESS, libc::syscall(libc::SYS_gettid) as libc::id_t, 15) }, 0);
-            let (policy, nice, turn) = attributes();
-            ask_for_short_turns();
-            let after = attributes();
-            assert_eq!((after.0, after.1), (policy, nice));
-            // An older kernel keeps the old value.
-            assert!(after.2 == 100_000 || after.2 == turn, "{} ns after {turn}", after.2);
-        });
-        thread.join().unwrap();
+    fn asking_for_time_slices_changes_nothing_else() {
+        for (ask, wanted) in [(ask_for_short_turns as fn(), 100_000), (ask_for_long_turns, 5_000_000)] {
+            let thread = std::thread::spawn(move || {
+                // SAFETY: a plain call; a higher nice value than before is always allowed.
+                assert_eq!(unsafe { libc::setpriority(libc::PRIO_PROCESS, libc::syscall(libc::SYS_gettid) as libc::id_t, 15) }, 0);
+                let (policy, nice, turn) = attributes();
+                ask();
+                let after = attributes();
+                assert_eq!((after.0, after.1), (policy, nice));
+                // An older kernel keeps the old value.
+                assert!(after.2 == wanted || after.2 == turn, "{} ns after {turn}", after.2);
+            });
+            thread.join().unwrap();
+        }
     }
 }

@@ -26,7 +26,8 @@ impl Waiter<'_> {
         if before.complete || core.machine.dead().is_some() {
             return Ok(before);
         }
-        let situation = self.situation(&core, id, &before);
+        let now = Instant::now();
+        let situation = self.situation(&core, id, &before, now);
         let planned = pause(&situation);
         if let Pause::HandOver(nap) = planned {
             drop(core);
@@ -38,7 +39,6 @@ impl Waiter<'_> {
             self.0.polls.leave(self.0.context.clock());
             return self.0.lock().machine.lookup(id);
         }
-        let now = Instant::now();
         self.0.polls.enter(self.0.context.at(now));
         let any = self.drive_and_linger(&mut core, now);
         let after = core.machine.lookup(id)?;
@@ -51,7 +51,11 @@ impl Waiter<'_> {
             }
             _ if any || after.complete => {}
             Pause::Nap(nap) => std::thread::sleep(nap),
-            Pause::Yield => std::thread::yield_now(),
+            Pause::Yield => {
+                let before = self.0.context.clock();
+                std::thread::yield_now();
+                self.0.polls.yielded(before, self.0.context.clock());
+            }
             Pause::None | Pause::HandOver(_) => {}
         }
         self.0.polls.leave(self.0.context.clock());
@@ -69,13 +73,14 @@ impl Waiter<'_> {
         }
     }
 
-    fn situation(&self, core: &Core, id: u64, state: &TransferState) -> Situation {
+    fn situation(&self, core: &Core, id: u64, state: &TransferState, now: Instant) -> Situation {
         Situation {
             cores: self.0.context.cores,
             doorbell: self.0.context.doorbells,
             only_this: self.0.context.polled_again(self.0.id, id),
             channels_busy: core.channels.busy(),
             copying: core.channels.copies_pending(),
+            contended: self.0.polls.contended(self.0.context.at(now)),
             missing: state.bytes_total - state.bytes_done,
             total: state.bytes_total,
         }

@@ -19,7 +19,16 @@ pub(crate) struct Polls {
     looping: AtomicU64,
     /// When that loop began.
     begun: AtomicU64,
+    /// Until when a poll sleeps where it would yield, and for how long the last such period was.
+    sleeps_until: AtomicU64,
+    slept_for: AtomicU64,
 }
+
+/// A yield that takes longer, microseconds, has let a thread run that computes. The kernel gives the core back at its tick, up to 4 ms
+/// later, but a thread that sleeps gets one soon after it wakes.
+const LONG_YIELD_US: u64 = 500;
+/// How long polls sleep instead after such a yield: at first, and at most. It doubles while each next yield is long, too.
+const SLEEPS_US: [u64; 2] = [20_000, 1_280_000];
 
 impl Polls {
     /// A poll begins.
@@ -39,6 +48,22 @@ impl Polls {
     /// The polling thread now sleeps. Returns whether it had been polling in a loop.
     pub(crate) fn stop(&self) -> bool {
         self.looping.swap(0, Ordering::Relaxed) != 0
+    }
+
+    /// A poll yielded the core from `before` until `after`.
+    pub(crate) fn yielded(&self, before: u64, after: u64) {
+        if after.saturating_sub(before) <= LONG_YIELD_US {
+            return;
+        }
+        let (until, last) = (self.sleeps_until.load(Ordering::Relaxed), self.slept_for.load(Ordering::Relaxed));
+        let length = if before < until + last { (2 * last).min(SLEEPS_US[1]) } else { SLEEPS_US[0] };
+        self.slept_for.store(length, Ordering::Relaxed);
+        self.sleeps_until.store(after + length, Ordering::Relaxed);
+    }
+
+    /// Whether threads that compute took the core at a recent yield.
+    pub(crate) fn contended(&self, now: u64) -> bool {
+        now < self.sleeps_until.load(Ordering::Relaxed)
     }
 
     /// For how long an application thread has been polling in a loop, if one is: the progress thread leaves the connection to it.
@@ -96,6 +121,8 @@ pub(crate) struct Situation {
     pub channels_busy: bool,
     /// A device copies, which rings no doorbell.
     pub copying: bool,
+    /// A yield would give the core to a thread that computes.
+    pub contended: bool,
     /// Bytes of the transfer that are not yet moved.
     pub missing: u64,
     /// Size of the transfer.
@@ -137,6 +164,7 @@ pub(crate) fn pause(s: &Situation) -> Pause {
     match (s.channels_busy || s.total > NAP_BYTES, large) {
         _ if s.cores != Cores::Few => Pause::None,
         (true, true) => Pause::Nap(Duration::from_micros(NAP_AMONG_US)),
+        (true, false) if s.contended => Pause::Nap(Duration::from_micros(NAP_AMONG_US)),
         (true, false) => Pause::Yield,
         (false, _) => Pause::None,
     }
@@ -244,12 +272,35 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_long_yield_makes_polls_sleep_and_longer_each_time() {
+        let polls = Polls::default();
+        polls.yielded(5000, 5000 + LONG_YIELD_US);
+        assert!(!polls.contended(5000 + LONG_YIELD_US));
+        let mut now = 10_000;
+        for length in [20_000, 40_000, 80_000, 160_000, 320_000, 640_000, 1_280_000, 1_280_000] {
+            polls.yielded(now, now + 4000);
+            now += 4000;
+            assert!(polls.contended(now) && polls.contended(now + length - 1) && !polls.contended(now + length), "{length}");
+            // Short ones in between change nothing.
+            now += length;
+            polls.yielded(now, now + 10);
+            assert!(!polls.contended(now));
+            now += 1000;
+        }
+        // After a long time without one it begins anew.
+        now += 2 * SLEEPS_US[1];
+        polls.yielded(now, now + 4000);
+        assert!(polls.contended(now + 4000 + SLEEPS_US[0] - 1) && !polls.contended(now + 4000 + SLEEPS_US[0]));
+    }
+
     const FEW: Situation = Situation {
         cores: Cores::Few,
         doorbell: true,
         only_this: true,
         channels_busy: true,
         copying: false,
+        contended: false,
         missing: 64 << 20,
         total: 64 << 20,
     };
@@ -274,6 +325,8 @@ mod tests {
             (Situation { channels_busy: false, ..FEW }, Pause::Nap(us(NAP_AMONG_US))),
             (Situation { missing: NAP_BYTES, ..FEW }, Pause::Yield),
             (Situation { missing: 4096, total: 4096, ..FEW }, Pause::Yield),
+            (Situation { missing: 4096, total: 4096, contended: true, ..FEW }, Pause::Nap(us(NAP_AMONG_US))),
+            (Situation { missing: 4096, total: 4096, contended: true, ..SOME }, Pause::None),
             (Situation { missing: 4096, total: 4096, channels_busy: false, ..FEW }, Pause::None),
         ];
         for (situation, expected) in cases {

@@ -22,6 +22,31 @@ const HELD_UP: Duration = Duration::from_millis(20);
 /// What a slice is taken to cost until it has ended, nanoseconds.
 const EXPECTED: u64 = 20_000;
 
+/// A thread yields its core after so much work. The kernel looks for another thread only at a wake-up and at its tick, which is 4 ms
+/// apart where CONFIG_HZ is 250.
+const TURN: Duration = Duration::from_micros(100);
+/// A yield that takes longer has let a thread run that computes. The next one comes after so many times as long as it took: a thread that
+/// computes gets little of the pool's share by it.
+const COMPUTES: Duration = Duration::from_millis(1);
+const BACK_OFF: u32 = 16;
+
+/// When a thread of the pool next yields its core. Pure; time comes from the caller.
+struct Yields {
+    next: Instant,
+}
+
+impl Yields {
+    fn is_due(&self, now: Instant) -> bool {
+        now >= self.next
+    }
+
+    /// The thread yielded from `before` until `after`.
+    fn yielded(&mut self, before: Instant, after: Instant) {
+        let took = after - before;
+        self.next = after + if took > COMPUTES { took * BACK_OFF } else { TURN };
+    }
+}
+
 /// Wakes the thread that sleeps for a connection. It owns what it writes to: a thread may ring after the connection has ended.
 #[derive(Clone)]
 pub(crate) struct Bell {
@@ -393,6 +418,8 @@ impl Pool {
 }
 
 fn work(inner: &Inner, number: usize) {
+    process::thread::ask_for_long_turns();
+    let mut yields = Yields { next: Instant::now() + TURN };
     let mut queue = inner.queue.lock();
     loop {
         let Some((job, index)) = queue.take(number) else {
@@ -411,8 +438,13 @@ fn work(inner: &Inner, number: usize) {
         let (flow, begun) = (job.flow, Instant::now());
         job.run(index);
         drop(job);
+        let ended = Instant::now();
+        if yields.is_due(ended) {
+            std::thread::yield_now();
+            yields.yielded(ended, Instant::now());
+        }
         queue = inner.queue.lock();
-        queue.done(number, flow, begun.elapsed());
+        queue.done(number, flow, ended - begun);
     }
 }
 
@@ -470,6 +502,33 @@ mod tests {
             std::thread::yield_now();
         }
         Ok(())
+    }
+
+    #[test]
+    fn a_thread_yields_often_but_seldom_beside_one_that_computes() {
+        let (start, us) = (Instant::now(), Duration::from_micros);
+        let mut yields = Yields { next: start + TURN };
+        let (mut now, mut count) = (start, 0);
+        let mut lost = Duration::ZERO;
+        // Slices of 20 us for 10 ms; another thread runs briefly at each yield.
+        while now < start + us(10_000) {
+            now += us(20);
+            if yields.is_due(now) {
+                yields.yielded(now, now + us(50));
+                (now, count) = (now + us(50), count + 1);
+            }
+        }
+        assert!((60..=70).contains(&count), "{count}");
+        // One that computes takes 4 ms at each.
+        let from = now;
+        while now < from + us(1_000_000) {
+            now += us(20);
+            if yields.is_due(now) {
+                yields.yielded(now, now + us(4000));
+                (now, lost) = (now + us(4000), lost + us(4000));
+            }
+        }
+        assert!(lost < (now - from) / 15, "{lost:?}");
     }
 
     #[test]
