@@ -156,10 +156,8 @@ mod tests {
         for (ask, wanted) in [(ask_for_short_turns as fn(), 100_000), (ask_for_long_turns, 5_000_000)] {
             let thread = std::thread::spawn(move || {
                 // SAFETY: a plain call; a higher nice value than before is always allowed.
-                assert_eq!(
-                    unsafe { libc::setpriority(libc::PRIO_PROCESS, libc::syscall(libc::SYS_gettid) as libc::id_t, 15) },
-                    0
-                );
+                let lowered = unsafe { libc::setpriority(libc::PRIO_PROCESS, libc::syscall(libc::SYS_gettid) as libc::id_t, 15) };
+                assert_eq!(lowered, 0);
                 let (policy, nice, turn) = attributes();
                 ask();
                 let after = attributes();

@@ -156,7 +156,7 @@ impl Liar {
             return Ok(false);
         }
         let iov = [ucclIoVec { base: pair.sink.as_mut_ptr().cast(), len }];
-        // The sink is never freed, and never read.
+        // SAFETY: the sink is never freed, and never read.
         unsafe { pair.recv.recv_vectored(&iov, len, tag) }
     }
 

@@ -43,16 +43,12 @@ pub(crate) const CLOSING: Duration = Duration::from_secs(1);
 
 /// A connection to a peer engine. All methods may be called from any thread.
 ///
-/// - Getters take no part in the protocol: [`Connection::peer_ip`] and the following, [`Connection::stats`],
-/// [`Connection::status`].
-/// - [`Connection::transfer`], [`Connection::transfer_list`], [`Connection::send`], [`Connection::recv`] and
-/// [`Connection::notify`] start
-/// something. An error leaves the connection as it was, unless [`Connection::status`] says that it is lost. The transfer owns the
-/// memory
-/// that it names from there on.
-/// - [`Connection::poll`] or [`Connection::wait`], with the id, until the transfer is complete or has failed: then the memory is
-/// free again.
-/// They drive the connection, but it moves without them: the progress thread drives it meanwhile.
+/// - Getters take no part in the protocol: [`Connection::peer_ip`] and the following, [`Connection::stats`], [`Connection::status`].
+/// - [`Connection::transfer`], [`Connection::transfer_list`], [`Connection::send`], [`Connection::recv`] and [`Connection::notify`]
+///   start something. An error leaves the connection as it was, unless [`Connection::status`] says that it is lost. From then on the
+///   transfer owns the memory that it names.
+/// - [`Connection::poll`] or [`Connection::wait`], with the id, until the transfer is complete or has failed: then the memory is free
+///   again. They drive the connection, but it moves without them: the progress thread drives it meanwhile.
 /// - [`Connection::close`], or dropping it, comes last: transfers that have not ended by then fail.
 pub struct Connection {
     shared: Shared,
