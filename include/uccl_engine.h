@@ -194,6 +194,10 @@ typedef struct uccl_totals_t {
   uint64_t stalls;
   /** Times that a peer was silent, or a transfer moved nothing, for half of its timeout. */
   uint64_t slow_answers;
+  /** Channels that were lost, and whose undelivered chunks were sent again on others. */
+  uint64_t lost_channels;
+  /** Chunks sent again after their channel was lost. */
+  uint64_t resent_chunks;
   /** Chunks packed from GPU memory. */
   uint64_t packed_chunks;
   /** Chunks unpacked into GPU memory. */

@@ -42,6 +42,7 @@ impl OwnFrame {
         OwnFrame(Frame::Chunks {
             id: 1,
             by_initiator: true,
+            offset: 0,
             grants: (0..n).map(|i| Grant { len: 512 << 10, channel: i % 8 }).collect(),
         })
     }

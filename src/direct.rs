@@ -21,9 +21,11 @@ pub(crate) enum Way {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Event {
     /// A chunk was sent: its source may change.
-    Sent(Key, u64),
+    Sent(u16, Key, u64),
     /// A chunk is in place.
-    Received(Key, u64),
+    Received(u16, Key, u64),
+    /// A channel has failed, or was given up, and is closed: it touches no memory any more.
+    Closed(u16, Error),
     /// Bytes of a direct transfer are in place.
     Moved(Key, u64),
     /// A direct transfer has ended: all bytes are in place, or the peer refused it.

@@ -57,7 +57,7 @@ pub enum Protect {
 }
 
 /// Identifies a data stream of a connection: the transfer id, and which engine chose it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Key {
     /// The initiator's transfer id.
     pub id: u64,

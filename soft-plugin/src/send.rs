@@ -5,7 +5,7 @@ use std::io;
 use std::sync::{Arc, OnceLock};
 
 use libc::iovec;
-use nccl_net_abi::{MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_SYSTEM_ERROR};
+use nccl_net_abi::{MAX_REQUESTS, NCCL_INTERNAL_ERROR, NCCL_SYSTEM_ERROR, NCCL_UNHANDLED_CUDA_ERROR};
 
 use crate::config::Config;
 use crate::congestion::Rule;
@@ -92,7 +92,7 @@ impl SendIo {
             // SAFETY: posted, not completed, and the I/O lock is held.
             let body = unsafe { ledger.slot(seq).body() };
             if let (true, Some(source)) = (body.device, source.get()) {
-                let unreadable = |e| Failure::new(NCCL_SYSTEM_ERROR, format!("device memory could not be read: {e}"));
+                let unreadable = |e| Failure::new(NCCL_UNHANDLED_CUDA_ERROR, format!("device memory could not be read: {e}"));
                 if !source.ready((seq % MAX_REQUESTS as u64) as usize).map_err(unreadable)? {
                     break;
                 }

@@ -7,7 +7,7 @@ use super::stripe::Loads;
 use crate::direct::{Event, Way};
 use crate::region::Hold;
 use crate::stats::ChannelStats;
-use crate::status::Result;
+use crate::status::{Error, Result};
 use crate::types::{Key, Part, Place};
 use std::time::Instant;
 
@@ -64,6 +64,8 @@ pub(crate) struct Line<'a> {
     pub under_way: (usize, usize),
     /// How many of the incoming chunks have a posted receive.
     pub posted: usize,
+    /// The channel is open.
+    pub open: bool,
 }
 
 /// The device copier of a connection; absent if device memory cannot be registered.
@@ -80,33 +82,37 @@ pub(crate) trait Path: Send {
     /// The chunk length for a transfer of `total` bytes.
     fn chunk_len(&self, total: u64) -> usize;
 
-    /// Whether it carries memory between the place `local` here and the place `peer` at the peer.
+    /// Whether one of its open channels carries memory between the place `local` here and the place `peer` at the peer.
     fn carries(&self, local: Place, peer: Place) -> bool;
 
-    /// Whether it carries memory of the place `local` here at all.
-    fn carries_local(&self, local: Place) -> bool;
-
-    /// Fills empty lists with the load of each channel for a chunk from `place`, and of the NICs. `bulk`: the chunk is part of a
+    /// Fills empty lists with the load of each open channel for a chunk from `place`, and of the NICs. `bulk`: the chunk is part of a
     /// large transfer. All of those together leave room in the window for small ones, which do not count against them.
     fn loads(&mut self, place: Place, bulk: bool, now: Instant, out: &mut Loads);
 
-    /// Takes a chunk for sending on a channel with a free window slot.
+    /// Takes a chunk for sending on a channel with a free window slot. It is lost if the channel fails.
     fn submit(&mut self, channel: usize, departure: Departure, copier: &mut Copier, now: Instant) -> Result<()>;
 
-    /// Takes a chunk that the peer announced on a channel.
-    fn expect(&mut self, channel: usize, arrival: Arrival) -> Result<()>;
-
-    /// Advances all channels; returns whether anything advanced.
-    fn progress(&mut self, copier: &mut Copier, now: Instant, events: &mut Vec<Event>) -> Result<bool>;
-
-    /// Whether chunks are announced, in flight or expected.
-    fn busy(&self) -> bool;
-
-    /// The network's progress on each channel, in the order of their numbers.
+    /// Takes a chunk that the peer announced on a channel. It is lost if the channel has failed.
     ///
     /// # Errors
-    /// A channel has failed, idle or not.
-    fn network(&self, each: &mut dyn FnMut(Line<'_>)) -> Result<()>;
+    /// `Protocol` for a destination that the channel cannot carry.
+    fn expect(&mut self, channel: usize, arrival: Arrival) -> Result<()>;
+
+    /// Advances all channels; returns whether anything advanced. A channel that fails is closed, which an event reports; an error ends
+    /// the connection.
+    fn progress(&mut self, copier: &mut Copier, now: Instant, events: &mut Vec<Event>) -> Result<bool>;
+
+    /// Closes a channel, because of `why`, as if it had failed.
+    fn close(&mut self, channel: usize, why: Error);
+
+    /// Whether chunks are announced, in flight or expected, or a channel is about to close.
+    fn busy(&self) -> bool;
+
+    /// The network's progress on each channel, in the order of their numbers. A channel that has failed, idle or not, is closed.
+    ///
+    /// # Errors
+    /// When the connection must end.
+    fn network(&mut self, each: &mut dyn FnMut(Line<'_>)) -> Result<()>;
 
     /// The two addresses of a channel in a direction, for an error text.
     fn describe(&self, channel: usize, way: Way) -> String;

@@ -32,21 +32,29 @@ pub(crate) const MAX_PARTS: usize = 512;
 /// Most segments that one chunk crosses, merged or not, and so the most pieces at the receiver.
 pub(crate) const MAX_CROSSED: usize = 4096;
 
-/// A walk along a transfer's stream: what is not yet cut into chunks.
-#[derive(Debug)]
-pub(crate) struct Walk {
-    segments: Vec<Segment>,
+/// A place in a list of segments.
+#[derive(Clone, Copy, Debug, Default)]
+struct Cursor {
     next: usize,
     /// Bytes of segment `next` already taken.
     taken: u64,
+}
+
+/// A walk along a transfer's stream: the part not yet cut into chunks.
+#[derive(Debug)]
+pub(crate) struct Walk {
+    segments: Vec<Segment>,
+    at: Cursor,
     total: u64,
     remaining: u64,
+    /// Where each segment begins in the stream; empty until a chunk is cut again.
+    starts: Vec<u64>,
 }
 
 impl Walk {
     pub(crate) fn new(segments: Vec<Segment>) -> Walk {
         let total = segments.iter().map(|s| s.len).sum();
-        Walk { segments, next: 0, taken: 0, total, remaining: total }
+        Walk { segments, at: Cursor::default(), total, remaining: total, starts: Vec::new() }
     }
 
     /// Bytes taken so far: the offset of the next chunk.
@@ -59,7 +67,7 @@ impl Walk {
         self.segments.len()
     }
 
-    /// The list of segments, so that its memory can be used again.
+    /// The list of segments, to reuse its memory.
     pub(crate) fn into_list(self) -> Vec<Segment> {
         self.segments
     }
@@ -71,7 +79,13 @@ impl Walk {
 
     /// The places of the next chunk: here, and at the peer.
     pub(crate) fn next_places(&self) -> Option<(Place, Place)> {
-        self.segments.get(self.next).map(|s| (s.place, s.peer))
+        self.segments.get(self.at.next).map(|s| (s.place, s.peer))
+    }
+
+    /// The places of the byte at `offset`.
+    pub(crate) fn places_at(&mut self, offset: u64) -> Option<(Place, Place)> {
+        let at = self.seek(offset);
+        self.segments.get(at.next).map(|s| (s.place, s.peer))
     }
 
     /// Cuts the next chunk: at most `max` bytes and [`MAX_PARTS`] pieces, of one place at each engine.
@@ -81,7 +95,10 @@ impl Walk {
 
     /// Cuts the next chunk within these limits, of one place at each engine.
     pub(crate) fn take_within(&mut self, limits: ChunkLimits) -> Option<Chunk> {
-        self.cut(limits.bytes as u64, limits.pieces, limits.crossed, true)
+        let (chunk, at) = cut(&self.segments, self.at, (limits.bytes as u64, limits.pieces, limits.crossed), true)?;
+        self.at = at;
+        self.remaining -= chunk.len as u64;
+        Some(chunk)
     }
 
     /// Cuts exactly `len` bytes, as the sender announced, whatever the peer's place. `None` if fewer remain, or if the chunk
@@ -90,45 +107,81 @@ impl Walk {
         if len as u64 > self.remaining {
             return None;
         }
-        let chunk = self.cut(len as u64, usize::MAX, crossed, false)?;
+        let (chunk, at) = cut(&self.segments, self.at, (len as u64, usize::MAX, crossed), false)?;
+        self.at = at;
+        self.remaining -= chunk.len as u64;
         (chunk.len == len).then_some(chunk)
     }
 
-    fn cut(&mut self, max: u64, max_parts: usize, max_crossed: usize, split_on_peer: bool) -> Option<Chunk> {
-        let first = *self.segments.get(self.next)?;
-        // Most transfers have blocks of one length.
-        let alike = (max.div_ceil(first.len) as usize).min(max_parts.min(max_crossed)).min(self.segments.len() - self.next);
-        let mut chunk = Chunk { parts: Vec::with_capacity(alike), len: 0, place: first.place, peer: first.peer };
-        let mut left = max;
-        let mut crossed = 0;
-        while left > 0 && crossed < max_crossed {
-            let Some(segment) = self.segments.get(self.next) else { break };
-            if segment.place != chunk.place || (split_on_peer && segment.peer != chunk.peer) {
-                break;
-            }
-            let addr = segment.addr + self.taken;
-            let len = (segment.len - self.taken).min(left);
-            let full = chunk.parts.len() == max_parts;
-            match chunk.parts.last_mut() {
-                Some(last) if last.addr + last.len == addr && last.region == segment.region => last.len += len,
-                _ if full => break,
-                _ => chunk.parts.push(Part { addr, len, region: segment.region }),
-            }
-            left -= len;
-            crossed += 1;
-            self.taken += len;
-            if self.taken == segment.len {
-                self.next += 1;
-                self.taken = 0;
-            }
-        }
-        if chunk.parts.capacity() > 2 * chunk.parts.len() {
-            chunk.parts.shrink_to_fit();
-        }
-        chunk.len = (max - left) as usize;
-        self.remaining -= max - left;
-        (chunk.len > 0).then_some(chunk)
+    /// Cuts a chunk at `offset` again, within these limits.
+    pub(crate) fn again_within(&mut self, offset: u64, limits: ChunkLimits) -> Option<Chunk> {
+        let at = self.seek(offset);
+        cut(&self.segments, at, (limits.bytes as u64, limits.pieces, limits.crossed), true).map(|(chunk, _)| chunk)
     }
+
+    /// Cuts exactly `len` bytes at `offset` again; as [`Walk::take_exact`].
+    pub(crate) fn again_exact(&mut self, offset: u64, len: usize, crossed: usize) -> Option<Chunk> {
+        let at = self.seek(offset);
+        let (chunk, _) = cut(&self.segments, at, (len as u64, usize::MAX, crossed), false)?;
+        (chunk.len == len).then_some(chunk)
+    }
+
+    /// The place of a byte of the stream.
+    fn seek(&mut self, offset: u64) -> Cursor {
+        if self.starts.is_empty() {
+            let mut start = 0;
+            for segment in &self.segments {
+                self.starts.push(start);
+                start += segment.len;
+            }
+        }
+        if offset >= self.total {
+            return Cursor { next: self.segments.len(), taken: 0 };
+        }
+        // Segments are never empty, so no two begin at the same byte.
+        let next = self.starts.partition_point(|&start| start <= offset).saturating_sub(1);
+        Cursor { next, taken: self.starts.get(next).map_or(0, |start| offset - start) }
+    }
+}
+
+/// Cuts a chunk of at most `max` bytes at a place in a list; the chunk, and the place behind it.
+fn cut(
+    segments: &[Segment],
+    mut at: Cursor,
+    (max, max_parts, max_crossed): (u64, usize, usize),
+    split_on_peer: bool,
+) -> Option<(Chunk, Cursor)> {
+    let first = *segments.get(at.next)?;
+    // Blocks mostly have the same length.
+    let alike = (max.div_ceil(first.len) as usize).min(max_parts.min(max_crossed)).min(segments.len() - at.next);
+    let mut chunk = Chunk { parts: Vec::with_capacity(alike), len: 0, place: first.place, peer: first.peer };
+    let mut left = max;
+    let mut crossed = 0;
+    while left > 0 && crossed < max_crossed {
+        let Some(segment) = segments.get(at.next) else { break };
+        if segment.place != chunk.place || (split_on_peer && segment.peer != chunk.peer) {
+            break;
+        }
+        let addr = segment.addr + at.taken;
+        let len = (segment.len - at.taken).min(left);
+        let full = chunk.parts.len() == max_parts;
+        match chunk.parts.last_mut() {
+            Some(last) if last.addr + last.len == addr && last.region == segment.region => last.len += len,
+            _ if full => break,
+            _ => chunk.parts.push(Part { addr, len, region: segment.region }),
+        }
+        left -= len;
+        crossed += 1;
+        at.taken += len;
+        if at.taken == segment.len {
+            at = Cursor { next: at.next + 1, taken: 0 };
+        }
+    }
+    if chunk.parts.capacity() > 2 * chunk.parts.len() {
+        chunk.parts.shrink_to_fit();
+    }
+    chunk.len = (max - left) as usize;
+    (chunk.len > 0).then_some((chunk, at))
 }
 
 /// The chunk length of a transfer of `total` bytes: small enough that every channel gets at least two chunks, large enough to

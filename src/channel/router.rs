@@ -3,13 +3,13 @@
 //! number the channels over them. Knows nothing of plugins, and of transfers only the keys of chunks.
 
 use super::device::spread;
-use super::path::{Arrival, Copier, Departure, Dest, Path};
+use super::path::{Arrival, Copier, Departure, Path};
 use super::plan::{Chunk, ChunkLimits};
 use super::stillness::Stillness;
 use super::stripe::{self, Loads, Want};
 use crate::direct::{Activity, Direct, Event, Way};
 use crate::stats::ChannelStats;
-use crate::status::{bail, Result};
+use crate::status::{bail, err, Error, Result};
 use crate::types::{Part, Place, Segment};
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,8 @@ pub(crate) struct Totals {
     pub expected: u64,
     /// In place, or drained.
     pub received: u64,
+    /// Of what was submitted or expected: on channels that were lost first.
+    pub lost: u64,
 }
 
 /// All channels of a connection.
@@ -110,10 +112,12 @@ impl Channels {
         let base: usize = self.paths.iter().take(route).map(|p| p.channels()).sum();
         self.loads.channels.clear();
         self.loads.nics.clear();
+        self.loads.numbers.clear();
         self.loads.alone = 0;
         self.paths.get_mut(route)?.loads(place, bulk, now, &mut self.loads);
         let pick = stripe::pick(&self.loads, want)?;
-        Some((u16::try_from(base + pick.channel).ok()?, pick.len as usize))
+        let channel = self.loads.numbers.get(pick.channel).copied().unwrap_or(pick.channel);
+        Some((u16::try_from(base + channel).ok()?, pick.len as usize))
     }
 
     fn path(&mut self, channel: u16) -> Option<(&mut Box<dyn Path>, usize, &mut Copier)> {
@@ -140,11 +144,6 @@ impl Channels {
     /// violation.
     pub(crate) fn expect(&mut self, channel: u16, arrival: Arrival) -> Result<()> {
         let Some((path, index, _)) = self.path(channel) else { bail!(Protocol, "channel {channel} does not exist") };
-        if let Dest::Memory { place, .. } = &arrival.dest {
-            if !path.carries_local(*place) {
-                bail!(Protocol, "channel {channel} does not carry memory of {place:?}");
-            }
-        }
         let len = arrival.len as u64;
         path.expect(index, arrival)?;
         self.totals.expected += len;
@@ -153,7 +152,8 @@ impl Channels {
 
     /// Bytes of chunks in flight in both directions.
     pub(crate) fn under_way(&self) -> u64 {
-        self.totals.submitted.saturating_sub(self.totals.sent) + self.totals.expected.saturating_sub(self.totals.received)
+        let Totals { submitted, sent, expected, received, lost } = self.totals;
+        (submitted + expected).saturating_sub(sent + received + lost)
     }
 
     /// Advances all channels; returns their events.
@@ -162,18 +162,38 @@ impl Channels {
         if let Some(direct) = self.direct.as_mut().filter(|direct| direct.activity(now).active) {
             any |= direct.progress(now, events)?;
         }
-        for path in self.paths.iter_mut().filter(|path| path.busy()) {
-            any |= path.progress(&mut self.copier, now, events)?;
+        let mut base = 0;
+        for path in &mut self.paths {
+            let from = events.len();
+            if path.busy() {
+                any |= path.progress(&mut self.copier, now, events)?;
+            }
+            for event in &mut events[from..] {
+                match event {
+                    Event::Sent(channel, _, len) => (*channel, self.totals.sent) = (*channel + base, self.totals.sent + *len),
+                    Event::Received(channel, _, len) => {
+                        (*channel, self.totals.received) = (*channel + base, self.totals.received + *len);
+                    }
+                    Event::Closed(channel, _) => *channel += base,
+                    _ => {}
+                }
+            }
+            base += path.channels() as u16;
         }
         self.flush()?;
-        for event in events.iter() {
-            match event {
-                Event::Sent(_, len) => self.totals.sent += len,
-                Event::Received(_, len) => self.totals.received += len,
-                _ => {}
-            }
-        }
         Ok(any)
+    }
+
+    /// Closes a channel, because of `why`. [`Channels::progress`] reports that it is closed.
+    pub(crate) fn close_channel(&mut self, channel: u16, why: Error) {
+        if let Some((path, index, _)) = self.path(channel) {
+            path.close(index, why);
+        }
+    }
+
+    /// So many bytes that were submitted or expected are no longer in flight, since their channel is closed.
+    pub(crate) fn lose(&mut self, bytes: u64) {
+        self.totals.lost += bytes;
     }
 
     /// Starts the copies submitted since the last flush.
@@ -208,11 +228,11 @@ impl Channels {
     /// several times in each timeout while something must move.
     ///
     /// # Errors
-    /// A channel has failed, idle or not.
+    /// When the connection must end.
     pub(crate) fn look(&mut self, now: Instant) -> Result<(u64, u64)> {
         let (mut sum, mut number) = (Some((0, 0)), 0);
         let stillness = &mut self.stillness;
-        for path in &self.paths {
+        for path in &mut self.paths {
             path.network(&mut |line| {
                 sum = sum.zip(line.moved).map(|((a, b), (c, d))| (a + c, b + d));
                 stillness.note(number, &line, now);
@@ -222,6 +242,44 @@ impl Channels {
         let (out, incoming) = sum.unwrap_or((self.totals.sent, self.totals.received));
         let (more_out, more_in) = self.direct.as_ref().map_or((0, 0), |direct| direct.flowed());
         Ok((out.saturating_add(more_out), incoming.saturating_add(more_in)))
+    }
+
+    /// Closes the channels of the NICs that have a fault, as far as channels of other NICs carry what they do. `fault`: why a NIC, by its
+    /// name, cannot be used.
+    pub(crate) fn close_faulty(&mut self, fault: &dyn Fn(&str) -> Option<String>) -> Result<()> {
+        // Most changes of a host's interfaces concern no NIC of a connection.
+        if !self.stats(false, Instant::now()).iter().any(|channel| fault(&channel.nic).is_some()) {
+            return Ok(());
+        }
+        let mut sound = false;
+        // What a path carries, the later ones carry too.
+        for path in self.paths.iter_mut().rev() {
+            let mut faulty = Vec::new();
+            let mut number = 0;
+            path.network(&mut |line| {
+                match fault(line.nic) {
+                    Some(why) if line.open => faulty.push((number, err!(RemoteDisconnect, "{} {why}", line.nic))),
+                    _ => sound |= line.open,
+                }
+                number += 1;
+            })?;
+            for (number, why) in faulty.into_iter().filter(|_| sound) {
+                path.close(number, why);
+            }
+        }
+        Ok(())
+    }
+
+    /// Closes the channels of a NIC over which nothing has arrived for `timeout` although data is due, if the peer lives: `heard` is when
+    /// its control connection last brought something. Channels of other NICs must carry what they do.
+    pub(crate) fn close_silent(&mut self, timeout: Duration, heard: Instant, now: Instant) -> Result<()> {
+        let Some((nic, still, _)) = self.stillness.dead_nic(timeout, now) else { return Ok(()) };
+        let Some(since) = now.checked_sub(still) else { return Ok(()) };
+        if heard < since + timeout / 2 && !self.stillness.moved_after(since + timeout / 2) {
+            return Ok(());
+        }
+        let (nic, why) = (nic.to_owned(), format!("brought nothing for {still:.1?}, though data was due and the peer lived"));
+        self.close_faulty(&|name| (name == nic).then(|| why.clone()))
     }
 
     /// Describes a NIC that has received nothing for `timeout` although chunks are announced on it, even if other NICs receive.
@@ -349,7 +407,7 @@ impl Channels {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::channel::path::Line;
+    use crate::channel::path::{Dest, Line};
     use crate::channel::stripe::Load;
     use crate::region::Hold;
     use crate::status::ErrorKind;
@@ -389,9 +447,6 @@ mod tests {
         fn carries(&self, local: Place, peer: Place) -> bool {
             !self.device || (local.is_device() && peer.is_device())
         }
-        fn carries_local(&self, local: Place) -> bool {
-            !self.device || local.is_device()
-        }
         fn loads(&mut self, _place: Place, bulk: bool, _now: Instant, out: &mut Loads) {
             // The last channel is free; large transfers do not use it.
             let free = |i| usize::from(i + 1 == self.channels && !self.full && !bulk);
@@ -401,7 +456,10 @@ mod tests {
             self.asked.submitted.store(channel as u64 + 1, Ordering::Relaxed);
             Ok(())
         }
-        fn expect(&mut self, channel: usize, _arrival: Arrival) -> Result<()> {
+        fn expect(&mut self, channel: usize, arrival: Arrival) -> Result<()> {
+            if matches!(&arrival.dest, Dest::Memory { place, .. } if self.device && !place.is_device()) {
+                bail!(Protocol, "not here");
+            }
             self.asked.expected.store(channel as u64 + 1, Ordering::Relaxed);
             Ok(())
         }
@@ -412,10 +470,11 @@ mod tests {
         fn busy(&self) -> bool {
             !self.happens.is_empty()
         }
-        fn network(&self, each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
+        fn close(&mut self, _channel: usize, _why: Error) {}
+        fn network(&mut self, each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
             for channel in 0..self.channels {
                 let moved = self.bytes.map(|bytes| if channel == 0 { bytes } else { (0, 0) });
-                each(Line { nic: "stub", moved, under_way: (1, 1), posted: 1 });
+                each(Line { nic: "stub", moved, under_way: (1, 1), posted: 1, open: true });
             }
             Ok(())
         }
@@ -470,7 +529,7 @@ mod tests {
         channels.submit(4, departure(10), now).unwrap();
         channels.submit(2, departure(5), now).unwrap();
         assert_eq!((d.submitted.load(Ordering::Relaxed), h.submitted.load(Ordering::Relaxed)), (3, 2));
-        assert_eq!(channels.totals(), Totals { submitted: 15, sent: 0, received: 0, expected: 0 });
+        assert_eq!(channels.totals(), Totals { submitted: 15, sent: 0, received: 0, ..Totals::default() });
         assert!(channels.submit(5, departure(1), now).is_err());
         channels.expect(0, arrival(gpu)).unwrap();
         channels.expect(3, arrival(Place::HOST)).unwrap();
@@ -497,8 +556,8 @@ mod tests {
     #[test]
     fn progress_is_counted() {
         let ((mut device, _), (mut host, _)) = (stub(true, 1), stub(false, 1));
-        device.happens = vec![Event::Sent(KEY, 7), Event::Received(KEY, 11)];
-        host.happens = vec![Event::Received(KEY, 100)];
+        device.happens = vec![Event::Sent(0, KEY, 7), Event::Received(0, KEY, 11)];
+        host.happens = vec![Event::Received(0, KEY, 100)];
         let (device_bytes, host_bytes) = (Some((10, 20)), Some((1, 2)));
         (device.bytes, host.bytes) = (device_bytes, host_bytes);
         let mut channels = Channels::new(None, vec![device, host], None);
@@ -506,11 +565,11 @@ mod tests {
         let mut events = Vec::new();
         assert!(channels.progress(Instant::now(), &mut events).unwrap());
         assert_eq!((events.len(), channels.busy()), (3, false));
-        assert_eq!(channels.totals(), Totals { submitted: 0, sent: 7, received: 111, expected: 0 });
+        assert_eq!(channels.totals(), Totals { submitted: 0, sent: 7, received: 111, ..Totals::default() });
         assert_eq!(channels.look(Instant::now()).unwrap(), (11, 22));
         // If one plugin does not report bytes, only whole chunks count.
         let (mut silent, _) = stub(false, 1);
-        (silent.bytes, silent.happens) = (None, vec![Event::Sent(KEY, 3)]);
+        (silent.bytes, silent.happens) = (None, vec![Event::Sent(0, KEY, 3)]);
         let mut channels = Channels::new(None, vec![stub(true, 1).0, silent], None);
         channels.progress(Instant::now(), &mut Vec::new()).unwrap();
         assert_eq!(channels.look(Instant::now()).unwrap(), (3, 0));

@@ -82,6 +82,11 @@ impl Stillness {
         all
     }
 
+    /// Whether some NIC has received something after a time.
+    pub(crate) fn moved_after(&self, time: Instant) -> bool {
+        self.0.iter().any(|seen| seen.incoming.moved > time)
+    }
+
     /// A NIC that has received nothing for longer than `timeout` although the peer announced chunks that long ago: its name, the
     /// time, and the waiting channels, the longest first.
     pub(crate) fn dead_nic(&self, timeout: Duration, now: Instant) -> Option<(&str, Duration, Vec<usize>)> {
@@ -119,7 +124,7 @@ mod tests {
             for (channel, nic) in ["eth1", "eth2", "eth2", "eth3"].into_iter().enumerate() {
                 let waiting = if channel == 3 { 0 } else { 2 };
                 let moved = reports_moved.then_some((0, bytes[channel]));
-                stillness.note(channel, &Line { nic, moved, under_way: (1, waiting), posted: waiting }, now);
+                stillness.note(channel, &Line { nic, moved, under_way: (1, waiting), posted: waiting, open: true }, now);
             }
         }
         (stillness, now)
@@ -155,7 +160,7 @@ mod tests {
     fn waits_for_own_copies_are_not_blamed_on_the_network() {
         let (mut stillness, start) = (Stillness::default(), Instant::now());
         for second in 0..100 {
-            let line = Line { nic: "eth1", moved: Some((0, 0)), under_way: (0, 3), posted: 0 };
+            let line = Line { nic: "eth1", moved: Some((0, 0)), under_way: (0, 3), posted: 0, open: true };
             stillness.note(0, &line, start + Duration::from_secs(second));
         }
         assert_eq!(stillness.dead_nic(T, start + 10 * T), None);

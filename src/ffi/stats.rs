@@ -51,6 +51,10 @@ pub struct uccl_totals_t {
     pub stalls: u64,
     /// Times that a peer was silent, or a transfer moved nothing, for half of its timeout.
     pub slow_answers: u64,
+    /// Channels that were lost, and whose undelivered chunks were sent again on others.
+    pub lost_channels: u64,
+    /// Chunks sent again after their channel was lost.
+    pub resent_chunks: u64,
     /// Chunks packed from GPU memory.
     pub packed_chunks: u64,
     /// Chunks unpacked into GPU memory.
@@ -62,7 +66,7 @@ pub struct uccl_totals_t {
 }
 
 // Members of later versions lie behind it and must not move.
-const _: () = assert!(size_of::<uccl_totals_t>() == 22 * size_of::<u64>());
+const _: () = assert!(size_of::<uccl_totals_t>() == 24 * size_of::<u64>());
 
 /// Statistics of an engine. Set `size` to sizeof(uccl_stats_t) before the call; the library fills no more than that. Later versions only
 /// append members. The library copies numbers into the structure and keeps no pointer to it. Counters start when the engine is created and
@@ -297,7 +301,7 @@ impl From<&Totals> for uccl_totals_t {
             sent_bytes sent_chunks received_bytes received_chunks inline_sent_bytes inline_received_bytes
             transfers_started transfers_completed transfers_failed peer_transfers refused refused_by_peer
             control_sent_bytes control_received_bytes notifications_sent notifications_received stalls slow_answers
-            packed_chunks unpacked_chunks pack_us unpack_us
+            lost_channels resent_chunks packed_chunks unpacked_chunks pack_us unpack_us
         )
     }
 }

@@ -1,10 +1,11 @@
 //! The boundary to the network: NCCL net plugins (`plugin`, with their `table`s and `traits`), comms whose types keep the rules
-//! of the plugin contract (`comm`), the set-up of channels (`setup`), and the host's interfaces (`topology`). The ABI itself is
+//! of the plugin contract (`comm`), the set-up of channels (`setup`), and the host's interfaces (`topology`, `links`). The ABI itself is
 //! crate `nccl-net-abi`. Knows nothing of transfers, and of GPUs only that a plugin may need one to be current.
 
 mod abandoned_connects;
 pub(crate) mod comm;
 mod handle;
+pub(crate) mod links;
 pub(crate) mod pairing;
 pub mod plugin;
 mod plugin_log;

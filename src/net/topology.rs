@@ -2,11 +2,20 @@
 
 use super::pairing::shared_depth;
 use super::plugin::Device;
+use std::ffi::CStr;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
-/// Addresses of all interfaces that are up, in the kernel's order.
-fn addresses() -> Vec<IpAddr> {
+/// An address of an interface, or an interface that has none of a known family.
+pub(crate) struct Interface {
+    pub name: String,
+    /// IFF_UP and the like.
+    pub flags: u32,
+    pub address: Option<IpAddr>,
+}
+
+/// All interfaces, in the kernel's order, once for each address.
+pub(crate) fn interfaces() -> Vec<Interface> {
     let mut head: *mut libc::ifaddrs = std::ptr::null_mut();
     // SAFETY: head is writable; the list is freed below.
     if unsafe { libc::getifaddrs(&mut head) } != 0 {
@@ -17,28 +26,33 @@ fn addresses() -> Vec<IpAddr> {
     // SAFETY: a linked list that getifaddrs made; valid until freeifaddrs.
     while let Some(entry) = unsafe { at.as_ref() } {
         at = entry.ifa_next;
-        if entry.ifa_addr.is_null() || entry.ifa_flags & (libc::IFF_UP as u32) == 0 {
-            continue;
-        }
-        // SAFETY: ifa_addr points to a sockaddr of the family it names.
-        let addr = match unsafe { i32::from((*entry.ifa_addr).sa_family) } {
+        // SAFETY: a string of the list.
+        let name = unsafe { CStr::from_ptr(entry.ifa_name) }.to_string_lossy().into_owned();
+        // SAFETY: null, or a sockaddr of the family it names.
+        let address = unsafe { entry.ifa_addr.as_ref() }.and_then(|sockaddr| match i32::from(sockaddr.sa_family) {
             libc::AF_INET => {
                 // SAFETY: as above.
                 let a = unsafe { &*entry.ifa_addr.cast::<libc::sockaddr_in>() };
-                IpAddr::V4(Ipv4Addr::from(u32::from_be(a.sin_addr.s_addr)))
+                Some(IpAddr::V4(Ipv4Addr::from(u32::from_be(a.sin_addr.s_addr))))
             }
             libc::AF_INET6 => {
                 // SAFETY: as above.
                 let a = unsafe { &*entry.ifa_addr.cast::<libc::sockaddr_in6>() };
-                IpAddr::V6(Ipv6Addr::from(a.sin6_addr.s6_addr))
+                Some(IpAddr::V6(Ipv6Addr::from(a.sin6_addr.s6_addr)))
             }
-            _ => continue,
-        };
-        found.push(addr);
+            _ => None,
+        });
+        found.push(Interface { name, flags: entry.ifa_flags, address });
     }
     // SAFETY: head came from getifaddrs.
     unsafe { libc::freeifaddrs(head) };
     found
+}
+
+/// Addresses of all interfaces that are up, in the kernel's order.
+fn addresses() -> Vec<IpAddr> {
+    let up = |interface: &Interface| interface.flags & (libc::IFF_UP as u32) != 0;
+    interfaces().into_iter().filter(up).filter_map(|interface| interface.address).collect()
 }
 
 /// One address of each usable interface that `filter` (in NCCL's form) admits, by the same rules as the software plugin's

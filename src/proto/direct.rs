@@ -140,7 +140,7 @@ impl DirectTransfers<'_> {
                 counts.refused += 1;
                 log.log(log::Level::Warn, self.now, format_args!("{}: refused a claim of the peer: {error}", setting.peer));
             }
-            Event::Sent(..) | Event::Received(..) => bail!(Internal, "a chunk of the direct transport"),
+            Event::Sent(..) | Event::Received(..) | Event::Closed(..) => bail!(Internal, "a chunk of the direct transport"),
         }
         Ok(())
     }

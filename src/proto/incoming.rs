@@ -1,6 +1,7 @@
 //! Data that arrives: streams that the peer announced or this engine asked for, and their chunks in flight. A chunk that fits no
 //! stream is a violation. Knows nothing of the bytes of frames, of sockets or of time.
 
+use super::lanes::{lane, Announced, InLane};
 use super::limits;
 use super::outgoing::tag;
 use crate::channel::path::{Arrival, Dest};
@@ -11,6 +12,7 @@ use crate::region::Hold;
 use crate::status::{bail, Result};
 use crate::types::{Key, Segment};
 use crate::wire::frame::Grant;
+use std::collections::BTreeMap;
 
 /// What the end of a stream means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,11 +34,12 @@ enum Target {
         hold: Hold,
         ending: Ending,
     },
-    /// The data is dropped; `left` bytes may still be announced.
+    /// The data is dropped; `left` bytes may still be announced. `cancelled`: the peer announces no more.
     Nowhere {
         total: u64,
         left: u64,
         had_room: bool,
+        cancelled: bool,
     },
 }
 
@@ -44,6 +47,8 @@ struct InStream {
     target: Target,
     /// Bytes announced and not yet in place.
     arriving: u64,
+    /// Offsets and lengths of what lost channels did not deliver, and the peer has not announced again.
+    holes: BTreeMap<u64, u64>,
     /// Whether a chunk was announced.
     begun: bool,
     segments: usize,
@@ -54,6 +59,45 @@ impl InStream {
         match &self.target {
             Target::Memory { stream, .. } => stream.remaining(),
             Target::Nowhere { left, .. } => *left,
+        }
+    }
+
+    /// The offset of the next bytes that were never announced.
+    fn offset(&self) -> u64 {
+        match &self.target {
+            Target::Memory { stream, .. } => stream.offset(),
+            Target::Nowhere { total, left, .. } => *total - *left,
+        }
+    }
+
+    /// Takes a chunk out of a hole; `false` when it does not lie in one.
+    fn refill(&mut self, offset: u64, len: u64) -> bool {
+        let Some((&start, &hole)) = self.holes.range(..=offset).next_back() else { return false };
+        let (end, over) = (start + hole, offset.checked_add(len));
+        if over.is_none_or(|over| over > end) {
+            return false;
+        }
+        self.holes.remove(&start);
+        let rest = [(start, offset - start), (offset + len, end - offset - len)];
+        self.holes.extend(rest.into_iter().filter(|&(_, len)| len > 0));
+        true
+    }
+
+    /// The destination of a chunk at `offset`; `None` when it does not fit the plan.
+    fn dest(&mut self, offset: u64, len: usize, crossed: usize) -> Option<Dest> {
+        let next = offset == self.offset();
+        if !next && !self.refill(offset, len as u64) {
+            return None;
+        }
+        match &mut self.target {
+            Target::Memory { stream, hold, .. } => {
+                let chunk = if next { stream.take_exact(len, crossed)? } else { stream.again_exact(offset, len, crossed)? };
+                Some(Dest::Memory { place: chunk.place, parts: chunk.parts, hold: hold.clone() })
+            }
+            Target::Nowhere { left, .. } => {
+                *left = if next { left.checked_sub(len as u64)? } else { *left };
+                Some(Dest::Discard)
+            }
         }
     }
 }
@@ -70,9 +114,15 @@ pub(super) struct Ended {
 #[derive(Default)]
 pub(super) struct Incoming {
     streams: Map<Key, InStream>,
-    /// Chunks in flight, and chunks that have arrived.
+    /// By channel.
+    lanes: Vec<InLane>,
+    /// Chunks in flight, and holes that lost ones have left.
     expected: usize,
-    arrived: u64,
+    holes: usize,
+    /// Chunks that have arrived and that the peer has not heard of.
+    unreported: u64,
+    /// A read has ended since the last report: the peer keeps its memory in use until it hears of that.
+    owes: bool,
 }
 
 impl Incoming {
@@ -81,13 +131,13 @@ impl Incoming {
         let stream = Walk::new(segments);
         let segments = stream.segments();
         let target = Target::Memory { stream, hold, ending };
-        self.streams.insert(key, InStream { target, arriving: 0, begun: false, segments });
+        self.streams.insert(key, InStream { target, arriving: 0, holes: BTreeMap::new(), begun: false, segments });
     }
 
     /// Starts a stream of at most `total` bytes that is drained. `had_room`: the budgets count it.
     pub(super) fn refuse(&mut self, key: Key, total: u64, had_room: bool) {
-        let target = Target::Nowhere { total, left: total, had_room };
-        self.streams.insert(key, InStream { target, arriving: 0, begun: false, segments: 0 });
+        let target = Target::Nowhere { total, left: total, had_room, cancelled: false };
+        self.streams.insert(key, InStream { target, arriving: 0, holes: BTreeMap::new(), begun: false, segments: 0 });
     }
 
     pub(super) fn contains(&self, key: Key) -> bool {
@@ -99,73 +149,105 @@ impl Incoming {
         self.streams.get(&key).is_some_and(|s| s.begun)
     }
 
-    /// The peer announces a chunk.
+    /// The peer announces a chunk at `offset` of its stream: the next one, or one that a lost channel did not deliver.
     ///
+    /// # Errors
     /// `Protocol` when it does not fit its stream, its channel or a limit.
-    /// `Protocol` when it fits no stream, no channel or no limit.
-    pub(super) fn announce(&mut self, key: Key, grant: Grant, channels: &mut Channels) -> Result<()> {
+    pub(super) fn announce(&mut self, key: Key, offset: u64, grant: Grant, channels: &mut Channels) -> Result<()> {
         let len = grant.len as usize;
         let Some(limits) = channels.limits(grant.channel) else { bail!(Protocol, "channel {} does not exist", grant.channel) };
         if len == 0 || len > limits.bytes {
             bail!(Protocol, "a chunk of {len} bytes; the agreed limit is {}", limits.bytes);
         }
-        limits::expected(self.expected)?;
+        limits::expected(self.outstanding())?;
         let Some(inc) = self.streams.get_mut(&key) else {
             bail!(Protocol, "a chunk of transfer {}, which expects no data", key.id)
         };
-        let (tag, dest) = match &mut inc.target {
-            Target::Memory { stream, hold, .. } => {
-                let tag = tag(key, false, stream.offset());
-                let Some(chunk) = stream.take_exact(len, limits.crossed) else {
-                    bail!(Protocol, "a chunk of {len} bytes does not fit the plan of transfer {}", key.id)
-                };
-                (tag, Dest::Memory { place: chunk.place, parts: chunk.parts, hold: hold.clone() })
-            }
-            Target::Nowhere { total, left, .. } => {
-                let tag = tag(key, false, *total - *left);
-                let Some(rest) = left.checked_sub(len as u64) else { bail!(Protocol, "more data than transfer {} has", key.id) };
-                *left = rest;
-                (tag, Dest::Discard)
-            }
+        let before = inc.holes.len();
+        let Some(dest) = inc.dest(offset, len, limits.crossed) else {
+            bail!(Protocol, "a chunk of {len} bytes at {offset} does not fit the plan of transfer {}", key.id)
         };
+        self.holes = self.holes + inc.holes.len() - before;
         inc.begun = true;
         inc.arriving += len as u64;
         self.expected += 1;
-        channels.expect(grant.channel, Arrival { key, len, tag, dest })
+        lane(&mut self.lanes, grant.channel).push(Announced { key, offset, len: len as u64 });
+        channels.expect(grant.channel, Arrival { key, len, tag: tag(key, false, offset), dest })
     }
 
     /// A chunk is in place or drained. Returns the end of the stream if it was the last one.
     ///
     /// # Errors
     /// `Internal` for a chunk that was not expected.
-    pub(super) fn arrived(&mut self, key: Key, len: u64) -> Result<Option<Ended>> {
+    pub(super) fn arrived(&mut self, channel: u16, key: Key, len: u64) -> Result<Option<Ended>> {
+        lane(&mut self.lanes, channel).pop(key, len)?;
         let Some(inc) = self.streams.get_mut(&key) else { bail!(Internal, "a chunk has arrived that belongs to no stream") };
         let Some(left) = inc.arriving.checked_sub(len) else { bail!(Internal, "more bytes have arrived than were announced") };
         inc.arriving = left;
         self.expected -= 1;
-        self.arrived += 1;
+        self.unreported += 1;
         Ok(self.ended(key))
     }
 
-    /// Chunks in flight.
-    pub(super) fn expected(&self) -> usize {
-        self.expected
+    /// This engine has closed a channel. Returns how many of its chunks have arrived, and the bytes of the others.
+    pub(super) fn close(&mut self, channel: u16) -> (u64, u64) {
+        let lane = lane(&mut self.lanes, channel);
+        // What has arrived is said along with the loss.
+        lane.report();
+        (lane.arrived(), lane.missing())
     }
 
-    /// Chunks that have arrived so far.
-    pub(super) fn chunks(&self) -> u64 {
-        self.arrived
+    /// Both engines have closed a channel: the chunks of it that have not arrived are announced again. Returns streams that have ended,
+    /// since the peer announces no more of them.
+    pub(super) fn lose(&mut self, channel: u16) -> Vec<(Key, Ended)> {
+        let mut touched = Vec::new();
+        for Announced { key, offset, len } in lane(&mut self.lanes, channel).lose() {
+            self.expected -= 1;
+            let Some(inc) = self.streams.get_mut(&key) else { continue };
+            inc.arriving -= len;
+            match inc.target {
+                Target::Nowhere { cancelled: true, .. } => touched.push(key),
+                _ => {
+                    inc.holes.insert(offset, len);
+                    self.holes += 1;
+                }
+            }
+        }
+        touched.dedup();
+        touched.into_iter().filter_map(|key| Some((key, self.ended(key)?))).collect()
+    }
+
+    /// Whether so many chunks have arrived since the last report that the peer must hear of them now.
+    pub(super) fn must_report(&self) -> bool {
+        limits::must_report(self.unreported)
+    }
+
+    /// Whether the peer waits for a report, since a read has ended. It goes with the next frame, or soon.
+    pub(super) fn owes_report(&self) -> bool {
+        self.owes
+    }
+
+    /// Channels on which chunks have arrived that the peer has not heard of, and how many have arrived there in all.
+    pub(super) fn report(&mut self) -> impl Iterator<Item = (u16, u64)> + '_ {
+        (self.unreported, self.owes) = (0, false);
+        self.lanes.iter_mut().enumerate().filter_map(|(channel, lane)| Some((channel as u16, lane.report()?)))
+    }
+
+    /// Chunks in flight, and those that lost channels did not deliver.
+    pub(super) fn outstanding(&self) -> usize {
+        self.expected + self.holes
     }
 
     /// Ends a stream of which nothing is in flight or still to come.
     fn ended(&mut self, key: Key) -> Option<Ended> {
         let inc = self.streams.get(&key)?;
-        (inc.arriving == 0 && inc.unannounced() == 0).then(|| self.remove(key)).flatten()
+        (inc.arriving == 0 && inc.unannounced() == 0 && inc.holes.is_empty()).then(|| self.remove(key)).flatten()
     }
 
     /// Removes a stream, however much of it is missing. No chunk of it may be in flight.
     fn remove(&mut self, key: Key) -> Option<Ended> {
         let inc = self.streams.remove(&key)?;
+        self.owes |= matches!(inc.target, Target::Memory { ending: Ending::Read, .. });
         Some(match inc.target {
             Target::Memory { stream, ending, .. } => Ended { ending, list: stream.into_list(), segments: inc.segments },
             Target::Nowhere { had_room, .. } => Ended { ending: Ending::Refused(had_room), list: Vec::new(), segments: 0 },
@@ -177,8 +259,14 @@ impl Incoming {
     /// # Errors
     /// `Protocol` when there is no such write, or it was cancelled before.
     pub(super) fn cancel(&mut self, key: Key) -> Result<Option<Ended>> {
-        match self.streams.get_mut(&key).map(|inc| &mut inc.target) {
-            Some(Target::Nowhere { left, .. }) if *left > 0 => *left = 0,
+        match self.streams.get_mut(&key) {
+            Some(InStream { target: Target::Nowhere { left, cancelled, .. }, holes, .. })
+                if !*cancelled && (*left > 0 || !holes.is_empty()) =>
+            {
+                (*left, *cancelled) = (0, true);
+                self.holes -= holes.len();
+                holes.clear();
+            }
             _ => bail!(Protocol, "the peer cancels transfer {}, which was not refused", key.id),
         }
         Ok(self.ended(key))
@@ -226,6 +314,10 @@ impl Incoming {
     #[cfg(any(test, fuzzing))]
     pub(super) fn audit(&self) -> std::result::Result<(), String> {
         let arriving: u64 = self.streams.values().map(|inc| inc.arriving).sum();
+        let holes: usize = self.streams.values().map(|inc| inc.holes.len()).sum();
+        if holes != self.holes {
+            return Err(format!("{} holes are counted of {holes}", self.holes));
+        }
         if (self.expected == 0) != (arriving == 0) {
             return Err(format!("{} chunks are in flight with {arriving} bytes", self.expected));
         }

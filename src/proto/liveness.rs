@@ -1,7 +1,6 @@
 //! Whether the peer is alive and knows that this engine is: silence, heartbeats, and the totals that they report. Pure; the
 //! caller passes the time. Knows nothing of transfers.
 
-use super::limits;
 use crate::status::{bail, Result};
 use std::time::{Duration, Instant};
 
@@ -31,8 +30,8 @@ pub(super) struct Liveness {
     echo: bool,
     /// Bytes that the peer has reported as arrived.
     peer_received: u64,
-    /// Bytes and chunks that this engine's last heartbeat reported.
-    reported: (u64, u64),
+    /// Bytes that this engine's last heartbeat reported.
+    reported: u64,
 }
 
 impl Liveness {
@@ -46,7 +45,7 @@ impl Liveness {
             next_tick: now,
             echo: false,
             peer_received: 0,
-            reported: (0, 0),
+            reported: 0,
         }
     }
 
@@ -76,6 +75,11 @@ impl Liveness {
     /// The peer's heartbeats are late: everything that it sends waits behind other data.
     pub(super) fn is_late(&self, now: Instant) -> bool {
         now.saturating_duration_since(self.ping) > self.peer_timeout / 2
+    }
+
+    /// When something of the peer last arrived.
+    pub(super) fn received(&self) -> Instant {
+        self.received
     }
 
     /// How long the peer has been silent, and how long it may be.
@@ -110,21 +114,17 @@ impl Liveness {
     }
 
     /// Whether a heartbeat is due, either by its interval or to report incoming data.
-    pub(super) fn must_ping(&mut self, received: u64, transfer_timeout: Duration, now: Instant) -> bool {
+    /// `most`: the longest time between two of them.
+    pub(super) fn must_ping(&mut self, received: u64, most: Duration, now: Instant) -> bool {
         let since = now.saturating_duration_since(self.report);
-        let news = received > self.reported.0 && since >= REPORT.min(transfer_timeout / 4);
+        let news = received > self.reported && since >= REPORT.min(most);
         let due = if std::mem::take(&mut self.echo) { self.heartbeat / 2 } else { self.heartbeat };
-        news || since >= due
+        news || since >= due.min(most)
     }
 
-    /// Whether enough chunks have arrived since the last heartbeat that the peer needs a report now.
-    pub(super) fn must_report(&self, chunks: u64) -> bool {
-        limits::must_report(chunks - self.reported.1)
-    }
-
-    /// A heartbeat that reports so many bytes and chunks is being sent.
-    pub(super) fn on_ping_sent(&mut self, received: u64, chunks: u64, now: Instant) {
-        self.reported = (received, chunks);
+    /// A heartbeat that reports so many bytes is being sent.
+    pub(super) fn on_ping_sent(&mut self, received: u64, now: Instant) {
+        self.reported = received;
         self.report = now;
     }
 }

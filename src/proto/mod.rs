@@ -15,9 +15,11 @@ mod deadlines;
 mod direct;
 mod incoming;
 mod inline;
+mod lanes;
 mod limits;
 mod listed;
 mod liveness;
+mod losses;
 mod matching;
 mod outgoing;
 mod peer;
@@ -253,16 +255,17 @@ impl Machine {
         let any = channels.progress(now, &mut events)?;
         for event in events.drain(..) {
             match event {
-                Event::Sent(key, len) => self.state.chunk_sent(key, len, now)?,
-                Event::Received(key, len) => self.state.chunk_received(key, len, now)?,
+                Event::Sent(channel, key, len) => self.state.chunk_sent(channel, key, len, now)?,
+                Event::Received(channel, key, len) => self.state.chunk_received(channel, key, len, now)?,
+                Event::Closed(channel, why) => self.state.channel_closed(channel, why, channels, now)?,
                 event => DirectTransfers { state: &mut self.state, channels, now }.take(event)?,
             }
         }
         self.events = events;
         // A decrease never fails.
-        let _ = self.state.load.chunks(self.state.incoming.expected());
-        if self.state.liveness.must_report(self.state.incoming.chunks()) {
-            self.state.ping(channels.totals().received, now);
+        let _ = self.state.load.chunks(self.state.incoming.outstanding());
+        if self.state.incoming.must_report() {
+            self.state.report_chunks(now);
         }
         Ok(any)
     }
@@ -334,12 +337,16 @@ impl Machine {
         // While nothing must move, a plugin with doorbells reports a failed channel by itself.
         if self.state.deadlines.must_look(timeout, now) && (self.state.deadlines.any() || !self.state.setting.doorbells) {
             self.note_network(channels, now)?;
+            channels.close_silent(self.state.setting.nic_timeout, self.state.liveness.received(), now)?;
             if let Some(why) = channels.dead_nic(timeout, now) {
                 bail!(TimedOut, "{why}");
             }
         }
         if let Some(overdue) = self.state.deadlines.overdue(timeout, now) {
             return Err(self.state.describe(overdue, channels, now));
+        }
+        if self.state.incoming.owes_report() {
+            self.state.report_chunks(now);
         }
         self.state.expire_matches(now);
         limits::withdrawn(self.state.matching.withdrawn())?;

@@ -2,15 +2,16 @@
 //! blocked stream holds up only its own route. Every chunk handed to a channel is announced. Knows nothing of the bytes of frames
 //! and of sockets.
 
+use super::lanes::{lane, Announced, OutLane};
 use super::limits;
 use crate::channel::path::Departure;
-use crate::channel::plan::{ChunkLimits, Walk};
+use crate::channel::plan::{Chunk, ChunkLimits, Walk};
 use crate::channel::router::Channels;
 use crate::channel::stripe::Want;
 use crate::hash::Map;
 use crate::region::Hold;
-use crate::status::{bail, Result};
-use crate::types::{Key, Segment};
+use crate::status::{bail, err, Result};
+use crate::types::{Key, Place, Segment};
 use crate::wire::frame::{Frame, Grant};
 use crate::wire::queue::TxQueue;
 use std::collections::VecDeque;
@@ -25,6 +26,19 @@ const BULK_TURN: usize = 4;
 /// Chunks that one frame announces, at most.
 const ANNOUNCE: usize = 8;
 
+/// How far a stream is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Chunks wait, are being sent, or are not known to have arrived: they may have to be sent again.
+    Sending,
+    /// The peer says that all of it is in place. A channel may still read from it.
+    Done,
+    /// The peer has refused it, and no more of it is announced. A channel may still read from it.
+    Cancelled,
+    /// As before, and no channel reads from it. The peer still drains what was announced.
+    Drained,
+}
+
 /// A stream of data that is sent.
 struct OutStream {
     stream: Walk,
@@ -33,17 +47,66 @@ struct OutStream {
     total: u64,
     small: bool,
     segments: usize,
+    phase: Phase,
+    /// It waits for its turn on a route.
+    queued: bool,
     /// Bytes that channels have and have not sent.
     inflight: u64,
+    /// Bytes announced that are not known to be in place.
+    unsettled: u64,
+    /// Offsets and lengths of what lost channels did not deliver.
+    again: VecDeque<(u64, u64)>,
+    /// The peer knows that no more of it comes.
+    withdrawn: bool,
 }
 
-/// What remains of a stream when a chunk of it has been sent.
+impl OutStream {
+    /// Bytes that no channel has.
+    fn unsent(&self) -> u64 {
+        self.stream.remaining() + self.again.iter().map(|(_, len)| len).sum::<u64>()
+    }
+
+    /// The places of the next chunk, here and at the peer; `None` when nothing waits for a channel.
+    fn next_places(&mut self) -> Option<(Place, Place)> {
+        match self.again.front() {
+            Some(&(offset, _)) => self.stream.places_at(offset),
+            None => self.stream.next_places(),
+        }
+    }
+
+    /// Cuts the next chunk within these limits. Returns its offset too.
+    fn cut(&mut self, limits: ChunkLimits) -> Option<(u64, Chunk)> {
+        let Some((offset, left)) = self.again.front_mut() else {
+            return Some((self.stream.offset(), self.stream.take_within(limits)?));
+        };
+        let (at, bytes) = (*offset, limits.bytes.min(*left as usize));
+        let chunk = self.stream.again_within(at, ChunkLimits { bytes, ..limits })?;
+        (*offset, *left) = (at + chunk.len as u64, *left - chunk.len as u64);
+        if *left == 0 {
+            self.again.pop_front();
+        }
+        Some((at, chunk))
+    }
+}
+
+/// A stream that no channel reads from any more.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum AfterChunk {
-    /// There is more to send.
-    More,
-    /// That was the last chunk; here is its list.
-    Last(Vec<Segment>),
+pub(super) struct Left {
+    pub key: Key,
+    /// Its list, so that its memory can be used again.
+    pub list: Vec<Segment>,
+    pub segments: usize,
+}
+
+/// What a lost channel leaves behind.
+#[derive(Debug, Default)]
+pub(super) struct Undelivered {
+    pub left: Vec<Left>,
+    /// Refused transfers that the peer must not drain any further.
+    pub cancelled: Vec<Key>,
+    /// What is sent again.
+    pub chunks: usize,
+    pub bytes: u64,
 }
 
 /// Streams that wait for their turn on a route.
@@ -103,11 +166,12 @@ impl Turns {
 pub(super) struct Outgoing {
     streams: Map<Key, OutStream>,
     routes: Vec<Turns>,
+    /// By channel.
+    lanes: Vec<OutLane>,
     /// Bytes of large streams that no channel has yet.
     bulk_left: u64,
-    /// Chunks announced, and how many of them the peer has reported as arrived.
-    announced: u64,
-    confirmed: u64,
+    /// Chunks that the peer has not reported as arrived.
+    unreported: u64,
 }
 
 /// How a round of scheduling ended.
@@ -131,7 +195,20 @@ impl Outgoing {
         let (total, segments) = (stream.remaining(), stream.segments());
         let small = total <= SMALL;
         self.bulk_left += if small { 0 } else { total };
-        self.streams.insert(key, OutStream { stream, hold, total, small, segments, inflight: 0 });
+        let out = OutStream {
+            stream,
+            hold,
+            total,
+            small,
+            segments,
+            phase: Phase::Sending,
+            queued: true,
+            inflight: 0,
+            unsettled: 0,
+            again: VecDeque::new(),
+            withdrawn: false,
+        };
+        self.streams.insert(key, out);
         self.routes[route].queue(small).push_back(key);
         Ok(())
     }
@@ -145,7 +222,7 @@ impl Outgoing {
         now: Instant,
     ) -> Result<Scheduled> {
         let mut announcing = Announcing::default();
-        let may = limits::may_announce(self.announced - self.confirmed);
+        let may = limits::may_announce(self.unreported);
         for route in 0..self.routes.len() {
             let mut blocked = [false; 2];
             while let Some(small) = self.routes[route].next(blocked) {
@@ -176,33 +253,36 @@ impl Outgoing {
         now: Instant,
     ) -> Result<bool> {
         let Some(&key) = self.routes[route].queue(small).front() else { return Ok(false) };
-        let next = self.streams.get_mut(&key).and_then(|out| out.stream.next_places().map(|places| (out, places)));
+        let next = self.streams.get_mut(&key).and_then(|out| out.next_places().map(|places| (out, places)));
         let Some((out, (place, peer))) = next else {
-            // Cancelled.
+            // It was cancelled, or is in place.
             self.routes[route].took(small, 0, false);
+            self.streams.get_mut(&key).into_iter().for_each(|out| out.queued = false);
             return Ok(true);
         };
+        let best = route_of((place, peer), channels)?;
+        if best != route {
+            // All channels of its route are lost.
+            self.routes[route].took(small, 0, false);
+            self.routes[best].queue(small).push_back(key);
+            return Ok(true);
+        }
         let limits = channels.cut(route, out.total);
-        let rest = if small { out.stream.remaining() } else { self.bulk_left };
+        let rest = if small { out.unsent() } else { self.bulk_left };
         let want = Want { len: limits.bytes as u64, rest, total: out.total };
         let Some((channel, most)) = channels.pick(route, place, want, !small, now) else { return Ok(false) };
-        let tag = tag(key, true, out.stream.offset());
         let limits = ChunkLimits { bytes: most.min(limits.bytes), ..limits };
-        let Some(chunk) = out.stream.take_within(limits) else { bail!(Internal, "a stream ended early") };
+        let Some((offset, chunk)) = out.cut(limits) else { bail!(Internal, "a stream ended early") };
         debug_assert_eq!((chunk.place, chunk.peer), (place, peer));
-        let len = chunk.len as u64;
-        channels.submit(channel, Departure { key, chunk, hold: out.hold.clone(), bulk: !small, tag }, now)?;
-        out.inflight += len;
+        let (len, tag) = (chunk.len as u64, tag(key, true, offset));
+        lane(&mut self.lanes, channel).push(Announced { key, offset, len });
+        (out.inflight, out.unsettled) = (out.inflight + len, out.unsettled + len);
+        self.unreported += 1;
         self.bulk_left -= if small { 0 } else { len };
-        self.announced += 1;
-        announcing.push(key, Grant { len: len as u32, channel }, tx);
-        let next_route = match out.stream.next_places() {
-            Some((place, peer)) => match channels.route(place, peer) {
-                Some(next) => Some(next),
-                None => bail!(Internal, "no route from {place:?} to {peer:?}"),
-            },
-            None => None,
-        };
+        channels.submit(channel, Departure { key, chunk, hold: out.hold.clone(), bulk: !small, tag }, now)?;
+        announcing.push(key, offset, Grant { len: len as u32, channel }, tx);
+        let next_route = out.next_places().map(|places| route_of(places, channels)).transpose()?;
+        out.queued = next_route.is_some();
         self.routes[route].took(small, len, next_route == Some(route));
         if let Some(other) = next_route.filter(|&next| next != route) {
             self.routes[other].queue(small).push_back(key);
@@ -210,63 +290,145 @@ impl Outgoing {
         Ok(true)
     }
 
-    /// A channel has sent a chunk of a stream.
+    /// A channel has sent a chunk. Returns its stream if no channel reads from it any more.
     ///
     /// # Errors
-    /// `Internal` for a chunk that was never sent.
-    pub(super) fn chunk_sent(&mut self, key: Key, len: u64) -> Result<AfterChunk> {
-        let Some(out) = self.streams.get_mut(&key) else { bail!(Internal, "a chunk was sent that belongs to no stream") };
+    /// `Internal` for a chunk that was never handed to the channel.
+    pub(super) fn sent(&mut self, channel: u16, key: Key, len: u64) -> Result<Option<Left>> {
+        let Outgoing { streams, lanes, .. } = self;
+        lane(lanes, channel).sent(|chunk| settle(streams, &chunk))?;
+        let Some(out) = streams.get_mut(&key) else { bail!(Internal, "a chunk was sent that belongs to no stream") };
         let Some(left) = out.inflight.checked_sub(len) else { bail!(Internal, "more bytes were sent than channels had") };
         out.inflight = left;
-        if left > 0 || out.stream.remaining() > 0 {
-            return Ok(AfterChunk::More);
-        }
-        Ok(AfterChunk::Last(self.streams.remove(&key).map(|out| out.stream.into_list()).unwrap_or_default()))
+        Ok(self.left(key))
     }
 
-    /// The peer reports how many chunks have arrived in all.
+    /// The peer reports how many chunks of a channel have arrived. Appends the streams that no channel reads from any more.
     ///
     /// # Errors
     /// `Protocol` when that is fewer than before, or more than were announced.
-    pub(super) fn confirm(&mut self, chunks: u64) -> Result<()> {
-        if chunks < self.confirmed || chunks > self.announced {
-            bail!(Protocol, "the peer reports {chunks} chunks received after {}, of {} sent", self.confirmed, self.announced);
-        }
-        self.confirmed = chunks;
+    pub(super) fn arrived(&mut self, channel: u16, chunks: u64, all: &mut Vec<Left>) -> Result<()> {
+        let Outgoing { streams, lanes, unreported, .. } = self;
+        let (lane, mut touched) = (lane(lanes, channel), Vec::new());
+        let before = lane.unreported();
+        lane.arrived(chunks, |chunk| {
+            settle(streams, &chunk);
+            touched.push(chunk.key);
+        })?;
+        *unreported -= before - lane.unreported();
+        touched.dedup();
+        all.extend(touched.into_iter().filter_map(|key| self.left(key)));
         Ok(())
     }
 
-    /// Bytes of a stream that no channel has yet; `None` when all have been sent or there is no such stream.
-    pub(super) fn unsent(&self, key: Key) -> Option<u64> {
-        self.streams.get(&key).map(|out| out.stream.remaining())
+    /// This engine has closed a channel, which sends nothing more. Appends the streams that no channel reads from any more, and returns the
+    /// bytes that the channel had and did not send.
+    pub(super) fn close(&mut self, channel: u16, all: &mut Vec<Left>) -> u64 {
+        let Outgoing { streams, lanes, .. } = self;
+        let (mut touched, mut bytes) = (Vec::new(), 0);
+        lane(lanes, channel).close(|chunk| {
+            bytes += chunk.len;
+            if let Some(out) = streams.get_mut(&chunk.key) {
+                out.inflight -= chunk.len;
+                touched.push(chunk.key);
+            }
+        });
+        touched.dedup();
+        all.extend(touched.into_iter().filter_map(|key| self.left(key)));
+        bytes
     }
 
-    /// Stops a stream. Returns whether chunks of it are still in flight.
+    /// Both engines have closed a channel, and so many of its chunks had arrived. The others are sent again on other channels.
+    ///
+    /// # Errors
+    /// `Protocol` for a number that cannot be; `RemoteDisconnect` when no channel is left for one of them.
+    pub(super) fn lose(&mut self, channel: u16, chunks: u64, channels: &Channels) -> Result<Undelivered> {
+        let Outgoing { streams, lanes, unreported, .. } = self;
+        let (lane, mut touched) = (lane(lanes, channel), Vec::new());
+        *unreported -= lane.unreported();
+        let missing = lane.lose(chunks, |chunk| {
+            settle(streams, &chunk);
+            touched.push(chunk.key);
+        })?;
+        let mut found = Undelivered::default();
+        for Announced { key, offset, len } in missing {
+            let Some(out) = self.streams.get_mut(&key) else { continue };
+            out.unsettled -= len;
+            touched.push(key);
+            match out.phase {
+                Phase::Sending => {
+                    (found.chunks, found.bytes) = (found.chunks + 1, found.bytes + len);
+                    self.bulk_left += if out.small { 0 } else { len };
+                    out.again.push_back((offset, len));
+                }
+                Phase::Done => {}
+                Phase::Cancelled | Phase::Drained if !out.withdrawn => {
+                    out.withdrawn = true;
+                    found.cancelled.push(key);
+                }
+                Phase::Cancelled | Phase::Drained => {}
+            }
+        }
+        touched.sort_unstable();
+        touched.dedup();
+        for key in touched {
+            found.left.extend(self.left(key));
+            self.queue(key, channels)?;
+        }
+        Ok(found)
+    }
+
+    /// Lets a stream wait for its turn, if some of it waits for a channel.
+    fn queue(&mut self, key: Key, channels: &Channels) -> Result<()> {
+        let Some(out) = self.streams.get_mut(&key).filter(|out| !out.queued) else { return Ok(()) };
+        let Some(places) = out.next_places() else { return Ok(()) };
+        let route = route_of(places, channels)?;
+        out.queued = true;
+        self.routes[route].queue(out.small).push_back(key);
+        Ok(())
+    }
+
+    /// Takes out a stream that no channel reads from any more and of which nothing has to be sent again.
+    fn left(&mut self, key: Key) -> Option<Left> {
+        let out = self.streams.get_mut(&key).filter(|out| out.inflight == 0)?;
+        let (before, segments) = (out.phase, out.segments);
+        if before == Phase::Cancelled {
+            (out.phase, out.hold) = (Phase::Drained, Hold::new(Vec::new()));
+        }
+        let over = before == Phase::Done || (out.unsettled == 0 && out.unsent() == 0);
+        let list = if over { self.streams.remove(&key).map(|out| out.stream.into_list()) } else { None };
+        match before {
+            Phase::Drained => None,
+            Phase::Cancelled => Some(Left { key, list: Vec::new(), segments }),
+            Phase::Sending | Phase::Done => list.map(|list| Left { key, list, segments }),
+        }
+    }
+
+    /// Bytes of a stream that no channel has; `None` when no channel reads from it any more, or there is no such stream.
+    pub(super) fn unsent(&self, key: Key) -> Option<u64> {
+        self.streams.get(&key).filter(|out| out.phase != Phase::Drained).map(OutStream::unsent)
+    }
+
+    /// The peer says that all of a stream is in place. Returns the stream if no channel reads from it.
+    pub(super) fn done(&mut self, key: Key) -> Option<Left> {
+        self.streams.get_mut(&key)?.phase = Phase::Done;
+        self.left(key)
+    }
+
+    /// Stops a stream that the peer has refused, and that the peer learns of if it had bytes that no channel has. Returns whether a
+    /// channel still reads from it.
     pub(super) fn cancel(&mut self, key: Key) -> bool {
-        if let Some(out) = self.streams.get(&key).filter(|out| !out.small) {
-            self.bulk_left -= out.stream.remaining();
-        }
-        match self.streams.get_mut(&key) {
-            Some(out) if out.inflight > 0 => {
-                out.stream = Walk::new(Vec::new());
-                true
-            }
-            Some(_) => {
-                self.streams.remove(&key);
-                false
-            }
-            None => false,
-        }
+        let Some(out) = self.streams.get_mut(&key) else { return false };
+        out.withdrawn = out.unsent() > 0;
+        self.bulk_left -= if out.small { 0 } else { out.unsent() };
+        (out.stream, out.phase) = (Walk::new(Vec::new()), Phase::Cancelled);
+        out.again.clear();
+        self.left(key).is_none()
     }
 
     /// Whether a stream waits for room on a channel.
     pub(super) fn waiting(&self) -> bool {
         self.routes.iter().any(|turns| !turns.small.is_empty() || !turns.bulk.is_empty())
-    }
-
-    /// Segments of a stream's list.
-    pub(super) fn segments(&self, key: Key) -> usize {
-        self.streams.get(&key).map_or(0, |out| out.segments)
     }
 
     pub(super) fn uses_region(&self, id: u64) -> bool {
@@ -276,11 +438,12 @@ impl Outgoing {
     /// Streams and their segments.
     #[cfg(any(test, fuzzing))]
     pub(super) fn keys(&self) -> Vec<(Key, usize)> {
-        self.streams.iter().map(|(&key, out)| (key, out.segments)).collect()
+        self.streams.iter().filter(|(_, out)| out.phase != Phase::Drained).map(|(&key, out)| (key, out.segments)).collect()
     }
 
+    /// No channel reads from a stream, or will.
     pub(super) fn is_empty(&self) -> bool {
-        self.streams.is_empty()
+        self.streams.values().all(|out| out.phase == Phase::Drained)
     }
 
     pub(super) fn clear(&mut self) {
@@ -288,20 +451,39 @@ impl Outgoing {
     }
 }
 
+/// A chunk of a stream is in place.
+fn settle(streams: &mut Map<Key, OutStream>, chunk: &Announced) {
+    if let Some(out) = streams.get_mut(&chunk.key) {
+        out.unsettled -= chunk.len;
+    }
+}
+
+/// The route for chunks between these places.
+fn route_of((place, peer): (Place, Place), channels: &Channels) -> Result<usize> {
+    let none = || err!(RemoteDisconnect, "no channel is left that connects {place:?} here with {peer:?} at the peer");
+    channels.route(place, peer).ok_or_else(none)
+}
+
 /// Announcements being collected: chunks of one stream share a frame.
 #[derive(Default)]
 struct Announcing {
     key: Option<Key>,
+    /// Where the first of them begins, and where the stream goes on behind them.
+    offset: u64,
+    next: u64,
     grants: Vec<Grant>,
     chunks: usize,
 }
 
 impl Announcing {
-    fn push(&mut self, key: Key, grant: Grant, tx: &mut TxQueue) {
-        if self.key != Some(key) || self.grants.len() == ANNOUNCE {
+    fn push(&mut self, key: Key, offset: u64, grant: Grant, tx: &mut TxQueue) {
+        if self.key != Some(key) || self.next != offset || self.grants.len() == ANNOUNCE {
             self.flush(tx);
         }
-        self.key = Some(key);
+        if self.grants.is_empty() {
+            (self.key, self.offset) = (Some(key), offset);
+        }
+        self.next = offset + u64::from(grant.len);
         self.grants.push(grant);
         self.chunks += 1;
     }
@@ -309,7 +491,7 @@ impl Announcing {
     fn flush(&mut self, tx: &mut TxQueue) {
         let grants = std::mem::take(&mut self.grants);
         if let (Some(key), false) = (self.key.take(), grants.is_empty()) {
-            tx.push(&Frame::Chunks { id: key.id, by_initiator: key.mine, grants });
+            tx.push(&Frame::Chunks { id: key.id, by_initiator: key.mine, offset: self.offset, grants });
         }
     }
 }

@@ -30,7 +30,7 @@ impl PeerFrames<'_> {
     /// Takes a frame of the peer. An error means that the connection must end.
     pub(super) fn handle(&mut self, frame: Frame<'_>) -> Result<()> {
         // These start nothing, and a heartbeat alone must not wake the engine again.
-        let begins = !matches!(frame, Frame::Ping { .. } | Frame::Notify { .. });
+        let begins = !matches!(frame, Frame::Ping { .. } | Frame::Arrived { .. } | Frame::Notify { .. });
         self.state.queue.tx.answering(true);
         let handled = self.take_frame(frame);
         self.state.queue.tx.answering(false);
@@ -51,14 +51,18 @@ impl PeerFrames<'_> {
             Frame::Write { id, regions, segments, inline } => self.on_write(id, &regions, &segments, inline),
             Frame::Read { id, regions, segments } => self.on_read(id, &regions, &segments),
             Frame::ReadInline { id, data } => self.on_read_inline(id, data),
-            Frame::Chunks { id, by_initiator, grants } => self.on_chunks(Key { id, mine: !by_initiator }, &grants),
+            Frame::Chunks { id, by_initiator, offset, grants } => {
+                self.on_chunks(Key { id, mine: !by_initiator }, offset, &grants)
+            }
             Frame::Done { id, status, text } => self.on_done(id, status, text),
             Frame::Message { id, len, from } => self.on_message(Message { id, len, from }),
             Frame::Pull { id, status, receiver, landing } => self.on_pull(id, status, receiver, landing),
             Frame::Withdraw { id, status } => self.on_withdraw(id, status),
             Frame::Cancel { id } => self.on_cancel(id),
             Frame::Notify { name, message } => self.state.setting.inbox.push(name, message),
-            Frame::Ping { received, chunks } => self.on_ping(received, chunks),
+            Frame::Ping { received } => self.on_ping(received),
+            Frame::Arrived { channel, chunks } => self.on_arrived(channel, chunks),
+            Frame::Lost { channel, chunks, text } => self.on_lost(channel, chunks, text),
             Frame::Bye { status, text } => Err(farewell(status, text)),
         }
     }
@@ -201,9 +205,18 @@ impl PeerFrames<'_> {
         Ok(())
     }
 
-    fn on_chunks(&mut self, key: Key, grants: &[Grant]) -> Result<()> {
-        grants.iter().try_for_each(|&grant| self.state.incoming.announce(key, grant, self.channels))?;
-        self.state.load.chunks(self.state.incoming.expected())
+    fn on_chunks(&mut self, key: Key, mut offset: u64, grants: &[Grant]) -> Result<()> {
+        for &grant in grants {
+            if self.state.losses.is_theirs(grant.channel) {
+                bail!(Protocol, "a chunk on channel {}, which the peer has closed", grant.channel);
+            }
+            self.state.incoming.announce(key, offset, grant, self.channels)?;
+            if self.state.losses.is_ours(grant.channel) {
+                self.channels.lose(u64::from(grant.len));
+            }
+            offset = offset.saturating_add(u64::from(grant.len));
+        }
+        self.state.load.chunks(self.state.incoming.outstanding())
     }
 
     /// The peer's verdict on a transfer of this engine. Which ones fit depends on the transfer's kind and progress.
@@ -226,7 +239,7 @@ impl PeerFrames<'_> {
         }
         let result = if ok { Ok(()) } else { Err(self.refused(id, status, text)) };
         let sending = if ok {
-            unsent.is_some()
+            self.state.stream_done(key)
         } else {
             // The chunks that were announced are in flight, and the peer drains them.
             if unsent.is_some_and(|n| n > 0) {
@@ -391,10 +404,33 @@ impl PeerFrames<'_> {
     }
 
     /// The peer reports how much has arrived there.
-    fn on_ping(&mut self, received: u64, chunks: u64) -> Result<()> {
+    fn on_ping(&mut self, received: u64) -> Result<()> {
         let news = self.state.liveness.on_ping(received, self.channels.totals().submitted, self.now)?;
-        self.state.outgoing.confirm(chunks)?;
         self.state.deadlines.arrived(news, self.now);
+        Ok(())
+    }
+
+    /// The peer reports how many chunks of a channel have arrived there.
+    fn on_arrived(&mut self, channel: u16, chunks: u64) -> Result<()> {
+        self.check_channel(channel)?;
+        self.state.chunks_arrived(channel, chunks)
+    }
+
+    /// The peer has lost a channel and closed it.
+    fn on_lost(&mut self, channel: u16, chunks: u64, text: &str) -> Result<()> {
+        self.check_channel(channel)?;
+        let text = printable(text);
+        let why = err!(RemoteDisconnect, "the peer has closed channel {channel}: {text}");
+        if self.state.losses.theirs(channel, chunks, text)? {
+            self.channels.close_channel(channel, why);
+        }
+        self.state.recover(channel, self.channels, self.now)
+    }
+
+    fn check_channel(&self, channel: u16) -> Result<()> {
+        if self.channels.limits(channel).is_none() || self.state.losses.is_theirs(channel) {
+            bail!(Protocol, "channel {channel} does not exist, or the peer has closed it");
+        }
         Ok(())
     }
 }

@@ -7,8 +7,9 @@ use super::inline::Inline;
 use super::limits::PeerLoad;
 use super::listed::Pending;
 use super::liveness::Liveness;
+use super::losses::{Closed, Losses};
 use super::matching::Matching;
-use super::outgoing::{AfterChunk, Outgoing};
+use super::outgoing::{Left, Outgoing, Undelivered};
 use super::queue::ControlQueue;
 use super::transfers::Transfers;
 use crate::budget::{Account, Share};
@@ -40,6 +41,8 @@ pub(crate) struct Setting {
     /// Names the peer in errors.
     pub peer: String,
     pub transfer_timeout: Duration,
+    /// How long a NIC may bring nothing that is due while the peer lives.
+    pub nic_timeout: Duration,
     /// Silence after which the peer is lost; the smaller of both engines' values sets the heartbeat.
     pub peer_timeout: Duration,
     pub heartbeat: Duration,
@@ -56,6 +59,7 @@ pub(super) struct State {
     pub transfers: Transfers,
     pub outgoing: Outgoing,
     pub incoming: Incoming,
+    pub losses: Losses,
     pub matching: Matching,
     /// Direct transfers.
     pub direct: Pending,
@@ -77,6 +81,7 @@ impl State {
             transfers: Transfers::default(),
             outgoing: Outgoing::default(),
             incoming: Incoming::default(),
+            losses: Losses::default(),
             matching: Matching::default(),
             direct: Pending::default(),
             deadlines: Deadlines::new(now),
@@ -89,8 +94,20 @@ impl State {
         }
     }
 
+    /// How often the peer must hear of this engine at least: while data is due, it tells a silent NIC from a silent peer by that.
+    fn must_hear(&self) -> Duration {
+        match self.deadlines.any() {
+            true => self.setting.heartbeat.min(self.setting.nic_timeout / 2),
+            false => self.setting.heartbeat,
+        }
+    }
+
     /// Queues a frame.
     pub(super) fn push(&mut self, frame: &Frame<'_>, now: Instant) {
+        if self.incoming.owes_report() {
+            // It goes along.
+            self.report_chunks(now);
+        }
         self.queue.push(frame, now);
         self.liveness.look_soon(now);
     }
@@ -144,45 +161,120 @@ impl State {
         }
     }
 
-    pub(super) fn chunk_sent(&mut self, key: Key, len: u64, now: Instant) -> Result<()> {
+    pub(super) fn chunk_sent(&mut self, channel: u16, key: Key, len: u64, now: Instant) -> Result<()> {
         self.deadlines.moved(key, len, now);
         if key.mine {
             self.transfers.moved(key.id, len);
         }
-        let segments = self.outgoing.segments(key);
-        if let AfterChunk::Last(list) = self.outgoing.chunk_sent(key, len)? {
-            self.segment_pool.give_list(list);
-            if key.mine {
-                self.transfers.source_free(key.id);
-                if self.transfers.kind(key.id).is_none() {
-                    self.deadlines.end(key);
-                }
-            } else {
-                self.load.ended(segments);
-                self.deadlines.end(key);
-            }
+        if let Some(left) = self.outgoing.sent(channel, key, len)? {
+            self.stream_left(left);
         }
         Ok(())
     }
 
-    pub(super) fn chunk_received(&mut self, key: Key, len: u64, now: Instant) -> Result<()> {
+    /// No channel reads from a stream any more, and nothing of it has to be sent again.
+    fn stream_left(&mut self, Left { key, list, segments }: Left) {
+        self.segment_pool.give_list(list);
+        if key.mine {
+            self.transfers.source_free(key.id);
+            if self.transfers.kind(key.id).is_none() {
+                self.deadlines.end(key);
+            }
+        } else {
+            self.load.ended(segments);
+            self.deadlines.end(key);
+        }
+    }
+
+    /// The peer says that all of a stream of this engine is in place. Returns whether a channel still reads from it.
+    pub(super) fn stream_done(&mut self, key: Key) -> bool {
+        if let Some(left) = self.outgoing.done(key) {
+            self.segment_pool.give_list(left.list);
+        }
+        self.outgoing.unsent(key).is_some()
+    }
+
+    pub(super) fn chunk_received(&mut self, channel: u16, key: Key, len: u64, now: Instant) -> Result<()> {
         self.deadlines.moved(key, len, now);
         if let Some(receive) = self.incoming.receive_of(key) {
             self.transfers.moved(receive, len);
         } else if key.mine {
             self.transfers.moved(key.id, len);
         }
-        if let Some(ended) = self.incoming.arrived(key, len)? {
+        if let Some(ended) = self.incoming.arrived(channel, key, len)? {
             self.stream_ended(key, ended, now);
         }
         Ok(())
     }
 
+    /// The peer reports how many chunks of a channel have arrived.
+    pub(super) fn chunks_arrived(&mut self, channel: u16, chunks: u64) -> Result<()> {
+        let mut all = Vec::new();
+        self.outgoing.arrived(channel, chunks, &mut all)?;
+        all.into_iter().for_each(|left| self.stream_left(left));
+        Ok(())
+    }
+
+    /// Reports to the peer how many chunks have arrived on each channel.
+    pub(super) fn report_chunks(&mut self, now: Instant) {
+        let State { incoming, queue, .. } = self;
+        for (channel, chunks) in incoming.report() {
+            queue.push(&Frame::Arrived { channel, chunks }, now);
+        }
+    }
+
+    /// This engine has closed a channel that it has lost: nothing touches memory for it any more.
+    ///
+    /// # Errors
+    /// When the connection must end.
+    pub(super) fn channel_closed(&mut self, channel: u16, why: Error, channels: &mut Channels, now: Instant) -> Result<()> {
+        let mut all = Vec::new();
+        let unsent = self.outgoing.close(channel, &mut all);
+        all.into_iter().for_each(|left| self.stream_left(left));
+        let (chunks, missing) = self.incoming.close(channel);
+        channels.lose(unsent + missing);
+        self.losses.ours(channel, why.clone());
+        if self.losses.closed() == channels.count() {
+            return Err(why);
+        }
+        self.push(&Frame::Lost { channel, chunks, text: why.to_str() }, now);
+        self.recover(channel, channels, now)
+    }
+
+    /// Once both engines have closed a channel, what it did not deliver is sent again on others.
+    ///
+    /// # Errors
+    /// When the connection must end.
+    pub(super) fn recover(&mut self, channel: u16, channels: &Channels, now: Instant) -> Result<()> {
+        let Some(Closed { chunks, ours, theirs }) = self.losses.both(channel) else { return Ok(()) };
+        let Undelivered { left, cancelled, chunks, bytes } = self.outgoing.lose(channel, chunks, channels)?;
+        left.into_iter().for_each(|left| self.stream_left(left));
+        for key in cancelled {
+            self.push(&Frame::Cancel { id: key.id }, now);
+        }
+        for (key, ended) in self.incoming.lose(channel) {
+            self.stream_ended(key, ended, now);
+        }
+        self.counts.lost_channels += 1;
+        self.counts.resent_chunks += chunks as u64;
+        let open = channels.count() - self.losses.closed();
+        self.log.log(
+            log::Level::Info,
+            now,
+            format_args!(
+                "{}: channel {channel} is lost: {ours} (the peer says: {theirs}); {chunks} chunks of {bytes} bytes go over the {open} channels that are left",
+                self.setting.peer
+            ),
+        );
+        self.liveness.look_soon(now);
+        Ok(())
+    }
+
     /// Reports to the peer how much has arrived.
     pub(super) fn ping(&mut self, received: u64, now: Instant) {
-        let chunks = self.incoming.chunks();
-        self.liveness.on_ping_sent(received, chunks, now);
-        self.push(&Frame::Ping { received, chunks }, now);
+        self.report_chunks(now);
+        self.liveness.on_ping_sent(received, now);
+        self.push(&Frame::Ping { received }, now);
     }
 
     /// Everything of an incoming stream is in place or drained.
@@ -191,7 +283,10 @@ impl State {
         self.segment_pool.give_list(list);
         self.deadlines.end(key);
         match ending {
-            Ending::Read => self.transfers.finish(key.id, Ok(())),
+            Ending::Read => {
+                self.transfers.finish(key.id, Ok(()));
+                self.liveness.look_soon(now);
+            }
             Ending::Refused(true) => self.load.ended(0),
             Ending::Refused(false) => self.load.ended_without_room(),
             Ending::Write => {
@@ -209,7 +304,7 @@ impl State {
     /// Sends a heartbeat if one is due and no backlog waits.
     pub(super) fn report(&mut self, channels: &Channels, now: Instant) {
         let received = channels.totals().received;
-        if self.liveness.must_ping(received, self.setting.transfer_timeout, now) && self.queue.backlog() == 0 {
+        if self.liveness.must_ping(received, self.must_hear(), now) && self.queue.backlog() == 0 {
             self.ping(received, now);
         }
     }

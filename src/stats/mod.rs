@@ -56,6 +56,8 @@ totals! {
     notifications_received: "Notifications received",
     stalls: "Seconds in which a channel had chunks in flight and moved none",
     slow_answers: "Times that a peer was silent, or a transfer moved nothing, for half of its timeout",
+    lost_channels: "Channels that were lost, and whose undelivered chunks were sent again on others",
+    resent_chunks: "Chunks sent again after their channel was lost",
     packed_chunks: "Chunks packed from GPU memory",
     unpacked_chunks: "Chunks unpacked into GPU memory",
     pack_us: "Time from submitting a chunk until it was packed, summed over all chunks, microseconds",

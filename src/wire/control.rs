@@ -33,7 +33,7 @@ struct Out {
     /// A block of frames that is too long for one record, and how much of it is sealed.
     long: Option<(Block, usize)>,
     /// The content of the last sealed heartbeat: see [`Frame::Ping`].
-    reported: (u64, u64),
+    reported: u64,
     /// Bytes sent without the driving thread, which it has not counted yet.
     kept: usize,
     /// The last frame was sent.
@@ -125,8 +125,7 @@ impl Voice {
         let mut tx = TxQueue::default();
         // A frame must be complete before the next one starts, so of a long one the next piece is sent.
         if out.long.is_none() {
-            let (received, chunks) = out.reported;
-            tx.push(&Frame::Ping { received, chunks });
+            tx.push(&Frame::Ping { received: out.reported });
         }
         out.seal_next(&mut tx)?;
         out.write(&self.sock, total).map(drop)
@@ -161,7 +160,7 @@ impl ControlStream {
         let mut sealed = raw;
         sealed.resize(arrived + ROOM, 0);
         let Session { sealer, opener, .. } = session;
-        let out = Out { sealer, leaving: Vec::new(), sent: 0, long: None, reported: (0, 0), kept: 0, ended: false };
+        let out = Out { sealer, leaving: Vec::new(), sent: 0, long: None, reported: 0, kept: 0, ended: false };
         let (out, born) = (Mutex::new(out), Instant::now());
         let voice = Arc::new(Voice { sock, out, born, spoke: AtomicU64::new(0), driven: AtomicU64::new(0) });
         Ok(ControlStream { voice, opener, early: plain, sealed, arrived, pending: 0 })
@@ -336,7 +335,7 @@ mod tests {
         let (voice, body) = (a.voice(), vec![7; LEN]);
         let (mut tx, mut rx) = (TxQueue::default(), RxBuffer::default());
         let (mut heard, mut pings, mut whole) = (0, 0, false);
-        tx.push(&Frame::Ping { received: 5, chunks: 6 });
+        tx.push(&Frame::Ping { received: 5 });
         tx.push(&Frame::Notify { name: b"n", message: &body });
         let mut left = a.flush(&mut tx, 1).unwrap();
         assert!(left > 0 && a.pending() > LEN / 2 && !voice.keep(LONG, LONG) && !voice.keep(Duration::ZERO, Duration::ZERO));
@@ -350,7 +349,7 @@ mod tests {
                 match frame {
                     Frame::Notify { message, .. } if !whole => whole = message == body,
                     frame => {
-                        assert_eq!(frame, Frame::Ping { received: 5, chunks: 6 });
+                        assert_eq!(frame, Frame::Ping { received: 5 });
                         pings += usize::from(whole);
                     }
                 }
@@ -388,7 +387,7 @@ mod tests {
         let voice = a.voice();
         let (mut tx, mut rx, mut said) = (TxQueue::default(), RxBuffer::default(), Vec::new());
         for number in 1..=3 {
-            tx.push(&Frame::Ping { received: number, chunks: number });
+            tx.push(&Frame::Ping { received: number });
             tx.push(&Frame::Notify { name: b"n", message: &[7; 40_000] });
         }
         let until = Instant::now() + Duration::from_secs(60);
@@ -400,7 +399,7 @@ mod tests {
             }
             b.read(&mut rx).unwrap();
             while let Some((frame, len)) = rx.next().unwrap() {
-                if let Frame::Ping { received, .. } = frame {
+                if let Frame::Ping { received } = frame {
                     said.push(received);
                 }
                 rx.consume(len);

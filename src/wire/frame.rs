@@ -4,7 +4,7 @@
 //! A frame is a header (`envelope`) and its payload; numbers are little-endian.
 
 use super::envelope::{Envelope, Opened, Reader};
-use crate::status::{bail, Result, StatusCode};
+use crate::status::{bail, err, Result, StatusCode};
 use crate::types::{Landing, Place, MAX_INLINE};
 use std::borrow::Cow;
 
@@ -137,8 +137,9 @@ pub enum Frame<'a> {
     Read { id: u64, regions: Vec<WireRegion>, segments: WireSegments<'a> },
     /// The target's whole answer to a small read.
     ReadInline { id: u64, data: &'a [u8] },
-    /// The sender of data announces its next chunks. `by_initiator`: the sender chose the id.
-    Chunks { id: u64, by_initiator: bool, grants: Vec<Grant> },
+    /// The sender of data announces chunks, the first of which begins at `offset` of the stream: the next ones, or again some that a
+    /// lost channel did not deliver. `by_initiator`: the sender chose the id.
+    Chunks { id: u64, by_initiator: bool, offset: u64, grants: Vec<Grant> },
     /// The peer's verdict on a transfer that the receiver of this frame started.
     Done { id: u64, status: StatusCode, text: &'a str },
     /// A two-sided message waits for a receive. `from`: where it lies, if it can be sent directly.
@@ -152,8 +153,12 @@ pub enum Frame<'a> {
     Notify { name: &'a [u8], message: &'a [u8] },
     /// The initiator of refused write `id` announces no more chunks of it.
     Cancel { id: u64 },
-    /// Heartbeat. `received`: bytes of data that have arrived over the channels so far, in `chunks` chunks.
-    Ping { received: u64, chunks: u64 },
+    /// Heartbeat. `received`: bytes of data that have arrived over the channels so far.
+    Ping { received: u64 },
+    /// So many of the chunks announced on `channel` are in place.
+    Arrived { channel: u16, chunks: u64 },
+    /// The sender of the frame has lost `channel`, and closed its end of it. So many of the chunks announced on it are in place.
+    Lost { channel: u16, chunks: u64, text: &'a str },
     /// The goodbye: orderly with status 0, otherwise why the sender of the frame ends the connection.
     Bye { status: StatusCode, text: &'a str },
 }
@@ -178,15 +183,17 @@ kinds! {
     T_WRITE_INLINE = 2, 16 + (REGION_BYTES + SEGMENT_BYTES) * MAX_INLINE + MAX_INLINE;
     T_READ = 3, 16 + MAX_REGIONS * REGION_BYTES + MAX_SEGMENTS * SEGMENT_BYTES;
     T_READ_INLINE = 4, 8 + MAX_INLINE;
-    T_CHUNKS = 5, 16 + MAX_GRANTS * GRANT_BYTES;
+    T_CHUNKS = 5, 24 + MAX_GRANTS * GRANT_BYTES;
     T_DONE = 6, 12 + MAX_TEXT;
     T_MESSAGE = 7, 20;
     T_PULL = 8, 36;
     T_NOTIFY = 9, 4 + MAX_NOTIFICATION;
-    T_PING = 10, 16;
+    T_PING = 10, 8;
     T_BYE = 11, 4 + MAX_TEXT;
     T_WITHDRAW = 12, 12;
     T_CANCEL = 13, 8;
+    T_ARRIVED = 14, 12;
+    T_LOST = 15, 12 + MAX_TEXT;
 }
 
 /// What [`decode`] found at the front of a buffer.
@@ -243,11 +250,12 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
             let id = r.u64()?;
             let by_initiator = r.u32()? != 0;
             let n = r.u32()? as usize;
+            let offset = r.u64()?;
             if n > MAX_GRANTS {
                 bail!(Protocol, "{n} chunks in one frame");
             }
             let grants = r.array(n, |b: &[u8; GRANT_BYTES]| Grant { len: le32(b, 0), channel: u16::from_le_bytes(sub(b, 4)) })?;
-            Frame::Chunks { id, by_initiator, grants }
+            Frame::Chunks { id, by_initiator, offset, grants }
         }
         T_DONE => {
             let id = r.u64()?;
@@ -263,10 +271,17 @@ fn decode_payload<'a>(kind: u8, r: &mut Reader<'a>) -> Result<Frame<'a>> {
         }
         T_WITHDRAW => Frame::Withdraw { id: r.u64()?, status: r.u32()? as StatusCode },
         T_CANCEL => Frame::Cancel { id: r.u64()? },
-        T_PING => Frame::Ping { received: r.u64()?, chunks: r.u64()? },
+        T_PING => Frame::Ping { received: r.u64()? },
+        T_ARRIVED => Frame::Arrived { chunks: r.u64()?, channel: channel(r)? },
+        T_LOST => Frame::Lost { chunks: r.u64()?, channel: channel(r)?, text: text(r)? },
         T_BYE => Frame::Bye { status: r.u32()? as StatusCode, text: text(r)? },
         _ => bail!(Protocol, "unknown frame type {kind}"),
     })
+}
+
+fn channel(r: &mut Reader<'_>) -> Result<u16> {
+    let number = r.u32()?;
+    u16::try_from(number).map_err(|_| err!(Protocol, "channel {number}"))
 }
 
 fn decode_pull(r: &mut Reader<'_>) -> Result<Frame<'static>> {
@@ -320,9 +335,9 @@ fn encode_payload(frame: &Frame<'_>, out: &mut Vec<u8>) -> u8 {
         }
         Frame::Read { id, regions, segments } => encode_segments(*id, regions, segments, out),
         Frame::ReadInline { id, data } => put(out, &[&id.to_le_bytes(), data]),
-        Frame::Chunks { id, by_initiator, grants } => {
+        Frame::Chunks { id, by_initiator, offset, grants } => {
             let (flags, count) = (u32::from(*by_initiator), grants.len() as u32);
-            put(out, &[&id.to_le_bytes(), &flags.to_le_bytes(), &count.to_le_bytes()]);
+            put(out, &[&id.to_le_bytes(), &flags.to_le_bytes(), &count.to_le_bytes(), &offset.to_le_bytes()]);
             for grant in grants {
                 put(out, &[&grant.len.to_le_bytes(), &grant.channel.to_le_bytes(), &[0, 0]]);
             }
@@ -341,7 +356,11 @@ fn encode_payload(frame: &Frame<'_>, out: &mut Vec<u8>) -> u8 {
         Frame::Notify { name, message } => put(out, &[&(name.len() as u32).to_le_bytes(), name, message]),
         Frame::Withdraw { id, status } => put(out, &[&id.to_le_bytes(), &status.to_le_bytes()]),
         Frame::Cancel { id } => put(out, &[&id.to_le_bytes()]),
-        Frame::Ping { received, chunks } => put(out, &[&received.to_le_bytes(), &chunks.to_le_bytes()]),
+        Frame::Ping { received } => put(out, &[&received.to_le_bytes()]),
+        Frame::Arrived { channel, chunks } => put(out, &[&chunks.to_le_bytes(), &u32::from(*channel).to_le_bytes()]),
+        Frame::Lost { channel, chunks, text } => {
+            put(out, &[&chunks.to_le_bytes(), &u32::from(*channel).to_le_bytes(), cut_text(text).as_bytes()]);
+        }
         Frame::Bye { status, text } => put(out, &[&status.to_le_bytes(), cut_text(text).as_bytes()]),
     }
     type_of(frame)
@@ -361,6 +380,8 @@ fn type_of(frame: &Frame<'_>) -> u8 {
         Frame::Withdraw { .. } => T_WITHDRAW,
         Frame::Cancel { .. } => T_CANCEL,
         Frame::Ping { .. } => T_PING,
+        Frame::Arrived { .. } => T_ARRIVED,
+        Frame::Lost { .. } => T_LOST,
         Frame::Bye { .. } => T_BYE,
     }
 }
@@ -425,7 +446,7 @@ mod tests {
                 Frame::Write { id, regions: regions.clone(), segments: small, inline: Some(&inline) },
                 Frame::Read { id, regions, segments },
                 Frame::ReadInline { id, data: &message },
-                Frame::Chunks { id, by_initiator: id % 2 == 0, grants },
+                Frame::Chunks { id, by_initiator: id % 2 == 0, offset: !id, grants },
                 Frame::Done { id, status, text: "why" },
                 Frame::Message { id, len: !id, from: None },
                 Frame::Message { id, len: !id, from: Some(Place(id as u8)) },
@@ -434,7 +455,9 @@ mod tests {
                 Frame::Notify { name: &name, message: &message },
                 Frame::Withdraw { id, status },
                 Frame::Cancel { id },
-                Frame::Ping { received: !id, chunks: id },
+                Frame::Ping { received: !id },
+                Frame::Arrived { channel: id as u16, chunks: !id },
+                Frame::Lost { channel: id as u16, chunks: id, text: "why" },
                 Frame::Bye { status, text: "end" },
             ];
             let mut buf = Vec::new();
@@ -468,7 +491,7 @@ mod tests {
         }
 
         #[test]
-        fn a_damaged_payload_never_panics(kind in 1u8..=13, payload in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn a_damaged_payload_never_panics(kind in 1u8..=15, payload in proptest::collection::vec(any::<u8>(), 0..200)) {
             let mut buf = (payload.len() as u32).to_le_bytes().to_vec();
             buf.extend_from_slice(&[kind, ENVELOPE.magic, 0, 0]);
             buf.extend_from_slice(&payload);

@@ -41,7 +41,7 @@ pub(crate) struct Block {
     bytes: Vec<u8>,
     answers: usize,
     /// The content of the last heartbeat among its frames: see [`Frame::Ping`].
-    reported: Option<(u64, u64)>,
+    reported: Option<u64>,
 }
 
 impl Block {
@@ -58,7 +58,7 @@ impl Block {
     }
 
     /// The content of the last heartbeat among them.
-    pub(crate) fn reported(&self) -> Option<(u64, u64)> {
+    pub(crate) fn reported(&self) -> Option<u64> {
         self.reported
     }
 
@@ -104,8 +104,8 @@ impl TxQueue {
             frame::encode(frame, &mut block.bytes);
             let len = block.bytes.len() - before;
             self.bytes += len;
-            if let Frame::Ping { received, chunks } = *frame {
-                block.reported = Some((received, chunks));
+            if let Frame::Ping { received } = *frame {
+                block.reported = Some(received);
             }
             if self.answering {
                 block.answers += len;
@@ -206,12 +206,11 @@ mod tests {
     fn a_heartbeat_costs_no_more_memory_than_it_has_bytes() {
         let (mut tx, mut rx) = (TxQueue::default(), RxBuffer::default());
         for received in 0..100 {
-            tx.push(&Frame::Ping { received, chunks: 0 });
+            tx.push(&Frame::Ping { received });
             let block = tx.take().unwrap();
             rx.extend(block.frames()).unwrap();
             tx.recycle(block.into_bytes());
-            let len =
-                rx.next().unwrap().map(|(frame, len)| (assert_eq!(frame, Frame::Ping { received, chunks: 0 }), len)).unwrap().1;
+            let len = rx.next().unwrap().map(|(frame, len)| (assert_eq!(frame, Frame::Ping { received }), len)).unwrap().1;
             rx.consume(len);
         }
         assert!(rx.bytes.capacity() + tx.spare.capacity() < 256, "{} and {}", rx.bytes.capacity(), tx.spare.capacity());

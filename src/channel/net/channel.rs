@@ -4,7 +4,7 @@
 
 use super::receiving::Receiving;
 use super::sending::Sending;
-use super::Usage;
+use super::usage::{Resources, Usage};
 use crate::channel::path::{Arrival, Copier, Departure, Line};
 use crate::channel::stripe::Load;
 use crate::direct::{Event, Way};
@@ -88,16 +88,22 @@ impl Channel {
         self.receiving.expect(arrival);
     }
 
-    /// Advances sends and receives. Returns whether anything advanced.
-    pub(super) fn progress(&mut self, copier: &mut Copier, usage: &Usage, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
+    /// Advances sends and receives. Returns whether anything advanced. `number`: its own.
+    pub(super) fn progress(&mut self, number: u16, resources: Resources<'_>, events: &mut Vec<Event>) -> Result<bool> {
+        let Resources { copier, usage, now } = resources;
         let mut any = false;
         if !self.sending.outgoing.is_empty() {
-            any |= self.sending.progress(copier, now, events).map_err(|e| self.blame(Way::Out, &e))?;
+            any |= self.sending.progress(number, copier, now, events).map_err(|e| self.blame(Way::Out, &e))?;
         }
         if self.receiving.under_way() > 0 {
-            any |= self.receiving.progress(copier, usage, events).map_err(|e| self.blame(Way::In, &e))?;
+            any |= self.receiving.progress(number, copier, usage, events).map_err(|e| self.blame(Way::In, &e))?;
         }
         Ok(any)
+    }
+
+    /// Whether no device copy is running for it: then it can be closed.
+    pub(super) fn is_quiet(&mut self, copier: &mut Copier) -> Result<bool> {
+        Ok(self.sending.is_quiet(copier)? && self.receiving.is_quiet(copier)?)
     }
 
     /// The network's progress on this channel.
@@ -105,7 +111,7 @@ impl Channel {
         let sent = self.sending.comm.network_bytes().map_err(|e| self.blame(Way::Out, &e))?;
         let received = self.receiving.comm.network_bytes().map_err(|e| self.blame(Way::In, &e))?;
         let under_way = (self.sending.outgoing.len(), self.receiving.under_way());
-        Ok(Line { nic: &self.nic, moved: sent.zip(received), under_way, posted: self.receiving.posted.len() })
+        Ok(Line { nic: &self.nic, moved: sent.zip(received), under_way, posted: self.receiving.posted.len(), open: true })
     }
 
     /// Its statistics. `kernel`: including the kernel's, which takes a system call.

@@ -4,58 +4,46 @@ mod channel;
 mod copying;
 mod receiving;
 mod sending;
+mod slot;
 mod staging;
+mod usage;
 
 pub(crate) use channel::Channel;
+pub(crate) use usage::Usage;
 
-use super::path::{Arrival, Copier, Departure, Line, Path};
+use super::path::{Arrival, Copier, Departure, Dest, Line, Path};
 use super::plan::{chunk_len, ChunkLimits, MAX_CROSSED, MAX_PARTS};
 use super::stripe::{Loads, Nic, LEFT_ALONE};
 use crate::direct::{Event, Way};
 use crate::stats::ChannelStats;
-use crate::status::{bail, Result};
+use crate::status::{bail, Error, Result};
 use crate::types::Place;
+use slot::Slot;
 use std::time::{Duration, Instant};
-
-/// How the channels of a path are used: the plugin's traits, and what both engines agreed on.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Usage {
-    /// Host memory uses the vectored extension.
-    pub vectored: bool,
-    /// The comms carry host memory.
-    pub host: bool,
-    /// Device memory is sent from host memory that the GPU fills, not by the plugin's device sends.
-    pub stage_sends: bool,
-    /// The GPU whose memory the comms receive into, here and at the peer; `None` if any.
-    pub gpus: Option<(Place, Place)>,
-    /// Largest chunk, bytes.
-    pub chunk_bytes: usize,
-    /// See [`Loads::alone`].
-    pub alone: u64,
-}
+use usage::Resources;
 
 /// Channels over one plugin.
 pub(crate) struct NetPath {
-    channels: Vec<Channel>,
+    slots: Vec<Slot>,
     usage: Usage,
-    /// The pairs of NICs in use, and the index of each channel's pair.
+    /// The pairs of NICs that the channels use.
     nics: Vec<Nic>,
-    nic_of: Vec<usize>,
 }
 
 impl NetPath {
     pub(crate) fn new(channels: Vec<Channel>, usage: Usage) -> NetPath {
-        let mut names: Vec<(&str, &str)> = Vec::new();
-        let mut number = |channel| {
-            let nics = Channel::nics(channel);
-            names.iter().position(|known| *known == nics).unwrap_or_else(|| {
-                names.push(nics);
+        let mut names: Vec<(String, String)> = Vec::new();
+        let slots = channels.into_iter().map(|channel| {
+            let (here, there) = channel.nics();
+            let nic = names.iter().position(|known| known.0 == here && known.1 == there).unwrap_or_else(|| {
+                names.push((here.to_owned(), there.to_owned()));
                 names.len() - 1
-            })
-        };
-        let nic_of: Vec<usize> = channels.iter().map(&mut number).collect();
+            });
+            Slot::new(channel, nic)
+        });
+        let slots = slots.collect();
         let nics = names.iter().map(|_| Nic::default()).collect();
-        NetPath { channels, usage, nics, nic_of }
+        NetPath { slots, usage, nics }
     }
 
     /// Whether there are several NICs to compare.
@@ -63,11 +51,11 @@ impl NetPath {
         self.nics.len() > 1
     }
 
-    /// Samples the progress of each NIC that is due.
+    /// Samples the progress of each NIC, when due.
     fn look(&mut self, now: Instant) {
         for (number, nic) in self.nics.iter_mut().enumerate().filter(|(_, nic)| nic.due(now)) {
-            let mine = self.channels.iter().zip(&self.nic_of).filter(|(_, &nic)| nic == number);
-            let sum = mine.map(|(channel, _)| channel.flow()).try_fold((0, 0, Duration::ZERO), |(a, b, r), flow| {
+            let mine = self.slots.iter().filter(|slot| slot.nic == number && slot.is_open());
+            let sum = mine.map(Slot::flow).try_fold((0, 0, Duration::ZERO), |(a, b, r), flow| {
                 let (acknowledged, backlog, round_trip) = flow?;
                 Some((a + acknowledged, b + backlog, r.max(round_trip)))
             });
@@ -77,29 +65,8 @@ impl NetPath {
             }
         }
     }
-}
 
-impl Path for NetPath {
-    fn channels(&self) -> usize {
-        self.channels.len()
-    }
-
-    fn limits(&self) -> ChunkLimits {
-        ChunkLimits { bytes: self.usage.chunk_bytes, pieces: MAX_PARTS, crossed: MAX_CROSSED }
-    }
-
-    fn chunk_len(&self, total: u64) -> usize {
-        let share = if total <= self.usage.alone && !self.compares() { 1 } else { self.channels.len() };
-        chunk_len(total, share, self.usage.chunk_bytes)
-    }
-
-    fn carries(&self, local: Place, peer: Place) -> bool {
-        match self.usage.gpus {
-            Some((here, there)) => local == here && peer == there && !self.channels.is_empty(),
-            None => (self.usage.host || (local.is_device() && peer.is_device())) && !self.channels.is_empty(),
-        }
-    }
-
+    /// Whether its channels carry memory of the place `local` here.
     fn carries_local(&self, local: Place) -> bool {
         match self.usage.gpus {
             Some((here, _)) => local == here,
@@ -107,35 +74,100 @@ impl Path for NetPath {
         }
     }
 
+    fn slot(&mut self, channel: usize) -> Result<&mut Slot> {
+        match self.slots.get_mut(channel) {
+            Some(slot) => Ok(slot),
+            None => bail!(Internal, "channel {channel} does not exist"),
+        }
+    }
+
+    fn is_open(&self) -> bool {
+        self.slots.iter().any(Slot::is_open)
+    }
+}
+
+impl Path for NetPath {
+    fn channels(&self) -> usize {
+        self.slots.len()
+    }
+
+    fn limits(&self) -> ChunkLimits {
+        ChunkLimits { bytes: self.usage.chunk_bytes, pieces: MAX_PARTS, crossed: MAX_CROSSED }
+    }
+
+    fn chunk_len(&self, total: u64) -> usize {
+        let open = self.slots.iter().filter(|slot| slot.is_open()).count();
+        let share = if total <= self.usage.alone && !self.compares() { 1 } else { open };
+        chunk_len(total, share, self.usage.chunk_bytes)
+    }
+
+    fn carries(&self, local: Place, peer: Place) -> bool {
+        let carries = match self.usage.gpus {
+            Some((here, there)) => local == here && peer == there,
+            None => self.usage.host || (local.is_device() && peer.is_device()),
+        };
+        carries && self.is_open()
+    }
+
     fn loads(&mut self, place: Place, bulk: bool, now: Instant, out: &mut Loads) {
-        if self.compares() {
+        let compares = self.compares();
+        if compares {
             self.look(now);
-            out.nics.extend(self.nics.iter().map(|nic| nic.load(now)));
         }
         out.alone = self.usage.alone;
-        let channels = self.channels.iter().zip(&self.nic_of);
-        out.channels.extend(channels.map(|(channel, &nic)| channel.load(place, bulk, &self.usage, nic, now)));
+        if self.slots.iter().all(Slot::is_open) {
+            if compares {
+                out.nics.extend(self.nics.iter().map(|nic| nic.load(now)));
+            }
+            out.channels.extend(self.slots.iter().filter_map(|slot| slot.load(place, bulk, &self.usage, slot.nic, now)));
+            return;
+        }
+        // Closed channels, and NICs that have no other ones, are left out.
+        let mut seen = vec![None; self.nics.len()];
+        for (number, slot) in self.slots.iter().enumerate() {
+            let next = out.nics.len();
+            let index = seen.get(slot.nic).copied().flatten().unwrap_or(next);
+            let Some(load) = slot.load(place, bulk, &self.usage, index, now) else { continue };
+            if index == next && compares {
+                seen[slot.nic] = Some(next);
+                out.nics.push(self.nics[slot.nic].load(now));
+            }
+            out.channels.push(load);
+            out.numbers.push(number);
+        }
     }
 
     fn submit(&mut self, channel: usize, departure: Departure, copier: &mut Copier, now: Instant) -> Result<()> {
-        if let Some(nic) = self.nic_of.get(channel).and_then(|&nic| self.nics.get_mut(nic)) {
-            nic.gave(departure.chunk.len as u64, now);
-        }
-        let Some(channel) = self.channels.get_mut(channel) else { bail!(Internal, "channel {channel} does not exist") };
-        channel.submit(departure, copier, &self.usage, now)
+        let (usage, len) = (self.usage, departure.chunk.len as u64);
+        let slot = self.slot(channel)?;
+        slot.submit(departure, copier, &usage, now)?;
+        let nic = slot.nic;
+        self.nics.get_mut(nic).into_iter().for_each(|nic| nic.gave(len, now));
+        Ok(())
     }
 
     fn expect(&mut self, channel: usize, arrival: Arrival) -> Result<()> {
-        let Some(channel) = self.channels.get_mut(channel) else { bail!(Internal, "channel {channel} does not exist") };
-        channel.expect(arrival);
+        match &arrival.dest {
+            Dest::Memory { place, .. } if !self.carries_local(*place) => {
+                bail!(Protocol, "channel {channel} does not carry memory of {place:?}")
+            }
+            _ => {}
+        }
+        self.slot(channel)?.expect(arrival);
         Ok(())
     }
 
     fn progress(&mut self, copier: &mut Copier, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
-        let _quiet = self.channels.first().and_then(Channel::quiet);
+        let _quiet = self.slots.iter().find_map(Slot::quiet);
         let mut any = false;
-        for channel in &mut self.channels {
-            any |= channel.progress(copier, &self.usage, now, events)?;
+        for (number, slot) in self.slots.iter_mut().enumerate() {
+            let was_open = slot.is_open();
+            any |= slot.progress(number as u16, Resources { copier, usage: &self.usage, now }, events)?;
+            if was_open && !slot.is_open() {
+                // Its measurements span channels that are closed now.
+                self.nics[slot.nic] = Nic::default();
+                any = true;
+            }
         }
         if any && self.compares() {
             self.look(now);
@@ -143,30 +175,37 @@ impl Path for NetPath {
         Ok(any)
     }
 
-    fn busy(&self) -> bool {
-        self.channels.iter().any(Channel::busy)
+    fn close(&mut self, channel: usize, why: Error) {
+        if let Some(slot) = self.slots.get_mut(channel) {
+            slot.fail(why);
+            self.nics[slot.nic] = Nic::default();
+        }
     }
 
-    fn network(&self, each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
-        self.channels.iter().try_for_each(|channel| channel.network().map(&mut *each))
+    fn busy(&self) -> bool {
+        self.slots.iter().any(Slot::busy)
+    }
+
+    fn network(&mut self, each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
+        self.slots.iter_mut().try_for_each(|slot| slot.network(each))
     }
 
     fn describe(&self, channel: usize, way: Way) -> String {
-        self.channels.get(channel).map_or_else(String::new, |c| c.describe(way))
+        self.slots.get(channel).map_or_else(String::new, |slot| slot.describe(way))
     }
 
     fn stats(&self, kernel: bool, now: Instant, out: &mut Vec<ChannelStats>) {
         let first = out.len();
-        out.extend(self.channels.iter().map(|c| c.stats(kernel, now)));
+        out.extend(self.slots.iter().map(|slot| slot.stats(kernel, now)));
         if !self.compares() {
             return;
         }
-        // Short chunks can pass a slow NIC in bursts, so the speed over a longer time counts here.
+        // Short chunks pass a slow NIC in bursts: the long-term speed is measured here.
         let fastest = self.nics.iter().map(Nic::speed).fold(0.0, f64::max);
-        for (stats, &number) in out[first..].iter_mut().zip(&self.nic_of) {
-            let speed = self.nics[number].speed();
+        for (stats, slot) in out[first..].iter_mut().zip(&self.slots) {
+            let speed = self.nics[slot.nic].speed();
             stats.avoided = speed > 0.0 && speed < LEFT_ALONE * fastest;
-            let share = speed / self.nic_of.iter().filter(|&&other| other == number).count() as f64;
+            let share = speed / self.slots.iter().filter(|other| other.nic == slot.nic).count() as f64;
             if share > 0.0 && (share < stats.speed || stats.avoided) {
                 stats.speed = share;
             }
@@ -177,10 +216,11 @@ impl Path for NetPath {
         if !place.is_device() || !self.carries_local(place) {
             return Ok(());
         }
-        self.channels.iter_mut().try_for_each(|c| c.ready(place, copier, &self.usage))
+        let usage = self.usage;
+        self.slots.iter_mut().try_for_each(|slot| slot.ready(place, copier, &usage))
     }
 
     fn forget_region(&mut self, id: u64) {
-        self.channels.iter_mut().for_each(|c| c.forget_region(id));
+        self.slots.iter_mut().for_each(|slot| slot.forget_region(id));
     }
 }

@@ -3,7 +3,7 @@
 
 use super::copying::{device, iov, register, within, Copying, Counts};
 use super::staging::Staging;
-use super::Usage;
+use super::usage::Usage;
 use crate::channel::device::{spread, StagingMemory, View};
 use crate::channel::memory::{HostBlock, PAGE};
 use crate::channel::path::{Arrival, Copier, Dest};
@@ -72,7 +72,18 @@ impl Receiving {
         (self.host_in, self.device_in) = (None, None);
     }
 
-    pub(super) fn progress(&mut self, copier: &mut Copier, usage: &Usage, events: &mut Vec<Event>) -> Result<bool> {
+    /// Whether no copy out of the bounce buffer is running.
+    pub(super) fn is_quiet(&mut self, copier: &mut Copier) -> Result<bool> {
+        for chunk in &mut self.finishing {
+            if !chunk.copying.over(copier, &mut self.counts.copying)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// `channel`: its number.
+    pub(super) fn progress(&mut self, channel: u16, copier: &mut Copier, usage: &Usage, events: &mut Vec<Event>) -> Result<bool> {
         let mut any = self.post_receives(copier, usage)?;
         while let Some(done) = self.comm.test_oldest()? {
             // The chunk leaves the queue only when its copy has been submitted. After an earlier failure its memory stays in use
@@ -89,7 +100,7 @@ impl Receiving {
             self.comm.consume_oldest()?;
             self.counts.chunks += 1;
             self.counts.bytes += first.arrival.len as u64;
-            events.push(Event::Received(first.arrival.key, first.arrival.len as u64));
+            events.push(Event::Received(channel, first.arrival.key, first.arrival.len as u64));
             self.finishing.pop_front();
             any = true;
         }

@@ -3,7 +3,7 @@
 
 use super::copying::{device, iov, register, within, Copying, Counts};
 use super::staging::{Staging, STAGED_WINDOW};
-use super::Usage;
+use super::usage::Usage;
 use crate::channel::device::gather;
 use crate::channel::memory::{HostBlock, PAGE};
 use crate::channel::path::{Copier, Departure};
@@ -220,7 +220,20 @@ impl Sending {
         Ok(any)
     }
 
-    pub(super) fn progress(&mut self, copier: &mut Copier, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
+    /// Whether no copy into staging memory is running.
+    pub(super) fn is_quiet(&mut self, copier: &mut Copier) -> Result<bool> {
+        for next in &mut self.to_post {
+            if let Source::Contiguous { packing, .. } = &mut next.source {
+                if !packing.over(copier, &mut self.counts.copying)? {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// `channel`: its number.
+    pub(super) fn progress(&mut self, channel: u16, copier: &mut Copier, now: Instant, events: &mut Vec<Event>) -> Result<bool> {
         let mut done = 0;
         let mut any = false;
         while self.comm.inflight() > 0 && self.comm.test_oldest()? {
@@ -229,7 +242,7 @@ impl Sending {
             self.bulk -= usize::from(sent.bulk);
             self.bulk_bytes -= if sent.bulk { sent.len as u64 } else { 0 };
             self.counts.chunks += 1;
-            events.push(Event::Sent(sent.key, sent.len as u64));
+            events.push(Event::Sent(channel, sent.key, sent.len as u64));
         }
         if done > 0 {
             self.queued -= done;

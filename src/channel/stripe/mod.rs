@@ -53,6 +53,8 @@ pub(crate) struct Probe {
 pub(crate) struct Loads {
     pub channels: Vec<Load>,
     pub nics: Vec<NicLoad>,
+    /// The numbers of the channels, if some of the path's are closed and so not among them.
+    pub numbers: Vec<usize>,
     /// One channel carries a whole transfer of up to this many bytes, as long as at most half as many bytes of others are in
     /// flight or all together are not more. 0: channels share from the first chunk on.
     pub alone: u64,

@@ -73,7 +73,7 @@ impl World {
         Loads {
             channels: self.channels.iter().map(load).collect(),
             nics: self.learned.iter().map(|nic| nic.load(now)).collect(),
-            alone: 0,
+            ..Loads::default()
         }
     }
 

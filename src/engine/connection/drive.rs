@@ -90,15 +90,34 @@ impl Driver<'_> {
         (core.backlog() == 0).then(|| core.machine.next_tick())
     }
 
-    /// A channel rang and nothing moved: checks whether it has failed.
-    pub(crate) fn look_for_failure(&self) {
+    /// NICs of the host have changed: channels over those with a fault are closed. Whether there were any.
+    pub(crate) fn close_faulty(&self, fault: &dyn Fn(&str) -> Option<String>) -> bool {
+        // A connection that waits for the GPU driver notices the silence later.
         if self.0.preparing.load(Ordering::SeqCst) > 0 {
-            return;
+            return false;
+        }
+        let mut core = self.0.lock();
+        if core.machine.dead().is_some() || core.closing {
+            return false;
+        }
+        if let Err(e) = core.channels.close_faulty(fault) {
+            self.0.fail_locked(&mut core, e);
+        }
+        core.is_active()
+    }
+
+    /// A channel rang and nothing moved: checks whether it has failed. `false` when it is too early to check again.
+    pub(crate) fn look_for_failure(&self) -> bool {
+        if self.0.preparing.load(Ordering::SeqCst) > 0 {
+            return true;
         }
         let mut core = self.0.lock();
         let now = Instant::now();
-        if core.machine.dead().is_some() || core.closing || now - core.looked < LOOK {
-            return;
+        if core.machine.dead().is_some() || core.closing {
+            return true;
+        }
+        if now - core.looked < LOOK {
+            return false;
         }
         core.looked = now;
         let Core { machine, channels, .. } = &mut *core;
@@ -106,5 +125,6 @@ impl Driver<'_> {
             let e = core.prefer_goodbye(e, now);
             self.0.fail_locked(&mut core, e);
         }
+        true
     }
 }

@@ -49,9 +49,6 @@ impl Path for SimulatedDefect {
     fn carries(&self, _local: Place, _peer: Place) -> bool {
         true
     }
-    fn carries_local(&self, _local: Place) -> bool {
-        true
-    }
     fn loads(&mut self, _place: Place, _bulk: bool, _now: Instant, _out: &mut Loads) {}
     fn submit(&mut self, _channel: usize, _departure: Departure, _copier: &mut Copier, _now: Instant) -> Result<()> {
         Ok(())
@@ -66,7 +63,8 @@ impl Path for SimulatedDefect {
     fn busy(&self) -> bool {
         self.driven
     }
-    fn network(&self, _each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
+    fn close(&mut self, _channel: usize, _why: crate::status::Error) {}
+    fn network(&mut self, _each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
         Ok(())
     }
     fn describe(&self, _channel: usize, _way: Way) -> String {
@@ -152,6 +150,7 @@ fn connection_over(table: &Arc<ConnectionTable>, path: SimulatedDefect) -> (Arc<
         eager_bytes: 0,
         peer: "a peer".to_owned(),
         transfer_timeout: timeout,
+        nic_timeout: timeout,
         peer_timeout: timeout,
         heartbeat: timeout,
         match_timeout: timeout,

@@ -18,6 +18,8 @@ use std::time::Duration;
 pub(crate) const WAKE: u64 = 0;
 /// Marks the token of a connection's socket to a peer on this host.
 pub(crate) const LOCAL: u64 = 1 << 62;
+/// Token of the host's network interfaces.
+const LINKS: u64 = 1 << 61;
 /// Events taken by one wait.
 const EVENTS: usize = 64;
 /// Connections that share a descriptor for their channels' doorbells.
@@ -91,12 +93,15 @@ pub(crate) enum Named {
     Connection(u64),
     /// A connection whose socket to a peer on this host has an event.
     Local(u64),
+    /// A network interface of the host has changed.
+    Links,
 }
 
 /// Decodes a token.
 pub(crate) fn named(token: u64) -> Named {
     match token {
         WAKE => Named::Bell,
+        LINKS => Named::Links,
         token if token & GROUP != 0 => Named::Group((token & !GROUP) as usize),
         token if token & LOCAL != 0 => Named::Local(token & !LOCAL),
         id => Named::Connection(id),
@@ -140,6 +145,11 @@ impl Bell {
         self.poller.add(fd, id | LOCAL, Interest::READ | Interest::EDGE).map_err(|e| limits::system("epoll", &e))
     }
 
+    /// Adds a descriptor that becomes readable when a network interface of the host changes.
+    pub(crate) fn watch_links(&self, fd: RawFd) -> std::io::Result<()> {
+        self.poller.add(fd, LINKS, Interest::READ)
+    }
+
     /// Changes which events of a connection's socket wake the progress thread.
     pub(crate) fn change(&self, fd: RawFd, id: u64, interest: Interest) {
         let _ = self.poller.modify(fd, id, interest);
@@ -164,7 +174,7 @@ impl Bell {
             match named(token) {
                 Named::Bell => self.waker.drain(),
                 Named::Group(group) => self.groups.lock().wakers.get(group).map_or((), Waker::drain),
-                Named::Connection(_) | Named::Local(_) => {}
+                Named::Connection(_) | Named::Local(_) | Named::Links => {}
             }
         }
     }

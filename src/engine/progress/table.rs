@@ -72,7 +72,7 @@ impl<T: Driven> ConnectionTable<T> {
                     }
                     id
                 }
-                Named::Bell | Named::Group(_) => continue,
+                Named::Bell | Named::Group(_) | Named::Links => continue,
             };
             if list.iter().all(|recent| recent.id != id) {
                 let connection = self.connections.get(id).map(|connection| Arc::downgrade(&connection));

@@ -8,6 +8,7 @@ use super::pacing::{step, Round, Step};
 use super::table::Driven;
 use crate::engine::connection::{Connection, ConnectionTable};
 use crate::hash::Map;
+use crate::net::links::LinkWatch;
 use process::thread::ask_for_short_turns;
 use reactor::Interest;
 use std::cmp::Reverse;
@@ -73,10 +74,16 @@ struct Driving<'a> {
     start: Instant,
     /// How long the thread spins.
     spin: Duration,
+    /// `None` where the kernel does not announce changes.
+    links: Option<LinkWatch>,
 }
 
 impl<'a> Driving<'a> {
     fn new(table: &'a ConnectionTable, spin: Duration) -> Driving<'a> {
+        let watched = LinkWatch::new().and_then(|links| table.context.queue.bell.watch_links(links.fd()).map(|()| links));
+        if let Err(e) = &watched {
+            log::debug!("lost links are noticed by their silence only: netlink: {e}");
+        }
         Driving {
             table,
             known: Map::default(),
@@ -85,6 +92,7 @@ impl<'a> Driving<'a> {
             timers: BinaryHeap::new(),
             start: Instant::now(),
             spin,
+            links: watched.ok(),
         }
     }
 
@@ -105,6 +113,18 @@ impl<'a> Driving<'a> {
                 }
                 Some(vacant.insert(Active { connection, interest: Interest::READ, driven: false, rang: false, moved: None }))
             }
+        }
+    }
+
+    /// A network interface of the host has changed: connections give up the NICs that they cannot use any more.
+    fn check_links(&mut self) {
+        let Some(links) = &mut self.links else { return };
+        let links = links.changed();
+        let fault = |nic: &str| links.fault(nic).map(|why| format!("{why} on this host"));
+        let hit: Vec<u64> =
+            self.table.connections.all().iter().filter(|c| c.driver().close_faulty(&fault)).map(|c| c.id()).collect();
+        for id in hit {
+            self.activate(id);
         }
     }
 
@@ -191,8 +211,8 @@ impl<'a> Driving<'a> {
             round.polled |= found.channels_busy && !table.context.doorbells;
             round.large |= found.large;
             round.copying |= found.copying;
-            if std::mem::take(&mut active.rang) && !found.any {
-                active.connection.driver().look_for_failure();
+            if active.rang && !found.any {
+                active.rang = !active.connection.driver().look_for_failure();
             }
             if found.dead {
                 resting.push((id, None));
@@ -202,7 +222,7 @@ impl<'a> Driving<'a> {
             if found.any {
                 active.moved = Some(now);
             }
-            let idle = !(found.busy || found.backlog || found.any);
+            let idle = !(found.busy || found.backlog || found.any || active.rang);
             let stays = warm > 0 && active.moved.is_some_and(|at| now - at < self.spin);
             round.active |= !idle;
             warm -= usize::from(stays);
@@ -274,6 +294,7 @@ impl<'a> Driving<'a> {
                         active.connection.on_host_message();
                     }
                 }
+                Named::Links => self.check_links(),
             }
         }
     }

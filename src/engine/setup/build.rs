@@ -126,6 +126,7 @@ fn setting(context: &SetupContext, agreed: &Agreed, address: SocketAddr) -> Sett
         eager_bytes: config.eager_bytes,
         peer: address.to_string(),
         transfer_timeout: config.transfer_timeout,
+        nic_timeout: config.nic_timeout,
         peer_timeout: agreed.terms.peer_timeout,
         heartbeat: heartbeat(agreed.terms.peer_timeout),
         match_timeout: config.match_timeout,

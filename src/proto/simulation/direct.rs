@@ -97,7 +97,8 @@ impl DirectNet {
     /// Copies up to `blocks` blocks of the transfers that a side has in flight. A transfer whose memory the peer gave back before
     /// the first block is refused.
     pub(super) fn carry(&mut self, side: usize, blocks: usize) {
-        if self.stalls {
+        // A peer that has ended carries out nothing, and takes its grants back.
+        if self.stalls || self.closed[1 - side] {
             return;
         }
         let DirectNet { carried, landings, registries, .. } = self;

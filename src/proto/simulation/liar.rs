@@ -179,12 +179,21 @@ impl World {
             },
             11 => Frame::Withdraw { id, status },
             12 => Frame::Cancel { id },
-            13 => Frame::Ping { received: if a % 2 == 0 { 0 } else { u64::from(b) }, chunks: u64::from(a % 3) },
+            13 => match a % 3 {
+                0 => Frame::Ping { received: if b % 2 == 0 { 0 } else { u64::from(b) } },
+                1 => Frame::Arrived { channel: (b % 8) as u16, chunks: u64::from(a >> 8) % 4 },
+                _ => Frame::Lost { channel: (b % 8) as u16, chunks: u64::from(a >> 8) % 4, text: "so I say" },
+            },
             14 => Frame::Notify { name: b"liar", message: &DATA[..(b as usize) % 3000] },
             _ if a % 64 == 0 => Frame::Bye { status, text: "enough\u{1b}[2J\nforged line" },
             _ => {
                 let grant = Grant { len: a % (2 * CHUNK as u32), channel: (b % 8) as u16 };
-                Frame::Chunks { id, by_initiator: a % 2 == 0, grants: vec![grant; 1 + a as usize % 3] }
+                Frame::Chunks {
+                    id,
+                    by_initiator: a % 2 == 0,
+                    offset: u64::from(a >> 4) % 5000,
+                    grants: vec![grant; 1 + a as usize % 3],
+                }
             }
         }
     }
@@ -192,7 +201,7 @@ impl World {
     /// A write or read of the victim's memory, mostly with the right token.
     fn announce(&mut self, a: u32, b: u32) -> Frame<'static> {
         if self.victim.memory.is_empty() {
-            return Frame::Ping { received: 0, chunks: 0 };
+            return Frame::Ping { received: 0 };
         }
         let index = b as usize % self.victim.memory.len();
         let memory = &self.victim.memory[index];
@@ -234,7 +243,6 @@ impl World {
         let id = self.id(b);
         let by_initiator = a % 2 == 0;
         let len = 1 + (a >> 4) % CHUNK as u32;
-        self.say(&Frame::Chunks { id, by_initiator, grants: vec![Grant { len, channel: channel as u16 }] });
         let key = Key { id, mine: !by_initiator };
         let offset = match self.offsets.iter_mut().find(|(k, _)| *k == key) {
             Some((_, offset)) => std::mem::replace(offset, *offset + u64::from(len)),
@@ -243,6 +251,9 @@ impl World {
                 0
             }
         };
+        // Now and then bytes that a lost channel may not have delivered.
+        let offset = if b % 5 == 0 { u64::from(a >> 8) % (offset + 1) } else { offset };
+        self.say(&Frame::Chunks { id, by_initiator, offset, grants: vec![Grant { len, channel: channel as u16 }] });
         let tag = tag(key, false, offset);
         let lies = a % 13 == 0;
         let len = if lies { len / 2 + 1 } else { len };
@@ -340,7 +351,7 @@ fn violates(what: &str, world: &mut World, frames: &[Frame<'_>]) {
 
 #[test]
 fn frames_that_fit_in_another_state_only_are_violations() {
-    let chunk = |id| Frame::Chunks { id, by_initiator: true, grants: vec![Grant { len: 1000, channel: 2 }] };
+    let chunk = |id| Frame::Chunks { id, by_initiator: true, offset: 0, grants: vec![Grant { len: 1000, channel: 2 }] };
     let done = |id| Frame::Done { id, status: 0, text: "" };
     let cancel = || Frame::Cancel { id: 1 };
 
@@ -365,11 +376,28 @@ fn frames_that_fit_in_another_state_only_are_violations() {
     );
 
     let mut world = World::new(1);
-    let ping = |received, chunks| Frame::Ping { received, chunks };
-    violates("more bytes reported than were sent", &mut world, &[ping(0, 0), ping(1, 0)]);
+    let ping = |received| Frame::Ping { received };
+    violates("more bytes reported than were sent", &mut world, &[ping(0), ping(1)]);
 
     let mut world = World::new(1);
-    violates("more chunks reported than were sent", &mut world, &[ping(0, 0), ping(0, 1)]);
+    let arrived = |channel, chunks| Frame::Arrived { channel, chunks };
+    violates("more chunks reported than were sent", &mut world, &[arrived(2, 0), arrived(2, 1)]);
+    violates("chunks of a channel that does not exist", &mut World::new(1), &[arrived(60_000, 0)]);
+
+    let lost = |chunks| Frame::Lost { channel: 2, chunks, text: "" };
+    violates("a channel lost twice", &mut World::new(1), &[lost(0), lost(0)]);
+    violates("a report of a channel that the peer has lost", &mut World::new(1), &[lost(0), arrived(2, 0)]);
+    let message = Frame::Message { id: 1, len: 5000, from: None };
+    let mut world = World::new(1);
+    own(&mut world, 3);
+    violates("a chunk on a channel that the peer has lost", &mut world, &[message.clone(), lost(0), chunk(1)]);
+    let mut world = World::new(1);
+    own(&mut world, 3);
+    violates("a chunk announced twice", &mut world, &[message.clone(), chunk(1), chunk(1)]);
+    let mut world = World::new(1);
+    own(&mut world, 3);
+    let later = Frame::Chunks { id: 1, by_initiator: true, offset: 1000, grants: vec![Grant { len: 1000, channel: 2 }] };
+    violates("a chunk left out", &mut world, &[message, later]);
 
     let mut world = World::new(1);
     own(&mut world, 3);

@@ -7,7 +7,8 @@ use crate::channel::plan::{chunk_len, ChunkLimits, MAX_CROSSED, MAX_PARTS};
 use crate::channel::stripe::{Load, Loads};
 use crate::direct::{Event, Way};
 use crate::region::Hold;
-use crate::status::{bail, err, Result};
+use crate::stats::ChannelStats;
+use crate::status::{bail, err, Error, Result};
 use crate::types::{Key, Part, Place};
 use process::Mutex;
 use std::collections::VecDeque;
@@ -42,6 +43,8 @@ pub(super) struct Wire {
     arrived: VecDeque<(Key, u64)>,
     pub stalled: bool,
     pub failed: bool,
+    /// A message met a receive that it does not fit.
+    misfit: bool,
     taken: u64,
     brought: u64,
     /// Bytes of the oldest posted message that a paced network has moved.
@@ -132,7 +135,7 @@ impl Net {
         }
         let (Some(message), Some(arrival)) = (wire.flying.pop_front(), wire.expected.pop_front()) else { return false };
         if message.tag != arrival.tag || message.bytes.len() != arrival.len {
-            wire.failed = true;
+            wire.misfit = true;
             return true;
         }
         if let Dest::Memory { parts, .. } = &arrival.dest {
@@ -147,6 +150,17 @@ impl Net {
         wire.brought += arrival.len as u64 - std::mem::take(&mut wire.moved);
         wire.arrived.push_back((arrival.key, arrival.len as u64));
         true
+    }
+
+    /// A side closes its end of a channel: it reads and writes nothing for it any more, and the peer finds out when it next sends.
+    fn close(&mut self, channel: usize, side: usize) {
+        let [out, incoming] = [side, 1 - side];
+        let wires = &mut self.wires[channel];
+        wires[out].posted.clear();
+        wires[out].sent.clear();
+        wires[incoming].expected.clear();
+        wires[incoming].arrived.clear();
+        wires[incoming].failed = true;
     }
 
     /// Marks all paths as open again.
@@ -172,6 +186,16 @@ pub(super) struct SimulatedPath {
     channels: usize,
     device: bool,
     chunk_bytes: usize,
+    /// Of each channel.
+    ends: Vec<End>,
+}
+
+/// One side's end of a channel.
+#[derive(Clone, Default)]
+struct End {
+    /// Why it closes.
+    failed: Option<Error>,
+    closed: bool,
 }
 
 impl SimulatedPath {
@@ -184,7 +208,8 @@ impl SimulatedPath {
         device: bool,
         chunk_bytes: usize,
     ) -> SimulatedPath {
-        SimulatedPath { net: net.clone(), side, first, channels, device, chunk_bytes }
+        let ends = vec![End::default(); channels];
+        SimulatedPath { net: net.clone(), side, first, channels, device, chunk_bytes, ends }
     }
 }
 
@@ -193,7 +218,13 @@ impl Path for SimulatedPath {
         self.channels
     }
 
-    fn stats(&self, _kernel: bool, _now: Instant, _out: &mut Vec<crate::stats::ChannelStats>) {}
+    fn stats(&self, _kernel: bool, _now: Instant, out: &mut Vec<ChannelStats>) {
+        let nics = self.net.lock().nics;
+        let nic = |channel: usize| ["net0", "net1"][channel % nics].to_owned();
+        out.extend(
+            (self.first..self.first + self.channels).map(|channel| ChannelStats { nic: nic(channel), ..ChannelStats::default() }),
+        );
+    }
 
     fn limits(&self) -> ChunkLimits {
         // The limits differ by route.
@@ -205,16 +236,17 @@ impl Path for SimulatedPath {
     }
 
     fn carries(&self, local: Place, peer: Place) -> bool {
-        (local.is_device() && peer.is_device()) == self.device
-    }
-
-    fn carries_local(&self, local: Place) -> bool {
-        local.is_device() || !self.device
+        let open = self.ends.iter().any(|end| end.failed.is_none());
+        open && (!self.device || (local.is_device() && peer.is_device()))
     }
 
     fn loads(&mut self, _place: Place, bulk: bool, _now: Instant, out: &mut Loads) {
         let net = self.net.lock();
         for channel in self.first..self.first + self.channels {
+            if self.ends[channel - self.first].failed.is_some() {
+                continue;
+            }
+            out.numbers.push(channel - self.first);
             let wire = &net.wires[channel][self.side];
             let taken = wire.posted.len() + wire.sent.len();
             let free = WINDOW.saturating_sub(taken);
@@ -227,6 +259,7 @@ impl Path for SimulatedPath {
     fn submit(&mut self, channel: usize, departure: Departure, _copier: &mut Copier, _now: Instant) -> Result<()> {
         let mut net = self.net.lock();
         net.allocate(self.side)?;
+        assert!(self.ends[channel].failed.is_none(), "a chunk for a channel that has failed");
         let wire = &mut net.wires[self.first + channel][self.side];
         assert!(wire.posted.len() + wire.sent.len() < WINDOW, "more requests than the window has slots");
         let Departure { key, chunk, hold, bulk, tag } = departure;
@@ -238,10 +271,15 @@ impl Path for SimulatedPath {
     fn expect(&mut self, channel: usize, arrival: Arrival) -> Result<()> {
         let mut net = self.net.lock();
         net.allocate(self.side)?;
-        if let Dest::Memory { parts, hold, .. } = &arrival.dest {
+        if let Dest::Memory { parts, hold, place } = &arrival.dest {
+            if self.device && !place.is_device() {
+                bail!(Protocol, "channel {channel} does not carry memory of {place:?}");
+            }
             assert_held(parts, hold);
         }
-        net.wires[self.first + channel][1 - self.side].expected.push_back(arrival);
+        if self.ends[channel].failed.is_none() {
+            net.wires[self.first + channel][1 - self.side].expected.push_back(arrival);
+        }
         Ok(())
     }
 
@@ -249,20 +287,38 @@ impl Path for SimulatedPath {
         let mut net = self.net.lock();
         net.allocate(self.side)?;
         let before = events.len();
-        for channel in self.first..self.first + self.channels {
-            let [a, b] = &mut net.wires[channel];
+        for (number, end) in self.ends.iter_mut().enumerate() {
+            if let Some(why) = end.failed.clone().filter(|_| !end.closed) {
+                net.close(self.first + number, self.side);
+                end.closed = true;
+                events.push(Event::Closed(number as u16, why));
+            }
+            if end.closed {
+                continue;
+            }
+            let [a, b] = &mut net.wires[self.first + number];
             let (out, incoming) = if self.side == 0 { (a, b) } else { (b, a) };
-            events.extend(out.sent.drain(..).map(|(key, len)| Event::Sent(key, len)));
-            events.extend(incoming.arrived.drain(..).map(|(key, len)| Event::Received(key, len)));
+            events.extend(out.sent.drain(..).map(|(key, len)| Event::Sent(number as u16, key, len)));
+            events.extend(incoming.arrived.drain(..).map(|(key, len)| Event::Received(number as u16, key, len)));
+            if incoming.misfit {
+                bail!(Protocol, "simulated: a message does not fit its receive");
+            }
             let waits = !incoming.expected.is_empty() || !out.posted.is_empty();
             if waits && (out.failed || incoming.failed) {
-                return Err(err!(RemoteDisconnect, "simulated: channel {channel} has failed"));
+                end.failed = Some(err!(RemoteDisconnect, "simulated: channel {number} has failed"));
             }
         }
         Ok(events.len() > before)
     }
 
+    fn close(&mut self, channel: usize, why: Error) {
+        self.ends[channel].failed.get_or_insert(why);
+    }
+
     fn busy(&self) -> bool {
+        if self.ends.iter().any(|end| end.failed.is_some() && !end.closed) {
+            return true;
+        }
         let net = self.net.lock();
         (self.first..self.first + self.channels).any(|channel| {
             let (out, incoming) = (&net.wires[channel][self.side], &net.wires[channel][1 - self.side]);
@@ -270,18 +326,20 @@ impl Path for SimulatedPath {
         })
     }
 
-    fn network(&self, each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
+    fn network(&mut self, each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
         let net = self.net.lock();
-        for channel in self.first..self.first + self.channels {
+        for (number, end) in self.ends.iter_mut().enumerate() {
+            let channel = self.first + number;
             let (out, incoming) = (&net.wires[channel][self.side], &net.wires[channel][1 - self.side]);
             if out.failed || incoming.failed {
-                bail!(RemoteDisconnect, "simulated: a channel has failed");
+                end.failed.get_or_insert_with(|| err!(RemoteDisconnect, "simulated: channel {number} has failed"));
             }
             each(Line {
                 nic: ["net0", "net1"][channel % net.nics],
                 moved: net.reports_moved.then_some((out.taken, incoming.brought)),
                 under_way: (out.posted.len() + out.sent.len(), incoming.expected.len()),
                 posted: incoming.expected.len().min(WINDOW),
+                open: end.failed.is_none(),
             });
         }
         Ok(())
@@ -299,14 +357,7 @@ impl Drop for SimulatedPath {
         let mut net = self.net.lock();
         net.closed[self.side] = true;
         for channel in self.first..self.first + self.channels {
-            let wires = &mut net.wires[channel];
-            let (out, incoming) = (self.side, 1 - self.side);
-            wires[out].posted.clear();
-            wires[out].sent.clear();
-            wires[incoming].expected.clear();
-            wires[incoming].arrived.clear();
-            // The peer notices when it next sends.
-            wires[incoming].failed = true;
+            net.close(channel, self.side);
         }
     }
 }

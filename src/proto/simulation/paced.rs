@@ -198,34 +198,31 @@ fn a_dead_data_path_ends_transfers_although_the_control_connection_lives() {
 }
 
 #[test]
-fn a_dead_nic_ends_the_connection_in_time_although_another_goes_on() {
-    for (direction, deaf) in [(Direction::Write, 1), (Direction::Read, 0)] {
+fn a_dead_nic_is_given_up_and_another_carries_its_data() {
+    for direction in [Direction::Write, Direction::Read] {
         let mut world = Paced::new(MIB as u64, MIB, DEFAULT);
         world.net.lock().nics = 2;
-        (0..60).for_each(|_| {
-            world.transfer(0, direction, HOST, 2 * MIB);
-        });
+        let transfers: Vec<_> = (0..60).map(|_| world.transfer(0, direction, HOST, 2 * MIB)).collect();
         for _ in 0..100 {
             chatter(&mut world);
             world.step();
             world.alive();
         }
-        // Stops the wires of one NIC. Those of the other carry on for a minute.
+        // Stops the wires of one NIC.
         let mut net = world.net.lock();
-        net.wires
-            .iter_mut()
-            .enumerate()
-            .filter(|(i, _)| i % 2 == 1)
-            .for_each(|(_, w)| (w[0].stalled, w[1].stalled) = (true, true));
+        let dead = net.wires.iter_mut().skip(1).step_by(2);
+        dead.for_each(|w| (w[0].stalled, w[1].stalled) = (true, true));
         drop(net);
-        let took = world.until_dead(deaf, chatter);
-        assert!(took <= TRANSFER_TIMEOUT + LATE, "{direction:?}: took {took:?}");
-        let why = world.sides[deaf].machine.dead().map(ToString::to_string).unwrap_or_default();
-        assert!(why.contains("over net1 ") && !why.contains("channel 2:") && !why.contains("channel 4:"), "{why}");
-        // The peer learns that it happened, and where.
-        world.until_dead(1 - deaf, chatter);
-        let heard = world.sides[1 - deaf].machine.dead().map(ToString::to_string).unwrap_or_default();
-        assert!(heard.contains("over net1 "), "{heard}");
+        let begun = world.now;
+        while !transfers.iter().all(|&t| world.complete(t)) {
+            chatter(&mut world);
+            world.step();
+            world.alive();
+            assert!(world.now - begun < Duration::from_secs(300), "{direction:?}: the transfers do not end");
+        }
+        for side in &world.sides {
+            assert!(side.machine.counts().lost_channels > 0, "{direction:?}: no channel was given up");
+        }
     }
 }
 

@@ -45,22 +45,41 @@ struct World {
     notified: [Vec<Vec<u8>>; 2],
     heard: [usize; 2],
     faulty: bool,
+    lossy: bool,
     reorders: bool,
 }
 
-pub(super) fn play(seed: u64, script: &[Action], faulty: bool) -> Result<(), String> {
-    World::new(seed, faulty).run(script)
+/// What breaks in a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Faults {
+    None,
+    /// Channels, but never the last one that carries everything.
+    Channels,
+    All,
+}
+
+pub(super) fn play(seed: u64, script: &[Action], faults: Faults) -> Result<(), String> {
+    World::new(seed, faults).run(script)
+}
+
+/// Chunks that both sides send again in a run that loses channels.
+#[cfg(test)]
+pub(super) fn resent(seed: u64, script: &[Action]) -> u64 {
+    let mut world = World::new(seed, Faults::Channels);
+    script.iter().for_each(|&action| world.step(action));
+    world.busy(20);
+    world.sides.iter().map(|side| side.machine.counts().resent_chunks).sum()
 }
 
 /// A run without faults, but over a network that reorders.
 pub(super) fn play_reordering(seed: u64, script: &[Action]) -> Result<(), String> {
-    let mut world = World::new(seed, false);
+    let mut world = World::new(seed, Faults::None);
     world.reorders = true;
     world.run(script)
 }
 
 impl World {
-    fn new(seed: u64, faulty: bool) -> World {
+    fn new(seed: u64, faults: Faults) -> World {
         let mut rng = Rng::new(seed ^ 0x5EED);
         let net = Arc::new(Mutex::new(Net::new(DEVICE_CHANNELS + HOST_CHANNELS, rng.below(2) == 0)));
         let start = Instant::now();
@@ -84,7 +103,8 @@ impl World {
             received: Default::default(),
             notified: Default::default(),
             heard: [0; 2],
-            faulty,
+            faulty: faults == Faults::All,
+            lossy: faults == Faults::Channels,
             reorders: false,
         }
     }
@@ -132,6 +152,7 @@ impl World {
             27 => self.busy(20),
             28 => self.now += Duration::from_millis(u64::from(b % 400)),
             _ if self.faulty => self.fault(side, channel, a, b),
+            _ if self.lossy => self.lose(side, channel, a),
             _ => self.busy(5),
         }
         self.sides.iter_mut().for_each(Side::reclaim);
@@ -165,6 +186,18 @@ impl World {
             _ => {
                 net.wires.iter_mut().for_each(|w| (w[0].stalled, w[1].stalled) = (true, true));
             }
+        }
+    }
+
+    /// A channel fails for whoever next uses it, or a side gives it up.
+    fn lose(&mut self, side: usize, channel: usize, a: u32) {
+        if channel + 1 == DEVICE_CHANNELS + HOST_CHANNELS || self.rng.below(2) == 0 {
+            return self.busy(1);
+        }
+        match (a >> 1) % 3 {
+            0 => self.net.lock().wires[channel][side].failed = true,
+            1 => self.net.lock().wires[channel].iter_mut().for_each(|wire| wire.failed = true),
+            _ => self.sides[side].channels.close_channel(channel as u16, err!(RemoteDisconnect, "simulated: given up")),
         }
     }
 
@@ -460,10 +493,18 @@ impl World {
             self.check()?;
         }
         self.check_messages()?;
+        // The owner of memory that was read hears at the reader's next look that it is in place.
+        for _ in 0..2 {
+            self.now += Duration::from_millis(50);
+            self.busy(4);
+        }
         if !self.faulty {
             for (side, world) in self.sides.iter().enumerate() {
                 if let Some(e) = world.machine.dead() {
                     return Err(format!("side {side} lost the connection without a fault: {e}"));
+                }
+                if world.channels.under_way() > 0 {
+                    return Err(format!("side {side} counts {} bytes in flight", world.channels.under_way()));
                 }
                 if !world.machine.is_idle() {
                     return Err(format!("side {side} keeps state of transfers that have ended"));

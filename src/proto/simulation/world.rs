@@ -99,6 +99,7 @@ impl Side {
             eager_bytes,
             peer: format!("side {}", 1 - side),
             transfer_timeout,
+            nic_timeout: transfer_timeout / 4,
             peer_timeout,
             heartbeat: crate::proto::heartbeat(peer_timeout),
             match_timeout: MATCH_TIMEOUT,

@@ -1,0 +1,151 @@
+//! A channel's place on its path: an open channel, one that is about to close, or a closed one. Counts what it has moved, open or not. A
+//! channel that has failed is closed once no device copy runs for it; what was in flight on it is lost. Knows nothing about transfers.
+
+use super::channel::Channel;
+use super::usage::{Resources, Usage};
+use crate::channel::path::{Arrival, Copier, Departure, Line};
+use crate::channel::stripe::Load;
+use crate::direct::{Event, Way};
+use crate::net::signals::Quiet;
+use crate::stats::ChannelStats;
+use crate::status::{Error, ErrorKind, Result};
+use crate::types::Place;
+use std::time::{Duration, Instant};
+
+/// A channel's place.
+pub(super) struct Slot {
+    channel: Option<Channel>,
+    /// Why the channel has failed.
+    failed: Option<Error>,
+    /// The pair of NICs, as an index into the path's.
+    pub nic: usize,
+    /// What the network had moved at the last look, and the statistics of a closed channel.
+    moved: Option<(u64, u64)>,
+    past: ChannelStats,
+    name: String,
+}
+
+/// Whether an error costs the channel, and not the connection: the network or the peer's end of the channel has failed.
+fn is_loss(error: &Error) -> bool {
+    error.kind() == ErrorKind::RemoteDisconnect
+}
+
+impl Slot {
+    pub(super) fn new(channel: Channel, nic: usize) -> Slot {
+        let name = channel.nics().0.to_owned();
+        Slot { channel: Some(channel), failed: None, nic, moved: None, past: ChannelStats::default(), name }
+    }
+
+    /// The channel, unless it has failed.
+    fn open(&mut self) -> Option<&mut Channel> {
+        self.channel.as_mut().filter(|_| self.failed.is_none())
+    }
+
+    pub(super) fn is_open(&self) -> bool {
+        self.channel.is_some() && self.failed.is_none()
+    }
+
+    /// The channel fails if an error says so; other errors remain.
+    fn note<T: Default>(&mut self, result: Result<T>) -> Result<T> {
+        match result {
+            Err(e) if is_loss(&e) => {
+                self.fail(e);
+                Ok(T::default())
+            }
+            other => other,
+        }
+    }
+
+    /// The channel is not used any more, and closed soon.
+    pub(super) fn fail(&mut self, why: Error) {
+        self.failed.get_or_insert(why);
+    }
+
+    /// See [`Channel::quiet`].
+    pub(super) fn quiet(&self) -> Option<Quiet> {
+        self.channel.as_ref().and_then(Channel::quiet)
+    }
+
+    /// Whether chunks are announced, in flight or expected, or the channel is about to close.
+    pub(super) fn busy(&self) -> bool {
+        self.channel.as_ref().is_some_and(|channel| self.failed.is_some() || channel.busy())
+    }
+
+    /// See [`Channel::flow`]; `None` if the plugin cannot report now.
+    pub(super) fn flow(&self) -> Option<(u64, u64, Duration)> {
+        self.channel.as_ref().and_then(Channel::flow)
+    }
+
+    /// Its load for a chunk from `place`; `nic`: the index of its NIC among those with open channels.
+    pub(super) fn load(&self, place: Place, bulk: bool, usage: &Usage, nic: usize, now: Instant) -> Option<Load> {
+        self.channel.as_ref().filter(|_| self.failed.is_none()).map(|channel| channel.load(place, bulk, usage, nic, now))
+    }
+
+    pub(super) fn submit(&mut self, departure: Departure, copier: &mut Copier, usage: &Usage, now: Instant) -> Result<()> {
+        let Some(channel) = self.open() else { return Ok(()) };
+        let submitted = channel.submit(departure, copier, usage, now);
+        self.note(submitted)
+    }
+
+    pub(super) fn expect(&mut self, arrival: Arrival) {
+        if let Some(channel) = self.open() {
+            channel.expect(arrival);
+        }
+    }
+
+    /// Advances the channel, or closes it. Returns whether anything advanced.
+    pub(super) fn progress(&mut self, number: u16, resources: Resources<'_>, events: &mut Vec<Event>) -> Result<bool> {
+        let (copier, now) = (&mut *resources.copier, resources.now);
+        if let Some(channel) = self.channel.as_mut().filter(|_| self.failed.is_none()) {
+            let advanced = channel.progress(number, Resources { copier: &mut *copier, ..resources }, events);
+            return self.note(advanced);
+        }
+        let (Some(channel), Some(why)) = (&mut self.channel, &self.failed) else { return Ok(false) };
+        if !channel.is_quiet(copier)? {
+            return Ok(false);
+        }
+        self.past =
+            ChannelStats { network: None, speed: 0.0, queued_bytes: 0, window_out: 0, window_in: 0, ..channel.stats(false, now) };
+        self.channel = None;
+        events.push(Event::Closed(number, why.clone()));
+        Ok(true)
+    }
+
+    /// The network's progress on the channel, which fails if it has failed unnoticed.
+    pub(super) fn network(&mut self, each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
+        if let Some(channel) = self.channel.as_ref().filter(|_| self.failed.is_none()) {
+            match channel.network() {
+                Ok(line) => {
+                    self.moved = line.moved;
+                    each(line);
+                    return Ok(());
+                }
+                Err(e) => self.note(Err(e))?,
+            }
+        }
+        // What it moved stays moved.
+        each(Line { nic: &self.name, moved: self.moved.or(Some((0, 0))), under_way: (0, 0), posted: 0, open: false });
+        Ok(())
+    }
+
+    pub(super) fn stats(&self, kernel: bool, now: Instant) -> ChannelStats {
+        match &self.channel {
+            Some(channel) => channel.stats(kernel, now),
+            None => self.past.clone(),
+        }
+    }
+
+    pub(super) fn describe(&self, way: Way) -> String {
+        self.channel.as_ref().map_or_else(|| format!("NIC {}", self.name), |channel| channel.describe(way))
+    }
+
+    /// See `Path::ready`.
+    pub(super) fn ready(&mut self, place: Place, copier: &mut Copier, usage: &Usage) -> Result<()> {
+        let ready = self.open().map_or(Ok(()), |channel| channel.ready(place, copier, usage));
+        self.note(ready)
+    }
+
+    pub(super) fn forget_region(&mut self, id: u64) {
+        self.channel.iter_mut().for_each(|channel| channel.forget_region(id));
+    }
+}

@@ -1,0 +1,121 @@
+//! Changes of the host's network interfaces, as the kernel announces them over netlink: links that go down, addresses that are removed.
+
+use super::topology::{interfaces, Interface};
+use std::collections::HashSet;
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+/// A socket that becomes readable when an interface or an address changes.
+pub(crate) struct LinkWatch {
+    socket: OwnedFd,
+    /// The interfaces at the last look.
+    before: HashSet<String>,
+}
+
+/// The interfaces after a change, and the names of those before it: a plugin's device names need not be names of interfaces.
+pub(crate) struct Links {
+    before: HashSet<String>,
+    now: Vec<Interface>,
+}
+
+impl LinkWatch {
+    /// # Errors
+    /// The system's, where netlink cannot be used.
+    pub(crate) fn new() -> io::Result<LinkWatch> {
+        let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+        // SAFETY: plain numbers.
+        let fd = unsafe { libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: a descriptor just created, without another owner.
+        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+        // SAFETY: plain data for which zeros are valid.
+        let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+        address.nl_family = libc::AF_NETLINK as u16;
+        address.nl_groups = (libc::RTMGRP_LINK | libc::RTMGRP_IPV4_IFADDR | libc::RTMGRP_IPV6_IFADDR) as u32;
+        // SAFETY: an address of this size.
+        let bound = unsafe { libc::bind(fd, (&raw const address).cast(), size_of::<libc::sockaddr_nl>() as u32) };
+        if bound != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(LinkWatch { socket, before: names(&interfaces()) })
+    }
+
+    /// Becomes readable at a change.
+    pub(crate) fn fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+
+    /// Takes the announcements, and returns the interfaces as they are now. What was announced is not read: only the result counts, and
+    /// announcements may be lost.
+    pub(crate) fn changed(&mut self) -> Links {
+        let mut buffer = [0u8; 8192];
+        // SAFETY: a buffer of this size.
+        while unsafe { libc::recv(self.fd(), buffer.as_mut_ptr().cast(), buffer.len(), libc::MSG_DONTWAIT) } > 0
+            || io::Error::last_os_error().raw_os_error() == Some(libc::ENOBUFS)
+        {}
+        let now = interfaces();
+        Links { before: std::mem::replace(&mut self.before, names(&now)), now }
+    }
+}
+
+fn names(interfaces: &[Interface]) -> HashSet<String> {
+    interfaces.iter().map(|interface| interface.name.clone()).collect()
+}
+
+impl Links {
+    /// Why a NIC cannot carry data; `None` if it can, or if it is no interface.
+    pub(crate) fn fault(&self, nic: &str) -> Option<&'static str> {
+        let mut entries = self.now.iter().filter(|interface| interface.name == nic).peekable();
+        let Some(flags) = entries.peek().map(|interface| interface.flags) else {
+            return self.before.contains(nic).then_some("was removed");
+        };
+        match () {
+            () if flags & libc::IFF_UP as u32 == 0 => Some("is down"),
+            () if flags & libc::IFF_RUNNING as u32 == 0 => Some("has no carrier"),
+            // A link-local address says nothing.
+            () if !entries.any(|interface| interface.address.is_some_and(is_routed)) => Some("has no address"),
+            () => None,
+        }
+    }
+}
+
+fn is_routed(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(_) => true,
+        IpAddr::V6(address) => !address.is_unicast_link_local(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(name: &str, flags: i32, address: Option<[u8; 4]>) -> Interface {
+        Interface { name: name.into(), flags: flags as u32, address: address.map(IpAddr::from) }
+    }
+
+    #[test]
+    fn a_fault_names_what_is_missing() {
+        let (up, running) = (libc::IFF_UP, libc::IFF_UP | libc::IFF_RUNNING);
+        let before = ["eth4"].map(String::from).into();
+        let now = vec![
+            entry("eth0", running, None),
+            entry("eth0", running, Some([10, 0, 0, 1])),
+            entry("eth1", 0, Some([10, 0, 0, 2])),
+            entry("eth2", up, Some([10, 0, 0, 3])),
+            entry("eth3", running, None),
+        ];
+        let links = Links { before, now };
+        let faults = ["eth0", "eth1", "eth2", "eth3", "eth4", "mlx5_0"].map(|nic| links.fault(nic));
+        assert_eq!(faults, [None, Some("is down"), Some("has no carrier"), Some("has no address"), Some("was removed"), None]);
+    }
+
+    #[test]
+    fn the_loopback_is_there() {
+        let mut watch = LinkWatch::new().expect("netlink");
+        assert_eq!(watch.changed().fault("lo"), None);
+    }
+}
