@@ -72,7 +72,7 @@ fn bytes_arrive_over_any_number_of_channels() {
 }
 
 #[test]
-fn a_send_that_fails_names_its_channel() {
+fn a_send_that_fails_costs_no_transfer() {
     // As a transfer starts, and while it runs.
     for sends in ["0", "3", "40"] {
         run("failing_send", &[("STRICT_FOREIGN_SENDS", sends), ("UCCL_TCPX_NUM_CHANNELS", "2")]);
@@ -267,18 +267,18 @@ fn failing_send() {
     let (a, b) = (engine(), engine());
     let (connection, other) = pair(&a, &b);
     let mut memory = [vec![3u8; 64 << 20], vec![0; 64 << 20]];
+    memory[0].iter_mut().enumerate().for_each(|(i, byte)| *byte = (i * 13 + i / 997) as u8);
     let [from, to] = [0, 1].map(|i| memory[i].as_mut_ptr() as usize);
     let (near, far) = (a.register(from, 64 << 20).expect("register"), b.register(to, 64 << 20).expect("register"));
     let item = b.fifo_item(far, to, 64 << 20).expect("item");
     let local = LocalSegment { mr: near, addr: from, len: 64 << 20 };
-    let ended = connection
-        .transfer(Direction::Write, std::iter::once((local, item)))
-        .and_then(|id| connection.wait(id, Some(Duration::from_secs(30))));
-    let why = ended.expect_err("sends fail").to_string();
-    assert!(why.contains("channel on NIC lo: ") && why.contains("isend returned 2"), "{why}");
-    // The peer may still be unpacking.
+    let id = connection.transfer(Direction::Write, std::iter::once((local, item))).expect("start");
+    assert!(connection.wait(id, Some(Duration::from_secs(30))).expect("the software plugin takes over").complete);
+    let totals = connection.stats().expect("statistics").totals;
+    assert!(totals.lost_channels > 0 && totals.resent_chunks > 0, "{totals:?}");
     a.deregister(near).expect("deregister");
     b.deregister(far).expect("deregister");
+    assert!(memory[0] == memory[1], "wrong bytes");
     drop(other);
 }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use uccl_p2p::config::Config;
 use uccl_p2p::engine::attack::{self, FifoItem, Frame, Grant, Liar, WireRegion, WireSegment};
 use uccl_p2p::engine::Engine;
+use uccl_p2p::status::UCCL_ERR_PROTOCOL;
 use uccl_p2p::types::Place;
 use victim::{descriptors, resident, text_of, threads, until, Outcome, Rng, Victim};
 
@@ -56,7 +57,19 @@ fn read_of(id: u64, item: &FifoItem, len: usize) -> Frame<'static> {
 }
 
 fn chunk(id: u64, by_initiator: bool, len: usize, channel: usize) -> Frame<'static> {
-    Frame::Chunks { id, by_initiator, grants: vec![Grant { len: len as u32, channel: channel as u16 }] }
+    chunk_at(id, by_initiator, 0, len, channel)
+}
+
+fn chunk_at(id: u64, by_initiator: bool, offset: u64, len: usize, channel: usize) -> Frame<'static> {
+    Frame::Chunks { id, by_initiator, offset, grants: vec![Grant { len: len as u32, channel: channel as u16 }] }
+}
+
+fn arrived(channel: u16, chunks: u64) -> Frame<'static> {
+    Frame::Arrived { channel, chunks }
+}
+
+fn lost(channel: u16, chunks: u64) -> Frame<'static> {
+    Frame::Lost { channel, chunks, text: "so I say" }
 }
 
 fn own_engine() -> std::sync::Arc<Engine> {
@@ -80,12 +93,15 @@ impl Scene {
         text_of(&self.engine.fifo_item(mr, MEMORY.as_ptr() as usize, MEMORY.len()).unwrap())
     }
 
-    /// Sends a frame, and gives the victim time to act on it.
+    /// Sends frames, and gives the victim time to act on them. Its answers are lost.
     fn say(&mut self, frames: &[Frame<'_>]) {
-        for frame in frames {
-            let _ = self.liar.say(frame);
-        }
+        self.tell(frames);
         self.settle();
+    }
+
+    /// Sends frames.
+    fn tell(&mut self, frames: &[Frame<'_>]) {
+        frames.iter().for_each(|frame| drop(self.liar.say(frame)));
     }
 
     fn settle(&mut self) {
@@ -95,6 +111,40 @@ impl Scene {
             let _ = self.liar.look();
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// Frames of the victim until one of them is what `find` looks for.
+    fn find<T>(&mut self, what: &str, mut find: impl FnMut(&Frame<'_>) -> Option<T>) -> T {
+        let mut found = None;
+        let came = until(LIMIT, || {
+            let _ = self.liar.flush();
+            let _ = self.liar.hear(|frame| {
+                if found.is_none() {
+                    found = find(frame);
+                }
+            });
+            found.is_some()
+        });
+        assert!(came, "{what} never came");
+        found.unwrap()
+    }
+
+    /// The victim has closed a channel; how many chunks it says are in place.
+    fn loses(&mut self, channel: u16) -> u64 {
+        self.find("Lost", |frame| match frame {
+            Frame::Lost { channel: lost, chunks, .. } if *lost == channel => Some(*chunks),
+            _ => None,
+        })
+    }
+
+    /// The victim ends the connection because of a violation.
+    fn says_protocol(&mut self, what: &str) {
+        let status = self.find(what, |frame| match frame {
+            Frame::Bye { status, .. } => Some(*status),
+            _ => None,
+        });
+        assert_eq!(status, UCCL_ERR_PROTOCOL, "{what}");
+        self.violated();
     }
 
     fn violated(&mut self) {
@@ -208,6 +258,158 @@ fn lies_are_not_taken_for_completion() {
     scene.close();
 }
 
+// ---- lost channels ----
+
+const CHUNK: usize = 4096;
+const WRITE: usize = 64 << 10;
+
+/// Frames before the victim has lost channel 1, whether the liar loses it, and frames after that; in all a violation. The write of the victim's
+/// memory is 5, and has its token if `granted`. None of its data was sent before the violation, and none that comes later may arrive.
+fn violates(what: &str, granted: bool, before: &[Frame<'static>], lose: bool, after: &[Frame<'static>]) {
+    let mut scene = Scene::new();
+    let (buffer, item) = scene.victim.buffer(WRITE, BEFORE);
+    let token = if granted { region(&item).token } else { [9; 16] };
+    let segments = std::iter::once(segment(item.addr, WRITE)).collect();
+    let write = Frame::Write { id: 5, regions: vec![WireRegion { token, ..region(&item) }], segments, inline: None };
+    scene.tell(&[write]);
+    scene.tell(before);
+    if lose {
+        scene.tell(&[lost(1, 0)]);
+        assert_eq!(scene.loses(1), 0, "{what}: chunks in place");
+        assert_eq!(scene.victim.ask("status 0"), "up", "{what}: the loss alone");
+    }
+    scene.tell(after);
+    scene.says_protocol(what);
+    scene.victim.ask(&format!("destroy {buffer}"));
+    for channel in 0..2 {
+        for offset in 0..4 {
+            let _ = scene.liar.fly(channel, attack::tag(5, true, offset * CHUNK as u64), CHUNK);
+        }
+    }
+    scene.settle();
+    assert_eq!(scene.victim.ask(&format!("holds {buffer} {WRITE} {BEFORE}")), "true", "{what}");
+    scene.close();
+}
+
+#[test]
+fn lies_about_lost_channels_end_the_connection() {
+    let at = |offset: usize, len, channel| chunk_at(5, true, offset as u64, len, channel);
+    let first = || at(0, CHUNK, 1);
+    let cancel = || Frame::Cancel { id: 5 };
+    violates("a channel lost twice", true, &[], true, &[lost(1, 0)]);
+    violates("a channel lost twice at once", true, &[lost(1, 0), lost(1, 0)], false, &[]);
+    violates("a channel that does not exist is lost", true, &[lost(2, 0)], false, &[]);
+    violates("chunks that were never announced are in place", true, &[lost(1, 1)], false, &[]);
+    violates("very many chunks are in place", true, &[lost(1, u64::MAX)], false, &[]);
+    violates("a report of a lost channel", true, &[], true, &[arrived(1, 0)]);
+    violates("a report of a channel that does not exist", true, &[arrived(2, 0)], false, &[]);
+    violates("a report of chunks that were never announced", true, &[arrived(0, 1)], false, &[]);
+    violates("a chunk on a lost channel", true, &[lost(1, 0), first()], false, &[]);
+    violates("a chunk on a channel that both have lost", true, &[], true, &[first()]);
+    violates("a chunk left out", true, &[at(CHUNK, CHUNK, 0)], false, &[]);
+    violates("a chunk announced twice", true, &[first(), first()], false, &[]);
+    violates("a chunk announced on two channels", true, &[first(), at(0, CHUNK, 0)], false, &[]);
+    violates("a part of a chunk announced twice", true, &[first(), at(CHUNK - 1, 2, 0)], false, &[]);
+    violates("a chunk far behind the end", true, &[at(usize::MAX, CHUNK, 0)], false, &[]);
+    violates("a chunk longer than its hole", true, &[first(), at(CHUNK, CHUNK, 0)], true, &[at(0, CHUNK + 1, 0)]);
+    violates("a chunk behind a hole", true, &[first(), at(CHUNK, CHUNK, 0)], true, &[at(CHUNK, 1, 0)]);
+    violates("a chunk across two holes", true, &[first(), at(CHUNK, CHUNK, 1)], true, &[at(CHUNK / 2, CHUNK, 0)]);
+    violates("a hole filled twice", true, &[first()], true, &[at(0, CHUNK, 0), at(0, CHUNK, 0)]);
+    violates("a part of a hole filled twice", true, &[first()], true, &[at(10, 10, 0), at(5, 6, 0)]);
+    violates("a hole of another transfer", true, &[first()], true, &[chunk_at(4, true, 0, CHUNK, 0)]);
+    violates("a hole of a write that is not refused is given up", true, &[at(0, WRITE, 1)], true, &[cancel()]);
+    violates("holes of a refused write are given up twice", false, &[at(0, WRITE, 1)], true, &[cancel(), cancel()]);
+    violates("a hole that was given up is filled", false, &[at(0, WRITE, 1)], true, &[cancel(), at(0, CHUNK, 0)]);
+    violates("a chunk longer than its hole, refused", false, &[first(), at(CHUNK, CHUNK, 0)], true, &[at(0, CHUNK + 1, 0)]);
+}
+
+#[test]
+fn lies_about_the_victims_chunks_end_the_connection() {
+    // Frames that lie about channel `channel`, on which the victim has announced `n` chunks.
+    type Lie = fn(channel: u16, n: u64) -> Vec<Frame<'static>>;
+    let lies: [(&str, Lie); 5] = [
+        ("one chunk too many", |channel, n| vec![arrived(channel, n + 1)]),
+        ("one chunk too many on a lost channel", |channel, n| vec![lost(channel, n + 1)]),
+        ("fewer than before", |channel, n| vec![arrived(channel, n), arrived(channel, n - 1)]),
+        ("fewer than before on a lost channel", |channel, n| vec![arrived(channel, n), lost(channel, n - 1)]),
+        ("all of them, twice", |channel, n| vec![lost(channel, n), lost(channel, n)]),
+    ];
+    for (what, lie) in lies {
+        let mut scene = Scene::new();
+        let bait = scene.bait();
+        let (buffer, _) = scene.victim.buffer(WRITE, BEFORE);
+        let id = scene.victim.start_transfer(&format!("write 0 {buffer} {WRITE} {bait}")).unwrap();
+        let (mut counts, mut bytes) = ([0u64; 2], 0);
+        scene.find("announcements", |frame| {
+            if let Frame::Chunks { grants, .. } = frame {
+                grants.iter().for_each(|grant| counts[usize::from(grant.channel)] += 1);
+                bytes += grants.iter().map(|grant| grant.len as usize).sum::<usize>();
+            }
+            (bytes == WRITE).then_some(())
+        });
+        let channel = u16::from(counts[0] == 0);
+        scene.tell(&lie(channel, counts[usize::from(channel)]));
+        scene.says_protocol(what);
+        let outcome = scene.victim.wait(0, id, LIMIT);
+        assert!(matches!(outcome, Outcome::Failed(_)), "{what}: {outcome:?}");
+        scene.close();
+    }
+}
+
+#[test]
+fn a_lost_channel_writes_nothing_any_more() {
+    let mut scene = Scene::new();
+    let (buffer, item) = scene.victim.buffer(WRITE, BEFORE);
+    scene.tell(&[write_of(5, &item, WRITE), chunk(5, true, WRITE, 1), lost(1, 0)]);
+    assert_eq!(scene.loses(1), 0);
+    let _ = scene.liar.fly(1, attack::tag(5, true, 0), WRITE);
+    scene.settle();
+    assert_eq!(scene.victim.ask(&format!("holds {buffer} {WRITE} {BEFORE}")), "true", "data of a lost channel is in place");
+    // On the other channel, the rear half first.
+    for offset in [WRITE / 2, 0] {
+        scene.tell(&[chunk_at(5, true, offset as u64, WRITE / 2, 0)]);
+        assert!(scene.liar.fly(0, attack::tag(5, true, offset as u64), WRITE / 2).unwrap());
+    }
+    let status = scene.find("Done", |frame| match frame {
+        Frame::Done { id: 5, status, .. } => Some(*status),
+        _ => None,
+    });
+    assert_eq!(status, 0);
+    assert_eq!(scene.victim.ask(&format!("holds {buffer} {WRITE} {LIE}")), "true", "the chunks that were announced again");
+    scene.close();
+
+    // What is in place is no hole.
+    let mut scene = Scene::new();
+    let (buffer, item) = scene.victim.buffer(WRITE, BEFORE);
+    scene.say(&[write_of(5, &item, WRITE), chunk(5, true, CHUNK, 1)]);
+    assert!(scene.liar.fly(1, attack::tag(5, true, 0), CHUNK).unwrap());
+    let placed = until(LIMIT, || scene.victim.ask(&format!("holds {buffer} {CHUNK} {LIE}")) == "true");
+    assert!(placed, "the chunk never came");
+    scene.settle();
+    scene.tell(&[lost(1, 0)]);
+    assert_eq!(scene.loses(1), 1);
+    scene.tell(&[chunk(5, true, CHUNK, 0)]);
+    scene.says_protocol("a chunk that is in place announced again");
+    scene.close();
+}
+
+#[test]
+fn a_transfer_with_a_hole_is_not_complete() {
+    let mut scene = Scene::new();
+    let bait = scene.bait();
+    let (buffer, _) = scene.victim.buffer(WRITE, BEFORE);
+    let id = scene.victim.start_transfer(&format!("read 0 {buffer} {WRITE} {bait}")).unwrap();
+    scene.tell(&[chunk(id, false, CHUNK, 1), chunk_at(id, false, CHUNK as u64, WRITE - CHUNK, 0), lost(1, 0)]);
+    assert_eq!(scene.loses(1), 0);
+    let _ = scene.liar.fly(0, attack::tag(id, false, CHUNK as u64), WRITE - CHUNK);
+    // All of the hole but its last byte.
+    scene.say(&[chunk(id, false, CHUNK - 1, 0)]);
+    let _ = scene.liar.fly(0, attack::tag(id, false, 0), CHUNK - 1);
+    let outcome = scene.victim.wait(0, id, LIMIT);
+    assert!(matches!(outcome, Outcome::Failed(_)), "{outcome:?}");
+    scene.close();
+}
+
 #[test]
 fn refused_chunks_do_not_count_for_a_later_write() {
     const LEN: usize = 64 << 10;
@@ -260,7 +462,7 @@ fn every_transfer_ends_while_the_attacker_sends_only_notifications() {
     let mut open = ids;
     while !open.is_empty() {
         let _ = scene.liar.say(&Frame::Notify { name: b"", message: b"still here" });
-        let _ = scene.liar.say(&Frame::Ping { received: 0, chunks: 0 });
+        let _ = scene.liar.say(&Frame::Ping { received: 0 });
         let _ = scene.liar.hear(|_| {});
         let victim = &mut scene.victim;
         open.retain(|(what, id)| match victim.wait(0, *id, Duration::from_millis(10)) {
@@ -383,7 +585,7 @@ fn notifications_to_a_peer_that_pings_and_does_not_read_end() {
     let refused = std::thread::scope(|s| {
         let asks = s.spawn(move || (0..200).map(|_| victim.ask("notify 0 8000000")).find(|answer| answer.starts_with("error")));
         while !asks.is_finished() {
-            let _ = liar.say(&Frame::Ping { received: 0, chunks: 0 });
+            let _ = liar.say(&Frame::Ping { received: 0 });
             std::thread::sleep(Duration::from_millis(100));
             assert!(start.elapsed() < LIMIT, "a notification never ends");
         }
@@ -482,10 +684,12 @@ fn storm(victim: &mut Victim, engine: &std::sync::Arc<Engine>, bait: &str, numbe
         } else if pick < 55 {
             let by_initiator = rng.below(2) == 0;
             let (len, channel) = (1 + rng.below(9000), rng.below(2));
-            let _ = liar.say(&chunk(id, by_initiator, len, channel));
-            let offset = offsets.entry((id, by_initiator)).or_default();
-            let tag = attack::tag(id, by_initiator, *offset);
-            *offset += len as u64;
+            let next = offsets.entry((id, by_initiator)).or_default();
+            // Now and then bytes that a lost channel may not have delivered.
+            let offset = if rng.below(20) == 0 { rng.below(*next as usize + 1) as u64 } else { *next };
+            *next = (*next).max(offset + len as u64);
+            let _ = liar.say(&chunk_at(id, by_initiator, offset, len, channel));
+            let tag = attack::tag(id, by_initiator, offset);
             let len = if rng.below(12) == 0 { len / 2 + 1 } else { len };
             let _ = liar.fly(channel, if rng.below(15) == 0 { 7 } else { tag }, len);
         } else {
@@ -493,7 +697,7 @@ fn storm(victim: &mut Victim, engine: &std::sync::Arc<Engine>, bait: &str, numbe
             last += 1;
             let new = if rng.below(8) == 0 { id } else { last };
             let status = [0, 0, -31, -12, 7][rng.below(5)];
-            let frame = match rng.below(10) {
+            let frame = match rng.below(12) {
                 0..=2 => write_of(new, &item, 1 + rng.below(len)),
                 3 => read_of(new, &item, 1 + rng.below(len)),
                 4 => Frame::Done { id, status, text: "so I say" },
@@ -501,6 +705,8 @@ fn storm(victim: &mut Victim, engine: &std::sync::Arc<Engine>, bait: &str, numbe
                 6 => Frame::Pull { id, status, receiver: Place::HOST, landing: None },
                 7 => Frame::Withdraw { id, status: -31 },
                 8 => Frame::Cancel { id },
+                9 => arrived(rng.below(2) as u16, 0),
+                10 => lost(rng.below(8) as u16 / 7, 0),
                 _ => Frame::ReadInline { id, data: &[LIE; 100] },
             };
             let _ = liar.say(&frame);

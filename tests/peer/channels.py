@@ -219,3 +219,10 @@ class Channel:
     def close(self):
         self.out.sock.close()
         self.into.sock.close()
+
+    def reset(self):
+        """Closes both with a reset, as if the network had failed."""
+        for sock in (self.out.sock, self.into.sock):
+            if sock.fileno() >= 0:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                sock.close()

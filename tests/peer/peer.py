@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from channels import set_up_channels
 from session import (
     ERR_REMOTE_ACCESS,
+    ERR_REMOTE_DISCONNECT,
     ERR_TIMED_OUT,
     ERR_TRUNCATED,
     OK,
@@ -32,11 +33,12 @@ from session import (
 )
 
 FRAME = 0xC7
-(F_WRITE, F_WRITE_DATA, F_READ, F_READ_DATA, F_CHUNKS, F_DONE, F_MESSAGE, F_PULL, F_NOTIFY, F_PING, F_BYE, F_WITHDRAW, F_CANCEL) = range(1, 14)
+(F_WRITE, F_WRITE_DATA, F_READ, F_READ_DATA, F_CHUNKS, F_DONE, F_MESSAGE, F_PULL, F_NOTIFY, F_PING, F_BYE) = range(1, 12)
+F_WITHDRAW, F_CANCEL, F_ARRIVED, F_LOST = range(12, 16)
 READ, WRITE = 1, 2  # access of a region
 HOST = 0  # place
 NOT_DIRECT = 0xFFFFFFFF
-CHUNKS_IN_A_FRAME, SEGMENTS_IN_A_CHUNK = 4096, 4096
+CHUNKS_IN_A_FRAME, SEGMENTS_IN_A_CHUNK, REPORTED_AFTER = 4096, 4096, 16_384
 
 
 def tag_of(transfer, sender_is_initiator, offset):
@@ -68,22 +70,56 @@ class Region:
 
 
 class Stream:
-    """Data that comes in for a transfer. `finish` gets the bytes once all are here; None: they are dropped."""
+    """Data that comes in for a transfer. `finish` gets the bytes once all are here; None: they are dropped. `announced` and `left`: bytes
+    announced so far, and bytes not in place; `holes`: lengths by offset.
+    """
 
     def __init__(self, size, finish):
-        self.size, self.finish, self.data, self.taken = size, finish, bytearray(), 0
+        self.size, self.finish, self.data, self.announced, self.left, self.holes = size, finish, bytearray(size), 0, size, {}
+
+    def announce(self, offset, length):
+        """The next bytes, or a part of a hole."""
+        if offset == self.announced:
+            need(length <= self.size - offset, "more bytes than the transfer has")
+            self.announced += length
+            return
+        start = max((start for start in self.holes if start <= offset), default=None)
+        need(start is not None and offset + length <= start + self.holes[start], f"a chunk at {offset}, where no hole is")
+        end = start + self.holes.pop(start)
+        self.holes.update({at: length for at, length in ((start, offset - start), (offset + length, end - offset - length)) if length})
+
+
+class Lane:
+    """The chunks of one channel. `sent`: those announced that are not known to be in place, from number `first` on. `placed`: how many
+    of the library are in place; `reported`: what it knows of that. `missing`: chunks of the library that came after this peer had closed
+    the channel. `closed`: it has; `said`: and has sent Lost. `lost`: the count of the library's Lost.
+    """
+
+    def __init__(self):
+        self.sent, self.first, self.placed, self.reported, self.missing = deque(), 0, 0, 0, []
+        self.closed, self.said, self.lost = False, False, None
+
+    def arrived(self, count):
+        need(self.first <= count <= self.first + len(self.sent), f"{count} chunks have arrived")
+        while self.first < count:
+            self.sent.popleft()
+            self.first += 1
 
 
 class Connection:
     """Frames both ways. `results` has (status, text or bytes) of this peer's transfers that ended, by id; `received` the messages that met
-    receives, None for those that failed."""
+    receives, None for those that failed. `drop`: the channel of the chunk after so many sent or received ones is reset. `silent`: the
+    library must notice that. `resent`: chunks announced again, by this peer and by the library.
+    """
 
     def __init__(self, peer, session, records, agreed, channels):
         self.peer, self.session, self.records, self.agreed, self.channels = peer, session, records, agreed, channels
         self.last_id, self.results, self.sending = 0, {}, {}
         self.mine, self.theirs = {}, {}  # streams that come in, by id: of this peer's transfers, and of the library's
         self.messages, self.receives, self.received, self.notifications = deque(), deque(), [], []
-        self.arrived, self.chunks_arrived, self.pings, self.next_channel, self.bye = 0, 0, 0, 0, None
+        self.arrived, self.pings, self.next_channel, self.bye = 0, 0, 0, None
+        self.lanes, self.cancelled, self.cancels = [Lane() for _ in channels], set(), []
+        self.drop, self.silent, self.resent = None, False, [0, 0]
         self.said = time.monotonic()
         for sock in (records.sock, *(channel.out.sock for channel in channels)):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -101,6 +137,8 @@ class Connection:
             F_BYE: self.on_bye,
             F_WITHDRAW: self.on_withdraw,
             F_CANCEL: self.on_cancel,
+            F_ARRIVED: self.on_arrived,
+            F_LOST: self.on_lost,
         }
 
     def send(self, kind, *parts):
@@ -149,6 +187,7 @@ class Connection:
         self.send(F_WITHDRAW, struct.pack("<Qi", number, status))
 
     def cancel(self, number):
+        self.cancelled.add(number)
         self.send(F_CANCEL, struct.pack("<Q", number))
 
     def receive_message(self, most):
@@ -159,16 +198,72 @@ class Connection:
         self.send(F_NOTIFY, struct.pack("<I", len(name)), name, message)
 
     def ping(self):
-        self.send(F_PING, struct.pack("<QQ", self.arrived, self.chunks_arrived))
+        self.report()
+        self.send(F_PING, struct.pack("<Q", self.arrived))
+
+    def report(self):
+        """Tells the library how many of its chunks are in place."""
+        for channel, lane in enumerate(self.lanes):
+            if lane.placed != lane.reported and not lane.said:
+                lane.reported = lane.placed
+                self.send(F_ARRIVED, struct.pack("<QI", lane.placed, channel))
 
     def close(self, status=OK, text=b""):
         self.send(F_BYE, struct.pack("<i", status), text)
-        self.drop()
+        self.end()
 
-    def drop(self):
+    def end(self):
         for channel in self.channels:
             channel.close()
         self.records.sock.close()
+
+    def close_channel(self, channel):
+        self.lanes[channel].closed = True
+        self.channels[channel].reset()
+
+    def lose(self, channel, count=None):
+        """Closes a channel, which is not the last one, and says so. `count`: a lie about the chunks in place."""
+        lane = self.lanes[channel]
+        self.close_channel(channel)
+        lane.said = True
+        self.send(F_LOST, struct.pack("<QI", lane.placed if count is None else count, channel), b"closed by the test")
+
+    def countdown(self, channel):
+        """A chunk was sent or received. The channel is reset if it was the last one before the drop."""
+        if self.drop is None:
+            return
+        self.drop -= 1
+        if self.drop == 0:
+            self.drop = None
+            if self.silent:
+                self.close_channel(channel)
+            else:
+                self.lose(channel)
+
+    def failed(self, channel):
+        """The library has closed a channel before it said so."""
+        if not self.lanes[channel].closed:
+            self.lose(channel)
+
+    def recover(self, channel):
+        """Both engines have closed a channel."""
+        lane = self.lanes[channel]
+        lane.arrived(lane.lost)
+        for stream, offset, length in lane.missing:
+            stream.holes[offset] = length
+        lost, lane.sent, lane.missing = lane.sent, deque(), []
+        # In another order, and cut in another way.
+        for number, initiator, offset, data in reversed(lost):
+            status = self.results.get(number, (OK, ""))[0] if initiator else OK
+            if status != OK:
+                if number not in self.cancelled:
+                    self.cancel(number)
+                continue
+            cut = len(data) // 3
+            for at, part in ((offset + cut, data[cut:]), (offset, data[:cut])):
+                if part:
+                    self.resent[0] += 1
+                    self.announce(number, initiator, at, [part])
 
     def cuts(self, segments):
         """Lengths of the chunks of a stream over segments of these lengths."""
@@ -190,15 +285,34 @@ class Connection:
         """Announces a stream, or its first `most` chunks, and sends them on the channels in turn."""
         lengths, at = list(self.cuts(segments))[:most], 0
         for first in range(0, len(lengths), CHUNKS_IN_A_FRAME):
-            batch = []
+            start, chunks = at, []
             for length in lengths[first : first + CHUNKS_IN_A_FRAME]:
-                batch.append((length, self.next_channel))
-                self.next_channel = (self.next_channel + 1) % len(self.channels)
-            parts = [struct.pack("<IHH", *chunk, 0) for chunk in batch]
-            self.send(F_CHUNKS, struct.pack("<QII", number, initiator, len(batch)), *parts)
-            for length, channel in batch:
-                self.channels[channel].out.send(data[at : at + length], tag_of(number, initiator, at))
+                chunks.append(data[at : at + length])
                 at += length
+            self.announce(number, initiator, start, chunks)
+
+    def announce(self, number, initiator, offset, chunks):
+        """Announces chunks one behind the other, and sends them."""
+        batch = [(chunk, self.pick()) for chunk in chunks]
+        parts = [struct.pack("<IHH", len(chunk), channel, 0) for chunk, channel in batch]
+        self.send(F_CHUNKS, struct.pack("<QIIQ", number, initiator, len(batch), offset), *parts)
+        for chunk, channel in batch:
+            self.lanes[channel].sent.append((number, initiator, offset, chunk))
+            if not self.lanes[channel].closed:
+                try:
+                    self.channels[channel].out.send(chunk, tag_of(number, initiator, offset))
+                    self.countdown(channel)
+                except OSError:
+                    self.failed(channel)
+            offset += len(chunk)
+
+    def pick(self):
+        """The next channel that is not lost."""
+        for _ in self.channels:
+            channel, self.next_channel = self.next_channel, (self.next_channel + 1) % len(self.channels)
+            if not self.lanes[channel].closed:
+                return channel
+        raise Failed(ERR_REMOTE_DISCONNECT, "no channel is left")
 
     # What the library sends.
 
@@ -295,23 +409,48 @@ class Connection:
         stream.finish(data)
 
     def on_chunks(self, fields):
-        number, initiator, n = fields.unpack("QII")
+        number, initiator, n, offset = fields.unpack("QIIQ")
         streams = self.theirs if initiator else self.mine
         for _ in range(n):
             length, channel, _ = fields.unpack("IHH")
             need(number in streams, f"a chunk of transfer {number}, which expects none")
+            need(self.lanes[channel].lost is None, f"a chunk on channel {channel}, which the library has closed")
             stream = streams[number]
-            need(1 <= length <= min(self.agreed.chunk, stream.size - stream.taken), "the length of a chunk")
-            data = self.channels[channel].into.receive(length, tag_of(number, initiator, stream.taken))
-            stream.taken += length
-            self.arrived += length
-            self.chunks_arrived += 1
-            if stream.finish:
-                stream.data += data
-            if stream.taken == stream.size:
+            need(1 <= length <= self.agreed.chunk, "the length of a chunk")
+            self.resent[1] += offset < stream.announced
+            stream.announce(offset, length)
+            data = self.take(channel, length, tag_of(number, initiator, offset))
+            if data is None:
+                self.lanes[channel].missing.append((stream, offset, length))
+            else:
+                stream.data[offset : offset + length] = data
+                stream.left -= length
+            offset += length
+            if stream.left == 0:
                 del streams[number]
                 if stream.finish:
                     stream.finish(bytes(stream.data))
+                if not initiator:
+                    self.report()  # the library keeps the memory in use until then
+        if sum(lane.placed - lane.reported for lane in self.lanes) >= REPORTED_AFTER:
+            self.report()
+
+    def take(self, channel, length, tag):
+        """The bytes of a chunk; None where the channel is lost."""
+        lane = self.lanes[channel]
+        if lane.closed:
+            return None
+        try:
+            data = self.channels[channel].into.receive(length, tag)
+        except (Failed, OSError) as error:
+            if isinstance(error, Failed) and error.status != ERR_REMOTE_DISCONNECT:
+                raise
+            self.failed(channel)
+            return None
+        lane.placed += 1
+        self.arrived += length
+        self.countdown(channel)
+        return data
 
     def on_done(self, fields):
         number, status = fields.unpack("Qi")
@@ -353,7 +492,7 @@ class Connection:
         self.notifications.append((name, fields.rest()))
 
     def on_ping(self, fields):
-        fields.unpack("QQ")
+        fields.unpack("Q")
         self.pings += 1
 
     def on_bye(self, fields):
@@ -369,8 +508,28 @@ class Connection:
             self.received.append(None)
 
     def on_cancel(self, fields):
-        stream = self.theirs.pop(fields.unpack("Q"))
+        number = fields.unpack("Q")
+        stream = self.theirs.pop(number)
         need(not stream.finish, "a Cancel of a write that was not refused")
+        need(stream.announced < stream.size or stream.holes, "a Cancel of a write of which nothing is left")
+        self.cancels.append(number)
+
+    def lane(self, channel):
+        need(channel < len(self.lanes) and self.lanes[channel].lost is None, f"channel {channel}, which the library has closed")
+        return self.lanes[channel]
+
+    def on_arrived(self, fields):
+        chunks, channel = fields.unpack("QI")
+        self.lane(channel).arrived(chunks)
+
+    def on_lost(self, fields):
+        chunks, channel = fields.unpack("QI")
+        fields.rest().decode()
+        lane = self.lane(channel)
+        lane.lost = chunks
+        if not lane.said:
+            self.lose(channel)
+        self.recover(channel)
 
 
 class Peer:

@@ -6,6 +6,7 @@ usage: test_peer.py LIBRARY [WORD...]     only the cases whose names contain one
 import os
 import random
 import socket
+import struct
 import sys
 import tempfile
 import time
@@ -18,7 +19,7 @@ os.environ.update(NCCL_SOCKET_IFNAME="lo", NCCL_GPUDIRECTTCPX_SOCKET_IFNAME="lo"
 
 import session
 from library import Engine, Library
-from peer import F_WRITE, READ, Item, Peer
+from peer import F_ARRIVED, F_CHUNKS, F_LOST, F_WRITE, READ, Item, Peer
 from session import ENCRYPT, ERR_AUTH, ERR_CANCELED, ERR_PROTOCOL, ERR_REMOTE_ACCESS, ERR_REMOTE_DISCONNECT, ERR_TIMED_OUT, ERR_TRUNCATED
 from session import ERR_UNSUPPORTED, INTEGRITY, OFF, OK, SECONDS, Failed
 
@@ -29,10 +30,15 @@ RANDOM = random.Random(1)
 TIMED_OUT_HERE = 1  # UCCL_IN_PROGRESS of a wait of 0 ms
 
 
+def shown(value):
+    if isinstance(value, (bytes, bytearray)) and len(value) > 80:
+        return f"{len(value)} bytes"
+    return tuple(map(shown, value)) if isinstance(value, tuple) else value
+
+
 def equal(found, wanted, what):
     if found != wanted:
-        shown = [f"{len(value)} bytes" if isinstance(value, (bytes, bytearray)) and len(value) > 80 else value for value in (found, wanted)]
-        raise AssertionError(f"{what}: {shown[0]} instead of {shown[1]}")
+        raise AssertionError(f"{what}: {shown(found)} instead of {shown(wanted)}")
 
 
 def fails(call, status):
@@ -95,7 +101,7 @@ class Pair:
     def __exit__(self, *_):
         self.engine.destroy()
         if self.mine:
-            self.mine.drop()
+            self.mine.end()
 
 
 # ---- What a connection does ----
@@ -336,9 +342,209 @@ def invited(library, connector, folder):
 
 def violation(library, connector, folder):
     with Pair(library, connector, Peer()) as pair:
-        pair.mine.send(14)
+        pair.mine.send(16)
         fails(lambda: pair.mine.until(lambda: False), ERR_PROTOCOL)
         equal(pair.conn.status(), ERR_PROTOCOL, "the library's connection after an unknown frame")
+
+
+MUCH, DROP = 3_000_001, 40  # enough bytes for all channels, and chunks before a channel is reset
+
+
+def lossy(library, connector, level=OFF):
+    """A connection of three channels with short chunks."""
+    return Pair(library, connector, Peer(channels=3, chunk=16_384, protect=level), UCCL_TCPX_NUM_CHANNELS=3)
+
+
+def lost(pair, resent):
+    """One channel is lost in both engines. `resent`: who has sent chunks again, 0 the peer and 1 the library."""
+    mine = pair.mine
+    mine.until(lambda: any(lane.lost is not None for lane in mine.lanes))
+    states = sorted((lane.closed, lane.said, lane.lost is not None) for lane in mine.lanes)
+    equal(states, [(False,) * 3] * 2 + [(True,) * 3], "lost channels")
+    equal((mine.drop, mine.resent[resent] > 0, mine.resent[1 - resent]), (None, True, 0), "chunks sent again")
+
+
+def lost_channels(library, connector, folder):
+    """A channel is reset in the middle of each kind of transfer. Either engine notices it first."""
+    for silent, level in ((False, OFF), (True, OFF), (False, ENCRYPT), (True, INTEGRITY)):
+        data = RANDOM.randbytes(MUCH)
+
+        def dropping(pair):
+            pair.mine.silent, pair.mine.drop = silent, DROP
+            return pair.mine
+
+        with lossy(library, connector, level) as pair:
+            region, source = pair.peer.register(bytearray(MUCH)), pair.engine.memory(data)
+            dropping(pair)
+            equal(pair.wait(pair.conn.one_sided("write_vector", source, [(0, MUCH, region.item())])), OK, "the library's write")
+            equal(region.memory, data, "the bytes of the library's write")
+            lost(pair, 1)
+            one_sided_by_library(pair)
+        with lossy(library, connector, level) as pair:
+            region, target = pair.peer.register(bytearray(data)), pair.engine.memory(bytes(MUCH))
+            dropping(pair)
+            equal(pair.wait(pair.conn.one_sided("read_vector", target, [(0, MUCH, region.item())])), OK, "the library's read")
+            equal(target.bytes(), data, "the bytes of the library's read")
+            lost(pair, 0)
+            one_sided_by_peer(pair)
+        with lossy(library, connector, level) as pair:
+            memory = pair.engine.memory(bytes(MUCH))
+            mine = dropping(pair)
+            equal(mine.result(mine.write([(Item(memory.item()), 0, MUCH)], data)), (OK, ""), "a write")
+            equal(memory.bytes(), data, "the bytes of a write")
+            lost(pair, 0)
+            messages(pair)
+        with lossy(library, connector, level) as pair:
+            memory = pair.engine.memory(data)
+            mine = dropping(pair)
+            equal(mine.result(mine.read([(Item(memory.item()), 0, MUCH)])), (OK, data), "a read")
+            lost(pair, 1)
+            refusals(pair)
+
+
+def all_channels_but_one(library, connector, folder):
+    """The second loss is in the middle of what the first one left."""
+    data = RANDOM.randbytes(MUCH)
+    with lossy(library, connector) as pair:
+        mine, memory, region = pair.mine, pair.engine.memory(bytes(MUCH)), pair.peer.register(bytearray(MUCH))
+        for _ in range(2):
+            mine.drop = DROP
+            number = mine.write([(Item(memory.item()), 0, MUCH)], data)
+            if not mine.lanes[2].closed:
+                mine.until(lambda: any(lane.lost is not None for lane in mine.lanes))
+            equal(mine.result(number), (OK, ""), "a write")
+            equal(memory.bytes(), data, "the bytes of a write")
+            data = data[::-1]
+        equal([lane.closed for lane in mine.lanes].count(True), 2, "lost channels")
+        one_sided_by_peer(pair)
+        one_sided_by_library(pair)
+        source = pair.engine.memory(data)
+        mine.drop, mine.silent = DROP, True
+        number = pair.conn.one_sided("write_vector", source, [(0, MUCH, region.item())])
+        fails(lambda: mine.until(lambda: False), ERR_REMOTE_DISCONNECT)
+        equal(pair.conn.wait(number)[0], ERR_REMOTE_DISCONNECT, "a write of the library without channels")
+        equal(pair.conn.status(), ERR_REMOTE_DISCONNECT, "the library's connection without channels")
+
+
+def lost_channels_of_refused_writes(library, connector, folder):
+    """Nothing is sent again; one Cancel ends what a lost channel did not deliver."""
+    data = RANDOM.randbytes(MUCH)
+    with lossy(library, connector) as pair:
+        mine, memory = pair.mine, pair.engine.memory(data, READ)
+        mine.drop = DROP
+        number = mine.write([(Item(memory.item()), 0, MUCH)], bytes(MUCH))
+        mine.until(lambda: number in mine.results)
+        mine.until(lambda: any(lane.lost is not None for lane in mine.lanes))
+        equal((mine.result(number)[0], mine.cancelled), (ERR_REMOTE_ACCESS, {number}), "a refused write, and its Cancel")
+        equal((memory.bytes(), mine.resent), (data, [0, 0]), "the bytes after a refused write, and chunks sent again")
+        one_sided_by_peer(pair)
+    with lossy(library, connector) as pair:
+        mine, region, source = pair.mine, pair.peer.register(bytearray(data), READ), pair.engine.memory(bytes(MUCH))
+        mine.drop = 3
+        number = pair.conn.one_sided("write_vector", source, [(0, MUCH, region.item())])
+        equal(pair.wait(number), ERR_REMOTE_ACCESS, "the library's refused write")
+        mine.until(lambda: any(lane.lost is not None for lane in mine.lanes) and mine.cancels)
+        equal((region.memory, mine.resent, len(mine.cancels)), (data, [0, 0], 1), "the bytes after the library's refused write, and its Cancel")
+        one_sided_by_library(pair)
+
+
+def lies_about_channels(library, connector, folder):
+    """Each ends the connection."""
+
+    def write(pair):
+        """A write of which two chunks are announced; the others come never."""
+        memory = pair.engine.memory(bytes(MUCH))
+        number = pair.mine.request(F_WRITE, [(Item(memory.item()), 0, MUCH)])
+        pair.mine.send_chunks(number, True, bytes(MUCH), [MUCH], most=2)
+        return number, memory
+
+    def again(pair):
+        number, _ = write(pair)
+        pair.mine.announce(number, True, 0, [bytes(16_384)])
+
+    def beyond(pair):
+        number, _ = write(pair)
+        pair.mine.announce(number, True, 3 * 16_384, [bytes(16_384)])
+
+    def on_lost_channel(pair):
+        number, _ = write(pair)
+        pair.mine.lose(2)
+        pair.mine.send(F_CHUNKS, struct.pack("<QIIQ", number, True, 1, 2 * 16_384), struct.pack("<IHH", 16_384, 2, 0))
+
+    def out_of_hole(pair):
+        """A chunk that begins in a hole, and is longer."""
+        number, _ = write(pair)
+        pair.mine.send(F_CHUNKS, struct.pack("<QIIQ", number, True, 2, 2 * 16_384), *[struct.pack("<IHH", 10, 2, 0)] * 2)
+        pair.mine.lose(2)
+        lane = pair.mine.lanes[2]
+        pair.mine.recover = lambda channel: pair.mine.announce(number, True, 2 * 16_384, [bytes(11)])
+        pair.mine.until(lambda: lane.lost is not None)
+
+    def arrived(*counts):
+        return lambda pair: [pair.mine.send(F_ARRIVED, struct.pack("<QI", *count)) for count in counts]
+
+    for lie in (
+        lambda pair: pair.mine.lose(1, count=1),
+        lambda pair: (pair.mine.lose(1), pair.mine.lose(1)),
+        lambda pair: (pair.mine.lose(1), arrived((0, 1))(pair)),
+        lambda pair: pair.mine.send(F_LOST, struct.pack("<QI", 0, 3), b""),
+        arrived((1, 0)),
+        arrived((0, 3)),
+        arrived((0, 1 << 16)),
+        again,
+        beyond,
+        on_lost_channel,
+        out_of_hole,
+    ):
+        with lossy(library, connector) as pair:
+            lie(pair)
+            fails(lambda: pair.mine.until(lambda: False), ERR_PROTOCOL)
+            equal(pair.conn.status(), ERR_PROTOCOL, "the library's connection after a lie")
+
+
+def idle_channels(library, connector, folder):
+    """Channels that end while nothing moves cost no transfer, with or without a word of the peer."""
+
+    def word(mine):
+        mine.lose(1)
+
+    def reset(mine):
+        mine.close_channel(1)
+
+    def end(mine):
+        """Nothing more comes from the peer, which still receives."""
+        mine.channels[1].out.sock.shutdown(socket.SHUT_WR)
+        mine.lanes[1].closed = True
+
+    for ends in (word, reset, end):
+        for before in (True, False):
+            with lossy(library, connector) as pair:
+                if before:
+                    one_sided_by_library(pair)
+                ends(pair.mine)
+                for part in (one_sided_by_peer, one_sided_by_library, messages, notifications, refusals):
+                    part(pair)
+
+
+def losses_without_an_answer(library, connector, folder):
+    """A peer that never says Lost runs into the library's transfer timeout."""
+    with Pair(library, connector, Peer(channels=3, chunk=16_384), UCCL_TCPX_NUM_CHANNELS=3, UCCL_TCPX_TRANSFER_TIMEOUT_MS=700) as pair:
+        region, source = pair.peer.register(bytearray(MUCH)), pair.engine.memory(bytes(MUCH))
+        pair.mine.drop, pair.mine.silent = DROP, True
+        pair.mine.handlers[F_LOST] = lambda fields: (fields.unpack("QI"), fields.rest())
+        number = pair.conn.one_sided("write_vector", source, [(0, MUCH, region.item())])
+        fails(lambda: pair.mine.until(lambda: False), ERR_TIMED_OUT)
+        equal(pair.conn.wait(number)[0], ERR_TIMED_OUT, "the library's write")
+
+
+def reads_without_reports(library, connector, folder):
+    """A reader that does not say what is in place runs into the library's transfer timeout."""
+    with Pair(library, connector, Peer(), UCCL_TCPX_TRANSFER_TIMEOUT_MS=700) as pair:
+        data = RANDOM.randbytes(LARGE)
+        memory = pair.engine.memory(data)
+        pair.mine.report = lambda: None
+        equal(pair.mine.result(pair.mine.read([(Item(memory.item()), 0, LARGE)])), (OK, data), "a read")
+        fails(lambda: pair.mine.until(lambda: False), ERR_TIMED_OUT)
 
 
 def next_keys(library, connector, folder):
@@ -368,7 +574,10 @@ def key_file(folder, contents):
 
 
 CASES = {f"{name}, {'a' if key else 'no'} key": exchange(level, key) for level, name in LEVELS.items() for key in (None, KEY)}
-for _case in (several_keys, handshakes_that_fail, other_nics, some_channels, many_segments, heartbeats, withdrawn, invited, violation, next_keys):
+LOSSES = (lost_channels, all_channels_but_one, lost_channels_of_refused_writes, lies_about_channels)
+LOSSES += (idle_channels, losses_without_an_answer, reads_without_reports)
+OTHERS = (several_keys, handshakes_that_fail, other_nics, some_channels, many_segments, heartbeats, withdrawn, invited, violation, next_keys)
+for _case in LOSSES + OTHERS:
     CASES[_case.__name__.replace("_", " ")] = _case
 
 
