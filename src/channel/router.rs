@@ -46,12 +46,22 @@ pub(crate) struct Channels {
     loads: Loads,
     totals: Totals,
     stillness: Stillness,
+    /// When a NIC was last given up for its silence.
+    silent: Option<Instant>,
 }
 
 impl Channels {
     /// Channels over `paths`; the first path that carries a pair of places is used.
     pub(crate) fn new(direct: Option<Box<dyn Direct>>, paths: Vec<Box<dyn Path>>, copier: Copier) -> Channels {
-        Channels { direct, paths, copier, loads: Loads::default(), totals: Totals::default(), stillness: Stillness::default() }
+        Channels {
+            direct,
+            paths,
+            copier,
+            loads: Loads::default(),
+            totals: Totals::default(),
+            stillness: Stillness::default(),
+            silent: None,
+        }
     }
 
     /// Number of paths: each route blocks on its own.
@@ -251,20 +261,20 @@ impl Channels {
         if !self.stats(false, Instant::now()).iter().any(|channel| fault(&channel.nic).is_some()) {
             return Ok(());
         }
-        let mut sound = false;
-        // What a path carries, the later ones carry too.
+        // The last path carries everything, each other one only memory of its pair of GPUs.
+        let mut general = None;
         for path in self.paths.iter_mut().rev() {
-            let mut faulty = Vec::new();
-            let mut number = 0;
+            let (mut faulty, mut sound, mut number) = (Vec::new(), false, 0);
             path.network(&mut |line| {
                 match fault(line.nic) {
                     Some(why) if line.open => faulty.push((number, err!(RemoteDisconnect, "{} {why}", line.nic))),
-                    _ => sound |= line.open,
+                    Some(_) => {}
+                    None => sound |= line.open,
                 }
                 number += 1;
             })?;
-            for (number, why) in faulty.into_iter().filter(|_| sound) {
-                path.close(number, why);
+            if sound || *general.get_or_insert(sound) {
+                faulty.into_iter().for_each(|(number, why)| path.close(number, why));
             }
         }
         Ok(())
@@ -275,10 +285,14 @@ impl Channels {
     pub(crate) fn close_silent(&mut self, timeout: Duration, heard: Instant, now: Instant) -> Result<()> {
         let Some((nic, still, _)) = self.stillness.dead_nic(timeout, now) else { return Ok(()) };
         let Some(since) = now.checked_sub(still) else { return Ok(()) };
-        if heard < since + timeout / 2 && !self.stillness.moved_after(since + timeout / 2) {
+        let moved = self.stillness.moved_after(since + timeout / 2);
+        // Where all NICs wait, the peer may not have begun to send: its GPU may be busy. Nor does a NIC go unless the last loss helped.
+        let helped = self.silent.is_none_or(|at| self.stillness.moved_after(at));
+        if !helped || !(moved || (heard >= since + timeout / 2 && !self.stillness.waits_beside(nic))) {
             return Ok(());
         }
         let (nic, why) = (nic.to_owned(), format!("brought nothing for {still:.1?}, though data was due and the peer lived"));
+        self.silent = Some(now);
         self.close_faulty(&|name| (name == nic).then(|| why.clone()))
     }
 

@@ -87,6 +87,11 @@ impl Stillness {
         self.0.iter().any(|seen| seen.incoming.moved > time)
     }
 
+    /// Whether another NIC than this waits for data too.
+    pub(crate) fn waits_beside(&self, nic: &str) -> bool {
+        self.0.iter().any(|seen| seen.nic != nic && seen.incoming.since.is_some())
+    }
+
     /// A NIC that has received nothing for longer than `timeout` although the peer announced chunks that long ago: its name, the
     /// time, and the waiting channels, the longest first.
     pub(crate) fn dead_nic(&self, timeout: Duration, now: Instant) -> Option<(&str, Duration, Vec<usize>)> {

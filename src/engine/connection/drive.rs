@@ -87,7 +87,8 @@ impl Driver<'_> {
             return None;
         }
         core.tick(now).ok()?;
-        (core.backlog() == 0).then(|| core.machine.next_tick())
+        // The check may have found a channel that has failed.
+        (core.backlog() == 0 && !core.is_active()).then(|| core.machine.next_tick())
     }
 
     /// NICs of the host have changed: channels over those with a fault are closed. Whether there were any.
