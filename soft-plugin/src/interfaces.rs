@@ -5,6 +5,7 @@ mod kinds;
 mod system;
 
 pub use kinds::{Address, Found, Interface};
+pub use system::list;
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr};

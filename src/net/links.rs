@@ -1,6 +1,6 @@
 //! Changes of the host's network interfaces, as the kernel announces them over netlink: links that go down, addresses that are removed.
 
-use super::topology::{interfaces, Interface};
+use soft_plugin::interfaces::{list, Found};
 use std::collections::HashSet;
 use std::io;
 use std::net::IpAddr;
@@ -16,7 +16,7 @@ pub(crate) struct LinkWatch {
 /// The interfaces after a change, and the names of those before it: a plugin's device names need not be names of interfaces.
 pub(crate) struct Links {
     before: HashSet<String>,
-    now: Vec<Interface>,
+    now: Vec<Found>,
 }
 
 impl LinkWatch {
@@ -40,7 +40,7 @@ impl LinkWatch {
         if bound != 0 {
             return Err(io::Error::last_os_error());
         }
-        Ok(LinkWatch { socket, before: names(&interfaces()) })
+        Ok(LinkWatch { socket, before: names(&list()?) })
     }
 
     /// Becomes readable at a change.
@@ -50,34 +50,36 @@ impl LinkWatch {
 
     /// Takes the announcements, and returns the interfaces as they are now. What was announced is not read: only the result counts, and
     /// announcements may be lost.
-    pub(crate) fn changed(&mut self) -> Links {
+    ///
+    /// # Errors
+    /// The kernel cannot list its interfaces.
+    pub(crate) fn changed(&mut self) -> io::Result<Links> {
         let mut buffer = [0u8; 8192];
         // SAFETY: a buffer of this size.
         while unsafe { libc::recv(self.fd(), buffer.as_mut_ptr().cast(), buffer.len(), libc::MSG_DONTWAIT) } > 0
             || io::Error::last_os_error().raw_os_error() == Some(libc::ENOBUFS)
         {}
-        let now = interfaces();
-        Links { before: std::mem::replace(&mut self.before, names(&now)), now }
+        let now = list()?;
+        Ok(Links { before: std::mem::replace(&mut self.before, names(&now)), now })
     }
 }
 
-fn names(interfaces: &[Interface]) -> HashSet<String> {
+fn names(interfaces: &[Found]) -> HashSet<String> {
     interfaces.iter().map(|interface| interface.name.clone()).collect()
 }
 
 impl Links {
     /// Why a NIC cannot carry data; `None` if it can, or if it is no interface.
     pub(crate) fn fault(&self, nic: &str) -> Option<&'static str> {
-        let mut entries = self.now.iter().filter(|interface| interface.name == nic).peekable();
-        let Some(flags) = entries.peek().map(|interface| interface.flags) else {
+        let Some(interface) = self.now.iter().find(|interface| interface.name == nic) else {
             return self.before.contains(nic).then_some("was removed");
         };
-        match () {
-            () if flags & libc::IFF_UP as u32 == 0 => Some("is down"),
-            () if flags & libc::IFF_RUNNING as u32 == 0 => Some("has no carrier"),
+        match interface {
+            Found { up: false, .. } => Some("is down"),
+            Found { carrier: false, .. } => Some("has no carrier"),
             // A link-local address says nothing.
-            () if !entries.any(|interface| interface.address.is_some_and(is_routed)) => Some("has no address"),
-            () => None,
+            Found { addresses, .. } if !addresses.iter().any(|address| is_routed(address.ip)) => Some("has no address"),
+            _ => None,
         }
     }
 }
@@ -92,30 +94,34 @@ fn is_routed(address: IpAddr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use soft_plugin::interfaces::Address;
 
-    fn entry(name: &str, flags: i32, address: Option<[u8; 4]>) -> Interface {
-        Interface { name: name.into(), flags: flags as u32, address: address.map(IpAddr::from) }
+    fn interface(name: &str, [up, carrier]: [bool; 2], address: Option<&str>) -> Found {
+        let parsed =
+            |ip: &str| Address { ip: ip.parse().expect("address"), prefix: 24, scope: 0, tentative: false, deprecated: false };
+        let addresses = address.map_or_else(Vec::new, |ip| ip.split(' ').map(parsed).collect());
+        Found { name: name.into(), up, carrier, loopback: false, empty_bridge: false, addresses }
     }
 
     #[test]
     fn a_fault_names_what_is_missing() {
-        let (up, running) = (libc::IFF_UP, libc::IFF_UP | libc::IFF_RUNNING);
         let before = ["eth4"].map(String::from).into();
         let now = vec![
-            entry("eth0", running, None),
-            entry("eth0", running, Some([10, 0, 0, 1])),
-            entry("eth1", 0, Some([10, 0, 0, 2])),
-            entry("eth2", up, Some([10, 0, 0, 3])),
-            entry("eth3", running, None),
+            interface("eth0", [true, true], Some("fe80::1 10.0.0.1")),
+            interface("eth1", [false, false], Some("10.0.0.2")),
+            interface("eth2", [true, false], Some("10.0.0.3")),
+            interface("eth3", [true, true], None),
+            interface("eth5", [true, true], Some("fe80::2")),
         ];
         let links = Links { before, now };
-        let faults = ["eth0", "eth1", "eth2", "eth3", "eth4", "mlx5_0"].map(|nic| links.fault(nic));
-        assert_eq!(faults, [None, Some("is down"), Some("has no carrier"), Some("has no address"), Some("was removed"), None]);
+        let faults = ["eth0", "eth1", "eth2", "eth3", "eth4", "eth5", "mlx5_0"].map(|nic| links.fault(nic));
+        let no_address = Some("has no address");
+        assert_eq!(faults, [None, Some("is down"), Some("has no carrier"), no_address, Some("was removed"), no_address, None]);
     }
 
     #[test]
     fn the_loopback_is_there() {
         let mut watch = LinkWatch::new().expect("netlink");
-        assert_eq!(watch.changed().fault("lo"), None);
+        assert_eq!(watch.changed().expect("interfaces").fault("lo"), None);
     }
 }

@@ -2,57 +2,14 @@
 
 use super::pairing::shared_depth;
 use super::plugin::Device;
-use std::ffi::CStr;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use soft_plugin::interfaces;
+use std::net::IpAddr;
 use std::path::Path;
-
-/// An address of an interface, or an interface that has none of a known family.
-pub(crate) struct Interface {
-    pub name: String,
-    /// IFF_UP and the like.
-    pub flags: u32,
-    pub address: Option<IpAddr>,
-}
-
-/// All interfaces, in the kernel's order, once for each address.
-pub(crate) fn interfaces() -> Vec<Interface> {
-    let mut head: *mut libc::ifaddrs = std::ptr::null_mut();
-    // SAFETY: head is writable; the list is freed below.
-    if unsafe { libc::getifaddrs(&mut head) } != 0 {
-        return Vec::new();
-    }
-    let mut found = Vec::new();
-    let mut at = head;
-    // SAFETY: a linked list that getifaddrs made; valid until freeifaddrs.
-    while let Some(entry) = unsafe { at.as_ref() } {
-        at = entry.ifa_next;
-        // SAFETY: a string of the list.
-        let name = unsafe { CStr::from_ptr(entry.ifa_name) }.to_string_lossy().into_owned();
-        // SAFETY: null, or a sockaddr of the family it names.
-        let address = unsafe { entry.ifa_addr.as_ref() }.and_then(|sockaddr| match i32::from(sockaddr.sa_family) {
-            libc::AF_INET => {
-                // SAFETY: as above.
-                let a = unsafe { &*entry.ifa_addr.cast::<libc::sockaddr_in>() };
-                Some(IpAddr::V4(Ipv4Addr::from(u32::from_be(a.sin_addr.s_addr))))
-            }
-            libc::AF_INET6 => {
-                // SAFETY: as above.
-                let a = unsafe { &*entry.ifa_addr.cast::<libc::sockaddr_in6>() };
-                Some(IpAddr::V6(Ipv6Addr::from(a.sin6_addr.s6_addr)))
-            }
-            _ => None,
-        });
-        found.push(Interface { name, flags: entry.ifa_flags, address });
-    }
-    // SAFETY: head came from getifaddrs.
-    unsafe { libc::freeifaddrs(head) };
-    found
-}
 
 /// Addresses of all interfaces that are up, in the kernel's order.
 fn addresses() -> Vec<IpAddr> {
-    let up = |interface: &Interface| interface.flags & (libc::IFF_UP as u32) != 0;
-    interfaces().into_iter().filter(up).filter_map(|interface| interface.address).collect()
+    let up = interfaces::list().unwrap_or_default().into_iter().filter(|interface| interface.up);
+    up.flat_map(|interface| interface.addresses).map(|address| address.ip).collect()
 }
 
 /// One address of each usable interface that `filter` (in NCCL's form) admits, by the same rules as the software plugin's
@@ -61,12 +18,12 @@ fn addresses() -> Vec<IpAddr> {
 /// # Errors
 /// The kernel cannot list its interfaces.
 pub(crate) fn usable(filter: Option<&str>) -> std::io::Result<Vec<IpAddr>> {
-    Ok(soft_plugin::interfaces::usable(filter)?.iter().map(|i| i.address).collect())
+    Ok(interfaces::usable(filter)?.iter().map(|i| i.address).collect())
 }
 
 /// The interfaces that a filter could name, for an error text.
 pub(crate) fn others() -> String {
-    let all = soft_plugin::interfaces::usable(None).unwrap_or_default();
+    let all = interfaces::usable(None).unwrap_or_default();
     let names: Vec<_> = all.iter().take(16).map(|i| i.name.to_string_lossy()).collect();
     if names.is_empty() {
         return " (no interface can)".to_owned();

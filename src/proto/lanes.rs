@@ -73,8 +73,7 @@ impl OutLane {
         }
     }
 
-    /// The channel is closed at this engine: what it had not sent is not sent any more. Calls `unsent` for each such chunk, and `done` for
-    /// each that has arrived nevertheless.
+    /// The channel is closed at this engine: what it had not sent is not sent any more. Calls `unsent` for each such chunk.
     pub(super) fn close(&mut self, mut unsent: impl FnMut(Announced)) {
         self.log.iter().skip((self.sent - self.first) as usize).for_each(|&chunk| unsent(chunk));
         self.sent = self.announced();

@@ -262,7 +262,7 @@ impl Outgoing {
         };
         let best = route_of((place, peer), channels)?;
         if best != route {
-            // All channels of its route are lost.
+            // Channels were lost: what is next goes over another route.
             self.routes[route].took(small, 0, false);
             self.routes[best].queue(small).push_back(key);
             return Ok(true);

@@ -37,12 +37,16 @@ impl Slot {
     }
 
     /// The channel, unless it has failed.
-    fn open(&mut self) -> Option<&mut Channel> {
+    fn open(&self) -> Option<&Channel> {
+        self.channel.as_ref().filter(|_| self.failed.is_none())
+    }
+
+    fn open_mut(&mut self) -> Option<&mut Channel> {
         self.channel.as_mut().filter(|_| self.failed.is_none())
     }
 
     pub(super) fn is_open(&self) -> bool {
-        self.channel.is_some() && self.failed.is_none()
+        self.open().is_some()
     }
 
     /// The channel fails if an error says so; other errors remain.
@@ -78,17 +82,17 @@ impl Slot {
 
     /// Its load for a chunk from `place`; `nic`: the index of its NIC among those with open channels.
     pub(super) fn load(&self, place: Place, bulk: bool, usage: &Usage, nic: usize, now: Instant) -> Option<Load> {
-        self.channel.as_ref().filter(|_| self.failed.is_none()).map(|channel| channel.load(place, bulk, usage, nic, now))
+        self.open().map(|channel| channel.load(place, bulk, usage, nic, now))
     }
 
     pub(super) fn submit(&mut self, departure: Departure, copier: &mut Copier, usage: &Usage, now: Instant) -> Result<()> {
-        let Some(channel) = self.open() else { return Ok(()) };
+        let Some(channel) = self.open_mut() else { return Ok(()) };
         let submitted = channel.submit(departure, copier, usage, now);
         self.note(submitted)
     }
 
     pub(super) fn expect(&mut self, arrival: Arrival) {
-        if let Some(channel) = self.open() {
+        if let Some(channel) = self.open_mut() {
             channel.expect(arrival);
         }
     }
@@ -96,7 +100,7 @@ impl Slot {
     /// Advances the channel, or closes it. Returns whether anything advanced.
     pub(super) fn progress(&mut self, number: u16, resources: Resources<'_>, events: &mut Vec<Event>) -> Result<bool> {
         let (copier, now) = (&mut *resources.copier, resources.now);
-        if let Some(channel) = self.channel.as_mut().filter(|_| self.failed.is_none()) {
+        if let Some(channel) = self.open_mut() {
             let advanced = channel.progress(number, Resources { copier: &mut *copier, ..resources }, events);
             return self.note(advanced);
         }
@@ -113,15 +117,15 @@ impl Slot {
 
     /// The network's progress on the channel, which fails if it has failed unnoticed.
     pub(super) fn network(&mut self, each: &mut dyn FnMut(Line<'_>)) -> Result<()> {
-        if let Some(channel) = self.channel.as_ref().filter(|_| self.failed.is_none()) {
-            match channel.network() {
-                Ok(line) => {
-                    self.moved = line.moved;
-                    each(line);
-                    return Ok(());
-                }
-                Err(e) => self.note(Err(e))?,
+        match self.open().map(Channel::network) {
+            Some(Ok(line)) => {
+                let moved = line.moved;
+                each(line);
+                self.moved = moved;
+                return Ok(());
             }
+            Some(Err(e)) => self.note(Err(e))?,
+            None => {}
         }
         // What it moved stays moved.
         each(Line { nic: &self.name, moved: self.moved.or(Some((0, 0))), under_way: (0, 0), posted: 0, open: false });
@@ -141,7 +145,7 @@ impl Slot {
 
     /// See `Path::ready`.
     pub(super) fn ready(&mut self, place: Place, copier: &mut Copier, usage: &Usage) -> Result<()> {
-        let ready = self.open().map_or(Ok(()), |channel| channel.ready(place, copier, usage));
+        let ready = self.open_mut().map_or(Ok(()), |channel| channel.ready(place, copier, usage));
         self.note(ready)
     }
 

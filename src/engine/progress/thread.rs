@@ -119,7 +119,7 @@ impl<'a> Driving<'a> {
     /// A network interface of the host has changed: connections give up the NICs that they cannot use any more.
     fn check_links(&mut self) {
         let Some(links) = &mut self.links else { return };
-        let links = links.changed();
+        let Ok(links) = links.changed() else { return };
         let fault = |nic: &str| links.fault(nic).map(|why| format!("{why} on this host"));
         let hit: Vec<u64> =
             self.table.connections.all().iter().filter(|c| c.driver().close_faulty(&fault)).map(|c| c.id()).collect();

@@ -189,7 +189,7 @@ impl World {
         }
     }
 
-    /// A channel fails for whoever next uses it, or a side gives it up.
+    /// The next use of a channel fails, or a side gives it up.
     fn lose(&mut self, side: usize, channel: usize, a: u32) {
         if channel + 1 == DEVICE_CHANNELS + HOST_CHANNELS || self.rng.below(2) == 0 {
             return self.busy(1);
